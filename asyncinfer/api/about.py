@@ -1,0 +1,48 @@
+"""The routes about the service itself: what it is, how it is, how to talk to it."""
+
+from asyncinfer import __version__
+from asyncinfer.api.exchange import Reply, Request, json_reply
+from asyncinfer.api.services import Services
+from asyncinfer.errors import RedisUnavailable, ServerRefused
+from asyncinfer.schemas import About, Alive, Health, NoQuery
+
+_LINKS = {
+    "predict": "/predict",
+    "jobs": "/jobs",
+    "models": "/models",
+    "health": "/health",
+    "openapi": "/openapi.json",
+}
+
+
+async def about(services: Services, request: Request[NoQuery]) -> Reply:
+    """What this is, and where things are."""
+    return json_reply(200, About("asyncinfer", __version__, _LINKS))
+
+
+async def openapi(services: Services, request: Request[NoQuery]) -> Reply:
+    """This API in OpenAPI 3.1."""
+    return Reply(200, services.openapi)
+
+
+async def live(services: Services, request: Request[NoQuery]) -> Reply:
+    """Whether the process answers."""
+    return json_reply(200, Alive())
+
+
+async def ready(services: Services, request: Request[NoQuery]) -> Reply:
+    """Whether jobs can be taken: Redis answers, and is one that keeps them."""
+    try:
+        await services.store.check_server()
+    except ServerRefused as error:
+        raise RedisUnavailable(error.detail) from error
+    return json_reply(200, Alive())
+
+
+async def health(services: Services, request: Request[NoQuery]) -> Reply:
+    """Redis, what waits in each queue, and how many workers there are."""
+    try:
+        found = await services.inspection.health()
+    except ServerRefused as error:
+        raise RedisUnavailable(error.detail) from error
+    return json_reply(200, Health(redis=found.server, queues=found.queues, workers=found.workers))

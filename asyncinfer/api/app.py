@@ -1,0 +1,161 @@
+"""The ASGI application: the route table behind one edge where every error is answered."""
+
+import logging
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+
+import anyio
+from starlette.routing import Route as StarletteRoute
+from starlette.routing import Router
+from starlette.types import Receive, Scope, Send
+
+from asyncinfer.api.body import discard
+from asyncinfer.api.catalog import Catalog
+from asyncinfer.api.config import ApiConfig
+from asyncinfer.api.exchange import ClientGone, Reply, Request, end_reply, read_query, send_reply
+from asyncinfer.api.guard import Guard
+from asyncinfer.api.openapi import document
+from asyncinfer.api.problems import internal_error, problem_reply
+from asyncinfer.api.routes import ROUTES, Route
+from asyncinfer.api.services import Services
+from asyncinfer.errors import (
+    BodyTooLarge,
+    MethodNotAllowed,
+    RedisUnavailable,
+    RequestError,
+    RouteNotFound,
+    StorageFull,
+)
+from asyncinfer.inbox import Inbox
+from asyncinfer.repository.inspect import Inspection
+from asyncinfer.repository.store import Store
+from asyncinfer.repository.submit import Submissions
+from asyncinfer.upkeep import reap_forever
+
+_log = logging.getLogger(__name__)
+
+
+def create_app(config: ApiConfig) -> "Api":
+    return Api(config)
+
+
+class Api:
+    """Answers within its lifespan, which a server runs, or `async with app.lifespan():`."""
+
+    def __init__(self, config: ApiConfig) -> None:
+        self._config = config
+        self._guard = Guard(config)
+        self._services: Services | None = None
+        self._router = Router(
+            [StarletteRoute(path, Resource(routes, self)) for path, routes in _by_path(ROUTES)],
+            redirect_slashes=False,
+            default=_no_such_route,
+            lifespan=lambda _: self.lifespan(),
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._router(scope, receive, send)
+            return
+        try:
+            await self._router(scope, receive, send)
+        except ClientGone:
+            return
+        except BodyTooLarge as error:
+            await send_reply(problem_reply(error, scope["path"]), scope, send, more=True)
+            await discard(receive, dict(scope["headers"]))
+            await end_reply(send)
+        except RequestError as error:
+            await send_reply(problem_reply(error, scope["path"]), scope, send)
+        except Exception:
+            _log.exception("%s %r failed", scope["method"], scope["path"])
+            await send_reply(problem_reply(internal_error(), scope["path"]), scope, send)
+
+    async def answer(self, route: Route, scope: Scope, receive: Receive) -> Reply:
+        assert self._services is not None, "the lifespan has not been started"
+        headers = dict(scope["headers"])
+        tenant = self._guard.admit(route.scope, scope, headers)
+        query = read_query(scope, route.query)
+        request = Request(scope, receive, headers=headers, query=query, tenant=tenant)
+        return await route.handler(self._services, request)
+
+    @asynccontextmanager
+    async def lifespan(self) -> AsyncIterator[None]:
+        config = self._config
+        async with Store.open(
+            config.redis_url, queue_name=config.queue_name, policy=config.policy, name="api"
+        ) as store:
+            await _introduce(store, config.default_model)
+            self._services = _services(store, config)
+            await self._services.catalog.refresh()
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._services.submissions.run)
+                group.start_soon(self._services.inbox.run)
+                group.start_soon(self._services.catalog.run)
+                group.start_soon(reap_forever, store)
+                try:
+                    yield
+                finally:
+                    with anyio.CancelScope(shield=True):
+                        await self.stop_waiting()
+                    group.cancel_scope.cancel()
+
+    async def stop_waiting(self) -> None:
+        """Answers every client that waits for a job with the job as it is now."""
+        if self._services:
+            await self._services.inbox.close()
+
+
+class Resource:
+    """One path: finds the route for a request's method."""
+
+    def __init__(self, routes: Sequence[Route], api: Api) -> None:
+        self._api = api
+        self._routes: dict[str, Route] = {route.method: route for route in routes}
+        if "GET" in self._routes:
+            self._routes["HEAD"] = self._routes["GET"]
+        self._allow = ", ".join(sorted(self._routes))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = self._routes.get(scope["method"])
+        if route is None:
+            raise MethodNotAllowed(
+                f"{scope['method']} is not possible here; use {self._allow}.",
+                headers=[("allow", self._allow)],
+            )
+        await send_reply(await self._api.answer(route, scope, receive), scope, send)
+
+
+def _by_path(routes: Iterable[Route]) -> Iterable[tuple[str, list[Route]]]:
+    paths: dict[str, list[Route]] = {}
+    for route in routes:
+        paths.setdefault(route.path, []).append(route)
+    return paths.items()
+
+
+async def _no_such_route(scope: Scope, receive: Receive, send: Send) -> None:
+    raise RouteNotFound("There is nothing at this path; GET / and /openapi.json list what is.")
+
+
+async def _introduce(store: Store, default_model: str | None) -> None:
+    """Refuses a server that cannot keep the promise. One that is not there yet may come."""
+    try:
+        _log.info("Connected to %s", await store.check_server())
+        if default_model:
+            await store.claim_default_model(default_model)
+    except (RedisUnavailable, StorageFull) as error:
+        _log.warning("%s The API starts without it and is ready once it answers.", error.detail)
+
+
+def _services(store: Store, config: ApiConfig) -> Services:
+    submissions = Submissions(store)
+    inspection = Inspection(store)
+    return Services(
+        config=config,
+        store=store,
+        submissions=submissions,
+        inspection=inspection,
+        inbox=Inbox(store, submissions),
+        catalog=Catalog(inspection, store.n, config.default_model),
+        openapi=document(ROUTES),
+    )

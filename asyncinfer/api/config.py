@@ -1,0 +1,28 @@
+"""What the API is given to run with."""
+
+from pathlib import Path
+
+from msgspec import Struct
+
+from asyncinfer.repository.store import Policy
+
+
+class ApiConfig(Struct, frozen=True, kw_only=True):
+    redis_url: str
+    queue_name: str = "predict_queue"
+    policy: Policy = Policy()
+    default_model: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    allowed_hosts: tuple[str, ...] = ()
+    """Host headers taken beside localhost and `host`; `*` takes all."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins (`https://app.example.com`) that may change state beside our own."""
+    api_keys: Path | None = None
+    max_body_bytes: int = 16 << 20
+    max_json_bytes: int = 2 << 20
+    max_header_bytes: int = 32 << 10
+    header_timeout_seconds: float = 10.0
+    body_timeout_seconds: float = 30.0
+    max_connections: int = 900
+    """Below the usual limit of 1,024 open files; a waiting client holds one."""

@@ -1,0 +1,125 @@
+"""One exchange: the request as handlers see it, and the reply."""
+
+from collections.abc import Sequence
+from typing import Any, Final, Generic, TypeVar
+from urllib.parse import parse_qsl
+
+import msgspec
+from msgspec import Struct
+from starlette.types import Receive, Scope, Send
+
+from asyncinfer.api.struct_faults import fault_of
+from asyncinfer.errors import InvalidQuery
+
+Query = TypeVar("Query", bound=Struct)
+Header = tuple[bytes, bytes]
+
+_MOST_PARAMETERS: Final = 32
+
+encode_json = msgspec.json.Encoder().encode
+
+
+class ClientGone(Exception):
+    """The client closed the connection; nobody waits for an answer."""
+
+
+class Request(Generic[Query]):
+    """A request that was let in: whose it is, and what it asks."""
+
+    __slots__ = ("_scope", "headers", "query", "receive", "tenant")
+
+    def __init__(
+        self,
+        scope: Scope,
+        receive: Receive,
+        *,
+        headers: dict[bytes, bytes],
+        query: Query,
+        tenant: str,
+    ) -> None:
+        self._scope = scope
+        self.receive = receive
+        self.headers = headers
+        self.query = query
+        self.tenant = tenant
+
+    def path(self, name: str) -> str | None:
+        """The part of the path that the route calls `name`; None where it has none."""
+        part: str | None = self._scope["path_params"].get(name)
+        return part
+
+    def header(self, name: bytes) -> str | None:
+        value = self.headers.get(name)
+        return None if value is None else value.decode("latin-1")
+
+    def header_lines(self, name: bytes) -> list[str]:
+        """Every line of a header that may come more than once."""
+        if name not in self.headers:
+            return []
+        return [value.decode("latin-1") for key, value in self._scope["headers"] if key == name]
+
+
+class Reply(Struct, frozen=True):
+    status: int
+    body: bytes
+    headers: tuple[Header, ...] = ()
+    media_type: bytes = b"application/json"
+
+
+def json_reply(status: int, body: Struct, *headers: Header) -> Reply:
+    return Reply(status, encode_json(body), headers)
+
+
+def header_block(reply: Reply) -> list[Header]:
+    """All headers of a reply. States change, so no cache may keep one."""
+    return [
+        (b"content-type", reply.media_type),
+        (b"content-length", str(len(reply.body)).encode()),
+        (b"cache-control", b"no-store"),
+        *reply.headers,
+    ]
+
+
+async def send_reply(reply: Reply, scope: Scope, send: Send, *, more: bool = False) -> None:
+    """`more` leaves the answer open, all of it sent; `end_reply` ends it."""
+    await send(
+        {"type": "http.response.start", "status": reply.status, "headers": header_block(reply)}
+    )
+    body = b"" if scope["method"] == "HEAD" else reply.body
+    await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+async def end_reply(send: Send) -> None:
+    await send({"type": "http.response.body", "body": b""})
+
+
+def read_query(scope: Scope, struct: type[Query]) -> Query:
+    """The query parameters as a struct; raises InvalidQuery naming the wrong one."""
+    text: bytes = scope["query_string"]
+    if not text:
+        return struct()
+    parameters = _parameters(text)
+    try:
+        return msgspec.convert(dict(parameters), struct, strict=False)
+    except msgspec.ValidationError as error:
+        fault = fault_of(error, struct)
+        name = fault.pointer.removeprefix("/")
+        raise InvalidQuery(f"Query parameter `{name}`: {fault.detail}") from error
+
+
+def _parameters(text: bytes) -> Sequence[tuple[str, Any]]:
+    try:
+        pairs = parse_qsl(
+            text.decode("ascii"),
+            keep_blank_values=True,
+            errors="strict",
+            max_num_fields=_MOST_PARAMETERS,
+        )
+    except ValueError as error:
+        raise InvalidQuery(
+            f"The query must be percent-encoded UTF-8 with at most {_MOST_PARAMETERS} parameters."
+        ) from error
+    names = [name for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InvalidQuery(f"Query parameter `{twice[:64]}` is given more than once.")
+    return pairs

@@ -1,0 +1,145 @@
+"""The routes about a job that is there: read, list, cancel, retry."""
+
+import time
+from typing import Any, Final
+
+from asyncinfer import jobs
+from asyncinfer.api.exchange import Reply, Request, json_reply
+from asyncinfer.api.services import Services
+from asyncinfer.api.views import accepted_view, ended, job_view, summary_view, url_of
+from asyncinfer.api.waiting import while_client_stays
+from asyncinfer.errors import (
+    JobExpired,
+    JobFinished,
+    JobNotFound,
+    JobNotRetryable,
+    QueueFull,
+    RequestError,
+)
+from asyncinfer.repository.submit import Stored
+from asyncinfer.schemas import JobList, JobsQuery, NoQuery, WaitQuery
+
+_RETRY_AFTER: Final = (b"retry-after", b"1")
+_CANCEL_WAIT_SECONDS: Final = 1.0
+"""A run stops at its next kernel, most often within this."""
+
+_MOST_ROUNDS: Final = 5
+
+
+async def read_job(services: Services, request: Request[WaitQuery]) -> Reply:
+    """A job's state and result."""
+    stored = await _find(services, request)
+    if request.query.wait and not ended(stored):
+        stored = await _wait(services, request, stored, request.query.wait)
+    return _job_reply(services, 200, stored)
+
+
+async def list_jobs(services: Services, request: Request[JobsQuery]) -> Reply:
+    """The caller's jobs, newest first."""
+    query = request.query
+    page = await services.inspection.jobs(
+        tenant=request.tenant,
+        status=query.status,
+        model=query.model,
+        limit=query.limit,
+        cursor=query.cursor,
+    )
+    default = services.catalog.default_model
+    return json_reply(200, JobList([summary_view(job, default) for job in page.jobs], page.cursor))
+
+
+async def cancel_job(services: Services, request: Request[NoQuery]) -> Reply:
+    """Cancels a job, waiting or running."""
+    stored = await _find(services, request)
+    if ended(stored):
+        raise _finished(stored)
+    verdict = await services.submissions.cancel(stored)
+    if verdict == "absent":
+        raise absent(services, stored.job_id)
+    if verdict == "asked":
+        stored = await _wait(services, request, stored, _CANCEL_WAIT_SECONDS)
+    else:
+        stored = await _find(services, request)
+    if verdict == "finished" or (ended(stored) and stored.status != "cancelled"):
+        raise _finished(stored)
+    return _job_reply(services, 200 if ended(stored) else 202, stored)
+
+
+async def retry_job(services: Services, request: Request[NoQuery]) -> Reply:
+    """Runs a failed or cancelled job again, under the same id."""
+    for _ in range(_MOST_ROUNDS):
+        stored = await _find(services, request)
+        verdict = await services.submissions.retry(stored, time.time_ns() // 1_000_000)
+        if verdict == "ok":
+            location = (b"location", url_of(stored.job_id).encode())
+            return json_reply(202, accepted_view(stored.job_id, "pending"), location)
+        if verdict != "changed":
+            raise _not_retried(services, stored, verdict)
+    raise JobNotRetryable(
+        "The job kept changing meanwhile; look at it and try again.", job_id=stored.job_id
+    )
+
+
+def absent(services: Services, job_id: str) -> RequestError:
+    """What to say of a job that is not there, or not the caller's: which, must not show."""
+    made_ms = jobs.created_ms(job_id)
+    ttl_seconds = services.config.policy.job_ttl_seconds
+    if made_ms is not None and made_ms + ttl_seconds * 1000 < time.time() * 1000:
+        return JobExpired(
+            f"Jobs are kept for {ttl_seconds} s after they end (JOB_TTL), and this one was made "
+            "earlier than that. Submit its input again."
+        )
+    return JobNotFound("There is no job with this id.")
+
+
+async def _find(services: Services, request: Request[Any]) -> Stored:
+    """The job that the path names, if it is the caller's."""
+    job_id = request.path("id") or ""
+    stored = await services.submissions.read(job_id) if jobs.is_id(job_id) else None
+    if stored is None or _owner(stored) != request.tenant:
+        raise absent(services, job_id)
+    return stored
+
+
+def _owner(stored: Stored) -> str:
+    return stored.record.tenant if stored.record else jobs.DEFAULT_TENANT
+
+
+async def _wait(
+    services: Services, request: Request[Any], stored: Stored, seconds: float
+) -> Stored:
+    """The job once it has ended, or as it is when time is out or the API stops."""
+    latest = await while_client_stays(request, services.inbox.wait(stored, seconds))
+    if latest is None:
+        raise absent(services, stored.job_id)
+    return latest
+
+
+def _job_reply(services: Services, status: int, stored: Stored) -> Reply:
+    view = job_view(stored, services.catalog.default_model)
+    return json_reply(status, view) if ended(stored) else json_reply(status, view, _RETRY_AFTER)
+
+
+def _finished(stored: Stored) -> JobFinished:
+    return JobFinished(
+        f"The job is already {stored.status}; only one that waits or runs can be cancelled.",
+        job_id=stored.job_id,
+    )
+
+
+def _not_retried(services: Services, stored: Stored, verdict: str) -> RequestError:
+    if verdict == "absent":
+        return absent(services, stored.job_id)
+    if verdict == "full":
+        return QueueFull(
+            "The model's queue is full. Retry later, start more workers, or raise MAX_QUEUE.",
+            retry_after_seconds=5,
+        )
+    if verdict == "no_input":
+        return JobNotRetryable(
+            "The job's input is no longer stored; submit it again.", job_id=stored.job_id
+        )
+    return JobNotRetryable(
+        f"The job is {stored.status}; only one that failed or was cancelled can be retried.",
+        job_id=stored.job_id,
+    )

@@ -1,0 +1,140 @@
+"""The OpenAPI 3.1 document, made from the route table."""
+
+import re
+from collections.abc import Iterable, Sequence
+from http import HTTPStatus
+from inspect import getdoc
+from typing import Any, Final
+
+import msgspec
+from msgspec import Struct
+
+from asyncinfer import __version__
+from asyncinfer.api.routes import EVERYWHERE, Route
+from asyncinfer.errors import Forbidden, RequestError, Unauthorized
+from asyncinfer.schemas import Problem
+
+_Schema = dict[str, Any]
+
+_REF: Final = "#/components/schemas/{name}"
+_SECURITY: Final = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+
+
+def document(routes: Sequence[Route]) -> bytes:
+    """The document as JSON."""
+    bodies = _bodies(routes)
+    schemas, components = msgspec.json.schema_components(bodies, ref_template=_REF)
+    by_struct = dict(zip(bodies, schemas, strict=True))
+    paths: dict[str, _Schema] = {}
+    for route in routes:
+        operation = _operation(route, by_struct)
+        paths.setdefault(route.path, {})[route.method.lower()] = operation
+    return msgspec.json.encode(
+        {
+            "openapi": "3.1.0",
+            "info": {
+                "title": "asyncinfer",
+                "version": __version__,
+                "description": "Any ONNX model behind a durable job queue.",
+                "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+            },
+            "paths": paths,
+            "components": {"schemas": components, "securitySchemes": _SECURITY},
+        }
+    )
+
+
+def _bodies(routes: Iterable[Route]) -> list[type[Struct]]:
+    """Every struct that is a request's or an answer's body, once, in a stable order."""
+    found: dict[type[Struct], None] = {Problem: None}
+    for route in routes:
+        found |= {body: None for body in (route.body, *route.answers.values()) if body}
+    return list(found)
+
+
+def _operation(route: Route, schemas: dict[type[Struct], _Schema]) -> _Schema:
+    operation: _Schema = {
+        "operationId": _operation_id(route),
+        "summary": (getdoc(route.handler) or "").partition("\n")[0],
+        "parameters": [*_path_parameters(route), *_query_parameters(route), *_headers(route)],
+        "responses": {
+            **{str(status): _answer(status, body, schemas) for status, body in _answers(route)},
+            **_problems(route, schemas[Problem]),
+        },
+    }
+    if route.body:
+        content = {"application/json": {"schema": schemas[route.body]}}
+        operation["requestBody"] = {"required": True, "content": content}
+    if route.scope:
+        operation["security"] = [{"bearer": []}, {"header": []}, {}]
+    return operation
+
+
+def _operation_id(route: Route) -> str:
+    """The handler's name; one that serves two paths says by what the second is told apart."""
+    *_, last = route.path.split("/")
+    name: str = getattr(route.handler, "__name__", "")
+    return f"{name}_{last[1:-1]}" if last == "{model}" and name == "predict" else name
+
+
+def _answers(route: Route) -> Iterable[tuple[int, type[Struct] | None]]:
+    return route.answers.items()
+
+
+def _answer(
+    status: int, body: type[Struct] | None, schemas: dict[type[Struct], _Schema]
+) -> _Schema:
+    schema = schemas[body] if body else {"type": "object"}
+    return {
+        "description": HTTPStatus(status).phrase,
+        "content": {"application/json": {"schema": schema}},
+    }
+
+
+def _problems(route: Route, schema: _Schema) -> dict[str, _Schema]:
+    """Error answers by status, each saying which codes it may carry."""
+    errors: list[type[RequestError]] = [*EVERYWHERE, *route.errors]
+    if route.scope:
+        errors += [Unauthorized, Forbidden]
+    by_status: dict[int, list[str]] = {}
+    for error in errors:
+        by_status.setdefault(error.status, []).append(f"`{error.code}`: {error.title}.")
+    return {
+        str(status): {
+            "description": " ".join(lines),
+            "content": {"application/problem+json": {"schema": schema}},
+        }
+        for status, lines in sorted(by_status.items())
+    }
+
+
+def _path_parameters(route: Route) -> list[_Schema]:
+    return [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in re.findall(r"{(\w+)}", route.path)
+    ]
+
+
+def _query_parameters(route: Route) -> list[_Schema]:
+    schema = msgspec.json.schema(route.query)
+    properties = schema["$defs"][route.query.__name__]["properties"]
+    return [
+        {"name": name, "in": "query", "required": False, "schema": one}
+        for name, one in properties.items()
+    ]
+
+
+def _headers(route: Route) -> list[_Schema]:
+    return [
+        {
+            "name": header.name,
+            "in": "header",
+            "required": False,
+            "description": header.description,
+            "schema": {"type": "string", "pattern": header.pattern},
+        }
+        for header in route.headers
+    ]

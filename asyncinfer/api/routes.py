@@ -1,0 +1,189 @@
+"""The one route table: routing, /openapi.json and the tests read it."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, Literal
+
+from msgspec import Struct
+
+from asyncinfer.api.about import about, health, live, openapi, ready
+from asyncinfer.api.exchange import Reply, Request
+from asyncinfer.api.jobs import cancel_job, list_jobs, read_job, retry_job
+from asyncinfer.api.models import list_models, read_model
+from asyncinfer.api.predict import predict
+from asyncinfer.api.services import Services
+from asyncinfer.errors import (
+    BodyTooLarge,
+    EncodingRefused,
+    IdempotencyConflict,
+    InvalidHeader,
+    InvalidInput,
+    InvalidJSON,
+    InvalidQuery,
+    JobExpired,
+    JobFinished,
+    JobNotFound,
+    JobNotRetryable,
+    MediaTypeRefused,
+    ModelNotFound,
+    NoModelAnnounced,
+    QueueFull,
+    RedisUnavailable,
+    RequestError,
+    StorageFull,
+)
+from asyncinfer.schemas import (
+    About,
+    Accepted,
+    Alive,
+    Health,
+    Job,
+    JobList,
+    JobsQuery,
+    Model,
+    ModelList,
+    NoQuery,
+    PredictRequest,
+    WaitQuery,
+)
+
+Handler = Callable[[Services, Request[Any]], Awaitable[Reply]]
+KeyScope = Literal["submit", "read", "admin"]
+Errors = tuple[type[RequestError], ...]
+
+
+class HeaderParameter(Struct, frozen=True):
+    name: str
+    description: str
+    pattern: str
+
+
+class Route(Struct, frozen=True, kw_only=True):
+    """A method on a path; `scope` None needs no API key, `answers` are statuses and bodies."""
+
+    method: Literal["GET", "POST", "DELETE"]
+    path: str
+    handler: Handler
+    scope: KeyScope | None
+    answers: dict[int, type[Struct] | None]
+    body: type[Struct] | None = None
+    query: type[Struct] = NoQuery
+    headers: tuple[HeaderParameter, ...] = ()
+    errors: Errors = ()
+
+
+_PREFER = HeaderParameter(
+    "Prefer", "`wait=N`: answer with the finished job if it takes at most N <= 60 s.", "wait=[0-9]+"
+)
+_IDEMPOTENCY_KEY = HeaderParameter(
+    "Idempotency-Key", "Sent again with the same request, gives the same job.", "[!-~]{1,255}"
+)
+
+_JOB: Final[Errors] = (JobNotFound, JobExpired, RedisUnavailable)
+_PREDICT: Final[Errors] = (
+    InvalidJSON,
+    InvalidHeader,
+    BodyTooLarge,
+    MediaTypeRefused,
+    EncodingRefused,
+    InvalidInput,
+    IdempotencyConflict,
+    QueueFull,
+    RedisUnavailable,
+    StorageFull,
+    NoModelAnnounced,
+)
+
+ROUTES: Final = (
+    Route(
+        method="POST",
+        path="/predict",
+        handler=predict,
+        scope="submit",
+        body=PredictRequest,
+        headers=(_PREFER, _IDEMPOTENCY_KEY),
+        answers={200: Job, 202: Accepted},
+        errors=_PREDICT,
+    ),
+    Route(
+        method="POST",
+        path="/predict/{model}",
+        handler=predict,
+        scope="submit",
+        body=PredictRequest,
+        headers=(_PREFER, _IDEMPOTENCY_KEY),
+        answers={200: Job, 202: Accepted},
+        errors=(*_PREDICT, ModelNotFound),
+    ),
+    Route(
+        method="GET",
+        path="/job/{id}",
+        handler=read_job,
+        scope="read",
+        query=WaitQuery,
+        answers={200: Job},
+        errors=_JOB,
+    ),
+    Route(
+        method="DELETE",
+        path="/job/{id}",
+        handler=cancel_job,
+        scope="submit",
+        answers={200: Job, 202: Job},
+        errors=(*_JOB, JobFinished),
+    ),
+    Route(
+        method="POST",
+        path="/job/{id}/retry",
+        handler=retry_job,
+        scope="submit",
+        answers={202: Accepted},
+        errors=(*_JOB, JobNotRetryable, QueueFull, StorageFull),
+    ),
+    Route(
+        method="GET",
+        path="/jobs",
+        handler=list_jobs,
+        scope="read",
+        query=JobsQuery,
+        answers={200: JobList},
+        errors=(RedisUnavailable,),
+    ),
+    Route(
+        method="GET",
+        path="/models",
+        handler=list_models,
+        scope="read",
+        answers={200: ModelList},
+        errors=(RedisUnavailable,),
+    ),
+    Route(
+        method="GET",
+        path="/models/{model}",
+        handler=read_model,
+        scope="read",
+        answers={200: Model},
+        errors=(ModelNotFound, NoModelAnnounced, RedisUnavailable),
+    ),
+    Route(
+        method="GET",
+        path="/health",
+        handler=health,
+        scope=None,
+        answers={200: Health},
+        errors=(RedisUnavailable,),
+    ),
+    Route(method="GET", path="/health/live", handler=live, scope=None, answers={200: Alive}),
+    Route(
+        method="GET",
+        path="/health/ready",
+        handler=ready,
+        scope=None,
+        answers={200: Alive},
+        errors=(RedisUnavailable,),
+    ),
+    Route(method="GET", path="/openapi.json", handler=openapi, scope=None, answers={200: None}),
+    Route(method="GET", path="/", handler=about, scope=None, answers={200: About}),
+)
+
+EVERYWHERE: Final[Errors] = (InvalidQuery,)
+"""Errors that any route may answer with."""

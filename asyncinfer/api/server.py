@@ -1,0 +1,83 @@
+"""Serving the API over HTTP until a signal asks it to stop."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+from typing import Final, cast
+
+import uvicorn
+
+from asyncinfer.api.app import Api, create_app
+from asyncinfer.api.config import ApiConfig
+from asyncinfer.api.connection import Connection, Limits
+from asyncinfer.errors import StartError
+
+_GRACE_SECONDS: Final = 5
+"""Waiting clients are answered at once; this is for those that take their answers slowly."""
+
+_BACKLOG: Final = 2048
+
+
+async def serve(config: ApiConfig, *, on_ready: Callable[[], None]) -> None:
+    """Returns after SIGINT or SIGTERM; raises StartError when it cannot begin."""
+    with contextlib.closing(listen(config.host, config.port)) as listener:
+        app = create_app(config)
+        async with app.lifespan():
+            await Server(app, config, on_ready=on_ready).serve(sockets=[listener])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise StartError(
+            f"Cannot listen on {host}:{port}: {error.strerror}. Stop what listens there, or "
+            "choose another HOST or PORT."
+        ) from error
+
+
+class Server(uvicorn.Server):
+    """uvicorn within our own lifespan, so that a failed start is raised, not logged."""
+
+    def __init__(self, app: Api, config: ApiConfig, *, on_ready: Callable[[], None]) -> None:
+        super().__init__(_uvicorn_config(app, config))
+        self._app = app
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self._app.stop_waiting()
+        await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Unlike uvicorn's, keeps no signal to raise again afterwards: `serve` returns."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+def _uvicorn_config(app: Api, config: ApiConfig) -> uvicorn.Config:
+    limits = Limits(
+        header_seconds=config.header_timeout_seconds,
+        body_seconds=config.body_timeout_seconds,
+        header_bytes=config.max_header_bytes,
+        connections=config.max_connections,
+    )
+    return uvicorn.Config(
+        app,
+        http=cast(type[asyncio.Protocol], partial(Connection, limits)),
+        ws="none",
+        lifespan="off",
+        interface="asgi3",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=_GRACE_SECONDS,
+    )

@@ -1,0 +1,20 @@
+"""What handlers are given to answer with."""
+
+from msgspec import Struct
+
+from asyncinfer.api.catalog import Catalog
+from asyncinfer.api.config import ApiConfig
+from asyncinfer.inbox import Inbox
+from asyncinfer.repository.inspect import Inspection
+from asyncinfer.repository.store import Store
+from asyncinfer.repository.submit import Submissions
+
+
+class Services(Struct, frozen=True, kw_only=True):
+    config: ApiConfig
+    store: Store
+    submissions: Submissions
+    inspection: Inspection
+    inbox: Inbox
+    catalog: Catalog
+    openapi: bytes

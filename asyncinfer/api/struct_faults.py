@@ -1,0 +1,43 @@
+"""What msgspec finds wrong, as a fault with its place and a hint."""
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+from asyncinfer.errors import Fault
+
+_SHOWN_CHARACTERS: Final = 64
+_MESSAGE = re.compile(r"(.*?)(?: - at `(?:key in )?\$(.*)`)?", re.DOTALL)
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(.*)`")
+_STEP = re.compile(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]")
+
+
+def fault_of(error: msgspec.ValidationError, struct: type[Struct], under: str = "") -> Fault:
+    """`struct` is what was expected at the JSON pointer `under`."""
+    match = _MESSAGE.fullmatch(str(error))
+    message, path = match.groups() if match else (str(error), None)
+    pointer = under + "".join(f"/{name or index}" for name, index in _STEP.findall(path or ""))
+    if unknown := _UNKNOWN.fullmatch(message):
+        name = unknown[1][:_SHOWN_CHARACTERS]
+        return Fault(f"{pointer}/{_escaped(name)}", unknown_name(name, struct.__struct_fields__))
+    if missing := _MISSING.fullmatch(message):
+        return Fault(f"{pointer}/{missing[1]}", "This field is required.")
+    return Fault(pointer, f"{message}.")
+
+
+def unknown_name(name: str, known: Iterable[str]) -> str:
+    """Says that `name` is none of the known names, and which one may be meant."""
+    names = sorted(known)
+    listed = ", ".join(f"`{one}`" for one in names) or "none"
+    if nearest := get_close_matches(name[:_SHOWN_CHARACTERS], names, n=1):
+        return f"There is no such name. Did you mean `{nearest[0]}`? Known: {listed}."
+    return f"There is no such name. Known: {listed}."
+
+
+def _escaped(name: str) -> str:
+    return name.replace("~", "~0").replace("/", "~1")

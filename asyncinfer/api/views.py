@@ -1,0 +1,77 @@
+"""A stored job as an answer shows it."""
+
+from urllib.parse import quote
+
+import msgspec
+from msgspec import UNSET, Raw, UnsetType
+
+from asyncinfer.jobs import TERMINAL, JobError, Record, Status, created_ms
+from asyncinfer.repository.submit import Stored
+from asyncinfer.schemas import Accepted, Job, at
+
+_decode_error = msgspec.json.Decoder(JobError).decode
+_decode_raw = msgspec.json.Decoder(Raw).decode
+
+
+def accepted_view(job_id: str, status: Status) -> Accepted:
+    return Accepted(job_id, status, url_of(job_id))
+
+
+def job_view(stored: Stored, default_model: str | None) -> Job:
+    """The whole job, its result included."""
+    return msgspec.structs.replace(summary_view(stored, default_model), result=_result(stored))
+
+
+def summary_view(stored: Stored, default_model: str | None) -> Job:
+    """The job without its result; a stranger's, which has no record, is the default model's."""
+    record = stored.record
+    return Job(
+        job_id=stored.job_id,
+        status=stored.status,
+        result=UNSET,
+        error=_error(stored),
+        model=(record.model if record else default_model) or UNSET,
+        version=(record and (record.ran_version or record.version)) or UNSET,
+        round=record.round if record else UNSET,
+        created_at=at(record.created_ms if record else created_ms(stored.job_id)),
+        started_at=at(record.started_ms if record else None),
+        finished_at=at(record.finished_ms if record else None),
+    )
+
+
+def url_of(job_id: str) -> str:
+    return f"/job/{job_id if job_id.isalnum() and job_id.isascii() else quote(job_id, safe='')}"
+
+
+def ended(stored: Stored) -> bool:
+    return stored.status in TERMINAL
+
+
+def _result(stored: Stored) -> Raw | None:
+    if stored.status != "completed" or stored.result is None:
+        return None
+    if _by_our_worker(stored.record):
+        return Raw(stored.result)
+    return _as_json(stored.result)
+
+
+def _by_our_worker(record: Record | None) -> bool:
+    return record is not None and record.claim is not None
+
+
+def _as_json(text: bytes) -> Raw:
+    """Someone else's worker may have written anything: what is no JSON is shown as a string."""
+    try:
+        text.decode()
+        return _decode_raw(text)
+    except (UnicodeDecodeError, msgspec.DecodeError, RecursionError):
+        return Raw(msgspec.json.encode(text.decode(errors="replace")))
+
+
+def _error(stored: Stored) -> JobError | UnsetType:
+    if stored.status != "failed":
+        return UNSET
+    try:
+        return _decode_error(stored.error or b"")
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return JobError("unknown", (stored.error or b"").decode(errors="replace"))

@@ -1,0 +1,377 @@
+"""The command line: argv and environment to `serve`, `work` or `keygen`.
+
+Imports what a command needs where it needs it: `serve` starts its children first.
+"""
+
+import argparse
+import ipaddress
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote
+
+from asyncinfer import __version__, settings
+from asyncinfer.errors import InvalidSetting, RedisUnavailable, StartError
+from asyncinfer.settings import Knob, Settings
+from asyncinfer.welcome import Welcome, shown_url
+
+if TYPE_CHECKING:
+    from asyncinfer.api.config import ApiConfig
+    from asyncinfer.models import ModelFile
+    from asyncinfer.repository.store import Policy
+    from asyncinfer.worker.process import WorkerProcess
+
+_EXIT_CANNOT_START: Final = 2
+_EXIT_INTERRUPTED: Final = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.command(arguments))
+    except (StartError, BaseExceptionGroup) as error:
+        for refusal in _refusals(error):
+            sys.stderr.write(f"asyncinfer: {refusal.detail}\n")
+        return _EXIT_CANNOT_START
+    except KeyboardInterrupt:
+        return _EXIT_INTERRUPTED
+
+
+def _refusals(error: StartError | BaseExceptionGroup[Any]) -> list[StartError]:
+    """Task groups wrap what stops a start; raises the group again when it holds anything else."""
+    if isinstance(error, StartError):
+        return [error]
+    refusals = []
+    for one in error.exceptions:
+        if not isinstance(one, StartError | BaseExceptionGroup):
+            raise error
+        refusals += _refusals(one)
+    return refusals
+
+
+# --- argv ------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="asyncinfer", description="Any ONNX model behind a durable job queue."
+    )
+    parser.add_argument("--version", action="version", version=f"asyncinfer {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="serve | work | keygen")
+    _add_serve(commands)
+    _add_work(commands)
+    _add_keygen(commands)
+    return parser
+
+
+def _add_serve(commands: Any) -> None:
+    serve = _command(commands, "serve", _serve, "Run the API; with no Redis configured, all of it.")
+    serve.add_argument("--work", action="store_true", help="run a worker too, beside your Redis")
+    serve.add_argument(
+        "--insecure", action="store_true", help="let everyone in who reaches HOST, without API keys"
+    )
+    _add_knobs(serve)
+
+
+def _add_work(commands: Any) -> None:
+    _add_knobs(_command(commands, "work", _work, "Run a worker."))
+
+
+def _add_keygen(commands: Any) -> None:
+    keygen = _command(
+        commands,
+        "keygen",
+        _keygen,
+        "Make an API key. Its line for the API_KEYS file goes to stdout: asyncinfer keygen >> keys",
+    )
+    keygen.add_argument("--tenant", default="default", help="whose jobs it sees (default: default)")
+    keygen.add_argument(
+        "--scopes", default="submit,read", help="of submit, read, admin (default: submit,read)"
+    )
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        usage=f"asyncinfer {name} [--help] [setting ...]",
+        help=text,
+        description=text,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _add_knobs(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("settings, by flag or environment variable")
+    for knob in settings.knobs():
+        form: dict[str, Any] = {"metavar": (knob.unit or knob.name).upper()}
+        if isinstance(knob.default, bool):
+            form = {"action": argparse.BooleanOptionalAction}
+        group.add_argument(
+            knob.flag, dest=knob.name, default=argparse.SUPPRESS, help=_help(knob), **form
+        )
+
+
+def _help(knob: Knob) -> str:
+    default = f"{settings.text(knob.default)} {knob.unit}".strip() or knob.unset
+    return f"{knob.help} Default: {default}. [{knob.variable}]".replace("%", "%%")
+
+
+def _read_settings(arguments: argparse.Namespace) -> Settings:
+    given = vars(arguments)
+    flags = {knob.name: given[knob.name] for knob in settings.knobs() if knob.name in given}
+    return settings.read(os.environ, {name: str(value) for name, value in flags.items()})
+
+
+# --- serve -----------------------------------------------------------------------------------
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    import anyio
+
+    from asyncinfer import supervisor
+
+    chosen = _read_settings(arguments)
+    _refuse_open_door(chosen, arguments.insecure)
+    _set_up_logging()
+    redis_url = _redis_url(chosen)
+    with_worker = arguments.work or redis_url is None
+    plan = supervisor.Plan(
+        redis_url=redis_url,
+        data_dir=_data_dir(chosen),
+        worker=_worker_command() if with_worker else (),
+        worker_environ={**os.environ, **settings.as_environment(chosen)},
+        drain_seconds=chosen.drain_timeout,
+    )
+    anyio.run(
+        supervisor.serve,
+        plan,
+        partial(_api, chosen, with_worker),
+        backend_options={"use_uvloop": sys.platform != "win32"},
+    )
+    return 0
+
+
+def _refuse_open_door(chosen: Settings, insecure: bool) -> None:
+    if not (insecure or chosen.api_keys or _is_loopback(chosen.host)):
+        raise StartError(
+            f"HOST {chosen.host} lets in everyone who reaches it, and there are no API keys. Make "
+            "one with `asyncinfer keygen >> keys` and set API_KEYS=keys, or add --insecure where "
+            "something else guards this port."
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _worker_command() -> tuple[str, ...]:
+    """The child finds its modules as we do: by a current folder on our path, or else not."""
+    safe = () if sys.path[0] in ("", os.getcwd()) else ("-P",)
+    return (sys.executable, *safe, "-m", "asyncinfer", "work")
+
+
+async def _api(
+    chosen: Settings, with_worker: bool, redis_url: str, ready: Callable[[], None]
+) -> None:
+    from asyncinfer.api.server import serve
+
+    welcome = await _welcome(chosen, with_worker, redis_url)
+
+    def on_ready() -> None:
+        ready()
+        _say(welcome.text())
+
+    await serve(_api_config(chosen, redis_url), on_ready=on_ready)
+
+
+async def _welcome(chosen: Settings, with_worker: bool, redis_url: str) -> Welcome:
+    from asyncinfer import models
+
+    files = {file.model: file for file in _model_files(chosen)} if with_worker else {}
+    server, stored_default = await _ask_server(chosen, redis_url)
+    default = models.default_model(chosen.default_model or stored_default, files)
+    file = files.get(default or "")
+    return Welcome(
+        host=chosen.host,
+        port=chosen.port,
+        redis=f"{server}, {_whereabouts(chosen, redis_url)}",
+        models=tuple(files),
+        default_model=default,
+        example=file.config.example if file else None,
+        needs_key=chosen.api_keys is not None,
+    )
+
+
+async def _ask_server(chosen: Settings, redis_url: str) -> tuple[str, str | None]:
+    """The server's name, and the default model that was started on it."""
+    from asyncinfer.repository.store import Store
+
+    async with Store.open(
+        redis_url, queue_name=chosen.queue_name, policy=_policy(chosen), name="cli"
+    ) as store:
+        try:
+            return await store.check_server(), await store.default_model()
+        except RedisUnavailable:
+            return "not answering yet", None
+
+
+def _whereabouts(chosen: Settings, redis_url: str) -> str:
+    if _redis_url(chosen) is None:
+        return f"embedded; its data in {_data_dir(chosen)}"
+    return f"at {shown_url(redis_url)}"
+
+
+# --- work ------------------------------------------------------------------------------------
+
+
+def _work(arguments: argparse.Namespace) -> int:
+    chosen = _read_settings(arguments)
+    _set_up_logging()
+    from asyncinfer.worker.process import run
+
+    return run(_worker_process(chosen, _redis_url(chosen) or _embedded_url(chosen)))
+
+
+def _embedded_url(chosen: Settings) -> str:
+    from asyncinfer import valkey
+
+    url = valkey.running_url(_data_dir(chosen))
+    if url is None:
+        raise StartError(
+            "There is no Redis to take jobs from. Set REDIS_URL, or start `asyncinfer serve` on "
+            f"this machine with the same DATA_DIR ({_data_dir(chosen)})."
+        )
+    return url
+
+
+# --- keygen ----------------------------------------------------------------------------------
+
+
+def _keygen(arguments: argparse.Namespace) -> int:
+    from asyncinfer import access
+
+    key = access.new_key()
+    try:
+        entry = access.entry_of(key, arguments.tenant, arguments.scopes)
+    except ValueError as error:
+        raise InvalidSetting(f"No key made: {error}.") from error
+    sys.stderr.write(f"The key, shown only now: {key}\nIts line for the API_KEYS file:\n")
+    sys.stderr.flush()
+    _say(f"{entry.line()}\n")
+    return 0
+
+
+# --- settings to what each part is given -----------------------------------------------------
+
+
+def _redis_url(chosen: Settings) -> str | None:
+    if chosen.redis_url or not chosen.redis_host:
+        return chosen.redis_url
+    host = f"[{chosen.redis_host}]" if ":" in chosen.redis_host else quote(chosen.redis_host)
+    return f"redis://{host}:{chosen.redis_port}"
+
+
+def _data_dir(chosen: Settings) -> Path:
+    import platformdirs
+
+    return (chosen.data_dir or platformdirs.user_state_path("asyncinfer")).absolute()
+
+
+def _model_dir(chosen: Settings) -> Path:
+    from asyncinfer.models import find_model_dir
+
+    folder = find_model_dir(chosen.model_dir, cwd=Path.cwd())
+    if not folder.is_dir():
+        raise StartError(f"MODEL_DIR {folder} is no folder. Set it to your folder of models.")
+    return folder
+
+
+def _model_files(chosen: Settings) -> "list[ModelFile]":
+    from asyncinfer.models import scan
+
+    files = scan(_model_dir(chosen))
+    wanted = [file for file in files if not chosen.models or file.model in chosen.models]
+    return [file for file in wanted if not file.problem]
+
+
+def _policy(chosen: Settings) -> "Policy":
+    from asyncinfer.repository.store import Policy
+
+    return Policy(
+        job_ttl_seconds=chosen.job_ttl,
+        failed_ttl_seconds=chosen.failed_ttl,
+        keep_input=chosen.keep_input,
+        max_queue=chosen.max_queue,
+        max_queue_bytes=chosen.max_queue_bytes,
+        lease_seconds=chosen.lease_seconds,
+        reap_seconds=chosen.reap_seconds,
+        max_deliveries=chosen.max_deliveries,
+    )
+
+
+def _api_config(chosen: Settings, redis_url: str) -> "ApiConfig":
+    from asyncinfer.api.config import ApiConfig
+
+    return ApiConfig(
+        redis_url=redis_url,
+        queue_name=chosen.queue_name,
+        policy=_policy(chosen),
+        default_model=chosen.default_model,
+        host=chosen.host,
+        port=chosen.port,
+        allowed_hosts=chosen.allowed_hosts,
+        allowed_origins=chosen.allowed_origins,
+        api_keys=chosen.api_keys,
+        max_body_bytes=chosen.max_body,
+        max_json_bytes=chosen.max_json,
+    )
+
+
+def _worker_process(chosen: Settings, redis_url: str) -> "WorkerProcess":
+    from asyncinfer.cores import cores
+    from asyncinfer.worker.process import WorkerProcess
+    from asyncinfer.worker.worker import WorkerConfig
+
+    concurrency = chosen.concurrency or cores()
+    return WorkerProcess(
+        redis_url=redis_url,
+        queue_name=chosen.queue_name,
+        policy=_policy(chosen),
+        model_dir=_model_dir(chosen),
+        models=chosen.models,
+        default_model=chosen.default_model,
+        intra_op_threads=max(1, cores() // concurrency),
+        worker=WorkerConfig(
+            concurrency=concurrency,
+            max_batch=chosen.max_batch,
+            brpop_timeout_seconds=chosen.brpop_timeout,
+            prediction_timeout_seconds=chosen.prediction_timeout,
+            drain_timeout_seconds=chosen.drain_timeout,
+        ),
+    )
+
+
+# --- what people see -------------------------------------------------------------------------
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _set_up_logging() -> None:
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)

@@ -1,0 +1,257 @@
+"""Everything that can go wrong: one base, one class per cause, each with its code.
+
+Three families share the base. `RequestError`s are answered over HTTP with their status,
+`JobError`s end a job and are stored in `job:{id}:error`, `StartError`s stop a command.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from msgspec import Struct
+
+
+class Fault(Struct, frozen=True):
+    """One thing wrong with an input: where (a JSON pointer, RFC 6901), and what is expected."""
+
+    pointer: str
+    detail: str
+
+
+class AsyncinferError(Exception):
+    """The base of every error this package raises; `code` is stable, for machines."""
+
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        self.detail = detail
+
+
+# --- answered over HTTP ------------------------------------------------------------------
+
+
+class RequestError(AsyncinferError):
+    """A request that gets an error answer (RFC 9457) instead of what it asked for."""
+
+    status: ClassVar[int] = 500
+    title: ClassVar[str] = "Internal error"
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        faults: Sequence[Fault] = (),
+        retry_after_seconds: float | None = None,
+        job_id: str | None = None,
+        headers: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        super().__init__(detail)
+        self.faults = tuple(faults)
+        self.retry_after_seconds = retry_after_seconds
+        self.job_id = job_id
+        self.headers = tuple(headers)
+
+
+class InternalError(RequestError):
+    """Our own fault; the log has the rest."""
+
+
+class MalformedRequest(RequestError):
+    code, status, title = "malformed_request", 400, "This is not HTTP"
+
+
+class InvalidJSON(RequestError):
+    code, status, title = "invalid_json", 400, "The body is not valid JSON"
+
+
+class InvalidHeader(RequestError):
+    code, status, title = "invalid_header", 400, "A header is not valid"
+
+
+class InvalidQuery(RequestError):
+    code, status, title = "invalid_query", 400, "A query parameter is not valid"
+
+
+class Unauthorized(RequestError):
+    code, status, title = "unauthorized", 401, "An API key is needed"
+
+
+class Forbidden(RequestError):
+    code, status, title = "forbidden", 403, "The API key lacks a scope"
+
+
+class HostRefused(RequestError):
+    code, status, title = "host_refused", 403, "The Host header is not allowed"
+
+
+class OriginRefused(RequestError):
+    code, status, title = "origin_refused", 403, "The Origin header is not allowed"
+
+
+class RouteNotFound(RequestError):
+    code, status, title = "route_not_found", 404, "No such route"
+
+
+class JobNotFound(RequestError):
+    code, status, title = "job_not_found", 404, "No such job"
+
+
+class ModelNotFound(RequestError):
+    code, status, title = "model_not_found", 404, "No such model"
+
+
+class MethodNotAllowed(RequestError):
+    code, status, title = "method_not_allowed", 405, "The route has no such method"
+
+
+class RequestTimeout(RequestError):
+    code, status, title = "request_timeout", 408, "The request took too long to arrive"
+
+
+class JobFinished(RequestError):
+    code, status, title = "job_finished", 409, "The job has already ended"
+
+
+class JobNotRetryable(RequestError):
+    code, status, title = "job_not_retryable", 409, "The job cannot be retried"
+
+
+class JobExpired(RequestError):
+    code, status, title = "job_expired", 410, "The job is no longer kept"
+
+
+class BodyTooLarge(RequestError):
+    code, status, title = "body_too_large", 413, "The body is too large"
+
+
+class MediaTypeRefused(RequestError):
+    code, status, title = "media_type_refused", 415, "The content type is not supported"
+
+
+class EncodingRefused(RequestError):
+    code, status, title = "encoding_refused", 415, "The content encoding is not supported"
+
+
+class InvalidInput(RequestError):
+    """JSON that parses, but is not what this model or route takes; also ends a job."""
+
+    code, status, title = "invalid_input", 422, "The input does not fit"
+
+
+class IdempotencyConflict(RequestError):
+    code, status, title = "idempotency_conflict", 422, "The Idempotency-Key was used before"
+
+
+class QueueFull(RequestError):
+    code, status, title = "queue_full", 429, "The queue is full"
+
+
+class HeadersTooLarge(RequestError):
+    code, status, title = "headers_too_large", 431, "The headers are too large"
+
+
+class TooManyConnections(RequestError):
+    code, status, title = "too_many_connections", 503, "There are too many connections"
+
+
+class RedisUnavailable(RequestError):
+    code, status, title = "redis_unavailable", 503, "Redis does not answer"
+
+
+class RedisRefused(RedisUnavailable):
+    """Redis answered, but not to this: a key of another type, damaged content, a lost right."""
+
+    code, title = "redis_refused", "Redis refused a command"
+
+
+class StorageFull(RequestError):
+    code, status, title = "storage_full", 503, "Redis has no memory left"
+
+
+class NoModelAnnounced(RequestError):
+    code, status, title = "no_model_announced", 503, "No worker has announced a model yet"
+
+
+# --- stored with a job -------------------------------------------------------------------
+
+
+class JobError(AsyncinferError):
+    """Ends a job as failed; stored as `{"code", "message"}`."""
+
+    code: ClassVar[str] = "model_failed"
+
+
+class ModelFailed(JobError):
+    """ONNX Runtime refused this very input."""
+
+
+class OutOfMemory(JobError):
+    """A run had no memory; worth another try."""
+
+    code = "out_of_memory"
+
+
+class PredictionTimeout(JobError):
+    """A run took longer than PREDICTION_TIMEOUT."""
+
+    code = "timeout"
+
+
+class UnknownModel(JobError):
+    """The job names a model that this worker has no file for."""
+
+    code = "unknown_model"
+
+
+class ResultTooLarge(JobError):
+    """What the model gave is more than is kept for one job."""
+
+    code = "result_too_large"
+
+
+class UnreadableRecord(JobError):
+    """A job's record or payload is of a kind that this release does not know."""
+
+    code = "unreadable_record"
+
+
+# Codes that only the scripts write: worker_lost, input_lost, expired.
+
+
+# --- stops a command ---------------------------------------------------------------------
+
+
+class StartError(AsyncinferError):
+    """A command that cannot start; the detail says what to do."""
+
+    code = "cannot_start"
+
+
+class InvalidSetting(StartError):
+    code = "invalid_setting"
+
+
+class ServerRefused(StartError):
+    """The Redis server cannot keep our promise: too old, a cluster, or one that evicts."""
+
+    code = "server_refused"
+
+
+class DataDirBusy(StartError):
+    code = "data_dir_busy"
+
+
+class DefaultModelChanged(StartError):
+    code = "default_model_changed"
+
+
+class ModelRefused(StartError):
+    """A model file that cannot be served, and why."""
+
+    code = "model_refused"
+
+
+class KeyFileRefused(StartError):
+    """An API_KEYS file that cannot be read as one, and where."""
+
+    code = "key_file_refused"

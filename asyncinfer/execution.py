@@ -1,0 +1,148 @@
+"""What a thread does for a batch: check the inputs, stack them, run, split, render."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import msgspec
+from msgspec import Raw, Struct
+
+from asyncinfer import batching, results
+from asyncinfer.engine import Engine, Stop, Stopped
+from asyncinfer.errors import (
+    AsyncinferError,
+    InvalidInput,
+    JobError,
+    ModelFailed,
+    OutOfMemory,
+    UnknownModel,
+    UnreadableRecord,
+)
+from asyncinfer.models import check_data
+from asyncinfer.repository.run import ClaimedJob
+from asyncinfer.tensors import Array
+
+log = logging.getLogger(__name__)
+
+_MAX_ROWS: Final = 4096
+
+
+class Batch(Struct, frozen=True):
+    """Jobs that share a run, with their inputs."""
+
+    engine: Engine
+    jobs: tuple[ClaimedJob, ...]
+    inputs: tuple[Array, ...]
+
+    def halves(self) -> "tuple[Batch, Batch]":
+        """Two batches, to find out which half holds the job that fails."""
+        middle = len(self.jobs) // 2
+        return (
+            Batch(self.engine, self.jobs[:middle], self.inputs[:middle]),
+            Batch(self.engine, self.jobs[middle:], self.inputs[middle:]),
+        )
+
+
+class Prepared(Struct, frozen=True):
+    """What a claim's jobs became: batches to run, and jobs that cannot run."""
+
+    batches: tuple[Batch, ...]
+    refused: tuple[tuple[ClaimedJob, AsyncinferError], ...]
+
+
+class _Wrapped(Struct):
+    """A stranger may store the request's body instead of its `data`."""
+
+    data: Raw
+
+
+def prepare(
+    jobs: Sequence[ClaimedJob], engines: Mapping[str, Engine], default_model: str | None
+) -> Prepared:
+    """Checks each job's input as the door did (strangers never met the door), and groups."""
+    refused: list[tuple[ClaimedJob, AsyncinferError]] = []
+    ready: list[tuple[Engine, ClaimedJob, Array]] = []
+    for job in jobs:
+        try:
+            engine = _engine_for(job, engines, default_model)
+            ready.append((engine, job, check_data(_input_of(job), engine.signature)))
+        except (InvalidInput, UnknownModel, UnreadableRecord) as error:
+            refused.append((job, error))
+    return Prepared(tuple(_batches(ready)), tuple(refused))
+
+
+def run(batch: Batch, stop: Stop) -> list[bytes]:
+    """The result JSON of each job, in order; raises ModelFailed, OutOfMemory or Stopped."""
+    counts = [_rows_of(one) for one in batch.inputs]
+    try:
+        outputs = batch.engine.run(batching.stack(batch.inputs), stop)
+        return results.render_results(outputs, counts, batch.engine.signature)
+    except (JobError, Stopped):
+        raise
+    except MemoryError as error:
+        raise OutOfMemory("There was not enough memory for the batch.") from error
+    except Exception as error:
+        # One job's outputs may be what nothing here foresaw; its neighbours' are not.
+        log.exception("A batch of %d jobs failed.", len(batch.jobs))
+        raise ModelFailed("The outputs of the model could not be made a result.") from error
+
+
+def _engine_for(
+    job: ClaimedJob, engines: Mapping[str, Engine], default_model: str | None
+) -> Engine:
+    if job.meta and job.record is None:
+        raise UnreadableRecord(
+            "The job's record cannot be read by this release of asyncinfer; submit it again."
+        )
+    if job.record and job.record.payload != "json":
+        raise UnreadableRecord(
+            f"The job's payload is written as {job.record.payload!r}, which this release of "
+            "asyncinfer cannot read; upgrade its workers and retry the job."
+        )
+    model = job.record.model if job.record else default_model
+    if model is None or model not in engines:
+        raise UnknownModel(
+            f"This worker has no model {model!r}; it has {', '.join(sorted(engines)) or 'none'}."
+        )
+    return engines[model]
+
+
+def _input_of(job: ClaimedJob) -> bytes | Raw:
+    if job.record or not job.data.lstrip().startswith(b"{"):
+        return job.data
+    try:
+        return msgspec.json.decode(job.data, type=_Wrapped).data
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InvalidInput(
+            'The stored input is neither a JSON array of rows nor {"data": [...]}.'
+        ) from error
+
+
+def _batches(ready: Sequence[tuple[Engine, ClaimedJob, Array]]) -> list[Batch]:
+    """Groups what may share a run: one engine, equal dtypes and row shapes, bounded rows."""
+    groups: dict[object, list[tuple[Engine, ClaimedJob, Array]]] = {}
+    for engine, job, array in ready:
+        alone = not engine.signature.batched
+        key = (id(engine), job.job_id if alone else batching.run_key(array))
+        groups.setdefault(key, []).append((engine, job, array))
+    return [batch for group in groups.values() for batch in _bounded(group)]
+
+
+def _rows_of(data: Array) -> int:
+    return len(data) if data.ndim else 1
+
+
+def _bounded(group: Sequence[tuple[Engine, ClaimedJob, Array]]) -> list[Batch]:
+    batches: list[list[tuple[Engine, ClaimedJob, Array]]] = [[]]
+    rows = 0
+    for one in group:
+        count = _rows_of(one[2])
+        if batches[-1] and rows + count > _MAX_ROWS:
+            batches.append([])
+            rows = 0
+        batches[-1].append(one)
+        rows += count
+    return [
+        Batch(part[0][0], tuple(job for _, job, _ in part), tuple(array for _, _, array in part))
+        for part in batches
+    ]

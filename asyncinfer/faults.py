@@ -1,0 +1,187 @@
+"""Every fault of a JSON tensor that was refused: where it is, and what is expected there.
+
+The slow path: it walks in Python what the decoder refused in one go.
+"""
+
+import codecs
+import itertools
+import json
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+from msgspec import Struct
+
+from asyncinfer.errors import Fault, InvalidInput
+from asyncinfer.tensors import FLOATS, RANGES, TensorSpec, is_open, shape_words
+
+MAX_FAULTS: Final = 20
+"""How many faults one answer lists; the rest is only counted."""
+
+_MAX_COUNTED: Final = 1000
+_MAX_INT_DIGITS: Final = 300
+_INFINITIES: Final = (math.inf, -math.inf)
+"""What Python's parser makes of numbers beyond every datatype, such as 1e400."""
+
+
+def refusal(faults: Iterable[Fault], *, otherwise: str = "does not fit") -> InvalidInput:
+    """The error that lists `faults`: the first MAX_FAULTS, and how many more there are.
+
+    `otherwise` is what it says where there are none.
+    """
+    found = list(itertools.islice(faults, _MAX_COUNTED)) or [Fault("/data", otherwise)]
+    least = "at least " if len(found) == _MAX_COUNTED else ""
+    detail = f"{found[0].pointer}: {found[0].detail}"
+    if len(found) > 1:
+        detail = f"{detail} (and {least}{len(found) - 1} more)"
+    unlisted = len(found) - MAX_FAULTS
+    if unlisted > 0:
+        found[MAX_FAULTS:] = [Fault("/data", f"{least}{unlisted} more faults are not listed")]
+    return InvalidInput(detail, faults=found)
+
+
+def find(data: bytes, spec: TensorSpec, *, model: str, max_rows: int) -> Iterator[Fault]:
+    """Where the JSON text `data` differs from what `model` takes; pointers start with /data."""
+    try:
+        value = json.loads(data.decode(), parse_int=_int, parse_constant=lambda _: _NoJson())
+    except UnicodeDecodeError as error:
+        yield Fault("/data", f"not UTF-8 at byte {error.start}")
+    except json.JSONDecodeError as error:
+        yield Fault("/data", _syntax_problem(data, error))
+    except RecursionError:
+        yield Fault("/data", f"nested too deep, {model} takes shape {shape_words(spec)}")
+    else:
+        yield from _Walk(spec, model, max_rows).faults(value)
+
+
+class _NoJson:
+    """Stands for NaN and Infinity, which Python's parser takes and JSON has not."""
+
+
+def _int(digits: str) -> int | float:
+    return int(digits) if len(digits) <= _MAX_INT_DIGITS else math.inf
+
+
+def _syntax_problem(data: bytes, error: json.JSONDecodeError) -> str:
+    if data.startswith(codecs.BOM_UTF8):
+        return "begins with a byte order mark; send UTF-8 without one"
+    return f"not valid JSON: {error.msg} at character {error.pos}"
+
+
+class _Walk:
+    """Goes through a parsed value and tells where it differs from `spec`."""
+
+    def __init__(self, spec: TensorSpec, model: str, max_rows: int) -> None:
+        self._spec = spec
+        self._rank = len(spec.shape)
+        self._model = model
+        self._max_rows = max_rows
+        self._element = _element(spec.datatype)
+        self._sizes: dict[int | str, int] = {}
+        """Sizes of open dimensions as first met, by symbol, or by axis without one."""
+
+    def faults(self, value: object) -> Iterator[Fault]:
+        if self._rank > 1 and isinstance(value, list) and _is_flat(value):
+            takes = f"{self._model} takes {self._rank}: shape {shape_words(self._spec)}"
+            yield Fault("/data", f"1 dimension, {takes}")
+        else:
+            yield from self._at("/data", value, 0)
+
+    def _at(self, pointer: str, value: object, axis: int) -> Iterator[Fault]:
+        if axis == self._rank:
+            yield from self._leaf(pointer, value)
+        elif not isinstance(value, list):
+            yield Fault(pointer, f"{_kind(value)}, expected {self._array_words(axis)}")
+        elif axis == 0 and is_open(self._spec) and len(value) > self._max_rows:
+            takes = f"{self._model} takes at most {self._max_rows} in one job"
+            yield Fault(pointer, f"{len(value)} {self._noun(0, 2)}, {takes}")
+        else:
+            yield from self._inside(pointer, value, axis)
+
+    def _inside(self, pointer: str, items: list[object], axis: int) -> Iterator[Fault]:
+        problem = self._size_problem(len(items), axis)
+        if problem:
+            place = f"row {pointer.rpartition('/')[2]} has " if axis == 1 else ""
+            yield Fault(pointer, f"{place}{problem}")
+        if axis == self._rank - 1 and self._element.takes_all(items):
+            return
+        for index, item in enumerate(items):
+            yield from self._at(f"{pointer}/{index}", item, axis + 1)
+
+    def _leaf(self, pointer: str, value: object) -> Iterator[Fault]:
+        fits_type = type(value) in self._element.types
+        if not fits_type and not (self._element.range and value in _INFINITIES):
+            yield Fault(pointer, f"{_kind(value)}, expected {self._element.one}")
+        elif not self._element.takes_all([value]):
+            yield Fault(pointer, f"beyond the range of {self._spec.datatype}")
+
+    def _size_problem(self, size: int, axis: int) -> str:
+        dim = self._spec.shape[axis]
+        takes = f"{size} {self._noun(axis, size)}, {self._model} takes"
+        if isinstance(dim, int):
+            return "" if size == dim else f"{takes} {dim}"
+        if size == 0:
+            return f"{takes} at least 1"
+        first = self._sizes.setdefault(axis if dim is None else dim, size)
+        return "" if size == first else f"{takes} equal sizes, here {first}"
+
+    def _array_words(self, axis: int) -> str:
+        dim = self._spec.shape[axis]
+        if isinstance(dim, int):
+            return f"an array of {dim} {self._noun(axis, dim)}"
+        return f"an array of {self._noun(axis, 2)}"
+
+    def _noun(self, axis: int, count: int) -> str:
+        outer = "row" if axis == 0 else "array"
+        noun = self._element.noun if axis == self._rank - 1 else outer
+        return noun if count == 1 else f"{noun}s"
+
+
+class _Element(Struct, frozen=True):
+    """What an element of a datatype may be, and how to call it."""
+
+    one: str
+    noun: str
+    types: frozenset[type]
+    range: tuple[float, float] | None = None
+
+    def takes_all(self, items: list[Any]) -> bool:
+        """One look at a whole row, because a large input has too many elements to visit."""
+        if not self.types.issuperset(map(type, items)):
+            return False
+        if self.range is None or not items:
+            return True
+        low, high = self.range
+        return bool(low <= min(items) and max(items) <= high)
+
+
+def _element(datatype: str) -> _Element:
+    if datatype == "BOOL":
+        return _Element("true or false", "boolean", frozenset({bool}))
+    if datatype == "BYTES":
+        return _Element("a string", "string", frozenset({str}))
+    if datatype in FLOATS:
+        return _Element("a number", "number", frozenset({int, float}), RANGES[datatype])
+    return _Element("a whole number", "whole number", frozenset({int}), RANGES[datatype])
+
+
+def _is_flat(items: list[object]) -> bool:
+    return bool(items) and not any(isinstance(item, list) for item in items)
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return _KINDS[type(value)]
+
+
+_KINDS: Final[dict[type, str]] = {
+    str: "a string",
+    list: "an array",
+    dict: "an object",
+    int: "a whole number",
+    float: "a number with a decimal point",
+    _NoJson: "NaN or Infinity",
+}

@@ -1,0 +1,166 @@
+"""How one API process waits for many jobs: one reader, many waiters, nothing polled."""
+
+import asyncio
+import contextlib
+import logging
+import random
+import secrets
+from collections.abc import Iterator
+from typing import Final
+
+from asyncinfer import keys
+from asyncinfer.errors import RedisUnavailable, StorageFull
+from asyncinfer.jobs import TERMINAL, id_text
+from asyncinfer.repository.store import Store
+from asyncinfer.repository.submit import Stored, Submissions, queue_of
+
+log = logging.getLogger(__name__)
+
+_TTL_SECONDS: Final = 60
+_CHECK_SECONDS: Final = 5.0
+_READ_SECONDS: Final = 5.0
+_MOST_WAITERS: Final = 20_000
+_MOST_CHECKED: Final = 1000
+_READ_AT_ONCE: Final = 32
+"""Results may be large, and one reply has to come in time."""
+
+
+class Ticket:
+    """One waiter's place; `wait` it at most once."""
+
+    def __init__(self, job_id: str, submissions: Submissions) -> None:
+        self.job_id = job_id
+        self.ended: asyncio.Future[Stored | None] = asyncio.get_running_loop().create_future()
+        self._submissions = submissions
+
+    async def wait(self, seconds: float) -> Stored | None:
+        """The ended job, or after `seconds` the job as it is; None when absent."""
+        done, _ = await asyncio.wait({self.ended}, timeout=seconds)
+        if done and (stored := self.ended.result()):
+            return stored
+        return await self._submissions.read(self.job_id)
+
+
+class Inbox:
+    """The stream that tells this process of the ends it waits for.
+
+    Notices may be lost (a restart of Redis, a stream trimmed): everything waited for is
+    looked at again every few seconds, in one command.
+    """
+
+    def __init__(self, store: Store, submissions: Submissions) -> None:
+        self.name = keys.inbox(store.n, secrets.token_hex(8))
+        self._store = store
+        self._submissions = submissions
+        self._blocking = store.blocking()
+        self._tickets: dict[str, list[Ticket]] = {}
+        self._waiters = 0
+        self._closing = asyncio.Event()
+
+    async def run(self) -> None:
+        """Reads until closed."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._keep())
+            group.create_task(self._read())
+
+    async def close(self) -> None:
+        """Ends `run`, and answers every waiter with its job as it is now."""
+        self._closing.set()
+        await self._blocking.close()
+        for tickets in list(self._tickets.values()):
+            for ticket in tickets:
+                _resolve(ticket, None)
+
+    @contextlib.contextmanager
+    def expect(self, job_id: str) -> Iterator[Ticket]:
+        """A place for a job about to be submitted with this inbox, taken before the submit."""
+        ticket = Ticket(job_id, self._submissions)
+        if self._closing.is_set() or self._waiters >= _MOST_WAITERS:
+            _resolve(ticket, None)
+        self._tickets.setdefault(job_id, []).append(ticket)
+        self._waiters += 1
+        try:
+            yield ticket
+        finally:
+            self._waiters -= 1
+            others = self._tickets[job_id]
+            others.remove(ticket)
+            if not others:
+                del self._tickets[job_id]
+
+    async def wait(self, stored: Stored, seconds: float) -> Stored | None:
+        """Waits for the end of a job that was just read."""
+        if stored.status in TERMINAL or seconds <= 0:
+            return stored
+        with self.expect(stored.job_id) as ticket:
+            queue = queue_of(self._store, stored)
+            now = (await self._submissions.watch(queue, self.name, [stored.job_id]))[0]
+            if now is None or now.status in TERMINAL:
+                return now
+            return await ticket.wait(seconds)
+
+    async def _read(self) -> None:
+        last = b"0"
+        while not self._closing.is_set():
+            try:
+                entries = await self._blocking.read({self.name: last}, _READ_SECONDS)
+                if entries:
+                    last = entries[-1][1]
+                    told = {id_text(field) for _, _, fields in entries for field in fields}
+                    await self._look(list(told))
+            except RedisUnavailable as error:
+                if not self._closing.is_set():
+                    log.warning("Inbox: %s", error.detail)
+                    await self._pause(random.uniform(0.1, 0.5))
+
+    async def _keep(self) -> None:
+        """Keeps the stream alive, and looks again at everything that is waited for."""
+        while not self._closing.is_set():
+            try:
+                await self._stay()
+                waited_for = list(self._tickets)
+                for start in range(0, len(waited_for), _MOST_CHECKED):
+                    await self._look(waited_for[start : start + _MOST_CHECKED])
+            except RedisUnavailable:
+                await self._pause(random.uniform(0.1, 0.5))
+            else:
+                await self._pause(_CHECK_SECONDS * random.uniform(0.8, 1.2))
+
+    async def _stay(self) -> None:
+        """Makes the stream where it is not there; with memory full that has to wait."""
+        alive = ("MAXLEN", "~", 10_000, "*", "", "alive")
+        with contextlib.suppress(StorageFull):
+            if not await self._store.command("EXPIRE", self.name, _TTL_SECONDS):
+                await self._store.command("XADD", self.name, *alive)
+                await self._store.command("EXPIRE", self.name, _TTL_SECONDS)
+
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._closing.wait()
+
+    async def _look(self, job_ids: list[str]) -> None:
+        """Reads jobs and resolves the waiters of those that have ended."""
+        wanted = [job_id for job_id in job_ids if job_id in self._tickets]
+        if len(wanted) > _READ_AT_ONCE:
+            wanted = await self._ended_of(wanted)
+        for start in range(0, len(wanted), _READ_AT_ONCE):
+            part = wanted[start : start + _READ_AT_ONCE]
+            for job_id, stored in zip(part, await self._submissions.read_many(part), strict=True):
+                # Absent is no answer: a job that is expected may not have been submitted yet.
+                if stored and stored.status in TERMINAL:
+                    for ticket in self._tickets.get(job_id, ()):
+                        _resolve(ticket, stored)
+
+    async def _ended_of(self, job_ids: list[str]) -> list[str]:
+        statuses = await self._store.command("MGET", *map(keys.status, job_ids))
+        return [
+            job_id
+            for job_id, status in zip(job_ids, statuses, strict=True)
+            if status and status.decode("utf-8", "replace") in TERMINAL
+        ]
+
+
+def _resolve(ticket: Ticket, stored: Stored | None) -> None:
+    if not ticket.ended.done():
+        ticket.ended.set_result(stored)

@@ -1,0 +1,206 @@
+"""A job as Redis holds it, and the pure decisions about it."""
+
+import os
+import random
+import re
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+Status = Literal["pending", "processing", "completed", "failed", "cancelled"]
+Priority = Literal["high", "normal", "low"]
+Outcome = Literal["completed", "failed", "cancelled", "retry", "dead", "released", "suspect"]
+
+STATUSES: Final[tuple[Status, ...]] = (
+    "pending",
+    "processing",
+    "completed",
+    "failed",
+    "cancelled",
+)
+TERMINAL: Final[frozenset[str]] = frozenset({"completed", "failed", "cancelled"})
+
+DEFAULT_TENANT: Final = "default"
+"""Owns what was submitted without API keys, and strangers' jobs."""
+
+SCHEMA: Final = 1
+"""Version of the record. Fields are only ever added at its end, with a default."""
+
+_THIRTY_DAYS_SECONDS: Final = 30 * 24 * 3600
+
+
+class Options(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """All that can be asked of one job. In a record, what a later release added is passed over."""
+
+    priority: Annotated[
+        Priority, Meta(description="High is served before normal, normal before low.")
+    ] = "normal"
+    delay_seconds: Annotated[
+        float, Meta(ge=0, le=_THIRTY_DAYS_SECONDS, description="Do not start before this.")
+    ] = 0.0
+    start_within_seconds: (
+        Annotated[
+            float,
+            Meta(gt=0, le=_THIRTY_DAYS_SECONDS, description="Fail as `expired` if not started."),
+        ]
+        | None
+    ) = None
+    finish_within_seconds: (
+        Annotated[
+            float,
+            Meta(gt=0, le=_THIRTY_DAYS_SECONDS, description="Fail as `expired` if not finished."),
+        ]
+        | None
+    ) = None
+    ttl_seconds: (
+        Annotated[
+            int,
+            Meta(ge=1, le=_THIRTY_DAYS_SECONDS, description="How long the ended job is kept."),
+        ]
+        | None
+    ) = None
+
+
+class Record(Struct, frozen=True, array_like=True):
+    """`job:{id}:meta`: what we know of a job beside its data, status, result and error.
+
+    Stored as a msgpack array behind an 8-byte sequence number that `submit` writes; Lua never
+    looks inside. A job without one is a stranger's.
+    """
+
+    schema: int
+    queue: str
+    model: str
+    tenant: str
+    created_ms: int
+    round: int = 1
+    version: str | None = None
+    """The version asked for; None for the one the worker serves."""
+    payload: str = "json"
+    """How `job:{id}:data` is written; JSON text has no tag byte."""
+    options: Options = Options()
+    errors: int = 0
+    """Transient model errors in this round; deliveries are counted apart, by the scripts."""
+    started_ms: int | None = None
+    finished_ms: int | None = None
+    worker: str | None = None
+    claim: str | None = None
+    """The claim that finished it: how a retried finish knows its own work."""
+    ran_version: str | None = None
+
+
+class JobError(Struct, frozen=True):
+    """`job:{id}:error`."""
+
+    code: str
+    message: str
+
+
+class Facts(Struct, frozen=True, omit_defaults=True):
+    """What the scripts must know of an unusual job; written by Lua, one letter a name."""
+
+    d: int = 0
+    """deliveries that ended in a lost worker"""
+    s: int = 0
+    """1: suspect of hanging its run"""
+    c: int = 0
+    """1: cancel was asked for while it runs"""
+    e: int = 0
+    """1: its life deadline passed while it runs"""
+    b: int = 0
+    """start deadline, server ms"""
+    l: int = 0  # noqa: E741
+    """life deadline, server ms"""
+    p: str = ""
+    """priority when not normal"""
+    t: int = 0
+    """ttl in seconds when not the default"""
+    w: tuple[str, ...] = ()
+    """inboxes to tell"""
+    r: int = 0
+    """1: a stranger's job that was claimed before, so that the log shows it once"""
+
+
+_encode_msgpack = msgspec.msgpack.Encoder().encode
+_decode_record = msgspec.msgpack.Decoder(Record).decode
+_decode_facts = msgspec.msgpack.Decoder(Facts).decode
+
+_SEQ_BYTES: Final = 8
+
+
+def encode_record(record: Record, seq: bytes = b"") -> bytes:
+    """The bytes of `job:{id}:meta`; `seq` is the prefix of the record it replaces."""
+    return seq + _encode_msgpack(record)
+
+
+def decode_record(meta: bytes) -> Record:
+    """Raises msgspec.DecodeError when the bytes are not a record."""
+    try:
+        return _decode_record(memoryview(meta)[_SEQ_BYTES:])
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from error
+
+
+def record_seq(meta: bytes) -> bytes:
+    return meta[:_SEQ_BYTES]
+
+
+def decode_facts(facts: bytes | None) -> Facts:
+    """What is damaged says nothing, as what is absent."""
+    try:
+        return _decode_facts(facts) if facts else Facts()
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return Facts()
+
+
+# --- ids -----------------------------------------------------------------------------------
+
+_OURS = re.compile(r"[0-9a-f]{12}7[0-9a-f]{3}[89ab][0-9a-f]{15}")
+_STRANGER_MAX_BYTES: Final = 128
+
+
+def new_id(now_ms: int) -> str:
+    """A UUIDv7 (RFC 9562) as 32 hex digits: 48 bits of time, 74 random ones."""
+    noise = int.from_bytes(os.urandom(10), "big")
+    high = (now_ms << 16) | 0x7000 | (noise >> 68)
+    low = (0b10 << 62) | (noise & ((1 << 62) - 1))
+    return f"{high:016x}{low:016x}"
+
+
+def created_ms(job_id: str) -> int | None:
+    """When one of our ids was made; None for a stranger's."""
+    return int(job_id[:12], 16) if _OURS.fullmatch(job_id) else None
+
+
+def id_text(raw: bytes) -> str:
+    """An id as text, whatever bytes a stranger made it of; `id_bytes` gives them back."""
+    return raw.decode("utf-8", "surrogateescape")
+
+
+def id_bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def is_id(text: str) -> bool:
+    """Whether `text` may name a job: ours, or a stranger's of at most 128 bytes."""
+    size = len(id_bytes(text))
+    return 0 < size <= _STRANGER_MAX_BYTES and not any(ord(c) < 32 or ord(c) == 127 for c in text)
+
+
+# --- decisions -----------------------------------------------------------------------------
+
+_BACKOFF_BASE_SECONDS: Final = 1.0
+_BACKOFF_CAP_SECONDS: Final = 60.0
+
+
+def retry_or_dead(errors: int, max_errors: int) -> Literal["retry", "dead"]:
+    """What becomes of a job after its `errors`-th transient error."""
+    return "retry" if errors < max_errors else "dead"
+
+
+def backoff_ms(errors: int, uniform: float | None = None) -> int:
+    """Full-jitter back-off before try `errors + 1`; `uniform` in [0, 1) replaces chance."""
+    chance = random.random() if uniform is None else uniform
+    ceiling = min(_BACKOFF_CAP_SECONDS, _BACKOFF_BASE_SECONDS * 2.0 ** min(errors, 30))
+    return int(chance * ceiling * 1000)

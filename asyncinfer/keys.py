@@ -1,0 +1,164 @@
+"""The name of every Redis key.
+
+`n` is QUEUE_NAME and `q` a queue: `n` itself for the default model, `n:model` for another.
+In `{q}:x` the braces are literal (a hash tag), so that one queue's keys share a slot and no
+model's name can collide with them (a bare `n:default` would be the queue of a model `default`).
+The scripts build the same names in `lua/_job.lua`; a test holds the two together.
+"""
+
+
+def queue(n: str, model: str, default_model: str | None) -> str:
+    """The list that holds `model`'s waiting jobs of normal priority."""
+    return n if model == default_model else f"{n}:{model}"
+
+
+def model_of(n: str, q: str, default_model: str | None) -> str | None:
+    """The model whose queue `q` is; the reverse of `queue`."""
+    return default_model if q == n else q.removeprefix(f"{n}:")
+
+
+# --- a job ---------------------------------------------------------------------------------
+
+
+def data(job_id: str) -> str:
+    return f"job:{job_id}:data"
+
+
+def status(job_id: str) -> str:
+    return f"job:{job_id}:status"
+
+
+def result(job_id: str) -> str:
+    return f"job:{job_id}:result"
+
+
+def error(job_id: str) -> str:
+    return f"job:{job_id}:error"
+
+
+def meta(job_id: str) -> str:
+    return f"job:{job_id}:meta"
+
+
+# --- a queue -------------------------------------------------------------------------------
+
+
+def waiting(q: str) -> tuple[str, str, str]:
+    """The three lists of a queue in the order they are served: high, normal, low."""
+    return f"{{{q}}}:high", q, f"{{{q}}}:low"
+
+
+def wake(q: str) -> str:
+    return f"{{{q}}}:wake"
+
+
+def running(q: str) -> str:
+    return f"{{{q}}}:running"
+
+
+def leases(q: str) -> str:
+    return f"{{{q}}}:leases"
+
+
+def claim(q: str, token: str) -> str:
+    return f"{{{q}}}:claim:{token}"
+
+
+def facts(q: str) -> str:
+    return f"{{{q}}}:facts"
+
+
+def deadlines(q: str) -> str:
+    return f"{{{q}}}:deadlines"
+
+
+def delayed(q: str) -> str:
+    return f"{{{q}}}:delayed"
+
+
+def seq(q: str) -> str:
+    return f"{{{q}}}:seq"
+
+
+def bytes_waiting(q: str) -> str:
+    return f"{{{q}}}:bytes"
+
+
+def ghosts(q: str) -> str:
+    return f"{{{q}}}:ghosts"
+
+
+def paused(q: str) -> str:
+    return f"{{{q}}}:paused"
+
+
+def dead(q: str) -> str:
+    return f"{{{q}}}:dead"
+
+
+def log(q: str) -> str:
+    return f"{{{q}}}:log"
+
+
+def log_marks(q: str) -> str:
+    return f"{{{q}}}:logmarks"
+
+
+def control(q: str) -> str:
+    return f"{{{q}}}:control"
+
+
+def idempotency(q: str, digest: str) -> str:
+    """`digest` is a hash over tenant and Idempotency-Key, so neither is readable in Redis."""
+    return f"{{{q}}}:idem:{digest}"
+
+
+def reap_gate(q: str) -> str:
+    return f"{{{q}}}:reapgate"
+
+
+def swept(q: str) -> str:
+    return f"{{{q}}}:swept"
+
+
+def hold(q: str) -> str:
+    return f"{{{q}}}:hold"
+
+
+# --- all queues ----------------------------------------------------------------------------
+
+
+def queues(n: str) -> str:
+    return f"{{{n}}}:queues"
+
+
+def odd(n: str) -> str:
+    return f"{{{n}}}:odd"
+
+
+def repair_gate(n: str) -> str:
+    return f"{{{n}}}:repairgate"
+
+
+def inbox(n: str, api: str) -> str:
+    return f"{{{n}}}:inbox:{api}"
+
+
+def worker(n: str, worker_id: str) -> str:
+    return f"{{{n}}}:worker:{worker_id}"
+
+
+def workers(n: str) -> str:
+    return f"{{{n}}}:workers"
+
+
+def model(n: str, name: str) -> str:
+    return f"{{{n}}}:model:{name}"
+
+
+def models(n: str) -> str:
+    return f"{{{n}}}:models"
+
+
+def default_model(n: str) -> str:
+    return f"{{{n}}}:default"

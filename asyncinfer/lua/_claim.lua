@@ -1,0 +1,184 @@
+-- The claim itself, shared by `claim` and by `finish`, which claims next in the same step.
+
+local MOST_PASSED = 1000
+
+-- What becomes of an id found in a list. Effects come later, all at once.
+local function judge(found, now)
+  local status, facts = found.status, found.facts
+  if #found.id == 0 or #found.id > 128 or found.id:find('%c') then return 'junk' end
+  local stranger = not status and not found.meta
+  if status ~= 'pending' and not (stranger and found.bytes > 0) then
+    return status and 'drop' or 'gone'
+  end
+  if found.bytes == 0 then return 'lost' end
+  if facts and ((facts.b and facts.b < now) or (facts.l and facts.l < now)) then return 'expired' end
+  if facts and (facts.d or facts.s) then return 'lone' end
+  return 'take'
+end
+
+local function look(q, ids)
+  local statuses = redis.call('MGET', unpack(each(ids, ':status')))
+  local metas = redis.call('MGET', unpack(each(ids, ':meta')))
+  local facts = redis.call('HMGET', q.facts, unpack(ids))
+  local found = {}
+  for i, id in ipairs(ids) do
+    found[i] = {
+      id = id, status = statuses[i], meta = metas[i], bytes = input_bytes(id),
+      packed = facts[i], facts = unpacked(facts[i]),
+    }
+  end
+  return found
+end
+
+-- The ids at the serving end of a list behind the first `skip`, the next to be served first.
+local function peek(list, skip, count)
+  local ids = redis.call('LRANGE', list, -skip - count, -skip - 1)
+  for i = 1, math.floor(#ids / 2) do ids[i], ids[#ids + 1 - i] = ids[#ids + 1 - i], ids[i] end
+  return ids
+end
+
+-- The tail of a claim's reply: id, data, meta, facts of each job.
+local function describe(jobs)
+  local ids, reply = {}, {}
+  for i, found in ipairs(jobs) do ids[i] = found.id end
+  local data = #ids > 0 and redis.call('MGET', unpack(each(ids, ':data'))) or {}
+  for i, found in ipairs(jobs) do
+    local at = 4 * i - 4
+    reply[at + 1], reply[at + 2], reply[at + 3], reply[at + 4] =
+      found.id, data[i], found.meta, found.packed
+  end
+  return reply
+end
+
+-- A token that already holds a claim gets that claim back: a lost reply costs nothing.
+local function again(q, a, now, known)
+  local ids, mine = unpacked(known) or {}, {}
+  local tokens = #ids > 0 and redis.call('HMGET', q.running, unpack(ids)) or {}
+  for i, id in ipairs(ids) do
+    if tokens[i] == a.token then mine[#mine + 1] = id end
+  end
+  redis.call('ZADD', q.leases, 'XX', now + a.lease, a.token)
+  return { now, q.list, 0, unpack(describe(#mine > 0 and look(q, mine) or {})) }
+end
+
+-- Decides, without a write, what a claim takes, ends and drops, and how far it cuts each list.
+local function plan(q, a, now)
+  local p = { taken = {}, ends = {}, gone = {}, ended = {}, cuts = {}, bytes = 0, freed = 0 }
+  local seen, passed = {}, 0
+  local lists = a.low_first and { q.low, q.list, q.high } or { q.high, q.list, q.low }
+  for _, list in ipairs(lists) do
+    local cut = 0
+    while #p.taken < a.jobs and not p.stop and passed < MOST_PASSED do
+      local ids = peek(list, cut, a.jobs - #p.taken)
+      if #ids == 0 then break end
+      for _, found in ipairs(look(q, ids)) do
+        local verdict = seen[found.id] and 'repeat' or judge(found, now)
+        if verdict == 'lone' and (#p.taken > 0 or a.held) then p.stop, p.blocked = true, true end
+        if verdict == 'take' and #p.taken > 0 and p.bytes + found.bytes > a.bytes then
+          p.stop = true
+        end
+        if p.stop then break end
+        cut = cut + 1
+        seen[found.id] = true
+        local counted = found.meta and found.bytes or 0
+        if verdict == 'take' or verdict == 'lone' then
+          p.taken[#p.taken + 1] = found
+          p.bytes, p.freed = p.bytes + found.bytes, p.freed + counted
+          p.stop = verdict == 'lone'
+          if p.stop then break end
+        else
+          passed = passed + 1
+        end
+        if verdict == 'lost' then
+          p.ends[#p.ends + 1] = failed(
+            found.id, 'input_lost', 'The input is gone from Redis; submit the job again.', found.facts)
+        elseif verdict == 'expired' then
+          p.ends[#p.ends + 1] = failed(
+            found.id, 'expired', 'The deadline passed while the job waited.', found.facts)
+          p.freed = p.freed + counted
+        elseif verdict == 'gone' then
+          p.gone[#p.gone + 1] = found.id
+        elseif verdict == 'drop' and found.status ~= 'processing' then
+          p.ended[#p.ended + 1] = found.id
+        end
+      end
+    end
+    if cut > 0 then p.cuts[#p.cuts + 1] = { list = list, cut = cut } end
+  end
+  return p
+end
+
+-- A start deadline has been met; the life deadline, where there is one, takes its place.
+local function started(q, found)
+  local facts = found.facts
+  if not (facts and facts.b) then return end
+  facts.b = nil
+  redis.call('ZREM', q.deadlines, found.id)
+  if facts.l then redis.call('ZADD', q.deadlines, facts.l, found.id) end
+  found.packed = next(facts) and cmsgpack.pack(facts) or false
+  if found.packed then
+    redis.call('HSET', q.facts, found.id, found.packed)
+  else
+    redis.call('HDEL', q.facts, found.id)
+  end
+end
+
+local function lease(q, a, taken)
+  local ids, statuses, owners, strangers = {}, {}, {}, {}
+  for i, found in ipairs(taken) do
+    ids[i] = found.id
+    statuses[2 * i - 1], statuses[2 * i] = job(found.id, 'status'), 'processing'
+    owners[2 * i - 1], owners[2 * i] = found.id, a.token
+    local ran = found.facts and (found.facts.d or found.facts.s or found.facts.r)
+    if not found.meta and not ran then strangers[#strangers + 1] = found.id end
+    started(q, found)
+  end
+  redis.call('MSET', unpack(statuses))
+  redis.call('HSET', q.running, unpack(owners))
+  -- To the microsecond, so that claims of one ms keep their order when they are reaped.
+  local time = redis.call('TIME')
+  redis.call('ZADD', q.leases, time[1] * 1000 + time[2] / 1000 + a.lease, a.token)
+  redis.call('SET', q['claim:' .. a.token], cmsgpack.pack(ids))
+  if #strangers > 0 then redis.call('INCRBY', q.seq, #strangers) end
+  record(q, { processing = ids, stranger = strangers })
+end
+
+-- Takes what waits in one queue under one lease.
+local function take(q, a, now)
+  if now > a.not_after or redis.call('EXISTS', q.paused) == 1 then return { now, q.list, 0 } end
+  local p = plan(q, a, now)
+  for _, c in ipairs(p.cuts) do redis.call('LTRIM', c.list, 0, -c.cut - 1) end
+  if #p.taken > 0 then lease(q, a, p.taken) end
+  terminal(q, p.ends, a)
+  if #p.gone > 0 then
+    redis.call('HDEL', q.facts, unpack(p.gone))
+    redis.call('ZREM', q.deadlines, unpack(p.gone))
+  end
+  haunt(q, p.gone, false)
+  haunt(q, p.ended, false)
+  if #p.cuts > 0 then settle(q, -p.freed) end
+  if waiting(q) > 0 then ring(q) end
+  return { now, q.list, p.blocked and 1 or 0, unpack(describe(p.taken)) }
+end
+
+-- Takes from the first of several queues that has work for us. `a`: token, lease and not_after in
+-- ms, held (this process holds another claim), jobs and bytes at most, unshared {queue: true} where
+-- one job at a time is taken, low_first, ttl, failed_ttl.
+-- Returns {now, queue, blocked, id, data, meta, facts, ...}; blocked: a job that must run alone
+-- is next, and this process may not have it yet, nor any other job until it can.
+local function take_first(queues, a, now)
+  -- All of them before any: the call that is retried may have taken from the last.
+  for _, list in ipairs(queues) do
+    local q = queue(list)
+    local known = redis.call('GET', q['claim:' .. a.token])
+    if known then return again(q, a, now, known) end
+  end
+  local reply
+  local most, unshared = a.jobs, a.unshared or {}
+  for _, list in ipairs(queues) do
+    a.jobs = unshared[list] and 1 or most
+    reply = take(queue(list), a, now)
+    if #reply > 3 or reply[3] == 1 then break end
+  end
+  return reply
+end

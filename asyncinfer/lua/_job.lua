@@ -1,0 +1,207 @@
+-- The prelude: what it means to end a job, to put one back, to ring, to tell who waits.
+-- Prepended to the scripts that move jobs. Lua moves bytes, Python builds them.
+
+local WAKE_TOKENS = 64
+local LOG_ENTRIES = 100000
+local CONTROL_ENTRIES = 1000
+local CONTROL_SECONDS = 3600
+local INBOX_ENTRIES = 10000
+local WATCHERS = 32
+
+local function now_ms()
+  local time = redis.call('TIME')
+  return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+
+-- A queue's keys: `queue(Q).running` is `{Q}:running`, whatever the word; `.list` is Q itself.
+local function queue(list)
+  local prefix = '{' .. list .. '}:'
+  return setmetatable({ list = list }, {
+    __index = function(keys, word)
+      local key = prefix .. word
+      rawset(keys, word, key)
+      return key
+    end,
+  })
+end
+
+local function job(id, word)
+  return 'job:' .. id .. ':' .. word
+end
+
+local function each(ids, word)
+  local keys = {}
+  for i, id in ipairs(ids) do keys[i] = 'job:' .. id .. word end
+  return keys
+end
+
+-- What each fact must be; the packed ids of a claim are strings.
+local TYPES = {
+  d = 'number', s = 'number', c = 'number', e = 'number', b = 'number', l = 'number', t = 'number',
+  r = 'number', p = 'string', w = 'table',
+}
+
+local function sound(value)
+  if type(value) ~= 'table' then return false end
+  for name, part in pairs(value) do
+    if type(part) ~= (type(name) == 'number' and 'string' or TYPES[name] or type(part)) then
+      return false
+    end
+    if name == 'w' and not sound(part) then return false end
+  end
+  return true
+end
+
+-- What is packed in a value; nil when it is damaged, as when there is none.
+local function unpacked(packed)
+  if not packed then return nil end
+  local ok, value = pcall(cmsgpack.unpack, packed)
+  return ok and sound(value) and value or nil
+end
+
+local function list_of(q, facts)
+  local priority = facts and facts.p
+  return priority and q[priority] or q.list
+end
+
+-- Bytes of a job's input; 0 when it is gone or is not a string (a stranger's mistake).
+local function input_bytes(id)
+  local size = redis.pcall('STRLEN', job(id, 'data'))
+  return type(size) == 'number' and size or 0
+end
+
+-- Bytes that count as waiting: a stranger's job (no meta) was never counted in.
+local function counted_bytes(id)
+  return redis.call('EXISTS', job(id, 'meta')) == 1 and input_bytes(id) or 0
+end
+
+local function ring(q)
+  if redis.call('LLEN', q.wake) < WAKE_TOKENS then redis.call('LPUSH', q.wake, '1') end
+end
+
+local function waiting(q)
+  return redis.call('LLEN', q.high) + redis.call('LLEN', q.list) + redis.call('LLEN', q.low)
+end
+
+-- Corrects the count of bytes that wait; nothing waiting means nothing to count, and no ghosts.
+local function settle(q, bytes)
+  if waiting(q) == 0 and redis.call('ZCARD', q.delayed) == 0 then
+    redis.call('DEL', q.bytes, q.ghosts)
+    return
+  end
+  if bytes ~= 0 and redis.call('INCRBY', q.bytes, bytes) < 0 then redis.call('SET', q.bytes, 0) end
+end
+
+-- A ghost is the id of an ended job that is still in a list: `now` it is one, or no longer.
+local function haunt(q, ids, now)
+  if #ids > 0 then redis.call(now and 'SADD' or 'SREM', q.ghosts, unpack(ids)) end
+end
+
+-- One entry for a batch of transitions: `moved` is {status = {id, ...}}.
+local function record(q, moved)
+  local fields = {}
+  for status, ids in pairs(moved) do
+    if #ids > 0 then
+      fields[#fields + 1] = status
+      fields[#fields + 1] = cmsgpack.pack(ids)
+    end
+  end
+  if #fields > 0 then
+    redis.call('XADD', q.log, 'MAXLEN', '~', LOG_ENTRIES, '*', unpack(fields))
+  end
+end
+
+-- Tells the workers of a queue: `what` is cancel, expire, pause, resume.
+local function tell_workers(q, what, id)
+  redis.call('XADD', q.control, 'MAXLEN', '~', CONTROL_ENTRIES, '*', what, id)
+  redis.call('EXPIRE', q.control, CONTROL_SECONDS)
+end
+
+-- Tells the APIs that wait for a job. NOMKSTREAM: a dead API's inbox must not come back.
+local function notify(inboxes, id, status)
+  for _, inbox in ipairs(inboxes) do
+    redis.call('XADD', inbox, 'NOMKSTREAM', 'MAXLEN', '~', INBOX_ENTRIES, '*', id, status)
+  end
+end
+
+-- Ends jobs: `ends` is a list of {id, status, body, meta, facts}; `a` carries ttl, failed_ttl
+-- and keep_input. Whatever else a job was in, it is not any more.
+local function terminal(q, ends, a)
+  if #ends == 0 then return end
+  local ids, spent, moved = {}, {}, {}
+  for i, ended in ipairs(ends) do
+    local id, status, facts = ended.id, ended.status, ended.facts
+    local ttl = facts and facts.t or (status == 'failed' and a.failed_ttl or a.ttl)
+    redis.call('SET', job(id, 'status'), status, 'EX', ttl)
+    if ended.body then
+      redis.call('SET', job(id, status == 'completed' and 'result' or 'error'), ended.body, 'EX', ttl)
+    end
+    if ended.meta then
+      redis.call('SET', job(id, 'meta'), ended.meta, 'EX', ttl)
+    else
+      redis.call('EXPIRE', job(id, 'meta'), ttl)
+    end
+    if status == 'completed' and not a.keep_input then
+      spent[#spent + 1] = job(id, 'data')
+    else
+      redis.call('EXPIRE', job(id, 'data'), ttl)
+    end
+    if facts and facts.w then notify(facts.w, id, status) end
+    moved[status] = moved[status] or {}
+    table.insert(moved[status], id)
+    ids[i] = id
+  end
+  if #spent > 0 then redis.call('DEL', unpack(spent)) end
+  redis.call('HDEL', q.running, unpack(ids))
+  redis.call('HDEL', q.facts, unpack(ids))
+  redis.call('ZREM', q.deadlines, unpack(ids))
+  redis.call('ZREM', q.delayed, unpack(ids))
+  record(q, moved)
+end
+
+-- Ends a job as failed for a reason that only the queue knows.
+local function failed(id, code, message, facts)
+  local body = '{"code":"' .. code .. '","message":"' .. message .. '"}'
+  return { id = id, status = 'failed', body = body, facts = facts }
+end
+
+local function bury(q, id, now, a)
+  redis.call('ZADD', q.dead, now, id)
+  redis.call('ZREMRANGEBYRANK', q.dead, 0, -a.max_dead - 1)
+end
+
+-- Makes a job wait again, at the serving end of its own priority: next in turn.
+local function put_back(q, id, facts)
+  redis.call('SET', job(id, 'status'), 'pending')
+  redis.call('HDEL', q.running, id)
+  redis.call('RPUSH', list_of(q, facts), id)
+end
+
+-- Arranges the unusual of a new round: `x` is {p, t, w, b, l, y}, times in ms from now.
+-- Returns the list the job joins, or nil when it waits in `delayed`.
+local function arrange(q, id, x, now)
+  local facts = {
+    p = x.p,
+    t = x.t,
+    w = x.w and { x.w } or nil,
+    b = x.b and now + x.b or nil,
+    l = x.l and now + x.l or nil,
+  }
+  if next(facts) then redis.call('HSET', q.facts, id, cmsgpack.pack(facts)) end
+  if facts.b or facts.l then
+    local due = math.min(facts.b or math.huge, facts.l or math.huge)
+    redis.call('ZADD', q.deadlines, due, id)
+  end
+  if x.y then
+    redis.call('ZADD', q.delayed, now + x.y, id)
+    return nil
+  end
+  return list_of(q, facts)
+end
+
+-- How many more jobs and bytes a queue takes.
+local function room(q, a)
+  local count = waiting(q) + redis.call('ZCARD', q.delayed) - redis.call('SCARD', q.ghosts)
+  local bytes = tonumber(redis.call('GET', q.bytes) or 0)
+  return a.max_queue - count, a.max_bytes - bytes
+end

@@ -1,0 +1,76 @@
+#!lua
+-- submit: takes new jobs into one queue, each whole or not at all.
+-- KEYS    1 queue, 2 the set of all queues
+-- ARGV    1 {max_queue, max_bytes, idem_ttl}; then per job: id, data, meta without seq,
+--         extra: "" or {k, f: idempotency digest and fingerprint; p priority; t ttl in s;
+--         w inbox; b, l: start and life deadline, y: delay, in ms from now}
+-- Returns per job "ok" | "exists" | "full" | {"dup", job_id, fingerprint}
+-- Order   the idempotency key before the id before the room. No allow-oom: with memory full
+--         a submit is refused whole.
+
+local q, a, now = queue(KEYS[1]), cmsgpack.unpack(ARGV[1]), now_ms()
+local jobs, verdicts, by_id, by_key = {}, {}, {}, {}
+
+-- The job an idempotency key stands for; one that is gone stands for nothing.
+local function known(key)
+  local value = by_key[key] or redis.call('GET', q['idem:' .. key])
+  if not value then return nil end
+  local id, fingerprint = value:match('^(%S+) (%S*)$')
+  if by_id[id] or redis.call('EXISTS', job(id, 'status')) == 1 then
+    return { 'dup', id, fingerprint }
+  end
+end
+
+local function judge(id, extra, size, free, free_bytes)
+  local dup = extra and extra.k and known(extra.k)
+  if dup then return dup end
+  if by_id[id] or redis.call('EXISTS', job(id, 'status')) == 1 then return 'exists' end
+  if free < 1 or free_bytes < size then return 'full' end
+  return 'ok'
+end
+
+local free, free_bytes = room(q, a)
+local accepted_bytes = 0
+for i = 2, #ARGV, 4 do
+  local id, data, extra = ARGV[i], ARGV[i + 1], ARGV[i + 3]
+  extra = extra ~= '' and cmsgpack.unpack(extra) or nil
+  local verdict = judge(id, extra, #data, free, free_bytes)
+  if verdict == 'ok' then
+    by_id[id] = true
+    if extra and extra.k then by_key[extra.k] = id .. ' ' .. extra.f end
+    free, free_bytes = free - 1, free_bytes - #data
+    accepted_bytes = accepted_bytes + #data
+    jobs[#jobs + 1] = { id = id, data = data, meta = ARGV[i + 2], extra = extra }
+  end
+  verdicts[#verdicts + 1] = verdict
+end
+if #jobs == 0 then return verdicts end
+
+local seq = redis.call('INCRBY', q.seq, #jobs) - #jobs
+local keys, ids, joins = {}, {}, {}
+for i, new in ipairs(jobs) do
+  local id = new.id
+  ids[i] = id
+  keys[#keys + 1], keys[#keys + 2] = job(id, 'data'), new.data
+  keys[#keys + 1], keys[#keys + 2] = job(id, 'status'), 'pending'
+  keys[#keys + 1], keys[#keys + 2] = job(id, 'meta'), struct.pack('>I8', seq + i) .. new.meta
+end
+redis.call('MSET', unpack(keys))
+for _, new in ipairs(jobs) do
+  local extra = new.extra
+  if extra and extra.k then
+    redis.call('SET', q['idem:' .. extra.k], by_key[extra.k], 'EX', a.idem_ttl)
+  end
+  local list = q.list
+  if extra then list = arrange(q, new.id, extra, now) end
+  if list then
+    joins[list] = joins[list] or {}
+    table.insert(joins[list], new.id)
+  end
+end
+for list, members in pairs(joins) do redis.call('LPUSH', list, unpack(members)) end
+redis.call('INCRBY', q.bytes, accepted_bytes)
+redis.call('SADD', KEYS[2], q.list)
+record(q, { submitted = ids })
+if next(joins) then ring(q) end
+return verdicts

@@ -1,0 +1,225 @@
+"""The model folder; a model's signature, and input checked against it.
+
+Reads files and JSON only: the API imports it, and the API never loads a model.
+"""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import msgspec
+from msgspec import Meta, Struct
+
+from asyncinfer import faults, tensors
+from asyncinfer.errors import Fault, ModelRefused
+from asyncinfer.tensors import Array, TensorSpec
+
+MAX_ROWS: Final = 10_000
+"""Rows that one job may have where `model.toml` says nothing."""
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_RESERVED: Final = frozenset({"stats"})
+_VERSION: Final = re.compile(r"0|[1-9][0-9]{0,17}")
+
+_NAME_RULE: Final = (
+    "a model's name is 1 to 64 letters, digits, dots, hyphens or underscores, "
+    "begins with a letter or digit, and is not `stats`"
+)
+
+
+class Signature(Struct, frozen=True):
+    """What a worker announces of one version of a model."""
+
+    model: str
+    version: str
+    sha256: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    labels: tuple[str, ...] = ()
+    """Names of the classes, by number."""
+    description: str = ""
+    batched: bool = False
+    """Whether rows of several jobs may be stacked along the first dimension."""
+    batching: str = ""
+    """Why, or why not, in words."""
+    max_rows: int = MAX_ROWS
+    """The most that the first dimension may have in one job, where the graph leaves it open."""
+    example: Any = None
+    """A JSON value that works as `data`; None where there is none to show."""
+
+
+class Batching(Struct, frozen=True, forbid_unknown_fields=True):
+    enabled: bool | None = None
+    """Forces batching on or off; None leaves it to the probe at load."""
+
+
+class Limits(Struct, frozen=True, forbid_unknown_fields=True):
+    timeout_seconds: Annotated[float, Meta(gt=0)] | None = None
+    max_rows_per_job: Annotated[int, Meta(ge=1)] | None = None
+
+
+class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """`model.toml`: what the ONNX file cannot say."""
+
+    labels: tuple[str, ...] = ()
+    description: str = ""
+    example: Any = None
+    batching: Batching = Batching()
+    limits: Limits = Limits()
+
+
+class ModelFile(Struct, frozen=True):
+    """One version of a model as found in the folder."""
+
+    model: str
+    version: str
+    path: Path
+    config: ModelConfig = ModelConfig()
+    problem: str = ""
+    """Why it cannot be served, known before anybody opened it; `Engine.load` raises it."""
+
+    @property
+    def shown(self) -> str:
+        """The path as people know it: from the model folder on."""
+        is_bare = self.path.parent.name != self.version
+        return "/".join(self.path.parts[-1:] if is_bare else self.path.parts[-3:])
+
+
+# --- the folder --------------------------------------------------------------------------------
+
+
+def valid_name(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None and name not in _RESERVED
+
+
+def find_model_dir(
+    explicit: Path | None, *, cwd: Path, package: Path = Path(__file__).parent
+) -> Path:
+    """The folder to serve: the one asked for, else `./model`, else the shipped one."""
+    if explicit is not None:
+        return explicit
+    # A wheel carries `_models`; an editable install has the repository's own folder.
+    candidates = (cwd / "model", package / "_models")
+    return next((folder for folder in candidates if folder.is_dir()), package.parent / "model")
+
+
+def default_model(explicit: str | None, names: Iterable[str]) -> str | None:
+    """The model of a request that names none; None where every request must name one."""
+    if explicit is not None:
+        return explicit
+    known = set(names)
+    if "iris" in known:
+        return "iris"
+    return known.pop() if len(known) == 1 else None
+
+
+def scan(model_dir: Path) -> list[ModelFile]:
+    """The highest version of every model in the folder, by name.
+
+    One that is broken already at this point is listed with its `problem` and stops no other.
+    """
+    found: dict[str, ModelFile] = {}
+    for entry in sorted(model_dir.iterdir()):
+        file = None if entry.name.startswith((".", "_")) else _read_entry(entry)
+        # A folder comes before the bare file of its name, and wins over it.
+        if file is not None:
+            found.setdefault(file.model, file)
+    return list(found.values())
+
+
+def _read_entry(entry: Path) -> ModelFile | None:
+    if entry.suffix == ".onnx" and entry.is_file():
+        return _named(ModelFile(entry.stem, "1", entry))
+    if not entry.is_dir():
+        return None
+    try:
+        return _read_folder(entry)
+    except OSError as error:
+        return ModelFile(entry.name, "1", entry, problem=f"cannot be read: {error.strerror}")
+
+
+def _read_folder(folder: Path) -> ModelFile | None:
+    paths = {version.name: version / "model.onnx" for version in folder.iterdir()}
+    versions = [name for name in paths if _VERSION.fullmatch(name) and paths[name].is_file()]
+    if versions:
+        version = max(versions, key=int)
+        return _named(_configured(ModelFile(folder.name, version, paths[version]), folder))
+    stray = next(folder.glob("*.onnx"), None)
+    if stray is None:
+        return None
+    problem = f"has no version folder: move {stray.name} to {folder.name}/1/model.onnx"
+    return ModelFile(folder.name, "1", stray, problem=problem)
+
+
+def _named(file: ModelFile) -> ModelFile:
+    if valid_name(file.model):
+        return file
+    return msgspec.structs.replace(file, problem=f"rename it: {_NAME_RULE}")
+
+
+def _configured(file: ModelFile, folder: Path) -> ModelFile:
+    path = folder / "model.toml"
+    if not path.exists():
+        return file
+    try:
+        config = read_config(path.read_bytes(), f"{folder.name}/{path.name}")
+    except ModelRefused as error:
+        return msgspec.structs.replace(file, problem=error.detail)
+    return msgspec.structs.replace(file, config=config)
+
+
+def read_config(toml: bytes, shown: str) -> ModelConfig:
+    """Raises ModelRefused that names the file `shown`, the key, and the nearest known one."""
+    try:
+        table = tomllib.loads(toml.decode())
+        unknown = next(_unknown_keys(table, ModelConfig, ""), None)
+        if unknown is not None:
+            raise ModelRefused(f"{shown}: {unknown}")
+        return msgspec.convert(table, ModelConfig)
+    except ValueError as error:  # bad UTF-8, bad TOML, msgspec.ValidationError
+        raise ModelRefused(f"{shown}: {error}") from error
+
+
+def _unknown_keys(table: Mapping[str, Any], struct: type[Struct], prefix: str) -> Iterator[str]:
+    known = {field.name: field.type for field in msgspec.structs.fields(struct)}
+    for key, value in table.items():
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+            yield f"unknown key `{prefix}{key}`; the nearest known one is `{prefix}{nearest}`"
+        elif isinstance(value, dict) and known[key] in (Batching, Limits):
+            yield from _unknown_keys(value, known[key], f"{prefix}{key}.")
+
+
+# --- input -------------------------------------------------------------------------------------
+
+
+def check_data(data: bytes | msgspec.Raw, signature: Signature) -> Array:
+    """The model's input from the JSON text of a request's `data`: the shape that it takes.
+
+    Raises InvalidInput with every fault, each a JSON pointer that starts with /data. The API
+    and the worker both call this, because strangers bypass the API.
+    """
+    if len(signature.inputs) != 1:
+        names = ", ".join(spec.name for spec in signature.inputs)
+        takes = f"{len(signature.inputs)} inputs ({names}), `data` is one" if names else "no input"
+        raise faults.refusal([Fault("/data", f"{signature.model} takes {takes}")])
+    spec = signature.inputs[0]
+    try:
+        array = tensors.decode(data, spec)
+        problem = _shape_problem(array, spec, signature.max_rows)
+    except (ValueError, OverflowError) as error:
+        problem = str(error)
+    if not problem:
+        return array
+    found = faults.find(bytes(data), spec, model=signature.model, max_rows=signature.max_rows)
+    raise faults.refusal(found, otherwise=f"cannot be read: {problem}")
+
+
+def _shape_problem(array: Array, spec: TensorSpec, max_rows: int) -> str:
+    too_many = tensors.is_open(spec) and array.shape[0] > max_rows
+    if tensors.fits(array.shape, spec) and not too_many:
+        return ""
+    return f"its shape is {list(array.shape)}"

@@ -1,0 +1,123 @@
+"""Where Redis is: a URL, and the clients made from it."""
+
+from typing import Any, Final
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import redis
+from msgspec import Struct
+from redis.asyncio import Redis as AsyncRedis
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.asyncio.sentinel import Sentinel as AsyncSentinel
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from redis.sentinel import Sentinel
+
+from asyncinfer.errors import InvalidSetting
+
+_SENTINEL_PORT: Final = 26379
+_CONNECT_SECONDS: Final = 0.5
+
+
+class Endpoint(Struct, frozen=True):
+    """A parsed REDIS_URL.
+
+    `redis://`, `rediss://` and `unix://` as redis-py takes them, and
+    `sentinel://[user:password@]host[:26379],host2/service[/db]`.
+    """
+
+    url: str
+    sentinels: tuple[tuple[str, int], ...] = ()
+    service: str = ""
+    options: dict[str, Any] = {}
+
+    @classmethod
+    def parse(cls, url: str) -> "Endpoint":
+        scheme = url.partition("://")[0]
+        if scheme in ("redis", "rediss", "unix"):
+            return cls(url)
+        if scheme == "sentinel":
+            return _sentinel(url)
+        raise InvalidSetting(
+            f"REDIS_URL starts with {scheme!r}://; it must be redis://, rediss://, unix:// or "
+            "sentinel://host:26379,host2:26379/service."
+        )
+
+    def client(self, name: str, *, reply_seconds: float | None, retries: int) -> AsyncRedis:
+        """An asyncio client; `reply_seconds` None for calls that block."""
+        options = {
+            **self._common(name),
+            "socket_timeout": reply_seconds,
+            "retry": AsyncRetry(NoBackoff(), retries),
+        }
+        if not self.sentinels:
+            return AsyncRedis.from_url(self.url, **options)
+        asking = {**_SENTINEL_OPTIONS, "retry": AsyncRetry(NoBackoff(), 0)}
+        sentinel = AsyncSentinel(list(self.sentinels), sentinel_kwargs=asking)  # type: ignore[no-untyped-call]
+        client: AsyncRedis = sentinel.master_for(self.service, **{**self.options, **options})
+        return client
+
+    def sync_client(self, name: str, *, reply_seconds: float) -> redis.Redis:
+        """A client for the thread that renews leases."""
+        options = {
+            **self._common(name),
+            "socket_timeout": reply_seconds,
+            "retry": Retry(NoBackoff(), 1),
+        }
+        if not self.sentinels:
+            return redis.Redis.from_url(self.url, **options)
+        asking = {**_SENTINEL_OPTIONS, "retry": Retry(NoBackoff(), 0)}
+        sentinel = Sentinel(list(self.sentinels), sentinel_kwargs=asking)  # type: ignore[no-untyped-call]
+        client: redis.Redis = sentinel.master_for(self.service, **{**self.options, **options})  # type: ignore[no-untyped-call]
+        return client
+
+    @staticmethod
+    def _common(name: str) -> dict[str, Any]:
+        return {
+            "protocol": 2,
+            "client_name": name,
+            "socket_connect_timeout": _CONNECT_SECONDS,
+        }
+
+
+# A sentinel that is down must not use up the time of the call that asks: the next is asked.
+_SENTINEL_OPTIONS: Final = {"socket_timeout": 0.2, "socket_connect_timeout": 0.2}
+
+
+async def close(client: AsyncRedis) -> None:
+    """Closes a client with the connections to sentinels that it may have."""
+    await client.aclose()
+    sentinel = getattr(client.connection_pool, "sentinel_manager", None)
+    if sentinel:
+        await sentinel.aclose()
+
+
+def _sentinel(url: str) -> Endpoint:
+    parts = urlsplit(url)
+    service, _, database = parts.path.strip("/").partition("/")
+    userinfo, _, hosts = parts.netloc.rpartition("@")
+    user, _, password = userinfo.partition(":")
+    try:
+        sentinels = tuple(_host(host) for host in hosts.split(","))
+        options: dict[str, Any] = {"db": int(database or 0)}
+    except ValueError as error:
+        raise InvalidSetting(_SENTINEL_FORM) from error
+    if not service:
+        raise InvalidSetting(_SENTINEL_FORM)
+    if password:
+        options |= {"username": unquote(user) or None, "password": unquote(password)}
+    if parse_qs(parts.query).get("ssl") == ["true"]:
+        options["ssl"] = True
+    return Endpoint(url, sentinels, service, options)
+
+
+_SENTINEL_FORM: Final = (
+    "REDIS_URL with sentinel:// must name sentinels and a service: "
+    "sentinel://host:26379,host2:26379/service."
+)
+
+
+def _host(text: str) -> tuple[str, int]:
+    parts = urlsplit(f"//{text}")
+    if not parts.hostname:
+        raise ValueError("a sentinel without a host")
+    return parts.hostname, parts.port or _SENTINEL_PORT

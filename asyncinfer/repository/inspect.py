@@ -1,0 +1,223 @@
+"""What people ask of the queue: which jobs, which models, how it is."""
+
+import base64
+import heapq
+import re
+from collections.abc import AsyncIterator, Sequence
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+from asyncinfer import keys
+from asyncinfer.errors import InvalidQuery
+from asyncinfer.jobs import DEFAULT_TENANT
+from asyncinfer.repository.store import Store
+from asyncinfer.repository.submit import Stored, read_jobs
+from asyncinfer.repository.upkeep import Upkeep
+
+_ENTRIES_A_PAGE: Final = 100
+_MOST_LOOKED_AT: Final = 20_000
+
+
+class Page(Struct, frozen=True):
+    """Jobs, newest first; `cursor` continues after the last, None at the end."""
+
+    jobs: tuple[Stored, ...]
+    cursor: str | None
+
+
+class Announced(Struct, frozen=True):
+    """What workers have announced: {model: {version: signature as JSON}}."""
+
+    default_model: str | None
+    models: dict[str, dict[str, bytes]]
+
+
+class Health(Struct, frozen=True):
+    """The server, how many jobs wait in each queue, and how many workers live."""
+
+    server: str
+    queues: dict[str, int]
+    workers: int
+
+
+class _Place(Struct, frozen=True, array_like=True):
+    """Where a listing stopped: a log entry, and how many of its jobs were passed."""
+
+    entry: str
+    queue: str
+    passed: int
+
+
+class Inspection:
+    """The questions people ask; none of them changes anything."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._upkeep = Upkeep(store)
+
+    async def jobs(
+        self,
+        *,
+        tenant: str,
+        status: str | None = None,
+        model: str | None = None,
+        limit: int = 100,
+        cursor: str | None = None,
+    ) -> Page:
+        """A tenant's jobs, newest first, from the log; raises InvalidQuery for a bad cursor.
+
+        A listing looks at a bounded number of jobs: with a rare filter a page may come back
+        short, with a cursor to go on.
+        """
+        default = await self._store.default_model()
+        queues = await self._queues(model, default)
+        found: list[Stored] = []
+        looked = 0
+        place = None
+        async for entry, queue, start, ids in self._logged(queues, _place(cursor)):
+            stored = await read_jobs(self._store, ids)
+            for passed, job in enumerate(stored, start + 1):
+                place = _Place(entry, queue, passed)
+                looked += 1
+                if job and _wanted(job, tenant, status, model, default):
+                    found.append(job)
+                if len(found) == limit or looked == _MOST_LOOKED_AT:
+                    return Page(tuple(found), _cursor(place))
+        return Page(tuple(found), None)
+
+    async def _queues(self, model: str | None, default: str | None) -> list[str]:
+        if model is not None:
+            return [keys.queue(self._store.n, model, default)]
+        return await self._upkeep.queues()
+
+    async def _logged(
+        self, queues: Sequence[str], place: _Place | None
+    ) -> AsyncIterator[tuple[str, str, int, list[str]]]:
+        """Log entries of all queues, newest first: (entry id, queue, jobs passed, ids)."""
+        heads = []
+        for queue in queues:
+            source = self._entries(queue, place)
+            if first := await anext(source, None):
+                heads.append((_newest_first(first[0], queue), first, queue, source))
+        heapq.heapify(heads)
+        while heads:
+            _, (entry, ids), queue, source = heads[0]
+            passed = place.passed if place and (entry, queue) == (place.entry, place.queue) else 0
+            yield entry, queue, passed, ids[passed:]
+            if following := await anext(source, None):
+                heapq.heapreplace(
+                    heads, (_newest_first(following[0], queue), following, queue, source)
+                )
+            else:
+                heapq.heappop(heads)
+
+    async def _entries(
+        self, queue: str, place: _Place | None
+    ) -> AsyncIterator[tuple[str, list[str]]]:
+        """A queue's log backwards, only where jobs first appear, newest job first."""
+        end = "+"
+        if place:
+            end = place.entry if queue >= place.queue else f"({place.entry}"
+        while True:
+            page = await self._store.command(
+                "XREVRANGE", keys.log(queue), end, "-", "COUNT", _ENTRIES_A_PAGE
+            )
+            for entry_id, fields in page:
+                if ids := _appearing(fields):
+                    yield entry_id.decode(), ids
+            if len(page) < _ENTRIES_A_PAGE:
+                return
+            end = f"({page[-1][0].decode()}"
+
+    async def announced(self) -> Announced:
+        n = self._store.n
+        names = sorted(
+            one.decode() for one in await self._store.command("SMEMBERS", keys.models(n))
+        )
+        models = {}
+        for name in names:
+            versions = await self._store.command("HGETALL", keys.model(n, name))
+            models[name] = {version.decode(): body for version, body in versions.items()}
+        return Announced(await self._store.default_model(), models)
+
+    async def health(self) -> Health:
+        server = await self._store.check_server()
+        queues = {}
+        for queue in await self._upkeep.queues():
+            high, normal, low = [
+                await self._store.command("LLEN", name) for name in keys.waiting(queue)
+            ]
+            queues[queue] = high + normal + low
+        return Health(server, queues, len(await self.workers()))
+
+    async def workers(self) -> dict[str, bytes]:
+        """The living workers and what each said of itself, as JSON."""
+        n = self._store.n
+        ids = [one.decode() for one in await self._store.command("ZRANGE", keys.workers(n), 0, -1)]
+        if not ids:
+            return {}
+        bodies = await self._store.command("MGET", *(keys.worker(n, one) for one in ids))
+        return {one: body for one, body in zip(ids, bodies, strict=True) if body}
+
+
+_ids_of = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
+_id_of = msgspec.msgpack.Decoder(str).decode
+
+
+def _appearing(fields: dict[bytes, bytes]) -> list[str]:
+    """The ids that an entry names for the first time; a stranger's appears when claimed."""
+    ids = []
+    for field in (b"submitted", b"stranger"):
+        if packed := fields.get(field):
+            ids += [one for one in map(_text, _ids_of(packed)) if one]
+    return ids[::-1]
+
+
+def _text(packed: msgspec.Raw) -> str | None:
+    """An id; None for a stranger's that is not text, which JSON cannot name."""
+    try:
+        return _id_of(packed)
+    except (UnicodeDecodeError, msgspec.DecodeError):
+        return None
+
+
+def _newest_first(entry: str, queue: str) -> tuple[int, int, str]:
+    ms, _, seq = entry.partition("-")
+    return -int(ms), -int(seq), queue
+
+
+def _wanted(
+    job: Stored, tenant: str, status: str | None, model: str | None, default: str | None
+) -> bool:
+    owner, its_model = (
+        (job.record.tenant, job.record.model) if job.record else (DEFAULT_TENANT, default)
+    )
+    return (
+        owner == tenant
+        and (status is None or job.status == status)
+        and (model is None or its_model == model)
+    )
+
+
+_ENTRY: Final = re.compile(r"[0-9]{1,19}-[0-9]{1,19}")
+
+
+def _cursor(place: _Place) -> str:
+    return base64.urlsafe_b64encode(msgspec.msgpack.encode(place)).decode().rstrip("=")
+
+
+def _place(cursor: str | None) -> _Place | None:
+    if cursor is None:
+        return None
+    try:
+        raw = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
+        place = msgspec.msgpack.decode(raw, type=_Place)
+        if not _ENTRY.fullmatch(place.entry) or place.passed < 0:
+            raise ValueError(place)
+    except (ValueError, msgspec.DecodeError) as error:
+        raise InvalidQuery(
+            "`cursor` is not one that GET /jobs gave; leave it out to start at the newest job."
+        ) from error
+    return place

@@ -1,0 +1,286 @@
+"""The connections to one Redis, and the way to call a script on them."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, Final
+
+import msgspec
+import redis.exceptions as redis_errors
+from msgspec import Struct
+from redis.asyncio import Redis
+
+from asyncinfer import keys
+from asyncinfer.errors import (
+    DefaultModelChanged,
+    RedisRefused,
+    RedisUnavailable,
+    ServerRefused,
+    StorageFull,
+)
+from asyncinfer.repository.endpoint import Endpoint, close
+from asyncinfer.repository.scripts import Script
+
+_AT_ONCE: Final = 16
+"""Commands one process has under way; more wait here, not in Redis."""
+
+_PASSING: Final = ("MISCONF", "BUSY", "NOREPLICAS", "UNBLOCKED")
+"""Refusals for the state a server is in: a full disk, a slow script, a fail-over."""
+
+encode_args = msgspec.msgpack.Encoder().encode
+
+
+class Policy(Struct, frozen=True, kw_only=True):
+    """What the scripts enforce; the same for every process on one Redis."""
+
+    job_ttl_seconds: int = 3600
+    failed_ttl_seconds: int = 24 * 3600
+    keep_input: bool = False
+    max_queue: int = 100_000
+    max_queue_bytes: int = 1 << 30
+    lease_seconds: float = 15.0
+    reap_seconds: float = 2.0
+    max_deliveries: int = 3
+    max_errors: int = 3
+    max_dead: int = 10_000
+    log_jobs: int = 100_000
+
+    @property
+    def lease_ms(self) -> int:
+        return int(self.lease_seconds * 1000)
+
+    @property
+    def tick_ms(self) -> int:
+        """How often a sweep is due; near lease / 2 the outage guard would re-arm for ever."""
+        return max(1, int(1000 * min(self.reap_seconds, self.lease_seconds / 6)))
+
+    @property
+    def idempotency_seconds(self) -> int:
+        return max(24 * 3600, self.job_ttl_seconds)
+
+    def ending(self) -> dict[str, int | bool]:
+        """What a script must know to end a job."""
+        return {
+            "ttl": self.job_ttl_seconds,
+            "failed_ttl": self.failed_ttl_seconds,
+            "keep_input": self.keep_input,
+            "max_dead": self.max_dead,
+        }
+
+    def room(self) -> dict[str, int]:
+        """What a script must know to refuse a job."""
+        return {
+            "max_queue": self.max_queue,
+            "max_bytes": self.max_queue_bytes,
+            "idem_ttl": self.idempotency_seconds,
+        }
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turns what redis-py raises into our errors: StorageFull, RedisUnavailable, RedisRefused."""
+    try:
+        yield
+    except redis_errors.OutOfMemoryError as error:
+        raise StorageFull(
+            "Redis has reached its maxmemory, so new jobs are refused while those accepted still "
+            "run. Retry later, or give Redis more memory."
+        ) from error
+    except (
+        redis_errors.ConnectionError,
+        redis_errors.TimeoutError,
+        redis_errors.ReadOnlyError,
+        redis_errors.MasterDownError,
+        OSError,
+    ) as error:
+        raise RedisUnavailable(
+            f"Redis does not answer ({type(error).__name__}). Retry in a moment.",
+            retry_after_seconds=1,
+        ) from error
+    except redis_errors.ResponseError as error:
+        if str(error).startswith(_PASSING):
+            raise RedisUnavailable(
+                f"Redis cannot do this just now ({error}). Retry in a moment.",
+                retry_after_seconds=1,
+            ) from error
+        raise RedisRefused(
+            f"Redis refused a command ({error}). A key may have another type than it should.",
+            retry_after_seconds=1,
+        ) from error
+
+
+class _Fresh:
+    """Leaves a server that has become a replica: behind one name may be another by now."""
+
+    def __init__(self, client: Redis) -> None:
+        self._client = client
+
+    async def __aenter__(self) -> None:
+        return None
+
+    async def __aexit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if isinstance(error, redis_errors.ReadOnlyError | redis_errors.MasterDownError):
+            await self._client.connection_pool.disconnect(inuse_connections=False)
+
+
+class Blocking:
+    """One connection for calls that block. Ended by closing it, never by cancelling the call:
+    on Python 3.11 a cancelled read can swallow the cancellation."""
+
+    _MARGIN_SECONDS: Final = 1.0
+
+    def __init__(self, client: Redis) -> None:
+        self._client = client
+        self.closed = False
+
+    async def pop(self, lists: Sequence[str], wait_seconds: float) -> str | None:
+        """The list a token was drawn from (BRPOP); None when none came."""
+        reply = await self._bounded(wait_seconds, "BRPOP", *lists, wait_seconds)
+        return None if reply is None else bytes(reply[0]).decode()
+
+    async def read(
+        self, streams: Mapping[str, bytes], wait_seconds: float, count: int = 1000
+    ) -> list[tuple[str, bytes, dict[bytes, bytes]]]:
+        """New entries of streams (XREAD), each (stream, entry id, fields)."""
+        reply = await self._bounded(
+            wait_seconds,
+            *("XREAD", "COUNT", count, "BLOCK", int(wait_seconds * 1000), "STREAMS"),
+            *streams.keys(),
+            *streams.values(),
+        )
+        return [
+            (stream.decode(), entry_id, fields)
+            for stream, entries in reply or ()
+            for entry_id, fields in entries
+        ]
+
+    async def _bounded(self, wait_seconds: float, *command: Any) -> Any:
+        with translated():
+            async with asyncio.timeout(wait_seconds + self._MARGIN_SECONDS), _Fresh(self._client):
+                return await self._client.execute_command(*command)  # type: ignore[no-untyped-call]
+
+    async def close(self) -> None:
+        """Ends the call under way, if any, with RedisUnavailable, and the connection."""
+        self.closed = True
+        await self._client.connection_pool.disconnect()
+        await close(self._client)
+
+
+class Store:
+    """One process's connections to Redis, with the queue's name and policy."""
+
+    def __init__(
+        self, endpoint: Endpoint, queue_name: str, policy: Policy, name: str, call_seconds: float
+    ) -> None:
+        self.endpoint = endpoint
+        self.n = queue_name
+        self.policy = policy
+        self.name = name
+        self.call_seconds = call_seconds
+        self.redis = endpoint.client(name, reply_seconds=call_seconds * 0.45, retries=1)
+        self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._clock_behind_ms: float | None = None
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls, url: str, *, queue_name: str, policy: Policy, name: str, call_seconds: float = 1.0
+    ) -> AsyncIterator["Store"]:
+        """`call_seconds` bounds one call: waiting for a connection, connecting and the reply."""
+        store = cls(Endpoint.parse(url), queue_name, policy, name, call_seconds)
+        try:
+            yield store
+        finally:
+            await close(store.redis)
+
+    def blocking(self) -> Blocking:
+        """A connection of its own for calls that block; the caller closes it."""
+        return Blocking(self.endpoint.client(self.name, reply_seconds=None, retries=0))
+
+    async def call(self, script: Script, names: Sequence[str], args: Sequence[Any]) -> Any:
+        """Runs a script; raises RedisUnavailable or StorageFull."""
+        with translated():
+            async with asyncio.timeout(self.call_seconds), self._slots, _Fresh(self.redis):
+                try:
+                    return await self.redis.evalsha(script.sha, len(names), *names, *args)
+                except redis_errors.NoScriptError:
+                    return await self.redis.eval(script.text, len(names), *names, *args)
+
+    async def command(self, *command: Any) -> Any:
+        """Runs one command; raises as `call` does."""
+        with translated():
+            async with asyncio.timeout(self.call_seconds), self._slots, _Fresh(self.redis):
+                return await self.redis.execute_command(*command)  # type: ignore[no-untyped-call]
+
+    # --- the server's clock ------------------------------------------------------------------
+
+    def saw_server_time(self, server_ms: int) -> None:
+        """Notes a reply's server time. It is older than now, so the estimate errs early."""
+        self._clock_behind_ms = server_ms - time.monotonic() * 1000
+
+    async def not_after_ms(self) -> int:
+        """Server time after which a call sent now has been given up here."""
+        if self._clock_behind_ms is None:
+            seconds, micros = await self.command("TIME")
+            self.saw_server_time(int(seconds) * 1000 + int(micros) // 1000)
+        assert self._clock_behind_ms is not None
+        return int(self._clock_behind_ms + time.monotonic() * 1000 + self.call_seconds * 1000)
+
+    # --- the server and what it is used for --------------------------------------------------
+
+    async def check_server(self) -> str:
+        """The server's name and version; raises ServerRefused when it cannot keep the promise."""
+        with translated():
+            async with asyncio.timeout(self.call_seconds):
+                try:
+                    info = await self.redis.info("everything")
+                except redis_errors.AuthenticationError as error:
+                    raise ServerRefused(
+                        f"Redis lets us not in ({error}). Put user and password into REDIS_URL: "
+                        "redis://user:password@host:6379."
+                    ) from error
+        return checked_server(info)
+
+    async def default_model(self) -> str | None:
+        name = await self.command("GET", keys.default_model(self.n))
+        return None if name is None else name.decode()
+
+    async def claim_default_model(self, name: str) -> None:
+        """Makes `name` the model that QUEUE_NAME itself serves, once and for all."""
+        current = await self.default_model()
+        if current is None:
+            await self.command("SET", keys.default_model(self.n), name, "NX")
+            current = await self.default_model()
+        if current != name:
+            raise DefaultModelChanged(
+                f"DEFAULT_MODEL is {name!r}, but the queue {self.n!r} on this Redis was started "
+                f"with {current!r}, and waiting jobs would run on the wrong model. Set "
+                f"DEFAULT_MODEL={current}, or choose another QUEUE_NAME, or, with that queue "
+                f"empty, delete the key {keys.default_model(self.n)!r}."
+            )
+
+
+def checked_server(info: Mapping[str, Any]) -> str:
+    """`info` is the reply to INFO. Managed services forbid CONFIG GET, so all is read here."""
+    valkey = info.get("valkey_version")
+    name, version = ("Valkey", valkey) if valkey else ("Redis", info.get("redis_version", "0"))
+    oldest = (7, 2) if valkey else (7, 0)
+    found = tuple(int(part) for part in str(version).split(".")[:2])
+    if found < oldest:
+        raise ServerRefused(
+            f"This is {name} {version}; asyncinfer needs Redis >= 7.0 or Valkey >= 7.2. "
+            "Upgrade it, or unset REDIS_URL to use the embedded Valkey."
+        )
+    if int(info.get("cluster_enabled", 0)):
+        raise ServerRefused(
+            "This server runs in cluster mode, which is not supported: use one primary "
+            "(with Sentinel or a managed fail-over)."
+        )
+    policy = info.get("maxmemory_policy", "noeviction")
+    if policy != "noeviction":
+        raise ServerRefused(
+            f"This server evicts keys when full (maxmemory-policy {policy}), so accepted jobs "
+            "could vanish. Set `maxmemory-policy noeviction`."
+        )
+    return f"{name} {version}"

@@ -1,0 +1,271 @@
+"""What an API does to jobs: submit, read, watch, cancel, retry."""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, Literal, cast
+
+import msgspec
+from msgspec import Struct
+
+from asyncinfer import keys
+from asyncinfer.errors import RedisUnavailable, RequestError
+from asyncinfer.jobs import Options, Record, Status, decode_record, encode_record, record_seq
+from asyncinfer.repository.scripts import script
+from asyncinfer.repository.store import Store, encode_args
+
+_MOST_JOBS: Final = 256
+_MOST_BYTES: Final = 1 << 20
+_CALLS_AT_ONCE: Final = 4
+
+CancelVerdict = Literal["cancelled", "asked", "finished", "absent"]
+RetryVerdict = Literal["ok", "changed", "full", "no_input", "not_retryable", "absent"]
+
+
+class NewJob(Struct, frozen=True):
+    """A job about to be submitted; its id is made before the call, so that a retry is one."""
+
+    job_id: str
+    queue: str
+    data: bytes
+    record: Record
+    inbox: str = ""
+    """An inbox (its key) to tell when the job ends."""
+    idempotency: str = ""
+    fingerprint: str = ""
+
+
+class Submitted(Struct, frozen=True):
+    """`dup`: the Idempotency-Key stands for `job_id`, submitted with `fingerprint`."""
+
+    verdict: Literal["ok", "exists", "dup", "full"]
+    job_id: str
+    fingerprint: str = ""
+
+
+class Stored(Struct, frozen=True):
+    """A job as read; `result` and `error` are JSON text, `record` is None for a stranger's."""
+
+    job_id: str
+    status: Status
+    result: bytes | None
+    error: bytes | None
+    record: Record | None
+    meta: bytes = b""
+
+
+class Submissions:
+    """The API's verbs. Submits of one loop tick share one script call."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._waiting: list[tuple[NewJob, asyncio.Future[Submitted]]] = []
+        self._arrived = asyncio.Event()
+
+    async def run(self) -> None:
+        """Sends what is submitted; runs as long as the API does."""
+        calls = asyncio.Semaphore(_CALLS_AT_ONCE)
+        async with asyncio.TaskGroup() as group:
+            while True:
+                await self._arrived.wait()
+                await calls.acquire()
+                self._arrived.clear()
+                entries, self._waiting = self._waiting, []
+                task = group.create_task(self._send(entries))
+                task.add_done_callback(lambda _: calls.release())
+
+    async def submit(self, job: NewJob) -> Submitted:
+        """Takes a job in; raises StorageFull, or RedisUnavailable naming the job."""
+        future: asyncio.Future[Submitted] = asyncio.get_running_loop().create_future()
+        self._waiting.append((job, future))
+        self._arrived.set()
+        try:
+            async with asyncio.timeout(1.2 * self._store.call_seconds):
+                return await future
+        except TimeoutError as error:
+            raise RedisUnavailable(
+                "Redis did not answer in time; the job may or may not have been taken in.",
+                retry_after_seconds=1,
+                job_id=job.job_id,
+            ) from error
+
+    async def _send(self, entries: Sequence[tuple[NewJob, asyncio.Future[Submitted]]]) -> None:
+        for part in _parts([entry for entry in entries if not entry[1].done()]):
+            try:
+                verdicts = await self.submit_many(part[0][0].queue, [job for job, _ in part])
+            except RequestError as error:
+                for job, future in part:
+                    if not future.done():
+                        future.set_exception(_about(error, job.job_id))
+            else:
+                for (_, future), verdict in zip(part, verdicts, strict=True):
+                    if not future.done():
+                        future.set_result(verdict)
+
+    async def submit_many(self, queue: str, jobs: Sequence[NewJob]) -> list[Submitted]:
+        """One script call: at most 256 jobs and 1 MiB (or one job), all of one queue."""
+        args: list[Any] = [encode_args(self._store.policy.room())]
+        for job in jobs:
+            args += (job.job_id, job.data, encode_record(job.record), _extra_of(job))
+        names = [queue, keys.queues(self._store.n)]
+        reply = await self._store.call(script("submit"), names, args)
+        return [_submitted(job, verdict) for job, verdict in zip(jobs, reply, strict=True)]
+
+    async def read(self, job_id: str) -> Stored | None:
+        """The job as it is now; None when absent."""
+        return (await self.read_many([job_id]))[0]
+
+    async def read_many(self, job_ids: Sequence[str]) -> list[Stored | None]:
+        return await read_jobs(self._store, job_ids)
+
+    async def watch(self, queue: str, inbox: str, job_ids: Sequence[str]) -> list[Stored | None]:
+        """Signs `inbox` up for the jobs that have not ended; those that have come back at once.
+
+        An absent job comes back as None, one that was signed up as `pending`.
+        """
+        reply = await self._store.call(script("watch"), [queue, inbox], [encode_args({}), *job_ids])
+        return [_watched(job_id, one) for job_id, one in zip(job_ids, reply, strict=True)]
+
+    async def cancel(self, stored: Stored) -> CancelVerdict:
+        """Ends a waiting job, or asks for the end of a running one."""
+        queue = queue_of(self._store, stored)
+        args = [encode_args(self._store.policy.ending()), stored.job_id, b""]
+        reply = await self._store.call(script("cancel"), [queue], args)
+        # A stranger's status may be any bytes; then the job is not ours to cancel.
+        verdict = reply[0].decode("utf-8", "replace")
+        if verdict in ("cancelled", "asked", "absent"):
+            return cast(CancelVerdict, verdict)
+        return "finished"
+
+    async def retry(self, stored: Stored, now_ms: int) -> RetryVerdict:
+        """Opens a new round of a failed or cancelled job."""
+        meta, extra = b"", b""
+        if stored.record:
+            record = next_round(stored.record, now_ms)
+            meta = encode_record(record, record_seq(stored.meta))
+            extra = _packed(_unusual(record.options))
+        args = [encode_args(self._store.policy.room()), stored.job_id, stored.meta, meta, extra]
+        names = [queue_of(self._store, stored), keys.queues(self._store.n)]
+        verdict = await self._store.call(script("retry"), names, args)
+        return cast(RetryVerdict, verdict[0].decode())
+
+
+async def read_jobs(store: Store, job_ids: Sequence[str]) -> list[Stored | None]:
+    """Jobs as they are now, None for each that is absent or whose record is unreadable."""
+    if not job_ids:
+        return []
+    names = [
+        name
+        for job_id in job_ids
+        for name in (
+            keys.status(job_id),
+            keys.result(job_id),
+            keys.error(job_id),
+            keys.meta(job_id),
+        )
+    ]
+    reply = await store.command("MGET", *names)
+    return [_stored(job_id, *reply[4 * i : 4 * i + 4]) for i, job_id in enumerate(job_ids)]
+
+
+def queue_of(store: Store, stored: Stored) -> str:
+    return stored.record.queue if stored.record else store.n
+
+
+def next_round(record: Record, now_ms: int) -> Record:
+    return msgspec.structs.replace(
+        record,
+        round=record.round + 1,
+        created_ms=now_ms,
+        errors=0,
+        started_ms=None,
+        finished_ms=None,
+        worker=None,
+        claim=None,
+        ran_version=None,
+    )
+
+
+def _parts(
+    entries: Sequence[tuple[NewJob, asyncio.Future[Submitted]]],
+) -> Iterator[list[tuple[NewJob, asyncio.Future[Submitted]]]]:
+    """Splits what waits into script calls: one queue each, bounded in jobs and bytes."""
+    by_queue: dict[str, list[tuple[NewJob, asyncio.Future[Submitted]]]] = {}
+    for entry in entries:
+        by_queue.setdefault(entry[0].queue, []).append(entry)
+    for queued in by_queue.values():
+        part: list[tuple[NewJob, asyncio.Future[Submitted]]] = []
+        size = 0
+        for entry in queued:
+            size += len(entry[0].data)
+            if part and (len(part) == _MOST_JOBS or size > _MOST_BYTES):
+                yield part
+                part, size = [], len(entry[0].data)
+            part.append(entry)
+        yield part
+
+
+def _extra_of(job: NewJob) -> bytes:
+    extra = _unusual(job.record.options)
+    if job.inbox:
+        extra["w"] = job.inbox
+    if job.idempotency:
+        extra |= {"k": job.idempotency, "f": job.fingerprint}
+    return _packed(extra)
+
+
+def _unusual(options: Options) -> dict[str, str | int]:
+    """What the scripts must know of a job's options, in the letters of `jobs.Facts`."""
+    extra: dict[str, str | int] = {}
+    if options.priority != "normal":
+        extra["p"] = options.priority
+    if options.ttl_seconds is not None:
+        extra["t"] = options.ttl_seconds
+    if options.start_within_seconds is not None:
+        extra["b"] = int(options.start_within_seconds * 1000)
+    if options.finish_within_seconds is not None:
+        extra["l"] = int(options.finish_within_seconds * 1000)
+    if options.delay_seconds:
+        extra["y"] = int(options.delay_seconds * 1000)
+    return extra
+
+
+def _packed(extra: dict[str, str | int]) -> bytes:
+    return encode_args(extra) if extra else b""
+
+
+def _about(error: RequestError, job_id: str) -> RequestError:
+    """The error of one job of a call. One refused for lack of memory does not exist."""
+    named = job_id if isinstance(error, RedisUnavailable) else None
+    return type(error)(error.detail, retry_after_seconds=error.retry_after_seconds, job_id=named)
+
+
+def _submitted(job: NewJob, verdict: Any) -> Submitted:
+    if isinstance(verdict, list):
+        return Submitted("dup", verdict[1].decode(), verdict[2].decode())
+    return Submitted(verdict.decode(), job.job_id, job.fingerprint)
+
+
+def _watched(job_id: str, reply: Any) -> Stored | None:
+    if reply is None:
+        return None
+    if reply == b"registered":
+        return Stored(job_id, "pending", None, None, None)
+    return _stored(job_id, *reply)
+
+
+def _stored(
+    job_id: str,
+    status: bytes | None,
+    result: bytes | None,
+    error: bytes | None,
+    meta: bytes | None,
+) -> Stored | None:
+    if status is None:
+        return None
+    try:
+        record = decode_record(meta) if meta else None
+    except msgspec.DecodeError:
+        # Nobody can say whose it is, so nobody may read it.
+        return None
+    name = cast(Status, status.decode("utf-8", "replace"))
+    return Stored(job_id, name, result, error, record, meta or b"")

@@ -1,0 +1,231 @@
+"""What every process does for all: sweep, repair, announce."""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+from msgspec import Struct
+
+from asyncinfer import keys
+from asyncinfer.errors import StorageFull
+from asyncinfer.jobs import decode_record
+from asyncinfer.repository.scripts import script
+from asyncinfer.repository.store import Store, encode_args
+
+_QUEUES_A_SWEEP: Final = 32
+_PAGE: Final = 1000
+_REPAIRS_A_CALL: Final = 100
+_HELD_IDS: Final = 50_000
+_ODD_MS: Final = 24 * 3600 * 1000
+
+
+class Swept(Struct):
+    """What a sweep did, in jobs."""
+
+    put_back: int = 0
+    dead: int = 0
+    promoted: int = 0
+    expired: int = 0
+    ended: int = 0
+    more: bool = False
+
+
+class Upkeep:
+    """The verbs that any process may run, whoever runs them first."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def queues(self) -> list[str]:
+        """Every queue there is, the default model's included; a name that is not ours is none."""
+        n = self._store.n
+        known = await self._store.command("SMEMBERS", keys.queues(n))
+        names = {name.decode("utf-8", "replace") for name in known}
+        return sorted({n, *(name for name in names if name.startswith(f"{n}:"))})
+
+    async def sweep(self) -> Swept:
+        """One sweep of every queue not swept lately, on until nothing is left to do."""
+        total = Swept()
+        queues = await self.queues()
+        for start in range(0, len(queues), _QUEUES_A_SWEEP):
+            part = queues[start : start + _QUEUES_A_SWEEP]
+            more = False
+            while part:
+                part = await self._sweep(part, total, more=more)
+                more = True
+        return total
+
+    async def _sweep(self, queues: Sequence[str], total: Swept, *, more: bool) -> list[str]:
+        """Sweeps queues once; returns those that have more."""
+        policy = self._store.policy
+        args = {
+            **policy.ending(),
+            "tick": policy.tick_ms,
+            "lease": policy.lease_ms,
+            "max_deliveries": policy.max_deliveries,
+            "dead_ms": policy.failed_ttl_seconds * 1000,
+            "log_jobs": policy.log_jobs,
+            "more": more,
+        }
+        reply = await self._store.call(script("reap"), queues, [encode_args(args)])
+        unfinished = []
+        for queue, counts in zip(queues, reply, strict=True):
+            if counts is None:
+                continue
+            total.put_back += counts[0]
+            total.dead += counts[1]
+            total.promoted += counts[2]
+            total.expired += counts[3]
+            total.ended += counts[4]
+            if counts[5]:
+                unfinished.append(queue)
+        return unfinished
+
+    # --- repair ------------------------------------------------------------------------------
+
+    async def repair(self, pause_seconds: float) -> int | None:
+        """Puts back jobs found out of place twice, `pause_seconds` apart; None: not our turn.
+
+        A stranger's living consumer looks out of place too, for as long as its job runs.
+        """
+        pause_ms = int(pause_seconds * 1000)
+        gate = keys.repair_gate(self._store.n)
+        try:
+            if not await self._store.command("SET", gate, "1", "NX", "PX", pause_ms):
+                return None
+        except StorageFull:
+            # Without the gate every process would repair; another time, then.
+            return None
+        back = 0
+        held: dict[str, set[bytes]] = {queue: set() for queue in await self.queues()}
+        async for statuses in self._unfinished():
+            for job_id, queue in await self._queues_of(statuses):
+                held.setdefault(queue, set()).add(job_id)
+            if sum(map(len, held.values())) >= _HELD_IDS:
+                back += await self._repair_held(held, pause_ms)
+                held = {}
+        return back + await self._repair_held(held, pause_ms)
+
+    async def _unfinished(self) -> AsyncIterator[list[bytes]]:
+        """Pages of ids whose status is pending or processing."""
+        cursor = 0
+        while True:
+            reply = await self._store.command(
+                "SCAN", cursor, "MATCH", keys.status("*"), "COUNT", _PAGE
+            )
+            cursor, names = int(reply[0]), reply[1]
+            if names:
+                statuses = await self._store.command("MGET", *names)
+                yield [
+                    name[len("job:") : -len(":status")]
+                    for name, status in zip(names, statuses, strict=True)
+                    if status in (b"pending", b"processing")
+                ]
+            if cursor == 0:
+                return
+
+    async def _queues_of(self, job_ids: Sequence[bytes]) -> list[tuple[bytes, str]]:
+        """Each job with the queue that its own record names."""
+        if not job_ids:
+            return []
+        metas = await self._store.command("MGET", *(b"job:%b:meta" % one for one in job_ids))
+        return [
+            (job_id, _queue_in(meta) or self._store.n)
+            for job_id, meta in zip(job_ids, metas, strict=True)
+        ]
+
+    async def _repair_held(self, held: Mapping[str, set[bytes]], pause_ms: int) -> int:
+        back = 0
+        for queue, ids in held.items():
+            ids -= await self._in_place(queue, ids)
+            ids |= await self._facts_without_job(queue)
+            # Newest first: the last one put back is the next to be served.
+            ordered = sorted(ids, reverse=True)
+            for start in range(0, len(ordered), _REPAIRS_A_CALL):
+                args = encode_args({"pause": pause_ms, "ttl": _ODD_MS})
+                names = [queue, keys.odd(self._store.n)]
+                reply = await self._store.call(
+                    script("repair"), names, [args, *ordered[start : start + _REPAIRS_A_CALL]]
+                )
+                back += reply[0]
+        return back
+
+    async def _in_place(self, queue: str, ids: set[bytes]) -> set[bytes]:
+        """Which of `ids` are in a list, delayed, or in a claim that has a lease."""
+        found: set[bytes] = set()
+        for waiting in keys.waiting(queue):
+            start = 0
+            while page := await self._store.command("LRANGE", waiting, start, start + _PAGE - 1):
+                found |= ids.intersection(page)
+                start += len(page)
+        left = list(ids - found)
+        for start in range(0, len(left), _PAGE):
+            part = left[start : start + _PAGE]
+            tokens = await self._store.command("HMGET", keys.running(queue), *part)
+            leases = await self._store.command(
+                "ZMSCORE", keys.leases(queue), *(token or b"" for token in tokens)
+            )
+            scores = await self._store.command("ZMSCORE", keys.delayed(queue), *part)
+            found |= {
+                one
+                for one, lease, score in zip(part, leases, scores, strict=True)
+                if lease is not None or score is not None
+            }
+        return found
+
+    async def _facts_without_job(self, queue: str) -> set[bytes]:
+        """Ids with facts: those of jobs that ended elsewhere must not stay for ever."""
+        found: set[bytes] = set()
+        cursor = 0
+        while True:
+            reply = await self._store.command("HSCAN", keys.facts(queue), cursor, "COUNT", _PAGE)
+            cursor, ids = int(reply[0]), list(reply[1])
+            if ids:
+                names = [b"job:%b:status" % one for one in ids]
+                statuses = await self._store.command("MGET", *names)
+                found |= {
+                    one
+                    for one, status in zip(ids, statuses, strict=True)
+                    if status not in (b"pending", b"processing")
+                }
+            if cursor == 0:
+                return found
+
+    # --- announcements -----------------------------------------------------------------------
+
+    async def announce_models(self, signatures: Mapping[str, Mapping[str, bytes]]) -> None:
+        """Says which models there are: {model: {version: signature as JSON}}. Kept for good."""
+        n = self._store.n
+        if not signatures:
+            return
+        await self._store.command("SADD", keys.models(n), *signatures)
+        for name, versions in signatures.items():
+            fields = [part for pair in versions.items() for part in pair]
+            await self._store.command("HSET", keys.model(n, name), *fields)
+
+    async def announce_worker(
+        self, worker_id: str, about: Mapping[str, Any], ttl_seconds: float
+    ) -> None:
+        """Says that a worker lives; forgotten by itself after `ttl_seconds`."""
+        n = self._store.n
+        ttl_ms = int(ttl_seconds * 1000)
+        body = msgspec.json.encode(about)
+        await self._store.command("SET", keys.worker(n, worker_id), body, "PX", ttl_ms)
+        seconds, _ = await self._store.command("TIME")
+        await self._store.command("ZADD", keys.workers(n), int(seconds), worker_id)
+        await self._store.command(
+            "ZREMRANGEBYSCORE", keys.workers(n), "-inf", int(seconds - 2 * ttl_seconds - 1)
+        )
+
+    async def retract_worker(self, worker_id: str) -> None:
+        await self._store.command("DEL", keys.worker(self._store.n, worker_id))
+        await self._store.command("ZREM", keys.workers(self._store.n), worker_id)
+
+
+def _queue_in(meta: bytes | None) -> str | None:
+    if not meta:
+        return None
+    try:
+        return decode_record(meta).queue
+    except msgspec.DecodeError:
+        return None

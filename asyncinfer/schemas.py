@@ -1,0 +1,145 @@
+"""What travels over HTTP: the body of every request and answer, and every query."""
+
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final, Literal
+
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+
+from asyncinfer.errors import Fault
+from asyncinfer.jobs import JobError, Options, Status
+from asyncinfer.tensors import TensorSpec
+
+MAX_WAIT_SECONDS: Final = 60
+
+# --- asked ---------------------------------------------------------------------------------
+
+
+class AskedOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All that can be asked of one job."""
+
+
+class PredictRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """An input for a model, and what is asked of its job."""
+
+    data: Annotated[
+        Raw,
+        Meta(
+            description="One row of numbers per item, as the model's `example` shows.",
+            examples=[[[5.1, 3.5, 1.4, 0.2]]],
+        ),
+    ]
+    options: AskedOptions = AskedOptions()
+
+
+class NoQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """For routes that take no query parameters."""
+
+
+class WaitQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    wait: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=MAX_WAIT_SECONDS,
+            description="How many seconds to hold the answer back while the job is unfinished.",
+        ),
+    ] = 0.0
+
+
+class JobsQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    status: Annotated[Status, Meta(description="Only jobs in this state.")] | None = None
+    model: Annotated[str, Meta(description="Only jobs of this model.")] | None = None
+    limit: Annotated[int, Meta(ge=1, le=1000, description="How many jobs at most.")] = 100
+    cursor: Annotated[str, Meta(description="Where the page before this one ended.")] | None = None
+
+
+# --- answered ------------------------------------------------------------------------------
+
+
+class Accepted(Struct, frozen=True):
+    """A job that is stored and will run."""
+
+    job_id: str
+    status: Status
+    url: Annotated[str, Meta(description="Where the job's state and result are.")]
+
+
+class Job(Struct, frozen=True, kw_only=True):
+    """A job as it stands; what is not known of it is left out."""
+
+    job_id: str
+    status: Status
+    result: Annotated[
+        Raw | UnsetType | None,
+        Meta(description="Null until the job is completed; left out in lists."),
+    ] = None
+    error: Annotated[JobError, Meta(description="Why a failed job failed.")] | UnsetType = UNSET
+    model: str | UnsetType = UNSET
+    version: str | UnsetType = UNSET
+    round: Annotated[int, Meta(description="Counts a person's retries.")] | UnsetType = UNSET
+    created_at: datetime | UnsetType = UNSET
+    started_at: datetime | UnsetType = UNSET
+    finished_at: datetime | UnsetType = UNSET
+
+
+class JobList(Struct, frozen=True):
+    jobs: list[Job]
+    cursor: Annotated[str, Meta(description="Asks for the next page; null on the last.")] | None
+
+
+class Model(Struct, frozen=True, kw_only=True):
+    """A model that workers serve: what it takes, what it gives."""
+
+    model: str
+    version: Annotated[str, Meta(description="The version that is served.")]
+    versions: Annotated[list[str], Meta(description="All announced versions, newest first.")]
+    default: Annotated[bool, Meta(description="Whether POST /predict means this model.")]
+    url: Annotated[str, Meta(description="Where to POST inputs.")]
+    description: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    labels: tuple[str, ...]
+    batched: Annotated[bool, Meta(description="Whether several jobs may share a run.")]
+    batching: Annotated[str, Meta(description="Why they may or may not.")]
+    max_rows: Annotated[int, Meta(description="How many rows one job may have.")]
+    sha256: Annotated[str, Meta(description="Of the model file.")]
+    example: Annotated[Any, Meta(description="A request body that works; null if unknown.")]
+
+
+class ModelList(Struct, frozen=True):
+    models: list[Model]
+
+
+class Alive(Struct, frozen=True):
+    status: Literal["ok"] = "ok"
+
+
+class Health(Struct, frozen=True, kw_only=True):
+    status: Literal["ok"] = "ok"
+    redis: Annotated[str, Meta(description="The server's name and version.")]
+    queues: Annotated[dict[str, int], Meta(description="Waiting jobs by queue.")]
+    workers: Annotated[int, Meta(description="Workers heard of lately.")]
+
+
+class About(Struct, frozen=True):
+    name: str
+    version: str
+    links: dict[str, str]
+
+
+class Problem(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What went wrong (RFC 9457)."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: Annotated[str, Meta(description="Stable, for machines.")]
+    instance: str = ""
+    errors: Annotated[tuple[Fault, ...], Meta(description="Every fault found, by place.")] = ()
+    job_id: str | None = None
+
+
+def at(time_ms: int | None) -> datetime | UnsetType:
+    """A time in a record as an answer shows it."""
+    return UNSET if time_ms is None else datetime.fromtimestamp(time_ms / 1000, UTC)

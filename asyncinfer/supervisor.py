@@ -1,0 +1,207 @@
+"""The processes of `asyncinfer serve`: Valkey, a worker and the API, ended in order."""
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+import anyio
+from msgspec import Struct
+
+from asyncinfer import children, valkey
+from asyncinfer.children import Child
+from asyncinfer.errors import StartError
+
+_log = logging.getLogger(__name__)
+
+_DRAIN_MARGIN_SECONDS: Final = 3.0
+"""After DRAIN_TIMEOUT a worker still stops its runs and gives its jobs back."""
+
+_HURRIED_SECONDS: Final = 1.0
+
+_FIRST_PAUSE_SECONDS: Final = 0.1
+_LONGEST_PAUSE_SECONDS: Final = 30.0
+_SETTLED_SECONDS: Final = 60.0
+"""A child that ran as long is no longer one that keeps failing."""
+
+Api = Callable[[str, Callable[[], None]], Awaitable[None]]
+"""Serves with the Redis at a URL until a signal ends it; calls back once it takes requests."""
+
+
+class Plan(Struct, frozen=True, kw_only=True):
+    """What runs beside the API."""
+
+    redis_url: str | None = None
+    """None: an embedded Valkey, its data under `data_dir`."""
+    data_dir: Path
+    worker: tuple[str, ...] = ()
+    """The worker's command; empty: no worker."""
+    worker_environ: Mapping[str, str] = {}
+    """Its environment, but for the REDIS_URL."""
+    drain_seconds: float = 20.0
+
+
+async def serve(plan: Plan, api: Api) -> None:
+    """Runs until SIGINT or SIGTERM; a second one hastens the end. Raises StartError."""
+    with _signals() as stop:
+        async with _redis(plan) as url, _worker(plan, url, stop), _until(stop.asked):
+            await api(url, stop.hand_over)
+
+
+# --- being asked to stop ---------------------------------------------------------------------
+
+
+class Stop:
+    """What signals ask for: the first to stop, those after it to hurry."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.hurry = asyncio.Event()
+        self._first_is_ours = True
+
+    def ask(self) -> None:
+        (self.asked if self._first_is_ours else self.hurry).set()
+        self._first_is_ours = False
+
+    def hand_over(self) -> None:
+        """The API takes requests, and the first signal: what reaches us now comes after it."""
+        self._first_is_ours = False
+
+
+@contextmanager
+def _signals() -> Iterator[Stop]:
+    """Signals are ours before and after the API; while that runs, its server takes them."""
+    stop = Stop()
+    loop = asyncio.get_running_loop()
+
+    def handle(_: int, __: FrameType | None) -> None:
+        loop.call_soon_threadsafe(stop.ask)
+
+    before = {it: signal.signal(it, handle) for it in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for it, handler in before.items():
+            signal.signal(it, handler)
+
+
+@asynccontextmanager
+async def _until(event: asyncio.Event) -> AsyncIterator[None]:
+    """Leaves the block when the event comes."""
+
+    async def leave() -> None:
+        await event.wait()
+        group.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(leave)
+        yield
+        group.cancel_scope.cancel()
+
+
+# --- Valkey ----------------------------------------------------------------------------------
+
+
+def _redis(plan: Plan) -> AbstractAsyncContextManager[str]:
+    return _given(plan.redis_url) if plan.redis_url else _embedded(plan.data_dir)
+
+
+@asynccontextmanager
+async def _given(url: str) -> AsyncIterator[str]:
+    yield url
+
+
+@asynccontextmanager
+async def _embedded(data_dir: Path) -> AsyncIterator[str]:
+    async with (
+        valkey.embedded(data_dir) as server,
+        Keeper("Valkey", server.child, server.start).keeping(),
+    ):
+        yield server.url
+
+
+# --- the worker ------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def _worker(plan: Plan, url: str, stop: Stop) -> AsyncIterator[None]:
+    if not plan.worker:
+        yield
+        return
+
+    async def start() -> Child:
+        environ = {**plan.worker_environ, "REDIS_URL": url}
+        return children.spawn(plan.worker, death_signal=signal.SIGKILL, env=environ)
+
+    keeper = Keeper("The worker", await start(), start)
+    try:
+        async with keeper.keeping():
+            yield
+    finally:
+        with anyio.CancelScope(shield=True):
+            await drain(keeper.child, plan.drain_seconds, stop.hurry)
+
+
+async def drain(worker: Child, drain_seconds: float, hurry: asyncio.Event) -> None:
+    """Ends a worker that may finish what it runs, or with no delay when there is a hurry."""
+    worker.signal(signal.SIGTERM)
+    with anyio.move_on_after(drain_seconds + _DRAIN_MARGIN_SECONDS):
+        async with _until(hurry):
+            await worker.wait()
+    await worker.stop(_HURRIED_SECONDS)
+
+
+# --- keeping a child alive -------------------------------------------------------------------
+
+
+class Keeper:
+    """Starts a child again whenever it ends, after a pause that grows while it keeps failing."""
+
+    def __init__(self, name: str, child: Child, start: Callable[[], Awaitable[Child]]) -> None:
+        self.child = child
+        self._name = name
+        self._start = start
+
+    @asynccontextmanager
+    async def keeping(self) -> AsyncIterator[None]:
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._run)
+            yield
+            group.cancel_scope.cancel()
+
+    async def _run(self) -> None:
+        failures = 0
+        while True:
+            failures = 0 if await self._lived_seconds() > _SETTLED_SECONDS else failures + 1
+            while not await self._started_again(pause_seconds(failures)):
+                failures += 1
+
+    async def _lived_seconds(self) -> float:
+        started_at = time.monotonic()
+        reason = _reason(await self.child.wait())
+        _log.error("%s (pid %d) ended with %s.", self._name, self.child.pid, reason)
+        return time.monotonic() - started_at
+
+    async def _started_again(self, pause: float) -> bool:
+        _log.info("%s is started again in %.1f s.", self._name, pause)
+        await anyio.sleep(pause)
+        try:
+            self.child = await self._start()
+        except (StartError, OSError) as error:
+            _log.error("%s does not start: %s", self._name, error)
+            return False
+        return True
+
+
+def pause_seconds(failures: int) -> float:
+    """How long to wait before a child is started again."""
+    return min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2.0 ** min(failures, 10))
+
+
+def _reason(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"

@@ -1,0 +1,119 @@
+"""Open Inference tensors <-> numpy: the datatypes, what fits them, and JSON read as one.
+
+`np.asarray` takes None, "1.5" and True for numbers and turns 1e39 into inf, so nothing relies
+on it: the decoder knows the type and range of every element before numpy sees them.
+"""
+
+import functools
+import math
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, Final, TypeAlias
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from msgspec import Meta, Struct
+
+Array: TypeAlias = npt.NDArray[np.generic]
+Dim: TypeAlias = int | str | None
+
+
+class TensorSpec(Struct, frozen=True):
+    """A tensor that a model takes or gives, as its graph declares it."""
+
+    name: str
+    datatype: str
+    """Open Inference name: FP32, INT64, BYTES (strings)..."""
+    shape: tuple[Dim, ...]
+    """Per dimension its size, its symbolic name, or None where the graph says neither."""
+
+
+DTYPES: Final[dict[str, str]] = {
+    "BOOL": "bool",
+    "INT8": "int8",
+    "INT16": "int16",
+    "INT32": "int32",
+    "INT64": "int64",
+    "UINT8": "uint8",
+    "UINT16": "uint16",
+    "UINT32": "uint32",
+    "UINT64": "uint64",
+    "FP16": "float16",
+    "FP32": "float32",
+    "FP64": "float64",
+    "BYTES": "object",
+}
+"""The numpy dtype of each datatype; strings are `str` objects, as ONNX Runtime wants them."""
+
+FLOATS: Final = frozenset({"FP16", "FP32", "FP64"})
+
+# The last number that still rounds to a finite one lies half a step above the largest of them.
+_FP16_END: Final = math.nextafter(65520.0, 0.0)
+_FP32_END: Final = math.nextafter(2.0**128 - 2.0**103, 0.0)
+
+RANGES: Final[dict[str, tuple[float, float]]] = {
+    "INT8": (-(2**7), 2**7 - 1),
+    "INT16": (-(2**15), 2**15 - 1),
+    "INT32": (-(2**31), 2**31 - 1),
+    "INT64": (-(2**63), 2**63 - 1),
+    "UINT8": (0, 2**8 - 1),
+    "UINT16": (0, 2**16 - 1),
+    "UINT32": (0, 2**32 - 1),
+    "UINT64": (0, 2**64 - 1),
+    "FP16": (-_FP16_END, _FP16_END),
+    "FP32": (-_FP32_END, _FP32_END),
+    "FP64": (-sys.float_info.max, sys.float_info.max),
+}
+"""The numbers that fit each numeric datatype, ends included."""
+
+
+def decode(data: bytes | msgspec.Raw, spec: TensorSpec) -> Array:
+    """The JSON text `data` as an array of `spec`'s datatype; its shape is still to be checked.
+
+    Raises ValueError or OverflowError when anything in it is not an element of that datatype.
+    """
+    values = _decoder(spec.datatype, len(spec.shape))(data)
+    return np.array(values, dtype=DTYPES[spec.datatype])
+
+
+def fits(shape: tuple[int, ...], spec: TensorSpec) -> bool:
+    """Whether `shape` is one that `spec` declares; an empty array never is."""
+    if len(shape) != len(spec.shape) or 0 in shape:
+        return False
+    symbols: dict[str, int] = {}
+    for size, dim in zip(shape, spec.shape, strict=True):
+        if isinstance(dim, int) and size != dim:
+            return False
+        if isinstance(dim, str) and symbols.setdefault(dim, size) != size:
+            return False
+    return True
+
+
+def is_open(spec: TensorSpec) -> bool:
+    """Whether the size of the first dimension is the caller's choice."""
+    return len(spec.shape) > 0 and not isinstance(spec.shape[0], int)
+
+
+def shape_words(spec: TensorSpec) -> str:
+    """`spec`'s shape as people read it: `[batch, 3, ?]`."""
+    return f"[{', '.join('?' if dim is None else str(dim) for dim in spec.shape)}]"
+
+
+@functools.cache
+def _decoder(datatype: str, rank: int) -> Callable[[bytes | msgspec.Raw], object]:
+    nested: Any = _element_type(datatype)
+    for _ in range(rank):
+        nested = list[nested]
+    return msgspec.json.Decoder(nested).decode
+
+
+def _element_type(datatype: str) -> object:
+    if datatype == "BOOL":
+        return bool
+    if datatype == "BYTES":
+        return str
+    low, high = RANGES[datatype]
+    if datatype == "UINT64":  # msgspec has no bound beyond int64; numpy refuses the rest
+        return Annotated[int, Meta(ge=0)]
+    return Annotated[float if datatype in FLOATS else int, Meta(ge=low, le=high)]

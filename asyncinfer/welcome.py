@@ -1,0 +1,64 @@
+"""What `asyncinfer serve` tells a person once it takes requests."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from msgspec import Struct
+
+from asyncinfer import __version__
+
+_EVERY_ADDRESS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+_WAIT_SECONDS: Final = 10
+
+
+class Welcome(Struct, frozen=True, kw_only=True):
+    host: str
+    port: int
+    redis: str
+    """Which server, and where its data is."""
+    models: Sequence[str]
+    """Served from here; none when workers elsewhere serve them."""
+    default_model: str | None
+    example: Any
+    """Works as `data` of the default model; None when there is none to show."""
+    needs_key: bool
+
+    def text(self) -> str:
+        return (
+            f"asyncinfer {__version__}\n"
+            f"  URL      {self._url}\n"
+            f"  Redis    {self.redis}\n"
+            f"  Models   {self._models()}\n"
+            f"  Try      {self._curl()}\n"
+            f"  Stop     Ctrl-C; jobs are kept\n"
+        )
+
+    @property
+    def _url(self) -> str:
+        host = _EVERY_ADDRESS.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    def _models(self) -> str:
+        if not self.models:
+            return "those of workers elsewhere; start one: asyncinfer work"
+        marked = (f"{it} (default)" if it == self.default_model else it for it in self.models)
+        return ", ".join(marked)
+
+    def _curl(self) -> str:
+        key = ' -H "x-api-key: $API_KEY"' if self.needs_key else ""
+        if self.example is None:
+            return f"curl{key} {self._url}/models"
+        body = shlex.quote(json.dumps({"data": self.example}))
+        return (
+            f"curl{key} -H 'content-type: application/json' -H 'Prefer: wait={_WAIT_SECONDS}' "
+            f"-d {body} {self._url}/predict"
+        )
+
+
+def shown_url(redis_url: str) -> str:
+    """A REDIS_URL without its user, password and options."""
+    parts = urlsplit(redis_url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

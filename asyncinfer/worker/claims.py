@@ -1,0 +1,245 @@
+"""What one process holds, and what it may claim next."""
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Final, Literal, TypeVar
+
+from asyncinfer.engine import Stop
+from asyncinfer.errors import RedisRefused, RedisUnavailable
+from asyncinfer.execution import Batch
+from asyncinfer.repository.run import (
+    MOST_QUEUES_A_CLAIM,
+    Claim,
+    Claimed,
+    ClaimRequest,
+    Doorbell,
+    Runs,
+)
+from asyncinfer.repository.store import Store
+from asyncinfer.upkeep import Renewer
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Step = Literal["woken", "claimed", "running", "finishing", "finished"]
+
+_LOW_FIRST_EVERY: Final = 16
+
+
+class Run:
+    """One batch in a thread; stopped for one reason, the first given."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.stop = Stop()
+        self.why: Literal["", "abandoned", "timeout", "drain"] = ""
+        self.wanted = {job.job_id for job in batch.jobs}
+
+    def end(self, why: Literal["abandoned", "timeout", "drain"]) -> None:
+        self.why = self.why or why
+        self.stop.stop()
+
+    def abandon(self, job_id: str) -> None:
+        """One of its jobs has ended otherwise; a run that nobody wants stops."""
+        self.wanted.discard(job_id)
+        if not self.wanted:
+            self.end("abandoned")
+
+
+class Held:
+    """A claim this process holds: the jobs without an outcome yet, and the run under way."""
+
+    def __init__(self, claim: Claim) -> None:
+        self.claim = claim
+        self.open = {job.job_id: job for job in claim.jobs}
+        self.started_ms = time.time_ns() // 1_000_000
+        self.run: Run | None = None
+        self.early: set[asyncio.Task[None]] = set()
+
+
+class Claims:
+    """The claims of one process, made one at a time.
+
+    `queues` says for each whether its model's jobs can share a run.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        runs: Runs,
+        renewer: Renewer,
+        queues: Mapping[str, bool],
+        *,
+        max_batch: int,
+        brpop_timeout_seconds: float,
+        on_step: Callable[[Step], None],
+    ) -> None:
+        self.held: dict[str, Held] = {}
+        self.draining = asyncio.Event()
+        self._runs = runs
+        self._renewer = renewer
+        self._queues = list(queues)
+        self._unshared = {queue for queue, shared in queues.items() if not shared}
+        self._max_batch = max_batch
+        self._brpop_timeout_seconds = brpop_timeout_seconds
+        self._on_step = on_step
+        self._doorbell = Doorbell(store)
+        self._waiting_turn = asyncio.Lock()
+        self._claiming = asyncio.Lock()
+        self._let_go_event = asyncio.Event()
+        self._blocked = False
+        self._asked = 0
+        self._made = 0
+
+    async def drain(self) -> None:
+        """Claims nothing more; whoever waits for work returns."""
+        self.draining.set()
+        self._let_go_event.set()
+        await self._doorbell.close()
+
+    async def next(self) -> Held | None:
+        """Waits for work; one slot waits for all. None when draining."""
+        rang: str | None = None
+        async with self._waiting_turn:
+            while not self.draining.is_set():
+                if self._must_not_claim():
+                    await self._ring_back(rang)
+                    rang = None
+                    await self._something_let_go()
+                elif held := await self._claim(rang):
+                    return held
+                elif not self._must_not_claim():
+                    rang = await self._wait()
+            await self._ring_back(rang)
+        return None
+
+    async def finish(
+        self, held: Held, store_outcomes: Callable[[ClaimRequest | None], Awaitable[Claimed]]
+    ) -> Held | None:
+        """Lets go of a finished claim; the claim that may ride on its last call comes back."""
+        async with self._claiming:
+            following = self._following(held)
+            claimed = await store_outcomes(following)
+            self._renewer.let_go(held.claim.token)
+            self.held.pop(held.claim.token, None)
+            self._let_go_event.set()
+            self._on_step("finished")
+            return self._hold(claimed) if following else None
+
+    async def _wait(self) -> str | None:
+        """The queue whose bell rang; None after BRPOP_TIMEOUT, when an idle worker looks anyway."""
+        try:
+            rang = await self._doorbell.wait(self._turn(None), self._brpop_timeout_seconds)
+        except RedisUnavailable as error:
+            if not self.draining.is_set():
+                log.warning("Waiting: %s", error.detail)
+                await asyncio.sleep(random.uniform(0.1, 0.5))
+            return None
+        if rang:
+            self._on_step("woken")
+        return rang
+
+    async def _ring_back(self, rang: str | None) -> None:
+        if rang:
+            with contextlib.suppress(RedisUnavailable):
+                await self._doorbell.ring(rang)
+
+    def _must_not_claim(self) -> bool:
+        """A redelivered job or a suspect runs with nothing beside it in its process."""
+        if not self.held:
+            self._blocked = False
+        return self._blocked or any(held.claim.lone for held in self.held.values())
+
+    async def _something_let_go(self) -> None:
+        self._let_go_event.clear()
+        if self._must_not_claim() and not self.draining.is_set():
+            await self._let_go_event.wait()
+
+    async def _claim(self, rang: str | None) -> Held | None:
+        turn = self._turn(rang)
+        many = len(turn) > MOST_QUEUES_A_CLAIM
+        if many and not rang and not await self._answered(lambda: self._runs.has_work(turn), False):
+            return None
+        for start in range(0, len(turn), MOST_QUEUES_A_CLAIM):
+            if held := await self._claim_of_any(turn[start : start + MOST_QUEUES_A_CLAIM]):
+                return held
+        return None
+
+    async def _claim_of_any(self, queues: Sequence[str]) -> Held | None:
+        try:
+            return await self._claim_of(queues)
+        except RedisRefused as error:
+            log.error("Claiming: %s", error.detail)
+        # A damaged key of one queue must not starve the others.
+        for queue in queues:
+            with contextlib.suppress(RedisRefused):
+                if held := await self._claim_of([queue]):
+                    return held
+        return None
+
+    async def _claim_of(self, queues: Sequence[str]) -> Held | None:
+        # One claim call at a time: with two under way, a poison job could come with one of them
+        # while the other brings the innocents it would take along.
+        async with self._claiming:
+            if self._must_not_claim() or self.draining.is_set():
+                return None
+            request = self._request(queues, held=bool(self.held))
+            return self._hold(
+                await self._answered(lambda: self._runs.claim(request), Claimed(None))
+            )
+
+    def _following(self, held: Held) -> ClaimRequest | None:
+        """The claim that rides on a finish, unless this process must not claim just now."""
+        others = [one for token, one in self.held.items() if token != held.claim.token]
+        if self.draining.is_set() or any(one.claim.lone for one in others):
+            return None
+        if self._blocked and others:
+            return None
+        return self._request(self._turn(None)[:MOST_QUEUES_A_CLAIM], held=bool(others))
+
+    def _request(self, queues: Sequence[str], *, held: bool) -> ClaimRequest:
+        self._asked += 1
+        return ClaimRequest(
+            tuple(queues),
+            self._runs.new_token(),
+            held,
+            self._max_batch,
+            # A round of all queues, or the same one would be first each time; and until claims
+            # come of it, since one that was blocked has not had its turn.
+            low_first=self._made // len(self._queues) % _LOW_FIRST_EVERY == _LOW_FIRST_EVERY - 1,
+            unshared=tuple(queue for queue in queues if queue in self._unshared),
+        )
+
+    def _turn(self, first: str | None) -> list[str]:
+        """The queues, another first each time: BRPOP and claim serve theirs in order."""
+        at = self._queues.index(first) if first in self._queues else self._asked
+        at %= len(self._queues)
+        return self._queues[at:] + self._queues[:at]
+
+    def _hold(self, claimed: Claimed) -> Held | None:
+        self._blocked = claimed.blocked
+        if claimed.claim is None:
+            return None
+        self._made += 1
+        held = self.held[claimed.claim.token] = Held(claimed.claim)
+        self._renewer.hold(claimed.claim)
+        self._on_step("claimed")
+        return held
+
+    async def _answered(self, call: Callable[[], Awaitable[T]], otherwise: T) -> T:
+        """Calls until Redis answers; the call is one that may be sent again. Gives up when
+        draining, since whatever a lost reply claimed comes back by its lease."""
+        while True:
+            try:
+                return await call()
+            except RedisRefused:
+                raise
+            except RedisUnavailable as error:
+                if self.draining.is_set():
+                    return otherwise
+                log.warning("Claiming: %s", error.detail)
+                await asyncio.sleep(random.uniform(0.1, 0.5))

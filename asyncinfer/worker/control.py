@@ -1,0 +1,55 @@
+"""Hears at once what is asked of running jobs: cancel, expire."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from asyncinfer import keys
+from asyncinfer.errors import RedisUnavailable
+from asyncinfer.jobs import id_text
+from asyncinfer.repository.store import Store
+
+log = logging.getLogger(__name__)
+
+_READ_SECONDS: Final = 5.0
+
+
+class Control:
+    """Reads the control streams of this worker's queues."""
+
+    def __init__(
+        self, store: Store, queues: Sequence[str], heard: Callable[[str, str], None]
+    ) -> None:
+        self._store = store
+        self._streams = [keys.control(queue) for queue in queues]
+        self._heard = heard
+        self._blocking = store.blocking()
+        self._last: dict[str, bytes] = {}
+
+    async def listen(self) -> None:
+        """Tells `heard(what, job_id)`; ends when closed. What it misses a renewal tells later."""
+        while not self._blocking.closed:
+            try:
+                await self._start_at_the_end()
+                await self._read()
+            except RedisUnavailable as error:
+                if not self._blocking.closed:
+                    log.warning("Control: %s", error.detail)
+                    await asyncio.sleep(random.uniform(0.1, 0.5))
+
+    async def close(self) -> None:
+        await self._blocking.close()
+
+    async def _start_at_the_end(self) -> None:
+        for stream in self._streams:
+            if stream not in self._last:
+                newest = await self._store.command("XREVRANGE", stream, "+", "-", "COUNT", 1)
+                self._last[stream] = bytes(newest[0][0]) if newest else b"0"
+
+    async def _read(self) -> None:
+        for stream, entry_id, fields in await self._blocking.read(self._last, _READ_SECONDS):
+            self._last[stream] = entry_id
+            for what, job_id in fields.items():
+                self._heard(what.decode("utf-8", "replace"), id_text(job_id))

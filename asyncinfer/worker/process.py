@@ -1,0 +1,171 @@
+"""A worker process, from where its models and its Redis are to its exit code."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from msgspec import Struct
+
+from asyncinfer.engine import Engine
+from asyncinfer.errors import ModelRefused, RedisUnavailable, StartError, StorageFull
+from asyncinfer.models import ModelFile, default_model, scan
+from asyncinfer.repository.store import Policy, Store
+from asyncinfer.worker.claims import Step
+from asyncinfer.worker.worker import Worker, WorkerConfig
+
+log = logging.getLogger(__name__)
+
+_CALL_SECONDS: Final = 10.0
+_CONNECT_PAUSE_SECONDS: Final = 0.05
+_SECOND_SIGNAL_EXIT: Final = 130
+_FAILED_EXIT: Final = 1
+
+
+class WorkerProcess(Struct, frozen=True, kw_only=True):
+    """Where a worker finds its work and its models, and how it works."""
+
+    redis_url: str
+    queue_name: str
+    policy: Policy
+    model_dir: Path
+    models: tuple[str, ...] = ()
+    """Names to serve; none means all in the folder."""
+    default_model: str | None = None
+    """As the operator set it; None: as first started, else by what is in the folder."""
+    intra_op_threads: int = 1
+    worker: WorkerConfig
+
+
+def run(config: WorkerProcess, on_step: Callable[[Step], None] = lambda _: None) -> int:
+    """Works until SIGTERM or SIGINT; a second one ends it at once. Returns the exit code.
+
+    Raises StartError when the server or the models cannot be used.
+    """
+    engines = load(config.model_dir, config.models, config.intra_op_threads)
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            code = runner.run(_work(config, engines, on_step))
+    except (StartError, KeyboardInterrupt):
+        raise
+    except Exception:
+        log.exception("The worker failed.")
+        code = _FAILED_EXIT
+    if code:
+        # A thread that would not stop cannot be joined, and the interpreter would wait for it.
+        logging.shutdown()
+        os._exit(code)
+    return code
+
+
+def load(model_dir: Path, wanted: Sequence[str], intra_op_threads: int) -> dict[str, Engine]:
+    """The folder's models by name; one that cannot be loaded is logged and left out."""
+    engines = {}
+    for file in _wanted(model_dir, wanted):
+        try:
+            engines[file.model] = Engine.load(file, intra_op_threads=intra_op_threads)
+        except ModelRefused as error:
+            log.error("Model %s is not served: %s", file.model, error.detail)
+    if not engines:
+        raise StartError(
+            f"No model to serve in {model_dir}. Put an ONNX file there, as "
+            "<name>/1/model.onnx or <name>.onnx, or set MODEL_DIR."
+        )
+    return engines
+
+
+def _wanted(model_dir: Path, wanted: Sequence[str]) -> list[ModelFile]:
+    files = scan(model_dir)
+    if missing := set(wanted) - {file.model for file in files}:
+        raise StartError(
+            f"MODELS names {', '.join(sorted(missing))}, which {model_dir} does not have."
+        )
+    return [file for file in files if not wanted or file.model in wanted]
+
+
+async def _work(
+    config: WorkerProcess, engines: dict[str, Engine], on_step: Callable[[Step], None]
+) -> int:
+    stopping = asyncio.Event()
+    _on_signals(stopping)
+    opened = Store.open(
+        config.redis_url,
+        queue_name=config.queue_name,
+        policy=config.policy,
+        name="asyncinfer-worker",
+        call_seconds=_CALL_SECONDS,
+    )
+    async with opened as store:
+        default = await _connected(store, config, stopping)
+        if stopping.is_set():
+            return 0
+        worker = Worker(store, engines, default, config.worker, on_step)
+        async with asyncio.TaskGroup() as group:
+            drained = group.create_task(_drain_when(stopping, worker))
+            code = await worker.run()
+            drained.cancel()
+        return code
+
+
+async def _connected(store: Store, config: WorkerProcess, stopping: asyncio.Event) -> str | None:
+    """Waits for the server, or to be asked to stop; returns the default model."""
+    files = _wanted(config.model_dir, config.models)
+    names = [file.model for file in files if not file.problem]
+    told = False
+    while not stopping.is_set():
+        try:
+            server = await store.check_server()
+            default = await agreed_default(store, config.default_model, names)
+        except (RedisUnavailable, StorageFull) as error:
+            if not told:
+                log.info("Waiting for Redis: %s", error.detail)
+            told = True
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_CONNECT_PAUSE_SECONDS):
+                    await stopping.wait()
+        else:
+            log.info("Connected to %s.", server)
+            return default
+    return None
+
+
+async def agreed_default(store: Store, wanted: str | None, names: Sequence[str]) -> str | None:
+    """The default model: as set, else as first started, else by the folder.
+
+    Raises DefaultModelChanged when it is set to another than the queue was started with.
+    """
+    if wanted is None:
+        wanted = await store.default_model() or default_model(None, names)
+    if wanted is not None:
+        await store.claim_default_model(wanted)
+    return wanted
+
+
+async def _drain_when(stopping: asyncio.Event, worker: Worker) -> None:
+    await stopping.wait()
+    worker.drain()
+
+
+def _on_signals(stopping: asyncio.Event) -> None:
+    def asked() -> None:
+        if stopping.is_set():
+            os._exit(_SECOND_SIGNAL_EXIT)
+        log.info("Draining: what runs is finished, nothing more is claimed.")
+        stopping.set()
+
+    loop = asyncio.get_running_loop()
+    for one in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(one, asked)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    if sys.platform == "win32":
+        return None
+    import uvloop
+
+    return uvloop.new_event_loop

@@ -1,0 +1,437 @@
+"""One worker: slots that claim, run and finish; cancel, time-out and drain."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import secrets
+import socket
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Final
+
+import anyio
+import msgspec
+
+from asyncinfer import execution, jobs, keys
+from asyncinfer.engine import Engine, Stopped
+from asyncinfer.errors import (
+    AsyncinferError,
+    JobError,
+    ModelFailed,
+    OutOfMemory,
+    PredictionTimeout,
+    RedisRefused,
+    RedisUnavailable,
+    ResultTooLarge,
+)
+from asyncinfer.execution import Batch
+from asyncinfer.repository.run import (
+    Claimed,
+    ClaimedJob,
+    ClaimRequest,
+    Finished,
+    Renewal,
+    Runs,
+    error_body,
+)
+from asyncinfer.repository.store import Store
+from asyncinfer.repository.upkeep import Upkeep
+from asyncinfer.upkeep import Renewer, announce_forever, reap_forever
+from asyncinfer.worker.claims import Claims, Held, Run, Step
+from asyncinfer.worker.control import Control
+
+log = logging.getLogger(__name__)
+
+EXIT_HUNG: Final = 70
+"""A run would not stop: the process ends, so that its supervisor starts a fresh one."""
+
+_FAREWELL_SECONDS: Final = 1.0
+
+
+class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How a worker works."""
+
+    concurrency: int
+    max_batch: int = 128
+    max_result_bytes: int = 16 << 20
+    brpop_timeout_seconds: float = 1.0
+    prediction_timeout_seconds: float = 10.0
+    hang_grace_seconds: float = 1.0
+    drain_timeout_seconds: float = 20.0
+
+
+class Hung(Exception):
+    """A run did not stop within its grace; its thread is lost."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__("a run did not stop")
+        self.run = run
+
+
+class Worker:
+    """Claims from its models' queues and runs what it claims, `concurrency` batches at once."""
+
+    def __init__(
+        self,
+        store: Store,
+        engines: Mapping[str, Engine],
+        default_model: str | None,
+        config: WorkerConfig,
+        on_step: Callable[[Step], None] = lambda _: None,
+    ) -> None:
+        self.worker_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+        self.hung = False
+        self._store = store
+        self._engines = engines
+        self._default_model = default_model
+        self._config = config
+        self._on_step = on_step
+        queues = {
+            keys.queue(store.n, model, default_model): engine.signature.batched
+            for model, engine in sorted(engines.items())
+        }
+        self._runs = Runs(store, self.worker_id)
+        self._control = Control(store, list(queues), self._heard)
+        self._threads = ThreadPoolExecutor(config.concurrency, thread_name_prefix="slot")
+        self._loop = asyncio.get_running_loop()
+        self._renewer = Renewer(store, self._renewed_in_thread)
+        self._claims = Claims(
+            store,
+            self._runs,
+            self._renewer,
+            queues,
+            max_batch=config.max_batch,
+            brpop_timeout_seconds=config.brpop_timeout_seconds,
+            on_step=on_step,
+        )
+        self._given_up = False
+        self._group: asyncio.TaskGroup
+
+    # --- the process ---------------------------------------------------------------------------
+
+    async def run(self) -> int:
+        """Works until drained; returns the exit code."""
+        self._renewer.start()
+        # anyio's group, since redis-py may swallow a cancellation and anyio's comes again.
+        async with anyio.create_task_group() as background:
+            for role in self._roles():
+                background.start_soon(role)
+            async with asyncio.TaskGroup() as self._group:
+                create = self._group.create_task
+                slots = [create(self._slot()) for _ in range(self._config.concurrency)]
+                await self._slots_done(slots)
+            await self._control.close()
+            background.cancel_scope.cancel()
+        await self._renewer.close()
+        with contextlib.suppress(RedisUnavailable, TimeoutError):
+            async with asyncio.timeout(_FAREWELL_SECONDS):
+                await Upkeep(self._store).retract_worker(self.worker_id)
+        self._threads.shutdown(wait=not self.hung)
+        return EXIT_HUNG if self.hung else 0
+
+    def _roles(self) -> list[Callable[[], Coroutine[Any, Any, None]]]:
+        announced = {
+            name: {engine.signature.version: msgspec.json.encode(engine.signature)}
+            for name, engine in self._engines.items()
+        }
+        return [
+            partial(reap_forever, self._store),
+            partial(announce_forever, self._store, self.worker_id, self._about, announced),
+            self._renewer.beat,
+            self._control.listen,
+        ]
+
+    def _about(self) -> dict[str, object]:
+        return {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "concurrency": self._config.concurrency,
+            "models": sorted(self._engines),
+            "state": self._state(),
+        }
+
+    def _state(self) -> str:
+        if self.hung:
+            return "hung"
+        return "draining" if self._claims.draining.is_set() else "ready"
+
+    def drain(self) -> None:
+        """Claims no more; `run` returns when what runs has finished or been released."""
+        if not self._claims.draining.is_set():
+            # At once: a slot that finishes meanwhile must not claim.
+            self._claims.draining.set()
+            self._group.create_task(self._claims.drain())
+
+    async def _slots_done(self, slots: Sequence[asyncio.Task[None]]) -> None:
+        await self._claims.draining.wait()
+        _, busy = await asyncio.wait(slots, timeout=self._config.drain_timeout_seconds)
+        if busy:
+            await self._cut(busy)
+
+    async def _cut(self, busy: set[asyncio.Task[None]]) -> None:
+        """The drain took too long: stops the runs and hands their jobs back."""
+        self._given_up = True
+        for held in self._claims.held.values():
+            if held.run:
+                held.run.end("drain")
+        _, stuck = await asyncio.wait(busy, timeout=self._config.hang_grace_seconds)
+        if stuck:
+            self.hung = True
+            with anyio.move_on_after(_FAREWELL_SECONDS):
+                async with anyio.create_task_group() as group:
+                    for held in self._claims.held.values():
+                        group.start_soon(self._release, held)
+            for task in stuck:
+                task.cancel()
+
+    async def _release(self, held: Held) -> None:
+        """Hands back what is open. A claim with nothing open is being finished, or was tried to
+        be: what that did not store comes back by its lease, which must not go before."""
+        released = [Finished(one.job_id, "released", meta=one.meta) for one in held.open.values()]
+        if released:
+            held.open.clear()
+            with contextlib.suppress(RedisUnavailable):
+                await self._runs.finish(held.claim, released, last=not held.early)
+
+    async def _slot(self) -> None:
+        held: Held | None = None
+        while held := held or await self._claims.next():
+            held = await self._serve(held)
+
+    # --- running -------------------------------------------------------------------------------
+
+    async def _serve(self, held: Held) -> Held | None:
+        """Runs a claim and finishes it; returns the next claim, when one came with it."""
+        finished: list[Finished] = []
+        try:
+            prepared = await asyncio.get_running_loop().run_in_executor(
+                self._threads,
+                execution.prepare,
+                held.claim.jobs,
+                self._engines,
+                self._default_model,
+            )
+            finished += [self._failed(held, job, error) for job, error in prepared.refused]
+            for batch in prepared.batches:
+                finished += await self._run(held, batch)
+        except Hung as hung:
+            self._lose_slot()
+            finished += self._hung_jobs(held, hung.run, finished)
+        except Exception:
+            log.exception("A claim could not be run; its jobs fail.")
+            error = JobError("The worker failed in a way it did not expect; its log has more.")
+            done = {one.job_id for one in finished}
+            finished += [
+                self._failed(held, job, error)
+                for job in held.open.values()
+                if job.job_id not in done
+            ]
+        return await self._finish(held, finished)
+
+    async def _run(self, held: Held, batch: Batch) -> list[Finished]:
+        """Runs a batch; one that fails is split until the culprit is alone."""
+        run = Run(batch)
+        run.wanted &= held.open.keys()
+        if not run.wanted:
+            return []
+        if self._given_up:
+            return self._handed_back(held, batch)
+        held.run = run
+        try:
+            bodies = await self._supervised(run)
+        except Stopped:
+            return self._stopped(held, run)
+        except (ModelFailed, OutOfMemory) as error:
+            if len(batch.jobs) == 1:
+                return [self._failed(held, batch.jobs[0], error)]
+            first, second = batch.halves()
+            return await self._run(held, first) + await self._run(held, second)
+        finally:
+            held.run = None
+        return [
+            self._completed(held, job, body, batch.engine.signature.version)
+            for job, body in zip(batch.jobs, bodies, strict=True)
+        ]
+
+    def _completed(self, held: Held, job: ClaimedJob, body: bytes, version: str) -> Finished:
+        if len(body) <= self._config.max_result_bytes:
+            return self._ended(held, job, "completed", body, version)
+        error = ResultTooLarge(
+            f"The result has {len(body)} bytes of JSON; {self._config.max_result_bytes} are kept "
+            "for one job. Send fewer rows a job."
+        )
+        return self._failed(held, job, error)
+
+    async def _supervised(self, run: Run) -> list[bytes]:
+        """The run in its thread: stopped after PREDICTION_TIMEOUT, lost after a grace."""
+        future = asyncio.get_running_loop().run_in_executor(
+            self._threads, execution.run, run.batch, run.stop
+        )
+        self._on_step("running")
+        done, _ = await asyncio.wait({future}, timeout=self._timeout_seconds(run.batch))
+        if not done:
+            run.end("timeout")
+            done, _ = await asyncio.wait({future}, timeout=self._config.hang_grace_seconds)
+        if not done:
+            future.add_done_callback(lambda late: late.exception())
+            raise Hung(run)
+        return future.result()
+
+    def _stopped(self, held: Held, run: Run) -> list[Finished]:
+        """A stopped run says nothing about which of several jobs was too slow: each is suspect."""
+        left = [job for job in run.batch.jobs if job.job_id in held.open]
+        if run.why == "drain":
+            return self._handed_back(held, run.batch)
+        if len(run.batch.jobs) == 1:
+            return [self._failed(held, job, self._too_slow(run.batch)) for job in left]
+        return [Finished(job.job_id, "suspect", meta=job.meta) for job in left]
+
+    def _handed_back(self, held: Held, batch: Batch) -> list[Finished]:
+        left = [job for job in batch.jobs if job.job_id in held.open]
+        return [Finished(job.job_id, "released", meta=job.meta) for job in left]
+
+    def _hung_jobs(self, held: Held, run: Run, finished: Sequence[Finished]) -> list[Finished]:
+        """What becomes of a claim whose run would not stop."""
+        settled = {one.job_id for one in finished} | {job.job_id for job in run.batch.jobs}
+        return self._stopped(held, run) + [
+            Finished(job.job_id, "released", meta=job.meta)
+            for job in held.open.values()
+            if job.job_id not in settled
+        ]
+
+    def _timeout_seconds(self, batch: Batch) -> float:
+        return batch.engine.timeout_seconds or self._config.prediction_timeout_seconds
+
+    def _too_slow(self, batch: Batch) -> PredictionTimeout:
+        return PredictionTimeout(
+            f"The run took longer than {self._timeout_seconds(batch):g} s and was stopped. Send "
+            "fewer rows, or raise PREDICTION_TIMEOUT or the model's limits.timeout_seconds."
+        )
+
+    def _lose_slot(self) -> None:
+        log.error("A run would not stop; this worker finishes its other runs and exits.")
+        self.hung = True
+        self.drain()
+
+    # --- finishing -----------------------------------------------------------------------------
+
+    async def _finish(self, held: Held, finished: Sequence[Finished]) -> Held | None:
+        while held.early:
+            await asyncio.wait(held.early)
+        outcomes = [one for one in finished if one.job_id in held.open]
+        held.open.clear()
+        self._on_step("finishing")
+        return await self._claims.finish(
+            held,
+            lambda following: self._stored(held, outcomes, last=True, following=following),
+        )
+
+    async def _stored(
+        self,
+        held: Held,
+        finished: Sequence[Finished],
+        *,
+        last: bool,
+        following: ClaimRequest | None = None,
+    ) -> Claimed:
+        """Stores outcomes, however long Redis is away; what they are stays in memory until then."""
+        while True:
+            try:
+                verdicts, claimed = await self._runs.finish(
+                    held.claim, finished, last=last, following=following
+                )
+            except RedisRefused as error:
+                # The same call again would be refused again. What rides on it may be to blame;
+                # what is not stored comes back by its lease.
+                log.error("Finishing: %s", error.detail)
+                if following is None:
+                    return Claimed(None)
+                following = None
+            except RedisUnavailable as error:
+                if self._given_up:
+                    return Claimed(None)
+                log.warning("Finishing: %s", error.detail)
+                await asyncio.sleep(random.uniform(0.1, 0.5))
+            else:
+                if stale := verdicts.count("stale"):
+                    log.warning("%d results came too late: their jobs had been taken.", stale)
+                return claimed
+
+    def _failed(self, held: Held, job: ClaimedJob, error: AsyncinferError) -> Finished:
+        """A job that cannot be done; a lack of memory is worth another try, later."""
+        body = error_body(error.code, error.detail)
+        if not isinstance(error, OutOfMemory):
+            return self._ended(held, job, "failed", body)
+        errors = (job.record.errors if job.record else 0) + 1
+        if jobs.retry_or_dead(errors, self._store.policy.max_errors) == "dead" or not job.record:
+            return self._ended(held, job, "dead", body)
+        record = msgspec.structs.replace(job.record, errors=errors)
+        meta = jobs.encode_record(record, jobs.record_seq(job.meta))
+        return Finished(job.job_id, "retry", meta=meta, delay_ms=jobs.backoff_ms(errors))
+
+    def _ended(
+        self,
+        held: Held,
+        job: ClaimedJob,
+        outcome: jobs.Outcome,
+        body: bytes = b"",
+        version: str | None = None,
+    ) -> Finished:
+        meta = b""
+        if job.record:
+            record = msgspec.structs.replace(
+                job.record,
+                started_ms=held.started_ms,
+                finished_ms=_now_ms(),
+                worker=self.worker_id,
+                claim=held.claim.token,
+                ran_version=version,
+            )
+            meta = jobs.encode_record(record, jobs.record_seq(job.meta))
+        return Finished(job.job_id, outcome, body, meta)
+
+    # --- cancel and deadlines ------------------------------------------------------------------
+
+    def _heard(self, what: str, job_id: str) -> None:
+        for held in list(self._claims.held.values()):
+            if job := held.open.get(job_id):
+                if what == "cancel":
+                    self._end_early(held, job, self._ended(held, job, "cancelled"))
+                elif what == "expire":
+                    body = error_body("expired", "The deadline passed while the job ran.")
+                    self._end_early(held, job, self._ended(held, job, "failed", body))
+
+    def _renewed_in_thread(self, renewal: Renewal) -> None:
+        self._loop.call_soon_threadsafe(self._renewed, renewal)
+
+    def _renewed(self, renewal: Renewal) -> None:
+        for job_id in renewal.cancelled:
+            self._heard("cancel", job_id)
+        for job_id in renewal.expired:
+            self._heard("expire", job_id)
+        for token in renewal.lost:
+            # A claim whose finish is under way has nothing open, and its loss means nothing.
+            held = self._claims.held.get(token)
+            if held and held.open:
+                log.warning("A lease was lost; %d jobs go to others.", len(held.open))
+                self._renewer.let_go(token)
+
+    def _end_early(self, held: Held, job: ClaimedJob, outcome: Finished) -> None:
+        """Ends one job of a claim now; the others run on."""
+        del held.open[job.job_id]
+        if held.run:
+            held.run.abandon(job.job_id)
+        task = self._group.create_task(self._store_early(held, outcome))
+        held.early.add(task)
+        task.add_done_callback(held.early.discard)
+
+    async def _store_early(self, held: Held, outcome: Finished) -> None:
+        await self._stored(held, [outcome], last=False)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -1,0 +1,29 @@
+"""A real API on a real socket, models announced, and a hand that works as a worker would."""
+
+from collections.abc import AsyncIterator
+
+import httpx2
+import pytest
+
+from asyncinfer.api.config import ApiConfig
+from asyncinfer.repository.store import Policy, Store
+
+from .harness import Hand, announce, client_of, hosted, running
+
+
+@pytest.fixture
+def config(redis_url: str, policy: Policy) -> ApiConfig:
+    return ApiConfig(redis_url=redis_url, policy=policy)
+
+
+@pytest.fixture
+async def api(config: ApiConfig, store: Store) -> AsyncIterator[httpx2.AsyncClient]:
+    """A client of an API that serves iris (the default) and digits."""
+    await announce(store, "iris", "digits", default="iris")
+    async with hosted(running(config)) as port, client_of(port) as client:
+        yield client
+
+
+@pytest.fixture
+def hand(store: Store) -> Hand:
+    return Hand(store)

@@ -1,0 +1,185 @@
+"""How these tests start an API, announce models, and finish jobs."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
+from typing import Any, TypeVar
+
+import anyio
+import httpx2
+import msgspec
+
+from asyncinfer import jobs
+from asyncinfer.api.app import create_app
+from asyncinfer.api.config import ApiConfig
+from asyncinfer.api.server import Server, listen
+from asyncinfer.models import Signature
+from asyncinfer.repository.run import Claim, ClaimedJob, ClaimRequest, Finished, Runs
+from asyncinfer.repository.store import Store
+from asyncinfer.repository.upkeep import Upkeep
+from asyncinfer.tensors import TensorSpec
+from tests.faults.harness import eventually
+
+T = TypeVar("T")
+
+QUEUE = "predict_queue"
+ROW = [[5.1, 3.5, 1.4, 0.2]]
+RESULT = {"prediction": 0, "class_name": "setosa", "probabilities": [1.0, 0.0, 0.0]}
+COLUMNS = {"iris": 4, "digits": 64}
+
+
+@asynccontextmanager
+async def running(config: ApiConfig) -> AsyncIterator[int]:
+    """The port of an API in this loop, on a real socket."""
+    async with _serving(config) as (server, port):
+        yield port
+        # What uvicorn's shutdown does, without the pauses it makes.
+        connections = server.server_state.connections
+        for connection in list(connections):
+            connection.shutdown()
+        await eventually(lambda: not connections, "all connections are closed")
+
+
+@asynccontextmanager
+async def stopped_by_itself(config: ApiConfig) -> AsyncIterator[int]:
+    """`running`, but at the end stopped as a signal does."""
+    async with _serving(config) as (server, port):
+        yield port
+        server.should_exit = True
+        await eventually(lambda: not server.servers[0].is_serving(), "it stops listening")
+        await eventually(lambda: not server.server_state.connections, "all is answered")
+
+
+@asynccontextmanager
+async def _serving(config: ApiConfig) -> AsyncIterator[tuple[Server, int]]:
+    ready = anyio.Event()
+    app = create_app(config)
+    server = Server(app, config, on_ready=ready.set)
+    with closing(listen("127.0.0.1", 0)) as listener:
+        async with app.lifespan(), anyio.create_task_group() as group:
+            group.start_soon(server.serve, [listener])
+            await ready.wait()
+            yield server, listener.getsockname()[1]
+            server.servers[0].close()
+            group.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def hosted(context: AbstractAsyncContextManager[T]) -> AsyncIterator[T]:
+    """`context` in a task of its own, for fixtures: pytest-asyncio ends them in another task than
+    it began them in, and a task group must be left where it was entered."""
+    entered: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+    leave = asyncio.Event()
+
+    async def host() -> None:
+        async with context as value:
+            entered.set_result(value)
+            await leave.wait()
+
+    task = asyncio.create_task(host())
+    task.add_done_callback(lambda _: entered.done() or entered.cancel())
+    try:
+        yield await entered
+    finally:
+        leave.set()
+        await task
+
+
+def client_of(port: int, **headers: str) -> httpx2.AsyncClient:
+    return httpx2.AsyncClient(
+        base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=30, trust_env=False
+    )
+
+
+def signature(model: str, version: str = "1") -> Signature:
+    columns = COLUMNS.get(model, 4)
+    return Signature(
+        model=model,
+        version=version,
+        sha256="0" * 64,
+        inputs=(TensorSpec("input", "FP32", ("batch", columns)),),
+        outputs=(
+            TensorSpec("label", "INT64", ("batch",)),
+            TensorSpec("probabilities", "FP32", ("batch", 3)),
+        ),
+        labels=("setosa", "versicolor", "virginica"),
+        example=[[1.0] * columns],
+    )
+
+
+async def announce(store: Store, *models: str, default: str | None = None) -> None:
+    if default:
+        await store.claim_default_model(default)
+    upkeep = Upkeep(store)
+    await upkeep.announce_models(
+        {model: {"1": msgspec.json.encode(signature(model))} for model in models}
+    )
+
+
+class Hand:
+    """Does by hand what a worker does to jobs."""
+
+    def __init__(self, store: Store) -> None:
+        self._runs = Runs(store, "hand")
+
+    async def claim(self, queue: str = QUEUE) -> Claim:
+        request = ClaimRequest((queue,), self._runs.new_token(), held=False, max_jobs=100)
+        claim = (await self._runs.claim(request)).claim
+        assert claim is not None, f"nothing waits in {queue}"
+        return claim
+
+    async def finish(
+        self, claim: Claim, outcome: jobs.Outcome = "completed", body: Any = RESULT
+    ) -> None:
+        finished = [
+            Finished(job.job_id, outcome, msgspec.json.encode(body), _ended(job, claim))
+            for job in claim.jobs
+        ]
+        await self._runs.finish(claim, finished, last=True)
+
+    async def complete(self, queue: str = QUEUE, body: Any = RESULT) -> None:
+        await self.finish(await self.claim(queue), body=body)
+
+    async def fail(self, queue: str = QUEUE) -> None:
+        body = {"code": "model_failed", "message": "no"}
+        await self.finish(await self.claim(queue), "failed", body)
+
+
+def _ended(job: ClaimedJob, claim: Claim) -> bytes:
+    if job.record is None:
+        return b""
+    record = msgspec.structs.replace(
+        job.record, started_ms=1, finished_ms=2, claim=claim.token, ran_version="1"
+    )
+    return jobs.encode_record(record, jobs.record_seq(job.meta))
+
+
+async def submit(client: httpx2.AsyncClient, **more: Any) -> str:
+    """Submits one row of iris; the job's id."""
+    reply = await client.post("/predict", json={"data": ROW}, **more)
+    assert reply.status_code == 202, reply.text
+    job_id: str = reply.json()["job_id"]
+    return job_id
+
+
+def assert_problem(reply: httpx2.Response, status: int, code: str) -> dict[str, Any]:
+    """That `reply` is this problem, whole; its body."""
+    assert reply.status_code == status, reply.text
+    assert reply.headers["content-type"] == "application/problem+json"
+    body: dict[str, Any] = reply.json()
+    assert (body["status"], body["code"]) == (status, code)
+    assert body["title"]
+    assert body["detail"]
+    assert "Traceback" not in reply.text
+    return body
+
+
+async def raw_exchange(port: int, sent: bytes, seconds: float = 5.0) -> bytes:
+    """Everything the server answers to these bytes until it closes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        async with asyncio.timeout(seconds):
+            writer.write(sent)
+            return await reader.read()
+    finally:
+        writer.close()

@@ -1,0 +1,133 @@
+"""The service about itself: models, health, and the document made from the route table."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2
+import msgspec
+import redis
+
+from asyncinfer.api.config import ApiConfig
+from asyncinfer.api.openapi import document
+from asyncinfer.api.routes import ROUTES
+from asyncinfer.repository.store import Store
+from asyncinfer.repository.upkeep import Upkeep
+
+from .harness import announce, assert_problem, client_of, running, signature
+
+
+async def test_models_are_listed_with_a_request_that_works(api: httpx2.AsyncClient) -> None:
+    models = (await api.get("/models")).json()["models"]
+    assert [(model["model"], model["default"]) for model in models] == [
+        ("digits", False),
+        ("iris", True),
+    ]
+    for model in models:
+        reply = await api.post(model["url"], json=model["example"])
+        assert reply.status_code == 202
+
+
+async def test_a_model_shows_its_signature_and_newest_version(
+    api: httpx2.AsyncClient, store: Store
+) -> None:
+    versions = {one: msgspec.json.encode(signature("wine", one)) for one in ("9", "10", "2")}
+    await Upkeep(store).announce_models({"wine": versions})
+    model = (await api.get("/models/wine")).json()
+    assert (model["version"], model["versions"]) == ("10", ["10", "9", "2"])
+    assert model["inputs"] == [{"name": "input", "datatype": "FP32", "shape": ["batch", 4]}]
+    assert_problem(await api.get("/models/wines"), 404, "model_not_found")
+
+
+async def test_an_unreadable_announcement_hides_no_other_model(
+    config: ApiConfig, store: Store
+) -> None:
+    await announce(store, "iris", default="iris")
+    await Upkeep(store).announce_models({"odd": {"1": b"\xff"}})
+    async with running(config) as port, client_of(port) as client:
+        assert [one["model"] for one in (await client.get("/models")).json()["models"]] == ["iris"]
+
+
+async def test_health_says_what_waits_and_who_works(api: httpx2.AsyncClient, store: Store) -> None:
+    await Upkeep(store).announce_worker("w", {}, ttl_seconds=10)
+    body = (await api.get("/health")).json()
+    assert body["status"] == "ok"
+    assert body["redis"].split()[0] in ("Valkey", "Redis")
+    assert (body["queues"], body["workers"]) == ({"predict_queue": 0}, 1)
+
+
+async def test_without_redis_it_lives_but_is_not_ready(
+    api: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    assert (await api.get("/health/ready")).status_code == 200
+    server.client_pause(1500, all=True)
+    assert (await api.get("/health/live")).status_code == 200
+    assert_problem(await api.get("/health/ready"), 503, "redis_unavailable")
+    server.client_unpause()
+
+
+async def test_it_starts_before_redis_does(config: ApiConfig) -> None:
+    away = msgspec.structs.replace(config, redis_url="unix:///nowhere/there.sock")
+    async with running(away) as port, client_of(port) as client:
+        assert (await client.get("/health/live")).status_code == 200
+        for path in ("/health", "/health/ready", "/models", "/jobs", "/job/x"):
+            assert_problem(await client.get(path), 503, "redis_unavailable")
+        reply = await client.post("/predict", json={"data": [[1, 2, 3, 4]]})
+        assert_problem(reply, 503, "redis_unavailable")
+        assert int(reply.headers["retry-after"]) > 0
+
+
+async def test_the_root_says_where_things_are(api: httpx2.AsyncClient) -> None:
+    body = (await api.get("/")).json()
+    assert body["name"] == "asyncinfer"
+    for path in body["links"].values():
+        assert (await api.get(path)).status_code in (200, 405)
+
+
+async def test_head_is_get_without_the_body(api: httpx2.AsyncClient) -> None:
+    reply = await api.head("/")
+    assert (reply.status_code, reply.content) == (200, b"")
+    assert int(reply.headers["content-length"]) > 0
+
+
+# --- the document --------------------------------------------------------------------------
+
+
+async def test_every_route_is_in_the_document(api: httpx2.AsyncClient) -> None:
+    document = (await api.get("/openapi.json")).json()
+    assert document["openapi"] == "3.1.0"
+    for route in ROUTES:
+        operation = document["paths"][route.path][route.method.lower()]
+        assert operation["summary"]
+        assert set(map(str, route.answers)) <= set(operation["responses"])
+        assert {str(error.status) for error in route.errors} <= set(operation["responses"])
+        named = {one["name"] for one in operation["parameters"] if one["in"] == "path"}
+        assert named == set(re.findall(r"{(\w+)}", route.path))
+        assert ("security" in operation) == (route.scope is not None)
+        assert ("requestBody" in operation) == (route.body is not None)
+
+
+def test_operations_are_told_apart_and_references_resolve() -> None:
+    described = json.loads(document(ROUTES))
+    names = [
+        operation["operationId"]
+        for path in described["paths"].values()
+        for operation in path.values()
+    ]
+    assert len(names) == len(set(names)) == len(ROUTES)
+    for reference in _references(described):
+        target = described
+        for step in reference.removeprefix("#/").split("/"):
+            target = target[step]
+
+
+def _references(part: Any) -> Iterator[str]:
+    if isinstance(part, dict):
+        if "$ref" in part:
+            yield part["$ref"]
+        for inner in part.values():
+            yield from _references(inner)
+    elif isinstance(part, list):
+        for inner in part:
+            yield from _references(inner)

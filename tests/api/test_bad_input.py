@@ -1,0 +1,212 @@
+"""Bad input at the door: a 4xx problem that names the place, and nothing queued."""
+
+import codecs
+from collections.abc import AsyncIterator
+
+import httpx2
+import msgspec
+import pytest
+import redis
+
+from asyncinfer.api.config import ApiConfig
+from asyncinfer.repository.store import Store
+
+from .harness import QUEUE, announce, assert_problem, client_of, hosted, raw_exchange, running
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.fixture(autouse=True)
+async def nothing_queued(server: redis.Redis) -> AsyncIterator[None]:
+    yield
+    assert server.llen(QUEUE) == 0
+    assert not server.keys("job:*")
+
+
+MALFORMED = {
+    "empty body": (b"", "empty"),
+    "cut off": (b'{"data": [[1, 2', "truncated"),
+    "trailing comma": (b'{"data": [[1, 2, 3, 4,]]}', "byte 22"),
+    "two values": (b'{"data": [[1, 2, 3, 4]]} {}', "byte 26"),
+    "NaN": (b'{"data": [[NaN, 2, 3, 4]]}', "byte 11"),
+    "Infinity": (b'{"data": [[1, -Infinity, 3, 4]]}', "byte"),
+    "single quotes": (b"{'data': [[1, 2, 3, 4]]}", "byte 1"),
+    "not UTF-8": (b'{"data": "\xff"}', "UTF-8 (byte 10)"),
+    "not UTF-8 in a key": (b'{"\xff": 1}', "UTF-8"),
+    "UTF-16": ('{"data": [[1, 2, 3, 4]]}'.encode("utf-16"), "UTF-8"),
+    "BOM": (codecs.BOM_UTF8 + b'{"data": [[1, 2, 3, 4]]}', "byte order mark"),
+    "depth a million": (b'{"data": ' + b"[" * 1_000_000, "deep"),
+    "depth a million outside": (b"[" * 1_000_000, ""),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+async def test_what_is_no_json_is_400(api: httpx2.AsyncClient, case: str) -> None:
+    body, named = MALFORMED[case]
+    reply = await api.post("/predict", content=body, headers=JSON)
+    assert reply.status_code in (400, 422)
+    if named:
+        assert named in assert_problem(reply, 400, "invalid_json")["detail"]
+
+
+UNFIT = {
+    "no object": (b"[[1, 2, 3, 4]]", ""),
+    "no data": (b"{}", "/data"),
+    "unknown name": (b'{"data": [[1, 2, 3, 4]], "optoins": {}}', "/optoins"),
+    "null": (b'{"data": null}', "/data"),
+    "true": (b'{"data": true}', "/data"),
+    "no rows": (b'{"data": []}', "/data"),
+    "an empty row": (b'{"data": [[]]}', "/data/0"),
+    "a single row without its list": (b'{"data": [1, 2, 3, 4]}', "/data"),
+    "too deep by one": (b'{"data": [[[1], 2, 3, 4]]}', "/data/0/0"),
+    "too narrow": (b'{"data": [[1, 2, 3]]}', "/data/0"),
+    "too wide": (b'{"data": [[1, 2, 3, 4], [1, 2, 3, 4, 5]]}', "/data/1"),
+    "a string": (b'{"data": [[1, "2", 3, 4]]}', "/data/0/1"),
+    "a null": (b'{"data": [[1, null, 3, 4]]}', "/data/0/1"),
+    "a truth": (b'{"data": [[1, 2, true, 4]]}', "/data/0/2"),
+    "1e400": (b'{"data": [[1, 2, 3, 1e400]]}', "/data/0/3"),
+    "1e39 into float32": (b'{"data": [[1e39, 2, 3, 4]]}', "/data/0/0"),
+    "an object": (b'{"data": {"a": 1}}', "/data"),
+    "data twice": (b'{"data": [[1]], "data": [[1, 2, 3, 4]]}', "/data"),
+    "data twice and equal": (b'{"data": [[1, 2, 3, 4]], "data": [[1, 2, 3, 4]]}', "/data"),
+    "data twice, one a prefix": (b'{"data": 12, "data": 1}', "/data"),
+    "data twice, once escaped": (b'{"d\\u0061ta": [[1]], "data": [[1, 2, 3, 4]]}', "/data"),
+    "options twice": (
+        b'{"options": {"priority": "low"}, "data": [[1, 2, 3, 4]], "options": {}}',
+        "/options",
+    ),
+    "an option twice": (
+        b'{"data": [[1, 2, 3, 4]], "options": {"priority": "low", "priority": "high"}}',
+        "/options/priority",
+    ),
+    "options null": (b'{"data": [[1, 2, 3, 4]], "options": null}', "/options"),
+    "unknown option": (
+        b'{"data": [[1, 2, 3, 4]], "options": {"prioritty": "low"}}',
+        "/options/prioritty",
+    ),
+    "wrong option": (
+        b'{"data": [[1, 2, 3, 4]], "options": {"priority": "urgent"}}',
+        "/options/priority",
+    ),
+    "option out of range": (
+        b'{"data": [[1, 2, 3, 4]], "options": {"delay_seconds": -1}}',
+        "/options/delay_seconds",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+async def test_json_that_does_not_fit_is_422_at_its_place(
+    api: httpx2.AsyncClient, case: str
+) -> None:
+    body, pointer = UNFIT[case]
+    reply = await api.post("/predict", content=body, headers=JSON)
+    faults = assert_problem(reply, 422, "invalid_input")["errors"]
+    assert pointer in [fault["pointer"] for fault in faults]
+    assert all(fault["detail"] for fault in faults)
+
+
+async def test_an_unknown_name_comes_with_the_nearest_known(api: httpx2.AsyncClient) -> None:
+    body = {"data": [[1, 2, 3, 4]], "options": {"prioritty": "low"}}
+    reply = await api.post("/predict", json=body)
+    assert "Did you mean `priority`?" in reply.json()["errors"][0]["detail"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "application/jsonp",
+        "application/json; charset=latin-1",
+        "",
+        "json",
+    ],
+)
+async def test_only_json_is_taken(api: httpx2.AsyncClient, value: str) -> None:
+    headers = {"content-type": value}
+    reply = await api.post("/predict", content=b'{"data": [[1, 2, 3, 4]]}', headers=headers)
+    assert_problem(reply, 415, "media_type_refused")
+
+
+@pytest.mark.parametrize("value", ["gzip", "br", "identity, gzip", "x"])
+async def test_only_plain_bodies_are_taken(api: httpx2.AsyncClient, value: str) -> None:
+    headers = {**JSON, "content-encoding": value}
+    reply = await api.post("/predict", content=b'{"data": [[1, 2, 3, 4]]}', headers=headers)
+    assert_problem(reply, 415, "encoding_refused")
+    assert reply.headers["accept-encoding"] == "identity"
+
+
+@pytest.mark.parametrize("path", ["/predict/", "/jobs/", "/job/", "/nothing", "/job/x/"])
+async def test_an_unknown_route_is_404_and_never_a_redirect(
+    api: httpx2.AsyncClient, path: str
+) -> None:
+    assert_problem(await api.get(path), 404, "route_not_found")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("GET", "/predict", "POST"),
+        ("PUT", "/job/x", "DELETE, GET, HEAD"),
+        ("POST", "/models", "GET, HEAD"),
+        ("DELETE", "/health", "GET, HEAD"),
+        ("OPTIONS", "/predict", "POST"),
+    ],
+)
+async def test_a_wrong_method_is_405_with_the_right_ones(
+    api: httpx2.AsyncClient, method: str, path: str, allow: str
+) -> None:
+    reply = await api.request(method, path)
+    assert_problem(reply, 405, "method_not_allowed")
+    assert reply.headers["allow"] == allow
+
+
+# --- size ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def small(config: ApiConfig, store: Store) -> AsyncIterator[int]:
+    """The port of an API that takes bodies of 1,000 bytes."""
+    await announce(store, "iris", default="iris")
+    async with hosted(running(msgspec.structs.replace(config, max_json_bytes=1000))) as port:
+        yield port
+
+
+async def test_a_body_may_be_as_large_as_allowed_and_no_larger(small: int) -> None:
+    body = b'{"data": [[1, 2, 3]]' + b" " * 1000
+    async with client_of(small) as client:
+        at_most = await client.post("/predict", content=body[:999] + b"}", headers=JSON)
+        assert_problem(at_most, 422, "invalid_input")
+        above = await client.post("/predict", content=body[:1000] + b"}", headers=JSON)
+        assert_problem(above, 413, "body_too_large")
+        assert above.headers["connection"] == "close"
+
+
+async def test_a_chunked_body_is_counted_while_it_is_read(small: int) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(50):
+            yield b" " * 100
+
+    async with client_of(small) as client:
+        reply = await client.post("/predict", content=chunks(), headers=JSON)
+    assert_problem(reply, 413, "body_too_large")
+
+
+async def test_an_announced_length_is_refused_before_a_byte_is_sent(small: int) -> None:
+    answer = await raw_exchange(
+        small,
+        b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 1001\r\nExpect: 100-continue\r\n\r\n",
+    )
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"body_too_large" in answer
+
+
+@pytest.mark.parametrize("length", [b"-1", b"1, 2", b"x", b"99999999999999999999999"])
+async def test_a_length_that_is_none_is_400(small: int, length: bytes) -> None:
+    answer = await raw_exchange(
+        small, b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %b\r\n\r\n" % length
+    )
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"application/problem+json" in answer

@@ -1,0 +1,217 @@
+"""Who is let in: Host, Origin, API keys, tenants."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import anyio
+import httpx2
+import msgspec
+import pytest
+import redis
+
+from asyncinfer import keys
+from asyncinfer.access import entry_of
+from asyncinfer.api import guard
+from asyncinfer.api.config import ApiConfig
+from asyncinfer.api.routes import ROUTES, Route
+from asyncinfer.errors import KeyFileRefused
+from asyncinfer.repository.store import Store
+
+from .harness import (
+    QUEUE,
+    ROW,
+    Hand,
+    announce,
+    assert_problem,
+    client_of,
+    hosted,
+    running,
+    submit,
+)
+
+# --- Host and Origin -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1:8000", "[::1]:8000"])
+async def test_it_answers_as_localhost(api: httpx2.AsyncClient, host: str) -> None:
+    assert (await api.get("/", headers={"host": host})).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "10.0.0.1", "[::2]"])
+async def test_a_name_made_to_point_here_is_refused(
+    api: httpx2.AsyncClient, server: redis.Redis, host: str
+) -> None:
+    assert_problem(await api.get("/", headers={"host": host}), 403, "host_refused")
+    reply = await api.post("/predict", json={"data": ROW}, headers={"host": host})
+    assert_problem(reply, 403, "host_refused")
+    assert server.llen(QUEUE) == 0
+
+
+async def test_more_hosts_can_be_allowed(config: ApiConfig, store: Store) -> None:
+    named = msgspec.structs.replace(config, allowed_hosts=("api.example",))
+    async with running(named) as port, client_of(port) as client:
+        assert (await client.get("/", headers={"host": "api.example"})).status_code == 200
+        assert (await client.get("/", headers={"host": "b.example"})).status_code == 403
+
+
+async def test_bound_to_every_address_it_answers_to_addresses_but_not_to_names(
+    config: ApiConfig, store: Store
+) -> None:
+    public = msgspec.structs.replace(config, host="0.0.0.0")
+    async with running(public) as port, client_of(port) as client:
+        assert (await client.get("/", headers={"host": "10.1.2.3:8000"})).status_code == 200
+        assert (await client.get("/", headers={"host": "[fd00::1]"})).status_code == 200
+        assert (await client.get("/", headers={"host": "evil.example"})).status_code == 403
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:1", ""])
+async def test_another_pages_script_changes_nothing(
+    api: httpx2.AsyncClient, server: redis.Redis, origin: str
+) -> None:
+    headers = {"origin": origin}
+    job_id = await submit(api)
+    for reply in (
+        await api.post("/predict", json={"data": ROW}, headers=headers),
+        await api.delete(f"/job/{job_id}", headers=headers),
+        await api.post(f"/job/{job_id}/retry", headers=headers),
+    ):
+        assert_problem(reply, 403, "origin_refused")
+    assert (await api.get("/jobs", headers=headers)).status_code == 200
+    assert server.llen(QUEUE) == 1
+
+
+async def test_our_own_pages_and_allowed_ones_may(config: ApiConfig, store: Store) -> None:
+    await announce(store, "iris", default="iris")
+    friendly = msgspec.structs.replace(config, allowed_origins=("https://app.example",))
+    async with running(friendly) as port, client_of(port) as client:
+        for origin in (f"http://127.0.0.1:{port}", "https://app.example"):
+            await submit(client, headers={"origin": origin})
+
+
+# --- API keys ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    path = tmp_path / "keys"
+    path.write_text(
+        "\n".join(
+            entry_of(key, tenant, scopes).line()
+            for key, tenant, scopes in (
+                ("alice-1", "alice", "submit,read,admin"),
+                ("alice-2", "alice", "submit,read"),
+                ("bob", "bob", "submit,read,admin"),
+                ("reader", "alice", "read"),
+                ("sender", "alice", "submit"),
+            )
+        )
+    )
+    return path
+
+
+@pytest.fixture
+async def locked(config: ApiConfig, store: Store, key_file: Path) -> AsyncIterator[int]:
+    """The port of an API that asks for keys."""
+    await announce(store, "iris", default="iris")
+    async with hosted(running(msgspec.structs.replace(config, api_keys=key_file))) as port:
+        yield port
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+def _example(route: Route, job_id: str = "x") -> str:
+    return route.path.replace("{id}", job_id).replace("{model}", "iris")
+
+
+async def _call(client: httpx2.AsyncClient, route: Route, job_id: str = "x") -> httpx2.Response:
+    body = {"data": ROW} if route.body else None
+    return await client.request(route.method, _example(route, job_id), json=body)
+
+
+async def test_every_route_but_the_open_ones_needs_a_key(locked: int) -> None:
+    async with client_of(locked) as nobody, client_of(locked, **bearer("guess")) as guesser:
+        for route in ROUTES:
+            if route.scope is None:
+                assert (await _call(nobody, route)).status_code == 200
+                continue
+            for client in (nobody, guesser):
+                reply = await _call(client, route)
+                assert_problem(reply, 401, "unauthorized")
+                assert reply.headers["www-authenticate"] == "Bearer"
+
+
+async def test_every_route_needs_its_scope(locked: int) -> None:
+    async with client_of(locked, **bearer("reader")) as reader:
+        for route in ROUTES:
+            reply = await _call(reader, route)
+            if route.scope == "submit":
+                assert "`submit`" in assert_problem(reply, 403, "forbidden")["detail"]
+            else:
+                assert reply.status_code in (200, 404)
+    async with client_of(locked, **bearer("sender")) as sender:
+        await submit(sender)
+        assert_problem(await sender.get("/jobs"), 403, "forbidden")
+
+
+async def test_a_key_comes_in_either_header_and_a_tenant_may_have_two(locked: int) -> None:
+    async with client_of(locked) as client:
+        job_id = await submit(client, headers=bearer("alice-1"))
+        for headers in (bearer("alice-2"), {"x-api-key": "alice-1"}):
+            assert (await client.get(f"/job/{job_id}", headers=headers)).status_code == 200
+
+
+OF_A_JOB = [route for route in ROUTES if "{id}" in route.path]
+
+
+@pytest.mark.parametrize("route", OF_A_JOB, ids=lambda route: f"{route.method} {route.path}")
+async def test_another_tenants_job_is_not_there(
+    locked: int, hand: Hand, server: redis.Redis, route: Route
+) -> None:
+    async with client_of(locked, **bearer("alice-1")) as alice:
+        job_id = await submit(alice)
+        ended = await submit(alice)
+        await hand.fail()
+        before = [server.get(keys.status(one)) for one in (job_id, ended)]
+        async with client_of(locked, **bearer("bob")) as bob:
+            for one in (job_id, ended):
+                theirs = await _call(bob, route, one)
+                absent = await _call(bob, route, one[:-4] + "0000")
+                assert_problem(theirs, 404, "job_not_found")
+                assert theirs.text.replace(one, "") == absent.text.replace(one[:-4] + "0000", "")
+            assert (await bob.get("/jobs")).json()["jobs"] == []
+        assert [server.get(keys.status(one)) for one in (job_id, ended)] == before
+        assert len((await alice.get("/jobs")).json()["jobs"]) == 2
+
+
+async def test_a_strangers_job_is_nobodys_but_the_default_tenants(
+    locked: int, server: redis.Redis
+) -> None:
+    server.set("job:x:status", "completed", ex=60)
+    async with client_of(locked, **bearer("alice-1")) as alice:
+        assert_problem(await alice.get("/job/x"), 404, "job_not_found")
+
+
+async def test_one_idempotency_key_of_two_tenants_is_two_jobs(locked: int) -> None:
+    async with client_of(locked, **{"idempotency-key": "k"}) as client:
+        assert await submit(client, headers=bearer("alice-1")) != await submit(
+            client, headers=bearer("bob")
+        )
+
+
+async def test_keys_are_read_again_when_their_file_changes(locked: int, key_file: Path) -> None:
+    async def status(key: str) -> int:
+        return (await client.get("/jobs", headers=bearer(key))).status_code
+
+    async with client_of(locked) as client:
+        assert await status("carol") == 401
+        for text in (entry_of("carol", "carol", "read").line(), "nonsense"):
+            await anyio.Path(key_file).write_text(text)
+            await anyio.sleep(1.05)
+            assert (await status("carol"), await status("alice-1")) == (200, 401)
+
+
+def test_a_key_file_that_is_none_stops_the_start(config: ApiConfig, tmp_path: Path) -> None:
+    with pytest.raises(KeyFileRefused):
+        guard.Guard(msgspec.structs.replace(config, api_keys=tmp_path / "missing"))

@@ -1,0 +1,306 @@
+"""Reading, waiting for, cancelling, retrying and listing jobs."""
+
+import asyncio
+import time
+
+import httpx2
+import msgspec
+import pytest
+import redis
+
+from asyncinfer import jobs, keys
+from asyncinfer.api.config import ApiConfig
+from asyncinfer.repository.store import Policy, Store
+
+from .harness import (
+    QUEUE,
+    RESULT,
+    ROW,
+    Hand,
+    announce,
+    assert_problem,
+    client_of,
+    running,
+    stopped_by_itself,
+    submit,
+)
+
+# --- reading -------------------------------------------------------------------------------
+
+
+async def test_an_unfinished_job_has_no_result_and_says_when_to_ask_again(
+    api: httpx2.AsyncClient,
+) -> None:
+    job_id = await submit(api)
+    reply = await api.get(f"/job/{job_id}")
+    body = reply.json()
+    assert (reply.status_code, body["status"], body["result"]) == (200, "pending", None)
+    assert (body["model"], body["round"]) == ("iris", 1)
+    assert "error" not in body
+    assert int(reply.headers["retry-after"]) > 0
+
+
+async def test_a_completed_job_has_the_result_as_the_worker_wrote_it(
+    api: httpx2.AsyncClient, hand: Hand
+) -> None:
+    job_id = await submit(api)
+    await hand.complete()
+    reply = await api.get(f"/job/{job_id}")
+    body = reply.json()
+    assert (body["status"], body["result"], body["version"]) == ("completed", RESULT, "1")
+    assert "retry-after" not in reply.headers
+    assert body["created_at"].endswith("Z")
+    assert body["finished_at"] == "1970-01-01T00:00:00.002000Z"
+
+
+async def test_a_failed_job_says_why(api: httpx2.AsyncClient, hand: Hand) -> None:
+    job_id = await submit(api)
+    await hand.fail()
+    body = (await api.get(f"/job/{job_id}")).json()
+    assert (body["status"], body["result"]) == ("failed", None)
+    assert body["error"] == {"code": "model_failed", "message": "no"}
+
+
+async def test_a_job_that_never_was_is_not_found_and_one_long_ago_is_gone(
+    api: httpx2.AsyncClient,
+) -> None:
+    now_ms = time.time_ns() // 1_000_000
+    for absent in (jobs.new_id(now_ms), "x", "a" * 200, "%00", "%FF", "a%0Ab"):
+        assert_problem(await api.get(f"/job/{absent}"), 404, "job_not_found")
+    old = jobs.new_id(now_ms - 601_000)
+    assert_problem(await api.get(f"/job/{old}"), 410, "job_expired")
+    assert_problem(await api.delete(f"/job/{old}"), 410, "job_expired")
+    assert_problem(await api.post(f"/job/{old}/retry"), 410, "job_expired")
+
+
+async def test_a_strangers_job_is_the_default_models(
+    api: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    server.set("job:стр/1:data", "[[1]]")
+    server.set("job:стр/1:status", "pending")
+    body = (await api.get("/job/x")).json()
+    assert body["code"] == "job_not_found"
+    server.set("job:x:status", "completed", ex=60)
+    server.set("job:x:result", '{"prediction": 1}', ex=60)
+    body = (await api.get("/job/x")).json()
+    assert (body["model"], body["result"]) == ("iris", {"prediction": 1})
+    assert "round" not in body
+
+
+@pytest.mark.parametrize("text", [b"setosa", b"[1,", b"\xff", b"", b"NaN", b'"\xff"'])
+async def test_a_strangers_result_that_is_no_json_is_shown_as_text(
+    api: httpx2.AsyncClient, server: redis.Redis, text: bytes
+) -> None:
+    server.set("job:x:status", "completed", ex=60)
+    server.set("job:x:result", text, ex=60)
+    reply = await api.get("/job/x")
+    assert reply.json()["result"] == text.decode(errors="replace")
+
+
+async def test_a_strangers_error_may_be_any_text(
+    api: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    server.set("job:x:status", "failed", ex=60)
+    server.set("job:x:error", b"boom \xff", ex=60)
+    body = (await api.get("/job/x")).json()
+    assert body["error"] == {"code": "unknown", "message": "boom \ufffd"}
+
+
+# --- waiting -------------------------------------------------------------------------------
+
+
+async def test_a_wait_ends_with_the_job(api: httpx2.AsyncClient, hand: Hand) -> None:
+    job_id = await submit(api)
+    async with asyncio.TaskGroup() as group:
+        get = group.create_task(api.get(f"/job/{job_id}?wait=10"))
+        await asyncio.sleep(0.05)
+        assert not get.done()
+        await hand.complete()
+    assert get.result().json()["result"] == RESULT
+
+
+async def test_a_wait_ends_with_its_time(api: httpx2.AsyncClient) -> None:
+    job_id = await submit(api)
+    began = time.monotonic()
+    reply = await api.get(f"/job/{job_id}?wait=0.1")
+    assert 0.1 <= time.monotonic() - began < 1
+    assert reply.json()["status"] == "pending"
+
+
+async def test_a_wait_without_redis_says_so(api: httpx2.AsyncClient, server: redis.Redis) -> None:
+    job_id = await submit(api)
+    async with asyncio.TaskGroup() as group:
+        get = group.create_task(api.get(f"/job/{job_id}?wait=0.1"))
+        await asyncio.sleep(0.05)
+        server.client_pause(1300, all=True)
+    assert_problem(get.result(), 503, "redis_unavailable")
+
+
+async def test_a_client_that_hangs_up_is_not_waited_for(
+    config: ApiConfig, store: Store, server: redis.Redis
+) -> None:
+    await announce(store, "iris", default="iris")
+    async with stopped_by_itself(config) as port:
+        async with client_of(port) as client:
+            job_id = await submit(client)
+            with pytest.raises(httpx2.ReadTimeout):
+                await client.get(f"/job/{job_id}?wait=60", timeout=0.1)
+        began = time.monotonic()
+    assert time.monotonic() - began < 2
+
+
+async def test_a_query_is_refused_by_the_name_of_what_is_wrong(api: httpx2.AsyncClient) -> None:
+    job_id = await submit(api)
+    wrong = {
+        "wait=61": "wait",
+        "wait=-1": "wait",
+        "wait=nan": "wait",
+        "wait=": "wait",
+        "wait=1&wait=2": "wait",
+        "wiat=1": "wiat",
+        "wait=%FF": "UTF-8",
+    }
+    for query, named in wrong.items():
+        reply = await api.get(f"/job/{job_id}?{query}")
+        assert named in assert_problem(reply, 400, "invalid_query")["detail"]
+    reply = await api.post("/predict?model=iris", json={"data": ROW})
+    assert "model" in assert_problem(reply, 400, "invalid_query")["detail"]
+
+
+async def test_a_stopping_api_answers_those_who_wait(config: ApiConfig, store: Store) -> None:
+    await announce(store, "iris", default="iris")
+    async with asyncio.TaskGroup() as group, client_of(0) as client:
+        async with stopped_by_itself(config) as port:
+            client.base_url = httpx2.URL(f"http://127.0.0.1:{port}")
+            job_id = await submit(client)
+            get = group.create_task(client.get(f"/job/{job_id}?wait=60"))
+            post = group.create_task(
+                client.post("/predict", json={"data": ROW}, headers={"prefer": "wait=60"})
+            )
+            await asyncio.sleep(0.1)
+            began = time.monotonic()
+        took = time.monotonic() - began
+        assert ((await get).status_code, (await post).status_code) == (200, 202)
+    assert took < 2
+
+
+# --- cancelling ----------------------------------------------------------------------------
+
+
+async def test_a_waiting_job_is_cancelled_at_once(
+    api: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    job_id = await submit(api)
+    reply = await api.delete(f"/job/{job_id}")
+    assert (reply.status_code, reply.json()["status"]) == (200, "cancelled")
+    assert server.llen(QUEUE) == 0
+    again = assert_problem(await api.delete(f"/job/{job_id}"), 409, "job_finished")
+    assert again["job_id"] == job_id
+
+
+async def test_a_running_job_is_cancelled_when_its_worker_hears(
+    api: httpx2.AsyncClient, hand: Hand
+) -> None:
+    job_id = await submit(api)
+    claim = await hand.claim()
+    async with asyncio.TaskGroup() as group:
+        delete = group.create_task(api.delete(f"/job/{job_id}"))
+        await asyncio.sleep(0.1)
+        await hand.finish(claim)
+    assert (delete.result().status_code, delete.result().json()["status"]) == (200, "cancelled")
+
+
+async def test_a_running_job_that_goes_on_is_cancelled_later(
+    config: ApiConfig, store: Store, hand: Hand
+) -> None:
+    await announce(store, "iris", default="iris")
+    store.policy = Policy(lease_seconds=30)
+    patient = msgspec.structs.replace(config, policy=store.policy)
+    async with running(patient) as port, client_of(port) as client:
+        job_id = await submit(client)
+        claim = await hand.claim()
+        reply = await client.delete(f"/job/{job_id}")
+        assert (reply.status_code, reply.json()["status"]) == (202, "processing")
+        await hand.finish(claim)
+        assert (await client.get(f"/job/{job_id}")).json()["status"] == "cancelled"
+
+
+# --- retrying ------------------------------------------------------------------------------
+
+
+async def test_a_failed_job_runs_again_in_a_new_round(api: httpx2.AsyncClient, hand: Hand) -> None:
+    job_id = await submit(api)
+    await hand.fail()
+    reply = await api.post(f"/job/{job_id}/retry")
+    assert (reply.status_code, reply.json()["job_id"]) == (202, job_id)
+    assert reply.headers["location"] == f"/job/{job_id}"
+    await hand.complete()
+    body = (await api.get(f"/job/{job_id}")).json()
+    assert (body["round"], body["status"], body["result"]) == (2, "completed", RESULT)
+
+
+async def test_what_did_not_fail_is_not_retried(api: httpx2.AsyncClient, hand: Hand) -> None:
+    job_id = await submit(api)
+    reply = await api.post(f"/job/{job_id}/retry")
+    assert "pending" in assert_problem(reply, 409, "job_not_retryable")["detail"]
+    await hand.complete()
+    assert_problem(await api.post(f"/job/{job_id}/retry"), 409, "job_not_retryable")
+
+
+async def test_a_job_whose_input_is_gone_is_not_retried(
+    api: httpx2.AsyncClient, hand: Hand, server: redis.Redis
+) -> None:
+    job_id = await submit(api)
+    await hand.fail()
+    server.delete(keys.data(job_id))
+    reply = await api.post(f"/job/{job_id}/retry")
+    assert "input" in assert_problem(reply, 409, "job_not_retryable")["detail"]
+
+
+async def test_a_retry_finds_no_room_in_a_full_queue(
+    config: ApiConfig, store: Store, hand: Hand
+) -> None:
+    await announce(store, "iris", default="iris")
+    full = msgspec.structs.replace(config, policy=Policy(max_queue=1))
+    async with running(full) as port, client_of(port) as client:
+        job_id = await submit(client)
+        await hand.fail()
+        await submit(client)
+        reply = await client.post(f"/job/{job_id}/retry")
+    assert_problem(reply, 429, "queue_full")
+    assert "retry-after" in reply.headers
+
+
+# --- listing -------------------------------------------------------------------------------
+
+
+async def test_the_list_is_newest_first_in_pages(api: httpx2.AsyncClient) -> None:
+    made = [await submit(api) for _ in range(5)]
+    seen: list[str] = []
+    cursor = ""
+    while True:
+        page = (await api.get(f"/jobs?limit=2{cursor}")).json()
+        seen += [job["job_id"] for job in page["jobs"]]
+        if page["cursor"] is None:
+            break
+        cursor = f"&cursor={page['cursor']}"
+    assert seen == made[::-1]
+
+
+async def test_the_list_is_narrowed_by_status_and_model(
+    api: httpx2.AsyncClient, hand: Hand
+) -> None:
+    done = await submit(api)
+    await hand.complete()
+    await submit(api)
+    other = (await api.post("/predict/digits", json={"data": [[0] * 64]})).json()["job_id"]
+    completed = (await api.get("/jobs?status=completed")).json()["jobs"]
+    assert [job["job_id"] for job in completed] == [done]
+    assert "result" not in completed[0]
+    digits = (await api.get("/jobs?model=digits")).json()["jobs"]
+    assert [(job["job_id"], job["model"]) for job in digits] == [(other, "digits")]
+
+
+async def test_a_list_query_that_makes_no_sense_is_refused(api: httpx2.AsyncClient) -> None:
+    for query in ("limit=0", "limit=1001", "limit=x", "status=done", "cursor=%21", "sort=up"):
+        assert_problem(await api.get(f"/jobs?{query}"), 400, "invalid_query")

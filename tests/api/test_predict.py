@@ -1,0 +1,248 @@
+"""POST /predict: what is stored, what is answered, and the same job for the same key."""
+
+import asyncio
+import hashlib
+import time
+
+import httpx2
+import msgspec
+import redis
+
+from asyncinfer import jobs, keys
+from asyncinfer.api.config import ApiConfig
+from asyncinfer.repository.store import Policy, Store
+from tests.faults.harness import eventually
+
+from .harness import (
+    QUEUE,
+    RESULT,
+    ROW,
+    Hand,
+    announce,
+    assert_problem,
+    client_of,
+    running,
+    submit,
+)
+
+
+async def test_an_input_becomes_a_pending_job(api: httpx2.AsyncClient) -> None:
+    reply = await api.post("/predict", json={"data": ROW})
+    job_id = reply.json()["job_id"]
+    assert reply.status_code == 202
+    assert reply.json() == {"job_id": job_id, "status": "pending", "url": f"/job/{job_id}"}
+    assert reply.headers["location"] == f"/job/{job_id}"
+    assert jobs.created_ms(job_id)
+
+
+async def test_the_data_is_stored_as_the_client_wrote_it(
+    api: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    body = b'{ "options" : {"priority": "low"},\n "data" : [[5.10, 3.5e0, 14e-1, 0.2]] }'
+    reply = await api.post("/predict", content=body, headers={"content-type": "application/json"})
+    job_id = reply.json()["job_id"]
+    assert server.get(keys.data(job_id)) == b"[[5.10, 3.5e0, 14e-1, 0.2]]"
+    assert server.lrange(keys.waiting(QUEUE)[2], 0, -1) == [job_id.encode()]
+
+
+async def test_a_model_in_the_path_has_its_own_queue(
+    api: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    reply = await api.post("/predict/digits", json={"data": [[0.5] * 64]})
+    assert reply.status_code == 202
+    assert server.llen(f"{QUEUE}:digits") == 1
+
+
+async def test_a_job_without_a_content_type_is_taken_for_json(api: httpx2.AsyncClient) -> None:
+    reply = await api.post("/predict", content=b'{"data": [[1, 2, 3, 4]]}')
+    assert reply.status_code == 202
+
+
+# --- waiting -------------------------------------------------------------------------------
+
+
+async def test_a_preferred_wait_answers_with_the_finished_job(
+    api: httpx2.AsyncClient, hand: Hand, server: redis.Redis
+) -> None:
+    async with asyncio.TaskGroup() as group:
+        post = group.create_task(
+            api.post("/predict", json={"data": ROW}, headers={"prefer": "wait=10"})
+        )
+        await eventually(lambda: bool(server.llen(QUEUE)), "the job waits")
+        await hand.complete()
+    reply = post.result()
+    assert reply.status_code == 200
+    assert reply.headers["preference-applied"] == "wait=10"
+    body = reply.json()
+    assert (body["status"], body["result"]) == ("completed", RESULT)
+
+
+async def test_a_wait_too_short_answers_with_the_pending_job(api: httpx2.AsyncClient) -> None:
+    for wait in ("wait=0", "respond-async, WAIT=0", 'wait="0"; x=1, wait=50'):
+        reply = await api.post("/predict", json={"data": ROW}, headers={"prefer": wait})
+        assert reply.status_code == 202
+        assert reply.headers["preference-applied"] == "wait=0"
+        assert reply.json()["status"] == "pending"
+
+
+async def test_a_wait_that_is_no_number_or_too_long_is_refused(
+    api: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    for wait in ("wait=61", "wait=-1", "wait=1.5", "wait=abc", "wait", "wait=", "wait=1e1"):
+        reply = await api.post("/predict", json={"data": ROW}, headers={"prefer": wait})
+        assert "0 to 60" in assert_problem(reply, 400, "invalid_header")["detail"]
+    assert server.llen(QUEUE) == 0
+
+
+# --- idempotency ---------------------------------------------------------------------------
+
+
+async def test_the_same_key_and_request_give_the_same_job(
+    api: httpx2.AsyncClient, hand: Hand, server: redis.Redis
+) -> None:
+    once = {"idempotency-key": "order-1"}
+    job_id = await submit(api, headers=once)
+    again = await api.post("/predict", json={"data": ROW}, headers=once)
+    assert (again.status_code, again.json()["job_id"]) == (202, job_id)
+    assert server.llen(QUEUE) == 1
+    await hand.complete()
+    later = await api.post("/predict", json={"data": ROW}, headers=once)
+    assert (later.status_code, later.json()["status"]) == (202, "completed")
+    waited = await api.post("/predict", json={"data": ROW}, headers={**once, "prefer": "wait=5"})
+    assert (waited.status_code, waited.json()["result"]) == (200, RESULT)
+    assert waited.json()["job_id"] == job_id
+
+
+async def test_a_second_request_with_the_key_waits_for_the_first_ones_job(
+    api: httpx2.AsyncClient, hand: Hand
+) -> None:
+    once = {"idempotency-key": "order-1"}
+    job_id = await submit(api, headers=once)
+    async with asyncio.TaskGroup() as group:
+        headers = {**once, "prefer": "wait=10"}
+        post = group.create_task(api.post("/predict", json={"data": ROW}, headers=headers))
+        await asyncio.sleep(0.05)
+        await hand.complete()
+    assert (post.result().status_code, post.result().json()["job_id"]) == (200, job_id)
+
+
+async def test_the_same_key_with_another_request_is_a_conflict(
+    api: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    once = {"idempotency-key": "order-1"}
+    job_id = await submit(api, headers=once)
+    others = (
+        {"data": [[1, 2, 3, 4]]},
+        {"data": ROW, "options": {"priority": "high"}},
+    )
+    for other in others:
+        reply = await api.post("/predict", json=other, headers=once)
+        body = assert_problem(reply, 422, "idempotency_conflict")
+        assert body["job_id"] == job_id
+    assert server.llen(QUEUE) == 1
+
+
+async def test_a_key_is_neither_readable_in_redis_nor_of_any_form(
+    api: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    await submit(api, headers={"idempotency-key": "~" * 255})
+    digest = hashlib.sha256(b"default\0" + b"~" * 255).hexdigest()
+    assert server.exists(keys.idempotency(QUEUE, digest))
+    for wrong in (b"", b"a" * 256, b"two words", "ключ".encode()):
+        headers = [(b"idempotency-key", wrong)]
+        reply = await api.post("/predict", json={"data": ROW}, headers=headers)
+        assert_problem(reply, 400, "invalid_header")
+    assert server.llen(QUEUE) == 1
+
+
+async def test_200_requests_with_one_key_over_two_apis_make_one_job(
+    config: ApiConfig, store: Store, server: redis.Redis
+) -> None:
+    await announce(store, "iris", default="iris")
+    async with (
+        running(config) as one,
+        running(config) as two,
+        client_of(one) as first,
+        client_of(two) as second,
+        asyncio.TaskGroup() as group,
+    ):
+        headers = {"idempotency-key": "once"}
+        posts = [
+            group.create_task(client.post("/predict", json={"data": ROW}, headers=headers))
+            for client in (first, second) * 100
+        ]
+    replies = [post.result() for post in posts]
+    assert {reply.status_code for reply in replies} == {202}
+    assert len({reply.json()["job_id"] for reply in replies}) == 1
+    assert server.llen(QUEUE) == 1
+
+
+# --- no room, no model, no Redis -------------------------------------------------------------
+
+
+async def test_a_full_queue_refuses_exactly_above_its_cap(
+    config: ApiConfig, store: Store, server: redis.Redis
+) -> None:
+    await announce(store, "iris", default="iris")
+    full = msgspec.structs.replace(config, policy=Policy(max_queue=3))
+    async with running(full) as port, client_of(port) as client:
+        for _ in range(3):
+            await submit(client)
+        reply = await client.post("/predict", json={"data": ROW})
+    assert_problem(reply, 429, "queue_full")
+    assert int(reply.headers["retry-after"]) > 0
+    assert server.llen(QUEUE) == 3
+
+
+async def test_before_any_worker_came_there_is_nothing_to_ask(
+    config: ApiConfig, store: Store
+) -> None:
+    async with running(config) as port, client_of(port) as client:
+        reply = await client.post("/predict", json={"data": ROW})
+        assert_problem(reply, 503, "no_model_announced")
+        assert int(reply.headers["retry-after"]) > 0
+        await announce(store, "iris", default="iris")
+        await submit(client)
+
+
+async def test_with_several_models_and_no_default_one_must_be_named(
+    config: ApiConfig, store: Store
+) -> None:
+    await announce(store, "cats", "dogs")
+    async with running(config) as port, client_of(port) as client:
+        reply = await client.post("/predict", json={"data": ROW})
+        assert "cats, dogs" in assert_problem(reply, 422, "invalid_input")["detail"]
+        assert (await client.post("/predict/cats", json={"data": ROW})).status_code == 202
+
+
+async def test_an_unknown_model_is_named_with_the_nearest_known(api: httpx2.AsyncClient) -> None:
+    for pause_seconds in (0.0, 0.3):
+        await asyncio.sleep(pause_seconds)
+        reply = await api.post("/predict/iris2", json={"data": ROW})
+        detail = assert_problem(reply, 404, "model_not_found")["detail"]
+        assert "Did you mean `iris`? Known: `digits`, `iris`." in detail
+
+
+async def test_a_badly_named_model_is_told_what_names_are(api: httpx2.AsyncClient) -> None:
+    for name in ("stats", "-x", "a" * 65, "%7Bx%7D", "a%20b", "%00"):
+        reply = await api.post(f"/predict/{name}", json={"data": ROW})
+        assert_problem(reply, 404, "model_not_found")
+
+
+async def test_without_redis_a_submit_fails_in_time_and_names_its_job(
+    config: ApiConfig, store: Store, server: redis.Redis
+) -> None:
+    await announce(store, "iris", default="iris")
+    async with running(config) as port, client_of(port) as client:
+        await submit(client)
+        server.client_pause(1800, all=True)
+        began = time.monotonic()
+        reply = await client.post("/predict", json={"data": ROW})
+        took = time.monotonic() - began
+        live = await client.get("/health/live")
+        server.client_unpause()
+    body = assert_problem(reply, 503, "redis_unavailable")
+    assert took < 1.5
+    assert jobs.created_ms(body["job_id"])
+    assert f"/job/{body['job_id']}" in body["detail"]
+    assert live.status_code == 200

@@ -1,0 +1,68 @@
+"""The server as a process sees it: it starts or says why not, and returns after a signal."""
+
+import asyncio
+import logging
+import os
+import signal
+
+import httpx2
+import msgspec
+import pytest
+import redis
+
+from asyncinfer.api.app import create_app
+from asyncinfer.api.config import ApiConfig
+from asyncinfer.api.server import listen, serve
+from asyncinfer.errors import DefaultModelChanged, ServerRefused, StartError
+from asyncinfer.repository.store import Store
+
+from .harness import assert_problem
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_it_returns_after_a_signal(
+    config: ApiConfig, store: Store, number: signal.Signals
+) -> None:
+    ready = asyncio.Event()
+    config = msgspec.structs.replace(config, port=0)
+    before = signal.getsignal(number)
+    async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+        group.create_task(serve(config, on_ready=ready.set))
+        await ready.wait()
+        os.kill(os.getpid(), number)
+    assert signal.getsignal(number) == before
+
+
+async def test_a_server_that_loses_jobs_stops_the_start(
+    config: ApiConfig, server: redis.Redis
+) -> None:
+    server.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        with pytest.raises(ServerRefused, match="noeviction"):
+            await serve(msgspec.structs.replace(config, port=0), on_ready=lambda: None)
+    finally:
+        server.config_set("maxmemory-policy", "noeviction")
+
+
+async def test_another_default_model_stops_the_start(config: ApiConfig, store: Store) -> None:
+    await store.claim_default_model("iris")
+    with pytest.raises(DefaultModelChanged, match="iris"):
+        await serve(
+            msgspec.structs.replace(config, port=0, default_model="digits"), on_ready=lambda: None
+        )
+
+
+def test_a_port_in_use_stops_the_start_and_says_what_to_do() -> None:
+    with listen("127.0.0.1", 0) as taken, pytest.raises(StartError, match="another HOST or PORT"):
+        listen("127.0.0.1", taken.getsockname()[1])
+
+
+async def test_our_own_fault_is_a_500_without_internals_and_one_log_entry(
+    config: ApiConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    never_started = httpx2.ASGITransport(app=create_app(config))
+    with caplog.at_level(logging.ERROR):
+        async with httpx2.AsyncClient(transport=never_started, base_url="http://localhost") as it:
+            assert "lifespan" not in assert_problem(await it.get("/"), 500, "internal_error")
+    assert len(caplog.records) == 1
+    assert caplog.records[0].exc_info

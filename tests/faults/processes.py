@@ -1,0 +1,164 @@
+"""Real processes for the fault tests: workers that can be killed, a Valkey with a disk."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol, TypedDict, Unpack
+
+import msgspec
+import redis
+
+from asyncinfer import keys
+from asyncinfer.repository.store import Policy
+from asyncinfer.worker.claims import Step
+from asyncinfer.worker.worker import WorkerConfig
+
+from .harness import eventually, eventually_sync
+from .worker_main import Order
+
+
+class WorkerChild:
+    """A worker process under test; its log is kept for a failing test to show."""
+
+    def __init__(self, order: Order, log: Path) -> None:
+        self._log = log.open("ab")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.worker_main", msgspec.json.encode(order).decode()],
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+        )
+
+    def signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.process.wait()
+
+    def died(self) -> bool:
+        return self.process.poll() is not None
+
+    def announced(self, client: redis.Redis) -> bool:
+        """Whether it has loaded its models and said so."""
+        pattern = keys.worker("predict_queue", f"*-{self.process.pid}-*")
+        return any(True for _ in client.scan_iter(pattern, count=1000))
+
+    async def left(self, seconds: float = 10.0) -> int:
+        """The exit code, once it has gone by itself; the loop may serve it meanwhile."""
+        await eventually(self.died, "the worker leaves", seconds)
+        return self.process.returncode
+
+    async def stop(self) -> int:
+        """SIGTERM, and the exit code."""
+        self.signal(signal.SIGCONT)
+        self.signal(signal.SIGTERM)
+        return await self.left()
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.signal(signal.SIGCONT)
+            self.kill()
+        self._log.close()
+
+
+class Crew:
+    """The worker processes of one test; all gone at its end."""
+
+    def __init__(self, folder: Path, order: Order) -> None:
+        self._log = folder / "workers.log"
+        self._order = order
+        self.members: list[WorkerChild] = []
+
+    def hire(self, die_at: Step | None = None, fail_at: Step | None = None) -> WorkerChild:
+        order = msgspec.structs.replace(self._order, die_at=die_at, fail_at=fail_at)
+        member = WorkerChild(order, self._log)
+        self.members.append(member)
+        return member
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text() if self._log.exists() else ""
+
+    def close(self) -> None:
+        for member in self.members:
+            member.close()
+
+
+class Terms(TypedDict, total=False):
+    """What a test may ask of its crew; the rest is as the fixture `crew` and `Order` have it."""
+
+    redis_url: str
+    model_dir: str
+    models: tuple[str, ...]
+    """() is every model of the folder."""
+    default_model: str
+    policy: Policy
+    worker: WorkerConfig
+
+
+class OpenCrew(Protocol):
+    """What the fixture `crew` gives: called, it opens the test's crew, with no one hired yet."""
+
+    def __call__(self, **terms: Unpack[Terms]) -> AbstractContextManager[Crew]: ...
+
+
+@contextlib.contextmanager
+def open_crew(folder: Path, order: Order) -> Iterator[Crew]:
+    it = Crew(folder, order)
+    try:
+        yield it
+    except BaseException:
+        sys.stderr.write(it.log[-8000:])
+        raise
+    finally:
+        it.close()
+
+
+class DurableServer:
+    """A Valkey (or TEST_REDIS_BINARY) with AOF in a folder, that can be killed and restarted."""
+
+    def __init__(self, folder: Path, binary: str) -> None:
+        self._folder = folder
+        self._binary = binary
+        self._socket = folder / "s"
+        self.url = f"unix://{self._socket}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            [
+                *(self._binary, "--port", "0", "--unixsocket", str(self._socket), "--save", ""),
+                *("--appendonly", "yes", "--appendfsync", "everysec", "--dir", str(self._folder)),
+            ],
+            stdout=subprocess.DEVNULL,
+        )
+        client = redis.Redis.from_url(self.url)
+        eventually_sync(lambda: _answers(client), "the server answers")
+        client.close()
+
+    def kill(self) -> None:
+        assert self._process
+        self._process.kill()
+        self._process.wait()
+
+    def signal(self, number: int) -> None:
+        assert self._process
+        self._process.send_signal(number)
+
+    def close(self) -> None:
+        if self._process and self._process.poll() is None:
+            self.signal(signal.SIGCONT)
+            self.kill()
+
+
+def _answers(client: redis.Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except redis.ConnectionError:
+        return False

@@ -1,0 +1,194 @@
+"""Those who wait for a job's end, and what may happen to them."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import redis
+
+from asyncinfer import keys
+from asyncinfer.inbox import Inbox
+from asyncinfer.jobs import Options
+from asyncinfer.repository.run import Claim, ClaimRequest, Finished, Runs
+from asyncinfer.repository.store import Store
+from asyncinfer.repository.submit import Stored
+from asyncinfer.repository.upkeep import Upkeep
+
+from .customer import Customer
+from .harness import assert_at_rest, eventually
+
+
+@asynccontextmanager
+async def open_inbox(store: Store, customer: Customer) -> AsyncIterator[Inbox]:
+    inbox = Inbox(store, customer.submissions)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(inbox.run())
+        yield inbox
+        await inbox.close()
+
+
+async def _waiters(
+    inbox: Inbox, customer: Customer, group: asyncio.TaskGroup
+) -> list[asyncio.Task[Stored | None]]:
+    stored = [one for one in await customer.read() if one]
+    return [group.create_task(inbox.wait(one, 20)) for one in stored]
+
+
+async def _all_signed_up(server: redis.Redis, customer: Customer) -> None:
+    facts = keys.facts(customer.queue)
+    await eventually(lambda: server.hlen(facts) == len(customer.acknowledged), "all signed up")
+
+
+async def _claim(runs: Runs, customer: Customer, jobs: int) -> Claim | None:
+    return (await runs.claim(ClaimRequest((customer.queue,), runs.new_token(), False, jobs))).claim
+
+
+async def _run_all(store: Store, customer: Customer) -> None:
+    runs = Runs(store, "w")
+    while claim := (
+        await runs.claim(ClaimRequest((customer.queue,), runs.new_token(), False, 7))
+    ).claim:
+        done = [Finished(job.job_id, "completed", b"{}", job.meta) for job in claim.jobs]
+        await runs.finish(claim, done, last=True)
+
+
+async def test_killed_inbox_connections_lose_no_wake_up(
+    customer: Customer, store: Store, server: redis.Redis
+) -> None:
+    await customer.submit([1.0] * 200)
+    async with open_inbox(store, customer) as inbox, asyncio.TaskGroup() as group:
+        waiters = await _waiters(inbox, customer, group)
+        await _all_signed_up(server, customer)
+        killer = group.create_task(_kill_readers(server))
+        await _run_all(store, customer)
+        ended = [await one for one in waiters]
+        killer.cancel()
+    assert [one.status for one in ended if one] == ["completed"] * 200
+    assert_at_rest(server, customer.queue)
+
+
+async def _kill_readers(server: redis.Redis) -> None:
+    while True:
+        for one in server.client_list():
+            if one["cmd"] == "xread":
+                server.client_kill_filter(_id=one["id"])
+        await asyncio.sleep(0.01)
+
+
+async def test_cancel_expiry_and_a_lost_worker_wake_waiters_too(
+    store: Store, server: redis.Redis
+) -> None:
+    customer, runs, upkeep = Customer(store), Runs(store, "w"), Upkeep(store)
+    (lost,) = await customer.submit([1.0])
+    claim = await _claim(runs, customer, 1)
+    for _ in range(store.policy.max_deliveries - 1):
+        assert claim
+        await _lose(server, upkeep, customer, claim.token)
+        claim = await _claim(runs, customer, 1)
+    assert claim
+    (cancelled,) = await customer.submit([1.0])
+    (expired,) = await customer.submit([1.0], Options(start_within_seconds=0.2))
+    async with open_inbox(store, customer) as inbox, asyncio.TaskGroup() as group:
+        waiters = await _waiters(inbox, customer, group)
+        await _all_signed_up(server, customer)
+        (stored,) = await customer.read([cancelled])
+        assert stored
+        await customer.submissions.cancel(stored)
+        await _lose(server, upkeep, customer, claim.token)
+        sweeper = group.create_task(_sweep(upkeep))
+        ended = {one.job_id: one for one in [await waiter for waiter in waiters] if one}
+        sweeper.cancel()
+    assert ended[cancelled].status == "cancelled"
+    assert b"expired" in (ended[expired].error or b"")
+    assert b"worker_lost" in (ended[lost].error or b"")
+    await upkeep.sweep()
+    assert await _claim(runs, customer, 9) is None
+    assert_at_rest(server, customer.queue)
+
+
+async def _lose(server: redis.Redis, upkeep: Upkeep, customer: Customer, token: str) -> None:
+    """The claim's lease has run out, and a sweep comes by that is not on its guard."""
+    running = keys.running(customer.queue)
+    server.zadd(keys.leases(customer.queue), {token: 1}, xx=True)
+
+    async def taken() -> bool:
+        await upkeep.sweep()
+        return token.encode() not in server.hvals(running)
+
+    await eventually(taken, "the claim is taken away")
+
+
+async def _sweep(upkeep: Upkeep) -> None:
+    while True:
+        await upkeep.sweep()
+        await asyncio.sleep(0.02)
+
+
+async def test_an_api_that_dies_leaves_no_key_without_a_bound(
+    customer: Customer, store: Store, server: redis.Redis
+) -> None:
+    await customer.submit([1.0])
+    async with asyncio.TaskGroup() as group:
+        inbox = Inbox(store, customer.submissions)
+        reader = group.create_task(inbox.run())
+        waiter = (await _waiters(inbox, customer, group))[0]
+        await _all_signed_up(server, customer)
+        assert 0 < server.ttl(inbox.name) <= 60
+        reader.cancel()
+        waiter.cancel()
+    # Its stream runs out before the job ends.
+    server.delete(inbox.name)
+    await _run_all(store, customer)
+    assert not server.exists(inbox.name)
+    assert_at_rest(server, customer.queue)
+    unbounded = [name for name in server.scan_iter("*inbox*") if server.ttl(name) == -1]
+    assert not unbounded
+
+
+async def test_a_look_before_the_submit_does_not_end_the_wait_for_it(
+    customer: Customer, store: Store, server: redis.Redis
+) -> None:
+    """The inbox looks again at all that is waited for, also at a job still on its way in."""
+    async with asyncio.TaskGroup() as group:
+        inbox = Inbox(store, customer.submissions)
+        job = customer.job(1.0, inbox=inbox.name)
+        with inbox.expect(job.job_id) as ticket:
+            group.create_task(inbox.run())  # begins with such a look
+            await eventually(lambda: server.exists(inbox.name) == 1, "the inbox reads")
+            await customer.submissions.read(job.job_id)
+            await customer.submissions.submit_many(customer.queue, [job])
+            waiter = group.create_task(ticket.wait(20))
+            await _run_all(store, customer)
+            ended = await waiter
+            assert ended
+            assert ended.status == "completed"
+        await inbox.close()
+    assert_at_rest(server, customer.queue)
+
+
+async def test_a_wait_that_is_too_short_gives_the_job_as_it_is(
+    customer: Customer, store: Store, server: redis.Redis
+) -> None:
+    await customer.submit([1.0])
+    async with open_inbox(store, customer) as inbox:
+        (stored,) = await customer.read()
+        assert stored
+        now = await inbox.wait(stored, 0.05)
+        assert now
+        assert now.status == "pending"
+    await _run_all(store, customer)
+    assert_at_rest(server, customer.queue)
+
+
+async def test_a_closing_api_answers_everyone_who_waits(
+    customer: Customer, store: Store, server: redis.Redis
+) -> None:
+    await customer.submit([1.0] * 20)
+    async with asyncio.TaskGroup() as group:
+        async with open_inbox(store, customer) as inbox:
+            waiters = await _waiters(inbox, customer, group)
+            await _all_signed_up(server, customer)
+        answers = [await one for one in waiters]
+    assert [one.status for one in answers if one] == ["pending"] * 20
+    await _run_all(store, customer)
+    assert_at_rest(server, customer.queue)

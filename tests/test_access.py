@@ -1,0 +1,109 @@
+"""Keys name their tenant and scopes; a file that is wrong says where."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from asyncinfer import access
+from asyncinfer.access import Caller, Keyring
+from asyncinfer.errors import KeyFileRefused
+
+DIGEST = hashlib.sha256(b"a").hexdigest()
+
+
+def key_file(folder: Path, *lines: str) -> Path:
+    path = folder / "keys"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def line(key: str, tenant: str = "acme", scopes: str = "submit,read") -> str:
+    return access.entry_of(key, tenant, scopes).line()
+
+
+def test_a_key_is_256_random_bits_that_look_like_ours() -> None:
+    key, other = access.new_key(), access.new_key()
+
+    assert key.startswith("ai_")
+    assert len(key) == 46
+    assert key != other
+
+
+def test_a_key_names_its_tenant_and_scopes(tmp_path: Path) -> None:
+    key = access.new_key()
+    path = key_file(tmp_path, "# keys", "", f"{line(key, 'acme', 'read,submit')} the laptop's")
+
+    caller = Keyring.load(path).identify(key)
+
+    assert caller == Caller("acme", frozenset({"submit", "read"}))
+
+
+def test_the_file_does_not_hold_the_key() -> None:
+    key = access.new_key()
+
+    assert key not in line(key)
+    assert line(key).split() == ["acme", "submit,read", hashlib.sha256(key.encode()).hexdigest()]
+
+
+def test_admin_brings_no_other_scope(tmp_path: Path) -> None:
+    caller = Keyring.load(key_file(tmp_path, line("k", scopes="admin"))).identify("k")
+
+    assert caller is not None
+    assert caller.scopes == {"admin"}
+
+
+def test_a_tenant_changes_its_key_without_a_gap(tmp_path: Path) -> None:
+    old, new = access.new_key(), access.new_key()
+    keyring = Keyring.load(key_file(tmp_path, line(old), line(new)))
+
+    assert keyring.identify(old) == keyring.identify(new)
+
+
+@pytest.mark.parametrize("key", ["", "ai_", "ai_\xff\udcff", DIGEST, "a" * 100_000])
+def test_an_unknown_key_is_nobody(tmp_path: Path, key: str) -> None:
+    assert Keyring.load(key_file(tmp_path, line("a"))).identify(key) is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ("acme", "scopes are submit, read, admin"),
+        (f"acme submit,write {DIGEST}", "scopes are submit, read, admin"),
+        (f"acme submit, read {DIGEST}", "scopes are submit, read, admin"),
+        (f"a/b submit {DIGEST}", "a tenant is"),
+        ("acme submit ai_a-key-in-the-clear", "the third word must be the key's SHA-256"),
+        (f"acme submit {DIGEST.upper()}", "the third word must be the key's SHA-256"),
+        (line("b"), "the key of an earlier line"),
+    ],
+)
+def test_a_wrong_line_is_refused_with_its_number(tmp_path: Path, wrong: str, says: str) -> None:
+    path = key_file(tmp_path, line("b"), wrong)
+
+    with pytest.raises(KeyFileRefused) as refusal:
+        Keyring.load(path)
+
+    assert refusal.value.detail.startswith(f"{path}, line 2: {says}")
+    assert "ai_" not in refusal.value.detail
+
+
+@pytest.mark.parametrize("content", [b"", b"# soon\n", b"\xff\xfe"])
+def test_a_file_without_keys_is_refused_lest_it_lock_all_out(
+    tmp_path: Path, content: bytes
+) -> None:
+    path = tmp_path / "keys"
+    path.write_bytes(content)
+
+    with pytest.raises(KeyFileRefused, match=str(path)):
+        Keyring.load(path)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(KeyFileRefused, match="No such file"):
+        Keyring.load(tmp_path / "keys")
+
+
+@pytest.mark.parametrize(("tenant", "scopes"), [("", "read"), ("a b", "read"), ("a", "")])
+def test_no_line_is_made_that_would_not_be_read(tenant: str, scopes: str) -> None:
+    with pytest.raises(ValueError, match=r"tenant|scopes"):
+        access.entry_of(access.new_key(), tenant, scopes)

@@ -1,0 +1,234 @@
+"""The commands do what they say, or say what to do."""
+
+import json
+import shlex
+import shutil
+import socket
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from asyncinfer import __version__, settings
+from asyncinfer.access import Caller, Keyring
+from asyncinfer.cli import main
+
+from .faults.harness import eventually_sync
+from .parents import REPOSITORY, Parent, is_gone, parent, processes
+
+REFUSED: Final = 2
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for knob in settings.knobs():
+        monkeypatch.delenv(knob.variable, raising=False)
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert main(argv) == REFUSED
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("asyncinfer: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def help_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_it_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert help_of(capsys, "--version") == f"asyncinfer {__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["serve", "work"])
+def test_help_shows_every_setting_with_its_flag_variable_and_unit(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    shown = " ".join(help_of(capsys, command, "--help").split())
+
+    for knob in settings.knobs():
+        assert f" {knob.flag}" in shown
+        assert f"{knob.unit}. [{knob.variable}]" in shown
+
+
+def test_a_wrong_setting_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--port is '70000'" in refusal(capsys, "serve", "--port", "70000")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.com"])
+def test_a_public_address_without_keys_is_refused(
+    host: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refusal(capsys, "serve", "--host", host)
+
+    assert all(word in said for word in ("keygen", "API_KEYS", "--insecure"))
+
+
+def test_work_without_a_redis_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refusal(capsys, "work")
+
+    assert all(word in said for word in ("REDIS_URL", "asyncinfer serve", "DATA_DIR"))
+
+
+def test_a_model_folder_that_is_not_there_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    url = ("--redis-url", "redis://127.0.0.1:1")
+
+    assert f"MODEL_DIR {tmp_path}/no" in refusal(
+        capsys, "work", *url, "--model-dir", f"{tmp_path}/no"
+    )
+
+
+# --- keygen ----------------------------------------------------------------------------------
+
+
+def test_a_made_key_is_let_in_by_its_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(("keygen", "--tenant", "acme", "--scopes", "submit,read")) == 0
+    line, shown = capsys.readouterr()
+    key = next(word for word in shown.split() if word.startswith("ai_"))
+    (tmp_path / "keys").write_text(line)
+
+    caller = Keyring.load(tmp_path / "keys").identify(key)
+
+    assert caller is not None
+    assert caller == Caller("acme", frozenset({"submit", "read"}))
+    assert key not in line
+
+
+def test_a_key_of_an_unknown_scope_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "submit, read, admin" in refusal(capsys, "keygen", "--scopes", "write")
+
+
+# --- serve, all of it ------------------------------------------------------------------------
+
+
+class Serve:
+    """`asyncinfer serve`, up."""
+
+    def __init__(self, process: Parent, welcome: dict[str, str]) -> None:
+        self.process = process
+        self.curl = shlex.split(welcome["Try"])
+        self.welcome = welcome
+
+    def get(self, path: str) -> dict[str, Any]:
+        with urllib.request.urlopen(self.welcome["URL"] + path, timeout=5) as response:
+            answer: dict[str, Any] = json.load(response)
+        return answer
+
+    def paste(self) -> dict[str, Any]:
+        """What the curl line answers."""
+        done = subprocess.run(self.curl, capture_output=True, check=True)
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
+
+    def children(self) -> list[int]:
+        return [it.pid for it in processes() if it.parent == self.process.process.pid]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def serving(*argv: str, cwd: Path = REPOSITORY, **environ: str) -> Iterator[Serve]:
+    port = str(free_port())
+    with parent("-m", "asyncinfer", "serve", "--port", port, *argv, cwd=cwd, **environ) as it:
+        assert it.says() == f"asyncinfer {__version__}"
+        lines = [it.says() for _ in range(5)]
+        yield Serve(it, dict(line.split(maxsplit=1) for line in lines))
+
+
+def answer_of(serve: Serve) -> dict[str, Any]:
+    """What the pasted curl line answers, once a worker has come."""
+    if shutil.which("curl") is None:
+        pytest.skip("no curl here")
+    answers: list[dict[str, Any]] = []
+
+    def answered() -> bool:
+        answers.append(serve.paste())
+        return answers[-1].get("status") == "completed"
+
+    eventually_sync(answered, "the pasted line is answered with a result")
+    return answers[-1]
+
+
+def test_one_line_runs_it_and_the_pasted_curl_line_gets_a_result() -> None:
+    with serving() as serve:
+        assert answer_of(serve)["result"]["class_name"] == "setosa"
+        assert serve.welcome["Redis"].startswith("Valkey ")
+        assert "iris (default)" in serve.welcome["Models"]
+
+
+def test_sigterm_ends_all_of_it_and_the_next_start_has_its_jobs() -> None:
+    with serving() as serve:
+        job_id = answer_of(serve)["job_id"]
+        pids = serve.children()
+        serve.process.process.terminate()
+        assert serve.process.process.wait(5) == 0
+        assert len(pids) == 2
+        assert all(map(is_gone, pids))
+
+    with serving() as serve:
+        assert serve.get(f"/job/{job_id}")["result"]["class_name"] == "setosa"
+
+
+def test_a_killed_serve_leaves_neither_valkey_nor_worker_after_5_s() -> None:
+    with serving() as serve:
+        job_id = answer_of(serve)["job_id"]
+        pids = serve.children()
+        serve.process.kill()
+        eventually_sync(lambda: all(map(is_gone, pids)), "both have ended", seconds=5)
+
+    with serving() as serve:
+        assert serve.get(f"/job/{job_id}")["status"] == "completed"
+
+
+def test_a_second_serve_on_one_data_dir_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with serving() as serve:
+        said = refusal(capsys, "serve", "--port", str(free_port()))
+
+    assert f"pid {serve.process.process.pid}" in said
+    assert all(word in said for word in ("DATA_DIR", "asyncinfer work"))
+
+
+def test_a_changed_default_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with serving("--default-model", "digits") as serve:
+        serve.process.process.terminate()
+        serve.process.process.wait()
+
+    with parent("-m", "asyncinfer", "serve", "--default-model", "iris") as it:
+        assert it.process.wait() == REFUSED
+        assert "DEFAULT_MODEL is 'iris'" in it.complaints()
+
+
+def test_a_taken_port_is_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        with parent("-m", "asyncinfer", "serve", "--port", port) as it:
+            assert it.process.wait() == REFUSED
+            assert f"127.0.0.1:{port}" in it.complaints()
+
+
+def test_a_worker_joins_a_running_serve_through_its_folder() -> None:
+    with serving() as serve, parent("-m", "asyncinfer", "work"):
+        eventually_sync(lambda: serve.get("/health")["workers"] == 2, "there are two workers")
+
+
+def test_it_works_from_any_folder_with_the_shipped_models(tmp_path: Path) -> None:
+    with serving(cwd=tmp_path, PYTHONPATH=str(REPOSITORY)) as serve:
+        assert "iris" in serve.welcome["Models"]

@@ -1,0 +1,128 @@
+"""The record, the ids, and the decision retry or dead."""
+
+import time
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncinfer import jobs
+from asyncinfer.jobs import SCHEMA, Options, Record
+
+RECORD = Record(SCHEMA, "q", "iris", "default", 1)
+
+
+# --- the record ----------------------------------------------------------------------------
+
+
+def test_a_record_survives_redis_with_its_sequence_number() -> None:
+    record = Record(SCHEMA, "q", "iris", "me", 5, options=Options(priority="low", ttl_seconds=3))
+    meta = b"\0\0\0\0\0\0\0\x07" + jobs.encode_record(record)
+    assert jobs.decode_record(meta) == record
+    assert jobs.encode_record(record, jobs.record_seq(meta)) == meta
+
+
+def test_a_record_of_a_later_release_still_reads() -> None:
+    later = msgspec.msgpack.encode([*msgspec.to_builtins(RECORD), "a field to come"])
+    assert jobs.decode_record(bytes(8) + later) == RECORD
+
+
+def test_a_record_of_an_earlier_release_still_reads() -> None:
+    earlier = msgspec.msgpack.encode([1, "q", "iris", "default", 1])
+    assert jobs.decode_record(bytes(8) + earlier) == RECORD
+
+
+@given(st.binary(max_size=200))
+def test_whatever_the_bytes_a_record_reads_or_is_refused(meta: bytes) -> None:
+    try:
+        record = jobs.decode_record(meta)
+    except msgspec.DecodeError:
+        return
+    assert isinstance(record, Record)
+
+
+@pytest.mark.parametrize(
+    "damaged", [b"", b"\x91", b"\x95\x01\xa2\xff\xfe\xa1m\xa1t\x01", b"\x91" * 100_000]
+)
+def test_a_damaged_record_is_a_decode_error(damaged: bytes) -> None:
+    with pytest.raises(msgspec.DecodeError):
+        jobs.decode_record(bytes(8) + damaged)
+
+
+def test_the_facts_of_an_ordinary_job_are_none() -> None:
+    assert jobs.decode_facts(None) == jobs.decode_facts(b"") == jobs.Facts()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *('{"priority":"urgent"}', '{"delay_seconds":-1}', '{"delay_seconds":1e9}'),
+        *('{"start_within_seconds":0}', '{"finish_within_seconds":0}', '{"ttl_seconds":0}'),
+        *('{"ttl_seconds":1.5}', '{"priority":null}'),
+    ],
+)
+def test_options_out_of_bounds_are_refused(options: str) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.json.decode(options, type=Options)
+
+
+def test_an_option_of_a_later_release_is_passed_over_in_a_record() -> None:
+    assert msgspec.json.decode('{"ttl":5}', type=Options) == Options()
+
+
+# --- ids -----------------------------------------------------------------------------------
+
+
+def test_an_id_is_a_uuid_of_version_7_that_knows_when_it_was_made() -> None:
+    now_ms = time.time_ns() // 1_000_000
+    job_id = jobs.new_id(now_ms)
+    assert (len(job_id), job_id[12], job_id[16] in "89ab") == (32, "7", True)
+    assert jobs.created_ms(job_id) == now_ms
+    assert jobs.is_id(job_id)
+
+
+def test_ids_differ_and_sort_by_time() -> None:
+    ids = [jobs.new_id(ms) for ms in range(1000)]
+    assert ids == sorted(ids)
+    assert len({jobs.new_id(0) for _ in range(1000)}) == 1000
+
+
+@given(st.integers(0, 2**48 - 1))
+def test_every_time_makes_an_id_of_ours(now_ms: int) -> None:
+    assert jobs.created_ms(jobs.new_id(now_ms)) == now_ms
+
+
+@pytest.mark.parametrize("job_id", ["", "x", "1" * 32, "0" * 31 + "g", jobs.new_id(1).upper()])
+def test_a_strangers_id_does_not_say_when_it_was_made(job_id: str) -> None:
+    assert jobs.created_ms(job_id) is None
+
+
+@pytest.mark.parametrize("job_id", ["1", "a b", "ü" * 64, "x" * 128, "{}", "a:b", "\udcff"])
+def test_a_stranger_may_choose_nearly_any_id(job_id: str) -> None:
+    assert jobs.is_id(job_id)
+
+
+@pytest.mark.parametrize("job_id", ["", "x" * 129, "ü" * 65, "a\nb", "\0", "\x7f", "\x1b[0m"])
+def test_ids_too_long_or_with_control_characters_are_none(job_id: str) -> None:
+    assert not jobs.is_id(job_id)
+
+
+# --- decisions -----------------------------------------------------------------------------
+
+
+def test_a_job_is_retried_until_its_last_error() -> None:
+    assert [jobs.retry_or_dead(errors, 3) for errors in (1, 2, 3, 4)] == [
+        *("retry", "retry", "dead", "dead"),
+    ]
+
+
+def test_back_off_doubles_and_is_capped() -> None:
+    ceilings = [jobs.backoff_ms(errors, uniform=0.999999) for errors in range(1, 9)]
+    assert ceilings == [1999, 3999, 7999, 15999, 31999, 59999, 59999, 59999]
+    assert jobs.backoff_ms(3, uniform=0) == 0
+
+
+@given(st.integers(0, 2000))
+def test_back_off_stays_within_its_bounds_however_many_errors(errors: int) -> None:
+    assert 0 <= jobs.backoff_ms(errors) <= 60_000

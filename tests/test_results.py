@@ -1,0 +1,123 @@
+"""Results are valid JSON that says what the model gave, to the last bit."""
+
+import json
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncinfer.errors import ModelFailed
+from asyncinfer.models import Signature
+from asyncinfer.results import render_result, render_results
+from asyncinfer.tensors import TensorSpec
+
+LABELS = ("setosa", "versicolor")
+PREDICTIONS = np.array([1, 0, 1])
+SCORES = np.array([[0.25, 0.75], [0.5, 0.5], [0.125, 0.875]], np.float32)
+
+
+def signature(*outputs: tuple[str, str], labels: tuple[str, ...] = LABELS) -> Signature:
+    specs = tuple(TensorSpec(name, datatype, ("batch",)) for name, datatype in outputs)
+    return Signature("iris", "1", "", (TensorSpec("x", "FP32", ("batch",)),), specs, labels)
+
+
+def strict(text: bytes) -> Any:
+    """Reads JSON as the standard has it: no NaN."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+CLASSIFIER = signature(("label", "INT64"), ("probabilities", "FP32"))
+
+
+def test_one_row_of_a_labelled_classifier_is_an_object() -> None:
+    assert strict(render_result([PREDICTIONS[:1], SCORES[:1]], CLASSIFIER)) == {
+        "prediction": 1,
+        "class_name": "versicolor",
+        "probabilities": [0.25, 0.75],
+    }
+
+
+def test_several_rows_are_a_list_with_an_entry_for_each() -> None:
+    rows = strict(render_result([PREDICTIONS, SCORES], CLASSIFIER))
+
+    assert [row["class_name"] for row in rows] == ["versicolor", "setosa", "versicolor"]
+    assert [row["probabilities"] for row in rows] == SCORES.tolist()
+
+
+def test_without_a_predicted_number_the_largest_score_decides() -> None:
+    rows = strict(render_result([SCORES], signature(("scores", "FP32"))))
+
+    assert [row["prediction"] for row in rows] == [1, 0, 1]
+
+
+def test_a_number_that_no_label_is_for_has_no_name() -> None:
+    for number in (2, -1):
+        row = strict(render_result([np.array([number]), SCORES[:1]], CLASSIFIER))
+
+        assert (row["prediction"], row["class_name"]) == (number, None)
+
+
+def test_every_other_model_gives_its_tensors() -> None:
+    words = np.array([["a", "é"]], dtype=object)
+    outputs = [np.array([[1.5, 2.0]], np.float32), words, np.array(True)]
+    taken = signature(("y", "FP32"), ("words", "BYTES"), ("flag", "BOOL"), labels=())
+
+    assert strict(render_result(outputs, taken)) == {
+        "outputs": [
+            {"name": "y", "datatype": "FP32", "shape": [1, 2], "data": [1.5, 2.0]},
+            {"name": "words", "datatype": "BYTES", "shape": [1, 2], "data": ["a", "é"]},
+            {"name": "flag", "datatype": "BOOL", "shape": [], "data": [True]},
+        ]
+    }
+
+
+def test_labels_that_match_no_output_leave_the_tensors() -> None:
+    three_wide = np.zeros((1, 3), np.float32)
+
+    assert "outputs" in strict(render_result([three_wide], signature(("y", "FP32"))))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_what_json_has_no_number_for_is_a_string(dtype: type[np.generic]) -> None:
+    odd = np.array([[np.nan, np.inf], [-np.inf, 1.0]]).astype(dtype)
+    in_words = ["NaN", "Infinity", "-Infinity", 1.0]
+
+    tensors = strict(render_result([odd], signature(("y", "FP32"), labels=())))
+    rows = strict(render_result([odd], signature(("y", "FP32"))))
+    scalar = strict(render_result([odd[0, 0, ...]], signature(("y", "FP32"), labels=())))
+
+    assert tensors["outputs"][0]["data"] == in_words
+    assert [row["probabilities"] for row in rows] == [in_words[:2], in_words[2:]]
+    assert scalar["outputs"][0]["data"] == ["NaN"]
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=6), st.booleans(), st.booleans())
+def test_a_job_reads_the_same_whatever_it_ran_with(
+    row_counts: list[int], labelled: bool, odd: bool
+) -> None:
+    rows = sum(row_counts)
+    scores = np.random.default_rng(0).random((rows, 2), np.float32)
+    scores[0, 0] = np.nan if odd else 0.5
+    outputs = [scores.argmax(axis=1), scores]
+    taken = msgspec.structs.replace(CLASSIFIER, labels=LABELS if labelled else ())
+
+    together = render_results(outputs, row_counts, taken)
+
+    starts = np.cumsum([0, *row_counts])
+    assert together == [
+        render_result([output[start : start + count] for output in outputs], taken)
+        for start, count in zip(starts, row_counts, strict=False)
+    ]
+
+
+def test_outputs_that_lost_a_row_are_nobodys_result() -> None:
+    for taken in (CLASSIFIER, msgspec.structs.replace(CLASSIFIER, labels=())):
+        with pytest.raises(ModelFailed):
+            render_results([PREDICTIONS, SCORES], [2, 2], taken)

@@ -1,0 +1,106 @@
+"""Every knob can be set, is checked, and survives the way to a child."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as some
+
+from asyncinfer import settings
+from asyncinfer.errors import InvalidSetting
+from asyncinfer.settings import Settings
+
+NAMES = some.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,20}", fullmatch=True).filter(
+    lambda name: name != "stats"
+)
+
+
+def numbers(least: float, most: float) -> some.SearchStrategy[float]:
+    return some.floats(least, most, allow_nan=False)
+
+
+ANY_SETTINGS = some.builds(
+    Settings,
+    redis_url=some.none() | some.sampled_from(["redis://h/1", "unix:///a b/s", "rediss://u:p@h"]),
+    redis_port=some.integers(1, 65535),
+    data_dir=some.none() | some.sampled_from([Path("/a b/c"), Path("here")]),
+    models=some.lists(NAMES, max_size=3).map(tuple),
+    default_model=some.none() | NAMES,
+    allowed_hosts=some.lists(some.sampled_from(["a.example", "*"]), max_size=3).map(tuple),
+    keep_input=some.booleans(),
+    prediction_timeout=numbers(0.001, 86400),
+    lease_seconds=numbers(0.1, 3600),
+    max_queue_bytes=some.integers(1024, 1 << 40),
+)
+
+
+@given(ANY_SETTINGS)
+def test_a_child_reads_the_very_settings_of_its_parent(chosen: Settings) -> None:
+    assert settings.read(settings.as_environment(chosen), {}) == chosen
+
+
+def test_nothing_set_is_the_default() -> None:
+    assert settings.read({"HOME": "/root", "REDIS_URL": "", "MODELS": ""}, {}) == Settings()
+
+
+def test_a_flag_wins_over_the_environment() -> None:
+    chosen = settings.read({"PORT": "8001", "HOST": "localhost"}, {"port": "8002"})
+
+    assert (chosen.port, chosen.host) == (8002, "localhost")
+
+
+def test_a_home_folder_is_found() -> None:
+    assert settings.read({"DATA_DIR": "~/jobs"}, {}).data_dir == Path.home() / "jobs"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "allowed"),
+    [
+        ("PORT", "0", "a whole number from 1 to 65535"),
+        ("PORT", "http", "a whole number from 1 to 65535"),
+        ("MAX_BATCH", "1.5", "a whole number from 1 to 1000"),
+        ("PREDICTION_TIMEOUT", "0", "a number above 0, at most 86400 (seconds)"),
+        ("LEASE_SECONDS", "nan", "a number from 0.1 to 3600 (seconds)"),
+        ("LEASE_SECONDS", "inf", "a number from 0.1 to 3600 (seconds)"),
+        ("KEEP_INPUT", "perhaps", "true or false"),
+        ("QUEUE_NAME", "a{b}", "1 to 64 characters, without braces and control characters"),
+        ("QUEUE_NAME", "a\n", "1 to 64 characters, without braces and control characters"),
+        ("QUEUE_NAME", "a" * 65, "1 to 64 characters, without braces and control characters"),
+        ("DEFAULT_MODEL", "stats", "up to 64 letters, digits, `_`, `.` and `-`, not `stats`"),
+        ("MODELS", "iris,,", "names separated by commas"),
+    ],
+)
+def test_a_wrong_value_stops_with_its_name_itself_and_what_is_allowed(
+    variable: str, value: str, allowed: str
+) -> None:
+    with pytest.raises(InvalidSetting) as refusal:
+        settings.read({variable: value}, {})
+
+    assert refusal.value.detail.startswith(f"{variable} is {value!r}; it must be {allowed}")
+
+
+def test_a_wrong_flag_is_named_as_it_was_written() -> None:
+    with pytest.raises(InvalidSetting, match=r"^--max-batch is '0'"):
+        settings.read({}, {"max_batch": "0"})
+
+
+def test_a_wrong_redis_url_does_not_show_its_password() -> None:
+    with pytest.raises(InvalidSetting, match=r"REDIS_URL .* redis://") as refusal:
+        settings.read({"REDIS_URL": "http://user:hunter2@host"}, {})
+
+    assert "hunter2" not in refusal.value.detail
+
+
+def test_every_default_is_a_value_that_is_allowed() -> None:
+    for knob in settings.knobs():
+        assert _taken(knob.type, knob.default), knob.name
+
+
+def _taken(kind: Any, value: Any) -> bool:
+    return bool(msgspec.convert(value, kind, dec_hook=lambda _, it: it) == value)
+
+
+def test_every_knob_says_what_it_is_for() -> None:
+    assert all(knob.help.endswith(".") and knob.allowed for knob in settings.knobs())

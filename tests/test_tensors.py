@@ -1,0 +1,105 @@
+"""JSON becomes exactly the tensor that it spells, or is refused."""
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncinfer import tensors
+from asyncinfer.tensors import TensorSpec
+
+NUMERIC = sorted(tensors.RANGES)
+
+
+@pytest.mark.parametrize("datatype", NUMERIC)
+def test_the_ends_of_every_numeric_datatype_are_taken(datatype: str) -> None:
+    dtype = np.dtype(tensors.DTYPES[datatype])
+    info = np.iinfo(dtype) if dtype.kind in "iu" else np.finfo(dtype)
+    ends = np.array([info.min, info.max], dtype).tolist()
+
+    array = tensors.decode(msgspec.json.encode(ends), TensorSpec("x", datatype, (None,)))
+
+    assert array.dtype == dtype
+    assert array.tolist() == ends
+
+
+@pytest.mark.parametrize("datatype", sorted(set(NUMERIC) - tensors.FLOATS))
+def test_the_whole_numbers_beyond_the_ends_are_refused(datatype: str) -> None:
+    low, high = tensors.RANGES[datatype]
+    for beyond in (low - 1, high + 1):
+        with pytest.raises((ValueError, OverflowError)):
+            tensors.decode(b"[%d]" % beyond, TensorSpec("x", datatype, (None,)))
+
+
+@pytest.mark.parametrize(
+    ("datatype", "beyond"), [("FP16", b"[65520]"), ("FP32", b"[1e39]"), ("FP64", b"[1.8e308]")]
+)
+def test_numbers_that_would_become_infinite_are_refused(datatype: str, beyond: bytes) -> None:
+    for json in (beyond, beyond.replace(b"[", b"[-")):
+        with pytest.raises(msgspec.ValidationError):
+            tensors.decode(json, TensorSpec("x", datatype, (None,)))
+
+
+@pytest.mark.parametrize("datatype", ["FP16", "FP32"])
+def test_what_is_taken_never_becomes_infinite_and_what_is_refused_would(datatype: str) -> None:
+    dtype = tensors.DTYPES[datatype]
+    for end in tensors.RANGES[datatype]:
+        with np.errstate(over="ignore"):
+            inside, outside = np.array([end, np.nextafter(end, 2 * end)]).astype(dtype)
+
+        assert np.isfinite(inside)
+        assert np.isinf(outside)
+
+
+@given(st.lists(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False))))
+def test_float32_numbers_survive_json(rows: list[list[float]]) -> None:
+    spec = TensorSpec("x", "FP32", (None,))
+    for row in rows:
+        array = tensors.decode(msgspec.json.encode(row), spec)
+
+        assert array.tolist() == row
+
+
+@pytest.mark.parametrize(
+    ("datatype", "json", "expected"),
+    [
+        ("BOOL", b"[true,false]", [True, False]),
+        ("BYTES", '["","é","a\\u0000b"]'.encode(), ["", "é", "a\0b"]),
+        ("INT64", b"[-1,7]", [-1, 7]),
+        ("FP32", b"[1,-0.5]", [1.0, -0.5]),
+    ],
+)
+def test_every_kind_of_element_is_read(datatype: str, json: bytes, expected: list[object]) -> None:
+    array = tensors.decode(json, TensorSpec("x", datatype, (None,)))
+
+    assert array.tolist() == expected
+
+
+def test_any_rank_is_read() -> None:
+    for rank in range(6):
+        json = b"[" * rank + b"7" + b"]" * rank
+
+        array = tensors.decode(json, TensorSpec("x", "INT32", (1,) * rank))
+
+        assert array.shape == (1,) * rank
+        assert array.item() == 7
+
+
+@pytest.mark.parametrize(
+    ("shape", "declared", "fit"),
+    [
+        ((2, 4), ("batch", 4), True),
+        ((2, 3), ("batch", 4), False),
+        ((2, 4, 1), ("batch", 4), False),
+        ((0, 4), ("batch", 4), False),
+        ((2, 2), ("n", "n"), True),
+        ((2, 3), ("n", "n"), False),
+        ((2, 3), (None, None), True),
+        ((), (), True),
+    ],
+)
+def test_a_shape_fits_what_is_declared_or_does_not(
+    shape: tuple[int, ...], declared: tuple[int | str | None, ...], fit: bool
+) -> None:
+    assert tensors.fits(shape, TensorSpec("x", "FP32", declared)) is fit

@@ -1,0 +1,334 @@
+"""ONNX models that tests put into a model folder, each made to behave in one way.
+
+Most take `x` of [batch, 1] and give it back as `y`, so that a test knows every right answer,
+and let the value decide what happens on the way:
+
+- `slow`: loops longer the larger the value is; stops between two steps when it is told to
+- `huge_matmul`: spends the time in one kernel, which nothing can stop
+- `picky`: fails unless the value is 0, 1 or 2
+- `hungry`: allocates as many MiB as the value says
+- `place_poison`: kills the process once its weights file is cut short under it
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from msgspec import Struct
+from onnx import TensorProto, helper, numpy_helper
+
+OPSET = 18
+IR_VERSION = 9
+
+FOREVER = 1e15
+"""A value with which `slow` runs for years."""
+
+ENDLESS_MIB = 1e12
+"""A value with which `hungry` asks for more than any address space has."""
+
+Dims: TypeAlias = Sequence[int | str | None]
+Weights: TypeAlias = Mapping[str, npt.NDArray[Any]]
+
+
+def place(
+    folder: Path, name: str, model: onnx.ModelProto, *, version: int = 1, toml: str = ""
+) -> Path:
+    """Puts `model` into the model folder; returns the file."""
+    path = folder / name / str(version) / "model.onnx"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(model.SerializeToString())
+    if toml:
+        (folder / name / "model.toml").write_text(toml)
+    return path
+
+
+def tensor(name: str, shape: Dims, elem_type: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, elem_type, shape)
+
+
+def model(
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Sequence[onnx.ValueInfoProto],
+    outputs: Sequence[onnx.ValueInfoProto],
+    weights: Weights | None = None,
+) -> onnx.ModelProto:
+    initializers = [numpy_helper.from_array(w, name) for name, w in (weights or {}).items()]
+    graph = helper.make_graph(nodes, "zoo", inputs, outputs, initializers)
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("ai.onnx.ml", 3)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+
+
+# --- the value decides; y = x ------------------------------------------------------------------
+
+
+def slow(steps_per_unit: int = 1600) -> onnx.ModelProto:
+    """Loops `steps_per_unit` steps, about a millisecond, for each 1.0 of the largest value."""
+    nodes = [
+        *_largest_as_int(steps_per_unit, "steps"),
+        helper.make_node("Loop", ["steps", "", "seed"], ["spun"], body=_spin()),
+        *_unchanged_but_after("spun"),
+    ]
+    return model(nodes, [tensor("x", ["batch", 1])], [tensor("y", ["batch", 1])], _ZERO_AND_SEED)
+
+
+def huge_matmul() -> onnx.ModelProto:
+    """One matrix product of integers, n by n where n is the largest value: 2·n³ steps.
+
+    Integers because ONNX Runtime multiplies them slowly and in one thread.
+    """
+    nodes = [
+        *_largest_as_int(1, "n"),
+        helper.make_node("Concat", ["n_1d", "n_1d"], ["square"], axis=0),
+        helper.make_node("ConstantOfShape", ["square"], ["a"], value=_one(np.int64)),
+        helper.make_node("MatMul", ["a", "a"], ["product"]),
+        helper.make_node("Cast", ["product"], ["product_float"], to=TensorProto.FLOAT),
+        *_unchanged_but_after("product_float"),
+    ]
+    return model(nodes, [tensor("x", ["batch", 1])], [tensor("y", ["batch", 1])], _ZERO_AND_SEED)
+
+
+def picky() -> onnx.ModelProto:
+    """Fails for the whole run when any value is not 0, 1 or 2 (cut to a whole number)."""
+    nodes = [
+        helper.make_node("Cast", ["x"], ["index"], to=TensorProto.INT64),
+        helper.make_node("Gather", ["table", "index"], ["found"], name="pick"),
+        *_unchanged_but_after("found"),
+    ]
+    weights = {**_ZERO_AND_SEED, "table": np.zeros(3, np.float32)}
+    return model(nodes, [tensor("x", ["batch", 1])], [tensor("y", ["batch", 1])], weights)
+
+
+def hungry() -> onnx.ModelProto:
+    """Allocates and fills as many MiB as the largest value."""
+    nodes = [
+        *_largest_as_int(2**18, "floats"),
+        helper.make_node("ConstantOfShape", ["floats_1d"], ["filling"], value=_one(np.float32)),
+        *_unchanged_but_after("filling"),
+    ]
+    return model(nodes, [tensor("x", ["batch", 1])], [tensor("y", ["batch", 1])], _ZERO_AND_SEED)
+
+
+def _largest_as_int(factor: int, name: str) -> list[onnx.NodeProto]:
+    """Nodes that give int(max(x) * factor), at least 1, as a scalar and as `{name}_1d`."""
+    return [
+        helper.make_node("ReduceMax", ["x"], ["largest"], keepdims=0),
+        helper.make_node("Constant", [], ["factor"], value_float=float(factor)),
+        helper.make_node("Constant", [], ["least"], value_float=1.0),
+        helper.make_node("Mul", ["largest", "factor"], ["scaled"]),
+        helper.make_node("Max", ["scaled", "least"], ["clipped"]),
+        helper.make_node("Cast", ["clipped"], [name], to=TensorProto.INT64),
+        helper.make_node("Constant", [], ["axis"], value_ints=[0]),
+        helper.make_node("Unsqueeze", [name, "axis"], [f"{name}_1d"]),
+    ]
+
+
+def _unchanged_but_after(name: str) -> list[onnx.NodeProto]:
+    """Nodes that give y = x + 0 * max(name): nothing that came before can be optimized away."""
+    return [
+        helper.make_node("ReduceMax", [name], [f"{name}_max"], keepdims=0),
+        helper.make_node("Mul", [f"{name}_max", "zero"], ["nothing"]),
+        helper.make_node("Add", ["x", "nothing"], ["y"]),
+    ]
+
+
+def _spin() -> onnx.GraphProto:
+    nodes = [
+        helper.make_node("Identity", ["go"], ["go_on"]),
+        helper.make_node("Cos", ["v"], ["v_next"]),
+    ]
+    inputs = [
+        tensor("step", [], TensorProto.INT64),
+        tensor("go", [], TensorProto.BOOL),
+        tensor("v", [1]),
+    ]
+    outputs = [tensor("go_on", [], TensorProto.BOOL), tensor("v_next", [1])]
+    return helper.make_graph(nodes, "spin", inputs, outputs)
+
+
+def _one(dtype: type[np.generic]) -> onnx.TensorProto:
+    return numpy_helper.from_array(np.ones(1, dtype))
+
+
+_ZERO_AND_SEED: Weights = {
+    "zero": np.array(0, np.float32),
+    "seed": np.ones(1, np.float32),
+}
+
+
+# --- a weights file that is cut short under a live session -------------------------------------
+
+_PAGE_BYTES = 4096
+_PAGES = 64
+
+
+class Poison(Struct, frozen=True):
+    """`y = x`, read through page int(x) of a weights file that the session has mapped."""
+
+    path: Path
+    weights: Path
+
+    def arm(self) -> None:
+        """From now on any value of 1 or more kills the process (SIGBUS); 0 still works."""
+        with self.weights.open("r+b") as file:
+            file.truncate(_PAGE_BYTES)
+
+    def disarm(self) -> None:
+        """Makes the file whole again: a session that loads while it is short refuses it."""
+        with self.weights.open("r+b") as file:
+            file.truncate(_PAGES * _PAGE_BYTES)
+
+
+def place_poison(folder: Path, name: str, *, toml: str = "") -> Poison:
+    """Puts the model and its weights file into the model folder, harmless until armed."""
+    nodes = [
+        helper.make_node("Constant", [], ["first"], value_float=0.0),
+        helper.make_node("Constant", [], ["last"], value_float=_PAGES - 1.0),
+        helper.make_node("Clip", ["x", "first", "last"], ["clipped"]),
+        helper.make_node("Cast", ["clipped"], ["index"], to=TensorProto.INT64),
+        helper.make_node("Gather", ["pages", "index"], ["page"]),
+        *_unchanged_but_after("page"),
+    ]
+    poison = model(nodes, [tensor("x", ["batch", 1])], [tensor("y", ["batch", 1])])
+    poison.graph.initializer.append(numpy_helper.from_array(np.array(0, np.float32), "zero"))
+    pages = poison.graph.initializer.add(
+        name="pages",
+        data_type=TensorProto.FLOAT,
+        dims=[_PAGES, _PAGE_BYTES // 4],
+        data_location=TensorProto.EXTERNAL,
+    )
+    length = _PAGES * _PAGE_BYTES
+    for key, value in (("location", "weights.bin"), ("offset", "0"), ("length", str(length))):
+        pages.external_data.add(key=key, value=value)
+    path = place(folder, name, poison, toml=toml)
+    weights = path.parent / "weights.bin"
+    weights.write_bytes(bytes(length))
+    return Poison(path, weights)
+
+
+# --- plain ones --------------------------------------------------------------------------------
+
+
+def loop_for_hours(first_dim: int | str = 1) -> onnx.ModelProto:
+    """Loops whatever the input is; takes one row only, so that loading it does not probe it."""
+    nodes = [
+        helper.make_node("Loop", ["steps", "", "seed"], ["spun"], body=_spin()),
+        *_unchanged_but_after("spun"),
+    ]
+    weights = {**_ZERO_AND_SEED, "steps": np.array(2**62)}
+    return model(nodes, [tensor("x", [first_dim, 1])], [tensor("y", [first_dim, 1])], weights)
+
+
+def mlp(widths: Sequence[int], first_dim: int | str | None = "batch") -> onnx.ModelProto:
+    """Matrix products with ReLU between them, softmax at the end."""
+    rng = np.random.default_rng(0)
+    nodes, last = [], "x"
+    weights: dict[str, npt.NDArray[Any]] = {}
+    for layer, (wide, next_wide) in enumerate(itertools.pairwise(widths)):
+        scale = np.float32(1 / np.sqrt(wide))
+        weights[f"w{layer}"] = rng.normal(size=(wide, next_wide)).astype(np.float32) * scale
+        is_last = layer == len(widths) - 2
+        nodes.append(helper.make_node("MatMul", [last, f"w{layer}"], [f"m{layer}"]))
+        operator, last = ("Softmax", "y") if is_last else ("Relu", f"h{layer}")
+        nodes.append(helper.make_node(operator, [f"m{layer}"], [last]))
+    inputs = [tensor("x", [first_dim, widths[0]])]
+    return model(nodes, inputs, [tensor("y", [first_dim, widths[-1]])], weights)
+
+
+def identity(elem_type: int, shape: Dims = ("batch", 2)) -> onnx.ModelProto:
+    """`y = x` of any datatype and shape."""
+    node = helper.make_node("Identity", ["x"], ["y"])
+    return model([node], [tensor("x", shape, elem_type)], [tensor("y", shape, elem_type)])
+
+
+def unary(operator: str, shape: Dims = ("batch", 2)) -> onnx.ModelProto:
+    """`y = operator(x)`: Log gives NaN and infinities."""
+    return model(
+        [helper.make_node(operator, ["x"], ["y"])], [tensor("x", shape)], [tensor("y", shape)]
+    )
+
+
+def added() -> onnx.ModelProto:
+    """`y = a + b`: two inputs."""
+    shape = ("batch", 2)
+    return model(
+        [helper.make_node("Add", ["a", "b"], ["y"])],
+        [tensor("a", shape), tensor("b", shape)],
+        [tensor("y", shape)],
+    )
+
+
+# --- rows that depend on each other: stacking would give wrong answers -------------------------
+
+
+def running_sum() -> onnx.ModelProto:
+    node = helper.make_node("CumSum", ["x", "axis"], ["y"])
+    weights = {"axis": np.array(0)}
+    return model([node], [tensor("x", ["n", 2])], [tensor("y", ["n", 2])], weights)
+
+
+def minus_mean() -> onnx.ModelProto:
+    nodes = [
+        helper.make_node("ReduceMean", ["x", "axes"], ["mean"], keepdims=1),
+        helper.make_node("Sub", ["x", "mean"], ["y"]),
+    ]
+    weights = {"axes": np.array([0], np.int64)}
+    return model(nodes, [tensor("x", ["n", 2])], [tensor("y", ["n", 2])], weights)
+
+
+def sorted_rows() -> onnx.ModelProto:
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Slice", ["shape", "zero", "one"], ["count"]),
+        helper.make_node("TopK", ["x", "count"], ["y", "order"], axis=0),
+    ]
+    weights = {"zero": np.array([0], np.int64), "one": np.array([1], np.int64)}
+    return model(nodes, [tensor("x", ["n", 2])], [tensor("y", ["n", 2])], weights)
+
+
+def positive_rows() -> onnx.ModelProto:
+    """Gives only the rows that begin with a positive number."""
+    nodes = [
+        helper.make_node("Gather", ["x", "zero"], ["first"], axis=1),
+        helper.make_node("Greater", ["first", "nought"], ["positive"]),
+        helper.make_node("Compress", ["x", "positive"], ["y"], axis=0),
+    ]
+    weights = {"zero": np.array(0), "nought": np.array(0, np.float32)}
+    return model(nodes, [tensor("x", ["n", 2])], [tensor("y", ["n", 2])], weights)
+
+
+def recurrent() -> onnx.ModelProto:
+    """An RNN whose first dimension is time: [sequence_length, 1, 3]."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "w": rng.normal(size=(1, 5, 3)).astype(np.float32),
+        "r": rng.normal(size=(1, 5, 5)).astype(np.float32),
+        "axis": np.array([1]),
+    }
+    nodes = [
+        helper.make_node("RNN", ["x", "w", "r"], ["all"], hidden_size=5),
+        helper.make_node("Squeeze", ["all", "axis"], ["y"]),
+    ]
+    return model(
+        nodes,
+        [tensor("x", ["sequence_length", 1, 3])],
+        [tensor("y", ["sequence_length", 1, 5])],
+        weights,
+    )
+
+
+# --- cannot be served --------------------------------------------------------------------------
+
+
+def zipmap() -> onnx.ModelProto:
+    """Scores as a sequence of maps, as scikit-learn's converter makes them by default."""
+    node = helper.make_node("ZipMap", ["x"], ["y"], domain="ai.onnx.ml", classlabels_int64s=[0, 1])
+    maps = helper.make_sequence_type_proto(
+        helper.make_map_type_proto(
+            TensorProto.INT64, helper.make_tensor_type_proto(TensorProto.FLOAT, [])
+        )
+    )
+    return model([node], [tensor("x", ["batch", 2])], [helper.make_value_info("y", maps)])
