@@ -252,7 +252,7 @@ async def test_submits_to_several_queues_share_a_tick(hands: Hands, flusher: Non
 async def test_a_submit_nobody_sends_names_its_job(hands: Hands) -> None:
     hands.store.call_seconds = 0.01
     job = new_job()
-    with pytest.raises(RedisUnavailable, match=job.job_id) as caught:
+    with pytest.raises(RedisUnavailable, match="may or may not") as caught:
         await hands.submissions.submit(job)
     assert caught.value.job_id == job.job_id
 
