@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
-from asyncinfer import __version__, settings
+from asyncinfer import __version__, garbage, settings
 from asyncinfer.errors import InvalidSetting, RedisUnavailable, StartError
 from asyncinfer.settings import Knob, Settings
 from asyncinfer.welcome import Welcome, shown_url
@@ -189,6 +189,7 @@ async def _api(
     welcome = await _welcome(chosen, with_worker, redis_url)
 
     def on_ready() -> None:
+        garbage.settle()
         ready()
         _say(welcome.text())
 

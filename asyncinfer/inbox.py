@@ -10,15 +10,16 @@ from typing import Final
 
 from asyncinfer import keys
 from asyncinfer.errors import RedisUnavailable, StorageFull
-from asyncinfer.jobs import TERMINAL, id_text
+from asyncinfer.jobs import TERMINAL
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.submit import Stored, Submissions, queue_of
+from asyncinfer.repository.submit import Stored, Submissions, noticed, queue_of
 
 log = logging.getLogger(__name__)
 
 _TTL_SECONDS: Final = 60
 _CHECK_SECONDS: Final = 5.0
 _READ_SECONDS: Final = 5.0
+_INSTANT_SECONDS: Final = 0.05
 _MOST_WAITERS: Final = 20_000
 _MOST_CHECKED: Final = 1000
 _READ_AT_ONCE: Final = 32
@@ -32,6 +33,12 @@ class Ticket:
         self.job_id = job_id
         self.ended: asyncio.Future[Stored | None] = asyncio.get_running_loop().create_future()
         self._submissions = submissions
+
+    async def soon(self, seconds: float) -> Stored | None:
+        """The job if it ends in an instant, of at most `seconds`: too short a time for its
+        client's leaving to be worth a watch, which costs more than all else of a short wait."""
+        await asyncio.wait({self.ended}, timeout=min(seconds, _INSTANT_SECONDS))
+        return self.ended.result() if self.ended.done() else None
 
     async def wait(self, seconds: float) -> Stored | None:
         """The ended job, or after `seconds` the job as it is; None when absent."""
@@ -106,8 +113,7 @@ class Inbox:
                 entries = await self._blocking.read({self.name: last}, _READ_SECONDS)
                 if entries:
                     last = entries[-1][1]
-                    told = {id_text(field) for _, _, fields in entries for field in fields}
-                    await self._look(list(told))
+                    await self._hear([noticed(fields) for _, _, fields in entries])
             except RedisUnavailable as error:
                 if not self._closing.is_set():
                     log.warning("Inbox: %s", error.detail)
@@ -139,6 +145,16 @@ class Inbox:
             async with asyncio.timeout(seconds):
                 await self._closing.wait()
 
+    async def _hear(self, notices: list[tuple[str, Stored | None]]) -> None:
+        for job_id, stored in notices:
+            if stored:
+                self._answer(job_id, stored)
+        await self._look([job_id for job_id, stored in notices if stored is None])
+
+    def _answer(self, job_id: str, stored: Stored) -> None:
+        for ticket in self._tickets.get(job_id, ()):
+            _resolve(ticket, stored)
+
     async def _look(self, job_ids: list[str]) -> None:
         """Reads jobs and resolves the waiters of those that have ended."""
         wanted = [job_id for job_id in job_ids if job_id in self._tickets]
@@ -149,8 +165,7 @@ class Inbox:
             for job_id, stored in zip(part, await self._submissions.read_many(part), strict=True):
                 # Absent is no answer: a job that is expected may not have been submitted yet.
                 if stored and stored.status in TERMINAL:
-                    for ticket in self._tickets.get(job_id, ()):
-                        _resolve(ticket, stored)
+                    self._answer(job_id, stored)
 
     async def _ended_of(self, job_ids: list[str]) -> list[str]:
         statuses = await self._store.command("MGET", *map(keys.status, job_ids))

@@ -14,6 +14,7 @@ RUNGS = (
     "errors",
     "keys",
     "cores",
+    "garbage",
     "settings",
     "jobs",
     "tensors",

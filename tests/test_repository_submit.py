@@ -12,8 +12,9 @@ import redis
 
 from asyncinfer import keys
 from asyncinfer.errors import RedisUnavailable, StorageFull
-from asyncinfer.repository.run import Doorbell
+from asyncinfer.repository.run import Doorbell, Finished
 from asyncinfer.repository.store import Store
+from asyncinfer.repository.submit import Stored, noticed
 from asyncinfer.repository.upkeep import Swept
 
 from .faults.harness import assert_at_rest, eventually
@@ -44,8 +45,8 @@ def open_inbox(hands: Hands) -> None:
 def told(hands: Hands, inbox: str = INBOX) -> dict[str, str]:
     """What an inbox has heard: {id: status}."""
     entries = hands.redis.xrange(inbox)
-    heard = {key.decode(): value.decode() for _, fields in entries for key, value in fields.items()}
-    return {key: value for key, value in heard.items() if key != "open"}
+    heard = {key: value for _, fields in entries for key, value in fields.items()}
+    return {key.decode(): heard[key].decode() for key in heard if key not in (b"open", b"")}
 
 
 # --- submit --------------------------------------------------------------------------------
@@ -685,6 +686,33 @@ async def test_who_waits_is_told_when_a_job_is_finished(hands: Hands, outcome: s
     job_id = await hands.one(inbox=INBOX)
     await hands.finish(await hands.take(), outcome)  # type: ignore[arg-type]
     assert told(hands) == {job_id: "failed" if outcome == "dead" else outcome}
+
+
+def notices(hands: Hands) -> list[tuple[str, Stored | None]]:
+    entries = hands.redis.xrange(INBOX)
+    return [noticed(fields) for _, fields in entries if b"open" not in fields]
+
+
+@pytest.mark.parametrize("outcome", ["completed", "failed"])
+async def test_who_waits_for_a_small_job_is_told_all_of_it(hands: Hands, outcome: str) -> None:
+    open_inbox(hands)
+    job_id = await hands.one(inbox=INBOX)
+    await hands.finish(await hands.take(), outcome)  # type: ignore[arg-type]
+    assert notices(hands) == [(job_id, await hands.read(job_id))]
+
+
+async def test_who_waits_for_a_large_job_is_told_to_look(hands: Hands) -> None:
+    open_inbox(hands)
+    job_id = await hands.one(inbox=INBOX)
+    claim = await hands.take()
+    large = Finished(job_id, "completed", b'"' + b"x" * 5000 + b'"', claim.jobs[0].meta)
+    await hands.runs.finish(claim, [large], last=True)
+    assert notices(hands) == [(job_id, None)]
+
+
+@pytest.mark.parametrize("junk", [b"", b"x", b"9 ", b"-1 {}", b"5", b"99999 x", b"2 {}\xff\xff"])
+def test_a_damaged_notice_is_no_answer(junk: bytes) -> None:
+    assert noticed({b"a": b"completed", b"": junk}) == ("a", None)
 
 
 async def test_who_waits_is_told_of_a_cancel(hands: Hands) -> None:

@@ -4,7 +4,11 @@ import asyncio
 from typing import Any, Final, Literal
 
 from msgspec import Struct
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from asyncinfer.api.exchange import Reply, header_block
 from asyncinfer.api.problems import problem_reply
@@ -96,6 +100,7 @@ class Connection(HttpToolsProtocol):
         if self._head_bytes + self._chunk_bytes > self._limits.header_bytes:
             self._check_head()
         super().on_headers_complete()
+        self.cycle.transport = OneWrite(self.cycle, self.loop)  # type: ignore[assignment]
         self._awaited = "body"
 
     def on_message_complete(self) -> None:
@@ -198,6 +203,40 @@ class Connection(HttpToolsProtocol):
         """A closed transport waits for its client to take the rest of the answer: not for ever."""
         if self.transport.get_write_buffer_size():
             self.loop.call_later(self._limits.body_seconds, self.transport.abort)
+
+
+class OneWrite:
+    """Where one answer is written: its head waits for its body, so that both go out in one
+    system call and wake the client once. Two of them were a fifth of the cost of a submit."""
+
+    def __init__(self, cycle: RequestResponseCycle, loop: asyncio.AbstractEventLoop) -> None:
+        self._cycle = cycle
+        self._transport = cycle.transport
+        self._loop = loop
+        self._head: bytes | None = None
+
+    def write(self, data: bytes) -> None:
+        if self._head is None and self._cycle.response_started:
+            self._head = data
+            self._loop.call_soon(self._write_head)
+        elif self._head:
+            self._transport.writelines((self._head, data))
+            self._head = b""
+        else:
+            self._transport.write(data)
+
+    def _write_head(self) -> None:
+        """A body that does not follow at once must not hold its head back."""
+        if self._head:
+            self._transport.write(self._head)
+            self._head = b""
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def close(self) -> None:
+        self._write_head()
+        self._transport.close()
 
 
 def _raw(reply: Reply) -> bytes:

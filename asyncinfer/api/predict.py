@@ -146,6 +146,8 @@ async def _submit_and_wait(
         if submitted.verdict == "dup":
             earlier = await _earlier(services, submitted.job_id)
             waiting = services.inbox.wait(earlier, seconds)
+        elif stored := await ticket.soon(seconds):
+            return stored, submitted.job_id
         else:
             waiting = ticket.wait(seconds)
         try:

@@ -67,10 +67,12 @@ local function plan(q, a, now)
   local seen, passed = {}, 0
   local lists = a.low_first and { q.low, q.list, q.high } or { q.high, q.list, q.low }
   for _, list in ipairs(lists) do
-    local cut = 0
-    while #p.taken < a.jobs and not p.stop and passed < MOST_PASSED do
-      local ids = peek(list, cut, a.jobs - #p.taken)
+    local cut, spent = 0, false
+    while #p.taken < a.jobs and not p.stop and not spent and passed < MOST_PASSED do
+      local wanted = a.jobs - #p.taken
+      local ids = peek(list, cut, wanted)
       if #ids == 0 then break end
+      spent = #ids < wanted
       for _, found in ipairs(look(q, ids)) do
         local verdict = seen[found.id] and 'repeat' or judge(found, now)
         if verdict == 'lone' and (#p.taken > 0 or a.held) then p.stop, p.blocked = true, true end
@@ -156,8 +158,7 @@ local function take(q, a, now)
   end
   haunt(q, p.gone, false)
   haunt(q, p.ended, false)
-  if #p.cuts > 0 then settle(q, -p.freed) end
-  if waiting(q) > 0 then ring(q) end
+  if #p.cuts > 0 and settle(q, -p.freed) > 0 or p.blocked then ring(q) end
   return { now, q.list, p.blocked and 1 or 0, unpack(describe(p.taken)) }
 end
 

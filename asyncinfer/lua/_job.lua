@@ -7,6 +7,7 @@ local CONTROL_ENTRIES = 1000
 local CONTROL_SECONDS = 3600
 local INBOX_ENTRIES = 10000
 local WATCHERS = 32
+local NOTICE_BYTES = 1024
 
 local function now_ms()
   local time = redis.call('TIME')
@@ -84,12 +85,15 @@ local function waiting(q)
 end
 
 -- Corrects the count of bytes that wait; nothing waiting means nothing to count, and no ghosts.
+-- Returns how many wait.
 local function settle(q, bytes)
-  if waiting(q) == 0 and redis.call('ZCARD', q.delayed) == 0 then
+  local count = waiting(q)
+  if count == 0 and redis.call('ZCARD', q.delayed) == 0 then
     redis.call('DEL', q.bytes, q.ghosts)
-    return
+  elseif bytes ~= 0 and redis.call('INCRBY', q.bytes, bytes) < 0 then
+    redis.call('SET', q.bytes, 0)
   end
-  if bytes ~= 0 and redis.call('INCRBY', q.bytes, bytes) < 0 then redis.call('SET', q.bytes, 0) end
+  return count
 end
 
 -- A ghost is the id of an ended job that is still in a list: `now` it is one, or no longer.
@@ -117,10 +121,16 @@ local function tell_workers(q, what, id)
   redis.call('EXPIRE', q.control, CONTROL_SECONDS)
 end
 
--- Tells the APIs that wait for a job. NOMKSTREAM: a dead API's inbox must not come back.
-local function notify(inboxes, id, status)
+-- Tells the APIs that wait for a job, and of a small one all there is to tell, so that they need
+-- not ask: under '' the length of its body, the body and its meta.
+-- NOMKSTREAM: a dead API's inbox must not come back.
+local function notify(inboxes, ended)
+  local notice = { ended.id, ended.status }
+  if ended.body and ended.meta and #ended.body <= NOTICE_BYTES then
+    notice[3], notice[4] = '', #ended.body .. ' ' .. ended.body .. ended.meta
+  end
   for _, inbox in ipairs(inboxes) do
-    redis.call('XADD', inbox, 'NOMKSTREAM', 'MAXLEN', '~', INBOX_ENTRIES, '*', id, status)
+    redis.call('XADD', inbox, 'NOMKSTREAM', 'MAXLEN', '~', INBOX_ENTRIES, '*', unpack(notice))
   end
 end
 
@@ -146,7 +156,7 @@ local function terminal(q, ends, a)
     else
       redis.call('EXPIRE', job(id, 'data'), ttl)
     end
-    if facts and facts.w then notify(facts.w, id, status) end
+    if facts and facts.w then notify(facts.w, ended) end
     moved[status] = moved[status] or {}
     table.insert(moved[status], id)
     ids[i] = id

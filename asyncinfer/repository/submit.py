@@ -9,7 +9,15 @@ from msgspec import Struct
 
 from asyncinfer import keys
 from asyncinfer.errors import RedisUnavailable, RequestError
-from asyncinfer.jobs import Options, Record, Status, decode_record, encode_record, record_seq
+from asyncinfer.jobs import (
+    Options,
+    Record,
+    Status,
+    decode_record,
+    encode_record,
+    id_text,
+    record_seq,
+)
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
 
@@ -53,6 +61,19 @@ class Stored(Struct, frozen=True):
     meta: bytes = b""
 
 
+def noticed(fields: dict[bytes, bytes]) -> tuple[str, Stored | None]:
+    """What an entry of an inbox tells: the id of an ended job and, of a small one, all of it."""
+    key, status = next(iter(fields.items()))
+    job_id = id_text(key)
+    size, _, rest = fields.get(b"", b"").partition(b" ")
+    if not size.isdigit():
+        return job_id, None
+    body, meta = rest[: int(size)], rest[int(size) :]
+    result, error = (body, None) if status == b"completed" else (None, body)
+    stored = _stored(job_id, status, result, error, meta)
+    return job_id, stored if stored and stored.record else None
+
+
 class Submissions:
     """The API's verbs. Submits of one loop tick share one script call."""
 
@@ -75,18 +96,22 @@ class Submissions:
 
     async def submit(self, job: NewJob) -> Submitted:
         """Takes a job in; raises StorageFull, or RedisUnavailable naming the job."""
-        future: asyncio.Future[Submitted] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Submitted] = loop.create_future()
         self._waiting.append((job, future))
         self._arrived.set()
+        # What asyncio.timeout does for a task costs five times what it takes to end a future.
+        timer = loop.call_later(1.2 * self._store.call_seconds, _give_up, future)
         try:
-            async with asyncio.timeout(1.2 * self._store.call_seconds):
-                return await future
+            return await future
         except TimeoutError as error:
             raise RedisUnavailable(
                 "Redis did not answer in time; the job may or may not have been taken in.",
                 retry_after_seconds=1,
                 job_id=job.job_id,
             ) from error
+        finally:
+            timer.cancel()
 
     async def _send(self, entries: Sequence[tuple[NewJob, asyncio.Future[Submitted]]]) -> None:
         for part in _parts([entry for entry in entries if not entry[1].done()]):
@@ -147,6 +172,11 @@ class Submissions:
         names = [queue_of(self._store, stored), keys.queues(self._store.n)]
         verdict = await self._store.call(script("retry"), names, args)
         return cast(RetryVerdict, verdict[0].decode())
+
+
+def _give_up(future: asyncio.Future[Submitted]) -> None:
+    if not future.done():
+        future.set_exception(TimeoutError())
 
 
 async def read_jobs(store: Store, job_ids: Sequence[str]) -> list[Stored | None]:

@@ -12,6 +12,7 @@ from typing import Final
 
 from msgspec import Struct
 
+from asyncinfer import garbage
 from asyncinfer.engine import Engine
 from asyncinfer.errors import ModelRefused, RedisUnavailable, StartError, StorageFull
 from asyncinfer.models import ModelFile, default_model, scan
@@ -48,6 +49,7 @@ def run(config: WorkerProcess, on_step: Callable[[Step], None] = lambda _: None)
     Raises StartError when the server or the models cannot be used.
     """
     engines = load(config.model_dir, config.models, config.intra_op_threads)
+    garbage.settle()
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             code = runner.run(_work(config, engines, on_step))

@@ -28,7 +28,7 @@ from asyncinfer.errors import (
     RedisUnavailable,
     ResultTooLarge,
 )
-from asyncinfer.execution import Batch
+from asyncinfer.execution import Batch, Prepared
 from asyncinfer.repository.run import (
     Claimed,
     ClaimedJob,
@@ -50,6 +50,7 @@ EXIT_HUNG: Final = 70
 """A run would not stop: the process ends, so that its supervisor starts a fresh one."""
 
 _FAREWELL_SECONDS: Final = 1.0
+_LITTLE_BYTES: Final = 8192
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -208,13 +209,7 @@ class Worker:
         """Runs a claim and finishes it; returns the next claim, when one came with it."""
         finished: list[Finished] = []
         try:
-            prepared = await asyncio.get_running_loop().run_in_executor(
-                self._threads,
-                execution.prepare,
-                held.claim.jobs,
-                self._engines,
-                self._default_model,
-            )
+            prepared = await self._prepared(held.claim.jobs)
             finished += [self._failed(held, job, error) for job, error in prepared.refused]
             for batch in prepared.batches:
                 finished += await self._run(held, batch)
@@ -231,6 +226,13 @@ class Worker:
                 if job.job_id not in done
             ]
         return await self._finish(held, finished)
+
+    async def _prepared(self, claimed: Sequence[ClaimedJob]) -> Prepared:
+        prepare = partial(execution.prepare, claimed, self._engines, self._default_model)
+        # The way to a thread and back costs more than to decode a little.
+        if sum(len(job.data) for job in claimed) <= _LITTLE_BYTES:
+            return prepare()
+        return await self._loop.run_in_executor(self._threads, prepare)
 
     async def _run(self, held: Held, batch: Batch) -> list[Finished]:
         """Runs a batch; one that fails is split until the culprit is alone."""
