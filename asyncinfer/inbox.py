@@ -113,7 +113,7 @@ class Inbox:
                 entries = await self._blocking.read({self.name: last}, _READ_SECONDS)
                 if entries:
                     last = entries[-1][1]
-                    await self._hear([noticed(fields) for _, _, fields in entries])
+                    await self._hear([one for _, _, fields in entries for one in noticed(fields)])
             except RedisUnavailable as error:
                 if not self._closing.is_set():
                     log.warning("Inbox: %s", error.detail)

@@ -753,7 +753,7 @@ class Machine(RuleBasedStateMachine):
             (key.decode(), value.decode())
             for _, fields in self.redis.xrange(INBOX)
             for key, value in fields.items()
-            if key
+            if key and key[0] > 1
         }
         for job_id in ended:
             assert (job_id, view.jobs[job_id].status) in heard, f"nobody was told of {job_id}"

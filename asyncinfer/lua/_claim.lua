@@ -19,12 +19,12 @@ end
 local function look(q, ids)
   local statuses = redis.call('MGET', unpack(each(ids, ':status')))
   local metas = redis.call('MGET', unpack(each(ids, ':meta')))
-  local facts = redis.call('HMGET', q.facts, unpack(ids))
+  local facts = redis.call('EXISTS', q.facts) == 1 and redis.call('HMGET', q.facts, unpack(ids)) or {}
   local found = {}
   for i, id in ipairs(ids) do
     found[i] = {
       id = id, status = statuses[i], meta = metas[i], bytes = input_bytes(id),
-      packed = facts[i], facts = unpacked(facts[i]),
+      packed = facts[i] or false, facts = unpacked(facts[i]),
     }
   end
   return found
@@ -125,7 +125,7 @@ local function started(q, found)
   end
 end
 
-local function lease(q, a, taken)
+local function lease(q, a, taken, until_ms)
   local ids, statuses, owners, strangers = {}, {}, {}, {}
   for i, found in ipairs(taken) do
     ids[i] = found.id
@@ -137,20 +137,22 @@ local function lease(q, a, taken)
   end
   redis.call('MSET', unpack(statuses))
   redis.call('HSET', q.running, unpack(owners))
-  -- To the microsecond, so that claims of one ms keep their order when they are reaped.
-  local time = redis.call('TIME')
-  redis.call('ZADD', q.leases, time[1] * 1000 + time[2] / 1000 + a.lease, a.token)
+  redis.call('ZADD', q.leases, until_ms, a.token)
   redis.call('SET', q['claim:' .. a.token], cmsgpack.pack(ids))
   if #strangers > 0 then redis.call('INCRBY', q.seq, #strangers) end
   record(q, { processing = ids, stranger = strangers })
 end
 
 -- Takes what waits in one queue under one lease.
-local function take(q, a, now)
-  if now > a.not_after or redis.call('EXISTS', q.paused) == 1 then return { now, q.list, 0 } end
+local function take(q, a, now, exactly)
+  if now > a.not_after or redis.call('EXISTS', q.high, q.list, q.low) == 0
+    or redis.call('EXISTS', q.paused) == 1 then
+    return { now, q.list, 0 }
+  end
   local p = plan(q, a, now)
   for _, c in ipairs(p.cuts) do redis.call('LTRIM', c.list, 0, -c.cut - 1) end
-  if #p.taken > 0 then lease(q, a, p.taken) end
+  -- To the microsecond, so that claims of one ms keep their order when they are reaped.
+  if #p.taken > 0 then lease(q, a, p.taken, exactly + a.lease) end
   terminal(q, p.ends, a)
   if #p.gone > 0 then
     redis.call('HDEL', q.facts, unpack(p.gone))
@@ -167,18 +169,18 @@ end
 -- one job at a time is taken, low_first, ttl, failed_ttl.
 -- Returns {now, queue, blocked, id, data, meta, facts, ...}; blocked: a job that must run alone
 -- is next, and this process may not have it yet, nor any other job until it can.
-local function take_first(queues, a, now)
+local function take_first(queues, a, now, exactly)
   -- All of them before any: the call that is retried may have taken from the last.
-  for _, list in ipairs(queues) do
-    local q = queue(list)
-    local known = redis.call('GET', q['claim:' .. a.token])
-    if known then return again(q, a, now, known) end
+  local claims = {}
+  for i, list in ipairs(queues) do claims[i] = queue(list)['claim:' .. a.token] end
+  for i, known in ipairs(redis.call('MGET', unpack(claims))) do
+    if known then return again(queue(queues[i]), a, now, known) end
   end
   local reply
   local most, unshared = a.jobs, a.unshared or {}
   for _, list in ipairs(queues) do
     a.jobs = unshared[list] and 1 or most
-    reply = take(queue(list), a, now)
+    reply = take(queue(list), a, now, exactly)
     if #reply > 3 or reply[3] == 1 then break end
   end
   return reply

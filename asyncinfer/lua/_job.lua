@@ -8,10 +8,13 @@ local CONTROL_SECONDS = 3600
 local INBOX_ENTRIES = 10000
 local WATCHERS = 32
 local NOTICE_BYTES = 1024
+local NOTICE_JOBS = 16
+local SET_AT_ONCE = 300
 
+-- Ms since 1970, and the same to the microsecond.
 local function now_ms()
   local time = redis.call('TIME')
-  return time[1] * 1000 + math.floor(time[2] / 1000)
+  return time[1] * 1000 + math.floor(time[2] / 1000), time[1] * 1000 + time[2] / 1000
 end
 
 -- A queue's keys: `queue(Q).running` is `{Q}:running`, whatever the word; `.list` is Q itself.
@@ -121,33 +124,66 @@ local function tell_workers(q, what, id)
   redis.call('EXPIRE', q.control, CONTROL_SECONDS)
 end
 
--- Tells the APIs that wait for a job, and of a small one all there is to tell, so that they need
--- not ask: under '' the length of its body, the body and its meta.
+-- Tells the APIs that wait for jobs: `news` is {inbox = {ended, ...}}. An entry has each job's id
+-- and status, and of a small one all there is to tell, so that nobody need ask: under '\1' and its
+-- id (no id has that in it) the length of its body, the body and its meta.
 -- NOMKSTREAM: a dead API's inbox must not come back.
-local function notify(inboxes, ended)
-  local notice = { ended.id, ended.status }
-  if ended.body and ended.meta and #ended.body <= NOTICE_BYTES then
-    notice[3], notice[4] = '', #ended.body .. ' ' .. ended.body .. ended.meta
+local function notify(news)
+  for inbox, ends in pairs(news) do
+    for first = 1, #ends, NOTICE_JOBS do
+      local notice = {}
+      for i = first, math.min(first + NOTICE_JOBS - 1, #ends) do
+        local id, body, meta, n = ends[i].id, ends[i].body, ends[i].meta, #notice
+        notice[n + 1], notice[n + 2] = id, ends[i].status
+        if body and meta and #body <= NOTICE_BYTES then
+          notice[n + 3], notice[n + 4] = '\1' .. id, #body .. ' ' .. body .. meta
+        end
+      end
+      redis.call('XADD', inbox, 'NOMKSTREAM', 'MAXLEN', '~', INBOX_ENTRIES, '*', unpack(notice))
+    end
   end
-  for _, inbox in ipairs(inboxes) do
-    redis.call('XADD', inbox, 'NOMKSTREAM', 'MAXLEN', '~', INBOX_ENTRIES, '*', unpack(notice))
+end
+
+-- Sets keys for a time: `pairs` is {key, value, ...}. In one command where the server has it: a
+-- job that ends sets three keys, and they were a third of what its end cost.
+local function set_for(ttl, pairs)
+  for first = 1, #pairs, 2 * SET_AT_ONCE do
+    local last = math.min(first + 2 * SET_AT_ONCE - 1, #pairs)
+    local arguments = { unpack(pairs, first, last) }
+    arguments[#arguments + 1], arguments[#arguments + 2] = 'EX', ttl
+    local reply = redis.pcall('MSETEX', (last - first + 1) / 2, unpack(arguments))
+    if type(reply) == 'table' and reply.err then
+      for i = first, last, 2 do redis.call('SET', pairs[i], pairs[i + 1], 'EX', ttl) end
+    end
+  end
+end
+
+-- Whatever else jobs were in, they are not any more.
+local function forget(q, ids)
+  redis.call('HDEL', q.running, unpack(ids))
+  for _, key in ipairs({ q.facts, q.deadlines, q.delayed }) do
+    if redis.call('EXISTS', key) == 1 then
+      redis.call(key == q.facts and 'HDEL' or 'ZREM', key, unpack(ids))
+    end
   end
 end
 
 -- Ends jobs: `ends` is a list of {id, status, body, meta, facts}; `a` carries ttl, failed_ttl
--- and keep_input. Whatever else a job was in, it is not any more.
+-- and keep_input.
 local function terminal(q, ends, a)
   if #ends == 0 then return end
-  local ids, spent, moved = {}, {}, {}
+  local ids, spent, moved, news, kept = {}, {}, {}, {}, {}
   for i, ended in ipairs(ends) do
     local id, status, facts = ended.id, ended.status, ended.facts
     local ttl = facts and facts.t or (status == 'failed' and a.failed_ttl or a.ttl)
-    redis.call('SET', job(id, 'status'), status, 'EX', ttl)
+    kept[ttl] = kept[ttl] or {}
+    local set = kept[ttl]
+    set[#set + 1], set[#set + 2] = job(id, 'status'), status
     if ended.body then
-      redis.call('SET', job(id, status == 'completed' and 'result' or 'error'), ended.body, 'EX', ttl)
+      set[#set + 1], set[#set + 2] = job(id, status == 'completed' and 'result' or 'error'), ended.body
     end
     if ended.meta then
-      redis.call('SET', job(id, 'meta'), ended.meta, 'EX', ttl)
+      set[#set + 1], set[#set + 2] = job(id, 'meta'), ended.meta
     else
       redis.call('EXPIRE', job(id, 'meta'), ttl)
     end
@@ -156,17 +192,19 @@ local function terminal(q, ends, a)
     else
       redis.call('EXPIRE', job(id, 'data'), ttl)
     end
-    if facts and facts.w then notify(facts.w, ended) end
+    for _, inbox in ipairs(facts and facts.w or {}) do
+      news[inbox] = news[inbox] or {}
+      table.insert(news[inbox], ended)
+    end
     moved[status] = moved[status] or {}
     table.insert(moved[status], id)
     ids[i] = id
   end
+  for ttl, set in pairs(kept) do set_for(ttl, set) end
   if #spent > 0 then redis.call('DEL', unpack(spent)) end
-  redis.call('HDEL', q.running, unpack(ids))
-  redis.call('HDEL', q.facts, unpack(ids))
-  redis.call('ZREM', q.deadlines, unpack(ids))
-  redis.call('ZREM', q.delayed, unpack(ids))
+  forget(q, ids)
   record(q, moved)
+  notify(news)
 end
 
 -- Ends a job as failed for a reason that only the queue knows.
@@ -188,7 +226,7 @@ local function put_back(q, id, facts)
 end
 
 -- Arranges the unusual of a new round: `x` is {p, t, w, b, l, y}, times in ms from now.
--- Returns the list the job joins, or nil when it waits in `delayed`.
+-- Returns the list the job joins, or nil when it waits in `delayed`; and its packed facts.
 local function arrange(q, id, x, now)
   local facts = {
     p = x.p,
@@ -197,16 +235,16 @@ local function arrange(q, id, x, now)
     b = x.b and now + x.b or nil,
     l = x.l and now + x.l or nil,
   }
-  if next(facts) then redis.call('HSET', q.facts, id, cmsgpack.pack(facts)) end
+  local packed = next(facts) and cmsgpack.pack(facts) or nil
   if facts.b or facts.l then
     local due = math.min(facts.b or math.huge, facts.l or math.huge)
     redis.call('ZADD', q.deadlines, due, id)
   end
   if x.y then
     redis.call('ZADD', q.delayed, now + x.y, id)
-    return nil
+    return nil, packed
   end
-  return list_of(q, facts)
+  return list_of(q, facts), packed
 end
 
 -- How many more jobs and bytes a queue takes.

@@ -9,7 +9,8 @@
 -- Order   the fence before all else; the lease goes only with `last`
 -- Retry   answers stale; the caller then asks the record whose work it holds
 
-local q, a, now = queue(KEYS[1]), cmsgpack.unpack(ARGV[1]), now_ms()
+local q, a = queue(KEYS[1]), cmsgpack.unpack(ARGV[1])
+local now, exactly = now_ms()
 local ids, verdicts, ends, waits, freed = {}, {}, {}, {}, 0
 
 for i = 2, #ARGV, 5 do ids[#ids + 1] = ARGV[i] end
@@ -17,7 +18,7 @@ local tokens, statuses, facts = {}, {}, {}
 if #ids > 0 then
   tokens = redis.call('HMGET', q.running, unpack(ids))
   statuses = redis.call('MGET', unpack(each(ids, ':status')))
-  facts = redis.call('HMGET', q.facts, unpack(ids))
+  facts = redis.call('EXISTS', q.facts) == 1 and redis.call('HMGET', q.facts, unpack(ids)) or {}
 end
 
 local function wait_again(id, outcome, meta, delay, known)
@@ -81,4 +82,4 @@ end
 if not a.next then return { verdicts } end
 local queues = {}
 for i = 2, #KEYS do queues[i - 1] = KEYS[i] end
-return { verdicts, take_first(queues, a.next, now) }
+return { verdicts, take_first(queues, a.next, now, exactly) }

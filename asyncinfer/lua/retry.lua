@@ -37,8 +37,9 @@ local function open(id, meta, extra, size)
   redis.call('ZREM', q.dead, id)
   lay_ghost(id, extra)
   if meta == '' then redis.call('HSET', q.facts, id, cmsgpack.pack({ r = 1 })) end
-  local list = q.list
-  if extra then list = arrange(q, id, extra, now) end
+  local list, packed = q.list, nil
+  if extra then list, packed = arrange(q, id, extra, now) end
+  if packed then redis.call('HSET', q.facts, id, packed) end
   if list then redis.call('LPUSH', list, id) end
   opened[#opened + 1] = id
 end

@@ -11,6 +11,15 @@
 local q, a, now = queue(KEYS[1]), cmsgpack.unpack(ARGV[1]), now_ms()
 local jobs, verdicts, by_id, by_key = {}, {}, {}, {}
 
+-- Ids are new but when a call is sent again; so one look at all of them mostly does.
+local statuses = {}
+for i = 2, #ARGV, 4 do statuses[#statuses + 1] = job(ARGV[i], 'status') end
+local all_new = redis.call('EXISTS', unpack(statuses)) == 0
+
+local function exists(id)
+  return by_id[id] or (not all_new and redis.call('EXISTS', job(id, 'status')) == 1)
+end
+
 -- The job an idempotency key stands for; one that is gone stands for nothing.
 local function known(key)
   local value = by_key[key] or redis.call('GET', q['idem:' .. key])
@@ -24,7 +33,7 @@ end
 local function judge(id, extra, size, free, free_bytes)
   local dup = extra and extra.k and known(extra.k)
   if dup then return dup end
-  if by_id[id] or redis.call('EXISTS', job(id, 'status')) == 1 then return 'exists' end
+  if exists(id) then return 'exists' end
   if free < 1 or free_bytes < size then return 'full' end
   return 'ok'
 end
@@ -56,18 +65,21 @@ for i, new in ipairs(jobs) do
   keys[#keys + 1], keys[#keys + 2] = job(id, 'meta'), struct.pack('>I8', seq + i) .. new.meta
 end
 redis.call('MSET', unpack(keys))
+local facts = {}
 for _, new in ipairs(jobs) do
   local extra = new.extra
   if extra and extra.k then
     redis.call('SET', q['idem:' .. extra.k], by_key[extra.k], 'EX', a.idem_ttl)
   end
-  local list = q.list
-  if extra then list = arrange(q, new.id, extra, now) end
+  local list, packed = q.list, nil
+  if extra then list, packed = arrange(q, new.id, extra, now) end
+  if packed then facts[#facts + 1], facts[#facts + 2] = new.id, packed end
   if list then
     joins[list] = joins[list] or {}
     table.insert(joins[list], new.id)
   end
 end
+if #facts > 0 then redis.call('HSET', q.facts, unpack(facts)) end
 for list, members in pairs(joins) do redis.call('LPUSH', list, unpack(members)) end
 redis.call('INCRBY', q.bytes, accepted_bytes)
 redis.call('SADD', KEYS[2], q.list)

@@ -61,17 +61,23 @@ class Stored(Struct, frozen=True):
     meta: bytes = b""
 
 
-def noticed(fields: dict[bytes, bytes]) -> tuple[str, Stored | None]:
-    """What an entry of an inbox tells: the id of an ended job and, of a small one, all of it."""
-    key, status = next(iter(fields.items()))
-    job_id = id_text(key)
-    size, _, rest = fields.get(b"", b"").partition(b" ")
+def noticed(fields: dict[bytes, bytes]) -> Iterator[tuple[str, Stored | None]]:
+    """What an entry of an inbox tells: ids of ended jobs and, of small ones, all of the job."""
+    for key, status in fields.items():
+        if key.startswith(b"\1"):
+            continue
+        told = fields.get(b"\1" + key)
+        yield id_text(key), _told(key, status, told) if told else None
+
+
+def _told(key: bytes, status: bytes, told: bytes) -> Stored | None:
+    size, _, rest = told.partition(b" ")
     if not size.isdigit():
-        return job_id, None
+        return None
     body, meta = rest[: int(size)], rest[int(size) :]
     result, error = (body, None) if status == b"completed" else (None, body)
-    stored = _stored(job_id, status, result, error, meta)
-    return job_id, stored if stored and stored.record else None
+    stored = _stored(id_text(key), status, result, error, meta)
+    return stored if stored and stored.record else None
 
 
 class Submissions:

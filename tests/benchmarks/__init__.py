@@ -1,0 +1,1 @@
+"""The service beside the plain pattern, on one machine, in one run."""

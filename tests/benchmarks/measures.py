@@ -1,0 +1,363 @@
+"""What is measured, one function each; a figure's name ends in its unit."""
+
+import asyncio
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final
+
+import anyio
+import msgspec
+import redis
+from msgspec import Struct
+
+from asyncinfer import children, keys
+from asyncinfer.repository.inspect import Inspection
+from asyncinfer.repository.operate import Operation
+from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.submit import Submissions
+from tests.benchmarks import load, models
+from tests.benchmarks.load import Load, Plan
+from tests.benchmarks.systems import (
+    MAX_QUEUE,
+    MAX_QUEUE_BYTES,
+    Plain,
+    Service,
+    answers,
+    free_port,
+    running,
+    until,
+    usage,
+)
+
+BODY: Final = '{"data": [[5.1, 3.5, 1.4, 0.2]]}'
+
+Figures = dict[str, float]
+Kind = type[Service] | type[Plain]
+
+
+class Scale(Struct, frozen=True, kw_only=True):
+    """How much of everything."""
+
+    requests: int
+    drained: int
+    single: int
+    idle_seconds: float
+    bare_seconds: float
+    backlogs: tuple[int, ...]
+
+
+FULL: Final = Scale(
+    requests=20_000,
+    drained=5_000,
+    single=1_000,
+    idle_seconds=10,
+    bare_seconds=1,
+    backlogs=(1_000, 100_000, 1_000_000),
+)
+QUICK: Final = Scale(
+    requests=4_000, drained=3_000, single=300, idle_seconds=3, bare_seconds=0.3, backlogs=(1_000,)
+)
+
+
+class Room(Struct, frozen=True):
+    """Where one measure works."""
+
+    folder: Path
+    models: Path
+    scale: Scale
+
+    def new(self) -> Path:
+        return Path(tempfile.mkdtemp(dir=self.folder))
+
+
+Measure = Callable[[Kind, Room], Awaitable[Figures]]
+
+
+def _of(one: Load, name: str) -> Figures:
+    return {
+        f"{name}_per_second": one.per_second,
+        f"{name}_p50_ms": one.p50_ms,
+        f"{name}_p99_ms": one.p99_ms,
+        f"{name}_client_cores": one.client_cpu,
+    }
+
+
+async def _loaded(system: Service | Plain, plan: Plan, name: str) -> Figures:
+    """What the clients saw, and the CPU time that each process spent on a request."""
+    pids = {"api": system.api.pid, "worker": system.workers[0].pid, "redis": system.redis_pid}
+    before = {process: usage(pid).cpu_seconds for process, pid in pids.items()}
+    figures = _of(await load.run(plan), name)
+    for process, pid in pids.items():
+        used = usage(pid).cpu_seconds - before[process]
+        figures[f"{name}_{process}_cpu_us"] = 1e6 * used / plan.requests
+    return figures
+
+
+async def submit(kind: Kind, room: Room) -> Figures:
+    """Submits over 32 connections and over one, the worker running and stopped."""
+    # A plain submit is several times slower; its share keeps the rounds of like length.
+    count = room.scale.requests // (4 if kind is Plain else 1)
+    figures: Figures = {}
+    async with running(kind, room.models, room.new(), workers=1, model="iris") as system:
+        plan = Plan(port=system.port, how="submit", requests=count, connections=32, body=BODY)
+        figures |= await _loaded(system, plan, "submit")
+        system.workers[0].signal(signal.SIGSTOP)
+        figures |= _of(await load.run(plan), "submit_no_worker")
+        alone = msgspec.structs.replace(plan, connections=1, requests=count // 10)
+        figures |= _of(await load.run(alone), "submit_one_connection")
+    return figures
+
+
+async def done(kind: Kind, room: Room) -> Figures:
+    """From submit to result over HTTP, on 32 connections."""
+    count = room.scale.requests // (8 if kind is Plain else 1)
+    how: Any = "poll" if kind is Plain else "wait"
+    async with running(kind, room.models, room.new(), workers=1, model="iris") as system:
+        plan = Plan(port=system.port, how=how, requests=count, connections=32, body=BODY)
+        if kind is Service:
+            return await _loaded(system, plan, "done")
+        # The plain API pays for each look, so its clients look as often as suits it best.
+        plans = [msgspec.structs.replace(plan, poll_seconds=ms / 1000) for ms in (1, 5, 20)]
+        found = [await _loaded(system, one, "done") for one in plans]
+        return max(found, key=lambda one: one["done_per_second"])
+
+
+async def single(kind: Kind, room: Room) -> Figures:
+    """One job at a time; the plain pattern's client looks every millisecond."""
+    how: Any = "poll" if kind is Plain else "wait"
+    async with running(kind, room.models, room.new(), workers=1, model="iris") as system:
+        plan = Plan(port=system.port, how=how, requests=room.scale.single, connections=1, body=BODY)
+        return _of(await load.run(plan), "single")
+
+
+async def drain(kind: Kind, room: Room) -> Figures:
+    """Jobs that wait already, drained by one worker process and by two."""
+    figures: Figures = {}
+    for model in ("iris", "digits", "mlp"):
+        for workers in (1, 2):
+            async with running(kind, room.models, room.new(), workers=workers, model=model) as it:
+                figures[f"drain_{model}_{workers}_per_second"] = await _drained(it, room, model)
+                if kind is Service:
+                    batch = _mean_batch(it.redis, it.list_of(model))
+                    figures[f"drain_{model}_{workers}_batch_jobs"] = batch
+                if model == "iris":
+                    it.redis.config_set("appendonly", "no")
+                    rate = await _drained(it, room, model)
+                    figures[f"drain_{model}_{workers}_no_aof_per_second"] = rate
+        if kind is Service:
+            batch = round(figures[f"drain_{model}_1_batch_jobs"])
+            bare = models.bare_rows_per_second(room.models, model, batch, room.scale.bare_seconds)
+            figures[f"drain_{model}_share_of_bare"] = figures[f"drain_{model}_1_per_second"] / bare
+            figures[f"bare_{model}_rows_per_second"] = bare
+    return figures
+
+
+async def _drained(system: Service | Plain, room: Room, model: str) -> float:
+    """Jobs a second; every job is checked to be there, some against ONNX Runtime alone."""
+    for worker in system.workers:
+        worker.signal(signal.SIGSTOP)
+    inputs = models.inputs(model, room.scale.drained)
+    ids = await system.enqueue(model, inputs)
+    last = [f"job:{job_id}:status" for job_id in ids[-300:]]
+    since = time.perf_counter()
+    for worker in system.workers:
+        worker.signal(signal.SIGCONT)
+    await until(
+        lambda: system.redis.mget(last).count(b"completed") == len(last),
+        "the last jobs",
+        300,
+    )
+    await until(lambda: _completed(system.redis, ids) == len(ids), "all jobs")
+    seconds = time.perf_counter() - since
+    _check(system.redis, room, model, ids, inputs)
+    return len(ids) / seconds
+
+
+def _completed(client: redis.Redis, ids: list[str]) -> int:
+    statuses: Any = client.mget([f"job:{job_id}:status" for job_id in ids])
+    return int(statuses.count(b"completed"))
+
+
+def _check(
+    client: redis.Redis, room: Room, model: str, ids: list[str], inputs: list[bytes]
+) -> None:
+    chosen = random.Random(0).sample(range(len(ids)), 100)
+    expected = models.predictions(room.models, model, [inputs[i] for i in chosen])
+    for i, right in zip(chosen, expected, strict=True):
+        stored: Any = client.get(f"job:{ids[i]}:result")
+        result = msgspec.json.decode(stored)
+        if "prediction" in result:
+            found = result["prediction"]
+        else:
+            scores = result["outputs"][0]["data"]
+            found = scores.index(max(scores))
+        assert found == right, f"job {ids[i]}: {found}, ONNX Runtime alone says {right}"
+
+
+def _mean_batch(client: redis.Redis, queue: str) -> float:
+    """Jobs a claim, by the queue's log."""
+    entries: Any = client.xrange(f"{{{queue}}}:log")
+    claims = [fields[b"processing"] for _, fields in entries if b"processing" in fields]
+    return sum(len(msgspec.msgpack.decode(ids)) for ids in claims) / max(1, len(claims))
+
+
+async def idle(kind: Kind, room: Room) -> Figures:
+    """What processes use that have nothing to do, and what a job takes in Redis."""
+    async with running(kind, room.models, room.new(), workers=1, model="iris") as system:
+        processes = {"api": system.api.pid, "worker": system.workers[0].pid}
+        before = {name: usage(pid) for name, pid in processes.items()}
+        await anyio.sleep(room.scale.idle_seconds)
+        after = {name: usage(pid) for name, pid in processes.items()}
+        figures: Figures = {}
+        for name in processes:
+            used = after[name].cpu_seconds - before[name].cpu_seconds
+            figures[f"idle_{name}_cpu_percent"] = 100 * used / room.scale.idle_seconds
+            figures[f"rss_{name}_mib"] = after[name].rss_mib
+        system.workers[0].signal(signal.SIGSTOP)
+        empty = _memory(system.redis)
+        ids = await system.enqueue("iris", models.inputs("iris", 5_000))
+        figures["redis_queued_job_bytes"] = (_memory(system.redis) - empty) / len(ids)
+        system.workers[0].signal(signal.SIGCONT)
+        await until(lambda: _completed(system.redis, ids) == len(ids), "all jobs", 60)
+        figures["redis_finished_job_bytes"] = (_memory(system.redis) - empty) / len(ids)
+    return figures
+
+
+def _memory(client: redis.Redis) -> int:
+    return int(client.info("memory")["used_memory"])
+
+
+async def start(kind: Kind, room: Room) -> Figures:
+    """Seconds from `asyncinfer serve`, on an empty folder, to the first result."""
+    if kind is Plain:
+        return {}
+    port, folder = free_port(), room.new()
+    environ = {**os.environ, "PORT": str(port), "DATA_DIR": str(folder)}
+    since = time.perf_counter()
+    with (folder / "output.log").open("wb") as output:
+        child = children.spawn(
+            (sys.executable, "-m", "asyncinfer", "serve"),
+            death_signal=signal.SIGTERM,
+            env=environ,
+            output=output,
+        )
+        first = Plan(port=port, how="wait", requests=1, connections=1, body=BODY)
+        await until(lambda: answers(port, "/models/iris"), "the model")
+        await load.run(first)
+        seconds = time.perf_counter() - since
+        await child.stop(10)
+    return {"start_to_first_result_seconds": seconds}
+
+
+async def growth(kind: Kind, room: Room) -> Figures:
+    """Rates with more and more jobs waiting, and the calls that look at all of them."""
+    if kind is Plain:
+        return {}
+    figures: Figures = {}
+    for backlog in room.scale.backlogs:
+        async with running(kind, room.models, room.new(), workers=1, model="iris") as system:
+            system.redis.config_set("auto-aof-rewrite-percentage", 0)
+            system.workers[0].signal(signal.SIGSTOP)
+            for _ in range(0, backlog, 50_000):
+                count = min(backlog, 50_000)
+                await system.enqueue("iris", models.inputs("iris", count))
+            plan = Plan(
+                port=system.port, how="submit", requests=room.scale.requests // 2,
+                connections=32, body=BODY,
+            )  # fmt: skip
+            figures |= _of(await load.run(plan), f"waiting_{backlog}_submit")
+            figures[f"waiting_{backlog}_drain_per_second"] = await _rate(system)
+            system.redis.config_set("slowlog-log-slower-than", 0)
+            system.redis.config_set("slowlog-max-len", 10_000)
+            system.workers[0].signal(signal.SIGSTOP)
+            figures |= await _looks(system, backlog)
+    return figures
+
+
+async def _rate(system: Service | Plain, seconds: float = 2.0) -> float:
+    """Jobs a second that leave a list while its worker works on it."""
+    queue = system.list_of("iris")
+    enough = min(int(system.redis.llen(queue)) // 2, 40_000)
+    system.workers[0].signal(signal.SIGCONT)
+    first, since = int(system.redis.llen(queue)), time.perf_counter()
+    left = first
+    while time.perf_counter() - since < seconds and first - left < enough:
+        await anyio.sleep(0.02)
+        left = int(system.redis.llen(queue))
+    return (first - left) / (time.perf_counter() - since)
+
+
+async def _looks(system: Service | Plain, backlog: int) -> Figures:
+    """The longest time that one call of a list, a cancel and a purge holds Redis."""
+    policy = Policy(max_queue=MAX_QUEUE, max_queue_bytes=MAX_QUEUE_BYTES)
+    figures: Figures = {}
+    opened = Store.open(
+        system.url, queue_name="predict_queue", policy=policy, name="looks", call_seconds=10
+    )
+    async with opened as store:
+        submissions, queue = Submissions(store), system.list_of("iris")
+        middle: Any = system.redis.lindex(queue, int(system.redis.llen(queue)) // 2)
+
+        async def cancel() -> None:
+            stored = await submissions.read(middle.decode())
+            assert stored
+            assert await submissions.cancel(stored) == "cancelled"
+
+        async def list_jobs() -> None:
+            await Inspection(store).jobs(
+                tenant="default", status="pending", model=None, limit=100, cursor=None
+            )
+
+        async def purge() -> None:
+            await Operation(store).purge(queue)
+
+        for name, call in (("list_jobs", list_jobs), ("cancel", cancel), ("purge", purge)):
+            system.redis.slowlog_reset()
+            since = time.perf_counter()
+            await call()
+            seconds = time.perf_counter() - since
+            slow: Any = system.redis.slowlog_get(10_000)
+            longest = max(one["duration"] for one in slow) / 1000
+            figures[f"waiting_{backlog}_{name}_longest_call_ms"] = longest
+            figures[f"waiting_{backlog}_{name}_seconds"] = seconds
+    assert not int(system.redis.llen(keys.waiting(queue)[1]))
+    return figures
+
+
+async def ceilings(kind: Kind, room: Room) -> Figures:
+    """What the parts reach alone: HTTP without work, and Redis without Python between."""
+    async with running(kind, room.models, room.new(), workers=0, model="iris") as system:
+        path = "/health/live" if kind is Service else "/health"
+        plan = Plan(
+            port=system.port, how="get", path=path, requests=room.scale.requests, connections=32
+        )
+        empty = await load.run(plan)
+        pipeline = system.redis.pipeline(transaction=False)
+        for number in range(20_000):
+            pipeline.set(f"x:{number}", BODY)
+        since = time.perf_counter()
+        await asyncio.to_thread(pipeline.execute)
+        sets = 20_000 / (time.perf_counter() - since)
+    return {
+        "empty_endpoint_per_second": empty.per_second,
+        "empty_endpoint_client_cores": empty.client_cpu,
+        "pipelined_set_per_second": sets,
+    }
+
+
+MEASURES: Final[dict[str, Measure]] = {
+    "submit": submit,
+    "done": done,
+    "single": single,
+    "drain": drain,
+    "idle": idle,
+    "start": start,
+    "growth": growth,
+    "ceilings": ceilings,
+}

@@ -1,0 +1,94 @@
+"""Rounds of figures to a table of medians, their spread, and the ratio to the plain pattern."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Final, Literal
+
+from msgspec import Struct
+
+
+class Budget(Struct, frozen=True):
+    """What a figure should be: of the ratio to the plain pattern, or of the figure itself."""
+
+    of: Literal["ratio", "figure"]
+    bound: Literal["least", "most"]
+    value: float
+
+    def reached(self, figure: float, ratio: float | None) -> bool | None:
+        found = ratio if self.of == "ratio" else figure
+        if found is None:
+            return None
+        return found >= self.value if self.bound == "least" else found <= self.value
+
+    def text(self) -> str:
+        sign = "at least" if self.bound == "least" else "at most"
+        return f"{sign} {self.value:g}{'x' if self.of == 'ratio' else ''}"
+
+
+BUDGETS: Final = {
+    "submit_per_second": Budget("ratio", "least", 8),
+    "submit_p99_ms": Budget("ratio", "most", 0.15),
+    "done_per_second": Budget("ratio", "least", 7),
+    "drain_iris_1_no_aof_per_second": Budget("ratio", "least", 18),
+    "drain_mlp_share_of_bare": Budget("figure", "least", 0.55),
+    "single_p50_ms": Budget("ratio", "most", 0.4),
+    "idle_worker_cpu_percent": Budget("figure", "most", 0.5),
+    "rss_worker_mib": Budget("figure", "most", 100),
+    "rss_api_mib": Budget("figure", "most", 70),
+    "start_to_first_result_seconds": Budget("figure", "most", 1.5),
+}
+
+Rounds = Mapping[str, Sequence[float]]
+
+
+class Row(Struct, frozen=True):
+    name: str
+    ours: Sequence[float]
+    plain: Sequence[float] = ()
+
+    @property
+    def ratio(self) -> float | None:
+        """Of the medians."""
+        below = statistics.median(self.plain) if self.plain else 0.0
+        return statistics.median(self.ours) / below if below else None
+
+
+def rows(ours: Rounds, plain: Rounds) -> list[Row]:
+    return [Row(name, figures, plain.get(name, ())) for name, figures in ours.items()]
+
+
+def table(found: Sequence[Row]) -> str:
+    lines = [
+        "| figure | asyncinfer | plain pattern | ratio | budget |",
+        "|---|---|---|---|---|",
+    ]
+    for row in found:
+        ratio = f"{row.ratio:.2f}x" if row.ratio is not None else ""
+        lines.append(
+            f"| {row.name.replace('_', ' ')} | {_spread(row.ours)} | {_spread(row.plain)} "
+            f"| {ratio} | {_budget(row)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _budget(row: Row) -> str:
+    budget = BUDGETS.get(row.name)
+    if budget is None:
+        return ""
+    reached = budget.reached(statistics.median(row.ours), row.ratio)
+    return f"{budget.text()}: {'reached' if reached else 'missed'}"
+
+
+def _spread(figures: Sequence[float]) -> str:
+    if not figures:
+        return ""
+    middle = statistics.median(figures)
+    if len(figures) == 1:
+        return _number(middle)
+    return f"{_number(middle)} ({_number(min(figures))} to {_number(max(figures))})"
+
+
+def _number(figure: float) -> str:
+    if figure >= 100:
+        return f"{figure:,.0f}"
+    return f"{figure:.2f}" if figure >= 1 else f"{figure:.3f}"

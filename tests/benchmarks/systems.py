@@ -1,0 +1,208 @@
+"""The two systems under test, each on a Valkey of its own with the same settings."""
+
+import os
+import signal
+import socket
+import sys
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import anyio
+import redis
+from msgspec import Struct
+
+from asyncinfer import children, jobs, keys, valkey
+from asyncinfer.children import Child
+from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.submit import NewJob, Submissions
+
+MAX_QUEUE: Final = 5_000_000
+MAX_QUEUE_BYTES: Final = 16 << 30
+_TICKS: Final = os.sysconf("SC_CLK_TCK")
+
+
+class System(Protocol):
+    """What the measures need of either."""
+
+    name: str
+    port: int
+    redis: "redis.Redis"
+    api: Child
+    workers: list[Child]
+
+    async def start_workers(self, count: int, model: str) -> None: ...
+
+    async def enqueue(self, model: str, inputs: Sequence[bytes]) -> list[str]:
+        """Makes jobs as its API would, but for HTTP; their ids, in order."""
+
+    def list_of(self, model: str) -> str: ...
+
+
+class Common:
+    def __init__(self, name: str, url: str, folder: Path, output: Any) -> None:
+        self.name = name
+        self.port = free_port()
+        self.url = url
+        self.redis = redis.Redis.from_url(url)
+        server: Any = self.redis.info("server")
+        self.redis_pid = int(server["process_id"])
+        self.folder = folder
+        self.workers: list[Child] = []
+        self.api: Child
+        self._output = output
+
+    def spawn(self, *argv: str, **environ: str) -> Child:
+        environment = {**os.environ, "REDIS_URL": self.url, **environ}
+        return children.spawn(
+            (sys.executable, *argv),
+            death_signal=signal.SIGKILL,
+            env=environment,
+            output=self._output,
+        )
+
+    async def stop(self) -> None:
+        for child in [*self.workers, self.api]:
+            child.signal(signal.SIGCONT)
+            await child.stop(5)
+
+
+class Service(Common):
+    """asyncinfer: an API, and workers of one process each."""
+
+    def list_of(self, model: str) -> str:
+        return keys.queue("predict_queue", model, "iris")
+
+    async def start_api(self) -> None:
+        self.api = self.spawn(
+            "-m", "asyncinfer", "serve", PORT=str(self.port), MAX_QUEUE=str(MAX_QUEUE),
+            MAX_QUEUE_BYTES=str(MAX_QUEUE_BYTES),
+        )  # fmt: skip
+        await until(lambda: answers(self.port, "/health/ready"), "the API")
+
+    async def start_workers(self, count: int, model: str) -> None:
+        before = len(self.workers)
+        models = str(self.folder)
+        for _ in range(count):
+            self.workers.append(self.spawn("-m", "asyncinfer", "work", MODEL_DIR=models))
+        name = b"asyncinfer-worker"
+        # Each holds three connections once it waits: its calls, the bell and the control stream.
+        await until(
+            lambda: (
+                sum(one["name"].encode() == name for one in self.redis.client_list())
+                >= 3 * (before + count)
+            ),
+            "the workers",
+        )
+        await until(lambda: answers(self.port, f"/models/{model}"), "the model's announcement")
+
+    async def enqueue(self, model: str, inputs: Sequence[bytes]) -> list[str]:
+        policy = Policy(max_queue=MAX_QUEUE, max_queue_bytes=MAX_QUEUE_BYTES)
+        queue, now_ms = self.list_of(model), time.time_ns() // 1_000_000
+        record = jobs.Record(
+            schema=jobs.SCHEMA, queue=queue, model=model, tenant=jobs.DEFAULT_TENANT,
+            created_ms=now_ms, options=jobs.Options(),
+        )  # fmt: skip
+        made = [NewJob(jobs.new_id(now_ms), queue, data, record) for data in inputs]
+        opened = Store.open(
+            self.url, queue_name="predict_queue", policy=policy, name="load", call_seconds=30
+        )
+        async with opened as store:
+            for start in range(0, len(made), 128):
+                await Submissions(store).submit_many(queue, made[start : start + 128])
+        return [job.job_id for job in made]
+
+
+class Plain(Common):
+    """The pattern: FastAPI, one worker that takes one job at a time."""
+
+    def list_of(self, model: str) -> str:
+        return "predict_queue"
+
+    async def start_api(self) -> None:
+        self.api = self.spawn(
+            "-m", "uvicorn", "tests.benchmarks.plain.api:app", "--port", str(self.port),
+            "--no-access-log", "--log-level", "warning",
+        )  # fmt: skip
+        await until(lambda: answers(self.port, "/health"), "the plain API")
+
+    async def start_workers(self, count: int, model: str) -> None:
+        path = self.folder / model / "1" / "model.onnx"
+        wanted = len(self.workers) + count
+        for _ in range(count):
+            self.workers.append(self.spawn("-m", "tests.benchmarks.plain.worker", str(path)))
+        await until(
+            lambda: int(self.redis.info("clients")["blocked_clients"]) >= wanted,
+            "the plain workers",
+        )
+
+    async def enqueue(self, model: str, inputs: Sequence[bytes]) -> list[str]:
+        pipeline = self.redis.pipeline(transaction=False)
+        names = [f"{os.urandom(16).hex()}" for _ in inputs]
+        for job_id, data in zip(names, inputs, strict=True):
+            pipeline.set(f"job:{job_id}:data", data)
+            pipeline.set(f"job:{job_id}:status", "pending")
+            pipeline.lpush("predict_queue", job_id)
+        pipeline.execute()
+        return names
+
+
+@asynccontextmanager
+async def running(
+    kind: type[Service] | type[Plain], models: Path, room: Path, *, workers: int, model: str
+) -> AsyncIterator[Service | Plain]:
+    """A fresh Valkey, one API and some workers; all ended with the block."""
+    async with AsyncExitStack() as stack:
+        server = await stack.enter_async_context(valkey.embedded(room))
+        output = stack.enter_context((room / "output.log").open("wb"))
+        system = kind(kind.__name__.lower(), _over_tcp(server.url), models, output)
+        stack.push_async_callback(system.stop)
+        await system.start_api()
+        await system.start_workers(workers, model)
+        yield system
+
+
+def _over_tcp(url: str) -> str:
+    """Both systems reach their Redis as one on another machine is reached."""
+    port = free_port()
+    with redis.Redis.from_url(url) as client:
+        client.config_set("port", port)
+    return f"redis://127.0.0.1:{port}"
+
+
+class Usage(Struct, frozen=True):
+    cpu_seconds: float
+    rss_mib: float
+
+
+def usage(pid: int) -> Usage:
+    """What a process has used (Linux: /proc)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return Usage(
+        (int(fields[11]) + int(fields[12])) / _TICKS, pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+    )
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def answers(port: int, path: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=1) as reply:
+            return int(reply.status) == 200
+    except OSError:
+        return False
+
+
+async def until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what}: not there after {seconds:g} s")
+        await anyio.sleep(0.005)
