@@ -131,7 +131,7 @@ async def _connected(store: Store, config: WorkerProcess, stopping: asyncio.Even
                 async with asyncio.timeout(_CONNECT_PAUSE_SECONDS):
                     await stopping.wait()
         else:
-            log.info("Connected to %s.", server)
+            log.info("Connected to %s. Serves %s.", server, ", ".join(names))
             return default
     return None
 

@@ -1,0 +1,189 @@
+"""What the README shows is what happens: its commands are run, its answers compared."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import onnx
+import pytest
+
+from asyncinfer.engine import Engine
+from asyncinfer.models import scan
+from asyncinfer.settings import Settings
+
+from .faults.harness import eventually_sync
+from .parents import REPOSITORY
+from .test_cli import answer_of, free_port, serving
+from .zoo import mlp
+
+README: Final = (REPOSITORY / "README.md").read_text()
+_ENGINE: Final = re.compile(r"^(docker|podman|kubectl)\b")
+
+
+class Block(NamedTuple):
+    language: str
+    text: str
+
+
+def blocks(language: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    return [text for name, text in found if name == language]
+
+
+def sections_with(pattern: str) -> list[str]:
+    return [part for part in README.split("\n## ") if re.search(pattern, part)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a reader types: `asyncinfer` on the PATH, nothing else set."""
+    for name in Settings.__struct_fields__:
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path
+
+
+# --- sessions ------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    command: str
+    shown: str
+
+
+def steps() -> Iterator[Step]:
+    for block in blocks("console"):
+        for part in block.split("$ ")[1:]:
+            command, _, shown = part.partition("\n")
+            yield Step(command, shown.strip())
+
+
+def as_shown(answer: str, ids: dict[str, str]) -> str:
+    """An answer as the README would print it: names of jobs and times are those of the day."""
+    for real, told in ids.items():
+        answer = answer.replace(real, told)
+    answer = re.sub(r"\d{4}-\d\d-\d\dT[0-9:.]+Z", "TIME", answer)
+    return re.sub(r"\d\.\d{5,}(e-\d+)?", lambda number: f"{float(number[0]):.4f}", answer)
+
+
+def test_the_sessions_give_the_answers_that_are_shown(folder: Path) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("no curl here")
+    ids: dict[str, str] = {}
+    with serving(cwd=folder, DATA_DIR=str(folder / "data")) as serve:
+        answer_of(serve)
+        for step in steps():
+            command = step.command.replace("http://127.0.0.1:8000", serve.welcome["URL"])
+            for real, told in ids.items():
+                command = command.replace(told, real)
+            said = subprocess.run(
+                ["bash", "-c", command], capture_output=True, text=True, cwd=folder, check=True
+            ).stdout.replace("\r", "")
+            found = re.findall(r"\b[0-9a-f]{32}\b", said)
+            ids |= dict(zip(found, re.findall(r"\b[0-9a-f]{32}\b", step.shown), strict=False))
+            lines = as_shown(said, ids).splitlines()
+            for line in as_shown(step.shown, ids).splitlines():
+                assert line in lines, f"$ {step.command}\n{said}"
+
+
+# --- commands ------------------------------------------------------------------------------
+
+
+def commands() -> list[str]:
+    return [line for block in blocks("sh") for line in block.splitlines() if line]
+
+
+def runnable() -> list[str]:
+    return [line for line in commands() if "pip install" not in line and not _ENGINE.match(line)]
+
+
+def test_what_the_readme_installs_is_what_ci_installs_and_runs() -> None:
+    ci = (REPOSITORY / ".ci" / "run").read_text()
+    lines = [line for line in commands() if line.startswith("pip install")]
+    assert "pip install . && asyncinfer serve" in lines
+    assert "pip install '.[dev]' && pytest" in lines
+    assert "'.[dev]'" in ci
+    assert "\npytest\n" in ci
+
+
+def test_commands_for_an_engine_are_said_not_to_have_been_run() -> None:
+    for section in sections_with(r"(?m)^(docker|podman|kubectl) "):
+        assert "no container engine" in section.lower() or "were not run" in section.lower()
+
+
+@pytest.mark.parametrize("command", runnable())
+def test_every_command_does_what_it_is_shown_for(
+    command: str, folder: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PORT", str(free_port()))
+    monkeypatch.setenv("DATA_DIR", str(folder / "data"))
+    real = re.sub(r"redis://[\w.:]+", redis_url, command)
+    made = ["asyncinfer keygen --tenant acme --scopes submit,read >> keys"]
+    for before in made if "API_KEYS=keys" in command else []:
+        subprocess.run(["bash", "-c", before], cwd=folder, check=True, capture_output=True)
+    with contextlib.ExitStack() as stack:
+        if real.startswith("asyncinfer work"):
+            stack.enter_context(serving(cwd=folder, PORT=str(free_port())))
+        process = stack.enter_context(shell(real, folder))
+        if not re.search(r"asyncinfer (serve|work)\b", real):  # one that ends by itself
+            assert process.wait(30) == 0
+            return
+        eventually_sync(lambda: is_up(process, (folder / "said").read_text()), "it is up", 30)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
+@contextmanager
+def shell(command: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with (folder / "said").open("wb") as said:
+        process = subprocess.Popen(
+            ["bash", "-c", f"exec env {command}"], stdout=said, stderr=said, cwd=folder
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def is_up(process: subprocess.Popen[bytes], said: str) -> bool:
+    """`serve` ends what it says with how to stop it, `work` with what it serves."""
+    assert process.poll() is None, said
+    return "\n  Stop " in said or "Serves " in said
+
+
+# --- tables and files ----------------------------------------------------------------------
+
+
+def test_the_model_toml_shown_is_one_that_is_taken(folder: Path) -> None:
+    (text,) = blocks("toml")
+    path = folder / "churn" / "1" / "model.onnx"
+    path.parent.mkdir(parents=True)
+    onnx.save(mlp([3, 4, 2]), path)
+    (folder / "churn" / "model.toml").write_text(text)
+
+    (file,) = scan(folder)
+
+    assert not file.problem
+    assert Engine.load(file, intra_op_threads=1).signature.labels == ("stays", "leaves")
+
+
+def test_every_setting_is_in_the_table_and_nothing_else() -> None:
+    (section,) = sections_with(r"\ASettings\n")
+    shown = set(
+        re.findall(r"`([A-Z][A-Z_]+)`", "\n".join(re.findall(r"^\| (.*?) \|", section, re.M)))
+    )
+    assert shown == {name.upper() for name in Settings.__struct_fields__}
+
+
+def test_every_link_to_a_file_leads_to_one() -> None:
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", README):
+        assert (REPOSITORY / target).exists(), target
