@@ -4,9 +4,11 @@ Imports what a command needs where it needs it: `serve` starts its children firs
 """
 
 import argparse
+import contextlib
 import ipaddress
 import logging
 import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,10 +25,13 @@ if TYPE_CHECKING:
     from asyncinfer.api.config import ApiConfig
     from asyncinfer.models import ModelFile
     from asyncinfer.repository.store import Policy
+    from asyncinfer.supervisor import Api, Stop
     from asyncinfer.worker.process import WorkerProcess
 
 _EXIT_CANNOT_START: Final = 2
 _EXIT_INTERRUPTED: Final = 130
+_API_PROCESS: Final = "api-process"
+_LOOP: Final = {"use_uvloop": sys.platform != "win32"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,8 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.command(arguments))
     except (StartError, BaseExceptionGroup) as error:
-        for refusal in _refusals(error):
-            sys.stderr.write(f"asyncinfer: {refusal.detail}\n")
+        # Several children may be refused at once, for one reason.
+        for detail in dict.fromkeys(refusal.detail for refusal in _refusals(error)):
+            sys.stderr.write(f"asyncinfer: {detail}\n")
         return _EXIT_CANNOT_START
     except KeyboardInterrupt:
         return _EXIT_INTERRUPTED
@@ -65,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_work(commands)
     _add_keygen(commands)
+    _add_api_process(commands)
     return parser
 
 
@@ -92,6 +99,14 @@ def _add_keygen(commands: Any) -> None:
     keygen.add_argument(
         "--scopes", default="submit,read", help="of submit, read, admin (default: submit,read)"
     )
+
+
+def _add_api_process(commands: Any) -> None:
+    """Without a help of its own, so that only `serve` knows it."""
+    process = commands.add_parser(_API_PROCESS, add_help=False)
+    process.add_argument("--held-fd", type=int, required=True)
+    process.add_argument("--report-fd", type=int, required=True)
+    process.set_defaults(command=_api_process)
 
 
 def _command(
@@ -146,16 +161,12 @@ def _serve(arguments: argparse.Namespace) -> int:
     plan = supervisor.Plan(
         redis_url=redis_url,
         data_dir=_data_dir(chosen),
-        worker=_worker_command() if with_worker else (),
-        worker_environ={**os.environ, **settings.as_environment(chosen)},
+        worker=_own_command("work") if with_worker else (),
+        environ=_child_environ(chosen),
         drain_seconds=chosen.drain_timeout,
     )
-    anyio.run(
-        supervisor.serve,
-        plan,
-        partial(_api, chosen, with_worker),
-        backend_options={"use_uvloop": sys.platform != "win32"},
-    )
+    api: Api = partial(_api if chosen.api_processes == 1 else _apis, chosen, with_worker)
+    anyio.run(supervisor.serve, plan, api, backend_options=_LOOP)
     return 0
 
 
@@ -175,25 +186,76 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _worker_command() -> tuple[str, ...]:
+def _own_command(*words: str) -> tuple[str, ...]:
     """The child finds its modules as we do: by a current folder on our path, or else not."""
     safe = () if sys.path[0] in ("", os.getcwd()) else ("-P",)
-    return (sys.executable, *safe, "-m", "asyncinfer", "work")
+    return (sys.executable, *safe, "-m", "asyncinfer", *words)
 
 
-async def _api(
-    chosen: Settings, with_worker: bool, redis_url: str, ready: Callable[[], None]
-) -> None:
+def _child_environ(chosen: Settings) -> dict[str, str]:
+    return {**os.environ, **settings.as_environment(chosen)}
+
+
+async def _api(chosen: Settings, with_worker: bool, redis_url: str, stop: "Stop") -> None:
     from asyncinfer.api.server import serve
 
     welcome = await _welcome(chosen, with_worker, redis_url)
 
     def on_ready() -> None:
         garbage.settle()
-        ready()
+        stop.hand_over()
         _say(welcome.text())
 
     await serve(_api_config(chosen, redis_url), on_ready=on_ready)
+
+
+async def _apis(chosen: Settings, with_worker: bool, redis_url: str, stop: "Stop") -> None:
+    from asyncinfer import api_processes
+    from asyncinfer.api.listener import hold
+
+    with contextlib.closing(hold(chosen.host, chosen.port)) as held:
+        welcome = await _welcome(chosen, with_worker, redis_url)
+        held_fd = str(held.fileno())
+        plan = api_processes.ApiProcesses(
+            count=chosen.api_processes,
+            command=lambda report_fd: _own_command(
+                _API_PROCESS, "--held-fd", held_fd, "--report-fd", str(report_fd)
+            ),
+            environ={**_child_environ(chosen), "REDIS_URL": redis_url},
+            held_fd=held.fileno(),
+        )
+        await api_processes.serve(plan, stop, on_ready=lambda: _say(welcome.text()))
+
+
+def _api_process(arguments: argparse.Namespace) -> int:
+    import anyio
+
+    from asyncinfer import api_processes
+
+    chosen = _read_settings(arguments)
+    _set_up_logging()
+    try:
+        anyio.run(_answer, chosen, arguments.held_fd, arguments.report_fd, backend_options=_LOOP)
+    except (StartError, BaseExceptionGroup) as error:
+        refusal = " ".join(refusal.detail for refusal in _refusals(error))
+        api_processes.report_refusal(arguments.report_fd, refusal)
+        return _EXIT_CANNOT_START
+    return 0
+
+
+async def _answer(chosen: Settings, held_fd: int, report_fd: int) -> None:
+    from asyncinfer import api_processes
+    from asyncinfer.api.listener import share
+    from asyncinfer.api.server import serve_on
+
+    def on_ready() -> None:
+        garbage.settle()
+        api_processes.report_ready(report_fd)
+
+    assert chosen.redis_url, "given by the parent"
+    config = _api_config(chosen, chosen.redis_url)
+    with socket.socket(fileno=held_fd) as held, share(held) as listener:
+        await serve_on(listener, config, on_ready=on_ready)
 
 
 async def _welcome(chosen: Settings, with_worker: bool, redis_url: str) -> Welcome:

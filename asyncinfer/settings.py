@@ -86,6 +86,15 @@ class Settings(Struct, frozen=True, kw_only=True):
     # --- the API
     host: Annotated[str, _about("The address that the API listens on.", min_length=1)] = "127.0.0.1"
     port: Annotated[int, _about("Its port.", ge=1, le=65535)] = 8000
+    api_processes: Annotated[
+        int,
+        _about(
+            "Processes that answer on it, each with a core to use.",
+            unit="processes",
+            ge=1,
+            le=64,
+        ),
+    ] = 1
     api_keys: Annotated[
         Path | None, _about("The file of API keys; `asyncinfer keygen` makes its lines.")
     ] = None

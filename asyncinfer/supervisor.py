@@ -20,7 +20,7 @@ from asyncinfer.errors import StartError
 _log = logging.getLogger(__name__)
 
 _DRAIN_MARGIN_SECONDS: Final = 3.0
-"""After DRAIN_TIMEOUT a worker still stops its runs and gives its jobs back."""
+"""After its time a child still stops what it runs; a worker gives its jobs back."""
 
 _HURRIED_SECONDS: Final = 1.0
 
@@ -28,9 +28,6 @@ _FIRST_PAUSE_SECONDS: Final = 0.1
 _LONGEST_PAUSE_SECONDS: Final = 30.0
 _SETTLED_SECONDS: Final = 60.0
 """A child that ran as long is no longer one that keeps failing."""
-
-Api = Callable[[str, Callable[[], None]], Awaitable[None]]
-"""Serves with the Redis at a URL until a signal ends it; calls back once it takes requests."""
 
 
 class Plan(Struct, frozen=True, kw_only=True):
@@ -41,16 +38,16 @@ class Plan(Struct, frozen=True, kw_only=True):
     data_dir: Path
     worker: tuple[str, ...] = ()
     """The worker's command; empty: no worker."""
-    worker_environ: Mapping[str, str] = {}
-    """Its environment, but for the REDIS_URL."""
+    environ: Mapping[str, str] = {}
+    """The children's, but for the REDIS_URL."""
     drain_seconds: float = 20.0
 
 
-async def serve(plan: Plan, api: Api) -> None:
+async def serve(plan: Plan, api: "Api") -> None:
     """Runs until SIGINT or SIGTERM; a second one hastens the end. Raises StartError."""
     with _signals() as stop:
         async with _redis(plan) as url, _worker(plan, url, stop), _until(stop.asked):
-            await api(url, stop.hand_over)
+            await api(url, stop)
 
 
 # --- being asked to stop ---------------------------------------------------------------------
@@ -73,9 +70,13 @@ class Stop:
         self._first_is_ours = False
 
 
+Api = Callable[[str, Stop], Awaitable[None]]
+"""Serves with the Redis at a URL, until it is cancelled or has handed over and a signal ends it."""
+
+
 @contextmanager
 def _signals() -> Iterator[Stop]:
-    """Signals are ours before and after the API; while that runs, its server takes them."""
+    """Signals are ours, but for those that a server takes which runs in this process."""
     stop = Stop()
     loop = asyncio.get_running_loop()
 
@@ -135,7 +136,7 @@ async def _worker(plan: Plan, url: str, stop: Stop) -> AsyncIterator[None]:
         return
 
     async def start() -> Child:
-        environ = {**plan.worker_environ, "REDIS_URL": url}
+        environ = {**plan.environ, "REDIS_URL": url}
         return children.spawn(plan.worker, death_signal=signal.SIGKILL, env=environ)
 
     keeper = Keeper("The worker", await start(), start)
@@ -147,13 +148,13 @@ async def _worker(plan: Plan, url: str, stop: Stop) -> AsyncIterator[None]:
             await drain(keeper.child, plan.drain_seconds, stop.hurry)
 
 
-async def drain(worker: Child, drain_seconds: float, hurry: asyncio.Event) -> None:
-    """Ends a worker that may finish what it runs, or with no delay when there is a hurry."""
-    worker.signal(signal.SIGTERM)
+async def drain(child: Child, drain_seconds: float, hurry: asyncio.Event) -> None:
+    """Ends a child that may finish what it runs, or with no delay when there is a hurry."""
+    child.signal(signal.SIGTERM)
     with anyio.move_on_after(drain_seconds + _DRAIN_MARGIN_SECONDS):
         async with _until(hurry):
-            await worker.wait()
-    await worker.stop(_HURRIED_SECONDS)
+            await child.wait()
+    await child.stop(_HURRIED_SECONDS)
 
 
 # --- keeping a child alive -------------------------------------------------------------------

@@ -34,6 +34,7 @@ RUNGS = (
     "children",
     "valkey",
     "supervisor",
+    "api_processes",
     "welcome",
     "cli",
     "__main__",

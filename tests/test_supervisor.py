@@ -5,7 +5,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -14,7 +14,7 @@ import redis
 
 from asyncinfer import supervisor, valkey
 from asyncinfer.errors import StartError
-from asyncinfer.supervisor import Plan
+from asyncinfer.supervisor import Plan, Stop
 
 from .faults.harness import eventually, eventually_sync
 from .parents import Parent, is_gone, parent
@@ -46,13 +46,13 @@ import asyncio, sys, signal
 from pathlib import Path
 from asyncinfer import supervisor
 
-async def api(url, ready):
+async def api(url, stop):
     # As uvicorn does: its own handlers while it serves, what was there before afterwards.
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     handle = lambda *_: loop.call_soon_threadsafe(stopped.set)
     before = {it: signal.signal(it, handle) for it in (signal.SIGINT, signal.SIGTERM)}
-    ready()
+    stop.hand_over()
     print("ready", flush=True)
     await stopped.wait()
     for it, handler in before.items():
@@ -156,7 +156,7 @@ def plan(tmp_path: Path, *how: str) -> Plan:
 
 
 async def test_a_killed_valkey_is_started_again_with_its_data(tmp_path: Path) -> None:
-    async def api(url: str, ready: Callable[[], None]) -> None:
+    async def api(url: str, stop: Stop) -> None:
         client = redis.Redis.from_url(url)
         client.set("job", "1")
         os.kill(int((tmp_path / "valkey/valkey.lock").read_text()), signal.SIGKILL)
@@ -178,7 +178,7 @@ def _answers(client: redis.Redis) -> bool:
 async def test_a_signal_before_the_api_is_ready_ends_the_start(
     tmp_path: Path, story: Story
 ) -> None:
-    async def api(url: str, ready: Callable[[], None]) -> None:
+    async def api(url: str, stop: Stop) -> None:
         story.started()
         signal.raise_signal(signal.SIGTERM)
         await asyncio.Event().wait()
@@ -191,7 +191,7 @@ async def test_a_signal_before_the_api_is_ready_ends_the_start(
 async def test_an_api_that_cannot_start_ends_the_rest_and_says_why(
     tmp_path: Path, story: Story
 ) -> None:
-    async def api(url: str, ready: Callable[[], None]) -> None:
+    async def api(url: str, stop: Stop) -> None:
         story.started()
         raise StartError("no")
 
@@ -205,7 +205,7 @@ async def test_an_api_that_cannot_start_ends_the_rest_and_says_why(
 async def test_with_a_redis_of_its_own_nothing_is_embedded(tmp_path: Path) -> None:
     seen = []
 
-    async def api(url: str, ready: Callable[[], None]) -> None:
+    async def api(url: str, stop: Stop) -> None:
         seen.append(url)
 
     await supervisor.serve(Plan(redis_url="redis://elsewhere", data_dir=tmp_path), api)
@@ -222,7 +222,7 @@ async def test_signals_are_as_they_were_afterwards(tmp_path: Path) -> None:
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-async def _no_api(url: str, ready: Callable[[], None]) -> None:
+async def _no_api(url: str, stop: Stop) -> None:
     return
 
 

@@ -13,31 +13,25 @@ import uvicorn
 from asyncinfer.api.app import Api, create_app
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.connection import Connection, Limits
-from asyncinfer.errors import StartError
+from asyncinfer.api.listener import listen
 
 _GRACE_SECONDS: Final = 5
 """Waiting clients are answered at once; this is for those that take their answers slowly."""
-
-_BACKLOG: Final = 2048
 
 
 async def serve(config: ApiConfig, *, on_ready: Callable[[], None]) -> None:
     """Returns after SIGINT or SIGTERM; raises StartError when it cannot begin."""
     with contextlib.closing(listen(config.host, config.port)) as listener:
-        app = create_app(config)
-        async with app.lifespan():
-            await Server(app, config, on_ready=on_ready).serve(sockets=[listener])
+        await serve_on(listener, config, on_ready=on_ready)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
-    except OSError as error:
-        raise StartError(
-            f"Cannot listen on {host}:{port}: {error.strerror}. Stop what listens there, or "
-            "choose another HOST or PORT."
-        ) from error
+async def serve_on(
+    listener: socket.socket, config: ApiConfig, *, on_ready: Callable[[], None]
+) -> None:
+    """`serve` on a socket that is bound."""
+    app = create_app(config)
+    async with app.lifespan():
+        await Server(app, config, on_ready=on_ready).serve(sockets=[listener])
 
 
 class Server(uvicorn.Server):

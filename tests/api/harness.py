@@ -12,7 +12,8 @@ import msgspec
 from asyncinfer import jobs
 from asyncinfer.api.app import create_app
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.api.server import Server, listen
+from asyncinfer.api.listener import listen
+from asyncinfer.api.server import Server
 from asyncinfer.models import Signature
 from asyncinfer.repository.run import Claim, ClaimedJob, ClaimRequest, Finished, Runs
 from asyncinfer.repository.store import Store

@@ -12,7 +12,8 @@ import redis
 
 from asyncinfer.api.app import create_app
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.api.server import listen, serve
+from asyncinfer.api.listener import listen
+from asyncinfer.api.server import serve
 from asyncinfer.errors import DefaultModelChanged, ServerRefused, StartError
 from asyncinfer.repository.store import Store
 
