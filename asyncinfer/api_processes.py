@@ -1,11 +1,12 @@
 """Several API processes on one address, kept running by their parent."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Final
 
 import anyio
@@ -31,12 +32,28 @@ class ApiProcesses(Struct, frozen=True, kw_only=True):
     command: Callable[[int], Sequence[str]]
     """Runs one that tells what became of its start by this descriptor."""
     environ: Mapping[str, str]
-    held_fd: int
-    """Their address; the command knows it."""
+    keep_fds: tuple[int, ...] = ()
+    """What they inherit beside it."""
 
 
-async def serve(plan: ApiProcesses, stop: Stop, on_ready: Callable[[], None]) -> None:
-    """Runs until cancelled; raises StartError when the first to tell of its start has failed."""
+@asynccontextmanager
+async def running(plan: ApiProcesses, stop: Stop) -> AsyncIterator[asyncio.Event]:
+    """The processes, kept running; the event comes when the first of them is ready.
+
+    Raises StartError when the first to tell of its start was refused.
+    """
+    keepers: list[Keeper] = []
+    try:
+        async with _kept(plan, keepers) as ready:
+            yield ready
+    finally:
+        # Not before nobody listens to reports: one that we end while it starts has nothing to say.
+        with anyio.CancelScope(shield=True):
+            await _drain(keepers, stop)
+
+
+@asynccontextmanager
+async def _kept(plan: ApiProcesses, keepers: list[Keeper]) -> AsyncIterator[asyncio.Event]:
     ready = asyncio.Event()
     async with anyio.create_task_group() as group:
 
@@ -45,27 +62,17 @@ async def serve(plan: ApiProcesses, stop: Stop, on_ready: Callable[[], None]) ->
             group.start_soon(_hear, report_fd, ready)
             return child
 
-        async with _kept(plan.count, start, stop):
-            await ready.wait()
-            on_ready()
-            await anyio.sleep_forever()
+        for _ in range(plan.count):
+            keepers.append(Keeper("An API process", await start(), start))
+            group.start_soon(keepers[-1].run)
+        yield ready
+        group.cancel_scope.cancel()
 
 
-@asynccontextmanager
-async def _kept(
-    count: int, start: Callable[[], Awaitable[Child]], stop: Stop
-) -> AsyncIterator[None]:
-    keepers = [Keeper("An API process", await start(), start) for _ in range(count)]
-    try:
-        async with AsyncExitStack() as stack:
-            for keeper in keepers:
-                await stack.enter_async_context(keeper.keeping())
-            yield
-    finally:
-        with anyio.CancelScope(shield=True):
-            async with anyio.create_task_group() as group:
-                for keeper in keepers:
-                    group.start_soon(drain, keeper.child, _GRACE_SECONDS, stop.hurry)
+async def _drain(keepers: Sequence[Keeper], stop: Stop) -> None:
+    async with anyio.create_task_group() as group:
+        for keeper in keepers:
+            group.start_soon(drain, keeper.child, _GRACE_SECONDS, stop.hurry)
 
 
 def _spawn(plan: ApiProcesses) -> tuple[Child, int]:
@@ -76,7 +83,7 @@ def _spawn(plan: ApiProcesses) -> tuple[Child, int]:
             plan.command(write_fd),
             death_signal=signal.SIGKILL,
             env=plan.environ,
-            keep_fds=(plan.held_fd, write_fd),
+            keep_fds=(*plan.keep_fds, write_fd),
         )
     except BaseException:
         os.close(read_fd)
@@ -106,9 +113,15 @@ async def _hear(report_fd: int, ready: asyncio.Event) -> None:
 
 
 def report_ready(report_fd: int) -> None:
-    os.write(report_fd, _READY)
+    _report(report_fd, _READY)
 
 
 def report_refusal(report_fd: int, detail: str) -> None:
     """Tells the parent, who tells people: once, though all its children are refused."""
-    os.write(report_fd, detail.encode()[:_MOST_BYTES])
+    _report(report_fd, detail.encode()[:_MOST_BYTES])
+
+
+def _report(report_fd: int, said: bytes) -> None:
+    # Nobody listens any more where another child's refusal has ended the start.
+    with contextlib.suppress(BrokenPipeError):
+        os.write(report_fd, said)

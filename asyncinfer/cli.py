@@ -210,11 +210,12 @@ async def _api(chosen: Settings, with_worker: bool, redis_url: str, stop: "Stop"
 
 
 async def _apis(chosen: Settings, with_worker: bool, redis_url: str, stop: "Stop") -> None:
+    import anyio
+
     from asyncinfer import api_processes
     from asyncinfer.api.listener import hold
 
     with contextlib.closing(hold(chosen.host, chosen.port)) as held:
-        welcome = await _welcome(chosen, with_worker, redis_url)
         held_fd = str(held.fileno())
         plan = api_processes.ApiProcesses(
             count=chosen.api_processes,
@@ -222,9 +223,13 @@ async def _apis(chosen: Settings, with_worker: bool, redis_url: str, stop: "Stop
                 _API_PROCESS, "--held-fd", held_fd, "--report-fd", str(report_fd)
             ),
             environ={**_child_environ(chosen), "REDIS_URL": redis_url},
-            held_fd=held.fileno(),
+            keep_fds=(held.fileno(),),
         )
-        await api_processes.serve(plan, stop, on_ready=lambda: _say(welcome.text()))
+        async with api_processes.running(plan, stop) as ready:
+            welcome = await _welcome(chosen, with_worker, redis_url)
+            await ready.wait()
+            _say(welcome.text())
+            await anyio.sleep_forever()
 
 
 def _api_process(arguments: argparse.Namespace) -> int:

@@ -171,11 +171,12 @@ class Keeper:
     @asynccontextmanager
     async def keeping(self) -> AsyncIterator[None]:
         async with anyio.create_task_group() as group:
-            group.start_soon(self._run)
+            group.start_soon(self.run)
             yield
             group.cancel_scope.cancel()
 
-    async def _run(self) -> None:
+    async def run(self) -> None:
+        """Until it is cancelled."""
         failures = 0
         while True:
             failures = 0 if await self._lived_seconds() > _SETTLED_SECONDS else failures + 1

@@ -30,7 +30,8 @@ def share(held: socket.socket, platform: str = sys.platform) -> socket.socket:
     # waits: measured, half of the bursts of 32 connections to two processes went to one of them
     # alone, and 32 that came one by one went 30 : 2. Linux spreads connections among the sockets
     # of one address by a hash (22 : 10 was the worst of 32 rounds) and leaves out those of
-    # processes that have ended. Elsewhere SO_REUSEPORT does not spread, so there they race.
+    # processes that have ended; what they had not accepted yet is reset, as what they had.
+    # Elsewhere SO_REUSEPORT does not spread, so there they race.
     if platform != "linux":
         return held.dup()
     address = held.getsockname()

@@ -1,0 +1,63 @@
+"""One address for several processes: taken once, heard by those that are there."""
+
+import socket
+import sys
+
+import pytest
+
+from asyncinfer.api.listener import hold, listen, share
+from asyncinfer.errors import StartError
+
+
+@pytest.fixture(params=["127.0.0.1", "::1"])
+def held(request: pytest.FixtureRequest) -> socket.socket:
+    try:
+        return hold(request.param, 0)
+    except StartError:
+        pytest.skip("no IPv6 here")
+
+
+def connect(held: socket.socket) -> socket.socket:
+    return socket.create_connection(held.getsockname()[:2], timeout=5)
+
+
+def test_nobody_is_heard_before_a_process_listens(held: socket.socket) -> None:
+    with held, share(held), pytest.raises(ConnectionRefusedError):
+        connect(held)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a hash spreads them on Linux alone")
+def test_those_who_come_after_a_process_has_ended_are_heard_by_the_others(
+    held: socket.socket,
+) -> None:
+    with held, share(held) as staying:
+        with share(held) as ending:
+            for one in (staying, ending):
+                one.listen()
+        staying.settimeout(5)
+        for _ in range(20):
+            with connect(held), staying.accept()[0]:
+                pass
+
+
+def test_where_nothing_spreads_them_each_process_takes_from_one_socket(
+    held: socket.socket,
+) -> None:
+    with held, share(held, "darwin") as one, share(held, "darwin") as other:
+        for process in (one, other, one):
+            process.listen()
+            process.settimeout(5)
+            with connect(held), process.accept()[0]:
+                pass
+
+
+def test_an_address_that_is_listened_on_cannot_be_held() -> None:
+    with listen("127.0.0.1", 0) as taken, pytest.raises(StartError, match="another HOST or PORT"):
+        hold("127.0.0.1", taken.getsockname()[1])
+
+
+def test_an_address_that_processes_share_cannot_be_held_again(held: socket.socket) -> None:
+    with held, share(held) as process:
+        process.listen()
+        with pytest.raises(StartError, match="another HOST or PORT"):
+            hold(*held.getsockname()[:2])
