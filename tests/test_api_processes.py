@@ -247,6 +247,9 @@ def test_ctrl_c_answers_those_who_wait_and_leaves_no_process(tmp_path: Path) -> 
         assert len(pids) == 4
         assert all(map(is_gone, pids))
         assert "ERROR" not in serve.process.complaints()
+        said_since = serve.process.process.stdout
+        assert said_since is not None
+        assert said_since.read() == "", "the welcome is printed once"
 
 
 @pytest.mark.soak
