@@ -420,6 +420,8 @@ def _worker_process(chosen: Settings, redis_url: str) -> "WorkerProcess":
         models=chosen.models,
         default_model=chosen.default_model,
         intra_op_threads=max(1, cores() // concurrency),
+        monitor_port=chosen.monitor_port,
+        monitor_host=chosen.monitor_host,
         worker=WorkerConfig(
             concurrency=concurrency,
             max_batch=chosen.max_batch,

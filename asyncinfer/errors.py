@@ -164,6 +164,12 @@ class RedisRefused(RedisUnavailable):
     code, title = "redis_refused", "Redis refused a command"
 
 
+class NotReady(RequestError):
+    """Asked of a worker's monitor port; the detail says why it cannot claim."""
+
+    code, status, title = "not_ready", 503, "The worker cannot claim jobs"
+
+
 class StorageFull(RequestError):
     code, status, title = "storage_full", 503, "Redis has no memory left"
 

@@ -160,5 +160,9 @@ def models(n: str) -> str:
     return f"{{{n}}}:models"
 
 
+def pace(n: str, model: str) -> str:
+    return f"{{{n}}}:pace:{model}"
+
+
 def default_model(n: str) -> str:
     return f"{{{n}}}:default"

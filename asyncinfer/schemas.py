@@ -5,7 +5,7 @@ from typing import Annotated, Any, Final, Literal
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from asyncinfer.errors import Fault
+from asyncinfer.errors import Fault, RequestError
 from asyncinfer.jobs import JobError, Options, Status
 from asyncinfer.tensors import TensorSpec
 
@@ -110,6 +110,39 @@ class ModelList(Struct, frozen=True):
     models: list[Model]
 
 
+class Scale(Struct, frozen=True, kw_only=True):
+    """How much work waits for a model. S slots work off S seconds of backlog a second."""
+
+    model: str
+    waiting_jobs: Annotated[int, Meta(description="Due to run; cancelled ones do not count.")]
+    running_jobs: int
+    paused: Annotated[bool, Meta(description="While true nothing is due.")]
+    oldest_age_seconds: (
+        Annotated[
+            float, Meta(description="Of the job that waits longest; null when none is known.")
+        ]
+        | None
+    )
+    seconds_per_job: (
+        Annotated[
+            float,
+            Meta(description="Slot time, measured lately; null before the model's first run."),
+        ]
+        | None
+    )
+    backlog_seconds: (
+        Annotated[
+            float, Meta(description="Due jobs x seconds_per_job; null when jobs wait, unmeasured.")
+        ]
+        | None
+    )
+    workers: Annotated[int, Meta(description="Living workers that claim this model's jobs.")]
+    slots: Annotated[int, Meta(description="Batches they run side by side.")]
+    starved: Annotated[
+        int, Meta(ge=0, le=1, description="1: jobs are due and no worker is there for them.")
+    ]
+
+
 class Alive(Struct, frozen=True):
     status: Literal["ok"] = "ok"
 
@@ -138,6 +171,19 @@ class Problem(Struct, frozen=True, kw_only=True, omit_defaults=True):
     instance: str = ""
     errors: Annotated[tuple[Fault, ...], Meta(description="Every fault found, by place.")] = ()
     job_id: str | None = None
+
+
+def problem_of(error: RequestError, path: str = "") -> Problem:
+    return Problem(
+        type=f"urn:asyncinfer:problem:{error.code}",
+        title=error.title,
+        status=error.status,
+        detail=error.detail,
+        code=error.code,
+        instance=path,
+        errors=error.faults,
+        job_id=error.job_id,
+    )
 
 
 def at(time_ms: int | None) -> datetime | UnsetType:

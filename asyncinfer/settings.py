@@ -16,6 +16,7 @@ _YEAR_SECONDS: Final = 365 * _DAY_SECONDS
 
 _ModelName = Annotated[str, Meta(pattern=r"^(?!stats\Z)[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")]
 _MODEL_NAME: Final = "up to 64 letters, digits, `_`, `.` and `-`, not `stats`"
+_Port = Annotated[int, Meta(ge=1, le=65535)]
 _RedisUrl = Annotated[str, Meta(pattern=r"^(rediss?|unix|sentinel)://")]
 
 
@@ -134,6 +135,16 @@ class Settings(Struct, frozen=True, kw_only=True):
         float,
         _about("How long a stop waits for running jobs.", unit="seconds", ge=0, le=_DAY_SECONDS),
     ] = 20.0
+
+    monitor_port: Annotated[
+        _Port | None,
+        _about(
+            "A worker's private port, for probes: /health/live and /health/ready.",
+            unset="off",
+            allowed="a whole number from 1 to 65535",
+        ),
+    ] = None
+    monitor_host: Annotated[str, _about("The address of that port.", min_length=1)] = "127.0.0.1"
 
     # --- a queue
     max_queue: Annotated[

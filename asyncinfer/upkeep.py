@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from asyncinfer.errors import RedisUnavailable, RequestError
+from asyncinfer.errors import RedisUnavailable, RequestError, StorageFull
 from asyncinfer.repository.run import Claim, Renewal, Renewals
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.upkeep import Swept, Upkeep
@@ -53,13 +53,20 @@ async def announce_forever(
     worker_id: str,
     about: Callable[[], Mapping[str, Any]],
     models: Mapping[str, Mapping[str, bytes]],
+    on_answered: Callable[[], None],
 ) -> None:
     """Says that a worker lives, and which models it has. Ends by cancellation."""
     upkeep = Upkeep(store)
     while True:
         try:
             await upkeep.announce_models(models)
-            await upkeep.announce_worker(worker_id, about(), 5 * ANNOUNCE_SECONDS)
+            said = about()
+            await upkeep.announce_worker(worker_id, said, 5 * ANNOUNCE_SECONDS)
+            await upkeep.announce_paces(said["seconds_per_job"])
+            on_answered()
+        except StorageFull:
+            # What runs still finishes, so the worker is as ready as it was.
+            on_answered()
         except RequestError as error:
             log.debug("Announce: %s", error.detail)
         except Exception:

@@ -5,28 +5,23 @@ from typing import Final
 
 from asyncinfer.api.exchange import Reply, encode_json
 from asyncinfer.errors import InternalError, RequestError
-from asyncinfer.schemas import Problem
+from asyncinfer.schemas import problem_of
 
 _RETRY_STATUSES: Final = frozenset({429, 503})
 _RETRY_AFTER_SECONDS: Final = 1.0
 
 
 def problem_reply(error: RequestError, path: str = "") -> Reply:
-    problem = Problem(
-        type=f"urn:asyncinfer:problem:{error.code}",
-        title=error.title,
-        status=error.status,
-        detail=error.detail,
-        code=error.code,
-        instance=path,
-        errors=error.faults,
-        job_id=error.job_id,
-    )
     headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in error.headers]
     if error.status in _RETRY_STATUSES or error.retry_after_seconds is not None:
         seconds = error.retry_after_seconds or _RETRY_AFTER_SECONDS
         headers.append((b"retry-after", str(max(1, ceil(seconds))).encode()))
-    return Reply(error.status, encode_json(problem), tuple(headers), b"application/problem+json")
+    return Reply(
+        error.status,
+        encode_json(problem_of(error, path)),
+        tuple(headers),
+        b"application/problem+json",
+    )
 
 
 def internal_error() -> InternalError:

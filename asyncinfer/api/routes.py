@@ -10,6 +10,7 @@ from asyncinfer.api.exchange import Reply, Request
 from asyncinfer.api.jobs import cancel_job, list_jobs, read_job, retry_job
 from asyncinfer.api.models import list_models, read_model
 from asyncinfer.api.predict import predict
+from asyncinfer.api.scale import read_scale
 from asyncinfer.api.services import Services
 from asyncinfer.errors import (
     BodyTooLarge,
@@ -43,6 +44,7 @@ from asyncinfer.schemas import (
     ModelList,
     NoQuery,
     PredictRequest,
+    Scale,
     WaitQuery,
 )
 
@@ -162,6 +164,14 @@ ROUTES: Final = (
         handler=read_model,
         scope="read",
         answers={200: Model},
+        errors=(ModelNotFound, NoModelAnnounced, RedisUnavailable),
+    ),
+    Route(
+        method="GET",
+        path="/scale/{model}",
+        handler=read_scale,
+        scope="read",
+        answers={200: Scale},
         errors=(ModelNotFound, NoModelAnnounced, RedisUnavailable),
     ),
     Route(

@@ -19,6 +19,7 @@ NAMES: Final = (
     "reap",
     "repair",
     "watch",
+    "gauge",
 )
 _CLAIMING: Final = frozenset({"claim", "finish"})
 

@@ -17,6 +17,7 @@ _PAGE: Final = 1000
 _REPAIRS_A_CALL: Final = 100
 _HELD_IDS: Final = 50_000
 _ODD_MS: Final = 24 * 3600 * 1000
+_PACE_SECONDS: Final = 30 * 24 * 3600
 
 
 class Swept(Struct):
@@ -216,6 +217,12 @@ class Upkeep:
         await self._store.command(
             "ZREMRANGEBYSCORE", keys.workers(n), "-inf", int(seconds - 2 * ttl_seconds - 1)
         )
+
+    async def announce_paces(self, seconds_per_job: Mapping[str, float]) -> None:
+        """Keeps the latest by model: what waits while no worker lives is counted in it too."""
+        for model, seconds in seconds_per_job.items():
+            name = keys.pace(self._store.n, model)
+            await self._store.command("SET", name, seconds, "EX", _PACE_SECONDS)
 
     async def retract_worker(self, worker_id: str) -> None:
         await self._store.command("DEL", keys.worker(self._store.n, worker_id))

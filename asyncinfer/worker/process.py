@@ -5,10 +5,11 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from msgspec import Struct
 
@@ -18,6 +19,7 @@ from asyncinfer.errors import ModelRefused, RedisUnavailable, StartError, Storag
 from asyncinfer.models import ModelFile, default_model, scan
 from asyncinfer.repository.store import Policy, Store
 from asyncinfer.worker.claims import Step
+from asyncinfer.worker.monitor import listen, monitored
 from asyncinfer.worker.worker import Worker, WorkerConfig
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,9 @@ class WorkerProcess(Struct, frozen=True, kw_only=True):
     default_model: str | None = None
     """As the operator set it; None: as first started, else by what is in the folder."""
     intra_op_threads: int = 1
+    monitor_port: int | None = None
+    """Where probes ask; None: nowhere."""
+    monitor_host: str = "127.0.0.1"
     worker: WorkerConfig
 
 
@@ -48,21 +53,36 @@ def run(config: WorkerProcess, on_step: Callable[[Step], None] = lambda _: None)
 
     Raises StartError when the server or the models cannot be used.
     """
-    engines = load(config.model_dir, config.models, config.intra_op_threads)
-    garbage.settle()
-    try:
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            code = runner.run(_work(config, engines, on_step))
-    except (StartError, KeyboardInterrupt):
-        raise
-    except Exception:
-        log.exception("The worker failed.")
-        code = _FAILED_EXIT
+    with _listener(config) as listener:
+        engines = load(config.model_dir, config.models, config.intra_op_threads)
+        garbage.settle()
+        code = _exit_code(_work(config, engines, listener, on_step))
     if code:
         # A thread that would not stop cannot be joined, and the interpreter would wait for it.
         logging.shutdown()
         os._exit(code)
     return code
+
+
+@contextlib.contextmanager
+def _listener(config: WorkerProcess) -> Iterator[socket.socket | None]:
+    """Before the models are loaded: a port that is taken should not cost that time."""
+    if config.monitor_port is None:
+        yield None
+        return
+    with contextlib.closing(listen(config.monitor_host, config.monitor_port)) as listener:
+        yield listener
+
+
+def _exit_code(work: Coroutine[Any, Any, int]) -> int:
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(work)
+    except (StartError, KeyboardInterrupt):
+        raise
+    except Exception:
+        log.exception("The worker failed.")
+        return _FAILED_EXIT
 
 
 def load(model_dir: Path, wanted: Sequence[str], intra_op_threads: int) -> dict[str, Engine]:
@@ -91,7 +111,10 @@ def _wanted(model_dir: Path, wanted: Sequence[str]) -> list[ModelFile]:
 
 
 async def _work(
-    config: WorkerProcess, engines: dict[str, Engine], on_step: Callable[[Step], None]
+    config: WorkerProcess,
+    engines: dict[str, Engine],
+    listener: socket.socket | None,
+    on_step: Callable[[Step], None],
 ) -> int:
     stopping = asyncio.Event()
     _on_signals(stopping)
@@ -102,11 +125,12 @@ async def _work(
         name="asyncinfer-worker",
         call_seconds=_CALL_SECONDS,
     )
-    async with opened as store:
+    async with monitored(listener) as monitor, opened as store:
         default = await _connected(store, config, stopping)
         if stopping.is_set():
             return 0
         worker = Worker(store, engines, default, config.worker, on_step)
+        monitor.unready = worker.unready
         async with asyncio.TaskGroup() as group:
             drained = group.create_task(_drain_when(stopping, worker))
             code = await worker.run()

@@ -40,9 +40,10 @@ from asyncinfer.repository.run import (
 )
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.upkeep import Upkeep
-from asyncinfer.upkeep import Renewer, announce_forever, reap_forever
+from asyncinfer.upkeep import ANNOUNCE_SECONDS, Renewer, announce_forever, reap_forever
 from asyncinfer.worker.claims import Claims, Held, Run, Step
 from asyncinfer.worker.control import Control
+from asyncinfer.worker.pace import Paces
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,9 @@ EXIT_HUNG: Final = 70
 
 _FAREWELL_SECONDS: Final = 1.0
 _LITTLE_BYTES: Final = 8192
+
+_SILENT_SECONDS: Final = 3 * ANNOUNCE_SECONDS
+"""After so long without an answer from Redis, it counts as away."""
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,10 +95,12 @@ class Worker:
         self._default_model = default_model
         self._config = config
         self._on_step = on_step
-        queues = {
-            keys.queue(store.n, model, default_model): engine.signature.batched
-            for model, engine in sorted(engines.items())
+        self._models = {
+            keys.queue(store.n, model, default_model): model for model in sorted(engines)
         }
+        queues = {queue: engines[model].signature.batched for queue, model in self._models.items()}
+        self._paces = Paces()
+        self._answered_at = time.monotonic()
         self._runs = Runs(store, self.worker_id)
         self._control = Control(store, list(queues), self._heard)
         self._threads = ThreadPoolExecutor(config.concurrency, thread_name_prefix="slot")
@@ -130,7 +136,9 @@ class Worker:
         await self._renewer.close()
         with contextlib.suppress(RedisUnavailable, TimeoutError):
             async with asyncio.timeout(_FAREWELL_SECONDS):
-                await Upkeep(self._store).retract_worker(self.worker_id)
+                upkeep = Upkeep(self._store)
+                await upkeep.announce_paces(self._paces.seconds_per_job())
+                await upkeep.retract_worker(self.worker_id)
         self._threads.shutdown(wait=not self.hung)
         return EXIT_HUNG if self.hung else 0
 
@@ -141,7 +149,14 @@ class Worker:
         }
         return [
             partial(reap_forever, self._store),
-            partial(announce_forever, self._store, self.worker_id, self._about, announced),
+            partial(
+                announce_forever,
+                self._store,
+                self.worker_id,
+                self._about,
+                announced,
+                self._redis_answered,
+            ),
             self._renewer.beat,
             self._control.listen,
         ]
@@ -153,7 +168,22 @@ class Worker:
             "concurrency": self._config.concurrency,
             "models": sorted(self._engines),
             "state": self._state(),
+            "seconds_per_job": self._paces.seconds_per_job(),
         }
+
+    def _redis_answered(self) -> None:
+        self._answered_at = time.monotonic()
+
+    def unready(self) -> str | None:
+        """Why it can claim nothing just now; None when it can."""
+        if self.hung:
+            return "A run would not stop; this worker ends, to be started afresh."
+        if self._claims.draining.is_set():
+            return "It drains: what runs is finished, nothing more is claimed."
+        silent_seconds = time.monotonic() - self._answered_at
+        if silent_seconds > _SILENT_SECONDS:
+            return f"Redis has not answered for {silent_seconds:.0f} s."
+        return None
 
     def _state(self) -> str:
         if self.hung:
@@ -213,6 +243,7 @@ class Worker:
             finished += [self._failed(held, job, error) for job, error in prepared.refused]
             for batch in prepared.batches:
                 finished += await self._run(held, batch)
+            self._note_pace(held)
         except Hung as hung:
             self._lose_slot()
             finished += self._hung_jobs(held, hung.run, finished)
@@ -226,6 +257,11 @@ class Worker:
                 if job.job_id not in done
             ]
         return await self._finish(held, finished)
+
+    def _note_pace(self, held: Held) -> None:
+        now = time.monotonic()
+        model = self._models[held.claim.queue]
+        self._paces.note(model, now - held.claimed_at, len(held.claim.jobs), at_seconds=now)
 
     async def _prepared(self, claimed: Sequence[ClaimedJob]) -> Prepared:
         prepare = partial(execution.prepare, claimed, self._engines, self._default_model)

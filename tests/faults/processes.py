@@ -100,6 +100,7 @@ class Terms(TypedDict, total=False):
     default_model: str
     policy: Policy
     worker: WorkerConfig
+    monitor_port: int
 
 
 class OpenCrew(Protocol):

@@ -24,6 +24,7 @@ class Order(msgspec.Struct, kw_only=True):
     worker: WorkerConfig = WorkerConfig(concurrency=1)
     models: tuple[str, ...] = ()
     default_model: str | None = None
+    monitor_port: int | None = None
     die_at: Step | None = None
     """Kills itself with SIGKILL when it first comes to this step."""
     fail_at: Step | None = None
@@ -55,6 +56,7 @@ def main() -> int:
         models=order.models,
         default_model=order.default_model or _only(order.models),
         worker=order.worker,
+        monitor_port=order.monitor_port,
     )
     return run(process, _watcher(order))
 

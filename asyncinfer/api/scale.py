@@ -1,0 +1,36 @@
+"""The route that an autoscaler asks: how much work waits for a model, and for whom."""
+
+from asyncinfer.api.exchange import Reply, Request, json_reply
+from asyncinfer.api.services import Services
+from asyncinfer.repository.load import Load, load
+from asyncinfer.schemas import NoQuery, Scale
+
+
+async def read_scale(services: Services, request: Request[NoQuery]) -> Reply:
+    """How much work waits for a model, in seconds of slot time, and who works on it."""
+    served = await services.catalog.find(request.path("model"))
+    model = served.signature.model
+    return json_reply(200, _view(model, await load(services.store, model, served.queue)))
+
+
+def _view(model: str, found: Load) -> Scale:
+    due_jobs = 0 if found.paused else found.waiting_jobs
+    return Scale(
+        model=model,
+        waiting_jobs=found.waiting_jobs,
+        running_jobs=found.running_jobs,
+        paused=found.paused,
+        oldest_age_seconds=found.oldest_age_seconds,
+        seconds_per_job=found.seconds_per_job,
+        backlog_seconds=_backlog_seconds(due_jobs, found.seconds_per_job),
+        workers=found.workers,
+        slots=found.slots,
+        starved=int(due_jobs > 0 and found.workers == 0),
+    )
+
+
+def _backlog_seconds(due_jobs: int, seconds_per_job: float | None) -> float | None:
+    """Nothing is no work, however long a job would take."""
+    if due_jobs == 0:
+        return 0.0
+    return None if seconds_per_job is None else due_jobs * seconds_per_job

@@ -1,0 +1,229 @@
+"""What an autoscaler is told of a model."""
+
+from typing import Any
+
+import httpx2
+import pytest
+import redis
+from msgspec.structs import replace
+
+from asyncinfer import keys
+from asyncinfer.repository.load import load
+from asyncinfer.repository.store import Store
+from asyncinfer.repository.submit import NewJob
+from asyncinfer.repository.upkeep import Upkeep
+from tests.hands import Hands, new_job
+
+from .harness import Hand, assert_problem, submit
+
+
+@pytest.fixture
+def hands(store: Store, server: redis.Redis) -> Hands:
+    return Hands(store, server)
+
+
+async def scale(api: httpx2.AsyncClient, model: str = "iris") -> dict[str, Any]:
+    reply = await api.get(f"/scale/{model}")
+    assert reply.status_code == 200, reply.text
+    body: dict[str, Any] = reply.json()
+    return body
+
+
+async def worker(store: Store, name: str = "w", **about: Any) -> None:
+    """Announces a worker as it does itself."""
+    said = {"concurrency": 4, "models": ["iris"], "state": "ready", "seconds_per_job": {}}
+    await Upkeep(store).announce_worker(name, said | about, ttl_seconds=10)
+
+
+async def test_with_nothing_to_do_nobody_is_asked_for(api: httpx2.AsyncClient) -> None:
+    assert await scale(api) == {
+        **{"model": "iris", "waiting_jobs": 0, "running_jobs": 0, "paused": False},
+        **{"oldest_age_seconds": None, "seconds_per_job": None, "backlog_seconds": 0.0},
+        **{"workers": 0, "slots": 0, "starved": 0},
+    }
+
+
+async def test_a_model_nobody_knows_is_a_problem(api: httpx2.AsyncClient) -> None:
+    assert_problem(await api.get("/scale/wine"), 404, "model_not_found")
+
+
+async def test_jobs_without_a_worker_are_starved_before_anything_was_measured(
+    api: httpx2.AsyncClient,
+) -> None:
+    await submit(api)
+    found = await scale(api)
+    assert (found["waiting_jobs"], found["starved"], found["backlog_seconds"]) == (1, 1, None)
+    assert (await scale(api, "digits"))["starved"] == 0
+
+
+async def test_a_backlog_is_counted_in_seconds_of_slot_time(
+    api: httpx2.AsyncClient, store: Store, hand: Hand
+) -> None:
+    await worker(store, seconds_per_job={"iris": 0.5, "digits": 9.0})
+    for _ in range(3):
+        await submit(api)
+    found = await scale(api)
+    assert (found["waiting_jobs"], found["seconds_per_job"]) == (3, 0.5)
+    assert found["backlog_seconds"] == 1.5
+    assert (found["workers"], found["slots"], found["starved"]) == (1, 4, 0)
+    await hand.claim()
+    found = await scale(api)
+    assert (found["waiting_jobs"], found["running_jobs"]) == (0, 3)
+    assert found["backlog_seconds"] == 0.0
+
+
+async def test_workers_of_unlike_speed_count_by_their_slots(
+    api: httpx2.AsyncClient, store: Store
+) -> None:
+    await worker(store, "fast", concurrency=3, seconds_per_job={"iris": 0.1})
+    await worker(store, "slow", concurrency=1, seconds_per_job={"iris": 0.5})
+    await worker(store, "new")
+    await worker(store, "other", models=["digits"])
+    found = await scale(api)
+    assert found["seconds_per_job"] == pytest.approx(0.2)
+    assert (found["workers"], found["slots"]) == (3, 8)
+
+
+@pytest.mark.parametrize("state", ["draining", "hung"])
+async def test_a_worker_that_claims_no_more_does_not_count(
+    state: str, api: httpx2.AsyncClient, store: Store
+) -> None:
+    await worker(store, state=state, seconds_per_job={"iris": 0.5})
+    await submit(api)
+    found = await scale(api)
+    assert (found["workers"], found["slots"], found["starved"]) == (0, 0, 1)
+    assert found["backlog_seconds"] == 0.5
+
+
+async def test_what_was_measured_is_known_when_no_worker_is_left(
+    api: httpx2.AsyncClient, store: Store, hands: Hands
+) -> None:
+    await Upkeep(store).announce_paces({"iris": 0.25})
+    await hands.some(8)
+    found = await scale(api)
+    assert (found["starved"], found["backlog_seconds"]) == (1, 2.0)
+
+
+async def test_an_announcement_of_another_release_hides_no_worker(
+    api: httpx2.AsyncClient, store: Store, server: redis.Redis
+) -> None:
+    about = {"concurrency": 2, "models": ["iris"], "state": "ready", "host": "h"}
+    await Upkeep(store).announce_worker("old", about, ttl_seconds=10)
+    await worker(store, "damaged")
+    server.set(keys.worker("predict_queue", "damaged"), b"\xff", px=9000)
+    assert (await scale(api))["slots"] == 2
+
+
+async def test_cancelled_jobs_still_in_the_list_are_no_backlog(
+    api: httpx2.AsyncClient, store: Store, hands: Hands
+) -> None:
+    await worker(store, seconds_per_job={"iris": 1.0})
+    ids = await hands.some(40)
+    await hands.cancel_in_one_call(*ids[:39])
+    assert len(hands.waiting()) > 1
+    found = await scale(api)
+    assert (found["waiting_jobs"], found["backlog_seconds"]) == (1, 1.0)
+
+
+async def test_delayed_jobs_are_no_backlog_before_they_are_due(
+    api: httpx2.AsyncClient, hands: Hands
+) -> None:
+    await hands.one(delay_seconds=60)
+    assert (await scale(api))["waiting_jobs"] == 0
+
+
+async def test_a_paused_queue_asks_for_nobody(
+    api: httpx2.AsyncClient, store: Store, hands: Hands
+) -> None:
+    await Upkeep(store).announce_paces({"iris": 1.0})
+    await submit(api)
+    await hands.operation.pause("predict_queue", paused=True)
+    found = await scale(api)
+    assert (found["paused"], found["waiting_jobs"]) == (True, 1)
+    assert (found["backlog_seconds"], found["starved"]) == (0.0, 0)
+
+
+# --- the oldest ----------------------------------------------------------------------------
+
+
+def aged(seconds: float, hands: Hands, **options: Any) -> NewJob:
+    """A job that was submitted so long ago."""
+    job = new_job(**options)
+    age_ms = int(seconds * 1000)
+    return replace(job, record=replace(job.record, created_ms=hands.now_ms() - age_ms))
+
+
+async def age(api: httpx2.AsyncClient) -> float | None:
+    found: float | None = (await scale(api))["oldest_age_seconds"]
+    return found
+
+
+async def test_the_oldest_is_found_whatever_its_priority(
+    api: httpx2.AsyncClient, hands: Hands
+) -> None:
+    await hands.submit(aged(30, hands, priority="low"), aged(10, hands), aged(20, hands))
+    assert await age(api) == pytest.approx(30, abs=1)
+
+
+async def test_the_oldest_is_one_that_still_waits(api: httpx2.AsyncClient, hands: Hands) -> None:
+    old = [aged(60, hands) for _ in range(30)]
+    await hands.submit(*old)
+    await hands.submit(aged(5, hands))
+    await hands.cancel_in_one_call(*(job.job_id for job in old))
+    assert await age(api) == pytest.approx(5, abs=1)
+
+
+async def test_a_strangers_job_which_says_no_time_is_passed_over(
+    api: httpx2.AsyncClient, hands: Hands
+) -> None:
+    hands.stranger("theirs")
+    assert await age(api) is None
+    await hands.submit(aged(5, hands))
+    assert await age(api) == pytest.approx(5, abs=1)
+
+
+async def test_a_delay_that_was_asked_for_is_no_waiting(
+    api: httpx2.AsyncClient, hands: Hands
+) -> None:
+    await hands.submit(aged(60, hands, delay_seconds=50))
+    hands.let_come_due(keys.delayed("predict_queue"))
+    await hands.sweep()
+    assert await age(api) == pytest.approx(10, abs=1)
+
+
+# --- what it costs -------------------------------------------------------------------------
+
+
+async def calls_of_a_gauge(hands: Hands) -> dict[str, int]:
+    """How often Redis did what, scripts' inner calls included."""
+    hands.redis.config_resetstat()
+    await load(hands.store, "iris", "predict_queue")
+    found = hands.redis.info("commandstats")
+    ours = {name.removeprefix("cmdstat_"): one["calls"] for name, one in found.items()}
+    return {name: calls for name, calls in ours.items() if not name.startswith(("config", "info"))}
+
+
+async def test_an_answer_costs_redis_the_same_however_many_wait(hands: Hands) -> None:
+    await worker(hands.store)
+    await hands.some(200)
+    few = await calls_of_a_gauge(hands)
+    for _ in range(8):
+        await hands.some(250)
+    assert await calls_of_a_gauge(hands) == few
+    assert few["evalsha"] == 1
+    assert sum(few.values()) < 25
+
+
+@pytest.mark.soak
+async def test_with_a_million_waiting_redis_is_held_no_longer(
+    api: httpx2.AsyncClient, hands: Hands
+) -> None:
+    jobs = await hands.some(200)
+    fill = "for i = 1, 1000 do redis.call('LPUSH', KEYS[1], ARGV[1] .. i) end"
+    for part in range(1000):
+        hands.redis.eval(fill, 1, "predict_queue", f"x{part}:")
+    hands.redis.config_resetstat()
+    assert (await scale(api))["waiting_jobs"] == 1_000_000 + len(jobs)
+    stats = hands.redis.info("commandstats")["cmdstat_evalsha"]
+    assert stats["usec_per_call"] < 2000
+    hands.redis.delete("predict_queue")

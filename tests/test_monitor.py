@@ -1,0 +1,101 @@
+"""A worker's private port, asked by whoever reaches it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import closing
+from socket import socket
+
+import msgspec
+import pytest
+
+from asyncinfer.cli import main
+from asyncinfer.worker.monitor import Monitor, listen, monitored
+from tests.api.harness import hosted, raw_exchange
+
+
+@pytest.fixture
+def listener() -> Iterator[socket]:
+    with closing(listen("127.0.0.1", 0)) as it:
+        yield it
+
+
+@pytest.fixture
+def port(listener: socket) -> int:
+    return int(listener.getsockname()[1])
+
+
+@pytest.fixture
+async def monitor(listener: socket) -> AsyncIterator[Monitor]:
+    async with hosted(monitored(listener, head_seconds=0.1)) as it:
+        yield it
+
+
+async def ask(port: int, path: str, method: str = "GET") -> tuple[str, bytes]:
+    """The head and the body of an answer."""
+    said = await raw_exchange(port, f"{method} {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    head, _, body = said.partition(b"\r\n\r\n")
+    return head.decode(), body
+
+
+def assert_refused(answer: tuple[str, bytes], status: int, code: str) -> str:
+    head, body = answer
+    assert head.startswith(f"HTTP/1.1 {status} "), head
+    assert "content-type: application/problem+json" in head
+    problem = msgspec.json.decode(body)
+    assert (problem["status"], problem["code"]) == (status, code)
+    return str(problem["detail"])
+
+
+async def test_it_lives_before_it_is_ready(monitor: Monitor, port: int) -> None:
+    assert (await ask(port, "/health/live"))[1] == b'{"status":"ok"}'
+    assert "Redis" in assert_refused(await ask(port, "/health/ready"), 503, "not_ready")
+    monitor.unready = lambda: None
+    assert (await ask(port, "/health/ready"))[1] == b'{"status":"ok"}'
+    monitor.unready = lambda: "It drains."
+    assert assert_refused(await ask(port, "/health/ready"), 503, "not_ready") == "It drains."
+
+
+@pytest.mark.usefixtures("monitor")
+async def test_what_it_does_not_have_is_a_problem_as_the_api_has_them(port: int) -> None:
+    assert_refused(await ask(port, "/predict"), 404, "route_not_found")
+    refused = await ask(port, "/health/live", "POST")
+    assert_refused(refused, 405, "method_not_allowed")
+    assert "allow: GET, HEAD" in refused[0]
+    assert (await ask(port, "/health/live", "HEAD"))[1] == b""
+
+
+@pytest.mark.usefixtures("monitor")
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"\x16\x03\x01\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 2000, b"431"),
+        (b"GET /health/live HT", b"408"),
+        (b"", b""),
+    ],
+)
+async def test_bytes_that_are_no_request_are_refused_in_time(
+    sent: bytes, status: bytes, port: int
+) -> None:
+    said = await raw_exchange(port, sent, seconds=2)
+    assert said.startswith(b"HTTP/1.1 %b " % status if status else b"")
+    assert bool(said) == bool(status)
+
+
+@pytest.mark.usefixtures("monitor")
+async def test_silent_connections_do_not_keep_a_probe_out(port: int) -> None:
+    silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(64)]
+    assert await silent[0][0].read() == b""
+    assert (await ask(port, "/health/live"))[1] == b'{"status":"ok"}'
+    for _, writer in silent:
+        writer.close()
+
+
+def test_a_port_in_use_stops_the_start_and_says_what_to_do(
+    port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = ("work", "--redis-url", "unix:///nowhere", "--monitor-port", str(port))
+    assert main(work) == 2
+    said = capsys.readouterr().err
+    assert f"127.0.0.1:{port}" in said
+    assert "MONITOR_PORT" in said
