@@ -53,6 +53,7 @@ EXIT_HUNG: Final = 70
 _FAREWELL_SECONDS: Final = 1.0
 _LITTLE_BYTES: Final = 8192
 
+_MOST_STORING_SECONDS: Final = 1.0
 _SILENT_SECONDS: Final = 3 * ANNOUNCE_SECONDS
 """After so long without an answer from Redis, it counts as away."""
 
@@ -243,7 +244,6 @@ class Worker:
             finished += [self._failed(held, job, error) for job, error in prepared.refused]
             for batch in prepared.batches:
                 finished += await self._run(held, batch)
-            self._note_pace(held)
         except Hung as hung:
             self._lose_slot()
             finished += self._hung_jobs(held, hung.run, finished)
@@ -256,12 +256,17 @@ class Worker:
                 for job in held.open.values()
                 if job.job_id not in done
             ]
-        return await self._finish(held, finished)
+        ran_at = time.monotonic()
+        following = await self._finish(held, finished)
+        self._note_pace(held, ran_at)
+        return following
 
-    def _note_pace(self, held: Held) -> None:
+    def _note_pace(self, held: Held, ran_at: float) -> None:
+        """A claim takes its slot until its outcomes are stored; an outage says nothing of it."""
         now = time.monotonic()
+        slot_seconds = ran_at - held.claimed_at + min(now - ran_at, _MOST_STORING_SECONDS)
         model = self._models[held.claim.queue]
-        self._paces.note(model, now - held.claimed_at, len(held.claim.jobs), at_seconds=now)
+        self._paces.note(model, slot_seconds, len(held.claim.jobs), at_seconds=now)
 
     async def _prepared(self, claimed: Sequence[ClaimedJob]) -> Prepared:
         prepare = partial(execution.prepare, claimed, self._engines, self._default_model)

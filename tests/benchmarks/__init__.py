@@ -1,1 +1,1 @@
-"""The service beside the plain pattern, on one machine, in one run."""
+"""This service beside the plain pattern, on one machine, in one run."""
