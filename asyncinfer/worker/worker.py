@@ -27,6 +27,7 @@ from asyncinfer.errors import (
     RedisRefused,
     RedisUnavailable,
     ResultTooLarge,
+    StorageFull,
 )
 from asyncinfer.execution import Batch, Prepared
 from asyncinfer.repository.run import (
@@ -135,11 +136,11 @@ class Worker:
             await self._control.close()
             background.cancel_scope.cancel()
         await self._renewer.close()
-        with contextlib.suppress(RedisUnavailable, TimeoutError):
+        with contextlib.suppress(RedisUnavailable, StorageFull, TimeoutError):
             async with asyncio.timeout(_FAREWELL_SECONDS):
                 upkeep = Upkeep(self._store)
-                await upkeep.announce_paces(self._paces.seconds_per_job())
                 await upkeep.retract_worker(self.worker_id)
+                await upkeep.announce_paces(self._paces.seconds_per_job())
         self._threads.shutdown(wait=not self.hung)
         return EXIT_HUNG if self.hung else 0
 
