@@ -1,9 +1,11 @@
 """Where Redis may be, which servers are taken, and how a store reaches them."""
 
 import asyncio
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from asyncinfer.repository.store import Policy, Store, checked_server
 
 from .faults.customer import Customer
 from .faults.harness import eventually, eventually_sync
+from .faults.replicated import SERVICE, Node, sentinel_of, url_of
 from .test_cli import free_port
 
 
@@ -68,10 +71,10 @@ def test_a_url_of_no_redis_is_refused(url: str) -> None:
 
 
 async def test_each_kind_of_url_makes_its_kind_of_connection() -> None:
-    tls = Endpoint.parse("rediss://user:pass@h:6380/2").client("t", reply_seconds=1, retries=0)
+    tls = Endpoint.parse("rediss://user:pass@h:6380/2").client("t", reply_seconds=1)
     assert tls.connection_pool.connection_class is SSLConnection
     assert tls.connection_pool.connection_kwargs["db"] == 2
-    unix = Endpoint.parse("unix:///run/x.sock").client("t", reply_seconds=1, retries=0)
+    unix = Endpoint.parse("unix:///run/x.sock").client("t", reply_seconds=1)
     assert unix.connection_pool.connection_class is UnixDomainSocketConnection
     for client in (tls, unix):
         await client.aclose()
@@ -165,6 +168,28 @@ async def test_a_sentinel_that_is_down_is_passed_over_in_time(
         assert not renewed.lost
         renewals.close()
         await bell.close()
+
+
+async def test_a_call_to_a_primary_that_froze_is_sent_again_to_its_successor(
+    tmp_path: Path,
+) -> None:
+    primary, successor = Node(tmp_path / "primary"), Node(tmp_path / "successor")
+    sentinel = sentinel_of(primary, tmp_path / "sentinel", 1)
+    with ExitStack() as nodes:
+        for node in (primary, successor, sentinel):
+            nodes.enter_context(closing(node))
+            node.start()
+        url = url_of(sentinel)
+        async with Store.open(url, queue_name="pq", policy=Policy(), name="test") as store:
+            await store.command("SET", "where", "on the first")
+
+            primary.signal(signal.SIGSTOP)
+            # What a fail-over does in the end, without the seconds until it is agreed upon.
+            sentinel.client.sentinel_remove(SERVICE)
+            sentinel.client.sentinel_monitor(SERVICE, "127.0.0.1", successor.port, 1)
+            await store.command("SET", "where", "on the second")
+
+        assert successor.client.get("where") == b"on the second"
 
 
 async def test_another_default_model_than_the_first_is_refused(

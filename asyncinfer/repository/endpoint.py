@@ -42,12 +42,12 @@ class Endpoint(Struct, frozen=True):
             "sentinel://host:26379,host2:26379/service."
         )
 
-    def client(self, name: str, *, reply_seconds: float | None, retries: int) -> AsyncRedis:
-        """An asyncio client; `reply_seconds` None for calls that block."""
+    def client(self, name: str, *, reply_seconds: float | None) -> AsyncRedis:
+        """An asyncio client, which sends nothing twice; `reply_seconds` None for blocking calls."""
         options = {
             **self._common(name),
             "socket_timeout": reply_seconds,
-            "retry": AsyncRetry(NoBackoff(), retries),
+            "retry": AsyncRetry(NoBackoff(), 0),
         }
         if not self.sentinels:
             return AsyncRedis.from_url(self.url, **options)
@@ -61,7 +61,7 @@ class Endpoint(Struct, frozen=True):
         options = {
             **self._common(name),
             "socket_timeout": reply_seconds,
-            "retry": Retry(NoBackoff(), 1),
+            "retry": Retry(NoBackoff(), 0 if self.sentinels else 1),
         }
         if not self.sentinels:
             return redis.Redis.from_url(self.url, **options)

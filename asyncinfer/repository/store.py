@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final
 
@@ -178,7 +178,7 @@ class Store:
         self.policy = policy
         self.name = name
         self.call_seconds = call_seconds
-        self.redis = endpoint.client(name, reply_seconds=call_seconds * 0.45, retries=1)
+        self.redis = endpoint.client(name, reply_seconds=call_seconds * 0.45)
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self._clock_behind_ms: float | None = None
 
@@ -196,22 +196,32 @@ class Store:
 
     def blocking(self) -> Blocking:
         """A connection of its own for calls that block; the caller closes it."""
-        return Blocking(self.endpoint.client(self.name, reply_seconds=None, retries=0))
+        return Blocking(self.endpoint.client(self.name, reply_seconds=None))
 
     async def call(self, script: Script, names: Sequence[str], args: Sequence[Any]) -> Any:
         """Runs a script; raises RedisUnavailable or StorageFull."""
-        with translated():
-            async with asyncio.timeout(self.call_seconds), self._slots, _Fresh(self.redis):
-                try:
-                    return await self.redis.evalsha(script.sha, len(names), *names, *args)
-                except redis_errors.NoScriptError:
-                    return await self.redis.eval(script.text, len(names), *names, *args)
+
+        async def run() -> Any:
+            try:
+                return await self.redis.evalsha(script.sha, len(names), *names, *args)
+            except redis_errors.NoScriptError:
+                return await self.redis.eval(script.text, len(names), *names, *args)
+
+        return await self._answered(run)
 
     async def command(self, *command: Any) -> Any:
         """Runs one command; raises as `call` does."""
+        return await self._answered(lambda: self.redis.execute_command(*command))  # type: ignore[no-untyped-call]
+
+    async def _answered(self, send: Callable[[], Awaitable[Any]]) -> Any:
+        """Sends once more what got no reply. redis-py would send it to the address it had, and
+        not ask the sentinels who is primary by now (redis-py issue 3874)."""
         with translated():
             async with asyncio.timeout(self.call_seconds), self._slots, _Fresh(self.redis):
-                return await self.redis.execute_command(*command)  # type: ignore[no-untyped-call]
+                try:
+                    return await send()
+                except (redis_errors.ConnectionError, redis_errors.TimeoutError):
+                    return await send()
 
     # --- the server's clock ------------------------------------------------------------------
 

