@@ -1,0 +1,224 @@
+"""Two releases side by side on one Redis: this one, and the last that spoke otherwise to Redis."""
+
+import itertools
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx2
+import pytest
+import redis
+
+from asyncinfer import keys
+from tests.parents import REPOSITORY
+
+from .customer import transitions
+from .harness import assert_at_rest, eventually, eventually_sync
+from .services import Services, open_services
+
+pytestmark = pytest.mark.soak
+
+QUEUE = "predict_queue"
+ROWS = {
+    "setosa": [[5.1, 3.5, 1.4, 0.2]],
+    "versicolor": [[5.9, 3.0, 4.2, 1.5]],
+    "virginica": [[6.5, 3.0, 5.8, 2.2]],
+}
+_SPOKEN_IN = ("asyncinfer/lua", "asyncinfer/jobs.py", "asyncinfer/keys.py")
+"""Where it is written how jobs lie in Redis, and what travels there."""
+
+_HEARD_SECONDS = 2.0
+"""A notice is heard at once; without one a wait ends at the look that comes every 4 to 6 s."""
+
+_DELAY_SECONDS = 0.2
+
+
+def _git(*arguments: str) -> bytes:
+    try:
+        ran = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, check=True)
+    except FileNotFoundError:
+        pytest.skip("the release before is taken from git, which is not installed")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"the release before is taken from git: {error.stderr.decode().strip()}")
+    return ran.stdout
+
+
+def _commit_before() -> str:
+    """The last commit before what is spoken changed; HEAD where that was in the working tree."""
+    if _git("status", "--porcelain", "--", *_SPOKEN_IN):
+        return "HEAD"
+    changes = _git("log", "--format=%H %P", "--", *_SPOKEN_IN).decode().splitlines()
+    _, *parents = changes[0].split() if changes else ("",)
+    if not parents:
+        pytest.skip("the release before is not in this clone's history, which may be a shallow one")
+    return parents[0]
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source of the release before."""
+    archive = _git("archive", _commit_before(), "asyncinfer")
+    tree = tmp_path_factory.mktemp("before")
+    with tarfile.open(fileobj=BytesIO(archive)) as tar:
+        tar.extractall(tree, filter="data")
+    told = subprocess.run(
+        [sys.executable, "-c", "import asyncinfer; print(asyncinfer.__file__)"],
+        cwd=tree,
+        env={"PYTHONPATH": str(tree)},
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    assert told.stdout.startswith(str(tree))
+    return tree
+
+
+class Apis(NamedTuple):
+    before: str
+    now: str
+
+
+@pytest.fixture
+def services(
+    redis_url: str, server: redis.Redis, shipped_models: Path, tmp_path: Path
+) -> Iterator[Services]:
+    environ = {"REDIS_URL": redis_url, "MODEL_DIR": str(shipped_models), "MODELS": "iris"}
+    with open_services(tmp_path, **environ, LEASE_SECONDS="2", REAP_SECONDS="0.3") as it:
+        yield it
+
+
+async def test_each_release_runs_what_the_other_took_in(
+    before: Path, services: Services, server: redis.Redis
+) -> None:
+    worker = services.work(tree=before)
+    apis = Apis(services.serve(tree=before), services.serve())
+    async with httpx2.AsyncClient(timeout=30) as client:
+        await _all_that_can_be_asked(client, apis)
+        await _stopped(worker)
+        waiting = [await _submitted(client, url, "virginica") for url in apis]
+        worker = services.work()
+        await _all_completed(client, apis, waiting, "virginica")
+        await _all_that_can_be_asked(client, apis)
+        await _stopped(worker)
+    services.close()
+    assert_at_rest(server, QUEUE)
+
+
+async def test_releases_that_work_side_by_side_end_each_job_once_though_one_is_killed(
+    before: Path, services: Services, server: redis.Redis
+) -> None:
+    workers = [services.work(tree=before), services.work(), services.work(tree=before)]
+    apis = Apis(services.serve(tree=before), services.serve())
+    eventually_sync(lambda: _announced(server) == 3, "all three work")
+    names = itertools.cycle(ROWS)
+    submitted: dict[str, str] = {}
+    async with httpx2.AsyncClient(timeout=30) as client:
+        for number in range(300):
+            name = next(names)
+            submitted[await _submitted(client, apis[number % 2], name)] = name
+            if number == 150:
+                workers[0].kill()
+        for name in ROWS:
+            ids = [job_id for job_id, its in submitted.items() if its == name]
+            await _all_completed(client, apis, ids, name)
+    for worker in workers[1:]:
+        await _stopped(worker)
+    services.close()
+    ended = transitions(server, QUEUE)
+    assert {ended[job_id]["completed"] for job_id in submitted} == {1}
+    assert_at_rest(server, QUEUE)
+
+
+async def _all_that_can_be_asked(client: httpx2.AsyncClient, apis: Apis) -> None:
+    """Of each API, of what itself and what the other took in."""
+    for here, there in (apis, apis[::-1]):
+        await _is_told_at_once(client, here)
+        await _watches_a_job_of(client, here, there)
+        await _knows_the_key_of(client, here, there)
+        await _cancels_and_retries_a_job_of(client, here, there)
+
+
+async def _is_told_at_once(client: httpx2.AsyncClient, url: str) -> None:
+    for name in ROWS:
+        asked_at = time.monotonic()
+        answer = await _post(client, url, name, headers={"Prefer": "wait=20"})
+        assert answer.status_code == 200
+        _check(answer.json(), name)
+        assert time.monotonic() - asked_at < _HEARD_SECONDS
+
+
+async def _watches_a_job_of(client: httpx2.AsyncClient, here: str, there: str) -> None:
+    options = {"delay_seconds": _DELAY_SECONDS, "priority": "high", "ttl_seconds": 300}
+    job_id = await _submitted(client, there, "setosa", options=options)
+    asked_at = time.monotonic()
+    answer = await client.get(f"{here}/job/{job_id}?wait=20")
+    _check(answer.json(), "setosa")
+    assert time.monotonic() - asked_at < _HEARD_SECONDS + _DELAY_SECONDS
+
+
+async def _knows_the_key_of(client: httpx2.AsyncClient, here: str, there: str) -> None:
+    key = {"Idempotency-Key": f"one of {here} and {there}, {time.monotonic_ns()}".replace(" ", "-")}
+    first = await _post(client, there, "setosa", headers=key)
+    again = await _post(client, here, "setosa", headers=key)
+    other = await _post(client, here, "virginica", headers=key)
+    assert first.json()["job_id"] == again.json()["job_id"]
+    assert other.status_code == 422
+
+
+async def _cancels_and_retries_a_job_of(client: httpx2.AsyncClient, here: str, there: str) -> None:
+    job_id = await _submitted(client, there, "versicolor", options={"delay_seconds": 600})
+    for round_number, (one, other) in enumerate(((here, there), (there, here)), start=1):
+        assert (await client.delete(f"{one}/job/{job_id}")).status_code == 200
+        job = (await client.get(f"{other}/job/{job_id}")).json()
+        assert (job["status"], job["round"]) == ("cancelled", round_number)
+        if round_number == 1:
+            assert (await client.post(f"{other}/job/{job_id}/retry")).status_code == 202
+
+
+async def _post(
+    client: httpx2.AsyncClient,
+    url: str,
+    name: str,
+    *,
+    options: dict[str, Any] | None = None,
+    headers: dict[str, str] | None = None,
+) -> httpx2.Response:
+    body = {"data": ROWS[name], "options": options or {}}
+    return await client.post(f"{url}/predict", json=body, headers=headers)
+
+
+async def _submitted(
+    client: httpx2.AsyncClient, url: str, name: str, options: dict[str, Any] | None = None
+) -> str:
+    answer = await _post(client, url, name, options=options)
+    assert answer.status_code == 202, answer.text
+    return str(answer.json()["job_id"])
+
+
+async def _all_completed(
+    client: httpx2.AsyncClient, apis: Apis, job_ids: list[str], name: str
+) -> None:
+    """Both APIs say of each that it completed, with the right answer."""
+    for job_id in job_ids:
+        told = [(await client.get(f"{url}/job/{job_id}?wait=20")).json() for url in apis]
+        for job in told:
+            _check(job, name)
+
+
+def _check(job: dict[str, Any], name: str) -> None:
+    assert (job["status"], job["result"]["class_name"]) == ("completed", name)
+
+
+def _announced(server: redis.Redis) -> int:
+    return sum(1 for _ in server.scan_iter(keys.worker(QUEUE, "*"), count=1000))
+
+
+async def _stopped(worker: subprocess.Popen[bytes]) -> None:
+    worker.send_signal(signal.SIGTERM)
+    await eventually(lambda: worker.poll() == 0, "the worker leaves")
