@@ -8,6 +8,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -35,6 +36,8 @@ _LOOP: Final = {"use_uvloop": sys.platform != "win32"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    # The kernel keeps from process 1 of a container each signal that it has no handler for.
+    signal.signal(signal.SIGTERM, _stopped_before_it_began)
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.command(arguments))
@@ -45,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _EXIT_CANNOT_START
     except KeyboardInterrupt:
         return _EXIT_INTERRUPTED
+
+
+def _stopped_before_it_began(number: int, _: object) -> None:
+    sys.exit(0)
 
 
 def _refusals(error: StartError | BaseExceptionGroup[Any]) -> list[StartError]:

@@ -4,6 +4,7 @@ Everything here blocks; call it from a thread. `Engine.run` releases the GIL.
 """
 
 import hashlib
+import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,10 @@ from typing import Any, Final
 
 import msgspec
 import numpy as np
+
+# From 1.29 on it tells its maker, unless told not to, which models it loads. Read at import.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 import onnxruntime as ort
 
 from asyncinfer import batching, models

@@ -24,6 +24,7 @@ from asyncinfer.results import render_result
 from asyncinfer.tensors import Array, TensorSpec
 
 from . import zoo
+from .parents import REPOSITORY
 
 ROOT = Path(__file__).parents[1]
 
@@ -417,3 +418,12 @@ print("alive")
 def run_python(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", script, str(folder)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_nobody_is_told_which_models_are_served(tmp_path: Path) -> None:
+    """ONNX Runtime keeps what it means to send in the user's cache, unless told not to."""
+    load = f"ort.InferenceSession({str(REPOSITORY / 'model' / 'iris' / '1' / 'model.onnx')!r})"
+    environ = {"HOME": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
+    code = f"from asyncinfer.engine import ort; {load}"
+    subprocess.run([sys.executable, "-c", code], env=environ, check=True)
+    assert not list(tmp_path.iterdir())
