@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import msgspec
 import redis.exceptions as redis_errors
+from hiredis import pack_command
 from msgspec import Struct
 from redis.asyncio import Redis
 
@@ -136,29 +137,30 @@ class Blocking:
 
     async def pop(self, lists: Sequence[str], wait_seconds: float) -> str | None:
         """The list a token was drawn from (BRPOP); None when none came."""
-        reply = await self._bounded(wait_seconds, "BRPOP", *lists, wait_seconds)
+        pop = ("BRPOP", *lists, wait_seconds)
+        reply = await self._bounded(wait_seconds, _exchange(self._client, pop))
         return None if reply is None else bytes(reply[0]).decode()
 
     async def read(
         self, streams: Mapping[str, bytes], wait_seconds: float, count: int = 1000
     ) -> list[tuple[str, bytes, dict[bytes, bytes]]]:
         """New entries of streams (XREAD), each (stream, entry id, fields)."""
-        reply = await self._bounded(
-            wait_seconds,
+        read = self._client.execute_command(  # type: ignore[no-untyped-call]
             *("XREAD", "COUNT", count, "BLOCK", int(wait_seconds * 1000), "STREAMS"),
             *streams.keys(),
             *streams.values(),
         )
+        reply = await self._bounded(wait_seconds, read)
         return [
             (stream.decode(), entry_id, fields)
             for stream, entries in reply or ()
             for entry_id, fields in entries
         ]
 
-    async def _bounded(self, wait_seconds: float, *command: Any) -> Any:
+    async def _bounded(self, wait_seconds: float, call: Awaitable[Any]) -> Any:
         with translated():
             async with asyncio.timeout(wait_seconds + self._MARGIN_SECONDS), _Fresh(self._client):
-                return await self._client.execute_command(*command)  # type: ignore[no-untyped-call]
+                return await call
 
     async def close(self) -> None:
         """Ends the call under way, if any, with RedisUnavailable, and the connection."""
@@ -178,7 +180,7 @@ class Store:
         self.policy = policy
         self.name = name
         self.call_seconds = call_seconds
-        self.redis = endpoint.client(name, reply_seconds=call_seconds * 0.45)
+        self.redis = endpoint.client(name, reply_seconds=None)
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self._clock_behind_ms: float | None = None
 
@@ -200,12 +202,13 @@ class Store:
 
     async def call(self, script: Script, names: Sequence[str], args: Sequence[Any]) -> Any:
         """Runs a script; raises RedisUnavailable or StorageFull."""
+        keys_and_args = (len(names), *names, *args)
 
         async def run() -> Any:
             try:
-                return await self.redis.evalsha(script.sha, len(names), *names, *args)
+                return await _exchange(self.redis, ("EVALSHA", script.sha, *keys_and_args))
             except redis_errors.NoScriptError:
-                return await self.redis.eval(script.text, len(names), *names, *args)
+                return await _exchange(self.redis, ("EVAL", script.text, *keys_and_args))
 
         return await self._answered(run)
 
@@ -219,8 +222,9 @@ class Store:
         with translated():
             async with asyncio.timeout(self.call_seconds), self._slots, _Fresh(self.redis):
                 try:
-                    return await send()
-                except (redis_errors.ConnectionError, redis_errors.TimeoutError):
+                    async with asyncio.timeout(self.call_seconds * 0.45):
+                        return await send()
+                except (redis_errors.ConnectionError, redis_errors.TimeoutError, TimeoutError):
                     return await send()
 
     # --- the server's clock ------------------------------------------------------------------
@@ -269,6 +273,18 @@ class Store:
                 f"DEFAULT_MODEL={current}, or choose another QUEUE_NAME, or, with that queue "
                 f"empty, delete the key {keys.default_model(self.n)!r}."
             )
+
+
+async def _exchange(client: Redis, command: tuple[Any, ...]) -> Any:
+    """What redis-py's client does, without what it does beside: it packs in Python, which took
+    longer than all the rest of a call of many arguments."""
+    pool = client.connection_pool
+    connection = await pool.get_connection()  # type: ignore[no-untyped-call]
+    try:
+        await connection.send_packed_command(pack_command(command), check_health=False)
+        return await connection.read_response()
+    finally:
+        await pool.release(connection)
 
 
 def checked_server(info: Mapping[str, Any]) -> str:
