@@ -88,7 +88,11 @@ async def hosted(context: AbstractAsyncContextManager[T]) -> AsyncIterator[T]:
 
 def client_of(port: int, **headers: str) -> httpx2.AsyncClient:
     return httpx2.AsyncClient(
-        base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=30, trust_env=False
+        base_url=f"http://127.0.0.1:{port}",
+        headers=headers,
+        timeout=30,
+        trust_env=False,
+        verify=False,
     )
 
 
