@@ -1,6 +1,7 @@
 """Models that behave in one way each, workers of theirs, a customer, a server with a disk."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -15,7 +16,7 @@ from asyncinfer.repository.store import Store
 from tests import zoo
 
 from .customer import Customer
-from .processes import Crew, DurableServer, OpenCrew, Terms, open_crew
+from .processes import Crew, DurableServer, Nursery, OpenCrew, Start, Terms, open_crew, spawned
 from .worker_main import Order
 
 
@@ -30,13 +31,24 @@ def zoo_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def start_worker() -> Iterator[Start]:
+    """Forks workers where a fork is sound: on a Mac the system's own libraries may forbid it."""
+    if sys.platform != "linux":
+        yield spawned
+        return
+    it = Nursery()
+    yield it.forked
+    it.close()
+
+
 @pytest.fixture
-def crew(redis_url: str, zoo_models: Path, tmp_path: Path) -> OpenCrew:
+def crew(redis_url: str, zoo_models: Path, tmp_path: Path, start_worker: Start) -> OpenCrew:
     """Opens a crew that serves `slow` from the session's server, unless its terms say otherwise."""
     usual = Order(redis_url=redis_url, model_dir=str(zoo_models), models=("slow",))
 
     def opened(**terms: Unpack[Terms]) -> AbstractContextManager[Crew]:
-        return open_crew(tmp_path, replace(usual, **terms))
+        return open_crew(tmp_path, replace(usual, **terms), start_worker)
 
     return opened
 

@@ -5,10 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol, TypedDict, Unpack
+from typing import Any, Protocol, TypeAlias, TypedDict, Unpack
 
 import msgspec
 import redis
@@ -18,20 +18,92 @@ from asyncinfer.repository.store import Policy
 from asyncinfer.worker.claims import Step
 from asyncinfer.worker.worker import WorkerConfig
 
+from . import nursery
 from .harness import eventually, eventually_sync
 from .worker_main import Order
+
+
+class Started(Protocol):
+    """A process that runs; what these tests use of a Popen."""
+
+    pid: int
+    returncode: Any
+    """None until `poll` or `wait` saw its end."""
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> int: ...
+
+
+Start: TypeAlias = Callable[[str, Path], Started]
+"""Starts a worker: its order as JSON, and the file that its output goes to."""
+
+
+def spawned(order_json: str, log: Path) -> Started:
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.worker_main", order_json],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+
+class Nursery:
+    """The process that workers are forked from, for the session."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.nursery"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+            # A process with one thread can be forked; numpy would start one more.
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        )
+
+    def forked(self, order_json: str, log: Path) -> Started:
+        pid = self.ask(nursery.Birth(order_json, str(log)))
+        assert pid
+        return Forked(self, pid)
+
+    def ask(self, request: nursery.Birth | nursery.Look) -> int | None:
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(msgspec.json.encode(request) + b"\n")
+        self._process.stdin.flush()
+        return msgspec.json.decode(self._process.stdout.readline(), type=int | None)
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+class Forked:
+    """A process of the nursery's."""
+
+    def __init__(self, nursery: Nursery, pid: int) -> None:
+        self._nursery = nursery
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        return self._look(wait=False)
+
+    def wait(self) -> int:
+        ended = self._look(wait=True)
+        assert ended is not None
+        return ended
+
+    def _look(self, *, wait: bool) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._nursery.ask(nursery.Look(self.pid, wait))
+        return self.returncode
 
 
 class WorkerChild:
     """A worker process under test; its log is kept for a failing test to show."""
 
-    def __init__(self, order: Order, log: Path) -> None:
-        self._log = log.open("ab")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.worker_main", msgspec.json.encode(order).decode()],
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-        )
+    def __init__(self, order: Order, log: Path, start: Start = spawned) -> None:
+        self.process = start(msgspec.json.encode(order).decode(), log)
 
     def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -52,7 +124,7 @@ class WorkerChild:
     async def left(self, seconds: float = 10.0) -> int:
         """The exit code, once it has gone by itself; the loop may serve it meanwhile."""
         await eventually(self.died, "the worker leaves", seconds)
-        return self.process.returncode
+        return int(self.process.returncode)
 
     async def stop(self) -> int:
         """SIGTERM, and the exit code."""
@@ -64,20 +136,20 @@ class WorkerChild:
         if self.process.poll() is None:
             self.signal(signal.SIGCONT)
             self.kill()
-        self._log.close()
 
 
 class Crew:
     """The worker processes of one test; all gone at its end."""
 
-    def __init__(self, folder: Path, order: Order) -> None:
+    def __init__(self, folder: Path, order: Order, start: Start = spawned) -> None:
         self._log = folder / "workers.log"
         self._order = order
+        self._start = start
         self.members: list[WorkerChild] = []
 
     def hire(self, die_at: Step | None = None, fail_at: Step | None = None) -> WorkerChild:
         order = msgspec.structs.replace(self._order, die_at=die_at, fail_at=fail_at)
-        member = WorkerChild(order, self._log)
+        member = WorkerChild(order, self._log, self._start)
         self.members.append(member)
         return member
 
@@ -110,8 +182,8 @@ class OpenCrew(Protocol):
 
 
 @contextlib.contextmanager
-def open_crew(folder: Path, order: Order) -> Iterator[Crew]:
-    it = Crew(folder, order)
+def open_crew(folder: Path, order: Order, start: Start = spawned) -> Iterator[Crew]:
+    it = Crew(folder, order, start)
     try:
         yield it
     except BaseException:
