@@ -17,6 +17,7 @@ class Parent:
     """A Python program in a session of its own, which tells its story line by line."""
 
     def __init__(self, argv: Sequence[str], environ: Mapping[str, str], cwd: Path) -> None:
+        self.environ = environ
         self.process = subprocess.Popen(
             [sys.executable, *argv],
             stdout=subprocess.PIPE,

@@ -167,11 +167,25 @@ def answer_of(serve: Serve) -> dict[str, Any]:
     return answers[-1]
 
 
-def test_one_line_runs_it_and_the_pasted_curl_line_gets_a_result() -> None:
-    with serving() as serve:
-        assert answer_of(serve)["result"]["class_name"] == "setosa"
-        assert serve.welcome["Redis"].startswith("Valkey ")
-        assert "iris (default)" in serve.welcome["Models"]
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+    """A `serve` with nothing set, in a folder of its own; what it is asked leaves no trace."""
+    folder = tmp_path_factory.mktemp("anywhere")
+    environ = {"DATA_DIR": str(folder / "data"), "PYTHONPATH": str(REPOSITORY)}
+    with pytest.MonkeyPatch.context() as patch:
+        for knob in settings.knobs():
+            patch.delenv(knob.variable, raising=False)
+        with serving(cwd=folder, **environ) as serve:
+            yield serve
+
+
+def test_one_line_runs_it_and_the_pasted_curl_line_gets_a_result(served: Serve) -> None:
+    assert answer_of(served)["result"]["class_name"] == "setosa"
+    assert served.welcome["Redis"].startswith("Valkey ")
+
+
+def test_it_works_from_any_folder_with_the_shipped_models(served: Serve) -> None:
+    assert "iris (default)" in served.welcome["Models"]
 
 
 def test_sigterm_ends_all_of_it_and_the_next_start_has_its_jobs() -> None:
@@ -198,11 +212,13 @@ def test_a_killed_serve_leaves_neither_valkey_nor_worker_after_5_s() -> None:
         assert serve.get(f"/job/{job_id}")["status"] == "completed"
 
 
-def test_a_second_serve_on_one_data_dir_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with serving() as serve:
-        said = refusal(capsys, "serve", "--port", str(free_port()))
+def test_a_second_serve_on_one_data_dir_is_refused(
+    served: Serve, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data_dir = served.process.environ["DATA_DIR"]
+    said = refusal(capsys, "serve", "--port", str(free_port()), "--data-dir", data_dir)
 
-    assert f"pid {serve.process.process.pid}" in said
+    assert f"pid {served.process.process.pid}" in said
     assert all(word in said for word in ("DATA_DIR", "asyncinfer work"))
 
 
@@ -224,11 +240,6 @@ def test_a_taken_port_is_refused() -> None:
             assert f"127.0.0.1:{port}" in it.complaints()
 
 
-def test_a_worker_joins_a_running_serve_through_its_folder() -> None:
-    with serving() as serve, parent("-m", "asyncinfer", "work"):
-        eventually_sync(lambda: serve.get("/health")["workers"] == 2, "there are two workers")
-
-
-def test_it_works_from_any_folder_with_the_shipped_models(tmp_path: Path) -> None:
-    with serving(cwd=tmp_path, PYTHONPATH=str(REPOSITORY)) as serve:
-        assert "iris" in serve.welcome["Models"]
+def test_a_worker_joins_a_running_serve_through_its_folder(served: Serve) -> None:
+    with parent("-m", "asyncinfer", "work", DATA_DIR=served.process.environ["DATA_DIR"]):
+        eventually_sync(lambda: served.get("/health")["workers"] == 2, "there are two workers")

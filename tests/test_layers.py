@@ -1,6 +1,7 @@
 """The tree reads from top to bottom: a module imports only from rungs above its own."""
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -60,8 +61,13 @@ def _rung(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def _imports(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
+@functools.cache
+def _imports(path: Path) -> tuple[str, ...]:
+    return tuple(_names_imported(ast.parse(path.read_text()), path))
+
+
+def _names_imported(module: ast.Module, path: Path) -> Iterator[str]:
+    for node in ast.walk(module):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module == "asyncinfer":
@@ -74,7 +80,7 @@ def _imports(path: Path) -> Iterator[str]:
 @pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_module_imports_only_from_rungs_above_its_own(path: Path) -> None:
     if path == PACKAGE / "__init__.py":
-        assert not list(_imports(path))
+        assert not _imports(path)
         return
     own = RUNGS.index(_rung(path))
     for name in _imports(path):
