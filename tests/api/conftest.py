@@ -3,12 +3,14 @@
 from collections.abc import AsyncIterator
 
 import httpx2
+import msgspec
 import pytest
 
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.repository.store import Policy, Store
+from tests.faults.proxy import proxied
 
-from .harness import Hand, announce, client_of, hosted, running
+from .harness import Hand, Road, announce, client_of, hosted, running
 
 
 @pytest.fixture
@@ -27,3 +29,14 @@ async def api(config: ApiConfig, store: Store) -> AsyncIterator[httpx2.AsyncClie
 @pytest.fixture
 def hand(store: Store) -> Hand:
     return Hand(store)
+
+
+@pytest.fixture
+async def behind(config: ApiConfig, store: Store) -> AsyncIterator[Road]:
+    """An API that serves iris, behind a proxy that can cut it off from Redis."""
+    await announce(store, "iris", default="iris")
+    async with hosted(proxied(config.redis_url)) as proxy:
+        away = msgspec.structs.replace(config, redis_url=proxy.url)
+        async with hosted(running(away)) as port:
+            yield Road(port, proxy)
+            proxy.restore()

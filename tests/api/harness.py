@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import anyio
 import httpx2
@@ -20,6 +20,7 @@ from asyncinfer.repository.store import Store
 from asyncinfer.repository.upkeep import Upkeep
 from asyncinfer.tensors import TensorSpec
 from tests.faults.harness import eventually
+from tests.faults.proxy import Proxy
 
 T = TypeVar("T")
 
@@ -119,6 +120,13 @@ async def announce(store: Store, *models: str, default: str | None = None) -> No
     await upkeep.announce_models(
         {model: {"1": msgspec.json.encode(signature(model))} for model in models}
     )
+
+
+class Road(NamedTuple):
+    """The port of an API, and what its way to Redis leads through."""
+
+    port: int
+    proxy: Proxy
 
 
 class Hand:

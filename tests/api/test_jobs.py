@@ -17,6 +17,7 @@ from .harness import (
     RESULT,
     ROW,
     Hand,
+    Road,
     announce,
     assert_problem,
     client_of,
@@ -127,12 +128,12 @@ async def test_a_wait_ends_with_its_time(api: httpx2.AsyncClient) -> None:
     assert reply.json()["status"] == "pending"
 
 
-async def test_a_wait_without_redis_says_so(api: httpx2.AsyncClient, server: redis.Redis) -> None:
-    job_id = await submit(api)
-    async with asyncio.TaskGroup() as group:
-        get = group.create_task(api.get(f"/job/{job_id}?wait=0.1"))
+async def test_a_wait_without_redis_says_so(behind: Road) -> None:
+    async with client_of(behind.port) as client, asyncio.TaskGroup() as group:
+        job_id = await submit(client)
+        get = group.create_task(client.get(f"/job/{job_id}?wait=0.1"))
         await asyncio.sleep(0.05)
-        server.client_pause(1300, all=True)
+        behind.proxy.black_hole()
     assert_problem(get.result(), 503, "redis_unavailable")
 
 

@@ -19,8 +19,10 @@ from .processes import OpenCrew
 
 
 async def test_a_bulk_of_1000_wakes_eight_idle_workers(store: Store, server: redis.Redis) -> None:
-    best = min([await _seconds_to_wake(store, server, 8) for _ in range(5)])
-    assert best < 0.1
+    for _ in range(5):
+        if (seconds := await _seconds_to_wake(store, server, 8)) < 0.1:
+            break  # a busy machine may delay some
+    assert seconds < 0.1
 
 
 async def _seconds_to_wake(store: Store, server: redis.Redis, workers: int) -> float:
@@ -68,7 +70,9 @@ async def test_a_lost_token_delays_a_job_by_one_look_at_most(
             server.set(keys.status(job_id), "pending")
             server.lpush(customer.queue, job_id)
             waits.append(await _seconds_to_complete(server, job_id))
-        assert min(waits) < 0.5 + 0.4
+            if waits[-1] < 0.5 + 0.4:
+                break  # a busy machine may delay one or two
+        assert waits[-1] < 0.5 + 0.4, waits
         assert await worker.stop() == 0
     assert_at_rest(server, customer.queue)
 
@@ -84,7 +88,7 @@ async def test_low_priority_moves_while_high_never_runs_dry(
 ) -> None:
     low = await customer.submit([1.0] * 4, Options(priority="low"))
     normal = await customer.submit([1.0] * 4)
-    await customer.submit([1.0] * 400, Options(priority="high"))
+    await customer.submit([1.0] * 200, Options(priority="high"))
     high = keys.waiting(customer.queue)[0]
     with crew(worker=WorkerConfig(concurrency=1, max_batch=1)) as workers:
         worker = workers.hire()
