@@ -47,13 +47,14 @@ async def test_what_was_acknowledged_survives_a_killed_server(
             crewed = [workers.hire(), workers.hire()]
             await _ready(durable, crewed)
             async with asyncio.TaskGroup() as group:
-                load = group.create_task(_load(customer))
+                enough = asyncio.Event()
+                group.create_task(_load_until(enough, customer))
                 for _ in range(2):
                     seen = len(customer.acknowledged)
                     await eventually(_more_than(customer, seen + 100), "the load goes on", 20)
                     durable.kill()
                     durable.start()
-                load.cancel()
+                enough.set()
             before = len(customer.acknowledged)
             restarted_at = time.monotonic()
             await customer.submit([1.0])
@@ -78,9 +79,10 @@ def _more_than(customer: Customer, count: int) -> Callable[[], bool]:
     return lambda: len(customer.acknowledged) > count
 
 
-async def _load(customer: Customer) -> None:
+async def _load_until(end: asyncio.Event, customer: Customer) -> None:
     chance = random.Random(3)
-    while True:
+    # Told, not cancelled: a call may swallow that.
+    while not end.is_set():
         await customer.submit_or_not([float(chance.randint(0, 8)) for _ in range(10)])
         await asyncio.sleep(0.02)
 
