@@ -75,16 +75,26 @@ def test_threads_share_a_model_without_mixing_their_answers(tmp_path: Path) -> N
 
 def test_a_loop_of_hours_stops_within_a_second(tmp_path: Path) -> None:
     engine = loaded(tmp_path, zoo.loop_for_hours())
-    stop = Stop()
-    timer = threading.Timer(0.1, stop.stop)
-    timer.start()
-    started = time.monotonic()
+    for _ in range(3):
+        if (seconds := _seconds_to_stop(engine)) < 1:
+            break  # a busy machine may delay one or two
+    assert seconds < 1
 
+
+def _seconds_to_stop(engine: Engine) -> float:
+    stop = Stop()
+    stopped_at: list[float] = []
+
+    def stop_it() -> None:
+        stopped_at.append(time.monotonic())
+        stop.stop()
+
+    timer = threading.Timer(0.1, stop_it)
+    timer.start()
     with pytest.raises(Stopped):
         engine.run(column(0), stop)
-
-    assert time.monotonic() - started < 1.1
     timer.join()
+    return time.monotonic() - stopped_at[0]
 
 
 def test_a_stop_stops_no_other_run_of_the_model(tmp_path: Path) -> None:

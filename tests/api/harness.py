@@ -187,7 +187,7 @@ def assert_problem(reply: httpx2.Response, status: int, code: str) -> dict[str, 
     return body
 
 
-async def raw_exchange(port: int, sent: bytes, seconds: float = 5.0) -> bytes:
+async def raw_exchange(port: int, sent: bytes, seconds: float = 20.0) -> bytes:
     """Everything the server answers to these bytes until it closes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:

@@ -9,6 +9,7 @@ import pytest
 
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.repository.store import Store
+from tests.faults.harness import eventually
 
 from .harness import announce, client_of, hosted, raw_exchange, running, submit
 
@@ -56,30 +57,30 @@ def assert_refused(answer: bytes, status: int, code: str) -> None:
 async def test_a_head_that_dribbles_is_ended(strict: int) -> None:
     answer, ended = await dribble(strict, GET, b"X: y\r\n")
     assert_refused(answer, 408, "request_timeout")
-    assert 0.3 <= ended < 1
+    assert 0.3 <= ended < 4
 
 
 async def test_a_silent_connection_is_closed_without_a_word(strict: int) -> None:
     began = time.monotonic()
     assert await raw_exchange(strict, b"") == b""
-    assert 0.3 <= time.monotonic() - began < 1
+    assert 0.3 <= time.monotonic() - began < 4
 
 
 async def test_line_ends_keep_no_connection_open(strict: int) -> None:
     answer, ended = await dribble(strict, b"\r\n", b"\r\n")
     assert answer == b""
-    assert ended < 1
+    assert ended < 4
     answer, ended = await dribble(strict, GET + b"\r\n\r\n", b"\r\n")
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert answer.count(b"HTTP/1.1") == 1
-    assert ended < 1
+    assert ended < 4
 
 
 async def test_a_body_that_dribbles_is_ended(strict: int) -> None:
     first = POST + b"Content-Length: 1000\r\n\r\n"
     answer, ended = await dribble(strict, first, b" ")
     assert_refused(answer, 408, "request_timeout")
-    assert 0.4 <= ended < 1
+    assert 0.4 <= ended < 4
 
 
 async def test_a_chunked_body_that_dribbles_is_ended(strict: int) -> None:
@@ -96,7 +97,7 @@ async def test_a_body_shorter_than_announced_is_ended(strict: int) -> None:
 async def test_a_body_nobody_reads_is_ended_too(strict: int) -> None:
     answer, ended = await dribble(strict, GET + b"Content-Length: 100000\r\n\r\n", b"x")
     assert answer.startswith(b"HTTP/1.1 200 ")
-    assert ended < 1
+    assert ended < 4
 
 
 async def test_the_next_request_on_a_connection_has_its_own_time(strict: int) -> None:
@@ -169,10 +170,12 @@ async def test_connections_above_the_cap_are_told_so(strict: int) -> None:
     assert_refused(await raw_exchange(strict, b""), 503, "too_many_connections")
     for _, writer in held:
         writer.close()
-    await asyncio.sleep(0.05)
-    assert (await raw_exchange(strict, GET + b"Connection: close\r\n\r\n")).startswith(
-        b"HTTP/1.1 200 "
-    )
+
+    async def let_in() -> bool:
+        answer = await raw_exchange(strict, GET + b"Connection: close\r\n\r\n")
+        return answer.startswith(b"HTTP/1.1 200 ")
+
+    await eventually(let_in, "there is room again")
 
 
 async def test_an_offer_to_upgrade_is_answered_as_plain_http(strict: int) -> None:

@@ -124,7 +124,7 @@ async def test_a_wait_ends_with_its_time(api: httpx2.AsyncClient) -> None:
     job_id = await submit(api)
     began = time.monotonic()
     reply = await api.get(f"/job/{job_id}?wait=0.1")
-    assert 0.1 <= time.monotonic() - began < 1
+    assert 0.1 <= time.monotonic() - began < 4
     assert reply.json()["status"] == "pending"
 
 
@@ -147,7 +147,7 @@ async def test_a_client_that_hangs_up_is_not_waited_for(
             with pytest.raises(httpx2.ReadTimeout):
                 await client.get(f"/job/{job_id}?wait=60", timeout=0.1)
         began = time.monotonic()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
 
 
 async def test_a_query_is_refused_by_the_name_of_what_is_wrong(api: httpx2.AsyncClient) -> None:
@@ -182,7 +182,7 @@ async def test_a_stopping_api_answers_those_who_wait(config: ApiConfig, store: S
             began = time.monotonic()
         took = time.monotonic() - began
         assert ((await get).status_code, (await post).status_code) == (200, 202)
-    assert took < 2
+    assert took < 10
 
 
 # --- cancelling ----------------------------------------------------------------------------

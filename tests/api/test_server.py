@@ -27,7 +27,7 @@ async def test_it_returns_after_a_signal(
     ready = asyncio.Event()
     config = msgspec.structs.replace(config, port=0)
     before = signal.getsignal(number)
-    async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         group.create_task(serve(config, on_ready=ready.set))
         await ready.wait()
         os.kill(os.getpid(), number)

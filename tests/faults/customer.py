@@ -116,6 +116,13 @@ def claim_sizes(client: redis.Redis, queue: str) -> list[int]:
     ]
 
 
+def completed_in_order(client: redis.Redis, queue: str) -> list[str]:
+    """The queue's completed jobs, the first first, from its log."""
+    entries: list[tuple[bytes, dict[bytes, bytes]]] = client.xrange(keys.log(queue))  # type: ignore[assignment]
+    completed = (fields[b"completed"] for _, fields in entries if b"completed" in fields)
+    return [job_id for packed in completed for job_id in _ids.decode(packed)]
+
+
 def assert_one_end_each(client: redis.Redis, queue: str) -> None:
     """No job of the log ended twice."""
     for job_id, counts in transitions(client, queue).items():

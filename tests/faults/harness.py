@@ -53,7 +53,7 @@ def _worker_connections(client: redis.Redis) -> list[str]:
 
 
 async def eventually(
-    condition: Callable[[], bool | Awaitable[bool]], what: str, seconds: float = 10.0
+    condition: Callable[[], bool | Awaitable[bool]], what: str, seconds: float = 30.0
 ) -> None:
     """Waits until `condition` holds; fails the test, naming `what`, when it does not."""
     deadline = time.monotonic() + seconds
@@ -67,7 +67,7 @@ async def eventually(
         await asyncio.sleep(0.005)
 
 
-def eventually_sync(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
+def eventually_sync(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
     """`eventually` for tests without a loop."""
     deadline = time.monotonic() + seconds
     while not condition():

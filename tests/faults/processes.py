@@ -121,7 +121,7 @@ class WorkerChild:
         pattern = keys.worker("predict_queue", f"*-{self.process.pid}-*")
         return any(True for _ in client.scan_iter(pattern, count=1000))
 
-    async def left(self, seconds: float = 10.0) -> int:
+    async def left(self, seconds: float = 30.0) -> int:
         """The exit code, once it has gone by itself; the loop may serve it meanwhile."""
         await eventually(self.died, "the worker leaves", seconds)
         return int(self.process.returncode)

@@ -26,7 +26,7 @@ async def test_a_worker_that_waits_goes_at_once(
         await customer.submit([1.0])
         await customer.all_completed()
         worker.signal(signal.SIGTERM)
-        assert await worker.left(3) == 0
+        assert await worker.left(15) == 0
     assert not list(server.scan_iter(keys.worker("predict_queue", "*")))
     assert_at_rest(server, customer.queue)
 
@@ -104,7 +104,7 @@ async def test_a_second_signal_ends_a_worker_at_once_and_loses_nothing(
         worker.signal(signal.SIGTERM)
         await eventually(lambda: "Draining" in workers.log, "it drains")
         worker.signal(signal.SIGTERM)
-        assert await worker.left(2) == 130
+        assert await worker.left(15) == 130
         workers.hire()
         await customer.all_completed()
         assert await workers.members[-1].stop() == 0
@@ -196,7 +196,7 @@ async def test_a_worker_goes_every_time_it_is_asked(
             await eventually(partial(worker.announced, server), "the worker is ready")
             await customer.submit([float(number % 3)] * 5)
             worker.signal(signal.SIGTERM)
-            assert await worker.left(3) == 0
+            assert await worker.left(15) == 0
         workers.hire()
         await customer.all_completed()
     assert_one_end_each(server, customer.queue)

@@ -305,7 +305,7 @@ async def test_a_worker_starts_with_memory_full_and_empties_the_queue(
     try:
         with crew() as workers:
             worker = workers.hire()
-            await customer.all_completed(5)
+            await customer.all_completed()
             assert await worker.stop() == 0
     finally:
         server.config_set("maxmemory", "0")

@@ -122,7 +122,7 @@ async def test_a_worker_with_a_hung_run_takes_nothing_more(
     patient = replace(HASTY, concurrency=1, max_batch=1, drain_timeout_seconds=20)
     with crew(models=("huge",), worker=patient) as workers:
         hung, *others = await customer.submit([TOO_BIG, 1.0, 2.0, 3.0])
-        assert await workers.hire().left(5) == EXIT_HUNG
+        assert await workers.hire().left(15) == EXIT_HUNG
     assert server.get(keys.status(hung)) == b"failed"
     assert {server.get(keys.status(one)) for one in others} == {b"pending"}
     seen = transitions(server, customer.queue)
@@ -185,10 +185,11 @@ async def test_a_models_own_time_limit_comes_before_the_general_one(
     crew: OpenCrew, customer: Customer, server: redis.Redis, tmp_path: Path
 ) -> None:
     zoo.place(tmp_path / "m", "slow", zoo.slow(), toml="[limits]\ntimeout_seconds = 0.3\n")
-    with crew(model_dir=str(tmp_path / "m"), models=()) as workers:
+    unhurried = WorkerConfig(concurrency=1, prediction_timeout_seconds=600)
+    with crew(model_dir=str(tmp_path / "m"), models=(), worker=unhurried) as workers:
         await customer.submit([zoo.FOREVER])
         worker = workers.hire()
-        (ended,) = await customer.all_ended(5)
+        (ended,) = await customer.all_ended()
         assert _why(ended) == "timeout"
         assert await worker.stop() == 0
     assert_at_rest(server, customer.queue)
