@@ -16,6 +16,17 @@ from asyncinfer.repository.store import Policy, Store
 from .faults import harness
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The whole default suite runs in two processes; what is chosen runs in this one."""
+    chosen = config.args_source is not pytest.Config.ArgsSource.TESTPATHS
+    option = config.option
+    if chosen or option.keyword or option.markexpr != "not soak" or "TEST_REDIS_URL" in os.environ:
+        return 0
+    # A file's tests stay together, since they may share a service.
+    option.dist = "loadfile"
+    return 2
+
+
 @pytest.fixture(scope="session")
 def redis_url() -> Iterator[str]:
     """The server named by TEST_REDIS_URL (it is emptied!), else a Valkey of our own."""
