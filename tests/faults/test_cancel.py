@@ -120,7 +120,7 @@ async def test_cancel_racing_claim_and_finish_500_times_leaves_one_end_each(
             ids = await customer.submit([float(number % 4)] * 10)
             async with asyncio.TaskGroup() as group:
                 for place, job_id in enumerate(ids):
-                    group.create_task(_cancel_after(customer, job_id, place % 5))
+                    group.create_task(_cancel_at(customer, job_id, place))
         ended = {one.job_id: one.status for one in await customer.all_ended()}
         assert await worker.stop() == 0
     assert len(ended) == 500
@@ -132,8 +132,12 @@ async def test_cancel_racing_claim_and_finish_500_times_leaves_one_end_each(
     assert_at_rest(server, customer.queue)
 
 
-async def _cancel_after(customer: Customer, job_id: str, looks: int) -> None:
-    """Cancels after as many round trips, so that it meets the job at another point each time."""
-    for _ in range(looks):
-        await customer.read([job_id])
-    await customer.submissions.cancel(await _read(customer, job_id))
+async def _cancel_at(customer: Customer, job_id: str, place: int) -> None:
+    """Some round trips after the submit (places 0 to 3) or the start (4 to 8), or at the end."""
+    before = ((), ("pending",), ("pending", "processing"))[(place + 1) // 5]
+    deadline = time.monotonic() + 30
+    while (stored := await _read(customer, job_id)).status in before:
+        assert time.monotonic() < deadline, f"still {stored.status}"
+    for _ in range((place + 1) % 5):
+        stored = await _read(customer, job_id)
+    await customer.submissions.cancel(stored)
