@@ -129,7 +129,7 @@ async def _away(crew: OpenCrew, durable: DurableServer, policy: Policy, seconds:
         client.close()
 
 
-def _renewed(client: redis.Redis, queue: str) -> Callable[[], bool]:
+def renewed(client: redis.Redis, queue: str) -> Callable[[], bool]:
     def lease_end() -> float:
         leases: Any = client.zrange(keys.leases(queue), 0, -1, withscores=True)
         return float(leases[0][1])
@@ -230,7 +230,7 @@ async def test_a_result_that_could_not_be_stored_is_stored_when_redis_is_back(
             (job_id,) = await customer.submit([800.0])
             await eventually(_running(server, customer.queue, 1), "it runs")
             # Renewed, so the worker has the claim's reply, and runs it.
-            await eventually(_renewed(server, customer.queue), "its lease is renewed")
+            await eventually(renewed(server, customer.queue), "its lease is renewed")
             await proxy.down()
             await eventually(lambda: "Finishing:" in workers.log, "it cannot be stored")
             assert server.get(keys.status(job_id)) == b"processing"

@@ -89,7 +89,7 @@ async def test_a_kernel_that_nothing_stops_costs_its_job_and_its_process_alone(
 ) -> None:
     hung, other = Customer(store, "huge"), Customer(store)
     with crew(models=("slow", "huge"), worker=HASTY, default_model="slow") as workers:
-        await other.submit([100.0])
+        await other.submit([10.0])
         await hung.submit([TOO_BIG])
         worker = workers.hire()
         (ended,) = await hung.all_ended()

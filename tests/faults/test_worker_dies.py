@@ -19,6 +19,7 @@ from tests import zoo
 from .customer import Customer, assert_one_end_each, transitions
 from .harness import assert_at_rest, eventually
 from .processes import Crew, OpenCrew, WorkerChild
+from .test_redis_away import renewed
 
 STEPS: tuple[Step, ...] = ("woken", "claimed", "running", "finishing", "finished")
 PATIENT = Policy(lease_seconds=0.5, reap_seconds=0.08, job_ttl_seconds=600, max_deliveries=1000)
@@ -81,8 +82,10 @@ async def test_a_worker_that_froze_cannot_write_over_the_one_that_took_its_job(
 ) -> None:
     with crew(policy=PATIENT) as workers:
         frozen = workers.hire()
-        (job_id,) = await customer.submit([300.0])
+        (job_id,) = await customer.submit([500.0])
         await eventually(lambda: server.hexists(keys.running(customer.queue), job_id), "it runs")
+        # Renewed, so the worker has the claim's reply, and runs it.
+        await eventually(renewed(server, customer.queue), "its lease is renewed")
         frozen.signal(signal.SIGSTOP)
         workers.hire()
         await customer.all_completed()
