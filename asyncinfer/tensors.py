@@ -5,7 +5,9 @@ on it: the decoder knows the type and range of every element before numpy sees t
 """
 
 import functools
+import itertools
 import math
+import struct
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, Final, TypeAlias
@@ -67,14 +69,28 @@ RANGES: Final[dict[str, tuple[float, float]]] = {
 }
 """The numbers that fit each numeric datatype, ends included."""
 
+_LONG_BYTES: Final = 1024
+
 
 def decode(data: bytes | msgspec.Raw, spec: TensorSpec) -> Array:
     """The JSON text `data` as an array of `spec`'s datatype; its shape is still to be checked.
 
     Raises ValueError or OverflowError when anything in it is not an element of that datatype.
     """
-    values = _decoder(spec.datatype, len(spec.shape))(data)
+    values: Any = _decoder(spec.datatype, len(spec.shape))(data)
+    if len(data) > _LONG_BYTES and spec.datatype in FLOATS and len(spec.shape) == 2:
+        return _matrix(values).astype(DTYPES[spec.datatype])
     return np.array(values, dtype=DTYPES[spec.datatype])
+
+
+def _matrix(rows: list[list[float]]) -> npt.NDArray[np.float64]:
+    """What np.array makes of long rows, in half of its time."""
+    width = len(rows[0]) if rows else 0
+    if any(len(row) != width for row in rows):
+        raise ValueError("rows of different lengths")
+    packed = struct.pack(f"{len(rows) * width}d", *itertools.chain.from_iterable(rows))
+    shape = (len(rows), width) if rows else (0,)
+    return np.frombuffer(packed).reshape(shape)
 
 
 def fits(shape: tuple[int, ...], spec: TensorSpec) -> bool:

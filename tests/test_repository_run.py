@@ -963,3 +963,14 @@ async def test_a_queue_whose_jobs_share_runs_is_claimed_in_batches_beside_one_wh
     claim = (await hands.runs.claim(request)).claim
     assert claim
     assert ids_of(claim.jobs) == ids
+
+
+async def test_a_claim_of_all_that_waits_leaves_no_bell_that_rings_for_nothing(
+    hands: Hands,
+) -> None:
+    await hands.some(3)
+    await hands.some(3)
+    await hands.take(max_jobs=5)
+    assert hands.redis.llen(keys.wake(Q)) > 0
+    await hands.take(max_jobs=5)
+    assert hands.redis.llen(keys.wake(Q)) == 0

@@ -103,3 +103,26 @@ def test_a_shape_fits_what_is_declared_or_does_not(
     shape: tuple[int, ...], declared: tuple[int | str | None, ...], fit: bool
 ) -> None:
     assert tensors.fits(shape, TensorSpec("x", "FP32", declared)) is fit
+
+
+@pytest.mark.parametrize("datatype", ["FP16", "FP32", "FP64"])
+def test_a_long_matrix_is_read_to_the_last_bit(datatype: str) -> None:
+    """A long text takes a way of its own to an array."""
+    random = np.random.default_rng(0)
+    rows = (random.standard_normal((9, 100)) * 10.0 ** random.integers(-9, 4, (9, 100))).tolist()
+    spec = TensorSpec("x", datatype, ("batch", 100))
+    read = tensors.decode(msgspec.json.encode(rows), spec)
+    assert read.dtype == tensors.DTYPES[datatype]
+    assert np.array_equal(read, np.array(rows, dtype=tensors.DTYPES[datatype]))
+
+
+@pytest.mark.parametrize("text", [b"[[1,2],[1]]", b"[[],[1]]", b"[]", b"[[]]"])
+def test_a_long_matrix_that_is_none_is_refused_as_a_short_one(text: bytes) -> None:
+    spec = TensorSpec("x", "FP32", ("batch", 2))
+    answers = []
+    for padding in (b"", b" " * 2000):
+        try:
+            answers.append(str(tensors.decode(text + padding, spec).shape))
+        except ValueError:
+            answers.append("refused")
+    assert answers[0] == answers[1]

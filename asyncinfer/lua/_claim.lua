@@ -160,7 +160,13 @@ local function take(q, a, now, exactly)
   end
   haunt(q, p.gone, false)
   haunt(q, p.ended, false)
-  if #p.cuts > 0 and settle(q, -p.freed) > 0 or p.blocked then ring(q) end
+  local left = #p.cuts > 0 and settle(q, -p.freed)
+  if p.blocked or (left and left > 0) then
+    ring(q)
+  elseif left then
+    -- A token left over would only make a worker look for nothing.
+    redis.call('DEL', q.wake)
+  end
   return { now, q.list, p.blocked and 1 or 0, unpack(describe(p.taken)) }
 end
 

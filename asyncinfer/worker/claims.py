@@ -28,7 +28,8 @@ T = TypeVar("T")
 Step = Literal["woken", "claimed", "running", "finishing", "finished"]
 
 _LOW_FIRST_EVERY: Final = 16
-_INSTANT_SECONDS: Final = 0.0025
+_SHORT_SECONDS: Final = 0.0015
+_SOON_SECONDS: Final = 0.005
 
 
 class Run:
@@ -59,6 +60,7 @@ class Held:
         self.open = {job.job_id: job for job in claim.jobs}
         self.claimed_at = time.monotonic()
         self.started_ms = time.time_ns() // 1_000_000
+        self.ran_at = self.claimed_at
         self.run: Run | None = None
         self.early: set[asyncio.Task[None]] = set()
 
@@ -98,9 +100,10 @@ class Claims:
         """Whether nothing waits that has not rung since."""
         self._asked = 0
         self._made = 0
-        self._claimed_of = ""
-        self._cycle_seconds = 0.0
-        """From a claim to its finish, a running mean."""
+        self._rode: tuple[int, tuple[str, ...]] = (0, ())
+        """The last claim that rode on a finish: its number, and what it took from or saw empty."""
+        self._run_seconds = 0.0
+        """From a claim to its outcomes, a running mean."""
 
     async def drain(self) -> None:
         """Claims nothing more; whoever waits for work returns."""
@@ -136,11 +139,14 @@ class Claims:
         async with self._claiming:
             following = self._following(held)
             claimed = await store_outcomes(following)
-            self._cycle_seconds += 0.2 * (time.monotonic() - held.claimed_at - self._cycle_seconds)
+            self._run_seconds += 0.2 * (held.ran_at - held.claimed_at - self._run_seconds)
             self._renewer.let_go(held.claim.token)
             self.held.pop(held.claim.token, None)
             self._on_step("finished")
             following_held = self._hold(claimed) if following else None
+            if following and not claimed.blocked:
+                took_of = following_held and (following_held.claim.queue,)
+                self._rode = (self._asked, took_of or following.queues)
             self._let_go_event.set()
             return following_held
 
@@ -158,16 +164,17 @@ class Claims:
         return rang
 
     async def _taken_by_another(self, rang: str) -> bool:
-        """Whether a slot that finishes in an instant takes what rang with its next claim: one
-        claim of sixteen jobs costs little more than one of four."""
-        made = self._made
-        if not self.held or self._cycle_seconds > _INSTANT_SECONDS:
+        """Whether a slot whose run is short takes what rang with its next claim: one claim of
+        sixteen jobs costs little more than one of four. It counts if it was sent after the bell."""
+        asked = self._asked
+        if not self.held or self._run_seconds > _SHORT_SECONDS:
             return False
         self._let_go_event.clear()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_INSTANT_SECONDS):
+            async with asyncio.timeout(_SOON_SECONDS):
                 await self._let_go_event.wait()
-        return self._made > made and self._claimed_of == rang
+        number, queues = self._rode
+        return number > asked and rang in queues
 
     async def _ring_back(self, rang: str | None) -> None:
         if rang:
@@ -252,7 +259,6 @@ class Claims:
         if claimed.claim is None:
             return None
         self._made += 1
-        self._claimed_of = claimed.claim.queue
         held = self.held[claimed.claim.token] = Held(claimed.claim)
         self._renewer.hold(claimed.claim)
         self._on_step("claimed")

@@ -257,15 +257,16 @@ class Worker:
                 for job in held.open.values()
                 if job.job_id not in done
             ]
-        ran_at = time.monotonic()
+        held.ran_at = time.monotonic()
         following = await self._finish(held, finished)
-        self._note_pace(held, ran_at)
+        self._note_pace(held)
         return following
 
-    def _note_pace(self, held: Held, ran_at: float) -> None:
+    def _note_pace(self, held: Held) -> None:
         """A claim takes its slot until its outcomes are stored; an outage says nothing of it."""
         now = time.monotonic()
-        slot_seconds = ran_at - held.claimed_at + min(now - ran_at, _MOST_STORING_SECONDS)
+        storing_seconds = min(now - held.ran_at, _MOST_STORING_SECONDS)
+        slot_seconds = held.ran_at - held.claimed_at + storing_seconds
         model = self._models[held.claim.queue]
         self._paces.note(model, slot_seconds, len(held.claim.jobs), at_seconds=now)
 
