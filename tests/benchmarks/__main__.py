@@ -6,22 +6,26 @@ import re
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import anyio
 import msgspec
 
 from tests.benchmarks import models, report
-from tests.benchmarks.measures import FULL, MEASURES, QUICK, Kind, Room
-from tests.benchmarks.systems import Plain, Service
+from tests.benchmarks.measures import ALONE, FULL, PAIRED, QUICK, Figures, Paired, Room
+from tests.benchmarks.systems import Plain, Service, System, running
 
+_NAMES = [*PAIRED, *ALONE]
 _README = Path(__file__).parent / "README.md"
+Rounds = dict[str, list[float]]
 _BLOCK = re.compile(r"(<!-- table -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
 def main() -> None:
     arguments = _arguments()
-    ours, plain = anyio.run(_rounds, arguments)
+    ours, plain = anyio.run(_measured, arguments)
     found = report.rows(ours, plain)
     text = report.table(found)
     sys.stdout.write(f"\n{text}")
@@ -36,36 +40,51 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="less of everything, one round")
-    parser.add_argument("--rounds", type=int, default=0, help="default: 3; 1 with --quick")
-    parser.add_argument("--only", nargs="+", choices=MEASURES, default=list(MEASURES))
+    parser.add_argument("--quick", action="store_true", help="less of everything, two rounds")
+    parser.add_argument("--rounds", type=int, default=0, help="default: 7; 2 with --quick")
+    parser.add_argument("--only", nargs="+", choices=_NAMES, default=_NAMES)
     parser.add_argument("--json", type=Path, help="where to write all figures")
     parser.add_argument("--write-readme", action="store_true", help="put the table there")
     arguments = parser.parse_args()
-    arguments.rounds = arguments.rounds or (1 if arguments.quick else 3)
+    arguments.rounds = arguments.rounds or (2 if arguments.quick else 7)
     return arguments
 
 
-async def _rounds(
-    arguments: argparse.Namespace,
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    figures: dict[Kind, dict[str, list[float]]] = {
-        Service: defaultdict(list),
-        Plain: defaultdict(list),
-    }
+async def _measured(arguments: argparse.Namespace) -> tuple[Rounds, Rounds]:
+    figures: dict[type[System], Rounds] = {Service: defaultdict(list), Plain: defaultdict(list)}
+
+    def note(kind: type[System], found: Figures) -> None:
+        for figure, value in found.items():
+            figures[kind][figure].append(value)
+            sys.stderr.write(f"{kind.__name__} {figure} {value:.4g}\n")
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         models.place(folder / "models")
         room = Room(folder, folder / "models", QUICK if arguments.quick else FULL)
-        for number in range(arguments.rounds):
-            order: list[Kind] = [Service, Plain] if number % 2 == 0 else [Plain, Service]
-            for measure in arguments.only:
-                for kind in order:
-                    found = await MEASURES[measure](kind, room)
-                    for figure, value in found.items():
-                        figures[kind][figure].append(value)
-                        sys.stderr.write(f"{number + 1} {kind.__name__} {figure} {value:.4g}\n")
+        for measure in arguments.only:
+            for paired in PAIRED.get(measure, ()):
+                await _turns(paired, room, arguments.rounds, note)
+            if alone := ALONE.get(measure):
+                for _ in range(1 if measure == "growth" else arguments.rounds):
+                    note(Service, await alone(room))
     return figures[Service], figures[Plain]
+
+
+async def _turns(
+    paired: Paired, room: Room, rounds: int, note: Callable[[type[System], Figures], None]
+) -> None:
+    """Both systems are up, and take turns: a machine's speed drifts within seconds."""
+    about: Any = {"workers": paired.workers, "model": paired.model}
+    async with (
+        running(Service, room.models, room.new(), **about) as ours,
+        running(Plain, room.models, room.new(), **about) as plain,
+    ):
+        order: list[System] = [ours, plain]
+        for _ in range(rounds):
+            for system in order:
+                note(type(system), await paired.of(system, room))
+            order.reverse()
 
 
 def _machine() -> str:

@@ -28,6 +28,7 @@ from tests.benchmarks.systems import (
     MAX_QUEUE_BYTES,
     Plain,
     Service,
+    System,
     answers,
     free_port,
     running,
@@ -38,7 +39,6 @@ from tests.benchmarks.systems import (
 BODY: Final = '{"data": [[5.1, 3.5, 1.4, 0.2]]}'
 
 Figures = dict[str, float]
-Kind = type[Service] | type[Plain]
 
 
 class Scale(Struct, frozen=True, kw_only=True):
@@ -53,20 +53,20 @@ class Scale(Struct, frozen=True, kw_only=True):
 
 
 FULL: Final = Scale(
-    requests=20_000,
+    requests=6_000,
     drained=5_000,
-    single=1_000,
-    idle_seconds=10,
+    single=400,
+    idle_seconds=5,
     bare_seconds=1,
     backlogs=(1_000, 100_000, 1_000_000),
 )
 QUICK: Final = Scale(
-    requests=4_000, drained=3_000, single=300, idle_seconds=3, bare_seconds=0.3, backlogs=(1_000,)
+    requests=3_000, drained=3_000, single=200, idle_seconds=2, bare_seconds=0.3, backlogs=(1_000,)
 )
 
 
 class Room(Struct, frozen=True):
-    """Where one measure works."""
+    """Where measures work."""
 
     folder: Path
     models: Path
@@ -76,7 +76,12 @@ class Room(Struct, frozen=True):
         return Path(tempfile.mkdtemp(dir=self.folder))
 
 
-Measure = Callable[[Kind, Room], Awaitable[Figures]]
+class Paired(Struct, frozen=True):
+    """A measure of one running system; the driver runs it on both, turn and turn about."""
+
+    of: Callable[[System, Room], Awaitable[Figures]]
+    model: str = "iris"
+    workers: int = 1
 
 
 def _of(one: Load, name: str) -> Figures:
@@ -88,7 +93,7 @@ def _of(one: Load, name: str) -> Figures:
     }
 
 
-async def _loaded(system: Service | Plain, plan: Plan, name: str) -> Figures:
+async def _loaded(system: System, plan: Plan, name: str) -> Figures:
     """What the clients saw, and the CPU time that each process spent on a request."""
     pids = {"api": system.api.pid, "worker": system.workers[0].pid, "redis": system.redis_pid}
     before = {process: usage(pid).cpu_seconds for process, pid in pids.items()}
@@ -99,66 +104,72 @@ async def _loaded(system: Service | Plain, plan: Plan, name: str) -> Figures:
     return figures
 
 
-async def submit(kind: Kind, room: Room) -> Figures:
+def _requests(system: System, room: Room) -> int:
+    """The plain pattern is several times slower; its share keeps the turns of like length."""
+    return room.scale.requests // (6 if isinstance(system, Plain) else 1)
+
+
+async def submit(system: System, room: Room) -> Figures:
     """Submits over 32 connections and over one, the worker running and stopped."""
-    # A plain submit is several times slower; its share keeps the rounds of like length.
-    count = room.scale.requests // (4 if kind is Plain else 1)
-    figures: Figures = {}
-    async with running(kind, room.models, room.new(), workers=1, model="iris") as system:
-        plan = Plan(port=system.port, how="submit", requests=count, connections=32, body=BODY)
-        figures |= await _loaded(system, plan, "submit")
-        system.workers[0].signal(signal.SIGSTOP)
-        figures |= _of(await load.run(plan), "submit_no_worker")
-        alone = msgspec.structs.replace(plan, connections=1, requests=count // 10)
-        figures |= _of(await load.run(alone), "submit_one_connection")
+    count = _requests(system, room)
+    plan = Plan(port=system.port, how="submit", requests=count, connections=32, body=BODY)
+    figures = await _loaded(system, plan, "submit")
+    system.workers[0].signal(signal.SIGSTOP)
+    figures |= _of(await load.run(plan), "submit_no_worker")
+    alone = msgspec.structs.replace(plan, connections=1, requests=count // 10)
+    figures |= _of(await load.run(alone), "submit_one_connection")
+    system.workers[0].signal(signal.SIGCONT)
+    await until(lambda: system.redis.llen("predict_queue") == 0, "an empty queue", 60)
     return figures
 
 
-async def done(kind: Kind, room: Room) -> Figures:
+async def done(system: System, room: Room) -> Figures:
     """From submit to result over HTTP, on 32 connections."""
-    count = room.scale.requests // (8 if kind is Plain else 1)
-    how: Any = "poll" if kind is Plain else "wait"
-    async with running(kind, room.models, room.new(), workers=1, model="iris") as system:
-        plan = Plan(port=system.port, how=how, requests=count, connections=32, body=BODY)
-        if kind is Service:
-            return await _loaded(system, plan, "done")
-        # The plain API pays for each look, so its clients look as often as suits it best.
-        plans = [msgspec.structs.replace(plan, poll_seconds=ms / 1000) for ms in (1, 5, 20)]
-        found = [await _loaded(system, one, "done") for one in plans]
-        return max(found, key=lambda one: one["done_per_second"])
+    plan = Plan(
+        port=system.port, how="wait", requests=_requests(system, room), connections=32, body=BODY
+    )
+    if isinstance(system, Service):
+        return await _loaded(system, plan, "done")
+    # The plain API pays for each look, so its clients look as often as suits it best.
+    polling = [
+        msgspec.structs.replace(plan, how="poll", requests=plan.requests // 3, poll_seconds=seconds)
+        for seconds in (0.001, 0.005, 0.02)
+    ]
+    found = [await _loaded(system, one, "done") for one in polling]
+    return max(found, key=lambda one: one["done_per_second"])
 
 
-async def single(kind: Kind, room: Room) -> Figures:
+async def single(system: System, room: Room) -> Figures:
     """One job at a time; the plain pattern's client looks every millisecond."""
-    how: Any = "poll" if kind is Plain else "wait"
-    async with running(kind, room.models, room.new(), workers=1, model="iris") as system:
-        plan = Plan(port=system.port, how=how, requests=room.scale.single, connections=1, body=BODY)
-        return _of(await load.run(plan), "single")
+    how: Any = "wait" if isinstance(system, Service) else "poll"
+    plan = Plan(port=system.port, how=how, requests=room.scale.single, connections=1, body=BODY)
+    return _of(await load.run(plan), "single")
 
 
-async def drain(kind: Kind, room: Room) -> Figures:
-    """Jobs that wait already, drained by one worker process and by two."""
-    figures: Figures = {}
-    for model in ("iris", "digits", "mlp"):
-        for workers in (1, 2):
-            async with running(kind, room.models, room.new(), workers=workers, model=model) as it:
-                figures[f"drain_{model}_{workers}_per_second"] = await _drained(it, room, model)
-                if kind is Service:
-                    batch = _mean_batch(it.redis, it.list_of(model))
-                    figures[f"drain_{model}_{workers}_batch_jobs"] = batch
-                if model == "iris":
-                    it.redis.config_set("appendonly", "no")
-                    rate = await _drained(it, room, model)
-                    figures[f"drain_{model}_{workers}_no_aof_per_second"] = rate
-        if kind is Service:
-            batch = round(figures[f"drain_{model}_1_batch_jobs"])
-            bare = models.bare_rows_per_second(room.models, model, batch, room.scale.bare_seconds)
-            figures[f"drain_{model}_share_of_bare"] = figures[f"drain_{model}_1_per_second"] / bare
-            figures[f"bare_{model}_rows_per_second"] = bare
-    return figures
+def draining(model: str, workers: int) -> Paired:
+    """Jobs that wait already, drained by one worker process or by two."""
+    name = f"drain_{model}_{workers}"
+
+    async def drain(system: System, room: Room) -> Figures:
+        figures = {f"{name}_per_second": await _drained(system, room, model)}
+        if isinstance(system, Service):
+            batch = _mean_batch(system.redis, system.list_of(model))
+            bare = models.bare_rows_per_second(
+                room.models, model, round(batch), room.scale.bare_seconds
+            )
+            figures[f"{name}_batch_jobs"] = batch
+            figures[f"{name}_bare_rows_per_second"] = bare
+            figures[f"{name}_share_of_bare"] = figures[f"{name}_per_second"] / bare
+        if model == "iris":
+            system.redis.config_set("appendonly", "no")
+            figures[f"{name}_no_aof_per_second"] = await _drained(system, room, model)
+            system.redis.config_set("appendonly", "yes")
+        return figures
+
+    return Paired(drain, model, workers)
 
 
-async def _drained(system: Service | Plain, room: Room, model: str) -> float:
+async def _drained(system: System, room: Room, model: str) -> float:
     """Jobs a second; every job is checked to be there, some against ONNX Runtime alone."""
     for worker in system.workers:
         worker.signal(signal.SIGSTOP)
@@ -207,25 +218,24 @@ def _mean_batch(client: redis.Redis, queue: str) -> float:
     return sum(len(msgspec.msgpack.decode(ids)) for ids in claims) / max(1, len(claims))
 
 
-async def idle(kind: Kind, room: Room) -> Figures:
+async def idle(system: System, room: Room) -> Figures:
     """What processes use that have nothing to do, and what a job takes in Redis."""
-    async with running(kind, room.models, room.new(), workers=1, model="iris") as system:
-        processes = {"api": system.api.pid, "worker": system.workers[0].pid}
-        before = {name: usage(pid) for name, pid in processes.items()}
-        await anyio.sleep(room.scale.idle_seconds)
-        after = {name: usage(pid) for name, pid in processes.items()}
-        figures: Figures = {}
-        for name in processes:
-            used = after[name].cpu_seconds - before[name].cpu_seconds
-            figures[f"idle_{name}_cpu_percent"] = 100 * used / room.scale.idle_seconds
-            figures[f"rss_{name}_mib"] = after[name].rss_mib
-        system.workers[0].signal(signal.SIGSTOP)
-        empty = _memory(system.redis)
-        ids = await system.enqueue("iris", models.inputs("iris", 5_000))
-        figures["redis_queued_job_bytes"] = (_memory(system.redis) - empty) / len(ids)
-        system.workers[0].signal(signal.SIGCONT)
-        await until(lambda: _completed(system.redis, ids) == len(ids), "all jobs", 60)
-        figures["redis_finished_job_bytes"] = (_memory(system.redis) - empty) / len(ids)
+    processes = {"api": system.api.pid, "worker": system.workers[0].pid}
+    before = {name: usage(pid) for name, pid in processes.items()}
+    await anyio.sleep(room.scale.idle_seconds)
+    after = {name: usage(pid) for name, pid in processes.items()}
+    figures: Figures = {}
+    for name in processes:
+        used = after[name].cpu_seconds - before[name].cpu_seconds
+        figures[f"idle_{name}_cpu_percent"] = 100 * used / room.scale.idle_seconds
+        figures[f"rss_{name}_mib"] = after[name].rss_mib
+    system.workers[0].signal(signal.SIGSTOP)
+    empty = _memory(system.redis)
+    ids = await system.enqueue("iris", models.inputs("iris", 5_000))
+    figures["redis_queued_job_bytes"] = (_memory(system.redis) - empty) / len(ids)
+    system.workers[0].signal(signal.SIGCONT)
+    await until(lambda: _completed(system.redis, ids) == len(ids), "all jobs", 60)
+    figures["redis_finished_job_bytes"] = (_memory(system.redis) - empty) / len(ids)
     return figures
 
 
@@ -233,10 +243,8 @@ def _memory(client: redis.Redis) -> int:
     return int(client.info("memory")["used_memory"])
 
 
-async def start(kind: Kind, room: Room) -> Figures:
+async def start(room: Room) -> Figures:
     """Seconds from `asyncinfer serve`, on an empty folder, to the first result."""
-    if kind is Plain:
-        return {}
     port, folder = free_port(), room.new()
     environ = {**os.environ, "PORT": str(port), "DATA_DIR": str(folder)}
     since = time.perf_counter()
@@ -255,20 +263,18 @@ async def start(kind: Kind, room: Room) -> Figures:
     return {"start_to_first_result_seconds": seconds}
 
 
-async def growth(kind: Kind, room: Room) -> Figures:
+async def growth(room: Room) -> Figures:
     """Rates with more and more jobs waiting, and the calls that look at all of them."""
-    if kind is Plain:
-        return {}
     figures: Figures = {}
     for backlog in room.scale.backlogs:
-        async with running(kind, room.models, room.new(), workers=1, model="iris") as system:
+        async with running(Service, room.models, room.new(), workers=1) as system:
             system.redis.config_set("auto-aof-rewrite-percentage", 0)
             system.workers[0].signal(signal.SIGSTOP)
             for _ in range(0, backlog, 50_000):
                 count = min(backlog, 50_000)
                 await system.enqueue("iris", models.inputs("iris", count))
             plan = Plan(
-                port=system.port, how="submit", requests=room.scale.requests // 2,
+                port=system.port, how="submit", requests=room.scale.requests,
                 connections=32, body=BODY,
             )  # fmt: skip
             figures |= _of(await load.run(plan), f"waiting_{backlog}_submit")
@@ -280,7 +286,7 @@ async def growth(kind: Kind, room: Room) -> Figures:
     return figures
 
 
-async def _rate(system: Service | Plain, seconds: float = 2.0) -> float:
+async def _rate(system: System, seconds: float = 2.0) -> float:
     """Jobs a second that leave a list while its worker works on it."""
     queue = system.list_of("iris")
     enough = min(int(system.redis.llen(queue)) // 2, 40_000)
@@ -293,7 +299,7 @@ async def _rate(system: Service | Plain, seconds: float = 2.0) -> float:
     return (first - left) / (time.perf_counter() - since)
 
 
-async def _looks(system: Service | Plain, backlog: int) -> Figures:
+async def _looks(system: System, backlog: int) -> Figures:
     """The longest time that one call of a list, a cancel and a purge holds Redis."""
     policy = Policy(max_queue=MAX_QUEUE, max_queue_bytes=MAX_QUEUE_BYTES)
     figures: Figures = {}
@@ -330,34 +336,32 @@ async def _looks(system: Service | Plain, backlog: int) -> Figures:
     return figures
 
 
-async def ceilings(kind: Kind, room: Room) -> Figures:
+async def ceilings(system: System, room: Room) -> Figures:
     """What the parts reach alone: HTTP without work, and Redis without Python between."""
-    async with running(kind, room.models, room.new(), workers=0, model="iris") as system:
-        path = "/health/live" if kind is Service else "/health"
-        plan = Plan(
-            port=system.port, how="get", path=path, requests=room.scale.requests, connections=32
-        )
-        empty = await load.run(plan)
-        pipeline = system.redis.pipeline(transaction=False)
-        for number in range(20_000):
-            pipeline.set(f"x:{number}", BODY)
-        since = time.perf_counter()
-        await asyncio.to_thread(pipeline.execute)
-        sets = 20_000 / (time.perf_counter() - since)
+    path = "/health/live" if isinstance(system, Service) else "/health"
+    plan = Plan(
+        port=system.port, how="get", path=path, requests=room.scale.requests, connections=32
+    )
+    empty = await load.run(plan)
+    pipeline = system.redis.pipeline(transaction=False)
+    for number in range(20_000):
+        pipeline.set(f"x:{number}", BODY)
+    since = time.perf_counter()
+    await asyncio.to_thread(pipeline.execute)
     return {
         "empty_endpoint_per_second": empty.per_second,
         "empty_endpoint_client_cores": empty.client_cpu,
-        "pipelined_set_per_second": sets,
+        "pipelined_set_per_second": 20_000 / (time.perf_counter() - since),
     }
 
 
-MEASURES: Final[dict[str, Measure]] = {
-    "submit": submit,
-    "done": done,
-    "single": single,
-    "drain": drain,
-    "idle": idle,
-    "start": start,
-    "growth": growth,
-    "ceilings": ceilings,
+PAIRED: Final[dict[str, list[Paired]]] = {
+    "submit": [Paired(submit)],
+    "done": [Paired(done)],
+    "single": [Paired(single)],
+    "drain": [draining(model, count) for model in ("iris", "digits", "mlp") for count in (1, 2)],
+    "idle": [Paired(idle)],
+    "ceilings": [Paired(ceilings)],
 }
+ALONE: Final[dict[str, Callable[[Room], Awaitable[Figures]]]] = {"start": start, "growth": growth}
+"""What only this service has, or is asked; `growth` takes minutes, and one round is enough."""

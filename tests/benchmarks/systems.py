@@ -9,7 +9,7 @@ import urllib.request
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, TypeAlias, TypeVar
 
 import anyio
 import redis
@@ -23,23 +23,6 @@ from asyncinfer.repository.submit import NewJob, Submissions
 MAX_QUEUE: Final = 5_000_000
 MAX_QUEUE_BYTES: Final = 16 << 30
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
-
-
-class System(Protocol):
-    """What the measures need of either."""
-
-    name: str
-    port: int
-    redis: "redis.Redis"
-    api: Child
-    workers: list[Child]
-
-    async def start_workers(self, count: int, model: str) -> None: ...
-
-    async def enqueue(self, model: str, inputs: Sequence[bytes]) -> list[str]:
-        """Makes jobs as its API would, but for HTTP; their ids, in order."""
-
-    def list_of(self, model: str) -> str: ...
 
 
 class Common:
@@ -150,10 +133,14 @@ class Plain(Common):
         return names
 
 
+System: TypeAlias = Service | Plain
+SystemT = TypeVar("SystemT", Service, Plain)
+
+
 @asynccontextmanager
 async def running(
-    kind: type[Service] | type[Plain], models: Path, room: Path, *, workers: int, model: str
-) -> AsyncIterator[Service | Plain]:
+    kind: type[SystemT], models: Path, room: Path, *, workers: int, model: str = "iris"
+) -> AsyncIterator[SystemT]:
     """A fresh Valkey, one API and some workers; all ended with the block."""
     async with AsyncExitStack() as stack:
         server = await stack.enter_async_context(valkey.embedded(room))
