@@ -146,11 +146,13 @@ async def single(system: System, room: Room) -> Figures:
     return _of(await load.run(plan), "single")
 
 
-def draining(model: str, workers: int) -> Paired:
+def draining(model: str, workers: int, *, aof: bool = True) -> Paired:
     """Jobs that wait already, drained by one worker process or by two."""
-    name = f"drain_{model}_{workers}"
+    name = f"drain_{model}_{workers}" + ("" if aof else "_no_aof")
 
     async def drain(system: System, room: Room) -> Figures:
+        if not aof:
+            system.redis.config_set("appendonly", "no")
         figures = {f"{name}_per_second": await _drained(system, room, model)}
         if isinstance(system, Service):
             batch = _mean_batch(system.redis, system.list_of(model))
@@ -160,10 +162,6 @@ def draining(model: str, workers: int) -> Paired:
             figures[f"{name}_batch_jobs"] = batch
             figures[f"{name}_bare_rows_per_second"] = bare
             figures[f"{name}_share_of_bare"] = figures[f"{name}_per_second"] / bare
-        if model == "iris":
-            system.redis.config_set("appendonly", "no")
-            figures[f"{name}_no_aof_per_second"] = await _drained(system, room, model)
-            system.redis.config_set("appendonly", "yes")
         return figures
 
     return Paired(drain, model, workers)
@@ -359,7 +357,10 @@ PAIRED: Final[dict[str, list[Paired]]] = {
     "submit": [Paired(submit)],
     "done": [Paired(done)],
     "single": [Paired(single)],
-    "drain": [draining(model, count) for model in ("iris", "digits", "mlp") for count in (1, 2)],
+    "drain": [
+        draining("iris", 1, aof=False),
+        *(draining(model, count) for model in ("iris", "digits", "mlp") for count in (1, 2)),
+    ],
     "idle": [Paired(idle)],
     "ceilings": [Paired(ceilings)],
 }
