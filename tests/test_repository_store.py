@@ -161,9 +161,9 @@ async def test_a_sentinel_that_is_down_is_passed_over_in_time(
         url, queue_name="pq", policy=policy, name="test", call_seconds=1.0
     ) as store:
         runs, renewals, bell = Runs(store, "w"), Renewals(store), store.blocking()
+        assert await bell.pop([f"{{{customer.queue}}}:wake"], 0.1) is not None
         claim = (await runs.claim(ClaimRequest((customer.queue,), "w:1", False, 10))).claim
         assert claim
-        assert await bell.pop([f"{{{customer.queue}}}:wake"], 0.1) is not None
         renewed = await asyncio.to_thread(renewals.renew, {claim.queue: [claim.token]})
         assert not renewed.lost
         renewals.close()
