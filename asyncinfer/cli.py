@@ -36,9 +36,9 @@ _LOOP: Final = {"use_uvloop": sys.platform != "win32"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    # The kernel keeps from process 1 of a container each signal that it has no handler for.
-    signal.signal(signal.SIGTERM, _stopped_before_it_began)
     arguments = _parser().parse_args(argv)
+    # The kernel keeps from process 1 of a container each signal that it has no handler for.
+    before = signal.signal(signal.SIGTERM, _stopped_before_it_began)
     try:
         return int(arguments.command(arguments))
     except (StartError, BaseExceptionGroup) as error:
@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _EXIT_CANNOT_START
     except KeyboardInterrupt:
         return _EXIT_INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _stopped_before_it_began(number: int, _: object) -> None:

@@ -29,7 +29,10 @@ Step = Literal["woken", "claimed", "running", "finishing", "finished"]
 
 _LOW_FIRST_EVERY: Final = 16
 _SHORT_SECONDS: Final = 0.0015
+"""A run as short gains nothing from a second one beside it."""
+
 _SOON_SECONDS: Final = 0.005
+"""How long a bell may wait for a slot that is about to claim."""
 
 
 class Run:

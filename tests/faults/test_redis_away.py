@@ -95,7 +95,7 @@ async def test_idle_workers_consume_again_within_5_s_of_a_restart(
         with crew(redis_url=durable.url, policy=POLICY) as workers:
             worker = workers.hire()
             await customer.submit([1.0])
-            await customer.all_completed()
+            await customer.all_completed(5)
             durable.kill()
             durable.start()
             await customer.submit([2.0])
@@ -204,8 +204,8 @@ async def test_a_submit_without_redis_is_refused_in_time_and_the_loop_lives(
             answered.set()
             assert all(isinstance(one, RedisUnavailable) for one in answers)
             assert [one.job_id for one in answers] == [one.job_id for one in jobs]  # type: ignore[union-attr]
-            assert seconds < 5 * store.call_seconds
-            assert await gap < 0.9 * store.call_seconds
+            assert seconds < 1.5
+            assert await gap < 0.5
             sender.cancel()
     server.flushall()
 
