@@ -1,16 +1,14 @@
 """Which jobs may share a run: decided per model, proved by probes; stack and split. Pure."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Final, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Final
 
 import numpy as np
 from msgspec import Struct
 
 from asyncinfer.errors import ModelFailed
-from asyncinfer.tensors import DTYPES, FLOATS, RANGES, Array, TensorSpec
-
-Feeds: TypeAlias = Mapping[str, Array]
+from asyncinfer.tensors import DTYPES, FLOATS, RANGES, Array, Feeds, TensorSpec
 
 PROBE_ROWS: Final = 4
 """Rows per probe; with fewer, a model that mixes rows could agree by chance."""
@@ -141,14 +139,22 @@ def _varies(probe: Probe) -> bool:
 # --- stack and split ---------------------------------------------------------------------------
 
 
-def run_key(data: Array) -> tuple[str, tuple[int, ...]]:
-    """Jobs of one model share a run only where this is equal: datatype and shape of a row."""
-    return str(data.dtype), data.shape[1:]
+def run_key(feeds: Feeds) -> tuple[tuple[str, np.dtype[np.generic], tuple[int, ...]], ...]:
+    """Jobs of one model share a run only where this is equal: datatypes and shapes of a row."""
+    return tuple((name, array.dtype, array.shape[1:]) for name, array in feeds.items())
 
 
-def stack(arrays: Sequence[Array]) -> Array:
-    """The rows of all jobs in one array, in order; `arrays` have one `run_key`."""
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+def rows_of(feeds: Feeds) -> int:
+    """How many rows a job has; what cannot be stacked counts as one."""
+    first = next(iter(feeds.values()), None)
+    return len(first) if first is not None and first.ndim else 1
+
+
+def stack(jobs: Sequence[Feeds]) -> Feeds:
+    """The rows of all jobs in one array per input, in order; the jobs have one `run_key`."""
+    if len(jobs) == 1:
+        return jobs[0]
+    return {name: np.concatenate([feeds[name] for feeds in jobs]) for name in jobs[0]}
 
 
 def split(outputs: Sequence[Array], row_counts: Sequence[int]) -> list[list[Array]]:

@@ -20,10 +20,10 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 
 from asyncinfer import batching, models
-from asyncinfer.batching import Feeds, Probe, Verdict
+from asyncinfer.batching import Probe, Verdict
 from asyncinfer.errors import InvalidInput, JobError, ModelFailed, ModelRefused, OutOfMemory
 from asyncinfer.models import ModelFile, Signature
-from asyncinfer.tensors import DTYPES, Array, TensorSpec
+from asyncinfer.tensors import DTYPES, Array, Feeds, TensorSpec
 
 PROBE_SECONDS: Final = 5.0
 """How long a model may take to show whether its rows can be stacked."""
@@ -99,16 +99,12 @@ class Engine:
             file.config.limits.timeout_seconds,
         )
 
-    def run(self, data: Array, stop: Stop) -> list[Array]:
-        """Every output for the one input `data`.
+    def run(self, feeds: Feeds, stop: Stop) -> list[Array]:
+        """Every output, in the signature's order, for these inputs.
 
         Raises ModelFailed when the model refuses this input, OutOfMemory when another try may
         succeed, Stopped when `stop` was called before the run was done.
         """
-        return self.run_feeds({self.signature.inputs[0].name: data}, stop)
-
-    def run_feeds(self, feeds: Feeds, stop: Stop) -> list[Array]:
-        """`run` for any number of inputs, by name."""
         if stop.stopped:
             raise Stopped
         try:
@@ -270,12 +266,12 @@ def _run_probes(engine: Engine, example: Array | None, stop: Stop) -> tuple[list
     probes, failure = [], ""
     for feeds in batching.probe_feeds(engine.signature.inputs, example):
         try:
-            alone = [engine.run_feeds(row, stop) for row in _rows(feeds)]
+            alone = [engine.run(row, stop) for row in _rows(feeds)]
         except JobError as error:
             # Random numbers may be no input for this model; that proves nothing either way.
             failure = error.detail
             continue
-        probes.append(Probe(alone, engine.run_feeds(feeds, stop)))
+        probes.append(Probe(alone, engine.run(feeds, stop)))
     return probes, failure
 
 

@@ -7,7 +7,7 @@ from typing import Final
 import msgspec
 from msgspec import Raw, Struct
 
-from asyncinfer import batching, results
+from asyncinfer import batching, payloads, results
 from asyncinfer.engine import Engine, Stop, Stopped
 from asyncinfer.errors import (
     AsyncinferError,
@@ -18,13 +18,14 @@ from asyncinfer.errors import (
     UnknownModel,
     UnreadableRecord,
 )
-from asyncinfer.models import check_data
+from asyncinfer.models import check_data, check_inputs
 from asyncinfer.repository.run import ClaimedJob
-from asyncinfer.tensors import Array
+from asyncinfer.tensors import Feeds
 
 log = logging.getLogger(__name__)
 
 _MAX_ROWS: Final = 4096
+_PAYLOADS: Final = frozenset({"json", "tensors"})
 
 
 class Batch(Struct, frozen=True):
@@ -32,7 +33,7 @@ class Batch(Struct, frozen=True):
 
     engine: Engine
     jobs: tuple[ClaimedJob, ...]
-    inputs: tuple[Array, ...]
+    inputs: tuple[Feeds, ...]
 
     def halves(self) -> "tuple[Batch, Batch]":
         """Two batches, to find out which half holds the job that fails."""
@@ -61,11 +62,11 @@ def prepare(
 ) -> Prepared:
     """Checks each job's input as the door did (strangers never met the door), and groups."""
     refused: list[tuple[ClaimedJob, AsyncinferError]] = []
-    ready: list[tuple[Engine, ClaimedJob, Array]] = []
+    ready: list[tuple[Engine, ClaimedJob, Feeds]] = []
     for job in jobs:
         try:
             engine = _engine_for(job, engines, default_model)
-            ready.append((engine, job, check_data(_input_of(job), engine.signature)))
+            ready.append((engine, job, _feeds_of(job, engine)))
         except (InvalidInput, UnknownModel, UnreadableRecord) as error:
             refused.append((job, error))
     return Prepared(tuple(_batches(ready)), tuple(refused))
@@ -73,7 +74,7 @@ def prepare(
 
 def run(batch: Batch, stop: Stop) -> list[bytes]:
     """The result JSON of each job, in order; raises ModelFailed, OutOfMemory or Stopped."""
-    counts = [_rows_of(one) for one in batch.inputs]
+    counts = [batching.rows_of(one) for one in batch.inputs]
     try:
         outputs = batch.engine.run(batching.stack(batch.inputs), stop)
         return results.render_results(outputs, counts, batch.engine.signature)
@@ -94,7 +95,7 @@ def _engine_for(
         raise UnreadableRecord(
             "The job's record cannot be read by this release of asyncinfer; submit it again."
         )
-    if job.record and job.record.payload != "json":
+    if job.record and job.record.payload not in _PAYLOADS:
         raise UnreadableRecord(
             f"The job's payload is written as {job.record.payload!r}, which this release of "
             "asyncinfer cannot read; upgrade its workers and retry the job."
@@ -105,6 +106,16 @@ def _engine_for(
             f"This worker has no model {model!r}; it has {', '.join(sorted(engines)) or 'none'}."
         )
     return engines[model]
+
+
+def _feeds_of(job: ClaimedJob, engine: Engine) -> Feeds:
+    if job.record and job.record.payload == "tensors":
+        try:
+            return check_inputs(payloads.unpack(job.data), engine.signature)
+        except payloads.DamagedPayload as error:
+            raise InvalidInput(f"The stored tensors are damaged: {error}.") from error
+    array = check_data(_input_of(job), engine.signature)
+    return {engine.signature.inputs[0].name: array}
 
 
 def _input_of(job: ClaimedJob) -> bytes | Raw:
@@ -118,31 +129,27 @@ def _input_of(job: ClaimedJob) -> bytes | Raw:
         ) from error
 
 
-def _batches(ready: Sequence[tuple[Engine, ClaimedJob, Array]]) -> list[Batch]:
+def _batches(ready: Sequence[tuple[Engine, ClaimedJob, Feeds]]) -> list[Batch]:
     """Groups what may share a run: one engine, equal dtypes and row shapes, bounded rows."""
-    groups: dict[object, list[tuple[Engine, ClaimedJob, Array]]] = {}
-    for engine, job, array in ready:
+    groups: dict[object, list[tuple[Engine, ClaimedJob, Feeds]]] = {}
+    for engine, job, feeds in ready:
         alone = not engine.signature.batched
-        key = (id(engine), job.job_id if alone else batching.run_key(array))
-        groups.setdefault(key, []).append((engine, job, array))
+        key = (id(engine), job.job_id if alone else batching.run_key(feeds))
+        groups.setdefault(key, []).append((engine, job, feeds))
     return [batch for group in groups.values() for batch in _bounded(group)]
 
 
-def _rows_of(data: Array) -> int:
-    return len(data) if data.ndim else 1
-
-
-def _bounded(group: Sequence[tuple[Engine, ClaimedJob, Array]]) -> list[Batch]:
-    batches: list[list[tuple[Engine, ClaimedJob, Array]]] = [[]]
+def _bounded(group: Sequence[tuple[Engine, ClaimedJob, Feeds]]) -> list[Batch]:
+    batches: list[list[tuple[Engine, ClaimedJob, Feeds]]] = [[]]
     rows = 0
     for one in group:
-        count = _rows_of(one[2])
+        count = batching.rows_of(one[2])
         if batches[-1] and rows + count > _MAX_ROWS:
             batches.append([])
             rows = 0
         batches[-1].append(one)
         rows += count
     return [
-        Batch(part[0][0], tuple(job for _, job, _ in part), tuple(array for _, _, array in part))
+        Batch(part[0][0], tuple(job for _, job, _ in part), tuple(feeds for _, _, feeds in part))
         for part in batches
     ]

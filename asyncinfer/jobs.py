@@ -78,7 +78,7 @@ class Record(Struct, frozen=True, array_like=True):
     version: str | None = None
     """The version asked for; None for the one the worker serves."""
     payload: str = "json"
-    """How `job:{id}:data` is written; JSON text has no tag byte."""
+    """How `job:{id}:data` is written: "json", the text of `data`; "tensors", see `payloads`."""
     options: Options = Options()
     errors: int = 0
     """Transient model errors in this round; deliveries are counted apart, by the scripts."""
@@ -88,6 +88,12 @@ class Record(Struct, frozen=True, array_like=True):
     claim: str | None = None
     """The claim that finished it: how a retried finish knows its own work."""
     ran_version: str | None = None
+    answer: str = "json"
+    """How the result is wanted: "json" text, or "tensors", packed as in `payloads`."""
+    outputs: tuple[str, ...] = ()
+    """Names of the outputs that are wanted; none means all."""
+    ran_sha256: str | None = None
+    """Of the model file that gave the result."""
 
 
 class JobError(Struct, frozen=True):

@@ -15,7 +15,7 @@ from msgspec import Meta, Struct
 
 from asyncinfer import faults, tensors
 from asyncinfer.errors import Fault, ModelRefused
-from asyncinfer.tensors import Array, TensorSpec
+from asyncinfer.tensors import Array, Feeds, TensorSpec
 
 MAX_ROWS: Final = 10_000
 """Rows that one job may have where `model.toml` says nothing."""
@@ -216,6 +216,21 @@ def check_data(data: bytes | msgspec.Raw, signature: Signature) -> Array:
         return array
     found = faults.find(bytes(data), spec, model=signature.model, max_rows=signature.max_rows)
     raise faults.refusal(found, otherwise=f"cannot be read: {problem}")
+
+
+def check_inputs(feeds: Feeds, signature: Signature) -> Feeds:
+    """The model's inputs from named tensors, in the order of the signature.
+
+    Raises InvalidInput with every fault, each a JSON pointer that starts with /inputs. Called by
+    the API and by the worker.
+    """
+    for spec in signature.inputs:
+        array = feeds.get(spec.name)
+        if array is None or tensors.datatype_of(array) != spec.datatype:
+            raise faults.refusal([Fault("/inputs", f"`{spec.name}` is not a {spec.datatype}")])
+        if _shape_problem(array, spec, signature.max_rows):
+            raise faults.refusal([Fault("/inputs", f"`{spec.name}`: {list(array.shape)}")])
+    return {spec.name: feeds[spec.name] for spec in signature.inputs}
 
 
 def _shape_problem(array: Array, spec: TensorSpec, max_rows: int) -> str:

@@ -9,15 +9,19 @@ import itertools
 import math
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Final, TypeAlias
 
+import ml_dtypes
 import msgspec
 import numpy as np
 import numpy.typing as npt
 from msgspec import Meta, Struct
 
 Array: TypeAlias = npt.NDArray[np.generic]
+Feeds: TypeAlias = Mapping[str, Array]
+"""What a run is given, by the name of the input."""
+
 Dim: TypeAlias = int | str | None
 
 
@@ -29,29 +33,35 @@ class TensorSpec(Struct, frozen=True):
     """Open Inference name: FP32, INT64, BYTES (strings)..."""
     shape: tuple[Dim, ...]
     """Per dimension its size, its symbolic name, or None where the graph says neither."""
+    optional: bool = False
+    """Whether a request may leave this input out; the graph has a value of its own for it."""
 
 
-DTYPES: Final[dict[str, str]] = {
-    "BOOL": "bool",
-    "INT8": "int8",
-    "INT16": "int16",
-    "INT32": "int32",
-    "INT64": "int64",
-    "UINT8": "uint8",
-    "UINT16": "uint16",
-    "UINT32": "uint32",
-    "UINT64": "uint64",
-    "FP16": "float16",
-    "FP32": "float32",
-    "FP64": "float64",
-    "BYTES": "object",
+DTYPES: Final[dict[str, np.dtype[Any]]] = {
+    "BOOL": np.dtype(np.bool_),
+    "INT8": np.dtype(np.int8),
+    "INT16": np.dtype(np.int16),
+    "INT32": np.dtype(np.int32),
+    "INT64": np.dtype(np.int64),
+    "UINT8": np.dtype(np.uint8),
+    "UINT16": np.dtype(np.uint16),
+    "UINT32": np.dtype(np.uint32),
+    "UINT64": np.dtype(np.uint64),
+    "FP16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "FP32": np.dtype(np.float32),
+    "FP64": np.dtype(np.float64),
+    "BYTES": np.dtype(object),
 }
 """The numpy dtype of each datatype; strings are `str` objects, as ONNX Runtime wants them."""
 
-FLOATS: Final = frozenset({"FP16", "FP32", "FP64"})
+_DATATYPES: Final = {dtype: datatype for datatype, dtype in DTYPES.items()}
+
+FLOATS: Final = frozenset({"FP16", "BF16", "FP32", "FP64"})
 
 # The last number that still rounds to a finite one lies half a step above the largest of them.
 _FP16_END: Final = math.nextafter(65520.0, 0.0)
+_BF16_END: Final = math.nextafter(2.0**128 - 2.0**119, 0.0)
 _FP32_END: Final = math.nextafter(2.0**128 - 2.0**103, 0.0)
 
 RANGES: Final[dict[str, tuple[float, float]]] = {
@@ -64,6 +74,7 @@ RANGES: Final[dict[str, tuple[float, float]]] = {
     "UINT32": (0, 2**32 - 1),
     "UINT64": (0, 2**64 - 1),
     "FP16": (-_FP16_END, _FP16_END),
+    "BF16": (-_BF16_END, _BF16_END),
     "FP32": (-_FP32_END, _FP32_END),
     "FP64": (-sys.float_info.max, sys.float_info.max),
 }
@@ -91,6 +102,11 @@ def _matrix(rows: list[list[float]]) -> npt.NDArray[np.float64]:
     packed = struct.pack(f"{len(rows) * width}d", *itertools.chain.from_iterable(rows))
     shape = (len(rows), width) if rows else (0,)
     return np.frombuffer(packed).reshape(shape)
+
+
+def datatype_of(array: Array) -> str:
+    """The Open Inference datatype of an array; KeyError where it has none."""
+    return _DATATYPES[array.dtype]
 
 
 def fits(shape: tuple[int, ...], spec: TensorSpec) -> bool:

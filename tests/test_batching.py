@@ -36,7 +36,7 @@ def test_what_was_stacked_is_split_into_the_same_pieces(
     values = np.arange(size).astype(dtype).reshape(-1, *row_shape)
     jobs = [values[start:end] for start, end in batching.spans(row_counts)]
 
-    stacked = batching.stack(jobs)
+    stacked = batching.stack([{"x": job} for job in jobs])["x"]
     pieces = batching.split([stacked, stacked[:, ...]], row_counts)
 
     np.testing.assert_array_equal(stacked, values)
@@ -59,11 +59,12 @@ def test_a_job_that_ran_alone_gets_all_there_is() -> None:
 
 
 def test_jobs_share_a_run_only_with_one_datatype_and_row_shape() -> None:
-    one = np.zeros((1, 4), np.float32)
+    def key(shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> object:
+        return batching.run_key({"x": np.zeros(shape, dtype)})
 
-    assert batching.run_key(one) == batching.run_key(np.zeros((7, 4), np.float32))
-    assert batching.run_key(one) != batching.run_key(np.zeros((1, 5), np.float32))
-    assert batching.run_key(one) != batching.run_key(np.zeros((1, 4), np.float64))
+    assert key((1, 4)) == key((7, 4))
+    assert key((1, 4)) != key((1, 5))
+    assert key((1, 4)) != key((1, 4), np.float64)
 
 
 # --- may rows be stacked -----------------------------------------------------------------------

@@ -21,7 +21,7 @@ from asyncinfer import models
 from asyncinfer.engine import Engine, Stop, Stopped
 from asyncinfer.errors import InvalidInput, ModelFailed, ModelRefused, OutOfMemory
 from asyncinfer.results import render_result
-from asyncinfer.tensors import Array, TensorSpec
+from asyncinfer.tensors import Array, Feeds, TensorSpec
 
 from . import zoo
 from .parents import REPOSITORY
@@ -45,6 +45,10 @@ def refusal(folder: Path) -> str:
     return refused.value.detail
 
 
+def fed(engine: Engine, data: Array) -> Feeds:
+    return {engine.signature.inputs[0].name: data}
+
+
 def column(*values: float) -> Array:
     return np.array([[value] for value in values], np.float32)
 
@@ -58,7 +62,7 @@ def test_answers_are_those_of_bare_onnx_runtime(tmp_path: Path) -> None:
     bare = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     data = np.random.default_rng(0).random((5, 16), np.float32)
 
-    (output,) = engine.run(data, Stop())
+    (output,) = engine.run(fed(engine, data), Stop())
 
     np.testing.assert_array_equal(output, bare.run(None, {"x": data})[0])
 
@@ -67,7 +71,7 @@ def test_threads_share_a_model_without_mixing_their_answers(tmp_path: Path) -> N
     engine = loaded(tmp_path, zoo.slow(steps_per_unit=10))
 
     def answer(value: int) -> float:
-        return float(engine.run(column(value), Stop())[0].item())
+        return float(engine.run(fed(engine, column(value)), Stop())[0].item())
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(answer, range(200))) == list(range(200))
@@ -92,7 +96,7 @@ def _seconds_to_stop(engine: Engine) -> float:
     timer = threading.Timer(0.1, stop_it)
     timer.start()
     with pytest.raises(Stopped):
-        engine.run(column(0), stop)
+        engine.run(fed(engine, column(0)), stop)
     timer.join()
     return time.monotonic() - stopped_at[0]
 
@@ -101,8 +105,8 @@ def test_a_stop_stops_no_other_run_of_the_model(tmp_path: Path) -> None:
     engine = loaded(tmp_path, zoo.slow())
     stop = Stop()
     with ThreadPoolExecutor(2) as pool:
-        endless = pool.submit(engine.run, column(zoo.FOREVER), stop)
-        other = pool.submit(engine.run, column(100), Stop())
+        endless = pool.submit(engine.run, fed(engine, column(zoo.FOREVER)), stop)
+        other = pool.submit(engine.run, fed(engine, column(100)), Stop())
         stop.stop()
         stop.stop()
 
@@ -115,7 +119,7 @@ def test_a_run_that_was_stopped_before_it_began_does_not_begin(tmp_path: Path) -
     stop.stop()
 
     with pytest.raises(Stopped):
-        loaded(tmp_path, zoo.loop_for_hours()).run(column(0), stop)
+        loaded(tmp_path, zoo.loop_for_hours()).run({"n": column(0)}, stop)
 
 
 def test_a_run_that_fails_names_the_node_and_repeats_nothing_of_the_input(
@@ -124,25 +128,26 @@ def test_a_run_that_fails_names_the_node_and_repeats_nothing_of_the_input(
     engine = loaded(tmp_path, zoo.picky())
 
     with pytest.raises(ModelFailed) as failed:
-        engine.run(column(1, 77), Stop())
+        engine.run(fed(engine, column(1, 77)), Stop())
 
     assert failed.value.detail == "ONNX Runtime refused the input: INVALID_ARGUMENT in Gather pick"
     assert capfd.readouterr() == ("", "")
-    assert engine.run(column(1, 2), Stop())[0].tolist() == [[1], [2]]
+    assert engine.run(fed(engine, column(1, 2)), Stop())[0].tolist() == [[1], [2]]
 
 
 def test_input_of_a_wrong_shape_is_the_input_s_fault(tmp_path: Path) -> None:
     with pytest.raises(ModelFailed, match=r"INVALID_ARGUMENT$"):
-        loaded(tmp_path, zoo.mlp([4, 2])).run(column(1), Stop())
+        engine = loaded(tmp_path, zoo.mlp([4, 2]))
+        engine.run(fed(engine, column(1)), Stop())
 
 
 def test_more_memory_than_there_is_is_told_apart(tmp_path: Path) -> None:
     engine = loaded(tmp_path, zoo.hungry())
 
     with pytest.raises(OutOfMemory, match="not enough memory"):
-        engine.run(column(zoo.ENDLESS_MIB), Stop())
+        engine.run(fed(engine, column(zoo.ENDLESS_MIB)), Stop())
 
-    assert engine.run(column(1), Stop())[0].item() == 1
+    assert engine.run(fed(engine, column(1)), Stop())[0].item() == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, limits the address space")
@@ -158,7 +163,7 @@ from asyncinfer.errors import OutOfMemory
 
 (file,) = models.scan(Path(sys.argv[1]))
 engine = Engine.load(file, intra_op_threads=1)
-wanted = np.array([[256]], np.float32)
+wanted = {engine.signature.inputs[0].name: np.array([[256]], np.float32)}
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 unlimited = resource.getrlimit(resource.RLIMIT_AS)
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, unlimited[1]))
@@ -176,7 +181,8 @@ def test_nan_from_a_model_reads_as_a_word(tmp_path: Path) -> None:
     engine = loaded(tmp_path, zoo.unary("Log"))
 
     result = render_result(
-        engine.run(np.array([[-1, 0], [1, np.inf]], np.float32), Stop()), engine.signature
+        engine.run(fed(engine, np.array([[-1, 0], [1, np.inf]], np.float32)), Stop()),
+        engine.signature,
     )
 
     assert msgspec.json.decode(result)["outputs"] == [
@@ -229,7 +235,7 @@ def test_every_datatype_goes_in_and_comes_out_unchanged(
     engine = loaded(tmp_path, zoo.identity(elem_type))
     data = models.check_data(json.encode(), engine.signature)
 
-    result = render_result(engine.run(data, Stop()), engine.signature)
+    result = render_result(engine.run(fed(engine, data), Stop()), engine.signature)
 
     assert engine.signature.inputs[0].datatype == datatype
     assert engine.signature.batched, engine.signature.batching
@@ -244,7 +250,7 @@ def test_the_example_that_is_made_up_works(tmp_path: Path, shape: zoo.Dims, elem
 
     data = models.check_data(msgspec.json.encode(engine.signature.example), engine.signature)
 
-    assert len(engine.run(data, Stop())) == 1
+    assert len(engine.run(fed(engine, data), Stop())) == 1
 
 
 def test_no_example_is_made_up_that_nobody_would_paste(tmp_path: Path) -> None:
@@ -257,7 +263,7 @@ def test_a_model_of_two_inputs_loads_and_takes_no_data(tmp_path: Path) -> None:
     engine = loaded(tmp_path, zoo.added())
     one = np.ones((1, 2), np.float32)
 
-    assert engine.run_feeds({"a": one, "b": one}, Stop())[0].tolist() == [[2, 2]]
+    assert engine.run({"a": one, "b": one}, Stop())[0].tolist() == [[2, 2]]
     with pytest.raises(InvalidInput, match="takes 2 inputs"):
         models.check_data(b"[[1,1]]", engine.signature)
 
@@ -265,7 +271,9 @@ def test_a_model_of_two_inputs_loads_and_takes_no_data(tmp_path: Path) -> None:
 def test_weights_in_a_file_of_their_own_are_found(tmp_path: Path) -> None:
     zoo.place_poison(tmp_path, "m")
 
-    assert load(tmp_path).run(column(0, 63), Stop())[0].tolist() == [[0], [63]]
+    engine = load(tmp_path)
+
+    assert engine.run(fed(engine, column(0, 63)), Stop())[0].tolist() == [[0], [63]]
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x07" * 100])
@@ -396,7 +404,7 @@ def test_the_models_that_values_decide_over_are_batched_and_give_their_input_bac
     engine = loaded(tmp_path, build())
 
     assert engine.signature.batched, engine.signature.batching
-    assert engine.run(column(2, 1, 0), Stop())[0].tolist() == [[2], [1], [0]]
+    assert engine.run(fed(engine, column(2, 1, 0)), Stop())[0].tolist() == [[2], [1], [0]]
 
 
 def test_the_poison_kills_the_process_once_armed_and_only_above_zero(tmp_path: Path) -> None:
@@ -414,8 +422,8 @@ engine = Engine.load(file, intra_op_threads=1)
 assert engine.signature.batched, engine.signature.batching
 from tests import zoo
 zoo.Poison(file.path, file.path.parent / "weights.bin").arm()
-print(engine.run(np.array([[0]], np.float32), Stop())[0].item(), flush=True)
-engine.run(np.array([[1]], np.float32), Stop())
+print(engine.run({"x": np.array([[0]], np.float32)}, Stop())[0].item(), flush=True)
+engine.run({"x": np.array([[1]], np.float32)}, Stop())
 print("alive")
 """
 

@@ -19,6 +19,7 @@ RUNGS = (
     "settings",
     "jobs",
     "tensors",
+    "payloads",
     "schemas",
     "faults",
     "models",

@@ -10,10 +10,14 @@ import pytest
 from asyncinfer import models
 from asyncinfer.engine import Engine, Stop
 from asyncinfer.results import render_result, render_results
-from asyncinfer.tensors import Array
+from asyncinfer.tensors import Array, Feeds
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("digits", "iris")
+
+
+def fed(data: Array) -> Feeds:
+    return {"input": data}
 
 
 def shipped(name: str) -> Engine:
@@ -43,7 +47,7 @@ def test_every_row_agrees_with_scikit_learn(name: str) -> None:
     engine, expected = shipped(name), reference(name)
     data = models.check_data(msgspec.json.encode(expected["inputs"].tolist()), engine.signature)
 
-    rows = msgspec.json.decode(render_result(engine.run(data, Stop()), engine.signature))
+    rows = msgspec.json.decode(render_result(engine.run(fed(data), Stop()), engine.signature))
 
     assert [row["prediction"] for row in rows] == expected["labels"].tolist()
     names = [engine.signature.labels[row["prediction"]] for row in rows]
@@ -58,10 +62,10 @@ def test_a_row_gets_the_same_answer_alone_and_in_a_batch(name: str) -> None:
     engine = shipped(name)
     data = reference(name)["inputs"].astype(np.float32)
 
-    together = render_results(engine.run(data, Stop()), [1] * len(data), engine.signature)
+    together = render_results(engine.run(fed(data), Stop()), [1] * len(data), engine.signature)
 
     for row, result in enumerate(together):
-        alone = render_result(engine.run(data[row : row + 1], Stop()), engine.signature)
+        alone = render_result(engine.run(fed(data[row : row + 1]), Stop()), engine.signature)
         mine, theirs = msgspec.json.decode(alone), msgspec.json.decode(result)
         assert mine["prediction"] == theirs["prediction"]
         np.testing.assert_allclose(mine["probabilities"], theirs["probabilities"], atol=1e-6)
@@ -75,7 +79,7 @@ def test_a_shipped_model_has_a_dynamic_batch_labels_and_an_example_that_works(na
     assert signature.batched, signature.batching
     assert {spec.shape[0] for spec in (*signature.inputs, *signature.outputs)} == {"batch"}
     data = models.check_data(msgspec.json.encode(signature.example), signature)
-    result = msgspec.json.decode(render_result(engine.run(data, Stop()), signature))
+    result = msgspec.json.decode(render_result(engine.run(fed(data), Stop()), signature))
     assert result["class_name"] == signature.labels[0]
 
 

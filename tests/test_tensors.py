@@ -1,5 +1,6 @@
 """JSON becomes exactly the tensor that it spells, or is refused."""
 
+import ml_dtypes
 import msgspec
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ NUMERIC = sorted(tensors.RANGES)
 @pytest.mark.parametrize("datatype", NUMERIC)
 def test_the_ends_of_every_numeric_datatype_are_taken(datatype: str) -> None:
     dtype = np.dtype(tensors.DTYPES[datatype])
-    info = np.iinfo(dtype) if dtype.kind in "iu" else np.finfo(dtype)
+    info = np.iinfo(dtype) if dtype.kind in "iu" else ml_dtypes.finfo(dtype)
     ends = np.array([info.min, info.max], dtype).tolist()
 
     array = tensors.decode(msgspec.json.encode(ends), TensorSpec("x", datatype, (None,)))
@@ -41,7 +42,7 @@ def test_numbers_that_would_become_infinite_are_refused(datatype: str, beyond: b
             tensors.decode(json, TensorSpec("x", datatype, (None,)))
 
 
-@pytest.mark.parametrize("datatype", ["FP16", "FP32"])
+@pytest.mark.parametrize("datatype", ["FP16", "BF16", "FP32"])
 def test_what_is_taken_never_becomes_infinite_and_what_is_refused_would(datatype: str) -> None:
     dtype = tensors.DTYPES[datatype]
     for end in tensors.RANGES[datatype]:

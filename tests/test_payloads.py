@@ -1,0 +1,73 @@
+"""Tensors come back from Redis as they went in, and damaged ones are told from whole ones."""
+
+import contextlib
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncinfer import payloads
+from asyncinfer.tensors import DTYPES
+
+SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
+
+
+@given(st.lists(st.tuples(st.sampled_from(sorted(DTYPES)), SHAPES), max_size=4), st.integers(0, 99))
+def test_tensors_of_every_datatype_and_rank_come_back_as_they_were(
+    wanted: list[tuple[str, tuple[int, ...]]], seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for index, (datatype, shape) in enumerate(wanted):
+        values = rng.integers(0, 2**7, shape)
+        if datatype == "BYTES":
+            texts = np.array([f"é{one}" for one in values.ravel()], dtype=object)
+            tensors[f"t{index}"] = texts.reshape(shape)
+        else:
+            tensors[f"t{index}"] = np.asarray(values).astype(DTYPES[datatype])
+
+    packed = payloads.pack(tensors)
+    unpacked = payloads.unpack(packed)
+
+    assert payloads.is_packed(packed)
+    assert list(unpacked) == list(tensors)
+    for name, array in tensors.items():
+        assert unpacked[name].dtype == array.dtype
+        assert unpacked[name].shape == array.shape
+        np.testing.assert_array_equal(unpacked[name], array)
+
+
+def test_numbers_that_json_has_not_come_back() -> None:
+    odd = np.array([np.nan, np.inf, -np.inf, -0.0], np.float32)
+    half = odd.astype(ml_dtypes.bfloat16)
+
+    back = payloads.unpack(payloads.pack({"odd": odd, "half": half}))
+
+    assert back["odd"].tobytes() == odd.tobytes()
+    assert back["half"].tobytes() == half.tobytes()
+
+
+def test_an_array_that_is_not_contiguous_is_stored_in_row_major_order() -> None:
+    array = np.arange(12, dtype=np.int64).reshape(3, 4).T
+
+    np.testing.assert_array_equal(payloads.unpack(payloads.pack({"x": array}))["x"], array)
+
+
+def test_no_damage_is_taken_for_tensors() -> None:
+    whole = payloads.pack(
+        {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "s": np.array(["a", "bc"], object)}
+    )
+
+    for size in range(len(whole)):
+        with pytest.raises(payloads.DamagedPayload):
+            payloads.unpack(whole[:size])
+    with pytest.raises(payloads.DamagedPayload):
+        payloads.unpack(whole + b"x")
+
+
+@given(st.binary(max_size=64))
+def test_any_bytes_are_read_or_refused(noise: bytes) -> None:
+    with contextlib.suppress(payloads.DamagedPayload):
+        payloads.unpack(payloads.TAG + noise)
