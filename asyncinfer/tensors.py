@@ -61,7 +61,8 @@ FLOATS: Final = frozenset({"FP16", "BF16", "FP32", "FP64"})
 
 # The last number that still rounds to a finite one lies half a step above the largest of them.
 _FP16_END: Final = math.nextafter(65520.0, 0.0)
-_BF16_END: Final = math.nextafter(2.0**128 - 2.0**119, 0.0)
+# bfloat16 is made by way of float32, so it is rounded twice.
+_BF16_END: Final = math.nextafter(2.0**128 - 2.0**119 - 2.0**103, 0.0)
 _FP32_END: Final = math.nextafter(2.0**128 - 2.0**103, 0.0)
 
 RANGES: Final[dict[str, tuple[float, float]]] = {

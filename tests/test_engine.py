@@ -136,8 +136,9 @@ def test_a_run_that_fails_names_the_node_and_repeats_nothing_of_the_input(
 
 
 def test_input_of_a_wrong_shape_is_the_input_s_fault(tmp_path: Path) -> None:
+    engine = loaded(tmp_path, zoo.mlp([4, 2]))
+
     with pytest.raises(ModelFailed, match=r"INVALID_ARGUMENT$"):
-        engine = loaded(tmp_path, zoo.mlp([4, 2]))
         engine.run(fed(engine, column(1)), Stop())
 
 

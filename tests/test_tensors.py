@@ -16,7 +16,7 @@ NUMERIC = sorted(tensors.RANGES)
 @pytest.mark.parametrize("datatype", NUMERIC)
 def test_the_ends_of_every_numeric_datatype_are_taken(datatype: str) -> None:
     dtype = np.dtype(tensors.DTYPES[datatype])
-    info = np.iinfo(dtype) if dtype.kind in "iu" else ml_dtypes.finfo(dtype)
+    info = np.iinfo(dtype) if dtype.kind in "iu" else ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
     ends = np.array([info.min, info.max], dtype).tolist()
 
     array = tensors.decode(msgspec.json.encode(ends), TensorSpec("x", datatype, (None,)))
