@@ -100,8 +100,16 @@ class ModelNotFound(RequestError):
     code, status, title = "model_not_found", 404, "No such model"
 
 
+class VersionNotFound(RequestError):
+    code, status, title = "version_not_found", 404, "The model has no such version"
+
+
 class MethodNotAllowed(RequestError):
     code, status, title = "method_not_allowed", 405, "The route has no such method"
+
+
+class NotAcceptable(RequestError):
+    code, status, title = "not_acceptable", 406, "The result has no such form"
 
 
 class RequestTimeout(RequestError):
@@ -110,6 +118,14 @@ class RequestTimeout(RequestError):
 
 class JobFinished(RequestError):
     code, status, title = "job_finished", 409, "The job has already ended"
+
+
+class JobNotFinished(RequestError):
+    code, status, title = "job_not_finished", 409, "The job has not ended yet"
+
+
+class JobCancelled(RequestError):
+    code, status, title = "job_cancelled", 409, "The job was cancelled"
 
 
 class JobNotRetryable(RequestError):
@@ -133,9 +149,19 @@ class EncodingRefused(RequestError):
 
 
 class InvalidInput(RequestError):
-    """JSON that parses, but is not what this model or route takes; also ends a job."""
+    """A body that can be read, but is not what this model or route takes; also ends a job."""
 
     code, status, title = "invalid_input", 422, "The input does not fit"
+
+
+class JobFailed(RequestError):
+    """Answers for a job that failed; `job_error` is the code and message stored with it."""
+
+    code, status, title = "job_failed", 422, "The job failed"
+
+    def __init__(self, job_error: tuple[str, str], job_id: str) -> None:
+        super().__init__(f"{job_error[0]}: {job_error[1]}", job_id=job_id)
+        self.job_error = job_error
 
 
 class IdempotencyConflict(RequestError):

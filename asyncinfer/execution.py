@@ -18,7 +18,7 @@ from asyncinfer.errors import (
     UnknownModel,
     UnreadableRecord,
 )
-from asyncinfer.models import check_data, check_inputs
+from asyncinfer.models import check_data, check_inputs, data_input
 from asyncinfer.repository.run import ClaimedJob
 from asyncinfer.tensors import Feeds
 
@@ -115,7 +115,9 @@ def _feeds_of(job: ClaimedJob, engine: Engine) -> Feeds:
         except payloads.DamagedPayload as error:
             raise InvalidInput(f"The stored tensors are damaged: {error}.") from error
     array = check_data(_input_of(job), engine.signature)
-    return {engine.signature.inputs[0].name: array}
+    spec = data_input(engine.signature)
+    assert spec is not None, "check_data refuses without one"
+    return {spec.name: array}
 
 
 def _input_of(job: ClaimedJob) -> bytes | Raw:

@@ -1,4 +1,4 @@
-"""Every fault of a JSON tensor that was refused: where it is, and what is expected there.
+"""Every fault of an input that was refused: where it is, and what is expected there.
 
 The slow path: it walks in Python what the decoder refused in one go.
 """
@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 from typing import Any, Final
 
 from msgspec import Struct
@@ -20,6 +21,7 @@ MAX_FAULTS: Final = 20
 
 _MAX_COUNTED: Final = 1000
 _MAX_INT_DIGITS: Final = 300
+_SHOWN_CHARACTERS: Final = 64
 _INFINITIES: Final = (math.inf, -math.inf)
 """What Python's parser makes of numbers beyond every datatype, such as 1e400."""
 
@@ -30,28 +32,40 @@ def refusal(faults: Iterable[Fault], *, otherwise: str = "does not fit") -> Inva
     `otherwise` is what it says where there are none.
     """
     found = list(itertools.islice(faults, _MAX_COUNTED)) or [Fault("/data", otherwise)]
+    whole = f"/{found[0].pointer[1:].partition('/')[0]}"
     least = "at least " if len(found) == _MAX_COUNTED else ""
     detail = f"{found[0].pointer}: {found[0].detail}"
     if len(found) > 1:
         detail = f"{detail} (and {least}{len(found) - 1} more)"
     unlisted = len(found) - MAX_FAULTS
     if unlisted > 0:
-        found[MAX_FAULTS:] = [Fault("/data", f"{least}{unlisted} more faults are not listed")]
+        found[MAX_FAULTS:] = [Fault(whole, f"{least}{unlisted} more faults are not listed")]
     return InvalidInput(detail, faults=found)
 
 
-def find(data: bytes, spec: TensorSpec, *, model: str, max_rows: int) -> Iterator[Fault]:
-    """Where the JSON text `data` differs from what `model` takes; pointers start with /data."""
+def unknown_name(name: str, known: Iterable[str]) -> str:
+    """Says that `name` is none of the known names, and which one may be meant."""
+    names = sorted(known)
+    listed = ", ".join(f"`{one}`" for one in names) or "none"
+    if nearest := get_close_matches(name[:_SHOWN_CHARACTERS], names, n=1):
+        return f"There is no such name. Did you mean `{nearest[0]}`? Known: {listed}."
+    return f"There is no such name. Known: {listed}."
+
+
+def find(
+    data: bytes, spec: TensorSpec, *, model: str, max_rows: int, at: str = "/data"
+) -> Iterator[Fault]:
+    """Where the JSON text `data` differs from what `model` takes; pointers start with `at`."""
     try:
         value = json.loads(data.decode(), parse_int=_int, parse_constant=lambda _: _NoJson())
     except UnicodeDecodeError as error:
-        yield Fault("/data", f"not UTF-8 at byte {error.start}")
+        yield Fault(at, f"not UTF-8 at byte {error.start}")
     except json.JSONDecodeError as error:
-        yield Fault("/data", _syntax_problem(data, error))
+        yield Fault(at, _syntax_problem(data, error))
     except RecursionError:
-        yield Fault("/data", f"nested too deep, {model} takes shape {shape_words(spec)}")
+        yield Fault(at, f"nested too deep, {model} takes shape {shape_words(spec)}")
     else:
-        yield from _Walk(spec, model, max_rows).faults(value)
+        yield from _Walk(spec, model, max_rows, at).faults(value)
 
 
 class _NoJson:
@@ -71,8 +85,9 @@ def _syntax_problem(data: bytes, error: json.JSONDecodeError) -> str:
 class _Walk:
     """Goes through a parsed value and tells where it differs from `spec`."""
 
-    def __init__(self, spec: TensorSpec, model: str, max_rows: int) -> None:
+    def __init__(self, spec: TensorSpec, model: str, max_rows: int, root: str) -> None:
         self._spec = spec
+        self._root = root
         self._rank = len(spec.shape)
         self._model = model
         self._max_rows = max_rows
@@ -83,9 +98,9 @@ class _Walk:
     def faults(self, value: object) -> Iterator[Fault]:
         if self._rank > 1 and isinstance(value, list) and _is_flat(value):
             takes = f"{self._model} takes {self._rank}: shape {shape_words(self._spec)}"
-            yield Fault("/data", f"1 dimension, {takes}")
+            yield Fault(self._root, f"1 dimension, {takes}")
         else:
-            yield from self._at("/data", value, 0)
+            yield from self._at(self._root, value, 0)
 
     def _at(self, pointer: str, value: object, axis: int) -> Iterator[Fault]:
         if axis == self._rank:

@@ -60,6 +60,16 @@ class Options(Struct, frozen=True, kw_only=True, omit_defaults=True):
         ]
         | None
     ) = None
+    version: (
+        Annotated[
+            str,
+            Meta(
+                pattern="^(0|[1-9][0-9]{0,17})$",
+                description="The model's version; without it, the served one.",
+            ),
+        ]
+        | None
+    ) = None
 
 
 class Record(Struct, frozen=True, array_like=True):

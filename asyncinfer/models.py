@@ -6,15 +6,16 @@ Reads files and JSON only: the API imports it, and the API never loads a model.
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import Meta, Struct
 
-from asyncinfer import faults, tensors
+from asyncinfer import faults, mismatches, tensors
 from asyncinfer.errors import Fault, ModelRefused
+from asyncinfer.mismatches import Given
 from asyncinfer.tensors import Array, Feeds, TensorSpec
 
 MAX_ROWS: Final = 10_000
@@ -196,17 +197,23 @@ def _unknown_keys(table: Mapping[str, Any], struct: type[Struct], prefix: str) -
 # --- input -------------------------------------------------------------------------------------
 
 
+def data_input(signature: Signature) -> TensorSpec | None:
+    """The input that a request's `data` is for: the only one that must be there."""
+    if len(signature.inputs) == 1:
+        return signature.inputs[0]
+    required = [spec for spec in signature.inputs if not spec.optional]
+    return required[0] if len(required) == 1 else None
+
+
 def check_data(data: bytes | msgspec.Raw, signature: Signature) -> Array:
     """The model's input from the JSON text of a request's `data`: the shape that it takes.
 
     Raises InvalidInput with every fault, each a JSON pointer that starts with /data. The API
     and the worker both call this, because strangers bypass the API.
     """
-    if len(signature.inputs) != 1:
-        names = ", ".join(spec.name for spec in signature.inputs)
-        takes = f"{len(signature.inputs)} inputs ({names}), `data` is one" if names else "no input"
-        raise faults.refusal([Fault("/data", f"{signature.model} takes {takes}")])
-    spec = signature.inputs[0]
+    spec = data_input(signature)
+    if spec is None:
+        raise faults.refusal([Fault("/data", _no_data(signature))])
     try:
         array = tensors.decode(data, spec)
         problem = _shape_problem(array, spec, signature.max_rows)
@@ -224,13 +231,29 @@ def check_inputs(feeds: Feeds, signature: Signature) -> Feeds:
     Raises InvalidInput with every fault, each a JSON pointer that starts with /inputs. Called by
     the API and by the worker.
     """
-    for spec in signature.inputs:
-        array = feeds.get(spec.name)
-        if array is None or tensors.datatype_of(array) != spec.datatype:
-            raise faults.refusal([Fault("/inputs", f"`{spec.name}` is not a {spec.datatype}")])
-        if _shape_problem(array, spec, signature.max_rows):
-            raise faults.refusal([Fault("/inputs", f"`{spec.name}`: {list(array.shape)}")])
-    return {spec.name: feeds[spec.name] for spec in signature.inputs}
+    refuse_misfits(mismatches.described(feeds), signature, mismatches.broken_booleans(feeds))
+    return {spec.name: feeds[spec.name] for spec in signature.inputs if spec.name in feeds}
+
+
+def refuse_misfits(
+    given: Sequence[Given], signature: Signature, others: Iterable[Fault] = ()
+) -> None:
+    """Raises InvalidInput where tensors so described do not fit, or there are `others`."""
+    found = mismatches.find(
+        given, signature.inputs, model=signature.model, max_rows=signature.max_rows
+    )
+    if all_faults := [*found, *others]:
+        raise faults.refusal(all_faults)
+
+
+def _no_data(signature: Signature) -> str:
+    names = ", ".join(spec.name for spec in signature.inputs)
+    if not names:
+        return f"{signature.model} takes no input"
+    return (
+        f"{signature.model} takes {len(signature.inputs)} inputs ({names}), `data` is one; send "
+        '`"inputs": [{"name", "shape", "datatype", "data"}]`'
+    )
 
 
 def _shape_problem(array: Array, spec: TensorSpec, max_rows: int) -> str:

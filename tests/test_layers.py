@@ -22,6 +22,7 @@ RUNGS = (
     "payloads",
     "schemas",
     "faults",
+    "mismatches",
     "models",
     "batching",
     "results",

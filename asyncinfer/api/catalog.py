@@ -10,14 +10,15 @@ import msgspec
 from msgspec import Struct
 
 from asyncinfer import keys
-from asyncinfer.api.struct_faults import unknown_name
 from asyncinfer.errors import (
     InvalidInput,
     ModelNotFound,
     NoModelAnnounced,
     RedisUnavailable,
     RequestError,
+    VersionNotFound,
 )
+from asyncinfer.faults import unknown_name
 from asyncinfer.models import Signature, valid_name
 from asyncinfer.repository.inspect import Announced, Inspection
 
@@ -38,6 +39,19 @@ class Served(Struct, frozen=True):
     signature: Signature
     versions: tuple[str, ...]
     """Newest first."""
+    signatures: Mapping[str, Signature]
+    """Of every version."""
+
+    def of(self, version: str | None) -> Signature:
+        """The signature of the version asked for; None asks for the served one."""
+        if version is None:
+            return self.signature
+        if version not in self.signatures:
+            raise VersionNotFound(
+                f"{self.signature.model} has no version {version}; it has "
+                f"{', '.join(self.versions)}. Leave `version` out for {self.signature.version}."
+            )
+        return self.signatures[version]
 
 
 class Catalog:
@@ -144,7 +158,7 @@ def _served(announced: Announced, n: str, configured_default: str | None) -> dic
         if signatures := _signatures(model, bodies):
             versions = sorted(signatures, key=_age)
             queue = keys.queue(n, model, default)
-            found[model] = Served(queue, signatures[versions[0]], tuple(versions))
+            found[model] = Served(queue, signatures[versions[0]], tuple(versions), signatures)
     return found
 
 

@@ -1,14 +1,13 @@
 """What msgspec finds wrong, as a fault with its place and a hint."""
 
 import re
-from collections.abc import Iterable
-from difflib import get_close_matches
 from typing import Final
 
 import msgspec
 from msgspec import Struct
 
 from asyncinfer.errors import Fault
+from asyncinfer.faults import unknown_name
 
 _SHOWN_CHARACTERS: Final = 64
 _MESSAGE = re.compile(r"(.*?)(?: - at `(?:key in )?\$(.*)`)?", re.DOTALL)
@@ -28,15 +27,6 @@ def fault_of(error: msgspec.ValidationError, struct: type[Struct], under: str = 
     if missing := _MISSING.fullmatch(message):
         return Fault(f"{pointer}/{missing[1]}", "This field is required.")
     return Fault(pointer, f"{message}.")
-
-
-def unknown_name(name: str, known: Iterable[str]) -> str:
-    """Says that `name` is none of the known names, and which one may be meant."""
-    names = sorted(known)
-    listed = ", ".join(f"`{one}`" for one in names) or "none"
-    if nearest := get_close_matches(name[:_SHOWN_CHARACTERS], names, n=1):
-        return f"There is no such name. Did you mean `{nearest[0]}`? Known: {listed}."
-    return f"There is no such name. Known: {listed}."
 
 
 def _escaped(name: str) -> str:

@@ -218,6 +218,7 @@ def next_round(record: Record, now_ms: int) -> Record:
         worker=None,
         claim=None,
         ran_version=None,
+        ran_sha256=None,
     )
 
 
