@@ -11,9 +11,9 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from asyncinfer import batching
+from asyncinfer import batching, payloads
 from asyncinfer.models import Signature
-from asyncinfer.tensors import Array
+from asyncinfer.tensors import Array, datatype_of
 
 _encode = msgspec.json.Encoder().encode
 
@@ -63,6 +63,23 @@ def render_results(
     if len(row_counts) == 1:
         return [_encode_rows(rows)]
     return [_encode_rows(rows[start:end]) for start, end in batching.spans(row_counts)]
+
+
+def render_stored(payload: bytes) -> bytes:
+    """Outputs that were stored packed, as JSON; raises DamagedPayload."""
+    found = payloads.unpack(payload)
+    tensors = [
+        TensorResult(name, datatype_of(array), array.shape, _flat(array))
+        for name, array in found.items()
+    ]
+    return _encode(TensorsResult(tensors))
+
+
+def _flat(array: Array) -> list[Any]:
+    # Python's lists know no bfloat16.
+    wide = array.astype(np.float32) if datatype_of(array) == "BF16" else array
+    flat: list[Any] = _plain(wide).ravel().tolist()
+    return flat
 
 
 def _class_rows(outputs: Sequence[Array], signature: Signature) -> list[ClassResult] | None:

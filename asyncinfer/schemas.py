@@ -5,7 +5,7 @@ from typing import Annotated, Any, Final, Literal
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from asyncinfer.errors import Fault, RequestError
+from asyncinfer.errors import Fault, JobFailed, RequestError
 from asyncinfer.jobs import JobError, Options, Status
 from asyncinfer.tensors import TensorSpec
 
@@ -31,6 +31,57 @@ class PredictRequest(Struct, frozen=True, forbid_unknown_fields=True):
     options: AskedOptions = AskedOptions()
 
 
+class AskedParameters(Struct, frozen=True, forbid_unknown_fields=True):
+    """What clients of the Open Inference Protocol say; `Accept` decides here."""
+
+    binary_data_output: bool = False
+
+
+class InputParameters(Struct, frozen=True, forbid_unknown_fields=True):
+    binary_data_size: (
+        Annotated[
+            int,
+            Meta(ge=0, description="Bytes of this tensor among those that follow the JSON."),
+        ]
+        | None
+    ) = None
+
+
+class OutputParameters(Struct, frozen=True, forbid_unknown_fields=True):
+    """What clients of the Open Inference Protocol say; `Accept` decides here."""
+
+    binary_data: bool = False
+
+
+class AskedInput(Struct, frozen=True, forbid_unknown_fields=True):
+    """A named tensor, with its elements in `data` or among the bytes that follow the JSON."""
+
+    name: str
+    shape: Annotated[list[int], Meta(examples=[[1, 4]])]
+    datatype: Annotated[str, Meta(examples=["FP32"])]
+    data: Annotated[
+        Raw | UnsetType,
+        Meta(description="Flat in row-major order, or nested.", examples=[[5.1, 3.5, 1.4, 0.2]]),
+    ] = UNSET
+    parameters: InputParameters = InputParameters()
+
+
+class AskedOutput(Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    parameters: OutputParameters = OutputParameters()
+
+
+class TensorRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """Named tensors for a model, and what is asked of their job."""
+
+    inputs: list[AskedInput]
+    outputs: Annotated[
+        list[AskedOutput], Meta(description="Those that are wanted; without it, all.")
+    ] = []
+    parameters: AskedParameters = AskedParameters()
+    options: AskedOptions = AskedOptions()
+
+
 class NoQuery(Struct, frozen=True, forbid_unknown_fields=True):
     """For routes that take no query parameters."""
 
@@ -44,6 +95,10 @@ class WaitQuery(Struct, frozen=True, forbid_unknown_fields=True):
             description="How many seconds to hold the answer back while the job is unfinished.",
         ),
     ] = 0.0
+
+
+class ResultQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    output: Annotated[str, Meta(description="Only the output of this name.")] | None = None
 
 
 class JobsQuery(Struct, frozen=True, forbid_unknown_fields=True):
@@ -76,10 +131,31 @@ class Job(Struct, frozen=True, kw_only=True):
     error: Annotated[JobError, Meta(description="Why a failed job failed.")] | UnsetType = UNSET
     model: str | UnsetType = UNSET
     version: str | UnsetType = UNSET
+    sha256: Annotated[str, Meta(description="Of the model file that ran.")] | UnsetType = UNSET
     round: Annotated[int, Meta(description="Counts a person's retries.")] | UnsetType = UNSET
     created_at: datetime | UnsetType = UNSET
     started_at: datetime | UnsetType = UNSET
     finished_at: datetime | UnsetType = UNSET
+
+
+class TensorShape(Struct, frozen=True):
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+class Validated(Struct, frozen=True, kw_only=True):
+    """A request that would be taken, as it was understood; nothing is stored."""
+
+    valid: Literal[True] = True
+    model: str
+    version: Annotated[str, Meta(description="The version that would run.")]
+    inputs: list[TensorShape]
+    outputs: Annotated[list[str], Meta(description="Names of the outputs it would give.")]
+    rows: Annotated[
+        int | None, Meta(description="Of the first input; null where it has no open dimension.")
+    ]
+    options: Options
 
 
 class JobList(Struct, frozen=True):
@@ -93,11 +169,16 @@ class Model(Struct, frozen=True, kw_only=True):
     model: str
     version: Annotated[str, Meta(description="The version that is served.")]
     versions: Annotated[list[str], Meta(description="All announced versions, newest first.")]
+    version_sha256: Annotated[dict[str, str], Meta(description="Of each version's model file.")]
     default: Annotated[bool, Meta(description="Whether POST /predict means this model.")]
     url: Annotated[str, Meta(description="Where to POST inputs.")]
     description: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    symbols: Annotated[
+        dict[str, list[str]],
+        Meta(description="Open dimensions by name: where they are, equal in one request."),
+    ]
     labels: tuple[str, ...]
     batched: Annotated[bool, Meta(description="Whether several jobs may share a run.")]
     batching: Annotated[str, Meta(description="Why they may or may not.")]
@@ -171,6 +252,7 @@ class Problem(Struct, frozen=True, kw_only=True, omit_defaults=True):
     instance: str = ""
     errors: Annotated[tuple[Fault, ...], Meta(description="Every fault found, by place.")] = ()
     job_id: str | None = None
+    error: Annotated[JobError, Meta(description="Why the job failed.")] | None = None
 
 
 def problem_of(error: RequestError, path: str = "") -> Problem:
@@ -183,6 +265,7 @@ def problem_of(error: RequestError, path: str = "") -> Problem:
         instance=path,
         errors=error.faults,
         job_id=error.job_id,
+        error=JobError(*error.job_error) if isinstance(error, JobFailed) else None,
     )
 
 

@@ -331,8 +331,13 @@ def test_a_model_with_two_inputs_takes_no_data() -> None:
     tensor = TensorSpec("a", "FP32", ("n",))
     taken = Signature("two", "1", "", (tensor, TensorSpec("b", "FP32", ("n",))), (tensor,))
 
-    assert faults_of(b"[1]", taken) == [("/data", "two takes 2 inputs (a, b), `data` is one; send "
-        '`"inputs": [{"name", "shape", "datatype", "data"}]`')]
+    assert faults_of(b"[1]", taken) == [
+        (
+            "/data",
+            "two takes 2 inputs (a, b), `data` is one; send "
+            '`"inputs": [{"name", "shape", "datatype", "data"}]`',
+        )
+    ]
 
 
 def test_a_model_that_knows_no_input_takes_no_data() -> None:

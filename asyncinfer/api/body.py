@@ -1,24 +1,55 @@
-"""Reading a request's body: the right kind, and no more of it than allowed."""
+"""Reading a request's body: which kind it is, and no more of it than allowed."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
 import anyio
+from msgspec import Struct
 from starlette.types import Receive
 
+from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.exchange import ClientGone, Request
-from asyncinfer.errors import BodyTooLarge, EncodingRefused, MediaTypeRefused
+from asyncinfer.errors import BodyTooLarge, EncodingRefused, InvalidHeader, MediaTypeRefused
+
+JSON_LENGTH_HEADER: Final = b"inference-header-content-length"
+"""Of a body that begins with JSON and goes on with tensors, how long the JSON is."""
+
+NPY: Final = "application/x-npy"
 
 _CLOSE: Final = ("connection", "close")
 _DISCARD_SECONDS: Final = 2.0
+_TAKEN: Final = "application/json"
 
 
-async def read_json_text(request: Request[Any], max_bytes: int) -> bytes:
-    """The body of a request that says it sends JSON; not parsed."""
-    _check_media_type(request.header(b"content-type"))
+class Body(Struct, frozen=True):
+    """What was sent: JSON, JSON with tensors behind it, or an array as numpy saves it."""
+
+    content: bytes
+    json_bytes: int | None
+    """How much of it is JSON; None for all of it."""
+    npy: bool = False
+
+
+async def read_body(request: Request[Any], config: ApiConfig) -> Body:
+    """The body; not parsed. Whether tensors follow its JSON is said by a header of their own,
+    since clients of the Open Inference Protocol send any Content-Type, or none."""
+    json_bytes = _json_bytes(request.header(JSON_LENGTH_HEADER), config.max_json_bytes)
+    media_type = request.header(b"content-type")
+    npy = json_bytes is None and _is_npy(media_type)
+    dense = npy or json_bytes is not None
+    if not dense:
+        _check_media_type(media_type)
+    limit = _Limit(config.max_body_bytes, "MAX_BODY") if dense else _json_limit(config)
     _check_encoding(request.header(b"content-encoding"))
-    _check_announced_length(request.header(b"content-length"), max_bytes)
-    return await _read(request, max_bytes)
+    _check_announced_length(request.header(b"content-length"), limit)
+    content = await _read(request, limit)
+    if json_bytes is not None and json_bytes > len(content):
+        raise InvalidHeader(
+            f"Inference-Header-Content-Length is {json_bytes}, the body has {len(content)} bytes; "
+            "it is the length of the JSON that the body begins with."
+        )
+    return Body(content, json_bytes, npy)
 
 
 async def discard(receive: Receive, headers: Mapping[bytes, bytes]) -> None:
@@ -34,7 +65,25 @@ async def discard(receive: Receive, headers: Mapping[bytes, bytes]) -> None:
             pass
 
 
-async def _read(request: Request[Any], max_bytes: int) -> bytes:
+class _Limit(Struct, frozen=True):
+    most_bytes: int
+    setting: str
+
+    def error(self) -> BodyTooLarge:
+        kind = "JSON body" if self.setting == "MAX_JSON" else "body"
+        hint = ", send binary tensors" if self.setting == "MAX_JSON" else ""
+        return BodyTooLarge(
+            f"A {kind} may have {self.most_bytes} bytes. Send fewer rows per job{hint}, or raise "
+            f"{self.setting}.",
+            headers=[_CLOSE],
+        )
+
+
+def _json_limit(config: ApiConfig) -> _Limit:
+    return _Limit(config.max_json_bytes, "MAX_JSON")
+
+
+async def _read(request: Request[Any], limit: _Limit) -> bytes:
     chunks: list[bytes] = []
     size = 0
     more = True
@@ -44,24 +93,48 @@ async def _read(request: Request[Any], max_bytes: int) -> bytes:
             raise ClientGone
         chunk = message.get("body", b"")
         size += len(chunk)
-        if size > max_bytes:
-            raise _too_large(max_bytes)
+        if size > limit.most_bytes:
+            raise limit.error()
         chunks.append(chunk)
         more = message.get("more_body", False)
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
+def _json_bytes(value: str | None, max_json_bytes: int) -> int | None:
+    if value is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,18}", value) or int(value) == 0:
+        raise InvalidHeader(
+            "Inference-Header-Content-Length is the number of bytes of JSON, at least 1, that the "
+            "body begins with; the tensors follow it."
+        )
+    if int(value) > max_json_bytes:
+        raise BodyTooLarge(
+            f"The JSON before the tensors may have {max_json_bytes} bytes. Send the data of more "
+            "inputs as binary, or raise MAX_JSON.",
+            headers=[_CLOSE],
+        )
+    return int(value)
+
+
+def _is_npy(value: str | None) -> bool:
+    return value is not None and value.partition(";")[0].strip().lower() == NPY
+
+
 def _check_media_type(value: str | None) -> None:
-    """No Content-Type at all counts as JSON; a browser's form cannot send that."""
-    if value is None or value == "application/json":
+    """No Content-Type at all counts as JSON, as does that of bytes of any kind: a browser's form
+    can send neither."""
+    if value is None or value == _TAKEN:
         return
     media_type, _, parameters = value.lower().partition(";")
     media_type = media_type.strip()
-    if media_type != "application/json" and not media_type.endswith("+json"):
+    is_json = media_type == _TAKEN or media_type.endswith("+json")
+    if not is_json and media_type != "application/octet-stream":
         hint = " (curl -d sends that unless told)" if "form-urlencoded" in media_type else ""
         raise MediaTypeRefused(
-            f"Content-Type is {value[:100]!r}{hint}; send `Content-Type: application/json`.",
-            headers=[("accept", "application/json")],
+            f"Content-Type is {value[:100]!r}{hint}; send `Content-Type: application/json`, "
+            f"or `{NPY}` for an array that numpy saved.",
+            headers=[("accept", f"{_TAKEN}, {NPY}")],
         )
     for parameter in parameters.split(";"):
         name, _, text = parameter.partition("=")
@@ -77,14 +150,7 @@ def _check_encoding(value: str | None) -> None:
         )
 
 
-def _check_announced_length(value: str | None, max_bytes: int) -> None:
+def _check_announced_length(value: str | None, limit: _Limit) -> None:
     """Refuses by what is announced, before a byte is read; what comes is counted all the same."""
-    if value is not None and value.isdecimal() and int(value[:20]) > max_bytes:
-        raise _too_large(max_bytes)
-
-
-def _too_large(max_bytes: int) -> BodyTooLarge:
-    return BodyTooLarge(
-        f"A JSON body may have {max_bytes} bytes. Send fewer rows per job, or raise MAX_JSON.",
-        headers=[_CLOSE],
-    )
+    if value is not None and value.isdecimal() and int(value[:20]) > limit.most_bytes:
+        raise limit.error()

@@ -11,7 +11,7 @@ from msgspec import Raw, Struct
 from asyncinfer.api.struct_faults import fault_of
 from asyncinfer.errors import Fault, InvalidInput, InvalidJSON
 from asyncinfer.jobs import Options
-from asyncinfer.schemas import AskedOptions, PredictRequest
+from asyncinfer.schemas import AskedOptions
 
 _BOM: Final = b"\xef\xbb\xbf"
 _NO_OPTIONS: Final = AskedOptions()
@@ -20,18 +20,28 @@ _AFTER_VALUE = re.compile(rb"[ \t\r\n]*[,}]")
 
 
 class Asked(Struct, frozen=True):
-    """A predict request taken apart; both texts are the client's own bytes."""
+    """A predict request taken apart; all but the options is the client's own text, empty where
+    it was left out. There is either `data` or `inputs`."""
 
     data: bytes
     options: Options
-    options_text: bytes
+    inputs: bytes = b""
+    outputs: bytes = b""
+    parameters: bytes = b""
+    has_options: bool = False
+
+
+_ABSENT: Final = Raw(b"")
 
 
 class _Envelope(Struct, frozen=True, forbid_unknown_fields=True):
-    """PredictRequest with its parts still text."""
+    """A request with its parts still text."""
 
-    data: Raw
-    options: Raw = Raw(b"")
+    data: Raw = _ABSENT
+    inputs: Raw = _ABSENT
+    outputs: Raw = _ABSENT
+    parameters: Raw = _ABSENT
+    options: Raw = _ABSENT
 
 
 _decode_envelope = msgspec.json.Decoder(_Envelope).decode
@@ -44,20 +54,47 @@ def read_envelope(body: bytes) -> Asked:
     try:
         envelope = _decode_envelope(body)
     except msgspec.ValidationError as error:
-        _refuse(fault_of(error, PredictRequest), error)
+        refuse(fault_of(error, _Envelope), error)
     except msgspec.DecodeError as error:
         raise InvalidJSON(_malformed(error)) from error
     except RecursionError:
         # `from None`: the traceback would be as deep as the JSON.
         raise InvalidJSON("The JSON is nested too deeply; `data` is a list of rows.") from None
-    if len(envelope.options) == 0:
-        # Spelled once and nothing escaped, it cannot be there twice.
-        if body.count(b'"data"') != 1 or b"\\" in body:
-            _check_repeated(body, {"data": envelope.data})
-        return Asked(bytes(envelope.data), _NO_OPTIONS, b"")
-    _check_repeated(body, {"data": envelope.data, "options": envelope.options})
-    text = bytes(envelope.options)
-    return Asked(bytes(envelope.data), _read_options(text), text)
+    given = _given(envelope)
+    # Spelled once and nothing escaped, it cannot be there twice.
+    if given.keys() != {"data"} or body.count(b'"data"') != 1 or b"\\" in body:
+        check_repeated(body, given)
+    _check_together(given)
+    return _asked(envelope)
+
+
+def _given(envelope: _Envelope) -> dict[str, Raw]:
+    values = {name: getattr(envelope, name) for name in envelope.__struct_fields__}
+    return {name: value for name, value in values.items() if len(value)}
+
+
+def _check_together(given: Mapping[str, Raw]) -> None:
+    if "inputs" in given:
+        if "data" in given:
+            refuse(Fault("/data", "Send either `data` or `inputs`, not both."))
+        return
+    if "data" not in given:
+        refuse(Fault("/data", "This field is required, or `inputs` for named tensors."))
+    for name in ("outputs", "parameters"):
+        if name in given:
+            refuse(Fault(f"/{name}", f"`{name}` goes with `inputs`; `data` has none."))
+
+
+def _asked(envelope: _Envelope) -> Asked:
+    options_text = bytes(envelope.options)
+    return Asked(
+        data=bytes(envelope.data),
+        options=_read_options(options_text) if options_text else _NO_OPTIONS,
+        inputs=bytes(envelope.inputs),
+        outputs=bytes(envelope.outputs),
+        parameters=bytes(envelope.parameters),
+        has_options=bool(options_text),
+    )
 
 
 def _check_text(body: bytes) -> None:
@@ -83,13 +120,13 @@ def _read_options(text: bytes) -> Options:
     try:
         options = _decode_options(text)
     except msgspec.ValidationError as error:
-        _refuse(fault_of(error, AskedOptions, under="/options"), error)
+        refuse(fault_of(error, AskedOptions, under="/options"), error)
     # After decoding: only then is the text known to be flat.
     json.loads(text, object_pairs_hook=_refuse_repeated_option)
     return options
 
 
-def _check_repeated(body: bytes, values: Mapping[str, Raw]) -> None:
+def check_repeated(body: bytes, values: Mapping[str, Raw], under: str = "") -> None:
     """Refuses a key given twice: parsers differ in which one counts, msgspec takes the last.
 
     `body` is known to be one object with no other keys, `values` are the last of each. So a
@@ -103,21 +140,21 @@ def _check_repeated(body: bytes, values: Mapping[str, Raw]) -> None:
         place = key.end() + len(value)
         whole = body.startswith(value, key.end()) and _AFTER_VALUE.match(body, place)
         if name in seen or not whole:
-            _refuse(_given_twice(f"/{name}"))
+            refuse(_given_twice(f"{under}/{name}"))
         seen.add(name)
 
 
 def _refuse_repeated_option(pairs: Sequence[tuple[str, Any]]) -> None:
     names = [name for name, _ in pairs]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        _refuse(_given_twice(f"/options/{twice}"))
+        refuse(_given_twice(f"/options/{twice}"))
 
 
 def _given_twice(pointer: str) -> Fault:
     return Fault(pointer, "This key is given more than once; send it once.")
 
 
-def _refuse(fault: Fault, cause: Exception | None = None) -> NoReturn:
+def refuse(fault: Fault, cause: Exception | None = None) -> NoReturn:
     place = f" at {fault.pointer}" if fault.pointer else ""
     raise InvalidInput(
         f"The request is not as expected{place}: {fault.detail}", faults=[fault]

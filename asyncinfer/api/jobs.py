@@ -28,7 +28,7 @@ _MOST_ROUNDS: Final = 5
 
 async def read_job(services: Services, request: Request[WaitQuery]) -> Reply:
     """A job's state and result."""
-    stored = await _find(services, request)
+    stored = await find_job(services, request)
     if request.query.wait and not ended(stored):
         stored = await _wait(services, request, stored, request.query.wait)
     return _job_reply(services, 200, stored)
@@ -50,7 +50,7 @@ async def list_jobs(services: Services, request: Request[JobsQuery]) -> Reply:
 
 async def cancel_job(services: Services, request: Request[NoQuery]) -> Reply:
     """Cancels a job, waiting or running."""
-    stored = await _find(services, request)
+    stored = await find_job(services, request)
     if ended(stored):
         raise _finished(stored)
     verdict = await services.submissions.cancel(stored)
@@ -59,7 +59,7 @@ async def cancel_job(services: Services, request: Request[NoQuery]) -> Reply:
     if verdict == "asked":
         stored = await _wait(services, request, stored, _CANCEL_WAIT_SECONDS)
     else:
-        stored = await _find(services, request)
+        stored = await find_job(services, request)
     if verdict == "finished" or (ended(stored) and stored.status != "cancelled"):
         raise _finished(stored)
     return _job_reply(services, 200 if ended(stored) else 202, stored)
@@ -68,7 +68,7 @@ async def cancel_job(services: Services, request: Request[NoQuery]) -> Reply:
 async def retry_job(services: Services, request: Request[NoQuery]) -> Reply:
     """Runs a failed or cancelled job again, under the same id."""
     for _ in range(_MOST_ROUNDS):
-        stored = await _find(services, request)
+        stored = await find_job(services, request)
         verdict = await services.submissions.retry(stored, time.time_ns() // 1_000_000)
         if verdict == "ok":
             location = (b"location", url_of(stored.job_id).encode())
@@ -92,7 +92,7 @@ def absent(services: Services, job_id: str) -> RequestError:
     return JobNotFound("There is no job with this id.")
 
 
-async def _find(services: Services, request: Request[Any]) -> Stored:
+async def find_job(services: Services, request: Request[Any]) -> Stored:
     """The job that the path names, if it is the caller's."""
     job_id = request.path("id") or ""
     stored = await services.submissions.read(job_id) if jobs.is_id(job_id) else None

@@ -16,6 +16,7 @@ from asyncinfer.schemas import Problem
 
 _Schema = dict[str, Any]
 
+_ANY: Final[_Schema] = {}
 _REF: Final = "#/components/schemas/{name}"
 _SECURITY: Final = {
     "bearer": {"type": "http", "scheme": "bearer"},
@@ -51,7 +52,7 @@ def _bodies(routes: Iterable[Route]) -> list[type[Struct]]:
     """Every struct that is a request's or an answer's body, once, in a stable order."""
     found: dict[type[Struct], None] = {Problem: None}
     for route in routes:
-        found |= {body: None for body in (route.body, *route.answers.values()) if body}
+        found |= {body: None for body in (*route.bodies, *route.answers.values()) if body}
     return list(found)
 
 
@@ -61,12 +62,13 @@ def _operation(route: Route, schemas: dict[type[Struct], _Schema]) -> _Schema:
         "summary": (getdoc(route.handler) or "").partition("\n")[0],
         "parameters": [*_path_parameters(route), *_query_parameters(route), *_headers(route)],
         "responses": {
-            **{str(status): _answer(status, body, schemas) for status, body in _answers(route)},
+            **{str(status): _answer(route, status, schemas) for status in route.answers},
             **_problems(route, schemas[Problem]),
         },
     }
-    if route.body:
-        content = {"application/json": {"schema": schemas[route.body]}}
+    if route.bodies:
+        alternatives = {"oneOf": [schemas[body] for body in route.bodies]}
+        content = {"application/json": {"schema": alternatives}, **_binary(route.binary_bodies)}
         operation["requestBody"] = {"required": True, "content": content}
     if route.scope:
         operation["security"] = [{"bearer": []}, {"header": []}, {}]
@@ -80,18 +82,19 @@ def _operation_id(route: Route) -> str:
     return f"{name}_{last[1:-1]}" if last == "{model}" and name == "predict" else name
 
 
-def _answers(route: Route) -> Iterable[tuple[int, type[Struct] | None]]:
-    return route.answers.items()
-
-
-def _answer(
-    status: int, body: type[Struct] | None, schemas: dict[type[Struct], _Schema]
-) -> _Schema:
-    schema = schemas[body] if body else {"type": "object"}
+def _answer(route: Route, status: int, schemas: dict[type[Struct], _Schema]) -> _Schema:
+    body = route.answers[status]
+    binary = route.binary_answers if status == HTTPStatus.OK else ()
+    schema = schemas[body] if body else _ANY if binary else {"type": "object"}
     return {
         "description": HTTPStatus(status).phrase,
-        "content": {"application/json": {"schema": schema}},
+        "content": {"application/json": {"schema": schema}, **_binary(binary)},
     }
+
+
+def _binary(media_types: Iterable[str]) -> dict[str, _Schema]:
+    """Bytes have no schema in OpenAPI 3.1: the media type says it all."""
+    return {media_type: {} for media_type in media_types}
 
 
 def _problems(route: Route, schema: _Schema) -> dict[str, _Schema]:

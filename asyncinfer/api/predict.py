@@ -8,41 +8,42 @@ from typing import Any, Final
 import msgspec
 
 from asyncinfer import jobs
-from asyncinfer.api.body import read_json_text
-from asyncinfer.api.catalog import Served
-from asyncinfer.api.envelope import Asked, read_envelope
 from asyncinfer.api.exchange import Reply, Request, json_reply
+from asyncinfer.api.inputs import Input, read_input
 from asyncinfer.api.jobs import absent
+from asyncinfer.api.results import Form, result_reply, wanted_form
 from asyncinfer.api.services import Services
 from asyncinfer.api.views import accepted_view, ended, job_view, url_of
 from asyncinfer.api.waiting import while_client_stays
 from asyncinfer.errors import (
     IdempotencyConflict,
     InvalidHeader,
+    NotAcceptable,
     QueueFull,
     RedisUnavailable,
     StorageFull,
 )
-from asyncinfer.models import check_data
 from asyncinfer.repository.submit import NewJob, Stored, Submitted
-from asyncinfer.schemas import MAX_WAIT_SECONDS, NoQuery
+from asyncinfer.schemas import MAX_WAIT_SECONDS, AskedOptions
 
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _FULL_RETRY_SECONDS: Final = 5
 
 
-async def predict(services: Services, request: Request[NoQuery]) -> Reply:
+async def predict(services: Services, request: Request[AskedOptions]) -> Reply:
     """Stores an input as a job of a model."""
     wait_seconds = preferred_wait(request)
     key = idempotency_key(request)
     served = await services.catalog.find(request.path("model"))
-    asked = read_envelope(await read_json_text(request, services.config.max_json_bytes))
-    check_data(asked.data, served.signature)
-    job = _new_job(request.tenant, served, asked, key)
+    # Nothing here holds the body on: a large one would be in memory twice while its job waits.
+    job = _new_job(
+        request.tenant, served.queue, await read_input(request, services.config, served), key
+    )
     if wait_seconds is None:
         return await _submitted_reply(services, await _submit(services, job))
+    form = _form(request, job)
     stored, job_id = await _submit_and_wait(services, request, job, wait_seconds)
-    return _waited_reply(services, stored, job_id, wait_seconds)
+    return _waited_reply(services, stored, job_id, wait_seconds, form)
 
 
 def preferred_wait(request: Request[Any]) -> int | None:
@@ -71,24 +72,38 @@ def _wait_seconds(text: str) -> int:
     return int(text)
 
 
-def _new_job(tenant: str, served: Served, asked: Asked, key: str | None) -> NewJob:
+def _form(request: Request[Any], job: NewJob) -> Form:
+    """What to answer a wait with: the job as JSON, or its result in a binary form."""
+    form = wanted_form(request.header(b"accept")) or "json"
+    if form != "json" and job.record.answer == "json":
+        raise NotAcceptable(
+            "The result of `data` is JSON; submit `inputs` to have binary tensors, or ask with "
+            "`Accept: application/json`."
+        )
+    return form
+
+
+def _new_job(tenant: str, queue: str, asked: Input, key: str | None) -> NewJob:
     now_ms = time.time_ns() // 1_000_000
-    model = served.signature.model
     record = jobs.Record(
         schema=jobs.SCHEMA,
-        queue=served.queue,
-        model=model,
+        queue=queue,
+        model=asked.signature.model,
         tenant=tenant,
         created_ms=now_ms,
+        version=asked.options.version,
+        payload=asked.payload,
         options=asked.options,
+        answer=asked.answer,
+        outputs=asked.outputs,
     )
-    job = NewJob(jobs.new_id(now_ms), served.queue, asked.data, record)
+    job = NewJob(jobs.new_id(now_ms), queue, asked.content, record)
     if key is None:
         return job
     return msgspec.structs.replace(
         job,
         idempotency=_digest(tenant.encode(), key.encode()),
-        fingerprint=_digest(model.encode(), asked.options_text, asked.data),
+        fingerprint=_digest(*asked.meaning()),
     )
 
 
@@ -166,16 +181,16 @@ async def _earlier(services: Services, job_id: str) -> Stored:
     return stored
 
 
-def _waited_reply(services: Services, stored: Stored | None, job_id: str, seconds: int) -> Reply:
+def _waited_reply(
+    services: Services, stored: Stored | None, job_id: str, seconds: int, form: Form
+) -> Reply:
     applied = (b"preference-applied", b"wait=%d" % seconds)
     if stored is None or not ended(stored):
         return _accepted_reply(job_id, stored.status if stored else "pending", applied)
-    return json_reply(
-        200,
-        job_view(stored, services.catalog.default_model),
-        (b"location", url_of(job_id).encode()),
-        applied,
-    )
+    location = (b"location", url_of(job_id).encode())
+    if form != "json":
+        return result_reply(stored, form, None, location, applied)
+    return json_reply(200, job_view(stored, services.catalog.default_model), location, applied)
 
 
 def _accepted_reply(job_id: str, status: jobs.Status, *headers: tuple[bytes, bytes]) -> Reply:

@@ -6,10 +6,12 @@ from typing import Any, Final, Literal
 from msgspec import Struct
 
 from asyncinfer.api.about import about, health, live, openapi, ready
+from asyncinfer.api.body import NPY
 from asyncinfer.api.exchange import Reply, Request
 from asyncinfer.api.jobs import cancel_job, list_jobs, read_job, retry_job
-from asyncinfer.api.models import list_models, read_model
+from asyncinfer.api.models import list_models, read_model, validate
 from asyncinfer.api.predict import predict
+from asyncinfer.api.results import BINARY, read_result
 from asyncinfer.api.scale import read_scale
 from asyncinfer.api.services import Services
 from asyncinfer.errors import (
@@ -20,22 +22,28 @@ from asyncinfer.errors import (
     InvalidInput,
     InvalidJSON,
     InvalidQuery,
+    JobCancelled,
     JobExpired,
+    JobFailed,
     JobFinished,
+    JobNotFinished,
     JobNotFound,
     JobNotRetryable,
     MediaTypeRefused,
     ModelNotFound,
     NoModelAnnounced,
+    NotAcceptable,
     QueueFull,
     RedisUnavailable,
     RequestError,
     StorageFull,
+    VersionNotFound,
 )
 from asyncinfer.schemas import (
     About,
     Accepted,
     Alive,
+    AskedOptions,
     Health,
     Job,
     JobList,
@@ -44,7 +52,10 @@ from asyncinfer.schemas import (
     ModelList,
     NoQuery,
     PredictRequest,
+    ResultQuery,
     Scale,
+    TensorRequest,
+    Validated,
     WaitQuery,
 )
 
@@ -67,7 +78,11 @@ class Route(Struct, frozen=True, kw_only=True):
     handler: Handler
     scope: KeyScope | None
     answers: dict[int, type[Struct] | None]
-    body: type[Struct] | None = None
+    bodies: tuple[type[Struct], ...] = ()
+    """What its JSON may be."""
+    binary_bodies: tuple[str, ...] = ()
+    """Media types of bodies that are not JSON, and of answers."""
+    binary_answers: tuple[str, ...] = ()
     query: type[Struct] = NoQuery
     headers: tuple[HeaderParameter, ...] = ()
     errors: Errors = ()
@@ -80,19 +95,34 @@ _IDEMPOTENCY_KEY = HeaderParameter(
     "Idempotency-Key", "Sent again with the same request, gives the same job.", "[!-~]{1,255}"
 )
 
+_JSON_LENGTH = HeaderParameter(
+    "Inference-Header-Content-Length",
+    "Bytes of JSON that the body begins with; the tensors of the Open Inference Protocol follow.",
+    "[0-9]+",
+)
+_INPUTS: Final = (PredictRequest, TensorRequest)
+_BINARY: Final = (BINARY, NPY)
+
 _JOB: Final[Errors] = (JobNotFound, JobExpired, RedisUnavailable)
-_PREDICT: Final[Errors] = (
+_READING: Final[Errors] = (
     InvalidJSON,
     InvalidHeader,
+    VersionNotFound,
     BodyTooLarge,
     MediaTypeRefused,
     EncodingRefused,
     InvalidInput,
+    RedisUnavailable,
+    NoModelAnnounced,
+)
+_PREDICT: Final[Errors] = (
+    *_READING,
+    NotAcceptable,
+    JobFailed,
+    JobCancelled,
     IdempotencyConflict,
     QueueFull,
-    RedisUnavailable,
     StorageFull,
-    NoModelAnnounced,
 )
 
 ROUTES: Final = (
@@ -101,8 +131,11 @@ ROUTES: Final = (
         path="/predict",
         handler=predict,
         scope="submit",
-        body=PredictRequest,
-        headers=(_PREFER, _IDEMPOTENCY_KEY),
+        bodies=_INPUTS,
+        binary_bodies=_BINARY,
+        binary_answers=_BINARY,
+        query=AskedOptions,
+        headers=(_PREFER, _IDEMPOTENCY_KEY, _JSON_LENGTH),
         answers={200: Job, 202: Accepted},
         errors=_PREDICT,
     ),
@@ -111,8 +144,11 @@ ROUTES: Final = (
         path="/predict/{model}",
         handler=predict,
         scope="submit",
-        body=PredictRequest,
-        headers=(_PREFER, _IDEMPOTENCY_KEY),
+        bodies=_INPUTS,
+        binary_bodies=_BINARY,
+        binary_answers=_BINARY,
+        query=AskedOptions,
+        headers=(_PREFER, _IDEMPOTENCY_KEY, _JSON_LENGTH),
         answers={200: Job, 202: Accepted},
         errors=(*_PREDICT, ModelNotFound),
     ),
@@ -124,6 +160,16 @@ ROUTES: Final = (
         query=WaitQuery,
         answers={200: Job},
         errors=_JOB,
+    ),
+    Route(
+        method="GET",
+        path="/job/{id}/result",
+        handler=read_result,
+        scope="read",
+        query=ResultQuery,
+        answers={200: None},
+        binary_answers=_BINARY,
+        errors=(*_JOB, NotAcceptable, JobNotFinished, JobCancelled, JobFailed),
     ),
     Route(
         method="DELETE",
@@ -165,6 +211,18 @@ ROUTES: Final = (
         scope="read",
         answers={200: Model},
         errors=(ModelNotFound, NoModelAnnounced, RedisUnavailable),
+    ),
+    Route(
+        method="POST",
+        path="/models/{model}/validate",
+        handler=validate,
+        scope="submit",
+        bodies=_INPUTS,
+        binary_bodies=_BINARY,
+        query=AskedOptions,
+        headers=(_JSON_LENGTH,),
+        answers={200: Validated},
+        errors=(*_READING, ModelNotFound),
     ),
     Route(
         method="GET",

@@ -5,8 +5,10 @@ from urllib.parse import quote
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
+from asyncinfer import payloads
 from asyncinfer.jobs import TERMINAL, JobError, Record, Status, created_ms
 from asyncinfer.repository.submit import Stored
+from asyncinfer.results import render_stored
 from asyncinfer.schemas import Accepted, Job, at
 
 _decode_error = msgspec.json.Decoder(JobError).decode
@@ -19,7 +21,7 @@ def accepted_view(job_id: str, status: Status) -> Accepted:
 
 def job_view(stored: Stored, default_model: str | None) -> Job:
     """The whole job, its result included."""
-    return msgspec.structs.replace(summary_view(stored, default_model), result=_result(stored))
+    return msgspec.structs.replace(summary_view(stored, default_model), result=result_text(stored))
 
 
 def summary_view(stored: Stored, default_model: str | None) -> Job:
@@ -29,9 +31,10 @@ def summary_view(stored: Stored, default_model: str | None) -> Job:
         job_id=stored.job_id,
         status=stored.status,
         result=UNSET,
-        error=_error(stored),
+        error=error_of(stored),
         model=(record.model if record else default_model) or UNSET,
         version=(record and (record.ran_version or record.version)) or UNSET,
+        sha256=(record and record.ran_sha256) or UNSET,
         round=record.round if record else UNSET,
         created_at=at(record.created_ms if record else created_ms(stored.job_id)),
         started_at=at(record.started_ms if record else None),
@@ -47,9 +50,12 @@ def ended(stored: Stored) -> bool:
     return stored.status in TERMINAL
 
 
-def _result(stored: Stored) -> Raw | None:
+def result_text(stored: Stored) -> Raw | None:
+    """The result as JSON, however it is stored; None while there is none."""
     if stored.status != "completed" or stored.result is None:
         return None
+    if payloads.is_packed(stored.result):
+        return _rendered(stored.result)
     if _by_our_worker(stored.record):
         return Raw(stored.result)
     return _as_json(stored.result)
@@ -57,6 +63,13 @@ def _result(stored: Stored) -> Raw | None:
 
 def _by_our_worker(record: Record | None) -> bool:
     return record is not None and record.claim is not None
+
+
+def _rendered(packed: bytes) -> Raw:
+    try:
+        return Raw(render_stored(packed))
+    except payloads.DamagedPayload:
+        return _as_json(packed)
 
 
 def _as_json(text: bytes) -> Raw:
@@ -68,7 +81,7 @@ def _as_json(text: bytes) -> Raw:
         return Raw(msgspec.json.encode(text.decode(errors="replace")))
 
 
-def _error(stored: Stored) -> JobError | UnsetType:
+def error_of(stored: Stored) -> JobError | UnsetType:
     if stored.status != "failed":
         return UNSET
     try:

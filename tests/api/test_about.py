@@ -35,7 +35,11 @@ async def test_a_model_shows_its_signature_and_newest_version(
     await Upkeep(store).announce_models({"wine": versions})
     model = (await api.get("/models/wine")).json()
     assert (model["version"], model["versions"]) == ("10", ["10", "9", "2"])
-    assert model["inputs"] == [{"name": "input", "datatype": "FP32", "shape": ["batch", 4]}]
+    assert model["inputs"] == [
+        {"name": "input", "datatype": "FP32", "shape": ["batch", 4], "optional": False}
+    ]
+    assert model["version_sha256"] == dict.fromkeys(model["versions"], "0" * 64)
+    assert model["symbols"] == {"batch": ["input[0]", "label[0]", "probabilities[0]"]}
     assert_problem(await api.get("/models/wines"), 404, "model_not_found")
 
 
@@ -102,7 +106,7 @@ async def test_every_route_is_in_the_document(api: httpx2.AsyncClient) -> None:
         named = {one["name"] for one in operation["parameters"] if one["in"] == "path"}
         assert named == set(re.findall(r"{(\w+)}", route.path))
         assert ("security" in operation) == (route.scope is not None)
-        assert ("requestBody" in operation) == (route.body is not None)
+        assert ("requestBody" in operation) == bool(route.bodies)
 
 
 def test_operations_are_told_apart_and_references_resolve() -> None:

@@ -127,7 +127,7 @@ def _example(route: Route, job_id: str = "x") -> str:
 
 
 async def _call(client: httpx2.AsyncClient, route: Route, job_id: str = "x") -> httpx2.Response:
-    body = {"data": ROW} if route.body else None
+    body = {"data": ROW} if route.bodies else None
     return await client.request(route.method, _example(route, job_id), json=body)
 
 

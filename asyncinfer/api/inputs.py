@@ -1,0 +1,133 @@
+"""The input of a request, in whichever form it came, checked against its model."""
+
+from collections.abc import Sequence
+from typing import Final, Literal
+
+import msgspec
+from msgspec import Struct
+
+from asyncinfer import mismatches, payloads
+from asyncinfer.api import npy
+from asyncinfer.api.body import Body, read_body
+from asyncinfer.api.catalog import Served
+from asyncinfer.api.config import ApiConfig
+from asyncinfer.api.envelope import Asked, read_envelope
+from asyncinfer.api.exchange import Request
+from asyncinfer.api.tensor_parts import read_outputs, read_tensors
+from asyncinfer.errors import Fault, InvalidInput, InvalidQuery
+from asyncinfer.faults import refusal
+from asyncinfer.jobs import Options
+from asyncinfer.mismatches import Given
+from asyncinfer.models import Signature, check_data, check_inputs, data_input
+from asyncinfer.schemas import AskedOptions
+from asyncinfer.tensors import Array, datatype_of
+
+Form = Literal["json", "tensors"]
+
+_LONG_BYTES: Final = 1024
+"""Above it numbers are stored as tensors, so that a worker need not parse them again."""
+
+_NO_OPTIONS: Final = AskedOptions()
+_NOT_PACKED: Final = frozenset({"BYTES", "BOOL"})
+
+
+class Input(Struct, frozen=True):
+    """What is asked, ready to be stored."""
+
+    signature: Signature
+    options: Options
+    tensors: Sequence[Given]
+    payload: Form
+    content: bytes
+    answer: Form
+    outputs: tuple[str, ...] = ()
+    text: bytes = b""
+    """The client's own `data`, where it sent that."""
+
+    def meaning(self) -> tuple[bytes, ...]:
+        """All that makes it another request; equal for equal ones."""
+        options = b"" if self.options == _NO_OPTIONS else msgspec.json.encode(self.options)
+        model = self.signature.model.encode()
+        if self.text:
+            return model, options, self.text
+        return model, options, msgspec.json.encode(self.outputs), self.content
+
+
+async def read_input(request: Request[AskedOptions], config: ApiConfig, served: Served) -> Input:
+    """Raises what a client is told of a body that is none, or that its model does not take."""
+    body = await read_body(request, config)
+    if body.npy:
+        return _from_npy(body.content, request.query, served)
+    json_text = body.content if body.json_bytes is None else body.content[: body.json_bytes]
+    asked = read_envelope(json_text)
+    options = _options(asked, request)
+    signature = served.of(options.version)
+    if asked.inputs:
+        return _from_tensors(asked, body, options, signature)
+    return _from_data(asked, body, options, signature)
+
+
+def _options(asked: Asked, request: Request[AskedOptions]) -> Options:
+    if not asked.has_options:
+        return request.query
+    if request.query != _NO_OPTIONS:
+        raise InvalidQuery("Options are both in the body and in the query; send them in one.")
+    return asked.options
+
+
+def _from_data(asked: Asked, body: Body, options: Options, signature: Signature) -> Input:
+    if body.json_bytes is not None:
+        raise InvalidInput(
+            "Tensors that follow the JSON are described by `inputs`; `data` has none.",
+            faults=[Fault("/data", "`data` goes without Inference-Header-Content-Length")],
+        )
+    array = check_data(asked.data, signature)
+    spec = data_input(signature)
+    assert spec is not None, "check_data refuses without one"
+    given = (Given(spec.name, spec.datatype, array.shape),)
+    if len(asked.data) <= _LONG_BYTES or spec.datatype in _NOT_PACKED:
+        return Input(signature, options, given, "json", asked.data, "json", text=asked.data)
+    packed = payloads.pack({spec.name: array})
+    return Input(signature, options, given, "tensors", packed, "json", text=asked.data)
+
+
+def _from_tensors(asked: Asked, body: Body, options: Options, signature: Signature) -> Input:
+    outputs = read_outputs(asked, signature)
+    feeds = read_tensors(asked, body.content, body.json_bytes, signature)
+    given = mismatches.described(feeds)
+    return Input(signature, options, given, "tensors", payloads.pack(feeds), "tensors", outputs)
+
+
+def _from_npy(content: bytes, options: AskedOptions, served: Served) -> Input:
+    signature = served.of(options.version)
+    spec = data_input(signature)
+    if spec is None:
+        names = ", ".join(one.name for one in signature.inputs)
+        detail = f"{signature.model} takes {names}, `.npy` holds one; send `inputs`"
+        raise InvalidInput(f"{detail}.", faults=[Fault("", detail)])
+    array = npy.read(content)
+    given = Given(spec.name, spec.datatype, array.shape)
+    problems = list(
+        mismatches.find(
+            [given], signature.inputs, model=signature.model, max_rows=signature.max_rows
+        )
+    )
+    if wrong := _dtype_problem(array, spec.datatype, signature.model):
+        problems.insert(0, Fault("/inputs/0/datatype", wrong))
+    if problems:
+        raise refusal(problems)
+    feeds = check_inputs({spec.name: array}, signature)
+    return Input(signature, options, [given], "tensors", payloads.pack(feeds), "tensors")
+
+
+def _dtype_problem(array: Array, datatype: str, model: str) -> str:
+    """The remedy is to convert on purpose: a silent cast could change the answer."""
+    try:
+        if datatype_of(array) == datatype:
+            return ""
+    except KeyError:
+        pass
+    takes = f"{array.dtype.str} array, {model} takes {datatype}"
+    if datatype in npy.NO_NPY:
+        return f"{takes}, which `.npy` cannot hold; send `inputs`"
+    return f'{takes}; save it with `array.astype("{npy.name_of(datatype)}")`'

@@ -1,0 +1,194 @@
+"""The named tensors of a request, in JSON or as bytes behind it, as arrays."""
+
+import re
+from collections.abc import Iterator
+from math import prod
+from typing import Annotated, Final
+
+import msgspec
+import numpy as np
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+
+from asyncinfer import faults, payloads, tensors
+from asyncinfer.api.envelope import Asked, check_repeated, refuse
+from asyncinfer.api.struct_faults import fault_of
+from asyncinfer.errors import Fault, InvalidInput
+from asyncinfer.mismatches import Given
+from asyncinfer.models import Signature, check_inputs, refuse_misfits
+from asyncinfer.schemas import AskedOutput, AskedParameters, InputParameters
+from asyncinfer.tensors import DTYPES, Array, Feeds, TensorSpec
+
+_MOST_BYTES: Final = 1 << 40
+_UNBOUNDED: Final = 1 << 62
+_NESTED = re.compile(rb"[ \t\r\n]*\[[ \t\r\n]*\[")
+_NO_LIST = re.compile(rb"[ \t\r\n]*[^ \t\r\n\[]")
+
+
+class _Parts(Struct, frozen=True):
+    """An entry of `inputs`, still text."""
+
+    name: Raw = Raw(b"")
+    shape: Raw = Raw(b"")
+    datatype: Raw = Raw(b"")
+    data: Raw = Raw(b"")
+    parameters: Raw = Raw(b"")
+
+
+class _Input(Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    shape: Annotated[tuple[Annotated[int, Meta(ge=0, le=2**31 - 1)], ...], Meta(max_length=32)]
+    datatype: str
+    data: Raw | UnsetType = UNSET
+    parameters: InputParameters = InputParameters()
+
+
+_decode_list = msgspec.json.Decoder(list[Raw]).decode
+_decode_parts = msgspec.json.Decoder(_Parts).decode
+_decode_input = msgspec.json.Decoder(_Input).decode
+_decode_outputs = msgspec.json.Decoder(list[AskedOutput]).decode
+_decode_parameters = msgspec.json.Decoder(AskedParameters).decode
+
+
+def read_tensors(asked: Asked, body: bytes, json_bytes: int | None, signature: Signature) -> Feeds:
+    """The inputs, checked; arrays whose bytes were sent as they are stay views of `body`.
+
+    Raises InvalidInput with every fault of all tensors.
+    """
+    items = _items(asked.inputs)
+    given = [Given(one.name, one.datatype, one.shape) for one in items]
+    starts, misplaced = _starts(items, len(body), json_bytes)
+    if misplaced:
+        refuse_misfits(given, signature, misplaced)
+    found: dict[str, Array] = {}
+    problems: list[Fault] = []
+    for index, (one, start) in enumerate(zip(items, starts, strict=True)):
+        if one.datatype not in DTYPES:
+            continue
+        try:
+            found[one.name] = _array(one, given[index], body, start, f"/inputs/{index}")
+        except InvalidInput as error:
+            problems += error.faults
+    refuse_misfits(given, signature, problems)
+    return check_inputs(found, signature)
+
+
+def read_outputs(asked: Asked, signature: Signature) -> tuple[str, ...]:
+    """Names of the outputs that are wanted; none means all."""
+    if asked.parameters:
+        try:
+            _decode_parameters(asked.parameters)
+        except msgspec.ValidationError as error:
+            refuse(fault_of(error, AskedParameters, under="/parameters"), error)
+    if not asked.outputs:
+        return ()
+    try:
+        names = tuple(one.name for one in _decode_outputs(asked.outputs))
+    except msgspec.ValidationError as error:
+        refuse(fault_of(error, AskedOutput, under="/outputs"), error)
+    if problems := list(_wrong_outputs(names, signature)):
+        raise faults.refusal(problems)
+    return names
+
+
+def _wrong_outputs(names: tuple[str, ...], signature: Signature) -> Iterator[Fault]:
+    known = [spec.name for spec in signature.outputs]
+    for index, name in enumerate(names):
+        if name not in known:
+            yield Fault(f"/outputs/{index}/name", faults.unknown_name(name, known))
+        elif name in names[:index]:
+            yield Fault(f"/outputs/{index}/name", f"`{name}` is given more than once")
+
+
+def _items(text: bytes) -> list[_Input]:
+    """The entries of `inputs`; raises InvalidInput with a fault for each that is none."""
+    try:
+        entries = _decode_list(text)
+    except msgspec.ValidationError as error:
+        refuse(fault_of(error, _Input, under="/inputs"), error)
+    items: list[_Input] = []
+    problems: list[Fault] = []
+    for index, entry in enumerate(entries):
+        pointer = f"/inputs/{index}"
+        try:
+            items.append(_item(bytes(entry), pointer))
+        except msgspec.ValidationError as error:
+            problems.append(fault_of(error, _Input, under=pointer))
+        except InvalidInput as error:
+            problems += error.faults
+    if problems:
+        raise faults.refusal(problems)
+    return items
+
+
+def _item(text: bytes, pointer: str) -> _Input:
+    one = _decode_input(text)
+    parts = _decode_parts(text)
+    values = {name: getattr(parts, name) for name in parts.__struct_fields__}
+    check_repeated(text, {name: value for name, value in values.items() if len(value)}, pointer)
+    if (one.data is UNSET) == (one.parameters.binary_data_size is None):
+        refuse(Fault(pointer, "Set either `data` or `parameters.binary_data_size`."))
+    if prod(max(size, 1) for size in one.shape) * 8 > _MOST_BYTES:
+        refuse(Fault(f"{pointer}/shape", "No request can carry a tensor so large."))
+    return one
+
+
+def _starts(
+    items: list[_Input], body_bytes: int, json_bytes: int | None
+) -> tuple[list[int], list[Fault]]:
+    """Where in the body each tensor's bytes begin, and what is wrong with the sizes."""
+    starts: list[int] = []
+    end = 0 if json_bytes is None else json_bytes
+    begin = end
+    for index, one in enumerate(items):
+        starts.append(end)
+        size = one.parameters.binary_data_size
+        if size is not None and json_bytes is None:
+            pointer = f"/inputs/{index}/parameters/binary_data_size"
+            return starts, [Fault(pointer, "needs the header Inference-Header-Content-Length")]
+        end += size or 0
+    if json_bytes is not None and end != body_bytes:
+        sizes = f"the tensors have {end - begin} bytes by their binary_data_size"
+        return starts, [Fault("/inputs", f"{sizes}, {body_bytes - begin} follow the JSON")]
+    return starts, []
+
+
+def _array(one: _Input, given: Given, body: bytes, start: int, pointer: str) -> Array:
+    if isinstance(one.data, Raw):
+        return _from_json(bytes(one.data), given, f"{pointer}/data")
+    size = one.parameters.binary_data_size or 0
+    if one.datatype == "BYTES":
+        return _strings(memoryview(body)[start : start + size], given, pointer)
+    dtype = DTYPES[one.datatype]
+    count = prod(one.shape)
+    if size != count * dtype.itemsize:
+        takes = f"{one.datatype}{list(one.shape)} takes {count * dtype.itemsize}"
+        refuse(Fault(f"{pointer}/parameters/binary_data_size", f"{size} bytes, {takes}"))
+    return np.frombuffer(body, dtype, count, start if count else 0).reshape(one.shape)
+
+
+def _strings(content: memoryview, given: Given, pointer: str) -> Array:
+    try:
+        strings = payloads.unpack_strings(content)
+    except payloads.DamagedPayload as error:
+        refuse(Fault(pointer, f"{error}; each string is sent behind its length, 4 bytes"), error)
+    if len(strings) != prod(given.shape):
+        refuse(Fault(pointer, f"{len(strings)} strings, its shape takes {prod(given.shape)}"))
+    array = np.empty(len(strings), dtype=object)
+    array[:] = strings
+    return array.reshape(given.shape)
+
+
+def _from_json(text: bytes, given: Given, pointer: str) -> Array:
+    """`text` holds the elements in nested lists, or in one flat list in row-major order."""
+    nested = _NESTED.match(text) if given.shape else _NO_LIST.match(text)
+    shape = given.shape if nested else (prod(given.shape),)
+    spec = TensorSpec(given.name, given.datatype, shape)
+    try:
+        array = tensors.decode(text, spec)
+        problem = "" if array.shape == shape else f"its elements are {list(array.shape)}"
+    except (ValueError, OverflowError) as error:
+        problem = str(error)
+    if problem:
+        found = faults.find(text, spec, model="its `shape`", max_rows=_UNBOUNDED, at=pointer)
+        raise faults.refusal(found, otherwise=f"`{given.name}` cannot be read: {problem}")
+    return array.reshape(given.shape)
