@@ -144,10 +144,8 @@ class Hand:
     async def finish(
         self, claim: Claim, outcome: jobs.Outcome = "completed", body: Any = RESULT
     ) -> None:
-        finished = [
-            Finished(job.job_id, outcome, msgspec.json.encode(body), _ended(job, claim))
-            for job in claim.jobs
-        ]
+        stored = body if isinstance(body, bytes) else msgspec.json.encode(body)
+        finished = [Finished(job.job_id, outcome, stored, _ended(job, claim)) for job in claim.jobs]
         await self._runs.finish(claim, finished, last=True)
 
     async def complete(self, queue: str = QUEUE, body: Any = RESULT) -> None:
@@ -162,7 +160,12 @@ def _ended(job: ClaimedJob, claim: Claim) -> bytes:
     if job.record is None:
         return b""
     record = msgspec.structs.replace(
-        job.record, started_ms=1, finished_ms=2, claim=claim.token, ran_version="1"
+        job.record,
+        started_ms=1,
+        finished_ms=2,
+        claim=claim.token,
+        ran_version="1",
+        ran_sha256="a" * 64,
     )
     return jobs.encode_record(record, jobs.record_seq(job.meta))
 

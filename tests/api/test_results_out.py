@@ -1,0 +1,286 @@
+"""Results: JSON for people, binary for programs, and what is said when there is none."""
+
+import asyncio
+import io
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import msgspec
+import numpy as np
+import onnx
+import pytest
+import redis
+import tritonclient.http as triton
+
+from asyncinfer import keys, models, payloads
+from asyncinfer.access import entry_of, new_key
+from asyncinfer.api.config import ApiConfig
+from asyncinfer.api.models import example_of
+from asyncinfer.engine import Engine, Stop
+from asyncinfer.execution import prepare
+from asyncinfer.repository.store import Store
+from asyncinfer.repository.upkeep import Upkeep
+from asyncinfer.tensors import DTYPES, Array
+from tests import zoo
+from tests.faults.harness import eventually
+
+from .harness import (
+    QUEUE,
+    RESULT,
+    Hand,
+    announce,
+    assert_problem,
+    client_of,
+    hosted,
+    running,
+    submit,
+)
+from .test_tensors_in import binary, identity
+
+BINARY = {"accept": "application/octet-stream"}
+NPY = {"accept": "application/x-npy"}
+TENSORS: dict[str, Array] = {
+    "x": np.array([[1.5, np.nan], [np.inf, -0.0]], np.float32),
+    "words": np.array(["é", ""], object),
+    "half": np.array([1, 2.5]).astype(DTYPES["BF16"]),
+}
+ROWS = {"inputs": [{"name": "input", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}
+
+
+async def ended(client: httpx2.AsyncClient, hand: Hand, tensors: dict[str, Array]) -> str:
+    """The id of a job whose result is `tensors`."""
+    job_id: str = (await client.post("/predict", json=ROWS)).json()["job_id"]
+    await hand.complete(body=payloads.pack(tensors))
+    return job_id
+
+
+def arrays(reply: httpx2.Response) -> dict[str, Array]:
+    """A binary result as Triton's client reads it."""
+    assert reply.status_code == 200, reply.text
+    assert reply.headers["content-type"] == "application/octet-stream"
+    length = int(reply.headers["inference-header-content-length"])
+    parse = triton.InferenceServerClient.parse_response_body
+    result = parse(reply.content, header_length=length)
+    names = [one["name"] for one in result.get_response()["outputs"]]
+    return {name: result.as_numpy(name) for name in names}
+
+
+async def test_stored_tensors_are_shown_as_json(api: httpx2.AsyncClient, hand: Hand) -> None:
+    job_id = await ended(api, hand, TENSORS)
+    job = (await api.get(f"/job/{job_id}")).json()
+    alone = await api.get(f"/job/{job_id}/result")
+    assert (job["version"], job["sha256"]) == ("1", "a" * 64)
+    assert alone.headers["content-type"] == "application/json"
+    assert (
+        alone.json()
+        == job["result"]
+        == {
+            "outputs": [
+                {
+                    "name": "x",
+                    "datatype": "FP32",
+                    "shape": [2, 2],
+                    "data": [1.5, "NaN", "Infinity", -0.0],
+                },
+                {"name": "words", "datatype": "BYTES", "shape": [2], "data": ["é", ""]},
+                {"name": "half", "datatype": "BF16", "shape": [2], "data": [1.0, 2.5]},
+            ]
+        }
+    )
+
+
+async def test_a_result_is_given_in_the_layout_that_tritons_client_reads(
+    api: httpx2.AsyncClient, hand: Hand
+) -> None:
+    job_id = await ended(api, hand, {**TENSORS, "none": np.empty((0, 3), np.int64)})
+    reply = await api.get(f"/job/{job_id}/result", headers=BINARY)
+    head = json.loads(reply.content[: int(reply.headers["inference-header-content-length"])])
+    found = arrays(reply)
+    assert (head["model_name"], head["model_version"], head["id"]) == ("iris", "1", job_id)
+    assert found["x"].tobytes() == TENSORS["x"].tobytes()
+    assert found["words"].tolist() == ["é".encode(), b""]
+    assert found["none"].shape == (0, 3)
+    np.testing.assert_array_equal(found["half"].astype(np.float32), [1, 2.5])
+    one = await api.get(f"/job/{job_id}/result?output=x", headers=BINARY)
+    assert list(arrays(one)) == ["x"]
+
+
+async def test_one_output_is_given_as_numpy_saves_it(api: httpx2.AsyncClient, hand: Hand) -> None:
+    job_id = await ended(api, hand, TENSORS)
+    several = await api.get(f"/job/{job_id}/result", headers=NPY)
+    assert "`x`, `words`, `half`" in assert_problem(several, 406, "not_acceptable")["detail"]
+    reply = await api.get(f"/job/{job_id}/result?output=x", headers=NPY)
+    assert reply.headers["content-type"] == "application/x-npy"
+    array = np.load(io.BytesIO(reply.content), allow_pickle=False)
+    assert array.tobytes() == TENSORS["x"].tobytes()
+    for name in ("words", "half"):
+        refused = await api.get(f"/job/{job_id}/result?output={name}", headers=NPY)
+        assert_problem(refused, 406, "not_acceptable")
+    unknown = await api.get(f"/job/{job_id}/result?output=word")
+    assert "Did you mean `words`" in assert_problem(unknown, 400, "invalid_query")["detail"]
+
+
+async def test_the_form_is_what_accept_likes_best(api: httpx2.AsyncClient, hand: Hand) -> None:
+    job_id = await ended(api, hand, {"x": TENSORS["x"]})
+    for accept, form in {
+        "*/*": "application/json",
+        "text/html, application/xml;q=0.9, */*;q=0.8": "application/json",
+        "application/*": "application/json",
+        "application/octet-stream, */*;q=0.1": "application/octet-stream",
+        "application/x-npy;q=0.5, application/octet-stream;q=0.4": "application/x-npy",
+        "application/json;q=0, */*": "application/octet-stream",
+    }.items():
+        reply = await api.get(f"/job/{job_id}/result", headers={"accept": accept})
+        assert (accept, reply.headers["content-type"]) == (accept, form)
+    for accept in ("text/html", "application/json;q=0", "application/json;q=x", "", ";"):
+        reply = await api.get(f"/job/{job_id}/result", headers={"accept": accept})
+        assert_problem(reply, 406, "not_acceptable")
+
+
+async def test_a_result_that_is_text_is_no_tensor(api: httpx2.AsyncClient, hand: Hand) -> None:
+    job_id = await submit(api)
+    await hand.complete()
+    assert (await api.get(f"/job/{job_id}/result")).json() == RESULT
+    for headers in (BINARY, NPY):
+        refused = await api.get(f"/job/{job_id}/result", headers=headers)
+        assert "`inputs`" in assert_problem(refused, 406, "not_acceptable")["detail"]
+
+
+async def test_without_a_result_it_is_said_why(api: httpx2.AsyncClient, hand: Hand) -> None:
+    job_id = await submit(api)
+    waiting = await api.get(f"/job/{job_id}/result", headers=BINARY)
+    assert_problem(waiting, 409, "job_not_finished")
+    assert int(waiting.headers["retry-after"]) > 0
+    await hand.fail()
+    failed = assert_problem(await api.get(f"/job/{job_id}/result"), 422, "job_failed")
+    assert failed["error"] == {"code": "model_failed", "message": "no"}
+    cancelled = await submit(api)
+    await api.delete(f"/job/{cancelled}")
+    assert_problem(await api.get(f"/job/{cancelled}/result"), 409, "job_cancelled")
+    assert_problem(await api.get("/job/none/result"), 404, "job_not_found")
+
+
+async def test_a_damaged_result_is_not_our_fault(
+    api: httpx2.AsyncClient, hand: Hand, server: redis.Redis
+) -> None:
+    job_id = await ended(api, hand, TENSORS)
+    server.set(keys.result(job_id), b"\x01damaged", keepttl=True)
+    assert (await api.get(f"/job/{job_id}")).status_code == 200
+    for headers in (BINARY, NPY):
+        reply = await api.get(f"/job/{job_id}/result", headers=headers)
+        assert_problem(reply, 503, "redis_refused")
+
+
+async def test_a_result_is_its_tenants_alone(
+    config: ApiConfig, store: Store, hand: Hand, tmp_path: Path
+) -> None:
+    await announce(store, "iris", default="iris")
+    keys_of = {new_key(): tenant for tenant in ("a", "b")}
+    entries = [entry_of(key, tenant, "submit,read") for key, tenant in keys_of.items()]
+    (tmp_path / "keys").write_text("".join(f"{one.line()}\n" for one in entries))
+    locked = msgspec.structs.replace(config, api_keys=tmp_path / "keys")
+    async with running(locked) as port:
+        mine, theirs = (client_of(port, **{"x-api-key": key}) for key in keys_of)
+        async with mine, theirs:
+            job_id = await ended(mine, hand, TENSORS)
+            assert (await mine.get(f"/job/{job_id}/result")).status_code == 200
+            assert_problem(await theirs.get(f"/job/{job_id}/result"), 404, "job_not_found")
+
+
+async def test_a_wait_may_answer_with_the_binary_result(
+    api: httpx2.AsyncClient, hand: Hand, server: redis.Redis
+) -> None:
+    async def waited(headers: dict[str, str], body: bytes) -> httpx2.Response:
+        async with asyncio.TaskGroup() as group:
+            more = {**headers, "prefer": "wait=10"}
+            post = group.create_task(api.post("/predict", json=ROWS, headers=more))
+            await eventually(lambda: bool(server.llen(QUEUE)), "the job waits")
+            await hand.complete(body=body)
+        return post.result()
+
+    packed = payloads.pack(TENSORS)
+    reply = await waited(BINARY, packed)
+    assert arrays(reply)["x"].tobytes() == TENSORS["x"].tobytes()
+    assert reply.headers["location"].startswith("/job/")
+    assert (await waited({}, packed)).json()["result"]["outputs"][0]["name"] == "x"
+    refused = await api.post(
+        "/predict", json={"data": [[1, 2, 3, 4]]}, headers={**BINARY, "prefer": "wait=1"}
+    )
+    assert_problem(refused, 406, "not_acceptable")
+    assert server.llen(QUEUE) == 0
+
+
+# --- through real models ---------------------------------------------------------------------
+
+
+@pytest.fixture
+async def identities(
+    config: ApiConfig, store: Store, tmp_path: Path
+) -> AsyncIterator[tuple[httpx2.AsyncClient, dict[str, Engine]]]:
+    """A client, and an engine of y = x for each datatype that ONNX Runtime copies."""
+    for datatype in sorted(DTYPES.keys() - {"BF16", "BYTES"}):
+        elem_type = onnx.helper.np_dtype_to_tensor_dtype(DTYPES[datatype])
+        zoo.place(tmp_path, datatype, zoo.identity(elem_type))
+    zoo.place(tmp_path, "BYTES", zoo.identity(onnx.TensorProto.STRING))
+    zoo.place(tmp_path, "added", zoo.added())
+    engines = {file.model: Engine.load(file, intra_op_threads=1) for file in models.scan(tmp_path)}
+    await Upkeep(store).announce_models(
+        {name: {"1": msgspec.json.encode(one.signature)} for name, one in engines.items()}
+    )
+    async with hosted(running(config)) as port, client_of(port) as client:
+        yield client, engines
+
+
+async def _worked(
+    client: httpx2.AsyncClient, hand: Hand, engines: dict[str, Engine], model: str, **sent: Any
+) -> httpx2.Response:
+    """The binary result of a request, run as a worker would."""
+    submitted = await client.post(f"/predict/{model}", **sent)
+    assert submitted.status_code == 202, submitted.text
+    claim = await hand.claim(f"{QUEUE}:{model}")
+    prepared = prepare(claim.jobs, engines, None)
+    assert not prepared.refused
+    engine = engines[model]
+    outputs = engine.run(prepared.batches[0].inputs[0], Stop())
+    names = [spec.name for spec in engine.signature.outputs]
+    await hand.finish(claim, body=payloads.pack(dict(zip(names, outputs, strict=True))))
+    return await client.get(f"/job/{submitted.json()['job_id']}/result", headers=BINARY)
+
+
+async def test_tensors_of_every_datatype_go_through_a_model_and_come_back(
+    identities: tuple[httpx2.AsyncClient, dict[str, Engine]], hand: Hand
+) -> None:
+    client, engines = identities
+    for datatype in engines.keys() - {"added"}:
+        if datatype == "BYTES":
+            array = np.array([["a", "é"]], object)
+        else:
+            dtype = DTYPES[datatype]
+            bits = np.random.default_rng(0).integers(0, 256, 6 * dtype.itemsize, np.uint8)
+            array = (bits % 2 if datatype == "BOOL" else bits).view(dtype).reshape(3, 2)
+        body, headers = binary(("x", array))
+        reply = await _worked(client, hand, engines, datatype, content=body, headers=headers)
+        back = arrays(reply)["y"]
+        if datatype == "BYTES":
+            assert back.ravel().tolist() == [b"a", "é".encode()]
+        else:
+            assert back.tobytes() == array.tobytes()
+
+
+async def test_the_example_of_every_model_runs(
+    identities: tuple[httpx2.AsyncClient, dict[str, Engine]], hand: Hand
+) -> None:
+    client, engines = identities
+    for name, engine in engines.items():
+        example = example_of(engine.signature)
+        assert ("inputs" in (example or {})) == (name == "added")
+        shown = (await client.get(f"/models/{name}")).json()["example"]
+        reply = await _worked(client, hand, engines, name, json=shown)
+        assert list(arrays(reply)) == ["y"]
+
+
+def test_a_model_too_large_to_show_has_no_example() -> None:
+    assert example_of(identity("FP32", (1, 3, 224, 224))) is None

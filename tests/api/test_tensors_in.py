@@ -1,0 +1,611 @@
+"""Named tensors at the door: JSON, the Open Inference layout, and what numpy saves."""
+
+import io
+import json
+import tracemalloc
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx2
+import msgspec
+import numpy as np
+import pytest
+import redis
+import tritonclient.http as triton
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from asyncinfer import jobs, keys, payloads
+from asyncinfer.api.catalog import Served
+from asyncinfer.api.config import ApiConfig
+from asyncinfer.api.exchange import Request
+from asyncinfer.api.inputs import Input, read_input
+from asyncinfer.errors import RequestError
+from asyncinfer.models import Signature
+from asyncinfer.repository.store import Store
+from asyncinfer.repository.upkeep import Upkeep
+from asyncinfer.schemas import AskedOptions
+from asyncinfer.tensors import DTYPES, Array, TensorSpec
+
+from .harness import QUEUE, announce, assert_problem, client_of, hosted, running
+
+LENGTH = "inference-header-content-length"
+NPY = {"content-type": "application/x-npy"}
+
+TWO = Signature(
+    "two",
+    "3",
+    "b" * 64,
+    (
+        TensorSpec("image", "FP32", ("batch", 3, "side", "side")),
+        TensorSpec("ids", "INT64", ("batch",)),
+        TensorSpec("words", "BYTES", (None,), optional=True),
+    ),
+    (TensorSpec("y", "FP32", ("batch",)), TensorSpec("z", "BF16", ("batch",))),
+    max_rows=5,
+)
+
+
+def identity(datatype: str, shape: tuple[Any, ...] = ("n", None)) -> Signature:
+    tensor = TensorSpec("x", datatype, shape)
+    return Signature(datatype, "1", "", (tensor,), (tensor,))
+
+
+def served(signature: Signature) -> Served:
+    return Served("q", signature, (signature.version,), {signature.version: signature})
+
+
+def described(name: str, array: Array, **more: Any) -> dict[str, Any]:
+    datatype = {dtype: datatype for datatype, dtype in DTYPES.items()}[array.dtype]
+    return {"name": name, "shape": list(array.shape), "datatype": datatype, **more}
+
+
+def binary(*tensors: tuple[str, Array], **more: Any) -> tuple[bytes, dict[str, str]]:
+    """The Open Inference layout, and the header that goes with it."""
+    contents = [_content(array) for _, array in tensors]
+    inputs = [
+        described(name, array, parameters={"binary_data_size": len(content)})
+        for (name, array), content in zip(tensors, contents, strict=True)
+    ]
+    return laid_out({"inputs": inputs, **more}, *contents)
+
+
+def laid_out(head: Any, *contents: bytes) -> tuple[bytes, dict[str, str]]:
+    text = json.dumps(head).encode()
+    return text + b"".join(contents), {LENGTH: str(len(text))}
+
+
+def _content(array: Array) -> bytes:
+    if array.dtype == object:
+        return payloads.pack_strings(array.ravel().tolist())
+    return array.tobytes()
+
+
+def saved(array: Any) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()
+
+
+async def at_the_door(
+    signature: Signature, body: bytes, headers: dict[str, str], query: AskedOptions | None = None
+) -> Input:
+    """What the API would store of a request."""
+    parts = [body[at : at + 65_536] for at in range(0, max(len(body), 1), 65_536)]
+
+    async def receive() -> dict[str, Any]:
+        chunk = parts.pop(0)
+        return {"type": "http.request", "body": chunk, "more_body": bool(parts)}
+
+    raw = {name.encode(): value.encode() for name, value in headers.items()}
+    asked = query or AskedOptions()
+    request = Request({}, receive, headers=raw, query=asked, tenant="t")
+    return await read_input(request, ApiConfig(redis_url=""), served(signature))
+
+
+@pytest.fixture
+async def client(config: ApiConfig, store: Store) -> AsyncIterator[httpx2.AsyncClient]:
+    """A client of an API that serves iris, `two`, and an identity of every datatype."""
+    await announce(store, "iris", default="iris")
+    models = [TWO, *map(identity, DTYPES)]
+    await Upkeep(store).announce_models(
+        {one.model: {one.version: msgspec.json.encode(one)} for one in models}
+    )
+    async with hosted(running(config)) as port, client_of(port) as it:
+        yield it
+
+
+def stored(server: redis.Redis, reply: httpx2.Response) -> tuple[jobs.Record, dict[str, Array]]:
+    """The record of a job just submitted, and its input as its worker reads it."""
+    assert reply.status_code == 202, reply.text
+    job_id = reply.json()["job_id"]
+    data, meta = server.get(keys.data(job_id)), server.get(keys.meta(job_id))
+    assert isinstance(data, bytes)
+    assert isinstance(meta, bytes)
+    return jobs.decode_record(meta), payloads.unpack(data)
+
+
+IMAGE = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 2, 2)
+IDS = np.array([2**53 + 1, -(2**63)])
+
+
+# --- taken -----------------------------------------------------------------------------------
+
+
+async def test_named_tensors_in_json_arrive_flat_or_nested(
+    client: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    body = {
+        "inputs": [
+            described("ids", IDS, data=IDS.tolist()),
+            described("image", IMAGE, data=IMAGE.ravel().tolist()),
+        ],
+        "outputs": [{"name": "z"}],
+        "options": {"priority": "high"},
+    }
+    flat, feeds = stored(server, await client.post("/predict/two", json=body))
+    body["inputs"][1]["data"] = IMAGE.tolist()  # type: ignore[index]
+    _, again = stored(server, await client.post("/predict/two", json=body))
+
+    assert (flat.payload, flat.answer, flat.outputs) == ("tensors", "tensors", ("z",))
+    assert flat.options.priority == "high"
+    assert list(feeds) == ["image", "ids"]
+    for name, array in (("image", IMAGE), ("ids", IDS)):
+        np.testing.assert_array_equal(feeds[name], array)
+        np.testing.assert_array_equal(again[name], array)
+
+
+async def test_binary_tensors_need_no_content_type(
+    client: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    words = np.array(["", "naïve"], object)
+    body, headers = binary(("words", words), ("image", IMAGE), ("ids", IDS))
+    for more in ({}, {"content-type": "application/octet-stream"}):
+        reply = await client.post("/predict/two", content=body, headers={**headers, **more})
+        _, feeds = stored(server, reply)
+        assert feeds["words"].tolist() == ["", "naïve"]
+        np.testing.assert_array_equal(feeds["image"], IMAGE)
+        np.testing.assert_array_equal(feeds["ids"], IDS)
+
+
+async def test_some_inputs_may_be_json_and_others_binary(
+    client: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    size = {"binary_data_size": IMAGE.nbytes}
+    inputs = [described("ids", IDS, data=IDS.tolist()), described("image", IMAGE, parameters=size)]
+    body, headers = laid_out({"inputs": inputs}, IMAGE.tobytes())
+    _, feeds = stored(server, await client.post("/predict/two", content=body, headers=headers))
+    np.testing.assert_array_equal(feeds["image"], IMAGE)
+
+
+async def test_what_tritons_client_sends_is_taken(
+    client: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    image = triton.InferInput("image", list(IMAGE.shape), "FP32")
+    image.set_data_from_numpy(IMAGE)
+    ids = triton.InferInput("ids", [2], "INT64")
+    ids.set_data_from_numpy(IDS, binary_data=False)
+    words = triton.InferInput("words", [2], "BYTES")
+    words.set_data_from_numpy(np.array(["é", "b"], object))
+    for outputs in (None, [triton.InferRequestedOutput("y", binary_data=True)]):
+        generate = triton.InferenceServerClient.generate_request_body
+        body, length = generate([image, ids, words], outputs=outputs)
+        headers = {LENGTH: str(length)}
+        record, feeds = stored(
+            server,
+            await client.post("/predict/two?priority=low&version=3", content=body, headers=headers),
+        )
+        np.testing.assert_array_equal(feeds["image"], IMAGE)
+        np.testing.assert_array_equal(feeds["ids"], IDS)
+        assert feeds["words"].tolist() == ["é", "b"]
+        assert record.outputs == (("y",) if outputs else ())
+        assert (record.options.priority, record.version) == ("low", "3")
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+async def test_an_array_that_numpy_saved_is_taken(
+    client: httpx2.AsyncClient, server: redis.Redis, order: Any
+) -> None:
+    rows = np.arange(8, dtype=np.float32).reshape(2, 4)
+    reply = await client.post(
+        "/predict?ttl_seconds=60", content=saved(np.asarray(rows, order=order)), headers=NPY
+    )
+    record, feeds = stored(server, reply)
+    np.testing.assert_array_equal(feeds["input"], rows)
+    assert (record.answer, record.options.ttl_seconds) == ("tensors", 60)
+
+
+async def test_long_data_is_stored_as_tensors_and_short_as_the_text_it_was(
+    client: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    rows = [[0.1, 2, 3, 4]] * 100
+    record, feeds = stored(server, await client.post("/predict", json={"data": rows}))
+    assert (record.payload, record.answer) == ("tensors", "json")
+    np.testing.assert_array_equal(feeds["input"], np.array(rows, np.float32))
+    short = await client.post("/predict", json={"data": rows[:1]})
+    assert server.get(keys.data(short.json()["job_id"])) == b"[[0.1,2,3,4]]"
+
+
+def _values(datatype: str) -> st.SearchStrategy[Any]:
+    if datatype == "BYTES":
+        return st.text(st.characters(codec="utf-8"), max_size=4)
+    size = DTYPES[datatype].itemsize
+    return st.booleans() if datatype == "BOOL" else st.binary(min_size=size, max_size=size)
+
+
+@st.composite
+def arrays(draw: st.DrawFn) -> tuple[str, Array]:
+    """Any bits of any datatype: NaN, infinities and all."""
+    datatype = draw(st.sampled_from(sorted(DTYPES)))
+    shape = draw(st.tuples(st.integers(0, 3), st.integers(0, 3)))
+    count = shape[0] * shape[1]
+    values = draw(st.lists(_values(datatype), min_size=count, max_size=count))
+    if datatype in ("BYTES", "BOOL"):
+        array = np.empty(count, DTYPES[datatype])
+        array[:] = values
+    else:
+        array = (
+            np.frombuffer(b"".join(values), DTYPES[datatype])
+            if count
+            else np.empty(0, DTYPES[datatype])
+        )
+    return datatype, array.reshape(shape)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(arrays())
+async def test_any_array_arrives_bit_by_bit(case: tuple[str, Array]) -> None:
+    datatype, array = case
+    body, headers = binary(("x", array))
+    taken = await at_the_door(identity(datatype), body, headers)
+    arrived = payloads.unpack(taken.content)["x"]
+    assert (arrived.shape, arrived.dtype) == (array.shape, array.dtype)
+    assert _content(arrived) == _content(array)
+
+
+async def test_numbers_in_json_arrive_as_the_datatype_has_them(
+    client: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    cases = {
+        "INT64": [-(2**63), 2**53 + 1],
+        "UINT64": [2**64 - 1, 0],
+        "FP16": [1.5, 65504],
+        "BF16": [0.1, -3],
+        "FP64": [1e308, 0.1],
+        "BOOL": [True, False],
+        "BYTES": ["a", ""],
+    }
+    for datatype, values in cases.items():
+        one = {"name": "x", "shape": [1, 2], "datatype": datatype, "data": values}
+        reply = await client.post(f"/predict/{datatype}", json={"inputs": [one]})
+        _, feeds = stored(server, reply)
+        np.testing.assert_array_equal(feeds["x"], np.array([values], DTYPES[datatype]))
+
+
+async def test_an_open_dimension_may_be_zero_in_a_tensor() -> None:
+    for one in (np.empty((0, 3), np.float32), np.empty((2, 0), np.float32)):
+        body, headers = binary(("x", one))
+        taken = await at_the_door(identity("FP32"), body, headers)
+        assert payloads.unpack(taken.content)["x"].shape == one.shape
+        text = json.dumps({"inputs": [described("x", one, data=[])]}).encode()
+        assert (await at_the_door(identity("FP32"), text, {})).tensors[0].shape == one.shape
+
+
+async def test_a_large_tensor_is_copied_as_little_as_possible() -> None:
+    image = np.ones((1, 3, 224, 224), np.float32)
+    signature = identity("FP32", ("n", 3, 224, 224))
+    body, headers = binary(("x", image))
+    await at_the_door(signature, body, headers)
+    tracemalloc.start()
+    try:
+        taken = await at_the_door(signature, body, headers)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(taken.content) > image.nbytes
+    assert peak < 3 * image.nbytes
+
+
+# --- refused ---------------------------------------------------------------------------------
+
+
+def _fp32(name: str = "x", shape: Any = (1, 2), **more: Any) -> dict[str, Any]:
+    return {"name": name, "shape": shape, "datatype": "FP32", **more}
+
+
+UNFIT: dict[str, tuple[Any, str, str]] = {
+    "no inputs": ({"inputs": []}, "/inputs", "`x` is missing"),
+    "inputs no list": ({"inputs": {}}, "/inputs", "array"),
+    "unknown name": ({"inputs": [_fp32("X", data=[1, 2])]}, "/inputs/0/name", "Known: `x`"),
+    "given twice": ({"inputs": [_fp32(data=[1, 2])] * 2}, "/inputs/1/name", "2 times"),
+    "other datatype": (
+        {"inputs": [{**_fp32(data=[1, 2]), "datatype": "FP64"}]},
+        "/inputs/0/datatype",
+        "`x` is FP32",
+    ),
+    "no datatype": (
+        {"inputs": [{**_fp32(data=[1, 2]), "datatype": "FP31"}]},
+        "/inputs/0/datatype",
+        "`x` is FP32",
+    ),
+    "other rank": ({"inputs": [_fp32(shape=[2], data=[1, 2])]}, "/inputs/0/shape", "has 2"),
+    "other size": ({"inputs": [_fp32(shape=[1, 3], data=[1] * 3)]}, "/inputs/0/shape/1", "takes 2"),
+    "below zero": ({"inputs": [_fp32(shape=[-1, 2], data=[])]}, "/inputs/0/shape/0", ">= 0"),
+    "too large": ({"inputs": [_fp32(shape=[2**31 - 1] * 9, data=[])]}, "/inputs/0/shape", "large"),
+    "a dim too large": ({"inputs": [_fp32(shape=[2**70], data=[])]}, "/inputs/0/shape/0", ""),
+    "rank 33": ({"inputs": [_fp32(shape=[1] * 33, data=[1])]}, "/inputs/0/shape", "<= 32"),
+    "too few": ({"inputs": [_fp32(data=[1])]}, "/inputs/0/data", "1 number, its `shape` takes 2"),
+    "too many": ({"inputs": [_fp32(data=[1, 2, 3])]}, "/inputs/0/data", "3 numbers"),
+    "nested otherwise": ({"inputs": [_fp32(data=[[1], [2]])]}, "/inputs/0/data", "2 rows"),
+    "null": ({"inputs": [_fp32(data=[1, None])]}, "/inputs/0/data/1", "null"),
+    "a string": ({"inputs": [_fp32(data=[[1, "1.5"]])]}, "/inputs/0/data/0/1", "a string"),
+    "true": ({"inputs": [_fp32(data=[1, True])]}, "/inputs/0/data/1", "true"),
+    "out of range": ({"inputs": [_fp32(data=[1, 1e39])]}, "/inputs/0/data/1", "range of FP32"),
+    "neither": ({"inputs": [_fp32()]}, "/inputs/0", "`data` or"),
+    "both": (
+        {"inputs": [_fp32(data=[1, 2], parameters={"binary_data_size": 8})]},
+        "/inputs/0",
+        "`data` or",
+    ),
+    "binary without its header": (
+        {"inputs": [_fp32(parameters={"binary_data_size": 8})]},
+        "/inputs/0/parameters/binary_data_size",
+        "Inference-Header-Content-Length",
+    ),
+    "shared memory": (
+        {"inputs": [_fp32(parameters={"shared_memory_region": "a"})]},
+        "/inputs/0/parameters/shared_memory_region",
+        "no such name",
+    ),
+    "no name": ({"inputs": [{"shape": [1], "datatype": "FP32"}]}, "/inputs/0/name", "required"),
+    "data beside inputs": ({"data": [[1, 2]], "inputs": []}, "/data", "not both"),
+    "outputs beside data": ({"data": [[1, 2]], "outputs": []}, "/outputs", "goes with"),
+    "unknown output": (
+        {"inputs": [_fp32(data=[1, 2])], "outputs": [{"name": "xx"}]},
+        "/outputs/0/name",
+        "Did you mean `x`",
+    ),
+    "an output twice": (
+        {"inputs": [_fp32(data=[1, 2])], "outputs": [{"name": "x"}] * 2},
+        "/outputs/1/name",
+        "more than once",
+    ),
+    "an unknown parameter": (
+        {"inputs": [_fp32(data=[1, 2])], "parameters": {"priority": 1}},
+        "/parameters/priority",
+        "no such name",
+    ),
+    "an unknown key": ({"inputs": [], "id": "1"}, "/id", "no such name"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+async def test_tensors_that_do_not_fit_are_422_at_their_place(case: str) -> None:
+    body, pointer, detail = UNFIT[case]
+    with pytest.raises(RequestError) as refused:
+        await at_the_door(identity("FP32", ("n", 2)), json.dumps(body).encode(), {})
+    assert refused.value.status == 422
+    found = {fault.pointer: fault.detail for fault in refused.value.faults}
+    assert detail in found.get(pointer, "?"), found
+
+
+async def test_a_key_of_a_tensor_given_twice_is_refused() -> None:
+    text = b'{"inputs": [{"name": "x", "name": "x", "shape": [1, 2], "datatype": "FP32"'
+    with pytest.raises(RequestError) as refused:
+        await at_the_door(identity("FP32"), text + b', "data": [1, 2]}]}', {})
+    assert refused.value.faults[0].pointer == "/inputs/0/name"
+
+
+async def test_all_faults_of_all_tensors_come_in_one_answer(client: httpx2.AsyncClient) -> None:
+    inputs = [
+        {"name": "imag", "shape": [1], "datatype": "FP32", "data": [1]},
+        {"name": "ids", "shape": [6], "datatype": "INT64", "data": [1, 1.5, None, 2**63, 5, 6]},
+        {"name": "words", "shape": [1, 1], "datatype": "FP32", "data": [0]},
+    ]
+    reply = await client.post("/predict/two", json={"inputs": inputs})
+    found = assert_problem(reply, 422, "invalid_input")["errors"]
+    assert [one["pointer"] for one in found] == [
+        "/inputs",
+        "/inputs/0/name",
+        "/inputs/1/shape/0",
+        "/inputs/2/datatype",
+        "/inputs/2/shape",
+        "/inputs/1/data/1",
+        "/inputs/1/data/2",
+        "/inputs/1/data/3",
+    ]
+    assert "Did you mean `image`" in found[1]["detail"]
+
+
+async def test_equal_symbols_must_be_equal_across_inputs(client: httpx2.AsyncClient) -> None:
+    body, headers = binary(("image", IMAGE[:, :, :, :1]), ("ids", IDS[:1]))
+    reply = await client.post("/predict/two", content=body, headers=headers)
+    found = assert_problem(reply, 422, "invalid_input")["errors"]
+    assert {one["pointer"]: one["detail"] for one in found} == {
+        "/inputs/0/shape/3": "`side` is 1 here and 2 in `image`; they must be equal",
+        "/inputs/1/shape/0": "`batch` is 1 here and 2 in `image`; they must be equal",
+    }
+
+
+async def test_a_model_of_several_inputs_tells_data_what_to_send(
+    client: httpx2.AsyncClient,
+) -> None:
+    for headers, content in (({}, b'{"data": [1]}'), (NPY, saved(IDS))):
+        reply = await client.post("/predict/two", content=content, headers=headers)
+        assert "inputs" in assert_problem(reply, 422, "invalid_input")["detail"]
+
+
+X = np.array([[1, 2]], np.float32)
+
+
+def _broken(size: int, content: bytes, **more: Any) -> tuple[bytes, dict[str, str]]:
+    one = {**_fp32(parameters={"binary_data_size": size}), **more}
+    return laid_out({"inputs": [one]}, content)
+
+
+BROKEN: dict[str, tuple[bytes, dict[str, str]]] = {
+    "too few bytes": _broken(8, b"1234567"),
+    "too many bytes": _broken(8, b"123456789"),
+    "a size below zero": _broken(-8, b""),
+    "a size beyond all": _broken(2**80, b""),
+    "a size of no such shape": _broken(7, b"1234567"),
+    "a shape that overflows": _broken(8, b"12345678", shape=[2**31 - 1, 2**31 - 1]),
+    "nothing, of an impossible shape": _broken(0, b"", shape=[0, 2**31 - 1, 2**31 - 1, 2**31 - 1]),
+    "a length beyond the body": (b"{}", {LENGTH: "3"}),
+    "a length that is none": (b"{}", {LENGTH: "-1"}),
+    "a length of zero": (b"12345678", {LENGTH: "0"}),
+    "a length that overflows": (b"{}", {LENGTH: "9" * 18}),
+    "a length with a sign": (b"{}", {LENGTH: "+2"}),
+    "a length inside the JSON": (_broken(8, b"12345678")[0], {LENGTH: "20"}),
+    "data with tensors behind": laid_out({"data": [[1, 2]]}, b"1234"),
+    "strings cut off": _broken(6, b"\x09\0\0\0ab", datatype="BYTES"),
+    "strings of another count": _broken(5, b"\x01\0\0\0a", datatype="BYTES"),
+    "text that is no text": _broken(10, b"\x01\0\0\0\xff\x01\0\0\0a", datatype="BYTES"),
+    "booleans of 2": _broken(2, b"\x01\x02", datatype="BOOL"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+async def test_a_broken_layout_is_refused_and_never_our_fault(
+    client: httpx2.AsyncClient, case: str
+) -> None:
+    body, headers = BROKEN[case]
+    model = next((one for one in ("BYTES", "BOOL") if f'"{one}"'.encode() in body), "FP32")
+    reply = await client.post(f"/predict/{model}", content=body, headers=headers)
+    assert reply.status_code in (400, 413, 422), reply.text
+    assert reply.json()["code"] != "internal_error"
+
+
+@given(st.binary(max_size=80), st.integers(0, 90))
+async def test_any_bytes_are_taken_or_refused(noise: bytes, length: int) -> None:
+    for headers in ({LENGTH: str(length)}, NPY, {}):
+        for prefix in (b"", b'{"inputs": [', b"\x93NUMPY\x01\x00"):
+            with pytest.raises(RequestError) as refused:
+                await at_the_door(identity("FP32", ()), prefix + noise, headers)
+            assert refused.value.status in (400, 422)
+
+
+HEAD = b"\x93NUMPY\x01\x00"
+
+
+@pytest.mark.parametrize(
+    ("array", "named"),
+    [
+        (np.zeros((1, 4)), 'array.astype("<f4")'),
+        (np.zeros((1, 4), ">f4"), 'array.astype("<f4")'),
+        (np.zeros((1, 4), np.int32), "iris takes FP32"),
+        (np.zeros((1, 3), np.float32), "takes 4"),
+        (np.zeros(4, np.float32), "has 2"),
+        (np.array([["a", "b", "c", "d"]]), "iris takes FP32"),
+        (np.zeros((1, 4), [("a", "f4")]), "iris takes FP32"),
+    ],
+)
+async def test_an_array_of_another_kind_is_told_the_remedy(
+    client: httpx2.AsyncClient, array: Any, named: str
+) -> None:
+    reply = await client.post("/predict", content=saved(array), headers=NPY)
+    assert named in assert_problem(reply, 422, "invalid_input")["detail"]
+
+
+async def test_what_numpy_would_unpickle_is_refused(client: httpx2.AsyncClient) -> None:
+    file = io.BytesIO()
+    np.save(file, np.array([[{}]]), allow_pickle=True)
+    whole = saved(np.zeros((1, 4), np.float32))
+    deep = HEAD + b"\xff\xff" + b"(" * 65_535
+    for body in (file.getvalue(), whole[:-1], whole + b"x", b"", HEAD, deep):
+        reply = await client.post("/predict", content=body, headers=NPY)
+        assert_problem(reply, 422, "invalid_input")
+
+
+# --- options, versions, keys, sizes ----------------------------------------------------------
+
+
+async def test_options_are_in_the_body_or_in_the_query(client: httpx2.AsyncClient) -> None:
+    body = {"data": [[1, 2, 3, 4]], "options": {"priority": "high"}}
+    assert_problem(await client.post("/predict?ttl_seconds=5", json=body), 400, "invalid_query")
+    for query in ("ttl_seconds=0", "ttl_seconds=x", "prio=high", "version=1.5", "version=01"):
+        reply = await client.post(f"/predict?{query}", json={"data": [[1, 2, 3, 4]]})
+        assert_problem(reply, 400, "invalid_query")
+
+
+async def test_a_version_is_checked_against_its_own_signature(
+    client: httpx2.AsyncClient, store: Store, server: redis.Redis
+) -> None:
+    old, new = identity("FP32", ("n", 1)), identity("INT64", ("n", 2))
+    versions = {
+        "9": msgspec.json.encode(msgspec.structs.replace(old, model="m", version="9")),
+        "10": msgspec.json.encode(msgspec.structs.replace(new, model="m", version="10")),
+    }
+    await Upkeep(store).announce_models({"m": versions})
+    path = "/predict/m"
+    assert (await client.post(path, json={"data": [[1, 2]]})).status_code == 202
+    reply = await client.post(path, json={"data": [[0.5]], "options": {"version": "9"}})
+    assert reply.status_code == 202
+    assert_problem(await client.post(path, json={"data": [[0.5]]}), 422, "invalid_input")
+    unknown = await client.post(f"{path}?version=8", json={"data": [[0.5]]})
+    assert "10, 9" in assert_problem(unknown, 404, "version_not_found")["detail"]
+
+
+async def test_a_key_stands_for_all_of_a_tensor_request(client: httpx2.AsyncClient) -> None:
+    once = {"idempotency-key": "k"}
+    one = described("ids", IDS, data=IDS.tolist())
+    image = described("image", IMAGE, data=IMAGE.tolist())
+    first = await client.post("/predict/two", json={"inputs": [one, image]}, headers=once)
+    body, headers = binary(("image", IMAGE), ("ids", IDS))
+    equal = await client.post("/predict/two", content=body, headers={**headers, **once})
+    assert equal.json()["job_id"] == first.json()["job_id"]
+    others: list[dict[str, Any]] = [
+        {"inputs": [one, image], "outputs": [{"name": "y"}]},
+        {"inputs": [one, image], "options": {"priority": "low"}},
+        {"inputs": [{**one, "data": [1, 2]}, image]},
+    ]
+    for other in others:
+        reply = await client.post("/predict/two", json=other, headers=once)
+        assert_problem(reply, 422, "idempotency_conflict")
+
+
+async def test_ten_mebibytes_are_taken_and_more_than_max_body_are_not(
+    client: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    body, headers = binary(("x", np.zeros((10, 1 << 18), np.float32)))
+    assert len(body) > 10 << 20
+    reply = await client.post("/predict/FP32", content=body, headers=headers)
+    _, feeds = stored(server, reply)
+    assert feeds["x"].shape == (10, 1 << 18)
+    over, headers = binary(("x", np.zeros((16, 1 << 18), np.float32)))
+    refused = await client.post("/predict/FP32", content=over, headers=headers)
+    assert "MAX_BODY" in assert_problem(refused, 413, "body_too_large")["detail"]
+    text = json.dumps({"data": [[1, 2, 3, 4]] * 200_000}).encode()
+    for more in ({}, {LENGTH: str(len(text))}):
+        refused = await client.post("/predict", content=text, headers=more)
+        assert "MAX_JSON" in assert_problem(refused, 413, "body_too_large")["detail"]
+
+
+async def test_a_dry_run_says_what_it_understood_and_stores_nothing(
+    client: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    body, headers = binary(("image", IMAGE), ("ids", IDS))
+    reply = await client.post("/models/two/validate", content=body, headers=headers)
+    assert reply.status_code == 200
+    answer = reply.json()
+    assert (answer["valid"], answer["model"], answer["version"]) == (True, "two", "3")
+    assert answer["inputs"][0] == {"name": "image", "datatype": "FP32", "shape": [2, 3, 2, 2]}
+    assert (answer["rows"], answer["outputs"]) == (2, ["y", "z"])
+    bad = {"data": [[1, 2, 3, "4"]]}
+    refused = assert_problem(
+        await client.post("/models/iris/validate", json=bad), 422, "invalid_input"
+    )
+    assert refused["errors"] == (await client.post("/predict", json=bad)).json()["errors"]
+    assert server.llen(QUEUE) == 0
+    assert not server.keys("job:*")
+
+
+async def test_every_example_is_a_request_that_works(client: httpx2.AsyncClient) -> None:
+    for model in (await client.get("/models")).json()["models"]:
+        if model["example"] is None:
+            continue
+        for path in (model["url"], f"/models/{model['model']}/validate"):
+            reply = await client.post(path, json=model["example"])
+            assert reply.status_code in (200, 202), reply.text
+    two = (await client.get("/models/two")).json()
+    assert [one["name"] for one in two["example"]["inputs"]] == ["image", "ids"]
