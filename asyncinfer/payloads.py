@@ -21,6 +21,10 @@ TAG: Final = b"\x01"
 """The first byte of packed tensors."""
 
 _ALIGNMENT: Final = 16
+_MOST_ELEMENTS: Final = 1 << 48
+"""Of an empty tensor too: numpy refuses shapes whose product overflows."""
+_MOST_RANK: Final = 32
+"""Numpy's own until version 2."""
 _PREFIX: Final = struct.Struct("<cI")
 _LENGTH: Final = struct.Struct("<I")
 
@@ -95,6 +99,9 @@ def _layout(header: bytes) -> tuple[tuple[PackedTensor, ...], tuple[int, ...], i
     for one in tensors:
         if one.datatype not in DTYPES or min(one.shape, default=0) < 0 or one.size < 0:
             raise DamagedPayload(f"{one.name!r} is no tensor: {one.datatype}{list(one.shape)}")
+        nowhere_zero = prod(max(size, 1) for size in one.shape)
+        if nowhere_zero > _MOST_ELEMENTS or len(one.shape) > _MOST_RANK:
+            raise DamagedPayload(f"{one.name!r} has an impossible shape")
         if one.datatype != "BYTES" and one.size != prod(one.shape) * _item_bytes(one.datatype):
             raise DamagedPayload(f"{one.name!r} has {one.size} bytes, not what its shape takes")
         end += -end % _ALIGNMENT

@@ -153,7 +153,8 @@ class Validated(Struct, frozen=True, kw_only=True):
     inputs: list[TensorShape]
     outputs: Annotated[list[str], Meta(description="Names of the outputs it would give.")]
     rows: Annotated[
-        int | None, Meta(description="Of the first input; null where it has no open dimension.")
+        int | None,
+        Meta(description="How many rows the inputs have; null where their number is fixed."),
     ]
     options: Options
 

@@ -1,8 +1,10 @@
 """Tensors come back from Redis as they went in, and damaged ones are told from whole ones."""
 
 import contextlib
+import struct
 
 import ml_dtypes
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -65,6 +67,17 @@ def test_no_damage_is_taken_for_tensors() -> None:
             payloads.unpack(whole[:size])
     with pytest.raises(payloads.DamagedPayload):
         payloads.unpack(whole + b"x")
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 2**62, 2**62), (0, 2**40, 2**40), (0, *[2] * 60), (0, *[1] * 64)]
+)
+def test_an_empty_tensor_of_an_impossible_shape_is_damage(shape: tuple[int, ...]) -> None:
+    header = msgspec.msgpack.encode([["x", "FP32", shape, 0]])
+    payload = struct.pack("<cI", payloads.TAG, len(header)) + header
+
+    with pytest.raises(payloads.DamagedPayload):
+        payloads.unpack(payload + bytes(-len(payload) % 16))
 
 
 @given(st.binary(max_size=64))

@@ -154,3 +154,25 @@ async def test_a_job_submitted_to_one_api_is_waited_for_at_another(
     waits = await asyncio.gather(*(client.get(f"{url}/job/{job_id}?wait=20") for url in urls))
 
     assert [wait.json()["status"] for wait in waits] == ["completed", "completed"]
+
+
+async def test_the_example_of_every_shipped_model_runs(
+    urls: list[str], client: httpx2.AsyncClient
+) -> None:
+    models = (await client.get(f"{urls[0]}/models")).json()["models"]
+    for model in models:
+        (spec,) = model["inputs"]
+        rows = model["example"]["data"]
+        tensor = {
+            "name": spec["name"],
+            "shape": [len(rows), len(rows[0])],
+            "datatype": spec["datatype"],
+            "data": rows,
+        }
+        for body in (model["example"], {"inputs": [tensor]}):
+            answer = await client.post(
+                f"{urls[0]}{model['url']}", json=body, headers={"Prefer": "wait=20"}
+            )
+            assert (answer.status_code, answer.json()["status"]) == (200, "completed")
+            known = await client.post(f"{urls[1]}/models/{model['model']}/validate", json=body)
+            assert (known.status_code, known.json()["rows"]) == (200, len(rows))

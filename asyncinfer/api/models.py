@@ -40,8 +40,7 @@ async def validate(services: Services, request: Request[AskedOptions]) -> Reply:
     served = await services.catalog.find(request.path("model"))
     asked = await read_input(request, services.config, served)
     signature = asked.signature
-    first = signature.inputs[0]
-    rows = next((one.shape[0] for one in asked.tensors if one.name == first.name), None)
+    with_rows = {spec.name for spec in signature.inputs if is_open(spec)}
     return json_reply(
         200,
         Validated(
@@ -49,7 +48,7 @@ async def validate(services: Services, request: Request[AskedOptions]) -> Reply:
             version=signature.version,
             inputs=[TensorShape(one.name, one.datatype, one.shape) for one in asked.tensors],
             outputs=list(asked.outputs or (spec.name for spec in signature.outputs)),
-            rows=rows if is_open(first) else None,
+            rows=next((one.shape[0] for one in asked.tensors if one.name in with_rows), None),
             options=asked.options,
         ),
     )
@@ -82,7 +81,7 @@ def example_of(signature: Signature) -> dict[str, Any] | None:
     if models.data_input(signature) is not None and signature.example is not None:
         return {"data": signature.example}
     inputs = [_example_input(spec) for spec in signature.inputs if not spec.optional]
-    if not inputs or any(prod(one["shape"]) > _MOST_ELEMENTS for one in inputs):
+    if any(prod(one["shape"]) > _MOST_ELEMENTS for one in inputs):
         return None
     return {"inputs": inputs}
 

@@ -109,6 +109,20 @@ async def test_every_route_is_in_the_document(api: httpx2.AsyncClient) -> None:
         assert ("requestBody" in operation) == bool(route.bodies)
 
 
+async def test_the_document_knows_binary_bodies_and_results(api: httpx2.AsyncClient) -> None:
+    paths = (await api.get("/openapi.json")).json()["paths"]
+    binary = {"application/octet-stream", "application/x-npy"}
+    for path in ("/predict", "/models/{model}/validate"):
+        content = paths[path]["post"]["requestBody"]["content"]
+        assert content.keys() == {"application/json", *binary}
+        assert len(content["application/json"]["schema"]["oneOf"]) == 2
+        names = {one["name"] for one in paths[path]["post"]["parameters"]}
+        assert {"version", "priority", "Inference-Header-Content-Length"} <= names
+    result = paths["/job/{id}/result"]["get"]["responses"]
+    assert result["200"]["content"].keys() == {"application/json", *binary}
+    assert {"404", "406", "409", "422"} <= result.keys()
+
+
 def test_operations_are_told_apart_and_references_resolve() -> None:
     described = json.loads(document(ROUTES))
     names = [

@@ -282,6 +282,24 @@ async def test_numbers_in_json_arrive_as_the_datatype_has_them(
         np.testing.assert_array_equal(feeds["x"], np.array([values], DTYPES[datatype]))
 
 
+@pytest.mark.parametrize("data", ["5", "[5]", " 5 "])
+async def test_a_scalar_is_given_bare_or_in_a_list(data: str) -> None:
+    text = f'{{"inputs": [{{"name": "x", "shape": [], "datatype": "INT8", "data": {data}}}]}}'
+    taken = await at_the_door(identity("INT8", ()), text.encode(), {})
+    assert payloads.unpack(taken.content)["x"].tolist() == 5
+
+
+async def test_a_model_without_inputs_is_asked_with_none(
+    client: httpx2.AsyncClient, store: Store
+) -> None:
+    dice = Signature("dice", "1", "", (), (TensorSpec("y", "FP32", (1,)),))
+    await Upkeep(store).announce_models({"dice": {"1": msgspec.json.encode(dice)}})
+    assert (await client.get("/models/dice")).json()["example"] == {"inputs": []}
+    reply = await client.post("/models/dice/validate", json={"inputs": []})
+    assert (reply.status_code, reply.json()["rows"]) == (200, None)
+    assert (await client.post("/predict/dice", json={"inputs": []})).status_code == 202
+
+
 async def test_an_open_dimension_may_be_zero_in_a_tensor() -> None:
     for one in (np.empty((0, 3), np.float32), np.empty((2, 0), np.float32)):
         body, headers = binary(("x", one))
