@@ -83,10 +83,13 @@ def result_reply(stored: Stored, form: Form, output: str | None, *headers: Heade
         if form == "binary":
             return _binary_reply(stored, selected, headers)
         if form == "npy":
-            return _npy_reply(selected, headers)
+            return _npy_reply(stored, selected, headers)
         text = result_text(msgspec.structs.replace(stored, result=selected))
     except payloads.DamagedPayload as error:
-        raise RedisRefused(f"The stored result is damaged: {error}.") from error
+        raise RedisRefused(
+            f"The stored result is damaged: {error}. Submit the input again.",
+            job_id=stored.job_id,
+        ) from error
     return Reply(200, bytes(text or b"null"), tuple(headers))
 
 
@@ -146,17 +149,19 @@ def _contents(
         yield view[start : start + one.size]
 
 
-def _npy_reply(packed: bytes, headers: Sequence[Header]) -> Reply:
+def _npy_reply(stored: Stored, packed: bytes, headers: Sequence[Header]) -> Reply:
     tensors, starts = payloads.layout(packed)
     if len(tensors) != 1:
         names = ", ".join(f"`{one.name}`" for one in tensors)
         raise NotAcceptable(
-            f"`.npy` holds one array, the result has {names}; ask for one with ?output=NAME."
+            f"`.npy` holds one array, the result has {names}; ask for one with ?output=NAME.",
+            job_id=stored.job_id,
         )
     head = npy.head_of(tensors[0].datatype, tensors[0].shape)
     if head is None:
         raise NotAcceptable(
-            f"`.npy` cannot hold {tensors[0].datatype}; ask with `Accept: {BINARY}` or as JSON."
+            f"`.npy` cannot hold {tensors[0].datatype}; ask with `Accept: {BINARY}` or as JSON.",
+            job_id=stored.job_id,
         )
     body = b"".join([head, *_contents(packed, tensors, starts)])
     return Reply(200, body, tuple(headers), NPY.encode())

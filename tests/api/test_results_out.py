@@ -111,7 +111,9 @@ async def test_a_result_is_given_in_the_layout_that_tritons_client_reads(
 async def test_one_output_is_given_as_numpy_saves_it(api: httpx2.AsyncClient, hand: Hand) -> None:
     job_id = await ended(api, hand, TENSORS)
     several = await api.get(f"/job/{job_id}/result", headers=NPY)
-    assert "`x`, `words`, `half`" in assert_problem(several, 406, "not_acceptable")["detail"]
+    problem = assert_problem(several, 406, "not_acceptable")
+    assert "`x`, `words`, `half`" in problem["detail"]
+    assert problem["job_id"] == job_id
     reply = await api.get(f"/job/{job_id}/result?output=x", headers=NPY)
     assert reply.headers["content-type"] == "application/x-npy"
     array = np.load(io.BytesIO(reply.content), allow_pickle=False)
