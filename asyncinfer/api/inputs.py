@@ -24,7 +24,7 @@ from asyncinfer.tensors import Array, datatype_of
 
 Form = Literal["json", "tensors"]
 
-_LONG_BYTES: Final = 1024
+LONG_BYTES: Final = 1024
 """Above it numbers are stored as tensors, so that a worker need not parse them again."""
 
 _NO_OPTIONS: Final = AskedOptions()
@@ -85,7 +85,7 @@ def _from_data(asked: Asked, body: Body, options: Options, signature: Signature)
     spec = data_input(signature)
     assert spec is not None, "check_data refuses without one"
     given = (Given(spec.name, spec.datatype, array.shape),)
-    if len(asked.data) <= _LONG_BYTES or spec.datatype in _NOT_PACKED:
+    if len(asked.data) <= LONG_BYTES or spec.datatype in _NOT_PACKED:
         return Input(signature, options, given, "json", asked.data, "json", text=asked.data)
     packed = payloads.pack({spec.name: array})
     return Input(signature, options, given, "tensors", packed, "json", text=asked.data)

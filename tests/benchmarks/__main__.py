@@ -14,7 +14,8 @@ import anyio
 import msgspec
 
 from tests.benchmarks import models, report
-from tests.benchmarks.measures import ALONE, FULL, PAIRED, QUICK, Figures, Paired, Room
+from tests.benchmarks.measures import ALONE, PAIRED, Paired
+from tests.benchmarks.scale import FULL, QUICK, Figures, Room
 from tests.benchmarks.systems import Plain, Service, System, running
 
 _NAMES = [*PAIRED, *ALONE]

@@ -1,6 +1,6 @@
 """The client: keep-alive connections that each send their next request at the last one's answer.
 
-A process of its own; `python -m tests.benchmarks.load '{"url": ...}'` prints what it measured.
+A process of its own; `python -m tests.benchmarks.load` reads a plan and prints what it measured.
 """
 
 import asyncio
@@ -27,8 +27,9 @@ class Plan(Struct, frozen=True, kw_only=True):
     how: Literal["submit", "wait", "poll", "get"]
     requests: int
     connections: int
-    body: str = ""
+    body: bytes = b""
     path: str = "/predict"
+    headers: tuple[str, ...] = ("Content-Type: application/json",)
     poll_seconds: float = 0.001
 
 
@@ -107,11 +108,11 @@ class _Client(asyncio.Protocol):
 def _request(plan: Plan) -> bytes:
     if plan.how == "get":
         return f"GET {plan.path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
-    prefer = "Prefer: wait=30\r\n" if plan.how == "wait" else ""
-    return (
-        f"POST {plan.path} HTTP/1.1\r\nHost: localhost\r\n{prefer}"
-        f"Content-Type: application/json\r\nContent-Length: {len(plan.body)}\r\n\r\n{plan.body}"
-    ).encode()
+    lines = [f"POST {plan.path} HTTP/1.1", "Host: localhost", *plan.headers]
+    if plan.how == "wait":
+        lines.append("Prefer: wait=30")
+    lines += [f"Content-Length: {len(plan.body)}", "", ""]
+    return "\r\n".join(lines).encode() + plan.body
 
 
 async def _run(plan: Plan) -> Load:
@@ -142,12 +143,13 @@ def _cpu_seconds() -> float:
 async def run(plan: Plan) -> Load:
     """Runs the client in a process of its own."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tests.benchmarks.load", msgspec.json.encode(plan).decode()),
+        *(sys.executable, "-m", "tests.benchmarks.load"),
+        stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
     try:
         with anyio.fail_after(_LONGEST_SECONDS + 10):
-            output, _ = await process.communicate()
+            output, _ = await process.communicate(msgspec.json.encode(plan))
     finally:
         if process.returncode is None:
             process.kill()
@@ -156,5 +158,5 @@ async def run(plan: Plan) -> Load:
 
 
 if __name__ == "__main__":
-    _plan = msgspec.json.decode(sys.argv[1], type=Plan)
+    _plan = msgspec.json.decode(sys.stdin.buffer.read(), type=Plan)
     sys.stdout.buffer.write(msgspec.json.encode(uvloop.run(_run(_plan))))

@@ -5,10 +5,8 @@ import os
 import random
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any, Final
 
 import anyio
@@ -21,8 +19,9 @@ from asyncinfer.repository.inspect import Inspection
 from asyncinfer.repository.operate import Operation
 from asyncinfer.repository.store import Policy, Store
 from asyncinfer.repository.submit import Submissions
-from tests.benchmarks import load, models
+from tests.benchmarks import images, load, models
 from tests.benchmarks.load import Load, Plan
+from tests.benchmarks.scale import Figures, Room
 from tests.benchmarks.systems import (
     MAX_QUEUE,
     MAX_QUEUE_BYTES,
@@ -36,44 +35,7 @@ from tests.benchmarks.systems import (
     usage,
 )
 
-BODY: Final = '{"data": [[5.1, 3.5, 1.4, 0.2]]}'
-
-Figures = dict[str, float]
-
-
-class Scale(Struct, frozen=True, kw_only=True):
-    """How much of everything."""
-
-    requests: int
-    drained: int
-    single: int
-    idle_seconds: float
-    bare_seconds: float
-    backlogs: tuple[int, ...]
-
-
-FULL: Final = Scale(
-    requests=6_000,
-    drained=5_000,
-    single=400,
-    idle_seconds=5,
-    bare_seconds=1,
-    backlogs=(1_000, 100_000, 1_000_000),
-)
-QUICK: Final = Scale(
-    requests=3_000, drained=3_000, single=200, idle_seconds=2, bare_seconds=0.3, backlogs=(1_000,)
-)
-
-
-class Room(Struct, frozen=True):
-    """Where measures work."""
-
-    folder: Path
-    models: Path
-    scale: Scale
-
-    def new(self) -> Path:
-        return Path(tempfile.mkdtemp(dir=self.folder))
+BODY: Final = b'{"data": [[5.1, 3.5, 1.4, 0.2]]}'
 
 
 class Paired(Struct, frozen=True):
@@ -364,5 +326,9 @@ PAIRED: Final[dict[str, list[Paired]]] = {
     "idle": [Paired(idle)],
     "ceilings": [Paired(ceilings)],
 }
-ALONE: Final[dict[str, Callable[[Room], Awaitable[Figures]]]] = {"start": start, "growth": growth}
+ALONE: Final[dict[str, Callable[[Room], Awaitable[Figures]]]] = {
+    "start": start,
+    "images": images.forms,
+    "growth": growth,
+}
 """What only this service has, or is asked; `growth` takes minutes, and one round is enough."""
