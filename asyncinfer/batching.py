@@ -133,6 +133,7 @@ def run_key(feeds: Feeds, plan: Plan) -> tuple[object, ...] | None:
     Datatypes, sizes beside the rows, which inputs are given, and what is not stacked, whole.
     """
     key: list[object] = []
+    rows = 0
     for name, array in feeds.items():
         axis = plan.inputs[name]
         shape = array.shape
@@ -140,13 +141,15 @@ def run_key(feeds: Feeds, plan: Plan) -> tuple[object, ...] | None:
             return None
         if axis is None:
             key.append((name, array.dtype, shape, _content(array)))
-        elif plan.pad:
+            continue
+        if rows not in (0, shape[axis]):
+            return None
+        rows = shape[axis]
+        if plan.pad:
             free = plan.pad[name]
-            sizes = [size if name is None else -1 for size, name in zip(shape, free, strict=True)]
-            key.append((name, array.dtype, *sizes[:axis], *sizes[axis + 1 :]))
-        else:
-            key.append((name, array.dtype, shape[:axis], shape[axis + 1 :]))
-    return tuple(key) if rows_of(feeds, plan) else None
+            shape = tuple(-1 if free[at] else size for at, size in enumerate(shape))
+        key.append((name, array.dtype, shape[:axis], shape[axis + 1 :]))
+    return tuple(key) if rows else None
 
 
 def _content(array: Array) -> object:

@@ -122,7 +122,8 @@ def _feeds_of(job: ClaimedJob, engine: Engine) -> Feeds:
         except payloads.DamagedPayload as error:
             raise InvalidInput(f"The stored tensors are damaged: {error}.") from error
     array = check_data(_input_of(job), engine.signature)
-    return {engine.signature.inputs[0].name: array}
+    needed = next(spec for spec in engine.signature.inputs if not spec.optional)
+    return {needed.name: array}
 
 
 def _input_of(job: ClaimedJob) -> bytes | Raw:

@@ -15,8 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from asyncinfer import batching, execution, models, payloads, results
 from asyncinfer.engine import Engine, Stop
+from asyncinfer.engine.running import Runner
 from asyncinfer.engine.runtime import ort
-from asyncinfer.errors import ModelRefused
+from asyncinfer.errors import ModelFailed, ModelRefused
 from asyncinfer.jobs import Facts, Record
 from asyncinfer.repository.run import ClaimedJob
 from asyncinfer.tensors import Feeds, TensorSpec
@@ -525,3 +526,49 @@ def test_weights_are_read_from_the_model_s_own_folder_only(tmp_path: Path) -> No
         (file,) = models.scan(folder)
         with pytest.raises(ModelRefused, match=reason):
             Engine.load(file, intra_op_threads=1)
+
+
+def test_runs_go_to_the_sessions_in_turn(tmp_path: Path) -> None:
+    paths = []
+    for at in (1, 2):
+        node = helper.make_node("Add", ["x", "which"], ["y"])
+        weights = {"which": np.array(at, np.float32)}
+        one = zoo.model([node], [zoo.tensor("x", ["n"])], [zoo.tensor("y", ["n"])], weights)
+        paths.append(zoo.place(tmp_path, f"m{at}", one))
+    sessions = [
+        ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]) for path in paths
+    ]
+    runner = Runner(sessions, ["y"])
+
+    answers = [runner.run({"x": np.zeros(1, np.float32)}, Stop())[0].item() for _ in range(4)]
+
+    assert answers == [1, 2, 1, 2]
+
+
+def test_half_a_surrogate_pair_is_the_input_s_fault(tmp_path: Path) -> None:
+    engine = loaded(tmp_path, zoo.identity(STRING))
+
+    with pytest.raises(ModelFailed, match="half a surrogate pair"):
+        engine.run({"x": np.array([["\ud800", ""]], object)}, Stop())
+    odd = np.array([["\0", "é\0"]], object)
+    assert engine.run({"x": odd}, Stop())[0].tolist() == odd.tolist()
+
+
+def test_scikit_learn_s_own_export_is_served_with_its_labels(tmp_path: Path) -> None:
+    from skl2onnx import to_onnx
+    from sklearn.linear_model import LogisticRegression
+
+    x = np.concatenate([floats(20, 3), floats(20, 3) + np.float32(3)])
+    names = np.array(["zebra"] * 20 + ["ant"] * 20)
+    fitted = LogisticRegression().fit(x, names)
+    engine = loaded(tmp_path, to_onnx(fitted, x[:1]))
+
+    _, (body,) = ran(engine, [{"X": x[[0, 39]]}], answer="json")
+
+    rows = msgspec.json.decode(body)
+    assert [row["class_name"] for row in rows] == ["zebra", "ant"]
+    assert [row["prediction"] for row in rows] == [1, 0]
+    np.testing.assert_allclose(
+        [row["probabilities"] for row in rows], fitted.predict_proba(x[[0, 39]]), rtol=1e-4
+    )
+    assert engine.signature.batched, engine.signature.batching
