@@ -572,3 +572,21 @@ def test_scikit_learn_s_own_export_is_served_with_its_labels(tmp_path: Path) -> 
         [row["probabilities"] for row in rows], fitted.predict_proba(x[[0, 39]]), rtol=1e-4
     )
     assert engine.signature.batched, engine.signature.batching
+
+
+def test_each_input_is_probed_with_numbers_like_its_own_example(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Add", ["big", "offset"], ["index"]),
+        helper.make_node("Gather", ["table", "index"], ["a"]),
+        helper.make_node("Gather", ["table", "small"], ["b"]),
+        helper.make_node("Add", ["a", "b"], ["y"]),
+    ]
+    model = zoo.model(
+        nodes,
+        [zoo.tensor("big", ["batch"], INT64), zoo.tensor("small", ["batch"], INT64)],
+        [zoo.tensor("y", ["batch", 2])],
+        {"table": floats(5, 2), "offset": np.array(-1000)},
+    )
+    engine = loaded(tmp_path, model, "[example]\nbig = [1000, 1004]\nsmall = [0, 4]")
+
+    assert engine.signature.batched, engine.signature.batching

@@ -22,7 +22,9 @@ ROW_COUNTS: Final = ((1, 1, 1, 1), (2, 3), (3, 1, 2))
 OPEN_SIZES: Final = (8, 32, 1, 128)
 """What an open dimension is tried at; the first that the model takes is kept."""
 
-_SCALES: Final = (
+Scale = tuple[float, float, int, int]
+
+_SCALES: Final[tuple[Scale, ...]] = (
     (0.0, 1.0, 0, 1),
     (-10.0, 10.0, 0, 1),
     (-0.01, 0.01, 0, 9),
@@ -118,18 +120,12 @@ class _Probing:
     def _optional_ways(self) -> list[bool]:
         return [False, True] if any(spec.optional for spec in self._inputs) else [False]
 
-    def _scales(self) -> list[tuple[float, float, int, int]]:
-        scales = list(_SCALES)
-        if self._example:
-            numbers = [one for one in self._example.values() if one.dtype != object and one.size]
-            if numbers:
-                low = min(float(one.min()) for one in numbers)
-                high = max(float(one.max()) for one in numbers)
-                scales.append((low, high, int(low), int(high)))
-        return scales
+    def _scales(self) -> list[Scale | None]:
+        """None: each input as large as its own example."""
+        return [*_SCALES, None] if self._example else [*_SCALES]
 
     def _alone(
-        self, seed: int, scale: tuple[float, float, int, int], optional: bool
+        self, seed: int, scale: Scale | None, optional: bool
     ) -> tuple[list[Feeds], list[list[Array]]] | None:
         """Jobs and what each gets alone; None where the model takes none of such numbers."""
         for size in self._sizes:
@@ -148,7 +144,7 @@ class _Probing:
     def _jobs(
         self,
         rng: np.random.Generator,
-        scale: tuple[float, float, int, int],
+        scale: Scale | None,
         counts: Sequence[int],
         size: int,
         optional: bool,
@@ -180,13 +176,13 @@ class _Probing:
         self,
         spec: TensorSpec,
         rng: np.random.Generator,
-        scale: tuple[float, float, int, int],
+        scale: Scale | None,
         shape: Sequence[int],
     ) -> Array:
         example = (self._example or {}).get(spec.name)
         if self._axes[spec.name] is None and example is not None:
             return example
-        return _random(spec, rng, scale, shape)
+        return _random(spec, rng, scale or _scale_of(example), shape)
 
     def _compare(
         self,
@@ -217,10 +213,18 @@ class _Probing:
         return seen
 
 
+def _scale_of(example: Array | None) -> Scale:
+    if example is None or example.dtype == object or not example.size:
+        return _SCALES[0]
+    numbers = example.astype(np.float64) if example.dtype == DTYPES["BF16"] else example
+    low, high = numbers.min().item(), numbers.max().item()
+    return (float(low), float(high), int(low), int(high))
+
+
 def _random(
     spec: TensorSpec,
     rng: np.random.Generator,
-    scale: tuple[float, float, int, int],
+    scale: Scale,
     shape: Sequence[int],
 ) -> Array:
     low, high, least, most = scale
