@@ -1,4 +1,4 @@
-"""Which jobs may share a run: decided per model, proved by probes; stack and split. Pure."""
+"""Which jobs may share a run, along which axes; stack and split. Pure."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -8,170 +8,245 @@ import numpy as np
 from msgspec import Struct
 
 from asyncinfer.errors import ModelFailed
-from asyncinfer.tensors import DTYPES, FLOATS, RANGES, Array, Feeds, TensorSpec
+from asyncinfer.models import Signature
+from asyncinfer.tensors import Array, Feeds, TensorSpec
 
-PROBE_ROWS: Final = 4
-"""Rows per probe; with fewer, a model that mixes rows could agree by chance."""
+MAX_RUN_BYTES: Final = 64 << 20
+"""Inputs of a run that jobs share; one job alone may have more."""
 
-_OPEN_DIM_SIZE: Final = 8
-_MAGNITUDES: Final = ((0.0, 1.0), (-10.0, 10.0))
-_TOLERANCES: Final = {"float16": 1e-2, "float32": 1e-4, "float64": 1e-8}
+MAX_RUN_ROWS: Final = 4096
 
-
-class Verdict(Struct, frozen=True):
-    """Whether rows of several jobs may be stacked, and why in words."""
-
-    batched: bool
-    reason: str
+Axes = tuple[int | None, ...]
 
 
-class Probe(Struct, frozen=True):
-    """What a model answered to the same rows alone and together."""
+class Plan(Struct, frozen=True):
+    """How the jobs of a model share a run: per input and output its axis of rows, or None."""
 
-    alone: Sequence[Sequence[Array]]
-    together: Sequence[Array]
+    inputs: dict[str, int | None]
+    outputs: Axes
+    pad: dict[str, tuple[str | None, ...]] = {}
+    """Per input the names of its dimensions that are filled up; empty without padding."""
+    unpad: tuple[tuple[str | None, ...], ...] = ()
 
 
-# --- may rows be stacked at all ----------------------------------------------------------------
+def plan_of(signature: Signature) -> Plan | None:
+    """None where every job runs alone."""
+    if not signature.batched:
+        return None
+    axes = signature.input_axes or (0,) * len(signature.inputs)
+    outputs = signature.output_axes or (0,) * len(signature.outputs)
+    inputs = {spec.name: axis for spec, axis in zip(signature.inputs, axes, strict=True)}
+    if not signature.pad:
+        return Plan(inputs, outputs)
+    pad = {spec.name: _named(spec, inputs[spec.name]) for spec in signature.inputs}
+    known = {name for names in pad.values() for name in names}
+    unpad = tuple(
+        tuple(name if name in known else None for name in _named(spec, axis))
+        for spec, axis in zip(signature.outputs, outputs, strict=True)
+    )
+    return Plan(inputs, outputs, pad, unpad)
 
 
-def obstacle(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> str:
-    """Why the graph rules out stacking along the first dimension; "" when it does not."""
-    if not inputs:
-        return "the model takes no input"
-    for spec in (*inputs, *outputs):
+def _named(spec: TensorSpec, axis: int | None) -> tuple[str | None, ...]:
+    """The symbols of the dimensions beside the rows; an input without rows has none."""
+    if axis is None:
+        return (None,) * len(spec.shape)
+    return tuple(
+        dim if isinstance(dim, str) and at != axis else None for at, dim in enumerate(spec.shape)
+    )
+
+
+# --- which axes come into question -------------------------------------------------------------
+
+
+def candidates(inputs: Sequence[TensorSpec]) -> list[Axes]:
+    """Axes of the inputs along which rows of jobs may be stacked, the likeliest first.
+
+    The first dimensions where all that are open bear one name or none; else each name that is
+    some input's first dimension, or calls itself a batch.
+    """
+    found: list[Axes] = []
+    first: Axes = tuple(0 if _open_at(spec, 0) else None for spec in inputs)
+    names = {spec.shape[0] for spec, axis in zip(inputs, first, strict=True) if axis == 0}
+    if names and len(names - {None}) <= 1:
+        found.append(first)
+    symbols = dict.fromkeys(dim for spec in inputs for dim in spec.shape if isinstance(dim, str))
+    by_name = [_along(symbol, inputs) for symbol in symbols if _counts_rows(symbol, inputs)]
+    found += [axes for axes in by_name if axes is not None]
+    found.sort(key=lambda axes: sum(axis is None for axis in axes))
+    return list(dict.fromkeys(found))
+
+
+def forced(axis: int, inputs: Sequence[TensorSpec]) -> Axes:
+    """`axis` of every input that has it open."""
+    return tuple(axis if _open_at(spec, axis) else None for spec in inputs)
+
+
+def declared_axes(
+    inputs: Sequence[TensorSpec], axes: Axes, outputs: Sequence[TensorSpec]
+) -> tuple[int | None, ...]:
+    """Where the outputs have the rows, as far as the graph says so."""
+    names = {spec.shape[at] for spec, at in zip(inputs, axes, strict=True) if at is not None}
+    usual = next(at for at in axes if at is not None)
+    return tuple(_declared_axis(spec, names - {None}, usual) for spec in outputs)
+
+
+def _declared_axis(spec: TensorSpec, names: set[int | str | None], usual: int) -> int | None:
+    at = [index for index, dim in enumerate(spec.shape) if dim in names]
+    if len(at) == 1:
+        return at[0]
+    return usual if not at and _open_at(spec, usual) else None
+
+
+def obstacle(specs: Sequence[TensorSpec], axis: int = 0) -> str:
+    """Why the first of these that cannot be stacked cannot."""
+    for spec in specs:
         if not spec.shape:
             return f"`{spec.name}` is a scalar"
-        if isinstance(spec.shape[0], int):
-            return f"the first dimension of `{spec.name}` is fixed at {spec.shape[0]}"
-    return ""
+        if not _open_at(spec, axis):
+            where = "the first dimension" if axis == 0 else f"dimension {axis}"
+            size = spec.shape[axis] if axis < len(spec.shape) else "nothing"
+            return f"{where} of `{spec.name}` is fixed at {size}"
+    return "" if specs else "the model takes no input"
 
 
-def doubt(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> str:
-    """Why the first dimensions may not be one batch; "" when they bear one name or none."""
-    names = {spec.shape[0] for spec in (*inputs, *outputs)} - {None}
-    if len(names) <= 1:
-        return ""
-    return f"the first dimensions have different names ({', '.join(sorted(map(str, names)))})"
+def _open_at(spec: TensorSpec, axis: int) -> bool:
+    return axis < len(spec.shape) and not isinstance(spec.shape[axis], int)
 
 
-# --- probes ------------------------------------------------------------------------------------
+def _counts_rows(symbol: str, inputs: Sequence[TensorSpec]) -> bool:
+    return "batch" in symbol.lower() or any(spec.shape[:1] == (symbol,) for spec in inputs)
 
 
-def probe_feeds(inputs: Sequence[TensorSpec], example: Array | None) -> Iterator[Feeds]:
-    """Feeds of PROBE_ROWS random rows each, always the same ones.
-
-    Several magnitudes, because a model may refuse or saturate at some of them; `example` adds
-    its own, and the sizes of open dimensions.
-    """
-    rng = np.random.default_rng(0)
-    magnitudes = [*_MAGNITUDES]
-    if example is not None and example.dtype != object:
-        magnitudes.append((float(example.min()), float(example.max())))
-    sizes = None if example is None else example.shape
-    for low, high in magnitudes:
-        yield {spec.name: _probe_rows(spec, sizes, low, high, rng) for spec in inputs}
-
-
-def _probe_rows(
-    spec: TensorSpec,
-    sizes: Sequence[int] | None,
-    low: float,
-    high: float,
-    rng: np.random.Generator,
-) -> Array:
-    open_sizes = sizes or (_OPEN_DIM_SIZE,) * len(spec.shape)
-    dims = list(zip(spec.shape, open_sizes, strict=True))[1:]
-    shape = [PROBE_ROWS // 2, *(dim if isinstance(dim, int) else size for dim, size in dims)]
-    half = rng.uniform(low, high, shape)
-    # Mirrored, so that a threshold in the middle has rows on both sides of it.
-    values = np.concatenate([half, low + high - half])
-    if spec.datatype == "BYTES":
-        return np.where(values > (low + high) / 2, "some text", "").astype(object)
-    if spec.datatype == "BOOL":
-        return values > (low + high) / 2
-    if spec.datatype not in FLOATS:
-        values = np.rint(values).clip(*RANGES[spec.datatype])
-    return values.astype(DTYPES[spec.datatype])
-
-
-def judge(probes: Sequence[Probe], outputs: Sequence[TensorSpec]) -> Verdict:
-    """On only where every row of every probe got the answer that it gets alone."""
-    for probe in probes:
-        for index, spec in enumerate(outputs):
-            alone = [answers[index] for answers in probe.alone]
-            problem = _difference(alone, probe.together[index])
-            if problem:
-                return Verdict(False, f"off: `{spec.name}` {problem}")
-    if not any(_varies(probe) for probe in probes):
-        return Verdict(False, "off: all probe rows got one answer, which proves nothing")
-    return Verdict(True, "on: probe rows got the same answers alone and together")
-
-
-def _difference(alone: Sequence[Array], together: Array) -> str:
-    if any(len(answer) != 1 for answer in alone) or len(together) != len(alone):
-        return "has another number of rows than the input"
-    if any(answer.shape[1:] != together.shape[1:] for answer in alone):
-        return "changes its shape with the number of rows"
-    if not _close(np.concatenate(alone), together):
-        return "gives a row another answer when other rows are beside it"
-    return ""
-
-
-def _close(expected: Array, actual: Array) -> bool:
-    tolerance = _TOLERANCES.get(str(expected.dtype))
-    if tolerance is None:
-        return np.array_equal(expected, actual)
-    finite = np.abs(expected[np.isfinite(expected)])
-    scale = float(finite.max()) if finite.size else 1.0
-    return np.allclose(actual, expected, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
-
-
-def _varies(probe: Probe) -> bool:
-    first, *others = probe.alone
-    return any(
-        not _close(mine, theirs)
-        for answers in others
-        for mine, theirs in zip(first, answers, strict=True)
-    )
+def _along(symbol: str, inputs: Sequence[TensorSpec]) -> Axes | None:
+    if any(spec.shape.count(symbol) > 1 for spec in inputs):
+        return None
+    return tuple(spec.shape.index(symbol) if symbol in spec.shape else None for spec in inputs)
 
 
 # --- stack and split ---------------------------------------------------------------------------
 
 
-def run_key(feeds: Feeds) -> tuple[tuple[str, np.dtype[np.generic], tuple[int, ...]], ...]:
-    """Jobs of one model share a run only where this is equal: datatypes and shapes of a row."""
-    return tuple((name, array.dtype, array.shape[1:]) for name, array in feeds.items())
+def run_key(feeds: Feeds, plan: Plan) -> tuple[object, ...] | None:
+    """Jobs of one model share a run only where this is equal; None: it runs alone.
+
+    Datatypes, sizes beside the rows, which inputs are given, and what is not stacked, whole.
+    """
+    key: list[object] = []
+    rows = 0
+    for name, array in feeds.items():
+        axis = plan.inputs[name]
+        shape = array.shape
+        if 0 in shape:  # what a model makes of nothing says nothing of what it makes beside rows
+            return None
+        if axis is None:
+            key.append((name, array.dtype, shape, _content(array)))
+            continue
+        if rows not in (0, shape[axis]):
+            return None
+        rows = shape[axis]
+        if plan.pad:
+            free = plan.pad[name]
+            shape = tuple(-1 if free[at] else size for at, size in enumerate(shape))
+        key.append((name, array.dtype, shape[:axis], shape[axis + 1 :]))
+    return tuple(key) if rows else None
 
 
-def rows_of(feeds: Feeds) -> int:
-    """How many rows a job has; what cannot be stacked counts as one."""
-    first = next(iter(feeds.values()), None)
-    return len(first) if first is not None and first.ndim else 1
+def _content(array: Array) -> object:
+    return tuple(array.ravel().tolist()) if array.dtype == object else array.tobytes()
 
 
-def stack(jobs: Sequence[Feeds]) -> Feeds:
+def rows_of(feeds: Feeds, plan: Plan | None) -> int:
+    """How many rows a job has, 0 where its inputs disagree; what never shares a run has one."""
+    if plan is None:
+        return 1
+    rows = -1
+    for name, array in feeds.items():
+        axis = plan.inputs[name]
+        if axis is not None:
+            if rows not in (-1, array.shape[axis]):
+                return 0
+            rows = array.shape[axis]
+    return max(rows, 0)
+
+
+def stack(jobs: Sequence[Feeds], plan: Plan | None) -> Feeds:
     """The rows of all jobs in one array per input, in order; the jobs have one `run_key`."""
-    if len(jobs) == 1:
+    if len(jobs) == 1 or plan is None:
         return jobs[0]
-    return {name: np.concatenate([feeds[name] for feeds in jobs]) for name in jobs[0]}
+    stacked: dict[str, Array] = {}
+    for name, first in jobs[0].items():
+        axis = plan.inputs[name]
+        if axis is None:
+            stacked[name] = first
+            continue
+        arrays = [feeds[name] for feeds in jobs]
+        if plan.pad and any(plan.pad[name]):
+            arrays = _padded(arrays, axis)
+        stacked[name] = np.concatenate(arrays, axis=axis)
+    return stacked
 
 
-def split(outputs: Sequence[Array], row_counts: Sequence[int]) -> list[list[Array]]:
+def _padded(arrays: Sequence[Array], axis: int) -> list[Array]:
+    longest = np.max([array.shape for array in arrays], axis=0)
+    padded = []
+    for array in arrays:
+        widths = [(0, int(most) - size) for most, size in zip(longest, array.shape, strict=True)]
+        widths[axis] = (0, 0)
+        filling = "" if array.dtype == object else np.zeros((), array.dtype)
+        padded.append(np.pad(array, widths, constant_values=filling))
+    return padded
+
+
+def split(outputs: Sequence[Array], jobs: Sequence[Feeds], plan: Plan | None) -> list[list[Array]]:
     """Per job its own rows of every output: the reverse of `stack`.
 
-    Raises ModelFailed where an output has not a row for each row of the input.
+    Raises ModelFailed where an output has not a row for each row of the inputs.
     """
-    if len(row_counts) == 1:
+    if len(jobs) == 1 or plan is None:
         return [list(outputs)]
-    check_rows(outputs, row_counts)
-    return [[output[start:end] for output in outputs] for start, end in spans(row_counts)]
+    counts = [rows_of(feeds, plan) for feeds in jobs]
+    check_rows(outputs, sum(counts), plan.outputs)
+    pieces = [
+        [
+            output if axis is None else output[(slice(None),) * axis + (slice(start, end),)]
+            for output, axis in zip(outputs, plan.outputs, strict=True)
+        ]
+        for start, end in spans(counts)
+    ]
+    if not any(any(names) for names in plan.unpad):
+        return pieces
+    return [_unpadded(piece, feeds, jobs, plan) for piece, feeds in zip(pieces, jobs, strict=True)]
 
 
-def check_rows(outputs: Sequence[Array], row_counts: Sequence[int]) -> None:
-    rows = sum(row_counts)
-    for output in outputs:
-        if output.ndim == 0 or len(output) != rows:
+def _unpadded(
+    piece: Sequence[Array], feeds: Feeds, jobs: Sequence[Feeds], plan: Plan
+) -> list[Array]:
+    own = _sizes(feeds, plan)
+    sizes = [_sizes(one, plan) for one in jobs]
+    longest = {name: max(one[name] for one in sizes) for name in own}
+    cut = []
+    for output, names in zip(piece, plan.unpad, strict=True):
+        for size, name in zip(output.shape, names, strict=True):
+            if name is not None and size != longest[name]:
+                raise ModelFailed(f"`{name}` is {size} in an output, {longest[name]} in the inputs")
+        ends = [slice(None) if name is None else slice(own[name]) for name in names]
+        cut.append(output[tuple(ends)])
+    return cut
+
+
+def _sizes(feeds: Feeds, plan: Plan) -> dict[str, int]:
+    return {
+        symbol: size
+        for name, array in feeds.items()
+        for symbol, size in zip(plan.pad[name], array.shape, strict=True)
+        if symbol is not None
+    }
+
+
+def check_rows(outputs: Sequence[Array], rows: int, axes: Axes) -> None:
+    for output, axis in zip(outputs, axes, strict=True):
+        if axis is not None and (output.ndim <= axis or output.shape[axis] != rows):
             raise ModelFailed(f"an output of shape {list(output.shape)} for {rows} rows of input")
 
 

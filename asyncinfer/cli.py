@@ -429,6 +429,7 @@ def _worker_process(chosen: Settings, redis_url: str) -> "WorkerProcess":
         models=chosen.models,
         default_model=chosen.default_model,
         intra_op_threads=max(1, cores() // concurrency),
+        allow_custom_ops=chosen.allow_custom_ops,
         monitor_port=chosen.monitor_port,
         monitor_host=chosen.monitor_host,
         worker=WorkerConfig(

@@ -1,6 +1,7 @@
 """What a thread does for a batch: check the inputs, stack them, run, split, render."""
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -18,13 +19,12 @@ from asyncinfer.errors import (
     UnknownModel,
     UnreadableRecord,
 )
-from asyncinfer.models import check_data, check_inputs, data_input
+from asyncinfer.models import Signature, check_data, check_inputs, data_input
 from asyncinfer.repository.run import ClaimedJob
 from asyncinfer.tensors import Feeds
 
 log = logging.getLogger(__name__)
 
-_MAX_ROWS: Final = 4096
 _PAYLOADS: Final = frozenset({"json", "tensors"})
 
 
@@ -73,11 +73,18 @@ def prepare(
 
 
 def run(batch: Batch, stop: Stop) -> list[bytes]:
-    """The result JSON of each job, in order; raises ModelFailed, OutOfMemory or Stopped."""
-    counts = [batching.rows_of(one) for one in batch.inputs]
+    """Each job's result as it is stored; raises ModelFailed, OutOfMemory or Stopped."""
+    engine, record = batch.engine, batch.jobs[0].record
     try:
-        outputs = batch.engine.run(batching.stack(batch.inputs), stop)
-        return results.render_results(outputs, counts, batch.engine.signature)
+        outputs = engine.run(batching.stack(batch.inputs, engine.plan), stop)
+        return results.render_results(
+            outputs,
+            batch.inputs,
+            engine.signature,
+            engine.plan,
+            answer=record.answer if record else "json",
+            wanted=record.outputs if record else (),
+        )
     except (JobError, Stopped):
         raise
     except MemoryError as error:
@@ -132,26 +139,52 @@ def _input_of(job: ClaimedJob) -> bytes | Raw:
 
 
 def _batches(ready: Sequence[tuple[Engine, ClaimedJob, Feeds]]) -> list[Batch]:
-    """Groups what may share a run: one engine, equal dtypes and row shapes, bounded rows."""
+    """Groups what may share a run, and bounds it."""
     groups: dict[object, list[tuple[Engine, ClaimedJob, Feeds]]] = {}
-    for engine, job, feeds in ready:
-        alone = not engine.signature.batched
-        key = (id(engine), job.job_id if alone else batching.run_key(feeds))
-        groups.setdefault(key, []).append((engine, job, feeds))
+    for one in ready:
+        groups.setdefault(_key(*one), []).append(one)
     return [batch for group in groups.values() for batch in _bounded(group)]
 
 
+def _key(engine: Engine, job: ClaimedJob, feeds: Feeds) -> object:
+    """Jobs share a run where this is equal: engine, what goes in, and what is wanted of it."""
+    key = None if engine.plan is None else batching.run_key(feeds, engine.plan)
+    if key is None:
+        return job.job_id
+    record = job.record
+    return (id(engine), key, (record.answer, record.outputs) if record else ("json", ()))
+
+
 def _bounded(group: Sequence[tuple[Engine, ClaimedJob, Feeds]]) -> list[Batch]:
+    engine = group[0][0]
+    room = _Room(engine.signature)
     batches: list[list[tuple[Engine, ClaimedJob, Feeds]]] = [[]]
-    rows = 0
     for one in group:
-        count = batching.rows_of(one[2])
-        if batches[-1] and rows + count > _MAX_ROWS:
+        rows = batching.rows_of(one[2], engine.plan)
+        size = sum(array.nbytes for array in one[2].values())
+        if batches[-1] and not room.holds(rows, size):
             batches.append([])
-            rows = 0
+            room = _Room(engine.signature)
         batches[-1].append(one)
-        rows += count
+        room.take(rows, size)
     return [
-        Batch(part[0][0], tuple(job for _, job, _ in part), tuple(feeds for _, _, feeds in part))
+        Batch(engine, tuple(job for _, job, _ in part), tuple(feeds for _, _, feeds in part))
         for part in batches
     ]
+
+
+class _Room:
+    """What one more run may hold."""
+
+    def __init__(self, signature: Signature) -> None:
+        self._jobs = signature.max_batch_jobs or sys.maxsize
+        self._rows = signature.max_batch_rows or batching.MAX_RUN_ROWS
+        self._bytes = batching.MAX_RUN_BYTES
+
+    def holds(self, rows: int, size: int) -> bool:
+        return self._jobs >= 1 and self._rows >= rows and self._bytes >= size
+
+    def take(self, rows: int, size: int) -> None:
+        self._jobs -= 1
+        self._rows -= rows
+        self._bytes -= size

@@ -3,19 +3,18 @@
 Reads files and JSON only: the API imports it, and the API never loads a model.
 """
 
-import difflib
 import re
-import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from asyncinfer import faults, mismatches, tensors
 from asyncinfer.errors import Fault, ModelRefused
 from asyncinfer.mismatches import Given
+from asyncinfer.model_toml import ModelConfig, Scores, read_config
 from asyncinfer.tensors import Array, Feeds, TensorSpec
 
 MAX_ROWS: Final = 10_000
@@ -50,26 +49,22 @@ class Signature(Struct, frozen=True):
     """The most that the first dimension may have in one job, where the graph leaves it open."""
     example: Any = None
     """A JSON value that works as `data`; None where there is none to show."""
-
-
-class Batching(Struct, frozen=True, forbid_unknown_fields=True):
-    enabled: bool | None = None
-    """Forces batching on or off; None leaves it to the probe at load."""
-
-
-class Limits(Struct, frozen=True, forbid_unknown_fields=True):
-    timeout_seconds: Annotated[float, Meta(gt=0)] | None = None
-    max_rows_per_job: Annotated[int, Meta(ge=1)] | None = None
-
-
-class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    """`model.toml`: what the ONNX file cannot say."""
-
-    labels: tuple[str, ...] = ()
-    description: str = ""
-    example: Any = None
-    batching: Batching = Batching()
-    limits: Limits = Limits()
+    input_axes: tuple[int | None, ...] = ()
+    """Where jobs share runs: per input the axis that is stacked; None: equal in all jobs."""
+    output_axes: tuple[int | None, ...] = ()
+    """Per output the axis that is split; None: one answer for all jobs."""
+    max_batch_jobs: int | None = None
+    max_batch_rows: int | None = None
+    max_wait_ms: float = 0.0
+    """How long a job may wait for others to run with."""
+    pad: bool = False
+    """Whether named dimensions beside the rows may differ, filled up with zeros."""
+    keys: tuple[int | str, ...] = ()
+    """What the model itself calls its classes, by number, where that is not the number."""
+    scores: Scores = "probabilities"
+    """What the scores of a labelled classifier are; of logits the softmax is shown."""
+    example_inputs: dict[str, Any] | None = None
+    """A JSON value for each input by name, where `model.toml` shows one."""
 
 
 class ModelFile(Struct, frozen=True):
@@ -166,32 +161,10 @@ def _configured(file: ModelFile, folder: Path) -> ModelFile:
     if not path.exists():
         return file
     try:
-        config = read_config(path.read_bytes(), f"{folder.name}/{path.name}")
+        config = read_config(path.read_bytes(), f"{folder.name}/{path.name}", folder)
     except ModelRefused as error:
         return msgspec.structs.replace(file, problem=error.detail)
     return msgspec.structs.replace(file, config=config)
-
-
-def read_config(toml: bytes, shown: str) -> ModelConfig:
-    """Raises ModelRefused that names the file `shown`, the key, and the nearest known one."""
-    try:
-        table = tomllib.loads(toml.decode())
-        unknown = next(_unknown_keys(table, ModelConfig, ""), None)
-        if unknown is not None:
-            raise ModelRefused(f"{shown}: {unknown}")
-        return msgspec.convert(table, ModelConfig)
-    except ValueError as error:  # bad UTF-8, bad TOML, msgspec.ValidationError
-        raise ModelRefused(f"{shown}: {error}") from error
-
-
-def _unknown_keys(table: Mapping[str, Any], struct: type[Struct], prefix: str) -> Iterator[str]:
-    known = {field.name: field.type for field in msgspec.structs.fields(struct)}
-    for key, value in table.items():
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
-            yield f"unknown key `{prefix}{key}`; the nearest known one is `{prefix}{nearest}`"
-        elif isinstance(value, dict) and known[key] in (Batching, Limits):
-            yield from _unknown_keys(value, known[key], f"{prefix}{key}.")
 
 
 # --- input -------------------------------------------------------------------------------------

@@ -12,8 +12,10 @@ import numpy as np
 from msgspec import Struct
 
 from asyncinfer import batching, payloads
+from asyncinfer.batching import Plan
+from asyncinfer.errors import ModelFailed
 from asyncinfer.models import Signature
-from asyncinfer.tensors import Array, datatype_of
+from asyncinfer.tensors import DTYPES, Array, Feeds, datatype_of
 
 _encode = msgspec.json.Encoder().encode
 
@@ -43,43 +45,63 @@ class TensorsResult(Struct, frozen=True):
 
 def render_result(outputs: Sequence[Array], signature: Signature) -> bytes:
     """One job's result: of a labelled classifier an object per row, else all outputs."""
-    return render_results(outputs, [1], signature)[0]
+    return render_results(outputs, [{}], signature, None)[0]
 
 
 def render_results(
-    outputs: Sequence[Array], row_counts: Sequence[int], signature: Signature
+    outputs: Sequence[Array],
+    jobs: Sequence[Feeds],
+    signature: Signature,
+    plan: Plan | None,
+    *,
+    answer: str = "json",
+    wanted: Sequence[str] = (),
 ) -> list[bytes]:
     """The results of all jobs of one run, from the outputs of their stacked rows.
 
-    A run of one job is that job's, however many rows came out. Raises ModelFailed where an
-    output of a shared run has not a row for each row of the input.
+    `answer` is "json" or "tensors"; `wanted` names outputs, and none means all: who names some
+    gets tensors, of a labelled classifier too. A run of one job is that job's, however many rows
+    came out. Raises ModelFailed where an output of a shared run has not a row for each row of
+    the input.
     """
-    if len(row_counts) > 1:
-        batching.check_rows(outputs, row_counts)
-    rows = _class_rows(outputs, signature)
+    if answer == "tensors":
+        return [
+            payloads.pack(dict(_named(job, signature, wanted)))
+            for job in batching.split(outputs, jobs, plan)
+        ]
+    rows = None if wanted else _class_rows(outputs, signature)
     if rows is None:
-        plain = [_plain(output) for output in outputs]
-        return [_encode_tensors(job, signature) for job in batching.split(plain, row_counts)]
-    if len(row_counts) == 1:
+        return [
+            _encode_tensors(_named(job, signature, wanted))
+            for job in batching.split(outputs, jobs, plan)
+        ]
+    if len(jobs) == 1 or plan is None:
         return [_encode_rows(rows)]
-    return [_encode_rows(rows[start:end]) for start, end in batching.spans(row_counts)]
+    counts = [batching.rows_of(feeds, plan) for feeds in jobs]
+    batching.check_rows(outputs, sum(counts), plan.outputs)
+    return [_encode_rows(rows[start:end]) for start, end in batching.spans(counts)]
 
 
-def render_stored(payload: bytes) -> bytes:
-    """Outputs that were stored packed, as JSON; raises DamagedPayload."""
-    found = payloads.unpack(payload)
-    tensors = [
-        TensorResult(name, datatype_of(array), array.shape, _flat(array))
-        for name, array in found.items()
-    ]
-    return _encode(TensorsResult(tensors))
+def render_stored(payload: bytes, wanted: Sequence[str] = ()) -> bytes:
+    """The JSON of a result that is stored as packed tensors; raises DamagedPayload.
+
+    The very bytes that the worker would have stored had JSON been asked for.
+    """
+    tensors = payloads.unpack(payload)
+    return _encode_tensors([(name, tensors[name]) for name in wanted or tensors])
 
 
-def _flat(array: Array) -> list[Any]:
-    # Python's lists know no bfloat16.
-    wide = array.astype(np.float32) if datatype_of(array) == "BF16" else array
-    flat: list[Any] = _plain(wide).ravel().tolist()
-    return flat
+def _named(
+    outputs: Sequence[Array], signature: Signature, wanted: Sequence[str]
+) -> list[tuple[str, Array]]:
+    """The wanted outputs in the order asked for, else all in the signature's."""
+    names = [spec.name for spec in signature.outputs]
+    if not wanted:
+        return list(zip(names, outputs, strict=True))
+    try:
+        return [(name, outputs[names.index(name)]) for name in wanted]
+    except ValueError as error:
+        raise ModelFailed(f"an output was asked for that is not {', '.join(names)}") from error
 
 
 def _class_rows(outputs: Sequence[Array], signature: Signature) -> list[ClassResult] | None:
@@ -87,38 +109,71 @@ def _class_rows(outputs: Sequence[Array], signature: Signature) -> list[ClassRes
     scores = next((output for output in outputs if _is_scores(output, len(labels))), None)
     if scores is None:
         return None
-    given = (output for output in outputs if _is_prediction(output, len(scores)))
-    predictions = next(given, scores.argmax(axis=1)).tolist()
+    given = next((output for output in outputs if _is_prediction(output, len(scores))), None)
+    if signature.scores == "logits":
+        scores = softmax(scores)
+    likeliest = scores.argmax(axis=1).tolist()
+    predictions = likeliest if given is None else _numbers(given, likeliest, signature)
     return [
         ClassResult(number, labels[number] if 0 <= number < len(labels) else None, row)
         for number, row in zip(predictions, _plain(scores).tolist(), strict=True)
     ]
 
 
+def softmax(logits: Array) -> Array:
+    """Along axis 1, computed in float64; never overflows, and only NaN gives NaN."""
+    wide = logits.astype(np.float64)
+    top = wide.max(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        powers = np.exp(np.where(wide == top, 0.0, wide - top))
+    shares: Array = (powers / powers.sum(axis=1, keepdims=True)).astype(logits.dtype)
+    return shares
+
+
+def _numbers(given: Array, likeliest: list[int], signature: Signature) -> list[int]:
+    """The classes' numbers for what the model calls them."""
+    values: list[Any] = given.tolist()
+    if signature.keys:
+        numbers = {key: number for number, key in enumerate(signature.keys)}
+        return [numbers.get(value, -1) for value in values]
+    if given.dtype != object:
+        return values
+    names = {label: number for number, label in enumerate(signature.labels)}
+    return [names.get(value, top) for value, top in zip(values, likeliest, strict=True)]
+
+
 def _is_scores(output: Array, label_count: int) -> bool:
-    is_matrix = output.ndim == 2 and output.dtype.kind == "f"
+    is_matrix = output.ndim == 2 and _is_float(output)
     return is_matrix and label_count > 0 and output.shape[1] == label_count
 
 
 def _is_prediction(output: Array, row_count: int) -> bool:
-    return output.dtype == np.int64 and output.shape == (row_count,)
+    return output.dtype in (np.int64, np.object_) and output.shape == (row_count,)
 
 
 def _encode_rows(rows: list[ClassResult]) -> bytes:
     return _encode(rows[0] if len(rows) == 1 else rows)
 
 
-def _encode_tensors(outputs: Sequence[Array], signature: Signature) -> bytes:
+def _encode_tensors(outputs: Sequence[tuple[str, Array]]) -> bytes:
     tensors = [
-        TensorResult(spec.name, spec.datatype, output.shape, output.ravel().tolist())
-        for spec, output in zip(signature.outputs, outputs, strict=True)
+        TensorResult(name, datatype_of(output), output.shape, _plain(output).ravel().tolist())
+        for name, output in outputs
     ]
     return _encode(TensorsResult(tensors))
 
 
+def _is_float(output: Array) -> bool:
+    return output.dtype.kind == "f" or output.dtype == DTYPES["BF16"]
+
+
 def _plain(output: Array) -> Array:
     """`output` with a string for everything that JSON has no number for."""
-    if output.dtype.kind != "f" or np.isfinite(output).all():
+    if not _is_float(output):
+        return output
+    if output.dtype == DTYPES["BF16"]:
+        output = output.astype(np.float32)
+    if np.isfinite(output).all():
         return output
     plain = output.astype(object)
     plain[np.isnan(output)] = "NaN"

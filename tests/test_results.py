@@ -1,6 +1,7 @@
 """Results are valid JSON that says what the model gave, to the last bit."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -9,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asyncinfer.batching import Plan
 from asyncinfer.errors import ModelFailed
 from asyncinfer.models import Signature
 from asyncinfer.results import render_result, render_results
-from asyncinfer.tensors import TensorSpec
+from asyncinfer.tensors import Array, TensorSpec
 
 LABELS = ("setosa", "versicolor")
 PREDICTIONS = np.array([1, 0, 1])
@@ -31,6 +33,11 @@ def strict(text: bytes) -> Any:
         raise AssertionError(constant)
 
     return json.loads(text, parse_constant=refuse)
+
+
+def rendered(outputs: Sequence[Array], row_counts: Sequence[int], taken: Signature) -> list[bytes]:
+    jobs = [{"x": np.zeros(count, np.float32)} for count in row_counts]
+    return render_results(outputs, jobs, taken, Plan({"x": 0}, (0,) * len(outputs)))
 
 
 CLASSIFIER = signature(("label", "INT64"), ("probabilities", "FP32"))
@@ -108,7 +115,7 @@ def test_a_job_reads_the_same_whatever_it_ran_with(
     outputs = [scores.argmax(axis=1), scores]
     taken = msgspec.structs.replace(CLASSIFIER, labels=LABELS if labelled else ())
 
-    together = render_results(outputs, row_counts, taken)
+    together = rendered(outputs, row_counts, taken)
 
     starts = np.cumsum([0, *row_counts])
     assert together == [
@@ -120,4 +127,4 @@ def test_a_job_reads_the_same_whatever_it_ran_with(
 def test_outputs_that_lost_a_row_are_nobodys_result() -> None:
     for taken in (CLASSIFIER, msgspec.structs.replace(CLASSIFIER, labels=())):
         with pytest.raises(ModelFailed):
-            render_results([PREDICTIONS, SCORES], [2, 2], taken)
+            rendered([PREDICTIONS, SCORES], [2, 2], taken)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import redis
 
+from asyncinfer.jobs import decode_record
 from tests.faults.harness import assert_at_rest, eventually_sync
 
 from .parents import REPOSITORY, parent
@@ -176,3 +177,17 @@ async def test_the_example_of_every_shipped_model_runs(
             assert (answer.status_code, answer.json()["status"]) == (200, "completed")
             known = await client.post(f"{urls[1]}/models/{model['model']}/validate", json=body)
             assert (known.status_code, known.json()["rows"]) == (200, len(rows))
+
+
+async def test_a_finished_job_remembers_the_model_file_that_ran_it(
+    urls: list[str], client: httpx2.AsyncClient, redis_url: str
+) -> None:
+    body = {"data": [[5.1, 3.5, 1.4, 0.2]]}
+    answer = await client.post(f"{urls[0]}/predict/iris", json=body, headers={"Prefer": "wait=20"})
+    model = (await client.get(f"{urls[0]}/models/iris")).json()
+
+    with redis.Redis.from_url(redis_url) as server:
+        meta = server.get(f"job:{answer.json()['job_id']}:meta")
+    assert isinstance(meta, bytes)
+    record = decode_record(meta)
+    assert (record.ran_version, record.ran_sha256) == (model["version"], model["sha256"])

@@ -62,7 +62,12 @@ def test_a_row_gets_the_same_answer_alone_and_in_a_batch(name: str) -> None:
     engine = shipped(name)
     data = reference(name)["inputs"].astype(np.float32)
 
-    together = render_results(engine.run(fed(data), Stop()), [1] * len(data), engine.signature)
+    together = render_results(
+        engine.run(fed(data), Stop()),
+        [fed(row) for row in np.split(data, len(data))],
+        engine.signature,
+        engine.plan,
+    )
 
     for row, result in enumerate(together):
         alone = render_result(engine.run(fed(data[row : row + 1]), Stop()), engine.signature)

@@ -1,4 +1,4 @@
-"""How many seconds a slot spends on a job of each model, as measured here lately."""
+"""How many seconds jobs and runs of each model take, as measured here."""
 
 from typing import Final
 
@@ -24,3 +24,24 @@ class Paces:
     def seconds_per_job(self) -> dict[str, float]:
         """By model; a model that has not run here yet is left out."""
         return {model: seconds / weight for model, (seconds, weight, _) in self._sums.items()}
+
+
+class RunTimes:
+    """How long runs took here, by model and rows: how often, and the mean in seconds."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, dict[int, tuple[int, float]]] = {}
+
+    def note(self, model: str, rows: int, seconds: float) -> None:
+        """Rows are counted as the power of two that they do not exceed."""
+        sums = self._sums.setdefault(model, {})
+        bucket = 1 << (max(rows, 1) - 1).bit_length()
+        count, total = sums.get(bucket, (0, 0.0))
+        sums[bucket] = (count + 1, total + seconds)
+
+    def view(self) -> dict[str, dict[int, tuple[int, float]]]:
+        """By model, then by the most rows: count and mean seconds."""
+        return {
+            model: {rows: (count, total / count) for rows, (count, total) in sorted(sums.items())}
+            for model, sums in self._sums.items()
+        }

@@ -42,6 +42,7 @@ class WorkerProcess(Struct, frozen=True, kw_only=True):
     default_model: str | None = None
     """As the operator set it; None: as first started, else by what is in the folder."""
     intra_op_threads: int = 1
+    allow_custom_ops: bool = False
     monitor_port: int | None = None
     """Where probes ask; None: nowhere."""
     monitor_host: str = "127.0.0.1"
@@ -54,7 +55,9 @@ def run(config: WorkerProcess, on_step: Callable[[Step], None] = lambda _: None)
     Raises StartError when the server or the models cannot be used.
     """
     with _listener(config) as listener:
-        engines = load(config.model_dir, config.models, config.intra_op_threads)
+        engines = load(
+            config.model_dir, config.models, config.intra_op_threads, config.allow_custom_ops
+        )
         garbage.settle()
         code = _exit_code(_work(config, engines, listener, on_step))
     if code:
@@ -85,12 +88,16 @@ def _exit_code(work: Coroutine[Any, Any, int]) -> int:
         return _FAILED_EXIT
 
 
-def load(model_dir: Path, wanted: Sequence[str], intra_op_threads: int) -> dict[str, Engine]:
+def load(
+    model_dir: Path, wanted: Sequence[str], intra_op_threads: int, allow_custom_ops: bool = False
+) -> dict[str, Engine]:
     """The folder's models by name; one that cannot be loaded is logged and left out."""
     engines = {}
     for file in _wanted(model_dir, wanted):
         try:
-            engines[file.model] = Engine.load(file, intra_op_threads=intra_op_threads)
+            engines[file.model] = Engine.load(
+                file, intra_op_threads=intra_op_threads, allow_custom_ops=allow_custom_ops
+            )
         except ModelRefused as error:
             log.error("Model %s is not served: %s", file.model, error.detail)
     if not engines:

@@ -16,7 +16,7 @@ from typing import Any, Final
 import anyio
 import msgspec
 
-from asyncinfer import execution, jobs, keys
+from asyncinfer import batching, execution, jobs, keys
 from asyncinfer.engine import Engine, Stopped
 from asyncinfer.errors import (
     AsyncinferError,
@@ -30,6 +30,7 @@ from asyncinfer.errors import (
     StorageFull,
 )
 from asyncinfer.execution import Batch, Prepared
+from asyncinfer.models import Signature
 from asyncinfer.repository.run import (
     Claimed,
     ClaimedJob,
@@ -44,7 +45,7 @@ from asyncinfer.repository.upkeep import Upkeep
 from asyncinfer.upkeep import ANNOUNCE_SECONDS, Renewer, announce_forever, reap_forever
 from asyncinfer.worker.claims import Claims, Held, Run, Step
 from asyncinfer.worker.control import Control
-from asyncinfer.worker.pace import Paces
+from asyncinfer.worker.pace import Paces, RunTimes
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ class Worker:
         }
         queues = {queue: engines[model].signature.batched for queue, model in self._models.items()}
         self._paces = Paces()
+        self.run_times = RunTimes()
         self._answered_at = time.monotonic()
         self._runs = Runs(store, self.worker_id)
         self._control = Control(store, list(queues), self._heard)
@@ -270,6 +272,10 @@ class Worker:
         model = self._models[held.claim.queue]
         self._paces.note(model, slot_seconds, len(held.claim.jobs), at_seconds=now)
 
+    def _note_run_time(self, batch: Batch, seconds: float) -> None:
+        rows = sum(batching.rows_of(feeds, batch.engine.plan) for feeds in batch.inputs)
+        self.run_times.note(batch.engine.signature.model, rows, seconds)
+
     async def _prepared(self, claimed: Sequence[ClaimedJob]) -> Prepared:
         prepare = partial(execution.prepare, claimed, self._engines, self._default_model)
         # The way to a thread and back costs more than to decode a little.
@@ -287,7 +293,9 @@ class Worker:
             return self._handed_back(held, batch)
         held.run = run
         try:
+            began_at = time.monotonic()
             bodies = await self._supervised(run)
+            self._note_run_time(batch, time.monotonic() - began_at)
         except Stopped:
             return self._stopped(held, run)
         except (ModelFailed, OutOfMemory) as error:
@@ -298,15 +306,17 @@ class Worker:
         finally:
             held.run = None
         return [
-            self._completed(held, job, body, batch.engine.signature.version)
+            self._completed(held, job, body, batch.engine.signature)
             for job, body in zip(batch.jobs, bodies, strict=True)
         ]
 
-    def _completed(self, held: Held, job: ClaimedJob, body: bytes, version: str) -> Finished:
+    def _completed(
+        self, held: Held, job: ClaimedJob, body: bytes, signature: Signature
+    ) -> Finished:
         if len(body) <= self._config.max_result_bytes:
-            return self._ended(held, job, "completed", body, version)
+            return self._ended(held, job, "completed", body, signature)
         error = ResultTooLarge(
-            f"The result has {len(body)} bytes of JSON; {self._config.max_result_bytes} are kept "
+            f"The result has {len(body)} bytes; {self._config.max_result_bytes} are kept "
             "for one job. Send fewer rows a job."
         )
         return self._failed(held, job, error)
@@ -424,7 +434,7 @@ class Worker:
         job: ClaimedJob,
         outcome: jobs.Outcome,
         body: bytes = b"",
-        version: str | None = None,
+        ran: Signature | None = None,
     ) -> Finished:
         meta = b""
         if job.record:
@@ -434,7 +444,8 @@ class Worker:
                 finished_ms=_now_ms(),
                 worker=self.worker_id,
                 claim=held.claim.token,
-                ran_version=version,
+                ran_version=ran.version if ran else None,
+                ran_sha256=ran.sha256 if ran else None,
             )
             meta = jobs.encode_record(record, jobs.record_seq(job.meta))
         return Finished(job.job_id, outcome, body, meta)

@@ -1,0 +1,202 @@
+"""One version of a model, loaded: opened, described, probed."""
+
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from asyncinfer import batching, models
+from asyncinfer.batching import Axes
+from asyncinfer.engine import describing, opening, probing
+from asyncinfer.engine.probing import Verdict
+from asyncinfer.engine.running import Runner
+from asyncinfer.errors import InvalidInput, ModelFailed, ModelRefused
+from asyncinfer.models import ModelFile, Signature
+from asyncinfer.tensors import Array, Feeds
+
+PROBE_SECONDS: Final = 5.0
+"""How long a model may take to show whether its rows can be stacked."""
+
+
+class Engine:
+    """One version of a model, loaded; threads may share it."""
+
+    def __init__(
+        self, runner: Runner, signature: Signature, timeout_seconds: float | None = None
+    ) -> None:
+        self.run = runner.run
+        self.signature = signature
+        self.plan = batching.plan_of(signature)
+        """How its jobs share a run; None where they do not."""
+        self.timeout_seconds = timeout_seconds
+        """How long one run may take, where `model.toml` says so."""
+
+    @classmethod
+    def load(
+        cls,
+        file: ModelFile,
+        *,
+        intra_op_threads: int,
+        probe_seconds: float = PROBE_SECONDS,
+        allow_custom_ops: bool = False,
+    ) -> "Engine":
+        """Raises ModelRefused with the reason; probes the model where batching is in question."""
+        if file.problem:
+            raise ModelRefused(f"{file.shown}: {file.problem}")
+        sessions, sha256 = opening.open_sessions(
+            file, intra_op_threads=intra_op_threads, allow_custom_ops=allow_custom_ops
+        )
+        signature = describing.describe(file, sessions[0], sha256)
+        runner = Runner(sessions, [spec.name for spec in signature.outputs])
+        example = _example(file, signature)
+        if runner.maps:
+            runner.keys = _keys(runner, signature, example, file, probe_seconds)
+            signature = describing.with_keys(signature, runner.maps, runner.keys)
+        describing.check_labels(signature.labels, signature.outputs, file)
+        verdict = _verdict(runner, signature, example, file, probe_seconds)
+        signature = _judged(_with_example(signature, file, example), verdict)
+        return cls(runner, signature, file.config.limits.timeout_seconds)
+
+
+def _judged(signature: Signature, verdict: Verdict) -> Signature:
+    reason = verdict.reason
+    if verdict.batched and signature.pad:
+        reason += "; other sizes are filled up with zeros: model.toml says so, not probed"
+    return msgspec.structs.replace(
+        signature,
+        batched=verdict.batched,
+        batching=reason,
+        input_axes=verdict.inputs,
+        output_axes=verdict.outputs,
+    )
+
+
+# --- the example -------------------------------------------------------------------------------
+
+
+def _example(file: ModelFile, signature: Signature) -> Feeds | None:
+    """The inputs that `model.toml` shows; they must be such as a request may have."""
+    value = file.config.example
+    if value is None:
+        return None
+    needed = [spec for spec in signature.inputs if not spec.optional]
+    if not isinstance(value, dict) and len(needed) != 1:
+        raise ModelRefused(
+            f"{file.model}/model.toml: example: give a table with a value for each of "
+            f"{', '.join(spec.name for spec in signature.inputs)}"
+        )
+    values = value if isinstance(value, dict) else {needed[0].name: value}
+    return {
+        name: _example_input(name, one, file, signature)
+        for name, one in _in_order(values, file, signature).items()
+    }
+
+
+def _in_order(
+    values: dict[str, object], file: ModelFile, signature: Signature
+) -> dict[str, object]:
+    names = [spec.name for spec in signature.inputs]
+    for name in values:
+        if name not in names:
+            raise ModelRefused(
+                f"{file.model}/model.toml: example: `{name}` is not one of {', '.join(names)}"
+            )
+    for spec in signature.inputs:
+        if spec.name not in values and not spec.optional:
+            raise ModelRefused(f"{file.model}/model.toml: example: `{spec.name}` is missing")
+    return {name: values[name] for name in names if name in values}
+
+
+def _example_input(name: str, value: object, file: ModelFile, signature: Signature) -> Array:
+    spec = next(spec for spec in signature.inputs if spec.name == name)
+    alone = msgspec.structs.replace(
+        signature, inputs=(msgspec.structs.replace(spec, optional=False),)
+    )
+    try:
+        return models.check_data(msgspec.json.encode(value), alone)
+    except InvalidInput as error:
+        where = f"example.{name}" if len(signature.inputs) > 1 else "example"
+        raise ModelRefused(f"{file.model}/model.toml: {where}: {error.detail}") from error
+
+
+def _with_example(signature: Signature, file: ModelFile, example: Feeds | None) -> Signature:
+    value = file.config.example
+    if value is None:
+        return msgspec.structs.replace(
+            signature, example=describing.made_up_example(signature.inputs)
+        )
+    if not isinstance(value, dict):
+        return msgspec.structs.replace(signature, example=value)
+    needed = [spec.name for spec in signature.inputs if not spec.optional]
+    only = value[needed[0]] if len(value) == len(needed) == 1 else None
+    return msgspec.structs.replace(signature, example=only, example_inputs=value)
+
+
+# --- classes -----------------------------------------------------------------------------------
+
+
+def _keys(
+    runner: Runner,
+    signature: Signature,
+    example: Feeds | None,
+    file: ModelFile,
+    probe_seconds: float,
+) -> tuple[int | str, ...]:
+    """The classes that the maps of scores are for, learnt from what the model answers."""
+    remedy = "give an [example] in model.toml, or export it with zipmap off"
+    name = signature.outputs[runner.maps[0]].name
+    try:
+        answer = probing.some_answer(runner.run_raw, signature.inputs, example, probe_seconds)
+    except ModelFailed as error:
+        raise ModelRefused(
+            f"{file.shown}: the classes of `{name}` could not be learnt: {error.detail}; {remedy}"
+        ) from error
+    found = {tuple(answer[at][0]) if answer[at] else () for at in runner.maps}
+    if len(found) != 1 or not (keys := found.pop()):
+        raise ModelRefused(f"{file.shown}: the classes of `{name}` could not be learnt; {remedy}")
+    return keys
+
+
+# --- may jobs share a run ----------------------------------------------------------------------
+
+
+def _verdict(
+    runner: Runner,
+    signature: Signature,
+    example: Feeds | None,
+    file: ModelFile,
+    probe_seconds: float,
+) -> Verdict:
+    asked = file.config.batching
+    inputs, outputs = signature.inputs, signature.outputs
+    if asked.enabled is False:
+        return Verdict(False, "off: model.toml says so")
+    ways = _ways(asked.axis, signature, file)
+    if asked.enabled:
+        return _forced(ways, signature, file)
+    if not ways:
+        return Verdict(False, f"off: {batching.obstacle(inputs)}")
+    return probing.probe(runner.run, inputs, outputs, example, probe_seconds, ways)
+
+
+def _ways(axis: int | None, signature: Signature, file: ModelFile) -> Sequence[Axes]:
+    if axis is None:
+        return batching.candidates(signature.inputs)
+    way = batching.forced(axis, signature.inputs)
+    if all(at is None for at in way):
+        problem = batching.obstacle(signature.inputs, axis)
+        raise ModelRefused(f"{file.model}/model.toml: batching.axis = {axis}, but {problem}")
+    return [way]
+
+
+def _forced(ways: Sequence[Axes], signature: Signature, file: ModelFile) -> Verdict:
+    shown = f"{file.model}/model.toml: batching.enabled = true, but"
+    if not ways:
+        raise ModelRefused(f"{shown} {batching.obstacle(signature.inputs)}")
+    outputs = batching.declared_axes(signature.inputs, ways[0], signature.outputs)
+    for spec, at in zip(signature.outputs, outputs, strict=True):
+        if at is None:
+            raise ModelRefused(
+                f"{shown} {batching.obstacle([spec]) or f'`{spec.name}` is unclear'}"
+            )
+    return Verdict(True, "on: model.toml says so, not probed", ways[0], outputs)

@@ -1,0 +1,137 @@
+"""A model's file becomes sessions, with the providers, devices and operators asked for."""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any, Final
+
+from asyncinfer import onnxfile
+from asyncinfer.engine.runtime import ort
+from asyncinfer.errors import ModelRefused
+from asyncinfer.models import ModelFile
+
+_CPU: Final = "CPUExecutionProvider"
+_LOG_ERRORS: Final = 3
+_EXTENSIONS: Final = "onnxruntime-extensions"
+
+_WITH_DEVICES: Final = frozenset(
+    {"CUDAExecutionProvider", "TensorrtExecutionProvider", "ROCMExecutionProvider"}
+)
+
+_OPTIMIZATIONS: Final = {
+    "disabled": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+
+
+def open_sessions(
+    file: ModelFile, *, intra_op_threads: int, allow_custom_ops: bool
+) -> tuple[list[ort.InferenceSession], str]:
+    """A session for each device, and the file's SHA-256; raises ModelRefused."""
+    options = _options(file, intra_op_threads)
+    if file.config.session.custom_ops is not None:
+        options.register_custom_ops_library(_custom_ops(file, allow_custom_ops))
+    try:
+        with file.path.open("rb") as content:
+            sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+        onnxfile.check_weights(file.path, file.shown)
+    except OSError as error:
+        raise ModelRefused(f"{file.shown}: cannot be read: {error.strerror}") from error
+    return [_open(file, options, chosen) for chosen in _providers(file)], sha256
+
+
+def _open(
+    file: ModelFile, options: ort.SessionOptions, providers: list[tuple[str, dict[str, Any]]]
+) -> ort.InferenceSession:
+    try:
+        session = ort.InferenceSession(
+            str(file.path), options, providers=providers, enable_fallback=0
+        )
+    except Exception as error:  # ONNX Runtime's exceptions have no base of their own
+        raise ModelRefused(f"{file.shown}: {_load_problem(error, file)}") from error
+    taken = session.get_providers()
+    for name, _ in providers:
+        if name not in taken:
+            raise ModelRefused(
+                f"{file.model}/model.toml: session.providers: {name} could not be started here; "
+                f"look at the log, or leave it out to run on {', '.join(taken)}"
+            )
+    session.disable_fallback()
+    return session
+
+
+def _options(file: ModelFile, intra_op_threads: int) -> ort.SessionOptions:
+    asked = file.config.session
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = asked.intra_op_threads or intra_op_threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = _OPTIMIZATIONS[asked.graph_optimization]
+    options.log_severity_level = _LOG_ERRORS
+    # A tiny model at 50 runs a second took 0.85 cores with spinning, 0.02 without.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    return options
+
+
+def _providers(file: ModelFile) -> list[list[tuple[str, dict[str, Any]]]]:
+    """For each device the providers of its session; the CPU's always last, and explicit."""
+    names = list(file.config.session.providers or (_CPU,))
+    installed = ort.get_available_providers()
+    for name in names:
+        if name not in installed:
+            raise ModelRefused(
+                f"{file.model}/model.toml: session.providers: this onnxruntime has no {name}, "
+                f"only {', '.join(installed)}{_remedy(name)}"
+            )
+    if _CPU not in names:
+        names.append(_CPU)
+    devices = file.config.session.devices
+    if devices and not _WITH_DEVICES.intersection(names):
+        raise ModelRefused(
+            f"{file.model}/model.toml: session.devices needs one of "
+            f"{', '.join(sorted(_WITH_DEVICES))} in session.providers"
+        )
+    return [[(name, _device(name, number)) for name in names] for number in (devices or (None,))]
+
+
+def _device(name: str, number: int | None) -> dict[str, Any]:
+    return {} if number is None or name not in _WITH_DEVICES else {"device_id": number}
+
+
+def _remedy(name: str) -> str:
+    if name == "CUDAExecutionProvider":
+        return "; pip install 'asyncinfer[cuda]' in place of onnxruntime"
+    return "; install an onnxruntime that has it"
+
+
+def _custom_ops(file: ModelFile, allowed: bool) -> str:
+    """The path of the library of operators; raises ModelRefused."""
+    wanted = file.config.session.custom_ops or ""
+    shown = f"{file.model}/model.toml: session.custom_ops"
+    if not allowed:
+        raise ModelRefused(f"{shown} is native code; set ALLOW_CUSTOM_OPS=true to load it")
+    if wanted == _EXTENSIONS:
+        try:
+            from onnxruntime_extensions import get_library_path
+        except ImportError as error:
+            raise ModelRefused(f"{shown}: pip install 'asyncinfer[custom-ops]'") from error
+        return str(get_library_path())
+    folder = file.path.parent.parent.resolve()
+    library = (folder / wanted).resolve()
+    if Path(wanted).is_absolute() or not library.is_relative_to(folder) or not library.is_file():
+        raise ModelRefused(f"{shown}: {wanted!r} is no file in the model's own folder")
+    return str(library)
+
+
+_PREAMBLE: Final = re.compile(r"\[ONNXRuntimeError\] : -?\d+ : \w+ : (Load model from .* failed:)?")
+
+
+def _load_problem(error: Exception, file: ModelFile) -> str:
+    # ONNX Runtime names files by absolute paths, which are nobody's business.
+    text = _PREAMBLE.sub("", str(error))
+    for folder in (file.path.parent, file.path.parent.resolve()):
+        text = text.replace(f"{folder}/", "")
+    return f"ONNX Runtime cannot load it: {(text or type(error).__name__).splitlines()[0]}"

@@ -1,0 +1,109 @@
+"""`model.toml`: what the ONNX file cannot say, and what its operator wants."""
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, get_args
+
+import msgspec
+from msgspec import Meta, Struct
+
+from asyncinfer.errors import ModelRefused
+
+Scores = Literal["logits", "probabilities"]
+GraphOptimization = Literal["disabled", "basic", "extended", "all"]
+
+_LONGEST_LABELS_FILE_BYTES: Final = 4 << 20
+
+
+class Batching(Struct, frozen=True, forbid_unknown_fields=True):
+    enabled: bool | None = None
+    """Forces batching on or off; None leaves it to the probe at load."""
+    max_jobs: Annotated[int, Meta(ge=1)] | None = None
+    max_rows: Annotated[int, Meta(ge=1)] | None = None
+    axis: Annotated[int, Meta(ge=0, le=31)] | None = None
+    """The axis of every open dimension that counts rows; None: found by its name."""
+    max_wait_ms: Annotated[float, Meta(ge=0, le=60_000)] = 0.0
+    pad: bool = False
+    """Whether jobs of different sizes share a run, the smaller ones filled up with zeros."""
+
+
+class Limits(Struct, frozen=True, forbid_unknown_fields=True):
+    timeout_seconds: Annotated[float, Meta(gt=0)] | None = None
+    max_rows_per_job: Annotated[int, Meta(ge=1)] | None = None
+
+
+class SessionOptions(Struct, frozen=True, forbid_unknown_fields=True):
+    intra_op_threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
+    providers: Annotated[tuple[str, ...], Meta(min_length=1)] | None = None
+    """Execution providers, the preferred one first; None: the CPU."""
+    graph_optimization: GraphOptimization = "all"
+    custom_ops: str | None = None
+    """"onnxruntime-extensions", or a library within the model's own folder."""
+    devices: tuple[Annotated[int, Meta(ge=0)], ...] = ()
+    """Numbers of the accelerators to spread runs over; none means the first."""
+
+
+class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    labels: tuple[str, ...] = ()
+    description: str = ""
+    example: Any = None
+    """A value for the only input, or a table: name of an input -> value."""
+    batching: Batching = Batching()
+    limits: Limits = Limits()
+    session: SessionOptions = SessionOptions()
+    outputs: tuple[str, ...] = ()
+    """The outputs to keep, in this order; none means all."""
+    scores: Scores = "probabilities"
+    """What the scores of a labelled classifier are; of logits the softmax is shown."""
+    default_version: Annotated[int, Meta(ge=0)] | None = None
+    pinned: bool = False
+    """Never put out of memory for another model."""
+
+
+def read_config(toml: bytes, shown: str, folder: Path | None = None) -> ModelConfig:
+    """Raises ModelRefused that names the file `shown`, the key, and the nearest known one.
+
+    `folder` is where a labels file lies.
+    """
+    try:
+        table = tomllib.loads(toml.decode())
+        unknown = next(_unknown_keys(table, ModelConfig, ""), None)
+        if unknown is not None:
+            raise ModelRefused(f"{shown}: {unknown}")
+        if folder is not None and isinstance(table.get("labels"), str):
+            table["labels"] = _labels_in(folder, table["labels"])
+        return msgspec.convert(table, ModelConfig)
+    except ValueError as error:  # bad UTF-8, bad TOML, msgspec.ValidationError
+        raise ModelRefused(f"{shown}: {error}") from error
+
+
+def _labels_in(folder: Path, name: str) -> list[str]:
+    path = folder / name
+    if path.name != name or path.is_symlink():
+        raise ValueError(f"labels: {name!r} is no name of a file beside model.toml")
+    try:
+        if path.stat().st_size > _LONGEST_LABELS_FILE_BYTES:
+            raise ValueError(f"labels: {name} has more than {_LONGEST_LABELS_FILE_BYTES} bytes")
+        text = path.read_text("utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"labels: {name} cannot be read: {error.strerror}") from error
+    labels = text.splitlines()
+    while labels and not labels[-1].strip():
+        labels.pop()
+    return labels
+
+
+def _unknown_keys(table: Mapping[str, Any], struct: type[Struct], prefix: str) -> Iterator[str]:
+    known = {field.name: field.type for field in msgspec.structs.fields(struct)}
+    for key, value in table.items():
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+            yield f"unknown key `{prefix}{key}`; the nearest known one is `{prefix}{nearest}`"
+        elif isinstance(value, dict) and _is_table(known[key]):
+            yield from _unknown_keys(value, known[key], f"{prefix}{key}.")
+
+
+def _is_table(kind: Any) -> bool:
+    return not get_args(kind) and isinstance(kind, type) and issubclass(kind, Struct)

@@ -1,0 +1,129 @@
+"""Where an ONNX file says that its weights lie, read from its bytes without trusting them.
+
+The `onnx` package is not needed to serve, so this walks the protobuf wire format itself.
+"""
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from asyncinfer.errors import ModelRefused
+
+_MODEL: Final = {7: "graph", 20: "training", 25: "function"}
+_FIELDS: Final[dict[str, dict[int, str]]] = {
+    "model": _MODEL,
+    "training": {1: "graph", 2: "graph"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {5: "attribute"},
+    "function": {7: "node", 11: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "tensor": {13: "entry"},
+}
+"""Which fields of a message lead to a tensor, and what each is."""
+
+_MOST_MESSAGES: Final = 20_000_000
+_VARINT, _I64, _BYTES, _I32 = 0, 1, 2, 5
+
+
+class DamagedFile(ValueError):
+    """Bytes that are not the protobuf of a model."""
+
+
+def check_weights(path: Path, shown: str) -> None:
+    """Raises ModelRefused where weights would be read from outside of the model's own folder."""
+    folder = path.parent
+    with path.open("rb") as file:
+        if not path.stat().st_size:
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            view = memoryview(content)
+            try:
+                found = set(locations(view))
+            except DamagedFile as error:
+                raise ModelRefused(f"{shown}: it is no ONNX file, or damaged: {error}") from error
+            finally:
+                view.release()
+    for location in sorted(found):
+        problem = _problem(folder, location)
+        if problem:
+            raise ModelRefused(
+                f"{shown}: its weights lie in {location!r}, which {problem}; put the file itself "
+                "beside the model"
+            )
+
+
+def _problem(folder: Path, location: str) -> str:
+    relative = Path(location)
+    if relative.is_absolute() or "\\" in location or "\0" in location or ".." in relative.parts:
+        return "is no plain path within the model's folder"
+    target = folder / relative
+    if not target.resolve().is_relative_to(folder.resolve()):
+        return "is a link that leads out of the model's folder"
+    if target.is_file() and target.stat().st_nlink > 1:
+        return "is a hard link, so that it may be another file's content"
+    return ""
+
+
+def locations(content: memoryview) -> Iterator[str]:
+    """Every `location` of external data in a serialized model; raises DamagedFile."""
+    waiting = [("model", 0, len(content))]
+    messages = 0
+    while waiting:
+        kind, start, end = waiting.pop()
+        messages += 1
+        if messages > _MOST_MESSAGES:
+            raise DamagedFile("too many parts")
+        if kind == "entry":
+            yield from _location(content, start, end)
+            continue
+        inside = _FIELDS[kind]
+        for number, begin, stop in _fields(content, start, end):
+            if number in inside:
+                waiting.append((inside[number], begin, stop))
+
+
+def _location(content: memoryview, start: int, end: int) -> Iterator[str]:
+    key = value = b""
+    for number, begin, stop in _fields(content, start, end):
+        if number == 1:
+            key = bytes(content[begin:stop])
+        elif number == 2:
+            value = bytes(content[begin:stop])
+    if key == b"location":
+        yield value.decode("utf-8", "surrogateescape")
+
+
+def _fields(content: memoryview, at: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Number, begin and end of each length-delimited field of a message."""
+    while at < end:
+        tag, at = _varint(content, at, end)
+        kind = tag & 7
+        if kind == _VARINT:
+            _, at = _varint(content, at, end)
+            continue
+        if kind == _BYTES:
+            size, at = _varint(content, at, end)
+        elif kind in (_I64, _I32):
+            size = 8 if kind == _I64 else 4
+        else:
+            raise DamagedFile(f"a field of kind {kind}")
+        if size > end - at:
+            raise DamagedFile("a field is longer than what it is in")
+        if kind == _BYTES:
+            yield tag >> 3, at, at + size
+        at += size
+
+
+def _varint(content: memoryview, at: int, end: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= end:
+            raise DamagedFile("it ends within a number")
+        byte = content[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise DamagedFile("a number is too long")
