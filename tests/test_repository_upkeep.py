@@ -175,7 +175,7 @@ async def test_what_one_call_leaves_the_same_caller_takes_up(hands: Hands) -> No
     policy = hands.store.policy
     args = {
         **policy.ending(),
-        **{"tick": policy.tick_ms, "lease": policy.lease_ms, "max_deliveries": 3},
+        **{"tick": 60_000, "lease": policy.lease_ms, "max_deliveries": 3},
         **{"dead_ms": 1000, "log_jobs": 1000, "more": False},
     }
     first = await hands.store.call(script("reap"), [Q], [encode_args(args)])
