@@ -38,6 +38,8 @@ class Served(Struct, frozen=True):
     signature: Signature
     versions: tuple[str, ...]
     """Newest first."""
+    signatures: Mapping[str, Signature]
+    """Of every version, newest first."""
 
 
 class Catalog:
@@ -142,9 +144,11 @@ def _served(announced: Announced, n: str, configured_default: str | None) -> dic
     found = {}
     for model, bodies in announced.models.items():
         if signatures := _signatures(model, bodies):
-            versions = sorted(signatures, key=_age)
-            queue = keys.queue(n, model, default)
-            found[model] = Served(queue, signatures[versions[0]], tuple(versions))
+            versions = tuple(sorted(signatures, key=_age))
+            wanted = announced.default_versions.get(model, "")
+            served = signatures.get(wanted) or signatures[versions[0]]
+            newest_first = {version: signatures[version] for version in versions}
+            found[model] = Served(keys.queue(n, model, default), served, versions, newest_first)
     return found
 
 

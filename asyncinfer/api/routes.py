@@ -8,7 +8,7 @@ from msgspec import Struct
 from asyncinfer.api.about import about, health, live, openapi, ready
 from asyncinfer.api.exchange import Reply, Request
 from asyncinfer.api.jobs import cancel_job, list_jobs, read_job, retry_job
-from asyncinfer.api.models import list_models, read_model
+from asyncinfer.api.models import list_models, pause_model, read_model, resume_model
 from asyncinfer.api.predict import predict
 from asyncinfer.api.scale import read_scale
 from asyncinfer.api.services import Services
@@ -43,6 +43,7 @@ from asyncinfer.schemas import (
     Model,
     ModelList,
     NoQuery,
+    Pause,
     PredictRequest,
     Scale,
     WaitQuery,
@@ -164,6 +165,22 @@ ROUTES: Final = (
         handler=read_model,
         scope="read",
         answers={200: Model},
+        errors=(ModelNotFound, NoModelAnnounced, RedisUnavailable),
+    ),
+    Route(
+        method="POST",
+        path="/models/{model}/pause",
+        handler=pause_model,
+        scope="admin",
+        answers={200: Pause},
+        errors=(ModelNotFound, NoModelAnnounced, RedisUnavailable),
+    ),
+    Route(
+        method="POST",
+        path="/models/{model}/resume",
+        handler=resume_model,
+        scope="admin",
+        answers={200: Pause},
         errors=(ModelNotFound, NoModelAnnounced, RedisUnavailable),
     ),
     Route(
