@@ -53,7 +53,8 @@ class Control:
                 self._last[stream] = bytes(newest[0][0]) if newest else b"0"
 
     async def _read(self) -> None:
-        asked = {stream: self._last[stream] for stream in self._streams}
+        # Some may have come since the last start.
+        asked = {name: self._last[name] for name in self._streams if name in self._last}
         for stream, entry_id, fields in await self._blocking.read(asked, _READ_SECONDS):
             self._last[stream] = entry_id
             for what, job_id in fields.items():

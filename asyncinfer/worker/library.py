@@ -81,6 +81,10 @@ class Library:
         self._leaving: dict[Label, tuple[Version, float]] = {}
         self._served: dict[str, Version] = {}
 
+    def close(self) -> None:
+        """No more is loaded; what is loaded stays for who runs it."""
+        self._shelf.close()
+
     # --- what there is -------------------------------------------------------------------------
 
     @property

@@ -1,6 +1,7 @@
 """The engines that a worker has loaded: once each, when first asked for, and not too many."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
@@ -86,7 +87,8 @@ class Shelf:
             # In the thread, since to free a large model takes a while: the loop must not wait.
             gone = [book]
             del book
-            self._thread.submit(_forget, gone)
+            with contextlib.suppress(RuntimeError):  # closed, and so soon ended
+                self._thread.submit(_forget, gone)
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)

@@ -136,17 +136,20 @@ class Worker:
         async with anyio.create_task_group() as background:
             for role in self._roles():
                 background.start_soon(role)
-            async with asyncio.TaskGroup() as self._group:
-                create = self._group.create_task
-                slots = [create(self._slot()) for _ in range(self._config.concurrency)]
-                await self._slots_done(slots)
+            try:
+                async with asyncio.TaskGroup() as self._group:
+                    create = self._group.create_task
+                    slots = [create(self._slot()) for _ in range(self._config.concurrency)]
+                    await self._slots_done(slots)
+            finally:
+                self._watched_enough.set()
             await self._control.close()
-            self._watched_enough.set()
             background.cancel_scope.cancel()
         await self._renewer.close()
         with contextlib.suppress(RedisUnavailable, StorageFull, TimeoutError):
             async with asyncio.timeout(_FAREWELL_SECONDS):
                 await self._announcer.retract()
+        self._library.close()
         self._threads.shutdown(wait=not self.hung)
         return EXIT_HUNG if self.hung else 0
 
