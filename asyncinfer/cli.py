@@ -165,6 +165,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     chosen = _read_settings(arguments)
     _refuse_open_door(chosen, arguments.insecure)
+    _model_file(chosen)  # a wrong one stops the start before anything is started
     _set_up_logging()
     redis_url = _redis_url(chosen)
     with_worker = arguments.work or redis_url is None
