@@ -131,13 +131,13 @@ class Worker:
     async def run(self) -> int:
         """Works until drained; returns the exit code."""
         self._renewer.start()
-        await self._introduced()
         # anyio's group, since redis-py may swallow a cancellation and anyio's comes again.
         async with anyio.create_task_group() as background:
             for role in self._roles():
                 background.start_soon(role)
             try:
                 async with asyncio.TaskGroup() as self._group:
+                    await self._introduced()
                     create = self._group.create_task
                     slots = [create(self._slot()) for _ in range(self._config.concurrency)]
                     await self._slots_done(slots)
