@@ -69,6 +69,11 @@ class Announcer:
         await self._upkeep.retract_worker(self._worker_id)
         await self._upkeep.announce_paces(self._said().paces)
 
+    async def is_elsewhere(self, model: str, version: str | None) -> bool:
+        """Whether another living worker has what this one has not (yet, or any more)."""
+        versions = [one.versions.get(model, {}) for one in await self._others()]
+        return any(one if version is None else version in one for one in versions)
+
     def _contested(self) -> set[Label]:
         return self._library.described().keys() - self._library.announced().keys()
 

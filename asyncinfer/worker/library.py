@@ -97,6 +97,12 @@ class Library:
         return self._served
 
     @property
+    def names(self) -> list[str]:
+        """Of the models that are served, or will be once they are described."""
+        known = {one.file.model for one in self._versions.values() if one.is_unknown}
+        return sorted(known | self._served.keys())
+
+    @property
     def loaded(self) -> list[Label]:
         return self._shelf.labels
 
@@ -169,11 +175,13 @@ class Library:
 
     # --- at the start --------------------------------------------------------------------------
 
-    def open(self, load: Callable[[ModelFile], Engine], first: str | None) -> None:
-        """Loads what is served, of many models only `first`; raises StartError without any."""
+    def open(self, load: Callable[[ModelFile], Engine], default_model: str | None) -> None:
+        """Loads what is served, of many models only one; raises StartError without any."""
         files = self._files_at_start()
         self._versions = {label_of(one): Version(one, models.stamp(one)) for one in files}
-        names = sorted({file.model for file in files}, key=lambda name: (name != first, name))
+        found = {file.model for file in files}
+        first = models.default_model(default_model, found)
+        names = sorted(found, key=lambda name: (name != first, name))
         for name in names:
             if len(names) <= _FEW or not self.described():
                 self._open_one([file for file in files if file.model == name], load)
@@ -301,9 +309,10 @@ class Library:
         self._take(found, engine)
         self._leaving.pop(found.label, None)
         self._changed()
-        if before and self._served[found.file.model].label == found.label != before.label:
-            # Runs under way keep it; a job that asks for it by name loads it again.
-            self._shelf.drop(before.label)
+        served = self._served[found.file.model]
+        for other in {found.label, before.label if before else found.label} - {served.label}:
+            # Runs under way keep it; a job that asks for it by its number loads it again.
+            self._shelf.drop(other)
         log.info("%s is ready.", found.file.shown)
 
     def _take(self, version: Version, engine: Engine) -> None:

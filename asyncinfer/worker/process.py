@@ -109,7 +109,7 @@ async def _work(
         call_seconds=_CALL_SECONDS,
     )
     async with monitored(listener) as monitor, opened as store:
-        default = await _connected(store, config, sorted(library.served), stopping)
+        default = await _connected(store, config, library.names, stopping)
         if stopping.is_set():
             return 0
         worker = Worker(store, library, default, config.worker, on_step)

@@ -58,6 +58,9 @@ EXIT_HUNG: Final = 70
 _FAREWELL_SECONDS: Final = 1.0
 _LITTLE_BYTES: Final = 8192
 
+_ELSEWHERE_MS: Final = (20, 200)
+"""How long a job waits that this worker could not run, so that it is not the first to see it."""
+
 _MOST_STORING_SECONDS: Final = 1.0
 _SILENT_SECONDS: Final = 3 * ANNOUNCE_SECONDS
 """After so long without an answer from Redis, it counts as away."""
@@ -279,7 +282,7 @@ class Worker:
         finished: list[Finished] = []
         try:
             prepared = await self._prepared(held.claim.jobs)
-            finished += [self._failed(held, job, error) for job, error in prepared.refused]
+            finished += [await self._refused(held, job, error) for job, error in prepared.refused]
             for batch in prepared.batches:
                 finished += await self._run(held, batch)
         except Hung as hung:
@@ -298,6 +301,17 @@ class Worker:
         following = await self._finish(held, finished)
         self._note_pace(held)
         return following
+
+    async def _refused(self, held: Held, job: ClaimedJob, error: AsyncinferError) -> Finished:
+        """A job for what this worker lacks goes to one that has it: a new version does not come
+        to all of them at once."""
+        model, version = execution.asked(job, self._default_model)
+        if isinstance(error, UnknownModel) and model is not None:
+            with contextlib.suppress(RedisUnavailable):
+                if await self._announcer.is_elsewhere(model, version):
+                    delay_ms = random.randrange(*_ELSEWHERE_MS)
+                    return Finished(job.job_id, "released", meta=job.meta, delay_ms=delay_ms)
+        return self._failed(held, job, error)
 
     def _note_pace(self, held: Held) -> None:
         """A claim takes its slot until its outcomes are stored; an outage says nothing of it."""

@@ -318,6 +318,20 @@ async def test_of_two_workers_with_different_files_the_first_is_believed(
             assert answers == {2.0}
 
 
+async def test_a_job_for_a_version_that_one_worker_has_yet_is_run_by_that_one(
+    crew: OpenCrew, folder: Folder, shop: Shop, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    newer = Folder(tmp_path / "elsewhere")
+    newer.publish(adds(1), 1)
+    newer.publish(adds(2), 2)
+    async with serving(crew, folder, shop):
+        with crew(model_dir=str(newer.path), models=(), default_model="m", worker=CONFIG) as second:
+            second.hire()
+            await shop.until_announced("1", "2")
+            assert {await shop.ask(1, "2") for _ in range(20)} == {3.0}
+
+
 async def test_forty_models_are_served_with_four_of_them_in_memory(
     crew: OpenCrew, folder: Folder, shop: Shop
 ) -> None:
