@@ -115,6 +115,12 @@ class Claims:
         self._looked = False
         self._let_go_event.set()
 
+    async def shuffle(self, queue: str) -> None:
+        """Changes, by chance, who is first to hear the bell of a job that another worker must run:
+        two idle workers that take turns at the bell would go on as they began."""
+        if random.random() < 0.5:
+            await self._ring_back(queue)
+
     async def drain(self) -> None:
         """Claims nothing more; whoever waits for work returns."""
         self.draining.set()

@@ -309,6 +309,7 @@ class Worker:
         if isinstance(error, UnknownModel) and model is not None:
             with contextlib.suppress(RedisUnavailable):
                 if await self._announcer.is_elsewhere(model, version):
+                    await self._claims.shuffle(held.claim.queue)
                     delay_ms = random.randrange(*_ELSEWHERE_MS)
                     return Finished(job.job_id, "released", meta=job.meta, delay_ms=delay_ms)
         return self._failed(held, job, error)
