@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from asyncinfer.models import ModelFile
     from asyncinfer.repository.store import Policy
     from asyncinfer.supervisor import Api, Stop
+    from asyncinfer.worker.library import Source
     from asyncinfer.worker.process import WorkerProcess
 
 _EXIT_CANNOT_START: Final = 2
@@ -164,6 +165,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     chosen = _read_settings(arguments)
     _refuse_open_door(chosen, arguments.insecure)
+    _model_file(chosen)  # a wrong one stops the start before anything is started
     _set_up_logging()
     redis_url = _redis_url(chosen)
     with_worker = arguments.work or redis_url is None
@@ -275,9 +277,9 @@ async def _answer(chosen: Settings, held_fd: int, report_fd: int) -> None:
 async def _welcome(chosen: Settings, with_worker: bool, redis_url: str) -> Welcome:
     from asyncinfer import models
 
-    files = {file.model: file for file in _model_files(chosen)} if with_worker else {}
+    files = models.to_serve(_model_files(chosen)) if with_worker else {}
     server, stored_default = await _ask_server(chosen, redis_url)
-    default = models.default_model(chosen.default_model or stored_default, files)
+    default = models.default_model(_default_model(chosen) or stored_default, files)
     file = files.get(default or "")
     return Welcome(
         host=chosen.host,
@@ -374,12 +376,45 @@ def _model_dir(chosen: Settings) -> Path:
     return folder
 
 
-def _model_files(chosen: Settings) -> "list[ModelFile]":
-    from asyncinfer.models import scan
+def _source(chosen: Settings) -> "Source":
+    from asyncinfer.worker.library import Source
 
-    files = scan(_model_dir(chosen))
-    wanted = [file for file in files if not chosen.models or file.model in chosen.models]
-    return [file for file in wanted if not file.problem]
+    file = _model_file(chosen)
+    folder = file.parent if file else _model_dir(chosen)
+    return Source(folder, chosen.models, file)
+
+
+def _model_file(chosen: Settings) -> Path | None:
+    """The one file to serve; raises InvalidSetting when it cannot be one."""
+    if chosen.model is None:
+        return None
+    from asyncinfer.models import NAME_RULE, valid_name
+
+    file = chosen.model.absolute()
+    if file.suffix != ".onnx" or not file.is_file():
+        raise InvalidSetting(f"MODEL {chosen.model} is no .onnx file. Set it to one that exists.")
+    if not valid_name(file.stem):
+        raise InvalidSetting(f"MODEL: rename {file.name}, which names the model: {NAME_RULE}.")
+    if chosen.default_model not in (None, file.stem):
+        raise InvalidSetting(
+            f"MODEL makes {file.stem!r} the default model, but DEFAULT_MODEL is "
+            f"{chosen.default_model!r}. Set one of the two."
+        )
+    return file
+
+
+def _default_model(chosen: Settings) -> str | None:
+    file = _model_file(chosen)
+    return file.stem if file else chosen.default_model
+
+
+def _model_files(chosen: Settings) -> "list[ModelFile]":
+    from asyncinfer import models
+
+    file = _model_file(chosen)
+    files = [models.bare_file(file)] if file else models.scan(_model_dir(chosen))
+    wanted = [one for one in files if not chosen.models or one.model in chosen.models]
+    return [one for one in wanted if not one.problem]
 
 
 def _policy(chosen: Settings) -> "Policy":
@@ -404,7 +439,7 @@ def _api_config(chosen: Settings, redis_url: str) -> "ApiConfig":
         redis_url=redis_url,
         queue_name=chosen.queue_name,
         policy=_policy(chosen),
-        default_model=chosen.default_model,
+        default_model=_default_model(chosen),
         host=chosen.host,
         port=chosen.port,
         allowed_hosts=chosen.allowed_hosts,
@@ -418,6 +453,7 @@ def _api_config(chosen: Settings, redis_url: str) -> "ApiConfig":
 def _worker_process(chosen: Settings, redis_url: str) -> "WorkerProcess":
     from asyncinfer.cores import cores
     from asyncinfer.worker.process import WorkerProcess
+    from asyncinfer.worker.shelf import Bounds
     from asyncinfer.worker.worker import WorkerConfig
 
     concurrency = chosen.concurrency or cores()
@@ -425,9 +461,9 @@ def _worker_process(chosen: Settings, redis_url: str) -> "WorkerProcess":
         redis_url=redis_url,
         queue_name=chosen.queue_name,
         policy=_policy(chosen),
-        model_dir=_model_dir(chosen),
-        models=chosen.models,
-        default_model=chosen.default_model,
+        source=_source(chosen),
+        bounds=Bounds(chosen.max_models, chosen.max_model_bytes),
+        default_model=_default_model(chosen),
         intra_op_threads=max(1, cores() // concurrency),
         allow_custom_ops=chosen.allow_custom_ops,
         monitor_port=chosen.monitor_port,
@@ -438,6 +474,7 @@ def _worker_process(chosen: Settings, redis_url: str) -> "WorkerProcess":
             brpop_timeout_seconds=chosen.brpop_timeout,
             prediction_timeout_seconds=chosen.prediction_timeout,
             drain_timeout_seconds=chosen.drain_timeout,
+            rescan_seconds=chosen.rescan_seconds,
         ),
     )
 

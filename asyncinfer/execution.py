@@ -2,8 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, TypeAlias
 
 import msgspec
 from msgspec import Raw, Struct
@@ -57,15 +57,28 @@ class _Wrapped(Struct):
     data: Raw
 
 
+Asked: TypeAlias = tuple[str | None, str | None]
+"""A model, None where a stranger's job means a default that there is not; its version, or None."""
+
+
+def asked(job: ClaimedJob, default_model: str | None) -> Asked:
+    """Which version of which model a job wants to run on."""
+    return (job.record.model, job.record.version) if job.record else (default_model, None)
+
+
 def prepare(
-    jobs: Sequence[ClaimedJob], engines: Mapping[str, Engine], default_model: str | None
+    jobs: Sequence[ClaimedJob], engine_of: Callable[[Asked], Engine], default_model: str | None
 ) -> Prepared:
-    """Checks each job's input as the door did (strangers never met the door), and groups."""
+    """Checks each job's input as the door did (strangers never met the door), and groups.
+
+    `engine_of` raises UnknownModel.
+    """
     refused: list[tuple[ClaimedJob, AsyncinferError]] = []
     ready: list[tuple[Engine, ClaimedJob, Feeds]] = []
     for job in jobs:
         try:
-            engine = _engine_for(job, engines, default_model)
+            _check_readable(job)
+            engine = engine_of(asked(job, default_model))
             ready.append((engine, job, _feeds_of(job, engine)))
         except (InvalidInput, UnknownModel, UnreadableRecord) as error:
             refused.append((job, error))
@@ -95,9 +108,7 @@ def run(batch: Batch, stop: Stop) -> list[bytes]:
         raise ModelFailed("The outputs of the model could not be made a result.") from error
 
 
-def _engine_for(
-    job: ClaimedJob, engines: Mapping[str, Engine], default_model: str | None
-) -> Engine:
+def _check_readable(job: ClaimedJob) -> None:
     if job.meta and job.record is None:
         raise UnreadableRecord(
             "The job's record cannot be read by this release of asyncinfer; submit it again."
@@ -107,12 +118,6 @@ def _engine_for(
             f"The job's payload is written as {job.record.payload!r}, which this release of "
             "asyncinfer cannot read; upgrade its workers and retry the job."
         )
-    model = job.record.model if job.record else default_model
-    if model is None or model not in engines:
-        raise UnknownModel(
-            f"This worker has no model {model!r}; it has {', '.join(sorted(engines)) or 'none'}."
-        )
-    return engines[model]
 
 
 def _feeds_of(job: ClaimedJob, engine: Engine) -> Feeds:

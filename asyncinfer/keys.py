@@ -160,6 +160,11 @@ def models(n: str) -> str:
     return f"{{{n}}}:models"
 
 
+def default_versions(n: str) -> str:
+    """By model, the version that `model.toml` makes the default; others serve the highest."""
+    return f"{{{n}}}:default_versions"
+
+
 def pace(n: str, model: str) -> str:
     return f"{{{n}}}:pace:{model}"
 

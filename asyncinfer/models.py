@@ -6,7 +6,8 @@ Reads files and JSON only: the API imports it, and the API never loads a model.
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from stat import S_ISREG
+from typing import Any, Final, TypeAlias
 
 import msgspec
 from msgspec import Struct
@@ -24,7 +25,7 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _RESERVED: Final = frozenset({"stats"})
 _VERSION: Final = re.compile(r"0|[1-9][0-9]{0,17}")
 
-_NAME_RULE: Final = (
+NAME_RULE: Final = (
     "a model's name is 1 to 64 letters, digits, dots, hyphens or underscores, "
     "begins with a letter or digit, and is not `stats`"
 )
@@ -78,10 +79,18 @@ class ModelFile(Struct, frozen=True):
     """Why it cannot be served, known before anybody opened it; `Engine.load` raises it."""
 
     @property
+    def is_bare(self) -> bool:
+        return self.path.parent.name != self.version
+
+    @property
     def shown(self) -> str:
         """The path as people know it: from the model folder on."""
-        is_bare = self.path.parent.name != self.version
-        return "/".join(self.path.parts[-1:] if is_bare else self.path.parts[-3:])
+        return "/".join(self.path.parts[-1:] if self.is_bare else self.path.parts[-3:])
+
+    @property
+    def rank(self) -> tuple[bool, int]:
+        """Of the versions that can be served, the highest rank is the one that is."""
+        return str(self.config.default_version) == self.version, int(self.version)
 
 
 # --- the folder --------------------------------------------------------------------------------
@@ -113,47 +122,84 @@ def default_model(explicit: str | None, names: Iterable[str]) -> str | None:
 
 
 def scan(model_dir: Path) -> list[ModelFile]:
-    """The highest version of every model in the folder, by name.
+    """Every version of every model in the folder, by name; first the one to serve, then the newest.
 
     One that is broken already at this point is listed with its `problem` and stops no other.
     """
-    found: dict[str, ModelFile] = {}
+    found: dict[str, list[ModelFile]] = {}
     for entry in sorted(model_dir.iterdir()):
-        file = None if entry.name.startswith((".", "_")) else _read_entry(entry)
+        files = [] if entry.name.startswith((".", "_")) else _read_entry(entry)
         # A folder comes before the bare file of its name, and wins over it.
-        if file is not None:
-            found.setdefault(file.model, file)
-    return list(found.values())
+        if files:
+            found.setdefault(files[0].model, files)
+    return [file for files in found.values() for file in files]
 
 
-def _read_entry(entry: Path) -> ModelFile | None:
+def bare_file(path: Path) -> ModelFile:
+    """The model that one file is, wherever it lies."""
+    return _named(ModelFile(path.stem, "1", path))
+
+
+def to_serve(files: Sequence[ModelFile]) -> dict[str, ModelFile]:
+    """Of each model the version to serve."""
+    return {file.model: file for file in sorted(files, key=lambda file: file.rank)}
+
+
+Stamp: TypeAlias = tuple[tuple[str, int, int], ...]
+
+
+def stamp(file: ModelFile) -> Stamp:
+    """Name, size and time of change in ns of each file that a version is made of, ONNX's external
+    data included; empty once it is gone."""
+    folder = file.path.parent
+    try:
+        paths = [file.path] if file.is_bare else sorted(folder.rglob("*"))
+        stats = [(path, path.stat()) for path in paths]
+    except OSError:
+        return ()
+    return tuple(
+        (str(path.relative_to(folder)), it.st_size, it.st_mtime_ns)
+        for path, it in stats
+        if S_ISREG(it.st_mode)
+    )
+
+
+def size_bytes(stamp: Stamp) -> int:
+    return sum(size for _, size, _ in stamp)
+
+
+def _read_entry(entry: Path) -> list[ModelFile]:
     if entry.suffix == ".onnx" and entry.is_file():
-        return _named(ModelFile(entry.stem, "1", entry))
+        return [bare_file(entry)]
     if not entry.is_dir():
-        return None
+        return []
     try:
         return _read_folder(entry)
     except OSError as error:
-        return ModelFile(entry.name, "1", entry, problem=f"cannot be read: {error.strerror}")
+        return [ModelFile(entry.name, "1", entry, problem=f"cannot be read: {error.strerror}")]
 
 
-def _read_folder(folder: Path) -> ModelFile | None:
+def _read_folder(folder: Path) -> list[ModelFile]:
     paths = {version.name: version / "model.onnx" for version in folder.iterdir()}
     versions = [name for name in paths if _VERSION.fullmatch(name) and paths[name].is_file()]
     if versions:
-        version = max(versions, key=int)
-        return _named(_configured(ModelFile(folder.name, version, paths[version]), folder))
+        model = _named(_configured(ModelFile(folder.name, "1", folder), folder))
+        files = [
+            msgspec.structs.replace(model, version=version, path=paths[version])
+            for version in versions
+        ]
+        return sorted(files, key=lambda file: file.rank, reverse=True)
     stray = next(folder.glob("*.onnx"), None)
     if stray is None:
-        return None
+        return []
     problem = f"has no version folder: move {stray.name} to {folder.name}/1/model.onnx"
-    return ModelFile(folder.name, "1", stray, problem=problem)
+    return [ModelFile(folder.name, "1", stray, problem=problem)]
 
 
 def _named(file: ModelFile) -> ModelFile:
     if valid_name(file.model):
         return file
-    return msgspec.structs.replace(file, problem=f"rename it: {_NAME_RULE}")
+    return msgspec.structs.replace(file, problem=f"rename it: {NAME_RULE}")
 
 
 def _configured(file: ModelFile, folder: Path) -> ModelFile:

@@ -164,6 +164,15 @@ class JobList(Struct, frozen=True):
     cursor: Annotated[str, Meta(description="Asks for the next page; null on the last.")] | None
 
 
+class ModelProblem(Struct, frozen=True, kw_only=True):
+    """Why a version is not served, or not as its file is now."""
+
+    model: str
+    version: str
+    worker: Annotated[str, Meta(description="Who says so; others may serve it.")]
+    reason: str
+
+
 class Model(Struct, frozen=True, kw_only=True):
     """A model that workers serve: what it takes, what it gives."""
 
@@ -186,10 +195,29 @@ class Model(Struct, frozen=True, kw_only=True):
     max_rows: Annotated[int, Meta(description="How many rows one job may have.")]
     sha256: Annotated[str, Meta(description="Of the model file.")]
     example: Annotated[Any, Meta(description="A request body that works; null if unknown.")]
+    paused: Annotated[bool, Meta(description="While true jobs are taken in, and none is run.")]
+    workers: Annotated[int, Meta(description="Living workers that serve it.")]
+    problems: Annotated[
+        list[ModelProblem], Meta(description="Versions that a worker found and does not serve.")
+    ]
+    run_times: Annotated[
+        dict[str, dict[str, float]],
+        Meta(description="By worker, the seconds of a run by its number of rows, as measured."),
+    ]
 
 
 class ModelList(Struct, frozen=True):
     models: list[Model]
+    problems: Annotated[
+        list[ModelProblem], Meta(description="Of models that no worker serves in any version.")
+    ]
+
+
+class Pause(Struct, frozen=True):
+    """Whether a model's jobs are run; they are taken in either way."""
+
+    model: str
+    paused: bool
 
 
 class Scale(Struct, frozen=True, kw_only=True):

@@ -67,6 +67,13 @@ class Settings(Struct, frozen=True, kw_only=True):
         Path | None,
         _about("The models to serve.", unset="./model where it exists, else the shipped models"),
     ] = None
+    model: Annotated[
+        Path | None,
+        _about(
+            "One file to serve instead, as the default model: path/to/name.onnx.",
+            unset="what MODEL_DIR has",
+        ),
+    ] = None
     models: Annotated[
         tuple[_ModelName, ...],
         _about(
@@ -125,6 +132,33 @@ class Settings(Struct, frozen=True, kw_only=True):
         ),
     ] = 0
     max_batch: Annotated[int, _about("Jobs that share one run.", unit="jobs", ge=1, le=1000)] = 128
+    max_models: Annotated[
+        int,
+        _about(
+            "Versions of models that stay loaded; the least used make room.",
+            unit="versions",
+            ge=1,
+            le=100_000,
+        ),
+    ] = 32
+    max_model_bytes: Annotated[
+        int,
+        _about(
+            "Their files' size together; 0: no limit.",
+            unit="bytes",
+            ge=0,
+            le=1 << 50,
+        ),
+    ] = 0
+    rescan_seconds: Annotated[
+        float,
+        _about(
+            "How often MODEL_DIR is read again, beside when the system tells of a change.",
+            unit="seconds",
+            ge=0.1,
+            le=_DAY_SECONDS,
+        ),
+    ] = 10.0
     prediction_timeout: Annotated[
         float, _about("How long one run may take.", unit="seconds", gt=0, le=_DAY_SECONDS)
     ] = 10.0

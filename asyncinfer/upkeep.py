@@ -1,12 +1,13 @@
 """The background roles: sweep, repair, announce, and renew from a thread."""
 
 import asyncio
+import contextlib
 import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Awaitable, Callable
+from typing import Final
 
 from asyncinfer.errors import RedisUnavailable, RequestError, StorageFull
 from asyncinfer.repository.run import Claim, Renewal, Renewals
@@ -49,20 +50,15 @@ def _report(swept: Swept) -> None:
 
 
 async def announce_forever(
-    store: Store,
-    worker_id: str,
-    about: Callable[[], Mapping[str, Any]],
-    models: Mapping[str, Mapping[str, bytes]],
+    announce: Callable[[], Awaitable[None]],
+    news: asyncio.Event,
     on_answered: Callable[[], None],
 ) -> None:
-    """Says that a worker lives, and which models it has. Ends by cancellation."""
-    upkeep = Upkeep(store)
+    """Calls `announce` every few seconds, and at once when there is news. Ends by cancellation."""
     while True:
+        news.clear()
         try:
-            await upkeep.announce_models(models)
-            said = about()
-            await upkeep.announce_worker(worker_id, said, 5 * ANNOUNCE_SECONDS)
-            await upkeep.announce_paces(said["seconds_per_job"])
+            await announce()
             on_answered()
         except StorageFull:
             # What runs still finishes, so the worker is as ready as it was.
@@ -71,7 +67,9 @@ async def announce_forever(
             log.debug("Announce: %s", error.detail)
         except Exception:
             log.exception("An announcement failed.")
-        await asyncio.sleep(ANNOUNCE_SECONDS * random.uniform(0.8, 1.2))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ANNOUNCE_SECONDS * random.uniform(0.8, 1.2)):
+                await news.wait()
 
 
 class Renewer:

@@ -17,6 +17,7 @@ from asyncinfer import __version__, settings
 from asyncinfer.access import Caller, Keyring
 from asyncinfer.cli import main
 
+from . import zoo
 from .faults.harness import eventually_sync
 from .parents import REPOSITORY, Parent, is_gone, parent, processes
 
@@ -89,6 +90,30 @@ def test_a_model_folder_that_is_not_there_is_refused(
     assert f"MODEL_DIR {tmp_path}/no" in refusal(
         capsys, "work", *url, "--model-dir", f"{tmp_path}/no"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "said"),
+    [
+        ("no.onnx", (), "is no .onnx file"),
+        ("churn.txt", (), "is no .onnx file"),
+        ("-churn.onnx", (), "MODEL: rename -churn.onnx"),
+        ("churn.onnx", ("--default-model", "iris"), "Set one of the two"),
+    ],
+)
+@pytest.mark.parametrize("command", ["serve", "work"])
+def test_a_model_file_that_cannot_be_served_is_refused(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    command: str,
+    name: str,
+    more: tuple[str, ...],
+    said: str,
+) -> None:
+    if name != "no.onnx":
+        (tmp_path / name).write_bytes(b"")
+    url = ("--redis-url", "redis://127.0.0.1:1")
+    assert said in refusal(capsys, command, *url, "--model", str(tmp_path / name), *more)
 
 
 # --- keygen ----------------------------------------------------------------------------------
@@ -186,6 +211,16 @@ def test_one_line_runs_it_and_the_pasted_curl_line_gets_a_result(served: Serve) 
 
 def test_it_works_from_any_folder_with_the_shipped_models(served: Serve) -> None:
     assert "iris (default)" in served.welcome["Models"]
+
+
+def test_one_file_from_anywhere_is_served_as_the_default_model(tmp_path: Path) -> None:
+    file = tmp_path / "churn.onnx"
+    file.write_bytes(zoo.mlp([3, 2]).SerializeToString())
+    with serving("--model", str(file), DATA_DIR=str(tmp_path / "data")) as serve:
+        assert serve.welcome["Models"] == "churn (default)"
+        eventually_sync(lambda: bool(serve.get("/models")["models"]), "it is announced")
+        (model,) = serve.get("/models")["models"]
+        assert (model["model"], model["version"], model["default"]) == ("churn", "1", True)
 
 
 def test_sigterm_ends_all_of_it_and_the_next_start_has_its_jobs() -> None:

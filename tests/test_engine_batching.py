@@ -47,7 +47,7 @@ def claimed(at: int, feeds: Feeds, **asked: Any) -> ClaimedJob:
 def ran(engine: Engine, jobs: Sequence[Feeds], **asked: Any) -> tuple[int, list[bytes]]:
     """How many runs the jobs took, and each one's result."""
     claims = [claimed(at, feeds, **asked) for at, feeds in enumerate(jobs)]
-    prepared = execution.prepare(claims, {"m": engine}, "m")
+    prepared = execution.prepare(claims, lambda _: engine, "m")
     assert not prepared.refused, prepared.refused
     answers = {
         job.job_id: body

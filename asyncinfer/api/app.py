@@ -28,6 +28,7 @@ from asyncinfer.errors import (
 )
 from asyncinfer.inbox import Inbox
 from asyncinfer.repository.inspect import Inspection
+from asyncinfer.repository.operate import Operation
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submit import Submissions
 from asyncinfer.upkeep import reap_forever
@@ -155,6 +156,7 @@ def _services(store: Store, config: ApiConfig) -> Services:
         store=store,
         submissions=submissions,
         inspection=inspection,
+        operation=Operation(store),
         inbox=Inbox(store, submissions),
         catalog=Catalog(inspection, store.n, config.default_model),
         openapi=document(ROUTES),

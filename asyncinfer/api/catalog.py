@@ -40,7 +40,7 @@ class Served(Struct, frozen=True):
     versions: tuple[str, ...]
     """Newest first."""
     signatures: Mapping[str, Signature]
-    """Of every version."""
+    """Of every version, newest first."""
 
     def of(self, version: str | None) -> Signature:
         """The signature of the version asked for; None asks for the served one."""
@@ -156,9 +156,11 @@ def _served(announced: Announced, n: str, configured_default: str | None) -> dic
     found = {}
     for model, bodies in announced.models.items():
         if signatures := _signatures(model, bodies):
-            versions = sorted(signatures, key=_age)
-            queue = keys.queue(n, model, default)
-            found[model] = Served(queue, signatures[versions[0]], tuple(versions), signatures)
+            versions = tuple(sorted(signatures, key=_age))
+            wanted = announced.default_versions.get(model, "")
+            served = signatures.get(wanted) or signatures[versions[0]]
+            newest_first = {version: signatures[version] for version in versions}
+            found[model] = Served(keys.queue(n, model, default), served, versions, newest_first)
     return found
 
 

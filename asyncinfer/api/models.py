@@ -1,5 +1,6 @@
-"""The routes about models: which there are, and what each takes."""
+"""The routes about models: which there are, what each takes; pause and resume."""
 
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, Final
 
@@ -8,31 +9,61 @@ from asyncinfer.api.catalog import Served
 from asyncinfer.api.exchange import Reply, Request, json_reply
 from asyncinfer.api.inputs import read_input
 from asyncinfer.api.services import Services
+from asyncinfer.errors import ModelNotFound
 from asyncinfer.models import Signature
+from asyncinfer.repository.inspect import WorkerSays, worker_says
 from asyncinfer.schemas import (
     AskedOptions,
     Model,
     ModelList,
+    ModelProblem,
     NoQuery,
+    Pause,
     TensorShape,
     Validated,
 )
 from asyncinfer.tensors import TensorSpec, is_open
+
+Workers = Mapping[str, WorkerSays]
 
 _MOST_ELEMENTS: Final = 1000
 _ELEMENTS: Final[dict[str, object]] = {"BOOL": False, "BYTES": "text"}
 
 
 async def list_models(services: Services, request: Request[NoQuery]) -> Reply:
-    """The models that can be asked."""
-    default = services.catalog.default_model
-    return json_reply(200, ModelList([_view(one, default) for one in await services.catalog.all()]))
+    """The models that can be asked, and what is wrong with those that cannot."""
+    served = await services.catalog.all()
+    workers = await _workers(services)
+    names = {one.signature.model for one in served}
+    broken = [one for one in _problems(workers) if one.model not in names]
+    return json_reply(200, ModelList(await _views(services, served, workers), broken))
 
 
 async def read_model(services: Services, request: Request[NoQuery]) -> Reply:
-    """One model: its inputs, outputs, labels, and a request that works."""
+    """One model: its inputs, outputs, labels, versions, workers, and a request that works."""
+    try:
+        served = await services.catalog.find(request.path("model"))
+    except ModelNotFound as error:
+        reason = await _why_broken(services, request.path("model"))
+        raise ModelNotFound(f"{error.detail} {reason}".strip()) from error
+    (view,) = await _views(services, [served], await _workers(services))
+    return json_reply(200, view)
+
+
+async def pause_model(services: Services, request: Request[NoQuery]) -> Reply:
+    """Runs none of a model's jobs until it is resumed; they are still taken in."""
+    return await _pause(services, request, paused=True)
+
+
+async def resume_model(services: Services, request: Request[NoQuery]) -> Reply:
+    """Runs a paused model's jobs again."""
+    return await _pause(services, request, paused=False)
+
+
+async def _pause(services: Services, request: Request[NoQuery], *, paused: bool) -> Reply:
     served = await services.catalog.find(request.path("model"))
-    return json_reply(200, _view(served, services.catalog.default_model))
+    await services.operation.pause(served.queue, paused=paused)
+    return json_reply(200, Pause(served.signature.model, paused))
 
 
 async def validate(services: Services, request: Request[AskedOptions]) -> Reply:
@@ -54,14 +85,43 @@ async def validate(services: Services, request: Request[AskedOptions]) -> Reply:
     )
 
 
-def _view(served: Served, default_model: str | None) -> Model:
+async def _workers(services: Services) -> Workers:
+    bodies = await services.inspection.workers()
+    return {name: worker_says(body) for name, body in bodies.items()}
+
+
+async def _why_broken(services: Services, name: str | None) -> str:
+    found = [one for one in _problems(await _workers(services)) if one.model == name]
+    return " ".join(f"Version {one.version} is not served: {one.reason}." for one in found[:3])
+
+
+def _problems(workers: Workers) -> list[ModelProblem]:
+    return [
+        ModelProblem(model=model, version=version, worker=worker, reason=reason)
+        for worker, says in sorted(workers.items())
+        for model, versions in sorted(says.problems.items())
+        for version, reason in sorted(versions.items())
+    ]
+
+
+async def _views(services: Services, models: Sequence[Served], workers: Workers) -> list[Model]:
+    paused = await services.inspection.paused([one.queue for one in models])
+    default = services.catalog.default_model
+    return [
+        _view(one, workers, is_default=one.signature.model == default, paused=is_paused)
+        for one, is_paused in zip(models, paused, strict=True)
+    ]
+
+
+def _view(served: Served, workers: Workers, *, is_default: bool, paused: bool) -> Model:
     signature = served.signature
+    name = signature.model
     return Model(
-        model=signature.model,
+        model=name,
         version=signature.version,
         versions=list(served.versions),
-        default=signature.model == default_model,
-        url=f"/predict/{signature.model}",
+        default=is_default,
+        url=f"/predict/{name}",
         description=signature.description,
         inputs=signature.inputs,
         outputs=signature.outputs,
@@ -73,6 +133,12 @@ def _view(served: Served, default_model: str | None) -> Model:
         version_sha256={one: served.signatures[one].sha256 for one in served.versions},
         symbols=_symbols(signature),
         example=example_of(signature),
+        paused=paused,
+        workers=sum(name in one.models and one.state == "ready" for one in workers.values()),
+        problems=[one for one in _problems(workers) if one.model == name],
+        run_times={
+            worker: one.run_times[name] for worker, one in workers.items() if name in one.run_times
+        },
     )
 
 

@@ -9,7 +9,13 @@ from asyncinfer.api.about import about, health, live, openapi, ready
 from asyncinfer.api.body import NPY
 from asyncinfer.api.exchange import Reply, Request
 from asyncinfer.api.jobs import cancel_job, list_jobs, read_job, retry_job
-from asyncinfer.api.models import list_models, read_model, validate
+from asyncinfer.api.models import (
+    list_models,
+    pause_model,
+    read_model,
+    resume_model,
+    validate,
+)
 from asyncinfer.api.predict import predict
 from asyncinfer.api.results import BINARY, read_result
 from asyncinfer.api.scale import read_scale
@@ -51,6 +57,7 @@ from asyncinfer.schemas import (
     Model,
     ModelList,
     NoQuery,
+    Pause,
     PredictRequest,
     ResultQuery,
     Scale,
@@ -223,6 +230,22 @@ ROUTES: Final = (
         headers=(_JSON_LENGTH,),
         answers={200: Validated},
         errors=(*_READING, ModelNotFound),
+    ),
+    Route(
+        method="POST",
+        path="/models/{model}/pause",
+        handler=pause_model,
+        scope="admin",
+        answers={200: Pause},
+        errors=(ModelNotFound, NoModelAnnounced, RedisUnavailable),
+    ),
+    Route(
+        method="POST",
+        path="/models/{model}/resume",
+        handler=resume_model,
+        scope="admin",
+        answers={200: Pause},
+        errors=(ModelNotFound, NoModelAnnounced, RedisUnavailable),
     ),
     Route(
         method="GET",

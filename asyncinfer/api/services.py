@@ -6,6 +6,7 @@ from asyncinfer.api.catalog import Catalog
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.inbox import Inbox
 from asyncinfer.repository.inspect import Inspection
+from asyncinfer.repository.operate import Operation
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submit import Submissions
 
@@ -15,6 +16,7 @@ class Services(Struct, frozen=True, kw_only=True):
     store: Store
     submissions: Submissions
     inspection: Inspection
+    operation: Operation
     inbox: Inbox
     catalog: Catalog
     openapi: bytes

@@ -32,6 +32,36 @@ class Announced(Struct, frozen=True):
 
     default_model: str | None
     models: dict[str, dict[str, bytes]]
+    default_versions: dict[str, str] = {}
+    """Of models whose served version is not simply the highest."""
+
+
+class WorkerSays(Struct, frozen=True):
+    """What a living worker says of its models; the older its release, the less."""
+
+    models: tuple[str, ...] = ()
+    state: str = ""
+    versions: dict[str, dict[str, str]] = {}
+    """{model: {version: sha256}}, what it serves."""
+    served: dict[str, str] = {}
+    """{model: version}, for jobs that ask for none."""
+    problems: dict[str, dict[str, str]] = {}
+    """{model: {version: why it is not served, or not as its file is now}}."""
+    loaded: tuple[str, ...] = ()
+    """model/version, as they are in its memory, the least used first."""
+    run_times: dict[str, dict[str, float]] = {}
+    """{model: {rows of a run: seconds}}, as measured."""
+
+
+_decode_worker = msgspec.json.Decoder(WorkerSays).decode
+
+
+def worker_says(body: bytes) -> WorkerSays:
+    """What cannot be read says nothing."""
+    try:
+        return _decode_worker(body)
+    except msgspec.DecodeError:
+        return WorkerSays()
 
 
 class Health(Struct, frozen=True):
@@ -140,7 +170,19 @@ class Inspection:
         for name in names:
             versions = await self._store.command("HGETALL", keys.model(n, name))
             models[name] = {version.decode(): body for version, body in versions.items()}
-        return Announced(await self._store.default_model(), models)
+        pinned = await self._store.command("HGETALL", keys.default_versions(n))
+        return Announced(
+            await self._store.default_model(),
+            models,
+            {model.decode(): version.decode() for model, version in pinned.items()},
+        )
+
+    async def paused(self, queues: Sequence[str]) -> list[bool]:
+        """Of each queue, whether its jobs are taken in but not run."""
+        if not queues:
+            return []
+        found = await self._store.command("MGET", *map(keys.paused, queues))
+        return [one is not None for one in found]
 
     async def health(self) -> Health:
         server = await self._store.check_server()

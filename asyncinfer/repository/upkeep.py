@@ -204,6 +204,44 @@ class Upkeep:
             fields = [part for pair in versions.items() for part in pair]
             await self._store.command("HSET", keys.model(n, name), *fields)
 
+    async def announced_versions(self, model: str) -> dict[str, bytes]:
+        """{version: signature as JSON}, from whichever workers."""
+        found = await self._store.command("HGETALL", keys.model(self._store.n, model))
+        return {version.decode(): body for version, body in found.items()}
+
+    async def announce_first(self, model: str, version: str, body: bytes) -> bytes:
+        """Announces a version unless it is announced; returns what is announced now."""
+        n = self._store.n
+        await self._store.command("SADD", keys.models(n), model)
+        await self._store.command("HSETNX", keys.model(n, model), version, body)
+        found = await self._store.command("HGET", keys.model(n, model), version)
+        return bytes(found or body)
+
+    async def retract_version(self, model: str, version: str) -> None:
+        """Its file is gone everywhere; a model without a version is none."""
+        n = self._store.n
+        if not await self._store.command("HDEL", keys.model(n, model), version):
+            return
+        if not await self._store.command("EXISTS", keys.model(n, model)):
+            await self._store.command("SREM", keys.models(n), model)
+            await self._store.command("HDEL", keys.default_versions(n), model)
+
+    async def is_empty(self, queue: str) -> bool:
+        """Whether no job waits there or is run; delayed ones do not count."""
+        lists = [await self._store.command("LLEN", name) for name in keys.waiting(queue)]
+        return not any(lists) and not await self._store.command("HLEN", keys.running(queue))
+
+    async def announce_default_versions(self, wanted: Mapping[str, str | None]) -> None:
+        """Which version answers where it is not the highest (None: it is)."""
+        name = keys.default_versions(self._store.n)
+        reply = await self._store.command("HGETALL", name)
+        known = {model.decode(): version.decode() for model, version in reply.items()}
+        for model, version in wanted.items():
+            if version is None and model in known:
+                await self._store.command("HDEL", name, model)
+            elif version is not None and known.get(model) != version:
+                await self._store.command("HSET", name, model, version)
+
     async def announce_worker(
         self, worker_id: str, about: Mapping[str, Any], ttl_seconds: float
     ) -> None:

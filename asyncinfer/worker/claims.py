@@ -108,6 +108,19 @@ class Claims:
         self._run_seconds = 0.0
         """From a claim to its outcomes, a running mean."""
 
+    def serve(self, queues: Mapping[str, bool]) -> None:
+        """From now on claims of these; what waits for a bell hears of it within BRPOP_TIMEOUT."""
+        self._queues = list(queues)
+        self._unshared = {queue for queue, shared in queues.items() if not shared}
+        self._looked = False
+        self._let_go_event.set()
+
+    async def shuffle(self, queue: str) -> None:
+        """Changes, by chance, who is first to hear the bell of a job that another worker must run:
+        two idle workers that take turns at the bell would go on as they began."""
+        if random.random() < 0.5:
+            await self._ring_back(queue)
+
     async def drain(self) -> None:
         """Claims nothing more; whoever waits for work returns."""
         self.draining.set()
@@ -186,6 +199,8 @@ class Claims:
 
     def _must_not_claim(self) -> bool:
         """A redelivered job or a suspect runs with nothing beside it in its process."""
+        if not self._queues:
+            return True
         if not self.held:
             self._blocked = False
         return self._blocked or any(held.claim.lone for held in self.held.values())
@@ -232,7 +247,7 @@ class Claims:
     def _following(self, held: Held) -> ClaimRequest | None:
         """The claim that rides on a finish, unless this process must not claim just now."""
         others = [one for token, one in self.held.items() if token != held.claim.token]
-        if self.draining.is_set() or any(one.claim.lone for one in others):
+        if not self._queues or self.draining.is_set() or any(one.claim.lone for one in others):
             return None
         if self._blocked and others:
             return None

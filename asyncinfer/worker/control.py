@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from asyncinfer import keys
@@ -20,13 +20,17 @@ class Control:
     """Reads the control streams of this worker's queues."""
 
     def __init__(
-        self, store: Store, queues: Sequence[str], heard: Callable[[str, str], None]
+        self, store: Store, queues: Iterable[str], heard: Callable[[str, str], None]
     ) -> None:
         self._store = store
-        self._streams = [keys.control(queue) for queue in queues]
+        self.serve(queues)
         self._heard = heard
         self._blocking = store.blocking()
         self._last: dict[str, bytes] = {}
+
+    def serve(self, queues: Iterable[str]) -> None:
+        """From the next read on listens to these, and always to the default model's queue."""
+        self._streams = [keys.control(queue) for queue in {self._store.n, *queues}]
 
     async def listen(self) -> None:
         """Tells `heard(what, job_id)`; ends when closed. What it misses a renewal tells later."""
@@ -49,7 +53,9 @@ class Control:
                 self._last[stream] = bytes(newest[0][0]) if newest else b"0"
 
     async def _read(self) -> None:
-        for stream, entry_id, fields in await self._blocking.read(self._last, _READ_SECONDS):
+        # Some may have come since the last start.
+        asked = {name: self._last[name] for name in self._streams if name in self._last}
+        for stream, entry_id, fields in await self._blocking.read(asked, _READ_SECONDS):
             self._last[stream] = entry_id
             for what, job_id in fields.items():
                 self._heard(what.decode("utf-8", "replace"), id_text(job_id))

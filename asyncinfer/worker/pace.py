@@ -27,7 +27,7 @@ class Paces:
 
 
 class RunTimes:
-    """How long runs took here, by model and rows: how often, and the mean in seconds."""
+    """How long runs took here, by model and rows."""
 
     def __init__(self) -> None:
         self._sums: dict[str, dict[int, tuple[int, float]]] = {}
@@ -39,9 +39,9 @@ class RunTimes:
         count, total = sums.get(bucket, (0, 0.0))
         sums[bucket] = (count + 1, total + seconds)
 
-    def view(self) -> dict[str, dict[int, tuple[int, float]]]:
-        """By model, then by the most rows: count and mean seconds."""
+    def view(self) -> dict[str, dict[int, float]]:
+        """The mean seconds of a run, by model, then by the most rows."""
         return {
-            model: {rows: (count, total / count) for rows, (count, total) in sorted(sums.items())}
+            model: {rows: total / count for rows, (count, total) in sorted(sums.items())}
             for model, sums in self._sums.items()
         }

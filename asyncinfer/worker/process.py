@@ -8,18 +8,20 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any, Final
 
 from msgspec import Struct
 
 from asyncinfer import garbage
 from asyncinfer.engine import Engine
-from asyncinfer.errors import ModelRefused, RedisUnavailable, StartError, StorageFull
-from asyncinfer.models import ModelFile, default_model, scan
+from asyncinfer.errors import RedisUnavailable, StartError, StorageFull
+from asyncinfer.models import default_model
 from asyncinfer.repository.store import Policy, Store
 from asyncinfer.worker.claims import Step
+from asyncinfer.worker.library import Library, Source
 from asyncinfer.worker.monitor import listen, monitored
+from asyncinfer.worker.shelf import Bounds, Shelf
 from asyncinfer.worker.worker import Worker, WorkerConfig
 
 log = logging.getLogger(__name__)
@@ -36,9 +38,8 @@ class WorkerProcess(Struct, frozen=True, kw_only=True):
     redis_url: str
     queue_name: str
     policy: Policy
-    model_dir: Path
-    models: tuple[str, ...] = ()
-    """Names to serve; none means all in the folder."""
+    source: Source
+    bounds: Bounds = Bounds()
     default_model: str | None = None
     """As the operator set it; None: as first started, else by what is in the folder."""
     intra_op_threads: int = 1
@@ -55,11 +56,9 @@ def run(config: WorkerProcess, on_step: Callable[[Step], None] = lambda _: None)
     Raises StartError when the server or the models cannot be used.
     """
     with _listener(config) as listener:
-        engines = load(
-            config.model_dir, config.models, config.intra_op_threads, config.allow_custom_ops
-        )
+        library = _opened(config)
         garbage.settle()
-        code = _exit_code(_work(config, engines, listener, on_step))
+        code = _exit_code(_work(config, library, listener, on_step))
     if code:
         # A thread that would not stop cannot be joined, and the interpreter would wait for it.
         logging.shutdown()
@@ -88,38 +87,21 @@ def _exit_code(work: Coroutine[Any, Any, int]) -> int:
         return _FAILED_EXIT
 
 
-def load(
-    model_dir: Path, wanted: Sequence[str], intra_op_threads: int, allow_custom_ops: bool = False
-) -> dict[str, Engine]:
-    """The folder's models by name; one that cannot be loaded is logged and left out."""
-    engines = {}
-    for file in _wanted(model_dir, wanted):
-        try:
-            engines[file.model] = Engine.load(
-                file, intra_op_threads=intra_op_threads, allow_custom_ops=allow_custom_ops
-            )
-        except ModelRefused as error:
-            log.error("Model %s is not served: %s", file.model, error.detail)
-    if not engines:
-        raise StartError(
-            f"No model to serve in {model_dir}. Put an ONNX file there, as "
-            "<name>/1/model.onnx or <name>.onnx, or set MODEL_DIR."
-        )
-    return engines
-
-
-def _wanted(model_dir: Path, wanted: Sequence[str]) -> list[ModelFile]:
-    files = scan(model_dir)
-    if missing := set(wanted) - {file.model for file in files}:
-        raise StartError(
-            f"MODELS names {', '.join(sorted(missing))}, which {model_dir} does not have."
-        )
-    return [file for file in files if not wanted or file.model in wanted]
+def _opened(config: WorkerProcess) -> Library:
+    load = partial(
+        Engine.load,
+        intra_op_threads=config.intra_op_threads,
+        allow_custom_ops=config.allow_custom_ops,
+    )
+    shelf = Shelf(load, config.bounds)
+    library = Library(config.source, shelf, allow_custom_ops=config.allow_custom_ops)
+    library.open(load, config.default_model)
+    return library
 
 
 async def _work(
     config: WorkerProcess,
-    engines: dict[str, Engine],
+    library: Library,
     listener: socket.socket | None,
     on_step: Callable[[Step], None],
 ) -> int:
@@ -133,10 +115,10 @@ async def _work(
         call_seconds=_CALL_SECONDS,
     )
     async with monitored(listener) as monitor, opened as store:
-        default = await _connected(store, config, stopping)
+        default = await _connected(store, config, library.names, stopping)
         if stopping.is_set():
             return 0
-        worker = Worker(store, engines, default, config.worker, on_step)
+        worker = Worker(store, library, default, config.worker, on_step)
         monitor.unready = worker.unready
         async with asyncio.TaskGroup() as group:
             drained = group.create_task(_drain_when(stopping, worker))
@@ -145,10 +127,10 @@ async def _work(
         return code
 
 
-async def _connected(store: Store, config: WorkerProcess, stopping: asyncio.Event) -> str | None:
+async def _connected(
+    store: Store, config: WorkerProcess, names: Sequence[str], stopping: asyncio.Event
+) -> str | None:
     """Waits for the server, or to be asked to stop; returns the default model."""
-    files = _wanted(config.model_dir, config.models)
-    names = [file.model for file in files if not file.problem]
     told = False
     while not stopping.is_set():
         try:

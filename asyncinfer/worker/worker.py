@@ -8,7 +8,7 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Final
@@ -28,8 +28,9 @@ from asyncinfer.errors import (
     RedisUnavailable,
     ResultTooLarge,
     StorageFull,
+    UnknownModel,
 )
-from asyncinfer.execution import Batch, Prepared
+from asyncinfer.execution import Asked, Batch, Prepared
 from asyncinfer.models import Signature
 from asyncinfer.repository.run import (
     Claimed,
@@ -41,11 +42,13 @@ from asyncinfer.repository.run import (
     error_body,
 )
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.upkeep import Upkeep
 from asyncinfer.upkeep import ANNOUNCE_SECONDS, Renewer, announce_forever, reap_forever
+from asyncinfer.worker.announcing import Announcer, Said
 from asyncinfer.worker.claims import Claims, Held, Run, Step
 from asyncinfer.worker.control import Control
+from asyncinfer.worker.library import Library
 from asyncinfer.worker.pace import Paces, RunTimes
+from asyncinfer.worker.watch import changes
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +57,9 @@ EXIT_HUNG: Final = 70
 
 _FAREWELL_SECONDS: Final = 1.0
 _LITTLE_BYTES: Final = 8192
+
+_ELSEWHERE_MS: Final = (20, 200)
+"""How long a job waits that this worker could not run, so that it is not the first to see it."""
 
 _MOST_STORING_SECONDS: Final = 1.0
 _SILENT_SECONDS: Final = 3 * ANNOUNCE_SECONDS
@@ -70,6 +76,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     prediction_timeout_seconds: float = 10.0
     hang_grace_seconds: float = 1.0
     drain_timeout_seconds: float = 20.0
+    rescan_seconds: float = 10.0
 
 
 class Hung(Exception):
@@ -86,7 +93,7 @@ class Worker:
     def __init__(
         self,
         store: Store,
-        engines: Mapping[str, Engine],
+        library: Library,
         default_model: str | None,
         config: WorkerConfig,
         on_step: Callable[[Step], None] = lambda _: None,
@@ -94,19 +101,16 @@ class Worker:
         self.worker_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self.hung = False
         self._store = store
-        self._engines = engines
+        self._library = library
         self._default_model = default_model
         self._config = config
         self._on_step = on_step
-        self._models = {
-            keys.queue(store.n, model, default_model): model for model in sorted(engines)
-        }
-        queues = {queue: engines[model].signature.batched for queue, model in self._models.items()}
+        queues = self._queues()
         self._paces = Paces()
         self.run_times = RunTimes()
         self._answered_at = time.monotonic()
         self._runs = Runs(store, self.worker_id)
-        self._control = Control(store, list(queues), self._heard)
+        self._control = Control(store, queues, self._heard)
         self._threads = ThreadPoolExecutor(config.concurrency, thread_name_prefix="slot")
         self._loop = asyncio.get_running_loop()
         self._renewer = Renewer(store, self._renewed_in_thread)
@@ -119,8 +123,12 @@ class Worker:
             brpop_timeout_seconds=config.brpop_timeout_seconds,
             on_step=on_step,
         )
+        self._announcer = Announcer(store, self.worker_id, library, default_model, self._said)
+        self._news = asyncio.Event()
+        self._watched_enough = asyncio.Event()
         self._given_up = False
         self._group: asyncio.TaskGroup
+        library.on_change = self._models_changed
 
     # --- the process ---------------------------------------------------------------------------
 
@@ -131,49 +139,81 @@ class Worker:
         async with anyio.create_task_group() as background:
             for role in self._roles():
                 background.start_soon(role)
-            async with asyncio.TaskGroup() as self._group:
-                create = self._group.create_task
-                slots = [create(self._slot()) for _ in range(self._config.concurrency)]
-                await self._slots_done(slots)
+            try:
+                async with asyncio.TaskGroup() as self._group:
+                    await self._introduced()
+                    create = self._group.create_task
+                    slots = [create(self._slot()) for _ in range(self._config.concurrency)]
+                    await self._slots_done(slots)
+            finally:
+                self._watched_enough.set()
             await self._control.close()
             background.cancel_scope.cancel()
         await self._renewer.close()
         with contextlib.suppress(RedisUnavailable, StorageFull, TimeoutError):
             async with asyncio.timeout(_FAREWELL_SECONDS):
-                upkeep = Upkeep(self._store)
-                await upkeep.retract_worker(self.worker_id)
-                await upkeep.announce_paces(self._paces.seconds_per_job())
+                await self._announcer.retract()
+        self._library.close()
         self._threads.shutdown(wait=not self.hung)
         return EXIT_HUNG if self.hung else 0
 
     def _roles(self) -> list[Callable[[], Coroutine[Any, Any, None]]]:
-        announced = {
-            name: {engine.signature.version: msgspec.json.encode(engine.signature)}
-            for name, engine in self._engines.items()
-        }
+        announce = partial(
+            announce_forever, self._announcer.announce, self._news, self._redis_answered
+        )
         return [
             partial(reap_forever, self._store),
-            partial(
-                announce_forever,
-                self._store,
-                self.worker_id,
-                self._about,
-                announced,
-                self._redis_answered,
-            ),
+            announce,
             self._renewer.beat,
             self._control.listen,
+            self._library.describe,
+            self._watch,
         ]
 
-    def _about(self) -> dict[str, object]:
+    async def _introduced(self) -> None:
+        """Before anything is claimed: a file that another worker has otherwise must not be run."""
+        with contextlib.suppress(RedisUnavailable, StorageFull):
+            await self._announcer.announce()
+            self._redis_answered()
+
+    async def _watch(self) -> None:
+        """Follows the model folder."""
+        seen = changes(
+            self._library.watched,
+            rescan_seconds=self._config.rescan_seconds,
+            stopping=self._watched_enough,
+        )
+        async for _ in seen:
+            try:
+                await self._library.rescan()
+            except Exception:
+                log.exception("The model folder could not be followed.")
+
+    def _queues(self) -> dict[str, bool]:
+        """The queues of the models served, and whether their jobs can share a run."""
         return {
+            keys.queue(self._store.n, model, self._default_model): version.signature.batched
+            for model, version in sorted(self._library.served.items())
+            if version.signature
+        }
+
+    def _models_changed(self) -> None:
+        queues = self._queues()
+        self._claims.serve(queues)
+        self._control.serve(queues)
+        self._news.set()
+
+    def _said(self) -> Said:
+        paces = self._paces.seconds_per_job()
+        about = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "concurrency": self._config.concurrency,
-            "models": sorted(self._engines),
             "state": self._state(),
-            "seconds_per_job": self._paces.seconds_per_job(),
+            "seconds_per_job": paces,
+            "run_times": self.run_times.view(),
         }
+        return Said(about, paces)
 
     def _redis_answered(self) -> None:
         self._answered_at = time.monotonic()
@@ -244,7 +284,7 @@ class Worker:
         finished: list[Finished] = []
         try:
             prepared = await self._prepared(held.claim.jobs)
-            finished += [self._failed(held, job, error) for job, error in prepared.refused]
+            finished += [await self._refused(held, job, error) for job, error in prepared.refused]
             for batch in prepared.batches:
                 finished += await self._run(held, batch)
         except Hung as hung:
@@ -264,12 +304,24 @@ class Worker:
         self._note_pace(held)
         return following
 
+    async def _refused(self, held: Held, job: ClaimedJob, error: AsyncinferError) -> Finished:
+        """A job for what this worker lacks goes to one that has it: a new version does not come
+        to all of them at once."""
+        model, version = execution.asked(job, self._default_model)
+        if isinstance(error, UnknownModel) and model is not None:
+            with contextlib.suppress(RedisUnavailable):
+                if await self._announcer.is_elsewhere(model, version):
+                    await self._claims.shuffle(held.claim.queue)
+                    delay_ms = random.randrange(*_ELSEWHERE_MS)
+                    return Finished(job.job_id, "released", meta=job.meta, delay_ms=delay_ms)
+        return self._failed(held, job, error)
+
     def _note_pace(self, held: Held) -> None:
         """A claim takes its slot until its outcomes are stored; an outage says nothing of it."""
         now = time.monotonic()
         storing_seconds = min(now - held.ran_at, _MOST_STORING_SECONDS)
         slot_seconds = held.ran_at - held.claimed_at + storing_seconds
-        model = self._models[held.claim.queue]
+        model = keys.model_of(self._store.n, held.claim.queue, self._default_model) or ""
         self._paces.note(model, slot_seconds, len(held.claim.jobs), at_seconds=now)
 
     def _note_run_time(self, batch: Batch, seconds: float) -> None:
@@ -277,11 +329,31 @@ class Worker:
         self.run_times.note(batch.engine.signature.model, rows, seconds)
 
     async def _prepared(self, claimed: Sequence[ClaimedJob]) -> Prepared:
-        prepare = partial(execution.prepare, claimed, self._engines, self._default_model)
+        engine_of = await self._engines_of(claimed)
+        prepare = partial(execution.prepare, claimed, engine_of, self._default_model)
         # The way to a thread and back costs more than to decode a little.
         if sum(len(job.data) for job in claimed) <= _LITTLE_BYTES:
             return prepare()
         return await self._loop.run_in_executor(self._threads, prepare)
+
+    async def _engines_of(self, claimed: Sequence[ClaimedJob]) -> Callable[[Asked], Engine]:
+        """The engines that jobs ask for, loaded where need be; held here, whatever is evicted."""
+        found: dict[Asked, Engine | UnknownModel] = {}
+        for model, version in {execution.asked(job, self._default_model) for job in claimed}:
+            try:
+                found[model, version] = self._library.ready(
+                    model, version
+                ) or await self._library.fetch(model, version)
+            except UnknownModel as error:
+                found[model, version] = error
+
+        def engine_of(asked: Asked) -> Engine:
+            engine = found[asked]
+            if isinstance(engine, UnknownModel):
+                raise engine
+            return engine
+
+        return engine_of
 
     async def _run(self, held: Held, batch: Batch) -> list[Finished]:
         """Runs a batch; one that fails is split until the culprit is alone."""
@@ -310,11 +382,9 @@ class Worker:
             for job, body in zip(batch.jobs, bodies, strict=True)
         ]
 
-    def _completed(
-        self, held: Held, job: ClaimedJob, body: bytes, signature: Signature
-    ) -> Finished:
+    def _completed(self, held: Held, job: ClaimedJob, body: bytes, ran: Signature) -> Finished:
         if len(body) <= self._config.max_result_bytes:
-            return self._ended(held, job, "completed", body, signature)
+            return self._ended(held, job, "completed", body, ran)
         error = ResultTooLarge(
             f"The result has {len(body)} bytes; {self._config.max_result_bytes} are kept "
             "for one job. Send fewer rows a job."

@@ -147,8 +147,8 @@ async def test_every_route_needs_its_scope(locked: int) -> None:
     async with client_of(locked, **bearer("reader")) as reader:
         for route in ROUTES:
             reply = await _call(reader, route)
-            if route.scope == "submit":
-                assert "`submit`" in assert_problem(reply, 403, "forbidden")["detail"]
+            if route.scope in ("submit", "admin"):
+                assert f"`{route.scope}`" in assert_problem(reply, 403, "forbidden")["detail"]
             else:
                 assert reply.status_code in (200, 404)
     async with client_of(locked, **bearer("sender")) as sender:

@@ -243,7 +243,7 @@ async def _worked(
     submitted = await client.post(f"/predict/{model}", **sent)
     assert submitted.status_code == 202, submitted.text
     claim = await hand.claim(f"{QUEUE}:{model}")
-    prepared = prepare(claim.jobs, engines, None)
+    prepared = prepare(claim.jobs, lambda _: engines[model], None)
     assert not prepared.refused
     engine = engines[model]
     outputs = engine.run(prepared.batches[0].inputs[0], Stop())

@@ -16,6 +16,7 @@ import redis
 from asyncinfer import keys
 from asyncinfer.repository.store import Policy
 from asyncinfer.worker.claims import Step
+from asyncinfer.worker.shelf import Bounds
 from asyncinfer.worker.worker import WorkerConfig
 
 from . import nursery
@@ -172,6 +173,7 @@ class Terms(TypedDict, total=False):
     default_model: str
     policy: Policy
     worker: WorkerConfig
+    bounds: Bounds
     monitor_port: int
 
 

@@ -11,7 +11,9 @@ import msgspec
 
 from asyncinfer.repository.store import Policy
 from asyncinfer.worker.claims import Step
+from asyncinfer.worker.library import Source
 from asyncinfer.worker.process import WorkerProcess, run
+from asyncinfer.worker.shelf import Bounds
 from asyncinfer.worker.worker import WorkerConfig
 
 
@@ -24,6 +26,7 @@ class Order(msgspec.Struct, kw_only=True):
     worker: WorkerConfig = WorkerConfig(concurrency=1)
     models: tuple[str, ...] = ()
     default_model: str | None = None
+    bounds: Bounds = Bounds()
     monitor_port: int | None = None
     die_at: Step | None = None
     """Kills itself with SIGKILL when it first comes to this step."""
@@ -52,8 +55,8 @@ def main() -> int:
         redis_url=order.redis_url,
         queue_name="predict_queue",
         policy=order.policy,
-        model_dir=Path(order.model_dir),
-        models=order.models,
+        source=Source(Path(order.model_dir), order.models),
+        bounds=order.bounds,
         default_model=order.default_model or _only(order.models),
         worker=order.worker,
         monitor_port=order.monitor_port,

@@ -1,0 +1,175 @@
+"""What a worker says of itself and its models, and what it hears of others'."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+from msgspec import Struct
+
+from asyncinfer import keys
+from asyncinfer.models import Signature
+from asyncinfer.repository.inspect import Inspection, WorkerSays, worker_says
+from asyncinfer.repository.store import Store
+from asyncinfer.repository.upkeep import Upkeep
+from asyncinfer.upkeep import ANNOUNCE_SECONDS
+from asyncinfer.worker.library import Library
+from asyncinfer.worker.shelf import Label
+
+_LIVES_SECONDS: Final = 5 * ANNOUNCE_SECONDS
+_APIS_KNOW_SECONDS: Final = 5.0
+"""Until then an API may still send jobs for what was removed."""
+
+_MOST_LEAVING_SECONDS: Final = 60.0
+"""A queue that other versions keep busy says nothing of who waits for a removed one."""
+
+_decode_signature = msgspec.json.Decoder(Signature).decode
+
+
+class Said(Struct, frozen=True):
+    """The part of an announcement that changes all the time."""
+
+    about: Mapping[str, Any]
+    paces: Mapping[str, float]
+
+
+class Announcer:
+    """One `announce` is one round: say, hear, and settle what follows."""
+
+    def __init__(
+        self,
+        store: Store,
+        worker_id: str,
+        library: Library,
+        default_model: str | None,
+        said: Callable[[], Said],
+    ) -> None:
+        self._store = store
+        self._worker_id = worker_id
+        self._library = library
+        self._default_model = default_model
+        self._said = said
+        self._upkeep = Upkeep(store)
+        self._inspection = Inspection(store)
+
+    async def announce(self) -> None:
+        said = self._said()
+        # First who we are, and then what we have: who finds another file announced looks for a
+        # worker that lives and has it, and who removes one for others that still have it.
+        await self._say_who(said)
+        others = await self._others()
+        contested = await self._announce_models(others)
+        if contested.keys() != self._contested():
+            self._library.contest(contested)
+            await self._say_who(self._said())
+        await self._upkeep.announce_default_versions(self._library.default_versions())
+        await self._settle_leaving(others)
+        await self._upkeep.announce_paces(said.paces)
+
+    async def retract(self) -> None:
+        await self._upkeep.retract_worker(self._worker_id)
+        await self._upkeep.announce_paces(self._said().paces)
+
+    async def is_elsewhere(self, model: str, version: str | None) -> bool:
+        """Whether another living worker has what this one has not (yet, or any more)."""
+        versions = [one.versions.get(model, {}) for one in await self._others()]
+        return any(one if version is None else version in one for one in versions)
+
+    def _contested(self) -> set[Label]:
+        return self._library.described().keys() - self._library.announced().keys()
+
+    async def _say_who(self, said: Said) -> None:
+        about = {**said.about, **self._models()}
+        await self._upkeep.announce_worker(self._worker_id, about, _LIVES_SECONDS)
+
+    def _models(self) -> dict[str, Any]:
+        """As `repository.inspect.WorkerSays` reads it."""
+        versions: dict[str, dict[str, str]] = {}
+        problems: dict[str, dict[str, str]] = {}
+        for (model, version), signature in self._library.announced().items():
+            versions.setdefault(model, {})[version] = signature.sha256
+        for (model, version), problem in self._library.problems().items():
+            problems.setdefault(model, {})[version] = problem
+        served = {name: one.file.version for name, one in self._library.served.items()}
+        return {
+            "models": sorted(served),
+            "versions": versions,
+            "served": served,
+            "problems": problems,
+            "loaded": ["/".join(label) for label in self._library.loaded],
+        }
+
+    async def _others(self) -> list[WorkerSays]:
+        bodies = await self._inspection.workers()
+        return [worker_says(body) for one, body in bodies.items() if one != self._worker_id]
+
+    # --- what we have --------------------------------------------------------------------------
+
+    async def _announce_models(self, others: Sequence[WorkerSays]) -> dict[Label, str]:
+        """Announces each version, unless a living worker serves another file of its name."""
+        contested: dict[Label, str] = {}
+        described = self._library.described()
+        for model in sorted({model for model, _ in described}):
+            known = await self._upkeep.announced_versions(model)
+            for version, signature in _of(model, described):
+                if rival := await self._announce_version(known.get(version), signature, others):
+                    contested[model, version] = rival
+        return contested
+
+    async def _announce_version(
+        self, stored: bytes | None, ours: Signature, others: Sequence[WorkerSays]
+    ) -> str:
+        """Why ours must not be served; empty when it is what is announced now."""
+        body = msgspec.json.encode(ours)
+        if stored is None:
+            stored = await self._upkeep.announce_first(ours.model, ours.version, body)
+        if stored == body:
+            return ""
+        if rival := _rival(stored, ours, others):
+            return rival
+        await self._upkeep.announce_models({ours.model: {ours.version: body}})
+        return ""
+
+    # --- what we had ---------------------------------------------------------------------------
+
+    async def _settle_leaving(self, others: Sequence[WorkerSays]) -> None:
+        done = []
+        for (model, version), seconds in self._library.leaving.items():
+            if not any(version in one.versions.get(model, {}) for one in others):
+                await self._upkeep.retract_version(model, version)
+            elsewhere = any(model in one.versions for one in others)
+            if await self._may_forget(model, seconds, elsewhere=elsewhere):
+                done.append((model, version))
+        if done:
+            self._library.forget(done)
+
+    async def _may_forget(self, model: str, seconds: float, *, elsewhere: bool) -> bool:
+        """Whether no job can wait for it: other workers take them, or none is left."""
+        here = any(name == model for name, _ in self._library.announced())
+        if elsewhere and not here:
+            return True
+        if seconds < _APIS_KNOW_SECONDS:
+            return False
+        if here and seconds > _MOST_LEAVING_SECONDS:
+            return True
+        queue = keys.queue(self._store.n, model, self._default_model)
+        return await self._upkeep.is_empty(queue)
+
+
+def _of(model: str, described: Mapping[Label, Signature]) -> Iterator[tuple[str, Signature]]:
+    return ((label[1], signature) for label, signature in described.items() if label[0] == model)
+
+
+def _rival(stored: bytes, ours: Signature, others: Sequence[WorkerSays]) -> str:
+    """Why ours must not be served; empty where the file is the same, or nobody serves the other."""
+    try:
+        sha256 = _decode_signature(stored).sha256
+    except msgspec.DecodeError:
+        return ""
+    if sha256 == ours.sha256:
+        return ""
+    if not any(one.versions.get(ours.model, {}).get(ours.version) == sha256 for one in others):
+        return ""
+    return (
+        f"another worker serves another file as this version (sha256 {sha256[:12]}…, here "
+        f"{ours.sha256[:12]}…). Publish this one under a new version."
+    )

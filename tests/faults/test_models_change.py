@@ -1,0 +1,377 @@
+"""The model folder changes while a worker serves it: no job fails, and no file takes it down."""
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+import redis
+from onnx import helper, numpy_helper
+
+from asyncinfer import keys
+from asyncinfer.jobs import SCHEMA, Record, new_id
+from asyncinfer.models import Signature
+from asyncinfer.repository.inspect import Inspection, WorkerSays, worker_says
+from asyncinfer.repository.store import Store
+from asyncinfer.repository.submit import NewJob, Stored, Submissions
+from asyncinfer.worker.shelf import Bounds
+from asyncinfer.worker.worker import WorkerConfig
+from tests import zoo
+
+from .customer import answer
+from .harness import assert_at_rest, eventually
+from .processes import Crew, OpenCrew
+
+CONFIG = WorkerConfig(concurrency=2, rescan_seconds=0.5)
+
+
+def adds(number: float) -> onnx.ModelProto:
+    """`y = x + number`."""
+    node = helper.make_node("Add", ["x", "number"], ["y"])
+    weights = {"number": np.array(number, np.float32)}
+    inputs, outputs = [zoo.tensor("x", ["batch", 1])], [zoo.tensor("y", ["batch", 1])]
+    return zoo.model([node], inputs, outputs, weights)
+
+
+def bomb() -> onnx.ModelProto:
+    """Asks for 64 GiB as soon as it is loaded, or at the latest when it is run."""
+    one = numpy_helper.from_array(np.ones(1, np.float32))
+    nodes = [
+        helper.make_node("ConstantOfShape", ["size"], ["filling"], value=one),
+        helper.make_node("ReduceMax", ["filling"], ["most"], keepdims=0),
+        helper.make_node("Add", ["x", "most"], ["y"]),
+    ]
+    weights = {"size": np.array([2**34])}
+    inputs, outputs = [zoo.tensor("x", ["batch", 1])], [zoo.tensor("y", ["batch", 1])]
+    return zoo.model(nodes, inputs, outputs, weights)
+
+
+class Folder:
+    """A model folder that is changed as operators do."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path / "models"
+        self._staging = path / "staging"
+        self.path.mkdir()
+
+    def publish(
+        self, model: onnx.ModelProto | bytes, version: int, name: str = "m", toml: str = ""
+    ) -> Path:
+        """By rename, as is right."""
+        content = model if isinstance(model, bytes) else model.SerializeToString()
+        staged = self._staging / f"{name}-{version}"
+        staged.mkdir(parents=True)
+        (staged / "model.onnx").write_bytes(content)
+        (self.path / name).mkdir(exist_ok=True)
+        if toml:
+            (self.path / name / "model.toml").write_text(toml)
+        return staged.rename(self.path / name / str(version)) / "model.onnx"
+
+    def remove(self, version: int, name: str = "m") -> None:
+        shutil.rmtree(self.path / name / str(version))
+
+
+class Shop:
+    """What clients see and do."""
+
+    def __init__(self, store: Store) -> None:
+        self._inspection = Inspection(store)
+        self._submissions = Submissions(store)
+        self._n = store.n
+
+    async def submit(self, value: float, version: str | None = None, name: str = "m") -> str:
+        now_ms = 1
+        queue = keys.queue(self._n, name, "m")
+        record = Record(SCHEMA, queue, name, "default", now_ms, version=version)
+        job = NewJob(new_id(now_ms), queue, msgspec.json.encode([[value]]), record)
+        (submitted,) = await self._submissions.submit_many(queue, [job])
+        assert submitted.verdict in ("ok", "exists")
+        return job.job_id
+
+    async def ended(self, job_id: str) -> Stored:
+        found: list[Stored] = []
+
+        async def has_ended() -> bool:
+            stored = await self._submissions.read(job_id)
+            found[:] = [stored] if stored else []
+            return bool(stored and stored.status in ("completed", "failed"))
+
+        await eventually(has_ended, "the job has ended")
+        return found[0]
+
+    async def ask(self, value: float, version: str | None = None, name: str = "m") -> float:
+        """The answer, when the job completes."""
+        stored = await self.ended(await self.submit(value, version, name))
+        assert stored.status == "completed", stored.error
+        return answer(stored)
+
+    async def versions(self, name: str = "m") -> dict[str, Signature]:
+        """What is announced of a model."""
+        announced = (await self._inspection.announced()).models.get(name, {})
+        return {
+            version: msgspec.json.decode(body, type=Signature)
+            for version, body in announced.items()
+        }
+
+    async def says(self) -> list[WorkerSays]:
+        return [worker_says(body) for body in (await self._inspection.workers()).values()]
+
+    async def problems(self, name: str = "m") -> dict[str, str]:
+        found: dict[str, str] = {}
+        for says in await self.says():
+            found |= says.problems.get(name, {})
+        return found
+
+    async def until_announced(self, *versions: str, name: str = "m") -> None:
+        async def is_so() -> bool:
+            return set(await self.versions(name)) == set(versions)
+
+        await eventually(is_so, f"{name} has the versions {versions}", 20)
+
+    async def until_refused(self, version: str, why: str) -> None:
+        async def is_so() -> bool:
+            return why in (await self.problems()).get(version, "")
+
+        await eventually(is_so, f"version {version} is refused: {why}", 20)
+
+    async def until_served(self, version: str) -> None:
+        async def is_so() -> bool:
+            return any(says.served.get("m") == version for says in await self.says())
+
+        await eventually(is_so, f"version {version} is served", 20)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    it = Folder(tmp_path)
+    it.publish(adds(1), 1)
+    return it
+
+
+@pytest.fixture
+def shop(store: Store) -> Shop:
+    return Shop(store)
+
+
+@asynccontextmanager
+async def serving(
+    crew: OpenCrew, folder: Folder, shop: Shop, bounds: Bounds | None = None
+) -> AsyncIterator[Crew]:
+    """One worker on the folder, which leaves well at the end."""
+    with crew(
+        model_dir=str(folder.path),
+        models=(),
+        default_model="m",
+        worker=CONFIG,
+        bounds=bounds or Bounds(),
+    ) as crewed:
+        worker = crewed.hire()
+        assert await shop.ask(1) == 2
+        yield crewed
+        assert not worker.died()
+        assert await worker.stop() == 0
+
+
+async def test_a_new_version_takes_over_under_load_and_no_job_fails(
+    crew: OpenCrew, folder: Folder, shop: Shop, server: redis.Redis
+) -> None:
+    job_ids: list[str] = []
+    enough = asyncio.Event()
+
+    async def load() -> None:
+        while not enough.is_set():
+            job_ids.extend([await shop.submit(10) for _ in range(20)])
+            await shop.ended(job_ids[-1])
+
+    async with serving(crew, folder, shop), asyncio.TaskGroup() as group:
+        group.create_task(load())
+        folder.publish(adds(2), 2)
+        await shop.until_served("2")
+        before = len(job_ids)
+        await eventually(lambda: len(job_ids) > before + 40, "jobs run on the new version")
+        enough.set()
+
+    ended = [await shop.ended(job_id) for job_id in job_ids]
+    assert {one.status for one in ended} == {"completed"}
+    told = {(one.record and one.record.ran_version, answer(one)) for one in ended}
+    assert told == {("1", 11.0), ("2", 12.0)}
+    assert_at_rest(server, "predict_queue")
+
+
+async def test_a_job_runs_on_the_version_it_asks_for(
+    crew: OpenCrew, folder: Folder, shop: Shop
+) -> None:
+    folder.publish(adds(2), 2, toml="default_version = 1")
+    async with serving(crew, folder, shop):
+        await shop.until_announced("1", "2")
+        assert [await shop.ask(1, version) for version in ("1", "2", None)] == [2, 3, 2]
+        stored = await shop.ended(await shop.submit(1, "7"))
+        assert b"unknown_model" in (stored.error or b"")
+        (folder.path / "m" / "model.toml").write_text("default_version = 2")
+        await shop.until_served("2")
+        assert await shop.ask(1) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"not a model", "cannot load it"),
+        (adds(1).SerializeToString()[:-9], "cannot load it"),
+        (bomb().SerializeToString(), "memory"),
+    ],
+    ids=["corrupt", "cut short", "bomb"],
+)
+async def test_a_bad_file_is_refused_and_the_old_version_serves_on(
+    crew: OpenCrew, folder: Folder, shop: Shop, content: bytes, why: str
+) -> None:
+    async with serving(crew, folder, shop):
+        folder.publish(content, 2)
+        await shop.until_refused("2", why)
+        assert await shop.ask(1) == 2
+        folder.publish(adds(3), 3)
+        await shop.until_announced("1", "3")
+        assert await shop.ask(1) == 4
+
+
+async def test_a_file_that_is_copied_slowly_is_waited_for(
+    crew: OpenCrew, folder: Folder, shop: Shop
+) -> None:
+    content = adds(2).SerializeToString()
+    async with serving(crew, folder, shop):
+        path = folder.path / "m" / "2" / "model.onnx"
+        path.parent.mkdir()
+        with path.open("wb") as file:
+            for byte in content:
+                file.write(bytes([byte]))
+                file.flush()
+                await asyncio.sleep(0.3 / len(content))
+        await shop.until_served("2")
+        assert await shop.ask(1) == 3
+
+
+async def test_a_new_model_is_served_and_a_removed_one_runs_what_waits(
+    crew: OpenCrew, folder: Folder, shop: Shop, server: redis.Redis
+) -> None:
+    async with serving(crew, folder, shop):
+        folder.publish(adds(5), 1, name="other")
+        await shop.until_announced("1", name="other")
+        assert await shop.ask(1, name="other") == 6
+
+        server.set(keys.paused("predict_queue:other"), "1")
+        job_id = await shop.submit(2, name="other")
+        folder.remove(1, name="other")
+        await shop.until_announced(name="other")
+        server.delete(keys.paused("predict_queue:other"))
+        assert answer(await shop.ended(job_id)) == 7
+
+        async def is_gone() -> bool:
+            return all("other" not in says.models for says in await shop.says())
+
+        await eventually(is_gone, "nobody serves it", 20)
+        assert await shop.ask(1) == 2
+
+
+async def test_a_removed_version_gives_way_to_the_one_before(
+    crew: OpenCrew, folder: Folder, shop: Shop
+) -> None:
+    async with serving(crew, folder, shop):
+        folder.publish(adds(2), 2)
+        await shop.until_served("2")
+        folder.remove(2)
+        await shop.until_announced("1")
+        assert await shop.ask(1) == 2
+
+
+async def test_a_file_changed_in_place_is_refused_until_it_is_as_it_was(
+    crew: OpenCrew, folder: Folder, shop: Shop
+) -> None:
+    path = folder.path / "m" / "1" / "model.onnx"
+    before = path.read_bytes()
+    async with serving(crew, folder, shop):
+        path.write_bytes(adds(9).SerializeToString())
+        await shop.until_refused("1", "changed in place")
+        assert await shop.ask(1) == 2
+        path.write_bytes(before)
+
+        async def none() -> bool:
+            return not await shop.problems()
+
+        await eventually(none, "the problem is gone", 20)
+
+
+async def test_of_two_workers_with_different_files_the_first_is_believed(
+    crew: OpenCrew, folder: Folder, shop: Shop, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    other = Folder(tmp_path / "elsewhere")
+    other.publish(adds(100), 1)
+    async with serving(crew, folder, shop):
+        with crew(model_dir=str(other.path), models=(), default_model="m", worker=CONFIG) as second:
+            second.hire()
+            await shop.until_refused("1", "another worker serves another file")
+            answers = {await shop.ask(1) for _ in range(30)}
+            assert answers == {2.0}
+
+
+async def test_a_job_for_a_version_that_one_worker_has_yet_is_run_by_that_one(
+    crew: OpenCrew, folder: Folder, shop: Shop, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    newer = Folder(tmp_path / "elsewhere")
+    newer.publish(adds(1), 1)
+    newer.publish(adds(2), 2)
+    async with serving(crew, folder, shop):
+        with crew(model_dir=str(newer.path), models=(), default_model="m", worker=CONFIG) as second:
+            second.hire()
+            await shop.until_announced("1", "2")
+            assert {await shop.ask(1, "2") for _ in range(5)} == {3.0}
+
+
+async def test_forty_models_are_served_with_four_of_them_in_memory(
+    crew: OpenCrew, folder: Folder, shop: Shop
+) -> None:
+    for number in range(40):
+        toml = "pinned = true" if number == 0 else ""
+        folder.publish(adds(number), 1, name=f"n{number}", toml=toml)
+    async with serving(crew, folder, shop, Bounds(max_models=4)):
+        await shop.until_announced("1", name="n39")
+
+        async def all_known() -> bool:
+            return all(len(says.models) == 41 for says in await shop.says())
+
+        await eventually(all_known, "all are described")
+        answers = [await shop.ask(1, name=f"n{number}") for number in range(40)]
+        assert answers == [1 + number for number in range(40)]
+        await shop.until_served("1")
+
+        async def few_loaded() -> bool:
+            (says,) = await shop.says()
+            return len(says.loaded) <= 4 and {"n0/1", "n39/1"} <= set(says.loaded)
+
+        await eventually(few_loaded, "four are loaded, the pinned one among them")
+
+
+def _rss_kib(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0])
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+async def test_memory_does_not_grow_with_reloads(
+    crew: OpenCrew, folder: Folder, shop: Shop
+) -> None:
+    wide = zoo.mlp([1, 1500, 1500, 1])
+    async with serving(crew, folder, shop) as crewed:
+        after: list[int] = []
+        for version in range(2, 22):
+            folder.publish(wide, version)
+            await shop.until_served(str(version))
+            await shop.ask(1)
+            after.append(_rss_kib(crewed.members[0].process.pid))
+    assert after[-1] <= 1.2 * after[1], after
