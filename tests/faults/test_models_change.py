@@ -281,7 +281,7 @@ async def test_a_removed_version_gives_way_to_the_one_before(
 ) -> None:
     async with serving(crew, folder, shop):
         folder.publish(adds(2), 2)
-        await shop.until_served("2")
+        await shop.until_announced("1", "2")
         folder.remove(2)
         await shop.until_announced("1")
         assert await shop.ask(1) == 2
