@@ -220,8 +220,8 @@ async def test_a_job_runs_on_the_version_it_asks_for(
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b"not a model", "cannot load it"),
-        (adds(1).SerializeToString()[:-9], "cannot load it"),
+        (b"not a model", "it is no ONNX file, or damaged"),
+        (adds(1).SerializeToString()[:-9], "it is no ONNX file, or damaged"),
         (bomb().SerializeToString(), "memory"),
     ],
     ids=["corrupt", "cut short", "bomb"],
