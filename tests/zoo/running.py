@@ -31,7 +31,7 @@ def serve(engine: Engine, jobs: Sequence[Feeds]) -> list[Served]:
     """What each job gets when all are claimed at once, in the order of `jobs`."""
     name = engine.signature.model
     claimed = [_claimed(name, feeds, f"{number:032x}") for number, feeds in zip(count(), jobs)]
-    prepared = execution.prepare(claimed, {name: engine}, None)
+    prepared = execution.prepare(claimed, _Only({name: engine}), None)
     assert not prepared.refused, prepared.refused
     served: dict[str, Served] = {}
     waiting = list(prepared.batches)
@@ -48,6 +48,14 @@ def serve(engine: Engine, jobs: Sequence[Feeds]) -> list[Served]:
             continue
         served |= _read(batch, results)
     return [served[job.job_id] for job in claimed]
+
+
+class _Only(dict[str, Engine]):
+    """The engine of every job: by its model's name, or by model and version."""
+
+    def __call__(self, asked: object) -> Engine:
+        (engine,) = self.values()
+        return engine
 
 
 def _read(batch: Batch, results: Sequence[bytes]) -> dict[str, Served]:
