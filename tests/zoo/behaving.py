@@ -1,4 +1,4 @@
-"""ONNX models that tests put into a model folder, each made to behave in one way.
+"""Models made to behave in one way each.
 
 Most take `x` of [batch, 1] and give it back as `y`, so that a test knows every right answer,
 and let the value decide what happens on the way:
@@ -11,9 +11,9 @@ and let the value decide what happens on the way:
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,46 +21,13 @@ import onnx
 from msgspec import Struct
 from onnx import TensorProto, helper, numpy_helper
 
-OPSET = 18
-IR_VERSION = 9
+from tests.zoo.making import Dims, Weights, model, place, tensor
 
 FOREVER = 1e15
 """A value with which `slow` runs for years."""
 
 ENDLESS_MIB = 1e12
 """A value with which `hungry` asks for more than any address space has."""
-
-Dims: TypeAlias = Sequence[int | str | None]
-Weights: TypeAlias = Mapping[str, npt.NDArray[Any]]
-
-
-def place(
-    folder: Path, name: str, model: onnx.ModelProto, *, version: int = 1, toml: str = ""
-) -> Path:
-    """Puts `model` into the model folder; returns the file."""
-    path = folder / name / str(version) / "model.onnx"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(model.SerializeToString())
-    if toml:
-        (folder / name / "model.toml").write_text(toml)
-    return path
-
-
-def tensor(name: str, shape: Dims, elem_type: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, elem_type, shape)
-
-
-def model(
-    nodes: Sequence[onnx.NodeProto],
-    inputs: Sequence[onnx.ValueInfoProto],
-    outputs: Sequence[onnx.ValueInfoProto],
-    weights: Weights | None = None,
-) -> onnx.ModelProto:
-    initializers = [numpy_helper.from_array(w, name) for name, w in (weights or {}).items()]
-    graph = helper.make_graph(nodes, "zoo", inputs, outputs, initializers)
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("ai.onnx.ml", 3)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
-
 
 # --- the value decides; y = x ------------------------------------------------------------------
 

@@ -1,0 +1,58 @@
+"""ONNX models that tests put into a model folder.
+
+- `making`: how one is made and placed
+- `behaving`: models that do one thing each to the process that runs them
+- `catalogue`: what people may bring, with inputs for each; `bare` runs them without us
+"""
+
+from tests.zoo.behaving import (
+    ENDLESS_MIB,
+    FOREVER,
+    Poison,
+    added,
+    huge_matmul,
+    hungry,
+    identity,
+    loop_for_hours,
+    minus_mean,
+    mlp,
+    picky,
+    place_poison,
+    positive_rows,
+    recurrent,
+    running_sum,
+    slow,
+    sorted_rows,
+    unary,
+    zipmap,
+)
+from tests.zoo.making import IR_VERSION, OPSET, Dims, Weights, model, place, tensor
+
+__all__ = [
+    "ENDLESS_MIB",
+    "FOREVER",
+    "IR_VERSION",
+    "OPSET",
+    "Dims",
+    "Poison",
+    "Weights",
+    "added",
+    "huge_matmul",
+    "hungry",
+    "identity",
+    "loop_for_hours",
+    "minus_mean",
+    "mlp",
+    "model",
+    "picky",
+    "place",
+    "place_poison",
+    "positive_rows",
+    "recurrent",
+    "running_sum",
+    "slow",
+    "sorted_rows",
+    "tensor",
+    "unary",
+    "zipmap",
+]

@@ -1,0 +1,158 @@
+"""Models that anybody may bring: every datatype, every rank, odd names, several inputs."""
+
+from collections.abc import Iterator
+from typing import Final
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from tests.zoo.behaving import added, identity, mlp
+from tests.zoo.entry import ROWS, Entry, drawn
+from tests.zoo.making import Dims, model, node, tensor
+
+ELEM_TYPES: Final = {
+    "BOOL": TensorProto.BOOL,
+    "INT8": TensorProto.INT8,
+    "INT16": TensorProto.INT16,
+    "INT32": TensorProto.INT32,
+    "INT64": TensorProto.INT64,
+    "UINT8": TensorProto.UINT8,
+    "UINT16": TensorProto.UINT16,
+    "UINT32": TensorProto.UINT32,
+    "UINT64": TensorProto.UINT64,
+    "FP16": TensorProto.FLOAT16,
+    "BF16": TensorProto.BFLOAT16,
+    "FP32": TensorProto.FLOAT,
+    "FP64": TensorProto.DOUBLE,
+    "BYTES": TensorProto.STRING,
+}
+
+
+def entries() -> Iterator[Entry]:
+    for datatype in ELEM_TYPES:
+        yield _of_datatype(datatype)
+    yield _of_rank("rank_0", [], (), batched=False)
+    yield _of_rank("rank_1", ["batch"], (ROWS,), batched=True)
+    yield _of_rank("rank_3", ["batch", None, 4], (ROWS, "n", 4), batched=True)
+    yield _of_rank("rank_4", ["batch", 2, "h", "w"], (ROWS, 2, "h", "w"), batched=True)
+    yield _of_rank("fixed_one", [1, 4], (1, 4), batched=False)
+    yield _of_rank("fixed_four", [4, 3], (4, 3), batched=False)
+    widths = [6, 16, 3]
+    yield Entry("mlp", lambda: mlp(widths), drawn({"x": ("FP32", (ROWS, 6))}), True)
+    yield Entry(
+        "weights_apart",
+        lambda: mlp([5, 7, 2]),
+        drawn({"x": ("FP32", (ROWS, 5))}),
+        True,
+        weights_apart=True,
+    )
+    two = {"a": ("FP32", (ROWS, 2)), "b": ("FP32", (ROWS, 2))}
+    yield Entry("added", added, drawn(two), True)
+    yield Entry(
+        "several",
+        several,
+        drawn({"a": ("FP32", (ROWS, "n")), "b": ("INT64", (ROWS,)), "c": ("BYTES", (ROWS, 1))}),
+        True,
+    )
+    yield Entry("odd_names", odd_names, drawn({"x/input:0": ("FP32", (ROWS, 2))}), True)
+    yield Entry("half", half_matmul, drawn({"x": ("FP16", (ROWS, 4))}), True)
+    yield Entry("regression", regression, drawn({"features": ("FP32", (ROWS, 3))}), True)
+    yield Entry("last_axis", last_axis, drawn({"x": ("FP32", (3, ROWS))}), None)
+    yield Entry("summed", summed, drawn({"x": ("FP32", (ROWS, "k"))}), True)
+    yield Entry("overridable", overridable, drawn({"x": ("FP32", (ROWS, 2))}), True)
+
+
+def _of_datatype(datatype: str) -> Entry:
+    draw = drawn({"x": (datatype, (ROWS, 2))})
+    return Entry(datatype.lower(), lambda: identity(ELEM_TYPES[datatype]), draw, True)
+
+
+def _of_rank(name: str, dims: Dims, drawn_dims: tuple[int | str, ...], *, batched: bool) -> Entry:
+    draw = drawn({"x": ("FP32", drawn_dims)})
+    return Entry(name, lambda: identity(TensorProto.FLOAT, dims), draw, batched)
+
+
+def several() -> onnx.ModelProto:
+    """Three inputs of three datatypes, four outputs in another order."""
+    nodes = [
+        node("Identity", ["c"], ["words"]),
+        node("Mul", ["b", "two"], ["doubled"]),
+        node("ReduceSum", ["a", "axis"], ["sum"], keepdims=0),
+        node("Greater", ["a", "nought"], ["positive"]),
+    ]
+    outputs = [
+        tensor("words", ["batch", 1], TensorProto.STRING),
+        tensor("positive", ["batch", "n"], TensorProto.BOOL),
+        tensor("doubled", ["batch"], TensorProto.INT64),
+        tensor("sum", ["batch"]),
+    ]
+    inputs = [
+        tensor("a", ["batch", "n"]),
+        tensor("b", ["batch"], TensorProto.INT64),
+        tensor("c", ["batch", 1], TensorProto.STRING),
+    ]
+    weights = {
+        "two": np.array(2, np.int64),
+        "axis": np.array([1], np.int64),
+        "nought": np.array(0, np.float32),
+    }
+    return model(nodes, inputs, outputs, weights)
+
+
+def odd_names() -> onnx.ModelProto:
+    """Names with slashes, colons, spaces and letters from elsewhere; outputs not in order."""
+    nodes = [
+        node("Neg", ["x/input:0"], ["z:0"]),
+        node("Abs", ["x/input:0"], ["a b"]),
+        node("Relu", ["x/input:0"], ['ω"']),
+    ]
+    shape = ["batch", 2]
+    outputs = [tensor(name, shape) for name in ("z:0", 'ω"', "a b")]
+    return model(nodes, [tensor("x/input:0", shape)], outputs)
+
+
+def half_matmul() -> onnx.ModelProto:
+    weights = {"w": np.random.default_rng(1).normal(size=(4, 3)).astype(np.float16)}
+    return model(
+        [node("MatMul", ["x", "w"], ["y"])],
+        [tensor("x", ["batch", 4], TensorProto.FLOAT16)],
+        [tensor("y", ["batch", 3], TensorProto.FLOAT16)],
+        weights,
+    )
+
+
+def regression() -> onnx.ModelProto:
+    """One number a row."""
+    weights = {"w": np.array([1.5, -2, 0.25], np.float32), "bias": np.array(7, np.float32)}
+    nodes = [node("MatMul", ["features", "w"], ["line"]), node("Add", ["line", "bias"], ["price"])]
+    inputs = [tensor("features", ["batch", 3])]
+    return model(nodes, inputs, [tensor("price", ["batch"])], weights)
+
+
+def last_axis() -> onnx.ModelProto:
+    """The batch is the last axis of the input, the only one of an output."""
+    nodes = [node("Relu", ["x"], ["y"]), node("ReduceMax", ["x", "axis"], ["largest"], keepdims=0)]
+    outputs = [tensor("y", [3, "batch"]), tensor("largest", ["batch"])]
+    return model(nodes, [tensor("x", [3, "batch"])], outputs, {"axis": np.array([0], np.int64)})
+
+
+def summed() -> onnx.ModelProto:
+    """The sum of a row of any width."""
+    return model(
+        [node("ReduceSum", ["x", "axis"], ["y"], keepdims=1)],
+        [tensor("x", ["batch", "k"])],
+        [tensor("y", ["batch", 1])],
+        {"axis": np.array([1], np.int64)},
+    )
+
+
+def overridable() -> onnx.ModelProto:
+    """`scale` has a value in the graph, which a request may replace."""
+    made = model(
+        [node("Mul", ["x", "scale"], ["y"])],
+        [tensor("x", ["batch", 2]), tensor("scale", [2])],
+        [tensor("y", ["batch", 2])],
+        {"scale": np.array([2, 3], np.float32)},
+    )
+    return made
