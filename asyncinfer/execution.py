@@ -19,7 +19,7 @@ from asyncinfer.errors import (
     UnknownModel,
     UnreadableRecord,
 )
-from asyncinfer.models import Signature, check_data, check_inputs, data_input
+from asyncinfer.models import Signature, check_data, check_data_alike, check_inputs, data_input
 from asyncinfer.repository.run import ClaimedJob
 from asyncinfer.tensors import Feeds
 
@@ -51,6 +51,13 @@ class Prepared(Struct, frozen=True):
     refused: tuple[tuple[ClaimedJob, AsyncinferError], ...]
 
 
+class _Ready(Struct, frozen=True):
+    """A job whose input fits."""
+
+    job: ClaimedJob
+    feeds: Feeds
+
+
 class _Wrapped(Struct):
     """A stranger may store the request's body instead of its `data`."""
 
@@ -74,15 +81,22 @@ def prepare(
     `engine_of` raises UnknownModel.
     """
     refused: list[tuple[ClaimedJob, AsyncinferError]] = []
-    ready: list[tuple[Engine, ClaimedJob, Feeds]] = []
+    wanted: dict[int, tuple[Engine, list[ClaimedJob]]] = {}
     for job in jobs:
         try:
             _check_readable(job)
             engine = engine_of(asked(job, default_model))
-            ready.append((engine, job, _feeds_of(job, engine)))
-        except (InvalidInput, UnknownModel, UnreadableRecord) as error:
+        except (UnknownModel, UnreadableRecord) as error:
             refused.append((job, error))
-    return Prepared(tuple(_batches(ready)), tuple(refused))
+        else:
+            wanted.setdefault(id(engine), (engine, []))[1].append(job)
+    batches: list[Batch] = []
+    for engine, its_jobs in wanted.values():
+        together = _ready_together(engine, its_jobs)
+        groups = [together] if together else _grouped(engine, its_jobs, refused)
+        for group in groups:
+            batches += _bounded(engine, group)
+    return Prepared(tuple(batches), tuple(refused))
 
 
 def run(batch: Batch, stop: Stop) -> list[bytes]:
@@ -120,6 +134,60 @@ def _check_readable(job: ClaimedJob) -> None:
         )
 
 
+def _grouped(
+    engine: Engine, jobs: Sequence[ClaimedJob], refused: list[tuple[ClaimedJob, AsyncinferError]]
+) -> list[list[_Ready]]:
+    """Jobs looked at one by one; those of a group may share a run."""
+    groups: dict[object, list[_Ready]] = {}
+    for job in jobs:
+        try:
+            feeds = _feeds_of(job, engine)
+        except InvalidInput as error:
+            refused.append((job, error))
+        else:
+            groups.setdefault(_key(engine, job, feeds), []).append(_Ready(job, feeds))
+    return list(groups.values())
+
+
+def _ready_together(engine: Engine, jobs: Sequence[ClaimedJob]) -> list[_Ready] | None:
+    """The usual case in one go, since a look at each input of its own is what a drain of small
+    jobs takes longest for: all alike, all fit. None where each must be looked at."""
+    if len(jobs) == 1 or engine.plan is None or None in engine.plan.inputs.values():
+        return None
+    first = jobs[0]
+    if first.record is None or any(_kind(job) != _kind(first) for job in jobs):
+        return None
+    try:
+        feeds = _feeds_alike(jobs, first.record.payload, engine.signature)
+    except (InvalidInput, payloads.DamagedPayload):
+        return None
+    if feeds is None:
+        return None
+    if batching.run_key(feeds[0], engine.plan) is None:
+        return None
+    return [_Ready(job, its_feeds) for job, its_feeds in zip(jobs, feeds, strict=True)]
+
+
+def _kind(job: ClaimedJob) -> tuple[object, ...]:
+    record = job.record
+    return (record.payload, record.answer, record.outputs) if record else ()
+
+
+def _feeds_alike(
+    jobs: Sequence[ClaimedJob], payload: str, signature: Signature
+) -> Sequence[Feeds] | None:
+    data = [job.data for job in jobs]
+    if payload == "tensors":
+        feeds = payloads.unpack_alike(data)
+        if feeds:
+            # They differ in nothing that is checked.
+            check_inputs(feeds[0], signature)
+        return feeds
+    arrays = check_data_alike(data, signature)
+    spec = data_input(signature)
+    return [{spec.name: array} for array in arrays] if arrays and spec else None
+
+
 def _feeds_of(job: ClaimedJob, engine: Engine) -> Feeds:
     if job.record and job.record.payload == "tensors":
         try:
@@ -143,38 +211,29 @@ def _input_of(job: ClaimedJob) -> bytes | Raw:
         ) from error
 
 
-def _batches(ready: Sequence[tuple[Engine, ClaimedJob, Feeds]]) -> list[Batch]:
-    """Groups what may share a run, and bounds it."""
-    groups: dict[object, list[tuple[Engine, ClaimedJob, Feeds]]] = {}
-    for one in ready:
-        groups.setdefault(_key(*one), []).append(one)
-    return [batch for group in groups.values() for batch in _bounded(group)]
-
-
 def _key(engine: Engine, job: ClaimedJob, feeds: Feeds) -> object:
-    """Jobs share a run where this is equal: engine, what goes in, and what is wanted of it."""
+    """Jobs share a run where this is equal: what goes in, and what is wanted of it."""
     key = None if engine.plan is None else batching.run_key(feeds, engine.plan)
     if key is None:
         return job.job_id
     record = job.record
-    return (id(engine), key, (record.answer, record.outputs) if record else ("json", ()))
+    return (key, (record.answer, record.outputs) if record else ("json", ()))
 
 
-def _bounded(group: Sequence[tuple[Engine, ClaimedJob, Feeds]]) -> list[Batch]:
-    engine = group[0][0]
+def _bounded(engine: Engine, group: Sequence[_Ready]) -> list[Batch]:
     room = _Room(engine.signature)
-    batches: list[list[tuple[Engine, ClaimedJob, Feeds]]] = [[]]
+    parts: list[list[_Ready]] = [[]]
     for one in group:
-        rows = batching.rows_of(one[2], engine.plan)
-        size = sum(array.nbytes for array in one[2].values())
-        if batches[-1] and not room.holds(rows, size):
-            batches.append([])
+        rows = batching.rows_of(one.feeds, engine.plan)
+        size = sum([array.nbytes for array in one.feeds.values()])
+        if parts[-1] and not room.holds(rows, size):
+            parts.append([])
             room = _Room(engine.signature)
-        batches[-1].append(one)
+        parts[-1].append(one)
         room.take(rows, size)
     return [
-        Batch(engine, tuple(job for _, job, _ in part), tuple(feeds for _, _, feeds in part))
-        for part in batches
+        Batch(engine, tuple([one.job for one in part]), tuple([one.feeds for one in part]))
+        for part in parts
     ]
 
 

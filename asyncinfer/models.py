@@ -3,6 +3,7 @@
 Reads files and JSON only: the API imports it, and the API never loads a model.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -242,6 +243,24 @@ def check_data(data: bytes | msgspec.Raw, signature: Signature) -> Array:
         return array
     found = faults.find(bytes(data), spec, model=signature.model, max_rows=signature.max_rows)
     raise faults.refusal(found, otherwise=f"cannot be read: {problem}")
+
+
+def check_data_alike(data: Sequence[bytes], signature: Signature) -> list[Array] | None:
+    """`check_data` of several at once, for a third of what it takes one by one; None unless each
+    is numbers that fit, in rows of one shape."""
+    spec = data_input(signature)
+    if spec is None or not tensors.is_open(spec) or spec.datatype in ("BYTES", "BOOL"):
+        return None
+    try:
+        rows, counts = tensors.decode_rows(data, spec)
+    except (ValueError, OverflowError):
+        return None
+    if not (min(counts) > 0 and max(counts) <= signature.max_rows):
+        return None
+    if not tensors.fits(rows.shape, spec):
+        return None
+    ends = itertools.accumulate(counts, initial=0)
+    return [rows[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def check_inputs(feeds: Feeds, signature: Signature) -> Feeds:

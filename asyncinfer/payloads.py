@@ -75,6 +75,31 @@ def unpack(payload: bytes) -> dict[str, Array]:
     }
 
 
+def unpack_alike(payloads: Sequence[bytes]) -> list[dict[str, Array]] | None:
+    """`unpack` of several at once; None unless all describe the same numbers in the same shapes.
+
+    Raises DamagedPayload where the first is damaged.
+    """
+    first = payloads[0]
+    tensors, starts = layout(first)
+    head = first[: _PREFIX.size + _PREFIX.unpack_from(first)[1]]
+    if any(one.datatype in ("BYTES", "BOOL") for one in tensors):
+        return None
+    if any(len(one) != len(first) or not one.startswith(head) for one in payloads):
+        return None
+    parts = [
+        (one.name, DTYPES[one.datatype], prod(one.shape), start, one.shape)
+        for one, start in zip(tensors, starts, strict=True)
+    ]
+    return [
+        {
+            name: np.frombuffer(payload, dtype, count, start if count else 0).reshape(shape)
+            for name, dtype, count, start, shape in parts
+        }
+        for payload in payloads
+    ]
+
+
 def layout(payload: bytes) -> tuple[tuple[PackedTensor, ...], tuple[int, ...]]:
     """The tensors of a payload, and where each one's bytes begin; raises DamagedPayload."""
     try:

@@ -9,7 +9,7 @@ import itertools
 import math
 import struct
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Final, TypeAlias
 
 import ml_dtypes
@@ -93,6 +93,14 @@ def decode(data: bytes | msgspec.Raw, spec: TensorSpec) -> Array:
     if len(data) > _LONG_BYTES and spec.datatype in FLOATS and len(spec.shape) == 2:
         return _matrix(values).astype(DTYPES[spec.datatype])
     return np.array(values, dtype=DTYPES[spec.datatype])
+
+
+def decode_rows(data: Sequence[bytes], spec: TensorSpec) -> tuple[Array, list[int]]:
+    """The rows of several JSON texts in one array, and how many each has; raises as `decode`."""
+    decoder = _decoder(spec.datatype, len(spec.shape))
+    values: list[Any] = [decoder(one) for one in data]
+    rows = list(itertools.chain.from_iterable(values))
+    return np.array(rows, dtype=DTYPES[spec.datatype]), [len(one) for one in values]
 
 
 def _matrix(rows: list[list[float]]) -> npt.NDArray[np.float64]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from asyncinfer import model_toml, models
 from asyncinfer.errors import Fault, InvalidInput, ModelRefused
 from asyncinfer.faults import MAX_FAULTS
-from asyncinfer.models import Signature, check_data
+from asyncinfer.models import Signature, check_data, check_data_alike
 from asyncinfer.tensors import Array, Dim, TensorSpec
 
 
@@ -398,3 +398,38 @@ def test_any_bytes_are_taken_or_refused(data: bytes | str) -> None:
         answer = taken_or_refused(text, signature(("n", "m"), datatype))
 
         assert len(answer) > 0
+
+
+# --- many inputs at once -----------------------------------------------------------------------
+
+_TEXTS = st.one_of(
+    st.lists(st.lists(st.floats(width=32) | st.integers(-9, 9), min_size=3, max_size=5)).map(
+        lambda rows: msgspec.json.encode(rows)
+    ),
+    st.sampled_from([b"", b"[]", b"[[]]", b"null", b'[["x",1,2,3]]', b"[[1,2,3,1e39]]", b"[1,2]"]),
+)
+
+
+@given(st.lists(_TEXTS, min_size=1, max_size=4), st.lists(st.integers(1, 4), max_size=4))
+def test_inputs_taken_together_are_those_taken_one_by_one(
+    strange: list[bytes], row_counts: list[int]
+) -> None:
+    fine = [msgspec.json.encode([[0.5, 1, -2, 3e3]] * count) for count in row_counts]
+
+    for texts in ([*fine, *strange], [*fine, b"[[1,2,3,4]]"]):
+        together = check_data_alike(texts, signature(max_rows=3))
+        if together is None:
+            continue
+        for text, array in zip(texts, together, strict=True):
+            alone = check_data(text, signature(max_rows=3))
+            assert alone.dtype == array.dtype
+            np.testing.assert_array_equal(alone, array)
+
+
+def test_small_inputs_that_fit_are_taken_together() -> None:
+    assert check_data_alike([b"[[1,2,3,4]]", b"[[5,6,7,8],[9,8,7,6]]"], signature()) is not None
+
+
+def test_one_input_that_does_not_fit_sends_all_to_be_looked_at_one_by_one() -> None:
+    for bad in (b"[[1,2,3]]", b"[]", b"[[1,2,3,4]],[[1,2,3,4]]", b"[[1,2,3,null]]", b"["):
+        assert check_data_alike([b"[[1,2,3,4]]", bad], signature()) is None

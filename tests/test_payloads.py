@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncinfer import payloads
-from asyncinfer.tensors import DTYPES
+from asyncinfer.tensors import DTYPES, Array
 
 SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 
@@ -84,3 +84,42 @@ def test_an_empty_tensor_of_an_impossible_shape_is_damage(shape: tuple[int, ...]
 def test_any_bytes_are_read_or_refused(noise: bytes) -> None:
     with contextlib.suppress(payloads.DamagedPayload):
         payloads.unpack(payloads.TAG + noise)
+
+
+def test_payloads_that_look_alike_are_read_in_one_go() -> None:
+    rng = np.random.default_rng(0)
+    jobs = [
+        {"x": rng.normal(size=(2, 3)).astype(np.float32), "n": rng.integers(0, 9, (2,))}
+        for _ in range(5)
+    ]
+
+    read = payloads.unpack_alike([payloads.pack(job) for job in jobs])
+
+    assert read is not None
+    for job, back in zip(jobs, read, strict=True):
+        assert list(back) == list(job)
+        for name, array in job.items():
+            np.testing.assert_array_equal(back[name], array)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"x": np.zeros((3, 2), np.float32)},
+        {"x": np.zeros((2, 3), np.float64)},
+        {"y": np.zeros((2, 3), np.float32)},
+        {"x": np.zeros((2, 3), np.float32), "y": np.zeros(1, np.float32)},
+    ],
+)
+def test_payloads_that_differ_are_each_looked_at(other: dict[str, Array]) -> None:
+    one = payloads.pack({"x": np.zeros((2, 3), np.float32)})
+
+    assert payloads.unpack_alike([one, payloads.pack(other)]) is None
+    assert payloads.unpack_alike([one, one[:-1]]) is None
+
+
+def test_strings_and_booleans_are_each_looked_at() -> None:
+    for array in (np.array(["a"], object), np.array([True])):
+        one = payloads.pack({"x": array})
+
+        assert payloads.unpack_alike([one, one]) is None
