@@ -88,7 +88,7 @@ def test_any_bytes_are_read_or_refused(noise: bytes) -> None:
 
 def test_payloads_that_look_alike_are_read_in_one_go() -> None:
     rng = np.random.default_rng(0)
-    jobs = [
+    jobs: list[dict[str, Array]] = [
         {"x": rng.normal(size=(2, 3)).astype(np.float32), "n": rng.integers(0, 9, (2,))}
         for _ in range(5)
     ]
