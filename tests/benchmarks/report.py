@@ -35,7 +35,7 @@ BUDGETS: Final = {
     "idle_worker_cpu_percent": Budget("figure", "most", 0.5),
     "rss_worker_mib": Budget("figure", "most", 100),
     "rss_api_mib": Budget("figure", "most", 70),
-    "image_binary_to_json": Budget("figure", "least", 10),
+    "image_as_json_api_cpu_to_binary": Budget("figure", "least", 10),
     "image_api_growth_payloads": Budget("figure", "most", 3),
     "image_worker_growth_payloads": Budget("figure", "most", 3),
     "start_to_first_result_seconds": Budget("figure", "most", 1.5),

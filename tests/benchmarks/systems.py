@@ -25,6 +25,7 @@ from asyncinfer.repository.submit import NewJob, Submissions
 
 MAX_QUEUE: Final = 5_000_000
 MAX_QUEUE_BYTES: Final = 16 << 30
+MAX_JSON: Final = 16 << 20
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 
@@ -65,7 +66,7 @@ class Service(Common):
     async def start_api(self) -> None:
         self.api = self.spawn(
             "-m", "asyncinfer", "serve", PORT=str(self.port), MAX_QUEUE=str(MAX_QUEUE),
-            MAX_QUEUE_BYTES=str(MAX_QUEUE_BYTES),
+            MAX_QUEUE_BYTES=str(MAX_QUEUE_BYTES), MAX_JSON=str(MAX_JSON),
         )  # fmt: skip
         await until(lambda: answers(self.port, "/health/ready"), "the API")
 
