@@ -60,8 +60,6 @@ def turned_around() -> onnx.ModelProto:
 
 def words_that_count() -> onnx.ModelProto:
     """Words without the stop words: fewer come out than went in."""
-    nodes = [
-        node("StringNormalizer", ["x"], ["y"], stopwords=["a", "日本"], is_case_sensitive=1)
-    ]
+    nodes = [node("StringNormalizer", ["x"], ["y"], stopwords=["a", "日本"], is_case_sensitive=1)]
     string = TensorProto.STRING
     return model(nodes, [tensor("x", ["n"], string)], [tensor("y", ["m"], string)])
