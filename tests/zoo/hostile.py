@@ -1,0 +1,237 @@
+"""Files that are no models, and models that mean harm: each must be refused with a reason."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, TypeAlias
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from tests.zoo.behaving import identity, mlp
+from tests.zoo.making import model, node, place, place_bytes, tensor
+
+Place: TypeAlias = Callable[[Path, str], object]
+"""Puts one into the model folder, under a name."""
+
+SECRET: Final = b"root:x:0:0:" + bytes(389)
+"""What lies in a file outside of the model folder: 400 bytes, which would do for weights."""
+
+_NESTED: Final = 400
+_LAUGHS: Final = 12
+
+
+def _content(content: bytes) -> Place:
+    return lambda folder, name: place_bytes(folder, name, content)
+
+
+def _whole() -> bytes:
+    made: bytes = mlp([4, 3]).SerializeToString()
+    return made
+
+
+def _altered(alter: Callable[[onnx.ModelProto], object]) -> Place:
+    """A good model after `alter`."""
+
+    def put(folder: Path, name: str) -> None:
+        made = mlp([4, 3])
+        alter(made)
+        place(folder, name, made)
+
+    return put
+
+
+def _set_opset(made: onnx.ModelProto) -> None:
+    made.opset_import[0].version = 999
+
+
+def _set_ir_version(made: onnx.ModelProto) -> None:
+    made.ir_version = 999
+
+
+def _rename_operator(made: onnx.ModelProto) -> None:
+    made.graph.node[0].op_type = "MatMulTypo"
+
+
+def _move_operator(made: onnx.ModelProto) -> None:
+    made.graph.node[0].domain = "com.example"
+
+
+def _close_circle(made: onnx.ModelProto) -> None:
+    made.graph.node[0].input[0] = "y"
+
+
+def _claim(dims: list[int]) -> Callable[[onnx.ModelProto], None]:
+    """The weights say that they have this shape; their bytes stay what they were."""
+
+    def alter(made: onnx.ModelProto) -> None:
+        weight = made.graph.initializer[0]
+        del weight.dims[:]
+        weight.dims.extend(dims)
+
+    return alter
+
+
+def _give_sparse_input(made: onnx.ModelProto) -> None:
+    made.graph.input[0].type.sparse_tensor_type.elem_type = TensorProto.FLOAT
+
+
+def sequence_output() -> onnx.ModelProto:
+    sequence = helper.make_sequence_type_proto(
+        helper.make_tensor_type_proto(TensorProto.FLOAT, ["batch", 2])
+    )
+    nodes = [node("SequenceConstruct", ["x"], ["y"])]
+    return model(nodes, [tensor("x", ["batch", 2])], [helper.make_value_info("y", sequence)])
+
+
+def nested() -> bytes:
+    """If within If within If, deeper than the library of `onnx` would write it."""
+    node_bytes: bytes = node("Identity", ["x"], ["y"]).SerializeToString()
+    for depth in range(_NESTED):
+        outer = node("If", ["yes"], ["y"], name=f"if{depth}").SerializeToString()
+        branch = helper.make_attribute("then_branch", helper.make_graph([], "g", [], []))
+        inner = branch.SerializeToString() + _field(6, _field(1, node_bytes))
+        node_bytes = outer + _field(5, inner)
+    flat = model([], [tensor("x", ["batch", 2])], [tensor("y", ["batch", 2])])
+    whole: bytes = flat.SerializeToString() + _field(7, _field(1, node_bytes))
+    return whole
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A message within a message; one field twice is both together."""
+    return _varint(number << 3 | 2) + _varint(len(content)) + content
+
+
+def _varint(number: int) -> bytes:
+    low = number & 127
+    return bytes([low | 128]) + _varint(number >> 7) if number > 127 else bytes([low])
+
+
+def swelling() -> onnx.ModelProto:
+    """64 GiB of ones, asked for when the graph is folded at load or at the latest when it runs."""
+    one = numpy_helper.from_array(np.ones(1, np.float32))
+    nodes = [
+        node("ConstantOfShape", ["size"], ["filling"], value=one),
+        node("ReduceMax", ["filling"], ["most"], keepdims=0),
+        node("Add", ["x", "most"], ["y"]),
+    ]
+    shape = ["batch", 1]
+    return model(nodes, [tensor("x", shape)], [tensor("y", shape)], {"size": np.array([2**34])})
+
+
+def recursive_function() -> onnx.ModelProto:
+    """A function that calls itself."""
+    return _with_functions({"f": ["f"]}, "f")
+
+
+def laughing_functions() -> onnx.ModelProto:
+    """Ten calls of a function that makes ten calls, twelve deep: 10¹² nodes when written out."""
+    calls = {f"f{depth}": [f"f{depth + 1}"] * 10 for depth in range(_LAUGHS)}
+    return _with_functions({**calls, f"f{_LAUGHS}": []}, "f0")
+
+
+def _with_functions(calls: dict[str, list[str]], first: str) -> onnx.ModelProto:
+    made = model(
+        [node(first, ["x"], ["y"], domain="local")],
+        [tensor("x", ["batch", 2])],
+        [tensor("y", ["batch", 2])],
+    )
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("local", 1)]
+    made.opset_import.append(opsets[1])
+    for name, called in calls.items():
+        steps = ["a", *(f"s{step}" for step in range(len(called)))]
+        nodes = [
+            node(callee, [steps[step]], [steps[step + 1]], domain="local")
+            for step, callee in enumerate(called)
+        ]
+        nodes.append(node("Neg", [steps[-1]], ["b"]))
+        made.functions.append(helper.make_function("local", name, ["a"], ["b"], nodes, opsets))
+    return made
+
+
+# --- weights that lie elsewhere ----------------------------------------------------------------
+
+
+def _weights_at(location: str) -> onnx.ModelProto:
+    made = model(
+        [node("Add", ["x", "stolen"], ["y"])],
+        [tensor("x", ["batch", 100])],
+        [tensor("y", ["batch", 100])],
+    )
+    stolen = made.graph.initializer.add(
+        name="stolen",
+        data_type=TensorProto.FLOAT,
+        dims=[100],
+        data_location=TensorProto.EXTERNAL,
+    )
+    for key, value in (("location", location), ("offset", "0"), ("length", str(len(SECRET)))):
+        stolen.external_data.add(key=key, value=value)
+    return made
+
+
+def _secret(folder: Path) -> Path:
+    path = folder.parent / f"{folder.name}-secret"
+    path.write_bytes(SECRET)
+    return path
+
+
+def _absolute(folder: Path, name: str) -> None:
+    place(folder, name, _weights_at(str(_secret(folder))))
+
+
+def _upwards(folder: Path, name: str) -> None:
+    place(folder, name, _weights_at(f"../../../{_secret(folder).name}"))
+
+
+def _linked(link: Callable[[Path, Path], object]) -> Place:
+    def put(folder: Path, name: str) -> None:
+        path = place(folder, name, _weights_at("weights.bin"))
+        link(_secret(folder), path.parent / "weights.bin")
+
+    return put
+
+
+def _linked_folder(folder: Path, name: str) -> None:
+    path = place(folder, name, _weights_at(f"data/{_secret(folder).name}"))
+    os.symlink(folder.parent, path.parent / "data")
+
+
+BROKEN: Final[dict[str, Place]] = {
+    "empty": _content(b""),
+    "random": _content(np.random.default_rng(0).bytes(5000)),
+    "zeros": _content(bytes(5000)),
+    "cut_short": _content(_whole()[:-40]),
+    "cut_in_half": _content(_whole()[: len(_whole()) // 2]),
+    "of_the_future": _altered(_set_opset),
+    "of_a_later_format": _altered(_set_ir_version),
+    "unknown_operator": _altered(_rename_operator),
+    "unknown_domain": _altered(_move_operator),
+    "circle": _altered(_close_circle),
+    "claims_much": _altered(_claim([4, 2**40])),
+    "claims_more_than_there_is": _altered(_claim([4, 2**62])),
+    "claims_less_than_nothing": _altered(_claim([-4, 3])),
+    "sparse_input": _altered(_give_sparse_input),
+    "sequence_output": lambda folder, name: place(folder, name, sequence_output()),
+    "nested": _content(nested()),
+    "of_complex_numbers": lambda folder, name: place(folder, name, identity(TensorProto.COMPLEX64)),
+}
+"""Refused wherever they are met."""
+
+THIEVES: Final[dict[str, Place]] = {
+    "weights_absolute": _absolute,
+    "weights_upwards": _upwards,
+    "weights_symlink": _linked(lambda target, link: os.symlink(target, link)),
+    "weights_hardlink": _linked(lambda target, link: os.link(target, link)),
+    "weights_in_linked_folder": _linked_folder,
+    "weights_missing": lambda folder, name: place(folder, name, _weights_at("nowhere.bin")),
+    "weights_a_device": lambda folder, name: place(folder, name, _weights_at("/dev/zero")),
+}
+"""Read a file that is not theirs, if nothing stops them."""
+
+BOMBS: Final[dict[str, Place]] = {
+    "swelling": lambda folder, name: place(folder, name, swelling()),
+    "recursive": lambda folder, name: place(folder, name, recursive_function()),
+    "laughing": lambda folder, name: place(folder, name, laughing_functions()),
+}
+"""May take down the process that loads them, which must not be the one that serves."""
