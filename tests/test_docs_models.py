@@ -90,7 +90,7 @@ def ended(process: subprocess.Popen[str]) -> str:
 
 def test_programs_are_short() -> None:
     longest = max(len(program.splitlines()) for program, _ in programs())
-    assert longest <= 30
+    assert longest <= 28
 
 
 # --- tables --------------------------------------------------------------------------------
