@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -32,9 +32,13 @@ class Block(NamedTuple):
     text: str
 
 
+def all_blocks(text: str) -> list[Block]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [Block(language, text) for language, text in found]
+
+
 def blocks(language: str) -> list[str]:
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    return [text for name, text in found if name == language]
+    return [block.text for block in all_blocks(README) if block.language == language]
 
 
 def sections_with(pattern: str) -> list[str]:
@@ -58,39 +62,45 @@ class Step(NamedTuple):
     shown: str
 
 
-def steps() -> Iterator[Step]:
-    for block in blocks("console"):
-        for part in block.split("$ ")[1:]:
-            command, _, shown = part.partition("\n")
-            yield Step(command, shown.strip())
+def steps(console: str) -> Iterator[Step]:
+    for part in console.split("$ ")[1:]:
+        command, _, shown = part.partition("\n")
+        yield Step(command, shown.strip())
 
 
-def as_shown(answer: str, ids: dict[str, str]) -> str:
+def as_shown(answer: str, ids: Mapping[str, str], digits: int = 4) -> str:
     """An answer as the README would print it: names of jobs and times are those of the day."""
     for real, told in ids.items():
         answer = answer.replace(real, told)
     answer = re.sub(r"\d{4}-\d\d-\d\dT[0-9:.]+Z", "TIME", answer)
-    return re.sub(r"\d\.\d{5,}(e-\d+)?", lambda number: f"{float(number[0]):.4f}", answer)
+    return re.sub(r"\d\.\d{5,}(e-\d+)?", lambda number: f"{float(number[0]):.{digits}f}", answer)
+
+
+def check_step(step: Step, url: str, folder: Path, ids: dict[str, str], digits: int = 4) -> None:
+    """Runs a command as a reader would; `ids` gains the names of its jobs, as shown."""
+    command = step.command.replace("http://127.0.0.1:8000", url)
+    for real, told in ids.items():
+        command = command.replace(told, real)
+    said = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, cwd=folder, check=True
+    ).stdout.replace("\r", "")
+    found = re.findall(r"\b[0-9a-f]{32}\b", said)
+    ids |= dict(zip(found, re.findall(r"\b[0-9a-f]{32}\b", step.shown), strict=False))
+    lines = as_shown(said, ids, digits).splitlines()
+    for line in as_shown(step.shown, ids, digits).splitlines():
+        assert line in lines, f"$ {step.command}\n{said}"
 
 
 def test_the_sessions_give_the_answers_that_are_shown(folder: Path) -> None:
     if shutil.which("curl") is None:
         pytest.skip("no curl here")
     ids: dict[str, str] = {}
+    (session,) = sections_with(r"\AA session\n")
     with serving(cwd=folder, DATA_DIR=str(folder / "data")) as serve:
         answer_of(serve)
-        for step in steps():
-            command = step.command.replace("http://127.0.0.1:8000", serve.welcome["URL"])
-            for real, told in ids.items():
-                command = command.replace(told, real)
-            said = subprocess.run(
-                ["bash", "-c", command], capture_output=True, text=True, cwd=folder, check=True
-            ).stdout.replace("\r", "")
-            found = re.findall(r"\b[0-9a-f]{32}\b", said)
-            ids |= dict(zip(found, re.findall(r"\b[0-9a-f]{32}\b", step.shown), strict=False))
-            lines = as_shown(said, ids).splitlines()
-            for line in as_shown(step.shown, ids).splitlines():
-                assert line in lines, f"$ {step.command}\n{said}"
+        for block in all_blocks(session):
+            for step in steps(block.text) if block.language == "console" else ():
+                check_step(step, serve.welcome["URL"], folder, ids)
 
 
 # --- commands ------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, Final
 
-from asyncinfer import models
+import msgspec
+
+from asyncinfer import models, tensors
 from asyncinfer.api.catalog import Served
 from asyncinfer.api.exchange import Reply, Request, json_reply
 from asyncinfer.api.inputs import read_input
@@ -146,10 +148,19 @@ def example_of(signature: Signature) -> dict[str, Any] | None:
     """A body that works as it is: `data` where one input is enough, else named tensors."""
     if models.data_input(signature) is not None and signature.example is not None:
         return {"data": signature.example}
+    if shown := signature.example_inputs:
+        specs = [spec for spec in signature.inputs if spec.name in shown]
+        return {"inputs": [_shown_input(spec, shown[spec.name]) for spec in specs]}
     inputs = [_example_input(spec) for spec in signature.inputs if not spec.optional]
     if any(prod(one["shape"]) > _MOST_ELEMENTS for one in inputs):
         return None
     return {"inputs": inputs}
+
+
+def _shown_input(spec: TensorSpec, value: object) -> dict[str, Any]:
+    """An input as its `model.toml` shows it, which its worker has checked."""
+    shape = tensors.decode(msgspec.json.encode(value), spec).shape
+    return {"name": spec.name, "shape": shape, "datatype": spec.datatype, "data": value}
 
 
 def _example_input(spec: TensorSpec) -> dict[str, Any]:

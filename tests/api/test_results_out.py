@@ -286,3 +286,19 @@ async def test_the_example_of_every_model_runs(
 
 def test_a_model_too_large_to_show_has_no_example() -> None:
     assert example_of(identity("FP32", (1, 3, 224, 224))) is None
+
+
+def test_the_example_of_several_inputs_is_the_one_that_model_toml_shows() -> None:
+    (spec,) = identity("FP32", (None, 2)).inputs
+    signature = msgspec.structs.replace(
+        identity("FP32", (None, 2)),
+        inputs=(spec, msgspec.structs.replace(spec, name="b")),
+        example_inputs={"b": [[3, 4], [5, 6]], "x": [[1, 2]]},
+    )
+
+    assert example_of(signature) == {
+        "inputs": [
+            {"name": "x", "shape": (1, 2), "datatype": "FP32", "data": [[1, 2]]},
+            {"name": "b", "shape": (2, 2), "datatype": "FP32", "data": [[3, 4], [5, 6]]},
+        ]
+    }
