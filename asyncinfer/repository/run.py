@@ -30,6 +30,8 @@ MOST_QUEUES_A_CLAIM: Final = 8
 _MOST_JOBS: Final = 256
 _MOST_BYTES: Final = 1 << 20
 _CLAIM_BYTES: Final = 2 << 20
+_TABLE_BYTES: Final = 65
+"""One more than `hash-max-listpack-value`, whose default is the same in Redis and Valkey."""
 
 Verdict = Literal[
     "completed",
@@ -105,7 +107,13 @@ class Runs:
         self._worker_id = worker_id
 
     def new_token(self) -> str:
-        return f"{self._worker_id}:{secrets.token_hex(8)}"
+        """The worker and something random.
+
+        So long that the hash of what runs is kept as a table: below 65 bytes a server keeps it as
+        one list that it searches from its start, which took it 17 µs a job with 256 running.
+        """
+        missing = _TABLE_BYTES - len(self._worker_id) - 1
+        return f"{self._worker_id}:{secrets.token_hex(max(8, (missing + 1) // 2))}"
 
     async def has_work(self, queues: Sequence[str]) -> bool:
         """One EXISTS over all lists; a worker of few queues claims at once instead."""
