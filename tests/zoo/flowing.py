@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from tests.zoo.entry import ROWS, Entry, drawn
-from tests.zoo.making import Weights, model, node, tensor
+from tests.zoo.entry import ROWS, Entry, Tensors, drawn
+from tests.zoo.making import Dims, Weights, model, node, tensor
 
 HIDDEN = 128
 
@@ -20,10 +20,10 @@ def entries() -> Iterator[Entry]:
     yield Entry("scan_over_columns", lambda: scanned(1), pairs, True)
     sequence = drawn({"frames": ("FP32", (ROWS, 576)), "h": ("FP32", (1, 1, HIDDEN))})
     yield Entry("sequence", sequence_of_frames, sequence, False)
-    step = {"input": ("FP32", (ROWS, 64)), "state": ("FP32", (2, ROWS, HIDDEN))}
-    yield Entry("lstm_step", lstm_step, drawn({**step, "sr": ("INT64", ())}), None)
-    layer = {"x": ("FP32", ("time", ROWS, 4)), "h": ("FP32", (1, ROWS, HIDDEN))}
-    yield Entry("gru", gru, drawn(layer), None)
+    step: Tensors = {"input": ("FP32", (ROWS, 64)), "state": ("FP32", (2, ROWS, HIDDEN))}
+    yield Entry("lstm_step", lstm_step, drawn({**step, "sr": ("INT64", ())}), True)
+    layer: Tensors = {"x": ("FP32", ("time", ROWS, 4)), "h": ("FP32", (1, ROWS, HIDDEN))}
+    yield Entry("gru", gru, drawn(layer), True)
 
 
 def by_mean() -> onnx.ModelProto:
@@ -135,7 +135,7 @@ def lstm_step() -> onnx.ModelProto:
         node("Sub", ["probability", "probability"], ["nothing"]),
         node("Where", ["is_fast", "nothing", "probability"], ["output"]),
     ]
-    state = [2, "batch", HIDDEN]
+    state: Dims = [2, "batch", HIDDEN]
     inputs = [tensor("input", ["batch", 64]), tensor("state", state)]
     return model(
         nodes,

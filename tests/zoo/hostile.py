@@ -10,7 +10,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.zoo.behaving import identity, mlp
-from tests.zoo.making import model, node, place, place_bytes, tensor
+from tests.zoo.making import Dims, model, node, place, place_bytes, tensor
 
 Place: TypeAlias = Callable[[Path, str], object]
 """Puts one into the model folder, under a name."""
@@ -116,7 +116,7 @@ def swelling() -> onnx.ModelProto:
         node("ReduceMax", ["filling"], ["most"], keepdims=0),
         node("Add", ["x", "most"], ["y"]),
     ]
-    shape = ["batch", 1]
+    shape: Dims = ["batch", 1]
     return model(nodes, [tensor("x", shape)], [tensor("y", shape)], {"size": np.array([2**34])})
 
 
