@@ -74,7 +74,7 @@ async def test_many_clients_of_all_models_at_once(zoo: Zoo, http: httpx2.AsyncCl
             await zoo.assert_same(http, name, "binary", seed=number, rows=1 + number % 4)
 
     async with asyncio.TaskGroup() as group:
-        for number in range(6 * len(NAMES)):
+        for number in range(4 * len(NAMES)):
             group.create_task(one(number))
 
 

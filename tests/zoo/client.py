@@ -1,6 +1,5 @@
 """A client of the tensor requests, which shares no code with the server."""
 
-import asyncio
 import json
 import struct
 from collections.abc import Sequence
@@ -48,14 +47,11 @@ async def infer(
     submitted = await http.post(f"{url}/predict/{model}", content=body, headers=headers)
     assert submitted.status_code == 202, submitted.text
     job = f"{url}/job/{submitted.json()['job_id']}"
-    while (state := (await http.get(f"{job}?wait=20")).json())["status"] not in (
-        "completed",
-        "failed",
-    ):
-        await asyncio.sleep(0)
+    state = (await http.get(f"{job}?wait=50")).json()
     if state["status"] == "failed":
         assert state["error"]["code"] == "model_failed", state["error"]
         return None
+    assert state["status"] == "completed", state
     result = await http.get(f"{job}/result", headers={"Accept": _MEDIA_TYPES[form]})
     assert result.status_code == 200, result.text
     return _answers(result)

@@ -8,7 +8,7 @@ import httpx2
 import redis
 
 from tests.faults.harness import assert_at_rest, eventually_sync
-from tests.parents import parent
+from tests.parents import REPOSITORY, parent
 from tests.test_cli import free_port
 
 
@@ -19,11 +19,10 @@ def served(redis_url: str, folder: Path, models: Collection[str]) -> Iterator[st
     server.flushall()
     environ = {"REDIS_URL": redis_url, "MODEL_DIR": str(folder), "DEFAULT_MODEL": min(models)}
     with ExitStack() as stack:
-        stack.enter_context(parent("-m", "asyncinfer", "work", **environ))
+        stack.enter_context(parent("-m", "asyncinfer", "work", cwd=REPOSITORY, **environ))
         port = free_port()
-        api = stack.enter_context(
-            parent("-m", "asyncinfer", "serve", "--port", str(port), **environ)
-        )
+        argv = ("-m", "asyncinfer", "serve", "--port", str(port))
+        api = stack.enter_context(parent(*argv, cwd=REPOSITORY, **environ))
         while not api.says().strip().startswith("Stop"):
             pass
         url = f"http://127.0.0.1:{port}"
