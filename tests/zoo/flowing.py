@@ -121,7 +121,6 @@ def lstm_step() -> onnx.ModelProto:
         "first": np.array([0]),
         "last": np.array([-1]),
         "rate": np.array(16000),
-        "nought": np.array(0, np.float32),
     }
     nodes = [
         node("Unsqueeze", ["input", "first"], ["step"]),
@@ -141,7 +140,7 @@ def lstm_step() -> onnx.ModelProto:
         nodes,
         [*inputs, tensor("sr", [], TensorProto.INT64)],
         [tensor("output", ["batch", 1]), tensor("stateN", state)],
-        {name: weight for name, weight in weights.items() if name != "nought"},
+        weights,
     )
 
 
