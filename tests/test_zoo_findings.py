@@ -1,4 +1,4 @@
-"""What damaged and deadly models may not do to a worker that loads them itself."""
+"""What a model may not do: fail a load unexpectedly, kill a start, mix one job with another."""
 
 import contextlib
 from pathlib import Path
@@ -14,8 +14,10 @@ from asyncinfer.errors import ModelRefused
 from tests import zoo
 from tests.zoo.catalogue import ENTRIES
 from tests.zoo.client import infer
+from tests.zoo.flowing import by_largest
 from tests.zoo.hostile import aborting_split
 from tests.zoo.mutating import BASES, mutated
+from tests.zoo.running import serve
 from tests.zoo.serving import served
 
 UNEXPECTED: Final = (117, 205, 4061, 4636)
@@ -33,6 +35,23 @@ def test_a_model_of_impossible_shapes_or_names_is_refused_or_loaded(
 
     with contextlib.suppress(ModelRefused):
         assert Engine.load(file, intra_op_threads=1).signature.inputs
+
+
+@pytest.mark.parametrize("threshold", [0.5, 5, 50, 1000])
+def test_one_jobs_large_number_changes_no_other_jobs_answer(
+    tmp_path: Path, threshold: float
+) -> None:
+    """Probe jobs of like size all lie on one side of the threshold, and prove nothing."""
+    zoo.place(tmp_path, "m", by_largest(threshold))
+    (file,) = models.scan(tmp_path)
+    jobs = [{"x": np.full((1, 2), value, np.float32)} for value in (0.25, 2 * threshold)]
+
+    small, large = serve(Engine.load(file, intra_op_threads=1), jobs)
+
+    assert small.answers is not None
+    assert large.answers is not None
+    assert small.answers["y"].tolist() == [[-0.25, -0.25]]
+    assert large.answers["y"].tolist() == [[4 * threshold, 4 * threshold]]
 
 
 async def test_a_worker_starts_beside_a_model_that_kills_who_loads_it(

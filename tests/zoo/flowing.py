@@ -28,14 +28,23 @@ def entries() -> Iterator[Entry]:
 
 def by_mean() -> onnx.ModelProto:
     """Twice the input where the mean of all rows is positive, else minus the input."""
+    return _by("ReduceMean", 0)
+
+
+def by_largest(threshold: float) -> onnx.ModelProto:
+    """Twice the input where any number of any row is above the threshold, else minus it."""
+    return _by("ReduceMax", threshold)
+
+
+def _by(operator: str, threshold: float) -> onnx.ModelProto:
     then = helper.make_graph([node("Add", ["x", "x"], ["t"])], "then", [], [tensor("t", None)])
     other = helper.make_graph([node("Neg", ["x"], ["o"])], "else", [], [tensor("o", None)])
     nodes = [
-        node("ReduceMean", ["x"], ["mean"], keepdims=0),
-        node("Greater", ["mean", "nought"], ["positive"]),
-        node("If", ["positive"], ["y"], then_branch=then, else_branch=other),
+        node(operator, ["x"], ["found"], keepdims=0),
+        node("Greater", ["found", "threshold"], ["above"]),
+        node("If", ["above"], ["y"], then_branch=then, else_branch=other),
     ]
-    weights = {"nought": np.array(0, np.float32)}
+    weights = {"threshold": np.array(threshold, np.float32)}
     return model(nodes, [tensor("x", ["batch", 2])], [tensor("y", ["batch", 2])], weights)
 
 
