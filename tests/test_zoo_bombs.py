@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from asyncinfer.worker.trial import trial
 
 from asyncinfer import models
+from asyncinfer.worker.trial import trial
 from tests.zoo.hostile import BOMBS
 
 
