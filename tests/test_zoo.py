@@ -54,7 +54,7 @@ def test_jobs_share_a_run_only_where_that_changes_no_answer(
 
 @pytest.mark.parametrize("name", ENTRIES)
 @given(seed=st.integers(0, 2**32 - 1), row_counts=st.lists(st.integers(1, 5), min_size=1))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_every_job_gets_the_answer_of_bare_onnx_runtime(
     pair_of: Callable[[str], Pair], name: str, seed: int, row_counts: list[int]
 ) -> None:

@@ -26,7 +26,7 @@ from tests.zoo.behaving import (
     unary,
     zipmap,
 )
-from tests.zoo.making import IR_VERSION, OPSET, Dims, Weights, model, place, tensor
+from tests.zoo.making import IR_VERSION, OPSET, Dims, Weights, model, place, place_bytes, tensor
 
 __all__ = [
     "ENDLESS_MIB",
@@ -46,6 +46,7 @@ __all__ = [
     "model",
     "picky",
     "place",
+    "place_bytes",
     "place_poison",
     "positive_rows",
     "recurrent",

@@ -15,6 +15,9 @@ Rng: TypeAlias = np.random.Generator
 Draw: TypeAlias = Callable[[Rng, int], Feeds]
 """Inputs for one job, of the given number of rows."""
 
+Tensors: TypeAlias = Mapping[str, tuple[str, tuple[int | str, ...]]]
+"""Datatype and shape of each input."""
+
 ROWS: Final = "rows"
 """The dimension that a drawn input has the job's number of rows in."""
 
@@ -42,7 +45,7 @@ class Entry(Struct, frozen=True):
         return path
 
 
-def drawn(inputs: Mapping[str, tuple[str, tuple[int | str, ...]]]) -> Draw:
+def drawn(inputs: Tensors) -> Draw:
     """Random inputs of these datatypes and shapes; a named dimension is one size throughout."""
 
     def draw(rng: Rng, rows: int) -> Feeds:

@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from tests.zoo.entry import ROWS, Entry, drawn
-from tests.zoo.making import Weights, model, node, tensor
+from tests.zoo.entry import ROWS, Entry, Tensors, drawn
+from tests.zoo.making import Dims, Weights, model, node, tensor
 
 HIDDEN = 128
 
@@ -20,22 +20,31 @@ def entries() -> Iterator[Entry]:
     yield Entry("scan_over_columns", lambda: scanned(1), pairs, True)
     sequence = drawn({"frames": ("FP32", (ROWS, 576)), "h": ("FP32", (1, 1, HIDDEN))})
     yield Entry("sequence", sequence_of_frames, sequence, False)
-    step = {"input": ("FP32", (ROWS, 64)), "state": ("FP32", (2, ROWS, HIDDEN))}
-    yield Entry("lstm_step", lstm_step, drawn({**step, "sr": ("INT64", ())}), None)
-    layer = {"x": ("FP32", ("time", ROWS, 4)), "h": ("FP32", (1, ROWS, HIDDEN))}
-    yield Entry("gru", gru, drawn(layer), None)
+    step: Tensors = {"input": ("FP32", (ROWS, 64)), "state": ("FP32", (2, ROWS, HIDDEN))}
+    yield Entry("lstm_step", lstm_step, drawn({**step, "sr": ("INT64", ())}), True)
+    layer: Tensors = {"x": ("FP32", ("time", ROWS, 4)), "h": ("FP32", (1, ROWS, HIDDEN))}
+    yield Entry("gru", gru, drawn(layer), True)
 
 
 def by_mean() -> onnx.ModelProto:
     """Twice the input where the mean of all rows is positive, else minus the input."""
+    return _by("ReduceMean", 0)
+
+
+def by_largest(threshold: float) -> onnx.ModelProto:
+    """Twice the input where any number of any row is above the threshold, else minus it."""
+    return _by("ReduceMax", threshold)
+
+
+def _by(operator: str, threshold: float) -> onnx.ModelProto:
     then = helper.make_graph([node("Add", ["x", "x"], ["t"])], "then", [], [tensor("t", None)])
     other = helper.make_graph([node("Neg", ["x"], ["o"])], "else", [], [tensor("o", None)])
     nodes = [
-        node("ReduceMean", ["x"], ["mean"], keepdims=0),
-        node("Greater", ["mean", "nought"], ["positive"]),
-        node("If", ["positive"], ["y"], then_branch=then, else_branch=other),
+        node(operator, ["x"], ["found"], keepdims=0),
+        node("Greater", ["found", "threshold"], ["above"]),
+        node("If", ["above"], ["y"], then_branch=then, else_branch=other),
     ]
-    weights = {"nought": np.array(0, np.float32)}
+    weights = {"threshold": np.array(threshold, np.float32)}
     return model(nodes, [tensor("x", ["batch", 2])], [tensor("y", ["batch", 2])], weights)
 
 
@@ -121,7 +130,6 @@ def lstm_step() -> onnx.ModelProto:
         "first": np.array([0]),
         "last": np.array([-1]),
         "rate": np.array(16000),
-        "nought": np.array(0, np.float32),
     }
     nodes = [
         node("Unsqueeze", ["input", "first"], ["step"]),
@@ -135,13 +143,13 @@ def lstm_step() -> onnx.ModelProto:
         node("Sub", ["probability", "probability"], ["nothing"]),
         node("Where", ["is_fast", "nothing", "probability"], ["output"]),
     ]
-    state = [2, "batch", HIDDEN]
+    state: Dims = [2, "batch", HIDDEN]
     inputs = [tensor("input", ["batch", 64]), tensor("state", state)]
     return model(
         nodes,
         [*inputs, tensor("sr", [], TensorProto.INT64)],
         [tensor("output", ["batch", 1]), tensor("stateN", state)],
-        {name: weight for name, weight in weights.items() if name != "nought"},
+        weights,
     )
 
 

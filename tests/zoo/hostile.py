@@ -10,7 +10,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.zoo.behaving import identity, mlp
-from tests.zoo.making import model, node, place, place_bytes, tensor
+from tests.zoo.making import Dims, model, node, place, place_bytes, tensor
 
 Place: TypeAlias = Callable[[Path, str], object]
 """Puts one into the model folder, under a name."""
@@ -116,7 +116,7 @@ def swelling() -> onnx.ModelProto:
         node("ReduceMax", ["filling"], ["most"], keepdims=0),
         node("Add", ["x", "most"], ["y"]),
     ]
-    shape = ["batch", 1]
+    shape: Dims = ["batch", 1]
     return model(nodes, [tensor("x", shape)], [tensor("y", shape)], {"size": np.array([2**34])})
 
 
@@ -148,6 +148,36 @@ def _with_functions(calls: dict[str, list[str]], first: str) -> onnx.ModelProto:
         nodes.append(node("Neg", [steps[-1]], ["b"]))
         made.functions.append(helper.make_function("local", name, ["a"], ["b"], nodes, opsets))
     return made
+
+
+def aborting_split() -> onnx.ModelProto:
+    """Ends the process that loads it: ONNX Runtime 1.32 counts outputs that it has no room for."""
+    nodes = [node("Split", ["x"], ["a", "y"], axis=1, num_outputs=1)]
+    return model(nodes, [tensor("x", ["batch", 2])], [tensor("y", ["batch", 2])])
+
+
+def aborting_scan() -> onnx.ModelProto:
+    """Ends the process that runs it on 3 rows or more of 3 numbers or more; 2 by 2 are well."""
+    body = helper.make_graph(
+        [node("Add", ["sum", "one"], ["next"]), node("Identity", ["next"], ["out"])],
+        "step",
+        [tensor("sum", ["batch"]), tensor("one", ["batch"])],
+        [tensor("next", ["batch"]), tensor("out", ["batch"])],
+    )
+    nodes = [
+        node("Split", ["x"], ["first", "second"], axis=1, num_outputs=2),
+        node("Squeeze", ["first"], ["start"]),
+        node(
+            "Scan",
+            ["start", "x"],
+            ["last", "y"],
+            body=body,
+            num_scan_inputs=1,
+            scan_input_axes=[1],
+            scan_output_axes=[1],
+        ),
+    ]
+    return model(nodes, [tensor("x", ["batch", "w"])], [tensor("y", ["batch", "w"])])
 
 
 # --- weights that lie elsewhere ----------------------------------------------------------------
@@ -232,6 +262,7 @@ THIEVES: Final[dict[str, Place]] = {
 BOMBS: Final[dict[str, Place]] = {
     "swelling": lambda folder, name: place(folder, name, swelling()),
     "recursive": lambda folder, name: place(folder, name, recursive_function()),
-    "laughing": lambda folder, name: place(folder, name, laughing_functions()),
+    "aborting_split": lambda folder, name: place(folder, name, aborting_split()),
+    "aborting_scan": lambda folder, name: place(folder, name, aborting_scan()),
 }
 """May take down the process that loads them, which must not be the one that serves."""

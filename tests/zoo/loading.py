@@ -39,12 +39,15 @@ class Loaded(Struct, frozen=True):
     """The signal or exit code that its process ended with, where it did."""
 
 
-def load_each(folder: Path) -> dict[str, Loaded]:
-    """Every model in the folder, by name; a child that dies of one is followed by another."""
+def load_each(folder: Path, seconds_each: int = SECONDS_EACH) -> dict[str, Loaded]:
+    """Every model in the folder, by name; a child that dies of one is followed by another.
+
+    One may take so many seconds of processor time before its child is killed.
+    """
     found: dict[str, Loaded] = {}
     names = sorted(path.name for path in folder.iterdir())
     while waiting := [name for name in names if name not in found]:
-        ended = _child(folder, waiting)
+        ended = _child(folder, seconds_each, waiting)
         begun = [json.loads(line) for line in ended.stdout.splitlines()]
         for line in begun:
             if "reason" in line:
@@ -56,8 +59,8 @@ def load_each(folder: Path) -> dict[str, Loaded]:
     return found
 
 
-def _child(folder: Path, names: list[str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", __name__, str(folder), *names]
+def _child(folder: Path, seconds_each: int, names: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", __name__, str(folder), str(seconds_each), *names]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
 
 
@@ -68,12 +71,12 @@ def _ending(code: int) -> str:
 # --- the child ---------------------------------------------------------------------------------
 
 
-def _load_all(folder: Path, names: list[str]) -> Iterator[dict[str, str]]:
+def _load_all(folder: Path, seconds_each: int, names: list[str]) -> Iterator[dict[str, str]]:
     files = {file.model: file for file in models.scan(folder)}
     for name in names:
         yield {"name": name}
         # Processor time, and deadly: a load that takes longer cannot be stopped.
-        signal.setitimer(signal.ITIMER_PROF, SECONDS_EACH)
+        signal.setitimer(signal.ITIMER_PROF, seconds_each)
         try:
             engine = Engine.load(files[name], intra_op_threads=1, probe_seconds=_RUN_SECONDS)
             _run_once(engine)
@@ -103,8 +106,8 @@ def _run_once(engine: Engine) -> None:
 def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE_BYTES, ADDRESS_SPACE_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    folder, *names = sys.argv[1:]
-    for line in _load_all(Path(folder), names):
+    folder, seconds_each, *names = sys.argv[1:]
+    for line in _load_all(Path(folder), int(seconds_each), names):
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
 

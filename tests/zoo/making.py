@@ -36,7 +36,9 @@ def place_bytes(
     return path
 
 
-def tensor(name: str, shape: Dims, elem_type: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
+def tensor(
+    name: str, shape: Dims | None, elem_type: int = TensorProto.FLOAT
+) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, elem_type, shape)
 
 

@@ -7,9 +7,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from asyncinfer.tensors import Array, Feeds
 from tests.zoo.behaving import added, identity, mlp
-from tests.zoo.entry import ROWS, Entry, drawn
-from tests.zoo.making import Dims, model, node, tensor
+from tests.zoo.entry import ROWS, Entry, Rng, drawn
+from tests.zoo.making import Dims, Weights, model, node, tensor
 
 ELEM_TYPES: Final = {
     "BOOL": TensorProto.BOOL,
@@ -58,9 +59,11 @@ def entries() -> Iterator[Entry]:
     yield Entry("odd_names", odd_names, drawn({"x/input:0": ("FP32", (ROWS, 2))}), True)
     yield Entry("half", half_matmul, drawn({"x": ("FP16", (ROWS, 4))}), True)
     yield Entry("regression", regression, drawn({"features": ("FP32", (ROWS, 3))}), True)
-    yield Entry("last_axis", last_axis, drawn({"x": ("FP32", (3, ROWS))}), None)
+    yield Entry("last_axis", last_axis, drawn({"x": ("FP32", (3, ROWS))}), True)
     yield Entry("summed", summed, drawn({"x": ("FP32", (ROWS, "k"))}), True)
+    yield Entry("summed_or_empty", summed, rows_that_may_be_empty, None)
     yield Entry("overridable", overridable, drawn({"x": ("FP32", (ROWS, 2))}), True)
+    yield Entry("overridden", overridable, scaled_or_not, True)
 
 
 def _of_datatype(datatype: str) -> Entry:
@@ -92,7 +95,7 @@ def several() -> onnx.ModelProto:
         tensor("b", ["batch"], TensorProto.INT64),
         tensor("c", ["batch", 1], TensorProto.STRING),
     ]
-    weights = {
+    weights: Weights = {
         "two": np.array(2, np.int64),
         "axis": np.array([1], np.int64),
         "nought": np.array(0, np.float32),
@@ -107,7 +110,7 @@ def odd_names() -> onnx.ModelProto:
         node("Abs", ["x/input:0"], ["a b"]),
         node("Relu", ["x/input:0"], ['ω"']),
     ]
-    shape = ["batch", 2]
+    shape: Dims = ["batch", 2]
     outputs = [tensor(name, shape) for name in ("z:0", 'ω"', "a b")]
     return model(nodes, [tensor("x/input:0", shape)], outputs)
 
@@ -147,12 +150,23 @@ def summed() -> onnx.ModelProto:
     )
 
 
+def rows_that_may_be_empty(rng: Rng, rows: int) -> Feeds:
+    width = int(rng.integers(0, 3))
+    return {"x": rng.normal(size=(rows, width)).astype(np.float32)}
+
+
 def overridable() -> onnx.ModelProto:
     """`scale` has a value in the graph, which a request may replace."""
-    made = model(
+    return model(
         [node("Mul", ["x", "scale"], ["y"])],
         [tensor("x", ["batch", 2]), tensor("scale", [2])],
         [tensor("y", ["batch", 2])],
         {"scale": np.array([2, 3], np.float32)},
     )
-    return made
+
+
+def scaled_or_not(rng: Rng, rows: int) -> Feeds:
+    feeds: dict[str, Array] = {"x": rng.normal(size=(rows, 2)).astype(np.float32)}
+    if rng.random() < 0.5:
+        feeds["scale"] = rng.integers(1, 3, 2).astype(np.float32)
+    return feeds

@@ -1,0 +1,38 @@
+"""The commands themselves, `work` and `serve`, on a model folder of a test."""
+
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx2
+import redis
+
+from tests.faults.harness import assert_at_rest, eventually_sync
+from tests.parents import REPOSITORY, parent
+from tests.test_cli import free_port
+
+
+@contextmanager
+def served(redis_url: str, folder: Path, models: Collection[str]) -> Iterator[str]:
+    """The URL of an API that knows these models, with a worker behind it; at rest in the end."""
+    server = redis.Redis.from_url(redis_url)
+    server.flushall()
+    environ = {"REDIS_URL": redis_url, "MODEL_DIR": str(folder), "DEFAULT_MODEL": min(models)}
+    with ExitStack() as stack:
+        stack.enter_context(parent("-m", "asyncinfer", "work", cwd=REPOSITORY, **environ))
+        port = free_port()
+        argv = ("-m", "asyncinfer", "serve", "--port", str(port))
+        api = stack.enter_context(parent(*argv, cwd=REPOSITORY, **environ))
+        while not api.says().strip().startswith("Stop"):
+            pass
+        url = f"http://127.0.0.1:{port}"
+        with httpx2.Client(verify=False) as client:
+            eventually_sync(lambda: _known(client, url) >= set(models), "all models are known")
+        yield url
+    queues = [f"predict_queue:{name}" for name in models if name != min(models)]
+    assert_at_rest(server, "predict_queue", *queues)
+    server.close()
+
+
+def _known(client: httpx2.Client, url: str) -> set[str]:
+    return {one["model"] for one in client.get(f"{url}/models").json()["models"]}
