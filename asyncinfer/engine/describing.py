@@ -1,6 +1,7 @@
 """What a loaded graph takes and gives, in words that others can read."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, Final
 
 import msgspec
@@ -49,8 +50,11 @@ _REASONS: Final = (
 def describe(file: ModelFile, session: ort.InferenceSession, sha256: str) -> Signature:
     """The signature before anything ran; raises ModelRefused for what cannot be served."""
     config = file.config
-    inputs = (*_inputs(session.get_inputs(), file), *_overridable(session))
-    outputs = _kept(_outputs(session.get_outputs(), file), file)
+    try:
+        inputs = (*_inputs(session.get_inputs(), file), *_overridable(session))
+        outputs = _kept(_outputs(session.get_outputs(), file), file)
+    except UnicodeDecodeError as error:
+        raise ModelRefused(f"{file.shown}: a name in it is not UTF-8, so it is damaged") from error
     return Signature(
         model=file.model,
         version=file.version,
@@ -93,7 +97,7 @@ def made_up_example(inputs: Sequence[TensorSpec]) -> object:
     if len(needed) != 1:
         return None
     shape = [dim if isinstance(dim, int) else 1 for dim in needed[0].shape]
-    if np.prod(shape) > MAX_EXAMPLE_ELEMENTS:
+    if prod(shape) > MAX_EXAMPLE_ELEMENTS:
         return None
     element = "text" if needed[0].datatype == "BYTES" else 0
     values = np.full(shape, element, DTYPES[needed[0].datatype])
@@ -118,7 +122,7 @@ def _overridable(session: ort.InferenceSession) -> list[TensorSpec]:
     nodes = [
         node
         for node in session.get_overridable_initializers()
-        if node.type in _DATATYPES and np.prod(node.shape) <= _LONGEST_OPTIONAL_ELEMENTS
+        if node.type in _DATATYPES and prod(node.shape) <= _LONGEST_OPTIONAL_ELEMENTS
     ]
     if len(nodes) > _MOST_OPTIONAL:
         return []

@@ -1,8 +1,10 @@
 """Whether jobs may share a run: shown by inputs that run alone and together."""
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any, Final
 
 import numpy as np
@@ -24,14 +26,19 @@ OPEN_SIZES: Final = (8, 32, 1, 128)
 
 Scale = tuple[float, float, int, int]
 
-_SCALES: Final[tuple[Scale, ...]] = (
-    (0.0, 1.0, 0, 1),
-    (-10.0, 10.0, 0, 1),
-    (-0.01, 0.01, 0, 9),
-    (0.0, 1.0, -9, 9),
-    (0.0, 1.0, 0, 99),
+_SCALES: Final[tuple[tuple[Scale, ...], ...]] = (
+    ((0.0, 1.0, 0, 1),),
+    ((-10.0, 10.0, 0, 1),),
+    ((-0.01, 0.01, 0, 9),),
+    ((0.0, 0.1, 0, 1), (0.0, 1e6, 0, 1), (0.0, 10.0, 0, 1), (0.0, 1e3, 0, 1)),
+    ((0.0, 1.0, -9, 9),),
+    ((0.0, 1.0, 0, 99),),
+    ((-0.1, 0.0, 0, 1), (-1e6, 0.0, -99, 99), (-10.0, 0.0, 0, 9), (-1e3, 0.0, -9, 0)),
 )
-"""From and to of fractions and of whole numbers: small ones first, which may be indices."""
+"""Per probe and job, from and to of fractions and of whole numbers: small ones first, which may
+be indices; among them jobs of different sizes, since a model may look for the largest of all."""
+
+_MOST_ELEMENTS: Final = 1 << 26
 
 _TOLERANCES: Final = {"float16": 1e-2, "bfloat16": 5e-2, "float32": 1e-4, "float64": 1e-8}
 
@@ -100,8 +107,8 @@ class _Probing:
         varied = False
         for optional in self._optional_ways():
             ran = 0
-            for seed, scale in enumerate(self._scales()):
-                probe = self._alone(seed, scale, optional)
+            for seed, scales in enumerate(self._scales()):
+                probe = self._alone(seed, scales, optional)
                 if probe is None:
                     continue
                 jobs, alone = probe
@@ -120,18 +127,19 @@ class _Probing:
     def _optional_ways(self) -> list[bool]:
         return [False, True] if any(spec.optional for spec in self._inputs) else [False]
 
-    def _scales(self) -> list[Scale | None]:
+    def _scales(self) -> list[tuple[Scale, ...] | None]:
         """None: each input as large as its own example."""
         return [*_SCALES, None] if self._example else [*_SCALES]
 
     def _alone(
-        self, seed: int, scale: Scale | None, optional: bool
+        self, seed: int, scales: tuple[Scale, ...] | None, optional: bool
     ) -> tuple[list[Feeds], list[list[Array]]] | None:
         """Jobs and what each gets alone; None where the model takes none of such numbers."""
         for size in self._sizes:
             rng = np.random.default_rng(seed)
-            jobs = self._jobs(rng, scale, ROW_COUNTS[seed % len(ROW_COUNTS)], size, optional)
+            counts = ROW_COUNTS[seed % len(ROW_COUNTS)]
             try:
+                jobs = self._jobs(rng, scales, counts, size, optional)
                 alone = [self._run(job, self._stop) for job in jobs]
             except JobError as error:
                 # Random numbers may be no input for this model; that proves nothing.
@@ -144,7 +152,7 @@ class _Probing:
     def _jobs(
         self,
         rng: np.random.Generator,
-        scale: Scale | None,
+        scales: tuple[Scale, ...] | None,
         counts: Sequence[int],
         size: int,
         optional: bool,
@@ -156,11 +164,12 @@ class _Probing:
             axis = self._axes[spec.name]
             shared = axis is None
             shape = self._shape(spec, size)
-            made = self._values(spec, rng, scale, shape) if shared else None
+            of_jobs = itertools.cycle(scales or (None,))
+            made = self._values(spec, rng, next(of_jobs), shape) if shared else None
             for job, count in zip(jobs, counts, strict=True):
                 if axis is not None:
                     shape[axis] = count
-                    job[spec.name] = self._values(spec, rng, scale, shape)
+                    job[spec.name] = self._values(spec, rng, next(of_jobs), shape)
                 elif made is not None:
                     job[spec.name] = made
         return list(jobs)
@@ -215,7 +224,7 @@ class _Probing:
 
 def _scale_of(example: Array | None) -> Scale:
     if example is None or example.dtype == object or not example.size:
-        return _SCALES[0]
+        return _SCALES[0][0]
     numbers = example.astype(np.float64) if example.dtype == DTYPES["BF16"] else example
     low, high = numbers.min().item(), numbers.max().item()
     return (float(low), float(high), int(low), int(high))
@@ -228,14 +237,17 @@ def _random(
     shape: Sequence[int],
 ) -> Array:
     low, high, least, most = scale
+    if prod(shape) > _MOST_ELEMENTS:
+        raise ModelFailed(f"`{spec.name}` is too large to make one up: {list(shape)}")
     if spec.datatype == "BYTES":
         words = np.array(["", "some text", "é", "a", "0"], dtype=object)
         return words[rng.integers(0, len(words), shape)].reshape(shape)
     if spec.datatype == "BOOL":
         return rng.integers(0, 2, shape).astype(np.bool_)
-    if spec.datatype in FLOATS:
-        return np.asarray(rng.uniform(low, high, shape)).astype(DTYPES[spec.datatype])
     ends = RANGES[spec.datatype]
+    if spec.datatype in FLOATS:
+        fractions = rng.uniform(max(low, ends[0]), min(high, ends[1]), shape)
+        return np.asarray(fractions).astype(DTYPES[spec.datatype])
     first = int(min(max(least, ends[0]), ends[1]))
     last = int(max(min(most, ends[1], 2**62), first))
     return np.asarray(rng.integers(first, last, shape, endpoint=True)).astype(DTYPES[spec.datatype])
@@ -297,17 +309,17 @@ def some_answer(
     failure = "it took too long"
     with _deadline(seconds) as stop:
         for size in (1, *OPEN_SIZES):
-            feeds = example or {
-                spec.name: _random(
-                    spec,
-                    np.random.default_rng(0),
-                    _SCALES[0],
-                    [dim if isinstance(dim, int) else size for dim in spec.shape],
-                )
-                for spec in inputs
-                if not spec.optional
-            }
             try:
+                feeds = example or {
+                    spec.name: _random(
+                        spec,
+                        np.random.default_rng(0),
+                        _SCALES[0][0],
+                        [dim if isinstance(dim, int) else size for dim in spec.shape],
+                    )
+                    for spec in inputs
+                    if not spec.optional
+                }
                 return run(feeds, stop)
             except JobError as error:
                 failure = error.detail

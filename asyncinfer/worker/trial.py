@@ -131,10 +131,13 @@ def _problem(file: ModelFile, *, allow_custom_ops: bool) -> str:
 
 def _zeros(signature: Signature) -> Feeds:
     return {
-        spec.name: np.zeros(
-            [dim if isinstance(dim, int) else 1 for dim in spec.shape], DTYPES[spec.datatype]
+        spec.name: np.full(
+            [dim if isinstance(dim, int) else 1 for dim in spec.shape],
+            "" if spec.datatype == "BYTES" else 0,
+            DTYPES[spec.datatype],
         )
         for spec in signature.inputs
+        if not spec.optional
     }
 
 
