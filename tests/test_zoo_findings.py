@@ -37,12 +37,15 @@ def test_a_model_of_impossible_shapes_or_names_is_refused_or_loaded(
         assert Engine.load(file, intra_op_threads=1).signature.inputs
 
 
-@pytest.mark.parametrize("threshold", [0.5, 5, 50, 1000])
+@pytest.mark.parametrize(
+    ("threshold", "toml"), [(0.5, ""), (5, ""), (50, ""), (1000, "example = [[2000.0, 0.0]]")]
+)
 def test_one_jobs_large_number_changes_no_other_jobs_answer(
-    tmp_path: Path, threshold: float
+    tmp_path: Path, threshold: float, toml: str
 ) -> None:
-    """Probe jobs of like size all lie on one side of the threshold, and prove nothing."""
-    zoo.place(tmp_path, "m", by_largest(threshold))
+    """Probe jobs of like size all lie on one side of the threshold, and prove nothing. Numbers as
+    large as the example are tried too; larger ones are not, which may cost any time and memory."""
+    zoo.place(tmp_path, "m", by_largest(threshold), toml=toml)
     (file,) = models.scan(tmp_path)
     jobs = [{"x": np.full((1, 2), value, np.float32)} for value in (0.25, 2 * threshold)]
 

@@ -30,13 +30,17 @@ _SCALES: Final[tuple[tuple[Scale, ...], ...]] = (
     ((0.0, 1.0, 0, 1),),
     ((-10.0, 10.0, 0, 1),),
     ((-0.01, 0.01, 0, 9),),
-    ((0.0, 0.1, 0, 1), (0.0, 1e6, 0, 1), (0.0, 10.0, 0, 1), (0.0, 1e3, 0, 1)),
+    ((0.0, 0.1, 0, 1), (0.0, 100.0, 0, 1), (0.0, 10.0, 0, 1), (0.0, 1.0, 0, 1)),
     ((0.0, 1.0, -9, 9),),
     ((0.0, 1.0, 0, 99),),
-    ((-0.1, 0.0, 0, 1), (-1e6, 0.0, -99, 99), (-10.0, 0.0, 0, 9), (-1e3, 0.0, -9, 0)),
+    ((-0.1, 0.0, 0, 1), (-100.0, 0.0, -99, 99), (-10.0, 0.0, 0, 9), (-1.0, 0.0, -9, 0)),
 )
 """Per probe and job, from and to of fractions and of whole numbers: small ones first, which may
-be indices; among them jobs of different sizes, since a model may look for the largest of all."""
+be indices; among them jobs of different sizes, since a model may look for the largest of all. None
+is very large: what a number decides may be how long a run takes, and how much memory."""
+
+_LIKE_EXAMPLE: Final[tuple[tuple[Scale | None, ...], ...]] = ((None,), (None, (0.0, 0.1, 0, 1)))
+"""The same where there is an example: None is as large as that."""
 
 _MOST_ELEMENTS: Final = 1 << 26
 
@@ -127,12 +131,11 @@ class _Probing:
     def _optional_ways(self) -> list[bool]:
         return [False, True] if any(spec.optional for spec in self._inputs) else [False]
 
-    def _scales(self) -> list[tuple[Scale, ...] | None]:
-        """None: each input as large as its own example."""
-        return [*_SCALES, None] if self._example else [*_SCALES]
+    def _scales(self) -> list[tuple[Scale | None, ...]]:
+        return [*_SCALES, *_LIKE_EXAMPLE] if self._example else [*_SCALES]
 
     def _alone(
-        self, seed: int, scales: tuple[Scale, ...] | None, optional: bool
+        self, seed: int, scales: tuple[Scale | None, ...], optional: bool
     ) -> tuple[list[Feeds], list[list[Array]]] | None:
         """Jobs and what each gets alone; None where the model takes none of such numbers."""
         for size in self._sizes:
@@ -152,7 +155,7 @@ class _Probing:
     def _jobs(
         self,
         rng: np.random.Generator,
-        scales: tuple[Scale, ...] | None,
+        scales: tuple[Scale | None, ...],
         counts: Sequence[int],
         size: int,
         optional: bool,
@@ -164,7 +167,7 @@ class _Probing:
             axis = self._axes[spec.name]
             shared = axis is None
             shape = self._shape(spec, size)
-            of_jobs = itertools.cycle(scales or (None,))
+            of_jobs = itertools.cycle(scales)
             made = self._values(spec, rng, next(of_jobs), shape) if shared else None
             for job, count in zip(jobs, counts, strict=True):
                 if axis is not None:
