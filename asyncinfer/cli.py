@@ -24,7 +24,6 @@ from asyncinfer.welcome import Welcome, shown_url
 
 if TYPE_CHECKING:
     from asyncinfer.api.config import ApiConfig
-    from asyncinfer.models import ModelFile
     from asyncinfer.repository.store import Policy
     from asyncinfer.supervisor import Api, Stop
     from asyncinfer.worker.library import Source
@@ -275,17 +274,21 @@ async def _answer(chosen: Settings, held_fd: int, report_fd: int) -> None:
 
 
 async def _welcome(chosen: Settings, with_worker: bool, redis_url: str) -> Welcome:
-    from asyncinfer import models
+    from asyncinfer import models, onnxfile
 
-    files = models.to_serve(_model_files(chosen)) if with_worker else {}
+    found = _source(chosen).files() if with_worker else []
+    names = {one.model for one in found}
+    whole = [one for one in found if not one.problem and onnxfile.looks_whole(one.path)]
+    files = models.to_serve(whole)
     server, stored_default = await _ask_server(chosen, redis_url)
-    default = models.default_model(_default_model(chosen) or stored_default, files)
+    default = models.default_model(_default_model(chosen) or stored_default, names)
     file = files.get(default or "")
     return Welcome(
         host=chosen.host,
         port=chosen.port,
         redis=f"{server}, {_whereabouts(chosen, redis_url)}",
         models=tuple(files),
+        refused=sorted(names - files.keys()),
         default_model=default,
         example=file.config.example if file else None,
         needs_key=chosen.api_keys is not None,
@@ -406,15 +409,6 @@ def _model_file(chosen: Settings) -> Path | None:
 def _default_model(chosen: Settings) -> str | None:
     file = _model_file(chosen)
     return file.stem if file else chosen.default_model
-
-
-def _model_files(chosen: Settings) -> "list[ModelFile]":
-    from asyncinfer import models
-
-    file = _model_file(chosen)
-    files = [models.bare_file(file)] if file else models.scan(_model_dir(chosen))
-    wanted = [one for one in files if not chosen.models or one.model in chosen.models]
-    return [one for one in wanted if not one.problem]
 
 
 def _policy(chosen: Settings) -> "Policy":

@@ -5,7 +5,7 @@ Reads files and JSON only: the API imports it, and the API never loads a model.
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any, Final, TypeAlias
@@ -25,6 +25,8 @@ MAX_ROWS: Final = 10_000
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _RESERVED: Final = frozenset({"stats"})
 _VERSION: Final = re.compile(r"0|[1-9][0-9]{0,17}")
+_MEANT: Final = re.compile(r"\D{0,8}?0*(0|[1-9][0-9]{0,17})", re.ASCII)
+"""A name that says which version it was meant for, such as `v1` or `01`."""
 
 NAME_RULE: Final = (
     "a model's name is 1 to 64 letters, digits, dots, hyphens or underscores, "
@@ -78,6 +80,8 @@ class ModelFile(Struct, frozen=True):
     config: ModelConfig = ModelConfig()
     problem: str = ""
     """Why it cannot be served, known before anybody opened it; `Engine.load` raises it."""
+    toml_problem: str = ""
+    """What is wrong with its `model.toml`; the `config` is not from there, then."""
 
     @property
     def is_bare(self) -> bool:
@@ -91,10 +95,15 @@ class ModelFile(Struct, frozen=True):
     @property
     def rank(self) -> tuple[bool, int]:
         """Of the versions that can be served, the highest rank is the one that is."""
-        return str(self.config.default_version) == self.version, int(self.version)
+        return str(self.config.default_version) == self.version, age(self.version)
 
 
 # --- the folder --------------------------------------------------------------------------------
+
+
+def age(version: str) -> int:
+    """Orders versions, oldest first; a folder that is no version comes before all."""
+    return int(version) if _VERSION.fullmatch(version) else -1
 
 
 def valid_name(name: str) -> bool:
@@ -177,30 +186,42 @@ def _read_entry(entry: Path) -> list[ModelFile]:
     try:
         return _read_folder(entry)
     except OSError as error:
-        return [ModelFile(entry.name, "1", entry, problem=f"cannot be read: {error.strerror}")]
+        problem = f"{entry.name}: cannot be read: {error.strerror}"
+        return [ModelFile(entry.name, "1", entry, problem=problem)]
 
 
 def _read_folder(folder: Path) -> list[ModelFile]:
-    paths = {version.name: version / "model.onnx" for version in folder.iterdir()}
-    versions = [name for name in paths if _VERSION.fullmatch(name) and paths[name].is_file()]
-    if versions:
+    paths = {
+        entry.name: entry / "model.onnx"
+        for entry in folder.iterdir()
+        if not entry.name.startswith((".", "_"))
+    }
+    names = [name for name, path in paths.items() if path.is_file()]
+    if names:
         model = _named(_configured(ModelFile(folder.name, "1", folder), folder))
-        files = [
-            msgspec.structs.replace(model, version=version, path=paths[version])
-            for version in versions
-        ]
-        return sorted(files, key=lambda file: file.rank, reverse=True)
+        files = [_version(model, name, paths) for name in names]
+        return sorted(files, key=lambda file: (file.rank, file.version), reverse=True)
     stray = next(folder.glob("*.onnx"), None)
     if stray is None:
         return []
-    problem = f"has no version folder: move {stray.name} to {folder.name}/1/model.onnx"
+    shown = f"{folder.name}/{stray.name}"
+    problem = f"{shown}: has no version folder: move it to {folder.name}/1/model.onnx"
     return [ModelFile(folder.name, "1", stray, problem=problem)]
+
+
+def _version(model: ModelFile, name: str, paths: Mapping[str, Path]) -> ModelFile:
+    problem = model.problem
+    if not _VERSION.fullmatch(name):
+        meant = _MEANT.fullmatch(name)
+        to = meant[1] if meant and meant[1] not in paths else f"a whole number, or to _{name}"
+        problem = f"{model.model}/{name}: is no version: rename {name} to {to}"
+    return msgspec.structs.replace(model, version=name, path=paths[name], problem=problem)
 
 
 def _named(file: ModelFile) -> ModelFile:
     if valid_name(file.model):
         return file
-    return msgspec.structs.replace(file, problem=f"rename it: {NAME_RULE}")
+    return msgspec.structs.replace(file, problem=f"{file.shown}: rename it: {NAME_RULE}")
 
 
 def _configured(file: ModelFile, folder: Path) -> ModelFile:
@@ -210,7 +231,7 @@ def _configured(file: ModelFile, folder: Path) -> ModelFile:
     try:
         config = read_config(path.read_bytes(), f"{folder.name}/{path.name}", folder)
     except ModelRefused as error:
-        return msgspec.structs.replace(file, problem=error.detail)
+        return msgspec.structs.replace(file, problem=error.detail, toml_problem=error.detail)
     return msgspec.structs.replace(file, config=config)
 
 

@@ -5,6 +5,7 @@ The `onnx` package is not needed to serve, so this walks the protobuf wire forma
 
 import mmap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -34,17 +35,13 @@ class DamagedFile(ValueError):
 def check_weights(path: Path, shown: str) -> None:
     """Raises ModelRefused where weights would be read from outside of the model's own folder."""
     folder = path.parent
-    with path.open("rb") as file:
-        if not path.stat().st_size:
-            return
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            view = memoryview(content)
-            try:
-                found = set(locations(view))
-            except DamagedFile as error:
-                raise ModelRefused(f"{shown}: it is no ONNX file, or damaged: {error}") from error
-            finally:
-                view.release()
+    if not path.stat().st_size:
+        raise ModelRefused(f"{shown}: it is empty")
+    try:
+        with _mapped(path) as content:
+            found = set(locations(content))
+    except DamagedFile as error:
+        raise ModelRefused(f"{shown}: it is no ONNX file, or damaged: {error}") from error
     for location in sorted(found):
         problem = _problem(folder, location)
         if problem:
@@ -52,6 +49,27 @@ def check_weights(path: Path, shown: str) -> None:
                 f"{shown}: its weights lie in {location!r}, which {problem}; put the file itself "
                 "beside the model"
             )
+
+
+def looks_whole(path: Path) -> bool:
+    """Whether it can be a model, at a glance that is as short for a large file."""
+    try:
+        with _mapped(path) as content:
+            # All of them, since what is cut short shows at its end.
+            numbers = {number for number, _, _ in _fields(content, 0, len(content))}
+    except (OSError, ValueError):  # an empty file cannot be mapped, a damaged one not read
+        return False
+    return any(_MODEL.get(number) == "graph" for number in numbers)
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[memoryview]:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        view = memoryview(content)
+        try:
+            yield view
+        finally:
+            view.release()
 
 
 def _problem(folder: Path, location: str) -> str:
@@ -99,6 +117,8 @@ def _fields(content: memoryview, at: int, end: int) -> Iterator[tuple[int, int, 
     """Number, begin and end of each length-delimited field of a message."""
     while at < end:
         tag, at = _varint(content, at, end)
+        if tag < 8:  # so that a file of zeros, such as room set aside, ends here
+            raise DamagedFile("a field without a number")
         kind = tag & 7
         if kind == _VARINT:
             _, at = _varint(content, at, end)

@@ -168,7 +168,9 @@ class ModelProblem(Struct, frozen=True, kw_only=True):
     """Why a version is not served, or not as its file is now."""
 
     model: str
-    version: str
+    version: Annotated[
+        str | None, Meta(description="null: what is wrong with its model.toml, for all versions.")
+    ]
     worker: Annotated[str, Meta(description="Who says so; others may serve it.")]
     reason: str
 

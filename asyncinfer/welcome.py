@@ -21,6 +21,8 @@ class Welcome(Struct, frozen=True, kw_only=True):
     """Which server, and where its data is."""
     models: Sequence[str]
     """Served from here; none when workers elsewhere serve them."""
+    refused: Sequence[str] = ()
+    """Broken at a glance; a worker may refuse more of them once it has opened their files."""
     default_model: str | None
     example: Any
     """Works as `data` of the default model; None when there is none to show."""
@@ -45,7 +47,10 @@ class Welcome(Struct, frozen=True, kw_only=True):
         if not self.models:
             return "those of workers elsewhere; start one: asyncinfer work"
         marked = (f"{it} (default)" if it == self.default_model else it for it in self.models)
-        return ", ".join(marked)
+        served = ", ".join(marked)
+        if not self.refused:
+            return served
+        return f"{served}; not {', '.join(self.refused)}: {self._url}/models says why"
 
     def _curl(self) -> str:
         key = ' -H "x-api-key: $API_KEY"' if self.needs_key else ""

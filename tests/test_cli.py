@@ -223,6 +223,24 @@ def test_one_file_from_anywhere_is_served_as_the_default_model(tmp_path: Path) -
         assert (model["model"], model["version"], model["default"]) == ("churn", "1", True)
 
 
+def test_the_welcome_names_no_model_that_is_broken_at_a_glance(tmp_path: Path) -> None:
+    content = zoo.mlp([3, 2]).SerializeToString()
+    for name, written in {"a": content, "cut": content[:-9], "empty": b""}.items():
+        (tmp_path / f"{name}.onnx").write_bytes(written)
+    zoo.place(tmp_path, "wrong", zoo.mlp([3, 2]), toml="oops")
+    data_dir = str(tmp_path / "data")
+    with serving("--model-dir", str(tmp_path), "--default-model", "a", DATA_DIR=data_dir) as serve:
+        url = serve.welcome["URL"]
+        assert (
+            serve.welcome["Models"] == f"a (default); not cut, empty, wrong: {url}/models says why"
+        )
+        eventually_sync(lambda: bool(serve.get("/models")["models"]), "it is announced")
+        problems = serve.get("/models")["problems"]
+    assert {(one["model"], one["version"]) for one in problems} == {
+        *(("cut", "1"), ("empty", "1"), ("wrong", None))
+    }
+
+
 def test_sigterm_ends_all_of_it_and_the_next_start_has_its_jobs() -> None:
     with serving() as serve:
         job_id = answer_of(serve)["job_id"]

@@ -430,12 +430,12 @@ def test_logits_are_shown_as_their_softmax(tmp_path: Path) -> None:
         (
             helper.make_node("SplitToSequence", ["x"], ["y"], axis=0),
             helper.make_sequence_type_proto(helper.make_tensor_type_proto(FLOAT, None)),
-            "a list of tensors",
+            "a list of tensors (seq(tensor(float))), which cannot be served; let the graph join",
         ),
         (
             helper.make_node("Optional", ["x"], ["y"]),
             helper.make_optional_type_proto(helper.make_tensor_type_proto(FLOAT, ["b", 2])),
-            "an output that may be missing",
+            "a value that may be missing (optional(tensor(float))), which cannot be served; let",
         ),
     ],
 )
@@ -444,7 +444,7 @@ def test_what_is_no_tensor_is_refused_in_words(
 ) -> None:
     model = zoo.model([operator], [zoo.tensor("x", ["b", 2])], [helper.make_value_info("y", kind)])
 
-    assert f"which cannot be served, {why}" in refusal(tmp_path, model)
+    assert f"`y` is {why}" in refusal(tmp_path, model)
 
 
 def test_examples_of_several_inputs_are_checked_by_name(tmp_path: Path) -> None:

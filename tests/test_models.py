@@ -38,8 +38,8 @@ def touch(folder: Path, *names: str) -> None:
 
 
 def test_every_version_of_each_model_is_found_the_one_to_serve_first(tmp_path: Path) -> None:
-    touch(tmp_path, "iris/2/model.onnx", "iris/10/model.onnx", "iris/010/model.onnx")
-    touch(tmp_path, "iris/old/model.onnx", "iris/11/notes.txt", "bare.onnx", "README.md")
+    touch(tmp_path, "iris/2/model.onnx", "iris/10/model.onnx", "iris/_old/model.onnx")
+    touch(tmp_path, "iris/11/notes.txt", "bare.onnx", "README.md")
     touch(tmp_path, ".hidden/1/model.onnx", "empty/notes.txt")
 
     found = [(file.model, file.version, file.shown) for file in models.scan(tmp_path)]
@@ -90,8 +90,31 @@ def test_a_broken_model_stops_no_other_and_says_why(tmp_path: Path) -> None:
     assert problems["good"] == ""
     assert "1 to 64 letters" in problems["my model"]
     assert "is not `stats`" in problems["stats"]
-    assert problems["flat"] == "has no version folder: move m.onnx to flat/1/model.onnx"
+    assert problems["flat"] == "flat/m.onnx: has no version folder: move it to flat/1/model.onnx"
     assert problems["typo"].startswith("typo/model.toml: unknown key `lables`")
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("m/v1/model.onnx", "m/v1: is no version: rename v1 to 1"),
+        ("m/01/model.onnx", "m/01: is no version: rename 01 to 1"),
+        ("m/v2/model.onnx", "m/v2: is no version: rename v2 to a whole number, or to _v2"),
+        ("m/new/model.onnx", "m/new: is no version: rename new to a whole number, or to _new"),
+        ("m/_new/model.onnx", None),
+        ("m/notes/read.me", None),
+    ],
+)
+def test_a_version_that_is_no_number_is_not_passed_over_in_silence(
+    tmp_path: Path, path: str, problem: str | None
+) -> None:
+    touch(tmp_path, "m/2/model.onnx", path)
+
+    first, *others = models.scan(tmp_path)
+
+    assert (first.version, first.problem) == ("2", "")
+    assert [one.problem for one in others] == ([problem] if problem else [])
+    assert models.to_serve([first, *others]) == {"m": first}
 
 
 @pytest.mark.parametrize(

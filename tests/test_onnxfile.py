@@ -88,7 +88,8 @@ def length(number: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "content", [b"\x0a\x05abc", b"\x3a", b"\x08" + b"\xff" * 11, b"\x0b\x0c", b"\x0d\x00", b"\x80"]
+    "content",
+    [b"\x0a\x05abc", b"\x3a", b"\x08" + b"\xff" * 11, b"\x0b\x0c", b"\x0d\x00", b"\x80", bytes(9)],
 )
 def test_damage_is_told(content: bytes) -> None:
     with pytest.raises(DamagedFile):

@@ -63,6 +63,12 @@ def test_the_url_is_one_that_can_be_opened_here(host: str, url: str) -> None:
     assert f"URL      {url}\n" in welcome(host=host).text()
 
 
+def test_what_is_broken_is_not_called_served() -> None:
+    text = welcome(refused=["bad", "worse"]).text()
+
+    assert "digits, iris (default); not bad, worse: http://127.0.0.1:8000/models says why" in text
+
+
 def test_the_default_model_is_marked() -> None:
     assert "Models   digits, iris (default)\n" in welcome().text()
 

@@ -94,12 +94,15 @@ async def _workers(services: Services) -> Workers:
 
 async def _why_broken(services: Services, name: str | None) -> str:
     found = [one for one in _problems(await _workers(services)) if one.model == name]
-    return " ".join(f"Version {one.version} is not served: {one.reason}." for one in found[:3])
+    return " ".join(
+        f"{f'Version {one.version}' if one.version else 'It'} is not served: {one.reason}."
+        for one in found[:3]
+    )
 
 
 def _problems(workers: Workers) -> list[ModelProblem]:
     return [
-        ModelProblem(model=model, version=version, worker=worker, reason=reason)
+        ModelProblem(model=model, version=version or None, worker=worker, reason=reason)
         for worker, says in sorted(workers.items())
         for model, versions in sorted(says.problems.items())
         for version, reason in sorted(versions.items())

@@ -39,12 +39,13 @@ _DATATYPES: Final[dict[str, str]] = {
 _MAPS: Final = frozenset({"seq(map(int64,tensor(float)))", "seq(map(string,tensor(float)))"})
 
 _REASONS: Final = (
-    ("seq(map", "a list of maps that are not scores; export it with zipmap off"),
-    ("seq(", "a list of tensors; let the graph join them into one"),
-    ("map(", "a map; let the graph give keys and values as tensors"),
-    ("sparse_tensor", "a sparse tensor; let the graph make it dense"),
-    ("optional(", "an output that may be missing; let the graph always give it"),
+    ("seq(map", "a list of maps that are not scores", "export it with zipmap off"),
+    ("seq(", "a list of tensors", "let the graph join them into one"),
+    ("map(", "a map", "let the graph give keys and values as tensors"),
+    ("sparse_tensor", "a sparse tensor", "let the graph make it dense"),
+    ("optional(", "a value that may be missing", "let the graph always give it"),
 )
+"""How a type begins, what it is, and what to do."""
 
 
 def describe(file: ModelFile, session: ort.InferenceSession, sha256: str) -> Signature:
@@ -158,8 +159,8 @@ def _kept(outputs: dict[str, TensorSpec], file: ModelFile) -> tuple[TensorSpec, 
 
 
 def _refused(node: Any, file: ModelFile) -> ModelRefused:
-    why = next((words for begin, words in _REASONS if node.type.startswith(begin)), "")
-    what = f", {why}" if why else ""
+    kinds = (rest for begin, *rest in _REASONS if node.type.startswith(begin))
+    what, remedy = next(kinds, ("a value of another kind", "let the graph give a tensor"))
     return ModelRefused(
-        f"{file.shown}: `{node.name}` is a {node.type}, which cannot be served{what}"
+        f"{file.shown}: `{node.name}` is {what} ({node.type}), which cannot be served; {remedy}"
     )

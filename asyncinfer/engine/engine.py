@@ -42,7 +42,7 @@ class Engine:
     ) -> "Engine":
         """Raises ModelRefused with the reason; probes the model where batching is in question."""
         if file.problem:
-            raise ModelRefused(f"{file.shown}: {file.problem}")
+            raise ModelRefused(file.problem)
         sessions, sha256 = opening.open_sessions(
             file, intra_op_threads=intra_op_threads, allow_custom_ops=allow_custom_ops
         )

@@ -1,7 +1,6 @@
 """The versions that a worker has: found in the folder, tried, described; served, or refused."""
 
 import asyncio
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,9 +13,11 @@ from msgspec import Struct
 from asyncinfer import models
 from asyncinfer.engine import Engine
 from asyncinfer.errors import ModelRefused, StartError, UnknownModel
-from asyncinfer.models import ModelFile, Signature, Stamp
+from asyncinfer.models import ModelFile, Signature
+from asyncinfer.worker import versions
 from asyncinfer.worker.shelf import Label, Shelf, label_of
 from asyncinfer.worker.trial import trial
+from asyncinfer.worker.versions import Version
 
 log = logging.getLogger(__name__)
 
@@ -48,25 +49,6 @@ class Source(Struct, frozen=True):
             return [models.bare_file(self.model_file)] if self.model_file.is_file() else []
         files = models.scan(self.model_dir)
         return [file for file in files if not self.wanted or file.model in self.wanted]
-
-
-class Version(Struct, frozen=True):
-    """One version; without a signature it was not loaded yet, or cannot be (`problem`)."""
-
-    file: ModelFile
-    stamp: Stamp
-    signature: Signature | None = None
-    problem: str = ""
-    is_altered: bool = False
-    """Whether the file is no longer what the signature was made of."""
-
-    @property
-    def is_unknown(self) -> bool:
-        return not (self.signature or self.problem)
-
-    @property
-    def label(self) -> Label:
-        return label_of(self.file)
 
 
 class Library:
@@ -127,15 +109,18 @@ class Library:
         return {label: described[label] for label in described if label not in self._contested}
 
     def problems(self) -> dict[Label, str]:
-        found = {label: one.problem for label, one in self._versions.items() if one.problem}
-        return found | _missing_defaults(self._versions.values()) | dict(self._contested)
+        """What is not served, or not as it is now; under no version, what is wrong for all."""
+        found = versions.problems(self._versions.values())
+        return found | versions.missing_defaults(self._versions) | dict(self._contested)
 
     def default_versions(self) -> dict[str, str | None]:
-        """By model in the folder, the version that its `model.toml` makes the default."""
-        wanted = {
-            label[0]: one.file.config.default_version for label, one in self._versions.items()
+        """By model in the folder, the version served where that is not for being the highest."""
+        here = {model for model, _ in self.announced()}
+        served = {model: one for model, one in self._served.items() if model in here}
+        return {
+            model: None if one.file.config.default_version is None else one.file.version
+            for model, one in served.items()
         }
-        return {model: None if one is None else str(one) for model, one in wanted.items()}
 
     # --- engines -------------------------------------------------------------------------------
 
@@ -179,7 +164,7 @@ class Library:
     def open(self, load: Callable[[ModelFile], Engine], default_model: str | None) -> None:
         """Loads what is served, of many models only one; raises StartError without any."""
         files = self._files_at_start()
-        self._versions = {label_of(one): Version(one, models.stamp(one)) for one in files}
+        self._versions = {label_of(one): versions.look(one) for one in files}
         found = {file.model for file in files}
         first = models.default_model(default_model, found)
         names = sorted(found, key=lambda name: (name != first, name))
@@ -247,34 +232,46 @@ class Library:
 
     async def _look(self) -> dict[Label, Version] | None:
         try:
-            return await asyncio.to_thread(self._seen)
+            seen = await asyncio.to_thread(self._seen)
         except OSError as error:
             log.warning("The models stay as they are: %s", error)
             return None
+        return {
+            label: versions.with_config_in_force(
+                one, self._versions.get(label), self._served.get(one.file.model)
+            )
+            for label, one in seen.items()
+        }
 
     def _seen(self) -> dict[Label, Version]:
-        files = self._source.files()
-        return {label_of(file): Version(file, models.stamp(file)) for file in files}
+        return {label_of(file): versions.look(file) for file in self._source.files()}
 
     def _differences(self, seen: Mapping[Label, Version]) -> list[Label]:
         """Labels that are new, gone or changed since they were last judged."""
         return [
             label
             for label in {**self._versions, **seen}
-            if not _same(self._versions.get(label), seen.get(label))
+            if not versions.same(self._versions.get(label), seen.get(label))
         ]
 
     async def _settle(self, seen: Mapping[Label, Version], labels: Iterable[Label]) -> None:
         # The lowest first, so that a worker that finds three new versions serves them in order.
-        for label in sorted(labels, key=lambda label: (label[0], int(label[1]))):
-            known, found = self._versions.get(label), seen.get(label)
-            if found is None:
-                self._leave(label)
-            elif known is None or known.signature is None:
-                await self._try(found, None)
+        for label in sorted(labels, key=lambda label: (label[0], models.age(label[1]))):
+            if found := seen.get(label):
+                await self._judge(found, self._versions.get(label))
             else:
-                await self._reconsider(known, found)
+                self._leave(label)
             self._changed()
+
+    async def _judge(self, found: Version, known: Version | None) -> None:
+        if known is None:
+            await self._try(found, None)
+        elif known.signature:
+            await self._reconsider(known, found)
+        elif known.stamp == found.stamp and versions.loads_alike(found.file, known.file):
+            self._note(known, found, known.problem)
+        else:
+            await self._try(found, None)
 
     def _leave(self, label: Label) -> None:
         version = self._versions.pop(label)
@@ -284,15 +281,19 @@ class Library:
 
     async def _reconsider(self, known: Version, found: Version) -> None:
         """A version that is served looks different now."""
-        assert known.signature
         if found.file.problem:
             self._note(known, found, found.file.problem)
-        elif found.stamp != known.stamp and not await asyncio.to_thread(_same_model, known, found):
+        elif await self._is_altered(known, found):
             self._note(known, found, f"{found.file.shown} {_IN_PLACE}", is_altered=True)
-        elif found.file == known.file:
-            self._note(known, msgspec.structs.replace(found, file=known.file), "")
+        elif versions.loads_alike(found.file, known.file):
+            self._note(known, found, "")
         else:
             await self._try(found, known)
+
+    async def _is_altered(self, known: Version, found: Version) -> bool:
+        if known.stamp == found.stamp and not known.is_altered:
+            return False
+        return not await asyncio.to_thread(versions.same_content, known, found)
 
     async def _try(self, found: Version, known: Version | None) -> None:
         """Loads a version beside all that runs, once a child process could."""
@@ -319,8 +320,7 @@ class Library:
         log.info("%s is ready.", found.file.shown)
 
     def _take(self, version: Version, engine: Engine) -> None:
-        signature = engine.signature
-        self._versions[version.label] = msgspec.structs.replace(version, signature=signature)
+        self._keep(msgspec.structs.replace(version, signature=engine.signature))
         self._shelf.put(version.file, engine, models.size_bytes(version.stamp))
 
     def _refuse(self, version: Version, problem: str) -> None:
@@ -330,12 +330,21 @@ class Library:
         self, known: Version, found: Version, problem: str, *, is_altered: bool = False
     ) -> None:
         """Keeps what `known` could, with what is wrong with what was `found`."""
-        if problem and problem != known.problem:
-            log.error("Model %s: %s", known.file.model, problem)
-        judged = known.file if known.signature else found.file
-        self._versions[known.label] = Version(
-            judged, found.stamp, known.signature, problem, is_altered
-        )
+        file, refused = found.file, None
+        if known.signature and not versions.loads_alike(found.file, known.file):
+            wrong = found.file.toml_problem
+            file, refused = msgspec.structs.replace(known.file, toml_problem=wrong), found.file
+        self._keep(Version(file, found.stamp, known.signature, problem, is_altered, refused))
+
+    def _keep(self, version: Version) -> None:
+        """Logs what is wrong, unless that is known of this version or of another of its model."""
+        model = version.file.model
+        others = (one for one in self._versions.values() if one.file.model == model)
+        known = {problem for one in others for problem in one.complaints}
+        for problem in dict.fromkeys(version.complaints):
+            if problem and problem not in known:
+                log.error("Model %s: %s", model, problem)
+        self._versions[version.label] = version
 
     # --- told by the announcer -----------------------------------------------------------------
 
@@ -364,30 +373,3 @@ class Library:
         here = {model for model, _ in announced}
         yield from (version for label, version in self._versions.items() if label in announced)
         yield from (one for (model, _), (one, _) in self._leaving.items() if model not in here)
-
-
-def _same(known: Version | None, seen: Version | None) -> bool:
-    if known is None or seen is None:
-        return known is seen
-    return known.stamp == seen.stamp and known.file == seen.file
-
-
-def _same_model(known: Version, found: Version) -> bool:
-    """Whether only times differ, and only the model file's; runs in a thread."""
-    changed = {*known.stamp} ^ {*found.stamp}
-    if not known.signature or {name for name, _, _ in changed} != {found.file.path.name}:
-        return False
-    try:
-        with found.file.path.open("rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest() == known.signature.sha256
-    except OSError:
-        return False
-
-
-def _missing_defaults(versions: Iterable[Version]) -> dict[Label, str]:
-    wanted = {one.file.model: one.file.config.default_version for one in versions}
-    labels = {(model, str(version)) for model, version in wanted.items() if version is not None}
-    there = {one.label for one in versions}
-    return {
-        label: "model.toml makes it the default, but it is not there" for label in labels - there
-    }

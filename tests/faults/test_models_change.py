@@ -14,6 +14,7 @@ import redis
 from onnx import helper, numpy_helper
 
 from asyncinfer import keys
+from asyncinfer.api.catalog import Catalog
 from asyncinfer.jobs import SCHEMA, Record, new_id
 from asyncinfer.models import Signature
 from asyncinfer.repository.inspect import Inspection, WorkerSays, worker_says
@@ -217,6 +218,36 @@ async def test_a_job_runs_on_the_version_it_asks_for(
         assert await shop.ask(1) == 3
 
 
+async def test_a_wrong_model_toml_leaves_the_old_one_in_force_and_is_named_once(
+    crew: OpenCrew, folder: Folder, shop: Shop, store: Store
+) -> None:
+    folder.publish(adds(2), 2, toml="default_version = 1")
+    async with serving(crew, folder, shop) as crewed:
+        folder.publish(b"not a model", 3)
+        await shop.until_refused("3", "it is no ONNX file, or damaged")
+        (folder.path / "m" / "model.toml").write_text('default_version = "x"')
+        await shop.until_refused("", "m/model.toml: Expected `int | null`, got `str`")
+        folder.publish(adds(4), 4)
+        await shop.until_announced("1", "2", "4")
+
+        async def only_third() -> bool:
+            return (await shop.problems()).keys() == {"3"}
+
+        catalog = Catalog(Inspection(store), store.n, "m")
+        assert (await catalog.find("m")).signature.version == "1"
+        assert await shop.ask(1) == 2
+        problems = await shop.problems()
+        assert problems.keys() == {"", "3"}
+        assert "it is no ONNX file" in problems["3"]
+
+        (folder.path / "m" / "model.toml").write_text("default_version = 4")
+        await shop.until_served("4")
+        await eventually(only_third, "model.toml is right again")
+        logged = crewed.log
+    assert logged.count("Expected `int | null`") == 1
+    assert logged.count("it is no ONNX file") == 1
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [
@@ -295,6 +326,17 @@ async def test_a_file_changed_in_place_is_refused_until_it_is_as_it_was(
     async with serving(crew, folder, shop):
         path.write_bytes(adds(9).SerializeToString())
         await shop.until_refused("1", "changed in place")
+        assert await shop.ask(1) == 2
+
+        async def refused() -> bool:
+            return (await shop.problems()).keys() == {"1"}
+
+        toml = folder.path / "m" / "model.toml"
+        toml.write_text("oops")
+        await shop.until_refused("", "m/model.toml")
+        toml.write_text('description = "another"')
+        await eventually(refused, "model.toml is right")
+        assert "changed in place" in (await shop.problems())["1"]
         assert await shop.ask(1) == 2
         path.write_bytes(before)
 
