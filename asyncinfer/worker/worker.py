@@ -46,6 +46,7 @@ from asyncinfer.upkeep import ANNOUNCE_SECONDS, Renewer, announce_forever, reap_
 from asyncinfer.worker.announcing import Announcer, Said
 from asyncinfer.worker.claims import Claims, Held, Run, Step
 from asyncinfer.worker.control import Control
+from asyncinfer.worker.gathering import Sharing
 from asyncinfer.worker.library import Library
 from asyncinfer.worker.pace import Paces, RunTimes
 from asyncinfer.worker.watch import changes
@@ -166,6 +167,7 @@ class Worker:
             announce,
             self._renewer.beat,
             self._control.listen,
+            self._claims.gathering.listen,
             self._library.describe,
             self._watch,
         ]
@@ -189,13 +191,18 @@ class Worker:
             except Exception:
                 log.exception("The model folder could not be followed.")
 
-    def _queues(self) -> dict[str, bool]:
-        """The queues of the models served, and whether their jobs can share a run."""
+    def _queues(self) -> dict[str, Sharing]:
+        """The queues of the models served, and how their jobs share runs."""
         return {
-            keys.queue(self._store.n, model, self._default_model): version.signature.batched
+            keys.queue(self._store.n, model, self._default_model): self._sharing(version.signature)
             for model, version in sorted(self._library.served.items())
             if version.signature
         }
+
+    def _sharing(self, signature: Signature) -> Sharing:
+        most = self._config.max_batch
+        full_jobs = min(signature.max_batch_jobs or most, most)
+        return Sharing(signature.batched, signature.max_wait_ms / 1000, full_jobs)
 
     def _models_changed(self) -> None:
         queues = self._queues()
