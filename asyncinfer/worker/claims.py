@@ -123,6 +123,10 @@ class Claims:
         if random.random() < 0.5:
             await self._ring_back(queue)
 
+    def let_go(self, token: str) -> None:
+        """Renews a claim no longer, as it was lost."""
+        self._renewer.let_go(token)
+
     async def drain(self) -> None:
         """Claims nothing more; whoever waits for work returns."""
         self.draining.set()

@@ -6,6 +6,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
+from typing import Final
 
 import anyio
 from anyio.abc import TaskGroup
@@ -17,6 +18,8 @@ from asyncinfer.repository.run import Doorbell, Runs
 from asyncinfer.repository.store import Store
 
 log = logging.getLogger(__name__)
+
+_FAREWELL_SECONDS: Final = 1.0
 
 
 class Sharing(Struct, frozen=True):
@@ -97,9 +100,10 @@ class Gathering:
         for full in self._full.values():
             full.set()
         self.claimed(left)
-        for queue in left:
-            with contextlib.suppress(RedisUnavailable):
-                await self._doorbell.ring(queue)
+        with contextlib.suppress(RedisUnavailable, TimeoutError):
+            async with asyncio.timeout(_FAREWELL_SECONDS):
+                for queue in left:
+                    await self._doorbell.ring(queue)
 
     async def _hear(self, group: TaskGroup) -> None:
         rang = await self._rang()
