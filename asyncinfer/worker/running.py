@@ -1,5 +1,4 @@
-"""Runs what was claimed: each batch in a thread, stopped when it takes too long, split when it
-fails."""
+"""Runs what was claimed: a batch in a thread, stopped when too slow, split when it fails."""
 
 import asyncio
 import time

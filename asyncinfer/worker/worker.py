@@ -8,7 +8,7 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -227,6 +227,10 @@ class Worker:
         if silent_seconds > _SILENT_SECONDS:
             return f"Redis has not answered for {silent_seconds:.0f} s."
         return None
+
+    def counted(self) -> tuple[Mapping[str, Mapping[int, tuple[int, float]]], Mapping[str, int]]:
+        """Runs by model and rows, and jobs by outcome."""
+        return self._running.times.sums(), self._finishing.ended
 
     def _state(self) -> str:
         if self.hung:
