@@ -13,7 +13,7 @@ from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import WorkerConfig
 from tests import zoo
 
-from .customer import Customer, claim_sizes, completed_in_order
+from .customer import Customer, assert_one_end_each, claim_sizes, completed_in_order
 from .harness import assert_at_rest, eventually
 from .processes import Crew, OpenCrew, WorkerChild
 
@@ -37,7 +37,7 @@ class Patience:
         batching = f"enabled = true\nmax_wait_ms = {wait_ms}\nmax_jobs = {max_jobs}\n"
         zoo.place(self._folder, "patient", zoo.slow(), toml=f"[batching]\n{batching}")
         zoo.place(self._folder, "slow", zoo.slow())
-        config = WorkerConfig(concurrency=1, max_batch=max_batch)
+        config = WorkerConfig(concurrency=1, max_batch=max_batch, brpop_timeout_seconds=0.3)
         folder = str(self._folder)
         with self._crew(model_dir=folder, models=(), default_model="slow", worker=config) as crew:
             yield crew
@@ -122,7 +122,7 @@ async def test_a_slot_that_others_keep_busy_still_comes_to_who_has_waited(
 ) -> None:
     with patience(50, max_batch=2) as crew:
         (job_id,) = await patient.submit([1.0])
-        others = await customer.submit([20.0] * 150)
+        others = await customer.submit([20.0] * 60)
         worker = await hired(crew, server)
         await patient.all_completed()
         assert len(completed_in_order(server, customer.queue)) < len(others)
@@ -143,3 +143,42 @@ async def test_a_job_that_rang_no_bell_waits_one_look_longer(
             lambda: server.get(keys.status("stranger")) in (b"completed", b"failed"), "it ran", 5
         )
         assert await worker.stop() == 0
+
+
+async def test_a_worker_busy_with_what_it_waited_for_leaves_the_bell_of_others_to_others(
+    patience: Patience, patient: Customer, customer: Customer, server: redis.Redis
+) -> None:
+    with patience(50) as crew:
+        workers = [await hired(crew, server) for _ in range(2)]
+        took: list[float] = []
+        for _ in range(3):
+            await patient.submit([300.0])
+            await eventually(lambda: server.hlen(keys.running(patient.queue)) == 1, "it runs")
+            submitted_at = time.monotonic()
+            await customer.submit([1.0])
+            await customer.all_completed()
+            took.append(time.monotonic() - submitted_at)
+            await patient.all_completed()
+        assert sorted(took)[1] < 0.2, took  # a busy machine may delay one
+        assert [await worker.stop() for worker in workers] == [0, 0]
+    assert_at_rest(server, patient.queue, customer.queue)
+
+
+async def test_whatever_waits_and_whoever_dies_all_jobs_end_once(
+    patience: Patience, patient: Customer, customer: Customer, server: redis.Redis
+) -> None:
+    with patience(30, max_batch=8) as crew:
+        workers = [await hired(crew, server) for _ in range(3)]
+        for number in range(60):
+            await patient.submit([1.0] * (1 + number % 4))
+            await customer.submit([1.0] * (1 + number % 3))
+            if number == 20:
+                workers.pop().kill()
+            if number == 40:
+                assert await workers.pop().stop() == 0
+        await patient.all_completed()
+        await customer.all_completed()
+        assert await workers.pop().stop() == 0
+    assert_one_end_each(server, patient.queue)
+    assert max(claim_sizes(server, patient.queue)) > 1
+    assert_at_rest(server, patient.queue, customer.queue)
