@@ -176,7 +176,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     monitor_port: Annotated[
         _Port | None,
         _about(
-            "A worker's private port, for probes: /health/live and /health/ready.",
+            "A worker's private port: /health/live, /health/ready and /metrics.",
             unset="off",
             allowed="a whole number from 1 to 65535",
         ),

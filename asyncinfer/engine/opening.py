@@ -13,6 +13,7 @@ from asyncinfer.models import ModelFile
 _CPU: Final = "CPUExecutionProvider"
 _LOG_ERRORS: Final = 3
 _EXTENSIONS: Final = "onnxruntime-extensions"
+_EXTENSIONS_DOMAIN: Final = "ai.onnx.contrib"
 
 _WITH_DEVICES: Final = frozenset(
     {"CUDAExecutionProvider", "TensorrtExecutionProvider", "ROCMExecutionProvider"}
@@ -134,4 +135,7 @@ def _load_problem(error: Exception, file: ModelFile) -> str:
     text = _PREAMBLE.sub("", str(error))
     for folder in (file.path.parent, file.path.parent.resolve()):
         text = text.replace(f"{folder}/", "")
-    return f"ONNX Runtime cannot load it: {(text or type(error).__name__).splitlines()[0]}"
+    problem = (text or type(error).__name__).splitlines()[0]
+    if _EXTENSIONS_DOMAIN in problem and file.config.session.custom_ops is None:
+        problem += f'; set session.custom_ops = "{_EXTENSIONS}" in model.toml'
+    return f"ONNX Runtime cannot load it: {problem}"

@@ -6,7 +6,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from asyncinfer.engine import Stop
 from asyncinfer.errors import RedisRefused, RedisUnavailable
@@ -21,6 +21,7 @@ from asyncinfer.repository.run import (
 )
 from asyncinfer.repository.store import Store
 from asyncinfer.upkeep import Renewer
+from asyncinfer.worker.gathering import Gathering, Sharing
 
 log = logging.getLogger(__name__)
 
@@ -69,17 +70,14 @@ class Held:
 
 
 class Claims:
-    """The claims of one process, made one at a time.
-
-    `queues` says for each whether its model's jobs can share a run.
-    """
+    """The claims of one process, made one at a time."""
 
     def __init__(
         self,
         store: Store,
         runs: Runs,
         renewer: Renewer,
-        queues: Mapping[str, bool],
+        queues: Mapping[str, Sharing],
         *,
         max_batch: int,
         brpop_timeout_seconds: float,
@@ -89,13 +87,15 @@ class Claims:
         self.draining = asyncio.Event()
         self._runs = runs
         self._renewer = renewer
-        self._queues = list(queues)
-        self._unshared = {queue for queue, shared in queues.items() if not shared}
         self._max_batch = max_batch
         self._brpop_timeout_seconds = brpop_timeout_seconds
         self._on_step = on_step
         self._doorbell = Doorbell(store)
+        self._bell: asyncio.Task[str | None] | None = None
+        """A wait that goes on although its slot went to claim what had gathered."""
+        self._awaits_bell = False
         self._waiting_turn = asyncio.Lock()
+        self.gathering = Gathering(store, runs, self._is_idle, brpop_timeout_seconds)
         self._claiming = asyncio.Lock()
         self._let_go_event = asyncio.Event()
         self._blocked = False
@@ -107,11 +107,13 @@ class Claims:
         """The last claim that rode on a finish: its number, and what it took from or saw empty."""
         self._run_seconds = 0.0
         """From a claim to its outcomes, a running mean."""
+        self.serve(queues)
 
-    def serve(self, queues: Mapping[str, bool]) -> None:
+    def serve(self, queues: Mapping[str, Sharing]) -> None:
         """From now on claims of these; what waits for a bell hears of it within BRPOP_TIMEOUT."""
         self._queues = list(queues)
-        self._unshared = {queue for queue, shared in queues.items() if not shared}
+        self._unshared = {queue for queue, sharing in queues.items() if not sharing.shared}
+        self.gathering.serve(queues)
         self._looked = False
         self._let_go_event.set()
 
@@ -121,11 +123,16 @@ class Claims:
         if random.random() < 0.5:
             await self._ring_back(queue)
 
+    def let_go(self, token: str) -> None:
+        """Renews a claim no longer, as it was lost."""
+        self._renewer.let_go(token)
+
     async def drain(self) -> None:
         """Claims nothing more; whoever waits for work returns."""
         self.draining.set()
         self._let_go_event.set()
         await self._doorbell.close()
+        await self.gathering.close()
 
     async def next(self) -> Held | None:
         """Waits for work; one slot waits for all. None when draining.
@@ -136,11 +143,12 @@ class Claims:
         rang: str | None = None
         async with self._waiting_turn:
             while not self.draining.is_set():
+                self.gathering.slot_is_idle()
                 if self._must_not_claim():
                     await self._ring_back(rang)
                     rang, self._looked = None, False
                     await self._something_let_go()
-                elif self._looked:
+                elif self._looked and not self.gathering.ripe:
                     rang = await self._wait()
                     self._looked = rang is not None and await self._taken_by_another(rang)
                 elif held := await self._claim(rang):
@@ -159,7 +167,7 @@ class Claims:
             self._renewer.let_go(held.claim.token)
             self.held.pop(held.claim.token, None)
             self._on_step("finished")
-            following_held = self._hold(claimed) if following else None
+            following_held = self._hold(claimed, following) if following else None
             if following and not claimed.blocked:
                 took_of = following_held and (following_held.claim.queue,)
                 self._rode = (self._asked, took_of or following.queues)
@@ -167,9 +175,41 @@ class Claims:
             return following_held
 
     async def _wait(self) -> str | None:
-        """The queue whose bell rang; None after BRPOP_TIMEOUT, when an idle worker looks anyway."""
+        """The queue whose bell rang; None after BRPOP_TIMEOUT, when an idle worker looks anyway,
+        and as soon as jobs have gathered."""
+        if not self.gathering.queues:
+            return await self._rung(self._turn(None))
+        loop = asyncio.get_running_loop()
+        bell = self._bell = self._bell or loop.create_task(self._rung_for_a_slot())
+        ripened = loop.create_task(self.gathering.ripened.wait())
+        either: set[asyncio.Task[Any]] = {bell, ripened}
+        self._awaits_bell = True
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        self._awaits_bell = False
+        ripened.cancel()
+        if not bell.done():
+            return None
+        self._bell = None
+        return bell.result()
+
+    async def _rung_for_a_slot(self) -> str | None:
+        """A wait that may outlast the slot's: then its bell is for another worker."""
+        queues = [queue for queue in self._turn(None) if queue not in self.gathering.queues]
+        if queues:
+            rang = await self._rung(queues)
+        else:
+            rang = None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._brpop_timeout_seconds):
+                    await self.draining.wait()
+        if not self._awaits_bell:
+            await self._ring_back(rang)
+            return None
+        return rang
+
+    async def _rung(self, queues: Sequence[str]) -> str | None:
         try:
-            rang = await self._doorbell.wait(self._turn(None), self._brpop_timeout_seconds)
+            rang = await self._doorbell.wait(queues, self._brpop_timeout_seconds)
         except RedisUnavailable as error:
             if not self.draining.is_set():
                 log.warning("Waiting: %s", error.detail)
@@ -205,6 +245,9 @@ class Claims:
             self._blocked = False
         return self._blocked or any(held.claim.lone for held in self.held.values())
 
+    def _is_idle(self) -> bool:
+        return self._waiting_turn.locked() and not self._must_not_claim()
+
     async def _something_let_go(self) -> None:
         self._let_go_event.clear()
         if self._must_not_claim() and not self.draining.is_set():
@@ -212,9 +255,10 @@ class Claims:
 
     async def _claim(self, rang: str | None) -> Held | None:
         self._looked = True
-        turn = self._turn(rang)
+        turn = self._ready(rang)
         many = len(turn) > MOST_QUEUES_A_CLAIM
         if many and not rang and not await self._answered(lambda: self._runs.has_work(turn), False):
+            self.gathering.claimed(turn)
             return None
         for start in range(0, len(turn), MOST_QUEUES_A_CLAIM):
             if held := await self._claim_of_any(turn[start : start + MOST_QUEUES_A_CLAIM]):
@@ -240,9 +284,12 @@ class Claims:
             if self._must_not_claim() or self.draining.is_set():
                 return None
             request = self._request(queues, held=bool(self.held))
-            return self._hold(
-                await self._answered(lambda: self._runs.claim(request), Claimed(None))
-            )
+            try:
+                claimed = await self._answered(lambda: self._runs.claim(request), Claimed(None))
+            except RedisRefused:
+                self.gathering.claimed(queues)
+                raise
+            return self._hold(claimed, request)
 
     def _following(self, held: Held) -> ClaimRequest | None:
         """The claim that rides on a finish, unless this process must not claim just now."""
@@ -251,7 +298,8 @@ class Claims:
             return None
         if self._blocked and others:
             return None
-        return self._request(self._turn(None)[:MOST_QUEUES_A_CLAIM], held=bool(others))
+        queues = self._ready(None)[:MOST_QUEUES_A_CLAIM]
+        return self._request(queues, held=bool(others)) if queues else None
 
     def _request(self, queues: Sequence[str], *, held: bool) -> ClaimRequest:
         self._asked += 1
@@ -272,10 +320,17 @@ class Claims:
         at %= len(self._queues)
         return self._queues[at:] + self._queues[:at]
 
-    def _hold(self, claimed: Claimed) -> Held | None:
+    def _ready(self, first: str | None) -> list[str]:
+        """The queues in turn, without those whose jobs wait for others to run with."""
+        return [queue for queue in self._turn(first) if not self.gathering.waits(queue)]
+
+    def _hold(self, claimed: Claimed, request: ClaimRequest) -> Held | None:
         self._blocked = claimed.blocked
         if claimed.claim is None:
+            if not claimed.blocked:
+                self.gathering.claimed(request.queues)
             return None
+        self.gathering.claimed([claimed.claim.queue])
         self._made += 1
         held = self.held[claimed.claim.token] = Held(claimed.claim)
         self._renewer.hold(claimed.claim)

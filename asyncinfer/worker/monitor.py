@@ -1,4 +1,4 @@
-"""A worker's private port: whether it lives, and whether it can claim.
+"""A worker's private port: whether it lives, whether it can claim, and what it counts.
 
 asyncio alone answers here: a web server in every worker would cost memory and a longer start.
 """
@@ -8,7 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from http import HTTPStatus
-from typing import Final, cast
+from typing import Final, Protocol, cast
 
 import msgspec
 from msgspec import Struct
@@ -28,8 +28,18 @@ from asyncinfer.schemas import Alive, problem_of
 _HEAD_BYTES: Final = 8192
 _MOST_CONNECTIONS: Final = 64
 
+_STARTS: Final = "It has not reached its Redis yet."
+
 Unready = Callable[[], str | None]
 """Why the worker cannot claim just now; None when it can."""
+
+
+class Metrics(Protocol):
+    """What Prometheus reads."""
+
+    media_type: str
+
+    def text(self) -> bytes: ...
 
 
 class Answer(Struct, frozen=True):
@@ -43,17 +53,19 @@ class Monitor:
     """What is asked of the port. Until told whom to ask, the worker is not ready."""
 
     def __init__(self) -> None:
-        self.unready: Unready = lambda: "It has not reached its Redis yet."
+        self.unready: Unready = lambda: _STARTS
+        self.metrics: Metrics | None = None
         self._pages: dict[str, Callable[[], Answer]] = {
             "/health/live": lambda: _ALIVE,
             "/health/ready": self._ready,
+            "/metrics": self._counted,
         }
 
     def answer(self, method: str, path: str) -> Answer:
         """Raises RequestError where there is nothing to show."""
         page = self._pages.get(path)
         if page is None:
-            raise RouteNotFound(f"A worker has {' and '.join(self._pages)}.")
+            raise RouteNotFound(f"A worker has {', '.join(self._pages)}.")
         if method not in ("GET", "HEAD"):
             raise MethodNotAllowed(
                 f"{method[:20]} is not possible here; use GET.", headers=[("allow", "GET, HEAD")]
@@ -64,6 +76,11 @@ class Monitor:
         if why := self.unready():
             raise NotReady(why)
         return _ALIVE
+
+    def _counted(self) -> Answer:
+        if self.metrics is None:
+            raise NotReady(_STARTS)
+        return Answer(200, self.metrics.text(), self.metrics.media_type)
 
 
 def listen(host: str, port: int) -> socket.socket:

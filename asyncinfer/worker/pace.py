@@ -1,5 +1,6 @@
 """How many seconds jobs and runs of each model take, as measured here."""
 
+from collections.abc import Mapping
 from typing import Final
 
 _HALF_LIFE_SECONDS: Final = 60.0
@@ -38,6 +39,10 @@ class RunTimes:
         bucket = 1 << (max(rows, 1) - 1).bit_length()
         count, total = sums.get(bucket, (0, 0.0))
         sums[bucket] = (count + 1, total + seconds)
+
+    def sums(self) -> Mapping[str, Mapping[int, tuple[int, float]]]:
+        """How many runs and their seconds together, by model, then by the most rows."""
+        return self._sums
 
     def view(self) -> dict[str, dict[int, float]]:
         """The mean seconds of a run, by model, then by the most rows."""

@@ -20,7 +20,7 @@ from asyncinfer.models import default_model
 from asyncinfer.repository.store import Policy, Store
 from asyncinfer.worker.claims import Step
 from asyncinfer.worker.library import Library, Source
-from asyncinfer.worker.monitor import listen, monitored
+from asyncinfer.worker.monitor import Metrics, Monitor, listen, monitored
 from asyncinfer.worker.shelf import Bounds, Shelf
 from asyncinfer.worker.worker import Worker, WorkerConfig
 
@@ -121,6 +121,8 @@ async def _work(
         worker = Worker(store, library, default, config.worker, on_step)
         monitor.unready = worker.unready
         async with asyncio.TaskGroup() as group:
+            if listener:
+                group.create_task(_show_metrics(monitor, worker, library))
             drained = group.create_task(_drain_when(stopping, worker))
             code = await worker.run()
             drained.cancel()
@@ -159,6 +161,28 @@ async def agreed_default(store: Store, wanted: str | None, names: Sequence[str])
     if wanted is not None:
         await store.claim_default_model(wanted)
     return wanted
+
+
+async def _show_metrics(monitor: Monitor, worker: Worker, library: Library) -> None:
+    monitor.metrics = await asyncio.to_thread(_metrics, worker, library)
+
+
+def _metrics(worker: Worker, library: Library) -> Metrics:
+    # Imported late, and not by the loop: it takes a tenth of a second, and a worker without the
+    # port need not have it at all.
+    from asyncinfer import metrics
+
+    def counted() -> metrics.Counted:
+        runs, ended = worker.counted()
+        return metrics.Counted(
+            served=list(library.announced().values()),
+            refused=sorted(library.problems()),
+            loaded=len(library.loaded),
+            runs=runs,
+            ended=ended,
+        )
+
+    return metrics.Metrics(counted)
 
 
 async def _drain_when(stopping: asyncio.Event, worker: Worker) -> None:

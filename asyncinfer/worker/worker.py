@@ -8,46 +8,39 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
 import anyio
 import msgspec
 
-from asyncinfer import batching, execution, jobs, keys
-from asyncinfer.engine import Engine, Stopped
+from asyncinfer import execution, keys
 from asyncinfer.errors import (
     AsyncinferError,
     JobError,
-    ModelFailed,
-    OutOfMemory,
-    PredictionTimeout,
-    RedisRefused,
     RedisUnavailable,
-    ResultTooLarge,
     StorageFull,
     UnknownModel,
 )
-from asyncinfer.execution import Asked, Batch, Prepared
 from asyncinfer.models import Signature
 from asyncinfer.repository.run import (
-    Claimed,
     ClaimedJob,
-    ClaimRequest,
     Finished,
     Renewal,
     Runs,
-    error_body,
 )
 from asyncinfer.repository.store import Store
 from asyncinfer.upkeep import ANNOUNCE_SECONDS, Renewer, announce_forever, reap_forever
 from asyncinfer.worker.announcing import Announcer, Said
-from asyncinfer.worker.claims import Claims, Held, Run, Step
+from asyncinfer.worker.claims import Claims, Held, Step
 from asyncinfer.worker.control import Control
+from asyncinfer.worker.finishing import Finishing
+from asyncinfer.worker.gathering import Sharing
 from asyncinfer.worker.library import Library
-from asyncinfer.worker.pace import Paces, RunTimes
+from asyncinfer.worker.outcomes import Outcomes, released
+from asyncinfer.worker.pace import Paces
+from asyncinfer.worker.running import Hung, Running
 from asyncinfer.worker.watch import changes
 
 log = logging.getLogger(__name__)
@@ -56,7 +49,6 @@ EXIT_HUNG: Final = 70
 """A run would not stop: the process ends, so that its supervisor starts a fresh one."""
 
 _FAREWELL_SECONDS: Final = 1.0
-_LITTLE_BYTES: Final = 8192
 
 _ELSEWHERE_MS: Final = (20, 200)
 """How long a job waits that this worker could not run, so that it is not the first to see it."""
@@ -79,14 +71,6 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     rescan_seconds: float = 10.0
 
 
-class Hung(Exception):
-    """A run did not stop within its grace; its thread is lost."""
-
-    def __init__(self, run: Run) -> None:
-        super().__init__("a run did not stop")
-        self.run = run
-
-
 class Worker:
     """Claims from its models' queues and runs what it claims, `concurrency` batches at once."""
 
@@ -104,29 +88,38 @@ class Worker:
         self._library = library
         self._default_model = default_model
         self._config = config
-        self._on_step = on_step
         queues = self._queues()
         self._paces = Paces()
-        self.run_times = RunTimes()
         self._answered_at = time.monotonic()
-        self._runs = Runs(store, self.worker_id)
-        self._control = Control(store, queues, self._heard)
-        self._threads = ThreadPoolExecutor(config.concurrency, thread_name_prefix="slot")
+        runs = Runs(store, self.worker_id)
         self._loop = asyncio.get_running_loop()
         self._renewer = Renewer(store, self._renewed_in_thread)
         self._claims = Claims(
             store,
-            self._runs,
+            runs,
             self._renewer,
             queues,
             max_batch=config.max_batch,
             brpop_timeout_seconds=config.brpop_timeout_seconds,
             on_step=on_step,
         )
+        self._outcomes = Outcomes(store, self.worker_id, config.max_result_bytes)
+        self._running = Running(
+            library,
+            self._outcomes,
+            default_model,
+            concurrency=config.concurrency,
+            prediction_timeout_seconds=config.prediction_timeout_seconds,
+            hang_grace_seconds=config.hang_grace_seconds,
+            on_step=on_step,
+        )
+        self._finishing = Finishing(
+            runs, self._claims, self._outcomes, spawn=self._spawn, on_step=on_step
+        )
+        self._control = Control(store, queues, self._finishing.heard)
         self._announcer = Announcer(store, self.worker_id, library, default_model, self._said)
         self._news = asyncio.Event()
         self._watched_enough = asyncio.Event()
-        self._given_up = False
         self._group: asyncio.TaskGroup
         library.on_change = self._models_changed
 
@@ -154,7 +147,7 @@ class Worker:
             async with asyncio.timeout(_FAREWELL_SECONDS):
                 await self._announcer.retract()
         self._library.close()
-        self._threads.shutdown(wait=not self.hung)
+        self._running.close(wait=not self.hung)
         return EXIT_HUNG if self.hung else 0
 
     def _roles(self) -> list[Callable[[], Coroutine[Any, Any, None]]]:
@@ -166,6 +159,7 @@ class Worker:
             announce,
             self._renewer.beat,
             self._control.listen,
+            self._claims.gathering.listen,
             self._library.describe,
             self._watch,
         ]
@@ -189,13 +183,18 @@ class Worker:
             except Exception:
                 log.exception("The model folder could not be followed.")
 
-    def _queues(self) -> dict[str, bool]:
-        """The queues of the models served, and whether their jobs can share a run."""
+    def _queues(self) -> dict[str, Sharing]:
+        """The queues of the models served, and how their jobs share runs."""
         return {
-            keys.queue(self._store.n, model, self._default_model): version.signature.batched
+            keys.queue(self._store.n, model, self._default_model): self._sharing(version.signature)
             for model, version in sorted(self._library.served.items())
             if version.signature
         }
+
+    def _sharing(self, signature: Signature) -> Sharing:
+        most = self._config.max_batch
+        full_jobs = min(signature.max_batch_jobs or most, most)
+        return Sharing(signature.batched, signature.max_wait_ms / 1000, full_jobs)
 
     def _models_changed(self) -> None:
         queues = self._queues()
@@ -211,7 +210,7 @@ class Worker:
             "concurrency": self._config.concurrency,
             "state": self._state(),
             "seconds_per_job": paces,
-            "run_times": self.run_times.view(),
+            "run_times": self._running.times.view(),
         }
         return Said(about, paces)
 
@@ -228,6 +227,10 @@ class Worker:
         if silent_seconds > _SILENT_SECONDS:
             return f"Redis has not answered for {silent_seconds:.0f} s."
         return None
+
+    def counted(self) -> tuple[Mapping[str, Mapping[int, tuple[int, float]]], Mapping[str, int]]:
+        """Runs by model and rows, and jobs by outcome."""
+        return self._running.times.sums(), self._finishing.ended
 
     def _state(self) -> str:
         if self.hung:
@@ -249,7 +252,8 @@ class Worker:
 
     async def _cut(self, busy: set[asyncio.Task[None]]) -> None:
         """The drain took too long: stops the runs and hands their jobs back."""
-        self._given_up = True
+        self._running.give_up()
+        self._finishing.give_up()
         for held in self._claims.held.values():
             if held.run:
                 held.run.end("drain")
@@ -259,18 +263,9 @@ class Worker:
             with anyio.move_on_after(_FAREWELL_SECONDS):
                 async with anyio.create_task_group() as group:
                     for held in self._claims.held.values():
-                        group.start_soon(self._release, held)
+                        group.start_soon(self._finishing.release, held)
             for task in stuck:
                 task.cancel()
-
-    async def _release(self, held: Held) -> None:
-        """Hands back what is open. A claim with nothing open is being finished, or was tried to
-        be: what that did not store comes back by its lease, which must not go before."""
-        released = [Finished(one.job_id, "released", meta=one.meta) for one in held.open.values()]
-        if released:
-            held.open.clear()
-            with contextlib.suppress(RedisUnavailable):
-                await self._runs.finish(held.claim, released, last=not held.early)
 
     async def _slot(self) -> None:
         held: Held | None = None
@@ -283,24 +278,24 @@ class Worker:
         """Runs a claim and finishes it; returns the next claim, when one came with it."""
         finished: list[Finished] = []
         try:
-            prepared = await self._prepared(held.claim.jobs)
+            prepared = await self._running.prepared(held.claim.jobs)
             finished += [await self._refused(held, job, error) for job, error in prepared.refused]
             for batch in prepared.batches:
-                finished += await self._run(held, batch)
+                finished += await self._running.run(held, batch)
         except Hung as hung:
             self._lose_slot()
-            finished += self._hung_jobs(held, hung.run, finished)
+            finished += self._running.after_hang(held, hung.run, finished)
         except Exception:
             log.exception("A claim could not be run; its jobs fail.")
             error = JobError("The worker failed in a way it did not expect; its log has more.")
             done = {one.job_id for one in finished}
             finished += [
-                self._failed(held, job, error)
+                self._outcomes.failed(held, job, error)
                 for job in held.open.values()
                 if job.job_id not in done
             ]
         held.ran_at = time.monotonic()
-        following = await self._finish(held, finished)
+        following = await self._finishing.finish(held, finished)
         self._note_pace(held)
         return following
 
@@ -313,8 +308,8 @@ class Worker:
                 if await self._announcer.is_elsewhere(model, version):
                     await self._claims.shuffle(held.claim.queue)
                     delay_ms = random.randrange(*_ELSEWHERE_MS)
-                    return Finished(job.job_id, "released", meta=job.meta, delay_ms=delay_ms)
-        return self._failed(held, job, error)
+                    return released([job], delay_ms)[0]
+        return self._outcomes.failed(held, job, error)
 
     def _note_pace(self, held: Held) -> None:
         """A claim takes its slot until its outcomes are stored; an outage says nothing of it."""
@@ -324,240 +319,13 @@ class Worker:
         model = keys.model_of(self._store.n, held.claim.queue, self._default_model) or ""
         self._paces.note(model, slot_seconds, len(held.claim.jobs), at_seconds=now)
 
-    def _note_run_time(self, batch: Batch, seconds: float) -> None:
-        rows = sum(batching.rows_of(feeds, batch.engine.plan) for feeds in batch.inputs)
-        self.run_times.note(batch.engine.signature.model, rows, seconds)
+    def _renewed_in_thread(self, renewal: Renewal) -> None:
+        self._loop.call_soon_threadsafe(self._finishing.renewed, renewal)
 
-    async def _prepared(self, claimed: Sequence[ClaimedJob]) -> Prepared:
-        engine_of = await self._engines_of(claimed)
-        prepare = partial(execution.prepare, claimed, engine_of, self._default_model)
-        # The way to a thread and back costs more than to decode a little.
-        if sum(len(job.data) for job in claimed) <= _LITTLE_BYTES:
-            return prepare()
-        return await self._loop.run_in_executor(self._threads, prepare)
-
-    async def _engines_of(self, claimed: Sequence[ClaimedJob]) -> Callable[[Asked], Engine]:
-        """The engines that jobs ask for, loaded where need be; held here, whatever is evicted."""
-        found: dict[Asked, Engine | UnknownModel] = {}
-        for model, version in {execution.asked(job, self._default_model) for job in claimed}:
-            try:
-                found[model, version] = self._library.ready(
-                    model, version
-                ) or await self._library.fetch(model, version)
-            except UnknownModel as error:
-                found[model, version] = error
-
-        def engine_of(asked: Asked) -> Engine:
-            engine = found[asked]
-            if isinstance(engine, UnknownModel):
-                raise engine
-            return engine
-
-        return engine_of
-
-    async def _run(self, held: Held, batch: Batch) -> list[Finished]:
-        """Runs a batch; one that fails is split until the culprit is alone."""
-        run = Run(batch)
-        run.wanted &= held.open.keys()
-        if not run.wanted:
-            return []
-        if self._given_up:
-            return self._handed_back(held, batch)
-        held.run = run
-        try:
-            began_at = time.monotonic()
-            bodies = await self._supervised(run)
-            self._note_run_time(batch, time.monotonic() - began_at)
-        except Stopped:
-            return self._stopped(held, run)
-        except (ModelFailed, OutOfMemory) as error:
-            if len(batch.jobs) == 1:
-                return [self._failed(held, batch.jobs[0], error)]
-            first, second = batch.halves()
-            return await self._run(held, first) + await self._run(held, second)
-        finally:
-            held.run = None
-        return [
-            self._completed(held, job, body, batch.engine.signature)
-            for job, body in zip(batch.jobs, bodies, strict=True)
-        ]
-
-    def _completed(self, held: Held, job: ClaimedJob, body: bytes, ran: Signature) -> Finished:
-        if len(body) <= self._config.max_result_bytes:
-            return self._ended(held, job, "completed", body, ran)
-        error = ResultTooLarge(
-            f"The result has {len(body)} bytes; {self._config.max_result_bytes} are kept "
-            "for one job. Send fewer rows a job."
-        )
-        return self._failed(held, job, error)
-
-    async def _supervised(self, run: Run) -> list[bytes]:
-        """The run in its thread: stopped after PREDICTION_TIMEOUT, lost after a grace."""
-        future = asyncio.get_running_loop().run_in_executor(
-            self._threads, execution.run, run.batch, run.stop
-        )
-        self._on_step("running")
-        done, _ = await asyncio.wait({future}, timeout=self._timeout_seconds(run.batch))
-        if not done:
-            run.end("timeout")
-            done, _ = await asyncio.wait({future}, timeout=self._config.hang_grace_seconds)
-        if not done:
-            future.add_done_callback(lambda late: late.exception())
-            raise Hung(run)
-        return future.result()
-
-    def _stopped(self, held: Held, run: Run) -> list[Finished]:
-        """A stopped run says nothing about which of several jobs was too slow: each is suspect."""
-        left = [job for job in run.batch.jobs if job.job_id in held.open]
-        if run.why == "drain":
-            return self._handed_back(held, run.batch)
-        if len(run.batch.jobs) == 1:
-            return [self._failed(held, job, self._too_slow(run.batch)) for job in left]
-        return [Finished(job.job_id, "suspect", meta=job.meta) for job in left]
-
-    def _handed_back(self, held: Held, batch: Batch) -> list[Finished]:
-        left = [job for job in batch.jobs if job.job_id in held.open]
-        return [Finished(job.job_id, "released", meta=job.meta) for job in left]
-
-    def _hung_jobs(self, held: Held, run: Run, finished: Sequence[Finished]) -> list[Finished]:
-        """What becomes of a claim whose run would not stop."""
-        settled = {one.job_id for one in finished} | {job.job_id for job in run.batch.jobs}
-        return self._stopped(held, run) + [
-            Finished(job.job_id, "released", meta=job.meta)
-            for job in held.open.values()
-            if job.job_id not in settled
-        ]
-
-    def _timeout_seconds(self, batch: Batch) -> float:
-        return batch.engine.timeout_seconds or self._config.prediction_timeout_seconds
-
-    def _too_slow(self, batch: Batch) -> PredictionTimeout:
-        return PredictionTimeout(
-            f"The run took longer than {self._timeout_seconds(batch):g} s and was stopped. Send "
-            "fewer rows, or raise PREDICTION_TIMEOUT or the model's limits.timeout_seconds."
-        )
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        return self._group.create_task(work)
 
     def _lose_slot(self) -> None:
         log.error("A run would not stop; this worker finishes its other runs and exits.")
         self.hung = True
         self.drain()
-
-    # --- finishing -----------------------------------------------------------------------------
-
-    async def _finish(self, held: Held, finished: Sequence[Finished]) -> Held | None:
-        while held.early:
-            await asyncio.wait(held.early)
-        outcomes = [one for one in finished if one.job_id in held.open]
-        held.open.clear()
-        self._on_step("finishing")
-        return await self._claims.finish(
-            held,
-            lambda following: self._stored(held, outcomes, last=True, following=following),
-        )
-
-    async def _stored(
-        self,
-        held: Held,
-        finished: Sequence[Finished],
-        *,
-        last: bool,
-        following: ClaimRequest | None = None,
-    ) -> Claimed:
-        """Stores outcomes, however long Redis is away; what they are stays in memory until then."""
-        while True:
-            try:
-                verdicts, claimed = await self._runs.finish(
-                    held.claim, finished, last=last, following=following
-                )
-            except RedisRefused as error:
-                # The same call again would be refused again. What rides on it may be to blame;
-                # what is not stored comes back by its lease.
-                log.error("Finishing: %s", error.detail)
-                if following is None:
-                    return Claimed(None)
-                following = None
-            except RedisUnavailable as error:
-                if self._given_up:
-                    return Claimed(None)
-                log.warning("Finishing: %s", error.detail)
-                await asyncio.sleep(random.uniform(0.1, 0.5))
-            else:
-                if stale := verdicts.count("stale"):
-                    log.warning("%d results came too late: their jobs had been taken.", stale)
-                return claimed
-
-    def _failed(self, held: Held, job: ClaimedJob, error: AsyncinferError) -> Finished:
-        """A job that cannot be done; a lack of memory is worth another try, later."""
-        body = error_body(error.code, error.detail)
-        if not isinstance(error, OutOfMemory):
-            return self._ended(held, job, "failed", body)
-        errors = (job.record.errors if job.record else 0) + 1
-        if jobs.retry_or_dead(errors, self._store.policy.max_errors) == "dead" or not job.record:
-            return self._ended(held, job, "dead", body)
-        record = msgspec.structs.replace(job.record, errors=errors)
-        meta = jobs.encode_record(record, jobs.record_seq(job.meta))
-        return Finished(job.job_id, "retry", meta=meta, delay_ms=jobs.backoff_ms(errors))
-
-    def _ended(
-        self,
-        held: Held,
-        job: ClaimedJob,
-        outcome: jobs.Outcome,
-        body: bytes = b"",
-        ran: Signature | None = None,
-    ) -> Finished:
-        meta = b""
-        if job.record:
-            record = msgspec.structs.replace(
-                job.record,
-                started_ms=held.started_ms,
-                finished_ms=_now_ms(),
-                worker=self.worker_id,
-                claim=held.claim.token,
-                ran_version=ran.version if ran else None,
-                ran_sha256=ran.sha256 if ran else None,
-            )
-            meta = jobs.encode_record(record, jobs.record_seq(job.meta))
-        return Finished(job.job_id, outcome, body, meta)
-
-    # --- cancel and deadlines ------------------------------------------------------------------
-
-    def _heard(self, what: str, job_id: str) -> None:
-        for held in list(self._claims.held.values()):
-            if job := held.open.get(job_id):
-                if what == "cancel":
-                    self._end_early(held, job, self._ended(held, job, "cancelled"))
-                elif what == "expire":
-                    body = error_body("expired", "The deadline passed while the job ran.")
-                    self._end_early(held, job, self._ended(held, job, "failed", body))
-
-    def _renewed_in_thread(self, renewal: Renewal) -> None:
-        self._loop.call_soon_threadsafe(self._renewed, renewal)
-
-    def _renewed(self, renewal: Renewal) -> None:
-        for job_id in renewal.cancelled:
-            self._heard("cancel", job_id)
-        for job_id in renewal.expired:
-            self._heard("expire", job_id)
-        for token in renewal.lost:
-            # A claim whose finish is under way has nothing open, and its loss means nothing.
-            held = self._claims.held.get(token)
-            if held and held.open:
-                log.warning("A lease was lost; %d jobs go to others.", len(held.open))
-                self._renewer.let_go(token)
-
-    def _end_early(self, held: Held, job: ClaimedJob, outcome: Finished) -> None:
-        """Ends one job of a claim now; the others run on."""
-        del held.open[job.job_id]
-        if held.run:
-            held.run.abandon(job.job_id)
-        task = self._group.create_task(self._store_early(held, outcome))
-        held.early.add(task)
-        task.add_done_callback(held.early.discard)
-
-    async def _store_early(self, held: Held, outcome: Finished) -> None:
-        await self._stored(held, [outcome], last=False)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

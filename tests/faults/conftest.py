@@ -17,6 +17,7 @@ from tests import zoo
 
 from .customer import Customer
 from .processes import Crew, DurableServer, Nursery, OpenCrew, Start, Terms, open_crew, spawned
+from .shop import Folder, Shop
 from .worker_main import Order
 
 
@@ -68,3 +69,15 @@ def durable() -> Iterator[DurableServer]:
         server.start()
         yield server
         server.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    it = Folder(tmp_path)
+    it.publish(zoo.adds(1), 1)
+    return it
+
+
+@pytest.fixture
+def shop(store: Store) -> Shop:
+    return Shop(store)

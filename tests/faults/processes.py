@@ -175,6 +175,7 @@ class Terms(TypedDict, total=False):
     worker: WorkerConfig
     bounds: Bounds
     monitor_port: int
+    allow_custom_ops: bool
 
 
 class OpenCrew(Protocol):

@@ -1,12 +1,10 @@
 """The model folder changes while a worker serves it: no job fails, and no file takes it down."""
 
 import asyncio
-import shutil
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import logging
+import time
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -15,28 +13,15 @@ from onnx import helper, numpy_helper
 
 from asyncinfer import keys
 from asyncinfer.api.catalog import Catalog
-from asyncinfer.jobs import SCHEMA, Record, new_id
-from asyncinfer.models import Signature
-from asyncinfer.repository.inspect import Inspection, WorkerSays, worker_says
+from asyncinfer.repository.inspect import Inspection
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.submit import NewJob, Stored, Submissions
 from asyncinfer.worker.shelf import Bounds
-from asyncinfer.worker.worker import WorkerConfig
 from tests import zoo
 
 from .customer import answer
 from .harness import assert_at_rest, eventually
-from .processes import Crew, OpenCrew
-
-CONFIG = WorkerConfig(concurrency=2, rescan_seconds=0.5)
-
-
-def adds(number: float) -> onnx.ModelProto:
-    """`y = x + number`."""
-    node = helper.make_node("Add", ["x", "number"], ["y"])
-    weights = {"number": np.array(number, np.float32)}
-    inputs, outputs = [zoo.tensor("x", ["batch", 1])], [zoo.tensor("y", ["batch", 1])]
-    return zoo.model([node], inputs, outputs, weights)
+from .processes import OpenCrew
+from .shop import CONFIG, Folder, Shop, serving
 
 
 def bomb() -> onnx.ModelProto:
@@ -52,132 +37,6 @@ def bomb() -> onnx.ModelProto:
     return zoo.model(nodes, inputs, outputs, weights)
 
 
-class Folder:
-    """A model folder that is changed as operators do."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path / "models"
-        self._staging = path / "staging"
-        self.path.mkdir()
-
-    def publish(
-        self, model: onnx.ModelProto | bytes, version: int, name: str = "m", toml: str = ""
-    ) -> Path:
-        """By rename, as is right."""
-        content = model if isinstance(model, bytes) else model.SerializeToString()
-        staged = self._staging / f"{name}-{version}"
-        staged.mkdir(parents=True)
-        (staged / "model.onnx").write_bytes(content)
-        (self.path / name).mkdir(exist_ok=True)
-        if toml:
-            (self.path / name / "model.toml").write_text(toml)
-        return staged.rename(self.path / name / str(version)) / "model.onnx"
-
-    def remove(self, version: int, name: str = "m") -> None:
-        shutil.rmtree(self.path / name / str(version))
-
-
-class Shop:
-    """What clients see and do."""
-
-    def __init__(self, store: Store) -> None:
-        self._inspection = Inspection(store)
-        self._submissions = Submissions(store)
-        self._n = store.n
-
-    async def submit(self, value: float, version: str | None = None, name: str = "m") -> str:
-        now_ms = 1
-        queue = keys.queue(self._n, name, "m")
-        record = Record(SCHEMA, queue, name, "default", now_ms, version=version)
-        job = NewJob(new_id(now_ms), queue, msgspec.json.encode([[value]]), record)
-        (submitted,) = await self._submissions.submit_many(queue, [job])
-        assert submitted.verdict in ("ok", "exists")
-        return job.job_id
-
-    async def ended(self, job_id: str) -> Stored:
-        found: list[Stored] = []
-
-        async def has_ended() -> bool:
-            stored = await self._submissions.read(job_id)
-            found[:] = [stored] if stored else []
-            return bool(stored and stored.status in ("completed", "failed"))
-
-        await eventually(has_ended, "the job has ended")
-        return found[0]
-
-    async def ask(self, value: float, version: str | None = None, name: str = "m") -> float:
-        """The answer, when the job completes."""
-        stored = await self.ended(await self.submit(value, version, name))
-        assert stored.status == "completed", stored.error
-        return answer(stored)
-
-    async def versions(self, name: str = "m") -> dict[str, Signature]:
-        """What is announced of a model."""
-        announced = (await self._inspection.announced()).models.get(name, {})
-        return {
-            version: msgspec.json.decode(body, type=Signature)
-            for version, body in announced.items()
-        }
-
-    async def says(self) -> list[WorkerSays]:
-        return [worker_says(body) for body in (await self._inspection.workers()).values()]
-
-    async def problems(self, name: str = "m") -> dict[str, str]:
-        found: dict[str, str] = {}
-        for says in await self.says():
-            found |= says.problems.get(name, {})
-        return found
-
-    async def until_announced(self, *versions: str, name: str = "m") -> None:
-        async def is_so() -> bool:
-            return set(await self.versions(name)) == set(versions)
-
-        await eventually(is_so, f"{name} has the versions {versions}", 20)
-
-    async def until_refused(self, version: str, why: str) -> None:
-        async def is_so() -> bool:
-            return why in (await self.problems()).get(version, "")
-
-        await eventually(is_so, f"version {version} is refused: {why}", 20)
-
-    async def until_served(self, version: str) -> None:
-        async def is_so() -> bool:
-            return any(says.served.get("m") == version for says in await self.says())
-
-        await eventually(is_so, f"version {version} is served", 20)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Folder:
-    it = Folder(tmp_path)
-    it.publish(adds(1), 1)
-    return it
-
-
-@pytest.fixture
-def shop(store: Store) -> Shop:
-    return Shop(store)
-
-
-@asynccontextmanager
-async def serving(
-    crew: OpenCrew, folder: Folder, shop: Shop, bounds: Bounds | None = None
-) -> AsyncIterator[Crew]:
-    """One worker on the folder, which leaves well at the end."""
-    with crew(
-        model_dir=str(folder.path),
-        models=(),
-        default_model="m",
-        worker=CONFIG,
-        bounds=bounds or Bounds(),
-    ) as crewed:
-        worker = crewed.hire()
-        assert await shop.ask(1) == 2
-        yield crewed
-        assert not worker.died()
-        assert await worker.stop() == 0
-
-
 async def test_a_new_version_takes_over_under_load_and_no_job_fails(
     crew: OpenCrew, folder: Folder, shop: Shop, server: redis.Redis
 ) -> None:
@@ -191,7 +50,7 @@ async def test_a_new_version_takes_over_under_load_and_no_job_fails(
 
     async with serving(crew, folder, shop), asyncio.TaskGroup() as group:
         group.create_task(load())
-        folder.publish(adds(2), 2)
+        folder.publish(zoo.adds(2), 2)
         await shop.until_served("2")
         before = len(job_ids)
         await eventually(lambda: len(job_ids) > before + 40, "jobs run on the new version")
@@ -207,7 +66,7 @@ async def test_a_new_version_takes_over_under_load_and_no_job_fails(
 async def test_a_job_runs_on_the_version_it_asks_for(
     crew: OpenCrew, folder: Folder, shop: Shop
 ) -> None:
-    folder.publish(adds(2), 2, toml="default_version = 1")
+    folder.publish(zoo.adds(2), 2, toml="default_version = 1")
     async with serving(crew, folder, shop):
         await shop.until_announced("1", "2")
         assert [await shop.ask(1, version) for version in ("1", "2", None)] == [2, 3, 2]
@@ -221,13 +80,13 @@ async def test_a_job_runs_on_the_version_it_asks_for(
 async def test_a_wrong_model_toml_leaves_the_old_one_in_force_and_is_named_once(
     crew: OpenCrew, folder: Folder, shop: Shop, store: Store
 ) -> None:
-    folder.publish(adds(2), 2, toml="default_version = 1")
+    folder.publish(zoo.adds(2), 2, toml="default_version = 1")
     async with serving(crew, folder, shop) as crewed:
         folder.publish(b"not a model", 3)
         await shop.until_refused("3", "it is no ONNX file, or damaged")
         (folder.path / "m" / "model.toml").write_text('default_version = "x"')
         await shop.until_refused("", "m/model.toml: Expected `int | null`, got `str`")
-        folder.publish(adds(4), 4)
+        folder.publish(zoo.adds(4), 4)
         await shop.until_announced("1", "2", "4")
 
         async def only_third() -> bool:
@@ -252,7 +111,7 @@ async def test_a_wrong_model_toml_leaves_the_old_one_in_force_and_is_named_once(
     ("content", "why"),
     [
         (b"not a model", "it is no ONNX file, or damaged"),
-        (adds(1).SerializeToString()[:-9], "it is no ONNX file, or damaged"),
+        (zoo.adds(1).SerializeToString()[:-9], "it is no ONNX file, or damaged"),
         (bomb().SerializeToString(), "memory"),
     ],
     ids=["corrupt", "cut short", "bomb"],
@@ -264,7 +123,7 @@ async def test_a_bad_file_is_refused_and_the_old_version_serves_on(
         folder.publish(content, 2)
         await shop.until_refused("2", why)
         assert await shop.ask(1) == 2
-        folder.publish(adds(3), 3)
+        folder.publish(zoo.adds(3), 3)
         await shop.until_announced("1", "3")
         assert await shop.ask(1) == 4
 
@@ -272,7 +131,7 @@ async def test_a_bad_file_is_refused_and_the_old_version_serves_on(
 async def test_a_file_that_is_copied_slowly_is_waited_for(
     crew: OpenCrew, folder: Folder, shop: Shop
 ) -> None:
-    content = adds(2).SerializeToString()
+    content = zoo.adds(2).SerializeToString()
     async with serving(crew, folder, shop):
         path = folder.path / "m" / "2" / "model.onnx"
         path.parent.mkdir()
@@ -289,7 +148,7 @@ async def test_a_new_model_is_served_and_a_removed_one_runs_what_waits(
     crew: OpenCrew, folder: Folder, shop: Shop, server: redis.Redis
 ) -> None:
     async with serving(crew, folder, shop):
-        folder.publish(adds(5), 1, name="other")
+        folder.publish(zoo.adds(5), 1, name="other")
         await shop.until_announced("1", name="other")
         assert await shop.ask(1, name="other") == 6
 
@@ -311,7 +170,7 @@ async def test_a_removed_version_gives_way_to_the_one_before(
     crew: OpenCrew, folder: Folder, shop: Shop
 ) -> None:
     async with serving(crew, folder, shop):
-        folder.publish(adds(2), 2)
+        folder.publish(zoo.adds(2), 2)
         await shop.until_announced("1", "2")
         folder.remove(2)
         await shop.until_announced("1")
@@ -324,7 +183,7 @@ async def test_a_file_changed_in_place_is_refused_until_it_is_as_it_was(
     path = folder.path / "m" / "1" / "model.onnx"
     before = path.read_bytes()
     async with serving(crew, folder, shop):
-        path.write_bytes(adds(9).SerializeToString())
+        path.write_bytes(zoo.adds(9).SerializeToString())
         await shop.until_refused("1", "changed in place")
         assert await shop.ask(1) == 2
 
@@ -351,7 +210,7 @@ async def test_of_two_workers_with_different_files_the_first_is_believed(
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
     other = Folder(tmp_path / "elsewhere")
-    other.publish(adds(100), 1)
+    other.publish(zoo.adds(100), 1)
     async with serving(crew, folder, shop):
         with crew(model_dir=str(other.path), models=(), default_model="m", worker=CONFIG) as second:
             second.hire()
@@ -365,8 +224,8 @@ async def test_a_job_for_a_version_that_one_worker_has_yet_is_run_by_that_one(
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
     newer = Folder(tmp_path / "elsewhere")
-    newer.publish(adds(1), 1)
-    newer.publish(adds(2), 2)
+    newer.publish(zoo.adds(1), 1)
+    newer.publish(zoo.adds(2), 2)
     async with serving(crew, folder, shop):
         with crew(model_dir=str(newer.path), models=(), default_model="m", worker=CONFIG) as second:
             second.hire()
@@ -379,7 +238,7 @@ async def test_forty_models_are_served_with_four_of_them_in_memory(
 ) -> None:
     for number in range(40):
         toml = "pinned = true" if number == 0 else ""
-        folder.publish(adds(number), 1, name=f"n{number}", toml=toml)
+        folder.publish(zoo.adds(number), 1, name=f"n{number}", toml=toml)
     async with serving(crew, folder, shop, Bounds(max_models=4)):
         await shop.until_announced("1", name="n39")
 
@@ -396,6 +255,31 @@ async def test_forty_models_are_served_with_four_of_them_in_memory(
             return len(says.loaded) <= 4 and {"n0/1", "n39/1"} <= set(says.loaded)
 
         await eventually(few_loaded, "four are loaded, the pinned one among them")
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+async def test_memory_does_not_grow_with_the_number_of_models(
+    crew: OpenCrew, folder: Folder, shop: Shop
+) -> None:
+    for number in range(200):
+        folder.publish(zoo.adds(number), 1, name=f"n{number}")
+    started_at = time.monotonic()
+    async with serving(crew, folder, shop, Bounds(max_models=8)) as crewed:
+
+        async def all_known() -> bool:
+            return all(len(says.models) == 201 for says in await shop.says())
+
+        await eventually(all_known, "all are described", 60)
+        logging.info("200 models were described in %.1f s.", time.monotonic() - started_at)
+        after: list[int] = []
+        for number in range(200):
+            assert await shop.ask(1, name=f"n{number}") == 1 + number
+            if number in (49, 199):
+                after.append(_rss_kib(crewed.members[0].process.pid))
+        logging.info("RSS after 50 of them and after all: %s KiB.", after)
+        assert after[1] <= 1.2 * after[0], after
+        assert all(len(says.loaded) <= 8 for says in await shop.says())
 
 
 def _rss_kib(pid: int) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 import httpx2
 import pytest
 import redis
+from prometheus_client.parser import text_string_to_metric_families
 
 from asyncinfer import keys
 from asyncinfer.repository.load import load
@@ -42,6 +43,17 @@ class Probe:
                 return 0, ""
         return reply.status_code, reply.json().get("detail", "")
 
+    async def metrics(self) -> dict[tuple[str, ...], float]:
+        """What Prometheus makes of it: the value by name and labels."""
+        async with httpx2.AsyncClient(trust_env=False) as client:
+            reply = await client.get(f"http://127.0.0.1:{self.port}/metrics")
+        assert reply.headers["content-type"].startswith("text/plain; version=0.0.4")
+        return {
+            (sample.name, *(sample.labels[name] for name in sorted(sample.labels))): sample.value
+            for family in text_string_to_metric_families(reply.text)
+            for sample in family.samples
+        }
+
     async def finds(self, word: str, seconds: float = 10.0) -> None:
         async def found() -> bool:
             return word in await self.detail()
@@ -70,6 +82,46 @@ async def test_a_worker_is_ready_while_it_claims_and_not_while_it_drains(
         assert await worker.left() == 0
         await customer.all_completed()
     assert_at_rest(server, customer.queue)
+
+
+async def test_prometheus_reads_what_a_worker_serves_and_did(
+    crew: OpenCrew, server: redis.Redis, store: Store, tmp_path: Path
+) -> None:
+    folder = tmp_path / "m"
+    zoo.place(folder, "slow", zoo.slow(), toml="[batching]\nenabled = true\n")
+    alone = "[batching]\nenabled = false\n"
+    zoo.place(folder, "picky", zoo.picky(), version=7, toml=alone)
+    zoo.place(folder, "broken", zoo.slow()).write_bytes(b"no model")
+    probe = Probe()
+    config = WorkerConfig(concurrency=1)
+    terms = {"model_dir": str(folder), "models": (), "default_model": "slow"}
+    with crew(**terms, worker=config, monitor_port=probe.port) as workers:  # type: ignore[arg-type]
+        slow, picky = Customer(store, "slow"), Customer(store, "picky")
+        await slow.submit([1.0] * 5)
+        await picky.submit([9.0])
+        worker = workers.hire()
+        await slow.all_completed()
+        await picky.all_ended()
+        read: dict[tuple[str, ...], float] = {}
+
+        async def counted() -> bool:
+            read.update(await probe.metrics())
+            return read["asyncinfer_jobs_total", "failed"] == 1
+
+        await eventually(counted, "all is counted", 5)
+        assert await worker.stop() == 0
+    assert read["asyncinfer_model_batched", "slow", "1"] == 1
+    assert read["asyncinfer_model_batched", "picky", "7"] == 0
+    assert ("asyncinfer_model_info", "off: model.toml says so", "picky") in {
+        one[:3] for one in read
+    }
+    assert read["asyncinfer_model_refused", "broken", "1"] == 1
+    assert read[("asyncinfer_models_loaded",)] == 2
+    assert read["asyncinfer_run_seconds_count", "slow", "8"] == 1
+    assert 0.001 < read["asyncinfer_run_seconds_sum", "slow", "8"] < 1
+    assert read["asyncinfer_jobs_total", "completed"] == 5
+    assert read[("process_resident_memory_bytes",)] > 0
+    assert_at_rest(server, slow.queue, picky.queue)
 
 
 @pytest.mark.soak

@@ -28,6 +28,7 @@ class Order(msgspec.Struct, kw_only=True):
     default_model: str | None = None
     bounds: Bounds = Bounds()
     monitor_port: int | None = None
+    allow_custom_ops: bool = False
     die_at: Step | None = None
     """Kills itself with SIGKILL when it first comes to this step."""
     fail_at: Step | None = None
@@ -60,6 +61,7 @@ def main() -> int:
         default_model=order.default_model or _only(order.models),
         worker=order.worker,
         monitor_port=order.monitor_port,
+        allow_custom_ops=order.allow_custom_ops,
     )
     return run(process, _watcher(order))
 

@@ -211,6 +211,14 @@ def identity(elem_type: int, shape: Dims = ("batch", 2)) -> onnx.ModelProto:
     return model([node], [tensor("x", shape, elem_type)], [tensor("y", shape, elem_type)])
 
 
+def adds(number: float) -> onnx.ModelProto:
+    """`y = x + number`."""
+    node = helper.make_node("Add", ["x", "number"], ["y"])
+    weights = {"number": np.array(number, np.float32)}
+    inputs, outputs = [tensor("x", ["batch", 1])], [tensor("y", ["batch", 1])]
+    return model([node], inputs, outputs, weights)
+
+
 def unary(operator: str, shape: Dims = ("batch", 2)) -> onnx.ModelProto:
     """`y = operator(x)`: Log gives NaN and infinities."""
     return model(
