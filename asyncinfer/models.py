@@ -68,7 +68,7 @@ class Signature(Struct, frozen=True):
     scores: Scores = "probabilities"
     """What the scores of a labelled classifier are; of logits the softmax is shown."""
     example_inputs: dict[str, Any] | None = None
-    """A JSON value for each input by name, where `model.toml` shows one."""
+    """A JSON value for each input by name: those that `model.toml` shows, or all of several."""
 
 
 class ModelFile(Struct, frozen=True):

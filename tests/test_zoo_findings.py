@@ -12,13 +12,13 @@ from asyncinfer import models
 from asyncinfer.engine import Engine
 from asyncinfer.errors import ModelRefused
 from tests import zoo
+from tests.faults.harness import eventually_sync
+from tests.test_cli import serving
 from tests.zoo.catalogue import ENTRIES
-from tests.zoo.client import infer
 from tests.zoo.flowing import by_largest
 from tests.zoo.hostile import aborting_split
 from tests.zoo.mutating import BASES, mutated
 from tests.zoo.running import serve
-from tests.zoo.serving import served
 
 UNEXPECTED: Final = (117, 205, 4061, 4636)
 """Seeds of damaged models that ONNX Runtime loads: huge fixed dimensions, names not UTF-8."""
@@ -57,17 +57,24 @@ def test_one_jobs_large_number_changes_no_other_jobs_answer(
     assert large.answers["y"].tolist() == [[4 * threshold, 4 * threshold]]
 
 
-async def test_a_worker_starts_beside_a_model_that_kills_who_loads_it(
-    redis_url: str, tmp_path: Path
-) -> None:
-    """Else one that its trial refused while the worker ran takes the next start down."""
-    ENTRIES["added"].place(tmp_path)
-    zoo.place(tmp_path, "bomb", aborting_split())
-    feeds = ENTRIES["added"].draw(np.random.default_rng(0), 2)
+def test_serve_comes_up_beside_a_model_that_kills_who_loads_it(tmp_path: Path) -> None:
+    """Else one that its trial refused while the worker ran takes every later start down."""
+    zoo.place(tmp_path / "models", "good", zoo.mlp([2, 2]))
+    zoo.place(tmp_path / "models", "kills", aborting_split())
+    environ = {"MODEL_DIR": str(tmp_path / "models"), "DATA_DIR": str(tmp_path / "data")}
+    environ |= {"TMPDIR": str(tmp_path), "DEFAULT_MODEL": "good"}
 
-    with served(redis_url, tmp_path, ["added"]) as url:
-        async with httpx2.AsyncClient(timeout=30, verify=False) as http:
-            answers = await infer(http, url, "added", feeds, "binary")
+    with serving(cwd=tmp_path, **environ) as serve:
+        url = serve.welcome["URL"]
+        with httpx2.Client(timeout=30, verify=False) as client:
 
-    assert answers is not None
-    np.testing.assert_array_equal(answers["y"], np.add(feeds["a"], feeds["b"]))
+            def answered() -> bool:
+                body = {"data": [[1.0, 2.0]]}
+                sent = client.post(f"{url}/predict", json=body, headers={"Prefer": "wait=20"})
+                return sent.status_code == 200 and sent.json()["status"] == "completed"
+
+            eventually_sync(answered, "the good model answers")
+            refused = client.get(f"{url}/models/kills")
+
+    assert refused.status_code == 404
+    assert "SIGABRT" in refused.json()["detail"]

@@ -161,9 +161,10 @@ def example_of(signature: Signature) -> dict[str, Any] | None:
 
 
 def _shown_input(spec: TensorSpec, value: object) -> dict[str, Any]:
-    """An input as its `model.toml` shows it, which its worker has checked."""
+    """An input as its worker shows it, which has checked it."""
     shape = tensors.decode(msgspec.json.encode(value), spec).shape
-    return {"name": spec.name, "shape": shape, "datatype": spec.datatype, "data": value}
+    data = value if isinstance(value, list | tuple) else [value]
+    return {"name": spec.name, "shape": shape, "datatype": spec.datatype, "data": data}
 
 
 def _example_input(spec: TensorSpec) -> dict[str, Any]:

@@ -5,16 +5,12 @@ from math import prod
 from typing import Any, Final
 
 import msgspec
-import numpy as np
 
 from asyncinfer import models
 from asyncinfer.engine.runtime import ort
 from asyncinfer.errors import ModelRefused
 from asyncinfer.models import ModelFile, Signature
-from asyncinfer.tensors import DTYPES, TensorSpec
-
-MAX_EXAMPLE_ELEMENTS: Final = 1000
-"""A longer example is not made up: nobody would paste it, and every announcement carries it."""
+from asyncinfer.tensors import TensorSpec
 
 _MOST_OPTIONAL: Final = 32
 _LONGEST_OPTIONAL_ELEMENTS: Final = 4096
@@ -91,18 +87,6 @@ def check_labels(labels: Sequence[str], outputs: Sequence[TensorSpec], file: Mod
         f"{file.model}/model.toml: {len(labels)} labels, but no output of shape "
         f"[batch, {len(labels)}]"
     )
-
-
-def made_up_example(inputs: Sequence[TensorSpec]) -> object:
-    needed = [spec for spec in inputs if not spec.optional]
-    if len(needed) != 1:
-        return None
-    shape = [dim if isinstance(dim, int) else 1 for dim in needed[0].shape]
-    if prod(shape) > MAX_EXAMPLE_ELEMENTS:
-        return None
-    element = "text" if needed[0].datatype == "BYTES" else 0
-    values = np.full(shape, element, DTYPES[needed[0].datatype])
-    return values.astype(np.float32).tolist() if needed[0].datatype == "BF16" else values.tolist()
 
 
 def _inputs(nodes: Sequence[Any], file: ModelFile) -> list[TensorSpec]:

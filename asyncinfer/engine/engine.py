@@ -5,14 +5,14 @@ from typing import Final
 
 import msgspec
 
-from asyncinfer import batching, models
+from asyncinfer import batching
 from asyncinfer.batching import Axes
-from asyncinfer.engine import describing, opening, probing
+from asyncinfer.engine import describing, examples, opening, probing
 from asyncinfer.engine.probing import Verdict
 from asyncinfer.engine.running import Runner
-from asyncinfer.errors import InvalidInput, ModelFailed, ModelRefused
+from asyncinfer.errors import ModelFailed, ModelRefused
 from asyncinfer.models import ModelFile, Signature
-from asyncinfer.tensors import Array, Feeds
+from asyncinfer.tensors import Feeds
 
 PROBE_SECONDS: Final = 5.0
 """How long a model may take to show whether its rows can be stacked."""
@@ -48,13 +48,14 @@ class Engine:
         )
         signature = describing.describe(file, sessions[0], sha256)
         runner = Runner(sessions, [spec.name for spec in signature.outputs])
-        example = _example(file, signature)
+        example = examples.shown(file, signature)
         if runner.maps:
             runner.keys = _keys(runner, signature, example, file, probe_seconds)
             signature = describing.with_keys(signature, runner.maps, runner.keys)
         describing.check_labels(signature.labels, signature.outputs, file)
         verdict = _verdict(runner, signature, example, file, probe_seconds)
-        signature = _judged(_with_example(signature, file, example), verdict)
+        signature = _judged(signature, verdict)
+        signature = examples.with_example(signature, file, runner.run, probe_seconds)
         return cls(runner, signature, file.config.limits.timeout_seconds)
 
 
@@ -69,67 +70,6 @@ def _judged(signature: Signature, verdict: Verdict) -> Signature:
         input_axes=verdict.inputs,
         output_axes=verdict.outputs,
     )
-
-
-# --- the example -------------------------------------------------------------------------------
-
-
-def _example(file: ModelFile, signature: Signature) -> Feeds | None:
-    """The inputs that `model.toml` shows; they must be such as a request may have."""
-    value = file.config.example
-    if value is None:
-        return None
-    needed = [spec for spec in signature.inputs if not spec.optional]
-    if not isinstance(value, dict) and len(needed) != 1:
-        raise ModelRefused(
-            f"{file.model}/model.toml: example: give a table with a value for each of "
-            f"{', '.join(spec.name for spec in signature.inputs)}"
-        )
-    values = value if isinstance(value, dict) else {needed[0].name: value}
-    return {
-        name: _example_input(name, one, file, signature)
-        for name, one in _in_order(values, file, signature).items()
-    }
-
-
-def _in_order(
-    values: dict[str, object], file: ModelFile, signature: Signature
-) -> dict[str, object]:
-    names = [spec.name for spec in signature.inputs]
-    for name in values:
-        if name not in names:
-            raise ModelRefused(
-                f"{file.model}/model.toml: example: `{name}` is not one of {', '.join(names)}"
-            )
-    for spec in signature.inputs:
-        if spec.name not in values and not spec.optional:
-            raise ModelRefused(f"{file.model}/model.toml: example: `{spec.name}` is missing")
-    return {name: values[name] for name in names if name in values}
-
-
-def _example_input(name: str, value: object, file: ModelFile, signature: Signature) -> Array:
-    spec = next(spec for spec in signature.inputs if spec.name == name)
-    alone = msgspec.structs.replace(
-        signature, inputs=(msgspec.structs.replace(spec, optional=False),)
-    )
-    try:
-        return models.check_data(msgspec.json.encode(value), alone)
-    except InvalidInput as error:
-        where = f"example.{name}" if len(signature.inputs) > 1 else "example"
-        raise ModelRefused(f"{file.model}/model.toml: {where}: {error.detail}") from error
-
-
-def _with_example(signature: Signature, file: ModelFile, example: Feeds | None) -> Signature:
-    value = file.config.example
-    if value is None:
-        return msgspec.structs.replace(
-            signature, example=describing.made_up_example(signature.inputs)
-        )
-    if not isinstance(value, dict):
-        return msgspec.structs.replace(signature, example=value)
-    needed = [spec.name for spec in signature.inputs if not spec.optional]
-    only = value[needed[0]] if len(value) == len(needed) == 1 else None
-    return msgspec.structs.replace(signature, example=only, example_inputs=value)
 
 
 # --- classes -----------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def probe(
 ) -> Verdict:
     """The first of these axes of the inputs along which every probe's answers agree."""
     reason = ""
-    with _deadline(seconds) as stop:
+    with deadline(seconds) as stop:
         for one in axes:
             try:
                 found = _Probing(run, inputs, outputs, one, example, stop).axes()
@@ -310,7 +310,7 @@ def some_answer(
 ) -> list[Any]:
     """What the model gives for any input that it takes; raises ModelFailed."""
     failure = "it took too long"
-    with _deadline(seconds) as stop:
+    with deadline(seconds) as stop:
         for size in (1, *OPEN_SIZES):
             try:
                 feeds = example or {
@@ -332,7 +332,7 @@ def some_answer(
 
 
 @contextmanager
-def _deadline(seconds: float) -> Iterator[Stop]:
+def deadline(seconds: float) -> Iterator[Stop]:
     stop = Stop()
     timer = threading.Timer(seconds, stop.stop)
     timer.start()

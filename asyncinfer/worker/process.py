@@ -22,6 +22,7 @@ from asyncinfer.worker.claims import Step
 from asyncinfer.worker.library import Library, Source
 from asyncinfer.worker.monitor import Metrics, Monitor, listen, monitored
 from asyncinfer.worker.shelf import Bounds, Shelf
+from asyncinfer.worker.suspects import carefully
 from asyncinfer.worker.worker import Worker, WorkerConfig
 
 log = logging.getLogger(__name__)
@@ -93,9 +94,10 @@ def _opened(config: WorkerProcess) -> Library:
         intra_op_threads=config.intra_op_threads,
         allow_custom_ops=config.allow_custom_ops,
     )
-    shelf = Shelf(load, config.bounds)
+    careful = carefully(load, allow_custom_ops=config.allow_custom_ops)
+    shelf = Shelf(careful, config.bounds)
     library = Library(config.source, shelf, allow_custom_ops=config.allow_custom_ops)
-    library.open(load, config.default_model)
+    library.open(careful, config.default_model)
     return library
 
 

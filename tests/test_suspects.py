@@ -1,0 +1,66 @@
+"""A file that took a process down while it was loaded is tried in a child by the next."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from asyncinfer import models
+from asyncinfer.engine import Engine
+from asyncinfer.errors import ModelRefused
+from asyncinfer.models import ModelFile
+from asyncinfer.worker.suspects import carefully
+from tests import zoo
+from tests.zoo.hostile import aborting_split
+
+load = partial(Engine.load, intra_op_threads=1)
+
+LOADS = """
+import sys
+from functools import partial
+from pathlib import Path
+from asyncinfer import models
+from asyncinfer.engine import Engine
+from asyncinfer.worker.suspects import carefully
+
+(file,) = models.scan(Path(sys.argv[1]))
+load = partial(Engine.load, intra_op_threads=1)
+carefully(load, allow_custom_ops=False, folder=Path(sys.argv[2]))(file)
+"""
+
+
+def test_a_file_that_killed_its_process_is_refused_by_the_next(tmp_path: Path) -> None:
+    zoo.place(tmp_path / "models", "bomb", aborting_split())
+    (file,) = models.scan(tmp_path / "models")
+    command = [sys.executable, "-c", LOADS, str(tmp_path / "models"), str(tmp_path / "marks")]
+    first = subprocess.run(command, capture_output=True, check=False)
+    assert first.returncode < 0, "the file no longer kills who loads it"
+
+    with pytest.raises(ModelRefused, match="SIGABRT"):
+        carefully(load, allow_custom_ops=False, folder=tmp_path / "marks")(file)
+
+
+def test_a_file_that_loads_leaves_nothing_behind(tmp_path: Path) -> None:
+    zoo.place(tmp_path / "models", "m", zoo.mlp([2, 2]))
+    (file,) = models.scan(tmp_path / "models")
+
+    engine = carefully(load, allow_custom_ops=False, folder=tmp_path / "marks")(file)
+
+    assert engine.signature.model == "m"
+    assert list((tmp_path / "marks").iterdir()) == []
+
+
+def test_a_file_that_another_process_is_loading_is_no_suspect(tmp_path: Path) -> None:
+    zoo.place(tmp_path / "models", "m", zoo.mlp([2, 2]))
+    (file,) = models.scan(tmp_path / "models")
+    marks = tmp_path / "marks"
+
+    def load_while_another_does(file: ModelFile) -> Engine:
+        (mark,) = marks.iterdir()
+        mark.write_text(str(os.getppid()))
+        return carefully(load, allow_custom_ops=False, folder=marks)(file)
+
+    assert carefully(load_while_another_does, allow_custom_ops=False, folder=marks)(file).signature
