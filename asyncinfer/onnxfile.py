@@ -79,7 +79,9 @@ def _problem(folder: Path, location: str) -> str:
     target = folder / relative
     if not target.resolve().is_relative_to(folder.resolve()):
         return "is a link that leads out of the model's folder"
-    if target.is_file() and target.stat().st_nlink > 1:
+    if not target.is_file():
+        return "is not there"
+    if target.stat().st_nlink > 1:
         return "is a hard link, so that it may be another file's content"
     return ""
 

@@ -45,6 +45,15 @@ class Folder:
             (self.path / name / "model.toml").write_text(toml)
         return staged.rename(self.path / name / str(version)) / "model.onnx"
 
+    def publish_with_weights(self, model: onnx.ModelProto, version: int) -> Path:
+        """The weights in a file of their own; returns it."""
+        path = self._staging / str(version) / "model.onnx"
+        path.parent.mkdir(parents=True)
+        onnx.save_model(
+            model, path, save_as_external_data=True, location="weights.bin", size_threshold=0
+        )
+        return path.parent.rename(self.path / "m" / str(version)) / "weights.bin"
+
     def remove(self, version: int, name: str = "m") -> None:
         shutil.rmtree(self.path / name / str(version))
 

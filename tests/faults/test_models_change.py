@@ -99,8 +99,7 @@ async def test_a_wrong_model_toml_leaves_the_old_one_in_force_and_is_named_once(
         assert problems.keys() == {"", "3"}
         assert "it is no ONNX file" in problems["3"]
 
-        (folder.path / "m" / "model.toml").write_text("default_version = 4")
-        await shop.until_served("4")
+        (folder.path / "m" / "model.toml").write_text("default_version = 1")
         await eventually(only_third, "model.toml is right again")
         logged = crewed.log
     assert logged.count("Expected `int | null`") == 1
@@ -142,6 +141,26 @@ async def test_a_file_that_is_copied_slowly_is_waited_for(
                 await asyncio.sleep(0.3 / len(content))
         await shop.until_served("2")
         assert await shop.ask(1) == 3
+
+
+async def test_weights_in_a_file_of_their_own_are_part_of_their_version(
+    crew: OpenCrew, folder: Folder, shop: Shop
+) -> None:
+    async with serving(crew, folder, shop):
+        folder.publish_with_weights(zoo.adds(2), 2)
+        await shop.until_served("2")
+        (folder.path / "m" / "2").rename(folder.path / "m" / "5")
+        await shop.until_announced("1", "5")
+        assert await shop.ask(1) == 3
+
+        kept = folder.path / "weights.bin.kept"
+        weights = folder.publish_with_weights(zoo.adds(6), 6)
+        weights.rename(kept)
+        await shop.until_refused("6", "its weights lie in 'weights.bin', which is not there")
+        assert await shop.ask(1) == 3
+        kept.rename(weights)
+        await shop.until_served("6")
+        assert await shop.ask(1) == 7
 
 
 async def test_a_new_model_is_served_and_a_removed_one_runs_what_waits(
