@@ -14,6 +14,7 @@ def settle() -> None:
     more rarely. With Python's own threshold (700) collections were 7 % of the API's time and
     most of its slowest replies."""
     gc.collect()
+    trim()
     gc.freeze()
     gc.set_threshold(_YOUNG_OBJECTS, 10, 10)
 
