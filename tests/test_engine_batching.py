@@ -590,3 +590,24 @@ def test_each_input_is_probed_with_numbers_like_its_own_example(tmp_path: Path) 
     engine = loaded(tmp_path, model, "[example]\nbig = [1000, 1004]\nsmall = [0, 4]")
 
     assert engine.signature.batched, engine.signature.batching
+
+
+def test_two_versions_never_share_a_run(tmp_path: Path) -> None:
+    zoo.place(tmp_path / "one", "m", zoo.adds(1))
+    zoo.place(tmp_path / "two", "m", zoo.adds(2))
+    engines = {
+        version: Engine.load(models.scan(tmp_path / name)[0], intra_op_threads=1)
+        for version, name in (("1", "one"), ("2", "two"))
+    }
+    (name,) = [spec.name for spec in engines["1"].signature.inputs]
+    feeds = {name: np.zeros((1, 1), np.float32)}
+    jobs = [claimed(at, feeds, version=str(1 + at % 2)) for at in range(6)]
+
+    prepared = execution.prepare(jobs, lambda asked: engines[asked[1] or ""], "m")
+
+    assert [len(batch.jobs) for batch in prepared.batches] == [3, 3]
+    for batch in prepared.batches:
+        added = 1.0 if batch.engine is engines["1"] else 2.0
+        for body in execution.run(batch, Stop()):
+            (answer,) = payloads.unpack(body).values()
+            assert answer.tolist() == [[added]]
