@@ -82,13 +82,12 @@ def render_results(
     return [_encode_rows(rows[start:end]) for start, end in batching.spans(counts)]
 
 
-def render_stored(payload: bytes, wanted: Sequence[str] = ()) -> bytes:
+def render_stored(payload: bytes) -> bytes:
     """The JSON of a result that is stored as packed tensors; raises DamagedPayload.
 
     The very bytes that the worker would have stored had JSON been asked for.
     """
-    tensors = payloads.unpack(payload)
-    return _encode_tensors([(name, tensors[name]) for name in wanted or tensors])
+    return _encode_tensors(list(payloads.unpack(payload).items()))
 
 
 def _named(

@@ -109,12 +109,12 @@ def _problems(workers: Workers) -> list[ModelProblem]:
     ]
 
 
-async def _views(services: Services, models: Sequence[Served], workers: Workers) -> list[Model]:
-    paused = await services.inspection.paused([one.queue for one in models])
+async def _views(services: Services, served: Sequence[Served], workers: Workers) -> list[Model]:
+    paused = await services.inspection.paused([one.queue for one in served])
     default = services.catalog.default_model
     return [
         _view(one, workers, is_default=one.signature.model == default, paused=is_paused)
-        for one, is_paused in zip(models, paused, strict=True)
+        for one, is_paused in zip(served, paused, strict=True)
     ]
 
 

@@ -12,7 +12,7 @@ from asyncinfer.api.body import JSON_LENGTH_HEADER, NPY
 from asyncinfer.api.exchange import Header, Reply, Request, encode_json
 from asyncinfer.api.jobs import find_job
 from asyncinfer.api.services import Services
-from asyncinfer.api.views import ended, error_of, result_text
+from asyncinfer.api.views import ended, error_of, result_text, version_of
 from asyncinfer.errors import (
     InvalidQuery,
     JobCancelled,
@@ -131,7 +131,7 @@ def _binary_reply(stored: Stored, packed: bytes, headers: Sequence[Header]) -> R
     head = encode_json(
         _Head(
             record.model if record else UNSET,
-            (record and (record.ran_version or record.version)) or UNSET,
+            version_of(record),
             stored.job_id,
             outputs,
         )

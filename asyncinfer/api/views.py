@@ -33,13 +33,18 @@ def summary_view(stored: Stored, default_model: str | None) -> Job:
         result=UNSET,
         error=error_of(stored),
         model=(record.model if record else default_model) or UNSET,
-        version=(record and (record.ran_version or record.version)) or UNSET,
+        version=version_of(record),
         sha256=(record and record.ran_sha256) or UNSET,
         round=record.round if record else UNSET,
         created_at=at(record.created_ms if record else created_ms(stored.job_id)),
         started_at=at(record.started_ms if record else None),
         finished_at=at(record.finished_ms if record else None),
     )
+
+
+def version_of(record: Record | None) -> str | UnsetType:
+    """The version that ran, else the one asked for."""
+    return (record and (record.ran_version or record.version)) or UNSET
 
 
 def url_of(job_id: str) -> str:

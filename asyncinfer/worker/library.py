@@ -124,12 +124,8 @@ class Library:
 
     # --- engines -------------------------------------------------------------------------------
 
-    def ready(self, model: str | None, version: str | None) -> Engine | None:
-        """The engine, if it is loaded; raises UnknownModel for a version that is not served."""
-        return self._shelf.get(self._find(model, version).label)
-
     async def fetch(self, model: str | None, version: str | None) -> Engine:
-        """The engine, loaded in a thread if need be; raises UnknownModel."""
+        """The engine, loaded in a thread if need be; raises UnknownModel for what is not served."""
         found = self._find(model, version)
         if engine := self._shelf.get(found.label):
             return engine
@@ -156,8 +152,8 @@ class Library:
         return found
 
     def _what_it_has(self, model: str | None) -> str:
-        versions = [version for name, version in self.announced() if name == model]
-        return ", ".join(versions) or ", ".join(sorted(self._served)) or "none"
+        its_versions = [version for name, version in self.announced() if name == model]
+        return ", ".join(its_versions) or ", ".join(sorted(self._served)) or "none"
 
     # --- at the start --------------------------------------------------------------------------
 
@@ -201,9 +197,7 @@ class Library:
 
     async def describe(self) -> None:
         """Loads once whatever was not, to know what it takes; the default model came first."""
-        while left := [
-            one for one in self._versions.values() if not (one.signature or one.problem)
-        ]:
+        while left := [one for one in self._versions.values() if one.is_unknown]:
             version = max(left, key=lambda one: (one.file.model not in self._served, one.file.rank))
             try:
                 engine = await self._shelf.load(version.file)

@@ -73,9 +73,7 @@ class Running:
         found: dict[Asked, Engine | UnknownModel] = {}
         for model, version in {execution.asked(job, self._default_model) for job in claimed}:
             try:
-                found[model, version] = self._library.ready(
-                    model, version
-                ) or await self._library.fetch(model, version)
+                found[model, version] = await self._library.fetch(model, version)
             except UnknownModel as error:
                 found[model, version] = error
 
