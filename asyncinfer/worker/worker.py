@@ -19,6 +19,7 @@ from asyncinfer import execution, keys
 from asyncinfer.errors import (
     AsyncinferError,
     JobError,
+    RedisRefused,
     RedisUnavailable,
     StorageFull,
     UnknownModel,
@@ -303,13 +304,19 @@ class Worker:
         """A job for what this worker lacks goes to one that has it: a new version does not come
         to all of them at once."""
         model, version = execution.asked(job, self._default_model)
-        if isinstance(error, UnknownModel) and model is not None:
-            with contextlib.suppress(RedisUnavailable):
-                if await self._announcer.is_elsewhere(model, version):
-                    await self._claims.shuffle(held.claim.queue)
-                    delay_ms = random.randrange(*_ELSEWHERE_MS)
-                    return released([job], delay_ms)[0]
+        if isinstance(error, UnknownModel) and model and await self._is_elsewhere(model, version):
+            await self._claims.shuffle(held.claim.queue)
+            return released([job], random.randrange(*_ELSEWHERE_MS))[0]
         return self._outcomes.failed(held, job, error)
+
+    async def _is_elsewhere(self, model: str, version: str | None) -> bool:
+        """True also while nobody can be asked: that is no reason to fail a job for good."""
+        try:
+            return await self._announcer.is_elsewhere(model, version)
+        except RedisRefused:
+            return False
+        except RedisUnavailable:
+            return True
 
     def _note_pace(self, held: Held) -> None:
         """A claim takes its slot until its outcomes are stored; an outage says nothing of it."""
