@@ -70,6 +70,16 @@ class Options(Struct, frozen=True, kw_only=True, omit_defaults=True):
         ]
         | None
     ) = None
+    group: (
+        Annotated[
+            str,
+            Meta(
+                pattern="^[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}$",
+                description="A name that jobs share, to be counted and followed together.",
+            ),
+        ]
+        | None
+    ) = None
 
 
 class Record(Struct, frozen=True, array_like=True):

@@ -27,6 +27,7 @@ RUNGS = (
     "models",
     "batching",
     "results",
+    "client",
     "repository",
     "onnxfile",
     "engine",
@@ -42,6 +43,7 @@ RUNGS = (
     "supervisor",
     "api_processes",
     "welcome",
+    "testing",
     "cli",
     "__main__",
 )

@@ -12,7 +12,17 @@ from starlette.types import Receive, Scope, Send
 from asyncinfer.api.body import discard
 from asyncinfer.api.catalog import Catalog
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.api.exchange import ClientGone, Reply, Request, end_reply, read_query, send_reply
+from asyncinfer.api.exchange import (
+    ClientGone,
+    Reply,
+    Request,
+    Stream,
+    StreamBroken,
+    end_reply,
+    read_query,
+    send_reply,
+    send_stream,
+)
 from asyncinfer.api.guard import Guard
 from asyncinfer.api.openapi import document
 from asyncinfer.api.problems import internal_error, problem_reply
@@ -62,6 +72,9 @@ class Api:
             await self._router(scope, receive, send)
         except ClientGone:
             return
+        except StreamBroken:
+            # A server closes a connection whose answer was not finished: that tells the client.
+            _log.exception("%s %r broke off", scope["method"], scope["path"])
         except BodyTooLarge as error:
             await send_reply(problem_reply(error, scope["path"]), scope, send, more=True)
             await discard(receive, dict(scope["headers"]))
@@ -72,7 +85,7 @@ class Api:
             _log.exception("%s %r failed", scope["method"], scope["path"])
             await send_reply(problem_reply(internal_error(), scope["path"]), scope, send)
 
-    async def answer(self, route: Route, scope: Scope, receive: Receive) -> Reply:
+    async def answer(self, route: Route, scope: Scope, receive: Receive) -> Reply | Stream:
         assert self._services is not None, "the lifespan has not been started"
         headers = dict(scope["headers"])
         tenant = self._guard.admit(route.scope, scope, headers)
@@ -124,7 +137,11 @@ class Resource:
                 f"{scope['method']} is not possible here; use {self._allow}.",
                 headers=[("allow", self._allow)],
             )
-        await send_reply(await self._api.answer(route, scope, receive), scope, send)
+        answer = await self._api.answer(route, scope, receive)
+        if isinstance(answer, Stream):
+            await send_stream(answer, scope, send)
+        else:
+            await send_reply(answer, scope, send)
 
 
 def _by_path(routes: Iterable[Route]) -> Iterable[tuple[str, list[Route]]]:

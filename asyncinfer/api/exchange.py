@@ -1,6 +1,7 @@
 """One exchange: the request as handlers see it, and the reply."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Final, Generic, TypeVar
 from urllib.parse import parse_qsl
 
@@ -66,6 +67,23 @@ class Reply(Struct, frozen=True):
     media_type: bytes = b"application/json"
 
 
+class Stream(Struct, frozen=True):
+    """An answer whose body is made while it is sent; of unknown length.
+
+    `chunks` ends when the client leaves: it watches for that itself, since only it knows whether
+    the request's body is still coming.
+    """
+
+    chunks: AsyncGenerator[bytes, None]
+    media_type: bytes
+    status: int = 200
+    headers: tuple[Header, ...] = ()
+
+
+class StreamBroken(Exception):
+    """An answer that had begun could not be finished; its cause says why."""
+
+
 def json_reply(status: int, body: Struct, *headers: Header) -> Reply:
     return Reply(status, encode_json(body), headers)
 
@@ -87,6 +105,26 @@ async def send_reply(reply: Reply, scope: Scope, send: Send, *, more: bool = Fal
     )
     body = b"" if scope["method"] == "HEAD" else reply.body
     await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+async def send_stream(stream: Stream, scope: Scope, send: Send) -> None:
+    """Sends chunks as they come; raises StreamBroken, since no other answer can follow."""
+    headers = [
+        (b"content-type", stream.media_type),
+        (b"cache-control", b"no-store"),
+        *stream.headers,
+    ]
+    async with contextlib.aclosing(stream.chunks) as chunks:
+        await send({"type": "http.response.start", "status": stream.status, "headers": headers})
+        if scope["method"] != "HEAD":
+            try:
+                async for chunk in chunks:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            except ClientGone:
+                return
+            except Exception as error:
+                raise StreamBroken from error
+    await end_reply(send)
 
 
 async def end_reply(send: Send) -> None:

@@ -7,7 +7,7 @@ from msgspec import Struct
 
 from asyncinfer.api.about import about, health, live, openapi, ready
 from asyncinfer.api.body import NPY
-from asyncinfer.api.exchange import Reply, Request
+from asyncinfer.api.exchange import Reply, Request, Stream
 from asyncinfer.api.jobs import cancel_job, list_jobs, read_job, retry_job
 from asyncinfer.api.models import (
     list_models,
@@ -66,7 +66,7 @@ from asyncinfer.schemas import (
     WaitQuery,
 )
 
-Handler = Callable[[Services, Request[Any]], Awaitable[Reply]]
+Handler = Callable[[Services, Request[Any]], Awaitable[Reply | Stream]]
 KeyScope = Literal["submit", "read", "admin"]
 Errors = tuple[type[RequestError], ...]
 
