@@ -18,6 +18,7 @@ RUNGS = (
     "garbage",
     "settings",
     "jobs",
+    "observed",
     "tensors",
     "payloads",
     "schemas",

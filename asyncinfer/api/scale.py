@@ -14,23 +14,15 @@ async def read_scale(services: Services, request: Request[NoQuery]) -> Reply:
 
 
 def _view(model: str, found: Load) -> Scale:
-    due_jobs = 0 if found.paused else found.waiting_jobs
     return Scale(
         model=model,
         waiting_jobs=found.waiting_jobs,
-        running_jobs=found.running_jobs,
-        paused=found.paused,
-        oldest_age_seconds=found.oldest_age_seconds,
+        running_jobs=found.gauge.running,
+        paused=found.gauge.paused,
+        oldest_age_seconds=found.gauge.oldest_age_seconds,
         seconds_per_job=found.seconds_per_job,
-        backlog_seconds=_backlog_seconds(due_jobs, found.seconds_per_job),
+        backlog_seconds=found.backlog_seconds,
         workers=found.workers,
         slots=found.slots,
-        starved=int(due_jobs > 0 and found.workers == 0),
+        starved=int(found.due_jobs > 0 and found.workers == 0),
     )
-
-
-def _backlog_seconds(due_jobs: int, seconds_per_job: float | None) -> float | None:
-    """Nothing is no work, however long a job would take."""
-    if due_jobs == 0:
-        return 0.0
-    return None if seconds_per_job is None else due_jobs * seconds_per_job

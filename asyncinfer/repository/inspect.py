@@ -12,6 +12,7 @@ from msgspec import Struct
 from asyncinfer import keys
 from asyncinfer.errors import InvalidQuery
 from asyncinfer.jobs import DEFAULT_TENANT
+from asyncinfer.observed import JobsDone
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submit import Stored, read_jobs
 from asyncinfer.repository.upkeep import Upkeep
@@ -51,6 +52,15 @@ class WorkerSays(Struct, frozen=True):
     """model/version, as they are in its memory, the least used first."""
     run_times: dict[str, dict[str, float]] = {}
     """{model: {rows of a run: seconds}}, as measured."""
+    seconds_per_job: dict[str, float] = {}
+    """{model: slot time a job took lately}."""
+    concurrency: int = 0
+    host: str | None = None
+    pid: int | None = None
+    busy: int | None = None
+    """Slots that have a batch."""
+    started_ms: int | None = None
+    jobs_done: JobsDone | None = None
 
 
 _decode_worker = msgspec.json.Decoder(WorkerSays).decode

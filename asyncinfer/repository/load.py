@@ -1,82 +1,146 @@
-"""What an autoscaler asks: how much waits for a model, and who works on it."""
+"""How much waits for models, and who works on it: what autoscalers and people ask."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any, Final
 
 import msgspec
 from msgspec import Struct
 
 from asyncinfer import keys
 from asyncinfer.jobs import Record, decode_record
+from asyncinfer.repository.inspect import WorkerSays, worker_says
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
+
+_QUEUES_A_CALL: Final = 40
+
+
+class Gauge(Struct, frozen=True, kw_only=True):
+    """What is in a queue."""
+
+    waiting: tuple[int, int, int]
+    """High, normal, low; without those that have ended and are still in a list."""
+    delayed: int
+    running: int
+    dead: int
+    paused: bool
+    oldest_age_seconds: float | None
+    """Of the job that waits longest; None when none waits, or none that says since when."""
+
+
+class Gauged(Struct, frozen=True):
+    """Of each queue what is in it, and the ids of the workers heard of lately."""
+
+    now_ms: int
+    gauges: tuple[Gauge, ...]
+    worker_ids: tuple[str, ...]
 
 
 class Load(Struct, frozen=True, kw_only=True):
     """A model's queue, and the living workers that claim from it."""
 
-    waiting_jobs: int
-    """Without those that have ended and are still in a list, and without delayed ones."""
-    running_jobs: int
-    paused: bool
-    oldest_age_seconds: float | None
-    """Of the job that waits longest; None when none waits, or none that says since when."""
+    gauge: Gauge
     workers: int
     slots: int
     seconds_per_job: float | None
     """Of slot time, as measured; None before the model's first run."""
 
+    @property
+    def waiting_jobs(self) -> int:
+        return sum(self.gauge.waiting)
 
-class _Worker(Struct, frozen=True):
-    """What a worker says of itself; the older the release, the less."""
+    @property
+    def due_jobs(self) -> int:
+        """Nothing is due while the queue is paused."""
+        return 0 if self.gauge.paused else self.waiting_jobs
 
-    concurrency: int = 0
-    models: tuple[str, ...] = ()
-    state: str = ""
-    seconds_per_job: dict[str, float] = {}
-
-
-_decode_worker = msgspec.json.Decoder(_Worker).decode
+    @property
+    def backlog_seconds(self) -> float | None:
+        """Nothing is no work, however long a job would take."""
+        if self.due_jobs == 0:
+            return 0.0
+        return None if self.seconds_per_job is None else self.due_jobs * self.seconds_per_job
 
 
 async def load(store: Store, model: str, queue: str) -> Load:
     """Two round trips, whatever waits."""
-    names = [queue, keys.workers(store.n)]
-    now_ms, waiting, running, paused, records, ids = await store.call(
-        script("gauge"), names, [encode_args({})]
-    )
-    workers, pace = await _workers_and_pace(store, model, ids)
-    ready = [one for one in workers if one.state == "ready"]
+    gauged = await gauge(store, [queue])
+    workers, paces = await workers_and_paces(store, gauged.worker_ids, [model])
+    return load_of(model, gauged.gauges[0], workers, paces[0])
+
+
+async def gauge(store: Store, queues: Sequence[str]) -> Gauged:
+    """What is in each queue, some tens of queues a call."""
+    gauges: list[Gauge] = []
+    now_ms, ids = 0, []
+    for start in range(0, len(queues), _QUEUES_A_CALL):
+        part = queues[start : start + _QUEUES_A_CALL]
+        now_ms, ids, found = await store.call(
+            script("gauge"), [keys.workers(store.n), *part], [encode_args({})]
+        )
+        gauges += [_gauge(now_ms, *one) for one in found]
+    return Gauged(now_ms, tuple(gauges), tuple(one.decode() for one in ids))
+
+
+async def workers_and_paces(
+    store: Store, worker_ids: Sequence[str], models: Sequence[str]
+) -> tuple[list[WorkerSays], list[float | None]]:
+    """What living workers say, and what each model's jobs took when last one ran."""
+    names = [keys.pace(store.n, model) for model in models]
+    names += [keys.worker(store.n, one) for one in worker_ids]
+    if not names:
+        return [], []
+    found = await store.command("MGET", *names)
+    paces = [_pace(one) for one in found[: len(models)]]
+    return [worker_says(body) for body in found[len(models) :] if body], paces
+
+
+def load_of(model: str, gauge: Gauge, workers: Sequence[WorkerSays], pace: float | None) -> Load:
+    having = [one for one in workers if model in one.models]
+    ready = [one for one in having if one.state == "ready"]
     return Load(
-        waiting_jobs=waiting,
-        running_jobs=running,
-        paused=bool(paused),
-        oldest_age_seconds=_oldest_age_seconds(now_ms, records),
+        gauge=gauge,
         workers=len(ready),
         slots=sum(one.concurrency for one in ready),
-        seconds_per_job=_mean_pace(workers, model) or pace,
+        seconds_per_job=_mean_pace(having, model) or pace,
     )
 
 
-async def _workers_and_pace(
-    store: Store, model: str, ids: Sequence[bytes]
-) -> tuple[list[_Worker], float | None]:
-    """The living workers that have the model, and what its jobs took when last one ran."""
-    names = [keys.worker(store.n, one.decode()) for one in ids]
-    bodies = await store.command("MGET", keys.pace(store.n, model), *names)
-    pace = None if bodies[0] is None else float(bodies[0])
-    return [one for one in _readable(bodies[1:]) if model in one.models], pace
+def waits_since_ms(record: Record) -> int:
+    """A delay that was asked for is no waiting."""
+    return record.created_ms + int(record.options.delay_seconds * 1000)
 
 
-def _readable(bodies: Sequence[bytes | None]) -> Iterator[_Worker]:
-    for body in bodies:
+def records_of(metas: Sequence[bytes]) -> Iterator[Record]:
+    """Those that can be read."""
+    for meta in metas:
         try:
-            if body:
-                yield _decode_worker(body)
+            yield decode_record(meta)
         except msgspec.DecodeError:
             continue
 
 
-def _mean_pace(workers: Sequence[_Worker], model: str) -> float | None:
+def _gauge(
+    now_ms: int, waiting: Any, delayed: int, running: int, dead: int, paused: int, metas: Any
+) -> Gauge:
+    return Gauge(
+        waiting=tuple(waiting),
+        delayed=delayed,
+        running=running,
+        dead=dead,
+        paused=bool(paused),
+        oldest_age_seconds=_oldest_age_seconds(now_ms, metas),
+    )
+
+
+def _pace(stored: bytes | None) -> float | None:
+    try:
+        return None if stored is None else float(stored)
+    except ValueError:
+        return None
+
+
+def _mean_pace(workers: Sequence[WorkerSays], model: str) -> float | None:
     """Weighed by slots: that is how the queue is shared out."""
     measured = [one for one in workers if one.concurrency and model in one.seconds_per_job]
     slots = sum(one.concurrency for one in measured)
@@ -85,18 +149,5 @@ def _mean_pace(workers: Sequence[_Worker], model: str) -> float | None:
 
 
 def _oldest_age_seconds(now_ms: int, metas: Sequence[bytes]) -> float | None:
-    ages = [now_ms - _waits_since_ms(record) for record in _records(metas)]
+    ages = [now_ms - waits_since_ms(record) for record in records_of(metas)]
     return max(0.0, max(ages) / 1000) if ages else None
-
-
-def _records(metas: Sequence[bytes]) -> Iterator[Record]:
-    for meta in metas:
-        try:
-            yield decode_record(meta)
-        except msgspec.DecodeError:
-            continue
-
-
-def _waits_since_ms(record: Record) -> int:
-    """A delay that was asked for is no waiting."""
-    return record.created_ms + int(record.options.delay_seconds * 1000)

@@ -20,6 +20,8 @@ NAMES: Final = (
     "repair",
     "watch",
     "gauge",
+    "tally",
+    "forget",
 )
 _CLAIMING: Final = frozenset({"claim", "finish"})
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from asyncinfer.errors import RedisRefused, RedisUnavailable
+from asyncinfer.observed import JobsDone
 from asyncinfer.repository.run import (
     Claimed,
     ClaimedJob,
@@ -45,6 +46,11 @@ class Finishing:
         self._spawn = spawn
         self._on_step = on_step
         self._given_up = False
+
+    def jobs_done(self) -> JobsDone:
+        """How many jobs ended here, and how; what was retried too often has failed."""
+        ended = self.ended
+        return JobsDone(ended["completed"], ended["failed"] + ended["dead"], ended["cancelled"])
 
     def give_up(self) -> None:
         """What cannot be stored at once comes back by its lease."""

@@ -92,6 +92,7 @@ class Worker:
         queues = self._queues()
         self._paces = Paces()
         self._answered_at = time.monotonic()
+        self._started_ms = time.time_ns() // 1_000_000
         runs = Runs(store, self.worker_id)
         self._loop = asyncio.get_running_loop()
         self._renewer = Renewer(store, self._renewed_in_thread)
@@ -208,8 +209,11 @@ class Worker:
         about = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            "started_ms": self._started_ms,
             "concurrency": self._config.concurrency,
+            "busy": len(self._claims.held),
             "state": self._state(),
+            "jobs_done": self._finishing.jobs_done(),
             "seconds_per_job": paces,
             "run_times": self._running.times.view(),
         }
