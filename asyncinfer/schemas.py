@@ -10,6 +10,7 @@ from asyncinfer.jobs import JobError, Options, Status
 from asyncinfer.tensors import TensorSpec
 
 MAX_WAIT_SECONDS: Final = 60
+MOST_JOBS_A_CALL: Final = 1000
 
 # --- asked ---------------------------------------------------------------------------------
 
@@ -104,8 +105,58 @@ class ResultQuery(Struct, frozen=True, forbid_unknown_fields=True):
 class JobsQuery(Struct, frozen=True, forbid_unknown_fields=True):
     status: Annotated[Status, Meta(description="Only jobs in this state.")] | None = None
     model: Annotated[str, Meta(description="Only jobs of this model.")] | None = None
+    dead: Annotated[
+        bool, Meta(description="Only dead letters: given up though another try may have helped.")
+    ] = False
     limit: Annotated[int, Meta(ge=1, le=1000, description="How many jobs at most.")] = 100
     cursor: Annotated[str, Meta(description="Where the page before this one ended.")] | None = None
+
+
+class EndQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    purge: Annotated[
+        bool, Meta(description="Delete an ended job with its data, instead of cancelling it.")
+    ] = False
+
+
+_OF_MODEL: Final = Meta(description="Only jobs of this model.")
+_OF_GROUP: Final = Meta(description="Only jobs of this group.")
+
+
+class RetryQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which of the caller's jobs run again; at least one of them is needed, or a body."""
+
+    status: (
+        Annotated[Literal["failed", "cancelled"], Meta(description="Only jobs in this state.")]
+        | None
+    ) = None
+    model: Annotated[str, _OF_MODEL] | None = None
+    group: Annotated[str, _OF_GROUP] | None = None
+    dead: Annotated[bool, Meta(description="Only dead letters.")] = False
+
+
+class RetryRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """Jobs to run again, by name."""
+
+    job_ids: Annotated[list[str], Meta(min_length=1, max_length=MOST_JOBS_A_CALL)]
+
+
+class ClearQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which of the caller's jobs end or are deleted; at least one besides `purge` is needed."""
+
+    status: (
+        Annotated[
+            Status | Literal["ended"],
+            Meta(description="Only jobs in this state; `ended` is any of the last three."),
+        ]
+        | None
+    ) = None
+    model: Annotated[str, _OF_MODEL] | None = None
+    group: Annotated[str, _OF_GROUP] | None = None
+    dead: Annotated[bool, Meta(description="Only dead letters; with `purge=true`.")] = False
+    purge: Annotated[
+        bool,
+        Meta(description="Delete ended jobs with their data, instead of cancelling others."),
+    ] = False
 
 
 # --- answered ------------------------------------------------------------------------------
@@ -162,6 +213,41 @@ class Validated(Struct, frozen=True, kw_only=True):
 class JobList(Struct, frozen=True):
     jobs: list[Job]
     cursor: Annotated[str, Meta(description="Asks for the next page; null on the last.")] | None
+
+
+class Refused(Struct, frozen=True):
+    """A job that was not retried, and why."""
+
+    job_id: str
+    code: str
+    detail: str
+
+
+_MORE: Final = Meta(description="Some may be left: call again, as long as a call does something.")
+
+
+class Retried(Struct, frozen=True):
+    """At most 1,000 jobs a call."""
+
+    retried: Annotated[list[str], Meta(description="Their ids; they run again.")]
+    refused: list[Refused]
+    more: Annotated[bool, _MORE]
+
+
+class Cleared(Struct, frozen=True):
+    """At most 1,000 jobs a call."""
+
+    cancelled: int
+    asked: Annotated[int, Meta(description="Running ones that were told to stop.")]
+    purged: Annotated[int, Meta(description="Ended ones that were deleted with their data.")]
+    more: Annotated[bool, _MORE]
+
+
+class Purged(Struct, frozen=True):
+    """How many jobs no longer wait for a model, of all tenants."""
+
+    model: str
+    cancelled: int
 
 
 class ModelProblem(Struct, frozen=True, kw_only=True):

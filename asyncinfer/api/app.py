@@ -37,8 +37,11 @@ from asyncinfer.errors import (
     StorageFull,
 )
 from asyncinfer.inbox import Inbox
+from asyncinfer.repository.dead import DeadLetters
 from asyncinfer.repository.inspect import Inspection
+from asyncinfer.repository.observe import Observation
 from asyncinfer.repository.operate import Operation
+from asyncinfer.repository.select import Selection
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submit import Submissions
 from asyncinfer.upkeep import reap_forever
@@ -173,6 +176,9 @@ def _services(store: Store, config: ApiConfig) -> Services:
         store=store,
         submissions=submissions,
         inspection=inspection,
+        dead_letters=DeadLetters(store),
+        observation=Observation(store),
+        selection=Selection(store),
         operation=Operation(store),
         inbox=Inbox(store, submissions),
         catalog=Catalog(inspection, store.n, config.default_model),

@@ -11,13 +11,16 @@ from asyncinfer.api.waiting import while_client_stays
 from asyncinfer.errors import (
     JobExpired,
     JobFinished,
+    JobNotFinished,
     JobNotFound,
     JobNotRetryable,
     QueueFull,
     RequestError,
 )
+from asyncinfer.repository.inspect import Page
+from asyncinfer.repository.select import Filter
 from asyncinfer.repository.submit import Stored
-from asyncinfer.schemas import JobList, JobsQuery, NoQuery, WaitQuery
+from asyncinfer.schemas import EndQuery, JobList, JobsQuery, NoQuery, WaitQuery
 
 _RETRY_AFTER: Final = (b"retry-after", b"1")
 _CANCEL_WAIT_SECONDS: Final = 1.0
@@ -36,21 +39,35 @@ async def read_job(services: Services, request: Request[WaitQuery]) -> Reply:
 
 async def list_jobs(services: Services, request: Request[JobsQuery]) -> Reply:
     """The caller's jobs, newest first."""
+    page = await _page(services, request)
+    default = services.catalog.default_model
+    return json_reply(200, JobList([summary_view(job, default) for job in page.jobs], page.cursor))
+
+
+async def _page(services: Services, request: Request[JobsQuery]) -> Page:
     query = request.query
-    page = await services.inspection.jobs(
+    if query.dead:
+        wanted = Filter(
+            tenant=request.tenant,
+            statuses=frozenset([query.status] if query.status else jobs.STATUSES),
+            model=query.model,
+            dead=True,
+        )
+        return await services.dead_letters.jobs(wanted, limit=query.limit, cursor=query.cursor)
+    return await services.inspection.jobs(
         tenant=request.tenant,
         status=query.status,
         model=query.model,
         limit=query.limit,
         cursor=query.cursor,
     )
-    default = services.catalog.default_model
-    return json_reply(200, JobList([summary_view(job, default) for job in page.jobs], page.cursor))
 
 
-async def cancel_job(services: Services, request: Request[NoQuery]) -> Reply:
-    """Cancels a job, waiting or running."""
+async def cancel_job(services: Services, request: Request[EndQuery]) -> Reply:
+    """Cancels a job, waiting or running; with `purge=true`, deletes one that has ended."""
     stored = await find_job(services, request)
+    if request.query.purge:
+        return await _forget(services, stored)
     if ended(stored):
         raise _finished(stored)
     verdict = await services.submissions.cancel(stored)
@@ -65,6 +82,18 @@ async def cancel_job(services: Services, request: Request[NoQuery]) -> Reply:
     return _job_reply(services, 200 if ended(stored) else 202, stored)
 
 
+async def _forget(services: Services, stored: Stored) -> Reply:
+    verdict = await services.submissions.forget(stored)
+    if verdict == "absent":
+        raise absent(services, stored.job_id)
+    if verdict == "unfinished":
+        raise JobNotFinished(
+            "Only a job that has ended can be deleted; cancel it first, without `purge`.",
+            job_id=stored.job_id,
+        )
+    return _job_reply(services, 200, stored)
+
+
 async def retry_job(services: Services, request: Request[NoQuery]) -> Reply:
     """Runs a failed or cancelled job again, under the same id."""
     for _ in range(_MOST_ROUNDS):
@@ -74,10 +103,8 @@ async def retry_job(services: Services, request: Request[NoQuery]) -> Reply:
             location = (b"location", url_of(stored.job_id).encode())
             return json_reply(202, accepted_view(stored.job_id, "pending"), location)
         if verdict != "changed":
-            raise _not_retried(services, stored, verdict)
-    raise JobNotRetryable(
-        "The job kept changing meanwhile; look at it and try again.", job_id=stored.job_id
-    )
+            raise not_retried(services, stored, verdict)
+    raise not_retried(services, stored, verdict)
 
 
 def absent(services: Services, job_id: str) -> RequestError:
@@ -96,12 +123,13 @@ async def find_job(services: Services, request: Request[Any]) -> Stored:
     """The job that the path names, if it is the caller's."""
     job_id = request.path("id") or ""
     stored = await services.submissions.read(job_id) if jobs.is_id(job_id) else None
-    if stored is None or _owner(stored) != request.tenant:
+    if stored is None or owner_of(stored) != request.tenant:
         raise absent(services, job_id)
     return stored
 
 
-def _owner(stored: Stored) -> str:
+def owner_of(stored: Stored) -> str:
+    """The tenant that a job belongs to."""
     return stored.record.tenant if stored.record else jobs.DEFAULT_TENANT
 
 
@@ -127,13 +155,18 @@ def _finished(stored: Stored) -> JobFinished:
     )
 
 
-def _not_retried(services: Services, stored: Stored, verdict: str) -> RequestError:
+def not_retried(services: Services, stored: Stored, verdict: str) -> RequestError:
+    """What to say of a job that a retry left as it was."""
     if verdict == "absent":
         return absent(services, stored.job_id)
     if verdict == "full":
         return QueueFull(
             "The model's queue is full. Retry later, start more workers, or raise MAX_QUEUE.",
             retry_after_seconds=5,
+        )
+    if verdict == "changed":
+        return JobNotRetryable(
+            "The job kept changing meanwhile; look at it and try again.", job_id=stored.job_id
         )
     if verdict == "no_input":
         return JobNotRetryable(

@@ -1,4 +1,4 @@
-"""The routes about models: which there are, what each takes; pause and resume."""
+"""The routes about models: which there are, what each takes; pause, resume and purge."""
 
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -6,12 +6,12 @@ from typing import Any, Final
 
 import msgspec
 
-from asyncinfer import models, tensors
+from asyncinfer import keys, models, tensors
 from asyncinfer.api.catalog import Served
 from asyncinfer.api.exchange import Reply, Request, json_reply
 from asyncinfer.api.inputs import read_input
 from asyncinfer.api.services import Services
-from asyncinfer.errors import ModelNotFound
+from asyncinfer.errors import ModelNotFound, NoModelAnnounced
 from asyncinfer.models import Signature
 from asyncinfer.repository.inspect import WorkerSays, worker_says
 from asyncinfer.schemas import (
@@ -21,6 +21,7 @@ from asyncinfer.schemas import (
     ModelProblem,
     NoQuery,
     Pause,
+    Purged,
     TensorShape,
     Validated,
 )
@@ -66,6 +67,24 @@ async def _pause(services: Services, request: Request[NoQuery], *, paused: bool)
     served = await services.catalog.find(request.path("model"))
     await services.operation.pause(served.queue, paused=paused)
     return json_reply(200, Pause(served.signature.model, paused))
+
+
+async def purge_model(services: Services, request: Request[NoQuery]) -> Reply:
+    """Cancels all that waits for a model, of all tenants; what runs is left."""
+    name = request.path("model") or ""
+    queue = await _queue_of(services, name)
+    return json_reply(200, Purged(name, await services.operation.purge(queue)))
+
+
+async def _queue_of(services: Services, name: str) -> str:
+    """Also of a model that nobody serves any more: its jobs would wait for ever."""
+    try:
+        return (await services.catalog.find(name)).queue
+    except (ModelNotFound, NoModelAnnounced):
+        queue = keys.queue(services.store.n, name, services.catalog.default_model)
+        if queue in await services.inspection.queues():
+            return queue
+        raise
 
 
 async def validate(services: Services, request: Request[AskedOptions]) -> Reply:

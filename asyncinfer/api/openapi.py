@@ -69,7 +69,7 @@ def _operation(route: Route, schemas: dict[type[Struct], _Schema]) -> _Schema:
     if route.bodies:
         alternatives = {"oneOf": [schemas[body] for body in route.bodies]}
         content = {"application/json": {"schema": alternatives}, **_binary(route.binary_bodies)}
-        operation["requestBody"] = {"required": True, "content": content}
+        operation["requestBody"] = {"required": route.body_required, "content": content}
     if route.scope:
         operation["security"] = [{"bearer": []}, {"header": []}, {}]
     return operation

@@ -12,10 +12,12 @@ from asyncinfer.api.jobs import cancel_job, list_jobs, read_job, retry_job
 from asyncinfer.api.models import (
     list_models,
     pause_model,
+    purge_model,
     read_model,
     resume_model,
     validate,
 )
+from asyncinfer.api.operate import clear_jobs, list_queues, list_workers, retry_jobs
 from asyncinfer.api.predict import predict
 from asyncinfer.api.results import BINARY, read_result
 from asyncinfer.api.scale import read_scale
@@ -45,11 +47,15 @@ from asyncinfer.errors import (
     StorageFull,
     VersionNotFound,
 )
+from asyncinfer.observed import QueueList, WorkerList
 from asyncinfer.schemas import (
     About,
     Accepted,
     Alive,
     AskedOptions,
+    Cleared,
+    ClearQuery,
+    EndQuery,
     Health,
     Job,
     JobList,
@@ -59,7 +65,11 @@ from asyncinfer.schemas import (
     NoQuery,
     Pause,
     PredictRequest,
+    Purged,
     ResultQuery,
+    Retried,
+    RetryQuery,
+    RetryRequest,
     Scale,
     TensorRequest,
     Validated,
@@ -87,6 +97,7 @@ class Route(Struct, frozen=True, kw_only=True):
     answers: dict[int, type[Struct] | None]
     bodies: tuple[type[Struct], ...] = ()
     """What its JSON may be."""
+    body_required: bool = True
     binary_bodies: tuple[str, ...] = ()
     """Media types of bodies that are not JSON, and of answers."""
     binary_answers: tuple[str, ...] = ()
@@ -183,8 +194,9 @@ ROUTES: Final = (
         path="/job/{id}",
         handler=cancel_job,
         scope="submit",
+        query=EndQuery,
         answers={200: Job, 202: Job},
-        errors=(*_JOB, JobFinished),
+        errors=(*_JOB, JobFinished, JobNotFinished),
     ),
     Route(
         method="POST",
@@ -201,6 +213,45 @@ ROUTES: Final = (
         scope="read",
         query=JobsQuery,
         answers={200: JobList},
+        errors=(RedisUnavailable,),
+    ),
+    Route(
+        method="DELETE",
+        path="/jobs",
+        handler=clear_jobs,
+        scope="submit",
+        query=ClearQuery,
+        answers={200: Cleared},
+        errors=(RedisUnavailable,),
+    ),
+    Route(
+        method="POST",
+        path="/jobs/retry",
+        handler=retry_jobs,
+        scope="submit",
+        bodies=(RetryRequest,),
+        body_required=False,
+        query=RetryQuery,
+        answers={200: Retried},
+        errors=(
+            *(InvalidJSON, InvalidHeader, BodyTooLarge, MediaTypeRefused, EncodingRefused),
+            *(InvalidInput, RedisUnavailable, StorageFull),
+        ),
+    ),
+    Route(
+        method="GET",
+        path="/queues",
+        handler=list_queues,
+        scope="read",
+        answers={200: QueueList},
+        errors=(RedisUnavailable,),
+    ),
+    Route(
+        method="GET",
+        path="/workers",
+        handler=list_workers,
+        scope="read",
+        answers={200: WorkerList},
         errors=(RedisUnavailable,),
     ),
     Route(
@@ -245,6 +296,14 @@ ROUTES: Final = (
         handler=resume_model,
         scope="admin",
         answers={200: Pause},
+        errors=(ModelNotFound, NoModelAnnounced, RedisUnavailable),
+    ),
+    Route(
+        method="POST",
+        path="/models/{model}/purge",
+        handler=purge_model,
+        scope="admin",
+        answers={200: Purged},
         errors=(ModelNotFound, NoModelAnnounced, RedisUnavailable),
     ),
     Route(

@@ -5,8 +5,11 @@ from msgspec import Struct
 from asyncinfer.api.catalog import Catalog
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.inbox import Inbox
+from asyncinfer.repository.dead import DeadLetters
 from asyncinfer.repository.inspect import Inspection
+from asyncinfer.repository.observe import Observation
 from asyncinfer.repository.operate import Operation
+from asyncinfer.repository.select import Selection
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submit import Submissions
 
@@ -16,6 +19,9 @@ class Services(Struct, frozen=True, kw_only=True):
     store: Store
     submissions: Submissions
     inspection: Inspection
+    dead_letters: DeadLetters
+    observation: Observation
+    selection: Selection
     operation: Operation
     inbox: Inbox
     catalog: Catalog

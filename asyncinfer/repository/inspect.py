@@ -165,11 +165,15 @@ class Inspection:
                 "XREVRANGE", keys.log(queue), end, "-", "COUNT", _ENTRIES_A_PAGE
             )
             for entry_id, fields in page:
-                if ids := _appearing(fields):
+                if ids := appearing(fields):
                     yield entry_id.decode(), ids
             if len(page) < _ENTRIES_A_PAGE:
                 return
             end = f"({page[-1][0].decode()}"
+
+    async def queues(self) -> list[str]:
+        """Every queue that has had a job, the default model's included."""
+        return await self._upkeep.queues()
 
     async def announced(self) -> Announced:
         n = self._store.n
@@ -218,7 +222,7 @@ _ids_of = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
 _id_of = msgspec.msgpack.Decoder(str).decode
 
 
-def _appearing(fields: dict[bytes, bytes]) -> list[str]:
+def appearing(fields: dict[bytes, bytes]) -> list[str]:
     """The ids that an entry names for the first time; a stranger's appears when claimed."""
     ids = []
     for field in (b"submitted", b"stranger"):

@@ -1,14 +1,40 @@
-"""What people do to a whole queue: pause, resume, purge."""
+"""What people do to many jobs at once: pause, resume or purge a queue; cancel, retry, forget."""
 
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from msgspec import Struct
+
+from asyncinfer.jobs import STATUSES
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
+from asyncinfer.repository.submit import (
+    RetryVerdict,
+    Stored,
+    Submissions,
+    queue_of,
+    read_states,
+)
+
+_JOBS_A_CALL: Final = 200
+"""So that no call holds up the server for longer than some ms."""
+
+_MOST_ROUNDS: Final = 5
+
+
+class Cancelled(Struct, frozen=True):
+    """Of many jobs, how many ended, and how many that run were told to."""
+
+    ended: int
+    asked: int
 
 
 class Operation:
-    """The verbs on a whole queue."""
+    """The verbs on whole queues, and on many jobs."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._submissions = Submissions(store)
 
     async def pause(self, queue: str, *, paused: bool) -> bool:
         """Stops or resumes giving jobs out, while they are still taken in; whether that is new."""
@@ -24,3 +50,43 @@ class Operation:
             more, left = await self._store.call(script("purge"), [queue], args)
             ended += more
         return int(ended)
+
+    async def cancel(self, jobs: Sequence[Stored]) -> Cancelled:
+        """Ends those that wait and asks for the end of those that run."""
+        ended = asked = 0
+        for part in self._parts(jobs):
+            verdicts = await self._submissions.cancel_many(part)
+            ended += verdicts.count("cancelled")
+            asked += verdicts.count("asked")
+        return Cancelled(ended, asked)
+
+    async def forget(self, jobs: Sequence[Stored]) -> int:
+        """Deletes those that have ended; how many that were."""
+        forgotten = 0
+        for part in self._parts(jobs):
+            verdicts = await self._submissions.forget_many(part)
+            forgotten += verdicts.count("forgotten")
+        return forgotten
+
+    async def retry(self, jobs: Sequence[Stored], now_ms: int) -> dict[str, RetryVerdict]:
+        """Opens a new round of each that failed or was cancelled; by id, what came of it."""
+        verdicts: dict[str, RetryVerdict] = {}
+        for _ in range(_MOST_ROUNDS):
+            for part in self._parts(jobs):
+                found = await self._submissions.retry_many(part, now_ms)
+                verdicts |= {job.job_id: one for job, one in zip(part, found, strict=True)}
+            changed = [job_id for job_id, verdict in verdicts.items() if verdict == "changed"]
+            if not changed:
+                break
+            jobs = await read_states(self._store, changed, STATUSES)
+            verdicts |= dict.fromkeys(set(changed) - {job.job_id for job in jobs}, "absent")
+        return verdicts
+
+    def _parts(self, jobs: Sequence[Stored]) -> Iterator[list[Stored]]:
+        """Jobs as they fit one call each: of one queue, and not too many."""
+        by_queue: dict[str, list[Stored]] = {}
+        for job in jobs:
+            by_queue.setdefault(queue_of(self._store, job), []).append(job)
+        for queued in by_queue.values():
+            for start in range(0, len(queued), _JOBS_A_CALL):
+                yield queued[start : start + _JOBS_A_CALL]

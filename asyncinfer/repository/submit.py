@@ -1,7 +1,7 @@
 """What an API does to jobs: submit, read, watch, cancel, retry, forget."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Final, Literal, cast
 
 import msgspec
@@ -220,6 +220,28 @@ async def read_jobs(store: Store, job_ids: Sequence[str]) -> list[Stored | None]
     ]
     reply = await store.command("MGET", *names)
     return [_stored(job_id, *reply[4 * i : 4 * i + 4]) for i, job_id in enumerate(job_ids)]
+
+
+async def read_states(
+    store: Store, job_ids: Sequence[str], statuses: Collection[str]
+) -> list[Stored]:
+    """Those in one of the states, without result and error; what is in another costs little."""
+    if not job_ids:
+        return []
+    found = await store.command("MGET", *map(keys.status, job_ids))
+    wanted = [
+        (job_id, status)
+        for job_id, status in zip(job_ids, found, strict=True)
+        if status and status.decode("utf-8", "replace") in statuses
+    ]
+    if not wanted:
+        return []
+    metas = await store.command("MGET", *(keys.meta(job_id) for job_id, _ in wanted))
+    jobs = (
+        _stored(job_id, status, None, None, meta)
+        for (job_id, status), meta in zip(wanted, metas, strict=True)
+    )
+    return [job for job in jobs if job]
 
 
 def queue_of(store: Store, stored: Stored) -> str:
