@@ -163,6 +163,7 @@ class Machine(RuleBasedStateMachine):
         self.results: dict[str, bytes] = {}
         """What the accepted finish of each completed job wrote."""
         self.reopened: set[str] = set()
+        self.forgotten: set[str] = set()
         self.watched: set[str] = set()
         self.stray_pushes = 0
         self.put_back = 0
@@ -357,6 +358,28 @@ class Machine(RuleBasedStateMachine):
         if again:
             expected = "changed" if before.meta else "not_retryable"
             assert self.do(self.hands.submissions.retry(stored, 1)) == expected
+        return None
+
+    @precondition(lambda self: self.ids)
+    @rule(which=st.integers(0, 99), likely=st.booleans(), again=st.booleans())
+    def forget(self, which: int, likely: bool, again: bool) -> None:
+        ended = [job_id for job_id, one in self.last.jobs.items() if one.ended]
+        job_id = ended[which % len(ended)] if likely and ended else self.some_id(which)
+        before = self.last.jobs[job_id]
+        if before.status is None:
+            return
+        stored = self.do(self.hands.read(job_id))
+        verdict = self.do(self.hands.submissions.forget(stored))
+        assert verdict == ("forgotten" if before.ended else "unfinished")
+        if not before.ended:
+            return self.unchanged("a forget of an unfinished job")
+        assert set(self.view().jobs[job_id].ttls) == {-2}
+        self.reopened.add(job_id)
+        self.watched.discard(job_id)
+        self.forgotten.add(job_id)
+        if again:
+            assert self.do(self.hands.submissions.forget(stored)) == "absent"
+            assert self.do(self.hands.submissions.retry(stored, 1)) == "absent"
         return None
 
     # --- strangers -------------------------------------------------------------------------
@@ -728,8 +751,11 @@ class Machine(RuleBasedStateMachine):
 
     def check_counters(self, name: str, queue: QueueView, view: View) -> None:
         entries = Counter(queue.waiting)
+        gone = {job_id for job_id in self.forgotten if view.jobs[job_id].status is None}
         ended = sum(
-            count for one, count in entries.items() if one in view.jobs and view.jobs[one].ended
+            count
+            for one, count in entries.items()
+            if one in view.jobs and (view.jobs[one].ended or one in gone)
         )
         assert queue.ghosts <= ended
         if not self.doubled:
@@ -775,7 +801,8 @@ class Machine(RuleBasedStateMachine):
         self.do(self.hands.sweep())
         assert_at_rest(self.redis, *QUEUES)
         for job_id, job in self.view().jobs.items():
-            assert job.ended or job_id in self.strangers, f"{job_id} is {job.status}"
+            absent = job.status is None and job_id in self.forgotten
+            assert job.ended or absent or job_id in self.strangers, f"{job_id} is {job.status}"
             assert job.ended or job.size == 0, f"{job_id} was never run"
 
 

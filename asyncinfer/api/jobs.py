@@ -23,10 +23,9 @@ from asyncinfer.repository.submit import Stored
 from asyncinfer.schemas import EndQuery, JobList, JobsQuery, NoQuery, WaitQuery
 
 _RETRY_AFTER: Final = (b"retry-after", b"1")
+RETRYABLE: Final = frozenset({"failed", "cancelled"})
 _CANCEL_WAIT_SECONDS: Final = 1.0
 """A run stops at its next kernel, most often within this."""
-
-_MOST_ROUNDS: Final = 5
 
 
 async def read_job(services: Services, request: Request[WaitQuery]) -> Reply:
@@ -83,10 +82,8 @@ async def cancel_job(services: Services, request: Request[EndQuery]) -> Reply:
 
 
 async def _forget(services: Services, stored: Stored) -> Reply:
-    verdict = await services.submissions.forget(stored)
-    if verdict == "absent":
-        raise absent(services, stored.job_id)
-    if verdict == "unfinished":
+    # A job that is absent now may have been deleted by this very call, its first reply lost.
+    if await services.submissions.forget(stored) == "unfinished":
         raise JobNotFinished(
             "Only a job that has ended can be deleted; cancel it first, without `purge`.",
             job_id=stored.job_id,
@@ -96,15 +93,13 @@ async def _forget(services: Services, stored: Stored) -> Reply:
 
 async def retry_job(services: Services, request: Request[NoQuery]) -> Reply:
     """Runs a failed or cancelled job again, under the same id."""
-    for _ in range(_MOST_ROUNDS):
-        stored = await find_job(services, request)
-        verdict = await services.submissions.retry(stored, time.time_ns() // 1_000_000)
-        if verdict == "ok":
-            location = (b"location", url_of(stored.job_id).encode())
-            return json_reply(202, accepted_view(stored.job_id, "pending"), location)
-        if verdict != "changed":
-            raise not_retried(services, stored, verdict)
-    raise not_retried(services, stored, verdict)
+    stored = await find_job(services, request)
+    verdicts = await services.operation.retry([stored], time.time_ns() // 1_000_000)
+    verdict = verdicts[stored.job_id]
+    if verdict != "ok":
+        raise not_retried(services, stored, verdict)
+    location = (b"location", url_of(stored.job_id).encode())
+    return json_reply(202, accepted_view(stored.job_id, "pending"), location)
 
 
 def absent(services: Services, job_id: str) -> RequestError:
@@ -164,7 +159,7 @@ def not_retried(services: Services, stored: Stored, verdict: str) -> RequestErro
             "The model's queue is full. Retry later, start more workers, or raise MAX_QUEUE.",
             retry_after_seconds=5,
         )
-    if verdict == "changed":
+    if verdict == "changed" or (verdict == "not_retryable" and stored.status in RETRYABLE):
         return JobNotRetryable(
             "The job kept changing meanwhile; look at it and try again.", job_id=stored.job_id
         )

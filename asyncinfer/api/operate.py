@@ -10,12 +10,12 @@ from asyncinfer import jobs
 from asyncinfer.api.body import read_body
 from asyncinfer.api.envelope import refuse
 from asyncinfer.api.exchange import Reply, Request, json_reply
-from asyncinfer.api.jobs import absent, not_retried, owner_of
+from asyncinfer.api.jobs import RETRYABLE, absent, not_retried, owner_of
 from asyncinfer.api.services import Services
 from asyncinfer.api.struct_faults import fault_of
 from asyncinfer.errors import InvalidJSON, InvalidQuery
 from asyncinfer.observed import QueueList, WorkerList
-from asyncinfer.repository.select import Filter
+from asyncinfer.repository.select import Filter, Selected
 from asyncinfer.repository.submit import Stored, read_states
 from asyncinfer.schemas import (
     MOST_JOBS_A_CALL,
@@ -28,7 +28,6 @@ from asyncinfer.schemas import (
     RetryRequest,
 )
 
-_RETRYABLE: Final = frozenset({"failed", "cancelled"})
 _UNFINISHED: Final = frozenset({"pending", "processing"})
 
 _decode_retry = msgspec.json.Decoder(RetryRequest).decode
@@ -47,19 +46,19 @@ async def list_workers(services: Services, request: Request[NoQuery]) -> Reply:
 async def retry_jobs(services: Services, request: Request[RetryQuery]) -> Reply:
     """Runs many failed or cancelled jobs again: those named, or those that a filter means."""
     body = (await read_body(request, services.config)).content
+    refused: list[Refused] = []
     if body.strip():
-        found, refused, more = await _named(services, request, _job_ids(body, request.query))
+        selected, refused = await _named(services, request, _job_ids(body, request.query))
     else:
         selected = await services.selection.jobs(_retryable(request), MOST_JOBS_A_CALL)
-        found, refused, more = selected.jobs, [], selected.more
-    verdicts = await services.operation.retry(found, time.time_ns() // 1_000_000)
-    retried = [job.job_id for job in found if verdicts[job.job_id] == "ok"]
+    verdicts = await services.operation.retry(selected.jobs, time.time_ns() // 1_000_000)
+    retried = [one for one, verdict in verdicts.items() if verdict == "ok"]
     refused += [
         _refused(services, job, verdicts[job.job_id])
-        for job in found
+        for job in selected.jobs
         if verdicts[job.job_id] != "ok"
     ]
-    return json_reply(200, Retried(retried, refused, more))
+    return json_reply(200, Retried(retried, refused, selected.more))
 
 
 async def clear_jobs(services: Services, request: Request[ClearQuery]) -> Reply:
@@ -83,7 +82,7 @@ def _retryable(request: Request[RetryQuery]) -> Filter:
             'Say which jobs run again: a body `{"job_ids": [...]}`, or at least one of '
             "`status=failed`, `status=cancelled`, `model=`, `group=` and `dead=true`."
         )
-    return _filter(request, [query.status] if query.status else _RETRYABLE)
+    return _filter(request, [query.status] if query.status else RETRYABLE)
 
 
 def _to_cancel(request: Request[ClearQuery]) -> Filter:
@@ -153,17 +152,13 @@ def _refuse_json(error: Exception) -> NoReturn:
 
 async def _named(
     services: Services, request: Request[RetryQuery], job_ids: Sequence[str]
-) -> tuple[Sequence[Stored], list[Refused], bool]:
+) -> tuple[Selected, list[Refused]]:
     """The caller's among them, and what to say of the others."""
     known = [job_id for job_id in job_ids if jobs.is_id(job_id)]
-    found = [
-        job
-        for job in await read_states(services.store, known, jobs.STATUSES)
-        if owner_of(job) == request.tenant
-    ]
-    theirs = {job.job_id for job in found}
-    refused = [_absent(services, job_id) for job_id in job_ids if job_id not in theirs]
-    return found, refused, False
+    states = await read_states(services.store, known, jobs.STATUSES)
+    found = {job.job_id: job for job in states if owner_of(job) == request.tenant}
+    refused = [_absent(services, job_id) for job_id in job_ids if job_id not in found]
+    return Selected(tuple(found.values()), more=False), refused
 
 
 def _absent(services: Services, job_id: str) -> Refused:

@@ -12,6 +12,7 @@ from asyncinfer.repository.submit import (
     RetryVerdict,
     Stored,
     Submissions,
+    next_round,
     queue_of,
     read_states,
 )
@@ -61,11 +62,12 @@ class Operation:
         return Cancelled(ended, asked)
 
     async def forget(self, jobs: Sequence[Stored]) -> int:
-        """Deletes those that have ended; how many that were."""
+        """Deletes those that have ended; how many that were. One that was there and is not now
+        counts as well: the first reply to this very call may have been lost."""
         forgotten = 0
         for part in self._parts(jobs):
             verdicts = await self._submissions.forget_many(part)
-            forgotten += verdicts.count("forgotten")
+            forgotten += len(part) - verdicts.count("unfinished")
         return forgotten
 
     async def retry(self, jobs: Sequence[Stored], now_ms: int) -> dict[str, RetryVerdict]:
@@ -75,11 +77,18 @@ class Operation:
             for part in self._parts(jobs):
                 found = await self._submissions.retry_many(part, now_ms)
                 verdicts |= {job.job_id: one for job, one in zip(part, found, strict=True)}
-            changed = [job_id for job_id, verdict in verdicts.items() if verdict == "changed"]
-            if not changed:
+            tried = [job for job in jobs if verdicts[job.job_id] == "changed"]
+            if not tried:
                 break
-            jobs = await read_states(self._store, changed, STATUSES)
-            verdicts |= dict.fromkeys(set(changed) - {job.job_id for job in jobs}, "absent")
+            now = await read_states(self._store, [job.job_id for job in tried], STATUSES)
+            changed = {job.job_id: job for job in now}
+            for before in tried:
+                after = changed.get(before.job_id)
+                if after is None:
+                    verdicts[before.job_id] = "absent"
+                elif _is_opened(before, after, now_ms):
+                    verdicts[before.job_id] = "ok"
+            jobs = [job for job in now if verdicts[job.job_id] == "changed"]
         return verdicts
 
     def _parts(self, jobs: Sequence[Stored]) -> Iterator[list[Stored]]:
@@ -90,3 +99,11 @@ class Operation:
         for queued in by_queue.values():
             for start in range(0, len(queued), _JOBS_A_CALL):
                 yield queued[start : start + _JOBS_A_CALL]
+
+
+def _is_opened(before: Stored, after: Stored, now_ms: int) -> bool:
+    """Whether the new round is the one opened here, by a call whose first reply was lost."""
+    if before.record is None or after.record is None:
+        return False
+    opened = next_round(before.record, now_ms)
+    return (opened.round, now_ms) == (after.record.round, after.record.created_ms)

@@ -1,6 +1,7 @@
 """Queues and workers seen; many jobs retried, cancelled and purged; dead letters."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from asyncinfer.jobs import new_id
 from asyncinfer.repository.store import Policy, Store
 from asyncinfer.repository.upkeep import Upkeep
 from tests.hands import Hands, ids_of, new_job
+from tests.parents import REPOSITORY
 
 from .harness import (
     QUEUE,
@@ -513,6 +515,43 @@ async def test_a_model_that_nobody_serves_any_more_can_be_purged(
     job_id = await hands.one(queue=f"{QUEUE}:wine")
     assert (await told(await api.post("/models/wine/purge")))["cancelled"] == 1
     assert hands.status(job_id) == "cancelled"
+
+
+# --- what the manual shows -----------------------------------------------------------------
+
+_MANUAL = (REPOSITORY / "asyncinfer/docs/operations.md").read_text()
+_COMMANDS = [
+    line.replace("\\\n", "")
+    for block in re.findall(r"^```sh\n(.*?)^```$", _MANUAL, re.DOTALL | re.MULTILINE)
+    for line in re.findall(r"^curl (?:.*\\\n)*.*$", block, re.MULTILINE)
+]
+
+
+def test_the_manual_shows_how_to_clean_up() -> None:
+    assert len(_COMMANDS) >= 10
+
+
+async def test_the_manuals_commands_do_something(
+    config: ApiConfig, store: Store, hands: Hands
+) -> None:
+    await announce(store, "iris", default="iris")
+    async with running(config) as port:
+        for command in _COMMANDS:
+            (job_id,) = await failed(hands)
+            await failed(hands, outcome="dead")
+            await failed(hands, outcome="completed")
+            await hands.some(1, group="nightly")
+            line = command.replace("JOB_ID", job_id).replace(":8000", f":{port}")
+            ran = await asyncio.create_subprocess_shell(
+                line.replace("curl", "curl -sf", 1), stdout=asyncio.subprocess.PIPE
+            )
+            answer, _ = await ran.communicate()
+            assert ran.returncode == 0, (command, answer)
+            told = msgspec.json.decode(answer)
+            assert any(told[name] for name in told if name not in ("model", "more")), (
+                command,
+                told,
+            )
 
 
 # --- tenants -------------------------------------------------------------------------------

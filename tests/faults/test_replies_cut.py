@@ -10,9 +10,10 @@ import redis
 from asyncinfer import keys
 from asyncinfer.errors import RedisUnavailable
 from asyncinfer.jobs import Options
-from asyncinfer.repository.operate import Operation
+from asyncinfer.repository.operate import Cancelled, Operation
 from asyncinfer.repository.run import Claim, ClaimRequest, Doorbell, Finished, Renewals, Runs
 from asyncinfer.repository.scripts import NAMES, script
+from asyncinfer.repository.select import Filter, Selection
 from asyncinfer.repository.store import Policy, Store
 from asyncinfer.repository.submit import Stored
 from asyncinfer.repository.upkeep import Upkeep
@@ -232,6 +233,48 @@ async def test_pause_and_purge_whose_replies_are_lost_end_each_waiting_job_once(
     assert {one.status for one in await customer.all_ended()} == {"cancelled"}
     assert_one_end_each(server, customer.queue)
     assert_at_rest(server, customer.queue)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+async def test_a_bulk_cancel_and_a_purge_whose_replies_are_lost_count_each_job_once(
+    times: int, proxy: Proxy, loaded: Store, server: redis.Redis
+) -> None:
+    customer, operation, found = Customer(loaded), Operation(loaded), Selection(loaded)
+    ids = await customer.submit([1.0, 2.0, 3.0])
+    waiting = Filter(tenant="default", statuses=frozenset({"pending"}))
+    jobs = (await found.jobs(waiting, 1000)).jobs
+    counts: list[object] = []
+
+    async def cancel() -> None:
+        counts.append(await operation.cancel(jobs))
+
+    async def purge() -> None:
+        counts.append(await operation.forget(jobs))
+
+    await _through(proxy, "cancel", times, cancel)
+    assert_one_end_each(server, customer.queue)
+    await _through(proxy, "forget", times, purge)
+    assert counts == [Cancelled(ended=3, asked=0), 3]
+    assert await customer.read(ids) == [None] * 3
+
+
+async def test_a_retry_whose_reply_is_lost_opens_one_round_and_says_so(
+    proxy: Proxy, loaded: Store, server: redis.Redis
+) -> None:
+    customer, operation = Customer(loaded), Operation(loaded)
+    ids = await customer.submit([1.0, 2.0])
+    await operation.purge(customer.queue)
+    jobs = [await _stored(customer, one) for one in ids]
+    verdicts: list[object] = []
+
+    async def retry() -> None:
+        verdicts.append(await operation.retry(jobs, 1))
+
+    await _through(proxy, "retry", 1, retry)
+    assert verdicts == [dict.fromkeys(ids, "ok")]
+    assert [one.record and one.record.round for one in await customer.read(ids) if one] == [2, 2]
+    assert server.llen(customer.queue) == 2
+    server.flushall()
 
 
 @pytest.mark.parametrize("times", [1, 2])
