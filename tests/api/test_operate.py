@@ -457,7 +457,6 @@ async def test_a_job_deleted_while_its_id_is_still_in_a_list_is_not_run(
 async def test_a_retry_and_a_purge_at_once_leave_a_job_whole_or_gone(
     api: httpx2.AsyncClient, hands: Hands, server: redis.Redis, many: bool
 ) -> None:
-    won = {"retry": 0, "purge": 0}
     for turn in range(20):
         (job_id,) = await failed(hands, outcome="dead")
         purge = "/jobs?status=failed&purge=true" if many else f"/job/{job_id}?purge=true"
@@ -467,15 +466,12 @@ async def test_a_retry_and_a_purge_at_once_leave_a_job_whole_or_gone(
                 group.create_task(call)
         assert server.zscore(keys.dead(QUEUE), job_id) is None
         if hands.status(job_id) is None:
-            won["purge"] += 1
             assert kept(server, [job_id]) == []
             assert await hands.run_all() == []
         else:
-            won["retry"] += 1
             assert set(hands.ttls(job_id).values()) == {-1}
             assert await hands.run_all() == [job_id]
             assert hands.status(job_id) == "completed"
-    assert sum(won.values()) == 20
 
 
 async def test_a_job_retried_since_it_was_chosen_keeps_its_data(hands: Hands) -> None:
