@@ -59,8 +59,7 @@ def _place(home: Path, model: Model) -> None:
 
 def _place_path(home: Path, path: Path) -> None:
     if path.is_dir():
-        home.parent.mkdir(exist_ok=True)
-        home.symlink_to(path, target_is_directory=True)
+        shutil.copytree(path, home)
     elif path.is_file():
         file = _first_version(home)
         shutil.copyfile(path, file)

@@ -25,7 +25,7 @@ Both are optional; without the first the shipped models are served. A test then 
         assert not unscored()
 
 It starts when the first test asks for it, and each process of pytest-xdist has its own. A failed
-test's report shows what the service said meanwhile.
+test's report shows what the service said last.
 """
 
 from collections.abc import Generator, Iterator, Mapping
@@ -38,7 +38,6 @@ from asyncinfer.testing.embedded import service
 from asyncinfer.testing.running import Running
 
 _LINES_SHOWN: Final = 50
-_LINES_BEFORE: Final = pytest.StashKey[int]()
 
 
 @pytest.fixture(scope="session")
@@ -72,12 +71,7 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     running = getattr(item, "funcargs", {}).get("asyncinfer_service")
-    if not isinstance(running, Running):
-        return report
-    lines = running.log.splitlines()
-    if report.when == "setup":
-        item.stash[_LINES_BEFORE] = len(lines)
-    elif report.failed:
-        said = lines[item.stash.get(_LINES_BEFORE, 0) :][-_LINES_SHOWN:]
-        report.sections.append(("asyncinfer, during this test", "\n".join(said)))
+    if report.failed and isinstance(running, Running):
+        last = running.log.splitlines()[-_LINES_SHOWN:]
+        report.sections.append((f"the last that {running!r} said", "\n".join(last)))
     return report
