@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import socket
@@ -17,6 +18,7 @@ from typing import Any, Final
 
 import onnx
 import pytest
+import redis
 
 from asyncinfer import access
 from asyncinfer.errors import KeyFileRefused
@@ -227,15 +229,17 @@ async def test_a_second_one_runs_beside_it_for_an_async_test(
     keys.write_text(access.entry_of(access.new_key(), "acme", "submit").line())
 
     async with AsyncExitStack() as stack:
-        started = asyncio.get_running_loop().create_future()
+        made = service(zoo.slow(), name="slower", api_keys=keys)
+        started: list[Running] = []
 
         async def start() -> None:
-            made = service(zoo.slow(), name="slower", api_keys=keys)
-            started.set_result(await stack.enter_async_context(made))
+            started.append(await stack.enter_async_context(made))
 
         assert await ticks_during(start()) > 10
-        second: Running = started.result()
+        (second,) = started
         assert second.models == ("slower",)
+        with pytest.raises(RuntimeError, match="runs already"):
+            await made.__aenter__()
         assert second.url != running.url
         assert await asyncio.to_thread(ask, second, "slower", 1) == 1
         assert await asyncio.to_thread(ask, running, "file", 1) == 2
@@ -254,6 +258,20 @@ def status_without_key(running: Running) -> int:
         urllib.request.urlopen(f"{running.url}/models/slower")
     with told.value:
         return told.value.code
+
+
+def test_a_redis_that_is_given_is_used_under_a_queue_of_its_own(
+    redis_url: str, server: redis.Redis, tmp_path: Path
+) -> None:
+    path = zoo.place(tmp_path, "churn", zoo.adds(1))
+    with service(path, redis_url=redis_url) as running:
+        assert running.models == ("churn",)
+        assert ask(running, "churn", 1) == 2
+        running.drain()
+        (queue,) = call(running, "GET", "/health")["queues"]
+
+    assert re.fullmatch("test_[0-9a-f]{16}", queue)
+    assert not server.exists("predict_queue:log")
 
 
 # --- what cannot be started ------------------------------------------------------------------
@@ -285,6 +303,11 @@ def test_a_folder_without_models_is_refused(tmp_path: Path) -> None:
         pass
 
 
+def test_one_model_and_several_are_not_given_together() -> None:
+    with pytest.raises(TypeError, match="not both"):
+        service("a.onnx", models={"b": "b.onnx"})
+
+
 def test_windows_is_refused_with_what_to_do() -> None:
     with pytest.raises(StartError, match="REDIS_URL"):
         refuse_windows("win32")
@@ -296,6 +319,17 @@ def test_a_port_is_kept_for_the_service_that_is_started() -> None:
         with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
             stranger.bind(("127.0.0.1", port))
         socket.create_server(("127.0.0.1", port)).close()
+
+
+async def test_a_start_that_is_cancelled_leaves_nothing() -> None:
+    async def start() -> None:
+        async with asyncio.timeout(0.3), service():
+            pass
+
+    before = set(descendants(os.getpid()))
+    with pytest.raises(TimeoutError):
+        await start()
+    assert set(descendants(os.getpid())) <= before
 
 
 # --- ends ------------------------------------------------------------------------------------

@@ -36,13 +36,16 @@ def service(
     """A service for the time of a `with` or `async with` block, which is given its `Running`.
 
     `model` is an ONNX file, a model's folder, an `onnx.ModelProto` or its bytes, called `name`,
-    else as the file is, else `model`; or a folder of models. `models` are several by name; with
-    neither, the shipped ones. `settings` are those of `asyncinfer serve`, such as `max_queue=10`;
-    with `redis_url` that server is used, under a queue name of our own, and keeps what it is left.
+    else as its file is, else `model`; or a folder of models, served where it is. `models` are
+    several by name; with neither, the shipped ones. `settings` are those of `asyncinfer serve`,
+    such as `max_queue=10`. Unless `drain_timeout` is set, what runs when the block ends is stopped.
+    With `redis_url` that server is used, under a `queue_name` of our own; nothing is removed there.
 
     The block raises StartError with the service's own words when it cannot start: ModelRefused
     when a model cannot be served. InvalidSetting is raised at once.
     """
+    if models is not None and not (model is None and name is None):
+        raise TypeError("give one model, or `models` by name, not both")
     return Service(Wanted(model, name, models, asked.variables(settings), start_seconds))
 
 
@@ -77,7 +80,7 @@ class Service:
     async def __aenter__(self) -> Running:
         try:
             return await anyio.to_thread.run_sync(self.__enter__)
-        except BaseException:  # a start that was cancelled goes on in its thread
+        except anyio.get_cancelled_exc_class():  # the start goes on in its thread
             await self._stop_in_thread()
             raise
 
@@ -159,7 +162,6 @@ def _on_a_free_port(plan: Plan, stack: ExitStack) -> Running:
                     running = until_it_serves(process.log, plan, port)
                 except PortTaken:
                     continue
-                started.callback(running.close)
                 stack.push(started.pop_all())
                 return running
     raise StartError(f"{_TRIES} ports were taken by others before the service had them. Try again.")

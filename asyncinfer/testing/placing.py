@@ -15,8 +15,6 @@ def model_dir(
 ) -> Path:
     """The folder to serve, made in `folder` unless it is there already; raises StartError."""
     if named is not None:
-        if model is not None or name is not None:
-            raise TypeError("give one model, or `models` by name, not both")
         return _placed(folder / "model", named)
     if model is None:
         return models.find_model_dir(None, cwd=folder)
@@ -24,7 +22,7 @@ def model_dir(
         path = Path(model).absolute()
         if path.is_dir() and not _is_one_model(path):
             return path
-        return _placed(folder / "model", {name or path.stem: path})
+        return _placed(folder / "model", {name or _name_of(path): path})
     return _placed(folder / "model", {name or "model": model})
 
 
@@ -44,7 +42,9 @@ def _placed(folder: Path, named: Mapping[str, Model]) -> Path:
         raise StartError("`models` names no model; leave it out to serve the shipped ones.")
     for name, model in named.items():
         if not models.valid_name(name):
-            raise ModelRefused(f"{name!r} cannot name a model: {models.NAME_RULE}.")
+            raise ModelRefused(
+                f"{name!r} cannot name a model: {models.NAME_RULE}. Give it one by `name=`."
+            )
         _place(folder / name, model)
     return folder
 
@@ -85,6 +85,13 @@ def _first_version(home: Path) -> Path:
     folder = home / "1"
     folder.mkdir(parents=True)
     return folder / "model.onnx"
+
+
+def _name_of(path: Path) -> str:
+    if path.is_dir():
+        return path.name
+    is_version = path.name == "model.onnx" and models.age(path.parent.name) >= 0
+    return path.parent.parent.name if is_version else path.stem
 
 
 def _is_one_model(folder: Path) -> bool:

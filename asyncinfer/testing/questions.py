@@ -2,7 +2,7 @@
 
 import http.client
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -39,9 +39,10 @@ class Questions:
         reasons = {one["model"]: one["reason"] for one in told["problems"]}
         return {one["model"] for one in told["models"]}, reasons
 
-    def left(self, models: Iterable[str]) -> dict[str, Left]:
+    def left(self) -> dict[str, Left]:
         """By model what waits or runs; models that are done are not in it."""
-        found = {model: self._left(model) for model in models}
+        served, _ = self.announced()
+        found = {model: self._left(model) for model in sorted(served)}
         return {model: left for model, left in found.items() if left}
 
     def _left(self, model: str) -> Left:

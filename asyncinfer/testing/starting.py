@@ -39,7 +39,7 @@ def until_it_serves(log: Log, plan: Plan, port: int) -> Running:
     questions = Questions(port, plan.api_key)
     while True:
         _refuse_what_failed(log, port)
-        served, reasons = questions.announced()
+        served, reasons = _announced(questions)
         if reasons:
             raise _model_refused([f"{name}: {reason}" for name, reason in reasons.items()])
         if served.issuperset(plan.models):
@@ -47,6 +47,14 @@ def until_it_serves(log: Log, plan: Plan, port: int) -> Running:
         if time.monotonic() > give_up:
             raise StartError(f"No worker serves the models after {plan.seconds:g} s. {_end(log)}")
         time.sleep(_PAUSE_SECONDS)
+
+
+def _announced(questions: Questions) -> tuple[set[str], dict[str, str]]:
+    """Nothing while the API cannot say."""
+    try:
+        return questions.announced()
+    except OSError:
+        return set(), {}
 
 
 def _refuse_what_failed(log: Log, port: int) -> None:
