@@ -162,6 +162,7 @@ def _on_a_free_port(plan: Plan, stack: ExitStack) -> Running:
                     running = until_it_serves(process.log, plan, port)
                 except PortTaken:
                     continue
+                started.callback(running.close)
                 stack.push(started.pop_all())
                 return running
     raise StartError(f"{_TRIES} ports were taken by others before the service had them. Try again.")

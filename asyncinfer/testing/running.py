@@ -1,13 +1,17 @@
 """A service that runs, as a test sees it."""
 
 import time
-from typing import Final
+from functools import cached_property
+from typing import TYPE_CHECKING, Final
 
 import anyio
 
 from asyncinfer.errors import NotDrained
 from asyncinfer.testing.process import Log
 from asyncinfer.testing.questions import Left, Questions
+
+if TYPE_CHECKING:
+    from asyncinfer.client import Client  # type: ignore[import-untyped,unused-ignore]
 
 _FIRST_PAUSE_SECONDS: Final = 0.01
 _LONGEST_PAUSE_SECONDS: Final = 0.2
@@ -28,6 +32,14 @@ class Running:
 
     def __repr__(self) -> str:
         return f"<asyncinfer at {self.url}: {', '.join(self.models)}>"
+
+    @cached_property
+    def client(self) -> "Client":
+        """A client of this service, closed with it. In async code make an `AsyncClient(running.url,
+        running.api_key)` of your own."""
+        from asyncinfer.client import Client
+
+        return Client(self.url, self.api_key)
 
     @property
     def log(self) -> str:
@@ -50,6 +62,10 @@ class Running:
     async def drained(self, timeout_seconds: float = 30.0) -> None:
         """`drain`, while the loop runs on."""
         await anyio.to_thread.run_sync(self.drain, timeout_seconds)
+
+    def close(self) -> None:
+        if "client" in self.__dict__:
+            self.client.close()
 
 
 def _still(left: dict[str, Left], timeout_seconds: float) -> str:
