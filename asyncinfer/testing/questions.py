@@ -46,13 +46,15 @@ class Questions:
         return {model: left for model, left in found.items() if left}
 
     def _left(self, model: str) -> Left:
-        scale = self._get(f"/scale/{quote(model)}")
-        left = Left(scale["waiting_jobs"], scale["running_jobs"], scale["paused"])
-        # A delayed job is in no list that /scale counts, and is looked for only at the end:
-        # a listing costs the more the more jobs there were.
-        return left or Left(self._unfinished(model), 0, left.paused)
+        # A delayed job is in no list that is counted, and is looked for only at the end: a listing
+        # costs the more the more jobs there were. It may have become due in between.
+        return self._counted(model) or Left(self._pending(model)) or self._counted(model)
 
-    def _unfinished(self, model: str) -> int:
+    def _counted(self, model: str) -> Left:
+        scale = self._get(f"/scale/{quote(model)}")
+        return Left(scale["waiting_jobs"], scale["running_jobs"], scale["paused"])
+
+    def _pending(self, model: str) -> int:
         count, cursor = 0, ""
         while cursor is not None:
             path = f"/jobs?status=pending&model={quote(model)}&limit={_PAGE}"
