@@ -26,7 +26,7 @@ _PR_SET_PDEATHSIG: Final = 1
 # `fd` is a free descriptor; POSIX shells take none above 9.
 _WATCHDOG: Final = """
 exec {fd}<&0 </dev/null
-(read -r _ <&{fd} || kill -s "$0" $$) &
+(read -r _ <&{fd} || {{ kill -s "$0" $$; {afterwards}; }}) >/dev/null 2>&1 &
 exec "$@" {fd}<&-
 """
 
@@ -71,7 +71,7 @@ class Child:
 
     def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
         self._process.wait()
-        _release(self._lifeline)
+        release(self._lifeline)
         with contextlib.suppress(RuntimeError):  # the loop may be closed by now
             loop.call_soon_threadsafe(self._ended.set)
 
@@ -94,7 +94,11 @@ def spawn(
     # Linux sends the death signal when the thread that forked ends, not only the process.
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("spawn children from the main thread, or they die with this one")
-    tied = (_by_kernel if tie == "kernel" else _by_watchdog)(argv, death_signal, keep_fds)
+    tied = (
+        _by_kernel(argv, death_signal)
+        if tie == "kernel"
+        else by_watchdog(argv, death_signal, keep_fds)
+    )
     try:
         with tied.stdin:
             process = subprocess.Popen(
@@ -109,12 +113,12 @@ def spawn(
                 preexec_fn=tied.before_exec,
             )
     except OSError:
-        _release(tied.lifeline)
+        release(tied.lifeline)
         raise
     return Child(process, tied.lifeline)
 
 
-class _Tied(Struct, frozen=True):
+class Tied(Struct, frozen=True):
     """How to start a child so that it is tied to us."""
 
     argv: Sequence[str]
@@ -124,7 +128,7 @@ class _Tied(Struct, frozen=True):
     before_exec: Callable[[], None] | None = None
 
 
-def _by_kernel(argv: Sequence[str], death_signal: signal.Signals, _: Sequence[int]) -> _Tied:
+def _by_kernel(argv: Sequence[str], death_signal: signal.Signals) -> Tied:
     libc = ctypes.CDLL(None)  # before the fork: a forked child may not load libraries
     parent_pid = os.getpid()
 
@@ -133,24 +137,29 @@ def _by_kernel(argv: Sequence[str], death_signal: signal.Signals, _: Sequence[in
         if os.getppid() != parent_pid:  # it ended before the kernel was told
             os._exit(1)
 
-    return _Tied(argv, open(os.devnull, "rb"), open(os.devnull, "wb"), before_exec)
+    return Tied(argv, open(os.devnull, "rb"), open(os.devnull, "wb"), before_exec)
 
 
-def _by_watchdog(
-    argv: Sequence[str], death_signal: signal.Signals, keep_fds: Sequence[int]
-) -> _Tied:
+def by_watchdog(
+    argv: Sequence[str],
+    death_signal: signal.Signals,
+    keep_fds: Sequence[int] = (),
+    *,
+    afterwards: str = ":",
+) -> Tied:
+    """Works from any thread; `afterwards` is a shell command, run once the signal is sent."""
     free_fd = next(fd for fd in range(3, 10) if fd not in keep_fds)
-    script = _WATCHDOG.format(fd=free_fd)
+    script = _WATCHDOG.format(fd=free_fd, afterwards=afterwards)
     name = death_signal.name.removeprefix("SIG")
     read_fd, write_fd = os.pipe()
-    return _Tied(
+    return Tied(
         ("/bin/sh", "-c", script, name, *argv),
         open(read_fd, "rb", buffering=0),
         open(write_fd, "wb", buffering=0),
     )
 
 
-def _release(lifeline: IO[bytes]) -> None:
+def release(lifeline: IO[bytes]) -> None:
     """Lets the watchdog go: its child has ended, and the pid may soon be another's."""
     with contextlib.suppress(BrokenPipeError), lifeline:
         lifeline.write(b"\n")

@@ -287,3 +287,12 @@ class KeyFileRefused(StartError):
     """An API_KEYS file that cannot be read as one, and where."""
 
     code = "key_file_refused"
+
+
+# --- raised to a test --------------------------------------------------------------------
+
+
+class NotDrained(AsyncinferError, TimeoutError):
+    """Jobs still wait or run when a test wanted them done; the detail says how many."""
+
+    code = "not_drained"

@@ -38,8 +38,7 @@ def check_weights(path: Path, shown: str) -> None:
     if not path.stat().st_size:
         raise ModelRefused(f"{shown}: it is empty")
     try:
-        with _mapped(path) as content:
-            found = set(locations(content))
+        found = weights_files(path)
     except DamagedFile as error:
         raise ModelRefused(f"{shown}: it is no ONNX file, or damaged: {error}") from error
     for location in sorted(found):
@@ -49,6 +48,12 @@ def check_weights(path: Path, shown: str) -> None:
                 f"{shown}: its weights lie in {location!r}, which {problem}; put the file itself "
                 "beside the model"
             )
+
+
+def weights_files(path: Path) -> set[str]:
+    """Where it says that its weights lie, beside it; raises DamagedFile, or ValueError if empty."""
+    with _mapped(path) as content:
+        return set(locations(content))
 
 
 def looks_whole(path: Path) -> bool:

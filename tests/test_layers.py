@@ -61,6 +61,7 @@ DOORS = {
     "httptools": "api",
     "platformdirs": "cli",
     "argparse": "cli",
+    "pytest": "testing",
 }
 
 
@@ -125,6 +126,7 @@ def test_a_module_says_in_one_line_what_it_is(path: Path) -> None:
         ("asyncinfer", ("numpy", "onnxruntime", "redis", "starlette", "msgspec")),
         ("asyncinfer.cli", ("numpy", "onnxruntime", "redis", "starlette", "uvicorn")),
         ("asyncinfer.api.app", ("onnxruntime",)),
+        ("asyncinfer.testing", ("numpy", "onnxruntime", "redis", "starlette", "httpx2", "pytest")),
         ("asyncinfer.worker.process", ("starlette", "uvicorn", "watchfiles", "prometheus_client")),
     ],
 )

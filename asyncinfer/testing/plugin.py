@@ -1,0 +1,77 @@
+"""Fixtures for pytest: one service for the session, of the models that a conftest.py names.
+
+pytest loads them only where it is told to, in the conftest.py at the top of your tests:
+
+    import pytest
+
+    pytest_plugins = ["asyncinfer.testing.plugin"]
+
+
+    @pytest.fixture(scope="session")
+    def asyncinfer_models():
+        return {"churn": "models/churn.onnx"}
+
+
+    @pytest.fixture(scope="session")
+    def asyncinfer_settings():
+        return {"max_queue": 10}
+
+Both are optional; without the first the shipped models are served. A test then asks for
+`asyncinfer_service`, an `asyncinfer.testing.Running`:
+
+    def test_everyone_is_scored(asyncinfer_service):
+        submit_everyone(asyncinfer_service.url)
+        asyncinfer_service.drain()
+        assert not unscored()
+
+It starts when the first test asks for it, and each process of pytest-xdist has its own. A failed
+test's report shows what the service said last.
+"""
+
+from collections.abc import Generator, Iterator, Mapping
+from typing import Any, Final
+
+import pytest
+
+from asyncinfer.testing.asked import Model
+from asyncinfer.testing.embedded import service
+from asyncinfer.testing.running import Running
+
+_LINES_SHOWN: Final = 50
+
+
+@pytest.fixture(scope="session")
+def asyncinfer_models() -> Model | Mapping[str, Model] | None:
+    """To be overridden: models by name, or what `service` takes as its first argument."""
+    return None
+
+
+@pytest.fixture(scope="session")
+def asyncinfer_settings() -> Mapping[str, Any]:
+    """To be overridden: settings of `asyncinfer serve`, and those of `service`."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def asyncinfer_service(
+    asyncinfer_models: Model | Mapping[str, Model] | None, asyncinfer_settings: Mapping[str, Any]
+) -> Iterator[Running]:
+    """A whole service, for all tests of this process."""
+    if isinstance(asyncinfer_models, Mapping):
+        made = service(models=asyncinfer_models, **asyncinfer_settings)
+    else:
+        made = service(asyncinfer_models, **asyncinfer_settings)
+    with made as running:
+        yield running
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    running = getattr(item, "funcargs", {}).get("asyncinfer_service")
+    if report.failed and isinstance(running, Running):
+        last = running.log.splitlines()[-_LINES_SHOWN:]
+        report.sections.append((f"the last that {running!r} said", "\n".join(last)))
+    return report
