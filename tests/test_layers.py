@@ -60,7 +60,8 @@ DOORS = {
     "uvicorn": "api",
     "httptools": "api",
     "platformdirs": "cli",
-    "argparse": "cli",
+    "click": "cli",
+    "rich": "cli",
     "pytest": "testing",
 }
 
