@@ -18,6 +18,17 @@ MOST_JOBS_A_CALL: Final = 1000
 class AskedOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All that can be asked of one job."""
 
+    answer: (
+        Annotated[
+            Literal["json", "tensors"],
+            Meta(
+                description="`json`: as people read it, a labelled result where there are labels; "
+                "`tensors`: named outputs, also as binary. Without it, as the input was sent."
+            ),
+        ]
+        | None
+    ) = None
+
 
 class PredictRequest(Struct, frozen=True, forbid_unknown_fields=True):
     """An input for a model, and what is asked of its job."""
