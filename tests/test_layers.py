@@ -61,6 +61,8 @@ DOORS = {
     "httptools": "api",
     "platformdirs": "cli",
     "argparse": "cli",
+    "httpx2": "client",
+    "tqdm": "client",
     "pytest": "testing",
 }
 
