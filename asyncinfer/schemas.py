@@ -18,6 +18,17 @@ MOST_JOBS_A_CALL: Final = 1000
 class AskedOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All that can be asked of one job."""
 
+    answer: (
+        Annotated[
+            Literal["json", "tensors"],
+            Meta(
+                description="`json`: as people read it, a labelled result where there are labels; "
+                "`tensors`: named outputs, also as binary. Without it, as the input was sent."
+            ),
+        ]
+        | None
+    ) = None
+
 
 class PredictRequest(Struct, frozen=True, forbid_unknown_fields=True):
     """An input for a model, and what is asked of its job."""
@@ -273,6 +284,11 @@ class Model(Struct, frozen=True, kw_only=True):
     description: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    input_axes: Annotated[
+        tuple[int | None, ...],
+        Meta(description="Where jobs share runs: per input the axis that counts rows."),
+    ]
+    output_axes: Annotated[tuple[int | None, ...], Meta(description="The same of the outputs.")]
     symbols: Annotated[
         dict[str, list[str]],
         Meta(description="Open dimensions by name: where they are, equal in one request."),

@@ -62,6 +62,8 @@ DOORS = {
     "platformdirs": "cli",
     "click": "cli",
     "rich": "cli",
+    "httpx2": "client",
+    "tqdm": "client",
     "pytest": "testing",
 }
 

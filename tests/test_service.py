@@ -1,6 +1,7 @@
 """The whole service, as its users meet it: real processes, real models, HTTP."""
 
 import asyncio
+import io
 import subprocess
 import sys
 from collections import Counter
@@ -177,6 +178,28 @@ async def test_the_example_of_every_shipped_model_runs(
             assert (answer.status_code, answer.json()["status"]) == (200, "completed")
             known = await client.post(f"{urls[1]}/models/{model['model']}/validate", json=body)
             assert (known.status_code, known.json()["rows"]) == (200, len(rows))
+
+
+async def test_an_answer_comes_in_the_form_that_is_asked_for_however_the_input_was_sent(
+    urls: list[str], client: httpx2.AsyncClient
+) -> None:
+    url = f"{urls[0]}/predict/iris"
+    row = np.array([[5.1, 3.5, 1.4, 0.2]], np.float32)
+    saved = io.BytesIO()
+    np.save(saved, row)
+    npy = {"Content-Type": "application/x-npy", "Prefer": "wait=20"}
+    labelled = await client.post(f"{url}?answer=json", content=saved.getvalue(), headers=npy)
+    body = {"data": row.tolist(), "options": {"answer": "tensors"}}
+    tensors = await client.post(url, json=body, headers={"Prefer": "wait=20"})
+
+    shown = labelled.json()["result"]
+    assert (shown["prediction"], shown["class_name"]) == (0, "setosa")
+    outputs = {one["name"]: one["data"] for one in tensors.json()["result"]["outputs"]}
+    assert outputs["probabilities"] == pytest.approx(shown["probabilities"])
+    job_id = tensors.json()["job_id"]
+    wanted = {"Accept": "application/x-npy"}
+    read = await client.get(f"{urls[0]}/job/{job_id}/result?output=probabilities", headers=wanted)
+    assert np.load(io.BytesIO(read.content)).shape == (1, 3)
 
 
 async def test_a_finished_job_remembers_the_model_file_that_ran_it(

@@ -10,7 +10,6 @@ from msgspec import Raw, Struct
 
 from asyncinfer.api.struct_faults import fault_of
 from asyncinfer.errors import Fault, InvalidInput, InvalidJSON
-from asyncinfer.jobs import Options
 from asyncinfer.schemas import AskedOptions
 
 _BOM: Final = b"\xef\xbb\xbf"
@@ -24,7 +23,7 @@ class Asked(Struct, frozen=True):
     it was left out. There is either `data` or `inputs`."""
 
     data: bytes
-    options: Options
+    options: AskedOptions
     inputs: bytes = b""
     outputs: bytes = b""
     parameters: bytes = b""
@@ -128,7 +127,7 @@ def _malformed(error: msgspec.DecodeError) -> str:
     return f"The body cannot be parsed: {message}.{hint}"
 
 
-def _read_options(text: bytes) -> Options:
+def _read_options(text: bytes) -> AskedOptions:
     try:
         options = _decode_options(text)
     except msgspec.ValidationError as error:

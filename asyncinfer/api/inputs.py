@@ -67,7 +67,7 @@ async def read_input(request: Request[AskedOptions], config: ApiConfig, served: 
     return _from_data(asked, body, options, signature)
 
 
-def _options(asked: Asked, request: Request[AskedOptions]) -> Options:
+def _options(asked: Asked, request: Request[AskedOptions]) -> AskedOptions:
     if not asked.has_options:
         return request.query
     if request.query != _NO_OPTIONS:
@@ -75,7 +75,7 @@ def _options(asked: Asked, request: Request[AskedOptions]) -> Options:
     return asked.options
 
 
-def _from_data(asked: Asked, body: Body, options: Options, signature: Signature) -> Input:
+def _from_data(asked: Asked, body: Body, options: AskedOptions, signature: Signature) -> Input:
     if body.json_bytes is not None:
         raise InvalidInput(
             "Tensors that follow the JSON are described by `inputs`; `data` has none.",
@@ -85,17 +85,19 @@ def _from_data(asked: Asked, body: Body, options: Options, signature: Signature)
     spec = data_input(signature)
     assert spec is not None, "check_data refuses without one"
     given = (Given(spec.name, spec.datatype, array.shape),)
+    answer = options.answer or "json"
     if len(asked.data) <= LONG_BYTES or spec.datatype in _NOT_PACKED:
-        return Input(signature, options, given, "json", asked.data, "json", text=asked.data)
+        return Input(signature, options, given, "json", asked.data, answer, text=asked.data)
     packed = payloads.pack({spec.name: array})
-    return Input(signature, options, given, "tensors", packed, "json", text=asked.data)
+    return Input(signature, options, given, "tensors", packed, answer, text=asked.data)
 
 
-def _from_tensors(asked: Asked, body: Body, options: Options, signature: Signature) -> Input:
+def _from_tensors(asked: Asked, body: Body, options: AskedOptions, signature: Signature) -> Input:
     outputs = read_outputs(asked, signature)
     feeds = read_tensors(asked, body.content, body.json_bytes, signature)
     given = mismatches.described(feeds)
-    return Input(signature, options, given, "tensors", payloads.pack(feeds), "tensors", outputs)
+    answer = options.answer or "tensors"
+    return Input(signature, options, given, "tensors", payloads.pack(feeds), answer, outputs)
 
 
 def _from_npy(content: bytes, options: AskedOptions, served: Served) -> Input:
@@ -117,7 +119,8 @@ def _from_npy(content: bytes, options: AskedOptions, served: Served) -> Input:
     if problems:
         raise refusal(problems)
     feeds = check_inputs({spec.name: array}, signature)
-    return Input(signature, options, [given], "tensors", payloads.pack(feeds), "tensors")
+    answer = options.answer or "tensors"
+    return Input(signature, options, [given], "tensors", payloads.pack(feeds), answer)
 
 
 def _dtype_problem(array: Array, datatype: str, model: str) -> str:

@@ -9,8 +9,8 @@ from asyncinfer.cli import options
 from asyncinfer.cli.options import Server
 
 if TYPE_CHECKING:
-    from asyncinfer.schemas import Model, ModelList, ModelProblem
-    from asyncinfer.tensors import TensorSpec
+    from asyncinfer.cli.asking import ModelList
+    from asyncinfer.client import Model, TensorInfo
 
 
 @options.command(
@@ -27,9 +27,8 @@ def models(model: str | None, server: Server, as_json: bool) -> None:
 
     Times of a run are those that the workers measured.
     """
-    from asyncinfer.cli.asking import Service, part
+    from asyncinfer.cli.asking import ModelList, Service, part
     from asyncinfer.cli.showing import say_json
-    from asyncinfer.schemas import Model, ModelList
 
     path = "/models" if model is None else f"/models/{part(model)}"
     with Service(server) as service:
@@ -38,7 +37,7 @@ def models(model: str | None, server: Server, as_json: bool) -> None:
         elif model is None:
             _show_all(service.ask_as(ModelList, "GET", path))
         else:
-            _show_one(service.ask_as(Model, "GET", path))
+            _show_one(service.client.model(model))
 
 
 @options.command("pause", "asyncinfer pause digits")
@@ -81,8 +80,7 @@ def _show_all(listed: "ModelList") -> None:
         rows,
         numeric=("WORKERS",),
     )
-    problems = (*listed.problems, *(it for one in listed.models for it in one.problems))
-    for one in problems:
+    for one in listed.all_problems:
         console(stderr=True).print(styled(_told(one), "yellow"), soft_wrap=True)
 
 
@@ -107,15 +105,15 @@ def _fastest(run_times: dict[str, dict[str, float]]) -> str | None:
     return f"{seconds(took)} for {rows}"
 
 
-def _tensor(spec: "TensorSpec") -> str:
+def _tensor(spec: "TensorInfo") -> str:
     """As `data FP32[batch, 4]`."""
     dims = ", ".join("?" if dim is None else str(dim) for dim in spec.shape)
     return f"{spec.name} {spec.datatype}[{dims}]"
 
 
-def _told(one: "ModelProblem") -> str:
-    version = one.version or "all versions"
-    return f"{one.model} {version}, worker {one.worker}: {one.reason}"
+def _told(one: dict[str, Any]) -> str:
+    version = one.get("version") or "all versions"
+    return f"{one['model']} {version}, worker {one['worker']}: {one['reason']}"
 
 
 def _show_one(model: "Model") -> None:
@@ -144,7 +142,7 @@ def _facts(model: "Model") -> Iterator[Sequence[object]]:
     for worker, times in model.run_times.items():
         shown = [f"{rows} rows {seconds(took)}" for rows, took in _by_rows(times)]
         yield f"run on {worker}", ", ".join(shown)
-    yield "example", f"asyncinfer predict --model {model.model} {_example(model.example)}"
+    yield "example", f"asyncinfer predict --model {model.model} {_example(model.shown_example)}"
 
 
 def _by_rows(times: dict[str, float]) -> list[tuple[str, float]]:

@@ -3,16 +3,13 @@
 import functools
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import click
 from msgspec import Struct
 
 from asyncinfer import settings
 from asyncinfer.settings import Knob, Settings
-
-if TYPE_CHECKING:
-    from asyncinfer.client import Client
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 
@@ -74,11 +71,6 @@ class Server(Struct, frozen=True):
 
     url: str
     api_key: str | None
-
-    def client(self) -> "Client":
-        from asyncinfer.client import Client
-
-        return Client(self.url, self.api_key)
 
 
 def server(function: Callable[..., Any]) -> Any:

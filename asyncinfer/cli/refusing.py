@@ -25,7 +25,20 @@ _NO_SERVER_STATUS: Final = frozenset({401, 403, 429, 502, 503, 504})
 _NO_SERVER_CODES: Final = frozenset({"connection_failed", "not_asyncinfer"})
 
 
+_AT_A_TERMINAL: Final = {
+    "Give the client one with api_key=, or set ASYNCINFER_API_KEY": "Set ASYNCINFER_API_KEY",
+    "Give the client another key with api_key=, or set ASYNCINFER_API_KEY": (
+        "Set ASYNCINFER_API_KEY to one that has it"
+    ),
+    "Client(url), or ASYNCINFER_URL": "--url, or ASYNCINFER_URL",
+    "Give Client the": "Give --url the",
+}
+"""How the remedies of the Python client are called here."""
+
+
 def complain(detail: str) -> None:
+    for there, here in _AT_A_TERMINAL.items():
+        detail = detail.replace(there, here)
     sys.stderr.write(f"asyncinfer: {detail}\n")
 
 

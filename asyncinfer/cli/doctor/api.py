@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from asyncinfer.cli.asking import Service
+from asyncinfer.cli.asking import ModelList, Service
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
 from asyncinfer.cli.doctor.machine import port_is_taken
 from asyncinfer.cli.options import Server
 from asyncinfer.errors import AsyncinferError
-from asyncinfer.schemas import Health, ModelList
+from asyncinfer.schemas import Health
 from asyncinfer.settings import Settings
 from asyncinfer.welcome import api_url
 
@@ -63,11 +63,11 @@ def _models(service: Service) -> Iterator[Finding]:
         else:
             yield problem("models served", error.detail, "look at the log of the workers")
         return
-    for one in (*listed.problems, *(it for model in listed.models for it in model.problems)):
-        version = one.version or "any"
+    for one in listed.all_problems:
+        version = one.get("version") or "any"
         yield warning(
-            f"worker {one.worker}",
-            f"{one.model}/{version}: {one.reason}",
+            f"worker {one['worker']}",
+            f"{one['model']}/{version}: {one['reason']}",
             "replace the file; a worker looks again by itself",
         )
     paused = [one.model for one in listed.models if one.paused]
