@@ -108,8 +108,8 @@ def status(text: str) -> Any:
 
 def seconds(value: float | None) -> str | None:
     """With the unit that reads best: 850 µs, 12 ms, 3.4 s, 5 min, 2 h."""
-    if value is None:
-        return None
+    if not value:
+        return None if value is None else "0 s"
     steps: tuple[tuple[float, float, str], ...] = (
         (0.001, 1e6, "µs"),
         (0.01, 1e3, "ms"),
