@@ -1,24 +1,19 @@
 """The client for event loops: a line a method, the conversations of the other."""
 
-from asyncinfer.client._client import asked_of, server_of, warn_if_open
-import os
-import uuid
-import warnings
-from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Final, Literal, Unpack
 
 from asyncinfer.client import _flows, _frames
-from asyncinfer.client._drivers import AsyncDriver, Driver
-from asyncinfer.client._flows import JobOptions, Server, Status
-from asyncinfer.client._groups import AsyncGroup, Group
-from asyncinfer.client._jobs import AsyncJob, Job
+from asyncinfer.client._client import asked_of, server_of, warn_if_open
+from asyncinfer.client._drivers import AsyncDriver
+from asyncinfer.client._flows import JobOptions, Status
+from asyncinfer.client._groups import AsyncGroup
+from asyncinfer.client._jobs import AsyncJob
 from asyncinfer.client._models import Model
-from asyncinfer.client._results import Asked, AsyncResults, OnError, Results
+from asyncinfer.client._results import AsyncResults, OnError
 
 _URL: Final = "http://127.0.0.1:8000"
-
-
 
 
 class AsyncClient:
@@ -243,4 +238,3 @@ class AsyncClient:
 
     def _group(self, view: dict[str, Any]) -> AsyncGroup:
         return AsyncGroup(self._server, self._driver, view)
-

@@ -3,17 +3,17 @@
 import os
 import uuid
 import warnings
-from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Literal, Unpack
 
 from asyncinfer.client import _flows, _frames
-from asyncinfer.client._drivers import AsyncDriver, Driver
+from asyncinfer.client._drivers import Driver
 from asyncinfer.client._flows import JobOptions, Server, Status
-from asyncinfer.client._groups import AsyncGroup, Group
-from asyncinfer.client._jobs import AsyncJob, Job
+from asyncinfer.client._groups import Group
+from asyncinfer.client._jobs import Job
 from asyncinfer.client._models import Model
-from asyncinfer.client._results import Asked, AsyncResults, OnError, Results
+from asyncinfer.client._results import Asked, OnError, Results
 
 _URL: Final = "http://127.0.0.1:8000"
 
