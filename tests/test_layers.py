@@ -32,6 +32,8 @@ RUNGS = (
     "onnxfile",
     "engine",
     "execution",
+    "positions",
+    "feed",
     "inbox",
     "upkeep",
     "metrics",

@@ -16,6 +16,7 @@ from asyncinfer.errors import (
     QueueFull,
     RequestError,
 )
+from asyncinfer.repository.inspect import Page
 from asyncinfer.repository.submit import Stored
 from asyncinfer.schemas import JobList, JobsQuery, NoQuery, WaitQuery
 
@@ -36,16 +37,18 @@ async def read_job(services: Services, request: Request[WaitQuery]) -> Reply:
 
 async def list_jobs(services: Services, request: Request[JobsQuery]) -> Reply:
     """The caller's jobs, newest first."""
-    query = request.query
-    page = await services.inspection.jobs(
-        tenant=request.tenant,
-        status=query.status,
-        model=query.model,
-        limit=query.limit,
-        cursor=query.cursor,
-    )
+    page = await _page(services, request.tenant, request.query)
     default = services.catalog.default_model
     return json_reply(200, JobList([summary_view(job, default) for job in page.jobs], page.cursor))
+
+
+async def _page(services: Services, tenant: str, query: JobsQuery) -> Page:
+    about: dict[str, Any] = {
+        name: getattr(query, name) for name in ("status", "model", "limit", "cursor")
+    }
+    if query.group is not None:
+        return await services.groups.jobs(tenant, query.group, **about)
+    return await services.inspection.jobs(tenant=tenant, **about)
 
 
 async def cancel_job(services: Services, request: Request[NoQuery]) -> Reply:

@@ -4,7 +4,9 @@ from msgspec import Struct
 
 from asyncinfer.api.catalog import Catalog
 from asyncinfer.api.config import ApiConfig
+from asyncinfer.feed import Feed
 from asyncinfer.inbox import Inbox
+from asyncinfer.repository.groups import Groups
 from asyncinfer.repository.inspect import Inspection
 from asyncinfer.repository.operate import Operation
 from asyncinfer.repository.store import Store
@@ -17,6 +19,8 @@ class Services(Struct, frozen=True, kw_only=True):
     submissions: Submissions
     inspection: Inspection
     operation: Operation
+    groups: Groups
     inbox: Inbox
+    feed: Feed
     catalog: Catalog
     openapi: bytes

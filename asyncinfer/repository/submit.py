@@ -26,6 +26,7 @@ _MOST_BYTES: Final = 1 << 20
 _CALLS_AT_ONCE: Final = 4
 
 CancelVerdict = Literal["cancelled", "asked", "finished", "absent"]
+_CANCEL_VERDICTS: Final = ("cancelled", "asked", "absent")
 RetryVerdict = Literal["ok", "changed", "full", "no_input", "not_retryable", "absent"]
 
 
@@ -136,7 +137,7 @@ class Submissions:
         """One script call: at most 256 jobs and 1 MiB (or one job), all of one queue."""
         args: list[Any] = [encode_args(self._store.policy.room())]
         for job in jobs:
-            args += (job.job_id, job.data, encode_record(job.record), _extra_of(job))
+            args += (job.job_id, job.data, encode_record(job.record), _extra_of(job, self._store.n))
         names = [queue, keys.queues(self._store.n)]
         reply = await self._store.call(script("submit"), names, args)
         return [_submitted(job, verdict) for job, verdict in zip(jobs, reply, strict=True)]
@@ -158,14 +159,15 @@ class Submissions:
 
     async def cancel(self, stored: Stored) -> CancelVerdict:
         """Ends a waiting job, or asks for the end of a running one."""
-        queue = queue_of(self._store, stored)
-        args = [encode_args(self._store.policy.ending()), stored.job_id, b""]
-        reply = await self._store.call(script("cancel"), [queue], args)
-        # A stranger's status may be any bytes; then the job is not ours to cancel.
-        verdict = reply[0].decode("utf-8", "replace")
-        if verdict in ("cancelled", "asked", "absent"):
-            return cast(CancelVerdict, verdict)
-        return "finished"
+        return (await self.cancel_many([stored]))[0]
+
+    async def cancel_many(self, jobs: Sequence[Stored]) -> list[CancelVerdict]:
+        """One script call for jobs of one queue; some tens of ms for a thousand."""
+        args: list[Any] = [encode_args(self._store.policy.ending())]
+        for job in jobs:
+            args += (job.job_id, b"")
+        reply = await self._store.call(script("cancel"), [queue_of(self._store, jobs[0])], args)
+        return [_cancelled(verdict) for verdict in reply]
 
     async def retry(self, stored: Stored, now_ms: int) -> RetryVerdict:
         """Opens a new round of a failed or cancelled job."""
@@ -201,6 +203,24 @@ async def read_jobs(store: Store, job_ids: Sequence[str]) -> list[Stored | None]
     ]
     reply = await store.command("MGET", *names)
     return [_stored(job_id, *reply[4 * i : 4 * i + 4]) for i, job_id in enumerate(job_ids)]
+
+
+async def read_summaries(store: Store, job_ids: Sequence[str]) -> list[Stored | None]:
+    """`read_jobs` without the results, which may be large."""
+    if not job_ids:
+        return []
+    reply = await store.command("MGET", *(name for one in job_ids for name in summary_keys(one)))
+    return [summary_of(job_id, reply[3 * i : 3 * i + 3]) for i, job_id in enumerate(job_ids)]
+
+
+def summary_keys(job_id: str) -> tuple[str, str, str]:
+    return keys.status(job_id), keys.error(job_id), keys.meta(job_id)
+
+
+def summary_of(job_id: str, values: Sequence[bytes | None]) -> Stored | None:
+    """A job without its result, of what `summary_keys` hold."""
+    status, error, meta = values
+    return _stored(job_id, status, None, error, meta)
 
 
 def queue_of(store: Store, stored: Stored) -> str:
@@ -241,8 +261,11 @@ def _parts(
         yield part
 
 
-def _extra_of(job: NewJob) -> bytes:
-    extra = _unusual(job.record.options)
+def _extra_of(job: NewJob, n: str) -> bytes:
+    options = job.record.options
+    extra = _unusual(options)
+    if options.group is not None:
+        extra["g"] = keys.group(n, job.record.tenant, options.group)
     if job.inbox:
         extra["w"] = job.inbox
     if job.idempotency:
@@ -280,6 +303,12 @@ def _submitted(job: NewJob, verdict: Any) -> Submitted:
     if isinstance(verdict, list):
         return Submitted("dup", verdict[1].decode(), verdict[2].decode())
     return Submitted(verdict.decode(), job.job_id, job.fingerprint)
+
+
+def _cancelled(reply: bytes) -> CancelVerdict:
+    # A stranger's status may be any bytes; then the job is not ours to cancel.
+    verdict = reply.decode("utf-8", "replace")
+    return cast(CancelVerdict, verdict) if verdict in _CANCEL_VERDICTS else "finished"
 
 
 def _watched(job_id: str, reply: Any) -> Stored | None:
