@@ -106,6 +106,10 @@ class VersionNotFound(RequestError):
     code, status, title = "version_not_found", 404, "The model has no such version"
 
 
+class GroupNotFound(RequestError):
+    code, status, title = "group_not_found", 404, "No such group"
+
+
 class MethodNotAllowed(RequestError):
     code, status, title = "method_not_allowed", 405, "The route has no such method"
 
@@ -180,6 +184,10 @@ class HeadersTooLarge(RequestError):
 
 class TooManyConnections(RequestError):
     code, status, title = "too_many_connections", 503, "There are too many connections"
+
+
+class TooManyStreams(RequestError):
+    code, status, title = "too_many_streams", 503, "There are too many event streams"
 
 
 class RedisUnavailable(RequestError):
