@@ -21,6 +21,8 @@ class AsyncinferError(Exception):
     """The base of every error this package raises; `code` is stable, for machines."""
 
     code: ClassVar[str] = "internal_error"
+    row: int | None = None
+    """In a client's map, the number of the row that has it."""
 
     def __init__(self, detail: str) -> None:
         super().__init__(detail)
@@ -104,6 +106,10 @@ class VersionNotFound(RequestError):
     code, status, title = "version_not_found", 404, "The model has no such version"
 
 
+class GroupNotFound(RequestError):
+    code, status, title = "group_not_found", 404, "No such group"
+
+
 class MethodNotAllowed(RequestError):
     code, status, title = "method_not_allowed", 405, "The route has no such method"
 
@@ -178,6 +184,10 @@ class HeadersTooLarge(RequestError):
 
 class TooManyConnections(RequestError):
     code, status, title = "too_many_connections", 503, "There are too many connections"
+
+
+class TooManyStreams(RequestError):
+    code, status, title = "too_many_streams", 503, "There are too many event streams"
 
 
 class RedisUnavailable(RequestError):

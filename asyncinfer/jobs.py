@@ -27,6 +27,8 @@ DEFAULT_TENANT: Final = "default"
 SCHEMA: Final = 1
 """Version of the record. Fields are only ever added at its end, with a default."""
 
+GROUP_PATTERN: Final = "^[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}$"
+
 _THIRTY_DAYS_SECONDS: Final = 30 * 24 * 3600
 
 
@@ -74,7 +76,7 @@ class Options(Struct, frozen=True, kw_only=True, omit_defaults=True):
         Annotated[
             str,
             Meta(
-                pattern="^[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}$",
+                pattern=GROUP_PATTERN,
                 description="A name that jobs share, to be counted and followed together.",
             ),
         ]

@@ -6,6 +6,8 @@ model's name can collide with them (a bare `n:default` would be the queue of a m
 The scripts build the same names in `lua/_job.lua`; a test holds the two together.
 """
 
+import hashlib
+
 
 def queue(n: str, model: str, default_model: str | None) -> str:
     """The list that holds `model`'s waiting jobs of normal priority."""
@@ -142,6 +144,12 @@ def repair_gate(n: str) -> str:
 
 def inbox(n: str, api: str) -> str:
     return f"{{{n}}}:inbox:{api}"
+
+
+def group(n: str, tenant: str, name: str) -> str:
+    """The list of ids of the jobs that `tenant` calls `name`; neither is readable in Redis."""
+    digest = hashlib.sha256(f"{tenant}\0{name}".encode()).hexdigest()
+    return f"{{{n}}}:group:{digest}"
 
 
 def worker(n: str, worker_id: str) -> str:

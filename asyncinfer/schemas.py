@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final, Literal
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from asyncinfer.errors import Fault, JobFailed, RequestError
-from asyncinfer.jobs import JobError, Options, Status
+from asyncinfer.jobs import GROUP_PATTERN, JobError, Options, Priority, Status
 from asyncinfer.tensors import TensorSpec
 
 MAX_WAIT_SECONDS: Final = 60
@@ -119,6 +119,7 @@ class JobsQuery(Struct, frozen=True, forbid_unknown_fields=True):
     dead: Annotated[
         bool, Meta(description="Only dead letters: given up though another try may have helped.")
     ] = False
+    group: Annotated[str, Meta(description="Only jobs of this group.")] | None = None
     limit: Annotated[int, Meta(ge=1, le=1000, description="How many jobs at most.")] = 100
     cursor: Annotated[str, Meta(description="Where the page before this one ended.")] | None = None
 
@@ -170,6 +171,24 @@ class ClearQuery(Struct, frozen=True, forbid_unknown_fields=True):
     ] = False
 
 
+class JobEventsQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    last_event_id: (
+        Annotated[str, Meta(description="Goes on after this event, where the header is not sent.")]
+        | None
+    ) = None
+
+
+class EventsQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    group: (
+        Annotated[str, Meta(pattern=GROUP_PATTERN, description="Only jobs of this group.")] | None
+    ) = None
+    model: Annotated[str, Meta(description="Only jobs of this model.")] | None = None
+    last_event_id: (
+        Annotated[str, Meta(description="Goes on after this event, where the header is not sent.")]
+        | None
+    ) = None
+
+
 # --- answered ------------------------------------------------------------------------------
 
 
@@ -194,6 +213,9 @@ class Job(Struct, frozen=True, kw_only=True):
     model: str | UnsetType = UNSET
     version: str | UnsetType = UNSET
     sha256: Annotated[str, Meta(description="Of the model file that ran.")] | UnsetType = UNSET
+    group: str | UnsetType = UNSET
+    priority: Annotated[Priority, Meta(description="When not normal.")] | UnsetType = UNSET
+    worker: Annotated[str, Meta(description="Who ran it.")] | UnsetType = UNSET
     round: Annotated[int, Meta(description="Counts a person's retries.")] | UnsetType = UNSET
     created_at: datetime | UnsetType = UNSET
     started_at: datetime | UnsetType = UNSET
@@ -259,6 +281,42 @@ class Purged(Struct, frozen=True):
 
     model: str
     cancelled: int
+
+
+class GroupCounts(Struct, frozen=True, kw_only=True):
+    pending: int
+    processing: int
+    completed: int
+    failed: int
+    cancelled: int
+    expired: Annotated[int, Meta(description="Ended, and no longer kept.")]
+
+
+class Group(Struct, frozen=True, kw_only=True):
+    """How far the jobs of a group are."""
+
+    group: str
+    jobs: Annotated[int, Meta(description="All of them; of more than 1,000,000 the newest.")]
+    counts: GroupCounts
+    progress: Annotated[float, Meta(ge=0, le=1, description="The part of them that has ended.")]
+    eta_seconds: (
+        Annotated[
+            float,
+            Meta(
+                description="Until all have ended, at the pace since the first was made; null "
+                "while none has ended."
+            ),
+        ]
+        | None
+    )
+    created_at: Annotated[datetime, Meta(description="When its first job was made.")] | None
+    first_failed: Annotated[list[str], Meta(description="Up to 10 ids of failed jobs.")]
+
+
+class GroupCancelled(Struct, frozen=True):
+    group: str
+    cancelled: Annotated[int, Meta(description="Jobs that waited, and have ended now.")]
+    asked: Annotated[int, Meta(description="Jobs that run, and were told to stop.")]
 
 
 class ModelProblem(Struct, frozen=True, kw_only=True):

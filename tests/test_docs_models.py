@@ -45,6 +45,7 @@ def programs() -> Iterator[tuple[str, str]]:
             yield block.text, following.text if following.language == "text" else ""
 
 
+@pytest.mark.soak
 def test_every_program_of_the_documents_prints_what_is_shown(folder: Path) -> None:
     if shutil.which("curl") is None:
         pytest.skip("no curl here")

@@ -33,6 +33,8 @@ RUNGS = (
     "onnxfile",
     "engine",
     "execution",
+    "positions",
+    "feed",
     "inbox",
     "upkeep",
     "metrics",

@@ -36,8 +36,10 @@ from asyncinfer.errors import (
     RouteNotFound,
     StorageFull,
 )
+from asyncinfer.feed import Feed
 from asyncinfer.inbox import Inbox
 from asyncinfer.repository.dead import DeadLetters
+from asyncinfer.repository.groups import Groups
 from asyncinfer.repository.inspect import Inspection
 from asyncinfer.repository.observe import Observation
 from asyncinfer.repository.operate import Operation
@@ -108,6 +110,7 @@ class Api:
             async with anyio.create_task_group() as group:
                 group.start_soon(self._services.submissions.run)
                 group.start_soon(self._services.inbox.run)
+                group.start_soon(self._services.feed.run)
                 group.start_soon(self._services.catalog.run)
                 group.start_soon(reap_forever, store)
                 try:
@@ -118,8 +121,10 @@ class Api:
                     group.cancel_scope.cancel()
 
     async def stop_waiting(self) -> None:
-        """Answers every client that waits for a job with the job as it is now."""
+        """Answers every client that waits for a job with the job as it is now, and ends what
+        goes on for as long as its client stays."""
         if self._services:
+            await self._services.feed.close()
             await self._services.inbox.close()
 
 
@@ -180,7 +185,9 @@ def _services(store: Store, config: ApiConfig) -> Services:
         observation=Observation(store),
         selection=Selection(store),
         operation=Operation(store),
+        groups=Groups(store, submissions),
         inbox=Inbox(store, submissions),
+        feed=Feed(store),
         catalog=Catalog(inspection, store.n, config.default_model),
         openapi=document(ROUTES),
     )

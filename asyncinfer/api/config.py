@@ -24,5 +24,9 @@ class ApiConfig(Struct, frozen=True, kw_only=True):
     max_header_bytes: int = 32 << 10
     header_timeout_seconds: float = 10.0
     body_timeout_seconds: float = 30.0
+    max_streams: int = 400
+    """Clients told of changes at once; below `max_connections`, so that others find room."""
+    heartbeat_seconds: float = 15.0
+    """After how much silence a stream shows that it lives; proxies end what is silent."""
     max_connections: int = 900
     """Below the usual limit of 1,024 open files; a waiting client holds one."""

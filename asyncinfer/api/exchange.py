@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
+from http import HTTPStatus
 from typing import Any, Final, Generic, TypeVar
 from urllib.parse import parse_qsl
 
@@ -90,6 +91,8 @@ def json_reply(status: int, body: Struct, *headers: Header) -> Reply:
 
 def header_block(reply: Reply) -> list[Header]:
     """All headers of a reply. States change, so no cache may keep one."""
+    if reply.status == HTTPStatus.NO_CONTENT:
+        return [(b"cache-control", b"no-store"), *reply.headers]
     return [
         (b"content-type", reply.media_type),
         (b"content-length", str(len(reply.body)).encode()),

@@ -50,16 +50,16 @@ async def _page(services: Services, request: Request[JobsQuery]) -> Page:
             tenant=request.tenant,
             statuses=frozenset([query.status] if query.status else jobs.STATUSES),
             model=query.model,
+            group=query.group,
             dead=True,
         )
         return await services.dead_letters.jobs(wanted, limit=query.limit, cursor=query.cursor)
-    return await services.inspection.jobs(
-        tenant=request.tenant,
-        status=query.status,
-        model=query.model,
-        limit=query.limit,
-        cursor=query.cursor,
-    )
+    about: dict[str, Any] = {
+        name: getattr(query, name) for name in ("status", "model", "limit", "cursor")
+    }
+    if query.group is not None:
+        return await services.groups.jobs(request.tenant, query.group, **about)
+    return await services.inspection.jobs(tenant=request.tenant, **about)
 
 
 async def cancel_job(services: Services, request: Request[EndQuery]) -> Reply:

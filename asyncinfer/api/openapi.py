@@ -83,8 +83,12 @@ def _operation_id(route: Route) -> str:
 
 
 def _answer(route: Route, status: int, schemas: dict[type[Struct], _Schema]) -> _Schema:
+    if status == HTTPStatus.NO_CONTENT:
+        return {"description": "Nothing is left to tell."}
     body = route.answers[status]
     binary = route.binary_answers if status == HTTPStatus.OK else ()
+    if route.media_type != "application/json":
+        return {"description": HTTPStatus(status).phrase, "content": {route.media_type: {}}}
     schema = schemas[body] if body else _ANY if binary else {"type": "object"}
     return {
         "description": HTTPStatus(status).phrase,

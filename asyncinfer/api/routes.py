@@ -7,7 +7,9 @@ from msgspec import Struct
 
 from asyncinfer.api.about import about, health, live, openapi, ready
 from asyncinfer.api.body import NPY
+from asyncinfer.api.events import follow_job, follow_jobs
 from asyncinfer.api.exchange import Reply, Request, Stream
+from asyncinfer.api.groups import cancel_group, read_group
 from asyncinfer.api.jobs import cancel_job, list_jobs, read_job, retry_job
 from asyncinfer.api.models import (
     list_models,
@@ -25,6 +27,7 @@ from asyncinfer.api.services import Services
 from asyncinfer.errors import (
     BodyTooLarge,
     EncodingRefused,
+    GroupNotFound,
     IdempotencyConflict,
     InvalidHeader,
     InvalidInput,
@@ -45,6 +48,7 @@ from asyncinfer.errors import (
     RedisUnavailable,
     RequestError,
     StorageFull,
+    TooManyStreams,
     VersionNotFound,
 )
 from asyncinfer.observed import QueueList, WorkerList
@@ -56,8 +60,12 @@ from asyncinfer.schemas import (
     Cleared,
     ClearQuery,
     EndQuery,
+    EventsQuery,
+    Group,
+    GroupCancelled,
     Health,
     Job,
+    JobEventsQuery,
     JobList,
     JobsQuery,
     Model,
@@ -101,6 +109,8 @@ class Route(Struct, frozen=True, kw_only=True):
     binary_bodies: tuple[str, ...] = ()
     """Media types of bodies that are not JSON, and of answers."""
     binary_answers: tuple[str, ...] = ()
+    media_type: str = "application/json"
+    """Of answers that are not binary."""
     query: type[Struct] = NoQuery
     headers: tuple[HeaderParameter, ...] = ()
     errors: Errors = ()
@@ -117,6 +127,9 @@ _JSON_LENGTH = HeaderParameter(
     "Inference-Header-Content-Length",
     "Bytes of JSON that the body begins with; the tensors of the Open Inference Protocol follow.",
     "[0-9]+",
+)
+_LAST_EVENT_ID = HeaderParameter(
+    "Last-Event-ID", "Goes on after this event, on any server.", "[A-Za-z0-9_-]+"
 )
 _INPUTS: Final = (PredictRequest, TensorRequest)
 _BINARY: Final = (BINARY, NPY)
@@ -190,6 +203,17 @@ ROUTES: Final = (
         errors=(*_JOB, NotAcceptable, JobNotFinished, JobCancelled, JobFailed),
     ),
     Route(
+        method="GET",
+        path="/job/{id}/events",
+        handler=follow_job,
+        scope="read",
+        query=JobEventsQuery,
+        headers=(_LAST_EVENT_ID,),
+        media_type="text/event-stream",
+        answers={200: None, 204: None},
+        errors=(*_JOB, TooManyStreams),
+    ),
+    Route(
         method="DELETE",
         path="/job/{id}",
         handler=cancel_job,
@@ -253,6 +277,33 @@ ROUTES: Final = (
         scope="read",
         answers={200: WorkerList},
         errors=(RedisUnavailable,),
+    ),
+    Route(
+        method="GET",
+        path="/events",
+        handler=follow_jobs,
+        scope="read",
+        query=EventsQuery,
+        headers=(_LAST_EVENT_ID,),
+        media_type="text/event-stream",
+        answers={200: None},
+        errors=(ModelNotFound, NoModelAnnounced, RedisUnavailable, TooManyStreams),
+    ),
+    Route(
+        method="GET",
+        path="/group/{group}",
+        handler=read_group,
+        scope="read",
+        answers={200: Group},
+        errors=(GroupNotFound, RedisUnavailable),
+    ),
+    Route(
+        method="DELETE",
+        path="/group/{group}",
+        handler=cancel_group,
+        scope="submit",
+        answers={200: GroupCancelled},
+        errors=(GroupNotFound, RedisUnavailable),
     ),
     Route(
         method="GET",

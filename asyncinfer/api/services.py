@@ -4,8 +4,10 @@ from msgspec import Struct
 
 from asyncinfer.api.catalog import Catalog
 from asyncinfer.api.config import ApiConfig
+from asyncinfer.feed import Feed
 from asyncinfer.inbox import Inbox
 from asyncinfer.repository.dead import DeadLetters
+from asyncinfer.repository.groups import Groups
 from asyncinfer.repository.inspect import Inspection
 from asyncinfer.repository.observe import Observation
 from asyncinfer.repository.operate import Operation
@@ -23,6 +25,8 @@ class Services(Struct, frozen=True, kw_only=True):
     observation: Observation
     selection: Selection
     operation: Operation
+    groups: Groups
     inbox: Inbox
+    feed: Feed
     catalog: Catalog
     openapi: bytes

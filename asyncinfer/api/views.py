@@ -6,7 +6,8 @@ import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from asyncinfer import payloads
-from asyncinfer.jobs import TERMINAL, JobError, Record, Status, created_ms
+from asyncinfer.jobs import TERMINAL, JobError, Priority, Record, Status, created_ms
+from asyncinfer.repository.log import Change
 from asyncinfer.repository.submit import Stored
 from asyncinfer.results import render_stored
 from asyncinfer.schemas import Accepted, Job, at
@@ -35,10 +36,36 @@ def summary_view(stored: Stored, default_model: str | None) -> Job:
         model=(record.model if record else default_model) or UNSET,
         version=version_of(record),
         sha256=(record and record.ran_sha256) or UNSET,
+        group=(record and record.options.group) or UNSET,
+        priority=priority_of(record),
+        worker=(record and record.worker) or UNSET,
         round=record.round if record else UNSET,
         created_at=at(record.created_ms if record else created_ms(stored.job_id)),
         started_at=at(record.started_ms if record else None),
         finished_at=at(record.finished_ms if record else None),
+    )
+
+
+def change_view(change: Change, stored: Stored | None, default_model: str | None) -> Job:
+    """The job as it was when it came to this status, which it may have left since."""
+    if stored is None:
+        return Job(job_id=change.job_id, status=change.status, result=UNSET)
+    if stored.status == change.status:
+        return summary_view(stored, default_model)
+    record = stored.record
+    return Job(
+        job_id=change.job_id,
+        status=change.status,
+        result=UNSET,
+        model=(record.model if record else default_model) or UNSET,
+        group=(record and record.options.group) or UNSET,
+        priority=priority_of(record),
+    )
+
+
+def priority_of(record: Record | None) -> Priority | UnsetType:
+    return (
+        UNSET if record is None or record.options.priority == "normal" else record.options.priority
     )
 
 

@@ -3,7 +3,8 @@
 Importing it loads no server, no model runtime, and not yet numpy or an HTTP library.
 """
 
-from asyncinfer.client._client import AsyncClient, Client
+from asyncinfer.client._async_client import AsyncClient
+from asyncinfer.client._client import Client
 from asyncinfer.client._errors import (
     CannotSend,
     ClientClosed,

@@ -68,9 +68,9 @@ class Driver:
         if isinstance(asked, Pause):
             time.sleep(asked.seconds)
             return None
-        return self._exchange(asked)
+        return self.exchange(asked)
 
-    def _exchange(self, request: Request) -> Response | Lost:
+    def exchange(self, request: Request) -> Response | Lost:
         import httpx2
 
         try:
@@ -134,9 +134,9 @@ class AsyncDriver:
         if isinstance(asked, Pause):
             await asyncio.sleep(asked.seconds)
             return None
-        return await self._exchange(asked)
+        return await self.exchange(asked)
 
-    async def _exchange(self, request: Request) -> Response | Lost:
+    async def exchange(self, request: Request) -> Response | Lost:
         import httpx2
 
         try:

@@ -64,29 +64,43 @@ class Submission(Struct, frozen=True, kw_only=True):
     model: str | None
     options: Mapping[str, Any]
     key: str
+    patience_seconds: float = 0.0
+    """How long a full queue is waited for, beyond all retries."""
 
 
 # --- asking ------------------------------------------------------------------------------------
 
 
-def ask(server: Server, request: Request, *, until: float = math.inf) -> Flow[Response]:
+def ask(
+    server: Server, request: Request, *, until: float = math.inf, patience_seconds: float = 0.0
+) -> Flow[Response]:
     """The answer, good or bad, of a request that may be sent again until one comes.
 
-    Raises ConnectionFailed, and past `until` (of the monotonic clock) tries no more.
+    Raises ConnectionFailed. Past `until` (of the monotonic clock) it tries no more; a full queue
+    costs no retry while there is patience.
     """
     request = msgspec.structs.replace(request, headers={**server.headers, **request.headers})
-    for attempt in range(server.retries + 1):
+    patient_until = time.monotonic() + patience_seconds
+    attempt = 0
+    while True:
         told = yield from exchange(request)
         if isinstance(told, Response) and told.status not in _AGAIN:
             return told
         pause = _pause_seconds(attempt, told)
-        hopeless = isinstance(told, Lost) and told.stranger
-        if hopeless or attempt == server.retries or time.monotonic() + pause > until:
+        due = time.monotonic() + pause
+        is_full = isinstance(told, Response) and told.status == 429
+        if not (is_full and due < patient_until):
+            attempt += 1
+        if attempt > server.retries or due > until or _is_hopeless(told):
             break
         yield Pause(pause)
     if isinstance(told, Lost):
         raise lost(told.reason, server.url)
     return told
+
+
+def _is_hopeless(told: Response | Lost) -> bool:
+    return isinstance(told, Lost) and told.stranger
 
 
 def ask_json(server: Server, request: Request, *, until: float = math.inf) -> Flow[Any]:
@@ -189,7 +203,11 @@ def submission(value: Any, model: str | None, key: str | None, options: Any) -> 
 
 
 def predict(
-    server: Server, asked: Submission, timeout: float | None, *, cancel_on_timeout: bool
+    server: Server,
+    asked: Submission,
+    timeout: float | None = None,
+    *,
+    cancel_on_timeout: bool = False,
 ) -> Flow[Any]:
     """The result of a new job."""
     until = over_at(server, timeout)
@@ -238,7 +256,7 @@ def _post(
 ) -> Flow[Response]:
     path = "/predict" if asked.model is None else f"/predict/{quote(asked.model, safe='')}"
     headers = {**body.headers, "idempotency-key": asked.key}
-    seconds = min(_WAIT_SECONDS, math.floor(max(until - time.monotonic(), 0))) if wait else 0
+    seconds = math.floor(min(_WAIT_SECONDS, max(until - time.monotonic(), 0))) if wait else 0
     if wait:
         headers |= {"prefer": f"wait={seconds}", "accept": body.accept}
     request = Request(
@@ -248,7 +266,7 @@ def _post(
         body=body.content,
         timeout_seconds=seconds + _MARGIN_SECONDS,
     )
-    response = yield from ask(server, request, until=until)
+    response = yield from ask(server, request, until=until, patience_seconds=asked.patience_seconds)
     if response.status == 422:
         # Perhaps the model is no longer the one that this client knew.
         server.models.pop(asked.model, None)

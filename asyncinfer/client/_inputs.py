@@ -227,14 +227,14 @@ def _has_nan(value: Any) -> bool:
 
 def _encode(value: Any) -> bytes:
     try:
-        return msgspec.json.encode(value, enc_hook=_plain)
+        return msgspec.json.encode(value, enc_hook=plain)
     except (TypeError, ValueError, RecursionError) as error:
         raise CannotSend(
             f"The input cannot be sent: {error}. Give lists, arrays, a dict of arrays, or a frame."
         ) from error
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Arrays and numbers of numpy inside lists."""
     if hasattr(value, "tolist"):
         return value.tolist()

@@ -3,10 +3,13 @@
 -- KEYS    1 queue, 2 the set of all queues
 -- ARGV    1 {max_queue, max_bytes, idem_ttl}; then per job: id, data, meta without seq,
 --         extra: "" or {k, f: idempotency digest and fingerprint; p priority; t ttl in s;
---         w inbox; b, l: start and life deadline, y: delay, in ms from now}
+--         w inbox; g list of its group's ids; b, l: start and life deadline, y: delay, in ms from now}
 -- Returns per job "ok" | "exists" | "full" | {"dup", job_id, fingerprint}
 -- Order   the idempotency key before the id before the room. No allow-oom: with memory full
 --         a submit is refused whole.
+
+local GROUP_JOBS = 1000000
+local GROUP_SECONDS = 7 * 24 * 3600
 
 local q, a, now = queue(KEYS[1]), cmsgpack.unpack(ARGV[1]), now_ms()
 local jobs, verdicts, by_id, by_key = {}, {}, {}, {}
@@ -38,6 +41,14 @@ local function judge(id, extra, size, free, free_bytes)
   return 'ok'
 end
 
+-- A group that is full forgets its oldest: it is there to be looked at, and refuses no job.
+local function gather(list, members)
+  if redis.call('RPUSH', list, unpack(members)) > GROUP_JOBS then
+    redis.call('LTRIM', list, -GROUP_JOBS, -1)
+  end
+  redis.call('EXPIRE', list, GROUP_SECONDS)
+end
+
 local free, free_bytes = room(q, a)
 local accepted_bytes = 0
 for i = 2, #ARGV, 4 do
@@ -65,11 +76,15 @@ for i, new in ipairs(jobs) do
   keys[#keys + 1], keys[#keys + 2] = job(id, 'meta'), struct.pack('>I8', seq + i) .. new.meta
 end
 redis.call('MSET', unpack(keys))
-local facts = {}
+local facts, groups = {}, {}
 for _, new in ipairs(jobs) do
   local extra = new.extra
   if extra and extra.k then
     redis.call('SET', q['idem:' .. extra.k], by_key[extra.k], 'EX', a.idem_ttl)
+  end
+  if extra and extra.g then
+    groups[extra.g] = groups[extra.g] or {}
+    table.insert(groups[extra.g], new.id)
   end
   local list, packed = q.list, nil
   if extra then list, packed = arrange(q, new.id, extra, now) end
@@ -81,6 +96,7 @@ for _, new in ipairs(jobs) do
 end
 if #facts > 0 then redis.call('HSET', q.facts, unpack(facts)) end
 for list, members in pairs(joins) do redis.call('LPUSH', list, unpack(members)) end
+for list, members in pairs(groups) do gather(list, members) end
 redis.call('INCRBY', q.bytes, accepted_bytes)
 redis.call('SADD', KEYS[2], q.list)
 record(q, { submitted = ids })

@@ -13,8 +13,9 @@ from asyncinfer import keys
 from asyncinfer.errors import InvalidQuery
 from asyncinfer.jobs import DEFAULT_TENANT
 from asyncinfer.observed import JobsDone
+from asyncinfer.repository.log import ids_in
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.submit import Stored, read_jobs
+from asyncinfer.repository.submit import Stored, read_summaries
 from asyncinfer.repository.upkeep import Upkeep
 
 _ENTRIES_A_PAGE: Final = 100
@@ -117,11 +118,11 @@ class Inspection:
         looked = 0
         place = None
         async for entry, queue, start, ids in self._logged(queues, _place(cursor)):
-            stored = await read_jobs(self._store, ids)
+            stored = await read_summaries(self._store, ids)
             for passed, job in enumerate(stored, start + 1):
                 place = _Place(entry, queue, passed)
                 looked += 1
-                if job and _wanted(job, tenant, status, model, default):
+                if job and is_wanted(job, tenant, status, model, default):
                     found.append(job)
                 if len(found) == limit or looked == _MOST_LOOKED_AT:
                     return Page(tuple(found), _cursor(place))
@@ -218,25 +219,13 @@ class Inspection:
         return {one: body for one, body in zip(ids, bodies, strict=True) if body}
 
 
-_ids_of = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
-_id_of = msgspec.msgpack.Decoder(str).decode
-
-
 def appearing(fields: dict[bytes, bytes]) -> list[str]:
     """The ids that an entry names for the first time; a stranger's appears when claimed."""
     ids = []
     for field in (b"submitted", b"stranger"):
         if packed := fields.get(field):
-            ids += [one for one in map(_text, _ids_of(packed)) if one]
+            ids += [one for one in ids_in(packed) if one]
     return ids[::-1]
-
-
-def _text(packed: msgspec.Raw) -> str | None:
-    """An id; None for a stranger's that is not text, which JSON cannot name."""
-    try:
-        return _id_of(packed)
-    except (UnicodeDecodeError, msgspec.DecodeError):
-        return None
 
 
 def _newest_first(entry: str, queue: str) -> tuple[int, int, str]:
@@ -244,7 +233,7 @@ def _newest_first(entry: str, queue: str) -> tuple[int, int, str]:
     return -int(ms), -int(seq), queue
 
 
-def _wanted(
+def is_wanted(
     job: Stored, tenant: str, status: str | None, model: str | None, default: str | None
 ) -> bool:
     owner, its_model = (

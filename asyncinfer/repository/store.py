@@ -218,6 +218,18 @@ class Store:
         """Runs one command; raises as `call` does."""
         return await self._answered(lambda: self.redis.execute_command(*command))  # type: ignore[no-untyped-call]
 
+    async def together(self, *commands: tuple[Any, ...]) -> list[Any]:
+        """Runs commands as one transaction; raises as `call` does."""
+
+        async def run() -> list[Any]:
+            pipeline = self.redis.pipeline(transaction=True)
+            for command in commands:
+                pipeline.execute_command(*command)
+            return await pipeline.execute()
+
+        replies: list[Any] = await self._answered(run)
+        return replies
+
     async def _answered(self, send: Callable[[], Awaitable[Any]]) -> Any:
         """Sends once more what got no reply. redis-py would send it to the address it had, and
         not ask the sentinels who is primary by now (redis-py issue 3874)."""

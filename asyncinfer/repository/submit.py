@@ -138,7 +138,7 @@ class Submissions:
         """One script call: at most 256 jobs and 1 MiB (or one job), all of one queue."""
         args: list[Any] = [encode_args(self._store.policy.room())]
         for job in jobs:
-            args += (job.job_id, job.data, encode_record(job.record), _extra_of(job))
+            args += (job.job_id, job.data, encode_record(job.record), _extra_of(job, self._store.n))
         names = [queue, keys.queues(self._store.n)]
         reply = await self._store.call(script("submit"), names, args)
         return [_submitted(job, verdict) for job, verdict in zip(jobs, reply, strict=True)]
@@ -244,6 +244,24 @@ async def read_states(
     return [job for job in jobs if job]
 
 
+async def read_summaries(store: Store, job_ids: Sequence[str]) -> list[Stored | None]:
+    """`read_jobs` without the results, which may be large."""
+    if not job_ids:
+        return []
+    reply = await store.command("MGET", *(name for one in job_ids for name in summary_keys(one)))
+    return [summary_of(job_id, reply[3 * i : 3 * i + 3]) for i, job_id in enumerate(job_ids)]
+
+
+def summary_keys(job_id: str) -> tuple[str, str, str]:
+    return keys.status(job_id), keys.error(job_id), keys.meta(job_id)
+
+
+def summary_of(job_id: str, values: Sequence[bytes | None]) -> Stored | None:
+    """A job without its result, of what `summary_keys` hold."""
+    status, error, meta = values
+    return _stored(job_id, status, None, error, meta)
+
+
 def queue_of(store: Store, stored: Stored) -> str:
     return stored.record.queue if stored.record else store.n
 
@@ -282,8 +300,11 @@ def _parts(
         yield part
 
 
-def _extra_of(job: NewJob) -> bytes:
-    extra = _unusual(job.record.options)
+def _extra_of(job: NewJob, n: str) -> bytes:
+    options = job.record.options
+    extra = _unusual(options)
+    if options.group is not None:
+        extra["g"] = keys.group(n, job.record.tenant, options.group)
     if job.inbox:
         extra["w"] = job.inbox
     if job.idempotency:

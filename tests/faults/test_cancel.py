@@ -3,6 +3,7 @@
 import asyncio
 import time
 
+import pytest
 import redis
 
 from asyncinfer import keys
@@ -110,6 +111,7 @@ async def test_the_job_of_a_dead_worker_is_cancelled_all_the_same(
     assert_at_rest(server, customer.queue)
 
 
+@pytest.mark.soak
 async def test_cancel_racing_claim_and_finish_500_times_leaves_one_end_each(
     crew: OpenCrew, customer: Customer, server: redis.Redis
 ) -> None:

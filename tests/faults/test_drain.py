@@ -94,6 +94,7 @@ async def test_a_drain_does_not_wait_for_a_kernel_that_nothing_stops(
     assert_at_rest(server, customer.queue)
 
 
+@pytest.mark.soak
 async def test_a_second_signal_ends_a_worker_at_once_and_loses_nothing(
     crew: OpenCrew, customer: Customer, server: redis.Redis
 ) -> None:

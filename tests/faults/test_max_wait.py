@@ -117,6 +117,7 @@ async def test_meanwhile_the_only_slot_runs_other_models_and_a_drain_leaves_what
     server.flushall()
 
 
+@pytest.mark.soak
 async def test_a_slot_that_others_keep_busy_still_comes_to_who_has_waited(
     patience: Patience, patient: Customer, customer: Customer, server: redis.Redis
 ) -> None:
@@ -145,6 +146,7 @@ async def test_a_job_that_rang_no_bell_waits_one_look_longer(
         assert await worker.stop() == 0
 
 
+@pytest.mark.soak
 async def test_a_worker_busy_with_what_it_waited_for_leaves_the_bell_of_others_to_others(
     patience: Patience, patient: Customer, customer: Customer, server: redis.Redis
 ) -> None:

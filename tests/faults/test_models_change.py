@@ -77,6 +77,7 @@ async def test_a_job_runs_on_the_version_it_asks_for(
         assert await shop.ask(1) == 3
 
 
+@pytest.mark.soak
 async def test_a_wrong_model_toml_leaves_the_old_one_in_force_and_is_named_once(
     crew: OpenCrew, folder: Folder, shop: Shop, store: Store
 ) -> None:
@@ -127,6 +128,7 @@ async def test_a_bad_file_is_refused_and_the_old_version_serves_on(
         assert await shop.ask(1) == 4
 
 
+@pytest.mark.soak
 async def test_a_file_that_is_copied_slowly_is_waited_for(
     crew: OpenCrew, folder: Folder, shop: Shop
 ) -> None:
@@ -143,6 +145,7 @@ async def test_a_file_that_is_copied_slowly_is_waited_for(
         assert await shop.ask(1) == 3
 
 
+@pytest.mark.soak
 async def test_weights_in_a_file_of_their_own_are_part_of_their_version(
     crew: OpenCrew, folder: Folder, shop: Shop
 ) -> None:
@@ -238,6 +241,7 @@ async def test_of_two_workers_with_different_files_the_first_is_believed(
             assert answers == {2.0}
 
 
+@pytest.mark.soak
 async def test_a_job_for_a_version_that_one_worker_has_yet_is_run_by_that_one(
     crew: OpenCrew, folder: Folder, shop: Shop, tmp_path: Path
 ) -> None:
@@ -252,6 +256,7 @@ async def test_a_job_for_a_version_that_one_worker_has_yet_is_run_by_that_one(
             assert {await shop.ask(1, "2") for _ in range(5)} == {3.0}
 
 
+@pytest.mark.soak
 async def test_forty_models_are_served_with_four_of_them_in_memory(
     crew: OpenCrew, folder: Folder, shop: Shop
 ) -> None:

@@ -100,6 +100,7 @@ async def test_a_kernel_that_nothing_stops_costs_its_job_and_its_process_alone(
     assert_at_rest(server, hung.queue, other.queue)
 
 
+@pytest.mark.soak
 async def test_a_kernel_that_nothing_stops_fails_alone_among_the_jobs_that_shared_it(
     crew: OpenCrew, server: redis.Redis, store: Store
 ) -> None:

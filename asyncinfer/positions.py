@@ -1,0 +1,39 @@
+"""How far a client was told of changes, as text that any process can go on from."""
+
+import base64
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from asyncinfer.errors import InvalidQuery
+from asyncinfer.repository.log import Place
+
+
+class Position(Struct, frozen=True, array_like=True):
+    """How far a follower was told, over all queues; any process can go on from it."""
+
+    base_ms: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+    """What is older has been told, in every queue."""
+    told: dict[str, Place] = {}
+    """By queue, where it is later than that."""
+    ended: int = 0
+    """The round whose end was told, of a job; 1 when that of a group was."""
+
+
+def encode_position(position: Position) -> str:
+    return base64.urlsafe_b64encode(msgspec.msgpack.encode(position)).decode().rstrip("=")
+
+
+_decode_position = msgspec.msgpack.Decoder(Position).decode
+
+
+def decode_position(text: str) -> Position:
+    """Raises InvalidQuery when it is none."""
+    try:
+        return _decode_position(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
+    except (ValueError, msgspec.DecodeError) as error:
+        raise InvalidQuery(
+            "Last-Event-ID (or `last_event_id`) is not the id of an event of this server; leave "
+            "it out to begin with a snapshot."
+        ) from error

@@ -1,0 +1,186 @@
+"""Jobs that share a name: counted, listed, cancelled together."""
+
+import base64
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+from asyncinfer import keys
+from asyncinfer.errors import InvalidQuery
+from asyncinfer.jobs import TERMINAL, created_ms
+from asyncinfer.repository.inspect import Page, is_wanted
+from asyncinfer.repository.store import Store
+from asyncinfer.repository.submit import Stored, Submissions, queue_of, read_summaries
+
+_IDS_A_PAGE: Final = 1000
+_LISTED_A_PAGE: Final = 200
+_MOST_LOOKED_AT: Final = 20_000
+_CANCELLED_A_CALL: Final = 250
+_FAILED_NAMED: Final = 10
+
+
+class Counted(Struct, frozen=True, kw_only=True):
+    """How the jobs of a group are; `by_status` has those that are still kept."""
+
+    jobs: int
+    by_status: dict[str, int]
+    first_failed: list[str]
+    created_ms: int | None
+    """When its first job was made."""
+
+    @property
+    def expired(self) -> int:
+        """Jobs that ended so long ago that they are no longer kept."""
+        return self.jobs - sum(self.by_status.values())
+
+    @property
+    def left(self) -> int:
+        """Jobs that have not ended."""
+        return sum(n for status, n in self.by_status.items() if status not in TERMINAL)
+
+
+class Cancelled(Struct):
+    """How many jobs were ended, and of how many running ones the end was asked for."""
+
+    cancelled: int = 0
+    asked: int = 0
+
+
+class _Spot(Struct, frozen=True, array_like=True):
+    """Where a listing stopped: a job, and where in the list it was."""
+
+    index: int
+    job_id: str
+
+
+class Groups:
+    """What is asked of a tenant's group; its list is kept by `submit`."""
+
+    def __init__(self, store: Store, submissions: Submissions) -> None:
+        self._store = store
+        self._submissions = submissions
+
+    async def count(self, tenant: str, group: str) -> Counted | None:
+        """None when there is no such group. One command for a thousand jobs."""
+        total, first, failed = 0, None, list[str]()
+        statuses: Counter[bytes | None] = Counter()
+        async for ids, found in self._pages(tenant, group):
+            first = first or ids[0]
+            total += len(ids)
+            statuses.update(found)
+            if len(failed) < _FAILED_NAMED and b"failed" in found:
+                failed += _where(ids, found, b"failed")
+        if first is None:
+            return None
+        return Counted(
+            jobs=total,
+            by_status={one.decode("utf-8", "replace"): n for one, n in statuses.items() if one},
+            first_failed=failed[:_FAILED_NAMED],
+            created_ms=created_ms(first),
+        )
+
+    async def cancel(self, tenant: str, group: str) -> Cancelled | None:
+        """Ends all that waits and asks for the end of what runs, some hundred jobs a call."""
+        done = None
+        async for ids, found in self._pages(tenant, group):
+            done = done or Cancelled()
+            unfinished = _where(ids, found, b"pending", b"processing")
+            stored = await read_summaries(self._store, unfinished)
+            for part in _parts(self._store, [job for job in stored if job]):
+                verdicts = await self._submissions.cancel_many(part)
+                done.cancelled += verdicts.count("cancelled")
+                done.asked += verdicts.count("asked")
+        return done
+
+    async def _pages(
+        self, tenant: str, group: str
+    ) -> AsyncIterator[tuple[list[str], list[bytes | None]]]:
+        """All ids, the first submitted first, each with its job's status."""
+        name = keys.group(self._store.n, tenant, group)
+        start = 0
+        while ids := await self._range(name, start, start + _IDS_A_PAGE - 1):
+            yield ids, await self._store.command("MGET", *map(keys.status, ids))
+            if len(ids) < _IDS_A_PAGE:
+                return
+            start += _IDS_A_PAGE
+
+    async def _range(self, name: str, first: int, last: int) -> list[str]:
+        return [one.decode() for one in await self._store.command("LRANGE", name, first, last)]
+
+    # --- listing -----------------------------------------------------------------------------
+
+    async def jobs(
+        self,
+        tenant: str,
+        group: str,
+        *,
+        status: str | None = None,
+        model: str | None = None,
+        limit: int = 100,
+        cursor: str | None = None,
+    ) -> Page:
+        """Newest first; raises InvalidQuery for a bad cursor. It looks at a bounded number of
+        jobs: with a rare filter a page may come back short, with a cursor to go on."""
+        name = keys.group(self._store.n, tenant, group)
+        end = await self._end(name, cursor)
+        found: list[Stored] = []
+        for _ in range(_MOST_LOOKED_AT // _LISTED_A_PAGE):
+            if end <= 0:
+                break
+            start = max(0, end - _LISTED_A_PAGE)
+            ids = await self._range(name, start, end - 1)
+            stored = await read_summaries(self._store, ids)
+            for index, job in reversed(list(enumerate(stored, start))):
+                if job and is_wanted(job, tenant, status, model, None):
+                    found.append(job)
+                if len(found) == limit:
+                    return Page(tuple(found), _cursor(index, ids[index - start]))
+            end = start
+            last = ids[0] if ids else ""
+        return Page(tuple(found), _cursor(end, last) if end > 0 else None)
+
+    async def _end(self, name: str, cursor: str | None) -> int:
+        """How many of the list's jobs are still to be listed."""
+        if cursor is None:
+            return int(await self._store.command("LLEN", name))
+        spot = _spot(cursor)
+        if await self._store.command("LINDEX", name, spot.index) == spot.job_id.encode():
+            return spot.index
+        # The list has been cut meanwhile.
+        found = await self._store.command("LPOS", name, spot.job_id, "RANK", -1)
+        return 0 if found is None else int(found)
+
+
+def _where(ids: Sequence[str], found: Sequence[bytes | None], *statuses: bytes) -> list[str]:
+    return [job_id for job_id, status in zip(ids, found, strict=True) if status in statuses]
+
+
+def _parts(store: Store, jobs: Iterable[Stored]) -> Iterable[list[Stored]]:
+    by_queue: dict[str, list[Stored]] = {}
+    for job in jobs:
+        by_queue.setdefault(queue_of(store, job), []).append(job)
+    for queued in by_queue.values():
+        for start in range(0, len(queued), _CANCELLED_A_CALL):
+            yield queued[start : start + _CANCELLED_A_CALL]
+
+
+def _cursor(index: int, job_id: str) -> str:
+    packed = msgspec.msgpack.encode(_Spot(index, job_id))
+    return base64.urlsafe_b64encode(packed).decode().rstrip("=")
+
+
+def _spot(cursor: str) -> _Spot:
+    try:
+        raw = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
+        spot = msgspec.msgpack.decode(raw, type=_Spot)
+        if not 0 <= spot.index < 1 << 32:
+            raise ValueError(spot)
+    except (ValueError, msgspec.DecodeError) as error:
+        raise InvalidQuery(
+            "`cursor` is not one that GET /jobs gave for a group; leave it out to start at the "
+            "newest job."
+        ) from error
+    return spot

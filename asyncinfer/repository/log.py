@@ -1,0 +1,159 @@
+"""What the logs tell: each change of each job, in order, from any place on."""
+
+from typing import Annotated, Any, Final
+
+import msgspec
+from msgspec import Meta, Struct
+
+from asyncinfer import keys
+from asyncinfer.jobs import Status
+from asyncinfer.repository.store import Store
+from asyncinfer.repository.submit import Stored, summary_keys, summary_of
+
+_ENTRIES_A_PAGE: Final = 200
+_MOST: Final = (1 << 63) - 1
+
+_Part = Annotated[int, Meta(ge=0, le=_MOST)]
+Place = tuple[_Part, _Part, _Part]
+"""Somewhere in a log: an entry's ms and number, and how many of its jobs are before."""
+
+_SAYS: Final[dict[bytes, Status]] = {
+    b"submitted": "pending",
+    b"pending": "pending",
+    b"processing": "processing",
+    b"completed": "completed",
+    b"failed": "failed",
+    b"cancelled": "cancelled",
+}
+"""What a word of an entry means; `stranger` stands beside a `processing` of the same job."""
+
+
+class Change(Struct, frozen=True):
+    """A job that has come to a status."""
+
+    queue: str
+    place: Place
+    job_id: str
+    status: Status
+
+    @property
+    def after(self) -> Place:
+        ms, number, passed = self.place
+        return (ms, number, passed + 1)
+
+
+class LogPage(Struct, frozen=True):
+    """Changes from one place of a log to another; `end` is where the next page begins."""
+
+    changes: list[Change]
+    end: Place
+    more: bool
+
+
+class LogTrimmed(Exception):
+    """The log no longer reaches back to where it should be read from."""
+
+
+class Log:
+    """Reads the logs; each queue has its own."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def page(self, queue: str, start: Place) -> LogPage:
+        """The changes from `start` on; raises LogTrimmed when some of them may be gone."""
+        name = keys.log(queue)
+        entries = await self._store.command(
+            "XRANGE", name, f"{start[0]}-{start[1]}", "+", "COUNT", _ENTRIES_A_PAGE
+        )
+        if not entries:
+            return LogPage([], start, more=False)
+        # Asked for afterwards: what was there to be read a moment ago has not been cut before.
+        await self._check_reach(name, start)
+        changes = [
+            change
+            for entry_id, fields in entries
+            for change in changes_in(queue, entry_id, fields)
+            if change.place >= start
+        ]
+        return LogPage(changes, _after(entries[-1][0]), more=len(entries) == _ENTRIES_A_PAGE)
+
+    async def _check_reach(self, name: str, start: Place) -> None:
+        about = await self._store.command("XINFO STREAM", name)
+        first = about["first-entry"]
+        if about["entries-added"] == about["length"] or first is None:
+            return
+        if _before(first[0]) > start:
+            raise LogTrimmed
+
+    async def last(self, queue: str) -> bytes:
+        """The id of the newest entry."""
+        entries = await self._store.command(*_newest(queue))
+        return bytes(entries[0][0]) if entries else b"0-0"
+
+    async def moment(self, queue: str, job_id: str) -> tuple[Stored | None, Place]:
+        """A job without its result, and where the log tells what comes after exactly this."""
+        entries, found = await self._store.together(_newest(queue), ("MGET", *summary_keys(job_id)))
+        return summary_of(job_id, found), _after(entries[0][0]) if entries else (0, 0, 0)
+
+    async def now_ms(self) -> int:
+        """The server's time, by which entries are named."""
+        seconds, micros = await self._store.command("TIME")
+        return int(seconds) * 1000 + int(micros) // 1000
+
+
+def changes_in(queue: str, entry_id: bytes, fields: dict[bytes, bytes]) -> list[Change]:
+    """What one entry tells. A job whose id is no text has no name here, and keeps its place."""
+    ms, number, passed = _before(entry_id)
+    changes = []
+    for word, packed in fields.items():
+        ids = ids_in(packed)
+        if status := _SAYS.get(word):
+            changes += [
+                Change(queue, (ms, number, i), job_id, status)
+                for i, job_id in enumerate(ids, passed)
+                if job_id
+            ]
+        passed += len(ids)
+    return changes
+
+
+_raw_ids = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
+_ids = msgspec.msgpack.Decoder(list[str]).decode
+_id = msgspec.msgpack.Decoder(str).decode
+
+
+def ids_in(packed: bytes) -> list[str | None]:
+    """The ids of an entry's word; None for each that is not text, which JSON cannot name."""
+    try:
+        return list(_ids(packed))
+    except (UnicodeDecodeError, msgspec.DecodeError):
+        return _text_ids(packed)
+
+
+def _text_ids(packed: bytes) -> list[str | None]:
+    try:
+        return [_text(one) for one in _raw_ids(packed)]
+    except msgspec.DecodeError:
+        return []
+
+
+def _text(packed: msgspec.Raw) -> str | None:
+    try:
+        return _id(packed)
+    except (UnicodeDecodeError, msgspec.DecodeError):
+        return None
+
+
+def _newest(queue: str) -> tuple[Any, ...]:
+    return ("XREVRANGE", keys.log(queue), "+", "-", "COUNT", 1)
+
+
+def _before(entry_id: bytes) -> Place:
+    ms, _, number = entry_id.partition(b"-")
+    return (int(ms), int(number), 0)
+
+
+def _after(entry_id: bytes) -> Place:
+    ms, number, _ = _before(entry_id)
+    return (ms, number + 1, 0)

@@ -1,0 +1,82 @@
+"""A client of server-sent events that reads them as the standard says (WHATWG HTML, 9.2.6)."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple
+
+import httpx2
+import msgspec
+
+_SECONDS = 20.0
+
+
+class Event(NamedTuple):
+    name: str
+    data: dict[str, Any]
+    id: str
+    """Of this event or, where it has none, of the last one that had."""
+
+
+class Listener:
+    """One stream; `last_id` is what an EventSource would send to go on."""
+
+    def __init__(self, reply: httpx2.Response, last_id: str = "") -> None:
+        self.last_id = last_id
+        self.comments = 0
+        self._lines = reply.aiter_lines()
+
+    async def next(self) -> Event | None:
+        """The next event; None when the stream ended."""
+        name, data = "message", ""
+        async with asyncio.timeout(_SECONDS):
+            async for line in self._lines:
+                field, _, value = line.partition(":")
+                value = value.removeprefix(" ")
+                if not line and data:
+                    return Event(name, msgspec.json.decode(data), self.last_id)
+                if field == "event":
+                    name = value
+                elif field == "data":
+                    data += value
+                elif field == "id":
+                    self.last_id = value
+                elif line.startswith(":"):
+                    self.comments += 1
+        return None
+
+    async def event(self, *names: str) -> Event:
+        """The next event, of one of these names when there are any; others are passed over."""
+        while one := await self.next():
+            if not names or one.name in names:
+                return one
+        raise AssertionError(f"the stream ended before {names}")
+
+    async def rest(self) -> list[Event]:
+        found = []
+        while one := await self.next():
+            found.append(one)
+        return found
+
+    async def commented(self) -> None:
+        """Until the next comment; nothing else may come before it."""
+        async with asyncio.timeout(_SECONDS):
+            async for line in self._lines:
+                if line.startswith(":"):
+                    self.comments += 1
+                    return
+                assert not line.startswith(("event", "data")), line
+
+
+@asynccontextmanager
+async def listening(
+    client: httpx2.AsyncClient, path: str, last_id: str = ""
+) -> AsyncIterator[Listener]:
+    headers = {"last-event-id": last_id} if last_id else {}
+    async with client.stream("GET", path, headers=headers) as reply:
+        if reply.status_code != 200:
+            await reply.aread()
+        assert reply.status_code == 200, reply.text
+        assert reply.headers["content-type"] == "text/event-stream"
+        assert reply.headers["cache-control"] == "no-store"
+        yield Listener(reply, last_id)

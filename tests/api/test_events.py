@@ -1,0 +1,454 @@
+"""Following jobs, groups and models: nothing is missed, nothing is told twice."""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx2
+import msgspec
+import pytest
+import redis
+
+from asyncinfer import keys
+from asyncinfer.access import entry_of
+from asyncinfer.api.config import ApiConfig
+from asyncinfer.jobs import TERMINAL
+from asyncinfer.repository.store import Store
+from tests.faults.harness import eventually
+
+from .harness import (
+    QUEUE,
+    ROW,
+    Hand,
+    Road,
+    announce,
+    assert_problem,
+    client_of,
+    hosted,
+    running,
+    stopped_by_itself,
+    submit,
+)
+from .sse import Listener, listening
+
+DIGITS = f"{QUEUE}:digits"
+DIGITS_ROW = [[0.0] * 64]
+
+
+async def submit_to(client: httpx2.AsyncClient, model: str, **options: Any) -> str:
+    row = ROW if model == "iris" else DIGITS_ROW
+    reply = await client.post(f"/predict/{model}", json={"data": row, "options": options})
+    assert reply.status_code == 202, reply.text
+    return str(reply.json()["job_id"])
+
+
+async def told(listener: Listener, *names: str) -> tuple[str, str]:
+    event = await listener.event(*names)
+    assert event.name in (event.data["status"], "snapshot")
+    return event.data["job_id"], event.name
+
+
+# --- one job -------------------------------------------------------------------------------
+
+
+async def test_a_job_is_told_from_where_it_is_to_its_end(
+    api: httpx2.AsyncClient, hand: Hand
+) -> None:
+    job_id = await submit(api)
+    async with listening(api, f"/job/{job_id}/events") as stream:
+        first = await stream.event()
+        assert (first.name, first.data["status"]) == ("snapshot", "pending")
+        claim = await hand.claim()
+        assert await told(stream) == (job_id, "processing")
+        await hand.finish(claim)
+        last = await stream.event()
+        assert (last.name, last.data["job_id"]) == ("completed", job_id)
+        assert "result" not in last.data
+        assert last.data["sha256"] == "a" * 64
+        assert await stream.rest() == []
+
+
+async def test_an_ended_jobs_stream_is_its_snapshot_its_end_and_nothing_more(
+    api: httpx2.AsyncClient, hand: Hand
+) -> None:
+    job_id = await submit(api)
+    await hand.fail()
+    async with listening(api, f"/job/{job_id}/events") as stream:
+        events = await stream.rest()
+    assert [one.name for one in events] == ["snapshot", "failed"]
+    assert events[0].data == events[1].data
+    assert events[1].data["error"]["code"] == "model_failed"
+
+
+async def test_who_was_told_the_end_and_comes_again_is_told_that_nothing_is_left(
+    api: httpx2.AsyncClient, hand: Hand
+) -> None:
+    job_id = await submit(api)
+    path = f"/job/{job_id}/events"
+    async with listening(api, path) as stream:
+        await hand.fail()
+        await stream.rest()
+    for again in (
+        await api.get(path, headers={"last-event-id": stream.last_id}),
+        await api.get(path, params={"last_event_id": stream.last_id}),
+    ):
+        assert (again.status_code, again.content) == (204, b"")
+        assert "content-length" not in again.headers
+    await api.post(f"/job/{job_id}/retry")
+    async with listening(api, path, stream.last_id) as stream:
+        event = await stream.event()
+        assert (event.name, event.data["round"]) == ("pending", 2)
+        await hand.complete()
+        assert [one.name for one in await stream.rest()] == ["processing", "completed"]
+
+
+async def test_the_end_is_told_to_who_left_after_a_snapshot_of_the_ended_job(
+    api: httpx2.AsyncClient, hand: Hand
+) -> None:
+    job_id = await submit(api)
+    await hand.complete()
+    async with listening(api, f"/job/{job_id}/events") as stream:
+        snapshot = await stream.event("snapshot")
+    async with listening(api, f"/job/{job_id}/events", snapshot.id) as stream:
+        assert [one.name for one in await stream.rest()] == ["completed"]
+
+
+async def test_a_cancelled_job_says_so(api: httpx2.AsyncClient) -> None:
+    job_id = await submit(api)
+    async with listening(api, f"/job/{job_id}/events") as stream:
+        await stream.event("snapshot")
+        assert (await api.delete(f"/job/{job_id}")).status_code == 200
+        assert [one.name for one in await stream.rest()] == ["cancelled"]
+
+
+async def test_a_strangers_job_can_be_followed(
+    api: httpx2.AsyncClient, server: redis.Redis, hand: Hand
+) -> None:
+    server.set("job:x:data", "[[1,2,3,4]]")
+    server.set("job:x:status", "pending")
+    async with listening(api, "/job/x/events") as stream:
+        await stream.event("snapshot")
+        server.lpush(QUEUE, "x")
+        await hand.complete()
+        assert [one.name for one in await stream.rest()] == ["processing", "completed"]
+
+
+async def test_a_job_that_is_not_there_has_no_events(api: httpx2.AsyncClient) -> None:
+    assert_problem(await api.get("/job/nothing/events"), 404, "job_not_found")
+
+
+@pytest.mark.parametrize("wrong", ["x", "gw", "%%%", "k8Abcd", "kwCBoXgB"])
+async def test_an_id_that_is_of_no_event_is_refused(api: httpx2.AsyncClient, wrong: str) -> None:
+    reply = await api.get("/events", headers={"last-event-id": wrong})
+    assert "snapshot" in assert_problem(reply, 400, "invalid_query")["detail"]
+
+
+async def test_the_head_of_a_stream_is_its_headers(api: httpx2.AsyncClient) -> None:
+    reply = await api.head("/events")
+    assert (reply.status_code, reply.headers["content-type"]) == (200, "text/event-stream")
+
+
+# --- many jobs -----------------------------------------------------------------------------
+
+
+async def test_a_group_is_told_from_its_counts_until_all_have_ended(
+    api: httpx2.AsyncClient, hand: Hand
+) -> None:
+    first = await submit_to(api, "iris", group="g")
+    await submit_to(api, "iris", group="other")
+    async with listening(api, "/events?group=g") as stream:
+        snapshot = await stream.event()
+        assert (snapshot.name, snapshot.data["jobs"]) == ("snapshot", 1)
+        assert snapshot.data["counts"]["pending"] == 1
+        second = await submit_to(api, "digits", group="g")
+        assert await told(stream) == (second, "pending")
+        await hand.complete()
+        await hand.fail(DIGITS)
+        names = {first: ["processing", "completed"], second: ["processing", "failed"]}
+        seen: dict[str, list[str]] = {first: [], second: []}
+        while seen != names:
+            job_id, name = await told(stream, *TERMINAL, "processing")
+            seen[job_id].append(name)
+        done = await stream.event("done")
+        assert done.data == (await api.get("/group/g")).json()
+        assert (done.data["progress"], done.data["eta_seconds"]) == (1.0, 0.0)
+
+
+async def test_a_groups_progress_is_told_while_it_goes_on(
+    api: httpx2.AsyncClient, hand: Hand
+) -> None:
+    async with listening(api, "/events?group=g") as stream:
+        assert (await stream.event("snapshot")).data["jobs"] == 0
+        await submit_to(api, "iris", group="g")
+        await submit_to(api, "digits", group="g")
+        await hand.complete()
+        while (progress := await stream.event("progress")).data["progress"] < 0.5:
+            pass
+        assert progress.data["counts"]["completed"] == 1
+        assert progress.data["eta_seconds"] > 0
+        await hand.complete(DIGITS)
+        assert (await stream.event("done")).data["counts"]["completed"] == 2
+
+
+async def test_a_group_that_has_ended_is_done_at_once_and_again_after_a_retry(
+    api: httpx2.AsyncClient, hand: Hand
+) -> None:
+    job_id = await submit_to(api, "iris", group="g")
+    await hand.fail()
+    async with listening(api, "/events?group=g") as stream:
+        assert [(await stream.event()).name for _ in range(2)] == ["snapshot", "done"]
+    await api.post(f"/job/{job_id}/retry")
+    async with listening(api, "/events?group=g", stream.last_id) as stream:
+        assert await told(stream) == (job_id, "pending")
+        await hand.complete()
+        events = [await stream.event("processing", "completed", "done") for _ in range(3)]
+        assert [one.name for one in events] == ["processing", "completed", "done"]
+
+
+async def test_a_job_of_a_model_that_never_had_one_is_told_too(
+    api: httpx2.AsyncClient, store: Store, server: redis.Redis
+) -> None:
+    await submit_to(api, "iris", group="g")
+    async with listening(api, "/events?group=g") as stream:
+        await stream.event("snapshot")
+        assert not server.exists(keys.log(DIGITS))
+        job_id = await submit_to(api, "digits", group="g")
+        assert await told(stream, "pending") == (job_id, "pending")
+
+
+async def test_a_model_is_told_with_its_newest_jobs_first(
+    api: httpx2.AsyncClient, hand: Hand
+) -> None:
+    ids = [await submit_to(api, "digits", priority="high") for _ in range(2)]
+    async with listening(api, "/events?model=digits") as stream:
+        snapshot = await stream.event()
+        assert [job["job_id"] for job in snapshot.data["jobs"]] == ids[::-1]
+        assert {job["priority"] for job in snapshot.data["jobs"]} == {"high"}
+        await submit_to(api, "iris")
+        await hand.complete()
+        await hand.complete(DIGITS)
+        seen = [await told(stream) for _ in range(4)]
+        assert set(seen[:2]) == {(one, "processing") for one in ids}
+        assert set(seen[2:]) == {(one, "completed") for one in ids}
+    assert_problem(await api.get("/events?model=nothing"), 404, "model_not_found")
+
+
+async def test_each_tenant_is_told_of_its_own_jobs_only(
+    config: ApiConfig, store: Store, hand: Hand, tmp_path: Path
+) -> None:
+    lines = [entry_of(name, name, "submit,read").line() for name in ("alice", "bob")]
+    path = tmp_path / "keys"
+    await anyio.Path(path).write_text("\n".join(lines))
+    await announce(store, "iris", default="iris")
+    async with running(msgspec.structs.replace(config, api_keys=path)) as port:
+        alice, bob = [client_of(port, **{"x-api-key": name}) for name in ("alice", "bob")]
+        async with alice, bob:
+            theirs = await submit_to(alice, "iris", group="g")
+            async with (
+                listening(bob, "/events?group=g") as stream,
+                listening(bob, "/events") as all_,
+            ):
+                assert (await stream.event("snapshot")).data["jobs"] == 0
+                assert (await all_.event("snapshot")).data["jobs"] == []
+                await hand.complete()
+                await submit_to(alice, "iris", group="g")
+                mine = await submit_to(bob, "iris", group="g")
+                assert await told(stream, "pending", "processing", "completed") == (mine, "pending")
+                assert await told(all_) == (mine, "pending")
+            assert_problem(await bob.get(f"/job/{theirs}/events"), 404, "job_not_found")
+
+
+# --- going on ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def replicas(config: ApiConfig, store: Store) -> AsyncIterator[list[httpx2.AsyncClient]]:
+    """Clients of two APIs."""
+    await announce(store, "iris", "digits", default="iris")
+    async with (
+        hosted(running(config)) as one,
+        hosted(running(config)) as two,
+        client_of(one) as first,
+        client_of(two) as second,
+    ):
+        yield [first, second]
+
+
+async def test_a_stream_goes_on_at_another_server_in_the_midst_of_an_entry(
+    replicas: list[httpx2.AsyncClient], hand: Hand
+) -> None:
+    one, two = replicas
+    ids = [await submit_to(one, "iris", group="g") for _ in range(5)]
+    claim = await hand.claim()
+    async with listening(one, "/events?group=g") as stream:
+        await stream.event("snapshot")
+        await hand.finish(claim)
+        seen = [(await stream.event("completed")).data["job_id"] for _ in range(2)]
+        last_id = stream.last_id
+    async with listening(two, "/events?group=g", last_id) as stream:
+        seen += [(await stream.event("completed")).data["job_id"] for _ in range(3)]
+        assert (await stream.event("completed", "snapshot", "gap", "done")).name == "done"
+    assert sorted(seen) == sorted(ids)
+
+
+async def test_what_the_log_no_longer_has_is_a_gap_and_a_snapshot(
+    api: httpx2.AsyncClient, hand: Hand, server: redis.Redis
+) -> None:
+    job_id = await submit_to(api, "iris", group="g")
+    paths = ("/events?group=g", f"/job/{job_id}/events")
+    cursors = []
+    for path in paths:
+        async with listening(api, path) as stream:
+            cursors.append((await stream.event("snapshot")).id)
+    claim = await hand.claim()
+    for _ in range(3):
+        await submit(api)
+    server.xtrim(keys.log(QUEUE), maxlen=1, approximate=False)
+    for path, cursor in zip(paths, cursors, strict=True):
+        async with listening(api, path, cursor) as stream:
+            assert [(await stream.event()).name for _ in range(2)] == ["gap", "snapshot"]
+    async with listening(api, paths[1], cursors[1]) as stream:
+        await stream.event("snapshot")
+        await hand.finish(claim)
+        assert [one.name for one in await stream.rest()] == ["completed"]
+
+
+async def _all_come_to_an_end(
+    chance: random.Random, replicas: list[httpx2.AsyncClient], hand: Hand, total: int
+) -> dict[str, str]:
+    """Jobs of two models in one group; how each ended."""
+    waiting: dict[str, list[str]] = {QUEUE: [], DIGITS: []}
+    ends: dict[str, str] = {}
+    while len(ends) < total:
+        made = len(ends) + sum(map(len, waiting.values()))
+        for _ in range(min(chance.randint(0, 8), total - made)):
+            queue = chance.choice([QUEUE, DIGITS])
+            model = "iris" if queue == QUEUE else "digits"
+            client = chance.choice(replicas)
+            waiting[queue].append(await submit_to(client, model, group="g"))
+        queue = chance.choice([QUEUE, DIGITS])
+        if not waiting[queue]:
+            continue
+        if chance.random() < 0.2:
+            gone = waiting[queue].pop(chance.randrange(len(waiting[queue])))
+            await chance.choice(replicas).delete(f"/job/{gone}")
+            ends[gone] = "cancelled"
+            continue
+        good = chance.random() < 0.5
+        await (hand.complete(queue) if good else hand.fail(queue))
+        ends |= dict.fromkeys(waiting[queue], "completed" if good else "failed")
+        waiting[queue].clear()
+    return ends
+
+
+async def test_whoever_comes_and_goes_sees_every_end_once(
+    replicas: list[httpx2.AsyncClient], hand: Hand
+) -> None:
+    chance = random.Random(11)
+    total = 60
+    seen: Counter[tuple[str, str]] = Counter()
+
+    async def watch() -> None:
+        last_id = ""
+        while True:
+            path = "/events?group=g"
+            async with listening(chance.choice(replicas), path, last_id) as stream:
+                for _ in range(chance.randint(1, 25)):
+                    event = await stream.event()
+                    assert event.name != "gap"
+                    assert event.name != "snapshot" or not last_id
+                    last_id = stream.last_id
+                    if event.name in TERMINAL:
+                        seen[event.data["job_id"], event.name] += 1
+                    if event.name == "done" and event.data["jobs"] == total:
+                        return
+
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+        watching = group.create_task(watch())
+        await eventually(lambda: not watching.done(), "it watches")
+        ends = await _all_come_to_an_end(chance, replicas, hand, total)
+    # A snapshot counts what ended before it; the first watch began before the first job.
+    assert seen == Counter(ends.items())
+
+
+# --- limits and ends -----------------------------------------------------------------------
+
+
+async def test_a_silent_stream_shows_that_it_lives(config: ApiConfig, store: Store) -> None:
+    await announce(store, "iris", default="iris")
+    brisk = msgspec.structs.replace(config, heartbeat_seconds=0.02)
+    async with running(brisk) as port, client_of(port) as client:
+        job_id = await submit(client)
+        async with listening(client, f"/job/{job_id}/events") as stream:
+            await stream.event("snapshot")
+            for _ in range(3):
+                await stream.commented()
+
+
+async def test_a_client_that_left_makes_room_and_without_room_none_is_taken(
+    config: ApiConfig, store: Store
+) -> None:
+    await announce(store, "iris", default="iris")
+    small = msgspec.structs.replace(config, max_streams=1)
+    async with running(small) as port, client_of(port) as client:
+        for path in ("/events", "/events?group=g", f"/job/{await submit(client)}/events"):
+            async with listening(client, path) as stream:
+                await stream.event("snapshot")
+                reply = await client.get("/events")
+                assert_problem(reply, 503, "too_many_streams")
+                assert int(reply.headers["retry-after"]) > 0
+                assert (await client.get("/jobs")).status_code == 200
+            await eventually(lambda: _is_taken(client), "its place is free")
+
+
+async def _is_taken(client: httpx2.AsyncClient) -> bool:
+    async with client.stream("GET", "/events") as reply:
+        return reply.status_code == 200
+
+
+async def test_streams_end_with_the_server(config: ApiConfig, store: Store) -> None:
+    await announce(store, "iris", default="iris")
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        async with hosted(stopped_by_itself(config)) as port:
+            client = client_of(port)
+            job_id = await submit(client)
+            streams = []
+            for path in ("/events", "/events?group=g", f"/job/{job_id}/events"):
+                snapshot = asyncio.Event()
+                streams.append(group.create_task(_listen_to_the_end(client, path, snapshot)))
+                await snapshot.wait()
+        for stream in streams:
+            assert await stream == []
+        await client.aclose()
+
+
+async def _listen_to_the_end(
+    client: httpx2.AsyncClient, path: str, snapshot: asyncio.Event
+) -> list[Any]:
+    async with listening(client, path) as stream:
+        await stream.event("snapshot")
+        snapshot.set()
+        return await stream.rest()
+
+
+async def test_a_stream_outlives_an_outage_and_misses_nothing(behind: Road, hand: Hand) -> None:
+    async with client_of(behind.port) as client:
+        ids = [await submit_to(client, "iris", group="g") for _ in range(2)]
+        async with (
+            listening(client, f"/job/{ids[0]}/events") as one,
+            listening(client, "/events?group=g") as group,
+        ):
+            await one.event("snapshot")
+            await group.event("snapshot")
+            await behind.proxy.down()
+            assert_problem(await client.get("/events"), 503, "redis_unavailable")
+            await hand.complete()
+            await behind.proxy.up()
+            assert [event.name for event in await one.rest()] == ["processing", "completed"]
+            seen = [await told(group, "processing", "completed") for _ in range(4)]
+            assert set(seen[2:]) == {(job_id, "completed") for job_id in ids}
+            await group.event("done")
