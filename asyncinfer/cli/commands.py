@@ -93,7 +93,7 @@ def parsed(arguments: Sequence[str]) -> int:
     if COMPLETE_VARIABLE in os.environ:
         commands.main(list(arguments), prog_name=NAME)  # prints what may follow, and exits
     try:
-        with commands.make_context(NAME, list(arguments)) as context:
+        with commands.make_context(NAME, list(arguments), obj=tuple(arguments)) as context:
             return int(commands.invoke(context) or 0)
     except click.exceptions.NoArgsIsHelpError as error:
         sys.stderr.write(f"{error.format_message()}\n")

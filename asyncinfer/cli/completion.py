@@ -10,8 +10,9 @@ _SHELLS = ("bash", "zsh", "fish")
 
 @options.command(
     "completion",
-    "asyncinfer completion bash > ~/.asyncinfer-complete.bash    # then source it in ~/.bashrc",
-    "asyncinfer completion zsh > ~/.zfunc/_asyncinfer",
+    "asyncinfer completion bash > ~/.asyncinfer.bash    # then: source ~/.asyncinfer.bash",
+    "mkdir -p ~/.zfunc && asyncinfer completion zsh > ~/.zfunc/_asyncinfer",
+    "mkdir -p ~/.config/fish/completions",
     "asyncinfer completion fish > ~/.config/fish/completions/asyncinfer.fish",
 )
 @click.argument("shell", type=click.Choice(_SHELLS))

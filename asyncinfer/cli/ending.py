@@ -23,7 +23,7 @@ _of_group = click.option("--group", metavar="NAME", help="All of this group.")
     "cancel",
     "asyncinfer cancel 019ab5f2c1f77c36b1a2c6f0d3a54e11",
     "asyncinfer cancel --model digits --status pending",
-    "asyncinfer jobs --status pending --json | jq -r '.[].job_id' | xargs asyncinfer cancel",
+    "asyncinfer cancel --group flowers-1",
 )
 @click.argument("job_ids", nargs=-1, metavar="[ID]...")
 @_of_model

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 import msgspec
 from msgspec import Struct
 
-from asyncinfer.errors import AsyncinferError
+from asyncinfer.errors import FileRefused
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -32,12 +33,6 @@ _MOST_CELL_CHARACTERS: Final = 10_000_000
 _MAGIC: Final = {b"PAR1": "parquet", b"\x93NUM": "npy"}
 
 
-class UnreadableFile(AsyncinferError):
-    """A file that cannot be read as what it should be; the detail says what to do."""
-
-    code = "unreadable_file"
-
-
 class Asked(Struct, frozen=True, kw_only=True):
     """How rows are to be read."""
 
@@ -50,6 +45,8 @@ class Asked(Struct, frozen=True, kw_only=True):
     """Whether a CSV has one; None: its first line is one when no cell of it is a number."""
     texts: bool = False
     """Whether the model takes strings, so that cells are none of our business."""
+    inputs: dict[str, int] = {}
+    """What the model takes, and how many dimensions each has."""
 
 
 class Row(Struct, frozen=True):
@@ -61,7 +58,7 @@ class Row(Struct, frozen=True):
 
 
 def rows(asked: Asked) -> Iterator[Row]:
-    """Raises UnreadableFile where no row can be had; a bad row is one with a `problem`."""
+    """Raises FileRefused where no row can be had; a bad row is one with a `problem`."""
     form = asked.form or _form_of(asked.source)
     with _opened(asked.source) as content:
         try:
@@ -72,13 +69,19 @@ def rows(asked: Asked) -> Iterator[Row]:
             raise _no_such(asked, form, str(error), content) from error
 
 
+def begun(rows: Iterator[Row]) -> Iterator[Row]:
+    """The same rows, the first of them read: so a file that is none is refused at once."""
+    first = next(rows, None)
+    return iter(()) if first is None else itertools.chain([first], rows)
+
+
 def _form_of(source: str) -> str:
     if source == "-":
         return "ndjson"
     suffix = Path(source).suffix.lower()
     if suffix in _FORM_BY_SUFFIX:
         return _FORM_BY_SUFFIX[suffix]
-    raise UnreadableFile(
+    raise FileRefused(
         f"{source}: its name does not tell what it is. Say so with --from: {', '.join(FORMS)}."
     )
 
@@ -91,7 +94,7 @@ def _opened(source: str) -> Iterator[IO[bytes]]:
     try:
         content = open(source, "rb")  # noqa: SIM115
     except OSError as error:
-        raise UnreadableFile(
+        raise FileRefused(
             f"{source} cannot be read: {error.strerror}. Give the path of a file, - for stdin, or "
             "one row as JSON."
         ) from error
@@ -99,7 +102,7 @@ def _opened(source: str) -> Iterator[IO[bytes]]:
         yield content
 
 
-def _no_such(asked: Asked, form: str, reason: str, content: IO[bytes]) -> UnreadableFile:
+def _no_such(asked: Asked, form: str, reason: str, content: IO[bytes]) -> FileRefused:
     """What it looks like instead is told where its first bytes show it."""
     hint = "Say what it is with --from."
     with contextlib.suppress(OSError, io.UnsupportedOperation):
@@ -107,7 +110,7 @@ def _no_such(asked: Asked, form: str, reason: str, content: IO[bytes]) -> Unread
         if looks := _MAGIC.get(content.read(4)):
             hint = f"It looks like {looks}: --from {looks}."
     name = "stdin" if asked.source == "-" else asked.source
-    return UnreadableFile(f"{name} is no {form.upper()} file: {reason}. {hint}")
+    return FileRefused(f"{name} is no {form.upper()} file: {reason}. {hint}")
 
 
 # --- CSV -------------------------------------------------------------------------------------
@@ -127,14 +130,14 @@ def _csv(content: IO[bytes], asked: Asked) -> Iterator[Row]:
         has_header = _is_header(first) if asked.header is None else asked.header
         names = first if has_header else [str(at) for at in range(1, len(first) + 1)]
         chosen = _chosen(names, asked.columns)
-        number = 0
+        count = 0
         if not has_header:
-            number = 1
-            yield _csv_row(1, lines.line_num, first, names, chosen, asked.texts)
+            count = 1
+            yield _csv_row(1, lines.line_num, first, names, chosen, asked)
         for line in lines:
             if line:
-                number += 1
-                yield _csv_row(number, lines.line_num, line, names, chosen, asked.texts)
+                count += 1
+                yield _csv_row(count, lines.line_num, line, names, chosen, asked)
     except csv.Error as error:
         raise ValueError(f"line {lines.line_num}: {error}") from error
     finally:
@@ -142,39 +145,39 @@ def _csv(content: IO[bytes], asked: Asked) -> Iterator[Row]:
 
 
 def _csv_row(
-    number: int,
+    place: int,
     line_number: int,
     cells: Sequence[str],
     names: Sequence[str],
     chosen: Sequence[int],
-    texts: bool,
+    asked: Asked,
 ) -> Row:
     if len(cells) != len(names):
         problem = f"line {line_number}: {len(cells)} cells where {len(names)} are expected"
-        return Row(number, problem=problem)
-    if texts:
-        return Row(number, [cells[at] for at in chosen])
+        return Row(place, problem=problem)
+    if asked.texts:
+        return Row(place, _row([names[at] for at in chosen], [cells[at] for at in chosen], asked))
     values = []
     for at in chosen:
-        value = _number(cells[at])
+        value = number(cells[at])
         if value is None:
             shown = repr(cells[at][:_SHOWN_CHARACTERS])
             problem = f"line {line_number}: column {names[at]!r}: {shown} is no number"
-            return Row(number, problem=f"{problem}; leave it out with --columns")
+            return Row(place, problem=f"{problem}; leave it out with --columns")
         values.append(value)
-    return Row(number, values)
+    return Row(place, _row([names[at] for at in chosen], values, asked))
 
 
 def _is_header(cells: Sequence[str]) -> bool:
-    return not any(_number(cell) is not None for cell in cells)
+    return not any(number(cell) is not None for cell in cells)
 
 
-def _number(cell: str) -> int | float | None:
+def number(word: str) -> int | float | None:
     """Whole numbers stay whole; what JSON has no number for is none."""
     with contextlib.suppress(ValueError):
-        return int(cell)
+        return int(word)
     with contextlib.suppress(ValueError):
-        value = float(cell)
+        value = float(word)
         return value if abs(value) < float("inf") else None
     return None
 
@@ -234,11 +237,27 @@ def _json_row(number: int, row: Any, asked: Asked) -> Row:
             places = _chosen(list(row), asked.columns)
         except ValueError as error:
             return Row(number, problem=str(error))
-        values = list(row.values())
-        return Row(number, [values[at] for at in places])
+        names, values = list(row), list(row.values())
+        return Row(number, _row([names[at] for at in places], [values[at] for at in places], asked))
     if row is None:
         return Row(number, problem="null is no row")
     return Row(number, row)
+
+
+def _row(names: Sequence[str], values: Sequence[Any], asked: Asked) -> Any:
+    """Columns that are the model's inputs go by name; one column of vectors is the row itself."""
+    stripped = [name.strip() for name in names]
+    if set(stripped) <= asked.inputs.keys():
+        named = dict(zip(stripped, values, strict=True))
+        return {name: _of_rank(value, asked.inputs[name]) for name, value in named.items()}
+    if len(values) == 1 and isinstance(values[0], list):
+        return values[0]
+    return list(values)
+
+
+def _of_rank(value: Any, rank: int) -> Any:
+    """A number for an input that has a matrix of them, as scikit-learn exports it."""
+    return [value] if rank == 2 and not isinstance(value, list) else value
 
 
 # --- arrays and tables -----------------------------------------------------------------------
@@ -251,8 +270,10 @@ def _npy(content: IO[bytes], asked: Asked) -> Iterator[Row]:
     array = np.load(source, allow_pickle=False)
     if array.ndim == 0:
         raise ValueError("it has no rows, but a single value")
-    for number, row in enumerate(array, start=1):
-        yield Row(number, row.tolist())
+    if len(asked.inputs) == 1 and array.ndim == next(iter(asked.inputs.values())) - 1:
+        array = array[None]  # one row
+    for place, row in enumerate(array, start=1):
+        yield Row(place, row)
 
 
 def _parquet(content: IO[bytes], asked: Asked) -> Iterator[Row]:
@@ -269,12 +290,7 @@ def _parquet(content: IO[bytes], asked: Asked) -> Iterator[Row]:
             if None in values:
                 yield Row(number, problem=f"column {columns[values.index(None)]!r} is null")
             else:
-                yield Row(number, values[0] if _is_one_list(values) else values)
-
-
-def _is_one_list(values: Sequence[Any]) -> bool:
-    """A column of vectors is the row itself."""
-    return len(values) == 1 and isinstance(values[0], list)
+                yield Row(number, _row(columns, values, asked))
 
 
 def arrow(module: str, what: str) -> "ModuleType":
@@ -284,7 +300,7 @@ def arrow(module: str, what: str) -> "ModuleType":
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UnreadableFile(f"{what} needs pyarrow: pip install 'asyncinfer[parquet]'.") from error
+        raise FileRefused(f"{what} needs pyarrow: pip install 'asyncinfer[parquet]'.") from error
 
 
 _READERS: Final[dict[str, Callable[[IO[bytes], Asked], Iterator[Row]]]] = {

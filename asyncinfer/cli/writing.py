@@ -10,7 +10,8 @@ from typing import IO, Any, Final, Protocol
 
 import msgspec
 
-from asyncinfer.cli.reading import UnreadableFile, arrow
+from asyncinfer.cli.reading import arrow
+from asyncinfer.errors import FileRefused
 
 FORMS: Final = ("table", "csv", "json", "ndjson", "parquet")
 _FORM_BY_SUFFIX: Final = {
@@ -46,7 +47,7 @@ def form_of(path: str | None, asked: str | None) -> str:
     suffix = Path(path).suffix.lower()
     if suffix in _FORM_BY_SUFFIX:
         return _FORM_BY_SUFFIX[suffix]
-    raise UnreadableFile(
+    raise FileRefused(
         f"{path}: its name does not tell what to write. Say so with --to: {', '.join(FORMS[1:])}."
     )
 
@@ -56,7 +57,7 @@ def writer(path: str | None, form: str) -> Iterator[Writer]:
     """A file appears under its name once it is whole; until then it is beside it, as .part."""
     if path is None:
         if form == "parquet" and sys.stdout.isatty():
-            raise UnreadableFile("Parquet is not for a terminal: add --output results.parquet.")
+            raise FileRefused("Parquet is not for a terminal: add --output results.parquet.")
         made = _WRITERS[form](sys.stdout.buffer)
         yield made
         made.finish()
@@ -66,7 +67,7 @@ def writer(path: str | None, form: str) -> Iterator[Writer]:
     try:
         content = open(part, "wb")  # noqa: SIM115
     except OSError as error:
-        raise UnreadableFile(f"{path} cannot be written: {error.strerror}.") from error
+        raise FileRefused(f"{path} cannot be written: {error.strerror}.") from error
     with content:
         made = _WRITERS[form](content)
         yield made

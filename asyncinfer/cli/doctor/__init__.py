@@ -17,7 +17,7 @@ _STYLES: Final = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 @options.command(
     "doctor",
     "asyncinfer doctor",
-    "asyncinfer doctor --json | jq '.findings[] | select(.verdict == \"problem\")'",
+    "asyncinfer doctor --json > findings.json",
     "asyncinfer doctor --redis-url redis://127.0.0.1:6379 --model-dir ./model",
 )
 @click.option(
