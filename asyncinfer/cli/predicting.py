@@ -21,7 +21,7 @@ from asyncinfer.cli.progress import Progress, progress
 from asyncinfer.cli.reading import Row
 from asyncinfer.cli.refusing import EXIT_FAILED, complain
 from asyncinfer.cli.writing import Record
-from asyncinfer.errors import AsyncinferError, FileRefused, RequestError
+from asyncinfer.errors import AsyncinferError, Fault, FileRefused, RequestError
 
 if TYPE_CHECKING:
     from asyncinfer.client import Model
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 _RETRIES: Final = 5
 """A server that restarts is waited for, about a minute."""
 
-_PLACE: Final = re.compile(r"/data/\d+/?([\d/]*): |\brow \d+ (?=has )")
+_PLACE: Final = re.compile(r"/data/\d+/?([\d/]*)\Z")
+_ITS_ROW: Final = re.compile(r"\Arow \d+ (?=has )")
 _TOLD_ERRORS: Final = 100
 """So many rows have a line of their own on stderr; the output has all."""
 
@@ -163,7 +164,15 @@ def _refuse_no_server(error: AsyncinferError) -> None:
 
 def _detail(error: AsyncinferError) -> str:
     """Without the row's place in its job, which nobody knows."""
-    return _PLACE.sub(lambda found: f"value at {found[1]}: " if found[1] else "", error.detail)
+    faults = error.faults if isinstance(error, RequestError) else ()
+    return "; ".join(map(_fault, faults)) or error.detail
+
+
+def _fault(fault: Fault) -> str:
+    detail = _ITS_ROW.sub("", fault.detail)
+    found = _PLACE.fullmatch(fault.pointer)
+    place = found[1] if found else fault.pointer
+    return f"value at {place}: {detail}" if place else detail
 
 
 def _plain(value: Any) -> Any:

@@ -28,10 +28,10 @@ async def examine_redis(url: str, queue_name: str) -> list[Finding]:
     except AsyncinferError as error:
         mend = f"start it, or set REDIS_URL to one that answers: redis-cli -u {shown} PING"
         return [problem("Redis", f"{shown}: {error.detail}", mend)]
-    return list(_findings(found, shown))
+    return list(findings_of(found, shown))
 
 
-def _findings(found: Vitals, url: str) -> Iterator[Finding]:
+def findings_of(found: Vitals, url: str) -> Iterator[Finding]:
     yield _server(found, url)
     if found.is_replica:
         yield problem(
