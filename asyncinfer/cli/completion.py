@@ -12,7 +12,6 @@ _SHELLS = ("bash", "zsh", "fish")
     "completion",
     "asyncinfer completion bash > ~/.asyncinfer.bash    # then: source ~/.asyncinfer.bash",
     "mkdir -p ~/.zfunc && asyncinfer completion zsh > ~/.zfunc/_asyncinfer",
-    "mkdir -p ~/.config/fish/completions",
     "asyncinfer completion fish > ~/.config/fish/completions/asyncinfer.fish",
 )
 @click.argument("shell", type=click.Choice(_SHELLS))

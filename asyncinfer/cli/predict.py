@@ -82,11 +82,12 @@ def predict(
     as_json: bool,
     server: Server,
 ) -> int:
-    """Run rows of a file, of stdin (-) or of the command line.
+    """Run rows of a file, of stdin or of the command line.
 
-    A file is CSV, JSON, NDJSON (.jsonl), NPY or Parquet. Answers come in the order of the rows,
-    each with the number of its row, from 1. A row that fails is told on stderr, has an `error` in
-    the output, and makes the exit code 1. Ctrl-C cancels what is not done, and says how to go on.
+    FILE is CSV, JSON, NDJSON (.jsonl), NPY or Parquet, - stdin. Answers come in the order of the
+    rows, each with the number of its row, from 1. A row that fails is told on stderr, has an
+    `error` in the output, and makes the exit code 1. Ctrl-C cancels what is not done, and says how
+    to go on. While the queue is full or the server restarts, it waits.
     """
     from asyncinfer.cli import predicting
 

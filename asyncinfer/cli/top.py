@@ -50,11 +50,11 @@ def top(
     server: Server,
     as_json: bool,
 ) -> None:
-    """Watch queues and workers, live; q or Ctrl-C leaves.
+    """Watch queues and workers, live.
 
-    Rates are jobs a second over the last minute or less, WAIT and RUN the 50th and 95th percentile
-    of the jobs that ended last, AGE that of the job that waits longest. With --json, one object a
-    line.
+    q or Ctrl-C leaves it. Rates are jobs a second over the last minute or less, WAIT and RUN the
+    50th and 95th percentile of the jobs that ended last, AGE that of the job that waits longest.
+    With --json, one object a line.
     """
     from asyncinfer.cli.watching import http, redis, watch
 

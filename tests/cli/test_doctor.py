@@ -34,6 +34,14 @@ FINE = Vitals(
 )
 
 
+@pytest.fixture(autouse=True)
+def one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small one, which is loaded in a moment."""
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "tiny.onnx").write_bytes(zoo.mlp([3, 2]).SerializeToString())
+    monkeypatch.setenv("MODEL_DIR", str(tmp_path / "small"))
+
+
 def found(about: str, **vitals: Any) -> Finding:
     findings = findings_of(msgspec.structs.replace(FINE, **vitals), "redis://h:6379")
     return next(one for one in findings if one.about == about)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,7 +14,6 @@ import pytest
 
 from asyncinfer.cli.commands import SECTIONS, commands
 from asyncinfer.cli.refusing import EXIT_CODES
-from asyncinfer.testing import Running
 from tests.test_cli import free_port
 from tests.test_readme import is_up, shell
 
@@ -43,7 +43,9 @@ def folder(tmp_path: Path, flowers: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     """Where a reader types: with the files that the examples name."""
     (tmp_path / "rows.ndjson").write_text("[5.1, 3.5, 1.4, 0.2]\n[6.7, 3.0, 5.2, 2.3]\n")
     (tmp_path / "model").symlink_to(Path(__file__).parents[2] / "model")
+    (tmp_path / ".config" / "fish" / "completions").mkdir(parents=True)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
@@ -71,7 +73,9 @@ def test_an_example_works_as_it_is_shown(
     if name in ("serve", "work"):
         starts(line.replace("8001", str(free_port())), folder, redis_url)
         return
-    ran = piped(line, folder)
+    # A shell takes a moment to start.
+    is_plain = line.startswith("asyncinfer ") and not any(it in line for it in "|>~&")
+    ran = told(*shlex.split(line, comments=True)[1:]) if is_plain else piped(line, folder)
     # A doctor that finds a Redis without persistence says so.
     assert ran.code == 0 or (name == "doctor" and "no persistence" not in ran.err), ran
     assert "Traceback" not in ran.err
@@ -164,7 +168,7 @@ def test_help_loads_neither_tables_nor_numbers_nor_networks() -> None:
     assert json.loads(ran.stderr) == []
 
 
-def test_a_worker_that_has_nothing_to_parse_loads_no_parser(running: Running) -> None:
+def test_a_worker_that_has_nothing_to_parse_loads_no_parser() -> None:
     code = (
         "import sys; from asyncinfer.cli import main\nprint(main(['work']), 'click' in sys.modules)"
     )

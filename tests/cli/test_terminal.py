@@ -41,6 +41,7 @@ def at_a_terminal(
         env=environ,
         cwd=cwd,
         start_new_session=True,
+        preexec_fn=_take_terminal,
     ) as process:
         os.close(theirs)
         text = ""
@@ -53,18 +54,28 @@ def at_a_terminal(
             if typed and until in text:
                 os.write(ours, typed.encode())
                 typed = ""
+        else:
+            process.kill()
         os.close(ours)
-        return Shown(process.wait(5), text)
+        return Shown(process.wait(SECONDS), text)
 
 
 def _read(terminal: int) -> str | None:
     """None once nobody writes any more."""
-    if not select.select([terminal], [], [], SECONDS)[0]:
-        return None
+    if not select.select([terminal], [], [], 0.2)[0]:
+        return ""
     try:
-        return os.read(terminal, 65536).decode(errors="replace") or None
+        return os.read(terminal, 65536).decode(errors="replace")
     except OSError:
         return None
+
+
+def _take_terminal() -> None:
+    """Its Ctrl-C is for the program."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def _resize(terminal: int, columns: int) -> None:

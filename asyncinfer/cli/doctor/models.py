@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 
+import anyio
+
 from asyncinfer import models
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
 from asyncinfer.cli.showing import size
+from asyncinfer.cores import cores
 from asyncinfer.models import ModelFile
 from asyncinfer.worker.library import Source
 from asyncinfer.worker.trial import trial
@@ -23,9 +26,17 @@ async def examine_models(source: Source, *, allow_custom_ops: bool) -> list[Find
     if missing:
         mend = f"set MODELS to some of {', '.join(sorted({file.model for file in files}))}"
         found.append(problem("models", f"MODELS names {', '.join(missing)}: not there", mend))
-    return found + [
-        await _examine(file, files, allow_custom_ops=allow_custom_ops) for file in files
-    ]
+    at_once = anyio.CapacityLimiter(cores())
+    verdicts: dict[int, Finding] = {}
+
+    async def look(place: int, file: ModelFile) -> None:
+        async with at_once:
+            verdicts[place] = await _examine(file, files, allow_custom_ops=allow_custom_ops)
+
+    async with anyio.create_task_group() as group:
+        for place, file in enumerate(files):
+            group.start_soon(look, place, file)
+    return found + [verdicts[place] for place in sorted(verdicts)]
 
 
 async def _examine(

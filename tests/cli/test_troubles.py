@@ -1,0 +1,114 @@
+"""A key that is wrong, a queue that is full, a server that restarts: one line, and nothing lost."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from asyncinfer import access
+from asyncinfer.testing import Running, service
+from tests.faults.harness import eventually_sync
+from tests.test_cli import answer_of, free_port, serving
+
+from .told import Told, complaint, told
+
+ROW = "5.1,3.5,1.4,0.2\n"
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, str]]:
+    """A service with keys and little room, and a key that may only read."""
+    reader = access.new_key()
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text(access.entry_of(reader, "default", "read").line() + "\n")
+    with service(api_keys=keys, max_queue=3) as running:
+        yield running, reader
+
+
+@pytest.fixture
+def reader(guarded: tuple[Running, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Their key is not in the environment yet."""
+    monkeypatch.setenv("ASYNCINFER_URL", guarded[0].url)
+    return guarded[1]
+
+
+@pytest.fixture
+def master(guarded: tuple[Running, str], reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert guarded[0].api_key
+    monkeypatch.setenv("ASYNCINFER_API_KEY", guarded[0].api_key)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("jobs",),
+        ("models",),
+        ("top",),
+        ("predict", "1", "2", "3", "4"),
+        ("bench",),
+        ("cancel", "x"),
+    ],
+    ids=lambda argv: str(argv[0]),
+)
+def test_without_a_key_or_with_a_wrong_one_nobody_is_let_in(
+    argv: tuple[str, ...], reader: str
+) -> None:
+    for more in ((), ("--api-key", "ai_wrong")):
+        said = complaint(told(*argv, *more), 3)
+        assert "ASYNCINFER_API_KEY" in said
+
+
+def test_a_key_without_the_scope_is_refused(reader: str) -> None:
+    key = ("--api-key", reader)
+
+    assert told("jobs", *key).code == 0
+    assert "admin" in complaint(told("pause", "iris", *key), 3)
+    assert "submit" in complaint(told("cancel", "x", *key), 3)
+
+
+def test_the_doctor_says_that_a_key_is_needed(reader: str) -> None:
+    ran = told("doctor")
+
+    assert "warning  API key" in ran.out or "problem  API" in ran.out
+    assert "ASYNCINFER_API_KEY" in ran.out
+
+
+def test_a_full_queue_is_waited_for_and_no_row_is_lost(master: None, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(ROW * 40)
+    argv = ("-m", "asyncinfer", "predict", "rows.csv", "--batch", "1", "--in-flight", "16")
+    told("pause", "iris")
+    with subprocess.Popen(
+        [sys.executable, *argv], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        eventually_sync(lambda: len(told("jobs", "--json").json) >= 3, "the queue is full")
+        told("resume", "iris")
+        out, err = process.communicate(timeout=30)
+    ran = Told(process.returncode, out.decode(), err.decode())
+
+    assert ran.code == 0, ran.err
+    assert [row["row"] for row in ran.rows] == list(range(1, 41))
+
+
+@pytest.mark.soak
+def test_a_server_that_restarts_in_the_middle_loses_no_row(tmp_path: Path) -> None:
+    port, data_dir = str(free_port()), str(tmp_path / "data")
+    (tmp_path / "rows.csv").write_text(ROW * 100_000)
+    argv = ("-m", "asyncinfer", "predict", "rows.csv", "--url", f"http://127.0.0.1:{port}")
+    with serving("--port", port, DATA_DIR=data_dir) as serve:
+        answer_of(serve)
+        process = subprocess.Popen(
+            [sys.executable, *argv, "-o", "answers.ndjson"],
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        part = tmp_path / "answers.ndjson.part"
+        eventually_sync(lambda: part.exists() and part.stat().st_size > 100_000, "it is under way")
+        serve.process.kill()
+    with process, serving("--port", port, DATA_DIR=data_dir):
+        assert process.wait(90) == 0, process.stderr and process.stderr.read()
+    lines = (tmp_path / "answers.ndjson").read_text().splitlines()
+    assert len(lines) == 100_000
+    assert not any('"error"' in line for line in lines)
