@@ -54,13 +54,16 @@ from asyncinfer.schemas import (
     Job,
     JobList,
     JobsQuery,
+    LineProblem,
     Model,
     ModelList,
     NoQuery,
     Pause,
+    PredictLine,
     PredictRequest,
     ResultQuery,
     Scale,
+    TensorLine,
     TensorRequest,
     Validated,
     WaitQuery,
@@ -90,6 +93,9 @@ class Route(Struct, frozen=True, kw_only=True):
     binary_bodies: tuple[str, ...] = ()
     """Media types of bodies that are not JSON, and of answers."""
     binary_answers: tuple[str, ...] = ()
+    line_bodies: tuple[type[Struct], ...] = ()
+    """What a line may be, where many requests may be sent, one a line; and of the answer."""
+    line_answers: tuple[type[Struct], ...] = ()
     query: type[Struct] = NoQuery
     headers: tuple[HeaderParameter, ...] = ()
     errors: Errors = ()
@@ -108,6 +114,8 @@ _JSON_LENGTH = HeaderParameter(
     "[0-9]+",
 )
 _INPUTS: Final = (PredictRequest, TensorRequest)
+_LINES: Final = (PredictLine, TensorLine)
+_LINE_ANSWERS: Final = (Accepted, Job, LineProblem)
 _BINARY: Final = (BINARY, NPY)
 
 _JOB: Final[Errors] = (JobNotFound, JobExpired, RedisUnavailable)
@@ -141,6 +149,8 @@ ROUTES: Final = (
         bodies=_INPUTS,
         binary_bodies=_BINARY,
         binary_answers=_BINARY,
+        line_bodies=_LINES,
+        line_answers=_LINE_ANSWERS,
         query=AskedOptions,
         headers=(_PREFER, _IDEMPOTENCY_KEY, _JSON_LENGTH),
         answers={200: Job, 202: Accepted},
@@ -154,6 +164,8 @@ ROUTES: Final = (
         bodies=_INPUTS,
         binary_bodies=_BINARY,
         binary_answers=_BINARY,
+        line_bodies=_LINES,
+        line_answers=_LINE_ANSWERS,
         query=AskedOptions,
         headers=(_PREFER, _IDEMPOTENCY_KEY, _JSON_LENGTH),
         answers={200: Job, 202: Accepted},
