@@ -26,11 +26,6 @@ class Lines:
         """The pieces of the line that has not ended yet."""
         self._begun_bytes = 0
 
-    @property
-    def number(self) -> int:
-        """Of the line that has not ended yet."""
-        return self._number + 1
-
     def cut(self, data: bytes) -> Iterator[Line]:
         """The lines that end in `data`."""
         *ended, begun = data.split(b"\n")

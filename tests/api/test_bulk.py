@@ -1,8 +1,10 @@
 """POST /predict with one request a line: each is answered at its place, whatever the others are."""
 
 import asyncio
+import gc
 import random
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from asyncinfer import keys
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.lines import Lines
+from asyncinfer.inbox import Ticket
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Policy, Store
 from tests.faults.harness import eventually
@@ -158,9 +161,13 @@ def test_lines_are_the_same_however_their_bytes_were_split(
 
 def test_a_line_that_never_ends_is_not_kept() -> None:
     lines = Lines(10)
-    for _ in range(1000):
-        assert not list(lines.cut(b"x" * 1000))
-    assert not lines._begun
+    piece = b"x" * 10_000
+    tracemalloc.start()
+    for _ in range(100):
+        assert not list(lines.cut(piece))
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 100_000
     assert [(one.number, one.text) for one in lines.cut(b"\nok\n")] == [(1, None), (2, b"ok")]
 
 
@@ -431,9 +438,15 @@ async def test_a_client_that_leaves_is_waited_for_no_longer(
         await talk.say((GOOD + b"\n") * 100)
         await talk.head()
         await eventually(lambda: server.llen(QUEUE) == 100, "the jobs wait")
+        await eventually(lambda: _tickets() > 0, "they are waited for")
         talk.leave()
-    # The fixture's end waits for the connection; the jobs go on.
+    await eventually(lambda: not _tickets(), "nobody waits any longer")
     await hand.complete()
+
+
+def _tickets() -> int:
+    gc.collect()
+    return sum(isinstance(one, Ticket) for one in gc.get_objects())
 
 
 async def test_a_stopping_api_answers_what_it_has_read(
@@ -445,13 +458,34 @@ async def test_a_stopping_api_answers_what_it_has_read(
         text = (GOOD + b"\n") * 100
         writer.write(CHUNKED + b"Prefer: wait=60\r\n\r\n%x\r\n%b\r\n" % (len(text), text))
         await eventually(lambda: server.llen(QUEUE) == 100, "the jobs wait")
-    async with asyncio.timeout(5):
-        answer = await reader.read()
-    writer.close()
+        reading = asyncio.create_task(_all_of(reader, writer))
+    answer = await reading
     assert answer.endswith(b"\r\n0\r\n\r\n")
     assert answer.count(b'"status":"pending"') == 100
     assert b'"code":"server_stopping"' in answer
     assert b'"line":101' in answer
+
+
+async def test_a_wait_that_redis_breaks_off_still_names_its_jobs(
+    behind: Road, server: redis.Redis
+) -> None:
+    async with talking(behind.port, b"Prefer: wait=1\r\n") as talk:
+        await talk.head()
+        await talk.say((GOOD + b"\n") * 70)
+        await eventually(lambda: server.hlen(keys.facts(QUEUE)) == 64, "the first are signed up")
+        behind.proxy.black_hole()
+        answers = [await talk.hear() or {} for _ in range(70)]
+        behind.proxy.restore()
+        talk.end()
+    assert {one["job_id"].encode() for one in answers} == set(server.lrange(QUEUE, 0, -1))
+    assert {one["status"] for one in answers} == {"pending"}
+
+
+async def _all_of(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+    async with asyncio.timeout(5):
+        answer = await reader.read()
+    writer.close()
+    return answer
 
 
 # --- clients and their ways ------------------------------------------------------------------
@@ -533,6 +567,31 @@ async def test_a_connection_is_used_again(port: int) -> None:
         for _ in range(3):
             await post_lines(client, [GOOD])
             await submit(client)
+
+
+@pytest.mark.soak
+async def test_answers_that_nobody_takes_are_bounded(port: int) -> None:
+    text = b"x\n" * 10_000
+    async with talking(port) as talk:
+        reading = asyncio.ensure_future(_heard(talk, 200_000))
+        for _ in range(20):
+            await talk.say(text)
+        await reading
+        talk.end()
+    async with talking(port) as talk:
+        with pytest.raises(ConnectionError):
+            await _say_for_ever(talk, text)
+
+
+async def _say_for_ever(talk: Talk, text: bytes) -> None:
+    while True:
+        await talk.say(text)
+
+
+async def _heard(talk: Talk, lines: int) -> None:
+    await talk.head()
+    for number in range(1, lines + 1):
+        assert (await talk.hear() or {})["line"] == number
 
 
 # --- without Redis ---------------------------------------------------------------------------
