@@ -262,6 +262,7 @@ async def test_ten_thousand_lines_with_wrong_ones_among_them(
             assert (answer["line"], answer["code"]) == (number, WRONG[code][2])
     taken = [one["job_id"].encode() for one in answers if "job_id" in one]
     assert server.lrange(QUEUE, 0, -1) == taken[::-1]
+    server.flushall()
 
 
 async def test_blank_lines_and_either_line_end_are_taken(api: httpx2.AsyncClient) -> None:
@@ -504,6 +505,7 @@ async def test_a_client_that_sends_all_before_it_reads_is_not_locked_out(
         answer = await reader.read()
     writer.close()
     assert answer.count(b'"status":"pending"') == 20_000
+    server.flushall()
 
 
 async def test_a_body_that_is_made_while_it_is_sent_is_taken(api: httpx2.AsyncClient) -> None:
