@@ -136,10 +136,11 @@ class Inbox:
     async def _stay(self) -> None:
         """Makes the stream where it is not there; with memory full that has to wait."""
         alive = ("MAXLEN", "~", 10_000, "*", "", "alive")
+        expire = ("EXPIRE", self.name, _TTL_SECONDS)
         with contextlib.suppress(StorageFull):
-            if not await self._store.command("EXPIRE", self.name, _TTL_SECONDS):
-                await self._store.command("XADD", self.name, *alive)
-                await self._store.command("EXPIRE", self.name, _TTL_SECONDS)
+            if not await self._store.command(*expire):
+                # In one step: who dies between the two would leave a stream for ever.
+                await self._store.together(("XADD", self.name, *alive), expire)
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
