@@ -69,7 +69,7 @@ def steps(console: str) -> Iterator[Step]:
 
 
 def as_shown(answer: str, ids: Mapping[str, str], digits: int = 4) -> str:
-    """An answer as the README would print it: names of jobs and workers and times are those of the day."""
+    """An answer as the README would print it: names and times are those of the day."""
     for real, told in ids.items():
         answer = answer.replace(real, told)
     answer = re.sub(r'"worker":"[^"]+"', '"worker":"WORKER"', answer)
