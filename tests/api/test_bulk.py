@@ -439,7 +439,7 @@ async def test_a_client_that_leaves_is_waited_for_no_longer(
         await talk.say((GOOD + b"\n") * 100)
         await talk.head()
         await eventually(lambda: server.llen(QUEUE) == 100, "the jobs wait")
-        await eventually(lambda: _tickets() > 0, "they are waited for")
+        await eventually(lambda: server.hlen(keys.facts(QUEUE)) > 0, "they are waited for")
         talk.leave()
     await eventually(lambda: not _tickets(), "nobody waits any longer")
     await hand.complete()
