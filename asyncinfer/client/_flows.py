@@ -55,6 +55,8 @@ class Server(Struct):
     timeout_seconds: float
     retries: int
     models: dict[str | None, tuple[float, Model]] = {}
+    takes_lines: bool = True
+    """Until it says that it does not: a server of an earlier release."""
 
 
 class Submission(Struct, frozen=True, kw_only=True):

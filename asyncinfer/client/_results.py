@@ -123,7 +123,7 @@ class Results(Iterator[Any]):
         except (StopIteration, IndexError):
             return _none()
         plan = self._driver.run(_plan(self._server, first, self._asked))
-        blocks = columns.blocks(plan.batch) if columns else blocks_of(rest, plan.batch)
+        blocks = columns.blocks(plan.block) if columns else blocks_of(rest, plan.block)
         return self._run(plan, blocks, len(columns) if columns else total)
 
     def _run(
@@ -205,9 +205,9 @@ class AsyncResults(AsyncIterator[Any]):
             return
         plan = await self._driver.run(_plan(self._server, first, self._asked))
         if columns:
-            blocks, total = _as_async(columns.blocks(plan.batch)), len(columns)
+            blocks, total = _as_async(columns.blocks(plan.block)), len(columns)
         else:
-            blocks = ablocks_of(_chained(first, source), plan.batch)
+            blocks = ablocks_of(_chained(first, source), plan.block)
         async for value in self._run(plan, blocks, total):
             yield value
 
@@ -256,10 +256,10 @@ def _go_on(group: str) -> str:
 
 def _of_row(error: AsyncinferError, row: int) -> AsyncinferError:
     """An error of its own for each row, since one may be that of a whole job."""
-    own = type(error).__new__(type(error), *error.args)
+    own = type(error).__new__(type(error))
     own.__dict__.update(error.__dict__)
+    own.args = (f"Row {row}: {error}",)
     own.row = row
-    own.add_note(f"Row {row} of the map.")
     return own
 
 
