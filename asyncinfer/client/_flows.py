@@ -24,7 +24,7 @@ Status = Literal["pending", "processing", "completed", "failed", "cancelled"]
 View = dict[str, Any]
 """A job as the server shows it."""
 
-_AGAIN: Final = frozenset({429, 502, 503, 504})
+AGAIN: Final = frozenset({429, 502, 503, 504})
 _BACKOFF_SECONDS: Final = 0.5
 _BACKOFF_CAP_SECONDS: Final = 30.0
 _WAIT_SECONDS: Final = 30
@@ -86,7 +86,7 @@ def ask(
     attempt = 0
     while True:
         told = yield from exchange(request)
-        if isinstance(told, Response) and told.status not in _AGAIN:
+        if isinstance(told, Response) and told.status not in AGAIN:
             return told
         pause = _pause_seconds(attempt, told)
         due = time.monotonic() + pause
@@ -301,6 +301,12 @@ def wait(
         if left <= 0 and view["status"] not in jobs.TERMINAL:
             return (yield from _give_up(server, view, cancel=cancel_on_timeout))
     return view
+
+
+def doubted(view: View) -> View:
+    """As a view that may be old: only what completed stays so, the rest may have been retried."""
+    is_final = view["status"] == "completed"
+    return view if is_final else {"job_id": view["job_id"], "status": "pending"}
 
 
 def is_whole(view: View) -> bool:

@@ -6,7 +6,7 @@ that one flow serves threads and event loops.
 """
 
 from collections.abc import Generator, Mapping
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from msgspec import Struct
 
@@ -38,6 +38,14 @@ class Lost(Struct, frozen=True):
     reason: str
     stranger: bool = False
     """Nothing ever answered at this URL: more likely wrong than away."""
+
+
+class Event(Struct, frozen=True):
+    """`name` is a job's new status, or snapshot, progress, done, gap; `data` what it says."""
+
+    name: str
+    data: Any
+    id: str = ""
 
 
 Asked: TypeAlias = Request | Pause
