@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _CONNECT_SECONDS: Final = 5.0
 _NO_WAY: Final = frozenset({"ConnectError", "ConnectTimeout", "UnsupportedProtocol"})
 _REASONS: Final = {
+    "ConnectError": "nothing listens there, or the name is not known",
     "ConnectTimeout": f"no connection within {_CONNECT_SECONDS:g} s",
     "ReadTimeout": "the connection is open, but silent",
     "WriteTimeout": "the connection is open, but takes nothing",
@@ -201,5 +202,6 @@ def _event(one: "httpx2.ServerSentEvent") -> Event:
 
 def _lost(error: Exception, answered: bool) -> Lost:
     kind, told = type(error).__name__, str(error).strip().rstrip(".")
-    cut = kind not in _NO_WAY and "disconnected" in (told or "disconnected")
-    return Lost(_REASONS.get(kind) or told or "it was cut", stranger=not (answered or cut))
+    is_cut = kind not in _NO_WAY and "disconnected" in (told or "disconnected")
+    reason = _REASONS.get(kind) or told or "the connection was cut"
+    return Lost(reason, hopeless=not (answered or is_cut), first=not answered)

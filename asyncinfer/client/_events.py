@@ -10,7 +10,7 @@ from urllib.parse import quote, urlencode
 
 from asyncinfer.client._drivers import AsyncDriver, Driver
 from asyncinfer.client._errors import error_of, lost, retry_after
-from asyncinfer.client._flows import AGAIN, Server
+from asyncinfer.client._flows import AGAIN, Server, is_hopeless
 from asyncinfer.client._wire import Event, Lost, Request, Response
 
 _SILENCE_SECONDS: Final = 45.0
@@ -64,8 +64,7 @@ class Story:
 
     def _lose(self, told: Response | Lost) -> None:
         self._losses += 1
-        hopeless = isinstance(told, Lost) and told.stranger
-        if hopeless or self._losses > self._server.retries:
+        if is_hopeless(told, self._losses) or self._losses > self._server.retries:
             if isinstance(told, Lost):
                 raise lost(told.reason, self._server.url)
             raise error_of(told, self._server.url)

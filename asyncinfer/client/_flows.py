@@ -24,6 +24,7 @@ Status = Literal["pending", "processing", "completed", "failed", "cancelled"]
 View = dict[str, Any]
 """A job as the server shows it."""
 
+_FIRST_TRIES: Final = 3
 AGAIN: Final = frozenset({429, 502, 503, 504})
 _BACKOFF_SECONDS: Final = 0.5
 _BACKOFF_CAP_SECONDS: Final = 30.0
@@ -93,7 +94,7 @@ def ask(
         is_full = isinstance(told, Response) and told.status == 429
         if not (is_full and due < patient_until):
             attempt += 1
-        if attempt > server.retries or due > until or _is_hopeless(told):
+        if attempt > server.retries or due > until or is_hopeless(told, attempt):
             break
         yield Pause(pause)
     if isinstance(told, Lost):
@@ -101,8 +102,9 @@ def ask(
     return told
 
 
-def _is_hopeless(told: Response | Lost) -> bool:
-    return isinstance(told, Lost) and told.stranger
+def is_hopeless(told: Response | Lost, losses: int) -> bool:
+    """A first answer may be cut as any other, but not again and again."""
+    return isinstance(told, Lost) and (told.hopeless or (told.first and losses >= _FIRST_TRIES))
 
 
 def ask_json(server: Server, request: Request, *, until: float = math.inf) -> Flow[Any]:

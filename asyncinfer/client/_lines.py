@@ -11,7 +11,8 @@ from asyncinfer.client._flows import Server, Submission, ask
 from asyncinfer.client._inputs import is_plain, json_body
 from asyncinfer.client._wire import Flow, Request
 
-MOST_LINES: Final = 64
+MOST_LINES: Final = 16
+"""With 8 requests in flight as many as share a run; and results of slow models keep coming."""
 
 _NDJSON: Final = "application/x-ndjson"
 _WAIT_SECONDS: Final = 30

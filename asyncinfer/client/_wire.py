@@ -36,8 +36,10 @@ class Lost(Struct, frozen=True):
     """No answer came, and the request may or may not have arrived."""
 
     reason: str
-    stranger: bool = False
-    """Nothing ever answered at this URL: more likely wrong than away."""
+    hopeless: bool = False
+    """Nothing ever answered at this URL, and nothing listens there: more likely wrong than away."""
+    first: bool = False
+    """Nothing ever answered at this URL."""
 
 
 class Event(Struct, frozen=True):
