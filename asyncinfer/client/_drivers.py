@@ -1,6 +1,5 @@
 """Carries out what flows ask: with threads, or in an event loop. The only door to httpx2."""
 
-import asyncio
 import threading
 import time
 from collections.abc import AsyncGenerator, Generator
@@ -137,6 +136,8 @@ class AsyncDriver:
 
     async def _carry_out(self, asked: Request | Pause) -> Told:
         if isinstance(asked, Pause):
+            import asyncio
+
             await asyncio.sleep(asked.seconds)
             return None
         return await self.exchange(asked)

@@ -1,6 +1,5 @@
 """Changes as they happen, from server-sent events: followed, and taken up again after a cut."""
 
-import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -84,6 +83,8 @@ def follow(driver: Driver, story: Story) -> Iterator[Event]:
 
 
 async def afollow(driver: AsyncDriver, story: Story) -> AsyncIterator[Event]:
+    import asyncio
+
     while not story.over:
         async with aclosing(driver.events(story.request())) as stream:
             async for told in stream:

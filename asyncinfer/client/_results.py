@@ -10,12 +10,12 @@ from collections.abc import (
     Mapping,
     Sized,
 )
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from msgspec import Struct
 
 from asyncinfer.client import _mapping
-from asyncinfer.client._crew import AsyncCrew, Crew, Done
+from asyncinfer.client._crew import Crew, Done
 from asyncinfer.client._drivers import AsyncDriver, Driver
 from asyncinfer.client._errors import ConnectionFailed
 from asyncinfer.client._flows import Server
@@ -23,6 +23,9 @@ from asyncinfer.client._mapping import Plan
 from asyncinfer.client._progress import Progress, progress
 from asyncinfer.client._rows import Block, ablocks_of, blocks_of, columns_of, peeked
 from asyncinfer.errors import AsyncinferError
+
+if TYPE_CHECKING:
+    from asyncinfer.client._tasks import AsyncCrew
 
 OnError = Literal["raise", "return"]
 
@@ -214,6 +217,8 @@ class AsyncResults(AsyncIterator[Any]):
     async def _run(
         self, plan: Plan, blocks: AsyncIterator[Block], total: int | None
     ) -> AsyncGenerator[Any, None]:
+        from asyncinfer.client._tasks import AsyncCrew
+
         crew = AsyncCrew(self._driver, self._asked.in_flight)
         bar = progress(self._asked.progress, total, self.group)
         try:
@@ -238,7 +243,7 @@ class AsyncResults(AsyncIterator[Any]):
             await crew.leave()
             bar.close()
 
-    async def _cancel(self, crew: AsyncCrew) -> None:
+    async def _cancel(self, crew: "AsyncCrew") -> None:
         await self._driver.run(_mapping.cancel(self._server, self.group))
         await crew.leave()
         # What was on its way when the others were cancelled.

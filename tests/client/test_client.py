@@ -58,11 +58,12 @@ def test_both_colours_have_the_same_methods(sync: type, asynchronous: type) -> N
 
 def test_importing_it_loads_nothing_heavy_and_is_quick() -> None:
     heavy = ["numpy", "httpx2", "tqdm", "onnxruntime", "starlette", "redis", "pandas", "polars"]
+    heavy += ["asyncio"]
     code = (
         "import sys, time\n"
-        "begun = time.perf_counter()\n"
+        "begun = time.process_time()\n"
         "import asyncinfer.client\n"
-        f"print(time.perf_counter() - begun, *(one for one in {heavy} if one in sys.modules))"
+        f"print(time.process_time() - begun, *(one for one in {heavy} if one in sys.modules))"
     )
     told = min(
         (subprocess.check_output([sys.executable, "-c", code], text=True) for _ in range(3)),
