@@ -21,6 +21,8 @@ class AsyncinferError(Exception):
     """The base of every error this package raises; `code` is stable, for machines."""
 
     code: ClassVar[str] = "internal_error"
+    row: int | None = None
+    """In a client's map, the number of the row that has it."""
 
     def __init__(self, detail: str) -> None:
         super().__init__(detail)

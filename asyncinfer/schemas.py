@@ -366,6 +366,11 @@ class Model(Struct, frozen=True, kw_only=True):
     description: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    input_axes: Annotated[
+        tuple[int | None, ...],
+        Meta(description="Where jobs share runs: per input the axis that counts rows."),
+    ]
+    output_axes: Annotated[tuple[int | None, ...], Meta(description="The same of the outputs.")]
     symbols: Annotated[
         dict[str, list[str]],
         Meta(description="Open dimensions by name: where they are, equal in one request."),

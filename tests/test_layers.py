@@ -63,6 +63,8 @@ DOORS = {
     "httptools": "api",
     "platformdirs": "cli",
     "argparse": "cli",
+    "httpx2": "client",
+    "tqdm": "client",
     "pytest": "testing",
 }
 

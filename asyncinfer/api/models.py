@@ -149,6 +149,8 @@ def _view(served: Served, workers: Workers, *, is_default: bool, paused: bool) -
         description=signature.description,
         inputs=signature.inputs,
         outputs=signature.outputs,
+        input_axes=signature.input_axes,
+        output_axes=signature.output_axes,
         labels=signature.labels,
         batched=signature.batched,
         batching=signature.batching,

@@ -1,0 +1,75 @@
+"""Predictions from Python: `Client` for scripts and notebooks, `AsyncClient` for event loops.
+
+Importing it loads no server, no model runtime, and not yet numpy or an HTTP library.
+"""
+
+from asyncinfer.client._async_client import AsyncClient
+from asyncinfer.client._client import Client
+from asyncinfer.client._errors import (
+    CannotSend,
+    ClientClosed,
+    ConnectionFailed,
+    NotAsyncinfer,
+    UnknownAnswer,
+    WaitTimeout,
+    WrongAddress,
+)
+from asyncinfer.client._groups import AsyncGroup, Group
+from asyncinfer.client._jobs import AsyncJob, Job
+from asyncinfer.client._models import Model, TensorInfo
+from asyncinfer.client._wire import Event
+from asyncinfer.errors import (
+    AsyncinferError,
+    Forbidden,
+    IdempotencyConflict,
+    InvalidInput,
+    JobCancelled,
+    JobExpired,
+    JobFailed,
+    JobFinished,
+    JobNotFound,
+    JobNotRetryable,
+    ModelNotFound,
+    NoModelAnnounced,
+    QueueFull,
+    RedisUnavailable,
+    RequestError,
+    Unauthorized,
+    VersionNotFound,
+)
+
+__all__ = [
+    "AsyncClient",
+    "AsyncGroup",
+    "AsyncJob",
+    "AsyncinferError",
+    "CannotSend",
+    "Client",
+    "ClientClosed",
+    "ConnectionFailed",
+    "Event",
+    "Forbidden",
+    "Group",
+    "IdempotencyConflict",
+    "InvalidInput",
+    "Job",
+    "JobCancelled",
+    "JobExpired",
+    "JobFailed",
+    "JobFinished",
+    "JobNotFound",
+    "JobNotRetryable",
+    "Model",
+    "ModelNotFound",
+    "NoModelAnnounced",
+    "NotAsyncinfer",
+    "QueueFull",
+    "RedisUnavailable",
+    "RequestError",
+    "TensorInfo",
+    "Unauthorized",
+    "UnknownAnswer",
+    "VersionNotFound",
+    "WaitTimeout",
+    "WrongAddress",
+]

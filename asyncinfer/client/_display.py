@@ -1,0 +1,114 @@
+"""Jobs, models and groups as small cards of HTML, for notebooks; everything is escaped.
+
+Colours come from the page (`currentColor`, transparency), so that light and dark themes both do.
+"""
+
+from collections.abc import Iterable, Mapping
+from html import escape
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+if TYPE_CHECKING:
+    from asyncinfer.client._models import Model, TensorInfo
+
+_CARD: Final = (
+    "display:inline-block;border:1px solid rgba(128,128,128,.4);border-radius:6px;"
+    "padding:.5em .8em;font-size:.9em;line-height:1.5;max-width:60em"
+)
+_QUIET: Final = "opacity:.65"
+_COLOURS: Final = {
+    "pending": "rgba(128,128,128,.35)",
+    "processing": "rgba(30,120,230,.4)",
+    "completed": "rgba(30,160,70,.4)",
+    "failed": "rgba(220,50,50,.45)",
+    "cancelled": "rgba(220,150,30,.4)",
+}
+_MOST_CHARACTERS: Final = 400
+
+
+def job_card(view: Mapping[str, Any]) -> str:
+    rows = {"model": _model_of(view), "group": view.get("group")}
+    rows |= {name: view.get(f"{name}_at") for name in ("created", "started", "finished")}
+    if error := view.get("error"):
+        rows["error"] = f"{error.get('code')}: {error.get('message')}"
+    if view.get("result") is not None:
+        rows["result"] = msgspec.json.encode(view["result"]).decode(errors="replace")
+    return _card("Job", view["job_id"], _badge(view["status"]), rows)
+
+
+def model_card(model: "Model") -> str:
+    rows = {
+        "inputs": _tensors(model.inputs),
+        "outputs": _tensors(model.outputs),
+        "labels": ", ".join(model.labels),
+        "batching": model.batching,
+        "rows a job": f"{model.max_rows:,}",
+        "example": msgspec.json.encode(model.example()).decode() if model.example() else None,
+        "about": model.description,
+    }
+    badge = _badge("paused" if model.paused else f"{model.workers} workers")
+    return _card("Model", f"{model.model} version {model.version}", badge, rows)
+
+
+def group_card(view: Mapping[str, Any]) -> str:
+    counts = view.get("counts", {})
+    eta = view.get("eta_seconds")
+    rows = {
+        "jobs": f"{view.get('jobs', 0):,}",
+        "states": ", ".join(f"{count:,} {name}" for name, count in counts.items() if count),
+        "left": None if eta is None else f"about {eta:,.0f} s",
+        "failed": ", ".join(view.get("first_failed", ())),
+    }
+    return _card("Group", view["group"], _bar(float(view.get("progress", 0))), rows)
+
+
+def _card(kind: str, name: str, badge: str, rows: Mapping[str, Any]) -> str:
+    shown = "".join(
+        f'<tr style="background:none"><td style="{_QUIET};text-align:left;vertical-align:top">'
+        f'{escape(label)}</td><td style="text-align:left;word-break:break-word">'
+        f"{escape(_short(str(value)))}</td></tr>"
+        for label, value in rows.items()
+        if value
+    )
+    return (
+        f'<div style="{_CARD}"><span style="{_QUIET}">{escape(kind)}</span> '
+        f'<code style="background:none">{escape(name)}</code> {badge}'
+        f'<table style="margin:.3em 0 0;border:none">{shown}</table></div>'
+    )
+
+
+def _badge(text: str) -> str:
+    colour = _COLOURS.get(text, _COLOURS["pending"])
+    return (
+        f'<span style="background:{colour};border-radius:4px;padding:.1em .5em">'
+        f"{escape(text)}</span>"
+    )
+
+
+def _bar(share: float) -> str:
+    percent = max(0.0, min(share, 1.0)) * 100
+    return (
+        '<span style="display:inline-block;width:8em;height:.7em;border-radius:4px;'
+        f'background:{_COLOURS["pending"]}"><span style="display:block;width:{percent:.1f}%;'
+        f'height:100%;border-radius:4px;background:{_COLOURS["completed"]}"></span></span> '
+        f"{percent:.0f} %"
+    )
+
+
+def _model_of(view: Mapping[str, Any]) -> str:
+    version = view.get("version")
+    return f"{view.get('model', '')}{f' version {version}' if version else ''}"
+
+
+def _tensors(specs: "Iterable[TensorInfo]") -> str:
+    return "; ".join(map(_tensor, specs))
+
+
+def _tensor(spec: "TensorInfo") -> str:
+    dims = ", ".join("?" if dim is None else str(dim) for dim in spec.shape)
+    return f"{spec.name} {spec.datatype} [{dims}]{' (optional)' if spec.optional else ''}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]} …"

@@ -1,0 +1,475 @@
+"""Each conversation with a server, once: what is asked, for how long, what the answer means."""
+
+import math
+import random
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Literal, TypedDict
+from urllib.parse import quote, urlencode
+
+import msgspec
+from msgspec import Struct
+
+from asyncinfer import jobs
+from asyncinfer.client._answers import result_of, result_of_bytes
+from asyncinfer.client._errors import WaitTimeout, error_of, job_failed, lost, retry_after, stranger
+from asyncinfer.client._inputs import BINARY, Body, array_body, is_plain, json_body
+from asyncinfer.client._models import Model
+from asyncinfer.client._wire import Flow, Lost, Pause, Request, Response, exchange
+from asyncinfer.errors import JobCancelled, JobFinished, JobNotRetryable, ModelNotFound
+
+Priority = Literal["high", "normal", "low"]
+Status = Literal["pending", "processing", "completed", "failed", "cancelled"]
+View = dict[str, Any]
+"""A job as the server shows it."""
+
+_FIRST_TRIES: Final = 3
+AGAIN: Final = frozenset({429, 502, 503, 504})
+_BACKOFF_SECONDS: Final = 0.5
+_BACKOFF_CAP_SECONDS: Final = 30.0
+_WAIT_SECONDS: Final = 30
+"""One waiting request; proxies cut silent connections, often after 60 s."""
+_MARGIN_SECONDS: Final = 15.0
+_KNOWN_SECONDS: Final = 30.0
+_PAGE: Final = 1000
+
+
+class JobOptions(TypedDict, total=False):
+    """What can be asked of one job."""
+
+    priority: Priority
+    delay_seconds: float
+    start_within_seconds: float
+    finish_within_seconds: float
+    ttl_seconds: int
+    version: str
+    group: str
+    answer: Literal["json", "tensors"]
+
+
+class Server(Struct):
+    """The server that a client speaks to, and what it remembers of it."""
+
+    url: str
+    headers: dict[str, str]
+    timeout_seconds: float
+    retries: int
+    models: dict[str | None, tuple[float, Model]] = {}
+    takes_lines: bool = True
+    """Until it says that it does not: a server of an earlier release."""
+
+
+class Submission(Struct, frozen=True, kw_only=True):
+    """A job to be made."""
+
+    value: Any
+    model: str | None
+    options: Mapping[str, Any]
+    key: str
+    patience_seconds: float = 0.0
+    """How long a full queue is waited for, beyond all retries."""
+
+
+# --- asking ------------------------------------------------------------------------------------
+
+
+def ask(
+    server: Server, request: Request, *, until: float = math.inf, patience_seconds: float = 0.0
+) -> Flow[Response]:
+    """The answer, good or bad, of a request that may be sent again until one comes.
+
+    Raises ConnectionFailed. Past `until` (of the monotonic clock) it tries no more; a full queue
+    costs no retry while there is patience.
+    """
+    request = msgspec.structs.replace(request, headers={**server.headers, **request.headers})
+    patient_until = time.monotonic() + patience_seconds
+    attempt = 0
+    while True:
+        told = yield from exchange(request)
+        if isinstance(told, Response) and told.status not in AGAIN:
+            return told
+        pause = _pause_seconds(attempt, told)
+        due = time.monotonic() + pause
+        is_full = isinstance(told, Response) and told.status == 429
+        if not (is_full and due < patient_until):
+            attempt += 1
+        if attempt > server.retries or due > until or is_hopeless(told, attempt):
+            break
+        yield Pause(pause)
+    if isinstance(told, Lost):
+        raise lost(told.reason, server.url)
+    return told
+
+
+def is_hopeless(told: Response | Lost, losses: int) -> bool:
+    """A first answer may be cut as any other, but not again and again."""
+    return isinstance(told, Lost) and (told.hopeless or (told.first and losses >= _FIRST_TRIES))
+
+
+def ask_json(server: Server, request: Request, *, until: float = math.inf) -> Flow[Any]:
+    """The JSON of a good answer; raises what a bad one stands for."""
+    response = yield from ask(server, request, until=until)
+    return decoded(server, response)
+
+
+def decoded(server: Server, response: Response) -> Any:
+    if response.status >= 400:
+        raise error_of(response, server.url)
+    try:
+        return msgspec.json.decode(response.content)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise stranger(response, server.url) from None
+
+
+def get(server: Server, path: str, **query: Any) -> Flow[Any]:
+    return (yield from ask_json(server, Request(method="GET", path=path + _query(query))))
+
+
+def call(server: Server, method: str, path: str, **query: Any) -> Flow[Any]:
+    return (yield from ask_json(server, Request(method=method, path=path + _query(query))))
+
+
+def _pause_seconds(attempt: int, told: Response | Lost) -> float:
+    backoff = min(_BACKOFF_CAP_SECONDS, _BACKOFF_SECONDS * 3.0**attempt)
+    asked = retry_after(told) if isinstance(told, Response) else None
+    return max(asked or 0.0, backoff * random.uniform(0.5, 1.0))
+
+
+def _query(query: Mapping[str, Any]) -> str:
+    given = {name: _text(value) for name, value in query.items() if value is not None}
+    return f"?{urlencode(given)}" if given else ""
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# --- models ------------------------------------------------------------------------------------
+
+
+def models(server: Server) -> Flow[list[Model]]:
+    listed = yield from get(server, "/models")
+    found = msgspec.convert(_member(server, listed, "models"), list[Model])
+    for one in found:
+        _remember(server, one)
+    return found
+
+
+def model(server: Server, name: str | None) -> Flow[Model]:
+    """The model called `name`, or the default one."""
+    if name is None:
+        return _default(server, (yield from models(server)))
+    answer = yield from get(server, f"/models/{quote(name, safe='')}")
+    _member(server, answer, "model")
+    found = msgspec.convert(answer, Model)
+    _remember(server, found)
+    return found
+
+
+def known_model(server: Server, name: str | None) -> Flow[Model]:
+    """As it was a moment ago, which spares a request."""
+    at, found = server.models.get(name, (-math.inf, None))
+    if found is not None and time.monotonic() - at < _KNOWN_SECONDS:
+        return found
+    return (yield from model(server, name))
+
+
+def _remember(server: Server, found: Model) -> None:
+    now = time.monotonic()
+    server.models[found.model] = (now, found)
+    if found.default:
+        server.models[None] = (now, found)
+
+
+def _default(server: Server, found: list[Model]) -> Model:
+    for one in found:
+        if one.default or len(found) == 1:
+            server.models[None] = (time.monotonic(), one)
+            return one
+    names = ", ".join(one.model for one in found) or "none: no worker serves any"
+    raise ModelNotFound(f"No model is the default; give model= one of: {names}.")
+
+
+def _member(server: Server, answer: Any, name: str) -> Any:
+    """Whoever answers JSON without it is another program."""
+    if not isinstance(answer, dict) or name not in answer:
+        raise stranger(Response(200, {"content-type": "other JSON"}, b""), server.url)
+    return answer[name]
+
+
+# --- submitting and waiting --------------------------------------------------------------------
+
+
+def submission(value: Any, model: str | None, key: str | None, options: Any) -> Submission:
+    given = {name: one for name, one in options.items() if one is not None}
+    return Submission(value=value, model=model, options=given, key=key or uuid.uuid4().hex)
+
+
+def predict(
+    server: Server,
+    asked: Submission,
+    timeout: float | None = None,
+    *,
+    cancel_on_timeout: bool = False,
+) -> Flow[Any]:
+    """The result of a new job."""
+    until = over_at(server, timeout)
+    body = yield from body_of(server, asked)
+    response = yield from _post(server, asked, body, until, wait=True)
+    if response.headers.get("content-type", "").startswith(BINARY):
+        return result_of_bytes(response)
+    view = decoded(server, response)
+    _member(server, view, "job_id")
+    if response.status == 200:
+        return outcome(view)
+    return (yield from result(server, view, until, cancel_on_timeout=cancel_on_timeout))
+
+
+def submit(server: Server, asked: Submission) -> Flow[View]:
+    """A new job, accepted."""
+    body = yield from body_of(server, asked)
+    until = time.monotonic() + server.timeout_seconds
+    response = yield from _post(server, asked, body, until, wait=False)
+    view: View = decoded(server, response)
+    _member(server, view, "job_id")
+    return view
+
+
+def body_of(server: Server, asked: Submission) -> Flow[Body]:
+    """In JSON what is a list, else the bytes of tensors as the model takes them."""
+    if is_plain(asked.value) and (body := json_body(asked.value, asked.options)):
+        return body
+    found = yield from known_model(server, asked.model)
+    return array_body(asked.value, found, asked.options)
+
+
+def validate(server: Server, value: Any, name: str | None, options: Any) -> Flow[dict[str, Any]]:
+    asked = submission(value, name, None, options)
+    body = yield from body_of(server, asked)
+    if name is None:
+        name = (yield from known_model(server, None)).model
+    path = f"/models/{quote(name, safe='')}/validate"
+    request = Request(method="POST", path=path, headers=body.headers, body=body.content)
+    found: dict[str, Any] = yield from ask_json(server, request)
+    return found
+
+
+def _post(
+    server: Server, asked: Submission, body: Body, until: float, *, wait: bool
+) -> Flow[Response]:
+    path = "/predict" if asked.model is None else f"/predict/{quote(asked.model, safe='')}"
+    headers = {**body.headers, "idempotency-key": asked.key}
+    seconds = math.floor(min(_WAIT_SECONDS, max(until - time.monotonic(), 0))) if wait else 0
+    if wait:
+        headers |= {"prefer": f"wait={seconds}", "accept": body.accept}
+    request = Request(
+        method="POST",
+        path=path,
+        headers=headers,
+        body=body.content,
+        timeout_seconds=seconds + _MARGIN_SECONDS,
+    )
+    response = yield from ask(server, request, until=until, patience_seconds=asked.patience_seconds)
+    if response.status == 422:
+        # Perhaps the model is no longer the one that this client knew.
+        server.models.pop(asked.model, None)
+    if response.status >= 400:
+        raise error_of(response, server.url)
+    return response
+
+
+def read(server: Server, job_id: str, wait_seconds: float = 0) -> Flow[View]:
+    """The job as it is after at most `wait_seconds`."""
+    query = f"?wait={wait_seconds:g}" if wait_seconds else ""
+    request = Request(
+        method="GET",
+        path=_job(job_id) + query,
+        timeout_seconds=wait_seconds + _MARGIN_SECONDS,
+    )
+    view: View = yield from ask_json(server, request)
+    _member(server, view, "job_id")
+    return view
+
+
+def wait(
+    server: Server, view: View, until: float, *, cancel_on_timeout: bool = False
+) -> Flow[View]:
+    """The job once it has ended; raises WaitTimeout, and cancels it then if asked to."""
+    left = until - time.monotonic()
+    while not is_whole(view):
+        view = yield from read(server, view["job_id"], round(min(_WAIT_SECONDS, max(left, 0)), 3))
+        left = until - time.monotonic()
+        if left <= 0 and view["status"] not in jobs.TERMINAL:
+            return (yield from _give_up(server, view, cancel=cancel_on_timeout))
+    return view
+
+
+def doubted(view: View) -> View:
+    """As a view that may be old: only what completed stays so, the rest may have been retried."""
+    is_final = view["status"] == "completed"
+    return view if is_final else {"job_id": view["job_id"], "status": "pending"}
+
+
+def is_whole(view: View) -> bool:
+    """Whether it shows how the job ended; lists leave the result out."""
+    return view["status"] in ("failed", "cancelled") or (
+        view["status"] == "completed" and "result" in view
+    )
+
+
+def result(
+    server: Server, view: View, until: float, *, cancel_on_timeout: bool = False
+) -> Flow[Any]:
+    return outcome((yield from wait(server, view, until, cancel_on_timeout=cancel_on_timeout)))
+
+
+def outcome(view: View) -> Any:
+    """The result of a job that has ended; raises where it has none."""
+    if view["status"] == "failed":
+        raise job_failed(view.get("error") or {}, view["job_id"])
+    if view["status"] == "cancelled":
+        raise JobCancelled(
+            "The job was cancelled; retry it to have a result.", job_id=view["job_id"]
+        )
+    return result_of(view.get("result"))
+
+
+def over_at(server: Server, timeout: float | None) -> float:
+    """When a wait is over; None stands for the client's own timeout."""
+    return time.monotonic() + (server.timeout_seconds if timeout is None else timeout)
+
+
+def _give_up(server: Server, view: View, *, cancel: bool) -> Flow[View]:
+    job_id, told = view["job_id"], "it goes on: client.job(id) finds it again"
+    if cancel:
+        try:
+            view = yield from cancel_job(server, job_id)
+        except JobFinished:
+            return (yield from read(server, job_id))
+        told = "it was cancelled"
+    raise WaitTimeout(
+        f"Job {job_id} has not ended in time ({view['status']}); {told}. Give a longer timeout=, "
+        "or look whether workers are there: client.health().",
+        job_id=job_id,
+    )
+
+
+# --- jobs --------------------------------------------------------------------------------------
+
+
+def cancel_job(server: Server, job_id: str) -> Flow[View]:
+    """The job, cancelled or told to stop. A cancel whose first answer was lost knows its work."""
+    try:
+        view: View = yield from call(server, "DELETE", _job(job_id))
+    except JobFinished as error:
+        view = yield from read(server, job_id)
+        if view["status"] != "cancelled":
+            raise error from None
+    return view
+
+
+def retry_job(server: Server, job_id: str) -> Flow[View]:
+    try:
+        view: View = yield from call(server, "POST", f"{_job(job_id)}/retry")
+    except JobNotRetryable as error:
+        view = yield from read(server, job_id)
+        if view["status"] in jobs.TERMINAL or view.get("round", 1) == 1:
+            raise error from None
+    return view
+
+
+def list_jobs(server: Server, limit: int, query: Mapping[str, Any]) -> Flow[list[View]]:
+    """Newest first, at most `limit`."""
+    found: list[View] = []
+    cursor: str | None = None
+    while len(found) < limit:
+        page = yield from get(
+            server, "/jobs", **query, limit=min(_PAGE, limit - len(found)), cursor=cursor
+        )
+        found += _member(server, page, "jobs")
+        cursor = page.get("cursor")
+        if not cursor:
+            break
+    return found
+
+
+def many(server: Server, method: str, path: str, query: Mapping[str, Any]) -> Flow[dict[str, Any]]:
+    """Asks again while there is more, and adds up what was done."""
+    total: dict[str, Any] = {}
+    while True:
+        done = yield from call(server, method, path, **query)
+        more = done.pop("more", False)
+        for name, value in done.items():
+            total[name] = total[name] + value if name in total else value
+        if not more or not any(done.values()):
+            return total
+
+
+def _job(job_id: str) -> str:
+    return f"/job/{quote(job_id, safe='')}"
+
+
+def purge_job(server: Server, job_id: str) -> Flow[None]:
+    yield from call(server, "DELETE", _job(job_id), purge=True)
+
+
+# --- groups ------------------------------------------------------------------------------------
+
+
+def group(server: Server, name: str) -> Flow[dict[str, Any]]:
+    view: dict[str, Any] = yield from get(server, f"/group/{quote(name, safe='')}")
+    _member(server, view, "group")
+    return view
+
+
+def cancel_group(server: Server, name: str) -> Flow[dict[str, Any]]:
+    done: dict[str, Any] = yield from call(server, "DELETE", f"/group/{quote(name, safe='')}")
+    return done
+
+
+# --- the operator's ----------------------------------------------------------------------------
+
+
+def health(server: Server) -> Flow[dict[str, Any]]:
+    view: dict[str, Any] = yield from get(server, "/health")
+    _member(server, view, "status")
+    return view
+
+
+def listed(server: Server, name: str) -> Flow[list[dict[str, Any]]]:
+    """Of queues or workers."""
+    found: list[dict[str, Any]] = _member(server, (yield from get(server, f"/{name}")), name)
+    return found
+
+
+def set_paused(server: Server, name: str, paused: bool) -> Flow[dict[str, Any]]:
+    verb = "pause" if paused else "resume"
+    path = f"/models/{quote(name, safe='')}/{verb}"
+    done: dict[str, Any] = yield from call(server, "POST", path)
+    return done
+
+
+def retry_ids(server: Server, ids: list[str]) -> Flow[dict[str, Any]]:
+    """At most 1,000 a request."""
+    total: dict[str, Any] = {"retried": [], "refused": []}
+    for start in range(0, len(ids), _PAGE):
+        body = msgspec.json.encode({"job_ids": ids[start : start + _PAGE]})
+        headers = {"content-type": "application/json"}
+        request = Request(method="POST", path="/jobs/retry", headers=headers, body=body)
+        done = yield from ask_json(server, request)
+        total = {name: total[name] + done.get(name, []) for name in total}
+    return total
+
+
+def purge_queue(server: Server, name: str) -> Flow[dict[str, Any]]:
+    done: dict[str, Any] = yield from call(server, "POST", f"/models/{quote(name, safe='')}/purge")
+    return done
+
+
+def retry_many(
+    server: Server, ids: Sequence[str] | None, query: Mapping[str, Any]
+) -> Flow[dict[str, Any]]:
+    if ids is None:
+        return (yield from many(server, "POST", "/jobs/retry", query))
+    return (yield from retry_ids(server, list(ids)))

@@ -1,0 +1,243 @@
+"""What a person has in hand, as the body of a request.
+
+Lists go as JSON, as they are. Arrays and frames go as their bytes, in the datatype of the model:
+an array of another float or whole-number dtype is converted where every number fits, since
+`np.array([[5.1]])` is float64 whatever the model takes. Nothing else is converted.
+"""
+
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+from msgspec import Struct
+
+from asyncinfer.client._errors import CannotSend
+from asyncinfer.client._models import Model, TensorInfo
+
+if TYPE_CHECKING:
+    from asyncinfer.tensors import Array
+
+JSON: Final = "application/json"
+BINARY: Final = "application/octet-stream"
+LENGTH: Final = "inference-header-content-length"
+_FRAMES: Final = frozenset({"pandas", "polars"})
+_LARGE_JSON_BYTES: Final = 1 << 20
+"""Lists beyond it go as bytes; a server takes JSON up to MAX_JSON (2 MiB)."""
+
+
+class Body(Struct, frozen=True, kw_only=True):
+    """A request's body and what it says of itself."""
+
+    content: bytes
+    headers: dict[str, str]
+    accept: str = JSON
+
+
+def is_plain(value: Any) -> bool:
+    """Whether it goes as JSON, and nothing need be known of its model."""
+    return isinstance(value, list | tuple | str | int | float | bool | None)
+
+
+def json_body(data: Any, options: Mapping[str, Any]) -> Body | None:
+    """A list as JSON; None where that is not possible or not wise."""
+    body = {"data": data, "options": options} if options else {"data": data}
+    content = _encode(body)
+    if len(content) > _LARGE_JSON_BYTES or (b"null" in content and _has_nan(data)):
+        return None
+    return Body(content=content, headers={"content-type": JSON}, accept=_accept(options))
+
+
+def array_body(value: Any, model: Model, options: Mapping[str, Any]) -> Body:
+    """Anything as the bytes of tensors; where there are labels, to be answered with them."""
+    options = {"answer": "json" if model.labels else "tensors", **options}
+    tensors = named_arrays(value, model)
+    described, parts = [], []
+    for name, array in tensors.items():
+        content, datatype = bytes_of(name, array)
+        size = {"binary_data_size": len(content)}
+        shape = array.shape
+        described.append({"name": name, "shape": shape, "datatype": datatype, "parameters": size})
+        parts.append(content)
+    head = _encode({"inputs": described, "options": options})
+    return Body(
+        content=b"".join([head, *parts]),
+        headers={"content-type": BINARY, LENGTH: str(len(head))},
+        accept=_accept(options),
+    )
+
+
+def _accept(options: Mapping[str, Any]) -> str:
+    return BINARY if options.get("answer") == "tensors" else JSON
+
+
+def named_arrays(value: Any, model: Model) -> dict[str, "Array"]:
+    """Each input's array, in its datatype where the numbers fit that."""
+    specs = {spec.name: spec for spec in model.inputs}
+    if is_frame(value):
+        named = _of_frame(value, model)
+    elif isinstance(value, Mapping):
+        named = dict(value)
+    else:
+        named = {data_input(model).name: value}
+    return {
+        name: fitted(array_of(one, specs.get(name)), specs.get(name)) for name, one in named.items()
+    }
+
+
+def data_input(model: Model) -> TensorInfo:
+    """The only input that is needed; raises CannotSend where there are several."""
+    needed = [spec for spec in model.inputs if not spec.optional]
+    if len(needed) == 1:
+        return needed[0]
+    if not needed and len(model.inputs) == 1:
+        return model.inputs[0]
+    names = ", ".join(repr(spec.name) for spec in model.inputs)
+    raise CannotSend(
+        f"{model.model} takes several inputs; give a dict with an array for each of {names}."
+    )
+
+
+def is_frame(value: Any) -> bool:
+    """Of pandas or polars; they are not imported to find out."""
+    return type(value).__module__.partition(".")[0] in _FRAMES and hasattr(value, "columns")
+
+
+def array_of(value: Any, spec: TensorInfo | None) -> "Array":
+    """As numpy sees it; strings are `str` objects."""
+    import numpy as np
+
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError) as error:
+        raise CannotSend(f"The input is no array: {error}. Give rows of equal length.") from error
+    if array.dtype.kind in "UTS" or (spec is not None and spec.datatype == "BYTES"):
+        return np.asarray(array.tolist(), dtype=object).reshape(array.shape)
+    if array.dtype.kind == "O":
+        return _of_objects(array)
+    return array
+
+
+def fitted(array: "Array", spec: TensorInfo | None) -> "Array":
+    """In the datatype of `spec` where the numbers fit; another kind of array as it is."""
+    from asyncinfer.tensors import DTYPES, FLOATS, RANGES
+
+    if spec is None or spec.datatype not in RANGES or array.dtype == DTYPES[spec.datatype]:
+        return array
+    wanted = DTYPES[spec.datatype]
+    is_whole = array.dtype.kind in "iu"
+    takes = is_whole or (spec.datatype in FLOATS and _is_float(array))
+    if not takes:
+        return array
+    low, high = RANGES[spec.datatype]
+    if array.size and not _within(array, low, high):
+        raise CannotSend(
+            f"{spec.name} takes {spec.datatype}, numbers from {low:g} to {high:g}, and the "
+            f"{array.dtype} array has others."
+        )
+    return array.astype(wanted)
+
+
+def bytes_of(name: str, array: "Array") -> tuple[bytes, str]:
+    """Little-endian, row-major, and the name of the datatype."""
+    import numpy as np
+
+    from asyncinfer.tensors import datatype_of
+
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    try:
+        datatype = datatype_of(native)
+    except KeyError:
+        raise CannotSend(
+            f"{name} is an array of {array.dtype}, which no model takes; convert it with astype()."
+        ) from None
+    if datatype != "BYTES":
+        if sys.byteorder == "big":
+            native = native.byteswap()
+        return np.ascontiguousarray(native).tobytes(), datatype
+    return b"".join(_text_bytes(name, one) for one in native.ravel().tolist()), datatype
+
+
+def _text_bytes(name: str, text: Any) -> bytes:
+    if not isinstance(text, str | bytes):
+        raise CannotSend(f"{name} has {text!r} where a string is needed.")
+    content = text.encode() if isinstance(text, str) else text
+    return len(content).to_bytes(4, "little") + content
+
+
+def _of_objects(array: "Array") -> "Array":
+    """An object array (a frame of mixed columns gives one) as numbers or strings, if it is that."""
+    import numpy as np
+
+    values = array.ravel().tolist()
+    kinds = {type(one) for one in values}
+    if kinds == {str}:
+        return array
+    if kinds and kinds <= {int, float}:
+        return np.array(values).reshape(array.shape)
+    shown = ", ".join(sorted(one.__name__ for one in kinds))
+    raise CannotSend(f"The input mixes {shown or 'nothing'}; give numbers, or strings, alone.")
+
+
+def _of_frame(frame: Any, model: Model) -> dict[str, Any]:
+    """Columns that are inputs by name, else all columns as the columns of the one input."""
+    names = [spec.name for spec in model.inputs]
+    columns = [str(one) for one in frame.columns]
+    if len(names) == 1 and columns != names:
+        return {names[0]: frame.to_numpy()}
+    missing = [one.name for one in model.inputs if not one.optional and one.name not in columns]
+    if missing:
+        raise CannotSend(
+            f"{model.model} takes columns named {', '.join(map(repr, missing))} too; the frame has "
+            f"{', '.join(map(repr, columns))}. Rename its columns."
+        )
+    ranks = {spec.name: len(spec.shape) for spec in model.inputs}
+    return {name: _column(frame[name], ranks[name]) for name in names if name in columns}
+
+
+def _column(series: Any, rank: int) -> Any:
+    """A column has a value a row; inputs as scikit-learn exports them are a matrix of one."""
+    array = series.to_numpy()
+    return array.reshape(-1, 1) if rank == 2 and array.ndim == 1 else array
+
+
+def _is_float(array: "Array") -> bool:
+    from asyncinfer.tensors import DTYPES
+
+    return array.dtype.kind == "f" or array.dtype == DTYPES["BF16"]
+
+
+def _within(array: "Array", low: float, high: float) -> bool:
+    """What is not finite fits every float."""
+    import numpy as np
+
+    if array.dtype.kind in "iu":
+        return bool(int(array.min()) >= low and int(array.max()) <= high)
+    wide = array.astype(np.float64, copy=False)
+    wide = wide[np.isfinite(wide)]
+    return not wide.size or bool(wide.min() >= low and wide.max() <= high)
+
+
+def _has_nan(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_has_nan, value))
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _encode(value: Any) -> bytes:
+    try:
+        return msgspec.json.encode(value, enc_hook=plain)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CannotSend(
+            f"The input cannot be sent: {error}. Give lists, arrays, a dict of arrays, or a frame."
+        ) from error
+
+
+def plain(value: Any) -> Any:
+    """Arrays and numbers of numpy inside lists."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Iterable) and not isinstance(value, bytes):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} is no number, string or list")

@@ -1,0 +1,66 @@
+"""A model as a server describes it."""
+
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from asyncinfer.client import _display
+
+
+class TensorInfo(Struct, frozen=True):
+    """An input or output: its datatype by its Open Inference name, and per dimension a size, a
+    symbolic name, or None."""
+
+    name: str
+    datatype: str
+    shape: tuple[int | str | None, ...]
+    optional: bool = False
+
+
+class Model(Struct, frozen=True, kw_only=True):
+    """What a model takes and gives. `example()` is an input that works."""
+
+    model: str
+    version: str
+    versions: tuple[str, ...] = ()
+    default: bool = False
+    description: str = ""
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    input_axes: tuple[int | None, ...] = ()
+    """Where several jobs may share a run: per input the axis that counts rows."""
+    output_axes: tuple[int | None, ...] = ()
+    labels: tuple[str, ...] = ()
+    batched: bool = False
+    batching: str = ""
+    max_rows: int = 10_000
+    sha256: str = ""
+    paused: bool = False
+    workers: int = 0
+    problems: tuple[dict[str, Any], ...] = ()
+    run_times: dict[str, dict[str, float]] = {}
+    shown_example: Any = msgspec.field(name="example", default=None)
+
+    def example(self) -> Any:
+        """An input as `predict` takes it; None where the server knows none."""
+        shown = self.shown_example
+        if not isinstance(shown, dict):
+            return None
+        if "data" in shown:
+            return shown["data"]
+        return {one["name"]: _nested(one["data"], one["shape"]) for one in shown["inputs"]}
+
+    def _repr_html_(self) -> str:
+        return _display.model_card(self)
+
+
+def _nested(data: Any, shape: list[int]) -> Any:
+    """Row-major elements as nested lists."""
+    if not shape:
+        return data[0] if isinstance(data, list) else data
+    if len(shape) < 2 or any(isinstance(one, list) for one in data):
+        return data
+    size = len(data) // max(shape[0], 1)
+    rows = [data[at * size : (at + 1) * size] for at in range(shape[0])]
+    return [_nested(row, shape[1:]) for row in rows]

@@ -1,0 +1,292 @@
+"""The results of a map as they come, in order; who leaves early cancels what waits."""
+
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sized,
+)
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from msgspec import Struct
+
+from asyncinfer.client import _mapping
+from asyncinfer.client._crew import Crew, Done
+from asyncinfer.client._drivers import AsyncDriver, Driver
+from asyncinfer.client._errors import ConnectionFailed
+from asyncinfer.client._flows import Server
+from asyncinfer.client._mapping import Plan
+from asyncinfer.client._progress import Progress, progress
+from asyncinfer.client._rows import Block, ablocks_of, blocks_of, columns_of, peeked
+from asyncinfer.errors import AsyncinferError
+
+if TYPE_CHECKING:
+    from asyncinfer.client._tasks import AsyncCrew
+
+OnError = Literal["raise", "return"]
+
+_AHEAD: Final = 2
+"""Blocks that may be done or on their way, for each that may be in flight: a slow one at the
+front holds the others up only so far, and what is done waits in memory only so much."""
+
+
+class Asked(Struct, frozen=True, kw_only=True):
+    """A map as it was asked for."""
+
+    model: str | None
+    batch: int | Literal["auto"]
+    in_flight: int
+    progress: bool
+    on_error: OnError
+    group: str
+    is_named: bool
+    """The group was given, and may have jobs already."""
+    options: Mapping[str, Any]
+
+
+class Window:
+    """Which blocks are out, and the results whose turn it is."""
+
+    def __init__(self, asked: Asked) -> None:
+        self._size = _AHEAD * asked.in_flight
+        self._raises = asked.on_error == "raise"
+        self._started = 0
+        self._given = 0
+        self._row = 0
+        self._done: dict[int, list[Any]] = {}
+
+    @property
+    def is_open(self) -> bool:
+        return self._started - self._given < self._size
+
+    @property
+    def is_empty(self) -> bool:
+        return self._started == self._given
+
+    def start(self) -> int:
+        self._started += 1
+        return self._started - 1
+
+    def take(self, done: Done, bar: Progress) -> Iterator[Any]:
+        """The results that may be given now; raises what is wrong with the map as a whole."""
+        if done.error is not None:
+            raise done.error
+        self._done[done.number] = done.value
+        errors = sum(isinstance(one, AsyncinferError) for one in done.value)
+        bar.advance(len(done.value), errors)
+        while self._given in self._done:
+            yield from map(self._turn, self._done.pop(self._given))
+            self._given += 1
+
+    def _turn(self, value: Any) -> Any:
+        row, self._row = self._row, self._row + 1
+        if not isinstance(value, AsyncinferError):
+            return value
+        error = _of_row(value, row)
+        if self._raises:
+            raise error
+        return error
+
+
+class Results(Iterator[Any]):
+    """A result for each row, in order; `group` takes the map up again, in another kernel too."""
+
+    def __init__(self, server: Server, driver: Driver, rows: Iterable[Any], asked: Asked) -> None:
+        self._server = server
+        self._driver = driver
+        self._asked = asked
+        self._values = self._begin(rows)
+
+    @property
+    def group(self) -> str:
+        return self._asked.group
+
+    def __iter__(self) -> "Results":
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._values)
+
+    def __repr__(self) -> str:
+        return f"<Results of group {self.group}>"
+
+    def close(self) -> None:
+        """Cancels what is not done."""
+        self._values.close()
+
+    def _begin(self, rows: Iterable[Any]) -> Generator[Any, None, None]:
+        columns = columns_of(rows)
+        total = len(rows) if isinstance(rows, Sized) else None
+        try:
+            first, rest = (columns.first(), iter(())) if columns else peeked(rows)
+        except (StopIteration, IndexError):
+            return _none()
+        plan = self._driver.run(_plan(self._server, first, self._asked))
+        blocks = columns.blocks(plan.block) if columns else blocks_of(rest, plan.block)
+        return self._run(plan, blocks, len(columns) if columns else total)
+
+    def _run(
+        self, plan: Plan, blocks: Iterator[Block], total: int | None
+    ) -> Generator[Any, None, None]:
+        crew = Crew(self._driver, self._asked.in_flight)
+        bar = progress(self._asked.progress, total, self.group)
+        try:
+            yield from self._through(crew, plan, blocks, bar)
+        except BaseException as error:
+            crew.stop()
+            if not isinstance(error, ConnectionFailed):
+                self._cancel(crew)
+            error.add_note(_go_on(self.group))
+            raise
+        finally:
+            crew.stop()
+            bar.close()
+
+    def _through(
+        self, crew: Crew, plan: Plan, blocks: Iterator[Block], bar: Progress
+    ) -> Generator[Any, None, None]:
+        window = Window(self._asked)
+        more = True
+        while more or not window.is_empty:
+            if more and window.is_open and not crew.has_news:
+                block = next(blocks, None)
+                if more := block is not None:
+                    crew.start(window.start(), _mapping.run(self._server, plan, block))
+            elif not window.is_empty:
+                yield from window.take(crew.next(), bar)
+
+    def _cancel(self, crew: Crew) -> None:
+        self._driver.run(_mapping.cancel(self._server, self.group))
+        crew.leave()
+        # What was on its way when the others were cancelled.
+        self._driver.run(_mapping.cancel(self._server, self.group))
+
+
+class AsyncResults(AsyncIterator[Any]):
+    """The same for `async for`; rows may come from an async generator."""
+
+    def __init__(
+        self,
+        server: Server,
+        driver: AsyncDriver,
+        rows: Iterable[Any] | AsyncIterable[Any],
+        asked: Asked,
+    ) -> None:
+        self._server = server
+        self._driver = driver
+        self._asked = asked
+        self._values = self._begin(rows)
+
+    @property
+    def group(self) -> str:
+        return self._asked.group
+
+    def __aiter__(self) -> "AsyncResults":
+        return self
+
+    async def __anext__(self) -> Any:
+        return await anext(self._values)
+
+    def __repr__(self) -> str:
+        return f"<AsyncResults of group {self.group}>"
+
+    async def close(self) -> None:
+        """Cancels what is not done."""
+        await self._values.aclose()
+
+    async def _begin(self, rows: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[Any, None]:
+        columns = columns_of(rows)
+        total = len(rows) if isinstance(rows, Sized) else None
+        source = _no_rows() if columns else _as_async(rows)
+        try:
+            first = columns.first() if columns else await anext(source)
+        except (StopAsyncIteration, IndexError):
+            return
+        plan = await self._driver.run(_plan(self._server, first, self._asked))
+        if columns:
+            blocks, total = _as_async(columns.blocks(plan.block)), len(columns)
+        else:
+            blocks = ablocks_of(_chained(first, source), plan.block)
+        async for value in self._run(plan, blocks, total):
+            yield value
+
+    async def _run(
+        self, plan: Plan, blocks: AsyncIterator[Block], total: int | None
+    ) -> AsyncGenerator[Any, None]:
+        from asyncinfer.client._tasks import AsyncCrew
+
+        crew = AsyncCrew(self._driver, self._asked.in_flight)
+        bar = progress(self._asked.progress, total, self.group)
+        try:
+            window = Window(self._asked)
+            more = True
+            while more or not window.is_empty:
+                if more and window.is_open and not crew.has_news:
+                    block = await anext(blocks, None)
+                    if more := block is not None:
+                        crew.start(window.start(), _mapping.run(self._server, plan, block))
+                elif not window.is_empty:
+                    for value in window.take(await crew.next(), bar):
+                        yield value
+        except BaseException as error:
+            crew.stop()
+            if not isinstance(error, ConnectionFailed):
+                await self._cancel(crew)
+            error.add_note(_go_on(self.group))
+            raise
+        finally:
+            crew.stop()
+            await crew.leave()
+            bar.close()
+
+    async def _cancel(self, crew: "AsyncCrew") -> None:
+        await self._driver.run(_mapping.cancel(self._server, self.group))
+        await crew.leave()
+        # What was on its way when the others were cancelled.
+        await self._driver.run(_mapping.cancel(self._server, self.group))
+
+
+def _plan(server: Server, first: Any, asked: Asked) -> Any:
+    options = {**asked.options, "group": asked.group}
+    return _mapping.plan(server, first, asked.model, asked.batch, options, is_named=asked.is_named)
+
+
+def _go_on(group: str) -> str:
+    return f"Map the same rows with group={group!r} to go on: rows that are done do not run again."
+
+
+def _of_row(error: AsyncinferError, row: int) -> AsyncinferError:
+    """An error of its own for each row, since one may be that of a whole job."""
+    own = type(error).__new__(type(error))
+    own.__dict__.update(error.__dict__)
+    own.args = (f"Row {row}: {error}",)
+    own.row = row
+    return own
+
+
+def _none() -> Generator[Any, None, None]:
+    yield from ()
+
+
+async def _no_rows() -> AsyncIterator[Any]:
+    return
+    yield
+
+
+async def _as_async(rows: Any) -> AsyncIterator[Any]:
+    if hasattr(rows, "__aiter__"):
+        async for row in rows:
+            yield row
+    else:
+        for row in rows:
+            yield row
+
+
+async def _chained(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    yield first
+    async for row in rest:
+        yield row
