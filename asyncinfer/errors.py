@@ -299,6 +299,12 @@ class ModelRefused(StartError):
     code = "model_refused"
 
 
+class FileRefused(StartError):
+    """A file to read rows from or to write to, that cannot be."""
+
+    code = "file_refused"
+
+
 class KeyFileRefused(StartError):
     """An API_KEYS file that cannot be read as one, and where."""
 

@@ -40,8 +40,7 @@ class Welcome(Struct, frozen=True, kw_only=True):
 
     @property
     def _url(self) -> str:
-        host = _EVERY_ADDRESS.get(self.host, self.host)
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        return api_url(self.host, self.port)
 
     def _models(self) -> str:
         if not self.models:
@@ -61,6 +60,12 @@ class Welcome(Struct, frozen=True, kw_only=True):
             f"curl{key} -H 'content-type: application/json' -H 'Prefer: wait={_WAIT_SECONDS}' "
             f"-d {body} {self._url}/predict"
         )
+
+
+def api_url(host: str, port: int) -> str:
+    """Where an API that listens on an address is reached from its own machine."""
+    host = _EVERY_ADDRESS.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def shown_url(redis_url: str) -> str:

@@ -1,0 +1,42 @@
+"""A process that answers for the API of a `serve`, which alone starts it."""
+
+import os
+import socket
+
+from asyncinfer import garbage, settings
+from asyncinfer.cli import parts
+from asyncinfer.cli.refusing import EXIT_CANNOT_START, details
+from asyncinfer.cli.telling import LOOP, set_up_logging
+from asyncinfer.errors import StartError
+from asyncinfer.settings import Settings
+
+
+def api_process(held_fd: int, report_fd: int) -> int:
+    """Reports on `report_fd` that it answers on the socket `held_fd`, or why it does not."""
+    import anyio
+
+    from asyncinfer import api_processes
+
+    chosen = settings.read(os.environ, {})
+    set_up_logging()
+    try:
+        anyio.run(_answer, chosen, held_fd, report_fd, backend_options=LOOP)
+    except (StartError, BaseExceptionGroup) as error:
+        api_processes.report_refusal(report_fd, " ".join(details(error)))
+        return EXIT_CANNOT_START
+    return 0
+
+
+async def _answer(chosen: Settings, held_fd: int, report_fd: int) -> None:
+    from asyncinfer import api_processes
+    from asyncinfer.api.listener import share
+    from asyncinfer.api.server import serve_on
+
+    def on_ready() -> None:
+        garbage.settle()
+        api_processes.report_ready(report_fd)
+
+    assert chosen.redis_url, "given by the parent"
+    config = parts.api_config(chosen, chosen.redis_url)
+    with socket.socket(fileno=held_fd) as held, share(held) as listener:
+        await serve_on(listener, config, on_ready=on_ready)

@@ -1,0 +1,78 @@
+"""Requests to a service, through the client: what commands ask that it has no method for."""
+
+from types import TracebackType
+from typing import Any, Final, TypeVar
+from urllib.parse import quote, urlencode
+
+import msgspec
+from msgspec import Struct
+
+from asyncinfer.cli.options import Server
+from asyncinfer.client import Client, Model, NotAsyncinfer
+from asyncinfer.client._flows import ask_json
+from asyncinfer.client._wire import Request
+
+_Answer = TypeVar("_Answer")
+_MARGIN_SECONDS: Final = 15.0
+_RETRIES: Final = 2
+"""A person waits: some two seconds are enough."""
+
+
+class ModelList(Struct, frozen=True):
+    models: tuple[Model, ...]
+    problems: tuple[dict[str, Any], ...] = ()
+    """Of models that no worker serves in any version."""
+
+    @property
+    def all_problems(self) -> list[dict[str, Any]]:
+        return [*self.problems, *(it for one in self.models for it in one.problems)]
+
+
+class Service:
+    """One service, asked over one pool of connections."""
+
+    def __init__(self, server: Server, *, retries: int = _RETRIES) -> None:
+        self.client = Client(server.url, server.api_key, retries=retries)
+
+    def __enter__(self) -> "Service":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self.client.close()
+
+    def ask(
+        self, method: str, path: str, *, body: Any = None, wait_seconds: float = 0, **query: Any
+    ) -> Any:
+        """The JSON of a good answer; raises what a bad one stands for."""
+        given = {name: _text(value) for name, value in query.items() if value is not None}
+        if wait_seconds:
+            given["wait"] = f"{wait_seconds:g}"
+        request = Request(
+            method=method,
+            path=f"{path}?{urlencode(given)}" if given else path,
+            headers={} if body is None else {"content-type": "application/json"},
+            body=None if body is None else msgspec.json.encode(body),
+            timeout_seconds=wait_seconds + _MARGIN_SECONDS,
+        )
+        client = self.client
+        return client._driver.run(ask_json(client._server, request))
+
+    def ask_as(self, kind: type[_Answer], method: str, path: str, **more: Any) -> _Answer:
+        try:
+            return msgspec.convert(self.ask(method, path, **more), kind)
+        except msgspec.ValidationError as error:
+            raise NotAsyncinfer(
+                f"{self.client.url}{path} does not answer as this release of asyncinfer does "
+                f"({error}). Give the address that `asyncinfer serve` shows as its URL."
+            ) from error
+
+
+def part(name: str) -> str:
+    """A name as one part of a path."""
+    return quote(name, safe="")
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

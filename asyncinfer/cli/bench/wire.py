@@ -1,0 +1,64 @@
+"""HTTP/1.1 over one connection, as light as a load needs it: the client must not be the limit."""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+from urllib.parse import urlsplit
+
+_SECONDS: Final = 60.0
+_CONNECT_SECONDS: Final = 5.0
+
+
+class Connection:
+    """Requests one after another; raises OSError or EOFError when it is cut."""
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str, key: str | None
+    ) -> None:
+        self._reader = reader
+        self._writer = writer
+        authorization = f"authorization: Bearer {key}\r\n" if key else ""
+        self._head = f"host: {host}\r\n{authorization}"
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, url: str, key: str | None) -> AsyncIterator["Connection"]:
+        parts = urlsplit(url)
+        secure = parts.scheme == "https"
+        async with asyncio.timeout(_CONNECT_SECONDS):
+            reader, writer = await asyncio.open_connection(
+                parts.hostname or "127.0.0.1",
+                parts.port or (443 if secure else 80),
+                ssl=ssl.create_default_context() if secure else None,
+            )
+        try:
+            yield cls(reader, writer, parts.netloc.rpartition("@")[2], key)
+        finally:
+            writer.close()
+
+    def prepared(self, method: str, path: str, body: bytes = b"", headers: str = "") -> bytes:
+        """`headers` are whole lines."""
+        kind = "content-type: application/json\r\n" if body else ""
+        length = f"content-length: {len(body)}\r\n"
+        head = f"{method} {path} HTTP/1.1\r\n{self._head}{kind}{headers}{length}\r\n"
+        return head.encode() + body
+
+    async def exchange(self, request: bytes) -> int:
+        """The answer's status; the rest of it is read and dropped."""
+        async with asyncio.timeout(_SECONDS):
+            self._writer.write(request)
+            head = await self._reader.readuntil(b"\r\n\r\n")
+            await self._drop_body(head.lower())
+        return int(head[9:12])
+
+    async def _drop_body(self, head: bytes) -> None:
+        if b"transfer-encoding: chunked" in head:
+            while length := int(await self._reader.readline(), 16):
+                await self._reader.readexactly(length + 2)
+            await self._reader.readline()
+            return
+        _, found, rest = head.partition(b"content-length:")
+        if found:
+            await self._reader.readexactly(int(rest.partition(b"\r\n")[0]))

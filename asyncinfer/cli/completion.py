@@ -1,0 +1,27 @@
+"""`asyncinfer completion`: what a shell needs to complete our commands and options."""
+
+import click
+
+from asyncinfer.cli import options
+from asyncinfer.cli.telling import say
+
+_SHELLS = ("bash", "zsh", "fish")
+
+
+@options.command(
+    "completion",
+    "asyncinfer completion bash > ~/.asyncinfer.bash    # then: source ~/.asyncinfer.bash",
+    "mkdir -p ~/.zfunc && asyncinfer completion zsh > ~/.zfunc/_asyncinfer",
+    "mkdir -p ~/.config/fish/completions",
+    "asyncinfer completion fish > ~/.config/fish/completions/asyncinfer.fish",
+)
+@click.argument("shell", type=click.Choice(_SHELLS))
+def completion(shell: str) -> None:
+    """Print the completion script of a shell."""
+    from click.shell_completion import get_completion_class
+
+    from asyncinfer.cli.commands import COMPLETE_VARIABLE, NAME, commands
+
+    of_shell = get_completion_class(shell)
+    assert of_shell, "click has all of these"
+    say(of_shell(commands, {}, NAME, COMPLETE_VARIABLE).source() + "\n")

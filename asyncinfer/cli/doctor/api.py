@@ -1,0 +1,78 @@
+"""What a doctor says of the API: whether it answers, how, and who has its port."""
+
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+from asyncinfer.cli.asking import ModelList, Service
+from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
+from asyncinfer.cli.doctor.machine import port_is_taken
+from asyncinfer.cli.options import Server
+from asyncinfer.errors import AsyncinferError
+from asyncinfer.schemas import Health
+from asyncinfer.settings import Settings
+from asyncinfer.welcome import api_url
+
+
+def examine_api(chosen: Settings, url: str | None, api_key: str | None) -> Iterator[Finding]:
+    """At `url`, else where these settings would have it."""
+    at = url or api_url(chosen.host, chosen.port)
+    parts = urlsplit(at)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    if not port_is_taken(parts.hostname or "127.0.0.1", port):
+        yield _silent(at, asked=url is not None)
+    else:
+        with Service(Server(at, api_key)) as service:
+            yield from _answers(service, at, chosen)
+    if chosen.monitor_port and port_is_taken(chosen.monitor_host, chosen.monitor_port):
+        found = f"port {chosen.monitor_port} is in use: by a worker of yours, or a stranger"
+        yield ok("monitor port", found)
+
+
+def _silent(at: str, *, asked: bool) -> Finding:
+    if asked:
+        return problem("API", f"nothing listens at {at}", "asyncinfer serve, or correct the URL")
+    return ok("port", f"{at} is free for `asyncinfer serve`")
+
+
+def _answers(service: Service, at: str, chosen: Settings) -> Iterator[Finding]:
+    try:
+        health = service.ask_as(Health, "GET", "/health")
+    except AsyncinferError as error:
+        if error.code == "not_asyncinfer":
+            mend = f"stop it, or choose another port: asyncinfer serve --port {chosen.port + 1}"
+            yield problem("port", f"another program answers at {at}", mend)
+        else:
+            yield problem("API", f"{at}: {error.detail}", "look at the log of `asyncinfer serve`")
+        return
+    waiting = sum(health.queues.values())
+    found = f"answers at {at}; {waiting} jobs wait, {health.workers} workers"
+    if waiting and not health.workers:
+        yield problem("API", f"{found}: nobody works", "asyncinfer work")
+    else:
+        yield ok("API", found)
+    yield from _models(service)
+
+
+def _models(service: Service) -> Iterator[Finding]:
+    try:
+        listed = service.ask_as(ModelList, "GET", "/models")
+    except AsyncinferError as error:
+        if error.code in ("unauthorized", "forbidden"):
+            mend = "export ASYNCINFER_API_KEY=..., a key with the scope read"
+            yield warning("API key", error.detail, mend)
+        else:
+            yield problem("models served", error.detail, "look at the log of the workers")
+        return
+    for one in listed.all_problems:
+        version = one.get("version") or "any"
+        yield warning(
+            f"worker {one['worker']}",
+            f"{one['model']}/{version}: {one['reason']}",
+            "replace the file; a worker looks again by itself",
+        )
+    paused = [one.model for one in listed.models if one.paused]
+    if paused:
+        mend = f"asyncinfer resume {paused[0]}"
+        yield warning("models served", f"{', '.join(paused)}: paused", mend)
+    if listed.models:
+        yield ok("models served", ", ".join(one.model for one in listed.models))

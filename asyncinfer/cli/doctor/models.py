@@ -1,0 +1,43 @@
+"""What a doctor says of the model folder: each model loaded in a child, as a worker does."""
+
+from collections.abc import Sequence
+
+from asyncinfer import models
+from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
+from asyncinfer.cli.showing import size
+from asyncinfer.models import ModelFile
+from asyncinfer.worker.library import Source
+from asyncinfer.worker.trial import trial
+
+
+async def examine_models(source: Source, *, allow_custom_ops: bool) -> list[Finding]:
+    try:
+        files = source.files()
+    except OSError as error:
+        return [problem("models", str(error), "set MODEL_DIR to a folder that can be read")]
+    if not files:
+        mend = f"put an ONNX file there: cp my.onnx {source.watched}/"
+        return [problem("models", f"{source.watched} has none", mend)]
+    missing = sorted(set(source.wanted) - {file.model for file in files})
+    found = [ok("models", f"{len(files)} versions in {source.watched}")]
+    if missing:
+        mend = f"set MODELS to some of {', '.join(sorted({file.model for file in files}))}"
+        found.append(problem("models", f"MODELS names {', '.join(missing)}: not there", mend))
+    return found + [
+        await _examine(file, files, allow_custom_ops=allow_custom_ops) for file in files
+    ]
+
+
+async def _examine(
+    file: ModelFile, files: Sequence[ModelFile], *, allow_custom_ops: bool
+) -> Finding:
+    about = f"model {file.model}/{file.version}"
+    size_bytes = models.size_bytes(models.stamp(file))
+    reason = file.problem or await trial(file, size_bytes, allow_custom_ops=allow_custom_ops)
+    if not reason:
+        return ok(about, f"loads and runs ({size(size_bytes)})")
+    served = models.to_serve([one for one in files if one.model == file.model])[file.model]
+    if served is not file:
+        mend = f"remove or replace it: {file.path}"
+        return warning(about, f"{reason}; it is not the version that is served", mend)
+    return problem(about, reason, f"replace or remove it: {file.path}")

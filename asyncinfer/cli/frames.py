@@ -1,0 +1,132 @@
+"""What `top` draws: one look at queues and workers, as wide as the terminal is."""
+
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from asyncinfer.cli.showing import console, rate, seconds, show, status, styled, table
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from asyncinfer.cli.watching import Seen
+    from asyncinfer.observed import Percentiles, Queue, Worker
+
+_WIDE: Final = 120
+"""From so many columns on, all is shown."""
+
+
+class _Column(NamedTuple):
+    title: str
+    cell: Callable[[Any], object]
+    narrow: bool = True
+    """Whether 80 columns have room for it."""
+
+
+def _queues() -> Sequence[_Column]:
+    return (
+        _Column("MODEL", _model),
+        _Column("WAIT", lambda it: _waiting(it)),
+        _Column("HIGH", lambda it: it.waiting.high, False),
+        _Column("LOW", lambda it: it.waiting.low, False),
+        _Column("DELAYED", lambda it: it.delayed, False),
+        _Column("RUN", lambda it: it.running),
+        _Column("DEAD", lambda it: styled(str(it.dead), "red" if it.dead else "")),
+        _Column("AGE", lambda it: seconds(it.oldest_age_seconds)),
+        _Column("IN/s", lambda it: rate(it.submitted_per_second)),
+        _Column("OUT/s", lambda it: rate(it.completed_per_second)),
+        _Column("FAIL/s", lambda it: rate(it.failed_per_second), False),
+        _Column("WAIT p50 p95", lambda it: _pair(it.wait_seconds), False),
+        _Column("RUN p50 p95", lambda it: _pair(it.run_seconds)),
+        _Column("BACKLOG", lambda it: seconds(it.backlog_seconds), False),
+        _Column("WORKERS", lambda it: it.workers, False),
+        _Column("SLOTS", lambda it: it.slots),
+    )
+
+
+def _workers() -> Sequence[_Column]:
+    return (
+        _Column("WORKER", lambda it: it.worker),
+        _Column("STATE", lambda it: status(it.state)),
+        _Column("HOST", lambda it: it.host, False),
+        _Column("PID", lambda it: it.pid),
+        _Column("BUSY", lambda it: f"{'?' if it.busy is None else it.busy}/{it.slots}"),
+        _Column("UP", lambda it: seconds(it.uptime_seconds)),
+        _Column("DONE", lambda it: it.jobs_done and f"{it.jobs_done.completed:,}"),
+        _Column("FAILED", lambda it: it.jobs_done and f"{it.jobs_done.failed:,}", False),
+        _Column("HEARD", lambda it: f"{seconds(it.heard_seconds)} ago", False),
+        _Column("MODELS", lambda it: ", ".join(it.models), False),
+        _Column("PROBLEMS", _problems),
+    )
+
+
+def say(seen: "Seen") -> None:
+    """For a pipe, or a terminal that keeps it."""
+    wide = not sys.stdout.isatty() or console().width >= _WIDE
+    console().print(_title(seen, ""), soft_wrap=True)
+    _show(_queues(), seen.queues, wide)
+    if seen.workers:
+        console().print()
+        _show(_workers(), seen.workers, wide)
+
+
+def screen(seen: "Seen", to: "Console", trouble: str) -> "RenderableType":
+    from rich.console import Group
+
+    wide = to.width >= _WIDE
+    queues = _table(_queues(), seen.queues, wide)
+    workers = _table(_workers(), seen.workers, wide)
+    return Group(_title(seen, trouble), "", queues, "", workers)
+
+
+def _title(seen: "Seen", trouble: str) -> Any:
+    at = datetime.fromtimestamp(seen.at).astimezone().strftime("%H:%M:%S")
+    waiting = sum(_all_waiting(one) for one in seen.queues)
+    line = styled("asyncinfer", "bold")
+    line.append(f"  {seen.source}  {at}  {waiting:,} waiting  ", "")
+    line.append(f"{sum(one.running for one in seen.queues):,} running  ", "")
+    line.append(f"{len(seen.workers)} workers", "" if seen.workers else "bold red")
+    if trouble:
+        line.append(f"\n{trouble}", "bold red")
+    return line
+
+
+def _show(columns: Sequence[_Column], things: Sequence[Any], wide: bool) -> None:
+    chosen = [one for one in columns if wide or one.narrow]
+    rows = [[one.cell(it) for one in chosen] for it in things]
+    show([one.title for one in chosen], rows, numeric=_numeric(chosen))
+
+
+def _table(columns: Sequence[_Column], things: Sequence[Any], wide: bool) -> "RenderableType":
+    chosen = [one for one in columns if wide or one.narrow]
+    rows = [[one.cell(it) for one in chosen] for it in things]
+    return table([one.title for one in chosen], rows, numeric=_numeric(chosen))
+
+
+def _numeric(columns: Sequence[_Column]) -> list[str]:
+    texts = ("MODEL", "WORKER", "STATE", "HOST", "MODELS", "PROBLEMS")
+    return [one.title for one in columns if one.title not in texts]
+
+
+def _model(queue: "Queue") -> object:
+    name = queue.model or queue.queue
+    return styled(f"{name} paused", "yellow") if queue.paused else name
+
+
+def _waiting(queue: "Queue") -> object:
+    waiting = _all_waiting(queue)
+    return styled(f"{waiting:,}", "bold red" if waiting and not queue.slots else "")
+
+
+def _all_waiting(queue: "Queue") -> int:
+    return queue.waiting.high + queue.waiting.normal + queue.waiting.low
+
+
+def _pair(found: "Percentiles | None") -> str | None:
+    return None if found is None else f"{seconds(found.p50)} {seconds(found.p95)}"
+
+
+def _problems(worker: "Worker") -> object:
+    count = sum(map(len, worker.problems.values()))
+    return styled(str(count), "bold red") if count else None

@@ -1,0 +1,191 @@
+"""The commands that look at jobs: `jobs`, `job`, `dead`."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from asyncinfer.cli import options
+from asyncinfer.cli.options import Server
+
+if TYPE_CHECKING:
+    from asyncinfer.cli.asking import Service
+
+STATUSES: Final = ("pending", "processing", "completed", "failed", "cancelled")
+_ENDED: Final = frozenset({"completed", "failed", "cancelled"})
+_PAGE: Final = 1000
+_WAIT_SECONDS: Final = 30.0
+_ERROR_CHARACTERS: Final = 100
+
+
+@options.command(
+    "jobs",
+    "asyncinfer jobs --limit 20",
+    "asyncinfer jobs --status failed --model iris",
+    "asyncinfer jobs --status pending --json",
+)
+@click.option("--status", type=click.Choice(STATUSES), help="Only jobs in this state.")
+@click.option("--model", metavar="NAME", help="Only jobs of this model.")
+@click.option("--group", metavar="NAME", help="Only jobs of this group.")
+@click.option(
+    "--limit",
+    type=click.IntRange(1, 1_000_000),
+    default=50,
+    show_default=True,
+    help="How many jobs at most.",
+)
+@options.server
+@options.as_json
+def jobs(
+    status: str | None,
+    model: str | None,
+    group: str | None,
+    limit: int,
+    server: Server,
+    as_json: bool,
+) -> None:
+    """List jobs, the newest first."""
+    _list(server, limit, as_json, status=status, model=model, group=group)
+
+
+@options.command("dead", "asyncinfer dead", "asyncinfer dead --model iris --json")
+@click.option("--model", metavar="NAME", help="Only jobs of this model.")
+@click.option(
+    "--limit",
+    type=click.IntRange(1, 1_000_000),
+    default=50,
+    show_default=True,
+    help="How many jobs at most.",
+)
+@options.server
+@options.as_json
+def dead(model: str | None, limit: int, server: Server, as_json: bool) -> None:
+    """List dead letters: jobs given up that may deserve another try.
+
+    `asyncinfer retry --dead` runs them again.
+    """
+    _list(server, limit, as_json, model=model, dead=True)
+
+
+@options.command(
+    "job",
+    "asyncinfer job 019ab5f2c1f77c36b1a2c6f0d3a54e11",
+    "asyncinfer job 019ab5f2c1f77c36b1a2c6f0d3a54e11 --watch --timeout 60    # seconds",
+)
+@click.argument("job_id", metavar="ID")
+@click.option("--watch", is_flag=True, help="Wait for its end, and tell its states on the way.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0),
+    metavar="SECONDS",
+    help="How long to watch. Default: for ever.",
+)
+@options.server
+@options.as_json
+def job(job_id: str, watch: bool, timeout: float | None, server: Server, as_json: bool) -> int:
+    """Show a job with its result.
+
+    Exits with 1 when the job failed or was cancelled, or has not ended within --timeout.
+    """
+    from asyncinfer.cli.asking import Service
+    from asyncinfer.cli.showing import say_json
+
+    with Service(server) as service:
+        found = _watched(service, job_id, timeout) if watch else _read(service, job_id, 0)
+    if as_json:
+        say_json(found)
+    else:
+        _show_one(found)
+    if watch and found["status"] not in _ENDED:
+        return 1
+    return 1 if found["status"] in ("failed", "cancelled") else 0
+
+
+# --- one -------------------------------------------------------------------------------------
+
+
+def _read(service: "Service", job_id: str, wait_seconds: float) -> dict[str, Any]:
+    from asyncinfer.cli.asking import part
+
+    found: dict[str, Any] = service.ask("GET", f"/job/{part(job_id)}", wait_seconds=wait_seconds)
+    return found
+
+
+def _watched(service: "Service", job_id: str, timeout: float | None) -> dict[str, Any]:
+    """Waits in steps; each state that is seen is told on stderr."""
+    import time
+
+    from asyncinfer.cli.showing import console, status
+
+    until = None if timeout is None else time.monotonic() + timeout
+    told = ""
+    wait = 0.0
+    while True:
+        found = _read(service, job_id, wait)
+        if found["status"] != told:
+            told = found["status"]
+            console(stderr=True).print(status(told))
+        left = _WAIT_SECONDS if until is None else until - time.monotonic()
+        if told in _ENDED or left <= 0:
+            return found
+        wait = min(_WAIT_SECONDS, left)
+
+
+def _show_one(found: dict[str, Any]) -> None:
+    from asyncinfer.cli.showing import show_facts, status
+
+    show_facts(
+        (name, status(value) if name == "status" else _value(value))
+        for name, value in found.items()
+    )
+
+
+def _value(value: Any) -> object:
+    import msgspec
+
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+
+
+# --- many ------------------------------------------------------------------------------------
+
+
+def _list(server: Server, limit: int, as_json: bool, **query: Any) -> None:
+    from asyncinfer.cli.asking import Service
+    from asyncinfer.cli.showing import say_json, show
+
+    with Service(server) as service:
+        found = list(_found(service, limit, query))
+    if as_json:
+        say_json(found)
+        return
+    show(("JOB", "STATUS", "MODEL", "MADE", "TOOK", "ERROR"), map(_row, found))
+
+
+def _found(service: "Service", limit: int, query: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    cursor = None
+    while limit > 0:
+        page = service.ask("GET", "/jobs", limit=min(limit, _PAGE), cursor=cursor, **query)
+        yield from page["jobs"]
+        limit -= len(page["jobs"])
+        cursor = page.get("cursor")
+        if not cursor:
+            return
+
+
+def _row(one: dict[str, Any]) -> Sequence[object]:
+    from asyncinfer.cli.showing import ago, seconds, status
+
+    made, started, ended = (_time(one.get(f"{it}_at")) for it in ("created", "started", "finished"))
+    took = seconds((ended - started).total_seconds()) if started and ended else None
+    error = one.get("error")
+    told = f"{error['code']}: {error['message']}" if error else None
+    model = "/".join(filter(None, (one.get("model"), one.get("version"))))
+    if told and len(told) > _ERROR_CHARACTERS:
+        told = f"{told[:_ERROR_CHARACTERS]}..."
+    return one["job_id"], status(one["status"]), model, ago(made), took, told
+
+
+def _time(text: str | None) -> Any:
+    from datetime import datetime
+
+    return datetime.fromisoformat(text) if text else None

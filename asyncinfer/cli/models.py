@@ -1,0 +1,160 @@
+"""The commands about models: `models`, `pause`, `resume`."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from asyncinfer.cli import options
+from asyncinfer.cli.options import Server
+
+if TYPE_CHECKING:
+    from asyncinfer.cli.asking import ModelList
+    from asyncinfer.client import Model, TensorInfo
+
+
+@options.command(
+    "models",
+    "asyncinfer models",
+    "asyncinfer models iris",
+    "asyncinfer models --json",
+)
+@click.argument("model", required=False)
+@options.server
+@options.as_json
+def models(model: str | None, server: Server, as_json: bool) -> None:
+    """List models, or show one with its example.
+
+    Times of a run are those that the workers measured.
+    """
+    from asyncinfer.cli.asking import ModelList, Service, part
+    from asyncinfer.cli.showing import say_json
+
+    path = "/models" if model is None else f"/models/{part(model)}"
+    with Service(server) as service:
+        if as_json:
+            say_json(service.ask("GET", path))
+        elif model is None:
+            _show_all(service.ask_as(ModelList, "GET", path))
+        else:
+            _show_one(service.client.model(model))
+
+
+@options.command("pause", "asyncinfer pause digits")
+@click.argument("model")
+@options.server
+@options.as_json
+def pause(model: str, server: Server, as_json: bool) -> None:
+    """Take a model's jobs in, and run none."""
+    _set(model, server, as_json, "pause", "takes jobs in and runs none, until `resume`")
+
+
+@options.command("resume", "asyncinfer resume digits")
+@click.argument("model")
+@options.server
+@options.as_json
+def resume(model: str, server: Server, as_json: bool) -> None:
+    """Run a paused model's jobs again."""
+    _set(model, server, as_json, "resume", "runs its jobs again")
+
+
+def _set(model: str, server: Server, as_json: bool, verb: str, told: str) -> None:
+    from asyncinfer.cli.asking import Service, part
+    from asyncinfer.cli.showing import say_json
+    from asyncinfer.cli.telling import say
+
+    with Service(server) as service:
+        answer = service.ask("POST", f"/models/{part(model)}/{verb}")
+    if as_json:
+        say_json(answer)
+    else:
+        say(f"{model} {told}.\n")
+
+
+def _show_all(listed: "ModelList") -> None:
+    from asyncinfer.cli.showing import console, show, styled
+
+    rows = [_row(one) for one in listed.models]
+    show(
+        ("MODEL", "VERSION", "TAKES", "BATCHED", "RUN", "WORKERS", "STATE"),
+        rows,
+        numeric=("WORKERS",),
+    )
+    for one in listed.all_problems:
+        console(stderr=True).print(styled(_told(one), "yellow"), soft_wrap=True)
+
+
+def _row(model: "Model") -> Sequence[object]:
+    from asyncinfer.cli.showing import styled
+
+    name = f"{model.model} (default)" if model.default else model.model
+    state = styled("paused", "yellow") if model.paused else "runs"
+    takes = ", ".join(map(_tensor, model.inputs))
+    batched = "yes" if model.batched else "no"
+    return name, model.version, takes, batched, _fastest(model.run_times), model.workers, state
+
+
+def _fastest(run_times: dict[str, dict[str, float]]) -> str | None:
+    """Of one row, or of the fewest that ran."""
+    from asyncinfer.cli.showing import seconds
+
+    found = [(int(rows), took) for times in run_times.values() for rows, took in times.items()]
+    if not found:
+        return None
+    rows, took = min(found)
+    return f"{seconds(took)} for {rows}"
+
+
+def _tensor(spec: "TensorInfo") -> str:
+    """As `data FP32[batch, 4]`."""
+    dims = ", ".join("?" if dim is None else str(dim) for dim in spec.shape)
+    return f"{spec.name} {spec.datatype}[{dims}]"
+
+
+def _told(one: dict[str, Any]) -> str:
+    version = one.get("version") or "all versions"
+    return f"{one['model']} {version}, worker {one['worker']}: {one['reason']}"
+
+
+def _show_one(model: "Model") -> None:
+    from asyncinfer.cli.showing import console, show_facts
+
+    show_facts(_facts(model))
+    for one in model.problems:
+        console(stderr=True).print(_told(one), style="yellow", soft_wrap=True)
+
+
+def _facts(model: "Model") -> Iterator[Sequence[object]]:
+    from asyncinfer.cli.showing import seconds
+
+    yield "model", f"{model.model} (default)" if model.default else model.model
+    if model.description:
+        yield "description", model.description
+    yield "version", f"{model.version} of {', '.join(model.versions)}"
+    yield "takes", ", ".join(map(_tensor, model.inputs))
+    yield "gives", ", ".join(map(_tensor, model.outputs))
+    if model.labels:
+        yield "labels", ", ".join(model.labels)
+    yield "batched", f"{'yes' if model.batched else 'no'}: {model.batching}"
+    yield "rows a job", f"at most {model.max_rows:,}"
+    yield "state", "paused: jobs are taken in, and none is run" if model.paused else "runs"
+    yield "workers", model.workers
+    for worker, times in model.run_times.items():
+        shown = [f"{rows} rows {seconds(took)}" for rows, took in _by_rows(times)]
+        yield f"run on {worker}", ", ".join(shown)
+    yield "example", f"asyncinfer predict --model {model.model} {_example(model.shown_example)}"
+
+
+def _by_rows(times: dict[str, float]) -> list[tuple[str, float]]:
+    return sorted(times.items(), key=lambda one: int(one[0]))
+
+
+def _example(example: Any) -> str:
+    import shlex
+
+    import msgspec
+
+    if not isinstance(example, dict):
+        return "FILE"
+    shown = shlex.quote(msgspec.json.encode(example.get("data", example)).decode())
+    return shown if len(shown) < 200 else "FILE    # see --json for an input that works"

@@ -1,0 +1,141 @@
+"""`asyncinfer serve`: the API, and what it starts beside itself."""
+
+import contextlib
+import ipaddress
+import os
+import sys
+from functools import partial
+from typing import TYPE_CHECKING
+
+from asyncinfer import garbage, settings
+from asyncinfer.cli import parts
+from asyncinfer.cli.telling import LOOP, say, set_up_logging
+from asyncinfer.errors import RedisUnavailable, StartError
+from asyncinfer.settings import Settings
+from asyncinfer.welcome import Welcome, shown_url
+
+if TYPE_CHECKING:
+    from asyncinfer.supervisor import Api, Stop
+
+
+def serve(chosen: Settings, *, work: bool, insecure: bool) -> int:
+    import anyio
+
+    from asyncinfer import supervisor
+
+    _refuse_open_door(chosen, insecure)
+    parts.model_file(chosen)  # a wrong one stops the start before anything is started
+    set_up_logging()
+    redis_url = parts.redis_url(chosen)
+    with_worker = work or redis_url is None
+    plan = supervisor.Plan(
+        redis_url=redis_url,
+        data_dir=parts.data_dir(chosen),
+        worker=_own_command("work") if with_worker else (),
+        environ=_child_environ(chosen),
+        drain_seconds=chosen.drain_timeout,
+    )
+    api: Api = partial(_api if chosen.api_processes == 1 else _apis, chosen, with_worker)
+    anyio.run(supervisor.serve, plan, api, backend_options=LOOP)
+    return 0
+
+
+def _refuse_open_door(chosen: Settings, insecure: bool) -> None:
+    if not (insecure or chosen.api_keys or _is_loopback(chosen.host)):
+        raise StartError(
+            f"HOST {chosen.host} lets in everyone who reaches it, and there are no API keys. Make "
+            "one with `asyncinfer keygen >> keys` and set API_KEYS=keys, or add --insecure where "
+            "something else guards this port."
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _own_command(*words: str) -> tuple[str, ...]:
+    """The child finds its modules as we do: by a current folder on our path, or else not."""
+    safe = () if sys.path[0] in ("", os.getcwd()) else ("-P",)
+    return (sys.executable, *safe, "-m", "asyncinfer", *words)
+
+
+def _child_environ(chosen: Settings) -> dict[str, str]:
+    return {**os.environ, **settings.as_environment(chosen)}
+
+
+async def _api(chosen: Settings, with_worker: bool, redis_url: str, stop: "Stop") -> None:
+    from asyncinfer.api.server import serve
+
+    welcome = await _welcome(chosen, with_worker, redis_url)
+
+    def on_ready() -> None:
+        garbage.settle()
+        stop.hand_over()
+        say(welcome.text())
+
+    await serve(parts.api_config(chosen, redis_url), on_ready=on_ready)
+
+
+async def _apis(chosen: Settings, with_worker: bool, redis_url: str, stop: "Stop") -> None:
+    import anyio
+
+    from asyncinfer import api_processes
+    from asyncinfer.api.listener import hold
+
+    with contextlib.closing(hold(chosen.host, chosen.port)) as held:
+        held_fd = held.fileno()
+        plan = api_processes.ApiProcesses(
+            count=chosen.api_processes,
+            command=lambda report_fd: _own_command("api-process", str(held_fd), str(report_fd)),
+            environ={**_child_environ(chosen), "REDIS_URL": redis_url},
+            keep_fds=(held_fd,),
+        )
+        async with api_processes.running(plan, stop) as ready:
+            welcome = await _welcome(chosen, with_worker, redis_url)
+            await ready.wait()
+            say(welcome.text())
+            await anyio.sleep_forever()
+
+
+async def _welcome(chosen: Settings, with_worker: bool, redis_url: str) -> Welcome:
+    from asyncinfer import models, onnxfile
+
+    found = parts.source(chosen).files() if with_worker else []
+    names = {one.model for one in found}
+    whole = [one for one in found if not one.problem and onnxfile.looks_whole(one.path)]
+    files = models.to_serve(whole)
+    server, stored_default = await _ask_server(chosen, redis_url)
+    default = models.default_model(parts.default_model(chosen) or stored_default, names)
+    file = files.get(default or "")
+    return Welcome(
+        host=chosen.host,
+        port=chosen.port,
+        redis=f"{server}, {_whereabouts(chosen, redis_url)}",
+        models=tuple(files),
+        refused=sorted(names - files.keys()),
+        default_model=default,
+        example=file.config.example if file else None,
+        needs_key=chosen.api_keys is not None,
+    )
+
+
+async def _ask_server(chosen: Settings, redis_url: str) -> tuple[str, str | None]:
+    """The server's name, and the default model that was started on it."""
+    from asyncinfer.repository.store import Store
+
+    async with Store.open(
+        redis_url, queue_name=chosen.queue_name, policy=parts.policy(chosen), name="cli"
+    ) as store:
+        try:
+            return await store.check_server(), await store.default_model()
+        except RedisUnavailable:
+            return "not answering yet", None
+
+
+def _whereabouts(chosen: Settings, redis_url: str) -> str:
+    if parts.redis_url(chosen) is None:
+        return f"embedded; its data in {parts.data_dir(chosen)}"
+    return f"at {shown_url(redis_url)}"

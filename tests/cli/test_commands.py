@@ -1,0 +1,257 @@
+"""Each command does what it says on a real service, for people and for programs."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from asyncinfer import valkey
+
+from .conftest import ended, submitted
+from .told import Told, complaint, told
+
+NOBODY = "http://127.0.0.1:1"
+
+
+@contextmanager
+def paused(model: str) -> Iterator[None]:
+    told("pause", model)
+    try:
+        yield
+    finally:
+        told("resume", model)
+
+
+# --- jobs ------------------------------------------------------------------------------------
+
+
+def test_jobs_are_listed_newest_first_and_filtered(url: str) -> None:
+    first = ended(url, submitted(url))
+    second = ended(url, submitted(url))
+
+    lines = told("jobs", "--status", "completed").out.splitlines()
+    found = told("jobs", "--limit", "2", "--json").json
+
+    assert lines[0].split() == ["JOB", "STATUS", "MODEL", "MADE", "TOOK", "ERROR"]
+    assert [line.split()[0] for line in lines[1:3]] == [second, first]
+    assert [one["job_id"] for one in found] == [second, first]
+    assert told("jobs", "--status", "failed", "--json").json == []
+
+
+def test_a_job_is_shown_with_its_result(url: str) -> None:
+    job_id = ended(url, submitted(url))
+
+    shown = told("job", job_id)
+
+    assert shown.code == 0
+    assert '"class_name":"setosa"' in shown.out
+    assert told("job", job_id, "--json").json["result"]["class_name"] == "setosa"
+
+
+def test_a_job_is_watched_until_its_end(url: str) -> None:
+    ran = told("job", submitted(url), "--watch", "--json")
+
+    assert (ran.code, ran.json["status"]) == (0, "completed")
+    assert ran.err.splitlines()[-1] == "completed"
+
+
+def test_a_watch_gives_up_when_it_was_told_to(url: str) -> None:
+    with paused("digits"):
+        ran = told("job", submitted(url, "digits"), "--watch", "--timeout", "0.2")
+        told("cancel", "--model", "digits")
+
+    assert ran.code == 1
+    assert "pending" in ran.out
+
+
+def test_a_job_is_cancelled_retried_and_purged(url: str) -> None:
+    with paused("digits"):
+        job_id = submitted(url, "digits")
+
+        assert told("cancel", job_id).out == "1 cancelled.\n"
+        assert told("job", job_id).code == 1
+        assert told("retry", job_id).out == "1 retried.\n"
+        assert told("job", job_id, "--json").json["round"] == 2
+    ended(url, job_id)
+    assert told("purge", job_id).out == "1 purged.\n"
+    assert "no job with this id" in complaint(told("job", job_id), 1)
+
+
+def test_all_jobs_that_match_are_cancelled_retried_and_purged(url: str) -> None:
+    with paused("digits"):
+        made = {submitted(url, "digits") for _ in range(3)}
+        assert told("cancel", "--model", "digits", "--json").json["cancelled"] == 3
+        found = told("retry", "--status", "cancelled", "--model", "digits", "--json").json
+        assert made <= set(found["retried"])
+    for job_id in found["retried"]:
+        ended(url, job_id)
+    purged = told("purge", "--status", "ended", "--model", "digits", "--yes", "--json").json
+    assert purged["purged"] >= 3
+    assert told("jobs", "--model", "digits", "--json").json == []
+
+
+def test_a_job_that_is_refused_stops_no_other(url: str) -> None:
+    with paused("digits"):
+        job_id = submitted(url, "digits")
+        ran = told("cancel", "no-such-job", job_id)
+
+    assert (ran.code, ran.out) == (1, "1 cancelled.\n")
+    assert ran.err.startswith("asyncinfer: no-such-job: There is no job")
+
+
+def test_which_jobs_must_be_said(url: str) -> None:
+    for verb in ("cancel", "retry", "purge"):
+        said = complaint(told(verb), 2)
+        assert f"Say which jobs to {verb}" in said
+
+
+def test_dead_letters_are_listed(url: str) -> None:
+    assert told("dead").out.split()[:2] == ["JOB", "STATUS"]
+    assert told("dead", "--json").json == []
+    assert told("retry", "--dead").out == "None.\n"
+
+
+# --- models ----------------------------------------------------------------------------------
+
+
+def test_models_are_listed_and_shown(url: str) -> None:
+    lines = told("models").out.splitlines()
+
+    assert [line.split()[0] for line in lines] == ["MODEL", "digits", "iris"]
+    assert [one["model"] for one in told("models", "--json").json["models"]] == ["digits", "iris"]
+    assert "setosa, versicolor, virginica" in told("models", "iris").out
+    assert told("models", "iris", "--json").json["default"] is True
+
+
+def test_the_example_that_a_model_shows_works(url: str) -> None:
+    line = next(one for one in told("models", "iris").out.splitlines() if "example" in one)
+    row = line.partition("'")[2].rpartition("'")[0]
+
+    assert told("predict", "--model", "iris", row).code == 0
+
+
+def test_a_model_is_paused_and_resumed(url: str) -> None:
+    assert "runs none" in told("pause", "digits").out
+    assert "paused" in told("models").out
+    assert told("resume", "digits", "--json").json == {"model": "digits", "paused": False}
+    assert "paused" not in told("models").out
+
+
+# --- top, bench, doctor ----------------------------------------------------------------------
+
+
+def test_top_shows_queues_and_workers(url: str) -> None:
+    ended(url, submitted(url))
+
+    shown = told("top").out
+    found = told("top", "--once", "--json").json
+
+    assert all(word in shown for word in ("MODEL", "iris", "WORKER", "ready", "RUN p50 p95"))
+    iris = next(one for one in found["queues"] if one["model"] == "iris")
+    assert iris["run_seconds"]["p50"] >= 0
+    assert found["workers"][0]["state"] == "ready"
+
+
+def test_top_looks_at_redis_itself_where_no_api_answers(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASYNCINFER_URL", NOBODY)
+    redis_url = valkey.running_url(data_dir)
+    assert redis_url
+
+    found = told("top", "--redis", redis_url, "--once", "--json").json
+
+    assert [one["state"] for one in found["workers"]] == ["ready"]
+
+
+def test_bench_tells_rates_and_a_limit_and_leaves_nothing(url: str) -> None:
+    before = told("jobs", "--limit", "10000", "--json").json
+    found = told("bench", "--seconds", "0.5", "--connections", "4", "--json")
+
+    assert found.code == 0
+    for load in (found.json["waits"], found.json["submits"]):
+        assert load["per_second"] > 0
+        assert 0 < load["latency_ms"]["p50"] <= load["latency_ms"]["p99"]
+    assert found.json["verdict"]["change"]
+    assert told("jobs", "--limit", "10000", "--json").json == before
+
+
+def test_bench_is_shown_to_people(url: str) -> None:
+    shown = told("bench", "--seconds", "0.5").out
+
+    assert all(word in shown for word in ("PER SECOND", "waits", "submits", "limited by"))
+
+
+def test_the_doctor_finds_a_service_well(data_dir: Path, url: str) -> None:
+    ran = told("doctor", "--data-dir", str(data_dir), "--json")
+
+    verdicts = {one["about"]: one["verdict"] for one in ran.json["findings"]}
+    assert ran.code == 0, ran.out
+    for about in ("Redis", "Redis persistence", "Redis round trip", "clock", "workers", "API"):
+        assert verdicts[about] == "ok", ran.out
+    assert verdicts["model iris/1"] == "ok"
+
+
+# --- keys ------------------------------------------------------------------------------------
+
+
+def test_a_key_is_made_for_programs_too() -> None:
+    made = told("keygen", "--json").json
+
+    assert made["key"].startswith("ai_")
+    assert made["line"].startswith("default submit,read ")
+
+
+# --- failures --------------------------------------------------------------------------------
+
+COMMANDS = (
+    ("predict", "1", "2", "3", "4"),
+    ("jobs",),
+    ("job", "x"),
+    ("dead",),
+    ("cancel", "x"),
+    ("retry", "x"),
+    ("purge", "x"),
+    ("models",),
+    ("pause", "iris"),
+    ("resume", "iris"),
+    ("top",),
+    ("bench", "--seconds", "0.5"),
+)
+
+
+def named(argv: tuple[str, ...]) -> str:
+    return argv[0]
+
+
+@pytest.mark.parametrize("argv", COMMANDS, ids=named)
+def test_a_server_that_is_down_is_one_line(argv: tuple[str, ...]) -> None:
+    said = complaint(told(*argv, "--url", NOBODY), 3)
+
+    assert NOBODY in said
+    assert "asyncinfer serve" in said
+    assert "--url" in said
+
+
+@pytest.mark.parametrize("argv", COMMANDS, ids=named)
+def test_a_wrong_url_is_one_line(argv: tuple[str, ...]) -> None:
+    assert "http://" in complaint(told(*argv, "--url", "nonsense"), 3)
+
+
+def test_another_program_is_not_taken_for_a_server(url: str) -> None:
+    complaint(told("jobs", "--url", f"{url}/docs"), 1)
+
+
+def test_an_unknown_model_is_one_line(url: str) -> None:
+    for argv in (("pause", "nope"), ("models", "nope"), ("bench", "--model", "nope")):
+        assert "Known: `digits`, `iris`" in complaint(told(*argv), 1)
+
+
+def test_json_is_json_to_the_last_byte(url: str) -> None:
+    argvs = (("models",), ("jobs",), ("dead",), ("top", "--once"), ("pause", "iris"))
+    for argv in (*argvs, ("resume", "iris")):
+        ran: Told = told(*argv, "--json")
+        assert (ran.code, ran.err) == (0, "")
+        json.loads(ran.out)

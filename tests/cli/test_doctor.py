@@ -1,0 +1,168 @@
+"""A doctor says what is wrong, and the command that mends it."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import redis
+
+from asyncinfer.cli.doctor.findings import Finding
+from asyncinfer.cli.doctor.server import findings_of
+from asyncinfer.repository.vitals import Vitals
+from tests import zoo
+
+from .conftest import submitted
+from .told import told
+
+FINE = Vitals(
+    server="Valkey 9.1.0",
+    refusal="",
+    round_trip_seconds=0.0002,
+    clock_ahead_seconds=0.01,
+    is_replica=False,
+    appends=True,
+    appends_when="everysec",
+    snapshots=False,
+    write_error="",
+    used_bytes=1 << 20,
+    max_bytes=1 << 30,
+    machine_bytes=8 << 30,
+    default_model="iris",
+    workers=1,
+)
+
+
+def found(about: str, **vitals: Any) -> Finding:
+    findings = findings_of(msgspec.structs.replace(FINE, **vitals), "redis://h:6379")
+    return next(one for one in findings if one.about == about)
+
+
+def test_a_server_that_is_fine_has_nothing_to_mend() -> None:
+    findings = list(findings_of(FINE, "redis://h:6379"))
+
+    assert {one.verdict for one in findings} == {"ok"}
+    assert not any(one.mend for one in findings)
+
+
+@pytest.mark.parametrize(
+    ("about", "vitals", "verdict", "mend"),
+    [
+        ("Redis", {"refusal": "This server evicts keys"}, "problem", "maxmemory-policy noeviction"),
+        ("Redis", {"refusal": "This is Redis 6.2"}, "problem", "unset REDIS_URL"),
+        ("Redis role", {"is_replica": True}, "problem", "sentinel://"),
+        ("Redis persistence", {"appends": False}, "problem", "CONFIG SET appendonly yes"),
+        ("Redis persistence", {"appends": False, "snapshots": True}, "warning", "appendonly"),
+        ("Redis persistence", {"appends": False, "snapshots": None}, "warning", "appendonly"),
+        ("Redis persistence", {"appends_when": "no"}, "warning", "appendfsync everysec"),
+        ("Redis disk", {"write_error": "aof_last_write_status is err"}, "problem", "BGSAVE"),
+        ("Redis memory", {"used_bytes": 900 << 20}, "problem", "CONFIG SET maxmemory"),
+        ("Redis round trip", {"round_trip_seconds": 0.02}, "warning", "latency"),
+        ("Redis round trip", {"round_trip_seconds": 0.4}, "problem", "latency"),
+        ("clock", {"clock_ahead_seconds": -30.0}, "warning", "set-ntp"),
+        ("workers", {"workers": 0}, "warning", "asyncinfer work"),
+    ],
+)
+def test_what_is_wrong_with_redis_is_named_with_what_mends_it(
+    about: str, vitals: dict[str, Any], verdict: str, mend: str
+) -> None:
+    one = found(about, **vitals)
+
+    assert one.verdict == verdict
+    assert mend in one.mend
+
+
+def test_a_server_without_persistence_is_a_problem(redis_url: str) -> None:
+    ran = told("doctor", "--redis-url", redis_url)
+
+    assert ran.code == 1
+    assert "problem  Redis persistence: none" in ran.out
+    assert "appendonly yes" in ran.out
+
+
+def test_a_server_that_evicts_is_a_problem(server: redis.Redis, redis_url: str) -> None:
+    server.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        ran = told("doctor", "--redis-url", redis_url)
+    finally:
+        server.config_set("maxmemory-policy", "noeviction")
+
+    assert ran.code == 1
+    assert "CONFIG SET maxmemory-policy noeviction" in ran.out
+
+
+def test_a_redis_that_does_not_answer_is_a_problem() -> None:
+    ran = told("doctor", "--redis-url", "redis://user:secret@127.0.0.1:1")
+
+    assert ran.code == 1
+    assert "problem  Redis: redis://127.0.0.1:1" in ran.out
+    assert "secret" not in ran.out + ran.err
+
+
+def test_nothing_started_yet_is_no_problem() -> None:
+    ran = told("doctor")
+
+    assert ran.code == 0
+    assert "-> asyncinfer serve" in ran.out
+
+
+def test_a_broken_model_is_named_and_takes_nothing_down(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    content = zoo.mlp([3, 2]).SerializeToString()
+    (models / "whole.onnx").write_bytes(content)
+    (models / "cut.onnx").write_bytes(content[:-9])
+
+    ran = told("doctor", "--model-dir", str(models))
+
+    assert ran.code == 1
+    assert "ok       model whole/1: loads and runs" in ran.out
+    assert "problem  model cut/1: " in ran.out
+
+
+def test_a_folder_that_is_not_there_is_a_problem(tmp_path: Path) -> None:
+    assert "problem  models: MODEL_DIR" in told("doctor", "--model-dir", f"{tmp_path}/no").out
+
+
+def test_keys_that_cannot_be_read_are_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("not a key\n")
+    ran = told("doctor", "--api-keys", f"{tmp_path}/keys")
+
+    assert ran.code == 1
+    assert "problem  API keys" in ran.out
+    assert "asyncinfer keygen >>" in ran.out
+
+
+def test_an_open_door_is_a_problem() -> None:
+    assert "HOST 0.0.0.0 lets everyone in" in told("doctor", "--host", "0.0.0.0").out
+
+
+def test_more_threads_than_cores_are_a_warning() -> None:
+    assert "warning  cores" in told("doctor", "--concurrency", "500").out
+
+
+def test_an_api_that_was_asked_for_and_is_away_is_a_problem() -> None:
+    ran = told("doctor", "--url", "http://127.0.0.1:1")
+
+    assert ran.code == 1
+    assert "problem  API: nothing listens at http://127.0.0.1:1" in ran.out
+
+
+def test_a_paused_model_is_a_warning(url: str, data_dir: Path) -> None:
+    told("pause", "digits")
+    try:
+        submitted(url, "digits")
+        ran = told("doctor", "--data-dir", str(data_dir))
+    finally:
+        told("resume", "digits")
+
+    assert "warning  models served: digits: paused" in ran.out
+    assert "-> asyncinfer resume digits" in ran.out
+
+
+def test_it_takes_a_moment_only(url: str, data_dir: Path) -> None:
+    started = time.monotonic()
+    told("doctor", "--data-dir", str(data_dir))
+
+    assert time.monotonic() - started < 10

@@ -1,0 +1,172 @@
+"""Every example of every --help does what it is shown for, on one real service."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from asyncinfer.cli.commands import SECTIONS, commands
+from asyncinfer.cli.refusing import EXIT_CODES
+from asyncinfer.testing import Running
+from tests.test_cli import free_port
+from tests.test_readme import is_up, shell
+
+from .conftest import ended, submitted
+from .told import piped, told
+
+NAMES = [name for section in SECTIONS.values() for name in section]
+_JOB_ID = re.compile(r"\b[0-9a-f]{32}\b")
+
+
+def command(name: str) -> click.Command:
+    found = commands.get_command(click.Context(commands), name)
+    assert found
+    return found
+
+
+def examples(name: str) -> list[str]:
+    _, _, lines = (command(name).epilog or "").partition("Examples:\n")
+    return [line.strip() for line in lines.splitlines()]
+
+
+EXAMPLES = [(name, line) for name in NAMES for line in examples(name)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, flowers: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a reader types: with the files that the examples name."""
+    (tmp_path / "rows.ndjson").write_text("[5.1, 3.5, 1.4, 0.2]\n[6.7, 3.0, 5.2, 2.3]\n")
+    (tmp_path / "model").symlink_to(Path(__file__).parents[2] / "model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def a_job(url: str, request: pytest.FixtureRequest) -> Iterator[str]:
+    """One for each command: that can be cancelled, retried, or shown."""
+    name = request.node.callspec.params["name"]
+    if name not in ("cancel", "retry"):
+        yield ended(url, submitted(url))
+        return
+    told("pause", "digits")
+    job_id = submitted(url, "digits")
+    if name == "retry":
+        told("cancel", job_id)
+    yield job_id
+    told("resume", "digits")
+
+
+@pytest.mark.parametrize(("name", "example"), EXAMPLES, ids=[line for _, line in EXAMPLES])
+def test_an_example_works_as_it_is_shown(
+    name: str, example: str, folder: Path, a_job: str, redis_url: str
+) -> None:
+    line = _JOB_ID.sub(a_job, example)
+    line = line.replace("redis://127.0.0.1:6379", redis_url).replace("--seconds 2", "--seconds 0.5")
+    if name in ("serve", "work"):
+        starts(line.replace("8001", str(free_port())), folder, redis_url)
+        return
+    ran = piped(line, folder)
+    # A doctor that finds a Redis without persistence says so.
+    assert ran.code == 0 or (name == "doctor" and "no persistence" not in ran.err), ran
+    assert "Traceback" not in ran.err
+
+
+def starts(line: str, folder: Path, redis_url: str) -> None:
+    words = line.partition("    #")[0]
+    words = words if "REDIS_URL" in words else f"REDIS_URL={redis_url} {words}"
+    words = f"PORT={free_port()} {words}"
+    with shell(words, folder) as process:
+        said = folder / "said"
+        wait_until_up(process, said)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
+def wait_until_up(process: subprocess.Popen[bytes], said: Path) -> None:
+    from tests.faults.harness import eventually_sync
+
+    eventually_sync(lambda: is_up(process, said.read_text()), "it is up", 30)
+
+
+# --- help ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_says_what_a_command_is_for_and_shows_an_example(name: str) -> None:
+    ran = told(name, "--help")
+
+    assert ran.code == 0
+    assert "Examples:\n" in ran.out
+    assert all(line in " ".join(ran.out.split()) for line in (name, "--help"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_list_of_commands_says_what_their_help_does(name: str) -> None:
+    listed = next(section[name] for section in SECTIONS.values() if name in section)
+
+    assert (command(name).help or "").splitlines()[0] == listed.text
+
+
+def test_help_states_the_exit_codes() -> None:
+    shown = " ".join(told("--help").out.split())
+
+    assert all(f"{code} {text}" in shown for code, text in EXIT_CODES.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_option_says_what_it_is_for(name: str) -> None:
+    for one in command(name).params:
+        if isinstance(one, click.Option):
+            assert one.help
+            assert one.help.rstrip("])").endswith(tuple(".KLR0123456789")) or "[" in one.help
+
+
+# --- completion ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shell_name", ["bash", "zsh", "fish"])
+def test_a_shell_completes_commands(shell_name: str, tmp_path: Path) -> None:
+    script = told("completion", shell_name)
+    asked = {
+        "bash": "COMP_WORDS='asyncinfer pre' COMP_CWORD=1",
+        "zsh": "COMP_WORDS='asyncinfer pre' COMP_CWORD=1",
+        "fish": "COMP_WORDS='asyncinfer pre' COMP_CWORD=pre",
+    }[shell_name]
+    line = f"{asked} _ASYNCINFER_COMPLETE={shell_name}_complete asyncinfer"
+
+    assert "_ASYNCINFER_COMPLETE" in script.out
+    assert "predict" in piped(line, tmp_path).out
+
+
+def test_a_shell_completes_options(tmp_path: Path) -> None:
+    line = "COMP_WORDS='asyncinfer jobs --sta' COMP_CWORD=2 _ASYNCINFER_COMPLETE=bash_complete"
+
+    assert "--status" in piped(f"{line} asyncinfer", tmp_path).out
+
+
+# --- what is loaded --------------------------------------------------------------------------
+
+
+def test_help_loads_neither_tables_nor_numbers_nor_networks() -> None:
+    heavy = ("rich", "numpy", "redis", "httpx2", "starlette", "onnxruntime")
+    code = (
+        "import sys, json; from asyncinfer.cli import main\n"
+        "try: main(['--help'])\n"
+        f"finally: print(json.dumps(sorted(set({heavy!r}) & set(sys.modules))), file=sys.stderr)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(ran.stderr) == []
+
+
+def test_a_worker_that_has_nothing_to_parse_loads_no_parser(running: Running) -> None:
+    code = (
+        "import sys; from asyncinfer.cli import main\nprint(main(['work']), 'click' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["2", "False"]

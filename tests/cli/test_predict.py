@@ -1,0 +1,227 @@
+"""Rows go in, answers come out in their order, and a bad row stops no other."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from .told import complaint, piped, told
+
+ANSWER = {"prediction": 0, "class_name": "setosa"}
+
+
+def test_a_row_of_the_command_line_is_answered(url: str) -> None:
+    ran = told("predict", "5.1", "3.5", "1.4", "0.2")
+
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.rows[0].items() >= {"row": 1, **ANSWER}.items()
+
+
+@pytest.mark.parametrize("row", ["[5.1, 3.5, 1.4, 0.2]", "[[5.1, 3.5, 1.4, 0.2]]"])
+def test_a_row_may_be_json(url: str, row: str) -> None:
+    assert told("predict", row).rows[0].items() >= ANSWER.items()
+
+
+def test_numbers_below_zero_are_no_options(url: str) -> None:
+    assert told("predict", "-5.1", "3.5", "1.4", "-0.2").rows[0]["row"] == 1
+
+
+def test_a_csv_with_a_header_is_answered_row_by_row(url: str, flowers: Path) -> None:
+    ran = told("predict", str(flowers))
+
+    assert [row["row"] for row in ran.rows] == [1, 2, 3]
+    assert [row["class_name"] for row in ran.rows] == ["setosa", "virginica", "versicolor"]
+    assert "--resume flowers-" in ran.err
+
+
+def files(folder: Path) -> dict[str, Path]:
+    rows = [[5.1, 3.5, 1.4, 0.2], [6.7, 3.0, 5.2, 2.3]]
+    table = pa.table({name: [row[at] for row in rows] for at, name in enumerate("abcd")})
+    written = {
+        "bare.csv": "\n".join(",".join(map(str, row)) for row in rows),
+        "rows.tsv": "\n".join("\t".join(map(str, row)) for row in rows),
+        "rows.json": json.dumps(rows),
+        "request.json": json.dumps({"data": rows}),
+        "rows.ndjson": "\n".join(map(json.dumps, rows)),
+        "records.jsonl": "\n".join(json.dumps(dict(zip("abcd", row, strict=True))) for row in rows),
+    }
+    for name, text in written.items():
+        (folder / name).write_text(text)
+    np.save(folder / "rows.npy", np.array(rows))
+    pq.write_table(table, folder / "rows.parquet")
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("bare.csv", "rows.tsv", "rows.json", "request.json", "rows.ndjson", "records.jsonl"),
+        *("rows.npy", "rows.parquet"),
+    ],
+)
+def test_every_form_of_file_gives_the_same_answers(url: str, tmp_path: Path, name: str) -> None:
+    ran = told("predict", str(files(tmp_path)[name]))
+
+    assert ran.code == 0, ran.err
+    assert [row["class_name"] for row in ran.rows] == ["setosa", "virginica"]
+
+
+def test_columns_are_chosen_by_name_or_number(url: str, tmp_path: Path) -> None:
+    (tmp_path / "more.csv").write_text("id,a,b,c,d,kind\nx,5.1,3.5,1.4,0.2,y\n")
+    for columns in ("a,b,c,d", "2,3,4,5"):
+        ran = told("predict", str(tmp_path / "more.csv"), "--columns", columns)
+        assert ran.rows[0].items() >= ANSWER.items()
+
+
+@pytest.mark.parametrize("form", ["csv", "json", "ndjson", "parquet"])
+def test_answers_are_written_in_the_form_that_the_name_tells(
+    url: str, flowers: Path, form: str
+) -> None:
+    path = flowers.with_name(f"answers.{form}")
+    ran = told("predict", str(flowers), "--output", str(path))
+
+    assert (ran.code, ran.out) == (0, "")
+    assert classes_in(path) == ["setosa", "virginica", "versicolor"]
+    assert not list(path.parent.glob("*.part"))
+
+
+def classes_in(path: Path) -> list[str]:
+    if path.suffix == ".parquet":
+        names: list[str] = pq.read_table(path)["class_name"].to_pylist()
+        return names
+    text = path.read_text()
+    if path.suffix == ".csv":
+        return [line.split(",")[2] for line in text.splitlines()[1:]]
+    rows = json.loads(text) if path.suffix == ".json" else map(json.loads, text.splitlines())
+    return [row["class_name"] for row in rows]
+
+
+def test_a_table_is_for_people(url: str, flowers: Path) -> None:
+    shown = told("predict", str(flowers), "--to", "table").out.splitlines()
+
+    assert shown[0].split()[:3] == ["row", "prediction", "class_name"]
+    assert shown[1].split()[:3] == ["1", "0", "setosa"]
+
+
+def test_one_bad_row_in_ten_thousand_is_told_and_stops_no_other(url: str, tmp_path: Path) -> None:
+    lines = ["5.1,3.5,1.4,0.2"] * 10_000
+    lines[6999] = "5.1,oops,1.4,0.2"
+    lines[7999] = "1,2,3"
+    lines[8999] = "1,2,3,1e39"
+    (tmp_path / "many.csv").write_text("\n".join(lines))
+
+    ran = told("predict", str(tmp_path / "many.csv"))
+
+    assert ran.code == 1
+    assert [row["row"] for row in ran.rows] == list(range(1, 10_001))
+    assert [row["row"] for row in ran.rows if "error" in row] == [7000, 8000, 9000]
+    rows = [line for line in ran.err.splitlines() if line.startswith("row ")]
+    assert rows == [
+        "row 7000: line 7000: column '2': 'oops' is no number; leave it out with --columns",
+        "row 8000: line 8000: 3 cells where 4 are expected",
+        "row 9000: value at 3: beyond the range of FP32",
+    ]
+
+
+def test_a_row_that_failed_keeps_its_place_in_columns(url: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("x,2,3,4\n5.1,3.5,1.4,0.2\n")
+
+    header, first, second = told("predict", f"{tmp_path}/rows.csv", "--to", "csv").out.splitlines()
+
+    assert header.startswith("row,prediction,")
+    assert header.endswith(",error")
+    assert first.startswith("1,,")
+    assert second.startswith("2,0,setosa,")
+
+
+def test_stdin_is_read_and_a_pipe_has_nothing_but_data(url: str, tmp_path: Path) -> None:
+    ran = piped("asyncinfer predict - | cat", tmp_path, b"[5.1, 3.5, 1.4, 0.2]\n")
+
+    assert ran.code == 0
+    assert ran.rows[0].items() >= ANSWER.items()
+
+
+def test_who_reads_only_the_first_answers_hears_no_complaint(url: str, tmp_path: Path) -> None:
+    (tmp_path / "many.csv").write_text("5.1,3.5,1.4,0.2\n" * 5000)
+    ran = piped("asyncinfer predict many.csv | head -1; exit ${PIPESTATUS[0]}", tmp_path)
+
+    assert ran.code == 141
+    assert "Traceback" not in ran.err
+    assert len(ran.rows) == 1
+
+
+def test_a_map_goes_on_where_it_stopped_and_runs_nothing_twice(url: str, flowers: Path) -> None:
+    first = told("predict", str(flowers), "--resume", "again-1")
+    jobs = told("jobs", "--group", "again-1", "--json").json
+    second = told("predict", str(flowers), "--resume", "again-1")
+
+    assert first.out == second.out
+    assert told("jobs", "--group", "again-1", "--json").json == jobs
+
+
+def test_ctrl_c_says_how_to_go_on_and_cancels_the_rest(url: str, tmp_path: Path) -> None:
+    told("pause", "digits")
+    try:
+        (tmp_path / "many.csv").write_text(f"{','.join(['0'] * 64)}\n" * 5000)
+        argv = ("-m", "asyncinfer", "predict", "many.csv", "-m", "digits", "--resume", "stop-1")
+        with subprocess.Popen(
+            [sys.executable, *argv], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as process:
+            assert process.stderr is not None
+            assert b"To take this up again" in process.stderr.readline()
+            while not told("jobs", "--group", "stop-1", "--json").json:
+                pass
+            os.kill(process.pid, signal.SIGINT)
+            said = process.stderr.read().decode()
+            assert process.wait(20) == 130
+        assert "Interrupted after 0 rows" in said
+        assert "asyncinfer predict many.csv -m digits --resume stop-1" in said
+        assert "Traceback" not in said
+        assert not told("jobs", "--group", "stop-1", "--status", "pending", "--json").json
+    finally:
+        told("resume", "digits")
+
+
+# --- failures --------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_not_there_is_refused(url: str) -> None:
+    assert "There is no file nope.csv" in complaint(told("predict", "nope.csv"), 2)
+
+
+def test_a_csv_that_is_none_is_refused(url: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"\x89PNG\x00\xff\xfe")
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "b.csv")
+
+    assert "is no CSV file" in complaint(told("predict", f"{tmp_path}/a.csv"), 2)
+    assert "--from parquet" in complaint(told("predict", f"{tmp_path}/b.csv"), 2)
+
+
+def test_a_name_that_tells_no_form_is_refused(url: str, tmp_path: Path) -> None:
+    (tmp_path / "rows").write_text("1,2,3,4")
+
+    assert "--from" in complaint(told("predict", f"{tmp_path}/rows"), 2)
+    assert "--to" in complaint(told("predict", "1", "2", "3", "4", "-o", f"{tmp_path}/x"), 2)
+
+
+def test_a_column_that_is_not_there_is_refused(url: str, flowers: Path) -> None:
+    said = complaint(told("predict", str(flowers), "--columns", "a,z"), 2)
+
+    assert "no column 'z', but a, b, c, d" in said
+
+
+def test_an_unknown_model_is_refused_with_those_there_are(url: str, flowers: Path) -> None:
+    said = complaint(told("predict", str(flowers), "--model", "nope"), 1)
+
+    assert "Known: `digits`, `iris`" in said
+
+
+def test_an_unknown_option_is_refused(url: str) -> None:
+    assert "--modle" in complaint(told("predict", "1", "--modle", "iris"), 2)

@@ -1,0 +1,123 @@
+"""Colour and progress are for terminals, and only there."""
+
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from .conftest import ended, submitted
+from .told import piped
+
+ESCAPE = "\x1b["
+COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")
+SECONDS = 20.0
+
+
+class Shown(NamedTuple):
+    code: int
+    text: str
+
+
+def at_a_terminal(
+    argv: Sequence[str], columns: int, typed: str = "", until: str = "", cwd: Path | None = None
+) -> Shown:
+    """What a terminal of so many columns shows; `typed` is typed once `until` is there."""
+    ours, theirs = pty.openpty()
+    _resize(theirs, columns)
+    environ = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": "24"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "asyncinfer", *argv],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environ,
+        cwd=cwd,
+        start_new_session=True,
+    ) as process:
+        os.close(theirs)
+        text = ""
+        over = time.monotonic() + SECONDS
+        while time.monotonic() < over:
+            chunk = _read(ours)
+            if chunk is None:
+                break
+            text += chunk
+            if typed and until in text:
+                os.write(ours, typed.encode())
+                typed = ""
+        os.close(ours)
+        return Shown(process.wait(5), text)
+
+
+def _read(terminal: int) -> str | None:
+    """None once nobody writes any more."""
+    if not select.select([terminal], [], [], SECONDS)[0]:
+        return None
+    try:
+        return os.read(terminal, 65536).decode(errors="replace") or None
+    except OSError:
+        return None
+
+
+def _resize(terminal: int, columns: int) -> None:
+    import fcntl
+    import struct
+    import termios
+
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+
+
+def test_a_terminal_has_colour_and_a_pipe_has_none(url: str, tmp_path: Path) -> None:
+    ended(url, submitted(url))
+
+    assert COLOUR.search(at_a_terminal(["jobs"], 120).text)
+    assert ESCAPE not in piped("asyncinfer jobs", tmp_path).out
+
+
+def test_no_color_is_honoured(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended(url, submitted(url))
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    assert not COLOUR.search(at_a_terminal(["jobs"], 120).text)
+
+
+def test_progress_is_shown_on_a_terminal_and_never_in_a_pipe(url: str, tmp_path: Path) -> None:
+    (tmp_path / "many.csv").write_text("5.1,3.5,1.4,0.2\n" * 3000)
+    argv = ["predict", "many.csv", "-o", "answers.csv"]
+
+    shown = at_a_terminal(argv, 100, cwd=tmp_path)
+    assert shown.code == 0
+    assert "3,000 rows" in shown.text
+
+    ran = piped(f"asyncinfer {' '.join(argv)}", tmp_path)
+    assert ran.out == ""
+    assert len(ran.err.splitlines()) == 1
+
+
+def test_a_person_gets_a_table_of_answers(url: str) -> None:
+    shown = at_a_terminal(["predict", "5.1", "3.5", "1.4", "0.2"], 100)
+
+    assert "class_name" in shown.text
+    assert "setosa" in shown.text
+
+
+@pytest.mark.parametrize("columns", [80, 160])
+@pytest.mark.parametrize("key", ["q", "\x03"])
+def test_top_is_drawn_as_wide_as_the_terminal_and_left_by_a_key(
+    url: str, columns: int, key: str
+) -> None:
+    shown = at_a_terminal(["top"], columns, typed=key, until="ready")
+
+    assert shown.code == 0
+    assert "iris" in shown.text
+    assert ("DELAYED" in shown.text) == (columns == 160)
+    assert "\x1b[?1049l" in shown.text  # the screen is as it was before
+    assert "Traceback" not in shown.text
