@@ -178,6 +178,12 @@ class QueueFull(RequestError):
     code, status, title = "queue_full", 429, "The queue is full"
 
 
+class ServerStopping(RequestError):
+    """Answers for what had not been read yet when the server was told to stop."""
+
+    code, status, title = "server_stopping", 503, "The server stops"
+
+
 class HeadersTooLarge(RequestError):
     code, status, title = "headers_too_large", 431, "The headers are too large"
 

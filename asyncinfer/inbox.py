@@ -62,7 +62,8 @@ class Inbox:
         self._blocking = store.blocking()
         self._tickets: dict[str, list[Ticket]] = {}
         self._waiters = 0
-        self._closing = asyncio.Event()
+        self.closing = asyncio.Event()
+        """Set when nobody is to wait any longer."""
 
     async def run(self) -> None:
         """Reads until closed."""
@@ -72,7 +73,7 @@ class Inbox:
 
     async def close(self) -> None:
         """Ends `run`, and answers every waiter with its job as it is now."""
-        self._closing.set()
+        self.closing.set()
         await self._blocking.close()
         for tickets in list(self._tickets.values()):
             for ticket in tickets:
@@ -82,7 +83,7 @@ class Inbox:
     def expect(self, job_id: str) -> Iterator[Ticket]:
         """A place for a job about to be submitted with this inbox, taken before the submit."""
         ticket = Ticket(job_id, self._submissions)
-        if self._closing.is_set() or self._waiters >= _MOST_WAITERS:
+        if self.closing.is_set() or self._waiters >= _MOST_WAITERS:
             _resolve(ticket, None)
         self._tickets.setdefault(job_id, []).append(ticket)
         self._waiters += 1
@@ -108,20 +109,20 @@ class Inbox:
 
     async def _read(self) -> None:
         last = b"0"
-        while not self._closing.is_set():
+        while not self.closing.is_set():
             try:
                 entries = await self._blocking.read({self.name: last}, _READ_SECONDS)
                 if entries:
                     last = entries[-1][1]
                     await self._hear([one for _, _, fields in entries for one in noticed(fields)])
             except RedisUnavailable as error:
-                if not self._closing.is_set():
+                if not self.closing.is_set():
                     log.warning("Inbox: %s", error.detail)
                     await self._pause(random.uniform(0.1, 0.5))
 
     async def _keep(self) -> None:
         """Keeps the stream alive, and looks again at everything that is waited for."""
-        while not self._closing.is_set():
+        while not self.closing.is_set():
             try:
                 await self._stay()
                 waited_for = list(self._tickets)
@@ -135,15 +136,16 @@ class Inbox:
     async def _stay(self) -> None:
         """Makes the stream where it is not there; with memory full that has to wait."""
         alive = ("MAXLEN", "~", 10_000, "*", "", "alive")
+        expire = ("EXPIRE", self.name, _TTL_SECONDS)
         with contextlib.suppress(StorageFull):
-            if not await self._store.command("EXPIRE", self.name, _TTL_SECONDS):
-                await self._store.command("XADD", self.name, *alive)
-                await self._store.command("EXPIRE", self.name, _TTL_SECONDS)
+            if not await self._store.command(*expire):
+                # In one step: who dies between the two would leave a stream for ever.
+                await self._store.together(("XADD", self.name, *alive), expire)
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self._closing.wait()
+                await self.closing.wait()
 
     async def _hear(self, notices: list[tuple[str, Stored | None]]) -> None:
         for job_id, stored in notices:

@@ -30,6 +30,18 @@ class AskedOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ) = None
 
 
+LineKey = (
+    Annotated[
+        str,
+        Meta(
+            pattern="^[!-~]{1,255}$",
+            description="Sent again with the same request, gives the same job.",
+        ),
+    ]
+    | UnsetType
+)
+
+
 class PredictRequest(Struct, frozen=True, forbid_unknown_fields=True):
     """An input for a model, and what is asked of its job."""
 
@@ -41,6 +53,12 @@ class PredictRequest(Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ]
     options: AskedOptions = AskedOptions()
+
+
+class PredictLine(PredictRequest, frozen=True, forbid_unknown_fields=True):
+    """One of many requests, each on a line of its own."""
+
+    idempotency_key: LineKey = UNSET
 
 
 class AskedParameters(Struct, frozen=True, forbid_unknown_fields=True):
@@ -92,6 +110,12 @@ class TensorRequest(Struct, frozen=True, forbid_unknown_fields=True):
     ] = []
     parameters: AskedParameters = AskedParameters()
     options: AskedOptions = AskedOptions()
+
+
+class TensorLine(TensorRequest, frozen=True, forbid_unknown_fields=True):
+    """One of many requests, each on a line of its own."""
+
+    idempotency_key: LineKey = UNSET
 
 
 class NoQuery(Struct, frozen=True, forbid_unknown_fields=True):
@@ -446,6 +470,15 @@ class Problem(Struct, frozen=True, kw_only=True, omit_defaults=True):
     error: Annotated[JobError, Meta(description="Why the job failed.")] | None = None
 
 
+class LineProblem(Problem, frozen=True, kw_only=True, omit_defaults=True):
+    """What went wrong with one line of many (RFC 9457)."""
+
+    line: Annotated[int, Meta(description="Which line of the request, counted from 1.")]
+    retry_after_seconds: Annotated[
+        float | None, Meta(description="When to send this line again.")
+    ] = None
+
+
 def problem_of(error: RequestError, path: str = "") -> Problem:
     return Problem(
         type=f"urn:asyncinfer:problem:{error.code}",
@@ -458,6 +491,12 @@ def problem_of(error: RequestError, path: str = "") -> Problem:
         job_id=error.job_id,
         error=JobError(*error.job_error) if isinstance(error, JobFailed) else None,
     )
+
+
+def line_problem_of(error: RequestError, line: int) -> LineProblem:
+    problem = problem_of(error)
+    members = {name: getattr(problem, name) for name in problem.__struct_fields__}
+    return LineProblem(line=line, retry_after_seconds=error.retry_after_seconds, **members)
 
 
 def at(time_ms: int | None) -> datetime | UnsetType:

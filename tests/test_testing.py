@@ -412,6 +412,7 @@ def run_pytest(folder: Path, *more: str) -> str:
     return ran.stdout + ran.stderr
 
 
+@pytest.mark.soak
 def test_the_fixture_serves_the_models_of_a_conftest_and_shows_what_was_said(
     tmp_path: Path,
 ) -> None:

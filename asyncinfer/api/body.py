@@ -17,6 +17,10 @@ JSON_LENGTH_HEADER: Final = b"inference-header-content-length"
 
 NPY: Final = "application/x-npy"
 
+NDJSON: Final = "application/x-ndjson"
+_LINE_TYPES: Final = (NDJSON, "application/jsonl", "application/x-jsonlines")
+"""One JSON text a line goes by several names, none of them registered."""
+
 _CLOSE: Final = ("connection", "close")
 _DISCARD_SECONDS: Final = 2.0
 _TAKEN: Final = "application/json"
@@ -50,6 +54,24 @@ async def read_body(request: Request[Any], config: ApiConfig) -> Body:
             "it is the length of the JSON that the body begins with."
         )
     return Body(content, json_bytes, npy)
+
+
+def has_lines(media_type: bytes | None) -> bool:
+    """Whether the body is one request a line, which no `read_body` takes."""
+    if media_type is None or media_type == b"application/json":
+        return False
+    return _media_type(media_type.decode("latin-1")) in _LINE_TYPES
+
+
+def check_lines(request: Request[Any]) -> None:
+    """Raises what there is to say of a body of lines before the first of them is read."""
+    if request.header(JSON_LENGTH_HEADER) is not None:
+        raise InvalidHeader(
+            f"Inference-Header-Content-Length does not go with {NDJSON}: no tensors follow a line. "
+            "Send their elements in `data`."
+        )
+    _check_charset((request.header(b"content-type") or "").lower())
+    _check_encoding(request.header(b"content-encoding"))
 
 
 async def discard(receive: Receive, headers: Mapping[bytes, bytes]) -> None:
@@ -118,7 +140,11 @@ def _json_bytes(value: str | None, max_json_bytes: int) -> int | None:
 
 
 def _is_npy(value: str | None) -> bool:
-    return value is not None and value.partition(";")[0].strip().lower() == NPY
+    return value is not None and _media_type(value) == NPY
+
+
+def _media_type(value: str) -> str:
+    return value.partition(";")[0].strip().lower()
 
 
 def _check_media_type(value: str | None) -> None:
@@ -126,8 +152,13 @@ def _check_media_type(value: str | None) -> None:
     can send neither."""
     if value is None or value == _TAKEN:
         return
-    media_type, _, parameters = value.lower().partition(";")
-    media_type = media_type.strip()
+    media_type = _media_type(value)
+    if media_type in _LINE_TYPES:
+        raise MediaTypeRefused(
+            f"Content-Type is {value[:100]!r}: only POST /predict takes one request a line. Send a "
+            "single one here, with `Content-Type: application/json`.",
+            headers=[("accept", f"{_TAKEN}, {NPY}")],
+        )
     is_json = media_type == _TAKEN or media_type.endswith("+json")
     if not is_json and media_type != "application/octet-stream":
         hint = " (curl -d sends that unless told)" if "form-urlencoded" in media_type else ""
@@ -136,7 +167,11 @@ def _check_media_type(value: str | None) -> None:
             f"or `{NPY}` for an array that numpy saved.",
             headers=[("accept", f"{_TAKEN}, {NPY}")],
         )
-    for parameter in parameters.split(";"):
+    _check_charset(value.lower())
+
+
+def _check_charset(media_type: str) -> None:
+    for parameter in media_type.split(";")[1:]:
         name, _, text = parameter.partition("=")
         if name.strip() == "charset" and text.strip().strip('"') not in ("utf-8", "utf8"):
             raise MediaTypeRefused("JSON is sent in UTF-8; leave the charset out, or say utf-8.")

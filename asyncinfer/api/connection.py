@@ -1,16 +1,18 @@
 """One HTTP connection, closed when it is slow, silent or too wordy."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Final, Literal
 
 from msgspec import Struct
+from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
     HttpToolsProtocol,
     RequestResponseCycle,
 )
 
-from asyncinfer.api.exchange import Reply, header_block
+from asyncinfer.api.exchange import KEEP_BODY_OPEN, Reply, header_block
 from asyncinfer.api.problems import problem_reply
 from asyncinfer.errors import (
     HeadersTooLarge,
@@ -32,7 +34,8 @@ class Limits(Struct, frozen=True, kw_only=True):
 
 _DISCARD_SECONDS: Final = 2.0
 
-Awaited = Literal["head", "body", "nothing"]
+Awaited = Literal["head", "body", "streamed", "nothing"]
+"""`streamed`: a body whose handler reads it for as long as it comes, and has its own deadline."""
 
 
 class Connection(HttpToolsProtocol):
@@ -100,7 +103,8 @@ class Connection(HttpToolsProtocol):
         if self._head_bytes + self._chunk_bytes > self._limits.header_bytes:
             self._check_head()
         super().on_headers_complete()
-        self.cycle.transport = OneWrite(self.cycle, self.loop)  # type: ignore[assignment]
+        self.cycle.transport = OneWrite(self.cycle, self.loop, self._end)  # type: ignore[assignment]
+        self.scope["state"][KEEP_BODY_OPEN] = self._keep_body_open
         self._awaited = "body"
 
     def on_message_complete(self) -> None:
@@ -131,10 +135,16 @@ class Connection(HttpToolsProtocol):
         if self._awaited == self._timed:
             return
         self._disarm()
-        if self._awaited == "nothing" or self.transport.is_closing():
+        if self._awaited in ("nothing", "streamed") or self.transport.is_closing():
             return
         self._timed = self._awaited
         self._deadline = self.loop.call_later(self._seconds(), self._too_slow)
+
+    def _keep_body_open(self, scope: Scope) -> None:
+        """Lifts the deadline, if this is still the request that is being read."""
+        if scope is self.scope and self._awaited == "body":
+            self._disarm()
+            self._awaited = "streamed"
 
     def _seconds(self) -> float:
         if self._awaited == "head":
@@ -181,19 +191,34 @@ class Connection(HttpToolsProtocol):
             self._close()
             return
         self.transport.write(_raw(problem_reply(error)))
-        # A socket closed with unread bytes is reset, and the client may lose the answer with it.
-        self.transport.write_eof()
-        self.loop.call_later(_DISCARD_SECONDS, self._close)
+        self._close_gently()
 
     # --- closing ------------------------------------------------------------------------------
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self._awaited == "streamed":
+            self._end()
         if self.transport.is_closing():
             self._abort_later()
 
     def timeout_keep_alive_handler(self) -> None:
         self._close()
+
+    def _end(self) -> None:
+        """Closes after an answer; one whose request still comes may have been given early."""
+        if self._awaited != "streamed":
+            self._close()
+        elif not (self._refused or self.transport.is_closing()):
+            self._refused = True
+            self._disarm()
+            self._close_gently()
+
+    def _close_gently(self) -> None:
+        """A socket closed with unread bytes is reset, and the client may lose the answer with it:
+        for a moment they are taken, and dropped."""
+        self.transport.write_eof()
+        self.loop.call_later(_DISCARD_SECONDS, self._close)
 
     def _close(self) -> None:
         self.transport.close()
@@ -209,8 +234,14 @@ class OneWrite:
     """Where one answer is written: its head waits for its body, so that both go out in one
     system call and wake the client once. Two of them were a fifth of the cost of a submit."""
 
-    def __init__(self, cycle: RequestResponseCycle, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        cycle: RequestResponseCycle,
+        loop: asyncio.AbstractEventLoop,
+        end: Callable[[], None],
+    ) -> None:
         self._cycle = cycle
+        self._end = end
         self._transport = cycle.transport
         self._loop = loop
         self._head: bytes | None = None
@@ -236,7 +267,7 @@ class OneWrite:
 
     def close(self) -> None:
         self._write_head()
-        self._transport.close()
+        self._end()
 
 
 def _raw(reply: Reply) -> bytes:

@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NoReturn, TypeVar
 
 import msgspec
 from msgspec import Raw, Struct
@@ -11,6 +11,8 @@ from msgspec import Raw, Struct
 from asyncinfer.api.struct_faults import fault_of
 from asyncinfer.errors import Fault, InvalidInput, InvalidJSON
 from asyncinfer.schemas import AskedOptions
+
+IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 _BOM: Final = b"\xef\xbb\xbf"
 _NO_OPTIONS: Final = AskedOptions()
@@ -28,6 +30,8 @@ class Asked(Struct, frozen=True):
     outputs: bytes = b""
     parameters: bytes = b""
     has_options: bool = False
+    key: str | None = None
+    """The `idempotency_key` of a line."""
 
 
 _ABSENT: Final = Raw(b"")
@@ -43,29 +47,75 @@ class _Envelope(Struct, frozen=True, forbid_unknown_fields=True):
     options: Raw = _ABSENT
 
 
+class _LineEnvelope(_Envelope, frozen=True, forbid_unknown_fields=True):
+    idempotency_key: Raw = _ABSENT
+
+
+EnvelopeT = TypeVar("EnvelopeT", bound=_Envelope)
+
 _decode_envelope = msgspec.json.Decoder(_Envelope).decode
+_decode_line = msgspec.json.Decoder(_LineEnvelope).decode
 _decode_options = msgspec.json.Decoder(AskedOptions).decode
+_decode_key = msgspec.json.Decoder(str).decode
 
 
 def read_envelope(body: bytes) -> Asked:
     """Raises InvalidJSON for what is no JSON, InvalidInput for what is not this request."""
     _check_text(body)
+    envelope = _decoded(body, _decode_envelope, _Envelope)
+    if _only_data(envelope) and _spelled_once(body, b'"data"'):
+        return Asked(bytes(envelope.data), _NO_OPTIONS)
+    given = _given(envelope)
+    check_repeated(body, given)
+    _check_together(given)
+    return _asked(envelope, None)
+
+
+def read_line_envelope(line: bytes) -> Asked:
+    """`read_envelope` of one of many requests, each of which may have its `idempotency_key`."""
+    _check_text(line)
+    envelope = _decoded(line, _decode_line, _LineEnvelope)
+    key = _key(envelope.idempotency_key)
+    if _only_data(envelope) and _spelled_once(line, b'"data"'):
+        if key is None:
+            return Asked(bytes(envelope.data), _NO_OPTIONS)
+        if line.count(b'"idempotency_key"') == 1:
+            return Asked(bytes(envelope.data), _NO_OPTIONS, key=key)
+    given = _given(envelope)
+    check_repeated(line, given)
+    _check_together(given)
+    return _asked(envelope, key)
+
+
+def _decoded(
+    body: bytes, decode: Callable[[bytes], EnvelopeT], struct: type[EnvelopeT]
+) -> EnvelopeT:
     try:
-        envelope = _decode_envelope(body)
+        return decode(body)
     except msgspec.ValidationError as error:
-        refuse(fault_of(error, _Envelope), error)
+        refuse(fault_of(error, struct), error)
     except msgspec.DecodeError as error:
         raise InvalidJSON(_malformed(error)) from error
     except RecursionError:
         # `from None`: the traceback would be as deep as the JSON.
         raise InvalidJSON("The JSON is nested too deeply; `data` is a list of rows.") from None
-    # Spelled once and nothing escaped, it cannot be there twice.
-    if _only_data(envelope) and body.count(b'"data"') == 1 and b"\\" not in body:
-        return Asked(bytes(envelope.data), _NO_OPTIONS)
-    given = _given(envelope)
-    check_repeated(body, given)
-    _check_together(given)
-    return _asked(envelope)
+
+
+def _spelled_once(body: bytes, name: bytes) -> bool:
+    """Spelled once and nothing escaped, it cannot be there twice."""
+    return body.count(name) == 1 and b"\\" not in body
+
+
+def _key(text: Raw) -> str | None:
+    if text is _ABSENT:
+        return None
+    try:
+        key = _decode_key(text)
+    except msgspec.ValidationError:
+        key = ""
+    if not IDEMPOTENCY_KEY.fullmatch(key):
+        refuse(Fault("/idempotency_key", "It takes 1 to 255 visible ASCII characters."))
+    return key
 
 
 def _only_data(envelope: _Envelope) -> bool:
@@ -96,7 +146,7 @@ def _check_together(given: Mapping[str, Raw]) -> None:
             refuse(Fault(f"/{name}", f"`{name}` goes with `inputs`; `data` has none."))
 
 
-def _asked(envelope: _Envelope) -> Asked:
+def _asked(envelope: _Envelope, key: str | None) -> Asked:
     options_text = bytes(envelope.options)
     return Asked(
         data=bytes(envelope.data),
@@ -105,6 +155,7 @@ def _asked(envelope: _Envelope) -> Asked:
         outputs=bytes(envelope.outputs),
         parameters=bytes(envelope.parameters),
         has_options=bool(options_text),
+        key=key,
     )
 
 

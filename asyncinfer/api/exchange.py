@@ -1,11 +1,12 @@
 """One exchange: the request as handlers see it, and the reply."""
 
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from http import HTTPStatus
 from typing import Any, Final, Generic, TypeVar
 from urllib.parse import parse_qsl
 
+import anyio
 import msgspec
 from msgspec import Struct
 from starlette.types import Receive, Scope, Send
@@ -15,6 +16,9 @@ from asyncinfer.errors import InvalidQuery
 
 Query = TypeVar("Query", bound=Struct)
 Header = tuple[bytes, bytes]
+
+KEEP_BODY_OPEN: Final = "asyncinfer.keep_body_open"
+"""Where a connection of ours has put, in a scope's state, how its deadline is lifted."""
 
 _MOST_PARAMETERS: Final = 32
 
@@ -50,6 +54,12 @@ class Request(Generic[Query]):
         part: str | None = self._scope["path_params"].get(name)
         return part
 
+    def keep_body_open(self) -> None:
+        """From here on this request's body may take any time; its handler sees to it that the
+        client is heard of."""
+        if keep := self._scope.get("state", {}).get(KEEP_BODY_OPEN):
+            keep(self._scope)
+
     def header(self, name: bytes) -> str | None:
         value = self.headers.get(name)
         return None if value is None else value.decode("latin-1")
@@ -79,6 +89,8 @@ class Stream(Struct, frozen=True):
     media_type: bytes
     status: int = 200
     headers: tuple[Header, ...] = ()
+    reading: Callable[[], Awaitable[None]] | None = None
+    """Reads the request while its answer is sent, and returns when the client has left."""
 
 
 class StreamBroken(Exception):
@@ -112,6 +124,26 @@ async def send_reply(reply: Reply, scope: Scope, send: Send, *, more: bool = Fal
 
 async def send_stream(stream: Stream, scope: Scope, send: Send) -> None:
     """Sends chunks as they come; raises StreamBroken, since no other answer can follow."""
+    try:
+        if stream.reading is None:
+            await _send_chunks(stream, scope, send)
+            return
+        async with anyio.create_task_group() as group:
+            group.start_soon(_cancel_after, stream.reading, group.cancel_scope)
+            await _send_chunks(stream, scope, send)
+            group.cancel_scope.cancel()
+    except ClientGone:
+        return
+    except Exception as error:
+        raise StreamBroken from error
+
+
+async def _cancel_after(reading: Callable[[], Awaitable[None]], scope: anyio.CancelScope) -> None:
+    await reading()
+    scope.cancel()
+
+
+async def _send_chunks(stream: Stream, scope: Scope, send: Send) -> None:
     headers = [
         (b"content-type", stream.media_type),
         (b"cache-control", b"no-store"),
@@ -120,13 +152,8 @@ async def send_stream(stream: Stream, scope: Scope, send: Send) -> None:
     async with contextlib.aclosing(stream.chunks) as chunks:
         await send({"type": "http.response.start", "status": stream.status, "headers": headers})
         if scope["method"] != "HEAD":
-            try:
-                async for chunk in chunks:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            except ClientGone:
-                return
-            except Exception as error:
-                raise StreamBroken from error
+            async for chunk in chunks:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
     await end_reply(send)
 
 

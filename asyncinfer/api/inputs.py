@@ -11,7 +11,7 @@ from asyncinfer.api import npy
 from asyncinfer.api.body import Body, read_body
 from asyncinfer.api.catalog import Served
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.api.envelope import Asked, read_envelope
+from asyncinfer.api.envelope import Asked, read_envelope, read_line_envelope
 from asyncinfer.api.exchange import Request
 from asyncinfer.api.tensor_parts import read_outputs, read_tensors
 from asyncinfer.errors import Fault, InvalidInput, InvalidQuery
@@ -60,7 +60,18 @@ async def read_input(request: Request[AskedOptions], config: ApiConfig, served: 
         return _from_npy(body.content, request.query, served)
     json_text = body.content if body.json_bytes is None else body.content[: body.json_bytes]
     asked = read_envelope(json_text)
-    options = _options(asked, request)
+    return _from_json(asked, body, _options(asked, request), served)
+
+
+def read_line(line: bytes, defaults: AskedOptions, served: Served) -> tuple[Input, str | None]:
+    """One of many requests and its idempotency key; raises as `read_input` does. `defaults` are
+    for a line without options of its own."""
+    asked = read_line_envelope(line)
+    options = asked.options if asked.has_options else defaults
+    return _from_json(asked, Body(line, None), options, served), asked.key
+
+
+def _from_json(asked: Asked, body: Body, options: AskedOptions, served: Served) -> Input:
     signature = served.of(options.version)
     if asked.inputs:
         return _from_tensors(asked, body, options, signature)

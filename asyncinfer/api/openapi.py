@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from asyncinfer import __version__
+from asyncinfer.api.body import NDJSON
 from asyncinfer.api.routes import EVERYWHERE, Route
 from asyncinfer.errors import Forbidden, RequestError, Unauthorized
 from asyncinfer.schemas import Problem
@@ -52,7 +53,8 @@ def _bodies(routes: Iterable[Route]) -> list[type[Struct]]:
     """Every struct that is a request's or an answer's body, once, in a stable order."""
     found: dict[type[Struct], None] = {Problem: None}
     for route in routes:
-        found |= {body: None for body in (*route.bodies, *route.answers.values()) if body}
+        lines = (*route.line_bodies, *route.line_answers)
+        found |= {body: None for body in (*route.bodies, *route.answers.values(), *lines) if body}
     return list(found)
 
 
@@ -68,7 +70,11 @@ def _operation(route: Route, schemas: dict[type[Struct], _Schema]) -> _Schema:
     }
     if route.bodies:
         alternatives = {"oneOf": [schemas[body] for body in route.bodies]}
-        content = {"application/json": {"schema": alternatives}, **_binary(route.binary_bodies)}
+        content = {
+            "application/json": {"schema": alternatives},
+            **_binary(route.binary_bodies),
+            **_lines(route.line_bodies, schemas),
+        }
         operation["requestBody"] = {"required": route.body_required, "content": content}
     if route.scope:
         operation["security"] = [{"bearer": []}, {"header": []}, {}]
@@ -90,15 +96,24 @@ def _answer(route: Route, status: int, schemas: dict[type[Struct], _Schema]) -> 
     if route.media_type != "application/json":
         return {"description": HTTPStatus(status).phrase, "content": {route.media_type: {}}}
     schema = schemas[body] if body else _ANY if binary else {"type": "object"}
+    lines = _lines(route.line_answers, schemas) if status == HTTPStatus.OK else {}
     return {
         "description": HTTPStatus(status).phrase,
-        "content": {"application/json": {"schema": schema}, **_binary(binary)},
+        "content": {"application/json": {"schema": schema}, **_binary(binary), **lines},
     }
 
 
 def _binary(media_types: Iterable[str]) -> dict[str, _Schema]:
     """Bytes have no schema in OpenAPI 3.1: the media type says it all."""
     return {media_type: {} for media_type in media_types}
+
+
+def _lines(structs: Sequence[type[Struct]], schemas: dict[type[Struct], _Schema]) -> _Schema:
+    """OpenAPI 3.1 has no word for a sequence of JSON texts: the schema is that of one line."""
+    if not structs:
+        return {}
+    alternatives = [schemas[struct] for struct in structs]
+    return {NDJSON: {"schema": {"description": "Of each line.", "oneOf": alternatives}}}
 
 
 def _problems(route: Route, schema: _Schema) -> dict[str, _Schema]:

@@ -1,42 +1,35 @@
 """POST /predict: an input becomes a job."""
 
-import hashlib
-import re
-import time
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 
 from asyncinfer import jobs
-from asyncinfer.api.exchange import Reply, Request, json_reply
-from asyncinfer.api.inputs import Input, read_input
+from asyncinfer.api.body import has_lines
+from asyncinfer.api.bulk import predict_lines
+from asyncinfer.api.envelope import IDEMPOTENCY_KEY
+from asyncinfer.api.exchange import Reply, Request, Stream, json_reply
+from asyncinfer.api.inputs import read_input
+from asyncinfer.api.intake import explained, new_job, refusal_of
 from asyncinfer.api.jobs import absent
 from asyncinfer.api.results import Form, result_reply, wanted_form
 from asyncinfer.api.services import Services
 from asyncinfer.api.views import accepted_view, ended, job_view, url_of
-from asyncinfer.api.waiting import while_client_stays
-from asyncinfer.errors import (
-    IdempotencyConflict,
-    InvalidHeader,
-    NotAcceptable,
-    QueueFull,
-    RedisUnavailable,
-    StorageFull,
-)
+from asyncinfer.api.waiting import preferred_wait, while_client_stays
+from asyncinfer.errors import InvalidHeader, NotAcceptable, RedisUnavailable, StorageFull
 from asyncinfer.repository.submit import NewJob, Stored, Submitted
-from asyncinfer.schemas import MAX_WAIT_SECONDS, AskedOptions
-
-_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
-_FULL_RETRY_SECONDS: Final = 5
+from asyncinfer.schemas import AskedOptions
 
 
-async def predict(services: Services, request: Request[AskedOptions]) -> Reply:
-    """Stores an input as a job of a model."""
+async def predict(services: Services, request: Request[AskedOptions]) -> Reply | Stream:
+    """Stores an input as a job of a model, or many, one a line."""
+    if has_lines(request.headers.get(b"content-type")):
+        return await predict_lines(services, request)
     wait_seconds = preferred_wait(request)
     key = idempotency_key(request)
     served = await services.catalog.find(request.path("model"))
     # Nothing here holds the body on: a large one would be in memory twice while its job waits.
-    job = _new_job(
+    job = new_job(
         request.tenant, served.queue, await read_input(request, services.config, served), key
     )
     if wait_seconds is None:
@@ -46,30 +39,11 @@ async def predict(services: Services, request: Request[AskedOptions]) -> Reply:
     return _waited_reply(services, stored, job_id, wait_seconds, form)
 
 
-def preferred_wait(request: Request[Any]) -> int | None:
-    """N of `Prefer: wait=N` (RFC 7240); None when there is none. The first one counts."""
-    for line in request.header_lines(b"prefer"):
-        for preference in line.split(","):
-            name, _, value = preference.partition(";")[0].partition("=")
-            if name.strip().lower() == "wait":
-                return _wait_seconds(value.strip().strip('"'))
-    return None
-
-
 def idempotency_key(request: Request[Any]) -> str | None:
     key = request.header(b"idempotency-key")
-    if key is not None and not _IDEMPOTENCY_KEY.fullmatch(key):
+    if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
         raise InvalidHeader("Idempotency-Key takes 1 to 255 visible ASCII characters.")
     return key
-
-
-def _wait_seconds(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) > MAX_WAIT_SECONDS:
-        raise InvalidHeader(
-            f"Prefer: wait takes whole seconds from 0 to {MAX_WAIT_SECONDS}. For a longer wait "
-            "ask GET /job/{id}?wait= again."
-        )
-    return int(text)
 
 
 def _form(request: Request[Any], job: NewJob) -> Form:
@@ -83,65 +57,14 @@ def _form(request: Request[Any], job: NewJob) -> Form:
     return form
 
 
-def _new_job(tenant: str, queue: str, asked: Input, key: str | None) -> NewJob:
-    now_ms = time.time_ns() // 1_000_000
-    record = jobs.Record(
-        schema=jobs.SCHEMA,
-        queue=queue,
-        model=asked.signature.model,
-        tenant=tenant,
-        created_ms=now_ms,
-        version=asked.options.version,
-        payload=asked.payload,
-        options=asked.options,
-        answer=asked.answer,
-        outputs=asked.outputs,
-    )
-    job = NewJob(jobs.new_id(now_ms), queue, asked.content, record)
-    if key is None:
-        return job
-    return msgspec.structs.replace(
-        job,
-        idempotency=_digest(tenant.encode(), key.encode()),
-        fingerprint=_digest(*asked.meaning()),
-    )
-
-
-def _digest(*parts: bytes) -> str:
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()
-
-
 async def _submit(services: Services, job: NewJob) -> Submitted:
     try:
         submitted = await services.submissions.submit(job)
-    except RedisUnavailable as error:
-        raise RedisUnavailable(
-            "Redis did not answer in time, so the job may or may not have been accepted. Look at "
-            f"{url_of(job.job_id)}, or send it again with the same Idempotency-Key.",
-            retry_after_seconds=error.retry_after_seconds,
-            job_id=job.job_id,
-        ) from error
-    except StorageFull as error:
-        # Refused whole: there is no job to name.
-        raise StorageFull(error.detail, retry_after_seconds=_FULL_RETRY_SECONDS) from error
-    if submitted.verdict == "full":
-        raise _queue_full(services)
-    if submitted.verdict == "dup" and submitted.fingerprint != job.fingerprint:
-        raise IdempotencyConflict(
-            f"This Idempotency-Key belongs to job {submitted.job_id}, which had another model, "
-            "other options or other data. Use a new key for a new request.",
-            job_id=submitted.job_id,
-        )
+    except (RedisUnavailable, StorageFull) as error:
+        raise explained(error, job) from error
+    if refusal := refusal_of(submitted, job, services.config.policy):
+        raise refusal
     return submitted
-
-
-def _queue_full(services: Services) -> QueueFull:
-    policy = services.config.policy
-    return QueueFull(
-        f"The model's queue holds all it may ({policy.max_queue} jobs, {policy.max_queue_bytes} "
-        "bytes). Retry later, start more workers, or raise MAX_QUEUE or MAX_QUEUE_BYTES.",
-        retry_after_seconds=_FULL_RETRY_SECONDS,
-    )
 
 
 async def _submitted_reply(services: Services, submitted: Submitted) -> Reply:

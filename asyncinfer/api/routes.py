@@ -68,10 +68,12 @@ from asyncinfer.schemas import (
     JobEventsQuery,
     JobList,
     JobsQuery,
+    LineProblem,
     Model,
     ModelList,
     NoQuery,
     Pause,
+    PredictLine,
     PredictRequest,
     Purged,
     ResultQuery,
@@ -79,6 +81,7 @@ from asyncinfer.schemas import (
     RetryQuery,
     RetryRequest,
     Scale,
+    TensorLine,
     TensorRequest,
     Validated,
     WaitQuery,
@@ -111,6 +114,9 @@ class Route(Struct, frozen=True, kw_only=True):
     binary_answers: tuple[str, ...] = ()
     media_type: str = "application/json"
     """Of answers that are not binary."""
+    line_bodies: tuple[type[Struct], ...] = ()
+    """What a line may be, where many requests may be sent, one a line; and of the answer."""
+    line_answers: tuple[type[Struct], ...] = ()
     query: type[Struct] = NoQuery
     headers: tuple[HeaderParameter, ...] = ()
     errors: Errors = ()
@@ -132,6 +138,8 @@ _LAST_EVENT_ID = HeaderParameter(
     "Last-Event-ID", "Goes on after this event, on any server.", "[A-Za-z0-9_-]+"
 )
 _INPUTS: Final = (PredictRequest, TensorRequest)
+_LINES: Final = (PredictLine, TensorLine)
+_LINE_ANSWERS: Final = (Accepted, Job, LineProblem)
 _BINARY: Final = (BINARY, NPY)
 
 _JOB: Final[Errors] = (JobNotFound, JobExpired, RedisUnavailable)
@@ -165,6 +173,8 @@ ROUTES: Final = (
         bodies=_INPUTS,
         binary_bodies=_BINARY,
         binary_answers=_BINARY,
+        line_bodies=_LINES,
+        line_answers=_LINE_ANSWERS,
         query=AskedOptions,
         headers=(_PREFER, _IDEMPOTENCY_KEY, _JSON_LENGTH),
         answers={200: Job, 202: Accepted},
@@ -178,6 +188,8 @@ ROUTES: Final = (
         bodies=_INPUTS,
         binary_bodies=_BINARY,
         binary_answers=_BINARY,
+        line_bodies=_LINES,
+        line_answers=_LINE_ANSWERS,
         query=AskedOptions,
         headers=(_PREFER, _IDEMPOTENCY_KEY, _JSON_LENGTH),
         answers={200: Job, 202: Accepted},

@@ -1,13 +1,25 @@
-"""Waiting for a job only as long as its client does."""
+"""Waiting for a job: as long as its client asks, and only as long as it stays."""
 
+import re
 from collections.abc import Awaitable
 from typing import Any
 
 import anyio
 
 from asyncinfer.api.exchange import Request
-from asyncinfer.errors import RequestError
+from asyncinfer.errors import InvalidHeader, RequestError
 from asyncinfer.repository.submit import Stored
+from asyncinfer.schemas import MAX_WAIT_SECONDS
+
+
+def preferred_wait(request: Request[Any]) -> int | None:
+    """N of `Prefer: wait=N` (RFC 7240); None when there is none. The first one counts."""
+    for line in request.header_lines(b"prefer"):
+        for preference in line.split(","):
+            name, _, value = preference.partition(";")[0].partition("=")
+            if name.strip().lower() == "wait":
+                return _wait_seconds(value.strip().strip('"'))
+    return None
 
 
 async def while_client_stays(
@@ -28,7 +40,21 @@ async def while_client_stays(
     return stored
 
 
-async def _cancel_when_gone(request: Request[Any], scope: anyio.CancelScope) -> None:
+async def until_gone(request: Request[Any]) -> None:
+    """Returns when the client has hung up; what it still sends is dropped."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def _cancel_when_gone(request: Request[Any], scope: anyio.CancelScope) -> None:
+    await until_gone(request)
     scope.cancel()
+
+
+def _wait_seconds(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) > MAX_WAIT_SECONDS:
+        raise InvalidHeader(
+            f"Prefer: wait takes whole seconds from 0 to {MAX_WAIT_SECONDS}. For a longer wait "
+            "ask GET /job/{id}?wait= again."
+        )
+    return int(text)

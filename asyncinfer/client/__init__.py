@@ -12,11 +12,12 @@ from asyncinfer.client._errors import (
     NotAsyncinfer,
     UnknownAnswer,
     WaitTimeout,
+    WrongAddress,
 )
-from asyncinfer.client._events import Event
 from asyncinfer.client._groups import AsyncGroup, Group
 from asyncinfer.client._jobs import AsyncJob, Job
 from asyncinfer.client._models import Model, TensorInfo
+from asyncinfer.client._wire import Event
 from asyncinfer.errors import (
     AsyncinferError,
     Forbidden,
@@ -70,4 +71,5 @@ __all__ = [
     "UnknownAnswer",
     "VersionNotFound",
     "WaitTimeout",
+    "WrongAddress",
 ]

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, Unpack
 
 from asyncinfer.client import _flows, _frames
 from asyncinfer.client._drivers import Driver
+from asyncinfer.client._errors import checked_key, checked_url
 from asyncinfer.client._flows import JobOptions, Server, Status
 from asyncinfer.client._groups import Group
 from asyncinfer.client._jobs import Job
@@ -256,10 +257,10 @@ class Client:
 
 
 def server_of(url: str | None, api_key: str | None, timeout: float, retries: int) -> Server:
-    url = url or os.environ.get("ASYNCINFER_URL") or _URL
-    key = api_key or os.environ.get("ASYNCINFER_API_KEY")
+    url = checked_url(url or os.environ.get("ASYNCINFER_URL") or _URL)
+    key = checked_key(api_key or os.environ.get("ASYNCINFER_API_KEY") or "")
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    return Server(url.rstrip("/"), headers, timeout, retries)
+    return Server(url, headers, timeout, retries)
 
 
 def asked_of(

@@ -1,16 +1,15 @@
-"""Several flows at once, in threads or in tasks, their outcomes as they come."""
+"""Several flows at once, in threads, their outcomes as they come."""
 
-import asyncio
 import queue
 import threading
 from typing import Any, Final
 
 from msgspec import Struct
 
-from asyncinfer.client._drivers import AsyncDriver, Driver
+from asyncinfer.client._drivers import Driver
 from asyncinfer.client._wire import Flow, Pause, Told
 
-_LEAVE_SECONDS: Final = 10.0
+LEAVE_SECONDS: Final = 10.0
 """How long those that were told to stop are waited for: their jobs are cancelled meanwhile."""
 
 
@@ -58,7 +57,7 @@ class Crew:
 
     def leave(self) -> None:
         for thread in self._threads:
-            thread.join(_LEAVE_SECONDS / len(self._threads))
+            thread.join(LEAVE_SECONDS / len(self._threads))
 
     def _work(self) -> None:
         while given := self._todo.get():
@@ -83,70 +82,3 @@ class Crew:
             return done.value
         finally:
             flow.close()
-
-
-class AsyncCrew:
-    """Tasks, as many as are started; none outlives `leave`."""
-
-    def __init__(self, driver: AsyncDriver, size: int) -> None:
-        self._driver = driver
-        self._gate = asyncio.Semaphore(size)
-        self._done: asyncio.Queue[Done] = asyncio.Queue()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._stopping = asyncio.Event()
-
-    def start(self, number: int, flow: Flow[Any]) -> None:
-        task = asyncio.create_task(self._work(number, flow))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def next(self) -> Done:
-        """Waits for a flow to end."""
-        return await self._done.get()
-
-    @property
-    def has_news(self) -> bool:
-        return not self._done.empty()
-
-    def stop(self) -> None:
-        """No flow asks anything more; what is being asked is waited for by `leave`."""
-        self._stopping.set()
-
-    async def leave(self) -> None:
-        tasks = set(self._tasks)
-        if tasks:
-            _, late = await asyncio.wait(tasks, timeout=_LEAVE_SECONDS)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
-
-    async def _work(self, number: int, flow: Flow[Any]) -> None:
-        try:
-            async with self._gate:
-                value = await self._run(flow)
-            self._done.put_nowait(Done(number, value=value))
-        except Exception as error:  # it is raised where the outcome is waited for
-            self._done.put_nowait(Done(number, error=error))
-
-    async def _run(self, flow: Flow[Any]) -> Any:
-        told: Told = None
-        try:
-            while not self._stopping.is_set():
-                asked = flow.send(told)
-                if isinstance(asked, Pause):
-                    await self._pause(asked.seconds)
-                    told = None
-                else:
-                    told = await self._driver.exchange(asked)
-            raise Stopped
-        except StopIteration as done:
-            return done.value
-        finally:
-            flow.close()
-
-    async def _pause(self, seconds: float) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._stopping.wait()
-        except TimeoutError:
-            pass

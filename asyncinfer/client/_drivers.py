@@ -1,15 +1,15 @@
 """Carries out what flows ask: with threads, or in an event loop. The only door to httpx2."""
 
-import asyncio
-import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Generator
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
+import msgspec
+
 from asyncinfer.client._errors import refuse_closed
-from asyncinfer.client._wire import Flow, Lost, Pause, Request, Response, T, Told
+from asyncinfer.client._wire import Event, Flow, Lost, Pause, Request, Response, T, Told
 
 if TYPE_CHECKING:
     import httpx2
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _CONNECT_SECONDS: Final = 5.0
 _NO_WAY: Final = frozenset({"ConnectError", "ConnectTimeout", "UnsupportedProtocol"})
 _REASONS: Final = {
+    "ConnectError": "nothing listens there, or the name is not known",
     "ConnectTimeout": f"no connection within {_CONNECT_SECONDS:g} s",
     "ReadTimeout": "the connection is open, but silent",
     "WriteTimeout": "the connection is open, but takes nothing",
@@ -46,17 +47,18 @@ class Driver:
         finally:
             flow.close()
 
-    @contextlib.contextmanager
-    def stream(self, request: Request) -> Iterator[tuple[Response | Lost, Iterator[bytes]]]:
-        """The answer's head, and its body as it comes; of an error answer all of it."""
+    def events(self, request: Request) -> Generator[Response | Lost | Event, None, None]:
+        """What is answered, the events that follow, and a Lost at the end where it was cut."""
         import httpx2
 
         try:
             with self._pool().stream(**_arguments(self._url, request)) as reply:
-                content = b"" if reply.status_code == 200 else reply.read()
-                yield _response(reply, content), reply.iter_raw()
+                self._answered = True
+                yield _response(reply, b"" if reply.status_code == 200 else reply.read())
+                if reply.status_code == 200:
+                    yield from map(_event, filter(_has_data, httpx2.EventSource(reply)))
         except httpx2.TransportError as error:
-            yield _lost(error, self._answered), iter(())
+            yield _lost(error, self._answered)
 
     def close(self) -> None:
         self.closed = True
@@ -111,18 +113,20 @@ class AsyncDriver:
         finally:
             flow.close()
 
-    @contextlib.asynccontextmanager
-    async def stream(
-        self, request: Request
-    ) -> AsyncIterator[tuple[Response | Lost, AsyncIterator[bytes]]]:
+    async def events(self, request: Request) -> AsyncGenerator[Response | Lost | Event, None]:
+        """What is answered, the events that follow, and a Lost at the end where it was cut."""
         import httpx2
 
         try:
             async with self._pool().stream(**_arguments(self._url, request)) as reply:
-                content = b"" if reply.status_code == 200 else await reply.aread()
-                yield _response(reply, content), reply.aiter_raw()
+                self._answered = True
+                yield _response(reply, b"" if reply.status_code == 200 else await reply.aread())
+                if reply.status_code == 200:
+                    async for one in httpx2.EventSource(reply):
+                        if _has_data(one):
+                            yield _event(one)
         except httpx2.TransportError as error:
-            yield _lost(error, self._answered), _nothing()
+            yield _lost(error, self._answered)
 
     async def close(self) -> None:
         self.closed = True
@@ -132,6 +136,8 @@ class AsyncDriver:
 
     async def _carry_out(self, asked: Request | Pause) -> Told:
         if isinstance(asked, Pause):
+            import asyncio
+
             await asyncio.sleep(asked.seconds)
             return None
         return await self.exchange(asked)
@@ -186,12 +192,17 @@ def _response(reply: "httpx2.Response", content: bytes) -> Response:
     return Response(reply.status_code, reply.headers, content)
 
 
+def _has_data(one: "httpx2.ServerSentEvent") -> bool:
+    """What has none, such as a `retry:` alone, is no event (WHATWG HTML, 9.2.6)."""
+    return bool(one.data)
+
+
+def _event(one: "httpx2.ServerSentEvent") -> Event:
+    return Event(one.event, msgspec.json.decode(one.data), one.id)
+
+
 def _lost(error: Exception, answered: bool) -> Lost:
     kind, told = type(error).__name__, str(error).strip().rstrip(".")
-    cut = kind not in _NO_WAY and "disconnected" in (told or "disconnected")
-    return Lost(_REASONS.get(kind) or told or "it was cut", stranger=not (answered or cut))
-
-
-async def _nothing() -> AsyncIterator[bytes]:
-    return
-    yield b""
+    is_cut = kind not in _NO_WAY and "disconnected" in (told or "disconnected")
+    reason = _REASONS.get(kind) or told or "the connection was cut"
+    return Lost(reason, hopeless=not (answered or is_cut), first=not answered)

@@ -1,6 +1,7 @@
 """What can go wrong on the way to a server, and the server's own errors by their code."""
 
 from typing import Any, Final, NoReturn
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -35,6 +36,12 @@ class CannotSend(AsyncinferError, ValueError):
     """An input that has no form in which a server would take it."""
 
     code = "cannot_send"
+
+
+class WrongAddress(AsyncinferError, ValueError):
+    """A URL or an API key that cannot be one."""
+
+    code = "wrong_address"
 
 
 class ClientClosed(AsyncinferError):
@@ -107,6 +114,25 @@ def lost(reason: str, url: str) -> ConnectionFailed:
         f"No answer from {url}: {reason}. Is it running? Start it with `asyncinfer serve`, or "
         "give its address: Client(url), or ASYNCINFER_URL."
     )
+
+
+def checked_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise WrongAddress(f"The URL is {url!r}; give one such as http://127.0.0.1:8000.")
+    return url.rstrip("/")
+
+
+def checked_key(key: str) -> str:
+    """Without the line break that a copied key may end with; it is not shown."""
+    key = key.strip()
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise WrongAddress("The API key has characters that no key has; `keygen` shows one once.")
+    return key
 
 
 def refuse_closed() -> NoReturn:

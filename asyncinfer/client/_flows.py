@@ -24,7 +24,8 @@ Status = Literal["pending", "processing", "completed", "failed", "cancelled"]
 View = dict[str, Any]
 """A job as the server shows it."""
 
-_AGAIN: Final = frozenset({429, 502, 503, 504})
+_FIRST_TRIES: Final = 3
+AGAIN: Final = frozenset({429, 502, 503, 504})
 _BACKOFF_SECONDS: Final = 0.5
 _BACKOFF_CAP_SECONDS: Final = 30.0
 _WAIT_SECONDS: Final = 30
@@ -55,6 +56,8 @@ class Server(Struct):
     timeout_seconds: float
     retries: int
     models: dict[str | None, tuple[float, Model]] = {}
+    takes_lines: bool = True
+    """Until it says that it does not: a server of an earlier release."""
 
 
 class Submission(Struct, frozen=True, kw_only=True):
@@ -84,14 +87,14 @@ def ask(
     attempt = 0
     while True:
         told = yield from exchange(request)
-        if isinstance(told, Response) and told.status not in _AGAIN:
+        if isinstance(told, Response) and told.status not in AGAIN:
             return told
         pause = _pause_seconds(attempt, told)
         due = time.monotonic() + pause
         is_full = isinstance(told, Response) and told.status == 429
         if not (is_full and due < patient_until):
             attempt += 1
-        if attempt > server.retries or due > until or _is_hopeless(told):
+        if attempt > server.retries or due > until or is_hopeless(told, attempt):
             break
         yield Pause(pause)
     if isinstance(told, Lost):
@@ -99,8 +102,9 @@ def ask(
     return told
 
 
-def _is_hopeless(told: Response | Lost) -> bool:
-    return isinstance(told, Lost) and told.stranger
+def is_hopeless(told: Response | Lost, losses: int) -> bool:
+    """A first answer may be cut as any other, but not again and again."""
+    return isinstance(told, Lost) and (told.hopeless or (told.first and losses >= _FIRST_TRIES))
 
 
 def ask_json(server: Server, request: Request, *, until: float = math.inf) -> Flow[Any]:
@@ -299,6 +303,12 @@ def wait(
         if left <= 0 and view["status"] not in jobs.TERMINAL:
             return (yield from _give_up(server, view, cancel=cancel_on_timeout))
     return view
+
+
+def doubted(view: View) -> View:
+    """As a view that may be old: only what completed stays so, the rest may have been retried."""
+    is_final = view["status"] == "completed"
+    return view if is_final else {"job_id": view["job_id"], "status": "pending"}
 
 
 def is_whole(view: View) -> bool:

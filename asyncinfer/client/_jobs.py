@@ -6,8 +6,8 @@ from typing import Any, Final
 
 from asyncinfer.client import _display, _events, _flows
 from asyncinfer.client._drivers import AsyncDriver, Driver
-from asyncinfer.client._events import Event
 from asyncinfer.client._flows import Server, View
+from asyncinfer.client._wire import Event
 
 _TIMES: Final = ("created_at", "started_at", "finished_at")
 
@@ -74,7 +74,9 @@ class Job(JobState):
     def wait(self, timeout: float | None = None, *, cancel_on_timeout: bool = False) -> "Job":
         """Waits until it has ended, however it ends; raises WaitTimeout."""
         over_at = _flows.over_at(self._server, timeout)
-        flow = _flows.wait(self._server, self._view, over_at, cancel_on_timeout=cancel_on_timeout)
+        flow = _flows.wait(
+            self._server, _flows.doubted(self._view), over_at, cancel_on_timeout=cancel_on_timeout
+        )
         self._view = self._driver.run(flow)
         return self
 
@@ -126,7 +128,9 @@ class AsyncJob(JobState):
     ) -> "AsyncJob":
         """Waits until it has ended, however it ends; raises WaitTimeout."""
         over_at = _flows.over_at(self._server, timeout)
-        flow = _flows.wait(self._server, self._view, over_at, cancel_on_timeout=cancel_on_timeout)
+        flow = _flows.wait(
+            self._server, _flows.doubted(self._view), over_at, cancel_on_timeout=cancel_on_timeout
+        )
         self._view = await self._driver.run(flow)
         return self
 

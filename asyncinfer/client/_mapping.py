@@ -8,12 +8,14 @@ from typing import Any, Final, Literal
 import msgspec
 from msgspec import Struct
 
-from asyncinfer.client import _flows
-from asyncinfer.client._errors import CannotSend
+from asyncinfer.client import _flows, _lines
+from asyncinfer.client._answers import result_of
+from asyncinfer.client._errors import CannotSend, job_failed, problem_error
 from asyncinfer.client._flows import Server, Submission, View
-from asyncinfer.client._inputs import data_input
+from asyncinfer.client._inputs import data_input, is_plain
+from asyncinfer.client._lines import MOST_LINES
 from asyncinfer.client._models import Model
-from asyncinfer.client._rows import Block, halves, rank_of, row_at, without
+from asyncinfer.client._rows import Block, halves, rank_of, row_at, singles, without
 from asyncinfer.client._wire import Flow
 from asyncinfer.errors import (
     AsyncinferError,
@@ -51,6 +53,8 @@ class Plan(Struct, frozen=True, kw_only=True):
     """A row is an input as `predict` takes it, with an axis of its own for rows."""
     batch: int
     """The most rows of a job."""
+    block: int
+    """The most rows that are asked for together: in one job, or a job each in one request."""
     taken_up: bool
     """The group had jobs before."""
 
@@ -68,19 +72,23 @@ def plan(
     model = yield from _flows.known_model(server, name)
     whole = _is_whole(first, model)
     group = options["group"]
+    rows_a_job = _batch(model, batch) if _is_packed(model) and not whole else 1
     return Plan(
         model=model,
         asked_model=name,
         options={"ttl_seconds": _KEPT_SECONDS, **options},
         group=group,
         whole=whole,
-        batch=_batch(model, batch) if _is_packed(model) and not whole else 1,
+        batch=rows_a_job,
+        block=MOST_LINES if rows_a_job == 1 and is_plain(first) else rows_a_job,
         taken_up=is_named and (yield from _exists(server, group)),
     )
 
 
 def run(server: Server, plan: Plan, block: Block) -> Flow[list[Any]]:
     """For each row of a block its result, or the error that it has instead."""
+    if plan.batch == 1 and len(block) > 1:
+        return (yield from _one_by_one(server, plan, block))
     try:
         value = yield from _settled(server, plan, block)
     except InvalidInput as error:
@@ -106,18 +114,40 @@ def cancel(server: Server, group: str) -> Flow[None]:
         return
 
 
+# --- a job for each row ------------------------------------------------------------------------
+
+
+def _one_by_one(server: Server, plan: Plan, block: Block) -> Flow[list[Any]]:
+    """In one request, as lines, where that is possible; what is not settled so goes alone."""
+    blocks = list(singles(block))
+    texts = [_lines.text_of(_submission(plan, one)) for one in blocks] if server.takes_lines else []
+    lines = [text for text in texts if text is not None]
+    answers = None
+    if len(lines) == len(blocks):
+        answers = yield from _lines.ask_lines(server, plan.asked_model, lines, _FULL_SECONDS)
+    results: list[Any] = []
+    for one, answer in zip(blocks, answers or [{}] * len(blocks), strict=True):
+        results += _told(plan, answer) or (yield from run(server, plan, one))
+    return results
+
+
+def _told(plan: Plan, answer: _lines.Answer) -> list[Any]:
+    """The result that a line tells; none where there is more to be done about its row."""
+    if answer.get("code") == InvalidInput.code:
+        return [problem_error(answer, None)]
+    if answer.get("status") == "completed":
+        return rows_of(result_of(answer["result"]), plan, 1)
+    if answer.get("status") == "failed":
+        return [job_failed(answer.get("error") or {}, answer["job_id"])]
+    return []
+
+
 # --- one job -----------------------------------------------------------------------------------
 
 
 def _settled(server: Server, plan: Plan, block: Block) -> Flow[Any]:
     """The result of the job of a block, one that an earlier map made included."""
-    asked = Submission(
-        value=_value(plan, block),
-        model=plan.asked_model,
-        options=plan.options,
-        key=_key(plan, block),
-        patience_seconds=_FULL_SECONDS,
-    )
+    asked = _submission(plan, block)
     try:
         return (yield from _flows.predict(server, asked, math.inf))
     except JobCancelled as error:
@@ -133,6 +163,16 @@ def _settled(server: Server, plan: Plan, block: Block) -> Flow[Any]:
             "order to go on with it, or give another group=.",
             job_id=error.job_id,
         ) from error
+
+
+def _submission(plan: Plan, block: Block) -> Submission:
+    return Submission(
+        value=_value(plan, block),
+        model=plan.asked_model,
+        options=plan.options,
+        key=_key(plan, block),
+        patience_seconds=_FULL_SECONDS,
+    )
 
 
 def _again(server: Server, asked: Submission, job_id: str) -> Flow[Any]:
@@ -220,30 +260,54 @@ def rows_of(value: Any, plan: Plan, count: int) -> list[Any]:
 
 
 def _row(plan: Plan, name: str, array: Any, at: int) -> Any:
-    return array[at] if _has_rows(plan.model, name) and len(array) > at else array
+    axis = _row_axis(plan.model, name)
+    if axis is None or array.shape[axis] <= at:
+        return array
+    return array[at] if axis == 0 else array.take(at, axis=axis)
 
 
-def _has_rows(model: Model, name: str) -> bool:
-    """Whether the first axis of an output counts the rows of the input."""
+def _row_axis(model: Model, name: str) -> int | None:
+    """Which axis of an output counts the rows of the input, if one does."""
     for place, spec in enumerate(model.outputs):
-        if spec.name == name:
-            if model.batched and place < len(model.output_axes):
-                return model.output_axes[place] == 0
-            own, given = spec.shape[:1], data_input(model).shape[:1]
-            return own == given and own != (None,) and bool(own)
-    return False
+        if spec.name == name and model.batched and place < len(model.output_axes):
+            return model.output_axes[place]
+        if spec.name == name and spec.shape:
+            is_same = spec.shape[0] is not None and spec.shape[0] == model.inputs[0].shape[:1][0]
+            return 0 if is_same else None
+    return None
 
 
 def _value(plan: Plan, block: Block) -> Any:
     """What `predict` would be given for these rows."""
-    rows = block.rows
     if plan.whole:
-        return row_at(rows, 0)
+        return row_at(block.rows, 0)
+    rows = _together(block.rows)
+    axes = {
+        spec.name: axis
+        for spec, axis in zip(plan.model.inputs, plan.model.input_axes, strict=False)
+    }
+    if all(axis == 0 for axis in axes.values()):
+        return rows
+    if isinstance(rows, dict):
+        return {name: _along(one, axes.get(name, 0)) for name, one in rows.items()}
+    return _along(rows, axes[data_input(plan.model).name])
+
+
+def _together(rows: Any) -> Any:
+    """Rows that came one by one as one input, its first axis counting them."""
     if not isinstance(rows, list):
         return rows
     if isinstance(rows[0], Mapping):
         return {name: _stacked([row[name] for row in rows]) for name in rows[0]}
     return _stacked(rows) if hasattr(rows[0], "__array__") else rows
+
+
+def _along(rows: Any, axis: int | None) -> Any:
+    """The same with its rows along another axis; None: the input has none, all rows share it."""
+    import numpy as np
+
+    array = np.asarray(rows)
+    return array[0] if axis is None else np.moveaxis(array, 0, axis)
 
 
 def _stacked(rows: list[Any]) -> Any:
@@ -257,13 +321,13 @@ def _stacked(rows: list[Any]) -> Any:
 
 def _is_whole(first: Any, model: Model) -> bool:
     if isinstance(first, Mapping):
-        ranks = {spec.name: len(spec.shape) for spec in model.inputs}
-        return any(rank_of(one) >= ranks.get(str(name), 99) for name, one in first.items())
+        ranks = {spec.name: len(spec.shape) for spec in model.inputs if spec.shape}
+        return all(rank_of(one) >= ranks[name] for name, one in first.items() if name in ranks)
     return rank_of(first) >= len(data_input(model).shape)
 
 
 def _is_packed(model: Model) -> bool:
-    return model.batched and all(axis == 0 for axis in model.input_axes)
+    return model.batched and None not in model.input_axes
 
 
 def _exists(server: Server, group: str) -> Flow[bool]:

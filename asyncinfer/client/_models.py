@@ -57,6 +57,8 @@ class Model(Struct, frozen=True, kw_only=True):
 
 def _nested(data: Any, shape: list[int]) -> Any:
     """Row-major elements as nested lists."""
+    if not shape:
+        return data[0] if isinstance(data, list) else data
     if len(shape) < 2 or any(isinstance(one, list) for one in data):
         return data
     size = len(data) // max(shape[0], 1)

@@ -10,12 +10,12 @@ from collections.abc import (
     Mapping,
     Sized,
 )
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from msgspec import Struct
 
 from asyncinfer.client import _mapping
-from asyncinfer.client._crew import AsyncCrew, Crew, Done
+from asyncinfer.client._crew import Crew, Done
 from asyncinfer.client._drivers import AsyncDriver, Driver
 from asyncinfer.client._errors import ConnectionFailed
 from asyncinfer.client._flows import Server
@@ -23,6 +23,9 @@ from asyncinfer.client._mapping import Plan
 from asyncinfer.client._progress import Progress, progress
 from asyncinfer.client._rows import Block, ablocks_of, blocks_of, columns_of, peeked
 from asyncinfer.errors import AsyncinferError
+
+if TYPE_CHECKING:
+    from asyncinfer.client._tasks import AsyncCrew
 
 OnError = Literal["raise", "return"]
 
@@ -123,7 +126,7 @@ class Results(Iterator[Any]):
         except (StopIteration, IndexError):
             return _none()
         plan = self._driver.run(_plan(self._server, first, self._asked))
-        blocks = columns.blocks(plan.batch) if columns else blocks_of(rest, plan.batch)
+        blocks = columns.blocks(plan.block) if columns else blocks_of(rest, plan.block)
         return self._run(plan, blocks, len(columns) if columns else total)
 
     def _run(
@@ -205,15 +208,17 @@ class AsyncResults(AsyncIterator[Any]):
             return
         plan = await self._driver.run(_plan(self._server, first, self._asked))
         if columns:
-            blocks, total = _as_async(columns.blocks(plan.batch)), len(columns)
+            blocks, total = _as_async(columns.blocks(plan.block)), len(columns)
         else:
-            blocks = ablocks_of(_chained(first, source), plan.batch)
+            blocks = ablocks_of(_chained(first, source), plan.block)
         async for value in self._run(plan, blocks, total):
             yield value
 
     async def _run(
         self, plan: Plan, blocks: AsyncIterator[Block], total: int | None
     ) -> AsyncGenerator[Any, None]:
+        from asyncinfer.client._tasks import AsyncCrew
+
         crew = AsyncCrew(self._driver, self._asked.in_flight)
         bar = progress(self._asked.progress, total, self.group)
         try:
@@ -238,7 +243,7 @@ class AsyncResults(AsyncIterator[Any]):
             await crew.leave()
             bar.close()
 
-    async def _cancel(self, crew: AsyncCrew) -> None:
+    async def _cancel(self, crew: "AsyncCrew") -> None:
         await self._driver.run(_mapping.cancel(self._server, self.group))
         await crew.leave()
         # What was on its way when the others were cancelled.
@@ -256,10 +261,10 @@ def _go_on(group: str) -> str:
 
 def _of_row(error: AsyncinferError, row: int) -> AsyncinferError:
     """An error of its own for each row, since one may be that of a whole job."""
-    own = type(error).__new__(type(error), *error.args)
+    own = type(error).__new__(type(error))
     own.__dict__.update(error.__dict__)
+    own.args = (f"Row {row}: {error}",)
     own.row = row
-    own.add_note(f"Row {row} of the map.")
     return own
 
 

@@ -66,7 +66,8 @@ class Gathering:
     def add(self, row: Any) -> Block | None:
         """The block that is complete now, if one is."""
         shape = shape_of(row)
-        done = self.rest() if self._rows and shape != self._shape else None
+        is_full = len(self._rows) >= self._size or shape != self._shape
+        done = self.rest() if is_full else None
         if not self._rows:
             self._shape = shape
             self._size = min(self._most, max(1, _BLOCK_BYTES // max(bytes_in(row), 1)))
@@ -151,6 +152,11 @@ def bytes_in(row: Any) -> int:
 
 def _part(block: Block, where: slice) -> Block:
     return Block(block.numbers[where], row_at(block.rows, where))
+
+
+def singles(block: Block) -> Iterator[Block]:
+    for place in range(len(block)):
+        yield _part(block, slice(place, place + 1))
 
 
 def row_at(rows: Any, where: int | slice) -> Any:

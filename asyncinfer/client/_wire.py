@@ -6,7 +6,7 @@ that one flow serves threads and event loops.
 """
 
 from collections.abc import Generator, Mapping
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from msgspec import Struct
 
@@ -36,8 +36,18 @@ class Lost(Struct, frozen=True):
     """No answer came, and the request may or may not have arrived."""
 
     reason: str
-    stranger: bool = False
-    """Nothing ever answered at this URL: more likely wrong than away."""
+    hopeless: bool = False
+    """Nothing ever answered at this URL, and nothing listens there: more likely wrong than away."""
+    first: bool = False
+    """Nothing ever answered at this URL."""
+
+
+class Event(Struct, frozen=True):
+    """`name` is a job's new status, or snapshot, progress, done, gap; `data` what it says."""
+
+    name: str
+    data: Any
+    id: str = ""
 
 
 Asked: TypeAlias = Request | Pause

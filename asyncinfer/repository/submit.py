@@ -1,8 +1,8 @@
 """What an API does to jobs: submit, read, watch, cancel, retry, forget."""
 
 import asyncio
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any, Final, Literal, cast
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, Final, Literal, TypeVar, cast
 
 import msgspec
 from msgspec import Struct
@@ -21,8 +21,12 @@ from asyncinfer.jobs import (
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
 
-_MOST_JOBS: Final = 256
-_MOST_BYTES: Final = 1 << 20
+T = TypeVar("T")
+
+MOST_JOBS: Final = 256
+MOST_BYTES: Final = 1 << 20
+"""What one script call takes (or one job of any size)."""
+
 _CALLS_AT_ONCE: Final = 4
 
 CancelVerdict = Literal["cancelled", "asked", "finished", "absent"]
@@ -142,6 +146,23 @@ class Submissions:
         names = [queue, keys.queues(self._store.n)]
         reply = await self._store.call(script("submit"), names, args)
         return [_submitted(job, verdict) for job, verdict in zip(jobs, reply, strict=True)]
+
+    async def submit_all(self, jobs: Sequence[NewJob]) -> list[Submitted | RequestError]:
+        """Takes in many jobs of one queue, in their order; what became of each."""
+        outcomes: list[Submitted | RequestError] = []
+        for part in _bounded(jobs, _size_of):
+            try:
+                outcomes += await self.submit_many(part[0].queue, part)
+            except RequestError as error:
+                outcomes += [_about(error, job.job_id) for job in part]
+        return outcomes
+
+    async def statuses(self, job_ids: Sequence[str]) -> list[Status | None]:
+        """How jobs stand, without what may be large of them; None when absent."""
+        if not job_ids:
+            return []
+        found = await self._store.command("MGET", *map(keys.status, job_ids))
+        return [None if one is None else _status(one) for one in found]
 
     async def read(self, job_id: str) -> Stored | None:
         """The job as it is now; None when absent."""
@@ -289,15 +310,30 @@ def _parts(
     for entry in entries:
         by_queue.setdefault(entry[0].queue, []).append(entry)
     for queued in by_queue.values():
-        part: list[tuple[NewJob, asyncio.Future[Submitted]]] = []
-        size = 0
-        for entry in queued:
-            size += len(entry[0].data)
-            if part and (len(part) == _MOST_JOBS or size > _MOST_BYTES):
-                yield part
-                part, size = [], len(entry[0].data)
-            part.append(entry)
+        yield from _bounded(queued, _size_of_entry)
+
+
+def _bounded(entries: Sequence[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
+    """Splits jobs of one queue into script calls."""
+    part: list[T] = []
+    size = 0
+    for entry in entries:
+        entry_size = size_of(entry)
+        size += entry_size
+        if part and (len(part) == MOST_JOBS or size > MOST_BYTES):
+            yield part
+            part, size = [], entry_size
+        part.append(entry)
+    if part:
         yield part
+
+
+def _size_of(job: NewJob) -> int:
+    return len(job.data)
+
+
+def _size_of_entry(entry: tuple[NewJob, asyncio.Future[Submitted]]) -> int:
+    return len(entry[0].data)
 
 
 def _extra_of(job: NewJob, n: str) -> bytes:
@@ -377,5 +413,9 @@ def _stored(
     except msgspec.DecodeError:
         # Nobody can say whose it is, so nobody may read it.
         return None
-    name = cast(Status, status.decode("utf-8", "replace"))
-    return Stored(job_id, name, result, error, record, meta or b"")
+    return Stored(job_id, _status(status), result, error, record, meta or b"")
+
+
+def _status(status: bytes) -> Status:
+    """A stranger's may be any bytes."""
+    return cast(Status, status.decode("utf-8", "replace"))

@@ -21,10 +21,11 @@ _LONGEST_SECONDS: Final = 120
 
 
 class Plan(Struct, frozen=True, kw_only=True):
-    """`submit` ends with the 202, `wait` asks with `Prefer: wait`, `poll` with GET until done."""
+    """`submit` ends with the 202, `wait` asks with `Prefer: wait`, `poll` with GET until done;
+    `lines` sends all in one request, one a line."""
 
     port: int
-    how: Literal["submit", "wait", "poll", "get"]
+    how: Literal["submit", "wait", "poll", "get", "lines"]
     requests: int
     connections: int
     body: bytes = b""
@@ -115,7 +116,32 @@ def _request(plan: Plan) -> bytes:
     return "\r\n".join(lines).encode() + plan.body
 
 
+async def _run_lines(plan: Plan) -> Load:
+    request = _request(msgspec.structs.replace(plan, body=(plan.body + b"\n") * plan.requests))
+    reader, writer = await asyncio.open_connection("127.0.0.1", plan.port)
+    cpu, since = _cpu_seconds(), time.perf_counter()
+    writer.write(request)
+    answer = bytearray()
+    async with asyncio.timeout(_LONGEST_SECONDS):
+        while not answer.endswith(b"\r\n0\r\n\r\n"):
+            part = await reader.read(1 << 20)
+            assert part, f"the server hung up after {bytes(answer[-300:])!r}"
+            answer += part
+    seconds = time.perf_counter() - since
+    writer.close()
+    accepted = answer.count(b'"status":"pending"')
+    assert accepted == plan.requests, f"{accepted} of {plan.requests} lines were accepted"
+    return Load(
+        per_second=plan.requests / seconds,
+        p50_ms=1000 * seconds,
+        p99_ms=1000 * seconds,
+        client_cpu=(_cpu_seconds() - cpu) / seconds,
+    )
+
+
 async def _run(plan: Plan) -> Load:
+    if plan.how == "lines":
+        return await _run_lines(plan)
     loop = asyncio.get_running_loop()
     left, taken = [plan.requests], list[float]()
     clients = [_Client(plan, left, taken) for _ in range(plan.connections)]

@@ -19,7 +19,7 @@ from asyncinfer.repository.inspect import Inspection
 from asyncinfer.repository.operate import Operation
 from asyncinfer.repository.store import Policy, Store
 from asyncinfer.repository.submit import Submissions
-from tests.benchmarks import images, load, models
+from tests.benchmarks import bulk, images, load, models
 from tests.benchmarks.load import Load, Plan
 from tests.benchmarks.scale import Figures, Room
 from tests.benchmarks.systems import (
@@ -328,6 +328,7 @@ PAIRED: Final[dict[str, list[Paired]]] = {
 }
 ALONE: Final[dict[str, Callable[[Room], Awaitable[Figures]]]] = {
     "start": start,
+    "bulk": bulk.bulk,
     "images": images.forms,
     "growth": growth,
 }

@@ -35,6 +35,8 @@ BUDGETS: Final = {
     "idle_worker_cpu_percent": Budget("figure", "most", 0.5),
     "rss_worker_mib": Budget("figure", "most", 100),
     "rss_api_mib": Budget("figure", "most", 70),
+    "bulk_to_32_connections": Budget("figure", "least", 1.5),
+    "bulk_to_one_connection": Budget("figure", "least", 5),
     "image_as_json_api_cpu_to_binary": Budget("figure", "least", 10),
     "image_api_growth_payloads": Budget("figure", "most", 3),
     "image_worker_growth_payloads": Budget("figure", "most", 3),

@@ -135,6 +135,7 @@ async def test_an_api_that_dies_leaves_no_key_without_a_bound(
         group.create_task(inbox.run())
         waiter = (await _waiters(inbox, customer, group))[0]
         await _all_signed_up(server, customer)
+        await eventually(lambda: server.exists(inbox.name) == 1, "the inbox has its stream")
         assert 0 < server.ttl(inbox.name) <= 60
         # Redis hears no more of it than of a process that dies.
         waiter.cancel()

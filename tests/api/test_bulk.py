@@ -1,0 +1,624 @@
+"""POST /predict with one request a line: each is answered at its place, whatever the others are."""
+
+import asyncio
+import gc
+import random
+import time
+import tracemalloc
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx2
+import msgspec
+import pytest
+import redis
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncinfer import keys
+from asyncinfer.api.config import ApiConfig
+from asyncinfer.api.lines import Lines
+from asyncinfer.inbox import Ticket
+from asyncinfer.repository.scripts import script
+from asyncinfer.repository.store import Policy, Store
+from tests.faults.harness import eventually
+from tests.faults.proxy import proxied
+
+from .harness import (
+    QUEUE,
+    RESULT,
+    ROW,
+    Hand,
+    Road,
+    announce,
+    assert_problem,
+    client_of,
+    hosted,
+    running,
+    stopped_by_itself,
+    submit,
+)
+
+NDJSON = {"content-type": "application/x-ndjson"}
+GOOD = b'{"data": [[5.1, 3.5, 1.4, 0.2]]}'
+HEAD = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-ndjson\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n"
+
+
+async def post_lines(
+    client: httpx2.AsyncClient, lines: Iterable[bytes], path: str = "/predict", **headers: str
+) -> list[dict[str, Any]]:
+    reply = await client.post(path, content=b"\n".join(lines), headers={**NDJSON, **headers})
+    assert reply.status_code == 200, reply.text
+    assert reply.headers["content-type"] == "application/x-ndjson"
+    return answers_in(reply.content)
+
+
+def answers_in(body: bytes) -> list[dict[str, Any]]:
+    assert body.endswith(b"\n") or not body
+    return [msgspec.json.decode(line) for line in body.splitlines()]
+
+
+def keyed(*numbers: int) -> list[bytes]:
+    return [
+        b'{"data": [[%d, 2, 3, 4]], "idempotency_key": "row-%d"}' % (one, one) for one in numbers
+    ]
+
+
+class Talk:
+    """A client that reads while it sends, line by line."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._lines = b""
+        self._headed = False
+
+    async def head(self) -> bytes:
+        self._headed = True
+        return await self._reader.readuntil(b"\r\n\r\n")
+
+    async def say(self, text: bytes) -> None:
+        self._writer.write(b"%x\r\n%b\r\n" % (len(text), text))
+        await self._writer.drain()
+
+    def end(self) -> None:
+        self._writer.write(b"0\r\n\r\n")
+
+    def leave(self) -> None:
+        self._writer.transport.abort()
+
+    async def hear(self) -> dict[str, Any] | None:
+        """The next line; None at the end of the answer."""
+        while b"\n" not in self._lines:
+            size = int(await self._reader.readuntil(b"\r\n"), 16)
+            self._lines += (await self._reader.readexactly(size + 2))[:-2]
+            if not size:
+                return None
+        line, _, self._lines = self._lines.partition(b"\n")
+        found: dict[str, Any] = msgspec.json.decode(line)
+        return found
+
+    async def hear_after_head(self) -> dict[str, Any]:
+        if not self._headed:
+            await self.head()
+        answer = await self.hear()
+        assert answer, "the answer ended"
+        return answer
+
+    async def closed(self) -> bool:
+        return await self._reader.read() == b""
+
+
+@asynccontextmanager
+async def talking(port: int, headers: bytes = b"") -> AsyncIterator[Talk]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        async with asyncio.timeout(20):
+            writer.write(CHUNKED + headers + b"\r\n")
+            talk = Talk(reader, writer)
+            yield talk
+    finally:
+        writer.close()
+
+
+@pytest.fixture
+async def port(config: ApiConfig, store: Store) -> AsyncIterator[int]:
+    """The port of an API that cuts off who is silent for 0.4 s, and takes lines of 1,000 bytes."""
+    await announce(store, "iris", "digits", default="iris")
+    strict = msgspec.structs.replace(config, body_timeout_seconds=0.4, max_json_bytes=1000)
+    async with hosted(running(strict)) as found:
+        yield found
+
+
+# --- lines ---------------------------------------------------------------------------------
+
+
+def cut(pieces: Sequence[bytes], max_bytes: int) -> list[tuple[int, bytes | None]]:
+    lines = Lines(max_bytes)
+    found = [line for piece in pieces for line in lines.cut(piece)]
+    return [(line.number, line.text) for line in (*found, *lines.rest())]
+
+
+@given(st.lists(st.sampled_from([b"\n", b"\r", b" ", b"a", b"bcd", b"\r\n", b"e" * 7])), st.data())
+def test_lines_are_the_same_however_their_bytes_were_split(
+    parts: list[bytes], data: st.DataObject
+) -> None:
+    text = b"".join(parts)
+    places = sorted(data.draw(st.lists(st.integers(0, len(text)))))
+    pieces = [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
+    assert cut(pieces, 5) == cut([text], 5)
+    expected = [
+        (number, one.removesuffix(b"\r")) for number, one in enumerate(text.split(b"\n"), 1)
+    ]
+    assert cut([text], 5) == [
+        (number, one if len(one) <= 5 else None)
+        for number, one in expected
+        if len(one) > 5 or one.strip(b" \t\r")
+    ]
+
+
+def test_a_line_that_never_ends_is_not_kept() -> None:
+    lines = Lines(10)
+    piece = b"x" * 10_000
+    tracemalloc.start()
+    for _ in range(100):
+        assert not list(lines.cut(piece))
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 100_000
+    assert [(one.number, one.text) for one in lines.cut(b"\nok\n")] == [(1, None), (2, b"ok")]
+
+
+# --- what is answered ------------------------------------------------------------------------
+
+
+async def test_each_line_becomes_a_job_in_order(
+    api: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    lines = [b'{"data": [[%d, 2, 3, 4]]}' % number for number in range(600)]
+    answers = await post_lines(api, lines)
+    ids = [one["job_id"] for one in answers]
+    assert answers[7] == {"job_id": ids[7], "status": "pending", "url": f"/job/{ids[7]}"}
+    assert server.lrange(QUEUE, 0, -1) == [one.encode() for one in reversed(ids)]
+    assert server.get(keys.data(ids[7])) == b"[[7, 2, 3, 4]]"
+
+
+@pytest.mark.parametrize(
+    "media_type", ["application/jsonl", "Application/X-JSONLines; charset=utf-8"]
+)
+async def test_the_other_names_of_the_media_type_are_taken(
+    api: httpx2.AsyncClient, media_type: str
+) -> None:
+    answers = await post_lines(api, [GOOD, GOOD], "/predict", **{"content-type": media_type})
+    assert [one["status"] for one in answers] == ["pending", "pending"]
+
+
+async def test_a_model_in_the_path_gets_every_line(
+    api: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    line = msgspec.json.encode({"data": [[0.5] * 64]})
+    await post_lines(api, [line] * 3, "/predict/digits")
+    assert server.llen(f"{QUEUE}:digits") == 3
+    reply = await api.post("/predict/none", content=GOOD, headers=NDJSON)
+    assert_problem(reply, 404, "model_not_found")
+
+
+async def test_named_tensors_and_rows_may_be_mixed(api: httpx2.AsyncClient) -> None:
+    tensor = {"name": "input", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}
+    lines = [GOOD, msgspec.json.encode({"inputs": [tensor], "outputs": [{"name": "label"}]}), GOOD]
+    assert [one["status"] for one in await post_lines(api, lines)] == ["pending"] * 3
+
+
+WRONG = {
+    "no json": (b'{"data": [[1, 2', 400, "invalid_json"),
+    "no utf-8": (b'{"data": "\xff"}', 400, "invalid_json"),
+    "two values": (GOOD + b" {}", 400, "invalid_json"),
+    "too narrow": (b'{"data": [[1, 2, 3]]}', 422, "invalid_input"),
+    "unknown name": (b'{"date": [[1, 2, 3, 4]]}', 422, "invalid_input"),
+    "key twice": (
+        GOOD[:-1] + b', "idempotency_key": "a", "idempotency_key": "a"}',
+        422,
+        "invalid_input",
+    ),
+    "key of no text": (GOOD[:-1] + b', "idempotency_key": 7}', 422, "invalid_input"),
+    "key with a blank": (GOOD[:-1] + b', "idempotency_key": "a b"}', 422, "invalid_input"),
+    "too long": (GOOD + b" " * 1000, 413, "body_too_large"),
+    "much too long": (b"[" * 100_000, 413, "body_too_large"),
+    "no such version": (GOOD[:-1] + b', "options": {"version": "9"}}', 404, "version_not_found"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+async def test_a_wrong_line_is_answered_in_its_place(port: int, case: str) -> None:
+    line, status, code = WRONG[case]
+    async with client_of(port) as client:
+        first, wrong, last = await post_lines(client, [GOOD, b"", line, GOOD])
+    assert (wrong["status"], wrong["code"], wrong["line"]) == (status, code, 3)
+    assert wrong["title"]
+    assert wrong["detail"]
+    assert (first["status"], last["status"]) == ("pending", "pending")
+
+
+async def test_every_fault_of_a_line_is_named(api: httpx2.AsyncClient) -> None:
+    (wrong,) = await post_lines(api, [b'{"data": [[1, "2", null, 4]]}'])
+    assert [one["pointer"] for one in wrong["errors"]] == ["/data/0/1", "/data/0/2"]
+
+
+async def test_ten_thousand_lines_with_wrong_ones_among_them(
+    port: int, server: redis.Redis
+) -> None:
+    chance = random.Random(7)
+    codes = [chance.choice(list(WRONG)) if chance.random() < 0.05 else None for _ in range(10_000)]
+    lines = [GOOD if code is None else WRONG[code][0] for code in codes]
+    async with client_of(port) as client:
+        answers = await post_lines(client, lines)
+    assert len(answers) == len(codes)
+    for number, (answer, code) in enumerate(zip(answers, codes, strict=True), 1):
+        if code is None:
+            assert answer["status"] == "pending"
+        else:
+            assert (answer["line"], answer["code"]) == (number, WRONG[code][2])
+    taken = [one["job_id"].encode() for one in answers if "job_id" in one]
+    assert server.lrange(QUEUE, 0, -1) == taken[::-1]
+    server.flushall()
+
+
+async def test_blank_lines_and_either_line_end_are_taken(api: httpx2.AsyncClient) -> None:
+    body = b"\r\n \n" + GOOD + b"\r\n\n" + GOOD + b"\n\t\n" + GOOD
+    reply = await api.post("/predict", content=body, headers=NDJSON)
+    assert len(answers_in(reply.content)) == 3
+    empty = await api.post("/predict", content=b"", headers=NDJSON)
+    assert (empty.status_code, empty.content) == (200, b"")
+
+
+async def test_the_querys_options_are_for_lines_without_their_own(
+    api: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    own = GOOD[:-1] + b', "options": {"priority": "high"}}'
+    await post_lines(api, [GOOD, own, GOOD], "/predict?priority=low")
+    assert [server.llen(one) for one in keys.waiting(QUEUE)] == [1, 0, 2]
+
+
+async def test_what_does_not_go_with_lines_is_refused_whole(
+    api: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    refused = [
+        ({"idempotency-key": "a"}, 400, "invalid_header", "idempotency_key"),
+        ({"inference-header-content-length": "5"}, 400, "invalid_header", "tensors"),
+        ({"content-encoding": "gzip"}, 415, "encoding_refused", "uncompressed"),
+        ({"prefer": "wait=61"}, 400, "invalid_header", "0 to 60"),
+    ]
+    for headers, status, code, named in refused:
+        reply = await api.post("/predict", content=GOOD, headers={**NDJSON, **headers})
+        assert named in assert_problem(reply, status, code)["detail"]
+    reply = await api.post("/models/iris/validate", content=GOOD, headers=NDJSON)
+    assert "POST /predict" in assert_problem(reply, 415, "media_type_refused")["detail"]
+    assert server.llen(QUEUE) == 0
+
+
+async def test_a_full_queue_refuses_the_lines_that_have_no_room(
+    config: ApiConfig, store: Store, server: redis.Redis
+) -> None:
+    await announce(store, "iris", default="iris")
+    full = msgspec.structs.replace(config, policy=Policy(max_queue=3))
+    async with running(full) as port, client_of(port) as client:
+        answers = await post_lines(client, [GOOD] * 5)
+    assert [one["status"] for one in answers] == ["pending"] * 3 + [429] * 2
+    assert answers[3]["code"] == "queue_full"
+    assert answers[3]["retry_after_seconds"] > 0
+    assert server.llen(QUEUE) == 3
+
+
+async def test_the_document_shows_lines(api: httpx2.AsyncClient) -> None:
+    operation = (await api.get("/openapi.json")).json()["paths"]["/predict"]["post"]
+    for content in (operation["requestBody"]["content"], operation["responses"]["200"]["content"]):
+        assert content["application/x-ndjson"]["schema"]["oneOf"]
+
+
+# --- the same key ----------------------------------------------------------------------------
+
+
+async def test_a_key_twice_in_one_request_gives_one_job(
+    api: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    lines = keyed(1, 2, 1)
+    other = b'{"data": [[9, 9, 9, 9]], "idempotency_key": "row-2"}'
+    one, two, again, conflict = await post_lines(api, [*lines, other])
+    assert again == one
+    assert (conflict["status"], conflict["code"], conflict["line"]) == (
+        422,
+        "idempotency_conflict",
+        4,
+    )
+    assert conflict["job_id"] == two["job_id"]
+    assert server.llen(QUEUE) == 2
+
+
+async def test_a_key_is_the_same_on_a_line_and_in_a_header(
+    api: httpx2.AsyncClient, hand: Hand
+) -> None:
+    job_id = await submit(api, headers={"idempotency-key": "once"})
+    await hand.complete()
+    text = b'{"data": %b, "idempotency_key": "once"}' % msgspec.json.encode(ROW)
+    (answer,) = await post_lines(api, [text])
+    assert (answer["job_id"], answer["status"]) == (job_id, "completed")
+
+
+async def test_a_request_sent_again_after_a_cut_gives_the_same_jobs(
+    config: ApiConfig, store: Store, server: redis.Redis
+) -> None:
+    await announce(store, "iris", default="iris")
+    lines = keyed(*range(2000))
+    async with running(config) as port:
+        async with (
+            proxied(f"redis://127.0.0.1:{port}") as between,
+            client_of(between.port) as client,
+        ):
+            between.cut_reply_to(b"row-1999")
+            with pytest.raises(httpx2.TransportError):
+                await post_lines(client, lines)
+            answers = await post_lines(client, lines)
+        async with client_of(port) as client:
+            assert await post_lines(client, lines) == answers
+    assert len({one["job_id"] for one in answers}) == 2000
+    assert server.llen(QUEUE) == 2000
+
+
+# --- waiting ---------------------------------------------------------------------------------
+
+
+async def test_a_wait_answers_each_line_with_its_finished_job(
+    api: httpx2.AsyncClient, hand: Hand, server: redis.Redis
+) -> None:
+    async with asyncio.TaskGroup() as group:
+        lines = [GOOD, b"no", *[GOOD] * 148]
+        post = group.create_task(post_lines(api, lines, prefer="wait=10"))
+        await eventually(lambda: server.llen(QUEUE) == 149, "the jobs wait")
+        await hand.complete()
+        await hand.fail()
+    answers = post.result()
+    statuses = [one["status"] for one in answers]
+    assert statuses == ["completed", 400, *["completed"] * 99, *["failed"] * 49]
+    assert answers[0]["result"] == RESULT
+    assert answers[-1]["error"] == {"code": "model_failed", "message": "no"}
+
+
+async def test_a_wait_too_short_answers_with_the_job_as_it_is(
+    api: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    for wait, longest in ((0, 1.0), (1, 4.0)):
+        began = time.monotonic()
+        reply = await api.post(
+            "/predict",
+            content=b"\n".join([GOOD] * 70),
+            headers={**NDJSON, "prefer": f"wait={wait}"},
+        )
+        assert wait <= time.monotonic() - began < wait + longest
+        assert reply.headers["preference-applied"] == f"wait={wait}"
+        answers = answers_in(reply.content)
+        assert {(one["status"], one["model"], one["result"]) for one in answers} == {
+            ("pending", "iris", None)
+        }
+    assert server.llen(QUEUE) == 140
+
+
+async def test_a_line_is_answered_before_the_next_is_sent(port: int, hand: Hand) -> None:
+    async with talking(port, b"Prefer: wait=10\r\n") as talk:
+        assert b" 200 " in await talk.head()
+        for _ in range(3):
+            await talk.say(GOOD + b"\n")
+            # Longer than silence may last: it is we who owe an answer.
+            await asyncio.sleep(0.6)
+            await hand.complete()
+            answer = await talk.hear()
+            assert answer
+            assert answer["status"] == "completed"
+        talk.end()
+        assert await talk.hear() is None
+
+
+async def test_a_finished_job_is_told_while_a_later_one_waits(
+    port: int, hand: Hand, server: redis.Redis
+) -> None:
+    later = GOOD[:-1] + b', "options": {"delay_seconds": 60}}'
+    async with talking(port, b"Prefer: wait=10\r\n") as talk:
+        await talk.head()
+        await talk.say(b"\n".join([GOOD, b"no", later, GOOD, b""]))
+        await eventually(lambda: server.llen(QUEUE) == 2, "the jobs wait")
+        await hand.complete()
+        assert [(await talk.hear() or {})["status"] for _ in range(2)] == ["completed", 400]
+    server.flushall()
+
+
+async def test_a_client_that_leaves_is_waited_for_no_longer(
+    port: int, server: redis.Redis, hand: Hand
+) -> None:
+    async with talking(port, b"Prefer: wait=60\r\n") as talk:
+        await talk.say((GOOD + b"\n") * 100)
+        await talk.head()
+        await eventually(lambda: server.llen(QUEUE) == 100, "the jobs wait")
+        await eventually(lambda: server.hlen(keys.facts(QUEUE)) > 0, "they are waited for")
+        talk.leave()
+    await eventually(lambda: not _tickets(), "nobody waits any longer")
+    await hand.complete()
+
+
+def _tickets() -> int:
+    gc.collect()
+    return sum(isinstance(one, Ticket) for one in gc.get_objects())
+
+
+async def test_a_stopping_api_answers_what_it_has_read(
+    config: ApiConfig, store: Store, server: redis.Redis
+) -> None:
+    await announce(store, "iris", default="iris")
+    async with stopped_by_itself(config) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        text = (GOOD + b"\n") * 100
+        writer.write(CHUNKED + b"Prefer: wait=60\r\n\r\n%x\r\n%b\r\n" % (len(text), text))
+        await eventually(lambda: server.llen(QUEUE) == 100, "the jobs wait")
+        reading = asyncio.create_task(_all_of(reader, writer))
+    answer = await reading
+    assert answer.endswith(b"\r\n0\r\n\r\n")
+    assert answer.count(b'"status":"pending"') == 100
+    assert b'"code":"server_stopping"' in answer
+    assert b'"line":101' in answer
+
+
+async def test_a_wait_that_redis_breaks_off_still_names_its_jobs(
+    behind: Road, server: redis.Redis
+) -> None:
+    async with talking(behind.port, b"Prefer: wait=1\r\n") as talk:
+        await talk.head()
+        await talk.say((GOOD + b"\n") * 70)
+        await eventually(lambda: server.hlen(keys.facts(QUEUE)) == 64, "the first are signed up")
+        behind.proxy.black_hole()
+        answers = [await talk.hear() or {} for _ in range(70)]
+        behind.proxy.restore()
+        talk.end()
+    assert {one["job_id"].encode() for one in answers} == set(server.lrange(QUEUE, 0, -1))
+    assert {one["status"] for one in answers} == {"pending"}
+
+
+async def _all_of(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+    async with asyncio.timeout(5):
+        answer = await reader.read()
+    writer.close()
+    return answer
+
+
+# --- clients and their ways ------------------------------------------------------------------
+
+
+async def test_a_client_that_sends_all_before_it_reads_is_not_locked_out(
+    port: int, server: redis.Redis
+) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 16)
+    body = (GOOD + b"\n") * 20_000
+    async with asyncio.timeout(60):
+        writer.write(HEAD + b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body) + body)
+        writer.transport.set_write_buffer_limits(0)
+        await writer.drain()
+        await eventually(lambda: server.llen(QUEUE) == 20_000, "all are taken in, none is read")
+        answer = await reader.read()
+    writer.close()
+    assert answer.count(b'"status":"pending"') == 20_000
+    server.flushall()
+
+
+async def test_a_body_that_is_made_while_it_is_sent_is_taken(api: httpx2.AsyncClient) -> None:
+    async def made() -> AsyncIterator[bytes]:
+        for number in range(50):
+            text = GOOD + b"\n"
+            yield text[:number]
+            yield text[number:]
+
+    reply = await api.post("/predict", content=made(), headers=NDJSON)
+    assert [one["status"] for one in answers_in(reply.content)] == ["pending"] * 50
+
+
+async def test_a_client_that_asks_first_is_told_to_go_on(port: int) -> None:
+    async with talking(port, b"Expect: 100-continue\r\n") as talk:
+        assert await talk.head() == b"HTTP/1.1 100 Continue\r\n\r\n"
+        await talk.say(GOOD)
+        talk.end()
+        assert b" 200 " in await talk.head()
+        assert await talk.hear()
+        assert await talk.hear() is None
+
+
+async def test_a_client_that_falls_silent_is_cut_off(port: int) -> None:
+    for begun, taken in ((b"", 0), (GOOD + b"\n" + GOOD[:9], 1)):
+        async with talking(port) as talk:
+            if begun:
+                await talk.say(begun)
+            began = time.monotonic()
+            answers = [await talk.hear_after_head() for _ in range(taken + 1)]
+            assert 0.3 < time.monotonic() - began < 5
+            assert (answers[-1]["status"], answers[-1]["line"]) == (408, taken + 1)
+            assert await talk.hear() is None
+            assert await talk.closed()
+
+
+async def test_a_client_that_is_slow_but_not_silent_is_heard_out(port: int) -> None:
+    async with talking(port) as talk:
+        for place in range(0, len(GOOD), 4):
+            await talk.say(GOOD[place : place + 4])
+            await asyncio.sleep(0.15)
+        talk.end()
+        assert (await talk.hear_after_head())["status"] == "pending"
+
+
+async def test_lines_that_no_route_reads_have_the_time_of_any_body(port: int) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(CHUNKED.replace(b"/predict", b"/nowhere") + b"\r\n")
+    began = time.monotonic()
+    answer = asyncio.ensure_future(reader.read())
+    while not answer.done() and time.monotonic() - began < 8:
+        await asyncio.wait([answer], timeout=0.05)
+        writer.write(b"1\r\n \r\n")
+    assert time.monotonic() - began < 7
+    assert (await answer).startswith(b"HTTP/1.1 404 ")
+    writer.close()
+
+
+async def test_a_connection_is_used_again(port: int) -> None:
+    async with client_of(port) as client:
+        for _ in range(3):
+            await post_lines(client, [GOOD])
+            await submit(client)
+
+
+@pytest.mark.soak
+async def test_answers_that_nobody_takes_are_bounded(port: int) -> None:
+    text = b"x\n" * 10_000
+    async with talking(port) as talk:
+        reading = asyncio.ensure_future(_heard(talk, 200_000))
+        for _ in range(20):
+            await talk.say(text)
+        await reading
+        talk.end()
+    async with talking(port) as talk:
+        with pytest.raises(ConnectionError):
+            await _say_for_ever(talk, text)
+
+
+async def _say_for_ever(talk: Talk, text: bytes) -> None:
+    while True:
+        await talk.say(text)
+
+
+async def _heard(talk: Talk, lines: int) -> None:
+    await talk.head()
+    for number in range(1, lines + 1):
+        assert (await talk.hear() or {})["line"] == number
+
+
+# --- without Redis ---------------------------------------------------------------------------
+
+
+async def test_a_line_whose_fate_is_unknown_names_its_job(
+    behind: Road, server: redis.Redis
+) -> None:
+    async with talking(behind.port) as talk:
+        await talk.head()
+        await talk.say(GOOD + b"\n")
+        assert (await talk.hear() or {})["status"] == "pending"
+        behind.proxy.cut_reply_to(script("submit").sha.encode(), 3)
+        behind.proxy.black_hole()
+        await talk.say((GOOD + b"\n") * 2000)
+        refused = [await talk.hear() or {} for _ in range(2000)]
+        assert {(one["status"], one["code"]) for one in refused} == {(503, "redis_unavailable")}
+        assert [one["line"] for one in refused] == list(range(2, 2002))
+        assert refused[0]["job_id"]
+        assert "job_id" not in refused[-1]
+        behind.proxy.restore()
+
+        async def taken_again() -> bool:
+            await talk.say(GOOD + b"\n")
+            return bool((await talk.hear_after_head())["status"] == "pending")
+
+        await eventually(taken_again, "lines are taken again")
+        talk.end()

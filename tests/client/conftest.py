@@ -1,0 +1,46 @@
+"""One whole service for the tests of a module."""
+
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from asyncinfer.client import AsyncClient, Client
+from asyncinfer.testing import Running, service
+from tests import zoo
+from tests.zoo.catalogue import ENTRIES
+
+FROM_THE_CATALOGUE = ("several", "half", "int64", "lstm_step", "text", "embedding", "bytes", "bf16")
+
+
+@pytest.fixture(scope="package")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, shipped_models: Path) -> Path:
+    """The shipped models, and those of the zoo that a client has to tell apart."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("iris", "digits"):
+        shutil.copytree(shipped_models / name, folder / name)
+    for name in FROM_THE_CATALOGUE:
+        ENTRIES[name].place(folder)
+    zoo.place(folder, "mean", zoo.minus_mean())
+    zoo.place(folder, "picky", zoo.picky())
+    zoo.place(folder, "slow", zoo.slow())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def running(model_folder: Path) -> Iterator[Running]:
+    with service(model_folder) as it:
+        yield it
+
+
+@pytest.fixture
+def client(running: Running) -> Iterator[Client]:
+    with Client(running.url) as it:
+        yield it
+
+
+@pytest.fixture
+async def aclient(running: Running) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(running.url) as it:
+        yield it

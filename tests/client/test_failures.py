@@ -1,0 +1,266 @@
+"""What a person meets when something is wrong: one error, one clear line, the remedy in it."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from asyncinfer import access
+from asyncinfer.client import (
+    AsyncClient,
+    AsyncinferError,
+    CannotSend,
+    Client,
+    ConnectionFailed,
+    Forbidden,
+    InvalidInput,
+    JobNotFound,
+    ModelNotFound,
+    NotAsyncinfer,
+    QueueFull,
+    RequestError,
+    Unauthorized,
+    WrongAddress,
+)
+from asyncinfer.errors import RouteNotFound
+from asyncinfer.testing import Running, service
+from tests.faults.proxy import Proxy, proxied
+from tests.test_cli import free_port
+
+SETOSA: Final = [5.1, 3.5, 1.4, 0.2]
+
+
+def assert_one_line(error: AsyncinferError) -> None:
+    assert "\n" not in str(error)
+    assert len(str(error)) < 400
+
+
+def test_a_server_that_is_not_there_is_said_at_once() -> None:
+    begun = time.monotonic()
+    with (
+        Client(f"http://127.0.0.1:{free_port()}") as client,
+        pytest.raises(ConnectionFailed, match=r"nothing listens.*asyncinfer serve") as refused,
+    ):
+        client.predict([SETOSA])
+
+    assert time.monotonic() - begun < 2
+    assert_one_line(refused.value)
+    assert isinstance(refused.value, ConnectionError)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://a", "http://", "http://[oops"])
+def test_an_address_that_is_none_is_said_before_anything_is_asked(url: str) -> None:
+    with pytest.raises(WrongAddress, match="give one such as http://127"):
+        Client(url)
+
+
+def test_a_key_that_is_none_is_not_shown() -> None:
+    with pytest.raises(WrongAddress) as refused:
+        AsyncClient("http://127.0.0.1:1", "a sécret")
+    assert "cret" not in str(refused.value)
+
+
+def test_a_path_too_many_in_the_address_is_said(running: Running) -> None:
+    with (
+        Client(f"{running.url}/api") as client,
+        pytest.raises(RouteNotFound, match="the server's address alone"),
+    ):
+        client.health()
+
+
+def test_what_is_wrong_with_an_input_is_said_where_it_is(client: Client) -> None:
+    with pytest.raises(InvalidInput, match="row 1 has 3 numbers, iris takes 4") as refused:
+        client.predict([SETOSA, [1, 2, 3]])
+    assert refused.value.faults[0].pointer == "/data/1"
+    assert_one_line(refused.value)
+
+    with pytest.raises(ModelNotFound, match=r"'irs'.*iris"):
+        client.predict([SETOSA], "irs")
+    with pytest.raises(JobNotFound, match="no job with this id"):
+        client.job("nothing")
+
+
+def test_an_input_that_has_no_form_is_said(client: Client) -> None:
+    with pytest.raises(CannotSend, match="Give lists, arrays"):
+        client.predict([object()])
+    with pytest.raises(CannotSend, match=r"several inputs.*'a', 'b', 'c'"):
+        client.predict({1, 2}, "several")
+    with pytest.raises(CannotSend, match=r"from -3\.4"):
+        client.predict({"input": [[1e39] * 4]}, "iris")
+
+
+# --- keys --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """A service that wants keys, and one that may only read."""
+    path: Path = tmp_path_factory.mktemp("keys") / "api_keys"
+    key = access.new_key()
+    path.touch(mode=0o600)
+    path.write_text(f"{access.entry_of(key, 'acme', 'read').line()}\n")
+    with service(api_keys=path) as running:
+        yield running.url, key
+
+
+def test_a_missing_and_a_wrong_key_are_said_with_the_remedy(guarded: tuple[str, str]) -> None:
+    url, _ = guarded
+    for key in (None, "ai_wrong"):
+        with Client(url, key) as client, pytest.raises(Unauthorized, match="api_key="):
+            client.predict([SETOSA])
+
+
+def test_a_key_without_the_scope_is_said(guarded: tuple[str, str]) -> None:
+    with Client(*guarded) as client:
+        assert client.models()
+        with pytest.raises(Forbidden, match="submit"):
+            client.predict([SETOSA])
+
+
+# --- others that answer --------------------------------------------------------------------------
+
+ANSWERS: Final = [
+    (b"200 OK", b"text/html", b"<h1>It works!</h1>"),
+    (b"404 Not Found", b"text/html", b"<h1>Not here</h1>"),
+    (b"200 OK", b"application/json", b'{"hello": "world"}'),
+    (b"200 OK", b"application/json", b"[]"),
+    (b"403 Forbidden", b"application/json", b'{"message": "no"}'),
+]
+
+
+@asynccontextmanager
+async def answering(content: Callable[[], bytes]) -> AsyncIterator[str]:
+    """A server that is not ours, and says one thing."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(65536)
+        writer.write(content())
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+def _http(status: bytes, kind: bytes, body: bytes, more: bytes = b"") -> bytes:
+    head = b"HTTP/1.1 %b\r\nContent-Type: %b\r\nContent-Length: %d\r\n%bConnection: close\r\n\r\n"
+    return head % (status, kind, len(body), more) + body
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+async def test_another_server_is_told_from_ours(answer: tuple[bytes, bytes, bytes]) -> None:
+    asks: list[Callable[[AsyncClient], Awaitable[object]]] = [
+        lambda client: client.predict([SETOSA]),
+        lambda client: client.submit([SETOSA]),
+        lambda client: client.health(),
+        lambda client: client.models(),
+        lambda client: client.jobs(),
+    ]
+    async with answering(lambda: _http(*answer)) as url, AsyncClient(url) as client:
+        for ask in asks:
+            with pytest.raises(NotAsyncinfer, match="not how asyncinfer answers") as refused:
+                await ask(client)
+            assert_one_line(refused.value)
+
+
+async def test_what_is_no_http_is_said_at_once() -> None:
+    async with answering(lambda: b"SSH-2.0-OpenSSH_9.2\r\n") as url, AsyncClient(url) as client:
+        async with asyncio.timeout(5):
+            with pytest.raises(ConnectionFailed, match="No answer from http"):
+                await client.health()
+
+
+async def test_an_error_of_a_newer_server_keeps_what_it_says() -> None:
+    body = b'{"code": "moon_phase", "detail": "Wait for the new moon.", "status": 409}'
+    problem = _http(b"409 Conflict", b"application/problem+json", body)
+    async with answering(lambda: problem) as url, AsyncClient(url) as client:
+        with pytest.raises(RequestError, match="new moon"):
+            await client.health()
+
+
+# --- away for a while --------------------------------------------------------------------------
+
+
+async def test_retry_after_is_honoured_and_the_last_word_is_the_servers() -> None:
+    body = b'{"code": "queue_full", "detail": "Full. Retry later.", "status": 429}'
+    full = _http(b"429 Full", b"application/problem+json", body, b"Retry-After: 1\r\n")
+    begun = time.monotonic()
+    async with answering(lambda: full) as url, AsyncClient(url, retries=1) as client:
+        with pytest.raises(QueueFull, match="Full"):
+            await client.submit([SETOSA])
+
+    assert 1 <= time.monotonic() - begun < 3
+
+
+@pytest.fixture
+async def proxy(running: Running) -> AsyncIterator[Proxy]:
+    async with proxied(running.url) as it:
+        yield it
+
+
+async def test_submits_whose_answers_are_cut_make_one_job_each(proxy: Proxy) -> None:
+    async with AsyncClient(f"http://127.0.0.1:{proxy.port}") as client:
+        await client.health()
+        proxy.cut_reply_to(b"POST /predict", times=2)
+        job = await client.submit([SETOSA], group="cut")
+        proxy.cut_reply_to(b"POST /predict", times=2)
+        result = await client.predict([SETOSA], group="cut")
+
+        assert proxy.cut == 4
+        assert result["class_name"] == "setosa"
+        assert len(await client.jobs(group="cut")) == 2
+        assert job.id in [one.id for one in await client.jobs(group="cut")]
+
+
+async def test_the_very_first_answer_may_be_cut(proxy: Proxy) -> None:
+    proxy.cut_reply_to(b"GET /health")
+    async with AsyncClient(f"http://127.0.0.1:{proxy.port}") as client:
+        assert (await client.health())["status"] == "ok"
+
+
+async def test_a_cancel_and_a_retry_know_their_work_when_its_answer_was_cut(proxy: Proxy) -> None:
+    async with AsyncClient(f"http://127.0.0.1:{proxy.port}") as client:
+        await client.pause("iris")
+        job = await client.submit([SETOSA])
+        proxy.cut_reply_to(b"DELETE /job")
+        assert (await job.cancel()).status == "cancelled"
+        proxy.cut_reply_to(b"/retry")
+        assert (await job.retry()).status == "pending"
+        await client.resume("iris")
+        assert (await job)["class_name"] == "setosa"
+
+
+async def test_a_map_whose_answers_are_cut_loses_and_doubles_nothing(proxy: Proxy) -> None:
+    rows = [[float(number % 3)] for number in range(200)]
+    async with AsyncClient(f"http://127.0.0.1:{proxy.port}") as client:
+        await client.model("picky")
+        proxy.cut_reply_to(b"POST /predict", times=5)
+        results = client.map(rows, "picky", batch=10, progress=False)
+        found = [one.item() async for one in results]
+
+        assert proxy.cut == 5
+        assert found == [number % 3 for number in range(200)]
+        assert (await client.group(results.group)).jobs == 20
+
+
+async def test_events_go_on_after_a_cut_where_they_stopped(proxy: Proxy) -> None:
+    async with AsyncClient(f"http://127.0.0.1:{proxy.port}") as client:
+        await client.pause("iris")
+        job = await client.submit([SETOSA])
+        names = []
+        async with asyncio.timeout(20):
+            async for event in job.events():
+                names.append(event.name)
+                if names == ["snapshot"]:
+                    await proxy.down()
+                    await proxy.up()
+                    await client.resume("iris")
+
+    assert names[0] == "snapshot"
+    assert names[-1] == "completed"
+    assert names.count("snapshot") == 1

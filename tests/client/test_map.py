@@ -1,0 +1,318 @@
+"""Many rows through one model: every row has its result, in order, and nothing runs twice."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+
+from asyncinfer.client import (
+    AsyncClient,
+    AsyncinferError,
+    CannotSend,
+    Client,
+    IdempotencyConflict,
+    InvalidInput,
+    JobFailed,
+    ModelNotFound,
+)
+from tests.zoo.catalogue import ENTRIES
+
+SETOSA: Final = [5.1, 3.5, 1.4, 0.2]
+
+
+def iris_rows(count: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.random.default_rng(seed).uniform(0.1, 7.0, (count, 4))
+
+
+def started(client: Client, group: str) -> dict[str, Any]:
+    """When each job of a group ran: another time would show another run."""
+    return {job.id: job.timeline.get("started") for job in client.jobs(group=group, limit=5000)}
+
+
+def test_rows_of_any_form_give_the_same_results_in_order(client: Client) -> None:
+    rows = iris_rows(1500)
+    expected = client.predict(rows, "iris")
+
+    forms: list[Any] = [
+        rows,
+        rows.tolist(),
+        (row for row in rows),
+        (tuple(row) for row in rows.tolist()),
+        {"input": rows},
+        ({"input": row} for row in rows),
+    ]
+    for form in forms:
+        assert list(client.map(form, "iris", progress=False)) == expected
+    assert list(client.map(rows[:300], batch=7, in_flight=3, progress=False)) == expected[:300]
+
+
+async def test_rows_may_come_from_an_async_generator(aclient: AsyncClient) -> None:
+    rows = iris_rows(1500).tolist()
+    expected = await aclient.predict(rows)
+
+    async def coming() -> AsyncIterator[Any]:
+        for row in rows:
+            yield row
+
+    for form in (coming(), rows, np.array(rows)):
+        assert [one async for one in aclient.map(form, progress=False)] == expected
+
+
+def test_no_rows_give_no_results(client: Client) -> None:
+    nothings: list[Any] = [[], iter(()), np.empty((0, 4))]
+    for nothing in nothings:
+        assert list(client.map(nothing, progress=False)) == []
+
+
+def test_an_endless_generator_is_read_only_as_far_as_it_is_used(client: Client) -> None:
+    pulled = 0
+
+    def endless() -> Iterator[list[float]]:
+        nonlocal pulled
+        while True:
+            pulled += 1
+            yield SETOSA
+
+    results = client.map(endless(), batch=10, in_flight=4, progress=False)
+    assert len(list(itertools.islice(results, 500))) == 500
+    results.close()
+
+    assert 500 <= pulled <= 500 + 2 * 4 * 10 + 10
+    assert client.group(results.group).counts["pending"] == 0
+
+
+def test_rows_of_a_model_that_cannot_batch_are_jobs_of_their_own(client: Client) -> None:
+    rows = [[float(number), 1.0] for number in range(150)]
+    alone = list(client.map(rows, "mean", progress=False))
+    packed = list(client.map(np.array(rows, np.float32), "mean", progress=False, group="alone"))
+
+    assert [one.tolist() for one in alone] == [[0.0, 0.0]] * 150
+    assert [one.tolist() for one in packed] == [[0.0, 0.0]] * 150
+    assert client.group("alone").jobs == 150
+
+
+def test_several_inputs_are_a_dict_a_row_or_a_dict_of_arrays(client: Client) -> None:
+    feeds = ENTRIES["several"].draw(np.random.default_rng(0), 20)
+    expected = client.predict(feeds, "several")
+
+    by_row = [{name: one[at] for name, one in feeds.items()} for at in range(20)]
+    for form in (feeds, by_row):
+        results = list(client.map(form, "several", progress=False))
+        for name, one in expected.items():
+            np.testing.assert_array_equal(np.stack([row[name] for row in results]), one)
+
+
+def test_rows_lie_along_the_axis_that_the_model_counts(client: Client) -> None:
+    feeds = ENTRIES["lstm_step"].draw(np.random.default_rng(0), 3)
+    expected = client.predict(feeds, "lstm_step")
+
+    rows = [
+        {"input": feeds["input"][at], "state": feeds["state"][:, at], "sr": feeds["sr"]}
+        for at in range(3)
+    ]
+    for at, row in enumerate(client.map(rows, "lstm_step", progress=False)):
+        np.testing.assert_allclose(row["output"], expected["output"][at], atol=1e-5)
+        np.testing.assert_allclose(row["stateN"], expected["stateN"][:, at], atol=1e-5)
+
+
+def test_rows_of_different_lengths_go_in_jobs_apart(client: Client) -> None:
+    texts = [[1, 2, 3], [1, 2], [3, 4], [5]]
+    shapes = [one.shape for one in client.map(texts, "embedding", progress=False)]
+    assert shapes == [(3, 4), (2, 4), (2, 4), (1, 4)]
+
+
+def test_a_row_may_be_a_whole_input(client: Client) -> None:
+    whole = [[[1, 2]], [[3, 4], [5, 6]]]
+    results = [one.tolist() for one in client.map(whole, "int64", progress=False)]
+    assert results == [client.predict(one, "int64").tolist() for one in whole]
+
+
+# --- rows that are wrong -----------------------------------------------------------------------
+
+
+def test_one_bad_row_in_10000_is_an_error_of_its_own(client: Client) -> None:
+    rows: list[Any] = iris_rows(10_000).tolist()
+    rows[7777] = [5.1, "x", 1.4, 0.2]
+
+    results = list(client.map(rows, progress=False, on_error="return"))
+
+    bad = {at: one for at, one in enumerate(results) if isinstance(one, AsyncinferError)}
+    assert list(bad) == [7777]
+    assert isinstance(bad[7777], InvalidInput)
+    assert (bad[7777].row, str(bad[7777])) == (7777, "Row 7777: a string, expected a number")
+    assert len(results) == 10_000
+
+
+def test_a_row_that_fails_the_run_of_its_job_is_found(client: Client) -> None:
+    rows = [[float(number % 3)] for number in range(600)]
+    rows[123] = rows[456] = [9.0]
+
+    results = list(client.map(rows, "picky", progress=False, on_error="return"))
+
+    bad = [at for at, one in enumerate(results) if isinstance(one, JobFailed)]
+    assert bad == [123, 456]
+    assert [one.item() for one in results[:123]] == [number % 3 for number in range(123)]
+
+
+def test_rows_of_another_shape_and_numbers_that_do_not_fit_have_their_errors(
+    client: Client,
+) -> None:
+    rows: list[Any] = [SETOSA, SETOSA[:3], [*SETOSA[:3], 1e39], SETOSA]
+    results = list(client.map(rows, progress=False, on_error="return"))
+    assert [type(one) for one in results] == [dict, InvalidInput, InvalidInput, dict]
+
+    arrays = np.array([SETOSA, [1e39] * 4, SETOSA])
+    results = list(client.map(arrays, progress=False, on_error="return"))
+    assert [type(one) for one in results] == [dict, CannotSend, dict]
+
+
+def test_the_first_bad_row_is_raised_when_it_is_its_turn(client: Client) -> None:
+    rows: list[Any] = [SETOSA] * 40
+    rows[25] = ["?"] * 4
+    results = client.map(rows, batch=10, progress=False)
+
+    given = list(itertools.islice(results, 25))
+    with pytest.raises(InvalidInput, match="Row 25: ") as refused:
+        next(results)
+
+    assert len(given) == 25
+    assert refused.value.row == 25
+
+
+def test_what_is_wrong_with_the_map_is_raised_at_once(client: Client) -> None:
+    with pytest.raises(ModelNotFound, match="Known: "):
+        client.map([SETOSA], "rose", progress=False)
+    with pytest.raises(CannotSend, match="batch="):
+        client.map([SETOSA], batch=0, progress=False)
+
+
+# --- taken up again ----------------------------------------------------------------------------
+
+
+def test_the_same_rows_and_group_run_nothing_again(client: Client) -> None:
+    rows = iris_rows(2000).tolist()
+    first = list(client.map(rows, group="again", progress=False))
+    ran = started(client, "again")
+
+    assert list(client.map(rows, group="again", progress=False)) == first
+    assert started(client, "again") == ran
+    assert len(ran) == 8
+
+
+def test_a_map_left_early_cancels_what_waits_and_is_gone_on_with(client: Client) -> None:
+    rows = [[float(number % 3)] for number in range(100)]
+    client.pause("picky")
+    left = client.map(rows, "picky", group="left", batch=10, progress=False)
+    client.resume("picky")
+    next(left)
+    client.pause("picky")
+    left.close()
+    counts = client.group("left").counts
+    assert counts["pending"] == counts["processing"] == 0
+    ran = started(client, "left")
+    client.resume("picky")
+
+    results = list(client.map(rows, "picky", group="left", batch=10, progress=False))
+
+    assert [one.item() for one in results] == [number % 3 for number in range(100)]
+    after = started(client, "left")
+    assert len(after) == 10
+    done = {job_id: at for job_id, at in ran.items() if at is not None}
+    assert all(after[job_id] == at for job_id, at in done.items())
+
+
+def test_other_rows_in_a_used_group_are_refused(client: Client) -> None:
+    list(client.map([SETOSA] * 3, group="used", progress=False))
+    with pytest.raises(IdempotencyConflict, match="Rows 0 to 2 of group 'used'"):
+        list(client.map([SETOSA[::-1]] * 3, group="used", progress=False))
+
+
+async def test_a_cancelled_task_cancels_its_map(aclient: AsyncClient) -> None:
+    rows = np.full((64, 1), 50.0)
+    results = aclient.map(rows, "slow", batch=1, in_flight=4, progress=False)
+    begun = asyncio.Event()
+
+    async def use() -> None:
+        async for _ in results:
+            begun.set()
+
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(use())
+        await begun.wait()
+        task.cancel()
+
+    counts = (await aclient.group(results.group)).counts
+    assert 0 < counts["completed"] < 64
+    assert counts["pending"] == 0
+
+
+# --- frames ------------------------------------------------------------------------------------
+
+
+def test_a_frame_comes_back_with_predictions_beside_its_columns(client: Client) -> None:
+    rows = iris_rows(50)
+    expected = client.predict(rows)
+    pandas_frame = pd.DataFrame(rows, columns=list("abcd"), index=range(100, 150))
+    pandas_frame["name"] = "x"
+    polars_frame = pl.DataFrame(rows, schema=list("abcd")).with_columns(name=pl.lit("x"))
+
+    for frame in (pandas_frame, polars_frame):
+        found: Any = client.map_frame(frame, ["a", "b", "c", "d"], progress=False)
+        assert type(found) is type(frame)
+        new = ["prediction", "class_name", "probability"]
+        assert list(found.columns) == [*"abcd", "name", *new]
+        assert list(found["class_name"]) == [one["class_name"] for one in expected]
+        assert list(found["probability"]) == [max(one["probabilities"]) for one in expected]
+    assert list(client.map_frame(pandas_frame, list("abcd"), progress=False).index) == list(
+        pandas_frame.index
+    )
+
+
+def test_a_frame_without_labels_gets_a_column_for_each_number(client: Client) -> None:
+    frame = pl.DataFrame({"a": [1, 2], "b": [3, 4]})
+    found = client.map_frame(frame, model="int64", progress=False)
+    assert found.columns == ["a", "b", "y_0", "y_1"]
+    assert found["y_0"].dtype == pl.Int64
+
+
+async def test_columns_find_the_inputs_of_their_names(aclient: AsyncClient) -> None:
+    frame = pd.DataFrame({"b": [1, 2], "c": ["one", "two words"]})
+    with pytest.raises(CannotSend, match="'a' too"):
+        await aclient.map_frame(frame, model="several", progress=False)
+
+
+async def test_bad_rows_of_a_frame_are_told_beside_the_good(aclient: AsyncClient) -> None:
+    frame = pd.DataFrame({"x": [0.0, 9.0, 2.0]})
+    found = await aclient.map_frame(frame, model="picky", on_error="return", progress=False)
+    assert found["error"].isna().tolist() == [True, False, True]
+    assert "model_failed" in found["error"][1]
+
+
+def test_a_frame_that_does_not_fit_is_refused(client: Client) -> None:
+    frame = pd.DataFrame(iris_rows(2), columns=["prediction", *"bcd"])
+    with pytest.raises(CannotSend, match="prefix="):
+        client.map_frame(frame, progress=False)
+    assert "iris_prediction" in client.map_frame(frame, prefix="iris_", progress=False).columns
+    with pytest.raises(CannotSend, match="no column 'z'"):
+        client.map_frame(frame, ["z"], progress=False)
+    with pytest.raises(CannotSend, match=r"try map\(\)"):
+        client.map_frame([SETOSA], progress=False)
+
+
+def test_progress_counts_rows_and_errors(
+    client: Client, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[Any] = [SETOSA] * 30
+    rows[3] = ["x"] * 4
+    list(client.map(rows, group="shown", batch=10, on_error="return"))
+
+    shown = capsys.readouterr().err
+    assert "shown: 100%" in shown
+    assert "30.0/30.0" in shown
+    assert "row/s" in shown
+    assert "errors=1" in shown
