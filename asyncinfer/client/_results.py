@@ -1,5 +1,7 @@
 """The results of a map as they come, in order; who leaves early cancels what waits."""
 
+import atexit
+import weakref
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -10,6 +12,7 @@ from collections.abc import (
     Mapping,
     Sized,
 )
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from msgspec import Struct
@@ -134,6 +137,9 @@ class Results(Iterator[Any]):
     ) -> Generator[Any, None, None]:
         crew = Crew(self._driver, self._asked.in_flight)
         bar = progress(self._asked.progress, total, self.group)
+        # A script may end amid a map: later than this nothing can be asked of a server any more.
+        close_at_exit = partial(_close, weakref.ref(self))
+        atexit.register(close_at_exit)
         try:
             yield from self._through(crew, plan, blocks, bar)
         except BaseException as error:
@@ -143,6 +149,7 @@ class Results(Iterator[Any]):
             error.add_note(_go_on(self.group))
             raise
         finally:
+            atexit.unregister(close_at_exit)
             crew.stop()
             bar.close()
 
@@ -266,6 +273,11 @@ def _of_row(error: AsyncinferError, row: int) -> AsyncinferError:
     own.args = (f"Row {row}: {error}",)
     own.row = row
     return own
+
+
+def _close(results: "weakref.ref[Results]") -> None:
+    if found := results():
+        found.close()
 
 
 def _none() -> Generator[Any, None, None]:

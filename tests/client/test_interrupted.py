@@ -1,0 +1,139 @@
+"""A map that is interrupted: by a person, by the server's end, by the end of its own process."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from asyncinfer.client import Client
+from asyncinfer.testing import Running
+from tests.faults.harness import eventually_sync
+from tests.parents import REPOSITORY, Parent, is_gone, parent, processes
+from tests.test_cli import free_port
+
+_MAPPER: Final = """
+import sys
+import numpy as np
+from asyncinfer.client import Client
+
+url, group, units = sys.argv[1:]
+client = Client(url)
+rows = np.full((64, 1), float(units))
+for number, one in enumerate(client.map(rows, "slow", group=group, batch=1, progress=False)):
+    print(number, one.item(), flush=True)
+print("all", flush=True)
+"""
+
+
+@contextmanager
+def mapping(running: Running, group: str, units: int) -> Iterator[Parent]:
+    with parent("-c", _MAPPER, running.url, group, str(units), cwd=REPOSITORY) as it:
+        yield it
+
+
+def test_ctrl_c_cancels_what_is_queued_and_says_how_to_go_on(
+    running: Running, client: Client
+) -> None:
+    with mapping(running, "stopped", 100) as it:
+        assert it.says() == "0 100.0"
+        it.process.send_signal(signal.SIGINT)
+        assert it.process.wait(10) != 0
+        said = it.complaints()
+
+    assert "KeyboardInterrupt" in said
+    assert "group='stopped' to go on" in said
+    counts = client.group("stopped").counts
+    assert counts["pending"] == 0
+    eventually_sync(
+        lambda: client.group("stopped").refresh().counts["processing"] == 0, "none runs"
+    )
+    assert client.group("stopped").counts["completed"] < 64
+
+
+def test_a_second_ctrl_c_leaves_at_once(running: Running, client: Client) -> None:
+    with mapping(running, "left-at-once", 2000) as it:
+        eventually_sync(lambda: bool(client.jobs(group="left-at-once")), "it has begun")
+        it.process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+        it.process.send_signal(signal.SIGINT)
+        begun = time.monotonic()
+        it.process.wait(10)
+        assert time.monotonic() - begun < 3
+    client.group("left-at-once").cancel()
+
+
+@pytest.mark.soak
+def test_a_killed_kernel_goes_on_where_it_was(running: Running, client: Client) -> None:
+    with mapping(running, "killed", 100) as it:
+        for number in range(10):
+            assert it.says() == f"{number} 100.0"
+        it.kill()
+
+    with mapping(running, "killed", 100) as it:
+        assert [it.says() for _ in range(65)][-1] == "all"
+    assert client.group("killed").counts["completed"] == 64
+    assert client.group("killed").jobs == 64
+
+
+@contextmanager
+def serving(port: int, data_dir: Path, models: Path) -> Iterator[Parent]:
+    argv = ("-m", "asyncinfer", "serve", "--port", str(port), "--model-dir", str(models))
+    with parent(*argv, cwd=REPOSITORY, DATA_DIR=str(data_dir)) as it:
+        while not it.says().strip().startswith("Stop"):
+            pass
+        yield it
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_server_that_restarts_amid_a_map_loses_and_doubles_nothing(
+    how: signal.Signals, tmp_path: Path, model_folder: Path
+) -> None:
+    port = free_port()
+    rows = [[float(number % 3)] for number in range(6000)]
+    found: list[float] = []
+    begun = threading.Event()
+
+    def use(client: Client) -> None:
+        for one in client.map(rows, "picky", group="through", batch=10, progress=False):
+            found.append(one.item())
+            begun.set()
+
+    with Client(f"http://127.0.0.1:{port}") as client:
+        with serving(port, tmp_path, model_folder) as server:
+            eventually_sync(lambda: len(client.models()) > 3, "models are announced")
+            thread = threading.Thread(target=use, args=(client,))
+            thread.start()
+            assert begun.wait(10)
+            children = [it.pid for it in processes() if it.parent == server.process.pid]
+            server.process.send_signal(how)
+            server.process.wait()
+            assert len(found) < 6000
+            eventually_sync(lambda: all(map(is_gone, children)), "all of it is gone")
+        with serving(port, tmp_path, model_folder):
+            thread.join(90)
+            assert not thread.is_alive()
+            assert found == [number % 3 for number in range(6000)]
+            assert client.group("through").counts["completed"] == 600
+            assert client.group("through").jobs == 600
+
+
+def test_a_script_that_ends_amid_a_map_ends(running: Running) -> None:
+    code = (
+        "import sys\n"
+        "from asyncinfer.client import Client\n"
+        "results = Client(sys.argv[1]).map([[5.1, 3.5, 1.4, 0.2]] * 9, batch=1, progress=False)\n"
+        "print(next(results)['class_name'])\n"
+    )
+    argv = [sys.executable, "-c", code, running.url]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=20, env=dict(os.environ))
+    assert (done.stdout, done.returncode) == ("setosa\n", 0), done.stderr
+    assert "Traceback" not in done.stderr
