@@ -1,6 +1,7 @@
 """The commands there are, each imported only when it is used."""
 
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from typing import Final, NamedTuple
 import click
 
 from asyncinfer import __version__
-from asyncinfer.cli.refusing import EXIT_CANNOT_START, EXIT_CODES, complain
+from asyncinfer.cli.refusing import EXIT_CANNOT_START, EXIT_CODES, EXIT_INTERRUPTED, complain
 
 NAME: Final = "asyncinfer"
 COMPLETE_VARIABLE: Final = "_ASYNCINFER_COMPLETE"
@@ -50,7 +51,7 @@ SECTIONS: Final = {
 _LISTED: Final = {name: one for section in SECTIONS.values() for name, one in section.items()}
 
 _EPILOG: Final = """\
-Commands of the last three groups speak HTTP: --url or ASYNCINFER_URL says where (default
+Commands that use, see or steer a service speak HTTP: --url or ASYNCINFER_URL says where (default
 http://127.0.0.1:8000), ASYNCINFER_API_KEY who you are. With --json they print JSON, in a pipe no
 colour and nothing but data; NO_COLOR is honoured."""
 
@@ -59,21 +60,46 @@ class _Commands(click.Group):
     """Lists its commands without importing them."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return list(_LISTED)
+        return [name for name in _LISTED if _is_here(name)]
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name not in _LISTED:
+        if not _is_here(name):
             return None
-        module = importlib.import_module(f"asyncinfer.cli.{_LISTED[name].module}")
-        found: click.Command = getattr(module, name)
+        found: click.Command = getattr(importlib.import_module(_module(name)), name)
         return found
+
+    def resolve_command(
+        self, context: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        names = self.list_commands(context)
+        if args[0] not in names and not context.resilient_parsing:
+            context.fail(f"No such command {args[0]!r}.{_nearest(args[0], names)}")
+        return super().resolve_command(context, args)
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         for title, listed in SECTIONS.items():
-            with formatter.section(title):
-                formatter.write_dl([(name, one.text) for name, one in listed.items()], col_max=12)
+            rows = [(name, one.text) for name, one in listed.items() if _is_here(name)]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows, col_max=12)
         with formatter.section("Exit codes"):
             formatter.write_dl([(str(code), text) for code, text in EXIT_CODES.items()])
+
+
+def _is_here(name: str) -> bool:
+    """A name may be taken before its module is written."""
+    return name in _LISTED and importlib.util.find_spec(_module(name)) is not None
+
+
+def _module(name: str) -> str:
+    return f"asyncinfer.cli.{_LISTED[name].module}"
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, names, 1)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 @click.group(
@@ -101,12 +127,15 @@ def parsed(arguments: Sequence[str]) -> int:
     except click.ClickException as error:
         complain(_one_line(error))
         return EXIT_CANNOT_START
+    except click.Abort:  # Ctrl-C at a question
+        return EXIT_INTERRUPTED
     except click.exceptions.Exit as ended:
         sys.exit(ended.exit_code)
 
 
 def _one_line(error: click.ClickException) -> str:
     said = " ".join(error.format_message().split())
+    said += "" if said.endswith((".", "?", "!")) else "."
     if isinstance(error, click.UsageError) and error.ctx:
         return f"{said} See `{error.ctx.command_path} --help`."
     return said
