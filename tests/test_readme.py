@@ -104,6 +104,41 @@ def test_the_sessions_give_the_answers_that_are_shown(folder: Path) -> None:
                 check_step(step, serve.welcome["URL"], folder, ids)
 
 
+def test_the_python_session_prints_what_is_shown(folder: Path) -> None:
+    (section,) = sections_with(r"\AFrom Python\n")
+    program, shown = [block.text for block in all_blocks(section)]
+    with serving(cwd=folder, DATA_DIR=str(folder / "data")) as serve:
+        answer_of(serve)
+        program = program.replace("http://127.0.0.1:8000", serve.welcome["URL"])
+        said = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, cwd=folder, check=True
+        )
+    assert said.stdout == shown
+
+
+def test_the_session_at_a_terminal_gives_what_is_shown(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (section,) = sections_with(r"\AFrom a terminal\n")
+    (session,) = all_blocks(section)
+    with serving(cwd=folder, DATA_DIR=str(folder / "data")) as serve:
+        answer_of(serve)
+        monkeypatch.setenv("ASYNCINFER_URL", serve.welcome["URL"])
+        for step in steps(session.text):
+            check_step(step, serve.welcome["URL"], folder, {})
+
+
+def test_the_test_that_is_shown_passes(folder: Path) -> None:
+    (section,) = sections_with(r"\AIn your own tests\n")
+    (program,) = [block.text for block in all_blocks(section)]
+    (folder / "models").mkdir()
+    shutil.copy(REPOSITORY / "model" / "iris" / "1" / "model.onnx", folder / "models/churn.onnx")
+    (folder / "test_shown.py").write_text(program)
+    argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_shown.py"]
+    ran = subprocess.run(argv, capture_output=True, text=True, cwd=folder, check=False)
+    assert "1 passed" in ran.stdout, ran.stdout
+
+
 # --- commands ------------------------------------------------------------------------------
 
 

@@ -86,7 +86,8 @@ def _title(seen: "Seen", trouble: str) -> Any:
     line = styled("asyncinfer", "bold")
     line.append(f"  {seen.source}  {at}  {waiting:,} waiting  ", "")
     line.append(f"{sum(one.running for one in seen.queues):,} running  ", "")
-    line.append(f"{len(seen.workers)} workers", "" if seen.workers else "bold red")
+    plural = "s" * (len(seen.workers) != 1)
+    line.append(f"{len(seen.workers)} worker{plural}", "" if seen.workers else "bold red")
     if trouble:
         line.append(f"\n{trouble}", "bold red")
     return line

@@ -47,7 +47,9 @@ def model_card(model: "Model") -> str:
         "example": msgspec.json.encode(model.example()).decode() if model.example() else None,
         "about": model.description,
     }
-    badge = _badge("paused" if model.paused else f"{model.workers} workers")
+    badge = _badge(
+        "paused" if model.paused else f"{model.workers} worker{'s' * (model.workers != 1)}"
+    )
     return _card("Model", f"{model.model} version {model.version}", badge, rows)
 
 
