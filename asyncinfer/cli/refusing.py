@@ -22,6 +22,7 @@ EXIT_CODES: Final = {
 }
 
 _NO_SERVER_STATUS: Final = frozenset({401, 403, 429, 502, 503, 504})
+_WRONG_USAGE_CODES: Final = frozenset({"wrong_address"})
 _NO_SERVER_CODES: Final = frozenset({"connection_failed", "not_asyncinfer"})
 
 
@@ -61,7 +62,7 @@ def details(error: AsyncinferError | BaseExceptionGroup[Any]) -> Iterator[str]:
 
 
 def exit_code(error: AsyncinferError | BaseExceptionGroup[Any]) -> int:
-    if isinstance(error, StartError | BaseExceptionGroup):
+    if isinstance(error, StartError | BaseExceptionGroup) or error.code in _WRONG_USAGE_CODES:
         return EXIT_CANNOT_START
     status = error.status if isinstance(error, RequestError) else 0
     if status in _NO_SERVER_STATUS or error.code in _NO_SERVER_CODES:

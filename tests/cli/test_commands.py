@@ -237,7 +237,7 @@ def test_a_server_that_is_down_is_one_line(argv: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("argv", COMMANDS, ids=named)
 def test_a_wrong_url_is_one_line(argv: tuple[str, ...]) -> None:
-    assert "http://" in complaint(told(*argv, "--url", "nonsense"), 3)
+    assert "http://" in complaint(told(*argv, "--url", "nonsense"), 2)
 
 
 def test_another_program_is_not_taken_for_a_server(url: str) -> None:

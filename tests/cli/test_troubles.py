@@ -75,6 +75,7 @@ def test_the_doctor_says_that_a_key_is_needed(reader: str) -> None:
     assert "ASYNCINFER_API_KEY" in ran.out
 
 
+@pytest.mark.soak
 def test_a_full_queue_is_waited_for_and_no_row_is_lost(master: None, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(ROW * 40)
     argv = ("-m", "asyncinfer", "predict", "rows.csv", "--batch", "1", "--in-flight", "16")
