@@ -23,7 +23,7 @@ EXIT_CODES: Final = {
 
 _NO_SERVER_STATUS: Final = frozenset({401, 403, 429, 502, 503, 504})
 _NO_SERVER_CODES: Final = frozenset({"connection_failed", "not_asyncinfer"})
-_USAGE_CODES: Final = frozenset({"wrong_address"})
+_WRONG_USAGE_CODES: Final = frozenset({"wrong_address"})
 
 _AT_A_TERMINAL: Final = {
     "Give the client one with api_key=, or set ASYNCINFER_API_KEY": "Set ASYNCINFER_API_KEY",
@@ -61,7 +61,7 @@ def details(error: AsyncinferError | BaseExceptionGroup[Any]) -> Iterator[str]:
 
 
 def exit_code(error: AsyncinferError | BaseExceptionGroup[Any]) -> int:
-    if isinstance(error, StartError | BaseExceptionGroup) or error.code in _USAGE_CODES:
+    if isinstance(error, StartError | BaseExceptionGroup) or error.code in _WRONG_USAGE_CODES:
         return EXIT_CANNOT_START
     status = error.status if isinstance(error, RequestError) else 0
     if status in _NO_SERVER_STATUS or error.code in _NO_SERVER_CODES:
