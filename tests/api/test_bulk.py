@@ -115,7 +115,7 @@ class Talk:
 async def talking(port: int, headers: bytes = b"") -> AsyncIterator[Talk]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(90):
             writer.write(CHUNKED + headers + b"\r\n")
             talk = Talk(reader, writer)
             yield talk

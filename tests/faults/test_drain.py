@@ -192,7 +192,7 @@ async def test_a_worker_goes_every_time_it_is_asked(
 ) -> None:
     """redis-py may swallow a cancellation; a role that lives on would keep the process."""
     with crew() as workers:
-        for number in range(30):
+        for number in range(15):
             worker = workers.hire()
             await eventually(partial(worker.announced, server), "the worker is ready")
             await customer.submit([float(number % 3)] * 5)
