@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from http import HTTPStatus
 from typing import Any, Final, Generic, TypeVar
 from urllib.parse import parse_qsl
 
@@ -21,6 +20,7 @@ KEEP_BODY_OPEN: Final = "asyncinfer.keep_body_open"
 """Where a connection of ours has put, in a scope's state, how its deadline is lifted."""
 
 _MOST_PARAMETERS: Final = 32
+_NO_CONTENT: Final = 204
 
 encode_json = msgspec.json.Encoder().encode
 
@@ -103,7 +103,7 @@ def json_reply(status: int, body: Struct, *headers: Header) -> Reply:
 
 def header_block(reply: Reply) -> list[Header]:
     """All headers of a reply. States change, so no cache may keep one."""
-    if reply.status == HTTPStatus.NO_CONTENT:
+    if reply.status == _NO_CONTENT:
         return [(b"cache-control", b"no-store"), *reply.headers]
     return [
         (b"content-type", reply.media_type),
