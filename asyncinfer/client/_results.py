@@ -96,7 +96,10 @@ class Window:
 
 
 class Results(Iterator[Any]):
-    """A result for each row, in order; `group` takes the map up again, in another kernel too."""
+    """A result for each row, in order; `group` takes the map up again, in another kernel too.
+
+    In a `with` it is closed whatever happens in the body of a loop over it.
+    """
 
     def __init__(self, server: Server, driver: Driver, rows: Iterable[Any], asked: Asked) -> None:
         self._server = server
@@ -107,6 +110,12 @@ class Results(Iterator[Any]):
     @property
     def group(self) -> str:
         return self._asked.group
+
+    def __enter__(self) -> "Results":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __iter__(self) -> "Results":
         return self
@@ -191,6 +200,12 @@ class AsyncResults(AsyncIterator[Any]):
     @property
     def group(self) -> str:
         return self._asked.group
+
+    async def __aenter__(self) -> "AsyncResults":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
     def __aiter__(self) -> "AsyncResults":
         return self
