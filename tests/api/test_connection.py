@@ -1,6 +1,7 @@
 """Connections that are slow, silent, too wordy or too many, over raw sockets."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 
@@ -37,13 +38,22 @@ async def dribble(port: int, first: bytes, drop: bytes) -> tuple[bytes, float]:
     began = time.monotonic()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(first)
-    answer = asyncio.ensure_future(reader.read())
+    answer = asyncio.ensure_future(all_that_came(reader))
     while not answer.done() and time.monotonic() - began < 5:
         await asyncio.wait([answer], timeout=0.02)
         writer.write(drop)
     ended = time.monotonic() - began
     writer.close()
     return await answer, ended
+
+
+async def all_that_came(reader: asyncio.StreamReader) -> bytes:
+    """Until the server has closed; who goes on writing may be told so by a reset."""
+    came = b""
+    with contextlib.suppress(ConnectionResetError):
+        while chunk := await reader.read(65_536):
+            came += chunk
+    return came
 
 
 def assert_refused(answer: bytes, status: int, code: str) -> None:

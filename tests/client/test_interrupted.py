@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import pytest
 
 from asyncinfer.client import Client
@@ -39,23 +40,38 @@ def mapping(running: Running, group: str, units: int) -> Iterator[Parent]:
         yield it
 
 
-def test_ctrl_c_cancels_what_is_queued_and_says_how_to_go_on(
-    running: Running, client: Client
-) -> None:
+def test_ctrl_c_ends_a_script_and_cancels_what_is_queued(running: Running, client: Client) -> None:
     with mapping(running, "stopped", 100) as it:
         assert it.says() == "0 100.0"
         it.process.send_signal(signal.SIGINT)
         assert it.process.wait(10) != 0
-        said = it.complaints()
+        assert "KeyboardInterrupt" in it.complaints()
 
-    assert "KeyboardInterrupt" in said
-    assert "group='stopped' to go on" in said
     counts = client.group("stopped").counts
     assert counts["pending"] == 0
+    assert counts["completed"] < 64
     eventually_sync(
         lambda: client.group("stopped").refresh().counts["processing"] == 0, "none runs"
     )
-    assert client.group("stopped").counts["completed"] < 64
+
+
+def test_ctrl_c_says_how_to_go_on(client: Client) -> None:
+    results = client.map(np.full((64, 1), 100.0), "slow", batch=1, progress=False)
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        list(results)
+
+    assert any(f"group={results.group!r} to go on" in one for one in stopped.value.__notes__)
+    assert client.group(results.group).counts["pending"] == 0
+
+
+def test_leaving_a_block_early_cancels_what_is_queued(client: Client) -> None:
+    rows = np.full((64, 1), 20.0)
+    with client.map(rows, "slow", batch=1, progress=False) as results:
+        next(results)
+
+    assert client.group(results.group).counts["pending"] == 0
 
 
 def test_a_second_ctrl_c_leaves_at_once(running: Running, client: Client) -> None:
