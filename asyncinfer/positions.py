@@ -1,12 +1,11 @@
 """How far a client was told of changes, as text that any process can go on from."""
 
-import base64
 from typing import Annotated
 
-import msgspec
 from msgspec import Meta, Struct
 
 from asyncinfer.errors import InvalidQuery
+from asyncinfer.repository.cursors import decode_cursor, encode_cursor
 from asyncinfer.repository.log import Place
 
 
@@ -22,17 +21,14 @@ class Position(Struct, frozen=True, array_like=True):
 
 
 def encode_position(position: Position) -> str:
-    return base64.urlsafe_b64encode(msgspec.msgpack.encode(position)).decode().rstrip("=")
-
-
-_decode_position = msgspec.msgpack.Decoder(Position).decode
+    return encode_cursor(position)
 
 
 def decode_position(text: str) -> Position:
     """Raises InvalidQuery when it is none."""
     try:
-        return _decode_position(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
-    except (ValueError, msgspec.DecodeError) as error:
+        return decode_cursor(text, Position)
+    except ValueError as error:
         raise InvalidQuery(
             "Last-Event-ID (or `last_event_id`) is not the id of an event of this server; leave "
             "it out to begin with a snapshot."

@@ -175,6 +175,7 @@ async def _introduce(store: Store, default_model: str | None) -> None:
 
 def _services(store: Store, config: ApiConfig) -> Services:
     submissions = Submissions(store)
+    operation = Operation(store)
     inspection = Inspection(store)
     return Services(
         config=config,
@@ -184,8 +185,8 @@ def _services(store: Store, config: ApiConfig) -> Services:
         dead_letters=DeadLetters(store),
         observation=Observation(store),
         selection=Selection(store),
-        operation=Operation(store),
-        groups=Groups(store, submissions),
+        operation=operation,
+        groups=Groups(store, operation),
         inbox=Inbox(store, submissions),
         feed=Feed(store),
         catalog=Catalog(inspection, store.n, config.default_model),

@@ -30,7 +30,7 @@ async def cancel_group(services: Services, request: Request[NoQuery]) -> Reply:
     done = await services.groups.cancel(request.tenant, group)
     if done is None:
         raise _absent()
-    return json_reply(200, GroupCancelled(group, done.cancelled, done.asked))
+    return json_reply(200, GroupCancelled(group, done.ended, done.asked))
 
 
 def group_view(group: str, counted: Counted | None) -> Group:

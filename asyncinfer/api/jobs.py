@@ -17,8 +17,8 @@ from asyncinfer.errors import (
     QueueFull,
     RequestError,
 )
+from asyncinfer.repository.filter import Filter
 from asyncinfer.repository.inspect import Page
-from asyncinfer.repository.select import Filter
 from asyncinfer.repository.submit import Stored
 from asyncinfer.schemas import EndQuery, JobList, JobsQuery, NoQuery, WaitQuery
 

@@ -15,7 +15,8 @@ from asyncinfer.api.services import Services
 from asyncinfer.api.struct_faults import fault_of
 from asyncinfer.errors import InvalidJSON, InvalidQuery
 from asyncinfer.observed import QueueList, WorkerList
-from asyncinfer.repository.select import Filter, Selected
+from asyncinfer.repository.filter import Filter
+from asyncinfer.repository.select import Selected
 from asyncinfer.repository.submit import Stored, read_states
 from asyncinfer.schemas import (
     MOST_JOBS_A_CALL,

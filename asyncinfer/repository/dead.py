@@ -1,18 +1,17 @@
 """Dead letters: jobs that failed for good, though another try may have helped."""
 
-import base64
 import heapq
 import math
 from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
-import msgspec
 from msgspec import Struct
 
 from asyncinfer import keys
 from asyncinfer.errors import InvalidQuery
+from asyncinfer.repository.cursors import decode_cursor, encode_cursor
+from asyncinfer.repository.filter import Filter
 from asyncinfer.repository.inspect import Page
-from asyncinfer.repository.select import Filter
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submit import Stored, read_jobs
 from asyncinfer.repository.upkeep import Upkeep
@@ -55,7 +54,7 @@ class DeadLetters:
                 if job and wanted.matches(job, default):
                     found.append(job)
                 if len(found) == limit or looked == _MOST_LOOKED_AT:
-                    return Page(tuple(found), _cursor(letter))
+                    return Page(tuple(found), encode_cursor(letter))
         return Page(tuple(found), None)
 
     async def _letters(
@@ -117,19 +116,14 @@ def _passed(letter: _Place, after: _Place | None) -> bool:
     )
 
 
-def _cursor(place: _Place) -> str:
-    return base64.urlsafe_b64encode(msgspec.msgpack.encode(place)).decode().rstrip("=")
-
-
 def _place(cursor: str | None) -> _Place | None:
     if cursor is None:
         return None
     try:
-        raw = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
-        place = msgspec.msgpack.decode(raw, type=_Place)
+        place = decode_cursor(cursor, _Place)
         if not math.isfinite(place.at_ms):
             raise ValueError(place)
-    except (ValueError, msgspec.DecodeError) as error:
+    except ValueError as error:
         raise InvalidQuery(
             "`cursor` is not one that GET /jobs?dead=true gave; leave it out to start at the "
             "newest letter."

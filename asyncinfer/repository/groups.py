@@ -1,24 +1,24 @@
 """Jobs that share a name: counted, listed, cancelled together."""
 
-import base64
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
-import msgspec
 from msgspec import Struct
 
 from asyncinfer import keys
 from asyncinfer.errors import InvalidQuery
 from asyncinfer.jobs import TERMINAL, created_ms
-from asyncinfer.repository.inspect import Page, is_wanted
+from asyncinfer.repository.cursors import decode_cursor, encode_cursor
+from asyncinfer.repository.filter import Filter
+from asyncinfer.repository.inspect import Page
+from asyncinfer.repository.operate import Cancelled, Operation
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.submit import Stored, Submissions, queue_of, read_summaries
+from asyncinfer.repository.submit import Stored, read_summaries
 
 _IDS_A_PAGE: Final = 1000
 _LISTED_A_PAGE: Final = 200
 _MOST_LOOKED_AT: Final = 20_000
-_CANCELLED_A_CALL: Final = 250
 _FAILED_NAMED: Final = 10
 
 
@@ -42,13 +42,6 @@ class Counted(Struct, frozen=True, kw_only=True):
         return sum(n for status, n in self.by_status.items() if status not in TERMINAL)
 
 
-class Cancelled(Struct):
-    """How many jobs were ended, and of how many running ones the end was asked for."""
-
-    cancelled: int = 0
-    asked: int = 0
-
-
 class _Spot(Struct, frozen=True, array_like=True):
     """Where a listing stopped: a job, and where in the list it was."""
 
@@ -59,9 +52,9 @@ class _Spot(Struct, frozen=True, array_like=True):
 class Groups:
     """What is asked of a tenant's group; its list is kept by `submit`."""
 
-    def __init__(self, store: Store, submissions: Submissions) -> None:
+    def __init__(self, store: Store, operation: Operation) -> None:
         self._store = store
-        self._submissions = submissions
+        self._operation = operation
 
     async def count(self, tenant: str, group: str) -> Counted | None:
         """None when there is no such group. One command for a thousand jobs."""
@@ -83,16 +76,15 @@ class Groups:
         )
 
     async def cancel(self, tenant: str, group: str) -> Cancelled | None:
-        """Ends all that waits and asks for the end of what runs, some hundred jobs a call."""
+        """Ends all that waits and asks for the end of what runs; None when there is no such
+        group."""
         done = None
         async for ids, found in self._pages(tenant, group):
-            done = done or Cancelled()
             unfinished = _where(ids, found, b"pending", b"processing")
-            stored = await read_summaries(self._store, unfinished)
-            for part in _parts(self._store, [job for job in stored if job]):
-                verdicts = await self._submissions.cancel_many(part)
-                done.cancelled += verdicts.count("cancelled")
-                done.asked += verdicts.count("asked")
+            jobs = [job for job in await read_summaries(self._store, unfinished) if job]
+            part = await self._operation.cancel(jobs)
+            before = done or Cancelled(0, 0)
+            done = Cancelled(before.ended + part.ended, before.asked + part.asked)
         return done
 
     async def _pages(
@@ -126,6 +118,7 @@ class Groups:
         jobs: with a rare filter a page may come back short, with a cursor to go on."""
         name = keys.group(self._store.n, tenant, group)
         end = await self._end(name, cursor)
+        wanted = Filter.of(tenant, status, model)
         found: list[Stored] = []
         for _ in range(_MOST_LOOKED_AT // _LISTED_A_PAGE):
             if end <= 0:
@@ -134,13 +127,13 @@ class Groups:
             ids = await self._range(name, start, end - 1)
             stored = await read_summaries(self._store, ids)
             for index, job in reversed(list(enumerate(stored, start))):
-                if job and is_wanted(job, tenant, status, model, None):
+                if job and wanted.matches(job, None):
                     found.append(job)
                 if len(found) == limit:
-                    return Page(tuple(found), _cursor(index, ids[index - start]))
+                    return Page(tuple(found), encode_cursor(_Spot(index, ids[index - start])))
             end = start
             last = ids[0] if ids else ""
-        return Page(tuple(found), _cursor(end, last) if end > 0 else None)
+        return Page(tuple(found), encode_cursor(_Spot(end, last)) if end > 0 else None)
 
     async def _end(self, name: str, cursor: str | None) -> int:
         """How many of the list's jobs are still to be listed."""
@@ -158,27 +151,12 @@ def _where(ids: Sequence[str], found: Sequence[bytes | None], *statuses: bytes) 
     return [job_id for job_id, status in zip(ids, found, strict=True) if status in statuses]
 
 
-def _parts(store: Store, jobs: Iterable[Stored]) -> Iterable[list[Stored]]:
-    by_queue: dict[str, list[Stored]] = {}
-    for job in jobs:
-        by_queue.setdefault(queue_of(store, job), []).append(job)
-    for queued in by_queue.values():
-        for start in range(0, len(queued), _CANCELLED_A_CALL):
-            yield queued[start : start + _CANCELLED_A_CALL]
-
-
-def _cursor(index: int, job_id: str) -> str:
-    packed = msgspec.msgpack.encode(_Spot(index, job_id))
-    return base64.urlsafe_b64encode(packed).decode().rstrip("=")
-
-
 def _spot(cursor: str) -> _Spot:
     try:
-        raw = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
-        spot = msgspec.msgpack.decode(raw, type=_Spot)
+        spot = decode_cursor(cursor, _Spot)
         if not 0 <= spot.index < 1 << 32:
             raise ValueError(spot)
-    except (ValueError, msgspec.DecodeError) as error:
+    except ValueError as error:
         raise InvalidQuery(
             "`cursor` is not one that GET /jobs gave for a group; leave it out to start at the "
             "newest job."

@@ -1,6 +1,5 @@
 """What people ask of the queue: which jobs, which models, how it is."""
 
-import base64
 import heapq
 import re
 from collections.abc import AsyncIterator, Sequence
@@ -11,9 +10,10 @@ from msgspec import Struct
 
 from asyncinfer import keys
 from asyncinfer.errors import InvalidQuery
-from asyncinfer.jobs import DEFAULT_TENANT
 from asyncinfer.observed import JobsDone
-from asyncinfer.repository.log import ids_in
+from asyncinfer.repository.cursors import decode_cursor, encode_cursor
+from asyncinfer.repository.filter import Filter
+from asyncinfer.repository.log import appearing
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submit import Stored, read_summaries
 from asyncinfer.repository.upkeep import Upkeep
@@ -114,6 +114,7 @@ class Inspection:
         """
         default = await self._store.default_model()
         queues = await self._queues(model, default)
+        wanted = Filter.of(tenant, status, model)
         found: list[Stored] = []
         looked = 0
         place = None
@@ -122,10 +123,10 @@ class Inspection:
             for passed, job in enumerate(stored, start + 1):
                 place = _Place(entry, queue, passed)
                 looked += 1
-                if job and is_wanted(job, tenant, status, model, default):
+                if job and wanted.matches(job, default):
                     found.append(job)
                 if len(found) == limit or looked == _MOST_LOOKED_AT:
-                    return Page(tuple(found), _cursor(place))
+                    return Page(tuple(found), encode_cursor(place))
         return Page(tuple(found), None)
 
     async def _queues(self, model: str | None, default: str | None) -> list[str]:
@@ -219,49 +220,22 @@ class Inspection:
         return {one: body for one, body in zip(ids, bodies, strict=True) if body}
 
 
-def appearing(fields: dict[bytes, bytes]) -> list[str]:
-    """The ids that an entry names for the first time; a stranger's appears when claimed."""
-    ids = []
-    for field in (b"submitted", b"stranger"):
-        if packed := fields.get(field):
-            ids += [one for one in ids_in(packed) if one]
-    return ids[::-1]
-
-
 def _newest_first(entry: str, queue: str) -> tuple[int, int, str]:
     ms, _, seq = entry.partition("-")
     return -int(ms), -int(seq), queue
 
 
-def is_wanted(
-    job: Stored, tenant: str, status: str | None, model: str | None, default: str | None
-) -> bool:
-    owner, its_model = (
-        (job.record.tenant, job.record.model) if job.record else (DEFAULT_TENANT, default)
-    )
-    return (
-        owner == tenant
-        and (status is None or job.status == status)
-        and (model is None or its_model == model)
-    )
-
-
 _ENTRY: Final = re.compile(r"[0-9]{1,19}-[0-9]{1,19}")
-
-
-def _cursor(place: _Place) -> str:
-    return base64.urlsafe_b64encode(msgspec.msgpack.encode(place)).decode().rstrip("=")
 
 
 def _place(cursor: str | None) -> _Place | None:
     if cursor is None:
         return None
     try:
-        raw = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
-        place = msgspec.msgpack.decode(raw, type=_Place)
+        place = decode_cursor(cursor, _Place)
         if not _ENTRY.fullmatch(place.entry) or place.passed < 0:
             raise ValueError(place)
-    except (ValueError, msgspec.DecodeError) as error:
+    except ValueError as error:
         raise InvalidQuery(
             "`cursor` is not one that GET /jobs gave; leave it out to start at the newest job."
         ) from error

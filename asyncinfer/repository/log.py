@@ -118,6 +118,15 @@ def changes_in(queue: str, entry_id: bytes, fields: dict[bytes, bytes]) -> list[
     return changes
 
 
+def appearing(fields: dict[bytes, bytes]) -> list[str]:
+    """The ids that an entry names for the first time; a stranger's appears when claimed."""
+    ids = []
+    for field in (b"submitted", b"stranger"):
+        if packed := fields.get(field):
+            ids += [one for one in ids_in(packed) if one]
+    return ids[::-1]
+
+
 _raw_ids = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
 _ids = msgspec.msgpack.Decoder(list[str]).decode
 _id = msgspec.msgpack.Decoder(str).decode

@@ -7,8 +7,9 @@ from typing import Final
 from msgspec import Struct
 
 from asyncinfer import keys
-from asyncinfer.jobs import DEFAULT_TENANT, TERMINAL
-from asyncinfer.repository.inspect import appearing
+from asyncinfer.jobs import STATUSES, TERMINAL
+from asyncinfer.repository.filter import Filter
+from asyncinfer.repository.log import appearing
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submit import Stored, read_states
 from asyncinfer.repository.upkeep import Upkeep
@@ -16,29 +17,6 @@ from asyncinfer.repository.upkeep import Upkeep
 _PAGE: Final = 1000
 _ENTRIES_A_PAGE: Final = 100
 _MOST_LOOKED_AT: Final = 500_000
-
-
-class Filter(Struct, frozen=True, kw_only=True):
-    """A tenant's jobs in one of `statuses`; None where anything will do."""
-
-    tenant: str
-    statuses: frozenset[str]
-    model: str | None = None
-    group: str | None = None
-    dead: bool = False
-    """Only dead letters."""
-
-    def matches(self, job: Stored, default_model: str | None) -> bool:
-        record = job.record
-        owner = record.tenant if record else DEFAULT_TENANT
-        model = record.model if record else default_model
-        group = record.options.group if record else None
-        return (
-            job.status in self.statuses
-            and owner == self.tenant
-            and self.model in (None, model)
-            and self.group in (None, group)
-        )
 
 
 class Selected(Struct, frozen=True):
@@ -64,7 +42,7 @@ class Selection:
         for queue in await self._queues(wanted.model, default):
             async for ids in _pages(_sources(self._store, queue, wanted)):
                 looked += len(ids)
-                for job in await read_states(self._store, ids, wanted.statuses):
+                for job in await read_states(self._store, ids, _statuses(wanted)):
                     if wanted.matches(job, default):
                         found[job.job_id] = job
                 if len(found) > most or looked >= _MOST_LOOKED_AT:
@@ -80,6 +58,10 @@ class Selection:
         return queues
 
 
+def _statuses(wanted: Filter) -> frozenset[str]:
+    return frozenset(STATUSES) if wanted.statuses is None else wanted.statuses
+
+
 async def _pages(sources: Iterator[AsyncIterator[list[str]]]) -> AsyncIterator[list[str]]:
     for source in sources:
         async for page in source:
@@ -91,12 +73,13 @@ def _sources(store: Store, queue: str, wanted: Filter) -> Iterator[AsyncIterator
     if wanted.dead:
         yield _ranked(store, keys.dead(queue))
         return
-    if "pending" in wanted.statuses:
+    statuses = _statuses(wanted)
+    if "pending" in statuses:
         yield from (_listed(store, waiting) for waiting in keys.waiting(queue))
         yield _ranked(store, keys.delayed(queue))
-    if "processing" in wanted.statuses:
+    if "processing" in statuses:
         yield _running(store, queue)
-    if wanted.statuses & TERMINAL:
+    if statuses & TERMINAL:
         yield _logged(store, queue)
 
 

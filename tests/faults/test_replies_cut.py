@@ -10,10 +10,11 @@ import redis
 from asyncinfer import keys
 from asyncinfer.errors import RedisUnavailable
 from asyncinfer.jobs import Options
+from asyncinfer.repository.filter import Filter
 from asyncinfer.repository.operate import Cancelled, Operation
 from asyncinfer.repository.run import Claim, ClaimRequest, Doorbell, Finished, Renewals, Runs
 from asyncinfer.repository.scripts import NAMES, script
-from asyncinfer.repository.select import Filter, Selection
+from asyncinfer.repository.select import Selection
 from asyncinfer.repository.store import Policy, Store
 from asyncinfer.repository.submit import Stored
 from asyncinfer.repository.upkeep import Upkeep
