@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import time
 from collections.abc import AsyncIterator
 
@@ -12,7 +13,7 @@ from asyncinfer.api.config import ApiConfig
 from asyncinfer.repository.store import Store
 from tests.faults.harness import eventually
 
-from .harness import announce, client_of, hosted, raw_exchange, running, submit
+from .harness import ROW, announce, client_of, hosted, raw_exchange, running, submit
 
 GET = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n"
 POST = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -196,3 +197,33 @@ async def test_an_offer_to_upgrade_is_answered_as_plain_http(strict: int) -> Non
     writer.write(GET + b"Connection: close\r\n\r\n")
     assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
     writer.close()
+
+
+async def test_an_answer_leaves_nothing_for_the_garbage_collector(strict: int) -> None:
+    """Collecting what answers left behind stopped an API for 10 ms and more, twice a second."""
+    body = msgspec.json.encode({"data": ROW})
+    request = POST + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    reader, writer = await asyncio.open_connection("127.0.0.1", strict)
+    await answered(reader, writer, request)
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        for _ in range(5):
+            await answered(reader, writer, request)
+        gc.collect()
+        left = {type(one).__name__ for one in gc.garbage}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        writer.close()
+    assert not left
+
+
+async def answered(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes
+) -> None:
+    writer.write(request)
+    head = await reader.readuntil(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 202 "), head
+    length = head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
+    await reader.readexactly(int(length))
