@@ -13,6 +13,7 @@ from redis.retry import Retry
 from redis.sentinel import Sentinel
 
 from asyncinfer.errors import InvalidSetting
+from asyncinfer.repository.pool import Pool, SentinelPool
 
 _SENTINEL_PORT: Final = 26379
 _CONNECT_SECONDS: Final = 0.5
@@ -50,10 +51,12 @@ class Endpoint(Struct, frozen=True):
             "retry": AsyncRetry(NoBackoff(), 0),
         }
         if not self.sentinels:
-            return AsyncRedis.from_url(self.url, **options)
+            return AsyncRedis.from_pool(Pool.from_url(self.url, **options))
         asking = {**_SENTINEL_OPTIONS, "retry": AsyncRetry(NoBackoff(), 0)}
         sentinel = AsyncSentinel(list(self.sentinels), sentinel_kwargs=asking)  # type: ignore[no-untyped-call]
-        client: AsyncRedis = sentinel.master_for(self.service, **{**self.options, **options})
+        client: AsyncRedis = sentinel.master_for(
+            self.service, connection_pool_class=SentinelPool, **{**self.options, **options}
+        )
         return client
 
     def sync_client(self, name: str, *, reply_seconds: float) -> redis.Redis:

@@ -31,6 +31,13 @@ _LARGE_BYTES: Final = 64 << 10
 _PASSING: Final = ("MISCONF", "BUSY", "NOREPLICAS", "UNBLOCKED")
 """Refusals for the state a server is in: a full disk, a slow script, a fail-over."""
 
+_NO_PRIMARY: Final = (redis_errors.ReadOnlyError, redis_errors.MasterDownError)
+_NO_REPLY: Final = (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError)
+_FAILURES: Final = (*_NO_REPLY, redis_errors.ResponseError)
+
+_FIRST_TRY: Final = 0.45
+"""How much of a call's time its first try has."""
+
 encode_args = msgspec.msgpack.Encoder().encode
 
 
@@ -85,46 +92,37 @@ def translated() -> Iterator[None]:
     """Turns what redis-py raises into our errors: StorageFull, RedisUnavailable, RedisRefused."""
     try:
         yield
-    except redis_errors.OutOfMemoryError as error:
-        raise StorageFull(
+    except _FAILURES as error:
+        raise translation(error) from error
+
+
+def translation(error: Exception) -> StorageFull | RedisUnavailable | RedisRefused:
+    """Our error for one of `_FAILURES`."""
+    if isinstance(error, redis_errors.OutOfMemoryError):
+        return StorageFull(
             "Redis has reached its maxmemory, so new jobs are refused while those accepted still "
             "run. Retry later, or give Redis more memory."
-        ) from error
-    except (
-        redis_errors.ConnectionError,
-        redis_errors.TimeoutError,
-        redis_errors.ReadOnlyError,
-        redis_errors.MasterDownError,
-        OSError,
-    ) as error:
-        raise RedisUnavailable(
+        )
+    if not isinstance(error, redis_errors.ResponseError) or isinstance(error, _NO_PRIMARY):
+        return RedisUnavailable(
             f"Redis does not answer ({type(error).__name__}). Retry in a moment.",
             retry_after_seconds=1,
-        ) from error
-    except redis_errors.ResponseError as error:
-        if str(error).startswith(_PASSING):
-            raise RedisUnavailable(
-                f"Redis cannot do this just now ({error}). Retry in a moment.",
-                retry_after_seconds=1,
-            ) from error
-        raise RedisRefused(
-            f"Redis refused a command ({error}). A key may have another type than it should.",
+        )
+    if str(error).startswith(_PASSING):
+        return RedisUnavailable(
+            f"Redis cannot do this just now ({error}). Retry in a moment.",
             retry_after_seconds=1,
-        ) from error
+        )
+    return RedisRefused(
+        f"Redis refused a command ({error}). A key may have another type than it should.",
+        retry_after_seconds=1,
+    )
 
 
-class _Fresh:
+async def _leave_replica(client: Redis, error: Exception) -> None:
     """Leaves a server that has become a replica: behind one name may be another by now."""
-
-    def __init__(self, client: Redis) -> None:
-        self._client = client
-
-    async def __aenter__(self) -> None:
-        return None
-
-    async def __aexit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        if isinstance(error, redis_errors.ReadOnlyError | redis_errors.MasterDownError):
-            await self._client.connection_pool.disconnect(inuse_connections=False)
+    if isinstance(error, _NO_PRIMARY):
+        await client.connection_pool.disconnect(inuse_connections=False)
 
 
 class Blocking:
@@ -160,9 +158,12 @@ class Blocking:
         ]
 
     async def _bounded(self, wait_seconds: float, call: Awaitable[Any]) -> Any:
-        with translated():
-            async with asyncio.timeout(wait_seconds + self._MARGIN_SECONDS), _Fresh(self._client):
+        try:
+            async with asyncio.timeout(wait_seconds + self._MARGIN_SECONDS):
                 return await call
+        except _FAILURES as error:
+            await _leave_replica(self._client, error)
+            raise translation(error) from error
 
     async def close(self) -> None:
         """Ends the call under way, if any, with RedisUnavailable, and the connection."""
@@ -233,13 +234,18 @@ class Store:
     async def _answered(self, send: Callable[[], Awaitable[Any]]) -> Any:
         """Sends once more what got no reply. redis-py would send it to the address it had, and
         not ask the sentinels who is primary by now (redis-py issue 3874)."""
-        with translated():
-            async with asyncio.timeout(self.call_seconds), self._slots, _Fresh(self.redis):
-                try:
-                    async with asyncio.timeout(self.call_seconds * 0.45):
-                        return await send()
-                except (redis_errors.ConnectionError, redis_errors.TimeoutError, TimeoutError):
-                    return await send()
+        try:
+            try:
+                return await self._sent(send, self.call_seconds * _FIRST_TRY)
+            except _NO_REPLY:
+                return await self._sent(send, self.call_seconds * (1 - _FIRST_TRY))
+        except _FAILURES as error:
+            await _leave_replica(self.redis, error)
+            raise translation(error) from error
+
+    async def _sent(self, send: Callable[[], Awaitable[Any]], seconds: float) -> Any:
+        async with asyncio.timeout(seconds), self._slots:
+            return await send()
 
     # --- the server's clock ------------------------------------------------------------------
 
