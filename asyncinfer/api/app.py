@@ -62,8 +62,11 @@ class Api:
         self._config = config
         self._guard = Guard(config)
         self._services: Services | None = None
+        resources = {path: Resource(routes, self) for path, routes in _by_path(ROUTES)}
+        self._plain = {path: one for path, one in resources.items() if "{" not in path}
+        """Paths without parameters, which need no search."""
         self._router = Router(
-            [StarletteRoute(path, Resource(routes, self)) for path, routes in _by_path(ROUTES)],
+            [StarletteRoute(path, resource) for path, resource in resources.items()],
             redirect_slashes=False,
             default=_no_such_route,
             lifespan=lambda _: self.lifespan(),
@@ -74,7 +77,11 @@ class Api:
             await self._router(scope, receive, send)
             return
         try:
-            await self._router(scope, receive, send)
+            if resource := self._plain.get(scope["path"]):
+                scope["path_params"] = {}
+                await resource(scope, receive, send)
+            else:
+                await self._router(scope, receive, send)
         except ClientGone:
             return
         except StreamBroken:

@@ -19,6 +19,9 @@ Header = tuple[bytes, bytes]
 KEEP_BODY_OPEN: Final = "asyncinfer.keep_body_open"
 """Where a connection of ours has put, in a scope's state, how its deadline is lifted."""
 
+ANSWER_WHOLE: Final = "asyncinfer.answer_whole"
+"""And there, how a whole reply is sent at once; it returns whether it could."""
+
 _MOST_PARAMETERS: Final = 32
 _NO_CONTENT: Final = 204
 
@@ -115,6 +118,9 @@ def header_block(reply: Reply) -> list[Header]:
 
 async def send_reply(reply: Reply, scope: Scope, send: Send, *, more: bool = False) -> None:
     """`more` leaves the answer open, all of it sent; `end_reply` ends it."""
+    whole = scope.get("state", {}).get(ANSWER_WHOLE)
+    if whole and not more and whole(scope, reply):
+        return
     await send(
         {"type": "http.response.start", "status": reply.status, "headers": header_block(reply)}
     )
