@@ -86,12 +86,35 @@ def _told(key: bytes, status: bytes, told: bytes) -> Stored | None:
     return stored if stored and stored.record else None
 
 
+class _Tick:
+    """The submits of one loop tick, and when their time is up."""
+
+    def __init__(self, seconds: float) -> None:
+        self.entries: list[tuple[NewJob, asyncio.Future[Submitted]]] = []
+        self.over = False
+        # One timer for all: what asyncio.timeout does for a task costs five times what it takes
+        # to end a future, and a timer each cost as much as all else here.
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._give_up)
+
+    def _give_up(self) -> None:
+        self.over = True
+        for _, future in self.entries:
+            if not future.done():
+                future.set_exception(TimeoutError())
+
+    def open(self) -> list[tuple[NewJob, asyncio.Future[Submitted]]]:
+        return [entry for entry in self.entries if not entry[1].done()]
+
+    def close(self) -> None:
+        self._timer.cancel()
+
+
 class Submissions:
     """The API's verbs. Submits of one loop tick share one script call."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._waiting: list[tuple[NewJob, asyncio.Future[Submitted]]] = []
+        self._tick: _Tick | None = None
         self._arrived = asyncio.Event()
 
     async def run(self) -> None:
@@ -102,18 +125,18 @@ class Submissions:
                 await self._arrived.wait()
                 await calls.acquire()
                 self._arrived.clear()
-                entries, self._waiting = self._waiting, []
-                task = group.create_task(self._send(entries))
+                tick, self._tick = self._tick, None
+                assert tick is not None, "something arrived"
+                task = group.create_task(self._send(tick))
                 task.add_done_callback(lambda _: calls.release())
 
     async def submit(self, job: NewJob) -> Submitted:
         """Takes a job in; raises StorageFull, or RedisUnavailable naming the job."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Submitted] = loop.create_future()
-        self._waiting.append((job, future))
-        self._arrived.set()
-        # What asyncio.timeout does for a task costs five times what it takes to end a future.
-        timer = loop.call_later(1.2 * self._store.call_seconds, _give_up, future)
+        future: asyncio.Future[Submitted] = asyncio.get_running_loop().create_future()
+        if self._tick is None or self._tick.over:
+            self._tick = _Tick(1.2 * self._store.call_seconds)
+            self._arrived.set()
+        self._tick.entries.append((job, future))
         try:
             return await future
         except TimeoutError as error:
@@ -122,11 +145,9 @@ class Submissions:
                 retry_after_seconds=1,
                 job_id=job.job_id,
             ) from error
-        finally:
-            timer.cancel()
 
-    async def _send(self, entries: Sequence[tuple[NewJob, asyncio.Future[Submitted]]]) -> None:
-        for part in _parts([entry for entry in entries if not entry[1].done()]):
+    async def _send(self, tick: _Tick) -> None:
+        for part in _parts(tick.open()):
             try:
                 verdicts = await self.submit_many(part[0][0].queue, [job for job, _ in part])
             except RequestError as error:
@@ -137,6 +158,7 @@ class Submissions:
                 for (_, future), verdict in zip(part, verdicts, strict=True):
                     if not future.done():
                         future.set_result(verdict)
+        tick.close()
 
     async def submit_many(self, queue: str, jobs: Sequence[NewJob]) -> list[Submitted]:
         """One script call: at most 256 jobs and 1 MiB (or one job), all of one queue."""
@@ -218,11 +240,6 @@ class Submissions:
         args = [encode_args({}), *(job.job_id for job in jobs)]
         reply = await self._store.call(script("forget"), [queue_of(self._store, jobs[0])], args)
         return [_forgotten(verdict) for verdict in reply]
-
-
-def _give_up(future: asyncio.Future[Submitted]) -> None:
-    if not future.done():
-        future.set_exception(TimeoutError())
 
 
 async def read_jobs(store: Store, job_ids: Sequence[str]) -> list[Stored | None]:
