@@ -16,14 +16,19 @@ local function judge(found, now)
   return 'take'
 end
 
-local function look(q, ids)
+-- What is at these ids; with `whole` the inputs as well, unless one is a stranger's: its size is
+-- not known before it is read.
+local function look(q, ids, whole)
   local statuses = redis.call('MGET', unpack(each(ids, ':status')))
   local metas = redis.call('MGET', unpack(each(ids, ':meta')))
   local facts = redis.call('EXISTS', q.facts) == 1 and redis.call('HMGET', q.facts, unpack(ids)) or {}
+  for i = 1, #ids do whole = whole and metas[i] end
+  local inputs = whole and redis.call('MGET', unpack(each(ids, ':data')))
   local found = {}
   for i, id in ipairs(ids) do
     found[i] = {
-      id = id, status = statuses[i], meta = metas[i], bytes = input_bytes(id),
+      id = id, status = statuses[i], meta = metas[i], input = inputs and inputs[i],
+      bytes = inputs and #(inputs[i] or '') or input_bytes(id),
       packed = facts[i] or false, facts = unpacked(facts[i]),
     }
   end
@@ -39,13 +44,16 @@ end
 
 -- The tail of a claim's reply: id, data, meta, facts of each job.
 local function describe(jobs)
-  local ids, reply = {}, {}
-  for i, found in ipairs(jobs) do ids[i] = found.id end
-  local data = #ids > 0 and redis.call('MGET', unpack(each(ids, ':data'))) or {}
+  local ids, inputs, unread, reply = {}, {}, false, {}
+  for i, found in ipairs(jobs) do
+    ids[i], inputs[i] = found.id, found.input
+    unread = unread or not found.input
+  end
+  if unread then inputs = redis.call('MGET', unpack(each(ids, ':data'))) end
   for i, found in ipairs(jobs) do
     local at = 4 * i - 4
     reply[at + 1], reply[at + 2], reply[at + 3], reply[at + 4] =
-      found.id, data[i], found.meta, found.packed
+      found.id, inputs[i], found.meta, found.packed
   end
   return reply
 end
@@ -62,10 +70,9 @@ local function again(q, a, now, known)
 end
 
 -- Decides, without a write, what a claim takes, ends and drops, and how far it cuts each list.
-local function plan(q, a, now)
+local function plan(q, a, now, lists, whole)
   local p = { taken = {}, ends = {}, gone = {}, ended = {}, cuts = {}, bytes = 0, freed = 0 }
   local seen, passed = {}, 0
-  local lists = a.low_first and { q.low, q.list, q.high } or { q.high, q.list, q.low }
   for _, list in ipairs(lists) do
     local cut, spent = 0, false
     while #p.taken < a.jobs and not p.stop and not spent and passed < MOST_PASSED do
@@ -73,7 +80,7 @@ local function plan(q, a, now)
       local ids = peek(list, cut, wanted)
       if #ids == 0 then break end
       spent = #ids < wanted
-      for _, found in ipairs(look(q, ids)) do
+      for _, found in ipairs(look(q, ids, whole)) do
         local verdict = seen[found.id] and 'repeat' or judge(found, now)
         if verdict == 'lone' and (#p.taken > 0 or a.held) then p.stop, p.blocked = true, true end
         if verdict == 'take' and #p.taken > 0 and p.bytes + found.bytes > a.bytes then
@@ -145,11 +152,16 @@ end
 
 -- Takes what waits in one queue under one lease.
 local function take(q, a, now, exactly)
-  if now > a.not_after or redis.call('EXISTS', q.high, q.list, q.low) == 0
-    or redis.call('EXISTS', q.paused) == 1 then
+  if now > a.not_after or redis.call('EXISTS', q.high, q.list, q.low) == 0 then
     return { now, q.list, 0 }
   end
-  local p = plan(q, a, now)
+  local paused, bytes = unpack(redis.call('MGET', q.paused, q.bytes))
+  if paused then return { now, q.list, 0 } end
+  local plain = is_plain(q)
+  local count = plain and redis.call('LLEN', q.list)
+  local lists = plain and { q.list }
+    or a.low_first and { q.low, q.list, q.high } or { q.high, q.list, q.low }
+  local p = plan(q, a, now, lists, tonumber(bytes or 0) <= a.bytes)
   for _, c in ipairs(p.cuts) do redis.call('LTRIM', c.list, 0, -c.cut - 1) end
   -- To the microsecond, so that claims of one ms keep their order when they are reaped.
   if #p.taken > 0 then lease(q, a, p.taken, exactly + a.lease) end
@@ -160,7 +172,7 @@ local function take(q, a, now, exactly)
   end
   haunt(q, p.gone, false)
   haunt(q, p.ended, false)
-  local left = #p.cuts > 0 and settle(q, -p.freed)
+  local left = #p.cuts > 0 and settle(q, -p.freed, plain and count - p.cuts[1].cut)
   if p.blocked or (left and left > 0) then
     ring(q)
   elseif left then

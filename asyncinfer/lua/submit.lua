@@ -11,7 +11,7 @@
 local GROUP_JOBS = 1000000
 local GROUP_SECONDS = 7 * 24 * 3600
 
-local q, a, now = queue(KEYS[1]), cmsgpack.unpack(ARGV[1]), now_ms()
+local q, a, now = queue(KEYS[1]), cmsgpack.unpack(ARGV[1]), nil
 local jobs, verdicts, by_id, by_key = {}, {}, {}, {}
 
 -- Ids are new but when a call is sent again; so one look at all of them mostly does.
@@ -87,7 +87,10 @@ for _, new in ipairs(jobs) do
     table.insert(groups[extra.g], new.id)
   end
   local list, packed = q.list, nil
-  if extra then list, packed = arrange(q, new.id, extra, now) end
+  if extra then
+    now = now or now_ms()
+    list, packed = arrange(q, new.id, extra, now)
+  end
   if packed then facts[#facts + 1], facts[#facts + 2] = new.id, packed end
   if list then
     joins[list] = joins[list] or {}

@@ -31,6 +31,7 @@ _CALL_SECONDS: Final = 10.0
 _CONNECT_PAUSE_SECONDS: Final = 0.05
 _SECOND_SIGNAL_EXIT: Final = 130
 _FAILED_EXIT: Final = 1
+_SWITCH_SECONDS: Final = 0.0005
 
 
 class WorkerProcess(Struct, frozen=True, kw_only=True):
@@ -59,6 +60,8 @@ def run(config: WorkerProcess, on_step: Callable[[Step], None] = lambda _: None)
     with _listener(config) as listener:
         library = _opened(config)
         garbage.settle()
+        # A thread that renders results must not keep the loop from its next call for 5 ms.
+        sys.setswitchinterval(_SWITCH_SECONDS)
         code = _exit_code(_work(config, library, listener, on_step))
     if code:
         # A thread that would not stop cannot be joined, and the interpreter would wait for it.
