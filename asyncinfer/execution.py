@@ -34,13 +34,14 @@ class Batch(Struct, frozen=True):
     engine: Engine
     jobs: tuple[ClaimedJob, ...]
     inputs: tuple[Feeds, ...]
+    rows: tuple[int, ...]
 
     def halves(self) -> "tuple[Batch, Batch]":
         """Two batches, to find out which half holds the job that fails."""
         middle = len(self.jobs) // 2
         return (
-            Batch(self.engine, self.jobs[:middle], self.inputs[:middle]),
-            Batch(self.engine, self.jobs[middle:], self.inputs[middle:]),
+            Batch(self.engine, self.jobs[:middle], self.inputs[:middle], self.rows[:middle]),
+            Batch(self.engine, self.jobs[middle:], self.inputs[middle:], self.rows[middle:]),
         )
 
 
@@ -222,17 +223,22 @@ def _key(engine: Engine, job: ClaimedJob, feeds: Feeds) -> object:
 
 def _bounded(engine: Engine, group: Sequence[_Ready]) -> list[Batch]:
     room = _Room(engine.signature)
-    parts: list[list[_Ready]] = [[]]
+    parts: list[list[tuple[_Ready, int]]] = [[]]
     for one in group:
         rows = batching.rows_of(one.feeds, engine.plan)
         size = sum([array.nbytes for array in one.feeds.values()])
         if parts[-1] and not room.holds(rows, size):
             parts.append([])
             room = _Room(engine.signature)
-        parts[-1].append(one)
+        parts[-1].append((one, rows))
         room.take(rows, size)
     return [
-        Batch(engine, tuple([one.job for one in part]), tuple([one.feeds for one in part]))
+        Batch(
+            engine,
+            tuple([one.job for one, _ in part]),
+            tuple([one.feeds for one, _ in part]),
+            tuple([rows for _, rows in part]),
+        )
         for part in parts
     ]
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from asyncinfer import keys
+from asyncinfer.awaiting import settled
 from asyncinfer.errors import RedisUnavailable, StorageFull
 from asyncinfer.jobs import TERMINAL
 from asyncinfer.repository.store import Store
@@ -37,13 +38,12 @@ class Ticket:
     async def soon(self, seconds: float) -> Stored | None:
         """The job if it ends in an instant, of at most `seconds`: too short a time for its
         client's leaving to be worth a watch, which costs more than all else of a short wait."""
-        await asyncio.wait({self.ended}, timeout=min(seconds, _INSTANT_SECONDS))
-        return self.ended.result() if self.ended.done() else None
+        done = await settled(self.ended, min(seconds, _INSTANT_SECONDS))
+        return self.ended.result() if done else None
 
     async def wait(self, seconds: float) -> Stored | None:
         """The ended job, or after `seconds` the job as it is; None when absent."""
-        done, _ = await asyncio.wait({self.ended}, timeout=seconds)
-        if done and (stored := self.ended.result()):
+        if await settled(self.ended, seconds) and (stored := self.ended.result()):
             return stored
         return await self._submissions.read(self.job_id)
 

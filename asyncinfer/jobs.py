@@ -155,6 +155,7 @@ _decode_record = msgspec.msgpack.Decoder(Record).decode
 _decode_facts = msgspec.msgpack.Decoder(Facts).decode
 
 _SEQ_BYTES: Final = 8
+_NO_FACTS: Final = Facts()
 
 
 def encode_record(record: Record, seq: bytes = b"") -> bytes:
@@ -176,8 +177,10 @@ def record_seq(meta: bytes) -> bytes:
 
 def decode_facts(facts: bytes | None) -> Facts:
     """What is damaged says nothing, as what is absent."""
+    if not facts:
+        return _NO_FACTS
     try:
-        return _decode_facts(facts) if facts else Facts()
+        return _decode_facts(facts)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return Facts()
 

@@ -16,6 +16,7 @@ RUNGS = (
     "keys",
     "cores",
     "garbage",
+    "awaiting",
     "settings",
     "jobs",
     "observed",

@@ -1,6 +1,5 @@
 """What is answered to each line of a request of many, when it is its turn."""
 
-import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from asyncinfer.api.jobs import absent
 from asyncinfer.api.owed import Block, Due, Owed
 from asyncinfer.api.services import Services
 from asyncinfer.api.views import accepted_view, ended, job_view
+from asyncinfer.awaiting import settled
 from asyncinfer.errors import RedisUnavailable, RequestError
 from asyncinfer.inbox import Ticket
 from asyncinfer.jobs import Status
@@ -109,7 +109,7 @@ class Answers:
     ) -> Known:
         """What is known once a job has ended; when time is out, of all jobs as they are."""
         left = max(0.0, until - time.monotonic())
-        await asyncio.wait({tickets[job_id].ended}, timeout=left)
+        await settled(tickets[job_id].ended, left)
         heard: Known = {
             one: self._view(one, stored)
             for one, ticket in tickets.items()

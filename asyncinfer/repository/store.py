@@ -145,16 +145,16 @@ class Blocking:
         self, streams: Mapping[str, bytes], wait_seconds: float, count: int = 1000
     ) -> list[tuple[str, bytes, dict[bytes, bytes]]]:
         """New entries of streams (XREAD), each (stream, entry id, fields)."""
-        read = self._client.execute_command(  # type: ignore[no-untyped-call]
+        read = (
             *("XREAD", "COUNT", count, "BLOCK", int(wait_seconds * 1000), "STREAMS"),
             *streams.keys(),
             *streams.values(),
         )
-        reply = await self._bounded(wait_seconds, read)
+        reply = await self._bounded(wait_seconds, _exchange(self._client, read))
         return [
-            (stream.decode(), entry_id, fields)
+            (stream.decode(), entry_id, dict(zip(flat[::2], flat[1::2], strict=True)))
             for stream, entries in reply or ()
-            for entry_id, fields in entries
+            for entry_id, flat in entries
         ]
 
     async def _bounded(self, wait_seconds: float, call: Awaitable[Any]) -> Any:

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Final
 
-from asyncinfer import batching, execution
+from asyncinfer import execution
+from asyncinfer.awaiting import settled
 from asyncinfer.engine import Engine, Stopped
 from asyncinfer.errors import ModelFailed, OutOfMemory, PredictionTimeout, UnknownModel
 from asyncinfer.execution import Asked, Batch, Prepared
@@ -124,10 +125,10 @@ class Running:
             self._threads, execution.run, run.batch, run.stop
         )
         self._on_step("running")
-        done, _ = await asyncio.wait({future}, timeout=self._timeout_seconds(run.batch))
+        done = await settled(future, self._timeout_seconds(run.batch))
         if not done:
             run.end("timeout")
-            done, _ = await asyncio.wait({future}, timeout=self._hang_grace_seconds)
+            done = await settled(future, self._hang_grace_seconds)
         if not done:
             future.add_done_callback(lambda late: late.exception())
             raise Hung(run)
@@ -152,8 +153,7 @@ class Running:
         )
 
     def _note_run_time(self, batch: Batch, seconds: float) -> None:
-        rows = sum(batching.rows_of(feeds, batch.engine.plan) for feeds in batch.inputs)
-        self.times.note(batch.engine.signature.model, rows, seconds)
+        self.times.note(batch.engine.signature.model, sum(batch.rows), seconds)
 
 
 def _left(held: Held, batch: Batch) -> list[ClaimedJob]:
