@@ -112,9 +112,12 @@ class Inbox:
         while not self.closing.is_set():
             try:
                 entries = await self._blocking.read({self.name: last}, _READ_SECONDS)
-                if entries:
-                    last = entries[-1][1]
-                    await self._hear([one for _, _, fields in entries for one in noticed(fields)])
+                for _, entry_id, fields in entries:
+                    await self._hear(list(noticed(fields)))
+                    last = entry_id
+                    # These answers go out before the next are made: all at once, their clients
+                    # came back all at once, and this process and the workers took turns at rest.
+                    await asyncio.sleep(0)
             except RedisUnavailable as error:
                 if not self.closing.is_set():
                     log.warning("Inbox: %s", error.detail)
