@@ -103,6 +103,15 @@ async def test_a_full_queue_refuses_exactly_the_job_beyond_its_cap(hands: Hands)
     assert await hands.submit(jobs[5], jobs[6]) == ["ok", "full"]
 
 
+async def test_a_full_group_forgets_its_oldest_and_refuses_no_job(hands: Hands) -> None:
+    members = keys.group(Q, "default", "g")
+    for _ in range(10):
+        hands.redis.rpush(members, *["0" * 32] * 100_000)
+    ids = await hands.some(3, group="g")
+    assert hands.redis.llen(members) == 1_000_000
+    assert [one.decode() for one in hands.redis.lrange(members, -3, -1)] == ids
+
+
 async def test_a_refused_job_leaves_no_key(hands: Hands) -> None:
     hands.policy(max_queue=0)
     job = new_job(priority="high", key="k", ttl_seconds=5, inbox=INBOX)

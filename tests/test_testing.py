@@ -135,8 +135,6 @@ def test_it_answers_for_every_model_as_soon_as_the_block_is_entered(running: Run
 
 
 def test_a_client_of_it_is_at_hand(running: Running) -> None:
-    pytest.importorskip("asyncinfer.client")
-
     assert running.client.health()
     assert running.client is running.client
 

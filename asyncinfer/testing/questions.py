@@ -4,12 +4,10 @@ import http.client
 import json
 from collections.abc import Mapping
 from typing import Any, Final
-from urllib.parse import quote
 
 from msgspec import Struct
 
 _SECONDS: Final = 10.0
-_PAGE: Final = 1000
 
 
 class Left(Struct, frozen=True):
@@ -28,6 +26,11 @@ class Left(Struct, frozen=True):
         return f"{self.waiting} waiting, {self.running} running{paused}"
 
 
+def _left(queue: Mapping[str, Any]) -> Left:
+    waiting = sum(queue["waiting"].values()) + queue["delayed"]
+    return Left(waiting, queue["running"], queue["paused"])
+
+
 class Questions:
     def __init__(self, port: int, api_key: str | None) -> None:
         self._port = port
@@ -41,26 +44,9 @@ class Questions:
 
     def left(self) -> dict[str, Left]:
         """By model what waits or runs; models that are done are not in it."""
-        served, _ = self.announced()
-        found = {model: self._left(model) for model in sorted(served)}
-        return {model: left for model, left in found.items() if left}
-
-    def _left(self, model: str) -> Left:
-        # A delayed job is in no list that is counted, and is looked for only at the end: a listing
-        # costs the more the more jobs there were. It may have become due in between.
-        return self._counted(model) or Left(self._pending(model)) or self._counted(model)
-
-    def _counted(self, model: str) -> Left:
-        scale = self._get(f"/scale/{quote(model)}")
-        return Left(scale["waiting_jobs"], scale["running_jobs"], scale["paused"])
-
-    def _pending(self, model: str) -> int:
-        count, cursor = 0, ""
-        while cursor is not None:
-            path = f"/jobs?status=pending&model={quote(model)}&limit={_PAGE}"
-            page = self._get(path + (f"&cursor={cursor}" if cursor else ""))
-            count, cursor = count + len(page["jobs"]), page["cursor"]
-        return count
+        queues = self._get("/queues")["queues"]
+        found = {one["model"]: _left(one) for one in queues if one["model"] is not None}
+        return {model: left for model, left in sorted(found.items()) if left}
 
     def _get(self, path: str) -> Mapping[str, Any]:
         """Without the proxies that the environment may name."""

@@ -11,7 +11,7 @@ from asyncinfer.testing.process import Log
 from asyncinfer.testing.questions import Left, Questions
 
 if TYPE_CHECKING:
-    from asyncinfer.client import Client  # type: ignore[import-untyped,unused-ignore]
+    from asyncinfer.client import Client
 
 _FIRST_PAUSE_SECONDS: Final = 0.01
 _LONGEST_PAUSE_SECONDS: Final = 0.2

@@ -1,11 +1,13 @@
 """A real API on a real socket, models announced, and a hand that works as a worker would."""
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import httpx2
 import msgspec
 import pytest
 
+from asyncinfer.access import entry_of
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.repository.store import Policy, Store
 from tests.faults.proxy import proxied
@@ -24,6 +26,17 @@ async def api(config: ApiConfig, store: Store) -> AsyncIterator[httpx2.AsyncClie
     await announce(store, "iris", "digits", default="iris")
     async with hosted(running(config)) as port, client_of(port) as client:
         yield client
+
+
+@pytest.fixture
+async def locked(config: ApiConfig, store: Store, tmp_path: Path) -> AsyncIterator[int]:
+    """The port of an API with two tenants, of whom `alice` and `bob` are the keys."""
+    path = tmp_path / "keys"
+    lines = [entry_of(name, name, "submit,read").line() for name in ("alice", "bob")]
+    path.write_text("\n".join(lines))
+    await announce(store, "iris", default="iris")
+    async with hosted(running(msgspec.structs.replace(config, api_keys=path))) as port:
+        yield port
 
 
 @pytest.fixture

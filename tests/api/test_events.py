@@ -4,17 +4,14 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
-import anyio
 import httpx2
 import msgspec
 import pytest
 import redis
 
 from asyncinfer import keys
-from asyncinfer.access import entry_of
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.jobs import TERMINAL
 from asyncinfer.repository.store import Store
@@ -237,29 +234,22 @@ async def test_a_model_is_told_with_its_newest_jobs_first(
     assert_problem(await api.get("/events?model=nothing"), 404, "model_not_found")
 
 
-async def test_each_tenant_is_told_of_its_own_jobs_only(
-    config: ApiConfig, store: Store, hand: Hand, tmp_path: Path
-) -> None:
-    lines = [entry_of(name, name, "submit,read").line() for name in ("alice", "bob")]
-    path = tmp_path / "keys"
-    await anyio.Path(path).write_text("\n".join(lines))
-    await announce(store, "iris", default="iris")
-    async with running(msgspec.structs.replace(config, api_keys=path)) as port:
-        alice, bob = [client_of(port, **{"x-api-key": name}) for name in ("alice", "bob")]
-        async with alice, bob:
-            theirs = await submit_to(alice, "iris", group="g")
-            async with (
-                listening(bob, "/events?group=g") as stream,
-                listening(bob, "/events") as all_,
-            ):
-                assert (await stream.event("snapshot")).data["jobs"] == 0
-                assert (await all_.event("snapshot")).data["jobs"] == []
-                await hand.complete()
-                await submit_to(alice, "iris", group="g")
-                mine = await submit_to(bob, "iris", group="g")
-                assert await told(stream, "pending", "processing", "completed") == (mine, "pending")
-                assert await told(all_) == (mine, "pending")
-            assert_problem(await bob.get(f"/job/{theirs}/events"), 404, "job_not_found")
+async def test_each_tenant_is_told_of_its_own_jobs_only(locked: int, hand: Hand) -> None:
+    alice, bob = [client_of(locked, **{"x-api-key": name}) for name in ("alice", "bob")]
+    async with alice, bob:
+        theirs = await submit_to(alice, "iris", group="g")
+        async with (
+            listening(bob, "/events?group=g") as stream,
+            listening(bob, "/events") as all_,
+        ):
+            assert (await stream.event("snapshot")).data["jobs"] == 0
+            assert (await all_.event("snapshot")).data["jobs"] == []
+            await hand.complete()
+            await submit_to(alice, "iris", group="g")
+            mine = await submit_to(bob, "iris", group="g")
+            assert await told(stream, "pending", "processing", "completed") == (mine, "pending")
+            assert await told(all_) == (mine, "pending")
+        assert_problem(await bob.get(f"/job/{theirs}/events"), 404, "job_not_found")
 
 
 # --- going on ------------------------------------------------------------------------------

@@ -2,17 +2,12 @@
 
 from typing import Any
 
-import anyio
 import httpx2
-import msgspec
 import redis
 
 from asyncinfer import keys
-from asyncinfer.access import entry_of
-from asyncinfer.api.config import ApiConfig
-from asyncinfer.repository.store import Store
 
-from .harness import QUEUE, ROW, Hand, announce, assert_problem, client_of, running
+from .harness import QUEUE, ROW, Hand, assert_problem, client_of
 
 
 async def submit_to(
@@ -142,22 +137,17 @@ async def test_a_groups_jobs_are_listed_newest_first_page_by_page(
     assert len((await api.get("/jobs?group=g&model=digits")).json()["jobs"]) == 0
 
 
-async def test_a_group_is_its_tenants_alone(config: ApiConfig, store: Store, tmp_path: Any) -> None:
-    lines = [entry_of(name, name, "submit,read").line() for name in ("alice", "bob")]
-    path = tmp_path / "keys"
-    await anyio.Path(path).write_text("\n".join(lines))
-    await announce(store, "iris", default="iris")
-    async with running(msgspec.structs.replace(config, api_keys=path)) as port:
-        alice, bob = [client_of(port, **{"x-api-key": name}) for name in ("alice", "bob")]
-        async with alice, bob:
-            job_id = await submit_to(alice, "g")
-            assert_problem(await bob.get("/group/g"), 404, "group_not_found")
-            assert_problem(await bob.delete("/group/g"), 404, "group_not_found")
-            await submit_to(bob, "g")
-            await bob.delete("/group/g")
-            assert await counts(bob, "g") == {"cancelled": 1}
-            assert await counts(alice, "g") == {"pending": 1}
-            assert (await alice.get(f"/job/{job_id}")).json()["status"] == "pending"
+async def test_a_group_is_its_tenants_alone(locked: int) -> None:
+    alice, bob = [client_of(locked, **{"x-api-key": name}) for name in ("alice", "bob")]
+    async with alice, bob:
+        job_id = await submit_to(alice, "g")
+        assert_problem(await bob.get("/group/g"), 404, "group_not_found")
+        assert_problem(await bob.delete("/group/g"), 404, "group_not_found")
+        await submit_to(bob, "g")
+        await bob.delete("/group/g")
+        assert await counts(bob, "g") == {"cancelled": 1}
+        assert await counts(alice, "g") == {"pending": 1}
+        assert (await alice.get(f"/job/{job_id}")).json()["status"] == "pending"
 
 
 async def test_a_group_is_forgotten_a_week_after_its_last_submit(

@@ -2,8 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import httpx2
@@ -12,7 +11,6 @@ import pytest
 import redis
 
 from asyncinfer import keys
-from asyncinfer.access import entry_of
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.jobs import new_id
 from asyncinfer.repository.store import Policy, Store
@@ -27,7 +25,6 @@ from .harness import (
     announce,
     assert_problem,
     client_of,
-    hosted,
     running,
     submit,
 )
@@ -551,17 +548,6 @@ async def test_the_manuals_commands_do_something(
 
 
 # --- tenants -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-async def locked(config: ApiConfig, store: Store, tmp_path: Path) -> AsyncIterator[int]:
-    """The port of an API with two tenants, of whom `alice` and `bob` are the keys."""
-    path = tmp_path / "keys"
-    lines = [entry_of(name, name, "submit,read").line() for name in ("alice", "bob")]
-    path.write_text("\n".join(lines))
-    await announce(store, "iris", default="iris")
-    async with hosted(running(msgspec.structs.replace(config, api_keys=path))) as port:
-        yield port
 
 
 async def test_what_is_anothers_is_neither_seen_nor_touched(

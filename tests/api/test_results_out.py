@@ -16,7 +16,6 @@ import redis
 import tritonclient.http as triton
 
 from asyncinfer import keys, models, payloads
-from asyncinfer.access import entry_of, new_key
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.models import example_of
 from asyncinfer.engine import Engine, Stop
@@ -31,7 +30,6 @@ from .harness import (
     QUEUE,
     RESULT,
     Hand,
-    announce,
     assert_problem,
     client_of,
     hosted,
@@ -176,20 +174,12 @@ async def test_a_damaged_result_is_not_our_fault(
         assert_problem(reply, 503, "redis_refused")
 
 
-async def test_a_result_is_its_tenants_alone(
-    config: ApiConfig, store: Store, hand: Hand, tmp_path: Path
-) -> None:
-    await announce(store, "iris", default="iris")
-    keys_of = {new_key(): tenant for tenant in ("a", "b")}
-    entries = [entry_of(key, tenant, "submit,read") for key, tenant in keys_of.items()]
-    (tmp_path / "keys").write_text("".join(f"{one.line()}\n" for one in entries))
-    locked = msgspec.structs.replace(config, api_keys=tmp_path / "keys")
-    async with running(locked) as port:
-        mine, theirs = (client_of(port, **{"x-api-key": key}) for key in keys_of)
-        async with mine, theirs:
-            job_id = await ended(mine, hand, TENSORS)
-            assert (await mine.get(f"/job/{job_id}/result")).status_code == 200
-            assert_problem(await theirs.get(f"/job/{job_id}/result"), 404, "job_not_found")
+async def test_a_result_is_its_tenants_alone(locked: int, hand: Hand) -> None:
+    mine, theirs = (client_of(locked, **{"x-api-key": name}) for name in ("alice", "bob"))
+    async with mine, theirs:
+        job_id = await ended(mine, hand, TENSORS)
+        assert (await mine.get(f"/job/{job_id}/result")).status_code == 200
+        assert_problem(await theirs.get(f"/job/{job_id}/result"), 404, "job_not_found")
 
 
 async def test_a_wait_may_answer_with_the_binary_result(

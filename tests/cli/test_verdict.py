@@ -1,0 +1,60 @@
+"""What `bench` says limits a service, by what was seen of each side."""
+
+import msgspec
+import pytest
+
+from asyncinfer.cli.bench.figures import Latency, Load, Sides, verdict
+
+WAITS = Load(
+    requests=1000,
+    per_second=100,
+    latency_ms=Latency(p50=10, p95=20, p99=30),
+    refused_full=0,
+    errors=0,
+    seconds=10,
+)
+QUIET = Sides(
+    client_cpu=0.1,
+    machine_cpu=0.3,
+    api_ms=1,
+    redis_ms=1,
+    queue_ms=1,
+    run_ms=1,
+    slots_busy=0.1,
+    workers=1,
+    slots=2,
+    batched=True,
+    run_times={},
+)
+
+
+@pytest.mark.parametrize(
+    ("seen", "side"),
+    [
+        ({}, "none"),
+        ({"client_cpu": 0.95}, "client"),
+        ({"machine_cpu": 0.97}, "machine"),
+        ({"machine_cpu": None, "api_ms": 6.0}, "api"),
+        ({"redis_ms": 6.0}, "redis"),
+        ({"slots_busy": 0.95}, "worker"),
+        ({"queue_ms": 6.0, "run_ms": 2.0}, "worker"),
+        ({"workers": 0}, "worker"),
+    ],
+)
+def test_the_side_that_limits_is_named(seen: dict[str, float | None], side: str) -> None:
+    said = verdict(WAITS, msgspec.structs.replace(QUIET, **seen), 8)
+    assert said.side == side
+    assert said.because
+    assert said.change
+
+
+def test_a_client_that_is_busy_itself_accuses_nobody_else() -> None:
+    sides = msgspec.structs.replace(QUIET, client_cpu=0.95, machine_cpu=0.97, slots_busy=0.95)
+    assert verdict(WAITS, sides, 8).side == "client"
+
+
+def test_a_worker_that_cannot_batch_is_said_to_gain_most_by_that() -> None:
+    sides = msgspec.structs.replace(QUIET, slots_busy=0.95)
+    assert "do not share runs" not in verdict(WAITS, sides, 8).change
+    alone = msgspec.structs.replace(sides, batched=False)
+    assert "do not share runs" in verdict(WAITS, alone, 8).change

@@ -1,0 +1,79 @@
+"""Followers that are slow, and a server that is restarted under them."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import redis
+
+from asyncinfer.errors import RedisUnavailable
+from asyncinfer.feed import Feed, Follower, Topic
+from asyncinfer.positions import Position
+from asyncinfer.repository.store import Policy, Store
+from tests.hands import Hands, Q
+
+from .processes import DurableServer
+
+GROUP = Topic("default", group="g")
+
+
+@asynccontextmanager
+async def feeding(store: Store) -> AsyncIterator[Feed]:
+    feed = Feed(store)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(feed.run())
+        yield feed
+        await feed.close()
+
+
+async def never() -> None:
+    await asyncio.Event().wait()
+
+
+async def told(follower: Follower, count: int) -> list[tuple[str, str]]:
+    """The next so many changes, each a job and what became of it."""
+    found: list[tuple[str, str]] = []
+    async with asyncio.timeout(30):
+        while len(found) < count:
+            try:
+                news = await follower.more(0.5)
+            except RedisUnavailable:
+                await follower.pause(0.2)
+            else:
+                found += [(one.change.job_id, one.change.status) for one in news]
+    return found
+
+
+@pytest.mark.soak
+async def test_a_follower_that_is_too_slow_is_told_all_and_once(
+    store: Store, server: redis.Redis
+) -> None:
+    hands = Hands(store, server)
+    async with feeding(store) as feed:
+        start = Position(await feed.log.now_ms())
+        with feed.follow(GROUP, start, never) as follower:
+            ids = await hands.some(1, group="g")
+            seen = await told(follower, 1)
+            ids += [one for _ in range(44) for one in await hands.some(250, group="g")]
+            seen += await told(follower, len(ids) - 1)
+            assert await follower.more(0.2) == []
+            assert [job_id for job_id, _ in seen] == ids
+
+
+async def test_a_follower_goes_on_after_redis_was_restarted(durable: DurableServer) -> None:
+    policy = Policy(job_ttl_seconds=600)
+    async with Store.open(durable.url, queue_name=Q, policy=policy, name="test") as store:
+        with redis.Redis.from_url(durable.url) as client:
+            hands = Hands(store, client)
+            async with feeding(store) as feed:
+                start = Position(await feed.log.now_ms())
+                with feed.follow(GROUP, start, never) as follower:
+                    (job_id,) = await hands.some(1, group="g")
+                    claim = await hands.take()
+                    before = [(job_id, "pending"), (job_id, "processing")]
+                    assert await told(follower, 2) == before
+                    durable.kill()
+                    durable.start()
+                    await hands.finish(claim)
+                    assert await told(follower, 1) == [(job_id, "completed")]
