@@ -1,9 +1,25 @@
 """What people are shown of queues and workers."""
 
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 from msgspec import Meta, Struct
+
+OldestAge: TypeAlias = Annotated[
+    float | None, Meta(description="Of the job that waits longest; null when none is known.")
+]
+LivingWorkers: TypeAlias = Annotated[
+    int, Meta(description="Living workers that claim this model's jobs.")
+]
+Slots: TypeAlias = Annotated[int, Meta(description="Batches they run side by side.")]
+SecondsPerJob: TypeAlias = Annotated[
+    float | None,
+    Meta(description="Slot time, measured lately; null before the model's first run."),
+]
+Backlog: TypeAlias = Annotated[
+    float | None,
+    Meta(description="Due jobs x seconds_per_job; null when jobs wait, unmeasured."),
+]
 
 
 class WaitingJobs(Struct, frozen=True):
@@ -32,27 +48,11 @@ class Queue(Struct, frozen=True, kw_only=True):
     delayed: Annotated[int, Meta(description="Waiting for a later start, or to be tried again.")]
     running: int
     dead: Annotated[int, Meta(description="Dead letters; GET /jobs?dead=true lists yours.")]
-    oldest_age_seconds: (
-        Annotated[
-            float, Meta(description="Of the job that waits longest; null when none is known.")
-        ]
-        | None
-    )
-    workers: Annotated[int, Meta(description="Living workers that claim this model's jobs.")]
-    slots: Annotated[int, Meta(description="Batches they run side by side.")]
-    seconds_per_job: (
-        Annotated[
-            float,
-            Meta(description="Slot time, measured lately; null before the model's first run."),
-        ]
-        | None
-    )
-    backlog_seconds: (
-        Annotated[
-            float, Meta(description="Due jobs x seconds_per_job; null when jobs wait, unmeasured.")
-        ]
-        | None
-    )
+    oldest_age_seconds: OldestAge
+    workers: LivingWorkers
+    slots: Slots
+    seconds_per_job: SecondsPerJob
+    backlog_seconds: Backlog
     window_seconds: Annotated[
         float, Meta(description="What the rates are counted over: 60, or less where much moves.")
     ]

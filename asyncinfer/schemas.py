@@ -7,6 +7,7 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from asyncinfer.errors import Fault, JobFailed, RequestError
 from asyncinfer.jobs import GROUP_PATTERN, JobError, Options, Priority, Status
+from asyncinfer.observed import Backlog, LivingWorkers, OldestAge, SecondsPerJob, Slots
 from asyncinfer.tensors import TensorSpec
 
 MAX_WAIT_SECONDS: Final = 60
@@ -413,27 +414,11 @@ class Scale(Struct, frozen=True, kw_only=True):
     waiting_jobs: Annotated[int, Meta(description="Due to run; cancelled ones do not count.")]
     running_jobs: int
     paused: Annotated[bool, Meta(description="While true nothing is due.")]
-    oldest_age_seconds: (
-        Annotated[
-            float, Meta(description="Of the job that waits longest; null when none is known.")
-        ]
-        | None
-    )
-    seconds_per_job: (
-        Annotated[
-            float,
-            Meta(description="Slot time, measured lately; null before the model's first run."),
-        ]
-        | None
-    )
-    backlog_seconds: (
-        Annotated[
-            float, Meta(description="Due jobs x seconds_per_job; null when jobs wait, unmeasured.")
-        ]
-        | None
-    )
-    workers: Annotated[int, Meta(description="Living workers that claim this model's jobs.")]
-    slots: Annotated[int, Meta(description="Batches they run side by side.")]
+    oldest_age_seconds: OldestAge
+    seconds_per_job: SecondsPerJob
+    backlog_seconds: Backlog
+    workers: LivingWorkers
+    slots: Slots
     starved: Annotated[
         int, Meta(ge=0, le=1, description="1: jobs are due and no worker is there for them.")
     ]

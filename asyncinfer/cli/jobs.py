@@ -18,6 +18,16 @@ _WAIT_SECONDS: Final = 30.0
 _ERROR_CHARACTERS: Final = 100
 
 
+_of_model = click.option("--model", metavar="NAME", help="Only jobs of this model.")
+_limit = click.option(
+    "--limit",
+    type=click.IntRange(1, 1_000_000),
+    default=50,
+    show_default=True,
+    help="How many jobs at most.",
+)
+
+
 @options.command(
     "jobs",
     "asyncinfer jobs --limit 20",
@@ -25,15 +35,9 @@ _ERROR_CHARACTERS: Final = 100
     "asyncinfer jobs --status pending --json",
 )
 @click.option("--status", type=click.Choice(STATUSES), help="Only jobs in this state.")
-@click.option("--model", metavar="NAME", help="Only jobs of this model.")
+@_of_model
 @click.option("--group", metavar="NAME", help="Only jobs of this group.")
-@click.option(
-    "--limit",
-    type=click.IntRange(1, 1_000_000),
-    default=50,
-    show_default=True,
-    help="How many jobs at most.",
-)
+@_limit
 @options.server
 @options.as_json
 def jobs(
@@ -49,14 +53,8 @@ def jobs(
 
 
 @options.command("dead", "asyncinfer dead", "asyncinfer dead --model iris --json")
-@click.option("--model", metavar="NAME", help="Only jobs of this model.")
-@click.option(
-    "--limit",
-    type=click.IntRange(1, 1_000_000),
-    default=50,
-    show_default=True,
-    help="How many jobs at most.",
-)
+@_of_model
+@_limit
 @options.server
 @options.as_json
 def dead(model: str | None, limit: int, server: Server, as_json: bool) -> None:

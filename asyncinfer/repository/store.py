@@ -27,6 +27,7 @@ _AT_ONCE: Final = 16
 """Commands one process has under way; more wait here, not in Redis."""
 
 _LARGE_BYTES: Final = 64 << 10
+_FEW_ARGUMENTS: Final = 32
 
 _PASSING: Final = ("MISCONF", "BUSY", "NOREPLICAS", "UNBLOCKED")
 """Refusals for the state a server is in: a full disk, a slow script, a fail-over."""
@@ -301,13 +302,19 @@ async def _exchange(client: Redis, command: tuple[Any, ...]) -> Any:
     pool = client.connection_pool
     connection = await pool.get_connection()  # type: ignore[no-untyped-call]
     try:
-        # A large argument goes out as it is: packed with the rest it would be copied twice.
-        is_large = any(type(one) is bytes and len(one) > _LARGE_BYTES for one in command)
-        packed = connection.pack_command(*command) if is_large else pack_command(command)
+        packed = connection.pack_command(*command) if _is_large(command) else pack_command(command)
         await connection.send_packed_command(packed, check_health=False)
         return await connection.read_response()
     finally:
         await pool.release(connection)
+
+
+def _is_large(command: tuple[Any, ...]) -> bool:
+    """Whether an argument should go out as it is: packed with the rest it would be copied twice.
+    A command of many arguments is bounded by whoever made it."""
+    return len(command) <= _FEW_ARGUMENTS and any(
+        type(one) is bytes and len(one) > _LARGE_BYTES for one in command
+    )
 
 
 def checked_server(info: Mapping[str, Any]) -> str:
