@@ -1,11 +1,11 @@
 #!lua flags=allow-oom
--- purge: ends waiting jobs as cancelled, at most 500 a call.
+-- purge: ends waiting jobs as cancelled, at most 250 a call.
 -- KEYS    1 the queue
 -- ARGV    1 {ttl, failed_ttl}
 -- Returns {ended, left}
 -- Retry   goes on with what is left
 
-local MOST = 500
+local MOST = 250
 
 local q, a = queue(KEYS[1]), cmsgpack.unpack(ARGV[1])
 local ends, freed, looked, seen = {}, 0, 0, {}
