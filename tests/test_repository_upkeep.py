@@ -639,9 +639,9 @@ async def test_a_purge_counts_off_the_ghosts_it_takes_along(hands: Hands) -> Non
     ended, left = await hands.store.call(
         script("purge"), [Q], [encode_args(hands.store.policy.ending())]
     )
-    assert (ended, left) == (450, 550)
+    assert (ended, left) == (200, 800)
     assert hands.ghosts() == 0
-    assert hands.counter(keys.bytes_waiting(Q)) == 550 * len(DATA)
+    assert hands.counter(keys.bytes_waiting(Q)) == 800 * len(DATA)
 
 
 async def test_a_purge_ends_strangers_jobs_with_and_without_a_status(hands: Hands) -> None:
