@@ -4,9 +4,9 @@ import asyncio
 from typing import Any
 
 
-async def settled(future: "asyncio.Future[Any]", seconds: float) -> bool:
+async def settled(future: asyncio.Future[Any], seconds: float) -> bool:
     """Whether `future` is done within `seconds`; it goes on where it is not, and if this wait is
-    cancelled. What `asyncio.wait` tells of a set of one, for a third of its cost."""
+    cancelled. What `asyncio.wait` tells of a set of one, for half of its cost."""
     if future.done():
         return True
     loop = asyncio.get_running_loop()

@@ -12,13 +12,7 @@ from uvicorn.protocols.http.httptools_impl import (
     HttpToolsProtocol,
 )
 
-from asyncinfer.api.exchange import (
-    ANSWER_WHOLE,
-    KEEP_BODY_OPEN,
-    Header,
-    Reply,
-    header_block,
-)
+from asyncinfer.api.exchange import ANSWER_WHOLE, KEEP_BODY_OPEN, Header, Reply, header_block
 from asyncinfer.api.problems import problem_reply
 from asyncinfer.errors import (
     HeadersTooLarge,
@@ -40,7 +34,6 @@ class Limits(Struct, frozen=True, kw_only=True):
 
 _DISCARD_SECONDS: Final = 2.0
 _CLOSES: Final = (b"connection", b"close")
-_UNSAFE: Final = HEADER_VALUE_RE.search
 
 Awaited = Literal["head", "body", "streamed", "nothing"]
 """`streamed`: a body whose handler reads it for as long as it comes, and has its own deadline."""
@@ -223,6 +216,7 @@ class Connection(HttpToolsProtocol):
         if cycle.disconnected:
             return True
         cycle.response_started = cycle.response_complete = True
+        cycle.waiting_for_100_continue = False
         others = self.server_state.default_headers
         if not cycle.keep_alive:
             others = [*others, _CLOSES]

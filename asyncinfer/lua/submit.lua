@@ -11,7 +11,7 @@
 local GROUP_JOBS = 1000000
 local GROUP_SECONDS = 7 * 24 * 3600
 
-local q, a, now = queue(KEYS[1]), cmsgpack.unpack(ARGV[1]), nil
+local q, a = queue(KEYS[1]), cmsgpack.unpack(ARGV[1])
 local jobs, verdicts, by_id, by_key = {}, {}, {}, {}
 
 -- Ids are new but when a call is sent again; so one look at all of them mostly does.
@@ -76,7 +76,7 @@ for i, new in ipairs(jobs) do
   keys[#keys + 1], keys[#keys + 2] = job(id, 'meta'), struct.pack('>I8', seq + i) .. new.meta
 end
 redis.call('MSET', unpack(keys))
-local facts, groups = {}, {}
+local facts, groups, now = {}, {}, nil
 for _, new in ipairs(jobs) do
   local extra = new.extra
   if extra and extra.k then

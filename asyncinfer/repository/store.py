@@ -120,10 +120,12 @@ def translation(error: Exception) -> StorageFull | RedisUnavailable | RedisRefus
     )
 
 
-async def _leave_replica(client: Redis, error: Exception) -> None:
-    """Leaves a server that has become a replica: behind one name may be another by now."""
+async def _failure(client: Redis, error: Exception) -> Exception:
+    """`translation`, having left a server that has become a replica: behind one name may be
+    another by now."""
     if isinstance(error, _NO_PRIMARY):
         await client.connection_pool.disconnect(inuse_connections=False)
+    return translation(error)
 
 
 class Blocking:
@@ -163,8 +165,7 @@ class Blocking:
             async with asyncio.timeout(wait_seconds + self._MARGIN_SECONDS):
                 return await call
         except _FAILURES as error:
-            await _leave_replica(self._client, error)
-            raise translation(error) from error
+            raise await _failure(self._client, error) from error
 
     async def close(self) -> None:
         """Ends the call under way, if any, with RedisUnavailable, and the connection."""
@@ -241,8 +242,7 @@ class Store:
             except _NO_REPLY:
                 return await self._sent(send, self.call_seconds * (1 - _FIRST_TRY))
         except _FAILURES as error:
-            await _leave_replica(self.redis, error)
-            raise translation(error) from error
+            raise await _failure(self.redis, error) from error
 
     async def _sent(self, send: Callable[[], Awaitable[Any]], seconds: float) -> Any:
         async with asyncio.timeout(seconds), self._slots:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, Final, Literal, TypeVar, cast
+from typing import Any, Final, Literal, TypeAlias, TypeVar, cast
 
 import msgspec
 from msgspec import Struct
@@ -67,6 +67,9 @@ class Stored(Struct, frozen=True):
     meta: bytes = b""
 
 
+_Entry: TypeAlias = tuple[NewJob, asyncio.Future[Submitted]]
+
+
 def noticed(fields: dict[bytes, bytes]) -> Iterator[tuple[str, Stored | None]]:
     """What an entry of an inbox tells: ids of ended jobs and, of small ones, all of the job."""
     for key, status in fields.items():
@@ -90,10 +93,10 @@ class _Tick:
     """The submits of one loop tick, and when their time is up."""
 
     def __init__(self, seconds: float) -> None:
-        self.entries: list[tuple[NewJob, asyncio.Future[Submitted]]] = []
+        self.entries: list[_Entry] = []
         self.over = False
-        # One timer for all: what asyncio.timeout does for a task costs five times what it takes
-        # to end a future, and a timer each cost as much as all else here.
+        # One timer for all: a timer each was most of what a submit cost here, and what
+        # asyncio.timeout does for a task costs five times what it takes to end a future.
         self._timer = asyncio.get_running_loop().call_later(seconds, self._give_up)
 
     def _give_up(self) -> None:
@@ -102,7 +105,7 @@ class _Tick:
             if not future.done():
                 future.set_exception(TimeoutError())
 
-    def open(self) -> list[tuple[NewJob, asyncio.Future[Submitted]]]:
+    def open(self) -> list[_Entry]:
         return [entry for entry in self.entries if not entry[1].done()]
 
     def close(self) -> None:
@@ -319,11 +322,9 @@ def next_round(record: Record, now_ms: int) -> Record:
     )
 
 
-def _parts(
-    entries: Sequence[tuple[NewJob, asyncio.Future[Submitted]]],
-) -> Iterator[list[tuple[NewJob, asyncio.Future[Submitted]]]]:
+def _parts(entries: Sequence[_Entry]) -> Iterator[list[_Entry]]:
     """Splits what waits into script calls: one queue each, bounded in jobs and bytes."""
-    by_queue: dict[str, list[tuple[NewJob, asyncio.Future[Submitted]]]] = {}
+    by_queue: dict[str, list[_Entry]] = {}
     for entry in entries:
         by_queue.setdefault(entry[0].queue, []).append(entry)
     for queued in by_queue.values():
@@ -349,7 +350,7 @@ def _size_of(job: NewJob) -> int:
     return len(job.data)
 
 
-def _size_of_entry(entry: tuple[NewJob, asyncio.Future[Submitted]]) -> int:
+def _size_of_entry(entry: _Entry) -> int:
     return len(entry[0].data)
 
 

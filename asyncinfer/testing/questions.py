@@ -26,11 +26,6 @@ class Left(Struct, frozen=True):
         return f"{self.waiting} waiting, {self.running} running{paused}"
 
 
-def _left(queue: Mapping[str, Any]) -> Left:
-    waiting = sum(queue["waiting"].values()) + queue["delayed"]
-    return Left(waiting, queue["running"], queue["paused"])
-
-
 class Questions:
     def __init__(self, port: int, api_key: str | None) -> None:
         self._port = port
@@ -61,3 +56,8 @@ class Questions:
             raise OSError(f"GET {path}: {response.status} {body.decode(errors='replace')}")
         answer: Mapping[str, Any] = json.loads(body)
         return answer
+
+
+def _left(queue: Mapping[str, Any]) -> Left:
+    waiting = sum(queue["waiting"].values()) + queue["delayed"]
+    return Left(waiting, queue["running"], queue["paused"])
