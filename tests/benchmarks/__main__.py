@@ -41,13 +41,13 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="less of everything, two rounds")
-    parser.add_argument("--rounds", type=int, default=0, help="default: 7; 2 with --quick")
+    parser.add_argument("--quick", action="store_true", help="less of everything, one round")
+    parser.add_argument("--rounds", type=int, default=0, help="default: 7; 1 with --quick")
     parser.add_argument("--only", nargs="+", choices=_NAMES, default=_NAMES)
     parser.add_argument("--json", type=Path, help="where to write all figures")
     parser.add_argument("--write-readme", action="store_true", help="put the table there")
     arguments = parser.parse_args()
-    arguments.rounds = arguments.rounds or (2 if arguments.quick else 7)
+    arguments.rounds = arguments.rounds or (1 if arguments.quick else 7)
     return arguments
 
 

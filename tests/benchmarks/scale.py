@@ -29,7 +29,7 @@ FULL: Final = Scale(
     backlogs=(1_000, 100_000, 1_000_000),
 )
 QUICK: Final = Scale(
-    requests=3_000, drained=3_000, single=200, idle_seconds=2, bare_seconds=0.3, backlogs=(1_000,)
+    requests=2_000, drained=2_000, single=200, idle_seconds=2, bare_seconds=0.3, backlogs=(1_000,)
 )
 
 
