@@ -4,6 +4,7 @@ import contextlib
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Final, Literal
 
 import msgspec
@@ -24,7 +25,7 @@ from asyncinfer.jobs import (
     id_text,
 )
 from asyncinfer.repository.scripts import script
-from asyncinfer.repository.store import Blocking, Policy, Store, encode_args, translated
+from asyncinfer.repository.store import Blocking, Packed, Policy, Store, encode_args, translated
 
 MOST_QUEUES_A_CLAIM: Final = 8
 _MOST_JOBS: Final = 256
@@ -56,17 +57,27 @@ class ClaimedJob(Struct, frozen=True):
     facts: Facts
 
 
-class Claim(Struct, frozen=True):
+class Claim(Struct, frozen=True, dict=True):
     """Jobs of one queue under one lease."""
 
     queue: str
     token: str
-    jobs: tuple[ClaimedJob, ...]
+    flat: Sequence[bytes | None]
+    """As the reply has them: id, input, meta and facts of each."""
 
-    @property
+    @cached_property
+    def jobs(self) -> tuple[ClaimedJob, ...]:
+        """Read when first looked at, and not while others wait to call."""
+        flat = self.flat
+        return tuple([_claimed_job(*flat[i : i + 4]) for i in range(0, len(flat), 4)])
+
+    @cached_property
     def lone(self) -> bool:
         """Whether its process may hold nothing beside it: a redelivered job or a suspect."""
-        return len(self.jobs) == 1 and bool(self.jobs[0].facts.d or self.jobs[0].facts.s)
+        if len(self.flat) > 4:
+            return False
+        facts = decode_facts(self.flat[3])
+        return bool(facts.d or facts.s)
 
 
 class ClaimRequest(Struct, frozen=True):
@@ -97,6 +108,18 @@ class Finished(Struct, frozen=True):
     body: bytes = b""
     meta: bytes = b""
     delay_ms: int = 0
+
+
+class PackedOutcomes(Struct, frozen=True):
+    """What one call can store, packed before it has its turn to be made."""
+
+    finished: Sequence[Finished]
+    args: Packed
+
+
+def packed_outcomes(finished: Sequence[Finished]) -> list[PackedOutcomes]:
+    """One at least, since that a claim is done may come alone."""
+    return [PackedOutcomes(part, _packed(part)) for part in _parts(finished)]
 
 
 class Runs:
@@ -134,22 +157,33 @@ class Runs:
         last: bool,
         following: ClaimRequest | None = None,
     ) -> tuple[list[Verdict], Claimed]:
+        """`finish_packed` for outcomes that are not packed yet."""
+        outcomes = packed_outcomes(finished)
+        return await self.finish_packed(claim, outcomes, last=last, following=following)
+
+    async def finish_packed(
+        self,
+        claim: Claim,
+        outcomes: Sequence[PackedOutcomes],
+        *,
+        last: bool,
+        following: ClaimRequest | None = None,
+    ) -> tuple[list[Verdict], Claimed]:
         """Stores what became of jobs of `claim`; `last` when none of it is open any more.
 
         The following claim rides on the last call. Raises RedisUnavailable; the same arguments
         may be sent again, whatever was done the first time.
         """
         verdicts: list[Verdict] = []
-        parts = list(_parts(finished))
-        for part in parts[:-1]:
+        for part in outcomes[:-1]:
             verdicts += (await self._finish(claim, part, last=False, following=None))[0]
-        ended, claimed = await self._finish(claim, parts[-1], last=last, following=following)
+        ended, claimed = await self._finish(claim, outcomes[-1], last=last, following=following)
         return verdicts + ended, claimed
 
     async def _finish(
         self,
         claim: Claim,
-        finished: Sequence[Finished],
+        part: PackedOutcomes,
         *,
         last: bool,
         following: ClaimRequest | None,
@@ -160,13 +194,10 @@ class Runs:
         if following:
             header["next"] = await self._claim_args(following)
             names += following.queues
-        args: list[Any] = [encode_args(header)]
-        for one in finished:
-            args += (id_bytes(one.job_id), one.outcome, one.body, one.meta, one.delay_ms)
-        reply = await self._store.call(script("finish"), names, args)
+        reply = await self._store.call(script("finish"), names, [encode_args(header)], part.args)
         verdicts: list[Verdict] = [verdict.decode() for verdict in reply[0]]
         if "stale" in verdicts:
-            verdicts = await self._told_apart(claim, finished, verdicts)
+            verdicts = await self._told_apart(claim, part.finished, verdicts)
         if following and len(reply) > 1:
             return verdicts, self._claimed(reply[1], following.token)
         return verdicts, Claimed(None)
@@ -210,8 +241,7 @@ class Runs:
         self._store.saw_server_time(server_ms)
         if not flat:
             return Claimed(None, bool(blocked))
-        jobs = tuple(_claimed_job(*flat[i : i + 4]) for i in range(0, len(flat), 4))
-        return Claimed(Claim(queue.decode(), token, jobs), bool(blocked))
+        return Claimed(Claim(queue.decode(), token, flat), bool(blocked))
 
 
 class Doorbell:
@@ -281,8 +311,15 @@ class Renewals:
         self._client.close()
 
 
+def _packed(finished: Sequence[Finished]) -> Packed:
+    args: list[Any] = []
+    for one in finished:
+        args += (id_bytes(one.job_id), one.outcome, one.body, one.meta, one.delay_ms)
+    return Packed.of(args)
+
+
 def _parts(finished: Sequence[Finished]) -> Iterator[list[Finished]]:
-    """Script calls bounded in jobs and bytes; one at least, since `last` may come alone."""
+    """Script calls bounded in jobs and bytes."""
     part: list[Finished] = []
     size = 0
     for one in finished:
@@ -295,10 +332,10 @@ def _parts(finished: Sequence[Finished]) -> Iterator[list[Finished]]:
 
 
 def _claimed_job(
-    job_id: bytes, data: bytes | None, meta: bytes | None, facts: bytes | None
+    job_id: bytes | None, data: bytes | None, meta: bytes | None, facts: bytes | None
 ) -> ClaimedJob:
     return ClaimedJob(
-        id_text(job_id), data or b"", meta or b"", _readable(meta), decode_facts(facts)
+        id_text(job_id or b""), data or b"", meta or b"", _readable(meta), decode_facts(facts)
     )
 
 

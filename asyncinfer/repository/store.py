@@ -88,6 +88,17 @@ class Policy(Struct, frozen=True, kw_only=True):
         }
 
 
+class Packed(Struct, frozen=True):
+    """Arguments as the wire has them, packed before there is a turn to call."""
+
+    count: int
+    content: memoryview
+
+    @classmethod
+    def of(cls, args: Sequence[Any]) -> "Packed":
+        return cls(len(args), _without_count(pack_command(tuple(args))))
+
+
 @contextmanager
 def translated() -> Iterator[None]:
     """Turns what redis-py raises into our errors: StorageFull, RedisUnavailable, RedisRefused."""
@@ -205,15 +216,21 @@ class Store:
         """A connection of its own for calls that block; the caller closes it."""
         return Blocking(self.endpoint.client(self.name, reply_seconds=None))
 
-    async def call(self, script: Script, names: Sequence[str], args: Sequence[Any]) -> Any:
-        """Runs a script; raises RedisUnavailable or StorageFull."""
+    async def call(
+        self,
+        script: Script,
+        names: Sequence[str],
+        args: Sequence[Any],
+        more: Packed | None = None,
+    ) -> Any:
+        """Runs a script, `more` its last arguments; raises RedisUnavailable or StorageFull."""
         keys_and_args = (len(names), *names, *args)
 
         async def run() -> Any:
             try:
-                return await _exchange(self.redis, ("EVALSHA", script.sha, *keys_and_args))
+                return await _exchange(self.redis, ("EVALSHA", script.sha, *keys_and_args), more)
             except redis_errors.NoScriptError:
-                return await _exchange(self.redis, ("EVAL", script.text, *keys_and_args))
+                return await _exchange(self.redis, ("EVAL", script.text, *keys_and_args), more)
 
         return await self._answered(run)
 
@@ -296,17 +313,28 @@ class Store:
             )
 
 
-async def _exchange(client: Redis, command: tuple[Any, ...]) -> Any:
+async def _exchange(client: Redis, command: tuple[Any, ...], more: Packed | None = None) -> Any:
     """What redis-py's client does, without what it does beside: it packs in Python, which took
     longer than all the rest of a call of many arguments."""
     pool = client.connection_pool
     connection = await pool.get_connection()  # type: ignore[no-untyped-call]
     try:
-        packed = connection.pack_command(*command) if _is_large(command) else pack_command(command)
+        if more:
+            count = b"*%d\r\n" % (len(command) + more.count)
+            packed = [count, _without_count(pack_command(command)), more.content]
+        elif _is_large(command):
+            packed = connection.pack_command(*command)
+        else:
+            packed = pack_command(command)
         await connection.send_packed_command(packed, check_health=False)
         return await connection.read_response()
     finally:
         await pool.release(connection)
+
+
+def _without_count(packed: bytes) -> memoryview:
+    """A command as the wire has it, without the number of its parts."""
+    return memoryview(packed)[packed.index(b"\n") + 1 :]
 
 
 def _is_large(command: tuple[Any, ...]) -> bool:

@@ -6,6 +6,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Final, Literal, TypeVar
 
 from asyncinfer.engine import Stop
@@ -15,6 +16,7 @@ from asyncinfer.repository.run import (
     MOST_QUEUES_A_CLAIM,
     Claim,
     Claimed,
+    ClaimedJob,
     ClaimRequest,
     Doorbell,
     Runs,
@@ -61,12 +63,15 @@ class Held:
 
     def __init__(self, claim: Claim) -> None:
         self.claim = claim
-        self.open = {job.job_id: job for job in claim.jobs}
         self.claimed_at = time.monotonic()
         self.started_ms = time.time_ns() // 1_000_000
         self.ran_at = self.claimed_at
         self.run: Run | None = None
         self.early: set[asyncio.Task[None]] = set()
+
+    @cached_property
+    def open(self) -> dict[str, ClaimedJob]:
+        return {job.job_id: job for job in self.claim.jobs}
 
 
 class Claims:

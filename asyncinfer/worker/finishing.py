@@ -15,8 +15,10 @@ from asyncinfer.repository.run import (
     ClaimedJob,
     ClaimRequest,
     Finished,
+    PackedOutcomes,
     Renewal,
     Runs,
+    packed_outcomes,
 )
 from asyncinfer.worker.claims import Claims, Held, Step
 from asyncinfer.worker.outcomes import Outcomes, released
@@ -60,7 +62,7 @@ class Finishing:
         """Ends a claim; the next one comes back, when one came with the answer."""
         while held.early:
             await asyncio.wait(held.early)
-        outcomes = [one for one in finished if one.job_id in held.open]
+        outcomes = packed_outcomes([one for one in finished if one.job_id in held.open])
         held.open.clear()
         self._on_step("finishing")
         return await self._claims.finish(
@@ -107,12 +109,12 @@ class Finishing:
         task.add_done_callback(held.early.discard)
 
     async def _store_early(self, held: Held, outcome: Finished) -> None:
-        await self._stored(held, [outcome], last=False)
+        await self._stored(held, packed_outcomes([outcome]), last=False)
 
     async def _stored(
         self,
         held: Held,
-        finished: Sequence[Finished],
+        outcomes: Sequence[PackedOutcomes],
         *,
         last: bool,
         following: ClaimRequest | None = None,
@@ -120,8 +122,8 @@ class Finishing:
         """Stores outcomes, however long Redis is away; what they are stays in memory until then."""
         while True:
             try:
-                verdicts, claimed = await self._runs.finish(
-                    held.claim, finished, last=last, following=following
+                verdicts, claimed = await self._runs.finish_packed(
+                    held.claim, outcomes, last=last, following=following
                 )
             except RedisRefused as error:
                 # The same call again would be refused again. What rides on it may be to blame;
