@@ -170,6 +170,13 @@ def rows_of(feeds: Feeds, plan: Plan | None) -> int:
     return max(rows, 0)
 
 
+def bytes_of(feeds: Feeds) -> int:
+    size = 0
+    for array in feeds.values():
+        size += array.nbytes
+    return size
+
+
 def stack(jobs: Sequence[Feeds], plan: Plan | None) -> Feeds:
     """The rows of all jobs in one array per input, in order; the jobs have one `run_key`."""
     if len(jobs) == 1 or plan is None:

@@ -1,5 +1,6 @@
 """What a thread does for a batch: check the inputs, stack them, run, split, render."""
 
+import itertools
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -52,11 +53,11 @@ class Prepared(Struct, frozen=True):
     refused: tuple[tuple[ClaimedJob, AsyncinferError], ...]
 
 
-class _Ready(Struct, frozen=True):
-    """A job whose input fits."""
+class _Group(Struct, frozen=True):
+    """Jobs whose inputs fit, and which may share a run."""
 
-    job: ClaimedJob
-    feeds: Feeds
+    jobs: list[ClaimedJob]
+    inputs: list[Feeds]
 
 
 class _Wrapped(Struct):
@@ -137,36 +138,37 @@ def _check_readable(job: ClaimedJob) -> None:
 
 def _grouped(
     engine: Engine, jobs: Sequence[ClaimedJob], refused: list[tuple[ClaimedJob, AsyncinferError]]
-) -> list[list[_Ready]]:
-    """Jobs looked at one by one; those of a group may share a run."""
-    groups: dict[object, list[_Ready]] = {}
+) -> list[_Group]:
+    """Jobs looked at one by one."""
+    groups: dict[object, _Group] = {}
     for job in jobs:
         try:
             feeds = _feeds_of(job, engine)
         except InvalidInput as error:
             refused.append((job, error))
         else:
-            groups.setdefault(_key(engine, job, feeds), []).append(_Ready(job, feeds))
+            group = groups.setdefault(_key(engine, job, feeds), _Group([], []))
+            group.jobs.append(job)
+            group.inputs.append(feeds)
     return list(groups.values())
 
 
-def _ready_together(engine: Engine, jobs: Sequence[ClaimedJob]) -> list[_Ready] | None:
+def _ready_together(engine: Engine, jobs: Sequence[ClaimedJob]) -> _Group | None:
     """The usual case in one go, since a look at each input of its own is what a drain of small
     jobs takes longest for: all alike, all fit. None where each must be looked at."""
     if len(jobs) == 1 or engine.plan is None or None in engine.plan.inputs.values():
         return None
     first = jobs[0]
-    if first.record is None or any(_kind(job) != _kind(first) for job in jobs):
+    kind = _kind(first)
+    if first.record is None or any(_kind(job) != kind for job in jobs):
         return None
     try:
-        feeds = _feeds_alike(jobs, first.record.payload, engine.signature)
+        inputs = _feeds_alike(jobs, first.record.payload, engine.signature)
     except (InvalidInput, payloads.DamagedPayload):
         return None
-    if feeds is None:
+    if inputs is None or batching.run_key(inputs[0], engine.plan) is None:
         return None
-    if batching.run_key(feeds[0], engine.plan) is None:
-        return None
-    return [_Ready(job, its_feeds) for job, its_feeds in zip(jobs, feeds, strict=True)]
+    return _Group(list(jobs), list(inputs))
 
 
 def _kind(job: ClaimedJob) -> tuple[object, ...]:
@@ -221,40 +223,31 @@ def _key(engine: Engine, job: ClaimedJob, feeds: Feeds) -> object:
     return (key, (record.answer, record.outputs) if record else ("json", ()))
 
 
-def _bounded(engine: Engine, group: Sequence[_Ready]) -> list[Batch]:
-    room = _Room(engine.signature)
-    parts: list[list[tuple[_Ready, int]]] = [[]]
-    for one in group:
-        rows = batching.rows_of(one.feeds, engine.plan)
-        size = sum([array.nbytes for array in one.feeds.values()])
-        if parts[-1] and not room.holds(rows, size):
-            parts.append([])
-            room = _Room(engine.signature)
-        parts[-1].append((one, rows))
-        room.take(rows, size)
+def _bounded(engine: Engine, group: _Group) -> list[Batch]:
+    """The runs that a group makes, each within what one may hold."""
+    rows = [batching.rows_of(feeds, engine.plan) for feeds in group.inputs]
+    sizes = [batching.bytes_of(feeds) for feeds in group.inputs]
+    most = engine.signature
+    most_jobs = most.max_batch_jobs or sys.maxsize
+    most_rows = most.max_batch_rows or batching.MAX_RUN_ROWS
+    starts = [0]
+    its_rows = its_bytes = 0
+    for at, (more_rows, more_bytes) in enumerate(zip(rows, sizes, strict=True)):
+        its_rows, its_bytes = its_rows + more_rows, its_bytes + more_bytes
+        is_full = (
+            at - starts[-1] == most_jobs
+            or its_rows > most_rows
+            or its_bytes > batching.MAX_RUN_BYTES
+        )
+        if is_full and at > starts[-1]:
+            starts.append(at)
+            its_rows, its_bytes = more_rows, more_bytes
     return [
         Batch(
             engine,
-            tuple([one.job for one, _ in part]),
-            tuple([one.feeds for one, _ in part]),
-            tuple([rows for _, rows in part]),
+            tuple(group.jobs[start:end]),
+            tuple(group.inputs[start:end]),
+            tuple(rows[start:end]),
         )
-        for part in parts
+        for start, end in itertools.pairwise([*starts, len(rows)])
     ]
-
-
-class _Room:
-    """What one more run may hold."""
-
-    def __init__(self, signature: Signature) -> None:
-        self._jobs = signature.max_batch_jobs or sys.maxsize
-        self._rows = signature.max_batch_rows or batching.MAX_RUN_ROWS
-        self._bytes = batching.MAX_RUN_BYTES
-
-    def holds(self, rows: int, size: int) -> bool:
-        return self._jobs >= 1 and self._rows >= rows and self._bytes >= size
-
-    def take(self, rows: int, size: int) -> None:
-        self._jobs -= 1
-        self._rows -= rows
-        self._bytes -= size

@@ -87,17 +87,15 @@ def unpack_alike(payloads: Sequence[bytes]) -> list[dict[str, Array]] | None:
         return None
     if any(len(one) != len(first) or not one.startswith(head) for one in payloads):
         return None
-    parts = [
-        (one.name, DTYPES[one.datatype], prod(one.shape), start, one.shape)
+    table = np.frombuffer(b"".join(payloads), np.uint8).reshape(len(payloads), len(first))
+    names = [one.name for one in tensors]
+    columns = [
+        np.ascontiguousarray(table[:, start : start + one.size])
+        .view(DTYPES[one.datatype])
+        .reshape(len(payloads), *one.shape)
         for one, start in zip(tensors, starts, strict=True)
     ]
-    return [
-        {
-            name: np.frombuffer(payload, dtype, count, start if count else 0).reshape(shape)
-            for name, dtype, count, start, shape in parts
-        }
-        for payload in payloads
-    ]
+    return [dict(zip(names, arrays, strict=True)) for arrays in zip(*columns, strict=True)]
 
 
 def layout(payload: bytes) -> tuple[tuple[PackedTensor, ...], tuple[int, ...]]:

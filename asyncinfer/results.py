@@ -4,8 +4,9 @@ JSON has no NaN and no infinities; they are the strings "NaN", "Infinity" and "-
 ProtoJSON. (msgspec would write null in their place, which means something else.)
 """
 
+import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -16,6 +17,9 @@ from asyncinfer.batching import Plan
 from asyncinfer.errors import ModelFailed
 from asyncinfer.models import Signature
 from asyncinfer.tensors import DTYPES, Array, Feeds, datatype_of
+
+_FEW_NUMBERS: Final = 65536
+"""Of a run's output: as Python's they take eight times the memory."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -41,6 +45,24 @@ class TensorsResult(Struct, frozen=True):
     """What every other model gives."""
 
     outputs: list[TensorResult]
+
+
+class _Rows(Struct, frozen=True):
+    """An output of many jobs, a list for each of its rows."""
+
+    name: str
+    datatype: str
+    row_shape: tuple[int, ...]
+    rows: list[list[Any]]
+
+    @classmethod
+    def of(cls, name: str, output: Array) -> "_Rows":
+        rows = _plain(output).reshape(len(output), -1).tolist()
+        return cls(name, datatype_of(output), output.shape[1:], rows)
+
+    def between(self, start: int, end: int) -> TensorResult:
+        data = list(itertools.chain.from_iterable(self.rows[start:end]))
+        return TensorResult(self.name, self.datatype, (end - start, *self.row_shape), data)
 
 
 def render_result(outputs: Sequence[Array], signature: Signature) -> bytes:
@@ -71,10 +93,7 @@ def render_results(
         ]
     rows = None if wanted else _class_rows(outputs, signature)
     if rows is None:
-        return [
-            _encode_tensors(_named(job, signature, wanted))
-            for job in batching.split(outputs, jobs, plan)
-        ]
+        return _render_tensors(outputs, jobs, signature, plan, wanted)
     if len(jobs) == 1 or plan is None:
         return [_encode_rows(rows)]
     counts = [batching.rows_of(feeds, plan) for feeds in jobs]
@@ -88,6 +107,34 @@ def render_stored(payload: bytes) -> bytes:
     The very bytes that the worker would have stored had JSON been asked for.
     """
     return _encode_tensors(list(payloads.unpack(payload).items()))
+
+
+def _render_tensors(
+    outputs: Sequence[Array],
+    jobs: Sequence[Feeds],
+    signature: Signature,
+    plan: Plan | None,
+    wanted: Sequence[str],
+) -> list[bytes]:
+    if plan is None or len(jobs) == 1 or not _are_rows_of_few_numbers(outputs, plan):
+        return [
+            _encode_tensors(_named(job, signature, wanted))
+            for job in batching.split(outputs, jobs, plan)
+        ]
+    # All rows made lists at once, for a fifth of what it takes job by job.
+    counts = [batching.rows_of(feeds, plan) for feeds in jobs]
+    batching.check_rows(outputs, sum(counts), plan.outputs)
+    tensors = [_Rows.of(name, output) for name, output in _named(outputs, signature, wanted)]
+    return [
+        _encode(TensorsResult([one.between(start, end) for one in tensors]))
+        for start, end in batching.spans(counts)
+    ]
+
+
+def _are_rows_of_few_numbers(outputs: Sequence[Array], plan: Plan) -> bool:
+    if any(axis != 0 for axis in plan.outputs) or plan.unpad:
+        return False
+    return all(output.ndim and 0 < output.size <= _FEW_NUMBERS for output in outputs)
 
 
 def _named(

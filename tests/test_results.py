@@ -14,7 +14,7 @@ from asyncinfer.batching import Plan
 from asyncinfer.errors import ModelFailed
 from asyncinfer.models import Signature
 from asyncinfer.results import render_result, render_results
-from asyncinfer.tensors import Array, TensorSpec
+from asyncinfer.tensors import DTYPES, Array, TensorSpec
 
 LABELS = ("setosa", "versicolor")
 PREDICTIONS = np.array([1, 0, 1])
@@ -122,6 +122,23 @@ def test_a_job_reads_the_same_whatever_it_ran_with(
         render_result([output[start : start + count] for output in outputs], taken)
         for start, count in zip(starts, row_counts, strict=False)
     ]
+
+
+@pytest.mark.parametrize("row_shape", [(), (3,), (2, 2), (0,), (30_000,)])
+@pytest.mark.parametrize("datatype", DTYPES)
+def test_tensors_read_the_same_whatever_they_ran_with(
+    datatype: str, row_shape: tuple[int, ...]
+) -> None:
+    counts = [1, 2, 1]
+    numbers = np.random.default_rng(0).integers(0, 2, (sum(counts), *row_shape))
+    output = numbers.astype(str).astype(object) if datatype == "BYTES" else numbers
+    output = output.astype(DTYPES[datatype])
+    taken = signature(("y", datatype), labels=())
+
+    together = rendered([output], counts, taken)
+
+    parts = np.split(output, np.cumsum(counts)[:-1])
+    assert together == [render_result([part], taken) for part in parts]
 
 
 def test_outputs_that_lost_a_row_are_nobodys_result() -> None:

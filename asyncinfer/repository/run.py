@@ -68,8 +68,8 @@ class Claim(Struct, frozen=True, dict=True):
     @cached_property
     def jobs(self) -> tuple[ClaimedJob, ...]:
         """Read when first looked at, and not while others wait to call."""
-        flat = self.flat
-        return tuple([_claimed_job(*flat[i : i + 4]) for i in range(0, len(flat), 4)])
+        flat = iter(self.flat)
+        return tuple([_claimed_job(*four) for four in zip(flat, flat, flat, flat, strict=True)])
 
     @cached_property
     def lone(self) -> bool:
