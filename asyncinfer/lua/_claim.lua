@@ -19,15 +19,16 @@ end
 -- What is at these ids; with `whole` the inputs as well, unless one is a stranger's: its size is
 -- not known before it is read.
 local function look(q, ids, whole)
-  local statuses = redis.call('MGET', unpack(each(ids, ':status')))
-  local metas = redis.call('MGET', unpack(each(ids, ':meta')))
-  local facts = redis.call('EXISTS', q.facts) == 1 and redis.call('HMGET', q.facts, unpack(ids)) or {}
-  for i = 1, #ids do whole = whole and metas[i] end
+  local names = each(ids, ':status')
+  for i, name in ipairs(each(ids, ':meta')) do names[#ids + i] = name end
+  local values = redis.call('MGET', unpack(names))
+  local facts = facts_of(q, ids)
+  for i = 1, #ids do whole = whole and values[#ids + i] end
   local inputs = whole and redis.call('MGET', unpack(each(ids, ':data')))
   local found = {}
   for i, id in ipairs(ids) do
     found[i] = {
-      id = id, status = statuses[i], meta = metas[i], input = inputs and inputs[i],
+      id = id, status = values[i], meta = values[#ids + i], input = inputs and inputs[i],
       bytes = inputs and #(inputs[i] or '') or input_bytes(id),
       packed = facts[i] or false, facts = unpacked(facts[i]),
     }
@@ -142,23 +143,27 @@ local function lease(q, a, taken, until_ms)
     if not found.meta and not ran then strangers[#strangers + 1] = found.id end
     started(q, found)
   end
-  redis.call('MSET', unpack(statuses))
+  redis.call('MSET', q['claim:' .. a.token], cmsgpack.pack(ids), unpack(statuses))
   redis.call('HSET', q.running, unpack(owners))
   redis.call('ZADD', q.leases, until_ms, a.token)
-  redis.call('SET', q['claim:' .. a.token], cmsgpack.pack(ids))
   if #strangers > 0 then redis.call('INCRBY', q.seq, #strangers) end
   record(q, { processing = ids, stranger = strangers })
 end
 
--- Takes what waits in one queue under one lease.
-local function take(q, a, now, exactly)
-  if now > a.not_after or redis.call('EXISTS', q.high, q.list, q.low) == 0 then
+-- How many wait in the queue's own list, and whether there is nothing beside it.
+local function survey(q)
+  local found = redis.call('EXISTS', q.list, q.high, q.low, q.delayed, q.ghosts)
+  local count = found > 0 and redis.call('LLEN', q.list) or 0
+  return count, found == (count > 0 and 1 or 0)
+end
+
+-- Takes what waits in one queue under one lease; `bytes` wait in it.
+local function take(q, a, now, exactly, bytes)
+  if now > a.not_after then return { now, q.list, 0 } end
+  local count, plain = survey(q)
+  if count == 0 and (plain or redis.call('EXISTS', q.high, q.low) == 0) then
     return { now, q.list, 0 }
   end
-  local paused, bytes = unpack(redis.call('MGET', q.paused, q.bytes))
-  if paused then return { now, q.list, 0 } end
-  local plain = is_plain(q)
-  local count = plain and redis.call('LLEN', q.list)
   local lists = plain and { q.list }
     or a.low_first and { q.low, q.list, q.high } or { q.high, q.list, q.low }
   local p = plan(q, a, now, lists, tonumber(bytes or 0) <= a.bytes)
@@ -175,7 +180,7 @@ local function take(q, a, now, exactly)
   local left = #p.cuts > 0 and settle(q, -p.freed, plain and count - p.cuts[1].cut)
   if p.blocked or (left and left > 0) then
     ring(q)
-  elseif left then
+  elseif left and not plain then
     -- A token left over would only make a worker look for nothing.
     redis.call('DEL', q.wake)
   end
@@ -188,17 +193,24 @@ end
 -- Returns {now, queue, blocked, id, data, meta, facts, ...}; blocked: a job that must run alone
 -- is next, and this process may not have it yet, nor any other job until it can.
 local function take_first(queues, a, now, exactly)
+  local qs, names = {}, {}
+  for i, list in ipairs(queues) do
+    local q = queue(list)
+    qs[i] = q
+    names[3 * i - 2], names[3 * i - 1], names[3 * i] = q['claim:' .. a.token], q.paused, q.bytes
+  end
+  local values = redis.call('MGET', unpack(names))
   -- All of them before any: the call that is retried may have taken from the last.
-  local claims = {}
-  for i, list in ipairs(queues) do claims[i] = queue(list)['claim:' .. a.token] end
-  for i, known in ipairs(redis.call('MGET', unpack(claims))) do
-    if known then return again(queue(queues[i]), a, now, known) end
+  for i, q in ipairs(qs) do
+    local known = values[3 * i - 2]
+    if known then return again(q, a, now, known) end
   end
   local reply
   local most, unshared = a.jobs, a.unshared or {}
-  for _, list in ipairs(queues) do
-    a.jobs = unshared[list] and 1 or most
-    reply = take(queue(list), a, now, exactly)
+  for i, q in ipairs(qs) do
+    local paused, bytes = values[3 * i - 1], values[3 * i]
+    a.jobs = unshared[q.list] and 1 or most
+    reply = paused and { now, q.list, 0 } or take(q, a, now, exactly, bytes)
     if #reply > 3 or reply[3] == 1 then break end
   end
   return reply

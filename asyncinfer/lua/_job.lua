@@ -10,6 +10,7 @@ local WATCHERS = 32
 local NOTICE_BYTES = 1024
 local NOTICE_JOBS = 16
 local SET_AT_ONCE = 300
+local FEW_JOBS = 16
 
 -- Ms since 1970, and the same to the microsecond.
 local function now_ms()
@@ -80,7 +81,15 @@ local function counted_bytes(id)
 end
 
 local function ring(q)
-  if redis.call('LLEN', q.wake) < WAKE_TOKENS then redis.call('LPUSH', q.wake, '1') end
+  if redis.call('LPUSH', q.wake, '1') > WAKE_TOKENS then
+    redis.call('LTRIM', q.wake, 0, WAKE_TOKENS - 1)
+  end
+end
+
+-- What is packed of jobs' facts; where hardly any has some, the key itself is mostly not there.
+local function facts_of(q, ids)
+  if #ids > FEW_JOBS and redis.call('EXISTS', q.facts) == 0 then return {} end
+  return redis.call('HMGET', q.facts, unpack(ids))
 end
 
 -- Whether a queue has its own list only, as nearly always: then there is less to look at, and a
@@ -93,12 +102,13 @@ local function waiting(q)
   return redis.call('LLEN', q.high) + redis.call('LLEN', q.list) + redis.call('LLEN', q.low)
 end
 
--- Corrects the count of bytes that wait; nothing waiting means nothing to count, and no ghosts.
+-- Corrects the count of bytes that wait; nothing waiting means nothing to count, no ghosts, and
+-- nothing that a bell would be for.
 -- Returns how many wait; `left` is that where it is known, and nothing is delayed.
 local function settle(q, bytes, left)
   local count = left or waiting(q)
   if count == 0 and (left or redis.call('ZCARD', q.delayed) == 0) then
-    redis.call('DEL', q.bytes, q.ghosts)
+    redis.call('DEL', q.bytes, q.ghosts, q.wake)
   elseif bytes ~= 0 and redis.call('INCRBY', q.bytes, bytes) < 0 then
     redis.call('SET', q.bytes, 0)
   end
@@ -168,19 +178,20 @@ end
 -- Whatever else jobs were in, they are not any more.
 local function forget(q, ids)
   redis.call('HDEL', q.running, unpack(ids))
-  if redis.call('EXISTS', q.facts, q.deadlines, q.delayed) == 0 then return end
-  for _, key in ipairs({ q.facts, q.deadlines, q.delayed }) do
-    if redis.call('EXISTS', key) == 1 then
-      redis.call(key == q.facts and 'HDEL' or 'ZREM', key, unpack(ids))
-    end
-  end
+  local others = redis.call('EXISTS', q.facts, q.deadlines, q.delayed)
+  if others == 0 then return end
+  local had_facts = redis.call('HDEL', q.facts, unpack(ids)) > 0
+  if had_facts and others == 1 then return end
+  redis.call('ZREM', q.deadlines, unpack(ids))
+  redis.call('ZREM', q.delayed, unpack(ids))
 end
 
 -- Ends jobs: `ends` is a list of {id, status, body, meta, facts}; `a` carries ttl, failed_ttl
--- and keep_input.
-local function terminal(q, ends, a)
+-- and keep_input; `spent` are keys that go with the jobs' inputs.
+local function terminal(q, ends, a, spent)
   if #ends == 0 then return end
-  local ids, spent, moved, news, kept = {}, {}, {}, {}, {}
+  local ids, moved, news, kept = {}, {}, {}, {}
+  spent = spent or {}
   for i, ended in ipairs(ends) do
     local id, status, facts = ended.id, ended.status, ended.facts
     local ttl = facts and facts.t or (status == 'failed' and a.failed_ttl or a.ttl)
@@ -255,9 +266,9 @@ local function arrange(q, id, x, now)
   return list_of(q, facts), packed
 end
 
--- How many more jobs and bytes a queue takes.
-local function room(q, a)
-  local count = is_plain(q) and redis.call('LLEN', q.list)
+-- How many more jobs and bytes a queue takes; `plain` where that is known.
+local function room(q, a, plain)
+  local count = (plain or is_plain(q)) and redis.call('LLEN', q.list)
     or waiting(q) + redis.call('ZCARD', q.delayed) - redis.call('SCARD', q.ghosts)
   local bytes = tonumber(redis.call('GET', q.bytes) or 0)
   return a.max_queue - count, a.max_bytes - bytes

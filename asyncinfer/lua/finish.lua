@@ -18,7 +18,7 @@ local tokens, statuses, facts = {}, {}, {}
 if #ids > 0 then
   tokens = redis.call('HMGET', q.running, unpack(ids))
   statuses = redis.call('MGET', unpack(each(ids, ':status')))
-  facts = redis.call('EXISTS', q.facts) == 1 and redis.call('HMGET', q.facts, unpack(ids)) or {}
+  facts = facts_of(q, ids)
 end
 
 local function wait_again(id, outcome, meta, delay, known)
@@ -67,7 +67,8 @@ for i, id in ipairs(ids) do
   verdicts[i] = outcome
 end
 if #estranged > 0 then redis.call('HDEL', q.running, unpack(estranged)) end
-terminal(q, ends, a)
+local claim = q['claim:' .. a.token]
+terminal(q, ends, a, a.last and { claim })
 -- Last first, so that the first of them is at the very serving end: their order is kept.
 for i = #returned, 1, -1 do wait_again(unpack(returned[i], 1, 5)) end
 if #waits > 0 then
@@ -77,7 +78,7 @@ if #waits > 0 then
 end
 if a.last then
   redis.call('ZREM', q.leases, a.token)
-  redis.call('DEL', q['claim:' .. a.token])
+  if #ends == 0 then redis.call('DEL', claim) end
 end
 if not a.next then return { verdicts } end
 local queues = {}

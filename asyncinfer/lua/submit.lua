@@ -14,10 +14,12 @@ local GROUP_SECONDS = 7 * 24 * 3600
 local q, a = queue(KEYS[1]), cmsgpack.unpack(ARGV[1])
 local jobs, verdicts, by_id, by_key = {}, {}, {}, {}
 
--- Ids are new but when a call is sent again; so one look at all of them mostly does.
+-- Ids are new but when a call is sent again, and a queue has its own list only but at times; so
+-- one look for all of that mostly does.
 local statuses = {}
 for i = 2, #ARGV, 4 do statuses[#statuses + 1] = job(ARGV[i], 'status') end
-local all_new = redis.call('EXISTS', unpack(statuses)) == 0
+local is_usual = redis.call('EXISTS', q.high, q.low, q.delayed, q.ghosts, unpack(statuses)) == 0
+local all_new = is_usual or redis.call('EXISTS', unpack(statuses)) == 0
 
 local function exists(id)
   return by_id[id] or (not all_new and redis.call('EXISTS', job(id, 'status')) == 1)
@@ -49,7 +51,7 @@ local function gather(list, members)
   redis.call('EXPIRE', list, GROUP_SECONDS)
 end
 
-local free, free_bytes = room(q, a)
+local free, free_bytes = room(q, a, is_usual)
 local accepted_bytes = 0
 for i = 2, #ARGV, 4 do
   local id, data, extra = ARGV[i], ARGV[i + 1], ARGV[i + 3]
@@ -88,7 +90,7 @@ for _, new in ipairs(jobs) do
   end
   local list, packed = q.list, nil
   if extra then
-    now = now or now_ms()
+    now = now or ((extra.b or extra.l or extra.y) and now_ms())
     list, packed = arrange(q, new.id, extra, now)
   end
   if packed then facts[#facts + 1], facts[#facts + 2] = new.id, packed end
