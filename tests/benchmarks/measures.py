@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -116,7 +117,9 @@ def draining(model: str, workers: int, *, aof: bool = True) -> Paired:
     async def drain(system: System, room: Room) -> Figures:
         if not aof:
             system.redis.config_set("appendonly", "no")
-        figures = {f"{name}_per_second": await _drained(system, room, model)}
+        drains = room.scale.drains if isinstance(system, Service) else 1
+        rates = [await _drained(system, room, model) for _ in range(drains)]
+        figures = {f"{name}_per_second": statistics.harmonic_mean(rates)}
         if isinstance(system, Service):
             batch = _mean_batch(system.redis, system.list_of(model))
             bare = models.bare_rows_per_second(

@@ -14,6 +14,8 @@ class Scale(Struct, frozen=True, kw_only=True):
 
     requests: int
     drained: int
+    drains: int
+    """How often a turn of the service: each of its drains is over in a quarter of a second."""
     single: int
     idle_seconds: float
     bare_seconds: float
@@ -23,13 +25,20 @@ class Scale(Struct, frozen=True, kw_only=True):
 FULL: Final = Scale(
     requests=6_000,
     drained=5_000,
+    drains=3,
     single=400,
     idle_seconds=5,
     bare_seconds=1,
     backlogs=(1_000, 100_000, 1_000_000),
 )
 QUICK: Final = Scale(
-    requests=2_000, drained=2_000, single=200, idle_seconds=2, bare_seconds=0.3, backlogs=(1_000,)
+    requests=2_000,
+    drained=2_000,
+    drains=1,
+    single=200,
+    idle_seconds=2,
+    bare_seconds=0.3,
+    backlogs=(1_000,),
 )
 
 
