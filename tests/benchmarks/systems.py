@@ -218,9 +218,11 @@ def answers(port: int, path: str) -> bool:
         return False
 
 
-async def until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
+async def until(
+    condition: Callable[[], bool], what: str, seconds: float = 30, step_seconds: float = 0.005
+) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what}: not there after {seconds:g} s")
-        await anyio.sleep(0.005)
+        await anyio.sleep(step_seconds)
