@@ -37,7 +37,7 @@ from tests.benchmarks.systems import (
     usage,
 )
 
-_WORDS: Final = ("data", "status", "result", "error", "meta")
+_KEYS: Final = (keys.data, keys.status, keys.result, keys.error, keys.meta)
 BODY: Final = b'{"data": [[5.1, 3.5, 1.4, 0.2]]}'
 
 
@@ -158,7 +158,7 @@ async def _drained(system: System, room: Room, model: str) -> float:
     # Each drain begins alike: what is kept of the one before would fill the caches.
     for start in range(0, len(ids), 1000):
         some = ids[start : start + 1000]
-        system.redis.unlink(*(f"job:{job_id}:{word}" for job_id in some for word in _WORDS))
+        system.redis.unlink(*(key(job_id) for job_id in some for key in _KEYS))
     return len(ids) / seconds
 
 
@@ -168,7 +168,7 @@ class _Look:
     def __init__(self, client: redis.Redis, ids: list[str]) -> None:
         self._client = client
         self._count = len(ids)
-        names: Any = (f"job:{job_id}:status" for job_id in ids)
+        names: Any = map(keys.status, ids)
         self._asks = pack_command(("MGET", *names))
 
     def all_completed(self) -> bool:
