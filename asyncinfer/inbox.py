@@ -23,6 +23,9 @@ _READ_SECONDS: Final = 5.0
 _INSTANT_SECONDS: Final = 0.05
 _MOST_WAITERS: Final = 20_000
 _MOST_CHECKED: Final = 1000
+_TURNS_TO_ANSWER: Final = 3
+"""Of the event loop: one to wake who waits, one to make the answer, one in which it is sent."""
+
 _READ_AT_ONCE: Final = 32
 """Results may be large, and one reply has to come in time."""
 
@@ -115,9 +118,11 @@ class Inbox:
                 for _, entry_id, fields in entries:
                     await self._hear(list(noticed(fields)))
                     last = entry_id
-                    # These answers go out before the next are made: all at once, their clients
-                    # came back all at once, and this process and the workers took turns at rest.
-                    await asyncio.sleep(0)
+                    # These answers go out before the next are made or asked for: all at once,
+                    # their clients came back all at once, and this process and the workers took
+                    # turns at rest.
+                    for _ in range(_TURNS_TO_ANSWER):
+                        await asyncio.sleep(0)
             except RedisUnavailable as error:
                 if not self.closing.is_set():
                     log.warning("Inbox: %s", error.detail)

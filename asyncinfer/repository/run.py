@@ -65,6 +65,11 @@ class Claim(Struct, frozen=True, dict=True):
     flat: Sequence[bytes | None]
     """As the reply has them: id, input, meta and facts of each."""
 
+    @property
+    def count(self) -> int:
+        """How many jobs; they need not be read for it."""
+        return len(self.flat) // 4
+
     @cached_property
     def jobs(self) -> tuple[ClaimedJob, ...]:
         """Read when first looked at, and not while others wait to call."""

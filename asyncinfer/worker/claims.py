@@ -35,7 +35,7 @@ _SHORT_SECONDS: Final = 0.0015
 """A run as short gains nothing from a second one beside it."""
 
 _SOON_SECONDS: Final = 0.005
-"""How long a bell may wait for a slot that is about to claim."""
+"""How long a bell may ring unheard while a slot is about to claim."""
 
 
 class Run:
@@ -108,8 +108,6 @@ class Claims:
         """Whether nothing waits that has not rung since."""
         self._asked = 0
         self._made = 0
-        self._rode: tuple[int, tuple[str, ...]] = (0, ())
-        """The last claim that rode on a finish: its number, and what it took from or saw empty."""
         self._run_seconds = 0.0
         """From a claim to its outcomes, a running mean."""
         self.serve(queues)
@@ -154,8 +152,9 @@ class Claims:
                     rang, self._looked = None, False
                     await self._something_let_go()
                 elif self._looked and not self.gathering.ripe:
-                    rang = await self._wait()
-                    self._looked = rang is not None and await self._taken_by_another(rang)
+                    if not await self._left_to_another():
+                        rang = await self._wait()
+                        self._looked = False
                 elif held := await self._claim(rang):
                     return held
             await self._ring_back(rang)
@@ -173,9 +172,6 @@ class Claims:
             self.held.pop(held.claim.token, None)
             self._on_step("finished")
             following_held = self._hold(claimed, following) if following else None
-            if following and not claimed.blocked:
-                took_of = following_held and (following_held.claim.queue,)
-                self._rode = (self._asked, took_of or following.queues)
             self._let_go_event.set()
         await self._let_others_call()
         return following_held
@@ -225,18 +221,24 @@ class Claims:
             self._on_step("woken")
         return rang
 
-    async def _taken_by_another(self, rang: str) -> bool:
-        """Whether a slot whose run is short takes what rang with its next claim: one claim of
-        sixteen jobs costs little more than one of four. It counts if it was sent after the bell."""
-        asked = self._asked
-        if not self.held or self._run_seconds > _SHORT_SECONDS:
+    async def _left_to_another(self) -> bool:
+        """Whether there was a slot to wait for before a bell is listened for: one whose run is
+        brief, and that took all there was. Its next claim takes what comes meanwhile, one claim
+        of sixteen jobs costs little more than one of four, and to send for a bell beside a run
+        kept the run waiting."""
+        if not self.held or not all(map(self._is_brief, self.held.values())):
             return False
         self._let_go_event.clear()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_SOON_SECONDS):
                 await self._let_go_event.wait()
-        number, queues = self._rode
-        return number > asked and rang in queues
+                return True
+        return False
+
+    def _is_brief(self, held: Held) -> bool:
+        claim = held.claim
+        took_all = claim.count < self._max_batch and claim.queue not in self._unshared
+        return took_all and self._run_seconds <= _SHORT_SECONDS and not self.gathering.queues
 
     async def _ring_back(self, rang: str | None) -> None:
         if rang:

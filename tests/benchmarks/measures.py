@@ -1,6 +1,7 @@
 """What is measured, one function each; a figure's name ends in its unit."""
 
 import asyncio
+import compileall
 import os
 import random
 import signal
@@ -8,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, Final
 
 import anyio
@@ -16,6 +18,7 @@ import redis
 from hiredis import pack_command
 from msgspec import Struct
 
+import asyncinfer
 from asyncinfer import children, keys
 from asyncinfer.repository.inspect import Inspection
 from asyncinfer.repository.operate import Operation
@@ -230,7 +233,11 @@ def _memory(client: redis.Redis) -> int:
 
 
 async def start(room: Room) -> Figures:
-    """Seconds from `asyncinfer serve`, on an empty folder, to the first result."""
+    """Seconds from `asyncinfer serve`, on an empty folder, to the first result.
+
+    Installed by pip, the package has its bytecode; a checkout may not.
+    """
+    compileall.compile_dir(Path(asyncinfer.__file__).parent, quiet=1)
     port, folder = free_port(), room.new()
     environ = {**os.environ, "PORT": str(port), "DATA_DIR": str(folder)}
     since = time.perf_counter()

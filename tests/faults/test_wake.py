@@ -120,6 +120,29 @@ async def test_low_priority_moves_in_each_of_two_queues_while_high_runs_dry_in_n
     assert_at_rest(server, *(customer.queue for customer in customers))
 
 
+async def test_a_job_waits_for_no_run_that_is_long_after_many_brief_ones(
+    crew: OpenCrew, customer: Customer, server: redis.Redis
+) -> None:
+    """Beside brief runs the other slot does not listen for a bell, as their next claim takes it."""
+    config = WorkerConfig(concurrency=2, brpop_timeout_seconds=60.0)
+    with crew(worker=config) as workers:
+        worker = workers.hire()
+        for _ in range(20):
+            await customer.submit([0.0])
+            await customer.all_completed()
+        [long] = await customer.submit([8000.0])
+        await eventually(lambda: server.get(keys.status(long)) == b"processing", "it runs")
+        [brief] = await customer.submit([0.0])
+        await eventually(lambda: server.get(keys.status(brief)) == b"completed", "it is done")
+        assert server.get(keys.status(long)) == b"processing"
+        [stored] = await customer.read([long])
+        assert stored
+        assert await customer.submissions.cancel(stored) == "asked"
+        await customer.all_ended()
+        assert await worker.stop() == 0
+    assert_at_rest(server, customer.queue)
+
+
 async def test_jobs_that_cannot_share_a_run_are_shared_among_the_slots(
     crew: OpenCrew, customer: Customer, server: redis.Redis, tmp_path: Path
 ) -> None:
