@@ -210,9 +210,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def answers(port: int, path: str) -> bool:
+def answers(port: int, path: str, *, body: bytes | None = None) -> bool:
+    """Whether a GET, or a POST that waits for its result, comes to 200."""
+    headers = {"Content-Type": "application/json", "Prefer": "wait=10"}
+    asked = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body, headers)
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=1) as reply:
+        with urllib.request.urlopen(asked, timeout=10 if body else 1) as reply:
             return int(reply.status) == 200
     except OSError:
         return False
