@@ -152,6 +152,7 @@ class Claims:
                     rang, self._looked = None, False
                     await self._something_let_go()
                 elif self._looked and not self.gathering.ripe:
+                    rang = None
                     if not await self._left_to_another():
                         rang = await self._wait()
                         self._looked = False
