@@ -79,7 +79,7 @@ class Claim(Struct, frozen=True, dict=True):
     @cached_property
     def lone(self) -> bool:
         """Whether its process may hold nothing beside it: a redelivered job or a suspect."""
-        if len(self.flat) > 4:
+        if self.count > 1:
             return False
         facts = decode_facts(self.flat[3])
         return bool(facts.d or facts.s)

@@ -227,19 +227,17 @@ class Claims:
         brief, and that took all there was. Its next claim takes what comes meanwhile, one claim
         of sixteen jobs costs little more than one of four, and to send for a bell beside a run
         kept the run waiting."""
-        if not self.held or not all(map(self._is_brief, self.held.values())):
+        brief = self._run_seconds <= _SHORT_SECONDS and not self.gathering.queues
+        if not self.held or not brief or not all(map(self._took_all, self.held.values())):
             return False
         self._let_go_event.clear()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_SOON_SECONDS):
                 await self._let_go_event.wait()
-                return True
-        return False
+        return self._let_go_event.is_set()
 
-    def _is_brief(self, held: Held) -> bool:
-        claim = held.claim
-        took_all = claim.count < self._max_batch and claim.queue not in self._unshared
-        return took_all and self._run_seconds <= _SHORT_SECONDS and not self.gathering.queues
+    def _took_all(self, held: Held) -> bool:
+        return held.claim.count < self._max_batch and held.claim.queue not in self._unshared
 
     async def _ring_back(self, rang: str | None) -> None:
         if rang:

@@ -328,7 +328,7 @@ class Worker:
         storing_seconds = min(now - held.ran_at, _MOST_STORING_SECONDS)
         slot_seconds = held.ran_at - held.claimed_at + storing_seconds
         model = keys.model_of(self._store.n, held.claim.queue, self._default_model) or ""
-        self._paces.note(model, slot_seconds, len(held.claim.jobs), at_seconds=now)
+        self._paces.note(model, slot_seconds, held.claim.count, at_seconds=now)
 
     def _renewed_in_thread(self, renewal: Renewal) -> None:
         self._loop.call_soon_threadsafe(self._finishing.renewed, renewal)
