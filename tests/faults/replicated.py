@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from tests.test_cli import free_port
 from .harness import eventually_sync
 
 SERVICE = "main"
-_DOWN_AFTER_MS = 1000
+_PATIENT_MS = 60_000
+_IMPATIENT_MS = 1000
 _FAILOVER_TIMEOUT_MS = 5000
 
 
@@ -53,6 +55,11 @@ class Node:
         if self._process:
             self.kill()
 
+    def tell(self) -> None:
+        path = self._folder / "log"
+        if path.exists():
+            sys.stderr.write(f"{path}:\n{path.read_text()[-8000:]}")
+
     def is_replica_of(self, primary: "Node") -> bool:
         with contextlib.suppress(redis.RedisError):
             about: dict[str, Any] = self.client.info("replication")
@@ -87,9 +94,33 @@ class Replicated:
             one.start()
         eventually_sync(self._acquainted, "the sentinels know each other and the replica", 20)
 
+    @contextlib.contextmanager
+    def failing_over(self) -> Iterator[None]:
+        """The sentinels take a server that is silent for a second for dead.
+
+        Only meanwhile: on a busy machine one is silent for so long without a fault, and a second
+        fail-over may come right after the first.
+        """
+        self._take_for_dead_after(_IMPATIENT_MS)
+        yield
+        self._take_for_dead_after(_PATIENT_MS)
+
+    def tell(self) -> None:
+        """What servers and sentinels logged, for a test that failed."""
+        for one in self._nodes:
+            one.tell()
+
     def close(self) -> None:
-        for one in (*self.sentinels, self.replica, self.primary):
+        for one in self._nodes:
             one.close()
+
+    @property
+    def _nodes(self) -> tuple[Node, ...]:
+        return (*self.sentinels, self.replica, self.primary)
+
+    def _take_for_dead_after(self, silent_ms: int) -> None:
+        for one in self.sentinels:
+            one.client.sentinel_set(SERVICE, "down-after-milliseconds", silent_ms)
 
     def _acquainted(self) -> bool:
         seen = [one.client.sentinel_master(SERVICE) for one in self.sentinels]
@@ -104,7 +135,7 @@ def sentinel_of(primary: Node, folder: Path, quorum: int) -> Node:
     node = Node(folder, str(conf), "--sentinel")
     conf.write_text(
         f"sentinel monitor {SERVICE} 127.0.0.1 {primary.port} {quorum}\n"
-        f"sentinel down-after-milliseconds {SERVICE} {_DOWN_AFTER_MS}\n"
+        f"sentinel down-after-milliseconds {SERVICE} {_PATIENT_MS}\n"
         f"sentinel failover-timeout {SERVICE} {_FAILOVER_TIMEOUT_MS}\n"
     )
     return node
@@ -123,5 +154,8 @@ def replicated(folder: Path, **options: str) -> Iterator[Replicated]:
     try:
         it.start()
         yield it
+    except BaseException:
+        it.tell()
+        raise
     finally:
         it.close()

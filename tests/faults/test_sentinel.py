@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Self
 
 import httpx2
 import pytest
@@ -118,7 +119,10 @@ class Load:
             return job["status"], None
         return "completed", job["result"]["outputs"][0]["data"][0]
 
-    async def close(self) -> None:
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
         await self._http.aclose()
 
     async def _submit_on(self) -> None:
@@ -156,9 +160,8 @@ async def opened(folder: Path, models: Path, **options: str) -> AsyncIterator[Sc
         open_services(folder, REDIS_URL=servers.url, **environ) as services,
     ):
         workers = [services.work(), services.work()]
-        load = Load(services.serve())
-        yield Scene(servers, services, workers, load)
-        await load.close()
+        async with Load(services.serve()) as load:
+            yield Scene(servers, services, workers, load)
 
 
 @pytest.mark.parametrize("fault", ["killed, its replica behind", "frozen"])
@@ -174,9 +177,10 @@ async def test_a_fail_over_under_load_loses_nothing_that_was_replicated(
                 _leave_behind(new, old)
                 ahead = len(load.acknowledged)
                 await eventually(lambda: len(load.acknowledged) > ahead + 100, "it is behind")
-            gone_at = time.monotonic()
-            old.signal(signal.SIGSTOP if fault == "frozen" else signal.SIGKILL)
-            followed_seconds = await load.done_again() - gone_at
+            with scene.servers.failing_over():
+                gone_at = time.monotonic()
+                old.signal(signal.SIGSTOP if fault == "frozen" else signal.SIGKILL)
+                followed_seconds = await load.done_again() - gone_at
             await noting
             both = len(load.asked)
             await eventually(lambda: len(_workers(new, load.asked[both:])) == 2, "both follow")
