@@ -3,6 +3,7 @@
 import logging
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
+from functools import cache
 
 import anyio
 from starlette.routing import Route as StarletteRoute
@@ -197,5 +198,10 @@ def _services(store: Store, config: ApiConfig) -> Services:
         inbox=Inbox(store, submissions),
         feed=Feed(store),
         catalog=Catalog(inspection, store.n, config.default_model),
-        openapi=document(ROUTES),
+        openapi=_document(),
     )
+
+
+@cache
+def _document() -> bytes:
+    return document(ROUTES)

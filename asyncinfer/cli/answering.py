@@ -5,6 +5,7 @@ import socket
 
 from asyncinfer import garbage, settings
 from asyncinfer.cli import parts
+from asyncinfer.cli.lean import lean_start
 from asyncinfer.cli.refusing import EXIT_CANNOT_START, details
 from asyncinfer.cli.telling import LOOP, set_up_logging
 from asyncinfer.errors import StartError
@@ -20,7 +21,8 @@ def api_process(held_fd: int, report_fd: int) -> int:
     chosen = settings.read(os.environ, {})
     set_up_logging()
     try:
-        anyio.run(_answer, chosen, held_fd, report_fd, backend_options=LOOP)
+        with lean_start():
+            anyio.run(_answer, chosen, held_fd, report_fd, backend_options=LOOP)
     except (StartError, BaseExceptionGroup) as error:
         api_processes.report_refusal(report_fd, " ".join(details(error)))
         return EXIT_CANNOT_START

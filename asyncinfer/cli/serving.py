@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from asyncinfer import garbage, settings
 from asyncinfer.cli import parts
+from asyncinfer.cli.lean import lean_start
 from asyncinfer.cli.telling import LOOP, say, set_up_logging
 from asyncinfer.errors import RedisUnavailable, StartError
 from asyncinfer.settings import Settings
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 
 
 def serve(chosen: Settings, *, work: bool, insecure: bool) -> int:
+    with lean_start():
+        return _serve(chosen, work=work, insecure=insecure)
+
+
+def _serve(chosen: Settings, *, work: bool, insecure: bool) -> int:
     import anyio
 
     from asyncinfer import supervisor

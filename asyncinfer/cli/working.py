@@ -4,6 +4,7 @@ import os
 
 from asyncinfer import settings
 from asyncinfer.cli import parts
+from asyncinfer.cli.lean import lean_start
 from asyncinfer.cli.telling import set_up_logging
 from asyncinfer.settings import Settings
 
@@ -15,6 +16,7 @@ def work_as_set() -> int:
 
 def work(chosen: Settings) -> int:
     set_up_logging()
-    from asyncinfer.worker.process import run
+    with lean_start():
+        from asyncinfer.worker.process import run
 
-    return run(parts.worker_process(chosen, parts.reachable_redis_url(chosen)))
+        return run(parts.worker_process(chosen, parts.reachable_redis_url(chosen)))
