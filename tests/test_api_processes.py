@@ -149,6 +149,7 @@ def waited_for_by(client: Any, job_id: str) -> int:
     return len(decode_facts(client.hget(keys.facts(QUEUE), job_id)).w)
 
 
+@pytest.mark.soak
 def test_40_keep_alive_connections_are_held_by_both(service: Service) -> None:
     with service.lines(40) as by_pid:
         assert sorted(by_pid) == sorted(service.serve.children())
@@ -228,6 +229,7 @@ def test_what_refuses_the_start_is_said_once(
     assert said[0].startswith("asyncinfer: Cannot read the API keys")
 
 
+@pytest.mark.soak
 def test_ctrl_c_answers_those_who_wait_and_leaves_no_process(tmp_path: Path) -> None:
     with serving(*TWO, DATA_DIR=str(tmp_path)) as serve:
         service = Service(serve)

@@ -275,6 +275,7 @@ def test_a_second_serve_on_one_data_dir_is_refused(
     assert all(word in said for word in ("DATA_DIR", "asyncinfer work"))
 
 
+@pytest.mark.soak
 def test_a_changed_default_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with serving("--default-model", "digits") as serve:
         serve.process.process.terminate()

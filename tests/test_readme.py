@@ -116,6 +116,7 @@ def test_the_python_session_prints_what_is_shown(folder: Path) -> None:
     assert said.stdout == shown
 
 
+@pytest.mark.soak
 def test_the_session_at_a_terminal_gives_what_is_shown(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +129,7 @@ def test_the_session_at_a_terminal_gives_what_is_shown(
             check_step(step, serve.welcome["URL"], folder, {})
 
 
+@pytest.mark.soak
 def test_the_test_that_is_shown_passes(folder: Path) -> None:
     (section,) = sections_with(r"\AIn your own tests\n")
     (program,) = [block.text for block in all_blocks(section)]
@@ -159,6 +161,7 @@ def test_what_the_readme_installs_is_what_ci_installs_and_runs() -> None:
     assert "\npytest\n" in ci
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("command", runnable())
 def test_every_command_does_what_it_is_shown_for(
     command: str, folder: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch

@@ -103,6 +103,7 @@ async def test_a_model_dropped_in_is_answered_and_a_removed_one_is_not_found(
     assert await client.ask("first", 1) == 2
 
 
+@pytest.mark.soak
 async def test_a_new_version_takes_over_while_requests_run_and_none_fails(
     folder: Folder, client: Client
 ) -> None:
@@ -131,6 +132,7 @@ async def test_a_new_version_takes_over_while_requests_run_and_none_fails(
     assert told["sha256"] == told["version_sha256"]["2"] != before["sha256"]
 
 
+@pytest.mark.soak
 async def test_what_is_told_of_a_model_is_how_it_is_run_and_what_is_wrong_with_it(
     folder: Folder, client: Client
 ) -> None:

@@ -225,6 +225,7 @@ def test_keys_that_cannot_be_read_are_refused() -> None:
         pass
 
 
+@pytest.mark.soak
 async def test_a_second_one_runs_beside_it_for_an_async_test(
     running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +266,7 @@ def status_without_key(running: Running) -> int:
         return told.value.code
 
 
+@pytest.mark.soak
 def test_a_redis_that_is_given_is_used_under_a_queue_of_its_own(
     redis_url: str, server: redis.Redis, tmp_path: Path
 ) -> None:
@@ -352,6 +354,7 @@ threading.Thread(target=run).start()
 """
 
 
+@pytest.mark.soak
 def test_a_killed_test_run_leaves_neither_process_nor_file() -> None:
     with parent("-c", KILLED) as it:
         folder = Path(it.says()).parent

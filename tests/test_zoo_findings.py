@@ -57,6 +57,7 @@ def test_one_jobs_large_number_changes_no_other_jobs_answer(
     assert large.answers["y"].tolist() == [[4 * threshold, 4 * threshold]]
 
 
+@pytest.mark.soak
 def test_serve_comes_up_beside_a_model_that_kills_who_loads_it(tmp_path: Path) -> None:
     """Else one that its trial refused while the worker ran takes every later start down."""
     zoo.place(tmp_path / "models", "good", zoo.mlp([2, 2]))

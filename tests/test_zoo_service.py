@@ -64,6 +64,7 @@ async def test_one_job_of_each_model(
         await zoo.assert_same(http, name, form, seed=1, rows=2)
 
 
+@pytest.mark.soak
 async def test_many_clients_of_all_models_at_once(zoo: Zoo, http: httpx2.AsyncClient) -> None:
     """Whatever is batched with whatever: neighbours that fail included."""
     gate = asyncio.Semaphore(32)

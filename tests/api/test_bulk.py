@@ -467,6 +467,7 @@ async def test_a_stopping_api_answers_what_it_has_read(
     assert b'"line":101' in answer
 
 
+@pytest.mark.soak
 async def test_a_wait_that_redis_breaks_off_still_names_its_jobs(
     behind: Road, server: redis.Redis
 ) -> None:
@@ -599,6 +600,7 @@ async def _heard(talk: Talk, lines: int) -> None:
 # --- without Redis ---------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 async def test_a_line_whose_fate_is_unknown_names_its_job(
     behind: Road, server: redis.Redis
 ) -> None:

@@ -1,4 +1,4 @@
-"""One real service for all commands of a module, and an environment that leads to it."""
+"""One real service for all commands, and an environment that leads to it."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from tests.faults.harness import eventually_sync
 IRIS = [[5.1, 3.5, 1.4, 0.2]]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def running() -> Iterator[Running]:
     with service() as it:
         yield it

@@ -64,6 +64,7 @@ def a_job(url: str, request: pytest.FixtureRequest) -> Iterator[str]:
     told("resume", "digits")
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(("name", "example"), EXAMPLES, ids=[line for _, line in EXAMPLES])
 def test_an_example_works_as_it_is_shown(
     name: str, example: str, folder: Path, a_job: str, redis_url: str

@@ -1,4 +1,4 @@
-"""One whole service for the tests of a module."""
+"""One whole service for the tests of this folder."""
 
 import shutil
 from collections.abc import AsyncIterator, Iterator
@@ -14,7 +14,7 @@ from tests.zoo.catalogue import ENTRIES
 FROM_THE_CATALOGUE = ("several", "half", "int64", "lstm_step", "text", "embedding", "bytes", "bf16")
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory, shipped_models: Path) -> Path:
     """The shipped models, and those of the zoo that a client has to tell apart."""
     folder = tmp_path_factory.mktemp("models")
@@ -28,7 +28,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, shipped_models: Path)
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def running(model_folder: Path) -> Iterator[Running]:
     with service(model_folder) as it:
         yield it

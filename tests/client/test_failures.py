@@ -203,6 +203,7 @@ async def proxy(running: Running) -> AsyncIterator[Proxy]:
         yield it
 
 
+@pytest.mark.soak
 async def test_submits_whose_answers_are_cut_make_one_job_each(proxy: Proxy) -> None:
     async with AsyncClient(f"http://127.0.0.1:{proxy.port}") as client:
         await client.health()

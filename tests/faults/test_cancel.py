@@ -95,6 +95,7 @@ async def test_an_unknown_or_ended_job_cannot_be_cancelled(
     assert_at_rest(server, customer.queue)
 
 
+@pytest.mark.soak
 async def test_the_job_of_a_dead_worker_is_cancelled_all_the_same(
     crew: OpenCrew, customer: Customer, server: redis.Redis
 ) -> None:

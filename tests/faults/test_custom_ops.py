@@ -32,6 +32,7 @@ async def upper_of(shop: Shop, text: str, name: str) -> object:
     return msgspec.json.decode(stored.result)["outputs"][0]["data"]
 
 
+@pytest.mark.soak
 async def test_custom_operators_run_where_they_are_allowed_also_in_a_model_that_came_later(
     crew: OpenCrew, folder: Folder, shop: Shop
 ) -> None:

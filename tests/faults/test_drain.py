@@ -50,6 +50,7 @@ async def test_a_worker_that_runs_finishes_what_runs_and_takes_nothing_more(
     assert_at_rest(server, customer.queue)
 
 
+@pytest.mark.soak
 async def test_a_drain_that_takes_too_long_hands_its_jobs_back_uncounted(
     crew: OpenCrew, customer: Customer, server: redis.Redis
 ) -> None:
@@ -134,6 +135,7 @@ async def test_after_a_drain_was_cut_nothing_more_of_a_claim_starts(
 HASTY_TO_GO = WorkerConfig(concurrency=1, drain_timeout_seconds=0.2, hang_grace_seconds=0.2)
 
 
+@pytest.mark.soak
 async def test_what_a_cut_drain_could_not_store_is_recovered(
     crew: OpenCrew, customer: Customer, redis_url: str, server: redis.Redis
 ) -> None:

@@ -166,6 +166,7 @@ async def test_a_worker_busy_with_what_it_waited_for_leaves_the_bell_of_others_t
     assert_at_rest(server, patient.queue, customer.queue)
 
 
+@pytest.mark.soak
 async def test_whatever_waits_and_whoever_dies_all_jobs_end_once(
     patience: Patience, patient: Customer, customer: Customer, server: redis.Redis
 ) -> None:

@@ -37,6 +37,7 @@ def bomb() -> onnx.ModelProto:
     return zoo.model(nodes, inputs, outputs, weights)
 
 
+@pytest.mark.soak
 async def test_a_new_version_takes_over_under_load_and_no_job_fails(
     crew: OpenCrew, folder: Folder, shop: Shop, server: redis.Redis
 ) -> None:
@@ -107,6 +108,7 @@ async def test_a_wrong_model_toml_leaves_the_old_one_in_force_and_is_named_once(
     assert logged.count("it is no ONNX file") == 1
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("content", "why"),
     [
@@ -166,6 +168,7 @@ async def test_weights_in_a_file_of_their_own_are_part_of_their_version(
         assert await shop.ask(1) == 7
 
 
+@pytest.mark.soak
 async def test_a_new_model_is_served_and_a_removed_one_runs_what_waits(
     crew: OpenCrew, folder: Folder, shop: Shop, server: redis.Redis
 ) -> None:
@@ -188,6 +191,7 @@ async def test_a_new_model_is_served_and_a_removed_one_runs_what_waits(
         assert await shop.ask(1) == 2
 
 
+@pytest.mark.soak
 async def test_a_removed_version_gives_way_to_the_one_before(
     crew: OpenCrew, folder: Folder, shop: Shop
 ) -> None:
@@ -199,6 +203,7 @@ async def test_a_removed_version_gives_way_to_the_one_before(
         assert await shop.ask(1) == 2
 
 
+@pytest.mark.soak
 async def test_a_file_changed_in_place_is_refused_until_it_is_as_it_was(
     crew: OpenCrew, folder: Folder, shop: Shop
 ) -> None:

@@ -1,5 +1,6 @@
 """What a real worker says of itself, and what its queue shows of the work it did."""
 
+import pytest
 import redis
 
 from asyncinfer.observed import JobsDone
@@ -12,6 +13,7 @@ from .harness import assert_at_rest, eventually
 from .processes import OpenCrew
 
 
+@pytest.mark.soak
 async def test_a_worker_at_work_is_seen_with_what_it_has_done_and_does(
     crew: OpenCrew, customer: Customer, store: Store, server: redis.Redis
 ) -> None:

@@ -221,6 +221,7 @@ async def _longest_gap_seconds(end: asyncio.Event) -> float:
     return longest
 
 
+@pytest.mark.soak
 async def test_a_result_that_could_not_be_stored_is_stored_when_redis_is_back(
     crew: OpenCrew, customer: Customer, redis_url: str, server: redis.Redis
 ) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import time
 from pathlib import Path
 
+import pytest
 import redis
 
 from asyncinfer import keys
@@ -99,6 +100,7 @@ async def test_low_priority_moves_while_high_never_runs_dry(
     assert_at_rest(server, customer.queue)
 
 
+@pytest.mark.soak
 async def test_low_priority_moves_in_each_of_two_queues_while_high_runs_dry_in_neither(
     crew: OpenCrew, server: redis.Redis, store: Store
 ) -> None:

@@ -181,6 +181,7 @@ async def test_a_poison_job_dies_alone_after_three_deliveries(
     assert_at_rest(server, poisoned.queue, innocent.queue)
 
 
+@pytest.mark.soak
 async def test_what_a_dead_worker_left_unfinished_of_a_claim_is_run_again(
     crew: OpenCrew, customer: Customer, server: redis.Redis
 ) -> None:
