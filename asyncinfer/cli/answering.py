@@ -14,6 +14,7 @@ from asyncinfer.settings import Settings
 
 def api_process(held_fd: int, report_fd: int) -> int:
     """Reports on `report_fd` that it answers on the socket `held_fd`, or why it does not."""
+    lean_start()
     import anyio
 
     from asyncinfer import api_processes
@@ -21,8 +22,7 @@ def api_process(held_fd: int, report_fd: int) -> int:
     chosen = settings.read(os.environ, {})
     set_up_logging()
     try:
-        with lean_start():
-            anyio.run(_answer, chosen, held_fd, report_fd, backend_options=LOOP)
+        anyio.run(_answer, chosen, held_fd, report_fd, backend_options=LOOP)
     except (StartError, BaseExceptionGroup) as error:
         api_processes.report_refusal(report_fd, " ".join(details(error)))
         return EXIT_CANNOT_START

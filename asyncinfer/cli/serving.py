@@ -20,11 +20,7 @@ if TYPE_CHECKING:
 
 
 def serve(chosen: Settings, *, work: bool, insecure: bool) -> int:
-    with lean_start():
-        return _serve(chosen, work=work, insecure=insecure)
-
-
-def _serve(chosen: Settings, *, work: bool, insecure: bool) -> int:
+    lean_start()
     import anyio
 
     from asyncinfer import supervisor
@@ -102,6 +98,7 @@ async def _apis(chosen: Settings, with_worker: bool, redis_url: str, stop: "Stop
         async with api_processes.running(plan, stop) as ready:
             welcome = await _welcome(chosen, with_worker, redis_url)
             await ready.wait()
+            garbage.settle()
             say(welcome.text())
             await anyio.sleep_forever()
 

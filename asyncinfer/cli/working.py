@@ -16,7 +16,7 @@ def work_as_set() -> int:
 
 def work(chosen: Settings) -> int:
     set_up_logging()
-    with lean_start():
-        from asyncinfer.worker.process import run
+    lean_start()
+    from asyncinfer.worker.process import run
 
-        return run(parts.worker_process(chosen, parts.reachable_redis_url(chosen)))
+    return run(parts.worker_process(chosen, parts.reachable_redis_url(chosen)))
