@@ -11,7 +11,8 @@ _YOUNG_OBJECTS: Final = 20_000
 
 
 def starting() -> None:
-    """To be called first. A start leaves no garbage, and to look for it was a fifth of its time."""
+    """To be called first. A start leaves next to no garbage (a worker with 58 models 61 objects),
+    and to look for it was a fifth of its time."""
     gc.set_threshold(_OBJECTS_OF_A_START)
 
 
