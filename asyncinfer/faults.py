@@ -22,6 +22,13 @@ MAX_FAULTS: Final = 20
 _MAX_COUNTED: Final = 1000
 _MAX_INT_DIGITS: Final = 300
 _SHOWN_CHARACTERS: Final = 64
+_EXAMINED_BYTES: Final = 64 << 10
+"""How much of a long text is searched for faults: a request must not cost more than its size, and
+this walk costs some 40 times what the decoder does."""
+
+_STRETCH: Final = 64
+"""Elements that are looked at together, before one of them is looked for."""
+
 _INFINITIES: Final = (math.inf, -math.inf)
 """What Python's parser makes of numbers beyond every datatype, such as 1e400."""
 
@@ -55,17 +62,39 @@ def unknown_name(name: str, known: Iterable[str]) -> str:
 def find(
     data: bytes, spec: TensorSpec, *, model: str, max_rows: int, at: str = "/data"
 ) -> Iterator[Fault]:
-    """Where the JSON text `data` differs from what `model` takes; pointers start with `at`."""
+    """Where the JSON text `data` differs from what `model` takes; pointers start with `at`.
+
+    Of a long text only the beginning is examined, so there may be no fault in it.
+    """
+    text, cut = _beginning(data) if len(data) > _EXAMINED_BYTES else (data, 0)
     try:
-        value = json.loads(data.decode(), parse_int=_int, parse_constant=lambda _: _NoJson())
+        value = json.loads(text.decode(), parse_int=_int, parse_constant=lambda _: _NoJson())
     except UnicodeDecodeError as error:
         yield Fault(at, f"not UTF-8 at byte {error.start}")
     except json.JSONDecodeError as error:
-        yield Fault(at, _syntax_problem(data, error))
+        # A beginning with brackets in strings cannot be closed by counting brackets.
+        if not cut:
+            yield Fault(at, _syntax_problem(data, error))
     except RecursionError:
         yield Fault(at, f"nested too deep, {model} takes shape {shape_words(spec)}")
     else:
-        yield from _Walk(spec, model, max_rows, at).faults(value)
+        yield from _Walk(spec, model, max_rows, at, cut).faults(value)
+
+
+def too_many_rows(rows: str, spec: TensorSpec, *, model: str, max_rows: int) -> str:
+    noun = "rows" if len(spec.shape) > 1 else f"{_element(spec.datatype).noun}s"
+    return f"{rows} {noun}, {model} takes at most {max_rows} in one job"
+
+
+def _beginning(data: bytes) -> tuple[bytes, int]:
+    """The first elements of a text, as JSON, and how many of its arrays were cut short by that:
+    the outermost, the last in it, and so on."""
+    end = data.rfind(b",", 0, _EXAMINED_BYTES)
+    if end < 0:
+        return data, 0
+    head = data[:end]
+    cut = max(0, head.count(b"[") - head.count(b"]"))
+    return head + b"]" * cut, cut
 
 
 class _NoJson:
@@ -85,9 +114,12 @@ def _syntax_problem(data: bytes, error: json.JSONDecodeError) -> str:
 class _Walk:
     """Goes through a parsed value and tells where it differs from `spec`."""
 
-    def __init__(self, spec: TensorSpec, model: str, max_rows: int, root: str) -> None:
+    def __init__(self, spec: TensorSpec, model: str, max_rows: int, root: str, cut: int) -> None:
         self._spec = spec
         self._root = root
+        self._cut = cut
+        self._cut_lists: set[int] = set()
+        """Lists of which the end is missing, by their `id`."""
         self._rank = len(spec.shape)
         self._model = model
         self._max_rows = max_rows
@@ -96,6 +128,11 @@ class _Walk:
         """Sizes of open dimensions as first met, by symbol, or by axis without one."""
 
     def faults(self, value: object) -> Iterator[Fault]:
+        last = value
+        for _ in range(self._cut):
+            if isinstance(last, list):
+                self._cut_lists.add(id(last))
+                last = last[-1] if last else None
         if self._rank > 1 and isinstance(value, list) and _is_flat(value):
             takes = f"{self._model} takes {self._rank}: shape {shape_words(self._spec)}"
             yield Fault(self._root, f"1 dimension, {takes}")
@@ -108,20 +145,29 @@ class _Walk:
         elif not isinstance(value, list):
             yield Fault(pointer, f"{_kind(value)}, expected {self._array_words(axis)}")
         elif axis == 0 and is_open(self._spec) and len(value) > self._max_rows:
-            takes = f"{self._model} takes at most {self._max_rows} in one job"
-            yield Fault(pointer, f"{len(value)} {self._noun(0, 2)}, {takes}")
+            rows = f"more than {self._max_rows}" if self._cut else str(len(value))
+            detail = too_many_rows(rows, self._spec, model=self._model, max_rows=self._max_rows)
+            yield Fault(pointer, detail)
         else:
             yield from self._inside(pointer, value, axis)
 
     def _inside(self, pointer: str, items: list[object], axis: int) -> Iterator[Fault]:
-        problem = self._size_problem(len(items), axis)
+        problem = "" if id(items) in self._cut_lists else self._size_problem(len(items), axis)
         if problem:
             place = f"row {pointer.rpartition('/')[2]} has " if axis == 1 else ""
             yield Fault(pointer, f"{place}{problem}")
-        if axis == self._rank - 1 and self._element.takes_all(items):
+        for index in self._suspects(items, axis):
+            yield from self._at(f"{pointer}/{index}", items[index], axis + 1)
+
+    def _suspects(self, items: list[object], axis: int) -> Iterator[int]:
+        """The places of all items but those elements that are seen to be sound together."""
+        if axis < self._rank - 1:
+            yield from range(len(items))
             return
-        for index, item in enumerate(items):
-            yield from self._at(f"{pointer}/{index}", item, axis + 1)
+        for start in range(0, len(items), _STRETCH):
+            stretch = items[start : start + _STRETCH]
+            if not self._element.takes_all(stretch):
+                yield from range(start, start + len(stretch))
 
     def _leaf(self, pointer: str, value: object) -> Iterator[Fault]:
         fits_type = type(value) in self._element.types

@@ -6,6 +6,7 @@ Reads files and JSON only: the API imports it, and the API never loads a model.
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from operator import mul
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any, Final, TypeAlias
@@ -255,15 +256,46 @@ def check_data(data: bytes | msgspec.Raw, signature: Signature) -> Array:
     spec = data_input(signature)
     if spec is None:
         raise faults.refusal([Fault("/data", _no_data(signature))])
+    data = bytes(data)
+    model, max_rows = signature.model, signature.max_rows
+    _check_rows(_rows_by_brackets(data, spec), spec, signature)
     try:
         array = tensors.decode(data, spec)
-        problem = _shape_problem(array, spec, signature.max_rows)
     except (ValueError, OverflowError) as error:
-        problem = str(error)
-    if not problem:
-        return array
-    found = faults.find(bytes(data), spec, model=signature.model, max_rows=signature.max_rows)
-    raise faults.refusal(found, otherwise=f"cannot be read: {problem}")
+        problem = f"cannot be read: {error}"
+    else:
+        _check_rows(array.shape[0] if array.shape else 0, spec, signature)
+        if tensors.fits(array.shape, spec):
+            return array
+        takes = f"{model} takes shape {tensors.shape_words(spec)}"
+        problem = f"its shape is {list(array.shape)}, {takes}"
+    found = faults.find(data, spec, model=model, max_rows=max_rows)
+    raise faults.refusal(found, otherwise=problem)
+
+
+_MANY_BYTES: Final = 64 << 10
+
+
+def _rows_by_brackets(data: bytes, spec: TensorSpec) -> int:
+    """How many rows a long text of numbers holds, before any is read: those that are too many
+    must cost next to nothing. 0 where only reading tells."""
+    inner = spec.shape[1:-1]
+    known = all(isinstance(size, int) and size > 0 for size in inner)
+    if len(data) <= _MANY_BYTES or spec.datatype not in tensors.RANGES or not known:
+        return 0
+    most = data.count(b",") + 1
+    if len(spec.shape) == 1:
+        return most
+    sizes = itertools.accumulate((int(size or 1) for size in inner), mul, initial=1)
+    return min(most, (data.count(b"[") - 1) // sum(sizes))
+
+
+def _check_rows(rows: int, spec: TensorSpec, signature: Signature) -> None:
+    if tensors.is_open(spec) and rows > signature.max_rows:
+        detail = faults.too_many_rows(
+            str(rows), spec, model=signature.model, max_rows=signature.max_rows
+        )
+        raise faults.refusal([Fault("/data", detail)])
 
 
 def check_data_alike(data: Sequence[bytes], signature: Signature) -> list[Array] | None:
@@ -313,10 +345,3 @@ def _no_data(signature: Signature) -> str:
         f"{signature.model} takes {len(signature.inputs)} inputs ({names}), `data` is one; send "
         '`"inputs": [{"name", "shape", "datatype", "data"}]`'
     )
-
-
-def _shape_problem(array: Array, spec: TensorSpec, max_rows: int) -> str:
-    too_many = tensors.is_open(spec) and array.shape[0] > max_rows
-    if tensors.fits(array.shape, spec) and not too_many:
-        return ""
-    return f"its shape is {list(array.shape)}"

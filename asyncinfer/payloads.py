@@ -42,6 +42,10 @@ class DamagedPayload(ValueError):
     """Bytes that are not packed tensors, though they begin like it."""
 
 
+class TooManyStrings(DamagedPayload):
+    """More strings than the shape of their tensor takes."""
+
+
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(tuple[PackedTensor, ...]).decode
 
@@ -148,7 +152,7 @@ def _array_of(one: PackedTensor, payload: bytes, start: int) -> Array:
         count = prod(one.shape)
         flat = np.frombuffer(payload, DTYPES[one.datatype], count, start if count else 0)
         return flat.reshape(one.shape)
-    strings = unpack_strings(memoryview(payload)[start : start + one.size])
+    strings = unpack_strings(memoryview(payload)[start : start + one.size], most=prod(one.shape))
     if len(strings) != prod(one.shape):
         raise DamagedPayload(f"{one.name!r} has {len(strings)} strings, not what its shape takes")
     array = np.empty(len(strings), dtype=object)
@@ -165,11 +169,14 @@ def pack_strings(strings: Sequence[str]) -> bytes:
     return b"".join(chunks)
 
 
-def unpack_strings(content: memoryview) -> list[str]:
-    """The reverse; raises DamagedPayload, which says where, also for what is not UTF-8."""
+def unpack_strings(content: memoryview, *, most: int) -> list[str]:
+    """The reverse; raises DamagedPayload, which says where, also for what is not UTF-8, and
+    TooManyStrings as soon as there are more than `most`."""
     strings: list[str] = []
     at = 0
     while at < len(content):
+        if len(strings) == most:
+            raise TooManyStrings(f"there are more than {most} strings")
         if at + _LENGTH.size > len(content):
             raise DamagedPayload(f"the length of string {len(strings)} is cut short")
         (size,) = _LENGTH.unpack_from(content, at)

@@ -10,7 +10,7 @@ from asyncinfer.errors import Fault
 from asyncinfer.faults import unknown_name
 
 _SHOWN_CHARACTERS: Final = 64
-_MESSAGE = re.compile(r"(.*?)(?: - at `(?:key in )?\$(.*)`)?", re.DOTALL)
+_PLACE: Final = " - at `"
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(.*)`")
 _STEP = re.compile(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]")
@@ -18,9 +18,10 @@ _STEP = re.compile(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]")
 
 def fault_of(error: msgspec.ValidationError, struct: type[Struct], under: str = "") -> Fault:
     """`struct` is what was expected at the JSON pointer `under`."""
-    match = _MESSAGE.fullmatch(str(error))
-    message, path = match.groups() if match else (str(error), None)
-    pointer = under + "".join(f"/{name or index}" for name, index in _STEP.findall(path or ""))
+    message, place, path = str(error).rpartition(_PLACE)
+    if not place:
+        message, path = path, ""
+    pointer = under + "".join(f"/{name or index}" for name, index in _STEP.findall(path[:-1]))
     if unknown := _UNKNOWN.fullmatch(message):
         name = unknown[1][:_SHOWN_CHARACTERS]
         return Fault(f"{pointer}/{_escaped(name)}", unknown_name(name, struct.__struct_fields__))

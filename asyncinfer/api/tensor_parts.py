@@ -1,7 +1,7 @@
 """The named tensors of a request, in JSON or as bytes behind it, as arrays."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Annotated, Final
 
@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from asyncinfer import faults, payloads, tensors
+from asyncinfer import faults, mismatches, payloads, tensors
 from asyncinfer.api.envelope import Asked, check_repeated, refuse
 from asyncinfer.api.struct_faults import fault_of
 from asyncinfer.errors import Fault, InvalidInput
@@ -20,6 +20,7 @@ from asyncinfer.tensors import DTYPES, Array, Feeds, TensorSpec
 
 _MOST_BYTES: Final = 1 << 40
 _UNBOUNDED: Final = 1 << 62
+_FEW_BYTES: Final = 4096
 _NESTED = re.compile(rb"[ \t\r\n]*\[[ \t\r\n]*\[")
 _NO_LIST = re.compile(rb"[ \t\r\n]*[^ \t\r\n\[]")
 
@@ -54,22 +55,38 @@ def read_tensors(asked: Asked, body: bytes, json_bytes: int | None, signature: S
 
     Raises InvalidInput with every fault of all tensors.
     """
-    items = _items(asked.inputs)
-    given = [Given(one.name, one.datatype, one.shape) for one in items]
+    items = _items(asked.inputs, signature)
+    given = [Given(item.name, item.datatype, item.shape) for item in items]
     starts, misplaced = _starts(items, len(body), json_bytes)
     if misplaced:
         refuse_misfits(given, signature, misplaced)
+    readable = _readable(items, given, signature)
     found: dict[str, Array] = {}
     problems: list[Fault] = []
-    for index, (one, start) in enumerate(zip(items, starts, strict=True)):
-        if one.datatype not in DTYPES:
+    for index, (item, start) in enumerate(zip(items, starts, strict=True)):
+        if index not in readable:
             continue
         try:
-            found[one.name] = _array(one, given[index], body, start, f"/inputs/{index}")
+            found[item.name] = _array(item, given[index], body, start, f"/inputs/{index}")
         except InvalidInput as error:
             problems += error.faults
     refuse_misfits(given, signature, problems)
     return check_inputs(found, signature)
+
+
+def _readable(items: Sequence[_Input], given: Sequence[Given], signature: Signature) -> set[int]:
+    """The places of the tensors whose elements are worth a look: not of those that the model does
+    not take as they are described, unless they are few, and all faults can be told at once."""
+    found = mismatches.find(
+        given, signature.inputs, model=signature.model, max_rows=signature.max_rows
+    )
+    wrong = {fault.pointer.split("/")[2] for fault in found if fault.pointer != "/inputs"}
+    return {
+        index
+        for index, item in enumerate(items)
+        if item.datatype in DTYPES
+        and (str(index) not in wrong or 0 < len(item.data or b"") <= _FEW_BYTES)
+    }
 
 
 def read_outputs(asked: Asked, signature: Signature) -> tuple[str, ...]:
@@ -81,8 +98,9 @@ def read_outputs(asked: Asked, signature: Signature) -> tuple[str, ...]:
             refuse(fault_of(error, AskedParameters, under="/parameters"), error)
     if not asked.outputs:
         return ()
+    _entries("outputs", asked.outputs, len(signature.outputs), AskedOutput, signature.model)
     try:
-        names = tuple(one.name for one in _decode_outputs(asked.outputs))
+        names = tuple(output.name for output in _decode_outputs(asked.outputs))
     except msgspec.ValidationError as error:
         refuse(fault_of(error, AskedOutput, under="/outputs"), error)
     if problems := list(_wrong_outputs(names, signature)):
@@ -91,20 +109,35 @@ def read_outputs(asked: Asked, signature: Signature) -> tuple[str, ...]:
 
 
 def _wrong_outputs(names: tuple[str, ...], signature: Signature) -> Iterator[Fault]:
-    known = [spec.name for spec in signature.outputs]
+    known = {spec.name for spec in signature.outputs}
+    seen: set[str] = set()
     for index, name in enumerate(names):
         if name not in known:
             yield Fault(f"/outputs/{index}/name", faults.unknown_name(name, known))
-        elif name in names[:index]:
+        elif name in seen:
             yield Fault(f"/outputs/{index}/name", f"`{name}` is given more than once")
+        seen.add(name)
 
 
-def _items(text: bytes) -> list[_Input]:
-    """The entries of `inputs`; raises InvalidInput with a fault for each that is none."""
+def _entries(field: str, text: bytes, most: int, entry: type[Struct], model: str) -> Sequence[Raw]:
+    """The entries of a list, still text. Raises InvalidInput before any of them is looked at
+    where there are more than the model has names for: each costs far more than its two bytes.
+
+    One entry too many is left to those who look at the names: it must be unknown, or given twice.
+    """
     try:
         entries = _decode_list(text)
     except msgspec.ValidationError as error:
-        refuse(fault_of(error, _Input, under="/inputs"), error)
+        refuse(fault_of(error, entry, under=f"/{field}"), error)
+    if len(entries) > most + 1:
+        noun = field[:-1] if most == 1 else field
+        refuse(Fault(f"/{field}", f"{len(entries)} {field}, {model} has {most} {noun}"))
+    return entries
+
+
+def _items(text: bytes, signature: Signature) -> list[_Input]:
+    """The entries of `inputs`; raises InvalidInput with a fault for each that is none."""
+    entries = _entries("inputs", text, len(signature.inputs), _Input, signature.model)
     items: list[_Input] = []
     problems: list[Fault] = []
     for index, entry in enumerate(entries):
@@ -167,12 +200,15 @@ def _array(one: _Input, given: Given, body: bytes, start: int, pointer: str) -> 
 
 
 def _strings(content: memoryview, given: Given, pointer: str) -> Array:
+    takes = prod(given.shape)
     try:
-        strings = payloads.unpack_strings(content)
+        strings = payloads.unpack_strings(content, most=takes)
+    except payloads.TooManyStrings as error:
+        refuse(Fault(pointer, f"more than {takes} strings, which is what its shape takes"), error)
     except payloads.DamagedPayload as error:
         refuse(Fault(pointer, f"{error}; each string is sent behind its length, 4 bytes"), error)
-    if len(strings) != prod(given.shape):
-        refuse(Fault(pointer, f"{len(strings)} strings, its shape takes {prod(given.shape)}"))
+    if len(strings) != takes:
+        refuse(Fault(pointer, f"{len(strings)} strings, its shape takes {takes}"))
     array = np.empty(len(strings), dtype=object)
     array[:] = strings
     return array.reshape(given.shape)
@@ -183,6 +219,7 @@ def _from_json(text: bytes, given: Given, pointer: str) -> Array:
     nested = _NESTED.match(text) if given.shape else _NO_LIST.match(text)
     shape = given.shape if nested else (prod(given.shape),)
     spec = TensorSpec(given.name, given.datatype, shape)
+    _check_elements(text, given, pointer)
     try:
         array = tensors.decode(text, spec)
         problem = "" if array.shape == shape else f"its elements are {list(array.shape)}"
@@ -192,3 +229,11 @@ def _from_json(text: bytes, given: Given, pointer: str) -> Array:
         found = faults.find(text, spec, model="its `shape`", max_rows=_UNBOUNDED, at=pointer)
         raise faults.refusal(found, otherwise=f"`{given.name}` cannot be read: {problem}")
     return array.reshape(given.shape)
+
+
+def _check_elements(text: bytes, given: Given, pointer: str) -> None:
+    """Refuses a long text of numbers by its commas where its shape takes fewer."""
+    if len(text) > _FEW_BYTES and given.datatype in tensors.RANGES:
+        count, takes = text.count(b",") + 1, prod(given.shape)
+        if count > takes:
+            refuse(Fault(pointer, f"{count} elements, its shape takes {takes}"))
