@@ -7,6 +7,7 @@ on it: the decoder knows the type and range of every element before numpy sees t
 import functools
 import itertools
 import math
+import re
 import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -87,6 +88,9 @@ _PIECE_BYTES: Final = 64 << 10
 
 _BRACKETS_TO_SPACES: Final = bytes.maketrans(b"[]", b"  ")
 _NUMBER_BYTES: Final = b"0123456789+-.eE \t\r\n"
+_NO_NESTING: Final = re.compile(rb"[^\[\],]")
+_IRREGULAR: Final = "its arrays are not of equal lengths and depths"
+_PLACE: Final = re.compile(r" - at `\$\[(\d+)\]`")
 
 
 def decode(data: bytes | msgspec.Raw, spec: TensorSpec) -> Array:
@@ -117,7 +121,7 @@ def _decode_numbers(data: bytes, shape: tuple[int, ...], datatype: str) -> Array
             values: Any = decode_piece(b"[%b]" % piece)
             pieces.append(_packed(values, datatype))
         except msgspec.ValidationError as error:
-            raise ValueError(f"in the elements from number {position} on: {error}") from error
+            raise ValueError(_at_element(error, position)) from error
         position += len(values)
     return np.concatenate(pieces).reshape(shape)
 
@@ -127,17 +131,19 @@ def _shape_of(nesting: bytes, rank: int) -> tuple[int, ...]:
 
     Raises ValueError unless they are what a regular array of this rank has.
     """
+    if other := _NO_NESTING.search(nesting):
+        raise ValueError(f"element {nesting.count(b',', 0, other.start())} is no number")
     inner = nesting[rank : nesting.find(b"]")]
     sizes = [len(inner) + 1]
     whole = b"[%b]" % inner
     for depth in range(rank - 2, -1, -1):
         size, rest = divmod(_end_of(nesting, depth, rank) - depth, len(whole) + 1)
         if rest or size < 1:
-            raise ValueError("arrays of different lengths, or not numbers alone")
+            raise ValueError(_IRREGULAR)
         sizes.append(size)
         whole = b"[%b]" % ((whole + b",") * size)[:-1]
     if inner.strip(b",") or whole != nesting:
-        raise ValueError("arrays of different lengths, or not numbers alone")
+        raise ValueError(_IRREGULAR)
     return tuple(reversed(sizes))
 
 
@@ -152,6 +158,13 @@ def _pieces(text: bytes) -> Iterator[bytes]:
         yield text[start:end]
         start = end + 1
     yield text[start:]
+
+
+def _at_element(error: msgspec.ValidationError, position: int) -> str:
+    """The message of an error in a piece whose first element has this number, from 0."""
+    message = str(error)
+    place = _PLACE.search(message)
+    return f"element {position + int(place[1])}: {message[: place.start()]}" if place else message
 
 
 def _packed(values: list[Any], datatype: str) -> Array:

@@ -326,6 +326,37 @@ def test_a_long_list_of_faults_is_cut_and_says_so() -> None:
     assert many[-1] == ("/data", "at least 980 more faults are not listed")
 
 
+def test_only_the_beginning_of_a_long_text_is_searched_for_faults() -> None:
+    """The search costs some 40 times what reading costs, so a small mistake would be dear."""
+    sound = b"[1,2,3,4],"
+    early = faults_of(b"[[1,2,3]," + sound * 900 * 10 + b"[1,2]]", signature(max_rows=10_000))
+    late = faults_of(b"[" + sound * 900 * 10 + b"[1,null,3,4]]", signature(max_rows=10_000))
+
+    assert early == [("/data/0", "row 0 has 3 numbers, iris takes 4")]
+    assert late == [("/data", "cannot be read: element 36001 is no number")]
+
+
+def test_too_many_rows_are_counted_in_a_long_text_too() -> None:
+    row = b"[1,2,3,4]"
+    for text in (b"[" + b",".join([row] * 20_000) + b"]", b"[" + b",".join([row] * 20_000) + b"7]"):
+        assert faults_of(text, signature()) == [
+            ("/data", "20000 rows, iris takes at most 1000 in one job")
+        ]
+
+
+def test_a_long_text_of_another_shape_is_told_which() -> None:
+    wide = b"[" + b",".join([b"[1,2,3,4,5]"] * 9_000) + b"]"
+    few = b"[" + b",".join([b"[1,2,3,4]"] * 9_000) + b"]"
+
+    assert faults_of(wide, signature(max_rows=10_000))[0] == (
+        "/data/0",
+        "row 0 has 5 numbers, iris takes 4",
+    )
+    assert faults_of(few, signature((10_000, 4))) == [
+        ("/data", "its shape is [9000, 4], iris takes shape [10000, 4]")
+    ]
+
+
 def test_nothing_of_the_input_is_repeated_in_the_answer() -> None:
     shown = faults_of(b'[["secret",2,3,12345678901e39],[{"secret":1}]]', signature())
 

@@ -1,5 +1,9 @@
 """JSON becomes exactly the tensor that it spells, or is refused."""
 
+import json
+import re
+from typing import Any
+
 import ml_dtypes
 import msgspec
 import numpy as np
@@ -37,9 +41,9 @@ def test_the_whole_numbers_beyond_the_ends_are_refused(datatype: str) -> None:
     ("datatype", "beyond"), [("FP16", b"[65520]"), ("FP32", b"[1e39]"), ("FP64", b"[1.8e308]")]
 )
 def test_numbers_that_would_become_infinite_are_refused(datatype: str, beyond: bytes) -> None:
-    for json in (beyond, beyond.replace(b"[", b"[-")):
+    for text in (beyond, beyond.replace(b"[", b"[-")):
         with pytest.raises(msgspec.ValidationError):
-            tensors.decode(json, TensorSpec("x", datatype, (None,)))
+            tensors.decode(text, TensorSpec("x", datatype, (None,)))
 
 
 @pytest.mark.parametrize("datatype", ["FP16", "BF16", "FP32"])
@@ -115,6 +119,71 @@ def test_a_long_matrix_is_read_to_the_last_bit(datatype: str) -> None:
     read = tensors.decode(msgspec.json.encode(rows), spec)
     assert read.dtype == tensors.DTYPES[datatype]
     assert np.array_equal(read, np.array(rows, dtype=tensors.DTYPES[datatype]))
+
+
+@st.composite
+def nearly_arrays(draw: st.DrawFn) -> tuple[bytes, TensorSpec]:
+    """The text of an array, often damaged in one place, and what it is read as."""
+    datatype = draw(st.sampled_from(NUMERIC))
+    low, high = tensors.RANGES[datatype]
+    if datatype in tensors.FLOATS:
+        element: st.SearchStrategy[Any] = st.floats(low, high, allow_nan=False)
+    else:
+        element = st.integers(int(low), int(high))
+    shape = draw(st.lists(st.integers(0, 4), min_size=1, max_size=4))
+    rank = len(shape) + draw(st.sampled_from((0, 0, 0, 1, -1)))
+
+    def nested(sizes: list[int]) -> object:
+        return [nested(sizes[1:]) for _ in range(sizes[0])] if sizes else draw(element)
+
+    separators = draw(st.sampled_from(((",", ":"), (" ,\n", ":"), (", ", ":"))))
+    text = json.dumps(nested(shape), separators=separators).encode()
+    at = draw(st.integers(0, len(text)))
+    pieces = (b"", b"[", b"]", b",", b" ", b"1", b"-", b"e", b".", b'"', b"null", b"[1]", b"],[")
+    damage = draw(st.sampled_from(pieces))
+    return text[:at] + damage + text[at + draw(st.integers(0, 2)) :], TensorSpec(
+        "x", datatype, (None,) * max(1, rank)
+    )
+
+
+@given(nearly_arrays())
+def test_a_long_text_is_read_as_a_short_one_or_refused_as_it(
+    case: tuple[bytes, TensorSpec],
+) -> None:
+    """Long texts of numbers are read without their nesting, whose shape is found beside it."""
+    text, spec = case
+    answers = []
+    for padding in (b"", b" " * 2000):
+        try:
+            array = tensors.decode(text + padding, spec)
+            answers.append((array.shape, array.dtype, array.tobytes()))
+        except (ValueError, OverflowError):
+            answers.append(((0,), np.dtype(object), b""))
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("datatype", NUMERIC)
+def test_a_text_of_many_pieces_is_read_to_the_last_element(datatype: str) -> None:
+    numbers = [index % 100 for index in range(100_000)]
+    rows = [[numbers[start : start + 50]] for start in range(0, len(numbers), 50)]
+
+    read = tensors.decode(msgspec.json.encode(rows), TensorSpec("x", datatype, (None, 1, 50)))
+
+    assert read.shape == (2000, 1, 50)
+    assert read.ravel().tolist() == numbers
+
+
+@pytest.mark.parametrize(
+    ("last", "problem"),
+    [
+        (b"null]]", "element 99999 is no number"),
+        (b"1e39]]", "element 99999: Expected `float` <= "),
+        (b"1],[1]]", "its arrays are not of equal lengths and depths"),
+    ],
+)
+def test_the_place_of_a_fault_is_told_in_a_long_text_too(last: bytes, problem: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        tensors.decode(b"[[" + b"1," * 99_999 + last, TensorSpec("x", "FP32", (None, None)))
 
 
 @pytest.mark.parametrize("text", [b"[[1,2],[1]]", b"[[],[1]]", b"[]", b"[[]]"])

@@ -198,6 +198,7 @@ def _services(store: Store, config: ApiConfig) -> Services:
         inbox=Inbox(store, submissions),
         feed=Feed(store),
         catalog=Catalog(inspection, store.n, config.default_model),
+        long_reads=anyio.CapacityLimiter(1),
         openapi=_document(),
     )
 

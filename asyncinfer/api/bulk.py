@@ -12,7 +12,7 @@ from asyncinfer.api.body import NDJSON, check_lines
 from asyncinfer.api.bulk_answers import Answers, about, accepted_line, problem_line
 from asyncinfer.api.catalog import Served
 from asyncinfer.api.exchange import ClientGone, Request, Stream
-from asyncinfer.api.inputs import read_line
+from asyncinfer.api.inputs import is_long, read_line, read_long_line
 from asyncinfer.api.intake import explained, new_job, refusal_of
 from asyncinfer.api.jobs import absent
 from asyncinfer.api.lines import Line, Lines
@@ -170,7 +170,7 @@ class Reader:
         while True:
             await self._room()
             served = await self._served()
-            if not (batch := self._batch(lines, served)):
+            if not (batch := await self._batch(lines, served)):
                 return
             queue = served.queue if isinstance(served, Served) else ""
             self._add(await self._answers(batch), queue)
@@ -183,7 +183,7 @@ class Reader:
         except RequestError as error:
             return error
 
-    def _batch(self, lines: Iterator[Line], served: Served | RequestError) -> list[Numbered]:
+    async def _batch(self, lines: Iterator[Line], served: Served | RequestError) -> list[Numbered]:
         """As many lines as one script call takes, checked."""
         batch: list[Numbered] = []
         size = 0
@@ -191,7 +191,7 @@ class Reader:
         for line in lines:
             self._last_line = line.number
             try:
-                batch.append((line.number, self._job_of(line, served)))
+                batch.append((line.number, await self._job_of(line, served)))
             except RequestError as error:
                 batch.append((line.number, error))
             size += len(line.text or b"")
@@ -199,7 +199,7 @@ class Reader:
                 break
         return batch
 
-    def _job_of(self, line: Line, served: Served | RequestError) -> NewJob:
+    async def _job_of(self, line: Line, served: Served | RequestError) -> NewJob:
         if line.text is None:
             raise BodyTooLarge(
                 f"A line may have {self._services.config.max_json_bytes} bytes. Send fewer rows "
@@ -207,7 +207,12 @@ class Reader:
             )
         if isinstance(served, RequestError):
             raise served
-        asked, key = read_line(line.text, self._request.query, served)
+        query = self._request.query
+        if is_long(line.text):
+            limiter = self._services.long_reads
+            asked, key = await read_long_line(line.text, query, served, limiter)
+        else:
+            asked, key = read_line(line.text, query, served)
         return new_job(self._request.tenant, served.queue, asked, key)
 
     async def _answers(self, batch: Sequence[Numbered]) -> list[bytes | Due]:

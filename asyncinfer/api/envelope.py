@@ -15,6 +15,9 @@ from asyncinfer.schemas import AskedOptions
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 _BOM: Final = b"\xef\xbb\xbf"
+_MOST_COLONS: Final = 256
+"""In options of which each is given once: one a key, and up to 128 in the name of a group."""
+
 _NO_OPTIONS: Final = AskedOptions()
 _KEY = re.compile(rb'[ \t\r\n{,]*("(?:[^"\\]|\\.)*")[ \t\r\n]*:[ \t\r\n]*')
 _AFTER_VALUE = re.compile(rb"[ \t\r\n]*[,}]")
@@ -184,6 +187,8 @@ def _read_options(text: bytes) -> AskedOptions:
     except msgspec.ValidationError as error:
         refuse(fault_of(error, AskedOptions, under="/options"), error)
     # After decoding: only then is the text known to be flat.
+    if text.count(b":") > _MOST_COLONS:
+        refuse(Fault("/options", "Keys are given more than once; send each once."))
     json.loads(text, object_pairs_hook=_refuse_repeated_option)
     return options
 

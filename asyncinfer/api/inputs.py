@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Final, Literal
 
 import msgspec
+from anyio import CapacityLimiter, to_thread
 from msgspec import Struct
 
 from asyncinfer import mismatches, payloads
@@ -26,6 +27,9 @@ Form = Literal["json", "tensors"]
 
 LONG_BYTES: Final = 1024
 """Above it numbers are stored as tensors, so that a worker need not parse them again."""
+
+_LONG_TEXT_BYTES: Final = 64 << 10
+"""Reading so much JSON takes some 2 ms, in which no other request is answered."""
 
 _NO_OPTIONS: Final = AskedOptions()
 _NOT_PACKED: Final = frozenset({"BYTES", "BOOL"})
@@ -53,14 +57,35 @@ class Input(Struct, frozen=True):
         return model, options, msgspec.json.encode(self.outputs), self.content
 
 
-async def read_input(request: Request[AskedOptions], config: ApiConfig, served: Served) -> Input:
-    """Raises what a client is told of a body that is none, or that its model does not take."""
+async def read_input(
+    request: Request[AskedOptions],
+    config: ApiConfig,
+    served: Served,
+    long_reads: CapacityLimiter,
+) -> Input:
+    """Raises what a client is told of a body that is none, or that its model does not take.
+
+    What takes long to read is read in a thread, of which `long_reads` has one: a second would
+    only share the interpreter with it.
+    """
     body = await read_body(request, config)
     if body.npy:
         return _from_npy(body.content, request.query, served)
-    json_text = body.content if body.json_bytes is None else body.content[: body.json_bytes]
-    asked = read_envelope(json_text)
-    return _from_json(asked, body, _options(asked, request), served)
+    if _takes_long(body):
+        return await to_thread.run_sync(_read, body, request.query, served, limiter=long_reads)
+    return _read(body, request.query, served)
+
+
+def is_long(line: bytes) -> bool:
+    """Whether a text takes so long to read that other requests must not wait for it."""
+    return len(line) > _LONG_TEXT_BYTES
+
+
+async def read_long_line(
+    line: bytes, defaults: AskedOptions, served: Served, long_reads: CapacityLimiter
+) -> tuple[Input, str | None]:
+    """`read_line` while the event loop goes on."""
+    return await to_thread.run_sync(read_line, line, defaults, served, limiter=long_reads)
 
 
 def read_line(line: bytes, defaults: AskedOptions, served: Served) -> tuple[Input, str | None]:
@@ -71,6 +96,21 @@ def read_line(line: bytes, defaults: AskedOptions, served: Served) -> tuple[Inpu
     return _from_json(asked, Body(line, None), options, served), asked.key
 
 
+def _takes_long(body: Body) -> bool:
+    """Binary numbers are not read at all, only their description is; strings are, one by one."""
+    if body.json_bytes is None:
+        return is_long(body.content)
+    return body.json_bytes > _LONG_TEXT_BYTES or (
+        is_long(body.content) and body.content.find(b'"BYTES"', 0, body.json_bytes) >= 0
+    )
+
+
+def _read(body: Body, query: AskedOptions, served: Served) -> Input:
+    json_text = body.content if body.json_bytes is None else body.content[: body.json_bytes]
+    asked = read_envelope(json_text)
+    return _from_json(asked, body, _options(asked, query), served)
+
+
 def _from_json(asked: Asked, body: Body, options: AskedOptions, served: Served) -> Input:
     signature = served.of(options.version)
     if asked.inputs:
@@ -78,10 +118,10 @@ def _from_json(asked: Asked, body: Body, options: AskedOptions, served: Served) 
     return _from_data(asked, body, options, signature)
 
 
-def _options(asked: Asked, request: Request[AskedOptions]) -> AskedOptions:
+def _options(asked: Asked, query: AskedOptions) -> AskedOptions:
     if not asked.has_options:
-        return request.query
-    if request.query != _NO_OPTIONS:
+        return query
+    if query != _NO_OPTIONS:
         raise InvalidQuery("Options are both in the body and in the query; send them in one.")
     return asked.options
 

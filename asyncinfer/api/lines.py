@@ -33,7 +33,10 @@ class Lines:
             self._begin(ended[0])
             yield from self._end()
             for piece in ended[1:]:
-                yield from self._line(piece)
+                if piece:
+                    yield from self._line(piece)
+                else:
+                    self._number += 1
         self._begin(begun)
 
     def rest(self) -> Iterator[Line]:

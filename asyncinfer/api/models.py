@@ -90,7 +90,7 @@ async def _queue_of(services: Services, name: str) -> str:
 async def validate(services: Services, request: Request[AskedOptions]) -> Reply:
     """Whether a request would be taken, and how it is understood; stores nothing."""
     served = await services.catalog.find(request.path("model"))
-    asked = await read_input(request, services.config, served)
+    asked = await read_input(request, services.config, served, services.long_reads)
     signature = asked.signature
     with_rows = {spec.name for spec in signature.inputs if is_open(spec)}
     return json_reply(

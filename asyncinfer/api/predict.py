@@ -30,7 +30,10 @@ async def predict(services: Services, request: Request[AskedOptions]) -> Reply |
     served = await services.catalog.find(request.path("model"))
     # Nothing here holds the body on: a large one would be in memory twice while its job waits.
     job = new_job(
-        request.tenant, served.queue, await read_input(request, services.config, served), key
+        request.tenant,
+        served.queue,
+        await read_input(request, services.config, served, services.long_reads),
+        key,
     )
     if wait_seconds is None:
         return await _submitted_reply(services, await _submit(services, job))

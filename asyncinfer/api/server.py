@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+import sys
 from collections.abc import Callable
 from functools import partial
 from types import FrameType
@@ -14,6 +15,8 @@ from asyncinfer.api.app import Api, create_app
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.connection import Connection, Limits
 from asyncinfer.api.listener import listen
+
+_SWITCH_SECONDS: Final = 0.0005
 
 _GRACE_SECONDS: Final = 5
 """Waiting clients are answered at once; this is for those that take their answers slowly."""
@@ -43,6 +46,8 @@ class Server(uvicorn.Server):
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        # A thread that reads a long request must not keep the loop from its next call for 5 ms.
+        sys.setswitchinterval(_SWITCH_SECONDS)
         await super().startup(sockets)
         self._on_ready()
 

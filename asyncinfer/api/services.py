@@ -1,5 +1,6 @@
 """What handlers are given to answer with."""
 
+from anyio import CapacityLimiter
 from msgspec import Struct
 
 from asyncinfer.api.catalog import Catalog
@@ -29,4 +30,6 @@ class Services(Struct, frozen=True, kw_only=True):
     inbox: Inbox
     feed: Feed
     catalog: Catalog
+    long_reads: CapacityLimiter
+    """The one thread in which requests are read that take long."""
     openapi: bytes

@@ -1,7 +1,8 @@
 """The named tensors of a request, in JSON or as bytes behind it, as arrays."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from math import prod
 from typing import Annotated, Final
 
@@ -43,7 +44,6 @@ class _Input(Struct, frozen=True, forbid_unknown_fields=True):
     parameters: InputParameters = InputParameters()
 
 
-_decode_list = msgspec.json.Decoder(list[Raw]).decode
 _decode_parts = msgspec.json.Decoder(_Parts).decode
 _decode_input = msgspec.json.Decoder(_Input).decode
 _decode_outputs = msgspec.json.Decoder(list[AskedOutput]).decode
@@ -98,7 +98,7 @@ def read_outputs(asked: Asked, signature: Signature) -> tuple[str, ...]:
             refuse(fault_of(error, AskedParameters, under="/parameters"), error)
     if not asked.outputs:
         return ()
-    _entries("outputs", asked.outputs, len(signature.outputs), AskedOutput, signature.model)
+    _entries("outputs", asked.outputs, len(signature.outputs), signature.model)
     try:
         names = tuple(output.name for output in _decode_outputs(asked.outputs))
     except msgspec.ValidationError as error:
@@ -119,31 +119,44 @@ def _wrong_outputs(names: tuple[str, ...], signature: Signature) -> Iterator[Fau
         seen.add(name)
 
 
-def _entries(field: str, text: bytes, most: int, entry: type[Struct], model: str) -> Sequence[Raw]:
-    """The entries of a list, still text. Raises InvalidInput before any of them is looked at
-    where there are more than the model has names for: each costs far more than its two bytes.
+def _entries(field: str, text: bytes, most: int, model: str) -> list[bytes]:
+    """The entries of a list, still text. Raises InvalidInput where there are more than the model
+    has names for, at the first that is too many: each would cost far more than its two bytes.
 
     One entry too many is left to those who look at the names: it must be unknown, or given twice.
     """
     try:
-        entries = _decode_list(text)
+        entries = _entries_decoder(most + 1)(text)
     except msgspec.ValidationError as error:
-        refuse(fault_of(error, entry, under=f"/{field}"), error)
-    if len(entries) > most + 1:
-        noun = field[:-1] if most == 1 else field
-        refuse(Fault(f"/{field}", f"{len(entries)} {field}, {model} has {most} {noun}"))
-    return entries
+        if text.lstrip().startswith(b"["):
+            noun = field[:-1] if most == 1 else field
+            fault = Fault(f"/{field}", f"more than {most + 1} {field}, {model} has {most} {noun}")
+        else:
+            fault = fault_of(error, _Input, under=f"/{field}")
+        refuse(fault, error)
+    return [bytes(entry) for entry in msgspec.structs.astuple(entries) if len(entry)]
+
+
+@cache
+def _entries_decoder(most: int) -> Callable[[bytes], Struct]:
+    """Decodes a list of at most so many entries; it stops at the first that is too many, where a
+    decoder of any list would make an object of each of a million."""
+    fields = [(f"entry_{index}", Raw, Raw(b"")) for index in range(most)]
+    entries = msgspec.defstruct(
+        "Entries", fields, array_like=True, forbid_unknown_fields=True, frozen=True
+    )
+    return msgspec.json.Decoder(entries).decode
 
 
 def _items(text: bytes, signature: Signature) -> list[_Input]:
     """The entries of `inputs`; raises InvalidInput with a fault for each that is none."""
-    entries = _entries("inputs", text, len(signature.inputs), _Input, signature.model)
+    entries = _entries("inputs", text, len(signature.inputs), signature.model)
     items: list[_Input] = []
     problems: list[Fault] = []
     for index, entry in enumerate(entries):
         pointer = f"/inputs/{index}"
         try:
-            items.append(_item(bytes(entry), pointer))
+            items.append(_item(entry, pointer))
         except msgspec.ValidationError as error:
             problems.append(fault_of(error, _Input, under=pointer))
         except InvalidInput as error:

@@ -6,6 +6,7 @@ import tracemalloc
 from collections.abc import AsyncIterator
 from typing import Any
 
+import anyio
 import httpx2
 import msgspec
 import numpy as np
@@ -100,7 +101,8 @@ async def at_the_door(
     raw = {name.encode(): value.encode() for name, value in headers.items()}
     asked = query or AskedOptions()
     request = Request({}, receive, headers=raw, query=asked, tenant="t")
-    return await read_input(request, ApiConfig(redis_url=""), served(signature))
+    long_reads = anyio.CapacityLimiter(1)
+    return await read_input(request, ApiConfig(redis_url=""), served(signature), long_reads)
 
 
 @pytest.fixture
