@@ -184,6 +184,12 @@ class ServerStopping(RequestError):
     code, status, title = "server_stopping", 503, "The server stops"
 
 
+class TooManyRefusedLines(RequestError):
+    """Ends a request of many lines of which next to none can be read."""
+
+    code, status, title = "too_many_refused_lines", 422, "Nearly every line is refused"
+
+
 class HeadersTooLarge(RequestError):
     code, status, title = "headers_too_large", 431, "The headers are too large"
 

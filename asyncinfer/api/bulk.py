@@ -26,6 +26,7 @@ from asyncinfer.errors import (
     RequestError,
     RequestTimeout,
     ServerStopping,
+    TooManyRefusedLines,
 )
 from asyncinfer.jobs import Status
 from asyncinfer.repository.submit import MOST_BYTES, MOST_JOBS, NewJob, Submitted
@@ -38,6 +39,12 @@ _AT_A_STRETCH_SECONDS: Final = 0.01
 
 _AWAY_SECONDS: Final = 1.0
 """After Redis was silent, lines are refused at once for this long: each call takes as long."""
+
+_MOST_REFUSED: Final = 1000
+_REFUSED_FOR_ONE: Final = 10
+"""A refused line may be two bytes long, and costs as much as one that is taken in: half a million
+of them kept a server busy for 15 s, with 116 MB of answers. So a request ends once it has so many,
+and so many times more than lines that are sound."""
 
 Numbered = tuple[int, NewJob | RequestError]
 
@@ -81,6 +88,8 @@ class Reader:
         self._first: Message | None = None
         self._heard_at = time.monotonic()
         self._last_line = 0
+        self._sound = self._refused = 0
+        """How many lines could be read, and could not."""
         self._away_until = 0.0
         self._pause = anyio.CancelScope()
         """Around what may be broken off when the API stops: a submit may not."""
@@ -174,7 +183,15 @@ class Reader:
                 return
             queue = served.queue if isinstance(served, Served) else ""
             self._add(await self._answers(batch), queue)
+            self._check_refused()
             await anyio.lowlevel.checkpoint()
+
+    def _check_refused(self) -> None:
+        if self._refused > max(_MOST_REFUSED, _REFUSED_FOR_ONE * self._sound):
+            raise TooManyRefusedLines(
+                f"{self._refused} lines were refused and {self._sound} taken, so this line and "
+                "those after it were not read. Mend what the answers say, and send the rest again."
+            )
 
     async def _served(self) -> Served | RequestError:
         """The model as it is now: a request may go on for longer than a version is served."""
@@ -192,8 +209,10 @@ class Reader:
             self._last_line = line.number
             try:
                 batch.append((line.number, await self._job_of(line, served)))
+                self._sound += 1
             except RequestError as error:
                 batch.append((line.number, error))
+                self._refused += 1
             size += len(line.text or b"")
             if len(batch) == MOST_JOBS or size > MOST_BYTES or time.perf_counter() > until:
                 break

@@ -574,7 +574,8 @@ async def test_a_connection_is_used_again(port: int) -> None:
 
 @pytest.mark.soak
 async def test_answers_that_nobody_takes_are_bounded(port: int) -> None:
-    text = b"x\n" * 10_000
+    # Sound lines among them, or the request would end after a thousand.
+    text = (GOOD + b"\n" + b"x\n" * 9) * 1000
     async with talking(port) as talk:
         reading = asyncio.ensure_future(_heard(talk, 200_000))
         for _ in range(20):
@@ -594,7 +595,31 @@ async def _say_for_ever(talk: Talk, text: bytes) -> None:
 async def _heard(talk: Talk, lines: int) -> None:
     await talk.head()
     for number in range(1, lines + 1):
-        assert (await talk.hear() or {})["line"] == number
+        answer = await talk.hear() or {}
+        assert answer.get("line", number) == number
+
+
+async def test_a_request_of_refused_lines_ends_where_it_is_clear_that_it_is_wrong(
+    api: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    """Each refused line of two bytes costs what a job costs, and is answered with 300 bytes."""
+    lines = [GOOD] * 20 + [b"x"] * 5000 + [GOOD]
+
+    answers = await post_lines(api, lines)
+
+    taken, refused, last = answers[:20], answers[20:-1], answers[-1]
+    assert all(answer["status"] == "pending" for answer in taken)
+    assert {answer["code"] for answer in refused} == {"invalid_json"}
+    assert 1000 < len(refused) < 2000
+    assert (last["code"], last["status"]) == ("too_many_refused_lines", 422)
+    assert last["line"] == len(answers)
+    assert server.llen(QUEUE) == 20
+
+
+async def test_some_refused_lines_among_many_end_nothing(api: httpx2.AsyncClient) -> None:
+    answers = await post_lines(api, ([b"x"] * 9 + [GOOD]) * 300)
+
+    assert len(answers) == 3000
 
 
 # --- without Redis ---------------------------------------------------------------------------

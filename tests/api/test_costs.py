@@ -16,7 +16,7 @@ from asyncinfer.repository.store import Store
 from asyncinfer.repository.upkeep import Upkeep
 
 from .harness import hosted, raw_exchange, running
-from .hostile_shapes import MODELS, hostile, plain, plain_tensor
+from .hostile_shapes import MODELS, filled, hostile, plain, plain_tensor
 
 BODY_BYTES = 1_000_000
 MOST_TIMES_PLAIN = 20
@@ -159,6 +159,19 @@ async def test_blank_lines_cost_next_to_nothing(port: int, blank: bytes) -> None
     most = MOST_TIMES_PLAIN * await cpu_seconds(port, line("digits", plain(BODY_BYTES)))
 
     await assert_cheap(port, {"blank lines": line("digits", blanks)}, most)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("refused", [b"x", b"{}", b'{"a":1}', b'{"data":[[1]]}', b'"\xff"'])
+async def test_short_lines_that_are_refused_cost_no_more_than_such_that_are_taken(
+    port: int, refused: bytes
+) -> None:
+    row = b'{"data":[[' + b",".join([b"1"] * 64) + b"]]}"
+    taken = filled(BODY_BYTES, b"", row, b"\n", b"\n")
+    most = MOST_TIMES_PLAIN * await cpu_seconds(port, line("digits", taken))
+
+    lines = filled(BODY_BYTES, b"", refused, b"\n", b"\n")
+    await assert_cheap(port, {"refused lines": line("digits", lines)}, most)
 
 
 async def test_strings_are_counted_while_they_are_read(port: int) -> None:
