@@ -197,7 +197,7 @@ def _services(store: Store, config: ApiConfig) -> Services:
         groups=Groups(store, operation),
         inbox=Inbox(store, submissions),
         feed=Feed(store),
-        catalog=Catalog(inspection, store.n, config.default_model),
+        catalog=Catalog(inspection, store, config.default_model),
         openapi=_document(),
     )
 

@@ -13,6 +13,7 @@ from asyncinfer.repository.store import Store
 from asyncinfer.repository.upkeep import Upkeep
 from asyncinfer.upkeep import ANNOUNCE_SECONDS
 from asyncinfer.worker.library import Library
+from asyncinfer.worker.queues import Queues
 from asyncinfer.worker.shelf import Label
 
 _LIVES_SECONDS: Final = 5 * ANNOUNCE_SECONDS
@@ -40,20 +41,29 @@ class Announcer:
         store: Store,
         worker_id: str,
         library: Library,
-        default_model: str | None,
+        queues: Queues,
         said: Callable[[], Said],
+        on_queues: Callable[[], None],
     ) -> None:
         self._store = store
         self._worker_id = worker_id
         self._library = library
-        self._default_model = default_model
+        self._queues = queues
+        self._on_queues = on_queues
         self._said = said
         self._upkeep = Upkeep(store)
         self._inspection = Inspection(store)
 
     async def announce(self) -> None:
         said = self._said()
-        # First who we are, and then what we have: who finds another file announced looks for a
+        # Before the models: an API must not find a model announced, and no default to say which
+        # queue is its own.
+        try:
+            await self._queues.settle()
+        finally:
+            if self._queues.are_others:
+                self._on_queues()
+        # Then who we are, and at last what we have: who finds another file announced looks for a
         # worker that lives and has it, and who removes one for others that still have it.
         await self._say_who(said)
         others = await self._others()
@@ -92,6 +102,7 @@ class Announcer:
         served = {name: one.file.version for name, one in self._library.served.items()}
         return {
             "models": sorted(served),
+            "default_model": self._queues.default_model,
             "versions": versions,
             "served": served,
             "problems": problems,
@@ -108,7 +119,9 @@ class Announcer:
         """Announces each version, unless a living worker serves another file of its name."""
         contested: dict[Label, str] = {}
         described = self._library.described()
-        for model in sorted({model for model, _ in described}):
+        names = sorted({model for model, _ in described})
+        await self._upkeep.announce_model_names(names)
+        for model in names:
             known = await self._upkeep.announced_versions(model)
             for version, signature in _of(model, described):
                 if rival := await self._announce_version(known.get(version), signature, others):
@@ -151,7 +164,7 @@ class Announcer:
             return False
         if here and seconds > _MOST_LEAVING_SECONDS:
             return True
-        queue = keys.queue(self._store.n, model, self._default_model)
+        queue = keys.queue(self._store.n, model, self._queues.default_model)
         return await self._upkeep.is_empty(queue)
 
 

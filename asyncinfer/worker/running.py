@@ -36,7 +36,7 @@ class Running:
         self,
         library: Library,
         outcomes: Outcomes,
-        default_model: str | None,
+        default_model: Callable[[], str | None],
         *,
         concurrency: int,
         prediction_timeout_seconds: float,
@@ -62,17 +62,20 @@ class Running:
 
     async def prepared(self, claimed: Sequence[ClaimedJob]) -> Prepared:
         """The batches that a claim's jobs make, and the jobs that cannot run."""
-        engine_of = await self._engines_of(claimed)
-        prepare = partial(execution.prepare, claimed, engine_of, self._default_model)
+        default = self._default_model()
+        engine_of = await self._engines_of(claimed, default)
+        prepare = partial(execution.prepare, claimed, engine_of, default)
         # The way to a thread and back costs more than to decode a little.
         if sum(len(job.data) for job in claimed) <= _LITTLE_BYTES:
             return prepare()
         return await asyncio.get_running_loop().run_in_executor(self._threads, prepare)
 
-    async def _engines_of(self, claimed: Sequence[ClaimedJob]) -> Callable[[Asked], Engine]:
+    async def _engines_of(
+        self, claimed: Sequence[ClaimedJob], default: str | None
+    ) -> Callable[[Asked], Engine]:
         """The engines that jobs ask for, loaded where need be; held here, whatever is evicted."""
         found: dict[Asked, Engine | UnknownModel] = {}
-        for model, version in {execution.asked(job, self._default_model) for job in claimed}:
+        for model, version in {execution.asked(job, default) for job in claimed}:
             try:
                 found[model, version] = await self._library.fetch(model, version)
             except UnknownModel as error:

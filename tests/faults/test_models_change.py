@@ -94,7 +94,7 @@ async def test_a_wrong_model_toml_leaves_the_old_one_in_force_and_is_named_once(
         async def only_third() -> bool:
             return (await shop.problems()).keys() == {"3"}
 
-        catalog = Catalog(Inspection(store), store.n, "m")
+        catalog = Catalog(Inspection(store), store, "m")
         assert (await catalog.find("m")).signature.version == "1"
         assert await shop.ask(1) == 2
         problems = await shop.problems()
