@@ -15,6 +15,7 @@ from asyncinfer.errors import (
     AsyncinferError,
     InvalidInput,
     JobError,
+    LaterRecord,
     ModelFailed,
     OutOfMemory,
     UnknownModel,
@@ -125,6 +126,11 @@ def run(batch: Batch, stop: Stop) -> list[bytes]:
 
 
 def _check_readable(job: ClaimedJob) -> None:
+    if job.later_schema:
+        raise LaterRecord(
+            f"The job's record has schema {job.later_schema}, written by a later release of "
+            "asyncinfer; a worker of that release runs it."
+        )
     if job.meta and job.record is None:
         raise UnreadableRecord(
             "The job's record cannot be read by this release of asyncinfer; submit it again."

@@ -19,6 +19,7 @@ from asyncinfer import execution, keys
 from asyncinfer.errors import (
     AsyncinferError,
     JobError,
+    LaterRecord,
     RedisRefused,
     RedisUnavailable,
     StorageFull,
@@ -36,6 +37,7 @@ from asyncinfer.worker.announcing import Announcer, Said
 from asyncinfer.worker.claims import Claims, Held, Step
 from asyncinfer.worker.control import Control
 from asyncinfer.worker.finishing import Finishing
+from asyncinfer.worker.later import LaterJobs
 from asyncinfer.worker.library import Library
 from asyncinfer.worker.outcomes import Outcomes, released
 from asyncinfer.worker.pace import Paces
@@ -97,6 +99,7 @@ class Worker:
             default_is_set=default_is_set,
         )
         queues = self._queues.served()
+        self._later = LaterJobs()
         self._paces = Paces()
         self._answered_at = time.monotonic()
         self._started_ms = time.time_ns() // 1_000_000
@@ -281,6 +284,8 @@ class Worker:
         try:
             prepared = await self._running.prepared(held.claim.jobs)
             finished += [await self._refused(held, job, error) for job, error in prepared.refused]
+            if any(one.outcome == "released" for one in finished):
+                await self._claims.shuffle(held.claim.queue)
             for batch in prepared.batches:
                 finished += await self._running.run(held, batch)
         except Hung as hung:
@@ -303,9 +308,10 @@ class Worker:
     async def _refused(self, held: Held, job: ClaimedJob, error: AsyncinferError) -> Finished:
         """A job for what this worker lacks goes to one that has it: a new version does not come
         to all of them at once."""
+        if isinstance(error, LaterRecord):
+            return self._later.released(job)
         model, version = execution.asked(job, self._queues.default_model)
         if isinstance(error, UnknownModel) and model and await self._is_elsewhere(model, version):
-            await self._claims.shuffle(held.claim.queue)
             return released([job], random.randrange(*_ELSEWHERE_MS))[0]
         return self._outcomes.failed(held, job, error)
 
