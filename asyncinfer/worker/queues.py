@@ -56,6 +56,10 @@ class Queues:
         self._handed_out = set(found)
         return found
 
+    def model_of(self, queue: str) -> str | None:
+        """The model that a job means which does not name one."""
+        return keys.model_of(self._store.n, queue, self.default_model)
+
     @property
     def are_others(self) -> bool:
         """Whether `served` gives other queues than the last time."""

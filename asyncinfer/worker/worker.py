@@ -15,7 +15,7 @@ from typing import Any, Final
 import anyio
 import msgspec
 
-from asyncinfer import execution, keys
+from asyncinfer import execution
 from asyncinfer.errors import (
     AsyncinferError,
     JobError,
@@ -119,7 +119,7 @@ class Worker:
         self._running = Running(
             library,
             self._outcomes,
-            lambda: self._queues.default_model,
+            self._queues.model_of,
             concurrency=config.concurrency,
             prediction_timeout_seconds=config.prediction_timeout_seconds,
             hang_grace_seconds=config.hang_grace_seconds,
@@ -282,7 +282,7 @@ class Worker:
         """Runs a claim and finishes it; returns the next claim, when one came with it."""
         finished: list[Finished] = []
         try:
-            prepared = await self._running.prepared(held.claim.jobs)
+            prepared = await self._running.prepared(held.claim)
             finished += [await self._refused(held, job, error) for job, error in prepared.refused]
             if any(one.outcome == "released" for one in finished):
                 await self._claims.shuffle(held.claim.queue)
@@ -310,7 +310,7 @@ class Worker:
         to all of them at once."""
         if isinstance(error, LaterRecord):
             return self._later.released(job)
-        model, version = execution.asked(job, self._queues.default_model)
+        model, version = execution.asked(job, self._queues.model_of(held.claim.queue))
         if isinstance(error, UnknownModel) and model and await self._is_elsewhere(model, version):
             return released([job], random.randrange(*_ELSEWHERE_MS))[0]
         return self._outcomes.failed(held, job, error)
@@ -329,7 +329,7 @@ class Worker:
         now = time.monotonic()
         storing_seconds = min(now - held.ran_at, _MOST_STORING_SECONDS)
         slot_seconds = held.ran_at - held.claimed_at + storing_seconds
-        model = keys.model_of(self._store.n, held.claim.queue, self._queues.default_model) or ""
+        model = self._queues.model_of(held.claim.queue) or ""
         self._paces.note(model, slot_seconds, held.claim.count, at_seconds=now)
 
     def _renewed_in_thread(self, renewal: Renewal) -> None:
