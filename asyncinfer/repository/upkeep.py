@@ -233,6 +233,9 @@ class Upkeep:
         found = await self._store.command("HGETALL", keys.model(self._store.n, model))
         return {version.decode(): body for version, body in found.items()}
 
+    async def is_announced(self, model: str, version: str) -> bool:
+        return bool(await self._store.command("HEXISTS", keys.model(self._store.n, model), version))
+
     async def announce_first(self, model: str, version: str, body: bytes) -> bytes:
         """Announces a version unless it is announced; returns what is announced now."""
         n = self._store.n

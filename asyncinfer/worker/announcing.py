@@ -23,6 +23,7 @@ _APIS_KNOW_SECONDS: Final = 5.0
 _MOST_LEAVING_SECONDS: Final = 60.0
 """A queue that other versions keep busy says nothing of who waits for a removed one."""
 
+_MOST_RETRACTED: Final = 100
 _decode_signature = msgspec.json.Decoder(Signature).decode
 
 
@@ -53,6 +54,8 @@ class Announcer:
         self._said = said
         self._upkeep = Upkeep(store)
         self._inspection = Inspection(store)
+        self._retracted: dict[Label, None] = {}
+        """Versions whose file went while this worker ran, the last one last."""
 
     async def announce(self) -> None:
         said = self._said()
@@ -72,6 +75,7 @@ class Announcer:
             self._library.contest(contested)
             await self._say_who(self._said())
         await self._upkeep.announce_default_versions(self._library.default_versions())
+        await self._retract()
         await self._settle_leaving(others)
         await self._upkeep.announce_paces(said.paces)
 
@@ -147,13 +151,24 @@ class Announcer:
     async def _settle_leaving(self, others: Sequence[WorkerSays]) -> None:
         done = []
         for (model, version), seconds in self._library.leaving.items():
-            if not any(version in one.versions.get(model, {}) for one in others):
-                await self._upkeep.retract_version(model, version)
             elsewhere = any(model in one.versions for one in others)
             if await self._may_forget(model, seconds, elsewhere=elsewhere):
                 done.append((model, version))
         if done:
             self._library.forget(done)
+
+    async def _retract(self) -> None:
+        """In each round, since an older dump brings back what was announced in its time."""
+        self._retracted |= dict.fromkeys(self._library.leaving)
+        here = self._library.described().keys()
+        labels = [label for label in self._retracted if label not in here][-_MOST_RETRACTED:]
+        self._retracted = dict.fromkeys(labels)
+        for model, version in labels:
+            # Asked for only now: a worker that was just started with it has said so by then.
+            if await self._upkeep.is_announced(model, version) and not any(
+                version in one.versions.get(model, {}) for one in await self._others()
+            ):
+                await self._upkeep.retract_version(model, version)
 
     async def _may_forget(self, model: str, seconds: float, *, elsewhere: bool) -> bool:
         """Whether no job can wait for it: other workers take them, or none is left."""

@@ -15,6 +15,7 @@ from asyncinfer import keys
 from asyncinfer.api.catalog import Catalog
 from asyncinfer.repository.inspect import Inspection
 from asyncinfer.repository.store import Store
+from asyncinfer.repository.upkeep import Upkeep
 from asyncinfer.worker.shelf import Bounds
 from tests import zoo
 
@@ -204,6 +205,21 @@ async def test_a_removed_version_gives_way_to_the_one_before(
 
 
 @pytest.mark.soak
+@pytest.mark.soak
+async def test_a_removed_version_that_an_older_dump_brings_back_is_removed_again(
+    crew: OpenCrew, folder: Folder, shop: Shop, store: Store
+) -> None:
+    async with serving(crew, folder, shop):
+        folder.publish(zoo.adds(2), 2)
+        await shop.until_announced("1", "2")
+        dumped = await Upkeep(store).announced_versions("m")
+        folder.remove(2)
+        await shop.until_announced("1")
+        await Upkeep(store).announce_models({"m": dumped})
+        await shop.until_announced("1", "2")
+        await shop.until_announced("1")
+
+
 async def test_a_file_changed_in_place_is_refused_until_it_is_as_it_was(
     crew: OpenCrew, folder: Folder, shop: Shop
 ) -> None:
