@@ -231,6 +231,31 @@ async def test_while_nobody_has_said_which_model_is_the_default_a_client_is_aske
     assert await store.command("LLEN", keys.queue(store.n, "cats", None)) == 1
 
 
+async def test_while_redis_has_lost_the_default_model_only_its_clients_wait(
+    config: ApiConfig, store: Store, server: redis.Redis
+) -> None:
+    await announce(store, "iris", "digits", default="iris")
+    async with running(config) as port, client_of(port) as client:
+        await submit(client)
+        server.delete(keys.default_model(store.n))
+
+        async def is_refused() -> bool:
+            return (await client.post("/predict", json={"data": ROW})).status_code == 503
+
+        await eventually(is_refused, "the loss is noticed", 5)
+        for path in ("/predict", "/predict/iris"):
+            reply = await client.post(path, json={"data": ROW})
+            assert_problem(reply, 503, "no_model_announced")
+            assert int(reply.headers["retry-after"]) > 0
+        body = {"data": [[0.0] * 64]}
+        assert (await client.post("/predict/digits", json=body)).status_code == 202
+        waits = server.llen(QUEUE)
+        await store.claim_default_model("iris")
+        await submit(client)
+        assert server.llen(QUEUE) == waits + 1
+    assert server.llen(keys.queue(store.n, "iris", None)) == 0
+
+
 async def test_an_api_that_is_told_the_default_writes_it_again_when_redis_has_lost_it(
     config: ApiConfig, store: Store, server: redis.Redis
 ) -> None:

@@ -105,6 +105,22 @@ async def test_a_worker_lives_on_and_serves_the_jobs_after(
 
 
 @pytest.mark.soak
+async def test_a_worker_serves_on_when_the_name_of_the_default_model_is_garbled(
+    crew: OpenCrew, customer: Customer, server: redis.Redis
+) -> None:
+    with crew() as workers:
+        worker = workers.hire()
+        await customer.submit([1.0])
+        await customer.all_completed()
+        server.delete(keys.default_model(Q))
+        server.lpush(keys.default_model(Q), "slow")
+        await eventually(lambda: "The default model and the list" in workers.log, "it says so")
+        await customer.submit([2.0])
+        await customer.all_completed()
+        assert await worker.stop() == 0
+    server.delete(keys.default_model(Q))
+
+
 async def test_a_lease_goes_on_being_renewed_after_a_claim_was_garbled(
     crew: OpenCrew, customer: Customer, server: redis.Redis
 ) -> None:
