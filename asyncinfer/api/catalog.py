@@ -124,6 +124,12 @@ class Catalog:
         if self._trouble:
             return self._trouble
         is_default = name in (None, self.default_model) and not self._has_no_default
+        if self._served and is_default and self._announced.default_model is None:
+            return NoModelAnnounced(
+                "Redis does not say which model is the default; the workers write it again within "
+                "seconds of a Redis that has lost it. Retry in a moment.",
+                retry_after_seconds=1,
+            )
         if not self._served or is_default or name in self._seen_at:
             return NoModelAnnounced(
                 "No worker has announced this model yet; one may still be starting. "

@@ -1,5 +1,6 @@
 """What a worker says of itself and its models, and what it hears of others'."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -54,6 +55,8 @@ class Announcer:
         self._said = said
         self._upkeep = Upkeep(store)
         self._inspection = Inspection(store)
+        self._heard: dict[str, tuple[WorkerSays, float]] = {}
+        """What each other worker said last, and when that was read."""
         self._retracted: dict[Label, None] = {}
         """Versions whose file went while this worker ran, the last one last."""
 
@@ -84,8 +87,13 @@ class Announcer:
         await self._upkeep.announce_paces(self._said().paces)
 
     async def is_elsewhere(self, model: str, version: str | None) -> bool:
-        """Whether another living worker has what this one has not (yet, or any more)."""
-        versions = [one.versions.get(model, {}) for one in await self._others()]
+        """Whether another worker has what this one has not (yet, or any more).
+
+        One that was heard of lately counts too: a Redis that was emptied knows of it again when
+        it announces itself, and its jobs must not fail meanwhile.
+        """
+        await self._others()
+        versions = [says.versions.get(model, {}) for says, _ in self._heard.values()]
         return any(one if version is None else version in one for one in versions)
 
     def _contested(self) -> set[Label]:
@@ -115,7 +123,11 @@ class Announcer:
 
     async def _others(self) -> list[WorkerSays]:
         bodies = await self._inspection.workers()
-        return [worker_says(body) for one, body in bodies.items() if one != self._worker_id]
+        others = {one: worker_says(body) for one, body in bodies.items() if one != self._worker_id}
+        now = time.monotonic()
+        lately = {one: it for one, it in self._heard.items() if now - it[1] < _LIVES_SECONDS}
+        self._heard = lately | {one: (says, now) for one, says in others.items()}
+        return list(others.values())
 
     # --- what we have --------------------------------------------------------------------------
 
