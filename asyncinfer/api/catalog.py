@@ -70,7 +70,7 @@ class Catalog:
         self._announced = _NOTHING
         self._served: dict[str, Served] = {}
         self._seen_at: dict[str, float] = {}
-        self._last_default: str | None = None
+        self._last_default = default_model
         self._has_no_default = False
         """Workers say that no model is the default, so that none is to be waited for."""
         self._lock = anyio.Lock()
@@ -90,7 +90,7 @@ class Catalog:
     @property
     def default_model(self) -> str | None:
         """The default model, or the last one while Redis names none."""
-        return self._announced.default_model or self._configured_default or self._last_default
+        return self._announced.default_model or self._last_default
 
     async def find(self, name: str | None) -> Served:
         """The model called `name`, or the default one; raises what to answer instead."""

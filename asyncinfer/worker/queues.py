@@ -7,7 +7,7 @@ from typing import Final
 
 from asyncinfer import keys
 from asyncinfer.errors import RedisRefused
-from asyncinfer.models import Signature
+from asyncinfer.models import Signature, valid_name
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.upkeep import Upkeep
 from asyncinfer.worker.gathering import Sharing
@@ -97,20 +97,28 @@ class Queues:
             agreed = await self._store.default_model()
         else:
             agreed = await self._store.agree_on_default_model(ours)
-        if agreed is not None and agreed != ours:
-            self._adopt(agreed)
+        if agreed is None or agreed == ours:
+            return
+        if not valid_name(agreed):
+            raise RedisRefused(
+                f"Redis names {agreed!r} as the default model, which is no name of a model. Delete "
+                f"the key {keys.default_model(self._store.n)!r}; workers write it again."
+            )
+        self._adopt(agreed)
 
     def _adopt(self, agreed: str) -> None:
+        origin = remedy = ""
+        if self._default_is_set:
+            origin = " from DEFAULT_MODEL (or MODEL)"
+            remedy = f" Set DEFAULT_MODEL={agreed}, or the next start is refused."
         log.warning(
             "Redis names %r as the default model of the queue %r, and this worker had %r%s. It "
             "goes by Redis from now on, since all processes must agree.%s",
             agreed,
             self._store.n,
             self.default_model,
-            " from DEFAULT_MODEL" if self._default_is_set else "",
-            f" Set DEFAULT_MODEL={agreed} before the next start, which is refused otherwise."
-            if self._default_is_set
-            else "",
+            origin,
+            remedy,
         )
         if self.default_model is not None:
             self._former[self.default_model] = time.monotonic()

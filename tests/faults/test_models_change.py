@@ -205,7 +205,6 @@ async def test_a_removed_version_gives_way_to_the_one_before(
 
 
 @pytest.mark.soak
-@pytest.mark.soak
 async def test_a_removed_version_that_an_older_dump_brings_back_is_removed_again(
     crew: OpenCrew, folder: Folder, shop: Shop, store: Store
 ) -> None:
@@ -220,6 +219,7 @@ async def test_a_removed_version_that_an_older_dump_brings_back_is_removed_again
         await shop.until_announced("1")
 
 
+@pytest.mark.soak
 async def test_a_file_changed_in_place_is_refused_until_it_is_as_it_was(
     crew: OpenCrew, folder: Folder, shop: Shop
 ) -> None:

@@ -294,6 +294,7 @@ async def test_waits_and_streams_end_or_go_on_when_redis_was_emptied(scene: Scen
         assert "completed" in await all_events
 
 
+@pytest.mark.soak
 async def test_another_default_model_in_redis_is_adopted_by_all(scene: Scene) -> None:
     async with Clients(scene.url, "/predict/iris", "/predict/digits") as clients:
         for name, before in (("digits", "iris"), ("iris", "digits")):
