@@ -301,11 +301,12 @@ class Store:
     async def agree_on_default_model(self, name: str) -> str:
         """The model that QUEUE_NAME itself serves: `name` where Redis has none, else Redis's."""
         current = await self.default_model()
-        if current is None:
-            # With GET it returns what another process has set meanwhile.
-            before = await self.command("SET", keys.default_model(self.n), name, "NX", "GET")
-            current = name if before is None else before.decode("utf-8", "replace")
-        return current
+        if current is None and not await self.command(
+            "SET", keys.default_model(self.n), name, "NX"
+        ):
+            # Another process was first, just now.
+            current = await self.default_model()
+        return current or name
 
     async def claim_default_model(self, name: str) -> None:
         """Makes `name` the model that QUEUE_NAME itself serves; refuses if it has another."""
