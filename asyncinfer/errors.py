@@ -269,6 +269,10 @@ class UnreadableRecord(JobError):
     code = "unreadable_record"
 
 
+class LaterRecord(UnreadableRecord):
+    """A later release wrote the job's record; the job is handed to a worker of that release."""
+
+
 # Codes that only the scripts write: worker_lost, input_lost, expired.
 
 

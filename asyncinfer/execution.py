@@ -15,6 +15,7 @@ from asyncinfer.errors import (
     AsyncinferError,
     InvalidInput,
     JobError,
+    LaterRecord,
     ModelFailed,
     OutOfMemory,
     UnknownModel,
@@ -70,13 +71,13 @@ Asked: TypeAlias = tuple[str | None, str | None]
 """A model, None where a stranger's job means a default that there is not; its version, or None."""
 
 
-def asked(job: ClaimedJob, default_model: str | None) -> Asked:
-    """Which version of which model a job wants to run on."""
-    return (job.record.model, job.record.version) if job.record else (default_model, None)
+def asked(job: ClaimedJob, model_of_queue: str | None) -> Asked:
+    """Which version of which model a job wants to run on; a stranger's means its queue's model."""
+    return (job.record.model, job.record.version) if job.record else (model_of_queue, None)
 
 
 def prepare(
-    jobs: Sequence[ClaimedJob], engine_of: Callable[[Asked], Engine], default_model: str | None
+    jobs: Sequence[ClaimedJob], engine_of: Callable[[Asked], Engine], model_of_queue: str | None
 ) -> Prepared:
     """Checks each job's input as the door did (strangers never met the door), and groups.
 
@@ -87,7 +88,7 @@ def prepare(
     for job in jobs:
         try:
             _check_readable(job)
-            engine = engine_of(asked(job, default_model))
+            engine = engine_of(asked(job, model_of_queue))
         except (UnknownModel, UnreadableRecord) as error:
             refused.append((job, error))
         else:
@@ -125,6 +126,11 @@ def run(batch: Batch, stop: Stop) -> list[bytes]:
 
 
 def _check_readable(job: ClaimedJob) -> None:
+    if job.later_schema:
+        raise LaterRecord(
+            f"The job's record has schema {job.later_schema}, written by a later release of "
+            "asyncinfer; a worker of that release runs it."
+        )
     if job.meta and job.record is None:
         raise UnreadableRecord(
             "The job's record cannot be read by this release of asyncinfer; submit it again."

@@ -165,6 +165,12 @@ class Feed:
 
     async def _find_queues(self) -> None:
         """Queues that are new while we read are read whole; else only what comes from now on."""
+        if replaced := await self.log.replaced(self._ends):
+            # Redis is another one, and its clock is behind: followers learn of the gap.
+            for queue in replaced:
+                self._ends[queue] = await self.log.last(queue)
+            self.base_ms = 0
+            self._let_all_catch_up()
         for queue in await self._upkeep.queues():
             if queue not in self._ends:
                 new = self.started.is_set()

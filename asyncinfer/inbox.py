@@ -12,6 +12,7 @@ from asyncinfer import keys
 from asyncinfer.awaiting import settled
 from asyncinfer.errors import RedisUnavailable, StorageFull
 from asyncinfer.jobs import TERMINAL
+from asyncinfer.repository.log import entry_order
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submit import Stored, Submissions, noticed, queue_of
 
@@ -36,6 +37,8 @@ class Ticket:
     def __init__(self, job_id: str, submissions: Submissions) -> None:
         self.job_id = job_id
         self.ended: asyncio.Future[Stored | None] = asyncio.get_running_loop().create_future()
+        self.was_stored = False
+        """The job was in Redis, so one that is absent now is gone; else it may be yet to come."""
         self._submissions = submissions
 
     async def soon(self, seconds: float) -> Stored | None:
@@ -45,7 +48,7 @@ class Ticket:
         return self.ended.result() if done else None
 
     async def wait(self, seconds: float) -> Stored | None:
-        """The ended job, or after `seconds` the job as it is; None when absent."""
+        """The ended job, or after `seconds` the job as it is; None when absent or gone."""
         if await settled(self.ended, seconds) and (stored := self.ended.result()):
             return stored
         return await self._submissions.read(self.job_id)
@@ -65,6 +68,8 @@ class Inbox:
         self._blocking = store.blocking()
         self._tickets: dict[str, list[Ticket]] = {}
         self._waiters = 0
+        self._read_to = b"0"
+        """The id of the last entry that was read."""
         self.closing = asyncio.Event()
         """Set when nobody is to wait any longer."""
 
@@ -104,6 +109,7 @@ class Inbox:
         if stored.status in TERMINAL or seconds <= 0:
             return stored
         with self.expect(stored.job_id) as ticket:
+            ticket.was_stored = True
             queue = queue_of(self._store, stored)
             now = (await self._submissions.watch(queue, self.name, [stored.job_id]))[0]
             if now is None or now.status in TERMINAL:
@@ -111,13 +117,12 @@ class Inbox:
             return await ticket.wait(seconds)
 
     async def _read(self) -> None:
-        last = b"0"
         while not self.closing.is_set():
             try:
-                entries = await self._blocking.read({self.name: last}, _READ_SECONDS)
+                entries = await self._blocking.read({self.name: self._read_to}, _READ_SECONDS)
                 for _, entry_id, fields in entries:
                     await self._hear(list(noticed(fields)))
-                    last = entry_id
+                    self._read_to = entry_id
                     # These answers go out before the next are made or asked for: all at once,
                     # their clients came back all at once, and this process and the workers took
                     # turns at rest.
@@ -145,10 +150,18 @@ class Inbox:
         """Makes the stream where it is not there; with memory full that has to wait."""
         alive = ("MAXLEN", "~", 10_000, "*", "", "alive")
         expire = ("EXPIRE", self.name, _TTL_SECONDS)
+        newest = ("XREVRANGE", self.name, "+", "-", "COUNT", 1)
+        read_to = self._read_to
         with contextlib.suppress(StorageFull):
-            if not await self._store.command(*expire):
+            is_there, entries = await self._store.together(expire, newest)
+            if not is_there:
                 # In one step: who dies between the two would leave a stream for ever.
                 await self._store.together(("XADD", self.name, *alive), expire)
+                self._read_to = b"0"
+            elif not entries or entry_order(entries[0][0]) < entry_order(read_to):
+                # The stream of an older dump or of a server whose clock is behind: its next
+                # entries come before the place that was read to.
+                self._read_to = b"0"
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -168,21 +181,30 @@ class Inbox:
     async def _look(self, job_ids: list[str]) -> None:
         """Reads jobs and resolves the waiters of those that have ended."""
         wanted = [job_id for job_id in job_ids if job_id in self._tickets]
+        # As it is before the look: one that is expected may be submitted during it.
+        were_stored = [
+            ticket for job_id in wanted for ticket in self._tickets[job_id] if ticket.was_stored
+        ]
         if len(wanted) > _READ_AT_ONCE:
-            wanted = await self._ended_of(wanted)
+            wanted = await self._ended_or_absent(wanted)
+        absent = set()
         for start in range(0, len(wanted), _READ_AT_ONCE):
             part = wanted[start : start + _READ_AT_ONCE]
             for job_id, stored in zip(part, await self._submissions.read_many(part), strict=True):
-                # Absent is no answer: a job that is expected may not have been submitted yet.
-                if stored and stored.status in TERMINAL:
+                if stored is None:
+                    absent.add(job_id)
+                elif stored.status in TERMINAL:
                     self._answer(job_id, stored)
+        for ticket in were_stored:
+            if ticket.job_id in absent:
+                _resolve(ticket, None)
 
-    async def _ended_of(self, job_ids: list[str]) -> list[str]:
+    async def _ended_or_absent(self, job_ids: list[str]) -> list[str]:
         statuses = await self._store.command("MGET", *map(keys.status, job_ids))
         return [
             job_id
             for job_id, status in zip(job_ids, statuses, strict=True)
-            if status and status.decode("utf-8", "replace") in TERMINAL
+            if status is None or status.decode("utf-8", "replace") in TERMINAL
         ]
 
 

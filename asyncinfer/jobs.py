@@ -25,7 +25,12 @@ DEFAULT_TENANT: Final = "default"
 """Owns what was submitted without API keys, and strangers' jobs."""
 
 SCHEMA: Final = 1
-"""Version of the record. Fields are only ever added at its end, with a default."""
+"""Version of the record. Fields are only ever added at its end, with a default.
+
+It is raised when a worker that does not know a field would run the job wrongly: such a worker
+releases the job to one that does. An older release that rewrites a record of its own version
+drops the fields it does not know.
+"""
 
 GROUP_PATTERN: Final = "^[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}$"
 
@@ -118,6 +123,17 @@ class Record(Struct, frozen=True, array_like=True):
     """Of the model file that gave the result."""
 
 
+class _Head(Struct, frozen=True, array_like=True):
+    """What the records of all releases begin with."""
+
+    schema: int
+    queue: str
+    model: str
+    tenant: str
+    created_ms: int
+    round: int = 1
+
+
 class JobError(Struct, frozen=True):
     """`job:{id}:error`."""
 
@@ -152,6 +168,7 @@ class Facts(Struct, frozen=True, omit_defaults=True):
 
 _encode_msgpack = msgspec.msgpack.Encoder().encode
 _decode_record = msgspec.msgpack.Decoder(Record).decode
+_decode_head = msgspec.msgpack.Decoder(_Head).decode
 _decode_facts = msgspec.msgpack.Decoder(Facts).decode
 
 _SEQ_BYTES: Final = 8
@@ -164,11 +181,31 @@ def encode_record(record: Record, seq: bytes = b"") -> bytes:
 
 
 def decode_record(meta: bytes) -> Record:
-    """Raises msgspec.DecodeError when the bytes are not a record."""
+    """Raises msgspec.DecodeError when the bytes are not a record.
+
+    Of a later release's record only the head is read if the rest has changed.
+    """
+    packed = memoryview(meta)[_SEQ_BYTES:]
     try:
-        return _decode_record(memoryview(meta)[_SEQ_BYTES:])
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise msgspec.DecodeError(str(error)) from error
+        return _decode_record(packed)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        head = _head_of_later(packed)
+        if head is None:
+            raise msgspec.DecodeError(str(error)) from error
+    return Record(head.schema, head.queue, head.model, head.tenant, head.created_ms, head.round)
+
+
+def _head_of_later(packed: memoryview) -> _Head | None:
+    try:
+        head = _decode_head(packed)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return head if head.schema > SCHEMA else None
+
+
+def is_later(record: Record) -> bool:
+    """Whether a later release wrote it, so that this one must neither run nor rewrite it."""
+    return record.schema > SCHEMA
 
 
 def record_seq(meta: bytes) -> bytes:

@@ -201,3 +201,11 @@ async def test_another_default_model_than_the_first_is_refused(
     with pytest.raises(DefaultModelChanged, match="DEFAULT_MODEL=iris"):
         await store.claim_default_model("digits")
     assert await store.default_model() == "iris"
+
+
+async def test_of_many_who_name_a_default_model_at_once_one_is_believed_by_all(
+    store: Store, server: redis.Redis
+) -> None:
+    names = [f"model-{number}" for number in range(20)]
+    agreed = set(await asyncio.gather(*map(store.agree_on_default_model, names)))
+    assert agreed == {await store.default_model()}

@@ -424,6 +424,16 @@ async def test_the_log_is_bounded_in_jobs(hands: Hands, jobs_a_sweep: int) -> No
     assert hands.redis.llen(keys.log_marks(Q)) <= 12
 
 
+async def test_the_log_stays_bounded_when_the_count_of_jobs_begins_anew(hands: Hands) -> None:
+    hands.policy(log_jobs=100)
+    for round_number in range(60):
+        if round_number == 30:
+            hands.redis.delete(keys.seq(Q))
+        await hands.some(20)
+        await hands.sweep()
+    assert 100 <= jobs_in_log(hands) <= 100 + 10 + 2 * 20
+
+
 async def test_a_batch_of_transitions_is_one_entry(hands: Hands) -> None:
     jobs = await hands.some(50)
     claim = await hands.take()
@@ -535,6 +545,17 @@ async def test_what_is_put_back_into_an_empty_queue_counts_its_bytes_again(hands
     assert await repaired(hands) == 1
     assert hands.counter(keys.bytes_waiting(Q)) == len(DATA)
     assert await hands.run_all() == [lost]
+
+
+async def test_a_repair_lists_a_queue_again_that_only_its_jobs_know(hands: Hands) -> None:
+    (job,) = await hands.some(1, queue=OTHER, start_within_seconds=60)
+    hands.redis.delete(keys.queues(Q))
+    hands.let_come_due(keys.deadlines(OTHER))
+    await hands.sweep()
+    assert hands.status(job) == "pending"
+    await repaired(hands)
+    await hands.sweep()
+    assert hands.status(job) == "failed"
 
 
 async def test_jobs_put_back_by_repair_keep_their_order(hands: Hands) -> None:

@@ -197,8 +197,8 @@ def _services(store: Store, config: ApiConfig) -> Services:
         groups=Groups(store, operation),
         inbox=Inbox(store, submissions),
         feed=Feed(store),
-        catalog=Catalog(inspection, store.n, config.default_model),
         long_reads=anyio.CapacityLimiter(1),
+        catalog=Catalog(inspection, store, config.default_model),
         openapi=_document(),
     )
 

@@ -65,7 +65,7 @@ class Answers:
         """The lines of a few answers, each as soon as it and those before it are known."""
         jobs = list(dict.fromkeys(one.job_id for one in answers if isinstance(one, Due)))
         with self._tickets(jobs) as tickets:
-            known = await self._look(jobs, block)
+            known = await self._look(jobs, tickets, block)
             ready: list[bytes] = []
             for one in answers:
                 if isinstance(one, bytes):
@@ -85,7 +85,9 @@ class Answers:
             inbox = self._services.inbox
             yield {job_id: stack.enter_context(inbox.expect(job_id)) for job_id in jobs}
 
-    async def _look(self, jobs: Sequence[str], block: Block) -> Known:
+    async def _look(
+        self, jobs: Sequence[str], tickets: Mapping[str, Ticket], block: Block
+    ) -> Known:
         """Those that have ended; of the others the inbox will hear. They are signed up only now,
         not as they are submitted: a result is in memory when it is its turn, no sooner."""
         if not jobs:
@@ -97,12 +99,13 @@ class Answers:
             states = await self._asked(lambda: submissions.watch(block.queue, inbox, jobs))
         except RedisUnavailable:
             return _accepted(jobs)
-        found = zip(jobs, states, strict=True)
-        return {
-            job_id: self._view(job_id, stored)
-            for job_id, stored in found
-            if stored is None or ended(stored)
-        }
+        known: Known = {}
+        for job_id, stored in zip(jobs, states, strict=True):
+            if stored is None or ended(stored):
+                known[job_id] = self._view(job_id, stored)
+            else:
+                tickets[job_id].was_stored = True
+        return known
 
     async def _end_of(
         self, job_id: str, tickets: Mapping[str, Ticket], known: Known, until: float
@@ -117,6 +120,9 @@ class Answers:
         }
         if job_id in heard:
             return heard
+        if tickets[job_id].ended.done() and not self._services.inbox.closing.is_set():
+            # This one is gone; the others may end yet.
+            return heard | await self._read([job_id])
         return heard | await self._read([one for one in tickets if one not in known | heard])
 
     async def _read(self, jobs: Sequence[str]) -> Known:

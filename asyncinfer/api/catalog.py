@@ -3,11 +3,13 @@
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Final
 
 import anyio
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from asyncinfer import keys
 from asyncinfer.errors import (
@@ -16,15 +18,21 @@ from asyncinfer.errors import (
     NoModelAnnounced,
     RedisUnavailable,
     RequestError,
+    StorageFull,
     VersionNotFound,
 )
 from asyncinfer.faults import unknown_name
 from asyncinfer.models import Signature, valid_name
-from asyncinfer.repository.inspect import Announced, Inspection
+from asyncinfer.repository.inspect import Announced, Inspection, worker_says
+from asyncinfer.repository.store import Store
 
 _REFRESH_SECONDS: Final = 2.0
 _AT_ONCE_SECONDS: Final = 0.2
 """An unknown model is looked for at once, but not more often than this."""
+
+_LOST_SECONDS: Final = 6.0
+"""For so long a model that is gone may come back: a Redis that was emptied hears of each from its
+workers, who announce every few seconds."""
 
 _NOTHING: Final = Announced(None, {})
 
@@ -55,12 +63,16 @@ class Served(Struct, frozen=True):
 
 
 class Catalog:
-    def __init__(self, inspection: Inspection, n: str, default_model: str | None) -> None:
+    def __init__(self, inspection: Inspection, store: Store, default_model: str | None) -> None:
         self._inspection = inspection
-        self._n = n
+        self._store = store
         self._configured_default = default_model
         self._announced = _NOTHING
         self._served: dict[str, Served] = {}
+        self._seen_at: dict[str, float] = {}
+        self._last_default = default_model
+        self._has_no_default = False
+        """Workers say that no model is the default, so that none is to be waited for."""
         self._lock = anyio.Lock()
         self._looked_at = -_AT_ONCE_SECONDS
         self._trouble: RedisUnavailable | None = None
@@ -77,7 +89,8 @@ class Catalog:
 
     @property
     def default_model(self) -> str | None:
-        return self._announced.default_model or self._configured_default
+        """The default model, or the last one while Redis names none."""
+        return self._announced.default_model or self._last_default
 
     async def find(self, name: str | None) -> Served:
         """The model called `name`, or the default one; raises what to answer instead."""
@@ -98,16 +111,26 @@ class Catalog:
         return [self._served[name] for name in sorted(self._served)]
 
     def _find(self, name: str | None) -> Served | None:
-        asked = name or self.default_model
-        if asked is not None:
+        default = self._announced.default_model
+        if default is None and not self._has_no_default:
+            # Redis has lost the name. Its queue would be a guess, and workers write the name
+            # again within seconds; the queue of any other model is certain.
+            return self._served.get(name) if name not in (None, self.default_model) else None
+        if asked := name or default:
             return self._served.get(asked)
         return next(iter(self._served.values())) if len(self._served) == 1 else None
 
     def _missing(self, name: str | None) -> RequestError:
         if self._trouble:
             return self._trouble
-        default = self.default_model
-        if not self._served or (default is not None and name in (None, default)):
+        is_default = name in (None, self.default_model) and not self._has_no_default
+        if self._served and is_default and self._announced.default_model is None:
+            return NoModelAnnounced(
+                "Redis does not say which model is the default; the workers write it again within "
+                "seconds of a Redis that has lost it. Retry in a moment.",
+                retry_after_seconds=1,
+            )
+        if not self._served or is_default or name in self._seen_at:
             return NoModelAnnounced(
                 "No worker has announced this model yet; one may still be starting. "
                 "Retry in a moment, or start one with `asyncinfer work`.",
@@ -134,13 +157,45 @@ class Catalog:
         self._looked_at = time.monotonic()
         try:
             announced = await self._inspection.announced()
+            if announced.default_model is None:
+                announced = await self._without_default(announced)
         except RedisUnavailable as error:
             self._trouble = error
             return
         self._trouble = None
+        self._note_default(announced.default_model)
         if announced != self._announced:
-            self._served = _served(announced, self._n, self._configured_default)
+            self._served = _served(announced, self._store.n)
             self._announced = announced
+        # Those that are gone stay in it for as long as they count as lost.
+        now = time.monotonic()
+        known = {name: at for name, at in self._seen_at.items() if now - at < _LOST_SECONDS}
+        self._seen_at = known | dict.fromkeys(self._served, now)
+
+    def _note_default(self, name: str | None) -> None:
+        if name is None:
+            return
+        self._has_no_default = False
+        if self._last_default not in (None, name):
+            _log.warning(
+                "Redis names %r as the default model, which was %r: requests that name no model "
+                "go to it from now on.",
+                name,
+                self._last_default,
+            )
+        self._last_default = name
+
+    async def _without_default(self, announced: Announced) -> Announced:
+        """Redis names no default model: restores the configured one, or asks whether there is
+        one at all."""
+        if self._configured_default:
+            with suppress(StorageFull):
+                agreed = await self._store.agree_on_default_model(self._configured_default)
+                return replace(announced, default_model=agreed)
+        workers = (await self._inspection.workers()).values()
+        defaults = [worker_says(body).default_model for body in workers]
+        self._has_no_default = None in defaults and not any(defaults)
+        return announced
 
 
 def _check_name(name: str | None) -> None:
@@ -151,8 +206,7 @@ def _check_name(name: str | None) -> None:
         )
 
 
-def _served(announced: Announced, n: str, configured_default: str | None) -> dict[str, Served]:
-    default = announced.default_model or configured_default
+def _served(announced: Announced, n: str) -> dict[str, Served]:
     found = {}
     for model, bodies in announced.models.items():
         if signatures := _signatures(model, bodies):
@@ -160,7 +214,9 @@ def _served(announced: Announced, n: str, configured_default: str | None) -> dic
             wanted = announced.default_versions.get(model, "")
             served = signatures.get(wanted) or signatures[versions[0]]
             newest_first = {version: signatures[version] for version in versions}
-            found[model] = Served(keys.queue(n, model, default), served, versions, newest_first)
+            found[model] = Served(
+                keys.queue(n, model, announced.default_model), served, versions, newest_first
+            )
     return found
 
 

@@ -19,13 +19,14 @@ from asyncinfer.feed import Follower, News, Topic
 from asyncinfer.jobs import Status
 from asyncinfer.positions import Position, decode_position, encode_position
 from asyncinfer.repository.log import LogTrimmed
-from asyncinfer.repository.submit import Stored, queue_of
+from asyncinfer.repository.submit import Stored, queue_of, read_summaries
 from asyncinfer.schemas import EventsQuery, Group, JobEventsQuery, JobList
 
 _OPENING: Final = b"retry: 1000\n\n"
 _COMMENT: Final = b":\n\n"
 _AWAY_SECONDS: Final = 0.5
 _RETRY_AFTER_SECONDS: Final = 5
+_LOOK_SECONDS: Final = 5.0
 _SNAPSHOT_JOBS: Final = 100
 _HEADERS: Final = ((b"x-accel-buffering", b"no"),)
 """Else nginx would collect events before it passes them on."""
@@ -155,17 +156,21 @@ class JobStory:
         self._services = services
         self._job_id = topic.job_id
         self._queue = queue
-        self._looked = False
+        self._look_at = 0.0
+        """When the job itself is looked at again: no log tells of one that is gone."""
+        self._saw_end = True
+        """That it has ended may be told without the log, which had time to tell it."""
 
     def due_seconds(self, follower: Follower) -> float:
-        return float("inf")
+        return self._look_at - time.monotonic() if follower.caught_up else float("inf")
 
     async def begin(self, follower: Follower) -> bytes:
         """The job and the log as they were at one moment: nothing is told twice, or never."""
         stored, place = await self._services.feed.log.moment(self._queue, self._job_id)
         position = Position(place[0], {self._queue: place})
         follower.begin_at(position)
-        self._looked = True
+        self._look_again()
+        self._saw_end = False
         if stored is None:
             self.over = True
             return b""
@@ -178,13 +183,18 @@ class JobStory:
             told += self._tell(one, follower)
             if self.over:
                 return told
-        if not (news or self._looked) and follower.caught_up:
+        if not news and follower.caught_up and time.monotonic() >= self._look_at:
             # Its end may be older than the position: that of a snapshot of the ended job.
-            (stored,) = await self._services.submissions.read_many([self._job_id])
-            self._looked = True
+            (stored,) = await read_summaries(self._services.store, [self._job_id])
+            self._look_again()
             self.over = stored is None
-            told += self._end(stored, follower) if stored else b""
+            if stored and self._saw_end:
+                told += self._end(stored, follower)
+            self._saw_end = stored is not None and ended(stored)
         return told
+
+    def _look_again(self) -> None:
+        self._look_at = time.monotonic() + _LOOK_SECONDS * random.uniform(0.8, 1.2)
 
     def _tell(self, news: News, follower: Follower) -> bytes:
         status = news.change.status

@@ -163,6 +163,12 @@ def not_retried(services: Services, stored: Stored, verdict: str) -> RequestErro
         return JobNotRetryable(
             "The job kept changing meanwhile; look at it and try again.", job_id=stored.job_id
         )
+    if verdict == "later":
+        return JobNotRetryable(
+            "The job was written by a later release of asyncinfer; retry it through an API of "
+            "that release, or submit its input again.",
+            job_id=stored.job_id,
+        )
     if verdict == "no_input":
         return JobNotRetryable(
             "The job's input is no longer stored; submit it again.", job_id=stored.job_id

@@ -84,6 +84,7 @@ async def _submit_and_wait(
     with services.inbox.expect(job.job_id) as ticket:
         job = msgspec.structs.replace(job, inbox=services.inbox.name)
         submitted = await _submit(services, job)
+        ticket.was_stored = True
         if submitted.verdict == "dup":
             earlier = await _earlier(services, submitted.job_id)
             waiting = services.inbox.wait(earlier, seconds)

@@ -124,6 +124,11 @@ local function trim(q)
   local seq = tonumber(redis.call('GET', q.seq) or 0)
   local newest = redis.call('LINDEX', q.logmarks, -1)
   local marked = newest and tonumber(newest:match('^(%d+) ')) or 0
+  if marked > seq then
+    -- The count has begun anew, so the marks of the old one would not be reached for a long time.
+    redis.call('DEL', q.logmarks)
+    marked = 0
+  end
   if seq - marked < a.log_jobs / LOG_MARKS then return end
   local last = redis.call('XREVRANGE', q.log, '+', '-', 'COUNT', 1)
   if #last == 0 then return end

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from asyncinfer import keys
 from asyncinfer.errors import InvalidQuery
@@ -62,6 +62,8 @@ class WorkerSays(Struct, frozen=True):
     """Slots that have a batch."""
     started_ms: int | None = None
     jobs_done: JobsDone | None = None
+    default_model: str | UnsetType | None = UNSET
+    """The model that QUEUE_NAME itself serves; None where it knows that there is none."""
 
 
 _decode_worker = msgspec.json.Decoder(WorkerSays).decode

@@ -1,5 +1,6 @@
 """What the logs tell: each change of each job, in order, from any place on."""
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -67,6 +68,7 @@ class Log:
             "XRANGE", name, f"{start[0]}-{start[1]}", "+", "COUNT", _ENTRIES_A_PAGE
         )
         if not entries:
+            await self._check_clock(name, start)
             return LogPage([], start, more=False)
         # Asked for afterwards: what was there to be read a moment ago has not been cut before.
         await self._check_reach(name, start)
@@ -85,6 +87,37 @@ class Log:
             return
         if _before(first[0]) > start:
             raise LogTrimmed
+
+    async def _check_clock(self, name: str, start: Place) -> None:
+        """Raises LogTrimmed for a place that is ahead of the log and of the server's clock: it is
+        of another log, and the next entries of this one come before it."""
+        if start[0] <= await self.now_ms():
+            return
+        (ends,) = await self.last_generated([name])
+        if start > _after(ends):
+            raise LogTrimmed
+
+    async def replaced(self, ends: Mapping[str, bytes]) -> set[str]:
+        """The queues whose log is another than the one that was read to these entries: its
+        newest entry and the server's clock are before them."""
+        if not ends or max(map(entry_order, ends.values()))[0] <= await self.now_ms():
+            return set()
+        names = [keys.log(queue) for queue in ends]
+        newest = await self.last_generated(names)
+        return {
+            queue
+            for (queue, end), last in zip(ends.items(), newest, strict=True)
+            if entry_order(last) < entry_order(end)
+        }
+
+    async def last_generated(self, names: Sequence[str]) -> list[bytes]:
+        """The newest id that each log has given, also where that entry was cut since."""
+        newest = []
+        for name in names:
+            there = await self._store.command("EXISTS", name)
+            about = await self._store.command("XINFO STREAM", name) if there else {}
+            newest.append(bytes(about.get("last-generated-id", b"0-0")))
+        return newest
 
     async def last(self, queue: str) -> bytes:
         """The id of the newest entry."""
@@ -116,6 +149,12 @@ def changes_in(queue: str, entry_id: bytes, fields: dict[bytes, bytes]) -> list[
             ]
         passed += len(ids)
     return changes
+
+
+def entry_order(entry_id: bytes) -> tuple[int, int]:
+    """Sorts ids of a stream as the stream does."""
+    ms, _, number = entry_id.partition(b"-")
+    return int(ms), int(number or 0)
 
 
 def appearing(fields: dict[bytes, bytes]) -> list[str]:

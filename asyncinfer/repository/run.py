@@ -23,6 +23,7 @@ from asyncinfer.jobs import (
     decode_record,
     id_bytes,
     id_text,
+    is_later,
 )
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Blocking, Packed, Policy, Store, encode_args, translated
@@ -48,13 +49,17 @@ Verdict = Literal[
 
 
 class ClaimedJob(Struct, frozen=True):
-    """A job as claimed; `record` is None for a stranger's or for one that cannot be read."""
+    """A job as claimed; `record` is None for a stranger's or for one that cannot be read.
+
+    That of a later release is not to be read here: `later_schema` is its version then, else 0.
+    """
 
     job_id: str
     data: bytes
     meta: bytes
     record: Record | None
     facts: Facts
+    later_schema: int = 0
 
 
 class Claim(Struct, frozen=True, dict=True):
@@ -339,8 +344,16 @@ def _parts(finished: Sequence[Finished]) -> Iterator[list[Finished]]:
 def _claimed_job(
     job_id: bytes | None, data: bytes | None, meta: bytes | None, facts: bytes | None
 ) -> ClaimedJob:
+    record, later_schema = _readable(meta), 0
+    if record and is_later(record):
+        later_schema, record = record.schema, None
     return ClaimedJob(
-        id_text(job_id or b""), data or b"", meta or b"", _readable(meta), decode_facts(facts)
+        id_text(job_id or b""),
+        data or b"",
+        meta or b"",
+        record,
+        decode_facts(facts),
+        later_schema,
     )
 
 
@@ -350,7 +363,7 @@ def _readable(meta: bytes | None) -> Record | None:
     try:
         return decode_record(meta)
     except msgspec.DecodeError:
-        # Another release's record, or damage: the worker fails the job and says so.
+        # Damage: the worker fails the job and says so.
         return None
 
 

@@ -296,20 +296,28 @@ class Store:
 
     async def default_model(self) -> str | None:
         name = await self.command("GET", keys.default_model(self.n))
-        return None if name is None else name.decode()
+        return None if name is None else name.decode("utf-8", "replace")
+
+    async def agree_on_default_model(self, name: str) -> str:
+        """The model that QUEUE_NAME itself serves: `name` where Redis has none, else Redis's."""
+        current = await self.default_model()
+        if current is None and not await self.command(
+            "SET", keys.default_model(self.n), name, "NX"
+        ):
+            # Another process was first, just now.
+            current = await self.default_model()
+        return current or name
 
     async def claim_default_model(self, name: str) -> None:
-        """Makes `name` the model that QUEUE_NAME itself serves, once and for all."""
-        current = await self.default_model()
-        if current is None:
-            await self.command("SET", keys.default_model(self.n), name, "NX")
-            current = await self.default_model()
+        """Makes `name` the model that QUEUE_NAME itself serves; refuses if it has another."""
+        current = await self.agree_on_default_model(name)
         if current != name:
             raise DefaultModelChanged(
                 f"DEFAULT_MODEL is {name!r}, but the queue {self.n!r} on this Redis was started "
                 f"with {current!r}, and waiting jobs would run on the wrong model. Set "
                 f"DEFAULT_MODEL={current}, or choose another QUEUE_NAME, or, with that queue "
-                f"empty, delete the key {keys.default_model(self.n)!r}."
+                f"empty, stop every worker and API and delete the key "
+                f"{keys.default_model(self.n)!r}."
             )
 
 

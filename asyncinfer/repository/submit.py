@@ -16,6 +16,7 @@ from asyncinfer.jobs import (
     decode_record,
     encode_record,
     id_text,
+    is_later,
     record_seq,
 )
 from asyncinfer.repository.scripts import script
@@ -32,7 +33,7 @@ _CALLS_AT_ONCE: Final = 4
 CancelVerdict = Literal["cancelled", "asked", "finished", "absent"]
 _CANCEL_VERDICTS: Final = ("cancelled", "asked", "absent")
 ForgetVerdict = Literal["forgotten", "absent", "unfinished"]
-RetryVerdict = Literal["ok", "changed", "full", "no_input", "not_retryable", "absent"]
+RetryVerdict = Literal["ok", "changed", "full", "no_input", "not_retryable", "absent", "later"]
 
 
 class NewJob(Struct, frozen=True):
@@ -221,7 +222,16 @@ class Submissions:
         return (await self.retry_many([stored], now_ms))[0]
 
     async def retry_many(self, jobs: Sequence[Stored], now_ms: int) -> list[RetryVerdict]:
-        """One script call for jobs of one queue, as they were read."""
+        """One script call for jobs of one queue, as they were read.
+
+        A later release's are left, since a new round would lose what this release cannot read.
+        """
+        later = {job.job_id for job in jobs if job.record and is_later(job.record)}
+        ours = [job for job in jobs if job.job_id not in later]
+        opened = iter(await self._open_rounds(ours, now_ms) if ours else ())
+        return ["later" if job.job_id in later else next(opened) for job in jobs]
+
+    async def _open_rounds(self, jobs: Sequence[Stored], now_ms: int) -> list[RetryVerdict]:
         args: list[Any] = [encode_args(self._store.policy.room())]
         for job in jobs:
             meta, extra = b"", b""

@@ -1,6 +1,6 @@
 """What every process does for all: sweep, repair, announce."""
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -137,6 +137,8 @@ class Upkeep:
 
     async def _repair_held(self, held: Mapping[str, set[bytes]], pause_ms: int) -> int:
         back = 0
+        # A queue that nobody serves any more is listed by nobody else.
+        await self.announce_queues([one for one in held if one.startswith(f"{self._store.n}:")])
         for queue, ids in held.items():
             ids -= await self._in_place(queue, ids)
             ids |= await self._facts_without_job(queue)
@@ -194,6 +196,28 @@ class Upkeep:
 
     # --- announcements -----------------------------------------------------------------------
 
+    async def announce_queues(self, queues: Collection[str]) -> None:
+        """Lists queues in the set of all queues, which sweeps, repairs and listings go through."""
+        await self._add_missing(keys.queues(self._store.n), queues)
+
+    async def announce_model_names(self, names: Collection[str]) -> None:
+        """Lists models in the set of all models; the versions are announced one by one."""
+        await self._add_missing(keys.models(self._store.n), names)
+
+    async def _add_missing(self, key: str, names: Collection[str]) -> None:
+        """Reads before it writes: nearly always all are there, and a write is replicated."""
+        if names:
+            known = await self._store.command("SMISMEMBER", key, *names)
+            if missing := [name for name, is_in in zip(names, known, strict=True) if not is_in]:
+                await self._store.command("SADD", key, *missing)
+
+    async def queues_with_jobs(self, queues: Sequence[str]) -> set[str]:
+        """Those of `queues` in which a job waits, is delayed or runs."""
+        if not queues:
+            return set()
+        counts = await self._store.together(*(("EXISTS", *_job_keys(one)) for one in queues))
+        return {queue for queue, count in zip(queues, counts, strict=True) if count}
+
     async def announce_models(self, signatures: Mapping[str, Mapping[str, bytes]]) -> None:
         """Says which models there are: {model: {version: signature as JSON}}. Kept for good."""
         n = self._store.n
@@ -208,6 +232,9 @@ class Upkeep:
         """{version: signature as JSON}, from whichever workers."""
         found = await self._store.command("HGETALL", keys.model(self._store.n, model))
         return {version.decode(): body for version, body in found.items()}
+
+    async def is_announced(self, model: str, version: str) -> bool:
+        return bool(await self._store.command("HEXISTS", keys.model(self._store.n, model), version))
 
     async def announce_first(self, model: str, version: str, body: bytes) -> bytes:
         """Announces a version unless it is announced; returns what is announced now."""
@@ -265,6 +292,11 @@ class Upkeep:
     async def retract_worker(self, worker_id: str) -> None:
         await self._store.command("DEL", keys.worker(self._store.n, worker_id))
         await self._store.command("ZREM", keys.workers(self._store.n), worker_id)
+
+
+def _job_keys(queue: str) -> tuple[str, ...]:
+    """The keys of a queue, one of which exists while any job is in it."""
+    return (*keys.waiting(queue), keys.delayed(queue), keys.leases(queue))
 
 
 def _queue_in(meta: bytes | None) -> str | None:

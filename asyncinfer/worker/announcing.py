@@ -1,5 +1,6 @@
 """What a worker says of itself and its models, and what it hears of others'."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from asyncinfer.repository.store import Store
 from asyncinfer.repository.upkeep import Upkeep
 from asyncinfer.upkeep import ANNOUNCE_SECONDS
 from asyncinfer.worker.library import Library
+from asyncinfer.worker.queues import Queues
 from asyncinfer.worker.shelf import Label
 
 _LIVES_SECONDS: Final = 5 * ANNOUNCE_SECONDS
@@ -22,6 +24,7 @@ _APIS_KNOW_SECONDS: Final = 5.0
 _MOST_LEAVING_SECONDS: Final = 60.0
 """A queue that other versions keep busy says nothing of who waits for a removed one."""
 
+_MOST_RETRACTED: Final = 100
 _decode_signature = msgspec.json.Decoder(Signature).decode
 
 
@@ -40,20 +43,33 @@ class Announcer:
         store: Store,
         worker_id: str,
         library: Library,
-        default_model: str | None,
+        queues: Queues,
         said: Callable[[], Said],
+        on_queues: Callable[[], None],
     ) -> None:
         self._store = store
         self._worker_id = worker_id
         self._library = library
-        self._default_model = default_model
+        self._queues = queues
+        self._on_queues = on_queues
         self._said = said
         self._upkeep = Upkeep(store)
         self._inspection = Inspection(store)
+        self._heard: dict[str, tuple[WorkerSays, float]] = {}
+        """What each other worker said last, and when that was read."""
+        self._retracted: dict[Label, None] = {}
+        """Versions whose file went while this worker ran, the last one last."""
 
     async def announce(self) -> None:
         said = self._said()
-        # First who we are, and then what we have: who finds another file announced looks for a
+        # Before the models: an API must not find a model announced, and no default to say which
+        # queue is its own.
+        try:
+            await self._queues.settle()
+        finally:
+            if self._queues.are_others:
+                self._on_queues()
+        # Then who we are, and at last what we have: who finds another file announced looks for a
         # worker that lives and has it, and who removes one for others that still have it.
         await self._say_who(said)
         others = await self._others()
@@ -62,6 +78,7 @@ class Announcer:
             self._library.contest(contested)
             await self._say_who(self._said())
         await self._upkeep.announce_default_versions(self._library.default_versions())
+        await self._retract()
         await self._settle_leaving(others)
         await self._upkeep.announce_paces(said.paces)
 
@@ -70,8 +87,13 @@ class Announcer:
         await self._upkeep.announce_paces(self._said().paces)
 
     async def is_elsewhere(self, model: str, version: str | None) -> bool:
-        """Whether another living worker has what this one has not (yet, or any more)."""
-        versions = [one.versions.get(model, {}) for one in await self._others()]
+        """Whether another worker has what this one has not (yet, or any more).
+
+        One that was heard of lately counts too: a Redis that was emptied knows of it again when
+        it announces itself, and its jobs must not fail meanwhile.
+        """
+        await self._others()
+        versions = [says.versions.get(model, {}) for says, _ in self._heard.values()]
         return any(one if version is None else version in one for one in versions)
 
     def _contested(self) -> set[Label]:
@@ -92,6 +114,7 @@ class Announcer:
         served = {name: one.file.version for name, one in self._library.served.items()}
         return {
             "models": sorted(served),
+            "default_model": self._queues.default_model,
             "versions": versions,
             "served": served,
             "problems": problems,
@@ -100,7 +123,11 @@ class Announcer:
 
     async def _others(self) -> list[WorkerSays]:
         bodies = await self._inspection.workers()
-        return [worker_says(body) for one, body in bodies.items() if one != self._worker_id]
+        others = {one: worker_says(body) for one, body in bodies.items() if one != self._worker_id}
+        now = time.monotonic()
+        lately = {one: it for one, it in self._heard.items() if now - it[1] < _LIVES_SECONDS}
+        self._heard = lately | {one: (says, now) for one, says in others.items()}
+        return list(others.values())
 
     # --- what we have --------------------------------------------------------------------------
 
@@ -108,7 +135,9 @@ class Announcer:
         """Announces each version, unless a living worker serves another file of its name."""
         contested: dict[Label, str] = {}
         described = self._library.described()
-        for model in sorted({model for model, _ in described}):
+        names = sorted({model for model, _ in described})
+        await self._upkeep.announce_model_names(names)
+        for model in names:
             known = await self._upkeep.announced_versions(model)
             for version, signature in _of(model, described):
                 if rival := await self._announce_version(known.get(version), signature, others):
@@ -134,13 +163,24 @@ class Announcer:
     async def _settle_leaving(self, others: Sequence[WorkerSays]) -> None:
         done = []
         for (model, version), seconds in self._library.leaving.items():
-            if not any(version in one.versions.get(model, {}) for one in others):
-                await self._upkeep.retract_version(model, version)
             elsewhere = any(model in one.versions for one in others)
             if await self._may_forget(model, seconds, elsewhere=elsewhere):
                 done.append((model, version))
         if done:
             self._library.forget(done)
+
+    async def _retract(self) -> None:
+        """In each round, since an older dump brings back what was announced in its time."""
+        self._retracted |= dict.fromkeys(self._library.leaving)
+        here = self._library.described().keys()
+        labels = [label for label in self._retracted if label not in here][-_MOST_RETRACTED:]
+        self._retracted = dict.fromkeys(labels)
+        for model, version in labels:
+            # Asked for only now: a worker that was just started with it has said so by then.
+            if await self._upkeep.is_announced(model, version) and not any(
+                version in one.versions.get(model, {}) for one in await self._others()
+            ):
+                await self._upkeep.retract_version(model, version)
 
     async def _may_forget(self, model: str, seconds: float, *, elsewhere: bool) -> bool:
         """Whether no job can wait for it: other workers take them, or none is left."""
@@ -151,7 +191,7 @@ class Announcer:
             return False
         if here and seconds > _MOST_LEAVING_SECONDS:
             return True
-        queue = keys.queue(self._store.n, model, self._default_model)
+        queue = keys.queue(self._store.n, model, self._queues.default_model)
         return await self._upkeep.is_empty(queue)
 
 

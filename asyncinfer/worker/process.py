@@ -123,7 +123,14 @@ async def _work(
         default = await _connected(store, config, library.names, stopping)
         if stopping.is_set():
             return 0
-        worker = Worker(store, library, default, config.worker, on_step)
+        worker = Worker(
+            store,
+            library,
+            default,
+            config.worker,
+            on_step,
+            default_is_set=config.default_model is not None,
+        )
         monitor.unready = worker.unready
         async with asyncio.TaskGroup() as group:
             if listener:

@@ -12,7 +12,7 @@ from asyncinfer.awaiting import settled
 from asyncinfer.engine import Engine, Stopped
 from asyncinfer.errors import ModelFailed, OutOfMemory, PredictionTimeout, UnknownModel
 from asyncinfer.execution import Asked, Batch, Prepared
-from asyncinfer.repository.run import ClaimedJob, Finished
+from asyncinfer.repository.run import Claim, ClaimedJob, Finished
 from asyncinfer.worker.claims import Held, Run, Step
 from asyncinfer.worker.library import Library
 from asyncinfer.worker.outcomes import Outcomes, released, suspects
@@ -36,7 +36,7 @@ class Running:
         self,
         library: Library,
         outcomes: Outcomes,
-        default_model: str | None,
+        model_of: Callable[[str], str | None],
         *,
         concurrency: int,
         prediction_timeout_seconds: float,
@@ -46,7 +46,7 @@ class Running:
         self.times = RunTimes()
         self._library = library
         self._outcomes = outcomes
-        self._default_model = default_model
+        self._model_of = model_of
         self._prediction_timeout_seconds = prediction_timeout_seconds
         self._hang_grace_seconds = hang_grace_seconds
         self._on_step = on_step
@@ -60,19 +60,22 @@ class Running:
     def close(self, *, wait: bool) -> None:
         self._threads.shutdown(wait=wait)
 
-    async def prepared(self, claimed: Sequence[ClaimedJob]) -> Prepared:
+    async def prepared(self, claim: Claim) -> Prepared:
         """The batches that a claim's jobs make, and the jobs that cannot run."""
-        engine_of = await self._engines_of(claimed)
-        prepare = partial(execution.prepare, claimed, engine_of, self._default_model)
+        claimed, meant = claim.jobs, self._model_of(claim.queue)
+        engine_of = await self._engines_of(claimed, meant)
+        prepare = partial(execution.prepare, claimed, engine_of, meant)
         # The way to a thread and back costs more than to decode a little.
         if sum(len(job.data) for job in claimed) <= _LITTLE_BYTES:
             return prepare()
         return await asyncio.get_running_loop().run_in_executor(self._threads, prepare)
 
-    async def _engines_of(self, claimed: Sequence[ClaimedJob]) -> Callable[[Asked], Engine]:
+    async def _engines_of(
+        self, claimed: Sequence[ClaimedJob], meant: str | None
+    ) -> Callable[[Asked], Engine]:
         """The engines that jobs ask for, loaded where need be; held here, whatever is evicted."""
         found: dict[Asked, Engine | UnknownModel] = {}
-        for model, version in {execution.asked(job, self._default_model) for job in claimed}:
+        for model, version in {execution.asked(job, meant) for job in claimed}:
             try:
                 found[model, version] = await self._library.fetch(model, version)
             except UnknownModel as error:

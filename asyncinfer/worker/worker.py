@@ -15,16 +15,16 @@ from typing import Any, Final
 import anyio
 import msgspec
 
-from asyncinfer import execution, keys
+from asyncinfer import execution
 from asyncinfer.errors import (
     AsyncinferError,
     JobError,
+    LaterRecord,
     RedisRefused,
     RedisUnavailable,
     StorageFull,
     UnknownModel,
 )
-from asyncinfer.models import Signature
 from asyncinfer.repository.run import (
     ClaimedJob,
     Finished,
@@ -37,10 +37,11 @@ from asyncinfer.worker.announcing import Announcer, Said
 from asyncinfer.worker.claims import Claims, Held, Step
 from asyncinfer.worker.control import Control
 from asyncinfer.worker.finishing import Finishing
-from asyncinfer.worker.gathering import Sharing
+from asyncinfer.worker.later import LaterJobs
 from asyncinfer.worker.library import Library
 from asyncinfer.worker.outcomes import Outcomes, released
 from asyncinfer.worker.pace import Paces
+from asyncinfer.worker.queues import Queues
 from asyncinfer.worker.running import Hung, Running
 from asyncinfer.worker.watch import changes
 
@@ -82,14 +83,23 @@ class Worker:
         default_model: str | None,
         config: WorkerConfig,
         on_step: Callable[[Step], None] = lambda _: None,
+        *,
+        default_is_set: bool = False,
     ) -> None:
         self.worker_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self.hung = False
         self._store = store
         self._library = library
-        self._default_model = default_model
         self._config = config
-        queues = self._queues()
+        self._queues = Queues(
+            store,
+            library,
+            default_model,
+            max_batch=config.max_batch,
+            default_is_set=default_is_set,
+        )
+        queues = self._queues.served()
+        self._later = LaterJobs()
         self._paces = Paces()
         self._answered_at = time.monotonic()
         self._started_ms = time.time_ns() // 1_000_000
@@ -109,7 +119,7 @@ class Worker:
         self._running = Running(
             library,
             self._outcomes,
-            default_model,
+            self._queues.model_of,
             concurrency=config.concurrency,
             prediction_timeout_seconds=config.prediction_timeout_seconds,
             hang_grace_seconds=config.hang_grace_seconds,
@@ -119,7 +129,9 @@ class Worker:
             runs, self._claims, self._outcomes, spawn=self._spawn, on_step=on_step
         )
         self._control = Control(store, queues, self._finishing.heard)
-        self._announcer = Announcer(store, self.worker_id, library, default_model, self._said)
+        self._announcer = Announcer(
+            store, self.worker_id, library, self._queues, self._said, self._models_changed
+        )
         self._news = asyncio.Event()
         self._watched_enough = asyncio.Event()
         self._group: asyncio.TaskGroup
@@ -185,21 +197,8 @@ class Worker:
             except Exception:
                 log.exception("The model folder could not be followed.")
 
-    def _queues(self) -> dict[str, Sharing]:
-        """The queues of the models served, and how their jobs share runs."""
-        return {
-            keys.queue(self._store.n, model, self._default_model): self._sharing(version.signature)
-            for model, version in sorted(self._library.served.items())
-            if version.signature
-        }
-
-    def _sharing(self, signature: Signature) -> Sharing:
-        most = self._config.max_batch
-        full_jobs = min(signature.max_batch_jobs or most, most)
-        return Sharing(signature.batched, signature.max_wait_ms / 1000, full_jobs)
-
     def _models_changed(self) -> None:
-        queues = self._queues()
+        queues = self._queues.served()
         self._claims.serve(queues)
         self._control.serve(queues)
         self._news.set()
@@ -283,8 +282,10 @@ class Worker:
         """Runs a claim and finishes it; returns the next claim, when one came with it."""
         finished: list[Finished] = []
         try:
-            prepared = await self._running.prepared(held.claim.jobs)
+            prepared = await self._running.prepared(held.claim)
             finished += [await self._refused(held, job, error) for job, error in prepared.refused]
+            if any(one.outcome == "released" for one in finished):
+                await self._claims.shuffle(held.claim.queue)
             for batch in prepared.batches:
                 finished += await self._running.run(held, batch)
         except Hung as hung:
@@ -307,9 +308,10 @@ class Worker:
     async def _refused(self, held: Held, job: ClaimedJob, error: AsyncinferError) -> Finished:
         """A job for what this worker lacks goes to one that has it: a new version does not come
         to all of them at once."""
-        model, version = execution.asked(job, self._default_model)
+        if isinstance(error, LaterRecord):
+            return self._later.released(job)
+        model, version = execution.asked(job, self._queues.model_of(held.claim.queue))
         if isinstance(error, UnknownModel) and model and await self._is_elsewhere(model, version):
-            await self._claims.shuffle(held.claim.queue)
             return released([job], random.randrange(*_ELSEWHERE_MS))[0]
         return self._outcomes.failed(held, job, error)
 
@@ -327,7 +329,7 @@ class Worker:
         now = time.monotonic()
         storing_seconds = min(now - held.ran_at, _MOST_STORING_SECONDS)
         slot_seconds = held.ran_at - held.claimed_at + storing_seconds
-        model = keys.model_of(self._store.n, held.claim.queue, self._default_model) or ""
+        model = self._queues.model_of(held.claim.queue) or ""
         self._paces.note(model, slot_seconds, held.claim.count, at_seconds=now)
 
     def _renewed_in_thread(self, renewal: Renewal) -> None:

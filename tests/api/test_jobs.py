@@ -62,6 +62,26 @@ async def test_a_failed_job_says_why(api: httpx2.AsyncClient, hand: Hand) -> Non
     assert body["error"] == {"code": "model_failed", "message": "no"}
 
 
+async def test_a_job_of_a_later_release_is_shown_and_cancelled_and_not_retried(
+    api: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    job_id = await submit(api)
+    record = jobs.decode_record(bytes(server.get(keys.meta(job_id)) or b""))  # type: ignore[arg-type]
+    head = [jobs.SCHEMA + 1, record.queue, record.model, record.tenant, record.created_ms, 3]
+    meta = b"12345678" + msgspec.msgpack.encode([*head, {"version": 7}, ["another", "payload"]])
+    server.set(keys.meta(job_id), meta)
+    shown = (await api.get(f"/job/{job_id}")).json()
+    assert (shown["status"], shown["model"], shown["round"]) == ("pending", "iris", 3)
+    listed = (await api.get("/jobs")).json()["jobs"]
+    assert [job["job_id"] for job in listed] == [job_id]
+    assert (await api.delete(f"/job/{job_id}")).status_code == 200
+    refused = assert_problem(await api.post(f"/job/{job_id}/retry"), 409, "job_not_retryable")
+    assert "a later release" in refused["detail"]
+    many = (await api.post("/jobs/retry?status=cancelled")).json()
+    assert (many["retried"], [one["job_id"] for one in many["refused"]]) == ([], [job_id])
+    assert server.get(keys.meta(job_id)) == meta
+
+
 async def test_a_job_that_never_was_is_not_found_and_one_long_ago_is_gone(
     api: httpx2.AsyncClient,
 ) -> None:

@@ -11,6 +11,7 @@ import redis
 from asyncinfer import jobs, keys
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.upkeep import Upkeep
 from tests.faults.harness import eventually
 
 from .harness import (
@@ -210,10 +211,61 @@ async def test_with_several_models_and_no_default_one_must_be_named(
     config: ApiConfig, store: Store
 ) -> None:
     await announce(store, "cats", "dogs")
+    await Upkeep(store).announce_worker("w", {"default_model": None}, ttl_seconds=60)
     async with running(config) as port, client_of(port) as client:
         reply = await client.post("/predict", json={"data": ROW})
         assert "cats, dogs" in assert_problem(reply, 422, "invalid_input")["detail"]
         assert (await client.post("/predict/cats", json={"data": ROW})).status_code == 202
+
+
+async def test_while_nobody_has_said_which_model_is_the_default_a_client_is_asked_to_wait(
+    config: ApiConfig, store: Store
+) -> None:
+    await announce(store, "cats")
+    async with running(config) as port, client_of(port) as client:
+        reply = await client.post("/predict", json={"data": ROW})
+        assert_problem(reply, 503, "no_model_announced")
+        assert int(reply.headers["retry-after"]) > 0
+        await Upkeep(store).announce_worker("w", {"default_model": None}, ttl_seconds=60)
+        await submit(client)
+    assert await store.command("LLEN", keys.queue(store.n, "cats", None)) == 1
+
+
+async def test_while_redis_has_lost_the_default_model_only_its_clients_wait(
+    config: ApiConfig, store: Store, server: redis.Redis
+) -> None:
+    await announce(store, "iris", "digits", default="iris")
+    async with running(config) as port, client_of(port) as client:
+        await submit(client)
+        server.delete(keys.default_model(store.n))
+
+        async def is_refused() -> bool:
+            return (await client.post("/predict", json={"data": ROW})).status_code == 503
+
+        await eventually(is_refused, "the loss is noticed", 5)
+        for path in ("/predict", "/predict/iris"):
+            reply = await client.post(path, json={"data": ROW})
+            assert_problem(reply, 503, "no_model_announced")
+            assert int(reply.headers["retry-after"]) > 0
+        body = {"data": [[0.0] * 64]}
+        assert (await client.post("/predict/digits", json=body)).status_code == 202
+        waits = server.llen(QUEUE)
+        await store.claim_default_model("iris")
+        await submit(client)
+        assert server.llen(QUEUE) == waits + 1
+    assert server.llen(keys.queue(store.n, "iris", None)) == 0
+
+
+async def test_an_api_that_is_told_the_default_writes_it_again_when_redis_has_lost_it(
+    config: ApiConfig, store: Store, server: redis.Redis
+) -> None:
+    async with running(msgspec.structs.replace(config, default_model="iris")) as port:
+        server.flushall()
+        await announce(store, "iris", "digits")
+        async with client_of(port) as client:
+            await submit(client)
+    assert await store.default_model() == "iris"
+    assert server.llen(QUEUE) == 1
 
 
 async def test_an_unknown_model_is_named_with_the_nearest_known(api: httpx2.AsyncClient) -> None:

@@ -72,6 +72,17 @@ def durable() -> Iterator[DurableServer]:
 
 
 @pytest.fixture
+def forgetful() -> Iterator[DurableServer]:
+    """A server of this test's own that keeps nothing but a dump it is told to make, running."""
+    binary = os.environ.get("TEST_REDIS_BINARY") or str(get_binary_path())
+    with tempfile.TemporaryDirectory(prefix="ai-") as folder:
+        server = DurableServer(Path(folder), binary, has_aof=False)
+        server.start()
+        yield server
+        server.close()
+
+
+@pytest.fixture
 def folder(tmp_path: Path) -> Folder:
     it = Folder(tmp_path)
     it.publish(zoo.adds(1), 1)

@@ -197,11 +197,15 @@ def open_crew(folder: Path, order: Order, start: Start = spawned) -> Iterator[Cr
 
 
 class DurableServer:
-    """A Valkey (or TEST_REDIS_BINARY) with AOF in a folder, that can be killed and restarted."""
+    """A Valkey (or TEST_REDIS_BINARY) with AOF in a folder, that can be killed and restarted.
 
-    def __init__(self, folder: Path, binary: str) -> None:
+    Without AOF it comes back with its last dump, or empty.
+    """
+
+    def __init__(self, folder: Path, binary: str, *, has_aof: bool = True) -> None:
         self._folder = folder
         self._binary = binary
+        self._has_aof = has_aof
         self._socket = folder / "s"
         self.url = f"unix://{self._socket}"
         self._process: subprocess.Popen[bytes] | None = None
@@ -210,13 +214,19 @@ class DurableServer:
         self._process = subprocess.Popen(
             [
                 *(self._binary, "--port", "0", "--unixsocket", str(self._socket), "--save", ""),
-                *("--appendonly", "yes", "--appendfsync", "everysec", "--dir", str(self._folder)),
+                *("--appendonly", "yes" if self._has_aof else "no", "--appendfsync", "everysec"),
+                *("--dir", str(self._folder)),
             ],
             stdout=subprocess.DEVNULL,
         )
         client = redis.Redis.from_url(self.url)
         eventually_sync(lambda: _answers(client), "the server answers")
         client.close()
+
+    def dump(self) -> None:
+        """Writes what it holds to the file that it starts from when it has no AOF."""
+        with contextlib.closing(redis.Redis.from_url(self.url)) as client:
+            client.save()
 
     def kill(self) -> None:
         assert self._process

@@ -19,6 +19,7 @@ class Services:
     """Starts commands that share an environment; all write to one log, and all end together."""
 
     def __init__(self, log_path: Path, environ: dict[str, str]) -> None:
+        self._log_path = log_path
         self._log = log_path.open("ab")
         self._environ = environ
         self._members: list[subprocess.Popen[bytes]] = []
@@ -34,6 +35,10 @@ class Services:
         url = f"http://127.0.0.1:{port}"
         eventually_sync(lambda: _knows_a_model(url), f"the API at {url} knows a model", 20)
         return url
+
+    @property
+    def log(self) -> str:
+        return self._log_path.read_text()
 
     def close(self) -> None:
         for member in self._members:

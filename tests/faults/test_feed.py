@@ -4,12 +4,15 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
 import redis
 
+from asyncinfer import keys
 from asyncinfer.errors import RedisUnavailable
 from asyncinfer.feed import Feed, Follower, Topic
 from asyncinfer.positions import Position
+from asyncinfer.repository.log import Log, LogTrimmed
 from asyncinfer.repository.store import Policy, Store
 from tests.hands import Hands, Q
 
@@ -77,3 +80,36 @@ async def test_a_follower_goes_on_after_redis_was_restarted(durable: DurableServ
                     durable.start()
                     await hands.finish(claim)
                     assert await told(follower, 1) == [(job_id, "completed")]
+
+
+async def test_a_follower_is_told_of_the_gap_when_the_clock_of_the_redis_that_came_back_is_behind(
+    store: Store, server: redis.Redis
+) -> None:
+    hands = Hands(store, server)
+    async with feeding(store) as feed:
+        now_ms = await feed.log.now_ms()
+        with feed.follow(GROUP, Position(now_ms), never) as follower:
+            (before,) = await hands.some(1, group="g")
+            ahead = f"{now_ms + 3_600_000}-0"
+            server.xadd(keys.log(Q), {"pending": msgspec.msgpack.encode([before])}, id=ahead)
+            assert await told(follower, 2) == [(before, "pending")] * 2
+            server.flushall()
+            await hands.some(1, group="g")
+            with pytest.raises(LogTrimmed):
+                await told(follower, 1)
+            follower.begin_at(Position(await feed.log.now_ms()))
+            (after,) = await hands.some(1, group="g")
+            assert await told(follower, 1) == [(after, "pending")]
+
+
+async def test_a_place_ahead_of_the_clock_is_trimmed_and_one_in_a_quiet_log_is_not(
+    store: Store, server: redis.Redis
+) -> None:
+    log = Log(store)
+    now_ms = await log.now_ms()
+    assert (await log.page(Q, (now_ms, 0, 0))).changes == []
+    with pytest.raises(LogTrimmed):
+        await log.page(Q, (now_ms + 60_000, 0, 0))
+    server.xadd(keys.log(Q), {"pending": msgspec.msgpack.encode(["a"])}, id=f"{now_ms + 60_000}-0")
+    # The clock may have been set back under a log that goes on.
+    assert (await log.page(Q, (now_ms + 60_000, 1, 0))).changes == []

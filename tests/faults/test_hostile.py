@@ -104,6 +104,32 @@ async def test_a_worker_lives_on_and_serves_the_jobs_after(
     server.flushall()
 
 
+def _as_a_list(server: redis.Redis) -> None:
+    server.delete(keys.default_model(Q))
+    server.lpush(keys.default_model(Q), "slow")
+
+
+def _as_no_name(server: redis.Redis) -> None:
+    server.set(keys.default_model(Q), b"\xff/..")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("garble", [_as_a_list, _as_no_name])
+async def test_a_worker_serves_on_when_the_name_of_the_default_model_is_garbled(
+    garble: Callable[[redis.Redis], None], crew: OpenCrew, customer: Customer, server: redis.Redis
+) -> None:
+    with crew() as workers:
+        worker = workers.hire()
+        await customer.submit([1.0])
+        await customer.all_completed()
+        garble(server)
+        await eventually(lambda: "The default model and the list" in workers.log, "it says so")
+        await customer.submit([2.0])
+        await customer.all_completed()
+        assert await worker.stop() == 0
+    server.delete(keys.default_model(Q))
+
+
 @pytest.mark.soak
 async def test_a_lease_goes_on_being_renewed_after_a_claim_was_garbled(
     crew: OpenCrew, customer: Customer, server: redis.Redis

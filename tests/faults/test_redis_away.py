@@ -326,3 +326,22 @@ async def test_a_server_that_forgets_its_scripts_under_load_loses_nothing(
         assert await worker.stop() == 0
     assert_one_end_each(server, customer.queue)
     assert_at_rest(server, customer.queue)
+
+
+async def test_a_run_whose_claim_is_gone_from_redis_ends_quietly_and_stores_nothing(
+    crew: OpenCrew, customer: Customer, server: redis.Redis
+) -> None:
+    with crew() as workers:
+        worker = workers.hire()
+        await customer.submit([800.0])
+        await eventually(_running(server, customer.queue, 1), "it runs")
+        server.flushall()
+        customer.acknowledged.clear()
+        await eventually(lambda: "results came too late" in workers.log, "the run has ended")
+        assert list(server.scan_iter("job:*")) == []
+        await customer.submit([1.0])
+        await customer.all_completed(5)
+        assert await worker.stop() == 0
+        warnings = [line for line in workers.log.splitlines() if "lost" in line or "late" in line]
+        assert len(warnings) <= 2, warnings
+    assert_at_rest(server, customer.queue)

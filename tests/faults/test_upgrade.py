@@ -1,6 +1,7 @@
 """Two releases side by side on one Redis: this one, and the last that spoke otherwise to Redis."""
 
 import itertools
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import redis
 
 from asyncinfer import keys
+from asyncinfer.jobs import SCHEMA
 from tests.parents import REPOSITORY
 
 from .customer import transitions
@@ -79,6 +81,19 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tree
 
 
+@pytest.fixture
+def to_come(tmp_path: Path) -> Path:
+    """The source of a release to come, whose records have a higher schema than this one knows."""
+    tree = tmp_path / "to-come"
+    shutil.copytree(REPOSITORY / "asyncinfer", tree / "asyncinfer")
+    source = tree / "asyncinfer" / "jobs.py"
+    now = f"SCHEMA: Final = {SCHEMA}"
+    text = source.read_text()
+    assert now in text
+    source.write_text(text.replace(now, f"SCHEMA: Final = {SCHEMA + 1}"))
+    return tree
+
+
 class Apis(NamedTuple):
     before: str
     now: str
@@ -132,6 +147,31 @@ async def test_releases_that_work_side_by_side_end_each_job_once_though_one_is_k
     services.close()
     ended = transitions(server, QUEUE)
     assert {ended[job_id]["completed"] for job_id in submitted} == {1}
+    assert_at_rest(server, QUEUE)
+
+
+async def test_a_job_that_only_a_later_release_can_run_waits_for_it_and_completes_there(
+    to_come: Path, services: Services, server: redis.Redis
+) -> None:
+    worker = services.work()
+    now, later = services.serve(), services.serve(tree=to_come)
+    async with httpx2.AsyncClient(timeout=30) as client:
+        job_id = await _submitted(client, later, "virginica")
+        await eventually(
+            lambda: transitions(server, QUEUE)[job_id]["processing"] >= 2, "it was released twice"
+        )
+        await _is_told_at_once(client, now)
+        job = (await client.get(f"{now}/job/{job_id}")).json()
+        assert (job["status"], job["model"]) == ("pending", "iris")
+        theirs = services.work(tree=to_come)
+        await _all_completed(client, Apis(now, later), [job_id], "virginica")
+        await _is_told_at_once(client, now)
+        await _stopped(worker)
+        await _is_told_at_once(client, now)
+        await _stopped(theirs)
+    services.close()
+    assert transitions(server, QUEUE)[job_id]["completed"] == 1
+    assert services.log.count("by a later release") == 1
     assert_at_rest(server, QUEUE)
 
 

@@ -1,9 +1,11 @@
 """Those who wait for a job's end, and what may happen to them."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
 import redis
 
 from asyncinfer import keys
@@ -168,6 +170,56 @@ async def test_a_look_before_the_submit_does_not_end_the_wait_for_it(
             assert ended.status == "completed"
         await inbox.close()
     assert_at_rest(server, customer.queue)
+
+
+@pytest.mark.soak
+async def test_a_wait_ends_when_its_job_is_gone_and_not_before_it_is_there(
+    store: Store, server: redis.Redis
+) -> None:
+    customer = Customer(store)
+    (gone,) = await customer.submit([1.0])
+    async with open_inbox(store, customer) as inbox, asyncio.TaskGroup() as group:
+        stored = (await customer.read([gone]))[0]
+        assert stored
+        wait = group.create_task(inbox.wait(stored, 60))
+        await _all_signed_up(server, customer)
+        to_come = customer.job(2.0)
+        with inbox.expect(to_come.job_id) as ticket:
+            server.flushall()
+            assert await wait is None
+            assert not ticket.ended.done()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("comes_back", ["empty", "older"])
+async def test_ends_are_heard_at_once_again_though_the_clock_of_redis_is_behind(
+    comes_back: str, store: Store, server: redis.Redis
+) -> None:
+    customer = Customer(store)
+    async with open_inbox(store, customer) as inbox, asyncio.TaskGroup() as group:
+        await eventually(lambda: server.exists(inbox.name) == 1, "it has its stream")
+        seconds, _ = server.time()
+        (ended,) = await customer.submit([1.0])
+        await _run_all(store, customer)
+        with inbox.expect(ended) as ticket:
+            server.xadd(inbox.name, {ended: "completed"}, id=f"{(seconds + 3600) * 1000}-0")
+            assert await ticket.wait(1), "it reads that far"
+        server.delete(inbox.name)
+        if comes_back == "older":
+            server.xadd(inbox.name, {"": "alive"}, id=f"{seconds * 1000}-0")
+            server.expire(inbox.name, 60)
+
+        async def is_heard_at_once() -> bool:
+            customer.acknowledged.clear()
+            await customer.submit([1.0])
+            waiters = await _waiters(inbox, customer, group)
+            await _all_signed_up(server, customer)
+            began_at = time.monotonic()
+            await _run_all(store, customer)
+            assert await waiters[0]
+            return time.monotonic() - began_at < 0.2
+
+        await eventually(is_heard_at_once, "an end is heard at once", 30)
 
 
 async def test_a_wait_that_is_too_short_gives_the_job_as_it_is(
