@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 import httptools
 from msgspec import Struct
 from starlette.types import Scope
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import (
     HEADER_VALUE_RE,
     STATUS_LINE,
@@ -104,6 +105,8 @@ class Connection(HttpToolsProtocol):
         """The cycle that runs, or ran last; `cycle` is the one whose request came last."""
         self._last = False
         """Whether no request is taken after the one that came last."""
+        self._cut_short = False
+        """Whether the client did not ask for that, and may have sent more."""
         self._reserved: asyncio.TimerHandle | None = None
         """On a connection above the limit, what ends it."""
         self._refusal: RequestError | None = None
@@ -149,28 +152,25 @@ class Connection(HttpToolsProtocol):
         self._time()
 
     def _feed(self, data: bytes) -> None:
-        rest: bytes | memoryview = data
-        try:
-            while (parsed := self._parse(rest)) is not None:
-                rest = memoryview(rest)[parsed:]
+        rest = data
+        while rest:
+            try:
+                self.parser.feed_data(rest)
+                return
+            except httptools.HttpParserUpgrade as offer:
                 # RFC 9110, 7.8: a server may ignore an offer to upgrade, and this one does. The
-                # parser then leaves out the body, so another is told of the head without the offer.
-                head = self._head_without_offer()
+                # parser leaves out the body then, so another one is shown the head without it.
+                rest = self._head_without_offer() + rest[offer.args[0] :]
                 self.parser = httptools.HttpRequestParser(self)
-                self.parser.feed_data(head)
-        except httptools.HttpParserError as error:
-            if not (self._last and not self._begun):
-                _log.debug("Refused what %s sent: %r", self.client, self._refusal or error)
-                self._refuse(self._refusal or MalformedRequest(_NOT_HTTP))
+            except httptools.HttpParserError as error:
+                self._refuse_unreadable(error)
+                return
 
-    def _parse(self, data: bytes | memoryview) -> int | None:
-        """How many bytes were parsed, when the parser stopped behind an offer to upgrade."""
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as offer:
-            parsed: int = offer.args[0]
-            return parsed
-        return None
+    def _refuse_unreadable(self, error: httptools.HttpParserError) -> None:
+        if self._last and not self._begun:
+            return
+        _log.debug("Refused what %s sent: %r", self.client, self._refusal or error)
+        self._refuse(self._refusal or MalformedRequest(_NOT_HTTP))
 
     def _head_without_offer(self) -> bytes:
         method: bytes = self.parser.get_method()
@@ -248,15 +248,24 @@ class Connection(HttpToolsProtocol):
             self._give_up(self._too_many_connections())
         self.scope["headers"] = tuple(self.headers)
         super().on_headers_complete()
-        self.cycle.transport = self._answers  # type: ignore[assignment]
+        cycle = self.cycle
+        cycle.transport = self._answers  # type: ignore[assignment]
+        if not (self.pipeline and self.pipeline[0][0] is cycle):
+            self._answering = cycle
         self._awaited = "body"
-        if self._reserved or len(self.pipeline) >= _MOST_PIPELINED:
-            self.cycle.keep_alive = False
-        self._last = not self.cycle.keep_alive
+        self._cut_short = len(self.pipeline) >= _MOST_PIPELINED
+        if self._reserved or self._cut_short:
+            cycle.keep_alive = False
+        self._last = not cycle.keep_alive
 
     def on_body(self, body: bytes) -> None:
         self._bodiless_bytes = 0
-        super().on_body(body)
+        cycle = self.cycle
+        if not cycle.response_complete:
+            cycle.body += body
+            if len(cycle.body) > HIGH_WATER_LIMIT:
+                self.flow.pause_reading()
+            cycle.message_event.set()
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
@@ -450,12 +459,12 @@ class Connection(HttpToolsProtocol):
 
     # --- closing ------------------------------------------------------------------------------
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self._answering = cycle
-        super()._start_asgi_task(cycle, app)
-
     def on_response_complete(self) -> None:
-        owed = self._owed if not self.pipeline else None
+        owed = None
+        if self.pipeline:
+            self._answering = self.pipeline[-1][0]
+        else:
+            owed = self._owed
         super().on_response_complete()
         if self.pipeline and not self.transport.is_closing():
             # uvicorn goes on reading, and would keep all that a client sends ahead.
@@ -473,7 +482,7 @@ class Connection(HttpToolsProtocol):
 
     def _end(self) -> None:
         """Closes after an answer; one whose request still comes may have been given early."""
-        if self._awaited != "streamed":
+        if self._awaited != "streamed" and not self._cut_short:
             self._close()
         elif not (self._refused or self.transport.is_closing()):
             self._refused = True
