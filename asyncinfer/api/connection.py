@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, Final, Literal
+from urllib.parse import unquote
 
 import httptools
 from msgspec import Struct
@@ -105,8 +106,6 @@ class Connection(HttpToolsProtocol):
         """The cycle that runs, or ran last; `cycle` is the one whose request came last."""
         self._last = False
         """Whether no request is taken after the one that came last."""
-        self._cut_short = False
-        """Whether the client did not ask for that, and may have sent more."""
         self._reserved: asyncio.TimerHandle | None = None
         """On a connection above the limit, what ends it."""
         self._refusal: RequestError | None = None
@@ -246,17 +245,49 @@ class Connection(HttpToolsProtocol):
             self._check_target(version)
         if self._reserved and self.url.partition(b"?")[0] not in _PROBED:
             self._give_up(self._too_many_connections())
-        self.scope["headers"] = tuple(self.headers)
-        super().on_headers_complete()
-        cycle = self.cycle
-        cycle.transport = self._answers  # type: ignore[assignment]
-        if not (self.pipeline and self.pipeline[0][0] is cycle):
-            self._answering = cycle
+        self._begin_cycle(version)
         self._awaited = "body"
-        self._cut_short = len(self.pipeline) >= _MOST_PIPELINED
-        if self._reserved or self._cut_short:
-            cycle.keep_alive = False
-        self._last = not cycle.keep_alive
+
+    def _begin_cycle(self, version: str) -> None:
+        """uvicorn's `on_headers_complete`, with one copy of the head that nothing changes later,
+        and without a second look at what is known here."""
+        self._describe(version)
+        ahead = len(self.pipeline)
+        keep_alive = version == "1.1" and self.parser.should_keep_alive()
+        self._last = not keep_alive or ahead >= _MOST_PIPELINED or self._reserved is not None
+        before, self.cycle = (
+            self.cycle,
+            RequestResponseCycle(
+                scope=self.scope,
+                transport=self._answers,  # type: ignore[arg-type]
+                flow=self.flow,
+                logger=self.logger,
+                access_logger=self.access_logger,
+                access_log=self.access_log,
+                default_headers=self.server_state.default_headers,
+                message_event=asyncio.Event(),
+                expect_100_continue=self.expect_100_continue,
+                keep_alive=not self._last,
+                on_response=self.on_response_complete,
+            ),
+        )
+        if before is None or before.response_complete:
+            self._answering = self.cycle
+            self._start_asgi_task(self.cycle, self.app)
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((self.cycle, self.app))
+
+    def _describe(self, version: str) -> None:
+        scope = self.scope
+        raw_path, _, query = self.url.partition(b"?")
+        path = raw_path.decode("ascii")
+        scope["method"] = self.parser.get_method().decode("ascii")
+        scope["http_version"] = version
+        scope["path"] = self.root_path + (unquote(path) if "%" in path else path)
+        scope["raw_path"] = self.root_path.encode() + raw_path
+        scope["query_string"] = query
+        scope["headers"] = tuple(self.headers)
 
     def on_body(self, body: bytes) -> None:
         self._bodiless_bytes = 0
@@ -453,7 +484,7 @@ class Connection(HttpToolsProtocol):
         self.transport.writelines((_head(reply, *others), body))
         cycle.message_event.set()
         if not cycle.keep_alive:
-            self._end()
+            self._answers.close()
         cycle.on_response()
         return True
 
@@ -473,7 +504,9 @@ class Connection(HttpToolsProtocol):
             self._unset_keepalive_if_required()
             self._send_refusal(owed)
         if self._awaited == "streamed":
-            self._end()
+            self._answers.close()
+        if self._answers.closed:
+            self._unset_keepalive_if_required()
         if self.transport.is_closing():
             self._abort_later()
 
@@ -481,10 +514,9 @@ class Connection(HttpToolsProtocol):
         self._close()
 
     def _end(self) -> None:
-        """Closes after an answer; one whose request still comes may have been given early."""
-        if self._awaited != "streamed" and not self._cut_short:
-            self._close()
-        elif not (self._refused or self.transport.is_closing()):
+        """Closes after an answer, in stages (RFC 9112, 9.6): it may have been given early, or the
+        client may have sent another request."""
+        if not self.transport.is_closing():
             self._refused = True
             self._disarm()
             self._close_gently()
@@ -492,6 +524,7 @@ class Connection(HttpToolsProtocol):
     def _close_gently(self) -> None:
         """A socket closed with unread bytes is reset, and the client may lose the answer with it:
         for a moment they are taken, and dropped."""
+        self.flow.resume_reading()
         self.transport.write_eof()
         self.loop.call_later(_DISCARD_SECONDS, self._close)
 
@@ -511,12 +544,18 @@ class _Answers:
 
     def __init__(self, transport: asyncio.Transport, end: Callable[[], None]) -> None:
         self._write = transport.write
+        self._end = end
         self.is_closing = transport.is_closing
-        self.close = end
+        self.closed = False
 
     def write(self, data: bytes) -> None:
-        if not self.is_closing():
+        if not (self.closed or self.is_closing()):
             self._write(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self._end()
 
 
 def _head(reply: Reply, *others: Header) -> bytes:
