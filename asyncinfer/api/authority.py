@@ -51,9 +51,9 @@ def parse_authority(value: bytes) -> Authority:
 
 
 def _is_possible(v6: bytes | None, port: bytes | None) -> bool:
-    if port and int(port) > _HIGHEST_PORT:
-        return False
-    try:
-        return v6 is None or bool(IPv6Address(v6.decode()))
-    except AddressValueError:
-        return False
+    if v6 is not None:
+        try:
+            IPv6Address(v6.decode())
+        except AddressValueError:
+            return False
+    return not port or int(port) <= _HIGHEST_PORT

@@ -2,9 +2,8 @@
 
 import asyncio
 import logging
-import re
 from collections.abc import Callable, Iterator
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NoReturn
 from urllib.parse import unquote
 
 import httptools
@@ -18,13 +17,19 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
-from asyncinfer.api.authority import parse_authority
 from asyncinfer.api.exchange import ANSWER_WHOLE, KEEP_BODY_OPEN, Header, Reply, header_block
+from asyncinfer.api.head import (
+    FRAMING,
+    check_version,
+    expects_continue,
+    is_path,
+    named_host,
+    split_target,
+)
 from asyncinfer.api.probes import HEALTH_PATHS
 from asyncinfer.api.problems import problem_reply
 from asyncinfer.errors import (
     HeadersTooLarge,
-    InvalidHeader,
     MalformedRequest,
     RequestError,
     RequestTimeout,
@@ -51,17 +56,11 @@ _MOST_PIPELINED: Final = 100
 """Requests that wait on one connection; a client that sends more sends the rest again."""
 
 _DISCARD_SECONDS: Final = 2.0
-_VERSIONS: Final = ("1.1", "1.0")
 _PROBED: Final = frozenset(path.encode() for path in HEALTH_PATHS)
 
-_FRAMING: Final = frozenset({b"transfer-encoding", b"expect"})
 _HOP_BY_HOP: Final = frozenset({b"connection", b"proxy-connection"})
 """What these fields say in a trailer the parser does: it takes no further request, without a
 word."""
-
-_ABSOLUTE_TARGET: Final = re.compile(
-    rb"https?://(?P<authority>[^/?]*)(?P<path>/[^?]*)?(?P<query>\?.*)?", re.IGNORECASE
-)
 
 _CLOSES: Final = (b"connection", b"close")
 _NOT_HTTP: Final = "The bytes sent are no HTTP/1.1 request."
@@ -101,7 +100,7 @@ class Connection(HttpToolsProtocol):
         """That came in whole chunks since the last byte of the body: of trailers or chunk
         extensions."""
         self._framed = False
-        """Whether the head has a field that `_check_framing` reads."""
+        """Whether the head has a field that `expects_continue` reads."""
         self._answering: RequestResponseCycle | None = None
         """The cycle that runs, or ran last; `cycle` is the one whose request came last."""
         self._last = False
@@ -217,7 +216,7 @@ class Connection(HttpToolsProtocol):
             self._drop_trailer(name, value)
             return
         name = name.lower()
-        if name in _FRAMING:
+        if name in FRAMING:
             self._framed = True
         self.headers.append((name, value.rstrip(b" \t")))
 
@@ -231,22 +230,43 @@ class Connection(HttpToolsProtocol):
             self._give_up(self._trailers_too_large())
 
     def on_headers_complete(self) -> None:
-        if self._begun_bytes + self._head_bytes > self._limits.header_bytes:
-            self._check_head()
         version = self.parser.get_http_version()
-        if version not in _VERSIONS:
-            self._give_up(MalformedRequest(f"This server speaks HTTP/1.1, not HTTP/{version}."))
+        try:
+            self._check_head(version)
+        except RequestError as error:
+            self._give_up(error)
+        if self.parser.should_upgrade():
+            return
+        self._begin_cycle(version)
+        self._awaited = "body"
+
+    def _check_head(self, version: str) -> None:
+        if self._begun_bytes + self._head_bytes > self._limits.header_bytes:
+            self._check_size()
+        check_version(version)
         if self.parser.should_upgrade():
             self._check_offer()
             return
         if self._framed:
-            self._check_framing(version)
-        if b"#" in self.url or not self.url.startswith(b"/"):
-            self._check_target(version)
+            self.expect_100_continue = expects_continue(self.headers, version)
+        if not is_path(self.url):
+            self._read_target(version)
         if self._reserved and self.url.partition(b"?")[0] not in _PROBED:
-            self._give_up(self._too_many_connections())
-        self._begin_cycle(version)
-        self._awaited = "body"
+            raise self._too_many_connections()
+
+    def _check_size(self) -> None:
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > self._limits.header_bytes:
+            raise self._headers_too_large()
+
+    def _check_offer(self) -> None:
+        if self.parser.get_method() == b"CONNECT":
+            raise MalformedRequest("CONNECT is for proxies, and this is none.")
+
+    def _read_target(self, version: str) -> None:
+        authority, self.url = split_target(self.url, self.parser.get_method())
+        if authority is not None:
+            self.headers = list(named_host(self.headers, authority, version))
 
     def _begin_cycle(self, version: str) -> None:
         """uvicorn's `on_headers_complete`, with one copy of the head that nothing changes later,
@@ -298,6 +318,11 @@ class Connection(HttpToolsProtocol):
                 self.flow.pause_reading()
             cycle.message_event.set()
 
+    def _give_up(self, error: RequestError) -> NoReturn:
+        """Makes the parser stop where it is."""
+        self._refusal = error
+        raise error
+
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
             return
@@ -307,66 +332,7 @@ class Connection(HttpToolsProtocol):
         self._awaited, self._begun = "nothing", False
         self._disarm()
 
-    # --- what a head may not say --------------------------------------------------------------
-
-    def _give_up(self, error: RequestError) -> None:
-        """Makes the parser stop where it is."""
-        self._refusal = error
-        raise error
-
-    def _check_offer(self) -> None:
-        if self.parser.get_method() == b"CONNECT":
-            self._give_up(MalformedRequest("CONNECT is for proxies, and this is none."))
-
-    def _check_framing(self, version: str) -> None:
-        """Whoever reads the end of a body elsewhere than a proxy takes the rest for a request."""
-        for name, value in self.headers:
-            if name == b"expect":
-                expected = [one.strip() for one in value.lower().split(b",")]
-                self.expect_100_continue |= version != "1.0" and b"100-continue" in expected
-            elif name == b"transfer-encoding" and version == "1.0":
-                self._give_up(MalformedRequest("HTTP/1.0 has no Transfer-Encoding."))
-            elif name == b"transfer-encoding" and value.lower() != b"chunked":
-                self._give_up(MalformedRequest("The only Transfer-Encoding taken is `chunked`."))
-
-    def _check_target(self, version: str) -> None:
-        if b"#" in self.url:
-            self._give_up(MalformedRequest("A request's target has no fragment; leave out `#`."))
-        if self.url.startswith(b"/") or (self.url == b"*" and self._is_options()):
-            return
-        target = _ABSOLUTE_TARGET.fullmatch(self.url)
-        if target is None:
-            self._give_up(MalformedRequest("The target is a path, or `http://HOST/PATH`."))
-            return
-        self.url = (target["path"] or b"/") + (target["query"] or b"")
-        try:
-            self._name_host(target["authority"], version)
-        except InvalidHeader as error:
-            self._give_up(error)
-
-    def _is_options(self) -> bool:
-        method: bytes = self.parser.get_method()
-        return method == b"OPTIONS"
-
-    def _name_host(self, authority: bytes, version: str) -> None:
-        """The authority of a target takes the place of Host (RFC 9112, 3.2.2), once that is a
-        valid one: the application refuses several, and none."""
-        parse_authority(authority)
-        hosts = [value for name, value in self.headers if name == b"host"]
-        if len(hosts) == 1:
-            parse_authority(hosts[0])
-        elif hosts or version != "1.0":
-            return
-        others = [header for header in self.headers if header[0] != b"host"]
-        self.headers = [(b"host", authority), *others]
-
     # --- limits -------------------------------------------------------------------------------
-
-    def _check_head(self) -> None:
-        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-        if size > self._limits.header_bytes:
-            self._refusal = self._headers_too_large()
-            raise self._refusal
 
     def _headers_too_large(self) -> HeadersTooLarge:
         return HeadersTooLarge(f"The headers may have {self._limits.header_bytes} bytes in all.")
@@ -432,7 +398,7 @@ class Connection(HttpToolsProtocol):
         self._refused = True
         self._disarm()
         if self._awaited in ("body", "streamed") and not self._drop_current():
-            self._close()
+            self._answers.close()
         elif self._answering and not (
             self._answering.response_complete or self._answering.disconnected
         ):

@@ -331,7 +331,7 @@ def _lengths() -> Iterator[Shape]:
     yield refused("two equal Content-Lengths", POST + LENGTH + LENGTH + CRLF + BODY)
     yield refused("two Content-Lengths", POST + LENGTH + b"Content-Length: 5\r\n\r\n" + BODY)
     yield open_after(
-        "white space around Content-Length", POST + b"Content-Length:  24 \t\r\n\r\n" + BODY, 202
+        "white space around Content-Length", POST + b"Content-Length:  24 \r\n\r\n" + BODY, 202
     )
     yield open_after(
         "Content-Length with leading zeros", POST + b"Content-Length: 00024\r\n\r\n" + BODY, 202
