@@ -10,6 +10,7 @@ from starlette.routing import Route as StarletteRoute
 from starlette.routing import Router
 from starlette.types import Receive, Scope, Send
 
+from asyncinfer.api.authority import authority_of
 from asyncinfer.api.body import discard
 from asyncinfer.api.catalog import Catalog
 from asyncinfer.api.config import ApiConfig
@@ -24,6 +25,7 @@ from asyncinfer.api.exchange import (
     send_reply,
     send_stream,
 )
+from asyncinfer.api.fields import read_fields
 from asyncinfer.api.guard import Guard
 from asyncinfer.api.openapi import document
 from asyncinfer.api.problems import internal_error, problem_reply
@@ -78,6 +80,8 @@ class Api:
             await self._router(scope, receive, send)
             return
         try:
+            if _has_encoded_slash(scope["raw_path"]):
+                await _no_such_route(scope, receive, send)
             if resource := self._plain.get(scope["path"]):
                 scope["path_params"] = {}
                 await resource(scope, receive, send)
@@ -100,7 +104,7 @@ class Api:
 
     async def answer(self, route: Route, scope: Scope, receive: Receive) -> Reply | Stream:
         assert self._services is not None, "the lifespan has not been started"
-        headers = dict(scope["headers"])
+        headers = read_fields(scope["headers"])
         tenant = self._guard.admit(route.scope, scope, headers)
         query = read_query(scope, route.query)
         request = Request(scope, receive, headers=headers, query=query, tenant=tenant)
@@ -149,6 +153,7 @@ class Resource:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         route = self._routes.get(scope["method"])
         if route is None:
+            check_head(scope)
             raise MethodNotAllowed(
                 f"{scope['method']} is not possible here; use {self._allow}.",
                 headers=[("allow", self._allow)],
@@ -160,6 +165,12 @@ class Resource:
             await send_reply(answer, scope, send)
 
 
+def check_head(scope: Scope) -> None:
+    """Raises InvalidHeader for a head that no server may take, whatever the request is for
+    (RFC 9112, 3.2)."""
+    authority_of(scope, read_fields(scope["headers"]))
+
+
 def _by_path(routes: Iterable[Route]) -> Iterable[tuple[str, list[Route]]]:
     paths: dict[str, list[Route]] = {}
     for route in routes:
@@ -167,7 +178,14 @@ def _by_path(routes: Iterable[Route]) -> Iterable[tuple[str, list[Route]]]:
     return paths.items()
 
 
+def _has_encoded_slash(raw_path: bytes) -> bool:
+    """It separates nothing (RFC 3986, 2.2), but decoded it would: a proxy that keeps callers from
+    `/jobs/retry` lets `/jobs%2Fretry` pass."""
+    return b"%2" in raw_path and b"%2f" in raw_path.lower()
+
+
 async def _no_such_route(scope: Scope, receive: Receive, send: Send) -> None:
+    check_head(scope)
     raise RouteNotFound("There is nothing at this path; GET / and /openapi.json list what is.")
 
 

@@ -1,7 +1,7 @@
 """One exchange: the request as handlers see it, and the reply."""
 
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, Generic, TypeVar
 from urllib.parse import parse_qsl
 
@@ -42,7 +42,7 @@ class Request(Generic[Query]):
         scope: Scope,
         receive: Receive,
         *,
-        headers: dict[bytes, bytes],
+        headers: Mapping[bytes, bytes],
         query: Query,
         tenant: str,
     ) -> None:

@@ -11,7 +11,9 @@ from typing import Final
 from starlette.types import Scope
 
 from asyncinfer.access import Keyring
+from asyncinfer.api.authority import Authority, authority_of
 from asyncinfer.api.config import ApiConfig
+from asyncinfer.api.probes import HEALTH_PATHS
 from asyncinfer.api.routes import KeyScope
 from asyncinfer.errors import (
     Forbidden,
@@ -46,30 +48,33 @@ class Guard:
 
     def admit(self, needed: KeyScope | None, scope: Scope, headers: Mapping[bytes, bytes]) -> str:
         """The tenant that the caller is; raises when the request may not pass."""
-        host = headers.get(b"host", b"").decode("latin-1").lower()
-        self._check_host(host)
+        authority = authority_of(scope, headers)
+        self._check_host(authority, scope)
         if scope["method"] not in _SAFE_METHODS and b"origin" in headers:
-            self._check_origin(headers[b"origin"].decode("latin-1").lower(), host)
+            self._check_origin(headers[b"origin"].decode("latin-1").lower(), authority)
         if self._keys is None or needed is None:
             return DEFAULT_TENANT
         return _tenant(self._keys.current(), needed, headers)
 
-    def _check_host(self, host: str) -> None:
-        name = _without_port(host)
+    def _check_host(self, authority: Authority | None, scope: Scope) -> None:
+        if authority is None:
+            _check_probe(scope)
+            return
+        name = authority.host
         if self._any_host or name in self._hosts:
             return
         # A page elsewhere can make a name point here, but not an address.
         if self._any_address and _is_address(name):
             return
-        if not name:
-            raise InvalidHeader("A request needs a Host header (RFC 9112).")
         raise HostRefused(
             f"This server does not answer as {name[:100]!r}. Use its address, or add the name to "
             "ALLOWED_HOSTS."
         )
 
-    def _check_origin(self, origin: str, host: str) -> None:
-        if origin in self._origins or (host and origin in (f"http://{host}", f"https://{host}")):
+    def _check_origin(self, origin: str, authority: Authority | None) -> None:
+        if origin in self._origins:
+            return
+        if authority and origin in (f"http://{authority.text}", f"https://{authority.text}"):
             return
         raise OriginRefused(
             f"Pages from {origin[:100]!r} may not change anything here; add the origin to "
@@ -137,10 +142,11 @@ def _unauthorized(detail: str) -> Unauthorized:
     return Unauthorized(detail, headers=[("www-authenticate", "Bearer")])
 
 
-def _without_port(host: str) -> str:
-    if host.startswith("["):
-        return host.partition("]")[0] + "]"
-    return host.partition(":")[0]
+def _check_probe(scope: Scope) -> None:
+    """Load balancers probe over HTTP/1.0 without a Host (`option httpchk` of HAProxy does), which
+    RFC 9112 allows. A browser never leaves it out, so nothing that it could reach is opened."""
+    if scope["path"] not in HEALTH_PATHS:
+        raise InvalidHeader("A request needs a Host header; without one only /health is answered.")
 
 
 def _bracketed(host: str) -> str:

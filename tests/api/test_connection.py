@@ -3,17 +3,35 @@
 import asyncio
 import contextlib
 import gc
+import logging
+import socket
+import struct
 import time
 from collections.abc import AsyncIterator
+from typing import NamedTuple
 
 import msgspec
 import pytest
+import redis
 
 from asyncinfer.api.config import ApiConfig
+from asyncinfer.api.connection import RESERVED_CONNECTIONS, Connection
+from asyncinfer.api.server import Server
 from asyncinfer.repository.store import Store
 from tests.faults.harness import eventually
 
-from .harness import ROW, announce, client_of, hosted, raw_exchange, running, submit
+from .harness import (
+    QUEUE,
+    ROW,
+    Hand,
+    _serving,
+    announce,
+    client_of,
+    hosted,
+    raw_exchange,
+    running,
+    submit,
+)
 
 GET = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n"
 POST = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -175,18 +193,236 @@ async def test_a_request_without_a_host_is_400(strict: int) -> None:
     assert_refused(answer, 400, "invalid_header")
 
 
-async def test_connections_above_the_cap_are_told_so(strict: int) -> None:
+@pytest.fixture
+async def crowded(config: ApiConfig, store: Store) -> AsyncIterator[int]:
+    """The port of an API all of whose connections are held."""
+    async with hosted(running(msgspec.structs.replace(config, max_connections=5))) as port:
+        held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(5)]
+        yield port
+        for _, writer in held:
+            writer.close()
+
+
+@pytest.mark.parametrize("path", [b"/health/live", b"/health/ready", b"/health"])
+async def test_probes_are_answered_when_all_connections_are_held(crowded: int, path: bytes) -> None:
+    probe = GET.replace(b"/health/live", path) + b"\r\n"
+    # Several, as of a client that keeps its connections: the first is answered.
+    answer = await raw_exchange(crowded, probe * 3)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b"\r\nconnection: close\r\n" in answer
+    assert answer.count(b"HTTP/1.1") == 1
+
+
+async def test_nothing_else_is_answered_when_all_connections_are_held(
+    crowded: int, server: redis.Redis
+) -> None:
+    body = msgspec.json.encode({"data": ROW})
+    post = POST + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    for request in (
+        post,
+        GET.replace(b"/health/live", b"/jobs") + b"\r\n",
+        b"GET /healthy HTTP/1.1",
+    ):
+        whole = request if request.endswith((b"\n", b"}")) else request + b"\r\nHost: a\r\n\r\n"
+        assert_refused(await raw_exchange(crowded, whole), 503, "too_many_connections")
+    assert server.llen(QUEUE) == 0
+
+
+async def test_a_reserved_connection_is_held_for_two_seconds_at_most(crowded: int) -> None:
+    began = time.monotonic()
+    reserved = [raw_exchange(crowded, sent) for sent in (b"", GET, b"\r\n")]
+    for answer in await asyncio.gather(*reserved):
+        assert_refused(answer, 503, "too_many_connections")
+    assert 1.9 <= time.monotonic() - began < 8
+
+
+async def test_sixteen_connections_are_reserved_and_those_above_are_told_so(crowded: int) -> None:
+    reserved = [
+        await asyncio.open_connection("127.0.0.1", crowded) for _ in range(RESERVED_CONNECTIONS)
+    ]
+    assert RESERVED_CONNECTIONS == 16
+    assert_refused(await raw_exchange(crowded, b""), 503, "too_many_connections")
+    reader, writer = reserved[-1]
+    writer.write(GET + b"\r\n")
+    assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
+    for _, writer in reserved:
+        writer.close()
+
+
+async def test_there_is_room_again_when_connections_are_closed(strict: int) -> None:
     held = [await asyncio.open_connection("127.0.0.1", strict) for _ in range(5)]
-    await asyncio.sleep(0.05)
-    assert_refused(await raw_exchange(strict, b""), 503, "too_many_connections")
     for _, writer in held:
         writer.close()
 
     async def let_in() -> bool:
-        answer = await raw_exchange(strict, GET + b"Connection: close\r\n\r\n")
+        answer = await raw_exchange(
+            strict, GET.replace(b"health/live", b"") + b"Connection: close\r\n\r\n"
+        )
         return answer.startswith(b"HTTP/1.1 200 ")
 
     await eventually(let_in, "there is room again")
+
+
+# --- trailers ------------------------------------------------------------------------------
+
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n"
+CHUNK = b'18\r\n{"data": [[1, 2, 3, 4]]}\r\n'
+
+
+async def test_a_trailer_gives_no_key_and_changes_none(locked: int) -> None:
+    keyless = CHUNKED + b"\r\n" + CHUNK + b"0\r\nX-API-Key: bob\r\n\r\n"
+    assert b" 401 " in await first_answer(locked, keyless)
+    keyed = CHUNKED + b"X-API-Key: alice\r\n\r\n" + CHUNK + b"0\r\nX-API-Key: bob\r\n\r\n"
+    answer = await first_answer(locked, keyed)
+    assert b" 202 " in answer.partition(b"\r\n")[0]
+    job_id = msgspec.json.decode(answer.partition(b"\r\n\r\n")[2])["job_id"]
+    for key, status in (("alice", 200), ("bob", 404)):
+        async with client_of(locked, **{"x-api-key": key}) as client:
+            assert (await client.get(f"/job/{job_id}")).status_code == status
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [
+        pytest.param(b"a:b\r\n" * 200, id="many trailers"),
+        pytest.param(b"a" * 1000, id="one long name"),
+        pytest.param(b"0;" + b"a" * 1000, id="one long chunk extension"),
+    ],
+)
+@pytest.mark.parametrize("at_once", [1, 5000])
+async def test_what_follows_a_body_is_bounded(strict: int, endless: bytes, at_once: int) -> None:
+    first = CHUNKED + b"\r\n" + CHUNK
+    first += b"" if endless.startswith(b"0") else b"0\r\n"
+    answer, ended = await dribble(strict, first, endless * at_once)
+    assert_refused(answer, 431, "headers_too_large")
+    assert ended < 4
+
+
+async def test_small_chunks_are_no_trailers(strict: int) -> None:
+    body = b'{"data": [[1, 2, 3, 4]]}' + b" " * 4000
+    chunks = b"".join(b"1;extension\r\n%c\r\n" % byte for byte in body)
+    whole = CHUNKED + b"Connection: close\r\n\r\n" + chunks + b"0\r\n\r\n"
+    assert (await raw_exchange(strict, whole)).startswith(b"HTTP/1.1 202 ")
+
+
+async def first_answer(port: int, sent: bytes) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(sent)
+    answer = await reader.readuntil(b"}")
+    writer.close()
+    return answer
+
+
+# --- what a client waits for, or sends ahead -------------------------------------------------
+
+
+async def test_a_client_that_waits_for_100_is_told_to_go_on(strict: int) -> None:
+    body = msgspec.json.encode({"data": ROW})
+    head = POST + b"Content-Length: %d\r\nExpect: 100-continue\r\n" % len(body)
+    reader, writer = await asyncio.open_connection("127.0.0.1", strict)
+    writer.write(head + b"\r\n")
+    assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    writer.write(body)
+    assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 202 ")
+    writer.write(head + b"Connection: close\r\n\r\n" + body)
+    answer = await reader.read()
+    assert answer.startswith(b"HTTP/1.1 202 "), "who has sent all of it needs no leave"
+    writer.close()
+
+
+async def test_over_http_1_0_nothing_precedes_the_answer(strict: int) -> None:
+    head = POST.replace(b"1.1", b"1.0") + b"Content-Length: 24\r\nExpect: 100-continue\r\n\r\n"
+    assert_refused(await raw_exchange(strict, head), 408, "request_timeout")
+
+
+async def test_requests_sent_far_ahead_are_answered_as_far_as_they_are_kept(strict: int) -> None:
+    request = GET + b"\r\n"
+    answer = await raw_exchange(strict, request * 5000)
+    first, _, last = answer.rpartition(b"HTTP/1.1 200 ")
+    assert b"connection: close" in last
+    assert b"connection: close" not in first
+    assert 100 <= answer.count(b"HTTP/1.1 200 ") < 5000
+
+
+# --- clients that leave --------------------------------------------------------------------
+
+
+class Left(NamedTuple):
+    server: Server
+    port: int
+    job_id: str
+    result_id: str
+
+
+@pytest.fixture
+async def left(config: ApiConfig, store: Store, hand: Hand) -> AsyncIterator[Left]:
+    """An API with a job that waits and one whose result is large."""
+    await announce(store, "iris", default="iris")
+    async with hosted(_serving(config)) as (server, port), client_of(port) as client:
+        result_id = await submit(client)
+        await hand.complete(body={"prediction": "y" * (8 << 20)})
+        yield Left(server, port, await submit(client), result_id)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize(
+    "sent",
+    [
+        pytest.param(b"GET /jo", id="head"),
+        pytest.param(POST + b"Content-Length: 9\r\n\r\n{", id="body"),
+        pytest.param(CHUNKED + b"\r\n" + CHUNK, id="chunked body"),
+        pytest.param(POST + b"Content-Length: 99999999\r\n\r\n", id="refused body"),
+        pytest.param(
+            POST.replace(b"json", b"x-ndjson") + b"Transfer-Encoding: chunked\r\n\r\n" + CHUNK,
+            id="lines",
+        ),
+        pytest.param(b"GET /job/RESULT/result HTTP/1.1\r\nHost: localhost\r\n\r\n", id="result"),
+        pytest.param(
+            b"GET /job/RESULT/result HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3, id="results"
+        ),
+        pytest.param(b"GET /job/JOB?wait=30 HTTP/1.1\r\nHost: localhost\r\n\r\n", id="wait"),
+        pytest.param(
+            b"GET /job/JOB?wait=30 HTTP/1.1\r\nHost: localhost\r\n\r\n" + GET + b"\r\n",
+            id="wait and more",
+        ),
+        pytest.param(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n", id="events"),
+        pytest.param(
+            b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n" + GET + b"\r\n", id="events and more"
+        ),
+        pytest.param(GET + b"Bad Header\r\n\r\n", id="malformed"),
+        pytest.param(
+            b"GET /job/JOB?wait=30 HTTP/1.1\r\nHost: localhost\r\n\r\nBad\r\n",
+            id="wait and malformed",
+        ),
+    ],
+)
+async def test_a_client_that_leaves_in_the_middle_is_no_error(
+    left: Left, caplog: pytest.LogCaptureFixture, sent: bytes, reset: bool
+) -> None:
+    request = sent.replace(b"JOB", left.job_id.encode()).replace(b"RESULT", left.result_id.encode())
+    state = left.server.server_state
+    for known in (False, True):
+        _, writer = await asyncio.open_connection("127.0.0.1", left.port)
+        client = writer.get_extra_info("sockname")
+        writer.write(request)
+        if known:
+            await eventually(lambda: is_held(left.server, client), "the server has taken it")  # noqa: B023
+        if reset:
+            taken = writer.get_extra_info("socket")
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.close()
+        # What comes next is accepted after this one.
+        await first_answer(left.port, GET + b"\r\n")
+        await eventually(lambda: not is_held(left.server, client), "the server knows it has left")  # noqa: B023
+    await eventually(lambda: not state.tasks, "nothing is done for those that left", 10)
+    assert [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING] == []
+
+
+def is_held(server: Server, client: tuple[str, int]) -> bool:
+    return any(
+        isinstance(one, Connection) and one.client == client
+        for one in server.server_state.connections
+    )
 
 
 async def test_an_offer_to_upgrade_is_answered_as_plain_http(strict: int) -> None:

@@ -65,6 +65,22 @@ async def test_bound_to_every_address_it_answers_to_addresses_but_not_to_names(
         assert (await client.get("/", headers={"host": "evil.example"})).status_code == 403
 
 
+async def test_where_any_host_may_be_named_an_odd_one_is_still_none(
+    config: ApiConfig, store: Store
+) -> None:
+    open_to_all = msgspec.structs.replace(config, allowed_hosts=("*",))
+    async with running(open_to_all) as port, client_of(port) as client:
+        assert (await client.get("/", headers={"host": "any.example:80"})).status_code == 200
+        for host in ("user@any.example", "any.example:port", "any example"):
+            assert_problem(await client.get("/", headers={"host": host}), 400, "invalid_header")
+
+
+async def test_preferences_may_come_in_several_lines(api: httpx2.AsyncClient) -> None:
+    twice = [("host", "localhost"), ("prefer", "respond-async"), ("prefer", "wait=0")]
+    reply = await api.post("/predict", json={"data": ROW}, headers=twice)
+    assert reply.headers["preference-applied"] == "wait=0"
+
+
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:1", ""])
 async def test_another_pages_script_changes_nothing(
     api: httpx2.AsyncClient, server: redis.Redis, origin: str

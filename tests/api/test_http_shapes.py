@@ -1,0 +1,180 @@
+"""Whatever shape a request has on the wire, and however it is cut into packets, it is answered as
+RFC 9110 and 9112 say, and no byte of it is taken for another request."""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncIterator, Iterable, Iterator
+from functools import partial
+from typing import Any, Final, NamedTuple
+
+import msgspec
+import pytest
+import redis
+
+from asyncinfer.api.config import ApiConfig
+from asyncinfer.api.connection import Connection, Limits
+from asyncinfer.repository.store import Store
+from tests.faults.harness import eventually
+
+from .harness import _serving, announce, hosted
+from .http_shapes import ALIVE, ROW, SHAPES, Shape
+
+Address = tuple[str, int]
+
+AT_ONCE: Final = 60
+PROBE: Final = ALIVE + b"Connection: close\r\n\r\n"
+
+
+class Counting(Connection):
+    """Says how much has come, so that a client can send the rest in another packet."""
+
+    def __init__(self, come: dict[Address, int], limits: Limits, **uvicorns: Any) -> None:
+        super().__init__(limits, **uvicorns)
+        self._come = come
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        assert self.client is not None
+        self._come[self.client] = self._come.get(self.client, 0) + len(data)
+
+
+class Told(NamedTuple):
+    """An answer as it came."""
+
+    status: int
+    code: str | None
+
+
+class Api(NamedTuple):
+    port: int
+    come: dict[Address, int]
+    """How many bytes of each client have been read."""
+
+
+@pytest.fixture
+async def counting(config: ApiConfig, store: Store) -> AsyncIterator[Api]:
+    """An API that serves iris."""
+    await announce(store, "iris", default="iris")
+    come: dict[Address, int] = {}
+    async with hosted(_serving(config)) as (server, port):
+        chosen = server.config.http_protocol_class
+        assert isinstance(chosen, partial)
+        server.config.http_protocol_class = partial(Counting, come, *chosen.args)
+        yield Api(port, come)
+
+
+def test_the_corpus_is_large_and_names_each_shape_once() -> None:
+    names = [shape.name for shape in SHAPES]
+    assert len(names) >= 80
+    assert len(set(names)) == len(names)
+
+
+async def test_every_shape_is_answered_as_it_should_be(
+    counting: Api, server: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    await _assert_answered(counting, server, ((shape, (shape.sent,)) for shape in SHAPES))
+    assert not _troubles(caplog)
+
+
+async def test_every_shape_is_answered_so_in_two_packets_too(
+    counting: Api, server: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    await _assert_answered(counting, server, _cut(SHAPES))
+    assert not _troubles(caplog)
+
+
+def _cut(shapes: Iterable[Shape]) -> Iterator[tuple[Shape, tuple[bytes, bytes]]]:
+    """Each shape cut at the end of each line, but not of the same line over and over."""
+    for shape in shapes:
+        lines = shape.sent.splitlines(keepends=True)[:-1]
+        ends = list(itertools.accumulate(len(line) for line in lines))
+        for end in [*ends[:24], *ends[24:][-4:]]:
+            yield shape, (shape.sent[:end], shape.sent[end:])
+
+
+async def _assert_answered(
+    api: Api, server: redis.Redis, sent: Iterable[tuple[Shape, tuple[bytes, ...]]]
+) -> None:
+    slots = asyncio.Semaphore(AT_ONCE)
+    numbered = list(enumerate(sent, start=int(ROW) + 1))
+
+    async def attempt(number: int, shape: Shape, parts: tuple[bytes, ...]) -> str | None:
+        async with slots, asyncio.timeout(30):
+            row = b"%d" % number
+            return await _fault(api, shape, [part.replace(ROW, row) for part in parts])
+
+    faults = await asyncio.gather(*(attempt(number, *one) for number, one in numbered))
+    found = [fault for fault in faults if fault]
+    assert not found, "\n".join(found)
+    kept = _kept_rows(server)
+    for number, (shape, parts) in numbered:
+        assert kept.count(number) == shape.answers.count(202), (shape.name, parts)
+
+
+async def _fault(api: Api, shape: Shape, parts: list[bytes]) -> str | None:
+    """What is wrong with the answers to `parts`; None for nothing."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
+    try:
+        told = await _conversation(api, shape, parts, reader, writer)
+    finally:
+        writer.close()
+    expected: list[Told | str] = [
+        Told(*answer) if isinstance(answer, tuple) else Told(answer, None)
+        for answer in shape.answers
+    ]
+    expected += [CLOSED] if shape.closes else [Told(200, None), CLOSED]
+    return None if told == expected else f"{shape.name}: {told} to {parts}"
+
+
+CLOSED: Final = "closed"
+
+
+async def _conversation(
+    api: Api,
+    shape: Shape,
+    parts: list[bytes],
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+) -> list[Told | str]:
+    """The answers to the shape; where it leaves the connection open, that to one more request; and
+    that nothing follows."""
+    client = writer.get_extra_info("sockname")
+    for place, part in enumerate(parts, start=1):
+        writer.write(part)
+        if place < len(parts):
+            await eventually(
+                lambda: api.come.get(client, 0) >= len(part) or reader.at_eof(),  # noqa: B023
+                "the first packet is read",
+            )
+    told = [await _answer(reader, shape.bodiless) for _ in shape.answers]
+    if not shape.closes:
+        writer.write(PROBE)
+        told.append(await _answer(reader, False))
+    return [*told, await _answer(reader, False)]
+
+
+async def _answer(reader: asyncio.StreamReader, bodiless: bool) -> Told | str:
+    status = 100
+    while status < 200:
+        try:
+            head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        except asyncio.IncompleteReadError as error:
+            return CLOSED if not error.partial else repr(error.partial)
+        except ConnectionResetError:
+            return "reset"
+        status = int(head[9:12])
+    length = int(head.partition(b"\r\ncontent-length: ")[2].partition(b"\r\n")[0])
+    body = b"" if bodiless else await reader.readexactly(length)
+    is_problem = b"content-type: application/problem+json" in head
+    return Told(status, msgspec.json.decode(body)["code"] if is_problem else None)
+
+
+def _kept_rows(server: redis.Redis) -> list[int]:
+    """The first number of each input that was stored."""
+    inputs = [server.get(name) for name in server.scan_iter("job:*:data", count=1000)]
+    return [int(msgspec.json.decode(it)[0][0]) for it in inputs if isinstance(it, bytes)]
+
+
+def _troubles(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING]
