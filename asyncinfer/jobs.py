@@ -28,6 +28,7 @@ SCHEMA: Final = 1
 """Version of the record. Fields are only ever added at its end, with a default."""
 
 GROUP_PATTERN: Final = "^[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}$"
+TENANT_PATTERN: Final = "[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 
 _THIRTY_DAYS_SECONDS: Final = 30 * 24 * 3600
 
