@@ -5,7 +5,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
-import anyio
 import httpx2
 import msgspec
 import pytest
@@ -23,11 +22,11 @@ from .harness import (
     assert_problem,
     client_of,
     hosted,
-    raw_exchange,
     running,
     submit,
 )
 from .sse import listening
+from .test_bulk import talking
 
 WITHIN_SECONDS = 5.0
 ROW = {"data": [[5.1, 3.5, 1.4, 0.2]]}
@@ -163,26 +162,17 @@ async def test_a_submit_that_waits_is_answered_401_with_the_job_it_made(
 
 
 async def test_lines_are_no_longer_taken_in_and_the_last_answer_says_so(
-    port: int, keys: Keys, alice: httpx2.AsyncClient, server: redis.Redis
+    port: int, keys: Keys, server: redis.Redis
 ) -> None:
-    more = anyio.Event()
     row = msgspec.json.encode(ROW) + b"\n"
-
-    async def lines() -> AsyncIterator[bytes]:
-        yield row
-        await more.wait()
-        yield row
-
-    headers = {"content-type": "application/x-ndjson"}
-    async with alice.stream("POST", "/predict", content=lines(), headers=headers) as reply:
-        answers = reply.aiter_lines()
-        assert msgspec.json.decode(await anext(answers))["status"] == "pending"
+    async with talking(port, b"X-Api-Key: alice\r\n") as talk:
+        await talk.say(row)
+        assert (await talk.hear_after_head())["status"] == "pending"
         revoked_at = keys.revoke()
-        last = msgspec.json.decode(await anext(answers))
+        last = await talk.hear_after_head()
         assert time.monotonic() - revoked_at < WITHIN_SECONDS
         assert (last["status"], last["code"], last["line"]) == (401, "unauthorized", 2)
-        assert [one async for one in answers] == []
-        more.set()
+        assert await talk.hear() is None
     assert server.llen(QUEUE) == 1
 
 
@@ -257,13 +247,3 @@ def _sees_workers(client: httpx2.AsyncClient) -> Callable[[], Awaitable[bool]]:
         return (await client.get("/workers")).status_code == 200
 
     return sees
-
-
-async def test_requests_of_a_connection_that_stays_open_are_refused_too(
-    port: int, keys: Keys, alice: httpx2.AsyncClient
-) -> None:
-    keys.revoke()
-    await eventually(lambda: is_out(alice), "it is refused")
-    request = b"GET /jobs HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer alice\r\n"
-    reply = await raw_exchange(port, request + b"Connection: close\r\n\r\n")
-    assert reply.startswith(b"HTTP/1.1 401")
