@@ -33,7 +33,7 @@ class JobState:
 
     @property
     def tenant(self) -> str | None:
-        """Whose it is, where an operator asked for jobs of others; else None."""
+        """Whose it is, where an operator asked over tenants; else None."""
         return self._view.get("tenant")
 
     @property
