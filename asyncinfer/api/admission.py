@@ -15,15 +15,25 @@ _ANYBODY: Final = Caller(DEFAULT_TENANT, frozenset(SCOPES))
 _NOBODY: Final = Caller(DEFAULT_TENANT, frozenset())
 
 
+class Reach(Struct, frozen=True):
+    """Whose jobs a request is about."""
+
+    tenant: str | None
+    """None: those of all tenants."""
+    across: bool
+    """Asked by an operator, who is shown no payloads."""
+
+
 class Admission:
     """Who asks. A key may be revoked while its request is under way: what waits or goes on asks
     `revoked`, or `check` before it changes anything."""
 
-    __slots__ = ("_caller", "_digest", "_keyring", "_keys", "_needed")
+    __slots__ = ("_caller", "_digest", "_keyring", "_keys", "_needed", "own")
 
     def __init__(
         self, caller: Caller, keys: KeyFile | None = None, digest: str | None = None
     ) -> None:
+        self.own = Reach(caller.tenant, across=False)
         self._caller = caller
         self._keys = keys
         self._keyring: Keyring | None = keys.keyring if keys else None
@@ -105,21 +115,12 @@ def open_admission(keys: KeyFile, key: str | None) -> Admission:
         return Admission(_NOBODY)
 
 
-class Reach(Struct, frozen=True):
-    """Whose jobs a request is about."""
-
-    tenant: str | None
-    """None: those of all tenants."""
-    across: bool
-    """Asked by an operator, who is shown no payloads."""
-
-
 def reach(asking: Admission, needed: str | None, asked: str | None) -> Reach:
     """`asked` is the query's `tenant`; raises Forbidden where the key lacks the scope."""
     if asked is None or (asked == asking.tenant and not asking.may("operator")):
         if needed:
             asking.need(needed)
-        return Reach(asking.tenant, across=False)
+        return asking.own
     asking.need("operator")
     return Reach(None if asked == ALL_TENANTS else asked, across=True)
 

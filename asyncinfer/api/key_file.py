@@ -1,7 +1,6 @@
 """The file of API keys, followed while the API runs."""
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -58,19 +57,23 @@ class KeyFile:
     async def run(self) -> None:
         """Looks at the file until cancelled."""
         loop = asyncio.get_running_loop()
+        thread = ThreadPoolExecutor(1, "api-keys")
         reading: asyncio.Future[bytes] | None = None
-        # A read from a file system that hangs cannot be cancelled: there is never a second one.
-        with contextlib.closing(_Thread()) as thread:
+        try:
             while True:
-                reading = reading or loop.run_in_executor(
-                    thread.executor, read_key_file, self._path
-                )
+                # A read from a file system that hangs cannot be cancelled, so that there is never
+                # a second one.
+                reading = reading or loop.run_in_executor(thread, read_key_file, self._path)
                 if await settled(reading, _READ_SECONDS):
                     self.look(_outcome(reading))
                     reading = None
                 else:
                     self.look(self._silence())
                 await asyncio.sleep(_LOOK_SECONDS)
+        finally:
+            if reading:
+                reading.cancel()
+            thread.shutdown(wait=False)
 
     def look(self, found: bytes | KeyFileRefused) -> None:
         """Decides which keys count, after each look at the file."""
@@ -130,14 +133,6 @@ class KeyFile:
 
     def _silence(self) -> KeyFileRefused:
         return KeyFileRefused(f"Cannot read the API keys in {self._path}: the read hangs.")
-
-
-class _Thread:
-    def __init__(self) -> None:
-        self.executor = ThreadPoolExecutor(1, "api-keys")
-
-    def close(self) -> None:
-        self.executor.shutdown(wait=False)
 
 
 def _outcome(reading: asyncio.Future[bytes]) -> bytes | KeyFileRefused:

@@ -230,20 +230,22 @@ def test_jobs_of_all_tenants_are_listed_and_acted_on_by_operators(url: str) -> N
     assert refused.code == 2
 
 
-def test_a_key_that_may_not_see_workers_still_watches_queues(
+def test_a_key_that_may_not_see_workers_still_watches_and_measures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "keys").write_text(access.entry_of("reader", "acme", "read").line())
+    (tmp_path / "keys").write_text(access.entry_of("user", "acme", "submit,read").line())
     with service(api_keys=tmp_path / "keys") as locked:
         monkeypatch.setenv("ASYNCINFER_URL", locked.url)
-        monkeypatch.setenv("ASYNCINFER_API_KEY", "reader")
+        monkeypatch.setenv("ASYNCINFER_API_KEY", "user")
         shown = told("top")
         found = told("top", "--once", "--json").json
+        measured = told("bench", "--seconds", "0.3", "--connections", "2", "--json")
         examined = told("doctor", "--url", locked.url, "--api-key", "guess").out
 
     assert shown.code == 0
     assert "workers are shown to keys with the scope admin" in shown.out
     assert found["workers"] is None
+    assert (measured.code, measured.json["sides"]["slots_busy"]) == (0, None)
     assert [one["model"] for one in found["queues"]]
     assert f"answers at {locked.url}" in examined
 
