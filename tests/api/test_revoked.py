@@ -113,6 +113,7 @@ async def test_a_revoked_key_ends_its_streams_and_no_others(
     assert_problem(await alice.get(paths[0]), 401, "unauthorized")
 
 
+@pytest.mark.soak
 async def test_a_stream_whose_client_does_not_read_is_told_nothing_more(
     port: int, keys: Keys, alice: httpx2.AsyncClient, hand: Hand
 ) -> None:

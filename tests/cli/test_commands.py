@@ -239,7 +239,7 @@ def test_a_key_that_may_not_see_workers_still_watches_and_measures(
         monkeypatch.setenv("ASYNCINFER_API_KEY", "user")
         shown = told("top")
         found = told("top", "--once", "--json").json
-        measured = told("bench", "--seconds", "0.3", "--connections", "2", "--json")
+        measured = told("bench", "--seconds", "0.5", "--connections", "2", "--json")
         examined = told("doctor", "--url", locked.url, "--api-key", "guess").out
 
     assert shown.code == 0
