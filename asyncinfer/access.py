@@ -1,21 +1,28 @@
 """API keys: who a caller is, and what they may do."""
 
+import codecs
 import hashlib
 import hmac
+import os
 import re
 import secrets
-from collections.abc import Sequence
+import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 from msgspec import Struct
 
 from asyncinfer.errors import KeyFileRefused
+from asyncinfer.jobs import TENANT_PATTERN
 
-SCOPES: Final = ("submit", "read", "admin")
+SCOPES: Final = ("submit", "read", "admin", "operator")
 """Each stands alone: `admin` does not bring the others."""
 
-_TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+MOST_FILE_BYTES: Final = 4 << 20
+"""About 40,000 keys."""
+
+_TENANT = re.compile(TENANT_PATTERN)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PREFIX: Final = "ai_"
 _SECRET_BYTES: Final = 32
@@ -37,29 +44,79 @@ class Entry(Struct, frozen=True):
         return f"{self.caller.tenant} {scopes} {self.digest}"
 
 
+class BrokenLine(Struct, frozen=True):
+    """A line of the key file that lets nobody in. Its text is not kept: it may be a key."""
+
+    number: int
+    reason: str
+
+
 class Keyring:
     """The keys that are let in. A tenant may have several, to change one without a gap."""
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
+    def __init__(self, entries: Sequence[Entry] = (), broken: Sequence[BrokenLine] = ()) -> None:
         self._entries = tuple(entries)
+        self.broken = tuple(broken)
+        """Lines that were left out."""
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
     @classmethod
     def load(cls, path: Path) -> "Keyring":
-        """Raises KeyFileRefused naming the file and the line."""
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8"
-            raise KeyFileRefused(f"Cannot read the API keys in {path}: {reason}.") from error
-        return cls(_entries(path, lines))
+        """Raises KeyFileRefused when the file cannot be read."""
+        return cls.parse(read_key_file(path))
+
+    @classmethod
+    def parse(cls, content: bytes) -> "Keyring":
+        """The keys of sound lines. A broken line is left out alone: were the whole file refused
+        for it, a key that was taken out in the same edit would still be valid."""
+        entries: dict[str, Entry] = {}
+        broken: list[BrokenLine] = []
+        for number, line in _lines(content):
+            try:
+                entry = _read_entry(line)
+                if entry.digest in entries:
+                    raise ValueError("it repeats the key of an earlier line, which counts")
+            except ValueError as error:
+                broken.append(BrokenLine(number, str(error)))
+            else:
+                entries[entry.digest] = entry
+        return cls(tuple(entries.values()), broken)
 
     def identify(self, key: str) -> Caller | None:
         """Whose key it is. Takes the same time wherever in the file it is, or is not."""
-        digest, caller = _digest(key), None
+        return self.caller_of(digest_of(key))
+
+    def caller_of(self, digest: str) -> Caller | None:
+        """Whose key has this SHA-256."""
+        caller = None
         for entry in self._entries:
             if hmac.compare_digest(entry.digest, digest):
                 caller = entry.caller
         return caller
+
+
+def read_key_file(path: Path) -> bytes:
+    """Raises KeyFileRefused when there is no regular file that can be read."""
+    try:
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise KeyFileRefused(f"Cannot read the API keys in {path}: it is not a file.")
+            content = file.read(MOST_FILE_BYTES + 1)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise KeyFileRefused(f"Cannot read the API keys in {path}: {reason}.") from error
+    if len(content) > MOST_FILE_BYTES:
+        raise KeyFileRefused(
+            f"Cannot read the API keys in {path}: it has more than {MOST_FILE_BYTES} bytes."
+        )
+    return content
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A plain open of a named pipe would wait for a writer."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def new_key() -> str:
@@ -69,10 +126,11 @@ def new_key() -> str:
 
 def entry_of(key: str, tenant: str, scopes: str) -> Entry:
     """`scopes` as in the file, comma-separated; raises ValueError with what is allowed."""
-    return _entry(tenant, scopes, _digest(key))
+    return _entry(tenant, scopes, digest_of(key))
 
 
-def _digest(key: str) -> str:
+def digest_of(key: str) -> str:
+    """The SHA-256 of a key, as the file has it."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -87,19 +145,17 @@ def _entry(tenant: str, scopes: str, digest: str) -> Entry:
     return Entry(Caller(tenant, wanted), digest)
 
 
-def _entries(path: Path, lines: Sequence[str]) -> list[Entry]:
-    entries: dict[str, Entry] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        tenant, scopes, digest, *_ = [*line.split(), "", "", ""]
-        try:
-            entry = _entry(tenant, scopes, digest)
-        except ValueError as error:
-            raise KeyFileRefused(f"{path}, line {number}: {error}.") from error
-        if digest in entries:
-            raise KeyFileRefused(f"{path}, line {number}: the key of an earlier line; remove one.")
-        entries[digest] = entry
-    if not entries:
-        raise KeyFileRefused(f"{path} has no key. `asyncinfer keygen` makes one, with its line.")
-    return list(entries.values())
+def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """Lines that are neither empty nor comments, with their numbers."""
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
+        if line.strip() and not line.lstrip().startswith(b"#"):
+            yield number, line
+
+
+def _read_entry(line: bytes) -> Entry:
+    try:
+        words = line.decode().split()
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8") from None
+    tenant, scopes, digest, *_ = [*words, "", "", ""]
+    return _entry(tenant, scopes, digest)

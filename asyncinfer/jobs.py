@@ -33,6 +33,7 @@ drops the fields it does not know.
 """
 
 GROUP_PATTERN: Final = "^[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}$"
+TENANT_PATTERN: Final = "[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 
 _THIRTY_DAYS_SECONDS: Final = 30 * 24 * 3600
 

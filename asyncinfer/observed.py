@@ -1,9 +1,22 @@
 """What people are shown of queues and workers."""
 
+import hashlib
+import re
 from datetime import datetime
-from typing import Annotated, TypeAlias
+from typing import Annotated, Final, TypeAlias
 
 from msgspec import Meta, Struct
+
+_WORKER_ID: Final = re.compile(r".+-[0-9]+-([0-9a-f]{6})", re.DOTALL)
+
+
+def shown_worker(worker_id: str) -> str:
+    """A worker as everyone may see it: by the random end of its id, which begins with its host's
+    name and its pid. Of an id of another form, by its SHA-256."""
+    if ours := _WORKER_ID.fullmatch(worker_id):
+        return f"w-{ours[1]}"
+    return f"w-{hashlib.sha256(worker_id.encode('utf-8', 'surrogatepass')).hexdigest()[:6]}"
+
 
 OldestAge: TypeAlias = Annotated[
     float | None, Meta(description="Of the job that waits longest; null when none is known.")
@@ -84,7 +97,7 @@ class JobsDone(Struct, frozen=True):
 class Worker(Struct, frozen=True, kw_only=True):
     """A living worker, as it says itself every few seconds; null is what its release does not."""
 
-    worker: str
+    worker: Annotated[str, Meta(description="As jobs and problems name it.")]
     state: Annotated[str, Meta(description="ready, draining or hung.")]
     host: str | None
     pid: int | None

@@ -1,17 +1,18 @@
 """What travels over HTTP: the body of every request and answer, and every query."""
 
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from asyncinfer.errors import Fault, JobFailed, RequestError
-from asyncinfer.jobs import GROUP_PATTERN, JobError, Options, Priority, Status
+from asyncinfer.jobs import GROUP_PATTERN, TENANT_PATTERN, JobError, Options, Priority, Status
 from asyncinfer.observed import Backlog, LivingWorkers, OldestAge, SecondsPerJob, Slots
 from asyncinfer.tensors import TensorSpec
 
 MAX_WAIT_SECONDS: Final = 60
 MOST_JOBS_A_CALL: Final = 1000
+ALL_TENANTS: Final = "*"
 
 # --- asked ---------------------------------------------------------------------------------
 
@@ -123,6 +124,19 @@ class NoQuery(Struct, frozen=True, forbid_unknown_fields=True):
     """For routes that take no query parameters."""
 
 
+TenantQuery: TypeAlias = (
+    Annotated[
+        str,
+        Meta(
+            pattern=rf"^(\*|{TENANT_PATTERN})$",
+            description="Jobs of this tenant, or of all: `*`. Needs the scope `operator`; inputs, "
+            "results and messages of errors are not shown.",
+        ),
+    ]
+    | None
+)
+
+
 class WaitQuery(Struct, frozen=True, forbid_unknown_fields=True):
     wait: Annotated[
         float,
@@ -132,6 +146,7 @@ class WaitQuery(Struct, frozen=True, forbid_unknown_fields=True):
             description="How many seconds to hold the answer back while the job is unfinished.",
         ),
     ] = 0.0
+    tenant: TenantQuery = None
 
 
 class ResultQuery(Struct, frozen=True, forbid_unknown_fields=True):
@@ -147,12 +162,18 @@ class JobsQuery(Struct, frozen=True, forbid_unknown_fields=True):
     group: Annotated[str, Meta(description="Only jobs of this group.")] | None = None
     limit: Annotated[int, Meta(ge=1, le=1000, description="How many jobs at most.")] = 100
     cursor: Annotated[str, Meta(description="Where the page before this one ended.")] | None = None
+    tenant: TenantQuery = None
 
 
 class EndQuery(Struct, frozen=True, forbid_unknown_fields=True):
     purge: Annotated[
         bool, Meta(description="Delete an ended job with its data, instead of cancelling it.")
     ] = False
+    tenant: TenantQuery = None
+
+
+class OneQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    tenant: TenantQuery = None
 
 
 _OF_MODEL: Final = Meta(description="Only jobs of this model.")
@@ -169,6 +190,7 @@ class RetryQuery(Struct, frozen=True, forbid_unknown_fields=True):
     model: Annotated[str, _OF_MODEL] | None = None
     group: Annotated[str, _OF_GROUP] | None = None
     dead: Annotated[bool, Meta(description="Only dead letters.")] = False
+    tenant: TenantQuery = None
 
 
 class RetryRequest(Struct, frozen=True, forbid_unknown_fields=True):
@@ -194,6 +216,7 @@ class ClearQuery(Struct, frozen=True, forbid_unknown_fields=True):
         bool,
         Meta(description="Delete ended jobs with their data, instead of cancelling others."),
     ] = False
+    tenant: TenantQuery = None
 
 
 class JobEventsQuery(Struct, frozen=True, forbid_unknown_fields=True):
@@ -229,6 +252,9 @@ class Job(Struct, frozen=True, kw_only=True):
     """A job as it stands; what is not known of it is left out."""
 
     job_id: str
+    tenant: Annotated[str, Meta(description="Whose it is; where an operator asks.")] | UnsetType = (
+        UNSET
+    )
     status: Status
     result: Annotated[
         Raw | UnsetType | None,
@@ -240,7 +266,7 @@ class Job(Struct, frozen=True, kw_only=True):
     sha256: Annotated[str, Meta(description="Of the model file that ran.")] | UnsetType = UNSET
     group: str | UnsetType = UNSET
     priority: Annotated[Priority, Meta(description="When not normal.")] | UnsetType = UNSET
-    worker: Annotated[str, Meta(description="Who ran it.")] | UnsetType = UNSET
+    worker: Annotated[str, Meta(description="Who ran it, as w-f0fd4a.")] | UnsetType = UNSET
     round: Annotated[int, Meta(description="Counts a person's retries.")] | UnsetType = UNSET
     created_at: datetime | UnsetType = UNSET
     started_at: datetime | UnsetType = UNSET
@@ -429,10 +455,14 @@ class Alive(Struct, frozen=True):
 
 
 class Health(Struct, frozen=True, kw_only=True):
+    """Where API keys are in use, one with the scope `read` is shown more than the status."""
+
     status: Literal["ok"] = "ok"
-    redis: Annotated[str, Meta(description="The server's name and version.")]
-    queues: Annotated[dict[str, int], Meta(description="Waiting jobs by queue.")]
-    workers: Annotated[int, Meta(description="Workers heard of lately.")]
+    redis: Annotated[str, Meta(description="The server's name and version.")] | UnsetType = UNSET
+    queues: Annotated[dict[str, int], Meta(description="Waiting jobs by queue.")] | UnsetType = (
+        UNSET
+    )
+    workers: Annotated[int, Meta(description="Workers heard of lately.")] | UnsetType = UNSET
 
 
 class About(Struct, frozen=True):

@@ -1,6 +1,7 @@
-"""Keys name their tenant and scopes; a file that is wrong says where."""
+"""Keys name their tenant and scopes; a broken line of their file says where it is."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -68,39 +69,64 @@ def test_an_unknown_key_is_nobody(tmp_path: Path, key: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ("acme", "scopes are submit, read, admin"),
-        (f"acme submit,write {DIGEST}", "scopes are submit, read, admin"),
-        (f"acme submit, read {DIGEST}", "scopes are submit, read, admin"),
+        ("acme", "scopes are submit, read, admin, operator"),
+        (f"acme submit,write {DIGEST}", "scopes are submit, read, admin, operator"),
+        (f"acme submit, read {DIGEST}", "scopes are submit, read, admin, operator"),
         (f"a/b submit {DIGEST}", "a tenant is"),
         ("acme submit ai_a-key-in-the-clear", "the third word must be the key's SHA-256"),
         (f"acme submit {DIGEST.upper()}", "the third word must be the key's SHA-256"),
-        (line("b"), "the key of an earlier line"),
+        (line("b", tenant="other"), "it repeats the key of an earlier line"),
     ],
 )
-def test_a_wrong_line_is_refused_with_its_number(tmp_path: Path, wrong: str, says: str) -> None:
-    path = key_file(tmp_path, line("b"), wrong)
-
-    with pytest.raises(KeyFileRefused) as refusal:
-        Keyring.load(path)
-
-    assert refusal.value.detail.startswith(f"{path}, line 2: {says}")
-    assert "ai_" not in refusal.value.detail
-
-
-@pytest.mark.parametrize("content", [b"", b"# soon\n", b"\xff\xfe"])
-def test_a_file_without_keys_is_refused_lest_it_lock_all_out(
-    tmp_path: Path, content: bytes
+def test_a_broken_line_is_left_out_alone_and_named_by_its_number(
+    tmp_path: Path, wrong: str, says: str
 ) -> None:
+    path = key_file(tmp_path, line("b"), wrong, line("c"))
+
+    keyring = Keyring.load(path)
+
+    assert [one.number for one in keyring.broken] == [2]
+    assert keyring.broken[0].reason.startswith(says)
+    assert "ai_" not in keyring.broken[0].reason
+    assert keyring.identify("a") is None
+    for key in ("b", "c"):
+        assert keyring.identify(key) == Caller("acme", frozenset({"submit", "read"}))
+
+
+def test_bytes_that_are_not_utf8_break_their_own_line_alone(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_bytes(b"\xef\xbb\xbf" + line("a").encode() + b"\r\n\xff\xfe\r\n# \xff\r\n")
+
+    keyring = Keyring.load(path)
+
+    assert keyring.identify("a") is not None
+    assert [(one.number, one.reason) for one in keyring.broken] == [(2, "it is not UTF-8")]
+
+
+@pytest.mark.parametrize("content", [b"", b"# soon\n", b"\n\n", b"\xff\xfe"])
+def test_a_file_without_keys_lets_nobody_in(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "keys"
     path.write_bytes(content)
 
-    with pytest.raises(KeyFileRefused, match=str(path)):
-        Keyring.load(path)
+    keyring = Keyring.load(path)
+
+    assert len(keyring) == 0
+    assert keyring.identify("") is None
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(KeyFileRefused, match="No such file"):
         Keyring.load(tmp_path / "keys")
+
+
+def test_a_folder_a_pipe_and_a_huge_file_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(1 << 30)
+
+    for path in (tmp_path, tmp_path / "pipe", tmp_path / "huge"):
+        with pytest.raises(KeyFileRefused, match=str(path)):
+            Keyring.load(path)
 
 
 @pytest.mark.parametrize(("tenant", "scopes"), [("", "read"), ("a b", "read"), ("a", "")])

@@ -3,7 +3,7 @@
 from asyncinfer import __version__
 from asyncinfer.api.exchange import Reply, Request, json_reply
 from asyncinfer.api.services import Services
-from asyncinfer.errors import RedisUnavailable, ServerRefused
+from asyncinfer.errors import RedisUnavailable, RequestError, ServerRefused
 from asyncinfer.schemas import About, Alive, Health, NoQuery
 
 _LINKS = {
@@ -41,8 +41,24 @@ async def ready(services: Services, request: Request[NoQuery]) -> Reply:
 
 async def health(services: Services, request: Request[NoQuery]) -> Reply:
     """Redis, what waits in each queue, and how many workers there are."""
+    if not request.admission.may("read"):
+        return await _health_for_all(services)
     try:
         found = await services.inspection.health()
     except ServerRefused as error:
         raise RedisUnavailable(error.detail) from error
     return json_reply(200, Health(redis=found.server, queues=found.queues, workers=found.workers))
+
+
+async def _health_for_all(services: Services) -> Reply:
+    """Without names: what Redis or redis-py says may hold some, so none of it is passed on."""
+    try:
+        await services.store.check_server()
+    except RedisUnavailable:
+        raise RedisUnavailable("Redis does not answer. Retry in a moment.") from None
+    except (ServerRefused, RequestError):
+        raise RedisUnavailable(
+            "Redis answers, but cannot be used for jobs. Ask again with an API key that has the "
+            "scope `read`, to be told why."
+        ) from None
+    return json_reply(200, Health())

@@ -6,10 +6,12 @@ from contextlib import asynccontextmanager
 from functools import cache
 
 import anyio
+import msgspec
 from starlette.routing import Route as StarletteRoute
 from starlette.routing import Router
 from starlette.types import Receive, Scope, Send
 
+from asyncinfer.api.admission import reach
 from asyncinfer.api.authority import authority_of
 from asyncinfer.api.body import discard
 from asyncinfer.api.catalog import Catalog
@@ -105,10 +107,16 @@ class Api:
     async def answer(self, route: Route, scope: Scope, receive: Receive) -> Reply | Stream:
         assert self._services is not None, "the lifespan has not been started"
         headers = read_fields(scope["headers"])
-        tenant = self._guard.admit(route.scope, scope, headers)
+        admission = self._guard.admit(route.scope, scope, headers)
         query = read_query(scope, route.query)
-        request = Request(scope, receive, headers=headers, query=query, tenant=tenant)
-        return await route.handler(self._services, request)
+        about = reach(admission, route.scope, getattr(query, "tenant", None))
+        request = Request(
+            scope, receive, headers=headers, query=query, admission=admission, reach=about
+        )
+        answer = await route.handler(self._services, request)
+        if isinstance(answer, Stream) and admission.revocable:
+            return msgspec.structs.replace(answer, revoked=admission.revoked)
+        return answer
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
@@ -125,6 +133,8 @@ class Api:
                 group.start_soon(self._services.feed.run)
                 group.start_soon(self._services.catalog.run)
                 group.start_soon(reap_forever, store)
+                if self._guard.keys:
+                    group.start_soon(self._guard.keys.run)
                 try:
                     yield
                 finally:

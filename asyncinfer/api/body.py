@@ -48,6 +48,8 @@ async def read_body(request: Request[Any], config: ApiConfig) -> Body:
     _check_encoding(request.header(b"content-encoding"))
     _check_announced_length(request.header(b"content-length"), limit)
     content = await _read(request, limit)
+    # The key may have been revoked while the body came in.
+    request.admission.check()
     if json_bytes is not None and json_bytes > len(content):
         raise InvalidHeader(
             f"Inference-Header-Content-Length is {json_bytes}, the body has {len(content)} bytes; "

@@ -49,6 +49,10 @@ and so many times more than lines that are sound."""
 Numbered = tuple[int, NewJob | RequestError]
 
 
+class _Refused(Exception):
+    """No more lines are taken, since the client's key was revoked."""
+
+
 async def predict_lines(services: Services, request: Request[AskedOptions]) -> Stream:
     """Raises what is to be said of the request as a whole; what is wrong with a line is its
     answer."""
@@ -66,7 +70,11 @@ async def predict_lines(services: Services, request: Request[AskedOptions]) -> S
     await reader.begin()
     applied = () if wait_seconds is None else ((b"preference-applied", b"wait=%d" % wait_seconds),)
     return Stream(
-        Answers(services, owed).texts(), NDJSON.encode(), headers=applied, reading=reader.run
+        Answers(services, owed).texts(),
+        NDJSON.encode(),
+        headers=applied,
+        reading=reader.run,
+        last_words=reader.refuse,
     )
 
 
@@ -93,6 +101,10 @@ class Reader:
         self._away_until = 0.0
         self._pause = anyio.CancelScope()
         """Around what may be broken off when the API stops: a submit may not."""
+        self._refused = False
+        """The client's key was revoked."""
+        self._ended = anyio.Event()
+        """No line is taken any more."""
 
     async def begin(self) -> None:
         """A client that waits for `100 Continue` is sent it when it is read from; once an answer
@@ -108,12 +120,27 @@ class Reader:
                 await self._read()
             except ClientGone:
                 return
+            except _Refused:
+                pass
             except RequestError as error:
                 self._add([problem_line(error, self._last_line + 1)], "")
             finally:
+                self._ended.set()
                 group.cancel_scope.cancel()
         self._owed.end()
         await until_gone(self._request)
+
+    async def refuse(self, error: RequestError) -> bytes:
+        """Takes no more lines, since the client's key was revoked: the answer's last line. The
+        submit under way is not broken off."""
+        self._refused = True
+        self._pause.cancel()
+        await self._ended.wait()
+        told = type(error)(
+            f"{error.detail} Lines before this one were taken in, unless they are faulty; of those "
+            "without an answer `GET /jobs` with another key tells."
+        )
+        return problem_line(told, self._last_line + 1)
 
     async def _stop_with_the_api(self) -> None:
         await self._services.inbox.closing.wait()
@@ -163,9 +190,11 @@ class Reader:
 
     async def _unless_stopped(self, call: Callable[[], Awaitable[T]], seconds: float) -> T | None:
         """What a call comes to within so many seconds; raises ServerStopping."""
-        if not self._services.inbox.closing.is_set():
+        if not (self._refused or self._services.inbox.closing.is_set()):
             with anyio.move_on_after(seconds) as self._pause:
                 return await call()
+        if self._refused:
+            raise _Refused
         if self._services.inbox.closing.is_set():
             raise ServerStopping(
                 "The server stops, and has not read this line nor those after it. Send them again.",

@@ -39,7 +39,12 @@ def problem_line(error: RequestError, line: int) -> bytes:
 
 def about(error: RequestError, job_id: str) -> RequestError:
     """The same error, of a job."""
-    return type(error)(error.detail, retry_after_seconds=error.retry_after_seconds, job_id=job_id)
+    return type(error)(
+        error.detail,
+        retry_after_seconds=error.retry_after_seconds,
+        job_id=job_id,
+        headers=error.headers,
+    )
 
 
 class Answers:

@@ -10,8 +10,9 @@ import msgspec
 from msgspec import Struct
 from starlette.types import Receive, Scope, Send
 
+from asyncinfer.api.admission import Admission, Reach
 from asyncinfer.api.struct_faults import fault_of
-from asyncinfer.errors import InvalidQuery
+from asyncinfer.errors import InvalidQuery, RequestError
 
 Query = TypeVar("Query", bound=Struct)
 Header = tuple[bytes, bytes]
@@ -35,7 +36,7 @@ class ClientGone(Exception):
 class Request(Generic[Query]):
     """A request that was let in: whose it is, and what it asks."""
 
-    __slots__ = ("_scope", "headers", "query", "receive", "tenant")
+    __slots__ = ("_scope", "admission", "headers", "query", "reach", "receive", "tenant")
 
     def __init__(
         self,
@@ -44,13 +45,16 @@ class Request(Generic[Query]):
         *,
         headers: Mapping[bytes, bytes],
         query: Query,
-        tenant: str,
+        admission: Admission,
+        reach: Reach,
     ) -> None:
         self._scope = scope
         self.receive = receive
         self.headers = headers
         self.query = query
-        self.tenant = tenant
+        self.admission = admission
+        self.tenant = admission.tenant
+        self.reach = reach
 
     def path(self, name: str) -> str | None:
         """The part of the path that the route calls `name`; None where it has none."""
@@ -94,6 +98,10 @@ class Stream(Struct, frozen=True):
     headers: tuple[Header, ...] = ()
     reading: Callable[[], Awaitable[None]] | None = None
     """Reads the request while its answer is sent, and returns when the client has left."""
+    revoked: Callable[[], Awaitable[RequestError]] | None = None
+    """Returns when the caller's key is no longer let in, which ends the answer."""
+    last_words: Callable[[RequestError], Awaitable[bytes]] | None = None
+    """What is sent then, where a client would not ask again by itself."""
 
 
 class StreamBroken(Exception):
@@ -158,9 +166,44 @@ async def _send_chunks(stream: Stream, scope: Scope, send: Send) -> None:
     async with contextlib.aclosing(stream.chunks) as chunks:
         await send({"type": "http.response.start", "status": stream.status, "headers": headers})
         if scope["method"] != "HEAD":
-            async for chunk in chunks:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            last = await _send_while_let_in(stream, chunks, send)
+            await send({"type": "http.response.body", "body": last, "more_body": True})
     await end_reply(send)
+
+
+async def _send_while_let_in(
+    stream: Stream, chunks: AsyncGenerator[bytes, None], send: Send
+) -> bytes:
+    """Sends chunks until they end, or the key is revoked; then what is left to be said."""
+    if stream.revoked is None:
+        await _send_all(chunks, send)
+        return b""
+    last, trouble = b"", None
+
+    async def end_when_revoked(revoked: Callable[[], Awaitable[RequestError]]) -> None:
+        nonlocal last
+        error = await revoked()
+        group.cancel_scope.cancel()
+        if stream.last_words:
+            with anyio.CancelScope(shield=True):
+                last = await stream.last_words(error)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(end_when_revoked, stream.revoked)
+        try:
+            await _send_all(chunks, send)
+        except Exception as error:
+            # Raised in here, the group would wrap it.
+            trouble = error
+        group.cancel_scope.cancel()
+    if trouble:
+        raise trouble
+    return last
+
+
+async def _send_all(chunks: AsyncGenerator[bytes, None], send: Send) -> None:
+    async for chunk in chunks:
+        await send({"type": "http.response.body", "body": chunk, "more_body": True})
 
 
 async def end_reply(send: Send) -> None:

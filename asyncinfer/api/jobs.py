@@ -4,9 +4,18 @@ import time
 from typing import Any, Final
 
 from asyncinfer import jobs
+from asyncinfer.api.audit import audited
 from asyncinfer.api.exchange import Reply, Request, json_reply
 from asyncinfer.api.services import Services
-from asyncinfer.api.views import accepted_view, ended, job_view, summary_view, url_of
+from asyncinfer.api.views import (
+    accepted_view,
+    ended,
+    job_view,
+    operator_view,
+    owner_of,
+    summary_view,
+    url_of,
+)
 from asyncinfer.api.waiting import while_client_stays
 from asyncinfer.errors import (
     JobExpired,
@@ -20,7 +29,15 @@ from asyncinfer.errors import (
 from asyncinfer.repository.filter import Filter
 from asyncinfer.repository.inspect import Page
 from asyncinfer.repository.submit import Stored
-from asyncinfer.schemas import EndQuery, JobList, JobsQuery, NoQuery, WaitQuery
+from asyncinfer.schemas import (
+    ClearQuery,
+    EndQuery,
+    JobList,
+    JobsQuery,
+    OneQuery,
+    RetryQuery,
+    WaitQuery,
+)
 
 _RETRY_AFTER: Final = (b"retry-after", b"1")
 RETRYABLE: Final = frozenset({"failed", "cancelled"})
@@ -30,24 +47,35 @@ _CANCEL_WAIT_SECONDS: Final = 1.0
 
 async def read_job(services: Services, request: Request[WaitQuery]) -> Reply:
     """A job's state and result."""
-    stored = await find_job(services, request)
-    if request.query.wait and not ended(stored):
-        stored = await _wait(services, request, stored, request.query.wait)
-    return _job_reply(services, 200, stored)
+    with audited(request, "read", {"job_id": request.path("id")}) as audit:
+        stored = await find_job(services, request)
+        if request.query.wait and not ended(stored):
+            stored = await _wait(services, request, stored, request.query.wait)
+        audit.count = 1
+    return _job_reply(services, request, 200, stored)
 
 
 async def list_jobs(services: Services, request: Request[JobsQuery]) -> Reply:
     """The caller's jobs, newest first."""
-    page = await _page(services, request)
+    query = request.query
+    with audited(request, "list", chosen_by(query)) as audit:
+        page = await _page(services, request)
+        audit.count = len(page.jobs)
     default = services.catalog.default_model
-    return json_reply(200, JobList([summary_view(job, default) for job in page.jobs], page.cursor))
+    view = operator_view if request.reach.across else summary_view
+    return json_reply(200, JobList([view(job, default) for job in page.jobs], page.cursor))
+
+
+def chosen_by(query: JobsQuery | ClearQuery | RetryQuery) -> dict[str, object]:
+    """The filter, for the log."""
+    return {name: getattr(query, name) for name in ("status", "model", "group", "dead")}
 
 
 async def _page(services: Services, request: Request[JobsQuery]) -> Page:
-    query = request.query
+    query, tenant = request.query, request.reach.tenant
     if query.dead:
         wanted = Filter(
-            tenant=request.tenant,
+            tenant=tenant,
             statuses=frozenset([query.status] if query.status else jobs.STATUSES),
             model=query.model,
             group=query.group,
@@ -57,16 +85,26 @@ async def _page(services: Services, request: Request[JobsQuery]) -> Page:
     about: dict[str, Any] = {
         name: getattr(query, name) for name in ("status", "model", "limit", "cursor")
     }
-    if query.group is not None:
-        return await services.groups.jobs(request.tenant, query.group, **about)
-    return await services.inspection.jobs(tenant=request.tenant, **about)
+    if query.group is None or tenant is None:
+        # A group's own list is kept by tenant.
+        return await services.inspection.jobs(tenant=tenant, group=query.group, **about)
+    return await services.groups.jobs(tenant, query.group, **about)
 
 
 async def cancel_job(services: Services, request: Request[EndQuery]) -> Reply:
     """Cancels a job, waiting or running; with `purge=true`, deletes one that has ended."""
-    stored = await find_job(services, request)
-    if request.query.purge:
-        return await _forget(services, stored)
+    purge, job_id = request.query.purge, request.path("id")
+    with audited(request, "purge" if purge else "cancel", {"job_id": job_id}) as audit:
+        stored = await find_job(services, request)
+        if purge:
+            await _forget(services, stored)
+        else:
+            stored = await _cancel(services, request, stored)
+        audit.count = 1
+    return _job_reply(services, request, 200 if purge or ended(stored) else 202, stored)
+
+
+async def _cancel(services: Services, request: Request[EndQuery], stored: Stored) -> Stored:
     if ended(stored):
         raise _finished(stored)
     verdict = await services.submissions.cancel(stored)
@@ -78,26 +116,27 @@ async def cancel_job(services: Services, request: Request[EndQuery]) -> Reply:
         stored = await find_job(services, request)
     if verdict == "finished" or (ended(stored) and stored.status != "cancelled"):
         raise _finished(stored)
-    return _job_reply(services, 200 if ended(stored) else 202, stored)
+    return stored
 
 
-async def _forget(services: Services, stored: Stored) -> Reply:
+async def _forget(services: Services, stored: Stored) -> None:
     # A job that is absent now may have been deleted by this very call, its first reply lost.
     if await services.submissions.forget(stored) == "unfinished":
         raise JobNotFinished(
             "Only a job that has ended can be deleted; cancel it first, without `purge`.",
             job_id=stored.job_id,
         )
-    return _job_reply(services, 200, stored)
 
 
-async def retry_job(services: Services, request: Request[NoQuery]) -> Reply:
+async def retry_job(services: Services, request: Request[OneQuery]) -> Reply:
     """Runs a failed or cancelled job again, under the same id."""
-    stored = await find_job(services, request)
-    verdicts = await services.operation.retry([stored], time.time_ns() // 1_000_000)
-    verdict = verdicts[stored.job_id]
-    if verdict != "ok":
-        raise not_retried(services, stored, verdict)
+    with audited(request, "retry", {"job_id": request.path("id")}) as audit:
+        stored = await find_job(services, request)
+        verdicts = await services.operation.retry([stored], time.time_ns() // 1_000_000)
+        verdict = verdicts[stored.job_id]
+        if verdict != "ok":
+            raise not_retried(services, stored, verdict)
+        audit.count = 1
     location = (b"location", url_of(stored.job_id).encode())
     return json_reply(202, accepted_view(stored.job_id, "pending"), location)
 
@@ -115,17 +154,16 @@ def absent(services: Services, job_id: str) -> RequestError:
 
 
 async def find_job(services: Services, request: Request[Any]) -> Stored:
-    """The job that the path names, if it is the caller's."""
+    """The job that the path names, if it is the caller's, or of a tenant that is asked about."""
     job_id = request.path("id") or ""
     stored = await services.submissions.read(job_id) if jobs.is_id(job_id) else None
-    if stored is None or owner_of(stored) != request.tenant:
+    if stored is None or not is_meant(request, stored):
         raise absent(services, job_id)
     return stored
 
 
-def owner_of(stored: Stored) -> str:
-    """The tenant that a job belongs to."""
-    return stored.record.tenant if stored.record else jobs.DEFAULT_TENANT
+def is_meant(request: Request[Any], stored: Stored) -> bool:
+    return request.reach.tenant in (None, owner_of(stored))
 
 
 async def _wait(
@@ -138,8 +176,9 @@ async def _wait(
     return latest
 
 
-def _job_reply(services: Services, status: int, stored: Stored) -> Reply:
-    view = job_view(stored, services.catalog.default_model)
+def _job_reply(services: Services, request: Request[Any], status: int, stored: Stored) -> Reply:
+    show = operator_view if request.reach.across else job_view
+    view = show(stored, services.catalog.default_model)
     return json_reply(status, view) if ended(stored) else json_reply(status, view, _RETRY_AFTER)
 
 

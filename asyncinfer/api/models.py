@@ -7,12 +7,14 @@ from typing import Any, Final
 import msgspec
 
 from asyncinfer import keys, models, tensors
+from asyncinfer.api.audit import audited
 from asyncinfer.api.catalog import Served
 from asyncinfer.api.exchange import Reply, Request, json_reply
 from asyncinfer.api.inputs import read_input
 from asyncinfer.api.services import Services
 from asyncinfer.errors import ModelNotFound, NoModelAnnounced
 from asyncinfer.models import Signature
+from asyncinfer.observed import shown_worker
 from asyncinfer.repository.inspect import WorkerSays, worker_says
 from asyncinfer.schemas import (
     AskedOptions,
@@ -72,8 +74,12 @@ async def _pause(services: Services, request: Request[NoQuery], *, paused: bool)
 async def purge_model(services: Services, request: Request[NoQuery]) -> Reply:
     """Cancels all that waits for a model, of all tenants; what runs is left."""
     name = request.path("model") or ""
-    queue = await _queue_of(services, name)
-    return json_reply(200, Purged(name, await services.operation.purge(queue)))
+    with audited(
+        request, "purge", {"status": "pending", "model": name}, over_tenants=True
+    ) as audit:
+        queue = await _queue_of(services, name)
+        audit.count = await services.operation.purge(queue)
+    return json_reply(200, Purged(name, audit.count))
 
 
 async def _queue_of(services: Services, name: str) -> str:
@@ -107,8 +113,9 @@ async def validate(services: Services, request: Request[AskedOptions]) -> Reply:
 
 
 async def _workers(services: Services) -> Workers:
+    """What the living workers say, by the names that everyone may see."""
     bodies = await services.inspection.workers()
-    return {name: worker_says(body) for name, body in bodies.items()}
+    return {shown_worker(worker_id): worker_says(body) for worker_id, body in bodies.items()}
 
 
 async def _why_broken(services: Services, name: str | None) -> str:

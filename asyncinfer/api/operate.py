@@ -7,14 +7,15 @@ from typing import Any, Final, NoReturn
 import msgspec
 
 from asyncinfer import jobs
+from asyncinfer.api.audit import audited
 from asyncinfer.api.body import read_body
 from asyncinfer.api.envelope import refuse
 from asyncinfer.api.exchange import Reply, Request, json_reply
-from asyncinfer.api.jobs import RETRYABLE, absent, not_retried, owner_of
+from asyncinfer.api.jobs import RETRYABLE, absent, chosen_by, is_meant, not_retried
 from asyncinfer.api.services import Services
 from asyncinfer.api.struct_faults import fault_of
 from asyncinfer.errors import InvalidJSON, InvalidQuery
-from asyncinfer.observed import QueueList, WorkerList
+from asyncinfer.observed import QueueList, WorkerList, shown_worker
 from asyncinfer.repository.filter import Filter
 from asyncinfer.repository.select import Selected
 from asyncinfer.repository.submit import Stored, read_states
@@ -41,19 +42,26 @@ async def list_queues(services: Services, request: Request[NoQuery]) -> Reply:
 
 async def list_workers(services: Services, request: Request[NoQuery]) -> Reply:
     """The living workers, and what each says of itself."""
-    return json_reply(200, WorkerList(await services.observation.workers()))
+    found = await services.observation.workers()
+    shown = [msgspec.structs.replace(one, worker=shown_worker(one.worker)) for one in found]
+    return json_reply(200, WorkerList(shown))
 
 
 async def retry_jobs(services: Services, request: Request[RetryQuery]) -> Reply:
     """Runs many failed or cancelled jobs again: those named, or those that a filter means."""
-    body = (await read_body(request, services.config)).content
+    body = (await read_body(request, services.config)).content.strip()
+    job_ids = _job_ids(body, request.query) if body else []
+    wanted = None if body else _retryable(request)
+    chosen = {**chosen_by(request.query), "job_ids": len(job_ids)}
     refused: list[Refused] = []
-    if body.strip():
-        selected, refused = await _named(services, request, _job_ids(body, request.query))
-    else:
-        selected = await services.selection.jobs(_retryable(request), MOST_JOBS_A_CALL)
-    verdicts = await services.operation.retry(selected.jobs, time.time_ns() // 1_000_000)
-    retried = [one for one, verdict in verdicts.items() if verdict == "ok"]
+    with audited(request, "retry", chosen) as audit:
+        if wanted is None:
+            selected, refused = await _named(services, request, job_ids)
+        else:
+            selected = await services.selection.jobs(wanted, MOST_JOBS_A_CALL)
+        verdicts = await services.operation.retry(selected.jobs, time.time_ns() // 1_000_000)
+        retried = [job_id for job_id, verdict in verdicts.items() if verdict == "ok"]
+        audit.count = len(retried)
     refused += [
         _refused(services, job, verdicts[job.job_id])
         for job in selected.jobs
@@ -65,12 +73,17 @@ async def retry_jobs(services: Services, request: Request[RetryQuery]) -> Reply:
 async def clear_jobs(services: Services, request: Request[ClearQuery]) -> Reply:
     """Cancels many jobs that wait or run; with `purge=true`, deletes many that have ended."""
     wanted = _to_purge(request) if request.query.purge else _to_cancel(request)
-    selected = await services.selection.jobs(wanted, MOST_JOBS_A_CALL)
-    if request.query.purge:
-        purged = await services.operation.forget(selected.jobs)
-        return json_reply(200, Cleared(0, 0, purged, selected.more))
-    done = await services.operation.cancel(selected.jobs)
-    return json_reply(200, Cleared(done.ended, done.asked, 0, selected.more))
+    verb = "purge" if request.query.purge else "cancel"
+    with audited(request, verb, chosen_by(request.query)) as audit:
+        selected = await services.selection.jobs(wanted, MOST_JOBS_A_CALL)
+        if request.query.purge:
+            purged = await services.operation.forget(selected.jobs)
+            cleared = Cleared(0, 0, purged, selected.more)
+        else:
+            done = await services.operation.cancel(selected.jobs)
+            cleared = Cleared(done.ended, done.asked, 0, selected.more)
+        audit.count = cleared.cancelled + cleared.asked + cleared.purged
+    return json_reply(200, cleared)
 
 
 # --- which jobs ----------------------------------------------------------------------------
@@ -121,7 +134,7 @@ def _check_some(query: ClearQuery) -> None:
 def _filter(request: Request[Any], statuses: Iterable[str | None]) -> Filter:
     query = request.query
     return Filter(
-        tenant=request.tenant,
+        tenant=request.reach.tenant,
         statuses=frozenset(one for one in statuses if one),
         model=query.model,
         group=query.group,
@@ -133,9 +146,10 @@ def _filter(request: Request[Any], statuses: Iterable[str | None]) -> Filter:
 
 
 def _job_ids(body: bytes, query: RetryQuery) -> list[str]:
-    if query != RetryQuery():
+    if query != RetryQuery(tenant=query.tenant):
         raise InvalidQuery(
-            "A body names the jobs, so the query must be empty; send either of the two."
+            "A body names the jobs, so the query must have nothing but `tenant`; send either of "
+            "the two."
         )
     try:
         return list(dict.fromkeys(_decode_retry(body).job_ids))
@@ -157,7 +171,7 @@ async def _named(
     """The caller's among them, and what to say of the others."""
     known = [job_id for job_id in job_ids if jobs.is_id(job_id)]
     states = await read_states(services.store, known, jobs.STATUSES)
-    found = {job.job_id: job for job in states if owner_of(job) == request.tenant}
+    found = {job.job_id: job for job in states if is_meant(request, job)}
     refused = [_absent(services, job_id) for job_id in job_ids if job_id not in found]
     return Selected(tuple(found.values()), more=False), refused
 

@@ -7,6 +7,7 @@ import msgspec
 from asyncinfer import jobs
 from asyncinfer.api.body import has_lines
 from asyncinfer.api.bulk import predict_lines
+from asyncinfer.api.bulk_answers import about
 from asyncinfer.api.envelope import IDEMPOTENCY_KEY
 from asyncinfer.api.exchange import Reply, Request, Stream, json_reply
 from asyncinfer.api.inputs import read_input
@@ -16,7 +17,14 @@ from asyncinfer.api.results import Form, result_reply, wanted_form
 from asyncinfer.api.services import Services
 from asyncinfer.api.views import accepted_view, ended, job_view, url_of
 from asyncinfer.api.waiting import preferred_wait, while_client_stays
-from asyncinfer.errors import InvalidHeader, NotAcceptable, RedisUnavailable, StorageFull
+from asyncinfer.errors import (
+    Forbidden,
+    InvalidHeader,
+    NotAcceptable,
+    RedisUnavailable,
+    StorageFull,
+    Unauthorized,
+)
 from asyncinfer.repository.submit import NewJob, Stored, Submitted
 from asyncinfer.schemas import AskedOptions
 
@@ -97,6 +105,8 @@ async def _submit_and_wait(
         except RedisUnavailable:
             # The job is accepted whatever becomes of the wait, and its client must know its id.
             stored = None
+        except (Unauthorized, Forbidden) as error:
+            raise about(error, submitted.job_id) from None
     return stored, submitted.job_id
 
 

@@ -72,6 +72,7 @@ from asyncinfer.schemas import (
     Model,
     ModelList,
     NoQuery,
+    OneQuery,
     Pause,
     PredictLine,
     PredictRequest,
@@ -88,7 +89,7 @@ from asyncinfer.schemas import (
 )
 
 Handler = Callable[[Services, Request[Any]], Awaitable[Reply | Stream]]
-KeyScope = Literal["submit", "read", "admin"]
+KeyScope = Literal["submit", "read", "admin", "operator"]
 Errors = tuple[type[RequestError], ...]
 
 
@@ -239,6 +240,7 @@ ROUTES: Final = (
         path="/job/{id}/retry",
         handler=retry_job,
         scope="submit",
+        query=OneQuery,
         answers={202: Accepted},
         errors=(*_JOB, JobNotRetryable, QueueFull, StorageFull),
     ),
@@ -286,7 +288,7 @@ ROUTES: Final = (
         method="GET",
         path="/workers",
         handler=list_workers,
-        scope="read",
+        scope="admin",
         answers={200: WorkerList},
         errors=(RedisUnavailable,),
     ),
@@ -365,7 +367,7 @@ ROUTES: Final = (
         method="POST",
         path="/models/{model}/purge",
         handler=purge_model,
-        scope="admin",
+        scope="operator",
         answers={200: Purged},
         errors=(ModelNotFound, NoModelAnnounced, RedisUnavailable),
     ),

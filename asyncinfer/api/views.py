@@ -1,12 +1,22 @@
 """A stored job as an answer shows it."""
 
+from typing import Final
 from urllib.parse import quote
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from asyncinfer import payloads
-from asyncinfer.jobs import TERMINAL, JobError, Priority, Record, Status, created_ms
+from asyncinfer.jobs import (
+    DEFAULT_TENANT,
+    TERMINAL,
+    JobError,
+    Priority,
+    Record,
+    Status,
+    created_ms,
+)
+from asyncinfer.observed import shown_worker
 from asyncinfer.repository.log import Change
 from asyncinfer.repository.submit import Stored
 from asyncinfer.results import render_stored
@@ -18,6 +28,9 @@ _decode_raw = msgspec.json.Decoder(Raw).decode
 
 def accepted_view(job_id: str, status: Status) -> Accepted:
     return Accepted(job_id, status, url_of(job_id))
+
+
+_NOT_SHOWN: Final = "Only its own tenant is shown the message, which may repeat its data."
 
 
 def job_view(stored: Stored, default_model: str | None) -> Job:
@@ -38,12 +51,28 @@ def summary_view(stored: Stored, default_model: str | None) -> Job:
         sha256=(record and record.ran_sha256) or UNSET,
         group=(record and record.options.group) or UNSET,
         priority=priority_of(record),
-        worker=(record and record.worker) or UNSET,
+        worker=shown_worker(record.worker) if record and record.worker else UNSET,
         round=record.round if record else UNSET,
         created_at=at(record.created_ms if record else created_ms(stored.job_id)),
         started_at=at(record.started_ms if record else None),
         finished_at=at(record.finished_ms if record else None),
     )
+
+
+def operator_view(stored: Stored, default_model: str | None) -> Job:
+    """The job as an operator sees it: whose it is, and nothing that its tenant sent or got."""
+    view = summary_view(stored, default_model)
+    error = view.error
+    return msgspec.structs.replace(
+        view,
+        tenant=owner_of(stored),
+        error=error if isinstance(error, UnsetType) else JobError(error.code, _NOT_SHOWN),
+    )
+
+
+def owner_of(stored: Stored) -> str:
+    """The tenant that a job belongs to."""
+    return stored.record.tenant if stored.record else DEFAULT_TENANT
 
 
 def change_view(change: Change, stored: Stored | None, default_model: str | None) -> Job:

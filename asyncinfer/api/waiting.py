@@ -25,10 +25,20 @@ def preferred_wait(request: Request[Any]) -> int | None:
 async def while_client_stays(
     request: Request[Any], waiting: Awaitable[Stored | None]
 ) -> Stored | None:
-    """What `waiting` comes to; None when the client hangs up first."""
-    stored, trouble = None, None
+    """What `waiting` comes to; None when the client hangs up first. Raises Unauthorized or
+    Forbidden as soon as the client's key is revoked."""
+    stored: Stored | None = None
+    trouble: RequestError | None = None
+
+    async def end_when_revoked() -> None:
+        nonlocal trouble
+        trouble = await request.admission.revoked()
+        group.cancel_scope.cancel()
+
     async with anyio.create_task_group() as group:
         group.start_soon(_cancel_when_gone, request, group.cancel_scope)
+        if request.admission.revocable:
+            group.start_soon(end_when_revoked)
         try:
             stored = await waiting
         except RequestError as error:

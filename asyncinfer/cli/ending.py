@@ -24,6 +24,7 @@ _of_group = click.option("--group", metavar="NAME", help="All of this group.")
     "asyncinfer cancel 019ab5f2c1f77c36b1a2c6f0d3a54e11",
     "asyncinfer cancel --model digits --status pending",
     "asyncinfer cancel --group flowers-1",
+    "asyncinfer cancel --tenant acme --model digits",
 )
 @click.argument("job_ids", nargs=-1, metavar="[ID]...")
 @_of_model
@@ -31,6 +32,7 @@ _of_group = click.option("--group", metavar="NAME", help="All of this group.")
 @click.option(
     "--status", type=click.Choice(("pending", "processing")), help="Only those in this state."
 )
+@options.tenant
 @options.server
 @options.as_json
 def cancel(
@@ -38,6 +40,7 @@ def cancel(
     model: str | None,
     group: str | None,
     status: str | None,
+    tenant: str | None,
     server: Server,
     as_json: bool,
 ) -> int:
@@ -48,8 +51,8 @@ def cancel(
     query = {"model": model, "group": group, "status": status}
     _refuse_unclear("cancel", job_ids, query)
     if job_ids:
-        return _one_by_one(server, job_ids, as_json, "cancelled")
-    return _all_that_match(server, "DELETE", "/jobs", query, as_json)
+        return _one_by_one(server, job_ids, as_json, "cancelled", tenant=tenant)
+    return _all_that_match(server, "DELETE", "/jobs", {**query, "tenant": tenant}, as_json)
 
 
 @options.command(
@@ -63,6 +66,7 @@ def cancel(
 @_of_group
 @click.option("--status", type=click.Choice(("failed", "cancelled")), help="All that ended so.")
 @click.option("--dead", is_flag=True, help="All dead letters; `asyncinfer dead` lists them.")
+@options.tenant
 @options.server
 @options.as_json
 def retry(
@@ -71,6 +75,7 @@ def retry(
     group: str | None,
     status: str | None,
     dead: bool,
+    tenant: str | None,
     server: Server,
     as_json: bool,
 ) -> int:
@@ -78,9 +83,13 @@ def retry(
 
     Each begins a new round with the input it had, under the name it had.
     """
-    query = {"model": model, "group": group, "status": status, "dead": dead or None}
+    query: dict[str, Any] = {
+        **{"model": model, "group": group, "status": status},
+        "dead": dead or None,
+    }
     _refuse_unclear("retry", job_ids, query)
     if not job_ids:
+        query["tenant"] = tenant
         return _all_that_match(server, "POST", "/jobs/retry", query, as_json)
     from asyncinfer.cli.asking import Service
 
@@ -88,7 +97,8 @@ def retry(
     with Service(server) as service:
         for start in range(0, len(job_ids), _A_CALL):
             some = list(job_ids[start : start + _A_CALL])
-            _add(totals, service.ask("POST", "/jobs/retry", body={"job_ids": some}))
+            body = {"job_ids": some}
+            _add(totals, service.ask("POST", "/jobs/retry", body=body, tenant=tenant))
     return _tell(totals, as_json)
 
 
@@ -108,6 +118,7 @@ def retry(
 )
 @click.option("--dead", is_flag=True, help="All dead letters.")
 @click.option("--yes", is_flag=True, help="Do not ask on a terminal.")
+@options.tenant
 @options.server
 @options.as_json
 def purge(
@@ -117,6 +128,7 @@ def purge(
     status: str | None,
     dead: bool,
     yes: bool,
+    tenant: str | None,
     server: Server,
     as_json: bool,
 ) -> int:
@@ -124,13 +136,17 @@ def purge(
 
     Jobs that wait or run are left alone: cancel them first.
     """
-    query = {"model": model, "group": group, "status": status, "dead": dead or None}
+    query: dict[str, Any] = {
+        **{"model": model, "group": group, "status": status},
+        "dead": dead or None,
+    }
     _refuse_unclear("purge", job_ids, query)
     if job_ids:
-        return _one_by_one(server, job_ids, as_json, "purged", purge=True)
+        return _one_by_one(server, job_ids, as_json, "purged", purge=True, tenant=tenant)
     if not (yes or _agreed()):
         return 0
-    return _all_that_match(server, "DELETE", "/jobs", {**query, "purge": True}, as_json)
+    query |= {"purge": True, "tenant": tenant}
+    return _all_that_match(server, "DELETE", "/jobs", query, as_json)
 
 
 # --- how -------------------------------------------------------------------------------------

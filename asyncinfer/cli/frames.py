@@ -76,7 +76,7 @@ def screen(seen: "Seen", to: "Console", trouble: str) -> "RenderableType":
 
     wide = to.width >= _WIDE
     queues = _table(_queues(), seen.queues, wide)
-    workers = _table(_workers(), seen.workers, wide)
+    workers = "" if seen.workers is None else _table(_workers(), seen.workers, wide)
     return Group(_title(seen, trouble), "", queues, "", workers)
 
 
@@ -86,8 +86,11 @@ def _title(seen: "Seen", trouble: str) -> Any:
     line = styled("asyncinfer", "bold")
     line.append(f"  {seen.source}  {at}  {waiting:,} waiting  ", "")
     line.append(f"{sum(one.running for one in seen.queues):,} running  ", "")
-    plural = "s" * (len(seen.workers) != 1)
-    line.append(f"{len(seen.workers)} worker{plural}", "" if seen.workers else "bold red")
+    if seen.workers is None:
+        line.append("workers are shown to keys with the scope admin", "dim")
+    else:
+        plural = "s" * (len(seen.workers) != 1)
+        line.append(f"{len(seen.workers)} worker{plural}", "" if seen.workers else "bold red")
     if trouble:
         line.append(f"\n{trouble}", "bold red")
     return line

@@ -1,6 +1,7 @@
 """The commands that look at jobs: `jobs`, `job`, `dead`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -33,11 +34,13 @@ _limit = click.option(
     "asyncinfer jobs --limit 20",
     "asyncinfer jobs --status failed --model iris",
     "asyncinfer jobs --status pending --json",
+    "asyncinfer jobs --all-tenants --status failed",
 )
 @click.option("--status", type=click.Choice(STATUSES), help="Only jobs in this state.")
 @_of_model
 @click.option("--group", metavar="NAME", help="Only jobs of this group.")
 @_limit
+@options.tenant
 @options.server
 @options.as_json
 def jobs(
@@ -45,24 +48,26 @@ def jobs(
     model: str | None,
     group: str | None,
     limit: int,
+    tenant: str | None,
     server: Server,
     as_json: bool,
 ) -> None:
     """List jobs, the newest first."""
-    _list(server, limit, as_json, status=status, model=model, group=group)
+    _list(server, limit, as_json, status=status, model=model, group=group, tenant=tenant)
 
 
 @options.command("dead", "asyncinfer dead", "asyncinfer dead --model iris --json")
 @_of_model
 @_limit
+@options.tenant
 @options.server
 @options.as_json
-def dead(model: str | None, limit: int, server: Server, as_json: bool) -> None:
+def dead(model: str | None, limit: int, tenant: str | None, server: Server, as_json: bool) -> None:
     """List dead letters: jobs given up that may deserve another try.
 
     `asyncinfer retry --dead` runs them again.
     """
-    _list(server, limit, as_json, model=model, dead=True)
+    _list(server, limit, as_json, model=model, dead=True, tenant=tenant)
 
 
 @options.command(
@@ -78,9 +83,17 @@ def dead(model: str | None, limit: int, server: Server, as_json: bool) -> None:
     metavar="SECONDS",
     help="How long to watch. Default: for ever.",
 )
+@options.tenant
 @options.server
 @options.as_json
-def job(job_id: str, watch: bool, timeout: float | None, server: Server, as_json: bool) -> int:
+def job(
+    job_id: str,
+    watch: bool,
+    timeout: float | None,
+    tenant: str | None,
+    server: Server,
+    as_json: bool,
+) -> int:
     """Show a job with its result.
 
     Exits with 1 when the job failed or was cancelled, or has not ended within --timeout.
@@ -89,7 +102,8 @@ def job(job_id: str, watch: bool, timeout: float | None, server: Server, as_json
     from asyncinfer.cli.showing import say_json
 
     with Service(server) as service:
-        found = _watched(service, job_id, timeout) if watch else _read(service, job_id, 0)
+        look = partial(_read, service, job_id, tenant)
+        found = _watched(look, timeout) if watch else look(0)
     if as_json:
         say_json(found)
     else:
@@ -102,14 +116,18 @@ def job(job_id: str, watch: bool, timeout: float | None, server: Server, as_json
 # --- one -------------------------------------------------------------------------------------
 
 
-def _read(service: "Service", job_id: str, wait_seconds: float) -> dict[str, Any]:
+def _read(
+    service: "Service", job_id: str, tenant: str | None, wait_seconds: float
+) -> dict[str, Any]:
     from asyncinfer.cli.asking import part
 
-    found: dict[str, Any] = service.ask("GET", f"/job/{part(job_id)}", wait_seconds=wait_seconds)
+    found: dict[str, Any] = service.ask(
+        "GET", f"/job/{part(job_id)}", wait_seconds=wait_seconds, tenant=tenant
+    )
     return found
 
 
-def _watched(service: "Service", job_id: str, timeout: float | None) -> dict[str, Any]:
+def _watched(look: Callable[[float], dict[str, Any]], timeout: float | None) -> dict[str, Any]:
     """Waits in steps; each state that is seen is told on stderr."""
     import time
 
@@ -119,7 +137,7 @@ def _watched(service: "Service", job_id: str, timeout: float | None) -> dict[str
     told = ""
     wait = 0.0
     while True:
-        found = _read(service, job_id, wait)
+        found = look(wait)
         if found["status"] != told:
             told = found["status"]
             console(stderr=True).print(status(told))
@@ -156,7 +174,11 @@ def _list(server: Server, limit: int, as_json: bool, **query: Any) -> None:
     if as_json:
         say_json(found)
         return
-    show(("JOB", "STATUS", "MODEL", "MADE", "TOOK", "ERROR"), map(_row, found))
+    columns = ("JOB", "STATUS", "MODEL", "MADE", "TOOK", "ERROR")
+    if query["tenant"]:
+        show((*columns, "TENANT"), ([*_row(one), one.get("tenant")] for one in found))
+    else:
+        show(columns, map(_row, found))
 
 
 def _found(service: "Service", limit: int, query: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -97,4 +97,22 @@ def server(function: Callable[..., Any]) -> Any:
     return run
 
 
+def tenant(function: Callable[..., Any]) -> Any:
+    """--tenant and --all-tenants; the command is given the API's `tenant`."""
+
+    @click.option(
+        "--tenant",
+        metavar="NAME",
+        help="Jobs of this tenant, without inputs and results. Needs the scope operator.",
+    )
+    @click.option("--all-tenants", is_flag=True, help="Jobs of all tenants, in the same way.")
+    @functools.wraps(function)
+    def run(*args: Any, tenant: str | None, all_tenants: bool, **given: Any) -> Any:
+        if tenant is not None and all_tenants:
+            raise click.UsageError("Give --tenant or --all-tenants, not both.")
+        return function(*args, tenant="*" if all_tenants else tenant, **given)
+
+    return run
+
+
 as_json: Final = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -53,9 +53,15 @@ def work(chosen: Settings) -> int:
     "keygen",
     "asyncinfer keygen >> keys",
     "asyncinfer keygen --tenant acme --scopes submit,read >> keys",
+    "asyncinfer keygen --tenant ops --scopes read,admin,operator >> keys",
 )
 @click.option("--tenant", default="default", show_default=True, help="Whose jobs it sees.")
-@click.option("--scopes", default="submit,read", show_default=True, help="Of submit, read, admin.")
+@click.option(
+    "--scopes",
+    default="submit,read",
+    show_default=True,
+    help="Of submit, read, admin (workers, pause), operator (jobs of all tenants).",
+)
 @options.as_json
 def keygen(tenant: str, scopes: str, as_json: bool) -> None:
     """Make an API key.

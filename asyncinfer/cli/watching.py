@@ -14,10 +14,11 @@ from msgspec import Struct
 from asyncinfer.cli import frames
 from asyncinfer.cli.options import Server
 from asyncinfer.cli.showing import console, say_json_line
-from asyncinfer.errors import AsyncinferError
+from asyncinfer.errors import AsyncinferError, Forbidden
 from asyncinfer.observed import Queue, QueueList, Worker, WorkerList
 
 if TYPE_CHECKING:
+    from asyncinfer.cli.asking import Service
     from asyncinfer.repository.observe import Observation
 
 
@@ -26,7 +27,8 @@ class Seen(Struct, frozen=True):
     """Seconds since 1970."""
     source: str
     queues: list[Queue]
-    workers: list[Worker]
+    workers: list[Worker] | None
+    """None where the API key may not see them."""
 
 
 Look = Callable[[], Seen]
@@ -40,10 +42,16 @@ def http(server: Server) -> Iterator[Look]:
 
         def look() -> Seen:
             queues = service.ask_as(QueueList, "GET", "/queues").queues
-            workers = service.ask_as(WorkerList, "GET", "/workers").workers
-            return Seen(time.time(), service.client.url, queues, workers)
+            return Seen(time.time(), service.client.url, queues, _workers(service))
 
         yield look
+
+
+def _workers(service: "Service") -> list[Worker] | None:
+    try:
+        return service.ask_as(WorkerList, "GET", "/workers").workers
+    except Forbidden:
+        return None
 
 
 @contextmanager

@@ -128,9 +128,11 @@ class AsyncClient:
         group: str | None = None,
         dead: bool | None = None,
         limit: int = 100,
+        tenant: str | None = None,
     ) -> list[AsyncJob]:
-        """Your jobs, newest first."""
-        query = {"status": status, "model": model, "group": group, "dead": dead}
+        """Your jobs, newest first. With the scope `operator`, those of a `tenant`, or of all
+        (`"*"`), without inputs and results."""
+        query = {"status": status, "model": model, "group": group, "dead": dead, "tenant": tenant}
         found = await self._driver.run(_flows.list_jobs(self._server, limit, query))
         return [self._job(view) for view in found]
 
@@ -158,9 +160,11 @@ class AsyncClient:
         status: Literal["pending", "processing"] | None = None,
         model: str | None = None,
         group: str | None = None,
+        tenant: str | None = None,
     ) -> dict[str, Any]:
-        """Cancels your jobs that wait or run: how many were, how many were asked to stop."""
-        query = {"status": status, "model": model, "group": group}
+        """Cancels your jobs that wait or run: how many were, how many were asked to stop.
+        `tenant` as in `jobs`."""
+        query = {"status": status, "model": model, "group": group, "tenant": tenant}
         return await self._driver.run(_flows.many(self._server, "DELETE", "/jobs", query))
 
     async def retry_all(
@@ -171,9 +175,11 @@ class AsyncClient:
         model: str | None = None,
         group: str | None = None,
         dead: bool | None = None,
+        tenant: str | None = None,
     ) -> dict[str, Any]:
-        """Runs jobs again, those of `job_ids`, else all of your own that are meant."""
-        query = {"status": status, "model": model, "group": group, "dead": dead}
+        """Runs jobs again, those of `job_ids`, else all of your own that are meant. `tenant` as
+        in `jobs`."""
+        query = {"status": status, "model": model, "group": group, "dead": dead, "tenant": tenant}
         return await self._driver.run(_flows.retry_many(self._server, job_ids, query))
 
     async def purge(
@@ -183,13 +189,15 @@ class AsyncClient:
         model: str | None = None,
         group: str | None = None,
         dead: bool | None = None,
+        tenant: str | None = None,
     ) -> dict[str, Any]:
-        """Deletes your ended jobs and all that is kept of them."""
-        query = {"status": status, "model": model, "group": group, "dead": dead, "purge": True}
+        """Deletes your ended jobs and all that is kept of them. `tenant` as in `jobs`."""
+        chosen = {"status": status, "model": model, "group": group, "dead": dead}
+        query = {**chosen, "purge": True, "tenant": tenant}
         return await self._driver.run(_flows.many(self._server, "DELETE", "/jobs", query))
 
     async def purge_queue(self, model: str) -> dict[str, Any]:
-        """Ends everything that waits for a model, whosever it is; needs the scope `admin`."""
+        """Ends everything that waits for a model, whosever it is; needs the scope `operator`."""
         return await self._driver.run(_flows.purge_queue(self._server, model))
 
     async def pause(self, model: str) -> dict[str, Any]:
@@ -205,11 +213,12 @@ class AsyncClient:
         return await self._driver.run(_flows.listed(self._server, "queues"))
 
     async def workers(self) -> list[dict[str, Any]]:
-        """Who runs jobs, and what each is doing."""
+        """Who runs jobs, and what each is doing; needs the scope `admin`."""
         return await self._driver.run(_flows.listed(self._server, "workers"))
 
     async def health(self) -> dict[str, Any]:
-        """Whether the server and its Redis answer, what waits, how many workers there are."""
+        """Whether the server and its Redis answer; with the scope `read` also what waits and how
+        many workers there are."""
         return await self._driver.run(_flows.health(self._server))
 
     async def close(self) -> None:

@@ -144,9 +144,11 @@ class Client:
         group: str | None = None,
         dead: bool | None = None,
         limit: int = 100,
+        tenant: str | None = None,
     ) -> list[Job]:
-        """Your jobs, newest first."""
-        query = {"status": status, "model": model, "group": group, "dead": dead}
+        """Your jobs, newest first. With the scope `operator`, those of a `tenant`, or of all
+        (`"*"`), without inputs and results."""
+        query = {"status": status, "model": model, "group": group, "dead": dead, "tenant": tenant}
         found = self._driver.run(_flows.list_jobs(self._server, limit, query))
         return [self._job(view) for view in found]
 
@@ -174,9 +176,11 @@ class Client:
         status: Literal["pending", "processing"] | None = None,
         model: str | None = None,
         group: str | None = None,
+        tenant: str | None = None,
     ) -> dict[str, Any]:
-        """Cancels your jobs that wait or run: how many were, how many were asked to stop."""
-        query = {"status": status, "model": model, "group": group}
+        """Cancels your jobs that wait or run: how many were, how many were asked to stop.
+        `tenant` as in `jobs`."""
+        query = {"status": status, "model": model, "group": group, "tenant": tenant}
         return self._driver.run(_flows.many(self._server, "DELETE", "/jobs", query))
 
     def retry_all(
@@ -187,9 +191,11 @@ class Client:
         model: str | None = None,
         group: str | None = None,
         dead: bool | None = None,
+        tenant: str | None = None,
     ) -> dict[str, Any]:
-        """Runs jobs again, those of `job_ids`, else all of your own that are meant."""
-        query = {"status": status, "model": model, "group": group, "dead": dead}
+        """Runs jobs again, those of `job_ids`, else all of your own that are meant. `tenant` as
+        in `jobs`."""
+        query = {"status": status, "model": model, "group": group, "dead": dead, "tenant": tenant}
         return self._driver.run(_flows.retry_many(self._server, job_ids, query))
 
     def purge(
@@ -199,13 +205,15 @@ class Client:
         model: str | None = None,
         group: str | None = None,
         dead: bool | None = None,
+        tenant: str | None = None,
     ) -> dict[str, Any]:
-        """Deletes your ended jobs and all that is kept of them."""
-        query = {"status": status, "model": model, "group": group, "dead": dead, "purge": True}
+        """Deletes your ended jobs and all that is kept of them. `tenant` as in `jobs`."""
+        chosen = {"status": status, "model": model, "group": group, "dead": dead}
+        query = {**chosen, "purge": True, "tenant": tenant}
         return self._driver.run(_flows.many(self._server, "DELETE", "/jobs", query))
 
     def purge_queue(self, model: str) -> dict[str, Any]:
-        """Ends everything that waits for a model, whosever it is; needs the scope `admin`."""
+        """Ends everything that waits for a model, whosever it is; needs the scope `operator`."""
         return self._driver.run(_flows.purge_queue(self._server, model))
 
     def pause(self, model: str) -> dict[str, Any]:
@@ -221,11 +229,12 @@ class Client:
         return self._driver.run(_flows.listed(self._server, "queues"))
 
     def workers(self) -> list[dict[str, Any]]:
-        """Who runs jobs, and what each is doing."""
+        """Who runs jobs, and what each is doing; needs the scope `admin`."""
         return self._driver.run(_flows.listed(self._server, "workers"))
 
     def health(self) -> dict[str, Any]:
-        """Whether the server and its Redis answer, what waits, how many workers there are."""
+        """Whether the server and its Redis answer; with the scope `read` also what waits and how
+        many workers there are."""
         return self._driver.run(_flows.health(self._server))
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from asyncinfer.client._errors import WaitTimeout, error_of, job_failed, lost, r
 from asyncinfer.client._inputs import BINARY, Body, array_body, is_plain, json_body
 from asyncinfer.client._models import Model
 from asyncinfer.client._wire import Flow, Lost, Pause, Request, Response, exchange
-from asyncinfer.errors import JobCancelled, JobFinished, JobNotRetryable, ModelNotFound
+from asyncinfer.errors import Forbidden, JobCancelled, JobFinished, JobNotRetryable, ModelNotFound
 
 Priority = Literal["high", "normal", "low"]
 Status = Literal["pending", "processing", "completed", "failed", "cancelled"]
@@ -279,12 +279,14 @@ def _post(
     return response
 
 
-def read(server: Server, job_id: str, wait_seconds: float = 0) -> Flow[View]:
-    """The job as it is after at most `wait_seconds`."""
-    query = f"?wait={wait_seconds:g}" if wait_seconds else ""
+def read(
+    server: Server, job_id: str, wait_seconds: float = 0, tenant: str | None = None
+) -> Flow[View]:
+    """The job as it is after at most `wait_seconds`; `tenant` is another's, for operators."""
+    wait = f"{wait_seconds:g}" if wait_seconds else None
     request = Request(
         method="GET",
-        path=_job(job_id) + query,
+        path=_job(job_id) + _query({"wait": wait, "tenant": tenant}),
         timeout_seconds=wait_seconds + _MARGIN_SECONDS,
     )
     view: View = yield from ask_json(server, request)
@@ -298,7 +300,8 @@ def wait(
     """The job once it has ended; raises WaitTimeout, and cancels it then if asked to."""
     left = until - time.monotonic()
     while not is_whole(view):
-        view = yield from read(server, view["job_id"], round(min(_WAIT_SECONDS, max(left, 0)), 3))
+        seconds = round(min(_WAIT_SECONDS, max(left, 0)), 3)
+        view = yield from read(server, view["job_id"], seconds, view.get("tenant"))
         left = until - time.monotonic()
         if left <= 0 and view["status"] not in jobs.TERMINAL:
             return (yield from _give_up(server, view, cancel=cancel_on_timeout))
@@ -308,13 +311,14 @@ def wait(
 def doubted(view: View) -> View:
     """As a view that may be old: only what completed stays so, the rest may have been retried."""
     is_final = view["status"] == "completed"
-    return view if is_final else {"job_id": view["job_id"], "status": "pending"}
+    kept: View = {name: view[name] for name in ("job_id", "tenant") if name in view}
+    return view if is_final else {**kept, "status": "pending"}
 
 
 def is_whole(view: View) -> bool:
-    """Whether it shows how the job ended; lists leave the result out."""
+    """Whether it shows how the job ended; lists leave the result out, operators never see it."""
     return view["status"] in ("failed", "cancelled") or (
-        view["status"] == "completed" and "result" in view
+        view["status"] == "completed" and ("result" in view or "tenant" in view)
     )
 
 
@@ -332,6 +336,12 @@ def outcome(view: View) -> Any:
         raise JobCancelled(
             "The job was cancelled; retry it to have a result.", job_id=view["job_id"]
         )
+    if "tenant" in view:
+        raise Forbidden(
+            f"The result is shown only to keys of its tenant, {view['tenant']}; an operator sees "
+            "that the job is completed.",
+            job_id=view["job_id"],
+        )
     return result_of(view.get("result"))
 
 
@@ -344,9 +354,9 @@ def _give_up(server: Server, view: View, *, cancel: bool) -> Flow[View]:
     job_id, told = view["job_id"], "it goes on: client.job(id) finds it again"
     if cancel:
         try:
-            view = yield from cancel_job(server, job_id)
+            view = yield from cancel_job(server, job_id, view.get("tenant"))
         except JobFinished:
-            return (yield from read(server, job_id))
+            return (yield from read(server, job_id, tenant=view.get("tenant")))
         told = "it was cancelled"
     raise WaitTimeout(
         f"Job {job_id} has not ended in time ({view['status']}); {told}. Give a longer timeout=, "
@@ -358,25 +368,25 @@ def _give_up(server: Server, view: View, *, cancel: bool) -> Flow[View]:
 # --- jobs --------------------------------------------------------------------------------------
 
 
-def cancel_job(server: Server, job_id: str) -> Flow[View]:
+def cancel_job(server: Server, job_id: str, tenant: str | None = None) -> Flow[View]:
     """The job, cancelled or told to stop. A cancel whose first answer was lost knows its work."""
     try:
-        view: View = yield from call(server, "DELETE", _job(job_id))
+        view: View = yield from call(server, "DELETE", _job(job_id), tenant=tenant)
     except JobFinished as error:
-        view = yield from read(server, job_id)
+        view = yield from read(server, job_id, tenant=tenant)
         if view["status"] != "cancelled":
             raise error from None
     return view
 
 
-def retry_job(server: Server, job_id: str) -> Flow[View]:
+def retry_job(server: Server, job_id: str, tenant: str | None = None) -> Flow[View]:
     try:
-        view: View = yield from call(server, "POST", f"{_job(job_id)}/retry")
+        view: View = yield from call(server, "POST", f"{_job(job_id)}/retry", tenant=tenant)
     except JobNotRetryable as error:
-        view = yield from read(server, job_id)
+        view = yield from read(server, job_id, tenant=tenant)
         if view["status"] in jobs.TERMINAL or view.get("round", 1) == 1:
             raise error from None
-    return view
+    return {**view, "tenant": tenant} if tenant else view
 
 
 def list_jobs(server: Server, limit: int, query: Mapping[str, Any]) -> Flow[list[View]]:
@@ -410,8 +420,8 @@ def _job(job_id: str) -> str:
     return f"/job/{quote(job_id, safe='')}"
 
 
-def purge_job(server: Server, job_id: str) -> Flow[None]:
-    yield from call(server, "DELETE", _job(job_id), purge=True)
+def purge_job(server: Server, job_id: str, tenant: str | None = None) -> Flow[None]:
+    yield from call(server, "DELETE", _job(job_id), purge=True, tenant=tenant)
 
 
 # --- groups ------------------------------------------------------------------------------------
@@ -450,13 +460,14 @@ def set_paused(server: Server, name: str, paused: bool) -> Flow[dict[str, Any]]:
     return done
 
 
-def retry_ids(server: Server, ids: list[str]) -> Flow[dict[str, Any]]:
+def retry_ids(server: Server, ids: list[str], tenant: str | None) -> Flow[dict[str, Any]]:
     """At most 1,000 a request."""
     total: dict[str, Any] = {"retried": [], "refused": []}
     for start in range(0, len(ids), _PAGE):
         body = msgspec.json.encode({"job_ids": ids[start : start + _PAGE]})
         headers = {"content-type": "application/json"}
-        request = Request(method="POST", path="/jobs/retry", headers=headers, body=body)
+        path = f"/jobs/retry{_query({'tenant': tenant})}"
+        request = Request(method="POST", path=path, headers=headers, body=body)
         done = yield from ask_json(server, request)
         total = {name: total[name] + done.get(name, []) for name in total}
     return total
@@ -472,4 +483,4 @@ def retry_many(
 ) -> Flow[dict[str, Any]]:
     if ids is None:
         return (yield from many(server, "POST", "/jobs/retry", query))
-    return (yield from retry_ids(server, list(ids)))
+    return (yield from retry_ids(server, list(ids), query.get("tenant")))

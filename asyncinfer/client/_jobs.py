@@ -32,6 +32,11 @@ class JobState:
         return self._view.get("model")
 
     @property
+    def tenant(self) -> str | None:
+        """Whose it is, where an operator asked over tenants; else None."""
+        return self._view.get("tenant")
+
+    @property
     def error(self) -> dict[str, Any] | None:
         """Why a failed job failed: its `code` and `message`."""
         return self._view.get("error")
@@ -82,22 +87,22 @@ class Job(JobState):
 
     def refresh(self) -> "Job":
         """Looks at it again."""
-        self._view = self._driver.run(_flows.read(self._server, self.id))
+        self._view = self._driver.run(_flows.read(self._server, self.id, tenant=self.tenant))
         return self
 
     def cancel(self) -> "Job":
         """Ends it, waiting or running; raises JobFinished where it has ended already."""
-        self._view = self._driver.run(_flows.cancel_job(self._server, self.id))
+        self._view = self._driver.run(_flows.cancel_job(self._server, self.id, self.tenant))
         return self
 
     def retry(self) -> "Job":
         """Runs it again, if it failed or was cancelled, under the same id."""
-        self._view = self._driver.run(_flows.retry_job(self._server, self.id))
+        self._view = self._driver.run(_flows.retry_job(self._server, self.id, self.tenant))
         return self
 
     def purge(self) -> None:
         """Deletes all of it, once it has ended."""
-        self._driver.run(_flows.purge_job(self._server, self.id))
+        self._driver.run(_flows.purge_job(self._server, self.id, self.tenant))
 
     def events(self) -> Iterator[Event]:
         """Each change as it happens, the present state first; ends with the job."""
@@ -136,22 +141,22 @@ class AsyncJob(JobState):
 
     async def refresh(self) -> "AsyncJob":
         """Looks at it again."""
-        self._view = await self._driver.run(_flows.read(self._server, self.id))
+        self._view = await self._driver.run(_flows.read(self._server, self.id, tenant=self.tenant))
         return self
 
     async def cancel(self) -> "AsyncJob":
         """Ends it, waiting or running; raises JobFinished where it has ended already."""
-        self._view = await self._driver.run(_flows.cancel_job(self._server, self.id))
+        self._view = await self._driver.run(_flows.cancel_job(self._server, self.id, self.tenant))
         return self
 
     async def retry(self) -> "AsyncJob":
         """Runs it again, if it failed or was cancelled, under the same id."""
-        self._view = await self._driver.run(_flows.retry_job(self._server, self.id))
+        self._view = await self._driver.run(_flows.retry_job(self._server, self.id, self.tenant))
         return self
 
     async def purge(self) -> None:
         """Deletes all of it, once it has ended."""
-        await self._driver.run(_flows.purge_job(self._server, self.id))
+        await self._driver.run(_flows.purge_job(self._server, self.id, self.tenant))
 
     def events(self) -> AsyncIterator[Event]:
         """Each change as it happens, the present state first; ends with the job."""

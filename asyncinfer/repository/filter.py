@@ -1,4 +1,4 @@
-"""Which of a tenant's jobs are meant."""
+"""Which jobs are meant."""
 
 from msgspec import Struct
 
@@ -7,9 +7,9 @@ from asyncinfer.repository.submit import Stored
 
 
 class Filter(Struct, frozen=True, kw_only=True):
-    """A tenant's jobs; None where anything will do."""
+    """Which jobs are meant; None where anything will do."""
 
-    tenant: str
+    tenant: str | None
     statuses: frozenset[str] | None = None
     model: str | None = None
     group: str | None = None
@@ -17,10 +17,11 @@ class Filter(Struct, frozen=True, kw_only=True):
     """Only dead letters."""
 
     @classmethod
-    def of(cls, tenant: str, status: str | None, model: str | None) -> "Filter":
-        return cls(
-            tenant=tenant, statuses=None if status is None else frozenset([status]), model=model
-        )
+    def of(
+        cls, tenant: str | None, status: str | None, model: str | None, group: str | None = None
+    ) -> "Filter":
+        statuses = None if status is None else frozenset([status])
+        return cls(tenant=tenant, statuses=statuses, model=model, group=group)
 
     def matches(self, job: Stored, default_model: str | None) -> bool:
         record = job.record
@@ -29,7 +30,7 @@ class Filter(Struct, frozen=True, kw_only=True):
         group = record.options.group if record else None
         return (
             (self.statuses is None or job.status in self.statuses)
-            and owner == self.tenant
+            and self.tenant in (None, owner)
             and self.model in (None, model)
             and self.group in (None, group)
         )

@@ -103,20 +103,22 @@ class Inspection:
     async def jobs(
         self,
         *,
-        tenant: str,
+        tenant: str | None,
         status: str | None = None,
         model: str | None = None,
+        group: str | None = None,
         limit: int = 100,
         cursor: str | None = None,
     ) -> Page:
-        """A tenant's jobs, newest first, from the log; raises InvalidQuery for a bad cursor.
+        """A tenant's jobs, or everybody's, newest first, from the log; raises InvalidQuery for a
+        bad cursor.
 
         A listing looks at a bounded number of jobs: with a rare filter a page may come back
         short, with a cursor to go on.
         """
         default = await self._store.default_model()
         queues = await self._queues(model, default)
-        wanted = Filter.of(tenant, status, model)
+        wanted = Filter.of(tenant, status, model, group)
         found: list[Stored] = []
         looked = 0
         place = None

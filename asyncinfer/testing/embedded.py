@@ -143,12 +143,12 @@ def _with_own_key(
     if "API_KEYS" not in variables:
         return variables, None
     given = Path(variables["API_KEYS"])
-    access.Keyring.load(given)
+    content = access.read_key_file(given)
     key = access.new_key()
     line = access.entry_of(key, DEFAULT_TENANT, ",".join(access.SCOPES)).line()
     copy = folder / "api_keys"
     copy.touch(mode=0o600)
-    copy.write_text(f"{given.read_text(encoding='utf-8')}\n{line}\n", encoding="utf-8")
+    copy.write_bytes(content + f"\n{line}\n".encode())
     return {**variables, "API_KEYS": str(copy)}, key
 
 

@@ -20,12 +20,12 @@ async def test_a_broken_version_is_shown_with_its_reason(
         "problems": {"iris": {"2": "too bad"}, "wine": {"1": "not a model"}},
         "run_times": {"iris": {"1": 0.001, "8": 0.002}},
     }
-    await Upkeep(store).announce_worker("w", about, 10)
+    await Upkeep(store).announce_worker("host-17-f0fd4a", about, 10)
 
     iris = (await api.get("/models/iris")).json()
-    broken = {"model": "iris", "version": "2", "worker": "w", "reason": "too bad"}
+    broken = {"model": "iris", "version": "2", "worker": "w-f0fd4a", "reason": "too bad"}
     assert (iris["workers"], iris["problems"]) == (1, [broken])
-    assert iris["run_times"] == {"w": {"1": 0.001, "8": 0.002}}
+    assert iris["run_times"] == {"w-f0fd4a": {"1": 0.001, "8": 0.002}}
 
     listed = (await api.get("/models")).json()
     assert [one["model"] for one in listed["models"]] == ["digits", "iris"]

@@ -86,9 +86,10 @@ async def test_workers_are_shown_as_they_announce_themselves(
     api: httpx2.AsyncClient, store: Store, hands: Hands
 ) -> None:
     about = {"host": "h", "concurrency": 2, "busy": 1, "started_ms": hands.now_ms() - 1000}
-    await Upkeep(store).announce_worker("w", {**about, "state": "ready"}, ttl_seconds=10)
+    await Upkeep(store).announce_worker("h-17-f0fd4a", {**about, "state": "ready"}, 10)
     (worker,) = (await told(await api.get("/workers")))["workers"]
-    assert (worker["worker"], worker["host"], worker["slots"], worker["busy"]) == ("w", "h", 2, 1)
+    assert (worker["worker"], worker["host"]) == ("w-f0fd4a", "h")
+    assert (worker["slots"], worker["busy"]) == (2, 1)
     assert worker["started_at"].endswith("Z")
     assert worker["uptime_seconds"] >= 1
     assert worker["pid"] is None

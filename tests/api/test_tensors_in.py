@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from asyncinfer import jobs, keys, payloads
+from asyncinfer.api.admission import ANYBODY, Reach
 from asyncinfer.api.catalog import Served
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.exchange import Request
@@ -100,7 +101,9 @@ async def at_the_door(
 
     raw = {name.encode(): value.encode() for name, value in headers.items()}
     asked = query or AskedOptions()
-    request = Request({}, receive, headers=raw, query=asked, tenant="t")
+    request = Request(
+        {}, receive, headers=raw, query=asked, admission=ANYBODY, reach=Reach("t", across=False)
+    )
     long_reads = anyio.CapacityLimiter(1)
     return await read_input(request, ApiConfig(redis_url=""), served(signature), long_reads)
 

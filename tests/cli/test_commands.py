@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from asyncinfer import valkey
+from asyncinfer import access, valkey
+from asyncinfer.testing import service
 
 from .conftest import ended, submitted
 from .told import Told, complaint, told
@@ -202,6 +203,51 @@ def test_a_key_is_made_for_programs_too() -> None:
 
     assert made["key"].startswith("ai_")
     assert made["line"].startswith("default submit,read ")
+
+
+def test_an_operators_key_is_made_by_its_scope() -> None:
+    made = told("keygen", "--tenant", "ops", "--scopes", "operator,admin", "--json").json
+
+    assert made["line"].startswith("ops admin,operator ")
+
+
+def test_jobs_of_all_tenants_are_listed_and_acted_on_by_operators(url: str) -> None:
+    job_id = ended(url, submitted(url))
+
+    shown = told("jobs", "--all-tenants", "--limit", "5").out
+    one = told("job", job_id, "--tenant", "default", "--json").json
+
+    assert "TENANT" in shown
+    assert "TENANT" not in told("jobs", "--limit", "5").out
+    assert (one["tenant"], one["status"], "result" in one) == ("default", "completed", False)
+    assert told("job", job_id, "--tenant", "acme").code == 1
+    assert told("dead", "--all-tenants", "--json").json == []
+    assert told("retry", job_id, "--tenant", "acme", "--json").json["retried"] == []
+    assert told("cancel", "--all-tenants", "--model", "digits").code == 0
+    assert told("purge", job_id, "--tenant", "default", "--json").json["purged"] == [job_id]
+    refused = told("jobs", "--tenant", "acme", "--all-tenants")
+    assert "not both" in refused.err
+    assert refused.code == 2
+
+
+def test_a_key_that_may_not_see_workers_still_watches_and_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "keys").write_text(access.entry_of("user", "acme", "submit,read").line())
+    with service(api_keys=tmp_path / "keys") as locked:
+        monkeypatch.setenv("ASYNCINFER_URL", locked.url)
+        monkeypatch.setenv("ASYNCINFER_API_KEY", "user")
+        shown = told("top")
+        found = told("top", "--once", "--json").json
+        measured = told("bench", "--seconds", "0.5", "--connections", "2", "--json")
+        examined = told("doctor", "--url", locked.url, "--api-key", "guess").out
+
+    assert shown.code == 0
+    assert "workers are shown to keys with the scope admin" in shown.out
+    assert found["workers"] is None
+    assert (measured.code, measured.json["sides"]["slots_busy"]) == (0, None)
+    assert [one["model"] for one in found["queues"]]
+    assert f"answers at {locked.url}" in examined
 
 
 # --- failures --------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 import redis
 
+from asyncinfer import access
 from asyncinfer.cli.doctor.findings import Finding
 from asyncinfer.cli.doctor.server import findings_of
 from asyncinfer.repository.vitals import Vitals
@@ -140,6 +141,17 @@ def test_keys_that_cannot_be_read_are_a_problem(tmp_path: Path) -> None:
     assert ran.code == 1
     assert "problem  API keys" in ran.out
     assert "asyncinfer keygen >>" in ran.out
+
+
+def test_each_broken_line_of_the_keys_is_a_problem_of_its_own(tmp_path: Path) -> None:
+    line = access.entry_of("a", "acme", "read").line()
+    (tmp_path / "keys").write_text(f"{line}\nacme read ai_in-the-clear\n{line}\n")
+    ran = told("doctor", "--api-keys", f"{tmp_path}/keys")
+
+    assert "keys, line 2 lets nobody in" in ran.out
+    assert "keys, line 3 lets nobody in" in ran.out
+    assert "has 1 keys" in ran.out
+    assert "ai_" not in ran.out
 
 
 def test_an_open_door_is_a_problem() -> None:

@@ -25,6 +25,7 @@ from asyncinfer.client import (
     JobNotFound,
     WaitTimeout,
 )
+from asyncinfer.errors import Forbidden
 from asyncinfer.testing import Running
 from tests.faults.harness import eventually_sync
 
@@ -313,6 +314,36 @@ async def test_events_of_a_group_tell_when_all_is_done(aclient: AsyncClient) -> 
 
 
 # --- the operator's ----------------------------------------------------------------------------
+
+
+def test_a_job_found_over_tenants_is_acted_on_and_its_result_not_shown(client: Client) -> None:
+    client.predict([SETOSA], group="theirs")
+
+    (found,) = client.jobs(tenant="*", group="theirs")
+    assert (found.tenant, found.wait(5).status) == ("default", "completed")
+    with pytest.raises(Forbidden, match="only to keys of its tenant, default"):
+        found.result()
+    assert found.refresh().tenant == "default"
+    with pytest.raises(JobFinished):
+        found.cancel()
+    assert client.retry_all([found.id], tenant="acme")["retried"] == []
+    assert client.cancel_all(tenant="acme", group="theirs")["cancelled"] == 0
+    assert client.purge(tenant="acme", group="theirs")["purged"] == 0
+    found.purge()
+    assert client.jobs(tenant="default", group="theirs") == []
+
+
+async def test_a_cancelled_job_of_another_tenant_is_retried_by_an_operator(
+    aclient: AsyncClient,
+) -> None:
+    await aclient.pause("digits")
+    await aclient.submit([[0.0] * 64], "digits", group="elsewhere")
+    (found,) = await aclient.jobs(tenant="*", group="elsewhere")
+    assert (await found.cancel()).status == "cancelled"
+    assert (await found.retry()).tenant == "default"
+    assert (await found.cancel()).tenant == "default"
+    await found.purge()
+    await aclient.resume("digits")
 
 
 def test_what_waits_is_seen_paused_cancelled_and_purged(client: Client) -> None:

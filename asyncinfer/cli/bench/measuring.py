@@ -17,7 +17,7 @@ from asyncinfer.cli.asking import Service, part
 from asyncinfer.cli.bench.figures import Bench, Load, Sides, latency, verdict
 from asyncinfer.cli.bench.wire import Connection
 from asyncinfer.cli.options import Server
-from asyncinfer.client import CannotSend, ConnectionFailed, Model
+from asyncinfer.client import CannotSend, ConnectionFailed, Forbidden, Model
 from asyncinfer.observed import Queue, QueueList, WorkerList
 
 _FULL: Final = 429
@@ -156,7 +156,11 @@ class _Loads:
                 await asyncio.sleep(_LOOK_SECONDS)
 
     def _look_at_workers(self, model: str, seen: _Seen) -> None:
-        found = self._service.ask_as(WorkerList, "GET", "/workers").workers
+        """How busy they are; a key without the scope `admin` is not told."""
+        try:
+            found = self._service.ask_as(WorkerList, "GET", "/workers").workers
+        except Forbidden:
+            return
         ours = [one for one in found if model in one.models and one.busy is not None]
         if slots := sum(one.slots for one in ours):
             seen.busy.append(sum(one.busy or 0 for one in ours) / slots)

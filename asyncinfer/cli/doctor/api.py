@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
+from msgspec import UnsetType
+
 from asyncinfer.cli.asking import ModelList, Service
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
 from asyncinfer.cli.doctor.machine import port_is_taken
@@ -43,6 +45,11 @@ def _answers(service: Service, at: str, chosen: Settings) -> Iterator[Finding]:
             yield problem("port", f"another program answers at {at}", mend)
         else:
             yield problem("API", f"{at}: {error.detail}", "look at the log of `asyncinfer serve`")
+        return
+    if isinstance(health.queues, UnsetType):
+        # How much waits is told to keys with the scope `read`; a missing one is found below.
+        yield ok("API", f"answers at {at}")
+        yield from _models(service)
         return
     waiting = sum(health.queues.values())
     found = f"answers at {at}; {waiting} jobs wait, {health.workers} workers"

@@ -20,6 +20,7 @@ _LITTLE_MEMORY_BYTES: Final = 400 << 20
 """API, worker and Valkey take 250 MiB before the first model."""
 
 _CONNECT_SECONDS: Final = 0.5
+_MOST_BROKEN_LINES: Final = 5
 
 
 def examine_machine(chosen: Settings, data_dir: Path | None) -> Iterator[Finding]:
@@ -30,7 +31,7 @@ def examine_machine(chosen: Settings, data_dir: Path | None) -> Iterator[Finding
     if data_dir:
         yield _disk(data_dir)
     if chosen.api_keys:
-        yield _keys(chosen.api_keys)
+        yield from _keys(chosen.api_keys)
     elif chosen.host not in ("127.0.0.1", "localhost", "::1"):
         mend = "asyncinfer keygen >> keys; export API_KEYS=keys"
         yield problem("API keys", f"none, and HOST {chosen.host} lets everyone in", mend)
@@ -105,11 +106,19 @@ def _disk(data_dir: Path) -> Finding:
     return ok("DATA_DIR", f"{data_dir}, {size(free)} free")
 
 
-def _keys(path: Path) -> Finding:
+def _keys(path: Path) -> Iterator[Finding]:
     from asyncinfer.access import Keyring
 
+    mend = f"asyncinfer keygen >> {path}"
     try:
-        Keyring.load(path)
+        keyring = Keyring.load(path)
     except KeyFileRefused as error:
-        return problem("API keys", error.detail, f"asyncinfer keygen >> {path}")
-    return ok("API keys", f"{path} can be read as keys")
+        yield problem("API keys", error.detail, mend)
+        return
+    for line in keyring.broken[:_MOST_BROKEN_LINES]:
+        found = f"{path}, line {line.number} lets nobody in: {line.reason}"
+        yield problem("API keys", found, f"correct or remove line {line.number} of {path}")
+    if len(keyring):
+        yield ok("API keys", f"{path} has {len(keyring)} keys")
+    else:
+        yield problem("API keys", f"{path} has no key, so nobody is let in", mend)

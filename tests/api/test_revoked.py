@@ -1,0 +1,250 @@
+"""A key that is taken out of its file ends what it began: streams, waits, uploads."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import httpx2
+import msgspec
+import pytest
+import redis
+
+from asyncinfer.access import entry_of
+from asyncinfer.api.config import ApiConfig
+from asyncinfer.repository.store import Store
+from tests.faults.harness import eventually
+
+from .harness import (
+    QUEUE,
+    Hand,
+    announce,
+    assert_problem,
+    client_of,
+    hosted,
+    running,
+    submit,
+)
+from .sse import listening
+from .test_bulk import talking
+
+WITHIN_SECONDS = 5.0
+ROW = {"data": [[5.1, 3.5, 1.4, 0.2]]}
+
+
+class Keys:
+    """The file, and what is in it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lines = {
+            "alice": entry_of("alice", "alice", "submit,read").line(),
+            "bob": entry_of("bob", "bob", "submit,read").line(),
+        }
+        self.write()
+
+    def write(self) -> None:
+        self._path.write_text("\n".join(self._lines.values()))
+
+    def revoke(self, key: str = "alice") -> float:
+        """When it was."""
+        del self._lines[key]
+        self.write()
+        return time.monotonic()
+
+    def give(self, key: str, tenant: str, scopes: str) -> None:
+        self._lines[key] = entry_of(key, tenant, scopes).line()
+        self.write()
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Keys:
+    return Keys(tmp_path / "keys")
+
+
+@pytest.fixture
+async def port(config: ApiConfig, store: Store, keys: Keys, tmp_path: Path) -> AsyncIterator[int]:
+    await announce(store, "iris", default="iris")
+    locked = msgspec.structs.replace(config, api_keys=tmp_path / "keys")
+    async with hosted(running(locked)) as it:
+        yield it
+
+
+@pytest.fixture
+async def alice(port: int) -> AsyncIterator[httpx2.AsyncClient]:
+    async with client_of(port, **{"x-api-key": "alice"}) as client:
+        yield client
+
+
+@pytest.fixture
+async def bob(port: int) -> AsyncIterator[httpx2.AsyncClient]:
+    async with client_of(port, **{"x-api-key": "bob"}) as client:
+        yield client
+
+
+async def is_out(client: httpx2.AsyncClient) -> bool:
+    return (await client.get("/jobs")).status_code == 401
+
+
+async def test_a_revoked_key_is_not_let_in_within_five_seconds(
+    keys: Keys, alice: httpx2.AsyncClient, bob: httpx2.AsyncClient
+) -> None:
+    assert not await is_out(alice)
+    revoked_at = keys.revoke()
+    await eventually(lambda: is_out(alice), "it is refused")
+    assert time.monotonic() - revoked_at < WITHIN_SECONDS
+    assert not await is_out(bob)
+
+
+@pytest.mark.parametrize("path", ["/events", "/events?group=g", "/job/{id}/events"])
+async def test_a_revoked_key_ends_its_streams_and_no_others(
+    keys: Keys, alice: httpx2.AsyncClient, bob: httpx2.AsyncClient, path: str
+) -> None:
+    paths = [path.replace("{id}", await submit(one)) for one in (alice, bob)]
+    async with listening(alice, paths[0]) as hers, listening(bob, paths[1]) as his:
+        await hers.event("snapshot")
+        await his.event("snapshot")
+        revoked_at = keys.revoke()
+        assert await hers.rest() == []
+        assert time.monotonic() - revoked_at < WITHIN_SECONDS
+        await submit(bob)
+        if path == "/events":
+            assert (await his.event()).name == "pending"
+    assert_problem(await alice.get(paths[0]), 401, "unauthorized")
+
+
+@pytest.mark.soak
+async def test_a_stream_whose_client_does_not_read_is_told_nothing_more(
+    port: int, keys: Keys, alice: httpx2.AsyncClient, hand: Hand
+) -> None:
+    head = b"GET /events HTTP/1.1\r\nHost: localhost\r\nX-Api-Key: alice\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(head)
+    await reader.readuntil(b"retry: 1000")
+    keys.revoke()
+    await eventually(lambda: is_out(alice), "it is refused")
+    keys.give("new", "alice", "submit")
+    async with client_of(port, **{"x-api-key": "new"}) as client:
+        await eventually(_submits(client), "the new key submits")
+    async with asyncio.timeout(20):
+        rest = await reader.readuntil(b"0\r\n\r\n")
+    writer.close()
+    assert b"event: pending" not in rest
+
+
+def _submits(client: httpx2.AsyncClient) -> Callable[[], Awaitable[bool]]:
+    async def submits() -> bool:
+        return (await client.post("/predict", json=ROW)).status_code == 202
+
+    return submits
+
+
+async def test_a_waiting_look_at_a_job_is_answered_401(
+    keys: Keys, alice: httpx2.AsyncClient
+) -> None:
+    job_id = await submit(alice)
+    waiting = asyncio.create_task(alice.get(f"/job/{job_id}?wait=30"))
+    await asyncio.sleep(0)
+    revoked_at = keys.revoke()
+    reply = await waiting
+    assert time.monotonic() - revoked_at < WITHIN_SECONDS
+    assert "revoked" in assert_problem(reply, 401, "unauthorized")["detail"]
+    assert reply.headers["www-authenticate"] == "Bearer"
+
+
+async def test_a_submit_that_waits_is_answered_401_with_the_job_it_made(
+    keys: Keys, alice: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    waiting = asyncio.create_task(alice.post("/predict", json=ROW, headers={"prefer": "wait=30"}))
+    await eventually(lambda: server.llen(QUEUE) == 1, "the job is accepted")
+    keys.revoke()
+    problem = assert_problem(await waiting, 401, "unauthorized")
+    assert server.lrange(QUEUE, 0, -1) == [problem["job_id"].encode()]
+
+
+async def test_lines_are_no_longer_taken_in_and_the_last_answer_says_so(
+    port: int, keys: Keys, server: redis.Redis
+) -> None:
+    row = msgspec.json.encode(ROW) + b"\n"
+    async with talking(port, b"X-Api-Key: alice\r\n") as talk:
+        await talk.say(row)
+        assert (await talk.hear_after_head())["status"] == "pending"
+        revoked_at = keys.revoke()
+        last = await talk.hear_after_head()
+        assert time.monotonic() - revoked_at < WITHIN_SECONDS
+        assert (last["status"], last["code"], last["line"]) == (401, "unauthorized", 2)
+        assert await talk.hear() is None
+    assert server.llen(QUEUE) == 1
+
+
+async def test_lines_that_wait_for_results_are_not_given_them(
+    keys: Keys, alice: httpx2.AsyncClient, server: redis.Redis, hand: Hand
+) -> None:
+    content = (msgspec.json.encode(ROW) + b"\n") * 3
+    headers = {"content-type": "application/x-ndjson", "prefer": "wait=30"}
+    waiting = asyncio.create_task(alice.post("/predict", content=content, headers=headers))
+    await eventually(lambda: server.llen(QUEUE) == 3, "all are taken in")
+    revoked_at = keys.revoke()
+    reply = await waiting
+    assert time.monotonic() - revoked_at < WITHIN_SECONDS
+    (last,) = [msgspec.json.decode(one) for one in reply.content.splitlines()]
+    assert (last["status"], last["line"]) == (401, 4)
+    await hand.complete()
+
+
+async def test_a_body_that_is_still_coming_when_its_key_is_revoked_makes_no_job(
+    port: int, keys: Keys, alice: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    body = msgspec.json.encode(ROW)
+    head = (
+        b"POST /predict HTTP/1.1\r\nHost: localhost\r\nX-Api-Key: alice\r\nConnection: close\r\n"
+        b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    )
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(head + body[:5])
+    # Once another request on another connection is answered, this one's head has been read.
+    assert not await is_out(alice)
+    keys.revoke()
+    await eventually(lambda: is_out(alice), "it is refused")
+    writer.write(body[5:])
+    async with asyncio.timeout(20):
+        reply = await reader.read()
+    writer.close()
+    assert reply.startswith(b"HTTP/1.1 401")
+    assert server.llen(QUEUE) == 0
+
+
+async def test_a_key_that_loses_the_scope_or_changes_its_tenant_ends_what_it_began(
+    keys: Keys, alice: httpx2.AsyncClient, bob: httpx2.AsyncClient
+) -> None:
+    async with listening(alice, "/events") as hers, listening(bob, "/events") as his:
+        await hers.event("snapshot")
+        await his.event("snapshot")
+        keys.give("alice", "alice", "submit")
+        keys.give("bob", "alice", "submit,read")
+        assert await hers.rest() == []
+        assert await his.rest() == []
+    assert_problem(await alice.get("/events"), 403, "forbidden")
+
+
+async def test_a_change_that_is_about_others_ends_nothing(
+    port: int, keys: Keys, alice: httpx2.AsyncClient, bob: httpx2.AsyncClient, hand: Hand
+) -> None:
+    job_id = await submit(alice)
+    waiting = asyncio.create_task(alice.get(f"/job/{job_id}?wait=30"))
+    async with listening(alice, "/events") as hers:
+        await hers.event("snapshot")
+        keys.revoke("bob")
+        await eventually(lambda: is_out(bob), "his key is out")
+        keys.give("alice", "alice", "submit,read,admin")
+        await eventually(_sees_workers(alice), "hers may do more")
+        await hand.complete()
+        await hers.event("completed")
+    assert (await waiting).json()["status"] == "completed"
+
+
+def _sees_workers(client: httpx2.AsyncClient) -> Callable[[], Awaitable[bool]]:
+    async def sees() -> bool:
+        return (await client.get("/workers")).status_code == 200
+
+    return sees

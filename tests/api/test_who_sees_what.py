@@ -1,0 +1,340 @@
+"""Which key sees and does what: operators over tenants, names of workers, health."""
+
+import hashlib
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import msgspec
+import pytest
+import redis
+
+from asyncinfer import keys
+from asyncinfer.access import entry_of
+from asyncinfer.api.config import ApiConfig
+from asyncinfer.jobs import Record, encode_record
+from asyncinfer.observed import shown_worker
+from asyncinfer.repository.store import Store
+from asyncinfer.repository.upkeep import Upkeep
+from tests.faults.proxy import proxied
+from tests.hands import Hands
+
+from .harness import QUEUE, Hand, announce, assert_problem, client_of, hosted, running, submit
+
+WORKER = "gpu-host.internal-4711-f0fd4a"
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    lines = [
+        entry_of(key, tenant, scopes).line()
+        for key, tenant, scopes in (
+            ("alice", "alice", "submit,read,admin"),
+            ("bob", "bob", "submit,read"),
+            ("ops", "ops", "operator"),
+        )
+    ]
+    path = tmp_path / "keys"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture
+async def port(config: ApiConfig, store: Store, key_file: Path) -> AsyncIterator[int]:
+    await announce(store, "iris", default="iris")
+    async with hosted(running(msgspec.structs.replace(config, api_keys=key_file))) as it:
+        yield it
+
+
+async def _client(port: int, key: str) -> AsyncIterator[httpx2.AsyncClient]:
+    async with client_of(port, **{"x-api-key": key}) as client:
+        yield client
+
+
+@pytest.fixture
+async def alice(port: int) -> AsyncIterator[httpx2.AsyncClient]:
+    async for client in _client(port, "alice"):
+        yield client
+
+
+@pytest.fixture
+async def bob(port: int) -> AsyncIterator[httpx2.AsyncClient]:
+    async for client in _client(port, "bob"):
+        yield client
+
+
+@pytest.fixture
+async def ops(port: int) -> AsyncIterator[httpx2.AsyncClient]:
+    async for client in _client(port, "ops"):
+        yield client
+
+
+@pytest.fixture
+def audit(caplog: pytest.LogCaptureFixture) -> "Audit":
+    caplog.set_level(logging.INFO, "asyncinfer.audit")
+    return Audit(caplog)
+
+
+class Audit:
+    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
+        self._caplog = caplog
+
+    def line(self) -> str:
+        """The only one since the last look."""
+        (found,) = [one for one in self._caplog.records if one.name == "asyncinfer.audit"]
+        self._caplog.clear()
+        assert found.levelno == logging.INFO
+        return found.getMessage()
+
+    def is_empty(self) -> bool:
+        return not [one for one in self._caplog.records if one.name == "asyncinfer.audit"]
+
+
+async def ids(client: httpx2.AsyncClient, query: str) -> set[str]:
+    reply = await client.get(f"/jobs?{query}")
+    assert reply.status_code == 200, reply.text
+    return {one["job_id"] for one in reply.json()["jobs"]}
+
+
+# --- operators -----------------------------------------------------------------------------
+
+
+async def test_an_operator_lists_the_jobs_of_all_tenants_without_their_payloads(
+    alice: httpx2.AsyncClient,
+    bob: httpx2.AsyncClient,
+    ops: httpx2.AsyncClient,
+    hand: Hand,
+    audit: Audit,
+) -> None:
+    done = await submit(alice)
+    await hand.complete()
+    failed = await submit(bob)
+    error = {"code": "model_failed", "message": "name: Ada"}
+    await hand.finish(await hand.claim(), "failed", error)
+
+    reply = await ops.get("/jobs?tenant=*")
+    shown = {one["job_id"]: one for one in reply.json()["jobs"]}
+    assert {name: one["tenant"] for name, one in shown.items()} == {done: "alice", failed: "bob"}
+    assert shown[failed]["error"]["code"] == "model_failed"
+    digest = hashlib.sha256(b"ops").hexdigest()
+    assert audit.line() == f'list by tenant=ops key={digest[:8]}: tenant="*": 2 jobs'
+    for one in (reply.text, (await ops.get(f"/job/{done}?tenant=*")).text):
+        assert "result" not in one
+        assert "setosa" not in one
+        assert "Ada" not in one
+    assert f'job_id="{done}": 1 jobs' in audit.line()
+    assert (await ops.get(f"/job/{done}?tenant=alice&wait=5")).json()["status"] == "completed"
+    assert_problem(await ops.get(f"/job/{done}?tenant=bob"), 404, "job_not_found")
+    assert_problem(await ops.get(f"/job/{done}/result?tenant=*"), 400, "invalid_query")
+
+
+async def test_an_operators_filters_are_those_of_a_tenant(
+    alice: httpx2.AsyncClient, bob: httpx2.AsyncClient, ops: httpx2.AsyncClient
+) -> None:
+    body = {"data": [[1, 2, 3, 4]], "options": {"group": "g"}}
+    grouped = [(await one.post("/predict", json=body)).json()["job_id"] for one in (alice, bob)]
+    await submit(alice)
+    assert await ids(ops, "tenant=*&group=g") == set(grouped)
+    assert await ids(ops, "tenant=bob&group=g") == {grouped[1]}
+    assert await ids(ops, "tenant=bob") == {grouped[1]}
+    assert await ids(ops, "tenant=nobody") == set()
+    assert len(await ids(ops, "tenant=*&status=pending&model=iris")) == 3
+    page = (await ops.get("/jobs?tenant=*&limit=2")).json()
+    rest = await ids(ops, f"tenant=*&limit=2&cursor={page['cursor']}")
+    assert len({one["job_id"] for one in page["jobs"]} | rest) == 3
+
+
+async def test_an_operator_cancels_retries_and_purges_over_tenants_with_a_line_for_each(
+    alice: httpx2.AsyncClient,
+    bob: httpx2.AsyncClient,
+    ops: httpx2.AsyncClient,
+    audit: Audit,
+) -> None:
+    jobs = {await submit(alice), await submit(bob), await submit(bob)}
+    key = hashlib.sha256(b"ops").hexdigest()[:8]
+
+    done = (await ops.delete("/jobs?tenant=bob&status=pending")).json()
+    assert done["cancelled"] == 2
+    assert audit.line() == (
+        f'cancel by tenant=ops key={key}: tenant="bob" status="pending": 2 jobs'
+    )
+    assert (await ops.delete("/jobs?tenant=*&model=iris")).json()["cancelled"] == 1
+    assert 'tenant="*" model="iris": 1 jobs' in audit.line()
+
+    done = (await ops.post("/jobs/retry?tenant=*&status=cancelled")).json()
+    assert set(done["retried"]) == jobs
+    assert audit.line().startswith(f'retry by tenant=ops key={key}: tenant="*"')
+    await ops.delete("/jobs?tenant=*&model=iris")
+    audit.line()
+    done = (await ops.post("/jobs/retry?tenant=bob", json={"job_ids": sorted(jobs)})).json()
+    assert (len(done["retried"]), len(done["refused"])) == (2, 1)
+    assert "job_ids=3: 2 jobs" in audit.line()
+    await ops.delete("/jobs?tenant=*&model=iris")
+    audit.line()
+
+    one, *_ = jobs
+    assert (await ops.post(f"/job/{one}/retry?tenant=*")).status_code == 202
+    assert f'job_id="{one}": 1 jobs' in audit.line()
+    view = (await ops.delete(f"/job/{one}?tenant=*")).json()
+    assert (view["status"], "result" in view) == ("cancelled", False)
+    assert audit.line().startswith("cancel")
+    assert_problem(await ops.delete(f"/job/{one}?tenant=*"), 409, "job_finished")
+    assert audit.line().endswith(": job_finished")
+    assert (await ops.delete(f"/job/{one}?tenant=*&purge=true")).status_code == 200
+    assert audit.line().startswith("purge")
+    assert (await ops.delete("/jobs?tenant=*&purge=true&status=ended")).json()["purged"] == 2
+    assert audit.line().startswith("purge")
+    assert await ids(ops, "tenant=*") == set()
+
+
+async def test_a_model_is_purged_of_all_tenants_by_operators_alone(
+    alice: httpx2.AsyncClient, bob: httpx2.AsyncClient, ops: httpx2.AsyncClient, audit: Audit
+) -> None:
+    await submit(bob)
+    problem = assert_problem(await alice.post("/models/iris/purge"), 403, "forbidden")
+    assert "--scopes operator" in problem["detail"]
+    assert (await alice.delete("/jobs?model=iris")).json()["cancelled"] == 0
+    assert audit.is_empty()
+    assert (await ops.post("/models/iris/purge")).json()["cancelled"] == 1
+    assert 'tenant="*" status="pending" model="iris": 1 jobs' in audit.line()
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/jobs?tenant={}"),
+        ("DELETE", "/jobs?tenant={}&status=pending"),
+        ("POST", "/jobs/retry?tenant={}&status=failed"),
+        ("GET", "/job/x?tenant={}"),
+        ("DELETE", "/job/x?tenant={}"),
+        ("POST", "/job/x/retry?tenant={}"),
+    ],
+)
+async def test_no_other_key_reaches_beyond_its_tenant(
+    alice: httpx2.AsyncClient, ops: httpx2.AsyncClient, audit: Audit, method: str, path: str
+) -> None:
+    for tenant in ("*", "bob"):
+        reply = await alice.request(method, path.format(tenant))
+        assert "`operator`" in assert_problem(reply, 403, "forbidden")["detail"]
+    reply = await alice.request(method, path.format("alice"))
+    assert reply.status_code in (200, 404)
+    assert_problem(await alice.request(method, path.format("a%0Ab")), 400, "invalid_query")
+    # The scope stands alone: it does not bring those of its own tenant.
+    plain = path.format("").replace("tenant=&", "").replace("?tenant=", "")
+    assert_problem(await ops.request(method, plain), 403, "forbidden")
+    assert audit.is_empty()
+
+
+async def test_a_name_with_a_line_break_makes_no_second_line_in_the_log(
+    ops: httpx2.AsyncClient, audit: Audit
+) -> None:
+    await ops.delete("/jobs?tenant=*&model=iris%0Apurge by tenant=x")
+    assert "\n" not in audit.line()
+
+
+async def test_without_keys_everyone_is_an_operator(
+    api: httpx2.AsyncClient, hands: Hands, audit: Audit
+) -> None:
+    theirs = await hands.one(tenant="acme")
+    assert await ids(api, "") == set()
+    assert await ids(api, "tenant=*") == {theirs}
+    assert "key=none" in audit.line()
+
+
+@pytest.fixture
+def hands(store: Store, server: redis.Redis) -> Hands:
+    return Hands(store, server)
+
+
+# --- workers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("worker_id", "shown"),
+    [
+        (WORKER, "w-f0fd4a"),
+        ("a-b-c-1-000000", "w-000000"),
+        ("a\n-1-abcdef", "w-abcdef"),
+    ],
+)
+def test_a_worker_is_shown_as_its_random_suffix(worker_id: str, shown: str) -> None:
+    assert shown_worker(worker_id) == shown
+
+
+@pytest.mark.parametrize(
+    "worker_id", ["", "host", "host-1-F0FD4A", "/srv/x", "\udcff", "-1-f0fd4a"]
+)
+def test_an_id_of_another_form_has_a_stable_short_form(worker_id: str) -> None:
+    shown = shown_worker(worker_id)
+    assert shown == shown_worker(worker_id)
+    assert len(shown) == len("w-f0fd4a")
+    assert not worker_id or worker_id not in shown
+
+
+async def test_host_names_and_pids_are_seen_by_admins_alone(
+    alice: httpx2.AsyncClient, bob: httpx2.AsyncClient, store: Store, server: redis.Redis
+) -> None:
+    about = {
+        **{"models": ["iris"], "state": "ready", "host": "gpu-host.internal", "pid": 4711},
+        "run_times": {"iris": {"1": 0.001}},
+        "problems": {"iris": {"2": "too bad"}},
+    }
+    await Upkeep(store).announce_worker(WORKER, about, 10)
+    job_id = await _ended_by(bob, server, store, WORKER)
+
+    assert_problem(await bob.get("/workers"), 403, "forbidden")
+    (worker,) = (await alice.get("/workers")).json()["workers"]
+    assert (worker["worker"], worker["host"], worker["pid"]) == (
+        "w-f0fd4a",
+        "gpu-host.internal",
+        4711,
+    )
+    assert (await bob.get(f"/job/{job_id}")).json()["worker"] == "w-f0fd4a"
+    paths = ("/models", "/models/iris", "/jobs", f"/job/{job_id}", "/queues", "/scale/iris")
+    for path in (*paths, "/health", "/models/wine", f"/job/{job_id}/events"):
+        text = (await bob.get(path)).text
+        assert "gpu-host" not in text, path
+        assert "4711" not in text, path
+
+
+async def _ended_by(
+    client: httpx2.AsyncClient, server: redis.Redis, store: Store, worker: str
+) -> str:
+    """A job that `worker` has completed."""
+    job_id = await submit(client)
+    await Hand(store).complete()
+    found: Any = server.get(keys.meta(job_id))
+    record = msgspec.msgpack.decode(found[8:], type=Record)
+    meta = encode_record(msgspec.structs.replace(record, worker=worker), found[:8])
+    server.set(keys.meta(job_id), meta, keepttl=True)
+    return job_id
+
+
+# --- health --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", [None, "guess", "ops"])
+async def test_health_tells_no_names_to_who_may_not_read(
+    port: int, alice: httpx2.AsyncClient, key: str | None
+) -> None:
+    await submit(alice)
+    headers = {"x-api-key": key} if key else {}
+    async with client_of(port, **headers) as client:
+        assert (await client.get("/health")).json() == {"status": "ok"}
+        for path in ("/health/live", "/health/ready"):
+            assert (await client.get(path)).status_code == 200
+    assert (await alice.get("/health")).json()["queues"] == {QUEUE: 1}
+
+
+async def test_health_tells_why_without_names_when_redis_is_away(
+    config: ApiConfig, store: Store, key_file: Path
+) -> None:
+    async with hosted(proxied(config.redis_url)) as proxy:
+        away = msgspec.structs.replace(config, redis_url=proxy.url, api_keys=key_file)
+        async with running(away) as port, client_of(port) as client:
+            await proxy.down()
+            problem = assert_problem(await client.get("/health"), 503, "redis_unavailable")
+            await proxy.up()
+    assert problem["detail"] == "Redis does not answer. Retry in a moment."
