@@ -49,7 +49,7 @@ and so many times more than lines that are sound."""
 Numbered = tuple[int, NewJob | RequestError]
 
 
-class _Refused(Exception):
+class _KeyRevoked(Exception):
     """No more lines are taken, since the client's key was revoked."""
 
 
@@ -96,13 +96,11 @@ class Reader:
         self._first: Message | None = None
         self._heard_at = time.monotonic()
         self._last_line = 0
-        self._sound = self._refused = 0
-        """How many lines could be read, and could not."""
+        self._taken_lines = self._refused_lines = 0
         self._away_until = 0.0
         self._pause = anyio.CancelScope()
         """Around what may be broken off when the API stops: a submit may not."""
-        self._refused = False
-        """The client's key was revoked."""
+        self._key_is_revoked = False
         self._ended = anyio.Event()
         """No line is taken any more."""
 
@@ -120,7 +118,7 @@ class Reader:
                 await self._read()
             except ClientGone:
                 return
-            except _Refused:
+            except _KeyRevoked:
                 pass
             except RequestError as error:
                 self._add([problem_line(error, self._last_line + 1)], "")
@@ -133,7 +131,7 @@ class Reader:
     async def refuse(self, error: RequestError) -> bytes:
         """Takes no more lines, since the client's key was revoked: the answer's last line. The
         submit under way is not broken off."""
-        self._refused = True
+        self._key_is_revoked = True
         self._pause.cancel()
         await self._ended.wait()
         told = type(error)(
@@ -190,11 +188,11 @@ class Reader:
 
     async def _unless_stopped(self, call: Callable[[], Awaitable[T]], seconds: float) -> T | None:
         """What a call comes to within so many seconds; raises ServerStopping."""
-        if not (self._refused or self._services.inbox.closing.is_set()):
+        if not (self._key_is_revoked or self._services.inbox.closing.is_set()):
             with anyio.move_on_after(seconds) as self._pause:
                 return await call()
-        if self._refused:
-            raise _Refused
+        if self._key_is_revoked:
+            raise _KeyRevoked
         if self._services.inbox.closing.is_set():
             raise ServerStopping(
                 "The server stops, and has not read this line nor those after it. Send them again.",
@@ -216,10 +214,11 @@ class Reader:
             await anyio.lowlevel.checkpoint()
 
     def _check_refused(self) -> None:
-        if self._refused > max(_MOST_REFUSED, _REFUSED_FOR_ONE * self._sound):
+        refused, taken = self._refused_lines, self._taken_lines
+        if refused > max(_MOST_REFUSED, _REFUSED_FOR_ONE * taken):
             raise TooManyRefusedLines(
-                f"{self._refused} lines were refused and {self._sound} taken, so this line and "
-                "those after it were not read. Mend what the answers say, and send the rest again."
+                f"{refused} lines were refused and {taken} taken, so this line and those after it "
+                "were not read. Mend what the answers say, and send the rest again."
             )
 
     async def _served(self) -> Served | RequestError:
@@ -238,10 +237,10 @@ class Reader:
             self._last_line = line.number
             try:
                 batch.append((line.number, await self._job_of(line, served)))
-                self._sound += 1
+                self._taken_lines += 1
             except RequestError as error:
                 batch.append((line.number, error))
-                self._refused += 1
+                self._refused_lines += 1
             size += len(line.text or b"")
             if len(batch) == MOST_JOBS or size > MOST_BYTES or time.perf_counter() > until:
                 break
