@@ -206,6 +206,10 @@ class RedisRefused(RedisUnavailable):
     code, title = "redis_refused", "Redis refused a command"
 
 
+class WrongKeyType(RedisRefused):
+    """A key has another type than ours have; the detail names it where that is known."""
+
+
 class NotReady(RequestError):
     """Asked of a worker's monitor port; the detail says why it cannot claim."""
 

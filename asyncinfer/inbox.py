@@ -8,14 +8,15 @@ import secrets
 from collections.abc import Iterator
 from typing import Final
 
-from asyncinfer import keys
+from asyncinfer import decoding, keys
 from asyncinfer.awaiting import settled
-from asyncinfer.errors import RedisUnavailable, StorageFull
+from asyncinfer.errors import RedisRefused, RedisUnavailable, StorageFull, WrongKeyType
 from asyncinfer.jobs import TERMINAL
+from asyncinfer.limited_log import LimitedLog
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submit import Stored, Submissions, noticed, queue_of
 
-log = logging.getLogger(__name__)
+log = LimitedLog(logging.getLogger(__name__))
 
 _TTL_SECONDS: Final = 60
 _CHECK_SECONDS: Final = 5.0
@@ -59,14 +60,19 @@ class Inbox:
     """
 
     def __init__(self, store: Store, submissions: Submissions) -> None:
-        self.name = keys.inbox(store.n, secrets.token_hex(8))
         self._store = store
+        self._begin()
         self._submissions = submissions
         self._blocking = store.blocking()
         self._tickets: dict[str, list[Ticket]] = {}
         self._waiters = 0
         self.closing = asyncio.Event()
         """Set when nobody is to wait any longer."""
+
+    def _begin(self) -> None:
+        """Takes a new name: what was under the old one, if it was no stream, is left alone."""
+        self.name = keys.inbox(self._store.n, secrets.token_hex(8))
+        self._last = b"0"
 
     async def run(self) -> None:
         """Reads until closed."""
@@ -105,28 +111,38 @@ class Inbox:
             return stored
         with self.expect(stored.job_id) as ticket:
             queue = queue_of(self._store, stored)
-            now = (await self._submissions.watch(queue, self.name, [stored.job_id]))[0]
+            try:
+                now = (await self._submissions.watch(queue, self.name, [stored.job_id]))[0]
+            except RedisRefused as error:
+                # A damaged key keeps us from being told; what is waited for is looked at anyway.
+                log.warning(f"Waiting for a job of {queue!r}: {error.detail}")
+                now = await self._submissions.read(stored.job_id)
             if now is None or now.status in TERMINAL:
                 return now
             return await ticket.wait(seconds)
 
     async def _read(self) -> None:
-        last = b"0"
         while not self.closing.is_set():
             try:
-                entries = await self._blocking.read({self.name: last}, _READ_SECONDS)
+                entries = await self._blocking.read({self.name: self._last}, _READ_SECONDS)
                 for _, entry_id, fields in entries:
                     await self._hear(list(noticed(fields)))
-                    last = entry_id
+                    self._last = entry_id
                     # These answers go out before the next are made or asked for: all at once,
                     # their clients came back all at once, and this process and the workers took
                     # turns at rest.
                     for _ in range(_TURNS_TO_ANSWER):
                         await asyncio.sleep(0)
             except RedisUnavailable as error:
+                if isinstance(error, WrongKeyType):
+                    self._begin()
                 if not self.closing.is_set():
-                    log.warning("Inbox: %s", error.detail)
+                    log.warning(f"Inbox: {error.detail}")
                     await self._pause(random.uniform(0.1, 0.5))
+            except Exception as error:
+                # What is waited for is looked at every few seconds all the same.
+                log.unexpected("What an inbox told could not be read.", error)
+                await self._pause(random.uniform(0.1, 0.5))
 
     async def _keep(self) -> None:
         """Keeps the stream alive, and looks again at everything that is waited for."""
@@ -138,6 +154,9 @@ class Inbox:
                     await self._look(waited_for[start : start + _MOST_CHECKED])
             except RedisUnavailable:
                 await self._pause(random.uniform(0.1, 0.5))
+            except Exception as error:
+                log.unexpected("What is waited for could not be looked at.", error)
+                await self._pause(_CHECK_SECONDS)
             else:
                 await self._pause(_CHECK_SECONDS * random.uniform(0.8, 1.2))
 
@@ -149,6 +168,8 @@ class Inbox:
             if not await self._store.command(*expire):
                 # In one step: who dies between the two would leave a stream for ever.
                 await self._store.together(("XADD", self.name, *alive), expire)
+                # Its entries are numbered anew, by a clock that may be another server's.
+                self._last = b"0"
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -182,7 +203,7 @@ class Inbox:
         return [
             job_id
             for job_id, status in zip(job_ids, statuses, strict=True)
-            if status and status.decode("utf-8", "replace") in TERMINAL
+            if status and decoding.text(status) in TERMINAL
         ]
 
 

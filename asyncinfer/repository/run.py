@@ -5,14 +5,14 @@ import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 import msgspec
 import redis
 import redis.exceptions as redis_errors
 from msgspec import Struct
 
-from asyncinfer import keys
+from asyncinfer import decoding, keys
 from asyncinfer.errors import StorageFull
 from asyncinfer.jobs import (
     Facts,
@@ -20,9 +20,9 @@ from asyncinfer.jobs import (
     Outcome,
     Record,
     decode_facts,
-    decode_record,
     id_bytes,
     id_text,
+    read_record,
 )
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Blocking, Packed, Policy, Store, encode_args, translated
@@ -200,7 +200,7 @@ class Runs:
             header["next"] = await self._claim_args(following)
             names += following.queues
         reply = await self._store.call(script("finish"), names, [encode_args(header)], part.args)
-        verdicts: list[Verdict] = [verdict.decode() for verdict in reply[0]]
+        verdicts = [cast(Verdict, decoding.text(verdict)) for verdict in reply[0]]
         if "stale" in verdicts:
             verdicts = await self._told_apart(claim, part.finished, verdicts)
         if following and len(reply) > 1:
@@ -340,18 +340,8 @@ def _claimed_job(
     job_id: bytes | None, data: bytes | None, meta: bytes | None, facts: bytes | None
 ) -> ClaimedJob:
     return ClaimedJob(
-        id_text(job_id or b""), data or b"", meta or b"", _readable(meta), decode_facts(facts)
+        id_text(job_id or b""), data or b"", meta or b"", read_record(meta), decode_facts(facts)
     )
-
-
-def _readable(meta: bytes | None) -> Record | None:
-    if not meta:
-        return None
-    try:
-        return decode_record(meta)
-    except msgspec.DecodeError:
-        # Another release's record, or damage: the worker fails the job and says so.
-        return None
 
 
 def _three(reply: Iterator[bytes | None]) -> tuple[bytes | None, bytes | None, bytes | None]:
@@ -362,7 +352,7 @@ def _holds(
     one: Finished, token: str, meta: bytes | None, result: bytes | None, error: bytes | None
 ) -> bool:
     if meta:
-        record = _readable(meta)
+        record = read_record(meta)
         return record is not None and record.claim == token
     return one.body != b"" and one.body in (result, error)
 

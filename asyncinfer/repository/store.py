@@ -1,6 +1,7 @@
 """The connections to one Redis, and the way to call a script on them."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -12,14 +13,16 @@ from hiredis import pack_command
 from msgspec import Struct
 from redis.asyncio import Redis
 
-from asyncinfer import keys
+from asyncinfer import decoding, keys
 from asyncinfer.errors import (
     DefaultModelChanged,
     RedisRefused,
     RedisUnavailable,
     ServerRefused,
     StorageFull,
+    WrongKeyType,
 )
+from asyncinfer.limited_log import LimitedLog
 from asyncinfer.repository.endpoint import Endpoint, close
 from asyncinfer.repository.scripts import Script
 
@@ -38,6 +41,14 @@ _FAILURES: Final = (*_NO_REPLY, redis_errors.ResponseError)
 
 _FIRST_TRY: Final = 0.45
 """How much of a call's time its first try has."""
+
+_log = LimitedLog(logging.getLogger(__name__))
+
+_WRONG_TYPE: Final = (
+    "The key {} in Redis has another type than it should, so nothing is read from it. Rename or "
+    "delete it."
+)
+_LEFT_OUT_SECONDS: Final = 30.0
 
 encode_args = msgspec.msgpack.Encoder().encode
 
@@ -125,8 +136,17 @@ def translation(error: Exception) -> StorageFull | RedisUnavailable | RedisRefus
             f"Redis cannot do this just now ({error}). Retry in a moment.",
             retry_after_seconds=1,
         )
+    if str(error).startswith("WRONGTYPE"):
+        return _wrong_key_type()
     return RedisRefused(
         f"Redis refused a command ({error}). A key may have another type than it should.",
+        retry_after_seconds=1,
+    )
+
+
+def _wrong_key_type(which: str = "") -> WrongKeyType:
+    return WrongKeyType(
+        f"A key in Redis has another type than it should{which}. Rename or delete it.",
         retry_after_seconds=1,
     )
 
@@ -147,6 +167,8 @@ class Blocking:
 
     def __init__(self, client: Redis) -> None:
         self._client = client
+        self._left_out: dict[str, float] = {}
+        """Keys that should be streams and are not, and when they are tried again."""
         self.closed = False
 
     async def pop(self, lists: Sequence[str], wait_seconds: float) -> str | None:
@@ -158,18 +180,37 @@ class Blocking:
     async def read(
         self, streams: Mapping[str, bytes], wait_seconds: float, count: int = 1000
     ) -> list[tuple[str, bytes, dict[bytes, bytes]]]:
-        """New entries of streams (XREAD), each (stream, entry id, fields)."""
+        """New entries of streams (XREAD), each (stream, entry id, fields).
+
+        A key that is no stream is left out for a while, since it would keep all the others from
+        being read. Raises WrongKeyType where there are no others.
+        """
+        now = time.monotonic()
+        sound = {name: at for name, at in streams.items() if now >= self._left_out.get(name, 0.0)}
+        if not sound:
+            raise _wrong_key_type(f": {next(iter(streams), '')!r} should be a stream")
         read = (
             *("XREAD", "COUNT", count, "BLOCK", int(wait_seconds * 1000), "STREAMS"),
-            *streams.keys(),
-            *streams.values(),
+            *sound.keys(),
+            *sound.values(),
         )
-        reply = await self._bounded(wait_seconds, _exchange(self._client, read))
+        try:
+            reply = await self._bounded(wait_seconds, _exchange(self._client, read))
+        except WrongKeyType:
+            await self._leave_out(list(sound))
+            return []
         return [
             (stream.decode(), entry_id, dict(zip(flat[::2], flat[1::2], strict=True)))
             for stream, entries in reply or ()
             for entry_id, flat in entries
         ]
+
+    async def _leave_out(self, names: Sequence[str]) -> None:
+        for name in names:
+            kind = await self._bounded(0.0, _exchange(self._client, ("TYPE", name)))
+            if kind not in (b"stream", b"none"):
+                _log.warning(_WRONG_TYPE.format(repr(name)))
+                self._left_out[name] = time.monotonic() + _LEFT_OUT_SECONDS
 
     async def _bounded(self, wait_seconds: float, call: Awaitable[Any]) -> Any:
         try:
@@ -232,11 +273,27 @@ class Store:
             except redis_errors.NoScriptError:
                 return await _exchange(self.redis, ("EVAL", script.text, *keys_and_args), more)
 
-        return await self._answered(run)
+        try:
+            return await self._answered(run)
+        except WrongKeyType as error:
+            raise await self.damage(names) from error
 
     async def command(self, *command: Any) -> Any:
         """Runs one command; raises as `call` does."""
         return await self._answered(lambda: self.redis.execute_command(*command))  # type: ignore[no-untyped-call]
+
+    async def look(self, *command: Any, otherwise: Any) -> Any:
+        """Runs a command that only reads. A key of another type, the command's second part, is
+        read as `otherwise`, and the log says so: one damaged key must not hide all the rest."""
+        try:
+            return await self.command(*command)
+        except WrongKeyType:
+            _log.warning(_WRONG_TYPE.format(repr(command[1])))
+            return otherwise
+
+    async def types_of(self, names: Sequence[str]) -> list[str]:
+        """The types of keys, in the words of TYPE; `none` of one that is not there."""
+        return [decoding.text(await self.command("TYPE", one)) for one in names]
 
     async def together(self, *commands: tuple[Any, ...]) -> list[Any]:
         """Runs commands as one transaction; raises as `call` does."""
@@ -249,6 +306,23 @@ class Store:
 
         replies: list[Any] = await self._answered(run)
         return replies
+
+    async def damage(self, queues: Sequence[str]) -> WrongKeyType:
+        """An error that names the queues' keys of another type than they should have."""
+        expected = {
+            key: kind
+            for queue in queues
+            for kind, makers in keys.TYPES_OF_A_QUEUE.items()
+            for made in (make(queue) for make in makers)
+            for key in ([made] if isinstance(made, str) else made)
+        }
+        found = await self.types_of(list(expected))
+        wrong = [
+            f"{key!r} is a {is_now} and should be a {kind}"
+            for (key, kind), is_now in zip(expected.items(), found, strict=True)
+            if is_now not in (kind, "none")
+        ]
+        return _wrong_key_type(f": {'; '.join(wrong[:3])}" if wrong else "")
 
     async def _answered(self, send: Callable[[], Awaitable[Any]]) -> Any:
         """Sends once more what got no reply. redis-py would send it to the address it had, and
@@ -295,8 +369,9 @@ class Store:
         return checked_server(info)
 
     async def default_model(self) -> str | None:
-        name = await self.command("GET", keys.default_model(self.n))
-        return None if name is None else name.decode()
+        """The name of the model that QUEUE_NAME itself serves; None where no one can read it."""
+        (stored,) = await self.command("MGET", keys.default_model(self.n))
+        return decoding.name(stored)
 
     async def claim_default_model(self, name: str) -> None:
         """Makes `name` the model that QUEUE_NAME itself serves, once and for all."""

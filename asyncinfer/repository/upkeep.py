@@ -1,16 +1,20 @@
 """What every process does for all: sweep, repair, announce."""
 
+import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
 from msgspec import Struct
 
-from asyncinfer import keys
+from asyncinfer import decoding, keys
 from asyncinfer.errors import StorageFull
-from asyncinfer.jobs import decode_record
+from asyncinfer.jobs import read_record
+from asyncinfer.limited_log import LimitedLog
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
+
+_log = LimitedLog(logging.getLogger(__name__))
 
 _QUEUES_A_SWEEP: Final = 32
 _PAGE: Final = 1000
@@ -40,8 +44,8 @@ class Upkeep:
     async def queues(self) -> list[str]:
         """Every queue there is, the default model's included; a name that is not ours is none."""
         n = self._store.n
-        known = await self._store.command("SMEMBERS", keys.queues(n))
-        names = {name.decode("utf-8", "replace") for name in known}
+        known = await self._store.look("SMEMBERS", keys.queues(n), otherwise=())
+        names = filter(None, map(decoding.name, known))
         return sorted({n, *(name for name in names if name.startswith(f"{n}:"))})
 
     async def sweep(self) -> Swept:
@@ -72,6 +76,12 @@ class Upkeep:
         unfinished = []
         for queue, counts in zip(queues, reply, strict=True):
             if counts is None:
+                continue
+            if isinstance(counts, bytes):
+                _log.warning(
+                    f"The queue {queue!r} is not swept, since Redis holds something in it that "
+                    f"should not be there: {decoding.text(counts)}"
+                )
                 continue
             total.put_back += counts[0]
             total.dead += counts[1]
@@ -206,8 +216,16 @@ class Upkeep:
 
     async def announced_versions(self, model: str) -> dict[str, bytes]:
         """{version: signature as JSON}, from whichever workers."""
-        found = await self._store.command("HGETALL", keys.model(self._store.n, model))
-        return {version.decode(): body for version, body in found.items()}
+        found = await self._store.look("HGETALL", keys.model(self._store.n, model), otherwise={})
+        named = ((decoding.name(version), body) for version, body in found.items())
+        return {version: body for version, body in named if version is not None}
+
+    async def default_versions(self) -> dict[str, str]:
+        """By model, the version that answers where it is not the highest."""
+        key = keys.default_versions(self._store.n)
+        found = await self._store.look("HGETALL", key, otherwise={})
+        named = ((decoding.name(one), decoding.name(other)) for one, other in found.items())
+        return {model: version for model, version in named if model and version}
 
     async def announce_first(self, model: str, version: str, body: bytes) -> bytes:
         """Announces a version unless it is announced; returns what is announced now."""
@@ -234,8 +252,7 @@ class Upkeep:
     async def announce_default_versions(self, wanted: Mapping[str, str | None]) -> None:
         """Which version answers where it is not the highest (None: it is)."""
         name = keys.default_versions(self._store.n)
-        reply = await self._store.command("HGETALL", name)
-        known = {model.decode(): version.decode() for model, version in reply.items()}
+        known = await self.default_versions()
         for model, version in wanted.items():
             if version is None and model in known:
                 await self._store.command("HDEL", name, model)
@@ -268,9 +285,5 @@ class Upkeep:
 
 
 def _queue_in(meta: bytes | None) -> str | None:
-    if not meta:
-        return None
-    try:
-        return decode_record(meta).queue
-    except msgspec.DecodeError:
-        return None
+    record = read_record(meta)
+    return record.queue if record else None
