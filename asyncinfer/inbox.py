@@ -13,6 +13,7 @@ from asyncinfer.awaiting import settled
 from asyncinfer.errors import RedisRefused, RedisUnavailable, StorageFull, WrongKeyType
 from asyncinfer.jobs import TERMINAL
 from asyncinfer.limited_log import LimitedLog
+from asyncinfer.repository.log import entry_order
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submit import Stored, Submissions, noticed, queue_of
 
@@ -72,7 +73,8 @@ class Inbox:
     def _begin(self) -> None:
         """Takes a new name: what was under the old one, if it was no stream, is left alone."""
         self.name = keys.inbox(self._store.n, secrets.token_hex(8))
-        self._last = b"0"
+        self._read_to = b"0"
+        """The id of the last entry that was read."""
 
     async def run(self) -> None:
         """Reads until closed."""
@@ -124,10 +126,10 @@ class Inbox:
     async def _read(self) -> None:
         while not self.closing.is_set():
             try:
-                entries = await self._blocking.read({self.name: self._last}, _READ_SECONDS)
+                entries = await self._blocking.read({self.name: self._read_to}, _READ_SECONDS)
                 for _, entry_id, fields in entries:
                     await self._hear(list(noticed(fields)))
-                    self._last = entry_id
+                    self._read_to = entry_id
                     # These answers go out before the next are made or asked for: all at once,
                     # their clients came back all at once, and this process and the workers took
                     # turns at rest.
@@ -152,7 +154,9 @@ class Inbox:
                 waited_for = list(self._tickets)
                 for start in range(0, len(waited_for), _MOST_CHECKED):
                     await self._look(waited_for[start : start + _MOST_CHECKED])
-            except RedisUnavailable:
+            except RedisUnavailable as error:
+                if isinstance(error, WrongKeyType):
+                    self._begin()
                 await self._pause(random.uniform(0.1, 0.5))
             except Exception as error:
                 log.unexpected("What is waited for could not be looked at.", error)
@@ -164,12 +168,18 @@ class Inbox:
         """Makes the stream where it is not there; with memory full that has to wait."""
         alive = ("MAXLEN", "~", 10_000, "*", "", "alive")
         expire = ("EXPIRE", self.name, _TTL_SECONDS)
+        newest = ("XREVRANGE", self.name, "+", "-", "COUNT", 1)
+        read_to = self._read_to
         with contextlib.suppress(StorageFull):
-            if not await self._store.command(*expire):
+            is_there, entries = await self._store.together(expire, newest)
+            if not is_there:
                 # In one step: who dies between the two would leave a stream for ever.
                 await self._store.together(("XADD", self.name, *alive), expire)
-                # Its entries are numbered anew, by a clock that may be another server's.
-                self._last = b"0"
+                self._read_to = b"0"
+            elif not entries or entry_order(entries[0][0]) < entry_order(read_to):
+                # The stream of an older dump or of a server whose clock is behind: its next
+                # entries come before the place that was read to.
+                self._read_to = b"0"
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):

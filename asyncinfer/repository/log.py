@@ -124,6 +124,12 @@ def changes_in(queue: str, entry_id: bytes, fields: dict[bytes, bytes]) -> list[
     return changes
 
 
+def entry_order(entry_id: bytes) -> tuple[int, int]:
+    """Sorts ids of a stream as the stream does."""
+    ms, _, number = entry_id.partition(b"-")
+    return int(ms), int(number or 0)
+
+
 def appearing(fields: dict[bytes, bytes]) -> list[str]:
     """The ids that an entry names for the first time; a stranger's appears when claimed."""
     ids = []
