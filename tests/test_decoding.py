@@ -91,7 +91,13 @@ def test_what_is_no_count_is_none(content: bytes) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [NESTED_MSGPACK, b"\xcf" + b"\xff" * 8, b"\x93\xcf" + b"\xff" * 8, b"\xff", b""],
+    [
+        b"\x94\x00\x00\x00" + NESTED_MSGPACK,
+        b"\xcf" + b"\xff" * 8,
+        b"\x93\xcf" + b"\xff" * 8,
+        b"\xff",
+        b"",
+    ],
     ids=["nested", "huge number", "wrong types", "no msgpack", "nothing"],
 )
 def test_a_cursor_that_was_not_ours_is_a_value_error(content: bytes) -> None:

@@ -86,7 +86,9 @@ async def test_a_time_that_no_answer_can_show_is_left_out(
 
 
 @pytest.mark.parametrize(
-    "error", [DEEP, b'{"code":"x","message":' + DEEP + b"}", NOT_UTF8, b"", b"[]"]
+    "error",
+    [DEEP, b'{"x":' + DEEP + b',"code":"x","message":"x"}', NOT_UTF8, b"", b"[]"],
+    ids=["deep", "deep inside", "not UTF-8", "empty", "a list"],
 )
 async def test_an_error_that_cannot_be_read_is_shown_as_unknown(
     api: httpx2.AsyncClient, hand: Hand, damaged: redis.Redis, error: bytes
@@ -367,8 +369,10 @@ def _base64(content: bytes) -> str:
 
 
 CURSORS = {
-    "nested": _base64(b"\x91" * 20_000 + b"\x90"),
-    "nested a little": _base64(b"\x91" * 2_500 + b"\x90"),
+    "nested": _base64(b"\x94\x00\x80\x00" + b"\x91" * 20_000 + b"\x90"),
+    "nested place": _base64(b"\x94\xa31-1\xa1q\x00" + b"\x91" * 2_500 + b"\x90"),
+    "nested letter": _base64(b"\x94\x00\xa1q\xa1x" + b"\x91" * 2_500 + b"\x90"),
+    "nested spot": _base64(b"\x93\x00\xa1x" + b"\x91" * 2_500 + b"\x90"),
     "huge numbers": _base64(msgspec.msgpack.encode([(1 << 64) - 1, {"q": [(1 << 64) - 1] * 3}])),
     "wrong types": _base64(msgspec.msgpack.encode({"x": [1, None]})),
     "not finite": _base64(msgspec.msgpack.encode([float("inf"), QUEUE, "x"])),

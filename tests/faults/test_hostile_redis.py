@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from asyncinfer.repository.store import Policy
 from asyncinfer.worker.worker import WorkerConfig
 from tests.api.harness import hosted
+from tests.api.sse import listening
 
 from . import hostile
+from .harness import eventually
 from .hostile import HOSTILE, KINDS, Damage, Scene
 from .processes import OpenCrew
 
@@ -35,7 +37,20 @@ async def _try(scene: Scene, wanted: list[Damage]) -> None:
     await scene.works()
 
 
-def _hold(crew: OpenCrew, redis_url: str, policy: Policy, examples: int) -> None:
+async def _emptied(scene: Scene) -> None:
+    """All is announced again, jobs are run, and those who follow them are told."""
+    scene.server.flushall()
+    await eventually(hostile.has_models(scene.client), "both models are announced again", 20)
+    async with listening(scene.client, "/events") as stream:
+        await stream.event("snapshot")
+        await scene.works()
+        await stream.event("completed")
+    scene.server.flushall()
+
+
+def _hold(
+    crew: OpenCrew, redis_url: str, policy: Policy, examples: int, *, emptied: bool = False
+) -> None:
     """Damages a working service so many times; at the end both its processes live."""
     terms = {"models": hostile.MODELS, "default_model": hostile.MODELS[0], "worker": BUSY}
     with crew(**terms) as workers, asyncio.Runner() as runner:  # type: ignore[arg-type]
@@ -57,6 +72,8 @@ def _hold(crew: OpenCrew, redis_url: str, policy: Policy, examples: int) -> None
             assert not worker.died()
 
         survives()
+        if emptied:
+            runner.run(_emptied(scene))
         runner.run(staged.__aexit__(None, None, None))
         assert runner.run(worker.stop()) == 0
 
@@ -64,11 +81,11 @@ def _hold(crew: OpenCrew, redis_url: str, policy: Policy, examples: int) -> None
 def test_whatever_redis_holds_no_answer_is_a_5xx_and_every_role_lives(
     crew: OpenCrew, redis_url: str, policy: Policy, server: object
 ) -> None:
-    _hold(crew, redis_url, policy, examples=12)
+    _hold(crew, redis_url, policy, examples=8)
 
 
 @pytest.mark.soak
 def test_the_same_for_a_long_time(
     crew: OpenCrew, redis_url: str, policy: Policy, server: object
 ) -> None:
-    _hold(crew, redis_url, policy, examples=400)
+    _hold(crew, redis_url, policy, examples=400, emptied=True)
