@@ -17,19 +17,20 @@ class LimitedLog:
         self._written: dict[str, float] = {}
 
     def warning(self, cause: str) -> None:
-        if self._is_due(cause):
+        if self.is_due(cause):
             self._logger.warning("%s", cause)
 
     def error(self, cause: str) -> None:
-        if self._is_due(cause):
+        if self.is_due(cause):
             self._logger.error("%s", cause)
 
     def unexpected(self, what: str, error: BaseException) -> None:
         """A fault that nothing foresaw, with its traceback."""
-        if self._is_due(f"{what} {type(error).__name__}"):
+        if self.is_due(f"{what} {type(error).__name__}"):
             self._logger.error("%s", what, exc_info=error)
 
-    def _is_due(self, cause: str) -> bool:
+    def is_due(self, cause: str) -> bool:
+        """Whether a line of this cause may be written now; then the next may not for a while."""
         now = time.monotonic()
         if now - self._written.get(cause, -self._pause_seconds) < self._pause_seconds:
             return False

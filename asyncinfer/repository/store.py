@@ -168,13 +168,21 @@ class Blocking:
     def __init__(self, client: Redis) -> None:
         self._client = client
         self._left_out: dict[str, float] = {}
-        """Keys that should be streams and are not, and when they are tried again."""
+        """Keys of another type than they should have, and when they are tried again."""
         self.closed = False
 
     async def pop(self, lists: Sequence[str], wait_seconds: float) -> str | None:
-        """The list a token was drawn from (BRPOP); None when none came."""
-        pop = ("BRPOP", *lists, wait_seconds)
-        reply = await self._bounded(wait_seconds, _exchange(self._client, pop))
+        """The list a token was drawn from (BRPOP); None when none came.
+
+        A key that is no list is left out for a while, as in `read`.
+        """
+        sound = self._sound(lists, "list") if self._left_out else lists
+        pop = ("BRPOP", *sound, wait_seconds)
+        try:
+            reply = await self._bounded(wait_seconds, _exchange(self._client, pop))
+        except WrongKeyType:
+            await self._leave_out(sound, b"list")
+            return None
         return None if reply is None else bytes(reply[0]).decode()
 
     async def read(
@@ -185,19 +193,16 @@ class Blocking:
         A key that is no stream is left out for a while, since it would keep all the others from
         being read. Raises WrongKeyType where there are no others.
         """
-        now = time.monotonic()
-        sound = {name: at for name, at in streams.items() if now >= self._left_out.get(name, 0.0)}
-        if not sound:
-            raise _wrong_key_type(f": {next(iter(streams), '')!r} should be a stream")
+        sound = self._sound(list(streams), "stream") if self._left_out else list(streams)
         read = (
             *("XREAD", "COUNT", count, "BLOCK", int(wait_seconds * 1000), "STREAMS"),
-            *sound.keys(),
-            *sound.values(),
+            *sound,
+            *(streams[name] for name in sound),
         )
         try:
             reply = await self._bounded(wait_seconds, _exchange(self._client, read))
         except WrongKeyType:
-            await self._leave_out(list(sound))
+            await self._leave_out(sound, b"stream")
             return []
         return [
             (stream.decode(), entry_id, dict(zip(flat[::2], flat[1::2], strict=True)))
@@ -205,10 +210,18 @@ class Blocking:
             for entry_id, flat in entries
         ]
 
-    async def _leave_out(self, names: Sequence[str]) -> None:
+    def _sound(self, names: Sequence[str], kind: str) -> list[str]:
+        """Those that are not left out; raises WrongKeyType where all are."""
+        now = time.monotonic()
+        sound = [name for name in names if now >= self._left_out.get(name, 0.0)]
+        if names and not sound:
+            raise _wrong_key_type(f": {names[0]!r} should be a {kind}")
+        return sound
+
+    async def _leave_out(self, names: Sequence[str], kind: bytes) -> None:
         for name in names:
-            kind = await self._bounded(0.0, _exchange(self._client, ("TYPE", name)))
-            if kind not in (b"stream", b"none"):
+            found = await self._bounded(0.0, _exchange(self._client, ("TYPE", name)))
+            if found not in (kind, b"none"):
                 _log.warning(_WRONG_TYPE.format(repr(name)))
                 self._left_out[name] = time.monotonic() + _LEFT_OUT_SECONDS
 
@@ -280,7 +293,10 @@ class Store:
 
     async def command(self, *command: Any) -> Any:
         """Runs one command; raises as `call` does."""
-        return await self._answered(lambda: self.redis.execute_command(*command))  # type: ignore[no-untyped-call]
+        try:
+            return await self._answered(lambda: self.redis.execute_command(*command))  # type: ignore[no-untyped-call]
+        except WrongKeyType as error:
+            raise _wrong_key_type(f": {command[1]!r}") from error
 
     async def look(self, *command: Any, otherwise: Any) -> Any:
         """Runs a command that only reads. A key of another type, the command's second part, is
@@ -312,6 +328,8 @@ class Store:
         expected = {
             key: kind
             for queue in queues
+            # A name in braces is none of a queue but of what a script needs beside it.
+            if not queue.startswith("{")
             for kind, makers in keys.TYPES_OF_A_QUEUE.items()
             for made in (make(queue) for make in makers)
             for key in ([made] if isinstance(made, str) else made)

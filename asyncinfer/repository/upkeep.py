@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Struct
 
 from asyncinfer import decoding, keys
-from asyncinfer.errors import StorageFull
+from asyncinfer.errors import RedisRefused, StorageFull
 from asyncinfer.jobs import read_record
 from asyncinfer.limited_log import LimitedLog
 from asyncinfer.repository.scripts import script
@@ -78,10 +78,7 @@ class Upkeep:
             if counts is None:
                 continue
             if isinstance(counts, bytes):
-                _log.warning(
-                    f"The queue {queue!r} is not swept, since Redis holds something in it that "
-                    f"should not be there: {decoding.text(counts)}"
-                )
+                await self._tell_of_damage(queue, decoding.text(counts))
                 continue
             total.put_back += counts[0]
             total.dead += counts[1]
@@ -91,6 +88,15 @@ class Upkeep:
             if counts[5]:
                 unfinished.append(queue)
         return unfinished
+
+    async def _tell_of_damage(self, queue: str, reason: str) -> None:
+        if _log.is_due(f"sweep {queue}"):
+            if "WRONGTYPE" in reason:
+                reason = (await self._store.damage([queue])).detail
+            _log.warning(
+                f"The queue {queue!r} is not swept, so that jobs of lost workers and delayed ones "
+                f"wait in it: {reason}"
+            )
 
     # --- repair ------------------------------------------------------------------------------
 
@@ -148,17 +154,23 @@ class Upkeep:
     async def _repair_held(self, held: Mapping[str, set[bytes]], pause_ms: int) -> int:
         back = 0
         for queue, ids in held.items():
-            ids -= await self._in_place(queue, ids)
-            ids |= await self._facts_without_job(queue)
-            # Newest first: the last one put back is the next to be served.
-            ordered = sorted(ids, reverse=True)
-            for start in range(0, len(ordered), _REPAIRS_A_CALL):
-                args = encode_args({"pause": pause_ms, "ttl": _ODD_MS})
-                names = [queue, keys.odd(self._store.n)]
-                reply = await self._store.call(
-                    script("repair"), names, [args, *ordered[start : start + _REPAIRS_A_CALL]]
-                )
-                back += reply[0]
+            try:
+                back += await self._repair_queue(queue, ids, pause_ms)
+            except RedisRefused as error:
+                _log.warning(f"The queue {queue!r} is not repaired: {error.detail}")
+        return back
+
+    async def _repair_queue(self, queue: str, ids: set[bytes], pause_ms: int) -> int:
+        ids -= await self._in_place(queue, ids)
+        ids |= await self._facts_without_job(queue)
+        # Newest first: the last one put back is the next to be served.
+        ordered = sorted(ids, reverse=True)
+        args = encode_args({"pause": pause_ms, "ttl": _ODD_MS})
+        names = [queue, keys.odd(self._store.n)]
+        back = 0
+        for start in range(0, len(ordered), _REPAIRS_A_CALL):
+            part = ordered[start : start + _REPAIRS_A_CALL]
+            back += (await self._store.call(script("repair"), names, [args, *part]))[0]
         return back
 
     async def _in_place(self, queue: str, ids: set[bytes]) -> set[bytes]:

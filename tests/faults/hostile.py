@@ -198,6 +198,11 @@ class Scene:
     # --- damage ------------------------------------------------------------------------------
 
     def damage(self, one: Damage) -> None:
+        """What the service writes at the same moment may be in the way; then it has won."""
+        with contextlib.suppress(redis.ResponseError):
+            self._damage(one)
+
+    def _damage(self, one: Damage) -> None:
         name = self.names[one.key % len(self.names)]
         if one.kind in TYPES:
             self.server.delete(name)
@@ -281,6 +286,22 @@ class Scene:
                 if reply.headers["content-type"] == "application/json":
                     msgspec.json.decode(reply.content)
 
+    async def change_everything(self) -> None:
+        """Every verb, on jobs, models and groups; what a damaged key makes impossible is refused
+        with 503 and its reason."""
+        body = {"data": [[1.0]], "options": {"group": "g"}}
+        for route in ROUTES:
+            if route.method == "GET":
+                continue
+            for path in self._filled(route.path):
+                for query in _CHANGES.get(route.path, ("",)):
+                    asked = f"{path}?{query}"
+                    given = body if "predict" in path or "validate" in path else None
+                    reply = await self.client.request(route.method, asked, json=given)
+                    if reply.status_code >= 500:
+                        assert reply.status_code == 503, f"{asked}: {reply.text}"
+                        assert reply.json()["code"] in _REFUSALS, f"{asked}: {reply.text}"
+
     def _paths(self) -> Iterator[tuple[str, str]]:
         for route in ROUTES:
             if route.method != "GET":
@@ -343,6 +364,14 @@ _QUERIES: Final[dict[str, Sequence[str]]] = {
     "/events": ("group=g", "model=slow", f"last_event_id={encode_cursor([0])}"),
     "/job/{id}/events": (f"last_event_id={encode_cursor([0, {N: [(1 << 63) - 1] * 3}])}",),
 }
+
+
+_CHANGES: Final[dict[str, Sequence[str]]] = {
+    "/job/{id}": ("", "purge=true"),
+    "/jobs": ("status=failed&purge=true", "model=slow", "group=g", "dead=true&purge=true"),
+    "/jobs/retry": ("status=failed", "dead=true", "model=picky"),
+}
+_REFUSALS: Final = {WrongKeyType.code, NoModelAnnounced.code}
 
 
 def check(route: str, path: str, reply: httpx2.Response) -> None:

@@ -257,6 +257,21 @@ async def test_a_sweep_still_recovers_the_other_jobs(
     server.flushall()
 
 
+async def test_a_repair_still_puts_back_the_jobs_of_other_queues(
+    customer: Customer, server: redis.Redis, store: Store
+) -> None:
+    upkeep = Upkeep(store)
+    server.sadd(keys.queues(Q), OTHER)
+    server.set(keys.facts(OTHER), "x")
+    (job_id,) = await customer.submit([1.0])
+    server.lrem(Q, 0, job_id)
+    for _ in range(2):
+        server.delete(keys.repair_gate(Q))
+        repaired = await upkeep.repair(0.001)
+    assert (repaired, server.lrange(Q, 0, -1)) == (1, [job_id.encode()])
+    server.flushall()
+
+
 async def test_submits_to_a_damaged_queue_are_refused_and_others_taken(
     customer: Customer, server: redis.Redis, store: Store
 ) -> None:

@@ -32,6 +32,7 @@ async def _try(scene: Scene, wanted: list[Damage]) -> None:
         scene.damage(one)
     try:
         await scene.read_everything()
+        await scene.change_everything()
     finally:
         scene.restore()
     await scene.works()
