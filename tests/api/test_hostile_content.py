@@ -113,6 +113,26 @@ async def test_a_result_that_is_no_json_is_shown_as_a_string_though_a_worker_cla
     assert await ok(api, f"/job/{job_id}/result") == shown
 
 
+@pytest.mark.parametrize("query", ["", "output=label"])
+@pytest.mark.parametrize("accept", ["application/octet-stream", "application/x-npy", "*/*"])
+async def test_a_result_of_tensors_that_is_damaged_is_gone_or_shown_as_a_string(
+    api: httpx2.AsyncClient, hand: Hand, damaged: redis.Redis, accept: str, query: str
+) -> None:
+    job_id = await submit(api)
+    await hand.complete()
+    deep = b"\x91" * 20_000 + b"\x90"
+    for header in (b"", b"\x90", b"\xff", deep, b"\x91\x95\xa0\xa0\x90\x00" + deep):
+        damaged.set(
+            keys.result(job_id), b"\x01" + len(header).to_bytes(4, "little") + header + b"!"
+        )
+        reply = await api.get(f"/job/{job_id}/result?{query}", headers={"accept": accept})
+        if accept == "*/*" and not query:
+            assert (reply.status_code, type(reply.json())) == (200, str)
+        else:
+            assert_problem(reply, 410, "result_damaged")
+        assert isinstance((await ok(api, f"/job/{job_id}"))["result"], str)
+
+
 async def test_a_job_with_keys_of_other_types_is_shown_as_far_as_it_can_be(
     api: httpx2.AsyncClient, hand: Hand, damaged: redis.Redis
 ) -> None:

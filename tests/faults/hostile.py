@@ -418,7 +418,7 @@ def _possible(jobs: Sequence[str]) -> Iterator[str]:
 @asynccontextmanager
 async def staged(redis_url: str, policy: Policy) -> AsyncIterator[Scene]:
     async with AsyncExitStack() as stack:
-        config = ApiConfig(redis_url=redis_url, policy=policy)
+        config = ApiConfig(redis_url=redis_url, policy=policy, default_model=MODELS[0])
         port = await stack.enter_async_context(running(config))
         client = await stack.enter_async_context(client_of(port))
         scene = Scene(client, redis_url)
@@ -430,6 +430,7 @@ async def staged(redis_url: str, policy: Policy) -> AsyncIterator[Scene]:
 
 def has_models(client: httpx2.AsyncClient) -> Callable[[], Awaitable[bool]]:
     async def is_ready() -> bool:
+        await client.get("/models/nobody")
         reply = await client.get("/models")
         return {one["model"] for one in reply.json()["models"]} == {*MODELS}
 

@@ -18,6 +18,7 @@ from asyncinfer.worker.worker import WorkerConfig
 
 from .customer import Customer, transitions
 from .harness import eventually
+from .hostile import HOSTILE
 from .processes import OpenCrew
 
 Q = "predict_queue"
@@ -42,6 +43,11 @@ def _stranger(client: Any, facts: bytes | None = None, meta: bytes | None = None
 def _damaged_meta() -> bytes:
     whole = encode_record(Record(SCHEMA, Q, "slow", "default", 0), b"12345678")
     return whole[:-3] + GARBAGE
+
+
+def _record_of(**more: Any) -> bytes:
+    record = Record(SCHEMA, Q, "slow", "default", 0)
+    return encode_record(msgspec.structs.replace(record, **more), b"12345678")
 
 
 def _set(name: str) -> Callable[[Any], None]:
@@ -164,6 +170,28 @@ async def test_a_job_ends_or_waits_again_whatever_its_facts_say(
         assert server.ttl(keys.status("odd")) > 0
     else:
         assert server.lrange(Q, 0, -1) == [b"odd"]
+    server.flushall()
+
+
+async def test_a_hostile_input_fails_alone_and_the_jobs_beside_it_run(
+    crew: OpenCrew, customer: Customer, server: redis.Redis
+) -> None:
+    hostile = [*HOSTILE, *(b'{"data":' + one + b"}" for one in HOSTILE)]
+    meta = _record_of(payload="tensors")
+    for number, data in enumerate(hostile):
+        for kind in ("stranger", "tensors"):
+            job_id = f"{kind}-{number}"
+            server.mset({keys.data(job_id): data, keys.status(job_id): "pending"})
+            if kind == "tensors":
+                server.set(keys.meta(job_id), meta)
+            server.lpush(Q, job_id)
+    await customer.submit([1.0, 2.0])
+    with crew(worker=BUSY) as workers:
+        worker = workers.hire()
+        await customer.all_completed(30)
+        assert await worker.stop() == 0
+    ended = {server.get(keys.status(f"stranger-{number}")) for number in range(len(hostile))}
+    assert ended == {b"failed"}
     server.flushall()
 
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from asyncinfer import keys
 from asyncinfer.repository.store import Policy
 from asyncinfer.worker.worker import WorkerConfig
 from tests.api.harness import hosted
@@ -41,6 +42,7 @@ async def _try(scene: Scene, wanted: list[Damage]) -> None:
 async def _emptied(scene: Scene) -> None:
     """All is announced again, jobs are run, and those who follow them are told."""
     scene.server.flushall()
+    await eventually(lambda: scene.server.scard(keys.models(hostile.N)) == 2, "a worker announces")
     await eventually(hostile.has_models(scene.client), "both models are announced again", 20)
     async with listening(scene.client, "/events") as stream:
         await stream.event("snapshot")
