@@ -142,6 +142,12 @@ class JobExpired(RequestError):
     code, status, title = "job_expired", 410, "The job is no longer kept"
 
 
+class ResultDamaged(RequestError):
+    """What Redis holds as a job's result is not what a worker stored there."""
+
+    code, status, title = "result_damaged", 410, "The result is damaged"
+
+
 class BodyTooLarge(RequestError):
     code, status, title = "body_too_large", 413, "The body is too large"
 
@@ -210,6 +216,10 @@ class RedisRefused(RedisUnavailable):
     """Redis answered, but not to this: a key of another type, damaged content, a lost right."""
 
     code, title = "redis_refused", "Redis refused a command"
+
+
+class WrongKeyType(RedisRefused):
+    """A key has another type than ours have; the detail names it where that is known."""
 
 
 class NotReady(RequestError):

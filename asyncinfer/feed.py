@@ -15,13 +15,14 @@ from msgspec import Struct
 from asyncinfer import keys
 from asyncinfer.errors import RedisUnavailable
 from asyncinfer.jobs import DEFAULT_TENANT
+from asyncinfer.limited_log import LimitedLog
 from asyncinfer.positions import Position
 from asyncinfer.repository.log import Change, Log, Place, changes_in
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submit import Stored, read_summaries
 from asyncinfer.repository.upkeep import Upkeep
 
-_log = logging.getLogger(__name__)
+_log = LimitedLog(logging.getLogger(__name__))
 
 _READ_SECONDS: Final = 1.0
 """Also how soon a queue is followed that no job was in before."""
@@ -152,9 +153,14 @@ class Feed:
                 await self._read_on()
             except RedisUnavailable as error:
                 if not self._closing.is_set():
-                    _log.warning("Events: %s", error.detail)
+                    _log.warning(f"Events: {error.detail}")
                     self._let_all_catch_up()
                     await _pause(self._closing, random.uniform(0.1, 0.5))
+            except Exception as error:
+                # Redis holds what anyone may write; no content may end the one reader.
+                _log.unexpected("The logs of the queues could not be followed.", error)
+                self._let_all_catch_up()
+                await _pause(self._closing, _READ_SECONDS)
 
     async def _rest(self) -> None:
         """Nobody follows. Whoever does next begins anew."""
@@ -194,6 +200,8 @@ class Feed:
             newest_ms = max(newest_ms, int(entry_id.partition(b"-")[0]))
         # Else the others are ahead of a queue of which there is more to read.
         if max(counts.values(), default=0) < _ENTRIES_A_READ:
+            # An entry of the future is no sign that the other logs have been read as far.
+            newest_ms = min(newest_ms, time.time_ns() // 1_000_000)
             self.base_ms = max(self.base_ms, newest_ms - _SLACK_MS)
 
     async def _pass_on(self, queue: str, changes: Sequence[Change]) -> None:

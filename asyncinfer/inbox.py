@@ -8,15 +8,16 @@ import secrets
 from collections.abc import Iterator
 from typing import Final
 
-from asyncinfer import keys
+from asyncinfer import decoding, keys
 from asyncinfer.awaiting import settled
-from asyncinfer.errors import RedisUnavailable, StorageFull
+from asyncinfer.errors import RedisRefused, RedisUnavailable, StorageFull, WrongKeyType
 from asyncinfer.jobs import TERMINAL
+from asyncinfer.limited_log import LimitedLog
 from asyncinfer.repository.log import entry_order
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submit import Stored, Submissions, noticed, queue_of
 
-log = logging.getLogger(__name__)
+log = LimitedLog(logging.getLogger(__name__))
 
 _TTL_SECONDS: Final = 60
 _CHECK_SECONDS: Final = 5.0
@@ -62,8 +63,8 @@ class Inbox:
     """
 
     def __init__(self, store: Store, submissions: Submissions) -> None:
-        self.name = keys.inbox(store.n, secrets.token_hex(8))
         self._store = store
+        self._begin()
         self._submissions = submissions
         self._blocking = store.blocking()
         self._tickets: dict[str, list[Ticket]] = {}
@@ -72,6 +73,12 @@ class Inbox:
         """The id of the last entry that was read."""
         self.closing = asyncio.Event()
         """Set when nobody is to wait any longer."""
+
+    def _begin(self) -> None:
+        """Takes a new name: what was under the old one, if it was no stream, is left alone."""
+        self.name = keys.inbox(self._store.n, secrets.token_hex(8))
+        self._read_to = b"0"
+        """The id of the last entry that was read."""
 
     async def run(self) -> None:
         """Reads until closed."""
@@ -111,7 +118,12 @@ class Inbox:
         with self.expect(stored.job_id) as ticket:
             ticket.was_stored = True
             queue = queue_of(self._store, stored)
-            now = (await self._submissions.watch(queue, self.name, [stored.job_id]))[0]
+            try:
+                now = (await self._submissions.watch(queue, self.name, [stored.job_id]))[0]
+            except RedisRefused as error:
+                # A damaged key keeps us from being told; what is waited for is looked at anyway.
+                log.warning(f"Waiting for a job of {queue!r}: {error.detail}")
+                now = await self._submissions.read(stored.job_id)
             if now is None or now.status in TERMINAL:
                 return now
             return await ticket.wait(seconds)
@@ -129,9 +141,15 @@ class Inbox:
                     for _ in range(_TURNS_TO_ANSWER):
                         await asyncio.sleep(0)
             except RedisUnavailable as error:
+                if isinstance(error, WrongKeyType):
+                    self._begin()
                 if not self.closing.is_set():
-                    log.warning("Inbox: %s", error.detail)
+                    log.warning(f"Inbox: {error.detail}")
                     await self._pause(random.uniform(0.1, 0.5))
+            except Exception as error:
+                # What is waited for is looked at every few seconds all the same.
+                log.unexpected("What an inbox told could not be read.", error)
+                await self._pause(random.uniform(0.1, 0.5))
 
     async def _keep(self) -> None:
         """Keeps the stream alive, and looks again at everything that is waited for."""
@@ -141,8 +159,13 @@ class Inbox:
                 waited_for = list(self._tickets)
                 for start in range(0, len(waited_for), _MOST_CHECKED):
                     await self._look(waited_for[start : start + _MOST_CHECKED])
-            except RedisUnavailable:
+            except RedisUnavailable as error:
+                if isinstance(error, WrongKeyType):
+                    self._begin()
                 await self._pause(random.uniform(0.1, 0.5))
+            except Exception as error:
+                log.unexpected("What is waited for could not be looked at.", error)
+                await self._pause(_CHECK_SECONDS)
             else:
                 await self._pause(_CHECK_SECONDS * random.uniform(0.8, 1.2))
 
@@ -204,7 +227,7 @@ class Inbox:
         return [
             job_id
             for job_id, status in zip(job_ids, statuses, strict=True)
-            if status is None or status.decode("utf-8", "replace") in TERMINAL
+            if status is None or decoding.text(status) in TERMINAL
         ]
 
 

@@ -8,6 +8,8 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from asyncinfer.decoding import LAST_MS, UNREADABLE, reader
+
 Status = Literal["pending", "processing", "completed", "failed", "cancelled"]
 Priority = Literal["high", "normal", "low"]
 Outcome = Literal["completed", "failed", "cancelled", "retry", "dead", "released", "suspect"]
@@ -175,6 +177,8 @@ _decode_facts = msgspec.msgpack.Decoder(Facts).decode
 _SEQ_BYTES: Final = 8
 _NO_FACTS: Final = Facts()
 
+_read_facts = reader(_decode_facts)
+
 
 def encode_record(record: Record, seq: bytes = b"") -> bytes:
     """The bytes of `job:{id}:meta`; `seq` is the prefix of the record it replaces."""
@@ -189,7 +193,7 @@ def decode_record(meta: bytes) -> Record:
     packed = memoryview(meta)[_SEQ_BYTES:]
     try:
         return _decode_record(packed)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         head = _head_of_later(packed)
         if head is None:
             raise msgspec.DecodeError(str(error)) from error
@@ -199,7 +203,7 @@ def decode_record(meta: bytes) -> Record:
 def _head_of_later(packed: memoryview) -> _Head | None:
     try:
         head = _decode_head(packed)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return None
     return head if head.schema > SCHEMA else None
 
@@ -209,18 +213,17 @@ def is_later(record: Record) -> bool:
     return record.schema > SCHEMA
 
 
+read_record = reader(decode_record)
+"""The record in `job:{id}:meta`; None where there is none or it is corrupt."""
+
+
 def record_seq(meta: bytes) -> bytes:
     return meta[:_SEQ_BYTES]
 
 
 def decode_facts(facts: bytes | None) -> Facts:
-    """What is damaged says nothing, as what is absent."""
-    if not facts:
-        return _NO_FACTS
-    try:
-        return _decode_facts(facts)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return Facts()
+    """Missing or corrupt bytes decode to empty facts."""
+    return (facts and _read_facts(facts)) or _NO_FACTS
 
 
 # --- ids -----------------------------------------------------------------------------------
@@ -238,8 +241,15 @@ def new_id(now_ms: int) -> str:
 
 
 def created_ms(job_id: str) -> int | None:
-    """When one of our ids was made; None for a stranger's."""
-    return int(job_id[:12], 16) if _OURS.fullmatch(job_id) else None
+    """When one of our ids was made; None for a stranger's.
+
+    Some of a stranger's 32 random hex digits look like a UUIDv7; of these, the ones that were
+    made after the year 9999 are certainly not ours.
+    """
+    if not _OURS.fullmatch(job_id):
+        return None
+    made_ms = int(job_id[:12], 16)
+    return made_ms if made_ms <= LAST_MS else None
 
 
 def id_text(raw: bytes) -> str:

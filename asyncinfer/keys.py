@@ -7,6 +7,8 @@ The scripts build the same names in `lua/_job.lua`; a test holds the two togethe
 """
 
 import hashlib
+from collections.abc import Callable
+from typing import Final
 
 
 def queue(n: str, model: str, default_model: str | None) -> str:
@@ -125,6 +127,17 @@ def swept(q: str) -> str:
 
 def hold(q: str) -> str:
     return f"{{{q}}}:hold"
+
+
+TYPES_OF_A_QUEUE: Final[dict[str, tuple[Callable[[str], str | tuple[str, ...]], ...]]] = {
+    "list": (waiting, wake, log_marks),
+    "hash": (running, facts),
+    "zset": (leases, deadlines, delayed, dead),
+    "set": (ghosts,),
+    "stream": (log, control),
+    "string": (seq, bytes_waiting, swept),
+}
+"""Which type of Redis each key of a queue has, for a message that names one of another type."""
 
 
 # --- all queues ----------------------------------------------------------------------------

@@ -14,11 +14,11 @@ from typing import Any, Final, TypeAlias
 import msgspec
 from msgspec import Struct
 
-from asyncinfer import faults, mismatches, tensors
+from asyncinfer import decoding, faults, mismatches, tensors
 from asyncinfer.errors import Fault, ModelRefused
 from asyncinfer.mismatches import Given
 from asyncinfer.model_toml import ModelConfig, Scores, read_config
-from asyncinfer.tensors import Array, Feeds, TensorSpec
+from asyncinfer.tensors import DTYPES, Array, Feeds, TensorSpec
 
 MAX_ROWS: Final = 10_000
 """Rows that one job may have where `model.toml` says nothing."""
@@ -105,6 +105,41 @@ class ModelFile(Struct, frozen=True):
 def age(version: str) -> int:
     """Orders versions, oldest first; a folder that is no version comes before all."""
     return int(version) if _VERSION.fullmatch(version) else -1
+
+
+_read_signature = decoding.reader(msgspec.json.Decoder(Signature).decode)
+_MOST_RANK: Final = 32
+_MOST_ELEMENTS: Final = 1 << 48
+_MOST_EXAMPLE_DEPTH: Final = 2 * _MOST_RANK
+
+
+def read_signature(body: bytes | None) -> Signature | None:
+    """What a worker announced, as JSON; None where it is corrupt, or describes no model that
+    this release could take inputs for."""
+    signature = _read_signature(body)
+    if signature is None or age(signature.version) < 0:
+        return None
+    specs = (*signature.inputs, *signature.outputs)
+    examples = (signature.example, signature.example_inputs)
+    sound = all(map(_is_sound, specs)) and all(map(_is_shallow, examples))
+    return signature if sound and 0 < signature.max_rows <= _MOST_ELEMENTS else None
+
+
+def _is_sound(spec: TensorSpec) -> bool:
+    sizes = [dim for dim in spec.shape if isinstance(dim, int)]
+    return (
+        spec.datatype in DTYPES
+        and len(spec.shape) <= _MOST_RANK
+        and all(0 <= size <= _MOST_ELEMENTS for size in sizes)
+    )
+
+
+def _is_shallow(value: object, depth: int = _MOST_EXAMPLE_DEPTH) -> bool:
+    """Whether an example can be shown: an answer with it is nested deeper still."""
+    inner = list(value.values()) if isinstance(value, dict) else value
+    if not isinstance(inner, list):
+        return True
+    return depth > 0 and all(_is_shallow(one, depth - 1) for one in inner)
 
 
 def valid_name(name: str) -> bool:

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
+from asyncinfer.decoding import UNREADABLE
 from asyncinfer.tensors import DTYPES, Array, datatype_of
 
 TAG: Final = b"\x01"
@@ -119,7 +120,7 @@ def _layout(header: bytes) -> tuple[tuple[PackedTensor, ...], tuple[int, ...], i
     """Kept, since the jobs of one model mostly look the same."""
     try:
         tensors = _decode(header)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise DamagedPayload(f"the header cannot be read: {error}") from error
     starts = []
     end = _PREFIX.size + len(header)

@@ -1,12 +1,15 @@
 """How far a client was told of changes, as text that any process can go on from."""
 
-from typing import Annotated
+from typing import Annotated, Final
 
 from msgspec import Meta, Struct
 
 from asyncinfer.errors import InvalidQuery
 from asyncinfer.repository.cursors import decode_cursor, encode_cursor
 from asyncinfer.repository.log import Place
+
+_MOST_CHARACTERS: Final = 32 << 10
+"""A position may name hundreds of queues; a header is no longer than this either."""
 
 
 class Position(Struct, frozen=True, array_like=True):
@@ -27,7 +30,7 @@ def encode_position(position: Position) -> str:
 def decode_position(text: str) -> Position:
     """Raises InvalidQuery when it is none."""
     try:
-        return decode_cursor(text, Position)
+        return decode_cursor(text, Position, _MOST_CHARACTERS)
     except ValueError as error:
         raise InvalidQuery(
             "Last-Event-ID (or `last_event_id`) is not the id of an event of this server; leave "

@@ -1,10 +1,11 @@
 """What travels over HTTP: the body of every request and answer, and every query."""
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
+from asyncinfer import decoding
 from asyncinfer.errors import Fault, JobFailed, RequestError
 from asyncinfer.jobs import GROUP_PATTERN, TENANT_PATTERN, JobError, Options, Priority, Status
 from asyncinfer.observed import Backlog, LivingWorkers, OldestAge, SecondsPerJob, Slots
@@ -515,5 +516,5 @@ def line_problem_of(error: RequestError, line: int) -> LineProblem:
 
 
 def at(time_ms: int | None) -> datetime | UnsetType:
-    """A time in a record as an answer shows it."""
-    return UNSET if time_ms is None else datetime.fromtimestamp(time_ms / 1000, UTC)
+    """A time in a record as an answer shows it; one that no answer can show is left out."""
+    return decoding.time(time_ms) or UNSET

@@ -9,12 +9,14 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from asyncinfer.errors import RedisUnavailable, RequestError, StorageFull
+from asyncinfer.errors import RedisRefused, RedisUnavailable, RequestError, StorageFull
+from asyncinfer.limited_log import LimitedLog
 from asyncinfer.repository.run import Claim, Renewal, Renewals
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.upkeep import Swept, Upkeep
 
 log = logging.getLogger(__name__)
+_limited = LimitedLog(log)
 
 REPAIR_SECONDS: Final = 600.0
 ANNOUNCE_SECONDS: Final = 3.0
@@ -39,9 +41,9 @@ async def reap_forever(store: Store) -> None:
             if not away:
                 log.warning("Sweep: %s", error.detail)
             away = True
-        except Exception:
+        except Exception as error:
             # Redis holds what anyone may write; no content may end the role that all rely on.
-            log.exception("A sweep failed.")
+            _limited.unexpected("A sweep failed.", error)
 
 
 def _report(swept: Swept) -> None:
@@ -63,10 +65,12 @@ async def announce_forever(
         except StorageFull:
             # What runs still finishes, so the worker is as ready as it was.
             on_answered()
+        except RedisRefused as error:
+            _limited.warning(f"Announce: {error.detail}")
         except RequestError as error:
             log.debug("Announce: %s", error.detail)
-        except Exception:
-            log.exception("An announcement failed.")
+        except Exception as error:
+            _limited.unexpected("An announcement failed.", error)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(ANNOUNCE_SECONDS * random.uniform(0.8, 1.2)):
                 await news.wait()
@@ -126,9 +130,9 @@ class Renewer:
                 self._renew()
             except RedisUnavailable:
                 pause = self._lease_seconds / 10 * random.uniform(0.5, 1.5)
-            except Exception:
+            except Exception as error:
                 # Without this thread every long run would be given to a second worker.
-                log.exception("A renewal failed.")
+                _limited.unexpected("A renewal failed.", error)
                 pause = self._lease_seconds / 10
 
     def _renew(self) -> None:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncinfer import jobs
+from asyncinfer.decoding import LAST_MS
 from asyncinfer.jobs import SCHEMA, Options, Record
 
 RECORD = Record(SCHEMA, "q", "iris", "default", 1)
@@ -88,9 +89,14 @@ def test_ids_differ_and_sort_by_time() -> None:
     assert len({jobs.new_id(0) for _ in range(1000)}) == 1000
 
 
-@given(st.integers(0, 2**48 - 1))
+@given(st.integers(0, LAST_MS))
 def test_every_time_makes_an_id_of_ours(now_ms: int) -> None:
     assert jobs.created_ms(jobs.new_id(now_ms)) == now_ms
+
+
+@given(st.integers(LAST_MS + 1, 2**48 - 1))
+def test_an_id_of_a_year_beyond_9999_is_a_strangers(now_ms: int) -> None:
+    assert jobs.created_ms(jobs.new_id(now_ms)) is None
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ RUNGS = (
     "keys",
     "cores",
     "garbage",
+    "decoding",
+    "limited_log",
     "awaiting",
     "settings",
     "jobs",

@@ -7,7 +7,6 @@ from contextlib import suppress
 from typing import Final
 
 import anyio
-import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -22,7 +21,8 @@ from asyncinfer.errors import (
     VersionNotFound,
 )
 from asyncinfer.faults import unknown_name
-from asyncinfer.models import Signature, valid_name
+from asyncinfer.limited_log import LimitedLog
+from asyncinfer.models import Signature, read_signature, valid_name
 from asyncinfer.repository.inspect import Announced, Inspection, worker_says
 from asyncinfer.repository.store import Store
 
@@ -37,7 +37,7 @@ workers, who announce every few seconds."""
 _NOTHING: Final = Announced(None, {})
 
 _log = logging.getLogger(__name__)
-_decode_signature = msgspec.json.Decoder(Signature).decode
+_limited_log = LimitedLog(_log)
 
 
 class Served(Struct, frozen=True):
@@ -221,12 +221,17 @@ def _served(announced: Announced, n: str) -> dict[str, Served]:
 
 
 def _signatures(model: str, bodies: Mapping[str, bytes]) -> dict[str, Signature]:
+    """By version; without announcements that no worker of a model and version like these made."""
     signatures = {}
     for version, body in bodies.items():
-        try:
-            signatures[version] = _decode_signature(body)
-        except msgspec.DecodeError as error:
-            _log.warning("Model %s version %s: unreadable announcement: %s", model, version, error)
+        signature = read_signature(body)
+        if signature and (signature.model, signature.version) == (model, version):
+            signatures[version] = signature
+        else:
+            _limited_log.warning(
+                f"The announcement of version {version[:64]!r} of the model {model[:64]!r} in "
+                "Redis cannot be read, so the version is not served."
+            )
     return signatures
 
 

@@ -12,6 +12,7 @@ from asyncinfer.api.views import url_of
 from asyncinfer.errors import (
     IdempotencyConflict,
     QueueFull,
+    RedisRefused,
     RedisUnavailable,
     RequestError,
     StorageFull,
@@ -52,6 +53,14 @@ def _digest(*parts: bytes) -> str:
 
 def explained(error: RequestError, job: NewJob) -> RequestError:
     """The error of a submit, with what can be done about it."""
+    if isinstance(error, RedisRefused):
+        return type(error)(
+            f"{error.detail} The job may have been accepted in part: look at "
+            f"{url_of(job.job_id)}, or send it again with the same Idempotency-Key once that is "
+            "done.",
+            retry_after_seconds=error.retry_after_seconds,
+            job_id=job.job_id,
+        )
     if isinstance(error, RedisUnavailable) and error.job_id:
         return RedisUnavailable(
             "Redis did not answer in time, so the job may or may not have been accepted. Look at "

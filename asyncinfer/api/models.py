@@ -1,12 +1,13 @@
 """The routes about models: which there are, what each takes; pause, resume and purge."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, Final
 
 import msgspec
 
-from asyncinfer import keys, models, tensors
+from asyncinfer import decoding, keys, models, tensors
 from asyncinfer.api.audit import audited
 from asyncinfer.api.catalog import Served
 from asyncinfer.api.exchange import Reply, Request, json_reply
@@ -181,7 +182,9 @@ def example_of(signature: Signature) -> dict[str, Any] | None:
         return {"data": signature.example}
     if shown := signature.example_inputs:
         specs = [spec for spec in signature.inputs if spec.name in shown]
-        return {"inputs": [_shown_input(spec, shown[spec.name]) for spec in specs]}
+        # An example that does not fit its input was announced by no worker of ours.
+        with contextlib.suppress(*decoding.UNREADABLE):
+            return {"inputs": [_shown_input(spec, shown[spec.name]) for spec in specs]}
     inputs = [_example_input(spec) for spec in signature.inputs if not spec.optional]
     if any(prod(one["shape"]) > _MOST_ELEMENTS for one in inputs):
         return None

@@ -19,7 +19,7 @@ from asyncinfer.errors import (
     JobFailed,
     JobNotFinished,
     NotAcceptable,
-    RedisRefused,
+    ResultDamaged,
 )
 from asyncinfer.faults import unknown_name
 from asyncinfer.payloads import PackedTensor
@@ -86,7 +86,7 @@ def result_reply(stored: Stored, form: Form, output: str | None, *headers: Heade
             return _npy_reply(stored, selected, headers)
         text = result_text(msgspec.structs.replace(stored, result=selected))
     except payloads.DamagedPayload as error:
-        raise RedisRefused(
+        raise ResultDamaged(
             f"The stored result is damaged: {error}. Submit the input again.",
             job_id=stored.job_id,
         ) from error

@@ -6,7 +6,7 @@ from urllib.parse import quote
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from asyncinfer import payloads
+from asyncinfer import decoding, payloads
 from asyncinfer.jobs import (
     DEFAULT_TENANT,
     TERMINAL,
@@ -22,7 +22,7 @@ from asyncinfer.repository.submit import Stored
 from asyncinfer.results import render_stored
 from asyncinfer.schemas import Accepted, Job, at
 
-_decode_error = msgspec.json.Decoder(JobError).decode
+_read_error = decoding.reader(msgspec.json.Decoder(JobError).decode)
 _decode_raw = msgspec.json.Decoder(Raw).decode
 
 
@@ -117,13 +117,7 @@ def result_text(stored: Stored) -> Raw | None:
         return None
     if payloads.is_packed(stored.result):
         return _rendered(stored.result)
-    if _by_our_worker(stored.record):
-        return Raw(stored.result)
     return _as_json(stored.result)
-
-
-def _by_our_worker(record: Record | None) -> bool:
-    return record is not None and record.claim is not None
 
 
 def _rendered(packed: bytes) -> Raw:
@@ -134,18 +128,17 @@ def _rendered(packed: bytes) -> Raw:
 
 
 def _as_json(text: bytes) -> Raw:
-    """Someone else's worker may have written anything: what is no JSON is shown as a string."""
+    """Anyone may have written anything: what is not JSON is shown as a string."""
     try:
-        text.decode()
+        if not text.isascii():
+            text.decode()
         return _decode_raw(text)
-    except (UnicodeDecodeError, msgspec.DecodeError, RecursionError):
-        return Raw(msgspec.json.encode(text.decode(errors="replace")))
+    except decoding.UNREADABLE:
+        return Raw(msgspec.json.encode(decoding.text(text)))
 
 
 def error_of(stored: Stored) -> JobError | UnsetType:
     if stored.status != "failed":
         return UNSET
-    try:
-        return _decode_error(stored.error or b"")
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return JobError("unknown", (stored.error or b"").decode(errors="replace"))
+    stored_error = stored.error or b""
+    return _read_error(stored_error) or JobError("unknown", decoding.text(stored_error))

@@ -146,7 +146,7 @@ local function lease(q, a, taken, until_ms)
   redis.call('MSET', q['claim:' .. a.token], cmsgpack.pack(ids), unpack(statuses))
   redis.call('HSET', q.running, unpack(owners))
   redis.call('ZADD', q.leases, until_ms, a.token)
-  if #strangers > 0 then redis.call('INCRBY', q.seq, #strangers) end
+  if #strangers > 0 then count_jobs(q, #strangers) end
   record(q, { processing = ids, stranger = strangers })
 end
 
@@ -166,7 +166,7 @@ local function take(q, a, now, exactly, bytes)
   end
   local lists = plain and { q.list }
     or a.low_first and { q.low, q.list, q.high } or { q.high, q.list, q.low }
-  local p = plan(q, a, now, lists, tonumber(bytes or 0) <= a.bytes)
+  local p = plan(q, a, now, lists, (tonumber(bytes or 0) or 0) <= a.bytes)
   for _, c in ipairs(p.cuts) do redis.call('LTRIM', c.list, 0, -c.cut - 1) end
   -- To the microsecond, so that claims of one ms keep their order when they are reaped.
   if #p.taken > 0 then lease(q, a, p.taken, exactly + a.lease) end

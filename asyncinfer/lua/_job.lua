@@ -10,6 +10,7 @@ local WATCHERS = 32
 local NOTICE_BYTES = 1024
 local NOTICE_JOBS = 16
 local SET_AT_ONCE = 300
+local LONGEST_TTL = 10 * 365 * 24 * 3600
 local FEW_JOBS = 16
 
 -- Ms since 1970, and the same to the microsecond.
@@ -46,15 +47,26 @@ local TYPES = {
   r = 'number', p = 'string', w = 'table',
 }
 
+-- A whole number, and for `t` a time that Redis takes as one.
+local function is_count(name, value)
+  local most = name == 't' and LONGEST_TTL or 2 ^ 53
+  return value >= (name == 't' and 1 or 0) and value <= most and value % 1 == 0
+end
+
 local function sound(value)
   if type(value) ~= 'table' then return false end
   for name, part in pairs(value) do
-    if type(part) ~= (type(name) == 'number' and 'string' or TYPES[name] or type(part)) then
-      return false
-    end
+    local kind = type(part)
+    if kind ~= (type(name) == 'number' and 'string' or TYPES[name] or kind) then return false end
+    if kind == 'number' and TYPES[name] and not is_count(name, part) then return false end
     if name == 'w' and not sound(part) then return false end
   end
   return true
+end
+
+-- The string at a key; false where there is none, or something else.
+local function value_at(key)
+  return redis.call('MGET', key)[1]
 end
 
 -- What is packed in a value; nil when it is damaged, as when there is none.
@@ -66,7 +78,7 @@ end
 
 local function list_of(q, facts)
   local priority = facts and facts.p
-  return priority and q[priority] or q.list
+  return (priority == 'high' or priority == 'low') and q[priority] or q.list
 end
 
 -- Bytes of a job's input; 0 when it is gone or is not a string (a stranger's mistake).
@@ -80,8 +92,11 @@ local function counted_bytes(id)
   return redis.call('EXISTS', job(id, 'meta')) == 1 and input_bytes(id) or 0
 end
 
+-- A bell, the log and what is told to others may be lost: a key of another type in their place
+-- must not stop a job half way, since a script is not rolled back.
 local function ring(q)
-  if redis.call('LPUSH', q.wake, '1') > WAKE_TOKENS then
+  local tokens = redis.pcall('LPUSH', q.wake, '1')
+  if type(tokens) == 'number' and tokens > WAKE_TOKENS then
     redis.call('LTRIM', q.wake, 0, WAKE_TOKENS - 1)
   end
 end
@@ -102,6 +117,20 @@ local function waiting(q)
   return redis.call('LLEN', q.high) + redis.call('LLEN', q.list) + redis.call('LLEN', q.low)
 end
 
+-- Adds to the bytes that wait; where something else than a number is counted, begins anew.
+local function count_bytes(q, bytes)
+  local sum = redis.pcall('INCRBY', q.bytes, bytes)
+  if type(sum) ~= 'number' or sum < 0 then redis.call('SET', q.bytes, math.max(0, bytes)) end
+end
+
+-- The number of jobs there have been, with `more` of them; one that is damaged begins anew.
+local function count_jobs(q, more)
+  local seq = redis.pcall('INCRBY', q.seq, more)
+  if type(seq) == 'number' and seq >= more then return seq end
+  redis.call('SET', q.seq, more)
+  return more
+end
+
 -- Corrects the count of bytes that wait; nothing waiting means nothing to count, no ghosts, and
 -- nothing that a bell would be for.
 -- Returns how many wait; `left` is that where it is known, and nothing is delayed.
@@ -109,8 +138,8 @@ local function settle(q, bytes, left)
   local count = left or waiting(q)
   if count == 0 and (left or redis.call('ZCARD', q.delayed) == 0) then
     redis.call('DEL', q.bytes, q.ghosts, q.wake)
-  elseif bytes ~= 0 and redis.call('INCRBY', q.bytes, bytes) < 0 then
-    redis.call('SET', q.bytes, 0)
+  elseif bytes ~= 0 then
+    count_bytes(q, bytes)
   end
   return count
 end
@@ -130,13 +159,13 @@ local function record(q, moved)
     end
   end
   if #fields > 0 then
-    redis.call('XADD', q.log, 'MAXLEN', '~', LOG_ENTRIES, '*', unpack(fields))
+    redis.pcall('XADD', q.log, 'MAXLEN', '~', LOG_ENTRIES, '*', unpack(fields))
   end
 end
 
 -- Tells the workers of a queue: `what` is cancel, expire, pause, resume.
 local function tell_workers(q, what, id)
-  redis.call('XADD', q.control, 'MAXLEN', '~', CONTROL_ENTRIES, '*', what, id)
+  redis.pcall('XADD', q.control, 'MAXLEN', '~', CONTROL_ENTRIES, '*', what, id)
   redis.call('EXPIRE', q.control, CONTROL_SECONDS)
 end
 
@@ -155,7 +184,7 @@ local function notify(news)
           notice[n + 3], notice[n + 4] = '\1' .. id, #body .. ' ' .. body .. meta
         end
       end
-      redis.call('XADD', inbox, 'NOMKSTREAM', 'MAXLEN', '~', INBOX_ENTRIES, '*', unpack(notice))
+      redis.pcall('XADD', inbox, 'NOMKSTREAM', 'MAXLEN', '~', INBOX_ENTRIES, '*', unpack(notice))
     end
   end
 end
@@ -233,8 +262,8 @@ local function failed(id, code, message, facts)
 end
 
 local function bury(q, id, now, a)
-  redis.call('ZADD', q.dead, now, id)
-  redis.call('ZREMRANGEBYRANK', q.dead, 0, -a.max_dead - 1)
+  redis.pcall('ZADD', q.dead, now, id)
+  redis.pcall('ZREMRANGEBYRANK', q.dead, 0, -a.max_dead - 1)
 end
 
 -- Makes a job wait again, at the serving end of its own priority: next in turn.
@@ -270,6 +299,6 @@ end
 local function room(q, a, plain)
   local count = (plain or is_plain(q)) and redis.call('LLEN', q.list)
     or waiting(q) + redis.call('ZCARD', q.delayed) - redis.call('SCARD', q.ghosts)
-  local bytes = tonumber(redis.call('GET', q.bytes) or 0)
+  local bytes = tonumber(value_at(q.bytes) or 0) or 0
   return a.max_queue - count, a.max_bytes - bytes
 end

@@ -26,7 +26,7 @@ local function leave(id, facts)
 end
 
 local function cancel(id, meta)
-  local status = redis.call('GET', job(id, 'status'))
+  local status = value_at(job(id, 'status'))
   if not status then return 'absent' end
   if status ~= 'pending' and status ~= 'processing' then return status end
   local facts = unpacked(redis.call('HGET', q.facts, id))

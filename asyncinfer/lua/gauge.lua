@@ -4,7 +4,8 @@
 -- ARGV    1 {}
 -- Returns {now in ms, {worker, ...}, {per queue: {{high, normal, low}, delayed, running, dead,
 --         paused, {record of a waiting job, ...}}}}: how many wait in each list, ended ones left
---         out, and of each the record of the job that is served next
+--         out, and of each the record of the job that is served next; nil in place of what has
+--         a key of another type
 -- Bound   the same whatever waits: lengths, and so many ids at the end of each list
 
 local MOST_PASSED = 100
@@ -63,5 +64,9 @@ local function gauge(q)
 end
 
 local gauges = {}
-for i = 2, #KEYS do gauges[i - 1] = gauge(queue(KEYS[i])) end
-return { now_ms(), redis.call('ZRANGE', KEYS[1], 0, -1), gauges }
+for i = 2, #KEYS do
+  local ok, found = pcall(gauge, queue(KEYS[i]))
+  gauges[i - 1] = ok and found
+end
+local ok, workers = pcall(redis.call, 'ZRANGE', KEYS[1], 0, -1)
+return { now_ms(), ok and workers, gauges }

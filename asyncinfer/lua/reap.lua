@@ -3,7 +3,8 @@
 -- KEYS    queues
 -- ARGV    1 {tick, lease, max_deliveries, max_dead, dead_ms, ttl, failed_ttl, log_jobs, more}
 --         times in ms, ttls in s; more: go on past the gate with what the last call left
--- Returns per queue nil (swept lately) or {put back, dead, promoted, expired, ended, more}
+-- Returns per queue nil (swept lately) or {put back, dead, promoted, expired, ended, more}, or
+--         what kept it from being swept
 -- Order   the outage guard before the claims: after a gap nobody's jobs are taken for one lease
 
 local MOST = 1000
@@ -14,7 +15,7 @@ local a, now = cmsgpack.unpack(ARGV[1]), now_ms()
 -- A gap since the last sweep (an outage, a jump of the clock, nobody alive) says nothing about
 -- the workers, who could not renew either: all leases get one more.
 local function guard(q)
-  local last = tonumber(redis.call('GET', q.swept))
+  local last = tonumber(value_at(q.swept))
   redis.call('SET', q.swept, now, 'PX', 2 * a.lease)
   if not last or last > now or now - last > a.lease / 2 then
     redis.call('SET', q.hold, '1', 'PX', a.lease)
@@ -29,8 +30,10 @@ local function expired_claims(q)
   local lost, handled = {}, 0
   for _, token in ipairs(redis.call('ZREVRANGEBYSCORE', q.leases, now, '-inf', 'LIMIT', 0, MOST)) do
     if handled >= MOST then return lost, true end
-    local known = redis.call('GET', q['claim:' .. token])
+    local known = value_at(q['claim:' .. token])
     local ids = unpacked(known) or {}
+    -- No claim has as many; Lua could not hand them on.
+    if #ids > MOST then ids = {} end
     handled = handled + 1 + #ids
     lost[#lost + 1] = { token = token, ids = ids }
   end
@@ -80,7 +83,7 @@ local function promote(q, counts)
   local due = redis.call('ZRANGEBYSCORE', q.delayed, '-inf', now, 'LIMIT', 0, MOST)
   for _, id in ipairs(due) do
     redis.call('ZREM', q.delayed, id)
-    if redis.call('GET', job(id, 'status')) == 'pending' then
+    if value_at(job(id, 'status')) == 'pending' then
       redis.call('LPUSH', list_of(q, unpacked(redis.call('HGET', q.facts, id))), id)
       counts.promoted = counts.promoted + 1
     end
@@ -89,7 +92,7 @@ local function promote(q, counts)
 end
 
 local function past_deadline(q, id, ends, counts)
-  local status = redis.call('GET', job(id, 'status'))
+  local status = value_at(job(id, 'status'))
   local facts = unpacked(redis.call('HGET', q.facts, id)) or {}
   local late = failed(id, 'expired', 'The deadline passed before the job was done.', facts)
   if status == 'pending' then
@@ -121,7 +124,7 @@ end
 -- many jobs there had been at an entry; the newest mark that is the bound ago says where to cut.
 local function trim(q)
   redis.call('ZREMRANGEBYSCORE', q.dead, '-inf', now - a.dead_ms)
-  local seq = tonumber(redis.call('GET', q.seq) or 0)
+  local seq = tonumber(value_at(q.seq) or 0) or 0
   local newest = redis.call('LINDEX', q.logmarks, -1)
   local marked = newest and tonumber(newest:match('^(%d+) ')) or 0
   if marked > seq then
@@ -134,8 +137,8 @@ local function trim(q)
   if #last == 0 then return end
   local cut
   for _, mark in ipairs(redis.call('LRANGE', q.logmarks, 0, -1)) do
-    local jobs, entry = mark:match('^(%d+) (.+)$')
-    if tonumber(jobs) > seq - a.log_jobs then break end
+    local jobs, entry = mark:match('^(%d+) (%d+-%d+)$')
+    if jobs and tonumber(jobs) > seq - a.log_jobs then break end
     cut = entry
     redis.call('LPOP', q.logmarks)
   end
@@ -162,11 +165,14 @@ local function sweep(q)
   return { #counts.back, counts.dead, counts.promoted, counts.expired, counts.ended, more and 1 or 0 }
 end
 
+local function failure(reason)
+  return tostring(type(reason) == 'table' and reason.err or reason)
+end
+
 local replies = {}
 for i, list in ipairs(KEYS) do
   -- A queue with a damaged key is left, so that it does not keep the others from being swept.
   local ok, reply = pcall(sweep, queue(list))
-  if not ok then redis.log(redis.LOG_WARNING, 'asyncinfer: sweep of ' .. list .. ': ' .. tostring(reply)) end
-  replies[i] = ok and reply
+  replies[i] = ok and reply or not ok and failure(reply)
 end
 return replies

@@ -8,7 +8,7 @@ local a, now = cmsgpack.unpack(ARGV[1]), now_ms()
 local lost, cancelled, expired = {}, {}, {}
 
 local function flagged(q, token)
-  local known = redis.call('GET', q['claim:' .. token])
+  local known = value_at(q['claim:' .. token])
   if not known then return end
   local ids = unpacked(known) or {}
   if #ids == 0 then return end
@@ -19,15 +19,17 @@ local function flagged(q, token)
   end
 end
 
-for i, list in ipairs(KEYS) do
-  local q = queue(list)
-  for n, token in ipairs(cmsgpack.unpack(ARGV[i + 1])) do
+local function renew(q, tokens)
+  for n, token in ipairs(tokens) do
     if redis.call('ZSCORE', q.leases, token) then
       redis.call('ZADD', q.leases, 'XX', now + a.lease + n / 1000, token)
-      flagged(q, token)
+      pcall(flagged, q, token)
     else
       lost[#lost + 1] = token
     end
   end
 end
+
+-- A queue with a damaged key must not keep the claims of the others from being renewed.
+for i, list in ipairs(KEYS) do pcall(renew, queue(list), cmsgpack.unpack(ARGV[i + 1])) end
 return { lost, cancelled, expired }

@@ -21,7 +21,7 @@ end
 
 -- LPOS walks the list, so the first pass takes the caller's word for it.
 local function out_of_place(id, facts, since)
-  local status = redis.call('GET', job(id, 'status'))
+  local status = value_at(job(id, 'status'))
   if status == 'processing' then return not in_a_claim(id) end
   if status == 'pending' then return not (since and in_a_list(id)) end
   if facts then redis.call('HDEL', q.facts, id) end

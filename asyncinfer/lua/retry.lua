@@ -11,9 +11,9 @@ local free, free_bytes = room(q, a)
 local verdicts, opened, bytes = {}, {}, 0
 
 local function judge(id, expected)
-  local status = redis.call('GET', job(id, 'status'))
+  local status = value_at(job(id, 'status'))
   if not status then return 'absent' end
-  if (redis.call('GET', job(id, 'meta')) or '') ~= expected then return 'changed' end
+  if (value_at(job(id, 'meta')) or '') ~= expected then return 'changed' end
   if status ~= 'failed' and status ~= 'cancelled' then return 'not_retryable' end
   local size = input_bytes(id)
   if size == 0 then return 'no_input' end

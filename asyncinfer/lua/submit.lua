@@ -27,9 +27,10 @@ end
 
 -- The job an idempotency key stands for; one that is gone stands for nothing.
 local function known(key)
-  local value = by_key[key] or redis.call('GET', q['idem:' .. key])
+  local value = by_key[key] or value_at(q['idem:' .. key])
   if not value then return nil end
   local id, fingerprint = value:match('^(%S+) (%S*)$')
+  if not id then return nil end
   if by_id[id] or redis.call('EXISTS', job(id, 'status')) == 1 then
     return { 'dup', id, fingerprint }
   end
@@ -68,7 +69,7 @@ for i = 2, #ARGV, 4 do
 end
 if #jobs == 0 then return verdicts end
 
-local seq = redis.call('INCRBY', q.seq, #jobs) - #jobs
+local seq = count_jobs(q, #jobs) - #jobs
 local keys, ids, joins = {}, {}, {}
 for i, new in ipairs(jobs) do
   local id = new.id
@@ -102,7 +103,7 @@ end
 if #facts > 0 then redis.call('HSET', q.facts, unpack(facts)) end
 for list, members in pairs(joins) do redis.call('LPUSH', list, unpack(members)) end
 for list, members in pairs(groups) do gather(list, members) end
-redis.call('INCRBY', q.bytes, accepted_bytes)
+count_bytes(q, accepted_bytes)
 redis.call('SADD', KEYS[2], q.list)
 record(q, { submitted = ids })
 if next(joins) then ring(q) end

@@ -3,7 +3,8 @@
 -- KEYS    queues
 -- ARGV    1 {window, entries, jobs, samples} window in ms; of each queue no more than so many
 --         entries and jobs are counted, and the records of so many jobs read that ended last
--- Returns per queue {ms that were counted, submitted, completed, failed, {record, ...}}
+-- Returns per queue {ms that were counted, submitted, completed, failed, {record, ...}}, nil where
+--         its log is no stream
 -- Bound   one page of entries more than asked; a busy queue is counted over less than the window
 
 local PAGE = 100
@@ -68,7 +69,7 @@ end
 
 local tallies = {}
 for i, list in ipairs(KEYS) do
-  local t, counted = count(queue(list))
-  tallies[i] = { counted, t.submitted, t.completed, t.failed, records(t.ended) }
+  local ok, t, counted = pcall(count, queue(list))
+  tallies[i] = ok and { counted, t.submitted, t.completed, t.failed, records(t.ended) }
 end
 return tallies

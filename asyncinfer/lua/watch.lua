@@ -23,7 +23,7 @@ end
 local replies = {}
 for i = 2, #ARGV do
   local id = ARGV[i]
-  local status = redis.call('GET', job(id, 'status'))
+  local status = value_at(job(id, 'status'))
   if not status then
     replies[i - 1] = false
   elseif status == 'pending' or status == 'processing' then

@@ -7,7 +7,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from asyncinfer import keys
+from asyncinfer import decoding, keys
 from asyncinfer.errors import InvalidQuery
 from asyncinfer.repository.cursors import decode_cursor, encode_cursor
 from asyncinfer.repository.filter import Filter
@@ -87,12 +87,13 @@ class DeadLetters:
             newest = f"{'' if queue >= after.queue else '('}{after.at_ms!r}"
         skipped = 0
         while True:
-            page = await self._store.command(
+            page = await self._store.look(
                 *("ZRANGE", keys.dead(queue), newest, "-inf", "BYSCORE", "REV"),
                 *("LIMIT", skipped, _LETTERS_A_PAGE, "WITHSCORES"),
+                otherwise=(),
             )
             for raw, score in zip(page[::2], page[1::2], strict=True):
-                letter = _letter(raw, float(score), queue)
+                letter = _letter(raw, score, queue)
                 if letter and not _passed(letter, after):
                     yield letter
             if len(page) < 2 * _LETTERS_A_PAGE:
@@ -100,12 +101,10 @@ class DeadLetters:
             skipped += _LETTERS_A_PAGE
 
 
-def _letter(raw: bytes, at_ms: float, queue: str) -> _Place | None:
-    """None for a stranger's id that is not text, which no answer could name."""
-    try:
-        return _Place(at_ms, queue, raw.decode())
-    except UnicodeDecodeError:
-        return None
+def _letter(raw: bytes, score: bytes, queue: str) -> _Place | None:
+    """None for a stranger's id that no answer could name, and for a time that is infinite."""
+    job_id, at_ms = decoding.name(raw), decoding.finite(score)
+    return None if job_id is None or at_ms is None else _Place(at_ms, queue, job_id)
 
 
 def _passed(letter: _Place, after: _Place | None) -> bool:

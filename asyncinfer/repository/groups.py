@@ -6,7 +6,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from asyncinfer import keys
+from asyncinfer import decoding, keys
 from asyncinfer.errors import InvalidQuery
 from asyncinfer.jobs import TERMINAL, created_ms
 from asyncinfer.repository.cursors import decode_cursor, encode_cursor
@@ -70,7 +70,7 @@ class Groups:
             return None
         return Counted(
             jobs=total,
-            by_status={one.decode("utf-8", "replace"): n for one, n in statuses.items() if one},
+            by_status={decoding.text(one): n for one, n in statuses.items() if one},
             first_failed=failed[:_FAILED_NAMED],
             created_ms=created_ms(first),
         )
@@ -100,7 +100,9 @@ class Groups:
             start += _IDS_A_PAGE
 
     async def _range(self, name: str, first: int, last: int) -> list[str]:
-        return [one.decode() for one in await self._store.command("LRANGE", name, first, last)]
+        """An id that is not UTF-8 is none of ours: it comes back changed, as that of no job."""
+        found = await self._store.look("LRANGE", name, first, last, otherwise=())
+        return [decoding.text(one) for one in found]
 
     # --- listing -----------------------------------------------------------------------------
 
@@ -138,12 +140,13 @@ class Groups:
     async def _end(self, name: str, cursor: str | None) -> int:
         """How many of the list's jobs are still to be listed."""
         if cursor is None:
-            return int(await self._store.command("LLEN", name))
+            return int(await self._store.look("LLEN", name, otherwise=0))
         spot = _spot(cursor)
-        if await self._store.command("LINDEX", name, spot.index) == spot.job_id.encode():
+        if await self._range(name, spot.index, spot.index) == [spot.job_id]:
             return spot.index
         # The list has been cut meanwhile.
-        found = await self._store.command("LPOS", name, spot.job_id, "RANK", -1)
+        find = ("LPOS", name, spot.job_id, "RANK", -1)
+        found = await self._store.look(*find, otherwise=None)
         return 0 if found is None else int(found)
 
 

@@ -3,12 +3,12 @@
 import heapq
 import re
 from collections.abc import AsyncIterator, Sequence
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Meta, Struct, UnsetType
 
-from asyncinfer import keys
+from asyncinfer import decoding, keys
 from asyncinfer.errors import InvalidQuery
 from asyncinfer.observed import JobsDone
 from asyncinfer.repository.cursors import decode_cursor, encode_cursor
@@ -38,6 +38,10 @@ class Announced(Struct, frozen=True):
     """Of models whose served version is not simply the highest."""
 
 
+_Count = Annotated[int, Meta(ge=0, le=1 << 53)]
+_Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+
+
 class WorkerSays(Struct, frozen=True):
     """What a living worker says of its models; the older its release, the less."""
 
@@ -51,14 +55,14 @@ class WorkerSays(Struct, frozen=True):
     """{model: {version: why it is not served, or not as its file is now}}."""
     loaded: tuple[str, ...] = ()
     """model/version, as they are in its memory, the least used first."""
-    run_times: dict[str, dict[str, float]] = {}
+    run_times: dict[str, dict[str, _Seconds]] = {}
     """{model: {rows of a run: seconds}}, as measured."""
-    seconds_per_job: dict[str, float] = {}
+    seconds_per_job: dict[str, _Seconds] = {}
     """{model: slot time a job took lately}."""
-    concurrency: int = 0
+    concurrency: _Count = 0
     host: str | None = None
-    pid: int | None = None
-    busy: int | None = None
+    pid: _Count | None = None
+    busy: _Count | None = None
     """Slots that have a batch."""
     started_ms: int | None = None
     jobs_done: JobsDone | None = None
@@ -66,15 +70,12 @@ class WorkerSays(Struct, frozen=True):
     """The model that QUEUE_NAME itself serves; None where it knows that there is none."""
 
 
-_decode_worker = msgspec.json.Decoder(WorkerSays).decode
+_read_worker = decoding.reader(msgspec.json.Decoder(WorkerSays).decode)
 
 
 def worker_says(body: bytes) -> WorkerSays:
-    """What cannot be read says nothing."""
-    try:
-        return _decode_worker(body)
-    except msgspec.DecodeError:
-        return WorkerSays()
+    """An empty announcement where the bytes are corrupt."""
+    return _read_worker(body) or WorkerSays()
 
 
 class Health(Struct, frozen=True):
@@ -167,8 +168,8 @@ class Inspection:
         if place:
             end = place.entry if queue >= place.queue else f"({place.entry}"
         while True:
-            page = await self._store.command(
-                "XREVRANGE", keys.log(queue), end, "-", "COUNT", _ENTRIES_A_PAGE
+            page = await self._store.look(
+                *("XREVRANGE", keys.log(queue), end, "-", "COUNT", _ENTRIES_A_PAGE), otherwise=()
             )
             for entry_id, fields in page:
                 if ids := appearing(fields):
@@ -183,19 +184,13 @@ class Inspection:
 
     async def announced(self) -> Announced:
         n = self._store.n
-        names = sorted(
-            one.decode() for one in await self._store.command("SMEMBERS", keys.models(n))
-        )
-        models = {}
-        for name in names:
-            versions = await self._store.command("HGETALL", keys.model(n, name))
-            models[name] = {version.decode(): body for version, body in versions.items()}
-        pinned = await self._store.command("HGETALL", keys.default_versions(n))
-        return Announced(
-            await self._store.default_model(),
-            models,
-            {model.decode(): version.decode() for model, version in pinned.items()},
-        )
+        known = await self._store.look("SMEMBERS", keys.models(n), otherwise=())
+        models = {
+            name: await self._upkeep.announced_versions(name)
+            for name in sorted(filter(None, map(decoding.name, known)))
+        }
+        pinned = await self._upkeep.default_versions()
+        return Announced(await self._store.default_model(), models, pinned)
 
     async def paused(self, queues: Sequence[str]) -> list[bool]:
         """Of each queue, whether its jobs are taken in but not run."""
@@ -209,7 +204,7 @@ class Inspection:
         queues = {}
         for queue in await self._upkeep.queues():
             high, normal, low = [
-                await self._store.command("LLEN", name) for name in keys.waiting(queue)
+                await self._store.look("LLEN", name, otherwise=0) for name in keys.waiting(queue)
             ]
             queues[queue] = high + normal + low
         return Health(server, queues, len(await self.workers()))
@@ -217,7 +212,8 @@ class Inspection:
     async def workers(self) -> dict[str, bytes]:
         """The living workers and what each said of itself, as JSON."""
         n = self._store.n
-        ids = [one.decode() for one in await self._store.command("ZRANGE", keys.workers(n), 0, -1)]
+        found = await self._store.look("ZRANGE", keys.workers(n), 0, -1, otherwise=())
+        ids = [name for one in found if (name := decoding.name(one)) is not None]
         if not ids:
             return {}
         bodies = await self._store.command("MGET", *(keys.worker(n, one) for one in ids))
@@ -229,7 +225,8 @@ def _newest_first(entry: str, queue: str) -> tuple[int, int, str]:
     return -int(ms), -int(seq), queue
 
 
-_ENTRY: Final = re.compile(r"[0-9]{1,19}-[0-9]{1,19}")
+_ENTRY: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
+_MOST_PART: Final = (1 << 64) - 1
 
 
 def _place(cursor: str | None) -> _Place | None:
@@ -238,6 +235,8 @@ def _place(cursor: str | None) -> _Place | None:
     try:
         place = decode_cursor(cursor, _Place)
         if not _ENTRY.fullmatch(place.entry) or place.passed < 0:
+            raise ValueError(place)
+        if any(int(part) > _MOST_PART for part in place.entry.split("-")):
             raise ValueError(place)
     except ValueError as error:
         raise InvalidQuery(

@@ -3,11 +3,10 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-import msgspec
 from msgspec import Struct
 
-from asyncinfer import keys
-from asyncinfer.jobs import Record, decode_record
+from asyncinfer import decoding, keys
+from asyncinfer.jobs import Record, read_record
 from asyncinfer.repository.inspect import WorkerSays, worker_says
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
@@ -32,7 +31,8 @@ class Gauged(Struct, frozen=True):
     """Of each queue what is in it, and the ids of the workers heard of lately."""
 
     now_ms: int
-    gauges: tuple[Gauge, ...]
+    gauges: tuple[Gauge | None, ...]
+    """None of a queue with a key of another type."""
     worker_ids: tuple[str, ...]
 
 
@@ -63,23 +63,28 @@ class Load(Struct, frozen=True, kw_only=True):
 
 
 async def load(store: Store, model: str, queue: str) -> Load:
-    """Two round trips, whatever waits."""
+    """Two round trips, whatever waits; raises RedisRefused for a queue with a damaged key."""
     gauged = await gauge(store, [queue])
+    found = gauged.gauges[0]
+    if found is None:
+        # An autoscaler that was told 0 would take the workers away.
+        raise await store.damage([queue])
     workers, paces = await workers_and_paces(store, gauged.worker_ids, [model])
-    return load_of(model, gauged.gauges[0], workers, paces[0])
+    return load_of(model, found, workers, paces[0])
 
 
 async def gauge(store: Store, queues: Sequence[str]) -> Gauged:
     """What is in each queue, some tens of queues a call."""
-    gauges: list[Gauge] = []
+    gauges: list[Gauge | None] = []
     now_ms, ids = 0, []
     for start in range(0, len(queues), _QUEUES_A_CALL):
         part = queues[start : start + _QUEUES_A_CALL]
         now_ms, ids, found = await store.call(
             script("gauge"), [keys.workers(store.n), *part], [encode_args({})]
         )
-        gauges += [_gauge(now_ms, *one) for one in found]
-    return Gauged(now_ms, tuple(gauges), tuple(one.decode() for one in ids))
+        gauges += [one and _gauge(now_ms, *one) for one in found]
+    names = (decoding.name(one) for one in ids or ())
+    return Gauged(now_ms, tuple(gauges), tuple(one for one in names if one is not None))
 
 
 async def workers_and_paces(
@@ -113,11 +118,7 @@ def waits_since_ms(record: Record) -> int:
 
 def records_of(metas: Sequence[bytes]) -> Iterator[Record]:
     """Those that can be read."""
-    for meta in metas:
-        try:
-            yield decode_record(meta)
-        except msgspec.DecodeError:
-            continue
+    return filter(None, map(read_record, metas))
 
 
 def _gauge(
@@ -134,10 +135,8 @@ def _gauge(
 
 
 def _pace(stored: bytes | None) -> float | None:
-    try:
-        return None if stored is None else float(stored)
-    except ValueError:
-        return None
+    pace = decoding.finite(stored)
+    return pace if pace is not None and pace >= 0 else None
 
 
 def _mean_pace(workers: Sequence[WorkerSays], model: str) -> float | None:

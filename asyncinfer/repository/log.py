@@ -6,7 +6,8 @@ from typing import Annotated, Any, Final
 import msgspec
 from msgspec import Meta, Struct
 
-from asyncinfer import keys
+from asyncinfer import decoding, keys
+from asyncinfer.errors import WrongKeyType
 from asyncinfer.jobs import Status
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submit import Stored, summary_keys, summary_of
@@ -64,8 +65,9 @@ class Log:
     async def page(self, queue: str, start: Place) -> LogPage:
         """The changes from `start` on; raises LogTrimmed when some of them may be gone."""
         name = keys.log(queue)
-        entries = await self._store.command(
-            "XRANGE", name, f"{start[0]}-{start[1]}", "+", "COUNT", _ENTRIES_A_PAGE
+        entries = await self._store.look(
+            *("XRANGE", name, f"{start[0]}-{start[1]}", "+", "COUNT", _ENTRIES_A_PAGE),
+            otherwise=(),
         )
         if not entries:
             await self._check_clock(name, start)
@@ -115,18 +117,22 @@ class Log:
         newest = []
         for name in names:
             there = await self._store.command("EXISTS", name)
-            about = await self._store.command("XINFO STREAM", name) if there else {}
+            about = await self._store.look("XINFO STREAM", name, otherwise={}) if there else {}
             newest.append(bytes(about.get("last-generated-id", b"0-0")))
         return newest
 
     async def last(self, queue: str) -> bytes:
         """The id of the newest entry."""
-        entries = await self._store.command(*_newest(queue))
+        entries = await self._store.look(*_newest(queue), otherwise=())
         return bytes(entries[0][0]) if entries else b"0-0"
 
     async def moment(self, queue: str, job_id: str) -> tuple[Stored | None, Place]:
         """A job without its result, and where the log tells what comes after exactly this."""
-        entries, found = await self._store.together(_newest(queue), ("MGET", *summary_keys(job_id)))
+        ask = ("MGET", *summary_keys(job_id))
+        try:
+            entries, found = await self._store.together(_newest(queue), ask)
+        except WrongKeyType:
+            entries, found = (), await self._store.command(*ask)
         return summary_of(job_id, found), _after(entries[0][0]) if entries else (0, 0, 0)
 
     async def now_ms(self) -> int:
@@ -166,31 +172,15 @@ def appearing(fields: dict[bytes, bytes]) -> list[str]:
     return ids[::-1]
 
 
-_raw_ids = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
-_ids = msgspec.msgpack.Decoder(list[str]).decode
-_id = msgspec.msgpack.Decoder(str).decode
+_raw_ids = decoding.reader(msgspec.msgpack.Decoder(list[msgspec.Raw]).decode)
+_ids = decoding.reader(msgspec.msgpack.Decoder(list[str]).decode)
+_id = decoding.reader(msgspec.msgpack.Decoder(str).decode)
 
 
 def ids_in(packed: bytes) -> list[str | None]:
     """The ids of an entry's word; None for each that is not text, which JSON cannot name."""
-    try:
-        return list(_ids(packed))
-    except (UnicodeDecodeError, msgspec.DecodeError):
-        return _text_ids(packed)
-
-
-def _text_ids(packed: bytes) -> list[str | None]:
-    try:
-        return [_text(one) for one in _raw_ids(packed)]
-    except msgspec.DecodeError:
-        return []
-
-
-def _text(packed: msgspec.Raw) -> str | None:
-    try:
-        return _id(packed)
-    except (UnicodeDecodeError, msgspec.DecodeError):
-        return None
+    ids = _ids(packed)
+    return list(ids) if ids is not None else [_id(bytes(one)) for one in _raw_ids(packed) or ()]
 
 
 def _newest(queue: str) -> tuple[Any, ...]:
@@ -198,10 +188,11 @@ def _newest(queue: str) -> tuple[Any, ...]:
 
 
 def _before(entry_id: bytes) -> Place:
+    """Redis allows twice what a position can hold, in entries whose ids are no times."""
     ms, _, number = entry_id.partition(b"-")
-    return (int(ms), int(number), 0)
+    return (min(int(ms), _MOST), min(int(number), _MOST), 0)
 
 
 def _after(entry_id: bytes) -> Place:
     ms, number, _ = _before(entry_id)
-    return (ms, number + 1, 0)
+    return (ms, number + 1, 0) if number < _MOST else (min(ms + 1, _MOST), 0, 0)

@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from typing import Final
 
 from msgspec import Struct
 
-from asyncinfer import keys
+from asyncinfer import decoding, keys
 from asyncinfer.jobs import Record
 from asyncinfer.observed import Percentiles, Queue, WaitingJobs, Worker
 from asyncinfer.repository.inspect import WorkerSays, worker_says
@@ -72,6 +71,7 @@ class Observation:
             for queue, model, one, pace, tally in zip(
                 queues, models, gauged.gauges, paces, tallies, strict=True
             )
+            if one is not None
         ]
 
     async def workers(self) -> list[Worker]:
@@ -79,8 +79,9 @@ class Observation:
         store = self._store
         seconds, micros = await store.command("TIME")
         now_ms = int(seconds) * 1000 + int(micros) // 1000
-        found = await store.command("ZRANGE", keys.workers(store.n), 0, -1, "WITHSCORES")
-        heard = {name.decode(): float(at) for name, at in zip(found[::2], found[1::2], strict=True)}
+        seen = ("ZRANGE", keys.workers(store.n), 0, -1, "WITHSCORES")
+        found = await store.look(*seen, otherwise=())
+        heard = _heard(found[::2], found[1::2])
         if not heard:
             return []
         bodies = await store.command("MGET", *(keys.worker(store.n, one) for one in heard))
@@ -104,7 +105,7 @@ class Observation:
         found: list[_Tally] = []
         for start in range(0, len(queues), at_once):
             reply = await self._store.call(script("tally"), queues[start : start + at_once], [args])
-            found += [_tally(*one) for one in reply]
+            found += [_tally(*one) if one else _NOTHING_MOVED for one in reply]
         return found
 
 
@@ -122,6 +123,17 @@ def _tally(
     window_ms: int, submitted: int, completed: int, failed: int, metas: Sequence[bytes]
 ) -> _Tally:
     return _Tally(window_ms, submitted, completed, failed, tuple(records_of(metas)))
+
+
+_NOTHING_MOVED: Final = _Tally(_WINDOW_MS, 0, 0, 0, ())
+
+
+def _heard(names: Sequence[bytes], times: Sequence[bytes]) -> dict[str, float]:
+    """By worker, when it was heard of; without those that are certainly none of ours."""
+    pairs = [
+        (decoding.name(one), decoding.finite(at)) for one, at in zip(names, times, strict=True)
+    ]
+    return {name: at for name, at in pairs if name is not None and at is not None}
 
 
 def _share(total: int, among: int, least: int, most: int) -> int:
@@ -166,7 +178,7 @@ def _runs(records: Sequence[Record]) -> Iterator[float]:
 
 
 def _worker(name: str, says: WorkerSays, now_ms: int, heard_at: float) -> Worker:
-    started_at = _at(says.started_ms)
+    started_at = decoding.time(says.started_ms)
     return Worker(
         worker=name,
         state=says.state,
@@ -188,10 +200,3 @@ def _worker(name: str, says: WorkerSays, now_ms: int, heard_at: float) -> Worker
         seconds_per_job=says.seconds_per_job,
         run_times=says.run_times,
     )
-
-
-def _at(time_ms: int | None) -> datetime | None:
-    try:
-        return None if time_ms is None else datetime.fromtimestamp(time_ms / 1000, UTC)
-    except (ValueError, OverflowError, OSError):
-        return None

@@ -5,14 +5,14 @@ import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 import msgspec
 import redis
 import redis.exceptions as redis_errors
 from msgspec import Struct
 
-from asyncinfer import keys
+from asyncinfer import decoding, keys
 from asyncinfer.errors import StorageFull
 from asyncinfer.jobs import (
     Facts,
@@ -20,10 +20,10 @@ from asyncinfer.jobs import (
     Outcome,
     Record,
     decode_facts,
-    decode_record,
     id_bytes,
     id_text,
     is_later,
+    read_record,
 )
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Blocking, Packed, Policy, Store, encode_args, translated
@@ -205,7 +205,7 @@ class Runs:
             header["next"] = await self._claim_args(following)
             names += following.queues
         reply = await self._store.call(script("finish"), names, [encode_args(header)], part.args)
-        verdicts: list[Verdict] = [verdict.decode() for verdict in reply[0]]
+        verdicts = [cast(Verdict, decoding.text(verdict)) for verdict in reply[0]]
         if "stale" in verdicts:
             verdicts = await self._told_apart(claim, part.finished, verdicts)
         if following and len(reply) > 1:
@@ -344,7 +344,7 @@ def _parts(finished: Sequence[Finished]) -> Iterator[list[Finished]]:
 def _claimed_job(
     job_id: bytes | None, data: bytes | None, meta: bytes | None, facts: bytes | None
 ) -> ClaimedJob:
-    record, later_schema = _readable(meta), 0
+    record, later_schema = read_record(meta), 0
     if record and is_later(record):
         later_schema, record = record.schema, None
     return ClaimedJob(
@@ -357,16 +357,6 @@ def _claimed_job(
     )
 
 
-def _readable(meta: bytes | None) -> Record | None:
-    if not meta:
-        return None
-    try:
-        return decode_record(meta)
-    except msgspec.DecodeError:
-        # Damage: the worker fails the job and says so.
-        return None
-
-
 def _three(reply: Iterator[bytes | None]) -> tuple[bytes | None, bytes | None, bytes | None]:
     return next(reply), next(reply), next(reply)
 
@@ -375,7 +365,7 @@ def _holds(
     one: Finished, token: str, meta: bytes | None, result: bytes | None, error: bytes | None
 ) -> bool:
     if meta:
-        record = _readable(meta)
+        record = read_record(meta)
         return record is not None and record.claim == token
     return one.body != b"" and one.body in (result, error)
 

@@ -6,7 +6,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from asyncinfer import keys
+from asyncinfer import decoding, keys
 from asyncinfer.jobs import STATUSES, TERMINAL
 from asyncinfer.repository.filter import Filter
 from asyncinfer.repository.log import appearing
@@ -86,14 +86,14 @@ def _sources(store: Store, queue: str, wanted: Filter) -> Iterator[AsyncIterator
 async def _listed(store: Store, name: str) -> AsyncIterator[list[str]]:
     """From the head: what is served meanwhile leaves at the other end, so that none is missed."""
     start = 0
-    while page := await store.command("LRANGE", name, start, start + _PAGE - 1):
+    while page := await store.look("LRANGE", name, start, start + _PAGE - 1, otherwise=()):
         yield _texts(page)
         start += len(page)
 
 
 async def _ranked(store: Store, name: str) -> AsyncIterator[list[str]]:
     start = 0
-    while page := await store.command("ZRANGE", name, start, start + _PAGE - 1):
+    while page := await store.look("ZRANGE", name, start, start + _PAGE - 1, otherwise=()):
         yield _texts(page)
         start += len(page)
 
@@ -101,7 +101,8 @@ async def _ranked(store: Store, name: str) -> AsyncIterator[list[str]]:
 async def _running(store: Store, queue: str) -> AsyncIterator[list[str]]:
     cursor = 0
     while True:
-        reply = await store.command("HSCAN", keys.running(queue), cursor, "COUNT", _PAGE)
+        scan = ("HSCAN", keys.running(queue), cursor, "COUNT", _PAGE)
+        reply = await store.look(*scan, otherwise=(0, ()))
         cursor = int(reply[0])
         if reply[1]:
             yield _texts(reply[1])
@@ -114,8 +115,8 @@ async def _logged(store: Store, queue: str) -> AsyncIterator[list[str]]:
     gathered: list[str] = []
     last = "+"
     while True:
-        page: list[tuple[bytes, dict[bytes, bytes]]] = await store.command(
-            "XREVRANGE", keys.log(queue), last, "-", "COUNT", _ENTRIES_A_PAGE
+        page: list[tuple[bytes, dict[bytes, bytes]]] = await store.look(
+            *("XREVRANGE", keys.log(queue), last, "-", "COUNT", _ENTRIES_A_PAGE), otherwise=[]
         )
         for _, fields in page:
             gathered += appearing(fields)
@@ -131,11 +132,4 @@ async def _logged(store: Store, queue: str) -> AsyncIterator[list[str]]:
 
 def _texts(ids: Iterable[bytes]) -> list[str]:
     """Without a stranger's that are not text, which no answer could name."""
-    return [text for one in ids if (text := _text(one))]
-
-
-def _text(raw: bytes) -> str | None:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return None
+    return [text for one in ids if (text := decoding.name(one))]

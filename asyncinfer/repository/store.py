@@ -1,6 +1,7 @@
 """The connections to one Redis, and the way to call a script on them."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -12,14 +13,16 @@ from hiredis import pack_command
 from msgspec import Struct
 from redis.asyncio import Redis
 
-from asyncinfer import keys
+from asyncinfer import decoding, keys
 from asyncinfer.errors import (
     DefaultModelChanged,
     RedisRefused,
     RedisUnavailable,
     ServerRefused,
     StorageFull,
+    WrongKeyType,
 )
+from asyncinfer.limited_log import LimitedLog
 from asyncinfer.repository.endpoint import Endpoint, close
 from asyncinfer.repository.scripts import Script
 
@@ -38,6 +41,14 @@ _FAILURES: Final = (*_NO_REPLY, redis_errors.ResponseError)
 
 _FIRST_TRY: Final = 0.45
 """How much of a call's time its first try has."""
+
+_log = LimitedLog(logging.getLogger(__name__))
+
+_WRONG_TYPE: Final = (
+    "The key {} in Redis has another type than it should, so nothing is read from it. Rename or "
+    "delete it."
+)
+_LEFT_OUT_SECONDS: Final = 30.0
 
 encode_args = msgspec.msgpack.Encoder().encode
 
@@ -125,8 +136,17 @@ def translation(error: Exception) -> StorageFull | RedisUnavailable | RedisRefus
             f"Redis cannot do this just now ({error}). Retry in a moment.",
             retry_after_seconds=1,
         )
+    if str(error).startswith("WRONGTYPE"):
+        return _wrong_key_type()
     return RedisRefused(
         f"Redis refused a command ({error}). A key may have another type than it should.",
+        retry_after_seconds=1,
+    )
+
+
+def _wrong_key_type(which: str = "") -> WrongKeyType:
+    return WrongKeyType(
+        f"A key in Redis has another type than it should{which}. Rename or delete it.",
         retry_after_seconds=1,
     )
 
@@ -147,29 +167,63 @@ class Blocking:
 
     def __init__(self, client: Redis) -> None:
         self._client = client
+        self._left_out: dict[str, float] = {}
+        """Keys of another type than they should have, and when they are tried again."""
         self.closed = False
 
     async def pop(self, lists: Sequence[str], wait_seconds: float) -> str | None:
-        """The list a token was drawn from (BRPOP); None when none came."""
-        pop = ("BRPOP", *lists, wait_seconds)
-        reply = await self._bounded(wait_seconds, _exchange(self._client, pop))
+        """The list a token was drawn from (BRPOP); None when none came.
+
+        A key that is no list is left out for a while, as in `read`.
+        """
+        sound = self._sound(lists, "list") if self._left_out else lists
+        pop = ("BRPOP", *sound, wait_seconds)
+        try:
+            reply = await self._bounded(wait_seconds, _exchange(self._client, pop))
+        except WrongKeyType:
+            await self._leave_out(sound, b"list")
+            return None
         return None if reply is None else bytes(reply[0]).decode()
 
     async def read(
         self, streams: Mapping[str, bytes], wait_seconds: float, count: int = 1000
     ) -> list[tuple[str, bytes, dict[bytes, bytes]]]:
-        """New entries of streams (XREAD), each (stream, entry id, fields)."""
+        """New entries of streams (XREAD), each (stream, entry id, fields).
+
+        A key that is no stream is left out for a while, since it would keep all the others from
+        being read. Raises WrongKeyType where there are no others.
+        """
+        sound = self._sound(list(streams), "stream") if self._left_out else list(streams)
         read = (
             *("XREAD", "COUNT", count, "BLOCK", int(wait_seconds * 1000), "STREAMS"),
-            *streams.keys(),
-            *streams.values(),
+            *sound,
+            *(streams[name] for name in sound),
         )
-        reply = await self._bounded(wait_seconds, _exchange(self._client, read))
+        try:
+            reply = await self._bounded(wait_seconds, _exchange(self._client, read))
+        except WrongKeyType:
+            await self._leave_out(sound, b"stream")
+            return []
         return [
             (stream.decode(), entry_id, dict(zip(flat[::2], flat[1::2], strict=True)))
             for stream, entries in reply or ()
             for entry_id, flat in entries
         ]
+
+    def _sound(self, names: Sequence[str], kind: str) -> list[str]:
+        """Those that are not left out; raises WrongKeyType where all are."""
+        now = time.monotonic()
+        sound = [name for name in names if now >= self._left_out.get(name, 0.0)]
+        if names and not sound:
+            raise _wrong_key_type(f": {names[0]!r} should be a {kind}")
+        return sound
+
+    async def _leave_out(self, names: Sequence[str], kind: bytes) -> None:
+        for name in names:
+            found = await self._bounded(0.0, _exchange(self._client, ("TYPE", name)))
+            if found not in (kind, b"none"):
+                _log.warning(_WRONG_TYPE.format(repr(name)))
+                self._left_out[name] = time.monotonic() + _LEFT_OUT_SECONDS
 
     async def _bounded(self, wait_seconds: float, call: Awaitable[Any]) -> Any:
         try:
@@ -232,11 +286,30 @@ class Store:
             except redis_errors.NoScriptError:
                 return await _exchange(self.redis, ("EVAL", script.text, *keys_and_args), more)
 
-        return await self._answered(run)
+        try:
+            return await self._answered(run)
+        except WrongKeyType as error:
+            raise await self.damage(names) from error
 
     async def command(self, *command: Any) -> Any:
         """Runs one command; raises as `call` does."""
-        return await self._answered(lambda: self.redis.execute_command(*command))  # type: ignore[no-untyped-call]
+        try:
+            return await self._answered(lambda: self.redis.execute_command(*command))  # type: ignore[no-untyped-call]
+        except WrongKeyType as error:
+            raise _wrong_key_type(f": {command[1]!r}") from error
+
+    async def look(self, *command: Any, otherwise: Any) -> Any:
+        """Runs a command that only reads. A key of another type, the command's second part, is
+        read as `otherwise`, and the log says so: one damaged key must not hide all the rest."""
+        try:
+            return await self.command(*command)
+        except WrongKeyType:
+            _log.warning(_WRONG_TYPE.format(repr(command[1])))
+            return otherwise
+
+    async def types_of(self, names: Sequence[str]) -> list[str]:
+        """The types of keys, in the words of TYPE; `none` of one that is not there."""
+        return [decoding.text(await self.command("TYPE", one)) for one in names]
 
     async def together(self, *commands: tuple[Any, ...]) -> list[Any]:
         """Runs commands as one transaction; raises as `call` does."""
@@ -249,6 +322,25 @@ class Store:
 
         replies: list[Any] = await self._answered(run)
         return replies
+
+    async def damage(self, queues: Sequence[str]) -> WrongKeyType:
+        """An error that names the queues' keys of another type than they should have."""
+        expected = {
+            key: kind
+            for queue in queues
+            # A name in braces is none of a queue but of what a script needs beside it.
+            if not queue.startswith("{")
+            for kind, makers in keys.TYPES_OF_A_QUEUE.items()
+            for made in (make(queue) for make in makers)
+            for key in ([made] if isinstance(made, str) else made)
+        }
+        found = await self.types_of(list(expected))
+        wrong = [
+            f"{key!r} is a {is_now} and should be a {kind}"
+            for (key, kind), is_now in zip(expected.items(), found, strict=True)
+            if is_now not in (kind, "none")
+        ]
+        return _wrong_key_type(f": {'; '.join(wrong[:3])}" if wrong else "")
 
     async def _answered(self, send: Callable[[], Awaitable[Any]]) -> Any:
         """Sends once more what got no reply. redis-py would send it to the address it had, and
@@ -295,17 +387,22 @@ class Store:
         return checked_server(info)
 
     async def default_model(self) -> str | None:
-        name = await self.command("GET", keys.default_model(self.n))
-        return None if name is None else name.decode("utf-8", "replace")
+        """The name of the model that QUEUE_NAME itself serves; None where no one can read it."""
+        (stored,) = await self.command("MGET", keys.default_model(self.n))
+        return decoding.name(stored)
 
     async def agree_on_default_model(self, name: str) -> str:
         """The model that QUEUE_NAME itself serves: `name` where Redis has none, else Redis's."""
+        key = keys.default_model(self.n)
         current = await self.default_model()
-        if current is None and not await self.command(
-            "SET", keys.default_model(self.n), name, "NX"
-        ):
-            # Another process was first, just now.
+        if current is None and not await self.command("SET", key, name, "NX"):
+            # Another process was first just now, or the key holds no name.
             current = await self.default_model()
+            if current is None:
+                _log.warning(
+                    f"The key {key!r} should hold the name of the default model, and holds none. "
+                    "Delete it; workers write it again."
+                )
         return current or name
 
     async def claim_default_model(self, name: str) -> None:

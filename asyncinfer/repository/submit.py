@@ -1,34 +1,41 @@
 """What an API does to jobs: submit, read, watch, cancel, retry, forget."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Final, Literal, TypeAlias, TypeVar, cast
 
 import msgspec
 from msgspec import Struct
 
-from asyncinfer import keys
-from asyncinfer.errors import RedisUnavailable, RequestError
+from asyncinfer import decoding, keys
+from asyncinfer.errors import InternalError, RedisUnavailable, RequestError
 from asyncinfer.jobs import (
     Options,
     Record,
     Status,
-    decode_record,
     encode_record,
     id_text,
     is_later,
+    read_record,
     record_seq,
 )
+from asyncinfer.limited_log import LimitedLog
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
 
 T = TypeVar("T")
+
+_log = LimitedLog(logging.getLogger(__name__))
 
 MOST_JOBS: Final = 256
 MOST_BYTES: Final = 1 << 20
 """What one script call takes (or one job of any size)."""
 
 _CALLS_AT_ONCE: Final = 4
+
+_MOST_ROUNDS: Final = (1 << 63) - 2
+"""So that the next round's number fits in a record, whatever this one says."""
 
 CancelVerdict = Literal["cancelled", "asked", "finished", "absent"]
 _CANCEL_VERDICTS: Final = ("cancelled", "asked", "absent")
@@ -82,9 +89,10 @@ def noticed(fields: dict[bytes, bytes]) -> Iterator[tuple[str, Stored | None]]:
 
 def _told(key: bytes, status: bytes, told: bytes) -> Stored | None:
     size, _, rest = told.partition(b" ")
-    if not size.isdigit():
+    length = decoding.whole_number(size)
+    if length is None:
         return None
-    body, meta = rest[: int(size)], rest[int(size) :]
+    body, meta = rest[:length], rest[length:]
     result, error = (body, None) if status == b"completed" else (None, body)
     stored = _stored(id_text(key), status, result, error, meta)
     return stored if stored and stored.record else None
@@ -155,9 +163,11 @@ class Submissions:
             try:
                 verdicts = await self.submit_many(part[0][0].queue, [job for job, _ in part])
             except RequestError as error:
-                for job, future in part:
-                    if not future.done():
-                        future.set_exception(_about(error, job.job_id))
+                _refuse(part, error)
+            except Exception as error:
+                # No reply of Redis may end the role that all submits rely on.
+                _log.unexpected("A submit failed.", error)
+                _refuse(part, InternalError("Something went wrong; the server's log has the rest."))
             else:
                 for (_, future), verdict in zip(part, verdicts, strict=True):
                     if not future.done():
@@ -242,7 +252,7 @@ class Submissions:
             args += (job.job_id, job.meta, meta, extra)
         names = [queue_of(self._store, jobs[0]), keys.queues(self._store.n)]
         reply = await self._store.call(script("retry"), names, args)
-        return [cast(RetryVerdict, verdict.decode()) for verdict in reply]
+        return [cast(RetryVerdict, decoding.text(verdict)) for verdict in reply]
 
     async def forget(self, stored: Stored) -> ForgetVerdict:
         """Deletes an ended job with all its data."""
@@ -283,7 +293,7 @@ async def read_states(
     wanted = [
         (job_id, status)
         for job_id, status in zip(job_ids, found, strict=True)
-        if status and status.decode("utf-8", "replace") in statuses
+        if status and decoding.text(status) in statuses
     ]
     if not wanted:
         return []
@@ -320,7 +330,7 @@ def queue_of(store: Store, stored: Stored) -> str:
 def next_round(record: Record, now_ms: int) -> Record:
     return msgspec.structs.replace(
         record,
-        round=record.round + 1,
+        round=min(record.round, _MOST_ROUNDS) + 1,
         created_ms=now_ms,
         errors=0,
         started_ms=None,
@@ -396,6 +406,12 @@ def _packed(extra: dict[str, str | int]) -> bytes:
     return encode_args(extra) if extra else b""
 
 
+def _refuse(entries: Sequence[_Entry], error: RequestError) -> None:
+    for job, future in entries:
+        if not future.done():
+            future.set_exception(_about(error, job.job_id))
+
+
 def _about(error: RequestError, job_id: str) -> RequestError:
     """The error of one job of a call. One refused for lack of memory does not exist."""
     named = job_id if isinstance(error, RedisUnavailable) else None
@@ -404,18 +420,18 @@ def _about(error: RequestError, job_id: str) -> RequestError:
 
 def _submitted(job: NewJob, verdict: Any) -> Submitted:
     if isinstance(verdict, list):
-        return Submitted("dup", verdict[1].decode(), verdict[2].decode())
+        return Submitted("dup", decoding.text(verdict[1]), decoding.text(verdict[2]))
     return Submitted(verdict.decode(), job.job_id, job.fingerprint)
 
 
 def _cancelled(reply: bytes) -> CancelVerdict:
     # A stranger's status may be any bytes; then the job is not ours to cancel.
-    verdict = reply.decode("utf-8", "replace")
+    verdict = decoding.text(reply)
     return cast(CancelVerdict, verdict) if verdict in _CANCEL_VERDICTS else "finished"
 
 
 def _forgotten(reply: bytes) -> ForgetVerdict:
-    verdict = reply.decode("utf-8", "replace")
+    verdict = decoding.text(reply)
     return cast(ForgetVerdict, verdict) if verdict in ("forgotten", "absent") else "unfinished"
 
 
@@ -436,9 +452,8 @@ def _stored(
 ) -> Stored | None:
     if status is None:
         return None
-    try:
-        record = decode_record(meta) if meta else None
-    except msgspec.DecodeError:
+    record = read_record(meta) if meta else None
+    if meta and record is None:
         # Nobody can say whose it is, so nobody may read it.
         return None
     return Stored(job_id, _status(status), result, error, record, meta or b"")
@@ -446,4 +461,4 @@ def _stored(
 
 def _status(status: bytes) -> Status:
     """A stranger's may be any bytes."""
-    return cast(Status, status.decode("utf-8", "replace"))
+    return cast(Status, decoding.text(status))

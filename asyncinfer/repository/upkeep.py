@@ -1,16 +1,20 @@
 """What every process does for all: sweep, repair, announce."""
 
+import logging
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
 from msgspec import Struct
 
-from asyncinfer import keys
-from asyncinfer.errors import StorageFull
-from asyncinfer.jobs import decode_record
+from asyncinfer import decoding, keys
+from asyncinfer.errors import RedisRefused, StorageFull
+from asyncinfer.jobs import read_record
+from asyncinfer.limited_log import LimitedLog
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
+
+_log = LimitedLog(logging.getLogger(__name__))
 
 _QUEUES_A_SWEEP: Final = 32
 _PAGE: Final = 1000
@@ -40,8 +44,8 @@ class Upkeep:
     async def queues(self) -> list[str]:
         """Every queue there is, the default model's included; a name that is not ours is none."""
         n = self._store.n
-        known = await self._store.command("SMEMBERS", keys.queues(n))
-        names = {name.decode("utf-8", "replace") for name in known}
+        known = await self._store.look("SMEMBERS", keys.queues(n), otherwise=())
+        names = filter(None, map(decoding.name, known))
         return sorted({n, *(name for name in names if name.startswith(f"{n}:"))})
 
     async def sweep(self) -> Swept:
@@ -73,6 +77,9 @@ class Upkeep:
         for queue, counts in zip(queues, reply, strict=True):
             if counts is None:
                 continue
+            if isinstance(counts, bytes):
+                await self._tell_of_damage(queue, decoding.text(counts))
+                continue
             total.put_back += counts[0]
             total.dead += counts[1]
             total.promoted += counts[2]
@@ -81,6 +88,15 @@ class Upkeep:
             if counts[5]:
                 unfinished.append(queue)
         return unfinished
+
+    async def _tell_of_damage(self, queue: str, reason: str) -> None:
+        if _log.is_due(f"sweep {queue}"):
+            if "WRONGTYPE" in reason:
+                reason = (await self._store.damage([queue])).detail
+            _log.warning(
+                f"The queue {queue!r} is not swept, so that jobs of lost workers and delayed ones "
+                f"wait in it: {reason}"
+            )
 
     # --- repair ------------------------------------------------------------------------------
 
@@ -140,17 +156,23 @@ class Upkeep:
         # A queue that nobody serves any more is listed by nobody else.
         await self.announce_queues([one for one in held if one.startswith(f"{self._store.n}:")])
         for queue, ids in held.items():
-            ids -= await self._in_place(queue, ids)
-            ids |= await self._facts_without_job(queue)
-            # Newest first: the last one put back is the next to be served.
-            ordered = sorted(ids, reverse=True)
-            for start in range(0, len(ordered), _REPAIRS_A_CALL):
-                args = encode_args({"pause": pause_ms, "ttl": _ODD_MS})
-                names = [queue, keys.odd(self._store.n)]
-                reply = await self._store.call(
-                    script("repair"), names, [args, *ordered[start : start + _REPAIRS_A_CALL]]
-                )
-                back += reply[0]
+            try:
+                back += await self._repair_queue(queue, ids, pause_ms)
+            except RedisRefused as error:
+                _log.warning(f"The queue {queue!r} is not repaired: {error.detail}")
+        return back
+
+    async def _repair_queue(self, queue: str, ids: set[bytes], pause_ms: int) -> int:
+        ids -= await self._in_place(queue, ids)
+        ids |= await self._facts_without_job(queue)
+        # Newest first: the last one put back is the next to be served.
+        ordered = sorted(ids, reverse=True)
+        args = encode_args({"pause": pause_ms, "ttl": _ODD_MS})
+        names = [queue, keys.odd(self._store.n)]
+        back = 0
+        for start in range(0, len(ordered), _REPAIRS_A_CALL):
+            part = ordered[start : start + _REPAIRS_A_CALL]
+            back += (await self._store.call(script("repair"), names, [args, *part]))[0]
         return back
 
     async def _in_place(self, queue: str, ids: set[bytes]) -> set[bytes]:
@@ -207,7 +229,8 @@ class Upkeep:
     async def _add_missing(self, key: str, names: Collection[str]) -> None:
         """Reads before it writes: nearly always all are there, and a write is replicated."""
         if names:
-            known = await self._store.command("SMISMEMBER", key, *names)
+            all_known = [1] * len(names)
+            known = await self._store.look("SMISMEMBER", key, *names, otherwise=all_known)
             if missing := [name for name, is_in in zip(names, known, strict=True) if not is_in]:
                 await self._store.command("SADD", key, *missing)
 
@@ -230,11 +253,21 @@ class Upkeep:
 
     async def announced_versions(self, model: str) -> dict[str, bytes]:
         """{version: signature as JSON}, from whichever workers."""
-        found = await self._store.command("HGETALL", keys.model(self._store.n, model))
-        return {version.decode(): body for version, body in found.items()}
+        found = await self._store.look("HGETALL", keys.model(self._store.n, model), otherwise={})
+        named = ((decoding.name(version), body) for version, body in found.items())
+        return {version: body for version, body in named if version is not None}
+
+    async def default_versions(self) -> dict[str, str]:
+        """By model, the version that answers where it is not the highest."""
+        key = keys.default_versions(self._store.n)
+        found = await self._store.look("HGETALL", key, otherwise={})
+        named = ((decoding.name(one), decoding.name(other)) for one, other in found.items())
+        return {model: version for model, version in named if model and version}
 
     async def is_announced(self, model: str, version: str) -> bool:
-        return bool(await self._store.command("HEXISTS", keys.model(self._store.n, model), version))
+        """Whether any worker has announced this version, and none has retracted it since."""
+        key = keys.model(self._store.n, model)
+        return bool(await self._store.look("HEXISTS", key, version, otherwise=0))
 
     async def announce_first(self, model: str, version: str, body: bytes) -> bytes:
         """Announces a version unless it is announced; returns what is announced now."""
@@ -261,8 +294,7 @@ class Upkeep:
     async def announce_default_versions(self, wanted: Mapping[str, str | None]) -> None:
         """Which version answers where it is not the highest (None: it is)."""
         name = keys.default_versions(self._store.n)
-        reply = await self._store.command("HGETALL", name)
-        known = {model.decode(): version.decode() for model, version in reply.items()}
+        known = await self.default_versions()
         for model, version in wanted.items():
             if version is None and model in known:
                 await self._store.command("HDEL", name, model)
@@ -300,9 +332,5 @@ def _job_keys(queue: str) -> tuple[str, ...]:
 
 
 def _queue_in(meta: bytes | None) -> str | None:
-    if not meta:
-        return None
-    try:
-        return decode_record(meta).queue
-    except msgspec.DecodeError:
-        return None
+    record = read_record(meta)
+    return record.queue if record else None

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Struct
 
 from asyncinfer import keys
-from asyncinfer.models import Signature
+from asyncinfer.models import Signature, read_signature
 from asyncinfer.repository.inspect import Inspection, WorkerSays, worker_says
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.upkeep import Upkeep
@@ -24,8 +24,8 @@ _APIS_KNOW_SECONDS: Final = 5.0
 _MOST_LEAVING_SECONDS: Final = 60.0
 """A queue that other versions keep busy says nothing of who waits for a removed one."""
 
+
 _MOST_RETRACTED: Final = 100
-_decode_signature = msgspec.json.Decoder(Signature).decode
 
 
 class Said(Struct, frozen=True):
@@ -201,10 +201,10 @@ def _of(model: str, described: Mapping[Label, Signature]) -> Iterator[tuple[str,
 
 def _rival(stored: bytes, ours: Signature, others: Sequence[WorkerSays]) -> str:
     """Why ours must not be served; empty where the file is the same, or nobody serves the other."""
-    try:
-        sha256 = _decode_signature(stored).sha256
-    except msgspec.DecodeError:
+    theirs = read_signature(stored)
+    if theirs is None:
         return ""
+    sha256 = theirs.sha256
     if sha256 == ours.sha256:
         return ""
     if not any(one.versions.get(ours.model, {}).get(ours.version) == sha256 for one in others):

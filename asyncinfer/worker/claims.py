@@ -12,6 +12,7 @@ from typing import Any, Final, Literal, TypeVar
 from asyncinfer.engine import Stop
 from asyncinfer.errors import RedisRefused, RedisUnavailable
 from asyncinfer.execution import Batch
+from asyncinfer.limited_log import LimitedLog
 from asyncinfer.repository.run import (
     MOST_QUEUES_A_CLAIM,
     Claim,
@@ -25,7 +26,7 @@ from asyncinfer.repository.store import Store
 from asyncinfer.upkeep import Renewer
 from asyncinfer.worker.gathering import Gathering, Sharing
 
-log = logging.getLogger(__name__)
+log = LimitedLog(logging.getLogger(__name__))
 
 T = TypeVar("T")
 Step = Literal["woken", "claimed", "running", "finishing", "finished"]
@@ -215,7 +216,7 @@ class Claims:
             rang = await self._doorbell.wait(queues, self._brpop_timeout_seconds)
         except RedisUnavailable as error:
             if not self.draining.is_set():
-                log.warning("Waiting: %s", error.detail)
+                log.warning(f"Waiting: {error.detail}")
                 await asyncio.sleep(random.uniform(0.1, 0.5))
             return None
         if rang:
@@ -276,7 +277,7 @@ class Claims:
         try:
             return await self._claim_of(queues)
         except RedisRefused as error:
-            log.error("Claiming: %s", error.detail)
+            log.error(f"Claiming: {error.detail}")
         # A damaged key of one queue must not starve the others.
         for queue in queues:
             with contextlib.suppress(RedisRefused):
@@ -363,5 +364,5 @@ class Claims:
             except RedisUnavailable as error:
                 if self.draining.is_set():
                     return otherwise
-                log.warning("Claiming: %s", error.detail)
+                log.warning(f"Claiming: {error.detail}")
                 await asyncio.sleep(random.uniform(0.1, 0.5))

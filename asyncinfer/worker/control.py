@@ -6,12 +6,13 @@ import random
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from asyncinfer import keys
+from asyncinfer import decoding, keys
 from asyncinfer.errors import RedisUnavailable
 from asyncinfer.jobs import id_text
+from asyncinfer.limited_log import LimitedLog
 from asyncinfer.repository.store import Store
 
-log = logging.getLogger(__name__)
+log = LimitedLog(logging.getLogger(__name__))
 
 _READ_SECONDS: Final = 5.0
 
@@ -40,7 +41,7 @@ class Control:
                 await self._read()
             except RedisUnavailable as error:
                 if not self._blocking.closed:
-                    log.warning("Control: %s", error.detail)
+                    log.warning(f"Control: {error.detail}")
                     await asyncio.sleep(random.uniform(0.1, 0.5))
 
     async def close(self) -> None:
@@ -49,7 +50,9 @@ class Control:
     async def _start_at_the_end(self) -> None:
         for stream in self._streams:
             if stream not in self._last:
-                newest = await self._store.command("XREVRANGE", stream, "+", "-", "COUNT", 1)
+                newest = await self._store.look(
+                    *("XREVRANGE", stream, "+", "-", "COUNT", 1), otherwise=()
+                )
                 self._last[stream] = bytes(newest[0][0]) if newest else b"0"
 
     async def _read(self) -> None:
@@ -58,4 +61,4 @@ class Control:
         for stream, entry_id, fields in await self._blocking.read(asked, _READ_SECONDS):
             self._last[stream] = entry_id
             for what, job_id in fields.items():
-                self._heard(what.decode("utf-8", "replace"), id_text(job_id))
+                self._heard(decoding.text(what), id_text(job_id))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from asyncinfer.errors import RedisRefused, RedisUnavailable
+from asyncinfer.limited_log import LimitedLog
 from asyncinfer.observed import JobsDone
 from asyncinfer.repository.run import (
     Claimed,
@@ -24,6 +25,7 @@ from asyncinfer.worker.claims import Claims, Held, Step
 from asyncinfer.worker.outcomes import Outcomes, released
 
 log = logging.getLogger(__name__)
+_limited_log = LimitedLog(log)
 
 Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
@@ -128,14 +130,14 @@ class Finishing:
             except RedisRefused as error:
                 # The same call again would be refused again. What rides on it may be to blame;
                 # what is not stored comes back by its lease.
-                log.error("Finishing: %s", error.detail)
+                _limited_log.error(f"Finishing: {error.detail}")
                 if following is None:
                     return Claimed(None)
                 following = None
             except RedisUnavailable as error:
                 if self._given_up:
                     return Claimed(None)
-                log.warning("Finishing: %s", error.detail)
+                _limited_log.warning(f"Finishing: {error.detail}")
                 await asyncio.sleep(random.uniform(0.1, 0.5))
             else:
                 self.ended.update(verdicts)

@@ -14,10 +14,11 @@ from msgspec import Struct
 
 from asyncinfer import keys
 from asyncinfer.errors import RedisRefused, RedisUnavailable
+from asyncinfer.limited_log import LimitedLog
 from asyncinfer.repository.run import Doorbell, Runs
 from asyncinfer.repository.store import Store
 
-log = logging.getLogger(__name__)
+log = LimitedLog(logging.getLogger(__name__))
 
 _FAREWELL_SECONDS: Final = 1.0
 
@@ -88,7 +89,7 @@ class Gathering:
                     await self._hear(group)
                 except RedisUnavailable as error:
                     if not self._closed:
-                        log.warning("Gathering: %s", error.detail)
+                        log.warning(f"Gathering: {error.detail}")
                         await asyncio.sleep(random.uniform(0.1, 0.5))
 
     async def close(self) -> None:

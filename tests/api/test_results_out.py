@@ -171,7 +171,7 @@ async def test_a_damaged_result_is_not_our_fault(
     assert (await api.get(f"/job/{job_id}")).status_code == 200
     for headers in (BINARY, NPY):
         reply = await api.get(f"/job/{job_id}/result", headers=headers)
-        assert_problem(reply, 503, "redis_refused")
+        assert_problem(reply, 410, "result_damaged")
 
 
 async def test_a_result_is_its_tenants_alone(locked: int, hand: Hand) -> None:

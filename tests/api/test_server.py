@@ -58,6 +58,7 @@ def test_a_port_in_use_stops_the_start_and_says_what_to_do() -> None:
         listen("127.0.0.1", taken.getsockname()[1])
 
 
+@pytest.mark.traceback("asks an application that was not started")
 async def test_our_own_fault_is_a_500_without_internals_and_one_log_entry(
     config: ApiConfig, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -178,6 +178,7 @@ async def test_a_worker_that_goes_while_redis_is_frozen_strands_nothing(
         client.close()
 
 
+@pytest.mark.traceback("a step raises what nobody foresaw")
 async def test_a_worker_that_fails_leaves_with_an_error_whatever_still_runs(
     crew: OpenCrew, customer: Customer, server: redis.Redis
 ) -> None:

@@ -10,13 +10,15 @@ import redis
 
 from asyncinfer import keys
 from asyncinfer.errors import RedisRefused
-from asyncinfer.jobs import SCHEMA, Record, encode_record
+from asyncinfer.jobs import SCHEMA, Outcome, Record, encode_record
+from asyncinfer.repository.run import ClaimRequest, Finished, Renewals, Runs
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.upkeep import Upkeep
 from asyncinfer.worker.worker import WorkerConfig
 
 from .customer import Customer, transitions
 from .harness import eventually
+from .hostile import HOSTILE
 from .processes import OpenCrew
 
 Q = "predict_queue"
@@ -43,12 +45,35 @@ def _damaged_meta() -> bytes:
     return whole[:-3] + GARBAGE
 
 
+def _record_of(**more: Any) -> bytes:
+    record = Record(SCHEMA, Q, "slow", "default", 0)
+    return encode_record(msgspec.structs.replace(record, **more), b"12345678")
+
+
 def _set(name: str) -> Callable[[Any], None]:
     def damage(client: Any) -> None:
         client.delete(name)
         client.set(name, "x")
 
     return damage
+
+
+def _put(name: str, content: str) -> Callable[[Any], None]:
+    """A list with something strange in it, in place of whatever is there."""
+
+    def damage(client: Any) -> None:
+        client.delete(name)
+        client.rpush(name, content)
+
+    return damage
+
+
+def _wrong_status(client: Any) -> None:
+    _stranger(client)
+    client.delete(keys.status("odd"))
+    client.hset(keys.status("odd"), "x", "y")
+    client.zadd(keys.deadlines(Q), {"odd": 1})
+    client.zadd(keys.delayed(Q), {"odd": 1})
 
 
 def _wrong_deadline(client: Any) -> None:
@@ -80,6 +105,18 @@ DAMAGES: dict[str, Callable[[Any], None]] = {
     "leases type": _set(keys.leases(OTHER)),
     "models type": _set(keys.models(Q)),
     "meta": lambda client: _stranger(client, meta=_damaged_meta()),
+    "facts ttl": lambda client: _stranger(client, facts=_pack({"t": -5})),
+    "facts fraction": lambda client: _stranger(client, facts=_pack({"t": 0.5, "b": 1e300})),
+    "facts priority": lambda client: _stranger(client, facts=_pack({"p": "running"})),
+    "facts inbox": lambda client: _stranger(client, facts=_pack({"w": [Q, keys.running(Q)]})),
+    "status type": _wrong_status,
+    "swept type": _put(keys.swept(Q), "x"),
+    "counters": lambda client: client.mset({keys.seq(Q): GARBAGE, keys.bytes_waiting(Q): "x"}),
+    "marks": _put(keys.log_marks(Q), "12 not an entry"),
+    "log type": _set(keys.log(Q)),
+    "workers member": lambda client: client.zadd(keys.workers(Q), {GARBAGE: 1e18}),
+    "versions": lambda client: client.hset(keys.model(Q, "slow"), GARBAGE, GARBAGE),
+    "default versions": lambda client: client.hset(keys.default_versions(Q), GARBAGE, GARBAGE),
 }
 """What a stranger does to Redis, by name."""
 
@@ -123,11 +160,117 @@ async def test_a_worker_serves_on_when_the_name_of_the_default_model_is_garbled(
         await customer.submit([1.0])
         await customer.all_completed()
         garble(server)
-        await eventually(lambda: "The default model and the list" in workers.log, "it says so")
+        await eventually(lambda: "the name of the default model" in workers.log, "it says so")
         await customer.submit([2.0])
         await customer.all_completed()
         assert await worker.stop() == 0
     server.delete(keys.default_model(Q))
+
+
+FACTS: dict[str, object] = {
+    "no time to live": {"t": -5},
+    "a fraction of a time": {"t": 0.5},
+    "a time that Redis does not take": {"t": 1 << 52},
+    "a priority that is a hash": {"p": "running"},
+    "an inbox that is a list": {"w": [Q, f"{Q}:other"]},
+    "a count that is none": {"d": -1, "s": float("nan")},
+}
+
+
+@pytest.mark.parametrize("outcome", ["completed", "failed", "dead", "released", "suspect"])
+@pytest.mark.parametrize("facts", FACTS.values(), ids=FACTS.keys())
+async def test_a_job_ends_or_waits_again_whatever_its_facts_say(
+    facts: object, outcome: Outcome, server: redis.Redis, store: Store
+) -> None:
+    runs = Runs(store, "w")
+    _stranger(server, facts=_pack(facts))
+    server.rpush(f"{Q}:other", "x")
+    request = ClaimRequest((Q,), runs.new_token(), held=False, max_jobs=1)
+    claim = (await runs.claim(request)).claim
+    assert claim
+    verdicts, _ = await runs.finish(claim, [Finished("odd", outcome, b"{}")], last=True)
+    assert verdicts == [outcome]
+    ended = {"completed": b"completed", "failed": b"failed", "dead": b"failed"}
+    assert server.get(keys.status("odd")) == ended.get(outcome, b"pending")
+    if outcome in ended:
+        assert server.ttl(keys.status("odd")) > 0
+    else:
+        assert server.lrange(Q, 0, -1) == [b"odd"]
+    server.flushall()
+
+
+async def test_a_hostile_input_fails_alone_and_the_jobs_beside_it_run(
+    crew: OpenCrew, customer: Customer, server: redis.Redis
+) -> None:
+    hostile = [*HOSTILE, *(b'{"data":' + one + b"}" for one in HOSTILE)]
+    meta = _record_of(payload="tensors")
+    for number, data in enumerate(hostile):
+        for kind in ("stranger", "tensors"):
+            job_id = f"{kind}-{number}"
+            server.mset({keys.data(job_id): data, keys.status(job_id): "pending"})
+            if kind == "tensors":
+                server.set(keys.meta(job_id), meta)
+            server.lpush(Q, job_id)
+    await customer.submit([1.0, 2.0])
+    with crew(worker=BUSY) as workers:
+        worker = workers.hire()
+        await customer.all_completed(30)
+        assert await worker.stop() == 0
+    ended = {server.get(keys.status(f"stranger-{number}")) for number in range(len(hostile))}
+    assert ended == {b"failed"}
+    server.flushall()
+
+
+async def test_a_worker_starts_and_works_beside_announcements_that_nobody_can_read(
+    crew: OpenCrew, customer: Customer, server: redis.Redis
+) -> None:
+    for damage in ("workers member", "versions", "default versions", "queues member"):
+        DAMAGES[damage](server)
+    server.set(keys.worker(Q, "deep"), b'{"x":' + b"[" * 20_000)
+    server.zadd(keys.workers(Q), {"deep": 1})
+    with crew(worker=BUSY) as workers:
+        worker = workers.hire()
+        await customer.submit([1.0])
+        await customer.all_completed(10)
+        await eventually(lambda: worker.announced(server), "it is announced")
+        assert await worker.stop() == 0
+    server.flushall()
+
+
+async def test_a_damaged_bell_and_control_key_are_told_of_once_and_every_job_is_run(
+    crew: OpenCrew, customer: Customer, server: redis.Redis
+) -> None:
+    with crew(models=("slow", "picky"), default_model="slow", worker=BUSY) as workers:
+        worker = workers.hire()
+        await customer.submit([1.0])
+        await customer.all_completed(10)
+        for name in (keys.wake(OTHER), keys.control(OTHER)):
+            _set(name)(server)
+        for value in range(2, 12):
+            await customer.submit([float(value)])
+            await customer.all_completed(10)
+        assert await worker.stop() == 0
+        assert workers.log.count("Waiting:") <= 1
+        assert workers.log.count("Control:") <= 1
+    server.flushall()
+
+
+async def test_a_damaged_queue_does_not_keep_other_leases_from_being_renewed(
+    server: redis.Redis, store: Store
+) -> None:
+    runs, renewals = Runs(store, "w"), Renewals(store)
+    _stranger(server)
+    claim = (await runs.claim(ClaimRequest((Q,), "token", held=False, max_jobs=1))).claim
+    assert claim
+    (before,) = server.zmscore(keys.leases(Q), ["token"])
+    assert before is not None
+    server.set(keys.leases(OTHER), "x")
+    renewed = renewals.renew({OTHER: ["lost"], Q: ["token"]})
+    renewals.close()
+    (after,) = server.zmscore(keys.leases(Q), ["token"])
+    assert after is not None
+    assert (renewed.lost, after > before) == ((), True)
+    server.flushall()
 
 
 @pytest.mark.soak
@@ -165,6 +308,21 @@ async def test_a_sweep_still_recovers_the_other_jobs(
     server.delete(keys.reap_gate(Q))
     await upkeep.sweep()
     assert job_id.encode() in server.lrange(Q, 0, -1)
+    server.flushall()
+
+
+async def test_a_repair_still_puts_back_the_jobs_of_other_queues(
+    customer: Customer, server: redis.Redis, store: Store
+) -> None:
+    upkeep = Upkeep(store)
+    server.sadd(keys.queues(Q), OTHER)
+    server.set(keys.facts(OTHER), "x")
+    (job_id,) = await customer.submit([1.0])
+    server.lrem(Q, 0, job_id)
+    for _ in range(2):
+        server.delete(keys.repair_gate(Q))
+        repaired = await upkeep.repair(0.001)
+    assert (repaired, server.lrange(Q, 0, -1)) == (1, [job_id.encode()])
     server.flushall()
 
 
