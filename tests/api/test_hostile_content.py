@@ -12,6 +12,7 @@ import redis
 
 from asyncinfer import jobs, keys
 from asyncinfer.jobs import encode_record
+from asyncinfer.observed import shown_worker
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.upkeep import Upkeep
 from tests.faults.harness import eventually
@@ -167,7 +168,7 @@ async def test_names_that_are_not_utf8_are_left_out_of_every_listing(
     await api.get("/models/nobody")
     assert (await ok(api, "/health"))["workers"] == 1
     assert {one["model"] for one in (await ok(api, "/models"))["models"]} == {"iris", "digits"}
-    assert [one["worker"] for one in (await ok(api, "/workers"))["workers"]] == ["w"]
+    assert [one["worker"] for one in (await ok(api, "/workers"))["workers"]] == [shown_worker("w")]
     await ok(api, "/queues")
     assert (await ok(api, "/scale/digits"))["workers"] == 0
 
@@ -183,9 +184,9 @@ async def test_a_worker_that_says_what_no_worker_can_is_shown_as_one_that_says_n
     damaged.set(keys.worker(QUEUE, "deep"), b'{"x":' + DEEP + b"}")
     damaged.zadd(keys.workers(QUEUE), {"deep": 1})
     workers = {one["worker"]: one for one in (await ok(api, "/workers"))["workers"]}
-    assert {name: one["host"] for name, one in workers.items()} == {
-        **dict.fromkeys(("pid", "pace", "slots", "deep")),
-        "start": "h",
+    assert {name: worker["host"] for name, worker in workers.items()} == {
+        **dict.fromkeys(map(shown_worker, ("pid", "pace", "slots", "deep"))),
+        shown_worker("start"): "h",
     }
     for path in ("/models", "/queues", "/scale/iris", "/health"):
         await ok(api, path)
