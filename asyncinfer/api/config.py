@@ -19,6 +19,8 @@ class ApiConfig(Struct, frozen=True, kw_only=True):
     allowed_origins: tuple[str, ...] = ()
     """Origins (`https://app.example.com`) that may change state beside our own."""
     api_keys: Path | None = None
+    api_keys_stable_seconds: float = 1.0
+    """For how long the file must have been the same before it counts."""
     max_body_bytes: int = 16 << 20
     max_json_bytes: int = 2 << 20
     max_header_bytes: int = 32 << 10

@@ -30,7 +30,9 @@ class Guard:
         self._any_host = "*" in self._hosts
         self._any_address = config.host in _EVERY_ADDRESS
         self._origins = frozenset(origin.lower().rstrip("/") for origin in config.allowed_origins)
-        self.keys = KeyFile(config.api_keys) if config.api_keys else None
+        self.keys: KeyFile | None = None
+        if config.api_keys:
+            self.keys = KeyFile(config.api_keys, stable_seconds=config.api_keys_stable_seconds)
 
     def admit(
         self, needed: KeyScope | None, scope: Scope, headers: Mapping[bytes, bytes]

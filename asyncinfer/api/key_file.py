@@ -12,11 +12,7 @@ from asyncinfer.access import Keyring, read_key_file
 from asyncinfer.awaiting import settled
 from asyncinfer.errors import KeyFileRefused
 
-_LOOK_SECONDS: Final = 0.5
 _READ_SECONDS: Final = 1.0
-_STABLE_SECONDS: Final = 1.0
-"""A content counts once it has been the same for so long: an editor may be half way through."""
-
 _TRUSTED_SECONDS: Final = 60.0
 """How long keys count whose file is no longer there, cannot be read, or never stays the same."""
 
@@ -30,9 +26,17 @@ _log = logging.getLogger(__name__)
 class KeyFile:
     """The keys in a file. `run` looks at it, so that no request waits for a disk."""
 
-    def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """Raises KeyFileRefused where there is no file that can be read."""
+    def __init__(
+        self,
+        path: Path,
+        *,
+        stable_seconds: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """A content counts once it has been the same for `stable_seconds`: an editor may be half
+        way through. Raises KeyFileRefused where there is no file that can be read."""
         self._path = path
+        self._stable_seconds = stable_seconds
         self._clock = clock
         self._content: bytes | None = read_key_file(path)
         self._keyring = Keyring.parse(self._content)
@@ -69,7 +73,7 @@ class KeyFile:
                     reading = None
                 else:
                     self.look(self._silence())
-                await asyncio.sleep(_LOOK_SECONDS)
+                await asyncio.sleep(self._stable_seconds / 2)
         finally:
             if reading:
                 reading.cancel()
@@ -89,7 +93,7 @@ class KeyFile:
         elif self._candidate is None or self._candidate[0] != found:
             self._candidate = found, now
             self._doubt(f"The API keys in {self._path} keep changing.", now, patient=True)
-        elif now - self._candidate[1] >= _STABLE_SECONDS:
+        elif now - self._candidate[1] >= self._stable_seconds:
             self._take(found)
 
     def _take(self, content: bytes) -> None:
@@ -116,7 +120,7 @@ class KeyFile:
                 self._complained_at = None
                 self._replace(Keyring())
             self._complain(now, _LOCKED_COMPLAIN_SECONDS, f"{reason} No API key is let in.")
-        elif doubted >= (_COMPLAIN_SECONDS if patient else _STABLE_SECONDS):
+        elif doubted >= (_COMPLAIN_SECONDS if patient else self._stable_seconds):
             left = _TRUSTED_SECONDS - doubted
             told = f"{reason} Those read last count for {left:.0f} s more, then no key is let in."
             self._complain(now, _COMPLAIN_SECONDS, told)

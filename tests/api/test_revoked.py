@@ -63,9 +63,19 @@ def keys(tmp_path: Path) -> Keys:
 
 
 @pytest.fixture
-async def port(config: ApiConfig, store: Store, keys: Keys, tmp_path: Path) -> AsyncIterator[int]:
+def stable_seconds() -> float:
+    """Shorter than in use, so that many changes can be waited for."""
+    return 0.2
+
+
+@pytest.fixture
+async def port(
+    config: ApiConfig, store: Store, keys: Keys, tmp_path: Path, stable_seconds: float
+) -> AsyncIterator[int]:
     await announce(store, "iris", default="iris")
-    locked = msgspec.structs.replace(config, api_keys=tmp_path / "keys")
+    locked = msgspec.structs.replace(
+        config, api_keys=tmp_path / "keys", api_keys_stable_seconds=stable_seconds
+    )
     async with hosted(running(locked)) as it:
         yield it
 
@@ -86,6 +96,7 @@ async def is_out(client: httpx2.AsyncClient) -> bool:
     return (await client.get("/jobs")).status_code == 401
 
 
+@pytest.mark.parametrize("stable_seconds", [ApiConfig(redis_url="").api_keys_stable_seconds])
 async def test_a_revoked_key_is_not_let_in_within_five_seconds(
     keys: Keys, alice: httpx2.AsyncClient, bob: httpx2.AsyncClient
 ) -> None:
