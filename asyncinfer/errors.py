@@ -212,6 +212,12 @@ class RedisUnavailable(RequestError):
     code, status, title = "redis_unavailable", 503, "Redis does not answer"
 
 
+class WritesRefused(RedisUnavailable):
+    """Redis answered that it takes no writes in the state it is in, so it has done nothing."""
+
+    code, title = "redis_refuses_writes", "Redis takes no writes just now"
+
+
 class RedisRefused(RedisUnavailable):
     """Redis answered, but not to this: a key of another type, damaged content, a lost right."""
 

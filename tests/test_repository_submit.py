@@ -11,7 +11,7 @@ import pytest
 import redis
 
 from asyncinfer import keys
-from asyncinfer.errors import RedisUnavailable, StorageFull
+from asyncinfer.errors import RedisUnavailable, StorageFull, WritesRefused
 from asyncinfer.repository.run import Doorbell, Finished
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submit import Stored, noticed
@@ -359,9 +359,10 @@ async def test_a_server_that_cannot_save_refuses_a_submit_and_recovers(
 ) -> None:
     await disk_full()
     job = new_job()
-    with pytest.raises(RedisUnavailable, match="MISCONF") as caught:
+    with pytest.raises(WritesRefused, match="cannot save to its disk") as caught:
         await hands.submissions.submit(job)
-    assert caught.value.job_id == job.job_id
+    assert caught.value.job_id is None
+    assert await hands.submissions.read(job.job_id) is None
     hands.redis.config_set("save", "")
     assert (await hands.submissions.submit(job)).verdict == "ok"
 

@@ -3,7 +3,7 @@
 from asyncinfer import __version__
 from asyncinfer.api.exchange import Reply, Request, json_reply
 from asyncinfer.api.services import Services
-from asyncinfer.errors import RedisUnavailable, RequestError, ServerRefused
+from asyncinfer.errors import RedisUnavailable, RequestError, ServerRefused, WritesRefused
 from asyncinfer.schemas import About, Alive, Health, NoQuery
 
 _LINKS = {
@@ -31,11 +31,14 @@ async def live(services: Services, request: Request[NoQuery]) -> Reply:
 
 
 async def ready(services: Services, request: Request[NoQuery]) -> Reply:
-    """Whether jobs can be taken: Redis answers, and is one that keeps them."""
+    """Whether jobs can be taken: Redis answers, takes writes, and is one that keeps them."""
     try:
         await services.store.check_server()
     except ServerRefused as error:
         raise RedisUnavailable(error.detail) from error
+    if refusal := services.store.writes_refused:
+        # As the last sweep or submit found, some seconds ago at most.
+        raise WritesRefused(refusal.detail, retry_after_seconds=1)
     return json_reply(200, Alive())
 
 

@@ -27,6 +27,7 @@ from asyncinfer.errors import (
     RequestTimeout,
     ServerStopping,
     TooManyRefusedLines,
+    WritesRefused,
 )
 from asyncinfer.jobs import Status
 from asyncinfer.repository.submit import MOST_BYTES, MOST_JOBS, NewJob, Submitted
@@ -287,7 +288,10 @@ class Reader:
             )
             return [error] * len(jobs)
         outcomes = await self._services.submissions.submit_all(jobs)
-        if any(isinstance(one, RedisUnavailable) for one in outcomes):
+        if any(
+            isinstance(one, RedisUnavailable) and not isinstance(one, WritesRefused)
+            for one in outcomes
+        ):
             self._away_until = time.monotonic() + _AWAY_SECONDS
         return outcomes
 

@@ -51,6 +51,7 @@ from asyncinfer.errors import (
     StorageFull,
     TooManyStreams,
     VersionNotFound,
+    WritesRefused,
 )
 from asyncinfer.observed import QueueList, WorkerList
 from asyncinfer.schemas import (
@@ -165,6 +166,7 @@ _PREDICT: Final[Errors] = (
     IdempotencyConflict,
     QueueFull,
     StorageFull,
+    WritesRefused,
 )
 
 ROUTES: Final = (
@@ -244,7 +246,7 @@ ROUTES: Final = (
         scope="submit",
         query=OneQuery,
         answers={202: Accepted},
-        errors=(*_JOB, JobNotRetryable, QueueFull, StorageFull),
+        errors=(*_JOB, JobNotRetryable, QueueFull, StorageFull, WritesRefused),
     ),
     Route(
         method="GET",
@@ -275,7 +277,7 @@ ROUTES: Final = (
         answers={200: Retried},
         errors=(
             *(InvalidJSON, InvalidHeader, BodyTooLarge, MediaTypeRefused, EncodingRefused),
-            *(InvalidInput, RedisUnavailable, StorageFull),
+            *(InvalidInput, RedisUnavailable, StorageFull, WritesRefused),
         ),
     ),
     Route(
@@ -396,7 +398,7 @@ ROUTES: Final = (
         handler=ready,
         scope=None,
         answers={200: Alive},
-        errors=(RedisUnavailable,),
+        errors=(RedisUnavailable, WritesRefused),
     ),
     Route(method="GET", path="/openapi.json", handler=openapi, scope=None, answers={200: None}),
     Route(method="GET", path="/", handler=about, scope=None, answers={200: About}),

@@ -20,6 +20,7 @@ from asyncinfer.errors import (
     RedisUnavailable,
     ServerRefused,
     StorageFull,
+    WritesRefused,
     WrongKeyType,
 )
 from asyncinfer.limited_log import LimitedLog
@@ -32,8 +33,16 @@ _AT_ONCE: Final = 16
 _LARGE_BYTES: Final = 64 << 10
 _FEW_ARGUMENTS: Final = 32
 
-_PASSING: Final = ("MISCONF", "BUSY", "NOREPLICAS", "UNBLOCKED")
-"""Refusals for the state a server is in: a full disk, a slow script, a fail-over."""
+_PASSING: Final = ("BUSY", "UNBLOCKED")
+"""Refusals for the state a server is in: a slow script, a fail-over."""
+
+_NO_WRITES: Final = {
+    "MISCONF": "it cannot save to its disk. Free space there; its log says more",
+    "NOREPLICAS": "it has fewer replicas than its min-replicas-to-write. Start some",
+    "READONLY": "it is a replica. That passes after a fail-over; else point REDIS_URL at the "
+    "primary",
+}
+"""Refusals of every write, with what to do; nothing of the call was done."""
 
 _NO_PRIMARY: Final = (redis_errors.ReadOnlyError, redis_errors.MasterDownError)
 _NO_REPLY: Final = (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError)
@@ -112,19 +121,24 @@ class Packed(Struct, frozen=True):
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Turns what redis-py raises into our errors: StorageFull, RedisUnavailable, RedisRefused."""
+    """Turns what redis-py raises into our errors: StorageFull and RedisUnavailable's kinds."""
     try:
         yield
     except _FAILURES as error:
         raise translation(error) from error
 
 
-def translation(error: Exception) -> StorageFull | RedisUnavailable | RedisRefused:
+def translation(error: Exception) -> StorageFull | RedisUnavailable:
     """Our error for one of `_FAILURES`."""
     if isinstance(error, redis_errors.OutOfMemoryError):
         return StorageFull(
             "Redis has reached its maxmemory, so new jobs are refused while those accepted still "
             "run. Retry later, or give Redis more memory."
+        )
+    if reason := _why_no_writes(error):
+        return WritesRefused(
+            f"Redis takes no writes, since {reason}. Nothing was taken in; send it again then.",
+            retry_after_seconds=1,
         )
     if not isinstance(error, redis_errors.ResponseError) or isinstance(error, _NO_PRIMARY):
         return RedisUnavailable(
@@ -142,6 +156,15 @@ def translation(error: Exception) -> StorageFull | RedisUnavailable | RedisRefus
         f"Redis refused a command ({error}). A key may have another type than it should.",
         retry_after_seconds=1,
     )
+
+
+def _why_no_writes(error: Exception) -> str | None:
+    if isinstance(error, redis_errors.ReadOnlyError):
+        # redis-py leaves out the code of the errors it has classes for.
+        return _NO_WRITES["READONLY"]
+    if not isinstance(error, redis_errors.ResponseError):
+        return None
+    return _NO_WRITES.get(str(error).partition(" ")[0])
 
 
 def _wrong_key_type(which: str = "") -> WrongKeyType:
@@ -253,6 +276,8 @@ class Store:
         self.redis = endpoint.client(name, reply_seconds=None)
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self._clock_behind_ms: float | None = None
+        self.writes_refused: WritesRefused | None = None
+        """Why the server took no writes, as far as is known from the last call."""
 
     @classmethod
     @asynccontextmanager
@@ -287,9 +312,12 @@ class Store:
                 return await _exchange(self.redis, ("EVAL", script.text, *keys_and_args), more)
 
         try:
-            return await self._answered(run)
+            reply = await self._answered(run)
         except WrongKeyType as error:
             raise await self.damage(names) from error
+        # Redis takes every script of ours for one that writes.
+        self.writes_refused = None
+        return reply
 
     async def command(self, *command: Any) -> Any:
         """Runs one command; raises as `call` does."""
@@ -348,10 +376,23 @@ class Store:
         try:
             try:
                 return await self._sent(send, self.call_seconds * _FIRST_TRY)
-            except _NO_REPLY:
-                return await self._sent(send, self.call_seconds * (1 - _FIRST_TRY))
+            except _NO_REPLY as lost:
+                return await self._sent_again(send, lost)
         except _FAILURES as error:
-            raise await _failure(self.redis, error) from error
+            failure = await _failure(self.redis, error)
+            if isinstance(failure, WritesRefused):
+                self.writes_refused = failure
+            raise failure from error
+
+    async def _sent_again(self, send: Callable[[], Awaitable[Any]], lost: Exception) -> Any:
+        try:
+            return await self._sent(send, self.call_seconds * (1 - _FIRST_TRY))
+        except redis_errors.ResponseError as error:
+            if _why_no_writes(error) is None:
+                raise
+            # This time nothing was done, but whatever was sent before may have been.
+            await _failure(self.redis, error)
+            raise lost from error
 
     async def _sent(self, send: Callable[[], Awaitable[Any]], seconds: float) -> Any:
         async with asyncio.timeout(seconds), self._slots:

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from asyncinfer import decoding, keys
-from asyncinfer.errors import InternalError, RedisUnavailable, RequestError
+from asyncinfer.errors import InternalError, RedisUnavailable, RequestError, WritesRefused
 from asyncinfer.jobs import (
     Options,
     Record,
@@ -413,8 +413,10 @@ def _refuse(entries: Sequence[_Entry], error: RequestError) -> None:
 
 
 def _about(error: RequestError, job_id: str) -> RequestError:
-    """The error of one job of a call. One refused for lack of memory does not exist."""
-    named = job_id if isinstance(error, RedisUnavailable) else None
+    """The error of one job of a call. One refused for lack of memory, or with all writes, does
+    not exist."""
+    may_exist = isinstance(error, RedisUnavailable) and not isinstance(error, WritesRefused)
+    named = job_id if may_exist else None
     return type(error)(error.detail, retry_after_seconds=error.retry_after_seconds, job_id=named)
 
 

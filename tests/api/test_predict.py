@@ -3,9 +3,11 @@
 import asyncio
 import hashlib
 import time
+from collections.abc import Callable
 
 import httpx2
 import msgspec
+import pytest
 import redis
 
 from asyncinfer import jobs, keys
@@ -26,6 +28,8 @@ from .harness import (
     running,
     submit,
 )
+
+NDJSON = {"content-type": "application/x-ndjson"}
 
 
 async def test_an_input_becomes_a_pending_job(api: httpx2.AsyncClient) -> None:
@@ -299,3 +303,43 @@ async def test_without_redis_a_submit_fails_in_time_and_names_its_job(
     assert jobs.created_ms(body["job_id"])
     assert f"/job/{body['job_id']}" in body["detail"]
     assert live.status_code == 200
+
+
+def _as_a_replica(server: redis.Redis, begins: bool) -> None:
+    primary = ("127.0.0.1", "1") if begins else ("NO", "ONE")
+    server.execute_command("REPLICAOF", *primary)  # type: ignore[no-untyped-call]
+
+
+def _without_replicas(server: redis.Redis, begins: bool) -> None:
+    server.config_set("min-replicas-to-write", "1" if begins else "0")
+
+
+@pytest.mark.parametrize(
+    ("refuse", "reason"),
+    [(_as_a_replica, "it is a replica"), (_without_replicas, "min-replicas-to-write")],
+)
+async def test_a_redis_that_takes_no_writes_is_told_with_its_reason_and_nothing_is_taken_in(
+    api: httpx2.AsyncClient,
+    server: redis.Redis,
+    refuse: Callable[[redis.Redis, bool], None],
+    reason: str,
+) -> None:
+    refuse(server, True)
+    try:
+        replies = [await api.post("/predict", json={"data": ROW}), await api.get("/health/ready")]
+        line = await api.post("/predict", content=b'{"data": [[1, 2, 3, 4]]}', headers=NDJSON)
+    finally:
+        refuse(server, False)
+    for reply in replies:
+        problem = assert_problem(reply, 503, "redis_refuses_writes")
+        assert reason in problem["detail"]
+        assert "job_id" not in problem
+    assert line.json()["code"] == "redis_refuses_writes"
+
+    await submit(api)
+    await eventually(lambda: _is_ready(api), "it is ready again")
+    assert server.llen(QUEUE) == 1
+
+
+async def _is_ready(api: httpx2.AsyncClient) -> bool:
+    return (await api.get("/health/ready")).status_code == 200
