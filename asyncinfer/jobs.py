@@ -34,7 +34,10 @@ releases the job to one that does. An older release that rewrites a record of it
 drops the fields it does not know.
 """
 
-GROUP_PATTERN: Final = "^[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}$"
+PATTERN_END: Final = "$(?!\\n)"
+"""The end of a pattern, in Python as in JSON Schema: `$` alone also matches before a line end."""
+
+GROUP_PATTERN: Final = f"^[A-Za-z0-9][A-Za-z0-9_.:-]{{0,127}}{PATTERN_END}"
 TENANT_PATTERN: Final = "[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 
 _THIRTY_DAYS_SECONDS: Final = 30 * 24 * 3600
@@ -74,7 +77,7 @@ class Options(Struct, frozen=True, kw_only=True, omit_defaults=True):
         Annotated[
             str,
             Meta(
-                pattern="^(0|[1-9][0-9]{0,17})$",
+                pattern=f"^(0|[1-9][0-9]{{0,17}}){PATTERN_END}",
                 description="The model's version; without it, the served one.",
             ),
         ]

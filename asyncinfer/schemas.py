@@ -7,7 +7,15 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from asyncinfer import decoding
 from asyncinfer.errors import Fault, JobFailed, RequestError
-from asyncinfer.jobs import GROUP_PATTERN, TENANT_PATTERN, JobError, Options, Priority, Status
+from asyncinfer.jobs import (
+    GROUP_PATTERN,
+    PATTERN_END,
+    TENANT_PATTERN,
+    JobError,
+    Options,
+    Priority,
+    Status,
+)
 from asyncinfer.observed import Backlog, LivingWorkers, OldestAge, SecondsPerJob, Slots
 from asyncinfer.tensors import TensorSpec
 
@@ -37,7 +45,7 @@ LineKey = (
     Annotated[
         str,
         Meta(
-            pattern="^[!-~]{1,255}$",
+            pattern=f"^[!-~]{{1,255}}{PATTERN_END}",
             description="Sent again with the same request, gives the same job.",
         ),
     ]
@@ -129,7 +137,7 @@ TenantQuery: TypeAlias = (
     Annotated[
         str,
         Meta(
-            pattern=rf"^(\*|{TENANT_PATTERN})$",
+            pattern=rf"^(\*|{TENANT_PATTERN}){PATTERN_END}",
             description="Jobs of this tenant, or of all: `*`. Needs the scope `operator`; inputs, "
             "results and messages of errors are not shown.",
         ),

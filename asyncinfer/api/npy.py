@@ -36,8 +36,12 @@ def read(content: bytes) -> Array:
     except _UNREADABLE as error:
         reason = str(error).partition("\n")[0][:200]
         raise _refused(f"The body is not an array that numpy saved: {reason}") from error
-    if dtype.hasobject or dtype.itemsize == 0 or len(shape) > _MOST_RANK:
+    # A dtype may have a shape of its own, which adds to the array's.
+    plain = not (dtype.hasobject or dtype.subdtype) and dtype.itemsize > 0
+    if not plain or len(shape) > _MOST_RANK:
         raise _refused("The array's elements are no plain numbers; see GET /models for what is.")
+    if any(type(size) is not int for size in shape):
+        raise _refused(f"The array's header says shape {list(shape)}, which are no sizes.")
     size = len(content) - head.tell()
     if min(shape, default=0) < 0 or prod(shape) * dtype.itemsize != size:
         raise _refused(f"The array's header says shape {list(shape)}, {size} bytes follow it.")

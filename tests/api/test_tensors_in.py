@@ -1,5 +1,6 @@
 """Named tensors at the door: JSON, the Open Inference layout, and what numpy saves."""
 
+import contextlib
 import io
 import json
 import tracemalloc
@@ -22,7 +23,7 @@ from asyncinfer.api.catalog import Served
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.exchange import Request
 from asyncinfer.api.inputs import Input, read_input
-from asyncinfer.errors import RequestError
+from asyncinfer.errors import InvalidInput, RequestError
 from asyncinfer.models import Signature
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.upkeep import Upkeep
@@ -538,6 +539,61 @@ async def test_what_numpy_would_unpickle_is_refused(client: httpx2.AsyncClient) 
     for body in (file.getvalue(), whole[:-1], whole + b"x", b"", HEAD, deep):
         reply = await client.post("/predict", content=body, headers=NPY)
         assert_problem(reply, 422, "invalid_input")
+
+
+def headed(descr: str, order: str, shape: str, data: bytes) -> bytes:
+    """A file of numpy's with this header, which `np.save` may never write."""
+    header = f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, }}".encode()
+    return HEAD + len(header).to_bytes(2, "little") + header + data
+
+
+_DESCRS = (
+    *("'<f4'", "'2f4'", "'(2,)<f4'", "'(2,2)f4'", "'>i8'", "'|O'", "'V4'", "'V0'", "'<U1'"),
+    *("'M8[s]'", "[('a', '<f4')]", "[('a', '2f4')]", "[('', '<f4')]", "[]", "'f4,f4'", "''", "4"),
+    *("None", "'|b1'", "'<c8'", "'float'", "'?'", "'S0'", "['<f4']", "{'names': []}"),
+)
+_SHAPES = (
+    *("(1,)", "(True, 2)", "(-1,)", "(0,)", "()", "(2, 2)", "(1.0,)", "('1',)", "(None,)", "1"),
+    *("(2147483648, 2147483648)", "(1,) * 64", "(9223372036854775807,)", "[1]", "(0, 10**30)"),
+)
+
+
+@given(
+    st.sampled_from(_DESCRS),
+    st.sampled_from(("True", "False", "1", "None")),
+    st.sampled_from(_SHAPES),
+    st.integers(0, 40),
+)
+async def test_any_header_of_numpys_is_taken_or_refused(
+    descr: str, order: str, shape: str, size: int
+) -> None:
+    for taken in (("batch", 2), (), (None, None)):
+        with contextlib.suppress(InvalidInput):
+            await at_the_door(
+                identity("FP32", taken), headed(descr, order, shape, bytes(size)), NPY
+            )
+
+
+@pytest.mark.parametrize(
+    ("descr", "shape", "size"),
+    [("'2f4'", "(1,)", 8), ("'(2,)<f4'", "(1,)", 8), ("'<f4'", "(True, 2)", 8)],
+)
+async def test_a_header_of_numpys_that_is_no_plain_array_is_the_clients_fault(
+    client: httpx2.AsyncClient, descr: str, shape: str, size: int
+) -> None:
+    body = headed(descr, "False", shape, bytes(size))
+    assert_problem(await client.post("/predict", content=body, headers=NPY), 422, "invalid_input")
+
+
+async def test_no_option_takes_a_line_end(client: httpx2.AsyncClient) -> None:
+    """`$` also matches before a line end at the end of a text."""
+    for name, value in {"group": "a\n", "version": "1\n", "priority": "low\n"}.items():
+        body = {"data": [[1, 2, 3, 4]], "options": {name: value}}
+        assert_problem(await client.post("/predict", json=body), 422, "invalid_input")
+        reply = await client.post("/predict", params={name: value}, json={"data": [[1, 2, 3, 4]]})
+        assert_problem(reply, 400, "invalid_query")
+    for query in ({"tenant": "*\n"}, {"tenant": "a\n"}):
+        assert_problem(await client.get("/jobs", params=query), 400, "invalid_query")
 
 
 # --- options, versions, keys, sizes ----------------------------------------------------------
