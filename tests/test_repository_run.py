@@ -9,7 +9,7 @@ import redis
 
 from asyncinfer import keys
 from asyncinfer.errors import RedisUnavailable
-from asyncinfer.jobs import Outcome, encode_record, record_seq
+from asyncinfer.jobs import JobError, Outcome, encode_record, record_seq
 from asyncinfer.repository.run import Claim, ClaimRequest, Doorbell, Finished, Renewals
 from asyncinfer.repository.store import Store
 
@@ -255,7 +255,23 @@ async def test_a_stranger_who_writes_a_list_as_status_stops_nobody(hands: Hands)
 
 
 @pytest.mark.parametrize("job_id", ["", "a\nb", "tab\there", "nul\0", "x" * 129, "del\x7f"])
-async def test_malformed_ids_are_dropped_and_the_rest_is_served(hands: Hands, job_id: str) -> None:
+async def test_a_job_of_a_malformed_id_fails_and_the_rest_is_served(
+    hands: Hands, job_id: str
+) -> None:
+    """Whoever pushed it reads why, and does not wait for ever."""
+    hands.stranger(job_id)
+    job = await hands.one()
+    assert await hands.run_all() == [job]
+    assert hands.status(job_id) == "failed"
+    error = msgspec.json.decode(hands.redis.get(f"job:{job_id}:error") or b"", type=JobError)
+    assert error.code == "invalid_id"
+    assert 0 < hands.redis.ttl(f"job:{job_id}:data") <= hands.redis.ttl(f"job:{job_id}:status")
+    await hands.sweep()
+    assert_at_rest(hands.redis, Q)
+
+
+async def test_an_id_too_long_for_the_log_is_dropped_and_the_rest_is_served(hands: Hands) -> None:
+    job_id = "x" * 2000
     hands.stranger(job_id)
     job = await hands.one()
     assert await hands.run_all() == [job]

@@ -1,6 +1,8 @@
 -- The claim itself, shared by `claim` and by `finish`, which claims next in the same step.
 
 local MOST_PASSED = 1000
+-- An id that is longer is dropped without a word: the log would have to hold it.
+local LONGEST_TOLD = 1024
 
 -- What becomes of an id found in a list. Effects come later, all at once.
 local function judge(found, now)
@@ -99,7 +101,10 @@ local function plan(q, a, now, lists, whole)
         else
           passed = passed + 1
         end
-        if verdict == 'lost' then
+        if verdict == 'junk' and found.status == 'pending' and #found.id <= LONGEST_TOLD then
+          p.ends[#p.ends + 1] = failed(
+            found.id, 'invalid_id', 'A job id has 1 to 128 bytes and no control characters.')
+        elseif verdict == 'lost' then
           p.ends[#p.ends + 1] = failed(
             found.id, 'input_lost', 'The input is gone from Redis; submit the job again.', found.facts)
         elseif verdict == 'expired' then
