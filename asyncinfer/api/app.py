@@ -82,7 +82,7 @@ class Api:
             await self._router(scope, receive, send)
             return
         try:
-            if _has_encoded_slash(scope["raw_path"]):
+            if b"%" in scope["raw_path"] and _is_no_route(scope):
                 await _no_such_route(scope, receive, send)
             if resource := self._plain.get(scope["path"]):
                 scope["path_params"] = {}
@@ -188,10 +188,11 @@ def _by_path(routes: Iterable[Route]) -> Iterable[tuple[str, list[Route]]]:
     return paths.items()
 
 
-def _has_encoded_slash(raw_path: bytes) -> bool:
-    """It separates nothing (RFC 3986, 2.2), but decoded it would: a proxy that keeps callers from
-    `/jobs/retry` lets `/jobs%2Fretry` pass."""
-    return b"%2" in raw_path and b"%2f" in raw_path.lower()
+def _is_no_route(scope: Scope) -> bool:
+    """An encoded slash separates nothing (RFC 3986, 2.2), but decoded it would: a proxy that keeps
+    callers from `/jobs/retry` lets `/jobs%2Fretry` pass. And the router's patterns end in `$`,
+    which also matches before a line end."""
+    return b"%2f" in scope["raw_path"].lower() or scope["path"].endswith("\n")
 
 
 async def _no_such_route(scope: Scope, receive: Receive, send: Send) -> None:

@@ -149,6 +149,8 @@ def _request_lines() -> Iterator[Shape]:
     yield open_after("target: asterisk of OPTIONS", b"OPTIONS *" + rest, NO_ROUTE)
     yield open_after("target: two slashes", b"GET //evil.example/health/live" + rest, NO_ROUTE)
     yield open_after("target: encoded slash", b"GET /health%2flive" + rest, NO_ROUTE)
+    yield open_after("target: encoded line end", b"GET /health%0a" + rest, NO_ROUTE)
+    yield open_after("target: line end after a name", b"GET /models/iris%0A" + rest, NO_ROUTE)
     yield open_after("target: encoded letter", b"GET /%68ealth/live" + rest, 200)
     yield open_after("target: encoded NUL", b"GET /job/%00" + rest, (404, "job_not_found"))
     yield open_after("target: dots", b"GET /health/../jobs" + rest, NO_ROUTE)
