@@ -3,6 +3,7 @@
 import hashlib
 import re
 from datetime import datetime
+from functools import lru_cache
 from typing import Annotated, Final, TypeAlias
 
 from msgspec import Meta, Struct
@@ -10,6 +11,7 @@ from msgspec import Meta, Struct
 _WORKER_ID: Final = re.compile(r".+-[0-9]+-([0-9a-f]{6})", re.DOTALL)
 
 
+@lru_cache(maxsize=256)
 def shown_worker(worker_id: str) -> str:
     """A worker as everyone may see it: by the random end of its id, which begins with its host's
     name and its pid. Of an id of another form, by its SHA-256."""

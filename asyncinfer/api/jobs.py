@@ -3,6 +3,8 @@
 import time
 from typing import Any, Final
 
+import msgspec
+
 from asyncinfer import jobs
 from asyncinfer.api.audit import audited
 from asyncinfer.api.exchange import Reply, Request, json_reply
@@ -112,16 +114,22 @@ async def _cancel(services: Services, request: Request[EndQuery], stored: Stored
         raise absent(services, stored.job_id)
     if verdict == "asked":
         stored = await _wait(services, request, stored, _CANCEL_WAIT_SECONDS)
+    elif latest := await services.submissions.read(stored.job_id):
+        stored = latest
+    elif verdict == "cancelled":
+        # Purged at once by another call.
+        stored = msgspec.structs.replace(stored, status="cancelled")
     else:
-        stored = await find_job(services, request)
+        raise absent(services, stored.job_id)
     if verdict == "finished" or (ended(stored) and stored.status != "cancelled"):
         raise _finished(stored)
     return stored
 
 
 async def _forget(services: Services, stored: Stored) -> None:
-    # A job that is absent now may have been deleted by this very call, its first reply lost.
-    if await services.submissions.forget(stored) == "unfinished":
+    # The answer shows the job as it was read, so it must have ended by then. A job that is absent
+    # now may have been deleted by this very call, its first reply lost.
+    if not ended(stored) or await services.submissions.forget(stored) == "unfinished":
         raise JobNotFinished(
             "Only a job that has ended can be deleted; cancel it first, without `purge`.",
             job_id=stored.job_id,

@@ -325,3 +325,18 @@ async def test_the_list_is_narrowed_by_status_and_model(
 async def test_a_list_query_that_makes_no_sense_is_refused(api: httpx2.AsyncClient) -> None:
     for query in ("limit=0", "limit=1001", "limit=x", "status=done", "cursor=%21", "sort=up"):
         assert_problem(await api.get(f"/jobs?{query}"), 400, "invalid_query")
+
+
+async def test_a_cancel_and_a_purge_at_once_are_answered_with_what_they_did(
+    api: httpx2.AsyncClient,
+) -> None:
+    for _ in range(40):
+        job_id = await submit(api)
+        cancelled, purged = await asyncio.gather(
+            api.delete(f"/job/{job_id}"), api.delete(f"/job/{job_id}?purge=true")
+        )
+        assert (cancelled.status_code, cancelled.json()["status"]) == (200, "cancelled")
+        if purged.status_code == 200:
+            assert purged.json()["status"] == "cancelled"
+        else:
+            assert_problem(purged, 409, "job_not_finished")
