@@ -26,6 +26,33 @@ _REASONS: Final = {
 _LOCAL: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
+_MOST_BYTES: Final = 1 << 30
+"""Of one answer. The largest is of 16 lines with a result each, of 16 MiB as it is stored and some
+60 MiB as JSON."""
+
+
+class Content:
+    """An answer's body as it comes. What is no asyncinfer may go on for ever, so that it is cut,
+    and refused as what no asyncinfer answers."""
+
+    def __init__(self) -> None:
+        self._chunks: list[bytes] = []
+        self._size = 0
+
+    def takes(self, chunk: bytes) -> bool:
+        """Whether there may be more."""
+        self._size += len(chunk)
+        if self._size > _MOST_BYTES:
+            self._chunks = []
+            return False
+        self._chunks.append(chunk)
+        return True
+
+    def whole(self) -> bytes:
+        """Empty where there was too much."""
+        return self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+
+
 class Driver:
     """Requests go through one pool of connections, from any number of threads."""
 
@@ -75,12 +102,16 @@ class Driver:
     def exchange(self, request: Request) -> Response | Lost:
         import httpx2
 
+        content = Content()
         try:
-            reply = self._pool().request(**_arguments(self._url, request))
+            with self._pool().stream(**_arguments(self._url, request)) as reply:
+                for chunk in reply.iter_bytes():
+                    if not content.takes(chunk):
+                        break
         except httpx2.TransportError as error:
             return _lost(error, self._answered)
         self._answered = True
-        return _response(reply, reply.content)
+        return _response(reply, content.whole())
 
     def _pool(self) -> "httpx2.Client":
         if self.closed:
@@ -145,12 +176,16 @@ class AsyncDriver:
     async def exchange(self, request: Request) -> Response | Lost:
         import httpx2
 
+        content = Content()
         try:
-            reply = await self._pool().request(**_arguments(self._url, request))
+            async with self._pool().stream(**_arguments(self._url, request)) as reply:
+                async for chunk in reply.aiter_bytes():
+                    if not content.takes(chunk):
+                        break
         except httpx2.TransportError as error:
             return _lost(error, self._answered)
         self._answered = True
-        return _response(reply, reply.content)
+        return _response(reply, content.whole())
 
     def _pool(self) -> "httpx2.AsyncClient":
         if self.closed:
@@ -182,7 +217,8 @@ def _arguments(url: str, request: Request) -> dict[str, Any]:
     return {
         "method": request.method,
         "url": url + request.path,
-        "headers": dict(request.headers),
+        # A server of ours compresses nothing, and another might send a little that becomes a lot.
+        "headers": {"accept-encoding": "identity", **request.headers},
         "content": request.body,
         "timeout": httpx2.Timeout(silence, connect=_CONNECT_SECONDS, pool=None),
     }

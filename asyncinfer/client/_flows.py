@@ -13,11 +13,25 @@ from msgspec import Struct
 
 from asyncinfer import jobs
 from asyncinfer.client._answers import result_of, result_of_bytes
-from asyncinfer.client._errors import WaitTimeout, error_of, job_failed, lost, retry_after, stranger
+from asyncinfer.client._errors import (
+    NotAsyncinfer,
+    WaitTimeout,
+    error_of,
+    job_failed,
+    lost,
+    retry_after,
+    stranger,
+)
 from asyncinfer.client._inputs import BINARY, Body, array_body, is_plain, json_body
 from asyncinfer.client._models import Model
-from asyncinfer.client._wire import Flow, Lost, Pause, Request, Response, exchange
-from asyncinfer.errors import Forbidden, JobCancelled, JobFinished, JobNotRetryable, ModelNotFound
+from asyncinfer.client._wire import Flow, Lost, Pause, Request, Response, T, exchange
+from asyncinfer.errors import (
+    Forbidden,
+    JobCancelled,
+    JobFinished,
+    JobNotRetryable,
+    ModelNotFound,
+)
 
 Priority = Literal["high", "normal", "low"]
 Status = Literal["pending", "processing", "completed", "failed", "cancelled"]
@@ -118,7 +132,8 @@ def decoded(server: Server, response: Response) -> Any:
         raise error_of(response, server.url)
     try:
         return msgspec.json.decode(response.content)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
+        # A DecodeError and a UnicodeDecodeError are ValueErrors.
         raise stranger(response, server.url) from None
 
 
@@ -150,7 +165,7 @@ def _text(value: Any) -> str:
 
 def models(server: Server) -> Flow[list[Model]]:
     listed = yield from get(server, "/models")
-    found = msgspec.convert(_member(server, listed, "models"), list[Model])
+    found = _converted(server, _member(server, listed, "models"), list[Model])
     for one in found:
         _remember(server, one)
     return found
@@ -162,7 +177,7 @@ def model(server: Server, name: str | None) -> Flow[Model]:
         return _default(server, (yield from models(server)))
     answer = yield from get(server, f"/models/{quote(name, safe='')}")
     _member(server, answer, "model")
-    found = msgspec.convert(answer, Model)
+    found = _converted(server, answer, Model)
     _remember(server, found)
     return found
 
@@ -189,6 +204,16 @@ def _default(server: Server, found: list[Model]) -> Model:
             return one
     names = ", ".join(one.model for one in found) or "none: no worker serves any"
     raise ModelNotFound(f"No model is the default; give model= one of: {names}.")
+
+
+def _converted(server: Server, value: Any, kind: type[T]) -> T:
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise NotAsyncinfer(
+            f"{server.url} does not answer as this release of asyncinfer does ({error}). Give the "
+            "address that `asyncinfer serve` shows as its URL, or install the server's release."
+        ) from error
 
 
 def _member(server: Server, answer: Any, name: str) -> Any:

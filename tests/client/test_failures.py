@@ -1,6 +1,7 @@
 """What a person meets when something is wrong: one error, one clear line, the remedy in it."""
 
 import asyncio
+import gzip
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -26,6 +27,7 @@ from asyncinfer.client import (
     Unauthorized,
     WrongAddress,
 )
+from asyncinfer.client._drivers import Content
 from asyncinfer.errors import RouteNotFound
 from asyncinfer.testing import Running, service
 from tests.faults.proxy import Proxy, proxied
@@ -133,11 +135,15 @@ ANSWERS: Final = [
 
 
 @asynccontextmanager
-async def answering(content: Callable[[], bytes]) -> AsyncIterator[str]:
-    """A server that is not ours, and says one thing."""
+async def answering(
+    content: Callable[[], bytes], asked: list[bytes] | None = None
+) -> AsyncIterator[str]:
+    """A server that is not ours, and says one thing; what it was asked comes into `asked`."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read(65536)
+        request = await reader.read(65536)
+        if asked is not None:
+            asked.append(request)
         writer.write(content())
         await writer.drain()
         writer.close()
@@ -166,6 +172,38 @@ async def test_another_server_is_told_from_ours(answer: tuple[bytes, bytes, byte
             with pytest.raises(NotAsyncinfer, match="not how asyncinfer answers") as refused:
                 await ask(client)
             assert_one_line(refused.value)
+
+
+@pytest.mark.parametrize(
+    "body", [b"[" * 100_000, b'{"models": 7}', b'{"models": [{"model": 7}]}', b'{"models": [[]]}']
+)
+async def test_json_of_another_kind_is_told_from_ours(body: bytes) -> None:
+    async with (
+        answering(lambda: _http(b"200 OK", b"application/json", body)) as url,
+        AsyncClient(url) as client,
+    ):
+        with pytest.raises(NotAsyncinfer, match="asyncinfer") as refused:
+            await client.models()
+        assert_one_line(refused.value)
+
+
+async def test_an_answer_is_asked_for_as_it_is_and_not_compressed() -> None:
+    """A little that is unpacked may become gigabytes."""
+    packed = gzip.compress(b" " * 1_000_000 + b"{}")
+    reply = _http(b"200 OK", b"application/json", packed, b"Content-Encoding: gzip\r\n")
+    heads: list[bytes] = []
+    async with answering(lambda: reply, heads) as url, AsyncClient(url) as client:
+        with pytest.raises(NotAsyncinfer):
+            await client.models()
+    assert b"accept-encoding: identity" in heads[0].lower()
+
+
+def test_an_answer_that_goes_on_for_ever_is_cut() -> None:
+    content = Content()
+    chunk = bytes(1 << 20)
+    taken = sum(content.takes(chunk) for _ in range(1100))
+    assert taken == 1024
+    assert content.whole() == b""
 
 
 async def test_what_is_no_http_is_said_at_once() -> None:
