@@ -33,7 +33,7 @@ COLUMNS = {"iris": 4, "digits": 64}
 @asynccontextmanager
 async def running(config: ApiConfig) -> AsyncIterator[int]:
     """The port of an API in this loop, on a real socket."""
-    async with _serving(config) as (server, port):
+    async with serving(config) as (server, port):
         yield port
         # What uvicorn's shutdown does, without the pauses it makes.
         connections = server.server_state.connections
@@ -45,7 +45,7 @@ async def running(config: ApiConfig) -> AsyncIterator[int]:
 @asynccontextmanager
 async def stopped_by_itself(config: ApiConfig) -> AsyncIterator[int]:
     """`running`, but at the end stopped as a signal does."""
-    async with _serving(config) as (server, port):
+    async with serving(config) as (server, port):
         yield port
         server.should_exit = True
         await eventually(lambda: not server.servers[0].is_serving(), "it stops listening")
@@ -53,7 +53,7 @@ async def stopped_by_itself(config: ApiConfig) -> AsyncIterator[int]:
 
 
 @asynccontextmanager
-async def _serving(config: ApiConfig) -> AsyncIterator[tuple[Server, int]]:
+async def serving(config: ApiConfig) -> AsyncIterator[tuple[Server, int]]:
     ready = anyio.Event()
     app = create_app(config)
     server = Server(app, config, on_ready=ready.set)

@@ -24,12 +24,12 @@ from .harness import (
     QUEUE,
     ROW,
     Hand,
-    _serving,
     announce,
     client_of,
     hosted,
     raw_exchange,
     running,
+    serving,
     submit,
 )
 
@@ -358,7 +358,7 @@ class Left(NamedTuple):
 async def left(config: ApiConfig, store: Store, hand: Hand) -> AsyncIterator[Left]:
     """An API with a job that waits and one whose result is large."""
     await announce(store, "iris", default="iris")
-    async with hosted(_serving(config)) as (server, port), client_of(port) as client:
+    async with hosted(serving(config)) as (server, port), client_of(port) as client:
         result_id = await submit(client)
         await hand.complete(body={"prediction": "y" * (8 << 20)})
         yield Left(server, port, await submit(client), result_id)

@@ -17,7 +17,7 @@ from asyncinfer.api.connection import Connection, Limits
 from asyncinfer.repository.store import Store
 from tests.faults.harness import eventually
 
-from .harness import _serving, announce, hosted
+from .harness import announce, hosted, serving
 from .http_shapes import ALIVE, ROW, SHAPES, Shape
 
 Address = tuple[str, int]
@@ -57,7 +57,7 @@ async def counting(config: ApiConfig, store: Store) -> AsyncIterator[Api]:
     """An API that serves iris."""
     await announce(store, "iris", default="iris")
     come: dict[Address, int] = {}
-    async with hosted(_serving(config)) as (server, port):
+    async with hosted(serving(config)) as (server, port):
         chosen = server.config.http_protocol_class
         assert isinstance(chosen, partial)
         server.config.http_protocol_class = partial(Counting, come, *chosen.args)
