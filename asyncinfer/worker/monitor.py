@@ -104,7 +104,7 @@ async def monitored(
     if listener is None:
         yield monitor
         return
-    open_now: set[_Exchange] = set()
+    open_now: dict[_Exchange, None] = {}
     loop = asyncio.get_running_loop()
     server = await loop.create_server(
         lambda: _Exchange(monitor, open_now, head_seconds), sock=listener
@@ -123,7 +123,10 @@ _ALIVE: Final = Answer(200, msgspec.json.encode(Alive()))
 class _Exchange(asyncio.Protocol):
     """One request and its answer; the connection ends with it."""
 
-    def __init__(self, monitor: Monitor, open_now: "set[_Exchange]", head_seconds: float) -> None:
+    def __init__(
+        self, monitor: Monitor, open_now: "dict[_Exchange, None]", head_seconds: float
+    ) -> None:
+        """`open_now` has all that are open, the oldest first."""
         self._monitor = monitor
         self._head_seconds = head_seconds
         self._open_now = open_now
@@ -133,11 +136,15 @@ class _Exchange(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.WriteTransport, transport)
-        self._open_now.add(self)
+        self._open_now[self] = None
         loop = asyncio.get_running_loop()
         self._deadline = loop.call_later(self._head_seconds, self._too_slow)
         if len(self._open_now) > _MOST_CONNECTIONS:
-            self.close()
+            # A probe sends its request at once, so the one that is silent for longest is none:
+            # were the new one closed, 64 idle connections had a kubelet restart the worker.
+            oldest = next(iter(self._open_now))
+            del self._open_now[oldest]
+            oldest.close()
 
     def data_received(self, data: bytes) -> None:
         self._head += data
@@ -151,7 +158,7 @@ class _Exchange(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._deadline.cancel()
-        self._open_now.discard(self)
+        self._open_now.pop(self, None)
 
     def close(self) -> None:
         self._transport.close()

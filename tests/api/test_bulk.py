@@ -599,6 +599,28 @@ async def _heard(talk: Talk, lines: int) -> None:
         assert answer.get("line", number) == number
 
 
+async def test_large_results_are_in_memory_a_few_at_a_time(
+    api: httpx2.AsyncClient, hand: Hand
+) -> None:
+    """Forty of 14 MB held at once had a server of 512 MB killed."""
+    lines = keyed(*range(24))
+    await post_lines(api, lines)
+    result = msgspec.json.encode("x" * 4_000_000)
+    await hand.complete(body=result)
+    content = b"\n".join(lines)
+    size = 0
+    tracemalloc.start()
+    async with api.stream(
+        "POST", "/predict", content=content, headers={**NDJSON, "prefer": "wait=20"}
+    ) as reply:
+        async for chunk in reply.aiter_raw():
+            size += len(chunk)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size > len(lines) * len(result)
+    assert peak_bytes < 30 * len(result)
+
+
 async def test_a_request_of_refused_lines_ends_where_it_is_clear_that_it_is_wrong(
     api: httpx2.AsyncClient, server: redis.Redis
 ) -> None:
