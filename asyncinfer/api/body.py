@@ -9,7 +9,7 @@ from msgspec import Struct
 from starlette.types import Receive
 
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.api.exchange import ClientGone, Request
+from asyncinfer.api.exchange import OWS, ClientGone, Request
 from asyncinfer.errors import BodyTooLarge, EncodingRefused, InvalidHeader, MediaTypeRefused
 
 JSON_LENGTH_HEADER: Final = b"inference-header-content-length"
@@ -146,7 +146,7 @@ def _is_npy(value: str | None) -> bool:
 
 
 def _media_type(value: str) -> str:
-    return value.partition(";")[0].strip().lower()
+    return value.partition(";")[0].strip(OWS).lower()
 
 
 def _check_media_type(value: str | None) -> None:
@@ -175,12 +175,12 @@ def _check_media_type(value: str | None) -> None:
 def _check_charset(media_type: str) -> None:
     for parameter in media_type.split(";")[1:]:
         name, _, text = parameter.partition("=")
-        if name.strip() == "charset" and text.strip().strip('"') not in ("utf-8", "utf8"):
+        if name.strip(OWS) == "charset" and text.strip(OWS).strip('"') not in ("utf-8", "utf8"):
             raise MediaTypeRefused("JSON is sent in UTF-8; leave the charset out, or say utf-8.")
 
 
 def _check_encoding(value: str | None) -> None:
-    if value is not None and value.strip().lower() != "identity":
+    if value is not None and value.strip(OWS).lower() != "identity":
         raise EncodingRefused(
             f"Content-Encoding is {value[:100]!r}; send the body as it is, uncompressed.",
             headers=[("accept-encoding", "identity")],

@@ -14,6 +14,10 @@ from asyncinfer.api.admission import Admission, Reach
 from asyncinfer.api.struct_faults import fault_of
 from asyncinfer.errors import InvalidQuery, RequestError
 
+OWS: Final = " \t"
+"""Optional white space in header fields (RFC 9110, 5.6.3). Python's `strip` takes more for it, such
+as the byte 0xA0, and what a proxy in front has read as another value."""
+
 Query = TypeVar("Query", bound=Struct)
 Header = tuple[bytes, bytes]
 

@@ -76,10 +76,17 @@ class Guard:
 
 
 def _key(headers: Mapping[bytes, bytes]) -> str | None:
+    """The key that was sent; raises InvalidHeader for two of them: a proxy in front may have
+    checked the one and we would act on the other."""
+    key = headers.get(b"x-api-key")
     scheme, _, credentials = headers.get(b"authorization", b"").partition(b" ")
     if scheme.lower() == b"bearer":
-        return credentials.strip().decode("latin-1")
-    key = headers.get(b"x-api-key")
+        bearer = credentials.strip(b" \t")
+        if key not in (None, bearer):
+            raise InvalidHeader(
+                "Authorization and X-API-Key have different keys; send one of the two."
+            )
+        key = bearer
     return None if key is None else key.decode("latin-1")
 
 

@@ -29,7 +29,7 @@ def expects_continue(headers: Sequence[Header], version: str) -> bool:
     expects = False
     for name, value in headers:
         if name == b"expect" and version != "1.0":
-            expects |= b"100-continue" in [one.strip() for one in value.lower().split(b",")]
+            expects |= b"100-continue" in [part.strip(b" \t") for part in value.lower().split(b",")]
         elif name == b"transfer-encoding" and version == "1.0":
             raise MalformedRequest("HTTP/1.0 has no Transfer-Encoding.")
         elif name == b"transfer-encoding" and value.lower() != b"chunked":

@@ -34,8 +34,11 @@ def read(content: bytes) -> Array:
     try:
         shape, fortran_order, dtype = _read_header(head)
     except _UNREADABLE as error:
-        reason = str(error).partition("\n")[0][:200]
-        raise _refused(f"The body is not an array that numpy saved: {reason}") from error
+        # numpy's own message may hold an address of this process's memory.
+        raise _refused(
+            "The body is not an array that numpy saved: its header cannot be read. Make it with "
+            "`numpy.save(file, array)`; formats 1.0 and 2.0 are taken."
+        ) from error
     # A dtype may have a shape of its own, which adds to the array's.
     plain = not (dtype.hasobject or dtype.subdtype) and dtype.itemsize > 0
     if not plain or len(shape) > _MOST_RANK:

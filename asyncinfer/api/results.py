@@ -9,7 +9,7 @@ from msgspec import UNSET, Struct, UnsetType
 from asyncinfer import payloads
 from asyncinfer.api import npy
 from asyncinfer.api.body import JSON_LENGTH_HEADER, NPY
-from asyncinfer.api.exchange import Header, Reply, Request, encode_json
+from asyncinfer.api.exchange import OWS, Header, Reply, Request, encode_json
 from asyncinfer.api.jobs import find_job
 from asyncinfer.api.services import Services
 from asyncinfer.api.views import ended, error_of, result_text, version_of
@@ -173,9 +173,9 @@ def _range(part: str) -> tuple[str, float]:
     liking = 1.0
     for parameter in parameters:
         name, _, value = parameter.partition("=")
-        if name.strip().lower() == "q":
-            liking = _number(value.strip())
-    return media_range.strip().lower(), liking
+        if name.strip(OWS).lower() == "q":
+            liking = _number(value.strip(OWS))
+    return media_range.strip(OWS).lower(), liking
 
 
 def _number(text: str) -> float:

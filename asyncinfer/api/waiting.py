@@ -6,7 +6,7 @@ from typing import Any
 
 import anyio
 
-from asyncinfer.api.exchange import Request
+from asyncinfer.api.exchange import OWS, Request
 from asyncinfer.errors import InvalidHeader, RequestError
 from asyncinfer.repository.submit import Stored
 from asyncinfer.schemas import MAX_WAIT_SECONDS
@@ -17,8 +17,8 @@ def preferred_wait(request: Request[Any]) -> int | None:
     for line in request.header_lines(b"prefer"):
         for preference in line.split(","):
             name, _, value = preference.partition(";")[0].partition("=")
-            if name.strip().lower() == "wait":
-                return _wait_seconds(value.strip().strip('"'))
+            if name.strip(OWS).lower() == "wait":
+                return _wait_seconds(value.strip(OWS).strip('"'))
     return None
 
 

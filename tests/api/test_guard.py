@@ -213,6 +213,14 @@ async def test_a_strangers_job_is_nobodys_but_the_default_tenants(
         assert_problem(await alice.get("/job/x"), 404, "job_not_found")
 
 
+async def test_two_keys_that_differ_are_refused(locked: int) -> None:
+    both = {"authorization": "Bearer alice-1", "x-api-key": "bob"}
+    async with client_of(locked) as client:
+        assert_problem(await client.get("/jobs", headers=both), 400, "invalid_header")
+        alike = both | {"x-api-key": "alice-1"}
+        assert (await client.get("/jobs", headers=alike)).status_code == 200
+
+
 async def test_one_idempotency_key_of_two_tenants_is_two_jobs(locked: int) -> None:
     async with client_of(locked, **{"idempotency-key": "k"}) as client:
         assert await submit(client, headers=bearer("alice-1")) != await submit(

@@ -585,6 +585,24 @@ async def test_a_header_of_numpys_that_is_no_plain_array_is_the_clients_fault(
     assert_problem(await client.post("/predict", content=body, headers=NPY), 422, "invalid_input")
 
 
+async def test_a_refusal_shows_no_address_of_memory(client: httpx2.AsyncClient) -> None:
+    body = headed("'<f4'", "False", "(2**62, 4)", b"")
+    reply = await client.post("/predict", content=body, headers=NPY)
+    assert "0x" not in assert_problem(reply, 422, "invalid_input")["detail"]
+
+
+@pytest.mark.parametrize("name", ["content-type", "content-encoding"])
+async def test_only_space_and_tab_are_white_space_in_a_header(
+    client: httpx2.AsyncClient, name: str
+) -> None:
+    """Python strips the byte 0xA0 too, and a proxy in front does not."""
+    value = {"content-type": b"application/json\xa0", "content-encoding": b"identity\xa0"}[name]
+    reply = await client.post(
+        "/predict", content=b'{"data": [[1, 2, 3, 4]]}', headers=[(name.encode(), value)]
+    )
+    assert reply.status_code == 415
+
+
 async def test_no_option_takes_a_line_end(client: httpx2.AsyncClient) -> None:
     """`$` also matches before a line end at the end of a text."""
     for name, value in {"group": "a\n", "version": "1\n", "priority": "low\n"}.items():
