@@ -17,7 +17,9 @@ from asyncinfer.api.body import discard
 from asyncinfer.api.catalog import Catalog
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.exchange import (
+    BREAK_OFF,
     ClientGone,
+    ClientTooSlow,
     Reply,
     Request,
     Stream,
@@ -82,15 +84,13 @@ class Api:
             await self._router(scope, receive, send)
             return
         try:
-            if b"%" in scope["raw_path"] and _is_no_route(scope):
-                await _no_such_route(scope, receive, send)
-            if resource := self._plain.get(scope["path"]):
-                scope["path_params"] = {}
-                await resource(scope, receive, send)
-            else:
-                await self._router(scope, receive, send)
+            await self._route(scope, receive, send)
         except ClientGone:
             return
+        except ClientTooSlow as error:
+            _log.info("%s %r is broken off: %s", scope["method"], scope["path"], error)
+            if break_off := scope.get("state", {}).get(BREAK_OFF):
+                break_off()
         except StreamBroken:
             # A server closes a connection whose answer was not finished: that tells the client.
             _log.exception("%s %r broke off", scope["method"], scope["path"])
@@ -103,6 +103,15 @@ class Api:
         except Exception:
             _log.exception("%s %r failed", scope["method"], scope["path"])
             await send_reply(problem_reply(internal_error(), scope["path"]), scope, send)
+
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if b"%" in scope["raw_path"] and _is_no_route(scope):
+            await _no_such_route(scope, receive, send)
+        if resource := self._plain.get(scope["path"]):
+            scope["path_params"] = {}
+            await resource(scope, receive, send)
+        else:
+            await self._router(scope, receive, send)
 
     async def answer(self, route: Route, scope: Scope, receive: Receive) -> Reply | Stream:
         assert self._services is not None, "the lifespan has not been started"

@@ -11,7 +11,7 @@ from starlette.types import Message
 from asyncinfer.api.body import NDJSON, check_lines
 from asyncinfer.api.bulk_answers import Answers, about, accepted_line, problem_line
 from asyncinfer.api.catalog import Served
-from asyncinfer.api.exchange import ClientGone, Request, Stream
+from asyncinfer.api.exchange import ClientGone, ClientTooSlow, Request, Stream
 from asyncinfer.api.inputs import is_long, read_line, read_long_line
 from asyncinfer.api.intake import explained, new_job, refusal_of
 from asyncinfer.api.jobs import absent
@@ -181,7 +181,7 @@ class Reader:
         """Returns when another answer may be owed: a client has to take some, at last."""
         longest = self._silence_seconds + (self._wait_seconds or 0)
         if await self._unless_stopped(self._is_room, longest) is None:
-            raise TimeoutError(f"the client took no answer for {longest:g} s")
+            raise ClientTooSlow(f"the client took nothing of its answer for {longest:g} s")
 
     async def _is_room(self) -> bool:
         await self._owed.room()

@@ -17,7 +17,14 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
-from asyncinfer.api.exchange import ANSWER_WHOLE, KEEP_BODY_OPEN, Header, Reply, header_block
+from asyncinfer.api.exchange import (
+    ANSWER_WHOLE,
+    BREAK_OFF,
+    KEEP_BODY_OPEN,
+    Header,
+    Reply,
+    header_block,
+)
 from asyncinfer.api.head import (
     FRAMING,
     check_version,
@@ -80,6 +87,7 @@ class Connection(HttpToolsProtocol):
         super().__init__(**uvicorns)
         self.app_state = {
             **self.app_state,
+            BREAK_OFF: self._break_off,
             KEEP_BODY_OPEN: self._keep_body_open,
             ANSWER_WHOLE: self._answer_whole,
         }
@@ -194,6 +202,11 @@ class Connection(HttpToolsProtocol):
             yield self._answering
         for cycle, _ in self.pipeline:
             yield cycle
+
+    def _break_off(self) -> None:
+        for cycle in self._cycles():
+            self._abandon(cycle)
+        self.transport.abort()
 
     def _abandon(self, cycle: RequestResponseCycle) -> None:
         """Lets its application see that the client has left."""

@@ -24,6 +24,9 @@ Header = tuple[bytes, bytes]
 KEEP_BODY_OPEN: Final = "asyncinfer.keep_body_open"
 """Where a connection of ours has put, in a scope's state, how its deadline is lifted."""
 
+BREAK_OFF: Final = "asyncinfer.break_off"
+"""And there, what ends the connection of a client that takes nothing of its answer."""
+
 ANSWER_WHOLE: Final = "asyncinfer.answer_whole"
 """And there, how a whole reply is sent at once; it returns whether it could."""
 
@@ -108,6 +111,10 @@ class Stream(Struct, frozen=True):
     """What is sent then, where a client would not ask again by itself."""
 
 
+class ClientTooSlow(Exception):
+    """The client took nothing of its answer for longer than it may."""
+
+
 class StreamBroken(Exception):
     """An answer that had begun could not be finished; its cause says why."""
 
@@ -141,7 +148,8 @@ async def send_reply(reply: Reply, scope: Scope, send: Send, *, more: bool = Fal
 
 
 async def send_stream(stream: Stream, scope: Scope, send: Send) -> None:
-    """Sends chunks as they come; raises StreamBroken, since no other answer can follow."""
+    """Sends chunks as they come. Raises StreamBroken, since no other answer can follow, or
+    ClientTooSlow where that is why."""
     try:
         if stream.reading is None:
             await _send_chunks(stream, scope, send)
@@ -153,7 +161,16 @@ async def send_stream(stream: Stream, scope: Scope, send: Send) -> None:
     except ClientGone:
         return
     except Exception as error:
+        if slow := _too_slow(error):
+            raise slow from None
         raise StreamBroken from error
+
+
+def _too_slow(error: Exception) -> ClientTooSlow | None:
+    """What was raised in a task comes wrapped in a group."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error if isinstance(error, ClientTooSlow) else None
 
 
 async def _cancel_after(reading: Callable[[], Awaitable[None]], scope: anyio.CancelScope) -> None:
