@@ -6,9 +6,17 @@ import logging
 import random
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from itertools import chain
-from typing import Final
+from typing import Final, cast
 
 from msgspec import Struct
 
@@ -152,7 +160,10 @@ class Feed:
 
     async def news(self, changes: Sequence[Change]) -> list[News]:
         """The changes with their jobs, which are read once for all followers; in a turn only."""
-        known = {one: news for one in changes if (news := self._news.get(one))}
+        found = [self._news.get(one) for one in changes]
+        if None not in found:
+            return cast(list[News], found)
+        known = {one.change: one for one in found if one}
         unknown = [one for one in changes if one not in known]
         ids = list({one.job_id: None for one in unknown})
         stored = dict(zip(ids, await read_summaries(self.store, ids), strict=True))
@@ -359,8 +370,8 @@ class Follower:
 
     def begin_at(self, position: Position) -> None:
         self._base_ms = position.base_ms
-        self._told = dict(position.told)
-        self._read: dict[str, Place] = dict(position.told)
+        self._told = _from(position.base_ms, position.told)
+        self._read = dict(self._told)
         """How far this was read; `_told` is how far the client was told."""
         self._taken: list[Change] = []
         self._behind: dict[str, Place] = {}
@@ -444,8 +455,7 @@ class Follower:
         return self._feed.queues if self.topic.queue is None else [self.topic.queue]
 
     def _place(self, queue: str) -> Place:
-        begin = (self._base_ms, 0, 0)
-        return max(begin, self._read.get(queue, begin))
+        return self._read.get(queue, (self._base_ms, 0, 0))
 
     async def _catch_up(self) -> list[Change]:
         queue, start = next(iter(self._behind.items()))
@@ -469,18 +479,19 @@ class Follower:
             return []
         self.at += len(part)
         drained: list[Change] = []
+        begin, read = (self._base_ms, 0, 0), self._read
         for change in part:
             # What was passed on while this read the log is in both.
-            if change.place >= self._place(change.queue):
-                self._read[change.queue] = change.after
+            if change.place >= read.get(change.queue, begin):
+                read[change.queue] = change.after
                 drained.append(change)
         return drained
 
     def _settle(self) -> None:
         """All that the reader has passed on is told: the position need not name older places."""
         self._base_ms = max(self._base_ms, self._feed.base_ms)
-        self._told = {queue: at for queue, at in self._told.items() if at[0] >= self._base_ms}
-        self._read = {queue: at for queue, at in self._read.items() if at[0] >= self._base_ms}
+        self._told = _from(self._base_ms, self._told)
+        self._read = _from(self._base_ms, self._read)
 
 
 class _Owners:
@@ -530,6 +541,11 @@ def _topics(owner: tuple[str, str | None] | None, queue: str) -> Iterable[Topic]
     if group is not None:
         yield Topic(tenant, group=group)
         yield Topic(tenant, group=group, queue=queue)
+
+
+def _from(base_ms: int, places: Mapping[str, Place]) -> dict[str, Place]:
+    """The places that are not before the base."""
+    return {queue: at for queue, at in places.items() if at[0] >= base_ms}
 
 
 async def _close_once(gone: Callable[[], Awaitable[None]], follower: Follower) -> None:

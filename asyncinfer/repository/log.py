@@ -29,7 +29,7 @@ _SAYS: Final[dict[bytes, Status]] = {
 """What a word of an entry means; `stranger` stands beside a `processing` of the same job."""
 
 
-class Change(Struct, frozen=True):
+class Change(Struct, frozen=True, cache_hash=True):
     """A job that has come to a status."""
 
     queue: str
