@@ -37,8 +37,8 @@ _READ_SECONDS: Final = 1.0
 _ENTRIES_A_READ: Final = 50
 _SLACK_MS: Final = 5000
 _BASE_STEP_MS: Final = 1000
-"""Followers of the same topic come to the same position, so that their events have the same ids
-and are encoded once for all of them."""
+"""Followers that are as far drop the same places from their positions, so that what they are sent
+is encoded once for all of them."""
 
 _MOST_KEPT: Final = 10_000
 """Changes kept of one topic for followers whose clients are slow. A follower that is further behind
@@ -48,6 +48,10 @@ _CHANGES_AT_ONCE: Final = 256
 """As many as one submit writes to the log: followers take a burst at the pace it is read at."""
 
 _MOST_NEWS: Final = 4096
+_MOST_ERROR_BYTES: Final = 64 << 10
+"""Of the news that are taken at once, since they wait in memory for a slow client; and an error
+that is longer, as anyone may write one into Redis, is not kept for other followers."""
+
 _MOST_PAGES: Final = 16
 _FIRST_ENTRIES: Final = 16
 _MOST_ENTRIES: Final = 200
@@ -76,6 +80,10 @@ class News(Struct, eq=False):
     stored: Stored | None
     text: bytes = b""
     """The change as clients are sent it; encoded for the first of them and kept for the others."""
+
+    @property
+    def error_bytes(self) -> int:
+        return len(self.stored.error) if self.stored and self.stored.error else 0
 
 
 class Feed:
@@ -168,7 +176,9 @@ class Feed:
         ids = list({one.job_id: None for one in unknown})
         stored = dict(zip(ids, await read_summaries(self.store, ids), strict=True))
         for one in unknown:
-            known[one] = self._news[one] = News(one, stored[one.job_id])
+            known[one] = news = News(one, stored[one.job_id])
+            if news.error_bytes <= _MOST_ERROR_BYTES:
+                self._news[one] = news
         while len(self._news) > _MOST_NEWS:
             self._news.popitem(last=False)
         return [known[one] for one in changes]
@@ -322,6 +332,7 @@ class Feed:
 
     def _let_all_catch_up(self) -> None:
         """What was missed meanwhile may be gone from the logs; each looks for itself."""
+        self._pages.clear()
         for follower in self._followers():
             follower.fall_behind()
 
@@ -439,8 +450,8 @@ class Follower:
         if not self._taken:
             self._taken = await self._take()
         part = self._taken[:_CHANGES_AT_ONCE]
-        news = await self._feed.news(part)
-        del self._taken[: len(part)]
+        news = _bounded(await self._feed.news(part))
+        del self._taken[: len(news)]
         return news
 
     async def _take(self) -> list[Change]:
@@ -525,6 +536,16 @@ def _fits(topic: Topic, owner: tuple[str, str | None] | None, queue: str) -> boo
     if owner is None or owner[0] != topic.tenant:
         return False
     return topic.group in (None, owner[1]) and topic.queue in (None, queue)
+
+
+def _bounded(news: list[News]) -> list[News]:
+    """The first of them that are not too large together; at least one."""
+    size = 0
+    for index, one in enumerate(news):
+        size += one.error_bytes
+        if size > _MOST_ERROR_BYTES and index:
+            return news[:index]
+    return news
 
 
 def _place_of(change: Change) -> Place:

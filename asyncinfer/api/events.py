@@ -226,9 +226,11 @@ class ManyStory:
 
     async def begin(self, follower: Follower) -> bytes:
         follower.begin_at(Position(await self._services.feed.log.now_ms()))
-        page = await self._services.inspection.jobs(
-            tenant=self.topic.tenant, model=self._model, limit=_SNAPSHOT_JOBS
-        )
+        # All streams begin anew when a log was cut under them.
+        async with self._services.feed.turn():
+            page = await self._services.inspection.jobs(
+                tenant=self.topic.tenant, model=self._model, limit=_SNAPSHOT_JOBS
+            )
         default = self._services.catalog.default_model
         view = JobList([summary_view(job, default) for job in page.jobs], page.cursor)
         return event("snapshot", view, follower.position())
