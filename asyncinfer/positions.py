@@ -5,11 +5,14 @@ from typing import Annotated, Final
 from msgspec import Meta, Struct
 
 from asyncinfer.errors import InvalidQuery
-from asyncinfer.repository.cursors import decode_cursor, encode_cursor
+from asyncinfer.repository.cursors import cursor_bytes, decode_cursor
 from asyncinfer.repository.log import Place
 
 _MOST_CHARACTERS: Final = 32 << 10
 """A position may name hundreds of queues; a header is no longer than this either."""
+
+
+_BASE_CHARACTERS: Final = 16
 
 
 class Position(Struct, frozen=True, array_like=True):
@@ -23,8 +26,19 @@ class Position(Struct, frozen=True, array_like=True):
     """The round whose end was told, of a job; 1 when that of a group was."""
 
 
-def encode_position(position: Position) -> str:
-    return encode_cursor(position)
+def encode_position(position: Position) -> bytes:
+    return cursor_bytes(position)
+
+
+def split_position(position: Position) -> tuple[bytes, bytes]:
+    """`encode_position` in two parts, of which the second does not depend on the base.
+
+    MessagePack has one byte for the array and nine for a base of more than 32 bits, which any since
+    1970 is; with two of what follows they are 16 characters of Base64. A lesser base is not split.
+    """
+    text = encode_position(position)
+    split = _BASE_CHARACTERS if position.base_ms >> 32 else len(text)
+    return text[:split], text[split:]
 
 
 def decode_position(text: str) -> Position:

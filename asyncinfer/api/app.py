@@ -16,6 +16,7 @@ from asyncinfer.api.authority import authority_of
 from asyncinfer.api.body import discard
 from asyncinfer.api.catalog import Catalog
 from asyncinfer.api.config import ApiConfig
+from asyncinfer.api.event_text import EventTexts
 from asyncinfer.api.exchange import (
     BREAK_OFF,
     ClientGone,
@@ -223,6 +224,7 @@ def _services(store: Store, config: ApiConfig) -> Services:
     submissions = Submissions(store)
     operation = Operation(store)
     inspection = Inspection(store)
+    catalog = Catalog(inspection, store, config.default_model)
     return Services(
         config=config,
         store=store,
@@ -235,8 +237,9 @@ def _services(store: Store, config: ApiConfig) -> Services:
         groups=Groups(store, operation),
         inbox=Inbox(store, submissions),
         feed=Feed(store),
+        event_texts=EventTexts(catalog),
         long_reads=anyio.CapacityLimiter(1),
-        catalog=Catalog(inspection, store, config.default_model),
+        catalog=catalog,
         openapi=_document(),
     )
 

@@ -9,15 +9,16 @@ from typing import Any, Final, Protocol
 from msgspec import Struct
 
 from asyncinfer import jobs
-from asyncinfer.api.exchange import Reply, Request, Stream, encode_json
+from asyncinfer.api.event_text import event
+from asyncinfer.api.exchange import Reply, Request, Stream
 from asyncinfer.api.groups import group_view
 from asyncinfer.api.jobs import find_job
 from asyncinfer.api.services import Services
-from asyncinfer.api.views import change_view, ended, summary_view
+from asyncinfer.api.views import ended, summary_view
 from asyncinfer.errors import RedisUnavailable, TooManyStreams
 from asyncinfer.feed import Follower, News, Topic
 from asyncinfer.jobs import Status
-from asyncinfer.positions import Position, decode_position, encode_position
+from asyncinfer.positions import Position, decode_position
 from asyncinfer.repository.log import LogTrimmed
 from asyncinfer.repository.submit import Stored, queue_of, read_summaries
 from asyncinfer.schemas import EventsQuery, Group, JobEventsQuery, JobList
@@ -120,12 +121,9 @@ async def _chunks(
             if chunk:
                 yield chunk
                 sent_at = time.monotonic()
-
-
-def event(name: str, data: Struct, position: Position | None = None) -> bytes:
-    """One event; its data is one line, as JSON of msgspec always is."""
-    place = b"" if position is None else b"id: %b\n" % encode_position(position).encode()
-    return b"%bevent: %b\ndata: %b\n\n" % (place, name.encode(), encode_json(data))
+                # Sends nothing, and returns once the client has taken enough of the chunk: nothing
+                # is read and encoded for one that does not read.
+                yield b""
 
 
 async def _client_gone(request: Request[Any]) -> None:
@@ -201,8 +199,7 @@ class JobStory:
         self.over = status in jobs.TERMINAL
         same = news.stored is not None and news.stored.status == status
         last = _round(news.stored) if self.over and same and news.stored else 0
-        view = change_view(news.change, news.stored, self._services.catalog.default_model)
-        return event(status, view, follower.tell(news.change, last))
+        return self._services.event_texts.one(news, follower, last)
 
     def _end(self, stored: Stored, follower: Follower) -> bytes:
         if not ended(stored):
@@ -229,27 +226,17 @@ class ManyStory:
 
     async def begin(self, follower: Follower) -> bytes:
         follower.begin_at(Position(await self._services.feed.log.now_ms()))
-        page = await self._services.inspection.jobs(
-            tenant=self.topic.tenant, model=self._model, limit=_SNAPSHOT_JOBS
-        )
+        # All streams begin anew when a log was cut under them.
+        async with self._services.feed.turn():
+            page = await self._services.inspection.jobs(
+                tenant=self.topic.tenant, model=self._model, limit=_SNAPSHOT_JOBS
+            )
         default = self._services.catalog.default_model
         view = JobList([summary_view(job, default) for job in page.jobs], page.cursor)
         return event("snapshot", view, follower.position())
 
     async def go_on(self, follower: Follower, news: list[News]) -> bytes:
-        return _told(self._services, follower, news)
-
-
-def _told(services: Services, follower: Follower, news: list[News]) -> bytes:
-    default = services.catalog.default_model
-    return b"".join(
-        event(
-            one.change.status,
-            change_view(one.change, one.stored, default),
-            follower.tell(one.change),
-        )
-        for one in news
-    )
+        return self._services.event_texts.many(news, follower)
 
 
 # --- a group ---------------------------------------------------------------------------------
@@ -289,7 +276,7 @@ class GroupStory:
         return event("snapshot", view, follower.position())
 
     async def go_on(self, follower: Follower, news: list[News]) -> bytes:
-        told = _told(self._services, follower, news)
+        told = self._services.event_texts.many(news, follower)
         self._note([one.change.status for one in news])
         if self._done and follower.caught_up:
             told += event("done", self._done, follower.position(ended=1))

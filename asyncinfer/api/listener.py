@@ -8,12 +8,18 @@ from asyncinfer.errors import StartError
 
 _BACKLOG: Final = 2048
 
+_UNSENT_BYTES: Final = 128 << 10
+"""What the kernel takes of an answer ahead of what the network carries. By itself it took 2.7 MiB
+of each event stream that nobody read, all of which was read from Redis and encoded for it."""
+
 
 def listen(host: str, port: int) -> socket.socket:
     try:
-        return socket.create_server((host, port), family=_family(host), backlog=_BACKLOG)
+        it = socket.create_server((host, port), family=_family(host), backlog=_BACKLOG)
     except OSError as error:
         raise _refusal(host, port, error) from error
+    _bound_unsent(it)
+    return it
 
 
 def hold(host: str, port: int) -> socket.socket:
@@ -55,10 +61,17 @@ def _bound(family: int, address: tuple[str | int, ...], *, siblings: bool) -> so
         if family == socket.AF_INET6:
             it.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         it.bind(address)
+        _bound_unsent(it)
     except BaseException:
         it.close()
         raise
     return it
+
+
+def _bound_unsent(listener: socket.socket) -> None:
+    """Each connection that is accepted has this from its listener."""
+    if option := getattr(socket, "TCP_NOTSENT_LOWAT", None):
+        listener.setsockopt(socket.IPPROTO_TCP, option, _UNSENT_BYTES)
 
 
 def _refusal(host: str, port: int, error: OSError) -> StartError:

@@ -5,6 +5,7 @@ from msgspec import Struct
 
 from asyncinfer.api.catalog import Catalog
 from asyncinfer.api.config import ApiConfig
+from asyncinfer.api.event_text import EventTexts
 from asyncinfer.feed import Feed
 from asyncinfer.inbox import Inbox
 from asyncinfer.repository.dead import DeadLetters
@@ -29,6 +30,7 @@ class Services(Struct, frozen=True, kw_only=True):
     groups: Groups
     inbox: Inbox
     feed: Feed
+    event_texts: EventTexts
     catalog: Catalog
     long_reads: CapacityLimiter
     """The one thread in which requests are read that take long."""

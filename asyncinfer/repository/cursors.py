@@ -13,8 +13,15 @@ MOST_CHARACTERS: Final = 4096
 """Of a listing's cursor, which names a place, a queue and a job."""
 
 
+_encode: Final = msgspec.msgpack.Encoder().encode
+
+
 def encode_cursor(place: object) -> str:
-    return base64.urlsafe_b64encode(msgspec.msgpack.encode(place)).decode().rstrip("=")
+    return cursor_bytes(place).decode()
+
+
+def cursor_bytes(place: object) -> bytes:
+    return base64.urlsafe_b64encode(_encode(place)).rstrip(b"=")
 
 
 def decode_cursor(text: str, kind: type[T], most_characters: int = MOST_CHARACTERS) -> T:

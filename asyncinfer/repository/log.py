@@ -12,7 +12,6 @@ from asyncinfer.jobs import Status
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submit import Stored, summary_keys, summary_of
 
-_ENTRIES_A_PAGE: Final = 200
 _MOST: Final = (1 << 63) - 1
 
 _Part = Annotated[int, Meta(ge=0, le=_MOST)]
@@ -30,7 +29,7 @@ _SAYS: Final[dict[bytes, Status]] = {
 """What a word of an entry means; `stranger` stands beside a `processing` of the same job."""
 
 
-class Change(Struct, frozen=True):
+class Change(Struct, frozen=True, cache_hash=True):
     """A job that has come to a status."""
 
     queue: str
@@ -62,11 +61,14 @@ class Log:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    async def page(self, queue: str, start: Place) -> LogPage:
-        """The changes from `start` on; raises LogTrimmed when some of them may be gone."""
+    async def page(
+        self, queue: str, start: Place, most_entries: int = 200, most_changes: int = 5000
+    ) -> LogPage:
+        """The changes from `start` on; raises LogTrimmed when some of them may be gone. A page ends
+        with the entry that makes it `most_changes` long, since an entry may tell of hundreds."""
         name = keys.log(queue)
         entries = await self._store.look(
-            *("XRANGE", name, f"{start[0]}-{start[1]}", "+", "COUNT", _ENTRIES_A_PAGE),
+            *("XRANGE", name, f"{start[0]}-{start[1]}", "+", "COUNT", most_entries),
             otherwise=(),
         )
         if not entries:
@@ -74,20 +76,28 @@ class Log:
             return LogPage([], start, more=False)
         # Asked for afterwards: what was there to be read a moment ago has not been cut before.
         await self._check_reach(name, start)
-        changes = [
-            change
-            for entry_id, fields in entries
-            for change in changes_in(queue, entry_id, fields)
-            if change.place >= start
-        ]
-        return LogPage(changes, _after(entries[-1][0]), more=len(entries) == _ENTRIES_A_PAGE)
+        changes: list[Change] = []
+        used = 0
+        for entry_id, fields in entries:
+            changes += [one for one in changes_in(queue, entry_id, fields) if one.place >= start]
+            used += 1
+            if len(changes) >= most_changes:
+                break
+        more = used < len(entries) or len(entries) == most_entries
+        return LogPage(changes, _after(entries[used - 1][0]), more)
+
+    async def reaches(self, queue: str, end: bytes) -> bool:
+        """Whether the log still has all that came after this entry."""
+        name = keys.log(queue)
+        if not await self._store.command("EXISTS", name):
+            return end == b"0-0"
+        about = await self._store.look("XINFO STREAM", name, otherwise=None)
+        # A key of another type has nothing that could be missed.
+        return about is None or _reaches(about, _after(end))
 
     async def _check_reach(self, name: str, start: Place) -> None:
         about = await self._store.command("XINFO STREAM", name)
-        first = about["first-entry"]
-        if about["entries-added"] == about["length"] or first is None:
-            return
-        if _before(first[0]) > start:
+        if not _reaches(about, start):
             raise LogTrimmed
 
     async def _check_clock(self, name: str, start: Place) -> None:
@@ -181,6 +191,14 @@ def ids_in(packed: bytes) -> list[str | None]:
     """The ids of an entry's word; None for each that is not text, which JSON cannot name."""
     ids = _ids(packed)
     return list(ids) if ids is not None else [_id(bytes(one)) for one in _raw_ids(packed) or ()]
+
+
+def _reaches(about: Mapping[str, Any], start: Place) -> bool:
+    """Whether a log, as XINFO STREAM describes it, has all entries from `start` on."""
+    first = about["first-entry"]
+    if about["entries-added"] == about["length"] or first is None:
+        return True
+    return _before(first[0]) <= start
 
 
 def _newest(queue: str) -> tuple[Any, ...]:
