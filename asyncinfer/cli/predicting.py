@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import re
 import shlex
-import sys
 import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from asyncinfer.cli.options import Server
 from asyncinfer.cli.progress import Progress, progress
 from asyncinfer.cli.reading import Row
 from asyncinfer.cli.refusing import EXIT_FAILED, complain
+from asyncinfer.cli.telling import say_aside
 from asyncinfer.cli.writing import Record
 from asyncinfer.errors import AsyncinferError, Fault, FileRefused, RequestError
 
@@ -95,7 +95,7 @@ def _run(
             if error := record.get("error"):
                 failed += 1
                 if failed <= _TOLD_ERRORS:
-                    sys.stderr.write(f"row {record['row']}: {error['detail']}\n")
+                    say_aside(f"row {record['row']}: {error['detail']}")
             writer.write(record)
             bar.advance(failed=bool(error))
     except KeyboardInterrupt:
