@@ -18,7 +18,7 @@ _JSON: Final = {code: f"\\u{code:04x}" for code in _TEXT}
 
 
 def printable(text: str) -> str:
-    """Unsafe characters as visible escapes, such as `\\x1b` or `\\u202e`; line ends and tabs stay."""
+    """Unsafe characters as visible escapes, such as `\\x1b`; line ends and tabs stay."""
     return text if _is_plain(text) else text.translate(_TEXT)
 
 
@@ -28,8 +28,8 @@ def printable_line(text: str) -> str:
 
 
 def printable_json(text: str) -> str:
-    """JSON text of the same value: JSON allows the unsafe characters in strings only, where
-    an escape means the same character."""
+    """JSON of the same value: outside its strings, where an escape means the same character, the
+    JSON that we write has none of these."""
     return text if _is_plain(text) else text.translate(_JSON)
 
 

@@ -153,7 +153,7 @@ def _record(row: Row, result: Any, names: Sequence[str]) -> Record:
         return {"row": row.number, "error": {"code": result.code, "detail": _detail(result)}}
     if isinstance(result, dict):
         return {"row": row.number, **{name: _plain(one) for name, one in result.items()}}
-    return {"row": row.number, names[0]: _plain(result)}
+    return {"row": row.number, next(iter(names), "result"): _plain(result)}
 
 
 def _refuse_no_server(error: AsyncinferError) -> None:

@@ -18,7 +18,11 @@ Place = tuple[str | int, ...]
 WRONG: Final[tuple[Any, ...]] = (None, 7, -1.5, True, "x", "\x1b[31m", [], [None], {}, {"x": None})
 COMMANDS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
     "GET /jobs": (("jobs",), ("dead",), ("jobs", "--all-tenants"), ("jobs", "--json")),
-    "GET /job": (("job", "a"), ("job", "a", "--watch", "--timeout", "0.01"), ("job", "a", "--json")),
+    "GET /job": (
+        ("job", "a"),
+        ("job", "a", "--watch", "--timeout", "0.01"),
+        ("job", "a", "--json"),
+    ),
     "GET /models": (("models",), ("models", "--json"), ("predict", "1", "2", "3", "4")),
     "GET /models/iris": (("models", "iris"), ("predict", "-m", "iris", "1", "2", "3", "4")),
     "GET /queues": (("top", "--once"), ("top", "--once", "--json")),
@@ -48,7 +52,7 @@ class Hostile(ThreadingHTTPServer):
     def answer(self, method: str, path: str) -> Any:
         asked = f"{method} {path.partition('?')[0]}"
         named = (it for it in self.answers if asked == it or asked.startswith(f"{it}/"))
-        return self.answers[max(named, key=len)]
+        return self.answers.get(max(named, key=len, default=""), {})
 
 
 class _Handler(BaseHTTPRequestHandler):
