@@ -12,6 +12,7 @@ from asyncinfer.cli.options import Server
 from asyncinfer.client import Client, Model, NotAsyncinfer
 from asyncinfer.client._flows import ask_json
 from asyncinfer.client._wire import Request
+from asyncinfer.printable import printable_line
 
 _Answer = TypeVar("_Answer")
 _MARGIN_SECONDS: Final = 15.0
@@ -76,9 +77,10 @@ class Service:
 
 
 def told_problem(one: dict[str, Any]) -> str:
-    """Of a model, as a server lists it."""
+    """In one line, of a model as a server lists it."""
     version = one.get("version") or "all versions"
-    return f"{one.get('model')} {version}, worker {one.get('worker')}: {one.get('reason')}"
+    told = f"{one.get('model')} {version}, worker {one.get('worker')}: {one.get('reason')}"
+    return printable_line(told)
 
 
 def by_rows(times: dict[str, float]) -> list[tuple[int, float]]:

@@ -20,13 +20,14 @@ COMMANDS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
     "GET /jobs": (("jobs",), ("dead",), ("jobs", "--all-tenants"), ("jobs", "--json")),
     "GET /job": (
         ("job", "a"),
-        ("job", "a", "--watch", "--timeout", "0.01"),
+        ("job", "a", "--watch", "--timeout", "0"),
         ("job", "a", "--json"),
     ),
     "GET /models": (("models",), ("models", "--json"), ("predict", "1", "2", "3", "4")),
     "GET /models/iris": (("models", "iris"), ("predict", "-m", "iris", "1", "2", "3", "4")),
     "GET /queues": (("top", "--once"), ("top", "--once", "--json")),
     "GET /workers": (("top", "--once"),),
+    "GET /group": (("predict", "-m", "iris", "1", "2", "3", "4"),),
     "POST /predict": (
         ("predict", "-m", "iris", "1", "2", "3", "4"),
         ("predict", "-m", "iris", "1", "2", "3", "4", "--to", "csv"),
@@ -57,6 +58,7 @@ class Hostile(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # one packet an answer: a second one would wait for the acknowledgement
     server: Hostile
 
     def _answer(self) -> None:
@@ -90,7 +92,7 @@ def answered(running: Any) -> dict[str, Any]:
     job_id = ended(running.url, submitted(running.url))
     job = ask("GET", f"/job/{job_id}")
     failed = {"error": {"code": "model_failed", "message": "It did."}, "status": "failed"}
-    jobs = ask("GET", "/jobs?limit=1")
+    jobs = {**ask("GET", "/jobs?limit=1"), "cursor": None}
     jobs["jobs"].append({**jobs["jobs"][0], **failed})
     refused = {"job_id": "b", "code": "job_not_found", "detail": "There is none."}
     models = ask("GET", "/models")
@@ -103,6 +105,7 @@ def answered(running: Any) -> dict[str, Any]:
         "GET /models/iris": {**ask("GET", "/models/iris"), "problems": [problem]},
         "GET /queues": ask("GET", "/queues"),
         "GET /workers": ask("GET", "/workers"),
+        "GET /group": {"group": "x", "jobs": 0},
         "POST /predict": ask("POST", "/predict/iris", {"data": [[5.1, 3.5, 1.4, 0.2]]}),
         "DELETE /jobs": {"cancelled": 1, "asked": 0, "purged": 2, "more": False},
         "DELETE /job": {**job, "status": "cancelled"},
