@@ -149,8 +149,3 @@ def test_bash_takes_the_completion_script(capsys: pytest.CaptureFixture[str]) ->
     assert main(("completion", "bash")) == 0
     script = capsys.readouterr().out
     subprocess.run(["bash", "-n"], input=script, text=True, check=True, capture_output=True)
-
-
-@pytest.mark.parametrize("argv", [("job",), ("models",), ("retry",), ("jobs", "--model")])
-def test_a_name_that_is_not_utf8_is_said(url: str, argv: tuple[str, ...]) -> None:
-    assert "not valid UTF-8" in complaint(told(*argv, "\udcff"), 2)
