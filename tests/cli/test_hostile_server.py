@@ -178,6 +178,13 @@ def test_no_wrong_type_in_an_answer_ends_in_a_traceback(hostile: Hostile, asked:
             refuses_or_shows(argv)
 
 
+def test_an_axis_that_a_model_has_not_is_refused(hostile: Hostile) -> None:
+    model = hostile.answers["GET /models/iris"]
+    for axis in (-1, 7):
+        hostile.answers["GET /models/iris"] = {**model, "input_axes": [axis]}
+        assert refuses_or_shows(("predict", "-m", "iris", "1", "2", "3", "4")).code == 3
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("wrong", WRONG, ids=repr)
 @pytest.mark.parametrize("asked", COMMANDS)
