@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "asyncinfer"
 
 RUNGS = (
     "errors",
+    "printable",
     "keys",
     "cores",
     "garbage",

@@ -9,6 +9,7 @@ import msgspec
 
 from asyncinfer.api.exchange import Request
 from asyncinfer.errors import RequestError
+from asyncinfer.printable import printable_json
 from asyncinfer.schemas import ALL_TENANTS
 
 _MOST_CHARACTERS: Final = 128
@@ -55,6 +56,6 @@ def _tell(request: Request[Any], verb: str, meant: Mapping[str, object], outcome
 
 
 def _text(value: object) -> str:
-    """As JSON: a name in a query may hold a line break."""
+    """As JSON: a name in a query may hold a line break or a control character."""
     shown = value[:_MOST_CHARACTERS] if isinstance(value, str) else value
-    return msgspec.json.encode(shown).decode()
+    return printable_json(msgspec.json.encode(shown).decode())

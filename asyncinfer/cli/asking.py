@@ -1,5 +1,6 @@
 """Requests to a service, through the client: what commands ask that it has no method for."""
 
+import re
 from types import TracebackType
 from typing import Any, Final, TypeVar
 from urllib.parse import quote, urlencode
@@ -11,9 +12,11 @@ from asyncinfer.cli.options import Server
 from asyncinfer.client import Client, Model, NotAsyncinfer
 from asyncinfer.client._flows import ask_json
 from asyncinfer.client._wire import Request
+from asyncinfer.printable import printable_line
 
 _Answer = TypeVar("_Answer")
 _MARGIN_SECONDS: Final = 15.0
+_COUNT: Final = re.compile("[0-9]{1,18}")
 _RETRIES: Final = 2
 """A person waits: some two seconds are enough."""
 
@@ -60,13 +63,29 @@ class Service:
         return client._driver.run(ask_json(client._server, request))
 
     def ask_as(self, kind: type[_Answer], method: str, path: str, **more: Any) -> _Answer:
+        return self.checked(kind, self.ask(method, path, **more), path)
+
+    def checked(self, kind: type[_Answer], answer: Any, path: str) -> _Answer:
+        """An answer, or a part of one, whose types are those that a command relies on."""
         try:
-            return msgspec.convert(self.ask(method, path, **more), kind)
+            return msgspec.convert(answer, kind)
         except msgspec.ValidationError as error:
             raise NotAsyncinfer(
                 f"{self.client.url}{path} does not answer as this release of asyncinfer does "
                 f"({error}). Give the address that `asyncinfer serve` shows as its URL."
             ) from error
+
+
+def told_problem(one: dict[str, Any]) -> str:
+    """In one line, of a model as a server lists it."""
+    version = one.get("version") or "all versions"
+    told = f"{one.get('model')} {version}, worker {one.get('worker')}: {one.get('reason')}"
+    return printable_line(told)
+
+
+def by_rows(times: dict[str, float]) -> list[tuple[int, float]]:
+    """The seconds of a run by its number of rows, fewest first."""
+    return sorted((int(rows), took) for rows, took in times.items() if _COUNT.fullmatch(rows))
 
 
 def part(name: str) -> str:

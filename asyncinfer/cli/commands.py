@@ -127,10 +127,22 @@ def parsed(arguments: Sequence[str]) -> int:
     except click.ClickException as error:
         complain(_one_line(error))
         return EXIT_CANNOT_START
+    except UnicodeEncodeError:
+        # A file's name may be any bytes; what is sent to a server is text.
+        wrong = [word for word in arguments if not _is_text(word)]
+        if not wrong:
+            raise
+        complain(f"{wrong[0]!r} is not valid UTF-8, so that no job or model has such a name.")
+        return EXIT_CANNOT_START
     except click.Abort:  # Ctrl-C at a question
         return EXIT_INTERRUPTED
     except click.exceptions.Exit as ended:
         sys.exit(ended.exit_code)
+
+
+def _is_text(word: str) -> bool:
+    """Bytes that are not UTF-8 come as lone surrogates (PEP 383)."""
+    return not any("\ud800" <= one <= "\udfff" for one in word)
 
 
 def _one_line(error: click.ClickException) -> str:

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import click
+import msgspec
 
 from asyncinfer.cli import options
 from asyncinfer.cli.options import Server
 from asyncinfer.cli.refusing import EXIT_FAILED, complain
 from asyncinfer.errors import RequestError
+from asyncinfer.schemas import Cleared, Retried
 
 _A_CALL: Final = 1000
 _ABOUT_THE_SERVER: Final = frozenset({401, 403, 503})
@@ -52,7 +54,7 @@ def cancel(
     _refuse_unclear("cancel", job_ids, query)
     if job_ids:
         return _one_by_one(server, job_ids, as_json, "cancelled", tenant=tenant)
-    return _all_that_match(server, "DELETE", "/jobs", {**query, "tenant": tenant}, as_json)
+    return _all_that_match(server, Cleared, "DELETE", "/jobs", {**query, "tenant": tenant}, as_json)
 
 
 @options.command(
@@ -90,7 +92,7 @@ def retry(
     _refuse_unclear("retry", job_ids, query)
     if not job_ids:
         query["tenant"] = tenant
-        return _all_that_match(server, "POST", "/jobs/retry", query, as_json)
+        return _all_that_match(server, Retried, "POST", "/jobs/retry", query, as_json)
     from asyncinfer.cli.asking import Service
 
     totals: dict[str, Any] = {"retried": [], "refused": []}
@@ -98,7 +100,8 @@ def retry(
         for start in range(0, len(job_ids), _A_CALL):
             some = list(job_ids[start : start + _A_CALL])
             body = {"job_ids": some}
-            _add(totals, service.ask("POST", "/jobs/retry", body=body, tenant=tenant))
+            done = service.ask_as(Retried, "POST", "/jobs/retry", body=body, tenant=tenant)
+            _add(totals, done)
     return _tell(totals, as_json)
 
 
@@ -146,7 +149,7 @@ def purge(
     if not (yes or _agreed()):
         return 0
     query |= {"purge": True, "tenant": tenant}
-    return _all_that_match(server, "DELETE", "/jobs", query, as_json)
+    return _all_that_match(server, Cleared, "DELETE", "/jobs", query, as_json)
 
 
 # --- how -------------------------------------------------------------------------------------
@@ -187,7 +190,12 @@ def _one_by_one(
 
 
 def _all_that_match(
-    server: Server, method: str, path: str, query: dict[str, Any], as_json: bool
+    server: Server,
+    kind: type[Cleared | Retried],
+    method: str,
+    path: str,
+    query: dict[str, Any],
+    as_json: bool,
 ) -> int:
     """A call does a bounded number; asks again as long as it did something."""
     from asyncinfer.cli.asking import Service
@@ -195,17 +203,18 @@ def _all_that_match(
     totals: dict[str, Any] = {}
     with Service(server) as service:
         while True:
-            done = service.ask(method, path, **query)
-            more = done.pop("more", False)
-            _add(totals, done)
-            if not (more and any(done.values())):
+            done = service.ask_as(kind, method, path, **query)
+            did_something = _add(totals, done)
+            if not (done.more and did_something):
                 return _tell(totals, as_json)
 
 
-def _add(totals: dict[str, Any], done: dict[str, Any]) -> None:
-    for name, value in done.items():
-        if name != "more":
-            totals[name] = totals[name] + value if name in totals else value
+def _add(totals: dict[str, Any], done: Cleared | Retried) -> bool:
+    """Whether it did something."""
+    added = {name: value for name, value in msgspec.to_builtins(done).items() if name != "more"}
+    for name, value in added.items():
+        totals[name] = totals[name] + value if name in totals else value
+    return any(added.values())
 
 
 def _tell(totals: dict[str, Any], as_json: bool) -> int:

@@ -1,10 +1,12 @@
 """The commands that look at jobs: `jobs`, `job`, `dead`."""
 
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 
 import click
+from msgspec import Meta, Struct
 
 from asyncinfer.cli import options
 from asyncinfer.cli.options import Server
@@ -17,6 +19,8 @@ _ENDED: Final = frozenset({"completed", "failed", "cancelled"})
 _PAGE: Final = 1000
 _WAIT_SECONDS: Final = 30.0
 _ERROR_CHARACTERS: Final = 100
+
+_Moment: TypeAlias = Annotated[datetime, Meta(tz=True)]
 
 
 _of_model = click.option("--model", metavar="NAME", help="Only jobs of this model.")
@@ -113,6 +117,34 @@ def job(
     return 1 if found["status"] in ("failed", "cancelled") else 0
 
 
+class _Status(Struct, frozen=True):
+    status: str
+
+
+class _Page(Struct, frozen=True):
+    jobs: list[dict[str, Any]]
+    cursor: str | None = None
+
+
+class _Error(Struct, frozen=True):
+    code: str
+    message: str
+
+
+class _Listed(Struct, frozen=True, kw_only=True):
+    """A job in a list."""
+
+    job_id: str
+    status: str
+    model: str | None = None
+    version: str | None = None
+    tenant: str | None = None
+    error: _Error | None = None
+    created_at: _Moment | None = None
+    started_at: _Moment | None = None
+    finished_at: _Moment | None = None
+
+
 # --- one -------------------------------------------------------------------------------------
 
 
@@ -121,10 +153,10 @@ def _read(
 ) -> dict[str, Any]:
     from asyncinfer.cli.asking import part
 
-    found: dict[str, Any] = service.ask(
-        "GET", f"/job/{part(job_id)}", wait_seconds=wait_seconds, tenant=tenant
-    )
-    return found
+    path = f"/job/{part(job_id)}"
+    found = service.ask("GET", path, wait_seconds=wait_seconds, tenant=tenant)
+    service.checked(_Status, found, path)
+    return service.checked(dict[str, Any], found, path)
 
 
 def _watched(look: Callable[[float], dict[str, Any]], timeout: float | None) -> dict[str, Any]:
@@ -174,38 +206,33 @@ def _list(server: Server, limit: int, as_json: bool, **query: Any) -> None:
     if as_json:
         say_json(found)
         return
+    listed = service.checked(list[_Listed], found, "/jobs")
     columns = ("JOB", "STATUS", "MODEL", "MADE", "TOOK", "ERROR")
     if query["tenant"]:
-        show((*columns, "TENANT"), ([*_row(one), one.get("tenant")] for one in found))
+        show((*columns, "TENANT"), ([*_row(one), one.tenant] for one in listed))
     else:
-        show(columns, map(_row, found))
+        show(columns, map(_row, listed))
 
 
 def _found(service: "Service", limit: int, query: dict[str, Any]) -> Iterator[dict[str, Any]]:
     cursor = None
     while limit > 0:
-        page = service.ask("GET", "/jobs", limit=min(limit, _PAGE), cursor=cursor, **query)
-        yield from page["jobs"]
-        limit -= len(page["jobs"])
-        cursor = page.get("cursor")
+        asked = {"limit": min(limit, _PAGE), "cursor": cursor, **query}
+        page = service.ask_as(_Page, "GET", "/jobs", **asked)
+        yield from page.jobs
+        limit -= len(page.jobs)
+        cursor = page.cursor
         if not cursor:
             return
 
 
-def _row(one: dict[str, Any]) -> Sequence[object]:
+def _row(one: _Listed) -> Sequence[object]:
     from asyncinfer.cli.showing import ago, seconds, status
 
-    made, started, ended = (_time(one.get(f"{it}_at")) for it in ("created", "started", "finished"))
+    started, ended = one.started_at, one.finished_at
     took = seconds((ended - started).total_seconds()) if started and ended else None
-    error = one.get("error")
-    told = f"{error['code']}: {error['message']}" if error else None
-    model = "/".join(filter(None, (one.get("model"), one.get("version"))))
+    told = f"{one.error.code}: {one.error.message}" if one.error else None
+    model = "/".join(filter(None, (one.model, one.version)))
     if told and len(told) > _ERROR_CHARACTERS:
         told = f"{told[:_ERROR_CHARACTERS]}..."
-    return one["job_id"], status(one["status"]), model, ago(made), took, told
-
-
-def _time(text: str | None) -> Any:
-    from datetime import datetime
-
-    return datetime.fromisoformat(text) if text else None
+    return one.job_id, status(one.status), model, ago(one.created_at), took, told

@@ -72,6 +72,7 @@ def _set(model: str, server: Server, as_json: bool, verb: str, told: str) -> Non
 
 
 def _show_all(listed: "ModelList") -> None:
+    from asyncinfer.cli.asking import told_problem
     from asyncinfer.cli.showing import console, show, styled
 
     rows = [_row(one) for one in listed.models]
@@ -81,7 +82,7 @@ def _show_all(listed: "ModelList") -> None:
         numeric=("WORKERS",),
     )
     for one in listed.all_problems:
-        console(stderr=True).print(styled(_told(one), "yellow"), soft_wrap=True)
+        console(stderr=True).print(styled(told_problem(one), "yellow"), soft_wrap=True)
 
 
 def _row(model: "Model") -> Sequence[object]:
@@ -96,9 +97,10 @@ def _row(model: "Model") -> Sequence[object]:
 
 def _fastest(run_times: dict[str, dict[str, float]]) -> str | None:
     """Of one row, or of the fewest that ran."""
+    from asyncinfer.cli.asking import by_rows
     from asyncinfer.cli.showing import seconds
 
-    found = [(int(rows), took) for times in run_times.values() for rows, took in times.items()]
+    found = [one for times in run_times.values() for one in by_rows(times)]
     if not found:
         return None
     rows, took = min(found)
@@ -111,20 +113,17 @@ def _tensor(spec: "TensorInfo") -> str:
     return f"{spec.name} {spec.datatype}[{dims}]"
 
 
-def _told(one: dict[str, Any]) -> str:
-    version = one.get("version") or "all versions"
-    return f"{one['model']} {version}, worker {one['worker']}: {one['reason']}"
-
-
 def _show_one(model: "Model") -> None:
+    from asyncinfer.cli.asking import told_problem
     from asyncinfer.cli.showing import console, show_facts
 
     show_facts(_facts(model))
     for one in model.problems:
-        console(stderr=True).print(_told(one), style="yellow", soft_wrap=True)
+        console(stderr=True).print(told_problem(one), style="yellow", soft_wrap=True)
 
 
 def _facts(model: "Model") -> Iterator[Sequence[object]]:
+    from asyncinfer.cli.asking import by_rows
     from asyncinfer.cli.showing import seconds
 
     yield "model", f"{model.model} (default)" if model.default else model.model
@@ -140,13 +139,9 @@ def _facts(model: "Model") -> Iterator[Sequence[object]]:
     yield "state", "paused: jobs are taken in, and none is run" if model.paused else "runs"
     yield "workers", model.workers
     for worker, times in model.run_times.items():
-        shown = [f"{rows} rows {seconds(took)}" for rows, took in _by_rows(times)]
+        shown = [f"{rows} rows {seconds(took)}" for rows, took in by_rows(times)]
         yield f"run on {worker}", ", ".join(shown)
     yield "example", f"asyncinfer predict --model {model.model} {_example(model.shown_example)}"
-
-
-def _by_rows(times: dict[str, float]) -> list[tuple[str, float]]:
-    return sorted(times.items(), key=lambda one: int(one[0]))
 
 
 def _example(example: Any) -> str:

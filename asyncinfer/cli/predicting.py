@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import re
 import shlex
-import sys
 import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from asyncinfer.cli.options import Server
 from asyncinfer.cli.progress import Progress, progress
 from asyncinfer.cli.reading import Row
 from asyncinfer.cli.refusing import EXIT_FAILED, complain
+from asyncinfer.cli.telling import say_aside
 from asyncinfer.cli.writing import Record
 from asyncinfer.errors import AsyncinferError, Fault, FileRefused, RequestError
 
@@ -95,7 +95,7 @@ def _run(
             if error := record.get("error"):
                 failed += 1
                 if failed <= _TOLD_ERRORS:
-                    sys.stderr.write(f"row {record['row']}: {error['detail']}\n")
+                    say_aside(f"row {record['row']}: {error['detail']}")
             writer.write(record)
             bar.advance(failed=bool(error))
     except KeyboardInterrupt:
@@ -153,7 +153,7 @@ def _record(row: Row, result: Any, names: Sequence[str]) -> Record:
         return {"row": row.number, "error": {"code": result.code, "detail": _detail(result)}}
     if isinstance(result, dict):
         return {"row": row.number, **{name: _plain(one) for name, one in result.items()}}
-    return {"row": row.number, names[0]: _plain(result)}
+    return {"row": row.number, next(iter(names), "result"): _plain(result)}
 
 
 def _refuse_no_server(error: AsyncinferError) -> None:

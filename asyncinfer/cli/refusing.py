@@ -1,9 +1,9 @@
 """Every failure as one line that says what to do, and an exit code."""
 
-import sys
 from collections.abc import Iterator
 from typing import Any, Final
 
+from asyncinfer.cli.telling import say_aside
 from asyncinfer.errors import AsyncinferError, RequestError, StartError
 
 EXIT_FAILED: Final = 1
@@ -39,7 +39,7 @@ _AT_A_TERMINAL: Final = {
 def complain(detail: str) -> None:
     for there, here in _AT_A_TERMINAL.items():
         detail = detail.replace(there, here)
-    sys.stderr.write(f"asyncinfer: {detail}\n")
+    say_aside(f"asyncinfer: {detail}")
 
 
 def refused(error: AsyncinferError | BaseExceptionGroup[Any]) -> int:

@@ -7,21 +7,24 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from asyncinfer.printable import printable_json
+
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
+
+    from asyncinfer.cli.rendering import SafeConsole, SafeText
 
 _PIPE_WIDTH: Final = 100_000
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-def console(*, stderr: bool = False) -> "Console":
+def console(*, stderr: bool = False) -> "SafeConsole":
     """Colour and the terminal's width on a terminal, neither in a pipe; NO_COLOR is honoured."""
-    from rich.console import Console
+    from asyncinfer.cli.rendering import SafeConsole
 
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _PIPE_WIDTH
-    return Console(file=stream, width=width, highlight=False, emoji=False, markup=False)
+    return SafeConsole(file=stream, width=width, highlight=False, emoji=False, markup=False)
 
 
 def table(
@@ -64,21 +67,25 @@ def _print(made: "Table") -> None:
     sys.stdout.flush()
 
 
-def styled(text: str, style: str) -> Any:
-    from rich.text import Text
+def styled(text: str, style: str) -> "SafeText":
+    from asyncinfer.cli.rendering import SafeText
 
-    return Text(text, style)
+    return SafeText(text, style)
 
 
 def say_json(value: Any) -> None:
     """One value, indented for people and diffs."""
-    shown = msgspec.json.format(msgspec.json.encode(value), indent=2)
-    sys.stdout.write(shown.decode() + "\n")
-    sys.stdout.flush()
+    _say_json(msgspec.json.format(msgspec.json.encode(value), indent=2))
 
 
 def say_json_line(value: Any) -> None:
-    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
+    _say_json(msgspec.json.encode(value))
+
+
+def _say_json(content: bytes) -> None:
+    """In a pipe as it is; what a terminal shows has the same value."""
+    text = content.decode()
+    sys.stdout.write((printable_json(text) if sys.stdout.isatty() else text) + "\n")
     sys.stdout.flush()
 
 
@@ -102,7 +109,7 @@ STATUS_STYLES: Final = {
 }
 
 
-def status(text: str) -> Any:
+def status(text: str) -> "SafeText":
     return styled(text, STATUS_STYLES.get(text, ""))
 
 

@@ -4,7 +4,7 @@ import contextlib
 import csv
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
@@ -12,6 +12,7 @@ import msgspec
 
 from asyncinfer.cli.reading import arrow
 from asyncinfer.errors import FileRefused
+from asyncinfer.printable import printable, printable_json
 
 FORMS: Final = ("table", "csv", "json", "ndjson", "parquet")
 _FORM_BY_SUFFIX: Final = {
@@ -58,7 +59,7 @@ def writer(path: str | None, form: str) -> Iterator[Writer]:
     if path is None:
         if form == "parquet" and sys.stdout.isatty():
             raise FileRefused("Parquet is not for a terminal: add --output results.parquet.")
-        made = _WRITERS[form](sys.stdout.buffer)
+        made = _WRITERS[form](_stdout(form))
         yield made
         made.finish()
         sys.stdout.buffer.flush()
@@ -73,6 +74,26 @@ def writer(path: str | None, form: str) -> Iterator[Writer]:
         yield made
         made.finish()
     os.replace(part, path)
+
+
+def _stdout(form: str) -> Any:
+    if not sys.stdout.isatty():
+        return sys.stdout.buffer
+    return _Terminal(sys.stdout.buffer, printable if form == "csv" else printable_json)
+
+
+class _Terminal:
+    """Takes whole records as UTF-8, and writes them so that the terminal obeys none of it."""
+
+    def __init__(self, terminal: IO[bytes], escape: Callable[[str], str]) -> None:
+        self._terminal = terminal
+        self._escape = escape
+
+    def write(self, content: bytes) -> None:
+        self._terminal.write(self._escape(content.decode()).encode())
+
+    def flush(self) -> None:
+        self._terminal.flush()
 
 
 # --- lines -----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from asyncinfer.client._errors import strange_refused
 from asyncinfer.client._inputs import LENGTH
 from asyncinfer.client._wire import Response
 
@@ -15,11 +16,17 @@ def result_of(value: Any) -> Any:
     """A job's result. Of one tensor the array, of several a dict of them, else the JSON value."""
     if not (isinstance(value, dict) and isinstance(value.get("outputs"), list)):
         return value
-    return unwrapped({one["name"]: _array_of_json(one) for one in value["outputs"]})
+    with strange_refused("A result"):
+        return unwrapped({one["name"]: _array_of_json(one) for one in value["outputs"]})
 
 
 def result_of_bytes(response: Response) -> Any:
     """The same, of an answer in the binary layout of the Open Inference Protocol."""
+    with strange_refused("A result"):
+        return _arrays_of_bytes(response)
+
+
+def _arrays_of_bytes(response: Response) -> Any:
     at = int(response.headers[LENGTH])
     arrays = {}
     view = memoryview(response.content)

@@ -1,5 +1,7 @@
 """What can go wrong on the way to a server, and the server's own errors by their code."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final, NoReturn
 from urllib.parse import urlsplit
 
@@ -68,7 +70,7 @@ def error_of(response: Response, url: str) -> AsyncinferError:
     """The error that an answer stands for."""
     try:
         problem: Any = msgspec.json.decode(response.content)
-    except msgspec.DecodeError:
+    except (ValueError, RecursionError):
         problem = None
     if not isinstance(problem, dict) or not isinstance(problem.get("code"), str):
         return stranger(response, url)
@@ -83,12 +85,24 @@ def problem_error(problem: dict[str, Any], retry_after_seconds: float | None) ->
     detail = str(problem.get("detail") or problem.get("title") or code)
     if remedy := _REMEDIES.get(code):
         detail = f"{detail} {remedy}"
-    faults = [Fault(one["pointer"], one["detail"]) for one in problem.get("errors", ())]
     known = _classes().get(code, UnknownAnswer)
-    error = known(detail, faults=faults, retry_after_seconds=retry_after_seconds, job_id=job_id)
+    error = known(
+        detail,
+        faults=_faults(problem.get("errors")),
+        retry_after_seconds=retry_after_seconds,
+        job_id=job_id if isinstance(job_id, str) else None,
+    )
     if known is UnknownAnswer:
         error.add_note(f"Its code is {code!r}; a newer release of asyncinfer knows it.")
     return error
+
+
+def _faults(errors: Any) -> list[Fault]:
+    """None where another program writes something else there."""
+    try:
+        return msgspec.convert(errors or [], list[Fault])
+    except msgspec.ValidationError:
+        return []
 
 
 def job_failed(error: dict[str, Any], job_id: str) -> JobFailed:
@@ -107,6 +121,19 @@ def stranger(response: Response, url: str) -> NotAsyncinfer:
         f"{url} answered {response.status} with {kind}, which is not how asyncinfer answers. Give "
         "the address that `asyncinfer serve` shows as its URL, and mind proxies between."
     )
+
+
+@contextmanager
+def strange_refused(what: str) -> Iterator[None]:
+    """Raises NotAsyncinfer where what a server answered cannot be read as what it stands for."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise NotAsyncinfer(
+            f"{what} is in no form that this release of asyncinfer reads "
+            f"({type(error).__name__}). Give the address that `asyncinfer serve` shows as its "
+            "URL, or install the server's release."
+        ) from error
 
 
 def lost(reason: str, url: str) -> ConnectionFailed:

@@ -20,6 +20,7 @@ from asyncinfer.client._errors import (
     job_failed,
     lost,
     retry_after,
+    strange_refused,
     stranger,
 )
 from asyncinfer.client._inputs import BINARY, Body, array_body, is_plain, json_body
@@ -47,6 +48,32 @@ _WAIT_SECONDS: Final = 30
 _MARGIN_SECONDS: Final = 15.0
 _KNOWN_SECONDS: Final = 30.0
 _PAGE: Final = 1000
+
+
+class _Error(Struct, frozen=True):
+    code: str
+    message: str
+
+
+class _View(Struct, frozen=True, kw_only=True):
+    """What a client reads of a job; a newer server may show more."""
+
+    job_id: str
+    status: str
+    tenant: str | None = None
+    model: str | None = None
+    version: str | None = None
+    group: str | None = None
+    round: int | None = None
+    error: _Error | None = None
+    created_at: str | None = None
+    started_at: str | None = None
+    finished_at: str | None = None
+
+
+class _Retried(Struct, frozen=True):
+    retried: list[str] = []
+    refused: list[dict[str, Any]] = []
 
 
 class JobOptions(TypedDict, total=False):
@@ -216,6 +243,19 @@ def _converted(server: Server, value: Any, kind: type[T]) -> T:
         ) from error
 
 
+def is_view(answer: Any) -> bool:
+    try:
+        msgspec.convert(answer, _View)
+    except msgspec.ValidationError:
+        return False
+    return True
+
+
+def _check_view(server: Server, answer: Any) -> None:
+    _member(server, answer, "job_id")
+    _converted(server, answer, _View)
+
+
 def _member(server: Server, answer: Any, name: str) -> Any:
     """Whoever answers JSON without it is another program."""
     if not isinstance(answer, dict) or name not in answer:
@@ -245,7 +285,7 @@ def predict(
     if response.headers.get("content-type", "").startswith(BINARY):
         return result_of_bytes(response)
     view = decoded(server, response)
-    _member(server, view, "job_id")
+    _check_view(server, view)
     if response.status == 200:
         return outcome(view)
     return (yield from result(server, view, until, cancel_on_timeout=cancel_on_timeout))
@@ -257,7 +297,7 @@ def submit(server: Server, asked: Submission) -> Flow[View]:
     until = time.monotonic() + server.timeout_seconds
     response = yield from _post(server, asked, body, until, wait=False)
     view: View = decoded(server, response)
-    _member(server, view, "job_id")
+    _check_view(server, view)
     return view
 
 
@@ -315,7 +355,7 @@ def read(
         timeout_seconds=wait_seconds + _MARGIN_SECONDS,
     )
     view: View = yield from ask_json(server, request)
-    _member(server, view, "job_id")
+    _check_view(server, view)
     return view
 
 
@@ -397,6 +437,7 @@ def cancel_job(server: Server, job_id: str, tenant: str | None = None) -> Flow[V
     """The job, cancelled or told to stop. A cancel whose first answer was lost knows its work."""
     try:
         view: View = yield from call(server, "DELETE", _job(job_id), tenant=tenant)
+        _check_view(server, view)
     except JobFinished as error:
         view = yield from read(server, job_id, tenant=tenant)
         if view["status"] != "cancelled":
@@ -407,6 +448,7 @@ def cancel_job(server: Server, job_id: str, tenant: str | None = None) -> Flow[V
 def retry_job(server: Server, job_id: str, tenant: str | None = None) -> Flow[View]:
     try:
         view: View = yield from call(server, "POST", f"{_job(job_id)}/retry", tenant=tenant)
+        _check_view(server, view)
     except JobNotRetryable as error:
         view = yield from read(server, job_id, tenant=tenant)
         if view["status"] in jobs.TERMINAL or view.get("round", 1) == 1:
@@ -422,7 +464,10 @@ def list_jobs(server: Server, limit: int, query: Mapping[str, Any]) -> Flow[list
         page = yield from get(
             server, "/jobs", **query, limit=min(_PAGE, limit - len(found)), cursor=cursor
         )
-        found += _member(server, page, "jobs")
+        views = _converted(server, _member(server, page, "jobs"), list[View])
+        for view in views:
+            _check_view(server, view)
+        found += views
         cursor = page.get("cursor")
         if not cursor:
             break
@@ -433,10 +478,12 @@ def many(server: Server, method: str, path: str, query: Mapping[str, Any]) -> Fl
     """Asks again while there is more, and adds up what was done."""
     total: dict[str, Any] = {}
     while True:
-        done = yield from call(server, method, path, **query)
+        answer = yield from call(server, method, path, **query)
+        done = _converted(server, answer, dict[str, Any])
         more = done.pop("more", False)
-        for name, value in done.items():
-            total[name] = total[name] + value if name in total else value
+        with strange_refused("An answer"):
+            for name, value in done.items():
+                total[name] = total[name] + value if name in total else value
         if not more or not any(done.values()):
             return total
 
@@ -474,8 +521,8 @@ def health(server: Server) -> Flow[dict[str, Any]]:
 
 def listed(server: Server, name: str) -> Flow[list[dict[str, Any]]]:
     """Of queues or workers."""
-    found: list[dict[str, Any]] = _member(server, (yield from get(server, f"/{name}")), name)
-    return found
+    found = _member(server, (yield from get(server, f"/{name}")), name)
+    return _converted(server, found, list[dict[str, Any]])
 
 
 def set_paused(server: Server, name: str, paused: bool) -> Flow[dict[str, Any]]:
@@ -493,8 +540,9 @@ def retry_ids(server: Server, ids: list[str], tenant: str | None) -> Flow[dict[s
         headers = {"content-type": "application/json"}
         path = f"/jobs/retry{_query({'tenant': tenant})}"
         request = Request(method="POST", path=path, headers=headers, body=body)
-        done = yield from ask_json(server, request)
-        total = {name: total[name] + done.get(name, []) for name in total}
+        done = _converted(server, (yield from ask_json(server, request)), _Retried)
+        total["retried"] += done.retried
+        total["refused"] += done.refused
     return total
 
 

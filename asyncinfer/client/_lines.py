@@ -7,7 +7,7 @@ from urllib.parse import quote
 import msgspec
 
 from asyncinfer.client._errors import error_of, stranger
-from asyncinfer.client._flows import Server, Submission, ask
+from asyncinfer.client._flows import Server, Submission, ask, is_view
 from asyncinfer.client._inputs import is_plain, json_body
 from asyncinfer.client._wire import Flow, Request
 
@@ -50,8 +50,12 @@ def ask_lines(
         raise error_of(response, server.url)
     try:
         answers: list[Answer] = msgspec.json.Decoder(dict[str, Any]).decode_lines(response.content)
-    except msgspec.DecodeError:
+    except (ValueError, RecursionError):
         answers = []
-    if len(answers) != len(texts):
+    if len(answers) != len(texts) or not all(map(_is_answer, answers)):
         raise stranger(response, server.url)
     return answers
+
+
+def _is_answer(answer: Answer) -> bool:
+    return is_view(answer) or isinstance(answer.get("code"), str)

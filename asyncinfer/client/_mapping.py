@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from asyncinfer.client import _flows, _lines
 from asyncinfer.client._answers import result_of
-from asyncinfer.client._errors import CannotSend, job_failed, problem_error
+from asyncinfer.client._errors import CannotSend, job_failed, problem_error, strange_refused
 from asyncinfer.client._flows import Server, Submission, View
 from asyncinfer.client._inputs import data_input, is_plain
 from asyncinfer.client._lines import MOST_LINES
@@ -136,7 +136,7 @@ def _told(plan: Plan, answer: _lines.Answer) -> list[Any]:
     if answer.get("code") == InvalidInput.code:
         return [problem_error(answer, None)]
     if answer.get("status") == "completed":
-        return rows_of(result_of(answer["result"]), plan, 1)
+        return rows_of(result_of(answer.get("result")), plan, 1)
     if answer.get("status") == "failed":
         return [job_failed(answer.get("error") or {}, answer["job_id"])]
     return []
@@ -245,6 +245,14 @@ def _split(server: Server, plan: Plan, block: Block, error: AsyncinferError) -> 
 
 def rows_of(value: Any, plan: Plan, count: int) -> list[Any]:
     """A job's result, row by row."""
+    with strange_refused("A result"):
+        rows = _rows_of(value, plan, count)
+        if len(rows) != count:
+            raise ValueError(f"{len(rows)} rows of {count}")
+        return rows
+
+
+def _rows_of(value: Any, plan: Plan, count: int) -> list[Any]:
     if plan.whole:
         return [value]
     if isinstance(value, list):

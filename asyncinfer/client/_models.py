@@ -1,5 +1,6 @@
 """A model as a server describes it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -42,6 +43,11 @@ class Model(Struct, frozen=True, kw_only=True):
     run_times: dict[str, dict[str, float]] = {}
     shown_example: Any = msgspec.field(name="example", default=None)
 
+    def __post_init__(self) -> None:
+        """Of what is no model of ours msgspec raises a ValidationError."""
+        _refuse_no_axis(self.inputs, self.input_axes)
+        _refuse_no_axis(self.outputs, self.output_axes)
+
     def example(self) -> Any:
         """An input as `predict` takes it; None where the server knows none."""
         shown = self.shown_example
@@ -53,6 +59,12 @@ class Model(Struct, frozen=True, kw_only=True):
 
     def _repr_html_(self) -> str:
         return _display.model_card(self)
+
+
+def _refuse_no_axis(specs: Sequence[TensorInfo], axes: Sequence[int | None]) -> None:
+    for spec, axis in zip(specs, axes, strict=False):
+        if axis is not None and not 0 <= axis < len(spec.shape):
+            raise ValueError(f"{spec.name!r} has no axis {axis}")
 
 
 def _nested(data: Any, shape: list[int]) -> Any:

@@ -101,6 +101,13 @@ async def ids(client: httpx2.AsyncClient, query: str) -> set[str]:
 # --- operators -----------------------------------------------------------------------------
 
 
+async def test_a_name_in_the_audit_log_neither_commands_a_terminal_nor_reorders_the_line(
+    ops: httpx2.AsyncClient, audit: Audit
+) -> None:
+    await ops.get("/job/%1b%5b2J%c2%9b%e2%80%aeevil%e2%80%a8?tenant=*")
+    assert r'job_id="\u001b[2J\u009b\u202eevil\u2028": ' in audit.line()
+
+
 async def test_an_operator_lists_the_jobs_of_all_tenants_without_their_payloads(
     alice: httpx2.AsyncClient,
     bob: httpx2.AsyncClient,

@@ -113,3 +113,8 @@ def test_a_server_that_restarts_in_the_middle_loses_no_row(tmp_path: Path) -> No
     lines = (tmp_path / "answers.ndjson").read_text().splitlines()
     assert len(lines) == 100_000
     assert not any('"error"' in line for line in lines)
+
+
+@pytest.mark.parametrize("argv", [("job",), ("models",), ("retry",), ("jobs", "--model")])
+def test_a_name_that_is_not_utf8_is_said(url: str, argv: tuple[str, ...]) -> None:
+    assert "not valid UTF-8" in complaint(told(*argv, "\udcff"), 2)

@@ -13,12 +13,13 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Struct
 
-from asyncinfer.cli.asking import Service, part
+from asyncinfer.cli.asking import Service, by_rows, part
 from asyncinfer.cli.bench.figures import Bench, Load, Sides, latency, verdict
 from asyncinfer.cli.bench.wire import Connection
 from asyncinfer.cli.options import Server
 from asyncinfer.client import CannotSend, ConnectionFailed, Forbidden, Model
 from asyncinfer.observed import Queue, QueueList, WorkerList
+from asyncinfer.schemas import Cleared
 
 _FULL: Final = 429
 _LOOK_SECONDS: Final = 0.25
@@ -74,8 +75,8 @@ def _clean_up(service: Service, group: str) -> None:
     for query in queries:
         more = True
         while more:
-            done: dict[str, Any] = service.ask("DELETE", "/jobs", group=group, **query)
-            more = done.pop("more") and any(done.values())
+            done = service.ask_as(Cleared, "DELETE", "/jobs", group=group, **query)
+            more = done.more and done.cancelled + done.asked + done.purged > 0
 
 
 class _Loads:
@@ -218,12 +219,11 @@ def _jiffies() -> tuple[int, int] | None:
 
 def _run_times(model: Model) -> dict[str, float]:
     """Of several workers the median."""
-    by_rows: dict[str, list[float]] = {}
+    found: dict[int, list[float]] = {}
     for times in model.run_times.values():
-        for rows, took in times.items():
-            by_rows.setdefault(rows, []).append(took)
-    ordered = sorted(by_rows.items(), key=lambda one: int(one[0]))
-    return {rows: round(1000 * median(took), 3) for rows, took in ordered}
+        for rows, took in by_rows(times):
+            found.setdefault(rows, []).append(took)
+    return {str(rows): round(1000 * median(took), 3) for rows, took in sorted(found.items())}
 
 
 async def _timed(exchange: Callable[[bytes], Awaitable[int]], request: bytes) -> float:

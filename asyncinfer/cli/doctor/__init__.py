@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from asyncinfer.cli import options
+from asyncinfer.printable import printable_line
 from asyncinfer.settings import Settings
 
 if TYPE_CHECKING:
@@ -59,9 +60,10 @@ def _show(findings: Sequence["Finding"]) -> None:
     to = console()
     for one in findings:
         line = styled(f"{one.verdict:<8} ", _STYLES[one.verdict])
-        line.append(f"{one.about}: ", "bold").append(one.found, "")
+        line.append(printable_line(f"{one.about}: "), "bold")
+        line.append(printable_line(one.found), "")
         to.print(line, soft_wrap=True)
         if one.mend:
-            to.print(styled(f"         -> {one.mend}", "cyan"), soft_wrap=True)
+            to.print(styled(printable_line(f"         -> {one.mend}"), "cyan"), soft_wrap=True)
     counts = {verdict: sum(it.verdict == verdict for it in findings) for verdict in _STYLES}
     to.print(f"{counts['problem']} problems, {counts['warning']} warnings, {counts['ok']} ok")

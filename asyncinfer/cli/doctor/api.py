@@ -73,8 +73,8 @@ def _models(service: Service) -> Iterator[Finding]:
     for one in listed.all_problems:
         version = one.get("version") or "any"
         yield warning(
-            f"worker {one['worker']}",
-            f"{one['model']}/{version}: {one['reason']}",
+            f"worker {one.get('worker')}",
+            f"{one.get('model')}/{version}: {one.get('reason')}",
             "replace the file; a worker looks again by itself",
         )
     paused = [one.model for one in listed.models if one.paused]

@@ -1,0 +1,181 @@
+"""Text that comes from a model, a stranger or a server never commands the terminal."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import redis
+from onnx import TensorProto, helper
+
+from asyncinfer import valkey
+from asyncinfer.testing import Running, service
+
+from .test_hostile_server import Hostile, answered, hostile
+from .test_terminal import at_a_terminal
+from .told import piped
+
+__all__ = ["answered", "hostile"]  # fixtures
+
+EVIL: Final = "\x1b]0;title\x07\x1b[31mred\x9b2J\u202eevil\u2066\u2028\x7f[bold]x[/]"
+SHOWN: Final = r"\x1b]0;title\x07\x1b[31mred\x9b2J\u202eevil\u2066\u2028\x7f[bold]x[/]"
+UNSAFE: Final = ("\x1b]", "\x1b[31mred", "\x07", "\x9b", "\u202e", "\u2066", "\u2028", "\x7f")
+COLUMNS: Final = 400
+
+
+@pytest.fixture(scope="module")
+def evil() -> Iterator[Running]:
+    """Serves a model that answers with the text that it is given, and has such a description."""
+    texts = [helper.make_tensor_value_info(name, TensorProto.STRING, ["batch", 1]) for name in "xy"]
+    node = helper.make_node("Identity", ["x"], ["y"])
+    graph = helper.make_graph([node], "same", texts[:1], texts[1:])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    made.doc_string = EVIL
+    with service(models={"same": made}) as running:
+        yield running
+
+
+@pytest.fixture
+def at_evil(evil: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASYNCINFER_URL", evil.url)
+
+
+@pytest.fixture
+def stored(evil: Running) -> Iterator[Any]:
+    """The Redis behind it."""
+    found = re.search("embedded; its data in (.+)", evil.log)
+    assert found
+    url = valkey.running_url(Path(found[1]))
+    assert url
+    with redis.Redis.from_url(url, decode_responses=True) as it:
+        yield it
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "in.json"
+    path.write_text(json.dumps([[EVIL]]))
+    return path
+
+
+def shown_on_a_terminal(*argv: str, typed: str = "", until: str = "") -> str:
+    text = at_a_terminal(argv, COLUMNS, typed=typed, until=until).text
+    for unsafe in UNSAFE:
+        assert unsafe not in text, repr(text)
+    assert "Traceback" not in text
+    return text
+
+
+@pytest.mark.parametrize("form", ["table", "csv"])
+def test_an_answer_on_a_terminal_shows_control_characters_as_escapes(
+    at_evil: None, rows: Path, form: str
+) -> None:
+    assert SHOWN in shown_on_a_terminal("predict", str(rows), "--model", "same", "--to", form)
+
+
+@pytest.mark.parametrize("form", ["json", "ndjson"])
+def test_json_on_a_terminal_has_escapes_and_means_the_same(
+    at_evil: None, rows: Path, form: str
+) -> None:
+    text = shown_on_a_terminal("predict", str(rows), "--model", "same", "--to", form)
+    (line,) = (one for one in text.splitlines() if "evil" in one)
+    assert EVIL in str(json.loads(line)["y"][0])
+
+
+@pytest.mark.parametrize("form", ["csv", "json", "ndjson"])
+def test_data_in_a_pipe_has_each_character_as_it_is(
+    at_evil: None, rows: Path, tmp_path: Path, form: str
+) -> None:
+    ran = piped(f"asyncinfer predict {rows} --model same --to {form}", tmp_path)
+    assert ran.code == 0
+    inner = EVIL if form == "csv" else json.dumps(EVIL, ensure_ascii=False)[1:-1]
+    assert inner in ran.out
+
+
+def test_a_description_of_a_model_commands_nothing(at_evil: None, tmp_path: Path) -> None:
+    assert SHOWN in shown_on_a_terminal("models", "same")
+    assert EVIL in piped("asyncinfer models same --json", tmp_path).json["description"]
+
+
+def test_a_strangers_status_and_error_command_nothing(at_evil: None, stored: Any) -> None:
+    stored.set("job:stranger1:status", EVIL)
+    stored.set("job:stranger2:status", "failed")
+    stored.set("job:stranger2:error", json.dumps({"code": "x", "message": EVIL}))
+
+    assert SHOWN in shown_on_a_terminal("job", "stranger1")
+    assert "evil" in shown_on_a_terminal("job", "stranger2")
+    assert "evil" in shown_on_a_terminal("job", "stranger2", "--json")
+
+
+def test_a_queues_name_commands_nothing_in_top(at_evil: None, stored: Any) -> None:
+    (key,) = stored.keys("{*}:queues")
+    queue = f"{key[1 : key.index('}')]}:{EVIL}"
+    stored.sadd(key, queue)
+    stored.lpush(queue, "x")
+    try:
+        assert SHOWN in shown_on_a_terminal("top", "--once")
+        assert "evil" in shown_on_a_terminal("top", typed="q", until="evil")
+    finally:
+        stored.srem(key, queue)
+        stored.delete(queue)
+
+
+EVIL_PROBLEM: Final = {"model": EVIL, "version": EVIL, "worker": EVIL, "reason": f"{EVIL}\nx: y"}
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("jobs",),
+        ("jobs", "--all-tenants"),
+        ("dead", "--json"),
+        ("job", "a"),
+        ("job", "a", "--watch", "--timeout", "0"),
+        ("models",),
+        ("models", "iris"),
+        ("retry", "--dead"),
+        ("predict", "-m", "iris", "1", "2", "3", "4"),
+        ("doctor", "--model-dir", "."),
+    ],
+    ids=" ".join,
+)
+def test_a_hostile_server_commands_nothing(hostile: Hostile, argv: tuple[str, ...]) -> None:
+    error = {"code": EVIL, "message": EVIL}
+    job: dict[str, Any] = {"job_id": EVIL, "status": EVIL, "model": EVIL, "error": error}
+    job |= {"tenant": EVIL, "result": {EVIL: EVIL}, EVIL: EVIL}
+    model = hostile.answers["GET /models/iris"] | {
+        "description": EVIL,
+        "batching": EVIL,
+        "labels": [EVIL],
+        "problems": [EVIL_PROBLEM],
+        "example": {"data": [[EVIL]]},
+        "inputs": [{"name": EVIL, "datatype": EVIL, "shape": [EVIL]}],
+        "run_times": {EVIL: {"1": 1.0}},
+    }
+    hostile.answers |= {
+        "GET /jobs": {"jobs": [job], "cursor": None},
+        "GET /job": job,
+        "GET /models": {"models": [{**model, "model": EVIL}], "problems": [EVIL_PROBLEM]},
+        "GET /models/iris": model,
+        "POST /predict": {**job, "status": "failed"},
+        "POST /jobs/retry": {
+            "retried": [],
+            "refused": [{"job_id": EVIL, "code": EVIL, "detail": f"{EVIL}\nasyncinfer: x"}],
+            "more": False,
+        },
+        "GET /health": {"status": "ok", "redis": EVIL},
+    }
+    text = shown_on_a_terminal(*argv)
+    assert "evil" in text
+    assert "\nx: y" not in text.replace("\r", "")
+    assert "\nasyncinfer: x" not in text.replace("\r", "")
+
+
+def test_an_error_of_a_server_is_one_line_and_commands_nothing(hostile: Hostile) -> None:
+    hostile.status = 422
+    hostile.answers = {"GET /jobs": {"code": "x", "detail": f"{EVIL}\nasyncinfer: forged"}}
+    text = shown_on_a_terminal("jobs")
+    assert SHOWN in text
+    assert len(text.splitlines()) == 1
