@@ -217,7 +217,7 @@ class Connection(HttpToolsProtocol):
     # --- what the parser says -----------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        if self._last:
+        if self._last or self._answers.closed:
             raise MalformedRequest("Nothing is taken after the last request.")
         super().on_message_begin()
         self._awaited, self._begun, self._framed = "head", True, False
@@ -470,6 +470,10 @@ class Connection(HttpToolsProtocol):
     # --- closing ------------------------------------------------------------------------------
 
     def on_response_complete(self) -> None:
+        if self._answers.closed:
+            # RFC 9112, 9.6: nothing is done after the answer that said `close`. Its client, which
+            # will hear of no other, sends again what it had sent ahead.
+            self.pipeline.clear()
         owed = None
         if self.pipeline:
             self._answering = self.pipeline[-1][0]

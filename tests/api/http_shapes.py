@@ -514,6 +514,22 @@ def _expectations() -> Iterator[Shape]:
     yield closed_after("Expect over HTTP/1.0", old, 202)
 
 
+def _too_large() -> Iterator[Shape]:
+    """The answer says `close` while the body still comes, so nothing behind it is done."""
+    large = b" " * 3_000_000
+    after = POST + LENGTH + CRLF + BODY + NEXT
+    yield closed_after(
+        "a request after a body too large",
+        POST + b"Content-Length: %d\r\n\r\n" % len(large) + large + after,
+        (413, "body_too_large"),
+    )
+    yield closed_after(
+        "a request after chunks too large",
+        POST + CHUNKED + b"\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(large), large) + after,
+        (413, "body_too_large"),
+    )
+
+
 SHAPES: Final = (
     *_plain(),
     *_versions(),
@@ -526,4 +542,5 @@ SHAPES: Final = (
     *_chunks(),
     *_upgrades(),
     *_expectations(),
+    *_too_large(),
 )
