@@ -40,6 +40,7 @@ from asyncinfer.errors import (
     MalformedRequest,
     RequestError,
     RequestTimeout,
+    ServerStopping,
     TooManyConnections,
 )
 
@@ -63,6 +64,9 @@ _MOST_PIPELINED: Final = 100
 """Requests that wait on one connection; a client that sends more sends the rest again."""
 
 _DISCARD_SECONDS: Final = 2.0
+_LAST_BYTES_SECONDS: Final = 1.0
+"""How long a body may still come while the server stops."""
+
 _PROBED: Final = frozenset(path.encode() for path in HEALTH_PATHS)
 
 _HOP_BY_HOP: Final = frozenset({b"connection", b"proxy-connection"})
@@ -466,6 +470,22 @@ class Connection(HttpToolsProtocol):
             self._answers.close()
         cycle.on_response()
         return True
+
+    def shutdown(self) -> None:
+        """Called when the server stops: what is under way is answered. A body that goes on coming
+        would be cut off at the end of the grace, with a traceback for each."""
+        super().shutdown()
+        if self._awaited == "body":
+            self.loop.call_later(_LAST_BYTES_SECONDS, self._stop_reading)
+
+    def _stop_reading(self) -> None:
+        if self._awaited == "body" and not (self._refused or self.transport.is_closing()):
+            self._refuse(
+                ServerStopping(
+                    "The server stops, and has not read this request to its end. Send it again.",
+                    retry_after_seconds=1,
+                )
+            )
 
     # --- closing ------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from asyncinfer.api.server import serve
 from asyncinfer.errors import DefaultModelChanged, ServerRefused, StartError
 from asyncinfer.repository.store import Store
 
-from .harness import assert_problem
+from .harness import announce, assert_problem, client_of, stopped_by_itself, submit
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -32,6 +32,26 @@ async def test_it_returns_after_a_signal(
         await ready.wait()
         os.kill(os.getpid(), number)
     assert signal.getsignal(number) == before
+
+
+async def test_a_body_that_does_not_end_is_refused_when_the_server_stops(
+    config: ApiConfig, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    await announce(store, "iris", default="iris")
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 30\r\n"
+    types = (b"application/json", b"application/x-npy", b"application/x-ndjson")
+    async with stopped_by_itself(config) as port:
+        streams = [await asyncio.open_connection("127.0.0.1", port) for _ in types]
+        for kind, (_, writer) in zip(types, streams, strict=True):
+            writer.write(head + b"Content-Type: " + kind + b"\r\n\r\n{")
+        async with client_of(port) as client:
+            await submit(client)
+    for _, writer in streams:
+        writer.close()
+    answers = [await reader.read() for reader, _ in streams]
+    for kind, answer in zip(types, answers, strict=True):
+        assert b"server_stopping" in answer, (kind, answer)
+    assert not [one for one in caplog.records if one.levelno >= logging.WARNING]
 
 
 async def test_a_server_that_loses_jobs_stops_the_start(
