@@ -5,11 +5,11 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, closing
 from typing import Final
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 from asyncinfer.client._drivers import AsyncDriver, Driver
 from asyncinfer.client._errors import error_of, lost, retry_after
-from asyncinfer.client._flows import AGAIN, Server, is_hopeless
+from asyncinfer.client._flows import AGAIN, Server, is_hopeless, path_part
 from asyncinfer.client._wire import Event, Lost, Request, Response
 
 _SILENCE_SECONDS: Final = 45.0
@@ -23,9 +23,7 @@ class Story:
 
     def __init__(self, server: Server, *, job_id: str | None = None, **query: str) -> None:
         self._server = server
-        self._path = (
-            f"/job/{quote(job_id, safe='')}/events" if job_id else f"/events?{urlencode(query)}"
-        )
+        self._path = f"/job/{path_part(job_id)}/events" if job_id else f"/events?{urlencode(query)}"
         self._is_job = job_id is not None
         self._last_id = ""
         self._losses = 0

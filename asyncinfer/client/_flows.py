@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from asyncinfer.client._models import Model
 from asyncinfer.client._wire import Flow, Lost, Pause, Request, Response, T, exchange
 from asyncinfer.errors import (
     Forbidden,
+    InvalidInput,
     JobCancelled,
     JobFinished,
     JobNotRetryable,
@@ -42,6 +44,7 @@ View = dict[str, Any]
 _FIRST_TRIES: Final = 3
 AGAIN: Final = frozenset({429, 502, 503, 504})
 _BACKOFF_SECONDS: Final = 0.5
+_KEY: Final = re.compile(r"[!-~]{1,255}")
 _BACKOFF_CAP_SECONDS: Final = 30.0
 _WAIT_SECONDS: Final = 30
 """One waiting request; proxies cut silent connections, often after 60 s."""
@@ -172,6 +175,16 @@ def call(server: Server, method: str, path: str, **query: Any) -> Flow[Any]:
     return (yield from ask_json(server, Request(method=method, path=path + _query(query))))
 
 
+def path_part(name: str) -> str:
+    """A name as a part of a path; raises InvalidInput for one that cannot be."""
+    if not name:
+        raise InvalidInput("The name of a job, a model or a group is empty.")
+    # A dot alone or two would be taken for a step in the path, also when quoted.
+    if name in (".", ".."):
+        raise InvalidInput(f"{name!r} is no name of a job, a model or a group.")
+    return quote(name, safe="")
+
+
 def _pause_seconds(attempt: int, told: Response | Lost) -> float:
     backoff = min(_BACKOFF_CAP_SECONDS, _BACKOFF_SECONDS * 3.0**attempt)
     asked = retry_after(told) if isinstance(told, Response) else None
@@ -202,7 +215,7 @@ def model(server: Server, name: str | None) -> Flow[Model]:
     """The model called `name`, or the default one."""
     if name is None:
         return _default(server, (yield from models(server)))
-    answer = yield from get(server, f"/models/{quote(name, safe='')}")
+    answer = yield from get(server, f"/models/{path_part(name)}")
     _member(server, answer, "model")
     found = _converted(server, answer, Model)
     _remember(server, found)
@@ -267,6 +280,8 @@ def _member(server: Server, answer: Any, name: str) -> Any:
 
 
 def submission(value: Any, model: str | None, key: str | None, options: Any) -> Submission:
+    if key is not None and not _KEY.fullmatch(key):
+        raise InvalidInput("idempotency_key takes 1 to 255 visible ASCII characters.")
     given = {name: one for name, one in options.items() if one is not None}
     return Submission(value=value, model=model, options=given, key=key or uuid.uuid4().hex)
 
@@ -314,7 +329,7 @@ def validate(server: Server, value: Any, name: str | None, options: Any) -> Flow
     body = yield from body_of(server, asked)
     if name is None:
         name = (yield from known_model(server, None)).model
-    path = f"/models/{quote(name, safe='')}/validate"
+    path = f"/models/{path_part(name)}/validate"
     request = Request(method="POST", path=path, headers=body.headers, body=body.content)
     found: dict[str, Any] = yield from ask_json(server, request)
     return found
@@ -323,7 +338,7 @@ def validate(server: Server, value: Any, name: str | None, options: Any) -> Flow
 def _post(
     server: Server, asked: Submission, body: Body, until: float, *, wait: bool
 ) -> Flow[Response]:
-    path = "/predict" if asked.model is None else f"/predict/{quote(asked.model, safe='')}"
+    path = "/predict" if asked.model is None else f"/predict/{path_part(asked.model)}"
     headers = {**body.headers, "idempotency-key": asked.key}
     seconds = math.floor(min(_WAIT_SECONDS, max(until - time.monotonic(), 0))) if wait else 0
     if wait:
@@ -489,7 +504,7 @@ def many(server: Server, method: str, path: str, query: Mapping[str, Any]) -> Fl
 
 
 def _job(job_id: str) -> str:
-    return f"/job/{quote(job_id, safe='')}"
+    return f"/job/{path_part(job_id)}"
 
 
 def purge_job(server: Server, job_id: str, tenant: str | None = None) -> Flow[None]:
@@ -500,13 +515,13 @@ def purge_job(server: Server, job_id: str, tenant: str | None = None) -> Flow[No
 
 
 def group(server: Server, name: str) -> Flow[dict[str, Any]]:
-    view: dict[str, Any] = yield from get(server, f"/group/{quote(name, safe='')}")
+    view: dict[str, Any] = yield from get(server, f"/group/{path_part(name)}")
     _member(server, view, "group")
     return view
 
 
 def cancel_group(server: Server, name: str) -> Flow[dict[str, Any]]:
-    done: dict[str, Any] = yield from call(server, "DELETE", f"/group/{quote(name, safe='')}")
+    done: dict[str, Any] = yield from call(server, "DELETE", f"/group/{path_part(name)}")
     return done
 
 
@@ -527,7 +542,7 @@ def listed(server: Server, name: str) -> Flow[list[dict[str, Any]]]:
 
 def set_paused(server: Server, name: str, paused: bool) -> Flow[dict[str, Any]]:
     verb = "pause" if paused else "resume"
-    path = f"/models/{quote(name, safe='')}/{verb}"
+    path = f"/models/{path_part(name)}/{verb}"
     done: dict[str, Any] = yield from call(server, "POST", path)
     return done
 
@@ -547,7 +562,7 @@ def retry_ids(server: Server, ids: list[str], tenant: str | None) -> Flow[dict[s
 
 
 def purge_queue(server: Server, name: str) -> Flow[dict[str, Any]]:
-    done: dict[str, Any] = yield from call(server, "POST", f"/models/{quote(name, safe='')}/purge")
+    done: dict[str, Any] = yield from call(server, "POST", f"/models/{path_part(name)}/purge")
     return done
 
 

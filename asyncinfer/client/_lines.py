@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from typing import Any, Final
-from urllib.parse import quote
 
 import msgspec
 
 from asyncinfer.client._errors import error_of, stranger
-from asyncinfer.client._flows import Server, Submission, ask, is_view
+from asyncinfer.client._flows import Server, Submission, ask, is_view, path_part
 from asyncinfer.client._inputs import is_plain, json_body
 from asyncinfer.client._wire import Flow, Request
 
@@ -34,7 +33,7 @@ def ask_lines(
     server: Server, model: str | None, texts: Sequence[bytes], patience_seconds: float
 ) -> Flow[list[Answer] | None]:
     """What is answered to each; None from a server that takes no lines."""
-    path = "/predict" if model is None else f"/predict/{quote(model, safe='')}"
+    path = "/predict" if model is None else f"/predict/{path_part(model)}"
     request = Request(
         method="POST",
         path=path,

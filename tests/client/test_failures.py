@@ -206,6 +206,22 @@ def test_an_answer_that_goes_on_for_ever_is_cut() -> None:
     assert content.whole() == b""
 
 
+@pytest.mark.parametrize("key", ["", "a\r\nX: y", "é", "a b", "k" * 256])
+async def test_an_idempotency_key_that_cannot_be_is_refused_before_it_is_sent(key: str) -> None:
+    """An empty one, of a variable that was not set, would otherwise be left out in silence."""
+    async with AsyncClient("http://127.0.0.1:9") as client:
+        with pytest.raises(InvalidInput, match="idempotency_key takes"):
+            await client.submit([SETOSA], idempotency_key=key)
+
+
+@pytest.mark.parametrize("name", ["", ".", ".."])
+async def test_a_name_that_is_a_step_in_a_path_is_refused_before_it_is_sent(name: str) -> None:
+    async with AsyncClient("http://127.0.0.1:9") as client:
+        for ask in (client.job(name), client.group(name), client.model(name)):
+            with pytest.raises(InvalidInput, match="name"):
+                await ask
+
+
 async def test_what_is_no_http_is_said_at_once() -> None:
     async with answering(lambda: b"SSH-2.0-OpenSSH_9.2\r\n") as url, AsyncClient(url) as client:
         async with asyncio.timeout(5):
