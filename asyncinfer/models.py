@@ -293,13 +293,15 @@ def check_data(data: bytes | msgspec.Raw, signature: Signature) -> Array:
         raise faults.refusal([Fault("/data", _no_data(signature))])
     data = bytes(data)
     model, max_rows = signature.model, signature.max_rows
-    _check_rows(_rows_by_brackets(data, spec), spec, signature)
+    if len(data) > _MANY_BYTES:
+        _check_rows(_rows_by_brackets(data, spec), spec, signature)
     try:
         array = tensors.decode(data, spec)
     except (ValueError, OverflowError) as error:
         problem = f"cannot be read: {error}"
     else:
-        _check_rows(array.shape[0] if array.shape else 0, spec, signature)
+        if array.shape and array.shape[0] > max_rows:
+            _check_rows(array.shape[0], spec, signature)
         if tensors.fits(array.shape, spec):
             return array
         takes = f"{model} takes shape {tensors.shape_words(spec)}"
@@ -316,7 +318,7 @@ def _rows_by_brackets(data: bytes, spec: TensorSpec) -> int:
     must cost next to nothing. 0 where only reading tells."""
     inner = spec.shape[1:-1]
     known = all(isinstance(size, int) and size > 0 for size in inner)
-    if len(data) <= _MANY_BYTES or spec.datatype not in tensors.RANGES or not known:
+    if spec.datatype not in tensors.RANGES or not known:
         return 0
     most = data.count(b",") + 1
     if len(spec.shape) == 1:

@@ -9,7 +9,7 @@ import anyio
 import msgspec
 from starlette.routing import Route as StarletteRoute
 from starlette.routing import Router
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from asyncinfer.api.admission import reach
 from asyncinfer.api.authority import authority_of
@@ -85,7 +85,7 @@ class Api:
             await self._router(scope, receive, send)
             return
         try:
-            await self._route(scope, receive, send)
+            await self._at(scope)(scope, receive, send)
         except ClientGone:
             return
         except ClientTooSlow as error:
@@ -105,14 +105,15 @@ class Api:
             _log.exception("%s %r failed", scope["method"], scope["path"])
             await send_reply(problem_reply(internal_error(), scope["path"]), scope, send)
 
-    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if b"%" in scope["raw_path"] and _is_no_route(scope):
-            await _no_such_route(scope, receive, send)
+    def _at(self, scope: Scope) -> ASGIApp:
+        """What answers at the path of a request."""
         if resource := self._plain.get(scope["path"]):
             scope["path_params"] = {}
-            await resource(scope, receive, send)
-        else:
-            await self._router(scope, receive, send)
+            if b"%" not in scope["raw_path"]:
+                return resource
+        if b"%" in scope["raw_path"] and _is_no_route(scope):
+            return _no_such_route
+        return resource or self._router
 
     async def answer(self, route: Route, scope: Scope, receive: Receive) -> Reply | Stream:
         assert self._services is not None, "the lifespan has not been started"

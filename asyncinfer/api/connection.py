@@ -260,7 +260,8 @@ class Connection(HttpToolsProtocol):
     def _check_head(self, version: str) -> None:
         if self._begun_bytes + self._head_bytes > self._limits.header_bytes:
             self._check_size()
-        check_version(version)
+        if version != "1.1":
+            check_version(version)
         if self.parser.should_upgrade():
             self._check_offer()
             return

@@ -71,7 +71,7 @@ async def read_input(
     body = await read_body(request, config)
     if body.npy:
         return _from_npy(body.content, request.query, served)
-    if _takes_long(body):
+    if is_long(body.content) and _takes_long(body):
         return await to_thread.run_sync(_read, body, request.query, served, limiter=long_reads)
     return _read(body, request.query, served)
 
@@ -97,12 +97,12 @@ def read_line(line: bytes, defaults: AskedOptions, served: Served) -> tuple[Inpu
 
 
 def _takes_long(body: Body) -> bool:
-    """Binary numbers are not read at all, only their description is; strings are, one by one."""
-    if body.json_bytes is None:
-        return is_long(body.content)
-    return body.json_bytes > _LONG_TEXT_BYTES or (
-        is_long(body.content) and body.content.find(b'"BYTES"', 0, body.json_bytes) >= 0
-    )
+    """Of a long body: binary numbers are not read at all, only their description is; strings are,
+    one by one."""
+    head_bytes = body.json_bytes
+    if head_bytes is None or head_bytes > _LONG_TEXT_BYTES:
+        return True
+    return body.content.find(b'"BYTES"', 0, head_bytes) >= 0
 
 
 def _read(body: Body, query: AskedOptions, served: Served) -> Input:
