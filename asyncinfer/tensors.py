@@ -194,9 +194,10 @@ def fits(shape: tuple[int, ...], spec: TensorSpec) -> bool:
         return False
     symbols: dict[str, int] = {}
     for size, dim in zip(shape, spec.shape, strict=True):
-        if isinstance(dim, int) and size != dim:
-            return False
-        if isinstance(dim, str) and symbols.setdefault(dim, size) != size:
+        if isinstance(dim, int):
+            if size != dim:
+                return False
+        elif dim is not None and symbols.setdefault(dim, size) != size:
             return False
     return True
 

@@ -38,14 +38,10 @@ class Body(Struct, frozen=True):
 async def read_body(request: Request[Any], config: ApiConfig) -> Body:
     """The body; not parsed. Whether tensors follow its JSON is said by a header of their own,
     since clients of the Open Inference Protocol send any Content-Type, or none."""
-    json_bytes = _json_bytes(request.header(JSON_LENGTH_HEADER), config.max_json_bytes)
-    media_type = request.header(b"content-type")
-    npy = json_bytes is None and _is_npy(media_type)
-    dense = npy or json_bytes is not None
-    if not dense:
-        _check_media_type(media_type)
-    limit = _Limit(config.max_body_bytes, "MAX_BODY") if dense else _json_limit(config)
-    _check_encoding(request.header(b"content-encoding"))
+    if _is_plain_json(request.headers):
+        json_bytes, npy, limit = None, False, _json_limit(config)
+    else:
+        json_bytes, npy, limit = _kind(request, config)
     _check_announced_length(request.header(b"content-length"), limit)
     content = await _read(request, limit)
     # The key may have been revoked while the body came in.
@@ -56,6 +52,28 @@ async def read_body(request: Request[Any], config: ApiConfig) -> Body:
             "it is the length of the JSON that the body begins with."
         )
     return Body(content, json_bytes, npy)
+
+
+def _is_plain_json(headers: Mapping[bytes, bytes]) -> bool:
+    """Most bodies are that, and need none of the looks that others do."""
+    return (
+        headers.get(b"content-type") == b"application/json"
+        and JSON_LENGTH_HEADER not in headers
+        and b"content-encoding" not in headers
+    )
+
+
+def _kind(request: Request[Any], config: ApiConfig) -> tuple[int | None, bool, "_Limit"]:
+    """How much of the body is JSON (None: all), whether it is numpy's, and how long it may be."""
+    json_bytes = _json_bytes(request.header(JSON_LENGTH_HEADER), config.max_json_bytes)
+    media_type = request.header(b"content-type")
+    npy = json_bytes is None and _is_npy(media_type)
+    dense = npy or json_bytes is not None
+    if not dense:
+        _check_media_type(media_type)
+    _check_encoding(request.header(b"content-encoding"))
+    limit = _Limit(config.max_body_bytes, "MAX_BODY") if dense else _json_limit(config)
+    return json_bytes, npy, limit
 
 
 def has_lines(media_type: bytes | None) -> bool:

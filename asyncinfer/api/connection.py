@@ -452,10 +452,9 @@ class Connection(HttpToolsProtocol):
         cycle = self.cycle
         if scope is not self.scope or cycle.response_started or self.flow.write_paused:
             return False
-        if any(
-            name == b"connection" or HEADER_VALUE_RE.search(value) for name, value in reply.headers
-        ):
-            return False
+        for name, value in reply.headers:
+            if name == b"connection" or HEADER_VALUE_RE.search(value):
+                return False
         if cycle.disconnected or self.transport.is_closing():
             cycle.disconnected = True
             return True
