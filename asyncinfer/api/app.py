@@ -12,6 +12,7 @@ from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from asyncinfer.api.admission import reach
+from asyncinfer.api.answer_sizes import AnswerSizes
 from asyncinfer.api.authority import authority_of
 from asyncinfer.api.body import discard
 from asyncinfer.api.catalog import Catalog
@@ -239,6 +240,7 @@ def _services(store: Store, config: ApiConfig) -> Services:
         inbox=Inbox(store, submissions),
         feed=Feed(store),
         event_texts=EventTexts(catalog),
+        answer_sizes=AnswerSizes(),
         long_reads=anyio.CapacityLimiter(1),
         catalog=catalog,
         openapi=_document(),

@@ -18,14 +18,6 @@ from asyncinfer.jobs import Status
 from asyncinfer.repository.submit import Stored
 from asyncinfer.schemas import Accepted, Job, line_problem_of
 
-_FIRST_LOOKED_AT: Final = 4
-_MOST_LOOKED_AT: Final = 64
-"""Jobs that are waited for at a time, and read in one call."""
-
-_LOOKED_AT_BYTES: Final = 4 << 20
-"""What their answers may have together, as far as those before them tell: forty results of 14 MB
-held at once took 690 MiB."""
-
 _AWAY_SECONDS: Final = 1.0
 
 Known = dict[str, Job | Accepted | RequestError]
@@ -59,24 +51,21 @@ class Answers:
         self._services = services
         self._owed = owed
         self._away_until = 0.0
-        self._looked_at = _FIRST_LOOKED_AT
 
     async def texts(self) -> AsyncGenerator[bytes, None]:
         while block := await self._owed.next():
             rest = block.answers
             while rest:
-                part, rest = rest[: self._looked_at], rest[self._looked_at :]
+                count = self._services.answer_sizes.fit(block.queue)
+                part, rest = rest[:count], rest[count:]
                 size = 0
                 async with contextlib.aclosing(self._part(part, block)) as texts:
                     async for text in texts:
                         size += len(text)
                         yield text
-                self._look_at_more_or_fewer(len(part), size)
+                jobs = sum(isinstance(answer, Due) for answer in part)
+                self._services.answer_sizes.note(block.queue, jobs, size)
             self._owed.settle()
-
-    def _look_at_more_or_fewer(self, answers: int, size: int) -> None:
-        fit = answers * _LOOKED_AT_BYTES // max(1, size)
-        self._looked_at = max(1, min(2 * self._looked_at, fit, _MOST_LOOKED_AT))
 
     async def _part(
         self, answers: Sequence[bytes | Due], block: Block

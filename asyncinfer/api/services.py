@@ -3,6 +3,7 @@
 from anyio import CapacityLimiter
 from msgspec import Struct
 
+from asyncinfer.api.answer_sizes import AnswerSizes
 from asyncinfer.api.catalog import Catalog
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.event_text import EventTexts
@@ -32,6 +33,7 @@ class Services(Struct, frozen=True, kw_only=True):
     feed: Feed
     event_texts: EventTexts
     catalog: Catalog
+    answer_sizes: AnswerSizes
     long_reads: CapacityLimiter
     """The one thread in which requests are read that take long."""
     openapi: bytes
