@@ -119,6 +119,9 @@ class Connection(HttpToolsProtocol):
         """Whether no request is taken after the one that came last."""
         self._reserved: asyncio.TimerHandle | None = None
         """On a connection above the limit, what ends it."""
+        self._rests_since: float | None = None
+        """When the last answer was given, by the loop's clock; None while there is more to do."""
+        self._rest_timer: asyncio.TimerHandle | None = None
         self._refusal: RequestError | None = None
         """What to say instead, when a callback of ours made the parser give up."""
         self._refused = False
@@ -141,7 +144,7 @@ class Connection(HttpToolsProtocol):
         self._time()
 
     def data_received(self, data: bytes) -> None:
-        self._unset_keepalive_if_required()
+        self._rests_since = None
         if self._refused or (self._last and not self._begun):
             return
         self._chunk_bytes = len(data)
@@ -192,8 +195,9 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
-        if self._reserved:
-            self._reserved.cancel()
+        for timer in (self._reserved, self._rest_timer):
+            if timer:
+                timer.cancel()
         # uvicorn tells the cycle whose request came last; one that runs before it would write on.
         for cycle in self._cycles():
             self._abandon(cycle)
@@ -494,27 +498,43 @@ class Connection(HttpToolsProtocol):
             # RFC 9112, 9.6: nothing is done after the answer that said `close`. Its client, which
             # will hear of no other, sends again what it had sent ahead.
             self.pipeline.clear()
-        owed = None
-        if self.pipeline:
-            self._answering = self.pipeline[-1][0]
-        else:
-            owed = self._owed
-        super().on_response_complete()
-        if self.pipeline and not self.transport.is_closing():
-            # uvicorn goes on reading, and would keep all that a client sends ahead.
-            self.flow.pause_reading()
-        if owed:
-            self._unset_keepalive_if_required()
-            self._send_refusal(owed)
+        self.server_state.total_requests += 1
+        if not self.transport.is_closing():
+            self._go_on()
         if self._awaited == "streamed":
             self._answers.close()
         if self._answers.closed:
-            self._unset_keepalive_if_required()
+            self._rests_since = None
         if self.transport.is_closing():
             self._abort_later()
 
-    def timeout_keep_alive_handler(self) -> None:
-        self._close()
+    def _go_on(self) -> None:
+        """After an answer: to the next request, or to rest until one comes."""
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._answering, app = self.pipeline.pop()
+            self._start_asgi_task(self._answering, app)
+            if self.pipeline:
+                # uvicorn goes on reading, and would keep all that a client sends ahead.
+                self.flow.pause_reading()
+        elif self._owed:
+            self._send_refusal(self._owed)
+        else:
+            self._rests_since = self.loop.time()
+            if self._rest_timer is None:
+                self._rest_timer = self.loop.call_later(self.timeout_keep_alive, self._rested)
+
+    def _rested(self) -> None:
+        """Closes a connection that nobody uses. One timer goes on while requests come and go: to
+        set and unset one for each was a hundredth of a submit."""
+        self._rest_timer = None
+        if self._rests_since is None:
+            return
+        left = self._rests_since + self.timeout_keep_alive - self.loop.time()
+        if left > 0:
+            self._rest_timer = self.loop.call_later(left, self._rested)
+        else:
+            self._close()
 
     def _end(self) -> None:
         """Closes after an answer, in stages (RFC 9112, 9.6): it may have been given early, or the
@@ -563,4 +583,4 @@ class _Answers:
 
 def _head(reply: Reply, *others: Header) -> bytes:
     lines = [b"%b: %b\r\n" % header for header in (*others, *header_block(reply))]
-    return b"".join((STATUS_LINE[reply.status], *lines, b"\r\n"))
+    return b"%b%b\r\n" % (STATUS_LINE[reply.status], b"".join(lines))

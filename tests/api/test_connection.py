@@ -463,3 +463,23 @@ async def answered(
     assert head.startswith(b"HTTP/1.1 202 "), head
     length = head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
     await reader.readexactly(int(length))
+
+
+async def test_a_connection_is_closed_when_it_rests_and_not_while_it_is_used(
+    config: ApiConfig, store: Store
+) -> None:
+    await announce(store, "iris", default="iris")
+    async with hosted(serving(config)) as (server, port), client_of(port) as client:
+        job_id = await submit(client)
+        server.config.timeout_keep_alive = 0.3  # type: ignore[assignment]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        look = f"GET /job/{job_id}?wait=0.7 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+        for _ in range(2):
+            writer.write(look)
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200 ")
+            length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+            await reader.readexactly(length)
+        async with asyncio.timeout(5):
+            assert await reader.read() == b""
+        writer.close()
