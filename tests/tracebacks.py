@@ -9,13 +9,17 @@ import pytest
 MARK = "Traceback (most recent call last)"
 
 
-def check(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture, folder: Path) -> None:
+@pytest.fixture(autouse=True)
+def no_traceback(
+    request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> Iterator[None]:
     """Fails a test that is not marked `traceback` when a log of this process, or of those that
-    write into `folder`, has a traceback: nobody foresaw what it tells of."""
+    write into the test's folder, has a traceback: nobody foresaw what it tells of."""
+    yield
     if request.node.get_closest_marker("traceback"):
         return
     records = [*caplog.get_records("setup"), *caplog.get_records("call")]
-    found = [*_of_records(records), *_of_files(folder.rglob("*.log"))]
+    found = [*_of_records(records), *_of_files(tmp_path.rglob("*.log"))]
     if found:
         pytest.fail("A log has a traceback:\n" + "\n".join(found), pytrace=False)
 

@@ -525,8 +525,8 @@ class Connection(HttpToolsProtocol):
                 self._rest_timer = self.loop.call_later(self.timeout_keep_alive, self._rested)
 
     def _rested(self) -> None:
-        """Closes a connection that nobody uses. One timer goes on while requests come and go: to
-        set and unset one for each was a hundredth of a submit."""
+        """Closes a connection that nobody uses. One timer goes on while requests come and go,
+        instead of one that is set and unset for each."""
         self._rest_timer = None
         if self._rests_since is None:
             return

@@ -1,6 +1,6 @@
 """A real API on a real socket, models announced, and a hand that works as a worker would."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx2
@@ -10,19 +10,10 @@ import pytest
 from asyncinfer.access import entry_of
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.repository.store import Policy, Store
-from tests import tracebacks
 from tests.faults.proxy import proxied
+from tests.tracebacks import no_traceback as no_traceback
 
 from .harness import Hand, Road, announce, client_of, hosted, running
-
-
-@pytest.fixture(autouse=True)
-def no_traceback(
-    request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> Iterator[None]:
-    """Whatever is sent to an API, it meets nothing that nobody foresaw."""
-    yield
-    tracebacks.check(request, caplog, tmp_path)
 
 
 @pytest.fixture

