@@ -14,6 +14,7 @@ from typing import Any, Final
 from msgspec import Struct
 
 from asyncinfer.errors import Fault, InvalidInput
+from asyncinfer.gaps import WORDS, is_gap
 from asyncinfer.tensors import FLOATS, RANGES, TensorSpec, is_open, shape_words
 
 MAX_FAULTS: Final = 20
@@ -28,6 +29,9 @@ this walk costs some 40 times what the decoder does."""
 
 _STRETCH: Final = 64
 """Elements that are looked at together, before one of them is looked for."""
+
+_WORDS: Final = '"NaN", "Infinity", "-Infinity"'
+_GAPS_ARE_FOR: Final = 'only FP16, BF16, FP32 and FP64 take null and "NaN"'
 
 _INFINITIES: Final = (math.inf, -math.inf)
 """What Python's parser makes of numbers beyond every datatype, such as 1e400."""
@@ -135,7 +139,7 @@ class _Walk:
                 last = last[-1] if last else None
         if self._rank > 1 and isinstance(value, list) and _is_flat(value):
             takes = f"{self._model} takes {self._rank}: shape {shape_words(self._spec)}"
-            yield Fault(self._root, f"1 dimension, {takes}")
+            yield Fault(self._root, f"1 dimension, {takes}{_as_row(value, self._rank)}")
         else:
             yield from self._at(self._root, value, 0)
 
@@ -170,11 +174,13 @@ class _Walk:
                 yield from range(start, start + len(stretch))
 
     def _leaf(self, pointer: str, value: object) -> Iterator[Fault]:
-        fits_type = type(value) in self._element.types
-        if not fits_type and not (self._element.range and value in _INFINITIES):
-            yield Fault(pointer, f"{_kind(value)}, expected {self._element.one}")
-        elif not self._element.takes_all([value]):
+        element = self._element
+        if element.takes_all([value]):
+            return
+        if type(value) in element.types or (element.range and value in _INFINITIES):
             yield Fault(pointer, f"beyond the range of {self._spec.datatype}")
+        else:
+            yield Fault(pointer, f"{_kind(value)}, expected {element.one}{element.hint(value)}")
 
     def _size_problem(self, size: int, axis: int) -> str:
         dim = self._spec.shape[axis]
@@ -205,15 +211,27 @@ class _Element(Struct, frozen=True):
     noun: str
     types: frozenset[type]
     range: tuple[float, float] | None = None
+    takes_gaps: bool = False
 
     def takes_all(self, items: list[Any]) -> bool:
         """One look at a whole row, because a large input has too many elements to visit."""
         if not self.types.issuperset(map(type, items)):
-            return False
+            items = [item for item in items if not is_gap(item)] if self.takes_gaps else items
+            if not self.types.issuperset(map(type, items)):
+                return False
         if self.range is None or not items:
             return True
         low, high = self.range
         return bool(low <= min(items) and max(items) <= high)
+
+    def hint(self, value: object) -> str:
+        """What to write instead, where NaN or an infinity seems to be meant."""
+        if self.takes_gaps:
+            if isinstance(value, _NoJson):
+                return f"; JSON has neither, write {_WORDS} or null"
+            return f", or {_WORDS}" if isinstance(value, str) else ""
+        is_meant = is_gap(value) and (value is None or str not in self.types)
+        return f"; {_GAPS_ARE_FOR}" if is_meant or isinstance(value, _NoJson) else ""
 
 
 def _element(datatype: str) -> _Element:
@@ -222,8 +240,18 @@ def _element(datatype: str) -> _Element:
     if datatype == "BYTES":
         return _Element("a string", "string", frozenset({str}))
     if datatype in FLOATS:
-        return _Element("a number", "number", frozenset({int, float}), RANGES[datatype])
+        numbers = frozenset({int, float})
+        return _Element("a number", "number", numbers, RANGES[datatype], takes_gaps=True)
     return _Element("a whole number", "whole number", frozenset({int}), RANGES[datatype])
+
+
+def _as_row(items: list[object], rank: int) -> str:
+    """How a row of numbers that came alone is one of a list."""
+    first = items[0]
+    if rank != 2 or type(first) not in (int, float) or first in _INFINITIES:
+        return ""
+    shown = f"{first}"[:_SHOWN_CHARACTERS]
+    return f"; one row? [[{shown}{', ...' if len(items) > 1 else ''}]]"
 
 
 def _is_flat(items: list[object]) -> bool:
@@ -235,6 +263,8 @@ def _kind(value: object) -> str:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, str) and value in WORDS:
+        return f'"{value}"'
     return _KINDS[type(value)]
 
 

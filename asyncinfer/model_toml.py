@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from asyncinfer.errors import ModelRefused
+from asyncinfer.gaps import in_words
 
 Scores = Literal["logits", "probabilities"]
 GraphOptimization = Literal["disabled", "basic", "extended", "all"]
@@ -74,6 +75,9 @@ def read_config(toml: bytes, shown: str, folder: Path | None = None) -> ModelCon
             raise ModelRefused(f"{shown}: {unknown}")
         if folder is not None and isinstance(table.get("labels"), str):
             table["labels"] = _labels_in(folder, table["labels"])
+        if "example" in table:
+            # TOML has nan and inf; what is shown of the example is JSON.
+            table["example"] = in_words(table["example"])
         return msgspec.convert(table, ModelConfig)
     except ValueError as error:  # bad UTF-8, bad TOML, msgspec.ValidationError
         raise ModelRefused(f"{shown}: {error}") from error

@@ -59,7 +59,10 @@ class PredictRequest(Struct, frozen=True, forbid_unknown_fields=True):
     data: Annotated[
         Raw,
         Meta(
-            description="One row of numbers per item, as the model's `example` shows.",
+            description=(
+                "One row of numbers per item, as the model's `example` shows. Where it takes "
+                'floats, `"NaN"`, `"Infinity"` and `"-Infinity"` are elements too, and null is NaN.'
+            ),
             examples=[[[5.1, 3.5, 1.4, 0.2]]],
         ),
     ]
@@ -102,7 +105,13 @@ class AskedInput(Struct, frozen=True, forbid_unknown_fields=True):
     datatype: Annotated[str, Meta(examples=["FP32"])]
     data: Annotated[
         Raw | UnsetType,
-        Meta(description="Flat in row-major order, or nested.", examples=[[5.1, 3.5, 1.4, 0.2]]),
+        Meta(
+            description=(
+                "Flat in row-major order, or nested. Of FP16, BF16, FP32 and FP64 an element may "
+                'be `"NaN"`, `"Infinity"` or `"-Infinity"`, and null is NaN.'
+            ),
+            examples=[[5.1, 3.5, 1.4, 0.2]],
+        ),
     ] = UNSET
     parameters: InputParameters = InputParameters()
 

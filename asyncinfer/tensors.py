@@ -7,6 +7,7 @@ on it: the decoder knows the type and range of every element before numpy sees t
 import functools
 import itertools
 import math
+import operator
 import re
 import struct
 import sys
@@ -18,6 +19,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 from msgspec import Meta, Struct
+
+from asyncinfer import gaps
 
 Array: TypeAlias = npt.NDArray[np.generic]
 Feeds: TypeAlias = Mapping[str, Array]
@@ -96,9 +99,27 @@ _PLACE: Final = re.compile(r" - at `\$\[(\d+)\]`")
 def decode(data: bytes | msgspec.Raw, spec: TensorSpec) -> Array:
     """The JSON text `data` as an array of `spec`'s datatype; its shape is still to be checked.
 
-    Raises ValueError or OverflowError when anything in it is not an element of that datatype.
+    An element of a float may be null, or "NaN", "Infinity" or "-Infinity". Raises ValueError or
+    OverflowError when anything in it is not an element of that datatype.
     """
     data = bytes(data)
+    try:
+        return _decode_plain(data, spec)
+    except (ValueError, OverflowError):
+        # Most texts have no such element, so they are not searched for one before.
+        plain = _without_gaps(data, spec)
+        if plain is data:
+            raise
+    array = _decode_plain(plain, spec)
+    gaps.put_back(array, data)
+    return array
+
+
+def _without_gaps(data: bytes, spec: TensorSpec) -> bytes:
+    return gaps.with_zeros(data) if spec.datatype in FLOATS else data
+
+
+def _decode_plain(data: bytes, spec: TensorSpec) -> Array:
     if len(data) > _LONG_BYTES and spec.shape and spec.datatype in RANGES:
         nesting = data.translate(None, _NUMBER_BYTES)
         if len(nesting) > _LONG_BYTES or b"[]" not in nesting:
@@ -177,6 +198,18 @@ def _packed(values: list[Any], datatype: str) -> Array:
 
 def decode_rows(data: Sequence[bytes], spec: TensorSpec) -> tuple[Array, list[int]]:
     """The rows of several JSON texts in one array, and how many each has; raises as `decode`."""
+    try:
+        return _decode_plain_rows(data, spec)
+    except (ValueError, OverflowError):
+        plain = [_without_gaps(one, spec) for one in data]
+        if all(map(operator.is_, plain, data)):
+            raise
+    rows, counts = _decode_plain_rows(plain, spec)
+    gaps.put_back(rows, b",".join(data))
+    return rows, counts
+
+
+def _decode_plain_rows(data: Sequence[bytes], spec: TensorSpec) -> tuple[Array, list[int]]:
     decoder = _decoder(spec.datatype, len(spec.shape))
     values: list[Any] = [decoder(one) for one in data]
     rows = list(itertools.chain.from_iterable(values))

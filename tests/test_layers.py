@@ -23,6 +23,7 @@ RUNGS = (
     "settings",
     "jobs",
     "observed",
+    "gaps",
     "tensors",
     "payloads",
     "schemas",

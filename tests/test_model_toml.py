@@ -87,3 +87,10 @@ def test_labels_lie_nowhere_else(tmp_path: Path, name: str) -> None:
 )
 def test_a_wrong_value_is_refused_by_its_key(toml: bytes, message: str) -> None:
     assert message in refusal(toml)
+
+
+def test_an_example_with_gaps_is_one_that_json_can_carry() -> None:
+    """It is announced, shown and sent as it is shown."""
+    config = read_config(b"example = [[nan, 1.5, inf], [-inf, 2, -nan]]", "m.toml")
+
+    assert config.example == [["NaN", 1.5, "Infinity"], ["-Infinity", 2, "NaN"]]

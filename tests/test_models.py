@@ -223,6 +223,14 @@ def test_data_may_come_as_a_piece_of_a_larger_message() -> None:
     assert check_data(raw, signature()).shape == (1, 4)
 
 
+FLOATS_DO = 'only FP16, BF16, FP32 and FP64 take null and "NaN"'
+NO_NUMBER = 'a string, expected a number, or "NaN", "Infinity", "-Infinity"'
+BARE = (
+    "NaN or Infinity, expected a number; JSON has neither, write "
+    '"NaN", "Infinity", "-Infinity" or null'
+)
+
+
 @pytest.mark.parametrize(
     ("data", "pointer", "detail"),
     [
@@ -230,19 +238,27 @@ def test_data_may_come_as_a_piece_of_a_larger_message() -> None:
         ("[[1]]", "/data/0", "row 0 has 1 number, iris takes 4"),
         ("[[]]", "/data/0", "row 0 has 0 numbers, iris takes 4"),
         ("[]", "/data", "0 rows, iris takes at least 1"),
-        ("[1,2,3,4]", "/data", "1 dimension, iris takes 2: shape [batch, 4]"),
+        (
+            "[1,2,3,4]",
+            "/data",
+            "1 dimension, iris takes 2: shape [batch, 4]; one row? [[1, ...]]",
+        ),
+        ("[1e400]", "/data", "1 dimension, iris takes 2: shape [batch, 4]"),
         ("5", "/data", "a whole number, expected an array of rows"),
         ("null", "/data", "null, expected an array of rows"),
         ('{"a":1}', "/data", "an object, expected an array of rows"),
         ("[[1,2,3,4],7]", "/data/1", "a whole number, expected an array of 4 numbers"),
-        ('[[1,2,3,"4"]]', "/data/0/3", "a string, expected a number"),
-        ("[[1,2,null,4]]", "/data/0/2", "null, expected a number"),
+        ('[[1,2,3,"4"]]', "/data/0/3", NO_NUMBER),
+        ('[["NaN",2,null,"nan"]]', "/data/0/3", NO_NUMBER),
+        ('[[1,"inf",3,4]]', "/data/0/1", NO_NUMBER),
+        ('[[1,2,3,"null"]]', "/data/0/3", NO_NUMBER),
+        ("[[null,2,3,1e39]]", "/data/0/3", "beyond the range of FP32"),
         ("[[1,true,3,4]]", "/data/0/1", "true, expected a number"),
         ("[[false,2,3,4]]", "/data/0/0", "false, expected a number"),
         ("[[1,[2],3,4]]", "/data/0/1", "an array, expected a number"),
         ("[[1,{},3,4]]", "/data/0/1", "an object, expected a number"),
-        ("[[1,NaN,3,4]]", "/data/0/1", "NaN or Infinity, expected a number"),
-        ("[[1,-Infinity,3,4]]", "/data/0/1", "NaN or Infinity, expected a number"),
+        ("[[1,NaN,3,4]]", "/data/0/1", BARE),
+        ("[[1,-Infinity,3,4]]", "/data/0/1", BARE),
         ("[[1e400,2,3,4]]", "/data/0/0", "beyond the range of FP32"),
         ("[[-1e400,2,3,4]]", "/data/0/0", "beyond the range of FP32"),
         ("[[1e39,2,3,4]]", "/data/0/0", "beyond the range of FP32"),
@@ -277,6 +293,14 @@ def test_a_fault_names_the_place_and_what_is_expected(data: str, pointer: str, d
         (signature(("n",), "BOOL"), "[1]", "/data/0", "a whole number, expected true or false"),
         (signature(("n",), "BYTES"), "[1]", "/data/0", "a whole number, expected a string"),
         (signature(("n",), "BYTES"), "[NaN]", "/data/0", "NaN or Infinity, expected a string"),
+        (signature(("n",), "BYTES"), "[null]", "/data/0", f"null, expected a string; {FLOATS_DO}"),
+        (signature(("n",), "BYTES"), '["NaN", null]', "/data/1", "null, expected a string; only"),
+        (signature(("n",), "BOOL"), "[null]", "/data/0", f"true or false; {FLOATS_DO}"),
+        (signature(("n",), "BOOL"), '["NaN"]', "/data/0", '"NaN", expected true or false; only'),
+        (signature(("n",), "INT64"), "[null]", "/data/0", f"a whole number; {FLOATS_DO}"),
+        (signature(("n",), "UINT8"), '["-Infinity"]', "/data/0", f"a whole number; {FLOATS_DO}"),
+        (signature(("n",), "INT32"), "[NaN]", "/data/0", f"a whole number; {FLOATS_DO}"),
+        (signature(("n",), "INT64"), '["x"]', "/data/0", "a string, expected a whole number"),
         (signature(("n",), "BYTES"), '["\\ud800"]', "/data", "cannot be read: "),
         (signature(("n", 2), "BYTES"), '[["a"],["b","c"]]', "/data/0", "row 0 has 1 string,"),
         (signature(("n", "w")), "[[1,2],[1]]", "/data/1", "takes equal sizes, here 2"),
@@ -302,24 +326,24 @@ def test_text_that_is_not_utf_8_is_refused() -> None:
 
 
 def test_all_faults_come_in_one_answer() -> None:
-    assert faults_of(b'[[1,"x",3,4],[1,2,3],[null,2,3,1e39],[1,2,3,4]]', signature()) == [
-        ("/data/0/1", "a string, expected a number"),
+    assert faults_of(b'[[1,"x",3,4],[1,2,3],[true,2,3,1e39],[1,2,3,4]]', signature()) == [
+        ("/data/0/1", NO_NUMBER),
         ("/data/1", "row 1 has 3 numbers, iris takes 4"),
-        ("/data/2/0", "null, expected a number"),
+        ("/data/2/0", "true, expected a number"),
         ("/data/2/3", "beyond the range of FP32"),
     ]
 
 
 def test_a_detail_says_the_first_fault_and_how_many_there_are() -> None:
     with pytest.raises(InvalidInput) as refused:
-        check_data(b'[["x",null,3,4]]', signature())
+        check_data(b'[["x",true,3,4]]', signature())
 
-    assert refused.value.detail == "/data/0/0: a string, expected a number (and 1 more)"
+    assert refused.value.detail == f"/data/0/0: {NO_NUMBER} (and 1 more)"
 
 
 def test_a_long_list_of_faults_is_cut_and_says_so() -> None:
-    some = faults_of(b"[[" + b"null," * 99 + b"null]]", signature())
-    many = faults_of(b"[[" + b"null," * 99_999 + b"null]]", signature())
+    some = faults_of(b"[[" + b"true," * 99 + b"true]]", signature())
+    many = faults_of(b"[[" + b"true," * 99_999 + b"true]]", signature())
 
     assert len(some) == len(many) == MAX_FAULTS + 1
     assert some[-1] == ("/data", "81 more faults are not listed")
@@ -330,7 +354,7 @@ def test_only_the_beginning_of_a_long_text_is_searched_for_faults() -> None:
     """The search costs some 40 times what reading costs, so a small mistake would be dear."""
     sound = b"[1,2,3,4],"
     early = faults_of(b"[[1,2,3]," + sound * 900 * 10 + b"[1,2]]", signature(max_rows=10_000))
-    late = faults_of(b"[" + sound * 900 * 10 + b"[1,null,3,4]]", signature(max_rows=10_000))
+    late = faults_of(b"[" + sound * 900 * 10 + b"[1,true,3,4]]", signature(max_rows=10_000))
 
     assert early == [("/data/0", "row 0 has 3 numbers, iris takes 4")]
     assert late == [("/data", "cannot be read: element 36001 is no number")]
@@ -414,7 +438,8 @@ JSON = st.recursive(
     | st.booleans()
     | st.integers()
     | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(st.characters(codec="utf-8"), max_size=3),
+    | st.text(st.characters(codec="utf-8"), max_size=3)
+    | st.sampled_from(["NaN", "Infinity", "-Infinity"]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=2), inner),
 )
 SPECS = st.builds(
@@ -440,9 +465,10 @@ def test_any_json_is_taken_whole_or_refused_with_faults(value: object, taken: Si
         assert all(fault.pointer.startswith("/data") for fault in answer)
         assert not answer[0].detail.startswith("cannot be read")
     else:
+        # Of null, "NaN" and "Infinity" numpy makes the same floats.
         expected = np.array(value, dtype=answer.dtype)
         assert answer.shape == expected.shape
-        assert np.array_equal(answer, expected)
+        np.testing.assert_array_equal(answer, expected)
 
 
 @given(st.binary(max_size=40) | st.text('[]{},:.-+eE0123456789" \\uNaInfty', max_size=40))
@@ -461,6 +487,7 @@ _TEXTS = st.one_of(
         lambda rows: msgspec.json.encode(rows)
     ),
     st.sampled_from([b"", b"[]", b"[[]]", b"null", b'[["x",1,2,3]]', b"[[1,2,3,1e39]]", b"[1,2]"]),
+    st.sampled_from([b'[["NaN",1,"-Infinity",null]]', b'[[1,2,3,4],["Infinity",1,2,3]]']),
 )
 
 
@@ -480,10 +507,11 @@ def test_inputs_taken_together_are_those_taken_one_by_one(
             np.testing.assert_array_equal(alone, array)
 
 
-def test_small_inputs_that_fit_are_taken_together() -> None:
-    assert check_data_alike([b"[[1,2,3,4]]", b"[[5,6,7,8],[9,8,7,6]]"], signature()) is not None
+@pytest.mark.parametrize("beside", [b"[[5,6,7,8],[9,8,7,6]]", b'[["NaN",null,"Infinity",1]]'])
+def test_small_inputs_that_fit_are_taken_together(beside: bytes) -> None:
+    assert check_data_alike([b"[[1,2,3,4]]", beside], signature()) is not None
 
 
 def test_one_input_that_does_not_fit_sends_all_to_be_looked_at_one_by_one() -> None:
-    for bad in (b"[[1,2,3]]", b"[]", b"[[1,2,3,4]],[[1,2,3,4]]", b"[[1,2,3,null]]", b"["):
+    for bad in (b"[[1,2,3]]", b"[]", b"[[1,2,3,4]],[[1,2,3,4]]", b"[[1,2,3,true]]", b"["):
         assert check_data_alike([b"[[1,2,3,4]]", bad], signature()) is None

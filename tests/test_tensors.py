@@ -1,6 +1,7 @@
 """JSON becomes exactly the tensor that it spells, or is refused."""
 
 import json
+import math
 import re
 from typing import Any
 
@@ -81,6 +82,63 @@ def test_every_kind_of_element_is_read(datatype: str, json: bytes, expected: lis
     assert array.tolist() == expected
 
 
+@pytest.mark.parametrize("padding", [b"", b" " * 2000], ids=["short", "long"])
+@pytest.mark.parametrize("datatype", sorted(tensors.FLOATS))
+def test_floats_may_be_what_json_has_no_number_for(datatype: str, padding: bytes) -> None:
+    """As results write them, and null as other writers of JSON do."""
+    text = b'[["NaN",1.5,null],["Infinity" , "-Infinity",-0.0]]' + padding
+
+    array = tensors.decode(text, TensorSpec("x", datatype, ("n", 3)))
+
+    assert array.dtype == tensors.DTYPES[datatype]
+    expected = [[math.nan, 1.5, math.nan], [math.inf, -math.inf, -0.0]]
+    np.testing.assert_array_equal(array.astype(np.float64), expected)
+    for scalar in (b"null", b' "NaN" '):
+        assert np.isnan(tensors.decode(scalar, TensorSpec("x", datatype, ())))
+
+
+@pytest.mark.parametrize("datatype", sorted(set(tensors.DTYPES) - tensors.FLOATS))
+def test_nothing_else_may(datatype: str) -> None:
+    spec = TensorSpec("x", datatype, (None,))
+    with pytest.raises(msgspec.ValidationError):
+        tensors.decode(b"[null]", spec)
+    if datatype == "BYTES":
+        assert tensors.decode(b'["NaN","null"]', spec).tolist() == ["NaN", "null"]
+    else:
+        with pytest.raises(msgspec.ValidationError):
+            tensors.decode(b'["NaN"]', spec)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(b"1null", b"null1", b"nullnull", b"-null", b"nul", b'"null"', b"NaN", b'"NaN', b'"NaN"1'),
+        *(b'"nan"', b'" NaN"', b'"inf"', b'"+Infinity"', b'"1.5"', b'["NaN"]', b'"a"NaN"b"'),
+        b'"\\"NaN\\""',
+    ],
+)
+@pytest.mark.parametrize("padding", [b"", b" " * 2000], ids=["short", "long"])
+def test_what_is_not_the_whole_element_is_no_gap(text: bytes, padding: bytes) -> None:
+    """What stands in place of a gap while the rest is read must make no number with what is
+    beside it."""
+    for whole in (b"[%b,null]" % text, b"[null,%b]" % text):
+        with pytest.raises(ValueError):  # noqa: PT011
+            tensors.decode(whole + padding, TensorSpec("x", "FP32", (None,)))
+
+
+def test_gaps_in_a_text_of_many_pieces_are_where_they_were() -> None:
+    rows: list[list[float | str | None]] = [[index / 8, 1, 2, 3] for index in range(10_000)]
+    rows[7][1], rows[5_000][0], rows[9_999][3] = None, "-Infinity", "NaN"
+
+    read = tensors.decode(msgspec.json.encode(rows), TensorSpec("x", "FP32", ("n", 4)))
+
+    assert np.argwhere(np.isnan(read)).tolist() == [[7, 1], [9_999, 3]]
+    assert np.argwhere(np.isinf(read)).tolist() == [[5_000, 0]]
+    sound = np.isfinite(read)
+    expected = np.array([[0 if isinstance(x, str | None) else x for x in row] for row in rows])
+    np.testing.assert_array_equal(read[sound], expected.astype(np.float32)[sound])
+
+
 def test_any_rank_is_read() -> None:
     for rank in range(6):
         json = b"[" * rank + b"7" + b"]" * rank
@@ -140,6 +198,7 @@ def nearly_arrays(draw: st.DrawFn) -> tuple[bytes, TensorSpec]:
     text = json.dumps(nested(shape), separators=separators).encode()
     at = draw(st.integers(0, len(text)))
     pieces = (b"", b"[", b"]", b",", b" ", b"1", b"-", b"e", b".", b'"', b"null", b"[1]", b"],[")
+    pieces += (b'"NaN"', b'"-Infinity"')
     damage = draw(st.sampled_from(pieces))
     return text[:at] + damage + text[at + draw(st.integers(0, 2)) :], TensorSpec(
         "x", datatype, (None,) * max(1, rank)
@@ -176,7 +235,7 @@ def test_a_text_of_many_pieces_is_read_to_the_last_element(datatype: str) -> Non
 @pytest.mark.parametrize(
     ("last", "problem"),
     [
-        (b"null]]", "element 99999 is no number"),
+        (b"true]]", "element 99999 is no number"),
         (b"1e39]]", "element 99999: Expected `float` <= "),
         (b"1],[1]]", "its arrays are not of equal lengths and depths"),
     ],

@@ -20,6 +20,12 @@ _MOST_COLONS: Final = 256
 
 _NO_OPTIONS: Final = AskedOptions()
 _KEY = re.compile(rb'[ \t\r\n{,]*("(?:[^"\\]|\\.)*")[ \t\r\n]*:[ \t\r\n]*')
+_AT_BYTE = re.compile(r"\(byte (\d+)\)$")
+_BARE_GAP = re.compile(rb"NaN|Infinity")
+_NO_BARE_GAPS: Final = (
+    "JSON has no NaN and no Infinity, though some writers write them: send the strings "
+    '"NaN", "Infinity", "-Infinity", or null for NaN.'
+)
 _AFTER_VALUE = re.compile(rb"[ \t\r\n]*[,}]")
 
 
@@ -98,7 +104,7 @@ def _decoded(
     except msgspec.ValidationError as error:
         refuse(fault_of(error, struct), error)
     except msgspec.DecodeError as error:
-        raise InvalidJSON(_malformed(error)) from error
+        raise InvalidJSON(_malformed(error, body)) from error
     except RecursionError:
         # `from None`: the traceback would be as deep as the JSON.
         raise InvalidJSON("The JSON is nested too deeply; `data` is a list of rows.") from None
@@ -175,9 +181,11 @@ def _check_text(body: bytes) -> None:
         raise InvalidJSON(f"The body is not UTF-8 (byte {error.start}).") from error
 
 
-def _malformed(error: msgspec.DecodeError) -> str:
+def _malformed(error: msgspec.DecodeError, body: bytes) -> str:
     message = str(error).removeprefix("JSON is malformed: ")
-    hint = " JSON has no NaN and no Infinity." if "invalid character" in message else ""
+    place = _AT_BYTE.search(message)
+    is_gap = place and _BARE_GAP.match(body, int(place[1]))
+    hint = f" {_NO_BARE_GAPS}" if is_gap else ""
     return f"The body cannot be parsed: {message}.{hint}"
 
 

@@ -243,7 +243,7 @@ async def test_a_wrong_line_is_answered_in_its_place(port: int, case: str) -> No
 
 
 async def test_every_fault_of_a_line_is_named(api: httpx2.AsyncClient) -> None:
-    (wrong,) = await post_lines(api, [b'{"data": [[1, "2", null, 4]]}'])
+    (wrong,) = await post_lines(api, [b'{"data": [[1, "2", true, 4]]}'])
     assert [one["pointer"] for one in wrong["errors"]] == ["/data/0/1", "/data/0/2"]
 
 

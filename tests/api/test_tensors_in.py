@@ -22,13 +22,13 @@ from asyncinfer.api.admission import ANYBODY, Reach
 from asyncinfer.api.catalog import Served
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.exchange import Request
-from asyncinfer.api.inputs import Input, read_input
+from asyncinfer.api.inputs import Input, read_input, read_line
 from asyncinfer.errors import InvalidInput, RequestError
-from asyncinfer.models import Signature
+from asyncinfer.models import Signature, check_data
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.upkeep import Upkeep
 from asyncinfer.schemas import AskedOptions
-from asyncinfer.tensors import DTYPES, Array, TensorSpec
+from asyncinfer.tensors import DTYPES, FLOATS, Array, TensorSpec
 
 from .harness import QUEUE, announce, assert_problem, client_of, hosted, running
 
@@ -232,6 +232,54 @@ async def test_long_data_is_stored_as_tensors_and_short_as_the_text_it_was(
     assert server.get(keys.data(short.json()["job_id"])) == b"[[0.1,2,3,4]]"
 
 
+GAPS: list[Any] = ["NaN", 1, None, "-Infinity", -2.5, "Infinity"]
+AS_JSON = {
+    "flat": {"inputs": [{"name": "x", "shape": [2, 3], "data": GAPS}]},
+    "nested": {"inputs": [{"name": "x", "shape": [2, 3], "data": [GAPS[:3], GAPS[3:]]}]},
+    "data": {"data": [GAPS[:3], GAPS[3:]]},
+    "long data": {"data": [GAPS[:3], GAPS[3:]] * 400},
+    "long tensors": {"inputs": [{"name": "x", "shape": [800, 3], "data": GAPS * 400}]},
+}
+
+
+@pytest.mark.parametrize("datatype", sorted(FLOATS))
+@pytest.mark.parametrize("form", AS_JSON)
+async def test_floats_in_json_may_be_what_it_has_no_number_for(form: str, datatype: str) -> None:
+    body = msgspec.json.decode(msgspec.json.encode(AS_JSON[form]))
+    for tensor in body.get("inputs", ()):
+        tensor["datatype"] = datatype
+    signature = identity(datatype, ("n", 3))
+    text = json.dumps(body).encode()
+
+    alone = await at_the_door(signature, text, {})
+    of_a_line, _ = read_line(text, AskedOptions(), served(signature))
+
+    for taken in (alone, of_a_line):
+        if taken.payload == "json":
+            array = check_data(taken.content, signature)
+        else:
+            array = payloads.unpack(taken.content)["x"]
+        expected = [[np.nan, 1, np.nan], [-np.inf, -2.5, np.inf]] * (len(array) // 2)
+        np.testing.assert_array_equal(array.astype(np.float64), expected)
+
+
+@pytest.mark.parametrize("datatype", ["INT64", "BOOL", "BYTES"])
+@pytest.mark.parametrize("form", AS_JSON)
+async def test_no_other_element_may(form: str, datatype: str) -> None:
+    body = msgspec.json.decode(msgspec.json.encode(AS_JSON[form]))
+    for tensor in body.get("inputs", ()):
+        tensor["datatype"] = datatype
+    with pytest.raises(InvalidInput) as refused:
+        await at_the_door(identity(datatype, ("n", 3)), json.dumps(body).encode(), {})
+
+    where = {"flat": "/inputs/0/data/2", "long tensors": "/inputs/0/data/2"}
+    pointer = where.get(form, "/data/0/2" if "data" in body else "/inputs/0/data/0/2")
+    found = {fault.pointer: fault.detail for fault in refused.value.faults}
+    assert found[pointer].startswith("null, expected ")
+    assert 'only FP16, BF16, FP32 and FP64 take null and "NaN"' in found[pointer]
+    assert (pointer[:-1] + "0" in found) is (datatype != "BYTES")
+
+
 def _values(datatype: str) -> st.SearchStrategy[Any]:
     if datatype == "BYTES":
         return st.text(st.characters(codec="utf-8"), max_size=4)
@@ -361,7 +409,7 @@ UNFIT: dict[str, tuple[Any, str, str]] = {
     "too few": ({"inputs": [_fp32(data=[1])]}, "/inputs/0/data", "1 number, its `shape` takes 2"),
     "too many": ({"inputs": [_fp32(data=[1, 2, 3])]}, "/inputs/0/data", "3 numbers"),
     "nested otherwise": ({"inputs": [_fp32(data=[[1], [2]])]}, "/inputs/0/data", "2 rows"),
-    "null": ({"inputs": [_fp32(data=[1, None])]}, "/inputs/0/data/1", "null"),
+    "another word": ({"inputs": [_fp32(data=[1, "inf"])]}, "/inputs/0/data/1", '"Infinity"'),
     "a string": ({"inputs": [_fp32(data=[[1, "1.5"]])]}, "/inputs/0/data/0/1", "a string"),
     "true": ({"inputs": [_fp32(data=[1, True])]}, "/inputs/0/data/1", "true"),
     "out of range": ({"inputs": [_fp32(data=[1, 1e39])]}, "/inputs/0/data/1", "range of FP32"),

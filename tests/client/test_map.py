@@ -144,7 +144,8 @@ def test_one_bad_row_in_10000_is_an_error_of_its_own(client: Client) -> None:
     bad = {at: one for at, one in enumerate(results) if isinstance(one, AsyncinferError)}
     assert list(bad) == [7777]
     assert isinstance(bad[7777], InvalidInput)
-    assert (bad[7777].row, str(bad[7777])) == (7777, "Row 7777: a string, expected a number")
+    assert bad[7777].row == 7777
+    assert str(bad[7777]).startswith("Row 7777: a string, expected a number")
     assert len(results) == 10_000
 
 
