@@ -7,16 +7,11 @@ an input may have null for NaN, as most other writers of JSON have.
 import math
 from typing import Any, Final
 
-import numpy as np
-import numpy.typing as npt
-
 WORDS: Final = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 _TOKENS: Final = (b'"NaN"', b'"Infinity"', b'"-Infinity"', b"null")
 _ZERO: Final = b" 0 "
 """With spaces, so that it stands only where the whole element was the word: `1null` is no `10`."""
-
-_IRREGULAR: Final = "its arrays are not of equal lengths and depths"
 
 
 def is_gap(element: object) -> bool:
@@ -29,25 +24,6 @@ def with_zeros(text: bytes) -> bytes:
     for token in _TOKENS:
         text = text.replace(token, _ZERO)
     return text
-
-
-def put_back(array: npt.NDArray[Any], text: bytes) -> None:
-    """Gives the elements that `with_zeros` replaced in `text` their values.
-
-    `array` was read from that, so the text is numbers and words alone: the number of an element is
-    how many commas come before it, and one letter tells each word from all else. Raises ValueError
-    unless that is so.
-    """
-    codes = np.frombuffer(text, np.uint8)
-    commas = np.flatnonzero(codes == ord(","))
-    if array.size != len(commas) + 1:
-        raise ValueError(_IRREGULAR)
-    elements = array.reshape(-1)
-    for letter in b"au":
-        elements[np.searchsorted(commas, np.flatnonzero(codes == letter))] = math.nan
-    infinite = np.flatnonzero(codes == ord("I"))
-    is_negative = codes[infinite - 1] == ord("-")
-    elements[np.searchsorted(commas, infinite)] = np.where(is_negative, -math.inf, math.inf)
 
 
 def in_words(value: Any) -> Any:

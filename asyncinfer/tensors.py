@@ -111,12 +111,30 @@ def decode(data: bytes | msgspec.Raw, spec: TensorSpec) -> Array:
         if plain is data:
             raise
     array = _decode_plain(plain, spec)
-    gaps.put_back(array, data)
+    _put_back(array, data)
     return array
 
 
 def _without_gaps(data: bytes, spec: TensorSpec) -> bytes:
     return gaps.with_zeros(data) if spec.datatype in FLOATS else data
+
+
+def _put_back(array: Array, text: bytes) -> None:
+    """Gives the elements that `_without_gaps` replaced in `text` their values.
+
+    `array` was read from what that made, so the text is numbers and gaps alone: the number of an
+    element is how many commas come before it, and one letter tells each kind of gap from all else.
+    """
+    codes = np.frombuffer(text, np.uint8)
+    commas = np.flatnonzero(codes == ord(","))
+    if array.size != len(commas) + 1:
+        raise ValueError(_IRREGULAR)
+    elements: npt.NDArray[Any] = array.reshape(-1)
+    for letter in b"au":  # of NaN and null
+        elements[np.searchsorted(commas, np.flatnonzero(codes == letter))] = math.nan
+    infinite = np.flatnonzero(codes == ord("I"))
+    is_negative = codes[infinite - 1] == ord("-")
+    elements[np.searchsorted(commas, infinite)] = np.where(is_negative, -math.inf, math.inf)
 
 
 def _decode_plain(data: bytes, spec: TensorSpec) -> Array:
@@ -205,7 +223,7 @@ def decode_rows(data: Sequence[bytes], spec: TensorSpec) -> tuple[Array, list[in
         if all(map(operator.is_, plain, data)):
             raise
     rows, counts = _decode_plain_rows(plain, spec)
-    gaps.put_back(rows, b",".join(data))
+    _put_back(rows, b",".join(data))
     return rows, counts
 
 

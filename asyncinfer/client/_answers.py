@@ -7,6 +7,7 @@ import msgspec
 from asyncinfer.client._errors import strange_refused
 from asyncinfer.client._inputs import LENGTH
 from asyncinfer.client._wire import Response
+from asyncinfer.gaps import WORDS
 
 if TYPE_CHECKING:
     from asyncinfer.tensors import Array
@@ -15,9 +16,18 @@ if TYPE_CHECKING:
 def result_of(value: Any) -> Any:
     """A job's result. Of one tensor the array, of several a dict of them, else the JSON value."""
     if not (isinstance(value, dict) and isinstance(value.get("outputs"), list)):
-        return value
+        return list(map(_labelled, value)) if isinstance(value, list) else _labelled(value)
     with strange_refused("A result"):
         return unwrapped({one["name"]: _array_of_json(one) for one in value["outputs"]})
+
+
+def _labelled(row: Any) -> Any:
+    """A row of a labelled classifier with numbers for the words that JSON has for some."""
+    shares = row.get("probabilities") if isinstance(row, dict) else None
+    if not (isinstance(shares, list) and str in map(type, shares)):
+        return row
+    numbers = [WORDS.get(one, one) if isinstance(one, str) else one for one in shares]
+    return {**row, "probabilities": numbers}
 
 
 def result_of_bytes(response: Response) -> Any:
@@ -48,7 +58,7 @@ def _array_of_json(one: dict[str, Any]) -> "Array":
 
     dtype, data = DTYPES[one["datatype"]], one["data"]
     if one["datatype"] in FLOATS:
-        # Numbers that JSON has not are the strings "NaN", "Infinity" and "-Infinity".
+        # Python reads the words of `gaps` as the numbers that they stand for.
         return np.array([float(value) for value in data]).astype(dtype).reshape(one["shape"])
     return np.array(data, dtype=dtype).reshape(one["shape"])
 

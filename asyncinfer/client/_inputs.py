@@ -2,12 +2,14 @@
 
 Lists go as JSON, as they are. Arrays and frames go as their bytes, in the datatype of the model:
 an array of another float or whole-number dtype is converted where every number fits, since
-`np.array([[5.1]])` is float64 whatever the model takes. Nothing else is converted.
+`np.array([[5.1]])` is float64 whatever the model takes; booleans are 0 and 1, and what is missing
+(None, pandas.NA, masked) is NaN for floats, as for scikit-learn. Nothing else is converted.
 """
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -15,6 +17,7 @@ from msgspec import Struct
 
 from asyncinfer.client._errors import CannotSend
 from asyncinfer.client._models import Model, TensorInfo
+from asyncinfer.gaps import WORDS
 
 if TYPE_CHECKING:
     from asyncinfer.tensors import Array
@@ -43,8 +46,12 @@ def is_plain(value: Any) -> bool:
 def json_body(data: Any, options: Mapping[str, Any]) -> Body | None:
     """A list as JSON; None where that is not possible or not wise."""
     body = {"data": data, "options": options} if options else {"data": data}
-    content = _encode(body)
-    if len(content) > _LARGE_JSON_BYTES or (b"null" in content and _has_nan(data)):
+    hook = _Plain()
+    content = _encode(body, hook)
+    # Of NaN and infinities alike msgspec makes null.
+    if len(content) > _LARGE_JSON_BYTES or (
+        b"null" in content and (hook.has_nan or _has_nan(data))
+    ):
         return None
     return Body(content=content, headers={"content-type": JSON}, accept=_accept(options))
 
@@ -60,7 +67,7 @@ def array_body(value: Any, model: Model, options: Mapping[str, Any]) -> Body:
         shape = array.shape
         described.append({"name": name, "shape": shape, "datatype": datatype, "parameters": size})
         parts.append(content)
-    head = _encode({"inputs": described, "options": options})
+    head = _encode({"inputs": described, "options": options}, plain)
     return Body(
         content=b"".join([head, *parts]),
         headers={"content-type": BINARY, LENGTH: str(len(head))},
@@ -105,18 +112,36 @@ def is_frame(value: Any) -> bool:
 
 
 def array_of(value: Any, spec: TensorInfo | None) -> "Array":
-    """As numpy sees it; strings are `str` objects."""
+    """As numpy sees it; strings are `str` objects, and for floats what is missing is NaN."""
     import numpy as np
 
+    if isinstance(value, np.ma.MaskedArray):
+        value = _unmasked(value, spec)
     try:
         array = np.asarray(value)
     except (ValueError, TypeError) as error:
         raise CannotSend(f"The input is no array: {error}. Give rows of equal length.") from error
-    if array.dtype.kind in "UTS" or (spec is not None and spec.datatype == "BYTES"):
+    if array.dtype.kind in "UTS":
+        # Numpy has made text of the numbers beside text.
+        array = np.asarray(value, dtype=object)
+    if spec is not None and spec.datatype == "BYTES":
         return np.asarray(array.tolist(), dtype=object).reshape(array.shape)
     if array.dtype.kind == "O":
-        return _of_objects(array)
+        return _of_objects(array, spec)
     return array
+
+
+def _unmasked(array: Any, spec: TensorInfo | None) -> Any:
+    """What is masked is NaN for floats; nothing else can say so."""
+    import numpy as np
+
+    if spec is None or not np.ma.is_masked(array):
+        return array.data
+    if not _takes_gaps(spec):
+        raise _no_gaps("is masked", spec)
+    values = np.array(array.data, dtype=None if _is_float(array) else object)
+    values[np.ma.getmaskarray(array)] = np.nan
+    return values
 
 
 def fitted(array: "Array", spec: TensorInfo | None) -> "Array":
@@ -126,9 +151,11 @@ def fitted(array: "Array", spec: TensorInfo | None) -> "Array":
     if spec is None or spec.datatype not in RANGES or array.dtype == DTYPES[spec.datatype]:
         return array
     wanted = DTYPES[spec.datatype]
-    is_whole = array.dtype.kind in "iu"
-    takes = is_whole or (spec.datatype in FLOATS and _is_float(array))
-    if not takes:
+    if not (array.dtype.kind in "iub" or _is_float(array)):
+        return array
+    if _is_float(array) and spec.datatype not in FLOATS:
+        if array.size and _has_nan_in(array):
+            raise _no_gaps("is NaN", spec)
         return array
     low, high = RANGES[spec.datatype]
     if array.size and not _within(array, low, high):
@@ -161,23 +188,70 @@ def bytes_of(name: str, array: "Array") -> tuple[bytes, str]:
 
 def _text_bytes(name: str, text: Any) -> bytes:
     if not isinstance(text, str | bytes):
-        raise CannotSend(f"{name} has {text!r} where a string is needed.")
+        raise CannotSend(
+            f"{name} has {text!r} where a string is needed. Give strings alone; where one is "
+            'missing, the one that stands for that in the model, such as "".'
+        )
     content = text.encode() if isinstance(text, str) else text
     return len(content).to_bytes(4, "little") + content
 
 
-def _of_objects(array: "Array") -> "Array":
+def _of_objects(array: "Array", spec: TensorInfo | None) -> "Array":
     """An object array (a frame of mixed columns gives one) as numbers or strings, if it is that."""
     import numpy as np
 
+    from asyncinfer.tensors import RANGES
+
     values = array.ravel().tolist()
     kinds = {type(one) for one in values}
-    if kinds == {str}:
-        return array
     if kinds and kinds <= {int, float}:
         return np.array(values).reshape(array.shape)
+    if kinds == {bool}:
+        return array.astype(np.bool_)
+    if kinds and spec is not None and spec.datatype in RANGES:
+        numbers = [_number(one, spec) for one in values]
+        if None not in numbers:
+            return np.array(numbers).reshape(array.shape)
+    if kinds and kinds <= {str, bytes}:
+        return array
     shown = ", ".join(sorted(one.__name__ for one in kinds))
     raise CannotSend(f"The input mixes {shown or 'nothing'}; give numbers, or strings, alone.")
+
+
+def _number(value: Any, spec: TensorInfo) -> int | float | None:
+    """What scikit-learn would take it for; None where that is no number."""
+    if isinstance(value, bool | int | float) or type(value).__module__ == "numpy":
+        return _of_scalar(value)
+    is_missing = value is None or type(value).__name__ == "NAType"
+    if is_missing and not _takes_gaps(spec):
+        raise _no_gaps(f"is {value}", spec)
+    if is_missing:
+        return math.nan
+    if not _takes_gaps(spec):
+        return None
+    if isinstance(value, Decimal) and not value.is_snan():
+        return float(value)
+    return WORDS.get(value) if isinstance(value, str) else None
+
+
+def _of_scalar(value: Any) -> int | float | None:
+    plain = value.item() if hasattr(value, "item") else value
+    if isinstance(plain, bool):
+        return int(plain)
+    return plain if isinstance(plain, int | float) else None
+
+
+def _takes_gaps(spec: TensorInfo) -> bool:
+    from asyncinfer.tensors import FLOATS
+
+    return spec.datatype in FLOATS
+
+
+def _no_gaps(is_gap: str, spec: TensorInfo) -> CannotSend:
+    return CannotSend(
+        f"The input {is_gap} in places, and `{spec.name}` takes {spec.datatype}, which has no NaN. "
+        "Put a value there, as fillna() or filled() do, or leave those rows out."
+    )
 
 
 def _of_frame(frame: Any, model: Model) -> dict[str, Any]:
@@ -212,11 +286,17 @@ def _within(array: "Array", low: float, high: float) -> bool:
     """What is not finite fits every float."""
     import numpy as np
 
-    if array.dtype.kind in "iu":
+    if array.dtype.kind in "iub":
         return bool(int(array.min()) >= low and int(array.max()) <= high)
     wide = array.astype(np.float64, copy=False)
     wide = wide[np.isfinite(wide)]
     return not wide.size or bool(wide.min() >= low and wide.max() <= high)
+
+
+def _has_nan_in(array: "Array") -> bool:
+    import numpy as np
+
+    return bool(np.isnan(array.astype(np.float64, copy=False)).any())
 
 
 def _has_nan(value: Any) -> bool:
@@ -225,9 +305,21 @@ def _has_nan(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _encode(value: Any) -> bytes:
+class _Plain:
+    """`plain` that remembers whether a number was among them that JSON does not have."""
+
+    def __init__(self) -> None:
+        self.has_nan = False
+
+    def __call__(self, value: Any) -> Any:
+        made = plain(value)
+        self.has_nan = self.has_nan or _has_nan(made)
+        return made
+
+
+def _encode(value: Any, hook: Callable[[Any], Any]) -> bytes:
     try:
-        return msgspec.json.encode(value, enc_hook=plain)
+        return msgspec.json.encode(value, enc_hook=hook)
     except (TypeError, ValueError, RecursionError) as error:
         raise CannotSend(
             f"The input cannot be sent: {error}. Give lists, arrays, a dict of arrays, or a frame."

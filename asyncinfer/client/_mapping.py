@@ -314,7 +314,7 @@ def _along(rows: Any, axis: int | None) -> Any:
     """The same with its rows along another axis; None: the input has none, all rows share it."""
     import numpy as np
 
-    array = np.asarray(rows)
+    array = np.asanyarray(rows)
     return array[0] if axis is None else np.moveaxis(array, 0, axis)
 
 
@@ -322,7 +322,9 @@ def _stacked(rows: list[Any]) -> Any:
     import numpy as np
 
     try:
-        return np.stack([np.asarray(row) for row in rows])
+        arrays = [np.asanyarray(row) for row in rows]
+        is_masked = any(isinstance(one, np.ma.MaskedArray) for one in arrays)
+        return (np.ma.stack if is_masked else np.stack)(arrays)
     except ValueError as error:
         raise CannotSend(f"Rows do not fit together: {error}.") from error
 

@@ -49,7 +49,8 @@ def columns_of(rows: Any) -> Columns | None:
     if isinstance(rows, Mapping):
         import numpy as np
 
-        return Columns({name: np.asarray(one) for name, one in rows.items()})
+        # One that is masked stays so.
+        return Columns({name: np.asanyarray(one) for name, one in rows.items()})
     return Columns(rows) if hasattr(rows, "dtype") and getattr(rows, "ndim", 0) > 0 else None
 
 
