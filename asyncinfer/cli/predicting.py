@@ -5,10 +5,11 @@ import hashlib
 import re
 import shlex
 import uuid
+import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
 
 import msgspec
 from msgspec import Struct
@@ -72,11 +73,33 @@ def run(server: Server, asked: Asked) -> int:
         with (
             writing.writer(asked.output, form) as writer,
             progress(source.total, form, asked.output) as bar,
+            _warnings_told(),
         ):
             failed = _run(service, asked, source, group, writer, bar)
     if failed > _TOLD_ERRORS:
         complain(f"{failed:,} rows failed in all; the output has the error of each.")
     return EXIT_FAILED if failed else 0
+
+
+@contextlib.contextmanager
+def _warnings_told() -> Iterator[None]:
+    """What the client warns of, in a line of its own and without a place in our code."""
+    from asyncinfer.client import SlowMapWarning
+
+    def tell(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        complain(str(message))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", SlowMapWarning)
+        warnings.showwarning = tell
+        yield
 
 
 def _run(
@@ -176,14 +199,7 @@ def _fault(fault: Fault) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers that JSON has not are strings, as the API writes them."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, list):
-        return [_plain(one) for one in value]
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
-    return value
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 # --- sources ---------------------------------------------------------------------------------
@@ -203,14 +219,13 @@ def _source(asked: Asked, service: Service) -> _Source:
 
 
 def _is_typed(text: str) -> bool:
-    return text.lstrip().startswith(("[", "{")) or _number(text) is not None
+    return text.lstrip().startswith(("[", "{")) or reading.number(text) is not None
 
 
 def _typed_rows(words: Sequence[str]) -> Iterator[Row]:
     """Numbers are one row; JSON is one, or a list of them."""
-    numbers = [_number(word) for word in words]
-    if None not in numbers:
-        return iter([Row(1, numbers)])
+    with contextlib.suppress(ValueError):
+        return iter([Row(1, [reading.cell(word) for word in words])])
     try:
         found = [msgspec.json.decode(word) for word in words]
     except msgspec.DecodeError as error:
@@ -225,10 +240,6 @@ def _typed_rows(words: Sequence[str]) -> Iterator[Row]:
 
 def _is_row(value: Any) -> bool:
     return isinstance(value, list | dict)
-
-
-def _number(word: str) -> int | float | None:
-    return reading.number(word)
 
 
 def _file(asked: Asked, path: Path | None, model: "Model") -> _Source:

@@ -30,6 +30,9 @@ _FORM_BY_SUFFIX: Final = {
 }
 _SHOWN_CHARACTERS: Final = 40
 _MOST_CELL_CHARACTERS: Final = 10_000_000
+_MISSING: Final = frozenset({"", "nan", "na", "n/a", "#n/a", "<na>", "null", "none"})
+"""What a cell without a value has, in lower case, as pandas and R write it."""
+_INFINITE: Final = {word: float(word) for word in ("inf", "infinity", "-inf", "-infinity")}
 _MAGIC: Final = {b"PAR1": "parquet", b"\x93NUM": "npy"}
 
 
@@ -159,17 +162,30 @@ def _csv_row(
         return Row(place, _row([names[at] for at in chosen], [cells[at] for at in chosen], asked))
     values = []
     for at in chosen:
-        value = number(cells[at])
-        if value is None:
-            shown = repr(cells[at][:_SHOWN_CHARACTERS])
-            problem = f"line {line_number}: column {names[at]!r}: {shown} is no number"
-            return Row(place, problem=f"{problem}; leave it out with --columns")
-        values.append(value)
+        try:
+            values.append(cell(cells[at]))
+        except ValueError as error:
+            problem = f"line {line_number}: column {names[at]!r}: {error}"
+            return Row(place, problem=f"{problem}; leave the column out with --columns")
     return Row(place, _row([names[at] for at in chosen], values, asked))
 
 
 def _is_header(cells: Sequence[str]) -> bool:
     return not any(number(cell) is not None for cell in cells)
+
+
+def cell(text: str) -> int | float | None:
+    """The number in a cell, or None where it is missing: the model tells whether it may be.
+
+    Raises ValueError where the cell has something else.
+    """
+    word = text.strip().lower()
+    if word in _MISSING:
+        return None
+    value = number(word)
+    if value is None and word not in _INFINITE:
+        raise ValueError(f"{text[:_SHOWN_CHARACTERS]!r} is no number")
+    return _INFINITE[word] if value is None else value
 
 
 def number(word: str) -> int | float | None:
@@ -203,7 +219,7 @@ def _chosen(names: Sequence[str], columns: Sequence[str]) -> list[int]:
 
 def _json(content: IO[bytes], asked: Asked) -> Iterator[Row]:
     """A list of rows, or an object whose `data` is one."""
-    found = msgspec.json.decode(content.read())
+    found = _decoded(content.read())
     if isinstance(found, dict) and isinstance(found.get("data"), list):
         found = found["data"]
     if not isinstance(found, list):
@@ -221,11 +237,20 @@ def _ndjson(content: IO[bytes], asked: Asked) -> Iterator[Row]:
             continue
         number += 1
         try:
-            row = msgspec.json.decode(line)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            row = _decoded(line)
+        except ValueError as error:
             yield Row(number, problem=f"line {line_number}: not JSON: {error}")
             continue
         yield _json_row(number, row, asked)
+
+
+def _decoded(text: bytes) -> Any:
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError as error:
+        if b"NaN" not in text and b"Infinity" not in text:
+            raise
+        raise ValueError(f'{error}; a number that JSON does not have is "NaN" or null') from error
 
 
 def _json_row(number: int, row: Any, asked: Asked) -> Row:
@@ -286,11 +311,7 @@ def _parquet(content: IO[bytes], asked: Asked) -> Iterator[Row]:
     for batch in file.iter_batches(columns=columns):
         for row in batch.to_pylist():
             number += 1
-            values = [row[name] for name in columns]
-            if None in values:
-                yield Row(number, problem=f"column {columns[values.index(None)]!r} is null")
-            else:
-                yield Row(number, _row(columns, values, asked))
+            yield Row(number, _row(columns, [row[name] for name in columns], asked))
 
 
 def arrow(module: str, what: str) -> "ModuleType":

@@ -12,6 +12,7 @@ import msgspec
 
 from asyncinfer.cli.reading import arrow
 from asyncinfer.errors import FileRefused
+from asyncinfer.gaps import in_words
 from asyncinfer.printable import printable, printable_json
 
 FORMS: Final = ("table", "csv", "json", "ndjson", "parquet")
@@ -104,7 +105,7 @@ class _NDJSON:
         self._content = content
 
     def write(self, record: Record) -> None:
-        self._content.write(msgspec.json.encode(record) + b"\n")
+        self._content.write(_json_of(record) + b"\n")
         self._content.flush()
 
     def finish(self) -> None:
@@ -119,11 +120,16 @@ class _JSON:
         self._before = b"[\n"
 
     def write(self, record: Record) -> None:
-        self._content.write(self._before + msgspec.json.encode(record))
+        self._content.write(self._before + _json_of(record))
         self._before = b",\n"
 
     def finish(self) -> None:
         self._content.write(b"[]\n" if self._before == b"[\n" else b"\n]\n")
+
+
+def _json_of(record: Record) -> bytes:
+    """Numbers that JSON does not have are words, as the API writes them."""
+    return msgspec.json.encode(in_words(record))
 
 
 # --- columns ---------------------------------------------------------------------------------
@@ -138,6 +144,7 @@ class _Columns:
 
     def rows(self, record: Record) -> list[list[Any]]:
         """What can be written now, in order."""
+        record = in_words(record)
         if not self._names and "error" in record:
             self._waiting.append(record)
             return []

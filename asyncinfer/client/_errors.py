@@ -56,6 +56,10 @@ class UnknownAnswer(RequestError):
     code, title = "unknown_answer", "The server refused"
 
 
+class SlowMapWarning(UserWarning):
+    """Many rows are mapped over a model that runs each of them alone."""
+
+
 _REMEDIES: Final = {
     "unauthorized": "Give the client one with api_key=, or set ASYNCINFER_API_KEY.",
     "forbidden": "Give the client another key with api_key=, or set ASYNCINFER_API_KEY.",

@@ -323,6 +323,9 @@ def _stacked(rows: list[Any]) -> Any:
 
     try:
         arrays = [np.asanyarray(row) for row in rows]
+        if any(one.dtype.kind == "U" for one in arrays):
+            # Numpy would make text of the numbers beside text.
+            arrays = [np.asarray(row, dtype=object) for row in rows]
         is_masked = any(isinstance(one, np.ma.MaskedArray) for one in arrays)
         return (np.ma.stack if is_masked else np.stack)(arrays)
     except ValueError as error:

@@ -1,6 +1,8 @@
 """The results of a map as they come, in order; who leaves early cancels what waits."""
 
 import atexit
+import sys
+import warnings
 import weakref
 from collections.abc import (
     AsyncGenerator,
@@ -20,7 +22,7 @@ from msgspec import Struct
 from asyncinfer.client import _mapping
 from asyncinfer.client._crew import Crew, Done
 from asyncinfer.client._drivers import AsyncDriver, Driver
-from asyncinfer.client._errors import ConnectionFailed
+from asyncinfer.client._errors import ConnectionFailed, SlowMapWarning
 from asyncinfer.client._flows import Server
 from asyncinfer.client._mapping import Plan
 from asyncinfer.client._progress import Progress, progress
@@ -35,6 +37,9 @@ OnError = Literal["raise", "return"]
 _AHEAD: Final = 2
 """Blocks that may be done or on their way, for each that may be in flight: a slow one at the
 front holds the others up only so far, and what is done waits in memory only so much."""
+
+_FEW_ROWS: Final = 64
+"""So many run soon enough, each alone."""
 
 
 class Asked(Struct, frozen=True, kw_only=True):
@@ -93,6 +98,27 @@ class Window:
         if self._raises:
             raise error
         return error
+
+
+class Slowness:
+    """Warns once, where many rows go one by one: nothing else tells why that takes long."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._model = plan.model
+        self._is_open = not plan.model.batched
+        self._rows = 0
+
+    def count(self, block: Block) -> None:
+        self._rows += len(block)
+        if self._is_open and self._rows > _FEW_ROWS:
+            self._is_open = False
+            told = self._model.batching or "off"
+            warnings.warn(
+                f"{self._model.model} runs each row alone, so many rows take long. Its batching is "
+                f"{told}",
+                SlowMapWarning,
+                stacklevel=_callers_level(),
+            )
 
 
 class Results(Iterator[Any]):
@@ -166,11 +192,13 @@ class Results(Iterator[Any]):
         self, crew: Crew, plan: Plan, blocks: Iterator[Block], bar: Progress
     ) -> Generator[Any, None, None]:
         window = Window(self._asked)
+        slowness = Slowness(plan)
         more = True
         while more or not window.is_empty:
             if more and window.is_open and not crew.has_news:
                 block = next(blocks, None)
                 if more := block is not None:
+                    slowness.count(block)
                     crew.start(window.start(), _mapping.run(self._server, plan, block))
             elif not window.is_empty:
                 yield from window.take(crew.next(), bar)
@@ -245,11 +273,13 @@ class AsyncResults(AsyncIterator[Any]):
         bar = progress(self._asked.progress, total, self.group)
         try:
             window = Window(self._asked)
+            slowness = Slowness(plan)
             more = True
             while more or not window.is_empty:
                 if more and window.is_open and not crew.has_news:
                     block = await anext(blocks, None)
                     if more := block is not None:
+                        slowness.count(block)
                         crew.start(window.start(), _mapping.run(self._server, plan, block))
                 elif not window.is_empty:
                     for value in window.take(await crew.next(), bar):
@@ -288,6 +318,15 @@ def _of_row(error: AsyncinferError, row: int) -> AsyncinferError:
     own.args = (f"Row {row}: {error}",)
     own.row = row
     return own
+
+
+def _callers_level() -> int:
+    """The `stacklevel` of the line outside of this package that asked for the map."""
+    package = __name__.rpartition(".")[0]
+    level, frame = 0, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(package):
+        level, frame = level + 1, frame.f_back
+    return level + 1
 
 
 def _close(results: "weakref.ref[Results]") -> None:

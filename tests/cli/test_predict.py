@@ -124,7 +124,7 @@ def test_one_bad_row_in_ten_thousand_is_told_and_stops_no_other(url: str, tmp_pa
     assert [row["row"] for row in ran.rows if "error" in row] == [7000, 8000, 9000]
     rows = [line for line in ran.err.splitlines() if line.startswith("row ")]
     assert rows == [
-        "row 7000: line 7000: column '2': 'oops' is no number; leave it out with --columns",
+        "row 7000: line 7000: column '2': 'oops' is no number; leave the column out with --columns",
         "row 8000: line 8000: 3 cells where 4 are expected",
         "row 9000: value at 3: beyond the range of FP32",
     ]

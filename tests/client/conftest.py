@@ -4,7 +4,9 @@ import shutil
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import onnx
 import pytest
+from onnx import helper
 
 from asyncinfer.client import AsyncClient, Client
 from asyncinfer.testing import Running, service
@@ -12,6 +14,12 @@ from tests import zoo
 from tests.zoo.catalogue import ENTRIES
 
 FROM_THE_CATALOGUE = ("several", "half", "int64", "lstm_step", "text", "embedding", "bytes", "bf16")
+
+
+def doubled() -> onnx.ModelProto:
+    """Batches, and has a NaN where its input has one."""
+    x, y = (zoo.tensor(name, ["batch", 3]) for name in "xy")
+    return zoo.model([helper.make_node("Add", ["x", "x"], ["y"])], [x], [y])
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +33,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, shipped_models: Path)
     zoo.place(folder, "mean", zoo.minus_mean())
     zoo.place(folder, "picky", zoo.picky())
     zoo.place(folder, "slow", zoo.slow())
+    zoo.place(folder, "doubled", doubled())
     return folder
 
 

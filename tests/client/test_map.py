@@ -19,6 +19,7 @@ from asyncinfer.client import (
     InvalidInput,
     JobFailed,
     ModelNotFound,
+    SlowMapWarning,
 )
 from tests.zoo.catalogue import ENTRIES
 
@@ -88,8 +89,10 @@ def test_an_endless_generator_is_read_only_as_far_as_it_is_used(client: Client) 
 
 def test_rows_of_a_model_that_cannot_batch_are_jobs_of_their_own(client: Client) -> None:
     rows = [[float(number), 1.0] for number in range(150)]
-    alone = list(client.map(rows, "mean", progress=False))
-    packed = list(client.map(np.array(rows, np.float32), "mean", progress=False, group="alone"))
+    with pytest.warns(SlowMapWarning):
+        alone = list(client.map(rows, "mean", progress=False))
+    with pytest.warns(SlowMapWarning):
+        packed = list(client.map(np.array(rows, np.float32), "mean", progress=False, group="alone"))
 
     assert [one.tolist() for one in alone] == [[0.0, 0.0]] * 150
     assert [one.tolist() for one in packed] == [[0.0, 0.0]] * 150

@@ -1,0 +1,320 @@
+"""Numbers that JSON does not have, and values that are missing, on every way there and back."""
+
+import json
+import math
+from collections.abc import Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from asyncinfer.client import (
+    AsyncClient,
+    CannotSend,
+    Client,
+    InvalidInput,
+    Model,
+    SlowMapWarning,
+    TensorInfo,
+)
+from asyncinfer.client._inputs import bytes_of, named_arrays
+from asyncinfer.tensors import Array
+from asyncinfer.testing import Running
+from tests.cli.told import told
+
+NAN: Final = math.nan
+INF: Final = math.inf
+FLOATS: Final = ["FP16", "BF16", "FP32", "FP64"]
+WHOLE: Final = ["INT64", "UINT8"]
+
+
+def sent(value: Any, datatype: str) -> Array:
+    """What would be sent of an input for a model of one."""
+    spec = TensorInfo("x", datatype, ("batch", None))
+    model = Model(model="m", version="1", inputs=(spec,), outputs=())
+    return named_arrays(value, model)["x"]
+
+
+# --- there -------------------------------------------------------------------------------------
+
+ROWS: Final = [[NAN, 1.0, 2.0], [3.0, INF, -INF]]
+WAYS: Final[dict[str, Any]] = {
+    "lists": ROWS,
+    "None in a list": [[None, 1.0, 2.0], [3.0, INF, -INF]],
+    "words in a list": [["NaN", 1, 2], [3, "Infinity", "-Infinity"]],
+    "words in a list of a dict": {"x": [["NaN", 1, 2], [3, "Infinity", "-Infinity"]]},
+    "an array": np.array(ROWS),
+    "a list of arrays": [np.array(row, np.float32) for row in ROWS],
+    "a masked array": np.ma.masked_equal([[7.0, 1, 2], ROWS[1]], 7),
+    "a frame of pandas": pd.DataFrame(ROWS),
+    "a frame of polars": pl.DataFrame(ROWS, orient="row"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_input_with_gaps_arrives_as_it_is(client: Client, way: str) -> None:
+    np.testing.assert_array_equal(
+        client.predict(WAYS[way], "doubled"), [[NAN, 2, 4], [6, INF, -INF]]
+    )
+
+
+def test_a_long_list_with_gaps_is_read_to_its_end(client: Client) -> None:
+    rows: list[list[float | None]] = [[number / 8, 1.0, 2.0] for number in range(10_000)]
+    rows[0][2] = rows[9_999][1] = None
+
+    found = client.predict(rows, "doubled")
+
+    expected = np.array(rows, np.float32)
+    np.testing.assert_array_equal(found, expected + expected)
+
+
+def test_a_row_with_gaps_changes_none_that_it_shares_a_run_with(client: Client) -> None:
+    client.pause("doubled")
+    rows: list[list[Any]] = [[number, 0.1, None if number % 3 else 0.2] for number in range(30)]
+    jobs = [client.submit([row], "doubled") for row in rows]
+    client.resume("doubled")
+
+    found = [job.result()[0].tolist() for job in jobs]
+
+    expected = np.array(rows, np.float32)
+    np.testing.assert_array_equal(found, expected + expected)
+
+
+@pytest.mark.parametrize("datatype", FLOATS)
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (pd.DataFrame({"a": [0.5], "b": [True]}), [[0.5, 1]]),
+        (pd.DataFrame({"a": [True, False]}), [[1], [0]]),
+        (
+            pd.DataFrame({"a": pd.array([5, None], dtype="Int64"), "b": [1.5, 2]}),
+            [[5, 1.5], [NAN, 2]],
+        ),
+        (pd.DataFrame({"a": pd.array([0.5, None], dtype="Float64")}), [[0.5], [NAN]]),
+        (
+            pd.DataFrame({"a": pd.array([True, None], dtype="boolean"), "b": [1, 2]}),
+            [[1, 1], [NAN, 2]],
+        ),
+        (pd.DataFrame({"a": [1.5, None], "b": ["x", "y"]}, dtype=object)[["a"]], [[1.5], [NAN]]),
+        (pd.DataFrame({"a": [Decimal("0.5"), None], "b": [1, 2]}), [[0.5, 1], [NAN, 2]]),
+        (pl.DataFrame({"a": [True, None], "b": [0.5, None]}), [[1, 0.5], [NAN, NAN]]),
+        (pl.DataFrame({"a": [True, None]}), [[1], [NAN]]),
+        (np.array([[True, False]]), [[1, 0]]),
+        (np.ma.masked_array([[1, 2]], [[True, False]]), [[NAN, 2]]),
+        (np.ma.masked_array([[1, 2]], [[False, False]]), [[1, 2]]),
+        ([["NaN", "-Infinity"]], [[NAN, -INF]]),
+        ([[None, 1.5]], [[NAN, 1.5]]),
+    ],
+    ids=str,
+)
+def test_floats_take_booleans_and_what_is_missing(
+    value: Any, expected: list[list[float]], datatype: str
+) -> None:
+    found = sent(value, datatype)
+
+    np.testing.assert_array_equal(found.astype(np.float64), expected)
+
+
+@pytest.mark.parametrize("datatype", WHOLE)
+@pytest.mark.parametrize(
+    ("value", "is_gap"),
+    [
+        (pd.DataFrame({"a": pd.array([5, None], dtype="Int64"), "b": [1, 2]}), "is <NA>"),
+        (pd.DataFrame({"a": [5, None]}), "is NaN"),
+        (pl.DataFrame({"a": [5, None]}), "is NaN"),
+        (np.ma.masked_array([[1, 2]], [[True, False]]), "is masked"),
+        ([[None, 1]], "is None"),
+        (np.array([[NAN, 1.0]]), "is NaN"),
+    ],
+    ids=str,
+)
+def test_whole_numbers_have_no_gaps_and_the_remedy_is_told(
+    value: Any, is_gap: str, datatype: str
+) -> None:
+    with pytest.raises(CannotSend, match=f"{is_gap} in places, and `x` takes {datatype}.*fillna"):
+        sent(value, datatype)
+
+
+def test_a_gap_for_a_whole_number_is_refused_at_its_place(client: Client) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        client.predict([[1, 2], [3, None]], "int64")
+
+    (fault,) = refused.value.faults
+    assert (fault.pointer, fault.detail.partition(";")[0]) == (
+        "/data/1/1",
+        "null, expected a whole number",
+    )
+
+
+def test_numbers_among_strings_do_not_become_strings() -> None:
+    for value in ([["a", NAN]], [["a", 1]], pd.DataFrame({"a": ["a", None], "b": ["c", "d"]})):
+        strings = sent(value, "BYTES")
+        with pytest.raises(CannotSend, match="where a string is needed"):
+            bytes_of("x", strings)
+
+
+def test_a_string_is_what_it_is(client: Client) -> None:
+    words = [["NaN", "null"]]
+    for value in (words, np.array(words)):
+        assert client.predict(value, "bytes").tolist() == words
+    assert client.submit(words, "bytes", answer="json").result().tolist() == words
+
+
+def test_half_precision_has_them_too(client: Client) -> None:
+    for value in ([[None, INF]], np.array([[NAN, INF]])):
+        found = client.predict(value, "bf16").astype(np.float64)
+        np.testing.assert_array_equal(found, [[NAN, INF]])
+
+
+# --- and back ----------------------------------------------------------------------------------
+
+FLOWERS: Final = [[NAN, 1.0, 2.0, 3.0], [5.1, 3.5, 1.4, 0.2]]
+
+
+def _are_numbers(rows: Sequence[dict[str, Any]]) -> bool:
+    shares = [share for row in rows for share in row["probabilities"]]
+    return all(type(share) is float for share in shares) and math.isnan(shares[0])
+
+
+def test_a_score_that_is_nan_is_a_number(client: Client) -> None:
+    assert _are_numbers([client.predict(FLOWERS[:1])])
+    assert _are_numbers(client.predict(FLOWERS))
+    assert _are_numbers(client.predict(np.array(FLOWERS)))
+    assert _are_numbers(list(client.map(FLOWERS, progress=False)))
+    assert _are_numbers(list(client.map(FLOWERS, batch=1, progress=False)))
+
+    job = client.submit(FLOWERS, group="gaps")
+    assert _are_numbers(job.result())
+    assert _are_numbers(client.job(job.id).result())
+    (again,) = client.jobs(group="gaps")
+    assert _are_numbers(again.result())
+
+    framed = client.map_frame(pd.DataFrame(FLOWERS), progress=False)
+    assert framed["probability"].dtype == np.float64
+    assert framed["probability"].isna().tolist() == [True, False]
+
+
+async def test_also_for_await(aclient: AsyncClient) -> None:
+    assert _are_numbers(await aclient.predict(FLOWERS))
+    assert _are_numbers(await (await aclient.submit(FLOWERS)))
+    assert _are_numbers([row async for row in aclient.map(FLOWERS, progress=False)])
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def _tables(folder: Path) -> dict[str, tuple[str, ...]]:
+    """The same rows as files, and the arguments that go with each."""
+    (folder / "empty.csv").write_text("a,b,c\n1.5,,2\n3,inf,-Infinity\n")
+    (folder / "named.csv").write_text("a,b,c\n1.5,NA,2\n3,Infinity,-inf\n")
+    (folder / "nan.csv").write_text("1.5, nan,2\n3,inf,-inf\n")
+    (folder / "rows.ndjson").write_text('[1.5, null, 2]\n[3, "Infinity", "-Infinity"]\n')
+    (folder / "records.jsonl").write_text(
+        '{"a": 1.5, "b": "NaN", "c": 2}\n{"a": 3, "b": "Infinity", "c": "-Infinity"}\n'
+    )
+    (folder / "inputs.jsonl").write_text(
+        '{"x": [1.5, "NaN", 2]}\n{"x": [3, "Infinity", "-Infinity"]}\n'
+    )
+    (folder / "rows.json").write_text('[[1.5, "NaN", 2], [3, "Infinity", "-Infinity"]]')
+    np.save(folder / "rows.npy", [[1.5, NAN, 2], [3, INF, -INF]])
+    columns: dict[str, Any] = {"a": [1.5, 3], "b": [None, INF], "c": [2, -INF]}
+    pq.write_table(pa.table(columns), folder / "null.parquet")
+    pd.DataFrame({**columns, "b": [NAN, INF]}).to_parquet(folder / "frame.parquet")
+    return {path.name: (str(path),) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("to", ["json", "ndjson", "csv", "parquet"])
+def test_a_file_with_gaps_is_scored_and_written(running: Running, tmp_path: Path, to: str) -> None:
+    (tmp_path / "in").mkdir()
+    for name, words in _tables(tmp_path / "in").items():
+        out = tmp_path / f"{name}.{to}"
+        ran = told("predict", *words, "--model", "doubled", "--url", running.url, "-o", str(out))
+        assert ran.code == 0, (name, ran.err)
+        assert _written(out) == [["3.0", "nan", "4.0"], ["6.0", "inf", "-inf"]], name
+
+
+def _written(path: Path) -> list[list[str]]:
+    """The numbers of a file of answers; JSON has nothing but JSON in it."""
+    if path.suffix == ".parquet":
+        rows = pq.read_table(path)["y"].to_pylist()
+    elif path.suffix == ".csv":
+        rows = [line.split(",")[1:4] for line in path.read_text().splitlines()[1:]]
+        assert rows[0][1] == "NaN"
+    else:
+        text = path.read_text()
+        whole = text if path.suffix == ".json" else f"[{','.join(text.splitlines())}]"
+        rows = [row["y"] for row in json.loads(whole, parse_constant=pytest.fail)]
+        assert rows[0][1] == "NaN"
+    return [[str(float(one)) for one in row] for row in rows]
+
+
+def test_a_row_with_a_gap_may_be_typed(running: Running) -> None:
+    ran = told("predict", "1.5", "NaN", "2", "--model", "doubled", "--url", running.url)
+
+    assert ran.rows == [{"row": 1, "y": [3.0, "NaN", 4.0]}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("rows.csv", "1,2\n,2\n"), ("rows.ndjson", "[1,2]\n[null,2]\n")],
+)
+def test_a_cell_that_is_missing_is_no_whole_number(
+    running: Running, tmp_path: Path, name: str, text: str
+) -> None:
+    (tmp_path / name).write_text(text)
+
+    ran = told("predict", str(tmp_path / name), "--model", "int64", "--url", running.url)
+
+    assert ran.code == 1
+    assert ran.rows[0] == {"row": 1, "y": [1, 2]}
+    assert "row 2: value at 0: null, expected a whole number; only FP16" in ran.err
+
+
+def test_what_python_writes_for_nan_is_told_from_json(running: Running, tmp_path: Path) -> None:
+    (tmp_path / "rows.ndjson").write_text("[NaN, 1, 2]\n[1, 2, 3]\n")
+
+    ran = told("predict", str(tmp_path / "rows.ndjson"), "-m", "doubled", "--url", running.url)
+
+    assert [row.get("y") for row in ran.rows] == [None, [2.0, 4.0, 6.0]]
+    assert 'a number that JSON does not have is "NaN" or null' in ran.err
+
+
+# --- slow maps ---------------------------------------------------------------------------------
+
+MANY: Final = np.ones((65, 2), np.float32)
+
+
+def test_a_map_over_a_model_that_does_not_batch_says_once_why_it_is_slow(client: Client) -> None:
+    """Over one that batches, or over few rows, it says nothing: warnings are errors here."""
+    list(client.map(MANY[:64], "mean", progress=False))
+    list(client.map(np.ones((65, 3)), "doubled", progress=False))
+
+    with pytest.warns(SlowMapWarning, match="mean runs each row alone.* off: ") as warned:
+        list(client.map(MANY.tolist(), "mean", progress=False))
+    with pytest.warns(SlowMapWarning) as of_a_frame:
+        client.map_frame(pd.DataFrame(MANY), model="mean", progress=False)
+
+    assert [one.filename for one in (*warned, *of_a_frame)] == [__file__] * 2
+
+
+async def test_also_an_async_one(aclient: AsyncClient) -> None:
+    with pytest.warns(SlowMapWarning, match="mean runs each row alone") as warned:
+        assert len([row async for row in aclient.map(MANY, "mean", progress=False)]) == 65
+
+    assert [one.filename for one in warned] == [__file__]
+
+
+def test_at_the_command_line_it_is_one_line(running: Running, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("1,2\n" * 65)
+
+    ran = told("predict", str(tmp_path / "rows.csv"), "--model", "mean", "--url", running.url)
+
+    assert ran.code == 0
+    (line,) = [line for line in ran.err.splitlines() if "alone" in line]
+    assert line.startswith("asyncinfer: mean runs each row alone, so many rows take long.")
