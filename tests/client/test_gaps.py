@@ -64,6 +64,23 @@ def test_an_input_with_gaps_arrives_as_it_is(client: Client, way: str) -> None:
     )
 
 
+MASKED: Final = np.ma.masked_equal([[7.0, 1, 2]] * 3, 7)
+MAPPED: Final[dict[str, Any]] = {
+    "an array": MASKED,
+    "a dict of arrays": {"x": MASKED},
+    "masked rows": list(MASKED),
+    "lists": [[None, 1, 2]] * 3,
+    "records": [{"x": ["NaN", 1, 2]}, {"x": [None, 1.0, 2]}, {"x": [NAN, 1, 2]}],
+}
+
+
+@pytest.mark.parametrize("form", MAPPED)
+def test_rows_with_gaps_are_mapped(client: Client, form: str) -> None:
+    found = list(client.map(MAPPED[form], "doubled", progress=False))
+
+    np.testing.assert_array_equal(found, [[NAN, 2, 4]] * 3)
+
+
 def test_a_long_list_with_gaps_is_read_to_its_end(client: Client) -> None:
     rows: list[list[float | None]] = [[number / 8, 1.0, 2.0] for number in range(10_000)]
     rows[0][2] = rows[9_999][1] = None
