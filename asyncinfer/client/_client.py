@@ -98,7 +98,8 @@ class Client:
         for several inputs. Or `rows` is an array, or a dict of arrays, whose first axis counts
         them. Rows of models that batch share jobs of at most `batch` rows; `in_flight` requests
         are out at a time. An error of a row is raised, or given as its result with
-        `on_error="return"`; it has the row's number as `.row`.
+        `on_error="return"`; it has the row's number as `.row`. Many rows over a model that does not
+        batch give a SlowMapWarning with the reason.
 
         Leaving early, by Ctrl-C too, cancels what is not done. The same rows with the same
         `group=` (and `batch=`) within a day go on where a map stopped, and run nothing twice.

@@ -30,8 +30,6 @@ from tests.cli.told import told
 
 NAN: Final = math.nan
 INF: Final = math.inf
-FLOATS: Final = ["FP16", "BF16", "FP32", "FP64"]
-WHOLE: Final = ["INT64", "UINT8"]
 
 
 def sent(value: Any, datatype: str) -> Array:
@@ -103,57 +101,53 @@ def test_a_row_with_gaps_changes_none_that_it_shares_a_run_with(client: Client) 
     np.testing.assert_array_equal(found, expected + expected)
 
 
-@pytest.mark.parametrize("datatype", FLOATS)
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (pd.DataFrame({"a": [0.5], "b": [True]}), [[0.5, 1]]),
-        (pd.DataFrame({"a": [True, False]}), [[1], [0]]),
-        (
-            pd.DataFrame({"a": pd.array([5, None], dtype="Int64"), "b": [1.5, 2]}),
-            [[5, 1.5], [NAN, 2]],
-        ),
-        (pd.DataFrame({"a": pd.array([0.5, None], dtype="Float64")}), [[0.5], [NAN]]),
-        (
-            pd.DataFrame({"a": pd.array([True, None], dtype="boolean"), "b": [1, 2]}),
-            [[1, 1], [NAN, 2]],
-        ),
-        (pd.DataFrame({"a": [1.5, None], "b": ["x", "y"]}, dtype=object)[["a"]], [[1.5], [NAN]]),
-        (pd.DataFrame({"a": [Decimal("0.5"), None], "b": [1, 2]}), [[0.5, 1], [NAN, 2]]),
-        (pl.DataFrame({"a": [True, None], "b": [0.5, None]}), [[1, 0.5], [NAN, NAN]]),
-        (pl.DataFrame({"a": [True, None]}), [[1], [NAN]]),
-        (np.array([[True, False]]), [[1, 0]]),
-        (np.ma.masked_array([[1, 2]], [[True, False]]), [[NAN, 2]]),
-        (np.ma.masked_array([[1, 2]], [[False, False]]), [[1, 2]]),
-        ([["NaN", "-Infinity"]], [[NAN, -INF]]),
-        ([[None, 1.5]], [[NAN, 1.5]]),
-    ],
-    ids=str,
-)
-def test_floats_take_booleans_and_what_is_missing(
-    value: Any, expected: list[list[float]], datatype: str
-) -> None:
-    found = sent(value, datatype)
-
-    np.testing.assert_array_equal(found.astype(np.float64), expected)
+FOR_FLOATS: Final[dict[str, tuple[Any, list[list[float]]]]] = {
+    "bool beside float": (pd.DataFrame({"a": [0.5], "b": [True]}), [[0.5, 1]]),
+    "bool alone": (pd.DataFrame({"a": [True, False]}), [[1], [0]]),
+    "Int64": (
+        pd.DataFrame({"a": pd.array([5, None], dtype="Int64"), "b": [1.5, 2]}),
+        [[5, 1.5], [NAN, 2]],
+    ),
+    "Float64": (pd.DataFrame({"a": pd.array([0.5, None], dtype="Float64")}), [[0.5], [NAN]]),
+    "boolean": (
+        pd.DataFrame({"a": pd.array([True, None], dtype="boolean"), "b": [1, 2]}),
+        [[1, 1], [NAN, 2]],
+    ),
+    "None in an object column": (pd.DataFrame({"a": [1.5, None]}, dtype=object), [[1.5], [NAN]]),
+    "Decimal": (pd.DataFrame({"a": [Decimal("0.5"), None], "b": [1, 2]}), [[0.5, 1], [NAN, 2]]),
+    "polars": (pl.DataFrame({"a": [True, None], "b": [0.5, None]}), [[1, 0.5], [NAN, NAN]]),
+    "polars, bool alone": (pl.DataFrame({"a": [True, None]}), [[1], [NAN]]),
+    "an array of bool": (np.array([[True, False]]), [[1, 0]]),
+    "masked": (np.ma.masked_array([[1, 2]], [[True, False]]), [[NAN, 2]]),
+    "a mask of nothing": (np.ma.masked_array([[1, 2]], [[False, False]]), [[1, 2]]),
+    "words": ([["NaN", "-Infinity"]], [[NAN, -INF]]),
+    "None in a list": ([[None, 1.5]], [[NAN, 1.5]]),
+}
 
 
-@pytest.mark.parametrize("datatype", WHOLE)
-@pytest.mark.parametrize(
-    ("value", "is_gap"),
-    [
-        (pd.DataFrame({"a": pd.array([5, None], dtype="Int64"), "b": [1, 2]}), "is <NA>"),
-        (pd.DataFrame({"a": [5, None]}), "is NaN"),
-        (pl.DataFrame({"a": [5, None]}), "is NaN"),
-        (np.ma.masked_array([[1, 2]], [[True, False]]), "is masked"),
-        ([[None, 1]], "is None"),
-        (np.array([[NAN, 1.0]]), "is NaN"),
-    ],
-    ids=str,
-)
-def test_whole_numbers_have_no_gaps_and_the_remedy_is_told(
-    value: Any, is_gap: str, datatype: str
-) -> None:
+@pytest.mark.parametrize("datatype", ["FP16", "BF16", "FP32", "FP64"])
+@pytest.mark.parametrize("case", FOR_FLOATS)
+def test_floats_take_booleans_and_what_is_missing(case: str, datatype: str) -> None:
+    value, expected = FOR_FLOATS[case]
+
+    np.testing.assert_array_equal(sent(value, datatype).astype(np.float64), expected)
+
+
+WITH_GAPS: Final[dict[str, tuple[Any, str]]] = {
+    "Int64": (pd.DataFrame({"a": pd.array([5, None], dtype="Int64"), "b": [1, 2]}), "is <NA>"),
+    "pandas": (pd.DataFrame({"a": [5, None]}), "is NaN"),
+    "polars": (pl.DataFrame({"a": [5, None]}), "is NaN"),
+    "masked": (np.ma.masked_array([[1, 2]], [[True, False]]), "is masked"),
+    "None in a list": ([[None, 1]], "is None"),
+    "an array": (np.array([[NAN, 1.0]]), "is NaN"),
+}
+
+
+@pytest.mark.parametrize("datatype", ["INT64", "UINT8"])
+@pytest.mark.parametrize("case", WITH_GAPS)
+def test_whole_numbers_have_no_gaps_and_the_remedy_is_told(case: str, datatype: str) -> None:
+    value, is_gap = WITH_GAPS[case]
+
     with pytest.raises(CannotSend, match=f"{is_gap} in places, and `x` takes {datatype}.*fillna"):
         sent(value, datatype)
 
