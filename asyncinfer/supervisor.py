@@ -203,9 +203,7 @@ class Keeper:
         started_at = time.monotonic()
         code = await self.child.wait()
         if code == self._refused_exit:
-            raise StartError(
-                f"{self._name} cannot start with these settings; it says above why."
-            )
+            raise StartError(f"{self._name} cannot start with these settings; it says above why.")
         self._refused_exit = None
         _log.error("%s (pid %d) ended with %s.", self._name, self.child.pid, _reason(code))
         return time.monotonic() - started_at

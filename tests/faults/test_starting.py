@@ -8,6 +8,7 @@ import redis
 
 from asyncinfer import keys
 from asyncinfer.repository.inspect import WorkerSays
+from asyncinfer.worker.worker import WorkerConfig
 from tests import zoo
 from tests.hands import Q
 
@@ -44,6 +45,17 @@ async def test_each_model_is_served_as_soon_as_it_is_loaded(
         assert (says.state, says.loading) == ("ready", ("b",))
         assert says.model_dir == str(folder.path)
         assert not worker.died()
+
+
+async def test_jobs_of_the_model_that_is_loaded_last_are_heard_of_at_once(
+    crew: OpenCrew, folder: Folder, shop: Shop
+) -> None:
+    folder.publish(zoo.adds(2), 1, name="a")
+    config = WorkerConfig(concurrency=1, brpop_timeout_seconds=60)
+    with crew(model_dir=str(folder.path), models=(), default_model="m", worker=config) as crewed:
+        crewed.hire()
+
+        assert await shop.ask(1, name="a") == 3
 
 
 async def test_a_worker_says_that_it_starts_before_its_first_model_is_loaded(
