@@ -92,6 +92,8 @@ async def test_a_drain_while_models_load_ends_at_once(
     with crew(model_dir=str(folder.path), models=(), default_model="m") as crewed:
         worker = crewed.hire()
         assert await shop.ask(1) == 2
+        (says,) = await shop.says()
+        assert says.loading == ("b",)
 
         since = time.monotonic()
         assert await worker.stop() == 0
