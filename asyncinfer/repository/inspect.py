@@ -48,6 +48,11 @@ class WorkerSays(Struct, frozen=True):
 
     models: tuple[str, ...] = ()
     state: str = ""
+    """starting (serves nothing yet, and has something to load), ready, draining or hung."""
+    loading: tuple[str, ...] = ()
+    """Models that lie in its folder and are not loaded yet; at most 10,000."""
+    model_dir: str | None = None
+    """The folder it serves, or the one file, as an absolute path."""
     versions: dict[str, dict[str, str]] = {}
     """{model: {version: sha256}}, what it serves."""
     served: dict[str, str] = {}
@@ -199,13 +204,14 @@ class Inspection:
         """Every queue that has had a job, the default model's included."""
         return await self._upkeep.queues()
 
+    async def model_names(self) -> list[str]:
+        """The models that workers have announced."""
+        known = await self._store.look("SMEMBERS", keys.models(self._store.n), otherwise=())
+        return sorted(filter(None, map(decoding.name, known)))
+
     async def announced(self) -> Announced:
-        n = self._store.n
-        known = await self._store.look("SMEMBERS", keys.models(n), otherwise=())
-        models = {
-            name: await self._upkeep.announced_versions(name)
-            for name in sorted(filter(None, map(decoding.name, known)))
-        }
+        names = await self.model_names()
+        models = {name: await self._upkeep.announced_versions(name) for name in names}
         pinned = await self._upkeep.default_versions()
         return Announced(await self._store.default_model(), models, pinned)
 
