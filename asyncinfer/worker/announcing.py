@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Struct
 
 from asyncinfer import keys
+from asyncinfer.model_folder import OF_ALL_VERSIONS
 from asyncinfer.models import Signature, read_signature
 from asyncinfer.repository.inspect import Inspection, WorkerSays, worker_says
 from asyncinfer.repository.store import Store
@@ -26,6 +27,11 @@ _MOST_LEAVING_SECONDS: Final = 60.0
 
 
 _MOST_RETRACTED: Final = 100
+
+_MOST_PROBLEMS: Final = 200
+_LONGEST_PROBLEM: Final = 1000
+_MORE: Final = "…"
+"""In place of a model, for how many problems are not listed. No model has this name."""
 
 
 class Said(Struct, frozen=True):
@@ -106,18 +112,15 @@ class Announcer:
     def _models(self) -> dict[str, Any]:
         """As `repository.inspect.WorkerSays` reads it."""
         versions: dict[str, dict[str, str]] = {}
-        problems: dict[str, dict[str, str]] = {}
         for (model, version), signature in self._library.announced().items():
             versions.setdefault(model, {})[version] = signature.sha256
-        for (model, version), problem in self._library.problems().items():
-            problems.setdefault(model, {})[version] = problem
         served = {name: one.file.version for name, one in self._library.served.items()}
         return {
             "models": sorted(served),
             "default_model": self._queues.default_model,
             "versions": versions,
             "served": served,
-            "problems": problems,
+            "problems": _bounded(self._library.problems()),
             "loaded": ["/".join(label) for label in self._library.loaded],
         }
 
@@ -193,6 +196,17 @@ class Announcer:
             return True
         queue = keys.queue(self._store.n, model, self._queues.default_model)
         return await self._upkeep.is_empty(queue)
+
+
+def _bounded(found: Mapping[Label, str]) -> dict[str, dict[str, str]]:
+    """{model: {version: problem}}, of the first by name: a folder may hold any number of them."""
+    problems: dict[str, dict[str, str]] = {}
+    for model, version in sorted(found)[:_MOST_PROBLEMS]:
+        problems.setdefault(model, {})[version] = found[model, version][:_LONGEST_PROBLEM]
+    if (left := len(found) - _MOST_PROBLEMS) > 0:
+        reason = f"{left} more problems are not listed; the log of the worker has them"
+        problems[_MORE] = {OF_ALL_VERSIONS: reason}
+    return problems
 
 
 def _of(model: str, described: Mapping[Label, Signature]) -> Iterator[tuple[str, Signature]]:

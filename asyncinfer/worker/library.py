@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
-from asyncinfer import models
+from asyncinfer import models, plain_file
 from asyncinfer.engine import Engine
-from asyncinfer.errors import ModelRefused, StartError, UnknownModel
-from asyncinfer.models import ModelFile, Signature
+from asyncinfer.errors import ModelDirUnreadable, ModelRefused, StartError, UnknownModel
+from asyncinfer.models import Listing, ModelFile, Signature
 from asyncinfer.worker import versions
 from asyncinfer.worker.shelf import Label, Shelf, label_of
 from asyncinfer.worker.trial import trial
@@ -44,11 +45,28 @@ class Source(Struct, frozen=True):
         return self.model_file.parent if self.model_file else self.model_dir
 
     def files(self) -> list[ModelFile]:
-        """Raises OSError when the folder cannot be read."""
+        """Raises ModelDirUnreadable."""
+        return self.listing().files
+
+    def listing(self) -> Listing:
+        """Raises ModelDirUnreadable."""
         if self.model_file:
-            return [models.bare_file(self.model_file)] if self.model_file.is_file() else []
-        files = models.scan(self.model_dir)
-        return [file for file in files if not self.wanted or file.model in self.wanted]
+            is_there = os.path.lexists(self.model_file)
+            return Listing([models.bare_file(self.model_file)] if is_there else [])
+        try:
+            found = models.read_folder(self.model_dir)
+        except OSError as error:
+            raise _unreadable(self.model_dir, error) from error
+        if not self.wanted:
+            return found
+        return Listing([file for file in found.files if file.model in self.wanted])
+
+
+def _unreadable(model_dir: Path, error: OSError) -> ModelDirUnreadable:
+    mend = "Set MODEL_DIR to a folder that can be read."
+    if isinstance(error, NotADirectoryError):
+        mend = f"It is a file. To serve it alone: --model {model_dir}"
+    return ModelDirUnreadable(f"MODEL_DIR {model_dir} {plain_file.why(error)}. {mend}")
 
 
 class Library:
@@ -63,6 +81,8 @@ class Library:
         self._contested: Mapping[Label, str] = {}
         self._leaving: dict[Label, tuple[Version, float]] = {}
         self._served: dict[str, Version] = {}
+        self._passed_over: tuple[str, ...] = ()
+        self._unreadable = ""
 
     def close(self) -> None:
         """No more is loaded; what is loaded stays for who runs it."""
@@ -175,7 +195,7 @@ class Library:
         self._changed()
 
     def _files_at_start(self) -> list[ModelFile]:
-        files = self._source.files()
+        files = self._files()
         if missing := set(self._source.wanted) - {file.model for file in files}:
             raise StartError(
                 f"MODELS names {', '.join(sorted(missing))}, which {self._source.watched} does not "
@@ -227,10 +247,15 @@ class Library:
     async def _look(self) -> dict[Label, Version] | None:
         try:
             seen = await asyncio.to_thread(self._seen)
-        except OSError as error:
-            log.warning("The models stay as they are: %s", error)
+        except ModelDirUnreadable as error:
+            if error.detail != self._unreadable:
+                log.warning("The models stay as they are: %s", error.detail)
+            self._unreadable = error.detail
             return None
-        return {
+        if self._unreadable:
+            log.info("%s can be read again.", self.watched)
+        self._unreadable = ""
+        return versions.still_there(self._versions, seen) | {
             label: versions.with_config_in_force(
                 one, self._versions.get(label), self._served.get(one.file.model)
             )
@@ -238,7 +263,16 @@ class Library:
         }
 
     def _seen(self) -> dict[Label, Version]:
-        return {label_of(file): versions.look(file) for file in self._source.files()}
+        return {label_of(file): versions.look(file) for file in self._files()}
+
+    def _files(self) -> list[ModelFile]:
+        """Logs once what is passed over; raises ModelDirUnreadable."""
+        found = self._source.listing()
+        for line in found.passed_over:
+            if line not in self._passed_over:
+                log.info("%s.", line)
+        self._passed_over = found.passed_over
+        return found.files
 
     def _differences(self, seen: Mapping[Label, Version]) -> list[Label]:
         """Labels that are new, gone or changed since they were last judged."""
@@ -282,10 +316,12 @@ class Library:
         elif versions.loads_alike(found.file, known.file):
             self._note(known, found, "")
         else:
-            await self._try(found, known)
+            # Of the same content, so what is served can be loaded again from where that is now.
+            moved = msgspec.structs.replace(known.file, path=found.file.path)
+            await self._try(found, msgspec.structs.replace(known, file=moved))
 
     async def _is_altered(self, known: Version, found: Version) -> bool:
-        if known.stamp == found.stamp and not known.is_altered:
+        if found.stamp in (known.loaded, known.stamp) and not known.is_altered:
             return False
         return not await asyncio.to_thread(versions.same_content, known, found)
 
@@ -314,7 +350,8 @@ class Library:
         log.info("%s is ready.", found.file.shown)
 
     def _take(self, version: Version, engine: Engine) -> None:
-        self._keep(msgspec.structs.replace(version, signature=engine.signature))
+        loaded = {"signature": engine.signature, "loaded": version.stamp}
+        self._keep(msgspec.structs.replace(version, **loaded))
         self._shelf.put(version.file, engine, models.size_bytes(version.stamp))
 
     def _refuse(self, version: Version, problem: str) -> None:
@@ -328,7 +365,8 @@ class Library:
         if known.signature and not versions.loads_alike(found.file, known.file):
             wrong = found.file.toml_problem
             file, refused = msgspec.structs.replace(known.file, toml_problem=wrong), found.file
-        self._keep(Version(file, found.stamp, known.signature, problem, is_altered, refused))
+        said = (problem, is_altered, refused, known.loaded)
+        self._keep(Version(file, found.stamp, known.signature, *said))
 
     def _keep(self, version: Version) -> None:
         """Logs what is wrong, unless that is known of this version or of another of its model."""
