@@ -101,7 +101,7 @@ def read(path: Path, most_bytes: int) -> bytes:
 
 def text(content: bytes) -> str:
     """UTF-8, with or without a byte order mark; raises Unreadable."""
-    if content.startswith(_UTF_16):
+    if content.startswith(_UTF_16) or b"\0" in content:
         raise Unreadable("is UTF-16; save it as UTF-8")
     try:
         return content.decode("utf-8-sig")

@@ -149,9 +149,10 @@ def _load_problem(error: Exception, file: ModelFile) -> str:
 def _missing_locale(name: str) -> str:
     """skl2onnx has its text vectorizers ask for en_US.UTF-8, which slim images do not have."""
     language, _, encoding = name.partition(".")
+    make = f"localedef -i {language} -f {encoding or 'UTF-8'} {name}"
     return (
         f"ONNX Runtime cannot load it: it asks for the locale {name}, which is not installed here. "
-        f"Install it (apt-get install -y locales && localedef -i {language} -f {encoding or 'UTF-8'} {name}) "
+        f"Install it (apt-get install -y locales && {make}) "
         'and start the worker again, or export the model with options={id(vectorizer): {"locale": '
         '"C.UTF-8"}}'
     )

@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from asyncinfer import keys
 from asyncinfer.model_folder import OF_ALL_VERSIONS
-from asyncinfer.models import Signature, read_signature
+from asyncinfer.models import Signature, read_signature, valid_name
 from asyncinfer.repository.inspect import Inspection, WorkerSays, worker_says
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.upkeep import Upkeep
@@ -199,9 +199,11 @@ class Announcer:
 
 
 def _bounded(found: Mapping[Label, str]) -> dict[str, dict[str, str]]:
-    """{model: {version: problem}}, of the first by name: a folder may hold any number of them."""
+    """{model: {version: problem}}; a folder may hold any number, so that those come first whose
+    name can be a model's."""
     problems: dict[str, dict[str, str]] = {}
-    for model, version in sorted(found)[:_MOST_PROBLEMS]:
+    labels = sorted(found, key=lambda label: (not valid_name(label[0]), label))
+    for model, version in labels[:_MOST_PROBLEMS]:
         problems.setdefault(model, {})[version] = found[model, version][:_LONGEST_PROBLEM]
     if (left := len(found) - _MOST_PROBLEMS) > 0:
         reason = f"{left} more problems are not listed; the log of the worker has them"

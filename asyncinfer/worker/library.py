@@ -371,8 +371,9 @@ class Library:
     def _keep(self, version: Version) -> None:
         """Logs what is wrong, unless that is known of this version or of another of its model."""
         model = version.file.model
-        others = (one for one in self._versions.values() if one.file.model == model)
-        known = {problem for one in others for problem in one.complaints}
+        # What nobody has tried yet was not logged yet, though its model.toml is known to be wrong.
+        others = [one for one in self._versions.values() if one.file.model == model]
+        known = {said for one in others if not one.is_unknown for said in one.complaints}
         for problem in dict.fromkeys(version.complaints):
             if problem and problem not in known:
                 log.error("Model %s: %s", model, problem)
