@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Struct
 
 from asyncinfer import models, onnxfile
-from asyncinfer.model_folder import OF_ALL_VERSIONS
+from asyncinfer.model_folder import OF_ALL_VERSIONS as OF_ALL_VERSIONS
 from asyncinfer.models import ModelFile, Signature, Stamp
 from asyncinfer.worker.shelf import Label, label_of
 
