@@ -11,6 +11,7 @@ _UNPACK: Final = "unpack it, and put the .onnx file here"
 _AGAIN: Final = "download the model again"
 
 _LFS: Final = b"version https://git-lfs.github.com/spec/"
+_HTML: Final = (b"<!doctype html", b"<html")
 _MAGIC: Final[tuple[tuple[int, bytes, str, str], ...]] = (
     (0, _LFS, "a Git LFS pointer", "run `git lfs pull`"),
     (0, b"version https://hawser.github.com/spec/", "a Git LFS pointer", "run `git lfs pull`"),
@@ -46,8 +47,15 @@ _PICKLE_PROTOCOLS: Final = range(2, 6)
 _LONGEST_SAFETENSORS_HEAD: Final = 100 << 20
 
 
-def is_lfs_pointer(path: Path) -> bool:
-    return _head(path).startswith(_LFS)
+def instead_of_weights(path: Path) -> str:
+    """The same for a file of weights, which may begin with any bytes: only what none begins with
+    counts."""
+    head = _head(path)
+    if head.startswith(_LFS):
+        return "a Git LFS pointer, not the weights: run `git lfs pull`"
+    if head.lstrip().lower().startswith(_HTML):
+        return "an HTML page, not the weights: download them again"
+    return ""
 
 
 def looks_like(path: Path) -> str:
@@ -89,7 +97,7 @@ def _texts(head: bytes) -> Iterator[tuple[str, str]]:
     if not all(character.isprintable() or character.isspace() for character in text):
         return
     begun = text.lstrip("\ufeff \t\r\n").lower()
-    if begun.startswith(("<!doctype html", "<html")) or (begun[:1] == "<" and "<html" in begun):
+    if begun.startswith("<") and ("<html" in begun or "<!doctype html" in begun):
         yield "an HTML page", _AGAIN
     elif begun.startswith("<"):
         yield "an XML document, such as an error of a download", _AGAIN

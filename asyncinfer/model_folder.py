@@ -38,6 +38,7 @@ NAME_RULE: Final = (
 _IGNORED: Final = (".", "_")
 _MOST_NAMED: Final = 5
 _MOST_STAMPED: Final = 10_000
+_MOST_LOOKED_INTO: Final = 20
 
 
 class ModelFile(Struct, frozen=True):
@@ -302,7 +303,24 @@ def _astray(folder: Path, entries: list[Path]) -> list[ModelFile]:
         return [ModelFile(model, "1", stray, problem=problem)]
     if _is_onnx(folder):
         return [_whole(folder, f"{name}: {plain_file.why_unreadable(folder)}")]
+    inner = itertools.islice(filter(plain_file.is_folder, entries), _MOST_LOOKED_INTO)
+    deep = next((one for one in inner if _has_version(one)), None)
+    if deep:
+        shown = _shown(deep, 2)
+        problem = f"{shown}: lies a folder too deep; move it up, or set MODEL_DIR to {name}"
+        return [ModelFile(model, OF_ALL_VERSIONS, folder, problem=problem)]
     return []
+
+
+def _has_version(folder: Path) -> bool:
+    """Whether it is the folder of a model."""
+    try:
+        entries = _entries(folder)
+    except OSError:
+        return False
+    return any(
+        plain_file.is_file(one / "model.onnx") for one in entries if _VERSION.fullmatch(one.name)
+    )
 
 
 def _version(

@@ -99,8 +99,8 @@ def _problem(folder: Path, location: str) -> str:
         return f"is a hard link, so that it may be another file's content{_PUT_IT_HERE}"
     if not target.stat().st_size:
         return "is empty; copy or download it again"
-    if mistaken.is_lfs_pointer(target):
-        return "is a Git LFS pointer, not the weights: run `git lfs pull`"
+    if what := mistaken.instead_of_weights(target):
+        return f"is {what}"
     return ""
 
 

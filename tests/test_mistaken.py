@@ -101,6 +101,7 @@ def test_a_file_that_was_cut_short_says_by_how_much(tmp_path: Path) -> None:
     ("weights", "problem"),
     [
         (LFS, "which is a Git LFS pointer, not the weights: run `git lfs pull`"),
+        (b"\n<html>404", "which is an HTML page, not the weights: download them again"),
         (b"", "which is empty; copy or download it again"),
         (None, "which is not there; put the file itself beside the model"),
     ],

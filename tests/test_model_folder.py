@@ -92,6 +92,11 @@ def told(folder: Path) -> dict[tuple[str, str], str]:
         ),
         (folder_named("m/1/model.onnx"), ("m", "1"), "m/1/model.onnx: is a folder, not a file"),
         (folder_named("m.onnx"), ("m.onnx", ""), "m.onnx: is a folder, not a file"),
+        (
+            touch("models/m/1/model.onnx"),
+            ("models", ""),
+            "models/m: lies a folder too deep; move it up, or set MODEL_DIR to models",
+        ),
         (touch("m/x.onnx"), ("m", "1"), "m/x.onnx: has no version folder: move it to m/1/model"),
         (touch("m/old/x.onnx"), ("m", "old"), "m/old: is no version: rename old to a whole num"),
         (link("m.onnx", "gone"), ("m", "1"), "m.onnx: is a link that leads to no file; mend or"),

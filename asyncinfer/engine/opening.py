@@ -141,6 +141,8 @@ def _load_problem(error: Exception, file: ModelFile) -> str:
     problem = (text or type(error).__name__).splitlines()[0]
     if found := _LOCALE.search(problem):
         return _missing_locale(found[1])
+    if "out of bounds or can not be read in full" in problem:
+        problem += " A file of weights is cut short, or another one: copy or download it again"
     if _EXTENSIONS_DOMAIN in problem and file.config.session.custom_ops is None:
         problem += f'; set session.custom_ops = "{_EXTENSIONS}" in model.toml'
     return f"ONNX Runtime cannot load it: {problem}"
