@@ -324,6 +324,25 @@ async def test_a_model_folder_that_is_gone_for_a_while_changes_nothing_and_is_to
     assert "is gone" not in log
 
 
+@pytest.mark.soak
+async def test_of_very_many_problems_as_many_are_told_as_a_person_reads(
+    crew: OpenCrew, folder: Folder, shop: Shop
+) -> None:
+    for number in range(250):
+        (folder.path / f"not a model {number}.onnx").touch()
+    (folder.path / "bad.onnx").write_bytes(b"x" * 100)
+    async with serving(crew, folder, shop):
+
+        async def told() -> bool:
+            (says,) = await shop.says()
+            return "51 more problems are not listed" in says.problems.get("…", {}).get("", "")
+
+        await eventually(told, "the rest is counted", 20)
+        (says,) = await shop.says()
+        assert len(says.problems) == 201
+        assert "bad" in says.problems
+
+
 async def test_of_two_workers_with_different_files_the_first_is_believed(
     crew: OpenCrew, folder: Folder, shop: Shop, tmp_path: Path
 ) -> None:
