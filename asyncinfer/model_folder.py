@@ -184,7 +184,7 @@ def _read_entry(entry: Path) -> list[ModelFile]:
         return _read_model(entry)
     if _is_onnx(entry):
         return [bare_file(entry)]
-    if os.path.islink(entry) and not entry.suffix and _is_dangling(entry):
+    if valid_name(entry.name) and not entry.suffix and plain_file.is_lost(entry):
         return [_whole(entry, _problem(entry, _shown(entry, 1)))]
     return []
 
@@ -216,10 +216,6 @@ def _problem(path: Path, shown: str) -> str:
     return f"{shown}: {words}" if words else ""
 
 
-def _is_dangling(path: Path) -> bool:
-    return not os.path.exists(path)
-
-
 def _shown(path: Path, parts: int) -> str:
     return "/".join(map(printable_name, path.parts[-parts:]))
 
@@ -248,7 +244,7 @@ def _model_in(entry: Path) -> tuple[Path, str] | None:
     usual = entry / "model.onnx"
     is_meant = _MEANT.fullmatch(entry.name) is not None
     if not plain_file.is_folder(entry):
-        is_bad = is_meant and os.path.islink(entry) and _is_dangling(entry)
+        is_bad = is_meant and plain_file.is_lost(entry)
         return (usual, _problem(entry, _shown(entry, 2))) if is_bad else None
     try:
         entries = sorted(_entries(entry))

@@ -29,6 +29,15 @@ def is_folder(path: Path) -> bool:
     return stat.S_ISDIR(_mode(path))
 
 
+def is_lost(path: Path) -> bool:
+    """Whether something is there that cannot be looked at: a link to nothing, a stale NFS file."""
+    try:
+        path.stat()
+    except OSError:
+        return os.path.lexists(path)
+    return False
+
+
 def _mode(path: Path) -> int:
     try:
         return path.stat().st_mode
@@ -44,7 +53,7 @@ def why_unreadable(path: Path) -> str:
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        if path.is_symlink():
+        if os.path.islink(path) and not isinstance(error, PermissionError):
             return "is a link that leads to no file; mend or remove it"
         return why(error)
     kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "")
