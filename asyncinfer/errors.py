@@ -325,6 +325,10 @@ class ModelRefused(StartError):
     code = "model_refused"
 
 
+class ModelDirUnreadable(StartError):
+    """The model folder is not there, is none, or may not be read."""
+
+
 class FileRefused(StartError):
     """A file to read rows from or to write to, that cannot be."""
 

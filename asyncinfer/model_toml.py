@@ -1,6 +1,7 @@
 """`model.toml`: what the ONNX file cannot say, and what its operator wants."""
 
 import difflib
+import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,13 +10,15 @@ from typing import Annotated, Any, Final, Literal, get_args
 import msgspec
 from msgspec import Meta, Struct
 
+from asyncinfer import plain_file
 from asyncinfer.errors import ModelRefused
 from asyncinfer.gaps import in_words
+from asyncinfer.plain_file import Unreadable
 
 Scores = Literal["logits", "probabilities"]
 GraphOptimization = Literal["disabled", "basic", "extended", "all"]
 
-_LONGEST_LABELS_FILE_BYTES: Final = 4 << 20
+_LONGEST_FILE_BYTES: Final = 4 << 20
 
 
 class Batching(Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,37 +66,51 @@ class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """Never put out of memory for another model."""
 
 
+def read_file(path: Path, shown: str) -> ModelConfig:
+    """Raises ModelRefused as `read_config` does, and where the file cannot be read."""
+    try:
+        toml = plain_file.read(path, _LONGEST_FILE_BYTES)
+    except Unreadable as error:
+        raise ModelRefused(f"{shown}: {error.words}") from error
+    return read_config(toml, shown, path.parent)
+
+
 def read_config(toml: bytes, shown: str, folder: Path | None = None) -> ModelConfig:
     """Raises ModelRefused that names the file `shown`, the key, and the nearest known one.
 
     `folder` is where a labels file lies.
     """
     try:
-        table = tomllib.loads(toml.decode())
+        table = tomllib.loads(plain_file.text(toml))
         unknown = next(_unknown_keys(table, ModelConfig, ""), None)
         if unknown is not None:
             raise ModelRefused(f"{shown}: {unknown}")
         if folder is not None and isinstance(table.get("labels"), str):
-            table["labels"] = _labels_in(folder, table["labels"])
+            table["labels"] = _labels_in(folder, table["labels"], shown)
         if "example" in table:
             # TOML has nan and inf; what is shown of the example is JSON.
             table["example"] = in_words(table["example"])
         return msgspec.convert(table, ModelConfig)
-    except ValueError as error:  # bad UTF-8, bad TOML, msgspec.ValidationError
+    except Unreadable as error:
+        raise ModelRefused(f"{shown}: {error.words}") from error
+    except (ValueError, RecursionError) as error:  # bad TOML, msgspec.ValidationError
         raise ModelRefused(f"{shown}: {error}") from error
 
 
-def _labels_in(folder: Path, name: str) -> list[str]:
+def _labels_in(folder: Path, name: str, shown: str) -> list[str]:
+    """Raises ModelRefused that names the labels file where that is at fault."""
     path = folder / name
-    if path.name != name or path.is_symlink():
+    if path.name != name or name in (".", "..") or path.is_symlink():
         raise ValueError(f"labels: {name!r} is no name of a file beside model.toml")
+    if not os.path.lexists(path):
+        raise ValueError(f"labels: there is no file {name} beside model.toml")
     try:
-        if path.stat().st_size > _LONGEST_LABELS_FILE_BYTES:
-            raise ValueError(f"labels: {name} has more than {_LONGEST_LABELS_FILE_BYTES} bytes")
-        text = path.read_text("utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"labels: {name} cannot be read: {error.strerror}") from error
-    labels = text.splitlines()
+        text = plain_file.text(plain_file.read(path, _LONGEST_FILE_BYTES))
+    except Unreadable as error:
+        beside = shown.rpartition("/")[0]
+        raise ModelRefused(f"{beside}/{name}: {error.words}".removeprefix("/")) from error
+    # Not `splitlines`, which ends a line at U+2028 and other characters that a label may hold.
+    labels = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     while labels and not labels[-1].strip():
         labels.pop()
     return labels

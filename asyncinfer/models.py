@@ -4,35 +4,34 @@ Reads files and JSON only: the API imports it, and the API never loads a model.
 """
 
 import itertools
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from operator import mul
 from pathlib import Path
-from stat import S_ISREG
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import msgspec
 from msgspec import Struct
 
 from asyncinfer import decoding, faults, mismatches, tensors
-from asyncinfer.errors import Fault, ModelRefused
+from asyncinfer.errors import Fault
 from asyncinfer.mismatches import Given
-from asyncinfer.model_toml import ModelConfig, Scores, read_config
+from asyncinfer.model_folder import NAME_RULE as NAME_RULE
+from asyncinfer.model_folder import Listing as Listing
+from asyncinfer.model_folder import ModelFile as ModelFile
+from asyncinfer.model_folder import Stamp as Stamp
+from asyncinfer.model_folder import age as age
+from asyncinfer.model_folder import bare_file as bare_file
+from asyncinfer.model_folder import read_folder as read_folder
+from asyncinfer.model_folder import scan as scan
+from asyncinfer.model_folder import size_bytes as size_bytes
+from asyncinfer.model_folder import stamp as stamp
+from asyncinfer.model_folder import to_serve as to_serve
+from asyncinfer.model_folder import valid_name as valid_name
+from asyncinfer.model_toml import Scores
 from asyncinfer.tensors import DTYPES, Array, Feeds, TensorSpec
 
 MAX_ROWS: Final = 10_000
 """Rows that one job may have where `model.toml` says nothing."""
-
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_RESERVED: Final = frozenset({"stats"})
-_VERSION: Final = re.compile(r"0|[1-9][0-9]{0,17}")
-_MEANT: Final = re.compile(r"\D{0,8}?0*(0|[1-9][0-9]{0,17})", re.ASCII)
-"""A name that says which version it was meant for, such as `v1` or `01`."""
-
-NAME_RULE: Final = (
-    "a model's name is 1 to 64 letters, digits, dots, hyphens or underscores, "
-    "begins with a letter or digit, and is not `stats`"
-)
 
 
 class Signature(Struct, frozen=True):
@@ -72,39 +71,7 @@ class Signature(Struct, frozen=True):
     """A JSON value for each input by name: those that `model.toml` shows, or all of several."""
 
 
-class ModelFile(Struct, frozen=True):
-    """One version of a model as found in the folder."""
-
-    model: str
-    version: str
-    path: Path
-    config: ModelConfig = ModelConfig()
-    problem: str = ""
-    """Why it cannot be served, known before anybody opened it; `Engine.load` raises it."""
-    toml_problem: str = ""
-    """What is wrong with its `model.toml`; the `config` is not from there, then."""
-
-    @property
-    def is_bare(self) -> bool:
-        return self.path.parent.name != self.version
-
-    @property
-    def shown(self) -> str:
-        """The path as people know it: from the model folder on."""
-        return "/".join(self.path.parts[-1:] if self.is_bare else self.path.parts[-3:])
-
-    @property
-    def rank(self) -> tuple[bool, int]:
-        """Of the versions that can be served, the highest rank is the one that is."""
-        return str(self.config.default_version) == self.version, age(self.version)
-
-
 # --- the folder --------------------------------------------------------------------------------
-
-
-def age(version: str) -> int:
-    """Orders versions, oldest first; a folder that is no version comes before all."""
-    return int(version) if _VERSION.fullmatch(version) else -1
 
 
 _read_signature = decoding.reader(msgspec.json.Decoder(Signature).decode)
@@ -142,10 +109,6 @@ def _is_shallow(value: object, depth: int = _MOST_EXAMPLE_DEPTH) -> bool:
     return depth > 0 and all(_is_shallow(one, depth - 1) for one in inner)
 
 
-def valid_name(name: str) -> bool:
-    return _NAME.fullmatch(name) is not None and name not in _RESERVED
-
-
 def find_model_dir(
     explicit: Path | None, *, cwd: Path, package: Path = Path(__file__).parent
 ) -> Path:
@@ -161,114 +124,10 @@ def default_model(explicit: str | None, names: Iterable[str]) -> str | None:
     """The model of a request that names none; None where every request must name one."""
     if explicit is not None:
         return explicit
-    known = set(names)
+    known = set(filter(valid_name, names))
     if "iris" in known:
         return "iris"
     return known.pop() if len(known) == 1 else None
-
-
-def scan(model_dir: Path) -> list[ModelFile]:
-    """Every version of every model in the folder, by name; first the one to serve, then the newest.
-
-    One that is broken already at this point is listed with its `problem` and stops no other.
-    """
-    found: dict[str, list[ModelFile]] = {}
-    for entry in sorted(model_dir.iterdir()):
-        files = [] if entry.name.startswith((".", "_")) else _read_entry(entry)
-        # A folder comes before the bare file of its name, and wins over it.
-        if files:
-            found.setdefault(files[0].model, files)
-    return [file for files in found.values() for file in files]
-
-
-def bare_file(path: Path) -> ModelFile:
-    """The model that one file is, wherever it lies."""
-    return _named(ModelFile(path.stem, "1", path))
-
-
-def to_serve(files: Sequence[ModelFile]) -> dict[str, ModelFile]:
-    """Of each model the version to serve."""
-    return {file.model: file for file in sorted(files, key=lambda file: file.rank)}
-
-
-Stamp: TypeAlias = tuple[tuple[str, int, int], ...]
-
-
-def stamp(file: ModelFile) -> Stamp:
-    """Name, size and time of change in ns of each file that a version is made of, ONNX's external
-    data included; empty once it is gone."""
-    folder = file.path.parent
-    try:
-        paths = [file.path] if file.is_bare else sorted(folder.rglob("*"))
-        stats = [(path, path.stat()) for path in paths]
-    except OSError:
-        return ()
-    return tuple(
-        (str(path.relative_to(folder)), it.st_size, it.st_mtime_ns)
-        for path, it in stats
-        if S_ISREG(it.st_mode)
-    )
-
-
-def size_bytes(stamp: Stamp) -> int:
-    return sum(size for _, size, _ in stamp)
-
-
-def _read_entry(entry: Path) -> list[ModelFile]:
-    if entry.suffix == ".onnx" and entry.is_file():
-        return [bare_file(entry)]
-    if not entry.is_dir():
-        return []
-    try:
-        return _read_folder(entry)
-    except OSError as error:
-        problem = f"{entry.name}: cannot be read: {error.strerror}"
-        return [ModelFile(entry.name, "1", entry, problem=problem)]
-
-
-def _read_folder(folder: Path) -> list[ModelFile]:
-    paths = {
-        entry.name: entry / "model.onnx"
-        for entry in folder.iterdir()
-        if not entry.name.startswith((".", "_"))
-    }
-    names = [name for name, path in paths.items() if path.is_file()]
-    if names:
-        model = _named(_configured(ModelFile(folder.name, "1", folder), folder))
-        files = [_version(model, name, paths) for name in names]
-        return sorted(files, key=lambda file: (file.rank, file.version), reverse=True)
-    stray = next(folder.glob("*.onnx"), None)
-    if stray is None:
-        return []
-    shown = f"{folder.name}/{stray.name}"
-    problem = f"{shown}: has no version folder: move it to {folder.name}/1/model.onnx"
-    return [ModelFile(folder.name, "1", stray, problem=problem)]
-
-
-def _version(model: ModelFile, name: str, paths: Mapping[str, Path]) -> ModelFile:
-    problem = model.problem
-    if not _VERSION.fullmatch(name):
-        meant = _MEANT.fullmatch(name)
-        to = meant[1] if meant and meant[1] not in paths else f"a whole number, or to _{name}"
-        problem = f"{model.model}/{name}: is no version: rename {name} to {to}"
-    return msgspec.structs.replace(model, version=name, path=paths[name], problem=problem)
-
-
-def _named(file: ModelFile) -> ModelFile:
-    if valid_name(file.model):
-        return file
-    return msgspec.structs.replace(file, problem=f"{file.shown}: rename it: {NAME_RULE}")
-
-
-def _configured(file: ModelFile, folder: Path) -> ModelFile:
-    path = folder / "model.toml"
-    if not path.exists():
-        return file
-    try:
-        config = read_config(path.read_bytes(), f"{folder.name}/{path.name}", folder)
-    except ModelRefused as error:
-        return msgspec.structs.replace(file, problem=error.detail, toml_problem=error.detail)
-    return msgspec.structs.replace(file, config=config)
 
 
 # --- input -------------------------------------------------------------------------------------

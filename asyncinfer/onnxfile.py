@@ -4,12 +4,15 @@ The `onnx` package is not needed to serve, so this walks the protobuf wire forma
 """
 
 import mmap
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from asyncinfer import mistaken, plain_file
 from asyncinfer.errors import ModelRefused
+from asyncinfer.printable import printable_line
 
 _MODEL: Final = {7: "graph", 20: "training", 25: "function"}
 _FIELDS: Final[dict[str, dict[int, str]]] = {
@@ -33,21 +36,22 @@ class DamagedFile(ValueError):
 
 
 def check_weights(path: Path, shown: str) -> None:
-    """Raises ModelRefused where weights would be read from outside of the model's own folder."""
+    """Raises ModelRefused for what is no ONNX file, and where weights would be read from outside of
+    the model's own folder."""
     folder = path.parent
     if not path.stat().st_size:
         raise ModelRefused(f"{shown}: it is empty")
     try:
         found = weights_files(path)
     except DamagedFile as error:
+        if what := mistaken.looks_like(path):
+            raise ModelRefused(f"{shown}: it is no ONNX file, but {what}") from error
         raise ModelRefused(f"{shown}: it is no ONNX file, or damaged: {error}") from error
     for location in sorted(found):
         problem = _problem(folder, location)
         if problem:
-            raise ModelRefused(
-                f"{shown}: its weights lie in {location!r}, which {problem}; put the file itself "
-                "beside the model"
-            )
+            where = f"{shown}: its weights lie in {printable_line(location)!r}, which"
+            raise ModelRefused(f"{where} {problem}")
 
 
 def weights_files(path: Path) -> set[str]:
@@ -77,17 +81,26 @@ def _mapped(path: Path) -> Iterator[memoryview]:
             view.release()
 
 
+_PUT_IT_HERE: Final = "; put the file itself beside the model"
+
+
 def _problem(folder: Path, location: str) -> str:
     relative = Path(location)
     if relative.is_absolute() or "\\" in location or "\0" in location or ".." in relative.parts:
-        return "is no plain path within the model's folder"
+        return f"is no plain path within the model's folder{_PUT_IT_HERE}"
     target = folder / relative
     if not target.resolve().is_relative_to(folder.resolve()):
-        return "is a link that leads out of the model's folder"
-    if not target.is_file():
-        return "is not there"
+        return f"is a link that leads out of the model's folder{_PUT_IT_HERE}"
+    if not os.path.lexists(target):
+        return f"is not there{_PUT_IT_HERE}"
+    if problem := plain_file.why_unreadable(target):
+        return problem
     if target.stat().st_nlink > 1:
-        return "is a hard link, so that it may be another file's content"
+        return f"is a hard link, so that it may be another file's content{_PUT_IT_HERE}"
+    if not target.stat().st_size:
+        return "is empty; copy or download it again"
+    if what := mistaken.instead_of_weights(target):
+        return f"is {what}"
     return ""
 
 
@@ -137,10 +150,16 @@ def _fields(content: memoryview, at: int, end: int) -> Iterator[tuple[int, int, 
         else:
             raise DamagedFile(f"a field of kind {kind}")
         if size > end - at:
-            raise DamagedFile("a field is longer than what it is in")
+            raise DamagedFile(_too_long(size - (end - at), end, content))
         if kind == _BYTES:
             yield tag >> 3, at, at + size
         at += size
+
+
+def _too_long(missing_bytes: int, end: int, content: memoryview) -> str:
+    if end < len(content):
+        return "a field is longer than what it is in"
+    return f"{missing_bytes} bytes are missing at its end; copy or download it again"
 
 
 def _varint(content: memoryview, at: int, end: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -14,9 +14,18 @@ REPOSITORY: Final = Path(__file__).parents[1]
 
 
 class Parent:
-    """A Python program in a session of its own, which tells its story line by line."""
+    """A Python program in a session of its own, which tells its story line by line.
 
-    def __init__(self, argv: Sequence[str], environ: Mapping[str, str], cwd: Path) -> None:
+    `before` is called in the process that becomes it.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        environ: Mapping[str, str],
+        cwd: Path,
+        before: Callable[[], None] | None = None,
+    ) -> None:
         self.environ = environ
         self.process = subprocess.Popen(
             [sys.executable, *argv],
@@ -26,6 +35,7 @@ class Parent:
             cwd=cwd,
             env={**os.environ, **environ},
             start_new_session=True,
+            preexec_fn=before,
         )
 
     def says(self) -> str:

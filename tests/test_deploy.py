@@ -63,7 +63,7 @@ def _steps() -> Iterator[Step]:
 
 
 STEPS: Final = tuple(_steps())
-BUILD, LAST = 1, 2
+BUILD, LOCALE, LAST = 1, 2, 3
 
 
 def _said(word: str, stage: int = LAST) -> list[str]:
@@ -214,7 +214,10 @@ async def test_valkey_keeps_all_jobs_on_disk_and_refuses_rather_than_forgets(
 
 def test_every_image_is_pinned() -> None:
     (base,) = (step.rest.partition("=")[2] for step in STEPS if step.word == "ARG")
-    assert [rest.split()[0] for stage in (BUILD, LAST) for rest in _said("FROM", stage)] == [
+    assert [
+        rest.split()[0] for stage in (BUILD, LOCALE, LAST) for rest in _said("FROM", stage)
+    ] == [
+        "${BASE}",
         "${BASE}",
         "${BASE}",
     ]
@@ -234,7 +237,17 @@ def test_everything_copied_is_there() -> None:
     copied = [path for rest in _said("COPY", BUILD) for path in rest.split()[:-1]]
     assert copied
     assert all((REPOSITORY / path).exists() for path in copied)
-    assert _said("COPY") == ["--from=build /opt/asyncinfer /opt/asyncinfer"]
+    assert _said("COPY") == [
+        "--from=locale /usr/lib/locale/en_US.utf8 /usr/lib/locale/en_US.utf8",
+        "--from=build /opt/asyncinfer /opt/asyncinfer",
+    ]
+
+
+def test_the_image_has_the_locale_that_text_models_ask_for() -> None:
+    """Its data alone: nothing of what makes it, and no other."""
+    (run,) = _said("RUN", LOCALE)
+    assert run.endswith("localedef --no-archive -i en_US -f UTF-8 en_US.UTF-8")
+    assert "apt" not in " ".join(_said("RUN"))
 
 
 def test_only_wheels_whose_hashes_are_locked_are_installed() -> None:

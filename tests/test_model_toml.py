@@ -1,5 +1,6 @@
 """What an operator writes beside a model is taken, or refused by its key."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,56 @@ def test_an_example_with_gaps_is_one_that_json_can_carry() -> None:
     config = read_config(b"example = [[nan, 1.5, inf], [-inf, 2, -nan]]", "m.toml")
 
     assert config.example == [["NaN", 1.5, "Infinity"], ["-Infinity", 2, "NaN"]]
+
+
+@pytest.mark.parametrize("content", [b"\xef\xbb\xbfpinned = true", b"pinned = true\r\n"])
+def test_what_windows_adds_to_a_text_changes_nothing(content: bytes) -> None:
+    assert read_config(content, "m.toml").pinned
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("pinned = true".encode("utf-16"), "is UTF-16; save it as UTF-8"),
+        ("pinned = true".encode("utf-16-be"), "is UTF-16; save it as UTF-8"),
+        ('# \n description = "Käse"'.encode("latin-1"), "is not UTF-8 (byte 0xe4 in line 2); save"),
+    ],
+)
+def test_another_encoding_is_named_with_what_mends_it(content: bytes, problem: str) -> None:
+    assert refusal(content).startswith(f"m.toml: {problem}")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_labels_are_the_lines_of_their_file_however_it_was_saved(
+    tmp_path: Path, encoding: str, end: str
+) -> None:
+    labels = ("cat", "Käse", "line\u2028separator", "form\ffeed")
+    (tmp_path / "l.txt").write_bytes(f"{end.join(labels)}{end}".encode(encoding))
+
+    assert read_config(b'labels = "l.txt"', "m.toml", tmp_path).labels == labels
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("cat\nKäse\n".encode("latin-1"), "is not UTF-8 (byte 0xe4 in line 2); save it as UTF-8"),
+        ("cat\n".encode("utf-16"), "is UTF-16; save it as UTF-8"),
+        (bytes(5 << 20), "has more than 4194304 bytes"),
+    ],
+)
+def test_a_labels_file_that_cannot_be_read_is_named_itself(
+    tmp_path: Path, content: bytes, problem: str
+) -> None:
+    (tmp_path / "l.txt").write_bytes(content)
+
+    with pytest.raises(ModelRefused) as refused:
+        read_config(b'labels = "l.txt"', "m/model.toml", tmp_path)
+
+    assert refused.value.detail == f"m/l.txt: {problem}"
+
+
+def test_a_labels_file_that_would_never_end_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "l.txt")
+
+    assert refusal(b'labels = "l.txt"', tmp_path) == "l.txt: is a FIFO, not a file"

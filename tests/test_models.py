@@ -58,9 +58,11 @@ def test_every_version_of_each_model_is_found_the_one_to_serve_first(tmp_path: P
 def test_a_folder_wins_over_a_bare_file_of_its_name(tmp_path: Path) -> None:
     touch(tmp_path, "iris/1/model.onnx", "iris.onnx")
 
-    (file,) = models.scan(tmp_path)
+    file, other = models.scan(tmp_path)
 
-    assert file.shown == "iris/1/model.onnx"
+    assert (file.shown, file.problem) == ("iris/1/model.onnx", "")
+    assert models.to_serve([file, other]) == {"iris": file}
+    assert other.problem.startswith("iris.onnx: is not served, since iris/1/model.onnx has its")
 
 
 def test_model_toml_is_read(tmp_path: Path) -> None:
@@ -147,7 +149,7 @@ def test_a_wrong_model_toml_names_file_and_key(toml: bytes, message: str) -> Non
 
 
 def test_bytes_that_are_no_text_are_no_model_toml() -> None:
-    with pytest.raises(ModelRefused, match=r"m\.toml: 'utf-8' codec"):
+    with pytest.raises(ModelRefused, match=r"m\.toml: is not UTF-8 \(byte 0xff in line 1\)"):
         model_toml.read_config(b"\xff", "m.toml")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NoReturn, TypeVar
 
@@ -14,7 +15,6 @@ from asyncinfer.schemas import AskedOptions
 
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
-_BOM: Final = b"\xef\xbb\xbf"
 _MOST_COLONS: Final = 256
 """In options of which each is given once: one a key, and up to 128 in the name of a group."""
 
@@ -70,7 +70,7 @@ _decode_key = msgspec.json.Decoder(str).decode
 
 def read_envelope(body: bytes) -> Asked:
     """Raises InvalidJSON for what is no JSON, InvalidInput for what is not this request."""
-    _check_text(body)
+    body = _text(body)
     envelope = _decoded(body, _decode_envelope, _Envelope)
     if _only_data(envelope) and _spelled_once(body, b'"data"'):
         return Asked(bytes(envelope.data), _NO_OPTIONS)
@@ -82,7 +82,7 @@ def read_envelope(body: bytes) -> Asked:
 
 def read_line_envelope(line: bytes) -> Asked:
     """`read_envelope` of one of many requests, each of which may have its `idempotency_key`."""
-    _check_text(line)
+    line = _text(line)
     envelope = _decoded(line, _decode_line, _LineEnvelope)
     key = _key(envelope.idempotency_key)
     if _only_data(envelope) and _spelled_once(line, b'"data"'):
@@ -168,17 +168,17 @@ def _asked(envelope: _Envelope, key: str | None) -> Asked:
     )
 
 
-def _check_text(body: bytes) -> None:
+def _text(body: bytes) -> bytes:
+    """Without a byte order mark, which Windows tools write and a parser may ignore (RFC 8259)."""
     if not body:
         raise InvalidJSON('The body is empty; send {"data": [[...]]}.')
     if body.isascii():
-        return
-    if body.startswith(_BOM):
-        raise InvalidJSON("The body starts with a byte order mark; JSON has none (RFC 8259).")
+        return body
     try:
         body.decode()
     except UnicodeDecodeError as error:
         raise InvalidJSON(f"The body is not UTF-8 (byte {error.start}).") from error
+    return body.removeprefix(BOM_UTF8)
 
 
 def _malformed(error: msgspec.DecodeError, body: bytes) -> str:

@@ -1,5 +1,6 @@
 """A stream of bytes as its lines, however it was split on its way."""
 
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from typing import Final
 
@@ -63,6 +64,8 @@ class Lines:
     def _line(self, text: bytes) -> Iterator[Line]:
         self._number += 1
         text = text.removesuffix(b"\r")
+        if self._number == 1:  # a byte order mark alone is a blank line
+            text = text.removeprefix(BOM_UTF8)
         if len(text) > self._max_bytes:
             yield Line(self._number, None)
         elif text.strip(_BLANK):

@@ -1,6 +1,7 @@
 """The routes of who keeps it running: queues and workers seen, and many jobs acted on at once."""
 
 import time
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NoReturn
 
@@ -152,7 +153,7 @@ def _job_ids(body: bytes, query: RetryQuery) -> list[str]:
             "the two."
         )
     try:
-        return list(dict.fromkeys(_decode_retry(body).job_ids))
+        return list(dict.fromkeys(_decode_retry(body.removeprefix(BOM_UTF8)).job_ids))
     except msgspec.ValidationError as error:
         refuse(fault_of(error, RetryRequest), error)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

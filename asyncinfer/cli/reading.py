@@ -5,6 +5,7 @@ import csv
 import io
 import itertools
 import sys
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
@@ -219,7 +220,7 @@ def _chosen(names: Sequence[str], columns: Sequence[str]) -> list[int]:
 
 def _json(content: IO[bytes], asked: Asked) -> Iterator[Row]:
     """A list of rows, or an object whose `data` is one."""
-    found = _decoded(content.read())
+    found = _decoded(_text(content.read()))
     if isinstance(found, dict) and isinstance(found.get("data"), list):
         found = found["data"]
     if not isinstance(found, list):
@@ -233,6 +234,8 @@ def _json(content: IO[bytes], asked: Asked) -> Iterator[Row]:
 def _ndjson(content: IO[bytes], asked: Asked) -> Iterator[Row]:
     number = 0
     for line_number, line in enumerate(content, start=1):
+        if line_number == 1:
+            line = _text(line)
         if not line.strip():
             continue
         number += 1
@@ -251,6 +254,13 @@ def _decoded(text: bytes) -> Any:
         if b"NaN" not in text and b"Infinity" not in text:
             raise
         raise ValueError(f'{error}; a number that JSON does not have is "NaN" or null') from error
+
+
+def _text(begun: bytes) -> bytes:
+    """Without the byte order mark that Windows tools write first."""
+    if begun.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+        raise ValueError("it is UTF-16; save it as UTF-8")
+    return begun.removeprefix(BOM_UTF8)
 
 
 def _json_row(number: int, row: Any, asked: Asked) -> Row:

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
-from asyncinfer import onnxfile
+from asyncinfer import onnxfile, plain_file
 from asyncinfer.engine.runtime import ort
 from asyncinfer.errors import ModelRefused
 from asyncinfer.models import ModelFile
@@ -34,12 +34,14 @@ def open_sessions(
     options = _options(file, intra_op_threads)
     if file.config.session.custom_ops is not None:
         options.register_custom_ops_library(_custom_ops(file, allow_custom_ops))
+    if problem := plain_file.why_unreadable(file.path):
+        raise ModelRefused(f"{file.shown}: {problem}")
     try:
         with file.path.open("rb") as content:
             sha256 = hashlib.file_digest(content, "sha256").hexdigest()
         onnxfile.check_weights(file.path, file.shown)
     except OSError as error:
-        raise ModelRefused(f"{file.shown}: cannot be read: {error.strerror}") from error
+        raise ModelRefused(f"{file.shown}: {plain_file.why(error)}") from error
     return [_open(file, options, chosen) for chosen in _providers(file)], sha256
 
 
@@ -127,6 +129,7 @@ def _custom_ops(file: ModelFile, allowed: bool) -> str:
     return str(library)
 
 
+_LOCALE: Final = re.compile(r"Failed to construct locale with name:([\w.@-]+)")
 _PREAMBLE: Final = re.compile(r"\[ONNXRuntimeError\] : -?\d+ : \w+ : (Load model from .* failed:)?")
 
 
@@ -136,6 +139,22 @@ def _load_problem(error: Exception, file: ModelFile) -> str:
     for folder in (file.path.parent, file.path.parent.resolve()):
         text = text.replace(f"{folder}/", "")
     problem = (text or type(error).__name__).splitlines()[0]
+    if found := _LOCALE.search(problem):
+        return _missing_locale(found[1])
+    if "out of bounds or can not be read in full" in problem:
+        problem += " A file of weights is cut short, or another one: copy or download it again"
     if _EXTENSIONS_DOMAIN in problem and file.config.session.custom_ops is None:
         problem += f'; set session.custom_ops = "{_EXTENSIONS}" in model.toml'
     return f"ONNX Runtime cannot load it: {problem}"
+
+
+def _missing_locale(name: str) -> str:
+    """skl2onnx has its text vectorizers ask for en_US.UTF-8, which slim images do not have."""
+    language, _, encoding = name.partition(".")
+    make = f"localedef -i {language} -f {encoding or 'UTF-8'} {name}"
+    return (
+        f"ONNX Runtime cannot load it: it asks for the locale {name}, which is not installed here. "
+        f"Install it (apt-get install -y locales && {make}) "
+        'and start the worker again, or export the model with options={id(vectorizer): {"locale": '
+        '"C.UTF-8"}}'
+    )

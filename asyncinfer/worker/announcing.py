@@ -8,7 +8,8 @@ import msgspec
 from msgspec import Struct
 
 from asyncinfer import keys
-from asyncinfer.models import Signature, read_signature
+from asyncinfer.model_folder import OF_ALL_VERSIONS
+from asyncinfer.models import Signature, read_signature, valid_name
 from asyncinfer.repository.inspect import Inspection, WorkerSays, worker_says
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.upkeep import Upkeep
@@ -31,6 +32,11 @@ rounds, and each version costs one a call."""
 
 _MOST_RETRACTED: Final = 100
 _MOST_LOADING: Final = 10_000
+
+_MOST_PROBLEMS: Final = 200
+_LONGEST_PROBLEM: Final = 1000
+_MORE: Final = "…"
+"""In place of a model, for how many problems are not listed. No model has this name."""
 
 
 class Said(Struct, frozen=True):
@@ -123,11 +129,8 @@ class Announcer:
     def _models(self) -> dict[str, Any]:
         """As `repository.inspect.WorkerSays` reads it."""
         versions: dict[str, dict[str, str]] = {}
-        problems: dict[str, dict[str, str]] = {}
         for (model, version), signature in self._library.announced().items():
             versions.setdefault(model, {})[version] = signature.sha256
-        for (model, version), problem in self._library.problems().items():
-            problems.setdefault(model, {})[version] = problem
         served = {name: one.file.version for name, one in self._library.served.items()}
         default = self._queues.default_model
         known_default = {"default_model": default} if default or self._queues.has_no_default else {}
@@ -136,7 +139,7 @@ class Announcer:
             **known_default,
             "versions": versions,
             "served": served,
-            "problems": problems,
+            "problems": _bounded(self._library.problems()),
             "loading": self._library.loading[:_MOST_LOADING],
             "model_dir": str(self._library.model_dir),
             "loaded": ["/".join(label) for label in self._library.loaded],
@@ -226,6 +229,19 @@ class Announcer:
             return True
         queue = keys.queue(self._store.n, model, self._queues.default_model)
         return await self._upkeep.is_empty(queue)
+
+
+def _bounded(found: Mapping[Label, str]) -> dict[str, dict[str, str]]:
+    """{model: {version: problem}}; a folder may hold any number, so that those come first whose
+    name can be a model's."""
+    problems: dict[str, dict[str, str]] = {}
+    labels = sorted(found, key=lambda label: (not valid_name(label[0]), label))
+    for model, version in labels[:_MOST_PROBLEMS]:
+        problems.setdefault(model, {})[version] = found[model, version][:_LONGEST_PROBLEM]
+    if (left := len(found) - _MOST_PROBLEMS) > 0:
+        reason = f"{left} more problems are not listed; the log of the worker has them"
+        problems[_MORE] = {OF_ALL_VERSIONS: reason}
+    return problems
 
 
 def _of(model: str, described: Mapping[Label, Signature]) -> Iterator[tuple[str, Signature]]:

@@ -11,8 +11,8 @@ import msgspec
 
 from asyncinfer import models
 from asyncinfer.engine import Engine
-from asyncinfer.errors import ModelRefused, UnknownModel
-from asyncinfer.models import ModelFile, Signature
+from asyncinfer.errors import ModelDirUnreadable, ModelRefused, UnknownModel
+from asyncinfer.models import Listing, ModelFile, Signature
 from asyncinfer.worker import versions
 from asyncinfer.worker.shelf import Label, Shelf, label_of
 from asyncinfer.worker.source import Source
@@ -51,6 +51,8 @@ class Library:
         self._contested: Mapping[Label, str] = {}
         self._leaving: dict[Label, tuple[Version, float]] = {}
         self._served: dict[str, Version] = {}
+        self._passed_over: tuple[str, ...] = ()
+        self._unreadable = ""
         self._told_nothing = ""
 
     def close(self) -> None:
@@ -210,7 +212,7 @@ class Library:
     def open(self) -> None:
         """Finds what there is, and loads nothing; raises StartError when the settings can never
         give a model."""
-        files = self._source.files_at_start()
+        files = self._without_passed_over(self._source.at_start())
         self._versions = {label_of(file): versions.look(file) for file in files}
         for model, problem in self._missing().items():
             log.error("Model %s: %s", model, problem)
@@ -286,10 +288,15 @@ class Library:
     async def _look(self) -> dict[Label, Version] | None:
         try:
             seen = await asyncio.to_thread(self._seen)
-        except OSError as error:
-            log.warning("The models stay as they are: %s", error)
+        except ModelDirUnreadable as error:
+            if error.detail != self._unreadable:
+                log.warning("The models stay as they are: %s", error.detail)
+            self._unreadable = error.detail
             return None
-        return {
+        if self._unreadable:
+            log.info("%s can be read again.", self.watched)
+        self._unreadable = ""
+        return versions.still_there(self._versions, seen) | {
             label: versions.with_config_in_force(
                 one, self._versions.get(label), self._served.get(one.file.model)
             )
@@ -297,7 +304,19 @@ class Library:
         }
 
     def _seen(self) -> dict[Label, Version]:
-        return {label_of(file): versions.look(file) for file in self._source.files()}
+        return {label_of(file): versions.look(file) for file in self._files()}
+
+    def _files(self) -> list[ModelFile]:
+        """Raises ModelDirUnreadable."""
+        return self._without_passed_over(self._source.listing())
+
+    def _without_passed_over(self, found: Listing) -> list[ModelFile]:
+        """Logs once what is passed over."""
+        for line in found.passed_over:
+            if line not in self._passed_over:
+                log.info("%s.", line)
+        self._passed_over = found.passed_over
+        return found.files
 
     def _differences(self, seen: Mapping[Label, Version]) -> list[Label]:
         """Labels that are new, gone or changed since they were last judged."""
@@ -343,10 +362,12 @@ class Library:
         elif versions.loads_alike(found.file, known.file):
             self._note(known, found, "")
         else:
-            await self._try(found, known)
+            # Of the same content, so what is served can be loaded again from where that is now.
+            moved = msgspec.structs.replace(known.file, path=found.file.path)
+            await self._try(found, msgspec.structs.replace(known, file=moved))
 
     async def _is_altered(self, known: Version, found: Version) -> bool:
-        if known.stamp == found.stamp and not known.is_altered:
+        if found.stamp in (known.loaded, known.stamp) and not known.is_altered:
             return False
         return not await asyncio.to_thread(versions.same_content, known, found)
 
@@ -379,7 +400,8 @@ class Library:
         """Keeps the engine of the version that is served; a job that asks for another by its
         number loads it again."""
         self._asked_for.discard(version.label)
-        self._keep(msgspec.structs.replace(version, signature=engine.signature))
+        loaded = {"signature": engine.signature, "loaded": version.stamp}
+        self._keep(msgspec.structs.replace(version, **loaded))
         self._shelf.drop(version.label)
         its_versions = (one for one in self._announced() if one.file.model == version.file.model)
         best = max(its_versions, key=lambda one: one.file.rank, default=None)
@@ -398,13 +420,15 @@ class Library:
         if known.signature and not versions.loads_alike(found.file, known.file):
             wrong = found.file.toml_problem
             file, refused = msgspec.structs.replace(known.file, toml_problem=wrong), found.file
-        self._keep(Version(file, found.stamp, known.signature, problem, is_altered, refused))
+        said = (problem, is_altered, refused, known.loaded)
+        self._keep(Version(file, found.stamp, known.signature, *said))
 
     def _keep(self, version: Version) -> None:
         """Logs what is wrong, unless that is known of this version or of another of its model."""
         model = version.file.model
-        others = (one for one in self._versions.values() if one.file.model == model)
-        known = {problem for one in others for problem in one.complaints}
+        # What nobody has tried yet was not logged yet, though its model.toml is known to be wrong.
+        others = [one for one in self._versions.values() if one.file.model == model]
+        known = {said for one in others if not one.is_unknown for said in one.complaints}
         for problem in dict.fromkeys(version.complaints):
             if problem and problem not in known:
                 log.error("Model %s: %s", model, problem)

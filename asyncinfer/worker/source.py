@@ -1,13 +1,14 @@
 """Where a worker's models are: reads the folder, without ONNX Runtime, which `serve` lacks."""
 
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from msgspec import Struct
 
-from asyncinfer import models
-from asyncinfer.errors import StartError
-from asyncinfer.models import ModelFile
+from asyncinfer import models, plain_file
+from asyncinfer.errors import ModelDirUnreadable, StartError
+from asyncinfer.models import Listing, ModelFile
 
 
 class Source(Struct, frozen=True):
@@ -29,30 +30,44 @@ class Source(Struct, frozen=True):
         return (self.model_file or self.model_dir).absolute()
 
     def files(self) -> list[ModelFile]:
-        """Raises OSError when the folder cannot be read."""
+        """Raises ModelDirUnreadable."""
+        return self.listing().files
+
+    def listing(self) -> Listing:
+        """Raises ModelDirUnreadable."""
         if self.model_file:
-            return [models.bare_file(self.model_file)] if self.model_file.is_file() else []
-        files = models.scan(self.model_dir)
-        return [file for file in files if not self.wanted or file.model in self.wanted]
+            is_there = os.path.lexists(self.model_file)
+            return Listing([models.bare_file(self.model_file)] if is_there else [])
+        try:
+            found = models.read_folder(self.model_dir)
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+        if not self.wanted:
+            return found
+        return Listing([file for file in found.files if file.model in self.wanted])
 
     def files_at_start(self) -> Sequence[ModelFile]:
+        return self.at_start().files
+
+    def at_start(self) -> Listing:
         """Raises StartError where the settings can never give a model: the folder cannot be read,
         or has none of those that MODELS names. An empty folder may still be filled."""
-        try:
-            files = self.files()
-        except OSError as error:
-            raise StartError(
-                f"MODEL_DIR {self.path} cannot be read: {error.strerror or error}. Let this user "
-                "read it, or set MODEL_DIR to another folder."
-            ) from error
-        missing = self.missing({file.model for file in files})
+        found = self.listing()
+        missing = self.missing({file.model for file in found.files})
         if missing and len(missing) == len({*self.wanted}):
             raise StartError(
                 f"MODELS names {', '.join(missing)}, and {self.path} has no such model. Correct "
                 "MODELS, or set MODEL_DIR to the folder that has them."
             )
-        return files
+        return found
 
     def missing(self, found: Collection[str]) -> list[str]:
         """Names in MODELS of which the folder has no model."""
         return sorted({*self.wanted}.difference(found))
+
+
+def _unreadable(model_dir: Path, error: OSError) -> ModelDirUnreadable:
+    mend = "Set MODEL_DIR to a folder that can be read."
+    if isinstance(error, NotADirectoryError):
+        mend = f"It is a file. To serve it alone: --model {model_dir}"
+    return ModelDirUnreadable(f"MODEL_DIR {model_dir} {plain_file.why(error)}. {mend}")

@@ -1,17 +1,15 @@
 """One version of a model as a worker knows it, and what tells two looks at it apart."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import msgspec
 from msgspec import Struct
 
-from asyncinfer import models
+from asyncinfer import models, onnxfile
+from asyncinfer.model_folder import OF_ALL_VERSIONS as OF_ALL_VERSIONS
 from asyncinfer.models import ModelFile, Signature, Stamp
 from asyncinfer.worker.shelf import Label, label_of
-
-OF_ALL_VERSIONS = ""
-"""In place of a version, for what is wrong with a model's `model.toml`."""
 
 
 class Version(Struct, frozen=True):
@@ -25,6 +23,8 @@ class Version(Struct, frozen=True):
     """Whether the file is no longer what the signature was made of."""
     refused: ModelFile | None = None
     """What `file` looks like since, where that was refused: it is not tried again and again."""
+    loaded: Stamp = ()
+    """Of the files that the signature was made of."""
 
     @property
     def is_unknown(self) -> bool:
@@ -55,34 +55,65 @@ def loads_alike(one: ModelFile, other: ModelFile) -> bool:
 
 
 def same_content(known: Version, found: Version) -> bool:
-    """Whether only times differ, and only the model file's; reads it, so call it in a thread."""
-    changed = {*known.stamp} ^ {*found.stamp}
-    if not known.signature or {name for name, _, _ in changed} != {found.file.path.name}:
+    """Whether the files are those that the signature was made of, wherever they lie now.
+
+    Other files beside them count for nothing: a file manager leaves some where it was used.
+    Reads the model's file, so call it in a thread.
+    """
+    if not known.signature:
         return False
+    if known.loaded == found.stamp:
+        return True
     try:
         with found.file.path.open("rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest() == known.signature.sha256
-    except OSError:
+            if hashlib.file_digest(content, "sha256").hexdigest() != known.signature.sha256:
+                return False
+        beside = onnxfile.weights_files(found.file.path)
+    except (OSError, ValueError):
         return False
+    if found.file.config.session.custom_ops is not None:
+        beside |= {name for name, _, _ in (*known.loaded, *found.stamp)}
+        beside.discard(found.file.path.name)
+    return _only(beside, known.loaded) == _only(beside, found.stamp)
+
+
+def _only(names: set[str], stamp: Stamp) -> set[tuple[str, int, int]]:
+    return {one for one in stamp if one[0] in names}
 
 
 def with_config_in_force(found: Version, known: Version | None, served: Version | None) -> Version:
     """A wrong `model.toml` leaves the one before in force, also for versions that are new."""
     before = known if known and known.signature else served
-    if not found.file.toml_problem or before is None:
+    wrong = found.file.toml_problem
+    if not wrong or before is None:
         return found
-    file = msgspec.structs.replace(found.file, config=before.file.config, problem="")
+    problem = "" if found.file.problem == wrong else found.file.problem
+    file = msgspec.structs.replace(found.file, config=before.file.config, problem=problem)
     return msgspec.structs.replace(found, file=file)
 
 
-def problems(versions: Iterable[Version]) -> dict[Label, str]:
+def still_there(
+    known: Mapping[Label, Version], seen: Mapping[Label, Version]
+) -> dict[Label, Version]:
+    """Versions in folders that cannot be read now: as far as anybody knows, they are as before."""
+    hidden = {one.file.model for one in seen.values() if one.file.is_hidden}
+    return {
+        label: msgspec.structs.replace(one, file=one.refused or one.file)
+        for label, one in known.items()
+        if one.file.model in hidden and one.signature and label not in seen
+    }
+
+
+def problems(versions: Collection[Version]) -> dict[Label, str]:
     """What is wrong with each version, and once per model with its `model.toml`."""
     found: dict[Label, str] = {}
     for one in versions:
-        if one.file.toml_problem:
-            found[one.file.model, OF_ALL_VERSIONS] = one.file.toml_problem
         if one.problem and one.problem != one.file.toml_problem:
             found[one.label] = one.problem
+    for one in versions:
+        label, wrong = (one.file.model, OF_ALL_VERSIONS), one.file.toml_problem
+        if wrong and wrong not in found.get(label, ""):
+            found[label] = f"{found[label]}; {wrong}" if label in found else wrong
     return found
 
 

@@ -35,7 +35,8 @@ MALFORMED = {
     "not UTF-8": (b'{"data": "\xff"}', "UTF-8 (byte 10)"),
     "not UTF-8 in a key": (b'{"\xff": 1}', "UTF-8"),
     "UTF-16": ('{"data": [[1, 2, 3, 4]]}'.encode("utf-16"), "UTF-8"),
-    "BOM": (codecs.BOM_UTF8 + b'{"data": [[1, 2, 3, 4]]}', "byte order mark"),
+    "a BOM alone": (codecs.BOM_UTF8, "truncated"),
+    "two BOMs": (codecs.BOM_UTF8 * 2 + b'{"data": [[1, 2, 3, 4]]}', "invalid character"),
     "depth a million": (b'{"data": ' + b"[" * 1_000_000, "deep"),
     "depth a million outside": (b"[" * 1_000_000, ""),
 }

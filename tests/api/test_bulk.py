@@ -274,6 +274,18 @@ async def test_blank_lines_and_either_line_end_are_taken(api: httpx2.AsyncClient
     assert (empty.status_code, empty.content) == (200, b"")
 
 
+async def test_a_byte_order_mark_at_the_start_is_passed_over(api: httpx2.AsyncClient) -> None:
+    line = b'\xef\xbb\xbf{"data": [[1, 2, 3, 4]]}'
+
+    alone = await api.post("/predict", content=line, headers={"content-type": "application/json"})
+    answers = await post_lines(api, [line, line[3:]])
+    blank = await post_lines(api, [b"\xef\xbb\xbf", line[3:]])
+
+    assert alone.status_code == 202, alone.text
+    assert ["job_id" in one for one in answers] == [True, True]
+    assert ["job_id" in one for one in blank] == [True]
+
+
 async def test_the_querys_options_are_for_lines_without_their_own(
     api: httpx2.AsyncClient, server: redis.Redis
 ) -> None:

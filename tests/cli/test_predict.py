@@ -73,6 +73,24 @@ def test_every_form_of_file_gives_the_same_answers(url: str, tmp_path: Path, nam
     assert [row["class_name"] for row in ran.rows] == ["setosa", "virginica"]
 
 
+@pytest.mark.parametrize("name", ["bare.csv", "rows.json", "request.json", "rows.ndjson"])
+def test_a_file_with_a_byte_order_mark_is_read(url: str, tmp_path: Path, name: str) -> None:
+    path = files(tmp_path)[name]
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+
+    ran = told("predict", str(path))
+
+    assert [row["class_name"] for row in ran.rows] == ["setosa", "virginica"]
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.ndjson"])
+def test_a_file_in_utf_16_is_refused_by_its_encoding(url: str, tmp_path: Path, name: str) -> None:
+    path = files(tmp_path)[name]
+    path.write_bytes(path.read_text().encode("utf-16"))
+
+    assert "it is UTF-16; save it as UTF-8" in told("predict", str(path)).err
+
+
 def test_columns_are_chosen_by_name_or_number(url: str, tmp_path: Path) -> None:
     (tmp_path / "more.csv").write_text("id,a,b,c,d,kind\nx,5.1,3.5,1.4,0.2,y\n")
     for columns in ("a,b,c,d", "2,3,4,5"):

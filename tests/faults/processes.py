@@ -179,6 +179,7 @@ class Terms(TypedDict, total=False):
     bounds: Bounds
     monitor_port: int
     allow_custom_ops: bool
+    unprivileged: bool
 
 
 class OpenCrew(Protocol):

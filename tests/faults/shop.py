@@ -136,6 +136,7 @@ async def serving(
     bounds: Bounds | None = None,
     *,
     allow_custom_ops: bool = False,
+    unprivileged: bool = False,
 ) -> AsyncIterator[Crew]:
     """One worker on the folder, which leaves well at the end."""
     with crew(
@@ -145,6 +146,7 @@ async def serving(
         worker=CONFIG,
         bounds=bounds or Bounds(),
         allow_custom_ops=allow_custom_ops,
+        unprivileged=unprivileged,
     ) as crewed:
         worker = crewed.hire()
         assert await shop.ask(1) == 2

@@ -17,7 +17,7 @@ from asyncinfer.repository.inspect import Inspection
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.upkeep import Upkeep
 from asyncinfer.worker.shelf import Bounds
-from tests import zoo
+from tests import unprivileged, zoo
 
 from .customer import answer
 from .harness import assert_at_rest, eventually
@@ -86,7 +86,7 @@ async def test_a_wrong_model_toml_leaves_the_old_one_in_force_and_is_named_once(
     folder.publish(zoo.adds(2), 2, toml="default_version = 1")
     async with serving(crew, folder, shop) as crewed:
         folder.publish(b"not a model", 3)
-        await shop.until_refused("3", "it is no ONNX file, or damaged")
+        await shop.until_refused("3", "it is no ONNX file")
         (folder.path / "m" / "model.toml").write_text('default_version = "x"')
         await shop.until_refused("", "m/model.toml: Expected `int | null`, got `str`")
         folder.publish(zoo.adds(4), 4)
@@ -113,7 +113,7 @@ async def test_a_wrong_model_toml_leaves_the_old_one_in_force_and_is_named_once(
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b"not a model", "it is no ONNX file, or damaged"),
+        (b"not a model", "it is no ONNX file, but text"),
         (zoo.adds(1).SerializeToString()[:-9], "it is no ONNX file, or damaged"),
         (bomb().SerializeToString(), "memory"),
     ],
@@ -246,6 +246,101 @@ async def test_a_file_changed_in_place_is_refused_until_it_is_as_it_was(
             return not await shop.problems()
 
         await eventually(none, "the problem is gone", 20)
+
+
+async def test_a_bare_file_that_gets_a_folder_is_the_same_version_with_its_model_toml(
+    crew: OpenCrew, folder: Folder, shop: Shop, tmp_path: Path
+) -> None:
+    bare, home = folder.path / "bare.onnx", folder.path / "bare"
+    bare.write_bytes(zoo.adds(4).SerializeToString())
+    (tmp_path / "bare" / "1").mkdir(parents=True)
+    (tmp_path / "bare" / "model.toml").write_text('description = "it moved"')
+    async with serving(crew, folder, shop) as crewed:
+        await shop.until_announced("1", name="bare")
+        (tmp_path / "bare").rename(home)
+        bare.rename(home / "1" / "model.onnx")
+
+        async def is_described() -> bool:
+            versions = await shop.versions("bare")
+            return "1" in versions and versions["1"].description == "it moved"
+
+        await eventually(is_described, "its model.toml is in force", 20)
+        assert await shop.ask(1, name="bare") == 5
+
+        # What a file manager leaves beside a model is no change of it.
+        (home / "1" / ".DS_Store").write_bytes(b"x")
+        (home / "model.toml").write_text('description = "once more"')
+        await eventually(
+            lambda: crewed.log.count("bare/1/model.onnx is ready") == 2, "it is taken up", 20
+        )
+        assert not await shop.problems("bare")
+        assert await shop.ask(1, name="bare") == 5
+        assert "in place" not in crewed.log
+        assert "is gone" not in crewed.log
+
+
+async def test_what_is_served_is_served_on_while_its_file_may_not_be_read(
+    crew: OpenCrew, folder: Folder, shop: Shop
+) -> None:
+    unprivileged.skip_unless_possible()
+    async with serving(crew, folder, shop, unprivileged=True) as crewed:
+        for path in (folder.path / "m", folder.path / "m" / "1" / "model.onnx"):
+            mode = path.stat().st_mode
+            path.chmod(0)
+
+            async def is_told() -> bool:
+                return "Permission denied" in str(await shop.problems())
+
+            async def is_well() -> bool:
+                return not await shop.problems()
+
+            await eventually(is_told, "it is told", 20)
+            assert await shop.ask(1) == 2
+            path.chmod(mode)
+            await eventually(is_well, "it is well again", 20)
+            assert await shop.ask(1) == 2
+        log = crewed.log
+    assert log.count("m: cannot be read: Permission denied") == 1
+    assert log.count("m/1/model.onnx: cannot be read: Permission denied") == 1
+    assert "is gone" not in log
+    assert "in place" not in log
+
+
+async def test_a_model_folder_that_is_gone_for_a_while_changes_nothing_and_is_told_once(
+    crew: OpenCrew, folder: Folder, shop: Shop, tmp_path: Path
+) -> None:
+    async with serving(crew, folder, shop) as crewed:
+        folder.path.rename(tmp_path / "away")
+        await eventually(lambda: "The models stay as they are" in crewed.log, "it is told", 20)
+        assert await shop.ask(1) == 2
+        folder.path.write_bytes(b"a file")
+        await eventually(lambda: "It is a file" in crewed.log, "it is told", 20)
+        folder.path.unlink()
+        (tmp_path / "away").rename(folder.path)
+        folder.publish(zoo.adds(2), 2)
+        await shop.until_served("2")
+        log = crewed.log
+    assert log.count("cannot be read: No such file") == 1
+    assert "is gone" not in log
+
+
+@pytest.mark.soak
+async def test_of_very_many_problems_as_many_are_told_as_a_person_reads(
+    crew: OpenCrew, folder: Folder, shop: Shop
+) -> None:
+    for number in range(250):
+        (folder.path / f"not a model {number}.onnx").touch()
+    (folder.path / "bad.onnx").write_bytes(b"x" * 100)
+    async with serving(crew, folder, shop):
+
+        async def told() -> bool:
+            (says,) = await shop.says()
+            return "51 more problems are not listed" in says.problems.get("…", {}).get("", "")
+
+        await eventually(told, "the rest is counted", 20)
+        (says,) = await shop.says()
+        assert len(says.problems) == 201
+        assert "bad" in says.problems
 
 
 async def test_of_two_workers_with_different_files_the_first_is_believed(

@@ -15,6 +15,7 @@ from asyncinfer.worker.process import WorkerProcess, run
 from asyncinfer.worker.shelf import Bounds
 from asyncinfer.worker.source import Source
 from asyncinfer.worker.worker import WorkerConfig
+from tests import unprivileged
 
 
 class Order(msgspec.Struct, kw_only=True):
@@ -29,6 +30,8 @@ class Order(msgspec.Struct, kw_only=True):
     bounds: Bounds = Bounds()
     monitor_port: int | None = None
     allow_custom_ops: bool = False
+    unprivileged: bool = False
+    """Reads only what modes allow, also as root."""
     die_at: Step | None = None
     """Kills itself with SIGKILL when it first comes to this step."""
     fail_at: Step | None = None
@@ -51,6 +54,8 @@ def _only(models: tuple[str, ...]) -> str | None:
 
 def main() -> int:
     order = msgspec.json.decode(sys.argv[1], type=Order)
+    if order.unprivileged:
+        unprivileged.drop()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     process = WorkerProcess(
         redis_url=order.redis_url,

@@ -8,6 +8,7 @@ from asyncinfer import models
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
 from asyncinfer.cli.showing import size
 from asyncinfer.cores import cores
+from asyncinfer.errors import ModelDirUnreadable
 from asyncinfer.models import ModelFile
 from asyncinfer.worker.source import Source
 from asyncinfer.worker.trial import trial
@@ -15,14 +16,16 @@ from asyncinfer.worker.trial import trial
 
 async def examine_models(source: Source, *, allow_custom_ops: bool) -> list[Finding]:
     try:
-        files = source.files()
-    except OSError as error:
-        return [problem("models", str(error), "set MODEL_DIR to a folder that can be read")]
+        listing = source.listing()
+    except ModelDirUnreadable as error:
+        return [problem("models", error.detail, "set MODEL_DIR to a folder that can be read")]
+    files = listing.files
     missing = source.missing({file.model for file in files})
     if not files and not missing:
         mend = f"put an ONNX file there: cp my.onnx {source.watched}/"
         return [problem("models", f"{source.watched} has none", mend)]
     found = [ok("models", f"{len(files)} versions in {source.watched}")]
+    found += [ok("models", line) for line in listing.passed_over]
     if missing:
         here = ", ".join(sorted({file.model for file in files}))
         mend = f"set MODELS to some of {here}" if here else "correct MODELS, or MODEL_DIR"
@@ -43,13 +46,13 @@ async def examine_models(source: Source, *, allow_custom_ops: bool) -> list[Find
 async def _examine(
     file: ModelFile, files: Sequence[ModelFile], *, allow_custom_ops: bool
 ) -> Finding:
-    about = f"model {file.model}/{file.version}"
+    about = f"model {file.model}/{file.version}" if file.version else f"model {file.model}"
     size_bytes = models.size_bytes(models.stamp(file))
     reason = file.problem or await trial(file, size_bytes, allow_custom_ops=allow_custom_ops)
     if not reason:
         return ok(about, f"loads and runs ({size(size_bytes)})")
     served = models.to_serve([one for one in files if one.model == file.model])[file.model]
     if served is not file:
-        mend = f"remove or replace it: {file.path}"
+        mend = f"mend, replace or remove it: {file.path}"
         return warning(about, f"{reason}; it is not the version that is served", mend)
-    return problem(about, reason, f"replace or remove it: {file.path}")
+    return problem(about, reason, f"mend, replace or remove it: {file.path}")

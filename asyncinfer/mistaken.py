@@ -1,0 +1,112 @@
+"""What a file is that has the name of an ONNX model and is none, told from its first bytes."""
+
+import codecs
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+_HEAD_BYTES: Final = 1024
+_EXPORT: Final = "export the model to ONNX"
+_UNPACK: Final = "unpack it, and put the .onnx file here"
+_AGAIN: Final = "download the model again"
+
+_LFS: Final = b"version https://git-lfs.github.com/spec/"
+_HTML: Final = (b"<!doctype html", b"<html")
+_MAGIC: Final[tuple[tuple[int, bytes, str, str], ...]] = (
+    (0, _LFS, "a Git LFS pointer", "run `git lfs pull`"),
+    (0, b"version https://hawser.github.com/spec/", "a Git LFS pointer", "run `git lfs pull`"),
+    (0, b"\x1f\x8b", "a gzip archive", _UNPACK),
+    (0, b"BZh", "a bzip2 archive", _UNPACK),
+    (0, b"\xfd7zXZ\0", "an xz archive", _UNPACK),
+    (0, b"\x28\xb5\x2f\xfd", "a zstd archive", _UNPACK),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
+    (0, b"Rar!", "a RAR archive", _UNPACK),
+    (257, b"ustar", "a tar archive", _UNPACK),
+    (4, b"TFL3", "a TensorFlow Lite file", f"{_EXPORT}: python -m tf2onnx.convert --tflite"),
+    (
+        4,
+        b"ORTM",
+        "a file in ONNX Runtime's own ORT format",
+        "put the .onnx file here it was made of",
+    ),
+    (0, b"\x89HDF", "an HDF5 file, such as Keras saves", f"{_EXPORT}: model.export(format='onnx')"),
+    (0, b"\x80\x02\x8a\x0al\xfc\x9cF\xf9", "a PyTorch file", f"{_EXPORT}: torch.onnx.export"),
+    (0, b"GGUF", "a GGUF file", _EXPORT),
+    (0, b"CBM1", "a CatBoost file", f"{_EXPORT}: save_model(path, format='onnx')"),
+    (0, b"\x93NUMPY", "an array of numpy", _EXPORT),
+    (0, b"%PDF", "a PDF", _AGAIN),
+    (0, b"\x7fELF", "a program", _AGAIN),
+    (0, b"\x89PNG", "a picture", _AGAIN),
+)
+_IN_ZIP: Final = (
+    (b"data.pkl", "a PyTorch file", f"{_EXPORT}: torch.onnx.export"),
+    (b".npy", "a .npz of numpy", _EXPORT),
+    (b"model.weights.h5", "a Keras file", f"{_EXPORT}: model.export(format='onnx')"),
+)
+_PICKLE_PROTOCOLS: Final = range(2, 6)
+_LONGEST_SAFETENSORS_HEAD: Final = 100 << 20
+
+
+def instead_of_weights(path: Path) -> str:
+    """The same for a file of weights, which may begin with any bytes: only what none begins with
+    counts."""
+    head = _head(path)
+    if head.startswith(_LFS):
+        return "a Git LFS pointer, not the weights: run `git lfs pull`"
+    if head.lstrip().lower().startswith(_HTML):
+        return "an HTML page, not the weights: download them again"
+    return ""
+
+
+def looks_like(path: Path) -> str:
+    """What it is instead, and what to do, in words; empty where its first bytes do not tell."""
+    found = next(_guesses(_head(path)), None)
+    return f"{found[0]}, not the model: {found[1]}" if found else ""
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_HEAD_BYTES)
+
+
+def _guesses(head: bytes) -> Iterator[tuple[str, str]]:
+    for at, magic, what, mend in _MAGIC:
+        if head.startswith(magic, at):
+            yield what, mend
+    if head.startswith(b"PK\3\4"):
+        for inside, what, mend in _IN_ZIP:
+            if inside in head:
+                yield what, mend
+        yield "a zip archive", _UNPACK
+    if head[:1] == b"\x80" and head[1:2] and head[1] in _PICKLE_PROTOCOLS:
+        yield "a Python pickle", f"{_EXPORT}, for scikit-learn with skl2onnx"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < _LONGEST_SAFETENSORS_HEAD:
+        yield "a safetensors file", _EXPORT
+    if not head.strip(b"\0"):
+        yield "zeros, as a download leaves that did not come to its end", _AGAIN
+    yield from _texts(head)
+
+
+def _texts(head: bytes) -> Iterator[tuple[str, str]]:
+    """UTF-16 too, as Windows tools write it."""
+    is_utf_16 = head.startswith((b"\xff\xfe", b"\xfe\xff"))
+    try:
+        text = head.decode("utf-16", "ignore") if is_utf_16 else _decoded(head)
+    except UnicodeDecodeError:
+        return
+    if not all(character.isprintable() or character.isspace() for character in text):
+        return
+    begun = text.lstrip("\ufeff \t\r\n").lower()
+    if begun.startswith("<") and ("<html" in begun or "<!doctype html" in begun):
+        yield "an HTML page", _AGAIN
+    elif begun.startswith("<"):
+        yield "an XML document, such as an error of a download", _AGAIN
+    elif begun.startswith(("{", "[")):
+        yield "JSON", _AGAIN
+    elif len(text) > 1:
+        yield "text", _AGAIN
+
+
+def _decoded(head: bytes) -> str:
+    """A character may be cut at the end of what was read."""
+    return codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < _HEAD_BYTES)
