@@ -6,10 +6,12 @@ ProtoJSON. (msgspec would write null in their place, which means something else.
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Final
+from functools import lru_cache, partial
+from typing import Any, Final, TypeAlias
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 from msgspec import Struct
 
 from asyncinfer import batching, payloads
@@ -21,15 +23,19 @@ from asyncinfer.tensors import DTYPES, Array, Feeds, datatype_of
 _FEW_NUMBERS: Final = 65536
 """Of a run's output: as Python's they take eight times the memory."""
 
+Columns: TypeAlias = npt.NDArray[np.int64]
+"""Places of classes among the scores, one for each row."""
+
 _encode = msgspec.json.Encoder().encode
 
 
 class ClassResult(Struct, frozen=True):
     """One row of a labelled classifier."""
 
-    prediction: int
+    prediction: int | None
+    """The column of the class among the scores, whatever number the model has for it."""
     class_name: str | None
-    """None where the model predicts a number that no label is for."""
+    """None, as `prediction`, where all scores are NaN."""
     probabilities: list[Any]
 
 
@@ -152,18 +158,83 @@ def _named(
 
 def _class_rows(outputs: Sequence[Array], signature: Signature) -> list[ClassResult] | None:
     labels = signature.labels
-    scores = next((output for output in outputs if _is_scores(output, len(labels))), None)
-    if scores is None:
+    scores = _output(signature.score_output, outputs, signature)
+    if scores is None or scores.ndim != 2 or scores.shape[1] != len(labels):
         return None
-    given = next((output for output in outputs if _is_prediction(output, len(scores))), None)
-    if signature.scores == "logits":
-        scores = softmax(scores)
-    likeliest = scores.argmax(axis=1).tolist()
-    predictions = likeliest if given is None else _numbers(given, likeliest, signature)
+    if scores.dtype == DTYPES["BF16"]:
+        scores = scores.astype(np.float32)
+    shown = softmax(scores) if signature.scores == "logits" else scores
+    given = _output(signature.class_output, outputs, signature)
+    columns: list[int] = _class_columns(scores, shown, given, signature.class_values).tolist()
+    rows = _plain(shown).tolist()
+    if min(columns, default=0) < 0:
+        return list(map(partial(_class_result, labels), columns, rows))
     return [
-        ClassResult(number, labels[number] if 0 <= number < len(labels) else None, row)
-        for number, row in zip(predictions, _plain(scores).tolist(), strict=True)
+        ClassResult(column, labels[column], row) for column, row in zip(columns, rows, strict=True)
     ]
+
+
+def _output(name: str, outputs: Sequence[Array], signature: Signature) -> Array | None:
+    for spec, output in zip(signature.outputs, outputs, strict=True):
+        if spec.name == name:
+            return output
+    return None
+
+
+def _class_result(labels: Sequence[str], column: int, row: list[Any]) -> ClassResult:
+    if column < 0:
+        return ClassResult(None, None, row)
+    return ClassResult(column, labels[column], row)
+
+
+def _class_columns(
+    scores: Array, shown: Array, given: Array | None, values: Sequence[int | str | None]
+) -> Columns:
+    """The column of each row's class, -1 where all its scores are NaN."""
+    highest = highest_columns(scores)
+    columns = highest
+    if given is not None and given.size == len(scores):
+        named = _named_columns(given.reshape(-1), tuple(values), scores.shape[1])
+        columns = np.where(named < 0, highest, named)
+    missing = np.isnan(shown)
+    if missing.any():
+        rows = np.arange(len(scores))
+        columns = np.where(missing[rows, columns], highest, columns)
+        columns = np.where(missing[rows, columns], -1, columns)
+    return columns
+
+
+def highest_columns(scores: Array) -> Columns:
+    """The column of each row's highest score, the first of equal ones; NaN is none."""
+    missing = np.isnan(scores)
+    if not missing.any():
+        return np.asarray(scores.argmax(axis=1))
+    columns: Columns = np.where(missing, -np.inf, scores).argmax(axis=1)
+    # -Infinity beside NaN: both are -Infinity by now.
+    unsure = missing[np.arange(len(scores)), columns]
+    columns[unsure] = (~missing[unsure]).argmax(axis=1)
+    return columns
+
+
+def _named_columns(given: Array, values: tuple[int | str | None, ...], width: int) -> Columns:
+    """The column that each of a model's own classes means, -1 where it means none."""
+    if given.dtype == object or given.dtype == np.uint64:
+        table = dict(zip(values or range(width), range(width), strict=True))
+        return np.array([table.get(value, -1) for value in given.tolist()], np.int64)
+    numbers = given.astype(np.int64)
+    if not values:
+        return np.where((numbers >= 0) & (numbers < width), numbers, -1)
+    known, columns = _sorted_table(values)
+    places = np.searchsorted(known, numbers).clip(max=len(known) - 1)
+    return np.where(known[places] == numbers, columns[places], -1)
+
+
+@lru_cache(maxsize=1024)
+def _sorted_table(values: tuple[int | str | None, ...]) -> tuple[Columns, Columns]:
+    """The whole numbers among these in ascending order, and the column of each."""
+    pairs = [(value, column) for column, value in enumerate(values) if isinstance(value, int)]
+    table = np.array(sorted(pairs), np.int64).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
 
 
 def softmax(logits: Array) -> Array:
@@ -174,27 +245,6 @@ def softmax(logits: Array) -> Array:
         powers = np.exp(np.where(wide == top, 0.0, wide - top))
     shares: Array = (powers / powers.sum(axis=1, keepdims=True)).astype(logits.dtype)
     return shares
-
-
-def _numbers(given: Array, likeliest: list[int], signature: Signature) -> list[int]:
-    """The classes' numbers for what the model calls them."""
-    values: list[Any] = given.tolist()
-    if signature.keys:
-        numbers = {key: number for number, key in enumerate(signature.keys)}
-        return [numbers.get(value, -1) for value in values]
-    if given.dtype != object:
-        return values
-    names = {label: number for number, label in enumerate(signature.labels)}
-    return [names.get(value, top) for value, top in zip(values, likeliest, strict=True)]
-
-
-def _is_scores(output: Array, label_count: int) -> bool:
-    is_matrix = output.ndim == 2 and _is_float(output)
-    return is_matrix and label_count > 0 and output.shape[1] == label_count
-
-
-def _is_prediction(output: Array, row_count: int) -> bool:
-    return output.dtype in (np.int64, np.object_) and output.shape == (row_count,)
 
 
 def _encode_rows(rows: list[ClassResult]) -> bytes:

@@ -58,7 +58,7 @@ def describe(file: ModelFile, session: ort.InferenceSession, sha256: str) -> Sig
         sha256=sha256,
         inputs=inputs,
         outputs=outputs,
-        labels=config.labels,
+        labels=config.labels or tuple(map(str, config.classes)),
         description=config.description or session.get_modelmeta().description,
         max_rows=config.limits.max_rows_per_job or models.MAX_ROWS,
         max_batch_jobs=config.batching.max_jobs,
