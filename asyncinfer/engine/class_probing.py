@@ -156,8 +156,7 @@ class _Rows:
         if example is not None and example.size and (between is None or spec.datatype == "BYTES"):
             return _like(example, rng, shape, spec)
         if spec.datatype == "BYTES":
-            words: Array = _WORDS[rng.integers(0, len(_WORDS), shape)].reshape(shape)
-            return words
+            return np.asarray(_WORDS[rng.integers(0, len(_WORDS), shape)], object)
         if spec.datatype == "BOOL":
             return rng.integers(0, 2, shape).astype(np.bool_)
         if spec.datatype in FLOATS:
@@ -176,7 +175,9 @@ def _fractions(
     return rng.choice([-1.0, 1.0], shape) * 10.0 ** rng.uniform(*_POWERS_OF_TEN, shape)
 
 
-def _like(example: Array, rng: np.random.Generator, shape: Sequence[int], spec: TensorSpec) -> Any:
+def _like(
+    example: Array, rng: np.random.Generator, shape: Sequence[int], spec: TensorSpec
+) -> Array:
     """Each element that of some row of the example; a fraction a little off."""
     if not shape:
         return example
@@ -188,7 +189,8 @@ def _like(example: Array, rng: np.random.Generator, shape: Sequence[int], spec: 
         spread = np.maximum(known.std(axis=0), np.abs(known).max(axis=0) / 4)
         picked = picked.astype(np.float64) + rng.normal(size=picked.shape) * spread
         return _cast(picked.reshape(shape), spec)
-    return picked.reshape(shape)
+    rows: Array = picked.reshape(shape)
+    return rows
 
 
 def _cast(fractions: Any, spec: TensorSpec) -> Array:
