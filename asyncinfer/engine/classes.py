@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 import msgspec
@@ -10,13 +10,13 @@ import numpy as np
 from msgspec import Struct
 
 from asyncinfer.engine import class_probing, class_tables
+from asyncinfer.engine.asked_classes import Asked, may_be_class, may_be_scores
 from asyncinfer.engine.class_probing import LEAST_ROWS, Seen
 from asyncinfer.engine.class_tables import Table
 from asyncinfer.engine.probing import Run
-from asyncinfer.errors import ModelRefused
 from asyncinfer.models import ModelFile, Signature
 from asyncinfer.results import highest_columns
-from asyncinfer.tensors import FLOATS, Array, Feeds, TensorSpec
+from asyncinfer.tensors import Array, Feeds, TensorSpec
 
 Values: TypeAlias = tuple[int | str | None, ...]
 
@@ -38,13 +38,21 @@ _LIKE_A_LABEL: Final = frozenset(
 _SCORE_NAMES: Final = ("prob", "softmax", "score", "confidence", "logit")
 
 
+_SURE: Final = 3
+"""It is called the class, or `model.toml` says so, and what its values mean is known."""
+_SEEN: Final = 2
+"""It was seen to have the classes that probe rows have."""
+_CALLED: Final = 1
+"""It is called the class, and what its values mean follows from the rows."""
+
+
 class _Candidate(Struct, frozen=True):
     """An output that is the class, if a model calls its classes like this."""
 
     name: str
     values: Values
-    rank: tuple[int, float]
-    """Which is the class, of several: the highest."""
+    sureness: int
+    """Of several the highest is the class."""
 
 
 def decided(
@@ -54,18 +62,18 @@ def decided(
 
     Raises ModelRefused where `model.toml` asks for what the model does not have.
     """
-    asked = _Asked(file, signature)
+    asked = Asked(file, signature)
     if not signature.labels:
         return signature
     width = len(signature.labels)
-    scores = asked.scores or [spec for spec in signature.outputs if _may_be_scores(spec, width)]
-    given = asked.given or [spec for spec in signature.outputs if _may_be_class(spec)]
+    scores = asked.scores or [spec for spec in signature.outputs if may_be_scores(spec, width)]
+    given = asked.given or [spec for spec in signature.outputs if may_be_class(spec)]
     if not scores:
         return signature
     seen = Seen({}, {})
     if given or len(scores) > 1:
         seen = class_probing.observed(signature, scores, given, run, example, seconds)
-    scored = _best_scores(scores, seen, signature)
+    scored = _best_scores(scores, seen, signature, asked)
     found = _Deciding(signature, file, scored, seen, asked).best(given)
     return msgspec.structs.replace(
         signature,
@@ -75,113 +83,42 @@ def decided(
     )
 
 
-def _may_be_scores(spec: TensorSpec, width: int) -> bool:
-    is_matrix = spec.datatype in FLOATS and len(spec.shape) == 2
-    return is_matrix and (spec.shape[1] == width or not isinstance(spec.shape[1], int))
-
-
-def _may_be_class(spec: TensorSpec) -> bool:
-    """By its type; converters declare the shape wrongly, LightGBM's as [1] for any rows."""
-    one_a_row = len(spec.shape) < 2 or (
-        len(spec.shape) == 2 and (spec.shape[1] == 1 or not isinstance(spec.shape[1], int))
-    )
-    return spec.datatype not in FLOATS and one_a_row
-
-
-# --- what model.toml says ----------------------------------------------------------------------
-
-
-class _Asked:
-    """What `model.toml` says of scores and class; raises ModelRefused unless that can be."""
-
-    def __init__(self, file: ModelFile, signature: Signature) -> None:
-        self._shown = f"{file.model}/model.toml"
-        self._specs = {spec.name: spec for spec in signature.outputs}
-        config = file.config
-        self.values: Table = config.classes
-        self.scores = self._output("score_output", config.score_output)
-        self.given = self._output("class_output", config.class_output)
-        if not signature.labels and (self.scores or self.given):
-            raise self._refused("score_output and class_output need `labels`")
-        if self.scores and not _may_be_scores(self.scores[0], len(signature.labels)):
-            raise self._refused(
-                f"score_output: `{self.scores[0].name}` has no columns of fractions, one for each "
-                f"of the {len(signature.labels)} labels"
-            )
-        if self.given and not _may_be_class(self.given[0]):
-            raise self._refused(
-                f"class_output: `{self.given[0].name}` does not have one whole number or one "
-                "string for each row"
-            )
-        if self.values:
-            self._check_values(signature)
-
-    def _output(self, key: str, name: str | None) -> list[TensorSpec]:
-        if name is None:
-            return []
-        if name not in self._specs:
-            raise self._refused(f"{key}: `{name}` is not one of {', '.join(self._specs)}")
-        return [self._specs[name]]
-
-    def _check_values(self, signature: Signature) -> None:
-        labels = signature.labels
-        if len(self.values) != len(labels):
-            raise self._refused(
-                f"classes: {len(self.values)} values for {len(labels)} labels; give one for each "
-                "column of the scores"
-            )
-        if len(set(self.values)) < len(self.values):
-            raise self._refused("classes: a value is there twice; each means one column")
-        if len({type(value) for value in self.values}) > 1:
-            raise self._refused("classes: give whole numbers, or strings, alone")
-        is_text = isinstance(self.values[0], str)
-        fitting = [
-            spec
-            for spec in self.given or self._specs.values()
-            if _may_be_class(spec) and (spec.datatype == "BYTES") is is_text
-        ]
-        if self.given and not fitting:
-            raise self._refused(
-                f"classes: `{self.given[0].name}` is {self.given[0].datatype}; give "
-                f"{'whole numbers' if is_text else 'values of that type'}"
-            )
-        if len(fitting) > 1:
-            names = ", ".join(f"`{spec.name}`" for spec in fitting)
-            raise self._refused(f"classes: of {names}, name the one they are for as class_output")
-        self.given = fitting
-
-    def unknown(self, name: str) -> ModelRefused:
-        return self._refused(
-            f"class_output: which value of `{name}` means which column of the scores is not known "
-            "from the graph or from probe rows; give `classes`, a value for each label in their "
-            "order"
-        )
-
-    def _refused(self, problem: str) -> ModelRefused:
-        return ModelRefused(f"{self._shown}: {problem}")
-
-
 # --- which output has the scores ---------------------------------------------------------------
 
 
-def _best_scores(specs: Sequence[TensorSpec], seen: Seen, signature: Signature) -> str:
-    """Of several the one that was asked for, or whose rows or name look most like scores."""
+def _best_scores(
+    specs: Sequence[TensorSpec], seen: Seen, signature: Signature, asked: Asked
+) -> str:
+    """The output whose rows and name look most like scores; raises ModelRefused if two do."""
     fitting = [spec for spec in specs if not seen.scores or spec.name in seen.scores] or specs
+    ranks = {spec.name: _score_rank(spec, seen, signature) for spec in fitting}
+    first, *others = [name for name, rank in ranks.items() if rank == max(ranks.values())]
+    for other in others:
+        if first in seen.scores and _disagree(seen.scores[first], seen.scores[other]):
+            raise asked.ambiguous([first, other])
+    return first
 
-    def rank(spec: TensorSpec) -> tuple[bool, bool, int, float]:
-        rows = seen.scores.get(spec.name)
-        name = spec.name.lower()
-        wanted = "logit" in name if signature.scores == "logits" else False
-        places = [at for at, word in enumerate(_SCORE_NAMES) if word in name]
-        sums = rows is not None and _are_shares(rows)
-        is_kind = sums != (signature.scores == "logits")
-        follows = max(
-            (_share(_pairs(given, rows)) for given in seen.given.values() if rows is not None),
-            default=0.0,
-        )
-        return is_kind, wanted, -min(places, default=len(_SCORE_NAMES)), follows
 
-    return max(fitting, key=rank).name
+def _score_rank(spec: TensorSpec, seen: Seen, signature: Signature) -> tuple[bool, bool, int, bool]:
+    wants_logits = signature.scores == "logits"
+    name, rows = spec.name.lower(), seen.scores.get(spec.name)
+    places = [at for at, word in enumerate(_SCORE_NAMES) if word in name]
+    is_kind = rows is not None and _are_shares(rows) != wants_logits
+    is_followed = rows is not None and any(
+        _follows(_pairs(given, rows)) for given in seen.given.values()
+    )
+    return (
+        is_kind,
+        wants_logits and "logit" in name,
+        -min(places, default=len(_SCORE_NAMES)),
+        is_followed,
+    )
+
+
+def _disagree(some: Array, others: Array) -> bool:
+    """Whether several rows have their highest score in another column."""
+    pairs = _pairs(highest_columns(some), others)
+    return sum(mine != its for mine, its in pairs) >= LEAST_ROWS
 
 
 def _are_shares(rows: Array) -> bool:
@@ -215,21 +152,36 @@ def _most_often(pairs: Sequence[tuple[int | str, int]]) -> dict[int | str, int]:
     return found
 
 
-def _share(pairs: Sequence[tuple[int | str, int]]) -> float:
-    """How many rows a map of values to columns explains, if it is one to one over several."""
+def _follows(pairs: Sequence[tuple[int | str, int]]) -> bool:
+    """Whether values and columns are one to one, over two columns or more."""
     most = _most_often(pairs)
-    counts = Counter(column for _, column in pairs)
-    several = sum(counts[column] >= LEAST_ROWS for column in most.values())
-    if several < 2 or len(set(most.values())) < len(most):
-        return 0.0
-    return sum(most.get(value) == column for value, column in pairs) / len(pairs)
+    return (
+        all(most.get(value) == column for value, column in pairs)
+        and len(set(most.values())) == len(most)
+        and _mostly_agree(pairs, most)
+    )
+
+
+def _mostly_agree(pairs: Sequence[tuple[int | str, int]], columns: Mapping[int | str, int]) -> bool:
+    """Whether the values mean these columns: for two columns or more, and for every one that
+    several rows have, most of its rows have its value, and most rows of the value are its.
+
+    Of all rows together most would agree where nearly all have one column and one value.
+    """
+    its_rows = Counter(column for _, column in pairs)
+    of_value = Counter(columns.get(value) for value, _ in pairs)
+    both = Counter(column for value, column in pairs if columns.get(value) == column)
+    several = [column for column, rows in its_rows.items() if rows >= LEAST_ROWS]
+    return len(several) > 1 and all(
+        2 * both[column] > max(its_rows[column], of_value[column]) for column in several
+    )
 
 
 class _Deciding:
     """Looks for the class output of one model, whose scores are known."""
 
     def __init__(
-        self, signature: Signature, file: ModelFile, scored: str, seen: Seen, asked: _Asked
+        self, signature: Signature, file: ModelFile, scored: str, seen: Seen, asked: Asked
     ) -> None:
         self._signature = signature
         self._width = len(signature.labels)
@@ -245,73 +197,86 @@ class _Deciding:
         found = [one for spec in specs if (one := self._candidate(spec))]
         if self._asked.given and not found:
             raise self._asked.unknown(self._asked.given[0].name)
-        return max(found, key=lambda one: one.rank, default=None)
+        return max(found, key=lambda one: one.sureness, default=None)
 
     def _candidate(self, spec: TensorSpec) -> _Candidate | None:
         is_asked = bool(self._asked.given)
         if is_asked and self._asked.values:
-            return self._of(spec, self._asked.values, 9, 1.0)
+            return _of(spec, self._asked.values, _SURE)
         given = self._seen.given.get(spec.name)
         if given is None and self._seen.given and not is_asked:
-            return None  # its rows are not one value each
-        pairs = (
-            _pairs(given, self._scores) if given is not None and self._scores is not None else []
-        )
+            return None  # its rows have not one value each
+        pairs: list[tuple[int | str, int]] = []
+        if given is not None and self._scores is not None:
+            pairs = _pairs(given, self._scores)
         values = set() if given is None else set(given.tolist())
         is_label = is_asked or _plain_name(spec.name) in _LABEL
-        may_be = is_label or _plain_name(spec.name) in _LIKE_A_LABEL
+        return (
+            self._by_table(spec, pairs, values, is_label)
+            or self._by_following(spec, pairs, is_label)
+            or self._by_name(spec, pairs, values, is_label)
+        )
+
+    def _by_table(
+        self,
+        spec: TensorSpec,
+        pairs: Sequence[tuple[int | str, int]],
+        values: set[int | str],
+        is_label: bool,
+    ) -> _Candidate | None:
         for table in self._known_tables(spec):
-            if not values <= set(table):
-                continue
-            share = self._agreement(pairs, table)
-            if is_label or (
-                share > 0.5 and (may_be or spec.datatype == "BYTES" or len(values) > 1)
-            ):
-                return self._of(spec, table, 3 if is_label else 2, share)
-        if _share(pairs) == 1.0:
-            return self._of(spec, self._followed(pairs), 3 if is_label else 2, 1.0)
-        return self._by_name(spec, pairs, values) if may_be else None
+            columns = {value: column for column, value in enumerate(table)}
+            if values <= columns.keys() and (is_label or _mostly_agree(pairs, columns)):
+                return _of(spec, table, _SURE if is_label else _SEEN)
+        return None
 
     def _known_tables(self, spec: TensorSpec) -> Iterator[Table]:
         """What says what each column is called, the surest first."""
-        text = spec.datatype == "BYTES"
+        is_text = spec.datatype == "BYTES"
         said = [self._tables.get(spec.name), self._signature.keys]
-        if text:
+        if is_text:
             said.append(self._signature.labels)
         for table in said:
             is_whole = table and len(set(table)) == len(table) == self._width
-            if table and is_whole and isinstance(table[0], str) is text:
+            if table and is_whole and isinstance(table[0], str) is is_text:
                 yield table
 
-    def _agreement(self, pairs: Sequence[tuple[int | str, int]], table: Table) -> float:
-        """How many rows have in the table the column of their highest score."""
-        places = {value: column for column, value in enumerate(table)}
-        return sum(places.get(value) == column for value, column in pairs) / max(len(pairs), 1)
+    def _by_following(
+        self, spec: TensorSpec, pairs: Sequence[tuple[int | str, int]], is_label: bool
+    ) -> _Candidate | None:
+        if not _follows(pairs):
+            return None
+        return _of(spec, self._most_often(pairs), _SURE if is_label else _SEEN)
 
     def _by_name(
-        self, spec: TensorSpec, pairs: Sequence[tuple[int | str, int]], values: set[int | str]
+        self,
+        spec: TensorSpec,
+        pairs: Sequence[tuple[int | str, int]],
+        values: set[int | str],
+        is_label: bool,
     ) -> _Candidate | None:
-        """An output called like the class, which does not always follow the highest score."""
-        is_label = bool(self._asked.given) or _plain_name(spec.name) in _LABEL
+        """An output called like the class, though it does not always follow the highest score."""
+        if not is_label and _plain_name(spec.name) not in _LIKE_A_LABEL:
+            return None
         if len(values) == self._width:
             # Every library has its columns in ascending order of the classes.
-            table = tuple(sorted(values, key=lambda value: (str(type(value)), value)))
-            share = self._agreement(pairs, table)
-            return self._of(spec, table, int(is_label), share) if is_label or share > 0.5 else None
-        share = _share(pairs)
-        if share <= 0.5:
+            table = tuple(sorted(values, key=lambda value: (isinstance(value, str), value)))
+            columns = {value: column for column, value in enumerate(table)}
+            return _of(spec, table, _CALLED) if is_label or _mostly_agree(pairs, columns) else None
+        if not _mostly_agree(pairs, _most_often(pairs)):
             return None
-        return self._of(spec, self._followed(pairs), int(is_label), share)
+        return _of(spec, self._most_often(pairs), _CALLED)
 
-    def _followed(self, pairs: Sequence[tuple[int | str, int]]) -> Values:
+    def _most_often(self, pairs: Sequence[tuple[int | str, int]]) -> Values:
         values: list[int | str | None] = [None] * self._width
         for value, column in _most_often(pairs).items():
             values[column] = value
         return tuple(values)
 
-    def _of(self, spec: TensorSpec, values: Values, sureness: int, share: float) -> _Candidate:
-        is_place = all(value in (None, at) for at, value in enumerate(values))
-        return _Candidate(spec.name, () if is_place else values, (sureness, share))
+
+def _of(spec: TensorSpec, values: Values, sureness: int) -> _Candidate:
+    is_place = all(value in (None, at) for at, value in enumerate(values))
+    return _Candidate(spec.name, () if is_place else values, sureness)
 
 
 def _plain_name(name: str) -> str:

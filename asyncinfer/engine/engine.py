@@ -52,7 +52,7 @@ class Engine:
         if runner.maps:
             runner.keys = _keys(runner, signature, example, file, probe_seconds)
             signature = describing.with_keys(signature, runner.maps, runner.keys)
-        describing.check_labels(signature.labels, signature.outputs, file)
+        describing.check_labels(signature, file)
         signature = classes.decided(signature, file, runner.run, example, probe_seconds)
         verdict = _verdict(runner, signature, example, file, probe_seconds)
         signature = _judged(signature, verdict)
