@@ -152,8 +152,9 @@ def _record(row: Row, result: Any, names: Sequence[str]) -> Record:
         _refuse_no_server(result)
         return {"row": row.number, "error": {"code": result.code, "detail": _detail(result)}}
     if isinstance(result, dict):
-        return {"row": row.number, **{name: _plain(one) for name, one in result.items()}}
-    return {"row": row.number, next(iter(names), "result"): _plain(result)}
+        return {"row": row.number, **{name: _python(name, one) for name, one in result.items()}}
+    name = next(iter(names), "result")
+    return {"row": row.number, name: _python(name, result)}
 
 
 def _refuse_no_server(error: AsyncinferError) -> None:
@@ -175,15 +176,11 @@ def _fault(fault: Fault) -> str:
     return f"value at {place}: {detail}" if place else detail
 
 
-def _plain(value: Any) -> Any:
-    """Numbers that JSON has not are strings, as the API writes them."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, list):
-        return [_plain(one) for one in value]
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
-    return value
+def _python(name: str, value: Any) -> Any:
+    """Arrays as lists; of a labelled row the scores that JSON has no number for as numbers."""
+    if name == "probabilities" and isinstance(value, list):
+        return list(map(float, value))
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 # --- sources ---------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ _TABLE_ROWS: Final = 1000
 _ROW_GROUP: Final = 10_000
 
 Record = dict[str, Any]
-"""The number of a row, and its outputs by name, or an `error`."""
+"""The number of a row, and its outputs by name, or an `error`; NaN and infinities are floats."""
 
 
 class Writer(Protocol):
@@ -104,7 +104,7 @@ class _NDJSON:
         self._content = content
 
     def write(self, record: Record) -> None:
-        self._content.write(msgspec.json.encode(record) + b"\n")
+        self._content.write(msgspec.json.encode(plain(record)) + b"\n")
         self._content.flush()
 
     def finish(self) -> None:
@@ -119,11 +119,22 @@ class _JSON:
         self._before = b"[\n"
 
     def write(self, record: Record) -> None:
-        self._content.write(self._before + msgspec.json.encode(record))
+        self._content.write(self._before + msgspec.json.encode(plain(record)))
         self._before = b",\n"
 
     def finish(self) -> None:
         self._content.write(b"[]\n" if self._before == b"[\n" else b"\n]\n")
+
+
+def plain(value: Any) -> Any:
+    """Numbers that JSON has not are strings, as the API writes them."""
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, list):
+        return [plain(one) for one in value]
+    if isinstance(value, dict):
+        return {name: plain(one) for name, one in value.items()}
+    return value
 
 
 # --- columns ---------------------------------------------------------------------------------
@@ -232,7 +243,7 @@ def _short(cell: Any) -> Any:
 def flat(record: Record) -> Record:
     """A record with a column for each element of a short list."""
     cells: Record = {}
-    for name, value in record.items():
+    for name, value in plain(record).items():
         if name == "error":
             cells[name] = f"{value['code']}: {value['detail']}"
         elif _is_vector(value):
@@ -289,8 +300,15 @@ class _Parquet:
         names = dict.fromkeys(name for one in self._records for name in one)
         whole = [{name: one.get(name) for name in names} for one in self._records]
         found = self._arrow.Table.from_pylist(whole).schema
-        fields = [one for one in found if one.name != "error"]
+        fields = [self._typed(one) for one in found if one.name != "error"]
         return self._arrow.schema([*fields, ("error", self._arrow.string())])
+
+    def _typed(self, field: Any) -> Any:
+        """Of a row without a class both are null, which says nothing of the rows to come."""
+        types = {"prediction": self._arrow.int64(), "class_name": self._arrow.string()}
+        if self._arrow.types.is_null(field.type) and field.name in types:
+            return field.with_type(types[field.name])
+        return field
 
 
 _WRITERS: Final[dict[str, Any]] = {
