@@ -61,8 +61,9 @@ class _Graph:
             if number == 7:
                 self._read(start, end)
 
-    def table(self, name: str) -> Table | None:
-        for _ in range(_MOST_STEPS):
+    def table(self, name: str, steps: int = _MOST_STEPS) -> Table | None:
+        """What the maker of this value calls each column; None where it is no known one."""
+        for step in range(steps):
             node = self._makers.get(name)
             if node is None or not node.inputs:
                 return None
@@ -72,19 +73,19 @@ class _Graph:
             if node.operator in _LOOKUPS and node.inputs[0] in self._constants:
                 return _tensor(self._content, *self._constants[node.inputs[0]])
             if node.operator == "LabelEncoder":
-                return self._encoded(node)
+                return self._encoded(node, steps - step - 1)
             if node.operator not in _UNCHANGED:
                 return None
             name = node.inputs[0]
         return None
 
-    def _encoded(self, node: _Node) -> Table | None:
+    def _encoded(self, node: _Node, steps: int) -> Table | None:
         """Of the table that is looked up what becomes of each entry."""
         keys, values = self._attribute(node, "keys_"), self._attribute(node, "values_")
         if not keys or not values or len(keys) != len(values):
             return None
         names = dict(zip(keys, values, strict=True))
-        before = self.table(node.inputs[0]) or tuple(range(len(keys)))
+        before = self.table(node.inputs[0], steps) or tuple(range(len(keys)))
         return tuple(names[one] for one in before) if set(before) <= names.keys() else None
 
     def _read(self, start: int, end: int) -> None:
@@ -154,6 +155,8 @@ def _numbers(content: memoryview, at: int, end: int, wanted: int) -> Iterator[in
             continue
         size, at = varint(content, at, end) if kind == 2 else (8 if kind == 1 else 4, at)
         stop = at + size
+        if stop > end:
+            raise DamagedFile("a field is longer than what it is in")
         while number == wanted and kind == 2 and at < stop:
             value, at = varint(content, at, stop)
             yield _signed(value)
