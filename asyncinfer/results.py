@@ -6,7 +6,7 @@ ProtoJSON. (msgspec would write null in their place, which means something else.
 
 import itertools
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Final, TypeAlias
 
 import msgspec
@@ -165,12 +165,18 @@ def _class_rows(outputs: Sequence[Array], signature: Signature) -> list[ClassRes
         scores = scores.astype(np.float32)
     shown = softmax(scores) if signature.scores == "logits" else scores
     given = _output(signature.class_output, outputs, signature)
-    columns: list[int] = _class_columns(scores, shown, given, signature.class_values).tolist()
+    columns = _class_columns(scores, given, signature.class_values)
     rows = _plain(shown).tolist()
-    if min(columns, default=0) < 0:
-        return list(map(partial(_class_result, labels), columns, rows))
+    missing = np.isnan(shown)
+    if not missing.any():
+        return [
+            ClassResult(column, labels[column], row)
+            for column, row in zip(columns.tolist(), rows, strict=True)
+        ]
+    known = _where_known(columns, highest_columns(scores), missing)
     return [
-        ClassResult(column, labels[column], row) for column, row in zip(columns, rows, strict=True)
+        ClassResult(column, None if column is None else labels[column], row)
+        for column, row in zip(known, rows, strict=True)
     ]
 
 
@@ -181,52 +187,53 @@ def _output(name: str, outputs: Sequence[Array], signature: Signature) -> Array 
     return None
 
 
-def _class_result(labels: Sequence[str], column: int, row: list[Any]) -> ClassResult:
-    if column < 0:
-        return ClassResult(None, None, row)
-    return ClassResult(column, labels[column], row)
-
-
 def _class_columns(
-    scores: Array, shown: Array, given: Array | None, values: Sequence[int | str | None]
+    scores: Array, given: Array | None, values: tuple[int | str | None, ...]
 ) -> Columns:
-    """The column of each row's class, -1 where all its scores are NaN."""
+    """The column of each row's class, as far as NaN lets it be known."""
     highest = highest_columns(scores)
-    columns = highest
-    if given is not None and given.size == len(scores):
-        named = _named_columns(given.reshape(-1), tuple(values), scores.shape[1])
-        columns = np.where(named < 0, highest, named)
-    missing = np.isnan(shown)
-    if missing.any():
-        rows = np.arange(len(scores))
-        columns = np.where(missing[rows, columns], highest, columns)
-        columns = np.where(missing[rows, columns], -1, columns)
-    return columns
+    if given is None or given.size != len(scores):
+        return highest
+    return _own_columns(given.reshape(-1), values, scores.shape[1], highest)
+
+
+def _where_known(columns: Columns, highest: Columns, missing: Array) -> list[int | None]:
+    """The columns of the classes, of a row whose own is NaN the highest, else None."""
+    rows = np.arange(len(columns))
+    columns = np.where(missing[rows, columns], highest, columns)
+    gone = missing[rows, columns].tolist()
+    return [None if it else column for column, it in zip(columns.tolist(), gone, strict=True)]
 
 
 def highest_columns(scores: Array) -> Columns:
     """The column of each row's highest score, the first of equal ones; NaN is none."""
+    columns: Columns = scores.argmax(axis=1)
+    rows = np.arange(len(scores))
+    # numpy takes a NaN for the highest.
+    if not np.isnan(scores[rows, columns]).any():
+        return columns
     missing = np.isnan(scores)
-    if not missing.any():
-        return np.asarray(scores.argmax(axis=1))
-    columns: Columns = np.where(missing, -np.inf, scores).argmax(axis=1)
+    columns = np.where(missing, -np.inf, scores).argmax(axis=1)
     # -Infinity beside NaN: both are -Infinity by now.
-    unsure = missing[np.arange(len(scores)), columns]
+    unsure = missing[rows, columns]
     columns[unsure] = (~missing[unsure]).argmax(axis=1)
     return columns
 
 
-def _named_columns(given: Array, values: tuple[int | str | None, ...], width: int) -> Columns:
-    """The column that each of a model's own classes means, -1 where it means none."""
+def _own_columns(
+    given: Array, values: tuple[int | str | None, ...], width: int, otherwise: Columns
+) -> Columns:
+    """The column that each of a model's own classes means; `otherwise` where it means none."""
     if given.dtype == object or given.dtype == np.uint64:
         table = dict(zip(values or range(width), range(width), strict=True))
-        return np.array([table.get(value, -1) for value in given.tolist()], np.int64)
-    numbers = given.astype(np.int64)
+        columns = np.array([table.get(value, -1) for value in given.tolist()], np.int64)
+        return np.where(columns < 0, otherwise, columns)
+    numbers = given.astype(np.int64, copy=False)
     if not values:
-        return np.where((numbers >= 0) & (numbers < width), numbers, -1)
+        return np.where((numbers >= 0) & (numbers < width), numbers, otherwise)
     known, columns = _sorted_table(values)
-    places = np.searchsorted(known, numbers).clip(max=len(known) - 1)
-    return np.where(known[places] == numbers, columns[places], -1)
+    places = known.searchsorted(numbers).clip(max=len(known) - 1)
+    return np.where(known[places] == numbers, columns[places], otherwise)
 
 
 @lru_cache(maxsize=1024)
