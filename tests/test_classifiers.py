@@ -13,11 +13,15 @@ import httpx2
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import polars as pl
+import pyarrow.parquet as pq
 import pytest
 from msgspec import Struct
+from onnx import helper
 
 from asyncinfer.testing import Running, service
 
+from . import zoo
 from .cli.told import told
 
 FOLDER: Final = Path(__file__).parent / "data" / "classifiers"
@@ -67,7 +71,14 @@ def model_folder(folder: Path, made: Path = FOLDER) -> Path:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with service(model_folder(tmp_path_factory.mktemp("classifiers"))) as it:
+    folder = model_folder(tmp_path_factory.mktemp("classifiers"))
+    logarithm = zoo.model(
+        [helper.make_node("Log", ["x"], ["p"])],
+        [zoo.tensor("x", ["b", 2])],
+        [zoo.tensor("p", ["b", 2])],
+    )
+    zoo.place(folder, "gaps", logarithm, toml='labels = ["a", "b"]')
+    with service(folder) as it:
         yield it
 
 
@@ -162,6 +173,46 @@ def test_the_command_line_writes_the_class_and_its_probability(
     shares = [float(row[f"probabilities_{row['prediction']}"]) for row in rows]
     of_class = expected.probabilities[np.arange(len(names)), expected.columns]
     np.testing.assert_allclose(shares, of_class, atol=1e-5)
+
+
+# --- rows without a class ------------------------------------------------------------------------
+
+GAPS: Final = pd.DataFrame({"a": [-1.0, -1.0, 4.0], "b": [-1.0, 2.0, -1.0]}).astype(np.float32)
+"""Of the model `gaps` the first row has no score, the others one."""
+
+
+@pytest.mark.parametrize("frame", [GAPS, pl.from_pandas(GAPS)], ids=["pandas", "polars"])
+def test_in_a_frame_a_row_without_a_score_has_no_class(running: Running, frame: Any) -> None:
+    found = running.client.map_frame(frame, model="gaps", progress=False)
+
+    classes = [None if one != one else one for one in found["prediction"].to_list()]
+    assert classes == [None, 1, 0]
+    names = found["class_name"].to_list()
+    assert [one if isinstance(one, str) else None for one in names] == [None, "b", "a"]
+    shares = np.array(found["probability"].to_list(), np.float64)
+    np.testing.assert_allclose(shares, [np.nan, np.log(2), np.log(4)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [GAPS, GAPS[:1]], ids=["some", "none has one"])
+def test_in_a_file_a_row_without_a_score_has_no_class(
+    running: Running, rows: pd.DataFrame, tmp_path: Path
+) -> None:
+    given, written = tmp_path / "rows.csv", tmp_path / "results.parquet"
+    rows.to_csv(given, index=False)
+    asked = ("predict", str(given), "--model", "gaps", "--url", running.url)
+
+    text = told(*asked, "--to", "csv")
+    ran = told(*asked, "-o", str(written))
+
+    assert (text.code, ran.code) == (0, 0)
+    assert text.out.splitlines()[1] == "1,,,NaN,NaN,"
+    table = pq.read_table(written)
+    assert (str(table.schema.field("prediction").type), table["prediction"][0].as_py()) == (
+        "int64",
+        None,
+    )
+    assert table["class_name"].to_pylist() == [None, "b", "a"][: len(rows)]
+    assert np.isnan(table["probabilities"].to_pylist()[0]).all()
 
 
 def test_there_are_25_classifiers_of_four_libraries_none_of_them_large() -> None:
