@@ -34,6 +34,8 @@ _ITS_ROW: Final = re.compile(r"\Arow \d+ (?=has )")
 _TOLD_ERRORS: Final = 100
 """So many rows have a line of their own on stderr; the output has all."""
 
+_NO_JSON_NUMBERS: Final = {word: float(word) for word in ("NaN", "Infinity", "-Infinity")}
+
 _SECRET: Final = ("--api-key", "--resume")
 
 
@@ -179,7 +181,7 @@ def _fault(fault: Fault) -> str:
 def _python(name: str, value: Any) -> Any:
     """Arrays as lists; of a labelled row the scores that JSON has no number for as numbers."""
     if name == "probabilities" and isinstance(value, list):
-        return list(map(float, value))
+        return [_NO_JSON_NUMBERS.get(one, one) if isinstance(one, str) else one for one in value]
     return value.tolist() if hasattr(value, "tolist") else value
 
 
