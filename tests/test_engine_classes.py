@@ -136,15 +136,10 @@ OTHERS: dict[str, tuple[list[onnx.NodeProto], tuple[str, Sequence[Any], int]]] =
 }
 
 
-@pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("what", OTHERS)
-def test_whole_numbers_beside_the_scores_are_not_the_class(
-    tmp_path: Path, what: str, first: bool
-) -> None:
+def test_whole_numbers_beside_the_scores_are_not_the_class(tmp_path: Path, what: str) -> None:
     nodes, output = OTHERS[what]
-    engine = load(
-        tmp_path, model(beside(*nodes), *((output, SCORES) if first else (SCORES, output)))
-    )
+    engine = load(tmp_path, model(beside(*nodes), output, SCORES))
 
     assert names(engine, ROWS) == NAMES
     assert engine.signature.class_output == ""
@@ -449,6 +444,53 @@ def test_classes_alone_are_the_labels_too(tmp_path: Path) -> None:
 
     assert engine.signature.labels == ("7", "-2", "4")
     assert names(engine, [[1, 1, 0]]) == ["-2"]
+
+
+@pytest.mark.parametrize("kind", [INT64, BOOL])
+def test_a_model_that_gives_a_row_several_labels_names_none(tmp_path: Path, kind: int) -> None:
+    nodes = [
+        node("Sigmoid", ["x"], ["p"]),
+        node("Greater", ["p", "half"], ["over"]),
+        node("Cast", ["over"], ["label"], to=kind),
+    ]
+    engine = load(tmp_path, model(nodes, ("label", ["b", 3], kind), SCORES))
+
+    (found,) = answers(engine, [[1, 1, -1]])
+
+    assert [one["name"] for one in found["outputs"]] == ["label", "p"]
+
+
+def test_the_likeliest_as_a_row_of_one_1_is_a_class_like_any_other(tmp_path: Path) -> None:
+    nodes = [
+        node("Identity", ["three"], ["depth"]),
+        node("OneHot", ["top", "depth", "off_on"], ["label"], axis=1),
+    ]
+    made = zoo.model(
+        beside(*nodes),
+        [zoo.tensor("x", ["b", 3])],
+        [zoo.tensor("label", ["b", 3], INT64), zoo.tensor("p", ["b", 3])],
+        {"three": np.array([3]), "off_on": np.array([0, 1])},
+    )
+
+    assert names(load(tmp_path, made), ROWS) == NAMES
+
+
+def test_masked_logits_are_followed_too(tmp_path: Path) -> None:
+    nodes = [
+        node("Add", ["x", "mask"], ["p"]),
+        node("ArgMax", ["p"], ["best"], axis=1, keepdims=0, select_last_index=1),
+        node("Add", ["best", "one"], ["y"]),
+    ]
+    made = zoo.model(
+        nodes,
+        [zoo.tensor("x", ["b", 3])],
+        [zoo.tensor("y", ["b"], INT64), zoo.tensor("p", ["b", 3])],
+        {"mask": np.array([0, 0, -np.inf], np.float32), "one": WEIGHTS["one"]},
+    )
+
+    engine = load(tmp_path, made, ABC + 'scores = "logits"')
+
+    assert names(engine, [[1, 1, 0], [5, 0, 9]]) == ["b", "a"]
 
 
 @pytest.mark.parametrize(

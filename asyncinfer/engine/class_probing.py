@@ -1,5 +1,6 @@
 """Rows that are made up, to see whether an output follows the scores of a classifier."""
 
+import re
 from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any, Final
@@ -13,6 +14,9 @@ from asyncinfer.errors import JobError, ModelFailed
 from asyncinfer.models import Signature
 from asyncinfer.results import highest_columns
 from asyncinfer.tensors import DTYPES, FLOATS, RANGES, Array, Feeds, TensorSpec
+
+LABEL: Final = frozenset({"label", "output_label", "class_label", "predicted_label"})
+"""What converters call the class."""
 
 LEAST_ROWS: Final = 3
 """That have one column, for this to be no chance."""
@@ -41,6 +45,8 @@ class Seen(Struct, frozen=True):
     """By output [rows, columns], in FP64."""
     given: dict[str, Array]
     """By output [rows], where it has one value for each."""
+    several: bool
+    """Whether the model's own label has a 1 for each class that a row has, of several or none."""
 
 
 def observed(
@@ -70,17 +76,44 @@ def observed(
     }
     counts = [len(one) for one in next(iter(matrices.values()), [])]
     if not counts:
-        return Seen({}, {})
+        return Seen({}, {}, False)
     values = {
         spec.name: [one[spec.name].reshape(-1) for one in runs]
         for spec in given
-        if [one[spec.name].shape[:1] for one in runs] == [(count,) for count in counts]
-        and all(one[spec.name].size == len(one[spec.name]) for one in runs)
+        if [one[spec.name].size for one in runs] == counts
+        and all(one[spec.name].ndim in (1, 2) for one in runs)
     }
     return Seen(
         {name: np.concatenate(some).astype(np.float64) for name, some in matrices.items()},
         {name: _plain(np.concatenate(some)) for name, some in values.items()},
+        any(
+            _is_matrix(one[spec.name], width) and _has_several(_plain(one[spec.name]))
+            for spec in signature.outputs
+            if _is_label_of_several(spec)
+            for one in runs
+        ),
     )
+
+
+def may_have_several(signature: Signature) -> bool:
+    """Whether an output may have, for a row, a 0 or 1 for each class."""
+    return any(map(_is_label_of_several, signature.outputs))
+
+
+def _is_label_of_several(spec: TensorSpec) -> bool:
+    is_matrix = len(spec.shape) == 2 and spec.shape[1] != 1
+    return plain_name(spec.name) in LABEL and is_matrix and spec.datatype not in (*FLOATS, "BYTES")
+
+
+def _has_several(matrix: Any) -> bool:
+    is_zero_or_one = (matrix == 0) | (matrix == 1)
+    return bool(is_zero_or_one.all() and (matrix.sum(axis=1) != 1).any())
+
+
+def plain_name(name: str) -> str:
+    """`model/Label:0` as label."""
+    words = [word for word in re.split(r"[/:]", name) if word and not word.isdigit()]
+    return re.sub(r"[-. ]", "_", words[-1].lower()).rstrip("_0123456789") if words else ""
 
 
 def _is_matrix(output: Array, width: int) -> bool:

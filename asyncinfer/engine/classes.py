@@ -1,6 +1,5 @@
 """How a labelled classifier tells its class: decided once, when the model is loaded."""
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, TypeAlias
@@ -11,7 +10,7 @@ from msgspec import Struct
 
 from asyncinfer.engine import class_probing, class_tables
 from asyncinfer.engine.asked_classes import Asked, may_be_class, may_be_scores
-from asyncinfer.engine.class_probing import LEAST_ROWS, Seen
+from asyncinfer.engine.class_probing import LABEL, LEAST_ROWS, Seen, plain_name
 from asyncinfer.engine.class_tables import Table
 from asyncinfer.engine.probing import Run
 from asyncinfer.models import ModelFile, Signature
@@ -22,9 +21,6 @@ Values: TypeAlias = tuple[int | str | None, ...]
 
 _LEAST_LEAD: Final = 1e-5
 """By what share the highest score must lead for its row to tell anything: scores are rounded."""
-
-_LABEL: Final = frozenset({"label", "output_label", "class_label", "predicted_label"})
-"""What converters call the class."""
 
 _LIKE_A_LABEL: Final = frozenset(
     {
@@ -70,9 +66,11 @@ def decided(
     given = asked.given or [spec for spec in signature.outputs if may_be_class(spec)]
     if not scores:
         return signature
-    seen = Seen({}, {})
-    if given or len(scores) > 1:
+    seen = Seen({}, {}, False)
+    if given or len(scores) > 1 or class_probing.may_have_several(signature):
         seen = class_probing.observed(signature, scores, given, run, example, seconds)
+    if seen.several and not asked.given:
+        return signature
     scored = _best_scores(scores, seen, signature, asked)
     found = _Deciding(signature, file, scored, seen, asked).best(given)
     return msgspec.structs.replace(
@@ -134,8 +132,10 @@ def _pairs(given: Array, scores: Array) -> list[tuple[int | str, int]]:
     """What a row is given and the column of its highest score, where that clearly leads."""
     if scores.shape[1] < 2:
         return []
-    first, second = np.partition(np.nan_to_num(scores), -2, axis=1)[:, [-1, -2]].T
-    leads = np.isfinite(scores).all(axis=1) & (first - second > _LEAST_LEAD * abs(first))
+    ordered: Any = np.sort(scores, axis=1)  # NaN comes last
+    first, second = ordered[:, -1], ordered[:, -2]
+    with np.errstate(invalid="ignore"):
+        leads = np.isfinite(first) & (first - second > _LEAST_LEAD * abs(first))
     return list(zip(given[leads].tolist(), highest_columns(scores)[leads].tolist(), strict=True))
 
 
@@ -210,7 +210,7 @@ class _Deciding:
         if given is not None and self._scores is not None:
             pairs = _pairs(given, self._scores)
         values = set() if given is None else set(given.tolist())
-        is_label = is_asked or _plain_name(spec.name) in _LABEL
+        is_label = is_asked or plain_name(spec.name) in LABEL
         return (
             self._by_table(spec, pairs, values, is_label)
             or self._by_following(spec, pairs, is_label)
@@ -256,14 +256,16 @@ class _Deciding:
         is_label: bool,
     ) -> _Candidate | None:
         """An output called like the class, though it does not always follow the highest score."""
-        if not is_label and _plain_name(spec.name) not in _LIKE_A_LABEL:
+        if not is_label and plain_name(spec.name) not in _LIKE_A_LABEL:
             return None
-        if len(values) == self._width:
+        most = _most_often(pairs)
+        if is_label and len(values) == self._width:
             # Every library has its columns in ascending order of the classes.
             table = tuple(sorted(values, key=lambda value: (isinstance(value, str), value)))
             columns = {value: column for column, value in enumerate(table)}
-            return _of(spec, table, _CALLED) if is_label or _mostly_agree(pairs, columns) else None
-        if not _mostly_agree(pairs, _most_often(pairs)):
+            if most.items() <= columns.items() or len(set(most.values())) < len(most):
+                return _of(spec, table, _CALLED)
+        if len(set(most.values())) < len(most) or not _mostly_agree(pairs, most):
             return None
         return _of(spec, self._most_often(pairs), _CALLED)
 
@@ -277,9 +279,3 @@ class _Deciding:
 def _of(spec: TensorSpec, values: Values, sureness: int) -> _Candidate:
     is_place = all(value in (None, at) for at, value in enumerate(values))
     return _Candidate(spec.name, () if is_place else values, sureness)
-
-
-def _plain_name(name: str) -> str:
-    """`model/Label:0` as label."""
-    words = [word for word in re.split(r"[/:]", name) if word and not word.isdigit()]
-    return re.sub(r"[-. ]", "_", words[-1].lower()).rstrip("_0123456789") if words else ""

@@ -25,6 +25,7 @@ from onnxmltools.convert.common.data_types import FloatTensorType as LibraryFloa
 from skl2onnx import to_onnx
 from skl2onnx.common.data_types import FloatTensorType
 from sklearn.calibration import CalibratedClassifierCV
+from sklearn.discriminant_analysis import QuadraticDiscriminantAnalysis
 from sklearn.ensemble import BaggingClassifier, RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import FixedThresholdClassifier
@@ -84,6 +85,7 @@ def classifiers() -> list[Classifier]:
         Classifier("tree_flags", tree(), [-1, 1], ["out", "in"], shape=flags),
         Classifier("knn_indices", scaled(KNeighborsClassifier(4)), [2, 4, 8], LMH, shape=indices),
         Classifier("bayes_words", scaled(GaussianNB()), ["no", "yes", "?"], zipmap=True),
+        Classifier("qda_across", scaled(qda()), [1, 2, 3], LMH),
         Classifier("mlp_renamed", scaled(mlp()), [1, 2, 3], LMH, shape=renamed),
         Classifier("svc_from_one", svc(), [1, 2, 3], LMH, differs=True),
         Classifier("svc_zipmap", svc(), [-3, 5, 9], LMH, zipmap=True, differs=True),
@@ -164,6 +166,11 @@ def tree() -> Any:
 
 def bagged() -> Any:
     return scaled(BaggingClassifier(LogisticRegression(), n_estimators=2, random_state=0))
+
+
+def qda() -> Any:
+    """Its labels are converted to [1, rows]."""
+    return QuadraticDiscriminantAnalysis()
 
 
 def mlp() -> Any:
