@@ -311,6 +311,19 @@ def test_the_table_of_a_label_is_read_from_the_graph_where_no_probe_row_shows_it
     assert names(engine, ROWS) == NAMES
 
 
+def test_the_label_of_the_only_classifier_is_the_class_whatever_its_name(tmp_path: Path) -> None:
+    """A support vector machine's label and its probabilities may disagree everywhere."""
+    (classifier,) = TABLES["LinearClassifier"]
+    made = model(
+        [classifier, node("Neg", ["x"], ["minus"]), node("Softmax", ["minus"], ["p"], axis=1)],
+        ("label", ["b"], INT64),
+        SCORES,
+    )
+    made.graph.node[0].output[0] = made.graph.output[0].name = "y"
+
+    assert names(load(tmp_path, made), ROWS) == NAMES
+
+
 @given(st.data())
 def test_a_damaged_file_has_no_table(data: st.DataObject) -> None:
     made = model(beside(*TABLES["LabelEncoder"]), ("label", ["b"], INT64), SCORES)

@@ -27,6 +27,15 @@ _INT32, _INT64, _STRING = 6, 7, 8
 _DTYPES: Final[dict[int, "np.dtype[Any]"]] = {_INT32: np.dtype("<i4"), _INT64: np.dtype("<i8")}
 
 
+class Shown(Struct, frozen=True):
+    """What a graph shows of an output."""
+
+    table: Table
+    """By column what it calls the class."""
+    is_only: bool
+    """Whether it is the label of the only classifier among the graph's nodes."""
+
+
 class _Node(Struct, frozen=True):
     operator: str
     inputs: tuple[str, ...]
@@ -35,19 +44,19 @@ class _Node(Struct, frozen=True):
     """Where each begins and ends in the file."""
 
 
-def class_tables(path: Path, names: Collection[str]) -> dict[str, Table]:
+def class_tables(path: Path, names: Collection[str]) -> dict[str, Shown]:
     """For each of these outputs whose table the graph shows, what it calls each column."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
             content = memoryview(whole)
             try:
                 graph = _Graph(content)
-                found = {name: graph.table(name) for name in names}
+                found = {name: graph.shown(name) for name in names}
             finally:
                 content.release()
     except (OSError, ValueError):  # a damaged file, or one that ONNX Runtime reads in another way
         return {}
-    return {name: table for name, table in found.items() if table}
+    return {name: shown for name, shown in found.items() if shown}
 
 
 class _Graph:
@@ -57,36 +66,42 @@ class _Graph:
         self._content = content
         self._makers: dict[str, _Node] = {}
         self._constants: dict[str, tuple[int, int]] = {}
+        self._classifiers = 0
         for number, start, end in fields(content, 0, len(content)):
             if number == 7:
                 self._read(start, end)
 
-    def table(self, name: str, steps: int = _MOST_STEPS) -> Table | None:
-        """What the maker of this value calls each column; None where it is no known one."""
+    def shown(self, name: str) -> Shown | None:
+        table, is_label = self._table(name, _MOST_STEPS)
+        return Shown(table, is_label and self._classifiers == 1) if table else None
+
+    def _table(self, name: str, steps: int) -> tuple[Table | None, bool]:
+        """What the maker of this value calls each column, and whether that is a classifier."""
         for step in range(steps):
             node = self._makers.get(name)
             if node is None or not node.inputs:
-                return None
-            if node.operator in _CLASSIFIERS:
-                is_label = node.outputs[0] == name
-                return self._attribute(node, "classlabels_") if is_label else None
+                break
+            if node.operator in _CLASSIFIERS and node.outputs[0] == name:
+                return self._attribute(node, "classlabels_"), True
             if node.operator in _LOOKUPS and node.inputs[0] in self._constants:
-                return _tensor(self._content, *self._constants[node.inputs[0]])
+                return _tensor(self._content, *self._constants[node.inputs[0]]), False
             if node.operator == "LabelEncoder":
                 return self._encoded(node, steps - step - 1)
             if node.operator not in _UNCHANGED:
-                return None
+                break
             name = node.inputs[0]
-        return None
+        return None, False
 
-    def _encoded(self, node: _Node, steps: int) -> Table | None:
+    def _encoded(self, node: _Node, steps: int) -> tuple[Table | None, bool]:
         """Of the table that is looked up what becomes of each entry."""
         keys, values = self._attribute(node, "keys_"), self._attribute(node, "values_")
         if not keys or not values or len(keys) != len(values):
-            return None
+            return None, False
         names = dict(zip(keys, values, strict=True))
-        before = self.table(node.inputs[0], steps) or tuple(range(len(keys)))
-        return tuple(names[one] for one in before) if set(before) <= names.keys() else None
+        before, is_label = self._table(node.inputs[0], steps)
+        before = before or tuple(range(len(keys)))
+        known = tuple(names[one] for one in before) if set(before) <= names.keys() else None
+        return known, is_label
 
     def _read(self, start: int, end: int) -> None:
         nodes = 0
@@ -96,6 +111,7 @@ class _Graph:
             if number == 1:
                 node = _node(self._content, begin, stop)
                 self._makers |= dict.fromkeys(node.outputs, node)
+                self._classifiers += node.operator in _CLASSIFIERS
             elif number == 5 and stop - begin <= _LONGEST_TABLE_BYTES:
                 self._constants[_text(self._content, begin, stop, 8)] = begin, stop
 

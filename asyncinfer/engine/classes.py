@@ -11,7 +11,7 @@ from msgspec import Struct
 from asyncinfer.engine import class_probing, class_tables
 from asyncinfer.engine.asked_classes import Asked, may_be_class, may_be_scores
 from asyncinfer.engine.class_probing import LABEL, LEAST_ROWS, Seen, plain_name
-from asyncinfer.engine.class_tables import Table
+from asyncinfer.engine.class_tables import Shown, Table
 from asyncinfer.engine.probing import Run
 from asyncinfer.models import ModelFile, Signature
 from asyncinfer.results import highest_columns
@@ -35,7 +35,7 @@ _SCORE_NAMES: Final = ("prob", "softmax", "score", "confidence", "logit")
 
 
 _SURE: Final = 3
-"""It is called the class, or `model.toml` says so, and what its values mean is known."""
+"""Its name, the graph or `model.toml` says that it is, and what its values mean."""
 _SEEN: Final = 2
 """It was seen to have the classes that probe rows have."""
 _CALLED: Final = 1
@@ -189,11 +189,11 @@ class _Deciding:
         self._seen = seen
         self._scores = seen.scores.get(scored)
         self._asked = asked
-        self._tables: dict[str, Table] = {}
+        self._shown: dict[str, Shown] = {}
 
     def best(self, specs: Sequence[TensorSpec]) -> _Candidate | None:
         if specs and not (self._asked.values and self._asked.given):
-            self._tables = class_tables.class_tables(self._path, [spec.name for spec in specs])
+            self._shown = class_tables.class_tables(self._path, [spec.name for spec in specs])
         found = [one for spec in specs if (one := self._candidate(spec))]
         if self._asked.given and not found:
             raise self._asked.unknown(self._asked.given[0].name)
@@ -210,7 +210,8 @@ class _Deciding:
         if given is not None and self._scores is not None:
             pairs = _pairs(given, self._scores)
         values = set() if given is None else set(given.tolist())
-        is_label = is_asked or plain_name(spec.name) in LABEL
+        shown = self._shown.get(spec.name)
+        is_label = is_asked or plain_name(spec.name) in LABEL or bool(shown and shown.is_only)
         return (
             self._by_table(spec, pairs, values, is_label)
             or self._by_following(spec, pairs, is_label)
@@ -233,12 +234,13 @@ class _Deciding:
     def _known_tables(self, spec: TensorSpec) -> Iterator[Table]:
         """What says what each column is called, the surest first."""
         is_text = spec.datatype == "BYTES"
-        said = [self._tables.get(spec.name), self._signature.keys]
+        shown = self._shown.get(spec.name)
+        said = [shown.table if shown else (), self._signature.keys]
         if is_text:
             said.append(self._signature.labels)
         for table in said:
-            is_whole = table and len(set(table)) == len(table) == self._width
-            if table and is_whole and isinstance(table[0], str) is is_text:
+            is_whole = len(set(table)) == len(table) == self._width
+            if is_whole and isinstance(table[0], str) is is_text:
                 yield table
 
     def _by_following(
