@@ -444,6 +444,24 @@ def test_what_model_toml_asks_of_the_class_must_be_there(
     assert refused.value.detail.startswith(f"m/model.toml: {reason}")
 
 
+@pytest.mark.parametrize("kind", ["words", "keys"])
+def test_the_model_s_own_words_in_another_order_are_refused(tmp_path: Path, kind: str) -> None:
+    """They would name another class than the model does."""
+    words = node("Gather", ["words", "top"], ["label"])
+    made = model(beside(words), ("label", ["b"], STRING), SCORES)
+    if kind == "keys":
+        maps = node(
+            "ZipMap", ["p"], ["m"], domain="ai.onnx.ml", classlabels_strings=["x", "y", "z"]
+        )
+        made.graph.node.append(maps)
+        pair = helper.make_map_type_proto(STRING, helper.make_tensor_type_proto(FLOAT, []))
+        del made.graph.output[:]
+        made.graph.output.append(helper.make_value_info("m", helper.make_sequence_type_proto(pair)))
+
+    with pytest.raises(ModelRefused, match="the columns of the scores are x, y, z, in this order"):
+        load(tmp_path, made, 'labels = ["z", "x", "y"]')
+
+
 def test_class_output_without_labels_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelRefused, match="need `labels`"):
         load(tmp_path, ALARM, 'class_output = "alarm"')

@@ -79,6 +79,15 @@ class Asked:
             "as score_output"
         )
 
+    def check_order(self, own: Sequence[int | str | None], labels: Sequence[str]) -> None:
+        """Raises ModelRefused where the labels are the model's own words, in another order."""
+        words = list(map(str, own))
+        if words != list(labels) and sorted(words) == sorted(labels):
+            raise self._refused(
+                f"labels: the columns of the scores are {', '.join(words)}, in this order; give "
+                "the labels in the order of the columns"
+            )
+
     def unknown(self, name: str) -> ModelRefused:
         return self._refused(
             f"class_output: which value of `{name}` means which column of the scores is not known "

@@ -73,6 +73,9 @@ def decided(
         return signature
     scored = _best_scores(scores, seen, signature, asked)
     found = _Deciding(signature, file, scored, seen, asked).best(given)
+    asked.check_order(signature.keys, signature.labels)
+    if found:
+        asked.check_order(found.values or range(width), signature.labels)
     return msgspec.structs.replace(
         signature,
         score_output=scored,
