@@ -61,6 +61,12 @@ class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """The outputs to keep, in this order; none means all."""
     scores: Scores = "probabilities"
     """What the scores of a labelled classifier are; of logits the softmax is shown."""
+    score_output: str | None = None
+    """The output whose columns the labels name; None: found at load."""
+    class_output: str | None = None
+    """The output that is the class of a row; None: found at load."""
+    classes: tuple[int | str, ...] = ()
+    """What the class output calls the class of each column; none: found at load."""
     default_version: Annotated[int, Meta(ge=0)] | None = None
     pinned: bool = False
     """Never put out of memory for another model."""

@@ -43,7 +43,7 @@ class Signature(Struct, frozen=True):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     labels: tuple[str, ...] = ()
-    """Names of the classes, by number."""
+    """Names of the classes, by column of the scores."""
     description: str = ""
     batched: bool = False
     """Whether rows of several jobs may be stacked along the first dimension."""
@@ -64,11 +64,19 @@ class Signature(Struct, frozen=True):
     pad: bool = False
     """Whether named dimensions beside the rows may differ, filled up with zeros."""
     keys: tuple[int | str, ...] = ()
-    """What the model itself calls its classes, by number, where that is not the number."""
+    """The keys of the maps that the model gives for scores, by column of the matrix."""
     scores: Scores = "probabilities"
     """What the scores of a labelled classifier are; of logits the softmax is shown."""
     example_inputs: dict[str, Any] | None = None
     """A JSON value for each input by name: those that `model.toml` shows, or all of several."""
+    score_output: str = ""
+    """The output whose columns the labels name; empty: the result names no class."""
+    class_output: str = ""
+    """The output that is the class of a row; empty: the class is the column of its highest
+    score."""
+    class_values: tuple[int | str | None, ...] = ()
+    """By column, the value of `class_output` that means it, None where that is not known; empty:
+    the values are the columns themselves."""
 
 
 # --- the folder --------------------------------------------------------------------------------

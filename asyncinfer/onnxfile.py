@@ -65,7 +65,7 @@ def looks_whole(path: Path) -> bool:
     try:
         with _mapped(path) as content:
             # All of them, since what is cut short shows at its end.
-            numbers = {number for number, _, _ in _fields(content, 0, len(content))}
+            numbers = {number for number, _, _ in fields(content, 0, len(content))}
     except (OSError, ValueError):  # an empty file cannot be mapped, a damaged one not read
         return False
     return any(_MODEL.get(number) == "graph" for number in numbers)
@@ -117,14 +117,14 @@ def locations(content: memoryview) -> Iterator[str]:
             yield from _location(content, start, end)
             continue
         inside = _FIELDS[kind]
-        for number, begin, stop in _fields(content, start, end):
+        for number, begin, stop in fields(content, start, end):
             if number in inside:
                 waiting.append((inside[number], begin, stop))
 
 
 def _location(content: memoryview, start: int, end: int) -> Iterator[str]:
     key = value = b""
-    for number, begin, stop in _fields(content, start, end):
+    for number, begin, stop in fields(content, start, end):
         if number == 1:
             key = bytes(content[begin:stop])
         elif number == 2:
@@ -133,18 +133,18 @@ def _location(content: memoryview, start: int, end: int) -> Iterator[str]:
         yield value.decode("utf-8", "surrogateescape")
 
 
-def _fields(content: memoryview, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Number, begin and end of each length-delimited field of a message."""
+def fields(content: memoryview, at: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Number, begin and end of each length-delimited field of a message; raises DamagedFile."""
     while at < end:
-        tag, at = _varint(content, at, end)
+        tag, at = varint(content, at, end)
         if tag < 8:  # so that a file of zeros, such as room set aside, ends here
             raise DamagedFile("a field without a number")
         kind = tag & 7
         if kind == _VARINT:
-            _, at = _varint(content, at, end)
+            _, at = varint(content, at, end)
             continue
         if kind == _BYTES:
-            size, at = _varint(content, at, end)
+            size, at = varint(content, at, end)
         elif kind in (_I64, _I32):
             size = 8 if kind == _I64 else 4
         else:
@@ -162,7 +162,8 @@ def _too_long(missing_bytes: int, end: int, content: memoryview) -> str:
     return f"{missing_bytes} bytes are missing at its end; copy or download it again"
 
 
-def _varint(content: memoryview, at: int, end: int) -> tuple[int, int]:
+def varint(content: memoryview, at: int, end: int) -> tuple[int, int]:
+    """The number that begins here, and where it ends; raises DamagedFile."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= end:

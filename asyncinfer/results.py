@@ -6,10 +6,12 @@ ProtoJSON. (msgspec would write null in their place, which means something else.
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Final
+from functools import lru_cache
+from typing import Any, Final, TypeAlias
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 from msgspec import Struct
 
 from asyncinfer import batching, payloads
@@ -21,15 +23,19 @@ from asyncinfer.tensors import DTYPES, Array, Feeds, datatype_of
 _FEW_NUMBERS: Final = 65536
 """Of a run's output: as Python's they take eight times the memory."""
 
+Columns: TypeAlias = npt.NDArray[np.int64]
+"""Places of classes among the scores, one for each row."""
+
 _encode = msgspec.json.Encoder().encode
 
 
 class ClassResult(Struct, frozen=True):
     """One row of a labelled classifier."""
 
-    prediction: int
+    prediction: int | None
+    """The column of the class among the scores, whatever number the model has for it."""
     class_name: str | None
-    """None where the model predicts a number that no label is for."""
+    """None, as `prediction`, where all scores are NaN."""
     probabilities: list[Any]
 
 
@@ -152,18 +158,90 @@ def _named(
 
 def _class_rows(outputs: Sequence[Array], signature: Signature) -> list[ClassResult] | None:
     labels = signature.labels
-    scores = next((output for output in outputs if _is_scores(output, len(labels))), None)
-    if scores is None:
+    scores = _output(signature.score_output, outputs, signature)
+    if scores is None or scores.ndim != 2 or scores.shape[1] != len(labels):
         return None
-    given = next((output for output in outputs if _is_prediction(output, len(scores))), None)
-    if signature.scores == "logits":
-        scores = softmax(scores)
-    likeliest = scores.argmax(axis=1).tolist()
-    predictions = likeliest if given is None else _numbers(given, likeliest, signature)
+    if scores.dtype == DTYPES["BF16"]:
+        scores = scores.astype(np.float32)
+    shown = softmax(scores) if signature.scores == "logits" else scores
+    given = _output(signature.class_output, outputs, signature)
+    columns = _class_columns(scores, given, signature.class_values)
+    rows = _plain(shown).tolist()
+    missing = np.isnan(shown)
+    if not missing.any():
+        return [
+            ClassResult(column, labels[column], row)
+            for column, row in zip(columns.tolist(), rows, strict=True)
+        ]
+    known = _where_known(columns, highest_columns(scores), missing)
     return [
-        ClassResult(number, labels[number] if 0 <= number < len(labels) else None, row)
-        for number, row in zip(predictions, _plain(scores).tolist(), strict=True)
+        ClassResult(column, None if column is None else labels[column], row)
+        for column, row in zip(known, rows, strict=True)
     ]
+
+
+def _output(name: str, outputs: Sequence[Array], signature: Signature) -> Array | None:
+    for spec, output in zip(signature.outputs, outputs, strict=True):
+        if spec.name == name:
+            return output
+    return None
+
+
+def _class_columns(
+    scores: Array, given: Array | None, values: tuple[int | str | None, ...]
+) -> Columns:
+    """The column of each row's class, as far as NaN lets it be known."""
+    highest = highest_columns(scores)
+    if given is None or given.size != len(scores):
+        return highest
+    return _own_columns(given.reshape(-1), values, scores.shape[1], highest)
+
+
+def _where_known(columns: Columns, highest: Columns, missing: Array) -> list[int | None]:
+    """The columns of the classes, of a row whose own is NaN the highest, else None."""
+    rows = np.arange(len(columns))
+    columns = np.where(missing[rows, columns], highest, columns)
+    gone = missing[rows, columns].tolist()
+    return [None if it else column for column, it in zip(columns.tolist(), gone, strict=True)]
+
+
+def highest_columns(scores: Array) -> Columns:
+    """The column of each row's highest score, the first of equal ones; NaN is none."""
+    columns: Columns = scores.argmax(axis=1)
+    rows = np.arange(len(scores))
+    # numpy takes a NaN for the highest.
+    if not np.isnan(scores[rows, columns]).any():
+        return columns
+    missing = np.isnan(scores)
+    columns = np.where(missing, -np.inf, scores).argmax(axis=1)
+    # -Infinity beside NaN: both are -Infinity by now.
+    unsure = missing[rows, columns]
+    columns[unsure] = (~missing[unsure]).argmax(axis=1)
+    return columns
+
+
+def _own_columns(
+    given: Array, values: tuple[int | str | None, ...], width: int, otherwise: Columns
+) -> Columns:
+    """The column that each of a model's own classes means; `otherwise` where it means none."""
+    if given.dtype == object or given.dtype == np.uint64:
+        table = dict(zip(values or range(width), range(width), strict=True))
+        columns = np.array([table.get(value, -1) for value in given.tolist()], np.int64)
+        return np.where(columns < 0, otherwise, columns)
+    numbers = given.astype(np.int64, copy=False)
+    if not values:
+        return np.where((numbers >= 0) & (numbers < width), numbers, otherwise)
+    known, columns = _sorted_table(values)
+    places = known.searchsorted(numbers).clip(max=len(known) - 1)
+    return np.where(known[places] == numbers, columns[places], otherwise)
+
+
+@lru_cache(maxsize=1024)
+def _sorted_table(values: tuple[int | str | None, ...]) -> tuple[Columns, Columns]:
+    """The whole numbers among these in ascending order, and the column of each."""
+    pairs = [(value, column) for column, value in enumerate(values) if isinstance(value, int)]
+    table = np.array(sorted(pairs), np.int64).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
 
 
 def softmax(logits: Array) -> Array:
@@ -174,27 +252,6 @@ def softmax(logits: Array) -> Array:
         powers = np.exp(np.where(wide == top, 0.0, wide - top))
     shares: Array = (powers / powers.sum(axis=1, keepdims=True)).astype(logits.dtype)
     return shares
-
-
-def _numbers(given: Array, likeliest: list[int], signature: Signature) -> list[int]:
-    """The classes' numbers for what the model calls them."""
-    values: list[Any] = given.tolist()
-    if signature.keys:
-        numbers = {key: number for number, key in enumerate(signature.keys)}
-        return [numbers.get(value, -1) for value in values]
-    if given.dtype != object:
-        return values
-    names = {label: number for number, label in enumerate(signature.labels)}
-    return [names.get(value, top) for value, top in zip(values, likeliest, strict=True)]
-
-
-def _is_scores(output: Array, label_count: int) -> bool:
-    is_matrix = output.ndim == 2 and _is_float(output)
-    return is_matrix and label_count > 0 and output.shape[1] == label_count
-
-
-def _is_prediction(output: Array, row_count: int) -> bool:
-    return output.dtype in (np.int64, np.object_) and output.shape == (row_count,)
 
 
 def _encode_rows(rows: list[ClassResult]) -> bytes:

@@ -23,7 +23,18 @@ SCORES = np.array([[0.25, 0.75], [0.5, 0.5], [0.125, 0.875]], np.float32)
 
 def signature(*outputs: tuple[str, str], labels: tuple[str, ...] = LABELS) -> Signature:
     specs = tuple(TensorSpec(name, datatype, ("batch",)) for name, datatype in outputs)
-    return Signature("iris", "1", "", (TensorSpec("x", "FP32", ("batch",)),), specs, labels)
+    scores = next((name for name, datatype in outputs if datatype == "FP32" and labels), "")
+    given = next((name for name, datatype in outputs if datatype == "INT64" and labels), "")
+    return Signature(
+        "iris",
+        "1",
+        "",
+        (TensorSpec("x", "FP32", ("batch",)),),
+        specs,
+        labels,
+        score_output=scores,
+        class_output=given,
+    )
 
 
 def strict(text: bytes) -> Any:
@@ -64,11 +75,80 @@ def test_without_a_predicted_number_the_largest_score_decides() -> None:
     assert [row["prediction"] for row in rows] == [1, 0, 1]
 
 
-def test_a_number_that_no_label_is_for_has_no_name() -> None:
+def test_a_class_that_the_model_never_said_it_has_is_the_one_of_the_highest_score() -> None:
     for number in (2, -1):
         row = strict(render_result([np.array([number]), SCORES[:1]], CLASSIFIER))
 
-        assert (row["prediction"], row["class_name"]) == (number, None)
+        assert (row["prediction"], row["class_name"]) == (1, "versicolor")
+
+
+WITH_GAPS = [
+    ([-np.inf, np.nan, 0.0], 2),
+    ([np.nan, -np.inf, np.nan], 1),
+    ([np.nan, 0.25, 0.5], 2),
+    ([np.nan, np.nan, np.nan], None),
+]
+SCORED = msgspec.structs.replace(
+    signature(("label", "INT64"), ("scores", "FP32")), labels=("a", "b", "c"), class_output=""
+)
+
+
+@pytest.mark.parametrize("datatype", ["FP16", "BF16", "FP32", "FP64"])
+@pytest.mark.parametrize(("row", "column"), WITH_GAPS)
+def test_a_score_that_is_no_number_is_never_the_class(
+    row: list[float], column: int | None, datatype: str
+) -> None:
+    outputs = [np.array([0, 0]), np.array([row, [0, 1, 0]]).astype(DTYPES[datatype])]
+
+    first, second = strict(render_result(outputs, SCORED))
+
+    assert first["prediction"] == column
+    assert first["class_name"] == (None if column is None else "abc"[column])
+    assert second["class_name"] == "b"
+
+
+@pytest.mark.parametrize(("row", "column"), [WITH_GAPS[0], WITH_GAPS[3], ([0.5, 0.25, np.nan], 1)])
+def test_a_model_s_own_class_whose_score_is_no_number_is_not_taken(
+    row: list[float], column: int | None
+) -> None:
+    taken = msgspec.structs.replace(SCORED, class_output="label")
+
+    found = strict(render_result([np.array([1]), np.array([row])], taken))
+
+    assert found["prediction"] == column
+
+
+def test_logits_of_which_one_is_no_number_have_no_class() -> None:
+    taken = msgspec.structs.replace(SCORED, scores="logits", class_output="label")
+
+    rows = strict(render_result([np.array([0, 0]), np.array([[1, np.nan, 0], [1, 2, 0]])], taken))
+
+    assert rows[0] == {"prediction": None, "class_name": None, "probabilities": ["NaN"] * 3}
+    assert rows[1]["class_name"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("values", "given", "columns"),
+    [
+        ((1, 2, 3), np.array([3, 1, 2, 9], np.int32), [2, 0, 1, 1]),
+        ((10, None, 30), np.array([[30], [10], [20], [10]], np.int16), [2, 0, 1, 0]),
+        ((-5, 0, 7), np.array([7, 0, -5, 0]), [2, 1, 0, 1]),
+        ((7, -5, 2**64 - 1), np.array([2**64 - 1, 7, 5, 7], np.uint64), [2, 0, 1, 0]),
+        ((), np.array([2, 0, 200, 1], np.uint8), [2, 0, 1, 1]),
+        (("x", "y", "z"), np.array(["z", "x", "a", "y"], object), [2, 0, 1, 1]),
+        ((1, 0, None), np.array([True, False, True, False]), [0, 1, 0, 1]),
+    ],
+)
+def test_a_model_s_own_numbers_of_any_type_mean_their_columns(
+    values: tuple[int | str | None, ...], given: Array, columns: list[int]
+) -> None:
+    taken = msgspec.structs.replace(SCORED, class_output="label", class_values=values)
+    scores = np.array([[0.25, 0.5, 0.25]] * 4, np.float32)
+
+    rows = strict(render_result([given, scores], taken))
+
+    assert [row["prediction"] for row in rows] == columns
+    assert [row["class_name"] for row in rows] == ["abc"[column] for column in columns]
 
 
 def test_every_other_model_gives_its_tensors() -> None:

@@ -35,6 +35,7 @@ _ITS_ROW: Final = re.compile(r"\Arow \d+ (?=has )")
 _TOLD_ERRORS: Final = 100
 """So many rows have a line of their own on stderr; the output has all."""
 
+
 _SECRET: Final = ("--api-key", "--resume")
 
 
@@ -176,7 +177,8 @@ def _record(row: Row, result: Any, names: Sequence[str]) -> Record:
         return {"row": row.number, "error": {"code": result.code, "detail": _detail(result)}}
     if isinstance(result, dict):
         return {"row": row.number, **{name: _plain(one) for name, one in result.items()}}
-    return {"row": row.number, next(iter(names), "result"): _plain(result)}
+    name = next(iter(names), "result")
+    return {"row": row.number, name: _plain(result)}
 
 
 def _refuse_no_server(error: AsyncinferError) -> None:

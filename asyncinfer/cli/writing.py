@@ -31,7 +31,7 @@ _TABLE_ROWS: Final = 1000
 _ROW_GROUP: Final = 10_000
 
 Record = dict[str, Any]
-"""The number of a row, and its outputs by name, or an `error`."""
+"""The number of a row, and its outputs by name, or an `error`; NaN and infinities are floats."""
 
 
 class Writer(Protocol):
@@ -239,7 +239,7 @@ def _short(cell: Any) -> Any:
 def flat(record: Record) -> Record:
     """A record with a column for each element of a short list."""
     cells: Record = {}
-    for name, value in record.items():
+    for name, value in in_words(record).items():
         if name == "error":
             cells[name] = f"{value['code']}: {value['detail']}"
         elif _is_vector(value):
@@ -296,8 +296,15 @@ class _Parquet:
         names = dict.fromkeys(name for one in self._records for name in one)
         whole = [{name: one.get(name) for name in names} for one in self._records]
         found = self._arrow.Table.from_pylist(whole).schema
-        fields = [one for one in found if one.name != "error"]
+        fields = [self._typed(one) for one in found if one.name != "error"]
         return self._arrow.schema([*fields, ("error", self._arrow.string())])
+
+    def _typed(self, field: Any) -> Any:
+        """Of a row without a class both are null, which says nothing of the rows to come."""
+        types = {"prediction": self._arrow.int64(), "class_name": self._arrow.string()}
+        if self._arrow.types.is_null(field.type) and field.name in types:
+            return field.with_type(types[field.name])
+        return field
 
 
 _WRITERS: Final[dict[str, Any]] = {

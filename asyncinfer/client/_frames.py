@@ -91,9 +91,10 @@ def _member(row: Any, name: str) -> Any:
 
 
 def _probability(row: Any) -> float | None:
-    """Of the class that was predicted."""
+    """Of the class that was predicted; None where there is no class, or not among the scores."""
     if not isinstance(row, dict):
         return None
     place, shares = row["prediction"], row["probabilities"]
-    share = shares[place] if 0 <= place < len(shares) else max(shares)
-    return float(share)
+    if place is None or not 0 <= place < len(shares):
+        return None
+    return float(shares[place])

@@ -58,7 +58,7 @@ def describe(file: ModelFile, session: ort.InferenceSession, sha256: str) -> Sig
         sha256=sha256,
         inputs=inputs,
         outputs=outputs,
-        labels=config.labels,
+        labels=config.labels or tuple(map(str, config.classes)),
         description=config.description or session.get_modelmeta().description,
         max_rows=config.limits.max_rows_per_job or models.MAX_ROWS,
         max_batch_jobs=config.batching.max_jobs,
@@ -79,14 +79,22 @@ def with_keys(signature: Signature, maps: Sequence[int], keys: tuple[int | str, 
     return msgspec.structs.replace(signature, outputs=tuple(outputs), keys=keys, labels=labels)
 
 
-def check_labels(labels: Sequence[str], outputs: Sequence[TensorSpec], file: ModelFile) -> None:
-    widths = [spec.shape[1] for spec in outputs if len(spec.shape) == 2]
-    if not labels or any(width == len(labels) or not isinstance(width, int) for width in widths):
+def check_labels(signature: Signature, file: ModelFile) -> None:
+    """Raises ModelRefused where the labels of `model.toml` can name no columns of scores."""
+    labels, shown = signature.labels, f"{file.model}/model.toml"
+    if not labels:
         return
-    raise ModelRefused(
-        f"{file.model}/model.toml: {len(labels)} labels, but no output of shape "
-        f"[batch, {len(labels)}]"
-    )
+    widths = [spec.shape[1] for spec in signature.outputs if len(spec.shape) == 2]
+    if not any(width == len(labels) or not isinstance(width, int) for width in widths):
+        raise ModelRefused(
+            f"{shown}: {len(labels)} labels, but no output of shape [batch, {len(labels)}]"
+        )
+    if len(labels) == 1 and not signature.keys:
+        # Else every row of a regressor would be of that class.
+        raise ModelRefused(
+            f"{shown}: 1 label, but a class is one of two or more columns of scores; leave "
+            "`labels` out for a model that gives one number a row"
+        )
 
 
 def _inputs(nodes: Sequence[Any], file: ModelFile) -> list[TensorSpec]:

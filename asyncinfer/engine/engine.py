@@ -7,7 +7,7 @@ import msgspec
 
 from asyncinfer import batching
 from asyncinfer.batching import Axes
-from asyncinfer.engine import describing, examples, opening, probing
+from asyncinfer.engine import classes, describing, examples, opening, probing
 from asyncinfer.engine.probing import Verdict
 from asyncinfer.engine.running import Runner
 from asyncinfer.errors import ModelFailed, ModelRefused
@@ -52,7 +52,8 @@ class Engine:
         if runner.maps:
             runner.keys = _keys(runner, signature, example, file, probe_seconds)
             signature = describing.with_keys(signature, runner.maps, runner.keys)
-        describing.check_labels(signature.labels, signature.outputs, file)
+        describing.check_labels(signature, file)
+        signature = classes.decided(signature, file, runner.run, example, probe_seconds)
         verdict = _verdict(runner, signature, example, file, probe_seconds)
         signature = _judged(signature, verdict)
         signature = examples.with_example(signature, file, runner.run, probe_seconds)

@@ -1,0 +1,112 @@
+"""What `model.toml` says of a classifier's outputs, checked against what the graph declares."""
+
+from collections.abc import Sequence
+
+from asyncinfer.engine.class_tables import Table
+from asyncinfer.errors import ModelRefused
+from asyncinfer.models import ModelFile, Signature
+from asyncinfer.tensors import FLOATS, TensorSpec
+
+
+class Asked:
+    """What `model.toml` says of scores and class; raises ModelRefused unless that can be."""
+
+    def __init__(self, file: ModelFile, signature: Signature) -> None:
+        self._shown = f"{file.model}/model.toml"
+        self._specs = {spec.name: spec for spec in signature.outputs}
+        config = file.config
+        self.values: Table = config.classes
+        self.scores = self._output("score_output", config.score_output)
+        self.given = self._output("class_output", config.class_output)
+        if not signature.labels and (self.scores or self.given):
+            raise self._refused("score_output and class_output need `labels`")
+        if self.scores and not may_be_scores(self.scores[0], len(signature.labels)):
+            raise self._refused(
+                f"score_output: `{self.scores[0].name}` has no columns of fractions, one for each "
+                f"of the {len(signature.labels)} labels"
+            )
+        if self.given and not may_be_class(self.given[0]):
+            raise self._refused(
+                f"class_output: `{self.given[0].name}` does not have one whole number or one "
+                "string for each row"
+            )
+        if self.values:
+            self._check_values(signature)
+
+    def _output(self, key: str, name: str | None) -> list[TensorSpec]:
+        if name is None:
+            return []
+        if name not in self._specs:
+            raise self._refused(f"{key}: `{name}` is not one of {', '.join(self._specs)}")
+        return [self._specs[name]]
+
+    def _check_values(self, signature: Signature) -> None:
+        labels = signature.labels
+        if len(self.values) != len(labels):
+            raise self._refused(
+                f"classes: {len(self.values)} values for {len(labels)} labels; give one for each "
+                "column of the scores"
+            )
+        if len(set(self.values)) < len(self.values):
+            raise self._refused("classes: a value is there twice; each means one column")
+        if len({type(value) for value in self.values}) > 1:
+            raise self._refused("classes: give whole numbers, or strings, alone")
+        is_text = isinstance(self.values[0], str)
+        fitting = [
+            spec
+            for spec in self.given or self._specs.values()
+            if may_be_class(spec) and (spec.datatype == "BYTES") is is_text
+        ]
+        if self.given and not fitting:
+            raise self._refused(
+                f"classes: `{self.given[0].name}` is {self.given[0].datatype}; give "
+                f"{'whole numbers' if is_text else 'values of that type'}"
+            )
+        if len(fitting) > 1:
+            names = ", ".join(f"`{spec.name}`" for spec in fitting)
+            raise self._refused(f"classes: of {names}, name the one they are for as class_output")
+        if not fitting:
+            raise self._refused(
+                "classes: no output has such a value for each row; name the columns of the scores "
+                "with `labels`"
+            )
+        self.given = fitting
+
+    def ambiguous(self, names: Sequence[str]) -> ModelRefused:
+        shown = " and ".join(f"`{name}`" for name in names)
+        return self._refused(
+            f"labels: {shown} have a column for each and disagree; name the one that they are for "
+            "as score_output"
+        )
+
+    def check_order(self, own: Sequence[int | str | None], labels: Sequence[str]) -> None:
+        """Raises ModelRefused where the labels are the model's own words, in another order."""
+        words = list(map(str, own))
+        if words != list(labels) and sorted(words) == sorted(labels):
+            raise self._refused(
+                f"labels: the columns of the scores are {', '.join(words)}, in this order; give "
+                "the labels in the order of the columns"
+            )
+
+    def unknown(self, name: str) -> ModelRefused:
+        return self._refused(
+            f"class_output: which value of `{name}` means which column of the scores is not known "
+            "from the graph or from probe rows; give `classes`, a value for each label in their "
+            "order"
+        )
+
+    def _refused(self, problem: str) -> ModelRefused:
+        return ModelRefused(f"{self._shown}: {problem}")
+
+
+def may_be_scores(spec: TensorSpec, width: int) -> bool:
+    is_matrix = spec.datatype in FLOATS and len(spec.shape) == 2
+    return is_matrix and (spec.shape[1] == width or not isinstance(spec.shape[1], int))
+
+
+def may_be_class(spec: TensorSpec) -> bool:
+    """By its type; converters declare the shape wrongly, LightGBM's as [1] for any rows."""
+    one_a_row = len(spec.shape) < 2 or (
+        len(spec.shape) == 2 and (spec.shape[1] == 1 or not isinstance(spec.shape[1], int))
+    )
+    return spec.datatype not in FLOATS and one_a_row
