@@ -1,5 +1,6 @@
 """What a worker says of itself and its models, and what it hears of others'."""
 
+import asyncio
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -68,18 +69,20 @@ class Announcer:
         self._inspection = Inspection(store)
         self._heard: dict[str, tuple[WorkerSays, float]] = {}
         """What each other worker said last, and when that was read."""
+        self._one_round = asyncio.Lock()
         self._announced: dict[Label, Signature] = {}
         self._full_round_at = -_FULL_ROUND_SECONDS
         self._retracted: dict[Label, None] = {}
         """Versions whose file went while this worker ran, the last one last."""
 
     async def announce(self) -> None:
-        new = self._library.unconfirmed
-        try:
-            await self._announce(new)
-        finally:
-            # What could not be announced is served too: where Redis is full, running jobs frees it.
-            self._library.confirm(new)
+        async with self._one_round:  # the first one of a start is called from two places
+            new = self._library.unconfirmed
+            try:
+                await self._announce(new)
+            finally:
+                # What could not be announced is served too: a full Redis is freed by running jobs.
+                self._library.confirm(new)
 
     async def _announce(self, new: Collection[Label]) -> None:
         said = self._said()
