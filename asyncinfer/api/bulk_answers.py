@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mappi
 from typing import Final
 
 import msgspec
+from msgspec import UNSET
 
 from asyncinfer.api.jobs import absent
 from asyncinfer.api.owed import Block, Due, Owed
@@ -27,7 +28,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 def accepted_line(job_id: str, status: Status) -> bytes:
-    return _encode(accepted_view(job_id, status)) + b"\n"
+    return _encode(accepted_view(job_id, status, UNSET)) + b"\n"
 
 
 def problem_line(error: RequestError, line: int) -> bytes:
@@ -162,7 +163,7 @@ class Answers:
 
 def _accepted(jobs: Sequence[str]) -> Known:
     """The jobs are accepted whatever becomes of the wait, and their client must know them."""
-    return {job_id: accepted_view(job_id, "pending") for job_id in jobs}
+    return {job_id: accepted_view(job_id, "pending", UNSET) for job_id in jobs}
 
 
 def _line_of(answer: Job | Accepted | RequestError, line: int) -> bytes:

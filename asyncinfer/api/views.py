@@ -20,14 +20,16 @@ from asyncinfer.observed import shown_worker
 from asyncinfer.repository.log import Change
 from asyncinfer.repository.submit import Stored
 from asyncinfer.results import render_stored
-from asyncinfer.schemas import Accepted, Job, at
+from asyncinfer.schemas import Accepted, Job, WaitingFor, at
 
 _read_error = decoding.reader(msgspec.json.Decoder(JobError).decode)
 _decode_raw = msgspec.json.Decoder(Raw).decode
 
 
-def accepted_view(job_id: str, status: Status) -> Accepted:
-    return Accepted(job_id, status, url_of(job_id))
+def accepted_view(
+    job_id: str, status: Status, waiting_for: WaitingFor | UnsetType | None = None
+) -> Accepted:
+    return Accepted(job_id, status, url_of(job_id), waiting_for)
 
 
 _NOT_SHOWN: Final = "Only its own tenant is shown the message, which may repeat its data."
@@ -56,6 +58,7 @@ def summary_view(stored: Stored, default_model: str | None) -> Job:
         created_at=at(record.created_ms if record else created_ms(stored.job_id)),
         started_at=at(record.started_ms if record else None),
         finished_at=at(record.finished_ms if record else None),
+        waiting_for=UNSET if ended(stored) else None,
     )
 
 
