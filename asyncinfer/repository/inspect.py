@@ -48,6 +48,11 @@ class WorkerSays(Struct, frozen=True):
 
     models: tuple[str, ...] = ()
     state: str = ""
+    """starting (serves nothing yet, and has something to load), ready, draining or hung."""
+    loading: tuple[str, ...] = ()
+    """Models that lie in its folder and are not loaded yet; at most 10,000."""
+    model_dir: str | None = None
+    """The folder it serves, or the one file, as an absolute path."""
     versions: dict[str, dict[str, str]] = {}
     """{model: {version: sha256}}, what it serves."""
     served: dict[str, str] = {}
