@@ -122,7 +122,9 @@ class Workforce:
         left_at = self._left_at.get((model, version)) or self._left_at.get((model, None))
         if left_at is None:
             return Absence(self._began_at, was_seen=False)
-        return None if now - left_at[0] < self._grace_seconds else Absence(left_at[1], was_seen=True)
+        return (
+            None if now - left_at[0] < self._grace_seconds else Absence(left_at[1], was_seen=True)
+        )
 
     def refused(self, model: str) -> list[str]:
         """Why living workers do not serve versions of a model that lies in their folders."""
