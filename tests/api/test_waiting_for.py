@@ -61,7 +61,7 @@ async def reason_of(client: httpx2.AsyncClient, job_id: str) -> Any:
 
 async def is_told(client: httpx2.AsyncClient, job_id: str, code: str | None) -> bool:
     reason = await reason_of(client, job_id)
-    return (reason and reason["code"]) == code
+    return bool((reason and reason["code"]) == code)
 
 
 # --- where it is said ------------------------------------------------------------------------
@@ -337,7 +337,7 @@ async def test_neither_a_submit_nor_a_read_costs_another_call_to_redis(
     count = 100
     async with an_api(quiet) as client:
         await submit(client)
-        with server.monitor() as monitor:
+        with server.monitor() as monitor:  # type: ignore[no-untyped-call]
             for _ in range(count):
                 await client.get(f"/job/{await submit(client)}")
             server.echo("end")
