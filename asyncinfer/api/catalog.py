@@ -26,7 +26,7 @@ from asyncinfer.errors import (
 from asyncinfer.faults import unknown_name
 from asyncinfer.limited_log import LimitedLog
 from asyncinfer.models import Signature, read_signature, valid_name
-from asyncinfer.repository.inspect import Announced, Inspection, worker_says
+from asyncinfer.repository.inspect import Announced, Inspection, models_to_come, worker_says
 from asyncinfer.repository.store import Store
 
 _REFRESH_SECONDS: Final = 2.0
@@ -175,7 +175,7 @@ class Catalog:
     def _nothing_served(self) -> NoModelAnnounced:
         """Workers that live and load nothing will announce nothing, until their folder changes."""
         workers = list(self.workforce.workers.values())
-        if not workers or any(one.models or one.loading for one in workers):
+        if not workers or any(one.models or models_to_come(one) for one in workers):
             return _not_announced()
         refused = sorted({model for one in workers for model in one.problems})
         if refused:
@@ -255,7 +255,7 @@ class Catalog:
                 return replace(announced, default_model=agreed)
         workers = (await self._inspection.workers()).values()
         said = [worker_says(body) for body in workers]
-        self._more_to_come = any(one.loading for one in said)
+        self._more_to_come = any(models_to_come(one) for one in said)
         defaults = [one.default_model for one in said]
         self._has_no_default = None in defaults and not any(defaults)
         return announced

@@ -86,6 +86,14 @@ def worker_says(body: bytes) -> WorkerSays:
     return _read_worker(body) or WorkerSays()
 
 
+def models_to_come(says: WorkerSays) -> set[str]:
+    """Models that a worker will claim jobs of and does not yet: they lie in its folder, or are
+    loaded and about to be announced."""
+    if says.state not in ("starting", "ready"):
+        return set()
+    return {*says.loading, *says.versions} - {*says.models}
+
+
 class Health(Struct, frozen=True):
     """The server, how many jobs wait in each queue, and how many workers live."""
 
