@@ -139,6 +139,9 @@ class Catalog:
     def _missing(self, name: str | None) -> RequestError:
         if self._trouble:
             return self._trouble
+        wanted = name or self.default_model
+        if self._is_loading(wanted):
+            return _loading(wanted or "its models, and which one is the default is not known yet")
         is_default = name in (None, self.default_model) and not self._has_no_default
         if self._served and is_default and self._announced.default_model is None:
             return NoModelAnnounced(
@@ -146,9 +149,6 @@ class Catalog:
                 "seconds of a Redis that has lost it. Retry in a moment.",
                 retry_after_seconds=1,
             )
-        wanted = name or self.default_model
-        if self._is_loading(wanted):
-            return _loading(wanted or "one of the models")
         if wanted and (reasons := self.workforce.refused(wanted)):
             return ModelNotFound(f"Model {wanted!r} cannot be used. {' '.join(reasons[:3])}")
         if not self._served:
@@ -169,7 +169,7 @@ class Catalog:
         if name is None:
             return bool(workforce.loading)
         return name in workforce.loading or (
-            workforce.has(name) and name not in self._announced.models
+            workforce.has(name) and not self._announced.models.get(name)
         )
 
     def _nothing_served(self) -> NoModelAnnounced:
