@@ -36,6 +36,13 @@ Backlog: TypeAlias = Annotated[
     Meta(description="Due jobs x seconds_per_job; null when jobs wait, unmeasured."),
 ]
 
+Starved: TypeAlias = Annotated[
+    int,
+    Meta(
+        ge=0, le=1, description="1: jobs are due, and no living worker has the model or loads it."
+    ),
+]
+
 
 class WaitingJobs(Struct, frozen=True):
     """Jobs that are due, by priority; those that were cancelled do not count."""
@@ -66,6 +73,7 @@ class Queue(Struct, frozen=True, kw_only=True):
     oldest_age_seconds: OldestAge
     workers: LivingWorkers
     slots: Slots
+    starved: Starved = 0
     seconds_per_job: SecondsPerJob
     backlog_seconds: Backlog
     window_seconds: Annotated[

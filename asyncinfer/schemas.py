@@ -16,7 +16,13 @@ from asyncinfer.jobs import (
     Priority,
     Status,
 )
-from asyncinfer.observed import Backlog, LivingWorkers, OldestAge, SecondsPerJob, Slots
+from asyncinfer.observed import (
+    Backlog,
+    LivingWorkers,
+    OldestAge,
+    SecondsPerJob,
+    Slots,
+)
 from asyncinfer.tensors import TensorSpec
 
 MAX_WAIT_SECONDS: Final = 60
@@ -258,12 +264,28 @@ class EventsQuery(Struct, frozen=True, forbid_unknown_fields=True):
 # --- answered ------------------------------------------------------------------------------
 
 
+class WaitingFor(Struct, frozen=True):
+    """Why a job is not run now, and what would change that."""
+
+    code: Annotated[
+        Literal["no_worker", "paused", "starting", "delayed", "retry", "storage_full", "disk_full"],
+        Meta(description="Stable, for machines."),
+    ]
+    message: Annotated[str, Meta(description="For people: since when, and what to do.")]
+
+
+_WAITING_FOR: Final = Meta(
+    description="Why the job is not run now; null while it only waits for its turn, or runs."
+)
+
+
 class Accepted(Struct, frozen=True):
     """A job that is stored and will run."""
 
     job_id: str
     status: Status
     url: Annotated[str, Meta(description="Where the job's state and result are.")]
+    waiting_for: Annotated[WaitingFor | UnsetType | None, _WAITING_FOR] = None
 
 
 class Job(Struct, frozen=True, kw_only=True):
@@ -289,6 +311,8 @@ class Job(Struct, frozen=True, kw_only=True):
     created_at: datetime | UnsetType = UNSET
     started_at: datetime | UnsetType = UNSET
     finished_at: datetime | UnsetType = UNSET
+    waiting_for: Annotated[WaitingFor | UnsetType | None, _WAITING_FOR] = UNSET
+    """Left out once the job has ended."""
 
 
 class TensorShape(Struct, frozen=True):
@@ -481,6 +505,12 @@ class Health(Struct, frozen=True, kw_only=True):
         UNSET
     )
     workers: Annotated[int, Meta(description="Workers heard of lately.")] | UnsetType = UNSET
+    starved: (
+        Annotated[
+            list[str], Meta(description="Models with due jobs that no living worker has or loads.")
+        ]
+        | UnsetType
+    ) = UNSET
 
 
 class About(Struct, frozen=True):

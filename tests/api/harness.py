@@ -97,6 +97,13 @@ def client_of(port: int, **headers: str) -> httpx2.AsyncClient:
     )
 
 
+@asynccontextmanager
+async def api_of(config: ApiConfig) -> AsyncIterator[httpx2.AsyncClient]:
+    """A client of an API of its own."""
+    async with running(config) as port, client_of(port) as client:
+        yield client
+
+
 def signature(model: str, version: str = "1") -> Signature:
     columns = COLUMNS.get(model, 4)
     return Signature(
@@ -183,7 +190,7 @@ def assert_problem(reply: httpx2.Response, status: int, code: str) -> dict[str, 
     assert reply.status_code == status, reply.text
     assert reply.headers["content-type"] == "application/problem+json"
     body: dict[str, Any] = reply.json()
-    assert (body["status"], body["code"]) == (status, code)
+    assert (body["status"], body["code"]) == (status, code), body
     assert body["title"]
     assert body["detail"]
     assert "Traceback" not in reply.text
