@@ -136,6 +136,7 @@ def test_inputs_are_answered_with_the_model_s_own_values(running: Running, name:
 
 
 @every
+@pytest.mark.filterwarnings("ignore::asyncinfer.client.SlowMapWarning")
 def test_a_frame_is_given_the_class_and_its_probability(running: Running, name: str) -> None:
     expected = RECORDED[name]
     frame = pd.DataFrame(expected.rows, columns=list("abcd"))
