@@ -1,12 +1,17 @@
 """The commands about models: `models`, `pause`, `resume`."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from asyncinfer.cli import options
 from asyncinfer.cli.options import Server
+
+_MEANING: Final = {
+    "no worker": "no worker: jobs are taken in, and none is run until `asyncinfer work` has it",
+    "paused": "paused: jobs are taken in, and none is run",
+}
 
 if TYPE_CHECKING:
     from asyncinfer.cli.asking import ModelList
@@ -89,10 +94,18 @@ def _row(model: "Model") -> Sequence[object]:
     from asyncinfer.cli.showing import styled
 
     name = f"{model.model} (default)" if model.default else model.model
-    state = styled("paused", "yellow") if model.paused else "runs"
     takes = ", ".join(map(_tensor, model.inputs))
     batched = "yes" if model.batched else "no"
-    return name, model.version, takes, batched, _fastest(model.run_times), model.workers, state
+    state, style = _state(model)
+    shown = styled(state, style)
+    return name, model.version, takes, batched, _fastest(model.run_times), model.workers, shown
+
+
+def _state(model: "Model") -> tuple[str, str]:
+    """In a word, and the style that it has."""
+    if not model.workers:
+        return "no worker", "bold red"
+    return ("paused", "yellow") if model.paused else ("runs", "")
 
 
 def _fastest(run_times: dict[str, dict[str, float]]) -> str | None:
@@ -136,7 +149,8 @@ def _facts(model: "Model") -> Iterator[Sequence[object]]:
         yield "labels", ", ".join(model.labels)
     yield "batched", f"{'yes' if model.batched else 'no'}: {model.batching}"
     yield "rows a job", f"at most {model.max_rows:,}"
-    yield "state", "paused: jobs are taken in, and none is run" if model.paused else "runs"
+    state, _ = _state(model)
+    yield "state", _MEANING.get(state, state)
     yield "workers", model.workers
     for worker, times in model.run_times.items():
         shown = [f"{rows} rows {seconds(took)}" for rows, took in by_rows(times)]

@@ -2,8 +2,11 @@
 
 import contextlib
 import hashlib
+import math
 import re
 import shlex
+import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -21,6 +24,11 @@ from asyncinfer.cli.reading import Row
 from asyncinfer.cli.refusing import EXIT_FAILED, complain
 from asyncinfer.cli.telling import say_aside
 from asyncinfer.cli.writing import Record
+from asyncinfer.client import WaitTimeout
+from asyncinfer.client._client import asked_of
+from asyncinfer.client._results import Results
+from asyncinfer.client._waiting import CADENCE, Cadence, Notices
+from asyncinfer.client._wire import Pause
 from asyncinfer.errors import AsyncinferError, Fault, FileRefused, RequestError
 
 if TYPE_CHECKING:
@@ -33,6 +41,9 @@ _PLACE: Final = re.compile(r"/data/\d+/?([\d/]*)\Z")
 _ITS_ROW: Final = re.compile(r"\Arow \d+ (?=has )")
 _TOLD_ERRORS: Final = 100
 """So many rows have a line of their own on stderr; the output has all."""
+
+_RESUMED_SECONDS: Final = 10.0
+"""From here on a run is long enough to be worth taking up again."""
 
 _SECRET: Final = ("--api-key", "--resume")
 
@@ -52,6 +63,8 @@ class Asked(Struct, frozen=True, kw_only=True):
     priority: str | None
     typed: tuple[str, ...]
     """The command line."""
+    timeout_seconds: float = math.inf
+    cadence: Cadence = CADENCE
 
 
 class _Source(Struct, frozen=True):
@@ -64,12 +77,13 @@ class _Source(Struct, frozen=True):
 
 def run(server: Server, asked: Asked) -> int:
     form = writing.form_of(asked.output, asked.write_as)
-    with Service(server, retries=_RETRIES) as service:
+    until = time.monotonic() + asked.timeout_seconds
+    with Service(server, retries=_RETRIES, until=until) as service:
+        service.client._driver.on_pause = _Pauses(asked.cadence).hear
         source = _source(asked, service)
         group = asked.group or source.group
-        if source.is_file:
-            complain(f"To take this up again: {_resumed(asked.typed, group)}")
         with (
+            _said_later(asked, source, group),
             writing.writer(asked.output, form) as writer,
             progress(source.total, form, asked.output) as bar,
         ):
@@ -101,6 +115,12 @@ def _run(
     except KeyboardInterrupt:
         complain(f"Interrupted after {done:,} rows. {_go_on(asked, source, group)}")
         raise
+    except WaitTimeout as error:
+        raise WaitTimeout(
+            f"{error.detail}. {done:,} rows are done. Jobs that were sent go on; take them up "
+            f"again with: {_resumed(asked.typed, group)}",
+            waiting_for=error.waiting_for,
+        ) from error
     except AsyncinferError as error:
         if done:
             complain(f"Stopped after {done:,} rows. {_go_on(asked, source, group)}")
@@ -120,22 +140,43 @@ def _records(service: Service, asked: Asked, rows: Iterator[Row], group: str) ->
 
     model = service.client.model(asked.model)
     names = [spec.name for spec in model.outputs]
-    options: dict[str, Any] = {"priority": asked.priority} if asked.priority else {}
-    results = service.client.map(
-        sent(),
-        asked.model,
-        batch=asked.batch,
-        in_flight=asked.in_flight,
-        progress=False,
-        on_error="return",
-        group=group,
-        **options,
+    client, options = service.client, {"priority": asked.priority, "group": group}
+    wanted = msgspec.structs.replace(
+        asked_of(asked.model, asked.batch, asked.in_flight, False, "return", options),
+        cadence=asked.cadence,
     )
+    results = Results(client._server, client._driver, sent(), wanted, _Lines())
     with contextlib.closing(results):
         for result in results:
             yield from _bad_ones(pending)
             yield _record(pending.popleft(), result, names)
         yield from _bad_ones(pending)
+
+
+class _Lines:
+    """Takes the place of the client's own bar: tells on stderr why nothing comes."""
+
+    def advance(self, rows: int, errors: int) -> None: ...
+
+    def say(self, line: str) -> None:
+        complain(f"{line}.")
+
+    def close(self) -> None: ...
+
+
+class _Pauses:
+    """Says why a request before the first row is sent again, once that takes long."""
+
+    def __init__(self, cadence: Cadence) -> None:
+        self._cadence = cadence
+        self._notices = Notices(_Lines().say, cadence)
+        self._began = 0.0
+
+    def hear(self, pause: Pause) -> None:
+        now = time.monotonic()
+        self._began = self._began or now
+        if now + pause.seconds - self._began >= self._cadence.after_seconds:
+            self._notices.hear(pause.reason)
 
 
 def _bad_ones(pending: deque[Row]) -> Iterator[Record]:
@@ -266,6 +307,20 @@ def _word(name: str) -> str:
 
 
 # --- taking up again -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _said_later(asked: Asked, source: _Source, group: str) -> Iterator[None]:
+    """How to take a long run up again, also where it cannot say so at its end."""
+    line = f"To take this up again: {_resumed(asked.typed, group)}"
+    timer = threading.Timer(_RESUMED_SECONDS, complain, (line,))
+    timer.daemon = True
+    if source.is_file:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _go_on(asked: Asked, source: _Source, group: str) -> str:

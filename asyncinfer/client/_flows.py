@@ -20,12 +20,14 @@ from asyncinfer.client._errors import (
     error_of,
     job_failed,
     lost,
+    reason_of,
     retry_after,
     strange_refused,
     stranger,
 )
 from asyncinfer.client._inputs import BINARY, Body, array_body, is_plain, json_body
 from asyncinfer.client._models import Model
+from asyncinfer.client._waiting import WaitingFor
 from asyncinfer.client._wire import Flow, Lost, Pause, Request, Response, T, exchange
 from asyncinfer.errors import (
     Forbidden,
@@ -50,6 +52,8 @@ _WAIT_SECONDS: Final = 30
 """One waiting request; proxies cut silent connections, often after 60 s."""
 _MARGIN_SECONDS: Final = 15.0
 _KNOWN_SECONDS: Final = 30.0
+_LOOK_SECONDS: Final = 2.0
+"""A look for the reason of a wait must not hold up the answer that is waited for."""
 _PAGE: Final = 1000
 
 
@@ -69,6 +73,7 @@ class _View(Struct, frozen=True, kw_only=True):
     group: str | None = None
     round: int | None = None
     error: _Error | None = None
+    waiting_for: WaitingFor | None = None
     created_at: str | None = None
     started_at: str | None = None
     finished_at: str | None = None
@@ -99,6 +104,8 @@ class Server(Struct):
     headers: dict[str, str]
     timeout_seconds: float
     retries: int
+    until: float = math.inf
+    """On the monotonic clock: past it nothing is waited for, or sent a second time."""
     models: dict[str | None, tuple[float, Model]] = {}
     takes_lines: bool = True
     """Until it says that it does not: a server of an earlier release."""
@@ -124,9 +131,9 @@ def ask(
     """The answer, good or bad, of a request that may be sent again until one comes.
 
     Raises ConnectionFailed. Past `until` (of the monotonic clock) it tries no more; a full queue
-    costs no retry while there is patience.
+    costs no retry while there is patience. Raises WaitTimeout when the client's own time is over.
     """
-    request = msgspec.structs.replace(request, headers={**server.headers, **request.headers})
+    request = _ours(server, request)
     patient_until = time.monotonic() + patience_seconds
     attempt = 0
     while True:
@@ -138,12 +145,23 @@ def ask(
         is_full = isinstance(told, Response) and told.status == 429
         if not (is_full and due < patient_until):
             attempt += 1
-        if attempt > server.retries or due > until or is_hopeless(told, attempt):
+        if attempt > server.retries or is_hopeless(told, attempt):
             break
-        yield Pause(pause)
+        reason = reason_of(told, server.url)
+        if due > server.until:
+            yield Pause(max(server.until - time.monotonic(), 0.0), reason)
+            raise WaitTimeout(f"No answer in time: {reason.message}", waiting_for=reason)
+        if due > until:
+            break
+        yield Pause(pause, reason)
     if isinstance(told, Lost):
         raise lost(told.reason, server.url)
     return told
+
+
+def _ours(server: Server, request: Request) -> Request:
+    """With the API key."""
+    return msgspec.structs.replace(request, headers={**server.headers, **request.headers})
 
 
 def is_hopeless(told: Response | Lost, losses: int) -> bool:
@@ -378,6 +396,7 @@ def wait(
     server: Server, view: View, until: float, *, cancel_on_timeout: bool = False
 ) -> Flow[View]:
     """The job once it has ended; raises WaitTimeout, and cancels it then if asked to."""
+    until = min(until, server.until)
     left = until - time.monotonic()
     while not is_whole(view):
         seconds = round(min(_WAIT_SECONDS, max(left, 0)), 3)
@@ -427,7 +446,8 @@ def outcome(view: View) -> Any:
 
 def over_at(server: Server, timeout: float | None) -> float:
     """When a wait is over; None stands for the client's own timeout."""
-    return time.monotonic() + (server.timeout_seconds if timeout is None else timeout)
+    seconds = server.timeout_seconds if timeout is None else timeout
+    return min(time.monotonic() + seconds, server.until)
 
 
 def _give_up(server: Server, view: View, *, cancel: bool) -> Flow[View]:
@@ -438,11 +458,43 @@ def _give_up(server: Server, view: View, *, cancel: bool) -> Flow[View]:
         except JobFinished:
             return (yield from read(server, job_id, tenant=view.get("tenant")))
         told = "it was cancelled"
+    reason = waiting_for(view)
+    why = f": {reason.message.rstrip('.')}" if reason else ""
+    look = "" if reason else ", or look whether workers are there: client.health()"
     raise WaitTimeout(
-        f"Job {job_id} has not ended in time ({view['status']}); {told}. Give a longer timeout=, "
-        "or look whether workers are there: client.health().",
+        f"Job {job_id} has not ended in time ({view['status']}{why}); {told}. Give a longer "
+        f"timeout={look}.",
         job_id=job_id,
+        waiting_for=reason,
     )
+
+
+def waiting_for(view: View) -> WaitingFor | None:
+    """Why a job is not run now, as a view that was checked says it."""
+    found = view.get("waiting_for")
+    return msgspec.convert(found, WaitingFor) if found else None
+
+
+def why_waiting(server: Server, group: str) -> Flow[WaitingFor | None]:
+    """Why the newest job of a group that waits is not run, asked once.
+
+    A server that does not answer, or not now, is a reason too.
+    """
+    query = _query({"group": group, "status": "pending", "limit": 1})
+    left = server.until - time.monotonic()
+    request = Request(
+        method="GET",
+        path=f"/jobs{query}",
+        timeout_seconds=max(0.1, min(_LOOK_SECONDS, left)),
+    )
+    told = yield from exchange(_ours(server, request))
+    if isinstance(told, Lost) or told.status in AGAIN:
+        return reason_of(told, server.url)
+    if told.status >= 400:
+        # Perhaps the key may not list jobs: the wait itself says what is wrong, if anything is.
+        return None
+    found = _converted(server, _member(server, decoded(server, told), "jobs"), list[_View])
+    return found[0].waiting_for if found else None
 
 
 # --- jobs --------------------------------------------------------------------------------------

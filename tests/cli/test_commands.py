@@ -35,7 +35,7 @@ def test_jobs_are_listed_newest_first_and_filtered(url: str) -> None:
     lines = told("jobs", "--status", "completed").out.splitlines()
     found = told("jobs", "--limit", "2", "--json").json
 
-    assert lines[0].split() == ["JOB", "STATUS", "MODEL", "MADE", "TOOK", "ERROR"]
+    assert lines[0].split() == ["JOB", "STATUS", "MODEL", "MADE", "TOOK", "REASON"]
     assert [line.split()[0] for line in lines[1:3]] == [second, first]
     assert [one["job_id"] for one in found] == [second, first]
     assert told("jobs", "--status", "failed", "--json").json == []
