@@ -216,6 +216,8 @@ class WritesRefused(RedisUnavailable):
     """Redis answered that it takes no writes in the state it is in, so it has done nothing."""
 
     code, title = "redis_refuses_writes", "Redis takes no writes just now"
+    is_disk_full = False
+    """Redis cannot save to its disk (MISCONF), as far as is known."""
 
 
 class RedisRefused(RedisUnavailable):
@@ -240,6 +242,12 @@ class StorageFull(RequestError):
 
 class NoModelAnnounced(RequestError):
     code, status, title = "no_model_announced", 503, "No worker has announced a model yet"
+
+
+class ModelLoading(NoModelAnnounced):
+    """The model lies in the folder of a living worker, which has not loaded it yet."""
+
+    code, title = "model_loading", "The model is being loaded"
 
 
 # --- stored with a job -------------------------------------------------------------------

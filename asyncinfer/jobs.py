@@ -281,8 +281,12 @@ def retry_or_dead(errors: int, max_errors: int) -> Literal["retry", "dead"]:
     return "retry" if errors < max_errors else "dead"
 
 
+def longest_backoff_seconds(errors: int) -> float:
+    """How long a job waits at most for try `errors + 1`."""
+    return min(_BACKOFF_CAP_SECONDS, _BACKOFF_BASE_SECONDS * 2.0 ** min(errors, 30))
+
+
 def backoff_ms(errors: int, uniform: float | None = None) -> int:
     """Full-jitter back-off before try `errors + 1`; `uniform` in [0, 1) replaces chance."""
     chance = random.random() if uniform is None else uniform
-    ceiling = min(_BACKOFF_CAP_SECONDS, _BACKOFF_BASE_SECONDS * 2.0 ** min(errors, 30))
-    return int(chance * ceiling * 1000)
+    return int(chance * longest_backoff_seconds(errors) * 1000)

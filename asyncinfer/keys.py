@@ -151,6 +151,11 @@ def odd(n: str) -> str:
     return f"{{{n}}}:odd"
 
 
+def write_probe(n: str) -> str:
+    """Never exists: written only where it is (SET ... XX), to see whether Redis takes writes."""
+    return f"{{{n}}}:writeprobe"
+
+
 def repair_gate(n: str) -> str:
     return f"{{{n}}}:repairgate"
 

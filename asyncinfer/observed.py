@@ -38,7 +38,9 @@ Backlog: TypeAlias = Annotated[
 
 Starved: TypeAlias = Annotated[
     int,
-    Meta(ge=0, le=1, description="1: jobs are due and no living worker has or loads the model."),
+    Meta(
+        ge=0, le=1, description="1: jobs are due, and no living worker has the model or loads it."
+    ),
 ]
 
 

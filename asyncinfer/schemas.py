@@ -22,7 +22,6 @@ from asyncinfer.observed import (
     OldestAge,
     SecondsPerJob,
     Slots,
-    Starved,
 )
 from asyncinfer.tensors import TensorSpec
 
@@ -479,7 +478,9 @@ class Scale(Struct, frozen=True, kw_only=True):
     backlog_seconds: Backlog
     workers: LivingWorkers
     slots: Slots
-    starved: Starved
+    starved: Annotated[
+        int, Meta(ge=0, le=1, description="1: jobs are due and no worker is there for them.")
+    ]
 
 
 class Alive(Struct, frozen=True):

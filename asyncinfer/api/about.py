@@ -4,6 +4,7 @@ from asyncinfer import __version__
 from asyncinfer.api.exchange import Reply, Request, json_reply
 from asyncinfer.api.services import Services
 from asyncinfer.errors import RedisUnavailable, RequestError, ServerRefused, WritesRefused
+from asyncinfer.repository.load import starved
 from asyncinfer.schemas import About, Alive, Health, NoQuery
 
 _LINKS = {
@@ -43,14 +44,24 @@ async def ready(services: Services, request: Request[NoQuery]) -> Reply:
 
 
 async def health(services: Services, request: Request[NoQuery]) -> Reply:
-    """Redis, what waits in each queue, and how many workers there are."""
+    """Redis, what waits in each queue, for which models nobody works, and how many workers there
+    are. The status stays `ok` where a model is starved: that mends nobody who restarts an API."""
     if not request.admission.may("read"):
         return await _health_for_all(services)
     try:
         found = await services.inspection.health()
     except ServerRefused as error:
         raise RedisUnavailable(error.detail) from error
-    return json_reply(200, Health(redis=found.server, queues=found.queues, workers=found.workers))
+    waiting = [queue for queue, jobs in found.queues.items() if jobs]
+    return json_reply(
+        200,
+        Health(
+            redis=found.server,
+            queues=found.queues,
+            workers=found.workers,
+            starved=await starved(services.store, waiting),
+        ),
+    )
 
 
 async def _health_for_all(services: Services) -> Reply:

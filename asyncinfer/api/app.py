@@ -37,6 +37,7 @@ from asyncinfer.api.openapi import document
 from asyncinfer.api.problems import internal_error, problem_reply
 from asyncinfer.api.routes import ROUTES, Route
 from asyncinfer.api.services import Services
+from asyncinfer.api.waiting_for import Reasons
 from asyncinfer.errors import (
     BodyTooLarge,
     MethodNotAllowed,
@@ -139,11 +140,13 @@ class Api:
             await _introduce(store, config.default_model)
             self._services = _services(store, config)
             await self._services.catalog.refresh()
+            await self._services.workforce.refresh()
             async with anyio.create_task_group() as group:
                 group.start_soon(self._services.submissions.run)
                 group.start_soon(self._services.inbox.run)
                 group.start_soon(self._services.feed.run)
                 group.start_soon(self._services.catalog.run)
+                group.start_soon(self._services.workforce.run)
                 group.start_soon(reap_forever, store)
                 if self._guard.keys:
                     group.start_soon(self._guard.keys.run)
@@ -227,6 +230,7 @@ def _services(store: Store, config: ApiConfig) -> Services:
     operation = Operation(store)
     inspection = Inspection(store)
     catalog = Catalog(inspection, store, config.default_model)
+    reasons = Reasons(catalog.workforce, store, lambda: catalog.default_model)
     return Services(
         config=config,
         store=store,
@@ -239,10 +243,12 @@ def _services(store: Store, config: ApiConfig) -> Services:
         groups=Groups(store, operation),
         inbox=Inbox(store, submissions),
         feed=Feed(store),
-        event_texts=EventTexts(catalog),
+        event_texts=EventTexts(catalog, reasons),
         answer_sizes=AnswerSizes(),
         long_reads=anyio.CapacityLimiter(1),
         catalog=catalog,
+        workforce=catalog.workforce,
+        reasons=reasons,
         openapi=_document(),
     )
 

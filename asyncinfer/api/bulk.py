@@ -6,6 +6,7 @@ from typing import Final, TypeVar
 
 import anyio
 import anyio.lowlevel
+import msgspec
 from starlette.types import Message
 
 from asyncinfer.api.body import NDJSON, check_lines
@@ -29,7 +30,7 @@ from asyncinfer.errors import (
     TooManyRefusedLines,
     WritesRefused,
 )
-from asyncinfer.jobs import Status
+from asyncinfer.jobs import TERMINAL, Status, created_ms
 from asyncinfer.repository.submit import MOST_BYTES, MOST_JOBS, NewJob, Submitted
 from asyncinfer.schemas import AskedOptions
 
@@ -270,14 +271,26 @@ class Reader:
         left = iter(zip(jobs, outcomes, strict=True))
         answers: list[bytes | Due] = []
         for number, one in batch:
-            found = one if isinstance(one, RequestError) else self._outcome(*next(left), statuses)
+            if isinstance(one, RequestError):
+                answers.append(problem_line(one, number))
+                continue
+            found = self._outcome(*next(left), statuses)
             if isinstance(found, RequestError):
                 answers.append(problem_line(found, number))
             elif self._wait_seconds is None:
-                answers.append(accepted_line(*found))
+                answers.append(self._accepted(one, *found))
             else:
                 answers.append(Due(number, found[0]))
         return answers
+
+    def _accepted(self, job: NewJob, job_id: str, status: Status) -> bytes:
+        if status in TERMINAL:
+            return accepted_line(job_id, status, None)
+        record = job.record
+        if job_id != job.job_id and (made_ms := created_ms(job_id)) is not None:
+            # An earlier one with the same options, whose delay began as it was made.
+            record = msgspec.structs.replace(record, created_ms=made_ms)
+        return accepted_line(job_id, status, self._services.reasons.of_record(record, status))
 
     async def _submit(self, jobs: Sequence[NewJob]) -> Sequence[Submitted | RequestError]:
         if time.monotonic() < self._away_until:

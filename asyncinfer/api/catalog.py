@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 import anyio
@@ -11,8 +12,10 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from asyncinfer import keys
+from asyncinfer.api.workforce import Workforce
 from asyncinfer.errors import (
     InvalidInput,
+    ModelLoading,
     ModelNotFound,
     NoModelAnnounced,
     RedisUnavailable,
@@ -34,6 +37,9 @@ _LOST_SECONDS: Final = 6.0
 """For so long a model that is gone may come back: a Redis that was emptied hears of each from its
 workers, who announce every few seconds."""
 
+_RETRY_SECONDS: Final = 5
+"""When somebody has to mend something first."""
+
 _NOTHING: Final = Announced(None, {})
 
 _log = logging.getLogger(__name__)
@@ -49,12 +55,16 @@ class Served(Struct, frozen=True):
     """Newest first."""
     signatures: Mapping[str, Signature]
     """Of every version, newest first."""
+    is_loading: Callable[[], bool] = bool
+    """Whether a worker has yet to load this model."""
 
     def of(self, version: str | None) -> Signature:
         """The signature of the version asked for; None asks for the served one."""
         if version is None:
             return self.signature
         if version not in self.signatures:
+            if self.is_loading():
+                raise _loading(f"version {version} of {self.signature.model}")
             raise VersionNotFound(
                 f"{self.signature.model} has no version {version}; it has "
                 f"{', '.join(self.versions)}. Leave `version` out for {self.signature.version}."
@@ -65,6 +75,7 @@ class Served(Struct, frozen=True):
 class Catalog:
     def __init__(self, inspection: Inspection, store: Store, default_model: str | None) -> None:
         self._inspection = inspection
+        self.workforce = Workforce(inspection, store, self._queues)
         self._store = store
         self._configured_default = default_model
         self._announced = _NOTHING
@@ -73,6 +84,8 @@ class Catalog:
         self._last_default = default_model
         self._has_no_default = False
         """Workers say that no model is the default, so that none is to be waited for."""
+        self._more_to_come = False
+        """Some of them have not loaded all of their models."""
         self._lock = anyio.Lock()
         self._looked_at = -_AT_ONCE_SECONDS
         self._trouble: RedisUnavailable | None = None
@@ -118,7 +131,10 @@ class Catalog:
             return self._served.get(name) if name not in (None, self.default_model) else None
         if asked := name or default:
             return self._served.get(asked)
-        return next(iter(self._served.values())) if len(self._served) == 1 else None
+        if len(self._served) != 1 or self._more_to_come:
+            # The first of several that are being loaded is not the only one.
+            return None
+        return next(iter(self._served.values()))
 
     def _missing(self, name: str | None) -> RequestError:
         if self._trouble:
@@ -130,12 +146,15 @@ class Catalog:
                 "seconds of a Redis that has lost it. Retry in a moment.",
                 retry_after_seconds=1,
             )
-        if not self._served or is_default or name in self._seen_at:
-            return NoModelAnnounced(
-                "No worker has announced this model yet; one may still be starting. "
-                "Retry in a moment, or start one with `asyncinfer work`.",
-                retry_after_seconds=1,
-            )
+        wanted = name or self.default_model
+        if self._is_loading(wanted):
+            return _loading(wanted or "one of the models")
+        if wanted and (reasons := self.workforce.refused(wanted)):
+            return ModelNotFound(f"Model {wanted!r} cannot be used. {' '.join(reasons[:3])}")
+        if not self._served:
+            return self._nothing_served()
+        if is_default or name in self._seen_at:
+            return _not_announced()
         if name is None:
             names = ", ".join(sorted(self._served))
             return InvalidInput(
@@ -143,6 +162,39 @@ class Catalog:
                 f"of {names}."
             )
         return ModelNotFound(f"Model {name!r}: {unknown_name(name, self._served)}")
+
+    def _is_loading(self, name: str | None) -> bool:
+        """Whether a worker has yet to load the model, or to announce it. With no name: any."""
+        workforce = self.workforce
+        if name is None:
+            return bool(workforce.loading)
+        return name in workforce.loading or (
+            workforce.has(name) and name not in self._announced.models
+        )
+
+    def _nothing_served(self) -> NoModelAnnounced:
+        """Workers that live and load nothing will announce nothing, until their folder changes."""
+        workers = list(self.workforce.workers.values())
+        if not workers or any(one.models or one.loading for one in workers):
+            return _not_announced()
+        refused = sorted({model for one in workers for model in one.problems})
+        if refused:
+            count, model = len(refused), refused[0]
+            why = self.workforce.refused(model)[0]
+            which = f"None of the {count} models" if count > 1 else "The only model"
+            return NoModelAnnounced(
+                f"{which} in the workers' folder can be served. {model}: {why} "
+                "GET /models lists all problems; what is mended there is loaded at once.",
+                retry_after_seconds=_RETRY_SECONDS,
+            )
+        return NoModelAnnounced(
+            "The workers' model folder is empty. Put an ONNX file there (MODEL_DIR); it is loaded "
+            "at once.",
+            retry_after_seconds=_RETRY_SECONDS,
+        )
+
+    def _queues(self) -> list[str]:
+        return [one.queue for one in self._served.values()]
 
     async def _look_at_once(self) -> None:
         """Many may ask for what is not there: one looks, the others take what it saw."""
@@ -152,6 +204,7 @@ class Catalog:
                 return
             await anyio.sleep(max(0.0, self._looked_at + _AT_ONCE_SECONDS - time.monotonic()))
             await self._look()
+            await self.workforce.refresh()
 
     async def _look(self) -> None:
         self._looked_at = time.monotonic()
@@ -165,7 +218,7 @@ class Catalog:
         self._trouble = None
         self._note_default(announced.default_model)
         if announced != self._announced:
-            self._served = _served(announced, self._store.n)
+            self._served = self._served_of(announced)
             self._announced = announced
         # Those that are gone stay in it for as long as they count as lost.
         now = time.monotonic()
@@ -193,9 +246,38 @@ class Catalog:
                 agreed = await self._store.agree_on_default_model(self._configured_default)
                 return replace(announced, default_model=agreed)
         workers = (await self._inspection.workers()).values()
-        defaults = [worker_says(body).default_model for body in workers]
+        said = [worker_says(body) for body in workers]
+        self._more_to_come = any(one.loading for one in said)
+        defaults = [one.default_model for one in said]
         self._has_no_default = None in defaults and not any(defaults)
         return announced
+
+    def _served_of(self, announced: Announced) -> dict[str, Served]:
+        found = {}
+        for model, bodies in announced.models.items():
+            if signatures := _signatures(model, bodies):
+                versions = tuple(sorted(signatures, key=_age))
+                wanted = announced.default_versions.get(model, "")
+                found[model] = Served(
+                    keys.queue(self._store.n, model, announced.default_model),
+                    signatures.get(wanted) or signatures[versions[0]],
+                    versions,
+                    {version: signatures[version] for version in versions},
+                    partial(self._is_loading, model),
+                )
+        return found
+
+
+def _not_announced() -> NoModelAnnounced:
+    return NoModelAnnounced(
+        "No worker has announced this model yet; one may still be starting. "
+        "Retry in a moment, or start one with `asyncinfer work`.",
+        retry_after_seconds=1,
+    )
+
+
+def _loading(what: str) -> ModelLoading:
+    return ModelLoading(f"A worker is loading {what}. Retry in a moment.", retry_after_seconds=1)
 
 
 def _check_name(name: str | None) -> None:
@@ -204,20 +286,6 @@ def _check_name(name: str | None) -> None:
             "A model's name has 1 to 64 letters, digits, `_`, `.` and `-`, begins with a letter "
             "or digit, and is not `stats`. GET /models lists the models."
         )
-
-
-def _served(announced: Announced, n: str) -> dict[str, Served]:
-    found = {}
-    for model, bodies in announced.models.items():
-        if signatures := _signatures(model, bodies):
-            versions = tuple(sorted(signatures, key=_age))
-            wanted = announced.default_versions.get(model, "")
-            served = signatures.get(wanted) or signatures[versions[0]]
-            newest_first = {version: signatures[version] for version in versions}
-            found[model] = Served(
-                keys.queue(n, model, announced.default_model), served, versions, newest_first
-            )
-    return found
 
 
 def _signatures(model: str, bodies: Mapping[str, bytes]) -> dict[str, Signature]:

@@ -21,7 +21,7 @@ from asyncinfer.jobs import Status
 from asyncinfer.positions import Position, decode_position
 from asyncinfer.repository.log import LogTrimmed
 from asyncinfer.repository.submit import Stored, queue_of, read_summaries
-from asyncinfer.schemas import EventsQuery, Group, JobEventsQuery, JobList
+from asyncinfer.schemas import EventsQuery, Group, Job, JobEventsQuery, JobList
 
 _OPENING: Final = b"retry: 1000\n\n"
 _COMMENT: Final = b":\n\n"
@@ -137,6 +137,10 @@ def _asked_position(request: Request[Any]) -> Position | None:
     return decode_position(text) if text else None
 
 
+def _summary(services: Services, stored: Stored) -> Job:
+    return summary_view(stored, services.catalog.default_model, services.reasons.of(stored))
+
+
 def _round(stored: Stored) -> int:
     return stored.record.round if stored.record else 1
 
@@ -172,7 +176,7 @@ class JobStory:
         if stored is None:
             self.over = True
             return b""
-        view = summary_view(stored, self._services.catalog.default_model)
+        view = _summary(self._services, stored)
         return event("snapshot", view, position) + self._end(stored, follower)
 
     async def go_on(self, follower: Follower, news: list[News]) -> bytes:
@@ -205,7 +209,7 @@ class JobStory:
         if not ended(stored):
             return b""
         self.over = True
-        view = summary_view(stored, self._services.catalog.default_model)
+        view = _summary(self._services, stored)
         return event(stored.status, view, follower.position(_round(stored)))
 
 
@@ -231,8 +235,7 @@ class ManyStory:
             page = await self._services.inspection.jobs(
                 tenant=self.topic.tenant, model=self._model, limit=_SNAPSHOT_JOBS
             )
-        default = self._services.catalog.default_model
-        view = JobList([summary_view(job, default) for job in page.jobs], page.cursor)
+        view = JobList([_summary(self._services, job) for job in page.jobs], page.cursor)
         return event("snapshot", view, follower.position())
 
     async def go_on(self, follower: Follower, news: list[News]) -> bytes:

@@ -30,7 +30,7 @@ from asyncinfer.errors import (
 )
 from asyncinfer.repository.filter import Filter
 from asyncinfer.repository.inspect import Page
-from asyncinfer.repository.submit import Stored
+from asyncinfer.repository.submit import Stored, next_round
 from asyncinfer.schemas import (
     ClearQuery,
     EndQuery,
@@ -38,6 +38,7 @@ from asyncinfer.schemas import (
     JobsQuery,
     OneQuery,
     RetryQuery,
+    WaitingFor,
     WaitQuery,
 )
 
@@ -65,7 +66,8 @@ async def list_jobs(services: Services, request: Request[JobsQuery]) -> Reply:
         audit.count = len(page.jobs)
     default = services.catalog.default_model
     view = operator_view if request.reach.across else summary_view
-    return json_reply(200, JobList([view(job, default) for job in page.jobs], page.cursor))
+    views = [view(job, default, services.reasons.of(job)) for job in page.jobs]
+    return json_reply(200, JobList(views, page.cursor))
 
 
 def chosen_by(query: JobsQuery | ClearQuery | RetryQuery) -> dict[str, object]:
@@ -140,13 +142,22 @@ async def retry_job(services: Services, request: Request[OneQuery]) -> Reply:
     """Runs a failed or cancelled job again, under the same id."""
     with audited(request, "retry", {"job_id": request.path("id")}) as audit:
         stored = await find_job(services, request)
-        verdicts = await services.operation.retry([stored], time.time_ns() // 1_000_000)
+        now_ms = time.time_ns() // 1_000_000
+        verdicts = await services.operation.retry([stored], now_ms)
         verdict = verdicts[stored.job_id]
         if verdict != "ok":
             raise not_retried(services, stored, verdict)
         audit.count = 1
     location = (b"location", url_of(stored.job_id).encode())
-    return json_reply(202, accepted_view(stored.job_id, "pending"), location)
+    view = accepted_view(stored.job_id, "pending", _waits_again(services, stored, now_ms))
+    return json_reply(202, view, location)
+
+
+def _waits_again(services: Services, stored: Stored, now_ms: int) -> WaitingFor | None:
+    if stored.record is None:
+        again = services.reasons.of(msgspec.structs.replace(stored, status="pending"))
+        return again or None
+    return services.reasons.of_record(next_round(stored.record, now_ms))
 
 
 def absent(services: Services, job_id: str) -> RequestError:
@@ -186,7 +197,7 @@ async def _wait(
 
 def _job_reply(services: Services, request: Request[Any], status: int, stored: Stored) -> Reply:
     show = operator_view if request.reach.across else job_view
-    view = show(stored, services.catalog.default_model)
+    view = show(stored, services.catalog.default_model, services.reasons.of(stored))
     return json_reply(status, view) if ended(stored) else json_reply(status, view, _RETRY_AFTER)
 
 

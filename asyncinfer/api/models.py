@@ -47,11 +47,7 @@ async def list_models(services: Services, request: Request[NoQuery]) -> Reply:
 
 async def read_model(services: Services, request: Request[NoQuery]) -> Reply:
     """One model: its inputs, outputs, labels, versions, workers, and a request that works."""
-    try:
-        served = await services.catalog.find(request.path("model"))
-    except ModelNotFound as error:
-        reason = await _why_broken(services, request.path("model"))
-        raise ModelNotFound(f"{error.detail} {reason}".strip()) from error
+    served = await services.catalog.find(request.path("model"))
     (view,) = await _views(services, [served], await _workers(services))
     return json_reply(200, view)
 
@@ -117,14 +113,6 @@ async def _workers(services: Services) -> Workers:
     """What the living workers say, by the names that everyone may see."""
     bodies = await services.inspection.workers()
     return {shown_worker(worker_id): worker_says(body) for worker_id, body in bodies.items()}
-
-
-async def _why_broken(services: Services, name: str | None) -> str:
-    found = [one for one in _problems(await _workers(services)) if one.model == name]
-    return " ".join(
-        f"{f'Version {one.version}' if one.version else 'It'} is not served: {one.reason}."
-        for one in found[:3]
-    )
 
 
 def _problems(workers: Workers) -> list[ModelProblem]:

@@ -3,13 +3,14 @@
 from typing import Any
 
 import msgspec
+from msgspec import UNSET
 
 from asyncinfer import jobs
 from asyncinfer.api.body import has_lines
 from asyncinfer.api.bulk import predict_lines
 from asyncinfer.api.bulk_answers import about
 from asyncinfer.api.envelope import IDEMPOTENCY_KEY
-from asyncinfer.api.exchange import Reply, Request, Stream, json_reply
+from asyncinfer.api.exchange import Header, Reply, Request, Stream, json_reply
 from asyncinfer.api.inputs import read_input
 from asyncinfer.api.intake import explained, new_job, refusal_of
 from asyncinfer.api.jobs import absent
@@ -44,10 +45,15 @@ async def predict(services: Services, request: Request[AskedOptions]) -> Reply |
         key,
     )
     if wait_seconds is None:
-        return await _submitted_reply(services, await _submit(services, job))
+        return await _submitted_reply(services, job, await _submit(services, job))
     form = _form(request, job)
     stored, job_id = await _submit_and_wait(services, request, job, wait_seconds)
-    return _waited_reply(services, stored, job_id, wait_seconds, form)
+    applied = (b"preference-applied", b"wait=%d" % wait_seconds)
+    if stored and ended(stored):
+        return _ended_reply(services, stored, form, applied)
+    status = stored.status if stored else "pending"
+    record = (stored and stored.record) or job.record
+    return _accepted_reply(services, job_id, status, record, applied)
 
 
 def idempotency_key(request: Request[Any]) -> str | None:
@@ -78,11 +84,13 @@ async def _submit(services: Services, job: NewJob) -> Submitted:
     return submitted
 
 
-async def _submitted_reply(services: Services, submitted: Submitted) -> Reply:
+async def _submitted_reply(services: Services, job: NewJob, submitted: Submitted) -> Reply:
     status: jobs.Status = "pending"
+    record = job.record
     if submitted.verdict == "dup":
-        status = (await _earlier(services, submitted.job_id)).status
-    return _accepted_reply(submitted.job_id, status)
+        earlier = await _earlier(services, submitted.job_id)
+        status, record = earlier.status, earlier.record or record
+    return _accepted_reply(services, submitted.job_id, status, record)
 
 
 async def _submit_and_wait(
@@ -118,18 +126,21 @@ async def _earlier(services: Services, job_id: str) -> Stored:
     return stored
 
 
-def _waited_reply(
-    services: Services, stored: Stored | None, job_id: str, seconds: int, form: Form
-) -> Reply:
-    applied = (b"preference-applied", b"wait=%d" % seconds)
-    if stored is None or not ended(stored):
-        return _accepted_reply(job_id, stored.status if stored else "pending", applied)
-    location = (b"location", url_of(job_id).encode())
+def _ended_reply(services: Services, stored: Stored, form: Form, applied: Header) -> Reply:
+    location = (b"location", url_of(stored.job_id).encode())
     if form != "json":
         return result_reply(stored, form, None, location, applied)
     return json_reply(200, job_view(stored, services.catalog.default_model), location, applied)
 
 
-def _accepted_reply(job_id: str, status: jobs.Status, *headers: tuple[bytes, bytes]) -> Reply:
+def _accepted_reply(
+    services: Services,
+    job_id: str,
+    status: jobs.Status,
+    record: jobs.Record,
+    *headers: Header,
+) -> Reply:
     location = (b"location", url_of(job_id).encode())
-    return json_reply(202, accepted_view(job_id, status), location, *headers)
+    has_ended = status in jobs.TERMINAL
+    waiting_for = UNSET if has_ended else services.reasons.of_record(record, status)
+    return json_reply(202, accepted_view(job_id, status, waiting_for), location, *headers)

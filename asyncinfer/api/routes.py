@@ -41,6 +41,7 @@ from asyncinfer.errors import (
     JobNotFound,
     JobNotRetryable,
     MediaTypeRefused,
+    ModelLoading,
     ModelNotFound,
     NoModelAnnounced,
     NotAcceptable,
@@ -145,6 +146,7 @@ _LINES: Final = (PredictLine, TensorLine)
 _LINE_ANSWERS: Final = (Accepted, Job, LineProblem)
 _BINARY: Final = (BINARY, NPY)
 
+_MODEL: Final[Errors] = (ModelNotFound, NoModelAnnounced, ModelLoading)
 _JOB: Final[Errors] = (JobNotFound, JobExpired, RedisUnavailable)
 _READING: Final[Errors] = (
     InvalidJSON,
@@ -155,7 +157,7 @@ _READING: Final[Errors] = (
     EncodingRefused,
     InvalidInput,
     RedisUnavailable,
-    NoModelAnnounced,
+    *_MODEL,
 )
 _PREDICT: Final[Errors] = (
     *_READING,
@@ -198,7 +200,7 @@ ROUTES: Final = (
         query=AskedOptions,
         headers=(_PREFER, _IDEMPOTENCY_KEY, _JSON_LENGTH),
         answers={200: Job, 202: Accepted},
-        errors=(*_PREDICT, ModelNotFound),
+        errors=_PREDICT,
     ),
     Route(
         method="GET",
@@ -305,7 +307,7 @@ ROUTES: Final = (
         headers=(_LAST_EVENT_ID,),
         media_type="text/event-stream",
         answers={200: None},
-        errors=(ModelNotFound, NoModelAnnounced, RedisUnavailable, TooManyStreams),
+        errors=(*_MODEL, RedisUnavailable, TooManyStreams),
     ),
     Route(
         method="GET",
@@ -337,7 +339,7 @@ ROUTES: Final = (
         handler=read_model,
         scope="read",
         answers={200: Model},
-        errors=(ModelNotFound, NoModelAnnounced, RedisUnavailable),
+        errors=(*_MODEL, RedisUnavailable),
     ),
     Route(
         method="POST",
@@ -349,7 +351,7 @@ ROUTES: Final = (
         query=AskedOptions,
         headers=(_JSON_LENGTH,),
         answers={200: Validated},
-        errors=(*_READING, ModelNotFound),
+        errors=_READING,
     ),
     Route(
         method="POST",
@@ -357,7 +359,7 @@ ROUTES: Final = (
         handler=pause_model,
         scope="admin",
         answers={200: Pause},
-        errors=(ModelNotFound, NoModelAnnounced, RedisUnavailable),
+        errors=(*_MODEL, RedisUnavailable),
     ),
     Route(
         method="POST",
@@ -365,7 +367,7 @@ ROUTES: Final = (
         handler=resume_model,
         scope="admin",
         answers={200: Pause},
-        errors=(ModelNotFound, NoModelAnnounced, RedisUnavailable),
+        errors=(*_MODEL, RedisUnavailable),
     ),
     Route(
         method="POST",
@@ -373,7 +375,7 @@ ROUTES: Final = (
         handler=purge_model,
         scope="operator",
         answers={200: Purged},
-        errors=(ModelNotFound, NoModelAnnounced, RedisUnavailable),
+        errors=(*_MODEL, RedisUnavailable),
     ),
     Route(
         method="GET",
@@ -381,7 +383,7 @@ ROUTES: Final = (
         handler=read_scale,
         scope="read",
         answers={200: Scale},
-        errors=(ModelNotFound, NoModelAnnounced, RedisUnavailable),
+        errors=(*_MODEL, RedisUnavailable),
     ),
     Route(
         method="GET",

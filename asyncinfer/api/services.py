@@ -7,6 +7,8 @@ from asyncinfer.api.answer_sizes import AnswerSizes
 from asyncinfer.api.catalog import Catalog
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.event_text import EventTexts
+from asyncinfer.api.waiting_for import Reasons
+from asyncinfer.api.workforce import Workforce
 from asyncinfer.feed import Feed
 from asyncinfer.inbox import Inbox
 from asyncinfer.repository.dead import DeadLetters
@@ -33,6 +35,8 @@ class Services(Struct, frozen=True, kw_only=True):
     feed: Feed
     event_texts: EventTexts
     catalog: Catalog
+    workforce: Workforce
+    reasons: Reasons
     answer_sizes: AnswerSizes
     long_reads: CapacityLimiter
     """The one thread in which requests are read that take long."""

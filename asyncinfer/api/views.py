@@ -26,21 +26,24 @@ _read_error = decoding.reader(msgspec.json.Decoder(JobError).decode)
 _decode_raw = msgspec.json.Decoder(Raw).decode
 
 
-def accepted_view(
-    job_id: str, status: Status, waiting_for: WaitingFor | UnsetType | None = None
-) -> Accepted:
+Waiting = WaitingFor | UnsetType | None
+"""Why a job waits; UNSET of one that has ended."""
+
+
+def accepted_view(job_id: str, status: Status, waiting_for: Waiting) -> Accepted:
     return Accepted(job_id, status, url_of(job_id), waiting_for)
 
 
 _NOT_SHOWN: Final = "Only its own tenant is shown the message, which may repeat its data."
 
 
-def job_view(stored: Stored, default_model: str | None) -> Job:
+def job_view(stored: Stored, default_model: str | None, waiting_for: Waiting = UNSET) -> Job:
     """The whole job, its result included."""
-    return msgspec.structs.replace(summary_view(stored, default_model), result=result_text(stored))
+    view = summary_view(stored, default_model, waiting_for)
+    return msgspec.structs.replace(view, result=result_text(stored))
 
 
-def summary_view(stored: Stored, default_model: str | None) -> Job:
+def summary_view(stored: Stored, default_model: str | None, waiting_for: Waiting = UNSET) -> Job:
     """The job without its result; a stranger's, which has no record, is the default model's."""
     record = stored.record
     return Job(
@@ -58,13 +61,13 @@ def summary_view(stored: Stored, default_model: str | None) -> Job:
         created_at=at(record.created_ms if record else created_ms(stored.job_id)),
         started_at=at(record.started_ms if record else None),
         finished_at=at(record.finished_ms if record else None),
-        waiting_for=UNSET if ended(stored) else None,
+        waiting_for=waiting_for,
     )
 
 
-def operator_view(stored: Stored, default_model: str | None) -> Job:
+def operator_view(stored: Stored, default_model: str | None, waiting_for: Waiting = UNSET) -> Job:
     """The job as an operator sees it: whose it is, and nothing that its tenant sent or got."""
-    view = summary_view(stored, default_model)
+    view = summary_view(stored, default_model, waiting_for)
     error = view.error
     return msgspec.structs.replace(
         view,
@@ -78,12 +81,16 @@ def owner_of(stored: Stored) -> str:
     return stored.record.tenant if stored.record else DEFAULT_TENANT
 
 
-def change_view(change: Change, stored: Stored | None, default_model: str | None) -> Job:
-    """The job as it was when it came to this status, which it may have left since."""
+def change_view(
+    change: Change, stored: Stored | None, default_model: str | None, waiting_for: Waiting
+) -> Job:
+    """The job as it was when it came to this status, which it may have left since; `waiting_for`
+    is that of the job as it is stored."""
+    if stored and stored.status == change.status:
+        return summary_view(stored, default_model, waiting_for)
+    waited_for = UNSET if change.status in TERMINAL else None
     if stored is None:
-        return Job(job_id=change.job_id, status=change.status, result=UNSET)
-    if stored.status == change.status:
-        return summary_view(stored, default_model)
+        return Job(job_id=change.job_id, status=change.status, result=UNSET, waiting_for=waited_for)
     record = stored.record
     return Job(
         job_id=change.job_id,
@@ -92,6 +99,7 @@ def change_view(change: Change, stored: Stored | None, default_model: str | None
         model=(record.model if record else default_model) or UNSET,
         group=(record and record.options.group) or UNSET,
         priority=priority_of(record),
+        waiting_for=waited_for,
     )
 
 

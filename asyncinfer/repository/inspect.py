@@ -21,6 +21,8 @@ from asyncinfer.repository.upkeep import Upkeep
 _ENTRIES_A_PAGE: Final = 100
 _MOST_IDS_A_CALL: Final = 1000
 _MOST_LOOKED_AT: Final = 20_000
+_MOST_WORKERS: Final = 1000
+"""Whose announcements an API reads each second."""
 
 
 class Page(Struct, frozen=True):
@@ -48,6 +50,11 @@ class WorkerSays(Struct, frozen=True):
 
     models: tuple[str, ...] = ()
     state: str = ""
+    """starting (serves nothing yet, and has something to load), ready, draining or hung."""
+    loading: tuple[str, ...] = ()
+    """Models that lie in its folder and are not loaded yet; at most 10,000."""
+    model_dir: str | None = None
+    """The folder it serves, or the one file, as an absolute path."""
     versions: dict[str, dict[str, str]] = {}
     """{model: {version: sha256}}, what it serves."""
     served: dict[str, str] = {}
@@ -85,6 +92,16 @@ class Health(Struct, frozen=True):
     server: str
     queues: dict[str, int]
     workers: int
+
+
+class Workforce(Struct, frozen=True, kw_only=True):
+    """Who works, and which queues nobody may work on."""
+
+    workers: dict[str, bytes]
+    """By worker, what it says as JSON."""
+    paused: frozenset[str]
+    is_whole: bool
+    """There are no more workers than were read."""
 
 
 class _Place(Struct, frozen=True, array_like=True):
@@ -208,6 +225,21 @@ class Inspection:
         }
         pinned = await self._upkeep.default_versions()
         return Announced(await self._store.default_model(), models, pinned)
+
+    async def workforce(self, queues: Sequence[str]) -> Workforce:
+        """The living workers, and which of `queues` are paused: two commands."""
+        n = self._store.n
+        newest_first = ("ZREVRANGE", keys.workers(n), 0, _MOST_WORKERS)
+        found = await self._store.look(*newest_first, otherwise=())
+        ids = [name for one in found[:_MOST_WORKERS] if (name := decoding.name(one)) is not None]
+        names = [*(keys.worker(n, one) for one in ids), *map(keys.paused, queues)]
+        values = await self._store.command("MGET", *names) if names else []
+        bodies, flags = values[: len(ids)], values[len(ids) :]
+        return Workforce(
+            workers={one: body for one, body in zip(ids, bodies, strict=True) if body},
+            paused=frozenset(q for q, flag in zip(queues, flags, strict=True) if flag is not None),
+            is_whole=len(found) <= _MOST_WORKERS,
+        )
 
     async def paused(self, queues: Sequence[str]) -> list[bool]:
         """Of each queue, whether its jobs are taken in but not run."""

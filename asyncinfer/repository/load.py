@@ -12,6 +12,8 @@ from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
 
 _QUEUES_A_CALL: Final = 40
+_COMING: Final = ("starting", "ready")
+"""States of workers that will claim jobs of what they load."""
 
 
 class Gauge(Struct, frozen=True, kw_only=True):
@@ -42,6 +44,8 @@ class Load(Struct, frozen=True, kw_only=True):
     gauge: Gauge
     workers: int
     slots: int
+    is_loading: bool
+    """A living worker has yet to load the model."""
     seconds_per_job: float | None
     """Of slot time, as measured; None before the model's first run."""
 
@@ -53,6 +57,11 @@ class Load(Struct, frozen=True, kw_only=True):
     def due_jobs(self) -> int:
         """Nothing is due while the queue is paused."""
         return 0 if self.gauge.paused else self.waiting_jobs
+
+    @property
+    def is_starved(self) -> bool:
+        """Jobs are due, and no living worker has the model or loads it."""
+        return self.due_jobs > 0 and self.workers == 0 and not self.is_loading
 
     @property
     def backlog_seconds(self) -> float | None:
@@ -71,6 +80,21 @@ async def load(store: Store, model: str, queue: str) -> Load:
         raise await store.damage([queue])
     workers, paces = await workers_and_paces(store, gauged.worker_ids, [model])
     return load_of(model, found, workers, paces[0])
+
+
+async def starved(store: Store, queues: Sequence[str]) -> list[str]:
+    """The models of those queues whose jobs are due and have no living worker."""
+    if not queues:
+        return []
+    default = await store.default_model()
+    models = [keys.model_of(store.n, queue, default) or "" for queue in queues]
+    gauged = await gauge(store, queues)
+    workers, _ = await workers_and_paces(store, gauged.worker_ids, [])
+    return sorted(
+        model
+        for model, found in zip(models, gauged.gauges, strict=True)
+        if model and found and load_of(model, found, workers, None).is_starved
+    )
 
 
 async def gauge(store: Store, queues: Sequence[str]) -> Gauged:
@@ -107,6 +131,7 @@ def load_of(model: str, gauge: Gauge, workers: Sequence[WorkerSays], pace: float
         gauge=gauge,
         workers=len(ready),
         slots=sum(one.concurrency for one in ready),
+        is_loading=any(model in one.loading for one in workers if one.state in _COMING),
         seconds_per_job=_mean_pace(having, model) or pace,
     )
 

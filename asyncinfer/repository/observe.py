@@ -153,6 +153,7 @@ def _queue(queue: str, model: str | None, load: Load, tally: _Tally) -> Queue:
         oldest_age_seconds=gauge.oldest_age_seconds,
         workers=load.workers,
         slots=load.slots,
+        starved=int(load.is_starved),
         seconds_per_job=load.seconds_per_job,
         backlog_seconds=load.backlog_seconds,
         window_seconds=tally.window_ms / 1000,

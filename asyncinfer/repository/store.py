@@ -136,10 +136,12 @@ def translation(error: Exception) -> StorageFull | RedisUnavailable:
             "run. Retry later, or give Redis more memory."
         )
     if reason := _why_no_writes(error):
-        return WritesRefused(
+        refused = WritesRefused(
             f"Redis takes no writes, since {reason}. Nothing was taken in; send it again then.",
             retry_after_seconds=1,
         )
+        refused.is_disk_full = reason == _NO_WRITES["MISCONF"]
+        return refused
     if not isinstance(error, redis_errors.ResponseError) or isinstance(error, _NO_PRIMARY):
         return RedisUnavailable(
             f"Redis does not answer ({type(error).__name__}). Retry in a moment.",
@@ -334,6 +336,15 @@ class Store:
         except WrongKeyType:
             _log.warning(_WRONG_TYPE.format(repr(command[1])))
             return otherwise
+
+    async def check_writes(self) -> None:
+        """Raises StorageFull or WritesRefused where the server takes no writes now.
+
+        The key does not exist, so nothing is written and nothing goes to replicas or to disk; but
+        the server refuses the command as it refuses any other write.
+        """
+        await self.command("SET", keys.write_probe(self.n), "", "XX")
+        self.writes_refused = None
 
     async def types_of(self, names: Sequence[str]) -> list[str]:
         """The types of keys, in the words of TYPE; `none` of one that is not there."""

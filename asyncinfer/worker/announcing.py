@@ -26,6 +26,7 @@ _MOST_LEAVING_SECONDS: Final = 60.0
 
 
 _MOST_RETRACTED: Final = 100
+_MOST_LOADING: Final = 10_000
 
 
 class Said(Struct, frozen=True):
@@ -118,6 +119,8 @@ class Announcer:
             "versions": versions,
             "served": served,
             "problems": problems,
+            "loading": self._library.loading[:_MOST_LOADING],
+            "model_dir": str(self._library.model_dir),
             "loaded": ["/".join(label) for label in self._library.loaded],
         }
 

@@ -75,6 +75,17 @@ class Library:
         return self._source.watched
 
     @property
+    def model_dir(self) -> Path:
+        """The folder that is served, or the one file; absolute."""
+        return (self._source.model_file or self._source.model_dir).absolute()
+
+    @property
+    def loading(self) -> list[str]:
+        """Models of which no version was loaded yet, and one can still be."""
+        unknown = {one.file.model for one in self._versions.values() if one.is_unknown}
+        return sorted(unknown - {model for model, _ in self.described()})
+
+    @property
     def served(self) -> Mapping[str, Version]:
         """By model, the version for jobs that ask for none; also of models that are leaving."""
         return self._served

@@ -239,7 +239,9 @@ class Worker:
     def _state(self) -> str:
         if self.hung:
             return "hung"
-        return "draining" if self._claims.draining.is_set() else "ready"
+        if self._claims.draining.is_set():
+            return "draining"
+        return "starting" if self._library.loading and not self._library.served else "ready"
 
     def drain(self) -> None:
         """Claims no more; `run` returns when what runs has finished or been released."""

@@ -1,0 +1,169 @@
+"""Who works, as this API last saw it, at most a second ago: workers, pauses, a full Redis.
+
+Answers tell from it why a job waits. It is read beside the requests, since none of them may cost
+another call to Redis.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+import anyio
+from msgspec import Struct
+
+from asyncinfer.errors import RedisUnavailable, StorageFull, WritesRefused
+from asyncinfer.limited_log import LimitedLog
+from asyncinfer.observed import shown_worker
+from asyncinfer.repository.inspect import Inspection, WorkerSays, worker_says
+from asyncinfer.repository.store import Store
+from asyncinfer.upkeep import ANNOUNCE_SECONDS
+
+_REFRESH_SECONDS: Final = 0.9
+_GRACE_SECONDS: Final = ANNOUNCE_SECONDS + 1.0
+"""How long a model may be without a worker before that is told: a worker that is replaced is back
+within it, and a Redis that was emptied has heard of every worker again."""
+
+_MOST_ABSENT: Final = 10_000
+
+_log = LimitedLog(logging.getLogger(__name__))
+
+Wanted = tuple[str, str | None]
+"""A model, and the version that is asked for, if any."""
+
+
+class Absence(Struct, frozen=True):
+    """That no worker has a model, and since when; times are of `time.time`."""
+
+    since: float
+    was_seen: bool
+    """A worker had it until then; else this API began to look then, and has seen none."""
+
+
+class Workforce:
+    def __init__(
+        self, inspection: Inspection, store: Store, queues: Callable[[], Sequence[str]]
+    ) -> None:
+        self._inspection = inspection
+        self._store = store
+        self._queues = queues
+        self._lock = anyio.Lock()
+        self._bodies: dict[str, bytes] = {}
+        self.workers: Mapping[str, WorkerSays] = {}
+        """By the names that everyone may see, what the living ones say."""
+        self.loading: frozenset[str] = frozenset()
+        """Models that a living worker has in its folder and has not loaded yet."""
+        self.paused: frozenset[str] = frozenset()
+        """Queues that are paused."""
+        self.refusal: StorageFull | WritesRefused | None = None
+        """Why Redis takes no writes."""
+        self.changes = 0
+        """Counts the looks: what is worked out from one holds until the next."""
+        self._served: dict[str, set[str] | None] = {}
+        """By model, the versions that living workers claim jobs of; None: any, since an older
+        release does not say which."""
+        self._left_at: dict[Wanted, tuple[float, float]] = {}
+        """When a model's last worker was missed first, by `time.monotonic` and `time.time`."""
+        self._began_at = 0.0
+        """When the first look was, by `time.time`; 0: none was."""
+        self._sure_at = 0.0
+        """Until then no absence is told: after an outage of Redis workers announce themselves."""
+        self._is_whole = True
+
+    async def run(self) -> None:
+        """Keeps the picture fresh; runs as long as the API does."""
+        while True:
+            await anyio.sleep(_REFRESH_SECONDS)
+            try:
+                await self.refresh()
+            except Exception as error:
+                # Redis holds what anyone may write; no content may end this role.
+                _log.unexpected("What the workers say could not be read.", error)
+
+    async def refresh(self) -> None:
+        """Looks now. While Redis does not answer, all stays as it was seen last."""
+        async with self._lock:
+            try:
+                seen = await self._inspection.workforce(self._queues())
+                refusal = await self._refusal()
+            except RedisUnavailable:
+                self._sure_at = time.monotonic() + _GRACE_SECONDS if self._began_at else 0.0
+                return
+            if self.refusal or refusal:
+                # Workers that could not announce themselves meanwhile live all the same.
+                self._sure_at = time.monotonic() + _GRACE_SECONDS
+            self.refusal, self.paused, self._is_whole = refusal, seen.paused, seen.is_whole
+            self._began_at = self._began_at or time.time()
+            if seen.workers != self._bodies:
+                self._bodies = seen.workers
+                self._take(seen.workers)
+            self.changes += 1
+
+    def has(self, model: str) -> bool:
+        """Whether a living worker claims jobs of the model."""
+        return model in self._served
+
+    def absence(self, model: str, version: str | None) -> Absence | None:
+        """That no living worker has a version of a model (None: any); None where one has, or
+        where it is not known for sure."""
+        versions = self._served.get(model, _NO_VERSIONS)
+        if versions is None or (versions if version is None else version in versions):
+            return None
+        now = time.monotonic()
+        if not (self._began_at and self._is_whole) or now < self._sure_at:
+            return None
+        left_at = self._left_at.get((model, version)) or self._left_at.get((model, None))
+        if left_at is None:
+            return Absence(self._began_at, was_seen=False)
+        return None if now - left_at[0] < _GRACE_SECONDS else Absence(left_at[1], was_seen=True)
+
+    def refused(self, model: str) -> list[str]:
+        """Why living workers do not serve versions of a model that lies in their folders."""
+        return [
+            f"{f'Version {version}' if version else 'It'} is not served: {reason}."
+            for _, says in sorted(self.workers.items())
+            for version, reason in sorted(says.problems.get(model, {}).items())
+        ]
+
+    async def _refusal(self) -> StorageFull | WritesRefused | None:
+        try:
+            await self._store.check_writes()
+        except (StorageFull, WritesRefused) as error:
+            return error
+        return None
+
+    def _take(self, bodies: Mapping[str, bytes]) -> None:
+        self.workers = {shown_worker(one): worker_says(body) for one, body in bodies.items()}
+        living = [one for one in self.workers.values() if one.state in ("ready", "starting")]
+        self.loading = frozenset(model for one in living for model in one.loading)
+        served = _served([one for one in living if one.state == "ready"])
+        before, after = _wanted(self._served), _wanted(served)
+        now = (time.monotonic(), time.time())
+        for wanted in before - after:
+            self._left_at[wanted] = now
+        for wanted in after & self._left_at.keys():
+            del self._left_at[wanted]
+        while len(self._left_at) > _MOST_ABSENT:
+            del self._left_at[next(iter(self._left_at))]
+        self._served = served
+
+
+_NO_VERSIONS: Final[frozenset[str]] = frozenset()
+
+
+def _served(ready: Sequence[WorkerSays]) -> dict[str, set[str] | None]:
+    served: dict[str, set[str] | None] = {}
+    for one in ready:
+        for model in one.models:
+            versions = one.versions.get(model)
+            known = served.get(model, set())
+            served[model] = None if versions is None or known is None else known | versions.keys()
+    return served
+
+
+def _wanted(served: Mapping[str, set[str] | None]) -> set[Wanted]:
+    """All that can be asked for and is served."""
+    models: set[Wanted] = {(model, None) for model in served}
+    return models | {
+        (model, version) for model, versions in served.items() for version in versions or ()
+    }
