@@ -120,9 +120,6 @@ class _Reason(Struct, frozen=True):
     code: str
     message: str
 
-    def __str__(self) -> str:
-        return f"{self.code}: {self.message}"
-
 
 class _Status(Struct, frozen=True):
     status: str
@@ -200,7 +197,7 @@ def _value(name: str, value: Any) -> object:
     import msgspec
 
     if name == "waiting_for":
-        return f"{value['code']}: {value['message']}"
+        return value["message"]
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
@@ -241,7 +238,9 @@ def _row(one: _Listed) -> Sequence[object]:
 
     started, ended = one.started_at, one.finished_at
     took = seconds((ended - started).total_seconds()) if started and ended else None
-    told = str(one.error or one.waiting_for or "")
+    told = f"{one.error.code}: {one.error.message}" if one.error else ""
+    if one.waiting_for:
+        told = one.waiting_for.message
     model = "/".join(filter(None, (one.model, one.version)))
     if len(told) > _ERROR_CHARACTERS:
         told = f"{told[:_ERROR_CHARACTERS]}..."

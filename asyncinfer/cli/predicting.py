@@ -117,7 +117,7 @@ def _run(
         raise
     except WaitTimeout as error:
         raise WaitTimeout(
-            f"{error.detail}. {done:,} rows are done. Jobs that were sent go on; take them up "
+            f"{error.detail} {done:,} rows are done. Jobs that were sent go on; take them up "
             f"again with: {_resumed(asked.typed, group)}",
             waiting_for=error.waiting_for,
         ) from error
@@ -159,7 +159,7 @@ class _Lines:
     def advance(self, rows: int, errors: int) -> None: ...
 
     def say(self, line: str) -> None:
-        complain(f"{line}.")
+        complain(line)
 
     def close(self) -> None: ...
 
@@ -176,7 +176,7 @@ class _Pauses:
         now = time.monotonic()
         self._began = self._began or now
         if now + pause.seconds - self._began >= self._cadence.after_seconds:
-            self._notices.hear(pause.reason)
+            self._notices.hear(pause.reason, "It is tried again", "")
 
 
 def _bad_ones(pending: deque[Row]) -> Iterator[Record]:

@@ -32,7 +32,7 @@ def job_card(view: Mapping[str, Any]) -> str:
     rows = {"model": _model_of(view), "group": view.get("group")}
     rows |= {name: view.get(f"{name}_at") for name in ("created", "started", "finished")}
     if reason := view.get("waiting_for"):
-        rows["waits"] = f"{reason.get('code')}: {reason.get('message')}"
+        rows["waits"] = reason.get("message")
     if error := view.get("error"):
         rows["error"] = f"{error.get('code')}: {error.get('message')}"
     if view.get("result") is not None:

@@ -476,16 +476,26 @@ def waiting_for(view: View) -> WaitingFor | None:
 
 
 def why_waiting(server: Server, group: str) -> Flow[WaitingFor | None]:
-    """Why the newest job of a group that waits is not run, asked once.
+    """Why the newest job of a group that waits, or runs where none waits, makes no progress.
 
-    A server that does not answer, or not now, is a reason too.
+    Asked once. A server that does not answer, or not now, is a reason too.
     """
-    query = _query({"group": group, "status": "pending", "limit": 1})
+    for status in ("pending", "processing"):
+        told = yield from _newest(server, group, status)
+        if isinstance(told, WaitingFor):
+            return told
+        if told is not None:
+            return told.waiting_for
+    return None
+
+
+def _newest(server: Server, group: str, status: Status) -> Flow[_View | WaitingFor | None]:
+    query = _query({"group": group, "status": status, "limit": 1})
     left = server.until - time.monotonic()
     request = Request(
         method="GET",
         path=f"/jobs{query}",
-        timeout_seconds=max(0.1, min(_LOOK_SECONDS, left)),
+        timeout_seconds=max(1.0, min(_LOOK_SECONDS, left)),
     )
     told = yield from exchange(_ours(server, request))
     if isinstance(told, Lost) or told.status in AGAIN:
@@ -494,7 +504,7 @@ def why_waiting(server: Server, group: str) -> Flow[WaitingFor | None]:
         # Perhaps the key may not list jobs: the wait itself says what is wrong, if anything is.
         return None
     found = _converted(server, _member(server, decoded(server, told), "jobs"), list[_View])
-    return found[0].waiting_for if found else None
+    return found[0] if found else None
 
 
 # --- jobs --------------------------------------------------------------------------------------

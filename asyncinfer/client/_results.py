@@ -112,14 +112,13 @@ class Patience:
         self._model = plan.model.model
         self._cadence = asked.cadence
         self._notices = Notices(bar.say, asked.cadence)
-        self._reason: WaitingFor | None = None
 
     def silence(self) -> Silence:
         return Silence(self._until, self._cadence)
 
     def hear(self, reason: WaitingFor | None, rows: int) -> None:
-        self._reason = reason
-        self._notices.hear(reason, self._model, f" ({_rows(rows)} wait{'s' * (rows == 1)})")
+        waits = f"{_rows(rows)} of {self._model} wait{'s' * (rows == 1)}"
+        self._notices.hear(reason, waits, f"{self._model} goes on")
 
     def heard(self, done: Done, rows: int) -> Done:
         """An answer, which ends the silence; raises WaitTimeout where it says no more than that."""
@@ -128,11 +127,10 @@ class Patience:
         self.hear(None, rows)
         return done
 
-    def timed_out(self, rows: int, reason: WaitingFor | None = None) -> WaitTimeout:
-        reason = reason or self._reason
-        why = f": {reason.message.rstrip('.')}" if reason else ""
+    def timed_out(self, rows: int, reason: WaitingFor | None) -> WaitTimeout:
+        why = f": {reason.message}" if reason else "."
         return WaitTimeout(
-            f"{_rows(rows)} of {self._model} have no result in time{why}",
+            f"No result in time for {_rows(rows)} of {self._model}{why}",
             waiting_for=reason,
         )
 
@@ -233,9 +231,9 @@ class Results(Iterator[Any]):
             done = crew.next(silence.seconds())
             if done is not None:
                 return patience.heard(done, rows)
-            if silence.is_over:
-                raise patience.timed_out(rows)
             found = self._driver.run(_flows.why_waiting(self._server, self.group))
+            if silence.is_over:
+                raise patience.timed_out(rows, found or crew.reason)
             silence.looked()
             patience.hear(found or crew.reason, rows)
 
@@ -339,9 +337,9 @@ class AsyncResults(AsyncIterator[Any]):
             done = await crew.next(silence.seconds())
             if done is not None:
                 return patience.heard(done, rows)
-            if silence.is_over:
-                raise patience.timed_out(rows)
             found = await self._driver.run(_flows.why_waiting(self._server, self.group))
+            if silence.is_over:
+                raise patience.timed_out(rows, found or crew.reason)
             silence.looked()
             patience.hear(found or crew.reason, rows)
 

@@ -20,8 +20,9 @@ class Cadence(Struct, frozen=True):
 
     after_seconds: float = 2.0
     """So long without an answer is no more than a slow model."""
-    look_seconds: float = 5.0
-    """From one look for the reason to the next: one small request of a client, not of a job."""
+    look_seconds: float = 10.0
+    """The most from one look for the reason to the next, which is a small request of a client, not
+    of a job. The first ones come sooner, each after twice the time of the one before."""
     again_seconds: float = 30.0
     """From one line about a reason to the next about the same."""
 
@@ -44,19 +45,19 @@ class Notices:
         self._code = ""
         self._due_at = 0.0
 
-    def hear(self, reason: WaitingFor | None, about: str = "", more: str = "") -> None:
-        """`about` is what waits, `more` a remark behind the reason; None: nothing is wrong."""
+    def hear(self, reason: WaitingFor | None, waits: str, goes_on: str) -> None:
+        """None: nothing is wrong. The words are as `3 rows of iris wait` and `iris goes on`."""
         if reason is None:
-            self._hear_nothing(about)
+            self._hear_nothing(goes_on)
         elif reason.code != self._code or self._now() >= self._due_at:
             self._code = reason.code
             self._due_at = self._now() + self._again_seconds
-            self._say(f"{_begun(about)}{reason.message.rstrip('.')}{more}")
+            self._say(f"{waits}: {reason.message}")
 
-    def _hear_nothing(self, about: str) -> None:
+    def _hear_nothing(self, goes_on: str) -> None:
         if self._code:
             self._code = ""
-            self._say(f"{_begun(about)}it goes on")
+            self._say(f"{goes_on}.")
 
 
 class Silence:
@@ -72,7 +73,8 @@ class Silence:
         self._until = until
         self._cadence = cadence
         self._now = now
-        self._look_at = now() + cadence.after_seconds
+        self._pause_seconds = cadence.after_seconds
+        self._look_at = now() + self._pause_seconds
 
     @property
     def is_over(self) -> bool:
@@ -83,8 +85,5 @@ class Silence:
         return max(0.0, min(self._look_at, self._until) - self._now())
 
     def looked(self) -> None:
-        self._look_at = self._now() + self._cadence.look_seconds
-
-
-def _begun(about: str) -> str:
-    return f"{about}: " if about else ""
+        self._pause_seconds = min(2 * self._pause_seconds, self._cadence.look_seconds)
+        self._look_at = self._now() + self._pause_seconds

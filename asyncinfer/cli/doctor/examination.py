@@ -1,5 +1,6 @@
 """Everything that a doctor looks at, in the order in which it matters."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from asyncinfer.cli import parts
@@ -15,12 +16,20 @@ from asyncinfer.settings import Settings
 def examine(chosen: Settings, url: str | None, api_key: str | None) -> list[Finding]:
     import anyio
 
-    return [
+    found = [
         *anyio.run(_examine_redis, chosen),
         *anyio.run(_examine_models, chosen),
         *examine_machine(chosen, _embedded_data_dir(chosen)),
         *examine_api(chosen, url, api_key),
     ]
+    return without_effects(found)
+
+
+def without_effects(found: Sequence[Finding]) -> list[Finding]:
+    """A full disk of DATA_DIR is why its Valkey does not write, answer or start: one problem."""
+    if not any(one.about == "DATA_DIR disk" for one in found):
+        return list(found)
+    return [one for one in found if one.verdict == "ok" or one.about not in ("Redis", "Redis disk")]
 
 
 async def _examine_redis(chosen: Settings) -> list[Finding]:
@@ -29,7 +38,7 @@ async def _examine_redis(chosen: Settings) -> list[Finding]:
     except StartError:
         where = f"no REDIS_URL, and no `serve` runs its embedded Valkey on {parts.data_dir(chosen)}"
         return [warning("Redis", where, "asyncinfer serve")]
-    return await examine_redis(url, chosen.queue_name)
+    return await examine_redis(url, chosen.queue_name, _embedded_data_dir(chosen))
 
 
 async def _examine_models(chosen: Settings) -> list[Finding]:

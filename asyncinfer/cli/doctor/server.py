@@ -1,6 +1,7 @@
 """What a doctor says of a Redis server."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
@@ -18,7 +19,8 @@ _CLOCK_SECONDS: Final = 2.0
 _FULL: Final = 0.8
 
 
-async def examine_redis(url: str, queue_name: str) -> list[Finding]:
+async def examine_redis(url: str, queue_name: str, data_dir: Path | None) -> list[Finding]:
+    """`data_dir` where it is the embedded one, which nobody has to start or to mend by hand."""
     shown = shown_url(url)
     try:
         async with Store.open(
@@ -26,12 +28,19 @@ async def examine_redis(url: str, queue_name: str) -> list[Finding]:
         ) as store:
             found = await vitals(store)
     except AsyncinferError as error:
-        mend = f"start it, or set REDIS_URL to one that answers: redis-cli -u {shown} PING"
+        mend = f"start it, or set REDIS_URL to one that answers: {_cli(shown)} PING"
+        if data_dir:
+            mend = "look at the log of `asyncinfer serve`, or stop and start it"
         return [problem("Redis", f"{shown}: {error.detail}", mend)]
-    return list(findings_of(found, shown))
+    return list(findings_of(found, shown, data_dir))
 
 
-def findings_of(found: Vitals, url: str) -> Iterator[Finding]:
+def _cli(url: str) -> str:
+    scheme, _, path = url.partition("://")
+    return f"redis-cli -s {path}" if scheme == "unix" else f"redis-cli -u {url}"
+
+
+def findings_of(found: Vitals, url: str, data_dir: Path | None = None) -> Iterator[Finding]:
     yield _server(found, url)
     if found.is_replica:
         yield problem(
@@ -41,7 +50,9 @@ def findings_of(found: Vitals, url: str) -> Iterator[Finding]:
         )
     yield _persistence(found, url)
     if found.write_error:
-        mend = f"free its disk, then: redis-cli -u {url} BGSAVE"
+        mend = f"free its disk, then: {_cli(url)} BGSAVE"
+        if data_dir:
+            mend = f"free the disk of {data_dir}; the jobs go on by themselves then"
         yield problem("Redis disk", found.write_error, mend)
     yield _memory(found, url)
     yield _round_trip(found.round_trip_seconds)
@@ -51,7 +62,7 @@ def findings_of(found: Vitals, url: str) -> Iterator[Finding]:
 
 def _server(found: Vitals, url: str) -> Finding:
     if "evicts" in found.refusal:
-        mend = f"redis-cli -u {url} CONFIG SET maxmemory-policy noeviction"
+        mend = f"{_cli(url)} CONFIG SET maxmemory-policy noeviction"
         return problem("Redis", f"{found.server}: {found.refusal}", mend)
     if found.refusal:
         return problem("Redis", found.refusal, "unset REDIS_URL to use the embedded Valkey")
@@ -59,10 +70,10 @@ def _server(found: Vitals, url: str) -> Finding:
 
 
 def _persistence(found: Vitals, url: str) -> Finding:
-    append = f"redis-cli -u {url} CONFIG SET appendonly yes (and `appendonly yes` in its file)"
+    append = f"{_cli(url)} CONFIG SET appendonly yes (and `appendonly yes` in its file)"
     about = "Redis persistence"
     if found.appends and found.appends_when == "no":
-        mend = f"redis-cli -u {url} CONFIG SET appendfsync everysec"
+        mend = f"{_cli(url)} CONFIG SET appendfsync everysec"
         return warning(about, "it appends, and leaves it to the system when to write", mend)
     if found.appends:
         return ok(about, f"append-only file, fsync {found.appends_when or 'as it is set'}")
@@ -79,7 +90,7 @@ def _memory(found: Vitals, url: str) -> Finding:
         f"{size(found.used_bytes)} of {size(limit)} {'' if found.max_bytes else 'in its machine'}"
     )
     if limit and found.used_bytes > _FULL * limit:
-        mend = f"redis-cli -u {url} CONFIG SET maxmemory {2 * limit}, or lower JOB_TTL"
+        mend = f"{_cli(url)} CONFIG SET maxmemory {2 * limit}, or lower JOB_TTL"
         return problem(about, f"{used}: full memory refuses submits", mend)
     if not found.max_bytes:
         return ok(about, f"{used}, no maxmemory: MAX_QUEUE_BYTES and JOB_TTL bound it")
