@@ -1,0 +1,208 @@
+"""Nobody waits without a reason: commands name what is missing, and the command that mends it."""
+
+import contextlib
+import io
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from asyncinfer.api.config import ApiConfig
+from asyncinfer.cli import predicting
+from asyncinfer.cli.doctor.examination import without_effects
+from asyncinfer.cli.doctor.findings import problem, warning
+from asyncinfer.cli.doctor.machine import room
+from asyncinfer.cli.options import Server
+from asyncinfer.client._waiting import Cadence
+from asyncinfer.repository.store import Policy, Store
+from tests import zoo
+from tests.api.harness import Hand, announce, running
+
+from .told import complaint, told
+
+ROW = "[5.1, 3.5, 1.4, 0.2]"
+NO_WORKER = "No worker has had iris since"
+
+
+class Starved:
+    """An API whose only model was announced by a worker that left."""
+
+    def __init__(self, url: str, portal: BlockingPortal, store: Store) -> None:
+        self.url = url
+        self._portal = portal
+        self._hand = Hand(store)
+
+    def complete(self) -> None:
+        """Runs the jobs that wait, as a worker would."""
+        self._portal.start_task_soon(self._hand.complete).result(20)
+
+
+@asynccontextmanager
+async def api(redis_url: str, policy: Policy) -> AsyncIterator[tuple[str, Store]]:
+    async with Store.open(
+        redis_url, queue_name="predict_queue", policy=policy, name="test"
+    ) as store:
+        await announce(store, "iris", default="iris")
+        async with running(ApiConfig(redis_url=redis_url, policy=policy)) as port:
+            yield f"http://127.0.0.1:{port}", store
+
+
+@pytest.fixture
+def starved(
+    redis_url: str, server: redis.Redis, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Starved]:
+    """In a thread: commands run in the main one."""
+    with (
+        start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(api(redis_url, policy)) as (url, store),
+    ):
+        monkeypatch.setenv("ASYNCINFER_URL", url)
+        yield Starved(url, portal, store)
+
+
+def asked(*typed: str, **more: Any) -> predicting.Asked:
+    """As `asyncinfer predict` is asked, without patience."""
+    return predicting.Asked(
+        rows=(ROW,),
+        model=None,
+        read_as=None,
+        write_as="ndjson",
+        output=None,
+        columns=(),
+        header=None,
+        group=None,
+        fresh=False,
+        batch="auto",
+        in_flight=8,
+        priority=None,
+        typed=typed or ("predict", ROW),
+        cadence=Cadence(after_seconds=0.05, look_seconds=0.05),
+        **more,
+    )
+
+
+class Stderr(io.TextIOWrapper):
+    """Does something once the first line is written."""
+
+    def __init__(self, then: Callable[[], None]) -> None:
+        super().__init__(io.BytesIO(), "utf-8", write_through=True)
+        self._then = then
+
+    def write(self, text: str) -> int:
+        size, then = super().write(text), self._then
+        self._then = lambda: None
+        then()
+        return size
+
+    @property
+    def lines(self) -> list[str]:
+        content = self.buffer
+        assert isinstance(content, io.BytesIO)
+        return content.getvalue().decode().splitlines()
+
+
+def test_predict_says_that_no_worker_has_the_model_and_that_it_goes_on(starved: Starved) -> None:
+    err = Stderr(then=starved.complete)
+    with (
+        contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")),
+        contextlib.redirect_stderr(err),
+    ):
+        assert predicting.run(Server(starved.url, None), asked()) == 0
+
+    waits, goes_on = err.lines
+    assert waits.startswith(f"asyncinfer: 1 row of iris waits: {NO_WORKER}")
+    assert "`asyncinfer work`" in waits
+    assert goes_on == "asyncinfer: iris goes on."
+
+
+def test_predict_ends_at_its_timeout_and_its_jobs_can_be_taken_up(starved: Starved) -> None:
+    said = complaint(told("predict", ROW, "--timeout", "0.2"), 4)
+    assert f"No result in time for 1 row of iris: {NO_WORKER}" in said
+    shown = said.partition("take them up again with: ")[2]
+    assert shown.startswith(f"asyncinfer predict '{ROW}' --timeout 0.2 --resume typed-")
+
+    (job,) = (told("jobs", "--json")).json
+    assert job["status"] == "pending"
+    starved.complete()
+    again = told("predict", ROW, "--resume", shown.split()[-1])
+    assert again.code == 0
+    assert len((told("jobs", "--json")).json) == 1
+
+
+def test_many_jobs_of_a_row_each_end_at_the_timeout_too(starved: Starved, tmp_path: Path) -> None:
+    (tmp_path / "rows.ndjson").write_text(f"{ROW}\n" * 40)
+    path = str(tmp_path / "rows.ndjson")
+    said = complaint(told("predict", path, "--batch", "1", "--timeout", "0.2"), 4)
+
+    assert f"40 rows of iris: {NO_WORKER}" in said
+    assert "--resume rows-" in said
+
+
+def test_a_server_that_never_answers_ends_at_the_timeout_too() -> None:
+    said = complaint(told("predict", ROW, "--url", "http://127.0.0.1:1", "--timeout", "0"), 3)
+    assert "No answer from http://127.0.0.1:1" in said
+
+
+def test_a_timeout_is_a_number_of_seconds() -> None:
+    for wrong in ("nan", "-1", "10m"):
+        assert "--timeout" in complaint(told("predict", ROW, "--timeout", wrong), 2)
+
+
+def test_a_job_that_waits_is_listed_and_shown_with_its_reason(starved: Starved) -> None:
+    told("predict", ROW, "--timeout", "0")
+    listed = told("jobs")
+    job_id = listed.out.splitlines()[1].split()[0]
+
+    assert NO_WORKER in listed.out
+    assert NO_WORKER in (told("job", job_id)).out
+    watched = told("job", job_id, "--watch", "--timeout", "0")
+    assert watched.code == 4
+    assert f"pending  {NO_WORKER}" in watched.err
+
+
+def test_views_name_the_model_that_no_worker_has(starved: Starved) -> None:
+    told("predict", ROW, "--timeout", "0")
+
+    assert (told("models")).out.splitlines()[1].endswith("0  no worker")
+    assert "no worker" in (told("models", "iris")).out
+    top = (told("top")).out
+    assert "iris no worker" in top
+    assert "1 job of iris waits, oldest " in top.partition("PROBLEMS")[2]
+    assert "-> asyncinfer work --model-dir FOLDER    # one that has iris" in top
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_doctor_names_the_starved_model_and_the_command(
+    starved: Starved, tmp_path: Path, has_it: bool
+) -> None:
+    told("predict", ROW, "--timeout", "0")
+    folder = tmp_path / "my models"
+    folder.mkdir()
+    name = "iris" if has_it else "wine"
+    (folder / f"{name}.onnx").write_bytes(zoo.mlp([3, 2]).SerializeToString())
+
+    found = told("doctor", "--model-dir", str(folder))
+
+    assert found.code == 1
+    assert "problem  queue iris: 1 job of iris waits, oldest " in found.out
+    assert ", and no worker has it" in found.out
+    where = f"'{folder}'" if has_it else "FOLDER    # one that has iris"
+    assert f"-> asyncinfer work --model-dir {where}" in found.out
+    assert "asyncinfer cancel --model iris" in found.out
+
+
+def test_a_full_disk_is_one_problem_and_the_remedy_is_to_free_it(tmp_path: Path) -> None:
+    full = room(tmp_path, 4096)
+    effects = [
+        problem("Redis disk", "aof_last_write_status is err", "free its disk"),
+        warning("Redis", "no `serve` runs its embedded Valkey", "asyncinfer serve"),
+    ]
+
+    assert full.verdict == "problem"
+    assert full.mend.startswith("free the disk")
+    assert without_effects([*effects, full]) == [full]
+    assert without_effects([*effects, room(tmp_path, 1 << 40)])[:2] == effects
