@@ -344,7 +344,6 @@ class Store:
         the server refuses the command as it refuses any other write.
         """
         await self.command("SET", keys.write_probe(self.n), "", "XX")
-        self.writes_refused = None
 
     async def types_of(self, names: Sequence[str]) -> list[str]:
         """The types of keys, in the words of TYPE; `none` of one that is not there."""

@@ -183,7 +183,7 @@ def assert_problem(reply: httpx2.Response, status: int, code: str) -> dict[str, 
     assert reply.status_code == status, reply.text
     assert reply.headers["content-type"] == "application/problem+json"
     body: dict[str, Any] = reply.json()
-    assert (body["status"], body["code"]) == (status, code)
+    assert (body["status"], body["code"]) == (status, code), body
     assert body["title"]
     assert body["detail"]
     assert "Traceback" not in reply.text

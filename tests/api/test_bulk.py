@@ -181,6 +181,7 @@ async def test_each_line_becomes_a_job_in_order(
     lines = [b'{"data": [[%d, 2, 3, 4]]}' % number for number in range(600)]
     answers = await post_lines(api, lines)
     ids = [one["job_id"] for one in answers]
+    assert answers[7].pop("waiting_for")["code"] == "no_worker"
     assert answers[7] == {"job_id": ids[7], "status": "pending", "url": f"/job/{ids[7]}"}
     assert server.lrange(QUEUE, 0, -1) == [one.encode() for one in reversed(ids)]
     assert server.get(keys.data(ids[7])) == b"[[7, 2, 3, 4]]"

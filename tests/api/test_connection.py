@@ -308,9 +308,16 @@ async def test_small_chunks_are_no_trailers(strict: int) -> None:
 async def first_answer(port: int, sent: bytes) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(sent)
-    answer = await reader.readuntil(b"}")
+    answer = await read_answer(reader)
     writer.close()
     return answer
+
+
+async def read_answer(reader: asyncio.StreamReader) -> bytes:
+    """A whole answer whose head says how long its body is."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
+    return head + await reader.readexactly(int(length))
 
 
 # --- what a client waits for, or sends ahead -------------------------------------------------
@@ -323,7 +330,7 @@ async def test_a_client_that_waits_for_100_is_told_to_go_on(strict: int) -> None
     writer.write(head + b"\r\n")
     assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
     writer.write(body)
-    assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 202 ")
+    assert (await read_answer(reader)).startswith(b"HTTP/1.1 202 ")
     writer.write(head + b"Connection: close\r\n\r\n" + body)
     answer = await reader.read()
     assert answer.startswith(b"HTTP/1.1 202 "), "who has sent all of it needs no leave"
@@ -459,10 +466,8 @@ async def answered(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes
 ) -> None:
     writer.write(request)
-    head = await reader.readuntil(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 202 "), head
-    length = head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
-    await reader.readexactly(int(length))
+    answer = await read_answer(reader)
+    assert answer.startswith(b"HTTP/1.1 202 "), answer
 
 
 async def test_a_connection_is_closed_when_it_rests_and_not_while_it_is_used(

@@ -34,9 +34,11 @@ NDJSON = {"content-type": "application/x-ndjson"}
 
 async def test_an_input_becomes_a_pending_job(api: httpx2.AsyncClient) -> None:
     reply = await api.post("/predict", json={"data": ROW})
-    job_id = reply.json()["job_id"]
+    body = reply.json()
+    job_id = body["job_id"]
     assert reply.status_code == 202
-    assert reply.json() == {"job_id": job_id, "status": "pending", "url": f"/job/{job_id}"}
+    assert body.pop("waiting_for")["code"] == "no_worker"
+    assert body == {"job_id": job_id, "status": "pending", "url": f"/job/{job_id}"}
     assert reply.headers["location"] == f"/job/{job_id}"
     assert jobs.created_ms(job_id)
 
