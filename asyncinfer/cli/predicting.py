@@ -42,9 +42,6 @@ _ITS_ROW: Final = re.compile(r"\Arow \d+ (?=has )")
 _TOLD_ERRORS: Final = 100
 """So many rows have a line of their own on stderr; the output has all."""
 
-_RESUMED_SECONDS: Final = 10.0
-"""From here on a run is long enough to be worth taking up again."""
-
 _SECRET: Final = ("--api-key", "--resume")
 
 
@@ -65,6 +62,8 @@ class Asked(Struct, frozen=True, kw_only=True):
     """The command line."""
     timeout_seconds: float = math.inf
     cadence: Cadence = CADENCE
+    resumed_seconds: float = 10.0
+    """From here on a run is long enough to say how it is taken up again."""
 
 
 class _Source(Struct, frozen=True):
@@ -313,7 +312,7 @@ def _word(name: str) -> str:
 def _said_later(asked: Asked, source: _Source, group: str) -> Iterator[None]:
     """How to take a long run up again, also where it cannot say so at its end."""
     line = f"To take this up again: {_resumed(asked.typed, group)}"
-    timer = threading.Timer(_RESUMED_SECONDS, complain, (line,))
+    timer = threading.Timer(asked.resumed_seconds, complain, (line,))
     timer.daemon = True
     if source.is_file:
         timer.start()

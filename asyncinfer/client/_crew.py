@@ -65,9 +65,9 @@ class Crew:
         for _ in self._threads:
             self._todo.put(None)
 
-    def leave(self) -> None:
+    def leave(self, seconds: float = LEAVE_SECONDS) -> None:
         for thread in self._threads:
-            thread.join(LEAVE_SECONDS / len(self._threads))
+            thread.join(seconds / len(self._threads))
 
     def _work(self) -> None:
         while given := self._todo.get():

@@ -37,8 +37,8 @@ _AHEAD: Final = 2
 """Blocks that may be done or on their way, for each that may be in flight: a slow one at the
 front holds the others up only so far, and what is done waits in memory only so much."""
 
-_KEEPS_JOBS: Final = (ConnectionFailed, WaitTimeout)
-"""Errors after which the jobs that were sent go on."""
+_LATE_SECONDS: Final = 2.0
+"""How long after a time-out the last answers are waited for."""
 
 
 class Asked(Struct, frozen=True, kw_only=True):
@@ -203,7 +203,10 @@ class Results(Iterator[Any]):
             yield from self._through(crew, plan, blocks, bar, patience)
         except BaseException as error:
             crew.stop()
-            if not isinstance(error, _KEEPS_JOBS):
+            if isinstance(error, WaitTimeout):
+                # The waits of those that are out end with it, and a submit is not broken off.
+                crew.leave(_LATE_SECONDS)
+            elif not isinstance(error, ConnectionFailed):
                 self._cancel(crew)
             error.add_note(_go_on(self.group))
             raise
@@ -322,7 +325,7 @@ class AsyncResults(AsyncIterator[Any]):
                         yield value
         except BaseException as error:
             crew.stop()
-            if not isinstance(error, _KEEPS_JOBS):
+            if not isinstance(error, ConnectionFailed | WaitTimeout):
                 await self._cancel(crew)
             error.add_note(_go_on(self.group))
             raise

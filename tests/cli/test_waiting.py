@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import redis
 from anyio.from_thread import BlockingPortal, start_blocking_portal
@@ -117,6 +118,27 @@ def test_predict_says_that_no_worker_has_the_model_and_that_it_goes_on(starved: 
     assert waits.startswith(f"asyncinfer: 1 row of iris waits: {NO_WORKER}")
     assert "`asyncinfer work`" in waits
     assert goes_on == "asyncinfer: iris goes on."
+
+
+def test_a_long_run_of_a_file_says_how_it_is_taken_up_again(
+    starved: Starved, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.ndjson").write_text(f"{ROW}\n")
+    err = Stderr(then=starved.complete)
+    patient = msgspec.structs.replace(
+        asked("predict", "rows.ndjson"),
+        rows=(str(tmp_path / "rows.ndjson"),),
+        cadence=Cadence(),
+        resumed_seconds=0.1,
+    )
+    with (
+        contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")),
+        contextlib.redirect_stderr(err),
+    ):
+        assert predicting.run(Server(starved.url, None), patient) == 0
+
+    (line,) = err.lines
+    assert "To take this up again: asyncinfer predict rows.ndjson --resume rows-" in line
 
 
 def test_predict_ends_at_its_timeout_and_its_jobs_can_be_taken_up(starved: Starved) -> None:
