@@ -63,7 +63,7 @@ def test_a_watch_gives_up_when_it_was_told_to(url: str) -> None:
         ran = told("job", submitted(url, "digits"), "--watch", "--timeout", "0.2")
         told("cancel", "--model", "digits")
 
-    assert ran.code == 1
+    assert ran.code == 4
     assert "pending" in ran.out
 
 
