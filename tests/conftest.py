@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -76,6 +77,32 @@ def server(redis_url: str) -> Iterator[redis.Redis]:
     yield client
     harness.assert_bounded(client)
     client.close()
+
+
+@pytest.fixture
+def disk_full(server: redis.Redis) -> Iterator[Any]:
+    """Call it to make the server refuse writes because it cannot save."""
+    client: Any = server
+    folder = Path(client.config_get("dir")["dir"])
+    if not folder.is_dir():
+        pytest.skip("the server's folder is not on this machine")
+    blocker = folder / client.config_get("dbfilename")["dbfilename"]
+
+    async def fill() -> None:
+        blocker.mkdir()
+        client.config_set("save", "3600 1")
+        client.bgsave()
+        await harness.eventually(
+            lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err", "a failed save"
+        )
+
+    yield fill
+    client.config_set("save", "")
+    blocker.rmdir()
+    client.bgsave()
+    while client.info("persistence")["rdb_bgsave_in_progress"]:
+        pass
+    blocker.unlink(missing_ok=True)
 
 
 @pytest.fixture

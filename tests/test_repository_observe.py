@@ -39,6 +39,7 @@ async def test_an_empty_system_has_an_empty_queue(observation: Observation) -> N
     (queue,) = await observation.queues()
     assert msgspec.to_builtins(queue) == {
         **{"model": None, "queue": Q, "paused": False, "delayed": 0, "running": 0, "dead": 0},
+        "starved": 0,
         **{"waiting": {"high": 0, "normal": 0, "low": 0}, "oldest_age_seconds": None},
         **{"workers": 0, "slots": 0, "seconds_per_job": None, "backlog_seconds": 0.0},
         **{"window_seconds": 60.0, "submitted_per_second": 0.0, "completed_per_second": 0.0},

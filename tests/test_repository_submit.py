@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,7 +16,7 @@ from asyncinfer.repository.store import Store
 from asyncinfer.repository.submit import Stored, noticed
 from asyncinfer.repository.upkeep import Swept
 
-from .faults.harness import assert_at_rest, eventually
+from .faults.harness import assert_at_rest
 from .hands import DATA, ERROR, RESULT, Hands, Q, ids_of, new_job
 
 INBOX = keys.inbox(Q, "api")
@@ -326,32 +325,6 @@ async def test_a_submit_refused_for_memory_names_no_job_and_goes_through_later(
     assert await hands.submissions.read(job.job_id) is None
     hands.redis.config_set("maxmemory", "0")
     assert (await hands.submissions.submit(job)).verdict == "ok"
-
-
-@pytest.fixture
-def disk_full(server: redis.Redis) -> Iterator[Any]:
-    """Call it to make the server refuse writes because it cannot save."""
-    client: Any = server
-    folder = Path(client.config_get("dir")["dir"])
-    if not folder.is_dir():
-        pytest.skip("the server's folder is not on this machine")
-    blocker = folder / client.config_get("dbfilename")["dbfilename"]
-
-    async def fill() -> None:
-        blocker.mkdir()
-        client.config_set("save", "3600 1")
-        client.bgsave()
-        await eventually(
-            lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err", "a failed save"
-        )
-
-    yield fill
-    client.config_set("save", "")
-    blocker.rmdir()
-    client.bgsave()
-    while client.info("persistence")["rdb_bgsave_in_progress"]:
-        pass
-    blocker.unlink(missing_ok=True)
 
 
 async def test_a_server_that_cannot_save_refuses_a_submit_and_recovers(

@@ -181,9 +181,14 @@ class Catalog:
         if refused:
             count, model = len(refused), refused[0]
             why = self.workforce.refused(model)[0]
-            which = f"None of the {count} models" if count > 1 else "The only model"
+            folder = "in the workers' folder"
+            fact = (
+                f"None of the {count} models {folder} can be served."
+                if count > 1
+                else f"The only model {folder} cannot be served."
+            )
             return NoModelAnnounced(
-                f"{which} in the workers' folder can be served. {model}: {why} "
+                f"{fact} {model}: {why} "
                 "GET /models lists all problems; what is mended there is loaded at once.",
                 retry_after_seconds=_RETRY_SECONDS,
             )

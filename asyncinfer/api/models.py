@@ -65,6 +65,8 @@ async def resume_model(services: Services, request: Request[NoQuery]) -> Reply:
 async def _pause(services: Services, request: Request[NoQuery], *, paused: bool) -> Reply:
     served = await services.catalog.find(request.path("model"))
     await services.operation.pause(served.queue, paused=paused)
+    # Who submits next is told at once.
+    await services.workforce.refresh()
     return json_reply(200, Pause(served.signature.model, paused))
 
 

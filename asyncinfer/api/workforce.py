@@ -41,12 +41,19 @@ class Absence(Struct, frozen=True):
 
 
 class Workforce:
+    """Background role: `run` looks each second, answers read what it saw."""
+
     def __init__(
-        self, inspection: Inspection, store: Store, queues: Callable[[], Sequence[str]]
+        self,
+        inspection: Inspection,
+        store: Store,
+        queues: Callable[[], Sequence[str]],
+        grace_seconds: float = _GRACE_SECONDS,
     ) -> None:
         self._inspection = inspection
         self._store = store
         self._queues = queues
+        self._grace_seconds = grace_seconds
         self._lock = anyio.Lock()
         self._bodies: dict[str, bytes] = {}
         self.workers: Mapping[str, WorkerSays] = {}
@@ -87,11 +94,11 @@ class Workforce:
                 seen = await self._inspection.workforce(self._queues())
                 refusal = await self._refusal()
             except RedisUnavailable:
-                self._sure_at = time.monotonic() + _GRACE_SECONDS if self._began_at else 0.0
+                self._sure_at = time.monotonic() + self._grace_seconds if self._began_at else 0.0
                 return
             if self.refusal or refusal:
                 # Workers that could not announce themselves meanwhile live all the same.
-                self._sure_at = time.monotonic() + _GRACE_SECONDS
+                self._sure_at = time.monotonic() + self._grace_seconds
             self.refusal, self.paused, self._is_whole = refusal, seen.paused, seen.is_whole
             self._began_at = self._began_at or time.time()
             if seen.workers != self._bodies:
@@ -115,7 +122,9 @@ class Workforce:
         left_at = self._left_at.get((model, version)) or self._left_at.get((model, None))
         if left_at is None:
             return Absence(self._began_at, was_seen=False)
-        return None if now - left_at[0] < _GRACE_SECONDS else Absence(left_at[1], was_seen=True)
+        return (
+            None if now - left_at[0] < self._grace_seconds else Absence(left_at[1], was_seen=True)
+        )
 
     def refused(self, model: str) -> list[str]:
         """Why living workers do not serve versions of a model that lies in their folders."""

@@ -14,7 +14,7 @@ from asyncinfer.repository.submit import NewJob
 from asyncinfer.repository.upkeep import Upkeep
 from tests.hands import Hands, new_job
 
-from .harness import Hand, assert_problem, submit
+from .harness import QUEUE, Hand, assert_problem, submit
 
 
 @pytest.fixture
@@ -227,3 +227,47 @@ async def test_with_a_million_waiting_redis_is_held_no_longer(
     stats = hands.redis.info("commandstats")["cmdstat_evalsha"]
     assert stats["usec_per_call"] < 2000
     hands.redis.delete("predict_queue")
+
+
+# --- starved, for people ---------------------------------------------------------------------
+
+
+async def starved(api: httpx2.AsyncClient) -> list[str]:
+    """The models that are, as /health and /queues agree."""
+    health = (await api.get("/health")).json()
+    assert health["status"] == "ok"
+    queues = (await api.get("/queues")).json()["queues"]
+    assert sorted(one["model"] for one in queues if one["starved"]) == health["starved"]
+    found: list[str] = health["starved"]
+    return found
+
+
+async def test_models_with_due_jobs_and_no_worker_are_listed(
+    api: httpx2.AsyncClient, store: Store, hands: Hands
+) -> None:
+    assert await starved(api) == []
+    await submit(api)
+    await hands.submissions.submit_many(f"{QUEUE}:wine", [new_job(queue=f"{QUEUE}:wine")])
+    assert await starved(api) == ["iris", "wine"], "also one that nobody announces any more"
+
+    await worker(store, "starts", models=[], state="starting", loading=["iris"])
+    assert await starved(api) == ["wine"], "one that is being loaded is not"
+    await worker(store, "leaves", models=["wine"], state="draining")
+    assert await starved(api) == ["wine"]
+    await worker(store, "works", models=["wine"])
+    assert await starved(api) == []
+
+
+async def test_a_model_that_is_paused_or_whose_jobs_are_not_due_is_not_starved(
+    api: httpx2.AsyncClient,
+) -> None:
+    await submit(api)
+    await api.post("/models/iris/pause")
+    late = {"data": [[0.0] * 64], "options": {"delay_seconds": 60}}
+    assert (await api.post("/predict/digits", json=late)).status_code == 202
+    assert await starved(api) == []
+
+
+async def test_cancelled_jobs_starve_nobody(api: httpx2.AsyncClient) -> None:
+    await api.delete(f"/job/{await submit(api)}")
+    assert await starved(api) == []

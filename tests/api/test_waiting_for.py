@@ -1,0 +1,358 @@
+"""No wait without a reason: what answers say of a job that is not run now."""
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx2
+import msgspec
+import pytest
+import redis
+
+from asyncinfer import jobs, keys
+from asyncinfer.api.config import ApiConfig
+from asyncinfer.api.workforce import Absence, Workforce
+from asyncinfer.repository.inspect import Inspection
+from asyncinfer.repository.operate import Operation
+from asyncinfer.repository.run import Finished, Runs
+from asyncinfer.repository.scripts import script
+from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.upkeep import Upkeep
+from tests.faults.harness import eventually
+from tests.faults.proxy import proxied
+from tests.hands import Hands, new_job
+
+from .harness import QUEUE, ROW, Hand, announce, client_of, running, signature, submit
+from .sse import listening
+
+NDJSON = {"content-type": "application/x-ndjson"}
+LINE = b'{"data": [[5.1, 3.5, 1.4, 0.2]]}'
+
+
+@pytest.fixture
+def hands(store: Store, server: redis.Redis) -> Hands:
+    return Hands(store, server)
+
+
+@asynccontextmanager
+async def an_api(config: ApiConfig) -> AsyncIterator[httpx2.AsyncClient]:
+    async with running(config) as port, client_of(port) as client:
+        yield client
+
+
+async def worker(store: Store, name: str = "host-1-aaaaaa", **about: Any) -> None:
+    """Announces a worker as it does itself."""
+    said = {"models": ["iris"], "versions": {"iris": {"1": "0" * 64}}, "state": "ready"}
+    await Upkeep(store).announce_worker(name, said | about, ttl_seconds=10)
+
+
+async def answer_to(client: httpx2.AsyncClient, **options: Any) -> dict[str, Any]:
+    """The 202 of a submit."""
+    reply = await client.post("/predict", json={"data": ROW, "options": options})
+    assert reply.status_code == 202, reply.text
+    body: dict[str, Any] = reply.json()
+    return body
+
+
+async def reason_of(client: httpx2.AsyncClient, job_id: str) -> Any:
+    return (await client.get(f"/job/{job_id}")).json()["waiting_for"]
+
+
+async def is_told(client: httpx2.AsyncClient, job_id: str, code: str | None) -> bool:
+    reason = await reason_of(client, job_id)
+    return (reason and reason["code"]) == code
+
+
+# --- where it is said ------------------------------------------------------------------------
+
+
+async def test_every_answer_that_shows_an_unfinished_job_says_why_it_waits(
+    api: httpx2.AsyncClient,
+) -> None:
+    key = {"idempotency-key": "a"}
+    first = (await api.post("/predict", json={"data": ROW}, headers=key)).json()
+    job_id = first["job_id"]
+    (line,) = (await api.post("/predict", content=LINE, headers=NDJSON)).text.splitlines()
+    waited = {**NDJSON, "prefer": "wait=0"}
+    (late,) = (await api.post("/predict", content=LINE, headers=waited)).text.splitlines()
+    async with listening(api, "/events") as stream:
+        (streamed, *_) = (await stream.event("snapshot")).data["jobs"]
+    async with listening(api, f"/job/{job_id}/events") as stream:
+        snapshot = (await stream.event("snapshot")).data
+    told = [
+        first,
+        (await api.post("/predict", json={"data": ROW}, headers=key)).json(),
+        (await api.post("/predict", json={"data": ROW}, headers={"prefer": "wait=0"})).json(),
+        (await api.get(f"/job/{job_id}")).json(),
+        (await api.get(f"/job/{job_id}?wait=0.01")).json(),
+        (await api.get(f"/job/{job_id}?tenant=*")).json(),
+        *(await api.get("/jobs")).json()["jobs"],
+        msgspec.json.decode(line),
+        msgspec.json.decode(late),
+        streamed,
+        snapshot,
+    ]
+    assert {one["waiting_for"]["code"] for one in told} == {"no_worker"}
+
+    ended = (await api.delete(f"/job/{job_id}")).json()
+    assert ended["status"] == "cancelled"
+    retried = (await api.post(f"/job/{job_id}/retry")).json()
+    assert retried["waiting_for"]["code"] == "no_worker"
+
+
+async def test_a_job_that_only_waits_its_turn_has_no_reason_and_an_ended_one_no_such_field(
+    config: ApiConfig, store: Store, hand: Hand
+) -> None:
+    await announce(store, "iris", default="iris")
+    await worker(store)
+    async with an_api(config) as client:
+        told = await answer_to(client)
+        assert told["waiting_for"] is None
+        (line,) = (await client.post("/predict", content=LINE, headers=NDJSON)).text.splitlines()
+        assert "waiting_for" not in line
+        async with listening(client, f"/job/{told['job_id']}/events") as stream:
+            assert (await stream.event("snapshot")).data["waiting_for"] is None
+            await hand.claim()
+            assert (await stream.event("processing")).data["waiting_for"] is None
+            assert await reason_of(client, told["job_id"]) is None
+    async with an_api(config) as client:
+        job_id = await submit(client)
+        await hand.complete()
+        for view in (
+            (await client.get(f"/job/{job_id}")).json(),
+            (await client.get("/jobs")).json()["jobs"][0],
+        ):
+            assert view["status"] == "completed"
+            assert "waiting_for" not in view
+
+
+# --- no worker -------------------------------------------------------------------------------
+
+
+async def test_a_submit_that_no_worker_can_take_is_told_how_to_start_one(
+    config: ApiConfig, store: Store
+) -> None:
+    await announce(store, "iris", default="iris")
+    await worker(store, models=["wine"], problems={"iris": {"1": "its file is cut off"}})
+    async with an_api(config) as client:
+        reason = (await answer_to(client))["waiting_for"]
+    assert reason["code"] == "no_worker"
+    assert "iris since this API began to look at" in reason["message"]
+    assert "its file is cut off" in reason["message"]
+    assert "`asyncinfer work`, with iris in its MODEL_DIR" in reason["message"]
+
+
+@pytest.mark.parametrize("state", ["draining", "hung"])
+async def test_a_worker_that_claims_no_more_is_none(
+    state: str, config: ApiConfig, store: Store
+) -> None:
+    await announce(store, "iris", default="iris")
+    await worker(store, state=state)
+    async with an_api(config) as client:
+        assert (await answer_to(client))["waiting_for"]["code"] == "no_worker"
+
+
+async def test_a_version_that_no_worker_has_is_named(config: ApiConfig, store: Store) -> None:
+    await announce(store, "iris", default="iris")
+    second = {"2": msgspec.json.encode(signature("iris", "2"))}
+    await Upkeep(store).announce_models({"iris": second})
+    await worker(store)
+    async with an_api(config) as client:
+        assert (await answer_to(client, version="1"))["waiting_for"] is None
+        reason = (await answer_to(client, version="2"))["waiting_for"]
+    assert (reason["code"], "version 2 of iris" in reason["message"]) == ("no_worker", True)
+
+
+async def test_a_worker_of_an_older_release_has_every_version(
+    config: ApiConfig, store: Store
+) -> None:
+    await announce(store, "iris", default="iris")
+    await Upkeep(store).announce_worker("old", {"models": ["iris"], "state": "ready"}, 10)
+    async with an_api(config) as client:
+        assert (await answer_to(client, version="1"))["waiting_for"] is None
+
+
+async def test_a_worker_that_is_replaced_leaves_no_gap_and_one_that_left_is_told_since_when(
+    store: Store,
+) -> None:
+    workforce = Workforce(Inspection(store), store, list, grace_seconds=0.3)
+    await worker(store)
+    await workforce.refresh()
+    began = time.time()
+    await Upkeep(store).retract_worker("host-1-aaaaaa")
+    await workforce.refresh()
+    assert workforce.absence("iris", None) is None
+
+    def left() -> Absence | None:
+        return workforce.absence("iris", "1")
+
+    await eventually(lambda: left() is not None, "that it left is told", 2)
+    absence = left()
+    assert absence
+    assert absence.was_seen
+    assert began <= absence.since <= time.time()
+    await worker(store, "host-2-bbbbbb")
+    await workforce.refresh()
+    assert workforce.absence("iris", "1") is None
+
+
+async def test_an_outage_of_redis_is_no_absence_of_workers(
+    redis_url: str, store: Store, server: redis.Redis, policy: Policy
+) -> None:
+    """Not while Redis is away, and not before the workers had time to announce themselves."""
+    async with (
+        proxied(redis_url) as proxy,
+        Store.open(proxy.url, queue_name=store.n, policy=policy, name="api") as away,
+    ):
+        workforce = Workforce(Inspection(away), away, list, grace_seconds=0.5)
+        await worker(store)
+        await workforce.refresh()
+        proxy.black_hole()
+        await workforce.refresh()
+        assert workforce.absence("iris", None) is None
+        server.flushall()
+        proxy.restore()
+        await workforce.refresh()
+        assert workforce.absence("iris", None) is None
+
+        async def is_told() -> bool:
+            await workforce.refresh()
+            return workforce.absence("iris", None) is not None
+
+        await eventually(is_told, "nobody came back", 3)
+
+
+# --- the other reasons -----------------------------------------------------------------------
+
+
+async def test_a_job_of_a_paused_model_names_the_command_that_resumes_it(
+    api: httpx2.AsyncClient, store: Store
+) -> None:
+    await worker(store)
+    await api.post("/models/iris/pause")
+    told = await answer_to(api)
+    reason = told["waiting_for"]
+    assert (reason["code"], "`asyncinfer resume iris`" in reason["message"]) == ("paused", True)
+    await Operation(store).pause(QUEUE, paused=False)
+    await eventually(lambda: is_told(api, told["job_id"], None), "another API resumed it", 2)
+
+
+async def test_a_job_whose_model_is_being_loaded_waits_for_that(
+    config: ApiConfig, store: Store
+) -> None:
+    await announce(store, "iris", default="iris")
+    await worker(store, state="starting", models=[], versions={}, loading=["iris"])
+    async with an_api(config) as client:
+        assert (await answer_to(client))["waiting_for"]["code"] == "starting"
+
+
+async def test_a_job_with_a_delay_says_until_when_and_what_else_is_missing(
+    config: ApiConfig, store: Store
+) -> None:
+    await announce(store, "iris", default="iris")
+    async with an_api(config) as client:
+        told = await answer_to(client, delay_seconds=7200)
+        short = await answer_to(client, delay_seconds=0.01)
+        reason = await reason_of(client, told["job_id"])
+        await eventually(
+            lambda: is_told(client, short["job_id"], "no_worker"), "its start has come", 2
+        )
+    assert (reason["code"], told["waiting_for"]["code"]) == ("delayed", "delayed")
+    assert "in 120 min" in told["waiting_for"]["message"]
+    assert "No worker has had iris" in reason["message"]
+
+
+async def test_a_job_whose_try_failed_says_which_one_is_next(
+    config: ApiConfig, store: Store
+) -> None:
+    await announce(store, "iris", default="iris")
+    await worker(store)
+    runs, hand = Runs(store, "hand"), Hand(store)
+    async with an_api(config) as client:
+        job_id = await submit(client)
+        claim = await hand.claim()
+        (job,) = claim.jobs
+        assert job.record
+        failed = msgspec.structs.replace(job.record, errors=1)
+        meta = jobs.encode_record(failed, jobs.record_seq(job.meta))
+        await runs.finish(claim, [Finished(job_id, "retry", b"", meta, 60_000)], last=True)
+        reason = await reason_of(client, job_id)
+    assert (reason["code"], "Try 1 of 3 failed" in reason["message"]) == ("retry", True)
+
+
+async def test_with_memory_full_the_jobs_that_wait_say_so_and_blame_no_worker(
+    config: ApiConfig, store: Store, hands: Hands, server: redis.Redis
+) -> None:
+    await announce(store, "iris", default="iris")
+    job = new_job()
+    await hands.submissions.submit_many(QUEUE, [job])
+    server.config_set("maxmemory", "1mb")
+    try:
+        async with an_api(config) as client:
+            reason = await reason_of(client, job.job_id)
+    finally:
+        server.config_set("maxmemory", "0")
+    assert (reason["code"], "maxmemory" in reason["message"]) == ("storage_full", True)
+
+
+async def test_with_the_disk_full_the_jobs_that_wait_or_run_say_so(
+    config: ApiConfig, store: Store, hands: Hands, hand: Hand, disk_full: Any
+) -> None:
+    await announce(store, "iris", default="iris")
+    runs, waits = new_job(), new_job()
+    await hands.submissions.submit_many(QUEUE, [runs])
+    await hand.claim()
+    await hands.submissions.submit_many(QUEUE, [waits])
+    await disk_full()
+    async with an_api(config) as client:
+        for job in (runs, waits):
+            reason = await reason_of(client, job.job_id)
+            assert (reason["code"], "DATA_DIR" in reason["message"]) == ("disk_full", True)
+
+
+async def test_what_strangers_left_in_redis_breaks_no_reason(
+    config: ApiConfig, store: Store, server: redis.Redis
+) -> None:
+    await announce(store, "iris", default="iris")
+    for name, body in {b"\xff": b"{", b"odd": b"\xff", b"list": b'{"models": 1}'}.items():
+        server.zadd(keys.workers(store.n), {name: time.time()})
+        server.set(b"{predict_queue}:worker:" + name, body)
+    server.set(keys.data("stranger"), "[[1, 2, 3, 4]]")
+    server.set(keys.status("stranger"), "pending")
+    server.lpush(QUEUE, "stranger")
+    async with an_api(config) as client:
+        assert (await answer_to(client))["waiting_for"]["code"] == "no_worker"
+        assert (await reason_of(client, "stranger"))["code"] == "no_worker"
+
+
+# --- what it costs ---------------------------------------------------------------------------
+
+
+async def test_neither_a_submit_nor_a_read_costs_another_call_to_redis(
+    config: ApiConfig, store: Store, server: redis.Redis
+) -> None:
+    await announce(store, "iris", default="iris")
+    quiet = msgspec.structs.replace(config, policy=Policy(lease_seconds=600, reap_seconds=100))
+    count = 100
+    async with an_api(quiet) as client:
+        await submit(client)
+        with server.monitor() as monitor:
+            for _ in range(count):
+                await client.get(f"/job/{await submit(client)}")
+            server.echo("end")
+            commands = seen_until(monitor.next_command, "end")
+    submits = [one for one in commands if script("submit").sha in one]
+    reads = [one for one in commands if one.startswith("MGET job:")]
+    assert (len(submits), len(reads)) == (count, count)
+    # Of all that goes on beside the requests, whatever their number.
+    assert len(commands) - 2 * count < count / 2
+
+
+def seen_until(next_command: Callable[[], dict[str, Any]], last: str) -> list[str]:
+    """The commands that clients sent, without those of scripts."""
+    commands: list[str] = []
+    while (command := next_command())["command"] != f"ECHO {last}":
+        if command["client_type"] != "lua":
+            commands.append(command["command"])
+    return commands
