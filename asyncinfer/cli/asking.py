@@ -26,6 +26,7 @@ class ModelList(Struct, frozen=True):
     models: tuple[Model, ...]
     problems: tuple[dict[str, Any], ...] = ()
     """Of models that no worker serves in any version."""
+    loading: tuple[str, ...] = ()
 
     @property
     def all_problems(self) -> list[dict[str, Any]]:

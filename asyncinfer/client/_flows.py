@@ -35,6 +35,7 @@ from asyncinfer.errors import (
     JobCancelled,
     JobFinished,
     JobNotRetryable,
+    ModelLoading,
     ModelNotFound,
 )
 
@@ -147,13 +148,9 @@ def ask(
             attempt += 1
         if attempt > server.retries or is_hopeless(told, attempt):
             break
-        reason = reason_of(told, server.url)
-        if due > server.until:
-            yield Pause(max(server.until - time.monotonic(), 0.0), reason)
-            raise WaitTimeout(f"No answer in time: {reason.message}", waiting_for=reason)
-        if due > until:
+        if until < min(due, server.until):
             break
-        yield Pause(pause, reason)
+        yield from _rest(server, pause, reason_of(told, server.url))
     if isinstance(told, Lost):
         raise lost(told.reason, server.url)
     return told
@@ -203,10 +200,22 @@ def path_part(name: str) -> str:
     return quote(name, safe="")
 
 
+def _rest(server: Server, seconds: float, reason: WaitingFor) -> Flow[None]:
+    """Waits before the next try; raises WaitTimeout where the client's own time is over first."""
+    left = server.until - time.monotonic()
+    yield Pause(max(0.0, min(seconds, left)), reason)
+    if left < seconds:
+        raise WaitTimeout(f"No answer in time: {reason.message}", waiting_for=reason)
+
+
 def _pause_seconds(attempt: int, told: Response | Lost) -> float:
-    backoff = min(_BACKOFF_CAP_SECONDS, _BACKOFF_SECONDS * 3.0**attempt)
     asked = retry_after(told) if isinstance(told, Response) else None
-    return max(asked or 0.0, backoff * random.uniform(0.5, 1.0))
+    return max(asked or 0.0, _backoff_seconds(attempt))
+
+
+def _backoff_seconds(attempt: int) -> float:
+    backoff = min(_BACKOFF_CAP_SECONDS, _BACKOFF_SECONDS * 3.0**attempt)
+    return backoff * random.uniform(0.5, 1.0)
 
 
 def _query(query: Mapping[str, Any]) -> str:
@@ -222,9 +231,19 @@ def _text(value: Any) -> str:
 
 
 def models(server: Server) -> Flow[list[Model]]:
+    return (yield from _models(server)).models
+
+
+class _Models(Struct, frozen=True):
+    models: list[Model]
+    loading: list[str] = []
+
+
+def _models(server: Server) -> Flow[_Models]:
     listed = yield from get(server, "/models")
-    found = _converted(server, _member(server, listed, "models"), list[Model])
-    for one in found:
+    _member(server, listed, "models")
+    found = _converted(server, listed, _Models)
+    for one in found.models:
         _remember(server, one)
     return found
 
@@ -232,7 +251,7 @@ def models(server: Server) -> Flow[list[Model]]:
 def model(server: Server, name: str | None) -> Flow[Model]:
     """The model called `name`, or the default one."""
     if name is None:
-        return _default(server, (yield from models(server)))
+        return (yield from _default(server))
     answer = yield from get(server, f"/models/{path_part(name)}")
     _member(server, answer, "model")
     found = _converted(server, answer, Model)
@@ -255,13 +274,31 @@ def _remember(server: Server, found: Model) -> None:
         server.models[None] = (now, found)
 
 
-def _default(server: Server, found: list[Model]) -> Model:
-    for one in found:
-        if one.default or len(found) == 1:
-            server.models[None] = (time.monotonic(), one)
-            return one
-    names = ", ".join(one.model for one in found) or "none: no worker serves any"
-    raise ModelNotFound(f"No model is the default; give model= one of: {names}.")
+def _default(server: Server) -> Flow[Model]:
+    """The default model, which may have yet to be loaded."""
+    attempt = 0
+    while True:
+        found = yield from _models(server)
+        is_only = len(found.models) == 1 and not found.loading
+        for one in found.models:
+            if one.default or is_only:
+                server.models[None] = (time.monotonic(), one)
+                return one
+        if not found.loading:
+            names = ", ".join(one.model for one in found.models) or "none: no worker serves any"
+            raise ModelNotFound(f"No model is the default; give model= one of: {names}.")
+        attempt += 1
+        yield from _until_loaded(server, found.loading, attempt)
+
+
+def _until_loaded(server: Server, loading: list[str], attempt: int) -> Flow[None]:
+    error = ModelLoading(
+        f"No model is the default yet; a worker is loading {', '.join(loading[:3])}. Retry in a "
+        "moment."
+    )
+    if attempt > server.retries:
+        raise error
+    yield from _rest(server, _backoff_seconds(attempt), WaitingFor(error.code, error.detail))
 
 
 def _converted(server: Server, value: Any, kind: type[T]) -> T:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from .conftest import ended, submitted
-from .told import piped
+from .told import piped, told
 
 ESCAPE = "\x1b["
 COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")
@@ -122,6 +122,21 @@ def test_a_person_gets_a_table_of_answers(url: str) -> None:
 
 @pytest.mark.parametrize("columns", [80, 160])
 @pytest.mark.parametrize("key", ["q", "\x03"])
+@pytest.mark.soak
+def test_a_reason_to_wait_is_told_above_the_bar(url: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(f"{','.join('0' * 64)}\n" * 3)
+    told("pause", "digits")
+    try:
+        argv = ["predict", "rows.csv", "-m", "digits", "-o", "out.csv", "--timeout", "3"]
+        shown = at_a_terminal(argv, 100, cwd=tmp_path)
+    finally:
+        told("cancel", "--model", "digits")
+        told("resume", "digits")
+
+    assert shown.code == 4
+    assert f"{ESCAPE}2Kasyncinfer: 3 rows of digits wait: digits is paused" in shown.text
+
+
 def test_top_is_drawn_as_wide_as_the_terminal_and_left_by_a_key(
     url: str, columns: int, key: str
 ) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import io
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from asyncinfer.cli.doctor.machine import room
 from asyncinfer.cli.options import Server
 from asyncinfer.client._waiting import Cadence
 from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.upkeep import Upkeep
 from tests import zoo
 from tests.api.harness import Hand, announce, running
+from tests.faults.harness import eventually_sync
 
 from .told import complaint, told
 
@@ -35,7 +38,12 @@ class Starved:
     def __init__(self, url: str, portal: BlockingPortal, store: Store) -> None:
         self.url = url
         self._portal = portal
+        self._store = store
         self._hand = Hand(store)
+
+    def announce_worker(self, **says: Any) -> None:
+        upkeep = Upkeep(self._store)
+        self._portal.call(partial(upkeep.announce_worker, "host-1-aaaaaa", says, ttl_seconds=10))
 
     def complete(self) -> None:
         """Runs the jobs that wait, as a worker would."""
@@ -195,6 +203,18 @@ def test_views_name_the_model_that_no_worker_has(starved: Starved) -> None:
     assert "iris no worker" in top
     assert "1 job of iris waits, oldest " in top.partition("PROBLEMS")[2]
     assert "-> asyncinfer work --model-dir FOLDER    # one that has iris" in top
+
+
+def test_models_that_are_being_loaded_are_listed_as_such(starved: Starved) -> None:
+    starved.announce_worker(state="ready", models=[], loading=["iris", "wine"])
+
+    def states() -> list[list[str]]:
+        return [line.split() for line in told("models").out.splitlines()[1:]]
+
+    eventually_sync(
+        lambda: [one[-1] for one in states()] == ["loading"] * 2, "both are listed as loading"
+    )
+    assert [one[0] for one in states()] == ["iris", "wine"]
 
 
 @pytest.mark.parametrize("has_it", [True, False])

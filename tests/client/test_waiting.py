@@ -14,6 +14,7 @@ from asyncinfer.client._client import asked_of
 from asyncinfer.client._results import AsyncResults
 from asyncinfer.client._waiting import Cadence, Notices
 from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.upkeep import Upkeep
 from tests.api.harness import Hand, announce, hosted, running
 
 SETOSA: Final = [5.1, 3.5, 1.4, 0.2]
@@ -37,9 +38,9 @@ async def starved(config: ApiConfig, store: Store) -> AsyncIterator[AsyncClient]
         yield client
 
 
-def mapped(client: AsyncClient, rows: list[Any], **options: Any) -> AsyncResults:
+def mapped(client: AsyncClient, rows: list[Any], *, progress: bool = False) -> AsyncResults:
     """A map that loses its patience at once."""
-    asked = asked_of(None, 1, 4, False, "raise", options)
+    asked = asked_of(None, 1, 4, progress, "raise", {})
     asked = msgspec.structs.replace(asked, cadence=AT_ONCE)
     return AsyncResults(client._server, client._driver, rows, asked)
 
@@ -100,6 +101,24 @@ async def test_a_map_tells_why_nothing_comes_and_that_it_goes_on(
     assert said[1:] == ["iris goes on."]
 
 
+async def test_a_bar_leaves_room_for_the_reason(
+    starved: AsyncClient, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = mapped(starved, [SETOSA], progress=True)
+    first = asyncio.create_task(anext(results))
+    shown = ""
+    async with asyncio.timeout(20):
+        while NO_WORKER not in shown:
+            await asyncio.sleep(0.01)
+            shown += capsys.readouterr().err
+    await Hand(store).complete()
+    await first
+    await results.close()
+
+    assert "1 row of iris waits: " in shown.replace("\r", "\n")
+    assert "iris goes on." in capsys.readouterr().err
+
+
 async def test_a_full_queue_is_told_as_the_reason(
     starved: AsyncClient, store: Store, config: ApiConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -117,6 +136,23 @@ async def test_a_full_queue_is_told_as_the_reason(
         finally:
             waiting.cancel()
             await asyncio.wait([waiting])
+
+
+async def test_a_default_model_that_is_being_loaded_is_waited_for(
+    config: ApiConfig, store: Store
+) -> None:
+    upkeep = Upkeep(store)
+    says = {"state": "starting", "default_model": "iris", "loading": ["iris"]}
+    await upkeep.announce_worker("host-1-aaaaaa", says, ttl_seconds=10)
+    async with (
+        hosted(running(config)) as port,
+        AsyncClient(f"http://127.0.0.1:{port}") as client,
+    ):
+        found = asyncio.create_task(client.model())
+        await asyncio.wait([found], timeout=0.1)
+        assert not found.done()
+        await announce(store, "iris", default="iris")
+        assert (await found).model == "iris"
 
 
 def test_a_reason_is_told_when_it_is_new_and_again_after_a_while() -> None:
