@@ -120,8 +120,6 @@ def test_a_person_gets_a_table_of_answers(url: str) -> None:
     assert "setosa" in shown.text
 
 
-@pytest.mark.parametrize("columns", [80, 160])
-@pytest.mark.parametrize("key", ["q", "\x03"])
 @pytest.mark.soak
 def test_a_reason_to_wait_is_told_above_the_bar(url: str, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(f"{','.join('0' * 64)}\n" * 3)
@@ -137,6 +135,8 @@ def test_a_reason_to_wait_is_told_above_the_bar(url: str, tmp_path: Path) -> Non
     assert f"{ESCAPE}2Kasyncinfer: 3 rows of digits wait: digits is paused" in shown.text
 
 
+@pytest.mark.parametrize("columns", [80, 160])
+@pytest.mark.parametrize("key", ["q", "\x03"])
 def test_top_is_drawn_as_wide_as_the_terminal_and_left_by_a_key(
     url: str, columns: int, key: str
 ) -> None:
