@@ -223,6 +223,9 @@ class Catalog:
         self._trouble = None
         self._note_default(announced.default_model)
         if announced != self._announced:
+            # Before the models can be asked: a worker says that it lives before it announces
+            # them, and who submits must not be told that there is none.
+            await self.workforce.refresh()
             self._served = self._served_of(announced)
             self._announced = announced
         # Those that are gone stay in it for as long as they count as lost.

@@ -12,7 +12,7 @@ from typing import Final
 import anyio
 from msgspec import Struct
 
-from asyncinfer.errors import RedisUnavailable, StorageFull, WritesRefused
+from asyncinfer.errors import RedisRefused, RedisUnavailable, StorageFull, WritesRefused
 from asyncinfer.limited_log import LimitedLog
 from asyncinfer.observed import shown_worker
 from asyncinfer.repository.inspect import Inspection, WorkerSays, worker_says
@@ -122,9 +122,10 @@ class Workforce:
         left_at = self._left_at.get((model, version)) or self._left_at.get((model, None))
         if left_at is None:
             return Absence(self._began_at, was_seen=False)
-        return (
-            None if now - left_at[0] < self._grace_seconds else Absence(left_at[1], was_seen=True)
-        )
+        missed_at, since = left_at
+        if now - missed_at < self._grace_seconds:
+            return None
+        return Absence(since, was_seen=True)
 
     def refused(self, model: str) -> list[str]:
         """Why living workers do not serve versions of a model that lies in their folders."""
@@ -139,6 +140,9 @@ class Workforce:
             await self._store.check_writes()
         except (StorageFull, WritesRefused) as error:
             return error
+        except RedisRefused:
+            # A user without the right to this command; the workers are seen all the same.
+            return None
         return None
 
     def _take(self, bodies: Mapping[str, bytes]) -> None:

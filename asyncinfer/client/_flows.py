@@ -37,6 +37,7 @@ from asyncinfer.errors import (
     JobNotRetryable,
     ModelLoading,
     ModelNotFound,
+    NoModelAnnounced,
 )
 
 Priority = Literal["high", "normal", "low"]
@@ -285,10 +286,18 @@ def _default(server: Server) -> Flow[Model]:
                 server.models[None] = (time.monotonic(), one)
                 return one
         if not found.loading:
-            names = ", ".join(one.model for one in found.models) or "none: no worker serves any"
-            raise ModelNotFound(f"No model is the default; give model= one of: {names}.")
+            raise _no_default([one.model for one in found.models])
         attempt += 1
         yield from _until_loaded(server, found.loading, attempt)
+
+
+def _no_default(names: list[str]) -> ModelNotFound | NoModelAnnounced:
+    if names:
+        return ModelNotFound(f"No model is the default; give model= one of: {', '.join(names)}.")
+    return NoModelAnnounced(
+        "No worker serves any model. Start one with `asyncinfer work`, or look at the log of those "
+        "that run."
+    )
 
 
 def _until_loaded(server: Server, loading: list[str], attempt: int) -> Flow[None]:

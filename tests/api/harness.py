@@ -97,6 +97,13 @@ def client_of(port: int, **headers: str) -> httpx2.AsyncClient:
     )
 
 
+@asynccontextmanager
+async def api_of(config: ApiConfig) -> AsyncIterator[httpx2.AsyncClient]:
+    """A client of an API of its own."""
+    async with running(config) as port, client_of(port) as client:
+        yield client
+
+
 def signature(model: str, version: str = "1") -> Signature:
     columns = COLUMNS.get(model, 4)
     return Signature(

@@ -1,7 +1,5 @@
 """What is answered for models that lie in a worker's folder and cannot be asked yet, or at all."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx2
@@ -12,7 +10,7 @@ from asyncinfer.api.config import ApiConfig
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.upkeep import Upkeep
 
-from .harness import ROW, announce, assert_problem, client_of, running, signature
+from .harness import ROW, announce, api_of, assert_problem, signature
 
 BODY = {"data": ROW}
 REQUESTS = (
@@ -24,12 +22,6 @@ REQUESTS = (
     ("GET", "/scale/wine"),
     ("GET", "/events?model=wine"),
 )
-
-
-@asynccontextmanager
-async def an_api(config: ApiConfig) -> AsyncIterator[httpx2.AsyncClient]:
-    async with running(config) as port, client_of(port) as client:
-        yield client
 
 
 async def worker(store: Store, **about: Any) -> None:
@@ -51,14 +43,12 @@ def assert_loading(reply: httpx2.Response) -> None:
 # --- being loaded ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("about", [{"loading": ["wine"]}, {"models": ["wine"]}])
 async def test_a_model_that_is_not_loaded_yet_is_asked_for_again_and_never_unknown(
-    about: dict[str, Any], config: ApiConfig, store: Store
+    config: ApiConfig, store: Store
 ) -> None:
-    """Also where its worker has loaded it and not announced what it takes yet."""
     await announce(store, "iris", default="iris")
-    await worker(store, **about)
-    async with an_api(config) as client:
+    await worker(store, loading=["wine"])
+    async with api_of(config) as client:
         for method, path in REQUESTS:
             assert_loading(await asked(client, method, path))
         (line,) = (
@@ -70,6 +60,9 @@ async def test_a_model_that_is_not_loaded_yet_is_asked_for_again_and_never_unkno
         )
         assert_loading(line)
         assert_problem(await client.get("/models/beer"), 404, "model_not_found")
+        # Loaded, and what it takes not announced yet.
+        await worker(store, models=["wine"])
+        assert_loading(await client.get("/models/wine"))
         await announce(store, "wine")
         assert (await client.post("/predict/wine", json=BODY)).status_code == 202
 
@@ -79,7 +72,7 @@ async def test_while_the_default_model_is_loaded_it_is_asked_for_again(
 ) -> None:
     await store.claim_default_model("iris")
     await worker(store, state="starting", loading=["iris", "wine"])
-    async with an_api(config) as client:
+    async with api_of(config) as client:
         assert_loading(await client.post("/predict", json=BODY))
         assert_loading(await client.post("/predict/iris", json=BODY))
 
@@ -89,7 +82,7 @@ async def test_the_first_of_several_models_to_be_loaded_is_not_taken_for_the_onl
 ) -> None:
     await announce(store, "wine")
     await worker(store, default_model=None, models=["wine"], loading=["beer"])
-    async with an_api(config) as client:
+    async with api_of(config) as client:
         assert_loading(await client.post("/predict", json=BODY))
         await worker(store, default_model=None, models=["wine"])
         assert (await client.post("/predict", json=BODY)).status_code == 202
@@ -101,7 +94,7 @@ async def test_a_version_that_may_be_loaded_yet_is_asked_for_again(
     await announce(store, "iris", default="iris")
     await worker(store, loading=["iris"])
     newer = {**BODY, "options": {"version": "2"}}
-    async with an_api(config) as client:
+    async with api_of(config) as client:
         assert_loading(await client.post("/predict", json=newer))
         assert_loading(await client.post("/models/iris/validate", json=newer))
         second = {"2": msgspec.json.encode(signature("iris", "2"))}
@@ -123,7 +116,7 @@ async def test_a_model_whose_files_are_all_refused_is_unknown_for_that_reason(
 ) -> None:
     await announce(store, "iris", default="iris")
     await worker(store, models=["iris"], problems={"wine": {"1": "a Git LFS pointer"}})
-    async with an_api(config) as client:
+    async with api_of(config) as client:
         problem = assert_problem(await asked(client, method, path), 404, "model_not_found")
     assert "Version 1 is not served: a Git LFS pointer." in problem["detail"]
 
@@ -134,7 +127,7 @@ async def test_a_default_model_that_is_refused_is_unknown_for_that_reason(
     await announce(store, "wine")
     await store.claim_default_model("iris")
     await worker(store, models=["wine"], problems={"iris": {"": "its model.toml is broken"}})
-    async with an_api(config) as client:
+    async with api_of(config) as client:
         problem = assert_problem(await client.post("/predict", json=BODY), 404, "model_not_found")
         assert "It is not served: its model.toml is broken." in problem["detail"]
         assert (await client.post("/predict/wine", json=BODY)).status_code == 202
@@ -159,7 +152,7 @@ async def test_where_nothing_can_be_served_the_answer_says_why_and_does_not_say_
     problems: dict[str, Any], said: str, config: ApiConfig, store: Store
 ) -> None:
     await worker(store, default_model=None, problems=problems)
-    async with an_api(config) as client:
+    async with api_of(config) as client:
         for path in ("/predict", "/predict/other"):
             reply = await client.post(path, json=BODY)
             problem = assert_problem(reply, 503, "no_model_announced")

@@ -1,8 +1,7 @@
 """No wait without a reason: what answers say of a job that is not run now."""
 
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import Any
 
 import httpx2
@@ -23,7 +22,7 @@ from tests.faults.harness import eventually
 from tests.faults.proxy import proxied
 from tests.hands import Hands, new_job
 
-from .harness import QUEUE, ROW, Hand, announce, client_of, running, signature, submit
+from .harness import QUEUE, ROW, Hand, announce, api_of, signature, submit
 from .sse import listening
 
 NDJSON = {"content-type": "application/x-ndjson"}
@@ -33,12 +32,6 @@ LINE = b'{"data": [[5.1, 3.5, 1.4, 0.2]]}'
 @pytest.fixture
 def hands(store: Store, server: redis.Redis) -> Hands:
     return Hands(store, server)
-
-
-@asynccontextmanager
-async def an_api(config: ApiConfig) -> AsyncIterator[httpx2.AsyncClient]:
-    async with running(config) as port, client_of(port) as client:
-        yield client
 
 
 async def worker(store: Store, name: str = "host-1-aaaaaa", **about: Any) -> None:
@@ -61,7 +54,7 @@ async def reason_of(client: httpx2.AsyncClient, job_id: str) -> Any:
 
 async def is_told(client: httpx2.AsyncClient, job_id: str, code: str | None) -> bool:
     reason = await reason_of(client, job_id)
-    return (reason and reason["code"]) == code
+    return bool((reason and reason["code"]) == code)
 
 
 # --- where it is said ------------------------------------------------------------------------
@@ -106,7 +99,7 @@ async def test_a_job_that_only_waits_its_turn_has_no_reason_and_an_ended_one_no_
 ) -> None:
     await announce(store, "iris", default="iris")
     await worker(store)
-    async with an_api(config) as client:
+    async with api_of(config) as client:
         told = await answer_to(client)
         assert told["waiting_for"] is None
         (line,) = (await client.post("/predict", content=LINE, headers=NDJSON)).text.splitlines()
@@ -116,7 +109,7 @@ async def test_a_job_that_only_waits_its_turn_has_no_reason_and_an_ended_one_no_
             await hand.claim()
             assert (await stream.event("processing")).data["waiting_for"] is None
             assert await reason_of(client, told["job_id"]) is None
-    async with an_api(config) as client:
+    async with api_of(config) as client:
         job_id = await submit(client)
         await hand.complete()
         for view in (
@@ -135,7 +128,7 @@ async def test_a_submit_that_no_worker_can_take_is_told_how_to_start_one(
 ) -> None:
     await announce(store, "iris", default="iris")
     await worker(store, models=["wine"], problems={"iris": {"1": "its file is cut off"}})
-    async with an_api(config) as client:
+    async with api_of(config) as client:
         reason = (await answer_to(client))["waiting_for"]
     assert reason["code"] == "no_worker"
     assert "iris since this API began to look at" in reason["message"]
@@ -149,7 +142,7 @@ async def test_a_worker_that_claims_no_more_is_none(
 ) -> None:
     await announce(store, "iris", default="iris")
     await worker(store, state=state)
-    async with an_api(config) as client:
+    async with api_of(config) as client:
         assert (await answer_to(client))["waiting_for"]["code"] == "no_worker"
 
 
@@ -158,7 +151,7 @@ async def test_a_version_that_no_worker_has_is_named(config: ApiConfig, store: S
     second = {"2": msgspec.json.encode(signature("iris", "2"))}
     await Upkeep(store).announce_models({"iris": second})
     await worker(store)
-    async with an_api(config) as client:
+    async with api_of(config) as client:
         assert (await answer_to(client, version="1"))["waiting_for"] is None
         reason = (await answer_to(client, version="2"))["waiting_for"]
     assert (reason["code"], "version 2 of iris" in reason["message"]) == ("no_worker", True)
@@ -169,7 +162,7 @@ async def test_a_worker_of_an_older_release_has_every_version(
 ) -> None:
     await announce(store, "iris", default="iris")
     await Upkeep(store).announce_worker("old", {"models": ["iris"], "state": "ready"}, 10)
-    async with an_api(config) as client:
+    async with api_of(config) as client:
         assert (await answer_to(client, version="1"))["waiting_for"] is None
 
 
@@ -243,7 +236,7 @@ async def test_a_job_whose_model_is_being_loaded_waits_for_that(
 ) -> None:
     await announce(store, "iris", default="iris")
     await worker(store, state="starting", models=[], versions={}, loading=["iris"])
-    async with an_api(config) as client:
+    async with api_of(config) as client:
         assert (await answer_to(client))["waiting_for"]["code"] == "starting"
 
 
@@ -251,7 +244,7 @@ async def test_a_job_with_a_delay_says_until_when_and_what_else_is_missing(
     config: ApiConfig, store: Store
 ) -> None:
     await announce(store, "iris", default="iris")
-    async with an_api(config) as client:
+    async with api_of(config) as client:
         told = await answer_to(client, delay_seconds=7200)
         short = await answer_to(client, delay_seconds=0.01)
         reason = await reason_of(client, told["job_id"])
@@ -269,7 +262,7 @@ async def test_a_job_whose_try_failed_says_which_one_is_next(
     await announce(store, "iris", default="iris")
     await worker(store)
     runs, hand = Runs(store, "hand"), Hand(store)
-    async with an_api(config) as client:
+    async with api_of(config) as client:
         job_id = await submit(client)
         claim = await hand.claim()
         (job,) = claim.jobs
@@ -289,7 +282,7 @@ async def test_with_memory_full_the_jobs_that_wait_say_so_and_blame_no_worker(
     await hands.submissions.submit_many(QUEUE, [job])
     server.config_set("maxmemory", "1mb")
     try:
-        async with an_api(config) as client:
+        async with api_of(config) as client:
             reason = await reason_of(client, job.job_id)
     finally:
         server.config_set("maxmemory", "0")
@@ -305,7 +298,7 @@ async def test_with_the_disk_full_the_jobs_that_wait_or_run_say_so(
     await hand.claim()
     await hands.submissions.submit_many(QUEUE, [waits])
     await disk_full()
-    async with an_api(config) as client:
+    async with api_of(config) as client:
         for job in (runs, waits):
             reason = await reason_of(client, job.job_id)
             assert (reason["code"], "DATA_DIR" in reason["message"]) == ("disk_full", True)
@@ -321,7 +314,7 @@ async def test_what_strangers_left_in_redis_breaks_no_reason(
     server.set(keys.data("stranger"), "[[1, 2, 3, 4]]")
     server.set(keys.status("stranger"), "pending")
     server.lpush(QUEUE, "stranger")
-    async with an_api(config) as client:
+    async with api_of(config) as client:
         assert (await answer_to(client))["waiting_for"]["code"] == "no_worker"
         assert (await reason_of(client, "stranger"))["code"] == "no_worker"
 
@@ -335,9 +328,9 @@ async def test_neither_a_submit_nor_a_read_costs_another_call_to_redis(
     await announce(store, "iris", default="iris")
     quiet = msgspec.structs.replace(config, policy=Policy(lease_seconds=600, reap_seconds=100))
     count = 100
-    async with an_api(quiet) as client:
+    async with api_of(quiet) as client:
         await submit(client)
-        with server.monitor() as monitor:
+        with server.monitor() as monitor:  # type: ignore[no-untyped-call]
             for _ in range(count):
                 await client.get(f"/job/{await submit(client)}")
             server.echo("end")

@@ -1,0 +1,82 @@
+"""Why a job waits, with workers that come and whose runs fail."""
+
+from typing import Any
+
+import httpx2
+import msgspec
+import pytest
+import redis
+
+from asyncinfer.api.config import ApiConfig
+from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.upkeep import Upkeep
+from asyncinfer.tensors import TensorSpec
+from tests import zoo
+from tests.api.harness import api_of, signature
+
+from .harness import eventually
+from .processes import OpenCrew
+
+
+async def told(client: httpx2.AsyncClient, model: str, value: float) -> dict[str, Any]:
+    reply = await client.post(f"/predict/{model}", json={"data": [[value]]})
+    assert reply.status_code == 202, reply.text
+    body: dict[str, Any] = reply.json()
+    return body
+
+
+async def read(client: httpx2.AsyncClient, job_id: str) -> dict[str, Any]:
+    body: dict[str, Any] = (await client.get(f"/job/{job_id}")).json()
+    return body
+
+
+async def test_a_job_says_that_no_worker_is_there_until_one_has_come(
+    crew: OpenCrew, redis_url: str, policy: Policy, store: Store
+) -> None:
+    known = msgspec.structs.replace(
+        signature("slow"), inputs=(TensorSpec("x", "FP32", ("batch", 1)),)
+    )
+    await store.claim_default_model("slow")
+    await Upkeep(store).announce_models({"slow": {"1": msgspec.json.encode(known)}})
+    config = ApiConfig(redis_url=redis_url, policy=policy)
+    with crew() as workers:
+        async with api_of(config) as client:
+            waiting = await told(client, "slow", 1.0)
+            assert waiting["waiting_for"]["code"] == "no_worker"
+            assert (await client.get("/health")).json()["starved"] == ["slow"]
+
+            worker = workers.hire()
+
+            async def has_run() -> bool:
+                return bool((await read(client, waiting["job_id"]))["status"] == "completed")
+
+            async def nothing_is_missing() -> bool:
+                return (await told(client, "slow", 1.0))["waiting_for"] is None
+
+            await eventually(has_run, "the job ran")
+            assert "waiting_for" not in await read(client, waiting["job_id"])
+            await eventually(nothing_is_missing, "the API has seen the worker")
+            assert (await client.get("/health")).json()["starved"] == []
+        assert await worker.stop() == 0
+
+
+@pytest.mark.soak
+async def test_a_job_whose_run_had_no_memory_says_that_it_is_tried_again(
+    crew: OpenCrew, redis_url: str, policy: Policy, server: redis.Redis
+) -> None:
+    codes: set[str] = set()
+    with crew(models=("hungry",), policy=policy) as workers:
+        worker = workers.hire()
+        await eventually(lambda: worker.announced(server), "the worker serves")
+        async with api_of(ApiConfig(redis_url=redis_url, policy=policy)) as client:
+            job_id = (await told(client, "hungry", zoo.ENDLESS_MIB))["job_id"]
+
+            async def has_failed() -> bool:
+                body = await read(client, job_id)
+                if reason := body.get("waiting_for"):
+                    codes.add(reason["code"])
+                return bool(body["status"] == "failed")
+
+            await eventually(has_failed, "the job is given up")
+        assert await worker.stop() == 0
+    assert codes == {"retry"}
