@@ -22,6 +22,7 @@ _WAIT_SECONDS: Final = 30.0
 _FIRST_WAIT_SECONDS: Final = 2.0
 """A reason to wait may show itself just after a submit."""
 _ERROR_CHARACTERS: Final = 100
+_REASON_CHARACTERS: Final = 300
 
 _Moment: TypeAlias = Annotated[datetime, Meta(tz=True)]
 
@@ -239,9 +240,11 @@ def _row(one: _Listed) -> Sequence[object]:
     started, ended = one.started_at, one.finished_at
     took = seconds((ended - started).total_seconds()) if started and ended else None
     told = f"{one.error.code}: {one.error.message}" if one.error else ""
+    most = _ERROR_CHARACTERS
     if one.waiting_for:
-        told = one.waiting_for.message
+        # Its end says what to do.
+        told, most = one.waiting_for.message, _REASON_CHARACTERS
     model = "/".join(filter(None, (one.model, one.version)))
-    if len(told) > _ERROR_CHARACTERS:
-        told = f"{told[:_ERROR_CHARACTERS]}..."
+    if len(told) > most:
+        told = f"{told[:most]}..."
     return one.job_id, status(one.status), model, ago(one.created_at), took, told

@@ -79,7 +79,7 @@ def run(server: Server, asked: Asked) -> int:
     until = time.monotonic() + asked.timeout_seconds
     with Service(server, retries=_RETRIES, until=until) as service:
         service.client._driver.on_pause = _Pauses(asked.cadence).hear
-        source = _source(asked, service)
+        source = _source(asked, service, until)
         group = asked.group or source.group
         with (
             _said_later(asked, source, group),
@@ -229,7 +229,7 @@ def _plain(value: Any) -> Any:
 # --- sources ---------------------------------------------------------------------------------
 
 
-def _source(asked: Asked, service: Service) -> _Source:
+def _source(asked: Asked, service: Service, until: float) -> _Source:
     first = asked.rows[0]
     if len(asked.rows) == 1 and not _is_typed(first):
         path = None if first == "-" else Path(first)
@@ -238,7 +238,7 @@ def _source(asked: Asked, service: Service) -> _Source:
                 f"There is no file {first}. Give the path of one, - for stdin, or a row as numbers "
                 "or JSON: asyncinfer predict 5.1 3.5 1.4 0.2."
             )
-        return _file(asked, path, service.client.model(asked.model))
+        return _file(asked, path, service.client.model(asked.model), until)
     return _Source(_typed_rows(asked.rows), None, f"typed-{uuid.uuid4().hex[:12]}", False)
 
 
@@ -271,7 +271,7 @@ def _number(word: str) -> int | float | None:
     return reading.number(word)
 
 
-def _file(asked: Asked, path: Path | None, model: "Model") -> _Source:
+def _file(asked: Asked, path: Path | None, model: "Model", until: float) -> _Source:
     how = reading.Asked(
         source=asked.rows[0],
         form=asked.read_as,
@@ -279,6 +279,7 @@ def _file(asked: Asked, path: Path | None, model: "Model") -> _Source:
         header=asked.header,
         texts=any(spec.datatype == "BYTES" for spec in model.inputs),
         inputs={spec.name: len(spec.shape) for spec in model.inputs},
+        until=until,
     )
     rows = reading.begun(reading.rows(how))
     if path is None or asked.fresh or not path.is_file():

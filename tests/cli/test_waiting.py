@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -175,6 +177,21 @@ def test_many_jobs_of_a_row_each_end_at_the_timeout_too(starved: Starved, tmp_pa
 def test_a_server_that_never_answers_ends_at_the_timeout_too() -> None:
     said = complaint(told("predict", ROW, "--url", "http://127.0.0.1:1", "--timeout", "0"), 3)
     assert "No answer from http://127.0.0.1:1" in said
+
+
+@pytest.mark.parametrize("sent", [b"", f"{ROW}\n".encode()], ids=["nothing", "a row"])
+def test_stdin_that_stays_silent_ends_at_the_timeout_too(starved: Starved, sent: bytes) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "asyncinfer", "predict", "-", "--timeout", "0.5"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdin
+        assert process.stderr
+        process.stdin.write(sent)
+        process.stdin.flush()
+        assert process.wait(20) == 4
+        assert b"no further row came in time" in process.stderr.read()
 
 
 def test_a_timeout_is_a_number_of_seconds() -> None:
