@@ -112,11 +112,13 @@ class Patience:
         self._model = plan.model.model
         self._cadence = asked.cadence
         self._notices = Notices(bar.say, asked.cadence)
+        self._reason: WaitingFor | None = None
 
     def silence(self) -> Silence:
         return Silence(self._until, self._cadence)
 
     def hear(self, reason: WaitingFor | None, rows: int) -> None:
+        self._reason = reason
         waits = f"{_rows(rows)} of {self._model} wait{'s' * (rows == 1)}"
         self._notices.hear(reason, waits, f"{self._model} goes on")
 
@@ -128,6 +130,7 @@ class Patience:
         return done
 
     def timed_out(self, rows: int, reason: WaitingFor | None) -> WaitTimeout:
+        reason = reason or self._reason
         why = f": {reason.message}" if reason else "."
         return WaitTimeout(
             f"No result in time for {_rows(rows)} of {self._model}{why}",

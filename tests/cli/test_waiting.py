@@ -25,7 +25,7 @@ from asyncinfer.client._waiting import Cadence
 from asyncinfer.repository.store import Policy, Store
 from asyncinfer.repository.upkeep import Upkeep
 from tests import zoo
-from tests.api.harness import Hand, announce, running
+from tests.api.harness import QUEUE, Hand, announce, running
 from tests.faults.harness import eventually_sync
 
 from .told import complaint, told
@@ -37,8 +37,9 @@ NO_WORKER = "No worker has had iris since"
 class Starved:
     """An API whose only model was announced by a worker that left."""
 
-    def __init__(self, url: str, portal: BlockingPortal, store: Store) -> None:
+    def __init__(self, url: str, portal: BlockingPortal, store: Store, server: redis.Redis) -> None:
         self.url = url
+        self._server = server
         self._portal = portal
         self._store = store
         self._hand = Hand(store)
@@ -48,7 +49,8 @@ class Starved:
         self._portal.call(partial(upkeep.announce_worker, "host-1-aaaaaa", says, ttl_seconds=10))
 
     def complete(self) -> None:
-        """Runs the jobs that wait, as a worker would."""
+        """Runs the jobs that wait, as a worker would, once there are some."""
+        eventually_sync(lambda: bool(self._server.llen(QUEUE)), "a job waits")
         self._portal.start_task_soon(self._hand.complete).result(20)
 
 
@@ -72,7 +74,7 @@ def starved(
         portal.wrap_async_context_manager(api(redis_url, policy)) as (url, store),
     ):
         monkeypatch.setenv("ASYNCINFER_URL", url)
-        yield Starved(url, portal, store)
+        yield Starved(url, portal, store, server)
 
 
 def asked(*typed: str, **more: Any) -> predicting.Asked:
@@ -91,6 +93,7 @@ def asked(*typed: str, **more: Any) -> predicting.Asked:
         in_flight=8,
         priority=None,
         typed=typed or ("predict", ROW),
+        timeout_seconds=20.0,
         cadence=Cadence(after_seconds=0.05, look_seconds=0.05),
         **more,
     )
