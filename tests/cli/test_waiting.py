@@ -28,6 +28,7 @@ from tests import zoo
 from tests.api.harness import QUEUE, Hand, announce, running
 from tests.faults.harness import eventually_sync
 
+from .conftest import submitted
 from .told import complaint, told
 
 ROW = "[5.1, 3.5, 1.4, 0.2]"
@@ -203,7 +204,7 @@ def test_a_timeout_is_a_number_of_seconds() -> None:
 
 
 def test_a_job_that_waits_is_listed_and_shown_with_its_reason(starved: Starved) -> None:
-    told("predict", ROW, "--timeout", "0")
+    submitted(starved.url)
     listed = told("jobs")
     job_id = listed.out.splitlines()[1].split()[0]
 
@@ -215,7 +216,7 @@ def test_a_job_that_waits_is_listed_and_shown_with_its_reason(starved: Starved) 
 
 
 def test_views_name_the_model_that_no_worker_has(starved: Starved) -> None:
-    told("predict", ROW, "--timeout", "0")
+    submitted(starved.url)
 
     assert (told("models")).out.splitlines()[1].endswith("0  no worker")
     assert "no worker" in (told("models", "iris")).out
@@ -241,7 +242,7 @@ def test_models_that_are_being_loaded_are_listed_as_such(starved: Starved) -> No
 def test_doctor_names_the_starved_model_and_the_command(
     starved: Starved, tmp_path: Path, has_it: bool
 ) -> None:
-    told("predict", ROW, "--timeout", "0")
+    submitted(starved.url)
     folder = tmp_path / "my models"
     folder.mkdir()
     name = "iris" if has_it else "wine"
