@@ -26,7 +26,7 @@ from asyncinfer.errors import (
 from asyncinfer.faults import unknown_name
 from asyncinfer.limited_log import LimitedLog
 from asyncinfer.models import Signature, read_signature, valid_name
-from asyncinfer.repository.inspect import Announced, Inspection, worker_says
+from asyncinfer.repository.inspect import Announced, Inspection, models_to_come, worker_says
 from asyncinfer.repository.store import Store
 
 _REFRESH_SECONDS: Final = 2.0
@@ -139,6 +139,9 @@ class Catalog:
     def _missing(self, name: str | None) -> RequestError:
         if self._trouble:
             return self._trouble
+        wanted = name or self.default_model
+        if self._is_loading(wanted):
+            return _loading(wanted or "its models, and which one is the default is not known yet")
         is_default = name in (None, self.default_model) and not self._has_no_default
         if self._served and is_default and self._announced.default_model is None:
             return NoModelAnnounced(
@@ -146,9 +149,6 @@ class Catalog:
                 "seconds of a Redis that has lost it. Retry in a moment.",
                 retry_after_seconds=1,
             )
-        wanted = name or self.default_model
-        if self._is_loading(wanted):
-            return _loading(wanted or "one of the models")
         if wanted and (reasons := self.workforce.refused(wanted)):
             return ModelNotFound(f"Model {wanted!r} cannot be used. {' '.join(reasons[:3])}")
         if not self._served:
@@ -169,13 +169,13 @@ class Catalog:
         if name is None:
             return bool(workforce.loading)
         return name in workforce.loading or (
-            workforce.has(name) and name not in self._announced.models
+            workforce.has(name) and not self._announced.models.get(name)
         )
 
     def _nothing_served(self) -> NoModelAnnounced:
         """Workers that live and load nothing will announce nothing, until their folder changes."""
         workers = list(self.workforce.workers.values())
-        if not workers or any(one.models or one.loading for one in workers):
+        if not workers or any(one.models or models_to_come(one) for one in workers):
             return _not_announced()
         refused = sorted({model for one in workers for model in one.problems})
         if refused:
@@ -255,7 +255,7 @@ class Catalog:
                 return replace(announced, default_model=agreed)
         workers = (await self._inspection.workers()).values()
         said = [worker_says(body) for body in workers]
-        self._more_to_come = any(one.loading for one in said)
+        self._more_to_come = any(models_to_come(one) for one in said)
         defaults = [one.default_model for one in said]
         self._has_no_default = None in defaults and not any(defaults)
         return announced

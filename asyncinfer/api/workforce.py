@@ -15,7 +15,7 @@ from msgspec import Struct
 from asyncinfer.errors import RedisRefused, RedisUnavailable, StorageFull, WritesRefused
 from asyncinfer.limited_log import LimitedLog
 from asyncinfer.observed import shown_worker
-from asyncinfer.repository.inspect import Inspection, WorkerSays, worker_says
+from asyncinfer.repository.inspect import Inspection, WorkerSays, models_to_come, worker_says
 from asyncinfer.repository.store import Store
 from asyncinfer.upkeep import ANNOUNCE_SECONDS
 
@@ -59,7 +59,7 @@ class Workforce:
         self.workers: Mapping[str, WorkerSays] = {}
         """By the names that everyone may see, what the living ones say."""
         self.loading: frozenset[str] = frozenset()
-        """Models that a living worker has in its folder and has not loaded yet."""
+        """Models that a living worker has in its folder and does not serve yet."""
         self.paused: frozenset[str] = frozenset()
         """Queues that are paused."""
         self.refusal: StorageFull | WritesRefused | None = None
@@ -147,9 +147,9 @@ class Workforce:
 
     def _take(self, bodies: Mapping[str, bytes]) -> None:
         self.workers = {shown_worker(one): worker_says(body) for one, body in bodies.items()}
-        living = [one for one in self.workers.values() if one.state in ("ready", "starting")]
-        self.loading = frozenset(model for one in living for model in one.loading)
-        served = _served([one for one in living if one.state == "ready"])
+        said = self.workers.values()
+        self.loading = frozenset(model for one in said for model in models_to_come(one))
+        served = _served([one for one in said if one.state == "ready"])
         before, after = _wanted(self._served), _wanted(served)
         now = (time.monotonic(), time.time())
         for wanted in before - after:

@@ -26,10 +26,10 @@ def serve(chosen: Settings, *, work: bool, insecure: bool) -> int:
     from asyncinfer import supervisor
 
     _refuse_open_door(chosen, insecure)
-    parts.model_file(chosen)  # a wrong one stops the start before anything is started
-    set_up_logging()
     redis_url = parts.redis_url(chosen)
     with_worker = work or redis_url is None
+    _refuse_missing_models(chosen, with_worker)
+    set_up_logging()
     plan = supervisor.Plan(
         redis_url=redis_url,
         data_dir=parts.data_dir(chosen),
@@ -49,6 +49,14 @@ def _refuse_open_door(chosen: Settings, insecure: bool) -> None:
             "one with `asyncinfer keygen >> keys` and set API_KEYS=keys, or add --insecure where "
             "something else guards this port."
         )
+
+
+def _refuse_missing_models(chosen: Settings, with_worker: bool) -> None:
+    """Before anything is started. Without these settings the folder is looked at later, beside
+    what starts: it takes a tenth of a second to import what looks."""
+    parts.model_file(chosen)
+    if with_worker and chosen.models:
+        parts.source(chosen).files_at_start()
 
 
 def _is_loopback(host: str) -> bool:
@@ -106,7 +114,8 @@ async def _apis(chosen: Settings, with_worker: bool, redis_url: str, stop: "Stop
 async def _welcome(chosen: Settings, with_worker: bool, redis_url: str) -> Welcome:
     from asyncinfer import models, onnxfile
 
-    found = parts.source(chosen).files() if with_worker else []
+    source = parts.source(chosen) if with_worker else None
+    found = source.files_at_start() if source else []
     names = {one.model for one in found}
     whole = [one for one in found if not one.problem and onnxfile.looks_whole(one.path)]
     files = models.to_serve(whole)
@@ -118,6 +127,7 @@ async def _welcome(chosen: Settings, with_worker: bool, redis_url: str) -> Welco
         port=chosen.port,
         redis=f"{server}, {_whereabouts(chosen, redis_url)}",
         models=tuple(files),
+        model_dir=str(source.path) if source else None,
         refused=sorted(names - files.keys()),
         default_model=default,
         example=file.config.example if file else None,

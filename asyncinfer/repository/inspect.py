@@ -86,6 +86,14 @@ def worker_says(body: bytes) -> WorkerSays:
     return _read_worker(body) or WorkerSays()
 
 
+def models_to_come(says: WorkerSays) -> set[str]:
+    """Models that a worker will claim jobs of and does not yet: they lie in its folder, or are
+    loaded and about to be announced."""
+    if says.state not in ("starting", "ready"):
+        return set()
+    return {*says.loading, *says.versions} - {*says.models}
+
+
 class Health(Struct, frozen=True):
     """The server, how many jobs wait in each queue, and how many workers live."""
 
@@ -216,13 +224,14 @@ class Inspection:
         """Every queue that has had a job, the default model's included."""
         return await self._upkeep.queues()
 
+    async def model_names(self) -> list[str]:
+        """The models that workers have announced."""
+        known = await self._store.look("SMEMBERS", keys.models(self._store.n), otherwise=())
+        return sorted(filter(None, map(decoding.name, known)))
+
     async def announced(self) -> Announced:
-        n = self._store.n
-        known = await self._store.look("SMEMBERS", keys.models(n), otherwise=())
-        models = {
-            name: await self._upkeep.announced_versions(name)
-            for name in sorted(filter(None, map(decoding.name, known)))
-        }
+        names = await self.model_names()
+        models = {name: await self._upkeep.announced_versions(name) for name in names}
         pinned = await self._upkeep.default_versions()
         return Announced(await self._store.default_model(), models, pinned)
 

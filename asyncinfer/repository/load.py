@@ -7,13 +7,11 @@ from msgspec import Struct
 
 from asyncinfer import decoding, keys
 from asyncinfer.jobs import Record, read_record
-from asyncinfer.repository.inspect import WorkerSays, worker_says
+from asyncinfer.repository.inspect import WorkerSays, models_to_come, worker_says
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
 
 _QUEUES_A_CALL: Final = 40
-_COMING: Final = ("starting", "ready")
-"""States of workers that will claim jobs of what they load."""
 
 
 class Gauge(Struct, frozen=True, kw_only=True):
@@ -131,7 +129,7 @@ def load_of(model: str, gauge: Gauge, workers: Sequence[WorkerSays], pace: float
         gauge=gauge,
         workers=len(ready),
         slots=sum(one.concurrency for one in ready),
-        is_loading=any(model in one.loading for one in workers if one.state in _COMING),
+        is_loading=any(model in models_to_come(one) for one in workers),
         seconds_per_job=_mean_pace(having, model) or pace,
     )
 

@@ -1,7 +1,7 @@
 """What a worker says of itself and its models, and what it hears of others'."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -24,6 +24,10 @@ _APIS_KNOW_SECONDS: Final = 5.0
 _MOST_LEAVING_SECONDS: Final = 60.0
 """A queue that other versions keep busy says nothing of who waits for a removed one."""
 
+
+_FULL_ROUND_SECONDS: Final = 0.7 * ANNOUNCE_SECONDS
+"""Rounds that news cause sooner announce only what is new: with 300 models to load there are 300
+rounds, and each version costs one a call."""
 
 _MOST_RETRACTED: Final = 100
 _MOST_LOADING: Final = 10_000
@@ -58,10 +62,20 @@ class Announcer:
         self._inspection = Inspection(store)
         self._heard: dict[str, tuple[WorkerSays, float]] = {}
         """What each other worker said last, and when that was read."""
+        self._announced: dict[Label, Signature] = {}
+        self._full_round_at = -_FULL_ROUND_SECONDS
         self._retracted: dict[Label, None] = {}
         """Versions whose file went while this worker ran, the last one last."""
 
     async def announce(self) -> None:
+        new = self._library.unconfirmed
+        try:
+            await self._announce(new)
+        finally:
+            # What could not be announced is served too: where Redis is full, running jobs frees it.
+            self._library.confirm(new)
+
+    async def _announce(self, new: Collection[Label]) -> None:
         said = self._said()
         # Before the models: an API must not find a model announced, and no default to say which
         # queue is its own.
@@ -75,8 +89,10 @@ class Announcer:
         await self._say_who(said)
         others = await self._others()
         contested = await self._announce_models(others)
-        if contested.keys() != self._contested():
+        is_contested_otherwise = contested.keys() != self._contested()
+        if is_contested_otherwise:
             self._library.contest(contested)
+        if self._library.confirm(new) or is_contested_otherwise:
             await self._say_who(self._said())
         await self._upkeep.announce_default_versions(self._library.default_versions())
         await self._retract()
@@ -113,9 +129,11 @@ class Announcer:
         for (model, version), problem in self._library.problems().items():
             problems.setdefault(model, {})[version] = problem
         served = {name: one.file.version for name, one in self._library.served.items()}
+        default = self._queues.default_model
+        known_default = {"default_model": default} if default or self._queues.has_no_default else {}
         return {
             "models": sorted(served),
-            "default_model": self._queues.default_model,
+            **known_default,
             "versions": versions,
             "served": served,
             "problems": problems,
@@ -135,16 +153,28 @@ class Announcer:
     # --- what we have --------------------------------------------------------------------------
 
     async def _announce_models(self, others: Sequence[WorkerSays]) -> dict[Label, str]:
-        """Announces each version, unless a living worker serves another file of its name."""
-        contested: dict[Label, str] = {}
+        """Announces each version, unless a living worker serves another file of its name: what is
+        new, and from time to time all."""
+        began_at = time.monotonic()
+        is_full = began_at - self._full_round_at >= _FULL_ROUND_SECONDS
         described = self._library.described()
-        names = sorted({model for model, _ in described})
+        due = {
+            label: signature
+            for label, signature in described.items()
+            if is_full or self._announced.get(label) is not signature
+        }
+        before = self._library.contested
+        contested = {one: before[one] for one in before if one in described and one not in due}
+        names = sorted({model for model, _ in due})
         await self._upkeep.announce_model_names(names)
         for model in names:
             known = await self._upkeep.announced_versions(model)
-            for version, signature in _of(model, described):
+            for version, signature in _of(model, due):
                 if rival := await self._announce_version(known.get(version), signature, others):
                     contested[model, version] = rival
+        self._announced = described
+        if is_full:
+            self._full_round_at = began_at
         return contested
 
     async def _announce_version(

@@ -61,8 +61,9 @@ async def test_a_model_that_is_not_loaded_yet_is_asked_for_again_and_never_unkno
         assert_loading(line)
         assert_problem(await client.get("/models/beer"), 404, "model_not_found")
         # Loaded, and what it takes not announced yet.
-        await worker(store, models=["wine"])
-        assert_loading(await client.get("/models/wine"))
+        for about in ({"versions": {"wine": {"1": "0" * 64}}}, {"models": ["wine"]}):
+            await worker(store, **about)
+            assert_loading(await client.get("/models/wine"))
         await announce(store, "wine")
         assert (await client.post("/predict/wine", json=BODY)).status_code == 202
 

@@ -127,12 +127,12 @@ async def test_a_submit_that_no_worker_can_take_is_told_how_to_start_one(
     config: ApiConfig, store: Store
 ) -> None:
     await announce(store, "iris", default="iris")
-    await worker(store, models=["wine"], problems={"iris": {"1": "its file is cut off"}})
+    await worker(store, models=["wine"], versions={}, problems={"iris": {"1": "cut off"}})
     async with api_of(config) as client:
         reason = (await answer_to(client))["waiting_for"]
     assert reason["code"] == "no_worker"
     assert "iris since this API began to look at" in reason["message"]
-    assert "its file is cut off" in reason["message"]
+    assert "Version 1 is not served: cut off." in reason["message"]
     assert "`asyncinfer work`, with iris in its MODEL_DIR" in reason["message"]
 
 

@@ -16,6 +16,10 @@ from tests.api.harness import api_of, signature
 
 from .harness import eventually
 from .processes import OpenCrew
+from .shop import Folder
+
+SLOW = zoo.loop_for_hours("batch").SerializeToString()
+"""Takes 7 s to load: as long as probing may take."""
 
 
 async def told(client: httpx2.AsyncClient, model: str, value: float) -> dict[str, Any]:
@@ -80,3 +84,28 @@ async def test_a_job_whose_run_had_no_memory_says_that_it_is_tried_again(
             await eventually(has_failed, "the job is given up")
         assert await worker.stop() == 0
     assert codes == {"retry"}
+
+
+async def test_a_model_that_its_worker_still_loads_is_never_unknown(
+    crew: OpenCrew, folder: Folder, redis_url: str, policy: Policy
+) -> None:
+    """And no other model is taken for the only one meanwhile."""
+    folder.publish(SLOW, 1, name="z")
+    seen: set[tuple[str, str]] = set()
+    with crew(model_dir=str(folder.path), models=()) as workers:
+        async with api_of(ApiConfig(redis_url=redis_url, policy=policy)) as client:
+            worker = workers.hire()
+
+            async def first_is_served() -> bool:
+                for path in ("/predict", "/predict/m", "/predict/z"):
+                    reply = await client.post(path, json={"data": [[1.0]]})
+                    seen.add((path, reply.json().get("code", "accepted")))
+                return ("/predict/m", "accepted") in seen
+
+            await eventually(first_is_served, "m is served")
+        worker.kill()
+    assert {path for path, code in seen if code == "model_loading"} >= {"/predict", "/predict/z"}
+    # Before the worker has said anything.
+    seen -= {(path, "no_model_announced") for path, _ in seen}
+    assert {code for _, code in seen} == {"accepted", "model_loading"}
+    assert {path for path, code in seen if code == "accepted"} == {"/predict/m"}
