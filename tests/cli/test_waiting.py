@@ -17,7 +17,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.cli import predicting
-from asyncinfer.cli.doctor.examination import without_effects
+from asyncinfer.cli.doctor.examination import mended_by_serve, without_effects
 from asyncinfer.cli.doctor.findings import problem, warning
 from asyncinfer.cli.doctor.machine import room
 from asyncinfer.cli.options import Server
@@ -265,6 +265,7 @@ def test_a_full_disk_is_one_problem_and_the_remedy_is_to_free_it(tmp_path: Path)
         warning("Redis", "no `serve` runs its embedded Valkey", "asyncinfer serve"),
     ]
 
+    assert "free the disk of" in mended_by_serve(effects, tmp_path)[0].mend
     assert full.verdict == "problem"
     assert full.mend.startswith("free the disk")
     assert without_effects([*effects, full]) == [full]

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+
 from asyncinfer.cli import parts
 from asyncinfer.cli.doctor.api import examine_api
 from asyncinfer.cli.doctor.findings import Finding, problem, warning
@@ -17,12 +19,28 @@ def examine(chosen: Settings, url: str | None, api_key: str | None) -> list[Find
     import anyio
 
     found = [
-        *anyio.run(_examine_redis, chosen),
+        *mended_by_serve(anyio.run(_examine_redis, chosen), _embedded_data_dir(chosen)),
         *anyio.run(_examine_models, chosen),
         *examine_machine(chosen, _embedded_data_dir(chosen)),
         *examine_api(chosen, url, api_key),
     ]
     return without_effects(found)
+
+
+def mended_by_serve(found: Sequence[Finding], data_dir: Path | None) -> list[Finding]:
+    """Nobody starts or mends the embedded Valkey by hand: `data_dir` where it is that."""
+    if data_dir is None:
+        return list(found)
+    mends = {
+        "Redis": "look at the log of `asyncinfer serve`, or stop and start it",
+        "Redis disk": f"free the disk of {data_dir}; the jobs go on by themselves then",
+    }
+    return [
+        msgspec.structs.replace(one, mend=mends.get(one.about, one.mend))
+        if one.verdict == "problem"
+        else one
+        for one in found
+    ]
 
 
 def without_effects(found: Sequence[Finding]) -> list[Finding]:
@@ -38,7 +56,7 @@ async def _examine_redis(chosen: Settings) -> list[Finding]:
     except StartError:
         where = f"no REDIS_URL, and no `serve` runs its embedded Valkey on {parts.data_dir(chosen)}"
         return [warning("Redis", where, "asyncinfer serve")]
-    return await examine_redis(url, chosen.queue_name, _embedded_data_dir(chosen))
+    return await examine_redis(url, chosen.queue_name)
 
 
 async def _examine_models(chosen: Settings) -> list[Finding]:

@@ -1,7 +1,6 @@
 """What a doctor says of a Redis server."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
@@ -19,8 +18,7 @@ _CLOCK_SECONDS: Final = 2.0
 _FULL: Final = 0.8
 
 
-async def examine_redis(url: str, queue_name: str, data_dir: Path | None) -> list[Finding]:
-    """`data_dir` where it is the embedded one, which nobody has to start or to mend by hand."""
+async def examine_redis(url: str, queue_name: str) -> list[Finding]:
     shown = shown_url(url)
     try:
         async with Store.open(
@@ -29,10 +27,8 @@ async def examine_redis(url: str, queue_name: str, data_dir: Path | None) -> lis
             found = await vitals(store)
     except AsyncinferError as error:
         mend = f"start it, or set REDIS_URL to one that answers: {_cli(shown)} PING"
-        if data_dir:
-            mend = "look at the log of `asyncinfer serve`, or stop and start it"
         return [problem("Redis", f"{shown}: {error.detail}", mend)]
-    return list(findings_of(found, shown, data_dir))
+    return list(findings_of(found, shown))
 
 
 def _cli(url: str) -> str:
@@ -40,7 +36,7 @@ def _cli(url: str) -> str:
     return f"redis-cli -s {path}" if scheme == "unix" else f"redis-cli -u {url}"
 
 
-def findings_of(found: Vitals, url: str, data_dir: Path | None = None) -> Iterator[Finding]:
+def findings_of(found: Vitals, url: str) -> Iterator[Finding]:
     yield _server(found, url)
     if found.is_replica:
         yield problem(
@@ -51,8 +47,6 @@ def findings_of(found: Vitals, url: str, data_dir: Path | None = None) -> Iterat
     yield _persistence(found, url)
     if found.write_error:
         mend = f"free its disk, then: {_cli(url)} BGSAVE"
-        if data_dir:
-            mend = f"free the disk of {data_dir}; the jobs go on by themselves then"
         yield problem("Redis disk", found.write_error, mend)
     yield _memory(found, url)
     yield _round_trip(found.round_trip_seconds)
