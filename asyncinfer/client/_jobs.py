@@ -9,6 +9,7 @@ from asyncinfer.client._drivers import AsyncDriver, Driver
 from asyncinfer.client._flows import Server, View
 from asyncinfer.client._waiting import WaitingFor
 from asyncinfer.client._wire import Event
+from asyncinfer.printable import printable_line
 
 _TIMES: Final = ("created_at", "started_at", "finished_at")
 
@@ -62,7 +63,7 @@ class JobState:
 
     def __repr__(self) -> str:
         model = f" of {self.model}" if self.model else ""
-        reason = f", {self.waiting_for.message}" if self.waiting_for else ""
+        reason = f", {printable_line(self.waiting_for.message)}" if self.waiting_for else ""
         return f"<{type(self).__name__} {self.id}{model}: {self.status}{reason}>"
 
     def _repr_html_(self) -> str:
