@@ -91,17 +91,18 @@ class Reasons:
         if queue not in self._workforce.paused:
             return missing
         shown = model[:_SHOWN_CHARACTERS]
-        return WaitingFor(
-            "paused", f"{shown} is paused: resume it with `asyncinfer resume {shown}`."
-        )
+        paused = f"{shown} is paused: resume it with `asyncinfer resume {shown}`."
+        return WaitingFor("paused", f"{paused} {missing.message}" if missing else paused)
 
     def _missing(self, model: str, version: str | None) -> WaitingFor | None:
-        absence = self._workforce.absence(model, version)
-        if absence is None:
+        if self._workforce.has(model, version):
             return None
         shown = model[:_SHOWN_CHARACTERS] or "the default model"
         if model in self._workforce.loading:
             return WaitingFor("starting", f"A worker is loading {shown}.")
+        absence = self._workforce.absence(model, version)
+        if absence is None:
+            return None
         if version is not None and self._workforce.has(model):
             shown = f"version {version[:_SHOWN_CHARACTERS]} of {shown}"
         why = self._workforce.refused(model)[:_SHOWN_REASONS]

@@ -106,18 +106,20 @@ class Workforce:
                 self._take(seen.workers)
             self.changes += 1
 
-    def has(self, model: str) -> bool:
-        """Whether a living worker claims jobs of the model."""
-        return model in self._served
+    def has(self, model: str, version: str | None = None) -> bool:
+        """Whether a living worker claims jobs of a version of the model (None: of any)."""
+        versions = self._served.get(model, _NO_VERSIONS)
+        return versions is None or (bool(versions) if version is None else version in versions)
 
     def absence(self, model: str, version: str | None) -> Absence | None:
         """That no living worker has a version of a model (None: any); None where one has, or
         where it is not known for sure."""
-        versions = self._served.get(model, _NO_VERSIONS)
-        if versions is None or (versions if version is None else version in versions):
-            return None
         now = time.monotonic()
-        if not (self._began_at and self._is_whole) or now < self._sure_at:
+        if (
+            self.has(model, version)
+            or not (self._began_at and self._is_whole)
+            or now < self._sure_at
+        ):
             return None
         left_at = self._left_at.get((model, version)) or self._left_at.get((model, None))
         if left_at is None:

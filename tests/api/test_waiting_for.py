@@ -238,6 +238,20 @@ async def test_a_job_whose_model_is_being_loaded_waits_for_that(
     await worker(store, state="starting", models=[], versions={}, loading=["iris"])
     async with api_of(config) as client:
         assert (await answer_to(client))["waiting_for"]["code"] == "starting"
+        await worker(store)
+        await eventually(lambda: is_served(client), "it is loaded", 2)
+        # The same worker, started again.
+        await worker(store, state="starting", models=[], versions={}, loading=["iris"])
+        await eventually(lambda: is_starting(client), "it is loaded again", 2)
+
+
+async def is_served(client: httpx2.AsyncClient) -> bool:
+    return (await answer_to(client))["waiting_for"] is None
+
+
+async def is_starting(client: httpx2.AsyncClient) -> bool:
+    reason = (await answer_to(client))["waiting_for"]
+    return bool(reason and reason["code"] == "starting")
 
 
 async def test_a_job_with_a_delay_says_until_when_and_what_else_is_missing(
