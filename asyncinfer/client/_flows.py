@@ -54,6 +54,8 @@ _WAIT_SECONDS: Final = 30
 """One waiting request; proxies cut silent connections, often after 60 s."""
 _MARGIN_SECONDS: Final = 15.0
 _KNOWN_SECONDS: Final = 30.0
+_NEWEST: Final = 32
+"""Jobs that a look for a reason reads: more than those that a map has under way in most cases."""
 _LOOK_SECONDS: Final = 2.0
 """A look for the reason of a wait must not hold up the answer that is waited for."""
 _PAGE: Final = 1000
@@ -522,35 +524,39 @@ def waiting_for(view: View) -> WaitingFor | None:
 
 
 def why_waiting(server: Server, group: str) -> Flow[WaitingFor | None]:
-    """Why the newest job of a group that waits, or runs where none waits, makes no progress.
+    """Why jobs of a group make no progress, as its newest ones that have not ended say.
 
     Asked once. A server that does not answer, or not now, is a reason too.
     """
-    for status in ("pending", "processing"):
-        told = yield from _newest(server, group, status)
-        if isinstance(told, WaitingFor):
-            return told
-        if told is not None:
-            return told.waiting_for
-    return None
+    newest = yield from _listed_once(server, group=group, limit=_NEWEST)
+    if isinstance(newest, list) and not any(map(_is_unfinished, newest)):
+        # Those of a map that was taken up again may be older; to look for them costs more.
+        newest = yield from _listed_once(server, group=group, status="pending", limit=1)
+    if not isinstance(newest, list):
+        return newest
+    reasons = [one.waiting_for for one in newest if _is_unfinished(one)]
+    return next(filter(None, reasons), None)
 
 
-def _newest(server: Server, group: str, status: Status) -> Flow[_View | WaitingFor | None]:
-    query = _query({"group": group, "status": status, "limit": 1})
+def _is_unfinished(view: _View) -> bool:
+    return view.status not in jobs.TERMINAL
+
+
+def _listed_once(server: Server, **query: Any) -> Flow[list[_View] | WaitingFor | None]:
+    """Jobs, or why there is no answer; None where the key may not list them."""
     left = server.until - time.monotonic()
     request = Request(
         method="GET",
-        path=f"/jobs{query}",
+        path=f"/jobs{_query(query)}",
         timeout_seconds=max(1.0, min(_LOOK_SECONDS, left)),
     )
     told = yield from exchange(_ours(server, request))
     if isinstance(told, Lost) or told.status in AGAIN:
         return reason_of(told, server.url)
     if told.status >= 400:
-        # Perhaps the key may not list jobs: the wait itself says what is wrong, if anything is.
+        # The wait itself says what is wrong, if anything is.
         return None
-    found = _converted(server, _member(server, decoded(server, told), "jobs"), list[_View])
-    return found[0] if found else None
+    return _converted(server, _member(server, decoded(server, told), "jobs"), list[_View])
 
 
 # --- jobs --------------------------------------------------------------------------------------
