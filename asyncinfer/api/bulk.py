@@ -30,7 +30,7 @@ from asyncinfer.errors import (
     TooManyRefusedLines,
     WritesRefused,
 )
-from asyncinfer.jobs import TERMINAL, Status, created_ms
+from asyncinfer.jobs import Status, created_ms
 from asyncinfer.repository.submit import MOST_BYTES, MOST_JOBS, NewJob, Submitted
 from asyncinfer.schemas import AskedOptions
 
@@ -284,8 +284,6 @@ class Reader:
         return answers
 
     def _accepted(self, job: NewJob, job_id: str, status: Status) -> bytes:
-        if status in TERMINAL:
-            return accepted_line(job_id, status, None)
         record = job.record
         if job_id != job.job_id and (made_ms := created_ms(job_id)) is not None:
             # An earlier one with the same options, whose delay began as it was made.

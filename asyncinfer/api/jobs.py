@@ -10,6 +10,7 @@ from asyncinfer.api.audit import audited
 from asyncinfer.api.exchange import Reply, Request, json_reply
 from asyncinfer.api.services import Services
 from asyncinfer.api.views import (
+    Waiting,
     accepted_view,
     ended,
     job_view,
@@ -38,7 +39,6 @@ from asyncinfer.schemas import (
     JobsQuery,
     OneQuery,
     RetryQuery,
-    WaitingFor,
     WaitQuery,
 )
 
@@ -153,11 +153,10 @@ async def retry_job(services: Services, request: Request[OneQuery]) -> Reply:
     return json_reply(202, view, location)
 
 
-def _waits_again(services: Services, stored: Stored, now_ms: int) -> WaitingFor | None:
-    if stored.record is None:
-        again = services.reasons.of(msgspec.structs.replace(stored, status="pending"))
-        return again or None
-    return services.reasons.of_record(next_round(stored.record, now_ms))
+def _waits_again(services: Services, stored: Stored, now_ms: int) -> Waiting:
+    record = stored.record and next_round(stored.record, now_ms)
+    again = msgspec.structs.replace(stored, status="pending", record=record)
+    return services.reasons.of(again)
 
 
 def absent(services: Services, job_id: str) -> RequestError:

@@ -3,7 +3,6 @@
 from typing import Any
 
 import msgspec
-from msgspec import UNSET
 
 from asyncinfer import jobs
 from asyncinfer.api.body import has_lines
@@ -141,6 +140,5 @@ def _accepted_reply(
     *headers: Header,
 ) -> Reply:
     location = (b"location", url_of(job_id).encode())
-    has_ended = status in jobs.TERMINAL
-    waiting_for = UNSET if has_ended else services.reasons.of_record(record, status)
-    return json_reply(202, accepted_view(job_id, status, waiting_for), location, *headers)
+    view = accepted_view(job_id, status, services.reasons.of_record(record, status))
+    return json_reply(202, view, location, *headers)

@@ -47,23 +47,21 @@ class Reasons:
         self._n = store.n
         self._max_errors = store.policy.max_errors
         self._default_model = default_model
-        self._kept: dict[tuple[str, str, str | None], WaitingFor | None] = {}
-        self._kept_of = -1
 
     def of(self, stored: Stored) -> WaitingFor | UnsetType | None:
         """Of a stored job; UNSET of one that has ended. A stranger's is the default model's."""
-        if stored.status in jobs.TERMINAL:
-            return UNSET
-        if stored.record is None:
-            general = self._of_all(self._n, self._default_model() or "", None)
-            return general if stored.status == "pending" or general is _DISK_FULL else None
-        return self.of_record(stored.record, stored.status)
+        if stored.record:
+            return self.of_record(stored.record, stored.status)
+        general = self._of_all(self._n, self._default_model() or "", None)
+        return general if stored.status == "pending" else _unless_pending(general, stored.status)
 
-    def of_record(self, record: Record, status: Status = "pending") -> WaitingFor | None:
-        """Of an unfinished job with this record, such as one that was just submitted."""
+    def of_record(
+        self, record: Record, status: Status = "pending"
+    ) -> WaitingFor | UnsetType | None:
+        """Of a job with this record, such as one that was just submitted."""
         general = self._of_all(record.queue, record.model, record.version)
         if status != "pending":
-            return general if general is _DISK_FULL else None
+            return _unless_pending(general, status)
         if record.options.delay_seconds:
             general = _delayed(record, general)
         if general is None and record.errors:
@@ -72,13 +70,14 @@ class Reasons:
 
     def _of_all(self, queue: str, model: str, version: str | None) -> WaitingFor | None:
         """What holds for all jobs of a model and version; worked out once for each look."""
-        if self._kept_of != self._workforce.changes or len(self._kept) > _MOST_KEPT:
-            self._kept, self._kept_of = {}, self._workforce.changes
+        worked_out = self._workforce.worked_out
         key = (queue, model, version)
         try:
-            return self._kept[key]
+            return worked_out[key]
         except KeyError:
-            reason = self._kept[key] = self._reason(queue, model, version)
+            if len(worked_out) >= _MOST_KEPT:
+                worked_out.clear()
+            reason = worked_out[key] = self._reason(queue, model, version)
             return reason
 
     def _reason(self, queue: str, model: str, version: str | None) -> WaitingFor | None:
@@ -108,6 +107,13 @@ class Reasons:
         why = self._workforce.refused(model)[:_SHOWN_REASONS]
         remedy = f"Start one with `asyncinfer work`, with {shown} in its MODEL_DIR."
         return WaitingFor("no_worker", " ".join((_since(shown, absence), *why, remedy)))
+
+
+def _unless_pending(general: WaitingFor | None, status: Status) -> WaitingFor | UnsetType | None:
+    """A running job waits for nothing but to be stored; an ended one has no such field."""
+    if status in jobs.TERMINAL:
+        return UNSET
+    return general if general is _DISK_FULL else None
 
 
 def _since(shown: str, absence: Absence) -> str:

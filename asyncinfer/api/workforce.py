@@ -17,6 +17,7 @@ from asyncinfer.limited_log import LimitedLog
 from asyncinfer.observed import shown_worker
 from asyncinfer.repository.inspect import Inspection, WorkerSays, models_to_come, worker_says
 from asyncinfer.repository.store import Store
+from asyncinfer.schemas import WaitingFor
 from asyncinfer.upkeep import ANNOUNCE_SECONDS
 
 _REFRESH_SECONDS: Final = 0.9
@@ -64,8 +65,8 @@ class Workforce:
         """Queues that are paused."""
         self.refusal: StorageFull | WritesRefused | None = None
         """Why Redis takes no writes."""
-        self.changes = 0
-        """Counts the looks: what is worked out from one holds until the next."""
+        self.worked_out: dict[tuple[str, str, str | None], WaitingFor | None] = {}
+        """Why jobs wait, by queue, model and version: kept here until the next look."""
         self._served: dict[str, set[str] | None] = {}
         """By model, the versions that living workers claim jobs of; None: any, since an older
         release does not say which."""
@@ -104,7 +105,7 @@ class Workforce:
             if seen.workers != self._bodies:
                 self._bodies = seen.workers
                 self._take(seen.workers)
-            self.changes += 1
+            self.worked_out = {}
 
     def has(self, model: str, version: str | None = None) -> bool:
         """Whether a living worker claims jobs of a version of the model (None: of any)."""
@@ -115,11 +116,8 @@ class Workforce:
         """That no living worker has a version of a model (None: any); None where one has, or
         where it is not known for sure."""
         now = time.monotonic()
-        if (
-            self.has(model, version)
-            or not (self._began_at and self._is_whole)
-            or now < self._sure_at
-        ):
+        is_sure = self._began_at and self._is_whole and now >= self._sure_at
+        if self.has(model, version) or not is_sure:
             return None
         left_at = self._left_at.get((model, version)) or self._left_at.get((model, None))
         if left_at is None:
