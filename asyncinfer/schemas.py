@@ -466,6 +466,9 @@ class ModelList(Struct, frozen=True):
     problems: Annotated[
         list[ModelProblem], Meta(description="Of models that no worker serves in any version.")
     ]
+    loading: Annotated[
+        list[str], Meta(description="Models that a worker has in its folder and has yet to load.")
+    ]
 
 
 class Pause(Struct, frozen=True):

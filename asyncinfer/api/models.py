@@ -42,7 +42,8 @@ async def list_models(services: Services, request: Request[NoQuery]) -> Reply:
     workers = await _workers(services)
     names = {one.signature.model for one in served}
     broken = [one for one in _problems(workers) if one.model not in names]
-    return json_reply(200, ModelList(await _views(services, served, workers), broken))
+    loading = sorted(services.workforce.loading)
+    return json_reply(200, ModelList(await _views(services, served, workers), broken, loading))
 
 
 async def read_model(services: Services, request: Request[NoQuery]) -> Reply:

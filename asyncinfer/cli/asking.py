@@ -1,5 +1,6 @@
 """Requests to a service, through the client: what commands ask that it has no method for."""
 
+import math
 import re
 from types import TracebackType
 from typing import Any, Final, TypeVar
@@ -25,6 +26,7 @@ class ModelList(Struct, frozen=True):
     models: tuple[Model, ...]
     problems: tuple[dict[str, Any], ...] = ()
     """Of models that no worker serves in any version."""
+    loading: tuple[str, ...] = ()
 
     @property
     def all_problems(self) -> list[dict[str, Any]]:
@@ -34,8 +36,10 @@ class ModelList(Struct, frozen=True):
 class Service:
     """One service, asked over one pool of connections."""
 
-    def __init__(self, server: Server, *, retries: int = _RETRIES) -> None:
+    def __init__(self, server: Server, *, retries: int = _RETRIES, until: float = math.inf) -> None:
+        """`until` on the monotonic clock; nothing is waited for after that."""
         self.client = Client(server.url, server.api_key, retries=retries)
+        self.client._server.until = until
 
     def __enter__(self) -> "Service":
         return self

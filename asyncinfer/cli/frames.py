@@ -6,10 +6,12 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from asyncinfer.cli.showing import console, rate, seconds, show, status, styled, table
+from asyncinfer.cli.starving import mend_starved, queue_name, told_starved, waiting_jobs
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from asyncinfer.cli.rendering import SafeText
     from asyncinfer.cli.watching import Seen
     from asyncinfer.observed import Percentiles, Queue, Worker
 
@@ -39,7 +41,7 @@ def _queues() -> Sequence[_Column]:
         _Column("FAIL/s", lambda it: rate(it.failed_per_second), False),
         _Column("WAIT p50 p95", lambda it: _pair(it.wait_seconds), False),
         _Column("RUN p50 p95", lambda it: _pair(it.run_seconds)),
-        _Column("BACKLOG", lambda it: seconds(it.backlog_seconds), False),
+        _Column("BACKLOG", _backlog, False),
         _Column("WORKERS", lambda it: it.workers, False),
         _Column("SLOTS", lambda it: it.slots),
     )
@@ -69,6 +71,9 @@ def say(seen: "Seen") -> None:
     if seen.workers:
         console().print()
         _show(_workers(), seen.workers, wide)
+    if problems := _problems_of(seen.queues):
+        console().print()
+        console().print(problems, soft_wrap=True)
 
 
 def screen(seen: "Seen", to: "Console", trouble: str) -> "RenderableType":
@@ -77,12 +82,13 @@ def screen(seen: "Seen", to: "Console", trouble: str) -> "RenderableType":
     wide = to.width >= _WIDE
     queues = _table(_queues(), seen.queues, wide)
     workers = "" if seen.workers is None else _table(_workers(), seen.workers, wide)
-    return Group(_title(seen, trouble), "", queues, "", workers)
+    problems = _problems_of(seen.queues) or ""
+    return Group(_title(seen, trouble), "", queues, "", workers, "", problems)
 
 
 def _title(seen: "Seen", trouble: str) -> Any:
     at = datetime.fromtimestamp(seen.at).astimezone().strftime("%H:%M:%S")
-    waiting = sum(_all_waiting(one) for one in seen.queues)
+    waiting = sum(waiting_jobs(one) for one in seen.queues)
     line = styled("asyncinfer", "bold")
     line.append(f"  {seen.source}  {at}  {waiting:,} waiting  ", "")
     line.append(f"{sum(one.running for one in seen.queues):,} running  ", "")
@@ -114,17 +120,33 @@ def _numeric(columns: Sequence[_Column]) -> list[str]:
 
 
 def _model(queue: "Queue") -> object:
-    name = queue.model or queue.queue
+    name = queue_name(queue)
+    if queue.starved:
+        return styled(f"{name} no worker", "bold red")
     return styled(f"{name} paused", "yellow") if queue.paused else name
 
 
 def _waiting(queue: "Queue") -> object:
-    waiting = _all_waiting(queue)
+    waiting = waiting_jobs(queue)
     return styled(f"{waiting:,}", "bold red" if waiting and not queue.slots else "")
 
 
-def _all_waiting(queue: "Queue") -> int:
-    return queue.waiting.high + queue.waiting.normal + queue.waiting.low
+def _backlog(queue: "Queue") -> object:
+    """How long the jobs take, unless nobody runs them."""
+    if queue.starved:
+        return styled("no worker", "bold red")
+    return styled("paused", "yellow") if queue.paused else seconds(queue.backlog_seconds)
+
+
+def _problems_of(queues: Sequence["Queue"]) -> "SafeText | None":
+    starved = [one for one in queues if one.starved]
+    if not starved:
+        return None
+    text = styled("PROBLEMS", "bold")
+    for one in starved:
+        text.append(f"\n{told_starved(one)}", "bold red")
+        text.append(f"\n  -> {mend_starved(one)}", "cyan")
+    return text
 
 
 def _pair(found: "Percentiles | None") -> str | None:

@@ -10,6 +10,7 @@ from msgspec import Meta, Struct
 
 from asyncinfer.cli import options
 from asyncinfer.cli.options import Server
+from asyncinfer.cli.refusing import EXIT_TIMED_OUT
 
 if TYPE_CHECKING:
     from asyncinfer.cli.asking import Service
@@ -18,7 +19,10 @@ STATUSES: Final = ("pending", "processing", "completed", "failed", "cancelled")
 _ENDED: Final = frozenset({"completed", "failed", "cancelled"})
 _PAGE: Final = 1000
 _WAIT_SECONDS: Final = 30.0
+_FIRST_WAIT_SECONDS: Final = 2.0
+"""A reason to wait may show itself just after a submit."""
 _ERROR_CHARACTERS: Final = 100
+_REASON_CHARACTERS: Final = 300
 
 _Moment: TypeAlias = Annotated[datetime, Meta(tz=True)]
 
@@ -81,12 +85,7 @@ def dead(model: str | None, limit: int, tenant: str | None, server: Server, as_j
 )
 @click.argument("job_id", metavar="ID")
 @click.option("--watch", is_flag=True, help="Wait for its end, and tell its states on the way.")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(0),
-    metavar="SECONDS",
-    help="How long to watch. Default: for ever.",
-)
+@options.timeout("How long to watch. Default: for ever.")
 @options.tenant
 @options.server
 @options.as_json
@@ -100,7 +99,8 @@ def job(
 ) -> int:
     """Show a job with its result.
 
-    Exits with 1 when the job failed or was cancelled, or has not ended within --timeout.
+    Exits with 1 when the job failed or was cancelled, with 4 when it has not ended within
+    --timeout.
     """
     from asyncinfer.cli.asking import Service
     from asyncinfer.cli.showing import say_json
@@ -113,22 +113,23 @@ def job(
     else:
         _show_one(found)
     if watch and found["status"] not in _ENDED:
-        return 1
+        return EXIT_TIMED_OUT
     return 1 if found["status"] in ("failed", "cancelled") else 0
+
+
+class _Reason(Struct, frozen=True):
+    code: str
+    message: str
 
 
 class _Status(Struct, frozen=True):
     status: str
+    waiting_for: _Reason | None = None
 
 
 class _Page(Struct, frozen=True):
     jobs: list[dict[str, Any]]
     cursor: str | None = None
-
-
-class _Error(Struct, frozen=True):
-    code: str
-    message: str
 
 
 class _Listed(Struct, frozen=True, kw_only=True):
@@ -139,7 +140,8 @@ class _Listed(Struct, frozen=True, kw_only=True):
     model: str | None = None
     version: str | None = None
     tenant: str | None = None
-    error: _Error | None = None
+    error: _Reason | None = None
+    waiting_for: _Reason | None = None
     created_at: _Moment | None = None
     started_at: _Moment | None = None
     finished_at: _Moment | None = None
@@ -160,37 +162,43 @@ def _read(
 
 
 def _watched(look: Callable[[float], dict[str, Any]], timeout: float | None) -> dict[str, Any]:
-    """Waits in steps; each state that is seen is told on stderr."""
+    """Waits in steps; each state that is seen is told on stderr, with why it waits."""
     import time
 
     from asyncinfer.cli.showing import console, status
 
     until = None if timeout is None else time.monotonic() + timeout
-    told = ""
+    told = why = ""
     wait = 0.0
     while True:
         found = look(wait)
-        if found["status"] != told:
-            told = found["status"]
-            console(stderr=True).print(status(told))
+        reason = found.get("waiting_for") or {"code": ""}
+        if (found["status"], reason["code"]) != (told, why):
+            told, why = found["status"], reason["code"]
+            line = status(told)
+            line.append(f"  {reason['message']}" if why else "", "")
+            console(stderr=True).print(line, soft_wrap=True)
         left = _WAIT_SECONDS if until is None else until - time.monotonic()
         if told in _ENDED or left <= 0:
             return found
-        wait = min(_WAIT_SECONDS, left)
+        wait = min(_WAIT_SECONDS if wait else _FIRST_WAIT_SECONDS, left)
 
 
 def _show_one(found: dict[str, Any]) -> None:
     from asyncinfer.cli.showing import show_facts, status
 
     show_facts(
-        (name, status(value) if name == "status" else _value(value))
+        (name, status(value) if name == "status" else _value(name, value))
         for name, value in found.items()
+        if (name, value) != ("waiting_for", None)
     )
 
 
-def _value(value: Any) -> object:
+def _value(name: str, value: Any) -> object:
     import msgspec
 
+    if name == "waiting_for":
+        return value["message"]
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
@@ -207,7 +215,7 @@ def _list(server: Server, limit: int, as_json: bool, **query: Any) -> None:
         say_json(found)
         return
     listed = service.checked(list[_Listed], found, "/jobs")
-    columns = ("JOB", "STATUS", "MODEL", "MADE", "TOOK", "ERROR")
+    columns = ("JOB", "STATUS", "MODEL", "MADE", "TOOK", "REASON")
     if query["tenant"]:
         show((*columns, "TENANT"), ([*_row(one), one.tenant] for one in listed))
     else:
@@ -231,8 +239,12 @@ def _row(one: _Listed) -> Sequence[object]:
 
     started, ended = one.started_at, one.finished_at
     took = seconds((ended - started).total_seconds()) if started and ended else None
-    told = f"{one.error.code}: {one.error.message}" if one.error else None
+    told = f"{one.error.code}: {one.error.message}" if one.error else ""
+    most = _ERROR_CHARACTERS
+    if one.waiting_for:
+        # Its end says what to do.
+        told, most = one.waiting_for.message, _REASON_CHARACTERS
     model = "/".join(filter(None, (one.model, one.version)))
-    if told and len(told) > _ERROR_CHARACTERS:
-        told = f"{told[:_ERROR_CHARACTERS]}..."
+    if len(told) > most:
+        told = f"{told[:most]}..."
     return one.job_id, status(one.status), model, ago(one.created_at), took, told

@@ -1,12 +1,18 @@
 """The commands about models: `models`, `pause`, `resume`."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from asyncinfer.cli import options
 from asyncinfer.cli.options import Server
+
+_LOADING: Final = ("loading", "yellow")
+_MEANING: Final = {
+    "no worker": "no worker: jobs are taken in, and none is run until `asyncinfer work` has it",
+    "paused": "paused: jobs are taken in, and none is run",
+}
 
 if TYPE_CHECKING:
     from asyncinfer.cli.asking import ModelList
@@ -75,7 +81,9 @@ def _show_all(listed: "ModelList") -> None:
     from asyncinfer.cli.asking import told_problem
     from asyncinfer.cli.showing import console, show, styled
 
-    rows = [_row(one) for one in listed.models]
+    known = {one.model for one in listed.models}
+    rows = [_row(one, listed.loading) for one in listed.models]
+    rows += [_unknown_row(name) for name in listed.loading if name not in known]
     show(
         ("MODEL", "VERSION", "TAKES", "BATCHED", "RUN", "WORKERS", "STATE"),
         rows,
@@ -85,14 +93,30 @@ def _show_all(listed: "ModelList") -> None:
         console(stderr=True).print(styled(told_problem(one), "yellow"), soft_wrap=True)
 
 
-def _row(model: "Model") -> Sequence[object]:
+def _row(model: "Model", loading: Sequence[str]) -> Sequence[object]:
     from asyncinfer.cli.showing import styled
 
     name = f"{model.model} (default)" if model.default else model.model
-    state = styled("paused", "yellow") if model.paused else "runs"
     takes = ", ".join(map(_tensor, model.inputs))
     batched = "yes" if model.batched else "no"
-    return name, model.version, takes, batched, _fastest(model.run_times), model.workers, state
+    state, style = _state(model, loading)
+    shown = styled(state, style)
+    return name, model.version, takes, batched, _fastest(model.run_times), model.workers, shown
+
+
+def _unknown_row(name: str) -> Sequence[object]:
+    from asyncinfer.cli.showing import styled
+
+    return name, None, None, None, None, 0, styled(*_LOADING)
+
+
+def _state(model: "Model", loading: Sequence[str] = ()) -> tuple[str, str]:
+    """In a word, and the style that it has."""
+    if not model.workers:
+        if model.model in loading:
+            return _LOADING
+        return "no worker", "bold red"
+    return ("paused", "yellow") if model.paused else ("runs", "")
 
 
 def _fastest(run_times: dict[str, dict[str, float]]) -> str | None:
@@ -136,7 +160,8 @@ def _facts(model: "Model") -> Iterator[Sequence[object]]:
         yield "labels", ", ".join(model.labels)
     yield "batched", f"{'yes' if model.batched else 'no'}: {model.batching}"
     yield "rows a job", f"at most {model.max_rows:,}"
-    yield "state", "paused: jobs are taken in, and none is run" if model.paused else "runs"
+    state, _ = _state(model)
+    yield "state", _MEANING.get(state, state)
     yield "workers", model.workers
     for worker, times in model.run_times.items():
         shown = [f"{rows} rows {seconds(took)}" for rows, took in by_rows(times)]

@@ -1,6 +1,7 @@
 """What commands share: their settings as flags, where the server is, JSON, examples."""
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
@@ -113,6 +114,23 @@ def tenant(function: Callable[..., Any]) -> Any:
         return function(*args, tenant="*" if all_tenants else tenant, **given)
 
     return run
+
+
+class _Seconds(click.FloatRange):
+    """Compares as a number, which `nan` does not."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        seconds = float(super().convert(value, param, ctx))
+        if math.isnan(seconds):
+            self.fail(f"{value!r} is not a number of seconds.", param, ctx)
+        return seconds
+
+
+def timeout(text: str) -> Callable[[_Function], _Function]:
+    """--timeout; the command is given it as `timeout`, None where it was not."""
+    return click.option("--timeout", type=_Seconds(0), metavar="SECONDS", help=text)
 
 
 as_json: Final = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

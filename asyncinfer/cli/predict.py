@@ -1,5 +1,6 @@
 """`asyncinfer predict`: rows of a file, of stdin or of the command line."""
 
+import math
 from typing import Final
 
 import click
@@ -27,6 +28,7 @@ class _Predict(click.Command):
     "asyncinfer predict flowers.csv --columns 1,2,3,4 --output classes.parquet",
     "cat rows.ndjson | asyncinfer predict - --to csv > classes.csv",
     "asyncinfer predict flowers.csv --resume flowers-1    # what is done is not run again",
+    "asyncinfer predict flowers.csv --timeout 600    # seconds",
     cls=_Predict,
 )
 @click.argument("rows", nargs=-1, required=True, metavar="FILE | - | ROW")
@@ -61,6 +63,7 @@ class _Predict(click.Command):
     help="Jobs under way at once.",
 )
 @click.option("--priority", type=click.Choice(("high", "normal", "low")), help="Of the jobs.")
+@options.timeout("How long to wait for all answers. Default: for ever.")
 @click.option("--json", "as_json", is_flag=True, help="The same as --to json.")
 @options.server
 @click.pass_obj
@@ -79,6 +82,7 @@ def predict(
     batch: int | None,
     in_flight: int,
     priority: str | None,
+    timeout: float | None,
     as_json: bool,
     server: Server,
 ) -> int:
@@ -87,7 +91,9 @@ def predict(
     FILE is CSV, JSON, NDJSON (.jsonl), NPY or Parquet, - stdin. Answers come in the order of the
     rows, each with the number of its row, from 1. A row that fails is told on stderr, has an
     `error` in the output, and makes the exit code 1. Ctrl-C cancels what is not done, and says how
-    to go on. While the queue is full or the server restarts, it waits.
+    to go on. While the queue is full or the server restarts, it waits. When nothing comes for 2 s
+    and there is a reason, such as no worker that has the model, stderr tells it. After --timeout it
+    exits with 4: jobs that were sent go on, and the command that it shows takes them up again.
     """
     from asyncinfer.cli import predicting
 
@@ -105,6 +111,7 @@ def predict(
         batch=batch or "auto",
         in_flight=in_flight,
         priority=priority,
+        timeout_seconds=math.inf if timeout is None else timeout,
         typed=typed or (),
     )
     return predicting.run(server, asked)

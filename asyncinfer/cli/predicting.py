@@ -2,8 +2,11 @@
 
 import contextlib
 import hashlib
+import math
 import re
 import shlex
+import threading
+import time
 import uuid
 import warnings
 from collections import deque
@@ -22,6 +25,11 @@ from asyncinfer.cli.reading import Row
 from asyncinfer.cli.refusing import EXIT_FAILED, complain
 from asyncinfer.cli.telling import say_aside
 from asyncinfer.cli.writing import Record
+from asyncinfer.client import WaitTimeout
+from asyncinfer.client._client import asked_of
+from asyncinfer.client._results import Results
+from asyncinfer.client._waiting import CADENCE, Cadence, Notices
+from asyncinfer.client._wire import Pause
 from asyncinfer.errors import AsyncinferError, Fault, FileRefused, RequestError
 
 if TYPE_CHECKING:
@@ -54,6 +62,10 @@ class Asked(Struct, frozen=True, kw_only=True):
     priority: str | None
     typed: tuple[str, ...]
     """The command line."""
+    timeout_seconds: float = math.inf
+    cadence: Cadence = CADENCE
+    resumed_seconds: float = 10.0
+    """From here on a run is long enough to say how it is taken up again."""
 
 
 class _Source(Struct, frozen=True):
@@ -66,12 +78,13 @@ class _Source(Struct, frozen=True):
 
 def run(server: Server, asked: Asked) -> int:
     form = writing.form_of(asked.output, asked.write_as)
-    with Service(server, retries=_RETRIES) as service:
-        source = _source(asked, service)
+    until = time.monotonic() + asked.timeout_seconds
+    with Service(server, retries=_RETRIES, until=until) as service:
+        service.client._driver.on_pause = _Pauses(asked.cadence).hear
+        source = _source(asked, service, until)
         group = asked.group or source.group
-        if source.is_file:
-            complain(f"To take this up again: {_resumed(asked.typed, group)}")
         with (
+            _said_later(asked, source, group),
             writing.writer(asked.output, form) as writer,
             progress(source.total, form, asked.output) as bar,
             _warnings_told(),
@@ -125,6 +138,12 @@ def _run(
     except KeyboardInterrupt:
         complain(f"Interrupted after {done:,} rows. {_go_on(asked, source, group)}")
         raise
+    except WaitTimeout as error:
+        raise WaitTimeout(
+            f"{error.detail} {done:,} rows are done. Jobs that were sent go on; take them up "
+            f"again with: {_resumed(asked.typed, group)}",
+            waiting_for=error.waiting_for,
+        ) from error
     except AsyncinferError as error:
         if done:
             complain(f"Stopped after {done:,} rows. {_go_on(asked, source, group)}")
@@ -144,22 +163,43 @@ def _records(service: Service, asked: Asked, rows: Iterator[Row], group: str) ->
 
     model = service.client.model(asked.model)
     names = [spec.name for spec in model.outputs]
-    options: dict[str, Any] = {"priority": asked.priority} if asked.priority else {}
-    results = service.client.map(
-        sent(),
-        asked.model,
-        batch=asked.batch,
-        in_flight=asked.in_flight,
-        progress=False,
-        on_error="return",
-        group=group,
-        **options,
+    client, options = service.client, {"priority": asked.priority, "group": group}
+    wanted = msgspec.structs.replace(
+        asked_of(asked.model, asked.batch, asked.in_flight, False, "return", options),
+        cadence=asked.cadence,
     )
+    results = Results(client._server, client._driver, sent(), wanted, _Lines())
     with contextlib.closing(results):
         for result in results:
             yield from _bad_ones(pending)
             yield _record(pending.popleft(), result, names)
         yield from _bad_ones(pending)
+
+
+class _Lines:
+    """Takes the place of the client's own bar: tells on stderr why nothing comes."""
+
+    def advance(self, rows: int, errors: int) -> None: ...
+
+    def say(self, line: str) -> None:
+        complain(line)
+
+    def close(self) -> None: ...
+
+
+class _Pauses:
+    """Says why a request before the first row is sent again, once that takes long."""
+
+    def __init__(self, cadence: Cadence) -> None:
+        self._cadence = cadence
+        self._notices = Notices(_Lines().say, cadence)
+        self._began = 0.0
+
+    def hear(self, pause: Pause) -> None:
+        now = time.monotonic()
+        self._began = self._began or now
+        if now + pause.seconds - self._began >= self._cadence.after_seconds:
+            self._notices.hear(pause.reason, "It is tried again", "")
 
 
 def _bad_ones(pending: deque[Row]) -> Iterator[Record]:
@@ -207,7 +247,7 @@ def _plain(value: Any) -> Any:
 # --- sources ---------------------------------------------------------------------------------
 
 
-def _source(asked: Asked, service: Service) -> _Source:
+def _source(asked: Asked, service: Service, until: float) -> _Source:
     first = asked.rows[0]
     if len(asked.rows) == 1 and not _is_typed(first):
         path = None if first == "-" else Path(first)
@@ -216,7 +256,7 @@ def _source(asked: Asked, service: Service) -> _Source:
                 f"There is no file {first}. Give the path of one, - for stdin, or a row as numbers "
                 "or JSON: asyncinfer predict 5.1 3.5 1.4 0.2."
             )
-        return _file(asked, path, service.client.model(asked.model))
+        return _file(asked, path, service.client.model(asked.model), until)
     return _Source(_typed_rows(asked.rows), None, f"typed-{uuid.uuid4().hex[:12]}", False)
 
 
@@ -244,7 +284,7 @@ def _is_row(value: Any) -> bool:
     return isinstance(value, list | dict)
 
 
-def _file(asked: Asked, path: Path | None, model: "Model") -> _Source:
+def _file(asked: Asked, path: Path | None, model: "Model", until: float) -> _Source:
     how = reading.Asked(
         source=asked.rows[0],
         form=asked.read_as,
@@ -252,6 +292,7 @@ def _file(asked: Asked, path: Path | None, model: "Model") -> _Source:
         header=asked.header,
         texts=any(spec.datatype == "BYTES" for spec in model.inputs),
         inputs={spec.name: len(spec.shape) for spec in model.inputs},
+        until=until,
     )
     rows = reading.begun(reading.rows(how))
     if path is None or asked.fresh or not path.is_file():
@@ -279,6 +320,20 @@ def _word(name: str) -> str:
 
 
 # --- taking up again -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _said_later(asked: Asked, source: _Source, group: str) -> Iterator[None]:
+    """How to take a long run up again, also where it cannot say so at its end."""
+    line = f"To take this up again: {_resumed(asked.typed, group)}"
+    timer = threading.Timer(asked.resumed_seconds, complain, (line,))
+    timer.daemon = True
+    if source.is_file:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _go_on(asked: Asked, source: _Source, group: str) -> str:

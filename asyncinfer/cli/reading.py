@@ -4,7 +4,11 @@ import contextlib
 import csv
 import io
 import itertools
+import math
+import os
+import select
 import sys
+import time
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 import msgspec
 from msgspec import Struct
 
+from asyncinfer.client import WaitTimeout
 from asyncinfer.errors import FileRefused
 
 if TYPE_CHECKING:
@@ -51,6 +56,8 @@ class Asked(Struct, frozen=True, kw_only=True):
     """Whether the model takes strings, so that cells are none of our business."""
     inputs: dict[str, int] = {}
     """What the model takes, and how many dimensions each has."""
+    until: float = math.inf
+    """On the monotonic clock: how long stdin may be silent."""
 
 
 class Row(Struct, frozen=True):
@@ -64,7 +71,7 @@ class Row(Struct, frozen=True):
 def rows(asked: Asked) -> Iterator[Row]:
     """Raises FileRefused where no row can be had; a bad row is one with a `problem`."""
     form = asked.form or _form_of(asked.source)
-    with _opened(asked.source) as content:
+    with _opened(asked.source, asked.until) as content:
         try:
             yield from _READERS[form](content, asked)
         except UnicodeDecodeError as error:
@@ -91,9 +98,10 @@ def _form_of(source: str) -> str:
 
 
 @contextlib.contextmanager
-def _opened(source: str) -> Iterator[IO[bytes]]:
+def _opened(source: str, until: float = math.inf) -> Iterator[IO[bytes]]:
     if source == "-":
-        yield sys.stdin.buffer
+        is_bounded = until < math.inf and sys.platform != "win32"
+        yield io.BufferedReader(_Stdin(until)) if is_bounded else sys.stdin.buffer
         return
     try:
         content = open(source, "rb")  # noqa: SIM115
@@ -104,6 +112,25 @@ def _opened(source: str) -> Iterator[IO[bytes]]:
         ) from error
     with content:
         yield content
+
+
+class _Stdin(io.RawIOBase):
+    """Raises WaitTimeout where nothing has come by then: a read that blocks has no bound."""
+
+    def __init__(self, until: float) -> None:
+        self._descriptor = sys.stdin.fileno()
+        self._until = until
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, into: Any) -> int:
+        left = max(0.0, self._until - time.monotonic())
+        if not select.select([self._descriptor], [], [], left)[0]:
+            raise WaitTimeout("Stdin is open, and no further row came in time.")
+        chunk = os.read(self._descriptor, len(into))
+        into[: len(chunk)] = chunk
+        return len(chunk)
 
 
 def _no_such(asked: Asked, form: str, reason: str, content: IO[bytes]) -> FileRefused:

@@ -9,6 +9,7 @@ from asyncinfer.errors import AsyncinferError, RequestError, StartError
 EXIT_FAILED: Final = 1
 EXIT_CANNOT_START: Final = 2
 EXIT_NO_SERVER: Final = 3
+EXIT_TIMED_OUT: Final = 4
 EXIT_INTERRUPTED: Final = 130
 EXIT_NOBODY_READS: Final = 141
 """As of a program that SIGPIPE ended."""
@@ -18,12 +19,14 @@ EXIT_CODES: Final = {
     EXIT_FAILED: "something failed: a job, some rows, a check, or there is no such job or model",
     EXIT_CANNOT_START: "wrong usage, a wrong setting or file, or it cannot start",
     EXIT_NO_SERVER: "the server cannot be reached, is not ready, or does not let you in",
+    EXIT_TIMED_OUT: "--timeout passed before the end; jobs that were sent go on",
     EXIT_INTERRUPTED: "interrupted with Ctrl-C",
 }
 
 _NO_SERVER_STATUS: Final = frozenset({401, 403, 429, 502, 503, 504})
 _NO_SERVER_CODES: Final = frozenset({"connection_failed", "not_asyncinfer"})
 _WRONG_USAGE_CODES: Final = frozenset({"wrong_address"})
+_TIMED_OUT_CODES: Final = frozenset({"wait_timeout"})
 
 _AT_A_TERMINAL: Final = {
     "Give the client one with api_key=, or set ASYNCINFER_API_KEY": "Set ASYNCINFER_API_KEY",
@@ -63,6 +66,8 @@ def details(error: AsyncinferError | BaseExceptionGroup[Any]) -> Iterator[str]:
 def exit_code(error: AsyncinferError | BaseExceptionGroup[Any]) -> int:
     if isinstance(error, StartError | BaseExceptionGroup) or error.code in _WRONG_USAGE_CODES:
         return EXIT_CANNOT_START
+    if error.code in _TIMED_OUT_CODES:
+        return EXIT_TIMED_OUT
     status = error.status if isinstance(error, RequestError) else 0
     if status in _NO_SERVER_STATUS or error.code in _NO_SERVER_CODES:
         return EXIT_NO_SERVER

@@ -18,6 +18,7 @@ from asyncinfer.client._errors import (
 from asyncinfer.client._groups import AsyncGroup, Group
 from asyncinfer.client._jobs import AsyncJob, Job
 from asyncinfer.client._models import Model, TensorInfo
+from asyncinfer.client._waiting import WaitingFor
 from asyncinfer.client._wire import Event
 from asyncinfer.errors import (
     AsyncinferError,
@@ -73,5 +74,6 @@ __all__ = [
     "UnknownAnswer",
     "VersionNotFound",
     "WaitTimeout",
+    "WaitingFor",
     "WrongAddress",
 ]

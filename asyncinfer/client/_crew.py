@@ -7,6 +7,7 @@ from typing import Any, Final
 from msgspec import Struct
 
 from asyncinfer.client._drivers import Driver
+from asyncinfer.client._waiting import WaitingFor
 from asyncinfer.client._wire import Flow, Pause, Told
 
 LEAVE_SECONDS: Final = 10.0
@@ -33,6 +34,7 @@ class Crew:
         self._done: queue.SimpleQueue[Done] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._stopping = threading.Event()
+        self._paused: dict[int, WaitingFor | None] = {}
 
     def start(self, number: int, flow: Flow[Any]) -> None:
         if len(self._threads) < self._size:
@@ -41,9 +43,17 @@ class Crew:
             thread.start()
         self._todo.put((number, flow))
 
-    def next(self) -> Done:
-        """Waits for a flow to end."""
-        return self._done.get()
+    def next(self, seconds: float) -> Done | None:
+        """Waits for a flow to end; None where none does within so many seconds."""
+        try:
+            return self._done.get(timeout=seconds)
+        except queue.Empty:
+            return None
+
+    @property
+    def reason(self) -> WaitingFor | None:
+        """Why a flow has to send its request again."""
+        return next(filter(None, list(self._paused.values())), None)
 
     @property
     def has_news(self) -> bool:
@@ -55,25 +65,27 @@ class Crew:
         for _ in self._threads:
             self._todo.put(None)
 
-    def leave(self) -> None:
+    def leave(self, seconds: float = LEAVE_SECONDS) -> None:
         for thread in self._threads:
-            thread.join(LEAVE_SECONDS / len(self._threads))
+            thread.join(seconds / len(self._threads))
 
     def _work(self) -> None:
         while given := self._todo.get():
             number, flow = given
             try:
-                self._done.put(Done(number, value=self._run(flow)))
+                self._done.put(Done(number, value=self._run(number, flow)))
             except BaseException as error:  # it is raised where the outcome is waited for
                 self._done.put(Done(number, error=error))
 
-    def _run(self, flow: Flow[Any]) -> Any:
+    def _run(self, number: int, flow: Flow[Any]) -> Any:
         told: Told = None
         try:
             while not self._stopping.is_set():
                 asked = flow.send(told)
                 if isinstance(asked, Pause):
+                    self._paused[number] = asked.reason
                     self._stopping.wait(asked.seconds)
+                    del self._paused[number]
                     told = None
                 else:
                     told = self._driver.exchange(asked)

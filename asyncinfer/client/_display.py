@@ -22,6 +22,7 @@ _COLOURS: Final = {
     "processing": "rgba(30,120,230,.4)",
     "completed": "rgba(30,160,70,.4)",
     "failed": "rgba(220,50,50,.45)",
+    "no worker": "rgba(220,50,50,.45)",
     "cancelled": "rgba(220,150,30,.4)",
 }
 _MOST_CHARACTERS: Final = 400
@@ -30,6 +31,8 @@ _MOST_CHARACTERS: Final = 400
 def job_card(view: Mapping[str, Any]) -> str:
     rows = {"model": _model_of(view), "group": view.get("group")}
     rows |= {name: view.get(f"{name}_at") for name in ("created", "started", "finished")}
+    if reason := view.get("waiting_for"):
+        rows["waits"] = reason.get("message")
     if error := view.get("error"):
         rows["error"] = f"{error.get('code')}: {error.get('message')}"
     if view.get("result") is not None:
@@ -47,9 +50,8 @@ def model_card(model: "Model") -> str:
         "example": msgspec.json.encode(model.example()).decode() if model.example() else None,
         "about": model.description,
     }
-    badge = _badge(
-        "paused" if model.paused else f"{model.workers} worker{'s' * (model.workers != 1)}"
-    )
+    workers = f"{model.workers or 'no'} worker{'s' * (model.workers > 1)}"
+    badge = _badge("paused" if model.paused else workers)
     return _card("Model", f"{model.model} version {model.version}", badge, rows)
 
 

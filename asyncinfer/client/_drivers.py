@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
@@ -62,6 +62,8 @@ class Driver:
         self._lock = threading.Lock()
         self._answered = False
         self.closed = False
+        self.on_pause: Callable[[Pause], None] = lambda _: None
+        """Called before a request is sent again, unless it is one of a map's."""
 
     def run(self, flow: Flow[T]) -> T:
         told: Told = None
@@ -95,6 +97,7 @@ class Driver:
 
     def _carry_out(self, asked: Request | Pause) -> Told:
         if isinstance(asked, Pause):
+            self.on_pause(asked)
             time.sleep(asked.seconds)
             return None
         return self.exchange(asked)

@@ -8,7 +8,8 @@ from urllib.parse import urlsplit
 import msgspec
 
 from asyncinfer import errors
-from asyncinfer.client._wire import Response
+from asyncinfer.client._waiting import WaitingFor
+from asyncinfer.client._wire import Lost, Response
 from asyncinfer.errors import AsyncinferError, Fault, JobFailed, RequestError
 
 
@@ -29,9 +30,13 @@ class WaitTimeout(AsyncinferError, TimeoutError):
 
     code = "wait_timeout"
 
-    def __init__(self, detail: str, *, job_id: str | None = None) -> None:
+    def __init__(
+        self, detail: str, *, job_id: str | None = None, waiting_for: WaitingFor | None = None
+    ) -> None:
         super().__init__(detail)
         self.job_id = job_id
+        self.waiting_for = waiting_for
+        """Why it waits, where the server knows a reason."""
 
 
 class CannotSend(AsyncinferError, ValueError):
@@ -125,6 +130,12 @@ def stranger(response: Response, url: str) -> NotAsyncinfer:
         f"{url} answered {response.status} with {kind}, which is not how asyncinfer answers. Give "
         "the address that `asyncinfer serve` shows as its URL, and mind proxies between."
     )
+
+
+def reason_of(told: Response | Lost, url: str) -> WaitingFor:
+    """Why a request has to be sent again."""
+    error = lost(told.reason, url) if isinstance(told, Lost) else error_of(told, url)
+    return WaitingFor(error.code, error.detail)
 
 
 @contextmanager

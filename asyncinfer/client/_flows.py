@@ -20,12 +20,14 @@ from asyncinfer.client._errors import (
     error_of,
     job_failed,
     lost,
+    reason_of,
     retry_after,
     strange_refused,
     stranger,
 )
 from asyncinfer.client._inputs import BINARY, Body, array_body, is_plain, json_body
 from asyncinfer.client._models import Model
+from asyncinfer.client._waiting import WaitingFor
 from asyncinfer.client._wire import Flow, Lost, Pause, Request, Response, T, exchange
 from asyncinfer.errors import (
     Forbidden,
@@ -33,7 +35,9 @@ from asyncinfer.errors import (
     JobCancelled,
     JobFinished,
     JobNotRetryable,
+    ModelLoading,
     ModelNotFound,
+    NoModelAnnounced,
 )
 
 Priority = Literal["high", "normal", "low"]
@@ -50,6 +54,10 @@ _WAIT_SECONDS: Final = 30
 """One waiting request; proxies cut silent connections, often after 60 s."""
 _MARGIN_SECONDS: Final = 15.0
 _KNOWN_SECONDS: Final = 30.0
+_NEWEST: Final = 32
+"""Jobs that a look for a reason reads: more than those that a map has under way in most cases."""
+_LOOK_SECONDS: Final = 2.0
+"""A look for the reason of a wait must not hold up the answer that is waited for."""
 _PAGE: Final = 1000
 
 
@@ -69,6 +77,7 @@ class _View(Struct, frozen=True, kw_only=True):
     group: str | None = None
     round: int | None = None
     error: _Error | None = None
+    waiting_for: WaitingFor | None = None
     created_at: str | None = None
     started_at: str | None = None
     finished_at: str | None = None
@@ -99,6 +108,8 @@ class Server(Struct):
     headers: dict[str, str]
     timeout_seconds: float
     retries: int
+    until: float = math.inf
+    """On the monotonic clock: past it nothing is waited for, or sent a second time."""
     models: dict[str | None, tuple[float, Model]] = {}
     takes_lines: bool = True
     """Until it says that it does not: a server of an earlier release."""
@@ -124,9 +135,9 @@ def ask(
     """The answer, good or bad, of a request that may be sent again until one comes.
 
     Raises ConnectionFailed. Past `until` (of the monotonic clock) it tries no more; a full queue
-    costs no retry while there is patience.
+    costs no retry while there is patience. Raises WaitTimeout when the client's own time is over.
     """
-    request = msgspec.structs.replace(request, headers={**server.headers, **request.headers})
+    request = _ours(server, request)
     patient_until = time.monotonic() + patience_seconds
     attempt = 0
     while True:
@@ -138,12 +149,19 @@ def ask(
         is_full = isinstance(told, Response) and told.status == 429
         if not (is_full and due < patient_until):
             attempt += 1
-        if attempt > server.retries or due > until or is_hopeless(told, attempt):
+        if attempt > server.retries or is_hopeless(told, attempt):
             break
-        yield Pause(pause)
+        if until < min(due, server.until):
+            break
+        yield from _rest(server, pause, reason_of(told, server.url))
     if isinstance(told, Lost):
         raise lost(told.reason, server.url)
     return told
+
+
+def _ours(server: Server, request: Request) -> Request:
+    """With the API key."""
+    return msgspec.structs.replace(request, headers={**server.headers, **request.headers})
 
 
 def is_hopeless(told: Response | Lost, losses: int) -> bool:
@@ -185,10 +203,22 @@ def path_part(name: str) -> str:
     return quote(name, safe="")
 
 
+def _rest(server: Server, seconds: float, reason: WaitingFor) -> Flow[None]:
+    """Waits before the next try; raises WaitTimeout where the client's own time is over first."""
+    left = server.until - time.monotonic()
+    yield Pause(max(0.0, min(seconds, left)), reason)
+    if left < seconds:
+        raise WaitTimeout(f"No answer in time: {reason.message}", waiting_for=reason)
+
+
 def _pause_seconds(attempt: int, told: Response | Lost) -> float:
-    backoff = min(_BACKOFF_CAP_SECONDS, _BACKOFF_SECONDS * 3.0**attempt)
     asked = retry_after(told) if isinstance(told, Response) else None
-    return max(asked or 0.0, backoff * random.uniform(0.5, 1.0))
+    return max(asked or 0.0, _backoff_seconds(attempt))
+
+
+def _backoff_seconds(attempt: int) -> float:
+    backoff = min(_BACKOFF_CAP_SECONDS, _BACKOFF_SECONDS * 3.0**attempt)
+    return backoff * random.uniform(0.5, 1.0)
 
 
 def _query(query: Mapping[str, Any]) -> str:
@@ -204,9 +234,19 @@ def _text(value: Any) -> str:
 
 
 def models(server: Server) -> Flow[list[Model]]:
+    return (yield from _models(server)).models
+
+
+class _Models(Struct, frozen=True):
+    models: list[Model]
+    loading: list[str] = []
+
+
+def _models(server: Server) -> Flow[_Models]:
     listed = yield from get(server, "/models")
-    found = _converted(server, _member(server, listed, "models"), list[Model])
-    for one in found:
+    _member(server, listed, "models")
+    found = _converted(server, listed, _Models)
+    for one in found.models:
         _remember(server, one)
     return found
 
@@ -214,7 +254,7 @@ def models(server: Server) -> Flow[list[Model]]:
 def model(server: Server, name: str | None) -> Flow[Model]:
     """The model called `name`, or the default one."""
     if name is None:
-        return _default(server, (yield from models(server)))
+        return (yield from _default(server))
     answer = yield from get(server, f"/models/{path_part(name)}")
     _member(server, answer, "model")
     found = _converted(server, answer, Model)
@@ -237,13 +277,39 @@ def _remember(server: Server, found: Model) -> None:
         server.models[None] = (now, found)
 
 
-def _default(server: Server, found: list[Model]) -> Model:
-    for one in found:
-        if one.default or len(found) == 1:
-            server.models[None] = (time.monotonic(), one)
-            return one
-    names = ", ".join(one.model for one in found) or "none: no worker serves any"
-    raise ModelNotFound(f"No model is the default; give model= one of: {names}.")
+def _default(server: Server) -> Flow[Model]:
+    """The default model, which may have yet to be loaded."""
+    attempt = 0
+    while True:
+        found = yield from _models(server)
+        is_only = len(found.models) == 1 and not found.loading
+        for one in found.models:
+            if one.default or is_only:
+                server.models[None] = (time.monotonic(), one)
+                return one
+        if not found.loading:
+            raise _no_default([one.model for one in found.models])
+        attempt += 1
+        yield from _until_loaded(server, found.loading, attempt)
+
+
+def _no_default(names: list[str]) -> ModelNotFound | NoModelAnnounced:
+    if names:
+        return ModelNotFound(f"No model is the default; give model= one of: {', '.join(names)}.")
+    return NoModelAnnounced(
+        "No worker serves any model. Start one with `asyncinfer work`, or look at the log of those "
+        "that run."
+    )
+
+
+def _until_loaded(server: Server, loading: list[str], attempt: int) -> Flow[None]:
+    error = ModelLoading(
+        f"No model is the default yet; a worker is loading {', '.join(loading[:3])}. Retry in a "
+        "moment."
+    )
+    if attempt > server.retries:
+        raise error
+    yield from _rest(server, _backoff_seconds(attempt), WaitingFor(error.code, error.detail))
 
 
 def _converted(server: Server, value: Any, kind: type[T]) -> T:
@@ -378,6 +444,7 @@ def wait(
     server: Server, view: View, until: float, *, cancel_on_timeout: bool = False
 ) -> Flow[View]:
     """The job once it has ended; raises WaitTimeout, and cancels it then if asked to."""
+    until = min(until, server.until)
     left = until - time.monotonic()
     while not is_whole(view):
         seconds = round(min(_WAIT_SECONDS, max(left, 0)), 3)
@@ -427,7 +494,8 @@ def outcome(view: View) -> Any:
 
 def over_at(server: Server, timeout: float | None) -> float:
     """When a wait is over; None stands for the client's own timeout."""
-    return time.monotonic() + (server.timeout_seconds if timeout is None else timeout)
+    seconds = server.timeout_seconds if timeout is None else timeout
+    return min(time.monotonic() + seconds, server.until)
 
 
 def _give_up(server: Server, view: View, *, cancel: bool) -> Flow[View]:
@@ -438,11 +506,57 @@ def _give_up(server: Server, view: View, *, cancel: bool) -> Flow[View]:
         except JobFinished:
             return (yield from read(server, job_id, tenant=view.get("tenant")))
         told = "it was cancelled"
+    reason = waiting_for(view)
+    why = f": {reason.message.rstrip('.')}" if reason else ""
+    look = "" if reason else ", or look whether workers are there: client.health()"
     raise WaitTimeout(
-        f"Job {job_id} has not ended in time ({view['status']}); {told}. Give a longer timeout=, "
-        "or look whether workers are there: client.health().",
+        f"Job {job_id} has not ended in time ({view['status']}{why}); {told}. Give a longer "
+        f"timeout={look}.",
         job_id=job_id,
+        waiting_for=reason,
     )
+
+
+def waiting_for(view: View) -> WaitingFor | None:
+    """Why a job is not run now, as a view that was checked says it."""
+    found = view.get("waiting_for")
+    return msgspec.convert(found, WaitingFor) if found else None
+
+
+def why_waiting(server: Server, group: str) -> Flow[WaitingFor | None]:
+    """Why jobs of a group make no progress, as its newest ones that have not ended say.
+
+    Asked once. A server that does not answer, or not now, is a reason too.
+    """
+    newest = yield from _listed_once(server, group=group, limit=_NEWEST)
+    if isinstance(newest, list) and not any(map(_is_unfinished, newest)):
+        # Those of a map that was taken up again may be older; to look for them costs more.
+        newest = yield from _listed_once(server, group=group, status="pending", limit=1)
+    if not isinstance(newest, list):
+        return newest
+    reasons = [one.waiting_for for one in newest if _is_unfinished(one)]
+    return next(filter(None, reasons), None)
+
+
+def _is_unfinished(view: _View) -> bool:
+    return view.status not in jobs.TERMINAL
+
+
+def _listed_once(server: Server, **query: Any) -> Flow[list[_View] | WaitingFor | None]:
+    """Jobs, or why there is no answer; None where the key may not list them."""
+    left = server.until - time.monotonic()
+    request = Request(
+        method="GET",
+        path=f"/jobs{_query(query)}",
+        timeout_seconds=max(1.0, min(_LOOK_SECONDS, left)),
+    )
+    told = yield from exchange(_ours(server, request))
+    if isinstance(told, Lost) or told.status in AGAIN:
+        return reason_of(told, server.url)
+    if told.status >= 400:
+        # The wait itself says what is wrong, if anything is.
+        return None
+    return _converted(server, _member(server, decoded(server, told), "jobs"), list[_View])
 
 
 # --- jobs --------------------------------------------------------------------------------------

@@ -7,7 +7,9 @@ from typing import Any, Final
 from asyncinfer.client import _display, _events, _flows
 from asyncinfer.client._drivers import AsyncDriver, Driver
 from asyncinfer.client._flows import Server, View
+from asyncinfer.client._waiting import WaitingFor
 from asyncinfer.client._wire import Event
+from asyncinfer.printable import printable_line
 
 _TIMES: Final = ("created_at", "started_at", "finished_at")
 
@@ -42,6 +44,11 @@ class JobState:
         return self._view.get("error")
 
     @property
+    def waiting_for(self) -> WaitingFor | None:
+        """Why it is not run now, as last seen; None while it only waits for its turn, or runs."""
+        return _flows.waiting_for(self._view)
+
+    @property
     def timeline(self) -> dict[str, datetime]:
         """When it was created, started and finished, as far as it has come."""
         return {
@@ -56,7 +63,8 @@ class JobState:
 
     def __repr__(self) -> str:
         model = f" of {self.model}" if self.model else ""
-        return f"<{type(self).__name__} {self.id}{model}: {self.status}>"
+        reason = f", {printable_line(self.waiting_for.message)}" if self.waiting_for else ""
+        return f"<{type(self).__name__} {self.id}{model}: {self.status}{reason}>"
 
     def _repr_html_(self) -> str:
         return _display.job_card(self._view)

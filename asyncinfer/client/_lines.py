@@ -1,5 +1,7 @@
 """Many jobs in one request: a line each, answered in order as each ends."""
 
+import math
+import time
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -33,13 +35,14 @@ def ask_lines(
     server: Server, model: str | None, texts: Sequence[bytes], patience_seconds: float
 ) -> Flow[list[Answer] | None]:
     """What is answered to each; None from a server that takes no lines."""
+    seconds = math.ceil(max(1, min(_WAIT_SECONDS, server.until - time.monotonic())))
     path = "/predict" if model is None else f"/predict/{path_part(model)}"
     request = Request(
         method="POST",
         path=path,
-        headers={"content-type": _NDJSON, "prefer": f"wait={_WAIT_SECONDS}"},
+        headers={"content-type": _NDJSON, "prefer": f"wait={seconds}"},
         body=b"\n".join(texts),
-        timeout_seconds=_WAIT_SECONDS + _MARGIN_SECONDS,
+        timeout_seconds=seconds + _MARGIN_SECONDS,
     )
     response = yield from ask(server, request, patience_seconds=patience_seconds)
     if response.status == 415:

@@ -1,17 +1,29 @@
-"""A progress bar in a terminal or notebook. The only door to tqdm."""
+"""A progress bar in a terminal or notebook, and lines beside it. The only door to tqdm."""
 
+import logging
+import sys
 import warnings
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
+
+from asyncinfer.printable import printable_line
+
+_log: Final = logging.getLogger("asyncinfer.client")
 
 
 class Progress(Protocol):
     def advance(self, rows: int, errors: int) -> None: ...
+
+    def say(self, line: str) -> None:
+        """Why nothing comes, or that it goes on."""
 
     def close(self) -> None: ...
 
 
 class _Silent:
     def advance(self, rows: int, errors: int) -> None: ...
+
+    def say(self, line: str) -> None:
+        _log.warning("%s", printable_line(line))
 
     def close(self) -> None: ...
 
@@ -33,6 +45,9 @@ class _Bar:
             self._errors += errors
             self._bar.set_postfix(errors=self._errors, refresh=False)
         self._bar.update(rows)
+
+    def say(self, line: str) -> None:
+        self._bar.write(printable_line(line), file=sys.stderr)
 
     def close(self) -> None:
         self._bar.close()

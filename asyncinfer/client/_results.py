@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from msgspec import Struct
 
-from asyncinfer.client import _mapping
+from asyncinfer.client import _flows, _mapping
 from asyncinfer.client._crew import Crew, Done
 from asyncinfer.client._drivers import AsyncDriver, Driver
-from asyncinfer.client._errors import ConnectionFailed, SlowMapWarning
+from asyncinfer.client._errors import ConnectionFailed, SlowMapWarning, WaitTimeout
 from asyncinfer.client._flows import Server
 from asyncinfer.client._mapping import Plan
 from asyncinfer.client._progress import Progress, progress
 from asyncinfer.client._rows import Block, ablocks_of, blocks_of, columns_of, peeked
+from asyncinfer.client._waiting import CADENCE, Cadence, Notices, Silence, WaitingFor
 from asyncinfer.errors import AsyncinferError
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ front holds the others up only so far, and what is done waits in memory only so 
 
 _FEW_ROWS: Final = 64
 """So many run soon enough, each alone."""
+_LATE_SECONDS: Final = 2.0
+"""How long after a time-out the last answers are waited for."""
 
 
 class Asked(Struct, frozen=True, kw_only=True):
@@ -54,6 +57,7 @@ class Asked(Struct, frozen=True, kw_only=True):
     is_named: bool
     """The group was given, and may have jobs already."""
     options: Mapping[str, Any]
+    cadence: Cadence = CADENCE
 
 
 class Window:
@@ -65,6 +69,8 @@ class Window:
         self._started = 0
         self._given = 0
         self._row = 0
+        self.rows_out = 0
+        """Sent, and without an answer."""
         self._done: dict[int, list[Any]] = {}
 
     @property
@@ -75,8 +81,9 @@ class Window:
     def is_empty(self) -> bool:
         return self._started == self._given
 
-    def start(self) -> int:
+    def start(self, rows: int) -> int:
         self._started += 1
+        self.rows_out += rows
         return self._started - 1
 
     def take(self, done: Done, bar: Progress) -> Iterator[Any]:
@@ -84,6 +91,7 @@ class Window:
         if done.error is not None:
             raise done.error
         self._done[done.number] = done.value
+        self.rows_out -= len(done.value)
         errors = sum(isinstance(one, AsyncinferError) for one in done.value)
         bar.advance(len(done.value), errors)
         while self._given in self._done:
@@ -121,16 +129,59 @@ class Slowness:
             )
 
 
+class Patience:
+    """What is said of a map while no answer comes, and when it has been waited for long enough."""
+
+    def __init__(self, server: Server, plan: Plan, asked: Asked, bar: Progress) -> None:
+        self._until = server.until
+        self._model = plan.model.model
+        self._cadence = asked.cadence
+        self._notices = Notices(bar.say, asked.cadence)
+        self._reason: WaitingFor | None = None
+
+    def silence(self) -> Silence:
+        return Silence(self._until, self._cadence)
+
+    def hear(self, reason: WaitingFor | None, rows: int) -> None:
+        self._reason = reason
+        waits = f"{_rows(rows)} of {self._model} wait{'s' * (rows == 1)}"
+        self._notices.hear(reason, waits, f"{self._model} goes on")
+
+    def heard(self, done: Done, rows: int) -> Done:
+        """An answer, which ends the silence; raises WaitTimeout where it says no more than that."""
+        if isinstance(done.error, WaitTimeout):
+            raise self.timed_out(rows, done.error.waiting_for) from done.error
+        self.hear(None, rows)
+        return done
+
+    def timed_out(self, rows: int, reason: WaitingFor | None) -> WaitTimeout:
+        reason = reason or self._reason
+        why = f": {reason.message}" if reason else "."
+        return WaitTimeout(
+            f"No result in time for {_rows(rows)} of {self._model}{why}",
+            waiting_for=reason,
+        )
+
+
 class Results(Iterator[Any]):
     """A result for each row, in order; `group` takes the map up again, in another kernel too.
 
     In a `with` it is closed whatever happens in the body of a loop over it.
     """
 
-    def __init__(self, server: Server, driver: Driver, rows: Iterable[Any], asked: Asked) -> None:
+    def __init__(
+        self,
+        server: Server,
+        driver: Driver,
+        rows: Iterable[Any],
+        asked: Asked,
+        bar: Progress | None = None,
+    ) -> None:
+        """`bar` in place of one of its own."""
         self._server = server
         self._driver = driver
         self._asked = asked
+        self._bar = bar
         self._values = self._begin(rows)
 
     @property
@@ -171,15 +222,19 @@ class Results(Iterator[Any]):
         self, plan: Plan, blocks: Iterator[Block], total: int | None
     ) -> Generator[Any, None, None]:
         crew = Crew(self._driver, self._asked.in_flight)
-        bar = progress(self._asked.progress, total, self.group)
+        bar = self._bar or progress(self._asked.progress, total, self.group)
+        patience = Patience(self._server, plan, self._asked, bar)
         # A script may end amid a map: later than this nothing can be asked of a server any more.
         close_at_exit = partial(_close, weakref.ref(self))
         atexit.register(close_at_exit)
         try:
-            yield from self._through(crew, plan, blocks, bar)
+            yield from self._through(crew, plan, blocks, bar, patience)
         except BaseException as error:
             crew.stop()
-            if not isinstance(error, ConnectionFailed):
+            if isinstance(error, WaitTimeout):
+                # The waits of those that are out end with it, and a submit is not broken off.
+                crew.leave(_LATE_SECONDS)
+            elif not isinstance(error, ConnectionFailed):
                 self._cancel(crew)
             error.add_note(_go_on(self.group))
             raise
@@ -189,7 +244,7 @@ class Results(Iterator[Any]):
             bar.close()
 
     def _through(
-        self, crew: Crew, plan: Plan, blocks: Iterator[Block], bar: Progress
+        self, crew: Crew, plan: Plan, blocks: Iterator[Block], bar: Progress, patience: Patience
     ) -> Generator[Any, None, None]:
         window = Window(self._asked)
         slowness = Slowness(plan)
@@ -199,9 +254,21 @@ class Results(Iterator[Any]):
                 block = next(blocks, None)
                 if more := block is not None:
                     slowness.count(block)
-                    crew.start(window.start(), _mapping.run(self._server, plan, block))
+                    crew.start(window.start(len(block)), _mapping.run(self._server, plan, block))
             elif not window.is_empty:
-                yield from window.take(crew.next(), bar)
+                yield from window.take(self._next(crew, patience, window.rows_out), bar)
+
+    def _next(self, crew: Crew, patience: Patience, rows: int) -> Done:
+        silence = patience.silence()
+        while True:
+            done = crew.next(silence.seconds())
+            if done is not None:
+                return patience.heard(done, rows)
+            found = self._driver.run(_flows.why_waiting(self._server, self.group))
+            if silence.is_over:
+                raise patience.timed_out(rows, found or crew.reason)
+            silence.looked()
+            patience.hear(found or crew.reason, rows)
 
     def _cancel(self, crew: Crew) -> None:
         self._driver.run(_mapping.cancel(self._server, self.group))
@@ -271,6 +338,7 @@ class AsyncResults(AsyncIterator[Any]):
 
         crew = AsyncCrew(self._driver, self._asked.in_flight)
         bar = progress(self._asked.progress, total, self.group)
+        patience = Patience(self._server, plan, self._asked, bar)
         try:
             window = Window(self._asked)
             slowness = Slowness(plan)
@@ -280,13 +348,16 @@ class AsyncResults(AsyncIterator[Any]):
                     block = await anext(blocks, None)
                     if more := block is not None:
                         slowness.count(block)
-                        crew.start(window.start(), _mapping.run(self._server, plan, block))
+                        crew.start(
+                            window.start(len(block)), _mapping.run(self._server, plan, block)
+                        )
                 elif not window.is_empty:
-                    for value in window.take(await crew.next(), bar):
+                    done = await self._next(crew, patience, window.rows_out)
+                    for value in window.take(done, bar):
                         yield value
         except BaseException as error:
             crew.stop()
-            if not isinstance(error, ConnectionFailed):
+            if not isinstance(error, ConnectionFailed | WaitTimeout):
                 await self._cancel(crew)
             error.add_note(_go_on(self.group))
             raise
@@ -294,6 +365,18 @@ class AsyncResults(AsyncIterator[Any]):
             crew.stop()
             await crew.leave()
             bar.close()
+
+    async def _next(self, crew: "AsyncCrew", patience: Patience, rows: int) -> Done:
+        silence = patience.silence()
+        while True:
+            done = await crew.next(silence.seconds())
+            if done is not None:
+                return patience.heard(done, rows)
+            found = await self._driver.run(_flows.why_waiting(self._server, self.group))
+            if silence.is_over:
+                raise patience.timed_out(rows, found or crew.reason)
+            silence.looked()
+            patience.hear(found or crew.reason, rows)
 
     async def _cancel(self, crew: "AsyncCrew") -> None:
         await self._driver.run(_mapping.cancel(self._server, self.group))
@@ -309,6 +392,10 @@ def _plan(server: Server, first: Any, asked: Asked) -> Any:
 
 def _go_on(group: str) -> str:
     return f"Map the same rows with group={group!r} to go on: rows that are done do not run again."
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'s' * (count != 1)}"
 
 
 def _of_row(error: AsyncinferError, row: int) -> AsyncinferError:

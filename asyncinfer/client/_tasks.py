@@ -5,6 +5,7 @@ from typing import Any
 
 from asyncinfer.client._crew import LEAVE_SECONDS, Done, Stopped
 from asyncinfer.client._drivers import AsyncDriver
+from asyncinfer.client._waiting import WaitingFor
 from asyncinfer.client._wire import Flow, Pause, Told
 
 
@@ -17,15 +18,25 @@ class AsyncCrew:
         self._done: asyncio.Queue[Done] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
+        self._paused: dict[int, WaitingFor | None] = {}
 
     def start(self, number: int, flow: Flow[Any]) -> None:
         task = asyncio.create_task(self._work(number, flow))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def next(self) -> Done:
-        """Waits for a flow to end."""
-        return await self._done.get()
+    async def next(self, seconds: float) -> Done | None:
+        """Waits for a flow to end; None where none does within so many seconds."""
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._done.get()
+        except TimeoutError:
+            return None
+
+    @property
+    def reason(self) -> WaitingFor | None:
+        """Why a flow has to send its request again."""
+        return next(filter(None, self._paused.values()), None)
 
     @property
     def has_news(self) -> bool:
@@ -46,18 +57,20 @@ class AsyncCrew:
     async def _work(self, number: int, flow: Flow[Any]) -> None:
         try:
             async with self._gate:
-                value = await self._run(flow)
+                value = await self._run(number, flow)
             self._done.put_nowait(Done(number, value=value))
         except Exception as error:  # it is raised where the outcome is waited for
             self._done.put_nowait(Done(number, error=error))
 
-    async def _run(self, flow: Flow[Any]) -> Any:
+    async def _run(self, number: int, flow: Flow[Any]) -> Any:
         told: Told = None
         try:
             while not self._stopping.is_set():
                 asked = flow.send(told)
                 if isinstance(asked, Pause):
+                    self._paused[number] = asked.reason
                     await self._pause(asked.seconds)
+                    del self._paused[number]
                     told = None
                 else:
                     told = await self._driver.exchange(asked)

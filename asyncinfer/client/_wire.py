@@ -10,6 +10,8 @@ from typing import Any, TypeAlias, TypeVar
 
 from msgspec import Struct
 
+from asyncinfer.client._waiting import WaitingFor
+
 
 class Request(Struct, frozen=True, kw_only=True):
     method: str
@@ -23,6 +25,7 @@ class Request(Struct, frozen=True, kw_only=True):
 
 class Pause(Struct, frozen=True):
     seconds: float
+    reason: WaitingFor | None = None
 
 
 class Response(Struct, frozen=True):

@@ -35,7 +35,7 @@ def test_jobs_are_listed_newest_first_and_filtered(url: str) -> None:
     lines = told("jobs", "--status", "completed").out.splitlines()
     found = told("jobs", "--limit", "2", "--json").json
 
-    assert lines[0].split() == ["JOB", "STATUS", "MODEL", "MADE", "TOOK", "ERROR"]
+    assert lines[0].split() == ["JOB", "STATUS", "MODEL", "MADE", "TOOK", "REASON"]
     assert [line.split()[0] for line in lines[1:3]] == [second, first]
     assert [one["job_id"] for one in found] == [second, first]
     assert told("jobs", "--status", "failed", "--json").json == []
@@ -63,7 +63,7 @@ def test_a_watch_gives_up_when_it_was_told_to(url: str) -> None:
         ran = told("job", submitted(url, "digits"), "--watch", "--timeout", "0.2")
         told("cancel", "--model", "digits")
 
-    assert ran.code == 1
+    assert ran.code == 4
     assert "pending" in ran.out
 
 

@@ -1,6 +1,7 @@
 """A doctor says what is wrong, and the command that mends it."""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from asyncinfer.cli.doctor.findings import Finding
 from asyncinfer.cli.doctor.server import findings_of
 from asyncinfer.repository.vitals import Vitals
 from tests import zoo
+from tests.faults.harness import eventually_sync
 
 from .conftest import submitted
 from .told import told
@@ -99,6 +101,43 @@ def test_a_server_that_evicts_is_a_problem(server: redis.Redis, redis_url: str) 
 
     assert ran.code == 1
     assert "CONFIG SET maxmemory-policy noeviction" in ran.out
+
+
+@pytest.fixture
+def full_disk(server: redis.Redis) -> Iterator[None]:
+    """The server cannot save, since a folder has the name of its file."""
+    folder = Path(str(server.config_get("dir")["dir"]))
+    if not folder.is_dir():
+        pytest.skip("the server's folder is not on this machine")
+    blocker = folder / str(server.config_get("dbfilename")["dbfilename"])
+    blocker.mkdir()
+    server.config_set("save", "3600 1")
+    save(server, "err")
+    yield
+    server.config_set("save", "")
+    blocker.rmdir()
+    save(server, "ok")
+    blocker.unlink()
+
+
+def save(server: redis.Redis, verdict: str) -> None:
+    def has_ended() -> bool:
+        found = server.info("persistence")
+        return not found["rdb_bgsave_in_progress"] and found["rdb_last_bgsave_status"] == verdict
+
+    server.bgsave()
+    eventually_sync(has_ended, f"a save is {verdict}")
+
+
+def test_a_full_disk_is_told_as_such_and_not_as_a_server_that_is_away(
+    full_disk: None, redis_url: str
+) -> None:
+    ran = told("doctor", "--redis-url", redis_url)
+
+    assert ran.code == 1
+    assert "problem  Redis disk: rdb_last_bgsave_status is err" in ran.out
+    assert "-> free its disk, then: redis-cli -s /" in ran.out
+    assert "start it" not in ran.out
 
 
 def test_a_redis_that_does_not_answer_is_a_problem() -> None:
@@ -189,7 +228,7 @@ def test_a_paused_model_is_a_warning(url: str, data_dir: Path) -> None:
     finally:
         told("resume", "digits")
 
-    assert "warning  models served: digits: paused" in ran.out
+    assert "warning  models served: digits: paused; 1 job of digits waits, oldest " in ran.out
     assert "-> asyncinfer resume digits" in ran.out
 
 

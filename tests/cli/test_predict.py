@@ -38,7 +38,7 @@ def test_a_csv_with_a_header_is_answered_row_by_row(url: str, flowers: Path) -> 
 
     assert [row["row"] for row in ran.rows] == [1, 2, 3]
     assert [row["class_name"] for row in ran.rows] == ["setosa", "virginica", "versicolor"]
-    assert "--resume flowers-" in ran.err
+    assert ran.err == ""
 
 
 def files(folder: Path) -> dict[str, Path]:
@@ -193,7 +193,6 @@ def test_ctrl_c_says_how_to_go_on_and_cancels_the_rest(url: str, tmp_path: Path)
             [sys.executable, *argv], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE
         ) as process:
             assert process.stderr is not None
-            assert b"To take this up again" in process.stderr.readline()
             while not told("jobs", "--group", "stop-1", "--json").json:
                 pass
             os.kill(process.pid, signal.SIGINT)

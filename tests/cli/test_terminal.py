@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from .conftest import ended, submitted
-from .told import piped
+from .told import piped, told
 
 ESCAPE = "\x1b["
 COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")
@@ -109,8 +109,7 @@ def test_progress_is_shown_on_a_terminal_and_never_in_a_pipe(url: str, tmp_path:
     assert "3,000 rows" in shown.text
 
     ran = piped(f"asyncinfer {' '.join(argv)}", tmp_path)
-    assert ran.out == ""
-    assert len(ran.err.splitlines()) == 1
+    assert (ran.out, ran.err) == ("", "")
 
 
 def test_a_person_gets_a_table_of_answers(url: str) -> None:
@@ -118,6 +117,21 @@ def test_a_person_gets_a_table_of_answers(url: str) -> None:
 
     assert "class_name" in shown.text
     assert "setosa" in shown.text
+
+
+@pytest.mark.soak
+def test_a_reason_to_wait_is_told_above_the_bar(url: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(f"{','.join('0' * 64)}\n" * 3)
+    told("pause", "digits")
+    try:
+        argv = ["predict", "rows.csv", "-m", "digits", "-o", "out.csv", "--timeout", "3"]
+        shown = at_a_terminal(argv, 100, cwd=tmp_path)
+    finally:
+        told("cancel", "--model", "digits")
+        told("resume", "digits")
+
+    assert shown.code == 4
+    assert f"{ESCAPE}2Kasyncinfer: 3 rows of digits wait: digits is paused" in shown.text
 
 
 @pytest.mark.parametrize("columns", [80, 160])

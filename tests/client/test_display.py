@@ -18,6 +18,7 @@ JOB: Final[dict[str, Any]] = {
     "group": EVIL,
     "created_at": EVIL,
     "error": {"code": EVIL, "message": EVIL},
+    "waiting_for": {"code": EVIL, "message": EVIL},
     "result": {"prediction": 0, "class_name": EVIL},
 }
 GROUP: Final[dict[str, Any]] = {

@@ -1,15 +1,25 @@
 """What a doctor says of the API: whether it answers, how, and who has its port."""
 
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 from urllib.parse import urlsplit
 
 from msgspec import UnsetType
 
+from asyncinfer.cli import parts
 from asyncinfer.cli.asking import ModelList, Service
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
 from asyncinfer.cli.doctor.machine import port_is_taken
 from asyncinfer.cli.options import Server
-from asyncinfer.errors import AsyncinferError
+from asyncinfer.cli.starving import (
+    mend_starved,
+    queue_name,
+    told_starved,
+    told_waiting,
+    waiting_jobs,
+)
+from asyncinfer.errors import AsyncinferError, StartError
+from asyncinfer.observed import Queue, QueueList
 from asyncinfer.schemas import Health
 from asyncinfer.settings import Settings
 from asyncinfer.welcome import api_url
@@ -49,18 +59,42 @@ def _answers(service: Service, at: str, chosen: Settings) -> Iterator[Finding]:
     if isinstance(health.queues, UnsetType):
         # How much waits is told to keys with the scope `read`; a missing one is found below.
         yield ok("API", f"answers at {at}")
-        yield from _models(service)
+        yield from _models(service, ())
         return
     waiting = sum(health.queues.values())
+    queues = _queues(service)
+    starved = [one for one in queues if one.starved]
     found = f"answers at {at}; {waiting} jobs wait, {health.workers} workers"
-    if waiting and not health.workers:
+    if waiting and not health.workers and not starved:
         yield problem("API", f"{found}: nobody works", "asyncinfer work")
     else:
         yield ok("API", found)
-    yield from _models(service)
+    for one in starved:
+        mend = mend_starved(one, _folder_of(queue_name(one), chosen))
+        yield problem(f"queue {queue_name(one)}", told_starved(one), mend)
+    yield from _models(service, [one for one in queues if one.paused and waiting_jobs(one)])
 
 
-def _models(service: Service) -> Iterator[Finding]:
+def _queues(service: Service) -> list[Queue]:
+    try:
+        return service.ask_as(QueueList, "GET", "/queues").queues
+    except AsyncinferError:
+        # It was let in to /health a moment ago: a server that now fails is found out below.
+        return []
+
+
+def _folder_of(model: str, chosen: Settings) -> str:
+    """The folder of these settings where it has the model, for a shell; else empty."""
+    try:
+        source = parts.source(chosen)
+        names = {file.model for file in source.files()}
+    except (StartError, OSError):
+        return ""
+    return shlex.quote(str(source.watched)) if model in names else ""
+
+
+def _models(service: Service, held_up: Sequence[Queue]) -> Iterator[Finding]:
+    """`held_up` are the queues of paused models that have jobs."""
     try:
         listed = service.ask_as(ModelList, "GET", "/models")
     except AsyncinferError as error:
@@ -80,6 +114,7 @@ def _models(service: Service) -> Iterator[Finding]:
     paused = [one.model for one in listed.models if one.paused]
     if paused:
         mend = f"asyncinfer resume {paused[0]}"
-        yield warning("models served", f"{', '.join(paused)}: paused", mend)
+        found = "; ".join([f"{', '.join(paused)}: paused", *map(told_waiting, held_up)])
+        yield warning("models served", found, mend)
     if listed.models:
         yield ok("models served", ", ".join(one.model for one in listed.models))

@@ -1,6 +1,9 @@
 """Everything that a doctor looks at, in the order in which it matters."""
 
+from collections.abc import Sequence
 from pathlib import Path
+
+import msgspec
 
 from asyncinfer.cli import parts
 from asyncinfer.cli.doctor.api import examine_api
@@ -15,12 +18,36 @@ from asyncinfer.settings import Settings
 def examine(chosen: Settings, url: str | None, api_key: str | None) -> list[Finding]:
     import anyio
 
-    return [
-        *anyio.run(_examine_redis, chosen),
+    found = [
+        *mended_by_serve(anyio.run(_examine_redis, chosen), _embedded_data_dir(chosen)),
         *anyio.run(_examine_models, chosen),
         *examine_machine(chosen, _embedded_data_dir(chosen)),
         *examine_api(chosen, url, api_key),
     ]
+    return without_effects(found)
+
+
+def mended_by_serve(found: Sequence[Finding], data_dir: Path | None) -> list[Finding]:
+    """Nobody starts or mends the embedded Valkey by hand: `data_dir` where it is that."""
+    if data_dir is None:
+        return list(found)
+    mends = {
+        "Redis": "look at the log of `asyncinfer serve`, or stop and start it",
+        "Redis disk": f"free the disk of {data_dir}; the jobs go on by themselves then",
+    }
+    return [
+        msgspec.structs.replace(one, mend=mends.get(one.about, one.mend))
+        if one.verdict == "problem"
+        else one
+        for one in found
+    ]
+
+
+def without_effects(found: Sequence[Finding]) -> list[Finding]:
+    """A full disk of DATA_DIR is why its Valkey does not write, answer or start: one problem."""
+    if not any(one.about == "DATA_DIR disk" for one in found):
+        return list(found)
+    return [one for one in found if one.verdict == "ok" or one.about not in ("Redis", "Redis disk")]
 
 
 async def _examine_redis(chosen: Settings) -> list[Finding]:

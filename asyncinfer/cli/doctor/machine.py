@@ -16,6 +16,9 @@ from asyncinfer.settings import Settings
 
 _FEW_FILES: Final = 4096
 _LITTLE_DISK_BYTES: Final = 1 << 30
+_FULL_DISK_BYTES: Final = 16 << 20
+"""Valkey fails to write, or to start, with less."""
+
 _LITTLE_MEMORY_BYTES: Final = 400 << 20
 """API, worker and Valkey take 250 MiB before the first model."""
 
@@ -97,9 +100,15 @@ def _open_files() -> Iterator[Finding]:
 
 def _disk(data_dir: Path) -> Finding:
     folder = next(it for it in (data_dir, *data_dir.parents) if it.exists())
-    free = shutil.disk_usage(folder).free
     if not os.access(folder, os.W_OK):
         return problem("DATA_DIR", f"{folder} cannot be written", "set DATA_DIR to one of yours")
+    return room(data_dir, shutil.disk_usage(folder).free)
+
+
+def room(data_dir: Path, free: int) -> Finding:
+    if free < _FULL_DISK_BYTES:
+        mend = "free the disk; the jobs go on by themselves then. Or set DATA_DIR to a larger one"
+        return problem("DATA_DIR disk", f"{data_dir} has {size(free)} left: it is full", mend)
     if free < _LITTLE_DISK_BYTES:
         mend = "set DATA_DIR to a larger disk: a job takes about 1 KiB until it expires"
         return warning("DATA_DIR", f"{data_dir} has {size(free)} left", mend)

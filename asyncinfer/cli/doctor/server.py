@@ -26,9 +26,14 @@ async def examine_redis(url: str, queue_name: str) -> list[Finding]:
         ) as store:
             found = await vitals(store)
     except AsyncinferError as error:
-        mend = f"start it, or set REDIS_URL to one that answers: redis-cli -u {shown} PING"
+        mend = f"start it, or set REDIS_URL to one that answers: {_cli(shown)} PING"
         return [problem("Redis", f"{shown}: {error.detail}", mend)]
     return list(findings_of(found, shown))
+
+
+def _cli(url: str) -> str:
+    scheme, _, path = url.partition("://")
+    return f"redis-cli -s {path}" if scheme == "unix" else f"redis-cli -u {url}"
 
 
 def findings_of(found: Vitals, url: str) -> Iterator[Finding]:
@@ -41,7 +46,7 @@ def findings_of(found: Vitals, url: str) -> Iterator[Finding]:
         )
     yield _persistence(found, url)
     if found.write_error:
-        mend = f"free its disk, then: redis-cli -u {url} BGSAVE"
+        mend = f"free its disk, then: {_cli(url)} BGSAVE"
         yield problem("Redis disk", found.write_error, mend)
     yield _memory(found, url)
     yield _round_trip(found.round_trip_seconds)
@@ -51,7 +56,7 @@ def findings_of(found: Vitals, url: str) -> Iterator[Finding]:
 
 def _server(found: Vitals, url: str) -> Finding:
     if "evicts" in found.refusal:
-        mend = f"redis-cli -u {url} CONFIG SET maxmemory-policy noeviction"
+        mend = f"{_cli(url)} CONFIG SET maxmemory-policy noeviction"
         return problem("Redis", f"{found.server}: {found.refusal}", mend)
     if found.refusal:
         return problem("Redis", found.refusal, "unset REDIS_URL to use the embedded Valkey")
@@ -59,10 +64,10 @@ def _server(found: Vitals, url: str) -> Finding:
 
 
 def _persistence(found: Vitals, url: str) -> Finding:
-    append = f"redis-cli -u {url} CONFIG SET appendonly yes (and `appendonly yes` in its file)"
+    append = f"{_cli(url)} CONFIG SET appendonly yes (and `appendonly yes` in its file)"
     about = "Redis persistence"
     if found.appends and found.appends_when == "no":
-        mend = f"redis-cli -u {url} CONFIG SET appendfsync everysec"
+        mend = f"{_cli(url)} CONFIG SET appendfsync everysec"
         return warning(about, "it appends, and leaves it to the system when to write", mend)
     if found.appends:
         return ok(about, f"append-only file, fsync {found.appends_when or 'as it is set'}")
@@ -79,7 +84,7 @@ def _memory(found: Vitals, url: str) -> Finding:
         f"{size(found.used_bytes)} of {size(limit)} {'' if found.max_bytes else 'in its machine'}"
     )
     if limit and found.used_bytes > _FULL * limit:
-        mend = f"redis-cli -u {url} CONFIG SET maxmemory {2 * limit}, or lower JOB_TTL"
+        mend = f"{_cli(url)} CONFIG SET maxmemory {2 * limit}, or lower JOB_TTL"
         return problem(about, f"{used}: full memory refuses submits", mend)
     if not found.max_bytes:
         return ok(about, f"{used}, no maxmemory: MAX_QUEUE_BYTES and JOB_TTL bound it")

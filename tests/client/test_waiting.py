@@ -1,0 +1,175 @@
+"""No wait without a reason: jobs, maps and time-outs tell why nothing comes, and who goes on."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+import msgspec
+import pytest
+
+from asyncinfer.api.config import ApiConfig
+from asyncinfer.client import AsyncClient, WaitingFor, WaitTimeout
+from asyncinfer.client._client import asked_of
+from asyncinfer.client._results import AsyncResults
+from asyncinfer.client._waiting import Cadence, Notices
+from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.upkeep import Upkeep
+from tests.api.harness import Hand, announce, hosted, running
+
+SETOSA: Final = [5.1, 3.5, 1.4, 0.2]
+AT_ONCE: Final = Cadence(after_seconds=0.05, look_seconds=0.05, again_seconds=60.0)
+NO_WORKER: Final = "No worker has had iris since"
+
+
+@pytest.fixture
+def config(redis_url: str, policy: Policy) -> ApiConfig:
+    return ApiConfig(redis_url=redis_url, policy=policy)
+
+
+@pytest.fixture
+async def starved(config: ApiConfig, store: Store) -> AsyncIterator[AsyncClient]:
+    """A client of an API whose only model was announced by a worker that left."""
+    await announce(store, "iris", default="iris")
+    async with (
+        hosted(running(config)) as port,
+        AsyncClient(f"http://127.0.0.1:{port}") as client,
+    ):
+        yield client
+
+
+def mapped(client: AsyncClient, rows: list[Any], *, progress: bool = False) -> AsyncResults:
+    """A map that loses its patience at once."""
+    asked = asked_of(None, 1, 4, progress, "raise", {})
+    asked = msgspec.structs.replace(asked, cadence=AT_ONCE)
+    return AsyncResults(client._server, client._driver, rows, asked)
+
+
+async def until_said(caplog: pytest.LogCaptureFixture, words: str) -> str:
+    async with asyncio.timeout(20):
+        while True:
+            for line in caplog.messages:
+                if words in line:
+                    return line
+            await asyncio.sleep(0.01)
+
+
+async def test_a_job_shows_why_it_waits(starved: AsyncClient) -> None:
+    job = await starved.submit([SETOSA])
+    (listed,) = await starved.jobs()
+
+    for seen in (job, listed, await job.refresh()):
+        assert seen.waiting_for
+        assert seen.waiting_for.code == "no_worker"
+        assert NO_WORKER in seen.waiting_for.message
+        assert NO_WORKER in repr(seen)
+        assert NO_WORKER in seen._repr_html_()
+
+
+async def test_a_job_that_has_ended_waits_for_nothing(starved: AsyncClient, store: Store) -> None:
+    job = await starved.submit([SETOSA])
+    await Hand(store).complete()
+
+    assert (await job.wait()).waiting_for is None
+    assert NO_WORKER not in repr(job) + job._repr_html_()
+
+
+async def test_a_time_out_tells_why_nothing_came(starved: AsyncClient) -> None:
+    job = await starved.submit([SETOSA])
+    for late in (job.wait(timeout=0), starved.predict([SETOSA], timeout=0.1)):
+        with pytest.raises(WaitTimeout, match=NO_WORKER) as timed_out:
+            await late
+        assert timed_out.value.waiting_for
+        assert timed_out.value.waiting_for.code == "no_worker"
+
+
+async def test_a_map_tells_why_nothing_comes_and_that_it_goes_on(
+    starved: AsyncClient, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "asyncinfer.client")
+    results = mapped(starved, [SETOSA, SETOSA])
+    first = asyncio.create_task(anext(results))
+    assert (await until_said(caplog, NO_WORKER)).startswith("2 rows of iris wait: ")
+
+    while not first.done():
+        hand = Hand(store)
+        await hand.complete()
+        await asyncio.wait([first], timeout=5)
+    await results.close()
+
+    said = [one for one in caplog.messages if "iris" in one]
+    assert said[1:] == ["iris goes on."]
+
+
+async def test_a_bar_leaves_room_for_the_reason(
+    starved: AsyncClient, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = mapped(starved, [SETOSA], progress=True)
+    first = asyncio.create_task(anext(results))
+    shown = ""
+    async with asyncio.timeout(20):
+        while NO_WORKER not in shown:
+            await asyncio.sleep(0.01)
+            shown += capsys.readouterr().err
+    await Hand(store).complete()
+    await first
+    await results.close()
+
+    assert "1 row of iris waits: " in shown.replace("\r", "\n")
+    assert "iris goes on." in capsys.readouterr().err
+
+
+async def test_a_full_queue_is_told_as_the_reason(
+    starved: AsyncClient, store: Store, config: ApiConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "asyncinfer.client")
+    small = msgspec.structs.replace(config.policy, max_queue=1)
+    async with (
+        hosted(running(msgspec.structs.replace(config, policy=small))) as port,
+        AsyncClient(f"http://127.0.0.1:{port}") as client,
+    ):
+        await client.submit([SETOSA])
+        results = mapped(client, [SETOSA])
+        waiting = asyncio.create_task(anext(results))
+        try:
+            assert "holds all it may" in await until_said(caplog, "1 row of iris waits: ")
+        finally:
+            waiting.cancel()
+            await asyncio.wait([waiting])
+
+
+async def test_a_default_model_that_is_being_loaded_is_waited_for(
+    config: ApiConfig, store: Store
+) -> None:
+    upkeep = Upkeep(store)
+    says = {"state": "starting", "default_model": "iris", "loading": ["iris"]}
+    await upkeep.announce_worker("host-1-aaaaaa", says, ttl_seconds=10)
+    async with (
+        hosted(running(config)) as port,
+        AsyncClient(f"http://127.0.0.1:{port}") as client,
+    ):
+        found = asyncio.create_task(client.model())
+        await asyncio.wait([found], timeout=0.1)
+        assert not found.done()
+        await announce(store, "iris", default="iris")
+        assert (await found).model == "iris"
+
+
+def test_a_reason_is_told_when_it_is_new_and_again_after_a_while() -> None:
+    said: list[str] = []
+    clock = [0.0]
+    notices = Notices(said.append, Cadence(again_seconds=30.0), lambda: clock[0])
+    no_worker, paused = WaitingFor("no_worker", "None."), WaitingFor("paused", "Paused.")
+    heard = {0: no_worker, 29: no_worker, 31: no_worker, 32: paused, 40: None, 41: None, 42: paused}
+
+    for seconds, reason in heard.items():
+        clock[0] = seconds
+        notices.hear(reason, "Rows wait", "It goes on")
+
+    assert said == [
+        "Rows wait: None.",
+        "Rows wait: None.",
+        "Rows wait: Paused.",
+        "It goes on.",
+        "Rows wait: Paused.",
+    ]
