@@ -191,10 +191,12 @@ class Catalog:
         if self._configured_default:
             with suppress(StorageFull):
                 agreed = await self._store.agree_on_default_model(self._configured_default)
-                return replace(announced, default_model=agreed)
+                return replace(announced, default_model=agreed or None)
         workers = (await self._inspection.workers()).values()
         defaults = [worker_says(body).default_model for body in workers]
         self._has_no_default = None in defaults and not any(defaults)
+        if self._has_no_default:
+            self._last_default = None
         return announced
 
 

@@ -17,6 +17,7 @@ from asyncinfer import garbage
 from asyncinfer.engine import Engine
 from asyncinfer.errors import RedisUnavailable, StartError, StorageFull
 from asyncinfer.models import default_model
+from asyncinfer.repository.leftovers import Leftovers
 from asyncinfer.repository.store import Policy, Store
 from asyncinfer.worker.claims import Step
 from asyncinfer.worker.library import Library, Source
@@ -166,12 +167,15 @@ async def _connected(
 async def agreed_default(store: Store, wanted: str | None, names: Sequence[str]) -> str | None:
     """The default model: as set, else as first started, else by the folder.
 
-    Raises DefaultModelChanged when it is set to another than the queue was started with.
+    Raises DefaultModelChanged when it is set to another one than jobs or living workers go by.
     """
     if wanted is None:
         wanted = await store.default_model() or default_model(None, names)
-    if wanted is not None:
-        await store.claim_default_model(wanted)
+        if wanted is None:
+            return None
+        if agreed := await store.agree_on_default_model(wanted):
+            return agreed
+    await Leftovers(store).claim_default_model(wanted)
     return wanted
 
 

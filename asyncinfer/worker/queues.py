@@ -99,7 +99,7 @@ class Queues:
             agreed = await self._store.agree_on_default_model(ours)
         if agreed is None or agreed == ours:
             return
-        if not valid_name(agreed):
+        if agreed and not valid_name(agreed):
             raise RedisRefused(
                 f"Redis names {agreed!r} as the default model, which is no name of a model. Delete "
                 f"the key {keys.default_model(self._store.n)!r}; workers write it again."
@@ -107,14 +107,15 @@ class Queues:
         self._adopt(agreed)
 
     def _adopt(self, agreed: str) -> None:
+        """An empty name: there is none any more."""
         origin = remedy = ""
-        if self._default_is_set:
+        if self._default_is_set and agreed:
             origin = " from DEFAULT_MODEL (or MODEL)"
-            remedy = f" Set DEFAULT_MODEL={agreed}, or the next start is refused."
+            remedy = f" Set DEFAULT_MODEL={agreed} here too; a start with another may be refused."
         log.warning(
-            "Redis names %r as the default model of the queue %r, and this worker had %r%s. It "
+            "Redis names %s as the default model of the queue %r, and this worker had %r%s. It "
             "goes by Redis from now on, since all processes must agree.%s",
-            agreed,
+            repr(agreed) if agreed else "none",
             self._store.n,
             self.default_model,
             origin,
@@ -122,7 +123,7 @@ class Queues:
         )
         if self.default_model is not None:
             self._former[self.default_model] = time.monotonic()
-        self.default_model = agreed
+        self.default_model = agreed or None
 
     def _candidates(self) -> dict[str, Signature]:
         """Queues where jobs of our models may lie beside the queues of these models."""
