@@ -470,8 +470,8 @@ class Store:
         """Makes `name` the default model in place of `current`; an empty `name` decides that there
         is none. Returns None when that is done, else how many jobs of each model keep it from
         being done; (0, 0) when the default is not `current` any more."""
-        own = keys.queue(self.n, name, current)
-        names = [keys.default_model(self.n), self.n, *([own] if name else ())]
+        own_queues = (keys.queue(self.n, one, None) for one in (current, name))
+        names = [keys.default_model(self.n), self.n, *own_queues]
         args = [encode_args({"from": current, "to": name})]
         verdict, *jobs = await self.call(script("default"), names, args)
         if verdict == b"taken":
