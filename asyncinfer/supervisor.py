@@ -26,6 +26,9 @@ _HURRIED_SECONDS: Final = 1.0
 
 _FIRST_PAUSE_SECONDS: Final = 0.1
 _LONGEST_PAUSE_SECONDS: Final = 30.0
+_REFUSED_EXIT: Final = 2
+"""How `asyncinfer work` ends when its settings keep it from its start; it has said why."""
+
 _SETTLED_SECONDS: Final = 60.0
 """A child that ran as long is no longer one that keeps failing."""
 
@@ -157,7 +160,7 @@ async def _worker(plan: Plan, url: str, stop: Stop) -> AsyncIterator[Callable[[]
         environ = {**plan.environ, "REDIS_URL": url}
         return children.spawn(plan.worker, death_signal=signal.SIGKILL, env=environ)
 
-    keeper = Keeper("The worker", await start(), start)
+    keeper = Keeper("The worker", await start(), start, refused_exit=_REFUSED_EXIT)
     try:
         async with keeper.keeping():
             yield lambda: keeper.child.pid
@@ -192,12 +195,25 @@ async def drain(child: Child, drain_seconds: float, hurry: asyncio.Event) -> Non
 
 
 class Keeper:
-    """Starts a child again whenever it ends, after a pause that grows while it keeps failing."""
+    """Starts a child again whenever it ends, after a pause that grows while it keeps failing.
 
-    def __init__(self, name: str, child: Child, start: Callable[[], Awaitable[Child]]) -> None:
+    The first child alone may end it all, with `refused_exit`: settings that never worked never
+    will. A later one may have been refused for what changed since (its folder was emptied, say),
+    which must not end what still serves, and may be mended.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        child: Child,
+        start: Callable[[], Awaitable[Child]],
+        *,
+        refused_exit: int | None = None,
+    ) -> None:
         self.child = child
         self._name = name
         self._start = start
+        self._refused_exit = refused_exit
 
     @asynccontextmanager
     async def keeping(self) -> AsyncIterator[None]:
@@ -207,7 +223,7 @@ class Keeper:
             group.cancel_scope.cancel()
 
     async def run(self) -> None:
-        """Until it is cancelled."""
+        """Until it is cancelled; raises StartError where the first child refuses its settings."""
         failures = 0
         while True:
             failures = 0 if await self._lived_seconds() > _SETTLED_SECONDS else failures + 1
@@ -216,8 +232,11 @@ class Keeper:
 
     async def _lived_seconds(self) -> float:
         started_at = time.monotonic()
-        reason = _reason(await self.child.wait())
-        _log.error("%s (pid %d) ended with %s.", self._name, self.child.pid, reason)
+        code = await self.child.wait()
+        if code == self._refused_exit:
+            raise StartError(f"{self._name} cannot start with these settings; it says above why.")
+        self._refused_exit = None
+        _log.error("%s (pid %d) ended with %s.", self._name, self.child.pid, _reason(code))
         return time.monotonic() - started_at
 
     async def _started_again(self, pause: float) -> bool:

@@ -21,6 +21,8 @@ class Welcome(Struct, frozen=True, kw_only=True):
     """Which server, and where its data is."""
     models: Sequence[str]
     """Served from here; none when workers elsewhere serve them."""
+    model_dir: str | None = None
+    """Where they are; None when only workers elsewhere serve."""
     refused: Sequence[str] = ()
     """Broken at a glance; a worker may refuse more of them once it has opened their files."""
     default_model: str | None
@@ -46,10 +48,12 @@ class Welcome(Struct, frozen=True, kw_only=True):
         return api_url(self.host, self.port)
 
     def _models(self) -> str:
-        if not self.models:
+        if self.model_dir is None and not self.models:
             return "those of workers elsewhere; start one: asyncinfer work"
+        if not (self.models or self.refused):
+            return f"none yet; put an ONNX file into {self.model_dir}"
         marked = (f"{it} (default)" if it == self.default_model else it for it in self.models)
-        served = ", ".join(marked)
+        served = ", ".join(marked) or "none"
         if not self.refused:
             return served
         return f"{served}; not {', '.join(self.refused)}: {self._url}/models says why"

@@ -12,7 +12,7 @@ from asyncinfer import models
 from asyncinfer.engine import Engine
 from asyncinfer.errors import ModelRefused
 from asyncinfer.models import ModelFile
-from asyncinfer.worker.suspects import carefully
+from asyncinfer.worker.suspects import Careful
 from tests import zoo
 from tests.zoo.hostile import aborting_split
 
@@ -24,11 +24,11 @@ from functools import partial
 from pathlib import Path
 from asyncinfer import models
 from asyncinfer.engine import Engine
-from asyncinfer.worker.suspects import carefully
+from asyncinfer.worker.suspects import Careful
 
 (file,) = models.scan(Path(sys.argv[1]))
 load = partial(Engine.load, intra_op_threads=1)
-carefully(load, allow_custom_ops=False, folder=Path(sys.argv[2]))(file)
+Careful(load, allow_custom_ops=False, folder=Path(sys.argv[2]))(file)
 """
 
 
@@ -40,14 +40,14 @@ def test_a_file_that_killed_its_process_is_refused_by_the_next(tmp_path: Path) -
     assert first.returncode < 0, "the file no longer kills who loads it"
 
     with pytest.raises(ModelRefused, match="SIGABRT"):
-        carefully(load, allow_custom_ops=False, folder=tmp_path / "marks")(file)
+        Careful(load, allow_custom_ops=False, folder=tmp_path / "marks")(file)
 
 
 def test_a_file_that_loads_leaves_nothing_behind(tmp_path: Path) -> None:
     zoo.place(tmp_path / "models", "m", zoo.mlp([2, 2]))
     (file,) = models.scan(tmp_path / "models")
 
-    engine = carefully(load, allow_custom_ops=False, folder=tmp_path / "marks")(file)
+    engine = Careful(load, allow_custom_ops=False, folder=tmp_path / "marks")(file)
 
     assert engine.signature.model == "m"
     assert list((tmp_path / "marks").iterdir()) == []
@@ -61,6 +61,6 @@ def test_a_file_that_another_process_is_loading_is_no_suspect(tmp_path: Path) ->
     def load_while_another_does(file: ModelFile) -> Engine:
         (mark,) = marks.iterdir()
         mark.write_text(str(os.getppid()))
-        return carefully(load, allow_custom_ops=False, folder=marks)(file)
+        return Careful(load, allow_custom_ops=False, folder=marks)(file)
 
-    assert carefully(load_while_another_does, allow_custom_ops=False, folder=marks)(file).signature
+    assert Careful(load_while_another_does, allow_custom_ops=False, folder=marks)(file).signature

@@ -122,9 +122,11 @@ class Clearing:
         )
 
     async def _settle_again(self, leftovers: "Leftovers", own: "WorkerSays", stored: str) -> None:
-        here = {*own.versions, *own.loading}
-        if await leftovers.unserved_default({*here, *own.problems}) == stored:
-            await self._replace(leftovers, stored, here)
+        import anyio
+
+        here = await anyio.to_thread.run_sync(self._names)
+        if await leftovers.unserved_default(here) == stored:
+            await self._replace(leftovers, stored, {*own.versions, *own.loading})
         else:
             self._unserved = None
 

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from asyncinfer.api.config import ApiConfig
     from asyncinfer.models import ModelFile
     from asyncinfer.repository.store import Policy, Store
-    from asyncinfer.worker.library import Source
     from asyncinfer.worker.process import WorkerProcess
+    from asyncinfer.worker.source import Source
 
 
 def redis_url(chosen: Settings) -> str | None:
@@ -54,7 +54,7 @@ def model_dir(chosen: Settings) -> Path:
 
 
 def source(chosen: Settings) -> "Source":
-    from asyncinfer.worker.library import Source
+    from asyncinfer.worker.source import Source
 
     file = model_file(chosen)
     folder = file.parent if file else model_dir(chosen)

@@ -27,10 +27,10 @@ def serve(chosen: Settings, *, work: bool, insecure: bool) -> int:
     from asyncinfer import supervisor
 
     _refuse_open_door(chosen, insecure)
-    parts.model_file(chosen)  # a wrong one stops the start before anything is started
-    set_up_logging()
     redis_url = parts.redis_url(chosen)
     with_worker = work or redis_url is None
+    _refuse_missing_models(chosen, with_worker)
+    set_up_logging()
     plan = supervisor.Plan(
         redis_url=redis_url,
         data_dir=parts.data_dir(chosen),
@@ -53,6 +53,14 @@ def _refuse_open_door(chosen: Settings, insecure: bool) -> None:
             "one with `asyncinfer keygen >> keys` and set API_KEYS=keys, or add --insecure where "
             "something else guards this port."
         )
+
+
+def _refuse_missing_models(chosen: Settings, with_worker: bool) -> None:
+    """Before anything is started. Without these settings the folder is looked at later, beside
+    what starts: it takes a tenth of a second to import what looks."""
+    parts.model_file(chosen)
+    if with_worker and chosen.models:
+        parts.source(chosen).files_at_start()
 
 
 def _is_loopback(host: str) -> bool:
@@ -110,7 +118,8 @@ async def _apis(chosen: Settings, clearing: Clearing | None, redis_url: str, sto
 async def _welcome(chosen: Settings, clearing: Clearing | None, redis_url: str) -> Welcome:
     from asyncinfer import models
 
-    found = parts.source(chosen).files() if clearing else []
+    source = parts.source(chosen) if clearing else None
+    found = source.files_at_start() if source else []
     names = {one.model for one in found}
     files = models.to_serve([one for one in found if parts.is_whole(one)])
     server, stored_default = await _ask_server(chosen, redis_url)
@@ -121,6 +130,7 @@ async def _welcome(chosen: Settings, clearing: Clearing | None, redis_url: str) 
         port=chosen.port,
         redis=f"{server}, {_whereabouts(chosen, redis_url)}",
         models=tuple(files),
+        model_dir=str(source.path) if source else None,
         refused=sorted(names - files.keys()),
         default_model=default,
         example=file.config.example if file else None,

@@ -204,13 +204,14 @@ class Inspection:
         """Every queue that has had a job, the default model's included."""
         return await self._upkeep.queues()
 
+    async def model_names(self) -> list[str]:
+        """The models that workers have announced."""
+        known = await self._store.look("SMEMBERS", keys.models(self._store.n), otherwise=())
+        return sorted(filter(None, map(decoding.name, known)))
+
     async def announced(self) -> Announced:
-        n = self._store.n
-        known = await self._store.look("SMEMBERS", keys.models(n), otherwise=())
-        models = {
-            name: await self._upkeep.announced_versions(name)
-            for name in sorted(filter(None, map(decoding.name, known)))
-        }
+        names = await self.model_names()
+        models = {name: await self._upkeep.announced_versions(name) for name in names}
         pinned = await self._upkeep.default_versions()
         return Announced(await self._store.default_model(), models, pinned)
 

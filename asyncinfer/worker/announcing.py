@@ -1,7 +1,8 @@
 """What a worker says of itself and its models, and what it hears of others'."""
 
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -13,9 +14,13 @@ from asyncinfer.repository.inspect import Inspection, WorkerSays, worker_says
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.upkeep import Upkeep
 from asyncinfer.upkeep import ANNOUNCE_SECONDS
+from asyncinfer.worker.folders import Differences, differences, lacking, told
 from asyncinfer.worker.library import Library
 from asyncinfer.worker.queues import Queues
 from asyncinfer.worker.shelf import Label
+from asyncinfer.worker.versions import OF_ALL_VERSIONS
+
+log = logging.getLogger(__name__)
 
 _LIVES_SECONDS: Final = 5 * ANNOUNCE_SECONDS
 _APIS_KNOW_SECONDS: Final = 5.0
@@ -24,6 +29,10 @@ _APIS_KNOW_SECONDS: Final = 5.0
 _MOST_LEAVING_SECONDS: Final = 60.0
 """A queue that other versions keep busy says nothing of who waits for a removed one."""
 
+
+_FULL_ROUND_SECONDS: Final = 0.7 * ANNOUNCE_SECONDS
+"""Rounds that news cause sooner announce only what is new: with 300 models to load there are 300
+rounds, and each version costs one a call."""
 
 _MOST_RETRACTED: Final = 100
 _MOST_LOADING: Final = 10_000
@@ -58,10 +67,22 @@ class Announcer:
         self._inspection = Inspection(store)
         self._heard: dict[str, tuple[WorkerSays, float]] = {}
         """What each other worker said last, and when that was read."""
+        self._announced: dict[Label, Signature] = {}
+        self._full_round_at = -_FULL_ROUND_SECONDS
         self._retracted: dict[Label, None] = {}
         """Versions whose file went while this worker ran, the last one last."""
+        self._differences: Differences | None = None
+        """From the folders of others; None until they were heard."""
 
     async def announce(self) -> None:
+        new = self._library.unconfirmed
+        try:
+            await self._announce(new)
+        finally:
+            # What could not be announced is served too: where Redis is full, running jobs frees it.
+            self._library.confirm(new)
+
+    async def _announce(self, new: Collection[Label]) -> None:
         said = self._said()
         # Before the models: an API must not find a model announced, and no default to say which
         # queue is its own.
@@ -74,9 +95,12 @@ class Announcer:
         # worker that lives and has it, and who removes one for others that still have it.
         await self._say_who(said)
         others = await self._others()
+        is_other_folder = self._compare(others, said)
         contested = await self._announce_models(others)
-        if contested.keys() != self._contested():
+        is_contested_otherwise = contested.keys() != self._contested()
+        if is_contested_otherwise:
             self._library.contest(contested)
+        if self._library.confirm(new) or is_contested_otherwise or is_other_folder:
             await self._say_who(self._said())
         await self._upkeep.announce_default_versions(self._library.default_versions())
         await self._retract()
@@ -97,6 +121,17 @@ class Announcer:
         versions = [says.versions.get(model, {}) for says, _ in self._heard.values()]
         return any(one if version is None else version in one for one in versions)
 
+    def _compare(self, others: Sequence[WorkerSays], said: Said) -> bool:
+        """Notes how other folders differ from this one; returns whether that is news."""
+        library, before = self._library, self._differences
+        folder = str(library.model_dir)
+        models = {*library.names, *(model for model, _ in library.described() | library.problems())}
+        heard = others if library.is_for_all else ()
+        now = self._differences = differences(folder, models, said.about["started_ms"], heard)
+        if before is None and (line := told(folder, now)):
+            log.warning("%s", line)
+        return now != (before or Differences())
+
     def _contested(self) -> set[Label]:
         return self._library.described().keys() - self._library.announced().keys()
 
@@ -112,10 +147,15 @@ class Announcer:
             versions.setdefault(model, {})[version] = signature.sha256
         for (model, version), problem in self._library.problems().items():
             problems.setdefault(model, {})[version] = problem
+        if self._differences:
+            for model, problem in lacking(str(self._library.model_dir), self._differences).items():
+                problems.setdefault(model, {})[OF_ALL_VERSIONS] = problem
         served = {name: one.file.version for name, one in self._library.served.items()}
+        default = self._queues.default_model
+        known_default = {"default_model": default} if default or self._queues.has_no_default else {}
         return {
             "models": sorted(served),
-            "default_model": self._queues.default_model,
+            **known_default,
             "versions": versions,
             "served": served,
             "problems": problems,
@@ -135,16 +175,28 @@ class Announcer:
     # --- what we have --------------------------------------------------------------------------
 
     async def _announce_models(self, others: Sequence[WorkerSays]) -> dict[Label, str]:
-        """Announces each version, unless a living worker serves another file of its name."""
-        contested: dict[Label, str] = {}
+        """Announces each version, unless a living worker serves another file of its name: what is
+        new, and from time to time all."""
+        began_at = time.monotonic()
+        is_full = began_at - self._full_round_at >= _FULL_ROUND_SECONDS
         described = self._library.described()
-        names = sorted({model for model, _ in described})
+        due = {
+            label: signature
+            for label, signature in described.items()
+            if is_full or self._announced.get(label) is not signature
+        }
+        before = self._library.contested
+        contested = {one: before[one] for one in before if one in described and one not in due}
+        names = sorted({model for model, _ in due})
         await self._upkeep.announce_model_names(names)
         for model in names:
             known = await self._upkeep.announced_versions(model)
-            for version, signature in _of(model, described):
+            for version, signature in _of(model, due):
                 if rival := await self._announce_version(known.get(version), signature, others):
                     contested[model, version] = rival
+        self._announced = described
+        if is_full:
+            self._full_round_at = began_at
         return contested
 
     async def _announce_version(

@@ -35,6 +35,10 @@ _LOW_FIRST_EVERY: Final = 16
 _SHORT_SECONDS: Final = 0.0015
 """A run as short gains nothing from a second one beside it."""
 
+_GROWING_SECONDS: Final = 0.1
+"""How long a bell is listened for while a worker loads its models: a queue that comes meanwhile is
+not among those listened to."""
+
 _SOON_SECONDS: Final = 0.005
 """How long a bell may ring unheard while a slot is about to claim."""
 
@@ -113,9 +117,13 @@ class Claims:
         """From a claim to its outcomes, a running mean."""
         self.serve(queues)
 
-    def serve(self, queues: Mapping[str, Sharing]) -> None:
-        """From now on claims of these; what waits for a bell hears of it within BRPOP_TIMEOUT."""
+    def serve(self, queues: Mapping[str, Sharing], *, is_growing: bool = False) -> None:
+        """From now on claims of these; what waits for a bell hears of it within BRPOP_TIMEOUT.
+
+        With `is_growing`, as more queues are about to come, it will hear of those sooner.
+        """
         self._queues = list(queues)
+        self._is_growing = is_growing
         self._unshared = {queue for queue, sharing in queues.items() if not sharing.shared}
         self.gathering.serve(queues)
         self._looked = False
@@ -212,8 +220,11 @@ class Claims:
         return rang
 
     async def _rung(self, queues: Sequence[str]) -> str | None:
+        seconds = self._brpop_timeout_seconds
+        if self._is_growing:
+            seconds = min(_GROWING_SECONDS, seconds)
         try:
-            rang = await self._doorbell.wait(queues, self._brpop_timeout_seconds)
+            rang = await self._doorbell.wait(queues, seconds)
         except RedisUnavailable as error:
             if not self.draining.is_set():
                 log.warning(f"Waiting: {error.detail}")

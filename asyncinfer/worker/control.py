@@ -15,6 +15,8 @@ from asyncinfer.repository.store import Store
 log = LimitedLog(logging.getLogger(__name__))
 
 _READ_SECONDS: Final = 5.0
+_GROWING_SECONDS: Final = 0.1
+"""How long a read takes while queues come that it does not listen to."""
 
 
 class Control:
@@ -29,8 +31,10 @@ class Control:
         self._blocking = store.blocking()
         self._last: dict[str, bytes] = {}
 
-    def serve(self, queues: Iterable[str]) -> None:
-        """From the next read on listens to these, and always to the default model's queue."""
+    def serve(self, queues: Iterable[str], *, is_growing: bool = False) -> None:
+        """From the next read on listens to these, and always to the default model's queue; with
+        `is_growing`, as more are about to come, the next read comes soon."""
+        self._is_growing = is_growing
         self._streams = [keys.control(queue) for queue in {self._store.n, *queues}]
 
     async def listen(self) -> None:
@@ -56,9 +60,10 @@ class Control:
                 self._last[stream] = bytes(newest[0][0]) if newest else b"0"
 
     async def _read(self) -> None:
+        seconds = _GROWING_SECONDS if self._is_growing else _READ_SECONDS
         # Some may have come since the last start.
         asked = {name: self._last[name] for name in self._streams if name in self._last}
-        for stream, entry_id, fields in await self._blocking.read(asked, _READ_SECONDS):
+        for stream, entry_id, fields in await self._blocking.read(asked, seconds):
             self._last[stream] = entry_id
             for what, job_id in fields.items():
                 self._heard(decoding.text(what), id_text(job_id))

@@ -40,10 +40,12 @@ def differences(
     return Differences(dict(sorted(lacking.items())[:_MOST_PROBLEMS]), only_here)
 
 
-def problems(model_dir: str, found: Differences) -> dict[str, str]:
+def lacking(model_dir: str, found: Differences) -> dict[str, str]:
     """By model, in the words of an announced problem."""
     return {
-        model: f"{model_dir} does not have it; other workers serve it from {folder}. {_remedy(folder)}"
+        model: (
+            f"{model_dir} does not have it; other workers serve it from {folder}. {_remedy(folder)}"
+        )
         for model, folder in found.lacking.items()
     }
 

@@ -1,4 +1,4 @@
-"""Jobs of a later release, which go back to their queue for a worker of that release."""
+"""Jobs that nobody here can run yet, which go back to their queue for a while."""
 
 import logging
 import random
@@ -17,23 +17,35 @@ _MOST_MS: Final = 60_000
 _MOST_NAMED: Final = 8
 
 
-class LaterJobs:
+class Postponing:
     """Releases them, each for longer the more there are: 100,000 jobs that nobody can run yet
     must not keep a worker from those it can."""
 
-    def __init__(self) -> None:
-        self._named: set[int] = set()
+    def __init__(self, least_ms: int, most_ms: int) -> None:
+        self._least_ms = least_ms
+        self._most_ms = most_ms
         self._since = 0.0
         self._count = 0
 
     def released(self, job: ClaimedJob) -> Finished:
-        self._name(job.later_schema)
         now = time.monotonic()
         if now - self._since > _WINDOW_SECONDS:
             self._since, self._count = now, 0
         self._count += 1
-        longest_ms = min(2 * _LEAST_MS + self._count, _MOST_MS)
-        return released([job], random.randint(_LEAST_MS, longest_ms))[0]
+        longest_ms = min(2 * self._least_ms + self._count, self._most_ms)
+        return released([job], random.randint(self._least_ms, longest_ms))[0]
+
+
+class LaterJobs:
+    """Jobs of a later release wait for a worker of that release."""
+
+    def __init__(self) -> None:
+        self._named: set[int] = set()
+        self._postponing = Postponing(_LEAST_MS, _MOST_MS)
+
+    def released(self, job: ClaimedJob) -> Finished:
+        self._name(job.later_schema)
+        return self._postponing.released(job)
 
     def _name(self, schema: int) -> None:
         """Once for each schema; anyone may write any number there."""

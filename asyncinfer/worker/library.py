@@ -3,26 +3,23 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
 import msgspec
-from msgspec import Struct
 
 from asyncinfer import models
 from asyncinfer.engine import Engine
-from asyncinfer.errors import ModelRefused, StartError, UnknownModel
+from asyncinfer.errors import ModelRefused, UnknownModel
 from asyncinfer.models import ModelFile, Signature
 from asyncinfer.worker import versions
 from asyncinfer.worker.shelf import Label, Shelf, label_of
+from asyncinfer.worker.source import Source
 from asyncinfer.worker.trial import trial
 from asyncinfer.worker.versions import Version
 
 log = logging.getLogger(__name__)
-
-_FEW: Final = 8
-"""So many models are loaded before the first job is claimed; of more, one."""
 
 _SETTLED_SECONDS: Final = 0.3
 """A file is whole when it looks the same twice, so far apart: not everyone publishes by rename."""
@@ -30,39 +27,31 @@ _SETTLED_SECONDS: Final = 0.3
 _IN_PLACE: Final = "was changed in place; what was loaded is served on. Publish a new version."
 
 
-class Source(Struct, frozen=True):
-    """Where the models are."""
-
-    model_dir: Path
-    wanted: tuple[str, ...] = ()
-    """Names; none means all."""
-    model_file: Path | None = None
-    """This one file, and nothing of the folder."""
-
-    @property
-    def watched(self) -> Path:
-        return self.model_file.parent if self.model_file else self.model_dir
-
-    def files(self) -> list[ModelFile]:
-        """Raises OSError when the folder cannot be read."""
-        if self.model_file:
-            return [models.bare_file(self.model_file)] if self.model_file.is_file() else []
-        files = models.scan(self.model_dir)
-        return [file for file in files if not self.wanted or file.model in self.wanted]
-
-
 class Library:
-    """All changes happen in the loop, between two awaits; `on_change` is called after each."""
+    """All changes happen in the loop, between two awaits; `on_change` is called after each.
+
+    A version is served once it is described and the announcer has confirmed it: another worker may
+    serve another file under its name.
+    """
 
     def __init__(self, source: Source, shelf: Shelf, *, allow_custom_ops: bool = False) -> None:
         self.on_change: Callable[[], None] = lambda: None
+        self.on_confirmed: Callable[[], None] = lambda: None
+        """Called when versions begin to be served that were announced just now."""
         self._allow_custom_ops = allow_custom_ops
         self._source = source
         self._shelf = shelf
         self._versions: dict[Label, Version] = {}
+        self._order: Mapping[str, int] = {}
+        self._asked_for: set[Label] = set()
+        """Versions that jobs asked for before they were loaded."""
+        self._on_trial: set[Label] = set()
+        """What came into the folder, until it was tried."""
+        self._confirmed: set[Label] = set()
         self._contested: Mapping[Label, str] = {}
         self._leaving: dict[Label, tuple[Version, float]] = {}
         self._served: dict[str, Version] = {}
+        self._told_nothing = ""
 
     def close(self) -> None:
         """No more is loaded; what is loaded stays for who runs it."""
@@ -77,13 +66,38 @@ class Library:
     @property
     def model_dir(self) -> Path:
         """The folder that is served, or the one file; absolute."""
-        return (self._source.model_file or self._source.model_dir).absolute()
+        return self._source.path
+
+    @property
+    def is_for_all(self) -> bool:
+        """Whether it serves whatever the folder has: no model was named."""
+        return not (self._source.wanted or self._source.model_file)
 
     @property
     def loading(self) -> list[str]:
         """Models of which no version was loaded yet, and one can still be."""
-        unknown = {one.file.model for one in self._versions.values() if one.is_unknown}
-        return sorted(unknown - {model for model, _ in self.described()})
+        return sorted(
+            {model for model, _ in self._unknown()} - {one for one, _ in self.described()}
+        )
+
+    def nothing_served(self) -> str:
+        """Why no model is served and none is about to be; empty otherwise."""
+        if self._served or self._unknown() or self.unconfirmed:
+            return ""
+        place, problems = self._source.path, [*self.problems().values()]
+        if not self._versions:
+            return (
+                f"There is no model in {place} yet. Put an ONNX file there, as "
+                "<name>/1/model.onnx or <name>.onnx; it is served without a restart."
+            )
+        count = len({one.file.model for one in self._versions.values()})
+        which = f"None of the {count} models in" if count > 1 else "The only model in"
+        if self._source.model_file:
+            which = "The model"
+        can = "can" if count > 1 else "cannot"
+        return (
+            f"{which} {place} {can} be served: {problems[0].rstrip('.')}. Mend or replace it there."
+        )
 
     @property
     def served(self) -> Mapping[str, Version]:
@@ -92,9 +106,13 @@ class Library:
 
     @property
     def names(self) -> list[str]:
-        """Of the models that are served, or will be once they are described."""
-        known = {one.file.model for one in self._versions.values() if one.is_unknown}
-        return sorted(known | self._served.keys())
+        """Of the models that are served, or will be once they are loaded."""
+        return sorted({model for model, _ in {*self._unknown(), *self.announced()}})
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether a thread loads a version just now."""
+        return self._shelf.is_loading
 
     @property
     def loaded(self) -> list[Label]:
@@ -115,14 +133,15 @@ class Library:
         }
 
     def announced(self) -> dict[Label, Signature]:
-        """What is in the folder and is served."""
+        """What is in the folder, can be loaded, and no other worker serves from another file."""
         described = self.described()
         return {label: described[label] for label in described if label not in self._contested}
 
     def problems(self) -> dict[Label, str]:
         """What is not served, or not as it is now; under no version, what is wrong for all."""
         found = versions.problems(self._versions.values())
-        return found | versions.missing_defaults(self._versions) | dict(self._contested)
+        missing = {(model, versions.OF_ALL_VERSIONS): why for model, why in self._missing().items()}
+        return found | versions.missing_defaults(self._versions) | missing | dict(self._contested)
 
     def default_versions(self) -> dict[str, str | None]:
         """By model in the folder, the version served where that is not for being the highest."""
@@ -162,70 +181,96 @@ class Library:
             raise UnknownModel(f"This worker has no {asked}; it has {self._what_it_has(model)}.")
         return found
 
+    def loads_soon(self, model: str, version: str | None) -> bool:
+        """Whether a job waits for what is in the folder and is not loaded yet. That comes next."""
+        labels = self._unknown() | self.unconfirmed
+        if version is None:
+            labels = {label for label in labels if label[0] == model}
+            return bool(labels) and model not in self._served
+        if (model, version) in labels:
+            self._asked_for.add((model, version))
+        return (model, version) in labels
+
+    def _unknown(self) -> set[Label]:
+        """What is in the folder and was neither loaded nor refused yet."""
+        return self._on_trial | {one.label for one in self._versions.values() if one.is_unknown}
+
+    def _missing(self) -> dict[str, str]:
+        found = {one.file.model for one in self._versions.values()}
+        return {
+            name: f"MODELS names it, but {self._source.path} has no such model. Put it there, or "
+            "correct MODELS"
+            for name in self._source.missing(found)
+        }
+
     def _what_it_has(self, model: str | None) -> str:
         its_versions = [version for name, version in self.announced() if name == model]
         return ", ".join(its_versions) or ", ".join(sorted(self._served)) or "none"
 
     # --- at the start --------------------------------------------------------------------------
 
-    def open(self, load: Callable[[ModelFile], Engine], default_model: str | None) -> None:
-        """Loads what is served, of many models only one; raises StartError without any."""
-        files = self._files_at_start()
-        self._versions = {label_of(one): versions.look(one) for one in files}
-        found = {file.model for file in files}
-        first = models.default_model(default_model, found)
-        names = sorted(found, key=lambda name: (name != first, name))
-        for name in names:
-            if len(names) <= _FEW or not self.described():
-                self._open_one([file for file in files if file.model == name], load)
-        if not self.described():
-            raise StartError(
-                f"No model to serve in {self._source.watched}. Put an ONNX file there, as "
-                "<name>/1/model.onnx or <name>.onnx, or set MODEL_DIR."
-            )
-        self._changed()
+    def open(self) -> None:
+        """Finds what there is, and loads nothing; raises StartError when the settings can never
+        give a model."""
+        files = self._source.files_at_start()
+        self._versions = {label_of(file): versions.look(file) for file in files}
+        for model, problem in self._missing().items():
+            log.error("Model %s: %s", model, problem)
+        self._tell_when_nothing_is_served()
 
-    def _files_at_start(self) -> list[ModelFile]:
-        files = self._source.files()
-        if missing := set(self._source.wanted) - {file.model for file in files}:
-            raise StartError(
-                f"MODELS names {', '.join(sorted(missing))}, which {self._source.watched} does not "
-                "have."
-            )
-        return files
-
-    def _open_one(self, files: Sequence[ModelFile], load: Callable[[ModelFile], Engine]) -> None:
-        """Loads the version to serve; where it is broken, the next."""
-        for file in sorted(files, key=lambda file: file.rank, reverse=True):
-            version = self._versions[label_of(file)]
-            try:
-                engine = load(file)
-            except ModelRefused as error:
-                self._refuse(version, error.detail)
-                continue
-            self._take(version, engine)
-            return
+    def load_first(self, names: Iterable[str]) -> None:
+        """Of what is found, these models are loaded first, in this order."""
+        self._order = {name: place for place, name in enumerate(dict.fromkeys(names))}
 
     async def describe(self) -> None:
-        """Loads once whatever was not, to know what it takes; the default model came first."""
-        while left := [one for one in self._versions.values() if one.is_unknown]:
-            version = max(left, key=lambda one: (one.file.model not in self._served, one.file.rank))
-            try:
-                engine = await self._shelf.load(version.file)
-            except ModelRefused as error:
-                self._refuse(version, error.detail)
-            else:
-                self._take(version, engine)
+        """Loads once each version that was not, to know what it takes. Of each model first the
+        version to serve, or the next where that is broken; then all the others."""
+        while version := self._next():
+            await self._describe(version)
             self._changed()
-            if self._served.get(version.file.model) != self._versions.get(version.label):
-                self._shelf.drop(version.label)
+
+    def _next(self) -> Version | None:
+        described = {model for model, _ in self.described()}
+        last = len(self._order)
+
+        def turn(version: Version) -> tuple[bool, bool, int, str, bool, int]:
+            file = version.file
+            is_chosen, age = file.rank
+            return (
+                version.label not in self._asked_for,
+                file.model in described,
+                self._order.get(file.model, last),
+                file.model,
+                not is_chosen,
+                -age,
+            )
+
+        left = (one for one in self._versions.values() if one.is_unknown)
+        return min(left, key=turn, default=None)
+
+    async def _describe(self, version: Version) -> None:
+        engine = await self._loaded(version.file)
+        if self._versions.get(version.label) is not version:
+            return  # the file was replaced or removed meanwhile
+        if isinstance(engine, str):
+            self._refuse(version, engine)
+        else:
+            self._take(version, engine, displaces=False)
 
     # --- what changed in the folder ------------------------------------------------------------
 
     async def rescan(self) -> None:
         """Takes in what is new, and lets go of what is gone."""
+        try:
+            await self._rescan()
+        finally:
+            self._on_trial.clear()
+            self._tell_when_nothing_is_served()
+
+    async def _rescan(self) -> None:
         seen = await self._look()
         while seen is not None and self._differences(seen):
+            self._expect(seen)
             await asyncio.sleep(_SETTLED_SECONDS)
             again = await self._look()
             if again is None:
@@ -234,6 +279,11 @@ class Library:
             settled = {*self._differences(again)} - unsettled
             await self._settle(again, settled)
             seen = again if unsettled else None
+
+    def _expect(self, seen: Mapping[Label, Version]) -> None:
+        self._on_trial = {*seen} - self._versions.keys()
+        if self._on_trial:
+            self.on_change()
 
     async def _look(self) -> dict[Label, Version] | None:
         try:
@@ -266,6 +316,7 @@ class Library:
                 await self._judge(found, self._versions.get(label))
             else:
                 self._leave(label)
+            self._on_trial.discard(label)
             self._changed()
 
     async def _judge(self, found: Version, known: Version | None) -> None:
@@ -280,6 +331,7 @@ class Library:
 
     def _leave(self, label: Label) -> None:
         version = self._versions.pop(label)
+        self._confirmed.discard(label)
         if version.signature:
             log.info("%s is gone; what waits for it still runs.", version.file.shown)
             self._leaving[label] = (version, time.monotonic())
@@ -306,27 +358,36 @@ class Library:
         problem = found.file.problem or await trial(
             found.file, size_bytes, allow_custom_ops=self._allow_custom_ops
         )
-        if problem:
-            self._note(known or found, found, problem)
+        engine = problem or await self._loaded(found.file)
+        if isinstance(engine, str):
+            self._note(known or found, found, engine)
             return
-        try:
-            engine = await self._shelf.load(found.file)
-        except ModelRefused as error:
-            self._note(known or found, found, error.detail)
-            return
-        before = self._served.get(found.file.model)
         self._take(found, engine)
         self._leaving.pop(found.label, None)
         self._changed()
-        served = self._served[found.file.model]
-        for other in {found.label, before.label if before else found.label} - {served.label}:
-            # Runs under way keep it; a job that asks for it by its number loads it again.
-            self._shelf.drop(other)
         log.info("%s is ready.", found.file.shown)
 
-    def _take(self, version: Version, engine: Engine) -> None:
+    async def _loaded(self, file: ModelFile) -> Engine | str:
+        """The engine, or why there is none: whatever is wrong with one file stops no other."""
+        try:
+            return await self._shelf.load(file)
+        except ModelRefused as error:
+            return error.detail
+        except Exception as error:
+            log.exception("%s could not be loaded.", file.shown)
+            return f"{file.shown}: it could not be loaded: {type(error).__name__}: {error}"
+
+    def _take(self, version: Version, engine: Engine, *, displaces: bool = True) -> None:
+        """Keeps the engine of the version that is served; a job that asks for another by its
+        number loads it again."""
+        self._asked_for.discard(version.label)
         self._keep(msgspec.structs.replace(version, signature=engine.signature))
-        self._shelf.put(version.file, engine, models.size_bytes(version.stamp))
+        self._shelf.drop(version.label)
+        its_versions = (one for one in self._announced() if one.file.model == version.file.model)
+        best = max(its_versions, key=lambda one: one.file.rank, default=None)
+        if best and best.label == version.label:
+            size_bytes = models.size_bytes(version.stamp)
+            self._shelf.put(version.file, engine, size_bytes, displaces=displaces)
 
     def _refuse(self, version: Version, problem: str) -> None:
         self._note(version, version, problem)
@@ -361,6 +422,25 @@ class Library:
             self._contested = dict(contested)
             self._changed()
 
+    @property
+    def unconfirmed(self) -> set[Label]:
+        """What can be served and was not announced yet."""
+        return self.announced().keys() - self._confirmed
+
+    def confirm(self, labels: Iterable[Label]) -> bool:
+        """These were announced, so that they may be served; returns whether any is served now
+        that was not."""
+        new = self.unconfirmed.intersection(labels)
+        self._confirmed |= new
+        if new:
+            self._settle_what_is_served()
+            self.on_confirmed()
+        return bool(new)
+
+    @property
+    def contested(self) -> Mapping[Label, str]:
+        return self._contested
+
     def forget(self, labels: Iterable[Label]) -> None:
         """Removed versions that nothing waits for any more."""
         for label in labels:
@@ -369,12 +449,32 @@ class Library:
         self._changed()
 
     def _changed(self) -> None:
-        ranked = sorted(self._servable(), key=lambda version: version.file.rank)
-        self._served = {version.file.model: version for version in ranked}
+        self._settle_what_is_served()
+        self._tell_when_nothing_is_served()
         self.on_change()
 
+    def _settle_what_is_served(self) -> None:
+        before = self._served
+        ranked = sorted(self._servable(), key=lambda version: version.file.rank)
+        self._served = {version.file.model: version for version in ranked}
+        for model, version in before.items():
+            now = self._served.get(model)
+            # Runs under way keep the engine; one whose file is gone could not be loaded again.
+            if now and now.label != version.label and version.label in self._versions:
+                self._shelf.drop(version.label)
+
     def _servable(self) -> Iterator[Version]:
-        announced = self.announced()
-        here = {model for model, _ in announced}
-        yield from (version for label, version in self._versions.items() if label in announced)
+        confirmed = [one for one in self._announced() if one.label in self._confirmed]
+        here = {one.file.model for one in confirmed}
+        yield from confirmed
         yield from (one for (model, _), (one, _) in self._leaving.items() if model not in here)
+
+    def _announced(self) -> Iterator[Version]:
+        announced = self.announced()
+        yield from (version for label, version in self._versions.items() if label in announced)
+
+    def _tell_when_nothing_is_served(self) -> None:
+        reason = self.nothing_served()
+        if reason and reason != self._told_nothing:
+            log.warning("%s", reason)
+        self._told_nothing = reason

@@ -7,23 +7,24 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 from typing import Any, Final
 
 from msgspec import Struct
 
-from asyncinfer import garbage
 from asyncinfer.engine import Engine
 from asyncinfer.errors import RedisUnavailable, StartError, StorageFull
 from asyncinfer.models import default_model
+from asyncinfer.repository.inspect import Inspection
 from asyncinfer.repository.leftovers import Leftovers
 from asyncinfer.repository.store import Policy, Store
 from asyncinfer.worker.claims import Step
-from asyncinfer.worker.library import Library, Source
+from asyncinfer.worker.library import Library
 from asyncinfer.worker.monitor import Metrics, Monitor, listen, monitored
 from asyncinfer.worker.shelf import Bounds, Shelf
-from asyncinfer.worker.suspects import carefully
+from asyncinfer.worker.source import Source
+from asyncinfer.worker.suspects import Careful
 from asyncinfer.worker.worker import Worker, WorkerConfig
 
 log = logging.getLogger(__name__)
@@ -56,16 +57,26 @@ class WorkerProcess(Struct, frozen=True, kw_only=True):
 def run(config: WorkerProcess, on_step: Callable[[Step], None] = lambda _: None) -> int:
     """Works until SIGTERM or SIGINT; a second one ends it at once. Returns the exit code.
 
-    Raises StartError when the server or the models cannot be used.
+    Raises StartError when the server cannot be used, or the settings can never give a model.
     """
     with _listener(config) as listener:
-        library = _opened(config)
-        garbage.settle()
+        load = Careful(
+            partial(
+                Engine.load,
+                intra_op_threads=config.intra_op_threads,
+                allow_custom_ops=config.allow_custom_ops,
+            ),
+            allow_custom_ops=config.allow_custom_ops,
+        )
+        shelf = Shelf(load, config.bounds)
+        library = Library(config.source, shelf, allow_custom_ops=config.allow_custom_ops)
+        library.open()
         # A thread that renders results must not keep the loop from its next call for 5 ms.
         sys.setswitchinterval(_SWITCH_SECONDS)
         code = _exit_code(_work(config, library, listener, on_step))
-    if code:
+    if code or library.is_loading:
         # A thread that would not stop cannot be joined, and the interpreter would wait for it.
+        load.leave()
         logging.shutdown()
         os._exit(code)
     return code
@@ -73,7 +84,7 @@ def run(config: WorkerProcess, on_step: Callable[[Step], None] = lambda _: None)
 
 @contextlib.contextmanager
 def _listener(config: WorkerProcess) -> Iterator[socket.socket | None]:
-    """Before the models are loaded: a port that is taken should not cost that time."""
+    """Opened first, as a port that is taken ends the start."""
     if config.monitor_port is None:
         yield None
         return
@@ -92,19 +103,6 @@ def _exit_code(work: Coroutine[Any, Any, int]) -> int:
         return _FAILED_EXIT
 
 
-def _opened(config: WorkerProcess) -> Library:
-    load = partial(
-        Engine.load,
-        intra_op_threads=config.intra_op_threads,
-        allow_custom_ops=config.allow_custom_ops,
-    )
-    careful = carefully(load, allow_custom_ops=config.allow_custom_ops)
-    shelf = Shelf(careful, config.bounds)
-    library = Library(config.source, shelf, allow_custom_ops=config.allow_custom_ops)
-    library.open(careful, config.default_model)
-    return library
-
-
 async def _work(
     config: WorkerProcess,
     library: Library,
@@ -121,7 +119,7 @@ async def _work(
         call_seconds=_CALL_SECONDS,
     )
     async with monitored(listener) as monitor, opened as store:
-        default = await _connected(store, config, library.names, stopping)
+        default = await _connected(store, config, library, stopping)
         if stopping.is_set():
             return 0
         worker = Worker(
@@ -143,14 +141,16 @@ async def _work(
 
 
 async def _connected(
-    store: Store, config: WorkerProcess, names: Sequence[str], stopping: asyncio.Event
+    store: Store, config: WorkerProcess, library: Library, stopping: asyncio.Event
 ) -> str | None:
-    """Waits for the server, or to be asked to stop; returns the default model."""
+    """Waits for the server, or to be asked to stop; returns the default model where it is known,
+    and has what the server knows loaded first."""
     told = False
     while not stopping.is_set():
         try:
             server = await store.check_server()
-            default = await agreed_default(store, config.default_model, names)
+            default = await agreed_default(store, config.default_model)
+            known = await Inspection(store).model_names()
         except (RedisUnavailable, StorageFull) as error:
             if not told:
                 log.info("Waiting for Redis: %s", error.detail)
@@ -159,22 +159,21 @@ async def _connected(
                 async with asyncio.timeout(_CONNECT_PAUSE_SECONDS):
                     await stopping.wait()
         else:
-            log.info("Connected to %s. Serves %s.", server, ", ".join(names))
+            log.info("Connected to %s. Models to load: %d.", server, len(library.names))
+            # Jobs may wait for what was announced before.
+            first = default or default_model(None, library.names)
+            library.load_first([first, *known] if first else known)
             return default
     return None
 
 
-async def agreed_default(store: Store, wanted: str | None, names: Sequence[str]) -> str | None:
-    """The default model: as set, else as first started, else by the folder.
+async def agreed_default(store: Store, wanted: str | None) -> str | None:
+    """The default model: as set, else as first started; None: as the folder will have it.
 
     Raises DefaultModelChanged when it is set to another one than jobs or living workers go by.
     """
     if wanted is None:
-        wanted = await store.default_model() or default_model(None, names)
-        if wanted is None:
-            return None
-        if agreed := await store.agree_on_default_model(wanted):
-            return agreed
+        return await store.default_model()
     await Leftovers(store).claim_default_model(wanted)
     return wanted
 

@@ -7,7 +7,7 @@ from typing import Final
 
 from asyncinfer import keys
 from asyncinfer.errors import RedisRefused
-from asyncinfer.models import Signature, valid_name
+from asyncinfer.models import Signature, default_model, valid_name
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.upkeep import Upkeep
 from asyncinfer.worker.gathering import Sharing
@@ -43,6 +43,8 @@ class Queues:
         self._library = library
         self._max_batch = max_batch
         self._default_is_set = default_is_set
+        self.has_no_default = False
+        """Whether no model is the default, now that all of a start are loaded."""
         self._former: dict[str, float] = {}
         """Models that were the default until then."""
         self._beside: set[str] = set()
@@ -94,7 +96,7 @@ class Queues:
     async def _agree_on_default(self) -> None:
         ours = self.default_model
         if ours is None:
-            agreed = await self._store.default_model()
+            agreed = await self._store.default_model() or await self._first_default()
         else:
             agreed = await self._store.agree_on_default_model(ours)
         if agreed is None or agreed == ours:
@@ -106,8 +108,27 @@ class Queues:
             )
         self._adopt(agreed)
 
+    async def _first_default(self) -> str | None:
+        """As the folder has it at the start; what cannot be loaded is no default."""
+        if self.has_no_default:
+            return None
+        served = {model for model, _ in self._library.announced()}
+        name = default_model(None, self._library.names)
+        if name in served:
+            agreed = await self._store.agree_on_default_model(name)
+            if not agreed:
+                # There was to be none for the folder of an earlier start. This one has one.
+                await self._store.claim_default_model(name)
+            return agreed or name
+        self.has_no_default = bool(served) and not self._library.loading
+        return None
+
     def _adopt(self, agreed: str) -> None:
-        """An empty name: there is none any more."""
+        """An empty name: it was decided that there is none any more."""
+        if self.default_model is None:
+            log.info("The default model of the queue %r is %r.", self._store.n, agreed)
+            self.default_model = agreed
+            return
         origin = remedy = ""
         if self._default_is_set and agreed:
             origin = " from DEFAULT_MODEL (or MODEL)"
@@ -121,8 +142,7 @@ class Queues:
             origin,
             remedy,
         )
-        if self.default_model is not None:
-            self._former[self.default_model] = time.monotonic()
+        self._former[self.default_model] = time.monotonic()
         self.default_model = agreed or None
 
     def _candidates(self) -> dict[str, Signature]:

@@ -45,6 +45,12 @@ class Shelf:
         """The least used first."""
         self._loading: dict[Label, asyncio.Future[Engine]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="load")
+        self._loads_under_way = 0
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether its thread loads, and would keep this process from its end."""
+        return self._loads_under_way > 0
 
     @property
     def labels(self) -> list[Label]:
@@ -71,13 +77,32 @@ class Shelf:
 
     async def load(self, file: ModelFile) -> Engine:
         """A new engine, which nobody else is lent until it is `put` here."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._load, file)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._thread, self._loaded_in_thread, file
+        )
 
-    def put(self, file: ModelFile, engine: Engine, size_bytes: int) -> None:
-        """Takes the place of the one before, and that of the least used where there is no room."""
+    def _loaded_in_thread(self, file: ModelFile) -> Engine:
+        self._loads_under_way += 1
+        try:
+            return self._load(file)
+        finally:
+            self._loads_under_way -= 1
+
+    def put(
+        self, file: ModelFile, engine: Engine, size_bytes: int, *, displaces: bool = True
+    ) -> None:
+        """Takes the place of the one before, and that of the least used where there is no room.
+
+        Unless it `displaces` others, it goes itself then.
+        """
         label = label_of(file)
         self.drop(label)
         self._books[label] = _Book(engine, size_bytes, file.config.pinned)
+        if not (displaces or file.config.pinned):
+            if self._is_full():
+                # Not at once: the caller still has it, and would free it in the loop.
+                asyncio.get_running_loop().call_soon(self.drop, label)
+            return
         for other, book in list(self._books.items()):
             if other != label and not book.pinned and self._is_full():
                 self.drop(other)

@@ -24,26 +24,45 @@ from asyncinfer.worker.trial import trial
 Load = Callable[[ModelFile], Engine]
 
 
-def carefully(load: Load, *, allow_custom_ops: bool, folder: Path | None = None) -> Load:
-    """`load`, but what a process died of is first tried in a child; raises ModelRefused."""
-    if sys.platform == "win32":
-        return load
-    marks = folder or Path(tempfile.gettempdir()) / f"asyncinfer-loading-{os.getuid()}"
-    if not _is_ours(marks):
-        return load
+class Careful:
+    """Loads, but tries first in a child what a process died of; raises ModelRefused."""
 
-    def loaded(file: ModelFile) -> Engine:
+    def __init__(self, load: Load, *, allow_custom_ops: bool, folder: Path | None = None) -> None:
+        self._load = load
+        self._allow_custom_ops = allow_custom_ops
+        self._folder = _marks_in(folder)
+        self._mark: Path | None = None
+        self._leaves = False
+
+    def __call__(self, file: ModelFile) -> Engine:
+        if self._folder is None:
+            return self._load(file)
         stamp = models.stamp(file)
-        mark = marks / hashlib.sha256(repr((file.path, stamp)).encode()).hexdigest()
+        mark = self._folder / hashlib.sha256(repr((file.path, stamp)).encode()).hexdigest()
         if _died_of(mark):
             size_bytes = models.size_bytes(stamp)
-            problem = asyncio.run(trial(file, size_bytes, allow_custom_ops=allow_custom_ops))
+            problem = asyncio.run(trial(file, size_bytes, allow_custom_ops=self._allow_custom_ops))
             if problem:
                 raise ModelRefused(problem)
+        self._mark = mark
+        if self._leaves:
+            return self._load(file)
         with _marked(mark):
-            return load(file)
+            return self._load(file)
 
-    return loaded
+    def leave(self) -> None:
+        """This process is about to end by itself, so that what it loads is not what it died of."""
+        self._leaves = True
+        if self._mark:
+            with contextlib.suppress(OSError):
+                self._mark.unlink()
+
+
+def _marks_in(folder: Path | None) -> Path | None:
+    if sys.platform == "win32":
+        return None
+    marks = folder or Path(tempfile.gettempdir()) / f"asyncinfer-loading-{os.getuid()}"
+    return marks if _is_ours(marks) else None
 
 
 def _is_ours(folder: Path) -> bool:

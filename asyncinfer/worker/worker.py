@@ -15,7 +15,7 @@ from typing import Any, Final
 import anyio
 import msgspec
 
-from asyncinfer import execution
+from asyncinfer import execution, garbage
 from asyncinfer.errors import (
     AsyncinferError,
     JobError,
@@ -37,7 +37,7 @@ from asyncinfer.worker.announcing import Announcer, Said
 from asyncinfer.worker.claims import Claims, Held, Step
 from asyncinfer.worker.control import Control
 from asyncinfer.worker.finishing import Finishing
-from asyncinfer.worker.later import LaterJobs
+from asyncinfer.worker.later import LaterJobs, Postponing
 from asyncinfer.worker.library import Library
 from asyncinfer.worker.outcomes import Outcomes, released
 from asyncinfer.worker.pace import Paces
@@ -54,6 +54,13 @@ _FAREWELL_SECONDS: Final = 1.0
 
 _ELSEWHERE_MS: Final = (20, 200)
 """How long a job waits that this worker could not run, so that it is not the first to see it."""
+
+_UNLOADED_MS: Final = (100, 5000)
+"""How long one waits for a version that is not loaded yet, at least, and at most the more such
+jobs there are."""
+
+_MOST_NAMED: Final = 20
+"""Models that one line of the log names."""
 
 _MOST_STORING_SECONDS: Final = 1.0
 _SILENT_SECONDS: Final = 3 * ANNOUNCE_SECONDS
@@ -100,6 +107,7 @@ class Worker:
         )
         queues = self._queues.served()
         self._later = LaterJobs()
+        self._unloaded = Postponing(*_UNLOADED_MS)
         self._paces = Paces()
         self._answered_at = time.monotonic()
         self._started_ms = time.time_ns() // 1_000_000
@@ -130,12 +138,14 @@ class Worker:
         )
         self._control = Control(store, queues, self._finishing.heard)
         self._announcer = Announcer(
-            store, self.worker_id, library, self._queues, self._said, self._models_changed
+            store, self.worker_id, library, self._queues, self._said, self._serve_queues
         )
         self._news = asyncio.Event()
         self._watched_enough = asyncio.Event()
         self._group: asyncio.TaskGroup
         library.on_change = self._models_changed
+        library.on_confirmed = self._serve_queues
+        self._serve_queues()
 
     # --- the process ---------------------------------------------------------------------------
 
@@ -174,7 +184,7 @@ class Worker:
             self._renewer.beat,
             self._control.listen,
             self._claims.gathering.listen,
-            self._library.describe,
+            self._load,
             self._watch,
         ]
 
@@ -183,6 +193,16 @@ class Worker:
         with contextlib.suppress(RedisUnavailable, StorageFull):
             await self._announcer.announce()
             self._redis_answered()
+
+    async def _load(self) -> None:
+        """Loads what is in the folder at the start."""
+        await self._library.describe()
+        names = self._library.names
+        if names:
+            more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+            log.info("Serves %s%s.", ", ".join(names[:_MOST_NAMED]), more)
+        # In a thread, since to give memory back takes a while.
+        await asyncio.to_thread(garbage.settle)
 
     async def _watch(self) -> None:
         """Follows the model folder."""
@@ -198,10 +218,13 @@ class Worker:
                 log.exception("The model folder could not be followed.")
 
     def _models_changed(self) -> None:
-        queues = self._queues.served()
-        self._claims.serve(queues)
-        self._control.serve(queues)
+        self._serve_queues()
         self._news.set()
+
+    def _serve_queues(self) -> None:
+        queues, is_growing = self._queues.served(), bool(self._library.loading)
+        self._claims.serve(queues, is_growing=is_growing)
+        self._control.serve(queues, is_growing=is_growing)
 
     def _said(self) -> Said:
         paces = self._paces.seconds_per_job()
@@ -230,6 +253,8 @@ class Worker:
         silent_seconds = time.monotonic() - self._answered_at
         if silent_seconds > _SILENT_SECONDS:
             return f"Redis has not answered for {silent_seconds:.0f} s."
+        if not self._library.served:
+            return self._library.nothing_served() or "It loads its models; none is served yet."
         return None
 
     def counted(self) -> tuple[Mapping[str, Mapping[int, tuple[int, float]]], Mapping[str, int]]:
@@ -309,12 +334,15 @@ class Worker:
 
     async def _refused(self, held: Held, job: ClaimedJob, error: AsyncinferError) -> Finished:
         """A job for what this worker lacks goes to one that has it: a new version does not come
-        to all of them at once."""
+        to all of them at once. One for what is not loaded yet comes back when it is."""
         if isinstance(error, LaterRecord):
             return self._later.released(job)
         model, version = execution.asked(job, self._queues.model_of(held.claim.queue))
-        if isinstance(error, UnknownModel) and model and await self._is_elsewhere(model, version):
-            return released([job], random.randrange(*_ELSEWHERE_MS))[0]
+        if isinstance(error, UnknownModel) and model:
+            if self._library.loads_soon(model, version):
+                return self._unloaded.released(job)
+            if await self._is_elsewhere(model, version):
+                return released([job], random.randrange(*_ELSEWHERE_MS))[0]
         return self._outcomes.failed(held, job, error)
 
     async def _is_elsewhere(self, model: str, version: str | None) -> bool:

@@ -11,9 +11,9 @@ import msgspec
 
 from asyncinfer.repository.store import Policy
 from asyncinfer.worker.claims import Step
-from asyncinfer.worker.library import Source
 from asyncinfer.worker.process import WorkerProcess, run
 from asyncinfer.worker.shelf import Bounds
+from asyncinfer.worker.source import Source
 from asyncinfer.worker.worker import WorkerConfig
 
 

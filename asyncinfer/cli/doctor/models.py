@@ -9,7 +9,7 @@ from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
 from asyncinfer.cli.showing import size
 from asyncinfer.cores import cores
 from asyncinfer.models import ModelFile
-from asyncinfer.worker.library import Source
+from asyncinfer.worker.source import Source
 from asyncinfer.worker.trial import trial
 
 
