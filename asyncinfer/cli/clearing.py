@@ -40,9 +40,10 @@ class Clearing:
     # --- at the start ------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raises InvalidSetting for a default model that nobody can have."""
+        """Raises InvalidSetting for a default model that nobody can have. An empty folder may
+        still be filled."""
         wanted = parts.default_model(self._chosen)
-        if wanted and self._is_embedded and not self._lies_here(wanted):
+        if wanted and self._is_embedded and not self._lies_here(wanted) and self._names():
             raise self._no_such_default(wanted)
 
     async def before_worker(self, url: str) -> None:
@@ -58,7 +59,8 @@ class Clearing:
 
     async def _settle_default(self, leftovers: "Leftovers") -> None:
         if wanted := parts.default_model(self._chosen):
-            if not (self._lies_here(wanted) or await leftovers.is_known(wanted)):
+            is_nobodys = not (self._lies_here(wanted) or await leftovers.is_known(wanted))
+            if is_nobodys and self._names():
                 raise self._no_such_default(wanted)
             await leftovers.claim_default_model(wanted)
             return
@@ -190,7 +192,7 @@ class Clearing:
         of = f", of which MODELS={','.join(chosen.models)} is served" if chosen.models else ""
         return InvalidSetting(
             f"DEFAULT_MODEL is {wanted!r}, which {parts.model_dir(chosen)} does not have{of}. Set "
-            f"it to one of: {shown or '(there is none)'}; or leave it out."
+            f"it to one of: {shown}; or leave it out."
         )
 
     # --- told --------------------------------------------------------------------------------

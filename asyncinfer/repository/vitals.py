@@ -7,8 +7,8 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-from asyncinfer import keys
 from asyncinfer.errors import RedisRefused, ServerRefused
+from asyncinfer.repository.inspect import Inspection, worker_says
 from asyncinfer.repository.store import Store, translated
 
 _PINGS: Final = 20
@@ -38,6 +38,8 @@ class Vitals(Struct, frozen=True, kw_only=True):
     default_model: str | None
     workers: int
     """That are alive and claim from our queues."""
+    model_dirs: tuple[tuple[str, str], ...] = ()
+    """Of each living worker that says it, its host and the folder that it serves."""
 
 
 async def vitals(store: Store) -> Vitals:
@@ -51,6 +53,7 @@ async def vitals(store: Store) -> Vitals:
         info: Mapping[str, Any] = await store.redis.info("everything")
     config = await _config(store)
     round_trip, ahead = await _times(store)
+    workers = [worker_says(body) for body in (await Inspection(store).workers()).values()]
     return Vitals(
         server=_name(info),
         refusal=refusal,
@@ -65,7 +68,10 @@ async def vitals(store: Store) -> Vitals:
         max_bytes=int(info.get("maxmemory", 0)),
         machine_bytes=int(info.get("total_system_memory", 0)),
         default_model=await store.default_model(),
-        workers=int(await store.command("ZCARD", keys.workers(store.n))),
+        workers=len(workers),
+        model_dirs=tuple(
+            sorted({(one.host or "", one.model_dir) for one in workers if one.model_dir})
+        ),
     )
 
 

@@ -9,6 +9,7 @@ from asyncinfer.cli.asking import ModelList, Service
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
 from asyncinfer.cli.doctor.machine import port_is_taken
 from asyncinfer.cli.options import Server
+from asyncinfer.cli.telling import counted
 from asyncinfer.errors import AsyncinferError
 from asyncinfer.schemas import Health
 from asyncinfer.settings import Settings
@@ -52,7 +53,8 @@ def _answers(service: Service, at: str, chosen: Settings) -> Iterator[Finding]:
         yield from _models(service)
         return
     waiting = sum(health.queues.values())
-    found = f"answers at {at}; {waiting} jobs wait, {health.workers} workers"
+    waits = f"{counted(waiting, 'job')} {'waits' if waiting == 1 else 'wait'}"
+    found = f"answers at {at}; {waits}, {counted(health.workers or 0, 'worker')}"
     if waiting and not health.workers:
         yield problem("API", f"{found}: nobody works", "asyncinfer work")
     else:

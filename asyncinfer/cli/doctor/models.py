@@ -7,6 +7,7 @@ import anyio
 from asyncinfer import models
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
 from asyncinfer.cli.showing import size
+from asyncinfer.cli.telling import counted
 from asyncinfer.cores import cores
 from asyncinfer.models import ModelFile
 from asyncinfer.worker.source import Source
@@ -22,7 +23,7 @@ async def examine_models(source: Source, *, allow_custom_ops: bool) -> list[Find
         mend = f"put an ONNX file there: cp my.onnx {source.watched}/"
         return [problem("models", f"{source.watched} has none", mend)]
     missing = sorted(set(source.wanted) - {file.model for file in files})
-    found = [ok("models", f"{len(files)} versions in {source.watched}")]
+    found = [ok("models", f"{counted(len(files), 'version')} in {source.watched}")]
     if missing:
         mend = f"set MODELS to some of {', '.join(sorted({file.model for file in files}))}"
         found.append(problem("models", f"MODELS names {', '.join(missing)}: not there", mend))
