@@ -8,7 +8,7 @@ from msgspec import Struct
 from asyncinfer.repository.inspect import WorkerSays
 
 _MOST_NAMED: Final = 10
-_MOST_PROBLEMS: Final = 100
+_MOST_PROBLEMS: Final = 10
 
 
 class Differences(Struct, frozen=True):
@@ -22,13 +22,12 @@ class Differences(Struct, frozen=True):
 def differences(
     model_dir: str, models: Collection[str], started_ms: int, others: Iterable[WorkerSays]
 ) -> Differences:
-    """Nothing where another worker serves this same folder, or there is none: of two folders the
-    newcomer's is the wrong one."""
-    elsewhere = [
-        one
-        for one in others
-        if one.model_dir not in (None, model_dir) and (one.started_ms or started_ms) < started_ms
-    ]
+    """None where an older worker serves this same folder: of two folders the newcomer's is the
+    wrong one."""
+    older = [one for one in others if (one.started_ms or started_ms) < started_ms]
+    if any(one.model_dir == model_dir for one in older):
+        return Differences()
+    elsewhere = [one for one in older if one.model_dir is not None]
     lacking = {
         model: one.model_dir or ""
         for one in elsewhere
@@ -37,16 +36,16 @@ def differences(
     }
     theirs = {model for one in elsewhere for model in (*one.versions, *one.loading)}
     only_here = tuple(sorted(set(models) - theirs)) if elsewhere else ()
-    return Differences(dict(sorted(lacking.items())[:_MOST_PROBLEMS]), only_here)
+    return Differences(dict(sorted(lacking.items())), only_here)
 
 
 def lacking(model_dir: str, found: Differences) -> dict[str, str]:
-    """By model, in the words of an announced problem."""
+    """By model, in the words of an announced problem; of many models some."""
     return {
         model: (
             f"{model_dir} does not have it; other workers serve it from {folder}. {_remedy(folder)}"
         )
-        for model, folder in found.lacking.items()
+        for model, folder in list(found.lacking.items())[:_MOST_PROBLEMS]
     }
 
 

@@ -74,10 +74,12 @@ def _models(service: Service) -> Iterator[Finding]:
         return
     for one in listed.all_problems:
         version = one.get("version") or "any"
+        reason = str(one.get("reason"))
+        mend = "replace the file; a worker looks again by itself"
+        if "MODEL_DIR" in reason:
+            mend = "start that worker with another MODEL_DIR or MODELS"
         yield warning(
-            f"worker {one.get('worker')}",
-            f"{one.get('model')}/{version}: {one.get('reason')}",
-            "replace the file; a worker looks again by itself",
+            f"worker {one.get('worker')}", f"{one.get('model')}/{version}: {reason}", mend
         )
     paused = [one.model for one in listed.models if one.paused]
     if paused:

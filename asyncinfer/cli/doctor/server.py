@@ -126,9 +126,10 @@ def _other_folder(found: Vitals, model_dir: Path | None) -> Iterator[Finding]:
     host, folder = next(
         (one for one in found.model_dirs if one[0] == socket.gethostname()), found.model_dirs[0]
     )
+    flag = "--model" if folder.endswith(".onnx") else "--model-dir"
     where = "on this machine" if host == socket.gethostname() else f"on {host}"
     yield warning(
         "model folder",
         f"{model_dir} is examined here, and the worker {where} serves {folder}",
-        f"asyncinfer doctor --model{'' if folder.endswith('.onnx') else '-dir'} {shlex.quote(folder)}",
+        f"asyncinfer doctor {flag} {shlex.quote(folder)}",
     )
