@@ -35,7 +35,10 @@ class Clearing:
         self._chosen = chosen
         self._is_embedded = parts.redis_url(chosen) is None
         self._since_ms = time.time_ns() // 1_000_000
+        self._foreign: str | None = None
+        """A default model that is not in the folder."""
         self._unserved: Unserved | None = None
+        """The same, when no other worker has it either."""
 
     # --- at the start ------------------------------------------------------------------------
 
@@ -64,10 +67,12 @@ class Clearing:
                 raise self._no_such_default(wanted)
             await leftovers.claim_default_model(wanted)
             return
-        stored = await leftovers.unserved_default(())
+        stored = await leftovers.default_model()
         if stored is None or self._lies_here(stored):
             return
-        await self._replace(leftovers, stored, self._names(whole=True))
+        self._foreign = stored
+        if await leftovers.is_unserved(stored):
+            await self._replace(leftovers, stored, self._names(whole=True))
 
     async def _replace(self, leftovers: "Leftovers", stored: str, names: Collection[str]) -> None:
         from asyncinfer import models
@@ -79,6 +84,7 @@ class Clearing:
         successor = models.default_model(None, names)
         self._unserved = await leftovers.replace_default(stored, successor)
         if self._unserved is None:
+            self._foreign = None
             now = f"{successor!r} is it now" if successor else "there is none now"
             _log.info("The default model was %r, which nobody has any more: %s.", stored, now)
 
@@ -111,8 +117,8 @@ class Clearing:
         own = next((one for one in workers if self._is_own(one, worker_pid)), None)
         if own is None:
             return False
-        if self._unserved:
-            await self._settle_again(leftovers, own, self._unserved.model)
+        if self._foreign:
+            await self._settle_again(leftovers, own, self._foreign)
         await self._retract(leftovers, own, await leftovers.unserved_versions(workers))
         return self._unserved is None
 
@@ -124,13 +130,22 @@ class Clearing:
         )
 
     async def _settle_again(self, leftovers: "Leftovers", own: "WorkerSays", stored: str) -> None:
+        """Replaces a default that no worker had in this round and the one before: a worker beside
+        this `serve` that has it may be starting again."""
         import anyio
 
-        here = await anyio.to_thread.run_sync(self._names)
-        if await leftovers.unserved_default(here) == stored:
-            await self._replace(leftovers, stored, {*own.versions, *own.loading})
-        else:
+        from asyncinfer.repository.leftovers import Unserved
+
+        if stored != await leftovers.default_model():
+            self._foreign = self._unserved = None
+        elif not await leftovers.is_unserved(stored) or stored in await anyio.to_thread.run_sync(
+            self._names
+        ):
             self._unserved = None
+        elif self._unserved is None:
+            self._unserved = Unserved(stored)
+        else:
+            await self._replace(leftovers, stored, {*own.versions, *own.loading})
 
     async def _retract(
         self, leftovers: "Leftovers", own: "WorkerSays", left: dict[str, list[str]]

@@ -3,7 +3,8 @@
 import os
 import socket
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from msgspec import Struct
 
@@ -45,7 +46,7 @@ class Leftovers:
         """Whether a worker has announced it, or will."""
         if await self._store.look("EXISTS", keys.model(self._store.n, model), otherwise=0):
             return True
-        return any(serves(one, model) for one in await self.workers())
+        return not await self.is_unserved(model)
 
     # --- the default model -------------------------------------------------------------------
 
@@ -59,12 +60,12 @@ class Leftovers:
                 raise DefaultModelChanged(_why_not(stored, name, serving))
         await self._store.claim_default_model(name)
 
-    async def unserved_default(self, here: Collection[str]) -> str | None:
-        """The default model where it is neither among the models `here` nor any living worker's."""
-        stored = await self._store.default_model()
-        if stored is None or stored in here:
-            return None
-        return None if any(serves(one, stored) for one in await self.workers()) else stored
+    async def default_model(self) -> str | None:
+        return await self._store.default_model()
+
+    async def is_unserved(self, model: str) -> bool:
+        """Whether no living worker has it, or loads it."""
+        return not any(serves(one, model) for one in await self.workers())
 
     async def replace_default(self, stored: str, name: str | None) -> Unserved | None:
         """Makes `name` the default in place of one that nobody serves; with None there is no
@@ -123,7 +124,16 @@ def _has_ended(worker: WorkerSays) -> bool:
         return True
     except (OSError, OverflowError):
         return False
-    return False
+    return _is_zombie(worker.pid)
+
+
+def _is_zombie(pid: int) -> bool:
+    """Ended, and its new parent has not asked how: in a container that may be never."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[:1] == ["Z"]
 
 
 def _why_not(stored: str, name: str, serving: Sequence[WorkerSays]) -> str:
