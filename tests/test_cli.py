@@ -126,6 +126,19 @@ def test_a_default_model_that_the_folder_does_not_have_is_refused(
     assert all(word in said for word in ("'nope'", str(tmp_path), "churn, wine"))
 
 
+@pytest.mark.parametrize("command", ["serve", "work"])
+def test_models_that_do_not_exist_end_the_start(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
+) -> None:
+    zoo.place(tmp_path, "iris", zoo.adds(1))
+    asked = ("--redis-url", "redis://127.0.0.1:1", "--model-dir", str(tmp_path))
+    work = ("--work",) if command == "serve" else ()
+
+    said = refusal(capsys, command, *work, *asked, "--models", "nope,none")
+
+    assert f"MODELS names none, nope, and {tmp_path} has no such model" in said
+
+
 # --- keygen ----------------------------------------------------------------------------------
 
 

@@ -36,6 +36,9 @@ def stopped(*_):
 SERVER = Path(os.environ["REDIS_URL"].removeprefix("unix://"))
 signal.signal(signal.SIGTERM, signal.SIG_IGN if "stubborn" in sys.argv else stopped)
 tell("started")
+if "refused" in sys.argv or ("refused later" in sys.argv and SERVER.with_name("been").exists()):
+    raise SystemExit(2)
+SERVER.with_name("been").touch()
 while True:
     signal.pause()
 """
@@ -200,6 +203,31 @@ async def test_an_api_that_cannot_start_ends_the_rest_and_says_why(
 
     assert group.group_contains(StartError, match="^no$")
     assert all(map(is_gone, story.pids("started")))
+
+
+async def test_a_worker_that_is_refused_its_settings_ends_serve(
+    tmp_path: Path, story: Story
+) -> None:
+    async def api(url: str, stop: Stop) -> None:
+        await asyncio.Event().wait()
+
+    with pytest.raises(ExceptionGroup) as group:
+        await supervisor.serve(plan(tmp_path, "refused"), api)
+
+    assert group.group_contains(StartError, match="The worker cannot start with these settings")
+    assert len(story.pids("started")) == 1
+
+
+async def test_a_worker_that_served_and_is_then_refused_does_not_end_the_api(
+    tmp_path: Path, story: Story
+) -> None:
+    async def api(url: str, stop: Stop) -> None:
+        await eventually(lambda: bool(story.pids("started")), "a worker starts")
+        await eventually(Path(url.removeprefix("unix://")).with_name("been").exists, "it works")
+        os.kill(story.started(), signal.SIGKILL)
+        await eventually(lambda: len(story.pids("started")) == 3, "it is tried again")
+
+    await supervisor.serve(plan(tmp_path, "refused later"), api)
 
 
 async def test_with_a_redis_of_its_own_nothing_is_embedded(tmp_path: Path) -> None:

@@ -64,3 +64,34 @@ def test_a_file_that_another_process_is_loading_is_no_suspect(tmp_path: Path) ->
         return Careful(load, allow_custom_ops=False, folder=marks)(file)
 
     assert Careful(load_while_another_does, allow_custom_ops=False, folder=marks)(file).signature
+
+
+LEAVES = """
+import os, sys, threading
+from pathlib import Path
+from asyncinfer import models
+from asyncinfer.worker.suspects import Careful
+
+loading = threading.Event()
+
+def load(file):
+    loading.set()
+    threading.Event().wait()
+
+(file,) = models.scan(Path(sys.argv[1]))
+careful = Careful(load, allow_custom_ops=False, folder=Path(sys.argv[2]))
+threading.Thread(target=careful, args=(file,), daemon=True).start()
+loading.wait()
+assert os.listdir(sys.argv[2])
+careful.leave()
+os._exit(0)
+"""
+
+
+def test_a_process_that_ends_by_itself_while_it_loads_leaves_no_suspect(tmp_path: Path) -> None:
+    zoo.place(tmp_path / "models", "m", zoo.mlp([2, 2]))
+    command = [sys.executable, "-c", LEAVES, str(tmp_path / "models"), str(tmp_path / "marks")]
+
+    subprocess.run(command, check=True)
+
+    assert list((tmp_path / "marks").iterdir()) == []

@@ -36,6 +36,23 @@ def test_the_curl_line_posts_the_default_models_example() -> None:
     assert words[-1] == "http://127.0.0.1:8000/predict"
 
 
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({}, "those of workers elsewhere; start one: asyncinfer work"),
+        ({"model_dir": "/srv/models"}, "none yet; put an ONNX file into /srv/models"),
+        (
+            {"model_dir": "/srv/models", "refused": ("churn",)},
+            "none; not churn: http://127.0.0.1:8000/models says why",
+        ),
+    ],
+)
+def test_without_a_model_it_says_where_one_would_come_from(how: dict[str, Any], said: str) -> None:
+    it = welcome(models=(), default_model=None, example=None, **how)
+
+    assert f"  Models   {said}\n" in it.text()
+
+
 def test_an_example_with_quotes_can_be_pasted() -> None:
     words = curl(welcome(example=["it's"]))
 

@@ -103,6 +103,7 @@ STATUS_STYLES: Final = {
     "completed": "green",
     "failed": "bold red",
     "cancelled": "dim",
+    "starting": "yellow",
     "ready": "green",
     "draining": "yellow",
     "hung": "bold red",

@@ -183,13 +183,16 @@ class Library:
 
     def loads_soon(self, model: str, version: str | None) -> bool:
         """Whether a job waits for what is in the folder and is not loaded yet. That comes next."""
-        labels = self._unknown() | self.unconfirmed
-        if version is None:
-            labels = {label for label in labels if label[0] == model}
-            return bool(labels) and model not in self._served
-        if (model, version) in labels:
-            self._asked_for.add((model, version))
-        return (model, version) in labels
+        if version is None and model in self._served:
+            return False
+        unknown = self._unknown()
+        wanted = {
+            label
+            for label in unknown | self.unconfirmed
+            if label[0] == model and version in (None, label[1])
+        }
+        self._asked_for |= wanted & unknown
+        return bool(wanted)
 
     def _unknown(self) -> set[Label]:
         """What is in the folder and was neither loaded nor refused yet."""

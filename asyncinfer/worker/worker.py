@@ -222,7 +222,8 @@ class Worker:
         self._news.set()
 
     def _serve_queues(self) -> None:
-        queues, is_growing = self._queues.served(), bool(self._library.loading)
+        queues = self._queues.served()
+        is_growing = bool(self._library.loading or self._library.unconfirmed)
         self._claims.serve(queues, is_growing=is_growing)
         self._control.serve(queues, is_growing=is_growing)
 

@@ -41,6 +41,7 @@ from tests.benchmarks.systems import (
 )
 
 _KEYS: Final = (keys.data, keys.status, keys.result, keys.error, keys.meta)
+MANY: Final = 300
 BODY: Final = b'{"data": [[5.1, 3.5, 1.4, 0.2]]}'
 
 
@@ -256,6 +257,30 @@ async def start(room: Room) -> Figures:
     return {"start_to_first_result_seconds": seconds}
 
 
+async def many(room: Room) -> Figures:
+    """Seconds from the start of a worker with 300 models, none of them known, to the first result,
+    and until the last model is served."""
+    folder = room.new()
+    models.place_many(folder, MANY)
+    async with running(Service, folder, room.new(), workers=0) as system:
+        since = time.perf_counter()
+        system.workers.append(
+            system.spawn("-m", "asyncinfer", "work", MODEL_DIR=str(folder), DEFAULT_MODEL="m000")
+        )
+        await until(lambda: answers(system.port, "/models/m000"), "the first model")
+        assert answers(system.port, "/predict", body=BODY), "the first result"
+        first_seconds = time.perf_counter() - since
+        announced = keys.models("predict_queue")
+        await until(lambda: system.redis.scard(announced) == MANY, "all models", seconds=120)
+        last = f"/predict/m{MANY - 1}"
+        await until(lambda: answers(system.port, last, body=BODY), "a result of the last one")
+        all_seconds = time.perf_counter() - since
+    return {
+        f"start_of_{MANY}_models_to_first_result_seconds": first_seconds,
+        f"start_of_{MANY}_models_to_all_served_seconds": all_seconds,
+    }
+
+
 async def growth(room: Room) -> Figures:
     """Rates with more and more jobs waiting, and the calls that look at all of them."""
     figures: Figures = {}
@@ -361,6 +386,7 @@ PAIRED: Final[dict[str, list[Paired]]] = {
 }
 ALONE: Final[dict[str, Callable[[Room], Awaitable[Figures]]]] = {
     "start": start,
+    "many": many,
     "bulk": bulk.bulk,
     "images": images.forms,
     "growth": growth,

@@ -27,6 +27,13 @@ def place(folder: Path) -> None:
     onnx.save(_mlp(784, 1024, 1024, 10), folder / "mlp" / "1" / "model.onnx")
 
 
+def place_many(folder: Path, count: int) -> None:
+    """The Iris model, under so many names."""
+    shipped = Path(__file__).parent.parent.parent / "model" / "iris"
+    for number in range(count):
+        shutil.copytree(shipped, folder / f"m{number:03}")
+
+
 def _mlp(*widths: int) -> onnx.ModelProto:
     random = np.random.default_rng(0)
     nodes, weights, before = [], [], "x"

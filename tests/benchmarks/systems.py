@@ -75,16 +75,10 @@ class Service(Common):
         models = str(self.folder)
         for _ in range(count):
             self.workers.append(self.spawn("-m", "asyncinfer", "work", MODEL_DIR=models))
-        name = b"asyncinfer-worker"
-        # Each holds three connections once it waits: its calls, the bell and the control stream.
-        await until(
-            lambda: (
-                sum(one["name"].encode() == name for one in self.redis.client_list())
-                >= 3 * (before + count)
-            ),
-            "the workers",
-        )
+        if not count:
+            return
         await until(lambda: answers(self.port, f"/models/{model}"), "the model's announcement")
+        await until(lambda: self._workers_of(model) >= before + count, "the workers")
 
     async def enqueue(self, model: str, inputs: Sequence[bytes]) -> list[str]:
         policy = Policy(max_queue=MAX_QUEUE, max_queue_bytes=MAX_QUEUE_BYTES)
@@ -105,9 +99,17 @@ class Service(Common):
                 await Submissions(store).submit_many(queue, made[start : start + 128])
         return [job.job_id for job in made]
 
+    def _workers_of(self, model: str) -> int:
+        """Those that serve it by now."""
+        return int(self._model(model)["workers"])
+
     def _input_name(self, model: str) -> str:
+        return str(self._model(model)["inputs"][0]["name"])
+
+    def _model(self, model: str) -> dict[str, Any]:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/models/{model}") as reply:
-            return str(msgspec.json.decode(reply.read())["inputs"][0]["name"])
+            found: dict[str, Any] = msgspec.json.decode(reply.read())
+            return found
 
 
 class Plain(Common):

@@ -130,6 +130,18 @@ def test_a_broken_model_is_named_and_takes_nothing_down(tmp_path: Path) -> None:
     assert "problem  model cut/1: " in ran.out
 
 
+@pytest.mark.parametrize(
+    ("names", "mend"),
+    [("tiny,nope", "set MODELS to some of tiny"), ("nope", "correct MODELS, or MODEL_DIR")],
+)
+def test_a_name_of_models_that_is_not_there_is_a_problem(names: str, mend: str) -> None:
+    ran = told("doctor", "--models", names)
+
+    assert ran.code == 1
+    assert "problem  models: MODELS names nope: not there" in ran.out
+    assert f"-> {mend}" in ran.out
+
+
 def test_a_folder_that_is_not_there_is_a_problem(tmp_path: Path) -> None:
     assert "problem  models: MODEL_DIR" in told("doctor", "--model-dir", f"{tmp_path}/no").out
 

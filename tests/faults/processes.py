@@ -14,6 +14,7 @@ import msgspec
 import redis
 
 from asyncinfer import keys
+from asyncinfer.repository.inspect import worker_says
 from asyncinfer.repository.store import Policy
 from asyncinfer.worker.claims import Step
 from asyncinfer.worker.shelf import Bounds
@@ -118,9 +119,11 @@ class WorkerChild:
         return self.process.poll() is not None
 
     def announced(self, client: redis.Redis) -> bool:
-        """Whether it has loaded its models and said so."""
+        """Whether it has loaded all its models and said so."""
         pattern = keys.worker("predict_queue", f"*-{self.process.pid}-*")
-        return any(True for _ in client.scan_iter(pattern, count=1000))
+        bodies = [client.get(key) for key in client.scan_iter(pattern, count=1000)]
+        says = [worker_says(body) for body in bodies if isinstance(body, bytes)]
+        return any(one.models and not one.loading for one in says)
 
     async def left(self, seconds: float = 30.0) -> int:
         """The exit code, once it has gone by itself; the loop may serve it meanwhile."""

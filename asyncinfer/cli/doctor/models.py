@@ -19,13 +19,14 @@ async def examine_models(source: Source, *, allow_custom_ops: bool) -> list[Find
         files = source.files()
     except OSError as error:
         return [problem("models", str(error), "set MODEL_DIR to a folder that can be read")]
-    if not files:
+    missing = source.missing({file.model for file in files})
+    if not files and not missing:
         mend = f"put an ONNX file there: cp my.onnx {source.watched}/"
         return [problem("models", f"{source.watched} has none", mend)]
-    missing = sorted(set(source.wanted) - {file.model for file in files})
     found = [ok("models", f"{counted(len(files), 'version')} in {source.watched}")]
     if missing:
-        mend = f"set MODELS to some of {', '.join(sorted({file.model for file in files}))}"
+        here = ", ".join(sorted({file.model for file in files}))
+        mend = f"set MODELS to some of {here}" if here else "correct MODELS, or MODEL_DIR"
         found.append(problem("models", f"MODELS names {', '.join(missing)}: not there", mend))
     at_once = anyio.CapacityLimiter(cores())
     verdicts: dict[int, Finding] = {}
