@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -11,6 +11,7 @@ from msgspec import Struct
 from asyncinfer import keys
 from asyncinfer.models import Signature, read_signature
 from asyncinfer.repository.inspect import Inspection, WorkerSays, worker_says
+from asyncinfer.repository.leftovers import serves
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.upkeep import Upkeep
 from asyncinfer.upkeep import ANNOUNCE_SECONDS
@@ -128,9 +129,23 @@ class Announcer:
         models = {*library.names, *(model for model, _ in library.described() | library.problems())}
         heard = others if library.is_for_all else ()
         now = self._differences = differences(folder, models, said.about["started_ms"], heard)
-        if before is None and (line := told(folder, now)):
-            log.warning("%s", line)
+        if before is None:
+            self._tell(told(folder, now), models, others)
         return now != (before or Differences())
+
+    def _tell(
+        self, other_folder: str, models: Collection[str], others: Iterable[WorkerSays]
+    ) -> None:
+        """Once, at the start: what is not as a person may think."""
+        if other_folder:
+            log.warning("%s", other_folder)
+        default = self._queues.default_model
+        if default and default not in models and not any(serves(one, default) for one in others):
+            log.warning(
+                "No worker that is alive has the default model %r, so requests that name no model "
+                "wait. Start one that has it, or set DEFAULT_MODEL to another.",
+                default,
+            )
 
     def _contested(self) -> set[Label]:
         return self._library.described().keys() - self._library.announced().keys()

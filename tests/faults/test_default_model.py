@@ -49,6 +49,17 @@ async def test_a_job_of_an_api_with_another_default_model_is_never_run_by_a_wron
         assert await worker.stop() == 0
 
 
+async def test_a_worker_says_at_its_start_that_nobody_has_the_default_model(
+    crew: OpenCrew, store: Store
+) -> None:
+    await store.claim_default_model("gone")
+    with crew(models=("slow",), default_model="gone") as workers:
+        worker = workers.hire()
+        told = "No worker that is alive has the default model 'gone'"
+        await eventually(lambda: told in workers.log, "it says so", 10)
+        assert await worker.stop() == 0
+
+
 async def test_a_worker_goes_by_the_decision_that_there_is_no_default_model(
     crew: OpenCrew, store: Store
 ) -> None:

@@ -115,6 +115,9 @@ def _workers(found: Vitals) -> Finding:
     )
     if not found.workers:
         return warning("workers", f"none is alive: jobs wait; {default}", "asyncinfer work")
+    if not found.default_is_served:
+        mend = "asyncinfer work, with a MODEL_DIR that has it; or start with another DEFAULT_MODEL"
+        return warning("workers", f"{found.workers} alive; {default}, which none of them has", mend)
     return ok("workers", f"{found.workers} alive; {default}")
 
 
