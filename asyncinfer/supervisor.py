@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Final, Protocol
 
 import anyio
 from msgspec import Struct
@@ -46,11 +46,28 @@ class Plan(Struct, frozen=True, kw_only=True):
     drain_seconds: float = 20.0
 
 
-async def serve(plan: Plan, api: "Api") -> None:
+class Beside(Protocol):
+    """What else is to be done for the Redis at a URL."""
+
+    async def before_worker(self, url: str) -> None:
+        """Before the worker and the API are started."""
+
+    async def beside_worker(self, url: str, worker_pid: Callable[[], int]) -> None:
+        """From then on; until it is cancelled."""
+
+
+async def serve(plan: Plan, api: "Api", beside: Beside | None = None) -> None:
     """Runs until SIGINT or SIGTERM; a second one hastens the end. Raises StartError."""
     with _signals() as stop:
-        async with _redis(plan) as url, _worker(plan, url, stop), _until(stop.asked):
-            await api(url, stop)
+        async with _redis(plan) as url:
+            if beside:
+                await beside.before_worker(url)
+            async with (
+                _worker(plan, url, stop) as worker_pid,
+                _beside(beside, url, worker_pid),
+                _until(stop.asked),
+            ):
+                await api(url, stop)
 
 
 # --- being asked to stop ---------------------------------------------------------------------
@@ -133,9 +150,10 @@ async def _embedded(data_dir: Path) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def _worker(plan: Plan, url: str, stop: Stop) -> AsyncIterator[None]:
+async def _worker(plan: Plan, url: str, stop: Stop) -> AsyncIterator[Callable[[], int] | None]:
+    """Gives what tells its pid, which is another one when it was started again."""
     if not plan.worker:
-        yield
+        yield None
         return
 
     async def start() -> Child:
@@ -145,10 +163,23 @@ async def _worker(plan: Plan, url: str, stop: Stop) -> AsyncIterator[None]:
     keeper = Keeper("The worker", await start(), start, refused_exit=_REFUSED_EXIT)
     try:
         async with keeper.keeping():
-            yield
+            yield lambda: keeper.child.pid
     finally:
         with anyio.CancelScope(shield=True):
             await drain(keeper.child, plan.drain_seconds, stop.hurry)
+
+
+@asynccontextmanager
+async def _beside(
+    beside: Beside | None, url: str, worker_pid: Callable[[], int] | None
+) -> AsyncIterator[None]:
+    if beside is None or worker_pid is None:
+        yield
+        return
+    async with anyio.create_task_group() as group:
+        group.start_soon(beside.beside_worker, url, worker_pid)
+        yield
+        group.cancel_scope.cancel()
 
 
 async def drain(child: Child, drain_seconds: float, hurry: asyncio.Event) -> None:

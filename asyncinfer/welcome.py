@@ -29,6 +29,8 @@ class Welcome(Struct, frozen=True, kw_only=True):
     example: Any
     """Works as `data` of the default model; None when there is none to show."""
     needs_key: bool
+    note: str = ""
+    """What else a person is to know."""
 
     def text(self) -> str:
         return (
@@ -38,6 +40,7 @@ class Welcome(Struct, frozen=True, kw_only=True):
             f"  Models   {self._models()}\n"
             f"  Try      {self._curl()}\n"
             f"  Stop     Ctrl-C; jobs are kept\n"
+            + (f"  Note     {self.note}\n" if self.note else "")
         )
 
     @property

@@ -116,6 +116,16 @@ def test_a_model_file_that_cannot_be_served_is_refused(
     assert said in refusal(capsys, command, *url, "--model", str(tmp_path / name), *more)
 
 
+def test_a_default_model_that_the_folder_does_not_have_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    zoo.place(tmp_path, "wine", zoo.mlp([3, 2]))
+    zoo.place(tmp_path, "churn", zoo.mlp([3, 2]))
+    said = refusal(capsys, "serve", "--model-dir", str(tmp_path), "--default-model", "nope")
+
+    assert all(word in said for word in ("'nope'", str(tmp_path), "churn, wine"))
+
+
 @pytest.mark.parametrize("command", ["serve", "work"])
 def test_models_that_do_not_exist_end_the_start(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
@@ -286,17 +296,6 @@ def test_a_second_serve_on_one_data_dir_is_refused(
 
     assert f"pid {served.process.process.pid}" in said
     assert all(word in said for word in ("DATA_DIR", "asyncinfer work"))
-
-
-@pytest.mark.soak
-def test_a_changed_default_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with serving("--default-model", "digits") as serve:
-        serve.process.process.terminate()
-        serve.process.process.wait()
-
-    with parent("-m", "asyncinfer", "serve", "--default-model", "iris") as it:
-        assert it.process.wait() == REFUSED
-        assert "DEFAULT_MODEL is 'iris'" in it.complaints()
 
 
 def test_a_taken_port_is_refused() -> None:

@@ -8,7 +8,7 @@ import pytest
 import redis
 
 from asyncinfer import keys
-from asyncinfer.errors import DefaultModelChanged, InvalidQuery, ServerRefused
+from asyncinfer.errors import InvalidQuery, ServerRefused
 from asyncinfer.repository.inspect import Page
 from asyncinfer.repository.store import Store, checked_server
 
@@ -304,12 +304,3 @@ def _reads(server: redis.Redis) -> int:
 def test_servers_that_cannot_keep_the_promise_are_refused(info: dict[str, str], why: str) -> None:
     with pytest.raises(ServerRefused, match=why):
         checked_server(info)
-
-
-async def test_the_default_model_is_claimed_once_and_for_all(hands: Hands) -> None:
-    assert await hands.store.default_model() is None
-    await hands.store.claim_default_model("iris")
-    await hands.store.claim_default_model("iris")
-    with pytest.raises(DefaultModelChanged, match="DEFAULT_MODEL=iris"):
-        await hands.store.claim_default_model("digits")
-    assert await hands.store.default_model() == "iris"

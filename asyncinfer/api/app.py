@@ -51,6 +51,7 @@ from asyncinfer.inbox import Inbox
 from asyncinfer.repository.dead import DeadLetters
 from asyncinfer.repository.groups import Groups
 from asyncinfer.repository.inspect import Inspection
+from asyncinfer.repository.leftovers import Leftovers
 from asyncinfer.repository.observe import Observation
 from asyncinfer.repository.operate import Operation
 from asyncinfer.repository.select import Selection
@@ -220,7 +221,7 @@ async def _introduce(store: Store, default_model: str | None) -> None:
     try:
         _log.info("Connected to %s", await store.check_server())
         if default_model:
-            await store.claim_default_model(default_model)
+            await Leftovers(store).claim_default_model(default_model)
     except (RedisUnavailable, StorageFull) as error:
         _log.warning("%s The API starts without it and is ready once it answers.", error.detail)
 

@@ -252,12 +252,14 @@ class Catalog:
         if self._configured_default:
             with suppress(StorageFull):
                 agreed = await self._store.agree_on_default_model(self._configured_default)
-                return replace(announced, default_model=agreed)
+                return replace(announced, default_model=agreed or None)
         workers = (await self._inspection.workers()).values()
         said = [worker_says(body) for body in workers]
         self._more_to_come = any(models_to_come(one) for one in said)
         defaults = [one.default_model for one in said]
         self._has_no_default = None in defaults and not any(defaults)
+        if self._has_no_default:
+            self._last_default = None
         return announced
 
     def _served_of(self, announced: Announced) -> dict[str, Served]:

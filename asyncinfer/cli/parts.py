@@ -1,5 +1,6 @@
 """What each part is given, from the settings."""
 
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -9,7 +10,8 @@ from asyncinfer.settings import Settings
 
 if TYPE_CHECKING:
     from asyncinfer.api.config import ApiConfig
-    from asyncinfer.repository.store import Policy
+    from asyncinfer.models import ModelFile
+    from asyncinfer.repository.store import Policy, Store
     from asyncinfer.worker.process import WorkerProcess
     from asyncinfer.worker.source import Source
 
@@ -59,6 +61,13 @@ def source(chosen: Settings) -> "Source":
     return Source(folder, chosen.models, file)
 
 
+def is_whole(file: "ModelFile") -> bool:
+    """Whether a version is not broken at a glance."""
+    from asyncinfer import onnxfile
+
+    return not file.problem and onnxfile.looks_whole(file.path)
+
+
 def model_file(chosen: Settings) -> Path | None:
     """The one file to serve; raises InvalidSetting when it cannot be one."""
     if chosen.model is None:
@@ -81,6 +90,12 @@ def model_file(chosen: Settings) -> Path | None:
 def default_model(chosen: Settings) -> str | None:
     file = model_file(chosen)
     return file.stem if file else chosen.default_model
+
+
+def store(chosen: Settings, url: str) -> AbstractAsyncContextManager["Store"]:
+    from asyncinfer.repository.store import Store
+
+    return Store.open(url, queue_name=chosen.queue_name, policy=policy(chosen), name="cli")
 
 
 def policy(chosen: Settings) -> "Policy":

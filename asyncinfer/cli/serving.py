@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from asyncinfer import garbage, settings
 from asyncinfer.cli import parts
+from asyncinfer.cli.clearing import Clearing
 from asyncinfer.cli.lean import lean_start
 from asyncinfer.cli.telling import LOOP, say, set_up_logging
 from asyncinfer.errors import RedisUnavailable, StartError
@@ -37,8 +38,11 @@ def serve(chosen: Settings, *, work: bool, insecure: bool) -> int:
         environ=_child_environ(chosen),
         drain_seconds=chosen.drain_timeout,
     )
-    api: Api = partial(_api if chosen.api_processes == 1 else _apis, chosen, with_worker)
-    anyio.run(supervisor.serve, plan, api, backend_options=LOOP)
+    clearing = Clearing(chosen) if with_worker else None
+    if clearing:
+        clearing.check()
+    api: Api = partial(_api if chosen.api_processes == 1 else _apis, chosen, clearing)
+    anyio.run(supervisor.serve, plan, api, clearing, backend_options=LOOP)
     return 0
 
 
@@ -76,10 +80,10 @@ def _child_environ(chosen: Settings) -> dict[str, str]:
     return {**os.environ, **settings.as_environment(chosen)}
 
 
-async def _api(chosen: Settings, with_worker: bool, redis_url: str, stop: "Stop") -> None:
+async def _api(chosen: Settings, clearing: Clearing | None, redis_url: str, stop: "Stop") -> None:
     from asyncinfer.api.server import serve
 
-    welcome = await _welcome(chosen, with_worker, redis_url)
+    welcome = await _welcome(chosen, clearing, redis_url)
 
     def on_ready() -> None:
         garbage.settle()
@@ -89,7 +93,7 @@ async def _api(chosen: Settings, with_worker: bool, redis_url: str, stop: "Stop"
     await serve(parts.api_config(chosen, redis_url), on_ready=on_ready)
 
 
-async def _apis(chosen: Settings, with_worker: bool, redis_url: str, stop: "Stop") -> None:
+async def _apis(chosen: Settings, clearing: Clearing | None, redis_url: str, stop: "Stop") -> None:
     import anyio
 
     from asyncinfer import api_processes
@@ -104,21 +108,20 @@ async def _apis(chosen: Settings, with_worker: bool, redis_url: str, stop: "Stop
             keep_fds=(held_fd,),
         )
         async with api_processes.running(plan, stop) as ready:
-            welcome = await _welcome(chosen, with_worker, redis_url)
+            welcome = await _welcome(chosen, clearing, redis_url)
             await ready.wait()
             garbage.settle()
             say(welcome.text())
             await anyio.sleep_forever()
 
 
-async def _welcome(chosen: Settings, with_worker: bool, redis_url: str) -> Welcome:
-    from asyncinfer import models, onnxfile
+async def _welcome(chosen: Settings, clearing: Clearing | None, redis_url: str) -> Welcome:
+    from asyncinfer import models
 
-    source = parts.source(chosen) if with_worker else None
+    source = parts.source(chosen) if clearing else None
     found = source.files_at_start() if source else []
     names = {one.model for one in found}
-    whole = [one for one in found if not one.problem and onnxfile.looks_whole(one.path)]
-    files = models.to_serve(whole)
+    files = models.to_serve([one for one in found if parts.is_whole(one)])
     server, stored_default = await _ask_server(chosen, redis_url)
     default = models.default_model(parts.default_model(chosen) or stored_default, names)
     file = files.get(default or "")
@@ -132,16 +135,13 @@ async def _welcome(chosen: Settings, with_worker: bool, redis_url: str) -> Welco
         default_model=default,
         example=file.config.example if file else None,
         needs_key=chosen.api_keys is not None,
+        note=clearing.note if clearing else "",
     )
 
 
 async def _ask_server(chosen: Settings, redis_url: str) -> tuple[str, str | None]:
     """The server's name, and the default model that was started on it."""
-    from asyncinfer.repository.store import Store
-
-    async with Store.open(
-        redis_url, queue_name=chosen.queue_name, policy=parts.policy(chosen), name="cli"
-    ) as store:
+    async with parts.store(chosen, redis_url) as store:
         try:
             return await store.check_server(), await store.default_model()
         except RedisUnavailable:

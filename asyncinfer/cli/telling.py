@@ -20,6 +20,11 @@ def say_aside(line: str) -> None:
     sys.stderr.write(f"{printable_line(line)}\n")
 
 
+def counted(count: int, thing: str) -> str:
+    """As `1 job`, `2 jobs`."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
 class _Formatter(logging.Formatter):
     """A message is one line, and no part of a log commands a terminal."""
 

@@ -1,12 +1,27 @@
 """`asyncinfer work`: a worker, alone."""
 
+import logging
 import os
+import socket
+import time
+from pathlib import Path
+from typing import Final
+
+import msgspec
 
 from asyncinfer import settings
 from asyncinfer.cli import parts
 from asyncinfer.cli.lean import lean_start
 from asyncinfer.cli.telling import set_up_logging
+from asyncinfer.errors import RedisUnavailable
 from asyncinfer.settings import Settings
+
+_log = logging.getLogger(__name__)
+
+_HEARING_SECONDS: Final = 5.0
+"""A `serve` that was started at the same time has a worker by then."""
+
+_PAUSE_SECONDS: Final = 0.1
 
 
 def work_as_set() -> int:
@@ -19,4 +34,43 @@ def work(chosen: Settings) -> int:
     lean_start()
     from asyncinfer.worker.process import run
 
-    return run(parts.worker_process(chosen, parts.reachable_redis_url(chosen)))
+    url = parts.reachable_redis_url(chosen)
+    return run(parts.worker_process(_beside_serve(chosen, url), url))
+
+
+def _beside_serve(chosen: Settings, url: str) -> Settings:
+    """The models of the `serve` whose Valkey this is, where nothing says which to serve: the
+    shipped ones would be served beside it, and nobody would notice."""
+    is_told = chosen.model_dir or chosen.model or Path("model").is_dir()
+    if is_told or parts.redis_url(chosen) is not None:
+        return chosen
+    import asyncio
+
+    served = asyncio.run(_served_beside(chosen, url))
+    if served is None or not served.exists():
+        return chosen
+    _log.info("Serves %s, as the running `asyncinfer serve` does; MODEL_DIR is not set.", served)
+    setting = "model_dir" if served.is_dir() else "model"
+    return msgspec.structs.replace(chosen, **{setting: served})
+
+
+async def _served_beside(chosen: Settings, url: str) -> Path | None:
+    """What the worker on this machine serves that was started first: the one of `serve`."""
+    import anyio
+
+    from asyncinfer.repository.leftovers import Leftovers
+
+    async with parts.store(chosen, url) as store:
+        leftovers = Leftovers(store, all_here=True)
+        give_up_at = time.monotonic() + _HEARING_SECONDS
+        while time.monotonic() < give_up_at:
+            try:
+                workers = await leftovers.workers()
+            except RedisUnavailable:
+                workers = []
+            heard = [one for one in workers if one.model_dir and one.host == socket.gethostname()]
+            if heard:
+                first = min(heard, key=lambda one: one.started_ms or 0)
+                return Path(first.model_dir or "")
+            await anyio.sleep(_PAUSE_SECONDS)
+    return None

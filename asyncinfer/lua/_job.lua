@@ -302,3 +302,9 @@ local function room(q, a, plain)
   local bytes = tonumber(value_at(q.bytes) or 0) or 0
   return a.max_queue - count, a.max_bytes - bytes
 end
+
+-- How many jobs of a queue have not ended: they wait, are delayed, or run.
+local function unended(q)
+  local waits = waiting(q) + redis.call('ZCARD', q.delayed) - redis.call('SCARD', q.ghosts)
+  return math.max(0, waits) + redis.call('HLEN', q.running)
+end

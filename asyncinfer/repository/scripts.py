@@ -23,6 +23,8 @@ NAMES: Final = (
     "gauge",
     "tally",
     "forget",
+    "default",
+    "retract",
 )
 _CLAIMING: Final = frozenset({"claim", "finish"})
 

@@ -25,7 +25,7 @@ from asyncinfer.errors import (
 )
 from asyncinfer.limited_log import LimitedLog
 from asyncinfer.repository.endpoint import Endpoint, close
-from asyncinfer.repository.scripts import Script
+from asyncinfer.repository.scripts import Script, script
 
 _AT_ONCE: Final = 16
 """Commands one process has under way; more wait here, not in Redis."""
@@ -299,7 +299,7 @@ class Store:
 
     async def call(
         self,
-        script: Script,
+        verb: Script,
         names: Sequence[str],
         args: Sequence[Any],
         more: Packed | None = None,
@@ -309,9 +309,9 @@ class Store:
 
         async def run() -> Any:
             try:
-                return await _exchange(self.redis, ("EVALSHA", script.sha, *keys_and_args), more)
+                return await _exchange(self.redis, ("EVALSHA", verb.sha, *keys_and_args), more)
             except redis_errors.NoScriptError:
-                return await _exchange(self.redis, ("EVAL", script.text, *keys_and_args), more)
+                return await _exchange(self.redis, ("EVAL", verb.text, *keys_and_args), more)
 
         try:
             reply = await self._answered(run)
@@ -439,34 +439,66 @@ class Store:
 
     async def default_model(self) -> str | None:
         """The name of the model that QUEUE_NAME itself serves; None where no one can read it."""
+        return await self.decided_default_model() or None
+
+    async def decided_default_model(self) -> str | None:
+        """As `default_model`; empty where it was decided that there is none."""
         (stored,) = await self.command("MGET", keys.default_model(self.n))
         return decoding.name(stored)
 
     async def agree_on_default_model(self, name: str) -> str:
-        """The model that QUEUE_NAME itself serves: `name` where Redis has none, else Redis's."""
+        """The model that QUEUE_NAME itself serves: `name` where Redis has none, else Redis's.
+        Empty where it was decided that there is none."""
         key = keys.default_model(self.n)
-        current = await self.default_model()
+        current = await self.decided_default_model()
         if current is None and not await self.command("SET", key, name, "NX"):
             # Another process was first just now, or the key holds no name.
-            current = await self.default_model()
+            current = await self.decided_default_model()
             if current is None:
                 _log.warning(
                     f"The key {key!r} should hold the name of the default model, and holds none. "
                     "Delete it; workers write it again."
                 )
-        return current or name
+        return name if current is None else current
 
     async def claim_default_model(self, name: str) -> None:
-        """Makes `name` the model that QUEUE_NAME itself serves; refuses if it has another."""
+        """Makes `name` the model that QUEUE_NAME itself serves.
+
+        Raises DefaultModelChanged when another one is, and a job waits or runs that would change
+        its model.
+        """
         current = await self.agree_on_default_model(name)
-        if current != name:
-            raise DefaultModelChanged(
-                f"DEFAULT_MODEL is {name!r}, but the queue {self.n!r} on this Redis was started "
-                f"with {current!r}, and waiting jobs would run on the wrong model. Set "
-                f"DEFAULT_MODEL={current}, or choose another QUEUE_NAME, or, with that queue "
-                f"empty, stop every worker and API and delete the key "
-                f"{keys.default_model(self.n)!r}."
-            )
+        while current != name:
+            jobs = await self.replace_default_model(current, name)
+            if jobs is None:
+                return
+            if any(jobs):
+                raise DefaultModelChanged(self._why_not(current, name, *jobs))
+            current = await self.agree_on_default_model(name)
+
+    async def replace_default_model(self, current: str, name: str) -> tuple[int, int] | None:
+        """Makes `name` the default model in place of `current`; an empty `name` decides that there
+        is none. Returns None when that is done, else how many jobs of each model keep it from
+        being done; (0, 0) when the default is not `current` any more."""
+        own_queues = (keys.queue(self.n, one, None) for one in (current, name))
+        names = [keys.default_model(self.n), self.n, *own_queues]
+        args = [encode_args({"from": current, "to": name})]
+        verdict, *jobs = await self.call(script("default"), names, args)
+        if verdict == b"taken":
+            return None
+        return (jobs[0], jobs[1]) if jobs else (0, 0)
+
+    def _why_not(self, current: str, name: str, old: int, new: int) -> str:
+        which = current if old else name
+        count = old or new
+        jobs = "1 job of it waits or runs" if count == 1 else f"{count} jobs of it wait or run"
+        return (
+            f"DEFAULT_MODEL is {name!r}, but the default model on this Redis (queue {self.n!r}) is "
+            f"{current!r}. It can be changed only while no job of either waits, and of {which!r} "
+            f"{jobs}. Start without DEFAULT_MODEL, or with DEFAULT_MODEL={current}; let them end, "
+            f"or end them with `asyncinfer cancel --model {which}`; then start with "
+            f"DEFAULT_MODEL={name} again."
+        )
 
 
 async def _exchange(client: Redis, command: tuple[Any, ...], more: Packed | None = None) -> Any:

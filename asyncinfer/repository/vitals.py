@@ -7,8 +7,9 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-from asyncinfer import keys
 from asyncinfer.errors import RedisRefused, ServerRefused
+from asyncinfer.repository.inspect import Inspection, worker_says
+from asyncinfer.repository.leftovers import serves
 from asyncinfer.repository.store import Store, translated
 
 _CALLS: Final = 20
@@ -38,6 +39,10 @@ class Vitals(Struct, frozen=True, kw_only=True):
     default_model: str | None
     workers: int
     """That are alive and claim from our queues."""
+    default_is_served: bool = True
+    """By a living worker, or there is none."""
+    model_dirs: tuple[tuple[str, str], ...] = ()
+    """Of each living worker that says it, its host and the folder that it serves."""
 
 
 async def vitals(store: Store) -> Vitals:
@@ -51,6 +56,8 @@ async def vitals(store: Store) -> Vitals:
         info: Mapping[str, Any] = await store.redis.info("everything")
     config = await _config(store)
     round_trip, ahead = await _times(store)
+    workers = [worker_says(body) for body in (await Inspection(store).workers()).values()]
+    default = await store.default_model()
     return Vitals(
         server=_name(info),
         refusal=refusal,
@@ -64,8 +71,12 @@ async def vitals(store: Store) -> Vitals:
         used_bytes=int(info.get("used_memory", 0)),
         max_bytes=int(info.get("maxmemory", 0)),
         machine_bytes=int(info.get("total_system_memory", 0)),
-        default_model=await store.default_model(),
-        workers=int(await store.command("ZCARD", keys.workers(store.n))),
+        default_model=default,
+        default_is_served=default is None or any(serves(one, default) for one in workers),
+        workers=len(workers),
+        model_dirs=tuple(
+            sorted({(one.host or "", one.model_dir) for one in workers if one.model_dir})
+        ),
     )
 
 

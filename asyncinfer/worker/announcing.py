@@ -1,8 +1,9 @@
 """What a worker says of itself and its models, and what it hears of others'."""
 
 import asyncio
+import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -12,12 +13,16 @@ from asyncinfer import keys
 from asyncinfer.model_folder import OF_ALL_VERSIONS
 from asyncinfer.models import Signature, read_signature, valid_name
 from asyncinfer.repository.inspect import Inspection, WorkerSays, worker_says
+from asyncinfer.repository.leftovers import serves
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.upkeep import Upkeep
 from asyncinfer.upkeep import ANNOUNCE_SECONDS
+from asyncinfer.worker.folders import Differences, differences, lacking, told
 from asyncinfer.worker.library import Library
 from asyncinfer.worker.queues import Queues
 from asyncinfer.worker.shelf import Label
+
+log = logging.getLogger(__name__)
 
 _LIVES_SECONDS: Final = 5 * ANNOUNCE_SECONDS
 _APIS_KNOW_SECONDS: Final = 5.0
@@ -74,6 +79,8 @@ class Announcer:
         self._full_round_at = -_FULL_ROUND_SECONDS
         self._retracted: dict[Label, None] = {}
         """Versions whose file went while this worker ran, the last one last."""
+        self._differences: Differences | None = None
+        """From the folders of others; None until they were heard."""
 
     async def announce(self) -> None:
         async with self._one_round:  # the first one of a start is called from two places
@@ -97,11 +104,12 @@ class Announcer:
         # worker that lives and has it, and who removes one for others that still have it.
         await self._say_who(said)
         others = await self._others()
+        is_other_folder = self._compare(others, said)
         contested = await self._announce_models(others)
         is_contested_otherwise = contested.keys() != self._contested()
         if is_contested_otherwise:
             self._library.contest(contested)
-        if self._library.confirm(new) or is_contested_otherwise:
+        if self._library.confirm(new) or is_contested_otherwise or is_other_folder:
             await self._say_who(self._said())
         await self._upkeep.announce_default_versions(self._library.default_versions())
         await self._retract()
@@ -121,6 +129,31 @@ class Announcer:
         await self._others()
         versions = [says.versions.get(model, {}) for says, _ in self._heard.values()]
         return any(one if version is None else version in one for one in versions)
+
+    def _compare(self, others: Sequence[WorkerSays], said: Said) -> bool:
+        """Notes how other folders differ from this one; returns whether that is news."""
+        library, before = self._library, self._differences
+        folder = str(library.model_dir)
+        models = {*library.names, *(model for model, _ in library.described() | library.problems())}
+        heard = others if library.is_for_all else ()
+        now = self._differences = differences(folder, models, said.about["started_ms"], heard)
+        if before is None:
+            self._tell(told(folder, now), models, others)
+        return now != (before or Differences())
+
+    def _tell(
+        self, other_folder: str, models: Collection[str], others: Iterable[WorkerSays]
+    ) -> None:
+        """Once, at the start: what is not as a person may think."""
+        if other_folder:
+            log.warning("%s", other_folder)
+        default = self._queues.default_model
+        if default and default not in models and not any(serves(one, default) for one in others):
+            log.warning(
+                "No worker that is alive has the default model %r, so requests that name no model "
+                "wait. Start one that has it, or set DEFAULT_MODEL to another.",
+                default,
+            )
 
     def _contested(self) -> set[Label]:
         return self._library.described().keys() - self._library.announced().keys()
@@ -142,11 +175,20 @@ class Announcer:
             **known_default,
             "versions": versions,
             "served": served,
-            "problems": _bounded(self._library.problems()),
+            "problems": _bounded(self._problems()),
             "loading": self._library.loading[:_MOST_LOADING],
             "model_dir": str(self._library.model_dir),
             "loaded": ["/".join(label) for label in self._library.loaded],
         }
+
+    def _problems(self) -> dict[Label, str]:
+        """What is wrong with versions here, and which models of other workers are not here."""
+        found = self._library.problems()
+        if self._differences:
+            folder = str(self._library.model_dir)
+            for model, problem in lacking(folder, self._differences).items():
+                found.setdefault((model, OF_ALL_VERSIONS), problem)
+        return found
 
     async def _others(self) -> list[WorkerSays]:
         bodies = await self._inspection.workers()

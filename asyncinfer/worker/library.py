@@ -71,6 +71,11 @@ class Library:
         return self._source.path
 
     @property
+    def is_for_all(self) -> bool:
+        """Whether it serves whatever the folder has: no model was named."""
+        return not (self._source.wanted or self._source.model_file)
+
+    @property
     def loading(self) -> list[str]:
         """Models of which no version was loaded yet, and one can still be."""
         return sorted(

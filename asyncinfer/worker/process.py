@@ -17,6 +17,7 @@ from asyncinfer.engine import Engine
 from asyncinfer.errors import RedisUnavailable, StartError, StorageFull
 from asyncinfer.models import default_model
 from asyncinfer.repository.inspect import Inspection
+from asyncinfer.repository.leftovers import Leftovers
 from asyncinfer.repository.store import Policy, Store
 from asyncinfer.worker.claims import Step
 from asyncinfer.worker.library import Library
@@ -169,11 +170,11 @@ async def _connected(
 async def agreed_default(store: Store, wanted: str | None) -> str | None:
     """The default model: as set, else as first started; None: as the folder will have it.
 
-    Raises DefaultModelChanged when it is set to another than the queue was started with.
+    Raises DefaultModelChanged when it is set to another one than jobs or living workers go by.
     """
     if wanted is None:
         return await store.default_model()
-    await store.claim_default_model(wanted)
+    await Leftovers(store).claim_default_model(wanted)
     return wanted
 
 

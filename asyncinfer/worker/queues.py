@@ -101,7 +101,7 @@ class Queues:
             agreed = await self._store.agree_on_default_model(ours)
         if agreed is None or agreed == ours:
             return
-        if not valid_name(agreed):
+        if agreed and not valid_name(agreed):
             raise RedisRefused(
                 f"Redis names {agreed!r} as the default model, which is no name of a model. Delete "
                 f"the key {keys.default_model(self._store.n)!r}; workers write it again."
@@ -115,30 +115,35 @@ class Queues:
         served = {model for model, _ in self._library.announced()}
         name = default_model(None, self._library.names)
         if name in served:
-            return await self._store.agree_on_default_model(name)
+            agreed = await self._store.agree_on_default_model(name)
+            if not agreed:
+                # There was to be none for the folder of an earlier start. This one has one.
+                await self._store.claim_default_model(name)
+            return agreed or name
         self.has_no_default = bool(served) and not self._library.loading
         return None
 
     def _adopt(self, agreed: str) -> None:
+        """An empty name: it was decided that there is none any more."""
         if self.default_model is None:
             log.info("The default model of the queue %r is %r.", self._store.n, agreed)
             self.default_model = agreed
             return
         origin = remedy = ""
-        if self._default_is_set:
+        if self._default_is_set and agreed:
             origin = " from DEFAULT_MODEL (or MODEL)"
-            remedy = f" Set DEFAULT_MODEL={agreed}, or the next start is refused."
+            remedy = f" Set DEFAULT_MODEL={agreed} here too; a start with another may be refused."
         log.warning(
-            "Redis names %r as the default model of the queue %r, and this worker had %r%s. It "
+            "Redis names %s as the default model of the queue %r, and this worker had %r%s. It "
             "goes by Redis from now on, since all processes must agree.%s",
-            agreed,
+            repr(agreed) if agreed else "none",
             self._store.n,
             self.default_model,
             origin,
             remedy,
         )
         self._former[self.default_model] = time.monotonic()
-        self.default_model = agreed
+        self.default_model = agreed or None
 
     def _candidates(self) -> dict[str, Signature]:
         """Queues where jobs of our models may lie beside the queues of these models."""

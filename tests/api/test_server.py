@@ -16,6 +16,8 @@ from asyncinfer.api.listener import listen
 from asyncinfer.api.server import serve
 from asyncinfer.errors import DefaultModelChanged, ServerRefused, StartError
 from asyncinfer.repository.store import Store
+from asyncinfer.repository.submit import Submissions
+from tests.hands import Q, new_job
 
 from .harness import announce, assert_problem, client_of, stopped_by_itself, submit
 
@@ -65,8 +67,11 @@ async def test_a_server_that_loses_jobs_stops_the_start(
         server.config_set("maxmemory-policy", "noeviction")
 
 
-async def test_another_default_model_stops_the_start(config: ApiConfig, store: Store) -> None:
+async def test_another_default_model_stops_the_start_while_a_job_waits(
+    config: ApiConfig, store: Store
+) -> None:
     await store.claim_default_model("iris")
+    await Submissions(store).submit_many(Q, [new_job()])
     with pytest.raises(DefaultModelChanged, match="iris"):
         await serve(
             msgspec.structs.replace(config, port=0, default_model="digits"), on_ready=lambda: None

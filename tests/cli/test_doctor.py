@@ -73,6 +73,7 @@ def test_a_server_that_is_fine_has_nothing_to_mend() -> None:
         ("Redis round trip", {"round_trip_seconds": 0.4}, "problem", "latency"),
         ("clock", {"clock_ahead_seconds": -30.0}, "warning", "set-ntp"),
         ("workers", {"workers": 0}, "warning", "asyncinfer work"),
+        ("workers", {"default_is_served": False}, "warning", "DEFAULT_MODEL"),
     ],
 )
 def test_what_is_wrong_with_redis_is_named_with_what_mends_it(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from asyncinfer.cli import options
+from asyncinfer.cli.telling import counted
 from asyncinfer.printable import printable_line
 from asyncinfer.settings import Settings
 
@@ -66,4 +67,5 @@ def _show(findings: Sequence["Finding"]) -> None:
         if one.mend:
             to.print(styled(printable_line(f"         -> {one.mend}"), "cyan"), soft_wrap=True)
     counts = {verdict: sum(it.verdict == verdict for it in findings) for verdict in _STYLES}
-    to.print(f"{counts['problem']} problems, {counts['warning']} warnings, {counts['ok']} ok")
+    wrong = ", ".join(counted(counts[verdict], verdict) for verdict in ("problem", "warning"))
+    to.print(f"{wrong}, {counts['ok']} ok")

@@ -18,6 +18,7 @@ from asyncinfer.cli.starving import (
     told_waiting,
     waiting_jobs,
 )
+from asyncinfer.cli.telling import counted
 from asyncinfer.errors import AsyncinferError, StartError
 from asyncinfer.observed import Queue, QueueList
 from asyncinfer.schemas import Health
@@ -64,7 +65,8 @@ def _answers(service: Service, at: str, chosen: Settings) -> Iterator[Finding]:
     waiting = sum(health.queues.values())
     queues = _queues(service)
     starved = [one for one in queues if one.starved]
-    found = f"answers at {at}; {waiting} jobs wait, {health.workers} workers"
+    waits = f"{counted(waiting, 'job')} {'waits' if waiting == 1 else 'wait'}"
+    found = f"answers at {at}; {waits}, {counted(health.workers or 0, 'worker')}"
     if waiting and not health.workers and not starved:
         yield problem("API", f"{found}: nobody works", "asyncinfer work")
     else:
@@ -106,10 +108,12 @@ def _models(service: Service, held_up: Sequence[Queue]) -> Iterator[Finding]:
         return
     for one in listed.all_problems:
         version = one.get("version") or "any"
+        reason = str(one.get("reason"))
+        mend = "replace the file; a worker looks again by itself"
+        if "MODEL_DIR" in reason:
+            mend = "start that worker with another MODEL_DIR or MODELS"
         yield warning(
-            f"worker {one.get('worker')}",
-            f"{one.get('model')}/{version}: {one.get('reason')}",
-            "replace the file; a worker looks again by itself",
+            f"worker {one.get('worker')}", f"{one.get('model')}/{version}: {reason}", mend
         )
     paused = [one.model for one in listed.models if one.paused]
     if paused:

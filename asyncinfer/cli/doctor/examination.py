@@ -56,7 +56,15 @@ async def _examine_redis(chosen: Settings) -> list[Finding]:
     except StartError:
         where = f"no REDIS_URL, and no `serve` runs its embedded Valkey on {parts.data_dir(chosen)}"
         return [warning("Redis", where, "asyncinfer serve")]
-    return await examine_redis(url, chosen.queue_name)
+    return await examine_redis(url, chosen.queue_name, _examined(chosen))
+
+
+def _examined(chosen: Settings) -> Path | None:
+    """The folder or the one file that is examined; None where there is no such folder."""
+    try:
+        return parts.source(chosen).path
+    except StartError:
+        return None
 
 
 async def _examine_models(chosen: Settings) -> list[Finding]:

@@ -10,6 +10,7 @@ from typing import Final
 
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
 from asyncinfer.cli.showing import size
+from asyncinfer.cli.telling import counted
 from asyncinfer.cores import cores
 from asyncinfer.errors import KeyFileRefused
 from asyncinfer.settings import Settings
@@ -52,7 +53,8 @@ def _threads(chosen: Settings) -> Finding:
     """`cores` counts what affinity and control group leave of the machine's."""
     ours, threads = cores(), chosen.concurrency or cores()
     each = max(1, ours // threads)
-    found = f"{threads} batches side by side on {ours} cores, {each} threads each"
+    batches = "1 batch" if threads == 1 else f"{threads} batches"
+    found = f"{batches} side by side on {counted(ours, 'core')}, {counted(each, 'thread')} each"
     if (there := os.cpu_count() or ours) > ours:
         found += f" (the machine has {there}; affinity or control group leave {ours})"
     if threads > 2 * ours:

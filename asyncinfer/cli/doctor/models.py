@@ -7,6 +7,7 @@ import anyio
 from asyncinfer import models
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
 from asyncinfer.cli.showing import size
+from asyncinfer.cli.telling import counted
 from asyncinfer.cores import cores
 from asyncinfer.errors import ModelDirUnreadable
 from asyncinfer.models import ModelFile
@@ -24,7 +25,7 @@ async def examine_models(source: Source, *, allow_custom_ops: bool) -> list[Find
     if not files and not missing:
         mend = f"put an ONNX file there: cp my.onnx {source.watched}/"
         return [problem("models", f"{source.watched} has none", mend)]
-    found = [ok("models", f"{len(files)} versions in {source.watched}")]
+    found = [ok("models", f"{counted(len(files), 'version')} in {source.watched}")]
     found += [ok("models", line) for line in listing.passed_over]
     if missing:
         here = ", ".join(sorted({file.model for file in files}))

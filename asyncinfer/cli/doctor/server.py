@@ -1,6 +1,9 @@
 """What a doctor says of a Redis server."""
 
+import shlex
+import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
@@ -18,7 +21,8 @@ _CLOCK_SECONDS: Final = 2.0
 _FULL: Final = 0.8
 
 
-async def examine_redis(url: str, queue_name: str) -> list[Finding]:
+async def examine_redis(url: str, queue_name: str, model_dir: Path | None) -> list[Finding]:
+    """`model_dir`: the folder that is examined, or the one file."""
     shown = shown_url(url)
     try:
         async with Store.open(
@@ -28,7 +32,7 @@ async def examine_redis(url: str, queue_name: str) -> list[Finding]:
     except AsyncinferError as error:
         mend = f"start it, or set REDIS_URL to one that answers: {_cli(shown)} PING"
         return [problem("Redis", f"{shown}: {error.detail}", mend)]
-    return list(findings_of(found, shown))
+    return [*findings_of(found, shown), *_other_folder(found, model_dir)]
 
 
 def _cli(url: str) -> str:
@@ -116,4 +120,24 @@ def _workers(found: Vitals) -> Finding:
     )
     if not found.workers:
         return warning("workers", f"none is alive: jobs wait; {default}", "asyncinfer work")
+    if not found.default_is_served:
+        mend = "asyncinfer work, with a MODEL_DIR that has it; or start with another DEFAULT_MODEL"
+        return warning("workers", f"{found.workers} alive; {default}, which none of them has", mend)
     return ok("workers", f"{found.workers} alive; {default}")
+
+
+def _other_folder(found: Vitals, model_dir: Path | None) -> Iterator[Finding]:
+    """What is examined here may be other models than those that are served."""
+    served = {folder for _, folder in found.model_dirs}
+    if model_dir is None or not served or str(model_dir) in served:
+        return
+    host, folder = next(
+        (one for one in found.model_dirs if one[0] == socket.gethostname()), found.model_dirs[0]
+    )
+    flag = "--model" if folder.endswith(".onnx") else "--model-dir"
+    where = "on this machine" if host == socket.gethostname() else f"on {host}"
+    yield warning(
+        "model folder",
+        f"{model_dir} is examined here, and the worker {where} serves {folder}",
+        f"asyncinfer doctor {flag} {shlex.quote(folder)}",
+    )
