@@ -432,6 +432,10 @@ def test_model_toml_has_the_last_word(tmp_path: Path) -> None:
         ("classes = [1, 2, 2]", "classes: a value is there twice"),
         ('classes = [1, 2, "3"]', "classes: give whole numbers, or strings, alone"),
         ("classes = [7, -2, 4]", "classes: of `alarm`, `three`, name the one they are for"),
+        (
+            'class_output = "alarm"\nclasses = [1, 2, 18446744073709551616]',
+            "classes: 18446744073709551616 is none of `alarm`, which is INT64",
+        ),
         ('class_output = "alarm"\nclasses = ["x", "y", "z"]', "classes: `alarm` is INT64; give"),
     ],
 )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from asyncinfer.engine.class_tables import Table
 from asyncinfer.errors import ModelRefused
 from asyncinfer.models import ModelFile, Signature
-from asyncinfer.tensors import FLOATS, TensorSpec
+from asyncinfer.tensors import FLOATS, RANGES, TensorSpec
 
 
 class Asked:
@@ -70,7 +70,16 @@ class Asked:
                 "classes: no output has such a value for each row; name the columns of the scores "
                 "with `labels`"
             )
+        self._check_range(fitting[0])
         self.given = fitting
+
+    def _check_range(self, spec: TensorSpec) -> None:
+        low, high = RANGES.get(spec.datatype, (0, 1))
+        for value in self.values:
+            if isinstance(value, int) and not low <= value <= high:
+                raise self._refused(
+                    f"classes: {value} is none of `{spec.name}`, which is {spec.datatype}"
+                )
 
     def ambiguous(self, names: Sequence[str]) -> ModelRefused:
         shown = " and ".join(f"`{name}`" for name in names)
