@@ -26,6 +26,8 @@ _FIELDS: Final[dict[str, dict[int, str]]] = {
 
 _MOST_MESSAGES: Final = 20_000_000
 _VARINT, _I64, _BYTES, _I32 = 0, 1, 2, 5
+NO_END: Final = -1
+"""Stands where a field that is a number would have its end."""
 
 
 class DamagedFile(ValueError):
@@ -52,23 +54,24 @@ def check_weights(path: Path, shown: str) -> None:
 
 def weights_files(path: Path) -> set[str]:
     """Where it says that its weights lie, beside it; raises DamagedFile, or ValueError if empty."""
-    with _mapped(path) as content:
+    with mapped(path) as content:
         return set(locations(content))
 
 
 def looks_whole(path: Path) -> bool:
     """Whether it can be a model, at a glance that is as short for a large file."""
     try:
-        with _mapped(path) as content:
+        with mapped(path) as content:
             # All of them, since what is cut short shows at its end.
-            numbers = {number for number, _, _ in _fields(content, 0, len(content))}
+            numbers = {number for number, _, _ in fields(content, 0, len(content))}
     except (OSError, ValueError):  # an empty file cannot be mapped, a damaged one not read
         return False
     return any(_MODEL.get(number) == "graph" for number in numbers)
 
 
 @contextmanager
-def _mapped(path: Path) -> Iterator[memoryview]:
+def mapped(path: Path) -> Iterator[memoryview]:
+    """The file's bytes, without reading them; raises ValueError where it is empty."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         view = memoryview(content)
         try:
@@ -104,14 +107,14 @@ def locations(content: memoryview) -> Iterator[str]:
             yield from _location(content, start, end)
             continue
         inside = _FIELDS[kind]
-        for number, begin, stop in _fields(content, start, end):
+        for number, begin, stop in fields(content, start, end):
             if number in inside:
                 waiting.append((inside[number], begin, stop))
 
 
 def _location(content: memoryview, start: int, end: int) -> Iterator[str]:
     key = value = b""
-    for number, begin, stop in _fields(content, start, end):
+    for number, begin, stop in fields(content, start, end):
         if number == 1:
             key = bytes(content[begin:stop])
         elif number == 2:
@@ -120,18 +123,25 @@ def _location(content: memoryview, start: int, end: int) -> Iterator[str]:
         yield value.decode("utf-8", "surrogateescape")
 
 
-def _fields(content: memoryview, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Number, begin and end of each length-delimited field of a message."""
+def fields(
+    content: memoryview, at: int, end: int, *, with_numbers: bool = False
+) -> Iterator[tuple[int, int, int]]:
+    """Number, begin and end of each length-delimited field of a message.
+
+    With `with_numbers` also its whole numbers: each one's field, its value, and -1 as the end.
+    """
     while at < end:
-        tag, at = _varint(content, at, end)
+        tag, at = varint(content, at, end)
         if tag < 8:  # so that a file of zeros, such as room set aside, ends here
             raise DamagedFile("a field without a number")
         kind = tag & 7
         if kind == _VARINT:
-            _, at = _varint(content, at, end)
+            value, at = varint(content, at, end)
+            if with_numbers:
+                yield tag >> 3, value, NO_END
             continue
         if kind == _BYTES:
-            size, at = _varint(content, at, end)
+            size, at = varint(content, at, end)
         elif kind in (_I64, _I32):
             size = 8 if kind == _I64 else 4
         else:
@@ -143,7 +153,8 @@ def _fields(content: memoryview, at: int, end: int) -> Iterator[tuple[int, int, 
         at += size
 
 
-def _varint(content: memoryview, at: int, end: int) -> tuple[int, int]:
+def varint(content: memoryview, at: int, end: int) -> tuple[int, int]:
+    """A number of variable length, and where it ends."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= end:

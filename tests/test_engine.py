@@ -374,10 +374,8 @@ def test_a_model_too_slow_to_probe_is_not_batched(tmp_path: Path) -> None:
 
     signature = load(tmp_path, probe_seconds=0.05).signature
 
-    assert (signature.batched, signature.batching) == (
-        False,
-        "off: probing took longer than 0.05 s",
-    )
+    assert not signature.batched
+    assert signature.batching.startswith("off: probing took longer than 0.05 s; ")
 
 
 # --- the zoo that other tests rely on ----------------------------------------------------------

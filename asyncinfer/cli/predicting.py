@@ -238,7 +238,7 @@ def _file(asked: Asked, path: Path | None, model: "Model") -> _Source:
         columns=asked.columns,
         header=asked.header,
         texts=any(spec.datatype == "BYTES" for spec in model.inputs),
-        inputs={spec.name: len(spec.shape) for spec in model.inputs},
+        inputs={spec.name: spec.rank or 0 for spec in model.inputs},
     )
     rows = reading.begun(reading.rows(how))
     if path is None or asked.fresh or not path.is_file():

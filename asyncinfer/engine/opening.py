@@ -5,10 +5,11 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
-from asyncinfer import onnxfile
+from asyncinfer import onnxfile, onnxgraph
 from asyncinfer.engine.runtime import ort
 from asyncinfer.errors import ModelRefused
 from asyncinfer.models import ModelFile
+from asyncinfer.onnxgraph import File
 
 _CPU: Final = "CPUExecutionProvider"
 _LOG_ERRORS: Final = 3
@@ -41,6 +42,18 @@ def open_sessions(
     except OSError as error:
         raise ModelRefused(f"{file.shown}: cannot be read: {error.strerror}") from error
     return [_open(file, options, chosen) for chosen in _providers(file)], sha256
+
+
+def read_graph(file: ModelFile) -> File | None:
+    """The graph as the file has it; None where it is too large to be read. Raises ModelRefused."""
+    try:
+        return onnxgraph.read(file.path)
+    except onnxgraph.TooLarge:
+        return None
+    except OSError as error:
+        raise ModelRefused(f"{file.shown}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelRefused(f"{file.shown}: it is no ONNX file, or damaged: {error}") from error
 
 
 def _open(
