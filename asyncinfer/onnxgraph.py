@@ -13,7 +13,7 @@ from asyncinfer.onnxfile import NO_END, fields, mapped, varint
 
 _MOST_NODES: Final = 200_000
 _MOST_NAMES: Final = 2_000_000
-_DEEPEST: Final = 32
+_DEEPEST: Final = 16
 """Graphs within graphs."""
 
 _OF_TREES: Final = "ai.onnx.ml"

@@ -59,7 +59,8 @@ class Off(Enum):
     )
     NO_ROWS = (
         "no output has a row for each row of the input",
-        "say which axis counts rows with `batching.axis` in model.toml",
+        "export it with one that has, or, if another axis counts rows, say which with "
+        "`batching.axis` in model.toml",
     )
     ONE_ANSWER = (
         "all probe rows got one answer, which proves nothing",

@@ -219,11 +219,30 @@ def adds(number: float) -> onnx.ModelProto:
     return model([node], inputs, outputs, weights)
 
 
-def unary(operator: str, shape: Dims = ("batch", 2)) -> onnx.ModelProto:
-    """`y = operator(x)`: Log gives NaN and infinities."""
+def unary(operator: str, shape: Dims | None = ("batch", 2)) -> onnx.ModelProto:
+    """`y = operator(x)`: Log gives NaN and infinities. Without a shape any number of dimensions
+    may be given."""
     return model(
         [helper.make_node(operator, ["x"], ["y"])], [tensor("x", shape)], [tensor("y", shape)]
     )
+
+
+def quantized(height: int = 40) -> onnx.ModelProto:
+    """The likeliest class of each id, by a table whose rows are quantized as they come: the scale
+    is that of the largest number of all rows of a run, so that some answers change with it."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(height, 16)).astype(np.float32)
+    rows *= 10.0 ** rng.uniform(-2, 1, (height, 1)).astype(np.float32)
+    weights: Weights = {"table": rows, "w": rng.integers(-128, 127, (16, 8)).astype(np.int8)}
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["x"]),
+        helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "scale", "zero"]),
+        helper.make_node("MatMulInteger", ["q", "w", "zero"], ["scores"]),
+        helper.make_node("Cast", ["scores"], ["numbers"], to=TensorProto.FLOAT),
+        helper.make_node("ArgMax", ["numbers"], ["y"], axis=-1, keepdims=0),
+    ]
+    kind = TensorProto.INT64
+    return model(nodes, [tensor("ids", ["batch"], kind)], [tensor("y", ["batch"], kind)], weights)
 
 
 def added() -> onnx.ModelProto:
