@@ -144,8 +144,9 @@ class _Follower:
         """Follows the nodes until nothing changes: at once where they are sorted."""
         scope = _Scope(values)
         inner: dict[int, _Scope] = {}
+        early: set[tuple[int, str]] = set()
         for _ in range(_MOST_PASSES):
-            found = _Pass(self, inner)
+            found = _Pass(self, inner, early)
             found.follow(nodes, scope)
             if not found.too_early:
                 ends = tuple(scope.values.get(name, _UNKNOWN) for name in outputs)
@@ -165,13 +166,17 @@ class _Follower:
 class _Pass:
     """One pass over the nodes of a graph or function and of the graphs within it."""
 
-    def __init__(self, follower: _Follower, inner: dict[int, _Scope]) -> None:
+    def __init__(
+        self, follower: _Follower, inner: dict[int, _Scope], early: set[tuple[int, str]]
+    ) -> None:
         self._follower = follower
         self._inner = inner
         """Of each graph within another its values, which the next pass goes on with."""
-        self._unseen: set[tuple[int, str]] = set()
+        self._early = early
+        """Names, each with its scope, that were read before the node that gives them, in any pass
+        so far; or that are given further outside."""
         self.too_early = False
-        """Whether a name was read before the node that gives it."""
+        """Whether one of them has got another value since."""
         self.mixers: dict[str, int] = {}
         self.lookups: set[Lookup] = set()
 
@@ -181,7 +186,7 @@ class _Pass:
             captured = self._graphs(node, inputs, scope)
             outputs = self._outputs(node, inputs, captured)
             for name, value in zip(node.outputs, outputs, strict=True):
-                if (id(scope), name) in self._unseen and scope.values.get(name) != value:
+                if (id(scope), name) in self._early and scope.values.get(name) != value:
                     self.too_early = True
                 scope.values[name] = value
 
@@ -191,7 +196,7 @@ class _Pass:
             self._follower.step()
             if name in around.values:
                 return around.values[name]
-            self._unseen.add((id(around), name))
+            self._early.add((id(around), name))
             around = around.outer
         return _UNKNOWN
 
