@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from asyncinfer import models
 from asyncinfer.engine import Engine, Stop, Stopped
@@ -242,6 +242,44 @@ def test_every_datatype_goes_in_and_comes_out_unchanged(
     assert engine.signature.batched, engine.signature.batching
     (output,) = msgspec.json.decode(result)["outputs"]
     assert [output["data"]] == msgspec.json.decode(json)
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    ["?", "*", "-1", " ", "None", "NONE", "<unk>", "unknown", "Dynamic", "null"],
+)
+def test_what_converters_call_an_unknown_dimension_is_no_name(tmp_path: Path, nothing: str) -> None:
+    shape: zoo.Dims = [nothing, 3, nothing, "unk__12", "dynamic_width"]
+    engine = loaded(tmp_path, zoo.identity(TensorProto.FLOAT, shape))
+    wide = np.ones((1, 3, 2, 4, 5), np.float32)
+
+    signature = engine.signature
+    (taken,) = models.check_inputs({"x": wide}, signature).values()
+
+    assert {spec.shape for spec in (*signature.inputs, *signature.outputs)} == {
+        (None, 3, None, "unk__12", "dynamic_width")
+    }
+    assert engine.run(fed(engine, taken), Stop())[0].shape == wide.shape
+
+
+def test_a_negative_size_is_an_open_one(tmp_path: Path) -> None:
+    model = zoo.identity(TensorProto.FLOAT, [-1, 2])
+
+    assert loaded(tmp_path, model).signature.inputs[0].shape == (None, 2)
+
+
+def test_an_output_alone_may_have_any_rank(tmp_path: Path) -> None:
+    """As where nothing in the file says how many dimensions a Reshape gives."""
+    model = zoo.model(
+        [helper.make_node("Reshape", ["x", "to"], ["y"])],
+        [zoo.tensor("x", ["n"]), zoo.tensor("to", ["rank"], TensorProto.INT64)],
+        [zoo.tensor("y", None)],
+    )
+
+    signature = loaded(tmp_path, model).signature
+
+    assert [spec.shape for spec in signature.outputs] == [None]
+    assert signature.inputs[0].shape == ("n",)
 
 
 @pytest.mark.parametrize("shape", [(2,), ("n",), ("batch", 2, None), (3, 1, 2)])

@@ -205,7 +205,7 @@ def mlp(widths: Sequence[int], first_dim: int | str | None = "batch") -> onnx.Mo
     return model(nodes, inputs, [tensor("y", [first_dim, widths[-1]])], weights)
 
 
-def identity(elem_type: int, shape: Dims = ("batch", 2)) -> onnx.ModelProto:
+def identity(elem_type: int, shape: Dims | None = ("batch", 2)) -> onnx.ModelProto:
     """`y = x` of any datatype and shape."""
     node = helper.make_node("Identity", ["x"], ["y"])
     return model([node], [tensor("x", shape, elem_type)], [tensor("y", shape, elem_type)])
@@ -245,13 +245,12 @@ def quantized(height: int = 40) -> onnx.ModelProto:
     return model(nodes, [tensor("ids", ["batch"], kind)], [tensor("y", ["batch"], kind)], weights)
 
 
-def added() -> onnx.ModelProto:
+def added(a: Dims = ("batch", 2), b: Dims = ("batch", 2)) -> onnx.ModelProto:
     """`y = a + b`: two inputs."""
-    shape = ("batch", 2)
     return model(
         [helper.make_node("Add", ["a", "b"], ["y"])],
-        [tensor("a", shape), tensor("b", shape)],
-        [tensor("y", shape)],
+        [tensor("a", a), tensor("b", b)],
+        [tensor("y", a)],
     )
 
 
