@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from asyncinfer.onnxgraph import Dims, File, Function, Graph, Node, TooLarge
 
-_MOST_STEPS: Final = 20_000_000
+_MOST_STEPS: Final = 5_000_000
 _MOST_PASSES: Final = 20
 """Over nodes that are not sorted, each pass settles at least one more."""
 
@@ -251,6 +251,8 @@ class _Pass:
             fed = inputs[1].fed
         elif node.operator == "MeanVarianceNormalization":
             fed = _fed(inputs) if 0 in node.lists.get("axes", (0,)) else 0
+        elif node.operator == "BatchNormalization" and node.numbers.get("training_mode"):
+            fed = _fed(inputs)
         if fed:
             self.mixers[node.operator] = self.mixers.get(node.operator, 0) | fed
 

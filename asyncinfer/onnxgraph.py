@@ -22,7 +22,7 @@ _OF_TREES: Final = "ai.onnx.ml"
 _TENSOR, _OPTIONAL = 1, 9
 """Kinds of types, by their fields in TypeProto."""
 
-_NUMBERS: Final = frozenset({"axis", "gather_axis"})
+_NUMBERS: Final = frozenset({"axis", "gather_axis", "training_mode"})
 _LISTS: Final = frozenset({"axes", "value"})
 
 Dims = tuple[int, ...]
@@ -38,7 +38,7 @@ class Node(Struct, frozen=True):
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     numbers: dict[str, int]
-    """Attributes that are a whole number: those that name an axis."""
+    """Attributes that are a whole number, as far as they matter here."""
     lists: dict[str, Dims]
     """`axes`, and of a Constant's `value` the dimensions."""
     graphs: tuple["Graph", ...]

@@ -120,6 +120,12 @@ def scaled_by_itself() -> onnx.ModelProto:
             lambda: of_x(node("MeanVarianceNormalization", ["x"], ["y"])),
             "MeanVarianceNormalization",
         ),
+        (
+            lambda: of_x(
+                node("BatchNormalization", ["x", *"sbmv"], ["y", "", ""], training_mode=1)
+            ),
+            "BatchNormalization",
+        ),
         (scaled_by_itself, "QuantizeLinear"),
         (in_a_branch, "DynamicQuantizeLinear"),
         (in_a_loop, "DynamicQuantizeLinear"),

@@ -4,8 +4,6 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from enum import Enum
-from math import prod
 from typing import Any, Final
 
 import numpy as np
@@ -13,9 +11,19 @@ from msgspec import Struct
 
 from asyncinfer import batching
 from asyncinfer.batching import Axes, Plan
+from asyncinfer.engine.fillings import (
+    LAST,
+    ONE_ROW,
+    SCALES,
+    SEVERAL_ROWS,
+    UNAIDED,
+    Filling,
+    Values,
+    filled,
+)
 from asyncinfer.engine.running import Stop, Stopped
 from asyncinfer.errors import JobError, ModelFailed
-from asyncinfer.tensors import DTYPES, FLOATS, RANGES, Array, Dim, Feeds, TensorSpec, dims
+from asyncinfer.tensors import Array, Dim, Feeds, TensorSpec, dims
 from asyncinfer.unbatched import Off, Reason
 
 Run = Callable[[Feeds, Stop], list[Array]]
@@ -26,75 +34,6 @@ ROW_COUNTS: Final = ((1, 1, 1, 1), (2, 3), (3, 1, 2))
 OPEN_SIZES: Final = (8, 32, 1, 128, 512, 256)
 """What an open dimension is tried at; the first that the model takes is kept. Models of sound take
 windows of 256 or 512 samples and no others."""
-
-Scale = tuple[float, float, int, int]
-
-_SCALES: Final[tuple[tuple[Scale, ...], ...]] = (
-    ((0.0, 1.0, 0, 1),),
-    ((-10.0, 10.0, 0, 1),),
-    ((-0.01, 0.01, 0, 9),),
-    ((0.0, 0.1, 0, 1), (0.0, 100.0, 0, 1), (0.0, 10.0, 0, 1), (0.0, 1.0, 0, 1)),
-    ((0.0, 1.0, -9, 9),),
-    ((0.0, 1.0, 0, 99),),
-    ((-0.1, 0.0, 0, 1), (-100.0, 0.0, -99, 99), (-10.0, 0.0, 0, 9), (-1.0, 0.0, -9, 0)),
-)
-"""Per probe and job, from and to of fractions and of whole numbers: small ones first, which may
-be indices; among them jobs of different sizes, since a model may look for the largest of all. None
-is very large: what a number decides may be how long a run takes, and how much memory."""
-
-_SMALL: Final = (0.0, 0.1, 0, 1)
-
-_MIXED: Final = 100.0
-"""Where no probe before got two answers, each number is of a size of its own up to this."""
-
-
-class _Kind(Enum):
-    """Where the values of a probe are from; numbers are made up unless it says otherwise."""
-
-    MADE_UP = 0
-    WORDS = 1
-    """Strings are drawn from the example."""
-    CATEGORIES = 2
-    """Strings and whole numbers are drawn from the example."""
-    ROWS = 3
-    """All is drawn from the example."""
-    MIXED = 4
-    """Fractions are small and large ones side by side."""
-
-
-class _Filling(Struct, frozen=True):
-    """How one probe is filled."""
-
-    scales: tuple[Scale | None, ...]
-    """Per job; None is as large as the example."""
-    kind: _Kind = _Kind.MADE_UP
-
-
-_UNAIDED: Final = tuple(_Filling(scales) for scales in _SCALES)
-
-_ONE_ROW: Final = (
-    *(
-        _Filling(scales, _Kind.MADE_UP if at % 2 else _Kind.WORDS)
-        for at, scales in enumerate(_SCALES)
-    ),
-    _Filling((None,), _Kind.WORDS),
-    _Filling((None, _SMALL), _Kind.WORDS),
-    _Filling((None,), _Kind.CATEGORIES),
-)
-"""Where the example has one row: others are made up too, else all were the same."""
-
-_SEVERAL_ROWS: Final = (
-    *(_Filling(scales, _Kind.CATEGORIES) for scales in _SCALES),
-    _Filling((None,), _Kind.WORDS),
-    _Filling((None, _SMALL), _Kind.CATEGORIES),
-    *(_Filling((None,), _Kind.ROWS),) * 2,
-)
-"""Where it has several: whole numbers may be categories, of which no other is an input."""
-
-_LAST: Final = (_Filling((_SCALES[0][0],), _Kind.MIXED),) * 3
-"""Where all probes got one answer."""
-
-_MOST_ELEMENTS: Final = 1 << 26
 
 _TOLERANCES: Final = {"float16": 1e-2, "bfloat16": 5e-2, "float32": 1e-4, "float64": 1e-8}
 
@@ -175,7 +114,7 @@ class _Probing:
                 raise _Doubt(aided, failure=self._failure)
         if not self._varied:
             for optional in self._optional_ways():
-                self._probe(_LAST, optional)
+                self._probe(LAST, optional)
         assert self._found is not None
         if all(axis is None for axis in self._found):
             raise _Doubt(Off.NO_ROWS)
@@ -185,7 +124,7 @@ class _Probing:
             raise _Doubt(Off.ONE_VALUE, name=min(self._equal))
         return tuple(self._found)
 
-    def _probe(self, fillings: Sequence[_Filling], optional: bool) -> int:
+    def _probe(self, fillings: Sequence[Filling], optional: bool) -> int:
         """How many of these probes the model took; raises _Doubt."""
         ran = 0
         for seed, filling in enumerate(fillings):
@@ -199,10 +138,10 @@ class _Probing:
             self._equal -= {name for name in self._equal if self._differs(name, jobs)}
         return ran
 
-    def _fillings(self) -> Sequence[_Filling]:
+    def _fillings(self) -> Sequence[Filling]:
         if not self._example:
-            return _UNAIDED
-        return _SEVERAL_ROWS if self._example_rows() > 1 else _ONE_ROW
+            return UNAIDED
+        return SEVERAL_ROWS if self._example_rows() > 1 else ONE_ROW
 
     def _optional_ways(self) -> list[bool]:
         return [False, True] if any(spec.optional for spec in self._inputs) else [False]
@@ -240,7 +179,7 @@ class _Probing:
         return bool((rows != rows[:1]).any())
 
     def _alone(
-        self, seed: int, filling: _Filling, optional: bool
+        self, seed: int, filling: Filling, optional: bool
     ) -> tuple[list[Feeds], list[list[Array]]] | None:
         """Jobs and what each gets alone; None where the model takes none of such numbers."""
         for size in self._sizes:
@@ -261,7 +200,7 @@ class _Probing:
         self,
         rng: np.random.Generator,
         seed: int,
-        filling: _Filling,
+        filling: Filling,
         counts: Sequence[int],
         size: int,
         optional: bool,
@@ -273,7 +212,7 @@ class _Probing:
             axis = self._axes[spec.name]
             shape = self._shape(spec, size)
             of_jobs = itertools.cycle(filling.scales)
-            values = _Values(spec, self._example.get(spec.name), axis, self._heights, seed)
+            values = Values(spec, self._example.get(spec.name), axis, self._heights, seed)
             shared = values.made(rng, filling.kind, next(of_jobs), shape) if axis is None else None
             for job, count in zip(jobs, counts, strict=True):
                 if shared is not None:
@@ -319,99 +258,6 @@ class _Probing:
                 if not close(other, one):
                     raise _Doubt(Off.MIXES, name=spec.name)
         return seen
-
-
-class _Values(Struct, frozen=True):
-    """What one input is filled with in one probe."""
-
-    spec: TensorSpec
-    example: Array | None
-    axis: int | None
-    heights: Mapping[str, int]
-    seed: int
-
-    def made(
-        self, rng: np.random.Generator, kind: _Kind, scale: Scale | None, shape: Sequence[int]
-    ) -> Array:
-        if self.example is not None and (self.axis is None or self._is_drawn(kind)):
-            return self._drawn(self.example, rng, shape)
-        if kind == _Kind.MIXED and self.spec.datatype in FLOATS:
-            return _of_mixed_sizes(self.spec, rng, shape)
-        return _random(self.spec, rng, self._scaled(scale), shape)
-
-    def _is_drawn(self, kind: _Kind) -> bool:
-        if kind == _Kind.ROWS:
-            return True
-        is_text = self.spec.datatype == "BYTES"
-        is_whole = not is_text and self.spec.datatype not in FLOATS
-        if is_text:
-            return kind in (_Kind.WORDS, _Kind.CATEGORIES)
-        # Row numbers of a table are known without an example.
-        is_known = self.spec.name in self.heights and self.seed % 2 == 1
-        return is_whole and kind == _Kind.CATEGORIES and not is_known
-
-    def _drawn(self, example: Array, rng: np.random.Generator, shape: Sequence[int]) -> Array:
-        """Rows of the example, in every second probe each column from a row of its own."""
-        if self.axis is None:
-            return example
-        rows = np.moveaxis(example, self.axis, 0)
-        count = shape[self.axis]
-        columns = rows.shape[1:] if self.seed % 2 else (1,) * (rows.ndim - 1)
-        taken = rng.integers(0, len(rows), (count, *columns))
-        drawn = np.take_along_axis(rows, np.broadcast_to(taken, (count, *rows.shape[1:])), 0)
-        return np.moveaxis(drawn, 0, self.axis)
-
-    def _scaled(self, scale: Scale | None) -> Scale:
-        """Row numbers of a table are all of them in every second probe, else small ones."""
-        low, high, least, most = scale or _scale_of(self.example)
-        height = self.heights.get(self.spec.name)
-        if height is None:
-            return low, high, least, most
-        if self.seed % 2:
-            return 0.0, height - 1.0, 0, height - 1
-        return low, high, min(max(least, 0), height - 1), min(max(most, 0), height - 1)
-
-
-def _of_mixed_sizes(spec: TensorSpec, rng: np.random.Generator, shape: Sequence[int]) -> Array:
-    """Numbers each of which has a sign and a size of its own."""
-    _check_size(spec, shape)
-    sizes = 10.0 ** rng.uniform(-3.0, np.log10(_MIXED), shape)
-    return np.asarray(sizes * rng.choice((-1.0, 1.0), shape)).astype(DTYPES[spec.datatype])
-
-
-def _scale_of(example: Array | None) -> Scale:
-    if example is None or example.dtype == object or not example.size:
-        return _SCALES[0][0]
-    numbers = example.astype(np.float64) if example.dtype == DTYPES["BF16"] else example
-    low, high = numbers.min().item(), numbers.max().item()
-    return (float(low), float(high), int(low), int(high))
-
-
-def _check_size(spec: TensorSpec, shape: Sequence[int]) -> None:
-    if prod(shape) > _MOST_ELEMENTS:
-        raise ModelFailed(f"`{spec.name}` is too large to make one up: {list(shape)}")
-
-
-def _random(
-    spec: TensorSpec,
-    rng: np.random.Generator,
-    scale: Scale,
-    shape: Sequence[int],
-) -> Array:
-    low, high, least, most = scale
-    _check_size(spec, shape)
-    if spec.datatype == "BYTES":
-        words = np.array(["", "some text", "é", "a", "0"], dtype=object)
-        return words[rng.integers(0, len(words), shape)].reshape(shape)
-    if spec.datatype == "BOOL":
-        return rng.integers(0, 2, shape).astype(np.bool_)
-    ends = RANGES[spec.datatype]
-    if spec.datatype in FLOATS:
-        fractions = rng.uniform(max(low, ends[0]), min(high, ends[1]), shape)
-        return np.asarray(fractions).astype(DTYPES[spec.datatype])
-    first = int(min(max(least, ends[0]), ends[1]))
-    last = int(max(min(most, ends[1], 2**62), first))
-    return np.asarray(rng.integers(first, last, shape, endpoint=True)).astype(DTYPES[spec.datatype])
 
 
 def _axis_of(
@@ -472,10 +318,10 @@ def some_answer(
         for size in (1, *OPEN_SIZES):
             try:
                 feeds = example or {
-                    spec.name: _random(
+                    spec.name: filled(
                         spec,
                         np.random.default_rng(0),
-                        _SCALES[0][0],
+                        SCALES[0][0],
                         [dim if isinstance(dim, int) else size for dim in guessed(spec)],
                     )
                     for spec in inputs
