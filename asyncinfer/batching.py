@@ -70,7 +70,7 @@ def candidates(inputs: Sequence[TensorSpec]) -> list[Axes]:
     found = declared(inputs)
     first: Axes = tuple(0 if _open_at(spec, 0) else None for spec in inputs)
     if any(axis == 0 for axis in first) and all(spec.shape is not None for spec in inputs):
-        found += [first, tuple(_only_open(spec) for spec in inputs)]
+        found += [first, tuple(_only_open(spec, inputs) for spec in inputs)]
     return _by_inputs(found)
 
 
@@ -144,10 +144,17 @@ def _open_at(spec: TensorSpec, axis: int) -> bool:
     return axis < len(dims(spec)) and not isinstance(dims(spec)[axis], int)
 
 
-def _only_open(spec: TensorSpec) -> int | None:
-    """The first dimension where that is open, else the only one that is."""
+def _only_open(spec: TensorSpec, inputs: Sequence[TensorSpec]) -> int | None:
+    """The first dimension where that is open, else the only one that is, unless its name is that of
+    something else, such as the length of a text."""
     opened = [at for at in range(len(dims(spec))) if _open_at(spec, at)]
-    return opened[0] if opened and (opened[0] == 0 or len(opened) == 1) else None
+    if opened[:1] == [0]:
+        return 0
+    if len(opened) != 1:
+        return None
+    name = dims(spec)[opened[0]]
+    others = [dim for other in inputs if other is not spec for dim in dims(other)]
+    return None if name is not None and name in others else opened[0]
 
 
 def _counts_rows(symbol: str, inputs: Sequence[TensorSpec]) -> bool:

@@ -154,7 +154,7 @@ def fields(
 
 
 def varint(content: memoryview, at: int, end: int) -> tuple[int, int]:
-    """A number of variable length, and where it ends."""
+    """The number that begins here, and where it ends; raises DamagedFile."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= end:

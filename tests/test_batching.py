@@ -139,6 +139,7 @@ def test_jobs_of_different_lengths_are_filled_up_and_cut_back_where_asked() -> N
         ([("batch", 512), (2, "batch", 128), ()], [(0, 1, None), (0, None, None)]),
         ([("n", 2), ("m", 2)], [(0, 0), (0, None), (None, 0)]),
         ([(None, None), (2, None, 128), ()], [(0, 1, None), (0, None, None)]),
+        ([("batch", "seq"), (1, "seq")], [(0, None)]),
         ([(1, 3, "height", "width")], []),
         ([("n", "n")], [(0,)]),
         ([()], []),
