@@ -326,6 +326,15 @@ def test_a_corrupt_file_is_refused_by_its_short_name(tmp_path: Path, content: by
     assert str(tmp_path) not in reason
 
 
+def test_complex_numbers_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    zoo.place(tmp_path, "m", zoo.identity(TensorProto.COMPLEX64))
+
+    reason = refusal(tmp_path)
+
+    assert "tensor(complex64)" in reason
+    assert reason.endswith("real and imaginary parts as tensors of their own")
+
+
 def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
     path = zoo.place(tmp_path, "m", zoo.mlp([4, 3]))
     path.write_bytes(path.read_bytes()[:-40])

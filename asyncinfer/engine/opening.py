@@ -64,7 +64,8 @@ def _open(
             str(file.path), options, providers=providers, enable_fallback=0
         )
     except Exception as error:  # ONNX Runtime's exceptions have no base of their own
-        raise ModelRefused(f"{file.shown}: {_load_problem(error, file)}") from error
+        problem = _load_problem(error, file)
+        raise ModelRefused(f"{file.shown}: {problem}{_type_remedy(problem)}") from error
     taken = session.get_providers()
     for name, _ in providers:
         if name not in taken:
@@ -138,6 +139,15 @@ def _custom_ops(file: ModelFile, allowed: bool) -> str:
     if Path(wanted).is_absolute() or not library.is_relative_to(folder) or not library.is_file():
         raise ModelRefused(f"{shown}: {wanted!r} is no file in the model's own folder")
     return str(library)
+
+
+_NO_TYPE: Final = re.compile(r"tensor\(complex\w+\) is not currently registered")
+
+
+def _type_remedy(problem: str) -> str:
+    """ONNX Runtime runs nothing with complex numbers, at its inputs and outputs neither."""
+    parts = "; let the graph take and give real and imaginary parts as tensors of their own"
+    return parts if _NO_TYPE.search(problem) else ""
 
 
 _PREAMBLE: Final = re.compile(r"\[ONNXRuntimeError\] : -?\d+ : \w+ : (Load model from .* failed:)?")
