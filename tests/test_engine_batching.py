@@ -715,6 +715,18 @@ def test_ids_are_tried_up_to_the_last_row_of_their_table(tmp_path: Path) -> None
     assert runs_as_alone(loaded(tmp_path, model), tmp_path, jobs) == 2
 
 
+def test_an_example_may_have_the_same_number_in_all_its_rows(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Cast", ["year"], ["number"], to=FLOAT),
+        helper.make_node("Add", ["x", "number"], ["y"]),
+    ]
+    inputs = [zoo.tensor("x", ["b", 1]), zoo.tensor("year", ["b", 1], INT64)]
+    model = zoo.model(nodes, inputs, [zoo.tensor("y", ["b", 1])])
+    engine = loaded(tmp_path, model, "[example]\nx = [[1], [2]]\nyear = [[2024], [2024]]")
+
+    assert engine.signature.batched, engine.signature.batching
+
+
 def test_two_versions_never_share_a_run(tmp_path: Path) -> None:
     zoo.place(tmp_path / "one", "m", zoo.adds(1))
     zoo.place(tmp_path / "two", "m", zoo.adds(2))

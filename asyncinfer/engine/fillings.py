@@ -99,11 +99,20 @@ class Values(Struct, frozen=True):
     def _is_drawn(self, kind: Kind) -> bool:
         if kind == Kind.ROWS:
             return True
+        if kind == Kind.CATEGORIES and self.seed % 2 and self._is_of_one_value():
+            return False
         if self.spec.datatype == "BYTES":
             return kind in (Kind.WORDS, Kind.CATEGORIES)
         # Row numbers of a table are known without an example.
         is_known = self.spec.name in self.heights and self.seed % 2 == 1
         return self.spec.datatype not in FLOATS and kind == Kind.CATEGORIES and not is_known
+
+    def _is_of_one_value(self) -> bool:
+        """Whether rows that are drawn from the example would all be the same."""
+        if self.example is None or self.axis is None:
+            return False
+        rows = np.moveaxis(self.example, self.axis, 0)
+        return bool((rows == rows[:1]).all())
 
     def _drawn(self, example: Array, rng: np.random.Generator, shape: Sequence[int]) -> Array:
         """Rows of the example, in every second probe each column from a row of its own."""
