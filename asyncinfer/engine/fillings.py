@@ -72,6 +72,9 @@ SEVERAL_ROWS: Final = (
 )
 """Where it has several: whole numbers may be categories, of which no other is an input."""
 
+NO_FRACTIONS: Final = (*SEVERAL_ROWS[:3], *SEVERAL_ROWS[len(SCALES) :])
+"""The same for a model that takes no fractions, to which most scales are alike."""
+
 LAST: Final = (Filling((SCALES[0][0],), Kind.MIXED),) * 3
 """Where all probes got one answer."""
 

@@ -13,6 +13,7 @@ from asyncinfer import batching
 from asyncinfer.batching import Axes, Plan
 from asyncinfer.engine.fillings import (
     LAST,
+    NO_FRACTIONS,
     ONE_ROW,
     SCALES,
     SEVERAL_ROWS,
@@ -23,7 +24,7 @@ from asyncinfer.engine.fillings import (
 )
 from asyncinfer.engine.running import Stop, Stopped
 from asyncinfer.errors import JobError, ModelFailed
-from asyncinfer.tensors import Array, Dim, Feeds, TensorSpec, dims
+from asyncinfer.tensors import FLOATS, Array, Dim, Feeds, TensorSpec, dims
 from asyncinfer.unbatched import Off, Reason
 
 Run = Callable[[Feeds, Stop], list[Array]]
@@ -141,7 +142,10 @@ class _Probing:
     def _fillings(self) -> Sequence[Filling]:
         if not self._example:
             return UNAIDED
-        return SEVERAL_ROWS if self._example_rows() > 1 else ONE_ROW
+        if self._example_rows() < 2:
+            return ONE_ROW
+        has_fractions = any(spec.datatype in FLOATS for spec in self._inputs)
+        return SEVERAL_ROWS if has_fractions else NO_FRACTIONS
 
     def _optional_ways(self) -> list[bool]:
         return [False, True] if any(spec.optional for spec in self._inputs) else [False]
