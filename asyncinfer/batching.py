@@ -9,7 +9,8 @@ from msgspec import Struct
 
 from asyncinfer.errors import ModelFailed
 from asyncinfer.models import Signature
-from asyncinfer.tensors import Array, Feeds, TensorSpec
+from asyncinfer.tensors import Array, Feeds, TensorSpec, dims
+from asyncinfer.unbatched import Off, Reason
 
 MAX_RUN_BYTES: Final = 64 << 20
 """Inputs of a run that jobs share; one job alone may have more."""
@@ -50,9 +51,9 @@ def plan_of(signature: Signature) -> Plan | None:
 def _named(spec: TensorSpec, axis: int | None) -> tuple[str | None, ...]:
     """The symbols of the dimensions beside the rows; an input without rows has none."""
     if axis is None:
-        return (None,) * len(spec.shape)
+        return (None,) * len(dims(spec))
     return tuple(
-        dim if isinstance(dim, str) and at != axis else None for at, dim in enumerate(spec.shape)
+        dim if isinstance(dim, str) and at != axis else None for at, dim in enumerate(dims(spec))
     )
 
 
@@ -60,21 +61,43 @@ def _named(spec: TensorSpec, axis: int | None) -> tuple[str | None, ...]:
 
 
 def candidates(inputs: Sequence[TensorSpec]) -> list[Axes]:
-    """Axes of the inputs along which rows of jobs may be stacked, the likeliest first.
+    """Axes of the inputs along which rows of jobs may be stacked, to be tried, the likeliest first.
+
+    Besides those that the names say: the first dimensions that are open whatever they are called,
+    since converters give each a name of its own; and with them the only open dimension of inputs
+    whose first one is fixed, such as a state.
+    """
+    found = declared(inputs)
+    first: Axes = tuple(0 if _open_at(spec, 0) else None for spec in inputs)
+    if any(axis == 0 for axis in first) and all(spec.shape is not None for spec in inputs):
+        found += [first, tuple(_only_open(spec, inputs) for spec in inputs)]
+    return _by_inputs(found)
+
+
+def declared(inputs: Sequence[TensorSpec]) -> list[Axes]:
+    """The same as far as the names say so.
 
     The first dimensions where all that are open bear one name or none; else each name that is
-    some input's first dimension, or calls itself a batch.
+    some input's first dimension, or calls itself a batch. None where an input may have any number
+    of dimensions.
     """
+    if any(spec.shape is None for spec in inputs):
+        return []
     found: list[Axes] = []
     first: Axes = tuple(0 if _open_at(spec, 0) else None for spec in inputs)
-    names = {spec.shape[0] for spec, axis in zip(inputs, first, strict=True) if axis == 0}
+    names = {dims(spec)[0] for spec, axis in zip(inputs, first, strict=True) if axis == 0}
     if names and len(names - {None}) <= 1:
         found.append(first)
-    symbols = dict.fromkeys(dim for spec in inputs for dim in spec.shape if isinstance(dim, str))
+    symbols = dict.fromkeys(dim for spec in inputs for dim in dims(spec) if isinstance(dim, str))
     by_name = [_along(symbol, inputs) for symbol in symbols if _counts_rows(symbol, inputs)]
     found += [axes for axes in by_name if axes is not None]
-    found.sort(key=lambda axes: sum(axis is None for axis in axes))
-    return list(dict.fromkeys(found))
+    return _by_inputs(found)
+
+
+def _by_inputs(found: Sequence[Axes]) -> list[Axes]:
+    """Each once, those first that stack the most inputs."""
+    ordered = sorted(found, key=lambda axes: sum(axis is None for axis in axes))
+    return list(dict.fromkeys(ordered))
 
 
 def forced(axis: int, inputs: Sequence[TensorSpec]) -> Axes:
@@ -86,42 +109,62 @@ def declared_axes(
     inputs: Sequence[TensorSpec], axes: Axes, outputs: Sequence[TensorSpec]
 ) -> tuple[int | None, ...]:
     """Where the outputs have the rows, as far as the graph says so."""
-    names = {spec.shape[at] for spec, at in zip(inputs, axes, strict=True) if at is not None}
+    names = {dims(spec)[at] for spec, at in zip(inputs, axes, strict=True) if at is not None}
     usual = next(at for at in axes if at is not None)
     return tuple(_declared_axis(spec, names - {None}, usual) for spec in outputs)
 
 
 def _declared_axis(spec: TensorSpec, names: set[int | str | None], usual: int) -> int | None:
-    at = [index for index, dim in enumerate(spec.shape) if dim in names]
+    at = [index for index, dim in enumerate(dims(spec)) if dim in names]
     if len(at) == 1:
         return at[0]
     return usual if not at and _open_at(spec, usual) else None
 
 
-def obstacle(specs: Sequence[TensorSpec], axis: int = 0) -> str:
+def obstacle(specs: Sequence[TensorSpec], axis: int = 0) -> Reason | None:
     """Why the first of these that cannot be stacked cannot."""
     for spec in specs:
-        if not spec.shape:
-            return f"`{spec.name}` is a scalar"
+        if spec.shape is None:
+            return Reason(Off.ANY_RANK, {"name": spec.name})
+    for spec in specs:
+        if not dims(spec):
+            return Reason(Off.SCALAR, {"name": spec.name})
         if not _open_at(spec, axis):
             where = "the first dimension" if axis == 0 else f"dimension {axis}"
-            size = spec.shape[axis] if axis < len(spec.shape) else "nothing"
-            return f"{where} of `{spec.name}` is fixed at {size}"
-    return "" if specs else "the model takes no input"
+            size = dims(spec)[axis] if axis < len(dims(spec)) else "nothing"
+            named = {"name": spec.name, "where": where, "size": size}
+            opened = next((at for at in range(len(dims(spec))) if _open_at(spec, at)), None)
+            if opened is None:
+                return Reason(Off.FIXED, named)
+            return Reason(Off.OTHER_OPEN, {**named, "open": opened})
+    return None if specs else Reason(Off.NO_INPUT)
 
 
 def _open_at(spec: TensorSpec, axis: int) -> bool:
-    return axis < len(spec.shape) and not isinstance(spec.shape[axis], int)
+    return axis < len(dims(spec)) and not isinstance(dims(spec)[axis], int)
+
+
+def _only_open(spec: TensorSpec, inputs: Sequence[TensorSpec]) -> int | None:
+    """The first dimension where that is open, else the only one that is, unless its name is that of
+    something else, such as the length of a text."""
+    opened = [at for at in range(len(dims(spec))) if _open_at(spec, at)]
+    if opened[:1] == [0]:
+        return 0
+    if len(opened) != 1:
+        return None
+    name = dims(spec)[opened[0]]
+    others = [dim for other in inputs if other is not spec for dim in dims(other)]
+    return None if name is not None and name in others else opened[0]
 
 
 def _counts_rows(symbol: str, inputs: Sequence[TensorSpec]) -> bool:
-    return "batch" in symbol.lower() or any(spec.shape[:1] == (symbol,) for spec in inputs)
+    return "batch" in symbol.lower() or any(dims(spec)[:1] == (symbol,) for spec in inputs)
 
 
 def _along(symbol: str, inputs: Sequence[TensorSpec]) -> Axes | None:
-    if any(spec.shape.count(symbol) > 1 for spec in inputs):
+    if any(dims(spec).count(symbol) > 1 for spec in inputs):
         return None
-    return tuple(spec.shape.index(symbol) if symbol in spec.shape else None for spec in inputs)
+    return tuple(dims(spec).index(symbol) if symbol in dims(spec) else None for spec in inputs)
 
 
 # --- stack and split ---------------------------------------------------------------------------
@@ -234,6 +277,9 @@ def _unpadded(
     longest = {name: max(one[name] for one in sizes) for name in own}
     cut = []
     for output, names in zip(piece, plan.unpad, strict=True):
+        if not any(names):
+            cut.append(output)
+            continue
         for size, name in zip(output.shape, names, strict=True):
             if name is not None and size != longest[name]:
                 raise ModelFailed(f"`{name}` is {size} in an output, {longest[name]} in the inputs")

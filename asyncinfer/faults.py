@@ -7,6 +7,7 @@ import codecs
 import itertools
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any, Final
@@ -15,7 +16,7 @@ from msgspec import Struct
 
 from asyncinfer.errors import Fault, InvalidInput
 from asyncinfer.gaps import WORDS, is_gap
-from asyncinfer.tensors import FLOATS, RANGES, TensorSpec, is_open, shape_words
+from asyncinfer.tensors import FLOATS, RANGES, TensorSpec, dims, is_open, nesting_of, shape_words
 
 MAX_FAULTS: Final = 20
 """How many faults one answer lists; the rest is only counted."""
@@ -70,6 +71,14 @@ def find(
 
     Of a long text only the beginning is examined, so there may be no fault in it.
     """
+    if spec.shape is None:
+        try:
+            rank = nesting_of(data)
+        except ValueError as error:
+            yield Fault(at, str(error))
+            return
+        # What the graph leaves open has no rows to count.
+        spec, max_rows = TensorSpec(spec.name, spec.datatype, (None,) * rank), sys.maxsize
     text, cut = _beginning(data) if len(data) > _EXAMINED_BYTES else (data, 0)
     try:
         value = json.loads(text.decode(), parse_int=_int, parse_constant=lambda _: _NoJson())
@@ -86,7 +95,7 @@ def find(
 
 
 def too_many_rows(rows: str, spec: TensorSpec, *, model: str, max_rows: int) -> str:
-    noun = "rows" if len(spec.shape) > 1 else f"{_element(spec.datatype).noun}s"
+    noun = "rows" if len(dims(spec)) > 1 else f"{_element(spec.datatype).noun}s"
     return f"{rows} {noun}, {model} takes at most {max_rows} in one job"
 
 
@@ -124,7 +133,8 @@ class _Walk:
         self._cut = cut
         self._cut_lists: set[int] = set()
         """Lists of which the end is missing, by their `id`."""
-        self._rank = len(spec.shape)
+        self._dims = dims(spec)
+        self._rank = len(self._dims)
         self._model = model
         self._max_rows = max_rows
         self._element = _element(spec.datatype)
@@ -183,7 +193,7 @@ class _Walk:
             yield Fault(pointer, f"{_kind(value)}, expected {element.one}{element.hint(value)}")
 
     def _size_problem(self, size: int, axis: int) -> str:
-        dim = self._spec.shape[axis]
+        dim = self._dims[axis]
         takes = f"{size} {self._noun(axis, size)}, {self._model} takes"
         if isinstance(dim, int):
             return "" if size == dim else f"{takes} {dim}"
@@ -193,7 +203,7 @@ class _Walk:
         return "" if size == first else f"{takes} equal sizes, here {first}"
 
     def _array_words(self, axis: int) -> str:
-        dim = self._spec.shape[axis]
+        dim = self._dims[axis]
         if isinstance(dim, int):
             return f"an array of {dim} {self._noun(axis, dim)}"
         return f"an array of {self._noun(axis, 2)}"

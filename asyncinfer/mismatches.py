@@ -9,7 +9,15 @@ from msgspec import Struct
 
 from asyncinfer.errors import Fault
 from asyncinfer.faults import unknown_name
-from asyncinfer.tensors import DTYPES, Array, TensorSpec, datatype_of, is_open, shape_words
+from asyncinfer.tensors import (
+    DTYPES,
+    MOST_DIMENSIONS,
+    Array,
+    TensorSpec,
+    datatype_of,
+    is_open,
+    shape_words,
+)
 
 _SHOWN_CHARACTERS: Final = 64
 
@@ -68,6 +76,11 @@ def _differences(
     if one.datatype != spec.datatype:
         shown = one.datatype[:_SHOWN_CHARACTERS]
         yield Fault(f"{pointer}/datatype", f"{shown}, `{spec.name}` is {spec.datatype}")
+    if spec.shape is None:
+        if len(one.shape) > MOST_DIMENSIONS:
+            takes = f"`{spec.name}` has at most {MOST_DIMENSIONS}"
+            yield Fault(f"{pointer}/shape", f"{len(one.shape)} dimensions, {takes}")
+        return
     if len(one.shape) != len(spec.shape):
         noun = "dimension" if len(one.shape) == 1 else "dimensions"
         takes = f"`{spec.name}` has {len(spec.shape)}: shape {shape_words(spec)}"
@@ -86,7 +99,7 @@ def _unequal(
     one: Given, spec: TensorSpec, pointer: str, sizes: dict[str, tuple[int, str]]
 ) -> Iterator[Fault]:
     """Sizes that differ from the first one of their symbol, which `sizes` remembers."""
-    if len(one.shape) != len(spec.shape):
+    if spec.shape is None or len(one.shape) != len(spec.shape):
         return
     for axis, (size, dim) in enumerate(zip(one.shape, spec.shape, strict=True)):
         if isinstance(dim, str):

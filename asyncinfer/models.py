@@ -83,9 +83,8 @@ class Signature(Struct, frozen=True):
 
 
 _read_signature = decoding.reader(msgspec.json.Decoder(Signature).decode)
-_MOST_RANK: Final = 32
 _MOST_ELEMENTS: Final = 1 << 48
-_MOST_EXAMPLE_DEPTH: Final = 2 * _MOST_RANK
+_MOST_EXAMPLE_DEPTH: Final = 2 * tensors.MOST_DIMENSIONS
 
 
 def read_signature(body: bytes | None) -> Signature | None:
@@ -101,10 +100,11 @@ def read_signature(body: bytes | None) -> Signature | None:
 
 
 def _is_sound(spec: TensorSpec) -> bool:
-    sizes = [dim for dim in spec.shape if isinstance(dim, int)]
+    dims = tensors.dims(spec)
+    sizes = [dim for dim in dims if isinstance(dim, int)]
     return (
         spec.datatype in DTYPES
-        and len(spec.shape) <= _MOST_RANK
+        and len(dims) <= tensors.MOST_DIMENSIONS
         and all(0 <= size <= _MOST_ELEMENTS for size in sizes)
     )
 
@@ -183,12 +183,13 @@ _MANY_BYTES: Final = 64 << 10
 def _rows_by_brackets(data: bytes, spec: TensorSpec) -> int:
     """How many rows a long text of numbers holds, before any is read: those that are too many
     must cost next to nothing. 0 where only reading tells."""
-    inner = spec.shape[1:-1]
+    dims = tensors.dims(spec)
+    inner = dims[1:-1]
     known = all(isinstance(size, int) and size > 0 for size in inner)
-    if spec.datatype not in tensors.RANGES or not known:
+    if spec.datatype not in tensors.RANGES or not known or not dims:
         return 0
     most = data.count(b",") + 1
-    if len(spec.shape) == 1:
+    if len(dims) == 1:
         return most
     sizes = itertools.accumulate((int(size or 1) for size in inner), mul, initial=1)
     return min(most, (data.count(b"[") - 1) // sum(sizes))

@@ -29,6 +29,8 @@ _FIELDS: Final[dict[str, dict[int, str]]] = {
 
 _MOST_MESSAGES: Final = 20_000_000
 _VARINT, _I64, _BYTES, _I32 = 0, 1, 2, 5
+NO_END: Final = -1
+"""Stands where a field that is a number would have its end."""
 
 
 class DamagedFile(ValueError):
@@ -56,14 +58,14 @@ def check_weights(path: Path, shown: str) -> None:
 
 def weights_files(path: Path) -> set[str]:
     """Where it says that its weights lie, beside it; raises DamagedFile, or ValueError if empty."""
-    with _mapped(path) as content:
+    with mapped(path) as content:
         return set(locations(content))
 
 
 def looks_whole(path: Path) -> bool:
     """Whether it can be a model, at a glance that is as short for a large file."""
     try:
-        with _mapped(path) as content:
+        with mapped(path) as content:
             # All of them, since what is cut short shows at its end.
             numbers = {number for number, _, _ in fields(content, 0, len(content))}
     except (OSError, ValueError):  # an empty file cannot be mapped, a damaged one not read
@@ -72,7 +74,8 @@ def looks_whole(path: Path) -> bool:
 
 
 @contextmanager
-def _mapped(path: Path) -> Iterator[memoryview]:
+def mapped(path: Path) -> Iterator[memoryview]:
+    """The file's bytes, without reading them; raises ValueError where it is empty."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         view = memoryview(content)
         try:
@@ -133,15 +136,22 @@ def _location(content: memoryview, start: int, end: int) -> Iterator[str]:
         yield value.decode("utf-8", "surrogateescape")
 
 
-def fields(content: memoryview, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Number, begin and end of each length-delimited field of a message; raises DamagedFile."""
+def fields(
+    content: memoryview, at: int, end: int, *, with_numbers: bool = False
+) -> Iterator[tuple[int, int, int]]:
+    """Number, begin and end of each length-delimited field of a message; raises DamagedFile.
+
+    With `with_numbers` also its whole numbers: each one's field, its value, and -1 as the end.
+    """
     while at < end:
         tag, at = varint(content, at, end)
         if tag < 8:  # so that a file of zeros, such as room set aside, ends here
             raise DamagedFile("a field without a number")
         kind = tag & 7
         if kind == _VARINT:
-            _, at = varint(content, at, end)
+            value, at = varint(content, at, end)
+            if with_numbers:
+                yield tag >> 3, value, NO_END
             continue
         if kind == _BYTES:
             size, at = varint(content, at, end)

@@ -35,11 +35,15 @@ class TensorSpec(Struct, frozen=True):
     name: str
     datatype: str
     """Open Inference name: FP32, INT64, BYTES (strings)..."""
-    shape: tuple[Dim, ...]
-    """Per dimension its size, its symbolic name, or None where the graph says neither."""
+    shape: tuple[Dim, ...] | None
+    """Per dimension its size, its symbolic name, or None where the graph says neither; None as a
+    whole where the graph leaves open how many dimensions there are."""
     optional: bool = False
     """Whether a request may leave this input out; the graph has a value of its own for it."""
 
+
+MOST_DIMENSIONS: Final = 32
+"""Of any tensor, given or stored."""
 
 DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "BOOL": np.dtype(np.bool_),
@@ -92,6 +96,7 @@ _PIECE_BYTES: Final = 64 << 10
 _BRACKETS_TO_SPACES: Final = bytes.maketrans(b"[]", b"  ")
 _NUMBER_BYTES: Final = b"0123456789+-.eE \t\r\n"
 _NO_NESTING: Final = re.compile(rb"[^\[\],]")
+_BEGINNING: Final = re.compile(rb"[\s\[]*")
 _IRREGULAR: Final = "its arrays are not of equal lengths and depths"
 _PLACE: Final = re.compile(r" - at `\$\[(\d+)\]`")
 
@@ -138,12 +143,25 @@ def _put_back(array: Array, text: bytes) -> None:
 
 
 def _decode_plain(data: bytes, spec: TensorSpec) -> Array:
-    if len(data) > _LONG_BYTES and spec.shape and spec.datatype in RANGES:
+    rank = nesting_of(data) if spec.shape is None else len(spec.shape)
+    if len(data) > _LONG_BYTES and rank and spec.datatype in RANGES:
         nesting = data.translate(None, _NUMBER_BYTES)
         if len(nesting) > _LONG_BYTES or b"[]" not in nesting:
-            return _decode_numbers(data, _shape_of(nesting, len(spec.shape)), spec.datatype)
-    values: Any = _decoder(spec.datatype, len(spec.shape))(data)
+            return _decode_numbers(data, _shape_of(nesting, rank), spec.datatype)
+    values: Any = _decoder(spec.datatype, rank)(data)
     return np.array(values, dtype=DTYPES[spec.datatype])
+
+
+def nesting_of(data: bytes) -> int:
+    """How many dimensions the JSON text has, by the brackets that it begins with.
+
+    Raises ValueError where there are more than a tensor may have.
+    """
+    brackets = _BEGINNING.match(data)
+    depth = brackets[0].count(b"[") if brackets else 0
+    if depth > MOST_DIMENSIONS:
+        raise ValueError(f"it is nested deeper than {MOST_DIMENSIONS} arrays")
+    return depth
 
 
 def _decode_numbers(data: bytes, shape: tuple[int, ...], datatype: str) -> Array:
@@ -228,7 +246,7 @@ def decode_rows(data: Sequence[bytes], spec: TensorSpec) -> tuple[Array, list[in
 
 
 def _decode_plain_rows(data: Sequence[bytes], spec: TensorSpec) -> tuple[Array, list[int]]:
-    decoder = _decoder(spec.datatype, len(spec.shape))
+    decoder = _decoder(spec.datatype, len(dims(spec)))
     values: list[Any] = [decoder(one) for one in data]
     rows = list(itertools.chain.from_iterable(values))
     return np.array(rows, dtype=DTYPES[spec.datatype]), [len(one) for one in values]
@@ -241,6 +259,8 @@ def datatype_of(array: Array) -> str:
 
 def fits(shape: tuple[int, ...], spec: TensorSpec) -> bool:
     """Whether `shape` is one that `spec` declares; an empty array never is."""
+    if spec.shape is None:
+        return len(shape) <= MOST_DIMENSIONS and 0 not in shape
     if len(shape) != len(spec.shape) or 0 in shape:
         return False
     symbols: dict[str, int] = {}
@@ -255,11 +275,18 @@ def fits(shape: tuple[int, ...], spec: TensorSpec) -> bool:
 
 def is_open(spec: TensorSpec) -> bool:
     """Whether the size of the first dimension is the caller's choice."""
-    return len(spec.shape) > 0 and not isinstance(spec.shape[0], int)
+    return bool(spec.shape) and not isinstance(dims(spec)[0], int)
+
+
+def dims(spec: TensorSpec) -> tuple[Dim, ...]:
+    """The dimensions that `spec` declares; none where it leaves open how many there are."""
+    return spec.shape or ()
 
 
 def shape_words(spec: TensorSpec) -> str:
     """`spec`'s shape as people read it: `[batch, 3, ?]`."""
+    if spec.shape is None:
+        return f"[...] of up to {MOST_DIMENSIONS} dimensions"
     return f"[{', '.join('?' if dim is None else str(dim) for dim in spec.shape)}]"
 
 

@@ -137,7 +137,9 @@ def test_jobs_of_different_lengths_are_filled_up_and_cut_back_where_asked() -> N
         ([(None, 2)], [(0,)]),
         ([("batch", 2), (None, 2)], [(0, 0), (0, None)]),
         ([("batch", 512), (2, "batch", 128), ()], [(0, 1, None), (0, None, None)]),
-        ([("n", 2), ("m", 2)], [(0, None), (None, 0)]),
+        ([("n", 2), ("m", 2)], [(0, 0), (0, None), (None, 0)]),
+        ([(None, None), (2, None, 128), ()], [(0, 1, None), (0, None, None)]),
+        ([("batch", "seq"), (1, "seq")], [(0, None)]),
         ([(1, 3, "height", "width")], []),
         ([("n", "n")], [(0,)]),
         ([()], []),
@@ -154,12 +156,15 @@ def test_axes_are_sought_by_their_names(
 @pytest.mark.parametrize(
     ("tensor", "reason"),
     [
-        (spec("batch", 2), ""),
+        (spec("batch", 2), None),
         (spec(1, 2), "the first dimension of `x` is fixed at 1"),
         (spec(), "`x` is a scalar"),
+        (TensorSpec("x", "FP32", None), "`x` may have any number of dimensions"),
     ],
 )
 def test_a_fixed_or_missing_first_dimension_rules_batching_out(
-    tensor: TensorSpec, reason: str
+    tensor: TensorSpec, reason: str | None
 ) -> None:
-    assert batching.obstacle([tensor]) == reason
+    obstacle = batching.obstacle([tensor])
+
+    assert (obstacle and obstacle.what) == reason

@@ -433,6 +433,16 @@ def test_logits_are_shown_as_their_softmax(tmp_path: Path) -> None:
             "a list of tensors (seq(tensor(float))), which cannot be served; let the graph join",
         ),
         (
+            helper.make_node("Cast", ["x"], ["y"], to=TensorProto.INT4),
+            helper.make_tensor_type_proto(TensorProto.INT4, ["b", 2]),
+            "of type int4, which neither JSON nor numpy has; Cast it to INT8 in the graph",
+        ),
+        (
+            helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT8E5M2),
+            helper.make_tensor_type_proto(TensorProto.FLOAT8E5M2, ["b", 2]),
+            "of type float8e5m2, which neither JSON nor numpy has; Cast it to FLOAT16 in the",
+        ),
+        (
             helper.make_node("Optional", ["x"], ["y"]),
             helper.make_optional_type_proto(helper.make_tensor_type_proto(FLOAT, ["b", 2])),
             "a value that may be missing (optional(tensor(float))), which cannot be served; let",
@@ -443,8 +453,47 @@ def test_what_is_no_tensor_is_refused_in_words(
     tmp_path: Path, operator: onnx.NodeProto, kind: onnx.TypeProto, why: str
 ) -> None:
     model = zoo.model([operator], [zoo.tensor("x", ["b", 2])], [helper.make_value_info("y", kind)])
+    model.opset_import[0].version = 21
 
     assert f"`y` is {why}" in refusal(tmp_path, model)
+
+
+FLOATS = helper.make_sequence_type_proto(helper.make_tensor_type_proto(FLOAT, None))
+SMALL = helper.make_tensor_type_proto(TensorProto.UINT4, ["b", 2])
+
+
+@pytest.mark.parametrize(
+    ("operator", "kind", "why"),
+    [
+        (
+            helper.make_node("ConcatFromSequence", ["x"], ["y"], axis=0),
+            FLOATS,
+            "a list of tensors (seq(tensor(float))), which no request can carry; let the graph "
+            "take one tensor",
+        ),
+        (
+            helper.make_node("OptionalHasElement", ["x"], ["y"]),
+            helper.make_optional_type_proto(FLOATS),
+            "a value that may be missing and is no tensor (optional(seq(tensor(float)))), which no "
+            "request can carry; let the graph take a tensor",
+        ),
+        (
+            helper.make_node("Cast", ["x"], ["y"], to=FLOAT),
+            SMALL,
+            "of type uint4, which neither JSON nor numpy has; let the graph take UINT8 and Cast it",
+        ),
+    ],
+)
+def test_an_input_that_no_request_can_carry_is_refused_in_words(
+    tmp_path: Path, operator: onnx.NodeProto, kind: onnx.TypeProto, why: str
+) -> None:
+    elem_type = TensorProto.BOOL if operator.op_type == "OptionalHasElement" else FLOAT
+    output = zoo.tensor("y", None, elem_type)
+    model = zoo.model([operator], [helper.make_value_info("x", kind)], [output])
+    model.opset_import[0].version = 21
+    model.ir_version = 10
+
+    assert f"`x` is {why}" in refusal(tmp_path, model)
 
 
 def test_examples_of_several_inputs_are_checked_by_name(tmp_path: Path) -> None:
@@ -588,6 +637,92 @@ def test_each_input_is_probed_with_numbers_like_its_own_example(tmp_path: Path) 
         {"table": floats(5, 2), "offset": np.array(-1000)},
     )
     engine = loaded(tmp_path, model, "[example]\nbig = [1000, 1004]\nsmall = [0, 4]")
+
+    assert engine.signature.batched, engine.signature.batching
+
+
+@pytest.mark.soak
+def test_a_table_of_numbers_and_categories_is_batched_by_the_rows_of_its_example(
+    tmp_path: Path,
+) -> None:
+    pandas = pytest.importorskip("pandas")
+    from skl2onnx import to_onnx
+    from sklearn.compose import ColumnTransformer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+    rng = np.random.default_rng(0)
+    frame = pandas.DataFrame(
+        {
+            "age": rng.uniform(18, 80, 60).astype(np.float32),
+            "plan": rng.choice(["basic", "pro", "max"], 60),
+            "region": rng.choice([10, 20, 30], 60),
+        }
+    )
+    columns = ColumnTransformer(
+        [
+            ("n", StandardScaler(), ["age"]),
+            ("p", OneHotEncoder(), ["plan"]),
+            ("r", OneHotEncoder(), ["region"]),
+        ]
+    )
+    fitted = make_pipeline(columns, LogisticRegression()).fit(frame, rng.integers(0, 2, 60))
+    rows = 'age = [[30], [40]]\nplan = [["pro"], ["max"]]\nregion = [[10], [30]]'
+    engine = loaded(
+        tmp_path, to_onnx(fitted, frame[:1], options={"zipmap": False}), f"[example]\n{rows}"
+    )
+    jobs: list[Feeds] = [
+        {name: frame[[name]].to_numpy()[at : at + 2] for name in frame.columns} for at in (0, 2, 4)
+    ]
+
+    assert engine.signature.batched, engine.signature.batching
+    assert runs_as_alone(engine, tmp_path, jobs) == 1
+
+
+@pytest.mark.parametrize("width", [256, 512])
+def test_windows_of_sound_are_among_the_sizes_that_are_tried(tmp_path: Path, width: int) -> None:
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    model = zoo.model(
+        [node],
+        [zoo.tensor("x", [None, None])],
+        [zoo.tensor("y", [None, 2])],
+        {"w": floats(width, 2)},
+    )
+
+    assert loaded(tmp_path, model).signature.batched
+
+
+def test_ids_are_tried_up_to_the_last_row_of_their_table(tmp_path: Path) -> None:
+    """High ones change what every row of the run gets, and no small one does."""
+    table = np.linspace(0, 1, 500, dtype=np.float32)[:, None]
+    nodes = [
+        helper.make_node("Cast", ["ids"], ["rows"], to=INT64),
+        helper.make_node("Gather", ["table", "rows"], ["x"]),
+        helper.make_node("ReduceMax", ["x"], ["most"], keepdims=0),
+        helper.make_node("Greater", ["most", "limit"], ["above"]),
+        helper.make_node("Where", ["above", "x", "squared"], ["y"]),
+    ]
+    nodes.insert(2, helper.make_node("Mul", ["x", "x"], ["squared"]))
+    model = zoo.model(
+        nodes,
+        [zoo.tensor("ids", ["batch"], TensorProto.INT32)],
+        [zoo.tensor("y", ["batch", 1])],
+        {"table": table, "limit": np.array(0.5, np.float32)},
+    )
+    jobs = [{"ids": np.array([at], np.int32)} for at in (3, 450)]
+
+    assert runs_as_alone(loaded(tmp_path, model), tmp_path, jobs) == 2
+
+
+def test_an_example_may_have_the_same_number_in_all_its_rows(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Cast", ["year"], ["number"], to=FLOAT),
+        helper.make_node("Add", ["x", "number"], ["y"]),
+    ]
+    inputs = [zoo.tensor("x", ["b", 1]), zoo.tensor("year", ["b", 1], INT64)]
+    model = zoo.model(nodes, inputs, [zoo.tensor("y", ["b", 1])])
+    engine = loaded(tmp_path, model, "[example]\nx = [[1], [2]]\nyear = [[2024], [2024]]")
 
     assert engine.signature.batched, engine.signature.batching
 

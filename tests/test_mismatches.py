@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncinfer.errors import Fault, InvalidInput
-from asyncinfer.models import Signature, check_data, check_inputs
+from asyncinfer.models import Signature, check_data, check_inputs, read_signature
 from asyncinfer.tensors import DTYPES, Array, Feeds, TensorSpec
 
 STATE = Signature(
@@ -110,3 +111,43 @@ def taken_or_refused(feeds: Feeds) -> Feeds | tuple[Fault, ...]:
         return check_inputs(feeds, STATE)
     except InvalidInput as error:
         return error.faults
+
+
+ANY = Signature(
+    "any", "1", "", (TensorSpec("x", "FP32", None),), (TensorSpec("y", "FP32", None),), max_rows=3
+)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 2), (1,) * 32])
+def test_an_input_of_any_rank_takes_every_shape(shape: tuple[int, ...]) -> None:
+    array = np.ones(shape, np.float32)
+
+    assert check_inputs({"x": array}, ANY)["x"] is array
+    assert check_data(msgspec.json.encode(array.tolist()), ANY).shape == shape
+
+
+@pytest.mark.parametrize(
+    ("data", "pointer", "detail"),
+    [
+        (b"[[1],2]", "/data/1", "a whole number, expected an array of numbers"),
+        (b"[[1],[1,2]]", "/data/1", "row 1 has 2 numbers, any takes equal sizes, here 1"),
+        (b"[" * 33 + b"1" + b"]" * 33, "/data", "it is nested deeper than 32 arrays"),
+        (b'[[1,"a"],[1,2],[3,4],[5,6]]', "/data/0/1", "a string, expected a number"),
+    ],
+)
+def test_what_is_no_tensor_of_any_rank_is_told_where(
+    data: bytes, pointer: str, detail: str
+) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        check_data(data, ANY)
+    assert list(refused.value.faults) == [Fault(pointer, detail)]
+
+
+def test_more_dimensions_than_a_tensor_has_are_refused() -> None:
+    assert faults_of({"x": np.ones((1,) * 33, np.float32)}, ANY) == {
+        "/inputs/0/shape": "33 dimensions, `x` has at most 32"
+    }
+
+
+def test_an_announcement_may_leave_the_rank_open() -> None:
+    assert read_signature(msgspec.json.encode(ANY)) == ANY

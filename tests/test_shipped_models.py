@@ -10,7 +10,7 @@ import pytest
 from asyncinfer import models
 from asyncinfer.engine import Engine, Stop
 from asyncinfer.results import render_result, render_results
-from asyncinfer.tensors import Array, Feeds
+from asyncinfer.tensors import Array, Feeds, dims
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("digits", "iris")
@@ -82,7 +82,7 @@ def test_a_shipped_model_has_a_dynamic_batch_labels_and_an_example_that_works(na
     signature = engine.signature
 
     assert signature.batched, signature.batching
-    assert {spec.shape[0] for spec in (*signature.inputs, *signature.outputs)} == {"batch"}
+    assert {dims(spec)[0] for spec in (*signature.inputs, *signature.outputs)} == {"batch"}
     data = models.check_data(msgspec.json.encode(signature.example), signature)
     result = msgspec.json.decode(render_result(engine.run(fed(data), Stop()), signature))
     assert result["class_name"] == signature.labels[0]

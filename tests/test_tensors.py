@@ -150,6 +150,31 @@ def test_any_rank_is_read() -> None:
 
 
 @pytest.mark.parametrize(
+    ("json", "shape"),
+    [
+        (b"7", ()),
+        (b" [ [1, 2] ,[3, 4] ]", (2, 2)),
+        (b"[" * 32 + b"1" + b"]" * 32, (1,) * 32),
+        (b"[%b]" % b",".join([b"[1.5]"] * 1000), (1000, 1)),
+    ],
+)
+def test_where_any_rank_is_taken_the_text_has_the_one_that_it_spells(
+    json: bytes, shape: tuple[int, ...]
+) -> None:
+    spec = TensorSpec("x", "FP32", None)
+
+    array = tensors.decode(json, spec)
+
+    assert array.shape == shape
+    assert tensors.fits(shape, spec)
+
+
+def test_a_text_is_not_read_deeper_than_a_tensor_may_be() -> None:
+    with pytest.raises(ValueError, match="deeper than 32"):
+        tensors.decode(b"[" * 33 + b"1" + b"]" * 33, TensorSpec("x", "FP32", None))
+
+
+@pytest.mark.parametrize(
     ("shape", "declared", "fit"),
     [
         ((2, 4), ("batch", 4), True),

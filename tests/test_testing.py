@@ -16,6 +16,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import onnx
 import pytest
 import redis
@@ -101,6 +102,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     zoo.place(folder / "models", "five", zoo.adds(5), toml='description = "adds five"')
     models: dict[str, Model] = {
         "file": folder / "one.onnx",
+        "any_rank": zoo.unary("Neg", None),
         "text": str(folder / "one.onnx"),
         "proto": zoo.adds(2),
         "bytes": zoo.adds(3).SerializeToString(),
@@ -130,13 +132,27 @@ def test_a_models_folder_is_served_with_its_model_toml(running: Running) -> None
 
 
 def test_it_answers_for_every_model_as_soon_as_the_block_is_entered(running: Running) -> None:
-    assert set(running.models) == {"file", "text", "proto", "bytes", "weights", "folder", "slow"}
+    kinds = {"file", "text", "proto", "bytes", "weights", "folder", "slow", "any_rank"}
+    assert set(running.models) == kinds
     assert all(model in repr(running) for model in running.models)
 
 
 def test_a_client_of_it_is_at_hand(running: Running) -> None:
     assert running.client.health()
     assert running.client is running.client
+
+
+def test_a_model_of_any_rank_takes_what_it_is_given(running: Running) -> None:
+    client = running.client
+    (model,) = (one for one in client.models() if one.model == "any_rank")
+    arrays: list[Any] = [5.0, [1.0, 2.0], [[1.0], [2.0]], np.ones((1, 2, 1, 2), np.float32)]
+
+    answers = [client.predict(array, model="any_rank") for array in arrays]
+    mapped = list(client.map(arrays[1:3], model="any_rank"))
+
+    assert [spec.shape for spec in (*model.inputs, *model.outputs)] == [None, None]
+    for array, answer in zip([*arrays, *arrays[1:3]], [*answers, *mapped], strict=True):
+        np.testing.assert_array_equal(answer, -np.asarray(array, np.float32))
 
 
 # --- drain -----------------------------------------------------------------------------------

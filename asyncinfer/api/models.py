@@ -190,7 +190,7 @@ def _shown_input(spec: TensorSpec, value: object) -> dict[str, Any]:
 
 
 def _example_input(spec: TensorSpec) -> dict[str, Any]:
-    shape = [dim if isinstance(dim, int) else 1 for dim in spec.shape]
+    shape = [dim if isinstance(dim, int) else 1 for dim in tensors.dims(spec)]
     element = _ELEMENTS.get(spec.datatype, 0)
     data = [element] * prod(shape) if prod(shape) <= _MOST_ELEMENTS else []
     return {"name": spec.name, "shape": shape, "datatype": spec.datatype, "data": data}
@@ -200,7 +200,7 @@ def _symbols(signature: Signature) -> dict[str, list[str]]:
     """Where each symbolic dimension is: `{"batch": ["x[0]", "y[0]"]}`."""
     found: dict[str, list[str]] = {}
     for spec in (*signature.inputs, *signature.outputs):
-        for axis, dim in enumerate(spec.shape):
+        for axis, dim in enumerate(tensors.dims(spec)):
             if isinstance(dim, str):
                 found.setdefault(dim, []).append(f"{spec.name}[{axis}]")
     return found

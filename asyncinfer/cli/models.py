@@ -133,8 +133,7 @@ def _fastest(run_times: dict[str, dict[str, float]]) -> str | None:
 
 def _tensor(spec: "TensorInfo") -> str:
     """As `data FP32[batch, 4]`."""
-    dims = ", ".join("?" if dim is None else str(dim) for dim in spec.shape)
-    return f"{spec.name} {spec.datatype}[{dims}]"
+    return f"{spec.name} {spec.datatype}{spec.shape_words}"
 
 
 def _show_one(model: "Model") -> None:

@@ -291,7 +291,7 @@ def _file(asked: Asked, path: Path | None, model: "Model", until: float) -> _Sou
         columns=asked.columns,
         header=asked.header,
         texts=any(spec.datatype == "BYTES" for spec in model.inputs),
-        inputs={spec.name: len(spec.shape) for spec in model.inputs},
+        inputs={spec.name: spec.rank or 0 for spec in model.inputs},
         until=until,
     )
     rows = reading.begun(reading.rows(how))

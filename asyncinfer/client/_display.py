@@ -110,8 +110,7 @@ def _tensors(specs: "Iterable[TensorInfo]") -> str:
 
 
 def _tensor(spec: "TensorInfo") -> str:
-    dims = ", ".join("?" if dim is None else str(dim) for dim in spec.shape)
-    return f"{spec.name} {spec.datatype} [{dims}]{' (optional)' if spec.optional else ''}"
+    return f"{spec.name} {spec.datatype} {spec.shape_words}{' (optional)' if spec.optional else ''}"
 
 
 def _short(text: str) -> str:

@@ -267,11 +267,11 @@ def _of_frame(frame: Any, model: Model) -> dict[str, Any]:
             f"{model.model} takes columns named {', '.join(map(repr, missing))} too; the frame has "
             f"{', '.join(map(repr, columns))}. Rename its columns."
         )
-    ranks = {spec.name: len(spec.shape) for spec in model.inputs}
+    ranks = {spec.name: spec.rank for spec in model.inputs}
     return {name: _column(frame[name], ranks[name]) for name in names if name in columns}
 
 
-def _column(series: Any, rank: int) -> Any:
+def _column(series: Any, rank: int | None) -> Any:
     """A column has a value a row; inputs as scikit-learn exports them are a matrix of one."""
     array = series.to_numpy()
     return array.reshape(-1, 1) if rank == 2 and array.ndim == 1 else array

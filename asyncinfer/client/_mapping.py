@@ -280,8 +280,8 @@ def _row_axis(model: Model, name: str) -> int | None:
         if spec.name == name and model.batched and place < len(model.output_axes):
             return model.output_axes[place]
         if spec.name == name and spec.shape:
-            is_same = spec.shape[0] is not None and spec.shape[0] == model.inputs[0].shape[:1][0]
-            return 0 if is_same else None
+            first = (model.inputs[0].shape or ())[:1]
+            return 0 if spec.shape[0] is not None and spec.shape[:1] == first else None
     return None
 
 
@@ -336,7 +336,7 @@ def _is_whole(first: Any, model: Model) -> bool:
     if isinstance(first, Mapping):
         ranks = {spec.name: len(spec.shape) for spec in model.inputs if spec.shape}
         return all(rank_of(one) >= ranks[name] for name, one in first.items() if name in ranks)
-    return rank_of(first) >= len(data_input(model).shape)
+    return rank_of(first) >= (data_input(model).rank or 0)
 
 
 def _is_packed(model: Model) -> bool:

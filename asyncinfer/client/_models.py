@@ -11,12 +11,24 @@ from asyncinfer.client import _display
 
 class TensorInfo(Struct, frozen=True):
     """An input or output: its datatype by its Open Inference name, and per dimension a size, a
-    symbolic name, or None."""
+    symbolic name, or None. The shape is None where there may be any number of dimensions."""
 
     name: str
     datatype: str
-    shape: tuple[int | str | None, ...]
+    shape: tuple[int | str | None, ...] | None
     optional: bool = False
+
+    @property
+    def rank(self) -> int | None:
+        """How many dimensions it has, where that is fixed."""
+        return None if self.shape is None else len(self.shape)
+
+    @property
+    def shape_words(self) -> str:
+        """As `[batch, 3, ?]`."""
+        if self.shape is None:
+            return "[...]"
+        return f"[{', '.join('?' if dim is None else str(dim) for dim in self.shape)}]"
 
 
 class Model(Struct, frozen=True, kw_only=True):
@@ -63,7 +75,9 @@ class Model(Struct, frozen=True, kw_only=True):
 
 def _refuse_no_axis(specs: Sequence[TensorInfo], axes: Sequence[int | None]) -> None:
     for spec, axis in zip(specs, axes, strict=False):
-        if axis is not None and not 0 <= axis < len(spec.shape):
+        if axis is None or (spec.rank is None and axis >= 0):
+            continue
+        if not 0 <= axis < (spec.rank or 0):
             raise ValueError(f"{spec.name!r} has no axis {axis}")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from asyncinfer.engine.class_tables import Table
 from asyncinfer.errors import ModelRefused
 from asyncinfer.models import ModelFile, Signature
-from asyncinfer.tensors import FLOATS, RANGES, TensorSpec
+from asyncinfer.tensors import FLOATS, RANGES, TensorSpec, dims
 
 
 class Asked:
@@ -109,13 +109,15 @@ class Asked:
 
 
 def may_be_scores(spec: TensorSpec, width: int) -> bool:
-    is_matrix = spec.datatype in FLOATS and len(spec.shape) == 2
-    return is_matrix and (spec.shape[1] == width or not isinstance(spec.shape[1], int))
+    if spec.datatype not in FLOATS or spec.shape is None:
+        return spec.datatype in FLOATS
+    return len(spec.shape) == 2 and (spec.shape[1] == width or not isinstance(spec.shape[1], int))
 
 
 def may_be_class(spec: TensorSpec) -> bool:
     """By its type; converters declare the shape wrongly, LightGBM's as [1] for any rows."""
-    one_a_row = len(spec.shape) < 2 or (
-        len(spec.shape) == 2 and (spec.shape[1] == 1 or not isinstance(spec.shape[1], int))
+    shape = dims(spec)
+    one_a_row = len(shape) < 2 or (
+        len(shape) == 2 and (shape[1] == 1 or not isinstance(shape[1], int))
     )
     return spec.datatype not in FLOATS and one_a_row

@@ -13,7 +13,7 @@ from asyncinfer.engine.running import Stop, Stopped
 from asyncinfer.errors import JobError, ModelFailed
 from asyncinfer.models import Signature
 from asyncinfer.results import highest_columns
-from asyncinfer.tensors import DTYPES, FLOATS, RANGES, Array, Feeds, TensorSpec
+from asyncinfer.tensors import DTYPES, FLOATS, RANGES, Array, Feeds, TensorSpec, dims
 
 LABEL: Final = frozenset({"label", "output_label", "class_label", "predicted_label"})
 """What converters call the class."""
@@ -101,7 +101,7 @@ def may_have_several(signature: Signature) -> bool:
 
 
 def _is_label_of_several(spec: TensorSpec) -> bool:
-    is_matrix = len(spec.shape) == 2 and spec.shape[1] != 1
+    is_matrix = len(dims(spec)) == 2 and dims(spec)[1] != 1
     return plain_name(spec.name) in LABEL and is_matrix and spec.datatype not in (*FLOATS, "BYTES")
 
 
@@ -169,10 +169,11 @@ class _Rows:
 
     def _beside_rows(self, spec: TensorSpec, size: int) -> list[int]:
         like = self._example.get(spec.name)
-        sizes = (size,) * len(spec.shape) if like is None else like.shape
+        declared = dims(spec)
+        sizes = (size,) * len(declared) if like is None else like.shape
         return [
             dim if isinstance(dim, int) else own
-            for dim, own in zip(spec.shape[1:], sizes[1:], strict=True)
+            for dim, own in zip(declared[1:], sizes[1:], strict=False)
         ]
 
     def _made_up(self, seed: int, size: int) -> Feeds:
@@ -181,8 +182,10 @@ class _Rows:
 
     def _values(self, spec: TensorSpec, rng: np.random.Generator, seed: int, size: int) -> Array:
         example = self._example.get(spec.name)
+        if example is not None and spec.shape is None:
+            return example
         between = _FRACTIONS[seed % len(_FRACTIONS)]
-        first = [dim if isinstance(dim, int) else self._rows for dim in spec.shape[:1]]
+        first = [dim if isinstance(dim, int) else self._rows for dim in dims(spec)[:1]]
         shape = [*first, *self._beside_rows(spec, size)]
         if prod(shape) > 16 * _MOST_ELEMENTS:
             raise ModelFailed(f"`{spec.name}` is too large to make one up: {shape}")

@@ -1,5 +1,6 @@
 """What a loaded graph takes and gives, in words that others can read."""
 
+import re
 from collections.abc import Sequence
 from math import prod
 from typing import Any, Final
@@ -10,7 +11,8 @@ from asyncinfer import models
 from asyncinfer.engine.runtime import ort
 from asyncinfer.errors import ModelRefused
 from asyncinfer.models import ModelFile, Signature
-from asyncinfer.tensors import TensorSpec
+from asyncinfer.onnxgraph import File
+from asyncinfer.tensors import Dim, TensorSpec, dims
 
 _MOST_OPTIONAL: Final = 32
 _LONGEST_OPTIONAL_ELEMENTS: Final = 4096
@@ -34,22 +36,52 @@ _DATATYPES: Final[dict[str, str]] = {
 
 _MAPS: Final = frozenset({"seq(map(int64,tensor(float)))", "seq(map(string,tensor(float)))"})
 
-_REASONS: Final = (
+_NO_NAMES: Final = frozenset({"", "any", "dynamic", "none", "null", "undefined", "unk", "unknown"})
+"""What converters call a dimension of which they know nothing. Taken for names, all that are so
+called would have to be equal: an image that is not square was refused for its `?`."""
+
+_NO_WORD: Final = re.compile(r"^[\W_]+|[\W_]+$")
+_NEGATIVE: Final = re.compile(r"\s*-\s*\d+\s*")
+
+_CASTS: Final[dict[str, str]] = {
+    **dict.fromkeys(("int2", "int4"), "INT8"),
+    **dict.fromkeys(("uint2", "uint4"), "UINT8"),
+    **dict.fromkeys(("float4e2m1", "float8e8m0"), "FLOAT16"),
+    **dict.fromkeys(("float8e4m3fn", "float8e4m3fnuz", "float8e5m2", "float8e5m2fnuz"), "FLOAT16"),
+}
+"""Types of elements that cannot be sent or shown, and what holds all of their numbers."""
+
+_PARTS: Final = "its real and its imaginary part as two tensors of numbers"
+_TENSOR: Final = re.compile(r"tensor\((\w+)\)")
+
+_KINDS: Final = (
     ("seq(map", "a list of maps that are not scores", "export it with zipmap off"),
     ("seq(", "a list of tensors", "let the graph join them into one"),
     ("map(", "a map", "let the graph give keys and values as tensors"),
     ("sparse_tensor", "a sparse tensor", "let the graph make it dense"),
     ("optional(", "a value that may be missing", "let the graph always give it"),
 )
-"""How a type begins, what it is, and what to do."""
+"""How an output's type begins, what it is, and what to do."""
+
+_INPUT_KINDS: Final = (
+    ("seq(map", "a list of maps", "let the graph take keys and values as tensors"),
+    ("seq(", "a list of tensors", "let the graph take one tensor, and split it itself"),
+    ("map(", "a map", "let the graph take keys and values as tensors"),
+    ("sparse_tensor", "a sparse tensor", "let the graph take it dense"),
+    ("optional(", "a value that may be missing and is no tensor", "let the graph take a tensor"),
+)
 
 
-def describe(file: ModelFile, session: ort.InferenceSession, sha256: str) -> Signature:
+def describe(
+    file: ModelFile, session: ort.InferenceSession, sha256: str, graph: File | None
+) -> Signature:
     """The signature before anything ran; raises ModelRefused for what cannot be served."""
     config = file.config
+    # ONNX Runtime says of a scalar and of any number of dimensions the same.
+    open_ranks = graph.of_any_rank if graph else frozenset[str]()
     try:
-        inputs = (*_inputs(session.get_inputs(), file), *_overridable(session))
-        outputs = _kept(_outputs(session.get_outputs(), file), file)
+        inputs = (*_inputs(session.get_inputs(), file, open_ranks), *_overridable(session))
+        outputs = _kept(_outputs(session.get_outputs(), file, open_ranks), file)
     except UnicodeDecodeError as error:
         raise ModelRefused(f"{file.shown}: a name in it is not UTF-8, so it is damaged") from error
     return Signature(
@@ -82,9 +114,9 @@ def with_keys(signature: Signature, maps: Sequence[int], keys: tuple[int | str, 
 def check_labels(signature: Signature, file: ModelFile) -> None:
     """Raises ModelRefused where the labels of `model.toml` can name no columns of scores."""
     labels, shown = signature.labels, f"{file.model}/model.toml"
-    if not labels:
+    if not labels or any(spec.shape is None for spec in signature.outputs):
         return
-    widths = [spec.shape[1] for spec in signature.outputs if len(spec.shape) == 2]
+    widths = [dims(spec)[1] for spec in signature.outputs if len(dims(spec)) == 2]
     if not any(width == len(labels) or not isinstance(width, int) for width in widths):
         raise ModelRefused(
             f"{shown}: {len(labels)} labels, but no output of shape [batch, {len(labels)}]"
@@ -97,17 +129,34 @@ def check_labels(signature: Signature, file: ModelFile) -> None:
         )
 
 
-def _inputs(nodes: Sequence[Any], file: ModelFile) -> list[TensorSpec]:
-    return [_input(node, file) for node in nodes]
+def shape_of(sizes: Sequence[Dim]) -> tuple[Dim, ...]:
+    """As the graph declares it, without names that say nothing."""
+    return tuple(_dim(size) for size in sizes)
 
 
-def _input(node: Any, file: ModelFile) -> TensorSpec:
+def _dim(size: Dim) -> Dim:
+    if isinstance(size, int):
+        return size if size >= 0 else None
+    if size is None or _NEGATIVE.fullmatch(size):
+        return None
+    return None if _NO_WORD.sub("", size).casefold() in _NO_NAMES else size
+
+
+def _shape(node: Any, open_ranks: frozenset[str]) -> tuple[Dim, ...] | None:
+    return None if not node.shape and node.name in open_ranks else shape_of(node.shape)
+
+
+def _inputs(nodes: Sequence[Any], file: ModelFile, open_ranks: frozenset[str]) -> list[TensorSpec]:
+    return [_input(node, file, open_ranks) for node in nodes]
+
+
+def _input(node: Any, file: ModelFile, open_ranks: frozenset[str]) -> TensorSpec:
     inner = node.type.removeprefix("optional(")
     optional = inner != node.type
     kind = inner.removesuffix(")") if optional else inner
     if kind not in _DATATYPES:
-        raise _refused(node, file)
-    return TensorSpec(node.name, _DATATYPES[kind], tuple(node.shape), optional)
+        raise _refused_input(node, kind, file)
+    return TensorSpec(node.name, _DATATYPES[kind], _shape(node, open_ranks), optional)
 
 
 def _overridable(session: ort.InferenceSession) -> list[TensorSpec]:
@@ -120,23 +169,25 @@ def _overridable(session: ort.InferenceSession) -> list[TensorSpec]:
     if len(nodes) > _MOST_OPTIONAL:
         return []
     return [
-        TensorSpec(node.name, _DATATYPES[node.type], tuple(node.shape), optional=True)
+        TensorSpec(node.name, _DATATYPES[node.type], shape_of(node.shape), optional=True)
         for node in nodes
     ]
 
 
-def _outputs(nodes: Sequence[Any], file: ModelFile) -> dict[str, TensorSpec]:
+def _outputs(
+    nodes: Sequence[Any], file: ModelFile, open_ranks: frozenset[str]
+) -> dict[str, TensorSpec]:
     wanted = file.config.outputs
     found = {}
     for node in nodes:
         if node.type in _DATATYPES:
-            spec = TensorSpec(node.name, _DATATYPES[node.type], tuple(node.shape))
+            spec = TensorSpec(node.name, _DATATYPES[node.type], _shape(node, open_ranks))
         elif node.type in _MAPS:
             spec = TensorSpec(node.name, "FP32", (None, None))
         elif wanted and node.name not in wanted:
             continue
         else:
-            raise _refused(node, file)
+            raise _refused_output(node, file)
         found[node.name] = spec
     return found
 
@@ -150,9 +201,37 @@ def _kept(outputs: dict[str, TensorSpec], file: ModelFile) -> tuple[TensorSpec, 
     return tuple(outputs[name] for name in names)
 
 
-def _refused(node: Any, file: ModelFile) -> ModelRefused:
-    kinds = (rest for begin, *rest in _REASONS if node.type.startswith(begin))
+def _refused_output(node: Any, file: ModelFile) -> ModelRefused:
+    if problem := _element_problem(node.type):
+        what, cast = problem
+        remedy = f"Cast it to {cast} in the graph" if cast else f"let the graph give {_PARTS}"
+        return _refused(node, what, remedy, file)
+    kinds = (rest for begin, *rest in _KINDS if node.type.startswith(begin))
     what, remedy = next(kinds, ("a value of another kind", "let the graph give a tensor"))
-    return ModelRefused(
-        f"{file.shown}: `{node.name}` is {what} ({node.type}), which cannot be served; {remedy}"
-    )
+    return _refused(node, f"{what} ({node.type}), which cannot be served", remedy, file)
+
+
+def _refused_input(node: Any, kind: str, file: ModelFile) -> ModelRefused:
+    """`kind` is the type of what an optional input may hold."""
+    if problem := _element_problem(kind):
+        what, cast = problem
+        take = f"{cast} and Cast it" if cast else _PARTS
+        remedy = f"let the graph take {take}"
+        return _refused(node, what, remedy, file)
+    kinds = (rest for begin, *rest in _INPUT_KINDS if node.type.startswith(begin))
+    what, remedy = next(kinds, ("a value of another kind", "let the graph take a tensor"))
+    return _refused(node, f"{what} ({node.type}), which no request can carry", remedy, file)
+
+
+def _element_problem(kind: str) -> tuple[str, str] | None:
+    """Of a tensor what is wrong with its elements, and the type that holds them, if one does."""
+    found = _TENSOR.fullmatch(kind)
+    if not found:
+        return None
+    if found[1].startswith("complex"):
+        return f"of type {found[1]}, which JSON does not have", ""
+    return f"of type {found[1]}, which neither JSON nor numpy has", _CASTS.get(found[1], "FLOAT")
+
+
+def _refused(node: Any, what: str, remedy: str, file: ModelFile) -> ModelRefused:
+    return ModelRefused(f"{file.shown}: `{node.name}` is {what}; {remedy}")

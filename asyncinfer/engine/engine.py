@@ -5,14 +5,17 @@ from typing import Final
 
 import msgspec
 
-from asyncinfer import batching
+from asyncinfer import batching, dataflow
 from asyncinfer.batching import Axes
+from asyncinfer.dataflow import Flow
 from asyncinfer.engine import classes, describing, examples, opening, probing
-from asyncinfer.engine.probing import Verdict
+from asyncinfer.engine.probing import Probed, Verdict
 from asyncinfer.engine.running import Runner
 from asyncinfer.errors import ModelFailed, ModelRefused
 from asyncinfer.models import ModelFile, Signature
+from asyncinfer.onnxgraph import File
 from asyncinfer.tensors import Feeds
+from asyncinfer.unbatched import Off, Reason
 
 PROBE_SECONDS: Final = 5.0
 """How long a model may take to show whether its rows can be stacked."""
@@ -46,7 +49,8 @@ class Engine:
         sessions, sha256 = opening.open_sessions(
             file, intra_op_threads=intra_op_threads, allow_custom_ops=allow_custom_ops
         )
-        signature = describing.describe(file, sessions[0], sha256)
+        graph = opening.read_graph(file)
+        signature = describing.describe(file, sessions[0], sha256, graph)
         runner = Runner(sessions, [spec.name for spec in signature.outputs])
         example = examples.shown(file, signature)
         if runner.maps:
@@ -54,7 +58,7 @@ class Engine:
             signature = describing.with_keys(signature, runner.maps, runner.keys)
         describing.check_labels(signature, file)
         signature = classes.decided(signature, file, runner.run, example, probe_seconds)
-        verdict = _verdict(runner, signature, example, file, probe_seconds)
+        verdict = _verdict(runner, signature, example, file, probe_seconds, graph)
         signature = _judged(signature, verdict)
         signature = examples.with_example(signature, file, runner.run, probe_seconds)
         return cls(runner, signature, file.config.limits.timeout_seconds)
@@ -107,37 +111,57 @@ def _verdict(
     example: Feeds | None,
     file: ModelFile,
     probe_seconds: float,
+    graph: File | None,
 ) -> Verdict:
     asked = file.config.batching
-    inputs, outputs = signature.inputs, signature.outputs
+    outputs = signature.outputs
     if asked.enabled is False:
-        return Verdict(False, "off: model.toml says so")
+        return probing.off(Reason(Off.ASKED), outputs)
     ways = _ways(asked.axis, signature, file)
     if asked.enabled:
         return _forced(ways, signature, file)
     if not ways:
-        return Verdict(False, f"off: {batching.obstacle(inputs)}")
-    return probing.probe(runner.run, inputs, outputs, example, probe_seconds, ways)
+        obstacle = batching.obstacle(signature.inputs)
+        assert obstacle is not None, "an input whose first dimension is open could be stacked"
+        return probing.off(obstacle, outputs)
+    flow = dataflow.of_file(graph) if graph else Flow(unread=True)
+    if flow.unread:
+        return probing.off(Reason(Off.UNREAD), outputs)
+    mixers = [flow.mixer(_stacked(way, signature)) for way in ways]
+    if all(mixers):
+        return probing.off(Reason(Off.DYNAMIC, {"operator": mixers[0]}), outputs)
+    apart = [way for way, mixer in zip(ways, mixers, strict=True) if not mixer]
+    model = Probed(runner.run, signature.inputs, outputs, example, flow.heights)
+    return probing.probe(model, probe_seconds, apart)
+
+
+def _stacked(way: Axes, signature: Signature) -> frozenset[str]:
+    """The inputs that have rows."""
+    named = zip(signature.inputs, way, strict=True)
+    return frozenset(spec.name for spec, axis in named if axis is not None)
 
 
 def _ways(axis: int | None, signature: Signature, file: ModelFile) -> Sequence[Axes]:
     if axis is None:
-        return batching.candidates(signature.inputs)
+        # What nobody tries out must be what the names say, if they say anything.
+        declared = batching.declared(signature.inputs) if file.config.batching.enabled else []
+        return declared or batching.candidates(signature.inputs)
     way = batching.forced(axis, signature.inputs)
     if all(at is None for at in way):
         problem = batching.obstacle(signature.inputs, axis)
-        raise ModelRefused(f"{file.model}/model.toml: batching.axis = {axis}, but {problem}")
+        assert problem is not None, "no input has that axis open"
+        raise ModelRefused(f"{file.model}/model.toml: batching.axis = {axis}, but {problem.what}")
     return [way]
 
 
 def _forced(ways: Sequence[Axes], signature: Signature, file: ModelFile) -> Verdict:
     shown = f"{file.model}/model.toml: batching.enabled = true, but"
-    if not ways:
-        raise ModelRefused(f"{shown} {batching.obstacle(signature.inputs)}")
+    if not ways and (problem := batching.obstacle(signature.inputs)):
+        raise ModelRefused(f"{shown} {problem.what}")
     outputs = batching.declared_axes(signature.inputs, ways[0], signature.outputs)
     for spec, at in zip(signature.outputs, outputs, strict=True):
         if at is None:
-            raise ModelRefused(
-                f"{shown} {batching.obstacle([spec]) or f'`{spec.name}` is unclear'}"
-            )
+            problem = batching.obstacle([spec])
+            what = problem.what if problem else f"`{spec.name}` is unclear"
+            raise ModelRefused(f"{shown} {what}")
     return Verdict(True, "on: model.toml says so, not probed", ways[0], outputs)

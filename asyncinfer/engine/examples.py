@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from asyncinfer import models
-from asyncinfer.engine.probing import OPEN_SIZES, Run, deadline
+from asyncinfer.engine.probing import OPEN_SIZES, Run, deadline, guessed
 from asyncinfer.engine.running import Stopped
 from asyncinfer.errors import InvalidInput, JobError, ModelRefused
 from asyncinfer.models import ModelFile, Signature
@@ -109,13 +109,13 @@ def _made_up(needed: Sequence[TensorSpec], run: Run, seconds: float) -> dict[str
 
 def _guesses(needed: Sequence[TensorSpec]) -> Iterator[Feeds]:
     """Small ones first; a dimension that comes first somewhere, such as the rows, stays 1."""
-    rows = {spec.shape[0] for spec in needed if spec.shape}
+    rows = {guessed(spec)[0] for spec in needed if guessed(spec)}
     tried = set()
     for size in (1, *OPEN_SIZES):
         shapes = tuple(
             tuple(
                 dim if isinstance(dim, int) else 1 if not at or (dim and dim in rows) else size
-                for at, dim in enumerate(spec.shape)
+                for at, dim in enumerate(guessed(spec))
             )
             for spec in needed
         )

@@ -5,10 +5,11 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
-from asyncinfer import onnxfile, plain_file
+from asyncinfer import onnxfile, onnxgraph, plain_file
 from asyncinfer.engine.runtime import ort
 from asyncinfer.errors import ModelRefused
 from asyncinfer.models import ModelFile
+from asyncinfer.onnxgraph import File
 
 _CPU: Final = "CPUExecutionProvider"
 _LOG_ERRORS: Final = 3
@@ -45,6 +46,18 @@ def open_sessions(
     return [_open(file, options, chosen) for chosen in _providers(file)], sha256
 
 
+def read_graph(file: ModelFile) -> File | None:
+    """The graph as the file has it; None where it is too large to be read. Raises ModelRefused."""
+    try:
+        return onnxgraph.read(file.path)
+    except onnxgraph.TooLarge:
+        return None
+    except OSError as error:
+        raise ModelRefused(f"{file.shown}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelRefused(f"{file.shown}: it is no ONNX file, or damaged: {error}") from error
+
+
 def _open(
     file: ModelFile, options: ort.SessionOptions, providers: list[tuple[str, dict[str, Any]]]
 ) -> ort.InferenceSession:
@@ -53,7 +66,8 @@ def _open(
             str(file.path), options, providers=providers, enable_fallback=0
         )
     except Exception as error:  # ONNX Runtime's exceptions have no base of their own
-        raise ModelRefused(f"{file.shown}: {_load_problem(error, file)}") from error
+        problem = _load_problem(error, file)
+        raise ModelRefused(f"{file.shown}: {problem}{_type_remedy(problem)}") from error
     taken = session.get_providers()
     for name, _ in providers:
         if name not in taken:
@@ -130,6 +144,15 @@ def _custom_ops(file: ModelFile, allowed: bool) -> str:
 
 
 _LOCALE: Final = re.compile(r"Failed to construct locale with name:([\w.@-]+)")
+_NO_TYPE: Final = re.compile(r"tensor\(complex\w+\) is not currently registered")
+
+
+def _type_remedy(problem: str) -> str:
+    """ONNX Runtime runs nothing with complex numbers, at its inputs and outputs neither."""
+    parts = "; let the graph take and give real and imaginary parts as tensors of their own"
+    return parts if _NO_TYPE.search(problem) else ""
+
+
 _PREAMBLE: Final = re.compile(r"\[ONNXRuntimeError\] : -?\d+ : \w+ : (Load model from .* failed:)?")
 
 

@@ -2,9 +2,8 @@
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import prod
 from typing import Any, Final
 
 import numpy as np
@@ -12,37 +11,30 @@ from msgspec import Struct
 
 from asyncinfer import batching
 from asyncinfer.batching import Axes, Plan
+from asyncinfer.engine.fillings import (
+    LAST,
+    NO_FRACTIONS,
+    ONE_ROW,
+    SCALES,
+    SEVERAL_ROWS,
+    UNAIDED,
+    Filling,
+    Values,
+    filled,
+)
 from asyncinfer.engine.running import Stop, Stopped
 from asyncinfer.errors import JobError, ModelFailed
-from asyncinfer.tensors import DTYPES, FLOATS, RANGES, Array, Feeds, TensorSpec
+from asyncinfer.tensors import FLOATS, Array, Dim, Feeds, TensorSpec, dims
+from asyncinfer.unbatched import Off, Reason
 
 Run = Callable[[Feeds, Stop], list[Array]]
 
 ROW_COUNTS: Final = ((1, 1, 1, 1), (2, 3), (3, 1, 2))
 """Rows of the jobs of each probe; with fewer, a model that mixes rows could agree by chance."""
 
-OPEN_SIZES: Final = (8, 32, 1, 128)
-"""What an open dimension is tried at; the first that the model takes is kept."""
-
-Scale = tuple[float, float, int, int]
-
-_SCALES: Final[tuple[tuple[Scale, ...], ...]] = (
-    ((0.0, 1.0, 0, 1),),
-    ((-10.0, 10.0, 0, 1),),
-    ((-0.01, 0.01, 0, 9),),
-    ((0.0, 0.1, 0, 1), (0.0, 100.0, 0, 1), (0.0, 10.0, 0, 1), (0.0, 1.0, 0, 1)),
-    ((0.0, 1.0, -9, 9),),
-    ((0.0, 1.0, 0, 99),),
-    ((-0.1, 0.0, 0, 1), (-100.0, 0.0, -99, 99), (-10.0, 0.0, 0, 9), (-1.0, 0.0, -9, 0)),
-)
-"""Per probe and job, from and to of fractions and of whole numbers: small ones first, which may
-be indices; among them jobs of different sizes, since a model may look for the largest of all. None
-is very large: what a number decides may be how long a run takes, and how much memory."""
-
-_LIKE_EXAMPLE: Final[tuple[tuple[Scale | None, ...], ...]] = ((None,), (None, (0.0, 0.1, 0, 1)))
-"""The same where there is an example: None is as large as that."""
-
-_MOST_ELEMENTS: Final = 1 << 26
+OPEN_SIZES: Final = (8, 32, 1, 128, 512, 256)
+"""What an open dimension is tried at; the first that the model takes is kept. Models of sound take
+windows of 256 or 512 samples and no others."""
 
 _TOLERANCES: Final = {"float16": 1e-2, "bfloat16": 5e-2, "float32": 1e-4, "float64": 1e-8}
 
@@ -56,97 +48,153 @@ class Verdict(Struct, frozen=True):
     outputs: Axes = ()
 
 
+def off(reason: Reason, outputs: Sequence[TensorSpec]) -> Verdict:
+    return Verdict(False, reason.words(len(outputs)))
+
+
 class _Doubt(Exception):
     """Why jobs may not share a run."""
 
+    def __init__(self, off: Off, **named: object) -> None:
+        super().__init__(off)
+        self.reason = Reason(off, named)
 
-def probe(
-    run: Run,
-    inputs: Sequence[TensorSpec],
-    outputs: Sequence[TensorSpec],
-    example: Feeds | None,
-    seconds: float,
-    axes: Sequence[Axes],
-) -> Verdict:
+
+class Probed(Struct, frozen=True):
+    """A model that is probed, and what is known of it."""
+
+    run: Run
+    inputs: Sequence[TensorSpec]
+    outputs: Sequence[TensorSpec]
+    example: Feeds | None = None
+    heights: Mapping[str, int] = {}
+    """Of inputs that are row numbers of a table, its number of rows."""
+
+
+def probe(model: Probed, seconds: float, axes: Sequence[Axes]) -> Verdict:
     """The first of these axes of the inputs along which every probe's answers agree."""
-    reason = ""
+    verdict: Verdict | None = None
     with deadline(seconds) as stop:
         for one in axes:
             try:
-                found = _Probing(run, inputs, outputs, one, example, stop).axes()
+                found = _Probing(model, one, stop).axes()
             except Stopped:
-                return Verdict(False, f"off: probing took longer than {seconds:g} s")
+                return off(Reason(Off.SLOW, {"seconds": seconds}), model.outputs)
             except _Doubt as doubt:
-                reason = reason or f"off: {doubt}"
+                verdict = verdict or off(doubt.reason, model.outputs)
             else:
                 words = "on: probe rows got the same answers alone and together"
                 return Verdict(True, words, one, found)
-    return Verdict(False, reason)
+    assert verdict is not None, "there is a way to try"
+    return verdict
 
 
 class _Probing:
     """The probes of one way to stack."""
 
-    def __init__(
-        self,
-        run: Run,
-        inputs: Sequence[TensorSpec],
-        outputs: Sequence[TensorSpec],
-        axes: Axes,
-        example: Feeds | None,
-        stop: Stop,
-    ) -> None:
-        self._run = run
-        self._inputs = inputs
-        self._outputs = outputs
-        self._axes = dict(zip((spec.name for spec in inputs), axes, strict=True))
-        self._example = example
+    def __init__(self, model: Probed, axes: Axes, stop: Stop) -> None:
+        self._run = model.run
+        self._inputs = model.inputs
+        self._outputs = model.outputs
+        self._axes = dict(zip((spec.name for spec in model.inputs), axes, strict=True))
+        self._example: Feeds = model.example or {}
+        self._heights = model.heights
         self._stop = stop
-        self._sizes: Sequence[int] = OPEN_SIZES
+        self._sizes: Sequence[int] = OPEN_SIZES if self._has_open_sizes() else OPEN_SIZES[:1]
         self._failure = ""
+        self._found: list[int | None] | None = None
+        self._varied = False
+        self._equal = {name for name in self._example if self._is_drawn(name)}
+        """Inputs of which every probe so far had the same in all rows, as the example has."""
 
     def axes(self) -> Axes:
         """The outputs' axes; raises _Doubt."""
-        found: list[int | None] | None = None
-        varied = False
         for optional in self._optional_ways():
-            ran = 0
-            for seed, scales in enumerate(self._scales()):
-                probe = self._alone(seed, scales, optional)
-                if probe is None:
-                    continue
-                jobs, alone = probe
-                ran += 1
-                found = self._compare(jobs, alone, found)
-                varied = varied or _varies(alone, found)
-            if not ran:
-                raise _Doubt(f"no probe row could be run: {self._failure}")
-        assert found is not None
-        if all(axis is None for axis in found):
-            raise _Doubt("no output has a row for each row of the input")
-        if not varied:
-            raise _Doubt("all probe rows got one answer, which proves nothing")
-        return tuple(found)
+            if not self._probe(self._fillings(), optional):
+                aided = Off.NONE_RAN_LIKE_EXAMPLE if self._example_rows() > 1 else Off.NONE_RAN
+                raise _Doubt(aided, failure=self._failure)
+        if not self._varied:
+            for optional in self._optional_ways():
+                self._probe(LAST, optional)
+        assert self._found is not None
+        if all(axis is None for axis in self._found):
+            raise _Doubt(Off.NO_ROWS)
+        if not self._varied:
+            raise _Doubt(Off.ONE_ANSWER)
+        if self._equal:
+            raise _Doubt(Off.ONE_VALUE, name=min(self._equal))
+        return tuple(self._found)
+
+    def _probe(self, fillings: Sequence[Filling], optional: bool) -> int:
+        """How many of these probes the model took; raises _Doubt."""
+        ran = 0
+        for seed, filling in enumerate(fillings):
+            probe = self._alone(seed, filling, optional)
+            if probe is None:
+                continue
+            jobs, alone = probe
+            ran += 1
+            self._found = self._compare(jobs, alone, self._found)
+            self._varied = self._varied or _varies(alone, self._found)
+            self._equal -= {name for name in self._equal if self._differs(name, jobs)}
+        return ran
+
+    def _fillings(self) -> Sequence[Filling]:
+        if not self._example:
+            return UNAIDED
+        if self._example_rows() < 2:
+            return ONE_ROW
+        has_fractions = any(spec.datatype in FLOATS for spec in self._inputs)
+        return SEVERAL_ROWS if has_fractions else NO_FRACTIONS
 
     def _optional_ways(self) -> list[bool]:
         return [False, True] if any(spec.optional for spec in self._inputs) else [False]
 
-    def _scales(self) -> list[tuple[Scale | None, ...]]:
-        return [*_SCALES, *_LIKE_EXAMPLE] if self._example else [*_SCALES]
+    def _has_open_sizes(self) -> bool:
+        """Whether any size beside the rows is to be guessed."""
+        return any(
+            spec.name not in self._example
+            and any(
+                not isinstance(dim, int) and at != self._axes[spec.name]
+                for at, dim in enumerate(dims(spec))
+            )
+            for spec in self._inputs
+        )
+
+    def _example_rows(self) -> int:
+        """Of the input that has the fewest."""
+        counts = [
+            self._example[name].shape[axis]
+            for name, axis in self._axes.items()
+            if axis is not None and name in self._example
+        ]
+        return min(counts, default=0)
+
+    def _is_drawn(self, name: str) -> bool:
+        """Whether it may be such that only values of the example are an input for the model."""
+        return self._axes[name] is not None and self._example[name].dtype.kind in "Oiu"
+
+    def _differs(self, name: str, jobs: Sequence[Feeds]) -> bool:
+        axis = self._axes[name]
+        given = [job[name] for job in jobs if name in job]
+        if axis is None or not given:
+            return False
+        rows = np.moveaxis(np.concatenate(given, axis=axis), axis, 0)
+        return bool((rows != rows[:1]).any())
 
     def _alone(
-        self, seed: int, scales: tuple[Scale | None, ...], optional: bool
+        self, seed: int, filling: Filling, optional: bool
     ) -> tuple[list[Feeds], list[list[Array]]] | None:
         """Jobs and what each gets alone; None where the model takes none of such numbers."""
         for size in self._sizes:
             rng = np.random.default_rng(seed)
             counts = ROW_COUNTS[seed % len(ROW_COUNTS)]
             try:
-                jobs = self._jobs(rng, scales, counts, size, optional)
+                jobs = self._jobs(rng, seed, filling, counts, size, optional)
                 alone = [self._run(job, self._stop) for job in jobs]
             except JobError as error:
                 # Random numbers may be no input for this model; that proves nothing.
-                self._failure = error.detail
+                self._failure = self._failure or error.detail
                 continue
             self._sizes = (size,)
             return jobs, alone
@@ -155,7 +203,8 @@ class _Probing:
     def _jobs(
         self,
         rng: np.random.Generator,
-        scales: tuple[Scale | None, ...],
+        seed: int,
+        filling: Filling,
         counts: Sequence[int],
         size: int,
         optional: bool,
@@ -165,36 +214,27 @@ class _Probing:
             if spec.optional and not optional:
                 continue
             axis = self._axes[spec.name]
-            shared = axis is None
             shape = self._shape(spec, size)
-            of_jobs = itertools.cycle(scales)
-            made = self._values(spec, rng, next(of_jobs), shape) if shared else None
+            of_jobs = itertools.cycle(filling.scales)
+            values = Values(spec, self._example.get(spec.name), axis, self._heights, seed)
+            shared = values.made(rng, filling.kind, next(of_jobs), shape) if axis is None else None
             for job, count in zip(jobs, counts, strict=True):
-                if axis is not None:
-                    shape[axis] = count
-                    job[spec.name] = self._values(spec, rng, next(of_jobs), shape)
-                elif made is not None:
-                    job[spec.name] = made
+                if shared is not None:
+                    job[spec.name] = shared
+                    continue
+                assert axis is not None
+                shape[axis] = count
+                job[spec.name] = values.made(rng, filling.kind, next(of_jobs), shape)
         return list(jobs)
 
     def _shape(self, spec: TensorSpec, size: int) -> list[int]:
-        like = (self._example or {}).get(spec.name)
-        sizes = (size,) * len(spec.shape) if like is None else like.shape
+        like = self._example.get(spec.name)
+        if spec.shape is None and like is not None:
+            return list(like.shape)
+        sizes = (size,) * len(dims(spec)) if like is None else like.shape
         return [
-            dim if isinstance(dim, int) else own for dim, own in zip(spec.shape, sizes, strict=True)
+            dim if isinstance(dim, int) else own for dim, own in zip(dims(spec), sizes, strict=True)
         ]
-
-    def _values(
-        self,
-        spec: TensorSpec,
-        rng: np.random.Generator,
-        scale: Scale | None,
-        shape: Sequence[int],
-    ) -> Array:
-        example = (self._example or {}).get(spec.name)
-        if self._axes[spec.name] is None and example is not None:
-            return example
-        return _random(spec, rng, scale or _scale_of(example), shape)
 
     def _compare(
         self,
@@ -208,52 +248,20 @@ class _Probing:
         try:
             together = self._run(batching.stack(jobs, plan), self._stop)
         except JobError as error:
-            raise _Doubt(f"rows that ran alone failed together: {error.detail}") from error
+            raise _Doubt(Off.FAILED_TOGETHER, failure=error.detail) from error
         seen = [
             _axis_of(spec, [one[at] for one in alone], together[at], counts)
             for at, spec in enumerate(self._outputs)
         ]
-        if found is not None and seen != found:
-            raise _Doubt("an output has its rows now here, now there")
+        for spec, before, now in zip(self._outputs, found or seen, seen, strict=True):
+            if before != now:
+                raise _Doubt(Off.UNSTEADY, name=spec.name)
         split = batching.split(together, jobs, Plan(self._axes, tuple(seen)))
         for mine, expected in zip(split, alone, strict=True):
             for spec, one, other in zip(self._outputs, mine, expected, strict=True):
                 if not close(other, one):
-                    raise _Doubt(
-                        f"`{spec.name}` gives a row another answer when other rows are beside it"
-                    )
+                    raise _Doubt(Off.MIXES, name=spec.name)
         return seen
-
-
-def _scale_of(example: Array | None) -> Scale:
-    if example is None or example.dtype == object or not example.size:
-        return _SCALES[0][0]
-    numbers = example.astype(np.float64) if example.dtype == DTYPES["BF16"] else example
-    low, high = numbers.min().item(), numbers.max().item()
-    return (float(low), float(high), int(low), int(high))
-
-
-def _random(
-    spec: TensorSpec,
-    rng: np.random.Generator,
-    scale: Scale,
-    shape: Sequence[int],
-) -> Array:
-    low, high, least, most = scale
-    if prod(shape) > _MOST_ELEMENTS:
-        raise ModelFailed(f"`{spec.name}` is too large to make one up: {list(shape)}")
-    if spec.datatype == "BYTES":
-        words = np.array(["", "some text", "é", "a", "0"], dtype=object)
-        return words[rng.integers(0, len(words), shape)].reshape(shape)
-    if spec.datatype == "BOOL":
-        return rng.integers(0, 2, shape).astype(np.bool_)
-    ends = RANGES[spec.datatype]
-    if spec.datatype in FLOATS:
-        fractions = rng.uniform(max(low, ends[0]), min(high, ends[1]), shape)
-        return np.asarray(fractions).astype(DTYPES[spec.datatype])
-    first = int(min(max(least, ends[0]), ends[1]))
-    last = int(max(min(most, ends[1], 2**62), first))
-    return np.asarray(rng.integers(first, last, shape, endpoint=True)).astype(DTYPES[spec.datatype])
 
 
 def _axis_of(
@@ -261,7 +269,7 @@ def _axis_of(
 ) -> int | None:
     """The one axis on which an output has a row for each row of the input; None: it has none."""
     if any(one.ndim != together.ndim for one in alone):
-        raise _Doubt(f"`{spec.name}` changes its rank with the number of rows")
+        raise _Doubt(Off.RANK, name=spec.name)
     if all(one.shape == together.shape for one in alone):
         return None
     grown = [
@@ -271,10 +279,10 @@ def _axis_of(
     ]
     (axis, *others) = grown
     if others:
-        raise _Doubt(f"`{spec.name}` changes its shape with the number of rows")
+        raise _Doubt(Off.SHAPE, name=spec.name)
     sizes = [one.shape[axis] for one in alone]
     if sizes != list(counts) or together.shape[axis] != sum(counts):
-        raise _Doubt(f"`{spec.name}` has another number of rows than the input")
+        raise _Doubt(Off.COUNT, name=spec.name)
     return axis
 
 
@@ -314,11 +322,11 @@ def some_answer(
         for size in (1, *OPEN_SIZES):
             try:
                 feeds = example or {
-                    spec.name: _random(
+                    spec.name: filled(
                         spec,
                         np.random.default_rng(0),
-                        _SCALES[0][0],
-                        [dim if isinstance(dim, int) else size for dim in spec.shape],
+                        SCALES[0][0],
+                        [dim if isinstance(dim, int) else size for dim in guessed(spec)],
                     )
                     for spec in inputs
                     if not spec.optional
@@ -329,6 +337,11 @@ def some_answer(
             except Stopped:
                 break
     raise ModelFailed(failure)
+
+
+def guessed(spec: TensorSpec) -> tuple[Dim, ...]:
+    """The dimensions of an input to be made up; rows of numbers where any number may be."""
+    return (None, None) if spec.shape is None else spec.shape
 
 
 @contextmanager

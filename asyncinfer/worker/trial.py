@@ -15,7 +15,7 @@ from msgspec import Struct
 from asyncinfer.errors import ModelFailed, ModelRefused, OutOfMemory
 from asyncinfer.model_toml import ModelConfig, SessionOptions
 from asyncinfer.models import ModelFile, Signature
-from asyncinfer.tensors import DTYPES, Feeds
+from asyncinfer.tensors import DTYPES, Feeds, dims
 
 TRIAL_SECONDS: Final = 60.0
 _BASE_BYTES: Final = 3 << 30
@@ -132,7 +132,7 @@ def _problem(file: ModelFile, *, allow_custom_ops: bool) -> str:
 def _zeros(signature: Signature) -> Feeds:
     return {
         spec.name: np.full(
-            [dim if isinstance(dim, int) else 1 for dim in spec.shape],
+            [dim if isinstance(dim, int) else 1 for dim in dims(spec)],
             "" if spec.datatype == "BYTES" else 0,
             DTYPES[spec.datatype],
         )

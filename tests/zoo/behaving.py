@@ -205,7 +205,7 @@ def mlp(widths: Sequence[int], first_dim: int | str | None = "batch") -> onnx.Mo
     return model(nodes, inputs, [tensor("y", [first_dim, widths[-1]])], weights)
 
 
-def identity(elem_type: int, shape: Dims = ("batch", 2)) -> onnx.ModelProto:
+def identity(elem_type: int, shape: Dims | None = ("batch", 2)) -> onnx.ModelProto:
     """`y = x` of any datatype and shape."""
     node = helper.make_node("Identity", ["x"], ["y"])
     return model([node], [tensor("x", shape, elem_type)], [tensor("y", shape, elem_type)])
@@ -219,20 +219,40 @@ def adds(number: float) -> onnx.ModelProto:
     return model([node], inputs, outputs, weights)
 
 
-def unary(operator: str, shape: Dims = ("batch", 2)) -> onnx.ModelProto:
-    """`y = operator(x)`: Log gives NaN and infinities."""
+def unary(operator: str, shape: Dims | None = ("batch", 2)) -> onnx.ModelProto:
+    """`y = operator(x)`: Log gives NaN and infinities. Without a shape any number of dimensions
+    may be given."""
     return model(
         [helper.make_node(operator, ["x"], ["y"])], [tensor("x", shape)], [tensor("y", shape)]
     )
 
 
-def added() -> onnx.ModelProto:
+def quantized(height: int = 40) -> onnx.ModelProto:
+    """The likeliest class of each id, by a table whose rows are quantized as they come: the scale
+    is that of the largest number of all rows of a run, so that some answers change with it. The
+    first and the last ten rows have one scale, so that probes with small numbers show nothing."""
+    rng = np.random.default_rng(0)
+    rows = rng.uniform(size=(height, 16)).astype(np.float32)
+    rows[:, 0] = 1
+    rows[10:-10] *= 100
+    weights: Weights = {"table": rows, "w": rng.integers(-128, 127, (16, 8)).astype(np.int8)}
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["x"]),
+        helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "scale", "zero"]),
+        helper.make_node("MatMulInteger", ["q", "w", "zero"], ["scores"]),
+        helper.make_node("Cast", ["scores"], ["numbers"], to=TensorProto.FLOAT),
+        helper.make_node("ArgMax", ["numbers"], ["y"], axis=-1, keepdims=0),
+    ]
+    kind = TensorProto.INT64
+    return model(nodes, [tensor("ids", ["batch"], kind)], [tensor("y", ["batch"], kind)], weights)
+
+
+def added(a: Dims = ("batch", 2), b: Dims = ("batch", 2)) -> onnx.ModelProto:
     """`y = a + b`: two inputs."""
-    shape = ("batch", 2)
     return model(
         [helper.make_node("Add", ["a", "b"], ["y"])],
-        [tensor("a", shape), tensor("b", shape)],
-        [tensor("y", shape)],
+        [tensor("a", a), tensor("b", b)],
+        [tensor("y", a)],
     )
 
 

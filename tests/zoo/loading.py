@@ -21,7 +21,7 @@ from msgspec import Struct
 from asyncinfer import models
 from asyncinfer.engine import Engine, Stop, Stopped
 from asyncinfer.errors import JobError, ModelRefused
-from asyncinfer.tensors import DTYPES
+from asyncinfer.tensors import DTYPES, dims
 from tests.parents import REPOSITORY
 
 ADDRESS_SPACE_BYTES: Final = 6 << 30
@@ -89,7 +89,7 @@ def _load_all(folder: Path, seconds_each: int, names: list[str]) -> Iterator[dic
 def _run_once(engine: Engine) -> None:
     feeds = {}
     for spec in engine.signature.inputs:
-        shape = [dim if isinstance(dim, int) else 1 for dim in spec.shape]
+        shape = [dim if isinstance(dim, int) else 1 for dim in dims(spec)]
         if prod(shape) > _MOST_ELEMENTS:
             return
         filling = "" if spec.datatype == "BYTES" else 0

@@ -8,7 +8,7 @@ import onnx
 from onnx import TensorProto
 
 from asyncinfer.tensors import Array, Feeds
-from tests.zoo.behaving import added, identity, mlp
+from tests.zoo.behaving import added, identity, mlp, quantized
 from tests.zoo.entry import ROWS, Entry, Rng, drawn
 from tests.zoo.making import Dims, Weights, model, node, tensor
 
@@ -39,6 +39,10 @@ def entries() -> Iterator[Entry]:
     yield _of_rank("rank_4", ["batch", 2, "h", "w"], (ROWS, 2, "h", "w"), batched=True)
     yield _of_rank("fixed_one", [1, 4], (1, 4), batched=False)
     yield _of_rank("fixed_four", [4, 3], (4, 3), batched=False)
+    unnamed: Dims = ["?", 2, "?", "-1"]
+    yield _of_rank("unnamed", unnamed, (ROWS, 2, "h", "w"), batched=True)
+    yield Entry("any_rank", lambda: identity(TensorProto.FLOAT, None), of_any_rank, False)
+    yield Entry("quantized", quantized, ids_below_40, False)
     widths = [6, 16, 3]
     yield Entry("mlp", lambda: mlp(widths), drawn({"x": ("FP32", (ROWS, 6))}), True)
     yield Entry(
@@ -50,6 +54,8 @@ def entries() -> Iterator[Entry]:
     )
     two = {"a": ("FP32", (ROWS, 2)), "b": ("FP32", (ROWS, 2))}
     yield Entry("added", added, drawn(two), True)
+    apart: Dims = ["unk__1", 2]
+    yield Entry("names_apart", lambda: added(apart, ["unk__2", 2]), drawn(two), True)
     yield Entry(
         "several",
         several,
@@ -74,6 +80,15 @@ def _of_datatype(datatype: str) -> Entry:
 def _of_rank(name: str, dims: Dims, drawn_dims: tuple[int | str, ...], *, batched: bool) -> Entry:
     draw = drawn({"x": ("FP32", drawn_dims)})
     return Entry(name, lambda: identity(TensorProto.FLOAT, dims), draw, batched)
+
+
+def of_any_rank(rng: Rng, rows: int) -> Feeds:
+    shape = rng.integers(1, 3, rng.integers(0, 5), endpoint=True)
+    return {"x": np.full(shape, rows, np.float32)}
+
+
+def ids_below_40(rng: Rng, rows: int) -> Feeds:
+    return {"ids": rng.integers(0, 40, rows)}
 
 
 def several() -> onnx.ModelProto:

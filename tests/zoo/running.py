@@ -14,7 +14,7 @@ from asyncinfer.jobs import SCHEMA, Facts, Record
 from asyncinfer.models import Signature
 from asyncinfer.repository.run import ClaimedJob
 from asyncinfer.results import ClassResult, TensorsResult
-from asyncinfer.tensors import DTYPES, Array, Feeds
+from asyncinfer.tensors import DTYPES, Array, Feeds, dims
 from tests.zoo.bare import Answers
 
 
@@ -78,7 +78,7 @@ def read_result(result: bytes, signature: Signature) -> Answers:
     rows = msgspec.json.decode(result, type=ClassResult | list[ClassResult])
     scores = [one.probabilities for one in ([rows] if isinstance(rows, ClassResult) else rows)]
     width = len(signature.labels)
-    name = next(spec.name for spec in signature.outputs if spec.shape[-1] == width)
+    name = next(spec.name for spec in signature.outputs if dims(spec)[-1] == width)
     return {name: np.array(scores, np.float32)}
 
 
