@@ -137,8 +137,9 @@ class Catalog:
         return next(iter(self._served.values()))
 
     def _missing(self, name: str | None) -> RequestError:
-        if self._trouble:
-            return self._trouble
+        # A client takes a 404 for final, so it is told only what both looks saw just now.
+        if trouble := self._trouble or self.workforce.trouble:
+            return trouble
         wanted = name or self.default_model
         if self._is_loading(wanted):
             return _loading(wanted or "its models, and which one is the default is not known yet")

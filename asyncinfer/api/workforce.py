@@ -65,6 +65,8 @@ class Workforce:
         """Queues that are paused."""
         self.refusal: StorageFull | WritesRefused | None = None
         """Why Redis takes no writes."""
+        self.trouble: RedisUnavailable | None = None
+        """Why the last look saw nothing; what is known is from before it, then."""
         self.worked_out: dict[tuple[str, str, str | None], WaitingFor | None] = {}
         """Why jobs wait, by queue, model and version: kept here until the next look."""
         self._served: dict[str, set[str] | None] = {}
@@ -94,9 +96,11 @@ class Workforce:
             try:
                 seen = await self._inspection.workforce(self._queues())
                 refusal = await self._refusal()
-            except RedisUnavailable:
+            except RedisUnavailable as trouble:
+                self.trouble = trouble
                 self._sure_at = time.monotonic() + self._grace_seconds if self._began_at else 0.0
                 return
+            self.trouble = None
             if self.refusal or refusal:
                 # Workers that could not announce themselves meanwhile live all the same.
                 self._sure_at = time.monotonic() + self._grace_seconds

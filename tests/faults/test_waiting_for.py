@@ -87,9 +87,10 @@ async def test_a_job_whose_run_had_no_memory_says_that_it_is_tried_again(
 
 
 async def test_a_model_that_its_worker_still_loads_is_never_unknown(
-    crew: OpenCrew, folder: Folder, redis_url: str, policy: Policy
+    crew: OpenCrew, folder: Folder, redis_url: str, policy: Policy, server: redis.Redis
 ) -> None:
     """And no other model is taken for the only one meanwhile."""
+    assert not server.keys(), "beside a model of another test these would be unknown at first"
     folder.publish(SLOW, 1, name="z")
     seen: set[tuple[str, str]] = set()
     with crew(model_dir=str(folder.path), models=()) as workers:
