@@ -89,9 +89,9 @@ class Clearing:
             now = (
                 f"{successor!r} is it now"
                 if successor
-                else "there is none now, so each request must name a model, unless --default-model does"
+                else "there is none now. Name one in each request, or with --default-model"
             )
-            _log.info("The default model was %r, which nobody has any more: %s.", stored, now)
+            _log.info("The default model was %r, which no worker has: %s.", stored, now)
 
     async def _retract_foreign(self, leftovers: "Leftovers") -> None:
         """Before the API answers, so that it never lists models of an earlier folder. Those that

@@ -141,7 +141,6 @@ def _tensor(spec: "TensorInfo") -> str:
 
 def _show_one(model: "Model") -> None:
     from asyncinfer.cli.asking import told_problem
-    from asyncinfer.cli.refusing import complain
     from asyncinfer.cli.showing import console, show_facts
 
     show_facts(_facts(model))
