@@ -101,6 +101,10 @@ class Person:
         lines = self.types("models").out.splitlines()[1:]
         return {line.split()[0]: re.split(r"\s{2,}", line)[-1] for line in lines}
 
+    def queues_in_top(self) -> list[str]:
+        _, _, *lines = self.types("top", "--once").out.splitlines()
+        return [line.split()[0] for line in lines[: lines.index("")]]
+
     def starved(self) -> tuple[list[str], list[str]]:
         """As /health and /queues tell it."""
         assert self.serve is not None
@@ -209,6 +213,7 @@ def the_examples_in_another_folder(folder: Path) -> None:
         assert person.states() == dict.fromkeys(EXAMPLES, "runs")
         found = person.doctor()
         assert (found["problem"], found["warning"]) == ([], [])
+        assert person.queues_in_top() == EXAMPLES
         assert any("1 alive; no model is the default" in line for line in found["ok"])
         assert person.starved() == ([], [])
         log = person.presses_ctrl_c()
