@@ -65,7 +65,11 @@ class Settings(Struct, frozen=True, kw_only=True):
     # --- what is served
     model_dir: Annotated[
         Path | None,
-        _about("The models to serve.", unset="./model where it exists, else the shipped models"),
+        _about(
+            "The models to serve.",
+            unset="./model where it exists; else for `work` those of a `serve` beside it; else the "
+            "shipped models",
+        ),
     ] = None
     model: Annotated[
         Path | None,

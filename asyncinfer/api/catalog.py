@@ -153,9 +153,9 @@ class Catalog:
         if wanted and (reasons := self.workforce.refused(wanted)):
             return ModelNotFound(f"Model {wanted!r} cannot be used. {' '.join(reasons[:3])}")
         if not self._served:
-            return self._nothing_served()
+            return self._nothing_served(wanted)
         if is_default or name in self._seen_at:
-            return _not_announced()
+            return _not_announced(wanted)
         if name is None:
             names = ", ".join(sorted(self._served))
             return InvalidInput(
@@ -173,11 +173,11 @@ class Catalog:
             workforce.has(name) and not self._announced.models.get(name)
         )
 
-    def _nothing_served(self) -> NoModelAnnounced:
+    def _nothing_served(self, wanted: str | None) -> NoModelAnnounced:
         """Workers that live and load nothing will announce nothing, until their folder changes."""
         workers = list(self.workforce.workers.values())
         if not workers or any(one.models or models_to_come(one) for one in workers):
-            return _not_announced()
+            return _not_announced(wanted)
         refused = sorted({model for one in workers for model in one.problems})
         if refused:
             count, model = len(refused), refused[0]
@@ -279,10 +279,11 @@ class Catalog:
         return found
 
 
-def _not_announced() -> NoModelAnnounced:
+def _not_announced(name: str | None) -> NoModelAnnounced:
+    what = f"the model {name!r}" if name else "a model"
     return NoModelAnnounced(
-        "No worker has announced this model yet; one may still be starting. "
-        "Retry in a moment, or start one with `asyncinfer work`.",
+        f"No worker has announced {what} yet; one may still be starting. "
+        "Retry in a moment, or start one that has it with `asyncinfer work`.",
         retry_after_seconds=1,
     )
 

@@ -57,6 +57,7 @@ class Clearing:
             leftovers = Leftovers(store, all_here=self._is_embedded)
             try:
                 await self._settle_default(leftovers)
+                await self._retract_foreign(leftovers)
             except (RedisUnavailable, StorageFull) as error:
                 _log.warning("Which model is the default is not settled yet: %s", error.detail)
 
@@ -85,8 +86,27 @@ class Clearing:
         self._unserved = await leftovers.replace_default(stored, successor)
         if self._unserved is None:
             self._foreign = None
-            now = f"{successor!r} is it now" if successor else "there is none now"
-            _log.info("The default model was %r, which nobody has any more: %s.", stored, now)
+            now = (
+                f"{successor!r} is it now"
+                if successor
+                else "there is none now. Name one in each request, or with --default-model"
+            )
+            _log.info("The default model was %r, which no worker has: %s.", stored, now)
+
+    async def _retract_foreign(self, leftovers: "Leftovers") -> None:
+        """Before the API answers, so that it never lists models of an earlier folder. Those that
+        the folder has are left alone: the worker will announce them."""
+        if not self._is_embedded:
+            return
+        left = await leftovers.unserved_versions(await leftovers.workers())
+        foreign = left.keys() - self._in_sight()
+        if not foreign:
+            return
+        try:
+            foreign -= {file.model for file in self._files()}
+        except OSError:
+            return  # the worker says what is wrong with it
+        await self._take_back(leftovers, {model: left[model] for model in sorted(foreign)})
 
     # --- from then on ------------------------------------------------------------------------
 
@@ -151,11 +171,19 @@ class Clearing:
         self, leftovers: "Leftovers", own: "WorkerSays", left: dict[str, list[str]]
     ) -> None:
         lying = await self._lying(own) if left else frozenset()
+        gone = {
+            model: [version for version in versions if (model, version) not in lying]
+            for model, versions in left.items()
+        }
+        await self._take_back(
+            leftovers, {model: gone[model] for model in gone if gone[model] or not left[model]}
+        )
+
+    async def _take_back(self, leftovers: "Leftovers", gone: dict[str, list[str]]) -> None:
         taken = []
-        for model, versions in left.items():
-            gone = [version for version in versions if (model, version) not in lying]
-            if (gone or not versions) and not await leftovers.retract(model, gone):
-                taken += [f"{model}/{version}" for version in gone]
+        for model, versions in gone.items():
+            if not await leftovers.retract(model, versions):
+                taken += [f"{model}/{version}" for version in versions]
         if taken:
             more = f" and {len(taken) - _MOST_SHOWN} more" if len(taken) > _MOST_SHOWN else ""
             _log.info(
@@ -182,16 +210,17 @@ class Clearing:
         return parts.source(self._chosen).files()
 
     def _lies_here(self, model: str) -> bool:
-        """Where its file is in sight, nothing is loaded to find that out: it costs a quarter of a
-        second before the worker is started."""
-        chosen = self._chosen
-        if chosen.model is None and (not chosen.models or model in chosen.models):
-            folder = parts.model_dir(chosen)
-            in_sight = {one.stem for one in folder.glob("*.onnx") if one.is_file()}
-            in_sight |= {one.parent.parent.name for one in folder.glob("*/*/model.onnx")}
-            if model in in_sight:
-                return True
-        return model in self._names()
+        return model in self._in_sight() or model in self._names()
+
+    def _in_sight(self) -> set[str]:
+        """Models whose files have the usual names. Nothing is loaded to find them: that would cost
+        a quarter of a second before the worker is started."""
+        if self._chosen.model is not None:
+            return set()
+        folder = parts.model_dir(self._chosen)
+        found = {file.stem for file in folder.glob("*.onnx") if file.is_file()}
+        found |= {file.parent.parent.name for file in folder.glob("*/*/model.onnx")}
+        return found & set(self._chosen.models) if self._chosen.models else found
 
     def _names(self, *, whole: bool = False) -> set[str]:
         """Of the models in the folder, or of those that are not broken at a glance."""

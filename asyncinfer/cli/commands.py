@@ -37,7 +37,7 @@ SECTIONS: Final = {
         "jobs": _Listed("jobs", "List jobs, the newest first."),
         "job": _Listed("jobs", "Show a job with its result."),
         "dead": _Listed("jobs", "List dead letters: jobs given up that may deserve another try."),
-        "cancel": _Listed("ending", "Cancel jobs, by name or all that match."),
+        "cancel": _Listed("ending", "Cancel jobs, by id or all that match."),
         "retry": _Listed("ending", "Run failed or cancelled jobs again."),
         "purge": _Listed("ending", "Delete ended jobs with their data."),
         "models": _Listed("models", "List models, or show one with its example."),

@@ -46,7 +46,7 @@ def cancel(
     server: Server,
     as_json: bool,
 ) -> int:
-    """Cancel jobs, by name or all that match.
+    """Cancel jobs, by id or all that match.
 
     Those that run are told to stop. Nothing of them is deleted: `retry` runs them again.
     """
@@ -83,7 +83,7 @@ def retry(
 ) -> int:
     """Run failed or cancelled jobs again.
 
-    Each begins a new round with the input it had, under the name it had.
+    Each begins a new round with the input and the id it had.
     """
     query: dict[str, Any] = {
         **{"model": model, "group": group, "status": status},

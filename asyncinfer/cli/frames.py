@@ -67,7 +67,7 @@ def say(seen: "Seen") -> None:
     """For a pipe, or a terminal that keeps it."""
     wide = not sys.stdout.isatty() or console().width >= _WIDE
     console().print(_title(seen, ""), soft_wrap=True)
-    _show(_queues(), seen.queues, wide)
+    _show(_queues(), _of_interest(seen.queues), wide)
     if seen.workers:
         console().print()
         _show(_workers(), seen.workers, wide)
@@ -80,7 +80,7 @@ def screen(seen: "Seen", to: "Console", trouble: str) -> "RenderableType":
     from rich.console import Group
 
     wide = to.width >= _WIDE
-    queues = _table(_queues(), seen.queues, wide)
+    queues = _table(_queues(), _of_interest(seen.queues), wide)
     workers = "" if seen.workers is None else _table(_workers(), seen.workers, wide)
     problems = _problems_of(seen.queues) or ""
     return Group(_title(seen, trouble), "", queues, "", workers, "", problems)
@@ -136,6 +136,15 @@ def _backlog(queue: "Queue") -> object:
     if queue.starved:
         return styled("no worker", "bold red")
     return styled("paused", "yellow") if queue.paused else seconds(queue.backlog_seconds)
+
+
+def _of_interest(queues: Sequence["Queue"]) -> list["Queue"]:
+    """Without those of models that were served once: they have no worker and no job."""
+    return [
+        one
+        for one in queues
+        if one.workers or one.paused or waiting_jobs(one) + one.delayed + one.running + one.dead
+    ]
 
 
 def _problems_of(queues: Sequence["Queue"]) -> "SafeText | None":

@@ -208,6 +208,7 @@ def _value(name: str, value: Any) -> object:
 def _list(server: Server, limit: int, as_json: bool, **query: Any) -> None:
     from asyncinfer.cli.asking import Service
     from asyncinfer.cli.showing import say_json, show
+    from asyncinfer.cli.telling import say_aside
 
     with Service(server) as service:
         found = list(_found(service, limit, query))
@@ -220,6 +221,8 @@ def _list(server: Server, limit: int, as_json: bool, **query: Any) -> None:
         show((*columns, "TENANT"), ([*_row(one), one.tenant] for one in listed))
     else:
         show(columns, map(_row, listed))
+    if not listed:
+        say_aside("No dead letters." if query.get("dead") else "No such jobs.")
 
 
 def _found(service: "Service", limit: int, query: dict[str, Any]) -> Iterator[dict[str, Any]]:

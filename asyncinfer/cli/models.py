@@ -79,6 +79,7 @@ def _set(model: str, server: Server, as_json: bool, verb: str, told: str) -> Non
 
 def _show_all(listed: "ModelList") -> None:
     from asyncinfer.cli.asking import told_problem
+    from asyncinfer.cli.refusing import complain
     from asyncinfer.cli.showing import console, show, styled
 
     known = {one.model for one in listed.models}
@@ -89,6 +90,8 @@ def _show_all(listed: "ModelList") -> None:
         rows,
         numeric=("WORKERS",),
     )
+    if not rows:
+        complain("No model is served yet. Put an ONNX file into the MODEL_DIR of a worker.")
     for one in listed.all_problems:
         console(stderr=True).print(styled(told_problem(one), "yellow"), soft_wrap=True)
 

@@ -42,7 +42,10 @@ class _Predict(click.Command):
 )
 @click.option("--output", "-o", metavar="FILE", help="Write here; it appears once it is whole.")
 @click.option(
-    "--columns", metavar="A,B", help="Columns to send, by name or number from 1. Default: all."
+    "--columns",
+    metavar="A,B",
+    help="Columns to send, by name or number from 1. Default: those named as the model's inputs "
+    "where it has one for each, else all.",
 )
 @click.option("--header/--no-header", default=None, help="Whether a CSV has one. Default: look.")
 @click.option(

@@ -257,15 +257,17 @@ def _source(asked: Asked, service: Service, until: float) -> _Source:
                 "or JSON: asyncinfer predict 5.1 3.5 1.4 0.2."
             )
         return _file(asked, path, service.client.model(asked.model), until)
-    return _Source(_typed_rows(asked.rows), None, f"typed-{uuid.uuid4().hex[:12]}", False)
+    rows = _typed_rows(asked, service)
+    return _Source(rows, None, f"typed-{uuid.uuid4().hex[:12]}", False)
 
 
 def _is_typed(text: str) -> bool:
     return text.lstrip().startswith(("[", "{")) or reading.number(text) is not None
 
 
-def _typed_rows(words: Sequence[str]) -> Iterator[Row]:
+def _typed_rows(asked: Asked, service: Service) -> Iterator[Row]:
     """Numbers are one row; JSON is one, or a list of them."""
+    words = asked.rows
     with contextlib.suppress(ValueError):
         return iter([Row(1, [reading.cell(word) for word in words])])
     try:
@@ -277,7 +279,10 @@ def _typed_rows(words: Sequence[str]) -> Iterator[Row]:
         ) from error
     if len(found) == 1 and isinstance(found[0], list) and found[0] and _is_row(found[0][0]):
         found = found[0]
-    return iter([Row(number, row) for number, row in enumerate(found, start=1)])
+    if not any(isinstance(row, dict) for row in found):
+        return iter([Row(number, row) for number, row in enumerate(found, start=1)])
+    how = _how(asked, service.client.model(asked.model), math.inf)
+    return iter([reading.json_row(number, row, how) for number, row in enumerate(found, start=1)])
 
 
 def _is_row(value: Any) -> bool:
@@ -285,22 +290,28 @@ def _is_row(value: Any) -> bool:
 
 
 def _file(asked: Asked, path: Path | None, model: "Model", until: float) -> _Source:
-    how = reading.Asked(
-        source=asked.rows[0],
-        form=asked.read_as,
-        columns=asked.columns,
-        header=asked.header,
-        texts=any(spec.datatype == "BYTES" for spec in model.inputs),
-        inputs={spec.name: spec.rank or 0 for spec in model.inputs},
-        until=until,
-    )
-    rows = reading.begun(reading.rows(how))
+    rows = reading.begun(reading.rows(_how(asked, model, until)))
     if path is None or asked.fresh or not path.is_file():
         name = path.stem if path else "stdin"
         return _Source(rows, None, f"{_word(name)}-{uuid.uuid4().hex[:12]}", True)
     digest, lines = _digest(path, f"{model.sha256}{asked.columns}{asked.header}{asked.batch}")
     is_lines = path.suffix.lower() in (".csv", ".tsv", ".ndjson", ".jsonl")
     return _Source(rows, lines if is_lines else None, f"{_word(path.stem)}-{digest[:12]}", True)
+
+
+def _how(asked: Asked, model: "Model", until: float) -> reading.Asked:
+    needed = [spec for spec in model.inputs if not spec.optional]
+    are_single = all(spec.shape and spec.shape[1:] in ((), (1,)) for spec in needed)
+    return reading.Asked(
+        source=asked.rows[0],
+        form=asked.read_as,
+        columns=asked.columns,
+        header=asked.header,
+        inputs={spec.name: spec.rank or 0 for spec in model.inputs},
+        text_inputs=frozenset(spec.name for spec in model.inputs if spec.datatype == "BYTES"),
+        single_inputs=frozenset(spec.name for spec in needed) if are_single else frozenset(),
+        until=until,
+    )
 
 
 def _digest(path: Path, salt: str) -> tuple[str, int]:

@@ -52,10 +52,13 @@ class Asked(Struct, frozen=True, kw_only=True):
     """Those of a table to send, by name or number from 1; none means all."""
     header: bool | None = None
     """Whether a CSV has one; None: its first line is one when no cell of it is a number."""
-    texts: bool = False
-    """Whether the model takes strings, so that cells are none of our business."""
     inputs: dict[str, int] = {}
     """What the model takes, and how many dimensions each has."""
+    text_inputs: frozenset[str] = frozenset()
+    """Those that take strings: the cells of their columns stay as they are."""
+    single_inputs: frozenset[str] = frozenset()
+    """Those that a row must have and gives one value: a table that has a column for each is taken
+    by these names, and its other columns are left out."""
     until: float = math.inf
     """On the monotonic clock: how long stdin may be silent."""
 
@@ -160,7 +163,7 @@ def _csv(content: IO[bytes], asked: Asked) -> Iterator[Row]:
             raise ValueError("it has binary content")
         has_header = _is_header(first) if asked.header is None else asked.header
         names = first if has_header else [str(at) for at in range(1, len(first) + 1)]
-        chosen = _chosen(names, asked.columns)
+        chosen = _chosen(names, asked)
         count = 0
         if not has_header:
             count = 1
@@ -186,12 +189,12 @@ def _csv_row(
     if len(cells) != len(names):
         problem = f"line {line_number}: {len(cells)} cells where {len(names)} are expected"
         return Row(place, problem=problem)
-    if asked.texts:
-        return Row(place, _row([names[at] for at in chosen], [cells[at] for at in chosen], asked))
-    values = []
+    are_named = asked.inputs.keys() >= {names[at].strip() for at in chosen}
+    values: list[Any] = []
     for at in chosen:
+        is_text = names[at].strip() in asked.text_inputs if are_named else bool(asked.text_inputs)
         try:
-            values.append(cell(cells[at]))
+            values.append(cells[at] if is_text else cell(cells[at]))
         except ValueError as error:
             problem = f"line {line_number}: column {names[at]!r}: {error}"
             return Row(place, problem=f"{problem}; leave the column out with --columns")
@@ -226,13 +229,14 @@ def number(word: str) -> int | float | None:
     return None
 
 
-def _chosen(names: Sequence[str], columns: Sequence[str]) -> list[int]:
+def _chosen(names: Sequence[str], asked: Asked) -> list[int]:
     """Where the wanted columns are."""
     stripped = [name.strip() for name in names]
-    if not columns:
-        return list(range(len(names)))
+    if not asked.columns:
+        by_name = asked.single_inputs and asked.single_inputs <= set(stripped)
+        return [at for at, name in enumerate(stripped) if not by_name or name in asked.inputs]
     places = []
-    for one in columns:
+    for one in asked.columns:
         if one in stripped:
             places.append(stripped.index(one))
         elif one.isdecimal() and 1 <= int(one) <= len(names):
@@ -255,7 +259,7 @@ def _json(content: IO[bytes], asked: Asked) -> Iterator[Row]:
     if found and not isinstance(found[0], list | dict | str):
         found = [found]  # one row
     for number, row in enumerate(found, start=1):
-        yield _json_row(number, row, asked)
+        yield json_row(number, row, asked)
 
 
 def _ndjson(content: IO[bytes], asked: Asked) -> Iterator[Row]:
@@ -271,7 +275,7 @@ def _ndjson(content: IO[bytes], asked: Asked) -> Iterator[Row]:
         except ValueError as error:
             yield Row(number, problem=f"line {line_number}: not JSON: {error}")
             continue
-        yield _json_row(number, row, asked)
+        yield json_row(number, row, asked)
 
 
 def _decoded(text: bytes) -> Any:
@@ -290,13 +294,13 @@ def _text(begun: bytes) -> bytes:
     return begun.removeprefix(BOM_UTF8)
 
 
-def _json_row(number: int, row: Any, asked: Asked) -> Row:
+def json_row(number: int, row: Any, asked: Asked) -> Row:
     """Of a record its values, as of a table's columns; of {"data": row} the row."""
     if isinstance(row, dict) and set(row) == {"data"}:
         row = row["data"]
     if isinstance(row, dict):
         try:
-            places = _chosen(list(row), asked.columns)
+            places = _chosen(list(row), asked)
         except ValueError as error:
             return Row(number, problem=str(error))
         names, values = list(row), list(row.values())
@@ -343,7 +347,7 @@ def _parquet(content: IO[bytes], asked: Asked) -> Iterator[Row]:
     source = content if content.seekable() else io.BytesIO(content.read())
     file = parquet.ParquetFile(source)
     names = file.schema_arrow.names
-    columns = [names[at] for at in _chosen(names, asked.columns)]
+    columns = [names[at] for at in _chosen(names, asked)]
     number = 0
     for batch in file.iter_batches(columns=columns):
         for row in batch.to_pylist():

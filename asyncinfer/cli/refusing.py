@@ -35,6 +35,12 @@ _AT_A_TERMINAL: Final = {
     ),
     "Client(url), or ASYNCINFER_URL": "--url, or ASYNCINFER_URL",
     "Give Client the": "Give --url the",
+    "No model is the default; give model= one of:": (
+        "No model is the default. Choose one with --model:"
+    ),
+    "give a dict with an array for each of": (
+        "give a table with a column, or JSON objects with a key, for each of"
+    ),
 }
 """How the remedies of the Python client are called here."""
 

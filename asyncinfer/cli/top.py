@@ -54,7 +54,8 @@ def top(
 
     q or Ctrl-C leaves it. Rates are jobs a second over the last minute or less, WAIT and RUN the
     50th and 95th percentile of the jobs that ended last, AGE that of the job that waits longest.
-    With --json, one object a line.
+    Queues that have no worker, no job and no dead letter are left out. With --json, one object a
+    line, with all queues.
     """
     from asyncinfer.cli.watching import http, redis, watch
 

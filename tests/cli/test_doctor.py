@@ -238,3 +238,12 @@ def test_it_takes_a_moment_only(url: str, data_dir: Path) -> None:
     told("doctor", "--data-dir", str(data_dir))
 
     assert time.monotonic() - started < 10
+
+
+def test_a_faulty_model_toml_is_told_as_the_file_to_mend(tmp_path: Path) -> None:
+    toml = zoo.place(tmp_path / "two", "odd", zoo.mlp([3, 2]), toml="label = 1").parents[1]
+
+    findings = told("doctor", "--json", "--model-dir", f"{tmp_path}/two").json["findings"]
+
+    (finding,) = (one for one in findings if one["about"].startswith("model odd"))
+    assert finding["mend"] == f"mend, replace or remove it: {toml}/model.toml"

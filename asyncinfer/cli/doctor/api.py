@@ -107,14 +107,12 @@ def _models(service: Service, held_up: Sequence[Queue]) -> Iterator[Finding]:
             yield problem("models served", error.detail, "look at the log of the workers")
         return
     for one in listed.all_problems:
-        version = one.get("version") or "any"
+        name = "/".join(filter(None, (one.get("model"), one.get("version"))))
         reason = str(one.get("reason"))
         mend = "replace the file; a worker looks again by itself"
         if "MODEL_DIR" in reason:
             mend = "start that worker with another MODEL_DIR or MODELS"
-        yield warning(
-            f"worker {one.get('worker')}", f"{one.get('model')}/{version}: {reason}", mend
-        )
+        yield warning(f"worker {one.get('worker')}", f"{name}: {reason}", mend)
     paused = [one.model for one in listed.models if one.paused]
     if paused:
         mend = f"asyncinfer resume {paused[0]}"

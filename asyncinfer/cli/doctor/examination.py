@@ -24,7 +24,17 @@ def examine(chosen: Settings, url: str | None, api_key: str | None) -> list[Find
         *examine_machine(chosen, _embedded_data_dir(chosen)),
         *examine_api(chosen, url, api_key),
     ]
-    return without_effects(found)
+    return without_repeats(without_effects(found))
+
+
+def without_repeats(found: Sequence[Finding]) -> list[Finding]:
+    """What a worker refuses for the reason that was found here too is one problem."""
+    here = {one.found for one in found if one.about.startswith("model ")}
+    return [
+        one
+        for one in found
+        if not (one.about.startswith("worker ") and one.found.partition(": ")[2] in here)
+    ]
 
 
 def mended_by_serve(found: Sequence[Finding], data_dir: Path | None) -> list[Finding]:

@@ -1,6 +1,7 @@
 """What a doctor says of the model folder: each model loaded in a child, as a worker does."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import anyio
 
@@ -52,8 +53,12 @@ async def _examine(
     reason = file.problem or await trial(file, size_bytes, allow_custom_ops=allow_custom_ops)
     if not reason:
         return ok(about, f"loads and runs ({size(size_bytes)})")
+    mend = f"mend, replace or remove it: {_culprit(file)}"
     served = models.to_serve([one for one in files if one.model == file.model])[file.model]
     if served is not file:
-        mend = f"mend, replace or remove it: {file.path}"
         return warning(about, f"{reason}; it is not the version that is served", mend)
-    return problem(about, reason, f"mend, replace or remove it: {file.path}")
+    return problem(about, reason, mend)
+
+
+def _culprit(file: ModelFile) -> Path:
+    return file.path.parents[1] / "model.toml" if file.toml_problem else file.path

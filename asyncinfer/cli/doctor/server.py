@@ -116,7 +116,9 @@ def _clock(ahead: float) -> Finding:
 
 def _workers(found: Vitals) -> Finding:
     default = (
-        f"the default model is {found.default_model}" if found.default_model else "no model yet"
+        f"the default model is {found.default_model}"
+        if found.default_model
+        else "no model is the default"
     )
     if not found.workers:
         return warning("workers", f"none is alive: jobs wait; {default}", "asyncinfer work")

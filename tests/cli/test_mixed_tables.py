@@ -1,0 +1,93 @@
+"""Tables of numbers and strings, for models with an input for each column."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from onnx import TensorProto, helper
+
+from asyncinfer.cli import reading
+from asyncinfer.testing import service
+from tests import zoo
+
+from .told import told
+
+CUSTOMERS = [(7, 30.0, 2.5, "pro"), (8, 61.0, None, "2"), (9, 18.0, 4.0, "free")]
+RECORDS = [dict(zip(("id", "age", "calls", "plan"), one, strict=True)) for one in CUSTOMERS]
+
+
+def read(path: Path, *columns: str) -> list[reading.Row]:
+    asked = reading.Asked(
+        source=str(path),
+        columns=columns,
+        inputs={"age": 2, "calls": 2, "plan": 2},
+        text_inputs=frozenset({"plan"}),
+        single_inputs=frozenset({"age", "calls", "plan"}),
+    )
+    return list(reading.rows(asked))
+
+
+def files(folder: Path) -> list[Path]:
+    """The same customers in each form, with a column that the model does not take."""
+    cells = [",".join("" if cell is None else str(cell) for cell in one) for one in CUSTOMERS]
+    (folder / "rows.csv").write_text("\n".join(["id,age,calls,plan", *cells]))
+    (folder / "rows.ndjson").write_text("\n".join(map(json.dumps, RECORDS)))
+    (folder / "rows.json").write_text(json.dumps(RECORDS))
+    pq.write_table(pa.Table.from_pylist(RECORDS), folder / "rows.parquet")
+    return sorted(folder.glob("rows.*"))
+
+
+def test_columns_are_read_as_the_inputs_of_their_names_in_every_form(tmp_path: Path) -> None:
+    wanted = [{"age": [age], "calls": [calls], "plan": [plan]} for _, age, calls, plan in CUSTOMERS]
+    for path in files(tmp_path):
+        assert [row.value for row in read(path)] == wanted, path.name
+
+
+def test_chosen_columns_are_read_so_too(tmp_path: Path) -> None:
+    files(tmp_path)
+    rows = read(tmp_path / "rows.csv", "plan", "2")
+    assert rows[0].value == {"plan": ["pro"], "age": [30.0]}
+
+
+def test_a_cell_that_is_no_number_is_told_with_its_column(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("plan,age,calls\npro,old,1\n")
+    (row,) = read(tmp_path / "rows.csv")
+    assert "line 2: column 'age': 'old' is no number" in row.problem
+
+
+@pytest.fixture
+def customers_url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A service whose model gives the sum of the numbers, and the plan as it came."""
+    graph = zoo.model(
+        [
+            helper.make_node("Add", ["age", "calls"], ["total"]),
+            helper.make_node("Identity", ["plan"], ["kept"]),
+        ],
+        [
+            zoo.tensor("age", ["n", 1]),
+            zoo.tensor("calls", ["n", 1]),
+            zoo.tensor("plan", ["n", 1], TensorProto.STRING),
+        ],
+        [zoo.tensor("total", ["n", 1]), zoo.tensor("kept", ["n", 1], TensorProto.STRING)],
+    )
+    with service(graph) as running:
+        monkeypatch.setenv("ASYNCINFER_URL", running.url)
+        yield running.url
+
+
+@pytest.mark.soak
+def test_a_table_of_numbers_and_strings_is_scored_from_any_file_and_from_the_prompt(
+    customers_url: str, tmp_path: Path
+) -> None:
+    wanted = [(32.5, "pro"), ("NaN", "2"), (22.0, "free")]
+    for path in files(tmp_path):
+        ran = told("predict", str(path))
+        assert (ran.code, ran.err) == (0, ""), path.name
+        assert [(row["total"][0], row["kept"][0]) for row in ran.rows] == wanted, path.name
+    ran = told("predict", json.dumps(RECORDS[0]))
+    assert [(row["total"][0], row["kept"][0]) for row in ran.rows] == wanted[:1], ran.err
+    (tmp_path / "short.csv").write_text("id,age\n1,30\n")
+    assert "with a column" in told("predict", f"{tmp_path}/short.csv").err
