@@ -82,6 +82,16 @@ class Library:
             {model for model, _ in self._unknown()} - {one for one, _ in self.described()}
         )
 
+    @property
+    def loading_versions(self) -> dict[str, list[str]]:
+        """Of models with a version that was loaded, those that were not yet, and still can be."""
+        described = {model for model, _ in self.described()}
+        found: dict[str, list[str]] = {}
+        for model, version in sorted(self._unknown()):
+            if model in described:
+                found.setdefault(model, []).append(version)
+        return found
+
     def nothing_served(self) -> str:
         """Why no model is served and none is about to be; empty otherwise."""
         if self._served or self._unknown() or self.unconfirmed:
@@ -141,7 +151,8 @@ class Library:
 
     def problems(self) -> dict[Label, str]:
         """What is not served, or not as it is now; under no version, what is wrong for all."""
-        found = versions.problems(self._versions.values())
+        judged = [one for label, one in self._versions.items() if label not in self._on_trial]
+        found = versions.problems(judged)
         missing = {(model, versions.OF_ALL_VERSIONS): why for model, why in self._missing().items()}
         return found | versions.missing_defaults(self._versions) | missing | dict(self._contested)
 
@@ -286,7 +297,9 @@ class Library:
             seen = again if unsettled else None
 
     def _expect(self, seen: Mapping[Label, Version]) -> None:
-        self._on_trial = {*seen} - self._versions.keys()
+        """What is new, and what was refused and looks different now: its copy may go on still."""
+        served = self.described().keys()
+        self._on_trial = {one for one in self._differences(seen) if one in seen} - served
         if self._on_trial:
             self.on_change()
 
@@ -332,8 +345,12 @@ class Library:
         ]
 
     async def _settle(self, seen: Mapping[Label, Version], labels: Iterable[Label]) -> None:
-        # The lowest first, so that a worker that finds three new versions serves them in order.
-        for label in sorted(labels, key=lambda label: (label[0], models.age(label[1]))):
+        # What is gone first: to load a large file takes a while. Then the lowest version first, so
+        # that a worker that finds three new ones serves them in order.
+        def turn(label: Label) -> tuple[bool, str, int]:
+            return label in seen, label[0], models.age(label[1])
+
+        for label in sorted(labels, key=turn):
             if found := seen.get(label):
                 await self._judge(found, self._versions.get(label))
             else:
