@@ -54,6 +54,9 @@ class Library:
         self._passed_over: tuple[str, ...] = ()
         self._unreadable = ""
         self._told_nothing = ""
+        self._is_rescanning = self._is_glancing = False
+        self._is_out_of_date = False
+        """The folder changed since the rescan that is under way began."""
 
     def close(self) -> None:
         """No more is loaded; what is loaded stays for who runs it."""
@@ -276,12 +279,42 @@ class Library:
     # --- what changed in the folder ------------------------------------------------------------
 
     async def rescan(self) -> None:
-        """Takes in what is new, and lets go of what is gone."""
+        """Takes in what is new, and lets go of what is gone.
+
+        Called again before it is done, it only glances: a file on trial may take a minute, in
+        which a model that was removed must not be served on, nor a new one be unknown.
+        """
+        if self._is_rescanning:
+            self._is_out_of_date = True
+            await self._glance()
+            return
+        self._is_rescanning = self._is_out_of_date = True
         try:
-            await self._rescan()
+            while self._is_out_of_date:
+                self._is_out_of_date = False
+                await self._rescan()
         finally:
+            self._is_rescanning = False
             self._on_trial.clear()
             self._tell_when_nothing_is_served()
+
+    async def _glance(self) -> None:
+        """Beside a rescan: lets go of what is gone, and says what will be looked at next."""
+        if self._is_glancing:
+            return
+        self._is_glancing = True
+        try:
+            before = await self._look()
+            await asyncio.sleep(_SETTLED_SECONDS)
+            seen = await self._look()
+        finally:
+            self._is_glancing = False
+        if before is None or seen is None or not self._is_rescanning:
+            return
+        for label in self._versions.keys() - before.keys() - seen.keys():
+            self._leave(label)
+        self._on_trial |= self._to_be_tried(seen)
+        self._changed()
 
     async def _rescan(self) -> None:
         seen = await self._look()
@@ -298,10 +331,12 @@ class Library:
 
     def _expect(self, seen: Mapping[Label, Version]) -> None:
         """What is new, and what was refused and looks different now: its copy may go on still."""
-        served = self.described().keys()
-        self._on_trial = {one for one in self._differences(seen) if one in seen} - served
+        self._on_trial = self._to_be_tried(seen)
         if self._on_trial:
             self.on_change()
+
+    def _to_be_tried(self, seen: Mapping[Label, Version]) -> set[Label]:
+        return {one for one in self._differences(seen) if one in seen} - self.described().keys()
 
     async def _look(self) -> dict[Label, Version] | None:
         try:
@@ -353,7 +388,7 @@ class Library:
         for label in sorted(labels, key=turn):
             if found := seen.get(label):
                 await self._judge(found, self._versions.get(label))
-            else:
+            elif label in self._versions:
                 self._leave(label)
             self._on_trial.discard(label)
             self._changed()
