@@ -230,7 +230,7 @@ def _services(store: Store, config: ApiConfig) -> Services:
     submissions = Submissions(store)
     operation = Operation(store)
     inspection = Inspection(store)
-    catalog = Catalog(inspection, store, config.default_model)
+    catalog = Catalog(inspection, store, config.default_model, config.own_worker_since_ms)
     reasons = Reasons(catalog.workforce, store, lambda: catalog.default_model)
     return Services(
         config=config,

@@ -329,9 +329,10 @@ class Reader:
         earlier: dict[str, Status | RequestError],
     ) -> tuple[str, Status] | RequestError:
         """The job that stands for a line, and its status."""
+        services = self._services
         if isinstance(outcome, RequestError):
             return explained(outcome, job)
-        if refusal := refusal_of(outcome, job, self._services.config.policy):
+        if refusal := refusal_of(outcome, job, services.config.policy, services.reasons):
             return refusal
         status = earlier.get(outcome.job_id, "pending")
         return status if isinstance(status, RequestError) else (outcome.job_id, status)

@@ -55,15 +55,15 @@ class Served(Struct, frozen=True):
     """Newest first."""
     signatures: Mapping[str, Signature]
     """Of every version, newest first."""
-    is_loading: Callable[[], bool] = bool
-    """Whether a worker has yet to load this model."""
+    is_loading: Callable[[str], bool] = bool
+    """Whether a worker has yet to load this version of the model."""
 
     def of(self, version: str | None) -> Signature:
         """The signature of the version asked for; None asks for the served one."""
         if version is None:
             return self.signature
         if version not in self.signatures:
-            if self.is_loading():
+            if self.is_loading(version):
                 raise _loading(f"version {version} of {self.signature.model}")
             raise VersionNotFound(
                 f"{self.signature.model} has no version {version}; it has "
@@ -73,9 +73,17 @@ class Served(Struct, frozen=True):
 
 
 class Catalog:
-    def __init__(self, inspection: Inspection, store: Store, default_model: str | None) -> None:
+    def __init__(
+        self,
+        inspection: Inspection,
+        store: Store,
+        default_model: str | None,
+        own_worker_since_ms: int | None = None,
+    ) -> None:
         self._inspection = inspection
-        self.workforce = Workforce(inspection, store, self._queues)
+        self.workforce = Workforce(
+            inspection, store, self._queues, own_worker_since_ms=own_worker_since_ms
+        )
         self._store = store
         self._configured_default = default_model
         self._announced = _NOTHING
@@ -164,14 +172,18 @@ class Catalog:
             )
         return ModelNotFound(f"Model {name!r}: {unknown_name(name, self._served)}")
 
-    def _is_loading(self, name: str | None) -> bool:
-        """Whether a worker has yet to load the model, or to announce it. With no name: any."""
+    def _is_loading(self, name: str | None, version: str | None = None) -> bool:
+        """Whether a worker has yet to load the model, or a version of it, or to announce it. With
+        no name: any."""
         workforce = self.workforce
         if name is None:
             return bool(workforce.loading)
-        return name in workforce.loading or (
-            workforce.has(name) and not self._announced.models.get(name)
-        )
+        if workforce.is_loading(name, version):
+            return True
+        announced = self._announced.models.get(name, {})
+        if version is None:
+            return workforce.has(name) and not announced
+        return version not in announced and workforce.names(name, version)
 
     def _nothing_served(self, wanted: str | None) -> NoModelAnnounced:
         """Workers that live and load nothing will announce nothing, until their folder changes."""

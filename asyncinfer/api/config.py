@@ -12,6 +12,8 @@ class ApiConfig(Struct, frozen=True, kw_only=True):
     queue_name: str = "predict_queue"
     policy: Policy = Policy()
     default_model: str | None = None
+    own_worker_since_ms: int | None = None
+    """A worker of its own is being started since then; None: there is none."""
     host: str = "127.0.0.1"
     port: int = 8000
     allowed_hosts: tuple[str, ...] = ()

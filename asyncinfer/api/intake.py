@@ -9,6 +9,7 @@ import msgspec
 from asyncinfer import jobs
 from asyncinfer.api.inputs import Input
 from asyncinfer.api.views import url_of
+from asyncinfer.api.waiting_for import Reasons
 from asyncinfer.errors import (
     IdempotencyConflict,
     QueueFull,
@@ -19,6 +20,7 @@ from asyncinfer.errors import (
 )
 from asyncinfer.repository.store import Policy
 from asyncinfer.repository.submit import NewJob, Submitted
+from asyncinfer.schemas import WaitingFor
 
 _FULL_RETRY_SECONDS: Final = 5
 
@@ -74,15 +76,23 @@ def explained(error: RequestError, job: NewJob) -> RequestError:
     return error
 
 
-def refusal_of(submitted: Submitted, job: NewJob, policy: Policy) -> RequestError | None:
+def queue_full(policy: Policy, reason: WaitingFor | None) -> QueueFull:
+    """With the reason why nothing leaves the queue, where there is one: more workers would mend no
+    pause."""
+    remedy = "Retry later, start more workers, or raise MAX_QUEUE or MAX_QUEUE_BYTES."
+    return QueueFull(
+        f"The model's queue holds all it may ({policy.max_queue} jobs, {policy.max_queue_bytes} "
+        f"bytes). {reason.message if reason else remedy}",
+        retry_after_seconds=_FULL_RETRY_SECONDS,
+    )
+
+
+def refusal_of(
+    submitted: Submitted, job: NewJob, policy: Policy, reasons: Reasons
+) -> RequestError | None:
     """Why a job was not taken in; None where it was, now or earlier."""
     if submitted.verdict == "full":
-        return QueueFull(
-            f"The model's queue holds all it may ({policy.max_queue} jobs, "
-            f"{policy.max_queue_bytes} bytes). Retry later, start more workers, or raise MAX_QUEUE "
-            "or MAX_QUEUE_BYTES.",
-            retry_after_seconds=_FULL_RETRY_SECONDS,
-        )
+        return queue_full(policy, reasons.of_queue(job.record))
     if submitted.verdict == "dup" and submitted.fingerprint != job.fingerprint:
         return IdempotencyConflict(
             f"This Idempotency-Key belongs to job {submitted.job_id}, which had another model, "

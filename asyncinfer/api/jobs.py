@@ -8,6 +8,7 @@ import msgspec
 from asyncinfer import jobs
 from asyncinfer.api.audit import audited
 from asyncinfer.api.exchange import Reply, Request, json_reply
+from asyncinfer.api.intake import queue_full
 from asyncinfer.api.services import Services
 from asyncinfer.api.views import (
     Waiting,
@@ -26,7 +27,6 @@ from asyncinfer.errors import (
     JobNotFinished,
     JobNotFound,
     JobNotRetryable,
-    QueueFull,
     RequestError,
 )
 from asyncinfer.repository.filter import Filter
@@ -212,10 +212,8 @@ def not_retried(services: Services, stored: Stored, verdict: str) -> RequestErro
     if verdict == "absent":
         return absent(services, stored.job_id)
     if verdict == "full":
-        return QueueFull(
-            "The model's queue is full. Retry later, start more workers, or raise MAX_QUEUE.",
-            retry_after_seconds=5,
-        )
+        reason = services.reasons.of_queue(stored.record) if stored.record else None
+        return queue_full(services.config.policy, reason)
     if verdict == "changed" or (verdict == "not_retryable" and stored.status in RETRYABLE):
         return JobNotRetryable(
             "The job kept changing meanwhile; look at it and try again.", job_id=stored.job_id

@@ -78,7 +78,7 @@ async def _submit(services: Services, job: NewJob) -> Submitted:
         submitted = await services.submissions.submit(job)
     except (RedisUnavailable, StorageFull) as error:
         raise explained(error, job) from error
-    if refusal := refusal_of(submitted, job, services.config.policy):
+    if refusal := refusal_of(submitted, job, services.config.policy, services.reasons):
         raise refusal
     return submitted
 

@@ -30,6 +30,9 @@ _STORAGE_FULL: Final = WaitingFor(
     "Redis has reached its maxmemory. Jobs that were accepted are run when it is their turn, but "
     "none are taken in. Give Redis more memory, or let jobs expire sooner (JOB_TTL).",
 )
+_STARTING: Final = WaitingFor(
+    "starting", "The worker of this server was started just now; it is about to say what it has."
+)
 
 
 class Reasons:
@@ -54,6 +57,10 @@ class Reasons:
             return self.of_record(stored.record, stored.status)
         general = self._of_all(self._n, self._default_model() or "", None)
         return general if stored.status == "pending" else _unless_pending(general, stored.status)
+
+    def of_queue(self, record: Record) -> WaitingFor | None:
+        """Why no job like the one with this record is run, whenever it is to start."""
+        return self._of_all(record.queue, record.model, record.version)
 
     def of_record(
         self, record: Record, status: Status = "pending"
@@ -97,13 +104,15 @@ class Reasons:
         if self._workforce.has(model, version):
             return None
         shown = model[:_SHOWN_CHARACTERS] or "the default model"
-        if model in self._workforce.loading:
+        if version is not None and self._workforce.has(model):
+            shown = f"version {version[:_SHOWN_CHARACTERS]} of {shown}"
+        if self._workforce.is_loading(model, version):
             return WaitingFor("starting", f"A worker is loading {shown}.")
+        if self._workforce.own_worker_is_starting:
+            return _STARTING
         absence = self._workforce.absence(model, version)
         if absence is None:
             return None
-        if version is not None and self._workforce.has(model):
-            shown = f"version {version[:_SHOWN_CHARACTERS]} of {shown}"
         why = self._workforce.refused(model)[:_SHOWN_REASONS]
         remedy = f"Start one with `asyncinfer work`, with {shown} in its MODEL_DIR."
         return WaitingFor("no_worker", " ".join((_since(shown, absence), *why, remedy)))

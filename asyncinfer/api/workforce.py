@@ -5,6 +5,7 @@ another call to Redis.
 """
 
 import logging
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
@@ -24,6 +25,9 @@ _REFRESH_SECONDS: Final = 0.9
 _GRACE_SECONDS: Final = ANNOUNCE_SECONDS + 1.0
 """How long a model may be without a worker before that is told: a worker that is replaced is back
 within it, and a Redis that was emptied has heard of every worker again."""
+
+_OWN_WORKER_SECONDS: Final = 15.0
+"""A worker has said what is in its folder by then, also where two cores start everything."""
 
 _MOST_ABSENT: Final = 10_000
 
@@ -50,17 +54,23 @@ class Workforce:
         store: Store,
         queues: Callable[[], Sequence[str]],
         grace_seconds: float = _GRACE_SECONDS,
+        own_worker_since_ms: int | None = None,
     ) -> None:
         self._inspection = inspection
         self._store = store
         self._queues = queues
         self._grace_seconds = grace_seconds
+        self._own_worker_since_ms = own_worker_since_ms
+        """Until the worker that is started beside this API has spoken."""
+        self._own_worker_due_at = time.monotonic() + _OWN_WORKER_SECONDS
         self._lock = anyio.Lock()
         self._bodies: dict[str, bytes] = {}
         self.workers: Mapping[str, WorkerSays] = {}
         """By the names that everyone may see, what the living ones say."""
         self.loading: frozenset[str] = frozenset()
         """Models that a living worker has in its folder and does not serve yet."""
+        self._loading_versions: frozenset[tuple[str, str]] = frozenset()
+        """Of models that are served, versions that a living worker has yet to load."""
         self.paused: frozenset[str] = frozenset()
         """Queues that are paused."""
         self.refusal: StorageFull | WritesRefused | None = None
@@ -131,6 +141,21 @@ class Workforce:
             return None
         return Absence(since, was_seen=True)
 
+    @property
+    def own_worker_is_starting(self) -> bool:
+        """Whether the worker beside this API was started just now and has not spoken yet."""
+        return self._own_worker_since_ms is not None and (
+            time.monotonic() < self._own_worker_due_at
+        )
+
+    def names(self, model: str, version: str) -> bool:
+        """Whether a living worker says itself that it claims jobs of this version."""
+        return version in (self._served.get(model) or ())
+
+    def is_loading(self, model: str, version: str | None) -> bool:
+        """Whether a living worker has yet to load the model, or this version of it."""
+        return model in self.loading or (model, version) in self._loading_versions
+
     def refused(self, model: str) -> list[str]:
         """Why living workers do not serve versions of a model that lies in their folders."""
         return [
@@ -138,6 +163,13 @@ class Workforce:
             for _, says in sorted(self.workers.items())
             for version, reason in sorted(says.problems.get(model, {}).items())
         ]
+
+    def _is_own(self, says: WorkerSays) -> bool:
+        """Of what earlier workers said some is left for 15 s after a kill."""
+        since_ms = self._own_worker_since_ms
+        return since_ms is not None and (
+            says.host == socket.gethostname() and (says.started_ms or 0) >= since_ms
+        )
 
     async def _refusal(self) -> StorageFull | WritesRefused | None:
         try:
@@ -152,8 +184,17 @@ class Workforce:
     def _take(self, bodies: Mapping[str, bytes]) -> None:
         self.workers = {shown_worker(one): worker_says(body) for one, body in bodies.items()}
         said = self.workers.values()
+        if any(map(self._is_own, said)):
+            self._own_worker_since_ms = None
         self.loading = frozenset(model for one in said for model in models_to_come(one))
-        served = _served([one for one in said if one.state == "ready"])
+        ready = [one for one in said if one.state == "ready"]
+        self._loading_versions = frozenset(
+            (model, version)
+            for one in ready
+            for model, versions in one.loading_versions.items()
+            for version in versions
+        )
+        served = _served(ready)
         before, after = _wanted(self._served), _wanted(served)
         now = (time.monotonic(), time.time())
         for wanted in before - after:

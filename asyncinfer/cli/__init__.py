@@ -37,10 +37,10 @@ def _command(arguments: list[str]) -> Callable[[], int]:
             from asyncinfer.cli.working import work_as_set
 
             return work_as_set
-        case ["api-process", held_fd, report_fd]:
+        case ["api-process", held_fd, report_fd, own_worker_since_ms]:
             from asyncinfer.cli.answering import api_process
 
-            return lambda: api_process(int(held_fd), int(report_fd))
+            return lambda: api_process(int(held_fd), int(report_fd), int(own_worker_since_ms))
         case _:
             from asyncinfer.cli.commands import parsed
 

@@ -12,8 +12,9 @@ from asyncinfer.errors import StartError
 from asyncinfer.settings import Settings
 
 
-def api_process(held_fd: int, report_fd: int) -> int:
-    """Reports on `report_fd` that it answers on the socket `held_fd`, or why it does not."""
+def api_process(held_fd: int, report_fd: int, own_worker_since_ms: int) -> int:
+    """Reports on `report_fd` that it answers on the socket `held_fd`, or why it does not; 0 where
+    the `serve` has no worker."""
     lean_start()
     import anyio
 
@@ -22,14 +23,17 @@ def api_process(held_fd: int, report_fd: int) -> int:
     chosen = settings.read(os.environ, {})
     set_up_logging()
     try:
-        anyio.run(_answer, chosen, held_fd, report_fd, backend_options=LOOP)
+        since_ms = own_worker_since_ms or None
+        anyio.run(_answer, chosen, held_fd, report_fd, since_ms, backend_options=LOOP)
     except (StartError, BaseExceptionGroup) as error:
         api_processes.report_refusal(report_fd, " ".join(details(error)))
         return EXIT_CANNOT_START
     return 0
 
 
-async def _answer(chosen: Settings, held_fd: int, report_fd: int) -> None:
+async def _answer(
+    chosen: Settings, held_fd: int, report_fd: int, own_worker_since_ms: int | None
+) -> None:
     from asyncinfer import api_processes
     from asyncinfer.api.listener import share
     from asyncinfer.api.server import serve_on
@@ -39,6 +43,6 @@ async def _answer(chosen: Settings, held_fd: int, report_fd: int) -> None:
         api_processes.report_ready(report_fd)
 
     assert chosen.redis_url, "given by the parent"
-    config = parts.api_config(chosen, chosen.redis_url)
+    config = parts.api_config(chosen, chosen.redis_url, own_worker_since_ms)
     with socket.socket(fileno=held_fd) as held, share(held) as listener:
         await serve_on(listener, config, on_ready=on_ready)

@@ -36,10 +36,19 @@ class ModelList(Struct, frozen=True):
 class Service:
     """One service, asked over one pool of connections."""
 
-    def __init__(self, server: Server, *, retries: int = _RETRIES, until: float = math.inf) -> None:
-        """`until` on the monotonic clock; nothing is waited for after that."""
+    def __init__(
+        self,
+        server: Server,
+        *,
+        retries: int = _RETRIES,
+        until: float = math.inf,
+        waits_for_models: bool = False,
+    ) -> None:
+        """`until` on the monotonic clock; nothing is waited for after that, and what a worker is
+        loading until then, if so wished."""
         self.client = Client(server.url, server.api_key, retries=retries)
         self.client._server.until = until
+        self.client._server.waits_for_models = waits_for_models
 
     def __enter__(self) -> "Service":
         return self

@@ -34,7 +34,8 @@ class Clearing:
     def __init__(self, chosen: Settings) -> None:
         self._chosen = chosen
         self._is_embedded = parts.redis_url(chosen) is None
-        self._since_ms = time.time_ns() // 1_000_000
+        self.since_ms = time.time_ns() // 1_000_000
+        """Its worker is started after that."""
         self._foreign: str | None = None
         """A default model that is not in the folder."""
         self._unserved: Unserved | None = None
@@ -146,7 +147,7 @@ class Clearing:
         # In a container the worker of the next start may have the pid of the last one's.
         started_ms = worker.started_ms or 0
         return (worker.pid, worker.host) == (pid, socket.gethostname()) and (
-            started_ms >= self._since_ms
+            started_ms >= self.since_ms
         )
 
     async def _settle_again(self, leftovers: "Leftovers", own: "WorkerSays", stored: str) -> None:

@@ -128,9 +128,11 @@ class _Seconds(click.FloatRange):
         return seconds
 
 
-def timeout(text: str) -> Callable[[_Function], _Function]:
-    """--timeout; the command is given it as `timeout`, None where it was not."""
-    return click.option("--timeout", type=_Seconds(0), metavar="SECONDS", help=text)
+def timeout(text: str, *, above_zero: bool = False) -> Callable[[_Function], _Function]:
+    """--timeout; the command is given it as `timeout`, None where it was not. With 0 seconds a
+    command that only looks is over at once, and one that sends something would send nothing."""
+    seconds = _Seconds(0, min_open=above_zero)
+    return click.option("--timeout", type=seconds, metavar="SECONDS", help=text)
 
 
 as_json: Final = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -113,7 +113,7 @@ def policy(chosen: Settings) -> "Policy":
     )
 
 
-def api_config(chosen: Settings, url: str) -> "ApiConfig":
+def api_config(chosen: Settings, url: str, own_worker_since_ms: int | None) -> "ApiConfig":
     from asyncinfer.api.config import ApiConfig
 
     return ApiConfig(
@@ -121,6 +121,7 @@ def api_config(chosen: Settings, url: str) -> "ApiConfig":
         queue_name=chosen.queue_name,
         policy=policy(chosen),
         default_model=default_model(chosen),
+        own_worker_since_ms=own_worker_since_ms,
         host=chosen.host,
         port=chosen.port,
         allowed_hosts=chosen.allowed_hosts,

@@ -66,7 +66,7 @@ class _Predict(click.Command):
     help="Jobs under way at once.",
 )
 @click.option("--priority", type=click.Choice(("high", "normal", "low")), help="Of the jobs.")
-@options.timeout("How long to wait for all answers. Default: for ever.")
+@options.timeout("How long to wait for all answers. Default: for ever.", above_zero=True)
 @click.option("--json", "as_json", is_flag=True, help="The same as --to json.")
 @options.server
 @click.pass_obj
@@ -94,9 +94,10 @@ def predict(
     FILE is CSV, JSON, NDJSON (.jsonl), NPY or Parquet, - stdin. Answers come in the order of the
     rows, each with the number of its row, from 1. A row that fails is told on stderr, has an
     `error` in the output, and makes the exit code 1. Ctrl-C cancels what is not done, and says how
-    to go on. While the queue is full or the server restarts, it waits. When nothing comes for 2 s
-    and there is a reason, such as no worker that has the model, stderr tells it. After --timeout it
-    exits with 4: jobs that were sent go on, and the command that it shows takes them up again.
+    to go on. While the queue is full, a worker loads the model or the server restarts, it waits.
+    When nothing comes for 2 s and there is a reason, such as no worker that has the model, stderr
+    tells it. After --timeout it exits with 4: jobs that were sent go on, and the command that it
+    shows takes them up again.
     """
     from asyncinfer.cli import predicting
 

@@ -79,7 +79,7 @@ class _Source(Struct, frozen=True):
 def run(server: Server, asked: Asked) -> int:
     form = writing.form_of(asked.output, asked.write_as)
     until = time.monotonic() + asked.timeout_seconds
-    with Service(server, retries=_RETRIES, until=until) as service:
+    with Service(server, retries=_RETRIES, until=until, waits_for_models=True) as service:
         service.client._driver.on_pause = _Pauses(asked.cadence).hear
         source = _source(asked, service, until)
         group = asked.group or source.group

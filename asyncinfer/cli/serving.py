@@ -90,7 +90,8 @@ async def _api(chosen: Settings, clearing: Clearing | None, redis_url: str, stop
         stop.hand_over()
         say(welcome.text())
 
-    await serve(parts.api_config(chosen, redis_url), on_ready=on_ready)
+    config = parts.api_config(chosen, redis_url, clearing.since_ms if clearing else None)
+    await serve(config, on_ready=on_ready)
 
 
 async def _apis(chosen: Settings, clearing: Clearing | None, redis_url: str, stop: "Stop") -> None:
@@ -99,11 +100,14 @@ async def _apis(chosen: Settings, clearing: Clearing | None, redis_url: str, sto
     from asyncinfer import api_processes
     from asyncinfer.api.listener import hold
 
+    since_ms = str(clearing.since_ms if clearing else 0)
     with contextlib.closing(hold(chosen.host, chosen.port)) as held:
         held_fd = held.fileno()
         plan = api_processes.ApiProcesses(
             count=chosen.api_processes,
-            command=lambda report_fd: _own_command("api-process", str(held_fd), str(report_fd)),
+            command=lambda report_fd: _own_command(
+                "api-process", str(held_fd), str(report_fd), since_ms
+            ),
             environ={**_child_environ(chosen), "REDIS_URL": redis_url},
             keep_fds=(held_fd,),
         )

@@ -1,9 +1,12 @@
 """`asyncinfer work`: a worker, alone."""
 
+import contextlib
 import logging
 import os
+import signal
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +15,7 @@ import msgspec
 from asyncinfer import settings
 from asyncinfer.cli import parts
 from asyncinfer.cli.lean import lean_start
+from asyncinfer.cli.refusing import EXIT_INTERRUPTED
 from asyncinfer.cli.telling import set_up_logging
 from asyncinfer.errors import RedisUnavailable
 from asyncinfer.settings import Settings
@@ -32,10 +36,27 @@ def work_as_set() -> int:
 def work(chosen: Settings) -> int:
     set_up_logging()
     lean_start()
-    from asyncinfer.worker.process import run
+    with _ended_at_once():
+        from asyncinfer.worker.process import run
 
     url = parts.reachable_redis_url(chosen)
     return run(parts.worker_process(_beside_serve(chosen, url), url))
+
+
+@contextlib.contextmanager
+def _ended_at_once() -> Iterator[None]:
+    """A signal ends the process with no exception: the import of a native module turns one into
+    an ImportError, which filled the log of a `serve` that was stopped as it started."""
+    exits = {signal.SIGTERM: 0, signal.SIGINT: EXIT_INTERRUPTED}
+    before = {
+        number: signal.signal(number, lambda *_, code=code: os._exit(code))
+        for number, code in exits.items()
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _beside_serve(chosen: Settings, url: str) -> Settings:

@@ -111,6 +111,8 @@ class Server(Struct):
     until: float = math.inf
     """On the monotonic clock: past it nothing is waited for, or sent a second time."""
     models: dict[str | None, tuple[float, Model]] = {}
+    waits_for_models: bool = False
+    """A model that a worker is loading is waited for until then, beyond all retries."""
     takes_lines: bool = True
     """Until it says that it does not: a server of an earlier release."""
 
@@ -146,14 +148,15 @@ def ask(
             return told
         pause = _pause_seconds(attempt, told)
         due = time.monotonic() + pause
-        is_full = isinstance(told, Response) and told.status == 429
-        if not (is_full and due < patient_until):
+        reason = reason_of(told, server.url)
+        is_full = isinstance(told, Response) and told.status == 429 and due < patient_until
+        if not (is_full or (server.waits_for_models and reason.code == ModelLoading.code)):
             attempt += 1
         if attempt > server.retries or is_hopeless(told, attempt):
             break
         if until < min(due, server.until):
             break
-        yield from _rest(server, pause, reason_of(told, server.url))
+        yield from _rest(server, pause, reason)
     if isinstance(told, Lost):
         raise lost(told.reason, server.url)
     return told
@@ -307,7 +310,7 @@ def _until_loaded(server: Server, loading: list[str], attempt: int) -> Flow[None
         f"No model is the default yet; a worker is loading {', '.join(loading[:3])}. Retry in a "
         "moment."
     )
-    if attempt > server.retries:
+    if attempt > server.retries and not server.waits_for_models:
         raise error
     yield from _rest(server, _backoff_seconds(attempt), WaitingFor(error.code, error.detail))
 

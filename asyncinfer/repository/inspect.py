@@ -53,6 +53,8 @@ class WorkerSays(Struct, frozen=True):
     """starting (serves nothing yet, and has something to load), ready, draining or hung."""
     loading: tuple[str, ...] = ()
     """Models that lie in its folder and are not loaded yet; at most 10,000."""
+    loading_versions: dict[str, tuple[str, ...]] = {}
+    """Of its other models, the versions that are not loaded yet; at most 10,000."""
     model_dir: str | None = None
     """The folder it serves, or the one file, as an absolute path."""
     versions: dict[str, dict[str, str]] = {}

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Final
 
 import msgspec
@@ -177,6 +178,7 @@ class Announcer:
             "served": served,
             "problems": _bounded(self._problems()),
             "loading": self._library.loading[:_MOST_LOADING],
+            "loading_versions": _first(self._library.loading_versions, _MOST_LOADING),
             "model_dir": str(self._library.model_dir),
             "loaded": ["/".join(label) for label in self._library.loaded],
         }
@@ -287,6 +289,15 @@ def _bounded(found: Mapping[Label, str]) -> dict[str, dict[str, str]]:
         reason = f"{left} more problems are not listed; the log of the worker has them"
         problems[_MORE] = {OF_ALL_VERSIONS: reason}
     return problems
+
+
+def _first(versions: Mapping[str, Sequence[str]], most: int) -> dict[str, list[str]]:
+    """As many of all versions, by model."""
+    found: dict[str, list[str]] = {}
+    labels = ((model, version) for model, its in versions.items() for version in its)
+    for model, version in islice(labels, most):
+        found.setdefault(model, []).append(version)
+    return found
 
 
 def _of(model: str, described: Mapping[Label, Signature]) -> Iterator[tuple[str, Signature]]:

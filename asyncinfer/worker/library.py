@@ -54,6 +54,9 @@ class Library:
         self._passed_over: tuple[str, ...] = ()
         self._unreadable = ""
         self._told_nothing = ""
+        self._is_rescanning = self._is_glancing = False
+        self._is_out_of_date = False
+        """The folder changed since the rescan that is under way began."""
 
     def close(self) -> None:
         """No more is loaded; what is loaded stays for who runs it."""
@@ -81,6 +84,16 @@ class Library:
         return sorted(
             {model for model, _ in self._unknown()} - {one for one, _ in self.described()}
         )
+
+    @property
+    def loading_versions(self) -> dict[str, list[str]]:
+        """Of models with a version that was loaded, those that were not yet, and still can be."""
+        described = {model for model, _ in self.described()}
+        found: dict[str, list[str]] = {}
+        for model, version in sorted(self._unknown()):
+            if model in described:
+                found.setdefault(model, []).append(version)
+        return found
 
     def nothing_served(self) -> str:
         """Why no model is served and none is about to be; empty otherwise."""
@@ -141,7 +154,8 @@ class Library:
 
     def problems(self) -> dict[Label, str]:
         """What is not served, or not as it is now; under no version, what is wrong for all."""
-        found = versions.problems(self._versions.values())
+        judged = [one for label, one in self._versions.items() if label not in self._on_trial]
+        found = versions.problems(judged)
         missing = {(model, versions.OF_ALL_VERSIONS): why for model, why in self._missing().items()}
         return found | versions.missing_defaults(self._versions) | missing | dict(self._contested)
 
@@ -265,12 +279,42 @@ class Library:
     # --- what changed in the folder ------------------------------------------------------------
 
     async def rescan(self) -> None:
-        """Takes in what is new, and lets go of what is gone."""
+        """Takes in what is new, and lets go of what is gone.
+
+        Called again before it is done, it only glances: a file on trial may take a minute, in
+        which a model that was removed must not be served on, nor a new one be unknown.
+        """
+        if self._is_rescanning:
+            self._is_out_of_date = True
+            await self._glance()
+            return
+        self._is_rescanning = self._is_out_of_date = True
         try:
-            await self._rescan()
+            while self._is_out_of_date:
+                self._is_out_of_date = False
+                await self._rescan()
         finally:
+            self._is_rescanning = False
             self._on_trial.clear()
             self._tell_when_nothing_is_served()
+
+    async def _glance(self) -> None:
+        """Beside a rescan: lets go of what is gone, and says what will be looked at next."""
+        if self._is_glancing:
+            return
+        self._is_glancing = True
+        try:
+            before = await self._look()
+            await asyncio.sleep(_SETTLED_SECONDS)
+            seen = await self._look()
+        finally:
+            self._is_glancing = False
+        if before is None or seen is None or not self._is_rescanning:
+            return
+        for label in self._versions.keys() - before.keys() - seen.keys():
+            self._leave(label)
+        self._on_trial |= self._to_be_tried(seen)
+        self._changed()
 
     async def _rescan(self) -> None:
         seen = await self._look()
@@ -286,9 +330,13 @@ class Library:
             seen = again if unsettled else None
 
     def _expect(self, seen: Mapping[Label, Version]) -> None:
-        self._on_trial = {*seen} - self._versions.keys()
+        """What is new, and what was refused and looks different now: its copy may go on still."""
+        self._on_trial = self._to_be_tried(seen)
         if self._on_trial:
             self.on_change()
+
+    def _to_be_tried(self, seen: Mapping[Label, Version]) -> set[Label]:
+        return {one for one in self._differences(seen) if one in seen} - self.described().keys()
 
     async def _look(self) -> dict[Label, Version] | None:
         try:
@@ -332,11 +380,15 @@ class Library:
         ]
 
     async def _settle(self, seen: Mapping[Label, Version], labels: Iterable[Label]) -> None:
-        # The lowest first, so that a worker that finds three new versions serves them in order.
-        for label in sorted(labels, key=lambda label: (label[0], models.age(label[1]))):
+        # What is gone first: to load a large file takes a while. Then the lowest version first, so
+        # that a worker that finds three new ones serves them in order.
+        def turn(label: Label) -> tuple[bool, str, int]:
+            return label in seen, label[0], models.age(label[1])
+
+        for label in sorted(labels, key=turn):
             if found := seen.get(label):
                 await self._judge(found, self._versions.get(label))
-            else:
+            elif label in self._versions:
                 self._leave(label)
             self._on_trial.discard(label)
             self._changed()

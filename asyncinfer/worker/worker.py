@@ -211,11 +211,16 @@ class Worker:
             rescan_seconds=self._config.rescan_seconds,
             stopping=self._watched_enough,
         )
-        async for _ in seen:
-            try:
-                await self._library.rescan()
-            except Exception:
-                log.exception("The model folder could not be followed.")
+        # A rescan that tries a large file must not keep the next from seeing what else changed.
+        async with anyio.create_task_group() as rescans:
+            async for _ in seen:
+                rescans.start_soon(self._rescan)
+
+    async def _rescan(self) -> None:
+        try:
+            await self._library.rescan()
+        except Exception:
+            log.exception("The model folder could not be followed.")
 
     def _models_changed(self) -> None:
         self._serve_queues()
