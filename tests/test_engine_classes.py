@@ -342,16 +342,16 @@ def one_classifier(scores_of: str) -> Any:
 def test_of_two_labels_the_class_is_the_one_that_follows_the_scores(
     tmp_path: Path, order: tuple[str, str]
 ) -> None:
-    other = [node("MatMul", ["x", "mix"], ["z"]), node("ArgMax", ["z"], ["low"], axis=1)]
+    other = [
+        node("MatMul", ["x", "mix"], ["z"]),
+        node("ArgMax", ["z"], ["low"], axis=1, keepdims=0),
+    ]
     tables = [
         node("Gather", ["from_ten", "low"], ["label"]),
         node("Gather", ["from_ten", "top"], ["label2"]),
     ]
-    made = model(
-        [*SCORED, *TOP, *other, *tables], *((name, [None], INT64) for name in order), SCORES
-    )
-    for given in made.graph.output:
-        given.type.tensor_type.ClearField("shape")
+    outputs = [(name, ["b"], INT64) for name in order]
+    made = model([*SCORED, *TOP, *other, *tables], *outputs, SCORES)
 
     assert names(load(tmp_path, made), ROWS) == NAMES
 
