@@ -313,15 +313,61 @@ def test_the_table_of_a_label_is_read_from_the_graph_where_no_probe_row_shows_it
 
 def test_the_label_of_the_only_classifier_is_the_class_whatever_its_name(tmp_path: Path) -> None:
     """A support vector machine's label and its probabilities may disagree everywhere."""
+    made = one_classifier("votes")
+
+    assert names(load(tmp_path, made), ROWS) == NAMES
+
+
+def test_the_label_of_the_only_classifier_is_not_that_of_another_head(tmp_path: Path) -> None:
+    """Two models of the same classes in one file, of which one ends in a Softmax."""
+    engine = load(tmp_path, one_classifier("x"))
+
+    assert names(engine, ROWS) == ["c", "a", "a", "b", "a"]
+    assert engine.signature.class_output == ""
+
+
+def one_classifier(scores_of: str) -> Any:
+    """Its label is called `y`; the scores are highest where `scores_of` is lowest."""
     (classifier,) = TABLES["LinearClassifier"]
     made = model(
-        [classifier, node("Neg", ["x"], ["minus"]), node("Softmax", ["minus"], ["p"], axis=1)],
+        [classifier, node("Neg", [scores_of], ["minus"]), node("Softmax", ["minus"], ["p"])],
         ("label", ["b"], INT64),
         SCORES,
     )
     made.graph.node[0].output[0] = made.graph.output[0].name = "y"
+    return made
+
+
+@pytest.mark.parametrize("order", [("label", "label2"), ("label2", "label")])
+def test_of_two_labels_the_class_is_the_one_that_follows_the_scores(
+    tmp_path: Path, order: tuple[str, str]
+) -> None:
+    other = [
+        node("MatMul", ["x", "mix"], ["z"]),
+        node("ArgMax", ["z"], ["low"], axis=1, keepdims=0),
+    ]
+    tables = [
+        node("Gather", ["from_ten", "low"], ["label"]),
+        node("Gather", ["from_ten", "top"], ["label2"]),
+    ]
+    outputs = [(name, ["b"], INT64) for name in order]
+    made = model([*SCORED, *TOP, *other, *tables], *outputs, SCORES)
 
     assert names(load(tmp_path, made), ROWS) == NAMES
+
+
+def test_a_cluster_is_that_of_the_least_distance(tmp_path: Path) -> None:
+    """As k-means is exported; with two, the label is the place of the highest and never equal."""
+    made = zoo.model(
+        [node("Abs", ["x"], ["far"]), node("ArgMin", ["far"], ["label"], axis=1, keepdims=0)],
+        [zoo.tensor("x", ["b", 2])],
+        [zoo.tensor("label", ["b"], INT64), zoo.tensor("far", ["b", 2])],
+        {},
+    )
+
+    engine = load(tmp_path, made, 'labels = ["a", "b"]\n')
+
+    assert names(engine, [[9, 1], [0, 5], [-1, 3]]) == ["b", "a", "a"]
 
 
 @given(st.data())
@@ -333,7 +379,7 @@ def test_a_damaged_file_has_no_table(data: st.DataObject) -> None:
         file.write(content[: data.draw(st.integers(1, len(content)))])
         file.flush()
 
-        class_tables(Path(file.name), ["label", "p"])
+        class_tables(Path(file.name), ["label", "p"], "p")
 
 
 def test_a_model_that_takes_one_row_at_a_time_is_probed_all_the_same(tmp_path: Path) -> None:

@@ -33,7 +33,10 @@ class Shown(Struct, frozen=True):
     table: Table
     """By column what it calls the class."""
     is_only: bool
-    """Whether it is the label of the only classifier among the graph's nodes."""
+    """Whether it is the label of the only classifier among the graph's nodes, which the scores are
+    of. With two heads one may be a classifier, and the scores the other's."""
+    is_lowest: bool = False
+    """Whether it is the column of the lowest of some numbers, such as distances."""
 
 
 class _Node(Struct, frozen=True):
@@ -44,14 +47,14 @@ class _Node(Struct, frozen=True):
     """Where each begins and ends in the file."""
 
 
-def class_tables(path: Path, names: Collection[str]) -> dict[str, Shown]:
-    """For each of these outputs whose table the graph shows, what it calls each column."""
+def class_tables(path: Path, names: Collection[str], scored: str) -> dict[str, Shown]:
+    """What the graph shows of each of these outputs; `scored` is the output of the scores."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
             content = memoryview(whole)
             try:
                 graph = _Graph(content)
-                found = {name: graph.shown(name) for name in names}
+                found = {name: graph.shown(name, scored) for name in names}
             finally:
                 content.release()
     except (OSError, ValueError):  # a damaged file, or one that ONNX Runtime reads in another way
@@ -66,14 +69,39 @@ class _Graph:
         self._content = content
         self._makers: dict[str, _Node] = {}
         self._constants: dict[str, tuple[int, int]] = {}
-        self._classifiers = 0
+        self._classifiers: list[_Node] = []
         for number, start, end in fields(content, 0, len(content)):
             if number == 7:
                 self._read(start, end)
 
-    def shown(self, name: str) -> Shown | None:
+    def shown(self, name: str, scored: str) -> Shown | None:
         table, is_label = self._table(name, _MOST_STEPS)
-        return Shown(table, is_label and self._classifiers == 1) if table else None
+        if table:
+            return Shown(table, is_label and self._is_of_only_classifier(scored))
+        return Shown((), False, is_lowest=True) if self._is_lowest(name) else None
+
+    def _is_of_only_classifier(self, scored: str) -> bool:
+        """Whether the graph has one classifier, and this output is made of its scores."""
+        if len(self._classifiers) != 1:
+            return False
+        (classifier,) = self._classifiers
+        waiting, known = [scored], {scored}
+        while waiting:
+            node = self._makers.get(waiting.pop())
+            if node is classifier:
+                return True
+            new = set(node.inputs) - known if node else set()
+            waiting += new
+            known |= new
+        return False
+
+    def _is_lowest(self, name: str) -> bool:
+        for _ in range(_MOST_STEPS):
+            node = self._makers.get(name)
+            if node is None or not node.inputs or node.operator not in _UNCHANGED:
+                return node is not None and node.operator == "ArgMin"
+            name = node.inputs[0]
+        return False
 
     def _table(self, name: str, steps: int) -> tuple[Table | None, bool]:
         """What the maker of this value calls each column, and whether that is a classifier."""
@@ -111,7 +139,8 @@ class _Graph:
             if number == 1:
                 node = _node(self._content, begin, stop)
                 self._makers |= dict.fromkeys(node.outputs, node)
-                self._classifiers += node.operator in _CLASSIFIERS
+                if node.operator in _CLASSIFIERS:
+                    self._classifiers.append(node)
             elif number == 5 and stop - begin <= _LONGEST_TABLE_BYTES:
                 self._constants[_text(self._content, begin, stop, 8)] = begin, stop
 

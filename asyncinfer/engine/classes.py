@@ -190,17 +190,29 @@ class _Deciding:
         self._width = len(signature.labels)
         self._path = file.path
         self._seen = seen
+        self._scored = scored
         self._scores = seen.scores.get(scored)
         self._asked = asked
         self._shown: dict[str, Shown] = {}
 
     def best(self, specs: Sequence[TensorSpec]) -> _Candidate | None:
         if specs and not (self._asked.values and self._asked.given):
-            self._shown = class_tables.class_tables(self._path, [spec.name for spec in specs])
+            names = [spec.name for spec in specs]
+            self._shown = class_tables.class_tables(self._path, names, self._scored)
         found = [one for spec in specs if (one := self._candidate(spec))]
         if self._asked.given and not found:
             raise self._asked.unknown(self._asked.given[0].name)
-        return max(found, key=lambda one: one.sureness, default=None)
+        # Of the labels of two heads, both called so, the one that belongs to these scores.
+        return max(found, key=lambda one: (one.sureness, self._agreement(one)), default=None)
+
+    def _agreement(self, candidate: _Candidate) -> float:
+        """In what share of the probe rows it means the column of the highest score."""
+        pairs = self._pairs_of(self._seen.given.get(candidate.name))
+        columns = {value: at for at, value in enumerate(candidate.values or range(self._width))}
+        return sum(columns.get(value) == column for value, column in pairs) / max(len(pairs), 1)
+
+    def _pairs_of(self, given: Array | None) -> list[tuple[int | str, int]]:
+        return [] if given is None or self._scores is None else _pairs(given, self._scores)
 
     def _candidate(self, spec: TensorSpec) -> _Candidate | None:
         is_asked = bool(self._asked.given)
@@ -209,9 +221,7 @@ class _Deciding:
         given = self._seen.given.get(spec.name)
         if given is None and self._seen.given and not is_asked:
             return None  # its rows have not one value each
-        pairs: list[tuple[int | str, int]] = []
-        if given is not None and self._scores is not None:
-            pairs = _pairs(given, self._scores)
+        pairs = self._pairs_of(given)
         values = set() if given is None else set(given.tolist())
         shown = self._shown.get(spec.name)
         is_label = is_asked or plain_name(spec.name) in LABEL or bool(shown and shown.is_only)
@@ -239,6 +249,8 @@ class _Deciding:
         is_text = spec.datatype == "BYTES"
         shown = self._shown.get(spec.name)
         said = [shown.table if shown else (), self._signature.keys]
+        if shown and shown.is_lowest:  # of a cluster's label: the scores are distances
+            said.append(tuple(range(self._width)))
         if is_text:
             said.append(self._signature.labels)
         for table in said:
