@@ -47,6 +47,8 @@ View = dict[str, Any]
 
 _FIRST_TRIES: Final = 3
 AGAIN: Final = frozenset({429, 502, 503, 504})
+_FIRST_WORKER_RETRIES: Final = 2
+"""`serve` answers about a second before its worker has said that it lives."""
 _BACKOFF_SECONDS: Final = 0.5
 _KEY: Final = re.compile(r"[!-~]{1,255}")
 _BACKOFF_CAP_SECONDS: Final = 30.0
@@ -240,6 +242,7 @@ def models(server: Server) -> Flow[list[Model]]:
 class _Models(Struct, frozen=True):
     models: list[Model]
     loading: list[str] = []
+    problems: list[dict[str, Any]] = []
 
 
 def _models(server: Server) -> Flow[_Models]:
@@ -287,29 +290,32 @@ def _default(server: Server) -> Flow[Model]:
             if one.default or is_only:
                 server.models[None] = (time.monotonic(), one)
                 return one
-        if not found.loading:
-            raise _no_default([one.model for one in found.models])
+        error, is_passing = _no_default(found)
         attempt += 1
-        yield from _until_loaded(server, found.loading, attempt)
+        if not is_passing or attempt > server.retries:
+            raise error
+        if not found.loading and attempt > _FIRST_WORKER_RETRIES:
+            raise error
+        yield from _rest(server, _backoff_seconds(attempt), WaitingFor(error.code, error.detail))
 
 
-def _no_default(names: list[str]) -> ModelNotFound | NoModelAnnounced:
-    if names:
-        return ModelNotFound(f"No model is the default; give model= one of: {', '.join(names)}.")
-    return NoModelAnnounced(
+def _no_default(found: _Models) -> tuple[ModelLoading | ModelNotFound | NoModelAnnounced, bool]:
+    """Why there is no default model, and whether that may pass by itself."""
+    if found.loading:
+        names = ", ".join(found.loading[:3])
+        told = f"No model is the default yet; a worker is loading {names}. Retry in a moment."
+        return ModelLoading(told), True
+    if found.models:
+        names = ", ".join(one.model for one in found.models)
+        return ModelNotFound(f"No model is the default; give model= one of: {names}."), False
+    if found.problems:
+        told = f"No worker serves any model. {found.problems[0].get('reason')}"
+        return NoModelAnnounced(told), False
+    told = (
         "No worker serves any model. Start one with `asyncinfer work`, or look at the log of those "
         "that run."
     )
-
-
-def _until_loaded(server: Server, loading: list[str], attempt: int) -> Flow[None]:
-    error = ModelLoading(
-        f"No model is the default yet; a worker is loading {', '.join(loading[:3])}. Retry in a "
-        "moment."
-    )
-    if attempt > server.retries:
-        raise error
-    yield from _rest(server, _backoff_seconds(attempt), WaitingFor(error.code, error.detail))
+    return NoModelAnnounced(told), True
 
 
 def _converted(server: Server, value: Any, kind: type[T]) -> T:
