@@ -35,7 +35,9 @@ def load(folder: Path) -> Engine:
     return Engine.load(file, intra_op_threads=1)
 
 
-def test_a_missing_locale_is_refused_with_the_command_that_installs_it(tmp_path: Path) -> None:
+def test_a_missing_locale_is_refused_once_with_the_command_that_installs_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     zoo.place(tmp_path, "m", lower(locale="xx_YY.UTF-8"))
 
     with pytest.raises(ModelRefused) as refused:
@@ -47,6 +49,7 @@ def test_a_missing_locale_is_refused_with_the_command_that_installs_it(tmp_path:
         "xx_YY.UTF-8) and start the worker again, or export the model with "
         'options={id(vectorizer): {"locale": "C.UTF-8"}}'
     )
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_export_option_that_the_refusal_names_makes_a_text_model_load(tmp_path: Path) -> None:

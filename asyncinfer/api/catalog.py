@@ -37,7 +37,6 @@ _LOST_SECONDS: Final = 6.0
 """For so long a model that is gone may come back: a Redis that was emptied hears of each from its
 workers, who announce every few seconds."""
 
-_RETRY_SECONDS: Final = 5
 """When somebody has to mend something first."""
 
 _NOTHING: Final = Announced(None, {})
@@ -186,7 +185,8 @@ class Catalog:
         return version not in announced and workforce.names(name, version)
 
     def _nothing_served(self, wanted: str | None) -> NoModelAnnounced:
-        """Workers that live and load nothing will announce nothing, until their folder changes."""
+        """Workers that live and load nothing will announce nothing, until their folder changes: the
+        answer says no time to ask again."""
         workers = list(self.workforce.workers.values())
         if not workers or any(one.models or models_to_come(one) for one in workers):
             return _not_announced(wanted)
@@ -202,13 +202,11 @@ class Catalog:
             )
             return NoModelAnnounced(
                 f"{fact} {model}: {why} "
-                "GET /models lists all problems; what is mended there is loaded at once.",
-                retry_after_seconds=_RETRY_SECONDS,
+                "GET /models lists all problems; what is mended there is loaded at once."
             )
         return NoModelAnnounced(
             "The workers' model folder is empty. Put an ONNX file there (MODEL_DIR); it is loaded "
-            "at once.",
-            retry_after_seconds=_RETRY_SECONDS,
+            "at once."
         )
 
     def _queues(self) -> list[str]:

@@ -47,6 +47,8 @@ View = dict[str, Any]
 
 _FIRST_TRIES: Final = 3
 AGAIN: Final = frozenset({429, 502, 503, 504})
+_FIRST_WORKER_RETRIES: Final = 2
+"""`serve` answers about a second before its worker has said that it lives."""
 _BACKOFF_SECONDS: Final = 0.5
 _KEY: Final = re.compile(r"[!-~]{1,255}")
 _BACKOFF_CAP_SECONDS: Final = 30.0
@@ -144,7 +146,7 @@ def ask(
     attempt = 0
     while True:
         told = yield from exchange(request)
-        if isinstance(told, Response) and told.status not in AGAIN:
+        if isinstance(told, Response) and not _may_pass(server, told):
             return told
         pause = _pause_seconds(attempt, told)
         due = time.monotonic() + pause
@@ -160,6 +162,15 @@ def ask(
     if isinstance(told, Lost):
         raise lost(told.reason, server.url)
     return told
+
+
+def _may_pass(server: Server, told: Response) -> bool:
+    """Whether the same request may be answered otherwise soon. Where there is no model at all that
+    could be served, the server names no time to ask again: a person has to mend the folder."""
+    if told.status not in AGAIN:
+        return False
+    is_for_good = told.status == 503 and retry_after(told) is None
+    return not (is_for_good and isinstance(error_of(told, server.url), NoModelAnnounced))
 
 
 def _ours(server: Server, request: Request) -> Request:
@@ -243,6 +254,7 @@ def models(server: Server) -> Flow[list[Model]]:
 class _Models(Struct, frozen=True):
     models: list[Model]
     loading: list[str] = []
+    problems: list[dict[str, Any]] = []
 
 
 def _models(server: Server) -> Flow[_Models]:
@@ -290,29 +302,32 @@ def _default(server: Server) -> Flow[Model]:
             if one.default or is_only:
                 server.models[None] = (time.monotonic(), one)
                 return one
-        if not found.loading:
-            raise _no_default([one.model for one in found.models])
+        error, is_passing = _no_default(found)
         attempt += 1
-        yield from _until_loaded(server, found.loading, attempt)
+        most = server.retries if found.loading else _FIRST_WORKER_RETRIES
+        is_awaited = bool(found.loading) and server.waits_for_models
+        if not is_passing or (attempt > most and not is_awaited):
+            raise error
+        yield from _rest(server, _backoff_seconds(attempt), WaitingFor(error.code, error.detail))
 
 
-def _no_default(names: list[str]) -> ModelNotFound | NoModelAnnounced:
-    if names:
-        return ModelNotFound(f"No model is the default; give model= one of: {', '.join(names)}.")
-    return NoModelAnnounced(
+def _no_default(found: _Models) -> tuple[ModelLoading | ModelNotFound | NoModelAnnounced, bool]:
+    """Why there is no default model, and whether that may pass by itself."""
+    if found.loading:
+        names = ", ".join(found.loading[:3])
+        told = f"No model is the default yet; a worker is loading {names}. Retry in a moment."
+        return ModelLoading(told), True
+    if found.models:
+        names = ", ".join(one.model for one in found.models)
+        return ModelNotFound(f"No model is the default; give model= one of: {names}."), False
+    if found.problems:
+        told = f"No worker serves any model. {found.problems[0].get('reason')}"
+        return NoModelAnnounced(told), False
+    told = (
         "No worker serves any model. Start one with `asyncinfer work`, or look at the log of those "
         "that run."
     )
-
-
-def _until_loaded(server: Server, loading: list[str], attempt: int) -> Flow[None]:
-    error = ModelLoading(
-        f"No model is the default yet; a worker is loading {', '.join(loading[:3])}. Retry in a "
-        "moment."
-    )
-    if attempt > server.retries and not server.waits_for_models:
-        raise error
-    yield from _rest(server, _backoff_seconds(attempt), WaitingFor(error.code, error.detail))
+    return NoModelAnnounced(told), True
 
 
 def _converted(server: Server, value: Any, kind: type[T]) -> T:
