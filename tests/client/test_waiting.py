@@ -13,6 +13,7 @@ from asyncinfer.client import AsyncClient, WaitingFor, WaitTimeout
 from asyncinfer.client._client import asked_of
 from asyncinfer.client._results import AsyncResults
 from asyncinfer.client._waiting import Cadence, Notices
+from asyncinfer.errors import NoModelAnnounced
 from asyncinfer.repository.store import Policy, Store
 from asyncinfer.repository.upkeep import Upkeep
 from tests.api.harness import Hand, announce, hosted, running
@@ -153,6 +154,20 @@ async def test_a_default_model_that_is_being_loaded_is_waited_for(
         assert not found.done()
         await announce(store, "iris", default="iris")
         assert (await found).model == "iris"
+
+
+async def test_a_folder_without_a_model_is_told_at_once_and_not_asked_again(
+    config: ApiConfig, store: Store
+) -> None:
+    says = {"state": "ready", "default_model": None}
+    await Upkeep(store).announce_worker("host-1-aaaaaa", says, ttl_seconds=10)
+    async with (
+        hosted(running(config)) as port,
+        AsyncClient(f"http://127.0.0.1:{port}", timeout=5.0) as client,
+    ):
+        async with asyncio.timeout(20):
+            with pytest.raises(NoModelAnnounced, match="folder is empty"):
+                await client.submit([SETOSA], model="iris")
 
 
 def test_a_reason_is_told_when_it_is_new_and_again_after_a_while() -> None:
