@@ -132,7 +132,7 @@ def test_an_input_of_any_rank_takes_every_shape(shape: tuple[int, ...]) -> None:
         (b"[[1],2]", "/data/1", "a whole number, expected an array of numbers"),
         (b"[[1],[1,2]]", "/data/1", "row 1 has 2 numbers, any takes equal sizes, here 1"),
         (b"[" * 33 + b"1" + b"]" * 33, "/data", "it is nested deeper than 32 arrays"),
-        (b'[[1,true],[1,2],[3,4],[5,6]]', "/data/0/1", "true, expected a number"),
+        (b"[[1,true],[1,2],[3,4],[5,6]]", "/data/0/1", "true, expected a number"),
     ],
 )
 def test_what_is_no_tensor_of_any_rank_is_told_where(
