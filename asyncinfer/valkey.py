@@ -225,8 +225,8 @@ def _socket_folder(home: Path) -> Iterator[Path]:
         places = (tempfile.gettempdir(), "/tmp")
     except FileNotFoundError:  # as in a container with a read-only root
         raise StartError(
-            f"The path of DATA_DIR is too long for a socket in {home}, and there is no temporary "
-            "folder that can be written. Set DATA_DIR to a shorter path, or TMPDIR to such a folder."
+            f"{home} is too long a path for a socket, and there is no temporary folder that can "
+            "be written. Set DATA_DIR to a shorter path, or TMPDIR to such a folder."
         ) from None
     base = next((it for it in places if _fits(Path(it, "x" * 20))), None)
     with tempfile.TemporaryDirectory(prefix="asyncinfer-", dir=base) as folder:

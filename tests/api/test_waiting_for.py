@@ -275,6 +275,18 @@ async def test_a_version_that_is_being_loaded_is_waited_for_and_not_unknown(
     }
 
 
+async def test_a_model_that_was_removed_is_not_being_loaded(
+    config: ApiConfig, store: Store
+) -> None:
+    await announce(store, "wine", default="wine")
+    # It still runs the jobs that wait for iris.
+    about: dict[str, Any] = {"models": ["iris", "wine"], "versions": {"wine": {"1": "0" * 64}}}
+    await worker(store, model_dir="/models", **about)
+    async with api_of(config) as client:
+        reply = await client.post("/predict/iris", json={"data": ROW})
+    assert_problem(reply, 404, "model_not_found")
+
+
 async def test_an_api_whose_own_worker_is_being_started_blames_no_missing_one(
     config: ApiConfig, store: Store
 ) -> None:
