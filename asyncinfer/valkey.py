@@ -221,7 +221,14 @@ def _socket_folder(home: Path) -> Iterator[Path]:
     if _fits(home):
         yield home
         return
-    base = next((it for it in (tempfile.gettempdir(), "/tmp") if _fits(Path(it, "x" * 20))), None)
+    try:
+        places = (tempfile.gettempdir(), "/tmp")
+    except FileNotFoundError:  # as in a container with a read-only root
+        raise StartError(
+            f"{home} is too long a path for a socket, and there is no temporary folder that can "
+            "be written. Set DATA_DIR to a shorter path, or TMPDIR to such a folder."
+        ) from None
+    base = next((it for it in places if _fits(Path(it, "x" * 20))), None)
     with tempfile.TemporaryDirectory(prefix="asyncinfer-", dir=base) as folder:
         yield Path(folder)
 

@@ -1,10 +1,12 @@
 """The commands do what they say, or say what to do."""
 
 import json
+import os
 import shlex
 import shutil
 import socket
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,6 +82,33 @@ def test_work_without_a_redis_says_what_to_do(capsys: pytest.CaptureFixture[str]
     said = refusal(capsys, "work")
 
     assert all(word in said for word in ("REDIS_URL", "asyncinfer serve", "DATA_DIR"))
+
+
+_AS_A_NATIVE_MODULE: Final = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(1000): pass
+except BaseException as error:
+    raise ImportError("initialization failed") from error
+"""
+"""ONNX Runtime's own import makes an ImportError of every exception that comes into it."""
+
+
+def test_a_worker_that_is_stopped_while_it_imports_ends_without_a_word(tmp_path: Path) -> None:
+    (tmp_path / "onnxruntime.py").write_text(_AS_A_NATIVE_MODULE)
+    path = os.pathsep.join((str(tmp_path), *sys.path))
+    environ = {**os.environ, "PYTHONPATH": path, "REDIS_URL": "redis://127.0.0.1:1"}
+
+    ended = subprocess.run(
+        [sys.executable, "-m", "asyncinfer", "work"],
+        env=environ,
+        capture_output=True,
+        check=False,
+        timeout=30,
+    )
+
+    assert (ended.returncode, ended.stderr) == (0, b"")
 
 
 def test_a_model_folder_that_is_not_there_is_refused(

@@ -43,6 +43,18 @@ def test_a_file_that_killed_its_process_is_refused_by_the_next(tmp_path: Path) -
         Careful(load, allow_custom_ops=False, folder=tmp_path / "marks")(file)
 
 
+def test_a_machine_without_a_place_to_write_to_loads_all_the_same(tmp_path: Path) -> None:
+    zoo.place(tmp_path, "m", zoo.mlp([2, 2]))
+    no_byte = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))"
+    loads = LOADS.replace(", folder=Path(sys.argv[2])", "")
+    assert loads != LOADS
+
+    command = [sys.executable, "-B", "-c", no_byte + loads, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, check=False)
+
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
 def test_a_file_that_loads_leaves_nothing_behind(tmp_path: Path) -> None:
     zoo.place(tmp_path / "models", "m", zoo.mlp([2, 2]))
     (file,) = models.scan(tmp_path / "models")

@@ -180,9 +180,8 @@ class Catalog:
         if workforce.is_loading(name, version):
             return True
         announced = self._announced.models.get(name, {})
-        if version is None:
-            return workforce.has(name) and not announced
-        return version not in announced and workforce.names(name, version)
+        is_announced = bool(announced) if version is None else version in announced
+        return workforce.names(name, version) and not is_announced
 
     def _nothing_served(self, wanted: str | None) -> NoModelAnnounced:
         """Workers that live and load nothing will announce nothing, until their folder changes: the

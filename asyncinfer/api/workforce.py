@@ -82,6 +82,8 @@ class Workforce:
         self._served: dict[str, set[str] | None] = {}
         """By model, the versions that living workers claim jobs of; None: any, since an older
         release does not say which."""
+        self._leaving: frozenset[str] = frozenset()
+        """Models that were removed, of which workers run what waits."""
         self._left_at: dict[Wanted, tuple[float, float]] = {}
         """When a model's last worker was missed first, by `time.monotonic` and `time.time`."""
         self._began_at = 0.0
@@ -148,9 +150,13 @@ class Workforce:
             time.monotonic() < self._own_worker_due_at
         )
 
-    def names(self, model: str, version: str) -> bool:
-        """Whether a living worker says itself that it claims jobs of this version."""
-        return version in (self._served.get(model) or ())
+    def names(self, model: str, version: str | None) -> bool:
+        """Whether a living worker has a version in its folder (None: any) and claims jobs of it.
+        Of what was removed there it only runs what waits."""
+        versions = self._served.get(model, _NO_VERSIONS)
+        if versions is None:
+            return version is None and model not in self._leaving
+        return bool(versions) if version is None else version in versions
 
     def is_loading(self, model: str, version: str | None) -> bool:
         """Whether a living worker has yet to load the model, or this version of it."""
@@ -195,6 +201,7 @@ class Workforce:
             for version in versions
         )
         served = _served(ready)
+        self._leaving = _leaving(ready)
         before, after = _wanted(self._served), _wanted(served)
         now = (time.monotonic(), time.time())
         for wanted in before - after:
@@ -217,6 +224,17 @@ def _served(ready: Sequence[WorkerSays]) -> dict[str, set[str] | None]:
             known = served.get(model, set())
             served[model] = None if versions is None or known is None else known | versions.keys()
     return served
+
+
+def _leaving(ready: Sequence[WorkerSays]) -> frozenset[str]:
+    """A release that does not say which folder it serves does not say versions either."""
+    leaving = {model for one in ready for model in one.models if model not in one.versions}
+    return frozenset(leaving) - {
+        model
+        for one in ready
+        for model in one.models
+        if one.model_dir is None or model in one.versions
+    }
 
 
 def _wanted(served: Mapping[str, set[str] | None]) -> set[Wanted]:

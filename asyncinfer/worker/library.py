@@ -311,10 +311,13 @@ class Library:
             self._is_glancing = False
         if before is None or seen is None or not self._is_rescanning:
             return
-        for label in self._versions.keys() - before.keys() - seen.keys():
+        gone = self._versions.keys() - before.keys() - seen.keys()
+        to_come = self._to_be_tried(seen) - self._on_trial
+        for label in gone:
             self._leave(label)
-        self._on_trial |= self._to_be_tried(seen)
-        self._changed()
+        self._on_trial |= to_come
+        if gone or to_come:
+            self._changed()
 
     async def _rescan(self) -> None:
         seen = await self._look()

@@ -61,7 +61,10 @@ class Careful:
 def _marks_in(folder: Path | None) -> Path | None:
     if sys.platform == "win32":
         return None
-    marks = folder or Path(tempfile.gettempdir()) / f"asyncinfer-loading-{os.getuid()}"
+    try:
+        marks = folder or Path(tempfile.gettempdir()) / f"asyncinfer-loading-{os.getuid()}"
+    except FileNotFoundError:
+        return None  # a container with a read-only root, and nothing writable in it
     return marks if _is_ours(marks) else None
 
 

@@ -1,5 +1,6 @@
 """No wait without a reason: what answers say of a job that is not run now."""
 
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ from tests.faults.harness import eventually
 from tests.faults.proxy import proxied
 from tests.hands import Hands, new_job
 
-from .harness import QUEUE, ROW, Hand, announce, api_of, signature, submit
+from .harness import QUEUE, ROW, Hand, announce, api_of, assert_problem, signature, submit
 from .sse import listening
 
 NDJSON = {"content-type": "application/x-ndjson"}
@@ -243,6 +244,81 @@ async def test_a_job_whose_model_is_being_loaded_waits_for_that(
         # The same worker, started again.
         await worker(store, state="starting", models=[], versions={}, loading=["iris"])
         await eventually(lambda: is_starting(client), "it is loaded again", 2)
+
+
+async def test_a_version_that_is_being_loaded_is_waited_for_and_not_unknown(
+    config: ApiConfig, store: Store
+) -> None:
+    await announce(store, "iris", default="iris")
+    await worker(store, loading_versions={"iris": ["2"]})
+    async with api_of(config) as client:
+        asked = {"data": ROW, "options": {"version": "2"}}
+        refused = assert_problem(await client.post("/predict", json=asked), 503, "model_loading")
+        assert "version 2 of iris" in refused["detail"]
+        asked["options"] = {"version": "3"}
+        assert_problem(await client.post("/predict", json=asked), 404, "version_not_found")
+
+        # It was announced before, by a worker that was started again meanwhile.
+        second = {"2": msgspec.json.encode(signature("iris", "2"))}
+        await Upkeep(store).announce_models({"iris": second})
+        told: list[Any] = []
+
+        async def is_known() -> bool:
+            reply = await client.post("/predict", json=asked | {"options": {"version": "2"}})
+            told.append(reply.json())
+            return reply.status_code == 202
+
+        await eventually(is_known, "the API has heard of version 2", 5)
+    assert told[-1]["waiting_for"] == {
+        "code": "starting",
+        "message": "A worker is loading version 2 of iris.",
+    }
+
+
+async def test_a_model_that_was_removed_is_not_being_loaded(
+    config: ApiConfig, store: Store
+) -> None:
+    await announce(store, "wine", default="wine")
+    # It still runs the jobs that wait for iris.
+    about: dict[str, Any] = {"models": ["iris", "wine"], "versions": {"wine": {"1": "0" * 64}}}
+    await worker(store, model_dir="/models", **about)
+    async with api_of(config) as client:
+        reply = await client.post("/predict/iris", json={"data": ROW})
+    assert_problem(reply, 404, "model_not_found")
+
+
+async def test_an_api_whose_own_worker_is_being_started_blames_no_missing_one(
+    config: ApiConfig, store: Store
+) -> None:
+    await announce(store, "iris", default="iris")
+    since_ms = time.time_ns() // 1_000_000
+    config = msgspec.structs.replace(config, own_worker_since_ms=since_ms)
+    before: dict[str, Any] = {"host": socket.gethostname(), "started_ms": since_ms - 1000}
+    own: dict[str, Any] = {"host": socket.gethostname(), "started_ms": since_ms + 1000}
+    # What one said that was killed.
+    await worker(store, models=[], versions={}, **before)
+    async with api_of(config) as client:
+        told = await answer_to(client)
+        assert told["waiting_for"]["code"] == "starting"
+        await worker(store, "host-2-bbbbbb", models=[], versions={}, **own)
+        await eventually(lambda: is_told(client, told["job_id"], "no_worker"), "it lacks iris", 3)
+
+
+async def test_a_full_queue_says_why_nothing_leaves_it(config: ApiConfig, store: Store) -> None:
+    await announce(store, "iris", default="iris")
+    full = msgspec.structs.replace(config.policy, max_queue=1)
+    async with api_of(msgspec.structs.replace(config, policy=full)) as client:
+        job_id = (await answer_to(client))["job_id"]
+        single = assert_problem(
+            await client.post("/predict", json={"data": ROW}), 429, "queue_full"
+        )
+        lines = await client.post("/predict", content=LINE, headers=NDJSON)
+        await client.delete(f"/job/{job_id}")
+        await answer_to(client)
+        again = assert_problem(await client.post(f"/job/{job_id}/retry"), 429, "queue_full")
+    for problem in (single, lines.json(), again):
+        assert "holds all it may (1 jobs" in problem["detail"]
+        assert "No worker has had iris since" in problem["detail"]
 
 
 async def is_served(client: httpx2.AsyncClient) -> bool:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -17,10 +18,12 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.cli import predicting
+from asyncinfer.cli.asking import Service
 from asyncinfer.cli.doctor.examination import mended_by_serve, without_effects
 from asyncinfer.cli.doctor.findings import problem, warning
 from asyncinfer.cli.doctor.machine import room
 from asyncinfer.cli.options import Server
+from asyncinfer.client import ModelLoading, WaitTimeout
 from asyncinfer.client._waiting import Cadence
 from asyncinfer.repository.store import Policy, Store
 from asyncinfer.repository.upkeep import Upkeep
@@ -134,6 +137,17 @@ def test_predict_says_that_no_worker_has_the_model_and_that_it_goes_on(starved: 
     assert goes_on == "asyncinfer: iris goes on."
 
 
+def test_a_model_is_waited_for_as_long_as_it_is_being_loaded(starved: Starved) -> None:
+    starved.announce_worker(state="ready", models=[], loading=["wine"])
+    patient = Service(
+        Server(starved.url, None), retries=0, until=time.monotonic() + 0.3, waits_for_models=True
+    )
+    with patient as service, pytest.raises(WaitTimeout, match="A worker is loading wine"):
+        service.client.model("wine")
+    with Service(Server(starved.url, None), retries=0) as service, pytest.raises(ModelLoading):
+        service.client.model("wine")
+
+
 def test_a_long_run_of_a_file_says_how_it_is_taken_up_again(
     starved: Starved, tmp_path: Path
 ) -> None:
@@ -179,7 +193,7 @@ def test_many_jobs_of_a_row_each_end_at_the_timeout_too(starved: Starved, tmp_pa
 
 
 def test_a_server_that_never_answers_ends_at_the_timeout_too() -> None:
-    said = complaint(told("predict", ROW, "--url", "http://127.0.0.1:1", "--timeout", "0"), 3)
+    said = complaint(told("predict", ROW, "--url", "http://127.0.0.1:1", "--timeout", "0.01"), 3)
     assert "No answer from http://127.0.0.1:1" in said
 
 
@@ -199,7 +213,8 @@ def test_stdin_that_stays_silent_ends_at_the_timeout_too(starved: Starved, sent:
 
 
 def test_a_timeout_is_a_number_of_seconds() -> None:
-    for wrong in ("nan", "-1", "10m"):
+    # In 0 seconds nothing would be sent, and the command that goes on would find nothing.
+    for wrong in ("nan", "-1", "10m", "0"):
         assert "--timeout" in complaint(told("predict", ROW, "--timeout", wrong), 2)
 
 

@@ -24,6 +24,9 @@ from .harness import assert_at_rest, eventually
 from .processes import OpenCrew
 from .shop import CONFIG, Folder, Shop, serving
 
+SLOW = zoo.loop_for_hours("batch").SerializeToString()
+"""Takes seconds to load: as long as probing may take."""
+
 
 def bomb() -> onnx.ModelProto:
     """Asks for 64 GiB as soon as it is loaded, or at the latest when it is run."""
@@ -190,6 +193,48 @@ async def test_a_new_model_is_served_and_a_removed_one_runs_what_waits(
 
         await eventually(is_gone, "nobody serves it", 20)
         assert await shop.ask(1) == 2
+
+
+@pytest.mark.soak
+async def test_a_large_file_that_is_being_loaded_hides_nothing_else_that_changes(
+    crew: OpenCrew, folder: Folder, shop: Shop
+) -> None:
+    folder.publish(zoo.adds(3), 1, name="old")
+    async with serving(crew, folder, shop):
+        await shop.until_announced("1", name="old")
+        folder.publish(SLOW, 2)
+
+        async def is_loading_version() -> bool:
+            (says,) = await shop.says()
+            return says.loading_versions == {"m": ("2",)}
+
+        await eventually(is_loading_version, "version 2 is being loaded", 5)
+        folder.publish(b"cut off", 1, name="new")
+        folder.remove(1, name="old")
+
+        async def is_seen() -> bool:
+            (says,) = await shop.says()
+            return says.loading == ("new",) and "old" not in says.versions
+
+        await eventually(is_seen, "the folder is followed", 5)
+        assert await is_loading_version()
+
+
+@pytest.mark.soak
+async def test_a_file_that_was_refused_is_loading_again_once_its_copy_goes_on(
+    crew: OpenCrew, folder: Folder, shop: Shop
+) -> None:
+    async with serving(crew, folder, shop):
+        path = folder.publish(SLOW[:-9], 1, name="new")
+        await shop.until_refused("1", "9 bytes are missing", name="new")
+        with path.open("ab") as file:
+            file.write(SLOW[-9:])
+
+        async def is_loading() -> bool:
+            (says,) = await shop.says()
+            return says.loading == ("new",) and "new" not in says.problems
+
+        await eventually(is_loading, "it is tried again", 5)
 
 
 @pytest.mark.soak
