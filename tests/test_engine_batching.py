@@ -458,6 +458,30 @@ def test_what_is_no_tensor_is_refused_in_words(
     assert f"`y` is {why}" in refusal(tmp_path, model)
 
 
+def test_the_refusal_of_a_list_names_the_other_outputs(tmp_path: Path) -> None:
+    """As scikit-learn's MultiOutputClassifier has one, with labels beside it."""
+    kind = helper.make_sequence_type_proto(helper.make_tensor_type_proto(FLOAT, None))
+    nodes = [
+        helper.make_node("SplitToSequence", ["x"], ["probabilities"], axis=0),
+        helper.make_node("Relu", ["x"], ["y"]),
+    ]
+    outputs = [helper.make_value_info("probabilities", kind), zoo.tensor("y", ["b", 2])]
+    model = zoo.model(nodes, [zoo.tensor("x", ["b", 2])], outputs)
+
+    assert "or keep other outputs with `outputs` in model.toml" in refusal(tmp_path, model)
+    assert loaded(tmp_path / "kept", model, 'outputs = ["y"]').signature.batched
+
+
+def test_an_opset_of_the_future_is_refused_without_places_in_a_source(tmp_path: Path) -> None:
+    model = zoo.unary("Tanh", ("b", 2))
+    model.opset_import[0].version = 999
+
+    reason = refusal(tmp_path, model)
+
+    assert "ONNX Runtime cannot load it: ONNX Runtime only" in reason
+    assert "Current official support for domain ai.onnx is till opset" in reason
+
+
 FLOATS = helper.make_sequence_type_proto(helper.make_tensor_type_proto(FLOAT, None))
 SMALL = helper.make_tensor_type_proto(TensorProto.UINT4, ["b", 2])
 

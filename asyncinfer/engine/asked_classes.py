@@ -1,6 +1,6 @@
 """What `model.toml` says of a classifier's outputs, checked against what the graph declares."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from asyncinfer.engine.class_tables import Table
 from asyncinfer.errors import ModelRefused
@@ -14,13 +14,14 @@ class Asked:
     def __init__(self, file: ModelFile, signature: Signature) -> None:
         self._shown = f"{file.model}/model.toml"
         self._specs = {spec.name: spec for spec in signature.outputs}
+        self._labels = signature.labels
         config = file.config
         self.values: Table = config.classes
         self.scores = self._output("score_output", config.score_output)
         self.given = self._output("class_output", config.class_output)
         if not signature.labels and (self.scores or self.given):
             raise self._refused("score_output and class_output need `labels`")
-        if self.scores and not may_be_scores(self.scores[0], len(signature.labels)):
+        if self.scores and not may_be_scores(self.scores[0], signature):
             raise self._refused(
                 f"score_output: `{self.scores[0].name}` has no columns of fractions, one for each "
                 f"of the {len(signature.labels)} labels"
@@ -97,6 +98,13 @@ class Asked:
                 "the labels in the order of the columns"
             )
 
+    def without_columns(self, shapes: Mapping[str, Sequence[int]]) -> ModelRefused:
+        given = ", ".join(f"`{name}` {list(shape)}" for name, shape in shapes.items())
+        return self._refused(
+            f"labels: no output has a column for each of the {len(self._labels)} labels, whatever "
+            f"the graph declares; the model gave {given}. Leave `labels` out, or export it with one"
+        )
+
     def unknown(self, name: str) -> ModelRefused:
         return self._refused(
             f"class_output: which value of `{name}` means which column of the scores is not known "
@@ -108,10 +116,24 @@ class Asked:
         return ModelRefused(f"{self._shown}: {problem}")
 
 
-def may_be_scores(spec: TensorSpec, width: int) -> bool:
-    if spec.datatype not in FLOATS or spec.shape is None:
-        return spec.datatype in FLOATS
-    return len(spec.shape) == 2 and (spec.shape[1] == width or not isinstance(spec.shape[1], int))
+def may_be_scores(spec: TensorSpec, signature: Signature) -> bool:
+    """By its type: a row for each row of the input, a column for each label."""
+    return spec.datatype in FLOATS and may_have_columns(spec, signature)
+
+
+def may_have_columns(spec: TensorSpec, signature: Signature) -> bool:
+    """Whether it may have a row for each row of the input, and a column for each label."""
+    if spec.shape is None:
+        return True
+    if len(spec.shape) != 2:
+        return False
+    rows, columns = spec.shape
+    if isinstance(columns, int):
+        return columns == len(signature.labels)
+    # Of [4, batch] the rows are columns: with 4 of them their scores would be taken the wrong way.
+    of_inputs = [dims(given)[0] for given in signature.inputs if dims(given)]
+    is_across = columns is not None and columns in of_inputs and rows not in of_inputs
+    return not is_across and (not isinstance(rows, int) or rows in of_inputs)
 
 
 def may_be_class(spec: TensorSpec) -> bool:

@@ -34,6 +34,8 @@ class Shown(Struct, frozen=True):
     """By column what it calls the class."""
     is_only: bool
     """Whether it is the label of the only classifier among the graph's nodes."""
+    is_lowest: bool = False
+    """Whether it is the place of a lowest number, as KMeans picks the least distance."""
 
 
 class _Node(Struct, frozen=True):
@@ -45,7 +47,7 @@ class _Node(Struct, frozen=True):
 
 
 def class_tables(path: Path, names: Collection[str]) -> dict[str, Shown]:
-    """For each of these outputs whose table the graph shows, what it calls each column."""
+    """For each of these outputs of which the graph shows something, what it shows."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
             content = memoryview(whole)
@@ -73,7 +75,29 @@ class _Graph:
 
     def shown(self, name: str) -> Shown | None:
         table, is_label = self._table(name, _MOST_STEPS)
-        return Shown(table, is_label and self._classifiers == 1) if table else None
+        is_lowest = self._is_lowest(name)
+        if not table and not is_lowest:
+            return None
+        return Shown(table or (), is_label and self._classifiers == 1, is_lowest)
+
+    def _is_lowest(self, name: str) -> bool:
+        for _ in range(_MOST_STEPS):
+            node = self._makers.get(name)
+            if node is None or len(node.inputs) < (2 if node.operator in _LOOKUPS else 1):
+                return False
+            if node.operator == "TopK":
+                return name in node.outputs[1:] and self._takes_smallest(node)
+            if node.operator not in _LOOKUPS | _UNCHANGED | {"LabelEncoder"}:
+                return node.operator == "ArgMin"
+            name = node.inputs[node.operator in _LOOKUPS]
+        return False
+
+    def _takes_smallest(self, node: _Node) -> bool:
+        return any(
+            _text(self._content, start, end, 1) == "largest"
+            and [*_numbers(self._content, start, end, 3)] == [0]
+            for start, end in node.attributes
+        )
 
     def _table(self, name: str, steps: int) -> tuple[Table | None, bool]:
         """What the maker of this value calls each column, and whether that is a classifier."""

@@ -61,21 +61,22 @@ def decided(
     asked = Asked(file, signature)
     if not signature.labels:
         return signature
-    width = len(signature.labels)
-    scores = asked.scores or [spec for spec in signature.outputs if may_be_scores(spec, width)]
+    scores = asked.scores or [spec for spec in signature.outputs if may_be_scores(spec, signature)]
     given = asked.given or [spec for spec in signature.outputs if may_be_class(spec)]
     if not scores:
         return signature
-    seen = Seen({}, {}, False)
+    seen = Seen()
     if given or len(scores) > 1 or class_probing.may_have_several(signature):
         seen = class_probing.observed(signature, scores, given, run, example, seconds)
+    if seen.unfit and not seen.several:
+        raise asked.without_columns(seen.unfit)
     if seen.several and not asked.given:
         return signature
     scored = _best_scores(scores, seen, signature, asked)
     found = _Deciding(signature, file, scored, seen, asked).best(given)
     asked.check_order(signature.keys, signature.labels)
     if found:
-        asked.check_order(found.values or range(width), signature.labels)
+        asked.check_order(found.values or range(len(signature.labels)), signature.labels)
     return msgspec.structs.replace(
         signature,
         score_output=scored,
@@ -128,6 +129,12 @@ def _are_shares(rows: Array) -> bool:
     return bool(len(sums) and (sums >= -1e-3).all() and (abs(sums.sum(axis=1) - 1) < 1e-2).all())
 
 
+def _are_distances(rows: Array) -> bool:
+    """Whether these may be distances, as KMeans has them to its clusters: none is negative."""
+    finite: Any = rows[np.isfinite(rows).all(axis=1)]
+    return bool((finite >= 0).all() and (finite > 1).any()) and not _are_shares(rows)
+
+
 # --- which output is the class -----------------------------------------------------------------
 
 
@@ -140,6 +147,19 @@ def _pairs(given: Array, scores: Array) -> list[tuple[int | str, int]]:
     with np.errstate(invalid="ignore"):
         leads = np.isfinite(first) & (first - second > _LEAST_LEAD * abs(first))
     return list(zip(given[leads].tolist(), highest_columns(scores)[leads].tolist(), strict=True))
+
+
+def _telling_pairs(given: Array, scores: Array, *, is_lowest: bool) -> list[tuple[int | str, int]]:
+    """As `_pairs`; of distances with the column of the lowest, where the class is the nearest.
+
+    Of two columns only the graph tells: one is the lowest where the other is the highest.
+    """
+    highest = _pairs(given, scores)
+    if not _are_distances(scores):
+        return highest
+    lowest = _pairs(given, np.negative(scores))
+    is_seen = scores.shape[1] > 2 and not _follows(highest) and _follows(lowest)
+    return lowest if is_lowest or is_seen else highest
 
 
 def _most_often(pairs: Sequence[tuple[int | str, int]]) -> dict[int | str, int]:
@@ -209,11 +229,11 @@ class _Deciding:
         given = self._seen.given.get(spec.name)
         if given is None and self._seen.given and not is_asked:
             return None  # its rows have not one value each
+        shown = self._shown.get(spec.name)
         pairs: list[tuple[int | str, int]] = []
         if given is not None and self._scores is not None:
-            pairs = _pairs(given, self._scores)
+            pairs = _telling_pairs(given, self._scores, is_lowest=bool(shown and shown.is_lowest))
         values = set() if given is None else set(given.tolist())
-        shown = self._shown.get(spec.name)
         is_label = is_asked or plain_name(spec.name) in LABEL or bool(shown and shown.is_only)
         return (
             self._by_table(spec, pairs, values, is_label)

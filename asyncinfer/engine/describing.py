@@ -8,6 +8,7 @@ from typing import Any, Final
 import msgspec
 
 from asyncinfer import models
+from asyncinfer.engine.asked_classes import may_have_columns
 from asyncinfer.engine.runtime import ort
 from asyncinfer.errors import ModelRefused
 from asyncinfer.models import ModelFile, Signature
@@ -16,6 +17,7 @@ from asyncinfer.tensors import Dim, TensorSpec, dims
 
 _MOST_OPTIONAL: Final = 32
 _LONGEST_OPTIONAL_ELEMENTS: Final = 4096
+_MOST_SHOWN: Final = 6
 
 _DATATYPES: Final[dict[str, str]] = {
     "tensor(bool)": "BOOL",
@@ -56,7 +58,7 @@ _TENSOR: Final = re.compile(r"tensor\((\w+)\)")
 
 _KINDS: Final = (
     ("seq(map", "a list of maps that are not scores", "export it with zipmap off"),
-    ("seq(", "a list of tensors", "let the graph join them into one"),
+    ("seq(", "a list of tensors", "let the graph join them into one (ConcatFromSequence)"),
     ("map(", "a map", "let the graph give keys and values as tensors"),
     ("sparse_tensor", "a sparse tensor", "let the graph make it dense"),
     ("optional(", "a value that may be missing", "let the graph always give it"),
@@ -114,12 +116,13 @@ def with_keys(signature: Signature, maps: Sequence[int], keys: tuple[int | str, 
 def check_labels(signature: Signature, file: ModelFile) -> None:
     """Raises ModelRefused where the labels of `model.toml` can name no columns of scores."""
     labels, shown = signature.labels, f"{file.model}/model.toml"
-    if not labels or any(spec.shape is None for spec in signature.outputs):
+    if not labels:
         return
-    widths = [dims(spec)[1] for spec in signature.outputs if len(dims(spec)) == 2]
-    if not any(width == len(labels) or not isinstance(width, int) for width in widths):
+    if not any(may_have_columns(spec, signature) for spec in signature.outputs):
+        given = ", ".join(map(_declared, signature.outputs[:_MOST_SHOWN]))
         raise ModelRefused(
-            f"{shown}: {len(labels)} labels, but no output of shape [batch, {len(labels)}]"
+            f"{shown}: {len(labels)} labels, but no output of shape [batch, {len(labels)}]; the "
+            f"file declares {given}{', ...' if len(signature.outputs) > _MOST_SHOWN else ''}"
         )
     if len(labels) == 1 and not signature.keys:
         # Else every row of a regressor would be of that class.
@@ -127,6 +130,21 @@ def check_labels(signature: Signature, file: ModelFile) -> None:
             f"{shown}: 1 label, but a class is one of two or more columns of scores; leave "
             "`labels` out for a model that gives one number a row"
         )
+
+
+def check_rows(signature: Signature, file: ModelFile) -> None:
+    """Raises ModelRefused where the scores have their rows on another axis than the first."""
+    for spec, axis in zip(signature.outputs, signature.output_axes, strict=False):
+        if spec.name == signature.score_output and axis:
+            raise ModelRefused(
+                f"{file.model}/model.toml: labels name columns, but `{spec.name}` has its rows in "
+                f"dimension {axis}; Transpose it in the graph, or leave `labels` out"
+            )
+
+
+def _declared(spec: TensorSpec) -> str:
+    sizes = ", ".join("?" if dim is None else str(dim) for dim in dims(spec))
+    return f"`{spec.name}` {spec.datatype} [{sizes}]"
 
 
 def shape_of(sizes: Sequence[Dim]) -> tuple[Dim, ...]:
@@ -187,7 +205,7 @@ def _outputs(
         elif wanted and node.name not in wanted:
             continue
         else:
-            raise _refused_output(node, file)
+            raise _refused_output(node, file, is_only=len(nodes) == 1)
         found[node.name] = spec
     return found
 
@@ -201,14 +219,15 @@ def _kept(outputs: dict[str, TensorSpec], file: ModelFile) -> tuple[TensorSpec, 
     return tuple(outputs[name] for name in names)
 
 
-def _refused_output(node: Any, file: ModelFile) -> ModelRefused:
+def _refused_output(node: Any, file: ModelFile, *, is_only: bool) -> ModelRefused:
+    others = "" if is_only else ", or keep other outputs with `outputs` in model.toml"
     if problem := _element_problem(node.type):
         what, cast = problem
         remedy = f"Cast it to {cast} in the graph" if cast else f"let the graph give {_PARTS}"
-        return _refused(node, what, remedy, file)
+        return _refused(node, what, remedy + others, file)
     kinds = (rest for begin, *rest in _KINDS if node.type.startswith(begin))
     what, remedy = next(kinds, ("a value of another kind", "let the graph give a tensor"))
-    return _refused(node, f"{what} ({node.type}), which cannot be served", remedy, file)
+    return _refused(node, f"{what} ({node.type}), which cannot be served", remedy + others, file)
 
 
 def _refused_input(node: Any, kind: str, file: ModelFile) -> ModelRefused:

@@ -60,6 +60,7 @@ class Engine:
         signature = classes.decided(signature, file, runner.run, example, probe_seconds)
         verdict = _verdict(runner, signature, example, file, probe_seconds, graph)
         signature = _judged(signature, verdict)
+        describing.check_rows(signature, file)
         signature = examples.with_example(signature, file, runner.run, probe_seconds)
         return cls(runner, signature, file.config.limits.timeout_seconds)
 

@@ -154,6 +154,7 @@ def _type_remedy(problem: str) -> str:
 
 
 _PREAMBLE: Final = re.compile(r"\[ONNXRuntimeError\] : -?\d+ : \w+ : (Load model from .* failed:)?")
+_PLACE_IN_SOURCE: Final = re.compile(r"/onnxruntime_src/\S+:\d+ .*?\)(?: \[with .*?\])? (?=[A-Z])")
 
 
 def _load_problem(error: Exception, file: ModelFile) -> str:
@@ -162,6 +163,7 @@ def _load_problem(error: Exception, file: ModelFile) -> str:
     for folder in (file.path.parent, file.path.parent.resolve()):
         text = text.replace(f"{folder}/", "")
     problem = (text or type(error).__name__).splitlines()[0]
+    problem = _PLACE_IN_SOURCE.sub("", problem)
     if found := _LOCALE.search(problem):
         return _missing_locale(found[1])
     if "out of bounds or can not be read in full" in problem:

@@ -257,11 +257,18 @@ class _Probing:
             if before != now:
                 raise _Doubt(Off.UNSTEADY, name=spec.name)
         split = batching.split(together, jobs, Plan(self._axes, tuple(seen)))
-        for mine, expected in zip(split, alone, strict=True):
-            for spec, one, other in zip(self._outputs, mine, expected, strict=True):
+        for job, mine, expected in zip(jobs, split, alone, strict=True):
+            for at, (one, other) in enumerate(zip(mine, expected, strict=True)):
                 if not close(other, one):
-                    raise _Doubt(Off.MIXES, name=spec.name)
+                    raise self._disagreement(job, expected, at)
         return seen
+
+    def _disagreement(self, job: Feeds, alone: Sequence[Array], at: int) -> _Doubt:
+        """Whether the rows beside a job's change its answer, or it has another each time."""
+        again = self._run(job, self._stop)
+        is_steady = close(alone[at], again[at])
+        what = Off.MIXES if is_steady else Off.UNSTEADY_NUMBERS
+        return _Doubt(what, name=self._outputs[at].name)
 
 
 def _axis_of(
