@@ -589,6 +589,29 @@ def test_masked_logits_are_followed_too(tmp_path: Path) -> None:
     assert names(engine, [[1, 1, 0], [5, 0, 9]]) == ["b", "a"]
 
 
+@pytest.mark.parametrize("declared", [["b", 1], [2], None, [1, 2]])
+def test_scores_are_known_by_what_comes_though_the_file_declares_another_shape(
+    tmp_path: Path, declared: Sequence[Any] | None
+) -> None:
+    """As onnxmltools does of XGBoost's boosters, and who cuts zipmap off by hand."""
+    classifier = helper.make_node(
+        "LinearClassifier",
+        ["x"],
+        ["label", "p"],
+        domain="ai.onnx.ml",
+        classlabels_ints=[4, 9],
+        coefficients=[1.0, 0.0, 0.0, -1.0, 0.0, 0.0],
+        intercepts=[0.0, 0.0],
+        post_transform="SOFTMAX",
+    )
+    outputs = [zoo.tensor("label", ["b"], INT64), zoo.tensor("p", declared)]
+    made = zoo.model([classifier], [zoo.tensor("x", ["b", 3])], outputs)
+
+    engine = load(tmp_path, made, 'labels = ["no", "yes"]')
+
+    assert names(engine, [[3, 0, 0], [-2, 0, 0]]) == ["no", "yes"]
+
+
 @pytest.mark.parametrize("declared", [[3, "b"], [None, None]])
 def test_labels_of_scores_that_lie_across_are_refused(
     tmp_path: Path, declared: Sequence[Any]
@@ -612,7 +635,7 @@ def test_labels_are_refused_where_the_file_declares_columns_that_do_not_come(
     fitted = RidgeClassifier().fit(x, x[:, 0] > 0)
     made = to_onnx(fitted, x[:1], options={"zipmap": False})
 
-    reason = r"of the 2 labels.* the model gave `probabilities` \[48, 1\]"
+    reason = r"2 labels, but no output of shape.* the model gave `probabilities` \[48, 1\]"
     with pytest.raises(ModelRefused, match=reason):
         load(tmp_path, made, 'labels = ["no", "yes"]')
 

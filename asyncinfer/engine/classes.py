@@ -1,7 +1,7 @@
 """How a labelled classifier tells its class: decided once, when the model is loaded."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 import msgspec
@@ -9,7 +9,13 @@ import numpy as np
 from msgspec import Struct
 
 from asyncinfer.engine import class_probing, class_tables
-from asyncinfer.engine.asked_classes import Asked, may_be_class, may_be_scores
+from asyncinfer.engine.asked_classes import (
+    Asked,
+    may_be_class,
+    may_be_misdeclared,
+    may_be_scores,
+    may_have_columns,
+)
 from asyncinfer.engine.class_probing import LABEL, LEAST_ROWS, Seen, plain_name
 from asyncinfer.engine.class_tables import Shown, Table
 from asyncinfer.engine.probing import Run
@@ -61,15 +67,15 @@ def decided(
     asked = Asked(file, signature)
     if not signature.labels:
         return signature
-    scores = asked.scores or [spec for spec in signature.outputs if may_be_scores(spec, signature)]
     given = asked.given or [spec for spec in signature.outputs if may_be_class(spec)]
+
+    def observe(scores: Sequence[TensorSpec]) -> Seen:
+        return class_probing.observed(signature, scores, given, run, example, seconds)
+
+    scores, seen = _observed(signature, asked, given, observe)
+    asked.check_width(signature)
     if not scores:
         return signature
-    seen = Seen()
-    if given or len(scores) > 1 or class_probing.may_have_several(signature):
-        seen = class_probing.observed(signature, scores, given, run, example, seconds)
-    if seen.unfit and not seen.several:
-        raise asked.without_columns(seen.unfit)
     if seen.several and not asked.given:
         return signature
     scored = _best_scores(scores, seen, signature, asked)
@@ -83,6 +89,30 @@ def decided(
         class_output=found.name if found else "",
         class_values=found.values if found else (),
     )
+
+
+def _observed(
+    signature: Signature,
+    asked: Asked,
+    given: Sequence[TensorSpec],
+    observe: Callable[[Sequence[TensorSpec]], Seen],
+) -> tuple[Sequence[TensorSpec], Seen]:
+    """The outputs that may have the scores, and what rows gave where those were needed.
+
+    Raises ModelRefused where none has a column for each label.
+    """
+    specs = signature.outputs
+    scores = asked.scores or [spec for spec in specs if may_be_scores(spec, signature)]
+    is_declared = any(may_have_columns(spec, signature) for spec in specs)
+    if not is_declared:
+        scores = [spec for spec in specs if may_be_misdeclared(spec, signature)]
+    several = class_probing.may_have_several(signature)
+    is_clear = is_declared and len(scores) == 1 and not given and not several
+    seen = Seen() if is_clear or not scores else observe(scores)
+    has_columns = seen.scores or (is_declared and (seen.several or not seen.unfit))
+    if not has_columns:
+        raise asked.without_columns(seen.unfit)
+    return scores, seen
 
 
 # --- which output has the scores ---------------------------------------------------------------

@@ -8,16 +8,14 @@ from typing import Any, Final
 import msgspec
 
 from asyncinfer import models
-from asyncinfer.engine.asked_classes import may_have_columns
 from asyncinfer.engine.runtime import ort
 from asyncinfer.errors import ModelRefused
 from asyncinfer.models import ModelFile, Signature
 from asyncinfer.onnxgraph import File
-from asyncinfer.tensors import Dim, TensorSpec, dims
+from asyncinfer.tensors import Dim, TensorSpec
 
 _MOST_OPTIONAL: Final = 32
 _LONGEST_OPTIONAL_ELEMENTS: Final = 4096
-_MOST_SHOWN: Final = 6
 
 _DATATYPES: Final[dict[str, str]] = {
     "tensor(bool)": "BOOL",
@@ -113,25 +111,6 @@ def with_keys(signature: Signature, maps: Sequence[int], keys: tuple[int | str, 
     return msgspec.structs.replace(signature, outputs=tuple(outputs), keys=keys, labels=labels)
 
 
-def check_labels(signature: Signature, file: ModelFile) -> None:
-    """Raises ModelRefused where the labels of `model.toml` can name no columns of scores."""
-    labels, shown = signature.labels, f"{file.model}/model.toml"
-    if not labels:
-        return
-    if not any(may_have_columns(spec, signature) for spec in signature.outputs):
-        given = ", ".join(map(_declared, signature.outputs[:_MOST_SHOWN]))
-        raise ModelRefused(
-            f"{shown}: {len(labels)} labels, but no output of shape [batch, {len(labels)}]; the "
-            f"file declares {given}{', ...' if len(signature.outputs) > _MOST_SHOWN else ''}"
-        )
-    if len(labels) == 1 and not signature.keys:
-        # Else every row of a regressor would be of that class.
-        raise ModelRefused(
-            f"{shown}: 1 label, but a class is one of two or more columns of scores; leave "
-            "`labels` out for a model that gives one number a row"
-        )
-
-
 def check_rows(signature: Signature, file: ModelFile) -> None:
     """Raises ModelRefused where the scores have their rows on another axis than the first."""
     for spec, axis in zip(signature.outputs, signature.output_axes, strict=False):
@@ -140,11 +119,6 @@ def check_rows(signature: Signature, file: ModelFile) -> None:
                 f"{file.model}/model.toml: labels name columns, but `{spec.name}` has its rows in "
                 f"dimension {axis}; Transpose it in the graph, or leave `labels` out"
             )
-
-
-def _declared(spec: TensorSpec) -> str:
-    sizes = ", ".join("?" if dim is None else str(dim) for dim in dims(spec))
-    return f"`{spec.name}` {spec.datatype} [{sizes}]"
 
 
 def shape_of(sizes: Sequence[Dim]) -> tuple[Dim, ...]:

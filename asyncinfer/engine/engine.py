@@ -56,7 +56,6 @@ class Engine:
         if runner.maps:
             runner.keys = _keys(runner, signature, example, file, probe_seconds)
             signature = describing.with_keys(signature, runner.maps, runner.keys)
-        describing.check_labels(signature, file)
         signature = classes.decided(signature, file, runner.run, example, probe_seconds)
         verdict = _verdict(runner, signature, example, file, probe_seconds, graph)
         signature = _judged(signature, verdict)
