@@ -226,6 +226,33 @@ def test_only_what_is_proved_shares_a_run(
     assert runs_as_alone(engine, tmp_path, jobs) == runs, engine.signature.batching
 
 
+@pytest.mark.parametrize("declared", [[2], [1, 2], []])
+def test_an_output_is_described_as_it_was_seen_where_the_file_declares_another_shape(
+    tmp_path: Path, declared: list[int]
+) -> None:
+    """A scalar with rows in dimension 0 was an error to the client, which then showed no model."""
+    node = helper.make_node(
+        "LinearClassifier",
+        ["x"],
+        ["label", "p"],
+        domain="ai.onnx.ml",
+        classlabels_ints=[0, 1],
+        coefficients=[1.0, 0.0, 0.0, 1.0],
+        intercepts=[0.0, 0.0],
+    )
+    label = zoo.tensor("label", [1], INT64)
+    model = zoo.model([node], [zoo.tensor("x", ["b", 2])], [label, zoo.tensor("p", declared)])
+
+    signature = loaded(tmp_path, model).signature
+
+    assert signature.batched, signature.batching
+    seen_label, seen = signature.outputs
+    assert seen_label.shape == (None,)
+    assert seen.shape is not None
+    assert len(seen.shape) == 2
+    assert not isinstance(seen.shape[0], int)
+
+
 def test_a_job_of_no_rows_is_answered_and_stays_alone(tmp_path: Path) -> None:
     engine = loaded(tmp_path, zoo.mlp([4, 3]))
     plan = engine.plan

@@ -111,6 +111,26 @@ def with_keys(signature: Signature, maps: Sequence[int], keys: tuple[int | str, 
     return msgspec.structs.replace(signature, outputs=tuple(outputs), keys=keys, labels=labels)
 
 
+def as_seen(
+    outputs: Sequence[TensorSpec], axes: Sequence[int | None], ranks: Sequence[int]
+) -> tuple[TensorSpec, ...]:
+    """The outputs without what the file declares of their shapes and does not hold."""
+    if not ranks:
+        return tuple(outputs)
+    return tuple(map(_as_seen, outputs, axes, ranks))
+
+
+def _as_seen(spec: TensorSpec, axis: int | None, rank: int) -> TensorSpec:
+    if spec.shape is None:
+        return spec
+    if len(spec.shape) != rank:
+        return msgspec.structs.replace(spec, shape=(None,) * rank)
+    if axis is None or not isinstance(spec.shape[axis], int):
+        return spec
+    shape = (*spec.shape[:axis], None, *spec.shape[axis + 1 :])
+    return msgspec.structs.replace(spec, shape=shape)
+
+
 def check_rows(signature: Signature, file: ModelFile) -> None:
     """Raises ModelRefused where the scores have their rows on another axis than the first."""
     for spec, axis in zip(signature.outputs, signature.output_axes, strict=False):

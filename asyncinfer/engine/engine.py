@@ -70,6 +70,7 @@ def _judged(signature: Signature, verdict: Verdict) -> Signature:
         reason += "; other sizes are filled up with zeros: model.toml says so, not probed"
     return msgspec.structs.replace(
         signature,
+        outputs=describing.as_seen(signature.outputs, verdict.outputs, verdict.ranks),
         batched=verdict.batched,
         batching=reason,
         input_axes=verdict.inputs,
