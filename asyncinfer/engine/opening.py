@@ -154,7 +154,9 @@ def _type_remedy(problem: str) -> str:
 
 
 _PREAMBLE: Final = re.compile(r"\[ONNXRuntimeError\] : -?\d+ : \w+ : (Load model from .* failed:)?")
-_PLACE_IN_SOURCE: Final = re.compile(r"/onnxruntime_src/\S+:\d+ .*?\)(?: const)?(?: \[with .*?\])? ")
+_PLACE_IN_SOURCE: Final = re.compile(
+    r"/onnxruntime_src/\S+:\d+ .*?\)(?: const)?(?: \[with .*?\])? "
+)
 
 _REMEDIES: Final = (
     (
