@@ -103,6 +103,10 @@ def read_config(toml: bytes, shown: str, folder: Path | None = None) -> ModelCon
         raise ModelRefused(f"{shown}: {error}") from error
 
 
+_NO_LINES: Final = frozenset({".yaml", ".yml", ".toml", ".pbtxt", ".xml"})
+"""Endings of files whose lines are no labels."""
+
+
 def _labels_in(folder: Path, name: str, shown: str) -> list[str]:
     """Raises ModelRefused that names the labels file where that is at fault."""
     path = folder / name
@@ -115,11 +119,32 @@ def _labels_in(folder: Path, name: str, shown: str) -> list[str]:
     except Unreadable as error:
         beside = shown.rpartition("/")[0]
         raise ModelRefused(f"{beside}/{name}: {error.words}".removeprefix("/")) from error
+    if path.suffix.lower() == ".json":
+        return _labels_of_json(text, name)
+    if path.suffix.lower() in _NO_LINES:
+        raise ValueError(f"labels: {name} has no label a line; give a text file, or a list")
     # Not `splitlines`, which ends a line at U+2028 and other characters that a label may hold.
     labels = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     while labels and not labels[-1].strip():
         labels.pop()
     return labels
+
+
+def _labels_of_json(text: str, name: str) -> list[str]:
+    """Of a list of labels, or of the `id2label` of a config.json from Hugging Face."""
+    try:
+        found = msgspec.json.decode(text)
+        table = found.get("id2label", found) if isinstance(found, dict) else dict(enumerate(found))
+        by_column = {int(column): label for column, label in table.items()}
+        labels = [by_column[column] for column in range(len(table))]
+        return msgspec.convert(labels, list[str])
+    except (msgspec.MsgspecError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"labels: {name} is neither a list of strings nor has it `id2label`, an object with a "
+            "string for each column from 0"
+        ) from error
+    except RecursionError as error:
+        raise ValueError(f"labels: {name} is nested too deep") from error
 
 
 def _unknown_keys(table: Mapping[str, Any], struct: type[Struct], prefix: str) -> Iterator[str]:

@@ -76,6 +76,10 @@ class Off(Enum):
         f"{_ROUNDING}; if other outputs do not, {_LEAVE_OUT}",
         _ROUNDING,
     )
+    UNSTEADY_NUMBERS = (
+        "`{name}` gives the same rows other numbers each time they are run",
+        f"export it for inference, without dropout or random numbers; {_FORCE}",
+    )
     RANK = "`{name}` changes its rank with the number of rows", _LEAVE_OUT, _ROWS
     SHAPE = "`{name}` changes its shape with the number of rows", _LEAVE_OUT, _ROWS
     COUNT = "`{name}` has another number of rows than the input", _LEAVE_OUT, _ROWS

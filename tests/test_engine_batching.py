@@ -1,6 +1,7 @@
 """What shares a run gets the answer that it gets alone from bare ONNX Runtime."""
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,33 @@ def test_only_what_is_proved_shares_a_run(
     engine = loaded(tmp_path, build())
 
     assert runs_as_alone(engine, tmp_path, jobs) == runs, engine.signature.batching
+
+
+@pytest.mark.parametrize("declared", [[2], [1, 2], []])
+def test_an_output_is_described_as_it_was_seen_where_the_file_declares_another_shape(
+    tmp_path: Path, declared: list[int]
+) -> None:
+    """A scalar with rows in dimension 0 was an error to the client, which then showed no model."""
+    node = helper.make_node(
+        "LinearClassifier",
+        ["x"],
+        ["label", "p"],
+        domain="ai.onnx.ml",
+        classlabels_ints=[0, 1],
+        coefficients=[1.0, 0.0, 0.0, 1.0],
+        intercepts=[0.0, 0.0],
+    )
+    label = zoo.tensor("label", [1], INT64)
+    model = zoo.model([node], [zoo.tensor("x", ["b", 2])], [label, zoo.tensor("p", declared)])
+
+    signature = loaded(tmp_path, model).signature
+
+    assert signature.batched, signature.batching
+    seen_label, seen = signature.outputs
+    assert seen_label.shape == (None,)
+    assert seen.shape is not None
+    assert len(seen.shape) == 2
+    assert not isinstance(seen.shape[0], int)
 
 
 def test_a_job_of_no_rows_is_answered_and_stays_alone(tmp_path: Path) -> None:
@@ -456,6 +484,45 @@ def test_what_is_no_tensor_is_refused_in_words(
     model.opset_import[0].version = 21
 
     assert f"`y` is {why}" in refusal(tmp_path, model)
+
+
+def test_the_refusal_of_a_list_names_the_other_outputs(tmp_path: Path) -> None:
+    """As scikit-learn's MultiOutputClassifier has one, with labels beside it."""
+    kind = helper.make_sequence_type_proto(helper.make_tensor_type_proto(FLOAT, None))
+    nodes = [
+        helper.make_node("SplitToSequence", ["x"], ["probabilities"], axis=0),
+        helper.make_node("Relu", ["x"], ["y"]),
+    ]
+    outputs = [helper.make_value_info("probabilities", kind), zoo.tensor("y", ["b", 2])]
+    model = zoo.model(nodes, [zoo.tensor("x", ["b", 2])], outputs)
+
+    assert "or keep other outputs with `outputs` in model.toml" in refusal(tmp_path, model)
+    assert loaded(tmp_path / "kept", model, 'outputs = ["y"]').signature.batched
+
+
+@pytest.mark.parametrize(
+    ("changed", "remedy"),
+    [
+        ({"opset": 999}, r"^ONNX Runtime only .* or export it for opset \d+ of ai.onnx$"),
+        ({"ir": 99}, r"^Unsupported model IR version: 99.* save the file again with `ir_version"),
+        ({"opset": 1}, r"^Could not find .* this onnxruntime has no Tanh of that opset"),
+        ({"domain": "my.ops"}, "name the library that has the operator Tanh as session.custom_ops"),
+    ],
+    ids=str,
+)
+def test_what_onnx_runtime_cannot_load_is_refused_with_what_to_do(
+    tmp_path: Path, changed: dict[str, Any], remedy: str
+) -> None:
+    model = zoo.unary("Tanh", ("b", 2))
+    model.opset_import[0].version = changed.get("opset", 17)
+    model.ir_version = changed.get("ir", 8)
+    if "domain" in changed:
+        model.graph.node[0].domain = changed["domain"]
+        model.opset_import.append(helper.make_opsetid(changed["domain"], 1))
+
+    _, _, reason = refusal(tmp_path, model).partition("ONNX Runtime cannot load it: ")
+
+    assert re.search(remedy, reason), reason
 
 
 FLOATS = helper.make_sequence_type_proto(helper.make_tensor_type_proto(FLOAT, None))

@@ -426,6 +426,24 @@ def test_an_embedding_as_wide_as_the_scores_has_another_name(tmp_path: Path) -> 
     assert names(load(tmp_path, made), ROWS) == NAMES
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_constant_as_wide_as_the_scores_is_none(tmp_path: Path, turned: bool) -> None:
+    """Such as transitions between the classes: its rows are not those of the input."""
+    nodes = [
+        node("Identity", ["x"], ["y"]),
+        node("Identity", ["mix"], ["prob_prior"]),
+        node("ArgMax", ["x"], ["top"], axis=1, keepdims=0),
+    ]
+    outputs: list[tuple[str, Sequence[Any], int]]
+    outputs = [("y", ["b", 3], FLOAT), ("prob_prior", [3, 3], FLOAT)]
+    made = model(nodes, *(outputs[::-1] if turned else outputs), ("top", ["b"], INT64))
+
+    engine = load(tmp_path, made)
+
+    assert names(engine, ROWS) == NAMES
+    assert engine.signature.score_output == "y"
+
+
 TWO_HEADS = model(
     [node("MatMul", ["x", "mix"], ["y0"]), node("Identity", ["x"], ["y1"])],
     ("y0", ["b", 3], FLOAT),
@@ -439,6 +457,49 @@ def test_of_two_heads_the_one_with_the_class_is_named_by_model_toml(tmp_path: Pa
     engine = load(tmp_path / "named", TWO_HEADS, ABC + 'score_output = "y1"')
 
     assert names(engine, ROWS) == NAMES
+
+
+# --- distances: the class is the nearest -------------------------------------------------------
+
+
+@pytest.mark.parametrize("clusters", [2, 5])
+def test_a_cluster_of_kmeans_is_the_nearest(tmp_path: Path, clusters: int) -> None:
+    from skl2onnx import to_onnx
+    from skl2onnx.common.data_types import FloatTensorType
+    from sklearn.cluster import KMeans
+
+    x = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
+    fitted = KMeans(clusters, n_init=1, random_state=0).fit(x)
+
+    made = to_onnx(fitted, initial_types=[("x", FloatTensorType([None, 3]))])
+    engine = load(tmp_path, made, f"labels = {list('abcde')[:clusters]}")
+
+    expected = ["abcde"[at] for at in fitted.predict(x)]
+    assert names(engine, x) == expected
+
+
+NEAREST: dict[str, list[onnx.NodeProto]] = {
+    "smallest of all": [
+        node("TopK", ["d", "ones"], ["least", "at"], axis=1, largest=0),
+        node("Identity", ["at"], ["cluster"]),
+    ],
+    "numbers of its own": [
+        node("ArgMin", ["d"], ["at"], axis=1, keepdims=1),
+        node("Gather", ["turned", "at"], ["cluster"]),
+    ],
+    "highest of the negative": [
+        node("Neg", ["d"], ["near"]),
+        node("ArgMax", ["near"], ["cluster"], axis=1, keepdims=1),
+    ],
+}
+
+
+@pytest.mark.parametrize("how", NEAREST)
+def test_the_nearest_is_the_class_however_it_was_found(tmp_path: Path, how: str) -> None:
+    nodes = [node("Mul", ["x", "x"], ["d"]), *NEAREST[how]]
+    made = model(nodes, ("d", ["b", 3], FLOAT), ("cluster", ["b", 1], INT64))
+
+    assert names(load(tmp_path, made), [[9, 1, 2], [0, 5, 1], [1, 2, 0.5]]) == ["b", "a", "c"]
 
 
 # --- model.toml --------------------------------------------------------------------------------
@@ -572,6 +633,57 @@ def test_masked_logits_are_followed_too(tmp_path: Path) -> None:
     engine = load(tmp_path, made, ABC + 'scores = "logits"')
 
     assert names(engine, [[1, 1, 0], [5, 0, 9]]) == ["b", "a"]
+
+
+@pytest.mark.parametrize("declared", [["b", 1], [2], None, [1, 2]])
+def test_scores_are_known_by_what_comes_though_the_file_declares_another_shape(
+    tmp_path: Path, declared: Sequence[Any] | None
+) -> None:
+    """As onnxmltools does of XGBoost's boosters, and who cuts zipmap off by hand."""
+    classifier = helper.make_node(
+        "LinearClassifier",
+        ["x"],
+        ["label", "p"],
+        domain="ai.onnx.ml",
+        classlabels_ints=[4, 9],
+        coefficients=[1.0, 0.0, 0.0, -1.0, 0.0, 0.0],
+        intercepts=[0.0, 0.0],
+        post_transform="SOFTMAX",
+    )
+    outputs = [zoo.tensor("label", ["b"], INT64), zoo.tensor("p", declared)]
+    made = zoo.model([classifier], [zoo.tensor("x", ["b", 3])], outputs)
+
+    engine = load(tmp_path, made, 'labels = ["no", "yes"]')
+
+    assert names(engine, [[3, 0, 0], [-2, 0, 0]]) == ["no", "yes"]
+
+
+@pytest.mark.parametrize("declared", [[3, "b"], [None, None]])
+def test_labels_of_scores_that_lie_across_are_refused(
+    tmp_path: Path, declared: Sequence[Any]
+) -> None:
+    """With as many rows as classes they would be taken the wrong way round."""
+    across = [node("Transpose", ["x"], ["y"])]
+    made = zoo.model(across, [zoo.tensor("x", declared[::-1])], [zoo.tensor("y", declared)])
+
+    with pytest.raises(ModelRefused, match=r"no output of shape|has its rows in dimension 1"):
+        load(tmp_path, made)
+
+
+def test_labels_are_refused_where_the_file_declares_columns_that_do_not_come(
+    tmp_path: Path,
+) -> None:
+    """As skl2onnx does of a RidgeClassifier of two classes."""
+    from skl2onnx import to_onnx
+    from sklearn.linear_model import RidgeClassifier
+
+    x = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    fitted = RidgeClassifier().fit(x, x[:, 0] > 0)
+    made = to_onnx(fitted, x[:1], options={"zipmap": False})
+
+    reason = r"2 labels, but no output of shape.* the model gave `probabilities` \[48, 1\]"
+    with pytest.raises(ModelRefused, match=reason):
+        load(tmp_path, made, 'labels = ["no", "yes"]')
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,47 @@ def test_labels_may_lie_in_a_file_beside_it(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"model_type": "bert", "id2label": {"1": "good", "0": "bad"}, "label2id": {"bad": 0}}',
+        '["bad",\n "good"]',
+        '{"0": "bad", "1": "good"}',
+    ],
+)
+def test_labels_may_be_those_of_a_json_file(tmp_path: Path, content: str) -> None:
+    """An exporter of Hugging Face leaves them in config.json alone."""
+    (tmp_path / "config.json").write_text(content)
+
+    labels = read_config(b'labels = "config.json"', "m.toml", tmp_path).labels
+
+    assert labels == ("bad", "good")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", '{"model_type": "bert"}'),
+        ("config.json", '{"id2label": {"0": "bad", "2": "good"}}'),
+        ("config.json", '{"id2label": {"0": 1}}'),
+        ("config.json", "[1, 2]"),
+        ("config.json", "3"),
+        ("config.json", "bad\ngood"),
+        ("config.json", "[" * 100_000),
+        ("names.yaml", "names:\n  0: bad\n"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_lines_of_another_format_are_not_taken_for_labels(
+    tmp_path: Path, name: str, content: str
+) -> None:
+    (tmp_path / name).write_text(content)
+
+    reason = refusal(f'labels = "{name}"'.encode(), tmp_path)
+
+    assert reason.startswith(f"m.toml: labels: {name} ")
+
+
 @pytest.mark.parametrize("name", ["../labels.txt", "/etc/hostname", "none.txt", "link.txt", ".."])
 def test_labels_lie_nowhere_else(tmp_path: Path, name: str) -> None:
     (tmp_path / "link.txt").symlink_to("/etc/hostname")

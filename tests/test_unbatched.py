@@ -63,6 +63,12 @@ def unsteady() -> onnx.ModelProto:
     return with_tanh(nodes, None, {"zero": np.array(0, np.float32)})
 
 
+def in_training() -> onnx.ModelProto:
+    nodes = [node("Dropout", ["x", "half", "yes"], ["y"])]
+    weights = {"half": np.array(0.5, np.float32), "yes": np.array(True)}
+    return only_y(with_tanh(nodes, ["batch", 8], weights))
+
+
 def squeezed() -> onnx.ModelProto:
     return with_tanh([node("Squeeze", ["x"], ["y"])], None)
 
@@ -208,6 +214,7 @@ CASES: Final = {
     ),
     "unsteady": Case(unsteady, LEAVE_OUT, mended_toml=Z),
     "mixes": Case(normed, LEAVE_OUT, mended_toml=Z),
+    "unsteady_numbers": Case(in_training, "export it for inference", mended=tanh("b", 8)),
     "rank": Case(squeezed, LEAVE_OUT, mended_toml=Z),
     "shape": Case(pairs, LEAVE_OUT, mended_toml=Z),
     "count": Case(doubled, LEAVE_OUT, mended_toml=Z),

@@ -269,7 +269,7 @@ def _rows_of(value: Any, plan: Plan, count: int) -> list[Any]:
 
 def _row(plan: Plan, name: str, array: Any, at: int) -> Any:
     axis = _row_axis(plan.model, name)
-    if axis is None or array.shape[axis] <= at:
+    if axis is None or axis >= array.ndim or array.shape[axis] <= at:
         return array
     return array[at] if axis == 0 else array.take(at, axis=axis)
 

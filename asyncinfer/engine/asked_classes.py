@@ -1,11 +1,15 @@
 """What `model.toml` says of a classifier's outputs, checked against what the graph declares."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 from asyncinfer.engine.class_tables import Table
 from asyncinfer.errors import ModelRefused
 from asyncinfer.models import ModelFile, Signature
 from asyncinfer.tensors import FLOATS, RANGES, TensorSpec, dims
+
+_MOST_SHOWN: Final = 6
+"""Of a model's outputs, in a refusal."""
 
 
 class Asked:
@@ -14,13 +18,14 @@ class Asked:
     def __init__(self, file: ModelFile, signature: Signature) -> None:
         self._shown = f"{file.model}/model.toml"
         self._specs = {spec.name: spec for spec in signature.outputs}
+        self._labels = signature.labels
         config = file.config
         self.values: Table = config.classes
         self.scores = self._output("score_output", config.score_output)
         self.given = self._output("class_output", config.class_output)
         if not signature.labels and (self.scores or self.given):
             raise self._refused("score_output and class_output need `labels`")
-        if self.scores and not may_be_scores(self.scores[0], len(signature.labels)):
+        if self.scores and not may_be_scores(self.scores[0], signature):
             raise self._refused(
                 f"score_output: `{self.scores[0].name}` has no columns of fractions, one for each "
                 f"of the {len(signature.labels)} labels"
@@ -97,6 +102,26 @@ class Asked:
                 "the labels in the order of the columns"
             )
 
+    def check_width(self, signature: Signature) -> None:
+        """Raises ModelRefused for one label, which would be the class of every row."""
+        if len(self._labels) == 1 and not signature.keys:
+            raise self._refused(
+                "1 label, but a class is one of two or more columns of scores; leave `labels` out "
+                "for a model that gives one number a row"
+            )
+
+    def without_columns(self, given: Mapping[str, Sequence[int]]) -> ModelRefused:
+        """`given` are the shapes of outputs that made-up rows got."""
+        specs = list(self._specs.values())
+        declared = ", ".join(map(_declared, specs[:_MOST_SHOWN]))
+        more = ", ..." if len(specs) > _MOST_SHOWN else ""
+        shapes = [f"`{name}` {list(shape)}" for name, shape in given.items()][:_MOST_SHOWN]
+        came = f", and the model gave {', '.join(shapes)}" if shapes else ""
+        return self._refused(
+            f"{len(self._labels)} labels, but no output of shape [batch, {len(self._labels)}]; the "
+            f"file declares {declared}{more}{came}"
+        )
+
     def unknown(self, name: str) -> ModelRefused:
         return self._refused(
             f"class_output: which value of `{name}` means which column of the scores is not known "
@@ -108,10 +133,43 @@ class Asked:
         return ModelRefused(f"{self._shown}: {problem}")
 
 
-def may_be_scores(spec: TensorSpec, width: int) -> bool:
-    if spec.datatype not in FLOATS or spec.shape is None:
-        return spec.datatype in FLOATS
-    return len(spec.shape) == 2 and (spec.shape[1] == width or not isinstance(spec.shape[1], int))
+def _declared(spec: TensorSpec) -> str:
+    sizes = ", ".join("?" if dim is None else str(dim) for dim in dims(spec))
+    return f"`{spec.name}` {spec.datatype} [{sizes}]"
+
+
+def may_be_scores(spec: TensorSpec, signature: Signature) -> bool:
+    """By its type: a row for each row of the input, a column for each label."""
+    return spec.datatype in FLOATS and may_have_columns(spec, signature)
+
+
+def may_be_misdeclared(spec: TensorSpec, signature: Signature) -> bool:
+    """Whether only what it gives tells: converters declare the probabilities of two classes as
+    [batch, 1], and what zipmap was cut off from by hand as [2]."""
+    return spec.datatype in FLOATS and not lies_across(spec, signature)
+
+
+def may_have_columns(spec: TensorSpec, signature: Signature) -> bool:
+    """Whether it may have a row for each row of the input, and a column for each label."""
+    if spec.shape is None:
+        return True
+    if len(spec.shape) != 2 or lies_across(spec, signature):
+        return False
+    return spec.shape[1] == len(signature.labels) or not isinstance(spec.shape[1], int)
+
+
+def lies_across(spec: TensorSpec, signature: Signature) -> bool:
+    """Whether its columns are the rows of the input, as those of [4, batch] are.
+
+    With 4 rows the scores of 4 classes would be taken the wrong way round.
+    """
+    shape = dims(spec)
+    if len(shape) != 2 or isinstance(shape[1], int):
+        return False
+    rows, columns = shape
+    of_inputs = [dims(given)[0] for given in signature.inputs if dims(given)]
+    is_named = columns is not None and columns in of_inputs
+    return rows not in of_inputs and (is_named or isinstance(rows, int))
 
 
 def may_be_class(spec: TensorSpec) -> bool:

@@ -41,12 +41,14 @@ _WORDS: Final = np.array(["", "some text", "é", "a", "0"], dtype=object)
 class Seen(Struct, frozen=True):
     """What rows gave that were made up; empty where none could be run."""
 
-    scores: dict[str, Array]
+    scores: dict[str, Array] = {}
     """By output [rows, columns], in FP64."""
-    given: dict[str, Array]
+    given: dict[str, Array] = {}
     """By output [rows], where it has one value for each."""
-    several: bool
+    several: bool = False
     """Whether the model's own label has a 1 for each class that a row has, of several or none."""
+    unfit: dict[str, tuple[int, ...]] = {}
+    """The shapes that were given where none had a column for each label."""
 
 
 def observed(
@@ -63,20 +65,30 @@ def observed(
     """
     names = [spec.name for spec in signature.outputs]
     width = len(signature.labels)
+    rows = _Rows(signature, example)
     runs: list[dict[str, Array]] = []
     with deadline(min(seconds, _MOST_SECONDS)) as stop:
-        for outputs in _Rows(signature, example).answers(run, stop):
+        for outputs in rows.answers(run, stop):
             runs.append(dict(zip(names, outputs, strict=True)))
             if _is_enough([one[scores[0].name] for one in runs], width):
                 break
+    if not runs:
+        return Seen()
     matrices = {
         spec.name: [one[spec.name] for one in runs]
         for spec in scores
         if all(_is_matrix(one[spec.name], width) for one in runs)
     }
-    counts = [len(one) for one in next(iter(matrices.values()), [])]
-    if not counts:
-        return Seen({}, {}, False)
+    several = any(
+        _is_matrix(one[spec.name], width) and _has_several(_plain(one[spec.name]))
+        for spec in signature.outputs
+        if _is_label_of_several(spec)
+        for one in runs
+    )
+    if not matrices:
+        unfit = {spec.name: runs[0][spec.name].shape for spec in scores}
+        return Seen(several=several, unfit=unfit)
+    matrices, counts = _of_rows(matrices, rows.at_once)
     values = {
         spec.name: [one[spec.name].reshape(-1) for one in runs]
         for spec in given
@@ -86,13 +98,23 @@ def observed(
     return Seen(
         {name: np.concatenate(some).astype(np.float64) for name, some in matrices.items()},
         {name: _plain(np.concatenate(some)) for name, some in values.items()},
-        any(
-            _is_matrix(one[spec.name], width) and _has_several(_plain(one[spec.name]))
-            for spec in signature.outputs
-            if _is_label_of_several(spec)
-            for one in runs
-        ),
+        several,
     )
+
+
+def _of_rows(
+    matrices: dict[str, list[Array]], rows: int
+) -> tuple[dict[str, list[Array]], list[int]]:
+    """Those that have the rows of the input, as a constant has not, and how many in each run."""
+    answering = {
+        name: some
+        for name, some in matrices.items()
+        if any(not np.array_equal(one, some[0]) for one in some)
+    }
+    counts = {name: [len(one) for one in some] for name, some in (answering or matrices).items()}
+    first = next(iter(counts.values()))
+    mine = next((one for one in counts.values() if set(one) == {rows}), first)
+    return {name: matrices[name] for name, its in counts.items() if its == mine}, mine
 
 
 def may_have_several(signature: Signature) -> bool:
@@ -141,12 +163,13 @@ class _Rows:
     def __init__(self, signature: Signature, example: Feeds | None) -> None:
         self._needed = [spec for spec in signature.inputs if not spec.optional]
         self._example = example or {}
-        self._rows = self._at_once(signature.max_rows)
+        self.at_once = self._most(signature.max_rows)
+        """How many rows a run has; 1 where the model does not say that it takes more."""
         self._sizes: Sequence[int] = OPEN_SIZES
 
     def answers(self, run: Run, stop: Stop) -> Iterator[list[Array]]:
         """All outputs of each run that succeeds."""
-        rounds = 1 if self._rows > 1 else _ROWS // len(_WHOLE)
+        rounds = 1 if self.at_once > 1 else _ROWS // len(_WHOLE)
         for seed in range(rounds * len(_WHOLE)):
             for size in self._sizes:
                 try:
@@ -159,8 +182,7 @@ class _Rows:
                 self._sizes = (size,)
                 break
 
-    def _at_once(self, most: int) -> int:
-        """How many rows a run may have; 1 where the model does not say that it takes more."""
+    def _most(self, most: int) -> int:
         specs = self._needed
         if not specs or any(not spec.shape or isinstance(spec.shape[0], int) for spec in specs):
             return 1
@@ -185,7 +207,7 @@ class _Rows:
         if example is not None and spec.shape is None:
             return example
         between = _FRACTIONS[seed % len(_FRACTIONS)]
-        first = [dim if isinstance(dim, int) else self._rows for dim in dims(spec)[:1]]
+        first = [dim if isinstance(dim, int) else self.at_once for dim in dims(spec)[:1]]
         shape = [*first, *self._beside_rows(spec, size)]
         if prod(shape) > 16 * _MOST_ELEMENTS:
             raise ModelFailed(f"`{spec.name}` is too large to make one up: {shape}")

@@ -36,7 +36,7 @@ class Shown(Struct, frozen=True):
     """Whether it is the label of the only classifier among the graph's nodes, which the scores are
     of. With two heads one may be a classifier, and the scores the other's."""
     is_lowest: bool = False
-    """Whether it is the column of the lowest of some numbers, such as distances."""
+    """Whether it is the place of a lowest number, as KMeans picks the least distance."""
 
 
 class _Node(Struct, frozen=True):
@@ -76,9 +76,11 @@ class _Graph:
 
     def shown(self, name: str, scored: str) -> Shown | None:
         table, is_label = self._table(name, _MOST_STEPS)
-        if table:
-            return Shown(table, is_label and self._is_of_only_classifier(scored))
-        return Shown((), False, is_lowest=True) if self._is_lowest(name) else None
+        is_lowest = self._is_lowest(name)
+        if not table and not is_lowest:
+            return None
+        is_only = is_label and self._is_of_only_classifier(scored)
+        return Shown(table or (), is_only, is_lowest)
 
     def _is_of_only_classifier(self, scored: str) -> bool:
         """Whether the graph has one classifier, and this output is made of its scores."""
@@ -98,10 +100,21 @@ class _Graph:
     def _is_lowest(self, name: str) -> bool:
         for _ in range(_MOST_STEPS):
             node = self._makers.get(name)
-            if node is None or not node.inputs or node.operator not in _UNCHANGED:
-                return node is not None and node.operator == "ArgMin"
-            name = node.inputs[0]
+            if node is None or len(node.inputs) < (2 if node.operator in _LOOKUPS else 1):
+                return False
+            if node.operator == "TopK":
+                return name in node.outputs[1:] and self._takes_smallest(node)
+            if node.operator not in _LOOKUPS | _UNCHANGED | {"LabelEncoder"}:
+                return node.operator == "ArgMin"
+            name = node.inputs[node.operator in _LOOKUPS]
         return False
+
+    def _takes_smallest(self, node: _Node) -> bool:
+        return any(
+            _text(self._content, start, end, 1) == "largest"
+            and [*_numbers(self._content, start, end, 3)] == [0]
+            for start, end in node.attributes
+        )
 
     def _table(self, name: str, steps: int) -> tuple[Table | None, bool]:
         """What the maker of this value calls each column, and whether that is a classifier."""

@@ -1,7 +1,7 @@
 """How a labelled classifier tells its class: decided once, when the model is loaded."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 import msgspec
@@ -9,7 +9,13 @@ import numpy as np
 from msgspec import Struct
 
 from asyncinfer.engine import class_probing, class_tables
-from asyncinfer.engine.asked_classes import Asked, may_be_class, may_be_scores
+from asyncinfer.engine.asked_classes import (
+    Asked,
+    may_be_class,
+    may_be_misdeclared,
+    may_be_scores,
+    may_have_columns,
+)
 from asyncinfer.engine.class_probing import LABEL, LEAST_ROWS, Seen, plain_name
 from asyncinfer.engine.class_tables import Shown, Table
 from asyncinfer.engine.probing import Run
@@ -61,27 +67,52 @@ def decided(
     asked = Asked(file, signature)
     if not signature.labels:
         return signature
-    width = len(signature.labels)
-    scores = asked.scores or [spec for spec in signature.outputs if may_be_scores(spec, width)]
     given = asked.given or [spec for spec in signature.outputs if may_be_class(spec)]
+
+    def observe(scores: Sequence[TensorSpec]) -> Seen:
+        return class_probing.observed(signature, scores, given, run, example, seconds)
+
+    scores, seen = _observed(signature, asked, given, observe)
+    asked.check_width(signature)
     if not scores:
         return signature
-    seen = Seen({}, {}, False)
-    if given or len(scores) > 1 or class_probing.may_have_several(signature):
-        seen = class_probing.observed(signature, scores, given, run, example, seconds)
     if seen.several and not asked.given:
         return signature
     scored = _best_scores(scores, seen, signature, asked)
     found = _Deciding(signature, file, scored, seen, asked).best(given)
     asked.check_order(signature.keys, signature.labels)
     if found:
-        asked.check_order(found.values or range(width), signature.labels)
+        asked.check_order(found.values or range(len(signature.labels)), signature.labels)
     return msgspec.structs.replace(
         signature,
         score_output=scored,
         class_output=found.name if found else "",
         class_values=found.values if found else (),
     )
+
+
+def _observed(
+    signature: Signature,
+    asked: Asked,
+    given: Sequence[TensorSpec],
+    observe: Callable[[Sequence[TensorSpec]], Seen],
+) -> tuple[Sequence[TensorSpec], Seen]:
+    """The outputs that may have the scores, and what rows gave where those were needed.
+
+    Raises ModelRefused where none has a column for each label.
+    """
+    specs = signature.outputs
+    scores = asked.scores or [spec for spec in specs if may_be_scores(spec, signature)]
+    is_declared = any(may_have_columns(spec, signature) for spec in specs)
+    if not is_declared:
+        scores = [spec for spec in specs if may_be_misdeclared(spec, signature)]
+    several = class_probing.may_have_several(signature)
+    is_clear = is_declared and len(scores) == 1 and not given and not several
+    seen = Seen() if is_clear or not scores else observe(scores)
+    has_columns = seen.scores or (is_declared and (seen.several or not seen.unfit))
+    if not has_columns:
+        raise asked.without_columns(seen.unfit)
+    return scores, seen
 
 
 # --- which output has the scores ---------------------------------------------------------------
@@ -128,6 +159,12 @@ def _are_shares(rows: Array) -> bool:
     return bool(len(sums) and (sums >= -1e-3).all() and (abs(sums.sum(axis=1) - 1) < 1e-2).all())
 
 
+def _are_distances(rows: Array) -> bool:
+    """Whether these may be distances, as KMeans has them to its clusters: none is negative."""
+    finite: Any = rows[np.isfinite(rows).all(axis=1)]
+    return bool((finite >= 0).all() and (finite > 1).any()) and not _are_shares(rows)
+
+
 # --- which output is the class -----------------------------------------------------------------
 
 
@@ -140,6 +177,19 @@ def _pairs(given: Array, scores: Array) -> list[tuple[int | str, int]]:
     with np.errstate(invalid="ignore"):
         leads = np.isfinite(first) & (first - second > _LEAST_LEAD * abs(first))
     return list(zip(given[leads].tolist(), highest_columns(scores)[leads].tolist(), strict=True))
+
+
+def _telling_pairs(given: Array, scores: Array, *, is_lowest: bool) -> list[tuple[int | str, int]]:
+    """As `_pairs`; of distances with the column of the lowest, where the class is the nearest.
+
+    Of two columns only the graph tells: one is the lowest where the other is the highest.
+    """
+    highest = _pairs(given, scores)
+    if not _are_distances(scores):
+        return highest
+    lowest = _pairs(given, np.negative(scores))
+    is_seen = scores.shape[1] > 2 and not _follows(highest) and _follows(lowest)
+    return lowest if is_lowest or is_seen else highest
 
 
 def _most_often(pairs: Sequence[tuple[int | str, int]]) -> dict[int | str, int]:
@@ -207,12 +257,15 @@ class _Deciding:
 
     def _agreement(self, candidate: _Candidate) -> float:
         """In what share of the probe rows it means the column of the highest score."""
-        pairs = self._pairs_of(self._seen.given.get(candidate.name))
+        pairs = self._pairs_of(candidate.name)
         columns = {value: at for at, value in enumerate(candidate.values or range(self._width))}
         return sum(columns.get(value) == column for value, column in pairs) / max(len(pairs), 1)
 
-    def _pairs_of(self, given: Array | None) -> list[tuple[int | str, int]]:
-        return [] if given is None or self._scores is None else _pairs(given, self._scores)
+    def _pairs_of(self, name: str) -> list[tuple[int | str, int]]:
+        given, shown = self._seen.given.get(name), self._shown.get(name)
+        if given is None or self._scores is None:
+            return []
+        return _telling_pairs(given, self._scores, is_lowest=bool(shown and shown.is_lowest))
 
     def _candidate(self, spec: TensorSpec) -> _Candidate | None:
         is_asked = bool(self._asked.given)
@@ -221,7 +274,7 @@ class _Deciding:
         given = self._seen.given.get(spec.name)
         if given is None and self._seen.given and not is_asked:
             return None  # its rows have not one value each
-        pairs = self._pairs_of(given)
+        pairs = self._pairs_of(spec.name)
         values = set() if given is None else set(given.tolist())
         shown = self._shown.get(spec.name)
         is_label = is_asked or plain_name(spec.name) in LABEL or bool(shown and shown.is_only)

@@ -12,7 +12,7 @@ from asyncinfer.engine.runtime import ort
 from asyncinfer.errors import ModelRefused
 from asyncinfer.models import ModelFile, Signature
 from asyncinfer.onnxgraph import File
-from asyncinfer.tensors import Dim, TensorSpec, dims
+from asyncinfer.tensors import Dim, TensorSpec
 
 _MOST_OPTIONAL: Final = 32
 _LONGEST_OPTIONAL_ELEMENTS: Final = 4096
@@ -56,7 +56,7 @@ _TENSOR: Final = re.compile(r"tensor\((\w+)\)")
 
 _KINDS: Final = (
     ("seq(map", "a list of maps that are not scores", "export it with zipmap off"),
-    ("seq(", "a list of tensors", "let the graph join them into one"),
+    ("seq(", "a list of tensors", "let the graph join them into one (ConcatFromSequence)"),
     ("map(", "a map", "let the graph give keys and values as tensors"),
     ("sparse_tensor", "a sparse tensor", "let the graph make it dense"),
     ("optional(", "a value that may be missing", "let the graph always give it"),
@@ -111,22 +111,34 @@ def with_keys(signature: Signature, maps: Sequence[int], keys: tuple[int | str, 
     return msgspec.structs.replace(signature, outputs=tuple(outputs), keys=keys, labels=labels)
 
 
-def check_labels(signature: Signature, file: ModelFile) -> None:
-    """Raises ModelRefused where the labels of `model.toml` can name no columns of scores."""
-    labels, shown = signature.labels, f"{file.model}/model.toml"
-    if not labels or any(spec.shape is None for spec in signature.outputs):
-        return
-    widths = [dims(spec)[1] for spec in signature.outputs if len(dims(spec)) == 2]
-    if not any(width == len(labels) or not isinstance(width, int) for width in widths):
-        raise ModelRefused(
-            f"{shown}: {len(labels)} labels, but no output of shape [batch, {len(labels)}]"
-        )
-    if len(labels) == 1 and not signature.keys:
-        # Else every row of a regressor would be of that class.
-        raise ModelRefused(
-            f"{shown}: 1 label, but a class is one of two or more columns of scores; leave "
-            "`labels` out for a model that gives one number a row"
-        )
+def as_seen(
+    outputs: Sequence[TensorSpec], axes: Sequence[int | None], ranks: Sequence[int]
+) -> tuple[TensorSpec, ...]:
+    """The outputs without what the file declares of their shapes and does not hold."""
+    if not ranks:
+        return tuple(outputs)
+    return tuple(map(_as_seen, outputs, axes, ranks))
+
+
+def _as_seen(spec: TensorSpec, axis: int | None, rank: int) -> TensorSpec:
+    if spec.shape is None:
+        return spec
+    if len(spec.shape) != rank:
+        return msgspec.structs.replace(spec, shape=(None,) * rank)
+    if axis is None or not isinstance(spec.shape[axis], int):
+        return spec
+    shape = (*spec.shape[:axis], None, *spec.shape[axis + 1 :])
+    return msgspec.structs.replace(spec, shape=shape)
+
+
+def check_rows(signature: Signature, file: ModelFile) -> None:
+    """Raises ModelRefused where the scores have their rows on another axis than the first."""
+    for spec, axis in zip(signature.outputs, signature.output_axes, strict=False):
+        if spec.name == signature.score_output and axis:
+            raise ModelRefused(
+                f"{file.model}/model.toml: labels name columns, but `{spec.name}` has its rows in "
+                f"dimension {axis}; Transpose it in the graph, or leave `labels` out"
+            )
 
 
 def shape_of(sizes: Sequence[Dim]) -> tuple[Dim, ...]:
@@ -187,7 +199,7 @@ def _outputs(
         elif wanted and node.name not in wanted:
             continue
         else:
-            raise _refused_output(node, file)
+            raise _refused_output(node, file, is_only=len(nodes) == 1)
         found[node.name] = spec
     return found
 
@@ -201,14 +213,15 @@ def _kept(outputs: dict[str, TensorSpec], file: ModelFile) -> tuple[TensorSpec, 
     return tuple(outputs[name] for name in names)
 
 
-def _refused_output(node: Any, file: ModelFile) -> ModelRefused:
+def _refused_output(node: Any, file: ModelFile, *, is_only: bool) -> ModelRefused:
+    others = "" if is_only else ", or keep other outputs with `outputs` in model.toml"
     if problem := _element_problem(node.type):
         what, cast = problem
         remedy = f"Cast it to {cast} in the graph" if cast else f"let the graph give {_PARTS}"
-        return _refused(node, what, remedy, file)
+        return _refused(node, what, remedy + others, file)
     kinds = (rest for begin, *rest in _KINDS if node.type.startswith(begin))
     what, remedy = next(kinds, ("a value of another kind", "let the graph give a tensor"))
-    return _refused(node, f"{what} ({node.type}), which cannot be served", remedy, file)
+    return _refused(node, f"{what} ({node.type}), which cannot be served", remedy + others, file)
 
 
 def _refused_input(node: Any, kind: str, file: ModelFile) -> ModelRefused:

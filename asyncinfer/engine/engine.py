@@ -56,10 +56,10 @@ class Engine:
         if runner.maps:
             runner.keys = _keys(runner, signature, example, file, probe_seconds)
             signature = describing.with_keys(signature, runner.maps, runner.keys)
-        describing.check_labels(signature, file)
         signature = classes.decided(signature, file, runner.run, example, probe_seconds)
         verdict = _verdict(runner, signature, example, file, probe_seconds, graph)
         signature = _judged(signature, verdict)
+        describing.check_rows(signature, file)
         signature = examples.with_example(signature, file, runner.run, probe_seconds)
         return cls(runner, signature, file.config.limits.timeout_seconds)
 
@@ -70,6 +70,7 @@ def _judged(signature: Signature, verdict: Verdict) -> Signature:
         reason += "; other sizes are filled up with zeros: model.toml says so, not probed"
     return msgspec.structs.replace(
         signature,
+        outputs=describing.as_seen(signature.outputs, verdict.outputs, verdict.ranks),
         batched=verdict.batched,
         batching=reason,
         input_axes=verdict.inputs,

@@ -156,6 +156,31 @@ def _type_remedy(problem: str) -> str:
 
 
 _PREAMBLE: Final = re.compile(r"\[ONNXRuntimeError\] : -?\d+ : \w+ : (Load model from .* failed:)?")
+_PLACE_IN_SOURCE: Final = re.compile(
+    r"/onnxruntime_src/\S+:\d+ .*?\)(?: const)?(?: \[with .*?\])? "
+)
+
+_REMEDIES: Final = (
+    (
+        re.compile(r"Unsupported model IR version: \d+, max supported IR version: (\d+)"),
+        "; install a newer onnxruntime, or save the file again with `ir_version = {0}`, an "
+        "attribute of what onnx.load gives",
+    ),
+    (
+        re.compile(r"Current official support for domain ([\w.]+) is till opset (\d+)"),
+        " Install a newer onnxruntime, or export it for opset {1} of {0}",
+    ),
+    (
+        re.compile(r"Could not find an implementation for (\w+)"),
+        "; this onnxruntime has no {0} of that opset or for these types: export it with others",
+    ),
+    (
+        re.compile(r"\S+:(\w+)\(-?\d+\) is not a registered function/op"),
+        "; name the library that has the operator {0} as session.custom_ops in model.toml, or "
+        "export it with standard operators",
+    ),
+)
+"""What ONNX Runtime says, and what to do about it."""
 
 
 def _load_problem(error: Exception, file: ModelFile) -> str:
@@ -164,12 +189,19 @@ def _load_problem(error: Exception, file: ModelFile) -> str:
     for folder in (file.path.parent, file.path.parent.resolve()):
         text = text.replace(f"{folder}/", "")
     problem = (text or type(error).__name__).splitlines()[0]
+    problem = _PLACE_IN_SOURCE.sub("", problem)
     if found := _LOCALE.search(problem):
         return _missing_locale(found[1])
     if "out of bounds or can not be read in full" in problem:
         problem += " A file of weights is cut short, or another one: copy or download it again"
     if _EXTENSIONS_DOMAIN in problem and file.config.session.custom_ops is None:
-        problem += f'; set session.custom_ops = "{_EXTENSIONS}" in model.toml'
+        return (
+            f"ONNX Runtime cannot load it: {problem}; set session.custom_ops = "
+            f'"{_EXTENSIONS}" in model.toml'
+        )
+    for said, remedy in _REMEDIES:
+        if found := said.search(problem):
+            problem += remedy.format(*found.groups())
     return f"ONNX Runtime cannot load it: {problem}"
 
 

@@ -46,6 +46,8 @@ class Verdict(Struct, frozen=True):
     reason: str
     inputs: Axes = ()
     outputs: Axes = ()
+    ranks: tuple[int, ...] = ()
+    """How many dimensions each output had, where that was seen."""
 
 
 def off(reason: Reason, outputs: Sequence[TensorSpec]) -> Verdict:
@@ -77,14 +79,15 @@ def probe(model: Probed, seconds: float, axes: Sequence[Axes]) -> Verdict:
     with deadline(seconds) as stop:
         for one in axes:
             try:
-                found = _Probing(model, one, stop).axes()
+                probing = _Probing(model, one, stop)
+                found = probing.axes()
             except Stopped:
                 return off(Reason(Off.SLOW, {"seconds": seconds}), model.outputs)
             except _Doubt as doubt:
                 verdict = verdict or off(doubt.reason, model.outputs)
             else:
                 words = "on: probe rows got the same answers alone and together"
-                return Verdict(True, words, one, found)
+                return Verdict(True, words, one, found, probing.ranks)
     assert verdict is not None, "there is a way to try"
     return verdict
 
@@ -103,6 +106,8 @@ class _Probing:
         self._sizes: Sequence[int] = OPEN_SIZES if self._has_open_sizes() else OPEN_SIZES[:1]
         self._failure = ""
         self._found: list[int | None] | None = None
+        self.ranks: tuple[int, ...] = ()
+        """How many dimensions each output has."""
         self._varied = False
         self._equal = {name for name in self._example if self._is_drawn(name)}
         """Inputs of which every probe so far had the same in all rows, as the example has."""
@@ -256,12 +261,20 @@ class _Probing:
         for spec, before, now in zip(self._outputs, found or seen, seen, strict=True):
             if before != now:
                 raise _Doubt(Off.UNSTEADY, name=spec.name)
+        self.ranks = tuple(output.ndim for output in together)
         split = batching.split(together, jobs, Plan(self._axes, tuple(seen)))
-        for mine, expected in zip(split, alone, strict=True):
-            for spec, one, other in zip(self._outputs, mine, expected, strict=True):
+        for job, mine, expected in zip(jobs, split, alone, strict=True):
+            for at, (one, other) in enumerate(zip(mine, expected, strict=True)):
                 if not close(other, one):
-                    raise _Doubt(Off.MIXES, name=spec.name)
+                    raise self._disagreement(job, expected, at)
         return seen
+
+    def _disagreement(self, job: Feeds, alone: Sequence[Array], at: int) -> _Doubt:
+        """Whether the rows beside a job's change its answer, or it has another each time."""
+        again = self._run(job, self._stop)
+        is_steady = close(alone[at], again[at])
+        what = Off.MIXES if is_steady else Off.UNSTEADY_NUMBERS
+        return _Doubt(what, name=self._outputs[at].name)
 
 
 def _axis_of(

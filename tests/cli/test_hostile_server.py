@@ -191,6 +191,20 @@ def test_an_axis_that_a_model_has_not_is_refused(hostile: Hostile) -> None:
         assert refuses_or_shows(("predict", "-m", "iris", "1", "2", "3", "4")).code == 3
 
 
+def test_an_output_that_declares_fewer_dimensions_than_it_has_hides_no_model(
+    hostile: Hostile,
+) -> None:
+    """As a worker of an earlier release announces what a converter declared wrongly."""
+    model = hostile.answers["GET /models/iris"]
+    outputs = [{**one, "shape": []} for one in model["outputs"]]
+    odd = {**model, "outputs": outputs, "output_axes": [0] * len(outputs)}
+    hostile.answers["GET /models/iris"] = odd
+    hostile.answers["GET /models"] = {**hostile.answers["GET /models"], "models": [odd]}
+
+    assert told("models").code == 0
+    assert told("predict", "-m", "iris", "1", "2", "3", "4").code in (0, 1)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("wrong", WRONG, ids=repr)
 @pytest.mark.parametrize("asked", COMMANDS)
