@@ -382,6 +382,20 @@ def test_a_damaged_file_has_no_table(data: st.DataObject) -> None:
         class_tables(Path(file.name), ["label", "p"], "p")
 
 
+def test_tables_of_a_million_classes_are_not_read_over_and_over(tmp_path: Path) -> None:
+    keys = list(range(100_000))
+    chain = [
+        node("LabelEncoder", [f"l{at + 1}"], [f"l{at}"], domain="ai.onnx.ml") for at in range(32)
+    ]
+    made = model(beside(*chain), ("l0", ["b"], INT64), SCORES)
+    for one in made.graph.node[2:]:
+        for name in ("keys_int64s", "values_int64s"):
+            one.attribute.append(helper.make_attribute(name, keys))
+    onnx.save(made, tmp_path / "m.onnx")
+
+    assert class_tables(tmp_path / "m.onnx", ["l0"], "p") == {}
+
+
 def test_a_model_that_takes_one_row_at_a_time_is_probed_all_the_same(tmp_path: Path) -> None:
     made = zoo.model(
         [*SCORED, *LAST_OF_EQUAL, node("Add", ["last_top", "one"], ["y"])],

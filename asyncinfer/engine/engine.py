@@ -124,7 +124,8 @@ def _verdict(
         obstacle = batching.obstacle(signature.inputs)
         assert obstacle is not None, "an input whose first dimension is open could be stacked"
         return probing.off(obstacle, outputs)
-    flow = dataflow.of_file(graph) if graph else Flow(unread=True)
+    names = [spec.name for spec in outputs]
+    flow = dataflow.of_file(graph, names) if graph else Flow(unread=True)
     if flow.unread:
         return probing.off(Reason(Off.UNREAD), outputs)
     mixers = [flow.mixer(_stacked(way, signature)) for way in ways]
