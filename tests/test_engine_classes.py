@@ -356,6 +356,29 @@ def test_of_two_labels_the_class_is_the_one_that_follows_the_scores(
     assert names(load(tmp_path, made), ROWS) == NAMES
 
 
+def test_a_label_that_leans_to_one_class_is_not_outdone_by_the_second_best(tmp_path: Path) -> None:
+    """Of two columns the lowest follows the highest score one to one; a threshold does not."""
+    made = zoo.model(
+        [
+            node("Softmax", ["x"], ["p"], axis=1),
+            node("Add", ["p", "lean"], ["leaned"]),
+            node("ArgMax", ["leaned"], ["label"], axis=1, keepdims=0),
+            node("ArgMin", ["p"], ["second"], axis=1, keepdims=0),
+        ],
+        [zoo.tensor("x", ["b", 2])],
+        [
+            zoo.tensor("second", ["b"], INT64),
+            zoo.tensor("label", ["b"], INT64),
+            zoo.tensor("p", ["b", 2]),
+        ],
+        {"lean": np.array([0.4, 0], np.float32)},
+    )
+
+    engine = load(tmp_path, made, 'labels = ["a", "b"]\n')
+
+    assert names(engine, [[1, 0], [0, 0.5], [0, 5]]) == ["a", "a", "b"]
+
+
 def test_a_cluster_is_that_of_the_least_distance(tmp_path: Path) -> None:
     """As k-means is exported; with two, the label is the place of the highest and never equal."""
     made = zoo.model(

@@ -39,7 +39,7 @@ _SURE: Final = 3
 _SEEN: Final = 2
 """It was seen to have the classes that probe rows have."""
 _CALLED: Final = 1
-"""It is called the class, and what its values mean follows from the rows."""
+"""It has a name that the class may have, and what its values mean follows from the rows."""
 
 
 class _Candidate(Struct, frozen=True):
@@ -281,10 +281,10 @@ class _Deciding:
             table = tuple(sorted(values, key=lambda value: (isinstance(value, str), value)))
             columns = {value: column for column, value in enumerate(table)}
             if most.items() <= columns.items() or len(set(most.values())) < len(most):
-                return _of(spec, table, _CALLED)
+                return _of(spec, table, _SURE)
         if len(set(most.values())) < len(most) or not _mostly_agree(pairs, most):
             return None
-        return _of(spec, self._most_often(pairs), _CALLED)
+        return _of(spec, self._most_often(pairs), _SURE if is_label else _CALLED)
 
     def _most_often(self, pairs: Sequence[tuple[int | str, int]]) -> Values:
         values: list[int | str | None] = [None] * self._width
