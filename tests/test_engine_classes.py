@@ -379,6 +379,37 @@ def test_a_label_that_leans_to_one_class_is_not_outdone_by_the_second_best(tmp_p
     assert names(engine, [[1, 0], [0, 0.5], [0, 5]]) == ["a", "a", "b"]
 
 
+TWO = [zoo.tensor("p", ["b", 2])]
+SECOND = [
+    node("Softmax", ["x"], ["p"], axis=1),
+    node("ArgMin", ["p"], ["second"], axis=1, keepdims=0),
+]
+
+
+def test_labels_that_are_numbers_are_not_refused_for_the_second_best_of_two(tmp_path: Path) -> None:
+    outputs = [zoo.tensor("second", ["b"], INT64), *TWO]
+    made = zoo.model(SECOND, [zoo.tensor("x", ["b", 2])], outputs, {})
+
+    assert names(load(tmp_path, made, 'labels = ["0", "1"]\n'), [[3, 1], [0, 1]]) == ["0", "1"]
+
+
+def test_a_flag_that_mostly_says_the_opposite_is_not_the_class_for_its_name(
+    tmp_path: Path,
+) -> None:
+    nodes = [
+        SECOND[0],
+        node("Gather", ["x", "zero"], ["first"], axis=1),
+        node("Greater", ["first", "half"], ["prediction"]),
+    ]
+    outputs = [zoo.tensor("prediction", ["b"], BOOL), *TWO]
+    weights = {"zero": np.array(0), "half": np.array(0.5, np.float32)}
+    made = zoo.model(nodes, [zoo.tensor("x", ["b", 2])], outputs, weights)
+
+    engine = load(tmp_path, made, 'labels = ["a", "b"]\n')
+
+    assert names(engine, [[3, 1], [0, 1], [-3, -5], [2, 9]]) == ["a", "b", "a", "b"]
+
+
 def test_a_cluster_is_that_of_the_least_distance(tmp_path: Path) -> None:
     """As k-means is exported; with two, the label is the place of the highest and never equal."""
     made = zoo.model(
