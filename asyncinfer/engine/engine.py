@@ -97,7 +97,13 @@ def _keys(
             f"{file.shown}: the classes of `{name}` could not be learnt: {error.detail}; {remedy}"
         ) from error
     found = {tuple(answer[at][0]) if answer[at] else () for at in runner.maps}
-    if len(found) != 1 or not (keys := found.pop()):
+    if len(found) > 1:
+        names = " and ".join(f"`{signature.outputs[at].name}`" for at in runner.maps)
+        raise ModelRefused(
+            f"{file.shown}: {names} have scores of different classes; keep one of them with "
+            "`outputs` in model.toml, or export it with zipmap off"
+        )
+    if not (keys := found.pop()):
         raise ModelRefused(f"{file.shown}: the classes of `{name}` could not be learnt; {remedy}")
     return keys
 
