@@ -17,8 +17,9 @@ _MOST_STEPS: Final = 5_000_000
 _MOST_PASSES: Final = 20
 """Over nodes that are not sorted, each pass settles at least one more."""
 
-_DEEPEST: Final = 64
-"""Functions and graphs that are followed within each other."""
+_DEEPEST: Final = 116
+"""Functions and graphs that are followed within each other; ONNX Runtime loads no more than 100
+functions."""
 
 _SHAPES: Final = frozenset({"Shape", "Size"})
 """Operators that look at no values."""
@@ -86,7 +87,7 @@ def of_file(file: File, outputs: Collection[str] = ()) -> Flow:
 
 def _needed(graph: Graph, outputs: Collection[str]) -> Graph:
     """The graph without nodes whose values are not asked for."""
-    makers = {name: node for node in graph.nodes for name in node.outputs}
+    makers = {name: node for node in graph.nodes for name in node.outputs if name}
     waiting = [makers[name] for name in outputs if name in makers]
     kept: set[int] = set()
     while waiting:
