@@ -4,7 +4,9 @@ Only what makes the rows of a run depend on each other by so little that made-up
 it, and which inputs are row numbers of a table.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 from msgspec import Struct
@@ -14,6 +16,10 @@ from asyncinfer.onnxgraph import Dims, File, Function, Graph, Node, TooLarge
 _MOST_STEPS: Final = 5_000_000
 _MOST_PASSES: Final = 20
 """Over nodes that are not sorted, each pass settles at least one more."""
+
+_DEEPEST: Final = 116
+"""Functions and graphs that are followed within each other; ONNX Runtime loads no more than 100
+functions."""
 
 _SHAPES: Final = frozenset({"Shape", "Size"})
 """Operators that look at no values."""
@@ -34,6 +40,16 @@ _LOOKUPS: Final[Mapping[str, tuple[tuple[int, int], ...]]] = {
 }
 """Per operator which of its inputs is a table, and which are row numbers of it."""
 
+_SIZES: Final[Mapping[str, tuple[int, ...]]] = {
+    **dict.fromkeys(("ConstantOfShape", "Range", "EyeLike"), (0, 1, 2)),
+    **dict.fromkeys(("Expand", "Reshape", "TopK", "Tile", "Pad", "Split", "OneHot"), (1,)),
+    "Slice": (1, 2, 3, 4),
+    "Resize": (2, 3),
+    "Loop": (0,),
+}
+"""Per operator which of its inputs say how large something is to be. What is made as long as the
+longest row of a run is usual, and is masked for the others."""
+
 _ONNX: Final = frozenset({"", "com.microsoft"})
 """Domains whose operators of these names are known."""
 
@@ -52,9 +68,11 @@ class Flow(Struct, frozen=True):
         return next((name for name, fed in self.mixers.items() if fed & inputs), "")
 
 
-def of_file(file: File) -> Flow:
+def of_file(file: File, outputs: Collection[str] = ()) -> Flow:
+    """What the nodes do that these outputs need, or all nodes."""
     try:
-        found = _Follower(file.functions).graph(file.graph)
+        needed = _needed(file.graph, outputs) if outputs else file.graph
+        found = _Follower(file.functions).graph(needed)
     except TooLarge:
         return Flow(unread=True)
     names = file.graph.inputs
@@ -65,6 +83,22 @@ def of_file(file: File) -> Flow:
                 heights[name] = min(height, heights.get(name, height))
     mixers = {name: frozenset(_named(mask, names)) for name, mask in found.mixers.items() if mask}
     return Flow(mixers, heights)
+
+
+def _needed(graph: Graph, outputs: Collection[str]) -> Graph:
+    """The graph without nodes whose values are not asked for."""
+    makers = {name: node for node in graph.nodes for name in node.outputs if name}
+    waiting = [makers[name] for name in outputs if name in makers]
+    kept: set[int] = set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in kept:
+            continue
+        kept.add(id(node))
+        reads = itertools.chain(node.inputs, *(inner.reads for inner in node.graphs))
+        waiting += [makers[name] for name in reads if name in makers]
+    nodes = tuple(node for node in graph.nodes if id(node) in kept)
+    return Graph(graph.inputs, nodes, graph.tables, graph.reads)
 
 
 def _named(mask: int, names: Sequence[str]) -> list[str]:
@@ -87,6 +121,8 @@ class _Value(Struct, frozen=True):
     same: int = 0
     """Inputs of whose very numbers it is made."""
     table: _Table | None = None
+    overall: int = 0
+    """Inputs of all of whose numbers it is one statistic, such as the largest."""
 
 
 _UNKNOWN: Final = _Value()
@@ -115,6 +151,7 @@ class _Follower:
         self._functions = functions
         self._summaries: dict[tuple[str, str, str], _Summary] = {}
         self._steps = 0
+        self._depth = 0
 
     def graph(self, graph: Graph) -> _Summary:
         tables = _tables(graph)
@@ -156,6 +193,15 @@ class _Follower:
     def called(self, node: Node) -> _Summary | None:
         return self._function(node.key) if node.key in self._functions else None
 
+    @contextmanager
+    def deeper(self) -> Iterator[None]:
+        """Raises TooLarge where graphs and functions are within too many others."""
+        if self._depth == _DEEPEST:
+            raise TooLarge
+        self._depth += 1
+        yield
+        self._depth -= 1
+
     def step(self, count: int = 1) -> None:
         """Raises TooLarge once there were too many steps."""
         self._steps += count
@@ -181,6 +227,10 @@ class _Pass:
         self.lookups: set[Lookup] = set()
 
     def follow(self, nodes: Sequence[Node], scope: _Scope) -> None:
+        with self._follower.deeper():
+            self._follow(nodes, scope)
+
+    def _follow(self, nodes: Sequence[Node], scope: _Scope) -> None:
         for node in nodes:
             inputs = [self._value(name, scope) for name in node.inputs]
             captured = self._graphs(node, inputs, scope)
@@ -221,9 +271,9 @@ class _Pass:
 
     def _outputs(self, node: Node, inputs: Sequence[_Value], captured: int) -> list[_Value]:
         if (summary := self._follower.called(node)) is not None:
-            self._mix(node, inputs)
+            self._mix(node, inputs, captured)
             return self._of_call(node, summary, inputs)
-        self._mix(node, inputs)
+        self._mix(node, inputs, captured)
         if node.domain not in _ONNX:
             return [_Value(_fed(inputs) | captured)] * len(node.outputs)
         if node.operator in _SHAPES:
@@ -239,10 +289,19 @@ class _Pass:
         table = first.table if node.operator in _SAME_DIMS else None
         if node.operator == "Constant" and "value" in node.lists:
             table = _Table(node.lists["value"])
-        value = _Value(_fed(inputs) | captured, same, table)
-        return [value] * len(node.outputs)
+        fed = _fed(inputs) | captured
+        overall = fed if _is_of_all(node) else self._overall(node, inputs)
+        return [_Value(fed, same, table, overall)] * len(node.outputs)
 
-    def _mix(self, node: Node, inputs: Sequence[_Value]) -> None:
+    def _overall(self, node: Node, inputs: Sequence[_Value]) -> int:
+        """Of what this gives, if it is made of nothing else than statistics of all rows."""
+        overall = 0
+        for at, value in enumerate(inputs):
+            if at not in _SIZES.get(node.operator, ()):
+                overall |= value.overall
+        return overall
+
+    def _mix(self, node: Node, inputs: Sequence[_Value], captured: int) -> None:
         fed = 0
         if node.operator.startswith("DynamicQuantize"):
             fed = _fed(inputs)
@@ -253,6 +312,9 @@ class _Pass:
             fed = _fed(inputs) if 0 in node.lists.get("axes", (0,)) else 0
         elif node.operator == "BatchNormalization" and node.numbers.get("training_mode"):
             fed = _fed(inputs)
+        elif captured or any(value.fed and not value.overall for value in inputs):
+            # Such as the largest number of a run, by which all are divided.
+            fed = self._overall(node, inputs)
         if fed:
             self.mixers[node.operator] = self.mixers.get(node.operator, 0) | fed
 
@@ -294,7 +356,7 @@ class _Pass:
         if table is not None and table.source:
             table = self._through(table.source, inputs).table
         fed, same = self._through(value.fed, inputs).fed, self._through(value.same, inputs).same
-        return _Value(fed, same, table)
+        return _Value(fed, same, table, self._through(value.overall, inputs).fed)
 
     def _through(self, mask: int, inputs: Sequence[_Value]) -> _Value:
         """All of the inputs of this mask together; the table of the first."""
@@ -308,6 +370,16 @@ class _Pass:
                 fed, same = fed | inputs[at].fed, same | inputs[at].same
                 table = table or inputs[at].table
         return _Value(fed, same, table)
+
+
+def _is_of_all(node: Node) -> bool:
+    """Whether it reduces all dimensions, and so the rows."""
+    return (
+        node.operator.startswith("Reduce")
+        and not any(node.inputs[1:])
+        and not node.lists.get("axes")
+        and not node.numbers.get("noop_with_empty_axes")
+    )
 
 
 def _tables(graph: Graph) -> dict[str, _Value]:

@@ -13,6 +13,8 @@ from asyncinfer.onnxfile import NO_END, fields, mapped, varint
 
 _MOST_NODES: Final = 200_000
 _MOST_NAMES: Final = 2_000_000
+_MOST_NUMBERS: Final = 2_000_000
+"""Parts of attributes, and dimensions."""
 _DEEPEST: Final = 16
 """Graphs within graphs."""
 
@@ -22,7 +24,7 @@ _OF_TREES: Final = "ai.onnx.ml"
 _TENSOR, _OPTIONAL = 1, 9
 """Kinds of types, by their fields in TypeProto."""
 
-_NUMBERS: Final = frozenset({"axis", "gather_axis", "training_mode"})
+_NUMBERS: Final = frozenset({"axis", "gather_axis", "noop_with_empty_axes", "training_mode"})
 _LISTS: Final = frozenset({"axes", "value"})
 
 Dims = tuple[int, ...]
@@ -84,6 +86,7 @@ class _Reader:
         self._content = content
         self._nodes = 0
         self._names = 0
+        self._numbers = 0
 
     def file(self) -> File:
         graph = _Parts()
@@ -167,6 +170,7 @@ class _Reader:
         value: int | None = None
         dims: Dims | None = None
         for number, start, stop in fields(self._content, begin, end, with_numbers=True):
+            self._count_number()
             if number == 1 and stop != NO_END:
                 name = self._text(start, stop)
             elif number == 3 and stop == NO_END:
@@ -199,8 +203,14 @@ class _Reader:
             return
         at = start
         while at < stop:
+            self._count_number()
             value, at = varint(self._content, at, stop)
             yield _signed(value)
+
+    def _count_number(self) -> None:
+        self._numbers += 1
+        if self._numbers > _MOST_NUMBERS:
+            raise TooLarge
 
     def _value(self, begin: int, end: int) -> tuple[str, bool]:
         """The name of an input or output, and whether its type says how many dimensions it has."""

@@ -34,8 +34,9 @@ class Off(Enum):
         "export it with a shape whose first dimension is open",
     )
     DYNAMIC = (
-        "{operator} scales its numbers by all rows of a run, so that a row's answer depends on "
-        "the rows beside it",
+        "{operator} computes with a number that all rows of a run have a part in, such as the "
+        "largest of all, so that a row's answer depends on the rows beside it",
+        f"{_FORCE}; if other outputs do not depend on it, {_LEAVE_OUT}",
         _FORCE,
     )
     UNREAD = "its graph is too large to be searched for operators that mix rows", _FORCE

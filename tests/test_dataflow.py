@@ -104,9 +104,49 @@ def scaled_by_itself() -> onnx.ModelProto:
     )
 
 
+MOST = node("ReduceMax", ["x"], ["most"], keepdims=0)
+LIMIT = {"limit": np.array(1e4, np.float32)}
+
+
+def quantized_by_hand() -> onnx.ModelProto:
+    """What exporters write that have no DynamicQuantizeLinear."""
+    return of_x(
+        MOST, node("Div", ["x", "most"], ["d"]), node("Round", ["d"], ["r"]),
+        node("ArgMax", ["r"], ["y"]),
+    )  # fmt: skip
+
+
+def in_the_branch_that_one_row_decides() -> onnx.ModelProto:
+    then, otherwise = (
+        graph([node(operator, ["x"], ["z"])], (), ("z",)) for operator in ("Abs", "Neg")
+    )
+    choice = node("If", ["any"], ["y"], then_branch=then, else_branch=otherwise)
+    return of_x(MOST, node("Greater", ["most", "limit"], ["any"]), choice, **LIMIT)
+
+
+def by_a_function_s_statistic() -> onnx.ModelProto:
+    least = [node("ReduceMin", ["a"], ["b"], keepdims=0)]
+    made = with_functions(("outer", least))
+    made.graph.node[0].output[0] = "least"
+    made.graph.node.append(node("Sub", ["x", "least"], ["y"]))
+    return made
+
+
 @pytest.mark.parametrize(
     ("build", "operator"),
     [
+        (quantized_by_hand, "Div"),
+        (in_the_branch_that_one_row_decides, "If"),
+        (by_a_function_s_statistic, "Sub"),
+        (
+            lambda: of_x(
+                MOST,
+                node("Greater", ["most", "limit"], ["any"]),
+                node("Where", ["any", "limit", "x"], ["y"]),
+                **LIMIT,
+            ),
+            "Where",
+        ),
         (lambda: of_x(quantize("x")), "DynamicQuantizeLinear"),
         (
             lambda: of_x(node("DynamicQuantizeMatMul", ["x", "w"], ["y"], domain=MICROSOFT)),
@@ -148,6 +188,23 @@ def test_an_operator_of_one_scale_for_all_rows_is_found_with_what_feeds_it(
             node("QuantizeLinear", ["x", "scale"], ["y"]), scale=np.array(0.1, np.float32)
         ),
         lambda: of_x(node("MeanVarianceNormalization", ["x"], ["y"], axes=[1])),
+        lambda: of_x(node("ReduceMax", ["x"], ["m"], axes=[1]), node("Div", ["x", "m"], ["y"])),
+        lambda: of_x(
+            node("ReduceMax", ["x"], ["m"], noop_with_empty_axes=1), node("Div", ["x", "m"], ["y"])
+        ),
+        lambda: of_x(
+            node("Shape", ["x"], ["s"]),
+            node("ReduceMax", ["s"], ["m"], keepdims=0),
+            node("Div", ["x", "m"], ["y"]),
+        ),
+        # The mask of a batch of texts, as long as the longest.
+        lambda: of_x(
+            MOST,
+            node("Range", ["limit", "most", "limit"], ["r"]),
+            node("Less", ["r", "x"], ["y"]),
+            **LIMIT,
+        ),
+        lambda: of_x(MOST, node("Div", ["most", "limit"], ["y"]), **LIMIT),
         lambda: with_functions(("outer", [node("Tanh", ["a"], ["b"])])),
     ],
 )
@@ -283,3 +340,12 @@ def test_functions_that_call_each_other_ten_times_over_are_followed_once() -> No
     functions.append(("outer", [node("f0", ["a"], ["b"], domain=OURS)]))
 
     assert mixers(with_functions(*functions)) == {"DynamicQuantizeLinear": {"x"}}
+
+
+def test_functions_too_deep_within_each_other_are_not_followed() -> None:
+    functions = [
+        (f"f{depth}", [node(f"f{depth + 1}", ["a"], ["b"], domain=OURS)]) for depth in range(2000)
+    ]
+    functions.append(("outer", [node("f0", ["a"], ["b"], domain=OURS)]))
+
+    assert flow_of(with_functions(*functions)).unread

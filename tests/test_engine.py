@@ -246,7 +246,7 @@ def test_every_datatype_goes_in_and_comes_out_unchanged(
 
 @pytest.mark.parametrize(
     "nothing",
-    ["?", "*", "-1", " ", "None", "NONE", "<unk>", "unknown", "Dynamic", "null"],
+    ["?", "*", "-1", " ", "None", "NONE", "<unk>", "unknown", "Dynamic", "null", "N/A"],
 )
 def test_what_converters_call_an_unknown_dimension_is_no_name(tmp_path: Path, nothing: str) -> None:
     shape: zoo.Dims = [nothing, 3, nothing, "unk__12", "dynamic_width"]

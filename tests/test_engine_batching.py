@@ -412,6 +412,18 @@ def zipmap(**classes: Any) -> onnx.ModelProto:
     )
 
 
+def test_maps_of_different_classes_are_refused_with_what_to_keep(tmp_path: Path) -> None:
+    made = zipmap(int64s=[1, 2])
+    other = zipmap(int64s=[3, 4]).graph
+    other.node[0].output[0] = other.output[0].name = "q"
+    made.graph.node.append(other.node[0])
+    made.graph.output.append(other.output[0])
+
+    assert "`p` and `q` have scores of different classes; keep one" in refusal(tmp_path / "a", made)
+    engine = loaded(tmp_path / "b", made, 'outputs = ["q"]')
+    assert engine.signature.labels == ("3", "4")
+
+
 def test_maps_of_scores_become_a_matrix_and_their_keys_the_labels(tmp_path: Path) -> None:
     engine = loaded(tmp_path, zipmap(strings=["cat", "dog", "eel"]))
     jobs: list[Feeds] = [

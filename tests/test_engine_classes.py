@@ -356,6 +356,60 @@ def test_of_two_labels_the_class_is_the_one_that_follows_the_scores(
     assert names(load(tmp_path, made), ROWS) == NAMES
 
 
+def test_a_label_that_leans_to_one_class_is_not_outdone_by_the_second_best(tmp_path: Path) -> None:
+    """Of two columns the lowest follows the highest score one to one; a threshold does not."""
+    made = zoo.model(
+        [
+            node("Softmax", ["x"], ["p"], axis=1),
+            node("Add", ["p", "lean"], ["leaned"]),
+            node("ArgMax", ["leaned"], ["label"], axis=1, keepdims=0),
+            node("ArgMin", ["p"], ["second"], axis=1, keepdims=0),
+        ],
+        [zoo.tensor("x", ["b", 2])],
+        [
+            zoo.tensor("second", ["b"], INT64),
+            zoo.tensor("label", ["b"], INT64),
+            zoo.tensor("p", ["b", 2]),
+        ],
+        {"lean": np.array([0.4, 0], np.float32)},
+    )
+
+    engine = load(tmp_path, made, 'labels = ["a", "b"]\n')
+
+    assert names(engine, [[1, 0], [0, 0.5], [0, 5]]) == ["a", "a", "b"]
+
+
+TWO = [zoo.tensor("p", ["b", 2])]
+SECOND = [
+    node("Softmax", ["x"], ["p"], axis=1),
+    node("ArgMin", ["p"], ["second"], axis=1, keepdims=0),
+]
+
+
+def test_labels_that_are_numbers_are_not_refused_for_the_second_best_of_two(tmp_path: Path) -> None:
+    outputs = [zoo.tensor("second", ["b"], INT64), *TWO]
+    made = zoo.model(SECOND, [zoo.tensor("x", ["b", 2])], outputs, {})
+
+    assert names(load(tmp_path, made, 'labels = ["0", "1"]\n'), [[3, 1], [0, 1]]) == ["0", "1"]
+
+
+def test_a_flag_that_mostly_says_the_opposite_is_not_the_class_for_its_name(
+    tmp_path: Path,
+) -> None:
+    nodes = [
+        SECOND[0],
+        node("Gather", ["x", "zero"], ["first"], axis=1),
+        node("Greater", ["first", "half"], ["prediction"]),
+    ]
+    outputs = [zoo.tensor("prediction", ["b"], BOOL), *TWO]
+    weights = {"zero": np.array(0), "half": np.array(0.5, np.float32)}
+    made = zoo.model(nodes, [zoo.tensor("x", ["b", 2])], outputs, weights)
+
+    engine = load(tmp_path, made, 'labels = ["a", "b"]\n')
+
+    assert names(engine, [[3, 1], [0, 1], [-3, -5], [2, 9]]) == ["a", "b", "a", "b"]
+
+
 def test_a_cluster_is_that_of_the_least_distance(tmp_path: Path) -> None:
     """As k-means is exported; with two, the label is the place of the highest and never equal."""
     made = zoo.model(
@@ -380,6 +434,20 @@ def test_a_damaged_file_has_no_table(data: st.DataObject) -> None:
         file.flush()
 
         class_tables(Path(file.name), ["label", "p"], "p")
+
+
+def test_tables_of_a_million_classes_are_not_read_over_and_over(tmp_path: Path) -> None:
+    keys = list(range(100_000))
+    chain = [
+        node("LabelEncoder", [f"l{at + 1}"], [f"l{at}"], domain="ai.onnx.ml") for at in range(32)
+    ]
+    made = model(beside(*chain), ("l0", ["b"], INT64), SCORES)
+    for one in made.graph.node[2:]:
+        for name in ("keys_int64s", "values_int64s"):
+            one.attribute.append(helper.make_attribute(name, keys))
+    onnx.save(made, tmp_path / "m.onnx")
+
+    assert class_tables(tmp_path / "m.onnx", ["l0"], "p") == {}
 
 
 def test_a_model_that_takes_one_row_at_a_time_is_probed_all_the_same(tmp_path: Path) -> None:

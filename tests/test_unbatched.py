@@ -56,11 +56,22 @@ def unsteady() -> onnx.ModelProto:
     then = helper.make_graph([node("Transpose", ["x"], ["t"])], "then", [], [zoo.tensor("t", None)])
     other = helper.make_graph([node("Identity", ["x"], ["o"])], "else", [], [zoo.tensor("o", None)])
     nodes = [
-        node("ReduceMin", ["x"], ["least"], keepdims=0),
+        node("ReduceMin", ["x", "both"], ["least"], keepdims=0),
         node("Less", ["least", "zero"], ["below"]),
         node("If", ["below"], ["y"], then_branch=then, else_branch=other),
     ]
-    return with_tanh(nodes, None, {"zero": np.array(0, np.float32)})
+    weights = {"zero": np.array(0, np.float32), "both": np.array([0, 1])}
+    return with_tanh(nodes, None, weights)
+
+
+def clipped() -> onnx.ModelProto:
+    """Without all of its rows, if one of them has a number that no probe row has."""
+    nodes = [
+        node("ReduceMax", ["x"], ["most"], keepdims=0),
+        node("Greater", ["most", "limit"], ["above"]),
+        node("Where", ["above", "limit", "x"], ["y"]),
+    ]
+    return with_tanh(nodes, ["batch", 8], {"limit": np.array(1e4, np.float32)})
 
 
 def in_training() -> onnx.ModelProto:
@@ -180,6 +191,7 @@ CASES: Final = {
     "any_rank": Case(
         lambda: zoo.unary("Tanh", None), "export it with a shape", mended=tanh("b", 2)
     ),
+    "dynamic beside": Case(clipped, LEAVE_OUT, mended_toml=Z),
     "dynamic": Case(zoo.quantized, "`batching.enabled = true`", mended_toml=FORCE),
     "unread": Case(lambda: deep(17), "`batching.enabled = true`", mended_toml=FORCE),
     "slow": Case(

@@ -19,6 +19,8 @@ Table: TypeAlias = tuple[int | str, ...]
 _MOST_NODES: Final = 20_000
 _MOST_STEPS: Final = 32
 _LONGEST_TABLE_BYTES: Final = 1 << 20
+_MOST_TABLE_BYTES: Final = 4 << 20
+"""Of all tables that are read for one model; a second or two."""
 
 _UNCHANGED: Final = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 _CLASSIFIERS: Final = frozenset({"LinearClassifier", "SVMClassifier", "TreeEnsembleClassifier"})
@@ -67,6 +69,7 @@ class _Graph:
 
     def __init__(self, content: memoryview) -> None:
         self._content = content
+        self._table_bytes = 0
         self._makers: dict[str, _Node] = {}
         self._constants: dict[str, tuple[int, int]] = {}
         self._classifiers: list[_Node] = []
@@ -125,7 +128,9 @@ class _Graph:
             if node.operator in _CLASSIFIERS and node.outputs[0] == name:
                 return self._attribute(node, "classlabels_"), True
             if node.operator in _LOOKUPS and node.inputs[0] in self._constants:
-                return _tensor(self._content, *self._constants[node.inputs[0]]), False
+                start, end = self._constants[node.inputs[0]]
+                self._count(end - start)
+                return _tensor(self._content, start, end), False
             if node.operator == "LabelEncoder":
                 return self._encoded(node, steps - step - 1)
             if node.operator not in _UNCHANGED:
@@ -157,10 +162,16 @@ class _Graph:
             elif number == 5 and stop - begin <= _LONGEST_TABLE_BYTES:
                 self._constants[_text(self._content, begin, stop, 8)] = begin, stop
 
+    def _count(self, table_bytes: int) -> None:
+        self._table_bytes += table_bytes
+        if self._table_bytes > _MOST_TABLE_BYTES:
+            raise DamagedFile("too many classes to look at")
+
     def _attribute(self, node: _Node, prefix: str) -> Table | None:
         """The whole numbers, else the strings, of the attribute that begins like this."""
         for start, end in node.attributes:
             if _text(self._content, start, end, 1).startswith(prefix):
+                self._count(end - start)
                 numbers: Table = tuple(_numbers(self._content, start, end, 8))
                 if found := numbers or tuple(_texts(self._content, start, end, 9)):
                     return found

@@ -1,7 +1,7 @@
 """How a labelled classifier tells its class: decided once, when the model is loaded."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 import msgspec
@@ -45,7 +45,7 @@ _SURE: Final = 3
 _SEEN: Final = 2
 """It was seen to have the classes that probe rows have."""
 _CALLED: Final = 1
-"""It is called the class, and what its values mean follows from the rows."""
+"""It has a name that the class may have, and what its values mean follows from the rows."""
 
 
 class _Candidate(Struct, frozen=True):
@@ -316,7 +316,10 @@ class _Deciding:
     ) -> _Candidate | None:
         if not _follows(pairs):
             return None
-        return _of(spec, self._most_often(pairs), _SURE if is_label else _SEEN)
+        values = self._most_often(pairs)
+        if values == (1, 0) and not is_label:
+            return None  # the place of the lowest of two scores, or of the second best
+        return _of(spec, values, _SURE if is_label else _SEEN)
 
     def _by_name(
         self,
@@ -330,20 +333,28 @@ class _Deciding:
             return None
         most = _most_often(pairs)
         if is_label and len(values) == self._width:
-            # Every library has its columns in ascending order of the classes.
-            table = tuple(sorted(values, key=lambda value: (isinstance(value, str), value)))
+            table = _ascending(values)
             columns = {value: column for column, value in enumerate(table)}
             if most.items() <= columns.items() or len(set(most.values())) < len(most):
-                return _of(spec, table, _CALLED)
+                return _of(spec, table, _SURE)
         if len(set(most.values())) < len(most) or not _mostly_agree(pairs, most):
             return None
-        return _of(spec, self._most_often(pairs), _CALLED)
+        found = self._most_often(pairs)
+        known = tuple(value for value in found if value is not None)
+        if not is_label and known != _ascending(known):
+            return None
+        return _of(spec, found, _SURE if is_label else _CALLED)
 
     def _most_often(self, pairs: Sequence[tuple[int | str, int]]) -> Values:
         values: list[int | str | None] = [None] * self._width
         for value, column in _most_often(pairs).items():
             values[column] = value
         return tuple(values)
+
+
+def _ascending(values: Iterable[int | str]) -> Table:
+    """As every library has its columns."""
+    return tuple(sorted(values, key=lambda value: (isinstance(value, str), value)))
 
 
 def _of(spec: TensorSpec, values: Values, sureness: int) -> _Candidate:

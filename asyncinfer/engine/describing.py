@@ -36,7 +36,10 @@ _DATATYPES: Final[dict[str, str]] = {
 
 _MAPS: Final = frozenset({"seq(map(int64,tensor(float)))", "seq(map(string,tensor(float)))"})
 
-_NO_NAMES: Final = frozenset({"", "any", "dynamic", "none", "null", "undefined", "unk", "unknown"})
+_NO_NAMES: Final = frozenset(
+    {"", "any", "dyn", "dynamic", "n/a", "nan", "nil", "none", "null"}
+    | {"undefined", "unk", "unknown", "unspecified"}
+)
 """What converters call a dimension of which they know nothing. Taken for names, all that are so
 called would have to be equal: an image that is not square was refused for its `?`."""
 

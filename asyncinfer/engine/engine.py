@@ -98,7 +98,13 @@ def _keys(
             f"{file.shown}: the classes of `{name}` could not be learnt: {error.detail}; {remedy}"
         ) from error
     found = {tuple(answer[at][0]) if answer[at] else () for at in runner.maps}
-    if len(found) != 1 or not (keys := found.pop()):
+    if len(found) > 1:
+        names = " and ".join(f"`{signature.outputs[at].name}`" for at in runner.maps)
+        raise ModelRefused(
+            f"{file.shown}: {names} have scores of different classes; keep one of them with "
+            "`outputs` in model.toml, or export it with zipmap off"
+        )
+    if not (keys := found.pop()):
         raise ModelRefused(f"{file.shown}: the classes of `{name}` could not be learnt; {remedy}")
     return keys
 
@@ -125,7 +131,8 @@ def _verdict(
         obstacle = batching.obstacle(signature.inputs)
         assert obstacle is not None, "an input whose first dimension is open could be stacked"
         return probing.off(obstacle, outputs)
-    flow = dataflow.of_file(graph) if graph else Flow(unread=True)
+    names = [spec.name for spec in outputs]
+    flow = dataflow.of_file(graph, names) if graph else Flow(unread=True)
     if flow.unread:
         return probing.off(Reason(Off.UNREAD), outputs)
     mixers = [flow.mixer(_stacked(way, signature)) for way in ways]

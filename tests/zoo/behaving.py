@@ -94,9 +94,16 @@ def _largest_as_int(factor: int, name: str) -> list[onnx.NodeProto]:
 
 
 def _unchanged_but_after(name: str) -> list[onnx.NodeProto]:
-    """Nodes that give y = x + 0 * max(name): nothing that came before can be optimized away."""
+    """Nodes that give y = x + 0 * max(name): nothing that came before can be optimized away.
+
+    The largest is looked for along an axis, since a number that is computed from all dimensions
+    turns batching off, whatever is done with it.
+    """
     return [
-        helper.make_node("ReduceMax", [name], [f"{name}_max"], keepdims=0),
+        helper.make_node("Constant", [], ["flat"], value_ints=[-1]),
+        helper.make_node("Reshape", [name, "flat"], ["all"]),
+        helper.make_node("Constant", [], ["only"], value_ints=[0]),
+        helper.make_node("ReduceMax", ["all", "only"], [f"{name}_max"], keepdims=0),
         helper.make_node("Mul", [f"{name}_max", "zero"], ["nothing"]),
         helper.make_node("Add", ["x", "nothing"], ["y"]),
     ]
