@@ -5,7 +5,7 @@ ProtoJSON. (msgspec would write null in their place, which means something else.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final, TypeAlias
 
@@ -164,19 +164,15 @@ def _class_rows(outputs: Sequence[Array], signature: Signature) -> list[ClassRes
     if scores.dtype == DTYPES["BF16"]:
         scores = scores.astype(np.float32)
     shown = softmax(scores) if signature.scores == "logits" else scores
+    plain = _plain(shown)
+    is_finite = plain.dtype != object
+    highest = scores.argmax(axis=1) if is_finite else highest_columns(scores)
     given = _output(signature.class_output, outputs, signature)
-    columns = _class_columns(scores, given, signature.class_values)
-    rows = _plain(shown).tolist()
-    missing = np.isnan(shown)
-    if not missing.any():
-        return [
-            ClassResult(column, labels[column], row)
-            for column, row in zip(columns.tolist(), rows, strict=True)
-        ]
-    known = _where_known(columns, highest_columns(scores), missing)
+    found = _class_columns(highest, given, signature)
+    columns = found if is_finite else _where_known(found, highest, np.isnan(shown))
     return [
         ClassResult(column, None if column is None else labels[column], row)
-        for column, row in zip(known, rows, strict=True)
+        for column, row in zip(columns, plain.tolist(), strict=True)
     ]
 
 
@@ -187,22 +183,35 @@ def _output(name: str, outputs: Sequence[Array], signature: Signature) -> Array 
     return None
 
 
-def _class_columns(
-    scores: Array, given: Array | None, values: tuple[int | str | None, ...]
-) -> Columns:
-    """The column of each row's class, as far as NaN lets it be known."""
-    highest = highest_columns(scores)
-    if given is None or given.size != len(scores):
-        return highest
-    return _own_columns(given.reshape(-1), values, scores.shape[1], highest)
+def _class_columns(highest: Columns, given: Array | None, signature: Signature) -> list[int]:
+    """The column of each row's class: the one that its own value means, else that of its highest
+    score."""
+    otherwise: list[int] = highest.tolist()
+    if given is None or given.size != len(otherwise):
+        return otherwise
+    columns = _columns_by_value(signature.class_values, len(signature.labels))
+    return [
+        columns.get(value, column)
+        for value, column in zip(given.reshape(-1).tolist(), otherwise, strict=True)
+    ]
 
 
-def _where_known(columns: Columns, highest: Columns, missing: Array) -> list[int | None]:
+@lru_cache(maxsize=1024)
+def _columns_by_value(
+    values: tuple[int | str | None, ...], width: int
+) -> Mapping[int | str | None, int]:
+    pairs = zip(values or range(width), range(width), strict=True)
+    return {value: column for value, column in pairs if value is not None}
+
+
+def _where_known(
+    columns: Sequence[int], highest: Columns, missing: npt.NDArray[np.bool_]
+) -> list[int | None]:
     """The columns of the classes, of a row whose own is NaN the highest, else None."""
     rows = np.arange(len(columns))
-    columns = np.where(missing[rows, columns], highest, columns)
-    gone = missing[rows, columns].tolist()
-    return [None if it else column for column, it in zip(columns.tolist(), gone, strict=True)]
+    known = np.where(missing[rows, columns], highest, columns)
+    gone = missing[rows, known].tolist()
+    return [None if it else column for column, it in zip(known.tolist(), gone, strict=True)]
 
 
 def highest_columns(scores: Array) -> Columns:
@@ -218,30 +227,6 @@ def highest_columns(scores: Array) -> Columns:
     unsure = missing[rows, columns]
     columns[unsure] = (~missing[unsure]).argmax(axis=1)
     return columns
-
-
-def _own_columns(
-    given: Array, values: tuple[int | str | None, ...], width: int, otherwise: Columns
-) -> Columns:
-    """The column that each of a model's own classes means; `otherwise` where it means none."""
-    if given.dtype == object or given.dtype == np.uint64:
-        table = dict(zip(values or range(width), range(width), strict=True))
-        columns = np.array([table.get(value, -1) for value in given.tolist()], np.int64)
-        return np.where(columns < 0, otherwise, columns)
-    numbers = given.astype(np.int64, copy=False)
-    if not values:
-        return np.where((numbers >= 0) & (numbers < width), numbers, otherwise)
-    known, columns = _sorted_table(values)
-    places = known.searchsorted(numbers).clip(max=len(known) - 1)
-    return np.where(known[places] == numbers, columns[places], otherwise)
-
-
-@lru_cache(maxsize=1024)
-def _sorted_table(values: tuple[int | str | None, ...]) -> tuple[Columns, Columns]:
-    """The whole numbers among these in ascending order, and the column of each."""
-    pairs = [(value, column) for column, value in enumerate(values) if isinstance(value, int)]
-    table = np.array(sorted(pairs), np.int64).reshape(-1, 2)
-    return table[:, 0], table[:, 1]
 
 
 def softmax(logits: Array) -> Array:
