@@ -436,6 +436,7 @@ def test_a_damaged_file_has_no_table(data: st.DataObject) -> None:
         class_tables(Path(file.name), ["label", "p"], "p")
 
 
+@pytest.mark.soak
 def test_tables_of_a_million_classes_are_not_read_over_and_over(tmp_path: Path) -> None:
     keys = list(range(100_000))
     chain = [

@@ -52,6 +52,7 @@ async def until_seen(folder: Path, name: str, seen: Callable[[], set[str]]) -> N
     await eventually(is_seen, f"{name} is seen", 10)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("polling", [False, True], ids=["inotify", "polling"])
 async def test_a_folder_that_may_not_be_read_hides_no_change_beside_it(
     tmp_path: Path,

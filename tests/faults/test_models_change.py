@@ -324,6 +324,7 @@ async def test_a_bare_file_that_gets_a_folder_is_the_same_version_with_its_model
         assert "is gone" not in crewed.log
 
 
+@pytest.mark.soak
 async def test_what_is_served_is_served_on_while_its_file_may_not_be_read(
     crew: OpenCrew, folder: Folder, shop: Shop
 ) -> None:
@@ -351,6 +352,7 @@ async def test_what_is_served_is_served_on_while_its_file_may_not_be_read(
     assert "in place" not in log
 
 
+@pytest.mark.soak
 async def test_a_model_folder_that_is_gone_for_a_while_changes_nothing_and_is_told_once(
     crew: OpenCrew, folder: Folder, shop: Shop, tmp_path: Path
 ) -> None:
