@@ -121,7 +121,7 @@ def test_the_session_at_a_terminal_gives_what_is_shown(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (section,) = sections_with(r"\AFrom a terminal\n")
-    (session,) = all_blocks(section)
+    (session,) = (block for block in all_blocks(section) if block.language == "console")
     with serving(cwd=folder, DATA_DIR=str(folder / "data")) as serve:
         answer_of(serve)
         monkeypatch.setenv("ASYNCINFER_URL", serve.welcome["URL"])

@@ -14,7 +14,7 @@ import redis
 from asyncinfer import keys
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.routes import ROUTES
-from asyncinfer.errors import NoModelAnnounced, WrongKeyType
+from asyncinfer.errors import ModelLoading, NoModelAnnounced, WrongKeyType
 from asyncinfer.jobs import SCHEMA, Options, Record, encode_record
 from asyncinfer.repository.cursors import encode_cursor
 from asyncinfer.repository.store import Policy
@@ -28,14 +28,16 @@ QUEUES: Final = (N, OTHER)
 MODELS: Final = ("slow", "picky")
 TYPES: Final = ("string", "list", "set", "zset", "hash", "stream")
 
+_NOT_ANNOUNCED: Final = {NoModelAnnounced.code, ModelLoading.code}
+
 EXPECTED_REFUSALS: Final = {
-    "/scale/{model}": {WrongKeyType.code, NoModelAnnounced.code},
-    "/models/{model}": {NoModelAnnounced.code},
-    "/events": {NoModelAnnounced.code},
+    "/scale/{model}": {WrongKeyType.code, *_NOT_ANNOUNCED},
+    "/models/{model}": _NOT_ANNOUNCED,
+    "/events": _NOT_ANNOUNCED,
 }
 """The only answers of 5xx, each a 503 that says why. An autoscaler that was told of no jobs where
 nobody can count them would take the workers away; and a model whose announcement is destroyed is
-one that nobody has announced."""
+one that nobody has announced, or that a living worker is about to announce again."""
 
 _LATE_ID: Final = "ffffffffffff7fff8fffffffffffffff"
 _STRANGER: Final = "stranger"
@@ -371,7 +373,7 @@ _CHANGES: Final[dict[str, Sequence[str]]] = {
     "/jobs": ("status=failed&purge=true", "model=slow", "group=g", "dead=true&purge=true"),
     "/jobs/retry": ("status=failed", "dead=true", "model=picky"),
 }
-_REFUSALS: Final = {WrongKeyType.code, NoModelAnnounced.code}
+_REFUSALS: Final = {WrongKeyType.code, *_NOT_ANNOUNCED}
 
 
 def check(route: str, path: str, reply: httpx2.Response) -> None:
