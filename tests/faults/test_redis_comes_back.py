@@ -119,9 +119,19 @@ class Clients:
         return names
 
     async def submit_slow(self, milliseconds: float) -> str:
-        reply = await self.http.post("/predict/slow", json={"data": [[milliseconds]]})
-        assert reply.status_code == 202
-        return str(reply.json()["job_id"])
+        ids: list[str] = []
+
+        async def is_taken() -> bool:
+            reply = await self.http.post("/predict/slow", json={"data": [[milliseconds]]})
+            if reply.status_code == 202:
+                ids.append(str(reply.json()["job_id"]))
+            else:
+                assert reply.json()["code"] == "model_loading", reply.text
+            return bool(ids)
+
+        # The models before it are served while it is loaded.
+        await eventually(is_taken, "the slow model takes a job", 20)
+        return ids[0]
 
     async def settled(self, within_seconds: float = SETTLED_WITHIN_SECONDS) -> None:
         """Every job that was accepted has completed, or is plainly gone."""
