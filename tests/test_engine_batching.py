@@ -806,6 +806,14 @@ def test_an_example_may_have_the_same_number_in_all_its_rows(tmp_path: Path) -> 
     assert engine.signature.batched, engine.signature.batching
 
 
+@pytest.mark.parametrize("rows", ["[nan, 1.0]", "[nan, nan]", "[1.0, inf], [nan, 2.0]"])
+def test_an_example_may_have_gaps(rows: str, tmp_path: Path) -> None:
+    engine = loaded(tmp_path, zoo.mlp([2, 2]), f'example = [{rows}]\nlabels = ["a", "b"]')
+
+    assert engine.signature.batched, engine.signature.batching
+    assert engine.signature.score_output == "y"
+
+
 def test_two_versions_never_share_a_run(tmp_path: Path) -> None:
     zoo.place(tmp_path / "one", "m", zoo.adds(1))
     zoo.place(tmp_path / "two", "m", zoo.adds(2))

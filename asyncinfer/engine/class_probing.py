@@ -243,7 +243,7 @@ def _like(
     places = rng.integers(0, len(flat), (shape[0], flat.shape[1]))
     picked = np.take_along_axis(flat, places, axis=0)
     if spec.datatype in FLOATS:
-        known = flat.astype(np.float64)
+        known = np.nan_to_num(flat.astype(np.float64), posinf=0.0, neginf=0.0)  # gaps
         spread = np.maximum(known.std(axis=0), np.abs(known).max(axis=0) / 4)
         picked = picked.astype(np.float64) + rng.normal(size=picked.shape) * spread
         return _cast(picked.reshape(shape), spec)

@@ -152,6 +152,9 @@ def _scale_of(example: Array | None) -> Scale:
     if example is None or example.dtype == object or not example.size:
         return SCALES[0][0]
     numbers = example.astype(np.float64) if example.dtype == DTYPES["BF16"] else example
+    numbers = numbers[np.isfinite(numbers)]  # an example may show gaps
+    if not numbers.size:
+        return SCALES[0][0]
     low, high = numbers.min().item(), numbers.max().item()
     return (float(low), float(high), int(low), int(high))
 

@@ -54,7 +54,7 @@ def read_graph(file: ModelFile) -> File | None:
     except onnxgraph.TooLarge:
         return None
     except OSError as error:
-        raise ModelRefused(f"{file.shown}: cannot be read: {error.strerror}") from error
+        raise ModelRefused(f"{file.shown}: {plain_file.why(error)}") from error
     except ValueError as error:
         raise ModelRefused(f"{file.shown}: it is no ONNX file, or damaged: {error}") from error
 
