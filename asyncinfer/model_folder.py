@@ -68,7 +68,7 @@ class ModelFile(Struct, frozen=True):
     @property
     def rank(self) -> tuple[bool, int]:
         """Of the versions that can be served, the highest rank is the one that is."""
-        return str(self.config.default_version) == self.version, age(self.version)
+        return str(self.config.default_version) == self.version, version_order(self.version)
 
 
 class Listing(Struct, frozen=True):
@@ -79,7 +79,7 @@ class Listing(Struct, frozen=True):
     """Of folders that cannot be read and can be no model's, such as lost+found: which, and why."""
 
 
-def age(version: str) -> int:
+def version_order(version: str) -> int:
     """Orders versions, oldest first; a folder that is no version comes before all."""
     return int(version) if _VERSION.fullmatch(version) else -1
 
@@ -128,7 +128,7 @@ def to_serve(files: Sequence[ModelFile]) -> dict[str, ModelFile]:
 Stamp: TypeAlias = tuple[tuple[str, int, int], ...]
 
 
-def stamp(file: ModelFile) -> Stamp:
+def read_stamp(file: ModelFile) -> Stamp:
     """Name, size and time of change in ns of each file that a version is made of, ONNX's external
     data included; empty once it is gone. What may not be looked at is left out."""
     folder = file.path.parent
@@ -138,7 +138,7 @@ def stamp(file: ModelFile) -> Stamp:
     return tuple(sorted(_stamped(paths, folder)))
 
 
-def size_bytes(stamp: Stamp) -> int:
+def total_bytes(stamp: Stamp) -> int:
     return sum(size for _, size, _ in stamp)
 
 

@@ -19,14 +19,14 @@ from asyncinfer.model_folder import NAME_RULE as NAME_RULE
 from asyncinfer.model_folder import Listing as Listing
 from asyncinfer.model_folder import ModelFile as ModelFile
 from asyncinfer.model_folder import Stamp as Stamp
-from asyncinfer.model_folder import age as age
 from asyncinfer.model_folder import bare_file as bare_file
 from asyncinfer.model_folder import read_folder as read_folder
+from asyncinfer.model_folder import read_stamp as read_stamp
 from asyncinfer.model_folder import scan as scan
-from asyncinfer.model_folder import size_bytes as size_bytes
-from asyncinfer.model_folder import stamp as stamp
 from asyncinfer.model_folder import to_serve as to_serve
+from asyncinfer.model_folder import total_bytes as total_bytes
 from asyncinfer.model_folder import valid_name as valid_name
+from asyncinfer.model_folder import version_order as version_order
 from asyncinfer.model_toml import Scores
 from asyncinfer.tensors import DTYPES, Array, Feeds, TensorSpec
 
@@ -91,7 +91,7 @@ def read_signature(body: bytes | None) -> Signature | None:
     """What a worker announced, as JSON; None where it is corrupt, or describes no model that
     this release could take inputs for."""
     signature = _read_signature(body)
-    if signature is None or age(signature.version) < 0:
+    if signature is None or version_order(signature.version) < 0:
         return None
     specs = (*signature.inputs, *signature.outputs)
     examples = (signature.example, signature.example_inputs)

@@ -210,7 +210,7 @@ def test_the_only_onnx_file_of_a_version_is_served_whatever_its_name(
     (file,) = models.scan(tmp_path)
 
     assert (file.model, file.version, file.path.name, file.problem) == ("churn", "1", name, "")
-    assert [name for name, _, _ in models.stamp(file)] == [name]
+    assert [name for name, _, _ in models.read_stamp(file)] == [name]
 
 
 def test_a_bare_file_in_capitals_is_served_under_its_stem(tmp_path: Path) -> None:
@@ -226,11 +226,11 @@ def test_what_lies_beside_a_model_does_not_hide_that_it_changed(tmp_path: Path) 
     then(link("m/1/gone", "nowhere"), link("m/1/loop", "loop"), fifo("m/1/pipe"))(tmp_path)
     (file,) = models.scan(tmp_path)
 
-    before = models.stamp(file)
+    before = models.read_stamp(file)
     (tmp_path / "m/1/weights.bin").write_bytes(b"other")
 
     assert [name for name, _, _ in before] == ["model.onnx", "weights.bin"]
-    assert models.stamp(file) != before
+    assert models.read_stamp(file) != before
 
 
 def test_names_that_can_be_no_model_leave_the_only_model_the_default() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from asyncinfer.engine import Engine
-from asyncinfer.models import ModelFile, bare_file, size_bytes, stamp
+from asyncinfer.models import ModelFile, bare_file, read_stamp, total_bytes
 from asyncinfer.worker.shelf import Bounds, Shelf
 
 from . import zoo
@@ -66,7 +66,7 @@ async def test_the_least_used_makes_room_and_who_runs_it_keeps_it(files: list[Mo
 async def test_what_is_loaded_is_bounded_in_bytes_but_one_always_may(
     files: list[ModelFile],
 ) -> None:
-    size = size_bytes(stamp(files[0]))
+    size = total_bytes(read_stamp(files[0]))
     assert size == files[0].path.stat().st_size
     shelf = Shelf(load, Bounds(max_bytes=2 * size))
     for file in files:

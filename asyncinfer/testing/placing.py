@@ -90,9 +90,11 @@ def _first_version(home: Path) -> Path:
 def _name_of(path: Path) -> str:
     if path.is_dir():
         return path.name
-    is_version = path.name == "model.onnx" and models.age(path.parent.name) >= 0
+    is_version = path.name == "model.onnx" and models.version_order(path.parent.name) >= 0
     return path.parent.parent.name if is_version else path.stem
 
 
 def _is_one_model(folder: Path) -> bool:
-    return any(models.age(entry.parent.name) >= 0 for entry in folder.glob("*/model.onnx"))
+    return any(
+        models.version_order(entry.parent.name) >= 0 for entry in folder.glob("*/model.onnx")
+    )

@@ -178,7 +178,7 @@ class Library:
         if found.is_altered:
             raise UnknownModel(f"It cannot be loaded again: {found.problem}")
         try:
-            engine = await self._shelf.fetch(found.file, models.size_bytes(found.stamp))
+            engine = await self._shelf.fetch(found.file, models.total_bytes(found.stamp))
         except ModelRefused as error:
             raise UnknownModel(f"It cannot be loaded any more: {error.detail}") from error
         if found.signature and engine.signature.sha256 != found.signature.sha256:
@@ -386,7 +386,7 @@ class Library:
         # What is gone first: to load a large file takes a while. Then the lowest version first, so
         # that a worker that finds three new ones serves them in order.
         def turn(label: Label) -> tuple[bool, str, int]:
-            return label in seen, label[0], models.age(label[1])
+            return label in seen, label[0], models.version_order(label[1])
 
         for label in sorted(labels, key=turn):
             if found := seen.get(label):
@@ -433,7 +433,7 @@ class Library:
 
     async def _try(self, found: Version, known: Version | None) -> None:
         """Loads a version beside all that runs, once a child process could."""
-        size_bytes = models.size_bytes(found.stamp)
+        size_bytes = models.total_bytes(found.stamp)
         problem = found.file.problem or await trial(
             found.file, size_bytes, allow_custom_ops=self._allow_custom_ops
         )
@@ -466,7 +466,7 @@ class Library:
         its_versions = (one for one in self._announced() if one.file.model == version.file.model)
         best = max(its_versions, key=lambda one: one.file.rank, default=None)
         if best and best.label == version.label:
-            size_bytes = models.size_bytes(version.stamp)
+            size_bytes = models.total_bytes(version.stamp)
             self._shelf.put(version.file, engine, size_bytes, displaces=displaces)
 
     def _refuse(self, version: Version, problem: str) -> None:

@@ -37,10 +37,10 @@ class Careful:
     def __call__(self, file: ModelFile) -> Engine:
         if self._folder is None:
             return self._load(file)
-        stamp = models.stamp(file)
+        stamp = models.read_stamp(file)
         mark = self._folder / hashlib.sha256(repr((file.path, stamp)).encode()).hexdigest()
         if _died_of(mark):
-            size_bytes = models.size_bytes(stamp)
+            size_bytes = models.total_bytes(stamp)
             problem = asyncio.run(trial(file, size_bytes, allow_custom_ops=self._allow_custom_ops))
             if problem:
                 raise ModelRefused(problem)

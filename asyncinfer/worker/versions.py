@@ -40,7 +40,7 @@ class Version(Struct, frozen=True):
 
 
 def look(file: ModelFile) -> Version:
-    return Version(file, models.stamp(file))
+    return Version(file, models.read_stamp(file))
 
 
 def same(known: Version | None, seen: Version | None) -> bool:

@@ -49,7 +49,7 @@ async def _examine(
     file: ModelFile, files: Sequence[ModelFile], *, allow_custom_ops: bool
 ) -> Finding:
     about = f"model {file.model}/{file.version}" if file.version else f"model {file.model}"
-    size_bytes = models.size_bytes(models.stamp(file))
+    size_bytes = models.total_bytes(models.read_stamp(file))
     reason = file.problem or await trial(file, size_bytes, allow_custom_ops=allow_custom_ops)
     if not reason:
         return ok(about, f"loads and runs ({size(size_bytes)})")
