@@ -7,7 +7,6 @@ from typing import Any
 import msgspec
 import redis
 
-from asyncinfer import keys
 from asyncinfer.jobs import (
     SCHEMA,
     Facts,
@@ -19,13 +18,14 @@ from asyncinfer.jobs import (
     new_id,
     record_seq,
 )
-from asyncinfer.repository.inspect import Inspection
-from asyncinfer.repository.operate import Operation
-from asyncinfer.repository.run import Claim, Claimed, ClaimedJob, ClaimRequest, Finished, Runs
+from asyncinfer.repository import keys
+from asyncinfer.repository.claims import Claim, Claimed, ClaimedJob, ClaimRequest, Finished, Runs
+from asyncinfer.repository.inspect.listing import Inspection
+from asyncinfer.repository.maintenance import Swept, Upkeep
+from asyncinfer.repository.operations import Operation
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Policy, Store, encode_args
-from asyncinfer.repository.submit import NewJob, Stored, Submissions, Submitted
-from asyncinfer.repository.upkeep import Swept, Upkeep
+from asyncinfer.repository.submissions import NewJob, Stored, Submissions, Submitted
 
 Q = "predict_queue"
 DATA = b"[[1,2,3,4]]"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from asyncinfer import access
-from asyncinfer.access import Caller, Keyring
+from asyncinfer import api_keys
+from asyncinfer.api_keys import Caller, Keyring
 from asyncinfer.errors import KeyFileRefused
 
 DIGEST = hashlib.sha256(b"a").hexdigest()
@@ -20,11 +20,11 @@ def key_file(folder: Path, *lines: str) -> Path:
 
 
 def line(key: str, tenant: str = "acme", scopes: str = "submit,read") -> str:
-    return access.entry_of(key, tenant, scopes).line()
+    return api_keys.entry_of(key, tenant, scopes).line()
 
 
 def test_a_key_is_256_random_bits_that_look_like_ours() -> None:
-    key, other = access.new_key(), access.new_key()
+    key, other = api_keys.new_key(), api_keys.new_key()
 
     assert key.startswith("ai_")
     assert len(key) == 46
@@ -32,7 +32,7 @@ def test_a_key_is_256_random_bits_that_look_like_ours() -> None:
 
 
 def test_a_key_names_its_tenant_and_scopes(tmp_path: Path) -> None:
-    key = access.new_key()
+    key = api_keys.new_key()
     path = key_file(tmp_path, "# keys", "", f"{line(key, 'acme', 'read,submit')} the laptop's")
 
     caller = Keyring.load(path).identify(key)
@@ -41,7 +41,7 @@ def test_a_key_names_its_tenant_and_scopes(tmp_path: Path) -> None:
 
 
 def test_the_file_does_not_hold_the_key() -> None:
-    key = access.new_key()
+    key = api_keys.new_key()
 
     assert key not in line(key)
     assert line(key).split() == ["acme", "submit,read", hashlib.sha256(key.encode()).hexdigest()]
@@ -55,7 +55,7 @@ def test_admin_brings_no_other_scope(tmp_path: Path) -> None:
 
 
 def test_a_tenant_changes_its_key_without_a_gap(tmp_path: Path) -> None:
-    old, new = access.new_key(), access.new_key()
+    old, new = api_keys.new_key(), api_keys.new_key()
     keyring = Keyring.load(key_file(tmp_path, line(old), line(new)))
 
     assert keyring.identify(old) == keyring.identify(new)
@@ -132,4 +132,4 @@ def test_a_folder_a_pipe_and_a_huge_file_are_refused_at_once(tmp_path: Path) -> 
 @pytest.mark.parametrize(("tenant", "scopes"), [("", "read"), ("a b", "read"), ("a", "")])
 def test_no_line_is_made_that_would_not_be_read(tenant: str, scopes: str) -> None:
     with pytest.raises(ValueError, match=r"tenant|scopes"):
-        access.entry_of(access.new_key(), tenant, scopes)
+        api_keys.entry_of(api_keys.new_key(), tenant, scopes)

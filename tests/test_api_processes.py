@@ -16,13 +16,14 @@ import anyio
 import pytest
 import redis
 
-from asyncinfer import api_processes, keys, valkey
-from asyncinfer.api_processes import ApiProcesses
 from asyncinfer.cli import main
 from asyncinfer.errors import StartError
 from asyncinfer.jobs import decode_facts
+from asyncinfer.processes import api_processes, valkey
+from asyncinfer.processes.api_processes import ApiProcesses
+from asyncinfer.processes.supervisor import Stop
+from asyncinfer.repository import keys
 from asyncinfer.repository.store import Policy, Store
-from asyncinfer.supervisor import Stop
 
 from .api.harness import QUEUE, ROW, Hand, announce
 from .faults.harness import eventually, eventually_sync

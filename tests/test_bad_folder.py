@@ -12,7 +12,7 @@ import pytest
 
 from asyncinfer.cli.doctor.models import examine_models
 from asyncinfer.errors import ModelDirUnreadable
-from asyncinfer.worker.source import Source
+from asyncinfer.worker.models.source import Source
 
 from . import unprivileged, zoo
 from .faults.harness import eventually_sync

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncinfer import batching
-from asyncinfer.batching import Plan
 from asyncinfer.errors import ModelFailed
-from asyncinfer.models import Signature
-from asyncinfer.tensors import Array, Dim, Feeds, TensorSpec
+from asyncinfer.models import batching
+from asyncinfer.models.batching import Plan
+from asyncinfer.models.signature import Signature
+from asyncinfer.tensors.datatypes import Array, Dim, Feeds, TensorSpec
 
 FIRST = Plan({"x": 0}, (0, 0))
 

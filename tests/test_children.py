@@ -9,8 +9,8 @@ from typing import Final
 
 import pytest
 
-from asyncinfer import children
-from asyncinfer.children import Child, Tie
+from asyncinfer.processes import child_process
+from asyncinfer.processes.child_process import Child, Tie
 
 from .faults.harness import eventually, eventually_sync
 from .parents import Process, is_gone, parent, processes
@@ -50,9 +50,9 @@ def tie(request: pytest.FixtureRequest) -> Tie:
 
 def spawn(tie: Tie, argv: tuple[str, ...] = FOREVER, output: Path | None = None) -> Child:
     if output is None:
-        return children.spawn(argv, death_signal=signal.SIGTERM, tie=tie)
+        return child_process.spawn(argv, death_signal=signal.SIGTERM, tie=tie)
     with output.open("wb") as file:
-        return children.spawn(argv, death_signal=signal.SIGTERM, tie=tie, output=file)
+        return child_process.spawn(argv, death_signal=signal.SIGTERM, tie=tie, output=file)
 
 
 @pytest.mark.parametrize("death_signal", ["SIGTERM", "SIGKILL"])
@@ -149,4 +149,4 @@ async def test_a_command_that_is_not_there_is_told(tie: Tie, tmp_path: Path) -> 
 
 async def test_a_thread_may_not_have_children_that_would_die_with_it() -> None:
     with pytest.raises(RuntimeError, match="main thread"):
-        await asyncio.to_thread(spawn, children.DEFAULT_TIE)
+        await asyncio.to_thread(spawn, child_process.DEFAULT_TIE)

@@ -16,7 +16,7 @@ from typing import Any, Final
 import pytest
 
 from asyncinfer import __version__, settings
-from asyncinfer.access import Caller, Keyring
+from asyncinfer.api_keys import Caller, Keyring
 from asyncinfer.cli import main
 
 from . import zoo

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from asyncinfer import cores as module
-from asyncinfer.cores import cores
+from asyncinfer.processes import cpus as module
+from asyncinfer.processes.cpus import cores
 
 
 def write(root: Path, name: str, text: str) -> None:

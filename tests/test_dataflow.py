@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from asyncinfer import dataflow, onnxgraph
-from asyncinfer.dataflow import Flow
-from asyncinfer.onnxfile import DamagedFile
+from asyncinfer.engine import dataflow
+from asyncinfer.engine.dataflow import Flow
+from asyncinfer.models import onnx_graph
+from asyncinfer.models.onnx_file import DamagedFile
 
 from . import zoo
 from .zoo.making import node
@@ -25,7 +26,7 @@ MICROSOFT, OURS = "com.microsoft", "ours"
 
 def flow_of(model: onnx.ModelProto) -> Flow:
     content = memoryview(model.SerializeToString())
-    return dataflow.of_file(onnxgraph.read_content(content))
+    return dataflow.of_file(onnx_graph.read_content(content))
 
 
 def mixers(model: onnx.ModelProto) -> dict[str, set[str]]:
@@ -313,7 +314,7 @@ def test_a_type_without_a_shape_is_told_from_a_scalar_s() -> None:
         helper.make_value_info("maybe", helper.make_optional_type_proto(tensor))
     )
 
-    read = onnxgraph.read_content(memoryview(model.SerializeToString()))
+    read = onnx_graph.read_content(memoryview(model.SerializeToString()))
 
     assert read.of_any_rank == {"x", "maybe", "y"}
 
@@ -324,8 +325,8 @@ def test_any_flipped_byte_is_followed_or_damaged(data: st.DataObject) -> None:
     content = bytearray(build().SerializeToString())
     at = data.draw(st.integers(0, len(content) - 1))
     content[at] = data.draw(st.integers(0, 255))
-    with contextlib.suppress(DamagedFile, onnxgraph.TooLarge):
-        dataflow.of_file(onnxgraph.read_content(memoryview(bytes(content))))
+    with contextlib.suppress(DamagedFile, onnx_graph.TooLarge):
+        dataflow.of_file(onnx_graph.read_content(memoryview(bytes(content))))
 
 
 def test_functions_that_call_each_other_ten_times_over_are_followed_once() -> None:

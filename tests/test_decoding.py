@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncinfer import decoding
+from asyncinfer.api.live.position import decode_position
 from asyncinfer.jobs import Record, decode_facts, read_record
-from asyncinfer.limited_log import LimitedLog
-from asyncinfer.models import read_signature
-from asyncinfer.positions import decode_position
-from asyncinfer.repository.cursors import MOST_CHARACTERS, decode_cursor, encode_cursor
-from asyncinfer.repository.inspect import worker_says
-from asyncinfer.repository.log import changes_in, ids_in
-from asyncinfer.repository.submit import noticed
+from asyncinfer.models.signature import read_signature
+from asyncinfer.processes.limited_log import LimitedLog
+from asyncinfer.repository.inspect.cursors import MOST_CHARACTERS, decode_cursor, encode_cursor
+from asyncinfer.repository.inspect.listing import worker_says
+from asyncinfer.repository.inspect.log import changes_in, ids_in
+from asyncinfer.repository.submissions import noticed
+from asyncinfer.untrusted import decoding
 
 NESTED_MSGPACK = b"\x91" * 20_000 + b"\x90"
 NESTED_JSON = b"[" * 20_000 + b"]" * 20_000

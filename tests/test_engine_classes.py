@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from asyncinfer import models
 from asyncinfer.engine import Engine, Stop
-from asyncinfer.engine.class_tables import class_tables
+from asyncinfer.engine.classes.tables import class_tables
 from asyncinfer.errors import ModelRefused
-from asyncinfer.results import render_result
+from asyncinfer.models.folder import scan
+from asyncinfer.models.results import render_result
 
 from . import zoo
 
@@ -54,7 +54,7 @@ def model(nodes: Sequence[onnx.NodeProto], *outputs: tuple[str, Sequence[Any], i
 
 def load(folder: Path, made: Any, toml: str = ABC) -> Engine:
     zoo.place(folder, "m", made, toml=toml)
-    (file,) = models.scan(folder)
+    (file,) = scan(folder)
     return Engine.load(file, intra_op_threads=1)
 
 
@@ -807,7 +807,7 @@ def test_looking_for_the_class_does_not_hold_a_load_up(tmp_path: Path) -> None:
     )
     made.graph.output.extend([zoo.tensor("p", ["b", 2]), zoo.tensor("n", ["b"], INT64)])
     zoo.place(tmp_path, "m", made, toml='labels = ["a", "b"]\nbatching.enabled = false')
-    (file,) = models.scan(tmp_path)
+    (file,) = scan(tmp_path)
     started = time.monotonic()
 
     Engine.load(file, intra_op_threads=1, probe_seconds=0.2)

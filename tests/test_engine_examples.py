@@ -8,10 +8,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from asyncinfer import models
-from asyncinfer.api.models import example_of
+from asyncinfer.api.handlers.models import example_of
 from asyncinfer.engine import Engine, Stop
-from asyncinfer.tensors import Feeds
+from asyncinfer.models.folder import scan
+from asyncinfer.tensors.datatypes import Feeds
 
 from . import zoo
 
@@ -20,7 +20,7 @@ INT64 = TensorProto.INT64
 
 def loaded(folder: Path, model: onnx.ModelProto) -> Engine:
     zoo.place(folder, "m", model)
-    (file,) = models.scan(folder)
+    (file,) = scan(folder)
     return Engine.load(file, intra_op_threads=1)
 
 

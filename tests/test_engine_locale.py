@@ -12,9 +12,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from asyncinfer import models
 from asyncinfer.engine import Engine, Stop
 from asyncinfer.errors import ModelRefused
+from asyncinfer.models.folder import scan
 
 from . import zoo
 from .parents import REPOSITORY
@@ -31,7 +31,7 @@ def lower(**locale: str) -> onnx.ModelProto:
 
 
 def load(folder: Path) -> Engine:
-    (file,) = models.scan(folder)
+    (file,) = scan(folder)
     return Engine.load(file, intra_op_threads=1)
 
 

@@ -12,12 +12,14 @@ import msgspec
 import pytest
 import redis
 
-from asyncinfer import keys, settings, valkey
-from asyncinfer.models import Signature
+from asyncinfer import settings
+from asyncinfer.models.signature import Signature
+from asyncinfer.processes import valkey
+from asyncinfer.repository import keys
+from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Policy, Store
-from asyncinfer.repository.submit import Submissions
-from asyncinfer.repository.upkeep import Upkeep
-from asyncinfer.tensors import TensorSpec
+from asyncinfer.repository.submissions import Submissions
+from asyncinfer.tensors.datatypes import TensorSpec
 
 from . import zoo
 from .cli.told import told

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from asyncinfer import keys
+from asyncinfer.repository import keys
 
 N = "predict_queue"
 MODELS = ["default", "queues", "odd", "models", "high", "low", "model:x", "iris", "wake"]

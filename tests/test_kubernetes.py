@@ -10,7 +10,7 @@ import yaml
 
 from asyncinfer import __version__, settings
 from asyncinfer.api.routes import ROUTES
-from asyncinfer.schemas import Scale
+from asyncinfer.schemas.responses import Scale
 from asyncinfer.settings import Settings
 from asyncinfer.worker.monitor import Monitor
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import redis
 
-from asyncinfer import keys
 from asyncinfer.errors import DefaultModelChanged
+from asyncinfer.repository import keys
 from asyncinfer.repository.leftovers import Leftovers
 from asyncinfer.repository.store import Store
 

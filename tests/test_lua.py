@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import redis
 
-from asyncinfer import keys
 from asyncinfer.jobs import Facts
+from asyncinfer.repository import keys
 from asyncinfer.repository.scripts import NAMES, script
 
-PACKAGE = Path(inspect.getfile(keys)).parent
+PACKAGE = Path(inspect.getfile(keys)).parents[1]
 PRELUDES = ("_job", "_claim")
 
 
 def source(name: str) -> str:
-    return (files("asyncinfer") / "lua" / f"{name}.lua").read_text()
+    return (files("asyncinfer.repository") / "lua" / f"{name}.lua").read_text()
 
 
 def parted(name: str) -> tuple[str, str]:
@@ -42,7 +42,7 @@ def code_of(text: str) -> str:
 
 
 def test_every_script_is_listed_and_nothing_else_lies_beside_them() -> None:
-    found = {one.name for one in (files("asyncinfer") / "lua").iterdir()}
+    found = {one.name for one in (files("asyncinfer.repository") / "lua").iterdir()}
     assert found == {f"{name}.lua" for name in (*NAMES, *PRELUDES)}
 
 
@@ -132,7 +132,7 @@ def test_all_but_submit_go_on_with_memory_full(name: str) -> None:
 def functions_that_call() -> Counter[str]:
     """How many functions of the repository call each script."""
     calls: Counter[str] = Counter()
-    for path in sorted((PACKAGE / "repository").glob("*.py")):
+    for path in sorted((PACKAGE / "repository").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 found = {
@@ -154,7 +154,7 @@ def test_every_script_is_called_by_exactly_one_function() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_no_script_is_called_from_outside_the_repository(name: str) -> None:
     for path in PACKAGE.rglob("*.py"):
-        if path.parent.name != "repository":
+        if not path.is_relative_to(PACKAGE / "repository"):
             assert f'script("{name}")' not in path.read_text(), path
 
 

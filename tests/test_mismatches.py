@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncinfer.errors import Fault, InvalidInput
-from asyncinfer.models import Signature, check_data, check_inputs, read_signature
-from asyncinfer.tensors import DTYPES, Array, Feeds, TensorSpec
+from asyncinfer.models.signature import Signature, read_signature
+from asyncinfer.models.validation import check_data, check_inputs
+from asyncinfer.tensors.datatypes import DTYPES, Array, Feeds, TensorSpec
 
 STATE = Signature(
     "vad",

@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 import pytest
 
-from asyncinfer import onnxfile
 from asyncinfer.errors import ModelRefused
+from asyncinfer.models import onnx_file
 
 from . import zoo
 
@@ -51,7 +51,7 @@ def safetensors() -> bytes:
 
 def refusal(path: Path) -> str:
     with pytest.raises(ModelRefused) as refused:
-        onnxfile.check_weights(path, "m.onnx")
+        onnx_file.check_weights(path, "m.onnx")
     return refused.value.detail
 
 

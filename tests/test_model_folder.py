@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from asyncinfer import models
+from asyncinfer.models.folder import default_model, read_folder, read_stamp, scan
 
 from . import unprivileged
 
@@ -72,7 +72,7 @@ def then(*places: Place) -> Place:
 
 def told(folder: Path) -> dict[tuple[str, str], str]:
     """The problems, under what they are told as."""
-    found = models.scan(folder)
+    found = scan(folder)
     return {(one.model, one.version): one.problem for one in found if one.problem}
 
 
@@ -183,13 +183,13 @@ def test_a_folder_that_may_not_be_read_and_can_be_no_model_is_passed_over(tmp_pa
     then(touch("good.onnx"), folder_named("lost+found"), locked("lost+found"))(tmp_path)
 
     with unprivileged.unprivileged():
-        found = models.read_folder(tmp_path)
+        found = read_folder(tmp_path)
 
     (tmp_path / "lost+found").chmod(0o700)
     assert [one.shown for one in found.files] == ["good.onnx"]
     (line,) = found.passed_over
     assert line.startswith("lost+found is passed over: it cannot be read: Permission denied")
-    assert models.read_folder(tmp_path).passed_over == ()
+    assert read_folder(tmp_path).passed_over == ()
 
 
 def test_what_is_not_meant_as_a_model_says_nothing(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_what_is_not_meant_as_a_model_says_nothing(tmp_path: Path) -> None:
     places = ["", "m/", "m/1/", "__pycache__/", ".git/", "@eaDir/", "System Volume Information/"]
     touch("m/1/model.onnx", *(f"{place}{file}" for place in places for file in files))(tmp_path)
 
-    assert [(one.shown, one.problem) for one in models.scan(tmp_path)] == [("m/1/model.onnx", "")]
+    assert [(one.shown, one.problem) for one in scan(tmp_path)] == [("m/1/model.onnx", "")]
 
 
 @pytest.mark.parametrize("name", ["churn.onnx", "MODEL.ONNX", "with space.onnx", "é.onnx"])
@@ -207,16 +207,16 @@ def test_the_only_onnx_file_of_a_version_is_served_whatever_its_name(
     (tmp_path / "churn" / "1").mkdir(parents=True)
     (tmp_path / "churn" / "1" / name).touch()
 
-    (file,) = models.scan(tmp_path)
+    (file,) = scan(tmp_path)
 
     assert (file.model, file.version, file.path.name, file.problem) == ("churn", "1", name, "")
-    assert [name for name, _, _ in models.read_stamp(file)] == [name]
+    assert [name for name, _, _ in read_stamp(file)] == [name]
 
 
 def test_a_bare_file_in_capitals_is_served_under_its_stem(tmp_path: Path) -> None:
     touch("UPPER.ONNX")(tmp_path)
 
-    (file,) = models.scan(tmp_path)
+    (file,) = scan(tmp_path)
 
     assert (file.model, file.version, file.problem) == ("UPPER", "1", "")
 
@@ -224,14 +224,14 @@ def test_a_bare_file_in_capitals_is_served_under_its_stem(tmp_path: Path) -> Non
 def test_what_lies_beside_a_model_does_not_hide_that_it_changed(tmp_path: Path) -> None:
     touch("m/1/model.onnx", "m/1/weights.bin")(tmp_path)
     then(link("m/1/gone", "nowhere"), link("m/1/loop", "loop"), fifo("m/1/pipe"))(tmp_path)
-    (file,) = models.scan(tmp_path)
+    (file,) = scan(tmp_path)
 
-    before = models.read_stamp(file)
+    before = read_stamp(file)
     (tmp_path / "m/1/weights.bin").write_bytes(b"other")
 
     assert [name for name, _, _ in before] == ["model.onnx", "weights.bin"]
-    assert models.read_stamp(file) != before
+    assert read_stamp(file) != before
 
 
 def test_names_that_can_be_no_model_leave_the_only_model_the_default() -> None:
-    assert models.default_model(None, ["churn", "my model", "a+b"]) == "churn"
+    assert default_model(None, ["churn", "my model", "a+b"]) == "churn"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from asyncinfer.errors import ModelRefused
-from asyncinfer.model_toml import ModelConfig, read_config
+from asyncinfer.models.config import ModelConfig, read_config
 
 EVERYTHING = b"""
 labels = ["a", "b"]

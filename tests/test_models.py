@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncinfer import model_toml, models
 from asyncinfer.errors import Fault, InvalidInput, ModelRefused
-from asyncinfer.faults import MAX_FAULTS
-from asyncinfer.models import Signature, check_data, check_data_alike
-from asyncinfer.tensors import Array, Dim, TensorSpec
+from asyncinfer.models import config
+from asyncinfer.models.folder import default_model, find_model_dir, scan, to_serve, valid_name
+from asyncinfer.models.signature import Signature
+from asyncinfer.models.validation import check_data, check_data_alike
+from asyncinfer.tensors.datatypes import Array, Dim, TensorSpec
+from asyncinfer.tensors.json_errors import MAX_FAULTS
 
 
 def signature(
@@ -42,7 +44,7 @@ def test_every_version_of_each_model_is_found_the_one_to_serve_first(tmp_path: P
     touch(tmp_path, "iris/11/notes.txt", "bare.onnx", "README.md")
     touch(tmp_path, ".hidden/1/model.onnx", "empty/notes.txt")
 
-    found = [(file.model, file.version, file.shown) for file in models.scan(tmp_path)]
+    found = [(file.model, file.version, file.shown) for file in scan(tmp_path)]
 
     assert found == [
         ("bare", "1", "bare.onnx"),
@@ -51,17 +53,17 @@ def test_every_version_of_each_model_is_found_the_one_to_serve_first(tmp_path: P
     ]
     touch(tmp_path, "iris/model.toml")
     (tmp_path / "iris/model.toml").write_text("default_version = 2")
-    served = models.to_serve(models.scan(tmp_path))
+    served = to_serve(scan(tmp_path))
     assert served["iris"].version == "2"
 
 
 def test_a_folder_wins_over_a_bare_file_of_its_name(tmp_path: Path) -> None:
     touch(tmp_path, "iris/1/model.onnx", "iris.onnx")
 
-    file, other = models.scan(tmp_path)
+    file, other = scan(tmp_path)
 
     assert (file.shown, file.problem) == ("iris/1/model.onnx", "")
-    assert models.to_serve([file, other]) == {"iris": file}
+    assert to_serve([file, other]) == {"iris": file}
     assert other.problem.startswith("iris.onnx: is not served, since iris/1/model.onnx has its")
 
 
@@ -72,7 +74,7 @@ def test_model_toml_is_read(tmp_path: Path) -> None:
         "[batching]\nenabled = false\n[limits]\ntimeout_seconds = 2\nmax_rows_per_job = 5\n"
     )
 
-    (file,) = models.scan(tmp_path)
+    (file,) = scan(tmp_path)
 
     assert file.config.labels == ("a", "b")
     assert file.config.description == "d"
@@ -87,7 +89,7 @@ def test_a_broken_model_stops_no_other_and_says_why(tmp_path: Path) -> None:
     touch(tmp_path, "typo/1/model.onnx")
     (tmp_path / "typo/model.toml").write_text("lables = []")
 
-    problems = {file.model: file.problem for file in models.scan(tmp_path)}
+    problems = {file.model: file.problem for file in scan(tmp_path)}
 
     assert problems["good"] == ""
     assert "1 to 64 letters" in problems["my model"]
@@ -112,11 +114,11 @@ def test_a_version_that_is_no_number_is_not_passed_over_in_silence(
 ) -> None:
     touch(tmp_path, "m/2/model.onnx", path)
 
-    first, *others = models.scan(tmp_path)
+    first, *others = scan(tmp_path)
 
     assert (first.version, first.problem) == ("2", "")
     assert [one.problem for one in others] == ([problem] if problem else [])
-    assert models.to_serve([first, *others]) == {"m": first}
+    assert to_serve([first, *others]) == {"m": first}
 
 
 @pytest.mark.parametrize(
@@ -143,26 +145,26 @@ def test_a_version_that_is_no_number_is_not_passed_over_in_silence(
 )
 def test_a_wrong_model_toml_names_file_and_key(toml: bytes, message: str) -> None:
     with pytest.raises(ModelRefused) as refused:
-        model_toml.read_config(toml, "m.toml")
+        config.read_config(toml, "m.toml")
 
     assert refused.value.detail == message
 
 
 def test_bytes_that_are_no_text_are_no_model_toml() -> None:
     with pytest.raises(ModelRefused, match=r"m\.toml: is not UTF-8 \(byte 0xff in line 1\)"):
-        model_toml.read_config(b"\xff", "m.toml")
+        config.read_config(b"\xff", "m.toml")
 
 
 @pytest.mark.parametrize("name", ["iris", "0", "a.b-c_D", "x" * 64])
 def test_a_valid_name_is_taken(name: str) -> None:
-    assert models.valid_name(name)
+    assert valid_name(name)
 
 
 @pytest.mark.parametrize(
     "name", ["", "stats", ".x", "-x", "a/b", "a b", "x" * 65, "é", "a\n", "{n}", "a:b"]
 )
 def test_a_name_that_could_mean_something_else_is_refused(name: str) -> None:
-    assert not models.valid_name(name)
+    assert not valid_name(name)
 
 
 def test_the_folder_asked_for_comes_before_the_local_one_before_the_shipped_one(
@@ -173,7 +175,7 @@ def test_the_folder_asked_for_comes_before_the_local_one_before_the_shipped_one(
     asked_for = tmp_path / "elsewhere"
 
     def found(explicit: Path | None = None) -> Path:
-        return models.find_model_dir(explicit, cwd=tmp_path, package=package)
+        return find_model_dir(explicit, cwd=tmp_path, package=package)
 
     assert found() == tmp_path / "repository/model"
     (package / "_models").mkdir()
@@ -196,7 +198,7 @@ def test_the_folder_asked_for_comes_before_the_local_one_before_the_shipped_one(
 def test_the_default_model_is_the_one_set_or_iris_or_the_only_one(
     explicit: str | None, names: list[str], default: str | None
 ) -> None:
-    assert models.default_model(explicit, names) == default
+    assert default_model(explicit, names) == default
 
 
 def test_a_signature_survives_its_announcement() -> None:

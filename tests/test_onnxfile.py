@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto
 
-from asyncinfer import onnxfile
-from asyncinfer.onnxfile import DamagedFile
+from asyncinfer.models import onnx_file
+from asyncinfer.models.onnx_file import DamagedFile
 
 from . import zoo
 
 
 def found(content: bytes) -> set[str]:
-    return set(onnxfile.locations(memoryview(content)))
+    return set(onnx_file.locations(memoryview(content)))
 
 
 def far(location: str) -> TensorProto:

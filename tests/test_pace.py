@@ -2,7 +2,7 @@
 
 import pytest
 
-from asyncinfer.worker.pace import Paces, RunTimes
+from asyncinfer.worker.running.timings import Paces, RunTimes
 
 
 def test_a_full_batch_counts_by_its_jobs_not_as_one_run() -> None:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncinfer import payloads
-from asyncinfer.tensors import DTYPES, Array
+from asyncinfer.tensors import packing
+from asyncinfer.tensors.datatypes import DTYPES, Array
 
 SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 
@@ -30,10 +30,10 @@ def test_tensors_of_every_datatype_and_rank_come_back_as_they_were(
         else:
             tensors[f"t{index}"] = np.asarray(values).astype(DTYPES[datatype])
 
-    packed = payloads.pack(tensors)
-    unpacked = payloads.unpack(packed)
+    packed = packing.pack(tensors)
+    unpacked = packing.unpack(packed)
 
-    assert payloads.is_packed(packed)
+    assert packing.is_packed(packed)
     assert list(unpacked) == list(tensors)
     for name, array in tensors.items():
         assert unpacked[name].dtype == array.dtype
@@ -45,7 +45,7 @@ def test_numbers_that_json_has_not_come_back() -> None:
     odd = np.array([np.nan, np.inf, -np.inf, -0.0], np.float32)
     half = odd.astype(ml_dtypes.bfloat16)
 
-    back = payloads.unpack(payloads.pack({"odd": odd, "half": half}))
+    back = packing.unpack(packing.pack({"odd": odd, "half": half}))
 
     assert back["odd"].tobytes() == odd.tobytes()
     assert back["half"].tobytes() == half.tobytes()
@@ -54,19 +54,19 @@ def test_numbers_that_json_has_not_come_back() -> None:
 def test_an_array_that_is_not_contiguous_is_stored_in_row_major_order() -> None:
     array = np.arange(12, dtype=np.int64).reshape(3, 4).T
 
-    np.testing.assert_array_equal(payloads.unpack(payloads.pack({"x": array}))["x"], array)
+    np.testing.assert_array_equal(packing.unpack(packing.pack({"x": array}))["x"], array)
 
 
 def test_no_damage_is_taken_for_tensors() -> None:
-    whole = payloads.pack(
+    whole = packing.pack(
         {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "s": np.array(["a", "bc"], object)}
     )
 
     for size in range(len(whole)):
-        with pytest.raises(payloads.DamagedPayload):
-            payloads.unpack(whole[:size])
-    with pytest.raises(payloads.DamagedPayload):
-        payloads.unpack(whole + b"x")
+        with pytest.raises(packing.DamagedPayload):
+            packing.unpack(whole[:size])
+    with pytest.raises(packing.DamagedPayload):
+        packing.unpack(whole + b"x")
 
 
 @pytest.mark.parametrize(
@@ -74,16 +74,16 @@ def test_no_damage_is_taken_for_tensors() -> None:
 )
 def test_an_empty_tensor_of_an_impossible_shape_is_damage(shape: tuple[int, ...]) -> None:
     header = msgspec.msgpack.encode([["x", "FP32", shape, 0]])
-    payload = struct.pack("<cI", payloads.TAG, len(header)) + header
+    payload = struct.pack("<cI", packing.TAG, len(header)) + header
 
-    with pytest.raises(payloads.DamagedPayload):
-        payloads.unpack(payload + bytes(-len(payload) % 16))
+    with pytest.raises(packing.DamagedPayload):
+        packing.unpack(payload + bytes(-len(payload) % 16))
 
 
 @given(st.binary(max_size=64))
 def test_any_bytes_are_read_or_refused(noise: bytes) -> None:
-    with contextlib.suppress(payloads.DamagedPayload):
-        payloads.unpack(payloads.TAG + noise)
+    with contextlib.suppress(packing.DamagedPayload):
+        packing.unpack(packing.TAG + noise)
 
 
 def test_payloads_that_look_alike_are_read_in_one_go() -> None:
@@ -93,7 +93,7 @@ def test_payloads_that_look_alike_are_read_in_one_go() -> None:
         for _ in range(5)
     ]
 
-    read = payloads.unpack_alike([payloads.pack(job) for job in jobs])
+    read = packing.unpack_alike([packing.pack(job) for job in jobs])
 
     assert read is not None
     for job, back in zip(jobs, read, strict=True):
@@ -112,14 +112,14 @@ def test_payloads_that_look_alike_are_read_in_one_go() -> None:
     ],
 )
 def test_payloads_that_differ_are_each_looked_at(other: dict[str, Array]) -> None:
-    one = payloads.pack({"x": np.zeros((2, 3), np.float32)})
+    one = packing.pack({"x": np.zeros((2, 3), np.float32)})
 
-    assert payloads.unpack_alike([one, payloads.pack(other)]) is None
-    assert payloads.unpack_alike([one, one[:-1]]) is None
+    assert packing.unpack_alike([one, packing.pack(other)]) is None
+    assert packing.unpack_alike([one, one[:-1]]) is None
 
 
 def test_strings_and_booleans_are_each_looked_at() -> None:
     for array in (np.array(["a"], object), np.array([True])):
-        one = payloads.pack({"x": array})
+        one = packing.pack({"x": array})
 
-        assert payloads.unpack_alike([one, one]) is None
+        assert packing.unpack_alike([one, one]) is None

@@ -6,8 +6,8 @@ import unicodedata
 
 import pytest
 
-from asyncinfer.cli.telling import set_up_logging
-from asyncinfer.printable import printable, printable_json, printable_line
+from asyncinfer.cli.serve.log_setup import set_up_logging
+from asyncinfer.untrusted.printable import printable, printable_json, printable_line
 
 EVERY = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
 BIDIRECTIONAL = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}

@@ -24,11 +24,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from asyncinfer import keys
 from asyncinfer.jobs import TERMINAL, Facts, Outcome, decode_facts, decode_record
-from asyncinfer.repository.run import Claim, Claimed, ClaimRequest, Finished, Renewals
+from asyncinfer.repository import keys
+from asyncinfer.repository.claims import Claim, Claimed, ClaimRequest, Finished, Renewals
 from asyncinfer.repository.store import Policy, Store
-from asyncinfer.repository.submit import NewJob
+from asyncinfer.repository.submissions import NewJob
 
 from .faults.harness import assert_at_rest
 from .hands import Hands, Q, new_job, outcome_of

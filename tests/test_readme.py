@@ -16,7 +16,7 @@ import onnx
 import pytest
 
 from asyncinfer.engine import Engine
-from asyncinfer.models import scan
+from asyncinfer.models.folder import scan
 from asyncinfer.settings import Settings
 
 from .faults.harness import eventually_sync

@@ -7,9 +7,9 @@ import msgspec
 import pytest
 import redis
 
-from asyncinfer import keys
 from asyncinfer.errors import InvalidQuery, ServerRefused
-from asyncinfer.repository.inspect import Page
+from asyncinfer.repository import keys
+from asyncinfer.repository.inspect.listing import Page
 from asyncinfer.repository.store import Store, checked_server
 
 from .faults.harness import eventually

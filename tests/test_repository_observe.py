@@ -6,12 +6,12 @@ import msgspec
 import pytest
 import redis
 
-from asyncinfer import keys
 from asyncinfer.jobs import encode_record, record_seq
-from asyncinfer.observed import JobsDone, Percentiles, Queue, WaitingJobs
-from asyncinfer.repository.observe import Observation, percentiles
-from asyncinfer.repository.run import Claim, ClaimedJob, Finished
+from asyncinfer.repository import keys
+from asyncinfer.repository.claims import Claim, ClaimedJob, Finished
+from asyncinfer.repository.inspect.statistics import Observation, percentiles
 from asyncinfer.repository.store import Store
+from asyncinfer.schemas.operations import JobsDone, Percentiles, Queue, WaitingJobs
 
 from .hands import RESULT, Hands, Q, new_job
 

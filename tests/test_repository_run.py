@@ -7,10 +7,10 @@ import msgspec
 import pytest
 import redis
 
-from asyncinfer import keys
 from asyncinfer.errors import RedisUnavailable
 from asyncinfer.jobs import JobError, Outcome, encode_record, record_seq
-from asyncinfer.repository.run import Claim, ClaimRequest, Doorbell, Finished, Renewals
+from asyncinfer.repository import keys
+from asyncinfer.repository.claims import Claim, ClaimRequest, Doorbell, Finished, Renewals
 from asyncinfer.repository.store import Store
 
 from .faults.harness import assert_at_rest, eventually

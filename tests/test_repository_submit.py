@@ -9,12 +9,12 @@ import msgspec
 import pytest
 import redis
 
-from asyncinfer import keys
 from asyncinfer.errors import RedisUnavailable, StorageFull, WritesRefused
-from asyncinfer.repository.run import Doorbell, Finished
+from asyncinfer.repository import keys
+from asyncinfer.repository.claims import Doorbell, Finished
+from asyncinfer.repository.maintenance import Swept
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.submit import Stored, noticed
-from asyncinfer.repository.upkeep import Swept
+from asyncinfer.repository.submissions import Stored, noticed
 
 from .faults.harness import assert_at_rest
 from .hands import DATA, ERROR, RESULT, Hands, Q, ids_of, new_job

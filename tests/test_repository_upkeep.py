@@ -6,11 +6,11 @@ import msgspec
 import pytest
 import redis
 
-from asyncinfer import keys
-from asyncinfer.repository.run import Renewals
+from asyncinfer.repository import keys
+from asyncinfer.repository.claims import Renewals
+from asyncinfer.repository.maintenance import Swept, Upkeep
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Policy, Store, encode_args
-from asyncinfer.repository.upkeep import Swept, Upkeep
 
 from .faults.harness import assert_at_rest, eventually
 from .hands import DATA, RESULT, Hands, Q, new_job

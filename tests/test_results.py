@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncinfer.batching import Plan
 from asyncinfer.errors import ModelFailed
-from asyncinfer.models import Signature
-from asyncinfer.results import render_result, render_results
-from asyncinfer.tensors import DTYPES, Array, TensorSpec
+from asyncinfer.models.batching import Plan
+from asyncinfer.models.results import render_result, render_results
+from asyncinfer.models.signature import Signature
+from asyncinfer.tensors.datatypes import DTYPES, Array, TensorSpec
 
 LABELS = ("setosa", "versicolor")
 PREDICTIONS = np.array([1, 0, 1])

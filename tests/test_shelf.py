@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from asyncinfer.engine import Engine
-from asyncinfer.models import ModelFile, bare_file, read_stamp, total_bytes
-from asyncinfer.worker.shelf import Bounds, Shelf
+from asyncinfer.models.folder import ModelFile, bare_file, read_stamp, total_bytes
+from asyncinfer.worker.models.engine_cache import Bounds, Shelf
 
 from . import zoo
 

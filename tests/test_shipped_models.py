@@ -7,10 +7,11 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from asyncinfer import models
 from asyncinfer.engine import Engine, Stop
-from asyncinfer.results import render_result, render_results
-from asyncinfer.tensors import Array, Feeds, dims
+from asyncinfer.models.folder import scan
+from asyncinfer.models.results import render_result, render_results
+from asyncinfer.models.validation import check_data
+from asyncinfer.tensors.datatypes import Array, Feeds, dims
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("digits", "iris")
@@ -21,7 +22,7 @@ def fed(data: Array) -> Feeds:
 
 
 def shipped(name: str) -> Engine:
-    files = {file.model: file for file in models.scan(ROOT / "model")}
+    files = {file.model: file for file in scan(ROOT / "model")}
     return Engine.load(files[name], intra_op_threads=1)
 
 
@@ -45,7 +46,7 @@ def test_the_reference_has_all_irises_and_the_held_out_digits() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_row_agrees_with_scikit_learn(name: str) -> None:
     engine, expected = shipped(name), reference(name)
-    data = models.check_data(msgspec.json.encode(expected["inputs"].tolist()), engine.signature)
+    data = check_data(msgspec.json.encode(expected["inputs"].tolist()), engine.signature)
 
     rows = msgspec.json.decode(render_result(engine.run(fed(data), Stop()), engine.signature))
 
@@ -83,7 +84,7 @@ def test_a_shipped_model_has_a_dynamic_batch_labels_and_an_example_that_works(na
 
     assert signature.batched, signature.batching
     assert {dims(spec)[0] for spec in (*signature.inputs, *signature.outputs)} == {"batch"}
-    data = models.check_data(msgspec.json.encode(signature.example), signature)
+    data = check_data(msgspec.json.encode(signature.example), signature)
     result = msgspec.json.decode(render_result(engine.run(fed(data), Stop()), signature))
     assert result["class_name"] == signature.labels[0]
 

@@ -12,9 +12,9 @@ from typing import Final
 import pytest
 import redis
 
-from asyncinfer import supervisor, valkey
 from asyncinfer.errors import StartError
-from asyncinfer.supervisor import Plan, Stop
+from asyncinfer.processes import supervisor, valkey
+from asyncinfer.processes.supervisor import Plan, Stop
 
 from .faults.harness import eventually, eventually_sync
 from .parents import Parent, is_gone, parent

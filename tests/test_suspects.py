@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from asyncinfer import models
 from asyncinfer.engine import Engine
 from asyncinfer.errors import ModelRefused
-from asyncinfer.models import ModelFile
-from asyncinfer.worker.suspects import Careful
+from asyncinfer.models.folder import ModelFile, scan
+from asyncinfer.worker.models.crash_guard import Careful
 from tests import zoo
 from tests.zoo.hostile import aborting_split
 
@@ -24,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from asyncinfer import models
 from asyncinfer.engine import Engine
-from asyncinfer.worker.suspects import Careful
+from asyncinfer.worker.models.crash_guard import Careful
 
 (file,) = models.scan(Path(sys.argv[1]))
 load = partial(Engine.load, intra_op_threads=1)
@@ -34,7 +33,7 @@ Careful(load, allow_custom_ops=False, folder=Path(sys.argv[2]))(file)
 
 def test_a_file_that_killed_its_process_is_refused_by_the_next(tmp_path: Path) -> None:
     zoo.place(tmp_path / "models", "bomb", aborting_split())
-    (file,) = models.scan(tmp_path / "models")
+    (file,) = scan(tmp_path / "models")
     command = [sys.executable, "-c", LOADS, str(tmp_path / "models"), str(tmp_path / "marks")]
     first = subprocess.run(command, capture_output=True, check=False)
     assert first.returncode < 0, "the file no longer kills who loads it"
@@ -57,7 +56,7 @@ def test_a_machine_without_a_place_to_write_to_loads_all_the_same(tmp_path: Path
 
 def test_a_file_that_loads_leaves_nothing_behind(tmp_path: Path) -> None:
     zoo.place(tmp_path / "models", "m", zoo.mlp([2, 2]))
-    (file,) = models.scan(tmp_path / "models")
+    (file,) = scan(tmp_path / "models")
 
     engine = Careful(load, allow_custom_ops=False, folder=tmp_path / "marks")(file)
 
@@ -67,7 +66,7 @@ def test_a_file_that_loads_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_a_file_that_another_process_is_loading_is_no_suspect(tmp_path: Path) -> None:
     zoo.place(tmp_path / "models", "m", zoo.mlp([2, 2]))
-    (file,) = models.scan(tmp_path / "models")
+    (file,) = scan(tmp_path / "models")
     marks = tmp_path / "marks"
 
     def load_while_another_does(file: ModelFile) -> Engine:
@@ -82,7 +81,7 @@ LEAVES = """
 import os, sys, threading
 from pathlib import Path
 from asyncinfer import models
-from asyncinfer.worker.suspects import Careful
+from asyncinfer.worker.models.crash_guard import Careful
 
 loading = threading.Event()
 

@@ -12,30 +12,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncinfer import tensors
-from asyncinfer.tensors import TensorSpec
+from asyncinfer.tensors import datatypes
+from asyncinfer.tensors.datatypes import TensorSpec
 
-NUMERIC = sorted(tensors.RANGES)
+NUMERIC = sorted(datatypes.RANGES)
 
 
 @pytest.mark.parametrize("datatype", NUMERIC)
 def test_the_ends_of_every_numeric_datatype_are_taken(datatype: str) -> None:
-    dtype = np.dtype(tensors.DTYPES[datatype])
+    dtype = np.dtype(datatypes.DTYPES[datatype])
     info = np.iinfo(dtype) if dtype.kind in "iu" else ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
     ends = np.array([info.min, info.max], dtype).tolist()
 
-    array = tensors.decode(msgspec.json.encode(ends), TensorSpec("x", datatype, (None,)))
+    array = datatypes.decode(msgspec.json.encode(ends), TensorSpec("x", datatype, (None,)))
 
     assert array.dtype == dtype
     assert array.tolist() == ends
 
 
-@pytest.mark.parametrize("datatype", sorted(set(NUMERIC) - tensors.FLOATS))
+@pytest.mark.parametrize("datatype", sorted(set(NUMERIC) - datatypes.FLOATS))
 def test_the_whole_numbers_beyond_the_ends_are_refused(datatype: str) -> None:
-    low, high = tensors.RANGES[datatype]
+    low, high = datatypes.RANGES[datatype]
     for beyond in (low - 1, high + 1):
         with pytest.raises((ValueError, OverflowError)):
-            tensors.decode(b"[%d]" % beyond, TensorSpec("x", datatype, (None,)))
+            datatypes.decode(b"[%d]" % beyond, TensorSpec("x", datatype, (None,)))
 
 
 @pytest.mark.parametrize(
@@ -44,13 +44,13 @@ def test_the_whole_numbers_beyond_the_ends_are_refused(datatype: str) -> None:
 def test_numbers_that_would_become_infinite_are_refused(datatype: str, beyond: bytes) -> None:
     for text in (beyond, beyond.replace(b"[", b"[-")):
         with pytest.raises(msgspec.ValidationError):
-            tensors.decode(text, TensorSpec("x", datatype, (None,)))
+            datatypes.decode(text, TensorSpec("x", datatype, (None,)))
 
 
 @pytest.mark.parametrize("datatype", ["FP16", "BF16", "FP32"])
 def test_what_is_taken_never_becomes_infinite_and_what_is_refused_would(datatype: str) -> None:
-    dtype = tensors.DTYPES[datatype]
-    for end in tensors.RANGES[datatype]:
+    dtype = datatypes.DTYPES[datatype]
+    for end in datatypes.RANGES[datatype]:
         with np.errstate(over="ignore"):
             inside, outside = np.array([end, np.nextafter(end, 2 * end)]).astype(dtype)
 
@@ -62,7 +62,7 @@ def test_what_is_taken_never_becomes_infinite_and_what_is_refused_would(datatype
 def test_float32_numbers_survive_json(rows: list[list[float]]) -> None:
     spec = TensorSpec("x", "FP32", (None,))
     for row in rows:
-        array = tensors.decode(msgspec.json.encode(row), spec)
+        array = datatypes.decode(msgspec.json.encode(row), spec)
 
         assert array.tolist() == row
 
@@ -77,36 +77,36 @@ def test_float32_numbers_survive_json(rows: list[list[float]]) -> None:
     ],
 )
 def test_every_kind_of_element_is_read(datatype: str, json: bytes, expected: list[object]) -> None:
-    array = tensors.decode(json, TensorSpec("x", datatype, (None,)))
+    array = datatypes.decode(json, TensorSpec("x", datatype, (None,)))
 
     assert array.tolist() == expected
 
 
 @pytest.mark.parametrize("padding", [b"", b" " * 2000], ids=["short", "long"])
-@pytest.mark.parametrize("datatype", sorted(tensors.FLOATS))
+@pytest.mark.parametrize("datatype", sorted(datatypes.FLOATS))
 def test_floats_may_be_what_json_has_no_number_for(datatype: str, padding: bytes) -> None:
     """As results write them, and null as other writers of JSON do."""
     text = b'[["NaN",1.5,null],["Infinity" , "-Infinity",-0.0]]' + padding
 
-    array = tensors.decode(text, TensorSpec("x", datatype, ("n", 3)))
+    array = datatypes.decode(text, TensorSpec("x", datatype, ("n", 3)))
 
-    assert array.dtype == tensors.DTYPES[datatype]
+    assert array.dtype == datatypes.DTYPES[datatype]
     expected = [[math.nan, 1.5, math.nan], [math.inf, -math.inf, -0.0]]
     np.testing.assert_array_equal(array.astype(np.float64), expected)
     for scalar in (b"null", b' "NaN" '):
-        assert np.isnan(tensors.decode(scalar, TensorSpec("x", datatype, ())))
+        assert np.isnan(datatypes.decode(scalar, TensorSpec("x", datatype, ())))
 
 
-@pytest.mark.parametrize("datatype", sorted(set(tensors.DTYPES) - tensors.FLOATS))
+@pytest.mark.parametrize("datatype", sorted(set(datatypes.DTYPES) - datatypes.FLOATS))
 def test_nothing_else_may(datatype: str) -> None:
     spec = TensorSpec("x", datatype, (None,))
     with pytest.raises(msgspec.ValidationError):
-        tensors.decode(b"[null]", spec)
+        datatypes.decode(b"[null]", spec)
     if datatype == "BYTES":
-        assert tensors.decode(b'["NaN","null"]', spec).tolist() == ["NaN", "null"]
+        assert datatypes.decode(b'["NaN","null"]', spec).tolist() == ["NaN", "null"]
     else:
         with pytest.raises(msgspec.ValidationError):
-            tensors.decode(b'["NaN"]', spec)
+            datatypes.decode(b'["NaN"]', spec)
 
 
 @pytest.mark.parametrize(
@@ -123,14 +123,14 @@ def test_what_is_not_the_whole_element_is_no_gap(text: bytes, padding: bytes) ->
     beside it."""
     for whole in (b"[%b,null]" % text, b"[null,%b]" % text):
         with pytest.raises(ValueError):  # noqa: PT011
-            tensors.decode(whole + padding, TensorSpec("x", "FP32", (None,)))
+            datatypes.decode(whole + padding, TensorSpec("x", "FP32", (None,)))
 
 
 def test_gaps_in_a_text_of_many_pieces_are_where_they_were() -> None:
     rows: list[list[float | str | None]] = [[index / 8, 1, 2, 3] for index in range(10_000)]
     rows[7][1], rows[5_000][0], rows[9_999][3] = None, "-Infinity", "NaN"
 
-    read = tensors.decode(msgspec.json.encode(rows), TensorSpec("x", "FP32", ("n", 4)))
+    read = datatypes.decode(msgspec.json.encode(rows), TensorSpec("x", "FP32", ("n", 4)))
 
     assert np.argwhere(np.isnan(read)).tolist() == [[7, 1], [9_999, 3]]
     assert np.argwhere(np.isinf(read)).tolist() == [[5_000, 0]]
@@ -143,7 +143,7 @@ def test_any_rank_is_read() -> None:
     for rank in range(6):
         json = b"[" * rank + b"7" + b"]" * rank
 
-        array = tensors.decode(json, TensorSpec("x", "INT32", (1,) * rank))
+        array = datatypes.decode(json, TensorSpec("x", "INT32", (1,) * rank))
 
         assert array.shape == (1,) * rank
         assert array.item() == 7
@@ -163,15 +163,15 @@ def test_where_any_rank_is_taken_the_text_has_the_one_that_it_spells(
 ) -> None:
     spec = TensorSpec("x", "FP32", None)
 
-    array = tensors.decode(json, spec)
+    array = datatypes.decode(json, spec)
 
     assert array.shape == shape
-    assert tensors.fits(shape, spec)
+    assert datatypes.fits(shape, spec)
 
 
 def test_a_text_is_not_read_deeper_than_a_tensor_may_be() -> None:
     with pytest.raises(ValueError, match="deeper than 32"):
-        tensors.decode(b"[" * 33 + b"1" + b"]" * 33, TensorSpec("x", "FP32", None))
+        datatypes.decode(b"[" * 33 + b"1" + b"]" * 33, TensorSpec("x", "FP32", None))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_a_text_is_not_read_deeper_than_a_tensor_may_be() -> None:
 def test_a_shape_fits_what_is_declared_or_does_not(
     shape: tuple[int, ...], declared: tuple[int | str | None, ...], fit: bool
 ) -> None:
-    assert tensors.fits(shape, TensorSpec("x", "FP32", declared)) is fit
+    assert datatypes.fits(shape, TensorSpec("x", "FP32", declared)) is fit
 
 
 @pytest.mark.parametrize("datatype", ["FP16", "FP32", "FP64"])
@@ -199,17 +199,17 @@ def test_a_long_matrix_is_read_to_the_last_bit(datatype: str) -> None:
     random = np.random.default_rng(0)
     rows = (random.standard_normal((9, 100)) * 10.0 ** random.integers(-9, 4, (9, 100))).tolist()
     spec = TensorSpec("x", datatype, ("batch", 100))
-    read = tensors.decode(msgspec.json.encode(rows), spec)
-    assert read.dtype == tensors.DTYPES[datatype]
-    assert np.array_equal(read, np.array(rows, dtype=tensors.DTYPES[datatype]))
+    read = datatypes.decode(msgspec.json.encode(rows), spec)
+    assert read.dtype == datatypes.DTYPES[datatype]
+    assert np.array_equal(read, np.array(rows, dtype=datatypes.DTYPES[datatype]))
 
 
 @st.composite
 def nearly_arrays(draw: st.DrawFn) -> tuple[bytes, TensorSpec]:
     """The text of an array, often damaged in one place, and what it is read as."""
     datatype = draw(st.sampled_from(NUMERIC))
-    low, high = tensors.RANGES[datatype]
-    if datatype in tensors.FLOATS:
+    low, high = datatypes.RANGES[datatype]
+    if datatype in datatypes.FLOATS:
         element: st.SearchStrategy[Any] = st.floats(low, high, allow_nan=False)
     else:
         element = st.integers(int(low), int(high))
@@ -238,7 +238,7 @@ def test_a_long_text_is_read_as_a_short_one_or_refused_as_it(
     answers = []
     for padding in (b"", b" " * 2000):
         try:
-            array = tensors.decode(text + padding, spec)
+            array = datatypes.decode(text + padding, spec)
             answers.append((array.shape, array.dtype, array.tobytes()))
         except (ValueError, OverflowError):
             answers.append(((0,), np.dtype(object), b""))
@@ -250,7 +250,7 @@ def test_a_text_of_many_pieces_is_read_to_the_last_element(datatype: str) -> Non
     numbers = [index % 100 for index in range(100_000)]
     rows = [[numbers[start : start + 50]] for start in range(0, len(numbers), 50)]
 
-    read = tensors.decode(msgspec.json.encode(rows), TensorSpec("x", datatype, (None, 1, 50)))
+    read = datatypes.decode(msgspec.json.encode(rows), TensorSpec("x", datatype, (None, 1, 50)))
 
     assert read.shape == (2000, 1, 50)
     assert read.ravel().tolist() == numbers
@@ -266,7 +266,7 @@ def test_a_text_of_many_pieces_is_read_to_the_last_element(datatype: str) -> Non
 )
 def test_the_place_of_a_fault_is_told_in_a_long_text_too(last: bytes, problem: str) -> None:
     with pytest.raises(ValueError, match=re.escape(problem)):
-        tensors.decode(b"[[" + b"1," * 99_999 + last, TensorSpec("x", "FP32", (None, None)))
+        datatypes.decode(b"[[" + b"1," * 99_999 + last, TensorSpec("x", "FP32", (None, None)))
 
 
 @pytest.mark.parametrize("text", [b"[[1,2],[1]]", b"[[],[1]]", b"[]", b"[[]]"])
@@ -275,7 +275,7 @@ def test_a_long_matrix_that_is_none_is_refused_as_a_short_one(text: bytes) -> No
     answers = []
     for padding in (b"", b" " * 2000):
         try:
-            answers.append(str(tensors.decode(text + padding, spec).shape))
+            answers.append(str(datatypes.decode(text + padding, spec).shape))
         except ValueError:
             answers.append("refused")
     assert answers[0] == answers[1]

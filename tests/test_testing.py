@@ -21,7 +21,7 @@ import onnx
 import pytest
 import redis
 
-from asyncinfer import access
+from asyncinfer import api_keys
 from asyncinfer.errors import KeyFileRefused
 from asyncinfer.testing import (
     InvalidSetting,
@@ -32,8 +32,8 @@ from asyncinfer.testing import (
     StartError,
     service,
 )
-from asyncinfer.testing.embedded import refuse_windows
 from asyncinfer.testing.process import free_port
+from asyncinfer.testing.service import refuse_windows
 
 from . import zoo
 from .faults.harness import eventually_sync
@@ -248,7 +248,7 @@ async def test_a_second_one_runs_beside_it_for_an_async_test(
     """With keys, and none of what this process's environment sets."""
     monkeypatch.setenv("REDIS_URL", "redis://production.example.com")
     keys = tmp_path / "keys"
-    keys.write_text(access.entry_of(access.new_key(), "acme", "submit").line())
+    keys.write_text(api_keys.entry_of(api_keys.new_key(), "acme", "submit").line())
 
     async with AsyncExitStack() as stack:
         made = service(zoo.slow(), name="slower", api_keys=keys)

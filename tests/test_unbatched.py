@@ -10,10 +10,10 @@ import pytest
 from msgspec import Struct
 from onnx import TensorProto, helper
 
-from asyncinfer import models
 from asyncinfer.engine import Engine
-from asyncinfer.models import Signature
-from asyncinfer.unbatched import Off
+from asyncinfer.models.batching_obstacles import Off
+from asyncinfer.models.folder import scan
+from asyncinfer.models.signature import Signature
 
 from . import zoo
 from .zoo.making import node
@@ -240,7 +240,7 @@ CASES: Final = {
 
 def loaded(folder: Path, model: onnx.ModelProto, toml: str, seconds: float) -> Signature:
     zoo.place(folder, "m", model, toml=toml)
-    (file,) = models.scan(folder)
+    (file,) = scan(folder)
     return Engine.load(file, intra_op_threads=1, probe_seconds=seconds).signature
 
 

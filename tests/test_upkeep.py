@@ -5,10 +5,10 @@ import time
 
 import redis
 
-from asyncinfer import keys
-from asyncinfer.repository.run import Claim, ClaimRequest, Runs
+from asyncinfer.repository import keys
+from asyncinfer.repository.claims import Claim, ClaimRequest, Runs
+from asyncinfer.repository.reaper import Renewer
 from asyncinfer.repository.store import Store
-from asyncinfer.upkeep import Renewer
 
 from .faults.customer import Customer
 from .faults.harness import eventually

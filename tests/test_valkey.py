@@ -10,8 +10,8 @@ from typing import Any, Final
 import pytest
 import redis
 
-from asyncinfer import valkey
 from asyncinfer.errors import DataDirBusy, StartError
+from asyncinfer.processes import valkey
 
 from .faults.harness import eventually, eventually_sync
 from .parents import Parent, is_gone, parent

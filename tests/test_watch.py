@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from asyncinfer.worker.watch import changes
+from asyncinfer.worker.models.folder_watcher import changes
 
 from . import unprivileged
 from .faults.harness import eventually

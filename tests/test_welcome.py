@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from asyncinfer.welcome import Welcome, shown_url
+from asyncinfer.cli.serve.banner import Welcome, shown_url
 
 
 def welcome(**how: Any) -> Welcome:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncinfer import models
 from asyncinfer.engine import Engine
+from asyncinfer.models.folder import scan
 from tests.zoo.bare import Bare, assert_equal
 from tests.zoo.catalogue import ENTRIES
 from tests.zoo.entry import Entry
@@ -23,7 +23,7 @@ class Pair:
     def __init__(self, entry: Entry, folder: Path) -> None:
         self.entry = entry
         path = entry.place(folder)
-        (file,) = models.scan(folder)
+        (file,) = scan(folder)
         self.engine = Engine.load(file, intra_op_threads=1)
         self.bare = Bare(path)
 

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from asyncinfer import models
-from asyncinfer.worker.trial import trial
+from asyncinfer.models.folder import scan
+from asyncinfer.worker.models.sandbox import trial
 from tests.zoo.hostile import BOMBS
 
 
 @pytest.mark.parametrize("name", BOMBS)
 async def test_a_bomb_is_refused_by_its_trial(tmp_path: Path, name: str) -> None:
     BOMBS[name](tmp_path, name)
-    (file,) = models.scan(tmp_path)
+    (file,) = scan(tmp_path)
 
     problem = await trial(file, file.path.stat().st_size, seconds=20)
 

@@ -8,9 +8,9 @@ import httpx2
 import numpy as np
 import pytest
 
-from asyncinfer import models
 from asyncinfer.engine import Engine
 from asyncinfer.errors import ModelRefused
+from asyncinfer.models.folder import scan
 from tests import zoo
 from tests.faults.harness import eventually_sync
 from tests.test_cli import serving
@@ -31,7 +31,7 @@ def test_a_model_of_impossible_shapes_or_names_is_refused_or_loaded(
     base = BASES[seed % len(BASES)]
     content = mutated(ENTRIES[base].build().SerializeToString(), seed)
     zoo.place_bytes(tmp_path, "m", content)
-    (file,) = models.scan(tmp_path)
+    (file,) = scan(tmp_path)
 
     with contextlib.suppress(ModelRefused):
         assert Engine.load(file, intra_op_threads=1).signature.inputs
@@ -46,7 +46,7 @@ def test_one_jobs_large_number_changes_no_other_jobs_answer(
     """Probe jobs of like size all lie on one side of the threshold, and prove nothing. Numbers as
     large as the example are tried too; larger ones are not, which may cost any time and memory."""
     zoo.place(tmp_path, "m", by_largest(threshold), toml=toml)
-    (file,) = models.scan(tmp_path)
+    (file,) = scan(tmp_path)
     jobs = [{"x": np.full((1, 2), value, np.float32)} for value in (0.25, 2 * threshold)]
 
     small, large = serve(Engine.load(file, intra_op_threads=1), jobs)

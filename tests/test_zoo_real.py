@@ -15,7 +15,7 @@ import httpx2
 import numpy as np
 import pytest
 
-from asyncinfer.tensors import Feeds
+from asyncinfer.tensors.datatypes import Feeds
 from tests.zoo.bare import Answers, Bare, assert_equal
 from tests.zoo.client import Form, infer
 from tests.zoo.serving import served

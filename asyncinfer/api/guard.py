@@ -7,8 +7,8 @@ from typing import Final
 from starlette.types import Scope
 
 from asyncinfer.api.admission import ANYBODY, Admission, admission, open_admission
-from asyncinfer.api.authority import Authority, authority_of
 from asyncinfer.api.config import ApiConfig
+from asyncinfer.api.http.authority import Authority, authority_of
 from asyncinfer.api.key_file import KeyFile
 from asyncinfer.api.probes import HEALTH_PATHS
 from asyncinfer.api.routes import KeyScope

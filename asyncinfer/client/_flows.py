@@ -13,7 +13,8 @@ import msgspec
 from msgspec import Struct
 
 from asyncinfer import jobs
-from asyncinfer.client._answers import result_of, result_of_bytes
+from asyncinfer.client._decoding import result_of, result_of_bytes
+from asyncinfer.client._encoding import BINARY, Body, array_body, is_plain, json_body
 from asyncinfer.client._errors import (
     NotAsyncinfer,
     WaitTimeout,
@@ -25,10 +26,9 @@ from asyncinfer.client._errors import (
     strange_refused,
     stranger,
 )
-from asyncinfer.client._inputs import BINARY, Body, array_body, is_plain, json_body
 from asyncinfer.client._models import Model
-from asyncinfer.client._waiting import WaitingFor
-from asyncinfer.client._wire import Flow, Lost, Pause, Request, Response, T, exchange
+from asyncinfer.client._protocol import Flow, Lost, Pause, Request, Response, T, exchange
+from asyncinfer.client._wait_reasons import WaitingFor
 from asyncinfer.errors import (
     Forbidden,
     InvalidInput,

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from asyncinfer import decoding, keys
 from asyncinfer.errors import DefaultModelChanged
-from asyncinfer.repository.inspect import Inspection, WorkerSays, worker_says
+from asyncinfer.repository import keys
+from asyncinfer.repository.inspect.listing import Inspection, WorkerSays, worker_says
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
+from asyncinfer.untrusted import decoding
 
 
 class Unserved(Struct, frozen=True):

@@ -13,7 +13,6 @@ from hiredis import pack_command
 from msgspec import Struct
 from redis.asyncio import Redis
 
-from asyncinfer import decoding, keys
 from asyncinfer.errors import (
     DefaultModelChanged,
     RedisRefused,
@@ -23,9 +22,11 @@ from asyncinfer.errors import (
     WritesRefused,
     WrongKeyType,
 )
-from asyncinfer.limited_log import LimitedLog
+from asyncinfer.processes.limited_log import LimitedLog
+from asyncinfer.repository import keys
 from asyncinfer.repository.endpoint import Endpoint, close
 from asyncinfer.repository.scripts import Script, script
+from asyncinfer.untrusted import decoding
 
 _AT_ONCE: Final = 16
 """Commands one process has under way; more wait here, not in Redis."""

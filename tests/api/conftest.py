@@ -7,8 +7,8 @@ import httpx2
 import msgspec
 import pytest
 
-from asyncinfer.access import entry_of
 from asyncinfer.api.config import ApiConfig
+from asyncinfer.api_keys import entry_of
 from asyncinfer.repository.store import Policy, Store
 from tests.faults.proxy import proxied
 from tests.tracebacks import no_traceback as no_traceback

@@ -11,8 +11,8 @@ import msgspec
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.openapi import document
 from asyncinfer.api.routes import ROUTES
+from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.upkeep import Upkeep
 
 from .harness import Road, announce, assert_problem, client_of, running, signature
 

@@ -8,8 +8,9 @@ import msgspec
 import pytest
 import redis
 
-from asyncinfer import jobs, keys
+from asyncinfer import jobs
 from asyncinfer.api.config import ApiConfig
+from asyncinfer.repository import keys
 from asyncinfer.repository.store import Policy, Store
 
 from .harness import (

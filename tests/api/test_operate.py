@@ -10,11 +10,11 @@ import msgspec
 import pytest
 import redis
 
-from asyncinfer import keys
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.jobs import new_id
+from asyncinfer.repository import keys
+from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Policy, Store
-from asyncinfer.repository.upkeep import Upkeep
 from tests.hands import Hands, ids_of, new_job
 from tests.parents import REPOSITORY
 

@@ -10,7 +10,7 @@ import pytest
 import redis
 from onnx import TensorProto, helper
 
-from asyncinfer import valkey
+from asyncinfer.processes import valkey
 from asyncinfer.testing import Running, service
 
 from .test_hostile_server import Hostile, answered, hostile

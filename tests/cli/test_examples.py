@@ -13,7 +13,7 @@ import click
 import pytest
 
 from asyncinfer.cli.commands import SECTIONS, commands
-from asyncinfer.cli.refusing import EXIT_CODES
+from asyncinfer.cli.exit_codes import EXIT_CODES
 from tests.test_cli import free_port
 from tests.test_readme import is_up, shell
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from asyncinfer import access
+from asyncinfer import api_keys
 from asyncinfer.testing import Running, service
 from tests.faults.harness import eventually_sync
 from tests.test_cli import answer_of, free_port, serving
@@ -20,9 +20,9 @@ ROW = "5.1,3.5,1.4,0.2\n"
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, str]]:
     """A service with keys and little room, and a key that may only read."""
-    reader = access.new_key()
+    reader = api_keys.new_key()
     keys = tmp_path_factory.mktemp("keys") / "keys"
-    keys.write_text(access.entry_of(reader, "default", "read").line() + "\n")
+    keys.write_text(api_keys.entry_of(reader, "default", "read").line() + "\n")
     with service(api_keys=keys, max_queue=3) as running:
         yield running, reader
 

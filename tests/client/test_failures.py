@@ -10,7 +10,7 @@ from typing import Final
 
 import pytest
 
-from asyncinfer import access
+from asyncinfer import api_keys
 from asyncinfer.client import (
     AsyncClient,
     AsyncinferError,
@@ -102,9 +102,9 @@ def test_an_input_that_has_no_form_is_said(client: Client) -> None:
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """A service that wants keys, and one that may only read."""
     path: Path = tmp_path_factory.mktemp("keys") / "api_keys"
-    key = access.new_key()
+    key = api_keys.new_key()
     path.touch(mode=0o600)
-    path.write_text(f"{access.entry_of(key, 'acme', 'read').line()}\n")
+    path.write_text(f"{api_keys.entry_of(key, 'acme', 'read').line()}\n")
     with service(api_keys=path) as running:
         yield running.url, key
 

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 import msgspec
 import redis
 
-from asyncinfer import keys
 from asyncinfer.errors import RequestError
 from asyncinfer.jobs import SCHEMA, TERMINAL, Options, Record, new_id
+from asyncinfer.repository import keys
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.submit import NewJob, Stored, Submissions
+from asyncinfer.repository.submissions import NewJob, Stored, Submissions
 
 from .harness import eventually
 

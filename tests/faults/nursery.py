@@ -17,12 +17,12 @@ _IMPORTED: Final = (
     "numpy",
     "redis.asyncio",
     "uvloop",
-    "asyncinfer.models",
-    "asyncinfer.repository.run",
-    "asyncinfer.repository.submit",
-    "asyncinfer.repository.upkeep",
-    "asyncinfer.results",
-    "asyncinfer.upkeep",
+    "asyncinfer.models.signature",
+    "asyncinfer.repository.claims",
+    "asyncinfer.repository.submissions",
+    "asyncinfer.repository.maintenance",
+    "asyncinfer.models.results",
+    "asyncinfer.repository.reaper",
 )
 
 

@@ -13,11 +13,11 @@ from typing import Any, Protocol, TypeAlias, TypedDict, Unpack
 import msgspec
 import redis
 
-from asyncinfer import keys
-from asyncinfer.repository.inspect import worker_says
+from asyncinfer.repository import keys
+from asyncinfer.repository.inspect.listing import worker_says
 from asyncinfer.repository.store import Policy
-from asyncinfer.worker.claims import Step
-from asyncinfer.worker.shelf import Bounds
+from asyncinfer.worker.claiming.claims import Step
+from asyncinfer.worker.models.engine_cache import Bounds
 from asyncinfer.worker.worker import WorkerConfig
 
 from . import nursery

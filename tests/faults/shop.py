@@ -8,13 +8,13 @@ from pathlib import Path
 import msgspec
 import onnx
 
-from asyncinfer import keys
 from asyncinfer.jobs import SCHEMA, Record, new_id
-from asyncinfer.models import Signature
-from asyncinfer.repository.inspect import Inspection, WorkerSays, worker_says
+from asyncinfer.models.signature import Signature
+from asyncinfer.repository import keys
+from asyncinfer.repository.inspect.listing import Inspection, WorkerSays, worker_says
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.submit import NewJob, Stored, Submissions
-from asyncinfer.worker.shelf import Bounds
+from asyncinfer.repository.submissions import NewJob, Stored, Submissions
+from asyncinfer.worker.models.engine_cache import Bounds
 from asyncinfer.worker.worker import WorkerConfig
 
 from .customer import answer

@@ -6,9 +6,9 @@ import time
 import pytest
 import redis
 
-from asyncinfer import keys
 from asyncinfer.jobs import TERMINAL, Options
-from asyncinfer.repository.submit import Stored
+from asyncinfer.repository import keys
+from asyncinfer.repository.submissions import Stored
 from asyncinfer.worker.worker import WorkerConfig
 from tests import zoo
 

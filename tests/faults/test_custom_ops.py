@@ -7,7 +7,7 @@ from onnx import TensorProto, helper
 
 from asyncinfer.engine import Engine
 from asyncinfer.errors import ModelRefused
-from asyncinfer.models import scan
+from asyncinfer.models.folder import scan
 from tests import zoo
 
 from .processes import OpenCrew

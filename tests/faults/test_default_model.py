@@ -2,7 +2,7 @@
 
 import redis
 
-from asyncinfer import keys
+from asyncinfer.repository import keys
 from asyncinfer.repository.store import Store
 from tests.hands import Q
 

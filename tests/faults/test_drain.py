@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import redis
 
-from asyncinfer import keys
+from asyncinfer.repository import keys
 from asyncinfer.repository.store import Policy, Store
 from asyncinfer.worker.worker import EXIT_HUNG, WorkerConfig
 from tests import zoo

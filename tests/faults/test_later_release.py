@@ -6,8 +6,8 @@ import msgspec
 import pytest
 import redis
 
-from asyncinfer import keys
 from asyncinfer.jobs import SCHEMA, Record, encode_record
+from asyncinfer.repository import keys
 
 from .customer import Customer, transitions
 from .harness import eventually

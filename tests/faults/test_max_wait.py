@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from asyncinfer import keys
+from asyncinfer.repository import keys
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import WorkerConfig
 from tests import zoo

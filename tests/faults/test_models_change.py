@@ -11,12 +11,12 @@ import pytest
 import redis
 from onnx import helper, numpy_helper
 
-from asyncinfer import keys
 from asyncinfer.api.catalog import Catalog
-from asyncinfer.repository.inspect import Inspection
+from asyncinfer.repository import keys
+from asyncinfer.repository.inspect.listing import Inspection
+from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.upkeep import Upkeep
-from asyncinfer.worker.shelf import Bounds
+from asyncinfer.worker.models.engine_cache import Bounds
 from tests import unprivileged, zoo
 
 from .customer import answer

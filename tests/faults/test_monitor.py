@@ -8,8 +8,8 @@ import pytest
 import redis
 from prometheus_client.parser import text_string_to_metric_families
 
-from asyncinfer import keys
-from asyncinfer.repository.load import load
+from asyncinfer.repository import keys
+from asyncinfer.repository.inspect.queue_load import load
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import EXIT_HUNG, WorkerConfig
 from tests import zoo

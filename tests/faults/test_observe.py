@@ -3,9 +3,9 @@
 import pytest
 import redis
 
-from asyncinfer.observed import JobsDone
-from asyncinfer.repository.observe import Observation
+from asyncinfer.repository.inspect.statistics import Observation
 from asyncinfer.repository.store import Store
+from asyncinfer.schemas.operations import JobsDone
 from asyncinfer.worker.worker import WorkerConfig
 
 from .customer import Customer

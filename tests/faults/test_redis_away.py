@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import redis
 
-from asyncinfer import keys
 from asyncinfer.errors import RedisUnavailable, StorageFull
-from asyncinfer.repository.run import Claimed, ClaimRequest, Doorbell, Finished, Runs
+from asyncinfer.repository import keys
+from asyncinfer.repository.claims import Claimed, ClaimRequest, Doorbell, Finished, Runs
 from asyncinfer.repository.store import Policy, Store
 from asyncinfer.worker.worker import WorkerConfig
 

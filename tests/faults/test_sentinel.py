@@ -24,8 +24,8 @@ from msgspec import Struct
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from asyncinfer import keys
 from asyncinfer.jobs import TERMINAL, decode_record
+from asyncinfer.repository import keys
 
 from .customer import assert_one_end_each, transitions
 from .harness import assert_at_rest, eventually

@@ -6,8 +6,8 @@ import time
 import pytest
 import redis
 
-from asyncinfer import keys
-from asyncinfer.repository.inspect import WorkerSays
+from asyncinfer.repository import keys
+from asyncinfer.repository.inspect.listing import WorkerSays
 from asyncinfer.worker.worker import WorkerConfig
 from tests import zoo
 from tests.hands import Q

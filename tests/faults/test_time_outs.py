@@ -7,10 +7,10 @@ import pytest
 import redis
 from msgspec.structs import replace
 
-from asyncinfer import keys
 from asyncinfer.jobs import TERMINAL, JobError
+from asyncinfer.repository import keys
 from asyncinfer.repository.store import Policy, Store
-from asyncinfer.repository.submit import Stored
+from asyncinfer.repository.submissions import Stored
 from asyncinfer.worker.worker import EXIT_HUNG, WorkerConfig
 from tests import zoo
 

@@ -8,9 +8,9 @@ import pytest
 import redis
 
 from asyncinfer.api.config import ApiConfig
+from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Policy, Store
-from asyncinfer.repository.upkeep import Upkeep
-from asyncinfer.tensors import TensorSpec
+from asyncinfer.tensors.datatypes import TensorSpec
 from tests import zoo
 from tests.api.harness import api_of, signature
 

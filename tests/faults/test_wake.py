@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import redis
 
-from asyncinfer import keys
 from asyncinfer.jobs import Options
-from asyncinfer.repository.run import ClaimRequest, Doorbell, Finished, Runs
+from asyncinfer.repository import keys
+from asyncinfer.repository.claims import ClaimRequest, Doorbell, Finished, Runs
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import WorkerConfig
 from tests import zoo

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import redis
 
-from asyncinfer import keys
-from asyncinfer.repository.run import ClaimRequest, Runs
+from asyncinfer.repository import keys
+from asyncinfer.repository.claims import ClaimRequest, Runs
+from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Policy, Store
-from asyncinfer.repository.upkeep import Upkeep
-from asyncinfer.worker.claims import Step
+from asyncinfer.worker.claiming.claims import Step
 from asyncinfer.worker.worker import WorkerConfig
 from tests import zoo
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import msgspec
 
 from asyncinfer.repository.store import Policy
-from asyncinfer.worker.claims import Step
+from asyncinfer.worker.claiming.claims import Step
+from asyncinfer.worker.models.engine_cache import Bounds
+from asyncinfer.worker.models.source import Source
 from asyncinfer.worker.process import WorkerProcess, run
-from asyncinfer.worker.shelf import Bounds
-from asyncinfer.worker.source import Source
 from asyncinfer.worker.worker import WorkerConfig
 from tests import unprivileged
 
