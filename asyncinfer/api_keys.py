@@ -9,11 +9,13 @@ import secrets
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from msgspec import Struct
 
-from asyncinfer.errors import KeyFileRefused
+from asyncinfer.errors import (
+    KeyFileRefused,
+)
 from asyncinfer.jobs import TENANT_PATTERN
 
 SCOPES: Final = ("submit", "read", "admin", "operator")
@@ -159,3 +161,6 @@ def _read_entry(line: bytes) -> Entry:
         raise ValueError("it is not UTF-8") from None
     tenant, scopes, digest, *_ = [*words, "", "", ""]
     return _entry(tenant, scopes, digest)
+
+
+KeyScope = Literal["submit", "read", "admin", "operator"]

@@ -23,9 +23,11 @@ from asyncinfer.repository.claims import Claim, Claimed, ClaimedJob, ClaimReques
 from asyncinfer.repository.inspect.listing import Inspection
 from asyncinfer.repository.maintenance import Swept, Upkeep
 from asyncinfer.repository.operations import Operation
+from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.scripts import script
-from asyncinfer.repository.store import Policy, Store, encode_args
-from asyncinfer.repository.submissions import NewJob, Stored, Submissions, Submitted
+from asyncinfer.repository.store import Store, encode_args
+from asyncinfer.repository.stored_jobs import Stored
+from asyncinfer.repository.submissions import NewJob, Submissions, Submitted
 
 Q = "predict_queue"
 DATA = b"[[1,2,3,4]]"

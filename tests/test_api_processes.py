@@ -23,7 +23,8 @@ from asyncinfer.processes import api_processes, valkey
 from asyncinfer.processes.api_processes import ApiProcesses
 from asyncinfer.processes.supervisor import Stop
 from asyncinfer.repository import keys
-from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
 
 from .api.harness import QUEUE, ROW, Hand, announce
 from .faults.harness import eventually, eventually_sync

@@ -13,10 +13,10 @@ from asyncinfer.api.live.position import decode_position
 from asyncinfer.jobs import Record, decode_facts, read_record
 from asyncinfer.models.signature import read_signature
 from asyncinfer.processes.limited_log import LimitedLog
+from asyncinfer.repository.announcements import worker_says
 from asyncinfer.repository.inspect.cursors import MOST_CHARACTERS, decode_cursor, encode_cursor
-from asyncinfer.repository.inspect.listing import worker_says
 from asyncinfer.repository.inspect.log import changes_in, ids_in
-from asyncinfer.repository.submissions import noticed
+from asyncinfer.repository.stored_jobs import noticed
 from asyncinfer.untrusted import decoding
 
 NESTED_MSGPACK = b"\x91" * 20_000 + b"\x90"

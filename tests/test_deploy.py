@@ -32,7 +32,8 @@ from asyncinfer.api_keys import entry_of, new_key
 from asyncinfer.cli import main
 from asyncinfer.errors import HostRefused
 from asyncinfer.models.folder import find_model_dir, scan
-from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
 
 from .conftest import wait_for_server
 from .faults.harness import eventually_sync

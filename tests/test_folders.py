@@ -17,7 +17,8 @@ from asyncinfer.models.signature import Signature
 from asyncinfer.processes import valkey
 from asyncinfer.repository import keys
 from asyncinfer.repository.maintenance import Upkeep
-from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import Submissions
 from asyncinfer.tensors.datatypes import TensorSpec
 

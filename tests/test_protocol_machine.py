@@ -26,8 +26,10 @@ from hypothesis.stateful import (
 
 from asyncinfer.jobs import TERMINAL, Facts, Outcome, decode_facts, decode_record
 from asyncinfer.repository import keys
-from asyncinfer.repository.claims import Claim, Claimed, ClaimRequest, Finished, Renewals
-from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.claims import Claim, Claimed, ClaimRequest, Finished
+from asyncinfer.repository.leases import Renewals
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import NewJob
 
 from .faults.harness import assert_at_rest

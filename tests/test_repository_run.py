@@ -10,7 +10,9 @@ import redis
 from asyncinfer.errors import RedisUnavailable
 from asyncinfer.jobs import JobError, Outcome, encode_record, record_seq
 from asyncinfer.repository import keys
-from asyncinfer.repository.claims import Claim, ClaimRequest, Doorbell, Finished, Renewals
+from asyncinfer.repository.claims import Claim, ClaimRequest, Finished
+from asyncinfer.repository.doorbell import Doorbell
+from asyncinfer.repository.leases import Renewals
 from asyncinfer.repository.store import Store
 
 from .faults.harness import assert_at_rest, eventually

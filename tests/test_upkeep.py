@@ -7,8 +7,8 @@ import redis
 
 from asyncinfer.repository import keys
 from asyncinfer.repository.claims import Claim, ClaimRequest, Runs
-from asyncinfer.repository.reaper import Renewer
 from asyncinfer.repository.store import Store
+from asyncinfer.worker.lease_renewer import Renewer
 
 from .faults.customer import Customer
 from .faults.harness import eventually

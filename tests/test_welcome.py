@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from asyncinfer.cli.serve.banner import Welcome, shown_url
+from asyncinfer.cli.addresses import shown_url
+from asyncinfer.cli.serve.banner import Welcome
 
 
 def welcome(**how: Any) -> Welcome:

@@ -9,7 +9,7 @@ import msgspec
 
 from asyncinfer.api.http.messages import Request
 from asyncinfer.errors import RequestError
-from asyncinfer.schemas.responses import ALL_TENANTS
+from asyncinfer.schemas.requests import ALL_TENANTS
 from asyncinfer.untrusted.printable import printable_json
 
 _MOST_CHARACTERS: Final = 128

@@ -26,7 +26,8 @@ from asyncinfer.models.folder import valid_name
 from asyncinfer.models.signature import Signature, read_signature
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
-from asyncinfer.repository.inspect.listing import Announced, Inspection, models_to_come, worker_says
+from asyncinfer.repository.announcements import Announced, models_to_come, worker_says
+from asyncinfer.repository.inspect.listing import Inspection
 from asyncinfer.repository.store import Store
 from asyncinfer.tensors.json_errors import unknown_name
 

@@ -13,7 +13,7 @@ from asyncinfer import __version__
 from asyncinfer.api.http.body import NDJSON
 from asyncinfer.api.routes import EVERYWHERE, Route
 from asyncinfer.errors import Forbidden, RequestError, Unauthorized
-from asyncinfer.schemas.responses import Problem
+from asyncinfer.schemas.problems import Problem
 
 _Schema = dict[str, Any]
 

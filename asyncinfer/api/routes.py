@@ -24,6 +24,7 @@ from asyncinfer.api.handlers.results import BINARY, read_result
 from asyncinfer.api.http.body import NPY
 from asyncinfer.api.http.messages import Reply, Request, Stream
 from asyncinfer.api.services import Services
+from asyncinfer.api_keys import KeyScope
 from asyncinfer.errors import (
     BodyTooLarge,
     EncodingRefused,
@@ -55,44 +56,45 @@ from asyncinfer.errors import (
     WritesRefused,
 )
 from asyncinfer.schemas.operations import QueueList, WorkerList
+from asyncinfer.schemas.problems import LineProblem
+from asyncinfer.schemas.requests import (
+    AskedOptions,
+    ClearQuery,
+    EndQuery,
+    EventsQuery,
+    JobEventsQuery,
+    JobsQuery,
+    NoQuery,
+    OneQuery,
+    PredictLine,
+    PredictRequest,
+    ResultQuery,
+    RetryQuery,
+    RetryRequest,
+    TensorLine,
+    TensorRequest,
+    WaitQuery,
+)
 from asyncinfer.schemas.responses import (
     About,
     Accepted,
     Alive,
-    AskedOptions,
     Cleared,
-    ClearQuery,
-    EndQuery,
-    EventsQuery,
     Group,
     GroupCancelled,
     Health,
     Job,
-    JobEventsQuery,
     JobList,
-    JobsQuery,
-    LineProblem,
     Model,
     ModelList,
-    NoQuery,
-    OneQuery,
     Pause,
-    PredictLine,
-    PredictRequest,
     Purged,
-    ResultQuery,
     Retried,
-    RetryQuery,
-    RetryRequest,
     Scale,
-    TensorLine,
-    TensorRequest,
     Validated,
-    WaitQuery,
 )
 
 Handler = Callable[[Services, Request[Any]], Awaitable[Reply | Stream]]
-KeyScope = Literal["submit", "read", "admin", "operator"]
 Errors = tuple[type[RequestError], ...]
 
 

@@ -17,7 +17,7 @@ from asyncinfer.jobs import (
 )
 from asyncinfer.models.results import render_stored
 from asyncinfer.repository.inspect.log import Change
-from asyncinfer.repository.submissions import Stored
+from asyncinfer.repository.stored_jobs import Stored
 from asyncinfer.schemas.operations import shown_worker
 from asyncinfer.schemas.responses import Accepted, Job, WaitingFor, at
 from asyncinfer.tensors import packing

@@ -12,7 +12,7 @@ from asyncinfer.api.worker_snapshot import Absence, Workforce
 from asyncinfer.errors import StorageFull
 from asyncinfer.jobs import Record, Status, longest_backoff_seconds
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.submissions import Stored
+from asyncinfer.repository.stored_jobs import Stored
 from asyncinfer.schemas.responses import WaitingFor
 
 _MOST_KEPT: Final = 10_000

@@ -11,8 +11,8 @@ from msgspec import Struct
 
 from asyncinfer.cli.options import Server
 from asyncinfer.client import Client, Model, NotAsyncinfer
-from asyncinfer.client._flows import ask_json
 from asyncinfer.client._protocol import Request
+from asyncinfer.client._requests import ask_json
 from asyncinfer.untrusted.printable import printable_line
 
 _Answer = TypeVar("_Answer")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, Final
 
-from asyncinfer.cli.serve.log_setup import say_aside
+from asyncinfer.cli.output import say_aside
 from asyncinfer.errors import AsyncinferError, RequestError, StartError
 
 EXIT_FAILED: Final = 1

@@ -66,8 +66,7 @@ def resume(model: str, server: Server, as_json: bool) -> None:
 
 def _set(model: str, server: Server, as_json: bool, verb: str, told: str) -> None:
     from asyncinfer.cli.api_client import Service, part
-    from asyncinfer.cli.output import say_json
-    from asyncinfer.cli.serve.log_setup import say
+    from asyncinfer.cli.output import say, say_json
 
     with Service(server) as service:
         answer = service.ask("POST", f"/models/{part(model)}/{verb}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from asyncinfer.untrusted.printable import printable_json
+from asyncinfer.untrusted.printable import printable, printable_json, printable_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -153,3 +153,19 @@ def ago(moment: datetime | None, now: Callable[[], datetime] = lambda: datetime.
     if moment is None:
         return "-"
     return f"{seconds(max(0.0, (now() - moment).total_seconds()))} ago"
+
+
+def say(text: str) -> None:
+    """On stdout, as it is where that is no terminal."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def say_aside(line: str) -> None:
+    """One line on stderr."""
+    sys.stderr.write(f"{printable_line(line)}\n")
+
+
+def counted(count: int, thing: str) -> str:
+    """As `1 job`, `2 jobs`."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"

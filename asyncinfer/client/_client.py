@@ -10,12 +10,13 @@ from typing import Any, Final, Literal, Unpack
 from asyncinfer.client import _flows
 from asyncinfer.client._drivers import Driver
 from asyncinfer.client._errors import checked_key, checked_url
-from asyncinfer.client._flows import JobOptions, Server, Status
+from asyncinfer.client._flows import JobOptions, Status
 from asyncinfer.client._groups import Group
 from asyncinfer.client._jobs import Job
 from asyncinfer.client._map import dataframes
 from asyncinfer.client._map.results import Asked, OnError, Results
 from asyncinfer.client._models import Model
+from asyncinfer.client._requests import Server
 
 _URL: Final = "http://127.0.0.1:8000"
 

@@ -1,8 +1,9 @@
-"""How a process that lives long collects its garbage."""
+"""Garbage collection, memory and threads of a process that runs for a long time."""
 
 import contextlib
 import ctypes
 import gc
+import os
 import sys
 from typing import Final
 
@@ -10,9 +11,14 @@ _OBJECTS_OF_A_START: Final = 200_000
 _YOUNG_OBJECTS: Final = 20_000
 
 
-def starting() -> None:
-    """To be called first. A start leaves next to no garbage (a worker with 58 models 61 objects),
-    and to look for it was a fifth of its time."""
+def lean_start() -> None:
+    """To be called first, before numpy is imported.
+
+    A start leaves next to no garbage (a worker with 58 models 61 objects),
+    and to look for it was a fifth of its time. numpy starts a thread for each core to multiply
+    matrices, which no service of ours does.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     gc.set_threshold(_OBJECTS_OF_A_START)
 
 

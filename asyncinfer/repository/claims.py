@@ -1,18 +1,13 @@
 """What a worker does to jobs: wait, claim, finish, and renew from a thread."""
 
-import contextlib
 import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Final, Literal, cast
 
 import msgspec
-import redis
-import redis.exceptions as redis_errors
 from msgspec import Struct
 
-from asyncinfer.errors import StorageFull
 from asyncinfer.jobs import (
     Facts,
     JobError,
@@ -26,7 +21,7 @@ from asyncinfer.jobs import (
 )
 from asyncinfer.repository import keys
 from asyncinfer.repository.scripts import script
-from asyncinfer.repository.store import Blocking, Packed, Policy, Store, encode_args, translated
+from asyncinfer.repository.store import Packed, Store, encode_args
 from asyncinfer.untrusted import decoding
 
 MOST_QUEUES_A_CLAIM: Final = 8
@@ -253,73 +248,6 @@ class Runs:
         if not flat:
             return Claimed(None, bool(blocked))
         return Claimed(Claim(queue.decode(), token, flat), bool(blocked))
-
-
-class Doorbell:
-    """Where an idle worker waits. A lost token loses nothing: it only says "look"."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._blocking: Blocking = store.blocking()
-
-    async def wait(self, queues: Sequence[str], seconds: float) -> str | None:
-        """The queue that rang, or None; raises RedisUnavailable."""
-        drawn = await self._blocking.pop([keys.wake(queue) for queue in queues], seconds)
-        return drawn[1:].removesuffix("}:wake") if drawn else None
-
-    async def ring(self, queue: str) -> None:
-        """Hands a token back that was drawn by a worker that cannot claim."""
-        # With memory full it is lost, and an idle worker looks by itself a moment later.
-        with contextlib.suppress(StorageFull):
-            await self._store.command("LPUSH", keys.wake(queue), "1")
-
-    async def close(self) -> None:
-        await self._blocking.close()
-
-
-class Renewal(Struct, frozen=True):
-    """What a renewal found: claims no longer ours, jobs to stop."""
-
-    lost: tuple[str, ...]
-    cancelled: tuple[str, ...]
-    expired: tuple[str, ...]
-
-
-class Renewals:
-    """Renews leases; synchronous, for an OS thread that a stalled event loop cannot stop."""
-
-    def __init__(self, store: Store) -> None:
-        seconds = min(1.0, store.policy.lease_seconds / 6)
-        self._client: redis.Redis = store.endpoint.sync_client(
-            f"{store.name}:renew", reply_seconds=seconds
-        )
-        self._policy: Policy = store.policy
-
-    def renew(self, tokens: dict[str, list[str]]) -> Renewal:
-        """`tokens` by queue; raises RedisUnavailable."""
-        args = [
-            encode_args({"lease": self._policy.lease_ms}),
-            *(encode_args(held) for held in tokens.values()),
-        ]
-        renew = script("renew")
-        with translated(), self._fresh():
-            try:
-                reply: Any = self._client.evalsha(renew.sha, len(tokens), *tokens, *args)
-            except redis_errors.NoScriptError:
-                reply = self._client.eval(renew.text, len(tokens), *tokens, *args)
-        return Renewal(*(tuple(id_text(one) for one in part) for part in reply))
-
-    @contextmanager
-    def _fresh(self) -> Iterator[None]:
-        try:
-            yield
-        except (redis_errors.ReadOnlyError, redis_errors.MasterDownError):
-            # Behind one name may be another server by now.
-            self._client.connection_pool.disconnect()
-            raise
-
-    def close(self) -> None:
-        self._client.close()
 
 
 def _packed(finished: Sequence[Finished]) -> Packed:

@@ -10,7 +10,8 @@ from msgspec import Struct
 
 from asyncinfer.errors import DefaultModelChanged
 from asyncinfer.repository import keys
-from asyncinfer.repository.inspect.listing import Inspection, WorkerSays, worker_says
+from asyncinfer.repository.announcements import WorkerSays, worker_says
+from asyncinfer.repository.inspect.listing import Inspection
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
 from asyncinfer.untrusted import decoding

@@ -8,14 +8,8 @@ from msgspec import Struct
 from asyncinfer.jobs import STATUSES
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
-from asyncinfer.repository.submissions import (
-    RetryVerdict,
-    Stored,
-    Submissions,
-    next_round,
-    queue_of,
-    read_states,
-)
+from asyncinfer.repository.stored_jobs import Stored, next_round, queue_of, read_states
+from asyncinfer.repository.submissions import RetryVerdict, Submissions
 
 _JOBS_A_CALL: Final = 200
 """So that no call holds up the server for longer than some ms."""

@@ -2,10 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Literal, TypeAlias, TypeVar, cast
 
-import msgspec
 from msgspec import Struct
 
 from asyncinfer.errors import InternalError, RedisUnavailable, RequestError, WritesRefused
@@ -14,15 +13,21 @@ from asyncinfer.jobs import (
     Record,
     Status,
     encode_record,
-    id_text,
     is_later,
-    read_record,
     record_seq,
 )
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
+from asyncinfer.repository.stored_jobs import (
+    Stored,
+    next_round,
+    queue_of,
+    read_jobs,
+    status_of,
+    stored_of,
+)
 from asyncinfer.untrusted import decoding
 
 T = TypeVar("T")
@@ -35,8 +40,6 @@ MOST_BYTES: Final = 1 << 20
 
 _CALLS_AT_ONCE: Final = 4
 
-_MOST_ROUNDS: Final = (1 << 63) - 2
-"""So that the next round's number fits in a record, whatever this one says."""
 
 CancelVerdict = Literal["cancelled", "asked", "finished", "absent"]
 _CANCEL_VERDICTS: Final = ("cancelled", "asked", "absent")
@@ -65,38 +68,7 @@ class Submitted(Struct, frozen=True):
     fingerprint: str = ""
 
 
-class Stored(Struct, frozen=True):
-    """A job as read; `result` and `error` are JSON text, `record` is None for a stranger's."""
-
-    job_id: str
-    status: Status
-    result: bytes | None
-    error: bytes | None
-    record: Record | None
-    meta: bytes = b""
-
-
 _Entry: TypeAlias = tuple[NewJob, asyncio.Future[Submitted]]
-
-
-def noticed(fields: dict[bytes, bytes]) -> Iterator[tuple[str, Stored | None]]:
-    """What an entry of an inbox tells: ids of ended jobs and, of small ones, all of the job."""
-    for key, status in fields.items():
-        if key.startswith(b"\1"):
-            continue
-        told = fields.get(b"\1" + key)
-        yield id_text(key), _told(key, status, told) if told else None
-
-
-def _told(key: bytes, status: bytes, told: bytes) -> Stored | None:
-    size, _, rest = told.partition(b" ")
-    length = decoding.whole_number(size)
-    if length is None:
-        return None
-    body, meta = rest[:length], rest[length:]
-    result, error = (body, None) if status == b"completed" else (None, body)
-    stored = _stored(id_text(key), status, result, error, meta)
-    return stored if stored and stored.record else None
 
 
 class _Tick:
@@ -199,7 +171,7 @@ class Submissions:
         if not job_ids:
             return []
         found = await self._store.command("MGET", *map(keys.status, job_ids))
-        return [None if one is None else _status(one) for one in found]
+        return [None if one is None else status_of(one) for one in found]
 
     async def read(self, job_id: str) -> Stored | None:
         """The job as it is now; None when absent."""
@@ -264,83 +236,6 @@ class Submissions:
         args = [encode_args({}), *(job.job_id for job in jobs)]
         reply = await self._store.call(script("forget"), [queue_of(self._store, jobs[0])], args)
         return [_forgotten(verdict) for verdict in reply]
-
-
-async def read_jobs(store: Store, job_ids: Sequence[str]) -> list[Stored | None]:
-    """Jobs as they are now, None for each that is absent or whose record is unreadable."""
-    if not job_ids:
-        return []
-    names = [
-        name
-        for job_id in job_ids
-        for name in (
-            keys.status(job_id),
-            keys.result(job_id),
-            keys.error(job_id),
-            keys.meta(job_id),
-        )
-    ]
-    reply = await store.command("MGET", *names)
-    return [_stored(job_id, *reply[4 * i : 4 * i + 4]) for i, job_id in enumerate(job_ids)]
-
-
-async def read_states(
-    store: Store, job_ids: Sequence[str], statuses: Collection[str]
-) -> list[Stored]:
-    """Those in one of the states, without result and error; what is in another costs little."""
-    if not job_ids:
-        return []
-    found = await store.command("MGET", *map(keys.status, job_ids))
-    wanted = [
-        (job_id, status)
-        for job_id, status in zip(job_ids, found, strict=True)
-        if status and decoding.text(status) in statuses
-    ]
-    if not wanted:
-        return []
-    metas = await store.command("MGET", *(keys.meta(job_id) for job_id, _ in wanted))
-    jobs = (
-        _stored(job_id, status, None, None, meta)
-        for (job_id, status), meta in zip(wanted, metas, strict=True)
-    )
-    return [job for job in jobs if job]
-
-
-async def read_summaries(store: Store, job_ids: Sequence[str]) -> list[Stored | None]:
-    """`read_jobs` without the results, which may be large."""
-    if not job_ids:
-        return []
-    reply = await store.command("MGET", *(name for one in job_ids for name in summary_keys(one)))
-    return [summary_of(job_id, reply[3 * i : 3 * i + 3]) for i, job_id in enumerate(job_ids)]
-
-
-def summary_keys(job_id: str) -> tuple[str, str, str]:
-    return keys.status(job_id), keys.error(job_id), keys.meta(job_id)
-
-
-def summary_of(job_id: str, values: Sequence[bytes | None]) -> Stored | None:
-    """A job without its result, of what `summary_keys` hold."""
-    status, error, meta = values
-    return _stored(job_id, status, None, error, meta)
-
-
-def queue_of(store: Store, stored: Stored) -> str:
-    return stored.record.queue if stored.record else store.n
-
-
-def next_round(record: Record, now_ms: int) -> Record:
-    return msgspec.structs.replace(
-        record,
-        round=min(record.round, _MOST_ROUNDS) + 1,
-        created_ms=now_ms,
-        errors=0,
-        started_ms=None,
-        finished_ms=None,
-        worker=None,
-        claim=None,
-        ran_version=None,
-        ran_sha256=None,
-    )
 
 
 def _parts(entries: Sequence[_Entry]) -> Iterator[list[_Entry]]:
@@ -443,25 +338,4 @@ def _watched(job_id: str, reply: Any) -> Stored | None:
         return None
     if reply == b"registered":
         return Stored(job_id, "pending", None, None, None)
-    return _stored(job_id, *reply)
-
-
-def _stored(
-    job_id: str,
-    status: bytes | None,
-    result: bytes | None,
-    error: bytes | None,
-    meta: bytes | None,
-) -> Stored | None:
-    if status is None:
-        return None
-    record = read_record(meta) if meta else None
-    if meta and record is None:
-        # Nobody can say whose it is, so nobody may read it.
-        return None
-    return Stored(job_id, _status(status), result, error, record, meta or b"")
-
-
-def _status(status: bytes) -> Status:
-    """A stranger's may be any bytes."""
-    return cast(Status, decoding.text(status))
+    return stored_of(job_id, *reply)

@@ -18,8 +18,9 @@ from asyncinfer.errors import RedisUnavailable, StartError, StorageFull
 from asyncinfer.models.folder import default_model
 from asyncinfer.repository.inspect.listing import Inspection
 from asyncinfer.repository.leftovers import Leftovers
-from asyncinfer.repository.store import Policy, Store
-from asyncinfer.worker.claiming.claims import Step
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
+from asyncinfer.worker.held_claim import Step
 from asyncinfer.worker.models.crash_guard import Careful
 from asyncinfer.worker.models.engine_cache import Bounds, Shelf
 from asyncinfer.worker.models.library import Library

@@ -25,14 +25,17 @@ from asyncinfer.errors import (
     UnknownModel,
 )
 from asyncinfer.processes import tuning
-from asyncinfer.repository.claims import ClaimedJob, Finished, Renewal, Runs
-from asyncinfer.repository.reaper import ANNOUNCE_SECONDS, Renewer, announce_forever, reap_forever
+from asyncinfer.repository.claims import ClaimedJob, Finished, Runs
+from asyncinfer.repository.leases import Renewal
+from asyncinfer.repository.reaper import reap_forever
 from asyncinfer.repository.store import Store
 from asyncinfer.worker import execution
-from asyncinfer.worker.claiming.claims import Claims, Held, Step
+from asyncinfer.worker.claiming.claims import Claims
 from asyncinfer.worker.claiming.control_listener import Control
 from asyncinfer.worker.claiming.queues import Queues
-from asyncinfer.worker.models.announcer import Announcer, Said
+from asyncinfer.worker.held_claim import Held, Step
+from asyncinfer.worker.lease_renewer import Renewer
+from asyncinfer.worker.models.announcer import ANNOUNCE_SECONDS, Announcer, Said, announce_forever
 from asyncinfer.worker.models.folder_watcher import changes
 from asyncinfer.worker.models.library import Library
 from asyncinfer.worker.running.completion import Finishing

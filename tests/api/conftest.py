@@ -9,7 +9,8 @@ import pytest
 
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api_keys import entry_of
-from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
 from tests.faults.proxy import proxied
 from tests.tracebacks import no_traceback as no_traceback
 

@@ -11,7 +11,8 @@ import redis
 from asyncinfer import jobs
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.repository import keys
-from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
 
 from .harness import (
     QUEUE,

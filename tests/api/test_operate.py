@@ -14,7 +14,8 @@ from asyncinfer.api.config import ApiConfig
 from asyncinfer.jobs import new_id
 from asyncinfer.repository import keys
 from asyncinfer.repository.maintenance import Upkeep
-from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
 from tests.hands import Hands, ids_of, new_job
 from tests.parents import REPOSITORY
 

@@ -29,7 +29,7 @@ from asyncinfer.models.validation import check_data
 from asyncinfer.repository import keys
 from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
-from asyncinfer.schemas.responses import AskedOptions
+from asyncinfer.schemas.requests import AskedOptions
 from asyncinfer.tensors import packing
 from asyncinfer.tensors.datatypes import DTYPES, FLOATS, Array, TensorSpec
 

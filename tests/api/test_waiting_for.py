@@ -18,8 +18,9 @@ from asyncinfer.repository.claims import Finished, Runs
 from asyncinfer.repository.inspect.listing import Inspection
 from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.operations import Operation
+from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.scripts import script
-from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.store import Store
 from tests.faults.harness import eventually
 from tests.faults.proxy import proxied
 from tests.hands import Hands, new_job

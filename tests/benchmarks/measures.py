@@ -23,7 +23,8 @@ from asyncinfer.processes import child_process
 from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.listing import Inspection
 from asyncinfer.repository.operations import Operation
-from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import Submissions
 from tests.benchmarks import bulk, images, load, models
 from tests.benchmarks.load import Load, Plan

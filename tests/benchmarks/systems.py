@@ -22,7 +22,8 @@ from asyncinfer.api.inputs.request_input import LONG_BYTES
 from asyncinfer.processes import child_process, valkey
 from asyncinfer.processes.child_process import Child
 from asyncinfer.repository import keys
-from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import NewJob, Submissions
 from asyncinfer.tensors import packing
 

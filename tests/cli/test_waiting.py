@@ -26,7 +26,8 @@ from asyncinfer.cli.predict import run
 from asyncinfer.client import ModelLoading, WaitTimeout
 from asyncinfer.client._wait_reasons import Cadence
 from asyncinfer.repository.maintenance import Upkeep
-from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
 from tests import zoo
 from tests.api.harness import QUEUE, Hand, announce, running
 from tests.faults.harness import eventually_sync

@@ -15,7 +15,8 @@ from asyncinfer.client._map.results import AsyncResults
 from asyncinfer.client._wait_reasons import Cadence, Notices
 from asyncinfer.errors import NoModelAnnounced
 from asyncinfer.repository.maintenance import Upkeep
-from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
 from tests.api.harness import Hand, announce, hosted, running
 
 SETOSA: Final = [5.1, 3.5, 1.4, 0.2]

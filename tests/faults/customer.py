@@ -11,7 +11,8 @@ from asyncinfer.errors import RequestError
 from asyncinfer.jobs import SCHEMA, TERMINAL, Options, Record, new_id
 from asyncinfer.repository import keys
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.submissions import NewJob, Stored, Submissions
+from asyncinfer.repository.stored_jobs import Stored
+from asyncinfer.repository.submissions import NewJob, Submissions
 
 from .harness import eventually
 

@@ -14,9 +14,9 @@ import msgspec
 import redis
 
 from asyncinfer.repository import keys
-from asyncinfer.repository.inspect.listing import worker_says
-from asyncinfer.repository.store import Policy
-from asyncinfer.worker.claiming.claims import Step
+from asyncinfer.repository.announcements import worker_says
+from asyncinfer.repository.policy import Policy
+from asyncinfer.worker.held_claim import Step
 from asyncinfer.worker.models.engine_cache import Bounds
 from asyncinfer.worker.worker import WorkerConfig
 

@@ -11,9 +11,11 @@ import onnx
 from asyncinfer.jobs import SCHEMA, Record, new_id
 from asyncinfer.models.signature import Signature
 from asyncinfer.repository import keys
-from asyncinfer.repository.inspect.listing import Inspection, WorkerSays, worker_says
+from asyncinfer.repository.announcements import WorkerSays, worker_says
+from asyncinfer.repository.inspect.listing import Inspection
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.submissions import NewJob, Stored, Submissions
+from asyncinfer.repository.stored_jobs import Stored
+from asyncinfer.repository.submissions import NewJob, Submissions
 from asyncinfer.worker.models.engine_cache import Bounds
 from asyncinfer.worker.worker import WorkerConfig
 

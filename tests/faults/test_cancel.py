@@ -8,7 +8,7 @@ import redis
 
 from asyncinfer.jobs import TERMINAL, Options
 from asyncinfer.repository import keys
-from asyncinfer.repository.submissions import Stored
+from asyncinfer.repository.stored_jobs import Stored
 from asyncinfer.worker.worker import WorkerConfig
 from tests import zoo
 

@@ -7,7 +7,8 @@ import pytest
 import redis
 
 from asyncinfer.repository import keys
-from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import EXIT_HUNG, WorkerConfig
 from tests import zoo
 

@@ -13,7 +13,8 @@ from asyncinfer.api.live.position import Position
 from asyncinfer.errors import RedisUnavailable
 from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.log import Log, LogTrimmed
-from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
 from tests.hands import Hands, Q
 
 from .processes import DurableServer

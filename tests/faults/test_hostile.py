@@ -11,7 +11,8 @@ import redis
 from asyncinfer.errors import RedisRefused
 from asyncinfer.jobs import SCHEMA, Outcome, Record, encode_record
 from asyncinfer.repository import keys
-from asyncinfer.repository.claims import ClaimRequest, Finished, Renewals, Runs
+from asyncinfer.repository.claims import ClaimRequest, Finished, Runs
+from asyncinfer.repository.leases import Renewals
 from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import WorkerConfig

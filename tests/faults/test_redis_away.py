@@ -13,8 +13,10 @@ import redis
 
 from asyncinfer.errors import RedisUnavailable, StorageFull
 from asyncinfer.repository import keys
-from asyncinfer.repository.claims import Claimed, ClaimRequest, Doorbell, Finished, Runs
-from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.claims import Claimed, ClaimRequest, Finished, Runs
+from asyncinfer.repository.doorbell import Doorbell
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import WorkerConfig
 
 from .customer import Customer, assert_one_end_each, transitions

@@ -17,7 +17,8 @@ from msgspec import Struct
 
 from asyncinfer.jobs import SCHEMA, Record, new_id
 from asyncinfer.repository import keys
-from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import NewJob, Submissions
 from tests import zoo
 

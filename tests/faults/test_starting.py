@@ -7,7 +7,7 @@ import pytest
 import redis
 
 from asyncinfer.repository import keys
-from asyncinfer.repository.inspect.listing import WorkerSays
+from asyncinfer.repository.announcements import WorkerSays
 from asyncinfer.worker.worker import WorkerConfig
 from tests import zoo
 from tests.hands import Q

@@ -9,8 +9,9 @@ from msgspec.structs import replace
 
 from asyncinfer.jobs import TERMINAL, JobError
 from asyncinfer.repository import keys
-from asyncinfer.repository.store import Policy, Store
-from asyncinfer.repository.submissions import Stored
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
+from asyncinfer.repository.stored_jobs import Stored
 from asyncinfer.worker.worker import EXIT_HUNG, WorkerConfig
 from tests import zoo
 

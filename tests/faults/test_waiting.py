@@ -14,7 +14,7 @@ from asyncinfer.repository import keys
 from asyncinfer.repository.claims import Claim, ClaimRequest, Finished, Runs
 from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.submissions import Stored
+from asyncinfer.repository.stored_jobs import Stored
 
 from .customer import Customer
 from .harness import assert_at_rest, eventually

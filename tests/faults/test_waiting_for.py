@@ -9,7 +9,8 @@ import redis
 
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.repository.maintenance import Upkeep
-from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
 from asyncinfer.tensors.datatypes import TensorSpec
 from tests import zoo
 from tests.api.harness import api_of, signature

@@ -9,7 +9,8 @@ import redis
 
 from asyncinfer.jobs import Options
 from asyncinfer.repository import keys
-from asyncinfer.repository.claims import ClaimRequest, Doorbell, Finished, Runs
+from asyncinfer.repository.claims import ClaimRequest, Finished, Runs
+from asyncinfer.repository.doorbell import Doorbell
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import WorkerConfig
 from tests import zoo

@@ -11,8 +11,9 @@ import redis
 from asyncinfer.repository import keys
 from asyncinfer.repository.claims import ClaimRequest, Runs
 from asyncinfer.repository.maintenance import Upkeep
-from asyncinfer.repository.store import Policy, Store
-from asyncinfer.worker.claiming.claims import Step
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
+from asyncinfer.worker.held_claim import Step
 from asyncinfer.worker.worker import WorkerConfig
 from tests import zoo
 

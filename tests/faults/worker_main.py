@@ -9,8 +9,8 @@ from pathlib import Path
 
 import msgspec
 
-from asyncinfer.repository.store import Policy
-from asyncinfer.worker.claiming.claims import Step
+from asyncinfer.repository.policy import Policy
+from asyncinfer.worker.held_claim import Step
 from asyncinfer.worker.models.engine_cache import Bounds
 from asyncinfer.worker.models.source import Source
 from asyncinfer.worker.process import WorkerProcess, run

@@ -12,12 +12,12 @@ from starlette.types import Message
 from asyncinfer.api.bulk.response_queue import Block, Due, Owed
 from asyncinfer.api.bulk.writer import Answers, about, accepted_line, problem_line
 from asyncinfer.api.catalog import Served
-from asyncinfer.api.handlers.jobs import absent
 from asyncinfer.api.http.body import NDJSON, check_lines
 from asyncinfer.api.http.messages import ClientGone, ClientTooSlow, Request, Stream
 from asyncinfer.api.http.ndjson import Line, Lines
 from asyncinfer.api.inputs.new_job import explained, new_job, refusal_of
 from asyncinfer.api.inputs.request_input import is_long, read_line, read_long_line
+from asyncinfer.api.job_lookup import absent
 from asyncinfer.api.live.wait import preferred_wait, until_gone
 from asyncinfer.api.services import Services
 from asyncinfer.errors import (
@@ -32,7 +32,7 @@ from asyncinfer.errors import (
 )
 from asyncinfer.jobs import Status, created_ms
 from asyncinfer.repository.submissions import MOST_BYTES, MOST_JOBS, NewJob, Submitted
-from asyncinfer.schemas.responses import AskedOptions
+from asyncinfer.schemas.requests import AskedOptions
 
 T = TypeVar("T")
 

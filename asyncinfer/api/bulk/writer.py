@@ -9,14 +9,15 @@ import msgspec
 from msgspec import UNSET
 
 from asyncinfer.api.bulk.response_queue import Block, Due, Owed
-from asyncinfer.api.handlers.jobs import absent
+from asyncinfer.api.job_lookup import absent
 from asyncinfer.api.live.inbox import Ticket
 from asyncinfer.api.services import Services
 from asyncinfer.api.views import Waiting, accepted_view, ended, job_view
 from asyncinfer.errors import RedisUnavailable, RequestError
 from asyncinfer.jobs import Status
-from asyncinfer.repository.submissions import Stored
-from asyncinfer.schemas.responses import Accepted, Job, line_problem_of
+from asyncinfer.repository.stored_jobs import Stored
+from asyncinfer.schemas.problems import line_problem_of
+from asyncinfer.schemas.responses import Accepted, Job
 from asyncinfer.timeouts import settled
 
 _AWAY_SECONDS: Final = 1.0

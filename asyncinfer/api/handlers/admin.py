@@ -9,27 +9,26 @@ import msgspec
 
 from asyncinfer import jobs
 from asyncinfer.api.audit import audited
-from asyncinfer.api.handlers.jobs import RETRYABLE, absent, chosen_by, is_meant, not_retried
+from asyncinfer.api.handlers.jobs import chosen_by
 from asyncinfer.api.http.body import read_body
 from asyncinfer.api.http.messages import Reply, Request, json_reply
 from asyncinfer.api.http.validation_errors import fault_of
 from asyncinfer.api.inputs.envelope import refuse
+from asyncinfer.api.job_lookup import RETRYABLE, absent, is_meant, not_retried
 from asyncinfer.api.services import Services
 from asyncinfer.errors import InvalidJSON, InvalidQuery
 from asyncinfer.repository.inspect.filter import Filter
 from asyncinfer.repository.inspect.selection import Selected
-from asyncinfer.repository.submissions import Stored, read_states
+from asyncinfer.repository.stored_jobs import Stored, read_states
 from asyncinfer.schemas.operations import QueueList, WorkerList, shown_worker
-from asyncinfer.schemas.responses import (
+from asyncinfer.schemas.requests import (
     MOST_JOBS_A_CALL,
-    Cleared,
     ClearQuery,
     NoQuery,
-    Refused,
-    Retried,
     RetryQuery,
     RetryRequest,
 )
+from asyncinfer.schemas.responses import Cleared, Refused, Retried
 
 _UNFINISHED: Final = frozenset({"pending", "processing"})
 

@@ -3,7 +3,8 @@
 from asyncinfer.api.http.messages import Reply, Request, json_reply
 from asyncinfer.api.services import Services
 from asyncinfer.repository.inspect.queue_load import Load, load
-from asyncinfer.schemas.responses import NoQuery, Scale
+from asyncinfer.schemas.requests import NoQuery
+from asyncinfer.schemas.responses import Scale
 
 
 async def read_scale(services: Services, request: Request[NoQuery]) -> Reply:

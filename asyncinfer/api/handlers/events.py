@@ -10,9 +10,9 @@ from msgspec import Struct
 
 from asyncinfer import jobs
 from asyncinfer.api.handlers.groups import group_view
-from asyncinfer.api.handlers.jobs import find_job
 from asyncinfer.api.http.event_text import event
 from asyncinfer.api.http.messages import Reply, Request, Stream
+from asyncinfer.api.job_lookup import find_job
 from asyncinfer.api.live.feed import Follower, News, Topic
 from asyncinfer.api.live.position import Position, decode_position
 from asyncinfer.api.services import Services
@@ -20,8 +20,9 @@ from asyncinfer.api.views import ended, summary_view
 from asyncinfer.errors import RedisUnavailable, TooManyStreams
 from asyncinfer.jobs import Status
 from asyncinfer.repository.inspect.log import LogTrimmed
-from asyncinfer.repository.submissions import Stored, queue_of, read_summaries
-from asyncinfer.schemas.responses import EventsQuery, Group, Job, JobEventsQuery, JobList
+from asyncinfer.repository.stored_jobs import Stored, queue_of, read_summaries
+from asyncinfer.schemas.requests import EventsQuery, JobEventsQuery
+from asyncinfer.schemas.responses import Group, Job, JobList
 
 _OPENING: Final = b"retry: 1000\n\n"
 _COMMENT: Final = b":\n\n"

@@ -9,7 +9,8 @@ from asyncinfer.api.services import Services
 from asyncinfer.errors import GroupNotFound
 from asyncinfer.jobs import GROUP_PATTERN
 from asyncinfer.repository.inspect.groups import Counted
-from asyncinfer.schemas.responses import Group, GroupCancelled, GroupCounts, NoQuery, at
+from asyncinfer.schemas.requests import NoQuery
+from asyncinfer.schemas.responses import Group, GroupCancelled, GroupCounts, at
 
 _NO_JOBS: Final = Counted(jobs=0, by_status={}, first_failed=[], created_ms=None)
 _name = re.compile(GROUP_PATTERN)

@@ -5,7 +5,8 @@ from asyncinfer.api.http.messages import Reply, Request, json_reply
 from asyncinfer.api.services import Services
 from asyncinfer.errors import RedisUnavailable, RequestError, ServerRefused, WritesRefused
 from asyncinfer.repository.inspect.queue_load import starved
-from asyncinfer.schemas.responses import About, Alive, Health, NoQuery
+from asyncinfer.schemas.requests import NoQuery
+from asyncinfer.schemas.responses import About, Alive, Health
 
 _LINKS = {
     "predict": "/predict",

@@ -15,14 +15,13 @@ from asyncinfer.api.services import Services
 from asyncinfer.errors import ModelNotFound, NoModelAnnounced
 from asyncinfer.models.signature import Signature, data_input
 from asyncinfer.repository import keys
-from asyncinfer.repository.inspect.listing import WorkerSays, worker_says
+from asyncinfer.repository.announcements import WorkerSays, worker_says
 from asyncinfer.schemas.operations import shown_worker
+from asyncinfer.schemas.requests import AskedOptions, NoQuery
 from asyncinfer.schemas.responses import (
-    AskedOptions,
     Model,
     ModelList,
     ModelProblem,
-    NoQuery,
     Pause,
     Purged,
     TensorShape,

@@ -7,13 +7,13 @@ import msgspec
 from asyncinfer import jobs
 from asyncinfer.api.bulk.reader import predict_lines
 from asyncinfer.api.bulk.writer import about
-from asyncinfer.api.handlers.jobs import absent
 from asyncinfer.api.handlers.results import Form, result_reply, wanted_form
 from asyncinfer.api.http.body import has_lines
 from asyncinfer.api.http.messages import Header, Reply, Request, Stream, json_reply
 from asyncinfer.api.inputs.envelope import IDEMPOTENCY_KEY
 from asyncinfer.api.inputs.new_job import explained, new_job, refusal_of
 from asyncinfer.api.inputs.request_input import read_input
+from asyncinfer.api.job_lookup import absent
 from asyncinfer.api.live.wait import preferred_wait, while_client_stays
 from asyncinfer.api.services import Services
 from asyncinfer.api.views import accepted_view, ended, job_view, url_of
@@ -25,8 +25,9 @@ from asyncinfer.errors import (
     StorageFull,
     Unauthorized,
 )
-from asyncinfer.repository.submissions import NewJob, Stored, Submitted
-from asyncinfer.schemas.responses import AskedOptions
+from asyncinfer.repository.stored_jobs import Stored
+from asyncinfer.repository.submissions import NewJob, Submitted
+from asyncinfer.schemas.requests import AskedOptions
 
 
 async def predict(services: Services, request: Request[AskedOptions]) -> Reply | Stream:

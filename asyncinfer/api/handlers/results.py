@@ -6,10 +6,10 @@ from typing import Final, Literal
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from asyncinfer.api.handlers.jobs import find_job
 from asyncinfer.api.http import npy
 from asyncinfer.api.http.body import JSON_LENGTH_HEADER, NPY
 from asyncinfer.api.http.messages import OWS, Header, Reply, Request, encode_json
+from asyncinfer.api.job_lookup import find_job
 from asyncinfer.api.services import Services
 from asyncinfer.api.views import ended, error_of, result_text, version_of
 from asyncinfer.errors import (
@@ -20,8 +20,8 @@ from asyncinfer.errors import (
     NotAcceptable,
     ResultDamaged,
 )
-from asyncinfer.repository.submissions import Stored
-from asyncinfer.schemas.responses import ResultQuery
+from asyncinfer.repository.stored_jobs import Stored
+from asyncinfer.schemas.requests import ResultQuery
 from asyncinfer.tensors import packing
 from asyncinfer.tensors.json_errors import unknown_name
 from asyncinfer.tensors.packing import PackedTensor

@@ -5,7 +5,7 @@ from typing import Final
 
 from asyncinfer.api.http.messages import Reply, encode_json
 from asyncinfer.errors import InternalError, RequestError
-from asyncinfer.schemas.responses import problem_of
+from asyncinfer.schemas.problems import problem_of
 
 _RETRY_STATUSES: Final = frozenset({429, 503})
 _RETRY_AFTER_SECONDS: Final = 1.0

@@ -11,7 +11,7 @@ from msgspec import Raw, Struct
 
 from asyncinfer.api.http.validation_errors import fault_of
 from asyncinfer.errors import Fault, InvalidInput, InvalidJSON
-from asyncinfer.schemas.responses import AskedOptions
+from asyncinfer.schemas.requests import AskedOptions
 
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 

@@ -18,7 +18,7 @@ from asyncinfer.errors import (
     RequestError,
     StorageFull,
 )
-from asyncinfer.repository.store import Policy
+from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.submissions import NewJob, Submitted
 from asyncinfer.schemas.responses import WaitingFor
 

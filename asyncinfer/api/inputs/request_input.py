@@ -18,7 +18,7 @@ from asyncinfer.errors import Fault, InvalidInput, InvalidQuery
 from asyncinfer.jobs import Options
 from asyncinfer.models.signature import Signature, data_input
 from asyncinfer.models.validation import check_data, check_inputs
-from asyncinfer.schemas.responses import AskedOptions
+from asyncinfer.schemas.requests import AskedOptions
 from asyncinfer.tensors import packing, shape_errors
 from asyncinfer.tensors.datatypes import Array, datatype_of
 from asyncinfer.tensors.json_errors import refusal

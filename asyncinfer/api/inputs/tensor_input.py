@@ -15,7 +15,7 @@ from asyncinfer.api.inputs.envelope import Asked, check_repeated, refuse
 from asyncinfer.errors import Fault, InvalidInput
 from asyncinfer.models.signature import Signature
 from asyncinfer.models.validation import check_inputs, refuse_misfits
-from asyncinfer.schemas.responses import AskedOutput, AskedParameters, InputParameters
+from asyncinfer.schemas.requests import AskedOutput, AskedParameters, InputParameters
 from asyncinfer.tensors import datatypes, json_errors, packing, shape_errors
 from asyncinfer.tensors.datatypes import DTYPES, Array, Feeds, TensorSpec
 from asyncinfer.tensors.shape_errors import Given

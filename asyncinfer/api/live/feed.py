@@ -28,7 +28,7 @@ from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.log import Change, Log, LogPage, Place, changes_in
 from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.submissions import Stored, read_summaries
+from asyncinfer.repository.stored_jobs import Stored, read_summaries
 
 _log = LimitedLog(logging.getLogger(__name__))
 

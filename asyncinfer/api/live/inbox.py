@@ -14,7 +14,8 @@ from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.log import entry_order
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.submissions import Stored, Submissions, noticed, queue_of
+from asyncinfer.repository.stored_jobs import Stored, noticed, queue_of
+from asyncinfer.repository.submissions import Submissions
 from asyncinfer.timeouts import settled
 from asyncinfer.untrusted import decoding
 

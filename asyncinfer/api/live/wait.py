@@ -8,8 +8,8 @@ import anyio
 
 from asyncinfer.api.http.messages import OWS, Request
 from asyncinfer.errors import InvalidHeader, RequestError
-from asyncinfer.repository.submissions import Stored
-from asyncinfer.schemas.responses import MAX_WAIT_SECONDS
+from asyncinfer.repository.stored_jobs import Stored
+from asyncinfer.schemas.requests import MAX_WAIT_SECONDS
 
 
 def preferred_wait(request: Request[Any]) -> int | None:

@@ -6,13 +6,13 @@ from urllib.parse import urlsplit
 
 from msgspec import UnsetType
 
+from asyncinfer.cli.addresses import api_url
 from asyncinfer.cli.api_client import ModelList, Service
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
 from asyncinfer.cli.doctor.machine import port_is_taken
 from asyncinfer.cli.options import Server
+from asyncinfer.cli.output import counted
 from asyncinfer.cli.serve import configuration
-from asyncinfer.cli.serve.banner import api_url
-from asyncinfer.cli.serve.log_setup import counted
 from asyncinfer.cli.starved_queues import (
     mend_starved,
     queue_name,

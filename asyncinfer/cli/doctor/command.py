@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from asyncinfer.cli import options
-from asyncinfer.cli.serve.log_setup import counted
+from asyncinfer.cli.output import counted
 from asyncinfer.settings import Settings
 from asyncinfer.untrusted.printable import printable_line
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
-from asyncinfer.cli.output import size
-from asyncinfer.cli.serve.log_setup import counted
+from asyncinfer.cli.output import counted, size
 from asyncinfer.errors import KeyFileRefused
 from asyncinfer.processes.cpus import cores
 from asyncinfer.settings import Settings

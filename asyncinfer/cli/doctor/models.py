@@ -6,8 +6,7 @@ from pathlib import Path
 import anyio
 
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
-from asyncinfer.cli.output import size
-from asyncinfer.cli.serve.log_setup import counted
+from asyncinfer.cli.output import counted, size
 from asyncinfer.errors import ModelDirUnreadable
 from asyncinfer.models.folder import ModelFile, read_stamp, to_serve, total_bytes
 from asyncinfer.processes.cpus import cores

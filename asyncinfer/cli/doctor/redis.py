@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from asyncinfer.cli.addresses import shown_url
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
 from asyncinfer.cli.output import seconds, size
-from asyncinfer.cli.serve.banner import shown_url
 from asyncinfer.errors import AsyncinferError
 from asyncinfer.repository.inspect.server_info import Vitals, vitals
-from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
 
 _SLOW_SECONDS: Final = 0.005
 _TOO_SLOW_SECONDS: Final = 0.2

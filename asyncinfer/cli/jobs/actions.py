@@ -219,8 +219,7 @@ def _add(totals: dict[str, Any], done: Cleared | Retried) -> bool:
 
 def _tell(totals: dict[str, Any], as_json: bool) -> int:
     """What was done goes to stdout; each refusal is a line on stderr, and makes the exit code 1."""
-    from asyncinfer.cli.output import say_json
-    from asyncinfer.cli.serve.log_setup import say
+    from asyncinfer.cli.output import say, say_json
 
     refused = totals.get("refused", [])
     if as_json:

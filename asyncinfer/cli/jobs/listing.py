@@ -207,8 +207,7 @@ def _value(name: str, value: Any) -> object:
 
 def _list(server: Server, limit: int, as_json: bool, **query: Any) -> None:
     from asyncinfer.cli.api_client import Service
-    from asyncinfer.cli.output import say_json, show
-    from asyncinfer.cli.serve.log_setup import say_aside
+    from asyncinfer.cli.output import say_aside, say_json, show
 
     with Service(server) as service:
         found = list(_found(service, limit, query))

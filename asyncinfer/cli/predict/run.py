@@ -20,11 +20,11 @@ from msgspec import Struct
 from asyncinfer.cli.api_client import Service
 from asyncinfer.cli.exit_codes import EXIT_FAILED, complain
 from asyncinfer.cli.options import Server
+from asyncinfer.cli.output import say_aside
 from asyncinfer.cli.predict import readers, writers
 from asyncinfer.cli.predict.progress import Progress, progress
 from asyncinfer.cli.predict.readers import Row
 from asyncinfer.cli.predict.writers import Record
-from asyncinfer.cli.serve.log_setup import say_aside
 from asyncinfer.client import WaitTimeout
 from asyncinfer.client._client import asked_of
 from asyncinfer.client._map.results import Results

@@ -5,11 +5,11 @@ import socket
 
 from asyncinfer import settings
 from asyncinfer.cli.exit_codes import EXIT_CANNOT_START, details
-from asyncinfer.cli.lean import lean_start
 from asyncinfer.cli.serve import configuration
 from asyncinfer.cli.serve.log_setup import LOOP, set_up_logging
 from asyncinfer.errors import StartError
 from asyncinfer.processes import tuning
+from asyncinfer.processes.tuning import lean_start
 from asyncinfer.settings import Settings
 
 

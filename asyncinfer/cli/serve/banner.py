@@ -4,13 +4,12 @@ import json
 import shlex
 from collections.abc import Sequence
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 from msgspec import Struct
 
 from asyncinfer import __version__
+from asyncinfer.cli.addresses import api_url
 
-_EVERY_ADDRESS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 _WAIT_SECONDS: Final = 10
 
 
@@ -67,15 +66,3 @@ class Welcome(Struct, frozen=True, kw_only=True):
             f"curl{key} -H 'content-type: application/json' -H 'Prefer: wait={_WAIT_SECONDS}' "
             f"-d {body} {self._url}/predict"
         )
-
-
-def api_url(host: str, port: int) -> str:
-    """Where an API that listens on an address is reached from its own machine."""
-    host = _EVERY_ADDRESS.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def shown_url(redis_url: str) -> str:
-    """A REDIS_URL without its user, password and options."""
-    parts = urlsplit(redis_url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

@@ -5,7 +5,7 @@ import sys
 import click
 
 from asyncinfer.cli import options
-from asyncinfer.cli.serve.log_setup import say
+from asyncinfer.cli.output import say
 from asyncinfer.errors import InvalidSetting
 from asyncinfer.settings import Settings
 

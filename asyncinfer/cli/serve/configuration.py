@@ -11,7 +11,8 @@ from asyncinfer.settings import Settings
 if TYPE_CHECKING:
     from asyncinfer.api.config import ApiConfig
     from asyncinfer.models.folder import ModelFile
-    from asyncinfer.repository.store import Policy, Store
+    from asyncinfer.repository.policy import Policy
+    from asyncinfer.repository.store import Store
     from asyncinfer.worker.models.source import Source
     from asyncinfer.worker.process import WorkerProcess
 
@@ -99,7 +100,7 @@ def store(chosen: Settings, url: str) -> AbstractAsyncContextManager["Store"]:
 
 
 def policy(chosen: Settings) -> "Policy":
-    from asyncinfer.repository.store import Policy
+    from asyncinfer.repository.policy import Policy
 
     return Policy(
         job_ttl_seconds=chosen.job_ttl,

@@ -13,7 +13,7 @@ from asyncinfer.settings import Settings
 
 if TYPE_CHECKING:
     from asyncinfer.models.folder import ModelFile
-    from asyncinfer.repository.inspect.listing import WorkerSays
+    from asyncinfer.repository.announcements import WorkerSays
     from asyncinfer.repository.leftovers import Leftovers, Unserved
 
 _log = logging.getLogger(__name__)

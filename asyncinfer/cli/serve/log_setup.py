@@ -9,22 +9,6 @@ from asyncinfer.untrusted.printable import printable, printable_line
 LOOP: Final = {"use_uvloop": sys.platform != "win32"}
 
 
-def say(text: str) -> None:
-    """On stdout, as it is where that is no terminal."""
-    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
-
-
-def say_aside(line: str) -> None:
-    """One line on stderr."""
-    sys.stderr.write(f"{printable_line(line)}\n")
-
-
-def counted(count: int, thing: str) -> str:
-    """As `1 job`, `2 jobs`."""
-    return f"{count:,} {thing}{'' if count == 1 else 's'}"
-
-
 class _Formatter(logging.Formatter):
     """A message is one line, and no part of a log commands a terminal."""
 

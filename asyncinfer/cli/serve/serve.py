@@ -8,13 +8,15 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from asyncinfer import settings
-from asyncinfer.cli.lean import lean_start
+from asyncinfer.cli.addresses import shown_url
+from asyncinfer.cli.output import say
 from asyncinfer.cli.serve import configuration
-from asyncinfer.cli.serve.banner import Welcome, shown_url
+from asyncinfer.cli.serve.banner import Welcome
 from asyncinfer.cli.serve.leftovers import Clearing
-from asyncinfer.cli.serve.log_setup import LOOP, say, set_up_logging
+from asyncinfer.cli.serve.log_setup import LOOP, set_up_logging
 from asyncinfer.errors import RedisUnavailable, StartError
 from asyncinfer.processes import tuning
+from asyncinfer.processes.tuning import lean_start
 from asyncinfer.settings import Settings
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ import msgspec
 
 from asyncinfer import settings
 from asyncinfer.cli.exit_codes import EXIT_INTERRUPTED
-from asyncinfer.cli.lean import lean_start
 from asyncinfer.cli.serve import configuration
 from asyncinfer.cli.serve.log_setup import set_up_logging
 from asyncinfer.errors import RedisUnavailable
+from asyncinfer.processes.tuning import lean_start
 from asyncinfer.settings import Settings
 
 _log = logging.getLogger(__name__)

@@ -9,26 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from msgspec import Struct
-
 from asyncinfer.cli.options import Server
 from asyncinfer.cli.output import console, say_json_line
 from asyncinfer.cli.top import tables
+from asyncinfer.cli.top.snapshot import Seen
 from asyncinfer.errors import AsyncinferError, Forbidden
-from asyncinfer.schemas.operations import Queue, QueueList, Worker, WorkerList
+from asyncinfer.schemas.operations import QueueList, Worker, WorkerList
 
 if TYPE_CHECKING:
     from asyncinfer.cli.api_client import Service
     from asyncinfer.repository.inspect.statistics import Observation
-
-
-class Seen(Struct, frozen=True):
-    at: float
-    """Seconds since 1970."""
-    source: str
-    queues: list[Queue]
-    workers: list[Worker] | None
-    """None where the API key may not see them."""
 
 
 Look = Callable[[], Seen]
@@ -56,9 +46,10 @@ def _workers(service: "Service") -> list[Worker] | None:
 
 @contextmanager
 def redis(url: str, queue_name: str) -> Iterator[Look]:
-    from asyncinfer.cli.serve.banner import shown_url
+    from asyncinfer.cli.addresses import shown_url
     from asyncinfer.repository.inspect.statistics import Observation
-    from asyncinfer.repository.store import Policy, Store
+    from asyncinfer.repository.policy import Policy
+    from asyncinfer.repository.store import Store
 
     opened = Store.open(url, queue_name=queue_name, policy=Policy(), name="asyncinfer-top")
     with asyncio.Runner() as runner:

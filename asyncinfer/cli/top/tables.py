@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from asyncinfer.cli.safe_text import SafeText
-    from asyncinfer.cli.top.live import Seen
+    from asyncinfer.cli.top.snapshot import Seen
     from asyncinfer.schemas.operations import Percentiles, Queue, Worker
 
 _WIDE: Final = 120

@@ -12,12 +12,13 @@ from asyncinfer.client import _flows
 from asyncinfer.client._decoding import result_of
 from asyncinfer.client._encoding import data_input, is_plain
 from asyncinfer.client._errors import CannotSend, job_failed, problem_error, strange_refused
-from asyncinfer.client._flows import Server, Submission, View
+from asyncinfer.client._flows import Submission, View
 from asyncinfer.client._map import ndjson
 from asyncinfer.client._map.ndjson import MOST_LINES
 from asyncinfer.client._map.rows import Block, halves, rank_of, row_at, singles, without
 from asyncinfer.client._models import Model
 from asyncinfer.client._protocol import Flow
+from asyncinfer.client._requests import Server
 from asyncinfer.errors import (
     AsyncinferError,
     BodyTooLarge,

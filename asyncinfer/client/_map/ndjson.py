@@ -9,8 +9,9 @@ import msgspec
 
 from asyncinfer.client._encoding import is_plain, json_body
 from asyncinfer.client._errors import error_of, stranger
-from asyncinfer.client._flows import Server, Submission, ask, is_view, path_part
+from asyncinfer.client._flows import Submission, is_view
 from asyncinfer.client._protocol import Flow, Request
+from asyncinfer.client._requests import Server, ask, path_part
 
 MOST_LINES: Final = 16
 """With 8 requests in flight as many as share a run; and results of slow models keep coming."""

@@ -22,12 +22,12 @@ from msgspec import Struct
 from asyncinfer.client import _flows
 from asyncinfer.client._drivers import AsyncDriver, Driver
 from asyncinfer.client._errors import ConnectionFailed, SlowMapWarning, WaitTimeout
-from asyncinfer.client._flows import Server
 from asyncinfer.client._map import jobs
 from asyncinfer.client._map.jobs import Plan
 from asyncinfer.client._map.progress import Progress, progress
 from asyncinfer.client._map.rows import Block, ablocks_of, blocks_of, columns_of, peeked
 from asyncinfer.client._map.threads import Crew, Done
+from asyncinfer.client._requests import Server
 from asyncinfer.client._wait_reasons import CADENCE, Cadence, Notices, Silence, WaitingFor
 from asyncinfer.errors import AsyncinferError
 

@@ -14,7 +14,7 @@ from asyncinfer.repository.inspect.filter import Filter
 from asyncinfer.repository.inspect.listing import Page
 from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.submissions import Stored, read_jobs
+from asyncinfer.repository.stored_jobs import Stored, read_jobs
 from asyncinfer.untrusted import decoding
 
 _LETTERS_A_PAGE: Final = 200

@@ -3,7 +3,7 @@
 from msgspec import Struct
 
 from asyncinfer.jobs import DEFAULT_TENANT
-from asyncinfer.repository.submissions import Stored
+from asyncinfer.repository.stored_jobs import Stored
 
 
 class Filter(Struct, frozen=True, kw_only=True):

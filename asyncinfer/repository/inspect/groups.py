@@ -15,7 +15,7 @@ from asyncinfer.repository.inspect.filter import Filter
 from asyncinfer.repository.inspect.listing import Page
 from asyncinfer.repository.operations import Cancelled, Operation
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.submissions import Stored, read_summaries
+from asyncinfer.repository.stored_jobs import Stored, read_summaries
 from asyncinfer.untrusted import decoding
 
 _IDS_A_PAGE: Final = 1000

@@ -10,7 +10,7 @@ from asyncinfer.errors import WrongKeyType
 from asyncinfer.jobs import Status
 from asyncinfer.repository import keys
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.submissions import Stored, summary_keys, summary_of
+from asyncinfer.repository.stored_jobs import Stored, summary_keys, summary_of
 from asyncinfer.untrusted import decoding
 
 _MOST: Final = (1 << 63) - 1

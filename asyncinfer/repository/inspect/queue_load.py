@@ -7,7 +7,7 @@ from msgspec import Struct
 
 from asyncinfer.jobs import Record, read_record
 from asyncinfer.repository import keys
-from asyncinfer.repository.inspect.listing import WorkerSays, models_to_come, worker_says
+from asyncinfer.repository.announcements import WorkerSays, models_to_come, worker_says
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
 from asyncinfer.untrusted import decoding

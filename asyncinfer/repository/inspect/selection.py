@@ -12,7 +12,7 @@ from asyncinfer.repository.inspect.filter import Filter
 from asyncinfer.repository.inspect.log import appearing
 from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.submissions import Stored, read_states
+from asyncinfer.repository.stored_jobs import Stored, read_states
 from asyncinfer.untrusted import decoding
 
 _PAGE: Final = 1000

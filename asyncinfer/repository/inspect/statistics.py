@@ -8,7 +8,7 @@ from msgspec import Struct
 
 from asyncinfer.jobs import Record
 from asyncinfer.repository import keys
-from asyncinfer.repository.inspect.listing import WorkerSays, worker_says
+from asyncinfer.repository.announcements import WorkerSays, worker_says
 from asyncinfer.repository.inspect.queue_load import (
     Load,
     gauge,

@@ -15,7 +15,8 @@ from msgspec import Struct
 from asyncinfer.errors import RedisRefused, RedisUnavailable
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
-from asyncinfer.repository.claims import Doorbell, Runs
+from asyncinfer.repository.claims import Runs
+from asyncinfer.repository.doorbell import Doorbell
 from asyncinfer.repository.store import Store
 
 log = LimitedLog(logging.getLogger(__name__))

@@ -4,32 +4,26 @@ import asyncio
 import contextlib
 import logging
 import random
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from functools import cached_property
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, TypeVar
 
-from asyncinfer.engine import Stop
 from asyncinfer.errors import RedisRefused, RedisUnavailable
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository.claims import (
     MOST_QUEUES_A_CLAIM,
-    Claim,
     Claimed,
-    ClaimedJob,
     ClaimRequest,
-    Doorbell,
     Runs,
 )
-from asyncinfer.repository.reaper import Renewer
+from asyncinfer.repository.doorbell import Doorbell
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.claiming.batch_window import Gathering, Sharing
-from asyncinfer.worker.execution import Batch
+from asyncinfer.worker.held_claim import Held, Step
+from asyncinfer.worker.lease_renewer import Renewer
 
 log = LimitedLog(logging.getLogger(__name__))
 
 T = TypeVar("T")
-Step = Literal["woken", "claimed", "running", "finishing", "finished"]
 
 _LOW_FIRST_EVERY: Final = 16
 _SHORT_SECONDS: Final = 0.0015
@@ -41,42 +35,6 @@ not among those listened to."""
 
 _SOON_SECONDS: Final = 0.005
 """How long a bell may ring unheard while a slot is about to claim."""
-
-
-class Run:
-    """One batch in a thread; stopped for one reason, the first given."""
-
-    def __init__(self, batch: Batch) -> None:
-        self.batch = batch
-        self.stop = Stop()
-        self.why: Literal["", "abandoned", "timeout", "drain"] = ""
-        self.wanted = {job.job_id for job in batch.jobs}
-
-    def end(self, why: Literal["abandoned", "timeout", "drain"]) -> None:
-        self.why = self.why or why
-        self.stop.stop()
-
-    def abandon(self, job_id: str) -> None:
-        """One of its jobs has ended otherwise; a run that nobody wants stops."""
-        self.wanted.discard(job_id)
-        if not self.wanted:
-            self.end("abandoned")
-
-
-class Held:
-    """A claim this process holds: the jobs without an outcome yet, and the run under way."""
-
-    def __init__(self, claim: Claim) -> None:
-        self.claim = claim
-        self.claimed_at = time.monotonic()
-        self.started_ms = time.time_ns() // 1_000_000
-        self.ran_at = self.claimed_at
-        self.run: Run | None = None
-        self.early: set[asyncio.Task[None]] = set()
-
-    @cached_property
-    def open(self) -> dict[str, ClaimedJob]:
-        return {job.job_id: job for job in self.claim.jobs}
 
 
 class Claims:

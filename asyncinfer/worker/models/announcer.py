@@ -1,22 +1,26 @@
 """What a worker says of itself and its models, and what it hears of others'."""
 
 import asyncio
+import contextlib
 import logging
+import random
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Final
 
 import msgspec
 from msgspec import Struct
 
+from asyncinfer.errors import RedisRefused, RequestError, StorageFull
 from asyncinfer.models.folder import OF_ALL_VERSIONS, valid_name
 from asyncinfer.models.signature import Signature, read_signature
+from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
-from asyncinfer.repository.inspect.listing import Inspection, WorkerSays, worker_says
+from asyncinfer.repository.announcements import WorkerSays, worker_says
+from asyncinfer.repository.inspect.listing import Inspection
 from asyncinfer.repository.leftovers import serves
 from asyncinfer.repository.maintenance import Upkeep
-from asyncinfer.repository.reaper import ANNOUNCE_SECONDS
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.claiming.queues import Queues
 from asyncinfer.worker.models.engine_cache import Label
@@ -24,6 +28,9 @@ from asyncinfer.worker.models.folder_differences import Differences, differences
 from asyncinfer.worker.models.library import Library
 
 log = logging.getLogger(__name__)
+_limited = LimitedLog(log)
+
+ANNOUNCE_SECONDS: Final = 3.0
 
 _LIVES_SECONDS: Final = 5 * ANNOUNCE_SECONDS
 _APIS_KNOW_SECONDS: Final = 5.0
@@ -318,3 +325,28 @@ def _rival(stored: bytes, ours: Signature, others: Sequence[WorkerSays]) -> str:
         f"another worker serves another file as this version (sha256 {sha256[:12]}…, here "
         f"{ours.sha256[:12]}…). Publish this one under a new version."
     )
+
+
+async def announce_forever(
+    announce: Callable[[], Awaitable[None]],
+    news: asyncio.Event,
+    on_answered: Callable[[], None],
+) -> None:
+    """Calls `announce` every few seconds, and at once when there is news. Ends by cancellation."""
+    while True:
+        news.clear()
+        try:
+            await announce()
+            on_answered()
+        except StorageFull:
+            # What runs still finishes, so the worker is as ready as it was.
+            on_answered()
+        except RedisRefused as error:
+            _limited.warning(f"Announce: {error.detail}")
+        except RequestError as error:
+            log.debug("Announce: %s", error.detail)
+        except Exception as error:
+            _limited.unexpected("An announcement failed.", error)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ANNOUNCE_SECONDS * random.uniform(0.8, 1.2)):
+                await news.wait()

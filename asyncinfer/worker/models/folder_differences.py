@@ -5,7 +5,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from asyncinfer.repository.inspect.listing import WorkerSays
+from asyncinfer.repository.announcements import WorkerSays
 
 _MOST_NAMED: Final = 10
 _MOST_PROBLEMS: Final = 10

@@ -16,12 +16,13 @@ from asyncinfer.repository.claims import (
     ClaimRequest,
     Finished,
     PackedOutcomes,
-    Renewal,
     Runs,
     packed_outcomes,
 )
+from asyncinfer.repository.leases import Renewal
 from asyncinfer.schemas.operations import JobsDone
-from asyncinfer.worker.claiming.claims import Claims, Held, Step
+from asyncinfer.worker.claiming.claims import Claims
+from asyncinfer.worker.held_claim import Held, Step
 from asyncinfer.worker.running.outcomes import Outcomes, released
 
 log = logging.getLogger(__name__)

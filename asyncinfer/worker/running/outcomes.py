@@ -10,7 +10,7 @@ from asyncinfer.errors import AsyncinferError, OutOfMemory, ResultTooLarge
 from asyncinfer.models.signature import Signature
 from asyncinfer.repository.claims import ClaimedJob, Finished, error_body
 from asyncinfer.repository.store import Store
-from asyncinfer.worker.claiming.claims import Held
+from asyncinfer.worker.held_claim import Held
 
 
 def released(waiting: Iterable[ClaimedJob], delay_ms: int = 0) -> list[Finished]:

@@ -12,8 +12,8 @@ from asyncinfer.errors import ModelFailed, OutOfMemory, PredictionTimeout, Unkno
 from asyncinfer.repository.claims import Claim, ClaimedJob, Finished
 from asyncinfer.timeouts import settled
 from asyncinfer.worker import execution
-from asyncinfer.worker.claiming.claims import Held, Run, Step
 from asyncinfer.worker.execution import Asked, Batch, Prepared
+from asyncinfer.worker.held_claim import Held, Run, Step
 from asyncinfer.worker.models.library import Library
 from asyncinfer.worker.running.outcomes import Outcomes, released, suspects
 from asyncinfer.worker.running.timings import RunTimes
