@@ -12,13 +12,12 @@ from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from asyncinfer.api.admission import reach
-from asyncinfer.api.bulk.limits import AnswerSizes
+from asyncinfer.api.answer_sizes import AnswerSizes
 from asyncinfer.api.catalog import Catalog
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.guard import Guard
 from asyncinfer.api.http.authority import authority_of
 from asyncinfer.api.http.body import discard
-from asyncinfer.api.http.event_text import EventTexts
 from asyncinfer.api.http.header_fields import read_fields
 from asyncinfer.api.http.messages import (
     BREAK_OFF,
@@ -34,6 +33,7 @@ from asyncinfer.api.http.messages import (
     send_stream,
 )
 from asyncinfer.api.http.problems import internal_error, problem_reply
+from asyncinfer.api.live.event_text import EventTexts
 from asyncinfer.api.live.feed import Feed
 from asyncinfer.api.live.inbox import Inbox
 from asyncinfer.api.openapi import document

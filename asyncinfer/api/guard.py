@@ -9,8 +9,8 @@ from starlette.types import Scope
 from asyncinfer.api.admission import ANYBODY, Admission, admission, open_admission
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.http.authority import Authority, authority_of
+from asyncinfer.api.http.probe_paths import HEALTH_PATHS
 from asyncinfer.api.key_file import KeyFile
-from asyncinfer.api.probes import HEALTH_PATHS
 from asyncinfer.api_keys import KeyScope
 from asyncinfer.errors import HostRefused, InvalidHeader, OriginRefused
 

@@ -3,10 +3,10 @@
 from anyio import CapacityLimiter
 from msgspec import Struct
 
-from asyncinfer.api.bulk.limits import AnswerSizes
+from asyncinfer.api.answer_sizes import AnswerSizes
 from asyncinfer.api.catalog import Catalog
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.api.http.event_text import EventTexts
+from asyncinfer.api.live.event_text import EventTexts
 from asyncinfer.api.live.feed import Feed
 from asyncinfer.api.live.inbox import Inbox
 from asyncinfer.api.wait_reasons import Reasons

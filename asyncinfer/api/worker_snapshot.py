@@ -15,12 +15,16 @@ from msgspec import Struct
 
 from asyncinfer.errors import RedisRefused, RedisUnavailable, StorageFull, WritesRefused
 from asyncinfer.processes.limited_log import LimitedLog
-from asyncinfer.repository.announcements import WorkerSays, models_to_come, worker_says
+from asyncinfer.repository.announcements import (
+    ANNOUNCE_SECONDS,
+    WorkerSays,
+    models_to_come,
+    worker_says,
+)
 from asyncinfer.repository.inspect.listing import Inspection
 from asyncinfer.repository.store import Store
 from asyncinfer.schemas.operations import shown_worker
 from asyncinfer.schemas.responses import WaitingFor
-from asyncinfer.worker.models.announcer import ANNOUNCE_SECONDS
 
 _REFRESH_SECONDS: Final = 0.9
 _GRACE_SECONDS: Final = ANNOUNCE_SECONDS + 1.0

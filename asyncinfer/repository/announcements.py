@@ -1,6 +1,6 @@
 """What workers announce: themselves, their models, versions and default versions."""
 
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -73,3 +73,11 @@ def models_to_come(says: WorkerSays) -> set[str]:
     if says.state not in ("starting", "ready"):
         return set()
     return {*says.loading, *says.versions} - {*says.models}
+
+
+def serves(worker: WorkerSays, model: str) -> bool:
+    """Whether it claims the jobs of a model, or will once it has loaded it."""
+    return model in worker.models or model in worker.versions or model in worker.loading
+
+
+ANNOUNCE_SECONDS: Final = 3.0

@@ -25,6 +25,7 @@ from asyncinfer.errors import (
     UnknownModel,
 )
 from asyncinfer.processes import tuning
+from asyncinfer.repository.announcements import ANNOUNCE_SECONDS
 from asyncinfer.repository.claims import ClaimedJob, Finished, Runs
 from asyncinfer.repository.leases import Renewal
 from asyncinfer.repository.reaper import reap_forever
@@ -32,12 +33,12 @@ from asyncinfer.repository.store import Store
 from asyncinfer.worker import execution
 from asyncinfer.worker.claiming.claims import Claims
 from asyncinfer.worker.claiming.control_listener import Control
-from asyncinfer.worker.claiming.queues import Queues
 from asyncinfer.worker.held_claim import Held, Step
 from asyncinfer.worker.lease_renewer import Renewer
-from asyncinfer.worker.models.announcer import ANNOUNCE_SECONDS, Announcer, Said, announce_forever
+from asyncinfer.worker.models.announcer import Announcer, Said, announce_forever
 from asyncinfer.worker.models.folder_watcher import changes
 from asyncinfer.worker.models.library import Library
+from asyncinfer.worker.models.queues import Queues
 from asyncinfer.worker.running.completion import Finishing
 from asyncinfer.worker.running.deferral import LaterJobs, Postponing
 from asyncinfer.worker.running.outcomes import Outcomes, released

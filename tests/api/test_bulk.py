@@ -16,7 +16,7 @@ import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncinfer.api.bulk.limits import AnswerSizes
+from asyncinfer.api.answer_sizes import AnswerSizes
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.http.ndjson import Lines
 from asyncinfer.api.live.inbox import Ticket

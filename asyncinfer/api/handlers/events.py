@@ -10,9 +10,9 @@ from msgspec import Struct
 
 from asyncinfer import jobs
 from asyncinfer.api.handlers.groups import group_view
-from asyncinfer.api.http.event_text import event
 from asyncinfer.api.http.messages import Reply, Request, Stream
 from asyncinfer.api.job_lookup import find_job
+from asyncinfer.api.live.event_text import event
 from asyncinfer.api.live.feed import Follower, News, Topic
 from asyncinfer.api.live.position import Position, decode_position
 from asyncinfer.api.services import Services

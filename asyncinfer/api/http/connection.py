@@ -33,8 +33,8 @@ from asyncinfer.api.http.messages import (
     Reply,
     header_block,
 )
+from asyncinfer.api.http.probe_paths import HEALTH_PATHS
 from asyncinfer.api.http.problems import problem_reply
-from asyncinfer.api.probes import HEALTH_PATHS
 from asyncinfer.errors import (
     HeadersTooLarge,
     MalformedRequest,

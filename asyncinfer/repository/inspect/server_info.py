@@ -8,9 +8,8 @@ from typing import Any, Final
 from msgspec import Struct
 
 from asyncinfer.errors import RedisRefused, ServerRefused
-from asyncinfer.repository.announcements import worker_says
+from asyncinfer.repository.announcements import serves, worker_says
 from asyncinfer.repository.inspect.listing import Inspection
-from asyncinfer.repository.leftovers import serves
 from asyncinfer.repository.redis_errors import translated
 from asyncinfer.repository.store import Store
 

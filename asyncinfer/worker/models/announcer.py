@@ -17,20 +17,18 @@ from asyncinfer.models.folder import OF_ALL_VERSIONS, valid_name
 from asyncinfer.models.signature import Signature, read_signature
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
-from asyncinfer.repository.announcements import WorkerSays, worker_says
+from asyncinfer.repository.announcements import ANNOUNCE_SECONDS, WorkerSays, serves, worker_says
 from asyncinfer.repository.inspect.listing import Inspection
-from asyncinfer.repository.leftovers import serves
 from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
-from asyncinfer.worker.claiming.queues import Queues
 from asyncinfer.worker.models.engine_cache import Label
 from asyncinfer.worker.models.folder_differences import Differences, differences, lacking, told
 from asyncinfer.worker.models.library import Library
+from asyncinfer.worker.models.queues import Queues
 
 log = logging.getLogger(__name__)
 _limited = LimitedLog(log)
 
-ANNOUNCE_SECONDS: Final = 3.0
 
 _LIVES_SECONDS: Final = 5 * ANNOUNCE_SECONDS
 _APIS_KNOW_SECONDS: Final = 5.0
