@@ -16,8 +16,8 @@ from asyncinfer.repository import keys
 from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
-from tests.hands import Hands, ids_of, new_job
-from tests.parents import REPOSITORY
+from tests.process import REPOSITORY
+from tests.queue_driver import Hands, ids_of, new_job
 
 from .harness import (
     QUEUE,

@@ -12,7 +12,7 @@ from asyncinfer.repository.inspect.queue_load import load
 from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import NewJob
-from tests.hands import Hands, new_job
+from tests.queue_driver import Hands, new_job
 
 from .harness import QUEUE, Hand, assert_problem, submit
 

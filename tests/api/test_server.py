@@ -17,7 +17,7 @@ from asyncinfer.api.server import serve
 from asyncinfer.errors import DefaultModelChanged, ServerRefused, StartError
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import Submissions
-from tests.hands import Q, new_job
+from tests.queue_driver import Q, new_job
 
 from .harness import announce, assert_problem, client_of, stopped_by_itself, submit
 

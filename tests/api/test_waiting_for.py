@@ -23,7 +23,7 @@ from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store
 from tests.faults.harness import eventually
 from tests.faults.proxy import proxied
-from tests.hands import Hands, new_job
+from tests.queue_driver import Hands, new_job
 
 from .harness import QUEUE, ROW, Hand, announce, api_of, assert_problem, signature, submit
 from .sse import listening

@@ -19,7 +19,7 @@ from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
 from asyncinfer.schemas.operations import shown_worker
 from tests.faults.proxy import proxied
-from tests.hands import Hands
+from tests.queue_driver import Hands
 
 from .harness import QUEUE, Hand, announce, assert_problem, client_of, hosted, running, submit
 

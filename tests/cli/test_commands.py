@@ -10,9 +10,9 @@ import pytest
 from asyncinfer import api_keys
 from asyncinfer.processes import valkey
 from asyncinfer.testing import service
+from tests.cli.command_line import Told, complaint, told
 
 from .conftest import ended, submitted
-from .told import Told, complaint, told
 
 NOBODY = "http://127.0.0.1:1"
 

@@ -14,10 +14,10 @@ from asyncinfer.cli.doctor.findings import Finding
 from asyncinfer.cli.doctor.redis import findings_of
 from asyncinfer.repository.inspect.server_info import Vitals
 from tests import zoo
+from tests.cli.command_line import told
 from tests.faults.harness import eventually_sync
 
 from .conftest import submitted
-from .told import told
 
 FINE = Vitals(
     server="Valkey 9.1.0",

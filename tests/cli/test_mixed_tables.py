@@ -12,8 +12,7 @@ from onnx import TensorProto, helper
 from asyncinfer.cli.predict import readers
 from asyncinfer.testing import service
 from tests import zoo
-
-from .told import told
+from tests.cli.command_line import told
 
 CUSTOMERS = [(7, 30.0, 2.5, "pro"), (8, 61.0, None, "2"), (9, 18.0, 4.0, "free")]
 RECORDS = [dict(zip(("id", "age", "calls", "plan"), one, strict=True)) for one in CUSTOMERS]

@@ -30,10 +30,10 @@ from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from tests import zoo
 from tests.api.harness import QUEUE, Hand, announce, running
+from tests.cli.command_line import complaint, told
 from tests.faults.harness import eventually_sync
 
 from .conftest import submitted
-from .told import complaint, told
 
 ROW = "[5.1, 3.5, 1.4, 0.2]"
 NO_WORKER = "No worker has had iris since"

@@ -26,7 +26,7 @@ from asyncinfer.client import (
 from asyncinfer.client._encoding import bytes_of, named_arrays
 from asyncinfer.tensors.datatypes import Array
 from asyncinfer.testing import Running
-from tests.cli.told import told
+from tests.cli.command_line import told
 
 NAN: Final = math.nan
 INF: Final = math.inf

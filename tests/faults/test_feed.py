@@ -15,7 +15,7 @@ from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.log import Log, LogTrimmed
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
-from tests.hands import Hands, Q
+from tests.queue_driver import Hands, Q
 
 from .processes import DurableServer
 

@@ -16,8 +16,8 @@ from asyncinfer.repository.leases import Renewals
 from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import WorkerConfig
+from tests.faults.load_client import Customer, transitions
 
-from .customer import Customer, transitions
 from .harness import eventually
 from .hostile import HOSTILE
 from .processes import OpenCrew

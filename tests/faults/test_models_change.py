@@ -18,11 +18,11 @@ from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.models.engine_cache import Bounds
 from tests import unprivileged, zoo
+from tests.faults.load_client import answer
+from tests.faults.model_folder import CONFIG, Folder, Shop, serving
 
-from .customer import answer
 from .harness import assert_at_rest, eventually
 from .processes import OpenCrew
-from .shop import CONFIG, Folder, Shop, serving
 
 SLOW = zoo.loop_for_hours("batch").SerializeToString()
 """Takes seconds to load: as long as probing may take."""

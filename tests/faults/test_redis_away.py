@@ -18,8 +18,8 @@ from asyncinfer.repository.doorbell import Doorbell
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import WorkerConfig
+from tests.faults.load_client import Customer, assert_one_end_each, transitions
 
-from .customer import Customer, assert_one_end_each, transitions
 from .harness import assert_at_rest, eventually
 from .processes import DurableServer, OpenCrew, WorkerChild
 from .proxy import proxied

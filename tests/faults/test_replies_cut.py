@@ -21,8 +21,8 @@ from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.scripts import NAMES, script
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import Stored
+from tests.faults.load_client import Customer, assert_one_end_each, transitions
 
-from .customer import Customer, assert_one_end_each, transitions
 from .harness import assert_at_rest, eventually
 from .processes import OpenCrew
 from .proxy import Proxy, proxied

@@ -26,8 +26,8 @@ from redis.backoff import NoBackoff
 
 from asyncinfer.jobs import TERMINAL, decode_record
 from asyncinfer.repository import keys
+from tests.faults.load_client import assert_one_end_each, transitions
 
-from .customer import assert_one_end_each, transitions
 from .harness import assert_at_rest, eventually
 from .replicated import Node, Replicated, replicated
 from .services import Services, open_services

@@ -14,8 +14,8 @@ from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import Stored
 from asyncinfer.worker.worker import EXIT_HUNG, WorkerConfig
 from tests import zoo
+from tests.faults.load_client import Customer, answer, assert_one_end_each, transitions
 
-from .customer import Customer, answer, assert_one_end_each, transitions
 from .harness import assert_at_rest, eventually
 from .processes import Crew, OpenCrew
 

@@ -18,9 +18,9 @@ import redis
 
 from asyncinfer.jobs import SCHEMA
 from asyncinfer.repository import keys
-from tests.parents import REPOSITORY
+from tests.faults.load_client import transitions
+from tests.process import REPOSITORY
 
-from .customer import transitions
 from .harness import assert_at_rest, eventually, eventually_sync
 from .services import Services, open_services
 

@@ -15,8 +15,8 @@ from asyncinfer.repository.claims import Claim, ClaimRequest, Finished, Runs
 from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import Stored
+from tests.faults.load_client import Customer
 
-from .customer import Customer
 from .harness import assert_at_rest, eventually
 
 

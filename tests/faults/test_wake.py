@@ -14,8 +14,8 @@ from asyncinfer.repository.doorbell import Doorbell
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import WorkerConfig
 from tests import zoo
+from tests.faults.load_client import Customer, claim_sizes, completed_in_order
 
-from .customer import Customer, claim_sizes, completed_in_order
 from .harness import assert_at_rest, eventually
 from .processes import OpenCrew
 

@@ -16,8 +16,8 @@ from asyncinfer.repository.store import Store
 from asyncinfer.worker.held_claim import Step
 from asyncinfer.worker.worker import WorkerConfig
 from tests import zoo
+from tests.faults.load_client import Customer, assert_one_end_each, transitions
 
-from .customer import Customer, assert_one_end_each, transitions
 from .harness import assert_at_rest, eventually
 from .processes import Crew, OpenCrew, WorkerChild
 from .test_redis_away import renewed

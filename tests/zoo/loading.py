@@ -22,7 +22,7 @@ from asyncinfer.engine import Engine, Stop, Stopped
 from asyncinfer.errors import JobError, ModelRefused
 from asyncinfer.models.folder import scan
 from asyncinfer.tensors.datatypes import DTYPES, dims
-from tests.parents import REPOSITORY
+from tests.process import REPOSITORY
 
 ADDRESS_SPACE_BYTES: Final = 6 << 30
 SECONDS_EACH: Final = 5
