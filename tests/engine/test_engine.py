@@ -158,11 +158,11 @@ def test_a_lack_of_memory_that_passes_leaves_the_model_working(tmp_path: Path) -
 import resource, sys
 from pathlib import Path
 import numpy as np
-from asyncinfer import models
+from asyncinfer.models import folder
 from asyncinfer.engine import Engine, Stop
 from asyncinfer.errors import OutOfMemory
 
-(file,) = models.scan(Path(sys.argv[1]))
+(file,) = folder.scan(Path(sys.argv[1]))
 engine = Engine.load(file, intra_op_threads=1)
 wanted = {engine.signature.inputs[0].name: np.array([[256]], np.float32)}
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -446,11 +446,10 @@ def test_the_poison_kills_the_process_once_armed_and_only_above_zero(tmp_path: P
 import sys
 from pathlib import Path
 import numpy as np
-from asyncinfer import models
+from asyncinfer.models import folder
 from asyncinfer.engine import Engine, Stop
 
-folder = Path(sys.argv[1])
-(file,) = models.scan(folder)
+(file,) = folder.scan(Path(sys.argv[1]))
 engine = Engine.load(file, intra_op_threads=1)
 assert engine.signature.batched, engine.signature.batching
 from tests import zoo

@@ -27,10 +27,10 @@ STUBBORN: Final = (
 
 PARENT: Final = """
 import asyncio, signal, sys
-from asyncinfer import children
+from asyncinfer.processes import child_process
 
 async def main(tie, death_signal, *argv):
-    child = children.spawn(argv, death_signal=signal.Signals[death_signal], tie=tie)
+    child = child_process.spawn(argv, death_signal=signal.Signals[death_signal], tie=tie)
     print(child.pid, flush=True)
     await child.wait()
     print("ended", flush=True)

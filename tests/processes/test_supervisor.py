@@ -46,7 +46,7 @@ while True:
 SERVE: Final = """
 import asyncio, sys, signal
 from pathlib import Path
-from asyncinfer import supervisor
+from asyncinfer.processes import supervisor
 
 async def api(url, stop):
     # As uvicorn does: its own handlers while it serves, what was there before afterwards.

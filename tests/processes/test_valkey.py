@@ -18,7 +18,7 @@ from tests.process import Parent, is_gone, parent
 SERVE: Final = """
 import asyncio, signal, sys
 from pathlib import Path
-from asyncinfer import valkey
+from asyncinfer.processes import valkey
 
 async def main(data_dir):
     async with valkey.embedded(Path(data_dir)) as server:

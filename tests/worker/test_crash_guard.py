@@ -21,11 +21,11 @@ LOADS = """
 import sys
 from functools import partial
 from pathlib import Path
-from asyncinfer import models
+from asyncinfer.models import folder
 from asyncinfer.engine import Engine
 from asyncinfer.worker.models.crash_guard import Careful
 
-(file,) = models.scan(Path(sys.argv[1]))
+(file,) = folder.scan(Path(sys.argv[1]))
 load = partial(Engine.load, intra_op_threads=1)
 Careful(load, allow_custom_ops=False, folder=Path(sys.argv[2]))(file)
 """
@@ -80,7 +80,7 @@ def test_a_file_that_another_process_is_loading_is_no_suspect(tmp_path: Path) ->
 LEAVES = """
 import os, sys, threading
 from pathlib import Path
-from asyncinfer import models
+from asyncinfer.models import folder
 from asyncinfer.worker.models.crash_guard import Careful
 
 loading = threading.Event()
@@ -89,7 +89,7 @@ def load(file):
     loading.set()
     threading.Event().wait()
 
-(file,) = models.scan(Path(sys.argv[1]))
+(file,) = folder.scan(Path(sys.argv[1]))
 careful = Careful(load, allow_custom_ops=False, folder=Path(sys.argv[2]))
 threading.Thread(target=careful, args=(file,), daemon=True).start()
 loading.wait()

@@ -45,6 +45,8 @@ _FEW_ROWS: Final = 64
 _LATE_SECONDS: Final = 2.0
 """How long after a time-out the last answers are waited for."""
 
+_CLIENT: Final = "asyncinfer.client."
+
 
 class Asked(Struct, frozen=True, kw_only=True):
     """A map as it was asked for."""
@@ -408,9 +410,8 @@ def _of_row(error: AsyncinferError, row: int) -> AsyncinferError:
 
 def _callers_level() -> int:
     """The `stacklevel` of the line outside of this package that asked for the map."""
-    package = __name__.rpartition(".")[0]
     level, frame = 0, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(package):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_CLIENT):
         level, frame = level + 1, frame.f_back
     return level + 1
 
