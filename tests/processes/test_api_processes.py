@@ -28,7 +28,7 @@ from asyncinfer.repository.store import Store
 from tests.api.harness import QUEUE, ROW, Hand, announce
 from tests.faults.harness import eventually, eventually_sync
 from tests.process import is_gone, parent
-from tests.service.test_serve import REFUSED, Serve, free_port, serving
+from tests.serving import REFUSED, Serve, free_port, serving
 
 TWO: Final = ("--api-processes", "2")
 
