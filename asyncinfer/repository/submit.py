@@ -37,8 +37,8 @@ _CALLS_AT_ONCE: Final = 4
 _MOST_ROUNDS: Final = (1 << 63) - 2
 """So that the next round's number fits in a record, whatever this one says."""
 
-CancelVerdict = Literal["cancelled", "asked", "finished", "absent"]
-_CANCEL_VERDICTS: Final = ("cancelled", "asked", "absent")
+CancelVerdict = Literal["cancelled", "stopping", "finished", "absent"]
+_CANCEL_VERDICTS: Final = ("cancelled", "stopping", "absent")
 ForgetVerdict = Literal["forgotten", "absent", "unfinished"]
 RetryVerdict = Literal["ok", "changed", "full", "no_input", "not_retryable", "absent", "later"]
 
@@ -378,27 +378,27 @@ def _extra_of(job: NewJob, n: str) -> bytes:
     options = job.record.options
     extra = _unusual(options)
     if options.group is not None:
-        extra["g"] = keys.group(n, job.record.tenant, options.group)
+        extra["group"] = keys.group(n, job.record.tenant, options.group)
     if job.inbox:
-        extra["w"] = job.inbox
+        extra["inbox"] = job.inbox
     if job.idempotency:
-        extra |= {"k": job.idempotency, "f": job.fingerprint}
+        extra |= {"idempotency_key": job.idempotency, "fingerprint": job.fingerprint}
     return _packed(extra)
 
 
 def _unusual(options: Options) -> dict[str, str | int]:
-    """What the scripts must know of a job's options, in the letters of `jobs.Facts`."""
+    """What the scripts must know of a job's options, in the words of `submit.lua`."""
     extra: dict[str, str | int] = {}
     if options.priority != "normal":
-        extra["p"] = options.priority
+        extra["priority"] = options.priority
     if options.ttl_seconds is not None:
-        extra["t"] = options.ttl_seconds
+        extra["ttl_seconds"] = options.ttl_seconds
     if options.start_within_seconds is not None:
-        extra["b"] = int(options.start_within_seconds * 1000)
+        extra["start_within_ms"] = int(options.start_within_seconds * 1000)
     if options.finish_within_seconds is not None:
-        extra["l"] = int(options.finish_within_seconds * 1000)
+        extra["finish_within_ms"] = int(options.finish_within_seconds * 1000)
     if options.delay_seconds:
-        extra["y"] = int(options.delay_seconds * 1000)
+        extra["delay_ms"] = int(options.delay_seconds * 1000)
     return extra
 
 
