@@ -3,11 +3,6 @@
 -- An entry is an id found in a list with what Redis holds of it: {id, status, meta, input, bytes,
 -- packed, facts}.
 
-local MAX_SKIPPED = 1000
--- A longer id is dropped without an entry in the log, which would have to hold it.
-local MAX_LOGGED_ID_BYTES = 1024
-local FEW_IDS = 16
-
 -- Decides what to do with an entry. All effects come later, in one place.
 local function classify(entry, now)
   local status, facts = entry.status, entry.facts
@@ -27,7 +22,8 @@ end
 
 -- The packed facts of jobs. Where hardly any job has facts, the key itself is mostly absent.
 local function packed_facts_of(q, ids)
-  if #ids > FEW_IDS and redis.call('EXISTS', q.facts) == 0 then return {} end
+  local few_ids = 16
+  if #ids > few_ids and redis.call('EXISTS', q.facts) == 0 then return {} end
   return redis.call('HMGET', q.facts, unpack(ids))
 end
 
@@ -92,11 +88,13 @@ local function select_entries(q, args, now, lists, with_inputs)
   local chosen = {
     taken = {}, ends = {}, absent = {}, ended = {}, cuts = {}, bytes = 0, freed_bytes = 0,
   }
+  -- A longer id is dropped without an entry in the log, which would have to hold it.
+  local max_skipped, max_logged_id_bytes = 1000, 1024
   local seen, skipped = {}, 0
   for _, list in ipairs(lists) do
     local cut, is_read = 0, false
     while #chosen.taken < args.max_jobs and not chosen.is_full and not is_read
-        and skipped < MAX_SKIPPED do
+        and skipped < max_skipped do
       local wanted = args.max_jobs - #chosen.taken
       local ids = next_ids(list, cut, wanted)
       if #ids == 0 then break end
@@ -122,7 +120,7 @@ local function select_entries(q, args, now, lists, with_inputs)
         else
           skipped = skipped + 1
         end
-        if class == 'invalid' and entry.status == 'pending' and #entry.id <= MAX_LOGGED_ID_BYTES then
+        if class == 'invalid' and entry.status == 'pending' and #entry.id <= max_logged_id_bytes then
           chosen.ends[#chosen.ends + 1] = failed_job(
             entry.id, 'invalid_id', 'A job id has 1 to 128 bytes and no control characters.')
         elseif class == 'input_lost' then

@@ -1,27 +1,23 @@
 -- include: job_keys fact_names log
 -- The end of jobs: status, result, TTLs, the log, and the notices to the APIs that wait for them.
 
-local MAX_INBOX_ENTRIES = 10000
-local MAX_NOTICE_BODY_BYTES = 1024
-local JOBS_PER_NOTICE = 16
-local KEYS_PER_SET = 300
-
 -- Notifies APIs that wait for jobs: `notices` is {inbox = {ended, ...}}. An entry of an inbox has
 -- each job's id and status, and the whole job if it is small, so that the API need not read it: in
 -- a field '\1' .. id (no id contains that byte) the length of its body, the body and its meta.
 -- NOMKSTREAM: the inbox of a dead API must not come back.
 local function notify_inboxes(notices)
+  local max_entries, max_body_bytes, jobs_per_entry = 10000, 1024, 16
   for inbox, ends in pairs(notices) do
-    for first = 1, #ends, JOBS_PER_NOTICE do
+    for first = 1, #ends, jobs_per_entry do
       local fields = {}
-      for i = first, math.min(first + JOBS_PER_NOTICE - 1, #ends) do
+      for i = first, math.min(first + jobs_per_entry - 1, #ends) do
         local id, body, meta, n = ends[i].id, ends[i].body, ends[i].meta, #fields
         fields[n + 1], fields[n + 2] = id, ends[i].status
-        if body and meta and #body <= MAX_NOTICE_BODY_BYTES then
+        if body and meta and #body <= max_body_bytes then
           fields[n + 3], fields[n + 4] = '\1' .. id, #body .. ' ' .. body .. meta
         end
       end
-      redis.pcall('XADD', inbox, 'NOMKSTREAM', 'MAXLEN', '~', MAX_INBOX_ENTRIES, '*', unpack(fields))
+      redis.pcall('XADD', inbox, 'NOMKSTREAM', 'MAXLEN', '~', max_entries, '*', unpack(fields))
     end
   end
 end
@@ -29,8 +25,9 @@ end
 -- Sets keys with a TTL: `pairs_to_set` is {key, value, ...}. One command if the server has it: a
 -- job that ends sets three keys, and they were a third of what its end cost.
 local function set_with_ttl(ttl_seconds, pairs_to_set)
-  for first = 1, #pairs_to_set, 2 * KEYS_PER_SET do
-    local last = math.min(first + 2 * KEYS_PER_SET - 1, #pairs_to_set)
+  local keys_per_command = 300
+  for first = 1, #pairs_to_set, 2 * keys_per_command do
+    local last = math.min(first + 2 * keys_per_command - 1, #pairs_to_set)
     local arguments = { unpack(pairs_to_set, first, last) }
     arguments[#arguments + 1], arguments[#arguments + 2] = 'EX', ttl_seconds
     local reply = redis.pcall('MSETEX', (last - first + 1) / 2, unpack(arguments))

@@ -1,8 +1,6 @@
 -- include: fact_names
 -- Decoding of packed facts and of the packed ids of a claim.
 
-local MAX_TTL_SECONDS = 10 * 365 * 24 * 3600
-
 local FACT_TYPES = {
   [DELIVERIES] = 'number', [SUSPECT] = 'number', [CANCEL_REQUESTED] = 'number', [EXPIRED] = 'number',
   [START_BY_MS] = 'number', [FINISH_BY_MS] = 'number', [TTL_SECONDS] = 'number',
@@ -12,7 +10,7 @@ local FACT_TYPES = {
 -- Whether a fact is a whole number, and a TTL one that Redis accepts.
 local function is_count(name, value)
   local min, max = 0, 2 ^ 53
-  if name == TTL_SECONDS then min, max = 1, MAX_TTL_SECONDS end
+  if name == TTL_SECONDS then min, max = 1, 10 * 365 * 24 * 3600 end
   return value >= min and value <= max and value % 1 == 0
 end
 

@@ -1,11 +1,9 @@
 -- The log of a queue: a stream of the transitions of its jobs.
 
-local MAX_LOG_ENTRIES = 100000
-
 -- Adds one entry for a batch of transitions: `moved` is {status = {id, ...}}. A key of another type
 -- in place of the log loses the entry and stops no script half way.
 local function log_transitions(q, moved)
-  local fields = {}
+  local max_entries, fields = 100000, {}
   for status, ids in pairs(moved) do
     if #ids > 0 then
       fields[#fields + 1] = status
@@ -13,6 +11,6 @@ local function log_transitions(q, moved)
     end
   end
   if #fields > 0 then
-    redis.pcall('XADD', q.log, 'MAXLEN', '~', MAX_LOG_ENTRIES, '*', unpack(fields))
+    redis.pcall('XADD', q.log, 'MAXLEN', '~', max_entries, '*', unpack(fields))
   end
 end

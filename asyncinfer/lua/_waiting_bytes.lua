@@ -8,12 +8,6 @@ local function input_bytes(id)
   return type(size) == 'number' and size or 0
 end
 
--- Bytes of a job within the number of waiting bytes. Those of an external job, which has no meta,
--- were never added.
-local function counted_bytes(id)
-  return redis.call('EXISTS', job_key(id, 'meta')) == 1 and input_bytes(id) or 0
-end
-
 -- Adjusts the number of waiting bytes by `bytes`. If no job waits there is nothing to count, there
 -- are no stale entries, and no doorbell token is needed.
 -- Returns how many jobs wait; `count` is that number if the caller knows it and no job is delayed.

@@ -5,7 +5,7 @@
 --         leave it)
 -- Returns per job "cancelled" | "stopping" | "absent" | the terminal status it already has
 -- Retry   a second call finds the job cancelled and returns that
--- include: keys job_keys value fact_names facts priority control waiting_bytes ending
+-- include: keys job_keys value fact_names facts priority control waiting_bytes counted_bytes ending
 
 local MAX_REMOVALS = 10
 local MAX_LIST_TO_SEARCH = 10000

@@ -9,7 +9,8 @@
 --         has ended otherwise (an external producer may put one id into two queues)
 -- Order   ownership is checked before all else; the lease goes only with `is_last`
 -- Retry   the verdicts are stale; the caller then reads from the record whether it holds this work
--- include: keys job_keys time fact_names facts doorbell log waiting_bytes ending redelivery claim
+-- include: keys job_keys time fact_names facts doorbell log waiting_bytes ending
+-- include: redelivery dead_letters claim
 
 local q, args = queue(KEYS[1]), cmsgpack.unpack(ARGV[1])
 local now, exact_now = now_ms()
@@ -31,7 +32,8 @@ local function return_job(id, outcome, meta, delay_ms, facts)
   end
   if outcome == 'suspect' or meta == '' then
     facts = facts or {}
-    facts[outcome == 'suspect' and SUSPECT or CLAIMED_BEFORE] = 1
+    local name = outcome == 'suspect' and SUSPECT or CLAIMED_BEFORE
+    facts[name] = 1
     redis.call('HSET', q.facts, id, cmsgpack.pack(facts))
   end
   if delay_ms > 0 then

@@ -4,7 +4,7 @@
 -- ARGV    1 {ttl_seconds, failed_ttl_seconds, keep_input}
 -- Returns {ended, left}
 -- Retry   goes on with the jobs that are left
--- include: keys job_keys facts waiting waiting_bytes ending
+-- include: keys job_keys facts waiting waiting_bytes counted_bytes ending
 
 local MAX_JOBS = 250
 

@@ -8,8 +8,8 @@
 --         the error that kept it from being swept
 -- Order   the outage check before the claims: after a gap no job is taken from a worker for the
 --         time of one lease
--- include: keys job_keys time value fact_names facts priority doorbell log control waiting_bytes
--- include: ending redelivery
+-- include: keys job_keys time value fact_names facts priority doorbell log control
+-- include: waiting_bytes counted_bytes ending redelivery dead_letters
 
 local MAX_JOBS = 1000
 local LOG_MARKS = 10

@@ -4,7 +4,7 @@
 -- ARGV    1 {pause_ms, ttl_ms} the pause between the two passes, the TTL of the zset; then ids
 --         that looked out of place
 -- Returns {put back, out of place for the first time}
--- include: keys job_keys time value facts doorbell log waiting_bytes redelivery
+-- include: keys job_keys time value facts doorbell log waiting_bytes counted_bytes redelivery
 
 local q, args, now = queue(KEYS[1]), cmsgpack.unpack(ARGV[1]), now_ms()
 local out_of_place = KEYS[2]

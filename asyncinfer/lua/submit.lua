@@ -9,9 +9,6 @@
 --         with memory full a submit is refused whole.
 -- include: keys job_keys time value doorbell log sequence waiting admission
 
-local MAX_GROUP_JOBS = 1000000
-local GROUP_TTL_SECONDS = 7 * 24 * 3600
-
 local q, args = queue(KEYS[1]), cmsgpack.unpack(ARGV[1])
 local jobs, verdicts, by_id, by_key = {}, {}, {}, {}
 
@@ -47,10 +44,11 @@ end
 
 -- Lists jobs of a group. A full group drops its oldest ids: it serves reading, and refuses no job.
 local function add_to_group(list, ids)
-  if redis.call('RPUSH', list, unpack(ids)) > MAX_GROUP_JOBS then
-    redis.call('LTRIM', list, -MAX_GROUP_JOBS, -1)
+  local max_jobs, ttl_seconds = 1000000, 7 * 24 * 3600
+  if redis.call('RPUSH', list, unpack(ids)) > max_jobs then
+    redis.call('LTRIM', list, -max_jobs, -1)
   end
-  redis.call('EXPIRE', list, GROUP_TTL_SECONDS)
+  redis.call('EXPIRE', list, ttl_seconds)
 end
 
 local free, free_bytes = free_capacity(q, args, is_usual)
@@ -83,7 +81,7 @@ for i, job in ipairs(jobs) do
     job_key(id, 'meta'), struct.pack('>I8', seq + i) .. job.meta
 end
 redis.call('MSET', unpack(values))
-local facts, groups, now = {}, {}, nil
+local packed_facts, groups, now = {}, {}, nil
 for _, job in ipairs(jobs) do
   local list, packed, options = q.list, nil, job.options
   if options then
@@ -99,13 +97,15 @@ for _, job in ipairs(jobs) do
     now = now or (is_timed and now_ms())
     list, packed = place_with_options(q, job.id, options, now)
   end
-  if packed then facts[#facts + 1], facts[#facts + 2] = job.id, packed end
+  if packed then
+    packed_facts[#packed_facts + 1], packed_facts[#packed_facts + 2] = job.id, packed
+  end
   if list then
     joins[list] = joins[list] or {}
     table.insert(joins[list], job.id)
   end
 end
-if #facts > 0 then redis.call('HSET', q.facts, unpack(facts)) end
+if #packed_facts > 0 then redis.call('HSET', q.facts, unpack(packed_facts)) end
 for list, joining in pairs(joins) do redis.call('LPUSH', list, unpack(joining)) end
 for list, added in pairs(groups) do add_to_group(list, added) end
 add_waiting_bytes(q, accepted_bytes)
