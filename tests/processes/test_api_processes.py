@@ -147,7 +147,7 @@ def client(redis_url: str) -> Iterator[Any]:
 
 def waited_for_by(client: Any, job_id: str) -> int:
     """How many API processes wait for a job."""
-    return len(decode_facts(client.hget(keys.facts(QUEUE), job_id)).w)
+    return len(decode_facts(client.hget(keys.facts(QUEUE), job_id)).inboxes)
 
 
 @pytest.mark.soak
