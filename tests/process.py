@@ -1,4 +1,4 @@
-"""Processes that have children of their own, to be killed under test."""
+"""Python programs that run as processes of a test, and a list of all running processes."""
 
 import contextlib
 import os
@@ -14,9 +14,9 @@ REPOSITORY: Final = Path(__file__).parents[1]
 
 
 class Parent:
-    """A Python program in a session of its own, which tells its story line by line.
+    """A Python program in a session of its own, whose output a test reads line by line.
 
-    `before` is called in the process that becomes it.
+    `before` is called in the new process before the program runs.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class Parent:
         )
 
     def says(self) -> str:
-        """Its next line on stdout."""
+        """Returns the next line of stdout; fails the test if the process has ended."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, f"it ended: {self.complaints()}"
         return line.rstrip("\n")
 
     def complaints(self) -> str:
-        """All of its stderr; waits for its end."""
+        """Returns all of stderr; waits until the process has ended."""
         assert self.process.stderr is not None
         return self.process.stderr.read()
 
@@ -55,7 +55,7 @@ class Parent:
         self.process.wait()
 
     def signal_group(self, number: signal.Signals) -> None:
-        """As a terminal does for Ctrl-C."""
+        """Signals the process and its children, as a terminal does for Ctrl-C."""
         os.killpg(self.process.pid, number)
 
     def close(self) -> None:
@@ -67,11 +67,12 @@ class Parent:
 
 @contextmanager
 def parent(*argv: str, cwd: Path = REPOSITORY, **environ: str) -> Iterator[Parent]:
-    it = Parent(argv, environ, cwd)
+    """Runs `python *argv` and kills it at the end; `environ` is added to our environment."""
+    process = Parent(argv, environ, cwd)
     try:
-        yield it
+        yield process
     finally:
-        it.close()
+        process.close()
 
 
 class Process(NamedTuple):
@@ -82,7 +83,7 @@ class Process(NamedTuple):
 
 
 def processes() -> Iterator[Process]:
-    """All that run; those that have ended and were not reaped yet do not."""
+    """All running processes, without those that have ended and were not reaped yet."""
     rows = _proc_rows() if Path("/proc/self/stat").exists() else _ps_rows()
     for pid, state, parent_pid, group in rows:
         if not state.startswith("Z"):
@@ -92,7 +93,7 @@ def processes() -> Iterator[Process]:
 def _proc_rows() -> Iterator[list[str]]:
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            # The name, in parentheses, may hold anything.
+            # The program's name, in parentheses, may contain spaces and parentheses.
             yield [path.parent.name, *path.read_text().rpartition(")")[2].split()[:3]]
 
 
@@ -103,4 +104,4 @@ def _ps_rows() -> Iterator[list[str]]:
 
 
 def is_gone(pid: int) -> bool:
-    return all(it.pid != pid for it in processes())
+    return all(process.pid != pid for process in processes())

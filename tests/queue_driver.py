@@ -1,4 +1,4 @@
-"""The hands of a test: they submit, work and sweep, and look at what Redis holds."""
+"""A driver of one queue for tests: it submits, claims, finishes and sweeps, and reads Redis."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -57,7 +57,7 @@ def ids_of(jobs: Iterable[NewJob | ClaimedJob | Stored]) -> list[str]:
 
 
 def ended_meta(job: ClaimedJob, token: str) -> bytes:
-    """The record as a worker leaves it: with the claim that ended the job."""
+    """The record as a worker writes it: with the claim that ended the job."""
     if job.record is None:
         return b""
     record = msgspec.structs.replace(job.record, claim=token)
@@ -74,32 +74,34 @@ def outcome_of(
 
 
 class Hands:
-    """An API's, a worker's and an operator's, on one queue."""
+    """What an API, a worker, an operator and an external producer do with one queue."""
 
     def __init__(self, store: Store, server: redis.Redis) -> None:
         self.store = store
         # redis-py types every reply as a union of all that RESP can say.
         self.redis: Any = server
         self.submissions = Submissions(store)
-        self.runs = Runs(store, "hand")
+        self.runs = Runs(store, "driver")
         self.upkeep = Upkeep(store)
         self.operation = Operation(store)
         self.inspection = Inspection(store)
 
     def policy(self, **changes: Any) -> Policy:
+        """Changes the store's policy from now on; returns the new one."""
         self.store.policy = msgspec.structs.replace(self.store.policy, **changes)
         return self.store.policy
 
-    # --- the API's -------------------------------------------------------------------------
+    # --- what an API does ------------------------------------------------------------------
 
     async def submit(self, *jobs: NewJob) -> list[str]:
-        return [one.verdict for one in await self.submitted(*jobs)]
+        """Returns the verdict of each job."""
+        return [submitted.verdict for submitted in await self.submitted(*jobs)]
 
     async def submitted(self, *jobs: NewJob) -> list[Submitted]:
         return await self.submissions.submit_many(jobs[0].queue, jobs)
 
     async def some(self, count: int, **about: Any) -> list[str]:
-        """Submits `count` alike; their ids, the first first."""
+        """Submits `count` equal jobs; returns their ids in the order of submission."""
         jobs = [new_job(**about) for _ in range(count)]
         assert set(await self.submit(*jobs)) == {"ok"}
         return ids_of(jobs)
@@ -119,12 +121,14 @@ class Hands:
         args: list[Any] = [encode_args(self.store.policy.ending())]
         for job_id in job_ids:
             args += (job_id, b"")
-        return [one.decode() for one in await self.store.call(script("cancel"), [queue], args)]
+        return [
+            verdict.decode() for verdict in await self.store.call(script("cancel"), [queue], args)
+        ]
 
     async def retry(self, job_id: str) -> str:
         return await self.submissions.retry(await self.read(job_id), 1)
 
-    # --- a worker's ------------------------------------------------------------------------
+    # --- what a worker does ----------------------------------------------------------------
 
     async def claim(
         self,
@@ -138,8 +142,9 @@ class Hands:
         token = token or self.runs.new_token()
         return await self.runs.claim(ClaimRequest(tuple(queues), token, held, max_jobs, low_first))
 
-    async def take(self, max_jobs: int = 100, **how: Any) -> Claim:
-        claim = (await self.claim(max_jobs, **how)).claim
+    async def take(self, max_jobs: int = 100, **options: Any) -> Claim:
+        """Claims jobs; fails the test if there is none."""
+        claim = (await self.claim(max_jobs, **options)).claim
         assert claim is not None, "nothing to claim"
         return claim
 
@@ -151,31 +156,35 @@ class Hands:
         only: Sequence[str] | None = None,
         last: bool = True,
         following: ClaimRequest | None = None,
-        **how: Any,
+        **options: Any,
     ) -> tuple[list[str], Claimed]:
+        """Returns the verdict of each job, and the claim that was requested by `following`."""
         finished = [
-            outcome_of(job, claim.token, outcome, **how)
+            outcome_of(job, claim.token, outcome, **options)
             for job in claim.jobs
             if only is None or job.job_id in only
         ]
         verdicts, claimed = await self.runs.finish(claim, finished, last=last, following=following)
         return [str(verdict) for verdict in verdicts], claimed
 
-    async def ended(self, claim: Claim, outcome: Outcome = "completed", **how: Any) -> list[str]:
-        return (await self.finish(claim, outcome, **how))[0]
+    async def ended(
+        self, claim: Claim, outcome: Outcome = "completed", **options: Any
+    ) -> list[str]:
+        """Finishes the claim; returns the verdict of each job."""
+        return (await self.finish(claim, outcome, **options))[0]
 
     async def run_all(self, outcome: Outcome = "completed") -> list[str]:
-        """Claims and finishes until nothing waits; the ids in the order they were served."""
+        """Claims and finishes until no job waits; returns the ids in the order of their claims."""
         served: list[str] = []
         while claim := (await self.claim()).claim:
             await self.finish(claim, outcome)
             served += ids_of(claim.jobs)
         return served
 
-    # --- everybody's -----------------------------------------------------------------------
+    # --- recovery, and the passing of time -------------------------------------------------
 
     async def sweep(self) -> Swept:
-        """A sweep at its time: the gate is open, and the last one was just before."""
+        """Sweeps as if it were due: the gate is open, and the last sweep has just been."""
         for queue in await self.upkeep.queues():
             self.redis.delete(keys.reap_gate(queue), keys.hold(queue))
             self.redis.set(keys.swept(queue), self.now_ms())
@@ -186,24 +195,24 @@ class Hands:
         return int(seconds) * 1000 + int(micros) // 1000
 
     def let_leases_end(self, *tokens: str, queue: str = Q) -> None:
-        """As if their workers had not renewed for long; the order of the leases stays."""
+        """Makes leases expire, all or those of `tokens`; their order stays as it is."""
         leases = self.redis.zrange(keys.leases(queue), 0, -1)
         for rank, token in enumerate(leases):
             if not tokens or token.decode() in tokens:
                 self.redis.zadd(keys.leases(queue), {token: rank + 1})
 
     def let_come_due(self, table: str, *job_ids: str) -> None:
-        """Makes times in `delayed` or `deadlines` pass, in their order."""
-        for rank, one in enumerate(self.redis.zrange(table, 0, -1)):
-            if not job_ids or one.decode() in job_ids:
-                self.redis.zadd(table, {one: rank + 1})
+        """Moves times in `delayed` or `deadlines` into the past; their order stays as it is."""
+        for rank, member in enumerate(self.redis.zrange(table, 0, -1)):
+            if not job_ids or member.decode() in job_ids:
+                self.redis.zadd(table, {member: rank + 1})
 
-    # --- a stranger's ----------------------------------------------------------------------
+    # --- what an external producer does ----------------------------------------------------
 
     def stranger(
         self, job_id: str | bytes, data: bytes | None = DATA, *, status: bytes | None = b"pending"
     ) -> None:
-        """What a ten-line script does: SET data, SET status, LPUSH."""
+        """Adds a job as a ten-line script does: SET data, SET status, LPUSH."""
         name = job_id.encode() if isinstance(job_id, str) else job_id
         if data is not None:
             self.redis.set(b"job:%b:data" % name, data)
@@ -211,14 +220,14 @@ class Hands:
             self.redis.set(b"job:%b:status" % name, status)
         self.redis.lpush(Q, name)
 
-    # --- what Redis holds ------------------------------------------------------------------
+    # --- what Redis stores -----------------------------------------------------------------
 
     def waiting(self, queue: str = Q) -> list[str]:
-        """Ids in the lists, in the order they are served."""
+        """Ids of the waiting jobs, in the order in which they are claimed."""
         return [
-            one.decode("utf-8", "surrogateescape")
+            job_id.decode("utf-8", "surrogateescape")
             for name in keys.waiting(queue)
-            for one in reversed(self.redis.lrange(name, 0, -1))
+            for job_id in reversed(self.redis.lrange(name, 0, -1))
         ]
 
     def status(self, job_id: str) -> str | None:
@@ -241,7 +250,7 @@ class Hands:
         return int(self.redis.scard(keys.ghosts(Q)))
 
     def ttls(self, job_id: str) -> dict[str, int]:
-        """Seconds left of each key of a job that exists; -1 for ever."""
+        """The TTL in seconds of each key of a job that exists; -1 is no TTL."""
         words = ("data", "status", "result", "error", "meta")
-        found = {word: int(self.redis.ttl(f"job:{job_id}:{word}")) for word in words}
-        return {word: seconds for word, seconds in found.items() if seconds != -2}
+        ttls = {word: int(self.redis.ttl(f"job:{job_id}:{word}")) for word in words}
+        return {word: seconds for word, seconds in ttls.items() if seconds != -2}

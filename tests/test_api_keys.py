@@ -1,4 +1,4 @@
-"""Keys name their tenant and scopes; a broken line of their file says where it is."""
+"""API keys: each has a tenant and scopes; broken lines of the key file are reported by number."""
 
 import hashlib
 import os
@@ -85,7 +85,7 @@ def test_a_broken_line_is_left_out_alone_and_named_by_its_number(
 
     keyring = Keyring.load(path)
 
-    assert [one.number for one in keyring.broken] == [2]
+    assert [broken.number for broken in keyring.broken] == [2]
     assert keyring.broken[0].reason.startswith(says)
     assert "ai_" not in keyring.broken[0].reason
     assert keyring.identify("a") is None
@@ -100,7 +100,7 @@ def test_bytes_that_are_not_utf8_break_their_own_line_alone(tmp_path: Path) -> N
     keyring = Keyring.load(path)
 
     assert keyring.identify("a") is not None
-    assert [(one.number, one.reason) for one in keyring.broken] == [(2, "it is not UTF-8")]
+    assert [(broken.number, broken.reason) for broken in keyring.broken] == [(2, "it is not UTF-8")]
 
 
 @pytest.mark.parametrize("content", [b"", b"# soon\n", b"\n\n", b"\xff\xfe"])

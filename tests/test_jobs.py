@@ -1,4 +1,4 @@
-"""The record, the ids, and the decision retry or dead."""
+"""The job record, job ids, and the decision between a retry and a dead letter."""
 
 import time
 
@@ -14,7 +14,7 @@ from asyncinfer.untrusted.decoding import LAST_MS
 RECORD = Record(SCHEMA, "q", "iris", "default", 1)
 
 
-# --- the record ----------------------------------------------------------------------------
+# --- the job record ------------------------------------------------------------------------
 
 
 def test_a_record_survives_redis_with_its_sequence_number() -> None:
@@ -35,7 +35,7 @@ def test_a_record_of_an_earlier_release_still_reads() -> None:
 
 
 @given(st.binary(max_size=200))
-def test_whatever_the_bytes_a_record_reads_or_is_refused(meta: bytes) -> None:
+def test_any_bytes_decode_to_a_record_or_a_decode_error(meta: bytes) -> None:
     try:
         record = jobs.decode_record(meta)
     except msgspec.DecodeError:
@@ -51,7 +51,7 @@ def test_a_damaged_record_is_a_decode_error(damaged: bytes) -> None:
         jobs.decode_record(bytes(8) + damaged)
 
 
-def test_the_facts_of_an_ordinary_job_are_none() -> None:
+def test_an_ordinary_job_has_no_facts() -> None:
     assert jobs.decode_facts(None) == jobs.decode_facts(b"") == jobs.Facts()
 
 
@@ -79,14 +79,14 @@ def test_options_out_of_bounds_are_refused(options: str) -> None:
         msgspec.json.decode(options, type=Options)
 
 
-def test_an_option_of_a_later_release_is_passed_over_in_a_record() -> None:
+def test_an_option_of_a_later_release_is_ignored_in_a_record() -> None:
     assert msgspec.json.decode('{"ttl":5}', type=Options) == Options()
 
 
 # --- ids -----------------------------------------------------------------------------------
 
 
-def test_an_id_is_a_uuid_of_version_7_that_knows_when_it_was_made() -> None:
+def test_an_id_is_a_uuid_of_version_7_that_contains_its_creation_time() -> None:
     now_ms = time.time_ns() // 1_000_000
     job_id = jobs.new_id(now_ms)
     assert (len(job_id), job_id[12], job_id[16] in "89ab") == (32, "7", True)
@@ -101,12 +101,12 @@ def test_ids_differ_and_sort_by_time() -> None:
 
 
 @given(st.integers(0, LAST_MS))
-def test_every_time_makes_an_id_of_ours(now_ms: int) -> None:
+def test_every_time_up_to_year_9999_makes_an_id_of_our_own_kind(now_ms: int) -> None:
     assert jobs.created_ms(jobs.new_id(now_ms)) == now_ms
 
 
 @given(st.integers(LAST_MS + 1, 2**48 - 1))
-def test_an_id_of_a_year_beyond_9999_is_a_strangers(now_ms: int) -> None:
+def test_an_id_of_a_year_beyond_9999_has_no_creation_time(now_ms: int) -> None:
     assert jobs.created_ms(jobs.new_id(now_ms)) is None
 
 
@@ -114,21 +114,21 @@ def test_an_id_of_a_year_beyond_9999_is_a_strangers(now_ms: int) -> None:
     "job_id",
     [*("", "x", "1" * 32, "0" * 31 + "g"), pytest.param(jobs.new_id(1).upper(), id="capitals")],
 )
-def test_a_strangers_id_does_not_say_when_it_was_made(job_id: str) -> None:
+def test_an_external_id_has_no_creation_time(job_id: str) -> None:
     assert jobs.created_ms(job_id) is None
 
 
 @pytest.mark.parametrize("job_id", ["1", "a b", "ü" * 64, "x" * 128, "{}", "a:b", "\udcff"])
-def test_a_stranger_may_choose_nearly_any_id(job_id: str) -> None:
+def test_an_external_producer_may_choose_nearly_any_id(job_id: str) -> None:
     assert jobs.is_id(job_id)
 
 
 @pytest.mark.parametrize("job_id", ["", "x" * 129, "ü" * 65, "a\nb", "\0", "\x7f", "\x1b[0m"])
-def test_ids_too_long_or_with_control_characters_are_none(job_id: str) -> None:
+def test_ids_too_long_or_with_control_characters_are_not_accepted(job_id: str) -> None:
     assert not jobs.is_id(job_id)
 
 
-# --- decisions -----------------------------------------------------------------------------
+# --- retry or dead letter ------------------------------------------------------------------
 
 
 def test_a_job_is_retried_until_its_last_error() -> None:

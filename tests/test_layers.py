@@ -1,4 +1,4 @@
-"""The order of the rooms: imports go one way, in no circle, and each library has one door."""
+"""The order of the rooms: imports go one way, without circles, and each library has one door."""
 
 import ast
 import functools
@@ -23,7 +23,7 @@ ROOMS = (
     ("cli",),
     ("__main__",),
 )
-"""The package from bottom to top. A room imports only from rows above its own row."""
+"""The package from bottom to top. A room imports only from rows above its own row of this list."""
 
 INSIDE = {
     "api": (
@@ -111,14 +111,14 @@ def _names_imported(module: ast.Module, path: Path) -> Iterator[str]:
 
 
 def _row(rows: Sequence[Sequence[str]], part: str) -> int:
-    """Where `part` stands; fails for one that has no place yet."""
-    (found,) = [at for at, row in enumerate(rows) if part in row] or [-1]
-    assert found >= 0, f"{part} has no place in the order of {__name__}"
-    return found
+    """The number of the row that lists `part`; fails the test if no row does."""
+    (number,) = [number for number, row in enumerate(rows) if part in row] or [-1]
+    assert number >= 0, f"{part} has no place in the order of {__name__}; add it there"
+    return number
 
 
 def _edges() -> Iterator[tuple[str, str]]:
-    """Which module imports which, by dotted name; also those that only type checkers import."""
+    """Pairs of a module and one that it imports, by dotted name, also for type checkers only."""
     modules = {_dotted(path): path for path in _modules()}
     for name, path in modules.items():
         for imported in _imports(path):
@@ -150,7 +150,7 @@ def test_a_room_has_an_order_of_its_own(room: str) -> None:
     for name, target in _edges():
         if not (name.startswith(prefix) and target.startswith(prefix)):
             continue
-        own, other = (it.removeprefix(prefix).split(".")[0] for it in (name, target))
+        own, other = (module.removeprefix(prefix).split(".")[0] for module in (name, target))
         rows = INSIDE[room]
         assert own == other or _row(rows, other) < _row(rows, own), f"{name} imports {target}"
 
@@ -198,5 +198,5 @@ def test_each_module_says_in_one_line_what_it_is() -> None:
 )
 def test_a_module_loads_only_what_it_needs(module: str, heavy: tuple[str, ...]) -> None:
     code = f"import sys, {module}; print(sorted(set({heavy!r}) & set(sys.modules)))"
-    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert ran.stdout.strip() == "[]"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""Every knob can be set, is checked, and survives the way to a child."""
+"""Settings: each can be set, is checked, and reaches a child process unchanged."""
 
 from pathlib import Path
 from typing import Any
@@ -6,52 +6,52 @@ from typing import Any
 import msgspec
 import pytest
 from hypothesis import given
-from hypothesis import strategies as some
+from hypothesis import strategies as st
 
 from asyncinfer import settings
 from asyncinfer.errors import InvalidSetting
 from asyncinfer.settings import Settings
 
-NAMES = some.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,20}", fullmatch=True).filter(
+NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,20}", fullmatch=True).filter(
     lambda name: name != "stats"
 )
 
 
-def numbers(least: float, most: float) -> some.SearchStrategy[float]:
-    return some.floats(least, most, allow_nan=False)
+def numbers(minimum: float, maximum: float) -> st.SearchStrategy[float]:
+    return st.floats(minimum, maximum, allow_nan=False)
 
 
-ANY_SETTINGS = some.builds(
+ANY_SETTINGS = st.builds(
     Settings,
-    redis_url=some.none() | some.sampled_from(["redis://h/1", "unix:///a b/s", "rediss://u:p@h"]),
-    redis_port=some.integers(1, 65535),
-    data_dir=some.none() | some.sampled_from([Path("/a b/c"), Path("here")]),
-    models=some.lists(NAMES, max_size=3).map(tuple),
-    default_model=some.none() | NAMES,
-    allowed_hosts=some.lists(some.sampled_from(["a.example", "*"]), max_size=3).map(tuple),
-    keep_input=some.booleans(),
+    redis_url=st.none() | st.sampled_from(["redis://h/1", "unix:///a b/s", "rediss://u:p@h"]),
+    redis_port=st.integers(1, 65535),
+    data_dir=st.none() | st.sampled_from([Path("/a b/c"), Path("here")]),
+    models=st.lists(NAMES, max_size=3).map(tuple),
+    default_model=st.none() | NAMES,
+    allowed_hosts=st.lists(st.sampled_from(["a.example", "*"]), max_size=3).map(tuple),
+    keep_input=st.booleans(),
     prediction_timeout=numbers(0.001, 86400),
     lease_seconds=numbers(0.1, 3600),
-    max_queue_bytes=some.integers(1024, 1 << 40),
+    max_queue_bytes=st.integers(1024, 1 << 40),
 )
 
 
 @given(ANY_SETTINGS)
-def test_a_child_reads_the_very_settings_of_its_parent(chosen: Settings) -> None:
-    assert settings.read(settings.as_environment(chosen), {}) == chosen
+def test_a_child_reads_the_same_settings_as_its_parent(parent: Settings) -> None:
+    assert settings.read(settings.as_environment(parent), {}) == parent
 
 
-def test_nothing_set_is_the_default() -> None:
+def test_empty_variables_give_the_defaults() -> None:
     assert settings.read({"HOME": "/root", "REDIS_URL": "", "MODELS": ""}, {}) == Settings()
 
 
 def test_a_flag_wins_over_the_environment() -> None:
-    chosen = settings.read({"PORT": "8001", "HOST": "localhost"}, {"port": "8002"})
+    given = settings.read({"PORT": "8001", "HOST": "localhost"}, {"port": "8002"})
 
-    assert (chosen.port, chosen.host) == (8002, "localhost")
+    assert (given.port, given.host) == (8002, "localhost")
 
 
-def test_a_home_folder_is_found() -> None:
+def test_a_tilde_is_the_home_folder() -> None:
     assert settings.read({"DATA_DIR": "~/jobs"}, {}).data_dir == Path.home() / "jobs"
 
 
@@ -72,35 +72,35 @@ def test_a_home_folder_is_found() -> None:
         ("MODELS", "iris,,", "names separated by commas"),
     ],
 )
-def test_a_wrong_value_stops_with_its_name_itself_and_what_is_allowed(
+def test_a_wrong_value_is_refused_with_its_name_and_the_allowed_values(
     variable: str, value: str, allowed: str
 ) -> None:
-    with pytest.raises(InvalidSetting) as refusal:
+    with pytest.raises(InvalidSetting) as error:
         settings.read({variable: value}, {})
 
-    assert refusal.value.detail.startswith(f"{variable} is {value!r}; it must be {allowed}")
+    assert error.value.detail.startswith(f"{variable} is {value!r}; it must be {allowed}")
 
 
-def test_a_wrong_flag_is_named_as_it_was_written() -> None:
+def test_a_wrong_flag_is_named_by_its_flag() -> None:
     with pytest.raises(InvalidSetting, match=r"^--max-batch is '0'"):
         settings.read({}, {"max_batch": "0"})
 
 
 def test_a_wrong_redis_url_does_not_show_its_password() -> None:
-    with pytest.raises(InvalidSetting, match=r"REDIS_URL .* redis://") as refusal:
+    with pytest.raises(InvalidSetting, match=r"REDIS_URL .* redis://") as error:
         settings.read({"REDIS_URL": "http://user:hunter2@host"}, {})
 
-    assert "hunter2" not in refusal.value.detail
+    assert "hunter2" not in error.value.detail
 
 
-def test_every_default_is_a_value_that_is_allowed() -> None:
+def test_every_default_is_an_allowed_value() -> None:
     for knob in settings.knobs():
-        assert _taken(knob.type, knob.default), knob.name
+        assert _is_valid(knob.type, knob.default), knob.name
 
 
-def _taken(kind: Any, value: Any) -> bool:
-    return bool(msgspec.convert(value, kind, dec_hook=lambda _, it: it) == value)
+def _is_valid(kind: Any, value: Any) -> bool:
+    return bool(msgspec.convert(value, kind, dec_hook=lambda _, given: given) == value)
 
 
-def test_every_knob_says_what_it_is_for() -> None:
+def test_every_setting_has_a_help_text_and_its_allowed_values() -> None:
     assert all(knob.help.endswith(".") and knob.allowed for knob in settings.knobs())

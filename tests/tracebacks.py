@@ -1,4 +1,4 @@
-"""The check that nothing which ran in a test wrote a traceback into a log."""
+"""The check that nothing that ran in a test wrote a traceback to a log."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -13,8 +13,10 @@ MARK = "Traceback (most recent call last)"
 def no_traceback(
     request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> Iterator[None]:
-    """Fails a test that is not marked `traceback` when a log of this process, or of those that
-    write into the test's folder, has a traceback: nobody foresaw what it tells of."""
+    """Fails a test that is not marked `traceback` if a log has a traceback: an unexpected error.
+
+    The logs are those of this process and the `*.log` files in the test's folder.
+    """
     yield
     if request.node.get_closest_marker("traceback"):
         return

@@ -1,4 +1,4 @@
-"""Takes from root what other users lack: the right to read what a file's mode forbids.
+"""Removal of root's right to read files whose mode forbids it.
 
 Tests may run as root, as they do in a container, and root reads every file.
 """
@@ -32,12 +32,13 @@ class _Capabilities(ctypes.Structure):
 
 
 def is_needed() -> bool:
+    """Whether this process runs as root."""
     return sys.platform != "win32" and os.geteuid() == 0
 
 
 @contextlib.contextmanager
 def unprivileged() -> Iterator[None]:
-    """What this thread opens meanwhile must be allowed by its mode."""
+    """Meanwhile this thread can open only files whose mode allows it."""
     if not is_needed():
         yield
         return
@@ -50,7 +51,7 @@ def unprivileged() -> Iterator[None]:
 
 
 def drop() -> None:
-    """For this process and those that it starts, for good: the `preexec_fn` of a child."""
+    """Removes the right from this process and its children for good: a child's `preexec_fn`."""
     if not is_needed():
         return
     libc = _libc()
@@ -62,7 +63,7 @@ def drop() -> None:
 
 
 def skip_unless_possible() -> None:
-    import pytest  # not for a child that has no need of it
+    import pytest  # a child that only calls `drop` does not need it
 
     try:
         with unprivileged():

@@ -135,7 +135,7 @@ class Controller:
             self._asked.popleft()
         if asked > current:
             return min(asked, max(2 * current, current + 4))
-        return min(current, max(one for _, one in self._asked))
+        return min(current, max(request for _, request in self._asked))
 
 
 # --- the simulation ------------------------------------------------------------------------
@@ -164,7 +164,7 @@ class Simulation:
         self._cluster = cluster
         self._controller = Controller(policy, cluster)
         self._paces = Paces()
-        self._lists: dict[str, deque[_Job]] = {one.model: deque() for one in scenario.demands}
+        self._lists: dict[str, deque[_Job]] = {demand.model: deque() for demand in scenario.demands}
         self._due = dict.fromkeys(self._lists, 0)
         self._jobs: list[_Job] = []
         self._pods: list[_Pod] = []
@@ -396,7 +396,7 @@ SCENARIOS: Final = (
 def policies(scenario: Scenario, cluster: Cluster) -> dict[str, tuple[Policy, int]]:
     """Each with the pods it begins with."""
     target = cluster.target_seconds
-    tuned = {one.model: target / one.run_seconds for one in scenario.demands}
+    tuned = {demand.model: target / demand.run_seconds for demand in scenario.demands}
     one_for_all = dict.fromkeys(tuned, target / scenario.tuned_seconds)
     found = {
         "backlog seconds": (by_backlog(target), 1),

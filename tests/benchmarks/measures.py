@@ -55,12 +55,12 @@ class Paired(Struct, frozen=True):
     workers: int = 1
 
 
-def _of(one: Load, name: str) -> Figures:
+def _of(number: Load, name: str) -> Figures:
     return {
-        f"{name}_per_second": one.per_second,
-        f"{name}_p50_ms": one.p50_ms,
-        f"{name}_p99_ms": one.p99_ms,
-        f"{name}_client_cores": one.client_cpu,
+        f"{name}_per_second": number.per_second,
+        f"{name}_p50_ms": number.p50_ms,
+        f"{name}_p99_ms": number.p99_ms,
+        f"{name}_client_cores": number.client_cpu,
     }
 
 
@@ -106,8 +106,8 @@ async def done(system: System, room: Room) -> Figures:
         msgspec.structs.replace(plan, how="poll", requests=plan.requests // 3, poll_seconds=seconds)
         for seconds in (0.001, 0.005, 0.02)
     ]
-    found = [await _loaded(system, one, "done") for one in polling]
-    return max(found, key=lambda one: one["done_per_second"])
+    found = [await _loaded(system, figures, "done") for figures in polling]
+    return max(found, key=lambda figures: figures["done_per_second"])
 
 
 async def single(system: System, room: Room) -> Figures:
@@ -349,7 +349,7 @@ async def _looks(system: System, backlog: int) -> Figures:
             await call()
             seconds = time.perf_counter() - since
             slow: Any = system.redis.slowlog_get(10_000)
-            longest = max(one["duration"] for one in slow) / 1000
+            longest = max(job["duration"] for job in slow) / 1000
             figures[f"waiting_{backlog}_{name}_longest_call_ms"] = longest
             figures[f"waiting_{backlog}_{name}_seconds"] = seconds
     assert not int(system.redis.llen(keys.waiting(queue)[1]))

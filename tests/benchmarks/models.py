@@ -77,7 +77,7 @@ def predictions(folder: Path, model: str, texts: Sequence[bytes]) -> list[int]:
     bare = session(folder, model)
     rows = np.concatenate([np.asarray(json.loads(text), dtype=np.float32) for text in texts])
     outputs = bare.run(None, {bare.get_inputs()[0].name: rows})
-    return [int(one) for one in np.argmax(outputs[-1], axis=1)]
+    return [int(row) for row in np.argmax(outputs[-1], axis=1)]
 
 
 def bare_rows_per_second(folder: Path, model: str, batch: int, seconds: float) -> float:

@@ -228,10 +228,13 @@ def answers(port: int, path: str, *, body: bytes | None = None) -> bool:
 
 
 async def until(
-    condition: Callable[[], bool], what: str, seconds: float = 30, step_seconds: float = 0.005
+    condition: Callable[[], bool],
+    description: str,
+    seconds: float = 30,
+    step_seconds: float = 0.005,
 ) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{what}: not there after {seconds:g} s")
+            raise TimeoutError(f"{description}: not there after {seconds:g} s")
         await anyio.sleep(step_seconds)

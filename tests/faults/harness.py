@@ -51,11 +51,15 @@ def assert_at_rest(client: redis.Redis, *queues: str) -> None:
 
 def _worker_connections(client: redis.Redis) -> list[str]:
     listed: list[dict[str, str]] = client.client_list()
-    return [one["name"] for one in listed if one["name"].startswith("asyncinfer-worker")]
+    return [
+        connection["name"]
+        for connection in listed
+        if connection["name"].startswith("asyncinfer-worker")
+    ]
 
 
 async def eventually(
-    condition: Callable[[], bool | Awaitable[bool]], what: str, seconds: float = 30.0
+    condition: Callable[[], bool | Awaitable[bool]], description: str, seconds: float = 30.0
 ) -> None:
     """Waits until `condition` holds; fails the test, naming `what`, when it does not."""
     deadline = time.monotonic() + seconds
@@ -65,13 +69,13 @@ async def eventually(
             holds = await holds
         if holds:
             return
-        assert time.monotonic() < deadline, f"still not after {seconds} s: {what}"
+        assert time.monotonic() < deadline, f"still not after {seconds} s: {description}"
         await asyncio.sleep(0.005)
 
 
-def eventually_sync(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
+def eventually_sync(condition: Callable[[], bool], description: str, seconds: float = 30.0) -> None:
     """`eventually` for tests without a loop."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"still not after {seconds} s: {what}"
+        assert time.monotonic() < deadline, f"still not after {seconds} s: {description}"
         time.sleep(0.005)

@@ -1,4 +1,4 @@
-"""A customer of the queue: submits values, and checks that each came back as it went."""
+"""A load_client of the queue: submits values, and checks that each came back as it went."""
 
 import time
 from collections import Counter
@@ -74,22 +74,24 @@ class Customer:
             stored += await self.submissions.read_many(wanted[start : start + 500])
         return stored
 
-    async def all_ended(self, seconds: float = 30.0) -> list[Stored]:
+    async def wait_until_all_ended(self, seconds: float = 30.0) -> list[Stored]:
         """Waits until every acknowledged job has ended; returns them."""
         ended: list[Stored] = []
 
         async def done() -> bool:
-            ended[:] = [one for one in await self.read() if one and one.status in TERMINAL]
+            ended[:] = [
+                stored for stored in await self.read() if stored and stored.status in TERMINAL
+            ]
             return len(ended) == len(self.acknowledged)
 
         await eventually(done, "every acknowledged job has ended", seconds)
         return ended
 
-    async def all_completed(self, seconds: float = 30.0) -> None:
+    async def assert_all_completed(self, seconds: float = 30.0) -> None:
         """Every acknowledged job completes, each with its own answer."""
-        for one in await self.all_ended(seconds):
-            assert one.status == "completed", (one.job_id, one.status, one.error)
-            assert answer(one) == self.acknowledged[one.job_id]
+        for stored in await self.wait_until_all_ended(seconds):
+            assert stored.status == "completed", (stored.job_id, stored.status, stored.error)
+            assert answer(stored) == self.acknowledged[stored.job_id]
 
 
 def answer(stored: Stored) -> float:

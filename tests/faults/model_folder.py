@@ -21,12 +21,12 @@ from asyncinfer.worker.worker import WorkerConfig
 from tests.faults.load_client import answer
 
 from .harness import eventually
-from .processes import Crew, OpenCrew
+from .processes import OpenWorkers, Workers
 
 CONFIG = WorkerConfig(concurrency=2, rescan_seconds=0.5)
 
 
-class Folder:
+class ModelFolder:
     """A model folder that is changed as operators do."""
 
     def __init__(self, path: Path) -> None:
@@ -60,7 +60,7 @@ class Folder:
         shutil.rmtree(self.path / name / str(version))
 
 
-class Shop:
+class ModelClient:
     """What clients see and do."""
 
     def __init__(self, store: Store) -> None:
@@ -111,19 +111,19 @@ class Shop:
             found |= says.problems.get(name, {})
         return found
 
-    async def until_announced(self, *versions: str, name: str = "m") -> None:
+    async def wait_until_announced(self, *versions: str, name: str = "m") -> None:
         async def is_so() -> bool:
             return set(await self.versions(name)) == set(versions)
 
         await eventually(is_so, f"{name} has the versions {versions}", 20)
 
-    async def until_refused(self, version: str, why: str, name: str = "m") -> None:
+    async def wait_until_refused(self, version: str, why: str, name: str = "m") -> None:
         async def is_so() -> bool:
             return why in (await self.problems(name)).get(version, "")
 
         await eventually(is_so, f"version {version} is refused: {why}", 20)
 
-    async def until_served(self, version: str) -> None:
+    async def wait_until_served(self, version: str) -> None:
         async def is_so() -> bool:
             return any(says.served.get("m") == version for says in await self.says())
 
@@ -132,16 +132,16 @@ class Shop:
 
 @asynccontextmanager
 async def serving(
-    crew: OpenCrew,
-    folder: Folder,
-    shop: Shop,
+    open_workers: OpenWorkers,
+    folder: ModelFolder,
+    model_client: ModelClient,
     bounds: Bounds | None = None,
     *,
     allow_custom_ops: bool = False,
     unprivileged: bool = False,
-) -> AsyncIterator[Crew]:
+) -> AsyncIterator[Workers]:
     """One worker on the folder, which leaves well at the end."""
-    with crew(
+    with open_workers(
         model_dir=str(folder.path),
         models=(),
         default_model="m",
@@ -149,9 +149,9 @@ async def serving(
         bounds=bounds or Bounds(),
         allow_custom_ops=allow_custom_ops,
         unprivileged=unprivileged,
-    ) as crewed:
-        worker = crewed.hire()
-        assert await shop.ask(1) == 2
-        yield crewed
-        assert not worker.died()
+    ) as workers:
+        worker = workers.start()
+        assert await model_client.predict(1) == 2
+        yield workers
+        assert not worker.has_ended()
         assert await worker.stop() == 0

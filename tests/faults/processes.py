@@ -22,7 +22,7 @@ from asyncinfer.worker.worker import WorkerConfig
 from tests.faults import fork_server
 
 from .harness import eventually, eventually_sync
-from .worker_main import Order
+from .worker_main import WorkerSettings
 
 
 class Started(Protocol):
@@ -41,16 +41,16 @@ Start: TypeAlias = Callable[[str, Path], Started]
 """Starts a worker: its order as JSON, and the file that its output goes to."""
 
 
-def spawned(order_json: str, log: Path) -> Started:
+def spawned(settings_json: str, log: Path) -> Started:
     with log.open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.worker_main", order_json],
+            [sys.executable, "-m", "tests.faults.worker_main", settings_json],
             stdout=output,
             stderr=subprocess.STDOUT,
         )
 
 
-class Nursery:
+class ForkServer:
     """The process that workers are forked from, for the session."""
 
     def __init__(self) -> None:
@@ -63,12 +63,12 @@ class Nursery:
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
         )
 
-    def forked(self, order_json: str, log: Path) -> Started:
-        pid = self.ask(fork_server.Birth(order_json, str(log)))
+    def forked(self, settings_json: str, log: Path) -> Started:
+        pid = self.ask(fork_server.StartRequest(settings_json, str(log)))
         assert pid
         return Forked(self, pid)
 
-    def ask(self, request: fork_server.Birth | fork_server.Look) -> int | None:
+    def ask(self, request: fork_server.StartRequest | fork_server.ExitCodeRequest) -> int | None:
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.write(msgspec.json.encode(request) + b"\n")
@@ -80,10 +80,10 @@ class Nursery:
 
 
 class Forked:
-    """A process of the nursery's."""
+    """A process of the fork_server's."""
 
-    def __init__(self, nursery: Nursery, pid: int) -> None:
-        self._nursery = nursery
+    def __init__(self, fork_server: ForkServer, pid: int) -> None:
+        self._nursery = fork_server
         self.pid = pid
         self.returncode: int | None = None
 
@@ -97,14 +97,14 @@ class Forked:
 
     def _look(self, *, wait: bool) -> int | None:
         if self.returncode is None:
-            self.returncode = self._nursery.ask(fork_server.Look(self.pid, wait))
+            self.returncode = self._nursery.ask(fork_server.ExitCodeRequest(self.pid, wait))
         return self.returncode
 
 
 class WorkerChild:
     """A worker process under test; its log is kept for a failing test to show."""
 
-    def __init__(self, order: Order, log: Path, start: Start = spawned) -> None:
+    def __init__(self, order: WorkerSettings, log: Path, start: Start = spawned) -> None:
         self.process = start(msgspec.json.encode(order).decode(), log)
 
     def signal(self, number: int) -> None:
@@ -115,26 +115,26 @@ class WorkerChild:
         self.signal(signal.SIGKILL)
         self.process.wait()
 
-    def died(self) -> bool:
+    def has_ended(self) -> bool:
         return self.process.poll() is not None
 
-    def announced(self, client: redis.Redis) -> bool:
+    def is_announced(self, client: redis.Redis) -> bool:
         """Whether it has loaded all its models and said so."""
         pattern = keys.worker("predict_queue", f"*-{self.process.pid}-*")
         bodies = [client.get(key) for key in client.scan_iter(pattern, count=1000)]
         says = [worker_says(body) for body in bodies if isinstance(body, bytes)]
-        return any(one.models and not one.loading for one in says)
+        return any(worker.models and not worker.loading for worker in says)
 
-    async def left(self, seconds: float = 30.0) -> int:
+    async def wait_for_exit(self, seconds: float = 30.0) -> int:
         """The exit code, once it has gone by itself; the loop may serve it meanwhile."""
-        await eventually(self.died, "the worker leaves", seconds)
+        await eventually(self.has_ended, "the worker leaves", seconds)
         return int(self.process.returncode)
 
     async def stop(self) -> int:
         """SIGTERM, and the exit code."""
         self.signal(signal.SIGCONT)
         self.signal(signal.SIGTERM)
-        return await self.left()
+        return await self.wait_for_exit()
 
     def close(self) -> None:
         if self.process.poll() is None:
@@ -142,10 +142,10 @@ class WorkerChild:
             self.kill()
 
 
-class Crew:
+class Workers:
     """The worker processes of one test; all gone at its end."""
 
-    def __init__(self, folder: Path, order: Order, start: Start = spawned) -> None:
+    def __init__(self, folder: Path, order: WorkerSettings, start: Start = spawned) -> None:
         self._log = folder / "workers.log"
         self._order = order
         self._start = start
@@ -166,8 +166,8 @@ class Crew:
             member.close()
 
 
-class Terms(TypedDict, total=False):
-    """What a test may ask of its crew; the rest is as the fixture `crew` and `Order` have it."""
+class WorkerOptions(TypedDict, total=False):
+    """What a test may ask of its open_workers; the rest is as the fixture `open_workers` and `WorkerSettings` have it."""
 
     redis_url: str
     model_dir: str
@@ -182,22 +182,24 @@ class Terms(TypedDict, total=False):
     unprivileged: bool
 
 
-class OpenCrew(Protocol):
-    """What the fixture `crew` gives: called, it opens the test's crew, with no one hired yet."""
+class OpenWorkers(Protocol):
+    """What the fixture `open_workers` gives: called, it opens the test's open_workers, with no one hired yet."""
 
-    def __call__(self, **terms: Unpack[Terms]) -> AbstractContextManager[Crew]: ...
+    def __call__(self, **terms: Unpack[WorkerOptions]) -> AbstractContextManager[Workers]: ...
 
 
 @contextlib.contextmanager
-def open_crew(folder: Path, order: Order, start: Start = spawned) -> Iterator[Crew]:
-    it = Crew(folder, order, start)
+def running_workers(
+    folder: Path, order: WorkerSettings, start: Start = spawned
+) -> Iterator[Workers]:
+    workers = Workers(folder, order, start)
     try:
-        yield it
+        yield workers
     except BaseException:
-        sys.stderr.write(it.log[-8000:])
+        sys.stderr.write(workers.log[-8000:])
         raise
     finally:
-        it.close()
+        workers.close()
 
 
 class DurableServer:

@@ -85,9 +85,9 @@ class Proxy:
         except* OSError:
             pass
         finally:
-            for one in (writer, up_writer):
-                self._connections.discard(one)
-                one.transport.abort()
+            for stream in (writer, up_writer):
+                self._connections.discard(stream)
+                stream.transport.abort()
 
     async def _dial(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         parts = urlsplit(self._upstream)

@@ -90,8 +90,8 @@ class Replicated:
         self.primary.start()
         self.replica.start()
         eventually_sync(lambda: self.replica.is_replica_of(self.primary), "it replicates")
-        for one in self.sentinels:
-            one.start()
+        for sentinel in self.sentinels:
+            sentinel.start()
         eventually_sync(self._acquainted, "the sentinels know each other and the replica", 20)
 
     @contextlib.contextmanager
@@ -107,23 +107,23 @@ class Replicated:
 
     def tell(self) -> None:
         """What servers and sentinels logged, for a test that failed."""
-        for one in self._nodes:
-            one.tell()
+        for node in self._nodes:
+            node.tell()
 
     def close(self) -> None:
-        for one in self._nodes:
-            one.close()
+        for node in self._nodes:
+            node.close()
 
     @property
     def _nodes(self) -> tuple[Node, ...]:
         return (*self.sentinels, self.replica, self.primary)
 
     def _take_for_dead_after(self, silent_ms: int) -> None:
-        for one in self.sentinels:
-            one.client.sentinel_set(SERVICE, "down-after-milliseconds", silent_ms)
+        for sentinel in self.sentinels:
+            sentinel.client.sentinel_set(SERVICE, "down-after-milliseconds", silent_ms)
 
     def _acquainted(self) -> bool:
-        seen = [one.client.sentinel_master(SERVICE) for one in self.sentinels]
+        seen = [sentinel.client.sentinel_master(SERVICE) for sentinel in self.sentinels]
         return all(
             (about["num-other-sentinels"], about["num-slaves"], about["flags"]) == (2, 1, "master")
             for about in seen
@@ -143,19 +143,19 @@ def sentinel_of(primary: Node, folder: Path, quorum: int) -> Node:
 
 def url_of(*sentinels: Node) -> str:
     """The REDIS_URL of what they watch."""
-    hosts = ",".join(f"127.0.0.1:{one.port}" for one in sentinels)
+    hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in sentinels)
     return f"sentinel://{hosts}/{SERVICE}"
 
 
 @contextlib.contextmanager
 def replicated(folder: Path, **options: str) -> Iterator[Replicated]:
     """`options` of both servers, with `_` for `-`."""
-    it = Replicated(folder, {name.replace("_", "-"): value for name, value in options.items()})
+    servers = Replicated(folder, {name.replace("_", "-"): value for name, value in options.items()})
     try:
-        it.start()
-        yield it
+        servers.start()
+        yield servers
     except BaseException:
-        it.tell()
+        servers.tell()
         raise
     finally:
-        it.close()
+        servers.close()

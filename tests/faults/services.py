@@ -68,11 +68,11 @@ def _knows_a_model(url: str) -> bool:
 @contextlib.contextmanager
 def open_services(folder: Path, **environ: str) -> Iterator[Services]:
     path = folder / "services.log"
-    it = Services(path, environ)
+    services = Services(path, environ)
     try:
-        yield it
+        yield services
     except BaseException:
         sys.stderr.write(path.read_text()[-8000:])
         raise
     finally:
-        it.close()
+        services.close()

@@ -9,9 +9,9 @@ from asyncinfer.engine import Engine
 from asyncinfer.errors import ModelRefused
 from asyncinfer.models.folder import scan
 from tests import zoo
-from tests.faults.model_folder import Folder, Shop, serving
+from tests.faults.model_folder import ModelClient, ModelFolder, serving
 
-from .processes import OpenCrew
+from .processes import OpenWorkers
 
 EXTENSIONS = '[session]\ncustom_ops = "onnxruntime-extensions"\n'
 
@@ -25,8 +25,8 @@ def upper() -> onnx.ModelProto:
     return model
 
 
-async def upper_of(shop: Shop, text: str, name: str) -> object:
-    stored = await shop.ended(await shop.submit(text, name=name))
+async def upper_of(model_client: ModelClient, text: str, name: str) -> object:
+    stored = await model_client.wait_for_end(await model_client.submit(text, name=name))
     assert stored.status == "completed", stored.error
     assert stored.result is not None
     return msgspec.json.decode(stored.result)["outputs"][0]["data"]
@@ -34,27 +34,27 @@ async def upper_of(shop: Shop, text: str, name: str) -> object:
 
 @pytest.mark.soak
 async def test_custom_operators_run_where_they_are_allowed_also_in_a_model_that_came_later(
-    crew: OpenCrew, folder: Folder, shop: Shop
+    open_workers: OpenWorkers, folder: ModelFolder, model_client: ModelClient
 ) -> None:
     folder.publish(upper(), 1, name="early", toml=EXTENSIONS)
-    async with serving(crew, folder, shop, allow_custom_ops=True):
-        assert await upper_of(shop, "shout", "early") == ["SHOUT"]
+    async with serving(open_workers, folder, model_client, allow_custom_ops=True):
+        assert await upper_of(model_client, "shout", "early") == ["SHOUT"]
         folder.publish(upper(), 1, name="late", toml=EXTENSIONS)
-        await shop.until_announced("1", name="late")
-        assert await upper_of(shop, "whisper", "late") == ["WHISPER"]
+        await model_client.wait_until_announced("1", name="late")
+        assert await upper_of(model_client, "whisper", "late") == ["WHISPER"]
 
 
 async def test_where_they_are_not_allowed_a_model_is_refused_and_the_rest_is_served(
-    crew: OpenCrew, folder: Folder, shop: Shop
+    open_workers: OpenWorkers, folder: ModelFolder, model_client: ModelClient
 ) -> None:
-    async with serving(crew, folder, shop):
+    async with serving(open_workers, folder, model_client):
         folder.publish(upper(), 1, name="late", toml=EXTENSIONS)
-        await shop.until_refused("1", "set ALLOW_CUSTOM_OPS=true", name="late")
-        assert await shop.ask(1) == 2
+        await model_client.wait_until_refused("1", "set ALLOW_CUSTOM_OPS=true", name="late")
+        assert await model_client.predict(1) == 2
 
 
-def test_a_model_that_does_not_say_so_is_refused_with_what_to_write(folder: Folder) -> None:
+def test_a_model_that_does_not_say_so_is_refused_with_what_to_write(folder: ModelFolder) -> None:
     folder.publish(upper(), 1, name="silent")
-    (file,) = [one for one in scan(folder.path) if one.model == "silent"]
+    (file,) = [file for file in scan(folder.path) if file.model == "silent"]
     with pytest.raises(ModelRefused, match=r"set session\.custom_ops = "):
         Engine.load(file, intra_op_threads=1, allow_custom_ops=True)

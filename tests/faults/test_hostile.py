@@ -18,9 +18,9 @@ from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import WorkerConfig
 from tests.faults.load_client import Customer, transitions
 
+from .damaged_redis import HOSTILE
 from .harness import eventually
-from .hostile import HOSTILE
-from .processes import OpenCrew
+from .processes import OpenWorkers
 
 Q = "predict_queue"
 OTHER = f"{Q}:picky"
@@ -128,16 +128,16 @@ BUSY = WorkerConfig(concurrency=1, brpop_timeout_seconds=0.1)
 @pytest.mark.soak
 @pytest.mark.parametrize("damage", DAMAGES)
 async def test_a_worker_lives_on_and_serves_the_jobs_after(
-    damage: str, crew: OpenCrew, customer: Customer, server: redis.Redis
+    damage: str, open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
-    with crew(models=("slow", "picky"), default_model="slow", worker=BUSY) as workers:
-        worker = workers.hire()
-        await customer.submit([1.0])
-        await customer.all_completed(5)
+    with open_workers(models=("slow", "picky"), default_model="slow", worker=BUSY) as workers:
+        worker = workers.start()
+        await load_client.submit([1.0])
+        await load_client.assert_all_completed(5)
         DAMAGES[damage](server)
         for value in (2.0, 3.0):
-            await customer.submit([value])
-            await customer.all_completed(5)
+            await load_client.submit([value])
+            await load_client.assert_all_completed(5)
         assert await worker.stop() == 0
     server.flushall()
 
@@ -154,16 +154,19 @@ def _as_no_name(server: redis.Redis) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("garble", [_as_a_list, _as_no_name])
 async def test_a_worker_serves_on_when_the_name_of_the_default_model_is_garbled(
-    garble: Callable[[redis.Redis], None], crew: OpenCrew, customer: Customer, server: redis.Redis
+    garble: Callable[[redis.Redis], None],
+    open_workers: OpenWorkers,
+    load_client: Customer,
+    server: redis.Redis,
 ) -> None:
-    with crew() as workers:
-        worker = workers.hire()
-        await customer.submit([1.0])
-        await customer.all_completed()
+    with open_workers() as workers:
+        worker = workers.start()
+        await load_client.submit([1.0])
+        await load_client.assert_all_completed()
         garble(server)
         await eventually(lambda: "the name of the default model" in workers.log, "it says so")
-        await customer.submit([2.0])
-        await customer.all_completed()
+        await load_client.submit([2.0])
+        await load_client.assert_all_completed()
         assert await worker.stop() == 0
     server.delete(keys.default_model(Q))
 
@@ -201,9 +204,9 @@ async def test_a_job_ends_or_waits_again_whatever_its_facts_say(
 
 
 async def test_a_hostile_input_fails_alone_and_the_jobs_beside_it_run(
-    crew: OpenCrew, customer: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
-    hostile = [*HOSTILE, *(b'{"data":' + one + b"}" for one in HOSTILE)]
+    hostile = [*HOSTILE, *(b'{"data":' + content + b"}" for content in HOSTILE)]
     meta = _record_of(payload="tensors")
     for number, data in enumerate(hostile):
         for kind in ("stranger", "tensors"):
@@ -212,10 +215,10 @@ async def test_a_hostile_input_fails_alone_and_the_jobs_beside_it_run(
             if kind == "tensors":
                 server.set(keys.meta(job_id), meta)
             server.lpush(Q, job_id)
-    await customer.submit([1.0, 2.0])
-    with crew(worker=BUSY) as workers:
-        worker = workers.hire()
-        await customer.all_completed(30)
+    await load_client.submit([1.0, 2.0])
+    with open_workers(worker=BUSY) as workers:
+        worker = workers.start()
+        await load_client.assert_all_completed(30)
         assert await worker.stop() == 0
     ended = {server.get(keys.status(f"stranger-{number}")) for number in range(len(hostile))}
     assert ended == {b"failed"}
@@ -223,33 +226,33 @@ async def test_a_hostile_input_fails_alone_and_the_jobs_beside_it_run(
 
 
 async def test_a_worker_starts_and_works_beside_announcements_that_nobody_can_read(
-    crew: OpenCrew, customer: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
     for damage in ("workers member", "versions", "default versions", "queues member"):
         DAMAGES[damage](server)
     server.set(keys.worker(Q, "deep"), b'{"x":' + b"[" * 20_000)
     server.zadd(keys.workers(Q), {"deep": 1})
-    with crew(worker=BUSY) as workers:
-        worker = workers.hire()
-        await customer.submit([1.0])
-        await customer.all_completed(10)
-        await eventually(lambda: worker.announced(server), "it is announced")
+    with open_workers(worker=BUSY) as workers:
+        worker = workers.start()
+        await load_client.submit([1.0])
+        await load_client.assert_all_completed(10)
+        await eventually(lambda: worker.is_announced(server), "it is announced")
         assert await worker.stop() == 0
     server.flushall()
 
 
 async def test_a_damaged_bell_and_control_key_are_told_of_once_and_every_job_is_run(
-    crew: OpenCrew, customer: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
-    with crew(models=("slow", "picky"), default_model="slow", worker=BUSY) as workers:
-        worker = workers.hire()
-        await customer.submit([1.0])
-        await customer.all_completed(10)
+    with open_workers(models=("slow", "picky"), default_model="slow", worker=BUSY) as workers:
+        worker = workers.start()
+        await load_client.submit([1.0])
+        await load_client.assert_all_completed(10)
         for name in (keys.wake(OTHER), keys.control(OTHER)):
             _set(name)(server)
         for value in range(2, 12):
-            await customer.submit([float(value)])
-            await customer.all_completed(10)
+            await load_client.submit([float(value)])
+            await load_client.assert_all_completed(10)
         assert await worker.stop() == 0
         assert workers.log.count("Waiting:") <= 1
         assert workers.log.count("Control:") <= 1
@@ -276,25 +279,25 @@ async def test_a_damaged_queue_does_not_keep_other_leases_from_being_renewed(
 
 @pytest.mark.soak
 async def test_a_lease_goes_on_being_renewed_after_a_claim_was_garbled(
-    crew: OpenCrew, customer: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
-    with crew(worker=BUSY) as workers:
-        worker = workers.hire()
-        (garbled,) = await customer.submit([300.0])
+    with open_workers(worker=BUSY) as workers:
+        worker = workers.start()
+        (garbled,) = await load_client.submit([300.0])
         await eventually(lambda: server.hlen(keys.running(Q)) == 1, "it runs")
         for name in server.scan_iter(keys.claim(Q, "*"), count=1000):
             server.set(name, GARBAGE)
-        await customer.all_completed()
-        (longer_than_a_lease,) = await customer.submit([900.0])
-        await customer.all_completed()
+        await load_client.assert_all_completed()
+        (longer_than_a_lease,) = await load_client.submit([900.0])
+        await load_client.assert_all_completed()
         assert await worker.stop() == 0
     seen = transitions(server, Q)
-    assert [seen[one]["processing"] for one in (garbled, longer_than_a_lease)] == [1, 1]
+    assert [seen[job_id]["processing"] for job_id in (garbled, longer_than_a_lease)] == [1, 1]
 
 
 @pytest.mark.parametrize("damage", [*DAMAGES, "claim"])
 async def test_a_sweep_still_recovers_the_other_jobs(
-    damage: str, customer: Customer, server: redis.Redis, store: Store
+    damage: str, load_client: Customer, server: redis.Redis, store: Store
 ) -> None:
     upkeep = Upkeep(store)
     server.sadd(keys.queues(Q), OTHER)
@@ -303,7 +306,7 @@ async def test_a_sweep_still_recovers_the_other_jobs(
         server.set(keys.claim(OTHER, "t"), GARBAGE)
     else:
         DAMAGES[damage](server)
-    (job_id,) = await customer.submit([1.0])
+    (job_id,) = await load_client.submit([1.0])
     server.lrem(Q, 0, job_id)
     server.zadd(keys.delayed(Q), {job_id: 1})
     server.delete(keys.reap_gate(Q))
@@ -313,12 +316,12 @@ async def test_a_sweep_still_recovers_the_other_jobs(
 
 
 async def test_a_repair_still_puts_back_the_jobs_of_other_queues(
-    customer: Customer, server: redis.Redis, store: Store
+    load_client: Customer, server: redis.Redis, store: Store
 ) -> None:
     upkeep = Upkeep(store)
     server.sadd(keys.queues(Q), OTHER)
     server.set(keys.facts(OTHER), "x")
-    (job_id,) = await customer.submit([1.0])
+    (job_id,) = await load_client.submit([1.0])
     server.lrem(Q, 0, job_id)
     for _ in range(2):
         server.delete(keys.repair_gate(Q))
@@ -328,16 +331,16 @@ async def test_a_repair_still_puts_back_the_jobs_of_other_queues(
 
 
 async def test_submits_to_a_damaged_queue_are_refused_and_others_taken(
-    customer: Customer, server: redis.Redis, store: Store
+    load_client: Customer, server: redis.Redis, store: Store
 ) -> None:
     server.set(OTHER, "x")
     other = Customer(store, "picky")
     async with asyncio.TaskGroup() as group:
-        sender = group.create_task(customer.submissions.run())
+        sender = group.create_task(load_client.submissions.run())
         refused = other.job(1.0)
         with pytest.raises(RedisRefused) as told:
-            await customer.submissions.submit(refused)
+            await load_client.submissions.submit(refused)
         assert told.value.job_id == refused.job_id
-        assert (await customer.submissions.submit(customer.job(1.0))).verdict == "ok"
+        assert (await load_client.submissions.submit(load_client.job(1.0))).verdict == "ok"
         sender.cancel()
     server.flushall()

@@ -13,9 +13,9 @@ from tests.api.harness import hosted
 from tests.api.sse import listening
 
 from . import hostile
+from .damaged_redis import HOSTILE, KINDS, Damage, Scene
 from .harness import eventually
-from .hostile import HOSTILE, KINDS, Damage, Scene
-from .processes import OpenCrew
+from .processes import OpenWorkers
 
 BUSY = WorkerConfig(concurrency=1, brpop_timeout_seconds=0.1)
 
@@ -29,8 +29,8 @@ def damages() -> st.SearchStrategy[list[Damage]]:
 
 async def _try(scene: Scene, wanted: list[Damage]) -> None:
     scene.restore()
-    for one in wanted:
-        scene.damage(one)
+    for damage in wanted:
+        scene.damage(damage)
     try:
         await scene.read_everything()
         await scene.change_everything()
@@ -52,12 +52,17 @@ async def _emptied(scene: Scene) -> None:
 
 
 def _hold(
-    crew: OpenCrew, redis_url: str, policy: Policy, examples: int, *, emptied: bool = False
+    open_workers: OpenWorkers,
+    redis_url: str,
+    policy: Policy,
+    examples: int,
+    *,
+    emptied: bool = False,
 ) -> None:
     """Damages a working service so many times; at the end both its processes live."""
     terms = {"models": hostile.MODELS, "default_model": hostile.MODELS[0], "worker": BUSY}
-    with crew(**terms) as workers, asyncio.Runner() as runner:  # type: ignore[arg-type]
-        worker = workers.hire()
+    with open_workers(**terms) as workers, asyncio.Runner() as runner:  # type: ignore[arg-type]
+        worker = workers.start()
         staged = hosted(hostile.staged(redis_url, policy))
         scene = runner.run(staged.__aenter__())
 
@@ -72,7 +77,7 @@ def _hold(
         @given(damages())
         def survives(wanted: list[Damage]) -> None:
             runner.run(_try(scene, wanted))
-            assert not worker.died()
+            assert not worker.has_ended()
 
         survives()
         if emptied:
@@ -82,13 +87,13 @@ def _hold(
 
 
 def test_whatever_redis_holds_no_answer_is_a_5xx_and_every_role_lives(
-    crew: OpenCrew, redis_url: str, policy: Policy, server: object
+    open_workers: OpenWorkers, redis_url: str, policy: Policy, server: object
 ) -> None:
-    _hold(crew, redis_url, policy, examples=8)
+    _hold(open_workers, redis_url, policy, examples=8)
 
 
 @pytest.mark.soak
 def test_the_same_for_a_long_time(
-    crew: OpenCrew, redis_url: str, policy: Policy, server: object
+    open_workers: OpenWorkers, redis_url: str, policy: Policy, server: object
 ) -> None:
-    _hold(crew, redis_url, policy, examples=400, emptied=True)
+    _hold(open_workers, redis_url, policy, examples=400, emptied=True)

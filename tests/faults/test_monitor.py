@@ -17,7 +17,7 @@ from tests.faults.load_client import Customer
 from tests.serving import free_port
 
 from .harness import assert_at_rest, eventually
-from .processes import DurableServer, OpenCrew
+from .processes import DurableServer, OpenWorkers
 from .test_time_outs import TOO_BIG
 
 
@@ -68,24 +68,24 @@ class Probe:
 
 
 async def test_a_worker_is_ready_while_it_claims_and_not_while_it_drains(
-    crew: OpenCrew, customer: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
     probe = Probe()
-    with crew(worker=WorkerConfig(concurrency=1), monitor_port=probe.port) as workers:
-        worker = workers.hire()
+    with open_workers(worker=WorkerConfig(concurrency=1), monitor_port=probe.port) as workers:
+        worker = workers.start()
         await probe.finds_it_ready()
-        await customer.submit([300.0])
-        await eventually(lambda: server.hlen(keys.running(customer.queue)) == 1, "it runs")
+        await load_client.submit([300.0])
+        await eventually(lambda: server.hlen(keys.running(load_client.queue)) == 1, "it runs")
         worker.signal(signal.SIGTERM)
         await probe.finds("drains")
         assert await probe.status("live") == 200
-        assert await worker.left() == 0
-        await customer.all_completed()
-    assert_at_rest(server, customer.queue)
+        assert await worker.wait_for_exit() == 0
+        await load_client.assert_all_completed()
+    assert_at_rest(server, load_client.queue)
 
 
 async def test_prometheus_reads_what_a_worker_serves_and_did(
-    crew: OpenCrew, server: redis.Redis, store: Store, tmp_path: Path
+    open_workers: OpenWorkers, server: redis.Redis, store: Store, tmp_path: Path
 ) -> None:
     folder = tmp_path / "m"
     zoo.place(folder, "slow", zoo.slow(), toml="[batching]\nenabled = true\n")
@@ -95,13 +95,13 @@ async def test_prometheus_reads_what_a_worker_serves_and_did(
     probe = Probe()
     config = WorkerConfig(concurrency=1)
     terms = {"model_dir": str(folder), "models": (), "default_model": "slow"}
-    with crew(**terms, worker=config, monitor_port=probe.port) as workers:  # type: ignore[arg-type]
+    with open_workers(**terms, worker=config, monitor_port=probe.port) as workers:  # type: ignore[arg-type]
         slow, picky = Customer(store, "slow"), Customer(store, "picky")
         await slow.submit([1.0] * 5)
         await picky.submit([9.0])
-        worker = workers.hire()
-        await slow.all_completed()
-        await picky.all_ended()
+        worker = workers.start()
+        await slow.assert_all_completed()
+        await picky.wait_until_all_ended()
         read: dict[tuple[str, ...], float] = {}
 
         async def counted() -> bool:
@@ -112,7 +112,9 @@ async def test_prometheus_reads_what_a_worker_serves_and_did(
         assert await worker.stop() == 0
     assert read["asyncinfer_model_batched", "slow", "1"] == 1
     assert read["asyncinfer_model_batched", "picky", "7"] == 0
-    (why,) = (one[1] for one in read if one[0] == "asyncinfer_model_info" and one[2] == "picky")
+    (why,) = (
+        state[1] for state in read if state[0] == "asyncinfer_model_info" and state[2] == "picky"
+    )
     assert why.startswith("off: model.toml says so; ")
     assert read["asyncinfer_model_refused", "broken", "1"] == 1
     assert read[("asyncinfer_models_loaded",)] == 2
@@ -124,42 +126,42 @@ async def test_prometheus_reads_what_a_worker_serves_and_did(
 
 
 @pytest.mark.soak
-async def test_a_worker_without_its_redis_lives_and_is_not_ready(crew: OpenCrew) -> None:
+async def test_a_worker_without_its_redis_lives_and_is_not_ready(open_workers: OpenWorkers) -> None:
     probe = Probe()
-    with crew(redis_url="unix:///nowhere/there.sock", monitor_port=probe.port) as workers:
-        worker = workers.hire()
+    with open_workers(redis_url="unix:///nowhere/there.sock", monitor_port=probe.port) as workers:
+        worker = workers.start()
         await probe.finds("has not reached its Redis")
         assert await probe.status("live") == 200
         assert await worker.stop() == 0
 
 
 async def test_the_pace_that_a_worker_measured_outlives_it(
-    crew: OpenCrew, customer: Customer, server: redis.Redis, store: Store
+    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis, store: Store
 ) -> None:
-    with crew(worker=WorkerConfig(concurrency=1, max_batch=1)) as workers:
-        ids = await customer.submit([40.0] * 5)
-        worker = workers.hire()
-        await customer.all_completed()
+    with open_workers(worker=WorkerConfig(concurrency=1, max_batch=1)) as workers:
+        ids = await load_client.submit([40.0] * 5)
+        worker = workers.start()
+        await load_client.assert_all_completed()
         assert await worker.stop() == 0
-    stored = await customer.read(ids)
+    stored = await load_client.read(ids)
     took_ms = [
-        one.record.finished_ms - one.record.started_ms
-        for one in stored
-        if one and one.record and one.record.finished_ms and one.record.started_ms
+        job.record.finished_ms - job.record.started_ms
+        for job in stored
+        if job and job.record and job.record.finished_ms and job.record.started_ms
     ]
     assert len(took_ms) == 5
-    measured = (await load(store, "slow", customer.queue)).seconds_per_job
+    measured = (await load(store, "slow", load_client.queue)).seconds_per_job
     assert measured == pytest.approx(sum(took_ms) / 5000, rel=0.2)
-    assert_at_rest(server, customer.queue)
+    assert_at_rest(server, load_client.queue)
 
 
 @pytest.mark.soak
 async def test_a_worker_that_lost_its_redis_is_not_ready_until_it_is_back(
-    crew: OpenCrew, durable: DurableServer
+    open_workers: OpenWorkers, durable: DurableServer
 ) -> None:
     probe = Probe()
-    with crew(redis_url=durable.url, monitor_port=probe.port) as workers:
-        worker = workers.hire()
+    with open_workers(redis_url=durable.url, monitor_port=probe.port) as workers:
+        worker = workers.start()
         await probe.finds_it_ready()
         durable.kill()
         await probe.finds("Redis has not answered", 30)
@@ -171,7 +173,7 @@ async def test_a_worker_that_lost_its_redis_is_not_ready_until_it_is_back(
 
 @pytest.mark.soak
 async def test_a_worker_with_a_wedged_slot_is_not_ready_while_others_finish(
-    crew: OpenCrew, server: redis.Redis, store: Store, tmp_path: Path
+    open_workers: OpenWorkers, server: redis.Redis, store: Store, tmp_path: Path
 ) -> None:
     limits = "[limits]\ntimeout_seconds = 0.3\n"
     zoo.place(tmp_path / "m", "huge", zoo.huge_matmul(), toml=limits)
@@ -179,12 +181,12 @@ async def test_a_worker_with_a_wedged_slot_is_not_ready_while_others_finish(
     probe = Probe()
     config = WorkerConfig(concurrency=2, hang_grace_seconds=0.2, prediction_timeout_seconds=60)
     terms = {"model_dir": str(tmp_path / "m"), "models": (), "default_model": "slow"}
-    with crew(**terms, worker=config, monitor_port=probe.port) as workers:  # type: ignore[arg-type]
+    with open_workers(**terms, worker=config, monitor_port=probe.port) as workers:  # type: ignore[arg-type]
         customers = [Customer(store, "slow"), Customer(store, "huge")]
-        worker = workers.hire()
+        worker = workers.start()
         await probe.finds_it_ready(30)
         await customers[0].submit([2000.0])
         await customers[1].submit([TOO_BIG])
         await probe.finds("would not stop")
-        assert await worker.left(60) == EXIT_HUNG
-        await customers[0].all_completed()
+        assert await worker.wait_for_exit(60) == EXIT_HUNG
+        await customers[0].assert_all_completed()

@@ -66,19 +66,19 @@ class Load:
 
     @property
     def acknowledged(self) -> dict[str, Asked]:
-        return {one.job_id: one for one in self.asked if one.status == 202}
+        return {request.job_id: request for request in self.asked if request.status == 202}
 
     @property
     def refused(self) -> list[Asked]:
-        return [one for one in self.asked if one.status != 202]
+        return [request for request in self.asked if request.status != 202]
 
     @asynccontextmanager
     async def going_on(self) -> AsyncIterator[None]:
         async with asyncio.TaskGroup() as group:
             clients = [group.create_task(self._submit_on()) for _ in range(_CLIENTS)]
             yield
-            for one in clients:
-                one.cancel()
+            for client in clients:
+                client.cancel()
 
     async def note_what_is_replicated(self, primary: Node) -> None:
         """Notes until the primary is gone. WAIT counts the replicas that have all that its own
@@ -100,7 +100,9 @@ class Load:
         asked_at = time.monotonic()
 
         def taken() -> list[str]:
-            return [job_id for job_id, one in self.acknowledged.items() if one.at > asked_at]
+            return [
+                job_id for job_id, request in self.acknowledged.items() if request.at > asked_at
+            ]
 
         async def done() -> bool:
             return (await self.get(taken()[0]))[0] == "completed"
@@ -145,9 +147,11 @@ class Scene(Struct):
 
     async def at_rest(self, primary: Node) -> None:
         """Stops the service; nothing of the load is left behind in Redis."""
-        for one in self.workers:
-            one.send_signal(signal.SIGTERM)
-        await eventually(lambda: all(one.poll() == 0 for one in self.workers), "workers leave")
+        for worker in self.workers:
+            worker.send_signal(signal.SIGTERM)
+        await eventually(
+            lambda: all(worker.poll() == 0 for worker in self.workers), "workers leave"
+        )
         self.services.close()
         assert_at_rest(primary.client, QUEUE)
 
@@ -201,15 +205,17 @@ async def test_a_fail_over_under_load_loses_nothing_that_was_replicated(
         lost = {job_id for job_id, (status, _) in found.items() if status == "absent"}
         _tell(fault, gone_at, followed_seconds, load, lost)
         assert followed_seconds < FOLLOWED_WITHIN_SECONDS
-        assert {one.status for one in load.refused} <= {503}
-        assert max(one.seconds for one in load.asked) < ANSWERED_WITHIN_SECONDS
-        assert not [one for one in load.refused if one.at > back_at]
+        assert {request.status for request in load.refused} <= {503}
+        assert max(request.seconds for request in load.asked) < ANSWERED_WITHIN_SECONDS
+        assert not [request for request in load.refused if request.at > back_at]
         assert not lost & load.replicated
         assert all(load.acknowledged[job_id].at < gone_at for job_id in lost)
         assert bool(lost) == (fault != "frozen")
-        kept = {job_id: one for job_id, one in load.acknowledged.items() if job_id not in lost}
+        kept = {
+            job_id: request for job_id, request in load.acknowledged.items() if job_id not in lost
+        }
         assert {job_id: found[job_id] for job_id in kept} == {
-            job_id: ("completed", one.value) for job_id, one in kept.items()
+            job_id: ("completed", request.value) for job_id, request in kept.items()
         }
         ended = transitions(new.client, QUEUE)
         assert {ended[job_id]["completed"] for job_id in kept} == {1}
@@ -228,7 +234,9 @@ async def test_a_primary_without_its_replica_acknowledges_nothing_where_it_is_to
             replica.signal(signal.SIGSTOP)
             await eventually(lambda: len(load.refused) > 50, "submits are refused")
             alone = load.refused[0].at
-            acknowledged = len([one for one in load.acknowledged.values() if one.at > alone])
+            acknowledged = len(
+                [request for request in load.acknowledged.values() if request.at > alone]
+            )
             replica.signal(signal.SIGCONT)
             await load.done_again()
         await eventually(lambda: _all_ended(primary, load), "all has ended", 30)
@@ -236,10 +244,10 @@ async def test_a_primary_without_its_replica_acknowledges_nothing_where_it_is_to
         await scene.at_rest(primary)
 
         assert acknowledged == 0
-        assert {one.status for one in load.refused} == {503}
-        assert max(one.seconds for one in load.asked) < ANSWERED_WITHIN_SECONDS
+        assert {request.status for request in load.refused} == {503}
+        assert max(request.seconds for request in load.asked) < ANSWERED_WITHIN_SECONDS
         assert found == {
-            job_id: ("completed", one.value) for job_id, one in load.acknowledged.items()
+            job_id: ("completed", request.value) for job_id, request in load.acknowledged.items()
         }
 
 
@@ -251,9 +259,9 @@ def _leave_behind(replica: Node, primary: Node) -> None:
 
 def _workers(primary: Node, asked: list[Asked]) -> set[str | None]:
     """Who finished these jobs."""
-    names = [keys.meta(one.job_id) for one in asked if one.status == 202]
+    names = [keys.meta(request.job_id) for request in asked if request.status == 202]
     metas = primary.client.mget(names) if names else []
-    return {decode_record(one).worker for one in metas if one} - {None}
+    return {decode_record(meta).worker for meta in metas if meta} - {None}
 
 
 def _all_ended(primary: Node, load: Load) -> bool:
@@ -263,8 +271,10 @@ def _all_ended(primary: Node, load: Load) -> bool:
 
 
 def _tell(fault: str, gone_at: float, followed: float, load: Load, lost: set[str]) -> None:
-    answered_again = max((one.at + one.seconds for one in load.refused), default=gone_at)
-    slowest = max(one.seconds for one in load.asked)
+    answered_again = max(
+        (request.at + request.seconds for request in load.refused), default=gone_at
+    )
+    slowest = max(request.seconds for request in load.asked)
     log.info(
         "primary %s: submits taken again after %.1f s, a new job done after %.1f s; of %d "
         "acknowledged %d lost; %d refused, the slowest answer after %.2f s",

@@ -103,8 +103,8 @@ def services(
     redis_url: str, server: redis.Redis, shipped_models: Path, tmp_path: Path
 ) -> Iterator[Services]:
     environ = {"REDIS_URL": redis_url, "MODEL_DIR": str(shipped_models), "MODELS": "iris"}
-    with open_services(tmp_path, **environ, LEASE_SECONDS="2", REAP_SECONDS="0.3") as it:
-        yield it
+    with open_services(tmp_path, **environ, LEASE_SECONDS="2", REAP_SECONDS="0.3") as services:
+        yield services
 
 
 async def test_each_release_runs_what_the_other_took_in(
@@ -139,7 +139,7 @@ async def test_releases_that_work_side_by_side_end_each_job_once_though_one_is_k
             if number == 150:
                 workers[0].kill()
         for name in ROWS:
-            ids = [job_id for job_id, its in submitted.items() if its == name]
+            ids = [job_id for job_id, model in submitted.items() if model == name]
             await _all_completed(client, apis, ids, name)
     for worker in workers[1:]:
         await _stopped(worker)
@@ -212,8 +212,8 @@ async def _knows_the_key_of(client: httpx2.AsyncClient, here: str, there: str) -
 
 async def _cancels_and_retries_a_job_of(client: httpx2.AsyncClient, here: str, there: str) -> None:
     job_id = await _submitted(client, there, "versicolor", options={"delay_seconds": 600})
-    for round_number, (one, other) in enumerate(((here, there), (there, here)), start=1):
-        assert (await client.delete(f"{one}/job/{job_id}")).status_code == 200
+    for round_number, (pair, other) in enumerate(((here, there), (there, here)), start=1):
+        assert (await client.delete(f"{pair}/job/{job_id}")).status_code == 200
         job = (await client.get(f"{other}/job/{job_id}")).json()
         assert (job["status"], job["round"]) == ("cancelled", round_number)
         if round_number == 1:

@@ -21,8 +21,8 @@ from .harness import assert_at_rest, eventually
 
 
 @asynccontextmanager
-async def open_inbox(store: Store, customer: Customer) -> AsyncIterator[Inbox]:
-    inbox = Inbox(store, customer.submissions)
+async def open_inbox(store: Store, load_client: Customer) -> AsyncIterator[Inbox]:
+    inbox = Inbox(store, load_client.submissions)
     async with asyncio.TaskGroup() as group:
         group.create_task(inbox.run())
         yield inbox
@@ -30,89 +30,91 @@ async def open_inbox(store: Store, customer: Customer) -> AsyncIterator[Inbox]:
 
 
 async def _waiters(
-    inbox: Inbox, customer: Customer, group: asyncio.TaskGroup
+    inbox: Inbox, load_client: Customer, group: asyncio.TaskGroup
 ) -> list[asyncio.Task[Stored | None]]:
-    stored = [one for one in await customer.read() if one]
-    return [group.create_task(inbox.wait(one, 20)) for one in stored]
+    stored = [job for job in await load_client.read() if job]
+    return [group.create_task(inbox.wait(job, 20)) for job in stored]
 
 
-async def _all_signed_up(server: redis.Redis, customer: Customer) -> None:
-    facts = keys.facts(customer.queue)
-    await eventually(lambda: server.hlen(facts) == len(customer.acknowledged), "all signed up")
+async def _all_signed_up(server: redis.Redis, load_client: Customer) -> None:
+    facts = keys.facts(load_client.queue)
+    await eventually(lambda: server.hlen(facts) == len(load_client.acknowledged), "all signed up")
 
 
-async def _claim(runs: Runs, customer: Customer, jobs: int) -> Claim | None:
-    return (await runs.claim(ClaimRequest((customer.queue,), runs.new_token(), False, jobs))).claim
+async def _claim(runs: Runs, load_client: Customer, jobs: int) -> Claim | None:
+    return (
+        await runs.claim(ClaimRequest((load_client.queue,), runs.new_token(), False, jobs))
+    ).claim
 
 
-async def _run_all(store: Store, customer: Customer) -> None:
+async def _run_all(store: Store, load_client: Customer) -> None:
     runs = Runs(store, "w")
     while claim := (
-        await runs.claim(ClaimRequest((customer.queue,), runs.new_token(), False, 7))
+        await runs.claim(ClaimRequest((load_client.queue,), runs.new_token(), False, 7))
     ).claim:
         done = [Finished(job.job_id, "completed", b"{}", job.meta) for job in claim.jobs]
         await runs.finish(claim, done, last=True)
 
 
 async def test_killed_inbox_connections_lose_no_wake_up(
-    customer: Customer, store: Store, server: redis.Redis
+    load_client: Customer, store: Store, server: redis.Redis
 ) -> None:
-    await customer.submit([1.0] * 200)
-    async with open_inbox(store, customer) as inbox, asyncio.TaskGroup() as group:
-        waiters = await _waiters(inbox, customer, group)
-        await _all_signed_up(server, customer)
+    await load_client.submit([1.0] * 200)
+    async with open_inbox(store, load_client) as inbox, asyncio.TaskGroup() as group:
+        waiters = await _waiters(inbox, load_client, group)
+        await _all_signed_up(server, load_client)
         killer = group.create_task(_kill_readers(server))
-        await _run_all(store, customer)
-        ended = [await one for one in waiters]
+        await _run_all(store, load_client)
+        ended = [await waiter for waiter in waiters]
         killer.cancel()
-    assert [one.status for one in ended if one] == ["completed"] * 200
-    assert_at_rest(server, customer.queue)
+    assert [job.status for job in ended if job] == ["completed"] * 200
+    assert_at_rest(server, load_client.queue)
 
 
 async def _kill_readers(server: redis.Redis) -> None:
     while True:
-        for one in server.client_list():
-            if one["cmd"] == "xread":
-                server.client_kill_filter(_id=one["id"])
+        for connection in server.client_list():
+            if connection["cmd"] == "xread":
+                server.client_kill_filter(_id=connection["id"])
         await asyncio.sleep(0.01)
 
 
 async def test_cancel_expiry_and_a_lost_worker_wake_waiters_too(
     store: Store, server: redis.Redis
 ) -> None:
-    customer, runs, upkeep = Customer(store), Runs(store, "w"), Upkeep(store)
-    (lost,) = await customer.submit([1.0])
-    claim = await _claim(runs, customer, 1)
+    load_client, runs, upkeep = Customer(store), Runs(store, "w"), Upkeep(store)
+    (lost,) = await load_client.submit([1.0])
+    claim = await _claim(runs, load_client, 1)
     for _ in range(store.policy.max_deliveries - 1):
         assert claim
-        await _lose(server, upkeep, customer, claim.token)
-        claim = await _claim(runs, customer, 1)
+        await _lose(server, upkeep, load_client, claim.token)
+        claim = await _claim(runs, load_client, 1)
     assert claim
-    (cancelled,) = await customer.submit([1.0])
-    (expired,) = await customer.submit([1.0], Options(start_within_seconds=0.2))
-    async with open_inbox(store, customer) as inbox, asyncio.TaskGroup() as group:
-        waiters = await _waiters(inbox, customer, group)
-        await _all_signed_up(server, customer)
-        (stored,) = await customer.read([cancelled])
+    (cancelled,) = await load_client.submit([1.0])
+    (expired,) = await load_client.submit([1.0], Options(start_within_seconds=0.2))
+    async with open_inbox(store, load_client) as inbox, asyncio.TaskGroup() as group:
+        waiters = await _waiters(inbox, load_client, group)
+        await _all_signed_up(server, load_client)
+        (stored,) = await load_client.read([cancelled])
         assert stored
-        await customer.submissions.cancel(stored)
-        await _lose(server, upkeep, customer, claim.token)
-        all_ended = asyncio.Event()
-        group.create_task(_sweep_until(all_ended, upkeep))
-        ended = {one.job_id: one for one in [await waiter for waiter in waiters] if one}
-        all_ended.set()
+        await load_client.submissions.cancel(stored)
+        await _lose(server, upkeep, load_client, claim.token)
+        wait_until_all_ended = asyncio.Event()
+        group.create_task(_sweep_until(wait_until_all_ended, upkeep))
+        ended = {job.job_id: job for job in [await waiter for waiter in waiters] if job}
+        wait_until_all_ended.set()
     assert ended[cancelled].status == "cancelled"
     assert b"expired" in (ended[expired].error or b"")
     assert b"worker_lost" in (ended[lost].error or b"")
     await upkeep.sweep()
-    assert await _claim(runs, customer, 9) is None
-    assert_at_rest(server, customer.queue)
+    assert await _claim(runs, load_client, 9) is None
+    assert_at_rest(server, load_client.queue)
 
 
-async def _lose(server: redis.Redis, upkeep: Upkeep, customer: Customer, token: str) -> None:
+async def _lose(server: redis.Redis, upkeep: Upkeep, load_client: Customer, token: str) -> None:
     """The claim's lease has run out, and a sweep comes by that is not on its guard."""
-    running = keys.running(customer.queue)
-    server.zadd(keys.leases(customer.queue), {token: 1}, xx=True)
+    running = keys.running(load_client.queue)
+    server.zadd(keys.leases(load_client.queue), {token: 1}, xx=True)
 
     async def taken() -> bool:
         await upkeep.sweep()
@@ -129,14 +131,14 @@ async def _sweep_until(end: asyncio.Event, upkeep: Upkeep) -> None:
 
 
 async def test_an_api_that_dies_leaves_no_key_without_a_bound(
-    customer: Customer, store: Store, server: redis.Redis
+    load_client: Customer, store: Store, server: redis.Redis
 ) -> None:
-    await customer.submit([1.0])
+    await load_client.submit([1.0])
     async with asyncio.TaskGroup() as group:
-        inbox = Inbox(store, customer.submissions)
+        inbox = Inbox(store, load_client.submissions)
         group.create_task(inbox.run())
-        waiter = (await _waiters(inbox, customer, group))[0]
-        await _all_signed_up(server, customer)
+        waiter = (await _waiters(inbox, load_client, group))[0]
+        await _all_signed_up(server, load_client)
         await eventually(lambda: server.exists(inbox.name) == 1, "the inbox has its stream")
         assert 0 < server.ttl(inbox.name) <= 60
         # Redis hears no more of it than of a process that dies.
@@ -144,46 +146,46 @@ async def test_an_api_that_dies_leaves_no_key_without_a_bound(
         await inbox.close()
     # Its stream runs out before the job ends.
     server.delete(inbox.name)
-    await _run_all(store, customer)
+    await _run_all(store, load_client)
     assert not server.exists(inbox.name)
-    assert_at_rest(server, customer.queue)
+    assert_at_rest(server, load_client.queue)
     unbounded = [name for name in server.scan_iter("*inbox*") if server.ttl(name) == -1]
     assert not unbounded
 
 
 async def test_a_look_before_the_submit_does_not_end_the_wait_for_it(
-    customer: Customer, store: Store, server: redis.Redis
+    load_client: Customer, store: Store, server: redis.Redis
 ) -> None:
     """The inbox looks again at all that is waited for, also at a job still on its way in."""
     async with asyncio.TaskGroup() as group:
-        inbox = Inbox(store, customer.submissions)
-        job = customer.job(1.0, inbox=inbox.name)
+        inbox = Inbox(store, load_client.submissions)
+        job = load_client.job(1.0, inbox=inbox.name)
         with inbox.expect(job.job_id) as ticket:
             group.create_task(inbox.run())  # begins with such a look
             await eventually(lambda: server.exists(inbox.name) == 1, "the inbox reads")
-            await customer.submissions.read(job.job_id)
-            await customer.submissions.submit_many(customer.queue, [job])
+            await load_client.submissions.read(job.job_id)
+            await load_client.submissions.submit_many(load_client.queue, [job])
             waiter = group.create_task(ticket.wait(20))
-            await _run_all(store, customer)
+            await _run_all(store, load_client)
             ended = await waiter
             assert ended
             assert ended.status == "completed"
         await inbox.close()
-    assert_at_rest(server, customer.queue)
+    assert_at_rest(server, load_client.queue)
 
 
 @pytest.mark.soak
 async def test_a_wait_ends_when_its_job_is_gone_and_not_before_it_is_there(
     store: Store, server: redis.Redis
 ) -> None:
-    customer = Customer(store)
-    (gone,) = await customer.submit([1.0])
-    async with open_inbox(store, customer) as inbox, asyncio.TaskGroup() as group:
-        stored = (await customer.read([gone]))[0]
+    load_client = Customer(store)
+    (gone,) = await load_client.submit([1.0])
+    async with open_inbox(store, load_client) as inbox, asyncio.TaskGroup() as group:
+        stored = (await load_client.read([gone]))[0]
         assert stored
         wait = group.create_task(inbox.wait(stored, 60))
-        await _all_signed_up(server, customer)
-        to_come = customer.job(2.0)
+        await _all_signed_up(server, load_client)
+        to_come = load_client.job(2.0)
         with inbox.expect(to_come.job_id) as ticket:
             server.flushall()
             assert await wait is None
@@ -195,12 +197,12 @@ async def test_a_wait_ends_when_its_job_is_gone_and_not_before_it_is_there(
 async def test_ends_are_heard_at_once_again_though_the_clock_of_redis_is_behind(
     comes_back: str, store: Store, server: redis.Redis
 ) -> None:
-    customer = Customer(store)
-    async with open_inbox(store, customer) as inbox, asyncio.TaskGroup() as group:
+    load_client = Customer(store)
+    async with open_inbox(store, load_client) as inbox, asyncio.TaskGroup() as group:
         await eventually(lambda: server.exists(inbox.name) == 1, "it has its stream")
         seconds, _ = server.time()
-        (ended,) = await customer.submit([1.0])
-        await _run_all(store, customer)
+        (ended,) = await load_client.submit([1.0])
+        await _run_all(store, load_client)
         with inbox.expect(ended) as ticket:
             server.xadd(inbox.name, {ended: "completed"}, id=f"{(seconds + 3600) * 1000}-0")
             assert await ticket.wait(1), "it reads that far"
@@ -210,12 +212,12 @@ async def test_ends_are_heard_at_once_again_though_the_clock_of_redis_is_behind(
             server.expire(inbox.name, 60)
 
         async def is_heard_at_once() -> bool:
-            customer.acknowledged.clear()
-            await customer.submit([1.0])
-            waiters = await _waiters(inbox, customer, group)
-            await _all_signed_up(server, customer)
+            load_client.acknowledged.clear()
+            await load_client.submit([1.0])
+            waiters = await _waiters(inbox, load_client, group)
+            await _all_signed_up(server, load_client)
             began_at = time.monotonic()
-            await _run_all(store, customer)
+            await _run_all(store, load_client)
             assert await waiters[0]
             return time.monotonic() - began_at < 0.2
 
@@ -223,28 +225,28 @@ async def test_ends_are_heard_at_once_again_though_the_clock_of_redis_is_behind(
 
 
 async def test_a_wait_that_is_too_short_gives_the_job_as_it_is(
-    customer: Customer, store: Store, server: redis.Redis
+    load_client: Customer, store: Store, server: redis.Redis
 ) -> None:
-    await customer.submit([1.0])
-    async with open_inbox(store, customer) as inbox:
-        (stored,) = await customer.read()
+    await load_client.submit([1.0])
+    async with open_inbox(store, load_client) as inbox:
+        (stored,) = await load_client.read()
         assert stored
         now = await inbox.wait(stored, 0.05)
         assert now
         assert now.status == "pending"
-    await _run_all(store, customer)
-    assert_at_rest(server, customer.queue)
+    await _run_all(store, load_client)
+    assert_at_rest(server, load_client.queue)
 
 
 async def test_a_closing_api_answers_everyone_who_waits(
-    customer: Customer, store: Store, server: redis.Redis
+    load_client: Customer, store: Store, server: redis.Redis
 ) -> None:
-    await customer.submit([1.0] * 20)
+    await load_client.submit([1.0] * 20)
     async with asyncio.TaskGroup() as group:
-        async with open_inbox(store, customer) as inbox:
-            waiters = await _waiters(inbox, customer, group)
-            await _all_signed_up(server, customer)
-        answers = [await one for one in waiters]
-    assert [one.status for one in answers if one] == ["pending"] * 20
-    await _run_all(store, customer)
-    assert_at_rest(server, customer.queue)
+        async with open_inbox(store, load_client) as inbox:
+            waiters = await _waiters(inbox, load_client, group)
+            await _all_signed_up(server, load_client)
+        answers = [await waiter for waiter in waiters]
+    assert [answer.status for answer in answers if answer] == ["pending"] * 20
+    await _run_all(store, load_client)
+    assert_at_rest(server, load_client.queue)

@@ -14,10 +14,10 @@ from asyncinfer.repository.store import Store
 from asyncinfer.tensors.datatypes import TensorSpec
 from tests import zoo
 from tests.api.harness import api_of, signature
-from tests.faults.model_folder import Folder
+from tests.faults.model_folder import ModelFolder
 
 from .harness import eventually
-from .processes import OpenCrew
+from .processes import OpenWorkers
 
 SLOW = zoo.loop_for_hours("batch").SerializeToString()
 """Takes 7 s to load: as long as probing may take."""
@@ -36,7 +36,7 @@ async def read(client: httpx2.AsyncClient, job_id: str) -> dict[str, Any]:
 
 
 async def test_a_job_says_that_no_worker_is_there_until_one_has_come(
-    crew: OpenCrew, redis_url: str, policy: Policy, store: Store
+    open_workers: OpenWorkers, redis_url: str, policy: Policy, store: Store
 ) -> None:
     known = msgspec.structs.replace(
         signature("slow"), inputs=(TensorSpec("x", "FP32", ("batch", 1)),)
@@ -44,13 +44,13 @@ async def test_a_job_says_that_no_worker_is_there_until_one_has_come(
     await store.claim_default_model("slow")
     await Upkeep(store).announce_models({"slow": {"1": msgspec.json.encode(known)}})
     config = ApiConfig(redis_url=redis_url, policy=policy)
-    with crew() as workers:
+    with open_workers() as workers:
         async with api_of(config) as client:
             waiting = await told(client, "slow", 1.0)
             assert waiting["waiting_for"]["code"] == "no_worker"
             assert (await client.get("/health")).json()["starved"] == ["slow"]
 
-            worker = workers.hire()
+            worker = workers.start()
 
             async def has_run() -> bool:
                 return bool((await read(client, waiting["job_id"]))["status"] == "completed")
@@ -67,12 +67,12 @@ async def test_a_job_says_that_no_worker_is_there_until_one_has_come(
 
 @pytest.mark.soak
 async def test_a_job_whose_run_had_no_memory_says_that_it_is_tried_again(
-    crew: OpenCrew, redis_url: str, policy: Policy, server: redis.Redis
+    open_workers: OpenWorkers, redis_url: str, policy: Policy, server: redis.Redis
 ) -> None:
     codes: set[str] = set()
-    with crew(models=("hungry",), policy=policy) as workers:
-        worker = workers.hire()
-        await eventually(lambda: worker.announced(server), "the worker serves")
+    with open_workers(models=("hungry",), policy=policy) as workers:
+        worker = workers.start()
+        await eventually(lambda: worker.is_announced(server), "the worker serves")
         async with api_of(ApiConfig(redis_url=redis_url, policy=policy)) as client:
             job_id = (await told(client, "hungry", zoo.ENDLESS_MIB))["job_id"]
 
@@ -88,15 +88,19 @@ async def test_a_job_whose_run_had_no_memory_says_that_it_is_tried_again(
 
 
 async def test_a_model_that_its_worker_still_loads_is_never_unknown(
-    crew: OpenCrew, folder: Folder, redis_url: str, policy: Policy, server: redis.Redis
+    open_workers: OpenWorkers,
+    folder: ModelFolder,
+    redis_url: str,
+    policy: Policy,
+    server: redis.Redis,
 ) -> None:
     """And no other model is taken for the only one meanwhile."""
     assert not server.keys(), "beside a model of another test these would be unknown at first"
     folder.publish(SLOW, 1, name="z")
     seen: set[tuple[str, str]] = set()
-    with crew(model_dir=str(folder.path), models=()) as workers:
+    with open_workers(model_dir=str(folder.path), models=()) as workers:
         async with api_of(ApiConfig(redis_url=redis_url, policy=policy)) as client:
-            worker = workers.hire()
+            worker = workers.start()
 
             async def only_first_is_served() -> bool:
                 for path in ("/predict", "/predict/m", "/predict/z"):

@@ -18,7 +18,7 @@ from asyncinfer.worker.worker import WorkerConfig
 from tests import unprivileged
 
 
-class Order(msgspec.Struct, kw_only=True):
+class WorkerSettings(msgspec.Struct, kw_only=True):
     """What a test wants of a worker."""
 
     redis_url: str
@@ -38,7 +38,7 @@ class Order(msgspec.Struct, kw_only=True):
     """Raises what nobody foresaw at this step."""
 
 
-def _watcher(order: Order) -> Callable[[Step], None]:
+def _watcher(order: WorkerSettings) -> Callable[[Step], None]:
     def on_step(reached: Step) -> None:
         if reached == order.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -53,7 +53,7 @@ def _only(models: tuple[str, ...]) -> str | None:
 
 
 def main() -> int:
-    order = msgspec.json.decode(sys.argv[1], type=Order)
+    order = msgspec.json.decode(sys.argv[1], type=WorkerSettings)
     if order.unprivileged:
         unprivileged.drop()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")

@@ -80,8 +80,8 @@ class Served:
         headers = {"content-type": "application/json", "prefer": "wait=20"}
         with urllib.request.urlopen(
             urllib.request.Request(url, content, headers), timeout=30
-        ) as it:
-            return json.load(it)
+        ) as response:
+            return json.load(response)
 
     def ask(self, model: str) -> float:
         """What comes of 1."""
@@ -93,15 +93,15 @@ class Served:
             listed = self.get("/models")["models"]
         except OSError:
             return False
-        return {one["model"] for one in listed if one["workers"]} == set(names)
+        return {model["model"] for model in listed if model["workers"]} == set(names)
 
     def reasons(self) -> str:
         listed = self.get("/models")
         problems = [
             *listed["problems"],
-            *(it for one in listed["models"] for it in one["problems"]),
+            *(problem for model in listed["models"] for problem in model["problems"]),
         ]
-        return "\n".join(one["reason"] for one in problems)
+        return "\n".join(problem["reason"] for problem in problems)
 
     def stop(self) -> str:
         """What it has logged."""
@@ -150,8 +150,8 @@ def test_a_doctor_tells_what_is_wrong_with_each_entry_of_the_folder(tmp_path: Pa
 
     for name in ("closed", "lost+found"):
         (tmp_path / name).chmod(0o700)
-    said = {(one.verdict, one.about): one.found for one in findings}
-    assert "lost+found is passed over" in "".join(one.found for one in findings)
+    said = {(finding.verdict, finding.about): finding.found for finding in findings}
+    assert "lost+found is passed over" in "".join(finding.found for finding in findings)
     assert "closed: cannot be read: Permission denied" in said["problem", "model closed"]
     assert "is a FIFO" in said["problem", "model pipe/1"]
 

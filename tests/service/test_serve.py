@@ -230,7 +230,7 @@ def test_the_welcome_names_no_model_that_is_broken_at_a_glance(tmp_path: Path) -
         )
         eventually_sync(lambda: bool(serve.get("/models")["models"]), "it is announced")
         problems = serve.get("/models")["problems"]
-    assert {(one["model"], one["version"]) for one in problems} == {
+    assert {(problem["model"], problem["version"]) for problem in problems} == {
         *(("cut", "1"), ("empty", "1"), ("wrong", None))
     }
 
@@ -272,9 +272,9 @@ def test_a_second_serve_on_one_data_dir_is_refused(
 def test_a_taken_port_is_refused() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
-        with parent("-m", "asyncinfer", "serve", "--port", port) as it:
-            assert it.process.wait() == REFUSED
-            assert f"127.0.0.1:{port}" in it.complaints()
+        with parent("-m", "asyncinfer", "serve", "--port", port) as process:
+            assert process.process.wait() == REFUSED
+            assert f"127.0.0.1:{port}" in process.complaints()
 
 
 def test_a_worker_joins_a_running_serve_through_its_folder(served: Serve) -> None:

@@ -9,24 +9,24 @@ import pytest
 
 from tests import zoo
 from tests.faults.harness import eventually, eventually_sync
-from tests.faults.model_folder import Folder
+from tests.faults.model_folder import ModelFolder
 from tests.serving import Serve, serving
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
     """With `first`, so that there is something to serve; each test has models of its own."""
-    it = Folder(tmp_path_factory.mktemp("folder"))
-    it.publish(zoo.adds(1), 1, name="first")
-    return it
+    folder = ModelFolder(tmp_path_factory.mktemp("folder"))
+    folder.publish(zoo.adds(1), 1, name="first")
+    return folder
 
 
 @pytest.fixture(scope="module")
-def served(folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+def served(folder: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
     data_dir = str(tmp_path_factory.mktemp("data"))
-    with serving(DATA_DIR=data_dir, MODEL_DIR=str(folder.path), RESCAN_SECONDS="0.5") as it:
-        eventually_sync(lambda: bool(it.get("/models")["models"]), "a worker has come")
-        yield it
+    with serving(DATA_DIR=data_dir, MODEL_DIR=str(folder.path), RESCAN_SECONDS="0.5") as serve:
+        eventually_sync(lambda: bool(serve.get("/models")["models"]), "a worker has come")
+        yield serve
 
 
 class Client:
@@ -57,14 +57,14 @@ class Client:
     async def switch(self, path: str) -> None:
         assert (await self._http.post(path)).status_code == 200
 
-    async def until_known(self, name: str, what: Callable[[dict[str, Any]], bool]) -> Any:
+    async def until_known(self, name: str, description: Callable[[dict[str, Any]], bool]) -> Any:
         """What is told of a model, once it is so."""
         told: dict[str, Any] = {}
 
         async def is_so() -> bool:
             reply = await self._http.get(f"/models/{name}")
             told.update(reply.json())
-            return reply.status_code == 200 and what(told)
+            return reply.status_code == 200 and description(told)
 
         await eventually(is_so, f"what is told of {name} is so: {told}", 20)
         return told
@@ -89,7 +89,7 @@ def answered_with(client: Client, name: str, status: int) -> Callable[[], Awaita
 
 
 async def test_a_model_dropped_in_is_answered_and_a_removed_one_is_not_found(
-    folder: Folder, client: Client
+    folder: ModelFolder, client: Client
 ) -> None:
     assert (await client.post("fresh", 1)).status_code == 404
 
@@ -105,7 +105,7 @@ async def test_a_model_dropped_in_is_answered_and_a_removed_one_is_not_found(
 
 @pytest.mark.soak
 async def test_a_new_version_takes_over_while_requests_run_and_none_fails(
-    folder: Folder, client: Client
+    folder: ModelFolder, client: Client
 ) -> None:
     folder.publish(zoo.adds(1), 1, name="busy")
     before = await client.until_known("busy", lambda told: told["workers"] == 1)
@@ -134,7 +134,7 @@ async def test_a_new_version_takes_over_while_requests_run_and_none_fails(
 
 @pytest.mark.soak
 async def test_what_is_told_of_a_model_is_how_it_is_run_and_what_is_wrong_with_it(
-    folder: Folder, client: Client
+    folder: ModelFolder, client: Client
 ) -> None:
     folder.publish(zoo.adds(1), 1, name="told")
     await client.until_known("told", lambda told: told["workers"] == 1)
@@ -165,7 +165,7 @@ async def test_what_is_told_of_a_model_is_how_it_is_run_and_what_is_wrong_with_i
 
 
 async def test_a_paused_model_takes_jobs_in_and_runs_them_when_it_is_resumed(
-    folder: Folder, client: Client
+    folder: ModelFolder, client: Client
 ) -> None:
     folder.publish(zoo.adds(7), 1, name="paused")
     await client.until_known("paused", lambda told: told["workers"] == 1)

@@ -52,8 +52,8 @@ def urls(redis_url: str, shipped_models: Path) -> Iterator[list[str]]:
 
 @pytest.fixture
 async def client() -> AsyncIterator[httpx2.AsyncClient]:
-    async with httpx2.AsyncClient(timeout=30, verify=False) as it:
-        yield it
+    async with httpx2.AsyncClient(timeout=30, verify=False) as opened:
+        yield opened
 
 
 async def _all_results(
@@ -86,8 +86,8 @@ async def test_every_row_through_the_service_agrees_with_scikit_learn(
 
     results = await _all_results(client, urls[0], model, rows)
 
-    assert [one["prediction"] for one in results] == labels.tolist()
-    answered = np.array([one["probabilities"] for one in results])
+    assert [result["prediction"] for result in results] == labels.tolist()
+    answered = np.array([result["probabilities"] for result in results])
     np.testing.assert_allclose(answered, probabilities, atol=1e-5)
 
     # The same again as one job of many rows: none is dropped, none changes places.
@@ -95,7 +95,7 @@ async def test_every_row_through_the_service_agrees_with_scikit_learn(
     answer = await client.post(
         f"{urls[1]}/predict/{model}", json=body, headers={"Prefer": "wait=20"}
     )
-    together = np.array([one["probabilities"] for one in answer.json()["result"]])
+    together = np.array([result["probabilities"] for result in answer.json()["result"]])
     np.testing.assert_allclose(together, probabilities, atol=1e-5)
 
 
@@ -193,7 +193,7 @@ async def test_an_answer_comes_in_the_form_that_is_asked_for_however_the_input_w
 
     shown = labelled.json()["result"]
     assert (shown["prediction"], shown["class_name"]) == (0, "setosa")
-    outputs = {one["name"]: one["data"] for one in tensors.json()["result"]["outputs"]}
+    outputs = {output["name"]: output["data"] for output in tensors.json()["result"]["outputs"]}
     assert outputs["probabilities"] == pytest.approx(shown["probabilities"])
     job_id = tensors.json()["job_id"]
     wanted = {"Accept": "application/x-npy"}

@@ -90,8 +90,10 @@ class Person:
         assert self.serve is not None
         said = self.types("doctor", "--json", "--url", self.serve.welcome["URL"])
         found: dict[str, list[str]] = {"ok": [], "warning": [], "problem": []}
-        for one in json.loads(said.out)["findings"]:
-            found[one["verdict"]].append(f"{one['about']}: {one['found']} -> {one['mend']}")
+        for finding in json.loads(said.out)["findings"]:
+            found[finding["verdict"]].append(
+                f"{finding['about']}: {finding['found']} -> {finding['mend']}"
+            )
         assert said.code == bool(found["problem"])
         return found
 
@@ -110,7 +112,7 @@ class Person:
         queues = self.serve.get("/queues")["queues"]
         return (
             self.serve.get("/health")["starved"],
-            [one["model"] for one in queues if one["starved"]],
+            [queue["model"] for queue in queues if queue["starved"]],
         )
 
     def presses_ctrl_c(self) -> str:
@@ -152,7 +154,7 @@ def refused(person: Person, *argv: str) -> str:
 
 def names(serve: Serve) -> set[str]:
     listed = serve.get("/models")
-    return {one["model"] for one in listed["models"]} | set(listed["loading"])
+    return {model["model"] for model in listed["models"]} | set(listed["loading"])
 
 
 def until_states(person: Person, wanted: dict[str, str]) -> None:
@@ -322,4 +324,4 @@ def work(folder: Path) -> Iterator[None]:
 
 def workers(serve: Serve) -> list[int]:
     """How many have each of the examples."""
-    return [one["workers"] for one in serve.get("/models")["models"]]
+    return [model["workers"] for model in serve.get("/models")["models"]]

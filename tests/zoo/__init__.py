@@ -5,7 +5,7 @@
 - `catalogue`: what people may bring, with inputs for each; `bare` runs them without us
 """
 
-from tests.zoo.behaving import (
+from tests.zoo.behaviour import (
     ENDLESS_MIB,
     FOREVER,
     Poison,

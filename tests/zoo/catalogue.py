@@ -2,10 +2,10 @@
 
 from typing import Final
 
-from tests.zoo import crossing, flowing, lifelike, plain
+from tests.zoo import basic, control_flow, realistic, row_dependent
 from tests.zoo.entry import Entry
 
-_PARTS: Final = (plain, crossing, flowing, lifelike)
+_PARTS: Final = (basic, row_dependent, control_flow, realistic)
 
 ENTRIES: Final[dict[str, Entry]] = {
     entry.name: entry for part in _PARTS for entry in part.entries()

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from asyncinfer.tensors.datatypes import Array, Feeds
-from tests.zoo.bare import Answers
+from tests.zoo.reference import Answers
 
 Form: TypeAlias = Literal["json", "binary"]
 
@@ -62,14 +62,14 @@ def _request(feeds: Feeds, form: Form) -> tuple[dict[str, str], bytes]:
     tail = b""
     for name, array in feeds.items():
         datatype = _NAMES[array.dtype]
-        one: dict[str, Any] = {"name": name, "shape": array.shape, "datatype": datatype}
+        tensor: dict[str, Any] = {"name": name, "shape": array.shape, "datatype": datatype}
         if form == "binary":
             content = _bytes_of(array)
-            one["parameters"] = {"binary_data_size": len(content)}
+            tensor["parameters"] = {"binary_data_size": len(content)}
             tail += content
         else:
-            one["data"] = array.ravel().tolist()
-        inputs.append(one)
+            tensor["data"] = array.ravel().tolist()
+        inputs.append(tensor)
     head = json.dumps({"inputs": inputs}).encode()
     headers = {"Content-Type": _MEDIA_TYPES[form]}
     if form == "binary":
@@ -88,13 +88,13 @@ def _answers(reply: httpx2.Response) -> Answers:
     length = int(reply.headers.get(_LENGTH, len(reply.content)))
     head, tail = reply.content[:length], reply.content[length:]
     answers = {}
-    for one in json.loads(head)["outputs"]:
-        dtype, shape = _DTYPES[one["datatype"]], one["shape"]
-        if "data" in one:
-            answers[one["name"]] = _of_json(one["data"], dtype, shape)
+    for output in json.loads(head)["outputs"]:
+        dtype, shape = _DTYPES[output["datatype"]], output["shape"]
+        if "data" in output:
+            answers[output["name"]] = _of_json(output["data"], dtype, shape)
             continue
-        size = one["parameters"]["binary_data_size"]
-        answers[one["name"]] = _of_bytes(tail[:size], dtype, shape)
+        size = output["parameters"]["binary_data_size"]
+        answers[output["name"]] = _of_bytes(tail[:size], dtype, shape)
         tail = tail[size:]
     assert not tail
     return answers
@@ -102,7 +102,7 @@ def _answers(reply: httpx2.Response) -> Answers:
 
 def _of_json(data: Sequence[Any], dtype: Any, shape: Sequence[int]) -> Array:
     if dtype not in (np.object_, np.bool_):
-        data = [float(one) if isinstance(one, str) else one for one in data]
+        data = [float(number) if isinstance(number, str) else number for number in data]
     return np.array(data, dtype).reshape(shape)
 
 

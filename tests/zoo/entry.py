@@ -21,7 +21,7 @@ Tensors: TypeAlias = Mapping[str, tuple[str, tuple[int | str, ...]]]
 ROWS: Final = "rows"
 """The dimension that a drawn input has the job's number of rows in."""
 
-_MOST_OPEN: Final = 4
+_MAX_DYNAMIC_DIM: Final = 4
 _WORDS: Final = ("", "a", "naïve", "日本", "two words", "\x00", "x" * 300)
 
 
@@ -32,13 +32,13 @@ class Entry(Struct, frozen=True):
     batched: bool | None
     """Whether jobs may share a run; None where either is right."""
     toml: str = ""
-    weights_apart: bool = False
+    has_external_weights: bool = False
     """Whether its weights are in a file of their own."""
 
     def place(self, folder: Path) -> Path:
         """Puts it into the model folder; returns the model's file."""
         path = place(folder, self.name, self.build(), toml=self.toml)
-        if self.weights_apart:
+        if self.has_external_weights:
             whole = onnx.load_model(path)
             how: Any = {"save_as_external_data": True, "size_threshold": 0}
             onnx.save_model(whole, path, location="weights.bin", **how)
@@ -54,7 +54,7 @@ def drawn(inputs: Tensors) -> Draw:
         for name, (datatype, dims) in inputs.items():
             for dim in dims:
                 if isinstance(dim, str) and dim not in sizes:
-                    sizes[dim] = int(rng.integers(1, _MOST_OPEN, endpoint=True))
+                    sizes[dim] = int(rng.integers(1, _MAX_DYNAMIC_DIM, endpoint=True))
             shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in dims)
             feeds[name] = values(rng, datatype, shape)
         return feeds

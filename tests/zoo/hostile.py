@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tests.zoo.behaving import identity, mlp
+from tests.zoo.behaviour import identity, mlp
 from tests.zoo.making import Dims, model, node, place, place_bytes, tensor
 
 Place: TypeAlias = Callable[[Path, str], object]
@@ -110,9 +110,9 @@ def _varint(number: int) -> bytes:
 
 def swelling() -> onnx.ModelProto:
     """64 GiB of ones, asked for when the graph is folded at load or at the latest when it runs."""
-    one = numpy_helper.from_array(np.ones(1, np.float32))
+    filling_value = numpy_helper.from_array(np.ones(1, np.float32))
     nodes = [
-        node("ConstantOfShape", ["size"], ["filling"], value=one),
+        node("ConstantOfShape", ["size"], ["filling"], value=filling_value),
         node("ReduceMax", ["filling"], ["most"], keepdims=0),
         node("Add", ["x", "most"], ["y"]),
     ]
@@ -248,7 +248,7 @@ BROKEN: Final[dict[str, Place]] = {
 }
 """Refused wherever they are met."""
 
-THIEVES: Final[dict[str, Place]] = {
+OUTSIDE_WEIGHTS: Final[dict[str, Place]] = {
     "weights_absolute": _absolute,
     "weights_upwards": _upwards,
     "weights_symlink": _linked(lambda target, link: os.symlink(target, link)),

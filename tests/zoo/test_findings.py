@@ -14,11 +14,11 @@ from asyncinfer.models.folder import scan
 from tests import zoo
 from tests.faults.harness import eventually_sync
 from tests.serving import serving
+from tests.zoo.batch_run import serve
 from tests.zoo.catalogue import ENTRIES
-from tests.zoo.flowing import by_largest
+from tests.zoo.control_flow import by_largest
 from tests.zoo.hostile import aborting_split
-from tests.zoo.mutating import BASES, mutated
-from tests.zoo.running import serve
+from tests.zoo.mutations import BASES, mutated
 
 UNEXPECTED: Final = (117, 205, 4061, 4636)
 """Seeds of damaged models that ONNX Runtime loads: huge fixed dimensions, names not UTF-8."""
@@ -83,5 +83,5 @@ def test_serve_comes_up_beside_a_model_that_kills_who_loads_it(tmp_path: Path) -
             # It answers while the other one is still being tried.
             eventually_sync(is_refused, "the other one is refused", 60)
 
-    assert {one["code"] for one in told} <= {"model_loading", "model_not_found"}
+    assert {answer["code"] for answer in told} <= {"model_loading", "model_not_found"}
     assert "SIGABRT" in told[-1]["detail"]

@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.zoo.hostile import BROKEN, SECRET, THIEVES, laughing_functions
-from tests.zoo.loading import Loaded, load_each
+from tests.zoo.hostile import BROKEN, OUTSIDE_WEIGHTS, SECRET, laughing_functions
+from tests.zoo.isolated_load import Loaded, load_each
 from tests.zoo.making import place
-from tests.zoo.mutating import place_mutants
+from tests.zoo.mutations import place_mutants
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hostile") / "models"
     folder.mkdir()
-    for name, put in {**BROKEN, **THIEVES}.items():
+    for name, put in {**BROKEN, **OUTSIDE_WEIGHTS}.items():
         put(folder, name)
     return folder
 
@@ -26,7 +26,7 @@ def loaded(folder: Path) -> dict[str, Loaded]:
     return load_each(folder)
 
 
-@pytest.mark.parametrize("name", [*BROKEN, *THIEVES])
+@pytest.mark.parametrize("name", [*BROKEN, *OUTSIDE_WEIGHTS])
 def test_what_is_no_model_or_a_thief_is_refused_by_its_short_name(
     loaded: dict[str, Loaded], folder: Path, name: str
 ) -> None:
@@ -61,9 +61,13 @@ def test_damaged_models_are_loaded_or_refused_and_nothing_else(tmp_path: Path, c
 
     assert len(became) == count
     # ONNX Runtime may abort on one; that we raise what nobody expects is our own fault.
-    ours = {name: one for name, one in became.items() if one.died.startswith("exit code")}
+    ours = {
+        name: loaded_model
+        for name, loaded_model in became.items()
+        if loaded_model.died.startswith("exit code")
+    }
     assert not ours
-    killers = [name for name, one in became.items() if one.died]
+    killers = [name for name, loaded_model in became.items() if loaded_model.died]
     assert len(killers) <= count / 200, killers
-    for name, one in became.items():
-        assert not one.reason or one.reason.startswith(f"{name}/1/model.onnx: ")
+    for name, loaded_model in became.items():
+        assert not loaded_model.reason or loaded_model.reason.startswith(f"{name}/1/model.onnx: ")

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from asyncinfer.tensors.datatypes import Feeds
-from tests.zoo.bare import Answers, Bare, assert_equal
 from tests.zoo.client import Form, infer
-from tests.zoo.serving import served
+from tests.zoo.reference import Answers, ReferenceSession, assert_equal
+from tests.zoo.service import served
 
 pytestmark = pytest.mark.soak
 
@@ -50,7 +50,8 @@ class Real:
         self.url = url
         self.config = config
         self.bare = {
-            name: Bare(folder / name / "1" / "model.onnx") for name in ("magika", "silero")
+            name: ReferenceSession(folder / name / "1" / "model.onnx")
+            for name in ("magika", "silero")
         }
 
     async def infer(self, model: str, feeds: Feeds, form: Form = "binary") -> Answers:
@@ -108,7 +109,7 @@ def _png() -> bytes:
     pixels = np.random.default_rng(0).bytes(64 * (1 + 3 * 64))
     header = struct.pack(">IIBBBBB", 64, 64, 8, 2, 0, 0, 0)
     chunks = (b"IHDR", header), (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*parts) for parts in chunks)
 
 
 _FILES: Final = {
@@ -176,7 +177,7 @@ async def test_silero_carries_its_state_from_job_to_job(real: Real) -> None:
     silent = await _listen(real, np.zeros(_RATE // 2, np.float32))
     spoken = await _listen(real, _vowel(1.0))
 
-    assert all(0 <= one <= 1 for one in (*silent, *spoken))
+    assert all(0 <= probability <= 1 for probability in (*silent, *spoken))
     assert max(silent) < 0.5 < min(spoken)
 
 

@@ -10,10 +10,10 @@ import httpx2
 import numpy as np
 import pytest
 
-from tests.zoo.bare import Bare, assert_equal
 from tests.zoo.catalogue import ENTRIES
 from tests.zoo.client import Form, infer
-from tests.zoo.serving import served
+from tests.zoo.reference import ReferenceSession, assert_equal
+from tests.zoo.service import served
 
 BINARY_ONLY: Final = frozenset({"fp16", "bf16", "half"})
 """JSON has no numbers of theirs, says the Open Inference Protocol."""
@@ -27,7 +27,7 @@ class Zoo:
 
     def __init__(self, url: str, folder: Path) -> None:
         self.url = url
-        self.bare = cache(lambda name: Bare(folder / name / "1" / "model.onnx"))
+        self.bare = cache(lambda name: ReferenceSession(folder / name / "1" / "model.onnx"))
 
     async def assert_same(
         self, http: httpx2.AsyncClient, name: str, form: Form, seed: int, rows: int
@@ -51,8 +51,8 @@ def zoo(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zo
 
 @pytest.fixture
 async def http() -> AsyncIterator[httpx2.AsyncClient]:
-    async with httpx2.AsyncClient(timeout=30, verify=False) as it:
-        yield it
+    async with httpx2.AsyncClient(timeout=30, verify=False) as client:
+        yield client
 
 
 @pytest.mark.parametrize("form", ["binary", "json"])

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from asyncinfer.engine import Engine
 from asyncinfer.models.folder import scan
-from tests.zoo.bare import Bare, assert_equal
+from tests.zoo.batch_run import serve
 from tests.zoo.catalogue import ENTRIES
 from tests.zoo.entry import Entry
-from tests.zoo.running import serve
+from tests.zoo.reference import ReferenceSession, assert_equal
 
 
 class Pair:
@@ -25,7 +25,7 @@ class Pair:
         path = entry.place(folder)
         (file,) = scan(folder)
         self.engine = Engine.load(file, intra_op_threads=1)
-        self.bare = Bare(path)
+        self.bare = ReferenceSession(path)
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +64,11 @@ def test_every_job_gets_the_answer_of_bare_onnx_runtime(
 
     served = serve(pair.engine, jobs)
 
-    for feeds, one in zip(jobs, served, strict=True):
+    for feeds, job in zip(jobs, served, strict=True):
         expected = pair.bare.run(feeds)
-        assert (one.answers is None) == (expected is None)
-        if one.answers is not None and expected is not None:
-            assert_equal(one.answers, expected, exactly=one.beside == 1)
+        assert (job.answers is None) == (expected is None)
+        if job.answers is not None and expected is not None:
+            assert_equal(job.answers, expected, exactly=job.jobs_in_run == 1)
 
 
 @pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.batched])
@@ -76,4 +76,4 @@ def test_jobs_of_one_shape_do_share_a_run(pair_of: Callable[[str], Pair], name: 
     pair = pair_of(name)
     drawn = [pair.entry.draw(np.random.default_rng(7), 2) for _ in range(3)]
 
-    assert {one.beside for one in serve(pair.engine, drawn)} == {3}
+    assert {job.jobs_in_run for job in serve(pair.engine, drawn)} == {3}

@@ -35,4 +35,4 @@ def served(redis_url: str, folder: Path, models: Collection[str]) -> Iterator[st
 
 
 def _known(client: httpx2.Client, url: str) -> set[str]:
-    return {one["model"] for one in client.get(f"{url}/models").json()["models"]}
+    return {model["model"] for model in client.get(f"{url}/models").json()["models"]}

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from tests.zoo.behaving import minus_mean, positive_rows, recurrent, running_sum, sorted_rows
+from tests.zoo.behaviour import minus_mean, positive_rows, recurrent, running_sum, sorted_rows
 from tests.zoo.entry import ROWS, Entry, drawn
 from tests.zoo.making import model, node, tensor
 
@@ -20,13 +20,13 @@ def entries() -> Iterator[Entry]:
         positive_rows,
         top_row,
         repeated_rows,
-        nonzero_places,
-        turned_around,
+        nonzero_indices,
+        reversed_rows,
     ):
         yield Entry(build.__name__, build, pairs, False)
     yield Entry("recurrent", recurrent, drawn({"x": ("FP32", (ROWS, 1, 3))}), False)
     words = drawn({"x": ("BYTES", (ROWS,))})
-    yield Entry("words_that_count", words_that_count, words, False)
+    yield Entry("words_without_stop_words", words_without_stop_words, words, False)
 
 
 def top_row() -> onnx.ModelProto:
@@ -43,14 +43,14 @@ def repeated_rows() -> onnx.ModelProto:
     return model(nodes, [tensor("x", ["n", 2])], [tensor("y", ["m", 2])], weights)
 
 
-def nonzero_places() -> onnx.ModelProto:
+def nonzero_indices() -> onnx.ModelProto:
     """Where the positive numbers are: [2, how many]."""
     nodes = [node("Relu", ["x"], ["positive"]), node("NonZero", ["positive"], ["y"])]
     outputs = [tensor("y", [2, "found"], TensorProto.INT64)]
     return model(nodes, [tensor("x", ["n", 2])], outputs)
 
 
-def turned_around() -> onnx.ModelProto:
+def reversed_rows() -> onnx.ModelProto:
     """The last row first."""
     names = {"start": -1, "end": -(2**62), "axis": 0, "step": -1}
     weights = {name: np.array([number], np.int64) for name, number in names.items()}
@@ -58,7 +58,7 @@ def turned_around() -> onnx.ModelProto:
     return model(nodes, [tensor("x", ["n", 2])], [tensor("y", ["n", 2])], weights)
 
 
-def words_that_count() -> onnx.ModelProto:
+def words_without_stop_words() -> onnx.ModelProto:
     """Words without the stop words: fewer come out than went in."""
     nodes = [node("StringNormalizer", ["x"], ["y"], stopwords=["a", "日本"], is_case_sensitive=1)]
     string = TensorProto.STRING

@@ -45,7 +45,7 @@ async def told(follower: Follower, count: int) -> list[tuple[str, str]]:
             except RedisUnavailable:
                 await follower.pause(0.2)
             else:
-                found += [(one.change.job_id, one.change.status) for one in news]
+                found += [(event.change.job_id, event.change.status) for event in news]
     return found
 
 
@@ -59,7 +59,7 @@ async def test_a_follower_that_is_too_slow_is_told_all_and_once(
         with feed.follow(GROUP, start, never) as follower:
             ids = await hands.some(1, group="g")
             seen = await told(follower, 1)
-            ids += [one for _ in range(44) for one in await hands.some(250, group="g")]
+            ids += [job_id for _ in range(44) for job_id in await hands.some(250, group="g")]
             seen += await told(follower, len(ids) - 1)
             assert await follower.more(0.2) == []
             assert [job_id for job_id, _ in seen] == ids

@@ -32,7 +32,7 @@ def _change_operator(graph: Any, rng: Rng) -> None:
 
 
 def _change_attribute(graph: Any, rng: Rng) -> None:
-    attributes = [one for node in graph.node for one in node.attribute]
+    attributes = [attribute for node in graph.node for attribute in node.attribute]
     if not attributes:
         return
     attribute = _one_of(attributes, rng)
@@ -46,8 +46,8 @@ def _change_attribute(graph: Any, rng: Rng) -> None:
 def _swap_inputs(graph: Any, rng: Rng) -> None:
     """An input of a node becomes any other name that there is."""
     node = _one_of(graph.node, rng)
-    names = [name for one in graph.node for name in (*one.input, *one.output)]
-    names += [one.name for one in graph.initializer]
+    names = [name for other in graph.node for name in (*other.input, *other.output)]
+    names += [weight.name for weight in graph.initializer]
     if node.input:
         node.input[int(rng.integers(len(node.input)))] = _one_of(names, rng)
 
@@ -92,7 +92,7 @@ def _change_weight_bytes(graph: Any, rng: Rng) -> None:
 
 
 def _change_shape(graph: Any, rng: Rng) -> None:
-    values = [one for one in (*graph.input, *graph.output) if one.type.tensor_type.shape.dim]
+    values = [value for value in (*graph.input, *graph.output) if value.type.tensor_type.shape.dim]
     if values:
         dim = _one_of(_one_of(values, rng).type.tensor_type.shape.dim, rng)
         dim.dim_value = _one_of(_NUMBERS, rng)

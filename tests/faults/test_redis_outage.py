@@ -21,7 +21,7 @@ from asyncinfer.worker.worker import WorkerConfig
 from tests.faults.load_client import Customer, assert_one_end_each, transitions
 
 from .harness import assert_at_rest, eventually
-from .processes import DurableServer, OpenCrew, WorkerChild
+from .processes import DurableServer, OpenWorkers, WorkerChild
 from .proxy import proxied
 
 POLICY = Policy(lease_seconds=2.0, reap_seconds=0.3, job_ttl_seconds=600)
@@ -39,96 +39,100 @@ async def opened(
 
 
 async def test_what_was_acknowledged_survives_a_killed_server(
-    crew: OpenCrew, durable: DurableServer
+    open_workers: OpenWorkers, durable: DurableServer
 ) -> None:
     async with opened(durable.url) as store:
-        customer = Customer(store)
-        with crew(
+        load_client = Customer(store)
+        with open_workers(
             redis_url=durable.url, policy=POLICY, worker=WorkerConfig(concurrency=2, max_batch=16)
         ) as workers:
-            crewed = [workers.hire(), workers.hire()]
-            await _ready(durable, crewed)
+            started = [workers.start(), workers.start()]
+            await _ready(durable, started)
             async with asyncio.TaskGroup() as group:
                 enough = asyncio.Event()
-                group.create_task(_load_until(enough, customer))
+                group.create_task(_load_until(enough, load_client))
                 for _ in range(2):
-                    seen = len(customer.acknowledged)
-                    await eventually(_more_than(customer, seen + 100), "the load goes on", 20)
+                    seen = len(load_client.acknowledged)
+                    await eventually(_more_than(load_client, seen + 100), "the load goes on", 20)
                     durable.kill()
                     durable.start()
                 enough.set()
-            before = len(customer.acknowledged)
+            before = len(load_client.acknowledged)
             restarted_at = time.monotonic()
-            await customer.submit([1.0])
-            await customer.all_completed(60)
+            await load_client.submit([1.0])
+            await load_client.assert_all_completed(60)
             consumed_seconds = time.monotonic() - restarted_at
             assert before > 200
-            assert [await one.stop() for one in crewed] == [0, 0]
+            assert [await worker.stop() for worker in started] == [0, 0]
         client = redis.Redis.from_url(durable.url)
-        assert_one_end_each(client, customer.queue)
-        assert_at_rest(client, customer.queue)
+        assert_one_end_each(client, load_client.queue)
+        assert_at_rest(client, load_client.queue)
         client.close()
     assert consumed_seconds < 20
 
 
-async def _ready(durable: DurableServer, crewed: Sequence[WorkerChild]) -> None:
+async def _ready(durable: DurableServer, started: Sequence[WorkerChild]) -> None:
     client = redis.Redis.from_url(durable.url)
-    await eventually(lambda: all(one.announced(client) for one in crewed), "they are ready")
+    await eventually(
+        lambda: all(worker.is_announced(client) for worker in started), "they are ready"
+    )
     client.close()
 
 
-def _more_than(customer: Customer, count: int) -> Callable[[], bool]:
-    return lambda: len(customer.acknowledged) > count
+def _more_than(load_client: Customer, count: int) -> Callable[[], bool]:
+    return lambda: len(load_client.acknowledged) > count
 
 
-async def _load_until(end: asyncio.Event, customer: Customer) -> None:
+async def _load_until(end: asyncio.Event, load_client: Customer) -> None:
     chance = random.Random(3)
     # Told, not cancelled: a call may swallow that.
     while not end.is_set():
-        await customer.submit_or_not([float(chance.randint(0, 8)) for _ in range(10)])
+        await load_client.submit_or_not([float(chance.randint(0, 8)) for _ in range(10)])
         await asyncio.sleep(0.02)
 
 
 async def test_idle_workers_consume_again_within_5_s_of_a_restart(
-    crew: OpenCrew, durable: DurableServer
+    open_workers: OpenWorkers, durable: DurableServer
 ) -> None:
     async with opened(durable.url) as store:
-        customer = Customer(store)
-        with crew(redis_url=durable.url, policy=POLICY) as workers:
-            worker = workers.hire()
-            await customer.submit([1.0])
-            await customer.all_completed(5)
+        load_client = Customer(store)
+        with open_workers(redis_url=durable.url, policy=POLICY) as workers:
+            worker = workers.start()
+            await load_client.submit([1.0])
+            await load_client.assert_all_completed(5)
             durable.kill()
             durable.start()
-            await customer.submit([2.0])
-            await customer.all_completed(5)
+            await load_client.submit([2.0])
+            await load_client.assert_all_completed(5)
             assert await worker.stop() == 0
 
 
-async def _away(crew: OpenCrew, durable: DurableServer, policy: Policy, seconds: float) -> None:
+async def _away(
+    open_workers: OpenWorkers, durable: DurableServer, policy: Policy, seconds: float
+) -> None:
     """Jobs run, one of them for longer than the outage; each is delivered once."""
     async with opened(durable.url, policy) as store:
-        customer = Customer(store)
-        with crew(
+        load_client = Customer(store)
+        with open_workers(
             redis_url=durable.url,
             policy=policy,
             worker=WorkerConfig(concurrency=1, prediction_timeout_seconds=120),
         ) as workers:
-            crewed = [workers.hire() for _ in range(2)]
+            started = [workers.start() for _ in range(2)]
             client = redis.Redis.from_url(durable.url)
             for value in (500.0, 1000.0 * seconds + 1000):
-                await customer.submit([value])
-                running = len(customer.acknowledged)
-                await eventually(_running(client, customer.queue, running), "each has one")
+                await load_client.submit([value])
+                running = len(load_client.acknowledged)
+                await eventually(_running(client, load_client.queue, running), "each has one")
             durable.kill()
             await asyncio.sleep(seconds)  # the outage itself
             durable.start()
             # The run computes all the while: on a busy machine it takes thrice its time.
-            await customer.all_completed(120)
-            assert [await one.stop() for one in crewed] == [0, 0]
-        for job_id in customer.acknowledged:
-            assert transitions(client, customer.queue)[job_id]["processing"] == 1
-        assert_at_rest(client, customer.queue)
+            await load_client.assert_all_completed(120)
+            assert [await worker.stop() for worker in started] == [0, 0]
+        for job_id in load_client.acknowledged:
+            assert transitions(client, load_client.queue)[job_id]["processing"] == 1
+        assert_at_rest(client, load_client.queue)
         client.close()
 
 
@@ -147,39 +151,41 @@ def _running(client: redis.Redis, queue: str, count: int) -> Callable[[], bool]:
 
 @pytest.mark.soak
 async def test_no_living_workers_job_is_delivered_twice_after_an_outage(
-    crew: OpenCrew, durable: DurableServer
+    open_workers: OpenWorkers, durable: DurableServer
 ) -> None:
-    await _away(crew, durable, BRISK, 2.0)
+    await _away(open_workers, durable, BRISK, 2.0)
 
 
 @pytest.mark.soak
 async def test_no_living_workers_job_is_delivered_twice_after_20_s_without_redis(
-    crew: OpenCrew, durable: DurableServer
+    open_workers: OpenWorkers, durable: DurableServer
 ) -> None:
-    await _away(crew, durable, POLICY, 20.0)
+    await _away(open_workers, durable, POLICY, 20.0)
 
 
 @pytest.mark.soak
-async def test_a_frozen_server_takes_nobodys_jobs(crew: OpenCrew, durable: DurableServer) -> None:
+async def test_a_frozen_server_takes_nobodys_jobs(
+    open_workers: OpenWorkers, durable: DurableServer
+) -> None:
     async with opened(durable.url, BRISK) as store:
-        customer = Customer(store)
-        with crew(
+        load_client = Customer(store)
+        with open_workers(
             redis_url=durable.url,
             policy=BRISK,
             worker=WorkerConfig(concurrency=1, prediction_timeout_seconds=60),
         ) as workers:
-            crewed = [workers.hire() for _ in range(2)]
+            started = [workers.start() for _ in range(2)]
             client = redis.Redis.from_url(durable.url)
-            await customer.submit([2000.0])
-            await eventually(_running(client, customer.queue, 1), "it runs")
+            await load_client.submit([2000.0])
+            await eventually(_running(client, load_client.queue, 1), "it runs")
             durable.signal(signal.SIGSTOP)
             await asyncio.sleep(1.2)  # longer than a lease
             durable.signal(signal.SIGCONT)
-            await customer.all_completed(30)
-            assert [await one.stop() for one in crewed] == [0, 0]
-        (job_id,) = customer.acknowledged
-        assert transitions(client, customer.queue)[job_id]["processing"] == 1
-        assert_at_rest(client, customer.queue)
+            await load_client.assert_all_completed(30)
+            assert [await worker.stop() for worker in started] == [0, 0]
+        (job_id,) = load_client.acknowledged
+        assert transitions(client, load_client.queue)[job_id]["processing"] == 1
+        assert_at_rest(client, load_client.queue)
         client.close()
 
 
@@ -188,25 +194,25 @@ async def test_a_submit_without_redis_is_refused_in_time_and_the_loop_lives(
     fault: str, redis_url: str, server: redis.Redis
 ) -> None:
     async with proxied(redis_url) as proxy, opened(proxy.url, call_seconds=0.5) as store:
-        customer = Customer(store)
+        load_client = Customer(store)
         async with asyncio.TaskGroup() as group:
-            sender = group.create_task(customer.submissions.run())
-            await customer.submissions.submit(customer.job(1.0))
+            sender = group.create_task(load_client.submissions.run())
+            await load_client.submissions.submit(load_client.job(1.0))
             if fault == "refused":
                 await proxy.down()
             else:
                 proxy.black_hole()
             answered = asyncio.Event()
             gap = group.create_task(_longest_gap_seconds(answered))
-            jobs = [customer.job(float(number)) for number in range(50)]
+            jobs = [load_client.job(float(number)) for number in range(50)]
             asked_at = time.monotonic()
             answers = await asyncio.gather(
-                *(customer.submissions.submit(job) for job in jobs), return_exceptions=True
+                *(load_client.submissions.submit(job) for job in jobs), return_exceptions=True
             )
             seconds = time.monotonic() - asked_at
             answered.set()
-            assert all(isinstance(one, RedisUnavailable) for one in answers)
-            assert [one.job_id for one in answers] == [one.job_id for one in jobs]  # type: ignore[union-attr]
+            assert all(isinstance(request, RedisUnavailable) for request in answers)
+            assert [request.job_id for request in answers] == [job.job_id for job in jobs]  # type: ignore[union-attr]
             assert seconds < 1.5
             assert await gap < 0.5
             sender.cancel()
@@ -225,24 +231,24 @@ async def _longest_gap_seconds(end: asyncio.Event) -> float:
 
 @pytest.mark.soak
 async def test_a_result_that_could_not_be_stored_is_stored_when_redis_is_back(
-    crew: OpenCrew, customer: Customer, redis_url: str, server: redis.Redis
+    open_workers: OpenWorkers, load_client: Customer, redis_url: str, server: redis.Redis
 ) -> None:
     policy = BRISK
     async with proxied(redis_url) as proxy:
-        with crew(redis_url=proxy.url, policy=policy) as workers:
-            worker = workers.hire()
-            (job_id,) = await customer.submit([800.0])
-            await eventually(_running(server, customer.queue, 1), "it runs")
+        with open_workers(redis_url=proxy.url, policy=policy) as workers:
+            worker = workers.start()
+            (job_id,) = await load_client.submit([800.0])
+            await eventually(_running(server, load_client.queue, 1), "it runs")
             # Renewed, so the worker has the claim's reply, and runs it.
-            await eventually(renewed(server, customer.queue), "its lease is renewed")
+            await eventually(renewed(server, load_client.queue), "its lease is renewed")
             await proxy.down()
             await eventually(lambda: "Finishing:" in workers.log, "it cannot be stored")
             assert server.get(keys.status(job_id)) == b"processing"
             await proxy.up()
-            await customer.all_completed()
+            await load_client.assert_all_completed()
             assert await worker.stop() == 0
-    assert transitions(server, customer.queue)[job_id]["processing"] == 1
-    assert_at_rest(server, customer.queue)
+    assert transitions(server, load_client.queue)[job_id]["processing"] == 1
+    assert_at_rest(server, load_client.queue)
 
 
 @pytest.mark.soak
@@ -269,81 +275,81 @@ async def test_a_connection_that_swallows_everything_is_noticed_within_its_bound
 
 
 async def test_with_memory_full_submits_are_refused_and_running_jobs_finish(
-    customer: Customer, server: redis.Redis, store: Store
+    load_client: Customer, server: redis.Redis, store: Store
 ) -> None:
     runs = Runs(store, "w")
-    ids = await customer.submit([1.0, 2.0, 3.0])
-    first = await runs.claim(ClaimRequest((customer.queue,), runs.new_token(), False, 1))
+    ids = await load_client.submit([1.0, 2.0, 3.0])
+    first = await runs.claim(ClaimRequest((load_client.queue,), runs.new_token(), False, 1))
     assert first.claim
     server.config_set("maxmemory", "1mb")
     try:
         with pytest.raises(StorageFull):
-            await customer.submit([4.0])
+            await load_client.submit([4.0])
         job = first.claim.jobs[0]
         (verdict,), following = await runs.finish(
             first.claim,
             [Finished(job.job_id, "completed", b"{}", job.meta)],
             last=True,
-            following=ClaimRequest((customer.queue,), runs.new_token(), False, 1),
+            following=ClaimRequest((load_client.queue,), runs.new_token(), False, 1),
         )
         assert verdict == "completed"
         assert following.claim
-        (waiting,) = await customer.read(ids[2:])
+        (waiting,) = await load_client.read(ids[2:])
         assert waiting
-        assert await customer.submissions.cancel(waiting) == "cancelled"
+        assert await load_client.submissions.cancel(waiting) == "cancelled"
         job = following.claim.jobs[0]
         await runs.finish(
             following.claim, [Finished(job.job_id, "completed", b"{}", job.meta)], last=True
         )
     finally:
         server.config_set("maxmemory", "0")
-    assert_at_rest(server, customer.queue)
+    assert_at_rest(server, load_client.queue)
 
 
 async def test_a_worker_starts_with_memory_full_and_empties_the_queue(
-    crew: OpenCrew, customer: Customer, server: redis.Redis, store: Store
+    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis, store: Store
 ) -> None:
     await store.claim_default_model("slow")
-    await customer.submit([1.0, 2.0, 3.0])
+    await load_client.submit([1.0, 2.0, 3.0])
     server.config_set("maxmemory", "1mb")
     try:
-        with crew() as workers:
-            worker = workers.hire()
-            await customer.all_completed()
+        with open_workers() as workers:
+            worker = workers.start()
+            await load_client.assert_all_completed()
             assert await worker.stop() == 0
     finally:
         server.config_set("maxmemory", "0")
-    assert_at_rest(server, customer.queue)
+    assert_at_rest(server, load_client.queue)
 
 
 async def test_a_server_that_forgets_its_scripts_under_load_loses_nothing(
-    crew: OpenCrew, customer: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
-    with crew() as workers:
-        worker = workers.hire()
+    with open_workers() as workers:
+        worker = workers.start()
         for number in range(60):
-            await customer.submit([float(number % 5)] * 5)
+            await load_client.submit([float(number % 5)] * 5)
             server.script_flush()
-        await customer.all_completed()
+        await load_client.assert_all_completed()
         assert await worker.stop() == 0
-    assert_one_end_each(server, customer.queue)
-    assert_at_rest(server, customer.queue)
+    assert_one_end_each(server, load_client.queue)
+    assert_at_rest(server, load_client.queue)
 
 
 async def test_a_run_whose_claim_is_gone_from_redis_ends_quietly_and_stores_nothing(
-    crew: OpenCrew, customer: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
-    with crew() as workers:
-        worker = workers.hire()
-        await customer.submit([800.0])
-        await eventually(_running(server, customer.queue, 1), "it runs")
+    with open_workers() as workers:
+        worker = workers.start()
+        await load_client.submit([800.0])
+        await eventually(_running(server, load_client.queue, 1), "it runs")
         server.flushall()
-        customer.acknowledged.clear()
+        load_client.acknowledged.clear()
         await eventually(lambda: "results came too late" in workers.log, "the run has ended")
         assert list(server.scan_iter("job:*")) == []
-        await customer.submit([1.0])
-        await customer.all_completed(5)
+        await load_client.submit([1.0])
+        await load_client.assert_all_completed(5)
         assert await worker.stop() == 0
         warnings = [line for line in workers.log.splitlines() if "lost" in line or "late" in line]
         assert len(warnings) <= 2, warnings
-    assert_at_rest(server, customer.queue)
+    assert_at_rest(server, load_client.queue)

@@ -17,7 +17,7 @@ from tests import zoo
 from tests.faults.load_client import Customer, claim_sizes, completed_in_order
 
 from .harness import assert_at_rest, eventually
-from .processes import OpenCrew
+from .processes import OpenWorkers
 
 _LOOK_SECONDS = 10.0
 
@@ -29,15 +29,15 @@ async def test_a_bulk_of_1000_wakes_eight_idle_workers(store: Store, server: red
 
 async def _seconds_to_wake(store: Store, server: redis.Redis, workers: int) -> float:
     """From a bulk's submit to the moment the last of the idle workers holds a claim."""
-    customer = Customer(store)
+    load_client = Customer(store)
     bells = [Doorbell(store) for _ in range(workers)]
     awake: list[float] = []
 
     async def work(bell: Doorbell, name: str) -> None:
         runs = Runs(store, name)
-        while await bell.wait([customer.queue], _LOOK_SECONDS) is None:
+        while await bell.wait([load_client.queue], _LOOK_SECONDS) is None:
             pass
-        request = ClaimRequest((customer.queue,), runs.new_token(), False, 32)
+        request = ClaimRequest((load_client.queue,), runs.new_token(), False, 32)
         claim = (await runs.claim(request)).claim
         assert claim
         awake.append(time.monotonic())
@@ -51,7 +51,7 @@ async def _seconds_to_wake(store: Store, server: redis.Redis, workers: int) -> f
             lambda: server.info("clients")["blocked_clients"] == workers, "all of them wait"
         )
         started_at = time.monotonic()
-        await customer.submit([1.0] * 1000)
+        await load_client.submit([1.0] * 1000)
     for bell in bells:
         await bell.close()
     server.flushall()
@@ -59,24 +59,24 @@ async def _seconds_to_wake(store: Store, server: redis.Redis, workers: int) -> f
 
 
 async def test_a_lost_token_delays_a_job_by_one_look_at_most(
-    crew: OpenCrew, customer: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
     """A stranger's LPUSH rings no bell at all, which is a token lost every time."""
-    with crew(worker=WorkerConfig(concurrency=1, brpop_timeout_seconds=0.5)) as workers:
-        worker = workers.hire()
-        await eventually(lambda: worker.announced(server), "the worker is ready")
+    with open_workers(worker=WorkerConfig(concurrency=1, brpop_timeout_seconds=0.5)) as workers:
+        worker = workers.start()
+        await eventually(lambda: worker.is_announced(server), "the worker is ready")
         waits = []
         for number in range(3):
             job_id = f"stranger-{number}"
             server.set(keys.data(job_id), "[[1.0]]")
             server.set(keys.status(job_id), "pending")
-            server.lpush(customer.queue, job_id)
+            server.lpush(load_client.queue, job_id)
             waits.append(await _seconds_to_complete(server, job_id))
             if waits[-1] < 0.5 + 0.4:
                 break  # a busy machine may delay one or two
         assert waits[-1] < 0.5 + 0.4, waits
         assert await worker.stop() == 0
-    assert_at_rest(server, customer.queue)
+    assert_at_rest(server, load_client.queue)
 
 
 async def _seconds_to_complete(server: redis.Redis, job_id: str) -> float:
@@ -86,76 +86,76 @@ async def _seconds_to_complete(server: redis.Redis, job_id: str) -> float:
 
 
 async def test_low_priority_moves_while_high_never_runs_dry(
-    crew: OpenCrew, customer: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
-    low = await customer.submit([1.0] * 4, Options(priority="low"))
-    normal = await customer.submit([1.0] * 4)
-    high = await customer.submit([1.0] * 140, Options(priority="high"))
-    with crew(worker=WorkerConfig(concurrency=1, max_batch=1)) as workers:
-        worker = workers.hire()
-        await customer.all_completed()
+    low = await load_client.submit([1.0] * 4, Options(priority="low"))
+    normal = await load_client.submit([1.0] * 4)
+    high = await load_client.submit([1.0] * 140, Options(priority="high"))
+    with open_workers(worker=WorkerConfig(concurrency=1, max_batch=1)) as workers:
+        worker = workers.start()
+        await load_client.assert_all_completed()
         assert await worker.stop() == 0
-    order = completed_in_order(server, customer.queue)
+    order = completed_in_order(server, load_client.queue)
     while_high_waits = set(order[: order.index(high[-1])])
     assert while_high_waits >= {*low, *normal}
-    assert_at_rest(server, customer.queue)
+    assert_at_rest(server, load_client.queue)
 
 
 @pytest.mark.soak
 async def test_low_priority_moves_in_each_of_two_queues_while_high_runs_dry_in_neither(
-    crew: OpenCrew, server: redis.Redis, store: Store
+    open_workers: OpenWorkers, server: redis.Redis, store: Store
 ) -> None:
     customers = [Customer(store, "slow"), Customer(store, "picky")]
     low: list[list[str]] = []
     high: list[list[str]] = []
-    for customer in customers:
-        low.append(await customer.submit([1.0] * 2, Options(priority="low")))
-        high.append(await customer.submit([1.0] * 80, Options(priority="high")))
+    for load_client in customers:
+        low.append(await load_client.submit([1.0] * 2, Options(priority="low")))
+        high.append(await load_client.submit([1.0] * 80, Options(priority="high")))
     one_by_one = WorkerConfig(concurrency=1, max_batch=1)
-    with crew(models=("slow", "picky"), default_model="slow", worker=one_by_one) as workers:
-        worker = workers.hire()
-        for customer in customers:
-            await customer.all_completed()
+    with open_workers(models=("slow", "picky"), default_model="slow", worker=one_by_one) as workers:
+        worker = workers.start()
+        for load_client in customers:
+            await load_client.assert_all_completed()
         assert await worker.stop() == 0
-    for customer, its_low, its_high in zip(customers, low, high, strict=True):
-        order = completed_in_order(server, customer.queue)
+    for load_client, its_low, its_high in zip(customers, low, high, strict=True):
+        order = completed_in_order(server, load_client.queue)
         assert set(order[: order.index(its_high[-1])]) >= set(its_low)
-    assert_at_rest(server, *(customer.queue for customer in customers))
+    assert_at_rest(server, *(load_client.queue for load_client in customers))
 
 
 async def test_a_job_waits_for_no_run_that_is_long_after_many_brief_ones(
-    crew: OpenCrew, customer: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
     """Beside brief runs the other slot does not listen for a bell, as their next claim takes it."""
     config = WorkerConfig(concurrency=2, brpop_timeout_seconds=60.0)
-    with crew(worker=config) as workers:
-        worker = workers.hire()
+    with open_workers(worker=config) as workers:
+        worker = workers.start()
         for _ in range(20):
-            await customer.submit([0.0])
-            await customer.all_completed()
-        [long] = await customer.submit([8000.0])
+            await load_client.submit([0.0])
+            await load_client.assert_all_completed()
+        [long] = await load_client.submit([8000.0])
         await eventually(lambda: server.get(keys.status(long)) == b"processing", "it runs")
-        [brief] = await customer.submit([0.0])
+        [brief] = await load_client.submit([0.0])
         await eventually(lambda: server.get(keys.status(brief)) == b"completed", "it is done")
         assert server.get(keys.status(long)) == b"processing"
-        [stored] = await customer.read([long])
+        [stored] = await load_client.read([long])
         assert stored
-        assert await customer.submissions.cancel(stored) == "stopping"
-        await customer.all_ended()
+        assert await load_client.submissions.cancel(stored) == "stopping"
+        await load_client.wait_until_all_ended()
         assert await worker.stop() == 0
-    assert_at_rest(server, customer.queue)
+    assert_at_rest(server, load_client.queue)
 
 
 async def test_jobs_that_cannot_share_a_run_are_shared_among_the_slots(
-    crew: OpenCrew, customer: Customer, server: redis.Redis, tmp_path: Path
+    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis, tmp_path: Path
 ) -> None:
     zoo.place(tmp_path / "m", "slow", zoo.slow(), toml="[batching]\nenabled = false\n")
-    with crew(
+    with open_workers(
         model_dir=str(tmp_path / "m"), models=(), worker=WorkerConfig(concurrency=4)
     ) as workers:
-        await customer.submit([1.0] * 12)
-        worker = workers.hire()
-        await customer.all_completed()
+        await load_client.submit([1.0] * 12)
+        worker = workers.start()
+        await load_client.assert_all_completed()
         assert await worker.stop() == 0
-    assert claim_sizes(server, customer.queue) == [1] * 12
-    assert_at_rest(server, customer.queue)
+    assert claim_sizes(server, load_client.queue) == [1] * 12
+    assert_at_rest(server, load_client.queue)

@@ -18,7 +18,7 @@ _LOG_NOTHING: Final = 4
 _BFLOAT16: Final = "tensor(bfloat16)"
 
 
-class Bare:
+class ReferenceSession:
     """A session of one thread; knows nothing of asyncinfer."""
 
     def __init__(self, path: Path) -> None:
@@ -72,7 +72,7 @@ def assert_equal(served: Answers, bare: Answers, *, exactly: bool) -> None:
 
 def _matrix(maps: list[dict[Any, float]]) -> Array:
     """A sequence of maps from label to probability as a row each, in the order of the labels."""
-    rows = [[one[label] for label in sorted(one)] for one in maps]
+    rows = [[scores[label] for label in sorted(scores)] for scores in maps]
     return np.array(rows, np.float32)
 
 

@@ -19,8 +19,8 @@ from tests import zoo
 from tests.faults.load_client import Customer, assert_one_end_each, transitions
 
 from .harness import assert_at_rest, eventually
-from .processes import Crew, OpenCrew, WorkerChild
-from .test_redis_away import renewed
+from .processes import OpenWorkers, WorkerChild, Workers
+from .test_redis_outage import renewed
 
 STEPS: tuple[Step, ...] = ("woken", "claimed", "running", "finishing", "finished")
 PATIENT = Policy(lease_seconds=0.5, reap_seconds=0.08, job_ttl_seconds=600, max_deliveries=1000)
@@ -28,104 +28,104 @@ PATIENT = Policy(lease_seconds=0.5, reap_seconds=0.08, job_ttl_seconds=600, max_
 
 def _waits_at_the_bell(client: redis.Redis) -> int:
     listed: list[dict[str, str]] = client.client_list()
-    return sum(one["cmd"] == "brpop" for one in listed)
+    return sum(connection["cmd"] == "brpop" for connection in listed)
 
 
 async def _killed_at(
-    step: Step, times: int, workers: Crew, customer: Customer, server: redis.Redis
+    step: Step, times: int, workers: Workers, load_client: Customer, server: redis.Redis
 ) -> None:
     for number in range(times):
-        doomed = workers.hire(die_at=step)
+        doomed = workers.start(die_at=step)
         await _ready_or_dead(doomed, server)
-        await customer.submit([float(number)])
-        await eventually(doomed.died, "the worker dies")
+        await load_client.submit([float(number)])
+        await eventually(doomed.has_ended, "the worker dies")
         assert doomed.process.returncode == -signal.SIGKILL
-    last = workers.hire()
+    last = workers.start()
     await _announced(last, server)
-    await customer.all_completed()
+    await load_client.assert_all_completed()
     assert await last.stop() == 0
 
 
 async def _announced(worker: WorkerChild, client: redis.Redis) -> None:
-    await eventually(lambda: worker.announced(client), "the worker has loaded its models")
+    await eventually(lambda: worker.is_announced(client), "the worker has loaded its models")
 
 
 async def _ready_or_dead(worker: WorkerChild, client: redis.Redis) -> None:
     """It waits at the bell, or met an older job and died of its step."""
     await eventually(
-        lambda: _waits_at_the_bell(client) > 0 or worker.died(), "the worker waits, or is dead"
+        lambda: _waits_at_the_bell(client) > 0 or worker.has_ended(), "the worker waits, or is dead"
     )
 
 
 @pytest.mark.parametrize("step", STEPS)
 async def test_a_job_survives_its_worker(
-    step: Step, crew: OpenCrew, customer: Customer, server: redis.Redis
+    step: Step, open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
-    with crew(policy=PATIENT) as workers:
-        await _killed_at(step, 1, workers, customer, server)
-    assert_one_end_each(server, customer.queue)
-    assert_at_rest(server, customer.queue)
+    with open_workers(policy=PATIENT) as workers:
+        await _killed_at(step, 1, workers, load_client, server)
+    assert_one_end_each(server, load_client.queue)
+    assert_at_rest(server, load_client.queue)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("step", STEPS)
 async def test_a_job_survives_twenty_workers_each_killed_at_one_step(
-    step: Step, crew: OpenCrew, customer: Customer, server: redis.Redis
+    step: Step, open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
-    with crew(policy=PATIENT) as workers:
-        await _killed_at(step, 20, workers, customer, server)
-    assert_one_end_each(server, customer.queue)
-    assert_at_rest(server, customer.queue)
+    with open_workers(policy=PATIENT) as workers:
+        await _killed_at(step, 20, workers, load_client, server)
+    assert_one_end_each(server, load_client.queue)
+    assert_at_rest(server, load_client.queue)
 
 
 async def test_a_worker_that_froze_cannot_write_over_the_one_that_took_its_job(
-    crew: OpenCrew, customer: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
-    with crew(policy=PATIENT) as workers:
-        frozen = workers.hire()
-        (job_id,) = await customer.submit([500.0])
-        await eventually(lambda: server.hexists(keys.running(customer.queue), job_id), "it runs")
+    with open_workers(policy=PATIENT) as workers:
+        frozen = workers.start()
+        (job_id,) = await load_client.submit([500.0])
+        await eventually(lambda: server.hexists(keys.running(load_client.queue), job_id), "it runs")
         # Renewed, so the worker has the claim's reply, and runs it.
-        await eventually(renewed(server, customer.queue), "its lease is renewed")
+        await eventually(renewed(server, load_client.queue), "its lease is renewed")
         frozen.signal(signal.SIGSTOP)
-        workers.hire()
-        await customer.all_completed()
+        workers.start()
+        await load_client.assert_all_completed()
         frozen.signal(signal.SIGCONT)
         await eventually(lambda: "came too late" in workers.log, "the late result is refused")
-        for one in workers.members:
-            assert await one.stop() == 0
-    assert_one_end_each(server, customer.queue)
-    assert_at_rest(server, customer.queue)
+        for worker in workers.members:
+            assert await worker.stop() == 0
+    assert_one_end_each(server, load_client.queue)
+    assert_at_rest(server, load_client.queue)
 
 
 @pytest.mark.soak
 async def test_2000_jobs_survive_workers_killed_and_frozen_at_random(
-    crew: OpenCrew, customer: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
     chance = random.Random(7)
-    with crew(policy=PATIENT, worker=WorkerConfig(concurrency=2, max_batch=16)) as workers:
-        shift = [workers.hire() for _ in range(3)]
+    with open_workers(policy=PATIENT, worker=WorkerConfig(concurrency=2, max_batch=16)) as workers:
+        shift = [workers.start() for _ in range(3)]
         async with asyncio.TaskGroup() as group:
-            group.create_task(_arrivals(customer, 2000, chance))
-            await _chaos(workers, shift, customer, chance)
-        await customer.all_completed(120)
+            group.create_task(_arrivals(load_client, 2000, chance))
+            await _chaos(workers, shift, load_client, chance)
+        await load_client.assert_all_completed(120)
         await eventually(lambda: "came too late" in workers.log, "a stale result was refused", 60)
-        for one in shift:
-            one.signal(signal.SIGCONT)
-            await one.stop()
-    assert len(customer.acknowledged) == 2000
-    assert_one_end_each(server, customer.queue)
-    assert_at_rest(server, customer.queue)
+        for worker in shift:
+            worker.signal(signal.SIGCONT)
+            await worker.stop()
+    assert len(load_client.acknowledged) == 2000
+    assert_one_end_each(server, load_client.queue)
+    assert_at_rest(server, load_client.queue)
 
 
-async def _arrivals(customer: Customer, total: int, chance: random.Random) -> None:
+async def _arrivals(load_client: Customer, total: int, chance: random.Random) -> None:
     for start in range(0, total, 20):
-        await customer.submit([float(chance.randint(0, 60)) for _ in range(start, start + 20)])
+        await load_client.submit([float(chance.randint(0, 60)) for _ in range(start, start + 20)])
         await asyncio.sleep(0.15)
 
 
 async def _chaos(
-    workers: Crew, shift: list[WorkerChild], customer: Customer, chance: random.Random
+    workers: Workers, shift: list[WorkerChild], load_client: Customer, chance: random.Random
 ) -> None:
     """Kills or freezes a worker about every half second; a killed one is replaced."""
     for _ in range(40):
@@ -133,7 +133,7 @@ async def _chaos(
         at = chance.randrange(len(shift))
         if chance.random() < 0.5:
             shift[at].kill()
-            shift[at] = workers.hire()
+            shift[at] = workers.start()
         else:
             shift[at].signal(signal.SIGSTOP)
             await asyncio.sleep(chance.uniform(0.5, 1.5))
@@ -141,7 +141,7 @@ async def _chaos(
 
 
 async def test_a_poison_job_dies_alone_after_three_deliveries(
-    crew: OpenCrew, server: redis.Redis, store: Store, tmp_path: Path
+    open_workers: OpenWorkers, server: redis.Redis, store: Store, tmp_path: Path
 ) -> None:
     folder = tmp_path / "models"
     poison = zoo.place_poison(folder, "poison", toml="[batching]\nenabled = true\n")
@@ -149,7 +149,7 @@ async def test_a_poison_job_dies_alone_after_three_deliveries(
     poisoned, innocent = Customer(store, "poison"), Customer(store, "slow")
     await store.command("SET", keys.paused(poisoned.queue), "1")
     await store.command("SADD", keys.queues(store.n), poisoned.queue, innocent.queue)
-    with crew(
+    with open_workers(
         model_dir=str(folder),
         models=(),
         default_model="slow",
@@ -162,17 +162,17 @@ async def test_a_poison_job_dies_alone_after_three_deliveries(
         for _ in range(3):
             poison.disarm()
             await store.command("SET", keys.paused(poisoned.queue), "1")
-            worker = workers.hire()
+            worker = workers.start()
             await _announced(worker, server)
             poison.arm()
             await store.command("DEL", keys.paused(poisoned.queue))
             await store.command("LPUSH", keys.wake(poisoned.queue), "1")
-            await eventually(worker.died, "the poison kills", 20)
+            await eventually(worker.has_ended, "the poison kills", 20)
             assert worker.process.returncode < 0
         poison.disarm()
-        workers.hire()
-        ended = {one.job_id: one for one in await poisoned.all_ended()}
-        await innocent.all_completed()
+        workers.start()
+        ended = {job.job_id: job for job in await poisoned.wait_until_all_ended()}
+        await innocent.assert_all_completed()
         assert await workers.members[-1].stop() == 0
     assert ended[culprit].status == "failed"
     assert b"worker_lost" in (ended[culprit].error or b"")
@@ -184,40 +184,40 @@ async def test_a_poison_job_dies_alone_after_three_deliveries(
 
 @pytest.mark.soak
 async def test_what_a_dead_worker_left_unfinished_of_a_claim_is_run_again(
-    crew: OpenCrew, customer: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
     """Its claim's first job is ended early (cancelled); the worker dies with the others open."""
-    with crew(policy=PATIENT) as workers:
-        ids = await customer.submit([300.0, 301.0, 302.0])
-        doomed = workers.hire()
-        await eventually(lambda: server.hlen(keys.running(customer.queue)) == 3, "all three run")
-        stored = (await customer.read(ids[:1]))[0]
+    with open_workers(policy=PATIENT) as workers:
+        ids = await load_client.submit([300.0, 301.0, 302.0])
+        doomed = workers.start()
+        await eventually(lambda: server.hlen(keys.running(load_client.queue)) == 3, "all three run")
+        stored = (await load_client.read(ids[:1]))[0]
         assert stored
-        await customer.submissions.cancel(stored)
+        await load_client.submissions.cancel(stored)
         await eventually(lambda: server.get(keys.status(ids[0])) == b"cancelled", "it is cancelled")
         doomed.kill()
-        workers.hire()
-        del customer.acknowledged[ids[0]]
-        await customer.all_completed()
+        workers.start()
+        del load_client.acknowledged[ids[0]]
+        await load_client.assert_all_completed()
         assert await workers.members[-1].stop() == 0
-    assert transitions(server, customer.queue)[ids[0]]["cancelled"] == 1
-    assert_one_end_each(server, customer.queue)
-    assert_at_rest(server, customer.queue)
+    assert transitions(server, load_client.queue)[ids[0]]["cancelled"] == 1
+    assert_one_end_each(server, load_client.queue)
+    assert_at_rest(server, load_client.queue)
 
 
 async def test_a_frozen_workers_jobs_come_back_within_the_promised_time(
-    customer: Customer, server: redis.Redis, store: Store
+    load_client: Customer, server: redis.Redis, store: Store
 ) -> None:
     """Lease, outage guard and two ticks: nothing else stands between a job and its next run."""
-    await customer.submit([1.0])
+    await load_client.submit([1.0])
     upkeep = Upkeep(store)
     await upkeep.sweep()
     runs = Runs(store, "frozen")
-    await runs.claim(ClaimRequest((customer.queue,), runs.new_token(), False, 10))
+    await runs.claim(ClaimRequest((load_client.queue,), runs.new_token(), False, 10))
     policy = store.policy
 
     async def back() -> bool:
         await upkeep.sweep()
-        return server.llen(customer.queue) == 1
+        return server.llen(load_client.queue) == 1
 
     await eventually(back, "it waits again", 3 * policy.lease_seconds + 1)

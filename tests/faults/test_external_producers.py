@@ -10,7 +10,7 @@ import redis
 from asyncinfer.repository import keys
 
 from .harness import assert_at_rest, eventually
-from .processes import OpenCrew
+from .processes import OpenWorkers
 
 _PRODUCER = """
 import json, sys, redis
@@ -42,10 +42,10 @@ def _run(script: str, *arguments: str) -> str:
 
 
 async def test_a_ten_line_script_gets_its_job_run_and_reads_the_result(
-    crew: OpenCrew, redis_url: str, server: redis.Redis, shipped_models: Path
+    open_workers: OpenWorkers, redis_url: str, server: redis.Redis, shipped_models: Path
 ) -> None:
-    with crew(model_dir=str(shipped_models), models=()) as workers:
-        workers.hire()
+    with open_workers(model_dir=str(shipped_models), models=()) as workers:
+        workers.start()
         _run(_PRODUCER, redis_url, json.dumps([[5.1, 3.5, 1.4, 0.2], [6.7, 3.0, 5.2, 2.3]]))
         results = json.loads(_run(_READER, redis_url, "stranger-0", "stranger-1"))
         assert results["stranger-0"]["class_name"] == "setosa"
@@ -55,12 +55,12 @@ async def test_a_ten_line_script_gets_its_job_run_and_reads_the_result(
 
 
 async def test_150_strangers_jobs_wait_for_a_worker_to_come(
-    crew: OpenCrew, redis_url: str, server: redis.Redis, shipped_models: Path
+    open_workers: OpenWorkers, redis_url: str, server: redis.Redis, shipped_models: Path
 ) -> None:
     _run(_PRODUCER, redis_url, json.dumps([[5.1, 3.5, 1.4, 0.2]] * 150))
     assert server.llen("predict_queue") == 150
-    with crew(model_dir=str(shipped_models), models=()) as workers:
-        workers.hire()
+    with open_workers(model_dir=str(shipped_models), models=()) as workers:
+        workers.start()
         names = [keys.status(f"stranger-{number}") for number in range(150)]
         await eventually(lambda: server.mget(names) == [b"completed"] * 150, "150 completed")
         await workers.members[0].stop()
@@ -68,7 +68,7 @@ async def test_150_strangers_jobs_wait_for_a_worker_to_come(
 
 
 async def test_a_strangers_nonsense_fails_that_job_alone(
-    crew: OpenCrew, redis_url: str, server: redis.Redis, shipped_models: Path
+    open_workers: OpenWorkers, redis_url: str, server: redis.Redis, shipped_models: Path
 ) -> None:
     bad = {"a": "not json", "b": "[[1, 2]]", "c": '{"rows": []}', "d": "[[NaN,1,1,1]]", "e": "7"}
     for job_id, data in bad.items():
@@ -77,8 +77,8 @@ async def test_a_strangers_nonsense_fails_that_job_alone(
     server.set(keys.data("good"), "[[5.1, 3.5, 1.4, 0.2]]")
     server.set(keys.status("good"), "pending")
     server.lpush("predict_queue", *bad, "good", "never-stored")
-    with crew(model_dir=str(shipped_models), models=()) as workers:
-        workers.hire()
+    with open_workers(model_dir=str(shipped_models), models=()) as workers:
+        workers.start()
         assert json.loads(_run(_READER, redis_url, "good"))["good"]["class_name"] == "setosa"
         await workers.members[0].stop()
     for job_id in bad:

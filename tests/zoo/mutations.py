@@ -7,14 +7,14 @@ from typing import Final
 import numpy as np
 
 from tests.zoo.catalogue import ENTRIES
-from tests.zoo.distorting import distorted
 from tests.zoo.entry import Rng
 from tests.zoo.making import place_bytes
+from tests.zoo.meaning_mutations import distorted
 
 BASES: Final = (
     "mlp",
     "several",
-    "odd_names",
+    "unusual_names",
     "by_mean",
     "doubled_in_a_loop",
     "scan_over_columns",
@@ -22,7 +22,7 @@ BASES: Final = (
     "similarity",
     "images",
     "image_classifier",
-    "words_that_count",
+    "words_without_stop_words",
     "logistic_strings",
 )
 

@@ -188,7 +188,7 @@ class Scene:
         for name in names:
             if content := self.server.dump(name):
                 self._saved[name] = (content, max(0, self.server.pttl(name)))
-        self.names = sorted({*self._saved, *(one.encode() for one in _possible(self.jobs))})
+        self.names = sorted({*self._saved, *(name.encode() for name in _possible(self.jobs))})
 
     def restore(self) -> None:
         pipeline = self.server.pipeline(transaction=True)
@@ -199,31 +199,33 @@ class Scene:
 
     # --- damage ------------------------------------------------------------------------------
 
-    def damage(self, one: Damage) -> None:
+    def damage(self, damage: Damage) -> None:
         """What the service writes at the same moment may be in the way; then it has won."""
         with contextlib.suppress(redis.ResponseError):
-            self._damage(one)
+            self._damage(damage)
 
-    def _damage(self, one: Damage) -> None:
-        name = self.names[one.key % len(self.names)]
-        if one.kind in TYPES:
+    def _damage(self, damage: Damage) -> None:
+        name = self.names[damage.key % len(self.names)]
+        if damage.kind in TYPES:
             self.server.delete(name)
-            self._add(name, one.kind, one)
-        elif one.kind == "delete":
+            self._add(name, damage.kind, damage)
+        elif damage.kind == "delete":
             self.server.delete(name)
         else:
             kind = self._kind(name)
             if kind == "none":
-                kind = TYPES[one.at % len(TYPES)]
-            if one.kind == "add":
-                self._add(name, kind, one)
+                kind = TYPES[damage.at % len(TYPES)]
+            if damage.kind == "add":
+                self._add(name, kind, damage)
             else:
-                self._add(name, kind, one._replace(content=_mutated(self._part(name, kind), one)))
+                self._add(
+                    name, kind, damage._replace(content=_mutated(self._part(name, kind), damage))
+                )
 
-    def _add(self, name: bytes, kind: str, one: Damage) -> None:
+    def _add(self, name: bytes, kind: str, damage: Damage) -> None:
         """Puts the content into a key of this type, beside what is there."""
-        server, content = self.server, one.content
-        field = (b"field", b"1", b"slow", b"submitted", b"completed", b"\1x")[one.at % 6]
+        server, content = self.server, damage.content
+        field = (b"field", b"1", b"slow", b"submitted", b"completed", b"\1x")[damage.at % 6]
         if kind == "string":
             server.set(name, content)
         elif kind == "list":
@@ -231,20 +233,20 @@ class Scene:
         elif kind == "set":
             server.sadd(name, content)
         elif kind == "zset":
-            server.zadd(name, {content: SCORES[one.at % len(SCORES)]})
+            server.zadd(name, {content: SCORES[damage.at % len(SCORES)]})
         elif kind == "hash":
-            server.hset(name, *((field, content) if one.at % 2 else (content, field)))
+            server.hset(name, *((field, content) if damage.at % 2 else (content, field)))
         else:
-            self._add_entry(name, field, one)
+            self._add_entry(name, field, damage)
 
-    def _add_entry(self, name: bytes, field: bytes, one: Damage) -> None:
-        fields: Any = {field: one.content} if one.at % 3 else {one.content: field}
+    def _add_entry(self, name: bytes, field: bytes, damage: Damage) -> None:
+        fields: Any = {field: damage.content} if damage.at % 3 else {damage.content: field}
         ids = ["*", "*", "*"]
         if b":inbox:" not in name:
             # An inbox with such an entry is read again only seconds later.
             ids += ["18446744073709551615-18446744073709551615", "99999999999999-1"]
         try:
-            self.server.xadd(name, fields, id=ids[one.at % len(ids)])
+            self.server.xadd(name, fields, id=ids[damage.at % len(ids)])
         except redis.ResponseError:
             # Entries of the future leave no room for more.
             self.server.delete(name)
@@ -317,8 +319,10 @@ class Scene:
         values = {"{id}": [*self.jobs, "\udcff"], "{model}": [*MODELS], "{group}": ["g"]}
         for part, names in values.items():
             if part in path:
-                for one in names:
-                    yield path.replace(part, quote(one.encode("utf-8", "surrogateescape"), safe=""))
+                for name in names:
+                    yield path.replace(
+                        part, quote(name.encode("utf-8", "surrogateescape"), safe="")
+                    )
                 return
         yield path
 
@@ -385,11 +389,11 @@ def check(route: str, path: str, reply: httpx2.Response) -> None:
     assert code in EXPECTED_REFUSALS.get(route, ()), f"{path}: {reply.text}"
 
 
-def _mutated(value: bytes, one: Damage) -> bytes:
-    if one.kind == "cut" or not value:
-        return value[: one.at % (len(value) + 1)] + one.content
-    at = one.at % len(value)
-    return value[:at] + bytes([value[at] ^ (1 << one.at % 8)]) + value[at + 1 :]
+def _mutated(value: bytes, damage: Damage) -> bytes:
+    if damage.kind == "cut" or not value:
+        return value[: damage.at % (len(value) + 1)] + damage.content
+    at = damage.at % len(value)
+    return value[:at] + bytes([value[at] ^ (1 << damage.at % 8)]) + value[at + 1 :]
 
 
 def _possible(jobs: Sequence[str]) -> Iterator[str]:
@@ -434,6 +438,6 @@ def has_models(client: httpx2.AsyncClient) -> Callable[[], Awaitable[bool]]:
     async def is_ready() -> bool:
         await client.get("/models/nobody")
         reply = await client.get("/models")
-        return {one["model"] for one in reply.json()["models"]} == {*MODELS}
+        return {model["model"] for model in reply.json()["models"]} == {*MODELS}
 
     return is_ready

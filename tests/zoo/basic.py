@@ -8,7 +8,7 @@ import onnx
 from onnx import TensorProto
 
 from asyncinfer.tensors.datatypes import Array, Feeds
-from tests.zoo.behaving import added, identity, mlp, quantized
+from tests.zoo.behaviour import added, identity, mlp, quantized
 from tests.zoo.entry import ROWS, Entry, Rng, drawn
 from tests.zoo.making import Dims, Weights, model, node, tensor
 
@@ -41,7 +41,7 @@ def entries() -> Iterator[Entry]:
     yield _of_rank("fixed_four", [4, 3], (4, 3), batched=False)
     unnamed: Dims = ["?", 2, "?", "-1"]
     yield _of_rank("unnamed", unnamed, (ROWS, 2, "h", "w"), batched=True)
-    yield Entry("any_rank", lambda: identity(TensorProto.FLOAT, None), of_any_rank, False)
+    yield Entry("any_rank", lambda: identity(TensorProto.FLOAT, None), array_of_any_rank, False)
     yield Entry("quantized", quantized, ids_below_40, False)
     widths = [6, 16, 3]
     yield Entry("mlp", lambda: mlp(widths), drawn({"x": ("FP32", (ROWS, 6))}), True)
@@ -50,7 +50,7 @@ def entries() -> Iterator[Entry]:
         lambda: mlp([5, 7, 2]),
         drawn({"x": ("FP32", (ROWS, 5))}),
         True,
-        weights_apart=True,
+        has_external_weights=True,
     )
     two = {"a": ("FP32", (ROWS, 2)), "b": ("FP32", (ROWS, 2))}
     yield Entry("added", added, drawn(two), True)
@@ -62,7 +62,7 @@ def entries() -> Iterator[Entry]:
         drawn({"a": ("FP32", (ROWS, "n")), "b": ("INT64", (ROWS,)), "c": ("BYTES", (ROWS, 1))}),
         True,
     )
-    yield Entry("odd_names", odd_names, drawn({"x/input:0": ("FP32", (ROWS, 2))}), True)
+    yield Entry("unusual_names", unusual_names, drawn({"x/input:0": ("FP32", (ROWS, 2))}), True)
     yield Entry("half", half_matmul, drawn({"x": ("FP16", (ROWS, 4))}), True)
     yield Entry("regression", regression, drawn({"features": ("FP32", (ROWS, 3))}), True)
     yield Entry("last_axis", last_axis, drawn({"x": ("FP32", (3, ROWS))}), True)
@@ -82,7 +82,7 @@ def _of_rank(name: str, dims: Dims, drawn_dims: tuple[int | str, ...], *, batche
     return Entry(name, lambda: identity(TensorProto.FLOAT, dims), draw, batched)
 
 
-def of_any_rank(rng: Rng, rows: int) -> Feeds:
+def array_of_any_rank(rng: Rng, rows: int) -> Feeds:
     shape = rng.integers(1, 3, rng.integers(0, 5), endpoint=True)
     return {"x": np.full(shape, rows, np.float32)}
 
@@ -118,7 +118,7 @@ def several() -> onnx.ModelProto:
     return model(nodes, inputs, outputs, weights)
 
 
-def odd_names() -> onnx.ModelProto:
+def unusual_names() -> onnx.ModelProto:
     """Names with slashes, colons, spaces and letters from elsewhere; outputs not in order."""
     nodes = [
         node("Neg", ["x/input:0"], ["z:0"]),

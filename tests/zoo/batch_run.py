@@ -16,7 +16,7 @@ from asyncinfer.tensors import packing
 from asyncinfer.tensors.datatypes import DTYPES, Array, Feeds, dims
 from asyncinfer.worker import execution
 from asyncinfer.worker.execution import Batch
-from tests.zoo.bare import Answers
+from tests.zoo.reference import Answers
 
 
 class Served(msgspec.Struct, frozen=True):
@@ -24,7 +24,7 @@ class Served(msgspec.Struct, frozen=True):
 
     answers: Answers | None
     """None where the model refused the input."""
-    beside: int
+    jobs_in_run: int
     """How many jobs were in its run, itself included."""
 
 
@@ -73,11 +73,11 @@ def read_result(result: bytes, signature: Signature) -> Answers:
         return packing.unpack(result)
     if not signature.labels:
         return {
-            one.name: of_json(one.data, one.datatype, one.shape)
-            for one in msgspec.json.decode(result, type=TensorsResult).outputs
+            output.name: of_json(output.data, output.datatype, output.shape)
+            for output in msgspec.json.decode(result, type=TensorsResult).outputs
         }
     rows = msgspec.json.decode(result, type=ClassResult | list[ClassResult])
-    scores = [one.probabilities for one in ([rows] if isinstance(rows, ClassResult) else rows)]
+    scores = [row.probabilities for row in ([rows] if isinstance(rows, ClassResult) else rows)]
     width = len(signature.labels)
     name = next(spec.name for spec in signature.outputs if dims(spec)[-1] == width)
     return {name: np.array(scores, np.float32)}
@@ -88,7 +88,7 @@ def of_json(data: Sequence[object], datatype: str, shape: Sequence[int]) -> Arra
     dtype = DTYPES[datatype]
     if datatype in ("BYTES", "BOOL"):
         return np.array(data, dtype).reshape(shape)
-    numbers = [float(one) if isinstance(one, str) else one for one in data]
+    numbers = [float(number) if isinstance(number, str) else number for number in data]
     return np.array(numbers, dtype).reshape(shape)
 
 

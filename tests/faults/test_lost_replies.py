@@ -24,21 +24,23 @@ from asyncinfer.repository.stored_jobs import Stored
 from tests.faults.load_client import Customer, assert_one_end_each, transitions
 
 from .harness import assert_at_rest, eventually
-from .processes import OpenCrew
+from .processes import OpenWorkers
 from .proxy import Proxy, proxied
 
 
 @pytest.fixture
 async def proxy(redis_url: str, server: redis.Redis) -> AsyncIterator[Proxy]:
-    async with proxied(redis_url) as it:
-        yield it
+    async with proxied(redis_url) as proxy:
+        yield proxy
 
 
 @pytest.fixture
 async def cut_off(proxy: Proxy, policy: Policy) -> AsyncIterator[Store]:
     """A store behind the proxy, its scripts loaded."""
-    async with Store.open(proxy.url, queue_name="predict_queue", policy=policy, name="cut") as it:
-        yield it
+    async with Store.open(
+        proxy.url, queue_name="predict_queue", policy=policy, name="cut"
+    ) as store:
+        yield store
 
 
 async def _through(
@@ -62,8 +64,8 @@ async def _claimed(runs: Runs, queue: str, jobs: int) -> Claim:
     return claimed.claim
 
 
-async def _stored(customer: Customer, job_id: str) -> Stored:
-    (stored,) = await customer.read([job_id])
+async def _stored(load_client: Customer, job_id: str) -> Stored:
+    (stored,) = await load_client.read([job_id])
     assert stored
     return stored
 
@@ -79,12 +81,15 @@ async def loaded(cut_off: Store) -> Store:
 async def test_a_submit_whose_reply_is_lost_makes_one_job(
     times: int, proxy: Proxy, loaded: Store, server: redis.Redis
 ) -> None:
-    customer = Customer(loaded)
-    job = customer.job(1.0)
+    load_client = Customer(loaded)
+    job = load_client.job(1.0)
     await _through(
-        proxy, "submit", times, lambda: customer.submissions.submit_many(customer.queue, [job])
+        proxy,
+        "submit",
+        times,
+        lambda: load_client.submissions.submit_many(load_client.queue, [job]),
     )
-    assert server.lrange(customer.queue, 0, -1) == [job.job_id.encode()]
+    assert server.lrange(load_client.queue, 0, -1) == [job.job_id.encode()]
     server.flushall()
 
 
@@ -92,9 +97,9 @@ async def test_a_submit_whose_reply_is_lost_makes_one_job(
 async def test_a_claim_whose_reply_is_lost_takes_nothing_twice(
     times: int, proxy: Proxy, loaded: Store, server: redis.Redis
 ) -> None:
-    customer, runs = Customer(loaded), Runs(loaded, "w")
-    ids = await customer.submit([float(number) for number in range(10)])
-    request = ClaimRequest((customer.queue,), runs.new_token(), False, 4)
+    load_client, runs = Customer(loaded), Runs(loaded, "w")
+    ids = await load_client.submit([float(number) for number in range(10)])
+    request = ClaimRequest((load_client.queue,), runs.new_token(), False, 4)
     claims: list[Claim | None] = []
 
     async def call() -> None:
@@ -104,8 +109,8 @@ async def test_a_claim_whose_reply_is_lost_takes_nothing_twice(
     (claim,) = claims
     assert claim
     assert [job.job_id for job in claim.jobs] == ids[:4]
-    assert server.llen(customer.queue) == 6
-    assert server.hlen(keys.running(customer.queue)) == 4
+    assert server.llen(load_client.queue) == 6
+    assert server.hlen(keys.running(load_client.queue)) == 4
     server.flushall()
 
 
@@ -113,10 +118,10 @@ async def test_a_claim_whose_reply_is_lost_takes_nothing_twice(
 async def test_a_finish_whose_reply_is_lost_stores_once_and_brings_the_next_claim_once(
     times: int, proxy: Proxy, loaded: Store, server: redis.Redis
 ) -> None:
-    customer, runs = Customer(loaded), Runs(loaded, "w")
-    ids = await customer.submit([float(number) for number in range(6)])
-    claim = await _claimed(runs, customer.queue, 2)
-    following = ClaimRequest((customer.queue,), runs.new_token(), False, 2)
+    load_client, runs = Customer(loaded), Runs(loaded, "w")
+    ids = await load_client.submit([float(number) for number in range(6)])
+    claim = await _claimed(runs, load_client.queue, 2)
+    following = ClaimRequest((load_client.queue,), runs.new_token(), False, 2)
     done = [Finished(job.job_id, "completed", b"{}", b"") for job in claim.jobs]
     answers: list[Claim | None] = []
 
@@ -127,9 +132,9 @@ async def test_a_finish_whose_reply_is_lost_stores_once_and_brings_the_next_clai
     (second,) = answers
     assert second
     assert [job.job_id for job in second.jobs] == ids[2:4]
-    assert server.hlen(keys.running(customer.queue)) == 2
-    assert server.llen(customer.queue) == 2
-    assert_one_end_each(server, customer.queue)
+    assert server.hlen(keys.running(load_client.queue)) == 2
+    assert server.llen(load_client.queue) == 2
+    assert_one_end_each(server, load_client.queue)
     server.flushall()
 
 
@@ -137,13 +142,13 @@ async def test_a_finish_whose_reply_is_lost_stores_once_and_brings_the_next_clai
 async def test_a_released_job_whose_reply_is_lost_waits_once(
     times: int, proxy: Proxy, loaded: Store, server: redis.Redis
 ) -> None:
-    customer, runs = Customer(loaded), Runs(loaded, "w")
-    (job_id,) = await customer.submit([1.0])
-    claim = await _claimed(runs, customer.queue, 1)
+    load_client, runs = Customer(loaded), Runs(loaded, "w")
+    (job_id,) = await load_client.submit([1.0])
+    claim = await _claimed(runs, load_client.queue, 1)
     released = [Finished(job_id, "released", b"", claim.jobs[0].meta)]
     await _through(proxy, "finish", times, lambda: runs.finish(claim, released, last=True))
-    assert server.lrange(customer.queue, 0, -1) == [job_id.encode()]
-    assert not server.exists(keys.running(customer.queue), keys.leases(customer.queue))
+    assert server.lrange(load_client.queue, 0, -1) == [job_id.encode()]
+    assert not server.exists(keys.running(load_client.queue), keys.leases(load_client.queue))
     server.flushall()
 
 
@@ -151,18 +156,18 @@ async def test_a_released_job_whose_reply_is_lost_waits_once(
 async def test_cancel_and_retry_whose_replies_are_lost_happen_once(
     times: int, proxy: Proxy, loaded: Store, server: redis.Redis
 ) -> None:
-    customer = Customer(loaded)
-    (job_id,) = await customer.submit([1.0])
-    stored = await _stored(customer, job_id)
-    await _through(proxy, "cancel", times, lambda: customer.submissions.cancel(stored))
-    assert server.llen(customer.queue) == 0
-    stored = await _stored(customer, job_id)
-    await _through(proxy, "retry", times, lambda: customer.submissions.retry(stored, 1))
-    assert server.lrange(customer.queue, 0, -1) == [job_id.encode()]
-    again = await _stored(customer, job_id)
+    load_client = Customer(loaded)
+    (job_id,) = await load_client.submit([1.0])
+    stored = await _stored(load_client, job_id)
+    await _through(proxy, "cancel", times, lambda: load_client.submissions.cancel(stored))
+    assert server.llen(load_client.queue) == 0
+    stored = await _stored(load_client, job_id)
+    await _through(proxy, "retry", times, lambda: load_client.submissions.retry(stored, 1))
+    assert server.lrange(load_client.queue, 0, -1) == [job_id.encode()]
+    again = await _stored(load_client, job_id)
     assert again.record
     assert again.record.round == 2
-    assert transitions(server, customer.queue)[job_id]["cancelled"] == 1
+    assert transitions(server, load_client.queue)[job_id]["cancelled"] == 1
     server.flushall()
 
 
@@ -170,8 +175,8 @@ async def test_cancel_and_retry_whose_replies_are_lost_happen_once(
 async def test_a_watch_whose_reply_is_lost_signs_up_once(
     times: int, proxy: Proxy, loaded: Store, server: redis.Redis
 ) -> None:
-    customer, runs = Customer(loaded), Runs(loaded, "w")
-    (job_id,) = await customer.submit([1.0])
+    load_client, runs = Customer(loaded), Runs(loaded, "w")
+    (job_id,) = await load_client.submit([1.0])
     inbox = keys.inbox("predict_queue", "mine")
     server.xadd(inbox, {"": "alive"})
     server.expire(inbox, 60)
@@ -179,34 +184,34 @@ async def test_a_watch_whose_reply_is_lost_signs_up_once(
         proxy,
         "watch",
         times,
-        lambda: customer.submissions.watch(customer.queue, inbox, [job_id]),
+        lambda: load_client.submissions.watch(load_client.queue, inbox, [job_id]),
     )
-    claim = await _claimed(runs, customer.queue, 1)
+    claim = await _claimed(runs, load_client.queue, 1)
     await runs.finish(claim, [Finished(job_id, "completed", b"{}", b"")], last=True)
     assert server.xlen(inbox) == 2
-    assert_at_rest(server, customer.queue)
+    assert_at_rest(server, load_client.queue)
 
 
 @pytest.mark.parametrize("times", [1, 3])
 async def test_a_sweep_whose_reply_is_lost_puts_each_job_back_once(
     times: int, proxy: Proxy, loaded: Store, server: redis.Redis
 ) -> None:
-    customer, runs, upkeep = Customer(loaded), Runs(loaded, "w"), Upkeep(loaded)
-    ids = await customer.submit([1.0, 2.0, 3.0])
-    await customer.submit([4.0], Options(delay_seconds=0.01))
-    claim = await _claimed(runs, customer.queue, 3)
-    server.set(keys.swept(customer.queue), int(server.time()[0]) * 1000, px=60_000)
-    server.zadd(keys.leases(customer.queue), {claim.token: 1})
+    load_client, runs, upkeep = Customer(loaded), Runs(loaded, "w"), Upkeep(loaded)
+    ids = await load_client.submit([1.0, 2.0, 3.0])
+    await load_client.submit([4.0], Options(delay_seconds=0.01))
+    claim = await _claimed(runs, load_client.queue, 3)
+    server.set(keys.swept(load_client.queue), int(server.time()[0]) * 1000, px=60_000)
+    server.zadd(keys.leases(load_client.queue), {claim.token: 1})
     await _through(proxy, "reap", times, upkeep.sweep)
 
     async def all_back() -> bool:
         await upkeep.sweep()
-        return server.llen(customer.queue) == 4
+        return server.llen(load_client.queue) == 4
 
     await eventually(all_back, "all four wait")
-    waiting = server.lrange(customer.queue, 0, -1)
+    waiting = server.lrange(load_client.queue, 0, -1)
     assert len(set(waiting)) == 4
-    assert waiting[::-1][:3] == [one.encode() for one in ids]
+    assert waiting[::-1][:3] == [job_id.encode() for job_id in ids]
     server.flushall()
 
 
@@ -214,13 +219,13 @@ async def test_a_sweep_whose_reply_is_lost_puts_each_job_back_once(
 async def test_a_renewal_whose_reply_is_lost_keeps_the_lease(
     times: int, proxy: Proxy, loaded: Store, server: redis.Redis
 ) -> None:
-    customer, runs, renewals = Customer(loaded), Runs(loaded, "w"), Renewals(loaded)
-    await customer.submit([1.0])
-    claim = await _claimed(runs, customer.queue, 1)
-    server.zadd(keys.leases(customer.queue), {claim.token: 1})
-    held = {customer.queue: [claim.token]}
+    load_client, runs, renewals = Customer(loaded), Runs(loaded, "w"), Renewals(loaded)
+    await load_client.submit([1.0])
+    claim = await _claimed(runs, load_client.queue, 1)
+    server.zadd(keys.leases(load_client.queue), {claim.token: 1})
+    held = {load_client.queue: [claim.token]}
     await _through(proxy, "renew", times, lambda: asyncio.to_thread(renewals.renew, held))
-    assert (server.zscore(keys.leases(customer.queue), claim.token) or 0) > 1
+    assert (server.zscore(keys.leases(load_client.queue), claim.token) or 0) > 1
     renewals.close()
     server.flushall()
 
@@ -229,22 +234,22 @@ async def test_a_renewal_whose_reply_is_lost_keeps_the_lease(
 async def test_pause_and_purge_whose_replies_are_lost_end_each_waiting_job_once(
     times: int, proxy: Proxy, loaded: Store, server: redis.Redis
 ) -> None:
-    customer, operation = Customer(loaded), Operation(loaded)
-    await customer.submit([1.0, 2.0, 3.0])
-    await _through(proxy, "pause", times, lambda: operation.pause(customer.queue, paused=True))
-    assert server.exists(keys.paused(customer.queue))
-    await _through(proxy, "purge", times, lambda: operation.purge(customer.queue))
-    assert {one.status for one in await customer.all_ended()} == {"cancelled"}
-    assert_one_end_each(server, customer.queue)
-    assert_at_rest(server, customer.queue)
+    load_client, operation = Customer(loaded), Operation(loaded)
+    await load_client.submit([1.0, 2.0, 3.0])
+    await _through(proxy, "pause", times, lambda: operation.pause(load_client.queue, paused=True))
+    assert server.exists(keys.paused(load_client.queue))
+    await _through(proxy, "purge", times, lambda: operation.purge(load_client.queue))
+    assert {job.status for job in await load_client.wait_until_all_ended()} == {"cancelled"}
+    assert_one_end_each(server, load_client.queue)
+    assert_at_rest(server, load_client.queue)
 
 
 @pytest.mark.parametrize("times", [1, 3])
 async def test_a_bulk_cancel_and_a_purge_whose_replies_are_lost_count_each_job_once(
     times: int, proxy: Proxy, loaded: Store, server: redis.Redis
 ) -> None:
-    customer, operation, found = Customer(loaded), Operation(loaded), Selection(loaded)
-    ids = await customer.submit([1.0, 2.0, 3.0])
+    load_client, operation, found = Customer(loaded), Operation(loaded), Selection(loaded)
+    ids = await load_client.submit([1.0, 2.0, 3.0])
     waiting = Filter(tenant="default", statuses=frozenset({"pending"}))
     jobs = (await found.jobs(waiting, 1000)).jobs
     counts: list[object] = []
@@ -256,19 +261,19 @@ async def test_a_bulk_cancel_and_a_purge_whose_replies_are_lost_count_each_job_o
         counts.append(await operation.forget(jobs))
 
     await _through(proxy, "cancel", times, cancel)
-    assert_one_end_each(server, customer.queue)
+    assert_one_end_each(server, load_client.queue)
     await _through(proxy, "forget", times, purge)
     assert counts == [Cancelled(ended=3, asked=0), 3]
-    assert await customer.read(ids) == [None] * 3
+    assert await load_client.read(ids) == [None] * 3
 
 
 async def test_a_retry_whose_reply_is_lost_opens_one_round_and_says_so(
     proxy: Proxy, loaded: Store, server: redis.Redis
 ) -> None:
-    customer, operation = Customer(loaded), Operation(loaded)
-    ids = await customer.submit([1.0, 2.0])
-    await operation.purge(customer.queue)
-    jobs = [await _stored(customer, one) for one in ids]
+    load_client, operation = Customer(loaded), Operation(loaded)
+    ids = await load_client.submit([1.0, 2.0])
+    await operation.purge(load_client.queue)
+    jobs = [await _stored(load_client, job_id) for job_id in ids]
     verdicts: list[object] = []
 
     async def retry() -> None:
@@ -276,8 +281,8 @@ async def test_a_retry_whose_reply_is_lost_opens_one_round_and_says_so(
 
     await _through(proxy, "retry", 1, retry)
     assert verdicts == [dict.fromkeys(ids, "ok")]
-    assert [one.record and one.record.round for one in await customer.read(ids) if one] == [2, 2]
-    assert server.llen(customer.queue) == 2
+    assert [job.record and job.record.round for job in await load_client.read(ids) if job] == [2, 2]
+    assert server.llen(load_client.queue) == 2
     server.flushall()
 
 
@@ -285,9 +290,9 @@ async def test_a_retry_whose_reply_is_lost_opens_one_round_and_says_so(
 async def test_a_repair_whose_reply_is_lost_puts_a_job_back_once(
     times: int, proxy: Proxy, loaded: Store, server: redis.Redis
 ) -> None:
-    customer, upkeep = Customer(loaded), Upkeep(loaded)
-    (job_id,) = await customer.submit([1.0])
-    server.delete(customer.queue)
+    load_client, upkeep = Customer(loaded), Upkeep(loaded)
+    (job_id,) = await load_client.submit([1.0])
+    server.delete(load_client.queue)
     gate = keys.repair_gate("predict_queue")
 
     async def passes() -> None:
@@ -296,26 +301,26 @@ async def test_a_repair_whose_reply_is_lost_puts_a_job_back_once(
 
     await passes()
     await _through(proxy, "repair", times, passes)
-    assert server.lrange(customer.queue, 0, -1) == [job_id.encode()]
+    assert server.lrange(load_client.queue, 0, -1) == [job_id.encode()]
     server.flushall()
 
 
 async def test_a_token_whose_reply_is_lost_loses_no_job(
     proxy: Proxy, loaded: Store, server: redis.Redis
 ) -> None:
-    customer, runs, bell = Customer(loaded), Runs(loaded, "w"), Doorbell(loaded)
+    load_client, runs, bell = Customer(loaded), Runs(loaded, "w"), Doorbell(loaded)
     proxy.cut_reply_to(b"BRPOP")
 
     async def arrives() -> None:
         await eventually(lambda: _blocked(server), "the worker waits")
-        await customer.submit([1.0])
+        await load_client.submit([1.0])
 
     async with asyncio.TaskGroup() as group:
         group.create_task(arrives())
         with pytest.raises(RedisUnavailable):
-            await bell.wait([customer.queue], 5)
-    assert server.llen(keys.wake(customer.queue)) == 0
-    assert len((await _claimed(runs, customer.queue, 1)).jobs) == 1
+            await bell.wait([load_client.queue], 5)
+    assert server.llen(keys.wake(load_client.queue)) == 0
+    assert len((await _claimed(runs, load_client.queue, 1)).jobs) == 1
     await bell.close()
     server.flushall()
 
@@ -326,21 +331,23 @@ def _blocked(client: redis.Redis) -> bool:
 
 @pytest.mark.soak
 async def test_workers_behind_a_line_that_keeps_cutting_lose_and_double_nothing(
-    crew: OpenCrew, customer: Customer, proxy: Proxy, server: redis.Redis
+    open_workers: OpenWorkers, load_client: Customer, proxy: Proxy, server: redis.Redis
 ) -> None:
     chance = random.Random(5)
-    with crew(
+    with open_workers(
         redis_url=proxy.url,
         policy=Policy(lease_seconds=1.0, reap_seconds=0.1, job_ttl_seconds=600, max_deliveries=99),
     ) as workers:
-        crewed = [workers.hire() for _ in range(2)]
-        await eventually(lambda: all(one.announced(server) for one in crewed), "they are ready")
+        started = [workers.start() for _ in range(2)]
+        await eventually(
+            lambda: all(worker.is_announced(server) for worker in started), "they are ready"
+        )
         proxy.cut_replies_if(lambda: chance.random() < 0.2)
         for number in range(30):
-            await customer.submit([float(number % 7)] * 3)
-            await customer.all_completed(60)
+            await load_client.submit([float(number % 7)] * 3)
+            await load_client.assert_all_completed(60)
         proxy.cut_replies_if(lambda: False)
-        assert [await one.stop() for one in crewed] == [0, 0]
+        assert [await worker.stop() for worker in started] == [0, 0]
     assert proxy.cut > 5
-    assert_one_end_each(server, customer.queue)
-    assert_at_rest(server, customer.queue)
+    assert_one_end_each(server, load_client.queue)
+    assert_at_rest(server, load_client.queue)

@@ -27,7 +27,7 @@ from tests.process import REPOSITORY
 ADDRESS_SPACE_BYTES: Final = 6 << 30
 SECONDS_EACH: Final = 5
 _RUN_SECONDS: Final = 0.5
-_MOST_ELEMENTS: Final = 1 << 20
+_MAX_ELEMENTS: Final = 1 << 20
 
 
 class Loaded(Struct, frozen=True):
@@ -90,7 +90,7 @@ def _run_once(engine: Engine) -> None:
     feeds = {}
     for spec in engine.signature.inputs:
         shape = [dim if isinstance(dim, int) else 1 for dim in dims(spec)]
-        if prod(shape) > _MOST_ELEMENTS:
+        if prod(shape) > _MAX_ELEMENTS:
             return
         filling = "" if spec.datatype == "BYTES" else 0
         feeds[spec.name] = np.full(shape, filling, DTYPES[spec.datatype])

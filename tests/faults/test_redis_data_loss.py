@@ -71,9 +71,9 @@ class Clients:
         body = {"data": PATHS[path], "options": options}
         at = time.monotonic()
         reply = await self.http.post(path, json=body)
-        one = Asked(at, path, reply.status_code, reply.json(), reply.headers.get("retry-after"))
-        self.asked.append(one)
-        return one
+        request = Asked(at, path, reply.status_code, reply.json(), reply.headers.get("retry-after"))
+        self.asked.append(request)
+        return request
 
     async def status(self, job_id: str) -> str:
         """A job's status, or "gone"."""
@@ -90,8 +90,8 @@ class Clients:
         async with asyncio.TaskGroup() as group:
             clients = [group.create_task(self._submit_on(path)) for path in self._paths]
             yield
-            for one in clients:
-                one.cancel()
+            for client in clients:
+                client.cancel()
 
     async def served(self, within_seconds: float) -> None:
         """A job submitted to each model from now on completes."""
@@ -136,7 +136,7 @@ class Clients:
 
     async def settled(self, within_seconds: float = SETTLED_WITHIN_SECONDS) -> None:
         """Every job that was accepted has completed, or is plainly gone."""
-        open_jobs = {one.job_id for one in self.asked if one.status == 202}
+        open_jobs = {request.job_id for request in self.asked if request.status == 202}
 
         async def none_is_open() -> bool:
             for job_id in list(open_jobs):
@@ -149,16 +149,16 @@ class Clients:
 
     def assert_refused_for_a_moment_only(self) -> None:
         """No client was told that it made a mistake, and each that was refused when to retry."""
-        for one in self.asked:
-            assert one.status == 202 or (one.status == 503 and one.retry_after), one
+        for request in self.asked:
+            assert request.status == 202 or (request.status == 503 and request.retry_after), request
 
     async def _taken(self, path: str) -> bool:
         return (await self.submit(path)).status == 202
 
     async def _done(self, path: str, since: float) -> bool:
-        for one in reversed(self.asked):
-            if one.path == path and one.status == 202 and one.at > since:
-                return await self.status(one.job_id) == "completed"
+        for request in reversed(self.asked):
+            if request.path == path and request.status == 202 and request.at > since:
+                return await self.status(request.job_id) == "completed"
         return False
 
     async def _submit_on(self, path: str) -> None:
@@ -186,14 +186,14 @@ def _opened(
     redis_url: str,
     server: redis.Redis,
     models: Path,
-    crew: tuple[str, ...] = ("iris,digits", "digits"),
+    open_workers: tuple[str, ...] = ("iris,digits", "digits"),
 ) -> Iterator[Scene]:
     environ = {"REDIS_URL": redis_url, "MODEL_DIR": str(models), **_BRISK}
     with open_services(folder, **environ) as services:
-        for its_models in crew:
+        for its_models in open_workers:
             services.work("--models", its_models, "--default-model", "iris")
         url = services.serve()
-        eventually_sync(lambda: _workers(server) == len(crew), "all work", 20)
+        eventually_sync(lambda: _workers(server) == len(open_workers), "all work", 20)
         yield Scene(url, server, services)
 
 
@@ -228,8 +228,8 @@ def scene(
     """Shared by the tests of this file: each leaves it served."""
     client = redis.Redis.from_url(redis_url)
     client.flushall()
-    with _opened(tmp_path_factory.mktemp("back"), redis_url, client, shipped_models) as it:
-        yield it
+    with _opened(tmp_path_factory.mktemp("back"), redis_url, client, shipped_models) as opened:
+        yield opened
     assert_bounded(client)
     client.close()
 
@@ -360,8 +360,8 @@ async def test_a_redis_that_is_started_again_is_served_within_5_s_whatever_it_ke
     shutil.copytree(shipped_models, models)
     zoo.place(models, "slow", zoo.slow())
     client = redis.Redis.from_url(forgetful.url)
-    crew = ("iris,digits,slow", "digits")
-    with _opened(tmp_path, forgetful.url, client, models, crew) as scene:
+    open_workers = ("iris,digits,slow", "digits")
+    with _opened(tmp_path, forgetful.url, client, models, open_workers) as scene:
         async with Clients(scene.url) as clients:
             async with clients.going_on():
                 await clients.served(30)

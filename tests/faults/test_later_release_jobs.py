@@ -11,7 +11,7 @@ from asyncinfer.repository import keys
 from tests.faults.load_client import Customer, transitions
 
 from .harness import eventually
-from .processes import OpenCrew
+from .processes import OpenWorkers
 
 
 def _with_a_field_more(record: Record) -> bytes:
@@ -27,26 +27,26 @@ def _with_fields_that_changed(record: Record) -> bytes:
 @pytest.mark.parametrize("packed", [_with_a_field_more, _with_fields_that_changed])
 async def test_a_job_of_a_later_release_is_neither_run_nor_failed_and_holds_nobody_up(
     packed: Callable[[Record], bytes],
-    crew: OpenCrew,
-    customer: Customer,
+    open_workers: OpenWorkers,
+    load_client: Customer,
     server: redis.Redis,
 ) -> None:
-    theirs = await customer.submit([1.0, 2.0, 3.0])
+    theirs = await load_client.submit([1.0, 2.0, 3.0])
     metas = {}
-    for job_id, stored in zip(theirs, await customer.read(theirs), strict=True):
+    for job_id, stored in zip(theirs, await load_client.read(theirs), strict=True):
         assert stored
         assert stored.record
         metas[job_id] = stored.meta[:8] + packed(stored.record)
         server.set(keys.meta(job_id), metas[job_id])
-    customer.acknowledged.clear()
-    with crew() as workers:
-        worker = workers.hire()
-        await customer.submit([4.0])
-        await customer.all_completed()
+    load_client.acknowledged.clear()
+    with open_workers() as workers:
+        worker = workers.start()
+        await load_client.submit([4.0])
+        await load_client.assert_all_completed()
         await eventually(
             lambda: all(
                 counts["pending"] and counts["processing"]
-                for job_id, counts in transitions(server, customer.queue).items()
+                for job_id, counts in transitions(server, load_client.queue).items()
                 if job_id in metas
             ),
             "each was released",
@@ -56,4 +56,4 @@ async def test_a_job_of_a_later_release_is_neither_run_nor_failed_and_holds_nobo
     for job_id, meta in metas.items():
         assert server.get(keys.status(job_id)) == b"pending"
         assert server.get(keys.meta(job_id)) == meta
-        assert not server.hexists(keys.facts(customer.queue), job_id), "no delivery is counted"
+        assert not server.hexists(keys.facts(load_client.queue), job_id), "no delivery is counted"

@@ -10,30 +10,32 @@ from asyncinfer.worker.worker import WorkerConfig
 from tests.faults.load_client import Customer
 
 from .harness import assert_at_rest, eventually
-from .processes import OpenCrew
+from .processes import OpenWorkers
 
 
 @pytest.mark.soak
 async def test_a_worker_at_work_is_seen_with_what_it_has_done_and_does(
-    crew: OpenCrew, customer: Customer, store: Store, server: redis.Redis
+    open_workers: OpenWorkers, load_client: Customer, store: Store, server: redis.Redis
 ) -> None:
     observation = Observation(store)
-    with crew(worker=WorkerConfig(concurrency=2, prediction_timeout_seconds=600)) as workers:
-        member = workers.hire()
-        await customer.submit([1.0] * 20)
-        await customer.all_completed()
-        (running,) = await customer.submit([60_000.0])
+    with open_workers(
+        worker=WorkerConfig(concurrency=2, prediction_timeout_seconds=600)
+    ) as workers:
+        member = workers.start()
+        await load_client.submit([1.0] * 20)
+        await load_client.assert_all_completed()
+        (running,) = await load_client.submit([60_000.0])
 
         async def told() -> bool:
             found = await observation.workers()
-            return [one.busy for one in found] == [1]
+            return [worker.busy for worker in found] == [1]
 
         await eventually(told, "the worker says that a slot is busy")
         (worker,) = await observation.workers()
         (queue,) = await observation.queues()
-        (stored,) = await customer.read([running])
+        (stored,) = await load_client.read([running])
         assert stored
-        await customer.submissions.cancel(stored)
+        await load_client.submissions.cancel(stored)
         assert await member.stop() == 0
     assert (worker.pid, worker.slots, worker.state) == (member.process.pid, 2, "ready")
     assert worker.jobs_done == JobsDone(completed=20)
@@ -45,4 +47,4 @@ async def test_a_worker_at_work_is_seen_with_what_it_has_done_and_does(
     assert queue.run_seconds
     assert queue.wait_seconds
     assert 0.001 <= queue.run_seconds.p50 <= queue.run_seconds.p99 < 10
-    assert_at_rest(server, customer.queue)
+    assert_at_rest(server, load_client.queue)
