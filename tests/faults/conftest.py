@@ -1,4 +1,4 @@
-"""Models that behave in one way each, workers of theirs, a load_client, a server with a disk."""
+"""Fixtures of the fault tests: models with one behaviour each, workers, clients and servers."""
 
 import os
 import sys
@@ -22,18 +22,18 @@ from .processes import (
     DurableServer,
     ForkServer,
     OpenWorkers,
-    Start,
+    StartWorker,
     WorkerOptions,
     Workers,
     running_workers,
-    spawned,
+    spawn_worker,
 )
 from .worker_main import WorkerSettings
 
 
 @pytest.fixture(scope="session")
 def zoo_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`slow` (a value takes about so many ms), `picky`, `hungry` and `huge`."""
+    """A model folder with `slow` (a value is the run time in ms), `picky`, `hungry` and `huge`."""
     folder = tmp_path_factory.mktemp("zoo")
     zoo.place(folder, "slow", zoo.slow())
     zoo.place(folder, "picky", zoo.picky())
@@ -43,38 +43,41 @@ def zoo_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def start_worker() -> Iterator[Start]:
-    """Forks workers where a fork is sound: on a Mac the system's own libraries may forbid it."""
+def start_worker() -> Iterator[StartWorker]:
+    """Starts a worker by a fork on Linux, else as a new program.
+
+    A fork is not safe everywhere: on a Mac the system's libraries may forbid it.
+    """
     if sys.platform != "linux":
-        yield spawned
+        yield spawn_worker
         return
     server = ForkServer()
-    yield server.forked
+    yield server.fork_worker
     server.close()
 
 
 @pytest.fixture
 def open_workers(
-    redis_url: str, zoo_models: Path, tmp_path: Path, start_worker: Start
+    redis_url: str, zoo_models: Path, tmp_path: Path, start_worker: StartWorker
 ) -> OpenWorkers:
-    """Opens a open_workers that serves `slow` from the session's server, unless its terms say otherwise."""
-    usual = WorkerSettings(redis_url=redis_url, model_dir=str(zoo_models), models=("slow",))
+    """Opens a context of workers that serve `slow` on the session's server, by default."""
+    defaults = WorkerSettings(redis_url=redis_url, model_dir=str(zoo_models), models=("slow",))
 
-    def opened(**terms: Unpack[WorkerOptions]) -> AbstractContextManager[Workers]:
-        return running_workers(tmp_path, replace(usual, **terms), start_worker)
+    def workers(**options: Unpack[WorkerOptions]) -> AbstractContextManager[Workers]:
+        return running_workers(tmp_path, replace(defaults, **options), start_worker)
 
-    return opened
+    return workers
 
 
 @pytest.fixture
 def load_client(store: Store) -> Customer:
-    """Submits to `slow`, on the session's server."""
+    """A client that submits to `slow`, on the session's server."""
     return Customer(store)
 
 
 @pytest.fixture
 def durable() -> Iterator[DurableServer]:
-    """A server of this test's own, with AOF, running."""
+    """A running server of this test's own, with AOF."""
     binary = os.environ.get("TEST_REDIS_BINARY") or str(get_binary_path())
     with tempfile.TemporaryDirectory(prefix="ai-") as folder:
         server = DurableServer(Path(folder), binary)
@@ -84,8 +87,8 @@ def durable() -> Iterator[DurableServer]:
 
 
 @pytest.fixture
-def forgetful() -> Iterator[DurableServer]:
-    """A server of this test's own that keeps nothing but a dump it is told to make, running."""
+def without_aof() -> Iterator[DurableServer]:
+    """A running server of this test's own, without AOF: it keeps only dumps that a test makes."""
     binary = os.environ.get("TEST_REDIS_BINARY") or str(get_binary_path())
     with tempfile.TemporaryDirectory(prefix="ai-") as folder:
         server = DurableServer(Path(folder), binary, has_aof=False)

@@ -1,8 +1,8 @@
-"""Forks worker processes on request: it has imported what they need, they start in no time.
+"""A process that forks workers on request; they start fast, since their imports are done.
 
-Reads requests from stdin, a line each, and answers each with a line; at the end of stdin it ends,
-and all its workers with it. ONNX Runtime is left for each worker to import: it has a thread, which
-no fork inherits, and a fork without it aborts at its exit.
+It reads requests from stdin, one per line, and answers each with a line. At the end of stdin it
+kills its workers and ends. Each worker imports ONNX Runtime itself: ONNX Runtime has a thread,
+which a fork does not inherit, and a process without it aborts at its exit.
 """
 
 import os
@@ -13,7 +13,7 @@ from typing import Final
 
 import msgspec
 
-_IMPORTED: Final = (
+_IMPORTS: Final = (
     "numpy",
     "redis.asyncio",
     "uvloop",
@@ -27,57 +27,57 @@ _IMPORTED: Final = (
 
 
 class StartRequest(msgspec.Struct, tag=True):
-    """Asks for a worker; answered with its pid."""
+    """A request for a new worker; the reply is its pid."""
 
     settings_json: str
     log: str
 
 
 class ExitCodeRequest(msgspec.Struct, tag=True):
-    """Asks how a worker ended; answered with its exit code, or null while it lives."""
+    """A request for a worker's exit code; the reply is null if it runs and `wait` is false."""
 
     pid: int
     wait: bool
 
 
 def main() -> None:
-    for module in _IMPORTED:
+    for module in _IMPORTS:
         import_module(module)
     assert "onnxruntime" not in sys.modules
     requests = msgspec.json.Decoder(StartRequest | ExitCodeRequest)
-    living: set[int] = set()
+    running: set[int] = set()
     for line in sys.stdin.buffer:
-        answer = msgspec.json.encode(_answer(requests.decode(line), living))
-        os.write(sys.stdout.fileno(), answer + b"\n")
-    for pid in living:
+        reply = msgspec.json.encode(_handle(requests.decode(line), running))
+        os.write(sys.stdout.fileno(), reply + b"\n")
+    for pid in running:
         os.kill(pid, signal.SIGKILL)
 
 
-def _answer(request: StartRequest | ExitCodeRequest, living: set[int]) -> int | None:
+def _handle(request: StartRequest | ExitCodeRequest, running: set[int]) -> int | None:
     if isinstance(request, ExitCodeRequest):
-        return _exit_code(request, living)
-    pid = _born(request)
-    living.add(pid)
+        return _exit_code(request, running)
+    pid = _fork_worker(request)
+    running.add(pid)
     return pid
 
 
-def _born(request: StartRequest) -> int:
+def _fork_worker(request: StartRequest) -> int:
     if pid := os.fork():
         return pid
     log = os.open(request.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for number, file in enumerate((nothing, log, log)):
+    empty = os.open(os.devnull, os.O_RDONLY)
+    for number, file in enumerate((empty, log, log)):
         os.dup2(file, number)
     sys.argv[1:] = [request.settings_json]
-    # Not before the fork: it imports ONNX Runtime.
+    # Imported only after the fork, since it imports ONNX Runtime.
     sys.exit(import_module("tests.faults.worker_main").main())
 
 
-def _exit_code(request: ExitCodeRequest, living: set[int]) -> int | None:
+def _exit_code(request: ExitCodeRequest, running: set[int]) -> int | None:
     pid, status = os.waitpid(request.pid, 0 if request.wait else os.WNOHANG)
     if not pid:
         return None
-    living.remove(pid)
+    running.remove(pid)
     return os.waitstatus_to_exitcode(status)
 
 

@@ -1,4 +1,4 @@
-"""What every fault test ends with: the invariants of a queue at rest."""
+"""Assertions that a queue is bounded and at rest, and functions that wait for a condition."""
 
 import asyncio
 import time
@@ -21,7 +21,7 @@ _SIDE_TABLES = (
 
 
 def assert_bounded(client: redis.Redis) -> None:
-    """Every key of an ended job has a TTL; every job key belongs to a job with a status."""
+    """Asserts that every key of an ended job, or of a job without a status, has a TTL."""
     names = list(client.scan_iter("job:*", count=1000))
     pipeline = client.pipeline(transaction=False)
     for name in names:
@@ -36,7 +36,7 @@ def assert_bounded(client: redis.Redis) -> None:
 
 
 def assert_at_rest(client: redis.Redis, *queues: str) -> None:
-    """Nothing waits, nothing runs, no side table remembers anything, no worker is connected."""
+    """Asserts that no job waits or runs, side tables are empty, and no worker is connected."""
     for queue in queues:
         for waiting in keys.waiting(queue):
             assert client.llen(waiting) == 0, f"{waiting} holds {client.lrange(waiting, 0, 5)}"
@@ -61,7 +61,7 @@ def _worker_connections(client: redis.Redis) -> list[str]:
 async def eventually(
     condition: Callable[[], bool | Awaitable[bool]], description: str, seconds: float = 30.0
 ) -> None:
-    """Waits until `condition` holds; fails the test, naming `what`, when it does not."""
+    """Waits until `condition` returns true; fails the test with `description` after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
         holds = condition()
@@ -74,7 +74,7 @@ async def eventually(
 
 
 def eventually_sync(condition: Callable[[], bool], description: str, seconds: float = 30.0) -> None:
-    """`eventually` for tests without a loop."""
+    """`eventually` for tests without an event loop."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"still not after {seconds} s: {description}"

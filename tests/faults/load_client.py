@@ -1,4 +1,4 @@
-"""A load_client of the queue: submits values, and checks that each came back as it went."""
+"""A client that submits values to a model and checks that each job returns its own value."""
 
 import time
 from collections import Counter
@@ -28,7 +28,7 @@ class _Result(msgspec.Struct):
 
 
 class Customer:
-    """Submits to one model whose answer is its input, and remembers what was acknowledged."""
+    """Submits to a model whose result is its input; records the value of each acknowledged job."""
 
     def __init__(self, store: Store, model: str = "slow", default_model: str = "slow") -> None:
         self.submissions = Submissions(store)
@@ -49,7 +49,7 @@ class Customer:
     async def submit(
         self, values: Iterable[float], options: Options | None = None, rows: int = 1
     ) -> list[str]:
-        """Submits a job per value; returns the ids. Raises what the repository raises."""
+        """Submits a job per value; returns the ids. Raises RequestError as `submit_many` does."""
         jobs = [(self.job(value, options, rows=rows), value) for value in values]
         for start in range(0, len(jobs), 256):
             part = jobs[start : start + 256]
@@ -60,7 +60,7 @@ class Customer:
         return [job.job_id for job, _ in jobs]
 
     async def submit_or_not(self, values: Iterable[float]) -> bool:
-        """Submits; False when Redis did not acknowledge, and the jobs count for nothing."""
+        """Submits; returns False, and records no job, if Redis did not acknowledge."""
         try:
             await self.submit(values)
         except RequestError:
@@ -75,7 +75,7 @@ class Customer:
         return stored
 
     async def wait_until_all_ended(self, seconds: float = 30.0) -> list[Stored]:
-        """Waits until every acknowledged job has ended; returns them."""
+        """Waits until every acknowledged job has ended; returns the jobs."""
         ended: list[Stored] = []
 
         async def done() -> bool:
@@ -88,31 +88,31 @@ class Customer:
         return ended
 
     async def assert_all_completed(self, seconds: float = 30.0) -> None:
-        """Every acknowledged job completes, each with its own answer."""
+        """Asserts that every acknowledged job completes within `seconds`, with its own value."""
         for stored in await self.wait_until_all_ended(seconds):
             assert stored.status == "completed", (stored.job_id, stored.status, stored.error)
-            assert answer(stored) == self.acknowledged[stored.job_id]
+            assert result_value(stored) == self.acknowledged[stored.job_id]
 
 
-def answer(stored: Stored) -> float:
-    """The one number of a completed job's result."""
+def result_value(stored: Stored) -> float:
+    """The only number in a completed job's result."""
     assert stored.result is not None
     return msgspec.json.decode(stored.result, type=_Result).outputs[0].data[0]
 
 
 def transitions(client: redis.Redis, queue: str) -> dict[str, Counter[str]]:
-    """How often each job came to each status, from the queue's log."""
-    seen: dict[str, Counter[str]] = {}
+    """How often each job entered each status, from the queue's log."""
+    counts: dict[str, Counter[str]] = {}
     entries: list[tuple[bytes, dict[bytes, bytes]]] = client.xrange(keys.log(queue))  # type: ignore[assignment]
     for _, fields in entries:
         for status, packed in fields.items():
             for job_id in _ids.decode(packed):
-                seen.setdefault(job_id, Counter())[status.decode()] += 1
-    return seen
+                counts.setdefault(job_id, Counter())[status.decode()] += 1
+    return counts
 
 
 def claim_sizes(client: redis.Redis, queue: str) -> list[int]:
-    """How many jobs each claim took, from the queue's log."""
+    """The number of jobs of each claim, from the queue's log."""
     entries: list[tuple[bytes, dict[bytes, bytes]]] = client.xrange(keys.log(queue))  # type: ignore[assignment]
     return [
         len(_ids.decode(fields[b"processing"])) for _, fields in entries if b"processing" in fields
@@ -120,14 +120,14 @@ def claim_sizes(client: redis.Redis, queue: str) -> list[int]:
 
 
 def completed_in_order(client: redis.Redis, queue: str) -> list[str]:
-    """The queue's completed jobs, the first first, from its log."""
+    """Ids of the queue's completed jobs in order of completion, from its log."""
     entries: list[tuple[bytes, dict[bytes, bytes]]] = client.xrange(keys.log(queue))  # type: ignore[assignment]
     completed = (fields[b"completed"] for _, fields in entries if b"completed" in fields)
     return [job_id for packed in completed for job_id in _ids.decode(packed)]
 
 
 def assert_one_end_each(client: redis.Redis, queue: str) -> None:
-    """No job of the log ended twice."""
+    """Asserts that no job in the queue's log ended twice."""
     for job_id, counts in transitions(client, queue).items():
         ends = sum(counts[status] for status in TERMINAL)
         assert ends <= 1, f"{job_id} ended {ends} times: {dict(counts)}"

@@ -1,4 +1,4 @@
-"""A model folder that is changed under a worker, and the clients of what it serves."""
+"""A model folder that a test changes while a worker serves it, and a client of its models."""
 
 import shutil
 from collections.abc import AsyncIterator
@@ -18,7 +18,7 @@ from asyncinfer.repository.stored_jobs import Stored
 from asyncinfer.repository.submissions import NewJob, Submissions
 from asyncinfer.worker.models.engine_cache import Bounds
 from asyncinfer.worker.worker import WorkerConfig
-from tests.faults.load_client import answer
+from tests.faults.load_client import result_value
 
 from .harness import eventually
 from .processes import OpenWorkers, Workers
@@ -27,7 +27,7 @@ CONFIG = WorkerConfig(concurrency=2, rescan_seconds=0.5)
 
 
 class ModelFolder:
-    """A model folder that is changed as operators do."""
+    """A model folder that is changed as operators change it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path / "models"
@@ -37,7 +37,7 @@ class ModelFolder:
     def publish(
         self, model: onnx.ModelProto | bytes, version: int, name: str = "m", toml: str = ""
     ) -> Path:
-        """By rename, as is right."""
+        """Adds a version by a rename, as the documents advise; returns the model's file."""
         content = model if isinstance(model, bytes) else model.SerializeToString()
         staged = self._staging / f"{name}-{version}"
         staged.mkdir(parents=True)
@@ -48,7 +48,7 @@ class ModelFolder:
         return staged.rename(self.path / name / str(version)) / "model.onnx"
 
     def publish_with_weights(self, model: onnx.ModelProto, version: int) -> Path:
-        """The weights in a file of their own; returns it."""
+        """Adds a version whose weights are in a file of their own; returns that file."""
         path = self._staging / str(version) / "model.onnx"
         path.parent.mkdir(parents=True)
         onnx.save_model(
@@ -61,7 +61,7 @@ class ModelFolder:
 
 
 class ModelClient:
-    """What clients see and do."""
+    """A client of the models in the folder, which also reads what workers announce."""
 
     def __init__(self, store: Store) -> None:
         self._inspection = Inspection(store)
@@ -77,57 +77,63 @@ class ModelClient:
         assert submitted.verdict in ("ok", "exists")
         return job.job_id
 
-    async def ended(self, job_id: str) -> Stored:
-        found: list[Stored] = []
+    async def wait_for_end(self, job_id: str) -> Stored:
+        jobs: list[Stored] = []
 
         async def has_ended() -> bool:
             stored = await self._submissions.read(job_id)
-            found[:] = [stored] if stored else []
+            jobs[:] = [stored] if stored else []
             return bool(stored and stored.status in ("completed", "failed"))
 
         await eventually(has_ended, "the job has ended")
-        return found[0]
+        return jobs[0]
 
-    async def ask(self, value: float, version: str | None = None, name: str = "m") -> float:
-        """The answer, when the job completes."""
-        stored = await self.ended(await self.submit(value, version, name))
+    async def predict(self, value: float, version: str | None = None, name: str = "m") -> float:
+        """Submits and waits; returns the result. Fails the test if the job does not complete."""
+        stored = await self.wait_for_end(await self.submit(value, version, name))
         assert stored.status == "completed", stored.error
-        return answer(stored)
+        return result_value(stored)
 
-    async def versions(self, name: str = "m") -> dict[str, Signature]:
-        """What is announced of a model."""
+    async def announced_versions(self, name: str = "m") -> dict[str, Signature]:
+        """The signature of each announced version of a model."""
         announced = (await self._inspection.announced()).models.get(name, {})
         return {
             version: msgspec.json.decode(body, type=Signature)
             for version, body in announced.items()
         }
 
-    async def says(self) -> list[WorkerSays]:
+    async def announcements(self) -> list[WorkerSays]:
+        """What each worker announces of itself."""
         return [worker_says(body) for body in (await self._inspection.workers()).values()]
 
     async def problems(self, name: str = "m") -> dict[str, str]:
-        found: dict[str, str] = {}
-        for says in await self.says():
-            found |= says.problems.get(name, {})
-        return found
+        """The reason by version, of the versions of a model that a worker refuses."""
+        reasons: dict[str, str] = {}
+        for worker in await self.announcements():
+            reasons |= worker.problems.get(name, {})
+        return reasons
 
     async def wait_until_announced(self, *versions: str, name: str = "m") -> None:
-        async def is_so() -> bool:
-            return set(await self.versions(name)) == set(versions)
+        """Waits until these versions, and no other, are announced."""
 
-        await eventually(is_so, f"{name} has the versions {versions}", 20)
+        async def is_announced() -> bool:
+            return set(await self.announced_versions(name)) == set(versions)
 
-    async def wait_until_refused(self, version: str, why: str, name: str = "m") -> None:
-        async def is_so() -> bool:
-            return why in (await self.problems(name)).get(version, "")
+        await eventually(is_announced, f"{name} has the versions {versions}", 20)
 
-        await eventually(is_so, f"version {version} is refused: {why}", 20)
+    async def wait_until_refused(self, version: str, reason: str, name: str = "m") -> None:
+        async def is_refused() -> bool:
+            return reason in (await self.problems(name)).get(version, "")
+
+        await eventually(is_refused, f"version {version} is refused: {reason}", 20)
 
     async def wait_until_served(self, version: str) -> None:
-        async def is_so() -> bool:
-            return any(says.served.get("m") == version for says in await self.says())
+        """Waits until a worker serves this version of the model `m` by default."""
 
-        await eventually(is_so, f"version {version} is served", 20)
+        async def is_served() -> bool:
+            return any(worker.served.get("m") == version for worker in await self.announcements())
+
+        await eventually(is_served, f"version {version} is served", 20)
 
 
 @asynccontextmanager
@@ -140,7 +146,7 @@ async def serving(
     allow_custom_ops: bool = False,
     unprivileged: bool = False,
 ) -> AsyncIterator[Workers]:
-    """One worker on the folder, which leaves well at the end."""
+    """Runs one worker on the folder; asserts at the end that it stops with exit code 0."""
     with open_workers(
         model_dir=str(folder.path),
         models=(),

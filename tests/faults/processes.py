@@ -1,4 +1,4 @@
-"""Real processes for the fault tests: workers that can be killed, a Valkey with a disk."""
+"""Real processes for the fault tests: workers that can be killed, and a Valkey with a disk."""
 
 import contextlib
 import os
@@ -25,23 +25,23 @@ from .harness import eventually, eventually_sync
 from .worker_main import WorkerSettings
 
 
-class Started(Protocol):
-    """A process that runs; what these tests use of a Popen."""
+class ProcessHandle(Protocol):
+    """The part of a Popen that these tests use."""
 
     pid: int
     returncode: Any
-    """None until `poll` or `wait` saw its end."""
+    """None until `poll` or `wait` has seen the end of the process."""
 
     def poll(self) -> int | None: ...
 
     def wait(self) -> int: ...
 
 
-Start: TypeAlias = Callable[[str, Path], Started]
-"""Starts a worker: its order as JSON, and the file that its output goes to."""
+StartWorker: TypeAlias = Callable[[str, Path], ProcessHandle]
+"""Starts a worker, given its settings as JSON and the file that its output goes to."""
 
 
-def spawned(settings_json: str, log: Path) -> Started:
+def spawn_worker(settings_json: str, log: Path) -> ProcessHandle:
     with log.open("ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "tests.faults.worker_main", settings_json],
@@ -51,7 +51,7 @@ def spawned(settings_json: str, log: Path) -> Started:
 
 
 class ForkServer:
-    """The process that workers are forked from, for the session."""
+    """The process that all workers of the session are forked from."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -59,16 +59,17 @@ class ForkServer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
-            # A process with one thread can be forked; numpy would start one more.
+            # Only a process with one thread can be forked; numpy would start another.
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
         )
 
-    def forked(self, settings_json: str, log: Path) -> Started:
-        pid = self.ask(fork_server.StartRequest(settings_json, str(log)))
+    def fork_worker(self, settings_json: str, log: Path) -> ProcessHandle:
+        pid = self.send(fork_server.StartRequest(settings_json, str(log)))
         assert pid
-        return Forked(self, pid)
+        return ForkedWorker(self, pid)
 
-    def ask(self, request: fork_server.StartRequest | fork_server.ExitCodeRequest) -> int | None:
+    def send(self, request: fork_server.StartRequest | fork_server.ExitCodeRequest) -> int | None:
+        """Returns the reply: a pid, an exit code, or None while the process runs."""
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.write(msgspec.json.encode(request) + b"\n")
@@ -79,33 +80,35 @@ class ForkServer:
         self._process.communicate()
 
 
-class Forked:
-    """A process of the fork_server's."""
+class ForkedWorker:
+    """A process that the fork server started."""
 
-    def __init__(self, fork_server: ForkServer, pid: int) -> None:
-        self._nursery = fork_server
+    def __init__(self, server: ForkServer, pid: int) -> None:
+        self._server = server
         self.pid = pid
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        return self._look(wait=False)
+        return self._read_exit_code(wait=False)
 
     def wait(self) -> int:
-        ended = self._look(wait=True)
-        assert ended is not None
-        return ended
+        exit_code = self._read_exit_code(wait=True)
+        assert exit_code is not None
+        return exit_code
 
-    def _look(self, *, wait: bool) -> int | None:
+    def _read_exit_code(self, *, wait: bool) -> int | None:
         if self.returncode is None:
-            self.returncode = self._nursery.ask(fork_server.ExitCodeRequest(self.pid, wait))
+            self.returncode = self._server.send(fork_server.ExitCodeRequest(self.pid, wait))
         return self.returncode
 
 
 class WorkerChild:
-    """A worker process under test; its log is kept for a failing test to show."""
+    """A worker process under test, with its log."""
 
-    def __init__(self, order: WorkerSettings, log: Path, start: Start = spawned) -> None:
-        self.process = start(msgspec.json.encode(order).decode(), log)
+    def __init__(
+        self, settings: WorkerSettings, log: Path, start: StartWorker = spawn_worker
+    ) -> None:
+        self.process = start(msgspec.json.encode(settings).decode(), log)
 
     def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -119,19 +122,22 @@ class WorkerChild:
         return self.process.poll() is not None
 
     def is_announced(self, client: redis.Redis) -> bool:
-        """Whether it has loaded all its models and said so."""
+        """Whether it has announced that all its models are loaded."""
         pattern = keys.worker("predict_queue", f"*-{self.process.pid}-*")
         bodies = [client.get(key) for key in client.scan_iter(pattern, count=1000)]
-        says = [worker_says(body) for body in bodies if isinstance(body, bytes)]
-        return any(worker.models and not worker.loading for worker in says)
+        workers = [worker_says(body) for body in bodies if isinstance(body, bytes)]
+        return any(worker.models and not worker.loading for worker in workers)
 
     async def wait_for_exit(self, seconds: float = 30.0) -> int:
-        """The exit code, once it has gone by itself; the loop may serve it meanwhile."""
-        await eventually(self.has_ended, "the worker leaves", seconds)
+        """Waits until the worker has ended by itself; returns its exit code.
+
+        The event loop goes on meanwhile: it may serve what the worker needs.
+        """
+        await eventually(self.has_ended, "the worker ends", seconds)
         return int(self.process.returncode)
 
     async def stop(self) -> int:
-        """SIGTERM, and the exit code."""
+        """Sends SIGTERM, also to a frozen worker; returns the exit code."""
         self.signal(signal.SIGCONT)
         self.signal(signal.SIGTERM)
         return await self.wait_for_exit()
@@ -143,17 +149,20 @@ class WorkerChild:
 
 
 class Workers:
-    """The worker processes of one test; all gone at its end."""
+    """The worker processes of one test; they are killed at its end."""
 
-    def __init__(self, folder: Path, order: WorkerSettings, start: Start = spawned) -> None:
+    def __init__(
+        self, folder: Path, settings: WorkerSettings, start: StartWorker = spawn_worker
+    ) -> None:
         self._log = folder / "workers.log"
-        self._order = order
+        self._settings = settings
         self._start = start
         self.members: list[WorkerChild] = []
 
     def hire(self, die_at: Step | None = None, fail_at: Step | None = None) -> WorkerChild:
-        order = msgspec.structs.replace(self._order, die_at=die_at, fail_at=fail_at)
-        member = WorkerChild(order, self._log, self._start)
+        """Starts one more worker; it may have been told to die or to fail at a step of a job."""
+        settings = msgspec.structs.replace(self._settings, die_at=die_at, fail_at=fail_at)
+        member = WorkerChild(settings, self._log, self._start)
         self.members.append(member)
         return member
 
@@ -167,12 +176,12 @@ class Workers:
 
 
 class WorkerOptions(TypedDict, total=False):
-    """What a test may ask of its open_workers; the rest is as the fixture `open_workers` and `WorkerSettings` have it."""
+    """Changes of the settings that `open_workers` and `WorkerSettings` give by default."""
 
     redis_url: str
     model_dir: str
     models: tuple[str, ...]
-    """() is every model of the folder."""
+    """() means every model of the folder."""
     default_model: str
     policy: Policy
     worker: WorkerConfig
@@ -183,16 +192,17 @@ class WorkerOptions(TypedDict, total=False):
 
 
 class OpenWorkers(Protocol):
-    """What the fixture `open_workers` gives: called, it opens the test's open_workers, with no one hired yet."""
+    """The type of the fixture `open_workers`: its context starts with no worker running."""
 
-    def __call__(self, **terms: Unpack[WorkerOptions]) -> AbstractContextManager[Workers]: ...
+    def __call__(self, **options: Unpack[WorkerOptions]) -> AbstractContextManager[Workers]: ...
 
 
 @contextlib.contextmanager
 def running_workers(
-    folder: Path, order: WorkerSettings, start: Start = spawned
+    folder: Path, settings: WorkerSettings, start: StartWorker = spawn_worker
 ) -> Iterator[Workers]:
-    workers = Workers(folder, order, start)
+    """Kills the workers at the end; prints their log if the test failed."""
+    workers = Workers(folder, settings, start)
     try:
         yield workers
     except BaseException:
@@ -203,9 +213,9 @@ def running_workers(
 
 
 class DurableServer:
-    """A Valkey (or TEST_REDIS_BINARY) with AOF in a folder, that can be killed and restarted.
+    """A Valkey (or TEST_REDIS_BINARY) with AOF in a folder, which can be killed and restarted.
 
-    Without AOF it comes back with its last dump, or empty.
+    Without AOF it restarts with its last dump, or empty.
     """
 
     def __init__(self, folder: Path, binary: str, *, has_aof: bool = True) -> None:
@@ -230,7 +240,7 @@ class DurableServer:
         client.close()
 
     def dump(self) -> None:
-        """Writes what it holds to the file that it starts from when it has no AOF."""
+        """Writes the dump that a server without AOF restarts with."""
         with contextlib.closing(redis.Redis.from_url(self.url)) as client:
             client.save()
 

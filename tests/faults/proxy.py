@@ -1,15 +1,15 @@
-"""A small TCP proxy before Redis that cuts replies, swallows requests, or is gone."""
+"""A TCP proxy in front of Redis that cuts replies, swallows requests, or refuses connections."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from urllib.parse import urlsplit
 
-_CHUNK = 1 << 16
+_CHUNK_BYTES = 1 << 16
 
 
 class Proxy:
-    """Forwards connections to a server, faults included."""
+    """Forwards connections to a server, with the faults that a test sets."""
 
     def __init__(self, upstream_url: str) -> None:
         self._upstream = upstream_url
@@ -17,13 +17,13 @@ class Proxy:
         self._connections: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._cuts: list[bytes] = []
-        self._swallows: list[bytes] = []
+        self._swallowed_words: list[bytes] = []
         self._cut_if: Callable[[], bool] = lambda: False
         self.port = 0
         self.cut = 0
         self.swallowed = 0
-        self.open_road = asyncio.Event()
-        self.open_road.set()
+        self._is_forwarding = asyncio.Event()
+        self._is_forwarding.set()
 
     @property
     def url(self) -> str:
@@ -34,29 +34,31 @@ class Proxy:
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def down(self) -> None:
-        """Refuses connections, and closes those there are."""
+        """Refuses new connections and aborts the open ones."""
         if self._server:
             self._server.close()
         for writer in list(self._connections):
             writer.transport.abort()
 
     def black_hole(self) -> None:
-        """Swallows everything; connections stay open and connecting still works."""
-        self.open_road.clear()
+        """Forwards nothing more; connections stay open and new ones are accepted."""
+        self._is_forwarding.clear()
 
     def restore(self) -> None:
-        self.open_road.set()
+        """Ends the black hole."""
+        self._is_forwarding.set()
 
     def cut_reply_to(self, command: bytes, times: int = 1) -> None:
-        """Cuts the next replies to requests that contain `command`."""
+        """Forwards the next `times` requests that contain `command`, but not their replies."""
         self._cuts += [command] * times
 
     def swallow_requests_with(self, word: bytes) -> None:
-        """A request that contains `word` never arrives, nor what follows on its connection."""
-        self._swallows.append(word)
+        """Drops requests that contain `word`, and all that follows on their connections."""
+        self._swallowed_words.append(word)
 
-    def cut_replies_if(self, chance: Callable[[], bool]) -> None:
-        self._cut_if = chance
+    def cut_replies_if(self, condition: Callable[[], bool]) -> None:
+        """Cuts a connection, before it forwards a reply, if `condition` returns true."""
+        self._cut_if = condition
 
     async def close(self) -> None:
         self.restore()
@@ -77,11 +79,11 @@ class Proxy:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         up_reader, up_writer = await self._dial()
         self._connections |= {writer, up_writer}
-        doomed = asyncio.Event()
+        cuts_reply = asyncio.Event()
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._requests(reader, up_writer, doomed))
-                group.create_task(self._replies(up_reader, writer, doomed))
+                group.create_task(self._forward_requests(reader, up_writer, cuts_reply))
+                group.create_task(self._forward_replies(up_reader, writer, cuts_reply))
         except* OSError:
             pass
         finally:
@@ -95,29 +97,29 @@ class Proxy:
             return await asyncio.open_unix_connection(parts.path)
         return await asyncio.open_connection(parts.hostname, parts.port or 6379)
 
-    async def _requests(
-        self, reader: asyncio.StreamReader, up: asyncio.StreamWriter, doomed: asyncio.Event
+    async def _forward_requests(
+        self, reader: asyncio.StreamReader, up: asyncio.StreamWriter, cuts_reply: asyncio.Event
     ) -> None:
-        while data := await reader.read(_CHUNK):
-            await self.open_road.wait()
-            if any(word in data for word in self._swallows):
+        while data := await reader.read(_CHUNK_BYTES):
+            await self._is_forwarding.wait()
+            if any(word in data for word in self._swallowed_words):
                 self.swallowed += 1
                 await asyncio.Event().wait()
             for command in self._cuts:
                 if command in data:
                     self._cuts.remove(command)
-                    doomed.set()
+                    cuts_reply.set()
                     break
             up.write(data)
             await up.drain()
         raise ConnectionResetError
 
-    async def _replies(
-        self, up: asyncio.StreamReader, writer: asyncio.StreamWriter, doomed: asyncio.Event
+    async def _forward_replies(
+        self, up: asyncio.StreamReader, writer: asyncio.StreamWriter, cuts_reply: asyncio.Event
     ) -> None:
-        while data := await up.read(_CHUNK):
-            await self.open_road.wait()
-            if doomed.is_set() or self._cut_if():
+        while data := await up.read(_CHUNK_BYTES):
+            await self._is_forwarding.wait()
+            if cuts_reply.is_set() or self._cut_if():
                 self.cut += 1
                 break
             writer.write(data)

@@ -1,4 +1,4 @@
-"""A primary, its replica and three sentinels on loopback, which can be killed and frozen."""
+"""A primary, its replica and three sentinels on loopback, which a test can kill and freeze."""
 
 import contextlib
 import os
@@ -17,13 +17,13 @@ from tests.serving import free_port
 from .harness import eventually_sync
 
 SERVICE = "main"
-_PATIENT_MS = 60_000
-_IMPATIENT_MS = 1000
+_LONG_DOWN_AFTER_MS = 60_000
+_SHORT_DOWN_AFTER_MS = 1000
 _FAILOVER_TIMEOUT_MS = 5000
 
 
 class Node:
-    """One server or sentinel; it keeps its port and its folder when it is started again."""
+    """A server or a sentinel; it keeps its port and its folder when it is restarted."""
 
     def __init__(self, folder: Path, *options: str) -> None:
         folder.mkdir()
@@ -55,16 +55,16 @@ class Node:
         if self._process:
             self.kill()
 
-    def tell(self) -> None:
+    def print_log(self) -> None:
         path = self._folder / "log"
         if path.exists():
             sys.stderr.write(f"{path}:\n{path.read_text()[-8000:]}")
 
     def is_replica_of(self, primary: "Node") -> bool:
         with contextlib.suppress(redis.RedisError):
-            about: dict[str, Any] = self.client.info("replication")
-            found = [about.get(key) for key in ("role", "master_port", "master_link_status")]
-            return found == ["slave", primary.port, "up"]
+            info: dict[str, Any] = self.client.info("replication")
+            fields = [info.get(key) for key in ("role", "master_port", "master_link_status")]
+            return fields == ["slave", primary.port, "up"]
         return False
 
     def _answers(self) -> bool:
@@ -75,11 +75,11 @@ class Node:
 
 
 class Replicated:
-    """The whole set, running; `primary` and `replica` are as they were at the start."""
+    """All five processes; `primary` and `replica` keep their names after a fail-over."""
 
     def __init__(self, folder: Path, options: Mapping[str, str]) -> None:
-        given = [word for name, value in options.items() for word in (f"--{name}", value)]
-        common = ("--save", "", "--appendonly", "yes", "--repl-diskless-sync-delay", "0", *given)
+        flags = [word for name, value in options.items() for word in (f"--{name}", value)]
+        common = ("--save", "", "--appendonly", "yes", "--repl-diskless-sync-delay", "0", *flags)
         self.primary = Node(folder / "primary", *common)
         replicaof = ("--replicaof", f"127.0.0.1 {self.primary.port}")
         self.replica = Node(folder / "replica", *common, *replicaof)
@@ -89,26 +89,28 @@ class Replicated:
     def start(self) -> None:
         self.primary.start()
         self.replica.start()
-        eventually_sync(lambda: self.replica.is_replica_of(self.primary), "it replicates")
+        eventually_sync(lambda: self.replica.is_replica_of(self.primary), "the replica follows")
         for sentinel in self.sentinels:
             sentinel.start()
-        eventually_sync(self._acquainted, "the sentinels know each other and the replica", 20)
+        eventually_sync(
+            self._sentinels_know_all, "the sentinels know each other and the replica", 20
+        )
 
     @contextlib.contextmanager
     def failing_over(self) -> Iterator[None]:
-        """The sentinels take a server that is silent for a second for dead.
+        """Meanwhile the sentinels take a server that is silent for a second for dead.
 
-        Only meanwhile: on a busy machine one is silent for so long without a fault, and a second
-        fail-over may come right after the first.
+        Not for longer: on a busy machine a server may be silent for a second without a fault, and
+        a second fail-over could follow the first.
         """
-        self._take_for_dead_after(_IMPATIENT_MS)
+        self._set_down_after(_SHORT_DOWN_AFTER_MS)
         yield
-        self._take_for_dead_after(_PATIENT_MS)
+        self._set_down_after(_LONG_DOWN_AFTER_MS)
 
-    def tell(self) -> None:
-        """What servers and sentinels logged, for a test that failed."""
+    def print_logs(self) -> None:
+        """Prints the logs of servers and sentinels, for a test that failed."""
         for node in self._nodes:
-            node.tell()
+            node.print_log()
 
     def close(self) -> None:
         for node in self._nodes:
@@ -118,15 +120,15 @@ class Replicated:
     def _nodes(self) -> tuple[Node, ...]:
         return (*self.sentinels, self.replica, self.primary)
 
-    def _take_for_dead_after(self, silent_ms: int) -> None:
+    def _set_down_after(self, down_after_ms: int) -> None:
         for sentinel in self.sentinels:
-            sentinel.client.sentinel_set(SERVICE, "down-after-milliseconds", silent_ms)
+            sentinel.client.sentinel_set(SERVICE, "down-after-milliseconds", down_after_ms)
 
-    def _acquainted(self) -> bool:
-        seen = [sentinel.client.sentinel_master(SERVICE) for sentinel in self.sentinels]
+    def _sentinels_know_all(self) -> bool:
+        views = [sentinel.client.sentinel_master(SERVICE) for sentinel in self.sentinels]
         return all(
-            (about["num-other-sentinels"], about["num-slaves"], about["flags"]) == (2, 1, "master")
-            for about in seen
+            (view["num-other-sentinels"], view["num-slaves"], view["flags"]) == (2, 1, "master")
+            for view in views
         )
 
 
@@ -135,27 +137,27 @@ def sentinel_of(primary: Node, folder: Path, quorum: int) -> Node:
     node = Node(folder, str(conf), "--sentinel")
     conf.write_text(
         f"sentinel monitor {SERVICE} 127.0.0.1 {primary.port} {quorum}\n"
-        f"sentinel down-after-milliseconds {SERVICE} {_PATIENT_MS}\n"
+        f"sentinel down-after-milliseconds {SERVICE} {_LONG_DOWN_AFTER_MS}\n"
         f"sentinel failover-timeout {SERVICE} {_FAILOVER_TIMEOUT_MS}\n"
     )
     return node
 
 
 def url_of(*sentinels: Node) -> str:
-    """The REDIS_URL of what they watch."""
+    """The REDIS_URL of the service that the sentinels watch."""
     hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in sentinels)
     return f"sentinel://{hosts}/{SERVICE}"
 
 
 @contextlib.contextmanager
 def replicated(folder: Path, **options: str) -> Iterator[Replicated]:
-    """`options` of both servers, with `_` for `-`."""
+    """Starts all; `options` are those of both servers, with `_` for `-`."""
     servers = Replicated(folder, {name.replace("_", "-"): value for name, value in options.items()})
     try:
         servers.start()
         yield servers
     except BaseException:
-        servers.tell()
+        servers.print_logs()
         raise
     finally:
         servers.close()

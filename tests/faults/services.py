@@ -1,4 +1,4 @@
-"""The commands themselves, `serve` and `work`, as processes of one test."""
+"""The commands `serve` and `work` as processes of one test."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from .harness import eventually_sync
 
 
 class Services:
-    """Starts commands that share an environment; all write to one log, and all end together."""
+    """Starts commands with one environment and one log; `close` kills them all."""
 
     def __init__(self, log_path: Path, environ: dict[str, str]) -> None:
         self._log_path = log_path
@@ -25,15 +25,15 @@ class Services:
         self._members: list[subprocess.Popen[bytes]] = []
 
     def work(self, *argv: str, tree: Path = REPOSITORY) -> subprocess.Popen[bytes]:
-        """A worker of the release whose source is in `tree`."""
+        """Starts a worker of the release whose source is in `tree`."""
         return self._start("work", *argv, tree=tree)
 
     def serve(self, *argv: str, tree: Path = REPOSITORY) -> str:
-        """An API that knows a model; its URL."""
+        """Starts an API and waits until it lists a model; returns its URL."""
         port = str(free_port())
         self._start("serve", "--port", port, *argv, tree=tree)
         url = f"http://127.0.0.1:{port}"
-        eventually_sync(lambda: _knows_a_model(url), f"the API at {url} knows a model", 20)
+        eventually_sync(lambda: _lists_a_model(url), f"the API at {url} lists a model", 20)
         return url
 
     @property
@@ -58,7 +58,7 @@ class Services:
         return member
 
 
-def _knows_a_model(url: str) -> bool:
+def _lists_a_model(url: str) -> bool:
     with contextlib.suppress(httpx2.TransportError):
         answer = httpx2.get(f"{url}/models", timeout=5)
         return answer.status_code == 200 and bool(answer.json()["models"])
@@ -67,6 +67,7 @@ def _knows_a_model(url: str) -> bool:
 
 @contextlib.contextmanager
 def open_services(folder: Path, **environ: str) -> Iterator[Services]:
+    """Kills the processes at the end; prints their log if the test failed."""
     path = folder / "services.log"
     services = Services(path, environ)
     try:

@@ -1,4 +1,4 @@
-"""Jobs that are called off: waiting, delayed, running, and at the very moment they end."""
+"""Cancelled jobs: waiting, delayed, running, and at the moment when they end."""
 
 import asyncio
 import time
@@ -31,7 +31,7 @@ async def test_a_waiting_or_delayed_job_is_cancelled_at_once(
     for job_id in (waiting, delayed):
         stored = await _read(load_client, job_id)
         assert await load_client.submissions.cancel(stored) == "cancelled"
-        # Again, as a call is whose reply was lost.
+        # A caller whose reply was lost calls again.
         assert await load_client.submissions.cancel(stored) == "cancelled"
     assert_at_rest(server, load_client.queue)
 
@@ -46,7 +46,7 @@ async def test_a_running_job_is_stopped_and_its_neighbours_are_not(
         stored = await _read(load_client, ids[1])
         assert await load_client.submissions.cancel(stored) == "stopping"
         assert await load_client.submissions.cancel(stored) in ("stopping", "cancelled")
-        await eventually(lambda: server.get(keys.status(ids[1])) == b"cancelled", "one is out")
+        await eventually(lambda: server.get(keys.status(ids[1])) == b"cancelled", "it is cancelled")
         assert server.hlen(keys.running(load_client.queue)) == 2
         del load_client.acknowledged[ids[1]]
         await load_client.assert_all_completed()
@@ -55,7 +55,7 @@ async def test_a_running_job_is_stopped_and_its_neighbours_are_not(
     assert_at_rest(server, load_client.queue)
 
 
-async def test_a_run_that_nobody_wants_any_more_stops_at_its_next_kernel(
+async def test_a_run_whose_jobs_are_all_cancelled_stops_at_its_next_kernel(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
     with open_workers(
@@ -63,7 +63,7 @@ async def test_a_run_that_nobody_wants_any_more_stops_at_its_next_kernel(
     ) as workers:
         worker = workers.start()
         delays = [await _seconds_to_cancel(load_client, server) for _ in range(5)]
-        # The one slot is free again, or this would wait for years.
+        # The only slot is free again; else this job would wait for years.
         load_client.acknowledged.clear()
         await load_client.submit([1.0])
         await load_client.assert_all_completed()
@@ -75,10 +75,10 @@ async def test_a_run_that_nobody_wants_any_more_stops_at_its_next_kernel(
 async def _seconds_to_cancel(load_client: Customer, server: redis.Redis) -> float:
     (job_id,) = await load_client.submit([zoo.FOREVER])
     await eventually(lambda: server.hexists(keys.running(load_client.queue), job_id), "it runs")
-    asked_at = time.monotonic()
+    cancelled_at = time.monotonic()
     await load_client.submissions.cancel(await _read(load_client, job_id))
-    await eventually(lambda: server.get(keys.status(job_id)) == b"cancelled", "it is out")
-    return time.monotonic() - asked_at
+    await eventually(lambda: server.get(keys.status(job_id)) == b"cancelled", "it is cancelled")
+    return time.monotonic() - cancelled_at
 
 
 async def test_an_unknown_or_ended_job_cannot_be_cancelled(
@@ -98,7 +98,7 @@ async def test_an_unknown_or_ended_job_cannot_be_cancelled(
 
 
 @pytest.mark.soak
-async def test_the_job_of_a_dead_worker_is_cancelled_all_the_same(
+async def test_a_job_of_a_dead_worker_can_be_cancelled(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
     with open_workers() as workers:
@@ -108,14 +108,14 @@ async def test_the_job_of_a_dead_worker_is_cancelled_all_the_same(
         doomed.kill()
         assert await load_client.submissions.cancel(await _read(load_client, job_id)) == "stopping"
         survivor = workers.start()
-        await eventually(lambda: server.get(keys.status(job_id)) == b"cancelled", "it is out")
+        await eventually(lambda: server.get(keys.status(job_id)) == b"cancelled", "it is cancelled")
         await eventually(lambda: survivor.is_announced(server), "the survivor is ready")
         assert await survivor.stop() == 0
     assert_at_rest(server, load_client.queue)
 
 
 @pytest.mark.soak
-async def test_cancel_racing_claim_and_finish_500_times_leaves_one_end_each(
+async def test_each_of_500_jobs_cancelled_around_its_claim_or_finish_ends_once(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
     with open_workers(worker=WorkerConfig(concurrency=2)) as workers:
@@ -124,25 +124,25 @@ async def test_cancel_racing_claim_and_finish_500_times_leaves_one_end_each(
         for number in range(50):
             ids = await load_client.submit([float(number % 4)] * 10)
             async with asyncio.TaskGroup() as group:
-                for place, job_id in enumerate(ids):
-                    group.create_task(_cancel_at(load_client, job_id, place))
+                for number_in_batch, job_id in enumerate(ids):
+                    group.create_task(_cancel_at(load_client, job_id, number_in_batch))
         ended = {job.job_id: job.status for job in await load_client.wait_until_all_ended()}
         assert await worker.stop() == 0
     assert len(ended) == 500
-    seen = transitions(server, load_client.queue)
+    logged = transitions(server, load_client.queue)
     for job_id, status in ended.items():
-        assert [status for status in TERMINAL if seen[job_id][status]] == [status]
+        assert [status for status in TERMINAL if logged[job_id][status]] == [status]
     assert set(ended.values()) == {"completed", "cancelled"}
     assert_one_end_each(server, load_client.queue)
     assert_at_rest(server, load_client.queue)
 
 
-async def _cancel_at(load_client: Customer, job_id: str, place: int) -> None:
-    """Some round trips after the submit (places 0 to 3) or the start (4 to 8), or at the end."""
-    before = ((), ("pending",), ("pending", "processing"))[(place + 1) // 5]
+async def _cancel_at(load_client: Customer, job_id: str, number: int) -> None:
+    """Cancels some round trips after the submit (0 to 3) or the start (4 to 8), or at the end."""
+    earlier_statuses = ((), ("pending",), ("pending", "processing"))[(number + 1) // 5]
     deadline = time.monotonic() + 30
-    while (stored := await _read(load_client, job_id)).status in before:
+    while (stored := await _read(load_client, job_id)).status in earlier_statuses:
         assert time.monotonic() < deadline, f"still {stored.status}"
-    for _ in range((place + 1) % 5):
+    for _ in range((number + 1) % 5):
         stored = await _read(load_client, job_id)
     await load_client.submissions.cancel(stored)

@@ -1,4 +1,4 @@
-"""Operators that ONNX Runtime itself does not have, where they are allowed and where not."""
+"""Operators that ONNX Runtime does not have, in services that allow them and in others."""
 
 import msgspec
 import onnx
@@ -17,7 +17,7 @@ EXTENSIONS = '[session]\ncustom_ops = "onnxruntime-extensions"\n'
 
 
 def upper() -> onnx.ModelProto:
-    """`y` is `x` in capitals, by an operator of onnxruntime-extensions."""
+    """A model whose `y` is `x` in capitals, by an operator of onnxruntime-extensions."""
     node = helper.make_node("StringUpper", ["x"], ["y"], domain="ai.onnx.contrib")
     x, y = (zoo.tensor(name, ("batch", 1), TensorProto.STRING) for name in "xy")
     model = zoo.model([node], [x], [y])
@@ -33,7 +33,7 @@ async def upper_of(model_client: ModelClient, text: str, name: str) -> object:
 
 
 @pytest.mark.soak
-async def test_custom_operators_run_where_they_are_allowed_also_in_a_model_that_came_later(
+async def test_allowed_custom_operators_run_also_in_a_model_that_is_added_later(
     open_workers: OpenWorkers, folder: ModelFolder, model_client: ModelClient
 ) -> None:
     folder.publish(upper(), 1, name="early", toml=EXTENSIONS)
@@ -44,7 +44,7 @@ async def test_custom_operators_run_where_they_are_allowed_also_in_a_model_that_
         assert await upper_of(model_client, "whisper", "late") == ["WHISPER"]
 
 
-async def test_where_they_are_not_allowed_a_model_is_refused_and_the_rest_is_served(
+async def test_a_model_with_custom_operators_that_are_not_allowed_is_refused_alone(
     open_workers: OpenWorkers, folder: ModelFolder, model_client: ModelClient
 ) -> None:
     async with serving(open_workers, folder, model_client):
@@ -53,7 +53,9 @@ async def test_where_they_are_not_allowed_a_model_is_refused_and_the_rest_is_ser
         assert await model_client.predict(1) == 2
 
 
-def test_a_model_that_does_not_say_so_is_refused_with_what_to_write(folder: ModelFolder) -> None:
+def test_a_model_that_does_not_declare_custom_operators_is_refused_with_the_line_to_write(
+    folder: ModelFolder,
+) -> None:
     folder.publish(upper(), 1, name="silent")
     (file,) = [file for file in scan(folder.path) if file.model == "silent"]
     with pytest.raises(ModelRefused, match=r"set session\.custom_ops = "):

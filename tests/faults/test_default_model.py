@@ -1,4 +1,4 @@
-"""The default model of a queue, while workers serve it."""
+"""Changes of a queue's default model while workers serve it."""
 
 import redis
 
@@ -20,10 +20,10 @@ async def test_a_worker_adopts_the_default_model_that_redis_names(
         await before.submit([1.0])
         await before.assert_all_completed()
         server.set(keys.default_model(Q), "picky")
-        await eventually(lambda: "Redis names 'picky'" in workers.log, "it says so", 5)
+        await eventually(lambda: "Redis names 'picky'" in workers.log, "the worker logs it", 5)
         for load_client in (
             *(Customer(store, model, "picky") for model in ("slow", "picky")),
-            # Of an API that has not heard of it.
+            # The client of an API that does not know of the change yet.
             before,
         ):
             await load_client.submit([2.0])
@@ -32,11 +32,11 @@ async def test_a_worker_adopts_the_default_model_that_redis_names(
         assert workers.log.count("Redis names 'picky'") == 1
 
 
-async def test_a_job_of_an_api_with_another_default_model_is_never_run_by_a_wrong_model(
+async def test_a_job_from_an_api_with_another_default_model_is_never_run_by_a_wrong_model(
     open_workers: OpenWorkers, store: Store
 ) -> None:
-    """An API hears within 2 s that the default has changed; until then it puts jobs of the old
-    default where those of the new one are."""
+    """An API notices within 2 s that the default has changed; until then it adds jobs of the old
+    default model to the queue of the new one."""
     await store.claim_default_model("slow")
     late = Customer(store, "slow", "slow")
     with open_workers(models=("picky",), default_model="picky") as workers:
@@ -49,18 +49,18 @@ async def test_a_job_of_an_api_with_another_default_model_is_never_run_by_a_wron
         assert await worker.stop() == 0
 
 
-async def test_a_worker_says_at_its_start_that_nobody_has_the_default_model(
+async def test_a_starting_worker_logs_that_no_worker_has_the_default_model(
     open_workers: OpenWorkers, store: Store
 ) -> None:
     await store.claim_default_model("gone")
     with open_workers(models=("slow",), default_model="gone") as workers:
         worker = workers.start()
-        told = "No worker that is alive has the default model 'gone'"
-        await eventually(lambda: told in workers.log, "it says so", 10)
+        warning = "No worker that is alive has the default model 'gone'"
+        await eventually(lambda: warning in workers.log, "the worker logs it", 10)
         assert await worker.stop() == 0
 
 
-async def test_a_worker_goes_by_the_decision_that_there_is_no_default_model(
+async def test_a_worker_accepts_that_there_is_no_default_model(
     open_workers: OpenWorkers, store: Store
 ) -> None:
     with open_workers(models=("slow", "picky"), default_model="slow") as workers:
@@ -69,7 +69,7 @@ async def test_a_worker_goes_by_the_decision_that_there_is_no_default_model(
         await load_client.submit([1.0])
         await load_client.assert_all_completed()
         assert await store.replace_default_model("slow", "") is None
-        await eventually(lambda: "Redis names none" in workers.log, "it says so", 10)
+        await eventually(lambda: "Redis names none" in workers.log, "the worker logs it", 10)
         after = Customer(store, "slow", "")
         await after.submit([2.0])
         await after.assert_all_completed(5)

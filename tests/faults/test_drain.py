@@ -1,4 +1,4 @@
-"""Workers that are asked to go."""
+"""Workers that are told to stop: they drain, and no job is lost."""
 
 import signal
 from functools import partial
@@ -16,10 +16,10 @@ from tests.faults.load_client import Customer, assert_one_end_each, transitions
 from .harness import assert_at_rest, eventually
 from .processes import DurableServer, OpenWorkers
 from .proxy import proxied
-from .test_redis_outage import opened
+from .test_redis_outage import open_store
 
 
-async def test_a_worker_that_waits_goes_at_once(
+async def test_an_idle_worker_stops_at_once(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
     with open_workers(worker=WorkerConfig(concurrency=4, brpop_timeout_seconds=60)) as workers:
@@ -32,7 +32,7 @@ async def test_a_worker_that_waits_goes_at_once(
     assert_at_rest(server, load_client.queue)
 
 
-async def test_a_worker_that_runs_finishes_what_runs_and_takes_nothing_more(
+async def test_a_busy_worker_finishes_its_runs_and_claims_no_more_jobs(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
     with open_workers(worker=WorkerConfig(concurrency=1, max_batch=2)) as workers:
@@ -52,13 +52,11 @@ async def test_a_worker_that_runs_finishes_what_runs_and_takes_nothing_more(
 
 
 @pytest.mark.soak
-async def test_a_drain_that_takes_too_long_hands_its_jobs_back_uncounted(
+async def test_a_drain_that_takes_too_long_releases_its_jobs_without_counting_a_delivery(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
-    slow_to_go = WorkerConfig(
-        concurrency=1, prediction_timeout_seconds=600, drain_timeout_seconds=0.2
-    )
-    with open_workers(worker=slow_to_go) as workers:
+    config = WorkerConfig(concurrency=1, prediction_timeout_seconds=600, drain_timeout_seconds=0.2)
+    with open_workers(worker=config) as workers:
         (job_id,) = await load_client.submit([zoo.FOREVER])
         running = keys.running(load_client.queue)
         for _ in range(2):
@@ -74,17 +72,17 @@ async def test_a_drain_that_takes_too_long_hands_its_jobs_back_uncounted(
     assert_at_rest(server, load_client.queue)
 
 
-async def test_a_drain_does_not_wait_for_a_kernel_that_nothing_stops(
+async def test_a_drain_does_not_wait_for_a_kernel_that_cannot_be_stopped(
     open_workers: OpenWorkers, server: redis.Redis, store: Store
 ) -> None:
     load_client = Customer(store, "huge", "huge")
-    slow_to_go = WorkerConfig(
+    config = WorkerConfig(
         concurrency=1,
         prediction_timeout_seconds=600,
         drain_timeout_seconds=0.2,
         hang_grace_seconds=0.2,
     )
-    with open_workers(models=("huge",), worker=slow_to_go) as workers:
+    with open_workers(models=("huge",), worker=config) as workers:
         (job_id,) = await load_client.submit([20_000.0])
         worker = workers.start()
         await eventually(lambda: server.hlen(keys.running(load_client.queue)) == 1, "it runs")
@@ -97,7 +95,7 @@ async def test_a_drain_does_not_wait_for_a_kernel_that_nothing_stops(
 
 
 @pytest.mark.soak
-async def test_a_second_signal_ends_a_worker_at_once_and_loses_nothing(
+async def test_a_second_signal_ends_a_worker_at_once_and_loses_no_job(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
     with open_workers() as workers:
@@ -115,14 +113,13 @@ async def test_a_second_signal_ends_a_worker_at_once_and_loses_nothing(
     assert_at_rest(server, load_client.queue)
 
 
-async def test_after_a_drain_was_cut_nothing_more_of_a_claim_starts(
+async def test_after_an_interrupted_drain_no_further_run_of_a_claim_starts(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
-    slow_to_go = WorkerConfig(
-        concurrency=1, prediction_timeout_seconds=600, drain_timeout_seconds=0.2
-    )
-    with open_workers(worker=slow_to_go) as workers:
-        ids = await load_client.submit([zoo.FOREVER] * 3, rows=2500)  # too many for a shared run
+    config = WorkerConfig(concurrency=1, prediction_timeout_seconds=600, drain_timeout_seconds=0.2)
+    with open_workers(worker=config) as workers:
+        # These are too many rows for a shared run.
+        ids = await load_client.submit([zoo.FOREVER] * 3, rows=2500)
         worker = workers.start()
         await eventually(lambda: server.hlen(keys.running(load_client.queue)) == 3, "one runs")
         assert await worker.stop() == 0
@@ -133,19 +130,19 @@ async def test_after_a_drain_was_cut_nothing_more_of_a_claim_starts(
     assert_at_rest(server, load_client.queue)
 
 
-HASTY_TO_GO = WorkerConfig(concurrency=1, drain_timeout_seconds=0.2, hang_grace_seconds=0.2)
+SHORT_DRAIN = WorkerConfig(concurrency=1, drain_timeout_seconds=0.2, hang_grace_seconds=0.2)
 
 
 @pytest.mark.soak
-async def test_what_a_cut_drain_could_not_store_is_recovered(
+async def test_jobs_whose_results_an_interrupted_drain_could_not_store_are_run_again(
     open_workers: OpenWorkers, load_client: Customer, redis_url: str, server: redis.Redis
 ) -> None:
     async with proxied(redis_url) as proxy:
         proxy.swallow_requests_with(b'"data":[1.0]')
-        with open_workers(redis_url=proxy.url, worker=HASTY_TO_GO) as workers:
+        with open_workers(redis_url=proxy.url, worker=SHORT_DRAIN) as workers:
             await load_client.submit([1.0, 2.0, 3.0])
             worker = workers.start()
-            await eventually(lambda: proxy.swallowed > 0, "the finish is under way")
+            await eventually(lambda: proxy.swallowed > 0, "the finish is on its way")
             assert await worker.stop() == EXIT_HUNG
     with open_workers() as workers:
         worker = workers.start()
@@ -156,14 +153,14 @@ async def test_what_a_cut_drain_could_not_store_is_recovered(
 
 
 @pytest.mark.soak
-async def test_a_worker_that_goes_while_redis_is_frozen_strands_nothing(
+async def test_the_jobs_of_a_worker_that_stops_while_redis_is_frozen_are_run_again(
     open_workers: OpenWorkers, durable: DurableServer
 ) -> None:
     policy = Policy(lease_seconds=0.5, reap_seconds=0.08, job_ttl_seconds=600)
-    async with opened(durable.url, policy) as store:
+    async with open_store(durable.url, policy) as store:
         load_client = Customer(store)
         client = redis.Redis.from_url(durable.url)
-        with open_workers(redis_url=durable.url, worker=HASTY_TO_GO) as workers:
+        with open_workers(redis_url=durable.url, worker=SHORT_DRAIN) as workers:
             await load_client.submit([100.0, 101.0])
             worker = workers.start()
             await eventually(lambda: client.hlen(keys.running(load_client.queue)) == 2, "they run")
@@ -179,26 +176,26 @@ async def test_a_worker_that_goes_while_redis_is_frozen_strands_nothing(
         client.close()
 
 
-@pytest.mark.traceback("a step raises what nobody foresaw")
-async def test_a_worker_that_fails_leaves_with_an_error_whatever_still_runs(
+@pytest.mark.traceback("a step raises an unexpected error")
+async def test_a_worker_that_fails_exits_with_an_error_although_a_run_goes_on(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
-    two_at_once = WorkerConfig(concurrency=2, max_batch=1, prediction_timeout_seconds=600)
-    with open_workers(worker=two_at_once) as workers:
+    config = WorkerConfig(concurrency=2, max_batch=1, prediction_timeout_seconds=600)
+    with open_workers(worker=config) as workers:
         await load_client.submit([zoo.FOREVER, 1.0])
         assert await workers.start(fail_at="finishing").wait_for_exit(5) == 1
         assert "a bug at 'finishing'" in workers.log
 
 
 @pytest.mark.soak
-async def test_a_worker_goes_every_time_it_is_asked(
+async def test_a_worker_stops_every_time_it_is_told_to(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
-    """redis-py may swallow a cancellation; a role that lives on would keep the process."""
+    """redis-py may swallow a cancellation; a role that goes on would keep the process alive."""
     with open_workers() as workers:
         for number in range(15):
             worker = workers.start()
-            await eventually(partial(worker.announced, server), "the worker is ready")
+            await eventually(partial(worker.is_announced, server), "the worker is ready")
             await load_client.submit([float(number % 3)] * 5)
             worker.signal(signal.SIGTERM)
             assert await worker.wait_for_exit(15) == 0

@@ -1,4 +1,4 @@
-"""Followers that are slow, and a server that is restarted under them."""
+"""The feed of job events: slow followers, and a Redis that restarts while they follow."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -23,7 +23,7 @@ GROUP = Topic("default", group="g")
 
 
 @asynccontextmanager
-async def feeding(store: Store) -> AsyncIterator[Feed]:
+async def running_feed(store: Store) -> AsyncIterator[Feed]:
     feed = Feed(store)
     async with asyncio.TaskGroup() as group:
         group.create_task(feed.run())
@@ -35,75 +35,73 @@ async def never() -> None:
     await asyncio.Event().wait()
 
 
-async def told(follower: Follower, count: int) -> list[tuple[str, str]]:
-    """The next so many changes, each a job and what became of it."""
-    found: list[tuple[str, str]] = []
+async def read_changes(follower: Follower, count: int) -> list[tuple[str, str]]:
+    """Waits for the next `count` changes; returns the job id and the new status of each."""
+    changes: list[tuple[str, str]] = []
     async with asyncio.timeout(30):
-        while len(found) < count:
+        while len(changes) < count:
             try:
-                news = await follower.more(0.5)
+                events = await follower.more(0.5)
             except RedisUnavailable:
                 await follower.pause(0.2)
             else:
-                found += [(event.change.job_id, event.change.status) for event in news]
-    return found
+                changes += [(event.change.job_id, event.change.status) for event in events]
+    return changes
 
 
 @pytest.mark.soak
-async def test_a_follower_that_is_too_slow_is_told_all_and_once(
-    store: Store, server: redis.Redis
-) -> None:
-    hands = Hands(store, server)
-    async with feeding(store) as feed:
+async def test_a_slow_follower_gets_every_change_once(store: Store, server: redis.Redis) -> None:
+    driver = Hands(store, server)
+    async with running_feed(store) as feed:
         start = Position(await feed.log.now_ms())
         with feed.follow(GROUP, start, never) as follower:
-            ids = await hands.some(1, group="g")
-            seen = await told(follower, 1)
-            ids += [job_id for _ in range(44) for job_id in await hands.some(250, group="g")]
-            seen += await told(follower, len(ids) - 1)
+            ids = await driver.some(1, group="g")
+            changes = await read_changes(follower, 1)
+            ids += [job_id for _ in range(44) for job_id in await driver.some(250, group="g")]
+            changes += await read_changes(follower, len(ids) - 1)
             assert await follower.more(0.2) == []
-            assert [job_id for job_id, _ in seen] == ids
+            assert [job_id for job_id, _ in changes] == ids
 
 
-async def test_a_follower_goes_on_after_redis_was_restarted(durable: DurableServer) -> None:
+async def test_a_follower_goes_on_after_a_restart_of_redis(durable: DurableServer) -> None:
     policy = Policy(job_ttl_seconds=600)
     async with Store.open(durable.url, queue_name=Q, policy=policy, name="test") as store:
         with redis.Redis.from_url(durable.url) as client:
-            hands = Hands(store, client)
-            async with feeding(store) as feed:
+            driver = Hands(store, client)
+            async with running_feed(store) as feed:
                 start = Position(await feed.log.now_ms())
                 with feed.follow(GROUP, start, never) as follower:
-                    (job_id,) = await hands.some(1, group="g")
-                    claim = await hands.take()
+                    (job_id,) = await driver.some(1, group="g")
+                    claim = await driver.take()
                     before = [(job_id, "pending"), (job_id, "processing")]
-                    assert await told(follower, 2) == before
+                    assert await read_changes(follower, 2) == before
                     durable.kill()
                     durable.start()
-                    await hands.finish(claim)
-                    assert await told(follower, 1) == [(job_id, "completed")]
+                    await driver.finish(claim)
+                    assert await read_changes(follower, 1) == [(job_id, "completed")]
 
 
-async def test_a_follower_is_told_of_the_gap_when_the_clock_of_the_redis_that_came_back_is_behind(
+async def test_a_follower_is_told_of_a_gap_if_the_clock_of_an_emptied_redis_is_behind(
     store: Store, server: redis.Redis
 ) -> None:
-    hands = Hands(store, server)
-    async with feeding(store) as feed:
+    driver = Hands(store, server)
+    async with running_feed(store) as feed:
         now_ms = await feed.log.now_ms()
         with feed.follow(GROUP, Position(now_ms), never) as follower:
-            (before,) = await hands.some(1, group="g")
+            (before,) = await driver.some(1, group="g")
             ahead = f"{now_ms + 3_600_000}-0"
             server.xadd(keys.log(Q), {"pending": msgspec.msgpack.encode([before])}, id=ahead)
-            assert await told(follower, 2) == [(before, "pending")] * 2
+            assert await read_changes(follower, 2) == [(before, "pending")] * 2
             server.flushall()
-            await hands.some(1, group="g")
+            await driver.some(1, group="g")
             with pytest.raises(LogTrimmed):
-                await told(follower, 1)
+                await read_changes(follower, 1)
             follower.begin_at(Position(await feed.log.now_ms()))
-            (after,) = await hands.some(1, group="g")
-            assert await told(follower, 1) == [(after, "pending")]
+            (after,) = await driver.some(1, group="g")
+            assert await read_changes(follower, 1) == [(after, "pending")]
 
 
-async def test_a_place_ahead_of_the_clock_is_trimmed_and_one_in_a_quiet_log_is_not(
+async def test_a_position_ahead_of_the_clock_is_a_gap_and_one_in_a_quiet_log_is_not(
     store: Store, server: redis.Redis
 ) -> None:
     log = Log(store)
@@ -112,5 +110,5 @@ async def test_a_place_ahead_of_the_clock_is_trimmed_and_one_in_a_quiet_log_is_n
     with pytest.raises(LogTrimmed):
         await log.page(Q, (now_ms + 60_000, 0, 0))
     server.xadd(keys.log(Q), {"pending": msgspec.msgpack.encode(["a"])}, id=f"{now_ms + 60_000}-0")
-    # The clock may have been set back under a log that goes on.
+    # The clock may have been set back while the log goes on.
     assert (await log.page(Q, (now_ms + 60_000, 1, 0))).changes == []

@@ -1,4 +1,4 @@
-"""Programs that know only the pattern's keys, in processes of their own."""
+"""External producers and readers: programs that know only the job keys, as processes."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ _PRODUCER = """
 import json, sys, redis
 client = redis.Redis.from_url(sys.argv[1])
 for number, row in enumerate(json.loads(sys.argv[2])):
-    job_id = f"stranger-{number}"
+    job_id = f"external-{number}"
     client.set(f"job:{job_id}:data", json.dumps({"data": [row]} if number % 2 else [row]))
     client.set(f"job:{job_id}:status", "pending")
     client.lpush("predict_queue", job_id)
@@ -47,27 +47,27 @@ async def test_a_ten_line_script_gets_its_job_run_and_reads_the_result(
     with open_workers(model_dir=str(shipped_models), models=()) as workers:
         workers.start()
         _run(_PRODUCER, redis_url, json.dumps([[5.1, 3.5, 1.4, 0.2], [6.7, 3.0, 5.2, 2.3]]))
-        results = json.loads(_run(_READER, redis_url, "stranger-0", "stranger-1"))
-        assert results["stranger-0"]["class_name"] == "setosa"
-        assert results["stranger-1"]["class_name"] == "virginica"
+        results = json.loads(_run(_READER, redis_url, "external-0", "external-1"))
+        assert results["external-0"]["class_name"] == "setosa"
+        assert results["external-1"]["class_name"] == "virginica"
         await workers.members[0].stop()
     assert_at_rest(server, "predict_queue")
 
 
-async def test_150_strangers_jobs_wait_for_a_worker_to_come(
+async def test_150_external_jobs_are_run_once_a_worker_starts(
     open_workers: OpenWorkers, redis_url: str, server: redis.Redis, shipped_models: Path
 ) -> None:
     _run(_PRODUCER, redis_url, json.dumps([[5.1, 3.5, 1.4, 0.2]] * 150))
     assert server.llen("predict_queue") == 150
     with open_workers(model_dir=str(shipped_models), models=()) as workers:
         workers.start()
-        names = [keys.status(f"stranger-{number}") for number in range(150)]
+        names = [keys.status(f"external-{number}") for number in range(150)]
         await eventually(lambda: server.mget(names) == [b"completed"] * 150, "150 completed")
         await workers.members[0].stop()
     assert_at_rest(server, "predict_queue")
 
 
-async def test_a_strangers_nonsense_fails_that_job_alone(
+async def test_wrong_data_of_an_external_producer_fails_that_job_alone(
     open_workers: OpenWorkers, redis_url: str, server: redis.Redis, shipped_models: Path
 ) -> None:
     bad = {"a": "not json", "b": "[[1, 2]]", "c": '{"rows": []}', "d": "[[NaN,1,1,1]]", "e": "7"}

@@ -1,4 +1,4 @@
-"""Jobs that a later release wrote, in the hands of a worker of this one."""
+"""Jobs that a later release wrote, in the driver of a worker of this one."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The model folder changes while a worker serves it: no job fails, and no file takes it down."""
+"""Changes of the model folder while a worker serves it: no job fails, no file ends the worker."""
 
 import asyncio
 import logging
@@ -18,18 +18,18 @@ from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.models.engine_cache import Bounds
 from tests import unprivileged, zoo
-from tests.faults.load_client import answer
+from tests.faults.load_client import result_value
 from tests.faults.model_folder import CONFIG, ModelClient, ModelFolder, serving
 
 from .harness import assert_at_rest, eventually
 from .processes import OpenWorkers
 
 SLOW = zoo.loop_for_hours("batch").SerializeToString()
-"""Takes seconds to load: as long as probing may take."""
+"""A model that takes seconds to load: as long as probing may take."""
 
 
 def bomb() -> onnx.ModelProto:
-    """Asks for 64 GiB as soon as it is loaded, or at the latest when it is run."""
+    """A model that allocates 64 GiB when it is loaded, or at the latest when it is run."""
     filling_value = numpy_helper.from_array(np.ones(1, np.float32))
     nodes = [
         helper.make_node("ConstantOfShape", ["size"], ["filling"], value=filling_value),
@@ -46,10 +46,10 @@ async def test_a_new_version_takes_over_under_load_and_no_job_fails(
     open_workers: OpenWorkers, folder: ModelFolder, model_client: ModelClient, server: redis.Redis
 ) -> None:
     job_ids: list[str] = []
-    enough = asyncio.Event()
+    has_enough_jobs = asyncio.Event()
 
     async def load() -> None:
-        while not enough.is_set():
+        while not has_enough_jobs.is_set():
             job_ids.extend([await model_client.submit(10) for _ in range(20)])
             await model_client.wait_for_end(job_ids[-1])
 
@@ -59,16 +59,16 @@ async def test_a_new_version_takes_over_under_load_and_no_job_fails(
         await model_client.wait_until_served("2")
         before = len(job_ids)
         await eventually(lambda: len(job_ids) > before + 40, "jobs run on the new version")
-        enough.set()
+        has_enough_jobs.set()
 
     ended = [await model_client.wait_for_end(job_id) for job_id in job_ids]
     assert {job.status for job in ended} == {"completed"}
-    told = {(job.record and job.record.ran_version, answer(job)) for job in ended}
-    assert told == {("1", 11.0), ("2", 12.0)}
+    results = {(job.record and job.record.ran_version, result_value(job)) for job in ended}
+    assert results == {("1", 11.0), ("2", 12.0)}
     assert_at_rest(server, "predict_queue")
 
 
-async def test_a_job_runs_on_the_version_it_asks_for(
+async def test_a_job_runs_on_the_version_that_it_requests(
     open_workers: OpenWorkers, folder: ModelFolder, model_client: ModelClient
 ) -> None:
     folder.publish(zoo.adds(2), 2, toml="default_version = 1")
@@ -83,7 +83,7 @@ async def test_a_job_runs_on_the_version_it_asks_for(
 
 
 @pytest.mark.soak
-async def test_a_wrong_model_toml_leaves_the_old_one_in_force_and_is_named_once(
+async def test_a_wrong_model_toml_leaves_the_old_one_in_force_and_is_logged_once(
     open_workers: OpenWorkers, folder: ModelFolder, model_client: ModelClient, store: Store
 ) -> None:
     folder.publish(zoo.adds(2), 2, toml="default_version = 1")
@@ -95,7 +95,7 @@ async def test_a_wrong_model_toml_leaves_the_old_one_in_force_and_is_named_once(
         folder.publish(zoo.adds(4), 4)
         await model_client.wait_until_announced("1", "2", "4")
 
-        async def only_third() -> bool:
+        async def only_third_is_refused() -> bool:
             return (await model_client.problems()).keys() == {"3"}
 
         catalog = Catalog(Inspection(store), store, "m")
@@ -106,7 +106,7 @@ async def test_a_wrong_model_toml_leaves_the_old_one_in_force_and_is_named_once(
         assert "it is no ONNX file" in problems["3"]
 
         (folder.path / "m" / "model.toml").write_text("default_version = 1")
-        await eventually(only_third, "model.toml is right again")
+        await eventually(only_third_is_refused, "model.toml is right again")
         logged = workers.log
     assert logged.count("Expected `int | null`") == 1
     assert logged.count("it is no ONNX file") == 1
@@ -114,7 +114,7 @@ async def test_a_wrong_model_toml_leaves_the_old_one_in_force_and_is_named_once(
 
 @pytest.mark.soak
 @pytest.mark.parametrize(
-    ("content", "why"),
+    ("content", "reason"),
     [
         (b"not a model", "it is no ONNX file, but text"),
         (zoo.adds(1).SerializeToString()[:-9], "it is no ONNX file, or damaged"),
@@ -122,16 +122,16 @@ async def test_a_wrong_model_toml_leaves_the_old_one_in_force_and_is_named_once(
     ],
     ids=["corrupt", "cut short", "bomb"],
 )
-async def test_a_bad_file_is_refused_and_the_old_version_serves_on(
+async def test_a_bad_file_is_refused_and_the_old_version_is_still_served(
     open_workers: OpenWorkers,
     folder: ModelFolder,
     model_client: ModelClient,
     content: bytes,
-    why: str,
+    reason: str,
 ) -> None:
     async with serving(open_workers, folder, model_client):
         folder.publish(content, 2)
-        await model_client.wait_until_refused("2", why)
+        await model_client.wait_until_refused("2", reason)
         assert await model_client.predict(1) == 2
         folder.publish(zoo.adds(3), 3)
         await model_client.wait_until_announced("1", "3")
@@ -139,7 +139,7 @@ async def test_a_bad_file_is_refused_and_the_old_version_serves_on(
 
 
 @pytest.mark.soak
-async def test_a_file_that_is_copied_slowly_is_waited_for(
+async def test_a_file_that_is_copied_slowly_is_served_once_it_is_complete(
     open_workers: OpenWorkers, folder: ModelFolder, model_client: ModelClient
 ) -> None:
     content = zoo.adds(2).SerializeToString()
@@ -156,7 +156,7 @@ async def test_a_file_that_is_copied_slowly_is_waited_for(
 
 
 @pytest.mark.soak
-async def test_weights_in_a_file_of_their_own_are_part_of_their_version(
+async def test_weights_in_a_separate_file_are_part_of_their_version(
     open_workers: OpenWorkers, folder: ModelFolder, model_client: ModelClient
 ) -> None:
     async with serving(open_workers, folder, model_client):
@@ -166,20 +166,20 @@ async def test_weights_in_a_file_of_their_own_are_part_of_their_version(
         await model_client.wait_until_announced("1", "5")
         assert await model_client.predict(1) == 3
 
-        kept = folder.path / "weights.bin.kept"
+        aside = folder.path / "weights.bin.aside"
         weights = folder.publish_with_weights(zoo.adds(6), 6)
-        weights.rename(kept)
+        weights.rename(aside)
         await model_client.wait_until_refused(
             "6", "its weights lie in 'weights.bin', which is not there"
         )
         assert await model_client.predict(1) == 3
-        kept.rename(weights)
+        aside.rename(weights)
         await model_client.wait_until_served("6")
         assert await model_client.predict(1) == 7
 
 
 @pytest.mark.soak
-async def test_a_new_model_is_served_and_a_removed_one_runs_what_waits(
+async def test_a_new_model_is_served_and_a_removed_model_runs_its_waiting_jobs(
     open_workers: OpenWorkers, folder: ModelFolder, model_client: ModelClient, server: redis.Redis
 ) -> None:
     async with serving(open_workers, folder, model_client):
@@ -192,17 +192,18 @@ async def test_a_new_model_is_served_and_a_removed_one_runs_what_waits(
         folder.remove(1, name="other")
         await model_client.wait_until_announced(name="other")
         server.delete(keys.paused("predict_queue:other"))
-        assert answer(await model_client.wait_for_end(job_id)) == 7
+        assert result_value(await model_client.wait_for_end(job_id)) == 7
 
         async def is_gone() -> bool:
-            return all("other" not in says.models for says in await model_client.announcements())
+            workers = await model_client.announcements()
+            return all("other" not in worker.models for worker in workers)
 
-        await eventually(is_gone, "nobody serves it", 20)
+        await eventually(is_gone, "no worker serves it", 20)
         assert await model_client.predict(1) == 2
 
 
 @pytest.mark.soak
-async def test_a_large_file_that_is_being_loaded_hides_nothing_else_that_changes(
+async def test_other_changes_are_seen_while_a_large_file_is_being_loaded(
     open_workers: OpenWorkers, folder: ModelFolder, model_client: ModelClient
 ) -> None:
     folder.publish(zoo.adds(3), 1, name="old")
@@ -211,23 +212,23 @@ async def test_a_large_file_that_is_being_loaded_hides_nothing_else_that_changes
         folder.publish(SLOW, 2)
 
         async def is_loading_version() -> bool:
-            (says,) = await model_client.announcements()
-            return says.loading_versions == {"m": ("2",)}
+            (worker,) = await model_client.announcements()
+            return worker.loading_versions == {"m": ("2",)}
 
         await eventually(is_loading_version, "version 2 is being loaded", 5)
         folder.publish(b"cut off", 1, name="new")
         folder.remove(1, name="old")
 
         async def is_seen() -> bool:
-            (says,) = await model_client.announcements()
-            return says.loading == ("new",) and "old" not in says.versions
+            (worker,) = await model_client.announcements()
+            return worker.loading == ("new",) and "old" not in worker.versions
 
-        await eventually(is_seen, "the folder is followed", 5)
+        await eventually(is_seen, "both changes are seen", 5)
         assert await is_loading_version()
 
 
 @pytest.mark.soak
-async def test_a_file_that_was_refused_is_loading_again_once_its_copy_goes_on(
+async def test_a_refused_file_is_loaded_again_once_its_copy_goes_on(
     open_workers: OpenWorkers, folder: ModelFolder, model_client: ModelClient
 ) -> None:
     async with serving(open_workers, folder, model_client):
@@ -237,14 +238,14 @@ async def test_a_file_that_was_refused_is_loading_again_once_its_copy_goes_on(
             file.write(SLOW[-9:])
 
         async def is_loading() -> bool:
-            (says,) = await model_client.announcements()
-            return says.loading == ("new",) and "new" not in says.problems
+            (worker,) = await model_client.announcements()
+            return worker.loading == ("new",) and "new" not in worker.problems
 
-        await eventually(is_loading, "it is tried again", 5)
+        await eventually(is_loading, "it is loaded again", 5)
 
 
 @pytest.mark.soak
-async def test_a_removed_version_gives_way_to_the_one_before(
+async def test_a_removed_version_is_replaced_by_the_one_before(
     open_workers: OpenWorkers, folder: ModelFolder, model_client: ModelClient
 ) -> None:
     async with serving(open_workers, folder, model_client):
@@ -256,7 +257,7 @@ async def test_a_removed_version_gives_way_to_the_one_before(
 
 
 @pytest.mark.soak
-async def test_a_removed_version_that_an_older_dump_brings_back_is_removed_again(
+async def test_a_removed_version_that_an_older_dump_announces_is_removed_again(
     open_workers: OpenWorkers, folder: ModelFolder, model_client: ModelClient, store: Store
 ) -> None:
     async with serving(open_workers, folder, model_client):
@@ -271,7 +272,7 @@ async def test_a_removed_version_that_an_older_dump_brings_back_is_removed_again
 
 
 @pytest.mark.soak
-async def test_a_file_changed_in_place_is_refused_until_it_is_as_it_was(
+async def test_a_file_changed_in_place_is_refused_until_it_has_its_old_content(
     open_workers: OpenWorkers, folder: ModelFolder, model_client: ModelClient
 ) -> None:
     path = folder.path / "m" / "1" / "model.onnx"
@@ -281,25 +282,25 @@ async def test_a_file_changed_in_place_is_refused_until_it_is_as_it_was(
         await model_client.wait_until_refused("1", "changed in place")
         assert await model_client.predict(1) == 2
 
-        async def refused() -> bool:
+        async def only_file_is_refused() -> bool:
             return (await model_client.problems()).keys() == {"1"}
 
         toml = folder.path / "m" / "model.toml"
         toml.write_text("oops")
         await model_client.wait_until_refused("", "m/model.toml")
         toml.write_text('description = "another"')
-        await eventually(refused, "model.toml is right")
+        await eventually(only_file_is_refused, "model.toml is right")
         assert "changed in place" in (await model_client.problems())["1"]
         assert await model_client.predict(1) == 2
         path.write_bytes(before)
 
-        async def none() -> bool:
+        async def has_no_problem() -> bool:
             return not await model_client.problems()
 
-        await eventually(none, "the problem is gone", 20)
+        await eventually(has_no_problem, "the problem is gone", 20)
 
 
-async def test_a_bare_file_that_gets_a_folder_is_the_same_version_with_its_model_toml(
+async def test_a_single_file_moved_into_a_model_folder_keeps_its_version_and_gets_a_model_toml(
     open_workers: OpenWorkers, folder: ModelFolder, model_client: ModelClient, tmp_path: Path
 ) -> None:
     bare, home = folder.path / "bare.onnx", folder.path / "bare"
@@ -318,11 +319,11 @@ async def test_a_bare_file_that_gets_a_folder_is_the_same_version_with_its_model
         await eventually(is_described, "its model.toml is in force", 20)
         assert await model_client.predict(1, name="bare") == 5
 
-        # What a file manager leaves beside a model is no change of it.
+        # A file that a file manager adds beside a model is no change of the model.
         (home / "1" / ".DS_Store").write_bytes(b"x")
         (home / "model.toml").write_text('description = "once more"')
         await eventually(
-            lambda: workers.log.count("bare/1/model.onnx is ready") == 2, "it is taken up", 20
+            lambda: workers.log.count("bare/1/model.onnx is ready") == 2, "it is loaded again", 20
         )
         assert not await model_client.problems("bare")
         assert await model_client.predict(1, name="bare") == 5
@@ -331,7 +332,7 @@ async def test_a_bare_file_that_gets_a_folder_is_the_same_version_with_its_model
 
 
 @pytest.mark.soak
-async def test_what_is_served_is_served_on_while_its_file_may_not_be_read(
+async def test_a_model_is_still_served_while_its_file_cannot_be_read(
     open_workers: OpenWorkers, folder: ModelFolder, model_client: ModelClient
 ) -> None:
     unprivileged.skip_unless_possible()
@@ -340,16 +341,16 @@ async def test_what_is_served_is_served_on_while_its_file_may_not_be_read(
             mode = path.stat().st_mode
             path.chmod(0)
 
-            async def is_told() -> bool:
+            async def is_reported() -> bool:
                 return "Permission denied" in str(await model_client.problems())
 
-            async def is_well() -> bool:
+            async def has_no_problem() -> bool:
                 return not await model_client.problems()
 
-            await eventually(is_told, "it is told", 20)
+            await eventually(is_reported, "the problem is reported", 20)
             assert await model_client.predict(1) == 2
             path.chmod(mode)
-            await eventually(is_well, "it is well again", 20)
+            await eventually(has_no_problem, "the problem is gone", 20)
             assert await model_client.predict(1) == 2
         log = workers.log
     assert log.count("m: cannot be read: Permission denied") == 1
@@ -359,15 +360,15 @@ async def test_what_is_served_is_served_on_while_its_file_may_not_be_read(
 
 
 @pytest.mark.soak
-async def test_a_model_folder_that_is_gone_for_a_while_changes_nothing_and_is_told_once(
+async def test_a_missing_model_folder_changes_nothing_and_is_logged_once(
     open_workers: OpenWorkers, folder: ModelFolder, model_client: ModelClient, tmp_path: Path
 ) -> None:
     async with serving(open_workers, folder, model_client) as workers:
         folder.path.rename(tmp_path / "away")
-        await eventually(lambda: "The models stay as they are" in workers.log, "it is told", 20)
+        await eventually(lambda: "The models stay as they are" in workers.log, "it is logged", 20)
         assert await model_client.predict(1) == 2
         folder.path.write_bytes(b"a file")
-        await eventually(lambda: "It is a file" in workers.log, "it is told", 20)
+        await eventually(lambda: "It is a file" in workers.log, "it is logged", 20)
         folder.path.unlink()
         (tmp_path / "away").rename(folder.path)
         folder.publish(zoo.adds(2), 2)
@@ -378,7 +379,7 @@ async def test_a_model_folder_that_is_gone_for_a_while_changes_nothing_and_is_to
 
 
 @pytest.mark.soak
-async def test_of_very_many_problems_as_many_are_told_as_a_person_reads(
+async def test_of_very_many_problems_200_are_listed_and_the_rest_is_counted(
     open_workers: OpenWorkers, folder: ModelFolder, model_client: ModelClient
 ) -> None:
     for number in range(250):
@@ -386,17 +387,17 @@ async def test_of_very_many_problems_as_many_are_told_as_a_person_reads(
     (folder.path / "bad.onnx").write_bytes(b"x" * 100)
     async with serving(open_workers, folder, model_client):
 
-        async def told() -> bool:
-            (says,) = await model_client.announcements()
-            return "51 more problems are not listed" in says.problems.get("…", {}).get("", "")
+        async def rest_is_counted() -> bool:
+            (worker,) = await model_client.announcements()
+            return "51 more problems are not listed" in worker.problems.get("…", {}).get("", "")
 
-        await eventually(told, "the rest is counted", 20)
-        (says,) = await model_client.announcements()
-        assert len(says.problems) == 201
-        assert "bad" in says.problems
+        await eventually(rest_is_counted, "the rest is counted", 20)
+        (worker,) = await model_client.announcements()
+        assert len(worker.problems) == 201
+        assert "bad" in worker.problems
 
 
-async def test_of_two_workers_with_different_files_the_first_is_believed(
+async def test_of_two_workers_with_different_files_of_a_version_the_first_serves_it(
     open_workers: OpenWorkers, folder: ModelFolder, model_client: ModelClient, tmp_path: Path
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
@@ -408,12 +409,12 @@ async def test_of_two_workers_with_different_files_the_first_is_believed(
         ) as second:
             second.start()
             await model_client.wait_until_refused("1", "another worker serves another file")
-            answers = {await model_client.predict(1) for _ in range(30)}
-            assert answers == {2.0}
+            results = {await model_client.predict(1) for _ in range(30)}
+            assert results == {2.0}
 
 
 @pytest.mark.soak
-async def test_a_job_for_a_version_that_one_worker_has_yet_is_run_by_that_one(
+async def test_a_job_for_a_version_that_only_one_worker_has_is_run_by_that_worker(
     open_workers: OpenWorkers,
     folder: ModelFolder,
     model_client: ModelClient,
@@ -433,7 +434,7 @@ async def test_a_job_for_a_version_that_one_worker_has_yet_is_run_by_that_one(
             assert set(
                 await asyncio.gather(*(model_client.predict(1, "2") for _ in range(20)))
             ) == {3.0}
-            server.flushall()  # Nobody has said again what it has.
+            server.flushall()  # No worker has announced its models again yet.
             assert set(
                 await asyncio.gather(*(model_client.predict(1, "2") for _ in range(20)))
             ) == {3.0}
@@ -449,19 +450,20 @@ async def test_forty_models_are_served_with_four_of_them_in_memory(
     async with serving(open_workers, folder, model_client, Bounds(max_models=4)):
         await model_client.wait_until_announced("1", name="n39")
 
-        async def all_known() -> bool:
-            return all(len(says.models) == 41 for says in await model_client.announcements())
+        async def all_are_announced() -> bool:
+            workers = await model_client.announcements()
+            return all(len(worker.models) == 41 for worker in workers)
 
-        await eventually(all_known, "all are described")
-        answers = [await model_client.predict(1, name=f"n{number}") for number in range(40)]
-        assert answers == [1 + number for number in range(40)]
+        await eventually(all_are_announced, "all models are announced")
+        results = [await model_client.predict(1, name=f"n{number}") for number in range(40)]
+        assert results == [1 + number for number in range(40)]
         await model_client.wait_until_served("1")
 
-        async def few_loaded() -> bool:
-            (says,) = await model_client.announcements()
-            return len(says.loaded) <= 4 and {"n0/1", "n39/1"} <= set(says.loaded)
+        async def few_are_loaded() -> bool:
+            (worker,) = await model_client.announcements()
+            return len(worker.loaded) <= 4 and {"n0/1", "n39/1"} <= set(worker.loaded)
 
-        await eventually(few_loaded, "four are loaded, the pinned one among them")
+        await eventually(few_are_loaded, "four models are loaded, among them the pinned one")
 
 
 @pytest.mark.soak
@@ -474,19 +476,20 @@ async def test_memory_does_not_grow_with_the_number_of_models(
     started_at = time.monotonic()
     async with serving(open_workers, folder, model_client, Bounds(max_models=8)) as workers:
 
-        async def all_known() -> bool:
-            return all(len(says.models) == 201 for says in await model_client.announcements())
+        async def all_are_announced() -> bool:
+            announcements = await model_client.announcements()
+            return all(len(worker.models) == 201 for worker in announcements)
 
-        await eventually(all_known, "all are described", 60)
-        logging.info("200 models were described in %.1f s.", time.monotonic() - started_at)
-        after: list[int] = []
+        await eventually(all_are_announced, "all models are announced", 60)
+        logging.info("200 models were announced in %.1f s.", time.monotonic() - started_at)
+        rss_kib: list[int] = []
         for number in range(200):
             assert await model_client.predict(1, name=f"n{number}") == 1 + number
             if number in (49, 199):
-                after.append(_rss_kib(workers.members[0].process.pid))
-        logging.info("RSS after 50 of them and after all: %s KiB.", after)
-        assert after[1] <= 1.2 * after[0], after
-        assert all(len(says.loaded) <= 8 for says in await model_client.announcements())
+                rss_kib.append(_rss_kib(workers.members[0].process.pid))
+        logging.info("RSS after 50 models and after all: %s KiB.", rss_kib)
+        assert rss_kib[1] <= 1.2 * rss_kib[0], rss_kib
+        assert all(len(worker.loaded) <= 8 for worker in await model_client.announcements())
 
 
 def _rss_kib(pid: int) -> int:
@@ -501,10 +504,10 @@ async def test_memory_does_not_grow_with_reloads(
 ) -> None:
     wide = zoo.mlp([1, 1500, 1500, 1])
     async with serving(open_workers, folder, model_client) as workers:
-        after: list[int] = []
+        rss_kib: list[int] = []
         for version in range(2, 22):
             folder.publish(wide, version)
             await model_client.wait_until_served(str(version))
             await model_client.predict(1)
-            after.append(_rss_kib(workers.members[0].process.pid))
-    assert after[-1] <= 1.2 * after[1], after
+            rss_kib.append(_rss_kib(workers.members[0].process.pid))
+    assert rss_kib[-1] <= 1.2 * rss_kib[1], rss_kib

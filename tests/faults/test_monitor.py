@@ -1,4 +1,4 @@
-"""What a worker says of itself on its private port, from its start to its end."""
+"""Health and metrics on a worker's private port, from its start to its end."""
 
 import signal
 from pathlib import Path
@@ -22,20 +22,20 @@ from .test_time_outs import TOO_BIG
 
 
 class Probe:
-    """What a kubelet does."""
+    """Probes a worker's health as a kubelet does, and reads its metrics as Prometheus does."""
 
     def __init__(self) -> None:
         self.port = free_port()
 
     async def status(self, path: str) -> int:
-        """0 while nothing listens."""
-        return (await self._ask(path))[0]
+        """The HTTP status of a health route; 0 while no process listens."""
+        return (await self._get(path))[0]
 
     async def detail(self) -> str:
-        """Why it is not ready; empty when it is."""
-        return (await self._ask("ready"))[1]
+        """The reason why the worker is not ready; empty if it is."""
+        return (await self._get("ready"))[1]
 
-    async def _ask(self, path: str) -> tuple[int, str]:
+    async def _get(self, path: str) -> tuple[int, str]:
         async with httpx2.AsyncClient(trust_env=False) as client:
             try:
                 reply = await client.get(f"http://127.0.0.1:{self.port}/health/{path}")
@@ -44,7 +44,7 @@ class Probe:
         return reply.status_code, reply.json().get("detail", "")
 
     async def metrics(self) -> dict[tuple[str, ...], float]:
-        """What Prometheus makes of it: the value by name and labels."""
+        """The metrics as Prometheus parses them: the value by name and labels."""
         async with httpx2.AsyncClient(trust_env=False) as client:
             reply = await client.get(f"http://127.0.0.1:{self.port}/metrics")
         assert reply.headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -54,17 +54,17 @@ class Probe:
             for sample in family.samples
         }
 
-    async def finds(self, word: str, seconds: float = 10.0) -> None:
-        async def found() -> bool:
-            return word in await self.detail()
+    async def wait_until_not_ready(self, reason: str, seconds: float = 10.0) -> None:
+        async def is_not_ready() -> bool:
+            return reason in await self.detail()
 
-        await eventually(found, f"it is not ready, because of {word!r}", seconds)
+        await eventually(is_not_ready, f"it is not ready, because of {reason!r}", seconds)
 
-    async def finds_it_ready(self, seconds: float = 10.0) -> None:
-        async def found() -> bool:
+    async def wait_until_ready(self, seconds: float = 10.0) -> None:
+        async def is_ready() -> bool:
             return await self.status("ready") == 200
 
-        await eventually(found, "it is ready", seconds)
+        await eventually(is_ready, "it is ready", seconds)
 
 
 async def test_a_worker_is_ready_while_it_claims_and_not_while_it_drains(
@@ -73,69 +73,69 @@ async def test_a_worker_is_ready_while_it_claims_and_not_while_it_drains(
     probe = Probe()
     with open_workers(worker=WorkerConfig(concurrency=1), monitor_port=probe.port) as workers:
         worker = workers.start()
-        await probe.finds_it_ready()
+        await probe.wait_until_ready()
         await load_client.submit([300.0])
         await eventually(lambda: server.hlen(keys.running(load_client.queue)) == 1, "it runs")
         worker.signal(signal.SIGTERM)
-        await probe.finds("drains")
+        await probe.wait_until_not_ready("drains")
         assert await probe.status("live") == 200
         assert await worker.wait_for_exit() == 0
         await load_client.assert_all_completed()
     assert_at_rest(server, load_client.queue)
 
 
-async def test_prometheus_reads_what_a_worker_serves_and_did(
+async def test_prometheus_reads_the_models_of_a_worker_and_its_finished_jobs(
     open_workers: OpenWorkers, server: redis.Redis, store: Store, tmp_path: Path
 ) -> None:
     folder = tmp_path / "m"
     zoo.place(folder, "slow", zoo.slow(), toml="[batching]\nenabled = true\n")
-    alone = "[batching]\nenabled = false\n"
-    zoo.place(folder, "picky", zoo.picky(), version=7, toml=alone)
+    unbatched = "[batching]\nenabled = false\n"
+    zoo.place(folder, "picky", zoo.picky(), version=7, toml=unbatched)
     zoo.place(folder, "broken", zoo.slow()).write_bytes(b"no model")
     probe = Probe()
     config = WorkerConfig(concurrency=1)
-    terms = {"model_dir": str(folder), "models": (), "default_model": "slow"}
-    with open_workers(**terms, worker=config, monitor_port=probe.port) as workers:  # type: ignore[arg-type]
+    options = {"model_dir": str(folder), "models": (), "default_model": "slow"}
+    with open_workers(**options, worker=config, monitor_port=probe.port) as workers:  # type: ignore[arg-type]
         slow, picky = Customer(store, "slow"), Customer(store, "picky")
         await slow.submit([1.0] * 5)
         await picky.submit([9.0])
         worker = workers.start()
         await slow.assert_all_completed()
         await picky.wait_until_all_ended()
-        read: dict[tuple[str, ...], float] = {}
+        metrics: dict[tuple[str, ...], float] = {}
 
-        async def counted() -> bool:
-            read.update(await probe.metrics())
-            return read["asyncinfer_jobs_total", "failed"] == 1
+        async def failed_job_is_counted() -> bool:
+            metrics.update(await probe.metrics())
+            return metrics["asyncinfer_jobs_total", "failed"] == 1
 
-        await eventually(counted, "all is counted", 5)
+        await eventually(failed_job_is_counted, "the failed job is counted", 5)
         assert await worker.stop() == 0
-    assert read["asyncinfer_model_batched", "slow", "1"] == 1
-    assert read["asyncinfer_model_batched", "picky", "7"] == 0
-    (why,) = (
-        state[1] for state in read if state[0] == "asyncinfer_model_info" and state[2] == "picky"
+    assert metrics["asyncinfer_model_batched", "slow", "1"] == 1
+    assert metrics["asyncinfer_model_batched", "picky", "7"] == 0
+    (batching,) = (
+        key[1] for key in metrics if key[0] == "asyncinfer_model_info" and key[2] == "picky"
     )
-    assert why.startswith("off: model.toml says so; ")
-    assert read["asyncinfer_model_refused", "broken", "1"] == 1
-    assert read[("asyncinfer_models_loaded",)] == 2
-    assert read["asyncinfer_run_seconds_count", "slow", "8"] == 1
-    assert 0.001 < read["asyncinfer_run_seconds_sum", "slow", "8"] < 1
-    assert read["asyncinfer_jobs_total", "completed"] == 5
-    assert read[("process_resident_memory_bytes",)] > 0
+    assert batching.startswith("off: model.toml says so; ")
+    assert metrics["asyncinfer_model_refused", "broken", "1"] == 1
+    assert metrics[("asyncinfer_models_loaded",)] == 2
+    assert metrics["asyncinfer_run_seconds_count", "slow", "8"] == 1
+    assert 0.001 < metrics["asyncinfer_run_seconds_sum", "slow", "8"] < 1
+    assert metrics["asyncinfer_jobs_total", "completed"] == 5
+    assert metrics[("process_resident_memory_bytes",)] > 0
     assert_at_rest(server, slow.queue, picky.queue)
 
 
 @pytest.mark.soak
-async def test_a_worker_without_its_redis_lives_and_is_not_ready(open_workers: OpenWorkers) -> None:
+async def test_a_worker_without_its_redis_is_live_and_not_ready(open_workers: OpenWorkers) -> None:
     probe = Probe()
     with open_workers(redis_url="unix:///nowhere/there.sock", monitor_port=probe.port) as workers:
         worker = workers.start()
-        await probe.finds("has not reached its Redis")
+        await probe.wait_until_not_ready("has not reached its Redis")
         assert await probe.status("live") == 200
         assert await worker.stop() == 0
 
 
-async def test_the_pace_that_a_worker_measured_outlives_it(
+async def test_the_measured_pace_is_still_known_after_its_worker_has_stopped(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis, store: Store
 ) -> None:
     with open_workers(worker=WorkerConfig(concurrency=1, max_batch=1)) as workers:
@@ -144,14 +144,14 @@ async def test_the_pace_that_a_worker_measured_outlives_it(
         await load_client.assert_all_completed()
         assert await worker.stop() == 0
     stored = await load_client.read(ids)
-    took_ms = [
+    run_times_ms = [
         job.record.finished_ms - job.record.started_ms
         for job in stored
         if job and job.record and job.record.finished_ms and job.record.started_ms
     ]
-    assert len(took_ms) == 5
+    assert len(run_times_ms) == 5
     measured = (await load(store, "slow", load_client.queue)).seconds_per_job
-    assert measured == pytest.approx(sum(took_ms) / 5000, rel=0.2)
+    assert measured == pytest.approx(sum(run_times_ms) / 5000, rel=0.2)
     assert_at_rest(server, load_client.queue)
 
 
@@ -162,17 +162,17 @@ async def test_a_worker_that_lost_its_redis_is_not_ready_until_it_is_back(
     probe = Probe()
     with open_workers(redis_url=durable.url, monitor_port=probe.port) as workers:
         worker = workers.start()
-        await probe.finds_it_ready()
+        await probe.wait_until_ready()
         durable.kill()
-        await probe.finds("Redis has not answered", 30)
+        await probe.wait_until_not_ready("Redis has not answered", 30)
         assert await probe.status("live") == 200
         durable.start()
-        await probe.finds_it_ready(20)
+        await probe.wait_until_ready(20)
         assert await worker.stop() == 0
 
 
 @pytest.mark.soak
-async def test_a_worker_with_a_wedged_slot_is_not_ready_while_others_finish(
+async def test_a_worker_with_a_hung_slot_is_not_ready_while_its_other_slots_finish(
     open_workers: OpenWorkers, server: redis.Redis, store: Store, tmp_path: Path
 ) -> None:
     limits = "[limits]\ntimeout_seconds = 0.3\n"
@@ -180,13 +180,13 @@ async def test_a_worker_with_a_wedged_slot_is_not_ready_while_others_finish(
     zoo.place(tmp_path / "m", "slow", zoo.slow())
     probe = Probe()
     config = WorkerConfig(concurrency=2, hang_grace_seconds=0.2, prediction_timeout_seconds=60)
-    terms = {"model_dir": str(tmp_path / "m"), "models": (), "default_model": "slow"}
-    with open_workers(**terms, worker=config, monitor_port=probe.port) as workers:  # type: ignore[arg-type]
-        customers = [Customer(store, "slow"), Customer(store, "huge")]
+    options = {"model_dir": str(tmp_path / "m"), "models": (), "default_model": "slow"}
+    with open_workers(**options, worker=config, monitor_port=probe.port) as workers:  # type: ignore[arg-type]
+        slow, huge = Customer(store, "slow"), Customer(store, "huge")
         worker = workers.start()
-        await probe.finds_it_ready(30)
-        await customers[0].submit([2000.0])
-        await customers[1].submit([TOO_BIG])
-        await probe.finds("would not stop")
+        await probe.wait_until_ready(30)
+        await slow.submit([2000.0])
+        await huge.submit([TOO_BIG])
+        await probe.wait_until_not_ready("would not stop")
         assert await worker.wait_for_exit(60) == EXIT_HUNG
-        await customers[0].assert_all_completed()
+        await slow.assert_all_completed()

@@ -1,4 +1,4 @@
-"""Redis that comes back empty, or as it was some time ago, or without one of its keys."""
+"""A Redis that restarts empty, or with an older dump, or that loses one of its keys."""
 
 import asyncio
 import contextlib
@@ -29,16 +29,16 @@ from .services import Services, open_services
 
 N = "predict_queue"
 SERVED_WITHIN_SECONDS = 5.0
-SETTLED_WITHIN_SECONDS = 15.0
+ENDED_WITHIN_SECONDS = 15.0
 IRIS = [[5.1, 3.5, 1.4, 0.2]]
 DIGITS = [[0.0] * 64]
 PATHS = {"/predict": IRIS, "/predict/iris": IRIS, "/predict/digits": DIGITS}
-_BRISK = {"LEASE_SECONDS": "2", "REAP_SECONDS": "0.3", "CONCURRENCY": "1"}
-_PACE_SECONDS = 0.05
+_SHORT_TIMES = {"LEASE_SECONDS": "2", "REAP_SECONDS": "0.3", "CONCURRENCY": "1"}
+_PAUSE_SECONDS = 0.05
 
 
-class Asked(Struct):
-    """One submit, as its client saw it."""
+class SubmitReply(Struct):
+    """A submit and its reply, as a client sees them."""
 
     at: float
     path: str
@@ -52,13 +52,13 @@ class Asked(Struct):
 
 
 class Clients:
-    """One client for each way to a model, who go on submitting."""
+    """A client for each path to a model; each submits jobs all the time."""
 
     def __init__(self, url: str, *paths: str) -> None:
         self._paths = paths or tuple(PATHS)
-        self.asked: list[Asked] = []
+        self.replies: list[SubmitReply] = []
         self.streams = 0
-        """How many streams have begun."""
+        """The number of event streams that have begun."""
         self.http = httpx2.AsyncClient(base_url=url, timeout=60)
 
     async def __aenter__(self) -> Self:
@@ -67,47 +67,49 @@ class Clients:
     async def __aexit__(self, *_: object) -> None:
         await self.http.aclose()
 
-    async def submit(self, path: str, **options: Any) -> Asked:
+    async def submit(self, path: str, **options: Any) -> SubmitReply:
         body = {"data": PATHS[path], "options": options}
         at = time.monotonic()
-        reply = await self.http.post(path, json=body)
-        request = Asked(at, path, reply.status_code, reply.json(), reply.headers.get("retry-after"))
-        self.asked.append(request)
-        return request
+        response = await self.http.post(path, json=body)
+        retry_after = response.headers.get("retry-after")
+        reply = SubmitReply(at, path, response.status_code, response.json(), retry_after)
+        self.replies.append(reply)
+        return reply
 
     async def status(self, job_id: str) -> str:
-        """A job's status, or "gone"."""
+        """A job's status; "gone" if the API has no such job, "unknown" if it cannot tell."""
         reply = await self.http.get(f"/job/{job_id}")
         if reply.status_code in (404, 410):
             return "gone"
         return str(reply.json().get("status")) if reply.status_code == 200 else "unknown"
 
-    async def is_so(self, job_id: str, status: str) -> bool:
+    async def has_status(self, job_id: str, status: str) -> bool:
         return await self.status(job_id) == status
 
     @contextlib.asynccontextmanager
-    async def going_on(self) -> AsyncIterator[None]:
+    async def submitting(self) -> AsyncIterator[None]:
+        """Meanwhile each client submits jobs all the time."""
         async with asyncio.TaskGroup() as group:
-            clients = [group.create_task(self._submit_on(path)) for path in self._paths]
+            clients = [group.create_task(self._submit_forever(path)) for path in self._paths]
             yield
             for client in clients:
                 client.cancel()
 
-    async def served(self, within_seconds: float) -> None:
-        """A job submitted to each model from now on completes."""
+    async def wait_until_served(self, within_seconds: float) -> None:
+        """Waits until a job that was submitted to each path after this call has completed."""
         began_at = time.monotonic()
         for path in self._paths:
-            await eventually(partial(self._done, path, began_at), path, within_seconds)
+            await eventually(partial(self._has_completed, path, began_at), path, within_seconds)
 
-    async def served_each(self) -> None:
-        """One job of each model is taken in and completes."""
+    async def run_one_each(self) -> None:
+        """Submits a job to each path until it is accepted, and waits until it has completed."""
         for path in self._paths:
             began_at = time.monotonic()
-            await eventually(partial(self._taken, path), path)
-            await eventually(partial(self._done, path, began_at), path)
+            await eventually(partial(self._is_accepted, path), path)
+            await eventually(partial(self._has_completed, path, began_at), path)
 
     async def events(self, path: str, until: str | None) -> list[str]:
-        """The names of a stream's events until one comes, or until it ends."""
+        """The names of a stream's events up to `until`, or to the end of the stream."""
         names: list[str] = []
         async with self.http.stream("GET", path) as reply:
             assert reply.status_code == 200
@@ -122,7 +124,7 @@ class Clients:
     async def submit_slow(self, milliseconds: float) -> str:
         ids: list[str] = []
 
-        async def is_taken() -> bool:
+        async def is_accepted() -> bool:
             reply = await self.http.post("/predict/slow", json={"data": [[milliseconds]]})
             if reply.status_code == 202:
                 ids.append(str(reply.json()["job_id"]))
@@ -130,13 +132,13 @@ class Clients:
                 assert reply.json()["code"] == "model_loading", reply.text
             return bool(ids)
 
-        # The models before it are served while it is loaded.
-        await eventually(is_taken, "the slow model takes a job", 20)
+        # Other models are served while it is still being loaded.
+        await eventually(is_accepted, "a job of the slow model is accepted", 20)
         return ids[0]
 
-    async def settled(self, within_seconds: float = SETTLED_WITHIN_SECONDS) -> None:
-        """Every job that was accepted has completed, or is plainly gone."""
-        open_jobs = {request.job_id for request in self.asked if request.status == 202}
+    async def wait_until_ended(self, within_seconds: float = ENDED_WITHIN_SECONDS) -> None:
+        """Waits until every accepted job has completed, or the API says that it is gone."""
+        open_jobs = {reply.job_id for reply in self.replies if reply.status == 202}
 
         async def none_is_open() -> bool:
             for job_id in list(open_jobs):
@@ -147,58 +149,59 @@ class Clients:
 
         await eventually(none_is_open, "all jobs are completed or gone", within_seconds)
 
-    def assert_refused_for_a_moment_only(self) -> None:
-        """No client was told that it made a mistake, and each that was refused when to retry."""
-        for request in self.asked:
-            assert request.status == 202 or (request.status == 503 and request.retry_after), request
+    def assert_refused_only_with_retry_after(self) -> None:
+        """Asserts that each refusal was a 503 with Retry-After: no client made a mistake."""
+        for reply in self.replies:
+            assert reply.status == 202 or (reply.status == 503 and reply.retry_after), reply
 
-    async def _taken(self, path: str) -> bool:
+    async def _is_accepted(self, path: str) -> bool:
         return (await self.submit(path)).status == 202
 
-    async def _done(self, path: str, since: float) -> bool:
-        for request in reversed(self.asked):
-            if request.path == path and request.status == 202 and request.at > since:
-                return await self.status(request.job_id) == "completed"
+    async def _has_completed(self, path: str, since: float) -> bool:
+        """Whether the last job that was accepted after `since` has completed."""
+        for reply in reversed(self.replies):
+            if reply.path == path and reply.status == 202 and reply.at > since:
+                return await self.status(reply.job_id) == "completed"
         return False
 
-    async def _submit_on(self, path: str) -> None:
+    async def _submit_forever(self, path: str) -> None:
         while True:
             with contextlib.suppress(httpx2.TransportError):
                 await self.submit(path)
-            await asyncio.sleep(_PACE_SECONDS)
+            await asyncio.sleep(_PAUSE_SECONDS)
 
 
-class Scene(Struct):
-    """A service on a Redis: an API, and workers that do not have the same models."""
+class Service(Struct):
+    """An API and workers that do not have the same models, on one Redis."""
 
     url: str
     server: redis.Redis
     services: Services
 
     @property
-    def is_whole(self) -> bool:
-        return _is_whole(self.server)
+    def is_announced(self) -> bool:
+        return _is_announced(self.server)
 
 
 @contextlib.contextmanager
-def _opened(
+def _running_service(
     folder: Path,
     redis_url: str,
     server: redis.Redis,
     models: Path,
-    open_workers: tuple[str, ...] = ("iris,digits", "digits"),
-) -> Iterator[Scene]:
-    environ = {"REDIS_URL": redis_url, "MODEL_DIR": str(models), **_BRISK}
+    models_of_workers: tuple[str, ...] = ("iris,digits", "digits"),
+) -> Iterator[Service]:
+    environ = {"REDIS_URL": redis_url, "MODEL_DIR": str(models), **_SHORT_TIMES}
     with open_services(folder, **environ) as services:
-        for its_models in open_workers:
-            services.work("--models", its_models, "--default-model", "iris")
+        for names in models_of_workers:
+            services.work("--models", names, "--default-model", "iris")
         url = services.serve()
-        eventually_sync(lambda: _workers(server) == len(open_workers), "all work", 20)
-        yield Scene(url, server, services)
+        eventually_sync(lambda: _workers(server) == len(models_of_workers), "all workers run", 20)
+        yield Service(url, server, services)
 
 
-def _is_whole(server: redis.Redis) -> bool:
-    """Whether it has all that it knew of the models."""
+def _is_announced(server: redis.Redis) -> bool:
+    """Whether Redis has the default model, the models and the queues again."""
     with contextlib.suppress(redis.RedisError):
         return (
             server.get(keys.default_model(N)) == b"iris"
@@ -212,9 +215,9 @@ def _has_status(server: redis.Redis, job_id: str, status: bytes) -> bool:
     return server.get(keys.status(job_id)) == status
 
 
-def _told_of(scene: Scene, default: str, count: int) -> bool:
-    """Whether so many processes have logged that this is the default model now."""
-    return scene.services.log.count(f"Redis names {default!r} as the default model") == count
+def _have_logged_default(service: Service, default: str, count: int) -> bool:
+    """Whether `count` processes have logged that `default` is the default model now."""
+    return service.services.log.count(f"Redis names {default!r} as the default model") == count
 
 
 def _workers(server: redis.Redis) -> int:
@@ -222,111 +225,121 @@ def _workers(server: redis.Redis) -> int:
 
 
 @pytest.fixture(scope="module")
-def scene(
+def service(
     redis_url: str, shipped_models: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Scene]:
-    """Shared by the tests of this file: each leaves it served."""
+) -> Iterator[Service]:
+    """Shared by the tests of this file; each test leaves all models served."""
     client = redis.Redis.from_url(redis_url)
     client.flushall()
-    with _opened(tmp_path_factory.mktemp("back"), redis_url, client, shipped_models) as opened:
-        yield opened
+    folder = tmp_path_factory.mktemp("data-loss")
+    with _running_service(folder, redis_url, client, shipped_models) as service:
+        yield service
     assert_bounded(client)
     client.close()
 
 
-async def _is_served_after(scene: Scene, fault: Callable[[], object]) -> None:
-    async with Clients(scene.url) as clients:
-        async with clients.going_on():
-            await clients.served(30)
+async def _assert_served_after(service: Service, fault: Callable[[], object]) -> None:
+    async with Clients(service.url) as clients:
+        async with clients.submitting():
+            await clients.wait_until_served(30)
             fault()
             fault_at = time.monotonic()
-            await eventually(lambda: scene.is_whole, "Redis is whole", SERVED_WITHIN_SECONDS)
-            await clients.served(fault_at + SERVED_WITHIN_SECONDS - time.monotonic())
-        await clients.settled()
-        clients.assert_refused_for_a_moment_only()
+            await eventually(
+                lambda: service.is_announced, "all is announced again", SERVED_WITHIN_SECONDS
+            )
+            await clients.wait_until_served(fault_at + SERVED_WITHIN_SECONDS - time.monotonic())
+        await clients.wait_until_ended()
+        clients.assert_refused_only_with_retry_after()
 
 
-async def test_an_emptied_redis_is_served_again_within_5_s(scene: Scene) -> None:
-    await _is_served_after(scene, scene.server.flushall)
+async def test_an_emptied_redis_is_served_again_within_5_s(service: Service) -> None:
+    await _assert_served_after(service, service.server.flushall)
 
 
 @pytest.mark.parametrize("key", [keys.default_model(N), keys.models(N)])
-async def test_a_redis_that_lost_a_key_is_served_again_within_5_s(scene: Scene, key: str) -> None:
-    await _is_served_after(scene, lambda: scene.server.delete(key))
+async def test_a_redis_that_lost_a_key_is_served_again_within_5_s(
+    service: Service, key: str
+) -> None:
+    await _assert_served_after(service, lambda: service.server.delete(key))
 
 
-async def test_a_delayed_job_is_run_although_the_list_of_queues_is_lost(scene: Scene) -> None:
-    async with Clients(scene.url) as clients:
+async def test_a_delayed_job_is_run_although_the_list_of_queues_is_lost(service: Service) -> None:
+    async with Clients(service.url) as clients:
         await clients.submit("/predict/digits", delay_seconds=0.5)
-        scene.server.delete(keys.queues(N))
-        await clients.settled(SERVED_WITHIN_SECONDS)
+        service.server.delete(keys.queues(N))
+        await clients.wait_until_ended(SERVED_WITHIN_SECONDS)
 
 
-async def test_a_job_runs_wherever_it_was_put(scene: Scene, redis_url: str) -> None:
-    """As it was put there by an API that knew no default model."""
-    scene.server.sadd(keys.queues(N), f"{N}:iris")
+async def test_a_job_in_the_queue_of_another_default_model_is_run(
+    service: Service, redis_url: str
+) -> None:
+    """An API that knows no default model adds it there."""
+    service.server.sadd(keys.queues(N), f"{N}:iris")
     async with Store.open(redis_url, queue_name=N, policy=Policy(), name="test") as store:
         submissions = Submissions(store)
         record = Record(SCHEMA, f"{N}:iris", "iris", "default", 0)
         job = NewJob(new_id(0), record.queue, msgspec.json.encode(IRIS), record)
         await submissions.submit_many(job.queue, [job])
-        scene.server.set(keys.data("stranger"), msgspec.json.encode(DIGITS))
-        scene.server.set(keys.status("stranger"), "pending")
-        scene.server.lpush(f"{N}:digits", "stranger")
-        for job_id in (job.job_id, "stranger"):
-            completed = partial(_has_status, scene.server, job_id, b"completed")
+        service.server.set(keys.data("external"), msgspec.json.encode(DIGITS))
+        service.server.set(keys.status("external"), "pending")
+        service.server.lpush(f"{N}:digits", "external")
+        for job_id in (job.job_id, "external"):
+            completed = partial(_has_status, service.server, job_id, b"completed")
             await eventually(completed, f"{job_id} has completed", SERVED_WITHIN_SECONDS)
 
 
-async def test_waits_and_streams_end_or_go_on_when_redis_was_emptied(scene: Scene) -> None:
-    async with Clients(scene.url) as clients, asyncio.timeout(20):
-        await clients.served_each()
+async def test_waits_and_event_streams_end_or_go_on_when_redis_is_emptied(service: Service) -> None:
+    async with Clients(service.url) as clients, asyncio.timeout(20):
+        await clients.run_one_each()
         gone = (await clients.submit("/predict", delay_seconds=600)).job_id
-        waits = asyncio.create_task(clients.http.get(f"/job/{gone}?wait=60"))
-        posts = asyncio.create_task(
+        waiting_get = asyncio.create_task(clients.http.get(f"/job/{gone}?wait=60"))
+        waiting_post = asyncio.create_task(
             clients.http.post(
                 "/predict",
                 json={"data": IRIS, "options": {"delay_seconds": 600}},
                 headers={"Prefer": "wait=60"},
             )
         )
-        its_events = asyncio.create_task(clients.events(f"/job/{gone}/events", until=None))
+        job_events = asyncio.create_task(clients.events(f"/job/{gone}/events", until=None))
         all_events = asyncio.create_task(clients.events("/events", until="completed"))
         await eventually(
-            lambda: scene.server.zcard(keys.delayed(N)) == 2 and clients.streams == 2, "all wait"
+            lambda: service.server.zcard(keys.delayed(N)) == 2 and clients.streams == 2,
+            "all four wait",
         )
-        scene.server.flushall()
-        assert (await waits).status_code == 404
-        taken = await posts
-        assert (taken.status_code, taken.json()["status"]) == (202, "pending")
-        assert await clients.status(taken.json()["job_id"]) == "gone"
-        assert (await its_events)[0] == "snapshot"
-        await clients.served_each()
+        service.server.flushall()
+        assert (await waiting_get).status_code == 404
+        posted = await waiting_post
+        assert (posted.status_code, posted.json()["status"]) == (202, "pending")
+        assert await clients.status(posted.json()["job_id"]) == "gone"
+        assert (await job_events)[0] == "snapshot"
+        await clients.run_one_each()
         assert "completed" in await all_events
 
 
 @pytest.mark.soak
-async def test_another_default_model_in_redis_is_adopted_by_all(scene: Scene) -> None:
-    async with Clients(scene.url, "/predict/iris", "/predict/digits") as clients:
+async def test_another_default_model_in_redis_is_adopted_by_all(service: Service) -> None:
+    async with Clients(service.url, "/predict/iris", "/predict/digits") as clients:
         for name, before in (("digits", "iris"), ("iris", "digits")):
-            async with clients.going_on():
-                await clients.served(30)
-                scene.server.set(keys.default_model(N), name)
-                await eventually(partial(_told_of, scene, name, 3), "all have adopted it")
-                await clients.served(SERVED_WITHIN_SECONDS)
-            await clients.settled()
-            assert f"this worker had {before!r} from DEFAULT_MODEL" in scene.services.log
+            async with clients.submitting():
+                await clients.wait_until_served(30)
+                service.server.set(keys.default_model(N), name)
+                await eventually(
+                    partial(_have_logged_default, service, name, 3), "all have adopted it"
+                )
+                await clients.wait_until_served(SERVED_WITHIN_SECONDS)
+            await clients.wait_until_ended()
+            assert f"this worker had {before!r} from DEFAULT_MODEL" in service.services.log
 
 
-# --- the whole of it -------------------------------------------------------------------------
+# --- every key, restarts and fail-over -------------------------------------------------------
 
 _KEYS = (
     *(keys.default_versions(N), keys.workers(N), keys.model(N, "iris"), keys.model(N, "digits")),
     *(keys.pace(N, "iris"), keys.odd(N), keys.repair_gate(N)),
     *(
-        of(queue)
+        key(queue)
         for queue in (N, f"{N}:digits")
-        for of in (
+        for key in (
             *(keys.wake, keys.bytes_waiting, keys.seq, keys.log, keys.log_marks, keys.control),
             *(keys.swept, keys.hold, keys.reap_gate, keys.deadlines, keys.ghosts),
         )
@@ -336,53 +349,57 @@ _KEYS = (
 
 @pytest.mark.soak
 @pytest.mark.parametrize("key", _KEYS)
-async def test_any_shared_key_may_be_lost(scene: Scene, key: str) -> None:
-    await _is_served_after(scene, lambda: scene.server.delete(key))
+async def test_any_shared_key_may_be_lost(service: Service, key: str) -> None:
+    await _assert_served_after(service, lambda: service.server.delete(key))
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("key", ["worker:*", "inbox:*"])
-async def test_what_a_process_says_of_itself_may_be_lost(scene: Scene, key: str) -> None:
-    def lose() -> None:
-        for name in scene.server.scan_iter(f"{{{{{N}}}}}:{key}", count=1000):
-            scene.server.delete(name)
+async def test_the_keys_of_each_process_may_be_lost(service: Service, key: str) -> None:
+    def delete() -> None:
+        for name in service.server.scan_iter(f"{{{{{N}}}}}:{key}", count=1000):
+            service.server.delete(name)
 
-    await _is_served_after(scene, lose)
+    await _assert_served_after(service, delete)
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("comes_back", ["empty", "as it was"])
-async def test_a_redis_that_is_started_again_is_served_within_5_s_whatever_it_kept(
-    comes_back: str, forgetful: DurableServer, shipped_models: Path, tmp_path: Path
+@pytest.mark.parametrize("restarts", ["empty", "with an older dump"])
+async def test_a_redis_that_restarts_empty_or_with_an_older_dump_is_served_within_5_s(
+    restarts: str, without_aof: DurableServer, shipped_models: Path, tmp_path: Path
 ) -> None:
-    """With an older dump, a job is back in the hands of a worker who has finished it since."""
+    """With an older dump, a job that its worker has finished since is running again."""
     models = tmp_path / "models"
     shutil.copytree(shipped_models, models)
     zoo.place(models, "slow", zoo.slow())
-    client = redis.Redis.from_url(forgetful.url)
-    open_workers = ("iris,digits,slow", "digits")
-    with _opened(tmp_path, forgetful.url, client, models, open_workers) as scene:
-        async with Clients(scene.url) as clients:
-            async with clients.going_on():
-                await clients.served(30)
+    client = redis.Redis.from_url(without_aof.url)
+    models_of_workers = ("iris,digits,slow", "digits")
+    with _running_service(tmp_path, without_aof.url, client, models, models_of_workers) as service:
+        async with Clients(service.url) as clients:
+            async with clients.submitting():
+                await clients.wait_until_served(30)
                 slow = await clients.submit_slow(1000)
                 await eventually(partial(_has_status, client, slow, b"processing"), "runs")
-                if comes_back == "as it was":
-                    forgetful.dump()
+                if restarts == "with an older dump":
+                    without_aof.dump()
                 await eventually(partial(_has_status, client, slow, b"completed"), "it ran")
-                await clients.served(30)
-                forgetful.kill()
-                forgetful.start()
-                back_at = time.monotonic()
-                if comes_back == "as it was":
+                await clients.wait_until_served(30)
+                without_aof.kill()
+                without_aof.start()
+                restarted_at = time.monotonic()
+                if restarts == "with an older dump":
                     assert client.get(keys.status(slow)) == b"processing"
-                await eventually(lambda: scene.is_whole, "Redis is whole", SERVED_WITHIN_SECONDS)
-                await clients.served(back_at + SERVED_WITHIN_SECONDS - time.monotonic())
-            await clients.settled()
-            became = "completed" if comes_back == "as it was" else "gone"
-            await eventually(partial(clients.is_so, slow, became), f"the old job is {became}")
-            clients.assert_refused_for_a_moment_only()
-        assert scene.services.log.count("WARNING") < 100, "an outage is no flood"
+                await eventually(
+                    lambda: service.is_announced, "all is announced again", SERVED_WITHIN_SECONDS
+                )
+                await clients.wait_until_served(
+                    restarted_at + SERVED_WITHIN_SECONDS - time.monotonic()
+                )
+            await clients.wait_until_ended()
+            status = "gone" if restarts == "empty" else "completed"
+            await eventually(partial(clients.has_status, slow, status), f"the old job is {status}")
+            clients.assert_refused_only_with_retry_after()
+        assert service.services.log.count("WARNING") < 100, "an outage is not logged over and over"
     client.close()
 
 
@@ -392,33 +409,39 @@ async def test_a_fail_over_to_an_empty_replica_is_served_again(
 ) -> None:
     with (
         replicated(tmp_path) as servers,
-        _opened(tmp_path, servers.url, servers.primary.client, shipped_models) as scene,
+        _running_service(tmp_path, servers.url, servers.primary.client, shipped_models) as service,
     ):
-        async with Clients(scene.url) as clients:
-            async with clients.going_on():
-                await clients.served(30)
+        async with Clients(service.url) as clients:
+            async with clients.submitting():
+                await clients.wait_until_served(30)
                 with servers.failing_over():
                     servers.replica.client.replicaof("no", "one")
                     servers.replica.client.flushall()
                     servers.primary.kill()
-                    await eventually(lambda: _is_whole(servers.replica.client), "it is whole", 30)
-                await clients.served(SERVED_WITHIN_SECONDS)
-            await clients.settled()
-            clients.assert_refused_for_a_moment_only()
+                    await eventually(
+                        lambda: _is_announced(servers.replica.client), "all is announced again", 30
+                    )
+                await clients.wait_until_served(SERVED_WITHIN_SECONDS)
+            await clients.wait_until_ended()
+            clients.assert_refused_only_with_retry_after()
 
 
 @pytest.mark.soak
-async def test_workers_of_one_model_each_swap_their_queues_when_the_default_changes(
-    forgetful: DurableServer, shipped_models: Path, tmp_path: Path
+async def test_workers_with_one_model_each_exchange_queues_when_the_default_model_changes(
+    without_aof: DurableServer, shipped_models: Path, tmp_path: Path
 ) -> None:
-    client = redis.Redis.from_url(forgetful.url)
-    with _opened(tmp_path, forgetful.url, client, shipped_models, ("iris", "digits")) as scene:
-        async with Clients(scene.url, "/predict/iris", "/predict/digits") as clients:
+    client = redis.Redis.from_url(without_aof.url)
+    with _running_service(
+        tmp_path, without_aof.url, client, shipped_models, ("iris", "digits")
+    ) as service:
+        async with Clients(service.url, "/predict/iris", "/predict/digits") as clients:
             for name in ("digits", "iris"):
-                async with clients.going_on():
-                    await clients.served(30)
+                async with clients.submitting():
+                    await clients.wait_until_served(30)
                     client.set(keys.default_model(N), name)
-                    await eventually(partial(_told_of, scene, name, 3), "all have adopted it")
-                    await clients.served(SERVED_WITHIN_SECONDS)
-                await clients.settled()
+                    await eventually(
+                        partial(_have_logged_default, service, name, 3), "all have adopted it"
+                    )
+                    await clients.wait_until_served(SERVED_WITHIN_SECONDS)
+                await clients.wait_until_ended()
     client.close()

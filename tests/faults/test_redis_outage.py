@@ -1,4 +1,4 @@
-"""Redis that is killed, frozen, swallowed, full or forgets its scripts."""
+"""A Redis that is killed, frozen, unreachable or full, or that loses its scripts."""
 
 import asyncio
 import contextlib
@@ -25,11 +25,11 @@ from .processes import DurableServer, OpenWorkers, WorkerChild
 from .proxy import proxied
 
 POLICY = Policy(lease_seconds=2.0, reap_seconds=0.3, job_ttl_seconds=600)
-BRISK = Policy(lease_seconds=0.6, reap_seconds=0.1, job_ttl_seconds=600)
+SHORT_TIMES = Policy(lease_seconds=0.6, reap_seconds=0.1, job_ttl_seconds=600)
 
 
 @contextlib.asynccontextmanager
-async def opened(
+async def open_store(
     url: str, policy: Policy = POLICY, call_seconds: float = 1.0
 ) -> AsyncIterator[Store]:
     async with Store.open(
@@ -38,25 +38,25 @@ async def opened(
         yield store
 
 
-async def test_what_was_acknowledged_survives_a_killed_server(
+async def test_acknowledged_jobs_survive_a_killed_server(
     open_workers: OpenWorkers, durable: DurableServer
 ) -> None:
-    async with opened(durable.url) as store:
+    async with open_store(durable.url) as store:
         load_client = Customer(store)
         with open_workers(
             redis_url=durable.url, policy=POLICY, worker=WorkerConfig(concurrency=2, max_batch=16)
         ) as workers:
             started = [workers.start(), workers.start()]
-            await _ready(durable, started)
+            await _wait_until_ready(durable, started)
             async with asyncio.TaskGroup() as group:
-                enough = asyncio.Event()
-                group.create_task(_load_until(enough, load_client))
+                has_enough_jobs = asyncio.Event()
+                group.create_task(_load_until(has_enough_jobs, load_client))
                 for _ in range(2):
-                    seen = len(load_client.acknowledged)
-                    await eventually(_more_than(load_client, seen + 100), "the load goes on", 20)
+                    before = len(load_client.acknowledged)
+                    await eventually(_more_than(load_client, before + 100), "the load goes on", 20)
                     durable.kill()
                     durable.start()
-                enough.set()
+                has_enough_jobs.set()
             before = len(load_client.acknowledged)
             restarted_at = time.monotonic()
             await load_client.submit([1.0])
@@ -71,7 +71,7 @@ async def test_what_was_acknowledged_survives_a_killed_server(
     assert consumed_seconds < 20
 
 
-async def _ready(durable: DurableServer, started: Sequence[WorkerChild]) -> None:
+async def _wait_until_ready(durable: DurableServer, started: Sequence[WorkerChild]) -> None:
     client = redis.Redis.from_url(durable.url)
     await eventually(
         lambda: all(worker.is_announced(client) for worker in started), "they are ready"
@@ -85,7 +85,7 @@ def _more_than(load_client: Customer, count: int) -> Callable[[], bool]:
 
 async def _load_until(end: asyncio.Event, load_client: Customer) -> None:
     chance = random.Random(3)
-    # Told, not cancelled: a call may swallow that.
+    # Ended by an event, since a call may swallow a cancellation.
     while not end.is_set():
         await load_client.submit_or_not([float(chance.randint(0, 8)) for _ in range(10)])
         await asyncio.sleep(0.02)
@@ -94,7 +94,7 @@ async def _load_until(end: asyncio.Event, load_client: Customer) -> None:
 async def test_idle_workers_consume_again_within_5_s_of_a_restart(
     open_workers: OpenWorkers, durable: DurableServer
 ) -> None:
-    async with opened(durable.url) as store:
+    async with open_store(durable.url) as store:
         load_client = Customer(store)
         with open_workers(redis_url=durable.url, policy=POLICY) as workers:
             worker = workers.start()
@@ -107,11 +107,11 @@ async def test_idle_workers_consume_again_within_5_s_of_a_restart(
             assert await worker.stop() == 0
 
 
-async def _away(
-    open_workers: OpenWorkers, durable: DurableServer, policy: Policy, seconds: float
+async def _assert_delivered_once(
+    open_workers: OpenWorkers, durable: DurableServer, policy: Policy, outage_seconds: float
 ) -> None:
-    """Jobs run, one of them for longer than the outage; each is delivered once."""
-    async with opened(durable.url, policy) as store:
+    """Asserts that jobs that run during an outage, one of them for longer, are delivered once."""
+    async with open_store(durable.url, policy) as store:
         load_client = Customer(store)
         with open_workers(
             redis_url=durable.url,
@@ -120,14 +120,16 @@ async def _away(
         ) as workers:
             started = [workers.start() for _ in range(2)]
             client = redis.Redis.from_url(durable.url)
-            for value in (500.0, 1000.0 * seconds + 1000):
+            for value in (500.0, 1000.0 * outage_seconds + 1000):
                 await load_client.submit([value])
                 running = len(load_client.acknowledged)
-                await eventually(_running(client, load_client.queue, running), "each has one")
+                await eventually(
+                    _running(client, load_client.queue, running), "each worker has a job"
+                )
             durable.kill()
-            await asyncio.sleep(seconds)  # the outage itself
+            await asyncio.sleep(outage_seconds)
             durable.start()
-            # The run computes all the while: on a busy machine it takes thrice its time.
+            # The run computes all the time: on a busy machine it takes three times as long.
             await load_client.assert_all_completed(120)
             assert [await worker.stop() for worker in started] == [0, 0]
         for job_id in load_client.acknowledged:
@@ -136,7 +138,9 @@ async def _away(
         client.close()
 
 
-def renewed(client: redis.Redis, queue: str) -> Callable[[], bool]:
+def is_renewed(client: redis.Redis, queue: str) -> Callable[[], bool]:
+    """A condition: the lease of the queue's only claim has been renewed since this call."""
+
     def lease_end() -> float:
         leases: Any = client.zrange(keys.leases(queue), 0, -1, withscores=True)
         return float(leases[0][1])
@@ -150,28 +154,28 @@ def _running(client: redis.Redis, queue: str, count: int) -> Callable[[], bool]:
 
 
 @pytest.mark.soak
-async def test_no_living_workers_job_is_delivered_twice_after_an_outage(
+async def test_no_job_of_a_running_worker_is_delivered_twice_after_an_outage(
     open_workers: OpenWorkers, durable: DurableServer
 ) -> None:
-    await _away(open_workers, durable, BRISK, 2.0)
+    await _assert_delivered_once(open_workers, durable, SHORT_TIMES, 2.0)
 
 
 @pytest.mark.soak
-async def test_no_living_workers_job_is_delivered_twice_after_20_s_without_redis(
+async def test_no_job_of_a_running_worker_is_delivered_twice_after_20_s_without_redis(
     open_workers: OpenWorkers, durable: DurableServer
 ) -> None:
-    await _away(open_workers, durable, POLICY, 20.0)
+    await _assert_delivered_once(open_workers, durable, POLICY, 20.0)
 
 
 @pytest.mark.soak
-async def test_a_frozen_server_takes_nobodys_jobs(
+async def test_after_a_freeze_of_redis_longer_than_a_lease_no_job_is_taken_from_its_worker(
     open_workers: OpenWorkers, durable: DurableServer
 ) -> None:
-    async with opened(durable.url, BRISK) as store:
+    async with open_store(durable.url, SHORT_TIMES) as store:
         load_client = Customer(store)
         with open_workers(
             redis_url=durable.url,
-            policy=BRISK,
+            policy=SHORT_TIMES,
             worker=WorkerConfig(concurrency=1, prediction_timeout_seconds=60),
         ) as workers:
             started = [workers.start() for _ in range(2)]
@@ -190,10 +194,10 @@ async def test_a_frozen_server_takes_nobodys_jobs(
 
 
 @pytest.mark.parametrize("fault", ["refused", "black hole"])
-async def test_a_submit_without_redis_is_refused_in_time_and_the_loop_lives(
+async def test_a_submit_without_redis_is_refused_in_time_and_the_event_loop_is_not_blocked(
     fault: str, redis_url: str, server: redis.Redis
 ) -> None:
-    async with proxied(redis_url) as proxy, opened(proxy.url, call_seconds=0.5) as store:
+    async with proxied(redis_url) as proxy, open_store(proxy.url, call_seconds=0.5) as store:
         load_client = Customer(store)
         async with asyncio.TaskGroup() as group:
             sender = group.create_task(load_client.submissions.run())
@@ -202,17 +206,17 @@ async def test_a_submit_without_redis_is_refused_in_time_and_the_loop_lives(
                 await proxy.down()
             else:
                 proxy.black_hole()
-            answered = asyncio.Event()
-            gap = group.create_task(_longest_gap_seconds(answered))
+            all_are_refused = asyncio.Event()
+            gap = group.create_task(_longest_gap_seconds(all_are_refused))
             jobs = [load_client.job(float(number)) for number in range(50)]
-            asked_at = time.monotonic()
-            answers = await asyncio.gather(
+            submitted_at = time.monotonic()
+            errors = await asyncio.gather(
                 *(load_client.submissions.submit(job) for job in jobs), return_exceptions=True
             )
-            seconds = time.monotonic() - asked_at
-            answered.set()
-            assert all(isinstance(request, RedisUnavailable) for request in answers)
-            assert [request.job_id for request in answers] == [job.job_id for job in jobs]  # type: ignore[union-attr]
+            seconds = time.monotonic() - submitted_at
+            all_are_refused.set()
+            assert all(isinstance(error, RedisUnavailable) for error in errors)
+            assert [error.job_id for error in errors] == [job.job_id for job in jobs]  # type: ignore[union-attr]
             assert seconds < 1.5
             assert await gap < 0.5
             sender.cancel()
@@ -220,7 +224,7 @@ async def test_a_submit_without_redis_is_refused_in_time_and_the_loop_lives(
 
 
 async def _longest_gap_seconds(end: asyncio.Event) -> float:
-    """How long the loop once did not come round."""
+    """The longest time in which the event loop did not run."""
     last, longest = time.monotonic(), 0.0
     while not end.is_set():
         await asyncio.sleep(0.01)
@@ -233,14 +237,13 @@ async def _longest_gap_seconds(end: asyncio.Event) -> float:
 async def test_a_result_that_could_not_be_stored_is_stored_when_redis_is_back(
     open_workers: OpenWorkers, load_client: Customer, redis_url: str, server: redis.Redis
 ) -> None:
-    policy = BRISK
     async with proxied(redis_url) as proxy:
-        with open_workers(redis_url=proxy.url, policy=policy) as workers:
+        with open_workers(redis_url=proxy.url, policy=SHORT_TIMES) as workers:
             worker = workers.start()
             (job_id,) = await load_client.submit([800.0])
             await eventually(_running(server, load_client.queue, 1), "it runs")
-            # Renewed, so the worker has the claim's reply, and runs it.
-            await eventually(renewed(server, load_client.queue), "its lease is renewed")
+            # A renewal shows that the worker has the claim's reply, and runs the job.
+            await eventually(is_renewed(server, load_client.queue), "its lease is renewed")
             await proxy.down()
             await eventually(lambda: "Finishing:" in workers.log, "it cannot be stored")
             assert server.get(keys.status(job_id)) == b"processing"
@@ -252,10 +255,10 @@ async def test_a_result_that_could_not_be_stored_is_stored_when_redis_is_back(
 
 
 @pytest.mark.soak
-async def test_a_connection_that_swallows_everything_is_noticed_within_its_bound(
+async def test_a_connection_without_replies_is_given_up_within_its_time_out(
     redis_url: str, server: redis.Redis
 ) -> None:
-    async with proxied(redis_url) as proxy, opened(proxy.url) as store:
+    async with proxied(redis_url) as proxy, open_store(proxy.url) as store:
         runs, bell = Runs(store, "w"), Doorbell(store)
         request = ClaimRequest(("predict_queue",), runs.new_token(), False, 1)
         assert await runs.claim(request) == Claimed(None)
@@ -274,7 +277,7 @@ async def test_a_connection_that_swallows_everything_is_noticed_within_its_bound
         await bell.close()
 
 
-async def test_with_memory_full_submits_are_refused_and_running_jobs_finish(
+async def test_with_full_memory_submits_are_refused_and_running_jobs_finish(
     load_client: Customer, server: redis.Redis, store: Store
 ) -> None:
     runs = Runs(store, "w")
@@ -306,7 +309,7 @@ async def test_with_memory_full_submits_are_refused_and_running_jobs_finish(
     assert_at_rest(server, load_client.queue)
 
 
-async def test_a_worker_starts_with_memory_full_and_empties_the_queue(
+async def test_a_worker_starts_with_full_memory_and_empties_the_queue(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis, store: Store
 ) -> None:
     await store.claim_default_model("slow")
@@ -322,7 +325,7 @@ async def test_a_worker_starts_with_memory_full_and_empties_the_queue(
     assert_at_rest(server, load_client.queue)
 
 
-async def test_a_server_that_forgets_its_scripts_under_load_loses_nothing(
+async def test_a_server_that_loses_its_scripts_under_load_loses_no_job(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
     with open_workers() as workers:
@@ -336,7 +339,7 @@ async def test_a_server_that_forgets_its_scripts_under_load_loses_nothing(
     assert_at_rest(server, load_client.queue)
 
 
-async def test_a_run_whose_claim_is_gone_from_redis_ends_quietly_and_stores_nothing(
+async def test_a_run_whose_claim_is_gone_from_redis_stores_nothing_and_logs_two_lines_at_most(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
     with open_workers() as workers:

@@ -14,7 +14,7 @@ from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import Stored
 from asyncinfer.worker.worker import EXIT_HUNG, WorkerConfig
 from tests import zoo
-from tests.faults.load_client import Customer, answer, assert_one_end_each, transitions
+from tests.faults.load_client import Customer, assert_one_end_each, result_value, transitions
 
 from .harness import assert_at_rest, eventually
 from .processes import OpenWorkers, Workers
@@ -60,7 +60,7 @@ async def test_an_endless_run_fails_alone_among_the_jobs_that_shared_it(
         worker = workers.start()
         ended = await _by_value(load_client)
         assert _why(ended.pop(zoo.FOREVER)) == "timeout"
-        assert {value: answer(job) for value, job in ended.items()} == {
+        assert {value: result_value(job) for value, job in ended.items()} == {
             1.0: 1.0,
             2.0: 2.0,
             3.0: 3.0,
@@ -115,7 +115,7 @@ async def test_a_kernel_that_nothing_stops_fails_alone_among_the_jobs_that_share
         assert exits <= {EXIT_HUNG, 0}
         ended = await _by_value(load_client)
         assert _why(ended.pop(TOO_BIG)) == "timeout"
-        assert {value: answer(job) for value, job in ended.items()} == {1.0: 1.0, 2.0: 2.0}
+        assert {value: result_value(job) for value, job in ended.items()} == {1.0: 1.0, 2.0: 2.0}
     assert_one_end_each(server, load_client.queue)
     assert_at_rest(server, load_client.queue)
 
@@ -145,7 +145,7 @@ async def test_a_result_too_large_fails_alone_among_the_jobs_that_shared_its_run
         ended = {job.job_id: job for job in await load_client.wait_until_all_ended()}
         assert await worker.stop() == 0
     assert (ended[large].status, _why(ended[large])) == ("failed", "result_too_large")
-    assert [answer(ended[job_id]) for job_id in small] == [1.0, 2.0, 3.0]
+    assert [result_value(ended[job_id]) for job_id in small] == [1.0, 2.0, 3.0]
     assert_at_rest(server, load_client.queue)
 
 
@@ -161,7 +161,7 @@ async def test_an_input_that_the_model_refuses_fails_alone_in_its_batch(
             if value > 2:
                 assert (job.status, _why(job)) == ("failed", "model_failed")
             else:
-                assert answer(job) == value
+                assert result_value(job) == value
         assert await worker.stop() == 0
     assert_at_rest(server, load_client.queue)
 
@@ -180,7 +180,7 @@ async def test_a_run_without_memory_is_tried_again_and_then_a_dead_letter(
         assert (greedy.status, _why(greedy)) == ("failed", "out_of_memory")
         assert greedy.record
         assert greedy.record.errors == 1
-        assert {value: answer(job) for value, job in ended.items()} == {1.0: 1.0, 2.0: 2.0}
+        assert {value: result_value(job) for value, job in ended.items()} == {1.0: 1.0, 2.0: 2.0}
         assert server.zrange(keys.dead(load_client.queue), 0, -1) == [greedy.job_id.encode()]
         assert await worker.stop() == 0
     assert_at_rest(server, load_client.queue)

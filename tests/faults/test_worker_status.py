@@ -1,4 +1,4 @@
-"""What a real worker says of itself, and what its queue shows of the work it did."""
+"""The status that a real worker announces, and the statistics of its queue."""
 
 import pytest
 import redis
@@ -14,7 +14,7 @@ from .processes import OpenWorkers
 
 
 @pytest.mark.soak
-async def test_a_worker_at_work_is_seen_with_what_it_has_done_and_does(
+async def test_a_busy_worker_is_shown_with_its_finished_and_its_running_jobs(
     open_workers: OpenWorkers, load_client: Customer, store: Store, server: redis.Redis
 ) -> None:
     observation = Observation(store)
@@ -26,11 +26,10 @@ async def test_a_worker_at_work_is_seen_with_what_it_has_done_and_does(
         await load_client.assert_all_completed()
         (running,) = await load_client.submit([60_000.0])
 
-        async def told() -> bool:
-            found = await observation.workers()
-            return [worker.busy for worker in found] == [1]
+        async def one_slot_is_busy() -> bool:
+            return [worker.busy for worker in await observation.workers()] == [1]
 
-        await eventually(told, "the worker says that a slot is busy")
+        await eventually(one_slot_is_busy, "the worker announces that a slot is busy")
         (worker,) = await observation.workers()
         (queue,) = await observation.queues()
         (stored,) = await load_client.read([running])

@@ -1,4 +1,4 @@
-"""A worker process for the fault tests: the real one, told in JSON, dying where it is told to."""
+"""The worker process of the fault tests: the real one, which can die or fail at a chosen step."""
 
 import logging
 import os
@@ -19,7 +19,7 @@ from tests import unprivileged
 
 
 class WorkerSettings(msgspec.Struct, kw_only=True):
-    """What a test wants of a worker."""
+    """The settings of a worker under test."""
 
     redis_url: str
     model_dir: str
@@ -31,44 +31,44 @@ class WorkerSettings(msgspec.Struct, kw_only=True):
     monitor_port: int | None = None
     allow_custom_ops: bool = False
     unprivileged: bool = False
-    """Reads only what modes allow, also as root."""
+    """Whether it can read only files whose mode allows it, also as root."""
     die_at: Step | None = None
-    """Kills itself with SIGKILL when it first comes to this step."""
+    """The step of a job at which it kills itself with SIGKILL."""
     fail_at: Step | None = None
-    """Raises what nobody foresaw at this step."""
+    """The step of a job at which it raises an unexpected error."""
 
 
-def _watcher(order: WorkerSettings) -> Callable[[Step], None]:
-    def on_step(reached: Step) -> None:
-        if reached == order.die_at:
+def _on_step(settings: WorkerSettings) -> Callable[[Step], None]:
+    def on_step(step: Step) -> None:
+        if step == settings.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        if reached == order.fail_at:
-            raise RuntimeError(f"a bug at {reached!r}")
+        if step == settings.fail_at:
+            raise RuntimeError(f"a bug at {step!r}")
 
     return on_step
 
 
-def _only(models: tuple[str, ...]) -> str | None:
+def _only_model(models: tuple[str, ...]) -> str | None:
     return models[0] if len(models) == 1 else None
 
 
 def main() -> int:
-    order = msgspec.json.decode(sys.argv[1], type=WorkerSettings)
-    if order.unprivileged:
+    settings = msgspec.json.decode(sys.argv[1], type=WorkerSettings)
+    if settings.unprivileged:
         unprivileged.drop()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     process = WorkerProcess(
-        redis_url=order.redis_url,
+        redis_url=settings.redis_url,
         queue_name="predict_queue",
-        policy=order.policy,
-        source=Source(Path(order.model_dir), order.models),
-        bounds=order.bounds,
-        default_model=order.default_model or _only(order.models),
-        worker=order.worker,
-        monitor_port=order.monitor_port,
-        allow_custom_ops=order.allow_custom_ops,
+        policy=settings.policy,
+        source=Source(Path(settings.model_dir), settings.models),
+        bounds=settings.bounds,
+        default_model=settings.default_model or _only_model(settings.models),
+        worker=settings.worker,
+        monitor_port=settings.monitor_port,
+        allow_custom_ops=settings.allow_custom_ops,
     )
-    return run(process, _watcher(order))
+    return run(process, _on_step(settings))
 
 
 if __name__ == "__main__":
