@@ -1,4 +1,4 @@
-"""A working service whose Redis is damaged key by key, and all that is read of it then."""
+"""A working service whose Redis keys are damaged, and requests to all its routes afterwards."""
 
 import asyncio
 import contextlib
@@ -30,36 +30,38 @@ TYPES: Final = ("string", "list", "set", "zset", "hash", "stream")
 
 _NOT_ANNOUNCED: Final = {NoModelAnnounced.code, ModelLoading.code}
 
-EXPECTED_REFUSALS: Final = {
+EXPECTED_503_CODES: Final = {
     "/scale/{model}": {WrongKeyType.code, *_NOT_ANNOUNCED},
     "/models/{model}": _NOT_ANNOUNCED,
     "/events": _NOT_ANNOUNCED,
 }
-"""The only answers of 5xx, each a 503 that says why. An autoscaler that was told of no jobs where
-nobody can count them would take the workers away; and a model whose announcement is destroyed is
-one that nobody has announced, or that a living worker is about to announce again."""
+"""The only 5xx replies to a GET: a 503 with one of these codes, by route.
+
+An autoscaler that gets 0 where jobs cannot be counted would remove the workers. A model whose
+announcement is destroyed is not announced, or its worker is about to announce it again.
+"""
 
 _LATE_ID: Final = "ffffffffffff7fff8fffffffffffffff"
-_STRANGER: Final = "stranger"
+_EXTERNAL_ID: Final = "external"
 
 
 def _nested_json(depth: int) -> bytes:
     return b"[" * depth + b"]" * depth
 
 
-def _record(**more: Any) -> bytes:
-    whole = Record(SCHEMA, N, "slow", "default", 1_700_000_000_000)
-    return encode_record(msgspec.structs.replace(whole, **more), b"12345678")
+def _record(**fields: Any) -> bytes:
+    record = Record(SCHEMA, N, "slow", "default", 1_700_000_000_000)
+    return encode_record(msgspec.structs.replace(record, **fields), b"12345678")
 
 
-def _worker(**more: Any) -> bytes:
-    return msgspec.json.encode({"models": MODELS, "state": "ready", "concurrency": 1, **more})
+def _worker(**fields: Any) -> bytes:
+    return msgspec.json.encode({"models": MODELS, "state": "ready", "concurrency": 1, **fields})
 
 
-_FAR_MS: Final = (1 << 63) - 1
+_HUGE_MS: Final = (1 << 63) - 1
 _INPUT: Final = {"name": "x", "datatype": "FP32", "shape": ["batch", 1]}
 
-HOSTILE: Final = (
+HOSTILE_VALUES: Final = (
     b"",
     b"\xff\xfe",
     b"\xed\xa0\x80",
@@ -85,9 +87,9 @@ HOSTILE: Final = (
     b'{"outputs": [',
     b"\x01\xff\xff\xff\xff",
     b"\x01\x01\x00\x00\x00\x90",
-    _record(created_ms=_FAR_MS, started_ms=-_FAR_MS, finished_ms=_FAR_MS),
+    _record(created_ms=_HUGE_MS, started_ms=-_HUGE_MS, finished_ms=_HUGE_MS),
     _record(created_ms=-62_135_596_800_001, finished_ms=253_402_300_800_000),
-    _record(round=_FAR_MS, errors=_FAR_MS, schema=-5),
+    _record(round=_HUGE_MS, errors=_HUGE_MS, schema=-5),
     _record(queue="job:x:data", model="\0", tenant="default", worker="w", claim="c"),
     _record(queue=f"{N}:log", options=Options(group="g", delay_seconds=1e6)),
     _record(options=Options(delay_seconds=float("nan"))),
@@ -123,27 +125,27 @@ HOSTILE: Final = (
         }
     ),
 )
-"""Values that broke a decoder once, or would break a careless one."""
+"""Values that have broken a decoder, or would break a careless one."""
 
 SCORES: Final = (float("inf"), float("-inf"), -1.0, 0.0, 1e300, 2.0**63)
 
 
 class Damage(NamedTuple):
-    """What is done to one key: what it becomes, or which part of it is changed."""
+    """A change of one key: to another type or content, or of a part of it."""
 
     kind: str
     key: int
-    """Of those that are there and those that could be, modulo their number."""
+    """The index of the key, modulo the number of existing and possible keys."""
     content: bytes
     at: int
-    """Of what can be chosen with a number: a score, a bit, a length."""
+    """A number that chooses a score, a bit, a length or a field."""
 
 
 KINDS: Final = (*TYPES, "add", "flip", "cut", "delete")
 
 
-class Scene:
-    """A service with jobs in every state, restored before each damage."""
+class DamagedService:
+    """A service with jobs in every state, whose keys can be saved, damaged and restored."""
 
     def __init__(self, client: httpx2.AsyncClient, redis_url: str) -> None:
         self.client = client
@@ -153,27 +155,29 @@ class Scene:
         self.names: list[bytes] = []
 
     async def populate(self) -> None:
-        """Jobs that ended, failed, wait, are delayed, belong to a group; a stranger's."""
-        ask = {"data": [[1.0]], "options": {"group": "g"}}
+        """Makes jobs: completed, failed, waiting, delayed, in a group, and external."""
+        body = {"data": [[1.0]], "options": {"group": "g"}}
         for model in MODELS:
             reply = await self.client.post(
-                f"/predict/{model}", json=ask, headers={"prefer": "wait=20"}
+                f"/predict/{model}", json=body, headers={"prefer": "wait=20"}
             )
             assert reply.status_code == 200, reply.text
             self.jobs.append(reply.json()["job_id"])
-        late = {"data": [[1.0]], "options": {"group": "g", "delay_seconds": 3600}}
+        delayed = {"data": [[1.0]], "options": {"group": "g", "delay_seconds": 3600}}
         for model in MODELS:
             self.jobs.append(
-                (await self._post(f"/predict/{model}", late, key=f"k-{model}"))["job_id"]
+                (await self._post(f"/predict/{model}", delayed, key=f"k-{model}"))["job_id"]
             )
         await self._post(f"/models/{MODELS[1]}/pause", None)
-        self.jobs.append((await self._post(f"/predict/{MODELS[1]}", ask))["job_id"])
-        self.server.mset({keys.data(_STRANGER): "nonsense", keys.data(_LATE_ID): "[[1.0]]"})
-        for job_id in (_STRANGER, _LATE_ID):
+        self.jobs.append((await self._post(f"/predict/{MODELS[1]}", body))["job_id"])
+        self.server.mset({keys.data(_EXTERNAL_ID): "nonsense", keys.data(_LATE_ID): "[[1.0]]"})
+        for job_id in (_EXTERNAL_ID, _LATE_ID):
             self.server.set(keys.status(job_id), "pending")
             self.server.lpush(N, job_id)
             self.jobs.append(job_id)
-        await eventually(lambda: self.server.get(keys.status(_LATE_ID)) == b"completed", "it ran")
+        await eventually(
+            lambda: self.server.get(keys.status(_LATE_ID)) == b"completed", "the job ran"
+        )
         self.server.zadd(keys.dead(N), {self.jobs[0]: 1_700_000_000_000})
         self._save()
 
@@ -188,7 +192,7 @@ class Scene:
         for name in names:
             if content := self.server.dump(name):
                 self._saved[name] = (content, max(0, self.server.pttl(name)))
-        self.names = sorted({*self._saved, *(name.encode() for name in _possible(self.jobs))})
+        self.names = sorted({*self._saved, *(name.encode() for name in _possible_keys(self.jobs))})
 
     def restore(self) -> None:
         pipeline = self.server.pipeline(transaction=True)
@@ -200,7 +204,7 @@ class Scene:
     # --- damage ------------------------------------------------------------------------------
 
     def damage(self, damage: Damage) -> None:
-        """What the service writes at the same moment may be in the way; then it has won."""
+        """Does nothing if a key that the service writes at the same time has the wrong type."""
         with contextlib.suppress(redis.ResponseError):
             self._damage(damage)
 
@@ -223,7 +227,7 @@ class Scene:
                 )
 
     def _add(self, name: bytes, kind: str, damage: Damage) -> None:
-        """Puts the content into a key of this type, beside what is there."""
+        """Adds the content to a key of this type; existing members stay."""
         server, content = self.server, damage.content
         field = (b"field", b"1", b"slow", b"submitted", b"completed", b"\1x")[damage.at % 6]
         if kind == "string":
@@ -243,12 +247,12 @@ class Scene:
         fields: Any = {field: damage.content} if damage.at % 3 else {damage.content: field}
         ids = ["*", "*", "*"]
         if b":inbox:" not in name:
-            # An inbox with such an entry is read again only seconds later.
+            # After such an entry an inbox would be read again only seconds later.
             ids += ["18446744073709551615-18446744073709551615", "99999999999999-1"]
         try:
             self.server.xadd(name, fields, id=ids[damage.at % len(ids)])
         except redis.ResponseError:
-            # Entries of the future leave no room for more.
+            # An entry with the highest id allows no further entry.
             self.server.delete(name)
             self.server.xadd(name, fields)
 
@@ -257,7 +261,7 @@ class Scene:
         return str(server.type(name), "ascii")
 
     def _part(self, name: bytes, kind: str) -> bytes:
-        """Something that the key holds."""
+        """One member or value of the key; empty if it has none."""
         # redis-py types every reply as a union of all that RESP can say.
         server: Any = self.server
         if kind == "string":
@@ -265,8 +269,8 @@ class Scene:
         if kind == "hash":
             return next(iter(server.hvals(name)), b"")
         if kind == "stream":
-            found = server.xrange(name, count=1)
-            return next(iter(found[0][1].values()), b"") if found else b""
+            entries = server.xrange(name, count=1)
+            return next(iter(entries[0][1].values()), b"") if entries else b""
         reads: dict[str, Callable[[], list[bytes]]] = {
             "list": lambda: server.lrange(name, 0, 0),
             "set": lambda: list(server.smembers(name)),
@@ -275,36 +279,38 @@ class Scene:
         members = reads[kind]()
         return members[0] if members else b""
 
-    # --- what is read ------------------------------------------------------------------------
+    # --- requests ----------------------------------------------------------------------------
 
     async def read_everything(self) -> None:
-        """Every GET route, about every job, model and group; raises for a 5xx that is not due."""
-        # Asked for a model that is not there, the API looks at all announcements.
+        """Requests every GET route for every job, model and group; fails for an unexpected 5xx."""
+        # A request for an unknown model makes the API read all announcements.
         await self.client.get("/models/nobody")
         for route, path in self._paths():
             if "events" in path:
-                await self._glance(route, path)
+                await self._read_first_event(route, path)
             else:
                 reply = await self.client.get(path)
-                check(route, path, reply)
+                assert_expected(route, path, reply)
                 if reply.headers["content-type"] == "application/json":
                     msgspec.json.decode(reply.content)
 
     async def change_everything(self) -> None:
-        """Every verb, on jobs, models and groups; what a damaged key makes impossible is refused
-        with 503 and its reason."""
+        """Requests every other route for jobs, models and groups.
+
+        A request that a damaged key makes impossible is refused with 503 and its reason.
+        """
         body = {"data": [[1.0]], "options": {"group": "g"}}
         for route in ROUTES:
             if route.method == "GET":
                 continue
             for path in self._filled(route.path):
                 for query in _CHANGES.get(route.path, ("",)):
-                    asked = f"{path}?{query}"
-                    given = body if "predict" in path or "validate" in path else None
-                    reply = await self.client.request(route.method, asked, json=given)
+                    url = f"{path}?{query}"
+                    content = body if "predict" in path or "validate" in path else None
+                    reply = await self.client.request(route.method, url, json=content)
                     if reply.status_code >= 500:
-                        assert reply.status_code == 503, f"{asked}: {reply.text}"
-                        assert reply.json()["code"] in _REFUSALS, f"{asked}: {reply.text}"
+                        assert reply.status_code == 503, f"{url}: {reply.text}"
+                        assert reply.json()["code"] in _503_CODES, f"{url}: {reply.text}"
 
     def _paths(self) -> Iterator[tuple[str, str]]:
         for route in ROUTES:
@@ -326,24 +332,24 @@ class Scene:
                 return
         yield path
 
-    async def _glance(self, route: str, path: str) -> None:
-        """The beginning of a stream of events; what comes later is the feed's."""
+    async def _read_first_event(self, route: str, path: str) -> None:
+        """Reads the beginning of an event stream; later events come from the feed."""
         async with self.client.stream("GET", path) as reply:
             if reply.status_code != 200:
                 await reply.aread()
-                check(route, path, reply)
+                assert_expected(route, path, reply)
                 return
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_GLANCE_SECONDS):
+                async with asyncio.timeout(_FIRST_EVENT_SECONDS):
                     async for chunk in reply.aiter_bytes():
                         if b"data:" in chunk or "last_event_id" in path:
                             return
 
-    async def works(self) -> None:
-        """A job of each model is run and waited for.
+    async def assert_works(self) -> None:
+        """Asserts that a job of each model completes.
 
-        An API that was told of entries of the future hears of its jobs again a moment later, and
-        asks for them until then.
+        An API whose inbox had an entry with the highest id is notified again a moment later, and
+        polls its jobs until then.
         """
         await self.client.get("/models/nobody")
         for model in MODELS:
@@ -355,7 +361,7 @@ class Scene:
             assert reply.json()["status"] == "completed", reply.text
 
 
-_GLANCE_SECONDS: Final = 0.03
+_FIRST_EVENT_SECONDS: Final = 0.03
 
 _QUERIES: Final[dict[str, Sequence[str]]] = {
     "/job/{id}": ("wait=0.01",),
@@ -377,16 +383,16 @@ _CHANGES: Final[dict[str, Sequence[str]]] = {
     "/jobs": ("status=failed&purge=true", "model=slow", "group=g", "dead=true&purge=true"),
     "/jobs/retry": ("status=failed", "dead=true", "model=picky"),
 }
-_REFUSALS: Final = {WrongKeyType.code, *_NOT_ANNOUNCED}
+_503_CODES: Final = {WrongKeyType.code, *_NOT_ANNOUNCED}
 
 
-def check(route: str, path: str, reply: httpx2.Response) -> None:
-    """That an answer is no 5xx, but for those that are expected."""
+def assert_expected(route: str, path: str, reply: httpx2.Response) -> None:
+    """Asserts that a reply is no 5xx, except those of EXPECTED_503_CODES."""
     if reply.status_code < 500:
         return
     assert reply.status_code == 503, f"{path}: {reply.text}"
     code = reply.json()["code"]
-    assert code in EXPECTED_REFUSALS.get(route, ()), f"{path}: {reply.text}"
+    assert code in EXPECTED_503_CODES.get(route, ()), f"{path}: {reply.text}"
 
 
 def _mutated(value: bytes, damage: Damage) -> bytes:
@@ -396,20 +402,20 @@ def _mutated(value: bytes, damage: Damage) -> bytes:
     return value[:at] + bytes([value[at] ^ (1 << damage.at % 8)]) + value[at + 1 :]
 
 
-def _possible(jobs: Sequence[str]) -> Iterator[str]:
-    """Keys that may come to be there, of queues, jobs, models, workers and APIs."""
+def _possible_keys(jobs: Sequence[str]) -> Iterator[str]:
+    """Keys that queues, jobs, models, workers and APIs may have."""
     of_queue: list[Callable[[str], str | tuple[str, ...]]] = [
         *(keys.waiting, keys.wake, keys.running, keys.leases, keys.facts, keys.deadlines),
         *(keys.delayed, keys.seq, keys.bytes_waiting, keys.ghosts, keys.paused, keys.dead),
         *(keys.log, keys.log_marks, keys.control, keys.reap_gate, keys.swept, keys.hold),
     ]
     for q in QUEUES:
-        for make in of_queue:
-            made = make(q)
+        for make_key in of_queue:
+            made = make_key(q)
             yield from [made] if isinstance(made, str) else made
     for job_id in jobs:
-        for word in (keys.data, keys.status, keys.result, keys.error, keys.meta):
-            yield word(job_id)
+        for make_job_key in (keys.data, keys.status, keys.result, keys.error, keys.meta):
+            yield make_job_key(job_id)
     yield from (keys.queues(N), keys.workers(N), keys.models(N), keys.default_versions(N))
     yield from (
         keys.default_model(N),
@@ -422,19 +428,21 @@ def _possible(jobs: Sequence[str]) -> Iterator[str]:
 
 
 @asynccontextmanager
-async def staged(redis_url: str, policy: Policy) -> AsyncIterator[Scene]:
+async def running_service(redis_url: str, policy: Policy) -> AsyncIterator[DamagedService]:
     async with AsyncExitStack() as stack:
         config = ApiConfig(redis_url=redis_url, policy=policy, default_model=MODELS[0])
         port = await stack.enter_async_context(running(config))
         client = await stack.enter_async_context(client_of(port))
-        scene = Scene(client, redis_url)
-        stack.callback(scene.server.close)
+        service = DamagedService(client, redis_url)
+        stack.callback(service.server.close)
         await eventually(has_models(client), "both models are announced")
-        await scene.populate()
-        yield scene
+        await service.populate()
+        yield service
 
 
 def has_models(client: httpx2.AsyncClient) -> Callable[[], Awaitable[bool]]:
+    """A condition: the API lists both models."""
+
     async def is_ready() -> bool:
         await client.get("/models/nobody")
         reply = await client.get("/models")

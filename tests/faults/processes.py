@@ -159,8 +159,8 @@ class Workers:
         self._start = start
         self.members: list[WorkerChild] = []
 
-    def hire(self, die_at: Step | None = None, fail_at: Step | None = None) -> WorkerChild:
-        """Starts one more worker; it may have been told to die or to fail at a step of a job."""
+    def start(self, die_at: Step | None = None, fail_at: Step | None = None) -> WorkerChild:
+        """Starts one more worker, which may die or fail at a chosen step of a job."""
         settings = msgspec.structs.replace(self._settings, die_at=die_at, fail_at=fail_at)
         member = WorkerChild(settings, self._log, self._start)
         self.members.append(member)

@@ -1,4 +1,4 @@
-"""How soon idle workers hear of work, and who comes first."""
+"""How soon idle workers claim new jobs, and in which order jobs of all priorities are run."""
 
 import asyncio
 import time
@@ -19,73 +19,73 @@ from tests.faults.load_client import Customer, claim_sizes, completed_in_order
 from .harness import assert_at_rest, eventually
 from .processes import OpenWorkers
 
-_LOOK_SECONDS = 10.0
+_POLL_SECONDS = 10.0
 
 
 async def test_a_bulk_of_1000_wakes_eight_idle_workers(store: Store, server: redis.Redis) -> None:
-    """By the bell: none of them waits until it would have looked anyway."""
-    assert await _seconds_to_wake(store, server, 8) < _LOOK_SECONDS
+    """The doorbell wakes each worker, before it would have polled its queue."""
+    assert await _seconds_to_wake(store, server, 8) < _POLL_SECONDS
 
 
 async def _seconds_to_wake(store: Store, server: redis.Redis, workers: int) -> float:
-    """From a bulk's submit to the moment the last of the idle workers holds a claim."""
+    """The time from the submit of a bulk until the last of the idle workers has a claim."""
     load_client = Customer(store)
-    bells = [Doorbell(store) for _ in range(workers)]
-    awake: list[float] = []
+    doorbells = [Doorbell(store) for _ in range(workers)]
+    claimed_at: list[float] = []
 
-    async def work(bell: Doorbell, name: str) -> None:
+    async def work(doorbell: Doorbell, name: str) -> None:
         runs = Runs(store, name)
-        while await bell.wait([load_client.queue], _LOOK_SECONDS) is None:
+        while await doorbell.wait([load_client.queue], _POLL_SECONDS) is None:
             pass
         request = ClaimRequest((load_client.queue,), runs.new_token(), False, 32)
         claim = (await runs.claim(request)).claim
         assert claim
-        awake.append(time.monotonic())
-        done = [Finished(job.job_id, "completed", b"{}", job.meta) for job in claim.jobs]
-        await runs.finish(claim, done, last=True)
+        claimed_at.append(time.monotonic())
+        finished = [Finished(job.job_id, "completed", b"{}", job.meta) for job in claim.jobs]
+        await runs.finish(claim, finished, last=True)
 
     async with asyncio.TaskGroup() as group:
-        for number, bell in enumerate(bells):
-            group.create_task(work(bell, f"w{number}"))
+        for number, doorbell in enumerate(doorbells):
+            group.create_task(work(doorbell, f"w{number}"))
         await eventually(
             lambda: server.info("clients")["blocked_clients"] == workers, "all of them wait"
         )
         started_at = time.monotonic()
         await load_client.submit([1.0] * 1000)
-    for bell in bells:
-        await bell.close()
+    for doorbell in doorbells:
+        await doorbell.close()
     server.flushall()
-    return max(awake) - started_at
+    return max(claimed_at) - started_at
 
 
-async def test_a_lost_token_delays_a_job_by_one_look_at_most(
+async def test_a_lost_doorbell_token_delays_a_job_by_one_poll_at_most(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
-    """A stranger's LPUSH rings no bell at all, which is a token lost every time."""
+    """An external producer's LPUSH rings no doorbell: its token is lost every time."""
     with open_workers(worker=WorkerConfig(concurrency=1, brpop_timeout_seconds=0.5)) as workers:
         worker = workers.start()
         await eventually(lambda: worker.is_announced(server), "the worker is ready")
-        waits = []
+        waits_seconds = []
         for number in range(3):
-            job_id = f"stranger-{number}"
+            job_id = f"external-{number}"
             server.set(keys.data(job_id), "[[1.0]]")
             server.set(keys.status(job_id), "pending")
             server.lpush(load_client.queue, job_id)
-            waits.append(await _seconds_to_complete(server, job_id))
-            if waits[-1] < 0.5 + 0.4:
-                break  # a busy machine may delay one or two
-        assert waits[-1] < 0.5 + 0.4, waits
+            waits_seconds.append(await _seconds_to_complete(server, job_id))
+            if waits_seconds[-1] < 0.5 + 0.4:
+                break  # a busy machine may delay a job or two
+        assert waits_seconds[-1] < 0.5 + 0.4, waits_seconds
         assert await worker.stop() == 0
     assert_at_rest(server, load_client.queue)
 
 
 async def _seconds_to_complete(server: redis.Redis, job_id: str) -> float:
     started_at = time.monotonic()
-    await eventually(lambda: server.get(keys.status(job_id)) == b"completed", "it is done")
+    await eventually(lambda: server.get(keys.status(job_id)) == b"completed", "it is completed")
     return time.monotonic() - started_at
 
 
-async def test_low_priority_moves_while_high_never_runs_dry(
+async def test_low_priority_jobs_run_while_high_priority_jobs_still_wait(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
     low = await load_client.submit([1.0] * 4, Options(priority="low"))
@@ -102,31 +102,31 @@ async def test_low_priority_moves_while_high_never_runs_dry(
 
 
 @pytest.mark.soak
-async def test_low_priority_moves_in_each_of_two_queues_while_high_runs_dry_in_neither(
+async def test_low_priority_jobs_run_in_each_of_two_queues_while_high_priority_jobs_still_wait(
     open_workers: OpenWorkers, server: redis.Redis, store: Store
 ) -> None:
-    customers = [Customer(store, "slow"), Customer(store, "picky")]
+    clients = [Customer(store, "slow"), Customer(store, "picky")]
     low: list[list[str]] = []
     high: list[list[str]] = []
-    for load_client in customers:
+    for load_client in clients:
         low.append(await load_client.submit([1.0] * 2, Options(priority="low")))
         high.append(await load_client.submit([1.0] * 80, Options(priority="high")))
-    one_by_one = WorkerConfig(concurrency=1, max_batch=1)
-    with open_workers(models=("slow", "picky"), default_model="slow", worker=one_by_one) as workers:
+    config = WorkerConfig(concurrency=1, max_batch=1)
+    with open_workers(models=("slow", "picky"), default_model="slow", worker=config) as workers:
         worker = workers.start()
-        for load_client in customers:
+        for load_client in clients:
             await load_client.assert_all_completed()
         assert await worker.stop() == 0
-    for load_client, its_low, its_high in zip(customers, low, high, strict=True):
+    for load_client, its_low, its_high in zip(clients, low, high, strict=True):
         order = completed_in_order(server, load_client.queue)
         assert set(order[: order.index(its_high[-1])]) >= set(its_low)
-    assert_at_rest(server, *(load_client.queue for load_client in customers))
+    assert_at_rest(server, *(load_client.queue for load_client in clients))
 
 
-async def test_a_job_waits_for_no_run_that_is_long_after_many_brief_ones(
+async def test_after_many_short_runs_a_job_does_not_wait_for_a_long_run_of_the_other_slot(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
-    """Beside brief runs the other slot does not listen for a bell, as their next claim takes it."""
+    """Beside short runs the other slot skips the doorbell: their next claim takes the new job."""
     config = WorkerConfig(concurrency=2, brpop_timeout_seconds=60.0)
     with open_workers(worker=config) as workers:
         worker = workers.start()
@@ -135,8 +135,8 @@ async def test_a_job_waits_for_no_run_that_is_long_after_many_brief_ones(
             await load_client.assert_all_completed()
         [long] = await load_client.submit([8000.0])
         await eventually(lambda: server.get(keys.status(long)) == b"processing", "it runs")
-        [brief] = await load_client.submit([0.0])
-        await eventually(lambda: server.get(keys.status(brief)) == b"completed", "it is done")
+        [short] = await load_client.submit([0.0])
+        await eventually(lambda: server.get(keys.status(short)) == b"completed", "it is completed")
         assert server.get(keys.status(long)) == b"processing"
         [stored] = await load_client.read([long])
         assert stored
@@ -146,7 +146,7 @@ async def test_a_job_waits_for_no_run_that_is_long_after_many_brief_ones(
     assert_at_rest(server, load_client.queue)
 
 
-async def test_jobs_that_cannot_share_a_run_are_shared_among_the_slots(
+async def test_jobs_that_cannot_share_a_run_are_divided_among_the_slots(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis, tmp_path: Path
 ) -> None:
     zoo.place(tmp_path / "m", "slow", zoo.slow(), toml="[batching]\nenabled = false\n")

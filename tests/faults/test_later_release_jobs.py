@@ -1,4 +1,4 @@
-"""Jobs that a later release wrote, in the driver of a worker of this one."""
+"""Jobs that a later release wrote, claimed by a worker of this release."""
 
 from collections.abc import Callable
 
@@ -14,29 +14,29 @@ from .harness import eventually
 from .processes import OpenWorkers
 
 
-def _with_a_field_more(record: Record) -> bytes:
+def _with_another_field(record: Record) -> bytes:
     fields = msgspec.msgpack.decode(encode_record(record))
     return msgspec.msgpack.encode([SCHEMA + 1, *fields[1:], {"a field": "more"}])
 
 
-def _with_fields_that_changed(record: Record) -> bytes:
+def _with_changed_fields(record: Record) -> bytes:
     head = [SCHEMA + 7, record.queue, record.model, record.tenant, record.created_ms]
     return msgspec.msgpack.encode([*head, 1, {"version": [1]}, 7, "options"])
 
 
-@pytest.mark.parametrize("packed", [_with_a_field_more, _with_fields_that_changed])
-async def test_a_job_of_a_later_release_is_neither_run_nor_failed_and_holds_nobody_up(
-    packed: Callable[[Record], bytes],
+@pytest.mark.parametrize("encode", [_with_another_field, _with_changed_fields])
+async def test_a_job_of_a_later_release_is_neither_run_nor_failed_and_delays_no_other_job(
+    encode: Callable[[Record], bytes],
     open_workers: OpenWorkers,
     load_client: Customer,
     server: redis.Redis,
 ) -> None:
-    theirs = await load_client.submit([1.0, 2.0, 3.0])
+    later_jobs = await load_client.submit([1.0, 2.0, 3.0])
     metas = {}
-    for job_id, stored in zip(theirs, await load_client.read(theirs), strict=True):
+    for job_id, stored in zip(later_jobs, await load_client.read(later_jobs), strict=True):
         assert stored
         assert stored.record
-        metas[job_id] = stored.meta[:8] + packed(stored.record)
+        metas[job_id] = stored.meta[:8] + encode(stored.record)
         server.set(keys.meta(job_id), metas[job_id])
     load_client.acknowledged.clear()
     with open_workers() as workers:
@@ -49,7 +49,7 @@ async def test_a_job_of_a_later_release_is_neither_run_nor_failed_and_holds_nobo
                 for job_id, counts in transitions(server, load_client.queue).items()
                 if job_id in metas
             ),
-            "each was released",
+            "each job was released",
         )
         assert await worker.stop() == 0
         assert workers.log.count("by a later release") == 1

@@ -1,4 +1,4 @@
-"""Replies that never arrive: every script and the wait, each cut once and cut twice."""
+"""Lost replies: every script and the doorbell wait, with one or several replies cut."""
 
 import asyncio
 import random
@@ -35,18 +35,21 @@ async def proxy(redis_url: str, server: redis.Redis) -> AsyncIterator[Proxy]:
 
 
 @pytest.fixture
-async def cut_off(proxy: Proxy, policy: Policy) -> AsyncIterator[Store]:
-    """A store behind the proxy, its scripts loaded."""
+async def proxied_store(proxy: Proxy, policy: Policy) -> AsyncIterator[Store]:
+    """A store behind the proxy."""
     async with Store.open(
         proxy.url, queue_name="predict_queue", policy=policy, name="cut"
     ) as store:
         yield store
 
 
-async def _through(
+async def _call_until_answered(
     proxy: Proxy, name: str, times: int, call: Callable[[], Awaitable[object]]
 ) -> None:
-    """Makes a call whose first replies are lost, and repeats it as its caller does."""
+    """Repeats `call`, as its callers do, while its first `times` replies are lost.
+
+    `name` is the script whose replies are cut.
+    """
     proxy.cut_reply_to(script(name).sha.encode(), times)
     before = proxy.cut
     while True:
@@ -58,32 +61,33 @@ async def _through(
     assert proxy.cut == before + times
 
 
-async def _claimed(runs: Runs, queue: str, jobs: int) -> Claim:
+async def _claim(runs: Runs, queue: str, jobs: int) -> Claim:
     claimed = await runs.claim(ClaimRequest((queue,), runs.new_token(), False, jobs))
     assert claimed.claim
     return claimed.claim
 
 
-async def _stored(load_client: Customer, job_id: str) -> Stored:
+async def _read(load_client: Customer, job_id: str) -> Stored:
     (stored,) = await load_client.read([job_id])
     assert stored
     return stored
 
 
 @pytest.fixture
-async def loaded(cut_off: Store) -> Store:
+async def loaded_store(proxied_store: Store) -> Store:
+    """A store behind the proxy; the server has its scripts."""
     for name in NAMES:
-        await cut_off.redis.script_load(script(name).text)
-    return cut_off
+        await proxied_store.redis.script_load(script(name).text)
+    return proxied_store
 
 
 @pytest.mark.parametrize("times", [1, 3])
 async def test_a_submit_whose_reply_is_lost_makes_one_job(
-    times: int, proxy: Proxy, loaded: Store, server: redis.Redis
+    times: int, proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
-    load_client = Customer(loaded)
+    load_client = Customer(loaded_store)
     job = load_client.job(1.0)
-    await _through(
+    await _call_until_answered(
         proxy,
         "submit",
         times,
@@ -95,9 +99,9 @@ async def test_a_submit_whose_reply_is_lost_makes_one_job(
 
 @pytest.mark.parametrize("times", [1, 3])
 async def test_a_claim_whose_reply_is_lost_takes_nothing_twice(
-    times: int, proxy: Proxy, loaded: Store, server: redis.Redis
+    times: int, proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
-    load_client, runs = Customer(loaded), Runs(loaded, "w")
+    load_client, runs = Customer(loaded_store), Runs(loaded_store, "w")
     ids = await load_client.submit([float(number) for number in range(10)])
     request = ClaimRequest((load_client.queue,), runs.new_token(), False, 4)
     claims: list[Claim | None] = []
@@ -105,7 +109,7 @@ async def test_a_claim_whose_reply_is_lost_takes_nothing_twice(
     async def call() -> None:
         claims.append((await runs.claim(request)).claim)
 
-    await _through(proxy, "claim", times, call)
+    await _call_until_answered(proxy, "claim", times, call)
     (claim,) = claims
     assert claim
     assert [job.job_id for job in claim.jobs] == ids[:4]
@@ -115,21 +119,21 @@ async def test_a_claim_whose_reply_is_lost_takes_nothing_twice(
 
 
 @pytest.mark.parametrize("times", [1, 3])
-async def test_a_finish_whose_reply_is_lost_stores_once_and_brings_the_next_claim_once(
-    times: int, proxy: Proxy, loaded: Store, server: redis.Redis
+async def test_a_finish_whose_reply_is_lost_stores_once_and_returns_the_next_claim_once(
+    times: int, proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
-    load_client, runs = Customer(loaded), Runs(loaded, "w")
+    load_client, runs = Customer(loaded_store), Runs(loaded_store, "w")
     ids = await load_client.submit([float(number) for number in range(6)])
-    claim = await _claimed(runs, load_client.queue, 2)
+    claim = await _claim(runs, load_client.queue, 2)
     following = ClaimRequest((load_client.queue,), runs.new_token(), False, 2)
-    done = [Finished(job.job_id, "completed", b"{}", b"") for job in claim.jobs]
-    answers: list[Claim | None] = []
+    finished = [Finished(job.job_id, "completed", b"{}", b"") for job in claim.jobs]
+    claims: list[Claim | None] = []
 
     async def call() -> None:
-        answers.append((await runs.finish(claim, done, last=True, following=following))[1].claim)
+        claims.append((await runs.finish(claim, finished, last=True, following=following))[1].claim)
 
-    await _through(proxy, "finish", times, call)
-    (second,) = answers
+    await _call_until_answered(proxy, "finish", times, call)
+    (second,) = claims
     assert second
     assert [job.job_id for job in second.jobs] == ids[2:4]
     assert server.hlen(keys.running(load_client.queue)) == 2
@@ -140,13 +144,15 @@ async def test_a_finish_whose_reply_is_lost_stores_once_and_brings_the_next_clai
 
 @pytest.mark.parametrize("times", [1, 3])
 async def test_a_released_job_whose_reply_is_lost_waits_once(
-    times: int, proxy: Proxy, loaded: Store, server: redis.Redis
+    times: int, proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
-    load_client, runs = Customer(loaded), Runs(loaded, "w")
+    load_client, runs = Customer(loaded_store), Runs(loaded_store, "w")
     (job_id,) = await load_client.submit([1.0])
-    claim = await _claimed(runs, load_client.queue, 1)
+    claim = await _claim(runs, load_client.queue, 1)
     released = [Finished(job_id, "released", b"", claim.jobs[0].meta)]
-    await _through(proxy, "finish", times, lambda: runs.finish(claim, released, last=True))
+    await _call_until_answered(
+        proxy, "finish", times, lambda: runs.finish(claim, released, last=True)
+    )
     assert server.lrange(load_client.queue, 0, -1) == [job_id.encode()]
     assert not server.exists(keys.running(load_client.queue), keys.leases(load_client.queue))
     server.flushall()
@@ -154,39 +160,43 @@ async def test_a_released_job_whose_reply_is_lost_waits_once(
 
 @pytest.mark.parametrize("times", [1, 3])
 async def test_cancel_and_retry_whose_replies_are_lost_happen_once(
-    times: int, proxy: Proxy, loaded: Store, server: redis.Redis
+    times: int, proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
-    load_client = Customer(loaded)
+    load_client = Customer(loaded_store)
     (job_id,) = await load_client.submit([1.0])
-    stored = await _stored(load_client, job_id)
-    await _through(proxy, "cancel", times, lambda: load_client.submissions.cancel(stored))
+    stored = await _read(load_client, job_id)
+    await _call_until_answered(
+        proxy, "cancel", times, lambda: load_client.submissions.cancel(stored)
+    )
     assert server.llen(load_client.queue) == 0
-    stored = await _stored(load_client, job_id)
-    await _through(proxy, "retry", times, lambda: load_client.submissions.retry(stored, 1))
+    stored = await _read(load_client, job_id)
+    await _call_until_answered(
+        proxy, "retry", times, lambda: load_client.submissions.retry(stored, 1)
+    )
     assert server.lrange(load_client.queue, 0, -1) == [job_id.encode()]
-    again = await _stored(load_client, job_id)
-    assert again.record
-    assert again.record.round == 2
+    retried = await _read(load_client, job_id)
+    assert retried.record
+    assert retried.record.round == 2
     assert transitions(server, load_client.queue)[job_id]["cancelled"] == 1
     server.flushall()
 
 
 @pytest.mark.parametrize("times", [1, 3])
-async def test_a_watch_whose_reply_is_lost_signs_up_once(
-    times: int, proxy: Proxy, loaded: Store, server: redis.Redis
+async def test_a_watch_whose_reply_is_lost_registers_once(
+    times: int, proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
-    load_client, runs = Customer(loaded), Runs(loaded, "w")
+    load_client, runs = Customer(loaded_store), Runs(loaded_store, "w")
     (job_id,) = await load_client.submit([1.0])
     inbox = keys.inbox("predict_queue", "mine")
     server.xadd(inbox, {"": "alive"})
     server.expire(inbox, 60)
-    await _through(
+    await _call_until_answered(
         proxy,
         "watch",
         times,
         lambda: load_client.submissions.watch(load_client.queue, inbox, [job_id]),
     )
-    claim = await _claimed(runs, load_client.queue, 1)
+    claim = await _claim(runs, load_client.queue, 1)
     await runs.finish(claim, [Finished(job_id, "completed", b"{}", b"")], last=True)
     assert server.xlen(inbox) == 2
     assert_at_rest(server, load_client.queue)
@@ -194,21 +204,25 @@ async def test_a_watch_whose_reply_is_lost_signs_up_once(
 
 @pytest.mark.parametrize("times", [1, 3])
 async def test_a_sweep_whose_reply_is_lost_puts_each_job_back_once(
-    times: int, proxy: Proxy, loaded: Store, server: redis.Redis
+    times: int, proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
-    load_client, runs, upkeep = Customer(loaded), Runs(loaded, "w"), Upkeep(loaded)
+    load_client, runs, upkeep = (
+        Customer(loaded_store),
+        Runs(loaded_store, "w"),
+        Upkeep(loaded_store),
+    )
     ids = await load_client.submit([1.0, 2.0, 3.0])
     await load_client.submit([4.0], Options(delay_seconds=0.01))
-    claim = await _claimed(runs, load_client.queue, 3)
+    claim = await _claim(runs, load_client.queue, 3)
     server.set(keys.swept(load_client.queue), int(server.time()[0]) * 1000, px=60_000)
     server.zadd(keys.leases(load_client.queue), {claim.token: 1})
-    await _through(proxy, "reap", times, upkeep.sweep)
+    await _call_until_answered(proxy, "reap", times, upkeep.sweep)
 
-    async def all_back() -> bool:
+    async def all_wait() -> bool:
         await upkeep.sweep()
         return server.llen(load_client.queue) == 4
 
-    await eventually(all_back, "all four wait")
+    await eventually(all_wait, "all four wait")
     waiting = server.lrange(load_client.queue, 0, -1)
     assert len(set(waiting)) == 4
     assert waiting[::-1][:3] == [job_id.encode() for job_id in ids]
@@ -217,14 +231,20 @@ async def test_a_sweep_whose_reply_is_lost_puts_each_job_back_once(
 
 @pytest.mark.parametrize("times", [1, 3])
 async def test_a_renewal_whose_reply_is_lost_keeps_the_lease(
-    times: int, proxy: Proxy, loaded: Store, server: redis.Redis
+    times: int, proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
-    load_client, runs, renewals = Customer(loaded), Runs(loaded, "w"), Renewals(loaded)
+    load_client, runs, renewals = (
+        Customer(loaded_store),
+        Runs(loaded_store, "w"),
+        Renewals(loaded_store),
+    )
     await load_client.submit([1.0])
-    claim = await _claimed(runs, load_client.queue, 1)
+    claim = await _claim(runs, load_client.queue, 1)
     server.zadd(keys.leases(load_client.queue), {claim.token: 1})
     held = {load_client.queue: [claim.token]}
-    await _through(proxy, "renew", times, lambda: asyncio.to_thread(renewals.renew, held))
+    await _call_until_answered(
+        proxy, "renew", times, lambda: asyncio.to_thread(renewals.renew, held)
+    )
     assert (server.zscore(keys.leases(load_client.queue), claim.token) or 0) > 1
     renewals.close()
     server.flushall()
@@ -232,13 +252,15 @@ async def test_a_renewal_whose_reply_is_lost_keeps_the_lease(
 
 @pytest.mark.parametrize("times", [1, 3])
 async def test_pause_and_purge_whose_replies_are_lost_end_each_waiting_job_once(
-    times: int, proxy: Proxy, loaded: Store, server: redis.Redis
+    times: int, proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
-    load_client, operation = Customer(loaded), Operation(loaded)
+    load_client, operation = Customer(loaded_store), Operation(loaded_store)
     await load_client.submit([1.0, 2.0, 3.0])
-    await _through(proxy, "pause", times, lambda: operation.pause(load_client.queue, paused=True))
+    await _call_until_answered(
+        proxy, "pause", times, lambda: operation.pause(load_client.queue, paused=True)
+    )
     assert server.exists(keys.paused(load_client.queue))
-    await _through(proxy, "purge", times, lambda: operation.purge(load_client.queue))
+    await _call_until_answered(proxy, "purge", times, lambda: operation.purge(load_client.queue))
     assert {job.status for job in await load_client.wait_until_all_ended()} == {"cancelled"}
     assert_one_end_each(server, load_client.queue)
     assert_at_rest(server, load_client.queue)
@@ -246,12 +268,16 @@ async def test_pause_and_purge_whose_replies_are_lost_end_each_waiting_job_once(
 
 @pytest.mark.parametrize("times", [1, 3])
 async def test_a_bulk_cancel_and_a_purge_whose_replies_are_lost_count_each_job_once(
-    times: int, proxy: Proxy, loaded: Store, server: redis.Redis
+    times: int, proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
-    load_client, operation, found = Customer(loaded), Operation(loaded), Selection(loaded)
+    load_client, operation, selection = (
+        Customer(loaded_store),
+        Operation(loaded_store),
+        Selection(loaded_store),
+    )
     ids = await load_client.submit([1.0, 2.0, 3.0])
     waiting = Filter(tenant="default", statuses=frozenset({"pending"}))
-    jobs = (await found.jobs(waiting, 1000)).jobs
+    jobs = (await selection.jobs(waiting, 1000)).jobs
     counts: list[object] = []
 
     async def cancel() -> None:
@@ -260,26 +286,26 @@ async def test_a_bulk_cancel_and_a_purge_whose_replies_are_lost_count_each_job_o
     async def purge() -> None:
         counts.append(await operation.forget(jobs))
 
-    await _through(proxy, "cancel", times, cancel)
+    await _call_until_answered(proxy, "cancel", times, cancel)
     assert_one_end_each(server, load_client.queue)
-    await _through(proxy, "forget", times, purge)
+    await _call_until_answered(proxy, "forget", times, purge)
     assert counts == [Cancelled(ended=3, asked=0), 3]
     assert await load_client.read(ids) == [None] * 3
 
 
-async def test_a_retry_whose_reply_is_lost_opens_one_round_and_says_so(
-    proxy: Proxy, loaded: Store, server: redis.Redis
+async def test_a_retry_whose_reply_is_lost_starts_one_round_and_reports_it(
+    proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
-    load_client, operation = Customer(loaded), Operation(loaded)
+    load_client, operation = Customer(loaded_store), Operation(loaded_store)
     ids = await load_client.submit([1.0, 2.0])
     await operation.purge(load_client.queue)
-    jobs = [await _stored(load_client, job_id) for job_id in ids]
+    jobs = [await _read(load_client, job_id) for job_id in ids]
     verdicts: list[object] = []
 
     async def retry() -> None:
         verdicts.append(await operation.retry(jobs, 1))
 
-    await _through(proxy, "retry", 1, retry)
+    await _call_until_answered(proxy, "retry", 1, retry)
     assert verdicts == [dict.fromkeys(ids, "ok")]
     assert [job.record and job.record.round for job in await load_client.read(ids) if job] == [2, 2]
     assert server.llen(load_client.queue) == 2
@@ -288,49 +314,53 @@ async def test_a_retry_whose_reply_is_lost_opens_one_round_and_says_so(
 
 @pytest.mark.parametrize("times", [1, 2])
 async def test_a_repair_whose_reply_is_lost_puts_a_job_back_once(
-    times: int, proxy: Proxy, loaded: Store, server: redis.Redis
+    times: int, proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
-    load_client, upkeep = Customer(loaded), Upkeep(loaded)
+    load_client, upkeep = Customer(loaded_store), Upkeep(loaded_store)
     (job_id,) = await load_client.submit([1.0])
     server.delete(load_client.queue)
     gate = keys.repair_gate("predict_queue")
 
-    async def passes() -> None:
+    async def repair() -> None:
         server.delete(gate)
         await upkeep.repair(0.001)
 
-    await passes()
-    await _through(proxy, "repair", times, passes)
+    await repair()
+    await _call_until_answered(proxy, "repair", times, repair)
     assert server.lrange(load_client.queue, 0, -1) == [job_id.encode()]
     server.flushall()
 
 
 async def test_a_token_whose_reply_is_lost_loses_no_job(
-    proxy: Proxy, loaded: Store, server: redis.Redis
+    proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
-    load_client, runs, bell = Customer(loaded), Runs(loaded, "w"), Doorbell(loaded)
+    load_client, runs, doorbell = (
+        Customer(loaded_store),
+        Runs(loaded_store, "w"),
+        Doorbell(loaded_store),
+    )
     proxy.cut_reply_to(b"BRPOP")
 
-    async def arrives() -> None:
-        await eventually(lambda: _blocked(server), "the worker waits")
+    async def submit_while_waiting() -> None:
+        await eventually(lambda: _has_blocked_client(server), "the worker waits")
         await load_client.submit([1.0])
 
     async with asyncio.TaskGroup() as group:
-        group.create_task(arrives())
+        group.create_task(submit_while_waiting())
         with pytest.raises(RedisUnavailable):
-            await bell.wait([load_client.queue], 5)
+            await doorbell.wait([load_client.queue], 5)
     assert server.llen(keys.wake(load_client.queue)) == 0
-    assert len((await _claimed(runs, load_client.queue, 1)).jobs) == 1
-    await bell.close()
+    assert len((await _claim(runs, load_client.queue, 1)).jobs) == 1
+    await doorbell.close()
     server.flushall()
 
 
-def _blocked(client: redis.Redis) -> bool:
+def _has_blocked_client(client: redis.Redis) -> bool:
     return bool(client.info("clients")["blocked_clients"])
 
 
 @pytest.mark.soak
-async def test_workers_behind_a_line_that_keeps_cutting_lose_and_double_nothing(
+async def test_workers_whose_replies_are_often_lost_neither_lose_nor_repeat_a_job(
     open_workers: OpenWorkers, load_client: Customer, proxy: Proxy, server: redis.Redis
 ) -> None:
     chance = random.Random(5)

@@ -1,4 +1,4 @@
-"""Jobs of a model with `max_wait_ms` wait for others to run with, and for nothing else."""
+"""Batching with `max_wait_ms`: jobs wait for others to share a run with, and for nothing else."""
 
 import time
 from collections.abc import Iterator
@@ -17,19 +17,20 @@ from tests.faults.load_client import Customer, assert_one_end_each, claim_sizes,
 from .harness import assert_at_rest, eventually
 from .processes import OpenWorkers, WorkerChild, Workers
 
-FOR_LONG = 60_000
+A_MINUTE_MS = 60_000
 
 
 @pytest.fixture
-def patient(store: Store) -> Customer:
-    return Customer(store, "patient")
+def waiting_client(store: Store) -> Customer:
+    """A client that submits to `waiting`."""
+    return Customer(store, "waiting")
 
 
-class Patience:
-    """Workers of `slow`, and of `patient`, which is as slow but waits for company."""
+class StartWaitingWorkers:
+    """Opens a context of workers that serve `slow`, and `waiting`: the same with `max_wait_ms`."""
 
     def __init__(self, open_workers: OpenWorkers, folder: Path) -> None:
-        self._crew = open_workers
+        self._open_workers = open_workers
         self._folder = folder
 
     @contextmanager
@@ -37,155 +38,172 @@ class Patience:
         self, wait_ms: float, max_jobs: int = 100, max_batch: int = 128
     ) -> Iterator[Workers]:
         batching = f"enabled = true\nmax_wait_ms = {wait_ms}\nmax_jobs = {max_jobs}\n"
-        zoo.place(self._folder, "patient", zoo.slow(), toml=f"[batching]\n{batching}")
+        zoo.place(self._folder, "waiting", zoo.slow(), toml=f"[batching]\n{batching}")
         zoo.place(self._folder, "slow", zoo.slow())
         config = WorkerConfig(concurrency=1, max_batch=max_batch, brpop_timeout_seconds=0.3)
         folder = str(self._folder)
-        with self._crew(
+        with self._open_workers(
             model_dir=folder, models=(), default_model="slow", worker=config
-        ) as open_workers:
-            yield open_workers
+        ) as workers:
+            yield workers
 
 
 @pytest.fixture
-def patience(open_workers: OpenWorkers, tmp_path: Path) -> Patience:
-    return Patience(open_workers, tmp_path / "m")
+def waiting_workers(open_workers: OpenWorkers, tmp_path: Path) -> StartWaitingWorkers:
+    return StartWaitingWorkers(open_workers, tmp_path / "m")
 
 
-async def hired(open_workers: Workers, server: redis.Redis) -> WorkerChild:
-    worker = open_workers.start()
+async def start_worker(workers: Workers, server: redis.Redis) -> WorkerChild:
+    """Starts a worker and waits until it has loaded its models."""
+    worker = workers.start()
     await eventually(lambda: worker.is_announced(server), "the worker is ready")
     return worker
 
 
 async def test_jobs_that_trickle_in_within_the_wait_share_one_run(
-    patience: Patience, patient: Customer, server: redis.Redis
+    waiting_workers: StartWaitingWorkers, waiting_client: Customer, server: redis.Redis
 ) -> None:
-    with patience(500) as open_workers:
-        worker = await hired(open_workers, server)
+    with waiting_workers(500) as workers:
+        worker = await start_worker(workers, server)
         for number in range(20):
-            await patient.submit([number % 3])
-        await patient.assert_all_completed()
+            await waiting_client.submit([number % 3])
+        await waiting_client.assert_all_completed()
         assert await worker.stop() == 0
-    assert claim_sizes(server, patient.queue) == [20]
-    assert_at_rest(server, patient.queue, "predict_queue")
+    assert claim_sizes(server, waiting_client.queue) == [20]
+    assert_at_rest(server, waiting_client.queue, "predict_queue")
 
 
-async def test_a_job_alone_is_answered_after_the_wait_and_not_much_later(
-    patience: Patience, patient: Customer, server: redis.Redis
+async def test_a_single_job_is_run_after_the_wait_and_not_much_later(
+    waiting_workers: StartWaitingWorkers, waiting_client: Customer, server: redis.Redis
 ) -> None:
-    with patience(300) as open_workers:
-        worker = await hired(open_workers, server)
-        took: list[float] = []
+    with waiting_workers(300) as workers:
+        worker = await start_worker(workers, server)
+        waits_seconds: list[float] = []
         for _ in range(5):
             submitted_at = time.monotonic()
-            await patient.submit([1.0])
-            await patient.assert_all_completed()
-            took.append(time.monotonic() - submitted_at)
-            if took[-1] < 0.4:
-                break  # a busy machine may delay one or two
-        assert min(took) >= 0.295
-        assert took[-1] < 0.4, took
+            await waiting_client.submit([1.0])
+            await waiting_client.assert_all_completed()
+            waits_seconds.append(time.monotonic() - submitted_at)
+            if waits_seconds[-1] < 0.4:
+                break  # a busy machine may delay a job or two
+        assert min(waits_seconds) >= 0.295
+        assert waits_seconds[-1] < 0.4, waits_seconds
         assert await worker.stop() == 0
 
 
-async def test_a_full_batch_does_not_wait_and_what_is_left_over_does(
-    patience: Patience, patient: Customer, server: redis.Redis
+async def test_a_full_batch_does_not_wait_and_the_remaining_jobs_do(
+    waiting_workers: StartWaitingWorkers, waiting_client: Customer, server: redis.Redis
 ) -> None:
-    with patience(FOR_LONG, max_jobs=100, max_batch=4) as open_workers:
-        worker = await hired(open_workers, server)
-        await patient.submit([1.0] * 3)
-        await patient.submit([1.0] * 2)
-        await eventually(lambda: claim_sizes(server, patient.queue) == [4], "four are claimed", 10)
-        await eventually(lambda: server.llen(patient.queue) == 1, "one waits on")
-        await patient.submit([1.0] * 7)
-        await patient.assert_all_completed(10)
-        assert claim_sizes(server, patient.queue) == [4, 4, 4]
+    with waiting_workers(A_MINUTE_MS, max_jobs=100, max_batch=4) as workers:
+        worker = await start_worker(workers, server)
+        await waiting_client.submit([1.0] * 3)
+        await waiting_client.submit([1.0] * 2)
+        await eventually(
+            lambda: claim_sizes(server, waiting_client.queue) == [4], "four are claimed", 10
+        )
+        await eventually(lambda: server.llen(waiting_client.queue) == 1, "one still waits")
+        await waiting_client.submit([1.0] * 7)
+        await waiting_client.assert_all_completed(10)
+        assert claim_sizes(server, waiting_client.queue) == [4, 4, 4]
         assert await worker.stop() == 0
 
 
-async def test_meanwhile_the_only_slot_runs_other_models_and_a_drain_leaves_what_waits(
-    patience: Patience, patient: Customer, load_client: Customer, server: redis.Redis
+async def test_during_the_wait_the_only_slot_runs_other_models_and_a_drain_leaves_the_waiting_job(
+    waiting_workers: StartWaitingWorkers,
+    waiting_client: Customer,
+    load_client: Customer,
+    server: redis.Redis,
 ) -> None:
-    with patience(FOR_LONG) as open_workers:
-        worker = await hired(open_workers, server)
-        await patient.submit([1.0])
+    with waiting_workers(A_MINUTE_MS) as workers:
+        worker = await start_worker(workers, server)
+        await waiting_client.submit([1.0])
         for _ in range(5):
             await load_client.submit([1.0])
             await load_client.assert_all_completed(5)
-        asked_at = time.monotonic()
+        stopped_at = time.monotonic()
         assert await worker.stop() == 0
-        assert time.monotonic() - asked_at < 2
-    assert server.llen(patient.queue) == 1
-    assert not claim_sizes(server, patient.queue)
+        assert time.monotonic() - stopped_at < 2
+    assert server.llen(waiting_client.queue) == 1
+    assert not claim_sizes(server, waiting_client.queue)
     server.flushall()
 
 
 @pytest.mark.soak
-async def test_a_slot_that_others_keep_busy_still_comes_to_who_has_waited(
-    patience: Patience, patient: Customer, load_client: Customer, server: redis.Redis
+async def test_a_slot_that_other_models_keep_busy_still_runs_the_job_that_has_waited(
+    waiting_workers: StartWaitingWorkers,
+    waiting_client: Customer,
+    load_client: Customer,
+    server: redis.Redis,
 ) -> None:
-    with patience(50, max_batch=2) as open_workers:
-        (job_id,) = await patient.submit([1.0])
+    with waiting_workers(50, max_batch=2) as workers:
+        (job_id,) = await waiting_client.submit([1.0])
         others = await load_client.submit([20.0] * 60)
-        worker = await hired(open_workers, server)
-        await patient.assert_all_completed()
+        worker = await start_worker(workers, server)
+        await waiting_client.assert_all_completed()
         assert len(completed_in_order(server, load_client.queue)) < len(others)
         await load_client.assert_all_completed()
         assert await worker.stop() == 0
-    assert completed_in_order(server, patient.queue) == [job_id]
+    assert completed_in_order(server, waiting_client.queue) == [job_id]
 
 
-async def test_a_job_that_rang_no_bell_waits_one_look_longer(
-    patience: Patience, patient: Customer, server: redis.Redis
+async def test_a_job_without_a_doorbell_token_waits_for_the_next_look_at_its_queue(
+    waiting_workers: StartWaitingWorkers, waiting_client: Customer, server: redis.Redis
 ) -> None:
-    with patience(50) as open_workers:
-        worker = await hired(open_workers, server)
-        server.set(keys.data("stranger"), "[[1.0]]")
-        server.set(keys.status("stranger"), "pending")
-        server.lpush("predict_queue:patient", "stranger")
+    with waiting_workers(50) as workers:
+        worker = await start_worker(workers, server)
+        server.set(keys.data("external"), "[[1.0]]")
+        server.set(keys.status("external"), "pending")
+        server.lpush("predict_queue:waiting", "external")
         await eventually(
-            lambda: server.get(keys.status("stranger")) in (b"completed", b"failed"), "it ran", 5
+            lambda: server.get(keys.status("external")) in (b"completed", b"failed"), "it ran", 5
         )
         assert await worker.stop() == 0
 
 
 @pytest.mark.soak
-async def test_a_worker_busy_with_what_it_waited_for_leaves_the_bell_of_others_to_others(
-    patience: Patience, patient: Customer, load_client: Customer, server: redis.Redis
+async def test_a_worker_busy_with_a_batch_that_waited_leaves_doorbell_tokens_to_other_workers(
+    waiting_workers: StartWaitingWorkers,
+    waiting_client: Customer,
+    load_client: Customer,
+    server: redis.Redis,
 ) -> None:
-    with patience(50) as open_workers:
-        workers = [await hired(open_workers, server) for _ in range(2)]
-        took: list[float] = []
+    with waiting_workers(50) as workers:
+        started = [await start_worker(workers, server) for _ in range(2)]
+        waits_seconds: list[float] = []
         for _ in range(3):
-            await patient.submit([300.0])
-            await eventually(lambda: server.hlen(keys.running(patient.queue)) == 1, "it runs")
+            await waiting_client.submit([300.0])
+            await eventually(
+                lambda: server.hlen(keys.running(waiting_client.queue)) == 1, "it runs"
+            )
             submitted_at = time.monotonic()
             await load_client.submit([1.0])
             await load_client.assert_all_completed()
-            took.append(time.monotonic() - submitted_at)
-            await patient.assert_all_completed()
-        assert sorted(took)[1] < 0.2, took  # a busy machine may delay one
-        assert [await worker.stop() for worker in workers] == [0, 0]
-    assert_at_rest(server, patient.queue, load_client.queue)
+            waits_seconds.append(time.monotonic() - submitted_at)
+            await waiting_client.assert_all_completed()
+        assert sorted(waits_seconds)[1] < 0.2, waits_seconds  # a busy machine may delay one
+        assert [await worker.stop() for worker in started] == [0, 0]
+    assert_at_rest(server, waiting_client.queue, load_client.queue)
 
 
 @pytest.mark.soak
-async def test_whatever_waits_and_whoever_dies_all_jobs_end_once(
-    patience: Patience, patient: Customer, load_client: Customer, server: redis.Redis
+async def test_all_jobs_of_waiting_and_other_models_end_once_though_workers_die_and_stop(
+    waiting_workers: StartWaitingWorkers,
+    waiting_client: Customer,
+    load_client: Customer,
+    server: redis.Redis,
 ) -> None:
-    with patience(30, max_batch=8) as open_workers:
-        workers = [await hired(open_workers, server) for _ in range(3)]
+    with waiting_workers(30, max_batch=8) as workers:
+        started = [await start_worker(workers, server) for _ in range(3)]
         for number in range(60):
-            await patient.submit([1.0] * (1 + number % 4))
+            await waiting_client.submit([1.0] * (1 + number % 4))
             await load_client.submit([1.0] * (1 + number % 3))
             if number == 20:
-                workers.pop().kill()
+                started.pop().kill()
             if number == 40:
-                assert await workers.pop().stop() == 0
-        await patient.assert_all_completed()
+                assert await started.pop().stop() == 0
+        await waiting_client.assert_all_completed()
         await load_client.assert_all_completed()
-        assert await workers.pop().stop() == 0
-    assert_one_end_each(server, patient.queue)
-    assert max(claim_sizes(server, patient.queue)) > 1
-    assert_at_rest(server, patient.queue, load_client.queue)
+        assert await started.pop().stop() == 0
+    assert_one_end_each(server, waiting_client.queue)
+    assert max(claim_sizes(server, waiting_client.queue)) > 1
+    assert_at_rest(server, waiting_client.queue, load_client.queue)

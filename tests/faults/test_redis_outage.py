@@ -259,10 +259,10 @@ async def test_a_connection_without_replies_is_given_up_within_its_time_out(
     redis_url: str, server: redis.Redis
 ) -> None:
     async with proxied(redis_url) as proxy, open_store(proxy.url) as store:
-        runs, bell = Runs(store, "w"), Doorbell(store)
+        runs, doorbell = Runs(store, "w"), Doorbell(store)
         request = ClaimRequest(("predict_queue",), runs.new_token(), False, 1)
         assert await runs.claim(request) == Claimed(None)
-        assert await bell.wait(["predict_queue"], 0.05) is None
+        assert await doorbell.wait(["predict_queue"], 0.05) is None
         proxy.black_hole()
         started_at = time.monotonic()
         with pytest.raises(RedisUnavailable):
@@ -270,11 +270,11 @@ async def test_a_connection_without_replies_is_given_up_within_its_time_out(
         assert time.monotonic() - started_at < store.call_seconds + 0.3
         started_at = time.monotonic()
         with pytest.raises(RedisUnavailable):
-            await bell.wait(["predict_queue"], 0.2)
+            await doorbell.wait(["predict_queue"], 0.2)
         assert time.monotonic() - started_at < 1.5
         proxy.restore()
         assert await runs.claim(request) == Claimed(None)
-        await bell.close()
+        await doorbell.close()
 
 
 async def test_with_full_memory_submits_are_refused_and_running_jobs_finish(

@@ -1,4 +1,4 @@
-"""Runs that take too long, fail, or want too much memory, alone and among others."""
+"""Runs that take too long, fail, or need too much memory, alone and in a batch."""
 
 from pathlib import Path
 
@@ -19,14 +19,14 @@ from tests.faults.load_client import Customer, assert_one_end_each, result_value
 from .harness import assert_at_rest, eventually
 from .processes import OpenWorkers, Workers
 
-HASTY = WorkerConfig(
+SHORT_TIME_OUTS = WorkerConfig(
     concurrency=2, prediction_timeout_seconds=0.5, hang_grace_seconds=0.2, max_batch=8
 )
 TOO_BIG = 20_000.0
-"""A matrix that one kernel multiplies for minutes."""
+"""The size of a matrix that one kernel multiplies for minutes."""
 
 
-def _why(stored: Stored) -> str:
+def _error_code(stored: Stored) -> str:
     assert stored.error is not None
     return msgspec.json.decode(stored.error, type=JobError).code
 
@@ -38,28 +38,28 @@ async def _by_value(load_client: Customer) -> dict[float, Stored]:
     }
 
 
-async def test_an_endless_run_is_stopped_and_fails_as_timeout(
+async def test_an_endless_run_is_stopped_and_its_job_fails_with_timeout(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
-    with open_workers(worker=HASTY) as workers:
+    with open_workers(worker=SHORT_TIME_OUTS) as workers:
         await load_client.submit([zoo.FOREVER])
         worker = workers.start()
         (ended,) = await load_client.wait_until_all_ended()
-        assert (ended.status, _why(ended)) == ("failed", "timeout")
+        assert (ended.status, _error_code(ended)) == ("failed", "timeout")
         await load_client.submit([1.0])
         await load_client.wait_until_all_ended()
         assert await worker.stop() == 0
     assert_at_rest(server, load_client.queue)
 
 
-async def test_an_endless_run_fails_alone_among_the_jobs_that_shared_it(
+async def test_a_job_with_an_endless_run_fails_alone_among_those_that_shared_its_run(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
-    with open_workers(worker=HASTY) as workers:
+    with open_workers(worker=SHORT_TIME_OUTS) as workers:
         await load_client.submit([1.0, 2.0, zoo.FOREVER, 3.0])
         worker = workers.start()
         ended = await _by_value(load_client)
-        assert _why(ended.pop(zoo.FOREVER)) == "timeout"
+        assert _error_code(ended.pop(zoo.FOREVER)) == "timeout"
         assert {value: result_value(job) for value, job in ended.items()} == {
             1.0: 1.0,
             2.0: 2.0,
@@ -70,71 +70,77 @@ async def test_an_endless_run_fails_alone_among_the_jobs_that_shared_it(
     assert_at_rest(server, load_client.queue)
 
 
-async def _supervised(workers: Workers, load_client: Customer) -> set[int]:
-    """Keeps a worker running, as a supervisor would, until all jobs have ended; returns the exit
-    codes of those that left by themselves."""
+async def _restart_until_all_ended(workers: Workers, load_client: Customer) -> set[int]:
+    """Keeps a worker running, as a supervisor would, until all jobs have ended.
+
+    Returns the exit codes of the workers that ended by themselves.
+    """
     exits: set[int] = set()
     worker = workers.start()
 
-    async def done() -> bool:
+    async def all_have_ended() -> bool:
         nonlocal worker
         if worker.has_ended():
             exits.add(worker.process.returncode)
             worker = workers.start()
         return all(job and job.status in TERMINAL for job in await load_client.read())
 
-    await eventually(done, "every job has ended", 40)
+    await eventually(all_have_ended, "every job has ended", 40)
     worker.kill()
     return exits
 
 
-async def test_a_kernel_that_nothing_stops_costs_its_job_and_its_process_alone(
+async def test_a_kernel_that_cannot_be_stopped_costs_only_its_job_and_its_process(
     open_workers: OpenWorkers, server: redis.Redis, store: Store
 ) -> None:
     hung, other = Customer(store, "huge"), Customer(store)
-    with open_workers(models=("slow", "huge"), worker=HASTY, default_model="slow") as workers:
+    with open_workers(
+        models=("slow", "huge"), worker=SHORT_TIME_OUTS, default_model="slow"
+    ) as workers:
         await other.submit([10.0])
         await hung.submit([TOO_BIG])
         worker = workers.start()
         (ended,) = await hung.wait_until_all_ended()
-        assert (ended.status, _why(ended)) == ("failed", "timeout")
+        assert (ended.status, _error_code(ended)) == ("failed", "timeout")
         await other.assert_all_completed()
-        await eventually(worker.has_ended, "the worker leaves, for its supervisor to start another")
+        await eventually(worker.has_ended, "the worker ends; its supervisor would start another")
         assert worker.process.returncode == EXIT_HUNG
     assert_at_rest(server, hung.queue, other.queue)
 
 
 @pytest.mark.soak
-async def test_a_kernel_that_nothing_stops_fails_alone_among_the_jobs_that_shared_it(
+async def test_a_job_whose_kernel_cannot_be_stopped_fails_alone_among_those_of_its_run(
     open_workers: OpenWorkers, server: redis.Redis, store: Store
 ) -> None:
     load_client = Customer(store, "huge")
-    with open_workers(models=("slow", "huge"), worker=HASTY, default_model="slow") as workers:
+    with open_workers(
+        models=("slow", "huge"), worker=SHORT_TIME_OUTS, default_model="slow"
+    ) as workers:
         await load_client.submit([1.0, TOO_BIG, 2.0])
-        assert EXIT_HUNG in (exits := await _supervised(workers, load_client))
+        assert EXIT_HUNG in (exits := await _restart_until_all_ended(workers, load_client))
         assert exits <= {EXIT_HUNG, 0}
         ended = await _by_value(load_client)
-        assert _why(ended.pop(TOO_BIG)) == "timeout"
+        assert _error_code(ended.pop(TOO_BIG)) == "timeout"
         assert {value: result_value(job) for value, job in ended.items()} == {1.0: 1.0, 2.0: 2.0}
     assert_one_end_each(server, load_client.queue)
     assert_at_rest(server, load_client.queue)
 
 
-async def test_a_worker_with_a_hung_run_takes_nothing_more(
+async def test_a_worker_with_a_hung_run_claims_no_more_jobs(
     open_workers: OpenWorkers, server: redis.Redis, store: Store
 ) -> None:
     load_client = Customer(store, "huge", "huge")
-    patient = replace(HASTY, concurrency=1, max_batch=1, drain_timeout_seconds=20)
-    with open_workers(models=("huge",), worker=patient) as workers:
+    config = replace(SHORT_TIME_OUTS, concurrency=1, max_batch=1, drain_timeout_seconds=20)
+    with open_workers(models=("huge",), worker=config) as workers:
         hung, *others = await load_client.submit([TOO_BIG, 1.0, 2.0, 3.0])
         assert await workers.start().wait_for_exit(15) == EXIT_HUNG
     assert server.get(keys.status(hung)) == b"failed"
     assert {server.get(keys.status(job_id)) for job_id in others} == {b"pending"}
-    seen = transitions(server, load_client.queue)
-    assert not any(seen[job_id]["processing"] for job_id in others)
+    logged = transitions(server, load_client.queue)
+    assert not any(logged[job_id]["processing"] for job_id in others)
 
 
-async def test_a_result_too_large_fails_alone_among_the_jobs_that_shared_its_run(
+async def test_a_job_with_too_large_a_result_fails_alone_among_those_of_its_run(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
     with open_workers(worker=WorkerConfig(concurrency=1, max_result_bytes=300)) as workers:
@@ -144,12 +150,12 @@ async def test_a_result_too_large_fails_alone_among_the_jobs_that_shared_its_run
         worker = workers.start()
         ended = {job.job_id: job for job in await load_client.wait_until_all_ended()}
         assert await worker.stop() == 0
-    assert (ended[large].status, _why(ended[large])) == ("failed", "result_too_large")
+    assert (ended[large].status, _error_code(ended[large])) == ("failed", "result_too_large")
     assert [result_value(ended[job_id]) for job_id in small] == [1.0, 2.0, 3.0]
     assert_at_rest(server, load_client.queue)
 
 
-async def test_an_input_that_the_model_refuses_fails_alone_in_its_batch(
+async def test_a_job_whose_input_the_model_refuses_fails_alone_in_its_batch(
     open_workers: OpenWorkers, server: redis.Redis, store: Store
 ) -> None:
     load_client = Customer(store, "picky", "picky")
@@ -159,7 +165,7 @@ async def test_an_input_that_the_model_refuses_fails_alone_in_its_batch(
         for job in await load_client.wait_until_all_ended():
             value = load_client.acknowledged[job.job_id]
             if value > 2:
-                assert (job.status, _why(job)) == ("failed", "model_failed")
+                assert (job.status, _error_code(job)) == ("failed", "model_failed")
             else:
                 assert result_value(job) == value
         assert await worker.stop() == 0
@@ -167,7 +173,7 @@ async def test_an_input_that_the_model_refuses_fails_alone_in_its_batch(
 
 
 @pytest.mark.soak
-async def test_a_run_without_memory_is_tried_again_and_then_a_dead_letter(
+async def test_a_job_whose_run_gets_no_memory_is_retried_and_then_a_dead_letter(
     open_workers: OpenWorkers, server: redis.Redis, store: Store
 ) -> None:
     load_client = Customer(store, "hungry", "hungry")
@@ -176,25 +182,25 @@ async def test_a_run_without_memory_is_tried_again_and_then_a_dead_letter(
         await load_client.submit([1.0, zoo.ENDLESS_MIB, 2.0])
         worker = workers.start()
         ended = await _by_value(load_client)
-        greedy = ended.pop(zoo.ENDLESS_MIB)
-        assert (greedy.status, _why(greedy)) == ("failed", "out_of_memory")
-        assert greedy.record
-        assert greedy.record.errors == 1
+        too_large = ended.pop(zoo.ENDLESS_MIB)
+        assert (too_large.status, _error_code(too_large)) == ("failed", "out_of_memory")
+        assert too_large.record
+        assert too_large.record.errors == 1
         assert {value: result_value(job) for value, job in ended.items()} == {1.0: 1.0, 2.0: 2.0}
-        assert server.zrange(keys.dead(load_client.queue), 0, -1) == [greedy.job_id.encode()]
+        assert server.zrange(keys.dead(load_client.queue), 0, -1) == [too_large.job_id.encode()]
         assert await worker.stop() == 0
     assert_at_rest(server, load_client.queue)
 
 
-async def test_a_models_own_time_limit_comes_before_the_general_one(
+async def test_a_models_own_time_limit_takes_precedence_over_the_general_limit(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis, tmp_path: Path
 ) -> None:
     zoo.place(tmp_path / "m", "slow", zoo.slow(), toml="[limits]\ntimeout_seconds = 0.3\n")
-    unhurried = WorkerConfig(concurrency=1, prediction_timeout_seconds=600)
-    with open_workers(model_dir=str(tmp_path / "m"), models=(), worker=unhurried) as workers:
+    config = WorkerConfig(concurrency=1, prediction_timeout_seconds=600)
+    with open_workers(model_dir=str(tmp_path / "m"), models=(), worker=config) as workers:
         await load_client.submit([zoo.FOREVER])
         worker = workers.start()
         (ended,) = await load_client.wait_until_all_ended()
-        assert _why(ended) == "timeout"
+        assert _error_code(ended) == "timeout"
         assert await worker.stop() == 0
     assert_at_rest(server, load_client.queue)

@@ -1,4 +1,4 @@
-"""Two releases side by side on one Redis: this one and the one before."""
+"""Two releases side by side on one Redis: this one, and the one before or after it."""
 
 import itertools
 import shutil
@@ -36,20 +36,20 @@ _MOVED_WITH_THE_LAYOUT = "asyncinfer/keys.py"
 """The release to compare with is the last whose tree still had this file at this place: the last
 before the package was divided into rooms. To be replaced once the bytes in Redis change."""
 
-_HEARD_SECONDS = 2.0
-"""A notice is heard at once; without one a wait ends at the look that comes every 4 to 6 s."""
+_NOTIFIED_SECONDS = 2.0
+"""A wait ends at once with a notification; without one it ends at a poll, every 4 to 6 s."""
 
 _DELAY_SECONDS = 0.2
 
 
 def _git(*arguments: str) -> bytes:
     try:
-        ran = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, check=True)
+        done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, check=True)
     except FileNotFoundError:
         pytest.skip("the release before is taken from git, which is not installed")
     except subprocess.CalledProcessError as error:
         pytest.skip(f"the release before is taken from git: {error.stderr.decode().strip()}")
-    return ran.stdout
+    return done.stdout
 
 
 def _commit_before() -> str:
@@ -68,7 +68,7 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = tmp_path_factory.mktemp("before")
     with tarfile.open(fileobj=BytesIO(archive)) as tar:
         tar.extractall(tree, filter="data")
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", "import asyncinfer; print(asyncinfer.__file__)"],
         cwd=tree,
         env={"PYTHONPATH": str(tree)},
@@ -76,26 +76,28 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=True,
         text=True,
     )
-    assert told.stdout.startswith(str(tree))
+    assert done.stdout.startswith(str(tree))
     return tree
 
 
 @pytest.fixture
-def to_come(tmp_path: Path) -> Path:
-    """The source of a release to come, whose records have a higher schema than this one knows."""
-    tree = tmp_path / "to-come"
+def later(tmp_path: Path) -> Path:
+    """The source of a later release, whose records have a higher schema than this one knows."""
+    tree = tmp_path / "later"
     shutil.copytree(REPOSITORY / "asyncinfer", tree / "asyncinfer")
     source = tree / "asyncinfer" / "jobs.py"
-    now = f"SCHEMA: Final = {SCHEMA}"
+    schema_line = f"SCHEMA: Final = {SCHEMA}"
     text = source.read_text()
-    assert now in text
-    source.write_text(text.replace(now, f"SCHEMA: Final = {SCHEMA + 1}"))
+    assert schema_line in text
+    source.write_text(text.replace(schema_line, f"SCHEMA: Final = {SCHEMA + 1}"))
     return tree
 
 
 class Apis(NamedTuple):
-    before: str
-    now: str
+    """URLs of an API of the other release and of one of this release."""
+
+    other: str
+    this: str
 
 
 @pytest.fixture
@@ -107,113 +109,117 @@ def services(
         yield services
 
 
-async def test_each_release_runs_what_the_other_took_in(
+async def test_each_release_runs_jobs_that_the_other_accepted(
     before: Path, services: Services, server: redis.Redis
 ) -> None:
     worker = services.work(tree=before)
     apis = Apis(services.serve(tree=before), services.serve())
     async with httpx2.AsyncClient(timeout=30) as client:
-        await _all_that_can_be_asked(client, apis)
-        await _stopped(worker)
-        waiting = [await _submitted(client, url, "virginica") for url in apis]
+        await _assert_apis_agree(client, apis)
+        await _stop(worker)
+        waiting = [await _submit(client, url, "virginica") for url in apis]
         worker = services.work()
-        await _all_completed(client, apis, waiting, "virginica")
-        await _all_that_can_be_asked(client, apis)
-        await _stopped(worker)
+        await _assert_all_completed(client, apis, waiting, "virginica")
+        await _assert_apis_agree(client, apis)
+        await _stop(worker)
     services.close()
     assert_at_rest(server, QUEUE)
 
 
-async def test_releases_that_work_side_by_side_end_each_job_once_though_one_is_killed(
+async def test_releases_side_by_side_end_each_job_once_though_a_worker_is_killed(
     before: Path, services: Services, server: redis.Redis
 ) -> None:
     workers = [services.work(tree=before), services.work(), services.work(tree=before)]
     apis = Apis(services.serve(tree=before), services.serve())
-    eventually_sync(lambda: _announced(server) == 3, "all three work")
+    eventually_sync(lambda: _count_workers(server) == 3, "all three workers run")
     names = itertools.cycle(ROWS)
     submitted: dict[str, str] = {}
     async with httpx2.AsyncClient(timeout=30) as client:
         for number in range(300):
             name = next(names)
-            submitted[await _submitted(client, apis[number % 2], name)] = name
+            submitted[await _submit(client, apis[number % 2], name)] = name
             if number == 150:
                 workers[0].kill()
         for name in ROWS:
-            ids = [job_id for job_id, model in submitted.items() if model == name]
-            await _all_completed(client, apis, ids, name)
+            ids = [job_id for job_id, class_name in submitted.items() if class_name == name]
+            await _assert_all_completed(client, apis, ids, name)
     for worker in workers[1:]:
-        await _stopped(worker)
+        await _stop(worker)
     services.close()
     ended = transitions(server, QUEUE)
     assert {ended[job_id]["completed"] for job_id in submitted} == {1}
     assert_at_rest(server, QUEUE)
 
 
-async def test_a_job_that_only_a_later_release_can_run_waits_for_it_and_completes_there(
-    to_come: Path, services: Services, server: redis.Redis
+async def test_a_job_that_only_a_later_release_can_run_waits_for_a_worker_of_that_release(
+    later: Path, services: Services, server: redis.Redis
 ) -> None:
     worker = services.work()
-    now, later = services.serve(), services.serve(tree=to_come)
+    apis = Apis(services.serve(tree=later), services.serve())
     async with httpx2.AsyncClient(timeout=30) as client:
-        job_id = await _submitted(client, later, "virginica")
+        job_id = await _submit(client, apis.other, "virginica")
         await eventually(
             lambda: transitions(server, QUEUE)[job_id]["processing"] >= 2, "it was released twice"
         )
-        await _is_told_at_once(client, now)
-        job = (await client.get(f"{now}/job/{job_id}")).json()
+        await _assert_notified_at_once(client, apis.this)
+        job = (await client.get(f"{apis.this}/job/{job_id}")).json()
         assert (job["status"], job["model"]) == ("pending", "iris")
-        theirs = services.work(tree=to_come)
-        await _all_completed(client, Apis(now, later), [job_id], "virginica")
-        await _is_told_at_once(client, now)
-        await _stopped(worker)
-        await _is_told_at_once(client, now)
-        await _stopped(theirs)
+        later_worker = services.work(tree=later)
+        await _assert_all_completed(client, apis, [job_id], "virginica")
+        await _assert_notified_at_once(client, apis.this)
+        await _stop(worker)
+        await _assert_notified_at_once(client, apis.this)
+        await _stop(later_worker)
     services.close()
     assert transitions(server, QUEUE)[job_id]["completed"] == 1
     assert services.log.count("by a later release") == 1
     assert_at_rest(server, QUEUE)
 
 
-async def _all_that_can_be_asked(client: httpx2.AsyncClient, apis: Apis) -> None:
-    """Of each API, of what itself and what the other took in."""
+async def _assert_apis_agree(client: httpx2.AsyncClient, apis: Apis) -> None:
+    """Asserts that each API handles its own jobs and those of the other."""
     for here, there in (apis, apis[::-1]):
-        await _is_told_at_once(client, here)
-        await _watches_a_job_of(client, here, there)
-        await _knows_the_key_of(client, here, there)
-        await _cancels_and_retries_a_job_of(client, here, there)
+        await _assert_notified_at_once(client, here)
+        await _assert_waits_for_a_job_of(client, here, there)
+        await _assert_knows_an_idempotency_key_of(client, here, there)
+        await _assert_cancels_and_retries_a_job_of(client, here, there)
 
 
-async def _is_told_at_once(client: httpx2.AsyncClient, url: str) -> None:
+async def _assert_notified_at_once(client: httpx2.AsyncClient, url: str) -> None:
     for name in ROWS:
-        asked_at = time.monotonic()
+        began_at = time.monotonic()
         answer = await _post(client, url, name, headers={"Prefer": "wait=20"})
         assert answer.status_code == 200
-        _check(answer.json(), name)
-        assert time.monotonic() - asked_at < _HEARD_SECONDS
+        _assert_completed(answer.json(), name)
+        assert time.monotonic() - began_at < _NOTIFIED_SECONDS
 
 
-async def _watches_a_job_of(client: httpx2.AsyncClient, here: str, there: str) -> None:
+async def _assert_waits_for_a_job_of(client: httpx2.AsyncClient, here: str, there: str) -> None:
     options = {"delay_seconds": _DELAY_SECONDS, "priority": "high", "ttl_seconds": 300}
-    job_id = await _submitted(client, there, "setosa", options=options)
-    asked_at = time.monotonic()
+    job_id = await _submit(client, there, "setosa", options=options)
+    began_at = time.monotonic()
     answer = await client.get(f"{here}/job/{job_id}?wait=20")
-    _check(answer.json(), "setosa")
-    assert time.monotonic() - asked_at < _HEARD_SECONDS + _DELAY_SECONDS
+    _assert_completed(answer.json(), "setosa")
+    assert time.monotonic() - began_at < _NOTIFIED_SECONDS + _DELAY_SECONDS
 
 
-async def _knows_the_key_of(client: httpx2.AsyncClient, here: str, there: str) -> None:
-    key = {"Idempotency-Key": f"one of {here} and {there}, {time.monotonic_ns()}".replace(" ", "-")}
+async def _assert_knows_an_idempotency_key_of(
+    client: httpx2.AsyncClient, here: str, there: str
+) -> None:
+    key = {"Idempotency-Key": f"{here}-{there}-{time.monotonic_ns()}"}
     first = await _post(client, there, "setosa", headers=key)
-    again = await _post(client, here, "setosa", headers=key)
-    other = await _post(client, here, "virginica", headers=key)
-    assert first.json()["job_id"] == again.json()["job_id"]
-    assert other.status_code == 422
+    repeated = await _post(client, here, "setosa", headers=key)
+    different = await _post(client, here, "virginica", headers=key)
+    assert first.json()["job_id"] == repeated.json()["job_id"]
+    assert different.status_code == 422
 
 
-async def _cancels_and_retries_a_job_of(client: httpx2.AsyncClient, here: str, there: str) -> None:
-    job_id = await _submitted(client, there, "versicolor", options={"delay_seconds": 600})
-    for round_number, (pair, other) in enumerate(((here, there), (there, here)), start=1):
-        assert (await client.delete(f"{pair}/job/{job_id}")).status_code == 200
+async def _assert_cancels_and_retries_a_job_of(
+    client: httpx2.AsyncClient, here: str, there: str
+) -> None:
+    job_id = await _submit(client, there, "versicolor", options={"delay_seconds": 600})
+    for round_number, (url, other) in enumerate(((here, there), (there, here)), start=1):
+        assert (await client.delete(f"{url}/job/{job_id}")).status_code == 200
         job = (await client.get(f"{other}/job/{job_id}")).json()
         assert (job["status"], job["round"]) == ("cancelled", round_number)
         if round_number == 1:
@@ -232,7 +238,7 @@ async def _post(
     return await client.post(f"{url}/predict", json=body, headers=headers)
 
 
-async def _submitted(
+async def _submit(
     client: httpx2.AsyncClient, url: str, name: str, options: dict[str, Any] | None = None
 ) -> str:
     answer = await _post(client, url, name, options=options)
@@ -240,24 +246,24 @@ async def _submitted(
     return str(answer.json()["job_id"])
 
 
-async def _all_completed(
+async def _assert_all_completed(
     client: httpx2.AsyncClient, apis: Apis, job_ids: list[str], name: str
 ) -> None:
-    """Both APIs say of each that it completed, with the right answer."""
+    """Asserts that both APIs show each job as completed, with the right result."""
     for job_id in job_ids:
-        told = [(await client.get(f"{url}/job/{job_id}?wait=20")).json() for url in apis]
-        for job in told:
-            _check(job, name)
+        jobs = [(await client.get(f"{url}/job/{job_id}?wait=20")).json() for url in apis]
+        for job in jobs:
+            _assert_completed(job, name)
 
 
-def _check(job: dict[str, Any], name: str) -> None:
+def _assert_completed(job: dict[str, Any], name: str) -> None:
     assert (job["status"], job["result"]["class_name"]) == ("completed", name)
 
 
-def _announced(server: redis.Redis) -> int:
+def _count_workers(server: redis.Redis) -> int:
     return sum(1 for _ in server.scan_iter(keys.worker(QUEUE, "*"), count=1000))
 
 
-async def _stopped(worker: subprocess.Popen[bytes]) -> None:
+async def _stop(worker: subprocess.Popen[bytes]) -> None:
     worker.send_signal(signal.SIGTERM)
-    await eventually(lambda: worker.poll() == 0, "the worker leaves")
+    await eventually(lambda: worker.poll() == 0, "the worker ends")

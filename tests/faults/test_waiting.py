@@ -1,4 +1,4 @@
-"""Those who wait for a job's end, and what may happen to them."""
+"""Waiting for the end of a job: lost connections, cancelled jobs, and APIs that end."""
 
 import asyncio
 import time
@@ -29,16 +29,19 @@ async def open_inbox(store: Store, load_client: Customer) -> AsyncIterator[Inbox
         await inbox.close()
 
 
-async def _waiters(
+async def _start_waiters(
     inbox: Inbox, load_client: Customer, group: asyncio.TaskGroup
 ) -> list[asyncio.Task[Stored | None]]:
     stored = [job for job in await load_client.read() if job]
     return [group.create_task(inbox.wait(job, 20)) for job in stored]
 
 
-async def _all_signed_up(server: redis.Redis, load_client: Customer) -> None:
+async def _wait_until_registered(server: redis.Redis, load_client: Customer) -> None:
+    """Waits until the inbox is in the facts of every job."""
     facts = keys.facts(load_client.queue)
-    await eventually(lambda: server.hlen(facts) == len(load_client.acknowledged), "all signed up")
+    await eventually(
+        lambda: server.hlen(facts) == len(load_client.acknowledged), "all waiters are registered"
+    )
 
 
 async def _claim(runs: Runs, load_client: Customer, jobs: int) -> Claim | None:
@@ -52,8 +55,8 @@ async def _run_all(store: Store, load_client: Customer) -> None:
     while claim := (
         await runs.claim(ClaimRequest((load_client.queue,), runs.new_token(), False, 7))
     ).claim:
-        done = [Finished(job.job_id, "completed", b"{}", job.meta) for job in claim.jobs]
-        await runs.finish(claim, done, last=True)
+        finished = [Finished(job.job_id, "completed", b"{}", job.meta) for job in claim.jobs]
+        await runs.finish(claim, finished, last=True)
 
 
 async def test_killed_inbox_connections_lose_no_wake_up(
@@ -61,8 +64,8 @@ async def test_killed_inbox_connections_lose_no_wake_up(
 ) -> None:
     await load_client.submit([1.0] * 200)
     async with open_inbox(store, load_client) as inbox, asyncio.TaskGroup() as group:
-        waiters = await _waiters(inbox, load_client, group)
-        await _all_signed_up(server, load_client)
+        waiters = await _start_waiters(inbox, load_client, group)
+        await _wait_until_registered(server, load_client)
         killer = group.create_task(_kill_readers(server))
         await _run_all(store, load_client)
         ended = [await waiter for waiter in waiters]
@@ -79,7 +82,7 @@ async def _kill_readers(server: redis.Redis) -> None:
         await asyncio.sleep(0.01)
 
 
-async def test_cancel_expiry_and_a_lost_worker_wake_waiters_too(
+async def test_cancel_expiry_and_a_lost_worker_end_a_wait_too(
     store: Store, server: redis.Redis
 ) -> None:
     load_client, runs, upkeep = Customer(store), Runs(store, "w"), Upkeep(store)
@@ -87,22 +90,22 @@ async def test_cancel_expiry_and_a_lost_worker_wake_waiters_too(
     claim = await _claim(runs, load_client, 1)
     for _ in range(store.policy.max_deliveries - 1):
         assert claim
-        await _lose(server, upkeep, load_client, claim.token)
+        await _expire(server, upkeep, load_client, claim.token)
         claim = await _claim(runs, load_client, 1)
     assert claim
     (cancelled,) = await load_client.submit([1.0])
     (expired,) = await load_client.submit([1.0], Options(start_within_seconds=0.2))
     async with open_inbox(store, load_client) as inbox, asyncio.TaskGroup() as group:
-        waiters = await _waiters(inbox, load_client, group)
-        await _all_signed_up(server, load_client)
+        waiters = await _start_waiters(inbox, load_client, group)
+        await _wait_until_registered(server, load_client)
         (stored,) = await load_client.read([cancelled])
         assert stored
         await load_client.submissions.cancel(stored)
-        await _lose(server, upkeep, load_client, claim.token)
-        wait_until_all_ended = asyncio.Event()
-        group.create_task(_sweep_until(wait_until_all_ended, upkeep))
+        await _expire(server, upkeep, load_client, claim.token)
+        all_have_ended = asyncio.Event()
+        group.create_task(_sweep_until(all_have_ended, upkeep))
         ended = {job.job_id: job for job in [await waiter for waiter in waiters] if job}
-        wait_until_all_ended.set()
+        all_have_ended.set()
     assert ended[cancelled].status == "cancelled"
     assert b"expired" in (ended[expired].error or b"")
     assert b"worker_lost" in (ended[lost].error or b"")
@@ -111,40 +114,40 @@ async def test_cancel_expiry_and_a_lost_worker_wake_waiters_too(
     assert_at_rest(server, load_client.queue)
 
 
-async def _lose(server: redis.Redis, upkeep: Upkeep, load_client: Customer, token: str) -> None:
-    """The claim's lease has run out, and a sweep comes by that is not on its guard."""
+async def _expire(server: redis.Redis, upkeep: Upkeep, load_client: Customer, token: str) -> None:
+    """Lets the claim's lease expire, and sweeps until its jobs are released."""
     running = keys.running(load_client.queue)
     server.zadd(keys.leases(load_client.queue), {token: 1}, xx=True)
 
-    async def taken() -> bool:
+    async def is_released() -> bool:
         await upkeep.sweep()
         return token.encode() not in server.hvals(running)
 
-    await eventually(taken, "the claim is taken away")
+    await eventually(is_released, "the jobs of the claim are released")
 
 
 async def _sweep_until(end: asyncio.Event, upkeep: Upkeep) -> None:
-    # Told, not cancelled: a call may swallow that.
+    # Ended by an event, since a call may swallow a cancellation.
     while not end.is_set():
         await upkeep.sweep()
         await asyncio.sleep(0.02)
 
 
-async def test_an_api_that_dies_leaves_no_key_without_a_bound(
+async def test_an_api_that_dies_leaves_no_key_without_a_ttl(
     load_client: Customer, store: Store, server: redis.Redis
 ) -> None:
     await load_client.submit([1.0])
     async with asyncio.TaskGroup() as group:
         inbox = Inbox(store, load_client.submissions)
         group.create_task(inbox.run())
-        waiter = (await _waiters(inbox, load_client, group))[0]
-        await _all_signed_up(server, load_client)
+        (waiter,) = await _start_waiters(inbox, load_client, group)
+        await _wait_until_registered(server, load_client)
         await eventually(lambda: server.exists(inbox.name) == 1, "the inbox has its stream")
         assert 0 < server.ttl(inbox.name) <= 60
-        # Redis hears no more of it than of a process that dies.
+        # To Redis this is the same as a process that dies.
         waiter.cancel()
         await inbox.close()
-    # Its stream runs out before the job ends.
+    # The stream expires before the job ends.
     server.delete(inbox.name)
     await _run_all(store, load_client)
     assert not server.exists(inbox.name)
@@ -153,15 +156,15 @@ async def test_an_api_that_dies_leaves_no_key_without_a_bound(
     assert not unbounded
 
 
-async def test_a_look_before_the_submit_does_not_end_the_wait_for_it(
+async def test_a_poll_before_the_submit_does_not_end_the_wait_for_the_job(
     load_client: Customer, store: Store, server: redis.Redis
 ) -> None:
-    """The inbox looks again at all that is waited for, also at a job still on its way in."""
+    """The inbox polls all jobs that are waited for, also one that is not submitted yet."""
     async with asyncio.TaskGroup() as group:
         inbox = Inbox(store, load_client.submissions)
         job = load_client.job(1.0, inbox=inbox.name)
         with inbox.expect(job.job_id) as ticket:
-            group.create_task(inbox.run())  # begins with such a look
+            group.create_task(inbox.run())  # begins with such a poll
             await eventually(lambda: server.exists(inbox.name) == 1, "the inbox reads")
             await load_client.submissions.read(job.job_id)
             await load_client.submissions.submit_many(load_client.queue, [job])
@@ -175,7 +178,7 @@ async def test_a_look_before_the_submit_does_not_end_the_wait_for_it(
 
 
 @pytest.mark.soak
-async def test_a_wait_ends_when_its_job_is_gone_and_not_before_it_is_there(
+async def test_a_wait_ends_when_its_job_is_gone_but_not_before_the_job_is_submitted(
     store: Store, server: redis.Redis
 ) -> None:
     load_client = Customer(store)
@@ -184,69 +187,69 @@ async def test_a_wait_ends_when_its_job_is_gone_and_not_before_it_is_there(
         stored = (await load_client.read([gone]))[0]
         assert stored
         wait = group.create_task(inbox.wait(stored, 60))
-        await _all_signed_up(server, load_client)
-        to_come = load_client.job(2.0)
-        with inbox.expect(to_come.job_id) as ticket:
+        await _wait_until_registered(server, load_client)
+        not_submitted = load_client.job(2.0)
+        with inbox.expect(not_submitted.job_id) as ticket:
             server.flushall()
             assert await wait is None
             assert not ticket.ended.done()
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("comes_back", ["empty", "older"])
-async def test_ends_are_heard_at_once_again_though_the_clock_of_redis_is_behind(
-    comes_back: str, store: Store, server: redis.Redis
+@pytest.mark.parametrize("restarts", ["empty", "with an older dump"])
+async def test_a_wait_is_notified_at_once_again_though_the_clock_of_redis_is_behind(
+    restarts: str, store: Store, server: redis.Redis
 ) -> None:
     load_client = Customer(store)
     async with open_inbox(store, load_client) as inbox, asyncio.TaskGroup() as group:
-        await eventually(lambda: server.exists(inbox.name) == 1, "it has its stream")
+        await eventually(lambda: server.exists(inbox.name) == 1, "the inbox has its stream")
         seconds, _ = server.time()
         (ended,) = await load_client.submit([1.0])
         await _run_all(store, load_client)
         with inbox.expect(ended) as ticket:
             server.xadd(inbox.name, {ended: "completed"}, id=f"{(seconds + 3600) * 1000}-0")
-            assert await ticket.wait(1), "it reads that far"
+            assert await ticket.wait(1), "the inbox has read this entry"
         server.delete(inbox.name)
-        if comes_back == "older":
+        if restarts == "with an older dump":
             server.xadd(inbox.name, {"": "alive"}, id=f"{seconds * 1000}-0")
             server.expire(inbox.name, 60)
 
-        async def is_heard_at_once() -> bool:
+        async def is_notified_at_once() -> bool:
             load_client.acknowledged.clear()
             await load_client.submit([1.0])
-            waiters = await _waiters(inbox, load_client, group)
-            await _all_signed_up(server, load_client)
+            waiters = await _start_waiters(inbox, load_client, group)
+            await _wait_until_registered(server, load_client)
             began_at = time.monotonic()
             await _run_all(store, load_client)
             assert await waiters[0]
             return time.monotonic() - began_at < 0.2
 
-        await eventually(is_heard_at_once, "an end is heard at once", 30)
+        await eventually(is_notified_at_once, "a wait is notified at once", 30)
 
 
-async def test_a_wait_that_is_too_short_gives_the_job_as_it_is(
+async def test_a_wait_that_is_too_short_returns_the_job_as_it_is(
     load_client: Customer, store: Store, server: redis.Redis
 ) -> None:
     await load_client.submit([1.0])
     async with open_inbox(store, load_client) as inbox:
         (stored,) = await load_client.read()
         assert stored
-        now = await inbox.wait(stored, 0.05)
-        assert now
-        assert now.status == "pending"
+        job = await inbox.wait(stored, 0.05)
+        assert job
+        assert job.status == "pending"
     await _run_all(store, load_client)
     assert_at_rest(server, load_client.queue)
 
 
-async def test_a_closing_api_answers_everyone_who_waits(
+async def test_a_closing_api_replies_to_all_waiting_clients(
     load_client: Customer, store: Store, server: redis.Redis
 ) -> None:
     await load_client.submit([1.0] * 20)
     async with asyncio.TaskGroup() as group:
         async with open_inbox(store, load_client) as inbox:
-            waiters = await _waiters(inbox, load_client, group)
-            await _all_signed_up(server, load_client)
-        answers = [await waiter for waiter in waiters]
-    assert [answer.status for answer in answers if answer] == ["pending"] * 20
+            waiters = await _start_waiters(inbox, load_client, group)
+            await _wait_until_registered(server, load_client)
+        jobs = [await waiter for waiter in waiters]
+    assert [job.status for job in jobs if job] == ["pending"] * 20
     await _run_all(store, load_client)
     assert_at_rest(server, load_client.queue)

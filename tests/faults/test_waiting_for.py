@@ -1,4 +1,4 @@
-"""Why a job waits, with workers that come and whose runs fail."""
+"""`waiting_for`, the reason why a job waits, with workers that start, load, and fail runs."""
 
 from typing import Any
 
@@ -20,10 +20,10 @@ from .harness import eventually
 from .processes import OpenWorkers
 
 SLOW = zoo.loop_for_hours("batch").SerializeToString()
-"""Takes 7 s to load: as long as probing may take."""
+"""A model that takes 7 s to load: as long as probing may take."""
 
 
-async def told(client: httpx2.AsyncClient, model: str, value: float) -> dict[str, Any]:
+async def submit(client: httpx2.AsyncClient, model: str, value: float) -> dict[str, Any]:
     reply = await client.post(f"/predict/{model}", json={"data": [[value]]})
     assert reply.status_code == 202, reply.text
     body: dict[str, Any] = reply.json()
@@ -35,18 +35,18 @@ async def read(client: httpx2.AsyncClient, job_id: str) -> dict[str, Any]:
     return body
 
 
-async def test_a_job_says_that_no_worker_is_there_until_one_has_come(
+async def test_a_job_waits_for_no_worker_until_a_worker_has_started(
     open_workers: OpenWorkers, redis_url: str, policy: Policy, store: Store
 ) -> None:
-    known = msgspec.structs.replace(
+    announced = msgspec.structs.replace(
         signature("slow"), inputs=(TensorSpec("x", "FP32", ("batch", 1)),)
     )
     await store.claim_default_model("slow")
-    await Upkeep(store).announce_models({"slow": {"1": msgspec.json.encode(known)}})
+    await Upkeep(store).announce_models({"slow": {"1": msgspec.json.encode(announced)}})
     config = ApiConfig(redis_url=redis_url, policy=policy)
     with open_workers() as workers:
         async with api_of(config) as client:
-            waiting = await told(client, "slow", 1.0)
+            waiting = await submit(client, "slow", 1.0)
             assert waiting["waiting_for"]["code"] == "no_worker"
             assert (await client.get("/health")).json()["starved"] == ["slow"]
 
@@ -55,18 +55,18 @@ async def test_a_job_says_that_no_worker_is_there_until_one_has_come(
             async def has_run() -> bool:
                 return bool((await read(client, waiting["job_id"]))["status"] == "completed")
 
-            async def nothing_is_missing() -> bool:
-                return (await told(client, "slow", 1.0))["waiting_for"] is None
+            async def waits_for_nothing() -> bool:
+                return (await submit(client, "slow", 1.0))["waiting_for"] is None
 
             await eventually(has_run, "the job ran")
             assert "waiting_for" not in await read(client, waiting["job_id"])
-            await eventually(nothing_is_missing, "the API has seen the worker")
+            await eventually(waits_for_nothing, "the API has seen the worker")
             assert (await client.get("/health")).json()["starved"] == []
         assert await worker.stop() == 0
 
 
 @pytest.mark.soak
-async def test_a_job_whose_run_had_no_memory_says_that_it_is_tried_again(
+async def test_a_job_whose_run_got_no_memory_waits_for_its_retry(
     open_workers: OpenWorkers, redis_url: str, policy: Policy, server: redis.Redis
 ) -> None:
     codes: set[str] = set()
@@ -74,7 +74,7 @@ async def test_a_job_whose_run_had_no_memory_says_that_it_is_tried_again(
         worker = workers.start()
         await eventually(lambda: worker.is_announced(server), "the worker serves")
         async with api_of(ApiConfig(redis_url=redis_url, policy=policy)) as client:
-            job_id = (await told(client, "hungry", zoo.ENDLESS_MIB))["job_id"]
+            job_id = (await submit(client, "hungry", zoo.ENDLESS_MIB))["job_id"]
 
             async def has_failed() -> bool:
                 body = await read(client, job_id)
@@ -82,22 +82,22 @@ async def test_a_job_whose_run_had_no_memory_says_that_it_is_tried_again(
                     codes.add(reason["code"])
                 return bool(body["status"] == "failed")
 
-            await eventually(has_failed, "the job is given up")
+            await eventually(has_failed, "the job has failed")
         assert await worker.stop() == 0
     assert codes == {"retry"}
 
 
-async def test_a_model_that_its_worker_still_loads_is_never_unknown(
+async def test_a_model_that_its_worker_is_loading_is_never_unknown(
     open_workers: OpenWorkers,
     folder: ModelFolder,
     redis_url: str,
     policy: Policy,
     server: redis.Redis,
 ) -> None:
-    """And no other model is taken for the only one meanwhile."""
+    """And no other model is taken for the only model meanwhile."""
     assert not server.keys(), "beside a model of another test these would be unknown at first"
     folder.publish(SLOW, 1, name="z")
-    seen: set[tuple[str, str]] = set()
+    replies: set[tuple[str, str]] = set()
     with open_workers(model_dir=str(folder.path), models=()) as workers:
         async with api_of(ApiConfig(redis_url=redis_url, policy=policy)) as client:
             worker = workers.start()
@@ -105,12 +105,12 @@ async def test_a_model_that_its_worker_still_loads_is_never_unknown(
             async def only_first_is_served() -> bool:
                 for path in ("/predict", "/predict/m", "/predict/z"):
                     reply = await client.post(path, json={"data": [[1.0]]})
-                    seen.add((path, reply.json().get("code", "accepted")))
-                return seen >= {("/predict/m", "accepted"), ("/predict/z", "model_loading")}
+                    replies.add((path, reply.json().get("code", "accepted")))
+                return replies >= {("/predict/m", "accepted"), ("/predict/z", "model_loading")}
 
             await eventually(only_first_is_served, "m is served, and z is being loaded")
         worker.kill()
-    # Before the worker has said anything.
-    seen -= {(path, "no_model_announced") for path, _ in seen}
-    assert {code for _, code in seen} == {"accepted", "model_loading"}
-    assert {path for path, code in seen if code == "accepted"} == {"/predict/m"}
+    # These come before the worker's first announcement.
+    replies -= {(path, "no_model_announced") for path, _ in replies}
+    assert {code for _, code in replies} == {"accepted", "model_loading"}
+    assert {path for path, code in replies if code == "accepted"} == {"/predict/m"}

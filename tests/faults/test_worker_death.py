@@ -1,4 +1,4 @@
-"""Workers that are killed, frozen or poisoned."""
+"""Workers that are killed or frozen, or that a job kills: their jobs survive."""
 
 import asyncio
 import random
@@ -20,40 +20,44 @@ from tests.faults.load_client import Customer, assert_one_end_each, transitions
 
 from .harness import assert_at_rest, eventually
 from .processes import OpenWorkers, WorkerChild, Workers
-from .test_redis_outage import renewed
+from .test_redis_outage import is_renewed
 
 STEPS: tuple[Step, ...] = ("woken", "claimed", "running", "finishing", "finished")
-PATIENT = Policy(lease_seconds=0.5, reap_seconds=0.08, job_ttl_seconds=600, max_deliveries=1000)
+MANY_DELIVERIES = Policy(
+    lease_seconds=0.5, reap_seconds=0.08, job_ttl_seconds=600, max_deliveries=1000
+)
 
 
-def _waits_at_the_bell(client: redis.Redis) -> int:
+def _waiting_workers(client: redis.Redis) -> int:
+    """How many workers wait on the doorbell."""
     listed: list[dict[str, str]] = client.client_list()
     return sum(connection["cmd"] == "brpop" for connection in listed)
 
 
-async def _killed_at(
+async def _kill_at(
     step: Step, times: int, workers: Workers, load_client: Customer, server: redis.Redis
 ) -> None:
+    """Kills `times` workers at this step of a job; asserts that another completes all jobs."""
     for number in range(times):
         doomed = workers.start(die_at=step)
-        await _ready_or_dead(doomed, server)
+        await _wait_until_ready_or_dead(doomed, server)
         await load_client.submit([float(number)])
         await eventually(doomed.has_ended, "the worker dies")
         assert doomed.process.returncode == -signal.SIGKILL
     last = workers.start()
-    await _announced(last, server)
+    await _wait_until_announced(last, server)
     await load_client.assert_all_completed()
     assert await last.stop() == 0
 
 
-async def _announced(worker: WorkerChild, client: redis.Redis) -> None:
+async def _wait_until_announced(worker: WorkerChild, client: redis.Redis) -> None:
     await eventually(lambda: worker.is_announced(client), "the worker has loaded its models")
 
 
-async def _ready_or_dead(worker: WorkerChild, client: redis.Redis) -> None:
-    """It waits at the bell, or met an older job and died of its step."""
+async def _wait_until_ready_or_dead(worker: WorkerChild, client: redis.Redis) -> None:
+    """Waits until the worker waits on the doorbell, or has died at its step of an older job."""
     await eventually(
-        lambda: _waits_at_the_bell(client) > 0 or worker.has_ended(), "the worker waits, or is dead"
+        lambda: _waiting_workers(client) > 0 or worker.has_ended(), "the worker waits, or is dead"
     )
 
 
@@ -61,8 +65,8 @@ async def _ready_or_dead(worker: WorkerChild, client: redis.Redis) -> None:
 async def test_a_job_survives_its_worker(
     step: Step, open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
-    with open_workers(policy=PATIENT) as workers:
-        await _killed_at(step, 1, workers, load_client, server)
+    with open_workers(policy=MANY_DELIVERIES) as workers:
+        await _kill_at(step, 1, workers, load_client, server)
     assert_one_end_each(server, load_client.queue)
     assert_at_rest(server, load_client.queue)
 
@@ -72,21 +76,21 @@ async def test_a_job_survives_its_worker(
 async def test_a_job_survives_twenty_workers_each_killed_at_one_step(
     step: Step, open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
-    with open_workers(policy=PATIENT) as workers:
-        await _killed_at(step, 20, workers, load_client, server)
+    with open_workers(policy=MANY_DELIVERIES) as workers:
+        await _kill_at(step, 20, workers, load_client, server)
     assert_one_end_each(server, load_client.queue)
     assert_at_rest(server, load_client.queue)
 
 
-async def test_a_worker_that_froze_cannot_write_over_the_one_that_took_its_job(
+async def test_a_worker_that_was_frozen_cannot_overwrite_the_result_of_the_next_worker(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
-    with open_workers(policy=PATIENT) as workers:
+    with open_workers(policy=MANY_DELIVERIES) as workers:
         frozen = workers.start()
         (job_id,) = await load_client.submit([500.0])
         await eventually(lambda: server.hexists(keys.running(load_client.queue), job_id), "it runs")
-        # Renewed, so the worker has the claim's reply, and runs it.
-        await eventually(renewed(server, load_client.queue), "its lease is renewed")
+        # A renewal shows that the worker has the claim's reply, and runs the job.
+        await eventually(is_renewed(server, load_client.queue), "its lease is renewed")
         frozen.signal(signal.SIGSTOP)
         workers.start()
         await load_client.assert_all_completed()
@@ -103,14 +107,16 @@ async def test_2000_jobs_survive_workers_killed_and_frozen_at_random(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
     chance = random.Random(7)
-    with open_workers(policy=PATIENT, worker=WorkerConfig(concurrency=2, max_batch=16)) as workers:
-        shift = [workers.start() for _ in range(3)]
+    with open_workers(
+        policy=MANY_DELIVERIES, worker=WorkerConfig(concurrency=2, max_batch=16)
+    ) as workers:
+        running = [workers.start() for _ in range(3)]
         async with asyncio.TaskGroup() as group:
-            group.create_task(_arrivals(load_client, 2000, chance))
-            await _chaos(workers, shift, load_client, chance)
+            group.create_task(_submit_slowly(load_client, 2000, chance))
+            await _kill_and_freeze(workers, running, load_client, chance)
         await load_client.assert_all_completed(120)
         await eventually(lambda: "came too late" in workers.log, "a stale result was refused", 60)
-        for worker in shift:
+        for worker in running:
             worker.signal(signal.SIGCONT)
             await worker.stop()
     assert len(load_client.acknowledged) == 2000
@@ -118,37 +124,37 @@ async def test_2000_jobs_survive_workers_killed_and_frozen_at_random(
     assert_at_rest(server, load_client.queue)
 
 
-async def _arrivals(load_client: Customer, total: int, chance: random.Random) -> None:
+async def _submit_slowly(load_client: Customer, total: int, chance: random.Random) -> None:
     for start in range(0, total, 20):
         await load_client.submit([float(chance.randint(0, 60)) for _ in range(start, start + 20)])
         await asyncio.sleep(0.15)
 
 
-async def _chaos(
-    workers: Workers, shift: list[WorkerChild], load_client: Customer, chance: random.Random
+async def _kill_and_freeze(
+    workers: Workers, running: list[WorkerChild], load_client: Customer, chance: random.Random
 ) -> None:
-    """Kills or freezes a worker about every half second; a killed one is replaced."""
+    """Kills or freezes a worker about every half second; replaces a killed worker."""
     for _ in range(40):
         await asyncio.sleep(chance.uniform(0.2, 0.8))
-        at = chance.randrange(len(shift))
+        index = chance.randrange(len(running))
         if chance.random() < 0.5:
-            shift[at].kill()
-            shift[at] = workers.start()
+            running[index].kill()
+            running[index] = workers.start()
         else:
-            shift[at].signal(signal.SIGSTOP)
+            running[index].signal(signal.SIGSTOP)
             await asyncio.sleep(chance.uniform(0.5, 1.5))
-            shift[at].signal(signal.SIGCONT)
+            running[index].signal(signal.SIGCONT)
 
 
-async def test_a_poison_job_dies_alone_after_three_deliveries(
+async def test_a_job_that_kills_its_workers_fails_alone_after_three_deliveries(
     open_workers: OpenWorkers, server: redis.Redis, store: Store, tmp_path: Path
 ) -> None:
     folder = tmp_path / "models"
     poison = zoo.place_poison(folder, "poison", toml="[batching]\nenabled = true\n")
     zoo.place(folder, "slow", zoo.slow())
-    poisoned, innocent = Customer(store, "poison"), Customer(store, "slow")
+    poisoned, unaffected = Customer(store, "poison"), Customer(store, "slow")
     await store.command("SET", keys.paused(poisoned.queue), "1")
-    await store.command("SADD", keys.queues(store.n), poisoned.queue, innocent.queue)
+    await store.command("SADD", keys.queues(store.n), poisoned.queue, unaffected.queue)
     with open_workers(
         model_dir=str(folder),
         models=(),
@@ -158,12 +164,12 @@ async def test_a_poison_job_dies_alone_after_three_deliveries(
     ) as workers:
         harmless = await poisoned.submit([0.0] * 7)
         (culprit,) = await poisoned.submit([5.0])
-        await innocent.submit([float(20 + number % 5) for number in range(64)])
+        await unaffected.submit([float(20 + number % 5) for number in range(64)])
         for _ in range(3):
             poison.disarm()
             await store.command("SET", keys.paused(poisoned.queue), "1")
             worker = workers.start()
-            await _announced(worker, server)
+            await _wait_until_announced(worker, server)
             poison.arm()
             await store.command("DEL", keys.paused(poisoned.queue))
             await store.command("LPUSH", keys.wake(poisoned.queue), "1")
@@ -172,22 +178,22 @@ async def test_a_poison_job_dies_alone_after_three_deliveries(
         poison.disarm()
         workers.start()
         ended = {job.job_id: job for job in await poisoned.wait_until_all_ended()}
-        await innocent.assert_all_completed()
+        await unaffected.assert_all_completed()
         assert await workers.members[-1].stop() == 0
     assert ended[culprit].status == "failed"
     assert b"worker_lost" in (ended[culprit].error or b"")
     assert {ended[job_id].status for job_id in harmless} == {"completed"}
     assert server.zrange(keys.dead(poisoned.queue), 0, -1) == [culprit.encode()]
-    assert not server.exists(keys.dead(innocent.queue))
-    assert_at_rest(server, poisoned.queue, innocent.queue)
+    assert not server.exists(keys.dead(unaffected.queue))
+    assert_at_rest(server, poisoned.queue, unaffected.queue)
 
 
 @pytest.mark.soak
-async def test_what_a_dead_worker_left_unfinished_of_a_claim_is_run_again(
+async def test_the_unfinished_jobs_of_a_dead_workers_claim_are_run_again(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
-    """Its claim's first job is ended early (cancelled); the worker dies with the others open."""
-    with open_workers(policy=PATIENT) as workers:
+    """The claim's first job ends early (it is cancelled); the worker dies with the others open."""
+    with open_workers(policy=MANY_DELIVERIES) as workers:
         ids = await load_client.submit([300.0, 301.0, 302.0])
         doomed = workers.start()
         await eventually(lambda: server.hlen(keys.running(load_client.queue)) == 3, "all three run")
@@ -208,7 +214,7 @@ async def test_what_a_dead_worker_left_unfinished_of_a_claim_is_run_again(
 async def test_a_frozen_workers_jobs_come_back_within_the_promised_time(
     load_client: Customer, server: redis.Redis, store: Store
 ) -> None:
-    """Lease, outage guard and two ticks: nothing else stands between a job and its next run."""
+    """A job's next run waits for its lease, the outage guard and two sweeps, and nothing else."""
     await load_client.submit([1.0])
     upkeep = Upkeep(store)
     await upkeep.sweep()
@@ -216,8 +222,8 @@ async def test_a_frozen_workers_jobs_come_back_within_the_promised_time(
     await runs.claim(ClaimRequest((load_client.queue,), runs.new_token(), False, 10))
     policy = store.policy
 
-    async def back() -> bool:
+    async def waits_again() -> bool:
         await upkeep.sweep()
         return server.llen(load_client.queue) == 1
 
-    await eventually(back, "it waits again", 3 * policy.lease_seconds + 1)
+    await eventually(waits_again, "it waits again", 3 * policy.lease_seconds + 1)

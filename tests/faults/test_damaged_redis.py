@@ -1,4 +1,4 @@
-"""Whatever anyone writes into Redis ends no worker and no role of the API."""
+"""Damaged keys in Redis, one by one: no worker and no role of the API ends because of them."""
 
 import asyncio
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import WorkerConfig
 from tests.faults.load_client import Customer, transitions
 
-from .damaged_redis import HOSTILE
+from .damaged_redis import HOSTILE_VALUES
 from .harness import eventually
 from .processes import OpenWorkers
 
@@ -32,26 +32,28 @@ def _pack(value: object) -> bytes:
 
 
 # redis-py types every reply as a union of all that RESP can say.
-def _stranger(client: Any, facts: bytes | None = None, meta: bytes | None = None) -> None:
-    client.mset({keys.data("odd"): "[[1.0]]", keys.status("odd"): "pending"})
+def _add_external_job(client: Any, facts: bytes | None = None, meta: bytes | None = None) -> None:
+    client.mset({keys.data("external"): "[[1.0]]", keys.status("external"): "pending"})
     if meta is not None:
-        client.set(keys.meta("odd"), meta)
+        client.set(keys.meta("external"), meta)
     if facts is not None:
-        client.hset(keys.facts(Q), "odd", facts)
-    client.lpush(Q, "odd")
+        client.hset(keys.facts(Q), "external", facts)
+    client.lpush(Q, "external")
 
 
 def _damaged_meta() -> bytes:
-    whole = encode_record(Record(SCHEMA, Q, "slow", "default", 0), b"12345678")
-    return whole[:-3] + GARBAGE
+    meta = encode_record(Record(SCHEMA, Q, "slow", "default", 0), b"12345678")
+    return meta[:-3] + GARBAGE
 
 
-def _record_of(**more: Any) -> bytes:
+def _record_with(**fields: Any) -> bytes:
     record = Record(SCHEMA, Q, "slow", "default", 0)
-    return encode_record(msgspec.structs.replace(record, **more), b"12345678")
+    return encode_record(msgspec.structs.replace(record, **fields), b"12345678")
 
 
-def _set(name: str) -> Callable[[Any], None]:
+def _make_string(name: str) -> Callable[[Any], None]:
+    """Replaces a key by a string."""
+
     def damage(client: Any) -> None:
         client.delete(name)
         client.set(name, "x")
@@ -59,8 +61,8 @@ def _set(name: str) -> Callable[[Any], None]:
     return damage
 
 
-def _put(name: str, content: str) -> Callable[[Any], None]:
-    """A list with something strange in it, in place of whatever is there."""
+def _make_list(name: str, content: str) -> Callable[[Any], None]:
+    """Replaces a key by a list that contains `content`."""
 
     def damage(client: Any) -> None:
         client.delete(name)
@@ -70,56 +72,60 @@ def _put(name: str, content: str) -> Callable[[Any], None]:
 
 
 def _wrong_status(client: Any) -> None:
-    _stranger(client)
-    client.delete(keys.status("odd"))
-    client.hset(keys.status("odd"), "x", "y")
-    client.zadd(keys.deadlines(Q), {"odd": 1})
-    client.zadd(keys.delayed(Q), {"odd": 1})
+    _add_external_job(client)
+    client.delete(keys.status("external"))
+    client.hset(keys.status("external"), "x", "y")
+    client.zadd(keys.deadlines(Q), {"external": 1})
+    client.zadd(keys.delayed(Q), {"external": 1})
 
 
 def _wrong_deadline(client: Any) -> None:
-    _stranger(client, facts=GARBAGE)
-    client.zadd(keys.deadlines(Q), {"odd": 1})
+    _add_external_job(client, facts=GARBAGE)
+    client.zadd(keys.deadlines(Q), {"external": 1})
 
 
 def _wrong_delay(client: Any) -> None:
-    _stranger(client, facts=_pack({"p": 5}))
-    client.lrem(Q, 0, "odd")
-    client.zadd(keys.delayed(Q), {"odd": 1})
+    _add_external_job(client, facts=_pack({"p": 5}))
+    client.lrem(Q, 0, "external")
+    client.zadd(keys.delayed(Q), {"external": 1})
 
 
 DAMAGES: dict[str, Callable[[Any], None]] = {
     "control field": lambda client: client.xadd(keys.control(Q), {b"\xff": b"\xfe"}),
-    "control type": _set(keys.control(Q)),
-    "facts garbage": lambda client: _stranger(client, facts=GARBAGE),
-    "facts values": lambda client: _stranger(client, facts=_pack({"d": "x", "b": [], "l": {}})),
-    "facts inboxes": lambda client: _stranger(client, facts=_pack({"w": [[1], {}]})),
-    "facts no table": lambda client: _stranger(client, facts=_pack(7)),
+    "control type": _make_string(keys.control(Q)),
+    "facts garbage": lambda client: _add_external_job(client, facts=GARBAGE),
+    "facts values": lambda client: _add_external_job(
+        client, facts=_pack({"d": "x", "b": [], "l": {}})
+    ),
+    "facts inboxes": lambda client: _add_external_job(client, facts=_pack({"w": [[1], {}]})),
+    "facts no table": lambda client: _add_external_job(client, facts=_pack(7)),
     "deadline": _wrong_deadline,
     "delay": _wrong_delay,
     "queues member": lambda client: client.sadd(
         keys.queues(Q), b"\xff", f"{Q}:\udcff".encode("utf-8", "surrogateescape")
     ),
-    "list type": _set(OTHER),
-    "high list type": _set(keys.waiting(OTHER)[0]),
-    "wake type": _set(keys.wake(OTHER)),
-    "leases type": _set(keys.leases(OTHER)),
-    "models type": _set(keys.models(Q)),
-    "meta": lambda client: _stranger(client, meta=_damaged_meta()),
-    "facts ttl": lambda client: _stranger(client, facts=_pack({"t": -5})),
-    "facts fraction": lambda client: _stranger(client, facts=_pack({"t": 0.5, "b": 1e300})),
-    "facts priority": lambda client: _stranger(client, facts=_pack({"p": "running"})),
-    "facts inbox": lambda client: _stranger(client, facts=_pack({"w": [Q, keys.running(Q)]})),
+    "list type": _make_string(OTHER),
+    "high list type": _make_string(keys.waiting(OTHER)[0]),
+    "wake type": _make_string(keys.wake(OTHER)),
+    "leases type": _make_string(keys.leases(OTHER)),
+    "models type": _make_string(keys.models(Q)),
+    "meta": lambda client: _add_external_job(client, meta=_damaged_meta()),
+    "facts ttl": lambda client: _add_external_job(client, facts=_pack({"t": -5})),
+    "facts fraction": lambda client: _add_external_job(client, facts=_pack({"t": 0.5, "b": 1e300})),
+    "facts priority": lambda client: _add_external_job(client, facts=_pack({"p": "running"})),
+    "facts inbox": lambda client: _add_external_job(
+        client, facts=_pack({"w": [Q, keys.running(Q)]})
+    ),
     "status type": _wrong_status,
-    "swept type": _put(keys.swept(Q), "x"),
+    "swept type": _make_list(keys.swept(Q), "x"),
     "counters": lambda client: client.mset({keys.seq(Q): GARBAGE, keys.bytes_waiting(Q): "x"}),
-    "marks": _put(keys.log_marks(Q), "12 not an entry"),
-    "log type": _set(keys.log(Q)),
+    "marks": _make_list(keys.log_marks(Q), "12 not an entry"),
+    "log type": _make_string(keys.log(Q)),
     "workers member": lambda client: client.zadd(keys.workers(Q), {GARBAGE: 1e18}),
     "versions": lambda client: client.hset(keys.model(Q, "slow"), GARBAGE, GARBAGE),
     "default versions": lambda client: client.hset(keys.default_versions(Q), GARBAGE, GARBAGE),
 }
-"""What a stranger does to Redis, by name."""
+"""Damages that an external program may do in Redis, by name."""
 
 
 BUSY = WorkerConfig(concurrency=1, brpop_timeout_seconds=0.1)
@@ -127,7 +133,7 @@ BUSY = WorkerConfig(concurrency=1, brpop_timeout_seconds=0.1)
 
 @pytest.mark.soak
 @pytest.mark.parametrize("damage", DAMAGES)
-async def test_a_worker_lives_on_and_serves_the_jobs_after(
+async def test_a_worker_survives_any_damage_and_runs_the_jobs_after_it(
     damage: str, open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
     with open_workers(models=("slow", "picky"), default_model="slow", worker=BUSY) as workers:
@@ -142,19 +148,19 @@ async def test_a_worker_lives_on_and_serves_the_jobs_after(
     server.flushall()
 
 
-def _as_a_list(server: redis.Redis) -> None:
+def _make_default_a_list(server: redis.Redis) -> None:
     server.delete(keys.default_model(Q))
     server.lpush(keys.default_model(Q), "slow")
 
 
-def _as_no_name(server: redis.Redis) -> None:
+def _make_default_an_invalid_name(server: redis.Redis) -> None:
     server.set(keys.default_model(Q), b"\xff/..")
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("garble", [_as_a_list, _as_no_name])
-async def test_a_worker_serves_on_when_the_name_of_the_default_model_is_garbled(
-    garble: Callable[[redis.Redis], None],
+@pytest.mark.parametrize("damage", [_make_default_a_list, _make_default_an_invalid_name])
+async def test_a_worker_still_serves_when_the_key_of_the_default_model_is_damaged(
+    damage: Callable[[redis.Redis], None],
     open_workers: OpenWorkers,
     load_client: Customer,
     server: redis.Redis,
@@ -163,8 +169,10 @@ async def test_a_worker_serves_on_when_the_name_of_the_default_model_is_garbled(
         worker = workers.start()
         await load_client.submit([1.0])
         await load_client.assert_all_completed()
-        garble(server)
-        await eventually(lambda: "the name of the default model" in workers.log, "it says so")
+        damage(server)
+        await eventually(
+            lambda: "the name of the default model" in workers.log, "the worker logs it"
+        )
         await load_client.submit([2.0])
         await load_client.assert_all_completed()
         assert await worker.stop() == 0
@@ -172,44 +180,44 @@ async def test_a_worker_serves_on_when_the_name_of_the_default_model_is_garbled(
 
 
 FACTS: dict[str, object] = {
-    "no time to live": {"t": -5},
-    "a fraction of a time": {"t": 0.5},
-    "a time that Redis does not take": {"t": 1 << 52},
-    "a priority that is a hash": {"p": "running"},
+    "a negative TTL": {"t": -5},
+    "a fraction as TTL": {"t": 0.5},
+    "a TTL that Redis refuses": {"t": 1 << 52},
+    "a priority that names a hash": {"p": "running"},
     "an inbox that is a list": {"w": [Q, f"{Q}:other"]},
-    "a count that is none": {"d": -1, "s": float("nan")},
+    "counts that are no counts": {"d": -1, "s": float("nan")},
 }
 
 
 @pytest.mark.parametrize("outcome", ["completed", "failed", "dead", "released", "suspect"])
 @pytest.mark.parametrize("facts", FACTS.values(), ids=FACTS.keys())
-async def test_a_job_ends_or_waits_again_whatever_its_facts_say(
+async def test_a_job_with_wrong_facts_ends_or_waits_again(
     facts: object, outcome: Outcome, server: redis.Redis, store: Store
 ) -> None:
     runs = Runs(store, "w")
-    _stranger(server, facts=_pack(facts))
+    _add_external_job(server, facts=_pack(facts))
     server.rpush(f"{Q}:other", "x")
     request = ClaimRequest((Q,), runs.new_token(), held=False, max_jobs=1)
     claim = (await runs.claim(request)).claim
     assert claim
-    verdicts, _ = await runs.finish(claim, [Finished("odd", outcome, b"{}")], last=True)
+    verdicts, _ = await runs.finish(claim, [Finished("external", outcome, b"{}")], last=True)
     assert verdicts == [outcome]
     ended = {"completed": b"completed", "failed": b"failed", "dead": b"failed"}
-    assert server.get(keys.status("odd")) == ended.get(outcome, b"pending")
+    assert server.get(keys.status("external")) == ended.get(outcome, b"pending")
     if outcome in ended:
-        assert server.ttl(keys.status("odd")) > 0
+        assert server.ttl(keys.status("external")) > 0
     else:
-        assert server.lrange(Q, 0, -1) == [b"odd"]
+        assert server.lrange(Q, 0, -1) == [b"external"]
     server.flushall()
 
 
 async def test_a_hostile_input_fails_alone_and_the_jobs_beside_it_run(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
-    hostile = [*HOSTILE, *(b'{"data":' + content + b"}" for content in HOSTILE)]
-    meta = _record_of(payload="tensors")
-    for number, data in enumerate(hostile):
-        for kind in ("stranger", "tensors"):
+    values = [*HOSTILE_VALUES, *(b'{"data":' + value + b"}" for value in HOSTILE_VALUES)]
+    meta = _record_with(payload="tensors")
+    for number, data in enumerate(values):
+        for kind in ("external", "tensors"):
             job_id = f"{kind}-{number}"
             server.mset({keys.data(job_id): data, keys.status(job_id): "pending"})
             if kind == "tensors":
@@ -220,12 +228,12 @@ async def test_a_hostile_input_fails_alone_and_the_jobs_beside_it_run(
         worker = workers.start()
         await load_client.assert_all_completed(30)
         assert await worker.stop() == 0
-    ended = {server.get(keys.status(f"stranger-{number}")) for number in range(len(hostile))}
+    ended = {server.get(keys.status(f"external-{number}")) for number in range(len(values))}
     assert ended == {b"failed"}
     server.flushall()
 
 
-async def test_a_worker_starts_and_works_beside_announcements_that_nobody_can_read(
+async def test_a_worker_starts_and_works_beside_unreadable_announcements(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
     for damage in ("workers member", "versions", "default versions", "queues member"):
@@ -236,12 +244,12 @@ async def test_a_worker_starts_and_works_beside_announcements_that_nobody_can_re
         worker = workers.start()
         await load_client.submit([1.0])
         await load_client.assert_all_completed(10)
-        await eventually(lambda: worker.is_announced(server), "it is announced")
+        await eventually(lambda: worker.is_announced(server), "the worker is announced")
         assert await worker.stop() == 0
     server.flushall()
 
 
-async def test_a_damaged_bell_and_control_key_are_told_of_once_and_every_job_is_run(
+async def test_a_damaged_doorbell_and_control_key_are_logged_once_and_every_job_is_run(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
     with open_workers(models=("slow", "picky"), default_model="slow", worker=BUSY) as workers:
@@ -249,7 +257,7 @@ async def test_a_damaged_bell_and_control_key_are_told_of_once_and_every_job_is_
         await load_client.submit([1.0])
         await load_client.assert_all_completed(10)
         for name in (keys.wake(OTHER), keys.control(OTHER)):
-            _set(name)(server)
+            _make_string(name)(server)
         for value in range(2, 12):
             await load_client.submit([float(value)])
             await load_client.assert_all_completed(10)
@@ -259,11 +267,11 @@ async def test_a_damaged_bell_and_control_key_are_told_of_once_and_every_job_is_
     server.flushall()
 
 
-async def test_a_damaged_queue_does_not_keep_other_leases_from_being_renewed(
+async def test_a_damaged_queue_does_not_prevent_the_renewal_of_other_leases(
     server: redis.Redis, store: Store
 ) -> None:
     runs, renewals = Runs(store, "w"), Renewals(store)
-    _stranger(server)
+    _add_external_job(server)
     claim = (await runs.claim(ClaimRequest((Q,), "token", held=False, max_jobs=1))).claim
     assert claim
     (before,) = server.zmscore(keys.leases(Q), ["token"])
@@ -278,12 +286,12 @@ async def test_a_damaged_queue_does_not_keep_other_leases_from_being_renewed(
 
 
 @pytest.mark.soak
-async def test_a_lease_goes_on_being_renewed_after_a_claim_was_garbled(
+async def test_leases_are_still_renewed_after_a_damaged_claim(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
     with open_workers(worker=BUSY) as workers:
         worker = workers.start()
-        (garbled,) = await load_client.submit([300.0])
+        (of_damaged_claim,) = await load_client.submit([300.0])
         await eventually(lambda: server.hlen(keys.running(Q)) == 1, "it runs")
         for name in server.scan_iter(keys.claim(Q, "*"), count=1000):
             server.set(name, GARBAGE)
@@ -291,8 +299,9 @@ async def test_a_lease_goes_on_being_renewed_after_a_claim_was_garbled(
         (longer_than_a_lease,) = await load_client.submit([900.0])
         await load_client.assert_all_completed()
         assert await worker.stop() == 0
-    seen = transitions(server, Q)
-    assert [seen[job_id]["processing"] for job_id in (garbled, longer_than_a_lease)] == [1, 1]
+    logged = transitions(server, Q)
+    job_ids = (of_damaged_claim, longer_than_a_lease)
+    assert [logged[job_id]["processing"] for job_id in job_ids] == [1, 1]
 
 
 @pytest.mark.parametrize("damage", [*DAMAGES, "claim"])
@@ -315,7 +324,7 @@ async def test_a_sweep_still_recovers_the_other_jobs(
     server.flushall()
 
 
-async def test_a_repair_still_puts_back_the_jobs_of_other_queues(
+async def test_a_repair_still_requeues_the_jobs_of_other_queues(
     load_client: Customer, server: redis.Redis, store: Store
 ) -> None:
     upkeep = Upkeep(store)
@@ -330,7 +339,7 @@ async def test_a_repair_still_puts_back_the_jobs_of_other_queues(
     server.flushall()
 
 
-async def test_submits_to_a_damaged_queue_are_refused_and_others_taken(
+async def test_submits_to_a_damaged_queue_are_refused_and_others_accepted(
     load_client: Customer, server: redis.Redis, store: Store
 ) -> None:
     server.set(OTHER, "x")
@@ -338,9 +347,9 @@ async def test_submits_to_a_damaged_queue_are_refused_and_others_taken(
     async with asyncio.TaskGroup() as group:
         sender = group.create_task(load_client.submissions.run())
         refused = other.job(1.0)
-        with pytest.raises(RedisRefused) as told:
+        with pytest.raises(RedisRefused) as error:
             await load_client.submissions.submit(refused)
-        assert told.value.job_id == refused.job_id
+        assert error.value.job_id == refused.job_id
         assert (await load_client.submissions.submit(load_client.job(1.0))).verdict == "ok"
         sender.cancel()
     server.flushall()
