@@ -1,8 +1,10 @@
 """ONNX models that tests put into a model folder.
 
-- `making`: how one is made and placed
-- `behaving`: models that do one thing each to the process that runs them
-- `catalogue`: what people may bring, with inputs for each; `bare` runs them without us
+- `making`: functions that build a model and write it to a model folder
+- `behaviour`: models with one behaviour each: slow, hungry for memory, picky about values
+- `catalogue`: models of all kinds that users may bring, with random inputs for each
+- `reference`: ONNX Runtime alone, whose results every served result must equal
+- `hostile`, `mutations`: files that must be refused, and damaged models
 """
 
 from tests.zoo.behaviour import (

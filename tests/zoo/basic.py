@@ -1,4 +1,4 @@
-"""Models that anybody may bring: every datatype, every rank, odd names, several inputs."""
+"""Basic models: every datatype, every rank, unusual names, several inputs."""
 
 from collections.abc import Iterator
 from typing import Final
@@ -9,7 +9,7 @@ from onnx import TensorProto
 
 from asyncinfer.tensors.datatypes import Array, Feeds
 from tests.zoo.behaviour import added, identity, mlp, quantized
-from tests.zoo.entry import ROWS, Entry, Rng, drawn
+from tests.zoo.entry import ROWS, Entry, Rng, random_inputs
 from tests.zoo.making import Dims, Weights, model, node, tensor
 
 ELEM_TYPES: Final = {
@@ -44,41 +44,45 @@ def entries() -> Iterator[Entry]:
     yield Entry("any_rank", lambda: identity(TensorProto.FLOAT, None), array_of_any_rank, False)
     yield Entry("quantized", quantized, ids_below_40, False)
     widths = [6, 16, 3]
-    yield Entry("mlp", lambda: mlp(widths), drawn({"x": ("FP32", (ROWS, 6))}), True)
+    yield Entry("mlp", lambda: mlp(widths), random_inputs({"x": ("FP32", (ROWS, 6))}), True)
     yield Entry(
         "weights_apart",
         lambda: mlp([5, 7, 2]),
-        drawn({"x": ("FP32", (ROWS, 5))}),
+        random_inputs({"x": ("FP32", (ROWS, 5))}),
         True,
         has_external_weights=True,
     )
     two = {"a": ("FP32", (ROWS, 2)), "b": ("FP32", (ROWS, 2))}
-    yield Entry("added", added, drawn(two), True)
+    yield Entry("added", added, random_inputs(two), True)
     apart: Dims = ["unk__1", 2]
-    yield Entry("names_apart", lambda: added(apart, ["unk__2", 2]), drawn(two), True)
+    yield Entry("names_apart", lambda: added(apart, ["unk__2", 2]), random_inputs(two), True)
     yield Entry(
         "several",
         several,
-        drawn({"a": ("FP32", (ROWS, "n")), "b": ("INT64", (ROWS,)), "c": ("BYTES", (ROWS, 1))}),
+        random_inputs(
+            {"a": ("FP32", (ROWS, "n")), "b": ("INT64", (ROWS,)), "c": ("BYTES", (ROWS, 1))}
+        ),
         True,
     )
-    yield Entry("unusual_names", unusual_names, drawn({"x/input:0": ("FP32", (ROWS, 2))}), True)
-    yield Entry("half", half_matmul, drawn({"x": ("FP16", (ROWS, 4))}), True)
-    yield Entry("regression", regression, drawn({"features": ("FP32", (ROWS, 3))}), True)
-    yield Entry("last_axis", last_axis, drawn({"x": ("FP32", (3, ROWS))}), True)
-    yield Entry("summed", summed, drawn({"x": ("FP32", (ROWS, "k"))}), True)
+    yield Entry(
+        "unusual_names", unusual_names, random_inputs({"x/input:0": ("FP32", (ROWS, 2))}), True
+    )
+    yield Entry("half", half_matmul, random_inputs({"x": ("FP16", (ROWS, 4))}), True)
+    yield Entry("regression", regression, random_inputs({"features": ("FP32", (ROWS, 3))}), True)
+    yield Entry("last_axis", last_axis, random_inputs({"x": ("FP32", (3, ROWS))}), True)
+    yield Entry("summed", summed, random_inputs({"x": ("FP32", (ROWS, "k"))}), True)
     yield Entry("summed_or_empty", summed, rows_that_may_be_empty, None)
-    yield Entry("overridable", overridable, drawn({"x": ("FP32", (ROWS, 2))}), True)
-    yield Entry("overridden", overridable, scaled_or_not, True)
+    yield Entry("overridable", overridable, random_inputs({"x": ("FP32", (ROWS, 2))}), True)
+    yield Entry("overridden", overridable, inputs_with_or_without_scale, True)
 
 
 def _of_datatype(datatype: str) -> Entry:
-    draw = drawn({"x": (datatype, (ROWS, 2))})
+    draw = random_inputs({"x": (datatype, (ROWS, 2))})
     return Entry(datatype.lower(), lambda: identity(ELEM_TYPES[datatype]), draw, True)
 
 
 def _of_rank(name: str, dims: Dims, drawn_dims: tuple[int | str, ...], *, batched: bool) -> Entry:
-    draw = drawn({"x": ("FP32", drawn_dims)})
+    draw = random_inputs({"x": ("FP32", drawn_dims)})
     return Entry(name, lambda: identity(TensorProto.FLOAT, dims), draw, batched)
 
 
@@ -119,7 +123,7 @@ def several() -> onnx.ModelProto:
 
 
 def unusual_names() -> onnx.ModelProto:
-    """Names with slashes, colons, spaces and letters from elsewhere; outputs not in order."""
+    """Names with slashes, colons, spaces, quotes and non-ASCII letters; unsorted outputs."""
     nodes = [
         node("Neg", ["x/input:0"], ["z:0"]),
         node("Abs", ["x/input:0"], ["a b"]),
@@ -141,7 +145,7 @@ def half_matmul() -> onnx.ModelProto:
 
 
 def regression() -> onnx.ModelProto:
-    """One number a row."""
+    """One number per row."""
     weights = {"w": np.array([1.5, -2, 0.25], np.float32), "bias": np.array(7, np.float32)}
     nodes = [node("MatMul", ["features", "w"], ["line"]), node("Add", ["line", "bias"], ["price"])]
     inputs = [tensor("features", ["batch", 3])]
@@ -149,7 +153,7 @@ def regression() -> onnx.ModelProto:
 
 
 def last_axis() -> onnx.ModelProto:
-    """The batch is the last axis of the input, the only one of an output."""
+    """The batch is the last axis of the input, and the only axis of an output."""
     nodes = [node("Relu", ["x"], ["y"]), node("ReduceMax", ["x", "axis"], ["largest"], keepdims=0)]
     outputs = [tensor("y", [3, "batch"]), tensor("largest", ["batch"])]
     return model(nodes, [tensor("x", [3, "batch"])], outputs, {"axis": np.array([0], np.int64)})
@@ -171,7 +175,7 @@ def rows_that_may_be_empty(rng: Rng, rows: int) -> Feeds:
 
 
 def overridable() -> onnx.ModelProto:
-    """`scale` has a value in the graph, which a request may replace."""
+    """`scale` has a default value in the graph, which a request may override."""
     return model(
         [node("Mul", ["x", "scale"], ["y"])],
         [tensor("x", ["batch", 2]), tensor("scale", [2])],
@@ -180,7 +184,7 @@ def overridable() -> onnx.ModelProto:
     )
 
 
-def scaled_or_not(rng: Rng, rows: int) -> Feeds:
+def inputs_with_or_without_scale(rng: Rng, rows: int) -> Feeds:
     feeds: dict[str, Array] = {"x": rng.normal(size=(rows, 2)).astype(np.float32)}
     if rng.random() < 0.5:
         feeds["scale"] = rng.integers(1, 3, 2).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Jobs through what a worker's thread does: check, group, stack, run, split, render."""
+"""Runs jobs as a worker's thread does: check, group, stack, run, split, render."""
 
 from collections.abc import Sequence
 from itertools import count
@@ -16,59 +16,57 @@ from asyncinfer.tensors import packing
 from asyncinfer.tensors.datatypes import DTYPES, Array, Feeds, dims
 from asyncinfer.worker import execution
 from asyncinfer.worker.execution import Batch
-from tests.zoo.reference import Answers
+from tests.zoo.reference import Outputs
 
 
-class Served(msgspec.Struct, frozen=True):
-    """What became of one job."""
-
-    answers: Answers | None
-    """None where the model refused the input."""
+class JobResult(msgspec.Struct, frozen=True):
+    outputs: Outputs | None
+    """None if the model refused the input."""
     jobs_in_run: int
-    """How many jobs were in its run, itself included."""
+    """The number of jobs in its run, this one included."""
 
 
-def serve(engine: Engine, jobs: Sequence[Feeds]) -> list[Served]:
-    """What each job gets when all are claimed at once, in the order of `jobs`."""
+def run_jobs(engine: Engine, jobs: Sequence[Feeds]) -> list[JobResult]:
+    """Runs jobs as if one claim had taken all; returns the results in the order of `jobs`."""
     name = engine.signature.model
     claimed = [_claimed(name, feeds, f"{number:032x}") for number, feeds in zip(count(), jobs)]
-    prepared = execution.prepare(claimed, _Only({name: engine}), None)
+    prepared = execution.prepare(claimed, _OnlyEngine({name: engine}), None)
     assert not prepared.refused, prepared.refused
-    served: dict[str, Served] = {}
+    job_results: dict[str, JobResult] = {}
     waiting = list(prepared.batches)
     while waiting:
         batch = waiting.pop()
         try:
             results = execution.run(batch, Stop())
         except ModelFailed:
-            # As the worker does: the culprit is looked for, and fails alone.
+            # As in the worker: the run is halved until the job that fails is alone.
             if len(batch.jobs) > 1:
                 waiting += batch.halves()
             else:
-                served[batch.jobs[0].job_id] = Served(None, 1)
+                job_results[batch.jobs[0].job_id] = JobResult(None, 1)
             continue
-        served |= _read(batch, results)
-    return [served[job.job_id] for job in claimed]
+        job_results |= _results_of(batch, results)
+    return [job_results[job.job_id] for job in claimed]
 
 
-class _Only(dict[str, Engine]):
-    """The engine of every job: by its model's name, or by model and version."""
+class _OnlyEngine(dict[str, Engine]):
+    """Finds the only engine for every job, by its model's name or by model and version."""
 
-    def __call__(self, asked: object) -> Engine:
+    def __call__(self, model: object) -> Engine:
         (engine,) = self.values()
         return engine
 
 
-def _read(batch: Batch, results: Sequence[bytes]) -> dict[str, Served]:
+def _results_of(batch: Batch, results: Sequence[bytes]) -> dict[str, JobResult]:
     signature = batch.engine.signature
     return {
-        job.job_id: Served(read_result(result, signature), len(batch.jobs))
+        job.job_id: JobResult(read_result(result, signature), len(batch.jobs))
         for job, result in zip(batch.jobs, results, strict=True)
     }
 
 
-def read_result(result: bytes, signature: Signature) -> Answers:
-    """The outputs in a stored result, packed or JSON; of a labelled classifier its scores."""
+def read_result(result: bytes, signature: Signature) -> Outputs:
+    """The outputs of a stored result, packed or JSON; of a classifier with labels its scores."""
     if packing.is_packed(result):
         return packing.unpack(result)
     if not signature.labels:
@@ -84,7 +82,7 @@ def read_result(result: bytes, signature: Signature) -> Answers:
 
 
 def of_json(data: Sequence[object], datatype: str, shape: Sequence[int]) -> Array:
-    """A tensor from its flat JSON; "NaN" and "Infinity" are numbers where numbers are meant."""
+    """A tensor from its flat JSON; the strings "NaN" and "Infinity" are floats."""
     dtype = DTYPES[datatype]
     if datatype in ("BYTES", "BOOL"):
         return np.array(data, dtype).reshape(shape)

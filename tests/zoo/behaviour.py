@@ -1,13 +1,13 @@
-"""Models made to behave in one way each.
+"""Models with one behaviour each.
 
-Most take `x` of [batch, 1] and give it back as `y`, so that a test knows every right answer,
-and let the value decide what happens on the way:
+Most take `x` of [batch, 1] and return it as `y`, so that a test knows every right result.
+The value decides what happens meanwhile:
 
-- `slow`: loops longer the larger the value is; stops between two steps when it is told to
+- `slow`: loops in proportion to the value; can be stopped between two steps
 - `huge_matmul`: spends the time in one kernel, which nothing can stop
 - `picky`: fails unless the value is 0, 1 or 2
 - `hungry`: allocates as many MiB as the value says
-- `place_poison`: kills the process once its weights file is cut short under it
+- `place_poison`: kills the process once its weights file is truncated while it is mapped
 """
 
 import itertools
@@ -80,7 +80,7 @@ def hungry() -> onnx.ModelProto:
 
 
 def _largest_as_int(factor: int, name: str) -> list[onnx.NodeProto]:
-    """Nodes that give int(max(x) * factor), at least 1, as a scalar and as `{name}_1d`."""
+    """Nodes that compute int(max(x) * factor), at least 1, as a scalar and as `{name}_1d`."""
     return [
         helper.make_node("ReduceMax", ["x"], ["largest"], keepdims=0),
         helper.make_node("Constant", [], ["factor"], value_float=float(factor)),
@@ -94,10 +94,10 @@ def _largest_as_int(factor: int, name: str) -> list[onnx.NodeProto]:
 
 
 def _unchanged_but_after(name: str) -> list[onnx.NodeProto]:
-    """Nodes that give y = x + 0 * max(name): nothing that came before can be optimized away.
+    """Nodes that compute y = x + 0 * max(name): so the nodes before them cannot be optimized away.
 
-    The largest is looked for along an axis, since a number that is computed from all dimensions
-    turns batching off, whatever is done with it.
+    The maximum is taken along one axis, since a number that is computed from all dimensions turns
+    batching off, even if it changes nothing.
     """
     return [
         helper.make_node("Constant", [], ["flat"], value_ints=[-1]),
@@ -133,31 +133,31 @@ _ZERO_AND_SEED: Weights = {
 }
 
 
-# --- a weights file that is cut short under a live session -------------------------------------
+# --- a weights file that is truncated under a running session ----------------------------------
 
 _PAGE_BYTES = 4096
 _PAGES = 64
 
 
 class Poison(Struct, frozen=True):
-    """`y = x`, read through page int(x) of a weights file that the session has mapped."""
+    """A model with `y = x` that reads page int(x) of a weights file that the session has mapped."""
 
     path: Path
     weights: Path
 
     def arm(self) -> None:
-        """From now on any value of 1 or more kills the process (SIGBUS); 0 still works."""
+        """From now on a value of 1 or more kills the process (SIGBUS); 0 still works."""
         with self.weights.open("r+b") as file:
             file.truncate(_PAGE_BYTES)
 
     def disarm(self) -> None:
-        """Makes the file whole again: a session that loads while it is short refuses it."""
+        """Restores the file's size: a session that loads a truncated file refuses it."""
         with self.weights.open("r+b") as file:
             file.truncate(_PAGES * _PAGE_BYTES)
 
 
 def place_poison(folder: Path, name: str, *, toml: str = "") -> Poison:
-    """Puts the model and its weights file into the model folder, harmless until armed."""
+    """Writes the model and its weights file to the model folder; it is harmless until armed."""
     nodes = [
         helper.make_node("Constant", [], ["first"], value_float=0.0),
         helper.make_node("Constant", [], ["last"], value_float=_PAGES - 1.0),
@@ -183,11 +183,11 @@ def place_poison(folder: Path, name: str, *, toml: str = "") -> Poison:
     return Poison(path, weights)
 
 
-# --- plain ones --------------------------------------------------------------------------------
+# --- models without a special behaviour --------------------------------------------------------
 
 
 def loop_for_hours(first_dim: int | str = 1) -> onnx.ModelProto:
-    """Loops whatever the input is; takes one row only, so that loading it does not probe it."""
+    """Loops for any input; takes only one row by default, so that loading does not probe it."""
     nodes = [
         helper.make_node("Loop", ["steps", "", "seed"], ["spun"], body=_spin()),
         *_unchanged_but_after("spun"),
@@ -227,17 +227,19 @@ def adds(number: float) -> onnx.ModelProto:
 
 
 def unary(operator: str, shape: Dims | None = ("batch", 2)) -> onnx.ModelProto:
-    """`y = operator(x)`: Log gives NaN and infinities. Without a shape any number of dimensions
-    may be given."""
+    """`y = operator(x)`: Log gives NaN and infinities. A shape of None takes inputs of any rank."""
     return model(
         [helper.make_node(operator, ["x"], ["y"])], [tensor("x", shape)], [tensor("y", shape)]
     )
 
 
 def quantized(height: int = 40) -> onnx.ModelProto:
-    """The likeliest class of each id, by a table whose rows are quantized as they come: the scale
-    is that of the largest number of all rows of a run, so that some answers change with it. The
-    first and the last ten rows have one scale, so that probes with small numbers show nothing."""
+    """The most likely class of each id, from a table whose rows are quantized when they are run.
+
+    The scale is that of the largest number of all rows of a run, so some results depend on the
+    other rows. The first and the last ten rows have the same scale, so that probes with small
+    numbers show nothing.
+    """
     rng = np.random.default_rng(0)
     rows = rng.uniform(size=(height, 16)).astype(np.float32)
     rows[:, 0] = 1
@@ -263,7 +265,7 @@ def added(a: Dims = ("batch", 2), b: Dims = ("batch", 2)) -> onnx.ModelProto:
     )
 
 
-# --- rows that depend on each other: stacking would give wrong answers -------------------------
+# --- rows that depend on each other: batching would give wrong results -------------------------
 
 
 def running_sum() -> onnx.ModelProto:
@@ -292,7 +294,7 @@ def sorted_rows() -> onnx.ModelProto:
 
 
 def positive_rows() -> onnx.ModelProto:
-    """Gives only the rows that begin with a positive number."""
+    """Returns only the rows that begin with a positive number."""
     nodes = [
         helper.make_node("Gather", ["x", "zero"], ["first"], axis=1),
         helper.make_node("Greater", ["first", "nought"], ["positive"]),
@@ -322,11 +324,11 @@ def recurrent() -> onnx.ModelProto:
     )
 
 
-# --- cannot be served --------------------------------------------------------------------------
+# --- a model whose output is a sequence of maps ------------------------------------------------
 
 
 def zipmap() -> onnx.ModelProto:
-    """Scores as a sequence of maps, as scikit-learn's converter makes them by default."""
+    """Scores as a sequence of maps, as scikit-learn's converter writes them by default."""
     node = helper.make_node("ZipMap", ["x"], ["y"], domain="ai.onnx.ml", classlabels_int64s=[0, 1])
     maps = helper.make_sequence_type_proto(
         helper.make_map_type_proto(

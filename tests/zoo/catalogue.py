@@ -1,4 +1,4 @@
-"""Every entry of the zoo, by name."""
+"""All entries of the zoo, by name."""
 
 from typing import Final
 

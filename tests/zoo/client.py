@@ -1,4 +1,4 @@
-"""A client of the tensor requests, which shares no code with the server."""
+"""A client of the Open Inference Protocol, which shares no code with the server."""
 
 import json
 import struct
@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from asyncinfer.tensors.datatypes import Array, Feeds
-from tests.zoo.reference import Answers
+from tests.zoo.reference import Outputs
 
 Form: TypeAlias = Literal["json", "binary"]
 
@@ -41,8 +41,8 @@ _MEDIA_TYPES: Final[dict[Form, str]] = {
 
 async def infer(
     http: httpx2.AsyncClient, url: str, model: str, feeds: Feeds, form: Form
-) -> Answers | None:
-    """Submits, waits, fetches the result in the same form; None where the job failed."""
+) -> Outputs | None:
+    """Submits, waits, and fetches the result in the same form; None if the job failed."""
     headers, body = _request(feeds, form)
     submitted = await http.post(f"{url}/predict/{model}", content=body, headers=headers)
     assert submitted.status_code == 202, submitted.text
@@ -54,7 +54,7 @@ async def infer(
     assert state["status"] == "completed", state
     result = await http.get(f"{job}/result", headers={"Accept": _MEDIA_TYPES[form]})
     assert result.status_code == 200, result.text
-    return _answers(result)
+    return _outputs(result)
 
 
 def _request(feeds: Feeds, form: Form) -> tuple[dict[str, str], bytes]:
@@ -84,20 +84,20 @@ def _bytes_of(array: Array) -> bytes:
     return b"".join(struct.pack("<I", len(text)) + text for text in encoded)
 
 
-def _answers(reply: httpx2.Response) -> Answers:
+def _outputs(reply: httpx2.Response) -> Outputs:
     length = int(reply.headers.get(_LENGTH, len(reply.content)))
     head, tail = reply.content[:length], reply.content[length:]
-    answers = {}
+    outputs = {}
     for output in json.loads(head)["outputs"]:
         dtype, shape = _DTYPES[output["datatype"]], output["shape"]
         if "data" in output:
-            answers[output["name"]] = _of_json(output["data"], dtype, shape)
+            outputs[output["name"]] = _of_json(output["data"], dtype, shape)
             continue
         size = output["parameters"]["binary_data_size"]
-        answers[output["name"]] = _of_bytes(tail[:size], dtype, shape)
+        outputs[output["name"]] = _of_bytes(tail[:size], dtype, shape)
         tail = tail[size:]
     assert not tail
-    return answers
+    return outputs
 
 
 def _of_json(data: Sequence[Any], dtype: Any, shape: Sequence[int]) -> Array:

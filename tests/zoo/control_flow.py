@@ -1,4 +1,4 @@
-"""Models with control flow, and models that carry a state."""
+"""Models with control flow, and models with a state among inputs and outputs."""
 
 from collections.abc import Iterator
 
@@ -6,33 +6,33 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from tests.zoo.entry import ROWS, Entry, Tensors, drawn
+from tests.zoo.entry import ROWS, Entry, Tensors, random_inputs
 from tests.zoo.making import Dims, Weights, model, node, tensor
 
 HIDDEN = 128
 
 
 def entries() -> Iterator[Entry]:
-    pairs = drawn({"x": ("FP32", (ROWS, 2))})
+    pairs = random_inputs({"x": ("FP32", (ROWS, 2))})
     yield Entry("by_mean", by_mean, pairs, False)
     yield Entry("doubled_in_a_loop", doubled_in_a_loop, pairs, True)
     yield Entry("scan_over_rows", lambda: scanned(0), pairs, False)
     yield Entry("scan_over_columns", lambda: scanned(1), pairs, True)
-    sequence = drawn({"frames": ("FP32", (ROWS, 576)), "h": ("FP32", (1, 1, HIDDEN))})
+    sequence = random_inputs({"frames": ("FP32", (ROWS, 576)), "h": ("FP32", (1, 1, HIDDEN))})
     yield Entry("sequence", sequence_of_frames, sequence, False)
     step: Tensors = {"input": ("FP32", (ROWS, 64)), "state": ("FP32", (2, ROWS, HIDDEN))}
-    yield Entry("lstm_step", lstm_step, drawn({**step, "sr": ("INT64", ())}), True)
+    yield Entry("lstm_step", lstm_step, random_inputs({**step, "sr": ("INT64", ())}), True)
     layer: Tensors = {"x": ("FP32", ("time", ROWS, 4)), "h": ("FP32", (1, ROWS, HIDDEN))}
-    yield Entry("gru", gru, drawn(layer), True)
+    yield Entry("gru", gru, random_inputs(layer), True)
 
 
 def by_mean() -> onnx.ModelProto:
-    """Twice the input where the mean of all rows is positive, else minus the input."""
+    """Twice the input if the mean of all rows is positive, else minus the input."""
     return _by("ReduceMean", 0)
 
 
 def by_largest(threshold: float) -> onnx.ModelProto:
-    """Twice the input where any number of any row is above the threshold, else minus it."""
+    """Twice the input if any number of any row is above the threshold, else minus the input."""
     return _by("ReduceMax", threshold)
 
 
@@ -49,7 +49,7 @@ def _by(operator: str, threshold: float) -> onnx.ModelProto:
 
 
 def doubled_in_a_loop() -> onnx.ModelProto:
-    """x · 2⁵, one doubling a turn."""
+    """x · 2⁵, by a loop that doubles five times."""
     body = helper.make_graph(
         [node("Identity", ["go"], ["go_on"]), node("Add", ["v", "v"], ["v_next"])],
         "turn",
@@ -66,7 +66,7 @@ def doubled_in_a_loop() -> onnx.ModelProto:
 
 
 def scanned(axis: int) -> onnx.ModelProto:
-    """A running sum along an axis: over rows they depend on each other, over columns not."""
+    """A running sum along an axis: along axis 0 rows depend on each other, along axis 1 not."""
     width: int | str = 2 if axis == 0 else "batch"
     body = helper.make_graph(
         [node("Add", ["sum", "one"], ["sum_next"]), node("Identity", ["sum_next"], ["out"])],
@@ -96,7 +96,7 @@ def scanned(axis: int) -> onnx.ModelProto:
 
 
 def sequence_of_frames() -> onnx.ModelProto:
-    """A recording's frames in, a number for each out: the first dimension is time."""
+    """A number for each frame of a recording: the first dimension is time."""
     rng = np.random.default_rng(0)
     weights = {
         "w": rng.normal(size=(1, HIDDEN, 576), scale=0.02).astype(np.float32),
@@ -122,7 +122,7 @@ def sequence_of_frames() -> onnx.ModelProto:
 
 
 def lstm_step() -> onnx.ModelProto:
-    """One step of an LSTM whose state goes in and comes out, batched on axis 1; `sr` on none."""
+    """One step of an LSTM with its state as input and output, batched on axis 1; `sr` on none."""
     rng = np.random.default_rng(0)
     weights = {
         "w": rng.normal(size=(1, 4 * HIDDEN, 64), scale=0.1).astype(np.float32),

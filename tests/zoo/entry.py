@@ -13,13 +13,13 @@ from tests.zoo.making import place
 
 Rng: TypeAlias = np.random.Generator
 Draw: TypeAlias = Callable[[Rng, int], Feeds]
-"""Inputs for one job, of the given number of rows."""
+"""Makes random inputs for a job with the given number of rows."""
 
 Tensors: TypeAlias = Mapping[str, tuple[str, tuple[int | str, ...]]]
-"""Datatype and shape of each input."""
+"""Datatype and shape of each input, by its name."""
 
 ROWS: Final = "rows"
-"""The dimension that a drawn input has the job's number of rows in."""
+"""The name of the dimension whose size is the job's number of rows."""
 
 _MAX_DYNAMIC_DIM: Final = 4
 _WORDS: Final = ("", "a", "naïve", "日本", "two words", "\x00", "x" * 300)
@@ -30,23 +30,23 @@ class Entry(Struct, frozen=True):
     build: Callable[[], onnx.ModelProto]
     draw: Draw
     batched: bool | None
-    """Whether jobs may share a run; None where either is right."""
+    """Whether jobs may share a run; None if both are right."""
     toml: str = ""
     has_external_weights: bool = False
     """Whether its weights are in a file of their own."""
 
     def place(self, folder: Path) -> Path:
-        """Puts it into the model folder; returns the model's file."""
+        """Writes the model to the model folder; returns its file."""
         path = place(folder, self.name, self.build(), toml=self.toml)
         if self.has_external_weights:
-            whole = onnx.load_model(path)
-            how: Any = {"save_as_external_data": True, "size_threshold": 0}
-            onnx.save_model(whole, path, location="weights.bin", **how)
+            model = onnx.load_model(path)
+            options: Any = {"save_as_external_data": True, "size_threshold": 0}
+            onnx.save_model(model, path, location="weights.bin", **options)
         return path
 
 
-def drawn(inputs: Tensors) -> Draw:
-    """Random inputs of these datatypes and shapes; a named dimension is one size throughout."""
+def random_inputs(inputs: Tensors) -> Draw:
+    """Makes random inputs of these datatypes and shapes; equal dimension names have equal sizes."""
 
     def draw(rng: Rng, rows: int) -> Feeds:
         sizes = {ROWS: rows}
@@ -56,14 +56,14 @@ def drawn(inputs: Tensors) -> Draw:
                 if isinstance(dim, str) and dim not in sizes:
                     sizes[dim] = int(rng.integers(1, _MAX_DYNAMIC_DIM, endpoint=True))
             shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in dims)
-            feeds[name] = values(rng, datatype, shape)
+            feeds[name] = _random_array(rng, datatype, shape)
         return feeds
 
     return draw
 
 
-def values(rng: Rng, datatype: str, shape: tuple[int, ...]) -> Array:
-    """Any values of a datatype: all whole numbers, all words, floats near zero."""
+def _random_array(rng: Rng, datatype: str, shape: tuple[int, ...]) -> Array:
+    """Random values: integers of the whole range, words of a list, floats near zero."""
     dtype = DTYPES[datatype]
     if datatype in FLOATS:
         return rng.normal(scale=3, size=shape).astype(dtype)

@@ -1,4 +1,4 @@
-"""Files that are no models, and models that mean harm: each must be refused with a reason."""
+"""Files that are no models, and hostile models: each must be refused with a reason."""
 
 import os
 from collections.abc import Callable
@@ -13,26 +13,26 @@ from tests.zoo.behaviour import identity, mlp
 from tests.zoo.making import Dims, model, node, place, place_bytes, tensor
 
 Place: TypeAlias = Callable[[Path, str], object]
-"""Puts one into the model folder, under a name."""
+"""Writes a model to the model folder, under a name."""
 
 SECRET: Final = b"root:x:0:0:" + bytes(389)
-"""What lies in a file outside of the model folder: 400 bytes, which would do for weights."""
+"""The content of a file outside of the model folder: 400 bytes, which could serve as weights."""
 
 _NESTED: Final = 400
-_LAUGHS: Final = 12
+_EXPANSION_DEPTH: Final = 12
 
 
 def _content(content: bytes) -> Place:
     return lambda folder, name: place_bytes(folder, name, content)
 
 
-def _whole() -> bytes:
-    made: bytes = mlp([4, 3]).SerializeToString()
-    return made
+def _good_model() -> bytes:
+    content: bytes = mlp([4, 3]).SerializeToString()
+    return content
 
 
 def _altered(alter: Callable[[onnx.ModelProto], object]) -> Place:
-    """A good model after `alter`."""
+    """A good model that `alter` has changed."""
 
     def put(folder: Path, name: str) -> None:
         made = mlp([4, 3])
@@ -63,7 +63,7 @@ def _close_circle(made: onnx.ModelProto) -> None:
 
 
 def _claim(dims: list[int]) -> Callable[[onnx.ModelProto], None]:
-    """The weights say that they have this shape; their bytes stay what they were."""
+    """Changes the weights' shape, but not their bytes."""
 
     def alter(made: onnx.ModelProto) -> None:
         weight = made.graph.initializer[0]
@@ -86,7 +86,7 @@ def sequence_output() -> onnx.ModelProto:
 
 
 def nested() -> bytes:
-    """If within If within If, deeper than the library of `onnx` would write it."""
+    """If within If within If, deeper than the `onnx` library can write it."""
     node_bytes: bytes = node("Identity", ["x"], ["y"]).SerializeToString()
     for depth in range(_NESTED):
         outer = node("If", ["yes"], ["y"], name=f"if{depth}").SerializeToString()
@@ -94,12 +94,12 @@ def nested() -> bytes:
         inner = branch.SerializeToString() + _field(6, _field(1, node_bytes))
         node_bytes = outer + _field(5, inner)
     flat = model([], [tensor("x", ["batch", 2])], [tensor("y", ["batch", 2])])
-    whole: bytes = flat.SerializeToString() + _field(7, _field(1, node_bytes))
-    return whole
+    content: bytes = flat.SerializeToString() + _field(7, _field(1, node_bytes))
+    return content
 
 
 def _field(number: int, content: bytes) -> bytes:
-    """A message within a message; one field twice is both together."""
+    """A field with a message; protobuf merges the messages of a repeated singular field."""
     return _varint(number << 3 | 2) + _varint(len(content)) + content
 
 
@@ -108,8 +108,8 @@ def _varint(number: int) -> bytes:
     return bytes([low | 128]) + _varint(number >> 7) if number > 127 else bytes([low])
 
 
-def swelling() -> onnx.ModelProto:
-    """64 GiB of ones, asked for when the graph is folded at load or at the latest when it runs."""
+def allocating() -> onnx.ModelProto:
+    """Allocates 64 GiB, when the graph is folded at load or at the latest when it runs."""
     filling_value = numpy_helper.from_array(np.ones(1, np.float32))
     nodes = [
         node("ConstantOfShape", ["size"], ["filling"], value=filling_value),
@@ -125,10 +125,13 @@ def recursive_function() -> onnx.ModelProto:
     return _with_functions({"f": ["f"]}, "f")
 
 
-def laughing_functions() -> onnx.ModelProto:
-    """Ten calls of a function that makes ten calls, twelve deep: 10¹² nodes when written out."""
-    calls = {f"f{depth}": [f"f{depth + 1}"] * 10 for depth in range(_LAUGHS)}
-    return _with_functions({**calls, f"f{_LAUGHS}": []}, "f0")
+def exponential_functions() -> onnx.ModelProto:
+    """Ten calls of a function that makes ten calls, twelve deep: 10¹² nodes when inlined.
+
+    It is the "billion laughs" attack with ONNX functions.
+    """
+    calls = {f"f{depth}": [f"f{depth + 1}"] * 10 for depth in range(_EXPANSION_DEPTH)}
+    return _with_functions({**calls, f"f{_EXPANSION_DEPTH}": []}, "f0")
 
 
 def _with_functions(calls: dict[str, list[str]], first: str) -> onnx.ModelProto:
@@ -151,13 +154,13 @@ def _with_functions(calls: dict[str, list[str]], first: str) -> onnx.ModelProto:
 
 
 def aborting_split() -> onnx.ModelProto:
-    """Ends the process that loads it: ONNX Runtime 1.32 counts outputs that it has no room for."""
+    """Aborts the process that loads it: ONNX Runtime 1.32 writes more outputs than it allocated."""
     nodes = [node("Split", ["x"], ["a", "y"], axis=1, num_outputs=1)]
     return model(nodes, [tensor("x", ["batch", 2])], [tensor("y", ["batch", 2])])
 
 
 def aborting_scan() -> onnx.ModelProto:
-    """Ends the process that runs it on 3 rows or more of 3 numbers or more; 2 by 2 are well."""
+    """Aborts the process that runs it with at least 3 rows of 3 numbers; 2 by 2 works."""
     body = helper.make_graph(
         [node("Add", ["sum", "one"], ["next"]), node("Identity", ["next"], ["out"])],
         "step",
@@ -180,7 +183,7 @@ def aborting_scan() -> onnx.ModelProto:
     return model(nodes, [tensor("x", ["batch", "w"])], [tensor("y", ["batch", "w"])])
 
 
-# --- weights that lie elsewhere ----------------------------------------------------------------
+# --- weights in other folders ------------------------------------------------------------------
 
 
 def _weights_at(location: str) -> onnx.ModelProto:
@@ -231,8 +234,8 @@ BROKEN: Final[dict[str, Place]] = {
     "empty": _content(b""),
     "random": _content(np.random.default_rng(0).bytes(5000)),
     "zeros": _content(bytes(5000)),
-    "cut_short": _content(_whole()[:-40]),
-    "cut_in_half": _content(_whole()[: len(_whole()) // 2]),
+    "cut_short": _content(_good_model()[:-40]),
+    "cut_in_half": _content(_good_model()[: len(_good_model()) // 2]),
     "of_the_future": _altered(_set_opset),
     "of_a_later_format": _altered(_set_ir_version),
     "unknown_operator": _altered(_rename_operator),
@@ -246,7 +249,7 @@ BROKEN: Final[dict[str, Place]] = {
     "nested": _content(nested()),
     "of_complex_numbers": lambda folder, name: place(folder, name, identity(TensorProto.COMPLEX64)),
 }
-"""Refused wherever they are met."""
+"""Refused when they are loaded."""
 
 OUTSIDE_WEIGHTS: Final[dict[str, Place]] = {
     "weights_absolute": _absolute,
@@ -257,12 +260,12 @@ OUTSIDE_WEIGHTS: Final[dict[str, Place]] = {
     "weights_missing": lambda folder, name: place(folder, name, _weights_at("nowhere.bin")),
     "weights_a_device": lambda folder, name: place(folder, name, _weights_at("/dev/zero")),
 }
-"""Read a file that is not theirs, if nothing stops them."""
+"""Would read a file outside of their folder as weights."""
 
 BOMBS: Final[dict[str, Place]] = {
-    "swelling": lambda folder, name: place(folder, name, swelling()),
+    "allocating": lambda folder, name: place(folder, name, allocating()),
     "recursive": lambda folder, name: place(folder, name, recursive_function()),
     "aborting_split": lambda folder, name: place(folder, name, aborting_split()),
     "aborting_scan": lambda folder, name: place(folder, name, aborting_scan()),
 }
-"""May take down the process that loads them, which must not be the one that serves."""
+"""May end the process that loads them, which must not be the worker."""

@@ -1,6 +1,6 @@
-"""Models are loaded and run once in a child that may die of one, and what became of each.
+"""Loads models and runs each once, in a child process that a model may kill.
 
-The child says which file comes next before it loads it: so the one that it died of is known.
+The child prints each name before it loads the model, so the model that killed it is known.
 """
 
 import contextlib
@@ -30,41 +30,43 @@ _RUN_SECONDS: Final = 0.5
 _MAX_ELEMENTS: Final = 1 << 20
 
 
-class Loaded(Struct, frozen=True):
-    """What became of one model."""
+class LoadResult(Struct, frozen=True):
+    """The outcome of loading and running a model once."""
 
     reason: str = ""
-    """Why it was refused; "" when it was loaded."""
-    died: str = ""
-    """The signal or exit code that its process ended with, where it did."""
+    """The reason why it was refused; "" if it was loaded."""
+    killed_by: str = ""
+    """The signal or exit code that the child ended with because of it; "" if the child went on."""
 
 
-def load_each(folder: Path, seconds_each: int = SECONDS_EACH) -> dict[str, Loaded]:
-    """Every model in the folder, by name; a child that dies of one is followed by another.
+def load_each(folder: Path, seconds_each: int = SECONDS_EACH) -> dict[str, LoadResult]:
+    """Loads every model in the folder; a child that a model kills is followed by another.
 
-    One may take so many seconds of processor time before its child is killed.
+    A child is killed if a model takes more than `seconds_each` of processor time.
     """
-    found: dict[str, Loaded] = {}
+    results: dict[str, LoadResult] = {}
     names = sorted(path.name for path in folder.iterdir())
-    while waiting := [name for name in names if name not in found]:
-        ended = _child(folder, seconds_each, waiting)
-        begun = [json.loads(line) for line in ended.stdout.splitlines()]
-        for line in begun:
+    while remaining := [name for name in names if name not in results]:
+        done = _run_child(folder, seconds_each, remaining)
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        for line in lines:
             if "reason" in line:
-                found[line["name"]] = Loaded(line["reason"])
-        if ended.returncode:
-            culprit = begun[-1]["name"]
-            assert culprit not in found, ended.stderr
-            found[culprit] = Loaded(died=_ending(ended.returncode))
-    return found
+                results[line["name"]] = LoadResult(line["reason"])
+        if done.returncode:
+            culprit = lines[-1]["name"]
+            assert culprit not in results, done.stderr
+            results[culprit] = LoadResult(killed_by=_describe(done.returncode))
+    return results
 
 
-def _child(folder: Path, seconds_each: int, names: list[str]) -> subprocess.CompletedProcess[str]:
+def _run_child(
+    folder: Path, seconds_each: int, names: list[str]
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", __name__, str(folder), str(seconds_each), *names]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
 
 
-def _ending(code: int) -> str:
+def _describe(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
@@ -75,7 +77,7 @@ def _load_all(folder: Path, seconds_each: int, names: list[str]) -> Iterator[dic
     files = {file.model: file for file in scan(folder)}
     for name in names:
         yield {"name": name}
-        # Processor time, and deadly: a load that takes longer cannot be stopped.
+        # The signal kills the child, since a load that takes longer cannot be stopped.
         signal.setitimer(signal.ITIMER_PROF, seconds_each)
         try:
             engine = Engine.load(files[name], intra_op_threads=1, probe_seconds=_RUN_SECONDS)
@@ -92,12 +94,12 @@ def _run_once(engine: Engine) -> None:
         shape = [dim if isinstance(dim, int) else 1 for dim in dims(spec)]
         if prod(shape) > _MAX_ELEMENTS:
             return
-        filling = "" if spec.datatype == "BYTES" else 0
-        feeds[spec.name] = np.full(shape, filling, DTYPES[spec.datatype])
+        value = "" if spec.datatype == "BYTES" else 0
+        feeds[spec.name] = np.full(shape, value, DTYPES[spec.datatype])
     stop = Stop()
     timer = threading.Timer(_RUN_SECONDS, stop.stop)
     timer.start()
-    # Zeros may be no input for it: whatever it raises, it has not killed us.
+    # Zeros may be a wrong input; an error is fine, since the child is still running.
     with contextlib.suppress(JobError, Stopped):
         engine.run(feeds, stop)
     timer.cancel()

@@ -1,4 +1,4 @@
-"""How a test makes an ONNX model and puts it into a model folder."""
+"""Functions that build an ONNX model and write it to a model folder."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,14 +20,14 @@ node = helper.make_node
 def place(
     folder: Path, name: str, model: onnx.ModelProto, *, version: int = 1, toml: str = ""
 ) -> Path:
-    """Puts `model` into the model folder; returns the file."""
+    """Writes `model` to the model folder; returns its file."""
     return place_bytes(folder, name, model.SerializeToString(), version=version, toml=toml)
 
 
 def place_bytes(
     folder: Path, name: str, content: bytes, *, version: int = 1, toml: str = ""
 ) -> Path:
-    """Puts a file there as if it were a model; returns it."""
+    """Writes any content to the model folder as if it were a model; returns the file."""
     path = folder / name / str(version) / "model.onnx"
     path.parent.mkdir(parents=True)
     path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Small likenesses of what people serve: images, text, similarity, scikit-learn."""
+"""Small models like those that users serve: images, text, similarity, scikit-learn."""
 
 import functools
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import onnx
 from onnx import TensorProto
 
 from asyncinfer.tensors.datatypes import Feeds
-from tests.zoo.entry import ROWS, Entry, Rng, drawn
+from tests.zoo.entry import ROWS, Entry, Rng, random_inputs
 from tests.zoo.making import model, node, tensor
 
 VOCABULARY: Final = 50
@@ -18,19 +18,19 @@ _SPECIES: Final = np.array(["setosa", "versicolor", "virginica"])
 
 
 def entries() -> Iterator[Entry]:
-    yield Entry("images", images, drawn({"pixels": ("FP32", (ROWS, 3, "h", "w"))}), True)
+    yield Entry("images", images, random_inputs({"pixels": ("FP32", (ROWS, 3, "h", "w"))}), True)
     yield Entry(
         "image_classifier",
         image_classifier,
-        drawn({"pixels": ("FP32", (ROWS, 3, 8, 8))}),
+        random_inputs({"pixels": ("FP32", (ROWS, 3, 8, 8))}),
         True,
         toml=f"labels = {list(LABELS)}",
     )
     yield Entry("embedding", embedding, ids_that_may_be_too_large, True)
     yield Entry("text", text_embedding, tokens, True)
     vectors = {"a": ("FP32", (ROWS, "width")), "b": ("FP32", (ROWS, "width"))}
-    yield Entry("similarity", similarity, drawn(vectors), True)
-    flowers = drawn({"X": ("FP32", (ROWS, 4))})
+    yield Entry("similarity", similarity, random_inputs(vectors), True)
+    flowers = random_inputs({"X": ("FP32", (ROWS, 4))})
     for zipmap in (False, True):
         for strings in (False, True):
             name = f"logistic_{'strings' if strings else 'ints'}{'_zipmap' if zipmap else ''}"
@@ -63,7 +63,7 @@ def image_classifier() -> onnx.ModelProto:
 
 
 def embedding() -> onnx.ModelProto:
-    """Rows of a table by their number; a number that is not there fails the run."""
+    """Rows of a table by their number; an unknown number fails the run."""
     table = np.random.default_rng(0).normal(size=(VOCABULARY, 4)).astype(np.float32)
     inputs = [tensor("ids", ["batch", "n"], TensorProto.INT64)]
     outputs = [tensor("y", ["batch", "n", 4])]
@@ -71,12 +71,12 @@ def embedding() -> onnx.ModelProto:
 
 
 def ids_that_may_be_too_large(rng: Rng, rows: int) -> Feeds:
-    most = VOCABULARY if rng.random() < 0.8 else 10 * VOCABULARY
-    return {"ids": rng.integers(0, most, (rows, int(rng.integers(1, 4))))}
+    end = VOCABULARY if rng.random() < 0.8 else 10 * VOCABULARY
+    return {"ids": rng.integers(0, end, (rows, int(rng.integers(1, 4))))}
 
 
 def text_embedding() -> onnx.ModelProto:
-    """The mean of the tokens' vectors that the mask lets through."""
+    """The mean of the vectors of the tokens that the mask selects."""
     table = np.random.default_rng(0).normal(size=(VOCABULARY, 8)).astype(np.float32)
     nodes = [
         node("Gather", ["table", "input_ids"], ["vectors"]),
@@ -126,7 +126,7 @@ def similarity() -> onnx.ModelProto:
 
 @functools.cache
 def _fitted(strings: bool) -> Any:
-    # scikit-learn takes a second to import; a test that wants none of it should not wait.
+    # scikit-learn takes a second to import; tests that do not need it should not wait.
     from sklearn.datasets import load_iris
     from sklearn.linear_model import LogisticRegression
 
@@ -136,7 +136,7 @@ def _fitted(strings: bool) -> Any:
 
 
 def logistic(*, strings: bool, zipmap: bool) -> onnx.ModelProto:
-    """As scikit-learn's converter makes it; by default its probabilities are maps."""
+    """A model of scikit-learn's converter, whose probabilities are maps by default (`zipmap`)."""
     from skl2onnx import to_onnx
     from skl2onnx.common.data_types import FloatTensorType
 

@@ -1,4 +1,4 @@
-"""What ONNX Runtime alone answers: the truth that everything served is held against."""
+"""Results of ONNX Runtime alone, which every served result must equal."""
 
 import ctypes
 from pathlib import Path
@@ -11,29 +11,29 @@ from onnx import TensorProto
 
 from asyncinfer.tensors.datatypes import Array, Feeds
 
-Answers: TypeAlias = dict[str, Array]
+Outputs: TypeAlias = dict[str, Array]
 
 _TOLERANCES: Final = {"float16": 1e-2, "bfloat16": 1e-1, "float32": 1e-5, "float64": 1e-10}
-_LOG_NOTHING: Final = 4
+_LOG_FATAL: Final = 4
 _BFLOAT16: Final = "tensor(bfloat16)"
 
 
 class ReferenceSession:
-    """A session of one thread; knows nothing of asyncinfer."""
+    """An ONNX Runtime session with one thread, without any code of asyncinfer."""
 
     def __init__(self, path: Path) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
-        options.log_severity_level = _LOG_NOTHING
+        options.log_severity_level = _LOG_FATAL
         self._session: Any = ort.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
         )
         self._outputs = self._session.get_outputs()
 
-    def run(self, feeds: Feeds) -> Answers | None:
-        """Every output by its name; None where the model refuses the input."""
+    def run(self, feeds: Feeds) -> Outputs | None:
+        """Every output by its name; None if the model refuses the input."""
         options = ort.RunOptions()
-        options.log_severity_level = _LOG_NOTHING
+        options.log_severity_level = _LOG_FATAL
         try:
             outputs = self._run(feeds, options)
         except Exception:  # ONNX Runtime's exceptions have no base of their own
@@ -52,10 +52,13 @@ class ReferenceSession:
         return list(map(_array, self._session.run_with_ort_values(None, values, options)))
 
 
-def assert_equal(served: Answers, bare: Answers, *, exactly: bool) -> None:
-    """The same names, datatypes, shapes and values; not `exactly` allows another order of sums."""
-    assert list(served) == list(bare)
-    for name, expected in bare.items():
+def assert_equal(served: Outputs, reference: Outputs, *, exactly: bool) -> None:
+    """Asserts equal names, datatypes, shapes and values.
+
+    Unless `exactly`, floats may differ a little, as sums in another order do.
+    """
+    assert list(served) == list(reference)
+    for name, expected in reference.items():
         actual = served[name]
         assert actual.dtype == expected.dtype, name
         assert actual.shape == expected.shape, name
@@ -63,15 +66,15 @@ def assert_equal(served: Answers, bare: Answers, *, exactly: bool) -> None:
         if not tolerance:
             np.testing.assert_array_equal(actual, expected, err_msg=name)
             continue
-        wide, other = actual.astype(np.float64), expected.astype(np.float64)
-        scale = np.abs(other[np.isfinite(other)]).max(initial=1.0)
+        actual, expected = actual.astype(np.float64), expected.astype(np.float64)
+        scale = np.abs(expected[np.isfinite(expected)]).max(initial=1.0)
         np.testing.assert_allclose(
-            wide, other, rtol=tolerance, atol=tolerance * scale, err_msg=name
+            actual, expected, rtol=tolerance, atol=tolerance * scale, err_msg=name
         )
 
 
 def _matrix(maps: list[dict[Any, float]]) -> Array:
-    """A sequence of maps from label to probability as a row each, in the order of the labels."""
+    """Maps from label to probability, as a matrix: a row per map, a column per sorted label."""
     rows = [[scores[label] for label in sorted(scores)] for scores in maps]
     return np.array(rows, np.float32)
 
@@ -89,6 +92,6 @@ def _array(value: Any) -> Array:
         array: Array = value.numpy()
         return array
     shape = value.shape()
-    # Numpy has no bfloat16 of its own, so ONNX Runtime hands out no array of it.
+    # Numpy has no bfloat16 of its own, so ONNX Runtime returns no array of it.
     content = ctypes.string_at(value.data_ptr(), 2 * int(np.prod(shape)))
     return np.frombuffer(content, ml_dtypes.bfloat16).reshape(shape)

@@ -1,4 +1,4 @@
-"""Models whose rows depend on each other, or come out in another number: never stacked."""
+"""Models whose rows depend on each other, or that change their number: never batched."""
 
 from collections.abc import Iterator
 
@@ -7,12 +7,12 @@ import onnx
 from onnx import TensorProto
 
 from tests.zoo.behaviour import minus_mean, positive_rows, recurrent, running_sum, sorted_rows
-from tests.zoo.entry import ROWS, Entry, drawn
+from tests.zoo.entry import ROWS, Entry, random_inputs
 from tests.zoo.making import model, node, tensor
 
 
 def entries() -> Iterator[Entry]:
-    pairs = drawn({"x": ("FP32", (ROWS, 2))})
+    pairs = random_inputs({"x": ("FP32", (ROWS, 2))})
     for build in (
         running_sum,
         minus_mean,
@@ -24,13 +24,13 @@ def entries() -> Iterator[Entry]:
         reversed_rows,
     ):
         yield Entry(build.__name__, build, pairs, False)
-    yield Entry("recurrent", recurrent, drawn({"x": ("FP32", (ROWS, 1, 3))}), False)
-    words = drawn({"x": ("BYTES", (ROWS,))})
+    yield Entry("recurrent", recurrent, random_inputs({"x": ("FP32", (ROWS, 1, 3))}), False)
+    words = random_inputs({"x": ("BYTES", (ROWS,))})
     yield Entry("words_without_stop_words", words_without_stop_words, words, False)
 
 
 def top_row() -> onnx.ModelProto:
-    """The largest of each column: one row, whatever came in."""
+    """The largest number of each column: always one row."""
     weights = {"k": np.array([1], np.int64)}
     nodes = [node("TopK", ["x", "k"], ["y", "order"], axis=0)]
     return model(nodes, [tensor("x", ["n", 2])], [tensor("y", [1, 2])], weights)
@@ -44,7 +44,7 @@ def repeated_rows() -> onnx.ModelProto:
 
 
 def nonzero_indices() -> onnx.ModelProto:
-    """Where the positive numbers are: [2, how many]."""
+    """The indices of the positive numbers: [2, found]."""
     nodes = [node("Relu", ["x"], ["positive"]), node("NonZero", ["positive"], ["y"])]
     outputs = [tensor("y", [2, "found"], TensorProto.INT64)]
     return model(nodes, [tensor("x", ["n", 2])], outputs)
@@ -59,7 +59,7 @@ def reversed_rows() -> onnx.ModelProto:
 
 
 def words_without_stop_words() -> onnx.ModelProto:
-    """Words without the stop words: fewer come out than went in."""
+    """The words without the stop words: fewer than those of the input."""
     nodes = [node("StringNormalizer", ["x"], ["y"], stopwords=["a", "日本"], is_case_sensitive=1)]
     string = TensorProto.STRING
     return model(nodes, [tensor("x", ["n"], string)], [tensor("y", ["m"], string)])

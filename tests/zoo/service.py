@@ -1,4 +1,4 @@
-"""The commands themselves, `work` and `serve`, on a model folder of a test."""
+"""The commands `work` and `serve` as processes, on a model folder of a test."""
 
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,8 +13,11 @@ from tests.serving import free_port
 
 
 @contextmanager
-def served(redis_url: str, folder: Path, models: Collection[str]) -> Iterator[str]:
-    """The URL of an API that knows these models, with a worker behind it; at rest in the end."""
+def running_service(redis_url: str, folder: Path, models: Collection[str]) -> Iterator[str]:
+    """Starts a worker and an API that lists these models; gives the API's URL.
+
+    Asserts at the end that the queues are at rest.
+    """
     server = redis.Redis.from_url(redis_url)
     server.flushall()
     environ = {"REDIS_URL": redis_url, "MODEL_DIR": str(folder), "DEFAULT_MODEL": min(models)}
@@ -27,12 +30,12 @@ def served(redis_url: str, folder: Path, models: Collection[str]) -> Iterator[st
             pass
         url = f"http://127.0.0.1:{port}"
         with httpx2.Client(verify=False) as client:
-            eventually_sync(lambda: _known(client, url) >= set(models), "all models are known")
+            eventually_sync(lambda: _listed(client, url) >= set(models), "all models are listed")
         yield url
     queues = [f"predict_queue:{name}" for name in models if name != min(models)]
     assert_at_rest(server, "predict_queue", *queues)
     server.close()
 
 
-def _known(client: httpx2.Client, url: str) -> set[str]:
+def _listed(client: httpx2.Client, url: str) -> set[str]:
     return {model["model"] for model in client.get(f"{url}/models").json()["models"]}

@@ -1,12 +1,12 @@
-"""Broken and hostile files are refused with a reason; one may kill only who tries it out."""
+"""Broken and hostile files are refused with a reason; they may kill only the process of a trial."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from tests.zoo.hostile import BROKEN, OUTSIDE_WEIGHTS, SECRET, laughing_functions
-from tests.zoo.isolated_load import Loaded, load_each
+from tests.zoo.hostile import BROKEN, OUTSIDE_WEIGHTS, SECRET, exponential_functions
+from tests.zoo.isolated_load import LoadResult, load_each
 from tests.zoo.making import place
 from tests.zoo.mutations import place_mutants
 
@@ -21,33 +21,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loaded(folder: Path) -> dict[str, Loaded]:
-    """What became of each, all in one child."""
+def results(folder: Path) -> dict[str, LoadResult]:
+    """The outcome of each file, all loaded in one child process."""
     return load_each(folder)
 
 
 @pytest.mark.parametrize("name", [*BROKEN, *OUTSIDE_WEIGHTS])
-def test_what_is_no_model_or_a_thief_is_refused_by_its_short_name(
-    loaded: dict[str, Loaded], folder: Path, name: str
+def test_a_broken_file_or_one_that_reads_outside_its_folder_is_refused_by_its_short_name(
+    results: dict[str, LoadResult], folder: Path, name: str
 ) -> None:
-    became = loaded[name]
+    result = results[name]
 
-    assert not became.died
-    assert re.match(rf"{name}/1/model\.onnx: \S+", became.reason)
-    # What the file itself says may be said again; where it lies is nobody's business.
-    assert str(folder / name) not in became.reason
-    assert SECRET[:8].decode() not in became.reason
-    assert "\n" not in became.reason
+    assert not result.killed_by
+    assert re.match(rf"{name}/1/model\.onnx: \S+", result.reason)
+    # The reason may quote the file, but must not show its absolute path.
+    assert str(folder / name) not in result.reason
+    assert SECRET[:8].decode() not in result.reason
+    assert "\n" not in result.reason
 
 
-def test_functions_that_call_each_other_ten_times_over_are_cut_off(tmp_path: Path) -> None:
-    place(tmp_path, "laughing", laughing_functions())
+def test_a_load_of_functions_that_expand_exponentially_is_ended(tmp_path: Path) -> None:
+    place(tmp_path, "exponential", exponential_functions())
     place_mutants(tmp_path, 1)
 
-    became = load_each(tmp_path, seconds_each=1)
+    results = load_each(tmp_path, seconds_each=1)
 
-    assert became["laughing"].died == "SIGPROF"
-    assert not became["0000_mlp"].died
+    assert results["exponential"].killed_by == "SIGPROF"
+    assert not results["0000_mlp"].killed_by
 
 
 @pytest.mark.parametrize(
@@ -57,17 +57,15 @@ def test_functions_that_call_each_other_ten_times_over_are_cut_off(tmp_path: Pat
 def test_damaged_models_are_loaded_or_refused_and_nothing_else(tmp_path: Path, count: int) -> None:
     place_mutants(tmp_path, count)
 
-    became = load_each(tmp_path)
+    results = load_each(tmp_path)
 
-    assert len(became) == count
-    # ONNX Runtime may abort on one; that we raise what nobody expects is our own fault.
-    ours = {
-        name: loaded_model
-        for name, loaded_model in became.items()
-        if loaded_model.died.startswith("exit code")
+    assert len(results) == count
+    # ONNX Runtime may abort on a model; an unexpected exception would be a fault of our own.
+    unexpected = {
+        name: result for name, result in results.items() if result.killed_by.startswith("exit code")
     }
-    assert not ours
-    killers = [name for name, loaded_model in became.items() if loaded_model.died]
+    assert not unexpected
+    killers = [name for name, result in results.items() if result.killed_by]
     assert len(killers) <= count / 200, killers
-    for name, loaded_model in became.items():
-        assert not loaded_model.reason or loaded_model.reason.startswith(f"{name}/1/model.onnx: ")
+    for name, result in results.items():
+        assert not result.reason or result.reason.startswith(f"{name}/1/model.onnx: ")

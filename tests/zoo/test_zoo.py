@@ -1,4 +1,4 @@
-"""Whatever model and whatever is batched with whatever: a job's answer is bare ONNX Runtime's."""
+"""For any model and any batch, each job's result is that of ONNX Runtime alone."""
 
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -11,26 +11,26 @@ from hypothesis import strategies as st
 
 from asyncinfer.engine import Engine
 from asyncinfer.models.folder import scan
-from tests.zoo.batch_run import serve
+from tests.zoo.batch_run import run_jobs
 from tests.zoo.catalogue import ENTRIES
 from tests.zoo.entry import Entry
 from tests.zoo.reference import ReferenceSession, assert_equal
 
 
 class Pair:
-    """A model as we serve it and as ONNX Runtime runs it."""
+    """The engine of a model, and a reference session of the same file."""
 
     def __init__(self, entry: Entry, folder: Path) -> None:
         self.entry = entry
         path = entry.place(folder)
         (file,) = scan(folder)
         self.engine = Engine.load(file, intra_op_threads=1)
-        self.bare = ReferenceSession(path)
+        self.reference = ReferenceSession(path)
 
 
 @pytest.fixture(scope="module")
 def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Pair]]:
-    """Each model is loaded once for all tests here."""
+    """Loads each model once for all tests of this file."""
 
     @cache
     def pair(name: str) -> Pair:
@@ -41,7 +41,7 @@ def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_jobs_share_a_run_only_where_that_changes_no_answer(
+def test_a_model_is_batched_only_if_that_changes_no_result(
     pair_of: Callable[[str], Pair], name: str
 ) -> None:
     pair = pair_of(name)
@@ -55,25 +55,27 @@ def test_jobs_share_a_run_only_where_that_changes_no_answer(
 @pytest.mark.parametrize("name", ENTRIES)
 @given(seed=st.integers(0, 2**32 - 1), row_counts=st.lists(st.integers(1, 5), min_size=1))
 @settings(max_examples=15, deadline=None)
-def test_every_job_gets_the_answer_of_bare_onnx_runtime(
+def test_every_job_gets_the_result_of_onnx_runtime_alone(
     pair_of: Callable[[str], Pair], name: str, seed: int, row_counts: list[int]
 ) -> None:
     pair = pair_of(name)
     rng = np.random.default_rng(seed)
     jobs = [pair.entry.draw(rng, rows) for rows in row_counts]
 
-    served = serve(pair.engine, jobs)
+    results = run_jobs(pair.engine, jobs)
 
-    for feeds, job in zip(jobs, served, strict=True):
-        expected = pair.bare.run(feeds)
-        assert (job.answers is None) == (expected is None)
-        if job.answers is not None and expected is not None:
-            assert_equal(job.answers, expected, exactly=job.jobs_in_run == 1)
+    for feeds, result in zip(jobs, results, strict=True):
+        expected = pair.reference.run(feeds)
+        assert (result.outputs is None) == (expected is None)
+        if result.outputs is not None and expected is not None:
+            assert_equal(result.outputs, expected, exactly=result.jobs_in_run == 1)
 
 
 @pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.batched])
-def test_jobs_of_one_shape_do_share_a_run(pair_of: Callable[[str], Pair], name: str) -> None:
+def test_jobs_of_one_shape_share_a_run_of_a_batched_model(
+    pair_of: Callable[[str], Pair], name: str
+) -> None:
     pair = pair_of(name)
-    drawn = [pair.entry.draw(np.random.default_rng(7), 2) for _ in range(3)]
+    jobs = [pair.entry.draw(np.random.default_rng(7), 2) for _ in range(3)]
 
-    assert {job.jobs_in_run for job in serve(pair.engine, drawn)} == {3}
+    assert {result.jobs_in_run for result in run_jobs(pair.engine, jobs)} == {3}

@@ -1,4 +1,4 @@
-"""A model that kills or swells whoever loads it is tried out by somebody else."""
+"""A model that kills the process that loads it, or fills its memory, is tried in a child first."""
 
 from pathlib import Path
 
@@ -10,7 +10,9 @@ from tests.zoo.hostile import BOMBS
 
 
 @pytest.mark.parametrize("name", BOMBS)
-async def test_a_bomb_is_refused_by_its_trial(tmp_path: Path, name: str) -> None:
+async def test_a_model_that_kills_the_process_that_loads_it_is_refused_by_its_trial(
+    tmp_path: Path, name: str
+) -> None:
     BOMBS[name](tmp_path, name)
     (file,) = scan(tmp_path)
 
