@@ -1,7 +1,8 @@
-"""Scaling by backlog in seconds and by queue length, in virtual time: `python -m` prints a table.
+"""A simulation of scaling by backlog in seconds and by queue length; `python -m` prints a table.
 
-The controller is modelled on KEDA 2 with a Kubernetes HPA (autoscaling/v2), its defaults but for
-the times in `Cluster`. Jobs run one at a time in a slot; batches would speed all policies up.
+The controller is modelled on KEDA 2 with a Kubernetes HPA (autoscaling/v2), with its defaults
+except for the times in `Cluster`. A slot runs one job at a time; batches would speed up all
+policies. Time is virtual.
 """
 
 import heapq
@@ -21,10 +22,10 @@ from asyncinfer.worker.running.timings import Paces
 
 
 class Cluster(Struct, frozen=True, kw_only=True):
-    """What scaling is done in, and how."""
+    """The cluster and its controller's settings."""
 
-    slots_a_pod: int = 2
-    most_pods: int = 20
+    slots_per_pod: int = 2
+    max_pods: int = 20
     pod_start_seconds: float = 20
     poll_seconds: float = 15
     down_window_seconds: float = 300
@@ -32,43 +33,43 @@ class Cluster(Struct, frozen=True, kw_only=True):
 
     @property
     def target_seconds(self) -> float:
-        """Backlog seconds that one pod is given: what it works off within the accepted wait."""
-        return self.slots_a_pod * self.accepted_wait_seconds
+        """The backlog that a pod's slots run within the accepted wait, in seconds of run time."""
+        return self.slots_per_pod * self.accepted_wait_seconds
 
 
 class Demand(Struct, frozen=True, kw_only=True):
-    """Jobs of one model: so many a second at a time, each of about so long."""
+    """The jobs of one model: their rate at each time, and their mean run time."""
 
     model: str
     run_seconds: float
-    jobs_a_second: Callable[[float], float]
-    most_a_second: float
+    jobs_per_second: Callable[[float], float]
+    max_jobs_per_second: float
     cancelled: bool = False
-    """30 s after they came, but for those that have started."""
+    """Whether jobs that have not started are cancelled 30 s after their arrival."""
 
 
 class Scenario(Struct, frozen=True, kw_only=True):
     name: str
     seconds: float
-    spike_ends: float
+    spike_ends_at: float
     demands: tuple[Demand, ...]
     tuned_seconds: float
-    """What a person who sets one length for all takes a job to last: the mean of all jobs."""
+    """The run time that one target length for all models assumes: the mean of all jobs."""
     fixed_pods: int
 
 
-class Seen(Struct, frozen=True):
-    """What a policy is told at a poll, by model."""
+class QueueState(Struct, frozen=True):
+    """What a policy knows at a poll, by model."""
 
     due: Mapping[str, int]
-    listed: Mapping[str, int]
-    """With the ids of cancelled jobs that are still in the list."""
+    list_lengths: Mapping[str, int]
+    """These include the ids of cancelled jobs that are still in the list."""
     seconds_per_job: Mapping[str, float]
     ready_pods: int
 
 
-Policy = Callable[[Seen], list[float]]
-"""The pods that each trigger asks for."""
+Policy = Callable[[QueueState], list[float]]
+"""The number of pods that each trigger requests."""
 
 
 class Outcome(Struct, frozen=True):
@@ -76,9 +77,9 @@ class Outcome(Struct, frozen=True):
     finished: int
     cancelled: int
     drain_seconds: float
-    """From the spike's end until all that came before it has started."""
+    """The time from the end of the spike until all jobs that arrived before it have started."""
     p95_wait_seconds: float
-    """Of the model that waited longer."""
+    """Of the model whose jobs waited longest."""
     worker_hours: float
 
 
@@ -86,22 +87,24 @@ class Outcome(Struct, frozen=True):
 
 
 def by_backlog(target_seconds: float) -> Policy:
-    """As `GET /scale/{model}` gives it: backlog_seconds, and starved."""
+    """Scales by backlog_seconds and starved, as `GET /scale/{model}` returns them."""
 
-    def wanted(seen: Seen) -> list[float]:
-        starved = [1.0 for jobs in seen.due.values() if jobs and not seen.ready_pods]
+    def pods(state: QueueState) -> list[float]:
+        starved = [1.0 for jobs in state.due.values() if jobs and not state.ready_pods]
         return starved + [
-            jobs * seen.seconds_per_job[model] / target_seconds
-            for model, jobs in seen.due.items()
-            if model in seen.seconds_per_job
+            jobs * state.seconds_per_job[model] / target_seconds
+            for model, jobs in state.due.items()
+            if model in state.seconds_per_job
         ]
 
-    return wanted
+    return pods
 
 
 def by_length(target_jobs: Mapping[str, float]) -> Policy:
-    """The length of each model's list over what one pod is given of it."""
-    return lambda seen: [jobs / target_jobs[model] for model, jobs in seen.listed.items()]
+    """Scales by the length of each model's list, divided by its target per pod."""
+    return lambda state: [
+        length / target_jobs[model] for model, length in state.list_lengths.items()
+    ]
 
 
 def fixed(pods: int) -> Policy:
@@ -109,16 +112,17 @@ def fixed(pods: int) -> Policy:
 
 
 class Controller:
-    """KEDA between none and one, the HPA above: `pods` at each poll."""
+    """KEDA between no pod and one, the HPA above."""
 
     def __init__(self, policy: Policy, cluster: Cluster) -> None:
         self._policy = policy
         self._cluster = cluster
-        self._asked: deque[tuple[float, int]] = deque()
+        self._recommendations: deque[tuple[float, int]] = deque()
         self._active_at = -math.inf
 
-    def pods(self, now: float, current: int, seen: Seen) -> int:
-        wanted = max(self._policy(seen), default=0.0)
+    def pods(self, now: float, current: int, state: QueueState) -> int:
+        """The number of pods from this poll on."""
+        wanted = max(self._policy(state), default=0.0)
         if wanted > 0:
             self._active_at = now
         if current == 0:
@@ -128,14 +132,14 @@ class Controller:
         return self._hpa(now, current, wanted)
 
     def _hpa(self, now: float, current: int, wanted: float) -> int:
-        asked = current if abs(wanted / current - 1) <= 0.1 else math.ceil(wanted)
-        asked = min(max(asked, 1), self._cluster.most_pods)
-        self._asked.append((now, asked))
-        while self._asked[0][0] <= now - self._cluster.down_window_seconds:
-            self._asked.popleft()
-        if asked > current:
-            return min(asked, max(2 * current, current + 4))
-        return min(current, max(request for _, request in self._asked))
+        pods = current if abs(wanted / current - 1) <= 0.1 else math.ceil(wanted)
+        pods = min(max(pods, 1), self._cluster.max_pods)
+        self._recommendations.append((now, pods))
+        while self._recommendations[0][0] <= now - self._cluster.down_window_seconds:
+            self._recommendations.popleft()
+        if pods > current:
+            return min(pods, max(2 * current, current + 4))
+        return min(current, max(recommended for _, recommended in self._recommendations))
 
 
 # --- the simulation ------------------------------------------------------------------------
@@ -143,17 +147,17 @@ class Controller:
 
 class _Job(Struct):
     model: str
-    came: float
+    arrived_at: float
     run_seconds: float
-    started: float | None = None
+    started_at: float | None = None
     cancelled: bool = False
 
 
 class _Pod(Struct, eq=False):
-    made: float
-    ready: bool = False
-    leaving: bool = False
-    busy: int = 0
+    created_at: float
+    is_ready: bool = False
+    is_stopping: bool = False
+    busy_slots: int = 0
 
 
 class Simulation:
@@ -173,52 +177,58 @@ class Simulation:
         self._turn = 0
         self._order = itertools.count()
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
-        for came, demand, run_seconds in _arrivals(scenario, seed):
-            job = _Job(demand.model, came, run_seconds)
+        for arrived_at, demand, run_seconds in _arrivals(scenario, seed):
+            job = _Job(demand.model, arrived_at, run_seconds)
             self._jobs.append(job)
-            self._at(came, partial(self._come, job))
+            self._schedule(arrived_at, partial(self._add_job, job))
             if demand.cancelled:
-                self._at(came + 30, partial(self._cancel, job))
+                self._schedule(arrived_at + 30, partial(self._cancel, job))
         for _ in range(pods):
             self._add_pod(-cluster.pod_start_seconds)
-        self._at(0.0, self._poll)
+        self._schedule(0.0, self._poll)
 
     def run(self) -> Outcome:
         now = 0.0
-        while self._events and (now < self._scenario.seconds or self._busy()):
-            now, _, happens = heapq.heappop(self._events)
-            happens(now)
+        while self._events and (now < self._scenario.seconds or self._is_busy()):
+            now, _, event = heapq.heappop(self._events)
+            event(now)
         for pod in list(self._pods):
             self._remove(pod, now)
-        ends = self._scenario.spike_ends
-        early = [job.started for job in self._jobs if job.came <= ends and job.started is not None]
+        spike_ends_at = self._scenario.spike_ends_at
+        starts = [
+            job.started_at
+            for job in self._jobs
+            if job.arrived_at <= spike_ends_at and job.started_at is not None
+        ]
         return Outcome(
             submitted=len(self._jobs),
             finished=self._finished,
             cancelled=sum(job.cancelled for job in self._jobs),
-            drain_seconds=max(0.0, max(early) - ends),
+            drain_seconds=max(0.0, max(starts) - spike_ends_at),
             p95_wait_seconds=max(self._p95_wait_seconds(model) for model in self._lists),
             worker_hours=self._worker_seconds / 3600,
         )
 
     def _p95_wait_seconds(self, model: str) -> float:
-        ran = [job for job in self._jobs if job.model == model]
-        waits = sorted(job.started - job.came for job in ran if job.started is not None)
+        jobs = [job for job in self._jobs if job.model == model]
+        waits = sorted(
+            job.started_at - job.arrived_at for job in jobs if job.started_at is not None
+        )
         return waits[int(0.95 * len(waits))]
 
-    def _at(self, when: float, happens: Callable[[float], None]) -> None:
-        heapq.heappush(self._events, (when, next(self._order), happens))
+    def _schedule(self, at: float, event: Callable[[float], None]) -> None:
+        heapq.heappush(self._events, (at, next(self._order), event))
 
-    def _busy(self) -> bool:
-        return any(self._due.values()) or any(pod.busy for pod in self._pods)
+    def _is_busy(self) -> bool:
+        return any(self._due.values()) or any(pod.busy_slots for pod in self._pods)
 
-    def _come(self, job: _Job, now: float) -> None:
+    def _add_job(self, job: _Job, now: float) -> None:
         self._lists[job.model].append(job)
         self._due[job.model] += 1
-        self._work(now)
+        self._start_jobs(now)
 
     def _cancel(self, job: _Job, now: float) -> None:
-        if job.started is None:
+        if job.started_at is None:
             job.cancelled = True
             self._due[job.model] -= 1
 
@@ -226,54 +236,58 @@ class Simulation:
 
     def _poll(self, now: float) -> None:
         if now > 0 or not self._pods:
-            staying = [pod for pod in self._pods if not pod.leaving]
-            wanted = self._controller.pods(now, len(staying), self._seen(staying))
-            for _ in range(wanted - len(staying)):
+            running = [pod for pod in self._pods if not pod.is_stopping]
+            wanted = self._controller.pods(now, len(running), self._state(running))
+            for _ in range(wanted - len(running)):
                 self._add_pod(now)
-            # The youngest leave first, as Kubernetes has it; what they run is finished.
-            for pod in staying[max(wanted, 0) :]:
-                pod.leaving = True
-                self._let_go(pod, now)
-        self._at(now + self._cluster.poll_seconds, self._poll)
+            # Kubernetes stops the youngest pods first; they finish their runs.
+            for pod in running[max(wanted, 0) :]:
+                pod.is_stopping = True
+                self._remove_if_idle(pod, now)
+        self._schedule(now + self._cluster.poll_seconds, self._poll)
 
-    def _seen(self, staying: Sequence[_Pod]) -> Seen:
-        return Seen(
+    def _state(self, running: Sequence[_Pod]) -> QueueState:
+        return QueueState(
             due=dict(self._due),
-            listed={model: len(jobs) for model, jobs in self._lists.items()},
+            list_lengths={model: len(jobs) for model, jobs in self._lists.items()},
             seconds_per_job=self._paces.seconds_per_job(),
-            ready_pods=sum(pod.ready for pod in staying),
+            ready_pods=sum(pod.is_ready for pod in running),
         )
 
     def _add_pod(self, now: float) -> None:
         pod = _Pod(now)
         self._pods.append(pod)
 
-        def ready(now: float) -> None:
-            pod.ready = True
-            self._work(now)
+        def become_ready(now: float) -> None:
+            pod.is_ready = True
+            self._start_jobs(now)
 
-        self._at(now + self._cluster.pod_start_seconds, ready)
+        self._schedule(now + self._cluster.pod_start_seconds, become_ready)
 
-    def _let_go(self, pod: _Pod, now: float) -> None:
-        if pod.leaving and not pod.busy and pod in self._pods:
+    def _remove_if_idle(self, pod: _Pod, now: float) -> None:
+        if pod.is_stopping and not pod.busy_slots and pod in self._pods:
             self._remove(pod, now)
 
     def _remove(self, pod: _Pod, now: float) -> None:
         self._pods.remove(pod)
-        self._worker_seconds += now - max(0.0, pod.made)
+        self._worker_seconds += now - max(0.0, pod.created_at)
 
     # --- slots -----------------------------------------------------------------------------
 
-    def _work(self, now: float) -> None:
+    def _start_jobs(self, now: float) -> None:
         for pod in self._pods:
-            while pod.ready and not pod.leaving and pod.busy < self._cluster.slots_a_pod:
+            while (
+                pod.is_ready
+                and not pod.is_stopping
+                and pod.busy_slots < self._cluster.slots_per_pod
+            ):
                 job = self._next()
                 if job is None:
                     return
                 self._start(pod, job, now)
 
     def _next(self) -> _Job | None:
-        """From each model's list in turn; the ids of cancelled jobs are dropped on the way."""
+        """Takes a job from each model's list in turn; drops the ids of cancelled jobs."""
         lists = list(self._lists.values())
         self._turn += 1
         for i in range(len(lists)):
@@ -285,32 +299,32 @@ class Simulation:
         return None
 
     def _start(self, pod: _Pod, job: _Job, now: float) -> None:
-        job.started = now
+        job.started_at = now
         self._due[job.model] -= 1
-        pod.busy += 1
+        pod.busy_slots += 1
 
-        def done(now: float) -> None:
-            pod.busy -= 1
+        def finish(now: float) -> None:
+            pod.busy_slots -= 1
             self._finished += 1
             self._paces.note(job.model, job.run_seconds, 1, at_seconds=now)
-            self._let_go(pod, now)
-            self._work(now)
+            self._remove_if_idle(pod, now)
+            self._start_jobs(now)
 
-        self._at(now + job.run_seconds, done)
+        self._schedule(now + job.run_seconds, finish)
 
 
 def _arrivals(scenario: Scenario, seed: int) -> Iterator[tuple[float, Demand, float]]:
-    """Poisson arrivals whose rate changes in time, thinned from the highest rate."""
+    """Poisson arrivals whose rate changes in time, by thinning those of the highest rate."""
     chance = random.Random(seed)
     for demand in scenario.demands:
         now = 0.0
-        while (now := now + chance.expovariate(demand.most_a_second)) < scenario.seconds:
+        while (now := now + chance.expovariate(demand.max_jobs_per_second)) < scenario.seconds:
             run_seconds = demand.run_seconds * chance.uniform(0.5, 1.5)
-            if chance.random() < demand.jobs_a_second(now) / demand.most_a_second:
+            if chance.random() < demand.jobs_per_second(now) / demand.max_jobs_per_second:
                 yield now, demand, run_seconds
 
 
-# --- what is compared ----------------------------------------------------------------------
+# --- scenarios and policies ----------------------------------------------------------------
 
 
 def _spike(base: float, begins: float, ends: float) -> Callable[[float], float]:
@@ -321,19 +335,19 @@ def _day(mean: float) -> Callable[[float], float]:
     return lambda now: mean * (1 - 0.95 * math.cos(2 * math.pi * now / 86_400))
 
 
-def _between(jobs_a_second: float, begins: float, ends: float) -> Callable[[float], float]:
-    return lambda now: jobs_a_second if begins <= now < ends else 0.0
+def _between(jobs_per_second: float, begins: float, ends: float) -> Callable[[float], float]:
+    return lambda now: jobs_per_second if begins <= now < ends else 0.0
 
 
 def _spiking(run_seconds: float) -> Demand:
     rate = _spike(0.5, 600, 900)
-    return Demand(model="a", run_seconds=run_seconds, jobs_a_second=rate, most_a_second=10)
+    return Demand(model="a", run_seconds=run_seconds, jobs_per_second=rate, max_jobs_per_second=10)
 
 
 SPIKE: Final = Scenario(
     name="spike x20 for 5 min, jobs of 1 s",
     seconds=3600,
-    spike_ends=900,
+    spike_ends_at=900,
     demands=(_spiking(1),),
     tuned_seconds=1,
     fixed_pods=3,
@@ -355,36 +369,38 @@ SCENARIOS: Final = (
             Demand(
                 model="a",
                 run_seconds=1,
-                most_a_second=100,
+                max_jobs_per_second=100,
                 cancelled=True,
-                jobs_a_second=_between(100, 850, 900),
+                jobs_per_second=_between(100, 850, 900),
             ),
         ),
     ),
     Scenario(
         name="a day, 0.5 to 20 jobs a minute of 10 s",
         seconds=86_400,
-        spike_ends=43_200,
-        demands=(Demand(model="a", run_seconds=10, jobs_a_second=_day(0.17), most_a_second=0.34),),
+        spike_ends_at=43_200,
+        demands=(
+            Demand(model="a", run_seconds=10, jobs_per_second=_day(0.17), max_jobs_per_second=0.34),
+        ),
         tuned_seconds=10,
         fixed_pods=2,
     ),
     Scenario(
         name="100 : 1, two models, a spike x20 of each",
         seconds=3600,
-        spike_ends=2400,
+        spike_ends_at=2400,
         demands=(
             Demand(
                 model="fast",
                 run_seconds=0.1,
-                most_a_second=40,
-                jobs_a_second=_spike(2, 600, 900),
+                max_jobs_per_second=40,
+                jobs_per_second=_spike(2, 600, 900),
             ),
             Demand(
                 model="slow",
                 run_seconds=10,
-                most_a_second=1,
-                jobs_a_second=_spike(0.05, 2100, 2400),
+                max_jobs_per_second=1,
+                jobs_per_second=_spike(0.05, 2100, 2400),
             ),
         ),
         tuned_seconds=0.34,
@@ -394,18 +410,18 @@ SCENARIOS: Final = (
 
 
 def policies(scenario: Scenario, cluster: Cluster) -> dict[str, tuple[Policy, int]]:
-    """Each with the pods it begins with."""
+    """The compared policies by name, each with its pods at the start."""
     target = cluster.target_seconds
     tuned = {demand.model: target / demand.run_seconds for demand in scenario.demands}
-    one_for_all = dict.fromkeys(tuned, target / scenario.tuned_seconds)
-    found = {
+    untuned = dict.fromkeys(tuned, target / scenario.tuned_seconds)
+    compared = {
         "backlog seconds": (by_backlog(target), 1),
-        "queue length": (by_length(one_for_all), 1),
+        "queue length": (by_length(untuned), 1),
         f"fixed, {scenario.fixed_pods} workers": (fixed(scenario.fixed_pods), scenario.fixed_pods),
     }
     if len(tuned) > 1:
-        found["queue length, tuned for each model"] = (by_length(tuned), 1)
-    return found
+        compared["queue length, tuned for each model"] = (by_length(tuned), 1)
+    return compared
 
 
 def table(scenarios: Sequence[Scenario] = SCENARIOS) -> Iterator[str]:
@@ -414,10 +430,10 @@ def table(scenarios: Sequence[Scenario] = SCENARIOS) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     for scenario in scenarios:
         for name, (policy, pods) in policies(scenario, cluster).items():
-            found = Simulation(scenario, policy, cluster, pods=pods).run()
+            outcome = Simulation(scenario, policy, cluster, pods=pods).run()
             yield (
-                f"| {scenario.name} | {name} | {found.drain_seconds:.0f} s | "
-                f"{found.p95_wait_seconds:.0f} s | {found.worker_hours:.2f} |"
+                f"| {scenario.name} | {name} | {outcome.drain_seconds:.0f} s | "
+                f"{outcome.p95_wait_seconds:.0f} s | {outcome.worker_hours:.2f} |"
             )
 
 

@@ -1,4 +1,4 @@
-"""A tensor of 1x3x224x224 float32 from submit to result: as JSON, and as its own bytes."""
+"""A tensor of 1x3x224x224 float32 from submit to result: as JSON, and as binary data."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,8 @@ from onnx import TensorProto, helper
 
 from tests.benchmarks import load
 from tests.benchmarks.load import Plan
-from tests.benchmarks.scale import Figures, Room
-from tests.benchmarks.systems import Service, forget_peak, peak_mib, running, usage
+from tests.benchmarks.scale import Figures, Workspace
+from tests.benchmarks.systems import Service, peak_mib, reset_peak_mib, running, usage
 
 _SIDE: Final = 224
 _REQUESTS: Final = 100
@@ -19,22 +19,22 @@ _CONNECTIONS: Final = 4
 _JSON: Final = "Content-Type: application/json"
 
 
-async def forms(room: Room) -> Figures:
-    """Requests a second in both forms, and how far one binary request lets each process grow."""
-    folder = room.new()
+async def forms(workspace: Workspace) -> Figures:
+    """Requests per second in both forms, and the memory growth of each process by one request."""
+    folder = workspace.new_folder()
     _place(folder, "image", _SIDE)
     _place(folder, "stamp", 8)
     figures: Figures = {}
-    async with running(Service, folder, room.new(), workers=1, model="image") as system:
+    async with running(Service, folder, workspace.new_folder(), workers=1, model="image") as system:
         await load.run(_binary(system.port, "stamp", 8, requests=8))
         for process, pid in (("api", system.api.pid), ("worker", system.workers[0].pid)):
             figures[f"image_{process}_growth_payloads"] = await _growth(system, pid)
         for form in (_binary, _as_json):
             name = form.__name__.strip("_")
             before = usage(system.api.pid).cpu_seconds
-            done = await load.run(form(system.port, "image", _SIDE, requests=_REQUESTS))
+            result = await load.run(form(system.port, "image", _SIDE, requests=_REQUESTS))
             api_seconds = usage(system.api.pid).cpu_seconds - before
-            figures[f"image_{name}_per_second"] = done.per_second
+            figures[f"image_{name}_per_second"] = result.per_second
             figures[f"image_{name}_api_cpu_ms"] = 1000 * api_seconds / _REQUESTS
     figures["image_as_json_api_cpu_to_binary"] = (
         figures["image_as_json_api_cpu_ms"] / figures["image_binary_api_cpu_ms"]
@@ -43,14 +43,14 @@ async def forms(room: Room) -> Figures:
 
 
 async def _growth(system: Service, pid: int) -> float:
-    """The peak of a process's memory during one request, above what it was, in payloads."""
-    before_mib = forget_peak(pid)
+    """The growth of a process's memory to its peak during one request, in sizes of the payload."""
+    before_mib = reset_peak_mib(pid)
     await load.run(_binary(system.port, "image", _SIDE, requests=1))
     return (peak_mib(pid) - before_mib) * (1 << 20) / (4 * 3 * _SIDE**2)
 
 
 def _place(folder: Path, name: str, side: int) -> None:
-    """A model that looks at every pixel and does little else."""
+    """Writes a model that reads every pixel and does little else."""
     shape: list[str | int | None] = ["batch", 3, side, side]
     graph = helper.make_graph(
         [helper.make_node("GlobalAveragePool", ["x"], ["y"])],

@@ -1,4 +1,4 @@
-"""The models that are measured, their inputs, and ONNX Runtime alone beside them."""
+"""The measured models, their inputs, and ONNX Runtime alone for comparison."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ WIDTHS = {"iris": 4, "digits": 64, "mlp": 784}
 
 
 def place(folder: Path) -> None:
-    """The shipped models, and an MLP 784-1024-1024-10."""
+    """Writes the shipped models, and an MLP 784-1024-1024-10, to a model folder."""
     shipped = Path(__file__).parent.parent.parent / "model"
     for name in ("iris", "digits"):
         shutil.copytree(shipped / name, folder / name)
@@ -28,7 +28,7 @@ def place(folder: Path) -> None:
 
 
 def place_many(folder: Path, count: int) -> None:
-    """The Iris model, under so many names."""
+    """Writes the Iris model to a model folder under `count` names."""
     shipped = Path(__file__).parent.parent.parent / "model" / "iris"
     for number in range(count):
         shutil.copytree(shipped, folder / f"m{number:03}")
@@ -58,7 +58,7 @@ def _mlp(*widths: int) -> onnx.ModelProto:
 
 
 def inputs(model: str, count: int) -> list[bytes]:
-    """One row each, as JSON."""
+    """JSON inputs of one row each."""
     random = np.random.default_rng(1)
     rows = random.uniform(0, 5, (min(count, 500), WIDTHS[model])).round(4)
     texts = [json.dumps([row.tolist()]).encode() for row in rows]
@@ -73,7 +73,7 @@ def session(folder: Path, model: str) -> onnxruntime.InferenceSession:
 
 
 def predictions(folder: Path, model: str, texts: Sequence[bytes]) -> list[int]:
-    """What ONNX Runtime alone answers: the most probable class of each row."""
+    """The most probable class of each row, by ONNX Runtime alone."""
     bare = session(folder, model)
     rows = np.concatenate([np.asarray(json.loads(text), dtype=np.float32) for text in texts])
     outputs = bare.run(None, {bare.get_inputs()[0].name: rows})
@@ -81,7 +81,7 @@ def predictions(folder: Path, model: str, texts: Sequence[bytes]) -> list[int]:
 
 
 def bare_rows_per_second(folder: Path, model: str, batch: int, seconds: float) -> float:
-    """One thread, the same batch again and again."""
+    """Rows per second of ONNX Runtime alone, with one thread and always the same batch."""
     bare = session(folder, model)
     rows: Rows = np.random.default_rng(2).uniform(0, 5, (batch, WIDTHS[model])).astype(np.float32)
     feed = {bare.get_inputs()[0].name: rows}

@@ -1,4 +1,4 @@
-"""Rounds of figures to a table of medians, their spread, and the ratio to the plain pattern."""
+"""A table of figures: medians of the rounds, their range, and the ratio to the plain pattern."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -8,17 +8,18 @@ from msgspec import Struct
 
 
 class Budget(Struct, frozen=True):
-    """What a figure should be: of the ratio to the plain pattern, or of the figure itself."""
+    """A bound for a figure, or for its ratio to the plain pattern."""
 
     of: Literal["ratio", "figure"]
     bound: Literal["least", "most"]
     value: float
 
-    def reached(self, figure: float, ratio: float | None) -> bool | None:
-        found = ratio if self.of == "ratio" else figure
-        if found is None:
+    def is_reached(self, figure: float, ratio: float | None) -> bool | None:
+        """None if the ratio is not known."""
+        value = ratio if self.of == "ratio" else figure
+        if value is None:
             return None
-        return found >= self.value if self.bound == "least" else found <= self.value
+        return value >= self.value if self.bound == "least" else value <= self.value
 
     def text(self) -> str:
         sign = "at least" if self.bound == "least" else "at most"
@@ -54,25 +55,25 @@ class Row(Struct, frozen=True):
 
     @property
     def ratio(self) -> float | None:
-        """Of the medians."""
-        below = statistics.median(self.plain) if self.plain else 0.0
-        return statistics.median(self.ours) / below if below else None
+        """The ratio of the medians; None without a figure of the plain pattern."""
+        plain = statistics.median(self.plain) if self.plain else 0.0
+        return statistics.median(self.ours) / plain if plain else None
 
 
 def rows(ours: Rounds, plain: Rounds) -> list[Row]:
     return [Row(name, figures, plain.get(name, ())) for name, figures in ours.items()]
 
 
-def table(found: Sequence[Row]) -> str:
+def table(rows: Sequence[Row]) -> str:
     lines = [
         "| figure | asyncinfer | plain pattern | ratio | budget |",
         "|---|---|---|---|---|",
     ]
-    for row in found:
+    for row in rows:
         ratio = f"{row.ratio:.2f}x" if row.ratio is not None else ""
         lines.append(
-            f"| {row.name.replace('_', ' ')} | {_spread(row.ours)} | {_spread(row.plain)} "
-            f"| {ratio} | {_budget(row)} |"
+            f"| {row.name.replace('_', ' ')} | {_median_and_range(row.ours)} "
+            f"| {_median_and_range(row.plain)} | {ratio} | {_budget(row)} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -81,17 +82,17 @@ def _budget(row: Row) -> str:
     budget = BUDGETS.get(row.name)
     if budget is None:
         return ""
-    reached = budget.reached(statistics.median(row.ours), row.ratio)
-    return f"{budget.text()}: {'reached' if reached else 'missed'}"
+    is_reached = budget.is_reached(statistics.median(row.ours), row.ratio)
+    return f"{budget.text()}: {'reached' if is_reached else 'missed'}"
 
 
-def _spread(figures: Sequence[float]) -> str:
+def _median_and_range(figures: Sequence[float]) -> str:
     if not figures:
         return ""
-    middle = statistics.median(figures)
+    median = statistics.median(figures)
     if len(figures) == 1:
-        return _number(middle)
-    return f"{_number(middle)} ({_number(min(figures))} to {_number(max(figures))})"
+        return _number(median)
+    return f"{_number(median)} ({_number(min(figures))} to {_number(max(figures))})"
 
 
 def _number(figure: float) -> str:

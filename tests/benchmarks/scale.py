@@ -1,4 +1,4 @@
-"""How much of everything is measured, and where."""
+"""The amounts of requests and jobs that are measured, and the folders for it."""
 
 import tempfile
 from pathlib import Path
@@ -10,12 +10,12 @@ Figures = dict[str, float]
 
 
 class Scale(Struct, frozen=True, kw_only=True):
-    """How much of everything."""
+    """The amounts of requests, jobs and seconds of each measure."""
 
     requests: int
     drained: int
     drains: int
-    """How often a turn of the service: each of its drains is over in a quarter of a second."""
+    """Drains per turn of the service, since each takes only a quarter of a second."""
     single: int
     idle_seconds: float
     bare_seconds: float
@@ -42,12 +42,12 @@ QUICK: Final = Scale(
 )
 
 
-class Room(Struct, frozen=True):
-    """Where measures work."""
+class Workspace(Struct, frozen=True):
+    """The folders and amounts of all measures."""
 
     folder: Path
     models: Path
     scale: Scale
 
-    def new(self) -> Path:
+    def new_folder(self) -> Path:
         return Path(tempfile.mkdtemp(dir=self.folder))

@@ -1,4 +1,4 @@
-"""The two systems under test, each on a Valkey of its own with the same settings."""
+"""The two measured systems, each on a Valkey of its own with the same settings."""
 
 import os
 import signal
@@ -34,6 +34,8 @@ _TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 
 class Common:
+    """A Valkey, an API and workers, as both systems have them."""
+
     def __init__(self, name: str, url: str, folder: Path, output: Any) -> None:
         self.name = name
         self.port = free_port()
@@ -93,18 +95,18 @@ class Service(Common):
         )  # fmt: skip
         if len(inputs[0]) > LONG_BYTES:
             record = msgspec.structs.replace(record, payload="tensors")
-            inputs = _packed(inputs, input_name=self._input_name(model))
-        made = [NewJob(jobs.new_id(now_ms), queue, data, record) for data in inputs]
-        opened = Store.open(
+            inputs = _pack(inputs, input_name=self._input_name(model))
+        new_jobs = [NewJob(jobs.new_id(now_ms), queue, data, record) for data in inputs]
+        open_store = Store.open(
             self.url, queue_name="predict_queue", policy=policy, name="load", call_seconds=30
         )
-        async with opened as store:
-            for start in range(0, len(made), 128):
-                await Submissions(store).submit_many(queue, made[start : start + 128])
-        return [job.job_id for job in made]
+        async with open_store as store:
+            for start in range(0, len(new_jobs), 128):
+                await Submissions(store).submit_many(queue, new_jobs[start : start + 128])
+        return [job.job_id for job in new_jobs]
 
     def _workers_of(self, model: str) -> int:
-        """Those that serve it by now."""
+        """The number of workers that serve a model."""
         return int(self._model(model)["workers"])
 
     def _input_name(self, model: str) -> str:
@@ -112,12 +114,12 @@ class Service(Common):
 
     def _model(self, model: str) -> dict[str, Any]:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/models/{model}") as reply:
-            found: dict[str, Any] = msgspec.json.decode(reply.read())
-            return found
+            description: dict[str, Any] = msgspec.json.decode(reply.read())
+            return description
 
 
 class Plain(Common):
-    """The pattern: FastAPI, one worker that takes one job at a time."""
+    """The plain pattern: FastAPI, and workers that take one job at a time."""
 
     def list_of(self, model: str) -> str:
         return "predict_queue"
@@ -131,11 +133,11 @@ class Plain(Common):
 
     async def start_workers(self, count: int, model: str) -> None:
         path = self.folder / model / "1" / "model.onnx"
-        wanted = len(self.workers) + count
+        total = len(self.workers) + count
         for _ in range(count):
             self.workers.append(self.spawn("-m", "tests.benchmarks.plain.worker", str(path)))
         await until(
-            lambda: int(self.redis.info("clients")["blocked_clients"]) >= wanted,
+            lambda: int(self.redis.info("clients")["blocked_clients"]) >= total,
             "the plain workers",
         )
 
@@ -150,8 +152,8 @@ class Plain(Common):
         return names
 
 
-def _packed(texts: Sequence[bytes], *, input_name: str) -> list[bytes]:
-    """Long JSON as the API stores it, each text packed once."""
+def _pack(texts: Sequence[bytes], *, input_name: str) -> list[bytes]:
+    """Packs long JSON inputs as the API stores them."""
     packed = {
         text: packing.pack({input_name: np.array(msgspec.json.decode(text), np.float32)})
         for text in set(texts)
@@ -165,12 +167,12 @@ SystemT = TypeVar("SystemT", Service, Plain)
 
 @asynccontextmanager
 async def running(
-    kind: type[SystemT], models: Path, room: Path, *, workers: int, model: str = "iris"
+    kind: type[SystemT], models: Path, folder: Path, *, workers: int, model: str = "iris"
 ) -> AsyncIterator[SystemT]:
-    """A fresh Valkey, one API and some workers; all ended with the block."""
+    """Starts a new Valkey, an API and workers; stops all at the end."""
     async with AsyncExitStack() as stack:
-        server = await stack.enter_async_context(valkey.embedded(room))
-        output = stack.enter_context((room / "output.log").open("wb"))
+        server = await stack.enter_async_context(valkey.embedded(folder))
+        output = stack.enter_context((folder / "output.log").open("wb"))
         system = kind(kind.__name__.lower(), _over_tcp(server.url), models, output)
         stack.push_async_callback(system.stop)
         await system.start_api()
@@ -179,7 +181,7 @@ async def running(
 
 
 def _over_tcp(url: str) -> str:
-    """Both systems reach their Redis as one on another machine is reached."""
+    """Opens a TCP port: both systems connect to their Redis as to one on another machine."""
     port = free_port()
     with redis.Redis.from_url(url) as client:
         client.config_set("port", port)
@@ -192,7 +194,7 @@ class Usage(Struct, frozen=True):
 
 
 def usage(pid: int) -> Usage:
-    """What a process has used (Linux: /proc)."""
+    """CPU time and memory of a process (Linux only: it reads /proc)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return Usage(
@@ -200,8 +202,8 @@ def usage(pid: int) -> Usage:
     )
 
 
-def forget_peak(pid: int) -> float:
-    """From now on `peak_mib` is of what comes; what the process has now, in MiB."""
+def reset_peak_mib(pid: int) -> float:
+    """Resets the peak that `peak_mib` reads; returns the memory that the process has now."""
     Path(f"/proc/{pid}/clear_refs").write_text("5")
     return usage(pid).rss_mib
 
@@ -217,11 +219,11 @@ def free_port() -> int:
 
 
 def answers(port: int, path: str, *, body: bytes | None = None) -> bool:
-    """Whether a GET, or a POST that waits for its result, comes to 200."""
+    """Whether a GET, or a POST that waits for its result, is answered with 200."""
     headers = {"Content-Type": "application/json", "Prefer": "wait=10"}
-    asked = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body, headers)
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body, headers)
     try:
-        with urllib.request.urlopen(asked, timeout=10 if body else 1) as reply:
+        with urllib.request.urlopen(request, timeout=10 if body else 1) as reply:
             return int(reply.status) == 200
     except OSError:
         return False
@@ -233,8 +235,9 @@ async def until(
     seconds: float = 30,
     step_seconds: float = 0.005,
 ) -> None:
+    """Waits until `condition` returns true; raises TimeoutError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{description}: not there after {seconds:g} s")
+            raise TimeoutError(f"{description}: not after {seconds:g} s")
         await anyio.sleep(step_seconds)

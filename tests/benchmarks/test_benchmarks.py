@@ -1,4 +1,4 @@
-"""The benchmark says what it measured, and whether that is what was promised."""
+"""The benchmark: the table of figures with their budgets, and a quick run."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from tests.benchmarks import report
 from tests.process import REPOSITORY
 
 
-def test_a_figure_is_shown_with_its_spread_its_ratio_and_its_budget() -> None:
+def test_a_figure_is_shown_with_its_range_its_ratio_and_its_budget() -> None:
     ours = {"submit_per_second": [9000.0, 10_000.0, 8000.0], "rss_api_mib": [80.0]}
     plain = {"submit_per_second": [1000.0, 900.0, 1100.0]}
 
@@ -31,10 +31,10 @@ def test_a_quick_run_measures_both_systems(tmp_path: Path) -> None:
     command = (sys.executable, "-m", "tests.benchmarks", "--quick", "--rounds", "1", *only)
     subprocess.run([*command, "--json", str(figures)], cwd=REPOSITORY, check=True, timeout=120)
 
-    found = msgspec.json.decode(figures.read_bytes())
+    measured = msgspec.json.decode(figures.read_bytes())
 
     for system in ("asyncinfer", "plain"):
-        assert found[system]["done_per_second"][0] > 0
-        # Its client must not be what is measured.
-        assert max(found[system]["submit_client_cores"]) < 0.8
-    assert 0 < found["asyncinfer"]["start_to_first_result_seconds"][0] < 30
+        assert measured[system]["done_per_second"][0] > 0
+        # The client must not be the bottleneck.
+        assert max(measured[system]["submit_client_cores"]) < 0.8
+    assert 0 < measured["asyncinfer"]["start_to_first_result_seconds"][0] < 30

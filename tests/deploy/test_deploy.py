@@ -1,4 +1,4 @@
-"""What Containerfile and compose.yaml promise to those who deploy with them."""
+"""The Containerfile, compose.yaml and the lock files: what they set, run and install."""
 
 import http.server
 import importlib.metadata
@@ -46,13 +46,13 @@ SERVICES: Final[dict[str, dict[str, Any]]] = COMPOSE["services"]
 OURS: Final = ("serve", "work")
 
 
-class Step(NamedTuple):
+class Instruction(NamedTuple):
     stage: int
     word: str
     rest: str
 
 
-def _steps() -> Iterator[Step]:
+def _instructions() -> Iterator[Instruction]:
     """The Containerfile's instructions; stage 0 is before the first FROM."""
     lines = (REPOSITORY / "Containerfile").read_text().splitlines(keepends=True)
     text = "".join(line for line in lines if not line.startswith("#")).replace("\\\n", " ")
@@ -60,20 +60,21 @@ def _steps() -> Iterator[Step]:
     for line in filter(str.strip, text.splitlines()):
         word, _, rest = line.partition(" ")
         stage += word == "FROM"
-        yield Step(stage, word, " ".join(rest.split()))
+        yield Instruction(stage, word, " ".join(rest.split()))
 
 
-STEPS: Final = tuple(_steps())
+INSTRUCTIONS: Final = tuple(_instructions())
 BUILD, LOCALE, LAST = 1, 2, 3
 
 
-def _said(word: str, stage: int = LAST) -> list[str]:
-    return [step.rest for step in STEPS if step.word == word and step.stage == stage]
+def _arguments(word: str, stage: int = LAST) -> list[str]:
+    """The arguments of each instruction `word` in a stage."""
+    return [step.rest for step in INSTRUCTIONS if step.word == word and step.stage == stage]
 
 
 def _pairs(word: str) -> dict[str, str]:
-    """What an ENV or LABEL of the image sets."""
-    return dict(pair.split("=", 1) for rest in _said(word) for pair in shlex.split(rest))
+    """The names and values that ENV or LABEL sets in the image."""
+    return dict(pair.split("=", 1) for rest in _arguments(word) for pair in shlex.split(rest))
 
 
 def _image_environ() -> dict[str, str]:
@@ -88,44 +89,42 @@ def _environ(service: str) -> dict[str, str]:
 # --- compose.yaml ----------------------------------------------------------------------------
 
 
-def test_compose_reads_as_its_published_schema_says() -> None:
+def test_compose_is_valid_by_its_published_schema() -> None:
     argv = ["-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", "compose.yaml"]
-    checked = subprocess.run(
-        [sys.executable, *argv], cwd=REPOSITORY, capture_output=True, text=True
-    )
-    assert checked.returncode == 0, checked.stdout
+    done = subprocess.run([sys.executable, *argv], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("service", OURS)
-def test_compose_sets_only_what_we_read_and_only_values_we_take(service: str) -> None:
+def test_compose_sets_only_our_settings_to_allowed_values(service: str) -> None:
     assert SERVICES[service]["environment"].keys() <= VARIABLES
     assert settings.read(_environ(service), {}).redis_url == "redis://valkey:6379"
 
 
 @pytest.mark.parametrize("service", OURS)
-def test_a_service_runs_a_command_that_there_is(
+def test_a_service_runs_an_existing_command(
     service: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = SERVICES[service]["command"]
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exited:
         main([*command, "--help"])
-    assert (command, ended.value.code) == ([service], 0)
+    assert (command, exited.value.code) == ([service], 0)
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_a_service_has_no_rights_that_it_does_not_need(service: str) -> None:
+def test_a_service_has_no_unneeded_rights(service: str) -> None:
     config = SERVICES[service]
     assert config["cap_drop"] == ["ALL"]
     assert config["security_opt"] == ["no-new-privileges:true"]
     assert config["read_only"] is True
     assert [path.partition(":")[0] for path in config["tmpfs"]] == ["/tmp"]
     assert not config.keys() & {"privileged", "cap_add", "devices", "pid", "network_mode"}
-    user = config.get("user") or _said("USER")[0]
+    user = config.get("user") or _arguments("USER")[0]
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_a_service_is_bounded_and_comes_back(service: str) -> None:
+def test_a_service_has_limits_and_is_restarted(service: str) -> None:
     limits = SERVICES[service]["deploy"]["resources"]["limits"]
     assert limits.keys() == {"cpus", "memory"}
     assert SERVICES[service]["restart"] == "unless-stopped"
@@ -139,10 +138,10 @@ def test_two_workers_start() -> None:
 def test_only_the_api_is_published_and_only_to_this_machine() -> None:
     ports = {name: config["ports"] for name, config in SERVICES.items() if "ports" in config}
     assert ports == {"serve": ["127.0.0.1:8000:8000"]}
-    assert _said("EXPOSE") == [_image_environ()["PORT"]] == ["8000"]
+    assert _arguments("EXPOSE") == [_image_environ()["PORT"]] == ["8000"]
 
 
-def test_valkey_and_the_workers_have_no_way_out() -> None:
+def test_valkey_and_the_workers_have_no_access_to_the_internet() -> None:
     private = {name for name, network in COMPOSE["networks"].items() if network.get("internal")}
     assert set(SERVICES["valkey"]["networks"]) | set(SERVICES["work"]["networks"]) <= private
     assert set(SERVICES["serve"]["networks"]) & private
@@ -154,24 +153,24 @@ def test_a_stop_waits_longer_than_a_worker_drains() -> None:
         assert grace_seconds >= settings.read(_environ(service), {}).drain_timeout + 5
 
 
-def test_ours_start_when_valkey_answers() -> None:
+def test_api_and_workers_start_when_valkey_answers() -> None:
     assert "valkey-cli ping | grep -q PONG" in SERVICES["valkey"]["healthcheck"]["test"]
     for service in OURS:
         assert SERVICES[service]["depends_on"] == {"valkey": {"condition": "service_healthy"}}
 
 
-def test_the_api_keys_are_a_secret_of_the_api_alone() -> None:
+def test_only_the_api_has_the_secret_with_the_api_keys() -> None:
     assert {name for name, config in SERVICES.items() if "secrets" in config} == {"serve"}
     (secret,) = SERVICES["serve"]["secrets"]
     assert SERVICES["serve"]["environment"]["API_KEYS"] == f"/run/secrets/{secret}"
-    kept = Path(COMPOSE["secrets"][secret]["file"]).name
-    assert f"/{kept}" in (REPOSITORY / ".gitignore").read_text().splitlines()
+    file_name = Path(COMPOSE["secrets"][secret]["file"]).name
+    assert f"/{file_name}" in (REPOSITORY / ".gitignore").read_text().splitlines()
 
 
 @pytest.mark.parametrize("host", ["localhost:8000", "127.0.0.1:8000", "serve:8000"])
-def test_the_api_answers_to_its_published_name_and_to_its_own(host: str) -> None:
-    chosen = settings.read(_environ("serve"), {})
-    config = ApiConfig(redis_url="", host=chosen.host, allowed_hosts=chosen.allowed_hosts)
+def test_the_api_accepts_its_published_host_name_and_its_service_name(host: str) -> None:
+    read = settings.read(_environ("serve"), {})
+    config = ApiConfig(redis_url="", host=read.host, allowed_hosts=read.allowed_hosts)
     get: dict[str, Any] = {"method": "GET"}
 
     assert Guard(config).admit(None, get, {b"host": host.encode()})
@@ -184,8 +183,8 @@ def valkey_of_compose(tmp_path: Path) -> Iterator[str]:
     """A server with the options of compose.yaml, on a socket."""
     program, *options = shlex.split(SERVICES["valkey"]["command"])
     assert program == "valkey-server"
-    here = ("--port", "0", "--unixsocket", f"{tmp_path}/s", "--dir", f"{tmp_path}")
-    command = [str(get_binary_path()), *options, *here]
+    paths = ("--port", "0", "--unixsocket", f"{tmp_path}/s", "--dir", f"{tmp_path}")
+    command = [str(get_binary_path()), *options, *paths]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         wait_for_server(f"unix://{tmp_path}/s")
@@ -195,7 +194,7 @@ def valkey_of_compose(tmp_path: Path) -> Iterator[str]:
         server.wait()
 
 
-async def test_valkey_keeps_all_jobs_on_disk_and_refuses_rather_than_forgets(
+async def test_valkey_keeps_all_jobs_on_disk_and_refuses_writes_rather_than_evicting_keys(
     valkey_of_compose: str,
 ) -> None:
     async with Store.open(
@@ -203,9 +202,9 @@ async def test_valkey_keeps_all_jobs_on_disk_and_refuses_rather_than_forgets(
     ) as store:
         assert (await store.check_server()).startswith("Valkey")
     with redis.Redis.from_url(valkey_of_compose, decode_responses=True) as client:
-        found: Any = client.config_get("append*", "save", "maxmemory*")
-    assert (found["appendonly"], found["appendfsync"], found["save"]) == ("yes", "everysec", "")
-    assert (found["maxmemory"], found["maxmemory-policy"]) == (str(2 << 30), "noeviction")
+        config: Any = client.config_get("append*", "save", "maxmemory*")
+    assert (config["appendonly"], config["appendfsync"], config["save"]) == ("yes", "everysec", "")
+    assert (config["maxmemory"], config["maxmemory-policy"]) == (str(2 << 30), "noeviction")
     assert SERVICES["valkey"]["volumes"] == ["valkey:/data"]
     assert "valkey" in COMPOSE["volumes"]
 
@@ -214,9 +213,9 @@ async def test_valkey_keeps_all_jobs_on_disk_and_refuses_rather_than_forgets(
 
 
 def test_every_image_is_pinned() -> None:
-    (base,) = (step.rest.partition("=")[2] for step in STEPS if step.word == "ARG")
+    (base,) = (step.rest.partition("=")[2] for step in INSTRUCTIONS if step.word == "ARG")
     assert [
-        rest.split()[0] for stage in (BUILD, LOCALE, LAST) for rest in _said("FROM", stage)
+        rest.split()[0] for stage in (BUILD, LOCALE, LAST) for rest in _arguments("FROM", stage)
     ] == [
         "${BASE}",
         "${BASE}",
@@ -227,65 +226,65 @@ def test_every_image_is_pinned() -> None:
         assert re.match(r"\d", tag), f"{image} may change at any time"
 
 
-def test_all_say_the_same_version() -> None:
+def test_image_compose_and_project_have_the_same_version() -> None:
     version = PROJECT["project"]["version"]
     assert _pairs("LABEL")["org.opencontainers.image.version"] == version
     assert _pairs("LABEL")["org.opencontainers.image.licenses"] == PROJECT["project"]["license"]
     assert {SERVICES[name]["image"] for name in OURS} == {f"asyncinfer:{version}"}
 
 
-def test_everything_copied_is_there() -> None:
-    copied = [path for rest in _said("COPY", BUILD) for path in rest.split()[:-1]]
+def test_every_copied_path_exists() -> None:
+    copied = [path for rest in _arguments("COPY", BUILD) for path in rest.split()[:-1]]
     assert copied
     assert all((REPOSITORY / path).exists() for path in copied)
-    assert _said("COPY") == [
+    assert _arguments("COPY") == [
         "--from=locale /usr/lib/locale/en_US.utf8 /usr/lib/locale/en_US.utf8",
         "--from=build /opt/asyncinfer /opt/asyncinfer",
     ]
 
 
-def test_the_image_has_the_locale_that_text_models_ask_for() -> None:
-    """Its data alone: nothing of what makes it, and no other."""
-    (run,) = _said("RUN", LOCALE)
+def test_the_image_has_the_locale_that_text_models_need() -> None:
+    """Only the locale's data is in it: no tool that makes it, and no other locale."""
+    (run,) = _arguments("RUN", LOCALE)
     assert run.endswith("localedef --no-archive -i en_US -f UTF-8 en_US.UTF-8")
-    assert "apt" not in " ".join(_said("RUN"))
+    assert "apt" not in " ".join(_arguments("RUN"))
 
 
-def test_only_wheels_whose_hashes_are_locked_are_installed() -> None:
-    steps = [part for rest in _said("RUN", BUILD) for part in rest.split(" && ")]
-    fetched = [part for part in steps if part.startswith("pip ") and "--no-index" not in part]
-    assert [part.split("-r ")[1] for part in fetched] == [
+def test_only_wheels_with_locked_hashes_are_installed() -> None:
+    steps = [part for rest in _arguments("RUN", BUILD) for part in rest.split(" && ")]
+    downloads = [part for part in steps if part.startswith("pip ") and "--no-index" not in part]
+    assert [part.split("-r ")[1] for part in downloads] == [
         ".ci/requirements.lock",
         ".ci/build.lock",
     ]
-    assert all("--require-hashes" in path and "--only-binary :all:" in path for path in fetched)
-    made = [part for part in steps if "--no-index" in part]
-    assert all("--no-deps" in part for part in made)
+    assert all("--require-hashes" in part and "--only-binary :all:" in part for part in downloads)
+    builds = [part for part in steps if "--no-index" in part]
+    assert all("--no-deps" in part for part in builds)
     assert not any(word in " ".join(steps) for word in ("apt", "curl", "wget"))
 
 
 def test_the_image_has_no_installer() -> None:
-    (run,) = _said("RUN")
+    (run,) = _arguments("RUN")
     assert "pip uninstall --yes" in run
     assert "ensurepip" in run
-    assert _said("RUN", BUILD)[0] == "python -m venv --without-pip /opt/asyncinfer"
+    assert _arguments("RUN", BUILD)[0] == "python -m venv --without-pip /opt/asyncinfer"
 
 
-def test_the_image_sets_only_what_we_read_and_keeps_onnx_runtime_quiet() -> None:
+def test_the_image_sets_only_our_settings_and_turns_off_onnx_runtimes_telemetry() -> None:
     assert _pairs("ENV").keys() - VARIABLES == {"PATH", "ORT_DISABLE_TELEMETRY"}
     assert _pairs("ENV")["ORT_DISABLE_TELEMETRY"] == "1"
     assert settings.read(_image_environ(), {}).data_dir == Path("/data")
 
 
-def test_the_image_runs_as_nobody_in_particular_and_stops_when_told() -> None:
-    assert _said("USER") == ["10001:10001"]
-    assert "install -d -o 10001 -g 10001 -m 700 /data" in _said("RUN")[0]
-    assert _said("STOPSIGNAL") == ["SIGTERM"]
-    (entrypoint,) = json.loads(_said("ENTRYPOINT")[0])
+def test_the_image_runs_as_an_unprivileged_user_and_stops_on_sigterm() -> None:
+    assert _arguments("USER") == ["10001:10001"]
+    assert "install -d -o 10001 -g 10001 -m 700 /data" in _arguments("RUN")[0]
+    assert _arguments("STOPSIGNAL") == ["SIGTERM"]
+    (entrypoint,) = json.loads(_arguments("ENTRYPOINT")[0])
     assert entrypoint in PROJECT["project"]["scripts"]
 
 
-def test_the_image_started_without_keys_says_what_to_do(
+def test_the_image_without_keys_refuses_to_start_and_says_what_to_do(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in VARIABLES:
@@ -293,14 +292,14 @@ def test_the_image_started_without_keys_says_what_to_do(
     for name, value in _image_environ().items():
         monkeypatch.setenv(name, value)
 
-    assert main(json.loads(_said("CMD")[0])) == 2
-    said = capsys.readouterr().err
-    assert all(word in said for word in ("0.0.0.0", "keygen", "API_KEYS", "--insecure"))
+    assert main(json.loads(_arguments("CMD")[0])) == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in ("0.0.0.0", "keygen", "API_KEYS", "--insecure"))
 
 
-def test_mounted_models_are_served_and_the_shipped_ones_where_none_are(tmp_path: Path) -> None:
-    assert "ln -s /models /model" in _said("RUN")[0]
-    assert _said("WORKDIR") == ["/"]
+def test_mounted_models_are_served_or_the_shipped_ones_if_there_are_none(tmp_path: Path) -> None:
+    assert "ln -s /models /model" in _arguments("RUN")[0]
+    assert _arguments("WORKDIR") == ["/"]
     assert [volume["target"] for volume in SERVICES["work"]["volumes"]] == ["/models"]
     assert all(volume["read_only"] for volume in SERVICES["work"]["volumes"])
     assert (REPOSITORY / SERVICES["work"]["volumes"][0]["source"]).is_dir()
@@ -318,7 +317,7 @@ def test_mounted_models_are_served_and_the_shipped_ones_where_none_are(tmp_path:
 
 
 def _image_check() -> list[str]:
-    command: list[str] = json.loads(_said("HEALTHCHECK")[0].partition("CMD ")[2])
+    command: list[str] = json.loads(_arguments("HEALTHCHECK")[0].partition("CMD ")[2])
     return command
 
 
@@ -347,8 +346,8 @@ CHECKS: Final = {
 
 
 @contextmanager
-def _answering(status: int, path: str) -> Iterator[int]:
-    """A server that answers one path, at a port of its own."""
+def _http_server(status: int, path: str) -> Iterator[int]:
+    """Starts a server that answers one path with a status, and others with 404; gives its port."""
 
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -356,7 +355,7 @@ def _answering(status: int, path: str) -> Iterator[int]:
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
-            """Tells the terminal nothing."""
+            """Prints nothing to the terminal."""
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()
@@ -365,19 +364,19 @@ def _answering(status: int, path: str) -> Iterator[int]:
 
 
 def _passes(check: Check, port: int) -> bool:
-    """The check, run as the engine does, with another port."""
+    """Runs the check as a container engine does, with another port; True if it exits with 0."""
     name, *argv = (part.replace(check.port, str(port)) for part in check.command)
     assert name == "python"
     environ = {key: value.replace(check.port, str(port)) for key, value in check.environ.items()}
-    ran = subprocess.run([sys.executable, *argv], env=environ, capture_output=True)
-    return ran.returncode == 0
+    done = subprocess.run([sys.executable, *argv], env=environ, capture_output=True)
+    return done.returncode == 0
 
 
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
-def test_a_health_check_passes_while_the_route_says_200_and_only_then(check: Check) -> None:
-    with _answering(200, check.path) as port:
+def test_a_health_check_passes_if_the_route_replies_200_and_fails_otherwise(check: Check) -> None:
+    with _http_server(200, check.path) as port:
         assert _passes(check, port)
-    with _answering(503, check.path) as port:
+    with _http_server(503, check.path) as port:
         assert not _passes(check, port)
     assert ("GET", check.path) in {(route.method, route.path) for route in ROUTES}
 
@@ -386,18 +385,18 @@ def test_a_health_check_passes_while_the_route_says_200_and_only_then(check: Che
 
 
 def _locked(name: str) -> dict[str, Requirement]:
-    """Pinned and hashed, by name."""
+    """The pinned requirements of a lock file, by name; asserts that each has a hash."""
     text = (REPOSITORY / ".ci" / name).read_text()
-    a_hash = r"    --hash=sha256:[0-9a-f]{64}(?: \\)?\n"
-    entries = re.findall(rf"^(\S+==.*?) \\\n(?:{a_hash})+", text, re.MULTILINE)
-    bare = [line for line in text.splitlines() if not line.startswith(("#", " "))]
-    assert len(entries) == len(bare), "an entry has no hash"
+    hash_line = r"    --hash=sha256:[0-9a-f]{64}(?: \\)?\n"
+    entries = re.findall(rf"^(\S+==.*?) \\\n(?:{hash_line})+", text, re.MULTILINE)
+    pin_lines = [line for line in text.splitlines() if not line.startswith(("#", " "))]
+    assert len(entries) == len(pin_lines), "an entry has no hash"
     pins = [Requirement(pin) for pin in entries]
     return {pin.name: pin for pin in pins}
 
 
-def _needed(roots: Sequence[str]) -> Iterator[Requirement]:
-    """All that is needed here, as the installed packages tell."""
+def _all_requirements(roots: Sequence[str]) -> Iterator[Requirement]:
+    """The requirements and theirs, recursively, by the metadata of the installed packages."""
     waiting = [Requirement(requirement) for requirement in roots]
     seen = set()
     while waiting:
@@ -411,16 +410,16 @@ def _needed(roots: Sequence[str]) -> Iterator[Requirement]:
 
 def _required_by(requirement: Requirement) -> Iterator[Requirement]:
     for line in importlib.metadata.requires(requirement.name) or ():
-        needed = Requirement(line)
+        required = Requirement(line)
         extras = ({"extra": extra} for extra in requirement.extras or ("",))
-        if needed.marker is None or any(needed.marker.evaluate(extra) for extra in extras):
-            needed.marker = None
-            yield needed
+        if required.marker is None or any(required.marker.evaluate(extra) for extra in extras):
+            required.marker = None
+            yield required
 
 
-def test_every_dependency_is_locked_in_range() -> None:
+def test_every_dependency_is_locked_to_an_allowed_version() -> None:
     locked = _locked("requirements.lock")
-    needed = list(_needed(PROJECT["project"]["dependencies"]))
+    needed = list(_all_requirements(PROJECT["project"]["dependencies"]))
     assert len(needed) > len(PROJECT["project"]["dependencies"])
     for requirement in needed:
         pin = locked[requirement.name.lower().replace("_", "-")]
@@ -429,7 +428,7 @@ def test_every_dependency_is_locked_in_range() -> None:
         )
 
 
-def test_what_builds_the_wheel_is_locked_too() -> None:
+def test_the_build_requirements_are_locked_too() -> None:
     locked = _locked("build.lock")
     for requirement in map(Requirement, PROJECT["build-system"]["requires"]):
         assert requirement.specifier.contains(
@@ -438,14 +437,14 @@ def test_what_builds_the_wheel_is_locked_too() -> None:
 
 
 @pytest.mark.parametrize("name", ["requirements.lock", "build.lock"])
-def test_a_lock_says_how_to_renew_it_and_names_no_place_to_fetch_from(name: str) -> None:
+def test_a_lock_file_says_how_to_renew_it_and_names_no_package_index(name: str) -> None:
     text = (REPOSITORY / ".ci" / name).read_text()
     assert "bash .ci/lock" in text
     assert "://" not in text
     assert "--index" not in text
 
 
-# --- the steps themselves, with the network --------------------------------------------------
+# --- the image's steps, with the network -----------------------------------------------------
 
 
 @pytest.mark.soak
@@ -453,7 +452,7 @@ def test_a_lock_says_how_to_renew_it_and_names_no_place_to_fetch_from(name: str)
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
 def test_the_lock_has_a_wheel_for(python: str, machine: str, tmp_path: Path) -> None:
     platforms = [f"--platform=manylinux_2_{minor}_{machine}" for minor in (17, 27, 28)]
-    asked = subprocess.run(
+    done = subprocess.run(
         [
             *(sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed"),
             *("--require-hashes", "--only-binary=:all:", "--target", str(tmp_path)),
@@ -463,21 +462,21 @@ def test_the_lock_has_a_wheel_for(python: str, machine: str, tmp_path: Path) -> 
         capture_output=True,
         text=True,
     )
-    assert asked.returncode == 0, asked.stderr
-    assert "onnxruntime" in asked.stdout.splitlines()[-1]
+    assert done.returncode == 0, done.stderr
+    assert "onnxruntime" in done.stdout.splitlines()[-1]
 
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    """The image's file system as far as a folder goes: its steps, run in there as they stand."""
-    for rest in _said("COPY", BUILD):
+    """A folder in which the image's steps were run unchanged, in place of its file system."""
+    for rest in _arguments("COPY", BUILD):
         *sources, target = rest.split()
         for source in sources:
             _copy(REPOSITORY / source, tmp_path / "src" / target)
     base = tmp_path / "base"
     subprocess.run([sys.executable, "-m", "venv", base], check=True)
     environ = {**os.environ, "PATH": f"{base}/bin:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
-    for rest in _said("RUN", BUILD):
+    for rest in _arguments("RUN", BUILD):
         step = re.sub(r"(?<![\w.])(/opt/asyncinfer|/wheel)", rf"{tmp_path}\1", rest)
         subprocess.run(step, shell=True, check=True, cwd=tmp_path / "src", env=environ)
     (tmp_path / "model").symlink_to(tmp_path / "models")
@@ -493,10 +492,12 @@ def _copy(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def _contained(image: Path, service: str, **changes: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A service of compose.yaml with nothing but its environment, ended as an engine ends it."""
+def _running_container(
+    image: Path, service: str, **changes: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Runs a service of compose.yaml with only its environment; stops it as an engine does."""
     environ = {"PATH": f"{image}/opt/asyncinfer/bin", **_environ(service), **changes}
-    # Its /tmp, the only folder that it may write.
+    # This is in place of /tmp, the only folder that it may write.
     environ["TMPDIR"] = str(image)
     command = ["asyncinfer", *SERVICES[service]["command"]]
     program = shutil.which(command[0], path=environ["PATH"])
@@ -511,28 +512,30 @@ def _contained(image: Path, service: str, **changes: str) -> Iterator[subprocess
 
 
 @pytest.mark.soak
-def test_the_steps_of_the_image_make_a_service_that_answers(
+def test_the_steps_of_the_image_make_a_working_service(
     image: Path, redis_url: str, server: redis.Redis
 ) -> None:
     key = new_key()
     (image / "api_keys").write_text(entry_of(key, "acme", "submit,read").line() + "\n")
     port = free_port()
     url = f"http://localhost:{port}"
-    here = {"REDIS_URL": redis_url, "API_KEYS": f"{image}/api_keys", "PORT": str(port)}
+    changes = {"REDIS_URL": redis_url, "API_KEYS": f"{image}/api_keys", "PORT": str(port)}
     with ExitStack() as stack:
-        serve = stack.enter_context(_contained(image, "serve", **here))
+        serve = stack.enter_context(_running_container(image, "serve", **changes))
         monitor = {"MONITOR_PORT": str(free_port())}
-        work = stack.enter_context(_contained(image, "work", REDIS_URL=redis_url, **monitor))
+        work = stack.enter_context(
+            _running_container(image, "work", REDIS_URL=redis_url, **monitor)
+        )
         client = stack.enter_context(httpx2.Client(headers={"x-api-key": key}, timeout=30))
         eventually_sync(lambda: _has_models(client, url), "a worker has announced its models")
 
-        answer = client.post(
+        reply = client.post(
             f"{url}/predict",
             json={"data": [[5.1, 3.5, 1.4, 0.2]]},
             headers={"Prefer": "wait=20"},
         )
 
-        assert answer.json()["result"]["class_name"] == "setosa"
+        assert reply.json()["result"]["class_name"] == "setosa"
         assert httpx2.get(f"{url}/models").status_code == 401
     assert (serve.returncode, work.returncode) == (0, 0)
 

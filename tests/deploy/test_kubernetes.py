@@ -1,4 +1,4 @@
-"""The Kubernetes manifests say what this release understands, and agree with each other."""
+"""The Kubernetes manifests: their settings are valid for this release, and they fit together."""
 
 import re
 from collections.abc import Iterator
@@ -17,7 +17,6 @@ from tests.benchmarks.autoscaling import SPIKE, Cluster, Simulation, policies, t
 
 FOLDER = Path(__file__).parents[2] / "asyncinfer" / "docs" / "kubernetes"
 
-# One manifest: what YAML holds.
 Manifest: TypeAlias = dict[str, Any]
 
 
@@ -26,21 +25,21 @@ def _manifests() -> Iterator[Manifest]:
         yield from yaml.safe_load_all(path.read_text())
 
 
-ALL = list(_manifests())
+MANIFESTS = list(_manifests())
 OURS = ("asyncinfer-serve", "asyncinfer-work")
 
 
-def one(kind: str, name: str) -> Manifest:
+def manifest_of(kind: str, name: str) -> Manifest:
     (found,) = (
         manifest
-        for manifest in ALL
+        for manifest in MANIFESTS
         if (manifest["kind"], manifest["metadata"]["name"]) == (kind, name)
     )
     return found
 
 
 def pod_of(name: str) -> Manifest:
-    spec: Manifest = one("Deployment", name)["spec"]["template"]["spec"]
+    spec: Manifest = manifest_of("Deployment", name)["spec"]["template"]["spec"]
     return spec
 
 
@@ -50,13 +49,15 @@ def container_of(name: str) -> Manifest:
 
 
 def environment_of(name: str) -> dict[str, str]:
-    """As the container sees it, secrets in place."""
-    secrets = one("Secret", "asyncinfer")["stringData"]
-    found = {}
+    """The container's environment, with the values of its secrets."""
+    secrets = manifest_of("Secret", "asyncinfer")["stringData"]
+    environment = {}
     for variable in container_of(name)["env"]:
         reference = variable.get("valueFrom", {}).get("secretKeyRef")
-        found[variable["name"]] = secrets[reference["key"]] if reference else variable["value"]
-    return found
+        environment[variable["name"]] = (
+            secrets[reference["key"]] if reference else variable["value"]
+        )
+    return environment
 
 
 def settings_of(name: str) -> Settings:
@@ -64,45 +65,46 @@ def settings_of(name: str) -> Settings:
 
 
 def pods() -> Iterator[tuple[str, Manifest]]:
-    for manifest in ALL:
+    """The name and the pod specification of each workload."""
+    for manifest in MANIFESTS:
         if manifest["kind"] in ("Deployment", "StatefulSet"):
             yield manifest["metadata"]["name"], manifest["spec"]["template"]["spec"]
 
 
-# --- what runs -------------------------------------------------------------------------------
+# --- pods ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_every_variable_is_a_setting_with_a_value_that_is_allowed(name: str) -> None:
+def test_every_variable_is_a_setting_with_an_allowed_value(name: str) -> None:
     known = {knob.variable for knob in settings.knobs()}
     assert set(environment_of(name)) <= known
     settings_of(name)
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_the_image_is_this_release_and_runs_a_command_of_ours(name: str) -> None:
+def test_each_container_runs_its_command_with_the_image_of_this_release(name: str) -> None:
     container = container_of(name)
     assert container["image"] == f"asyncinfer:{__version__}"
     assert container["args"] == [name.removeprefix("asyncinfer-")]
 
 
 def test_the_api_is_reached_from_outside_its_pod_with_keys_only() -> None:
-    chosen = settings_of("asyncinfer-serve")
+    read = settings_of("asyncinfer-serve")
     container = container_of("asyncinfer-serve")
     (mount,) = (mount for mount in container["volumeMounts"] if mount["name"] == "keys")
-    assert chosen.host == "0.0.0.0"
-    assert str(chosen.api_keys) == f"{mount['mountPath']}/keys"
+    assert read.host == "0.0.0.0"
+    assert str(read.api_keys) == f"{mount['mountPath']}/keys"
     assert "--insecure" not in container["args"]
 
 
 def test_no_secret_is_shipped() -> None:
-    for value in one("Secret", "asyncinfer")["stringData"].values():
+    for value in manifest_of("Secret", "asyncinfer")["stringData"].values():
         assert "REPLACE" in value
         assert not re.search(r"[0-9a-f]{64}|ai_[\w-]{40}", value)
 
 
 @pytest.mark.parametrize(("name", "pod"), list(pods()), ids=lambda value: str(value)[:20])
-def test_a_pod_has_no_right_that_it_does_not_need(name: str, pod: Manifest) -> None:
+def test_a_pod_has_no_unneeded_rights(name: str, pod: Manifest) -> None:
     assert pod["automountServiceAccountToken"] is False
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -117,8 +119,8 @@ def test_a_pod_has_no_right_that_it_does_not_need(name: str, pod: Manifest) -> N
 
 
 @pytest.mark.parametrize(("name", "pod"), list(pods()), ids=lambda value: str(value)[:20])
-def test_a_service_beside_it_cannot_set_a_variable_of_ours(name: str, pod: Manifest) -> None:
-    """A Service called `redis` would, by service links: REDIS_PORT=tcp://10.0.0.1:6379."""
+def test_a_kubernetes_service_cannot_set_a_variable_of_a_pod(name: str, pod: Manifest) -> None:
+    """By service links a Service called `redis` would set REDIS_PORT=tcp://10.0.0.1:6379."""
     assert pod["enableServiceLinks"] is False
 
 
@@ -127,70 +129,76 @@ def test_a_service_beside_it_cannot_set_a_variable_of_ours(name: str, pod: Manif
 
 @pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("probe", ["startupProbe", "livenessProbe", "readinessProbe"])
-def test_a_probe_asks_a_page_that_is_there_on_a_port_that_is_open(name: str, probe: str) -> None:
-    asked = container_of(name)[probe]["httpGet"]
-    (port,) = (port for port in container_of(name)["ports"] if port["name"] == asked["port"])
-    chosen = settings_of(name)
+def test_a_probe_requests_an_existing_route_on_an_open_port(name: str, probe: str) -> None:
+    http_get = container_of(name)[probe]["httpGet"]
+    (port,) = (port for port in container_of(name)["ports"] if port["name"] == http_get["port"])
+    read = settings_of(name)
     if name == "asyncinfer-work":
-        assert port["containerPort"] == chosen.monitor_port
+        assert port["containerPort"] == read.monitor_port
         monitor = Monitor()
         monitor.unready = lambda: None
-        assert monitor.answer("GET", asked["path"]).status == 200
+        assert monitor.answer("GET", http_get["path"]).status == 200
     else:
-        assert port["containerPort"] == chosen.port
-        assert asked["path"] in {route.path for route in ROUTES if route.scope is None}
+        assert port["containerPort"] == read.port
+        assert http_get["path"] in {route.path for route in ROUTES if route.scope is None}
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_a_redis_that_is_away_restarts_nothing(name: str) -> None:
+def test_no_pod_is_restarted_while_redis_is_unreachable(name: str) -> None:
     container = container_of(name)
     assert container["livenessProbe"]["httpGet"]["path"] == "/health/live"
     assert container["readinessProbe"]["httpGet"]["path"] == "/health/ready"
 
 
-def test_a_worker_may_finish_what_it_runs_before_it_is_killed() -> None:
-    chosen = settings_of("asyncinfer-work")
+def test_a_worker_has_time_to_finish_its_runs_before_it_is_killed() -> None:
+    read = settings_of("asyncinfer-work")
     grace_seconds = pod_of("asyncinfer-work")["terminationGracePeriodSeconds"]
-    assert grace_seconds >= chosen.drain_timeout + 5
-    assert chosen.drain_timeout >= chosen.prediction_timeout
+    assert grace_seconds >= read.drain_timeout + 5
+    assert read.drain_timeout >= read.prediction_timeout
 
 
-# --- what belongs together ---------------------------------------------------------------------
+# --- references between manifests --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "it", ALL, ids=lambda manifest: f"{manifest['kind']}-{manifest['metadata']['name']}"
+    "manifest", MANIFESTS, ids=lambda manifest: f"{manifest['kind']}-{manifest['metadata']['name']}"
 )
-def test_a_manifest_names_no_namespace_and_selects_what_is_there(manifest: Manifest) -> None:
+def test_a_manifest_names_no_namespace_and_its_selector_matches_one_workload(
+    manifest: Manifest,
+) -> None:
     assert "namespace" not in manifest["metadata"]
     spec = manifest.get("spec", {})
     selector = spec.get("selector")
     if selector is None:
         return
-    wanted = selector.get("matchLabels", selector).items()
+    selected = selector.get("matchLabels", selector).items()
     labels = [
         other["spec"]["template"]["metadata"]["labels"]
-        for other in ALL
+        for other in MANIFESTS
         if other["kind"] in ("Deployment", "StatefulSet")
     ]
-    assert sum(wanted <= found.items() for found in labels) == 1
+    assert sum(selected <= pod_labels.items() for pod_labels in labels) == 1
     if "template" in spec:
-        assert wanted <= spec["template"]["metadata"]["labels"].items()
+        assert selected <= spec["template"]["metadata"]["labels"].items()
 
 
 @pytest.mark.parametrize(
-    "it", [manifest for manifest in ALL if manifest["kind"] == "Service"], ids=lambda manifest: ""
+    "service",
+    [manifest for manifest in MANIFESTS if manifest["kind"] == "Service"],
+    ids=lambda manifest: "",
 )
-def test_a_service_leads_to_a_port_that_its_pods_open(service: Manifest) -> None:
+def test_a_service_targets_a_port_that_its_pods_open(service: Manifest) -> None:
     pod = dict(pods())[service["metadata"]["name"]]
-    opened = {port["name"] for container in pod["containers"] for port in container["ports"]}
-    assert {port["targetPort"] for port in service["spec"]["ports"]} <= opened
+    open_ports = {port["name"] for container in pod["containers"] for port in container["ports"]}
+    assert {port["targetPort"] for port in service["spec"]["ports"]} <= open_ports
 
 
-def test_secrets_that_are_asked_for_are_in_the_example() -> None:
-    keys = one("Secret", "asyncinfer")["stringData"].keys()
-    asked = re.findall(r"name: asyncinfer, key: ([\w-]+)", _text("serve", "work", "valkey", "keda"))
-    assert set(asked) | {"keys"} == set(keys)
+def test_the_example_secret_has_every_key_that_is_referenced() -> None:
+    keys = manifest_of("Secret", "asyncinfer")["stringData"].keys()
+    referenced = re.findall(
+        r"name: asyncinfer, key: ([\w-]+)", _text("serve", "work", "valkey", "keda")
+    )
+    assert set(referenced) | {"keys"} == set(keys)
 
 
 def _text(*names: str) -> str:
@@ -200,49 +208,49 @@ def _text(*names: str) -> str:
 # --- the autoscaler ----------------------------------------------------------------------------
 
 
-def test_the_autoscaler_reads_numbers_that_the_api_gives_where_it_gives_them() -> None:
-    scaled = one("ScaledObject", "asyncinfer-work")["spec"]
+def test_the_autoscaler_reads_fields_of_the_apis_scale_route() -> None:
+    scaled = manifest_of("ScaledObject", "asyncinfer-work")["spec"]
     assert scaled["scaleTargetRef"] == {"name": "asyncinfer-work"}
-    chosen = settings_of("asyncinfer-serve")
-    service = one("Service", "asyncinfer-serve")
+    read = settings_of("asyncinfer-serve")
+    service = manifest_of("Service", "asyncinfer-serve")
     for trigger in scaled["triggers"]:
-        about = trigger["metadata"]
-        url = re.fullmatch(r"http://([\w.-]+):(\d+)(/scale/)\w+", about["url"])
+        metadata = trigger["metadata"]
+        url = re.fullmatch(r"http://([\w.-]+):(\d+)(/scale/)\w+", metadata["url"])
         assert url
         assert url[1].startswith("asyncinfer-serve.")
-        assert url[1] in chosen.allowed_hosts
+        assert url[1] in read.allowed_hosts
         assert int(url[2]) in [port["port"] for port in service["spec"]["ports"]]
         assert f"{url[3]}{{model}}" in {route.path for route in ROUTES}
-        assert about["valueLocation"] in Scale.__struct_fields__
-        authentication = one("TriggerAuthentication", trigger["authenticationRef"]["name"])
-        assert about["authMode"] == "bearer"
+        assert metadata["valueLocation"] in Scale.__struct_fields__
+        authentication = manifest_of("TriggerAuthentication", trigger["authenticationRef"]["name"])
+        assert metadata["authMode"] == "bearer"
         assert authentication["spec"]["secretTargetRef"][0]["parameter"] == "token"
 
 
-def test_the_target_is_the_slots_of_a_worker_for_the_wait_that_the_docs_say() -> None:
-    backlog = one("ScaledObject", "asyncinfer-work")["spec"]["triggers"][0]["metadata"]
+def test_the_target_is_the_slots_of_a_worker_times_the_documented_wait() -> None:
+    backlog = manifest_of("ScaledObject", "asyncinfer-work")["spec"]["triggers"][0]["metadata"]
     slots = settings_of("asyncinfer-work").concurrency
     assert float(backlog["targetValue"]) == slots * Cluster().accepted_wait_seconds
-    assert slots == Cluster().slots_a_pod
+    assert slots == Cluster().slots_per_pod
 
 
 # --- the simulation ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["backlog seconds", "queue length"])
-def test_the_simulation_neither_loses_nor_doubles_a_job(name: str) -> None:
+def test_the_simulation_ends_each_job_once(name: str) -> None:
     policy, workers = policies(SPIKE, Cluster())[name]
     outcome = Simulation(SPIKE, policy, Cluster(), pods=workers).run()
     assert outcome.submitted > 3000
     assert outcome.finished + outcome.cancelled == outcome.submitted
 
 
-def test_the_docs_show_what_the_simulation_says() -> None:
-    shown = (FOLDER / "README.md").read_text()
+def test_the_documents_show_the_result_of_the_simulation() -> None:
+    page = (FOLDER / "README.md").read_text()
     for row in table([SPIKE]):
-        assert row in shown
+        assert row in page
 
 
 @pytest.mark.soak
-def test_the_docs_show_all_that_the_simulation_says() -> None:
+def test_the_documents_show_all_results_of_the_simulation() -> None:
     assert "\n".join(table()) in (FOLDER / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""What the tests of the pages share."""
+"""A fixture of the tests of documents."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from asyncinfer.settings import Settings
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a reader types: `asyncinfer` on the PATH, nothing else set."""
+    """A folder for the commands of a document, with `asyncinfer` on the PATH and no settings."""
     for name in Settings.__struct_fields__:
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")

@@ -1,4 +1,4 @@
-"""Blocks of a page: its commands run, and their output compared with what is shown."""
+"""Code blocks of documents: runs their commands, and compares output with what is shown."""
 
 import re
 import subprocess
@@ -18,15 +18,17 @@ class Block(NamedTuple):
 
 
 def all_blocks(text: str) -> list[Block]:
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    return [Block(language, text) for language, text in found]
+    matches = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [Block(language, text) for language, text in matches]
 
 
 def blocks(language: str) -> list[str]:
+    """The README's code blocks in a language."""
     return [block.text for block in all_blocks(README) if block.language == language]
 
 
 def sections_with(pattern: str) -> list[str]:
+    """The README's sections that match a pattern."""
     return [part for part in README.split("\n## ") if re.search(pattern, part)]
 
 
@@ -36,40 +38,45 @@ class Step(NamedTuple):
 
 
 def steps(console: str) -> Iterator[Step]:
+    """The commands of a console session, each with the output that is shown."""
     for part in console.split("$ ")[1:]:
         command, _, shown = part.partition("\n")
         yield Step(command, shown.strip())
 
 
-def as_shown(answer: str, ids: Mapping[str, str], digits: int = 4) -> str:
-    """An answer as the README would print it: names and times are those of the day."""
-    for real, told in ids.items():
-        answer = answer.replace(real, told)
-    answer = re.sub(r'"worker":"[^"]+"', '"worker":"WORKER"', answer)
-    answer = re.sub(r"\d{4}-\d\d-\d\dT[0-9:.]+Z", "TIME", answer)
-    return re.sub(r"\d\.\d{5,}(e-\d+)?", lambda number: f"{float(number[0]):.{digits}f}", answer)
+def as_shown(output: str, ids: Mapping[str, str], digits: int = 4) -> str:
+    """An output with shown job ids, without times and names of workers, and with fewer digits."""
+    for real, shown in ids.items():
+        output = output.replace(real, shown)
+    output = re.sub(r'"worker":"[^"]+"', '"worker":"WORKER"', output)
+    output = re.sub(r"\d{4}-\d\d-\d\dT[0-9:.]+Z", "TIME", output)
+    return re.sub(r"\d\.\d{5,}(e-\d+)?", lambda number: f"{float(number[0]):.{digits}f}", output)
 
 
 def check_step(step: Step, url: str, folder: Path, ids: dict[str, str], digits: int = 4) -> None:
-    """Runs a command as a reader would; `ids` gains the names of its jobs, as shown."""
+    """Runs a command; asserts that its output has every line that is shown.
+
+    Adds to `ids` the ids of the jobs in the output, with the ids that are shown.
+    """
     command = step.command.replace("http://127.0.0.1:8000", url)
-    for real, told in ids.items():
-        command = command.replace(told, real)
-    said = subprocess.run(
+    for real, shown in ids.items():
+        command = command.replace(shown, real)
+    output = subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, cwd=folder, check=True
     ).stdout.replace("\r", "")
-    found = re.findall(r"\b[0-9a-f]{32}\b", said)
-    ids |= dict(zip(found, re.findall(r"\b[0-9a-f]{32}\b", step.shown), strict=False))
-    lines = as_shown(said, ids, digits).splitlines()
+    job_ids = re.findall(r"\b[0-9a-f]{32}\b", output)
+    ids |= dict(zip(job_ids, re.findall(r"\b[0-9a-f]{32}\b", step.shown), strict=False))
+    lines = as_shown(output, ids, digits).splitlines()
     for line in as_shown(step.shown, ids, digits).splitlines():
-        assert line in lines, f"$ {step.command}\n{said}"
+        assert line in lines, f"$ {step.command}\n{output}"
 
 
 @contextmanager
 def shell(command: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    with (folder / "said").open("wb") as said:
+    """Runs a command in the background, with its output in the file `said`; kills it at the end."""
+    with (folder / "said").open("wb") as log:
         process = subprocess.Popen(
-            ["bash", "-c", f"exec env {command}"], stdout=said, stderr=said, cwd=folder
+            ["bash", "-c", f"exec env {command}"], stdout=log, stderr=log, cwd=folder
         )
     try:
         yield process
@@ -78,7 +85,10 @@ def shell(command: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def is_up(process: subprocess.Popen[bytes], said: str) -> bool:
-    """`serve` ends what it says with how to stop it, `work` with what it serves."""
-    assert process.poll() is None, said
-    return "\n  Stop " in said or "Serves " in said
+def is_up(process: subprocess.Popen[bytes], log: str) -> bool:
+    """Whether the last line of a start is in the log: of `serve` or of `work`.
+
+    Fails the test if the process has ended.
+    """
+    assert process.poll() is None, log
+    return "\n  Stop " in log or "Serves " in log

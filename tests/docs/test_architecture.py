@@ -1,4 +1,4 @@
-"""The page that explains the tree names what is there, in the order that the tests hold."""
+"""The architecture page: its paths exist, and its rooms and doors are those of the layer test."""
 
 import re
 from typing import Final
@@ -10,13 +10,13 @@ PAGE: Final = (REPOSITORY / "asyncinfer" / "docs" / "architecture.md").read_text
 _ROOM: Final = re.compile(r"^\| (\d+) \| `(\w+)(?:/|\.py)` \| (.+?) \| (.*?) ?\|$", re.MULTILINE)
 
 
-def test_every_path_that_the_page_names_exists() -> None:
+def test_every_path_of_the_page_exists() -> None:
     paths = set(re.findall(r"`((?:asyncinfer|tests)/[\w/.]+)`", PAGE))
     assert len(paths) > 25
     assert not [path for path in paths if not (REPOSITORY / path).exists()]
 
 
-def test_the_rooms_of_the_page_are_those_of_the_layer_test_in_its_order() -> None:
+def test_the_rooms_of_the_page_are_those_of_the_layer_test_in_the_same_order() -> None:
     rows: dict[int, set[str]] = {}
     for row, room, _, _ in _ROOM.findall(PAGE):
         rows.setdefault(int(row), set()).add(room)

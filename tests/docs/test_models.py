@@ -1,4 +1,4 @@
-"""What the documents say of a model of your own: their programs are run, their tables compared."""
+"""The documents about own models: their programs are run, their tables compared with the code."""
 
 import re
 import shutil
@@ -22,48 +22,50 @@ from tests.serving import Serve, serving
 PAGE: Final = (REPOSITORY / "asyncinfer" / "docs" / "models.md").read_text()
 URL: Final = "http://127.0.0.1:8000"
 DIGITS: Final = 2
-"""How many of a result's digits are the same wherever the models are trained."""
+"""The number of a result's digits that are equal on all machines that train the models."""
 
 
 # --- programs ------------------------------------------------------------------------------
 
 
 def chapter() -> list[Block]:
-    """What a reader meets in the README's chapter, and then on the page."""
+    """The code blocks of the README's chapter, and then of the page."""
     (section,) = sections_with(r"\AServe your own model\n")
     return [*all_blocks(section), *all_blocks(PAGE)]
 
 
 def programs() -> Iterator[tuple[str, str]]:
-    """Each Python program, and what it prints: the `text` right behind it."""
-    found = chapter()
-    for block, following in zip(found, [*found[1:], Block("", "")], strict=True):
+    """Each Python program with its output: the `text` block that follows it."""
+    blocks = chapter()
+    for block, following in zip(blocks, [*blocks[1:], Block("", "")], strict=True):
         if block.language == "python":
             yield block.text, following.text if following.language == "text" else ""
 
 
 @pytest.mark.soak
-def test_every_program_of_the_documents_prints_what_is_shown(folder: Path) -> None:
+def test_every_program_of_the_documents_prints_the_output_that_is_shown(folder: Path) -> None:
     if shutil.which("curl") is None:
-        pytest.skip("no curl here")
+        pytest.skip("curl is not installed")
     makers = [program for program, _ in programs() if URL not in program]
     for process in [start(program, folder) for program in makers]:
-        assert ended(process) == ""
+        assert wait_for_output(process) == ""
     with serving(cwd=folder, DATA_DIR=str(folder / "data")) as serve:
-        eventually_sync(lambda: len(serve.get("/models")["models"]) == len(makers), "all are up")
-        check_questions(serve, folder)
+        eventually_sync(
+            lambda: len(serve.get("/models")["models"]) == len(makers), "all models are listed"
+        )
+        check_clients(serve, folder)
 
 
-def check_questions(serve: Serve, folder: Path) -> None:
+def check_clients(serve: Serve, folder: Path) -> None:
     url = serve.welcome["URL"]
     for program, shown in programs():
         if URL in program:
-            assert shown, "a program that asks shows what it prints"
-            said = ended(start(program.replace(URL, url), folder))
-            assert as_shown(said, {}, DIGITS) == as_shown(shown, {}, DIGITS)
+            assert shown, "a program that sends requests is followed by its output"
+            output = wait_for_output(start(program.replace(URL, url), folder))
+            assert as_shown(output, {}, DIGITS) == as_shown(shown, {}, DIGITS)
     for block in chapter():
         for step in steps(block.text) if block.language == "console" else ():
-            # What skl2onnx writes differs with its release, and so does the hash.
+            # The files that skl2onnx writes, and so their hashes, differ between its releases.
             shown = re.sub(r'"sha256":"[0-9a-f]{64}",', "", step.shown)
             command = step.command + """ | sed -E 's/"sha256":"[0-9a-f]{64}",//'"""
             check_step(step._replace(command=command, shown=shown), url, folder, {}, DIGITS)
@@ -79,11 +81,11 @@ def start(program: str, folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def ended(process: subprocess.Popen[str]) -> str:
-    """What it printed."""
-    said, complaints = process.communicate(timeout=60)
-    assert process.returncode == 0, complaints
-    return said
+def wait_for_output(process: subprocess.Popen[str]) -> str:
+    """Waits until a program has ended; returns its output. Fails the test if it failed."""
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    return output
 
 
 def test_programs_are_short() -> None:
@@ -100,8 +102,8 @@ def rows(text: str) -> list[list[str]]:
 
 
 def page_section(title: str) -> str:
-    (found,) = [part for part in PAGE.split("\n## ") if part.startswith(f"{title}\n")]
-    return found
+    (section,) = [part for part in PAGE.split("\n## ") if part.startswith(f"{title}\n")]
+    return section
 
 
 def keys_of(defaults: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -124,7 +126,7 @@ def test_every_key_of_model_toml_is_in_the_table_with_its_default() -> None:
     assert shown == dict(keys_of(msgspec.json.decode(msgspec.json.encode(ModelConfig()))))
 
 
-def test_every_key_that_the_readme_names_is_one() -> None:
+def test_every_key_of_model_toml_in_the_readme_exists() -> None:
     (section,) = sections_with(r"\AServe your own model\n")
     known = dict(keys_of(msgspec.to_builtins(ModelConfig())))
     tables = {name.partition(".")[0] for name in known if "." in name}
@@ -134,7 +136,7 @@ def test_every_key_that_the_readme_names_is_one() -> None:
     assert set(named) <= known.keys()
 
 
-def test_every_datatype_is_in_the_table_as_numpy_has_it() -> None:
+def test_every_datatype_is_in_the_table_with_its_numpy_name_and_size() -> None:
     table = [row for row in rows(page_section("Inputs and outputs")) if row[0].startswith("`")]
     shown = {row[1].strip("`"): re.findall(r"`(\w+)`", row[2])[0] for row in table}
     sizes = {row[1].strip("`"): int(row[3].partition(":")[0].partition(" ")[0]) for row in table}
@@ -143,7 +145,7 @@ def test_every_datatype_is_in_the_table_as_numpy_has_it() -> None:
     assert all(sizes[name] == DTYPES[name].itemsize for name in sizes if name != "BYTES")
 
 
-def test_every_link_of_the_page_leads_to_a_file_or_a_title() -> None:
+def test_every_link_of_the_page_has_an_existing_target() -> None:
     titles = {title.lower().replace(" ", "-").strip(".") for title in _titles()}
     for target in re.findall(r"\]\((?!https?://)([^)]+)\)", PAGE):
         path, _, title = target.partition("#")

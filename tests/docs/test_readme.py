@@ -1,4 +1,4 @@
-"""What the README shows is what happens: its commands are run, its answers compared."""
+"""The README: its commands and programs are run, and their outputs compared with those shown."""
 
 import contextlib
 import re
@@ -32,9 +32,9 @@ from tests.zoo import mlp
 # --- sessions ------------------------------------------------------------------------------
 
 
-def test_the_sessions_give_the_answers_that_are_shown(folder: Path) -> None:
+def test_the_commands_of_the_session_print_the_output_that_is_shown(folder: Path) -> None:
     if shutil.which("curl") is None:
-        pytest.skip("no curl here")
+        pytest.skip("curl is not installed")
     ids: dict[str, str] = {}
     (session,) = sections_with(r"\AA session\n")
     with serving(cwd=folder, DATA_DIR=str(folder / "data")) as serve:
@@ -44,20 +44,20 @@ def test_the_sessions_give_the_answers_that_are_shown(folder: Path) -> None:
                 check_step(step, serve.welcome["URL"], folder, ids)
 
 
-def test_the_python_session_prints_what_is_shown(folder: Path) -> None:
+def test_the_python_program_prints_the_output_that_is_shown(folder: Path) -> None:
     (section,) = sections_with(r"\AFrom Python\n")
     program, shown = [block.text for block in all_blocks(section)]
     with serving(cwd=folder, DATA_DIR=str(folder / "data")) as serve:
         answer_of(serve)
         program = program.replace("http://127.0.0.1:8000", serve.welcome["URL"])
-        said = subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, cwd=folder, check=True
         )
-    assert said.stdout == shown
+    assert done.stdout == shown
 
 
 @pytest.mark.soak
-def test_the_session_at_a_terminal_gives_what_is_shown(
+def test_the_commands_for_a_terminal_print_the_output_that_is_shown(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (section,) = sections_with(r"\AFrom a terminal\n")
@@ -70,15 +70,15 @@ def test_the_session_at_a_terminal_gives_what_is_shown(
 
 
 @pytest.mark.soak
-def test_the_test_that_is_shown_passes(folder: Path) -> None:
+def test_the_test_program_of_the_readme_passes(folder: Path) -> None:
     (section,) = sections_with(r"\AIn your own tests\n")
     (program,) = [block.text for block in all_blocks(section)]
     (folder / "models").mkdir()
     shutil.copy(REPOSITORY / "model" / "iris" / "1" / "model.onnx", folder / "models/churn.onnx")
     (folder / "test_shown.py").write_text(program)
     argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_shown.py"]
-    ran = subprocess.run(argv, capture_output=True, text=True, cwd=folder, check=False)
-    assert "1 passed" in ran.stdout, ran.stdout
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=folder, check=False)
+    assert "1 passed" in done.stdout, done.stdout
 
 
 # --- commands ------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def runnable() -> list[str]:
     return [line for line in commands() if "pip install" not in line]
 
 
-def test_what_the_readme_installs_is_what_ci_installs_and_runs() -> None:
+def test_the_readme_and_ci_install_and_test_in_the_same_way() -> None:
     ci = (REPOSITORY / ".ci" / "run").read_text()
     lines = [line for line in commands() if line.startswith("pip install")]
     assert "pip install . && asyncinfer serve" in lines
@@ -103,23 +103,26 @@ def test_what_the_readme_installs_is_what_ci_installs_and_runs() -> None:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("command", runnable())
-def test_every_command_does_what_it_is_shown_for(
+def test_every_command_starts_or_succeeds(
     command: str, folder: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PORT", str(free_port()))
     monkeypatch.setenv("DATA_DIR", str(folder / "data"))
-    real = re.sub(r"redis://[\w.:]+", redis_url, command)
-    made = ["asyncinfer keygen --tenant acme --scopes submit,read >> keys"]
-    for before in made if "API_KEYS=keys" in command else []:
-        subprocess.run(["bash", "-c", before], cwd=folder, check=True, capture_output=True)
+    command = re.sub(r"redis://[\w.:]+", redis_url, command)
+    if "API_KEYS=keys" in command:
+        keygen = "asyncinfer keygen --tenant acme --scopes submit,read >> keys"
+        subprocess.run(["bash", "-c", keygen], cwd=folder, check=True, capture_output=True)
     with contextlib.ExitStack() as stack:
-        if real.startswith("asyncinfer work"):
+        if command.startswith("asyncinfer work"):
             stack.enter_context(serving(cwd=folder, PORT=str(free_port())))
-        process = stack.enter_context(shell(real, folder))
-        if not re.search(r"asyncinfer (serve|work)\b", real):  # one that ends by itself
+        process = stack.enter_context(shell(command, folder))
+        ends_by_itself = not re.search(r"asyncinfer (serve|work)\b", command)
+        if ends_by_itself:
             assert process.wait(30) == 0
             return
-        eventually_sync(lambda: is_up(process, (folder / "said").read_text()), "it is up", 30)
+        eventually_sync(
+            lambda: is_up(process, (folder / "said").read_text()), "the command has started", 30
+        )
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
 
@@ -127,7 +130,7 @@ def test_every_command_does_what_it_is_shown_for(
 # --- tables and files ----------------------------------------------------------------------
 
 
-def test_the_model_toml_shown_is_one_that_is_taken(folder: Path) -> None:
+def test_the_model_toml_of_the_readme_is_valid(folder: Path) -> None:
     (text,) = blocks("toml")
     path = folder / "churn" / "1" / "model.onnx"
     path.parent.mkdir(parents=True)
@@ -140,7 +143,7 @@ def test_the_model_toml_shown_is_one_that_is_taken(folder: Path) -> None:
     assert Engine.load(file, intra_op_threads=1).signature.labels == ("stays", "leaves")
 
 
-def test_every_setting_is_in_the_table_and_nothing_else() -> None:
+def test_the_table_of_settings_has_all_settings_and_nothing_else() -> None:
     (section,) = sections_with(r"\ASettings\n")
     shown = set(
         re.findall(r"`([A-Z][A-Z_]+)`", "\n".join(re.findall(r"^\| (.*?) \|", section, re.M)))
@@ -148,6 +151,6 @@ def test_every_setting_is_in_the_table_and_nothing_else() -> None:
     assert shown == {name.upper() for name in Settings.__struct_fields__}
 
 
-def test_every_link_to_a_file_leads_to_one() -> None:
+def test_every_link_to_a_file_has_an_existing_target() -> None:
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", README):
         assert (REPOSITORY / target).exists(), target

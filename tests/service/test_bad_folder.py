@@ -1,4 +1,4 @@
-"""A service on a folder full of bad things serves the good model, and tells of each once."""
+"""A model folder with many bad files: the good models are served, each problem is logged once."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ from tests.serving import free_port
 ONNX = zoo.adds(1).SerializeToString()
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
 
-BAD: dict[str, tuple[bytes, str]] = {
+BAD_FILES: dict[str, tuple[bytes, str]] = {
     "lfs.onnx": (LFS, "a Git LFS pointer, not the model: run `git lfs pull`"),
     "page/1/model.onnx": (b"<!DOCTYPE html><html><body>Sign in", "an HTML page, not the model"),
     "short.onnx": (ONNX[:-9], "bytes are missing at its end; copy or download it again"),
@@ -37,11 +37,11 @@ BAD: dict[str, tuple[bytes, str]] = {
     "good.onnx": (ONNX, "is not served, since good/1/model.onnx has its name"),
     "not ours.onnx": (ONNX, "rename it"),
 }
-"""What lies in the folder, and what is said of it."""
+"""The bad files: their content, and a part of the message about each."""
 
 
 def fill(folder: Path) -> None:
-    more = {
+    other_files = {
         "good/1/model.onnx": ONNX,
         "also/1/also.ONNX": zoo.adds(2).SerializeToString(),
         "bom/1/model.onnx": ONNX,
@@ -53,7 +53,8 @@ def fill(folder: Path) -> None:
         "lost+found/x": b"",
         "Thumbs.db": b"",
     }
-    for name, content in {**more, **{name: content for name, (content, _) in BAD.items()}}.items():
+    bad_files = {name: content for name, (content, _) in BAD_FILES.items()}
+    for name, content in {**other_files, **bad_files}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     os.mkfifo(folder / "pipe.onnx")
@@ -62,11 +63,14 @@ def fill(folder: Path) -> None:
         (folder / name).chmod(0)
 
 
-WORDS = [*(words for _, words in BAD.values()), "is a FIFO, not a file", "leads to no file"]
+MESSAGES = [
+    *(message for _, message in BAD_FILES.values()),
+    *("is a FIFO, not a file", "leads to no file"),
+]
 
 
-class Served:
-    """`asyncinfer serve` as a user who is not root."""
+class UnprivilegedServe:
+    """`asyncinfer serve` without root's right to read every file."""
 
     def __init__(self, folder: Path, data_dir: Path) -> None:
         self._port = free_port()
@@ -83,8 +87,8 @@ class Served:
         ) as response:
             return json.load(response)
 
-    def ask(self, model: str) -> float:
-        """What comes of 1."""
+    def predict(self, model: str) -> float:
+        """The result for the input 1."""
         job = self.get(f"/predict/{model}", {"data": [[1]]})
         return float(job["result"]["outputs"][0]["data"][0])
 
@@ -95,7 +99,8 @@ class Served:
             return False
         return {model["model"] for model in listed if model["workers"]} == set(names)
 
-    def reasons(self) -> str:
+    def problems(self) -> str:
+        """The reasons that /models gives, a line each."""
         listed = self.get("/models")
         problems = [
             *listed["problems"],
@@ -104,40 +109,40 @@ class Served:
         return "\n".join(problem["reason"] for problem in problems)
 
     def stop(self) -> str:
-        """What it has logged."""
+        """Stops the service; returns its log."""
         self.process.process.terminate()
         log = self.process.complaints()
         assert self.process.process.wait() == 0
         return log
 
 
-def missing_in(told: str) -> list[str]:
-    return [words for words in WORDS if words not in told]
+def missing_messages(text: str) -> list[str]:
+    return [message for message in MESSAGES if message not in text]
 
 
 @pytest.mark.soak
-def test_one_bad_thing_in_the_folder_stops_nothing_and_is_told_once(tmp_path: Path) -> None:
+def test_bad_files_in_the_folder_stop_no_good_model_and_are_logged_once(tmp_path: Path) -> None:
     unprivileged.skip_unless_possible()
     fill(tmp_path / "models")
-    served = Served(tmp_path / "models", tmp_path / "data")
-    with closing(served.process):
-        eventually_sync(lambda: served.serves("good", "also", "bom"), "the good ones are served")
-        assert (served.ask("good"), served.ask("also"), served.ask("bom")) == (2, 3, 2)
-        eventually_sync(lambda: not missing_in(served.reasons()), "each bad thing is told")
+    serve = UnprivilegedServe(tmp_path / "models", tmp_path / "data")
+    with closing(serve.process):
+        eventually_sync(lambda: serve.serves("good", "also", "bom"), "the good ones are served")
+        assert (serve.predict("good"), serve.predict("also"), serve.predict("bom")) == (2, 3, 2)
+        eventually_sync(lambda: not missing_messages(serve.problems()), "each problem is listed")
 
         (tmp_path / "models" / "mine.onnx").chmod(0o644)
         good = ("good", "also", "bom", "mine")
-        eventually_sync(lambda: served.serves(*good), "one that was mended is served")
-        assert (served.ask("good"), served.ask("mine")) == (2, 2)
-        log = served.stop()
+        eventually_sync(lambda: serve.serves(*good), "a file that was made readable is served")
+        assert (serve.predict("good"), serve.predict("mine")) == (2, 2)
+        log = serve.stop()
 
-    assert {words: log.count(words) for words in WORDS} == dict.fromkeys(WORDS, 1)
+    assert {message: log.count(message) for message in MESSAGES} == dict.fromkeys(MESSAGES, 1)
     assert log.count("lost+found is passed over") == 1
     assert "Traceback" not in log
     assert "cannot be watched" not in log
 
 
-def test_a_doctor_tells_what_is_wrong_with_each_entry_of_the_folder(tmp_path: Path) -> None:
+def test_the_doctor_says_what_is_wrong_with_each_entry_of_the_folder(tmp_path: Path) -> None:
     unprivileged.skip_unless_possible()
     for name in ("closed/1", "lost+found", "pipe/1"):
         (tmp_path / name).mkdir(parents=True)
@@ -150,13 +155,13 @@ def test_a_doctor_tells_what_is_wrong_with_each_entry_of_the_folder(tmp_path: Pa
 
     for name in ("closed", "lost+found"):
         (tmp_path / name).chmod(0o700)
-    said = {(finding.verdict, finding.about): finding.found for finding in findings}
+    found = {(finding.verdict, finding.about): finding.found for finding in findings}
     assert "lost+found is passed over" in "".join(finding.found for finding in findings)
-    assert "closed: cannot be read: Permission denied" in said["problem", "model closed"]
-    assert "is a FIFO" in said["problem", "model pipe/1"]
+    assert "closed: cannot be read: Permission denied" in found["problem", "model closed"]
+    assert "is a FIFO" in found["problem", "model pipe/1"]
 
 
-def test_a_model_folder_that_may_not_be_read_is_told_in_a_line(tmp_path: Path) -> None:
+def test_an_unreadable_model_folder_is_reported_in_one_line(tmp_path: Path) -> None:
     unprivileged.skip_unless_possible()
     tmp_path.chmod(0)
     with (

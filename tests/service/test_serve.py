@@ -1,4 +1,4 @@
-"""The commands do what they say, or say what to do."""
+"""The commands `serve`, `work` and `keygen`: they start, or refuse and say what to do."""
 
 import os
 import socket
@@ -20,13 +20,14 @@ from tests.serving import REFUSED, Serve, answer_of, free_port, serving
 
 
 @pytest.fixture(autouse=True)
-def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for knob in settings.knobs():
         monkeypatch.delenv(knob.variable, raising=False)
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Runs a command that must be refused; returns its one line on stderr."""
     assert main(argv) == REFUSED
     out, err = capsys.readouterr()
     assert out == ""
@@ -36,13 +37,13 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 def help_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exited:
         main(argv)
-    assert ended.value.code == 0
+    assert exited.value.code == 0
     return capsys.readouterr().out
 
 
-def test_it_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_flag_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert help_of(capsys, "--version") == f"asyncinfer {__version__}\n"
 
 
@@ -66,15 +67,15 @@ def test_a_wrong_setting_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_public_address_without_keys_is_refused(
     host: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = refusal(capsys, "serve", "--host", host)
+    message = refusal(capsys, "serve", "--host", host)
 
-    assert all(word in said for word in ("keygen", "API_KEYS", "--insecure"))
+    assert all(word in message for word in ("keygen", "API_KEYS", "--insecure"))
 
 
 def test_work_without_a_redis_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
-    said = refusal(capsys, "work")
+    message = refusal(capsys, "work")
 
-    assert all(word in said for word in ("REDIS_URL", "asyncinfer serve", "DATA_DIR"))
+    assert all(word in message for word in ("REDIS_URL", "asyncinfer serve", "DATA_DIR"))
 
 
 _AS_A_NATIVE_MODULE: Final = """
@@ -85,15 +86,15 @@ try:
 except BaseException as error:
     raise ImportError("initialization failed") from error
 """
-"""ONNX Runtime's own import makes an ImportError of every exception that comes into it."""
+"""ONNX Runtime's own import turns every exception during it into an ImportError."""
 
 
-def test_a_worker_that_is_stopped_while_it_imports_ends_without_a_word(tmp_path: Path) -> None:
+def test_a_worker_that_is_stopped_while_it_imports_exits_without_output(tmp_path: Path) -> None:
     (tmp_path / "onnxruntime.py").write_text(_AS_A_NATIVE_MODULE)
     path = os.pathsep.join((str(tmp_path), *sys.path))
     environ = {**os.environ, "PYTHONPATH": path, "REDIS_URL": "redis://127.0.0.1:1"}
 
-    ended = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "asyncinfer", "work"],
         env=environ,
         capture_output=True,
@@ -101,7 +102,7 @@ def test_a_worker_that_is_stopped_while_it_imports_ends_without_a_word(tmp_path:
         timeout=30,
     )
 
-    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_model_folder_that_is_not_there_is_refused(
@@ -115,7 +116,7 @@ def test_a_model_folder_that_is_not_there_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("name", "more", "said"),
+    ("name", "flags", "message"),
     [
         ("no.onnx", (), "is no .onnx file"),
         ("churn.txt", (), "is no .onnx file"),
@@ -129,13 +130,13 @@ def test_a_model_file_that_cannot_be_served_is_refused(
     tmp_path: Path,
     command: str,
     name: str,
-    more: tuple[str, ...],
-    said: str,
+    flags: tuple[str, ...],
+    message: str,
 ) -> None:
     if name != "no.onnx":
         (tmp_path / name).write_bytes(b"")
     url = ("--redis-url", "redis://127.0.0.1:1")
-    assert said in refusal(capsys, command, *url, "--model", str(tmp_path / name), *more)
+    assert message in refusal(capsys, command, *url, "--model", str(tmp_path / name), *flags)
 
 
 def test_a_default_model_that_the_folder_does_not_have_is_refused(
@@ -143,28 +144,28 @@ def test_a_default_model_that_the_folder_does_not_have_is_refused(
 ) -> None:
     zoo.place(tmp_path, "wine", zoo.mlp([3, 2]))
     zoo.place(tmp_path, "churn", zoo.mlp([3, 2]))
-    said = refusal(capsys, "serve", "--model-dir", str(tmp_path), "--default-model", "nope")
+    message = refusal(capsys, "serve", "--model-dir", str(tmp_path), "--default-model", "nope")
 
-    assert all(word in said for word in ("'nope'", str(tmp_path), "churn, wine"))
+    assert all(word in message for word in ("'nope'", str(tmp_path), "churn, wine"))
 
 
 @pytest.mark.parametrize("command", ["serve", "work"])
-def test_models_that_do_not_exist_end_the_start(
+def test_a_start_with_models_that_do_not_exist_is_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
 ) -> None:
     zoo.place(tmp_path, "iris", zoo.adds(1))
-    asked = ("--redis-url", "redis://127.0.0.1:1", "--model-dir", str(tmp_path))
+    flags = ("--redis-url", "redis://127.0.0.1:1", "--model-dir", str(tmp_path))
     work = ("--work",) if command == "serve" else ()
 
-    said = refusal(capsys, command, *work, *asked, "--models", "nope,none")
+    message = refusal(capsys, command, *work, *flags, "--models", "nope,none")
 
-    assert f"MODELS names none, nope, and {tmp_path} has no such model" in said
+    assert f"MODELS names none, nope, and {tmp_path} has no such model" in message
 
 
 # --- keygen ----------------------------------------------------------------------------------
 
 
-def test_a_made_key_is_let_in_by_its_line(
+def test_a_new_key_is_accepted_with_its_line_in_the_key_file(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert main(("keygen", "--tenant", "acme", "--scopes", "submit,read")) == 0
@@ -183,12 +184,12 @@ def test_a_key_of_an_unknown_scope_is_refused(capsys: pytest.CaptureFixture[str]
     assert "submit, read, admin" in refusal(capsys, "keygen", "--scopes", "write")
 
 
-# --- serve, all of it ------------------------------------------------------------------------
+# --- serve with Valkey and worker ------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
-    """A `serve` with nothing set, in a folder of its own; what it is asked leaves no trace."""
+    """A `serve` without settings, in a folder of its own, shared by tests that change nothing."""
     folder = tmp_path_factory.mktemp("anywhere")
     environ = {"DATA_DIR": str(folder / "data"), "PYTHONPATH": str(REPOSITORY)}
     with pytest.MonkeyPatch.context() as patch:
@@ -198,7 +199,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
             yield serve
 
 
-def test_one_line_runs_it_and_the_pasted_curl_line_gets_a_result(served: Serve) -> None:
+def test_one_command_starts_it_and_the_curl_line_of_its_banner_gets_a_result(served: Serve) -> None:
     assert answer_of(served)["result"]["class_name"] == "setosa"
     assert served.welcome["Redis"].startswith("Valkey ")
 
@@ -207,7 +208,7 @@ def test_it_works_from_any_folder_with_the_shipped_models(served: Serve) -> None
     assert "iris (default)" in served.welcome["Models"]
 
 
-def test_one_file_from_anywhere_is_served_as_the_default_model(tmp_path: Path) -> None:
+def test_a_single_model_file_is_served_as_the_default_model(tmp_path: Path) -> None:
     file = tmp_path / "churn.onnx"
     file.write_bytes(zoo.mlp([3, 2]).SerializeToString())
     with serving("--model", str(file), DATA_DIR=str(tmp_path / "data")) as serve:
@@ -217,10 +218,10 @@ def test_one_file_from_anywhere_is_served_as_the_default_model(tmp_path: Path) -
         assert (model["model"], model["version"], model["default"]) == ("churn", "1", True)
 
 
-def test_the_welcome_names_no_model_that_is_broken_at_a_glance(tmp_path: Path) -> None:
+def test_the_banner_does_not_list_models_whose_files_are_visibly_broken(tmp_path: Path) -> None:
     content = zoo.mlp([3, 2]).SerializeToString()
-    for name, written in {"a": content, "cut": content[:-9], "empty": b""}.items():
-        (tmp_path / f"{name}.onnx").write_bytes(written)
+    for name, file_content in {"a": content, "cut": content[:-9], "empty": b""}.items():
+        (tmp_path / f"{name}.onnx").write_bytes(file_content)
     zoo.place(tmp_path, "wrong", zoo.mlp([3, 2]), toml="oops")
     data_dir = str(tmp_path / "data")
     with serving("--model-dir", str(tmp_path), "--default-model", "a", DATA_DIR=data_dir) as serve:
@@ -235,7 +236,7 @@ def test_the_welcome_names_no_model_that_is_broken_at_a_glance(tmp_path: Path) -
     }
 
 
-def test_sigterm_ends_all_of_it_and_the_next_start_has_its_jobs() -> None:
+def test_sigterm_ends_all_processes_and_the_next_start_has_the_jobs() -> None:
     with serving() as serve:
         job_id = answer_of(serve)["job_id"]
         pids = serve.children()
@@ -263,10 +264,10 @@ def test_a_second_serve_on_one_data_dir_is_refused(
     served: Serve, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data_dir = served.process.environ["DATA_DIR"]
-    said = refusal(capsys, "serve", "--port", str(free_port()), "--data-dir", data_dir)
+    message = refusal(capsys, "serve", "--port", str(free_port()), "--data-dir", data_dir)
 
-    assert f"pid {served.process.process.pid}" in said
-    assert all(word in said for word in ("DATA_DIR", "asyncinfer work"))
+    assert f"pid {served.process.process.pid}" in message
+    assert all(word in message for word in ("DATA_DIR", "asyncinfer work"))
 
 
 def test_a_taken_port_is_refused() -> None:

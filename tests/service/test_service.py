@@ -1,4 +1,4 @@
-"""The whole service, as its users meet it: real processes, real models, HTTP."""
+"""The whole service as its users see it: real processes, the shipped models, HTTP."""
 
 import asyncio
 import io
@@ -25,7 +25,7 @@ DATA = Path(__file__).parents[1] / "data"
 
 @pytest.fixture(scope="module")
 def urls(redis_url: str, shipped_models: Path) -> Iterator[list[str]]:
-    """Two APIs and a worker, processes of their own, on one Redis; all tests here use them."""
+    """The URLs of two APIs, with a worker, on one Redis; shared by the tests of this file."""
     server = redis.Redis.from_url(redis_url)
     server.flushall()
     environ = {"REDIS_URL": redis_url, "MODEL_DIR": str(shipped_models)}
@@ -37,41 +37,39 @@ def urls(redis_url: str, shipped_models: Path) -> Iterator[list[str]]:
             api = stack.enter_context(parent(*argv, cwd=REPOSITORY, **environ))
             while not api.says().strip().startswith("Stop"):
                 pass
-        found = [f"http://127.0.0.1:{port}" for port in ports]
+        urls = [f"http://127.0.0.1:{port}" for port in ports]
         with httpx2.Client(verify=False) as client:
             eventually_sync(
-                lambda: all(
-                    len(client.get(f"{url}/models").json()["models"]) == 2 for url in found
-                ),
-                "both know both models",
+                lambda: all(len(client.get(f"{url}/models").json()["models"]) == 2 for url in urls),
+                "both APIs list both models",
             )
-        yield found
+        yield urls
     assert_at_rest(server, "predict_queue", "predict_queue:digits")
     server.close()
 
 
 @pytest.fixture
 async def client() -> AsyncIterator[httpx2.AsyncClient]:
-    async with httpx2.AsyncClient(timeout=30, verify=False) as opened:
-        yield opened
+    async with httpx2.AsyncClient(timeout=30, verify=False) as client:
+        yield client
 
 
 async def _all_results(
     client: httpx2.AsyncClient, url: str, model: str, rows: np.ndarray
 ) -> list[dict[str, Any]]:
-    """One job a row, 16 clients at once."""
+    """Submits a job per row, at most 16 at a time; returns the results in the order of `rows`."""
     gate = asyncio.Semaphore(16)
 
-    async def one(row: np.ndarray) -> dict[str, Any]:
+    async def predict(row: np.ndarray) -> dict[str, Any]:
         async with gate:
             body = {"data": [row.tolist()]}
             headers = {"Prefer": "wait=20"}
-            answer = await client.post(f"{url}/predict/{model}", json=body, headers=headers)
-        assert answer.status_code == 200, answer.text
-        result: dict[str, Any] = answer.json()["result"]
+            reply = await client.post(f"{url}/predict/{model}", json=body, headers=headers)
+        assert reply.status_code == 200, reply.text
+        result: dict[str, Any] = reply.json()["result"]
         return result
 
-    return list(await asyncio.gather(*(one(row) for row in rows)))
+    return list(await asyncio.gather(*(predict(row) for row in rows)))
 
 
 @pytest.mark.parametrize(("model", "count"), [("iris", 150), ("digits", 360)])
@@ -87,31 +85,31 @@ async def test_every_row_through_the_service_agrees_with_scikit_learn(
     results = await _all_results(client, urls[0], model, rows)
 
     assert [result["prediction"] for result in results] == labels.tolist()
-    answered = np.array([result["probabilities"] for result in results])
-    np.testing.assert_allclose(answered, probabilities, atol=1e-5)
+    separate = np.array([result["probabilities"] for result in results])
+    np.testing.assert_allclose(separate, probabilities, atol=1e-5)
 
-    # The same again as one job of many rows: none is dropped, none changes places.
+    # The same rows as one job: no row is lost, and their order stays.
     body = {"data": rows.tolist()}
-    answer = await client.post(
+    reply = await client.post(
         f"{urls[1]}/predict/{model}", json=body, headers={"Prefer": "wait=20"}
     )
-    together = np.array([result["probabilities"] for result in answer.json()["result"]])
+    together = np.array([result["probabilities"] for result in reply.json()["result"]])
     np.testing.assert_allclose(together, probabilities, atol=1e-5)
 
 
 async def test_200_posts_of_one_key_to_two_api_processes_make_one_job(
     urls: list[str], client: httpx2.AsyncClient
 ) -> None:
-    headers = {"Idempotency-Key": "one-and-only"}
+    headers = {"Idempotency-Key": "one-key"}
     before = {job["job_id"] for job in await _jobs(client, urls[1])}
     body = {"data": [[5.1, 3.5, 1.4, 0.2]]}
 
-    answers = await asyncio.gather(
+    replies = await asyncio.gather(
         *(client.post(f"{urls[i % 2]}/predict", json=body, headers=headers) for i in range(200))
     )
 
-    assert {answer.status_code for answer in answers} == {202}
-    ids = Counter(answer.json()["job_id"] for answer in answers)
+    assert {reply.status_code for reply in replies} == {202}
+    ids = Counter(reply.json()["job_id"] for reply in replies)
     assert list(ids.values()) == [200]
     (job_id,) = ids
     ended = await client.get(f"{urls[0]}/job/{job_id}?wait=20")
@@ -120,16 +118,16 @@ async def test_200_posts_of_one_key_to_two_api_processes_make_one_job(
 
 
 async def _jobs(client: httpx2.AsyncClient, url: str) -> list[dict[str, Any]]:
-    """The newest jobs."""
+    """The newest jobs of the caller."""
     jobs: list[dict[str, Any]] = (await client.get(f"{url}/jobs")).json()["jobs"]
     return jobs
 
 
-async def test_a_strangers_reader_finds_our_job_where_the_pattern_says(
+async def test_an_external_reader_finds_a_job_under_its_documented_keys(
     urls: list[str], client: httpx2.AsyncClient, redis_url: str
 ) -> None:
     body = {"data": [[5.1, 3.5, 1.4, 0.2]]}
-    answer = await client.post(f"{urls[0]}/predict", json=body, headers={"Prefer": "wait=20"})
+    reply = await client.post(f"{urls[0]}/predict", json=body, headers={"Prefer": "wait=20"})
 
     reader = (
         "import json, sys, redis\n"
@@ -137,13 +135,13 @@ async def test_a_strangers_reader_finds_our_job_where_the_pattern_says(
         "print(client.get(f'job:{sys.argv[2]}:status'))\n"
         "print(json.loads(client.get(f'job:{sys.argv[2]}:result'))['class_name'])\n"
     )
-    command = [sys.executable, "-c", reader, redis_url, answer.json()["job_id"]]
-    told = await asyncio.to_thread(subprocess.check_output, command, text=True)
+    command = [sys.executable, "-c", reader, redis_url, reply.json()["job_id"]]
+    output = await asyncio.to_thread(subprocess.check_output, command, text=True)
 
-    assert told.split() == ["completed", "setosa"]
+    assert output.split() == ["completed", "setosa"]
 
 
-async def test_a_job_submitted_to_one_api_is_waited_for_at_another(
+async def test_a_client_can_wait_at_one_api_for_a_job_submitted_to_another(
     urls: list[str], client: httpx2.AsyncClient
 ) -> None:
     options = {"delay_seconds": 0.3}
@@ -171,45 +169,45 @@ async def test_the_example_of_every_shipped_model_runs(
             "data": rows,
         }
         for body in (model["example"], {"inputs": [tensor]}):
-            answer = await client.post(
+            reply = await client.post(
                 f"{urls[0]}{model['url']}", json=body, headers={"Prefer": "wait=20"}
             )
-            assert (answer.status_code, answer.json()["status"]) == (200, "completed")
-            known = await client.post(f"{urls[1]}/models/{model['model']}/validate", json=body)
-            assert (known.status_code, known.json()["rows"]) == (200, len(rows))
+            assert (reply.status_code, reply.json()["status"]) == (200, "completed")
+            valid = await client.post(f"{urls[1]}/models/{model['model']}/validate", json=body)
+            assert (valid.status_code, valid.json()["rows"]) == (200, len(rows))
 
 
-async def test_an_answer_comes_in_the_form_that_is_asked_for_however_the_input_was_sent(
+async def test_a_result_has_the_requested_form_whatever_the_form_of_the_input(
     urls: list[str], client: httpx2.AsyncClient
 ) -> None:
     url = f"{urls[0]}/predict/iris"
     row = np.array([[5.1, 3.5, 1.4, 0.2]], np.float32)
-    saved = io.BytesIO()
-    np.save(saved, row)
+    content = io.BytesIO()
+    np.save(content, row)
     npy = {"Content-Type": "application/x-npy", "Prefer": "wait=20"}
-    labelled = await client.post(f"{url}?answer=json", content=saved.getvalue(), headers=npy)
+    labelled = await client.post(f"{url}?answer=json", content=content.getvalue(), headers=npy)
     body = {"data": row.tolist(), "options": {"answer": "tensors"}}
     tensors = await client.post(url, json=body, headers={"Prefer": "wait=20"})
 
-    shown = labelled.json()["result"]
-    assert (shown["prediction"], shown["class_name"]) == (0, "setosa")
+    result = labelled.json()["result"]
+    assert (result["prediction"], result["class_name"]) == (0, "setosa")
     outputs = {output["name"]: output["data"] for output in tensors.json()["result"]["outputs"]}
-    assert outputs["probabilities"] == pytest.approx(shown["probabilities"])
+    assert outputs["probabilities"] == pytest.approx(result["probabilities"])
     job_id = tensors.json()["job_id"]
-    wanted = {"Accept": "application/x-npy"}
-    read = await client.get(f"{urls[0]}/job/{job_id}/result?output=probabilities", headers=wanted)
-    assert np.load(io.BytesIO(read.content)).shape == (1, 3)
+    accept = {"Accept": "application/x-npy"}
+    reply = await client.get(f"{urls[0]}/job/{job_id}/result?output=probabilities", headers=accept)
+    assert np.load(io.BytesIO(reply.content)).shape == (1, 3)
 
 
-async def test_a_finished_job_remembers_the_model_file_that_ran_it(
+async def test_a_finished_job_records_the_version_and_hash_of_its_model(
     urls: list[str], client: httpx2.AsyncClient, redis_url: str
 ) -> None:
     body = {"data": [[5.1, 3.5, 1.4, 0.2]]}
-    answer = await client.post(f"{urls[0]}/predict/iris", json=body, headers={"Prefer": "wait=20"})
+    reply = await client.post(f"{urls[0]}/predict/iris", json=body, headers={"Prefer": "wait=20"})
     model = (await client.get(f"{urls[0]}/models/iris")).json()
 
     with redis.Redis.from_url(redis_url) as server:
-        meta = server.get(f"job:{answer.json()['job_id']}:meta")
+        meta = server.get(f"job:{reply.json()['job_id']}:meta")
     assert isinstance(meta, bytes)
     record = decode_record(meta)
     assert (record.ran_version, record.ran_sha256) == (model["version"], model["sha256"])

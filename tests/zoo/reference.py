@@ -66,10 +66,10 @@ def assert_equal(served: Outputs, reference: Outputs, *, exactly: bool) -> None:
         if not tolerance:
             np.testing.assert_array_equal(actual, expected, err_msg=name)
             continue
-        actual, expected = actual.astype(np.float64), expected.astype(np.float64)
-        scale = np.abs(expected[np.isfinite(expected)]).max(initial=1.0)
+        numbers, expected_numbers = actual.astype(np.float64), expected.astype(np.float64)
+        scale = np.abs(expected_numbers[np.isfinite(expected_numbers)]).max(initial=1.0)
         np.testing.assert_allclose(
-            actual, expected, rtol=tolerance, atol=tolerance * scale, err_msg=name
+            numbers, expected_numbers, rtol=tolerance, atol=tolerance * scale, err_msg=name
         )
 
 

@@ -1,1 +1,1 @@
-"""The pattern as it is usually written: what the service is measured against."""
+"""The plain pattern: an asynchronous inference service as it is usually written."""

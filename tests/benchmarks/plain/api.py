@@ -1,4 +1,4 @@
-"""The pattern's proxy: a synchronous endpoint, three calls of Redis a submit."""
+"""The API of the plain pattern: a synchronous endpoint, three Redis calls per submit."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The pattern's worker: pops one job at a time, runs it, stores its result."""
+"""The worker of the plain pattern: pops one job at a time, runs it, stores its result."""
 
 import json
 import os
