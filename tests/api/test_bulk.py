@@ -582,10 +582,19 @@ async def test_lines_that_no_route_reads_have_the_time_of_any_body(port: int) ->
 
 
 async def test_a_connection_is_used_again(port: int) -> None:
+    client_addresses: set[tuple[str, int]] = set()
+
+    async def record_address(reply: httpx2.Response) -> None:
+        stream = reply.extensions["network_stream"]
+        client_addresses.add(stream.get_extra_info("client_addr"))
+
     async with client_of(port) as client:
+        client.event_hooks = {"response": [record_address]}
         for _ in range(3):
             await post_lines(client, [GOOD])
             await submit(client)
+
+    assert len(client_addresses) == 1
 
 
 @pytest.mark.soak

@@ -3,7 +3,9 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -288,7 +290,28 @@ def test_a_wrong_url_is_one_line(argv: tuple[str, ...]) -> None:
 
 
 def test_another_program_is_not_taken_for_a_server(url: str) -> None:
-    complaint(told("jobs", "--url", f"{url}/docs"), 1)
+    class OtherProgram(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<html>Hello</html>")
+
+        def log_message(self, *_: object) -> None:
+            """Prints nothing to the terminal."""
+
+    with HTTPServer(("127.0.0.1", 0), OtherProgram) as server:
+        thread = Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        other = f"http://127.0.0.1:{server.server_port}"
+        line = complaint(told("jobs", "--url", other), 3)
+        server.shutdown()
+        thread.join()
+    assert other in line
+    assert "asyncinfer serve" in line
+
+    wrong_path = complaint(told("jobs", "--url", f"{url}/docs"), 1)
+    assert "Give --url the server's address alone" in wrong_path
 
 
 def test_an_unknown_model_is_one_line(url: str) -> None:
