@@ -13,7 +13,7 @@ from msgspec import Meta, Struct
 from asyncinfer.errors import ModelRefused
 from asyncinfer.tensors.missing_values import in_words
 from asyncinfer.untrusted import file_access
-from asyncinfer.untrusted.file_access import Unreadable
+from asyncinfer.untrusted.file_access import UnreadableFile
 
 Scores = Literal["logits", "probabilities"]
 GraphOptimization = Literal["disabled", "basic", "extended", "all"]
@@ -76,8 +76,8 @@ def read_file(path: Path, shown: str) -> ModelConfig:
     """Raises ModelRefused as `read_config` does, and where the file cannot be read."""
     try:
         toml = file_access.read(path, _LONGEST_FILE_BYTES)
-    except Unreadable as error:
-        raise ModelRefused(f"{shown}: {error.words}") from error
+    except UnreadableFile as error:
+        raise ModelRefused(f"{shown}: {error.reason}") from error
     return read_config(toml, shown, path.parent)
 
 
@@ -97,8 +97,8 @@ def read_config(toml: bytes, shown: str, folder: Path | None = None) -> ModelCon
             # TOML has nan and inf; what is shown of the example is JSON.
             table["example"] = in_words(table["example"])
         return msgspec.convert(table, ModelConfig)
-    except Unreadable as error:
-        raise ModelRefused(f"{shown}: {error.words}") from error
+    except UnreadableFile as error:
+        raise ModelRefused(f"{shown}: {error.reason}") from error
     except (ValueError, RecursionError) as error:  # bad TOML, msgspec.ValidationError
         raise ModelRefused(f"{shown}: {error}") from error
 
@@ -116,9 +116,9 @@ def _labels_in(folder: Path, name: str, shown: str) -> list[str]:
         raise ValueError(f"labels: there is no file {name} beside model.toml")
     try:
         text = file_access.text(file_access.read(path, _LONGEST_FILE_BYTES))
-    except Unreadable as error:
+    except UnreadableFile as error:
         beside = shown.rpartition("/")[0]
-        raise ModelRefused(f"{beside}/{name}: {error.words}".removeprefix("/")) from error
+        raise ModelRefused(f"{beside}/{name}: {error.reason}".removeprefix("/")) from error
     if path.suffix.lower() == ".json":
         return _labels_of_json(text, name)
     if path.suffix.lower() in _NO_LINES:

@@ -184,7 +184,7 @@ def _read_entry(entry: Path) -> list[ModelFile]:
         return _read_model(entry)
     if _is_onnx(entry):
         return [bare_file(entry)]
-    if valid_name(entry.name) and not entry.suffix and file_access.is_lost(entry):
+    if valid_name(entry.name) and not entry.suffix and file_access.is_inaccessible(entry):
         return [_whole(entry, _problem(entry, _shown(entry, 1)))]
     return []
 
@@ -244,7 +244,7 @@ def _model_in(entry: Path) -> tuple[Path, str] | None:
     usual = entry / "model.onnx"
     is_meant = _MEANT.fullmatch(entry.name) is not None
     if not file_access.is_folder(entry):
-        is_bad = is_meant and file_access.is_lost(entry)
+        is_bad = is_meant and file_access.is_inaccessible(entry)
         return (usual, _problem(entry, _shown(entry, 2))) if is_bad else None
     try:
         entries = sorted(_entries(entry))

@@ -65,7 +65,7 @@ class Signature(Struct, frozen=True):
 
 _read_signature = decoding.reader(msgspec.json.Decoder(Signature).decode)
 _MOST_ELEMENTS: Final = 1 << 48
-_MOST_EXAMPLE_DEPTH: Final = 2 * datatypes.MOST_DIMENSIONS
+_MOST_EXAMPLE_DEPTH: Final = 2 * datatypes.MAX_DIMENSIONS
 
 
 def read_signature(body: bytes | None) -> Signature | None:
@@ -85,7 +85,7 @@ def _is_sound(spec: TensorSpec) -> bool:
     sizes = [dim for dim in dims if isinstance(dim, int)]
     return (
         spec.datatype in DTYPES
-        and len(dims) <= datatypes.MOST_DIMENSIONS
+        and len(dims) <= datatypes.MAX_DIMENSIONS
         and all(0 <= size <= _MOST_ELEMENTS for size in sizes)
     )
 

@@ -62,7 +62,7 @@ def _rows_by_brackets(data: bytes, spec: TensorSpec) -> int:
 
 def _check_rows(rows: int, spec: TensorSpec, signature: Signature) -> None:
     if datatypes.is_open(spec) and rows > signature.max_rows:
-        detail = json_errors.too_many_rows(
+        detail = json_errors.too_many_rows_detail(
             str(rows), spec, model=signature.model, max_rows=signature.max_rows
         )
         raise json_errors.refusal([Fault("/data", detail)])
@@ -92,7 +92,7 @@ def check_inputs(feeds: Feeds, signature: Signature) -> Feeds:
     Raises InvalidInput with every fault, each a JSON pointer that starts with /inputs. Called by
     the API and by the worker.
     """
-    refuse_misfits(shape_errors.described(feeds), signature, shape_errors.broken_booleans(feeds))
+    refuse_misfits(shape_errors.described(feeds), signature, shape_errors.invalid_booleans(feeds))
     return {spec.name: feeds[spec.name] for spec in signature.inputs if spec.name in feeds}
 
 

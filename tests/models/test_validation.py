@@ -14,7 +14,7 @@ from asyncinfer.models.folder import default_model, find_model_dir, scan, to_ser
 from asyncinfer.models.signature import Signature
 from asyncinfer.models.validation import check_data, check_data_alike
 from asyncinfer.tensors.datatypes import Array, Dim, TensorSpec
-from asyncinfer.tensors.json_errors import MAX_FAULTS
+from asyncinfer.tensors.json_errors import MAX_LISTED_ERRORS
 
 
 def signature(
@@ -349,9 +349,9 @@ def test_a_long_list_of_faults_is_cut_and_says_so() -> None:
     some = faults_of(b"[[" + b"true," * 99 + b"true]]", signature())
     many = faults_of(b"[[" + b"true," * 99_999 + b"true]]", signature())
 
-    assert len(some) == len(many) == MAX_FAULTS + 1
-    assert some[-1] == ("/data", "81 more faults are not listed")
-    assert many[-1] == ("/data", "at least 980 more faults are not listed")
+    assert len(some) == len(many) == MAX_LISTED_ERRORS + 1
+    assert some[-1] == ("/data", "81 more errors are not listed")
+    assert many[-1] == ("/data", "at least 980 more errors are not listed")
 
 
 def test_only_the_beginning_of_a_long_text_is_searched_for_faults() -> None:
@@ -361,7 +361,7 @@ def test_only_the_beginning_of_a_long_text_is_searched_for_faults() -> None:
     late = faults_of(b"[" + sound * 900 * 10 + b"[1,true,3,4]]", signature(max_rows=10_000))
 
     assert early == [("/data/0", "row 0 has 3 numbers, iris takes 4")]
-    assert late == [("/data", "cannot be read: element 36001 is no number")]
+    assert late == [("/data", "cannot be read: element 36001 is not a number")]
 
 
 def test_too_many_rows_are_counted_in_a_long_text_too() -> None:

@@ -259,7 +259,7 @@ def test_a_text_of_many_pieces_is_read_to_the_last_element(datatype: str) -> Non
 @pytest.mark.parametrize(
     ("last", "problem"),
     [
-        (b"true]]", "element 99999 is no number"),
+        (b"true]]", "element 99999 is not a number"),
         (b"1e39]]", "element 99999: Expected `float` <= "),
         (b"1],[1]]", "its arrays are not of equal lengths and depths"),
     ],
