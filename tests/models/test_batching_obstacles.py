@@ -169,8 +169,8 @@ def tanh(*shape: int | str | None) -> Callable[[], onnx.ModelProto]:
     return lambda: zoo.unary("Tanh", shape)
 
 
-EXPORT: Final = "export it with a first dimension that is open"
-LEAVE_OUT: Final = "keep other outputs alone with `outputs` in model.toml"
+EXPORT: Final = "export it with a dynamic first dimension"
+LEAVE_OUT: Final = "keep only other outputs, with `outputs` in model.toml"
 ROW_EACH: Final = "export it so that this output has a row for each row of the input"
 FORCE: Final = "[batching]\nenabled = true"
 Z: Final = 'outputs = ["z"]'
@@ -195,7 +195,7 @@ CASES: Final = {
     "unread": Case(lambda: deep(17), "`batching.enabled = true`", mended_toml=FORCE),
     "slow": Case(
         lambda: zoo.loop_for_hours("batch"),
-        "`batching.enabled = true` in model.toml shares runs without a probe",
+        "`batching.enabled = true` in model.toml batches jobs without a probe",
         mended_toml=FORCE,
         probe_seconds=0.05,
     ),
@@ -204,17 +204,17 @@ CASES: Final = {
     ),
     "none_ran_like_example": Case(
         far_table,
-        "give several rows in `example` in model.toml that the model takes",
+        "give several rows in `example` in model.toml that the model accepts",
         "example = [1, 2]",
         mended_toml="example = [1000, 1004]",
     ),
     "failed_together": Case(
-        lambda: flat(1), "export it without a number of rows that is fixed", mended=lambda: flat(-1)
+        lambda: flat(1), "export it without a fixed number of rows", mended=lambda: flat(-1)
     ),
     "no_rows": Case(unchanged, "export it with one that has", mended=tanh("b", 2)),
     "one_answer": Case(
         above_a_thousand,
-        "give several rows in `example` in model.toml that get different answers",
+        "give several rows in `example` in model.toml that get different results",
         mended_toml="example = [[1, 2], [2000, 3000]]",
     ),
     "one_value": Case(
@@ -257,7 +257,7 @@ def test_what_would_change_an_off_is_said_and_does_change_it(tmp_path: Path, nam
     mended = loaded(tmp_path / "on", model, case.mended_toml, case.probe_seconds)
 
     assert not signature.batched
-    beginning = off.what.partition("{")[0]
+    beginning = off.description.partition("{")[0]
     assert signature.batching.startswith(f"off: {beginning}"), signature.batching
     assert case.words in signature.batching
     assert mended.batched, mended.batching

@@ -76,7 +76,7 @@ def refusal(path: Path) -> str:
         (b"\x1c\0\0\0TFL3" + bytes(60), "a TensorFlow Lite file", "tf2onnx"),
         (b"\x89HDF\r\n\x1a\n" + bytes(60), "an HDF5 file", "export"),
         (PNG, "a picture", "download"),
-        (bytes(5000), "zeros, as a download leaves", "download the model again"),
+        (bytes(5000), "zeros, as an incomplete download leaves", "download the model again"),
     ],
 )
 def test_what_is_no_onnx_file_is_named_for_what_it_is(

@@ -97,8 +97,8 @@ def told(folder: Path) -> dict[tuple[str, str], str]:
             "models/m: lies a folder too deep; move it up, or set MODEL_DIR to models",
         ),
         (touch("m/x.onnx"), ("m", "1"), "m/x.onnx: has no version folder: move it to m/1/model"),
-        (touch("m/old/x.onnx"), ("m", "old"), "m/old: is no version: rename old to a whole num"),
-        (link("m.onnx", "gone"), ("m", "1"), "m.onnx: is a link that leads to no file; mend or"),
+        (touch("m/old/x.onnx"), ("m", "old"), "m/old: is not a version: rename old to a whole num"),
+        (link("m.onnx", "gone"), ("m", "1"), "m.onnx: is a link that leads to no file; repair"),
         (link("m.onnx", "m.onnx"), ("m", "1"), "m.onnx: is a link that leads to no file"),
         (link("m/1/model.onnx", "x"), ("m", "1"), "m/1/model.onnx: is a link that leads to no"),
         (link("m/1", "gone"), ("m", "1"), "m/1: is a link that leads to no file"),
@@ -187,7 +187,7 @@ def test_a_folder_that_may_not_be_read_and_can_be_no_model_is_passed_over(tmp_pa
     (tmp_path / "lost+found").chmod(0o700)
     assert [one.shown for one in found.files] == ["good.onnx"]
     (line,) = found.passed_over
-    assert line.startswith("lost+found is passed over: it cannot be read: Permission denied")
+    assert line.startswith("lost+found is ignored: it cannot be read: Permission denied")
     assert read_folder(tmp_path).passed_over == ()
 
 

@@ -101,10 +101,10 @@ def test_a_broken_model_stops_no_other_and_says_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "problem"),
     [
-        ("m/v1/model.onnx", "m/v1: is no version: rename v1 to 1"),
-        ("m/01/model.onnx", "m/01: is no version: rename 01 to 1"),
-        ("m/v2/model.onnx", "m/v2: is no version: rename v2 to a whole number, or to _v2"),
-        ("m/new/model.onnx", "m/new: is no version: rename new to a whole number, or to _new"),
+        ("m/v1/model.onnx", "m/v1: is not a version: rename v1 to 1"),
+        ("m/01/model.onnx", "m/01: is not a version: rename 01 to 1"),
+        ("m/v2/model.onnx", "m/v2: is not a version: rename v2 to a whole number, or to _v2"),
+        ("m/new/model.onnx", "m/new: is not a version: rename new to a whole number, or to _new"),
         ("m/_new/model.onnx", None),
         ("m/notes/read.me", None),
     ],
