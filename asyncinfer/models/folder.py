@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from asyncinfer.errors import ModelRefused
+from asyncinfer.jobs import TENANT_PATTERN
 from asyncinfer.models.config import ModelConfig, read_file
 from asyncinfer.untrusted import file_access
 from asyncinfer.untrusted.printable import printable_name
@@ -24,7 +25,7 @@ from asyncinfer.untrusted.printable import printable_name
 OF_ALL_VERSIONS: Final = ""
 """Stands for the version in a problem of a whole model."""
 
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_NAME: Final = re.compile(TENANT_PATTERN)
 _RESERVED: Final = frozenset({"stats"})
 _VERSION: Final = re.compile(r"0|[1-9][0-9]{0,17}")
 _LIKELY_VERSION: Final = re.compile(r"\D{0,8}?0*(0|[1-9][0-9]{0,17})", re.ASCII)
