@@ -26,27 +26,27 @@ def model_of(n: str, q: str, default_model: str | None) -> str | None:
 
 
 def data(job_id: str) -> str:
-    """String, TTL once the job has ended: its input, as JSON text or packed tensors."""
+    """String, TTL once ended: the job's input, as JSON text or packed tensors."""
     return f"job:{job_id}:data"
 
 
 def status(job_id: str) -> str:
-    """String, TTL once the job has ended: pending, processing, completed, failed or cancelled."""
+    """String, TTL once ended: pending, processing, completed, failed or cancelled."""
     return f"job:{job_id}:status"
 
 
 def result(job_id: str) -> str:
-    """String, always with a TTL: the result of a completed job, as JSON text or packed tensors."""
+    """String, TTL JOB_TTL: the result of a completed job, as JSON text or packed tensors."""
     return f"job:{job_id}:result"
 
 
 def error(job_id: str) -> str:
-    """String, always with a TTL: why a job failed, as JSON with `code` and `message`."""
+    """String, TTL FAILED_TTL: why a job failed, as JSON with `code` and `message`."""
     return f"job:{job_id}:error"
 
 
 def meta(job_id: str) -> str:
-    """String, TTL once the job has ended: its `jobs.Record`; an external job has none."""
+    """String, TTL once ended: the job's `jobs.Record`; an external job has none."""
     return f"job:{job_id}:meta"
 
 
@@ -54,7 +54,7 @@ def meta(job_id: str) -> str:
 
 
 def waiting(q: str) -> tuple[str, str, str]:
-    """Lists, no TTL: the waiting jobs of high, normal and low priority, in the order served."""
+    """List, no TTL: ids that wait, of high, normal and low priority, in the order served."""
     return f"{{{q}}}:high", q, f"{{{q}}}:low"
 
 
@@ -119,7 +119,7 @@ def dead(q: str) -> str:
 
 
 def log(q: str) -> str:
-    """Stream, no TTL: one entry for each batch of transitions; sweeps trim it to the last 100,000 jobs."""
+    """Stream, no TTL: an entry for each batch of transitions, trimmed to about 100,000 jobs."""
     return f"{{{q}}}:log"
 
 
@@ -134,7 +134,7 @@ def control(q: str) -> str:
 
 
 def idempotency(q: str, digest: str) -> str:
-    """String, TTL 24 h or JOB_TTL, the longer: the job of an Idempotency-Key, and its fingerprint.
+    """String, TTL 24 h, or JOB_TTL if longer: the job of an Idempotency-Key, and its fingerprint.
 
     `digest` is a hash over tenant and Idempotency-Key, so neither is readable in Redis.
     """
