@@ -1,10 +1,11 @@
 """The name of every Redis key.
 
+`docs/protocol.md` has a row for each: type, TTL, bound, meaning, who writes it, what frees it.
+
 `n` is QUEUE_NAME and `q` a queue: `n` itself for the default model, `n:model` for another.
 In `{q}:x` the braces are literal (a hash tag), so that one queue's keys share a slot and no
 model's name can collide with them (a bare `n:default` would be the queue of a model `default`).
-The scripts build the same names in `lua/_job.lua`; a test compares the two. `docs/protocol.md` has
-a row for each key: its type, TTL, bound, meaning, who writes it and what frees it.
+The scripts build the same names in `lua/_job.lua`; a test holds the two together.
 """
 
 import hashlib

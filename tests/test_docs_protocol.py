@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from asyncinfer import keys
-from asyncinfer.jobs import SCHEMA, TERMINAL, Facts, Record
+from asyncinfer.jobs import SCHEMA, TERMINAL, Facts, Outcome, Record
 from asyncinfer.repository.run import Renewals
 from asyncinfer.repository.scripts import NAMES
 from asyncinfer.repository.store import Policy, Store
@@ -247,6 +247,11 @@ def look(server: redis.Redis) -> Look:
     return Look(server, LONG)
 
 
+OUTCOMES: Final[tuple[Outcome, ...]] = (
+    *("completed", "failed", "dead", "released", "suspect", "cancelled"),
+)
+
+
 async def everything_happens(hands: Hands, after_each: Callable[[], None]) -> None:
     """Jobs of every kind come to every end; `after_each` is called in between."""
     await hands.some(3, queue=OTHER)
@@ -260,11 +265,11 @@ async def everything_happens(hands: Hands, after_each: Callable[[], None]) -> No
         await hands.one(**options)
     hands.stranger("external")
     after_each()
-    for outcome in ("completed", "failed", "dead", "released", "suspect", "cancelled"):
+    for outcome in OUTCOMES:
         await hands.some(3)
         claim = await hands.take(3)
         after_each()
-        await hands.finish(claim, outcome)  # type: ignore[arg-type]
+        await hands.finish(claim, outcome)
         after_each()
     await _lost_cancelled_and_late(hands, after_each)
     await hands.cancel_in_one_call(*await hands.some(12))
@@ -301,8 +306,7 @@ async def _lost_cancelled_and_late(hands: Hands, after_each: Callable[[], None])
     await hands.sweep()
     assert hands.facts(lost).d == 1
     after_each()
-    while claim := (await hands.claim(held=False)).claim:
-        await hands.finish(claim)
+    await hands.run_all()
     after_each()
 
 
@@ -328,8 +332,10 @@ async def test_the_words_of_the_log_and_of_messages_are_those_of_the_page(hands:
 
 
 def test_the_letters_of_facts_are_those_that_are_stored() -> None:
-    letters = [cells[0].strip("`") for cells in table(chapter("Facts"))]
-    assert letters == [field.encode_name for field in msgspec.structs.fields(Facts)]
+    named = [tuple(code(f"{cells[0]} {cells[1]}")) for cells in table(chapter("Facts"))]
+    fields = msgspec.structs.fields(Facts)
+    assert [letter for letter, _ in named] == [field.encode_name for field in fields]
+    assert all(field.name in both for field, both in zip(fields, named, strict=True))
 
 
 def test_the_fields_of_the_record_are_those_that_are_stored() -> None:
