@@ -8,7 +8,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from asyncinfer.decoding import LAST_MS, UNREADABLE, reader
+from asyncinfer.untrusted.decoding import LAST_MS, UNREADABLE, reader
 
 Status = Literal["pending", "processing", "completed", "failed", "cancelled"]
 Priority = Literal["high", "normal", "low"]

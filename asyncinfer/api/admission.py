@@ -4,11 +4,11 @@ from typing import Final
 
 from msgspec import Struct
 
-from asyncinfer.access import SCOPES, Caller, Keyring, digest_of
 from asyncinfer.api.key_file import KeyFile
+from asyncinfer.api_keys import SCOPES, Caller, Keyring, digest_of
 from asyncinfer.errors import Forbidden, RequestError, Unauthorized
 from asyncinfer.jobs import DEFAULT_TENANT
-from asyncinfer.schemas import ALL_TENANTS
+from asyncinfer.schemas.requests import ALL_TENANTS
 
 _SHOWN_DIGITS: Final = 8
 _ANYBODY: Final = Caller(DEFAULT_TENANT, frozenset(SCOPES))

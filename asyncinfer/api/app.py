@@ -13,12 +13,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from asyncinfer.api.admission import reach
 from asyncinfer.api.answer_sizes import AnswerSizes
-from asyncinfer.api.authority import authority_of
-from asyncinfer.api.body import discard
 from asyncinfer.api.catalog import Catalog
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.api.event_text import EventTexts
-from asyncinfer.api.exchange import (
+from asyncinfer.api.guard import Guard
+from asyncinfer.api.http.authority import authority_of
+from asyncinfer.api.http.body import discard
+from asyncinfer.api.http.header_fields import read_fields
+from asyncinfer.api.http.messages import (
     BREAK_OFF,
     ClientGone,
     ClientTooSlow,
@@ -31,13 +32,14 @@ from asyncinfer.api.exchange import (
     send_reply,
     send_stream,
 )
-from asyncinfer.api.fields import read_fields
-from asyncinfer.api.guard import Guard
+from asyncinfer.api.http.problems import internal_error, problem_reply
+from asyncinfer.api.live.event_text import EventTexts
+from asyncinfer.api.live.feed import Feed
+from asyncinfer.api.live.inbox import Inbox
 from asyncinfer.api.openapi import document
-from asyncinfer.api.problems import internal_error, problem_reply
 from asyncinfer.api.routes import ROUTES, Route
 from asyncinfer.api.services import Services
-from asyncinfer.api.waiting_for import Reasons
+from asyncinfer.api.wait_reasons import Reasons
 from asyncinfer.errors import (
     BodyTooLarge,
     MethodNotAllowed,
@@ -46,18 +48,16 @@ from asyncinfer.errors import (
     RouteNotFound,
     StorageFull,
 )
-from asyncinfer.feed import Feed
-from asyncinfer.inbox import Inbox
-from asyncinfer.repository.dead import DeadLetters
-from asyncinfer.repository.groups import Groups
-from asyncinfer.repository.inspect import Inspection
+from asyncinfer.repository.inspect.dead_letters import DeadLetters
+from asyncinfer.repository.inspect.groups import Groups
+from asyncinfer.repository.inspect.listing import Inspection
+from asyncinfer.repository.inspect.selection import Selection
+from asyncinfer.repository.inspect.statistics import Observation
 from asyncinfer.repository.leftovers import Leftovers
-from asyncinfer.repository.observe import Observation
-from asyncinfer.repository.operate import Operation
-from asyncinfer.repository.select import Selection
+from asyncinfer.repository.operations import Operation
+from asyncinfer.repository.reaper import reap_forever
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.submit import Submissions
-from asyncinfer.upkeep import reap_forever
+from asyncinfer.repository.submissions import Submissions
 
 _log = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ from typing import Any, Final
 
 import msgspec
 
-from asyncinfer.api.exchange import Request
+from asyncinfer.api.http.messages import Request
 from asyncinfer.errors import RequestError
-from asyncinfer.printable import printable_json
-from asyncinfer.schemas import ALL_TENANTS
+from asyncinfer.schemas.requests import ALL_TENANTS
+from asyncinfer.untrusted.printable import printable_json
 
 _MOST_CHARACTERS: Final = 128
 

@@ -11,8 +11,7 @@ import anyio
 from msgspec import Struct
 from msgspec.structs import replace
 
-from asyncinfer import keys
-from asyncinfer.api.workforce import Workforce
+from asyncinfer.api.worker_snapshot import Workforce
 from asyncinfer.errors import (
     InvalidInput,
     ModelLoading,
@@ -23,11 +22,14 @@ from asyncinfer.errors import (
     StorageFull,
     VersionNotFound,
 )
-from asyncinfer.faults import unknown_name
-from asyncinfer.limited_log import LimitedLog
-from asyncinfer.models import Signature, read_signature, valid_name
-from asyncinfer.repository.inspect import Announced, Inspection, models_to_come, worker_says
+from asyncinfer.models.folder import valid_name
+from asyncinfer.models.signature import Signature, read_signature
+from asyncinfer.processes.limited_log import LimitedLog
+from asyncinfer.repository import keys
+from asyncinfer.repository.announcements import Announced, models_to_come, worker_says
+from asyncinfer.repository.inspect.listing import Inspection
 from asyncinfer.repository.store import Store
+from asyncinfer.tensors.json_errors import unknown_name
 
 _REFRESH_SECONDS: Final = 2.0
 _AT_ONCE_SECONDS: Final = 0.2

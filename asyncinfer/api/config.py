@@ -4,7 +4,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from asyncinfer.repository.store import Policy
+from asyncinfer.repository.policy import Policy
 
 
 class ApiConfig(Struct, frozen=True, kw_only=True):

@@ -7,11 +7,11 @@ from typing import Final
 from starlette.types import Scope
 
 from asyncinfer.api.admission import ANYBODY, Admission, admission, open_admission
-from asyncinfer.api.authority import Authority, authority_of
 from asyncinfer.api.config import ApiConfig
+from asyncinfer.api.http.authority import Authority, authority_of
+from asyncinfer.api.http.probe_paths import HEALTH_PATHS
 from asyncinfer.api.key_file import KeyFile
-from asyncinfer.api.probes import HEALTH_PATHS
-from asyncinfer.api.routes import KeyScope
+from asyncinfer.api_keys import KeyScope
 from asyncinfer.errors import HostRefused, InvalidHeader, OriginRefused
 
 _LOCAL_HOSTS: Final = ("localhost", "127.0.0.1", "[::1]")

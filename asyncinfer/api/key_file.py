@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
-from asyncinfer.access import Keyring, read_key_file
-from asyncinfer.awaiting import settled
+from asyncinfer.api_keys import Keyring, read_key_file
 from asyncinfer.errors import KeyFileRefused
+from asyncinfer.timeouts import settled
 
 _READ_SECONDS: Final = 1.0
 _TRUSTED_SECONDS: Final = 60.0

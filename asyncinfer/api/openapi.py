@@ -10,10 +10,10 @@ import msgspec
 from msgspec import Struct
 
 from asyncinfer import __version__
-from asyncinfer.api.body import NDJSON
+from asyncinfer.api.http.body import NDJSON
 from asyncinfer.api.routes import EVERYWHERE, Route
 from asyncinfer.errors import Forbidden, RequestError, Unauthorized
-from asyncinfer.schemas import Problem
+from asyncinfer.schemas.problems import Problem
 
 _Schema = dict[str, Any]
 

@@ -5,13 +5,13 @@ from typing import Any, Final, Literal
 
 from msgspec import Struct
 
-from asyncinfer.api.about import about, health, live, openapi, ready
-from asyncinfer.api.body import NPY
-from asyncinfer.api.events import follow_job, follow_jobs
-from asyncinfer.api.exchange import Reply, Request, Stream
-from asyncinfer.api.groups import cancel_group, read_group
-from asyncinfer.api.jobs import cancel_job, list_jobs, read_job, retry_job
-from asyncinfer.api.models import (
+from asyncinfer.api.handlers.admin import clear_jobs, list_queues, list_workers, retry_jobs
+from asyncinfer.api.handlers.autoscaling import read_scale
+from asyncinfer.api.handlers.events import follow_job, follow_jobs
+from asyncinfer.api.handlers.groups import cancel_group, read_group
+from asyncinfer.api.handlers.health import about, health, live, openapi, ready
+from asyncinfer.api.handlers.jobs import cancel_job, list_jobs, read_job, retry_job
+from asyncinfer.api.handlers.models import (
     list_models,
     pause_model,
     purge_model,
@@ -19,11 +19,12 @@ from asyncinfer.api.models import (
     resume_model,
     validate,
 )
-from asyncinfer.api.operate import clear_jobs, list_queues, list_workers, retry_jobs
-from asyncinfer.api.predict import predict
-from asyncinfer.api.results import BINARY, read_result
-from asyncinfer.api.scale import read_scale
+from asyncinfer.api.handlers.predict import predict
+from asyncinfer.api.handlers.results import BINARY, read_result
+from asyncinfer.api.http.body import NPY
+from asyncinfer.api.http.messages import Reply, Request, Stream
 from asyncinfer.api.services import Services
+from asyncinfer.api_keys import KeyScope
 from asyncinfer.errors import (
     BodyTooLarge,
     EncodingRefused,
@@ -54,45 +55,46 @@ from asyncinfer.errors import (
     VersionNotFound,
     WritesRefused,
 )
-from asyncinfer.observed import QueueList, WorkerList
-from asyncinfer.schemas import (
-    About,
-    Accepted,
-    Alive,
+from asyncinfer.schemas.operations import QueueList, WorkerList
+from asyncinfer.schemas.problems import LineProblem
+from asyncinfer.schemas.requests import (
     AskedOptions,
-    Cleared,
     ClearQuery,
     EndQuery,
     EventsQuery,
+    JobEventsQuery,
+    JobsQuery,
+    NoQuery,
+    OneQuery,
+    PredictLine,
+    PredictRequest,
+    ResultQuery,
+    RetryQuery,
+    RetryRequest,
+    TensorLine,
+    TensorRequest,
+    WaitQuery,
+)
+from asyncinfer.schemas.responses import (
+    About,
+    Accepted,
+    Alive,
+    Cleared,
     Group,
     GroupCancelled,
     Health,
     Job,
-    JobEventsQuery,
     JobList,
-    JobsQuery,
-    LineProblem,
     Model,
     ModelList,
-    NoQuery,
-    OneQuery,
     Pause,
-    PredictLine,
-    PredictRequest,
     Purged,
-    ResultQuery,
     Retried,
-    RetryQuery,
-    RetryRequest,
     Scale,
-    TensorLine,
-    TensorRequest,
     Validated,
-    WaitQuery,
 )
 
 Handler = Callable[[Services, Request[Any]], Awaitable[Reply | Stream]]
-KeyScope = Literal["submit", "read", "admin", "operator"]
 Errors = tuple[type[RequestError], ...]
 
 

@@ -13,8 +13,8 @@ import uvicorn
 
 from asyncinfer.api.app import Api, create_app
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.api.connection import Connection, Limits
-from asyncinfer.api.listener import listen
+from asyncinfer.api.http.connection import Connection, Limits
+from asyncinfer.api.http.sockets import listen
 
 _SWITCH_SECONDS: Final = 0.0005
 

@@ -6,19 +6,19 @@ from msgspec import Struct
 from asyncinfer.api.answer_sizes import AnswerSizes
 from asyncinfer.api.catalog import Catalog
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.api.event_text import EventTexts
-from asyncinfer.api.waiting_for import Reasons
-from asyncinfer.api.workforce import Workforce
-from asyncinfer.feed import Feed
-from asyncinfer.inbox import Inbox
-from asyncinfer.repository.dead import DeadLetters
-from asyncinfer.repository.groups import Groups
-from asyncinfer.repository.inspect import Inspection
-from asyncinfer.repository.observe import Observation
-from asyncinfer.repository.operate import Operation
-from asyncinfer.repository.select import Selection
+from asyncinfer.api.live.event_text import EventTexts
+from asyncinfer.api.live.feed import Feed
+from asyncinfer.api.live.inbox import Inbox
+from asyncinfer.api.wait_reasons import Reasons
+from asyncinfer.api.worker_snapshot import Workforce
+from asyncinfer.repository.inspect.dead_letters import DeadLetters
+from asyncinfer.repository.inspect.groups import Groups
+from asyncinfer.repository.inspect.listing import Inspection
+from asyncinfer.repository.inspect.selection import Selection
+from asyncinfer.repository.inspect.statistics import Observation
+from asyncinfer.repository.operations import Operation
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.submit import Submissions
+from asyncinfer.repository.submissions import Submissions
 
 
 class Services(Struct, frozen=True, kw_only=True):

@@ -6,7 +6,6 @@ from urllib.parse import quote
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from asyncinfer import decoding, payloads
 from asyncinfer.jobs import (
     DEFAULT_TENANT,
     TERMINAL,
@@ -16,11 +15,13 @@ from asyncinfer.jobs import (
     Status,
     created_ms,
 )
-from asyncinfer.observed import shown_worker
-from asyncinfer.repository.log import Change
-from asyncinfer.repository.submit import Stored
-from asyncinfer.results import render_stored
-from asyncinfer.schemas import Accepted, Job, WaitingFor, at
+from asyncinfer.models.results import render_stored
+from asyncinfer.repository.inspect.log import Change
+from asyncinfer.repository.stored_jobs import Stored
+from asyncinfer.schemas.operations import shown_worker
+from asyncinfer.schemas.responses import Accepted, Job, WaitingFor, at
+from asyncinfer.tensors import packing
+from asyncinfer.untrusted import decoding
 
 _read_error = decoding.reader(msgspec.json.Decoder(JobError).decode)
 _decode_raw = msgspec.json.Decoder(Raw).decode
@@ -126,7 +127,7 @@ def result_text(stored: Stored) -> Raw | None:
     """The result as JSON, however it is stored; None while there is none."""
     if stored.status != "completed" or stored.result is None:
         return None
-    if payloads.is_packed(stored.result):
+    if packing.is_packed(stored.result):
         return _rendered(stored.result)
     return _as_json(stored.result)
 
@@ -134,7 +135,7 @@ def result_text(stored: Stored) -> Raw | None:
 def _rendered(packed: bytes) -> Raw:
     try:
         return Raw(render_stored(packed))
-    except payloads.DamagedPayload:
+    except packing.DamagedPayload:
         return _as_json(packed)
 
 

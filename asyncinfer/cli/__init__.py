@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from asyncinfer.cli.refusing import EXIT_INTERRUPTED, EXIT_NOBODY_READS, refused
+from asyncinfer.cli.exit_codes import EXIT_INTERRUPTED, EXIT_NOBODY_READS, refused
 from asyncinfer.errors import AsyncinferError
 
 
@@ -34,11 +34,11 @@ def _command(arguments: list[str]) -> Callable[[], int]:
     """Children of `serve` have nothing to parse, or what nobody else may write."""
     match arguments:
         case ["work"]:
-            from asyncinfer.cli.working import work_as_set
+            from asyncinfer.cli.serve.work import work_as_set
 
             return work_as_set
         case ["api-process", held_fd, report_fd, own_worker_since_ms]:
-            from asyncinfer.cli.answering import api_process
+            from asyncinfer.cli.serve.api_process import api_process
 
             return lambda: api_process(int(held_fd), int(report_fd), int(own_worker_since_ms))
         case _:

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 import click
 
 from asyncinfer import __version__
-from asyncinfer.cli.refusing import EXIT_CANNOT_START, EXIT_CODES, EXIT_INTERRUPTED, complain
+from asyncinfer.cli.exit_codes import EXIT_CANNOT_START, EXIT_CODES, EXIT_INTERRUPTED, complain
 
 NAME: Final = "asyncinfer"
 COMPLETE_VARIABLE: Final = "_ASYNCINFER_COMPLETE"
@@ -23,23 +23,31 @@ class _Listed(NamedTuple):
 
 SECTIONS: Final = {
     "Run the service": {
-        "serve": _Listed("starting", "Run the API; with no Redis configured, all of it."),
-        "work": _Listed("starting", "Run a worker."),
-        "keygen": _Listed("starting", "Make an API key."),
-        "doctor": _Listed("doctor", "Find what is wrong here, and the command that mends it."),
+        "serve": _Listed("serve.commands", "Run the API; with no Redis configured, all of it."),
+        "work": _Listed("serve.commands", "Run a worker."),
+        "keygen": _Listed("serve.commands", "Make an API key."),
+        "doctor": _Listed(
+            "doctor.command", "Find what is wrong here, and the command that mends it."
+        ),
     },
     "Use it": {
-        "predict": _Listed("predict", "Run rows of a file, of stdin or of the command line."),
-        "bench": _Listed("bench", "Measure a model on your deployment, and what limits it."),
+        "predict": _Listed(
+            "predict.command", "Run rows of a file, of stdin or of the command line."
+        ),
+        "bench": _Listed(
+            "bench.command", "Measure a model on your deployment, and what limits it."
+        ),
     },
     "See and steer it": {
-        "top": _Listed("top", "Watch queues and workers, live."),
-        "jobs": _Listed("jobs", "List jobs, the newest first."),
-        "job": _Listed("jobs", "Show a job with its result."),
-        "dead": _Listed("jobs", "List dead letters: jobs given up that may deserve another try."),
-        "cancel": _Listed("ending", "Cancel jobs, by id or all that match."),
-        "retry": _Listed("ending", "Run failed or cancelled jobs again."),
-        "purge": _Listed("ending", "Delete ended jobs with their data."),
+        "top": _Listed("top.command", "Watch queues and workers, live."),
+        "jobs": _Listed("jobs.listing", "List jobs, the newest first."),
+        "job": _Listed("jobs.listing", "Show a job with its result."),
+        "dead": _Listed(
+            "jobs.listing", "List dead letters: jobs given up that may deserve another try."
+        ),
+        "cancel": _Listed("jobs.actions", "Cancel jobs, by id or all that match."),
+        "retry": _Listed("jobs.actions", "Run failed or cancelled jobs again."),
+        "purge": _Listed("jobs.actions", "Delete ended jobs with their data."),
         "models": _Listed("models", "List models, or show one with its example."),
         "pause": _Listed("models", "Take a model's jobs in, and run none."),
         "resume": _Listed("models", "Run a paused model's jobs again."),

@@ -3,7 +3,7 @@
 import click
 
 from asyncinfer.cli import options
-from asyncinfer.cli.telling import say
+from asyncinfer.cli.output import say
 
 _SHELLS = ("bash", "zsh", "fish")
 

@@ -15,7 +15,7 @@ _MEANING: Final = {
 }
 
 if TYPE_CHECKING:
-    from asyncinfer.cli.asking import ModelList
+    from asyncinfer.cli.api_client import ModelList
     from asyncinfer.client import Model, TensorInfo
 
 
@@ -33,8 +33,8 @@ def models(model: str | None, server: Server, as_json: bool) -> None:
 
     Times of a run are those that the workers measured.
     """
-    from asyncinfer.cli.asking import ModelList, Service, part
-    from asyncinfer.cli.showing import say_json
+    from asyncinfer.cli.api_client import ModelList, Service, part
+    from asyncinfer.cli.output import say_json
 
     path = "/models" if model is None else f"/models/{part(model)}"
     with Service(server) as service:
@@ -65,9 +65,8 @@ def resume(model: str, server: Server, as_json: bool) -> None:
 
 
 def _set(model: str, server: Server, as_json: bool, verb: str, told: str) -> None:
-    from asyncinfer.cli.asking import Service, part
-    from asyncinfer.cli.showing import say_json
-    from asyncinfer.cli.telling import say
+    from asyncinfer.cli.api_client import Service, part
+    from asyncinfer.cli.output import say, say_json
 
     with Service(server) as service:
         answer = service.ask("POST", f"/models/{part(model)}/{verb}")
@@ -78,9 +77,9 @@ def _set(model: str, server: Server, as_json: bool, verb: str, told: str) -> Non
 
 
 def _show_all(listed: "ModelList") -> None:
-    from asyncinfer.cli.asking import told_problem
-    from asyncinfer.cli.refusing import complain
-    from asyncinfer.cli.showing import console, show, styled
+    from asyncinfer.cli.api_client import told_problem
+    from asyncinfer.cli.exit_codes import complain
+    from asyncinfer.cli.output import console, show, styled
 
     known = {one.model for one in listed.models}
     rows = [_row(one, listed.loading) for one in listed.models]
@@ -97,7 +96,7 @@ def _show_all(listed: "ModelList") -> None:
 
 
 def _row(model: "Model", loading: Sequence[str]) -> Sequence[object]:
-    from asyncinfer.cli.showing import styled
+    from asyncinfer.cli.output import styled
 
     name = f"{model.model} (default)" if model.default else model.model
     takes = ", ".join(map(_tensor, model.inputs))
@@ -108,7 +107,7 @@ def _row(model: "Model", loading: Sequence[str]) -> Sequence[object]:
 
 
 def _unknown_row(name: str) -> Sequence[object]:
-    from asyncinfer.cli.showing import styled
+    from asyncinfer.cli.output import styled
 
     return name, None, None, None, None, 0, styled(*_LOADING)
 
@@ -124,8 +123,8 @@ def _state(model: "Model", loading: Sequence[str] = ()) -> tuple[str, str]:
 
 def _fastest(run_times: dict[str, dict[str, float]]) -> str | None:
     """Of one row, or of the fewest that ran."""
-    from asyncinfer.cli.asking import by_rows
-    from asyncinfer.cli.showing import seconds
+    from asyncinfer.cli.api_client import by_rows
+    from asyncinfer.cli.output import seconds
 
     found = [one for times in run_times.values() for one in by_rows(times)]
     if not found:
@@ -140,8 +139,8 @@ def _tensor(spec: "TensorInfo") -> str:
 
 
 def _show_one(model: "Model") -> None:
-    from asyncinfer.cli.asking import told_problem
-    from asyncinfer.cli.showing import console, show_facts
+    from asyncinfer.cli.api_client import told_problem
+    from asyncinfer.cli.output import console, show_facts
 
     show_facts(_facts(model))
     for one in model.problems:
@@ -149,8 +148,8 @@ def _show_one(model: "Model") -> None:
 
 
 def _facts(model: "Model") -> Iterator[Sequence[object]]:
-    from asyncinfer.cli.asking import by_rows
-    from asyncinfer.cli.showing import seconds
+    from asyncinfer.cli.api_client import by_rows
+    from asyncinfer.cli.output import seconds
 
     yield "model", f"{model.model} (default)" if model.default else model.model
     if model.description:

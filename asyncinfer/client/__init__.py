@@ -18,8 +18,8 @@ from asyncinfer.client._errors import (
 from asyncinfer.client._groups import AsyncGroup, Group
 from asyncinfer.client._jobs import AsyncJob, Job
 from asyncinfer.client._models import Model, TensorInfo
-from asyncinfer.client._waiting import WaitingFor
-from asyncinfer.client._wire import Event
+from asyncinfer.client._protocol import Event
+from asyncinfer.client._wait_reasons import WaitingFor
 from asyncinfer.errors import (
     AsyncinferError,
     Forbidden,

@@ -4,14 +4,15 @@ from collections.abc import AsyncIterable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Final, Literal, Unpack
 
-from asyncinfer.client import _flows, _frames
+from asyncinfer.client import _flows
 from asyncinfer.client._client import asked_of, server_of, warn_if_open
 from asyncinfer.client._drivers import AsyncDriver
 from asyncinfer.client._flows import JobOptions, Status
 from asyncinfer.client._groups import AsyncGroup
 from asyncinfer.client._jobs import AsyncJob
+from asyncinfer.client._map import dataframes
+from asyncinfer.client._map.results import AsyncResults, OnError
 from asyncinfer.client._models import Model
-from asyncinfer.client._results import AsyncResults, OnError
 
 _URL: Final = "http://127.0.0.1:8000"
 
@@ -111,10 +112,10 @@ class AsyncClient:
         column `error`.
         """
         found = await self._driver.run(_flows.known_model(self._server, model))
-        rows = _frames.rows_of(frame, columns, found)
+        rows = dataframes.rows_of(frame, columns, found)
         asked = asked_of(model, batch, in_flight, progress, on_error, options)
         results = [one async for one in AsyncResults(self._server, self._driver, rows, asked)]
-        return _frames.with_results(frame, results, found, prefix, errors=on_error == "return")
+        return dataframes.with_results(frame, results, found, prefix, errors=on_error == "return")
 
     async def job(self, job_id: str) -> AsyncJob:
         """A job by its id, wherever it was submitted."""

@@ -7,14 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Literal, Unpack
 
-from asyncinfer.client import _flows, _frames
+from asyncinfer.client import _flows
 from asyncinfer.client._drivers import Driver
 from asyncinfer.client._errors import checked_key, checked_url
-from asyncinfer.client._flows import JobOptions, Server, Status
+from asyncinfer.client._flows import JobOptions, Status
 from asyncinfer.client._groups import Group
 from asyncinfer.client._jobs import Job
+from asyncinfer.client._map import dataframes
+from asyncinfer.client._map.results import Asked, OnError, Results
 from asyncinfer.client._models import Model
-from asyncinfer.client._results import Asked, OnError, Results
+from asyncinfer.client._requests import Server
 
 _URL: Final = "http://127.0.0.1:8000"
 
@@ -128,10 +130,10 @@ class Client:
         column `error`.
         """
         found = self._driver.run(_flows.known_model(self._server, model))
-        rows = _frames.rows_of(frame, columns, found)
+        rows = dataframes.rows_of(frame, columns, found)
         asked = asked_of(model, batch, in_flight, progress, on_error, options)
         results = [one for one in Results(self._server, self._driver, rows, asked)]
-        return _frames.with_results(frame, results, found, prefix, errors=on_error == "return")
+        return dataframes.with_results(frame, results, found, prefix, errors=on_error == "return")
 
     def job(self, job_id: str) -> Job:
         """A job by its id, wherever it was submitted."""

@@ -3,14 +3,11 @@
 Colours come from the page (`currentColor`, transparency), so that light and dark themes both do.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from html import escape
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import msgspec
-
-if TYPE_CHECKING:
-    from asyncinfer.client._models import Model, TensorInfo
 
 _CARD: Final = (
     "display:inline-block;border:1px solid rgba(128,128,128,.4);border-radius:6px;"
@@ -40,19 +37,9 @@ def job_card(view: Mapping[str, Any]) -> str:
     return _card("Job", view["job_id"], _badge(view["status"]), rows)
 
 
-def model_card(model: "Model") -> str:
-    rows = {
-        "inputs": _tensors(model.inputs),
-        "outputs": _tensors(model.outputs),
-        "labels": ", ".join(model.labels),
-        "batching": model.batching,
-        "rows a job": f"{model.max_rows:,}",
-        "example": msgspec.json.encode(model.example()).decode() if model.example() else None,
-        "about": model.description,
-    }
-    workers = f"{model.workers or 'no'} worker{'s' * (model.workers > 1)}"
-    badge = _badge("paused" if model.paused else workers)
-    return _card("Model", f"{model.model} version {model.version}", badge, rows)
+def model_card(name: str, badge: str, rows: Mapping[str, Any]) -> str:
+    """`badge` says whether the model is paused, or how many workers have it."""
+    return _card("Model", name, _badge(badge), rows)
 
 
 def group_card(view: Mapping[str, Any]) -> str:
@@ -103,14 +90,6 @@ def _bar(share: float) -> str:
 def _model_of(view: Mapping[str, Any]) -> str:
     version = view.get("version")
     return f"{view.get('model', '')}{f' version {version}' if version else ''}"
-
-
-def _tensors(specs: "Iterable[TensorInfo]") -> str:
-    return "; ".join(map(_tensor, specs))
-
-
-def _tensor(spec: "TensorInfo") -> str:
-    return f"{spec.name} {spec.datatype} {spec.shape_words}{' (optional)' if spec.optional else ''}"
 
 
 def _short(text: str) -> str:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from asyncinfer.client._errors import refuse_closed
-from asyncinfer.client._wire import Event, Flow, Lost, Pause, Request, Response, T, Told
+from asyncinfer.client._protocol import Event, Flow, Lost, Pause, Request, Response, T, Told
 
 if TYPE_CHECKING:
     import httpx2

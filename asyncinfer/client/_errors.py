@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 import msgspec
 
 from asyncinfer import errors
-from asyncinfer.client._waiting import WaitingFor
-from asyncinfer.client._wire import Lost, Response
+from asyncinfer.client._protocol import Lost, Response
+from asyncinfer.client._wait_reasons import WaitingFor
 from asyncinfer.errors import AsyncinferError, Fault, JobFailed, RequestError
 
 

@@ -9,8 +9,8 @@ from urllib.parse import urlencode
 
 from asyncinfer.client._drivers import AsyncDriver, Driver
 from asyncinfer.client._errors import error_of, lost, retry_after
-from asyncinfer.client._flows import AGAIN, Server, is_hopeless, path_part
-from asyncinfer.client._wire import Event, Lost, Request, Response
+from asyncinfer.client._protocol import Event, Lost, Request, Response
+from asyncinfer.client._requests import AGAIN, Server, is_hopeless, path_part
 
 _SILENCE_SECONDS: Final = 45.0
 """A server sends a comment every 15 s."""

@@ -1,34 +1,45 @@
 """Each conversation with a server, once: what is asked, for how long, what the answer means."""
 
 import math
-import random
 import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, TypedDict
-from urllib.parse import quote, urlencode
 
 import msgspec
 from msgspec import Struct
 
 from asyncinfer import jobs
-from asyncinfer.client._answers import result_of, result_of_bytes
+from asyncinfer.client._decoding import result_of, result_of_bytes
+from asyncinfer.client._encoding import BINARY, Body, array_body, is_plain, json_body
 from asyncinfer.client._errors import (
     NotAsyncinfer,
     WaitTimeout,
     error_of,
     job_failed,
-    lost,
     reason_of,
-    retry_after,
     strange_refused,
     stranger,
 )
-from asyncinfer.client._inputs import BINARY, Body, array_body, is_plain, json_body
 from asyncinfer.client._models import Model
-from asyncinfer.client._waiting import WaitingFor
-from asyncinfer.client._wire import Flow, Lost, Pause, Request, Response, T, exchange
+from asyncinfer.client._protocol import Flow, Lost, Request, Response, T, exchange
+from asyncinfer.client._requests import (
+    AGAIN,
+    FIRST_WORKER_RETRIES,
+    Server,
+    ask,
+    ask_json,
+    backoff_seconds,
+    call,
+    decoded,
+    get,
+    path_part,
+    query_text,
+    wait_before_retry,
+    with_own_headers,
+)
+from asyncinfer.client._wait_reasons import WaitingFor
 from asyncinfer.errors import (
     Forbidden,
     InvalidInput,
@@ -45,13 +56,7 @@ Status = Literal["pending", "processing", "completed", "failed", "cancelled"]
 View = dict[str, Any]
 """A job as the server shows it."""
 
-_FIRST_TRIES: Final = 3
-AGAIN: Final = frozenset({429, 502, 503, 504})
-_FIRST_WORKER_RETRIES: Final = 2
-"""`serve` answers about a second before its worker has said that it lives."""
-_BACKOFF_SECONDS: Final = 0.5
 _KEY: Final = re.compile(r"[!-~]{1,255}")
-_BACKOFF_CAP_SECONDS: Final = 30.0
 _WAIT_SECONDS: Final = 30
 """One waiting request; proxies cut silent connections, often after 60 s."""
 _MARGIN_SECONDS: Final = 15.0
@@ -103,22 +108,6 @@ class JobOptions(TypedDict, total=False):
     answer: Literal["json", "tensors"]
 
 
-class Server(Struct):
-    """The server that a client speaks to, and what it remembers of it."""
-
-    url: str
-    headers: dict[str, str]
-    timeout_seconds: float
-    retries: int
-    until: float = math.inf
-    """On the monotonic clock: past it nothing is waited for, or sent a second time."""
-    models: dict[str | None, tuple[float, Model]] = {}
-    waits_for_models: bool = False
-    """A model that a worker is loading is waited for until then, beyond all retries."""
-    takes_lines: bool = True
-    """Until it says that it does not: a server of an earlier release."""
-
-
 class Submission(Struct, frozen=True, kw_only=True):
     """A job to be made."""
 
@@ -131,117 +120,6 @@ class Submission(Struct, frozen=True, kw_only=True):
 
 
 # --- asking ------------------------------------------------------------------------------------
-
-
-def ask(
-    server: Server, request: Request, *, until: float = math.inf, patience_seconds: float = 0.0
-) -> Flow[Response]:
-    """The answer, good or bad, of a request that may be sent again until one comes.
-
-    Raises ConnectionFailed. Past `until` (of the monotonic clock) it tries no more; a full queue
-    costs no retry while there is patience. Raises WaitTimeout when the client's own time is over.
-    """
-    request = _ours(server, request)
-    patient_until = time.monotonic() + patience_seconds
-    attempt = 0
-    while True:
-        told = yield from exchange(request)
-        if isinstance(told, Response) and not _may_pass(server, told):
-            return told
-        pause = _pause_seconds(attempt, told)
-        due = time.monotonic() + pause
-        reason = reason_of(told, server.url)
-        is_full = isinstance(told, Response) and told.status == 429 and due < patient_until
-        if not (is_full or (server.waits_for_models and reason.code == ModelLoading.code)):
-            attempt += 1
-        if attempt > server.retries or is_hopeless(told, attempt):
-            break
-        if until < min(due, server.until):
-            break
-        yield from _rest(server, pause, reason)
-    if isinstance(told, Lost):
-        raise lost(told.reason, server.url)
-    return told
-
-
-def _may_pass(server: Server, told: Response) -> bool:
-    """Whether the same request may be answered otherwise soon. Where there is no model at all that
-    could be served, the server names no time to ask again: a person has to mend the folder."""
-    if told.status not in AGAIN:
-        return False
-    is_for_good = told.status == 503 and retry_after(told) is None
-    return not (is_for_good and isinstance(error_of(told, server.url), NoModelAnnounced))
-
-
-def _ours(server: Server, request: Request) -> Request:
-    """With the API key."""
-    return msgspec.structs.replace(request, headers={**server.headers, **request.headers})
-
-
-def is_hopeless(told: Response | Lost, losses: int) -> bool:
-    """A first answer may be cut as any other, but not again and again."""
-    return isinstance(told, Lost) and (told.hopeless or (told.first and losses >= _FIRST_TRIES))
-
-
-def ask_json(server: Server, request: Request, *, until: float = math.inf) -> Flow[Any]:
-    """The JSON of a good answer; raises what a bad one stands for."""
-    response = yield from ask(server, request, until=until)
-    return decoded(server, response)
-
-
-def decoded(server: Server, response: Response) -> Any:
-    if response.status >= 400:
-        raise error_of(response, server.url)
-    try:
-        return msgspec.json.decode(response.content)
-    except (ValueError, RecursionError):
-        # A DecodeError and a UnicodeDecodeError are ValueErrors.
-        raise stranger(response, server.url) from None
-
-
-def get(server: Server, path: str, **query: Any) -> Flow[Any]:
-    return (yield from ask_json(server, Request(method="GET", path=path + _query(query))))
-
-
-def call(server: Server, method: str, path: str, **query: Any) -> Flow[Any]:
-    return (yield from ask_json(server, Request(method=method, path=path + _query(query))))
-
-
-def path_part(name: str) -> str:
-    """A name as a part of a path; raises InvalidInput for one that cannot be."""
-    if not name:
-        raise InvalidInput("The name of a job, a model or a group is empty.")
-    # A dot alone or two would be taken for a step in the path, also when quoted.
-    if name in (".", ".."):
-        raise InvalidInput(f"{name!r} is no name of a job, a model or a group.")
-    return quote(name, safe="")
-
-
-def _rest(server: Server, seconds: float, reason: WaitingFor) -> Flow[None]:
-    """Waits before the next try; raises WaitTimeout where the client's own time is over first."""
-    left = server.until - time.monotonic()
-    yield Pause(max(0.0, min(seconds, left)), reason)
-    if left < seconds:
-        raise WaitTimeout(f"No answer in time: {reason.message}", waiting_for=reason)
-
-
-def _pause_seconds(attempt: int, told: Response | Lost) -> float:
-    asked = retry_after(told) if isinstance(told, Response) else None
-    return max(asked or 0.0, _backoff_seconds(attempt))
-
-
-def _backoff_seconds(attempt: int) -> float:
-    backoff = min(_BACKOFF_CAP_SECONDS, _BACKOFF_SECONDS * 3.0**attempt)
-    return backoff * random.uniform(0.5, 1.0)
-
-
-def _query(query: Mapping[str, Any]) -> str:
-    given = {name: _text(value) for name, value in query.items() if value is not None}
-    return f"?{urlencode(given)}" if given else ""
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 # --- models ------------------------------------------------------------------------------------
@@ -304,11 +182,13 @@ def _default(server: Server) -> Flow[Model]:
                 return one
         error, is_passing = _no_default(found)
         attempt += 1
-        most = server.retries if found.loading else _FIRST_WORKER_RETRIES
+        most = server.retries if found.loading else FIRST_WORKER_RETRIES
         is_awaited = bool(found.loading) and server.waits_for_models
         if not is_passing or (attempt > most and not is_awaited):
             raise error
-        yield from _rest(server, _backoff_seconds(attempt), WaitingFor(error.code, error.detail))
+        yield from wait_before_retry(
+            server, backoff_seconds(attempt), WaitingFor(error.code, error.detail)
+        )
 
 
 def _no_default(found: _Models) -> tuple[ModelLoading | ModelNotFound | NoModelAnnounced, bool]:
@@ -450,7 +330,7 @@ def read(
     wait = f"{wait_seconds:g}" if wait_seconds else None
     request = Request(
         method="GET",
-        path=_job(job_id) + _query({"wait": wait, "tenant": tenant}),
+        path=_job(job_id) + query_text({"wait": wait, "tenant": tenant}),
         timeout_seconds=wait_seconds + _MARGIN_SECONDS,
     )
     view: View = yield from ask_json(server, request)
@@ -565,10 +445,10 @@ def _listed_once(server: Server, **query: Any) -> Flow[list[_View] | WaitingFor 
     left = server.until - time.monotonic()
     request = Request(
         method="GET",
-        path=f"/jobs{_query(query)}",
+        path=f"/jobs{query_text(query)}",
         timeout_seconds=max(1.0, min(_LOOK_SECONDS, left)),
     )
-    told = yield from exchange(_ours(server, request))
+    told = yield from exchange(with_own_headers(server, request))
     if isinstance(told, Lost) or told.status in AGAIN:
         return reason_of(told, server.url)
     if told.status >= 400:
@@ -685,7 +565,7 @@ def retry_ids(server: Server, ids: list[str], tenant: str | None) -> Flow[dict[s
     for start in range(0, len(ids), _PAGE):
         body = msgspec.json.encode({"job_ids": ids[start : start + _PAGE]})
         headers = {"content-type": "application/json"}
-        path = f"/jobs/retry{_query({'tenant': tenant})}"
+        path = f"/jobs/retry{query_text({'tenant': tenant})}"
         request = Request(method="POST", path=path, headers=headers, body=body)
         done = _converted(server, (yield from ask_json(server, request)), _Retried)
         total["retried"] += done.retried

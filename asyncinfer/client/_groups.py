@@ -5,8 +5,8 @@ from typing import Any
 
 from asyncinfer.client import _display, _events, _flows
 from asyncinfer.client._drivers import AsyncDriver, Driver
-from asyncinfer.client._flows import Server
-from asyncinfer.client._wire import Event
+from asyncinfer.client._protocol import Event
+from asyncinfer.client._requests import Server
 
 
 class GroupState:

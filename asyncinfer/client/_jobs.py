@@ -6,10 +6,11 @@ from typing import Any, Final
 
 from asyncinfer.client import _display, _events, _flows
 from asyncinfer.client._drivers import AsyncDriver, Driver
-from asyncinfer.client._flows import Server, View
-from asyncinfer.client._waiting import WaitingFor
-from asyncinfer.client._wire import Event
-from asyncinfer.printable import printable_line
+from asyncinfer.client._flows import View
+from asyncinfer.client._protocol import Event
+from asyncinfer.client._requests import Server
+from asyncinfer.client._wait_reasons import WaitingFor
+from asyncinfer.untrusted.printable import printable_line
 
 _TIMES: Final = ("created_at", "started_at", "finished_at")
 

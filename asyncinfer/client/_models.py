@@ -73,7 +73,27 @@ class Model(Struct, frozen=True, kw_only=True):
         return {one["name"]: _nested(one["data"], one["shape"]) for one in shown["inputs"]}
 
     def _repr_html_(self) -> str:
-        return _display.model_card(self)
+        workers = f"{self.workers or 'no'} worker{'s' * (self.workers > 1)}"
+        name = f"{self.model} version {self.version}"
+        return _display.model_card(name, "paused" if self.paused else workers, _facts(self))
+
+
+def _facts(model: Model) -> dict[str, Any]:
+    """The rows of a model's card."""
+    example = model.example()
+    return {
+        "inputs": "; ".join(map(_tensor, model.inputs)),
+        "outputs": "; ".join(map(_tensor, model.outputs)),
+        "labels": ", ".join(model.labels),
+        "batching": model.batching,
+        "rows a job": f"{model.max_rows:,}",
+        "example": msgspec.json.encode(example).decode() if example else None,
+        "about": model.description,
+    }
+
+
+def _tensor(spec: TensorInfo) -> str:
+    return f"{spec.name} {spec.datatype} {spec.shape_words}{' (optional)' if spec.optional else ''}"
 
 
 def _refuse_no_axis(specs: Sequence[TensorInfo], axes: Sequence[int | None]) -> None:

@@ -4,6 +4,6 @@ Everything here blocks; call it from a thread. `Engine.run` releases the GIL.
 """
 
 from asyncinfer.engine.engine import Engine
-from asyncinfer.engine.running import Stop, Stopped
+from asyncinfer.engine.runner import Stop, Stopped
 
 __all__ = ["Engine", "Stop", "Stopped"]

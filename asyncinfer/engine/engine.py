@@ -5,17 +5,20 @@ from typing import Final
 
 import msgspec
 
-from asyncinfer import batching, dataflow
-from asyncinfer.batching import Axes
-from asyncinfer.dataflow import Flow
-from asyncinfer.engine import classes, describing, examples, opening, probing
-from asyncinfer.engine.probing import Probed, Verdict
-from asyncinfer.engine.running import Runner
+from asyncinfer.engine import batch_probe, dataflow, examples, signatures
+from asyncinfer.engine.batch_probe import Probed, Verdict
+from asyncinfer.engine.classes.outputs import decided
+from asyncinfer.engine.dataflow import Flow
+from asyncinfer.engine.runner import Runner
+from asyncinfer.engine.sessions import open_sessions, read_graph
 from asyncinfer.errors import ModelFailed, ModelRefused
-from asyncinfer.models import ModelFile, Signature
-from asyncinfer.onnxgraph import File
-from asyncinfer.tensors import Feeds
-from asyncinfer.unbatched import Off, Reason
+from asyncinfer.models import batching
+from asyncinfer.models.batching import Axes
+from asyncinfer.models.batching_obstacles import Off, Reason
+from asyncinfer.models.folder import ModelFile
+from asyncinfer.models.onnx_graph import File
+from asyncinfer.models.signature import Signature
+from asyncinfer.tensors.datatypes import Feeds
 
 PROBE_SECONDS: Final = 5.0
 """How long a model may take to show whether its rows can be stacked."""
@@ -46,20 +49,20 @@ class Engine:
         """Raises ModelRefused with the reason; probes the model where batching is in question."""
         if file.problem:
             raise ModelRefused(file.problem)
-        sessions, sha256 = opening.open_sessions(
+        sessions, sha256 = open_sessions(
             file, intra_op_threads=intra_op_threads, allow_custom_ops=allow_custom_ops
         )
-        graph = opening.read_graph(file)
-        signature = describing.describe(file, sessions[0], sha256, graph)
+        graph = read_graph(file)
+        signature = signatures.describe(file, sessions[0], sha256, graph)
         runner = Runner(sessions, [spec.name for spec in signature.outputs])
         example = examples.shown(file, signature)
         if runner.maps:
             runner.keys = _keys(runner, signature, example, file, probe_seconds)
-            signature = describing.with_keys(signature, runner.maps, runner.keys)
-        signature = classes.decided(signature, file, runner.run, example, probe_seconds)
+            signature = signatures.with_keys(signature, runner.maps, runner.keys)
+        signature = decided(signature, file, runner.run, example, probe_seconds)
         verdict = _verdict(runner, signature, example, file, probe_seconds, graph)
         signature = _judged(signature, verdict)
-        describing.check_rows(signature, file)
+        signatures.check_rows(signature, file)
         signature = examples.with_example(signature, file, runner.run, probe_seconds)
         return cls(runner, signature, file.config.limits.timeout_seconds)
 
@@ -70,7 +73,7 @@ def _judged(signature: Signature, verdict: Verdict) -> Signature:
         reason += "; other sizes are filled up with zeros: model.toml says so, not probed"
     return msgspec.structs.replace(
         signature,
-        outputs=describing.as_seen(signature.outputs, verdict.outputs, verdict.ranks),
+        outputs=signatures.as_seen(signature.outputs, verdict.outputs, verdict.ranks),
         batched=verdict.batched,
         batching=reason,
         input_axes=verdict.inputs,
@@ -92,7 +95,7 @@ def _keys(
     remedy = "give an [example] in model.toml, or export it with zipmap off"
     name = signature.outputs[runner.maps[0]].name
     try:
-        answer = probing.some_answer(runner.run_raw, signature.inputs, example, probe_seconds)
+        answer = batch_probe.some_answer(runner.run_raw, signature.inputs, example, probe_seconds)
     except ModelFailed as error:
         raise ModelRefused(
             f"{file.shown}: the classes of `{name}` could not be learnt: {error.detail}; {remedy}"
@@ -123,24 +126,24 @@ def _verdict(
     asked = file.config.batching
     outputs = signature.outputs
     if asked.enabled is False:
-        return probing.off(Reason(Off.ASKED), outputs)
+        return batch_probe.off(Reason(Off.ASKED), outputs)
     ways = _ways(asked.axis, signature, file)
     if asked.enabled:
         return _forced(ways, signature, file)
     if not ways:
         obstacle = batching.obstacle(signature.inputs)
         assert obstacle is not None, "an input whose first dimension is open could be stacked"
-        return probing.off(obstacle, outputs)
+        return batch_probe.off(obstacle, outputs)
     names = [spec.name for spec in outputs]
     flow = dataflow.of_file(graph, names) if graph else Flow(unread=True)
     if flow.unread:
-        return probing.off(Reason(Off.UNREAD), outputs)
+        return batch_probe.off(Reason(Off.UNREAD), outputs)
     mixers = [flow.mixer(_stacked(way, signature)) for way in ways]
     if all(mixers):
-        return probing.off(Reason(Off.DYNAMIC, {"operator": mixers[0]}), outputs)
+        return batch_probe.off(Reason(Off.DYNAMIC, {"operator": mixers[0]}), outputs)
     apart = [way for way, mixer in zip(ways, mixers, strict=True) if not mixer]
     model = Probed(runner.run, signature.inputs, outputs, example, flow.heights)
-    return probing.probe(model, probe_seconds, apart)
+    return batch_probe.probe(model, probe_seconds, apart)
 
 
 def _stacked(way: Axes, signature: Signature) -> frozenset[str]:

@@ -7,12 +7,13 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from asyncinfer import models
-from asyncinfer.engine.probing import OPEN_SIZES, Run, deadline, guessed
-from asyncinfer.engine.running import Stopped
+from asyncinfer.engine.batch_probe import OPEN_SIZES, Run, deadline, guessed
+from asyncinfer.engine.runner import Stopped
 from asyncinfer.errors import InvalidInput, JobError, ModelRefused
-from asyncinfer.models import ModelFile, Signature
-from asyncinfer.tensors import DTYPES, FLOATS, Array, Feeds, TensorSpec
+from asyncinfer.models.folder import ModelFile
+from asyncinfer.models.signature import Signature
+from asyncinfer.models.validation import check_data
+from asyncinfer.tensors.datatypes import DTYPES, FLOATS, Array, Feeds, TensorSpec
 
 MAX_EXAMPLE_ELEMENTS: Final = 1000
 """A longer example is not made up: nobody would paste it, and every announcement carries it."""
@@ -76,7 +77,7 @@ def _shown_input(name: str, value: object, file: ModelFile, signature: Signature
         signature, inputs=(msgspec.structs.replace(spec, optional=False),)
     )
     try:
-        return models.check_data(msgspec.json.encode(value), alone)
+        return check_data(msgspec.json.encode(value), alone)
     except InvalidInput as error:
         where = f"example.{name}" if len(signature.inputs) > 1 else "example"
         raise ModelRefused(f"{file.model}/model.toml: {where}: {error.detail}") from error

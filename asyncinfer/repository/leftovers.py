@@ -8,11 +8,13 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from asyncinfer import decoding, keys
 from asyncinfer.errors import DefaultModelChanged
-from asyncinfer.repository.inspect import Inspection, WorkerSays, worker_says
+from asyncinfer.repository import keys
+from asyncinfer.repository.announcements import WorkerSays, serves, worker_says
+from asyncinfer.repository.inspect.listing import Inspection
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
+from asyncinfer.untrusted import decoding
 
 
 class Unserved(Struct, frozen=True):
@@ -100,11 +102,6 @@ class Leftovers:
         names = [*announced, keys.default_versions(store.n), *sorted(queues)]
         args = [encode_args({"model": model, "versions": versions})]
         return int(await store.call(script("retract"), names, args))
-
-
-def serves(worker: WorkerSays, model: str) -> bool:
-    """Whether it claims the jobs of a model, or will once it has loaded it."""
-    return model in worker.models or model in worker.versions or model in worker.loading
 
 
 def _has(worker: WorkerSays, model: str, version: str) -> bool:

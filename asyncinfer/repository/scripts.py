@@ -62,4 +62,4 @@ def _used(prelude: str, body: str) -> str:
 
 
 def _source(name: str) -> str:
-    return (files("asyncinfer") / "lua" / f"{name}.lua").read_text()
+    return (files("asyncinfer.repository") / "lua" / f"{name}.lua").read_text()

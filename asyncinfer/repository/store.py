@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import msgspec
@@ -13,19 +13,27 @@ from hiredis import pack_command
 from msgspec import Struct
 from redis.asyncio import Redis
 
-from asyncinfer import decoding, keys
 from asyncinfer.errors import (
     DefaultModelChanged,
-    RedisRefused,
-    RedisUnavailable,
     ServerRefused,
-    StorageFull,
     WritesRefused,
     WrongKeyType,
 )
-from asyncinfer.limited_log import LimitedLog
+from asyncinfer.processes.limited_log import LimitedLog
+from asyncinfer.repository import keys
 from asyncinfer.repository.endpoint import Endpoint, close
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.redis_errors import (
+    FAILURES,
+    NO_REPLY,
+    WRONG_TYPE,
+    failure_of,
+    translated,
+    why_no_writes,
+    wrong_key_type,
+)
 from asyncinfer.repository.scripts import Script, script
+from asyncinfer.untrusted import decoding
 
 _AT_ONCE: Final = 16
 """Commands one process has under way; more wait here, not in Redis."""
@@ -33,79 +41,15 @@ _AT_ONCE: Final = 16
 _LARGE_BYTES: Final = 64 << 10
 _FEW_ARGUMENTS: Final = 32
 
-_PASSING: Final = ("BUSY", "UNBLOCKED")
-"""Refusals for the state a server is in: a slow script, a fail-over."""
-
-_NO_WRITES: Final = {
-    "MISCONF": "it cannot save to its disk. Free space there; its log says more",
-    "NOREPLICAS": "it has fewer replicas than its min-replicas-to-write. Start some",
-    "READONLY": "it is a replica. That passes after a fail-over; else point REDIS_URL at the "
-    "primary",
-}
-"""Refusals of every write, with what to do; nothing of the call was done."""
-
-_NO_PRIMARY: Final = (redis_errors.ReadOnlyError, redis_errors.MasterDownError)
-_NO_REPLY: Final = (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError)
-_FAILURES: Final = (*_NO_REPLY, redis_errors.ResponseError)
 
 _FIRST_TRY: Final = 0.45
 """How much of a call's time its first try has."""
 
 _log = LimitedLog(logging.getLogger(__name__))
 
-_WRONG_TYPE: Final = (
-    "The key {} in Redis has another type than it should, so nothing is read from it. Rename or "
-    "delete it."
-)
 _LEFT_OUT_SECONDS: Final = 30.0
 
 encode_args = msgspec.msgpack.Encoder().encode
-
-
-class Policy(Struct, frozen=True, kw_only=True):
-    """What the scripts enforce; the same for every process on one Redis."""
-
-    job_ttl_seconds: int = 3600
-    failed_ttl_seconds: int = 24 * 3600
-    keep_input: bool = False
-    max_queue: int = 100_000
-    max_queue_bytes: int = 1 << 30
-    lease_seconds: float = 15.0
-    reap_seconds: float = 2.0
-    max_deliveries: int = 3
-    max_errors: int = 3
-    max_dead: int = 10_000
-    log_jobs: int = 100_000
-
-    @property
-    def lease_ms(self) -> int:
-        return int(self.lease_seconds * 1000)
-
-    @property
-    def tick_ms(self) -> int:
-        """How often a sweep is due; near lease / 2 the outage guard would re-arm for ever."""
-        return max(1, int(1000 * min(self.reap_seconds, self.lease_seconds / 6)))
-
-    @property
-    def idempotency_seconds(self) -> int:
-        return max(24 * 3600, self.job_ttl_seconds)
-
-    def ending(self) -> dict[str, int | bool]:
-        """What a script must know to end a job."""
-        return {
-            "ttl": self.job_ttl_seconds,
-            "failed_ttl": self.failed_ttl_seconds,
-            "keep_input": self.keep_input,
-            "max_dead": self.max_dead,
-        }
-
-    def room(self) -> dict[str, int]:
-        """What a script must know to refuse a job."""
-        return {
-            "max_queue": self.max_queue,
-            "max_bytes": self.max_queue_bytes,
-            "idem_ttl": self.idempotency_seconds,
-        }
 
 
 class Packed(Struct, frozen=True):
@@ -117,71 +61,6 @@ class Packed(Struct, frozen=True):
     @classmethod
     def of(cls, args: Sequence[Any]) -> "Packed":
         return cls(len(args), _without_count(pack_command(tuple(args))))
-
-
-@contextmanager
-def translated() -> Iterator[None]:
-    """Turns what redis-py raises into our errors: StorageFull and RedisUnavailable's kinds."""
-    try:
-        yield
-    except _FAILURES as error:
-        raise translation(error) from error
-
-
-def translation(error: Exception) -> StorageFull | RedisUnavailable:
-    """Our error for one of `_FAILURES`."""
-    if isinstance(error, redis_errors.OutOfMemoryError):
-        return StorageFull(
-            "Redis has reached its maxmemory, so new jobs are refused while those accepted still "
-            "run. Retry later, or give Redis more memory."
-        )
-    if reason := _why_no_writes(error):
-        refused = WritesRefused(
-            f"Redis takes no writes, since {reason}. Nothing was taken in; send it again then.",
-            retry_after_seconds=1,
-        )
-        refused.is_disk_full = reason == _NO_WRITES["MISCONF"]
-        return refused
-    if not isinstance(error, redis_errors.ResponseError) or isinstance(error, _NO_PRIMARY):
-        return RedisUnavailable(
-            f"Redis does not answer ({type(error).__name__}). Retry in a moment.",
-            retry_after_seconds=1,
-        )
-    if str(error).startswith(_PASSING):
-        return RedisUnavailable(
-            f"Redis cannot do this just now ({error}). Retry in a moment.",
-            retry_after_seconds=1,
-        )
-    if str(error).startswith("WRONGTYPE"):
-        return _wrong_key_type()
-    return RedisRefused(
-        f"Redis refused a command ({error}). A key may have another type than it should.",
-        retry_after_seconds=1,
-    )
-
-
-def _why_no_writes(error: Exception) -> str | None:
-    if isinstance(error, redis_errors.ReadOnlyError):
-        # redis-py leaves out the code of the errors it has classes for.
-        return _NO_WRITES["READONLY"]
-    if not isinstance(error, redis_errors.ResponseError):
-        return None
-    return _NO_WRITES.get(str(error).partition(" ")[0])
-
-
-def _wrong_key_type(which: str = "") -> WrongKeyType:
-    return WrongKeyType(
-        f"A key in Redis has another type than it should{which}. Rename or delete it.",
-        retry_after_seconds=1,
-    )
-
-
-async def _failure(client: Redis, error: Exception) -> Exception:
-    """`translation`, having left a server that has become a replica: behind one name may be
-    another by now."""
-    if isinstance(error, _NO_PRIMARY):
-        await client.connection_pool.disconnect(inuse_connections=False)
-    return translation(error)
 
 
 class Blocking:
@@ -240,22 +119,22 @@ class Blocking:
         now = time.monotonic()
         sound = [name for name in names if now >= self._left_out.get(name, 0.0)]
         if names and not sound:
-            raise _wrong_key_type(f": {names[0]!r} should be a {kind}")
+            raise wrong_key_type(f": {names[0]!r} should be a {kind}")
         return sound
 
     async def _leave_out(self, names: Sequence[str], kind: bytes) -> None:
         for name in names:
             found = await self._bounded(0.0, _exchange(self._client, ("TYPE", name)))
             if found not in (kind, b"none"):
-                _log.warning(_WRONG_TYPE.format(repr(name)))
+                _log.warning(WRONG_TYPE.format(repr(name)))
                 self._left_out[name] = time.monotonic() + _LEFT_OUT_SECONDS
 
     async def _bounded(self, wait_seconds: float, call: Awaitable[Any]) -> Any:
         try:
             async with asyncio.timeout(wait_seconds + self._MARGIN_SECONDS):
                 return await call
-        except _FAILURES as error:
-            raise await _failure(self._client, error) from error
+        except FAILURES as error:
+            raise await failure_of(self._client, error) from error
 
     async def close(self) -> None:
         """Ends the call under way, if any, with RedisUnavailable, and the connection."""
@@ -326,7 +205,7 @@ class Store:
         try:
             return await self._answered(lambda: self.redis.execute_command(*command))  # type: ignore[no-untyped-call]
         except WrongKeyType as error:
-            raise _wrong_key_type(f": {command[1]!r}") from error
+            raise wrong_key_type(f": {command[1]!r}") from error
 
     async def look(self, *command: Any, otherwise: Any) -> Any:
         """Runs a command that only reads. A key of another type, the command's second part, is
@@ -334,7 +213,7 @@ class Store:
         try:
             return await self.command(*command)
         except WrongKeyType:
-            _log.warning(_WRONG_TYPE.format(repr(command[1])))
+            _log.warning(WRONG_TYPE.format(repr(command[1])))
             return otherwise
 
     async def check_writes(self) -> None:
@@ -378,7 +257,7 @@ class Store:
             for (key, kind), is_now in zip(expected.items(), found, strict=True)
             if is_now not in (kind, "none")
         ]
-        return _wrong_key_type(f": {'; '.join(wrong[:3])}" if wrong else "")
+        return wrong_key_type(f": {'; '.join(wrong[:3])}" if wrong else "")
 
     async def _answered(self, send: Callable[[], Awaitable[Any]]) -> Any:
         """Sends once more what got no reply. redis-py would send it to the address it had, and
@@ -386,10 +265,10 @@ class Store:
         try:
             try:
                 return await self._sent(send, self.call_seconds * _FIRST_TRY)
-            except _NO_REPLY as lost:
+            except NO_REPLY as lost:
                 return await self._sent_again(send, lost)
-        except _FAILURES as error:
-            failure = await _failure(self.redis, error)
+        except FAILURES as error:
+            failure = await failure_of(self.redis, error)
             if isinstance(failure, WritesRefused):
                 self.writes_refused = failure
             raise failure from error
@@ -398,10 +277,10 @@ class Store:
         try:
             return await self._sent(send, self.call_seconds * (1 - _FIRST_TRY))
         except redis_errors.ResponseError as error:
-            if _why_no_writes(error) is None:
+            if why_no_writes(error) is None:
                 raise
             # This time nothing was done, but whatever was sent before may have been.
-            await _failure(self.redis, error)
+            await failure_of(self.redis, error)
             raise lost from error
 
     async def _sent(self, send: Callable[[], Awaitable[Any]], seconds: float) -> Any:

@@ -21,9 +21,9 @@ In an async test use `async with service(...)`, which starts it in a thread, and
 """
 
 from asyncinfer.errors import InvalidSetting, ModelRefused, NotDrained, StartError
-from asyncinfer.testing.asked import Model
-from asyncinfer.testing.embedded import Service, service
-from asyncinfer.testing.running import Running
+from asyncinfer.testing.running_service import Running
+from asyncinfer.testing.service import Service, service
+from asyncinfer.testing.settings import Model
 
 __all__ = [
     "InvalidSetting",

@@ -33,9 +33,9 @@ from typing import Any, Final
 
 import pytest
 
-from asyncinfer.testing.asked import Model
-from asyncinfer.testing.embedded import service
-from asyncinfer.testing.running import Running
+from asyncinfer.testing.running_service import Running
+from asyncinfer.testing.service import service
+from asyncinfer.testing.settings import Model
 
 _LINES_SHOWN: Final = 50
 

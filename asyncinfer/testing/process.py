@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Final
 
-from asyncinfer import children
+from asyncinfer.processes import child_process
 
 _STOP_SECONDS: Final = 10.0
 _LINES_KEPT: Final = 5000
@@ -24,7 +24,7 @@ class Process:
 
     def __init__(self, words: Sequence[str], environ: Mapping[str, str], folder: Path) -> None:
         """`folder` is removed when this process is killed, and cannot do so itself."""
-        tied = children.by_watchdog(
+        tied = child_process.by_watchdog(
             (sys.executable, "-P", "-m", "asyncinfer", "serve", *words),
             signal.SIGKILL,
             afterwards=f"rm -rf -- {shlex.quote(str(folder))}",
@@ -41,7 +41,7 @@ class Process:
                     start_new_session=True,
                 )
         except BaseException:
-            children.release(self._lifeline)
+            child_process.release(self._lifeline)
             raise
         assert self._popen.stdout is not None
         self.log = Log(self._popen.stdout)
@@ -53,7 +53,7 @@ class Process:
         except subprocess.TimeoutExpired:
             self._popen.kill()
             self._popen.wait()
-        children.release(self._lifeline)
+        child_process.release(self._lifeline)
         self.log.close()
 
 

@@ -23,7 +23,8 @@ from asyncinfer.errors import (
     RouteNotFound,
     StartError,
 )
-from asyncinfer.schemas import Alive, problem_of
+from asyncinfer.schemas.problems import problem_of
+from asyncinfer.schemas.responses import Alive
 
 _HEAD_BYTES: Final = 8192
 _MOST_CONNECTIONS: Final = 64

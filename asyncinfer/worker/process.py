@@ -15,16 +15,17 @@ from msgspec import Struct
 
 from asyncinfer.engine import Engine
 from asyncinfer.errors import RedisUnavailable, StartError, StorageFull
-from asyncinfer.models import default_model
-from asyncinfer.repository.inspect import Inspection
+from asyncinfer.models.folder import default_model
+from asyncinfer.repository.inspect.listing import Inspection
 from asyncinfer.repository.leftovers import Leftovers
-from asyncinfer.repository.store import Policy, Store
-from asyncinfer.worker.claims import Step
-from asyncinfer.worker.library import Library
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
+from asyncinfer.worker.held_claim import Step
+from asyncinfer.worker.models.crash_guard import Careful
+from asyncinfer.worker.models.engine_cache import Bounds, Shelf
+from asyncinfer.worker.models.library import Library
+from asyncinfer.worker.models.source import Source
 from asyncinfer.worker.monitor import Metrics, Monitor, listen, monitored
-from asyncinfer.worker.shelf import Bounds, Shelf
-from asyncinfer.worker.source import Source
-from asyncinfer.worker.suspects import Careful
 from asyncinfer.worker.worker import Worker, WorkerConfig
 
 log = logging.getLogger(__name__)
@@ -185,7 +186,7 @@ async def _show_metrics(monitor: Monitor, worker: Worker, library: Library) -> N
 def _metrics(worker: Worker, library: Library) -> Metrics:
     # Imported late, and not by the loop: it takes a tenth of a second, and a worker without the
     # port need not have it at all.
-    from asyncinfer import metrics
+    from asyncinfer.worker import metrics
 
     def counted() -> metrics.Counted:
         runs, ended = worker.counted()

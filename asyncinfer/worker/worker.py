@@ -15,7 +15,6 @@ from typing import Any, Final
 import anyio
 import msgspec
 
-from asyncinfer import execution, garbage
 from asyncinfer.errors import (
     AsyncinferError,
     JobError,
@@ -25,25 +24,26 @@ from asyncinfer.errors import (
     StorageFull,
     UnknownModel,
 )
-from asyncinfer.repository.run import (
-    ClaimedJob,
-    Finished,
-    Renewal,
-    Runs,
-)
+from asyncinfer.processes import tuning
+from asyncinfer.repository.announcements import ANNOUNCE_SECONDS
+from asyncinfer.repository.claims import ClaimedJob, Finished, Runs
+from asyncinfer.repository.leases import Renewal
+from asyncinfer.repository.reaper import reap_forever
 from asyncinfer.repository.store import Store
-from asyncinfer.upkeep import ANNOUNCE_SECONDS, Renewer, announce_forever, reap_forever
-from asyncinfer.worker.announcing import Announcer, Said
-from asyncinfer.worker.claims import Claims, Held, Step
-from asyncinfer.worker.control import Control
-from asyncinfer.worker.finishing import Finishing
-from asyncinfer.worker.later import LaterJobs, Postponing
-from asyncinfer.worker.library import Library
-from asyncinfer.worker.outcomes import Outcomes, released
-from asyncinfer.worker.pace import Paces
-from asyncinfer.worker.queues import Queues
-from asyncinfer.worker.running import Hung, Running
-from asyncinfer.worker.watch import changes
+from asyncinfer.worker import execution
+from asyncinfer.worker.claiming.claims import Claims
+from asyncinfer.worker.claiming.control_listener import Control
+from asyncinfer.worker.held_claim import Held, Step
+from asyncinfer.worker.lease_renewer import Renewer
+from asyncinfer.worker.models.announcer import Announcer, Said, announce_forever
+from asyncinfer.worker.models.folder_watcher import changes
+from asyncinfer.worker.models.library import Library
+from asyncinfer.worker.models.queues import Queues
+from asyncinfer.worker.running.completion import Finishing
+from asyncinfer.worker.running.deferral import LaterJobs, Postponing
+from asyncinfer.worker.running.outcomes import Outcomes, released
+from asyncinfer.worker.running.runner import Hung, Running
+from asyncinfer.worker.running.timings import Paces
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ class Worker:
             more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
             log.info("Serves %s%s.", ", ".join(names[:_MOST_NAMED]), more)
         # In a thread, since to give memory back takes a while.
-        await asyncio.to_thread(garbage.settle)
+        await asyncio.to_thread(tuning.settle)
 
     async def _watch(self) -> None:
         """Follows the model folder."""

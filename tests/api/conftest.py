@@ -7,9 +7,10 @@ import httpx2
 import msgspec
 import pytest
 
-from asyncinfer.access import entry_of
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.repository.store import Policy, Store
+from asyncinfer.api_keys import entry_of
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
 from tests.faults.proxy import proxied
 from tests.tracebacks import no_traceback as no_traceback
 

@@ -12,13 +12,13 @@ import msgspec
 from asyncinfer import jobs
 from asyncinfer.api.app import create_app
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.api.listener import listen
+from asyncinfer.api.http.sockets import listen
 from asyncinfer.api.server import Server
-from asyncinfer.models import Signature
-from asyncinfer.repository.run import Claim, ClaimedJob, ClaimRequest, Finished, Runs
+from asyncinfer.models.signature import Signature
+from asyncinfer.repository.claims import Claim, ClaimedJob, ClaimRequest, Finished, Runs
+from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.upkeep import Upkeep
-from asyncinfer.tensors import TensorSpec
+from asyncinfer.tensors.datatypes import TensorSpec
 from tests.faults.harness import eventually
 from tests.faults.proxy import Proxy
 

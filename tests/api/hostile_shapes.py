@@ -1,7 +1,7 @@
 """Requests of a wanted size that once cost far more than their size, and plain ones beside them."""
 
-from asyncinfer.models import Signature
-from asyncinfer.tensors import TensorSpec
+from asyncinfer.models.signature import Signature
+from asyncinfer.tensors.datatypes import TensorSpec
 
 PIXELS = 64
 

@@ -9,12 +9,17 @@ import httpx2
 import msgspec
 
 from asyncinfer.api.config import ApiConfig
+from asyncinfer.api.http.probe_paths import HEALTH_PATHS
 from asyncinfer.api.openapi import document
 from asyncinfer.api.routes import ROUTES
+from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.upkeep import Upkeep
 
 from .harness import Road, announce, assert_problem, client_of, running, signature
+
+
+def test_every_health_route_is_answered_as_a_probe() -> None:
+    assert {route.path for route in ROUTES if route.path.startswith("/health")} == HEALTH_PATHS
 
 
 async def test_models_are_listed_with_a_request_that_works(api: httpx2.AsyncClient) -> None:

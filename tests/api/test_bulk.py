@@ -16,13 +16,14 @@ import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncinfer import keys
 from asyncinfer.api.answer_sizes import AnswerSizes
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.api.lines import Lines
-from asyncinfer.inbox import Ticket
+from asyncinfer.api.http.ndjson import Lines
+from asyncinfer.api.live.inbox import Ticket
+from asyncinfer.repository import keys
+from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.scripts import script
-from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.store import Store
 from tests.faults.harness import eventually
 from tests.faults.proxy import proxied
 

@@ -15,7 +15,7 @@ import pytest
 import redis
 
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.api.connection import RESERVED_CONNECTIONS, Connection
+from asyncinfer.api.http.connection import RESERVED_CONNECTIONS, Connection
 from asyncinfer.api.server import Server
 from asyncinfer.repository.store import Store
 from tests.faults.harness import eventually

@@ -12,8 +12,8 @@ import msgspec
 import pytest
 
 from asyncinfer.api.config import ApiConfig
+from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.upkeep import Upkeep
 
 from .harness import hosted, raw_exchange, running
 from .hostile_shapes import MODELS, filled, hostile, plain, plain_tensor

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncinfer.api.envelope import read_envelope
+from asyncinfer.api.inputs.envelope import read_envelope
 from asyncinfer.errors import InvalidInput, RequestError
-from asyncinfer.schemas import AskedOptions
+from asyncinfer.schemas.requests import AskedOptions
 
 SPACE = st.text(" \t\r\n", max_size=3)
 NUMBERS = st.lists(st.integers() | st.floats(allow_nan=False, allow_infinity=False), max_size=3)

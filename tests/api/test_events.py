@@ -11,9 +11,9 @@ import msgspec
 import pytest
 import redis
 
-from asyncinfer import keys
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.jobs import TERMINAL
+from asyncinfer.repository import keys
 from asyncinfer.repository.store import Store
 from tests.faults.harness import eventually
 

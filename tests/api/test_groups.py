@@ -5,7 +5,7 @@ from typing import Any
 import httpx2
 import redis
 
-from asyncinfer import keys
+from asyncinfer.repository import keys
 
 from .harness import QUEUE, ROW, Hand, assert_problem, client_of
 

@@ -8,12 +8,12 @@ import msgspec
 import pytest
 import redis
 
-from asyncinfer import keys
-from asyncinfer.access import entry_of
 from asyncinfer.api import guard
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.routes import ROUTES, Route
+from asyncinfer.api_keys import entry_of
 from asyncinfer.errors import KeyFileRefused
+from asyncinfer.repository import keys
 from asyncinfer.repository.store import Store
 
 from .harness import (

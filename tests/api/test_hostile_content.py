@@ -10,11 +10,12 @@ import msgspec
 import pytest
 import redis
 
-from asyncinfer import jobs, keys
+from asyncinfer import jobs
 from asyncinfer.jobs import encode_record
-from asyncinfer.observed import shown_worker
+from asyncinfer.repository import keys
+from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.upkeep import Upkeep
+from asyncinfer.schemas.operations import shown_worker
 from tests.faults.harness import eventually
 
 from .harness import COLUMNS, QUEUE, ROW, Hand, assert_problem, signature, submit

@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.api.connection import Connection, Limits
+from asyncinfer.api.http.connection import Connection, Limits
 from asyncinfer.repository.store import Store
 from tests.faults.harness import eventually
 

@@ -8,9 +8,11 @@ import msgspec
 import pytest
 import redis
 
-from asyncinfer import jobs, keys
+from asyncinfer import jobs
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository import keys
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
 
 from .harness import (
     QUEUE,

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from asyncinfer.access import entry_of
 from asyncinfer.api.key_file import KeyFile
+from asyncinfer.api_keys import entry_of
 from asyncinfer.errors import KeyFileRefused
 
 GONE = KeyFileRefused("Cannot read the API keys in keys: No such file or directory.")

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from asyncinfer.api.listener import hold, listen, share
+from asyncinfer.api.http.sockets import hold, listen, share
 from asyncinfer.errors import StartError
 
 

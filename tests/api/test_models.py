@@ -4,9 +4,9 @@ import httpx2
 import msgspec
 import redis
 
-from asyncinfer import keys
+from asyncinfer.repository import keys
+from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.upkeep import Upkeep
 
 from .harness import QUEUE, assert_problem, signature, submit
 

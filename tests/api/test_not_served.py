@@ -7,8 +7,8 @@ import msgspec
 import pytest
 
 from asyncinfer.api.config import ApiConfig
+from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.upkeep import Upkeep
 
 from .harness import ROW, announce, api_of, assert_problem, signature
 

@@ -10,13 +10,14 @@ import msgspec
 import pytest
 import redis
 
-from asyncinfer import keys
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.jobs import new_id
-from asyncinfer.repository.store import Policy, Store
-from asyncinfer.repository.upkeep import Upkeep
-from tests.hands import Hands, ids_of, new_job
-from tests.parents import REPOSITORY
+from asyncinfer.repository import keys
+from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
+from tests.process import REPOSITORY
+from tests.queue_driver import Hands, ids_of, new_job
 
 from .harness import (
     QUEUE,

@@ -10,10 +10,12 @@ import msgspec
 import pytest
 import redis
 
-from asyncinfer import jobs, keys
+from asyncinfer import jobs
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.repository.store import Policy, Store
-from asyncinfer.repository.upkeep import Upkeep
+from asyncinfer.repository import keys
+from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
 from tests.faults.harness import eventually
 
 from .harness import (

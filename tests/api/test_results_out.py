@@ -15,14 +15,16 @@ import pytest
 import redis
 import tritonclient.http as triton
 
-from asyncinfer import keys, models, payloads
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.api.models import example_of
+from asyncinfer.api.handlers.models import example_of
 from asyncinfer.engine import Engine, Stop
-from asyncinfer.execution import prepare
+from asyncinfer.models.folder import scan
+from asyncinfer.repository import keys
+from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.upkeep import Upkeep
-from asyncinfer.tensors import DTYPES, Array
+from asyncinfer.tensors import packing
+from asyncinfer.tensors.datatypes import DTYPES, Array
+from asyncinfer.worker.execution import prepare
 from tests import zoo
 from tests.faults.harness import eventually
 
@@ -51,7 +53,7 @@ ROWS = {"inputs": [{"name": "input", "shape": [1, 4], "datatype": "FP32", "data"
 async def ended(client: httpx2.AsyncClient, hand: Hand, tensors: dict[str, Array]) -> str:
     """The id of a job whose result is `tensors`."""
     job_id: str = (await client.post("/predict", json=ROWS)).json()["job_id"]
-    await hand.complete(body=payloads.pack(tensors))
+    await hand.complete(body=packing.pack(tensors))
     return job_id
 
 
@@ -193,7 +195,7 @@ async def test_a_wait_may_answer_with_the_binary_result(
             await hand.complete(body=body)
         return post.result()
 
-    packed = payloads.pack(TENSORS)
+    packed = packing.pack(TENSORS)
     reply = await waited(BINARY, packed)
     assert arrays(reply)["x"].tobytes() == TENSORS["x"].tobytes()
     assert reply.headers["location"].startswith("/job/")
@@ -218,7 +220,7 @@ async def identities(
         zoo.place(tmp_path, datatype, zoo.identity(elem_type))
     zoo.place(tmp_path, "BYTES", zoo.identity(onnx.TensorProto.STRING))
     zoo.place(tmp_path, "added", zoo.added())
-    engines = {file.model: Engine.load(file, intra_op_threads=1) for file in models.scan(tmp_path)}
+    engines = {file.model: Engine.load(file, intra_op_threads=1) for file in scan(tmp_path)}
     await Upkeep(store).announce_models(
         {name: {"1": msgspec.json.encode(one.signature)} for name, one in engines.items()}
     )
@@ -238,7 +240,7 @@ async def _worked(
     engine = engines[model]
     outputs = engine.run(prepared.batches[0].inputs[0], Stop())
     names = [spec.name for spec in engine.signature.outputs]
-    await hand.finish(claim, body=payloads.pack(dict(zip(names, outputs, strict=True))))
+    await hand.finish(claim, body=packing.pack(dict(zip(names, outputs, strict=True))))
     return await client.get(f"/job/{submitted.json()['job_id']}/result", headers=BINARY)
 
 

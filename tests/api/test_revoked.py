@@ -10,8 +10,8 @@ import msgspec
 import pytest
 import redis
 
-from asyncinfer.access import entry_of
 from asyncinfer.api.config import ApiConfig
+from asyncinfer.api_keys import entry_of
 from asyncinfer.repository.store import Store
 from tests.faults.harness import eventually
 

@@ -7,12 +7,12 @@ import pytest
 import redis
 from msgspec.structs import replace
 
-from asyncinfer import keys
-from asyncinfer.repository.load import load
+from asyncinfer.repository import keys
+from asyncinfer.repository.inspect.queue_load import load
+from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.submit import NewJob
-from asyncinfer.repository.upkeep import Upkeep
-from tests.hands import Hands, new_job
+from asyncinfer.repository.submissions import NewJob
+from tests.queue_driver import Hands, new_job
 
 from .harness import QUEUE, Hand, assert_problem, submit
 

@@ -12,12 +12,12 @@ import redis
 
 from asyncinfer.api.app import create_app
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.api.listener import listen
+from asyncinfer.api.http.sockets import listen
 from asyncinfer.api.server import serve
 from asyncinfer.errors import DefaultModelChanged, ServerRefused, StartError
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.submit import Submissions
-from tests.hands import Q, new_job
+from asyncinfer.repository.submissions import Submissions
+from tests.queue_driver import Q, new_job
 
 from .harness import announce, assert_problem, client_of, stopped_by_itself, submit
 

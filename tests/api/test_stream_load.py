@@ -12,11 +12,11 @@ import msgspec
 import pytest
 import redis
 
-from asyncinfer import keys
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.positions import Position, encode_position, split_position
-from asyncinfer.repository.groups import Groups
-from asyncinfer.repository.operate import Operation
+from asyncinfer.api.live.position import Position, encode_position, split_position
+from asyncinfer.repository import keys
+from asyncinfer.repository.inspect.groups import Groups
+from asyncinfer.repository.operations import Operation
 from asyncinfer.repository.store import Store
 from tests.faults.harness import eventually
 

@@ -17,18 +17,21 @@ import tritonclient.http as triton
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from asyncinfer import jobs, keys, payloads
+from asyncinfer import jobs
 from asyncinfer.api.admission import ANYBODY, Reach
 from asyncinfer.api.catalog import Served
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.api.exchange import Request
-from asyncinfer.api.inputs import Input, read_input, read_line
+from asyncinfer.api.http.messages import Request
+from asyncinfer.api.inputs.request_input import Input, read_input, read_line
 from asyncinfer.errors import InvalidInput, RequestError
-from asyncinfer.models import Signature, check_data
+from asyncinfer.models.signature import Signature
+from asyncinfer.models.validation import check_data
+from asyncinfer.repository import keys
+from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.upkeep import Upkeep
-from asyncinfer.schemas import AskedOptions
-from asyncinfer.tensors import DTYPES, FLOATS, Array, TensorSpec
+from asyncinfer.schemas.requests import AskedOptions
+from asyncinfer.tensors import packing
+from asyncinfer.tensors.datatypes import DTYPES, FLOATS, Array, TensorSpec
 
 from .harness import QUEUE, announce, assert_problem, client_of, hosted, running
 
@@ -80,7 +83,7 @@ def laid_out(head: Any, *contents: bytes) -> tuple[bytes, dict[str, str]]:
 
 def _content(array: Array) -> bytes:
     if array.dtype == object:
-        return payloads.pack_strings(array.ravel().tolist())
+        return packing.pack_strings(array.ravel().tolist())
     return array.tobytes()
 
 
@@ -128,7 +131,7 @@ def stored(server: redis.Redis, reply: httpx2.Response) -> tuple[jobs.Record, di
     data, meta = server.get(keys.data(job_id)), server.get(keys.meta(job_id))
     assert isinstance(data, bytes)
     assert isinstance(meta, bytes)
-    return jobs.decode_record(meta), payloads.unpack(data)
+    return jobs.decode_record(meta), packing.unpack(data)
 
 
 IMAGE = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 2, 2)
@@ -258,7 +261,7 @@ async def test_floats_in_json_may_be_what_it_has_no_number_for(form: str, dataty
         if taken.payload == "json":
             array = check_data(taken.content, signature)
         else:
-            array = payloads.unpack(taken.content)["x"]
+            array = packing.unpack(taken.content)["x"]
         expected = [[np.nan, 1, np.nan], [-np.inf, -2.5, np.inf]] * (len(array) // 2)
         np.testing.assert_array_equal(array.astype(np.float64), expected)
 
@@ -312,7 +315,7 @@ async def test_any_array_arrives_bit_by_bit(case: tuple[str, Array]) -> None:
     datatype, array = case
     body, headers = binary(("x", array))
     taken = await at_the_door(identity(datatype), body, headers)
-    arrived = payloads.unpack(taken.content)["x"]
+    arrived = packing.unpack(taken.content)["x"]
     assert (arrived.shape, arrived.dtype) == (array.shape, array.dtype)
     assert _content(arrived) == _content(array)
 
@@ -340,7 +343,7 @@ async def test_numbers_in_json_arrive_as_the_datatype_has_them(
 async def test_a_scalar_is_given_bare_or_in_a_list(data: str) -> None:
     text = f'{{"inputs": [{{"name": "x", "shape": [], "datatype": "INT8", "data": {data}}}]}}'
     taken = await at_the_door(identity("INT8", ()), text.encode(), {})
-    assert payloads.unpack(taken.content)["x"].tolist() == 5
+    assert packing.unpack(taken.content)["x"].tolist() == 5
 
 
 async def test_a_model_without_inputs_is_asked_with_none(
@@ -358,7 +361,7 @@ async def test_an_open_dimension_may_be_zero_in_a_tensor() -> None:
     for one in (np.empty((0, 3), np.float32), np.empty((2, 0), np.float32)):
         body, headers = binary(("x", one))
         taken = await at_the_door(identity("FP32"), body, headers)
-        assert payloads.unpack(taken.content)["x"].shape == one.shape
+        assert packing.unpack(taken.content)["x"].shape == one.shape
         text = json.dumps({"inputs": [described("x", one, data=[])]}).encode()
         assert (await at_the_door(identity("FP32"), text, {})).tensors[0].shape == one.shape
 

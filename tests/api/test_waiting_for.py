@@ -10,18 +10,20 @@ import msgspec
 import pytest
 import redis
 
-from asyncinfer import jobs, keys
+from asyncinfer import jobs
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.api.workforce import Absence, Workforce
-from asyncinfer.repository.inspect import Inspection
-from asyncinfer.repository.operate import Operation
-from asyncinfer.repository.run import Finished, Runs
+from asyncinfer.api.worker_snapshot import Absence, Workforce
+from asyncinfer.repository import keys
+from asyncinfer.repository.claims import Finished, Runs
+from asyncinfer.repository.inspect.listing import Inspection
+from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.operations import Operation
+from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.scripts import script
-from asyncinfer.repository.store import Policy, Store
-from asyncinfer.repository.upkeep import Upkeep
+from asyncinfer.repository.store import Store
 from tests.faults.harness import eventually
 from tests.faults.proxy import proxied
-from tests.hands import Hands, new_job
+from tests.queue_driver import Hands, new_job
 
 from .harness import QUEUE, ROW, Hand, announce, api_of, assert_problem, signature, submit
 from .sse import listening

@@ -11,15 +11,15 @@ import msgspec
 import pytest
 import redis
 
-from asyncinfer import keys
-from asyncinfer.access import entry_of
 from asyncinfer.api.config import ApiConfig
+from asyncinfer.api_keys import entry_of
 from asyncinfer.jobs import Record, encode_record
-from asyncinfer.observed import shown_worker
+from asyncinfer.repository import keys
+from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.upkeep import Upkeep
+from asyncinfer.schemas.operations import shown_worker
 from tests.faults.proxy import proxied
-from tests.hands import Hands
+from tests.queue_driver import Hands
 
 from .harness import QUEUE, Hand, announce, assert_problem, client_of, hosted, running, submit
 

@@ -17,7 +17,7 @@ from typing import Final
 from msgspec import Struct
 from msgspec.structs import replace
 
-from asyncinfer.worker.pace import Paces
+from asyncinfer.worker.running.timings import Paces
 
 
 class Cluster(Struct, frozen=True, kw_only=True):

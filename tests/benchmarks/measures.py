@@ -19,11 +19,13 @@ from hiredis import pack_command
 from msgspec import Struct
 
 import asyncinfer
-from asyncinfer import children, keys
-from asyncinfer.repository.inspect import Inspection
-from asyncinfer.repository.operate import Operation
-from asyncinfer.repository.store import Policy, Store
-from asyncinfer.repository.submit import Submissions
+from asyncinfer.processes import child_process
+from asyncinfer.repository import keys
+from asyncinfer.repository.inspect.listing import Inspection
+from asyncinfer.repository.operations import Operation
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
+from asyncinfer.repository.submissions import Submissions
 from tests.benchmarks import bulk, images, load, models
 from tests.benchmarks.load import Load, Plan
 from tests.benchmarks.scale import Figures, Room
@@ -243,7 +245,7 @@ async def start(room: Room) -> Figures:
     environ = {**os.environ, "PORT": str(port), "DATA_DIR": str(folder)}
     since = time.perf_counter()
     with (folder / "output.log").open("wb") as output:
-        child = children.spawn(
+        child = child_process.spawn(
             (sys.executable, "-m", "asyncinfer", "serve"),
             death_signal=signal.SIGTERM,
             env=environ,

@@ -17,11 +17,15 @@ import numpy as np
 import redis
 from msgspec import Struct
 
-from asyncinfer import children, jobs, keys, payloads, valkey
-from asyncinfer.api.inputs import LONG_BYTES
-from asyncinfer.children import Child
-from asyncinfer.repository.store import Policy, Store
-from asyncinfer.repository.submit import NewJob, Submissions
+from asyncinfer import jobs
+from asyncinfer.api.inputs.request_input import LONG_BYTES
+from asyncinfer.processes import child_process, valkey
+from asyncinfer.processes.child_process import Child
+from asyncinfer.repository import keys
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
+from asyncinfer.repository.submissions import NewJob, Submissions
+from asyncinfer.tensors import packing
 
 MAX_QUEUE: Final = 5_000_000
 MAX_QUEUE_BYTES: Final = 16 << 30
@@ -44,7 +48,7 @@ class Common:
 
     def spawn(self, *argv: str, **environ: str) -> Child:
         environment = {**os.environ, "REDIS_URL": self.url, **environ}
-        return children.spawn(
+        return child_process.spawn(
             (sys.executable, *argv),
             death_signal=signal.SIGKILL,
             env=environment,
@@ -149,7 +153,7 @@ class Plain(Common):
 def _packed(texts: Sequence[bytes], *, input_name: str) -> list[bytes]:
     """Long JSON as the API stores it, each text packed once."""
     packed = {
-        text: payloads.pack({input_name: np.array(msgspec.json.decode(text), np.float32)})
+        text: packing.pack({input_name: np.array(msgspec.json.decode(text), np.float32)})
         for text in set(texts)
     }
     return [packed[text] for text in texts]

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from asyncinfer import access, valkey
+from asyncinfer import api_keys
+from asyncinfer.processes import valkey
 from asyncinfer.testing import service
+from tests.cli.command_line import Told, complaint, told
 
 from .conftest import ended, submitted
-from .told import Told, complaint, told
 
 NOBODY = "http://127.0.0.1:1"
 
@@ -233,7 +234,7 @@ def test_jobs_of_all_tenants_are_listed_and_acted_on_by_operators(url: str) -> N
 def test_a_key_that_may_not_see_workers_still_watches_and_measures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "keys").write_text(access.entry_of("user", "acme", "submit,read").line())
+    (tmp_path / "keys").write_text(api_keys.entry_of("user", "acme", "submit,read").line())
     with service(api_keys=tmp_path / "keys") as locked:
         monkeypatch.setenv("ASYNCINFER_URL", locked.url)
         monkeypatch.setenv("ASYNCINFER_API_KEY", "user")

@@ -10,12 +10,12 @@ import pytest
 import redis
 from onnx import TensorProto, helper
 
-from asyncinfer import valkey
+from asyncinfer.processes import valkey
 from asyncinfer.testing import Running, service
+from tests.cli.command_line import piped
 
 from .test_hostile_server import Hostile, answered, hostile
 from .test_terminal import at_a_terminal
-from .told import piped
 
 __all__ = ["answered", "hostile"]  # fixtures
 

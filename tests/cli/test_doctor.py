@@ -9,15 +9,15 @@ import msgspec
 import pytest
 import redis
 
-from asyncinfer import access
+from asyncinfer import api_keys
 from asyncinfer.cli.doctor.findings import Finding
-from asyncinfer.cli.doctor.server import findings_of
-from asyncinfer.repository.vitals import Vitals
+from asyncinfer.cli.doctor.redis import findings_of
+from asyncinfer.repository.inspect.server_info import Vitals
 from tests import zoo
+from tests.cli.command_line import told
 from tests.faults.harness import eventually_sync
 
 from .conftest import submitted
-from .told import told
 
 FINE = Vitals(
     server="Valkey 9.1.0",
@@ -196,7 +196,7 @@ def test_keys_that_cannot_be_read_are_a_problem(tmp_path: Path) -> None:
 
 
 def test_each_broken_line_of_the_keys_is_a_problem_of_its_own(tmp_path: Path) -> None:
-    line = access.entry_of("a", "acme", "read").line()
+    line = api_keys.entry_of("a", "acme", "read").line()
     (tmp_path / "keys").write_text(f"{line}\nacme read ai_in-the-clear\n{line}\n")
     ran = told("doctor", "--api-keys", f"{tmp_path}/keys")
 

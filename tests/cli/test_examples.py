@@ -13,12 +13,12 @@ import click
 import pytest
 
 from asyncinfer.cli.commands import SECTIONS, commands
-from asyncinfer.cli.refusing import EXIT_CODES
-from tests.test_cli import free_port
-from tests.test_readme import is_up, shell
+from asyncinfer.cli.exit_codes import EXIT_CODES
+from tests.cli.command_line import piped, told
+from tests.docs.test_readme import is_up, shell
+from tests.service.test_serve import free_port
 
 from .conftest import ended, submitted
-from .told import piped, told
 
 NAMES = [name for section in SECTIONS.values() for name in section]
 _JOB_ID = re.compile(r"\b[0-9a-f]{32}\b")

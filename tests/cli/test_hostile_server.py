@@ -10,8 +10,9 @@ from typing import Any, Final
 
 import pytest
 
+from tests.cli.command_line import Told, told
+
 from .conftest import ended, submitted
-from .told import Told, told
 
 Place = tuple[str | int, ...]
 

@@ -9,25 +9,24 @@ import pyarrow.parquet as pq
 import pytest
 from onnx import TensorProto, helper
 
-from asyncinfer.cli import reading
+from asyncinfer.cli.predict import readers
 from asyncinfer.testing import service
 from tests import zoo
-
-from .told import told
+from tests.cli.command_line import told
 
 CUSTOMERS = [(7, 30.0, 2.5, "pro"), (8, 61.0, None, "2"), (9, 18.0, 4.0, "free")]
 RECORDS = [dict(zip(("id", "age", "calls", "plan"), one, strict=True)) for one in CUSTOMERS]
 
 
-def read(path: Path, *columns: str) -> list[reading.Row]:
-    asked = reading.Asked(
+def read(path: Path, *columns: str) -> list[readers.Row]:
+    asked = readers.Asked(
         source=str(path),
         columns=columns,
         inputs={"age": 2, "calls": 2, "plan": 2},
         text_inputs=frozenset({"plan"}),
         single_inputs=frozenset({"age", "calls", "plan"}),
     )
-    return list(reading.rows(asked))
+    return list(readers.rows(asked))
 
 
 def files(folder: Path) -> list[Path]:

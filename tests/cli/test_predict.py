@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from .told import complaint, piped, told
+from tests.cli.command_line import complaint, piped, told
 
 ANSWER = {"prediction": 0, "class_name": "setosa"}
 

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.cli.command_line import piped, told
+
 from .conftest import ended, submitted
-from .told import piped, told
 
 ESCAPE = "\x1b["
 COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")

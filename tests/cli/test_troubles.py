@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from asyncinfer import access
+from asyncinfer import api_keys
 from asyncinfer.testing import Running, service
+from tests.cli.command_line import Told, complaint, told
 from tests.faults.harness import eventually_sync
-from tests.test_cli import answer_of, free_port, serving
-
-from .told import Told, complaint, told
+from tests.service.test_serve import answer_of, free_port, serving
 
 ROW = "5.1,3.5,1.4,0.2\n"
 
@@ -20,9 +19,9 @@ ROW = "5.1,3.5,1.4,0.2\n"
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, str]]:
     """A service with keys and little room, and a key that may only read."""
-    reader = access.new_key()
+    reader = api_keys.new_key()
     keys = tmp_path_factory.mktemp("keys") / "keys"
-    keys.write_text(access.entry_of(reader, "default", "read").line() + "\n")
+    keys.write_text(api_keys.entry_of(reader, "default", "read").line() + "\n")
     with service(api_keys=keys, max_queue=3) as running:
         yield running, reader
 

@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from asyncinfer.cli.bench.figures import Latency, Load, Sides, verdict
+from asyncinfer.cli.bench.verdict import Latency, Load, Sides, verdict
 
 WAITS = Load(
     requests=1000,

@@ -17,22 +17,23 @@ import redis
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.cli import predicting
-from asyncinfer.cli.asking import Service
-from asyncinfer.cli.doctor.examination import mended_by_serve, without_effects
+from asyncinfer.cli.api_client import Service
+from asyncinfer.cli.doctor.checks import mended_by_serve, without_effects
 from asyncinfer.cli.doctor.findings import problem, warning
 from asyncinfer.cli.doctor.machine import room
 from asyncinfer.cli.options import Server
+from asyncinfer.cli.predict import run
 from asyncinfer.client import ModelLoading, WaitTimeout
-from asyncinfer.client._waiting import Cadence
-from asyncinfer.repository.store import Policy, Store
-from asyncinfer.repository.upkeep import Upkeep
+from asyncinfer.client._wait_reasons import Cadence
+from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
 from tests import zoo
 from tests.api.harness import QUEUE, Hand, announce, running
+from tests.cli.command_line import complaint, told
 from tests.faults.harness import eventually_sync
 
 from .conftest import submitted
-from .told import complaint, told
 
 ROW = "[5.1, 3.5, 1.4, 0.2]"
 NO_WORKER = "No worker has had iris since"
@@ -81,9 +82,9 @@ def starved(
         yield Starved(url, portal, store, server)
 
 
-def asked(*typed: str, **more: Any) -> predicting.Asked:
+def asked(*typed: str, **more: Any) -> run.Asked:
     """As `asyncinfer predict` is asked, without patience."""
-    return predicting.Asked(
+    return run.Asked(
         rows=(ROW,),
         model=None,
         read_as=None,
@@ -129,7 +130,7 @@ def test_predict_says_that_no_worker_has_the_model_and_that_it_goes_on(starved: 
         contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")),
         contextlib.redirect_stderr(err),
     ):
-        assert predicting.run(Server(starved.url, None), asked()) == 0
+        assert run.run(Server(starved.url, None), asked()) == 0
 
     waits, goes_on = err.lines
     assert waits.startswith(f"asyncinfer: 1 row of iris waits: {NO_WORKER}")
@@ -163,7 +164,7 @@ def test_a_long_run_of_a_file_says_how_it_is_taken_up_again(
         contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")),
         contextlib.redirect_stderr(err),
     ):
-        assert predicting.run(Server(starved.url, None), patient) == 0
+        assert run.run(Server(starved.url, None), patient) == 0
 
     (line,) = err.lines
     assert "To take this up again: asyncinfer predict rows.ndjson --resume rows-" in line

@@ -5,7 +5,7 @@ from typing import Any, Final
 import pytest
 
 from asyncinfer.client import Client, Model
-from asyncinfer.client._display import group_card, job_card, model_card
+from asyncinfer.client._display import group_card, job_card
 from asyncinfer.client._models import TensorInfo
 
 EVIL: Final = "<script>alert(1)</script>\"'&"
@@ -41,7 +41,7 @@ MODEL: Final = Model(
 )
 
 
-@pytest.mark.parametrize("card", [job_card(JOB), group_card(GROUP), model_card(MODEL)])
+@pytest.mark.parametrize("card", [job_card(JOB), group_card(GROUP), MODEL._repr_html_()])
 def test_what_comes_from_outside_is_escaped(card: str) -> None:
     assert "<script" not in card
     assert "&lt;script&gt;" in card

@@ -10,7 +10,7 @@ from typing import Final
 
 import pytest
 
-from asyncinfer import access
+from asyncinfer import api_keys
 from asyncinfer.client import (
     AsyncClient,
     AsyncinferError,
@@ -31,7 +31,7 @@ from asyncinfer.client._drivers import Content
 from asyncinfer.errors import RouteNotFound
 from asyncinfer.testing import Running, service
 from tests.faults.proxy import Proxy, proxied
-from tests.test_cli import free_port
+from tests.service.test_serve import free_port
 
 SETOSA: Final = [5.1, 3.5, 1.4, 0.2]
 
@@ -102,9 +102,9 @@ def test_an_input_that_has_no_form_is_said(client: Client) -> None:
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """A service that wants keys, and one that may only read."""
     path: Path = tmp_path_factory.mktemp("keys") / "api_keys"
-    key = access.new_key()
+    key = api_keys.new_key()
     path.touch(mode=0o600)
-    path.write_text(f"{access.entry_of(key, 'acme', 'read').line()}\n")
+    path.write_text(f"{api_keys.entry_of(key, 'acme', 'read').line()}\n")
     with service(api_keys=path) as running:
         yield running.url, key
 

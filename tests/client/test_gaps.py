@@ -23,10 +23,10 @@ from asyncinfer.client import (
     SlowMapWarning,
     TensorInfo,
 )
-from asyncinfer.client._inputs import bytes_of, named_arrays
-from asyncinfer.tensors import Array
+from asyncinfer.client._encoding import bytes_of, named_arrays
+from asyncinfer.tensors.datatypes import Array
 from asyncinfer.testing import Running
-from tests.cli.told import told
+from tests.cli.command_line import told
 
 NAN: Final = math.nan
 INF: Final = math.inf

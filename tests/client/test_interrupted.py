@@ -17,8 +17,8 @@ import pytest
 from asyncinfer.client import Client
 from asyncinfer.testing import Running
 from tests.faults.harness import eventually_sync
-from tests.parents import REPOSITORY, Parent, is_gone, parent, processes
-from tests.test_cli import free_port
+from tests.process import REPOSITORY, Parent, is_gone, parent, processes
+from tests.service.test_serve import free_port
 
 _MAPPER: Final = """
 import sys

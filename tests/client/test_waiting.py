@@ -11,11 +11,12 @@ import pytest
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.client import AsyncClient, WaitingFor, WaitTimeout
 from asyncinfer.client._client import asked_of
-from asyncinfer.client._results import AsyncResults
-from asyncinfer.client._waiting import Cadence, Notices
+from asyncinfer.client._map.results import AsyncResults
+from asyncinfer.client._wait_reasons import Cadence, Notices
 from asyncinfer.errors import NoModelAnnounced
-from asyncinfer.repository.store import Policy, Store
-from asyncinfer.repository.upkeep import Upkeep
+from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
 from tests.api.harness import Hand, announce, hosted, running
 
 SETOSA: Final = [5.1, 3.5, 1.4, 0.2]

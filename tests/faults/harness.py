@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable
 
 import redis
 
-from asyncinfer import keys
 from asyncinfer.jobs import TERMINAL
+from asyncinfer.repository import keys
 
 _SIDE_TABLES = (
     keys.running,

@@ -11,13 +11,13 @@ import httpx2
 import msgspec
 import redis
 
-from asyncinfer import keys
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.routes import ROUTES
 from asyncinfer.errors import ModelLoading, NoModelAnnounced, WrongKeyType
 from asyncinfer.jobs import SCHEMA, Options, Record, encode_record
-from asyncinfer.repository.cursors import encode_cursor
-from asyncinfer.repository.store import Policy
+from asyncinfer.repository import keys
+from asyncinfer.repository.inspect.cursors import encode_cursor
+from asyncinfer.repository.policy import Policy
 from tests.api.harness import client_of, running
 
 from .harness import eventually

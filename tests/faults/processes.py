@@ -13,14 +13,14 @@ from typing import Any, Protocol, TypeAlias, TypedDict, Unpack
 import msgspec
 import redis
 
-from asyncinfer import keys
-from asyncinfer.repository.inspect import worker_says
-from asyncinfer.repository.store import Policy
-from asyncinfer.worker.claims import Step
-from asyncinfer.worker.shelf import Bounds
+from asyncinfer.repository import keys
+from asyncinfer.repository.announcements import worker_says
+from asyncinfer.repository.policy import Policy
+from asyncinfer.worker.held_claim import Step
+from asyncinfer.worker.models.engine_cache import Bounds
 from asyncinfer.worker.worker import WorkerConfig
+from tests.faults import fork_server
 
-from . import nursery
 from .harness import eventually, eventually_sync
 from .worker_main import Order
 
@@ -55,7 +55,7 @@ class Nursery:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.nursery"],
+            [sys.executable, "-m", "tests.faults.fork_server"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
@@ -64,11 +64,11 @@ class Nursery:
         )
 
     def forked(self, order_json: str, log: Path) -> Started:
-        pid = self.ask(nursery.Birth(order_json, str(log)))
+        pid = self.ask(fork_server.Birth(order_json, str(log)))
         assert pid
         return Forked(self, pid)
 
-    def ask(self, request: nursery.Birth | nursery.Look) -> int | None:
+    def ask(self, request: fork_server.Birth | fork_server.Look) -> int | None:
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.write(msgspec.json.encode(request) + b"\n")
@@ -97,7 +97,7 @@ class Forked:
 
     def _look(self, *, wait: bool) -> int | None:
         if self.returncode is None:
-            self.returncode = self._nursery.ask(nursery.Look(self.pid, wait))
+            self.returncode = self._nursery.ask(fork_server.Look(self.pid, wait))
         return self.returncode
 
 

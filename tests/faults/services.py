@@ -9,8 +9,8 @@ from pathlib import Path
 
 import httpx2
 
-from tests.parents import REPOSITORY
-from tests.test_cli import free_port
+from tests.process import REPOSITORY
+from tests.service.test_serve import free_port
 
 from .harness import eventually_sync
 

@@ -6,13 +6,13 @@ import time
 import pytest
 import redis
 
-from asyncinfer import keys
 from asyncinfer.jobs import TERMINAL, Options
-from asyncinfer.repository.submit import Stored
+from asyncinfer.repository import keys
+from asyncinfer.repository.stored_jobs import Stored
 from asyncinfer.worker.worker import WorkerConfig
 from tests import zoo
+from tests.faults.load_client import Customer, assert_one_end_each, transitions
 
-from .customer import Customer, assert_one_end_each, transitions
 from .harness import assert_at_rest, eventually
 from .processes import OpenCrew
 

@@ -7,11 +7,11 @@ from onnx import TensorProto, helper
 
 from asyncinfer.engine import Engine
 from asyncinfer.errors import ModelRefused
-from asyncinfer.models import scan
+from asyncinfer.models.folder import scan
 from tests import zoo
+from tests.faults.model_folder import Folder, Shop, serving
 
 from .processes import OpenCrew
-from .shop import Folder, Shop, serving
 
 EXTENSIONS = '[session]\ncustom_ops = "onnxruntime-extensions"\n'
 

@@ -2,11 +2,11 @@
 
 import redis
 
-from asyncinfer import keys
+from asyncinfer.repository import keys
 from asyncinfer.repository.store import Store
-from tests.hands import Q
+from tests.faults.load_client import Customer
+from tests.queue_driver import Q
 
-from .customer import Customer
 from .harness import eventually
 from .processes import OpenCrew
 

@@ -6,12 +6,13 @@ from functools import partial
 import pytest
 import redis
 
-from asyncinfer import keys
-from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository import keys
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import EXIT_HUNG, WorkerConfig
 from tests import zoo
+from tests.faults.load_client import Customer, assert_one_end_each, transitions
 
-from .customer import Customer, assert_one_end_each, transitions
 from .harness import assert_at_rest, eventually
 from .processes import DurableServer, OpenCrew
 from .proxy import proxied

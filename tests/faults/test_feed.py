@@ -8,13 +8,14 @@ import msgspec
 import pytest
 import redis
 
-from asyncinfer import keys
+from asyncinfer.api.live.feed import Feed, Follower, Topic
+from asyncinfer.api.live.position import Position
 from asyncinfer.errors import RedisUnavailable
-from asyncinfer.feed import Feed, Follower, Topic
-from asyncinfer.positions import Position
-from asyncinfer.repository.log import Log, LogTrimmed
-from asyncinfer.repository.store import Policy, Store
-from tests.hands import Hands, Q
+from asyncinfer.repository import keys
+from asyncinfer.repository.inspect.log import Log, LogTrimmed
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
+from tests.queue_driver import Hands, Q
 
 from .processes import DurableServer
 

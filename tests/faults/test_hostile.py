@@ -8,15 +8,16 @@ import msgspec
 import pytest
 import redis
 
-from asyncinfer import keys
 from asyncinfer.errors import RedisRefused
 from asyncinfer.jobs import SCHEMA, Outcome, Record, encode_record
-from asyncinfer.repository.run import ClaimRequest, Finished, Renewals, Runs
+from asyncinfer.repository import keys
+from asyncinfer.repository.claims import ClaimRequest, Finished, Runs
+from asyncinfer.repository.leases import Renewals
+from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.upkeep import Upkeep
 from asyncinfer.worker.worker import WorkerConfig
+from tests.faults.load_client import Customer, transitions
 
-from .customer import Customer, transitions
 from .harness import eventually
 from .hostile import HOSTILE
 from .processes import OpenCrew

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from asyncinfer import keys
-from asyncinfer.repository.store import Policy
+from asyncinfer.repository import keys
+from asyncinfer.repository.policy import Policy
 from asyncinfer.worker.worker import WorkerConfig
 from tests.api.harness import hosted
 from tests.api.sse import listening

@@ -6,10 +6,10 @@ import msgspec
 import pytest
 import redis
 
-from asyncinfer import keys
 from asyncinfer.jobs import SCHEMA, Record, encode_record
+from asyncinfer.repository import keys
+from tests.faults.load_client import Customer, transitions
 
-from .customer import Customer, transitions
 from .harness import eventually
 from .processes import OpenCrew
 

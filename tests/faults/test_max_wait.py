@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import redis
 
-from asyncinfer import keys
+from asyncinfer.repository import keys
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import WorkerConfig
 from tests import zoo
+from tests.faults.load_client import Customer, assert_one_end_each, claim_sizes, completed_in_order
 
-from .customer import Customer, assert_one_end_each, claim_sizes, completed_in_order
 from .harness import assert_at_rest, eventually
 from .processes import Crew, OpenCrew, WorkerChild
 

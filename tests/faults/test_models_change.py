@@ -11,18 +11,18 @@ import pytest
 import redis
 from onnx import helper, numpy_helper
 
-from asyncinfer import keys
 from asyncinfer.api.catalog import Catalog
-from asyncinfer.repository.inspect import Inspection
+from asyncinfer.repository import keys
+from asyncinfer.repository.inspect.listing import Inspection
+from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.upkeep import Upkeep
-from asyncinfer.worker.shelf import Bounds
+from asyncinfer.worker.models.engine_cache import Bounds
 from tests import unprivileged, zoo
+from tests.faults.load_client import answer
+from tests.faults.model_folder import CONFIG, Folder, Shop, serving
 
-from .customer import answer
 from .harness import assert_at_rest, eventually
 from .processes import OpenCrew
-from .shop import CONFIG, Folder, Shop, serving
 
 SLOW = zoo.loop_for_hours("batch").SerializeToString()
 """Takes seconds to load: as long as probing may take."""

@@ -8,14 +8,14 @@ import pytest
 import redis
 from prometheus_client.parser import text_string_to_metric_families
 
-from asyncinfer import keys
-from asyncinfer.repository.load import load
+from asyncinfer.repository import keys
+from asyncinfer.repository.inspect.queue_load import load
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import EXIT_HUNG, WorkerConfig
 from tests import zoo
-from tests.test_cli import free_port
+from tests.faults.load_client import Customer
+from tests.service.test_serve import free_port
 
-from .customer import Customer
 from .harness import assert_at_rest, eventually
 from .processes import DurableServer, OpenCrew
 from .test_time_outs import TOO_BIG

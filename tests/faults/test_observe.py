@@ -3,12 +3,12 @@
 import pytest
 import redis
 
-from asyncinfer.observed import JobsDone
-from asyncinfer.repository.observe import Observation
+from asyncinfer.repository.inspect.statistics import Observation
 from asyncinfer.repository.store import Store
+from asyncinfer.schemas.operations import JobsDone
 from asyncinfer.worker.worker import WorkerConfig
+from tests.faults.load_client import Customer
 
-from .customer import Customer
 from .harness import assert_at_rest, eventually
 from .processes import OpenCrew
 

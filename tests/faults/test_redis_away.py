@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import redis
 
-from asyncinfer import keys
 from asyncinfer.errors import RedisUnavailable, StorageFull
-from asyncinfer.repository.run import Claimed, ClaimRequest, Doorbell, Finished, Runs
-from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository import keys
+from asyncinfer.repository.claims import Claimed, ClaimRequest, Finished, Runs
+from asyncinfer.repository.doorbell import Doorbell
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import WorkerConfig
+from tests.faults.load_client import Customer, assert_one_end_each, transitions
 
-from .customer import Customer, assert_one_end_each, transitions
 from .harness import assert_at_rest, eventually
 from .processes import DurableServer, OpenCrew, WorkerChild
 from .proxy import proxied

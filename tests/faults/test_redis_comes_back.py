@@ -15,10 +15,11 @@ import pytest
 import redis
 from msgspec import Struct
 
-from asyncinfer import keys
 from asyncinfer.jobs import SCHEMA, Record, new_id
-from asyncinfer.repository.store import Policy, Store
-from asyncinfer.repository.submit import NewJob, Submissions
+from asyncinfer.repository import keys
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
+from asyncinfer.repository.submissions import NewJob, Submissions
 from tests import zoo
 
 from .harness import assert_bounded, eventually, eventually_sync

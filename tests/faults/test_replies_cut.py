@@ -7,19 +7,22 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 import redis
 
-from asyncinfer import keys
 from asyncinfer.errors import RedisUnavailable
 from asyncinfer.jobs import Options
-from asyncinfer.repository.filter import Filter
-from asyncinfer.repository.operate import Cancelled, Operation
-from asyncinfer.repository.run import Claim, ClaimRequest, Doorbell, Finished, Renewals, Runs
+from asyncinfer.repository import keys
+from asyncinfer.repository.claims import Claim, ClaimRequest, Finished, Runs
+from asyncinfer.repository.doorbell import Doorbell
+from asyncinfer.repository.inspect.filter import Filter
+from asyncinfer.repository.inspect.selection import Selection
+from asyncinfer.repository.leases import Renewals
+from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.operations import Cancelled, Operation
+from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.scripts import NAMES, script
-from asyncinfer.repository.select import Selection
-from asyncinfer.repository.store import Policy, Store
-from asyncinfer.repository.submit import Stored
-from asyncinfer.repository.upkeep import Upkeep
+from asyncinfer.repository.store import Store
+from asyncinfer.repository.stored_jobs import Stored
+from tests.faults.load_client import Customer, assert_one_end_each, transitions
 
-from .customer import Customer, assert_one_end_each, transitions
 from .harness import assert_at_rest, eventually
 from .processes import OpenCrew
 from .proxy import Proxy, proxied

@@ -24,10 +24,10 @@ from msgspec import Struct
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from asyncinfer import keys
 from asyncinfer.jobs import TERMINAL, decode_record
+from asyncinfer.repository import keys
+from tests.faults.load_client import assert_one_end_each, transitions
 
-from .customer import assert_one_end_each, transitions
 from .harness import assert_at_rest, eventually
 from .replicated import Node, Replicated, replicated
 from .services import Services, open_services

@@ -6,15 +6,15 @@ import time
 import pytest
 import redis
 
-from asyncinfer import keys
-from asyncinfer.repository.inspect import WorkerSays
+from asyncinfer.repository import keys
+from asyncinfer.repository.announcements import WorkerSays
 from asyncinfer.worker.worker import WorkerConfig
 from tests import zoo
-from tests.hands import Q
+from tests.faults.model_folder import CONFIG, Folder, Shop
+from tests.queue_driver import Q
 
 from .harness import eventually
 from .processes import OpenCrew
-from .shop import CONFIG, Folder, Shop
 
 SLOW = zoo.loop_for_hours("batch").SerializeToString()
 """Takes 7 s to load: as long as probing may take."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import redis
 
-from asyncinfer import keys
+from asyncinfer.repository import keys
 
 from .harness import assert_at_rest, eventually
 from .processes import OpenCrew

@@ -7,14 +7,15 @@ import pytest
 import redis
 from msgspec.structs import replace
 
-from asyncinfer import keys
 from asyncinfer.jobs import TERMINAL, JobError
-from asyncinfer.repository.store import Policy, Store
-from asyncinfer.repository.submit import Stored
+from asyncinfer.repository import keys
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
+from asyncinfer.repository.stored_jobs import Stored
 from asyncinfer.worker.worker import EXIT_HUNG, WorkerConfig
 from tests import zoo
+from tests.faults.load_client import Customer, answer, assert_one_end_each, transitions
 
-from .customer import Customer, answer, assert_one_end_each, transitions
 from .harness import assert_at_rest, eventually
 from .processes import Crew, OpenCrew
 

@@ -8,15 +8,15 @@ from contextlib import asynccontextmanager
 import pytest
 import redis
 
-from asyncinfer import keys
-from asyncinfer.inbox import Inbox
+from asyncinfer.api.live.inbox import Inbox
 from asyncinfer.jobs import Options
-from asyncinfer.repository.run import Claim, ClaimRequest, Finished, Runs
+from asyncinfer.repository import keys
+from asyncinfer.repository.claims import Claim, ClaimRequest, Finished, Runs
+from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.submit import Stored
-from asyncinfer.repository.upkeep import Upkeep
+from asyncinfer.repository.stored_jobs import Stored
+from tests.faults.load_client import Customer
 
-from .customer import Customer
 from .harness import assert_at_rest, eventually
 
 

@@ -8,15 +8,16 @@ import pytest
 import redis
 
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.repository.store import Policy, Store
-from asyncinfer.repository.upkeep import Upkeep
-from asyncinfer.tensors import TensorSpec
+from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
+from asyncinfer.tensors.datatypes import TensorSpec
 from tests import zoo
 from tests.api.harness import api_of, signature
+from tests.faults.model_folder import Folder
 
 from .harness import eventually
 from .processes import OpenCrew
-from .shop import Folder
 
 SLOW = zoo.loop_for_hours("batch").SerializeToString()
 """Takes 7 s to load: as long as probing may take."""

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import redis
 
-from asyncinfer import keys
 from asyncinfer.jobs import Options
-from asyncinfer.repository.run import ClaimRequest, Doorbell, Finished, Runs
+from asyncinfer.repository import keys
+from asyncinfer.repository.claims import ClaimRequest, Finished, Runs
+from asyncinfer.repository.doorbell import Doorbell
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import WorkerConfig
 from tests import zoo
+from tests.faults.load_client import Customer, claim_sizes, completed_in_order
 
-from .customer import Customer, claim_sizes, completed_in_order
 from .harness import assert_at_rest, eventually
 from .processes import OpenCrew
 

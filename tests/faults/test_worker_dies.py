@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import redis
 
-from asyncinfer import keys
-from asyncinfer.repository.run import ClaimRequest, Runs
-from asyncinfer.repository.store import Policy, Store
-from asyncinfer.repository.upkeep import Upkeep
-from asyncinfer.worker.claims import Step
+from asyncinfer.repository import keys
+from asyncinfer.repository.claims import ClaimRequest, Runs
+from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
+from asyncinfer.worker.held_claim import Step
 from asyncinfer.worker.worker import WorkerConfig
 from tests import zoo
+from tests.faults.load_client import Customer, assert_one_end_each, transitions
 
-from .customer import Customer, assert_one_end_each, transitions
 from .harness import assert_at_rest, eventually
 from .processes import Crew, OpenCrew, WorkerChild
 from .test_redis_away import renewed

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import msgspec
 
-from asyncinfer.repository.store import Policy
-from asyncinfer.worker.claims import Step
+from asyncinfer.repository.policy import Policy
+from asyncinfer.worker.held_claim import Step
+from asyncinfer.worker.models.engine_cache import Bounds
+from asyncinfer.worker.models.source import Source
 from asyncinfer.worker.process import WorkerProcess, run
-from asyncinfer.worker.shelf import Bounds
-from asyncinfer.worker.source import Source
 from asyncinfer.worker.worker import WorkerConfig
 from tests import unprivileged
 

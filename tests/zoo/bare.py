@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto
 
-from asyncinfer.tensors import Array, Feeds
+from asyncinfer.tensors.datatypes import Array, Feeds
 
 Answers: TypeAlias = dict[str, Array]
 

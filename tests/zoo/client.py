@@ -10,7 +10,7 @@ import httpx2
 import ml_dtypes
 import numpy as np
 
-from asyncinfer.tensors import Array, Feeds
+from asyncinfer.tensors.datatypes import Array, Feeds
 from tests.zoo.bare import Answers
 
 Form: TypeAlias = Literal["json", "binary"]

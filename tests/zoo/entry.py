@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from msgspec import Struct
 
-from asyncinfer.tensors import DTYPES, FLOATS, Array, Feeds
+from asyncinfer.tensors.datatypes import DTYPES, FLOATS, Array, Feeds
 from tests.zoo.making import place
 
 Rng: TypeAlias = np.random.Generator

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from asyncinfer.tensors import Feeds
+from asyncinfer.tensors.datatypes import Feeds
 from tests.zoo.entry import ROWS, Entry, Rng, drawn
 from tests.zoo.making import model, node, tensor
 

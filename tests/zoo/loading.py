@@ -18,11 +18,11 @@ from typing import Final
 import numpy as np
 from msgspec import Struct
 
-from asyncinfer import models
 from asyncinfer.engine import Engine, Stop, Stopped
 from asyncinfer.errors import JobError, ModelRefused
-from asyncinfer.tensors import DTYPES, dims
-from tests.parents import REPOSITORY
+from asyncinfer.models.folder import scan
+from asyncinfer.tensors.datatypes import DTYPES, dims
+from tests.process import REPOSITORY
 
 ADDRESS_SPACE_BYTES: Final = 6 << 30
 SECONDS_EACH: Final = 5
@@ -72,7 +72,7 @@ def _ending(code: int) -> str:
 
 
 def _load_all(folder: Path, seconds_each: int, names: list[str]) -> Iterator[dict[str, str]]:
-    files = {file.model: file for file in models.scan(folder)}
+    files = {file.model: file for file in scan(folder)}
     for name in names:
         yield {"name": name}
         # Processor time, and deadly: a load that takes longer cannot be stopped.

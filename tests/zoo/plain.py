@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from asyncinfer.tensors import Array, Feeds
+from asyncinfer.tensors.datatypes import Array, Feeds
 from tests.zoo.behaving import added, identity, mlp, quantized
 from tests.zoo.entry import ROWS, Entry, Rng, drawn
 from tests.zoo.making import Dims, Weights, model, node, tensor

@@ -6,15 +6,16 @@ from itertools import count
 import msgspec
 import numpy as np
 
-from asyncinfer import execution, payloads
 from asyncinfer.engine import Engine, Stop
 from asyncinfer.errors import ModelFailed
-from asyncinfer.execution import Batch
 from asyncinfer.jobs import SCHEMA, Facts, Record
-from asyncinfer.models import Signature
-from asyncinfer.repository.run import ClaimedJob
-from asyncinfer.results import ClassResult, TensorsResult
-from asyncinfer.tensors import DTYPES, Array, Feeds, dims
+from asyncinfer.models.results import ClassResult, TensorsResult
+from asyncinfer.models.signature import Signature
+from asyncinfer.repository.claims import ClaimedJob
+from asyncinfer.tensors import packing
+from asyncinfer.tensors.datatypes import DTYPES, Array, Feeds, dims
+from asyncinfer.worker import execution
+from asyncinfer.worker.execution import Batch
 from tests.zoo.bare import Answers
 
 
@@ -68,8 +69,8 @@ def _read(batch: Batch, results: Sequence[bytes]) -> dict[str, Served]:
 
 def read_result(result: bytes, signature: Signature) -> Answers:
     """The outputs in a stored result, packed or JSON; of a labelled classifier its scores."""
-    if payloads.is_packed(result):
-        return payloads.unpack(result)
+    if packing.is_packed(result):
+        return packing.unpack(result)
     if not signature.labels:
         return {
             one.name: of_json(one.data, one.datatype, one.shape)
@@ -93,4 +94,4 @@ def of_json(data: Sequence[object], datatype: str, shape: Sequence[int]) -> Arra
 
 def _claimed(model: str, feeds: Feeds, job_id: str) -> ClaimedJob:
     record = Record(SCHEMA, "q", model, "default", 0, payload="tensors", answer="tensors")
-    return ClaimedJob(job_id, payloads.pack(feeds), b"meta", record, Facts())
+    return ClaimedJob(job_id, packing.pack(feeds), b"meta", record, Facts())

@@ -8,8 +8,8 @@ import httpx2
 import redis
 
 from tests.faults.harness import assert_at_rest, eventually_sync
-from tests.parents import REPOSITORY, parent
-from tests.test_cli import free_port
+from tests.process import REPOSITORY, parent
+from tests.service.test_serve import free_port
 
 
 @contextmanager

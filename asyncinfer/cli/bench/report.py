@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from asyncinfer.cli.bench.figures import Bench, Load, Sides
-from asyncinfer.cli.showing import console, show, show_facts, styled
+from asyncinfer.cli.bench.verdict import Bench, Load, Sides
+from asyncinfer.cli.output import console, show, show_facts, styled
 
 _COLUMNS = ("LOAD", "REQUESTS", "PER SECOND", "p50 ms", "p95 ms", "p99 ms", "FULL", "ERRORS")
 

@@ -6,24 +6,24 @@ from urllib.parse import urlsplit
 
 from msgspec import UnsetType
 
-from asyncinfer.cli import parts
-from asyncinfer.cli.asking import ModelList, Service
+from asyncinfer.cli.addresses import api_url
+from asyncinfer.cli.api_client import ModelList, Service
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
 from asyncinfer.cli.doctor.machine import port_is_taken
 from asyncinfer.cli.options import Server
-from asyncinfer.cli.starving import (
+from asyncinfer.cli.output import counted
+from asyncinfer.cli.serve import configuration
+from asyncinfer.cli.starved_queues import (
     mend_starved,
     queue_name,
     told_starved,
     told_waiting,
     waiting_jobs,
 )
-from asyncinfer.cli.telling import counted
 from asyncinfer.errors import AsyncinferError, StartError
-from asyncinfer.observed import Queue, QueueList
-from asyncinfer.schemas import Health
+from asyncinfer.schemas.operations import Queue, QueueList
+from asyncinfer.schemas.responses import Health
 from asyncinfer.settings import Settings
-from asyncinfer.welcome import api_url
 
 
 def examine_api(chosen: Settings, url: str | None, api_key: str | None) -> Iterator[Finding]:
@@ -88,7 +88,7 @@ def _queues(service: Service) -> list[Queue]:
 def _folder_of(model: str, chosen: Settings) -> str:
     """The folder of these settings where it has the model, for a shell; else empty."""
     try:
-        source = parts.source(chosen)
+        source = configuration.source(chosen)
         names = {file.model for file in source.files()}
     except (StartError, OSError):
         return ""

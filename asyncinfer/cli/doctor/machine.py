@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Final
 
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
-from asyncinfer.cli.showing import size
-from asyncinfer.cli.telling import counted
-from asyncinfer.cores import cores
+from asyncinfer.cli.output import counted, size
 from asyncinfer.errors import KeyFileRefused
+from asyncinfer.processes.cpus import cores
 from asyncinfer.settings import Settings
 
 _FEW_FILES: Final = 4096
@@ -118,7 +117,7 @@ def room(data_dir: Path, free: int) -> Finding:
 
 
 def _keys(path: Path) -> Iterator[Finding]:
-    from asyncinfer.access import Keyring
+    from asyncinfer.api_keys import Keyring
 
     mend = f"asyncinfer keygen >> {path}"
     try:

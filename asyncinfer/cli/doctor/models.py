@@ -5,15 +5,13 @@ from pathlib import Path
 
 import anyio
 
-from asyncinfer import models
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
-from asyncinfer.cli.showing import size
-from asyncinfer.cli.telling import counted
-from asyncinfer.cores import cores
+from asyncinfer.cli.output import counted, size
 from asyncinfer.errors import ModelDirUnreadable
-from asyncinfer.models import ModelFile
-from asyncinfer.worker.source import Source
-from asyncinfer.worker.trial import trial
+from asyncinfer.models.folder import ModelFile, read_stamp, to_serve, total_bytes
+from asyncinfer.processes.cpus import cores
+from asyncinfer.worker.models.sandbox import trial
+from asyncinfer.worker.models.source import Source
 
 
 async def examine_models(source: Source, *, allow_custom_ops: bool) -> list[Finding]:
@@ -49,12 +47,12 @@ async def _examine(
     file: ModelFile, files: Sequence[ModelFile], *, allow_custom_ops: bool
 ) -> Finding:
     about = f"model {file.model}/{file.version}" if file.version else f"model {file.model}"
-    size_bytes = models.size_bytes(models.stamp(file))
+    size_bytes = total_bytes(read_stamp(file))
     reason = file.problem or await trial(file, size_bytes, allow_custom_ops=allow_custom_ops)
     if not reason:
         return ok(about, f"loads and runs ({size(size_bytes)})")
     mend = f"mend, replace or remove it: {_culprit(file)}"
-    served = models.to_serve([one for one in files if one.model == file.model])[file.model]
+    served = to_serve([one for one in files if one.model == file.model])[file.model]
     if served is not file:
         return warning(about, f"{reason}; it is not the version that is served", mend)
     return problem(about, reason, mend)

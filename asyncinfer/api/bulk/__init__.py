@@ -1,0 +1,1 @@
+"""Many jobs in one NDJSON request, answered line by line while it is read."""

@@ -1,0 +1,1 @@
+"""One file of route handlers for each part of the API."""

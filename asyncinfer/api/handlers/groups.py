@@ -1,0 +1,74 @@
+"""The routes about jobs that share a name: how far they are, and ending them."""
+
+import re
+import time
+from typing import Any, Final
+
+from asyncinfer.api.http.messages import Reply, Request, json_reply
+from asyncinfer.api.services import Services
+from asyncinfer.errors import GroupNotFound
+from asyncinfer.jobs import GROUP_PATTERN
+from asyncinfer.repository.inspect.groups import Counted
+from asyncinfer.schemas.requests import NoQuery
+from asyncinfer.schemas.responses import Group, GroupCancelled, GroupCounts, at
+
+_NO_JOBS: Final = Counted(jobs=0, by_status={}, first_failed=[], created_ms=None)
+_name = re.compile(GROUP_PATTERN)
+
+
+async def read_group(services: Services, request: Request[NoQuery]) -> Reply:
+    """How many jobs of a group are in which state, and when all will have ended."""
+    group = _group(request)
+    counted = await services.groups.count(request.tenant, group)
+    if counted is None:
+        raise _absent()
+    return json_reply(200, group_view(group, counted))
+
+
+async def cancel_group(services: Services, request: Request[NoQuery]) -> Reply:
+    """Cancels all jobs of a group, waiting or running."""
+    group = _group(request)
+    done = await services.groups.cancel(request.tenant, group)
+    if done is None:
+        raise _absent()
+    return json_reply(200, GroupCancelled(group, done.ended, done.asked))
+
+
+def group_view(group: str, counted: Counted | None) -> Group:
+    counted = counted or _NO_JOBS
+    by_status = {name: counted.by_status.get(name, 0) for name in GroupCounts.__struct_fields__}
+    by_status["expired"] = counted.expired
+    done = counted.jobs - counted.left
+    return Group(
+        group=group,
+        jobs=counted.jobs,
+        counts=GroupCounts(**by_status),
+        progress=done / counted.jobs if counted.jobs else 0.0,
+        eta_seconds=eta_seconds(counted, time.time() * 1000),
+        created_at=at(counted.created_ms) or None,
+        first_failed=counted.first_failed,
+    )
+
+
+def eta_seconds(counted: Counted, now_ms: float) -> float | None:
+    """At the pace at which jobs have ended since the first was made; None while none has."""
+    done = counted.jobs - counted.left
+    if not counted.left:
+        return 0.0 if counted.jobs else None
+    if not done or counted.created_ms is None:
+        return None
+    return round(max(0.0, now_ms - counted.created_ms) / 1000 / done * counted.left, 3)
+
+
+def _group(request: Request[Any]) -> str:
+    group = request.path("group") or ""
+    if not _name.fullmatch(group):
+        raise _absent()
+    return group
+
+
+def _absent() -> GroupNotFound:
+    return GroupNotFound(
+        "There is no group of this name; jobs make one when they are submitted with "
+        "`options.group`. A group is kept for 7 days after its last submit."
+    )

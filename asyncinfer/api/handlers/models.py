@@ -1,0 +1,207 @@
+"""The routes about models: which there are, what each takes; pause, resume and purge."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any, Final
+
+import msgspec
+
+from asyncinfer.api.audit import audited
+from asyncinfer.api.catalog import Served
+from asyncinfer.api.http.messages import Reply, Request, json_reply
+from asyncinfer.api.inputs.request_input import read_input
+from asyncinfer.api.services import Services
+from asyncinfer.errors import ModelNotFound, NoModelAnnounced
+from asyncinfer.models.signature import Signature, data_input
+from asyncinfer.repository import keys
+from asyncinfer.repository.announcements import WorkerSays, worker_says
+from asyncinfer.schemas.operations import shown_worker
+from asyncinfer.schemas.requests import AskedOptions, NoQuery
+from asyncinfer.schemas.responses import (
+    Model,
+    ModelList,
+    ModelProblem,
+    Pause,
+    Purged,
+    TensorShape,
+    Validated,
+)
+from asyncinfer.tensors import datatypes
+from asyncinfer.tensors.datatypes import TensorSpec, is_open
+from asyncinfer.untrusted import decoding
+
+Workers = Mapping[str, WorkerSays]
+
+_MOST_ELEMENTS: Final = 1000
+_ELEMENTS: Final[dict[str, object]] = {"BOOL": False, "BYTES": "text"}
+
+
+async def list_models(services: Services, request: Request[NoQuery]) -> Reply:
+    """The models that can be asked, and what is wrong with those that cannot."""
+    served = await services.catalog.all()
+    workers = await _workers(services)
+    names = {one.signature.model for one in served}
+    broken = [one for one in _problems(workers) if one.model not in names]
+    loading = sorted(services.workforce.loading)
+    return json_reply(200, ModelList(await _views(services, served, workers), broken, loading))
+
+
+async def read_model(services: Services, request: Request[NoQuery]) -> Reply:
+    """One model: its inputs, outputs, labels, versions, workers, and a request that works."""
+    served = await services.catalog.find(request.path("model"))
+    (view,) = await _views(services, [served], await _workers(services))
+    return json_reply(200, view)
+
+
+async def pause_model(services: Services, request: Request[NoQuery]) -> Reply:
+    """Runs none of a model's jobs until it is resumed; they are still taken in."""
+    return await _pause(services, request, paused=True)
+
+
+async def resume_model(services: Services, request: Request[NoQuery]) -> Reply:
+    """Runs a paused model's jobs again."""
+    return await _pause(services, request, paused=False)
+
+
+async def _pause(services: Services, request: Request[NoQuery], *, paused: bool) -> Reply:
+    served = await services.catalog.find(request.path("model"))
+    await services.operation.pause(served.queue, paused=paused)
+    # Who submits next is told at once.
+    await services.workforce.refresh()
+    return json_reply(200, Pause(served.signature.model, paused))
+
+
+async def purge_model(services: Services, request: Request[NoQuery]) -> Reply:
+    """Cancels all that waits for a model, of all tenants; what runs is left."""
+    name = request.path("model") or ""
+    with audited(
+        request, "purge", {"status": "pending", "model": name}, over_tenants=True
+    ) as audit:
+        queue = await _queue_of(services, name)
+        audit.count = await services.operation.purge(queue)
+    return json_reply(200, Purged(name, audit.count))
+
+
+async def _queue_of(services: Services, name: str) -> str:
+    """Also of a model that nobody serves any more: its jobs would wait for ever."""
+    try:
+        return (await services.catalog.find(name)).queue
+    except (ModelNotFound, NoModelAnnounced):
+        queue = keys.queue(services.store.n, name, services.catalog.default_model)
+        if queue in await services.inspection.queues():
+            return queue
+        raise
+
+
+async def validate(services: Services, request: Request[AskedOptions]) -> Reply:
+    """Whether a request would be taken, and how it is understood; stores nothing."""
+    served = await services.catalog.find(request.path("model"))
+    asked = await read_input(request, services.config, served, services.long_reads)
+    signature = asked.signature
+    with_rows = {spec.name for spec in signature.inputs if is_open(spec)}
+    return json_reply(
+        200,
+        Validated(
+            model=signature.model,
+            version=signature.version,
+            inputs=[TensorShape(one.name, one.datatype, one.shape) for one in asked.tensors],
+            outputs=list(asked.outputs or (spec.name for spec in signature.outputs)),
+            rows=next((one.shape[0] for one in asked.tensors if one.name in with_rows), None),
+            options=asked.options,
+        ),
+    )
+
+
+async def _workers(services: Services) -> Workers:
+    """What the living workers say, by the names that everyone may see."""
+    bodies = await services.inspection.workers()
+    return {shown_worker(worker_id): worker_says(body) for worker_id, body in bodies.items()}
+
+
+def _problems(workers: Workers) -> list[ModelProblem]:
+    return [
+        ModelProblem(model=model, version=version or None, worker=worker, reason=reason)
+        for worker, says in sorted(workers.items())
+        for model, versions in sorted(says.problems.items())
+        for version, reason in sorted(versions.items())
+    ]
+
+
+async def _views(services: Services, served: Sequence[Served], workers: Workers) -> list[Model]:
+    paused = await services.inspection.paused([one.queue for one in served])
+    default = services.catalog.default_model
+    return [
+        _view(one, workers, is_default=one.signature.model == default, paused=is_paused)
+        for one, is_paused in zip(served, paused, strict=True)
+    ]
+
+
+def _view(served: Served, workers: Workers, *, is_default: bool, paused: bool) -> Model:
+    signature = served.signature
+    name = signature.model
+    return Model(
+        model=name,
+        version=signature.version,
+        versions=list(served.versions),
+        default=is_default,
+        url=f"/predict/{name}",
+        description=signature.description,
+        inputs=signature.inputs,
+        outputs=signature.outputs,
+        input_axes=signature.input_axes,
+        output_axes=signature.output_axes,
+        labels=signature.labels,
+        batched=signature.batched,
+        batching=signature.batching,
+        max_rows=signature.max_rows,
+        sha256=signature.sha256,
+        version_sha256={one: served.signatures[one].sha256 for one in served.versions},
+        symbols=_symbols(signature),
+        example=example_of(signature),
+        paused=paused,
+        workers=sum(name in one.models and one.state == "ready" for one in workers.values()),
+        problems=[one for one in _problems(workers) if one.model == name],
+        run_times={
+            worker: one.run_times[name] for worker, one in workers.items() if name in one.run_times
+        },
+    )
+
+
+def example_of(signature: Signature) -> dict[str, Any] | None:
+    """A body that works as it is: `data` where one input is enough, else named tensors."""
+    if data_input(signature) is not None and signature.example is not None:
+        return {"data": signature.example}
+    if shown := signature.example_inputs:
+        specs = [spec for spec in signature.inputs if spec.name in shown]
+        # An example that does not fit its input was announced by no worker of ours.
+        with contextlib.suppress(*decoding.UNREADABLE):
+            return {"inputs": [_shown_input(spec, shown[spec.name]) for spec in specs]}
+    inputs = [_example_input(spec) for spec in signature.inputs if not spec.optional]
+    if any(prod(one["shape"]) > _MOST_ELEMENTS for one in inputs):
+        return None
+    return {"inputs": inputs}
+
+
+def _shown_input(spec: TensorSpec, value: object) -> dict[str, Any]:
+    """An input as its worker shows it, which has checked it."""
+    shape = datatypes.decode(msgspec.json.encode(value), spec).shape
+    data = value if isinstance(value, list | tuple) else [value]
+    return {"name": spec.name, "shape": shape, "datatype": spec.datatype, "data": data}
+
+
+def _example_input(spec: TensorSpec) -> dict[str, Any]:
+    shape = [dim if isinstance(dim, int) else 1 for dim in datatypes.dims(spec)]
+    element = _ELEMENTS.get(spec.datatype, 0)
+    data = [element] * prod(shape) if prod(shape) <= _MOST_ELEMENTS else []
+    return {"name": spec.name, "shape": shape, "datatype": spec.datatype, "data": data}
+
+
+def _symbols(signature: Signature) -> dict[str, list[str]]:
+    """Where each symbolic dimension is: `{"batch": ["x[0]", "y[0]"]}`."""
+    found: dict[str, list[str]] = {}
+    for spec in (*signature.inputs, *signature.outputs):
+        for axis, dim in enumerate(datatypes.dims(spec)):
+            if isinstance(dim, str):
+                found.setdefault(dim, []).append(f"{spec.name}[{axis}]")
+    return found

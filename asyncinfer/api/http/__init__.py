@@ -1,0 +1,1 @@
+"""HTTP itself: connections, messages, bodies, problems; nothing here knows of jobs."""

@@ -1,0 +1,211 @@
+"""Reading a request's body: which kind it is, and no more of it than allowed."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+import anyio
+from msgspec import Struct
+from starlette.types import Receive
+
+from asyncinfer.api.config import ApiConfig
+from asyncinfer.api.http.messages import OWS, ClientGone, Request
+from asyncinfer.errors import BodyTooLarge, EncodingRefused, InvalidHeader, MediaTypeRefused
+
+JSON_LENGTH_HEADER: Final = b"inference-header-content-length"
+"""Of a body that begins with JSON and goes on with tensors, how long the JSON is."""
+
+NPY: Final = "application/x-npy"
+
+NDJSON: Final = "application/x-ndjson"
+_LINE_TYPES: Final = (NDJSON, "application/jsonl", "application/x-jsonlines")
+"""One JSON text a line goes by several names, none of them registered."""
+
+_CLOSE: Final = ("connection", "close")
+_DISCARD_SECONDS: Final = 2.0
+_TAKEN: Final = "application/json"
+
+
+class Body(Struct, frozen=True):
+    """What was sent: JSON, JSON with tensors behind it, or an array as numpy saves it."""
+
+    content: bytes
+    json_bytes: int | None
+    """How much of it is JSON; None for all of it."""
+    npy: bool = False
+
+
+async def read_body(request: Request[Any], config: ApiConfig) -> Body:
+    """The body; not parsed. Whether tensors follow its JSON is said by a header of their own,
+    since clients of the Open Inference Protocol send any Content-Type, or none."""
+    if _is_plain_json(request.headers):
+        json_bytes, npy, limit = None, False, _json_limit(config)
+    else:
+        json_bytes, npy, limit = _kind(request, config)
+    _check_announced_length(request.header(b"content-length"), limit)
+    content = await _read(request, limit)
+    # The key may have been revoked while the body came in.
+    request.admission.check()
+    if json_bytes is not None and json_bytes > len(content):
+        raise InvalidHeader(
+            f"Inference-Header-Content-Length is {json_bytes}, the body has {len(content)} bytes; "
+            "it is the length of the JSON that the body begins with."
+        )
+    return Body(content, json_bytes, npy)
+
+
+def _is_plain_json(headers: Mapping[bytes, bytes]) -> bool:
+    """Most bodies are that, and need none of the looks that others do."""
+    return (
+        headers.get(b"content-type") == b"application/json"
+        and JSON_LENGTH_HEADER not in headers
+        and b"content-encoding" not in headers
+    )
+
+
+def _kind(request: Request[Any], config: ApiConfig) -> tuple[int | None, bool, "_Limit"]:
+    """How much of the body is JSON (None: all), whether it is numpy's, and how long it may be."""
+    json_bytes = _json_bytes(request.header(JSON_LENGTH_HEADER), config.max_json_bytes)
+    media_type = request.header(b"content-type")
+    npy = json_bytes is None and _is_npy(media_type)
+    dense = npy or json_bytes is not None
+    if not dense:
+        _check_media_type(media_type)
+    _check_encoding(request.header(b"content-encoding"))
+    limit = _Limit(config.max_body_bytes, "MAX_BODY") if dense else _json_limit(config)
+    return json_bytes, npy, limit
+
+
+def has_lines(media_type: bytes | None) -> bool:
+    """Whether the body is one request a line, which no `read_body` takes."""
+    if media_type is None or media_type == b"application/json":
+        return False
+    return _media_type(media_type.decode("latin-1")) in _LINE_TYPES
+
+
+def check_lines(request: Request[Any]) -> None:
+    """Raises what there is to say of a body of lines before the first of them is read."""
+    if request.header(JSON_LENGTH_HEADER) is not None:
+        raise InvalidHeader(
+            f"Inference-Header-Content-Length does not go with {NDJSON}: no tensors follow a line. "
+            "Send their elements in `data`."
+        )
+    _check_charset((request.header(b"content-type") or "").lower())
+    _check_encoding(request.header(b"content-encoding"))
+
+
+async def discard(receive: Receive, headers: Mapping[bytes, bytes]) -> None:
+    """Takes what still comes of a refused body, for a moment.
+
+    A socket closed with unread bytes is reset, and the client may lose the answer with it. One
+    that waits for `100 Continue` sends nothing, and must not be asked to.
+    """
+    if b"expect" in headers:
+        return
+    with anyio.move_on_after(_DISCARD_SECONDS):
+        while (await receive()).get("more_body"):
+            pass
+
+
+class _Limit(Struct, frozen=True):
+    most_bytes: int
+    setting: str
+
+    def error(self) -> BodyTooLarge:
+        kind = "JSON body" if self.setting == "MAX_JSON" else "body"
+        hint = ", send binary tensors" if self.setting == "MAX_JSON" else ""
+        return BodyTooLarge(
+            f"A {kind} may have {self.most_bytes} bytes. Send fewer rows per job{hint}, or raise "
+            f"{self.setting}.",
+            headers=[_CLOSE],
+        )
+
+
+def _json_limit(config: ApiConfig) -> _Limit:
+    return _Limit(config.max_json_bytes, "MAX_JSON")
+
+
+async def _read(request: Request[Any], limit: _Limit) -> bytes:
+    chunks: list[bytes] = []
+    size = 0
+    more = True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        chunk = message.get("body", b"")
+        size += len(chunk)
+        if size > limit.most_bytes:
+            raise limit.error()
+        chunks.append(chunk)
+        more = message.get("more_body", False)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def _json_bytes(value: str | None, max_json_bytes: int) -> int | None:
+    if value is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,18}", value) or int(value) == 0:
+        raise InvalidHeader(
+            "Inference-Header-Content-Length is the number of bytes of JSON, at least 1, that the "
+            "body begins with; the tensors follow it."
+        )
+    if int(value) > max_json_bytes:
+        raise BodyTooLarge(
+            f"The JSON before the tensors may have {max_json_bytes} bytes. Send the data of more "
+            "inputs as binary, or raise MAX_JSON.",
+            headers=[_CLOSE],
+        )
+    return int(value)
+
+
+def _is_npy(value: str | None) -> bool:
+    return value is not None and _media_type(value) == NPY
+
+
+def _media_type(value: str) -> str:
+    return value.partition(";")[0].strip(OWS).lower()
+
+
+def _check_media_type(value: str | None) -> None:
+    """No Content-Type at all counts as JSON, as does that of bytes of any kind: a browser's form
+    can send neither."""
+    if value is None or value == _TAKEN:
+        return
+    media_type = _media_type(value)
+    if media_type in _LINE_TYPES:
+        raise MediaTypeRefused(
+            f"Content-Type is {value[:100]!r}: only POST /predict takes one request a line. Send a "
+            "single one here, with `Content-Type: application/json`.",
+            headers=[("accept", f"{_TAKEN}, {NPY}")],
+        )
+    is_json = media_type == _TAKEN or media_type.endswith("+json")
+    if not is_json and media_type != "application/octet-stream":
+        hint = " (curl -d sends that unless told)" if "form-urlencoded" in media_type else ""
+        raise MediaTypeRefused(
+            f"Content-Type is {value[:100]!r}{hint}; send `Content-Type: application/json`, "
+            f"or `{NPY}` for an array that numpy saved.",
+            headers=[("accept", f"{_TAKEN}, {NPY}")],
+        )
+    _check_charset(value.lower())
+
+
+def _check_charset(media_type: str) -> None:
+    for parameter in media_type.split(";")[1:]:
+        name, _, text = parameter.partition("=")
+        if name.strip(OWS) == "charset" and text.strip(OWS).strip('"') not in ("utf-8", "utf8"):
+            raise MediaTypeRefused("JSON is sent in UTF-8; leave the charset out, or say utf-8.")
+
+
+def _check_encoding(value: str | None) -> None:
+    if value is not None and value.strip(OWS).lower() != "identity":
+        raise EncodingRefused(
+            f"Content-Encoding is {value[:100]!r}; send the body as it is, uncompressed.",
+            headers=[("accept-encoding", "identity")],
+        )
+
+
+def _check_announced_length(value: str | None, limit: _Limit) -> None:
+    """Refuses by what is announced, before a byte is read; what comes is counted all the same."""
+    if value is not None and value.isdecimal() and int(value[:20]) > limit.most_bytes:
+        raise limit.error()

@@ -1,0 +1,263 @@
+"""One exchange: the request as handlers see it, and the reply."""
+
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final, Generic, TypeVar
+from urllib.parse import parse_qsl
+
+import anyio
+import msgspec
+from msgspec import Struct
+from starlette.types import Receive, Scope, Send
+
+from asyncinfer.api.admission import Admission, Reach
+from asyncinfer.api.http.validation_errors import fault_of
+from asyncinfer.errors import InvalidQuery, RequestError
+
+OWS: Final = " \t"
+"""Optional white space in header fields (RFC 9110, 5.6.3). Python's `strip` takes more for it, such
+as the byte 0xA0, and what a proxy in front has read as another value."""
+
+Query = TypeVar("Query", bound=Struct)
+Header = tuple[bytes, bytes]
+
+KEEP_BODY_OPEN: Final = "asyncinfer.keep_body_open"
+"""Where a connection of ours has put, in a scope's state, how its deadline is lifted."""
+
+BREAK_OFF: Final = "asyncinfer.break_off"
+"""And there, what ends the connection of a client that takes nothing of its answer."""
+
+ANSWER_WHOLE: Final = "asyncinfer.answer_whole"
+"""And there, how a whole reply is sent at once; it returns whether it could."""
+
+_MOST_PARAMETERS: Final = 32
+_NO_CONTENT: Final = 204
+
+encode_json = msgspec.json.Encoder().encode
+
+
+class ClientGone(Exception):
+    """The client closed the connection; nobody waits for an answer."""
+
+
+class Request(Generic[Query]):
+    """A request that was let in: whose it is, and what it asks."""
+
+    __slots__ = ("_scope", "admission", "headers", "query", "reach", "receive", "tenant")
+
+    def __init__(
+        self,
+        scope: Scope,
+        receive: Receive,
+        *,
+        headers: Mapping[bytes, bytes],
+        query: Query,
+        admission: Admission,
+        reach: Reach,
+    ) -> None:
+        self._scope = scope
+        self.receive = receive
+        self.headers = headers
+        self.query = query
+        self.admission = admission
+        self.tenant = admission.tenant
+        self.reach = reach
+
+    def path(self, name: str) -> str | None:
+        """The part of the path that the route calls `name`; None where it has none."""
+        part: str | None = self._scope["path_params"].get(name)
+        return part
+
+    def keep_body_open(self) -> None:
+        """From here on this request's body may take any time; its handler sees to it that the
+        client is heard of."""
+        if keep := self._scope.get("state", {}).get(KEEP_BODY_OPEN):
+            keep(self._scope)
+
+    def header(self, name: bytes) -> str | None:
+        value = self.headers.get(name)
+        return None if value is None else value.decode("latin-1")
+
+    def header_lines(self, name: bytes) -> list[str]:
+        """Every line of a header that may come more than once."""
+        if name not in self.headers:
+            return []
+        return [value.decode("latin-1") for key, value in self._scope["headers"] if key == name]
+
+
+class Reply(Struct, frozen=True):
+    status: int
+    body: bytes
+    headers: tuple[Header, ...] = ()
+    media_type: bytes = b"application/json"
+
+
+class Stream(Struct, frozen=True):
+    """An answer whose body is made while it is sent; of unknown length.
+
+    `chunks` ends when the client leaves: it watches for that itself, since only it knows whether
+    the request's body is still coming.
+    """
+
+    chunks: AsyncGenerator[bytes, None]
+    media_type: bytes
+    status: int = 200
+    headers: tuple[Header, ...] = ()
+    reading: Callable[[], Awaitable[None]] | None = None
+    """Reads the request while its answer is sent, and returns when the client has left."""
+    revoked: Callable[[], Awaitable[RequestError]] | None = None
+    """Returns when the caller's key is no longer let in, which ends the answer."""
+    last_words: Callable[[RequestError], Awaitable[bytes]] | None = None
+    """What is sent then, where a client would not ask again by itself."""
+
+
+class ClientTooSlow(Exception):
+    """The client took nothing of its answer for longer than it may."""
+
+
+class StreamBroken(Exception):
+    """An answer that had begun could not be finished; its cause says why."""
+
+
+def json_reply(status: int, body: Struct, *headers: Header) -> Reply:
+    return Reply(status, encode_json(body), headers)
+
+
+def header_block(reply: Reply) -> list[Header]:
+    """All headers of a reply. States change, so no cache may keep one."""
+    if reply.status == _NO_CONTENT:
+        return [(b"cache-control", b"no-store"), *reply.headers]
+    return [
+        (b"content-type", reply.media_type),
+        (b"content-length", str(len(reply.body)).encode()),
+        (b"cache-control", b"no-store"),
+        *reply.headers,
+    ]
+
+
+async def send_reply(reply: Reply, scope: Scope, send: Send, *, more: bool = False) -> None:
+    """`more` leaves the answer open, all of it sent; `end_reply` ends it."""
+    whole = scope.get("state", {}).get(ANSWER_WHOLE)
+    if whole and not more and whole(scope, reply):
+        return
+    await send(
+        {"type": "http.response.start", "status": reply.status, "headers": header_block(reply)}
+    )
+    body = b"" if scope["method"] == "HEAD" else reply.body
+    await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+async def send_stream(stream: Stream, scope: Scope, send: Send) -> None:
+    """Sends chunks as they come. Raises StreamBroken, since no other answer can follow, or
+    ClientTooSlow where that is why."""
+    try:
+        if stream.reading is None:
+            await _send_chunks(stream, scope, send)
+            return
+        async with anyio.create_task_group() as group:
+            group.start_soon(_cancel_after, stream.reading, group.cancel_scope)
+            await _send_chunks(stream, scope, send)
+            group.cancel_scope.cancel()
+    except ClientGone:
+        return
+    except Exception as error:
+        if slow := _too_slow(error):
+            raise slow from None
+        raise StreamBroken from error
+
+
+def _too_slow(error: Exception) -> ClientTooSlow | None:
+    """What was raised in a task comes wrapped in a group."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error if isinstance(error, ClientTooSlow) else None
+
+
+async def _cancel_after(reading: Callable[[], Awaitable[None]], scope: anyio.CancelScope) -> None:
+    await reading()
+    scope.cancel()
+
+
+async def _send_chunks(stream: Stream, scope: Scope, send: Send) -> None:
+    headers = [
+        (b"content-type", stream.media_type),
+        (b"cache-control", b"no-store"),
+        *stream.headers,
+    ]
+    async with contextlib.aclosing(stream.chunks) as chunks:
+        await send({"type": "http.response.start", "status": stream.status, "headers": headers})
+        if scope["method"] != "HEAD":
+            last = await _send_while_let_in(stream, chunks, send)
+            await send({"type": "http.response.body", "body": last, "more_body": True})
+    await end_reply(send)
+
+
+async def _send_while_let_in(
+    stream: Stream, chunks: AsyncGenerator[bytes, None], send: Send
+) -> bytes:
+    """Sends chunks until they end, or the key is revoked; then what is left to be said."""
+    if stream.revoked is None:
+        await _send_all(chunks, send)
+        return b""
+    last, trouble = b"", None
+
+    async def end_when_revoked(revoked: Callable[[], Awaitable[RequestError]]) -> None:
+        nonlocal last
+        error = await revoked()
+        group.cancel_scope.cancel()
+        if stream.last_words:
+            with anyio.CancelScope(shield=True):
+                last = await stream.last_words(error)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(end_when_revoked, stream.revoked)
+        try:
+            await _send_all(chunks, send)
+        except Exception as error:
+            # Raised in here, the group would wrap it.
+            trouble = error
+        group.cancel_scope.cancel()
+    if trouble:
+        raise trouble
+    return last
+
+
+async def _send_all(chunks: AsyncGenerator[bytes, None], send: Send) -> None:
+    async for chunk in chunks:
+        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+
+async def end_reply(send: Send) -> None:
+    await send({"type": "http.response.body", "body": b""})
+
+
+def read_query(scope: Scope, struct: type[Query]) -> Query:
+    """The query parameters as a struct; raises InvalidQuery naming the wrong one."""
+    text: bytes = scope["query_string"]
+    if not text:
+        return struct()
+    parameters = _parameters(text)
+    try:
+        return msgspec.convert(dict(parameters), struct, strict=False)
+    except msgspec.ValidationError as error:
+        fault = fault_of(error, struct)
+        name = fault.pointer.removeprefix("/")
+        raise InvalidQuery(f"Query parameter `{name}`: {fault.detail}") from error
+
+
+def _parameters(text: bytes) -> Sequence[tuple[str, Any]]:
+    try:
+        pairs = parse_qsl(
+            text.decode("ascii"),
+            keep_blank_values=True,
+            errors="strict",
+            max_num_fields=_MOST_PARAMETERS,
+        )
+    except ValueError as error:
+        raise InvalidQuery(
+            f"The query must be percent-encoded UTF-8 with at most {_MOST_PARAMETERS} parameters."
+        ) from error
+    names = [name for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InvalidQuery(f"Query parameter `{twice[:64]}` is given more than once.")
+    return pairs

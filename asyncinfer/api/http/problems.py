@@ -1,0 +1,28 @@
+"""Errors as answers (RFC 9457): the one place that renders them."""
+
+from math import ceil
+from typing import Final
+
+from asyncinfer.api.http.messages import Reply, encode_json
+from asyncinfer.errors import InternalError, RequestError
+from asyncinfer.schemas.problems import problem_of
+
+_RETRY_STATUSES: Final = frozenset({429, 503})
+_RETRY_AFTER_SECONDS: Final = 1.0
+
+
+def problem_reply(error: RequestError, path: str = "") -> Reply:
+    headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in error.headers]
+    if error.status in _RETRY_STATUSES or error.retry_after_seconds is not None:
+        seconds = error.retry_after_seconds or _RETRY_AFTER_SECONDS
+        headers.append((b"retry-after", str(max(1, ceil(seconds))).encode()))
+    return Reply(
+        error.status,
+        encode_json(problem_of(error, path)),
+        tuple(headers),
+        b"application/problem+json",
+    )
+
+
+def internal_error() -> InternalError:
+    return InternalError("Something went wrong on our side; the server's log has the rest.")

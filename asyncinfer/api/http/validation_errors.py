@@ -1,0 +1,34 @@
+"""What msgspec finds wrong, as a fault with its place and a hint."""
+
+import re
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+from asyncinfer.errors import Fault
+from asyncinfer.tensors.json_errors import unknown_name
+
+_SHOWN_CHARACTERS: Final = 64
+_PLACE: Final = " - at `"
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(.*)`")
+_STEP = re.compile(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]")
+
+
+def fault_of(error: msgspec.ValidationError, struct: type[Struct], under: str = "") -> Fault:
+    """`struct` is what was expected at the JSON pointer `under`."""
+    message, place, path = str(error).rpartition(_PLACE)
+    if not place:
+        message, path = path, ""
+    pointer = under + "".join(f"/{name or index}" for name, index in _STEP.findall(path[:-1]))
+    if unknown := _UNKNOWN.fullmatch(message):
+        name = unknown[1][:_SHOWN_CHARACTERS]
+        return Fault(f"{pointer}/{_escaped(name)}", unknown_name(name, struct.__struct_fields__))
+    if missing := _MISSING.fullmatch(message):
+        return Fault(f"{pointer}/{missing[1]}", "This field is required.")
+    return Fault(pointer, f"{message}.")
+
+
+def _escaped(name: str) -> str:
+    return name.replace("~", "~0").replace("/", "~1")

@@ -1,0 +1,1 @@
+"""What follows a job until it ends: completion notices, change feed, waiting."""

@@ -1,0 +1,166 @@
+"""API keys: who a caller is, and what they may do."""
+
+import codecs
+import hashlib
+import hmac
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final, Literal
+
+from msgspec import Struct
+
+from asyncinfer.errors import (
+    KeyFileRefused,
+)
+from asyncinfer.jobs import TENANT_PATTERN
+
+SCOPES: Final = ("submit", "read", "admin", "operator")
+"""Each stands alone: `admin` does not bring the others."""
+
+MOST_FILE_BYTES: Final = 4 << 20
+"""About 40,000 keys."""
+
+_TENANT = re.compile(TENANT_PATTERN)
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_PREFIX: Final = "ai_"
+_SECRET_BYTES: Final = 32
+
+
+class Caller(Struct, frozen=True):
+    tenant: str
+    scopes: frozenset[str]
+
+
+class Entry(Struct, frozen=True):
+    """One line of the key file: `tenant scopes sha256hex [comment]`."""
+
+    caller: Caller
+    digest: str
+
+    def line(self) -> str:
+        scopes = ",".join(scope for scope in SCOPES if scope in self.caller.scopes)
+        return f"{self.caller.tenant} {scopes} {self.digest}"
+
+
+class BrokenLine(Struct, frozen=True):
+    """A line of the key file that lets nobody in. Its text is not kept: it may be a key."""
+
+    number: int
+    reason: str
+
+
+class Keyring:
+    """The keys that are let in. A tenant may have several, to change one without a gap."""
+
+    def __init__(self, entries: Sequence[Entry] = (), broken: Sequence[BrokenLine] = ()) -> None:
+        self._entries = tuple(entries)
+        self.broken = tuple(broken)
+        """Lines that were left out."""
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @classmethod
+    def load(cls, path: Path) -> "Keyring":
+        """Raises KeyFileRefused when the file cannot be read."""
+        return cls.parse(read_key_file(path))
+
+    @classmethod
+    def parse(cls, content: bytes) -> "Keyring":
+        """The keys of sound lines. A broken line is left out alone: were the whole file refused
+        for it, a key that was taken out in the same edit would still be valid."""
+        entries: dict[str, Entry] = {}
+        broken: list[BrokenLine] = []
+        for number, line in _lines(content):
+            try:
+                entry = _read_entry(line)
+                if entry.digest in entries:
+                    raise ValueError("it repeats the key of an earlier line, which counts")
+            except ValueError as error:
+                broken.append(BrokenLine(number, str(error)))
+            else:
+                entries[entry.digest] = entry
+        return cls(tuple(entries.values()), broken)
+
+    def identify(self, key: str) -> Caller | None:
+        """Whose key it is. Takes the same time wherever in the file it is, or is not."""
+        return self.caller_of(digest_of(key))
+
+    def caller_of(self, digest: str) -> Caller | None:
+        """Whose key has this SHA-256."""
+        caller = None
+        for entry in self._entries:
+            if hmac.compare_digest(entry.digest, digest):
+                caller = entry.caller
+        return caller
+
+
+def read_key_file(path: Path) -> bytes:
+    """Raises KeyFileRefused when there is no regular file that can be read."""
+    try:
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise KeyFileRefused(f"Cannot read the API keys in {path}: it is not a file.")
+            content = file.read(MOST_FILE_BYTES + 1)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise KeyFileRefused(f"Cannot read the API keys in {path}: {reason}.") from error
+    if len(content) > MOST_FILE_BYTES:
+        raise KeyFileRefused(
+            f"Cannot read the API keys in {path}: it has more than {MOST_FILE_BYTES} bytes."
+        )
+    return content
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A plain open of a named pipe would wait for a writer."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def new_key() -> str:
+    """256 random bits, so that its plain SHA-256 gives nothing away."""
+    return _PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
+
+
+def entry_of(key: str, tenant: str, scopes: str) -> Entry:
+    """`scopes` as in the file, comma-separated; raises ValueError with what is allowed."""
+    return _entry(tenant, scopes, digest_of(key))
+
+
+def digest_of(key: str) -> str:
+    """The SHA-256 of a key, as the file has it."""
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _entry(tenant: str, scopes: str, digest: str) -> Entry:
+    if not _TENANT.fullmatch(tenant):
+        raise ValueError("a tenant is up to 64 letters, digits, `_`, `.` and `-`")
+    wanted = frozenset(scopes.split(","))
+    if not wanted <= frozenset(SCOPES):
+        raise ValueError(f"scopes are {', '.join(SCOPES)}, separated by commas without spaces")
+    if not _DIGEST.fullmatch(digest):
+        raise ValueError("the third word must be the key's SHA-256, 64 lower-case hex digits")
+    return Entry(Caller(tenant, wanted), digest)
+
+
+def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """Lines that are neither empty nor comments, with their numbers."""
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
+        if line.strip() and not line.lstrip().startswith(b"#"):
+            yield number, line
+
+
+def _read_entry(line: bytes) -> Entry:
+    try:
+        words = line.decode().split()
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8") from None
+    tenant, scopes, digest, *_ = [*words, "", "", ""]
+    return _entry(tenant, scopes, digest)
+
+
+KeyScope = Literal["submit", "read", "admin", "operator"]

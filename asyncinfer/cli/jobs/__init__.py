@@ -1,0 +1,1 @@
+"""The commands that list, end, retry and delete jobs."""

@@ -1,0 +1,28 @@
+"""What rich draws: strings become text without control characters, and are never read as markup.
+
+Escapes in pipes too: `asyncinfer jobs | head` ends on a terminal. Programs read --json or --to.
+"""
+
+from typing import Any
+
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from asyncinfer.untrusted.printable import printable
+
+
+class SafeConsole(Console):
+    """Measures and draws each string by way of `render_str`: what is printed, cells, titles."""
+
+    def render_str(self, text: str, **more: Any) -> Text:
+        return super().render_str(printable(text), **{**more, "markup": False, "emoji": False})
+
+
+class SafeText(Text):
+    def __init__(self, text: str = "", style: str | Style = "", **more: Any) -> None:
+        super().__init__(printable(text), style, **more)
+
+    def append(self, text: "Text | str", style: "str | Style | None" = None) -> "SafeText":
+        super().append(printable(text) if isinstance(text, str) else text, style)
+        return self

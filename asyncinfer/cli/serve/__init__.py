@@ -1,0 +1,1 @@
+"""`asyncinfer serve` and `asyncinfer work`: processes, configuration, banner, log."""

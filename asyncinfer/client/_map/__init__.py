@@ -1,0 +1,1 @@
+"""Many rows through one model: `map` and `map_frame`."""

@@ -1,0 +1,1 @@
+"""Which outputs of a classifier are its scores and its class."""

@@ -1,0 +1,1 @@
+"""Models as files and signatures: folder, model.toml, validation, batching; loads nothing."""

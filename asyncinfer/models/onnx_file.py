@@ -1,0 +1,187 @@
+"""Where an ONNX file says that its weights lie, read from its bytes without trusting them.
+
+The `onnx` package is not needed to serve, so this walks the protobuf wire format itself.
+"""
+
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from asyncinfer.errors import ModelRefused
+from asyncinfer.models import file_kind
+from asyncinfer.untrusted import file_access
+from asyncinfer.untrusted.printable import printable_line
+
+_MODEL: Final = {7: "graph", 20: "training", 25: "function"}
+_FIELDS: Final[dict[str, dict[int, str]]] = {
+    "model": _MODEL,
+    "training": {1: "graph", 2: "graph"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {5: "attribute"},
+    "function": {7: "node", 11: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "tensor": {13: "entry"},
+}
+"""Which fields of a message lead to a tensor, and what each is."""
+
+_MOST_MESSAGES: Final = 20_000_000
+_VARINT, _I64, _BYTES, _I32 = 0, 1, 2, 5
+NO_END: Final = -1
+"""Stands where a field that is a number would have its end."""
+
+
+class DamagedFile(ValueError):
+    """Bytes that are not the protobuf of a model."""
+
+
+def check_weights(path: Path, shown: str) -> None:
+    """Raises ModelRefused for what is no ONNX file, and where weights would be read from outside of
+    the model's own folder."""
+    folder = path.parent
+    if not path.stat().st_size:
+        raise ModelRefused(f"{shown}: it is empty")
+    try:
+        found = weights_files(path)
+    except DamagedFile as error:
+        if what := file_kind.looks_like(path):
+            raise ModelRefused(f"{shown}: it is no ONNX file, but {what}") from error
+        raise ModelRefused(f"{shown}: it is no ONNX file, or damaged: {error}") from error
+    for location in sorted(found):
+        problem = _problem(folder, location)
+        if problem:
+            where = f"{shown}: its weights lie in {printable_line(location)!r}, which"
+            raise ModelRefused(f"{where} {problem}")
+
+
+def weights_files(path: Path) -> set[str]:
+    """Where it says that its weights lie, beside it; raises DamagedFile, or ValueError if empty."""
+    with mapped(path) as content:
+        return set(locations(content))
+
+
+def looks_whole(path: Path) -> bool:
+    """Whether it can be a model, at a glance that is as short for a large file."""
+    try:
+        with mapped(path) as content:
+            # All of them, since what is cut short shows at its end.
+            numbers = {number for number, _, _ in fields(content, 0, len(content))}
+    except (OSError, ValueError):  # an empty file cannot be mapped, a damaged one not read
+        return False
+    return any(_MODEL.get(number) == "graph" for number in numbers)
+
+
+@contextmanager
+def mapped(path: Path) -> Iterator[memoryview]:
+    """The file's bytes, without reading them; raises ValueError where it is empty."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        view = memoryview(content)
+        try:
+            yield view
+        finally:
+            view.release()
+
+
+_PUT_IT_HERE: Final = "; put the file itself beside the model"
+
+
+def _problem(folder: Path, location: str) -> str:
+    relative = Path(location)
+    if relative.is_absolute() or "\\" in location or "\0" in location or ".." in relative.parts:
+        return f"is no plain path within the model's folder{_PUT_IT_HERE}"
+    target = folder / relative
+    if not target.resolve().is_relative_to(folder.resolve()):
+        return f"is a link that leads out of the model's folder{_PUT_IT_HERE}"
+    if not os.path.lexists(target):
+        return f"is not there{_PUT_IT_HERE}"
+    if problem := file_access.why_unreadable(target):
+        return problem
+    if target.stat().st_nlink > 1:
+        return f"is a hard link, so that it may be another file's content{_PUT_IT_HERE}"
+    if not target.stat().st_size:
+        return "is empty; copy or download it again"
+    if what := file_kind.instead_of_weights(target):
+        return f"is {what}"
+    return ""
+
+
+def locations(content: memoryview) -> Iterator[str]:
+    """Every `location` of external data in a serialized model; raises DamagedFile."""
+    waiting = [("model", 0, len(content))]
+    messages = 0
+    while waiting:
+        kind, start, end = waiting.pop()
+        messages += 1
+        if messages > _MOST_MESSAGES:
+            raise DamagedFile("too many parts")
+        if kind == "entry":
+            yield from _location(content, start, end)
+            continue
+        inside = _FIELDS[kind]
+        for number, begin, stop in fields(content, start, end):
+            if number in inside:
+                waiting.append((inside[number], begin, stop))
+
+
+def _location(content: memoryview, start: int, end: int) -> Iterator[str]:
+    key = value = b""
+    for number, begin, stop in fields(content, start, end):
+        if number == 1:
+            key = bytes(content[begin:stop])
+        elif number == 2:
+            value = bytes(content[begin:stop])
+    if key == b"location":
+        yield value.decode("utf-8", "surrogateescape")
+
+
+def fields(
+    content: memoryview, at: int, end: int, *, with_numbers: bool = False
+) -> Iterator[tuple[int, int, int]]:
+    """Number, begin and end of each length-delimited field of a message; raises DamagedFile.
+
+    With `with_numbers` also its whole numbers: each one's field, its value, and -1 as the end.
+    """
+    while at < end:
+        tag, at = varint(content, at, end)
+        if tag < 8:  # so that a file of zeros, such as room set aside, ends here
+            raise DamagedFile("a field without a number")
+        kind = tag & 7
+        if kind == _VARINT:
+            value, at = varint(content, at, end)
+            if with_numbers:
+                yield tag >> 3, value, NO_END
+            continue
+        if kind == _BYTES:
+            size, at = varint(content, at, end)
+        elif kind in (_I64, _I32):
+            size = 8 if kind == _I64 else 4
+        else:
+            raise DamagedFile(f"a field of kind {kind}")
+        if size > end - at:
+            raise DamagedFile(_too_long(size - (end - at), end, content))
+        if kind == _BYTES:
+            yield tag >> 3, at, at + size
+        at += size
+
+
+def _too_long(missing_bytes: int, end: int, content: memoryview) -> str:
+    if end < len(content):
+        return "a field is longer than what it is in"
+    return f"{missing_bytes} bytes are missing at its end; copy or download it again"
+
+
+def varint(content: memoryview, at: int, end: int) -> tuple[int, int]:
+    """The number that begins here, and where it ends; raises DamagedFile."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= end:
+            raise DamagedFile("it ends within a number")
+        byte = content[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise DamagedFile("a number is too long")

@@ -1,0 +1,275 @@
+"""The nodes of an ONNX file and what they read, from its bytes without trusting them.
+
+Weights are passed over by their length, so that a large file takes no longer than a small one.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from msgspec import Struct
+
+from asyncinfer.models.onnx_file import NO_END, fields, mapped, varint
+
+_MOST_NODES: Final = 200_000
+_MOST_NAMES: Final = 2_000_000
+_MOST_NUMBERS: Final = 2_000_000
+"""Parts of attributes, and dimensions."""
+_DEEPEST: Final = 16
+"""Graphs within graphs."""
+
+_OF_TREES: Final = "ai.onnx.ml"
+"""Its operators have trees as attributes, millions of numbers long, and no graphs."""
+
+_TENSOR, _OPTIONAL = 1, 9
+"""Kinds of types, by their fields in TypeProto."""
+
+_NUMBERS: Final = frozenset({"axis", "gather_axis", "noop_with_empty_axes", "training_mode"})
+_LISTS: Final = frozenset({"axes", "value"})
+
+Dims = tuple[int, ...]
+
+
+class TooLarge(ValueError):
+    """A graph of more parts than are read."""
+
+
+class Node(Struct, frozen=True):
+    domain: str
+    operator: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    numbers: dict[str, int]
+    """Attributes that are a whole number, as far as they matter here."""
+    lists: dict[str, Dims]
+    """`axes`, and of a Constant's `value` the dimensions."""
+    graphs: tuple["Graph", ...]
+    key: tuple[str, str, str]
+    """Domain, name and overload of the function that it calls, if there is one."""
+
+
+class Graph(Struct, frozen=True):
+    inputs: tuple[str, ...]
+    nodes: tuple[Node, ...]
+    tables: dict[str, Dims]
+    """The dimensions of each initializer."""
+    reads: frozenset[str]
+    """Every name that a node reads, also in graphs within it."""
+
+
+class File(Struct, frozen=True):
+    graph: Graph
+    functions: dict[tuple[str, str, str], "Function"]
+    of_any_rank: frozenset[str]
+    """Inputs and outputs whose type has no shape: they may have any number of dimensions."""
+
+
+class Function(Struct, frozen=True):
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    nodes: tuple[Node, ...]
+
+
+def read(path: Path) -> File:
+    """Raises TooLarge, DamagedFile (ValueError if empty) or OSError."""
+    with mapped(path) as content:
+        return read_content(content)
+
+
+def read_content(content: memoryview) -> File:
+    """Raises TooLarge or DamagedFile."""
+    return _Reader(content).file()
+
+
+class _Reader:
+    def __init__(self, content: memoryview) -> None:
+        self._content = content
+        self._nodes = 0
+        self._names = 0
+        self._numbers = 0
+
+    def file(self) -> File:
+        graph = _Parts()
+        functions = {}
+        for number, begin, end in fields(self._content, 0, len(self._content)):
+            if number == 7:  # protobuf joins what occurs twice
+                self._add_graph(graph, begin, end, 0)
+            elif number == 25:
+                key, function = self._function(begin, end)
+                functions[key] = function
+        of_any_rank = frozenset(name for name, has_shape in graph.shaped.items() if not has_shape)
+        return File(graph.done(), functions, of_any_rank)
+
+    def _graph(self, begin: int, end: int, depth: int) -> Graph:
+        if depth > _DEEPEST:
+            raise TooLarge
+        parts = _Parts()
+        self._add_graph(parts, begin, end, depth)
+        return parts.done()
+
+    def _add_graph(self, parts: "_Parts", begin: int, end: int, depth: int) -> None:
+        for number, start, stop in fields(self._content, begin, end):
+            if number == 1:
+                parts.nodes.append(self._node(start, stop, depth))
+            elif number == 5:
+                name, dims = self._tensor(start, stop)
+                parts.tables[name] = dims
+            elif number in (11, 12):
+                name, has_shape = self._value(start, stop)
+                parts.shaped[name] = parts.shaped.get(name, False) or has_shape
+                if number == 11:
+                    parts.inputs.append(name)
+
+    def _function(self, begin: int, end: int) -> tuple[tuple[str, str, str], "Function"]:
+        words = {1: "", 10: "", 13: ""}
+        names: dict[int, list[str]] = {4: [], 5: []}
+        nodes = []
+        for number, start, stop in fields(self._content, begin, end):
+            if number in words:
+                words[number] = self._text(start, stop)
+            elif number in names:
+                names[number].append(self._text(start, stop))
+            elif number == 7:
+                nodes.append(self._node(start, stop, 0))
+        key = (_domain(words[10]), words[1], words[13])
+        return key, Function(tuple(names[4]), tuple(names[5]), tuple(nodes))
+
+    def _node(self, begin: int, end: int, depth: int) -> Node:
+        self._nodes += 1
+        if self._nodes > _MOST_NODES:
+            raise TooLarge
+        words = {4: "", 7: "", 8: ""}
+        names: dict[int, list[str]] = {1: [], 2: []}
+        attributes = []
+        for number, start, stop in fields(self._content, begin, end):
+            if number in words:
+                words[number] = self._text(start, stop)
+            elif number in names:
+                names[number].append(self._text(start, stop))
+            elif number == 5:
+                attributes.append((start, stop))
+        domain = _domain(words[7])
+        found = _Attributes()
+        if domain != _OF_TREES:
+            for start, stop in attributes:
+                self._add_attribute(found, start, stop, depth)
+        return Node(
+            domain,
+            words[4],
+            tuple(names[1]),
+            tuple(names[2]),
+            found.numbers,
+            found.lists,
+            tuple(found.graphs),
+            (domain, words[4], words[8]),
+        )
+
+    def _add_attribute(self, found: "_Attributes", begin: int, end: int, depth: int) -> None:
+        name = ""
+        numbers: list[int] = []
+        value: int | None = None
+        dims: Dims | None = None
+        for number, start, stop in fields(self._content, begin, end, with_numbers=True):
+            self._count_number()
+            if number == 1 and stop != NO_END:
+                name = self._text(start, stop)
+            elif number == 3 and stop == NO_END:
+                value = _signed(start)
+            elif number == 5 and stop != NO_END:
+                _, dims = self._tensor(start, stop)
+            elif number == 8:
+                numbers += self._integers(start, stop)
+            elif number in (6, 11) and stop != NO_END:
+                found.graphs.append(self._graph(start, stop, depth + 1))
+        if value is not None and name in _NUMBERS:
+            found.numbers[name] = value
+        if name in _LISTS:
+            found.lists[name] = tuple(numbers) if dims is None else dims
+
+    def _tensor(self, begin: int, end: int) -> tuple[str, Dims]:
+        name = ""
+        dims: list[int] = []
+        for number, start, stop in fields(self._content, begin, end, with_numbers=True):
+            if number == 1:
+                dims += self._integers(start, stop)
+            elif number == 8 and stop != NO_END:
+                name = self._text(start, stop)
+        return name, tuple(dims)
+
+    def _integers(self, start: int, stop: int) -> Iterator[int]:
+        """One that stands alone, or all that are packed."""
+        if stop == NO_END:
+            yield _signed(start)
+            return
+        at = start
+        while at < stop:
+            self._count_number()
+            value, at = varint(self._content, at, stop)
+            yield _signed(value)
+
+    def _count_number(self) -> None:
+        self._numbers += 1
+        if self._numbers > _MOST_NUMBERS:
+            raise TooLarge
+
+    def _value(self, begin: int, end: int) -> tuple[str, bool]:
+        """The name of an input or output, and whether its type says how many dimensions it has."""
+        name, has_shape = "", False
+        for number, start, stop in fields(self._content, begin, end):
+            if number == 1:
+                name = self._text(start, stop)
+            elif number == 2:
+                has_shape = has_shape or self._has_shape(start, stop, 0)
+        return name, has_shape
+
+    def _has_shape(self, begin: int, end: int, depth: int) -> bool:
+        """Of a type; an optional has the type of what it may hold."""
+        if depth > _DEEPEST:
+            raise TooLarge
+        for number, start, stop in fields(self._content, begin, end):
+            if number not in (_TENSOR, _OPTIONAL):
+                continue
+            for inner, first, last in fields(self._content, start, stop):
+                if number == _TENSOR and inner == 2:
+                    return True
+                if number == _OPTIONAL and inner == 1 and self._has_shape(first, last, depth + 1):
+                    return True
+        return False
+
+    def _text(self, start: int, stop: int) -> str:
+        self._names += 1
+        if self._names > _MOST_NAMES:
+            raise TooLarge
+        return str(self._content[start:stop], "utf-8", "surrogateescape")
+
+
+class _Attributes:
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+        self.lists: dict[str, Dims] = {}
+        self.graphs: list[Graph] = []
+
+
+class _Parts:
+    """A graph while it is read."""
+
+    def __init__(self) -> None:
+        self.inputs: list[str] = []
+        self.nodes: list[Node] = []
+        self.tables: dict[str, Dims] = {}
+        self.shaped: dict[str, bool] = {}
+
+    def done(self) -> Graph:
+        reads = {name for node in self.nodes for name in node.inputs}
+        reads.update(*(graph.reads for node in self.nodes for graph in node.graphs))
+        return Graph(tuple(self.inputs), tuple(self.nodes), self.tables, frozenset(reads))
+
+
+def _domain(name: str) -> str:
+    return "" if name == "ai.onnx" else name
+
+
+def _signed(value: int) -> int:
+    """A number of protobuf's int64."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value

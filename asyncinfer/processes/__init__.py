@@ -1,0 +1,1 @@
+"""Processes and their resources: children, supervisor, embedded Valkey, CPUs, tuning."""

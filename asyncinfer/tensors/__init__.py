@@ -1,0 +1,1 @@
+"""Tensors without a model: datatypes, packed bytes, and what can be wrong with an array."""

@@ -1,0 +1,296 @@
+"""Every fault of an input that was refused: where it is, and what is expected there.
+
+The slow path: it walks in Python what the decoder refused in one go.
+"""
+
+import codecs
+import itertools
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from typing import Any, Final
+
+from msgspec import Struct
+
+from asyncinfer.errors import Fault, InvalidInput
+from asyncinfer.tensors.datatypes import (
+    FLOATS,
+    RANGES,
+    TensorSpec,
+    dims,
+    is_open,
+    nesting_of,
+    shape_words,
+)
+from asyncinfer.tensors.missing_values import WORDS, is_gap
+
+MAX_FAULTS: Final = 20
+"""How many faults one answer lists; the rest is only counted."""
+
+_MAX_COUNTED: Final = 1000
+_MAX_INT_DIGITS: Final = 300
+_SHOWN_CHARACTERS: Final = 64
+_EXAMINED_BYTES: Final = 64 << 10
+"""How much of a long text is searched for faults: a request must not cost more than its size, and
+this walk costs some 40 times what the decoder does."""
+
+_STRETCH: Final = 64
+"""Elements that are looked at together, before one of them is looked for."""
+
+_WORDS: Final = '"NaN", "Infinity", "-Infinity"'
+_GAPS_ARE_FOR: Final = 'only FP16, BF16, FP32 and FP64 take null and "NaN"'
+
+_INFINITIES: Final = (math.inf, -math.inf)
+"""What Python's parser makes of numbers beyond every datatype, such as 1e400."""
+
+
+def refusal(faults: Iterable[Fault], *, otherwise: str = "does not fit") -> InvalidInput:
+    """The error that lists `faults`: the first MAX_FAULTS, and how many more there are.
+
+    `otherwise` is what it says where there are none.
+    """
+    found = list(itertools.islice(faults, _MAX_COUNTED)) or [Fault("/data", otherwise)]
+    whole = f"/{found[0].pointer[1:].partition('/')[0]}"
+    least = "at least " if len(found) == _MAX_COUNTED else ""
+    detail = f"{found[0].pointer}: {found[0].detail}"
+    if len(found) > 1:
+        detail = f"{detail} (and {least}{len(found) - 1} more)"
+    unlisted = len(found) - MAX_FAULTS
+    if unlisted > 0:
+        found[MAX_FAULTS:] = [Fault(whole, f"{least}{unlisted} more faults are not listed")]
+    return InvalidInput(detail, faults=found)
+
+
+def unknown_name(name: str, known: Iterable[str]) -> str:
+    """Says that `name` is none of the known names, and which one may be meant."""
+    names = sorted(known)
+    listed = ", ".join(f"`{one}`" for one in names) or "none"
+    if nearest := get_close_matches(name[:_SHOWN_CHARACTERS], names, n=1):
+        return f"There is no such name. Did you mean `{nearest[0]}`? Known: {listed}."
+    return f"There is no such name. Known: {listed}."
+
+
+def find(
+    data: bytes, spec: TensorSpec, *, model: str, max_rows: int, at: str = "/data"
+) -> Iterator[Fault]:
+    """Where the JSON text `data` differs from what `model` takes; pointers start with `at`.
+
+    Of a long text only the beginning is examined, so there may be no fault in it.
+    """
+    if spec.shape is None:
+        try:
+            rank = nesting_of(data)
+        except ValueError as error:
+            yield Fault(at, str(error))
+            return
+        # What the graph leaves open has no rows to count.
+        spec, max_rows = TensorSpec(spec.name, spec.datatype, (None,) * rank), sys.maxsize
+    text, cut = _beginning(data) if len(data) > _EXAMINED_BYTES else (data, 0)
+    try:
+        value = json.loads(text.decode(), parse_int=_int, parse_constant=lambda _: _NoJson())
+    except UnicodeDecodeError as error:
+        yield Fault(at, f"not UTF-8 at byte {error.start}")
+    except json.JSONDecodeError as error:
+        # A beginning with brackets in strings cannot be closed by counting brackets.
+        if not cut:
+            yield Fault(at, _syntax_problem(data, error))
+    except RecursionError:
+        yield Fault(at, f"nested too deep, {model} takes shape {shape_words(spec)}")
+    else:
+        yield from _Walk(spec, model, max_rows, at, cut).faults(value)
+
+
+def too_many_rows(rows: str, spec: TensorSpec, *, model: str, max_rows: int) -> str:
+    noun = "rows" if len(dims(spec)) > 1 else f"{_element(spec.datatype).noun}s"
+    return f"{rows} {noun}, {model} takes at most {max_rows} in one job"
+
+
+def _beginning(data: bytes) -> tuple[bytes, int]:
+    """The first elements of a text, as JSON, and how many of its arrays were cut short by that:
+    the outermost, the last in it, and so on."""
+    end = data.rfind(b",", 0, _EXAMINED_BYTES)
+    if end < 0:
+        return data, 0
+    head = data[:end]
+    cut = max(0, head.count(b"[") - head.count(b"]"))
+    return head + b"]" * cut, cut
+
+
+class _NoJson:
+    """Stands for NaN and Infinity, which Python's parser takes and JSON has not."""
+
+
+def _int(digits: str) -> int | float:
+    return int(digits) if len(digits) <= _MAX_INT_DIGITS else math.inf
+
+
+def _syntax_problem(data: bytes, error: json.JSONDecodeError) -> str:
+    if data.startswith(codecs.BOM_UTF8):
+        return "begins with a byte order mark; send UTF-8 without one"
+    return f"not valid JSON: {error.msg} at character {error.pos}"
+
+
+class _Walk:
+    """Goes through a parsed value and tells where it differs from `spec`."""
+
+    def __init__(self, spec: TensorSpec, model: str, max_rows: int, root: str, cut: int) -> None:
+        self._spec = spec
+        self._root = root
+        self._cut = cut
+        self._cut_lists: set[int] = set()
+        """Lists of which the end is missing, by their `id`."""
+        self._dims = dims(spec)
+        self._rank = len(self._dims)
+        self._model = model
+        self._max_rows = max_rows
+        self._element = _element(spec.datatype)
+        self._sizes: dict[int | str, int] = {}
+        """Sizes of open dimensions as first met, by symbol, or by axis without one."""
+
+    def faults(self, value: object) -> Iterator[Fault]:
+        last = value
+        for _ in range(self._cut):
+            if isinstance(last, list):
+                self._cut_lists.add(id(last))
+                last = last[-1] if last else None
+        if self._rank > 1 and isinstance(value, list) and _is_flat(value):
+            takes = f"{self._model} takes {self._rank}: shape {shape_words(self._spec)}"
+            yield Fault(self._root, f"1 dimension, {takes}{_as_row(value, self._rank)}")
+        else:
+            yield from self._at(self._root, value, 0)
+
+    def _at(self, pointer: str, value: object, axis: int) -> Iterator[Fault]:
+        if axis == self._rank:
+            yield from self._leaf(pointer, value)
+        elif not isinstance(value, list):
+            yield Fault(pointer, f"{_kind(value)}, expected {self._array_words(axis)}")
+        elif axis == 0 and is_open(self._spec) and len(value) > self._max_rows:
+            rows = f"more than {self._max_rows}" if self._cut else str(len(value))
+            detail = too_many_rows(rows, self._spec, model=self._model, max_rows=self._max_rows)
+            yield Fault(pointer, detail)
+        else:
+            yield from self._inside(pointer, value, axis)
+
+    def _inside(self, pointer: str, items: list[object], axis: int) -> Iterator[Fault]:
+        problem = "" if id(items) in self._cut_lists else self._size_problem(len(items), axis)
+        if problem:
+            place = f"row {pointer.rpartition('/')[2]} has " if axis == 1 else ""
+            yield Fault(pointer, f"{place}{problem}")
+        for index in self._suspects(items, axis):
+            yield from self._at(f"{pointer}/{index}", items[index], axis + 1)
+
+    def _suspects(self, items: list[object], axis: int) -> Iterator[int]:
+        """The places of all items but those elements that are seen to be sound together."""
+        if axis < self._rank - 1:
+            yield from range(len(items))
+            return
+        for start in range(0, len(items), _STRETCH):
+            stretch = items[start : start + _STRETCH]
+            if not self._element.takes_all(stretch):
+                yield from range(start, start + len(stretch))
+
+    def _leaf(self, pointer: str, value: object) -> Iterator[Fault]:
+        element = self._element
+        if element.takes_all([value]):
+            return
+        if type(value) in element.types or (element.range and value in _INFINITIES):
+            yield Fault(pointer, f"beyond the range of {self._spec.datatype}")
+        else:
+            yield Fault(pointer, f"{_kind(value)}, expected {element.one}{element.hint(value)}")
+
+    def _size_problem(self, size: int, axis: int) -> str:
+        dim = self._dims[axis]
+        takes = f"{size} {self._noun(axis, size)}, {self._model} takes"
+        if isinstance(dim, int):
+            return "" if size == dim else f"{takes} {dim}"
+        if size == 0:
+            return f"{takes} at least 1"
+        first = self._sizes.setdefault(axis if dim is None else dim, size)
+        return "" if size == first else f"{takes} equal sizes, here {first}"
+
+    def _array_words(self, axis: int) -> str:
+        dim = self._dims[axis]
+        if isinstance(dim, int):
+            return f"an array of {dim} {self._noun(axis, dim)}"
+        return f"an array of {self._noun(axis, 2)}"
+
+    def _noun(self, axis: int, count: int) -> str:
+        outer = "row" if axis == 0 else "array"
+        noun = self._element.noun if axis == self._rank - 1 else outer
+        return noun if count == 1 else f"{noun}s"
+
+
+class _Element(Struct, frozen=True):
+    """What an element of a datatype may be, and how to call it."""
+
+    one: str
+    noun: str
+    types: frozenset[type]
+    range: tuple[float, float] | None = None
+    takes_gaps: bool = False
+
+    def takes_all(self, items: list[Any]) -> bool:
+        """One look at a whole row, because a large input has too many elements to visit."""
+        if not self.types.issuperset(map(type, items)):
+            items = [item for item in items if not is_gap(item)] if self.takes_gaps else items
+            if not self.types.issuperset(map(type, items)):
+                return False
+        if self.range is None or not items:
+            return True
+        low, high = self.range
+        return bool(low <= min(items) and max(items) <= high)
+
+    def hint(self, value: object) -> str:
+        """What to write instead, where NaN or an infinity seems to be meant."""
+        if self.takes_gaps:
+            if isinstance(value, _NoJson):
+                return f"; JSON has neither, write {_WORDS} or null"
+            return f", or {_WORDS}" if isinstance(value, str) else ""
+        is_meant = is_gap(value) and (value is None or str not in self.types)
+        return f"; {_GAPS_ARE_FOR}" if is_meant or isinstance(value, _NoJson) else ""
+
+
+def _element(datatype: str) -> _Element:
+    if datatype == "BOOL":
+        return _Element("true or false", "boolean", frozenset({bool}))
+    if datatype == "BYTES":
+        return _Element("a string", "string", frozenset({str}))
+    if datatype in FLOATS:
+        numbers = frozenset({int, float})
+        return _Element("a number", "number", numbers, RANGES[datatype], takes_gaps=True)
+    return _Element("a whole number", "whole number", frozenset({int}), RANGES[datatype])
+
+
+def _as_row(items: list[object], rank: int) -> str:
+    """How a row of numbers that came alone is one of a list."""
+    first = items[0]
+    if rank != 2 or type(first) not in (int, float) or first in _INFINITIES:
+        return ""
+    shown = f"{first}"[:_SHOWN_CHARACTERS]
+    return f"; one row? [[{shown}{', ...' if len(items) > 1 else ''}]]"
+
+
+def _is_flat(items: list[object]) -> bool:
+    return bool(items) and not any(isinstance(item, list) for item in items)
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str) and value in WORDS:
+        return f'"{value}"'
+    return _KINDS[type(value)]
+
+
+_KINDS: Final[dict[type, str]] = {
+    str: "a string",
+    list: "an array",
+    dict: "an object",
+    int: "a whole number",
+    float: "a number with a decimal point",
+    _NoJson: "NaN or Infinity",
+}

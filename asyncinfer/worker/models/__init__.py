@@ -1,0 +1,1 @@
+"""The models that this worker has: found, tried, loaded, announced."""

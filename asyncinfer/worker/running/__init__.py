@@ -1,0 +1,1 @@
+"""Running what was claimed, and storing the outcome."""

@@ -1,0 +1,86 @@
+"""What becomes of a job, as it is stored: its outcome, its body, its record."""
+
+import time
+from collections.abc import Iterable
+
+import msgspec
+
+from asyncinfer import jobs
+from asyncinfer.errors import AsyncinferError, OutOfMemory, ResultTooLarge
+from asyncinfer.models.signature import Signature
+from asyncinfer.repository.claims import ClaimedJob, Finished, error_body
+from asyncinfer.repository.store import Store
+from asyncinfer.worker.held_claim import Held
+
+
+def released(waiting: Iterable[ClaimedJob], delay_ms: int = 0) -> list[Finished]:
+    """Jobs that go back to their queue as they came."""
+    return [Finished(job.job_id, "released", meta=job.meta, delay_ms=delay_ms) for job in waiting]
+
+
+def suspects(tried: Iterable[ClaimedJob]) -> list[Finished]:
+    """Jobs that ran together too long; each runs alone the next time."""
+    return [Finished(job.job_id, "suspect", meta=job.meta) for job in tried]
+
+
+class Outcomes:
+    """Makes the ends of a worker's jobs; stores nothing."""
+
+    def __init__(self, store: Store, worker_id: str, max_result_bytes: int) -> None:
+        self._store = store
+        self._worker_id = worker_id
+        self._max_result_bytes = max_result_bytes
+
+    def completed(self, held: Held, job: ClaimedJob, body: bytes, ran: Signature) -> Finished:
+        if len(body) <= self._max_result_bytes:
+            return self._ended(held, job, "completed", body, ran)
+        error = ResultTooLarge(
+            f"The result has {len(body)} bytes; {self._max_result_bytes} are kept "
+            "for one job. Send fewer rows a job."
+        )
+        return self.failed(held, job, error)
+
+    def failed(self, held: Held, job: ClaimedJob, error: AsyncinferError) -> Finished:
+        """A job that cannot be done; a lack of memory is worth another try, later."""
+        body = error_body(error.code, error.detail)
+        if not isinstance(error, OutOfMemory):
+            return self._ended(held, job, "failed", body)
+        errors = (job.record.errors if job.record else 0) + 1
+        if jobs.retry_or_dead(errors, self._store.policy.max_errors) == "dead" or not job.record:
+            return self._ended(held, job, "dead", body)
+        record = msgspec.structs.replace(job.record, errors=errors)
+        meta = jobs.encode_record(record, jobs.record_seq(job.meta))
+        return Finished(job.job_id, "retry", meta=meta, delay_ms=jobs.backoff_ms(errors))
+
+    def cancelled(self, held: Held, job: ClaimedJob) -> Finished:
+        return self._ended(held, job, "cancelled")
+
+    def expired(self, held: Held, job: ClaimedJob) -> Finished:
+        body = error_body("expired", "The deadline passed while the job ran.")
+        return self._ended(held, job, "failed", body)
+
+    def _ended(
+        self,
+        held: Held,
+        job: ClaimedJob,
+        outcome: jobs.Outcome,
+        body: bytes = b"",
+        ran: Signature | None = None,
+    ) -> Finished:
+        meta = b""
+        if job.record:
+            record = msgspec.structs.replace(
+                job.record,
+                started_ms=held.started_ms,
+                finished_ms=_now_ms(),
+                worker=self._worker_id,
+                claim=held.claim.token,
+                ran_version=ran.version if ran else None,
+                ran_sha256=ran.sha256 if ran else None,
+            )
+            meta = jobs.encode_record(record, jobs.record_seq(job.meta))
+        return Finished(job.job_id, outcome, body, meta)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

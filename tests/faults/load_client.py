@@ -1,0 +1,131 @@
+"""A customer of the queue: submits values, and checks that each came back as it went."""
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import msgspec
+import redis
+
+from asyncinfer.errors import RequestError
+from asyncinfer.jobs import SCHEMA, TERMINAL, Options, Record, new_id
+from asyncinfer.repository import keys
+from asyncinfer.repository.store import Store
+from asyncinfer.repository.stored_jobs import Stored
+from asyncinfer.repository.submissions import NewJob, Submissions
+
+from .harness import eventually
+
+_ids = msgspec.msgpack.Decoder(list[str])
+
+
+class _Tensor(msgspec.Struct):
+    data: list[float]
+
+
+class _Result(msgspec.Struct):
+    outputs: list[_Tensor]
+
+
+class Customer:
+    """Submits to one model whose answer is its input, and remembers what was acknowledged."""
+
+    def __init__(self, store: Store, model: str = "slow", default_model: str = "slow") -> None:
+        self.submissions = Submissions(store)
+        self.model = model
+        self.queue = keys.queue(store.n, model, default_model)
+        self.acknowledged: dict[str, float] = {}
+
+    def job(
+        self, value: float, options: Options | None = None, inbox: str = "", rows: int = 1
+    ) -> NewJob:
+        now_ms = time.time_ns() // 1_000_000
+        record = Record(
+            SCHEMA, self.queue, self.model, "default", now_ms, options=options or Options()
+        )
+        data = msgspec.json.encode([[value]] * rows)
+        return NewJob(new_id(now_ms), self.queue, data, record, inbox=inbox)
+
+    async def submit(
+        self, values: Iterable[float], options: Options | None = None, rows: int = 1
+    ) -> list[str]:
+        """Submits a job per value; returns the ids. Raises what the repository raises."""
+        jobs = [(self.job(value, options, rows=rows), value) for value in values]
+        for start in range(0, len(jobs), 256):
+            part = jobs[start : start + 256]
+            verdicts = await self.submissions.submit_many(self.queue, [job for job, _ in part])
+            for (job, value), submitted in zip(part, verdicts, strict=True):
+                assert submitted.verdict in ("ok", "exists"), submitted
+                self.acknowledged[job.job_id] = value
+        return [job.job_id for job, _ in jobs]
+
+    async def submit_or_not(self, values: Iterable[float]) -> bool:
+        """Submits; False when Redis did not acknowledge, and the jobs count for nothing."""
+        try:
+            await self.submit(values)
+        except RequestError:
+            return False
+        return True
+
+    async def read(self, job_ids: Sequence[str] | None = None) -> list[Stored | None]:
+        wanted = list(self.acknowledged) if job_ids is None else list(job_ids)
+        stored: list[Stored | None] = []
+        for start in range(0, len(wanted), 500):
+            stored += await self.submissions.read_many(wanted[start : start + 500])
+        return stored
+
+    async def all_ended(self, seconds: float = 30.0) -> list[Stored]:
+        """Waits until every acknowledged job has ended; returns them."""
+        ended: list[Stored] = []
+
+        async def done() -> bool:
+            ended[:] = [one for one in await self.read() if one and one.status in TERMINAL]
+            return len(ended) == len(self.acknowledged)
+
+        await eventually(done, "every acknowledged job has ended", seconds)
+        return ended
+
+    async def all_completed(self, seconds: float = 30.0) -> None:
+        """Every acknowledged job completes, each with its own answer."""
+        for one in await self.all_ended(seconds):
+            assert one.status == "completed", (one.job_id, one.status, one.error)
+            assert answer(one) == self.acknowledged[one.job_id]
+
+
+def answer(stored: Stored) -> float:
+    """The one number of a completed job's result."""
+    assert stored.result is not None
+    return msgspec.json.decode(stored.result, type=_Result).outputs[0].data[0]
+
+
+def transitions(client: redis.Redis, queue: str) -> dict[str, Counter[str]]:
+    """How often each job came to each status, from the queue's log."""
+    seen: dict[str, Counter[str]] = {}
+    entries: list[tuple[bytes, dict[bytes, bytes]]] = client.xrange(keys.log(queue))  # type: ignore[assignment]
+    for _, fields in entries:
+        for status, packed in fields.items():
+            for job_id in _ids.decode(packed):
+                seen.setdefault(job_id, Counter())[status.decode()] += 1
+    return seen
+
+
+def claim_sizes(client: redis.Redis, queue: str) -> list[int]:
+    """How many jobs each claim took, from the queue's log."""
+    entries: list[tuple[bytes, dict[bytes, bytes]]] = client.xrange(keys.log(queue))  # type: ignore[assignment]
+    return [
+        len(_ids.decode(fields[b"processing"])) for _, fields in entries if b"processing" in fields
+    ]
+
+
+def completed_in_order(client: redis.Redis, queue: str) -> list[str]:
+    """The queue's completed jobs, the first first, from its log."""
+    entries: list[tuple[bytes, dict[bytes, bytes]]] = client.xrange(keys.log(queue))  # type: ignore[assignment]
+    completed = (fields[b"completed"] for _, fields in entries if b"completed" in fields)
+    return [job_id for packed in completed for job_id in _ids.decode(packed)]
+
+
+def assert_one_end_each(client: redis.Redis, queue: str) -> None:
+    """No job of the log ended twice."""
+    for job_id, counts in transitions(client, queue).items():
+        ends = sum(counts[status] for status in TERMINAL)
+        assert ends <= 1, f"{job_id} ended {ends} times: {dict(counts)}"

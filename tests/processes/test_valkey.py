@@ -1,0 +1,171 @@
+"""The embedded server keeps its data, its folder to itself, and goes with its `serve`."""
+
+import os
+import signal
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import redis
+
+from asyncinfer.errors import DataDirBusy, StartError
+from asyncinfer.processes import valkey
+from tests.faults.harness import eventually, eventually_sync
+from tests.process import Parent, is_gone, parent
+
+SERVE: Final = """
+import asyncio, signal, sys
+from pathlib import Path
+from asyncinfer.processes import valkey
+
+async def main(data_dir):
+    async with valkey.embedded(Path(data_dir)) as server:
+        print(server.child.pid, flush=True)
+        print(server.url, flush=True)
+        await asyncio.Event().wait()
+
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+@pytest.fixture(params=["short", "long " + "x" * 120, 'it\'s a "folder"'])
+def data_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return tmp_path / str(request.param)
+
+
+def connect(url: str) -> Any:
+    """A stranger's plain client; redis-py types every reply as a union of all that there is."""
+    return redis.Redis.from_url(url)
+
+
+def permissions(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+async def test_its_data_is_there_at_the_next_start(data_dir: Path) -> None:
+    async with valkey.embedded(data_dir) as server:
+        connect(server.url).set("job", "1")
+
+    async with valkey.embedded(data_dir) as server:
+        assert connect(server.url).get("job") == b"1"
+
+
+async def test_nobody_else_can_reach_it(data_dir: Path) -> None:
+    async with valkey.embedded(data_dir) as server:
+        path = Path(connect(server.url).config_get("unixsocket")["unixsocket"])
+
+        assert connect(server.url).config_get("port") == {"port": "0"}
+        assert [permissions(it) for it in (path, path.parent, data_dir)] == [0o700] * 3
+        assert len(os.fsencode(path)) <= 103
+
+
+async def test_it_keeps_what_it_accepted(tmp_path: Path) -> None:
+    async with valkey.embedded(tmp_path) as server:
+        client = connect(server.url)
+        names = ("appendonly", "appendfsync", "save", "maxmemory-policy")
+
+        assert client.config_get(*names) == {
+            "appendonly": "yes",
+            "appendfsync": "everysec",
+            "save": "",
+            "maxmemory-policy": "noeviction",
+        }
+
+
+async def test_a_worker_finds_it_through_the_folder(data_dir: Path) -> None:
+    async with valkey.embedded(data_dir) as server:
+        assert valkey.running_url(data_dir) == server.url
+
+    assert valkey.running_url(data_dir) is None
+
+
+async def test_a_second_serve_on_its_folder_is_refused_at_once(tmp_path: Path) -> None:
+    async with valkey.embedded(tmp_path) as server:
+        with pytest.raises(DataDirBusy, match=f"pid {os.getpid()}.*another DATA_DIR"):
+            await valkey.embedded(tmp_path).__aenter__()
+
+        assert connect(server.url).ping()
+
+
+async def test_it_starts_again_on_the_same_data_after_a_crash(tmp_path: Path) -> None:
+    async with valkey.embedded(tmp_path) as server:
+        connect(server.url).set("job", "1")
+        server.child.signal(signal.SIGKILL)
+        assert await server.child.wait() == -signal.SIGKILL
+        await server.start()
+
+        assert connect(server.url).get("job") == b"1"
+
+
+async def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
+    async with valkey.embedded(tmp_path) as server:
+        connect(server.url).set("job", "1")
+    manifest = tmp_path / "valkey/appendonlydir/appendonly.aof.manifest"
+    manifest.write_text("not a manifest\n")
+
+    with pytest.raises(StartError, match=r"(?s)did not start.*valkey\.log.*manifest"):
+        await valkey.embedded(tmp_path).__aenter__()
+
+
+async def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    with pytest.raises(StartError, match="DATA_DIR"):
+        await valkey.embedded(tmp_path / "file").__aenter__()
+
+
+async def test_a_link_in_the_folders_place_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "valkey").symlink_to(tmp_path / "elsewhere")
+
+    with pytest.raises(StartError, match="not a folder of yours"):
+        await valkey.embedded(tmp_path).__aenter__()
+
+
+# --- with a process of its own ---------------------------------------------------------------
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Parent]:
+    with parent("-c", SERVE, str(tmp_path)) as it:
+        yield it
+
+
+def test_it_is_gone_within_5_s_of_a_killed_serve_and_leaves_its_data(
+    serve: Parent, tmp_path: Path
+) -> None:
+    pid, url = int(serve.says()), serve.says()
+    connect(url).set("job", "1")
+    serve.kill()
+
+    eventually_sync(lambda: is_gone(pid), "Valkey has ended", seconds=5)
+    with parent("-c", SERVE, str(tmp_path)) as again:
+        again.says()
+        assert connect(again.says()).get("job") == b"1"
+
+
+async def test_the_next_serve_waits_for_the_server_of_a_killed_one(
+    serve: Parent, tmp_path: Path
+) -> None:
+    pid, url = int(serve.says()), serve.says()
+    connect(url).set("job", "1")
+    os.kill(pid, signal.SIGSTOP)  # so that it cannot end before we come
+    serve.kill()
+    with pytest.raises(DataDirBusy, match=f"pid {pid}.*kill {pid}"):
+        await valkey.embedded(tmp_path, leaving_seconds=0.05).__aenter__()
+    os.kill(pid, signal.SIGCONT)
+
+    async with valkey.embedded(tmp_path) as server:
+        assert connect(server.url).get("job") == b"1"
+    await eventually(lambda: is_gone(pid), "the old one has ended")
+
+
+def test_ctrl_c_does_not_end_it_before_its_serve_does(serve: Parent) -> None:
+    pid, url = int(serve.says()), serve.says()
+    serve.signal_group(signal.SIGINT)
+
+    assert connect(url).ping()
+    assert not is_gone(pid)

@@ -1,0 +1,226 @@
+"""What earlier starts left in Redis is taken back, and never while a job needs it."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import redis
+
+from asyncinfer.errors import DefaultModelChanged
+from asyncinfer.repository import keys
+from asyncinfer.repository.leftovers import Leftovers
+from asyncinfer.repository.store import Store
+from tests.queue_driver import Hands, Q
+
+OTHER = f"{Q}:digits"
+
+
+@pytest.fixture
+def hands(store: Store, server: redis.Redis) -> Hands:
+    return Hands(store, server)
+
+
+@pytest.fixture
+def leftovers(store: Store) -> Leftovers:
+    return Leftovers(store)
+
+
+async def _a_high_one(hands: Hands, queue: str) -> None:
+    await hands.one(queue=queue, priority="high")
+
+
+async def _a_low_one(hands: Hands, queue: str) -> None:
+    await hands.one(queue=queue, priority="low")
+
+
+async def _a_normal_one(hands: Hands, queue: str) -> None:
+    await hands.one(queue=queue)
+
+
+async def _a_delayed_one(hands: Hands, queue: str) -> None:
+    await hands.one(queue=queue, delay_seconds=60)
+
+
+async def _a_running_one(hands: Hands, queue: str) -> None:
+    await hands.one(queue=queue)
+    await hands.take(queues=(queue,))
+
+
+async def _one_among_ghosts(hands: Hands, queue: str) -> None:
+    await hands.one(queue=queue)
+    await hands.cancel_in_one_call(*await hands.some(20, queue=queue), queue=queue)
+
+
+UNENDED = pytest.mark.parametrize(
+    "job",
+    [
+        *(_a_high_one, _a_normal_one, _a_low_one, _a_delayed_one, _a_running_one),
+        _one_among_ghosts,
+    ],
+)
+Job = Callable[[Hands, str], Awaitable[None]]
+
+
+async def announced(hands: Hands, *labels: str) -> None:
+    for label in labels:
+        model, version = label.split("/")
+        await hands.upkeep.announce_models({model: {version: b"{}"}})
+
+
+async def worker(hands: Hands, name: str = "w", **says: Any) -> None:
+    await hands.upkeep.announce_worker(name, says, ttl_seconds=60)
+
+
+async def left(hands: Hands) -> dict[str, list[str]]:
+    names = hands.redis.smembers(keys.models(Q))
+    return {
+        one.decode(): sorted(await hands.upkeep.announced_versions(one.decode())) for one in names
+    }
+
+
+# --- the default model -----------------------------------------------------------------------
+
+
+async def test_another_default_model_is_taken_while_no_job_waits(
+    hands: Hands, leftovers: Leftovers
+) -> None:
+    for name in ("iris", "iris", "digits"):
+        await leftovers.claim_default_model(name)
+        assert await hands.store.default_model() == name
+
+
+@UNENDED
+@pytest.mark.parametrize(("queue", "of"), [(Q, "iris"), (OTHER, "digits")])
+async def test_another_default_model_is_refused_while_a_job_of_either_has_not_ended(
+    job: Job, queue: str, of: str, hands: Hands, leftovers: Leftovers
+) -> None:
+    await leftovers.claim_default_model("iris")
+    await job(hands, queue)
+    with pytest.raises(DefaultModelChanged) as refused:
+        await leftovers.claim_default_model("digits")
+    assert await hands.store.default_model() == "iris"
+    for words in ("1 job of it", f"cancel --model {of}`", "DEFAULT_MODEL=iris"):
+        assert words in refused.value.detail
+    assert "delete" not in refused.value.detail
+
+
+async def test_cancelled_jobs_keep_no_default_model(hands: Hands, leftovers: Leftovers) -> None:
+    await leftovers.claim_default_model("iris")
+    await hands.cancel_in_one_call(*await hands.some(20))
+    assert hands.ghosts() > 0
+    await leftovers.claim_default_model("digits")
+    assert await hands.store.default_model() == "digits"
+
+
+async def test_another_default_model_is_refused_while_a_worker_serves_the_old_one(
+    hands: Hands, leftovers: Leftovers
+) -> None:
+    await leftovers.claim_default_model("iris")
+    await worker(hands, models=["iris"], host="other", pid=7)
+    with pytest.raises(DefaultModelChanged, match=r"other \(pid 7\)"):
+        await leftovers.claim_default_model("digits")
+    await hands.upkeep.retract_worker("w")
+    await worker(hands, models=["digits"], default_model="iris")
+    await leftovers.claim_default_model("digits")
+
+
+async def test_a_model_stays_paused_or_not_when_it_becomes_the_default(
+    hands: Hands, leftovers: Leftovers
+) -> None:
+    await leftovers.claim_default_model("iris")
+    await hands.operation.pause(Q, paused=True)
+    await leftovers.claim_default_model("digits")
+    assert await hands.inspection.paused([Q, f"{Q}:iris", OTHER]) == [False, True, False]
+    await leftovers.claim_default_model("iris")
+    assert await hands.inspection.paused([Q, f"{Q}:iris", OTHER]) == [True, False, False]
+
+
+async def test_that_there_is_no_default_model_can_be_decided_and_changed(
+    hands: Hands, leftovers: Leftovers
+) -> None:
+    await leftovers.claim_default_model("iris")
+    assert await leftovers.replace_default("iris", None) is None
+    assert await hands.store.default_model() is None
+    # As a worker does in each round that knew it as the default: it does not come back by that.
+    assert await hands.store.agree_on_default_model("iris") == ""
+    await leftovers.claim_default_model("digits")
+    assert await hands.store.default_model() == "digits"
+
+
+# --- versions --------------------------------------------------------------------------------
+
+
+async def test_what_a_living_worker_has_or_loads_is_no_leftover(
+    hands: Hands, leftovers: Leftovers
+) -> None:
+    await announced(hands, "gone/1", "here/1", "here/2", "loads/1", "leaves/1", "old/1")
+    await worker(
+        hands,
+        models=["here", "leaves", "old"],
+        versions={"here": {"2": "sha"}},
+        loading=["loads"],
+    )
+    found = await leftovers.unserved_versions(await leftovers.workers())
+    assert found == {"gone": ["1"], "here": ["1"]}
+
+
+async def test_a_version_without_a_worker_is_taken_back_when_no_job_waits(
+    hands: Hands, leftovers: Leftovers
+) -> None:
+    await announced(hands, "gone/1", "here/1", "here/2")
+    await hands.upkeep.announce_default_versions({"gone": "1", "here": "2"})
+    for model in ("gone", "here"):
+        assert await leftovers.retract(model, ["1"]) == 0
+    assert await left(hands) == {"here": ["2"]}
+    assert await hands.upkeep.default_versions() == {"here": "2"}
+
+
+@UNENDED
+@pytest.mark.parametrize(("default", "queue"), [("iris", OTHER), ("digits", Q), ("digits", OTHER)])
+async def test_nothing_is_taken_back_of_a_model_with_a_job_that_has_not_ended(
+    job: Job, default: str, queue: str, hands: Hands, leftovers: Leftovers
+) -> None:
+    await leftovers.claim_default_model(default)
+    await announced(hands, "digits/1")
+    await job(hands, queue)
+    assert await leftovers.retract("digits", ["1"]) == 1
+    assert await left(hands) == {"digits": ["1"]}
+
+
+async def test_a_job_that_comes_after_its_model_was_taken_back_is_listed_and_runs_later(
+    hands: Hands, leftovers: Leftovers
+) -> None:
+    """As of an API that had the model in its cache yet."""
+    await announced(hands, "digits/1")
+    await leftovers.retract("digits", ["1"])
+    job_id = await hands.one(queue=OTHER)
+    assert OTHER in await hands.inspection.queues()
+    assert (await hands.inspection.health()).queues[OTHER] == 1
+    claim = await hands.take(queues=(OTHER,))
+    assert [one.job_id for one in claim.jobs] == [job_id]
+
+
+@pytest.fixture
+def ended_pid() -> int:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    return ended.pid
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no asking for a process")
+async def test_a_worker_whose_process_has_ended_here_is_none(
+    ended_pid: int, hands: Hands, store: Store
+) -> None:
+    for name, host, pid in (
+        ("ended", socket.gethostname(), ended_pid),
+        ("alive", socket.gethostname(), os.getpid()),
+        ("elsewhere", "another-host", ended_pid),
+    ):
+        await worker(hands, name, models=[name], host=host, pid=pid)
+    found = await Leftovers(store, all_here=True).workers()
+    assert {one.models for one in found} == {("alive",), ("elsewhere",)}
+    assert len(await Leftovers(store).workers()) == 3

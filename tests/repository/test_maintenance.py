@@ -1,0 +1,721 @@
+"""Sweep, repair, pause, purge: what is done for a whole queue."""
+
+import asyncio
+
+import msgspec
+import pytest
+import redis
+
+from asyncinfer.repository import keys
+from asyncinfer.repository.leases import Renewals
+from asyncinfer.repository.maintenance import Swept, Upkeep
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.scripts import script
+from asyncinfer.repository.store import Store, encode_args
+from tests.faults.harness import assert_at_rest, eventually
+from tests.queue_driver import DATA, RESULT, Hands, Q, new_job
+
+OTHER = f"{Q}:digits"
+PAUSE = 0.02
+
+
+@pytest.fixture
+def hands(store: Store, server: redis.Redis) -> Hands:
+    return Hands(store, server)
+
+
+# --- one sweep a tick ----------------------------------------------------------------------
+
+
+async def test_any_number_of_callers_make_one_sweep(hands: Hands) -> None:
+    hands.policy(lease_seconds=60, reap_seconds=60)
+    await asyncio.gather(*(Upkeep(hands.store).sweep() for _ in range(20)))
+    await hands.some(1, delay_seconds=60)
+    hands.let_come_due(keys.delayed(Q))
+    totals = await asyncio.gather(*(Upkeep(hands.store).sweep() for _ in range(20)))
+    assert totals == [Swept()] * 20
+    hands.redis.delete(keys.reap_gate(Q))
+    totals = await asyncio.gather(*(Upkeep(hands.store).sweep() for _ in range(20)))
+    assert sorted(total.promoted for total in totals) == [0] * 19 + [1]
+
+
+async def test_the_gate_opens_after_half_a_tick(hands: Hands) -> None:
+    hands.policy(lease_seconds=60, reap_seconds=2)
+    await hands.upkeep.sweep()
+    assert 900 < hands.redis.pttl(keys.reap_gate(Q)) <= 1000
+
+
+def test_the_tick_is_never_near_the_guards_gap() -> None:
+    assert Policy(lease_seconds=15, reap_seconds=2).tick_ms == 2000
+    assert Policy(lease_seconds=3, reap_seconds=2).tick_ms == 500
+    assert Policy(lease_seconds=0.001, reap_seconds=2).tick_ms == 1
+
+
+async def test_every_queue_is_swept_and_the_default_one_always(hands: Hands) -> None:
+    queues = [f"{Q}:model{number}" for number in range(40)]
+    for queue in queues:
+        await hands.submit(new_job(queue=queue, delay_seconds=60))
+        hands.let_come_due(keys.delayed(queue))
+    assert await hands.upkeep.queues() == sorted([Q, *queues])
+    assert (await hands.sweep()).promoted == 40
+    assert hands.redis.exists(keys.swept(Q))
+
+
+# --- the outage guard ----------------------------------------------------------------------
+
+
+async def dead_claim(hands: Hands) -> str:
+    """A job whose lease has ended."""
+    job_id = await hands.one()
+    await hands.take()
+    hands.let_leases_end()
+    return job_id
+
+
+@pytest.mark.parametrize("gap_ms", [None, 251, 10_000, -1_000])
+async def test_after_a_gap_nobodys_jobs_are_taken_for_one_lease(
+    hands: Hands, gap_ms: int | None
+) -> None:
+    job_id = await dead_claim(hands)
+    if gap_ms is not None:
+        hands.redis.set(keys.swept(Q), hands.now_ms() - gap_ms)
+    assert (await hands.upkeep.sweep()).put_back == 0
+    assert hands.status(job_id) == "processing"
+    assert 400 < hands.redis.pttl(keys.hold(Q)) <= 500
+
+
+async def test_sweeps_in_time_raise_no_guard(hands: Hands) -> None:
+    job_id = await dead_claim(hands)
+    hands.redis.set(keys.swept(Q), hands.now_ms() - 150)
+    assert (await hands.upkeep.sweep()).put_back == 1
+    assert hands.status(job_id) == "pending"
+
+
+async def test_the_guard_ends_by_itself_and_the_lost_are_recovered(hands: Hands) -> None:
+    hands.policy(lease_seconds=0.12)
+    job_id = await dead_claim(hands)
+
+    async def recovered() -> bool:
+        await hands.upkeep.sweep()
+        return hands.status(job_id) == "pending"
+
+    await eventually(recovered, "the job waits again")
+    assert not hands.redis.exists(keys.hold(Q))
+
+
+async def test_the_guard_holds_up_neither_promotions_nor_deadlines(hands: Hands) -> None:
+    await hands.one(delay_seconds=60)
+    await hands.one(finish_within_seconds=60)
+    hands.let_come_due(keys.delayed(Q))
+    hands.let_come_due(keys.deadlines(Q))
+    swept = await hands.upkeep.sweep()
+    assert hands.redis.exists(keys.hold(Q))
+    assert (swept.promoted, swept.expired) == (1, 1)
+
+
+async def test_a_lease_far_in_the_future_is_cut_to_one_lease(hands: Hands) -> None:
+    await hands.one()
+    claim = await hands.take()
+    hands.redis.zadd(keys.leases(Q), {claim.token: hands.now_ms() + 3_600_000})
+    await hands.sweep()
+    assert hands.redis.zscore(keys.leases(Q), claim.token) <= hands.now_ms() + 500
+
+
+async def test_a_living_workers_lease_is_left_alone(hands: Hands) -> None:
+    job_id = await hands.one()
+    claim = await hands.take()
+    before = hands.redis.zscore(keys.leases(Q), claim.token)
+    assert await hands.sweep() == Swept()
+    assert hands.redis.zscore(keys.leases(Q), claim.token) == before
+    assert hands.status(job_id) == "processing"
+
+
+# --- lost workers --------------------------------------------------------------------------
+
+
+async def test_hundred_dead_claims_come_back_in_order_among_those_that_wait(hands: Hands) -> None:
+    jobs = [*await hands.some(250), *await hands.some(250), *await hands.some(100)]
+    for _ in range(100):
+        await hands.take(1)
+    hands.let_leases_end()
+    for _ in range(20):
+        await hands.sweep()
+    assert hands.waiting() == jobs
+    assert not hands.redis.exists(keys.running(Q), keys.leases(Q))
+    assert list(hands.redis.scan_iter(keys.claim(Q, "*"))) == []
+
+
+async def test_claims_renewed_together_come_back_in_order(hands: Hands) -> None:
+    jobs = await hands.some(20)
+    claims = [await hands.take(1) for _ in jobs]
+    renewals = Renewals(hands.store)
+    renewals.renew({Q: [claim.token for claim in claims]})
+    renewals.close()
+    hands.let_leases_end()
+    await hands.sweep()
+    assert hands.waiting() == jobs
+
+
+async def test_more_than_a_sweep_holds_comes_back_in_order_too(hands: Hands) -> None:
+    jobs = [job for _ in range(5) for job in await hands.some(250)]
+    for _ in range(5):
+        await hands.take(250)
+    hands.let_leases_end()
+    swept = await hands.sweep()
+    assert swept.put_back == 1250
+    assert hands.waiting() == jobs
+
+
+async def test_what_one_call_leaves_the_same_caller_takes_up(hands: Hands) -> None:
+    for _ in range(5):
+        await hands.some(250)
+        await hands.take(250)
+    hands.let_leases_end()
+    hands.redis.set(keys.swept(Q), hands.now_ms())
+    policy = hands.store.policy
+    args = {
+        **policy.ending(),
+        **{"tick": 60_000, "lease": policy.lease_ms, "max_deliveries": 3},
+        **{"dead_ms": 1000, "log_jobs": 1000, "more": False},
+    }
+    first = await hands.store.call(script("reap"), [Q], [encode_args(args)])
+    assert (first[0][0], first[0][5]) == (1000, 1)
+    assert await hands.store.call(script("reap"), [Q], [encode_args(args)]) == [None]
+    rest = await hands.store.call(script("reap"), [Q], [encode_args({**args, "more": True})])
+    assert (rest[0][0], rest[0][5]) == (250, 0)
+
+
+async def test_a_lost_job_keeps_its_priority_and_counts_a_delivery(hands: Hands) -> None:
+    low = await hands.one(priority="low")
+    claim = await hands.take()
+    hands.let_leases_end()
+    await hands.sweep()
+    assert hands.redis.lrange(keys.waiting(Q)[2], 0, -1) == [low.encode()]
+    assert (hands.facts(low).d, hands.facts(low).p) == (1, "low")
+    assert hands.counter(keys.bytes_waiting(Q)) == len(DATA)
+    assert await hands.ended(claim) == ["stale"]
+
+
+async def test_a_job_that_loses_its_worker_too_often_is_a_dead_letter(hands: Hands) -> None:
+    job_id = await hands.one()
+    for delivery in range(3):
+        assert hands.facts(job_id).d == delivery
+        await hands.take()
+        hands.let_leases_end()
+        swept = await hands.sweep()
+    assert (swept.put_back, swept.dead, swept.ended) == (0, 1, 1)
+    assert (hands.status(job_id), hands.error_code(job_id)) == ("failed", "worker_lost")
+    assert hands.redis.zrange(keys.dead(Q), 0, -1) == [job_id.encode()]
+    assert hands.ttls(job_id) == {"data": 900, "status": 900, "error": 900, "meta": 900}
+    assert_at_rest(hands.redis, Q)
+
+
+async def test_an_error_counts_no_delivery_and_a_release_keeps_the_count(hands: Hands) -> None:
+    job_id = await hands.one()
+    await hands.take()
+    hands.let_leases_end()
+    await hands.sweep()
+    await hands.finish(await hands.take(), "released")
+    await hands.finish(await hands.take(), "retry")
+    assert hands.facts(job_id).d == 1
+    await hands.run_all()
+    assert_at_rest(hands.redis, Q)
+
+
+async def test_a_new_round_begins_without_deliveries(hands: Hands) -> None:
+    hands.policy(max_deliveries=1)
+    job_id = await hands.one()
+    await hands.take()
+    hands.let_leases_end()
+    await hands.sweep()
+    assert await hands.retry(job_id) == "ok"
+    assert hands.facts(job_id).d == 0
+    assert not hands.redis.exists(keys.dead(Q))
+
+
+async def test_a_lost_job_that_was_cancelled_ends_cancelled(hands: Hands) -> None:
+    job_id = await hands.one()
+    await hands.take()
+    await hands.cancel(job_id)
+    hands.let_leases_end()
+    swept = await hands.sweep()
+    assert (swept.put_back, swept.ended) == (0, 1)
+    assert hands.status(job_id) == "cancelled"
+    assert_at_rest(hands.redis, Q)
+
+
+async def test_a_strangers_lost_job_comes_back_too(hands: Hands) -> None:
+    hands.stranger("theirs")
+    await hands.take()
+    hands.let_leases_end()
+    await hands.sweep()
+    assert hands.waiting() == ["theirs"]
+    assert hands.counter(keys.bytes_waiting(Q)) == 0
+    assert await hands.run_all() == ["theirs"]
+
+
+async def test_a_claim_whose_key_is_lost_is_forgotten(hands: Hands) -> None:
+    await hands.one()
+    claim = await hands.take()
+    hands.redis.delete(keys.claim(Q, claim.token))
+    hands.let_leases_end()
+    await hands.sweep()
+    assert not hands.redis.exists(keys.leases(Q))
+    assert await hands.ended(claim) == ["completed"]
+
+
+async def test_old_dead_letters_are_forgotten(hands: Hands) -> None:
+    hands.redis.zadd(keys.dead(Q), {"old": hands.now_ms() - 901_000, "new": hands.now_ms()})
+    await hands.sweep()
+    assert hands.redis.zrange(keys.dead(Q), 0, -1) == [b"new"]
+
+
+# --- delayed jobs --------------------------------------------------------------------------
+
+
+async def test_delayed_jobs_join_their_list_when_due_in_the_order_they_are_due(
+    hands: Hands,
+) -> None:
+    later, sooner = await hands.one(delay_seconds=90), await hands.one(delay_seconds=60)
+    high = await hands.one(delay_seconds=60, priority="high")
+    waiting = await hands.one()
+    assert (await hands.sweep()).promoted == 0
+    hands.let_come_due(keys.delayed(Q))
+    hands.redis.delete(keys.wake(Q))
+    assert (await hands.sweep()).promoted == 3
+    assert hands.waiting() == [high, waiting, sooner, later]
+    assert hands.redis.llen(keys.wake(Q)) == 1
+
+
+async def test_a_delayed_job_is_not_claimed_before_its_time(hands: Hands) -> None:
+    await hands.one(delay_seconds=60)
+    assert (await hands.claim()).claim is None
+
+
+async def test_more_delayed_jobs_than_a_sweep_holds_are_promoted_at_once(hands: Hands) -> None:
+    jobs = [job for _ in range(5) for job in await hands.some(250, delay_seconds=60)]
+    assert hands.redis.zcard(keys.delayed(Q)) == 1250
+    hands.let_come_due(keys.delayed(Q))
+    assert (await hands.sweep()).promoted == 1250
+    assert sorted(hands.waiting()) == sorted(jobs)
+
+
+async def test_a_delayed_entry_that_is_not_pending_is_dropped(hands: Hands) -> None:
+    hands.redis.zadd(keys.delayed(Q), {"nobody": 1})
+    assert (await hands.sweep()).promoted == 0
+    assert_at_rest(hands.redis, Q)
+
+
+# --- deadlines -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["start_within_seconds", "finish_within_seconds"])
+async def test_a_waiting_job_past_its_deadline_fails_and_leaves_a_counted_ghost(
+    hands: Hands, option: str
+) -> None:
+    late, job = await hands.one(**{option: 60}), await hands.one()
+    hands.let_come_due(keys.deadlines(Q))
+    assert (await hands.sweep()).expired == 1
+    assert (hands.status(late), hands.error_code(late)) == ("failed", "expired")
+    assert (hands.ghosts(), hands.counter(keys.bytes_waiting(Q))) == (1, len(DATA))
+    assert await hands.run_all() == [job]
+    assert_at_rest(hands.redis, Q)
+
+
+async def test_the_cap_is_exact_beside_jobs_that_expired(hands: Hands) -> None:
+    hands.policy(max_queue=3)
+    await hands.some(3, start_within_seconds=60)
+    hands.let_come_due(keys.deadlines(Q))
+    await hands.sweep()
+    assert await hands.submit(*(new_job() for _ in range(4))) == ["ok"] * 3 + ["full"]
+
+
+async def test_a_delayed_job_past_its_deadline_leaves_no_ghost(hands: Hands) -> None:
+    late, waiting = await hands.one(delay_seconds=60, finish_within_seconds=30), await hands.one()
+    hands.let_come_due(keys.deadlines(Q))
+    await hands.sweep()
+    assert (hands.status(late), hands.ghosts()) == ("failed", 0)
+    assert await hands.run_all() == [waiting]
+    assert_at_rest(hands.redis, Q)
+
+
+async def test_a_running_job_past_its_deadline_is_flagged_first_and_ends_a_lease_later(
+    hands: Hands,
+) -> None:
+    late = await hands.one(finish_within_seconds=60)
+    claim = await hands.take()
+    hands.let_come_due(keys.deadlines(Q))
+    assert (await hands.sweep()).expired == 0
+    assert (hands.status(late), hands.facts(late).e) == ("processing", 1)
+    messages = [fields for _, fields in hands.redis.xrange(keys.control(Q))]
+    assert messages == [{b"expire": late.encode()}]
+    assert 0 < hands.redis.zscore(keys.deadlines(Q), late) - hands.now_ms() <= 500
+    hands.let_come_due(keys.deadlines(Q))
+    assert (await hands.sweep()).expired == 1
+    assert (hands.status(late), hands.error_code(late)) == ("failed", "expired")
+    assert await hands.ended(claim) == ["stale"]
+    assert_at_rest(hands.redis, Q)
+
+
+async def test_a_flagged_job_that_finishes_within_the_lease_counts(hands: Hands) -> None:
+    late = await hands.one(finish_within_seconds=60)
+    claim = await hands.take()
+    hands.let_come_due(keys.deadlines(Q))
+    await hands.sweep()
+    assert await hands.ended(claim) == ["completed"]
+    assert (await hands.read(late)).result == RESULT
+    assert_at_rest(hands.redis, Q)
+
+
+async def test_a_flagged_job_whose_worker_dies_expires(hands: Hands) -> None:
+    late = await hands.one(finish_within_seconds=0.001)
+    hands.redis.hset(keys.facts(Q), late, msgspec.msgpack.encode({"l": hands.now_ms() + 60_000}))
+    hands.redis.zadd(keys.deadlines(Q), {late: hands.now_ms() + 60_000})
+    await hands.take()
+    hands.let_come_due(keys.deadlines(Q))
+    await hands.sweep()
+    hands.let_leases_end()
+    await hands.sweep()
+    hands.let_come_due(keys.deadlines(Q))
+    await hands.sweep()
+    assert (hands.status(late), hands.error_code(late)) == ("failed", "expired")
+    assert await hands.run_all() == []
+    assert_at_rest(hands.redis, Q)
+
+
+async def test_a_deadline_of_a_job_that_ended_elsewhere_is_forgotten(hands: Hands) -> None:
+    job_id = await hands.one(finish_within_seconds=60)
+    hands.redis.rpop(Q)
+    hands.redis.set(keys.status(job_id), "completed", ex=60)
+    for word in ("data", "meta"):
+        hands.redis.expire(f"job:{job_id}:{word}", 60)
+    hands.let_come_due(keys.deadlines(Q))
+    assert (await hands.sweep()).expired == 0
+    assert not hands.redis.exists(keys.deadlines(Q))
+    assert hands.status(job_id) == "completed"
+
+
+async def test_thousands_of_deadlines_are_kept_in_one_sweep(hands: Hands) -> None:
+    jobs = [job for _ in range(5) for job in await hands.some(250, start_within_seconds=60)]
+    hands.let_come_due(keys.deadlines(Q))
+    assert (await hands.sweep()).expired == 1250
+    assert hands.statuses(jobs) == {"failed"}
+    assert await hands.run_all() == []
+
+
+# --- the log -------------------------------------------------------------------------------
+
+
+def jobs_in_log(hands: Hands) -> int:
+    return sum(
+        len(msgspec.msgpack.decode(fields[b"submitted"]))
+        for _, fields in hands.redis.xrange(keys.log(Q))
+        if b"submitted" in fields
+    )
+
+
+@pytest.mark.parametrize("jobs_a_sweep", [3, 20, 70])
+async def test_the_log_is_bounded_in_jobs(hands: Hands, jobs_a_sweep: int) -> None:
+    hands.policy(log_jobs=100)
+    for _ in range(600 // jobs_a_sweep):
+        await hands.some(jobs_a_sweep)
+        await hands.sweep()
+    assert 100 <= jobs_in_log(hands) <= 100 + 10 + 2 * jobs_a_sweep
+    assert hands.redis.llen(keys.log_marks(Q)) <= 12
+
+
+async def test_the_log_stays_bounded_when_the_count_of_jobs_begins_anew(hands: Hands) -> None:
+    hands.policy(log_jobs=100)
+    for round_number in range(60):
+        if round_number == 30:
+            hands.redis.delete(keys.seq(Q))
+        await hands.some(20)
+        await hands.sweep()
+    assert 100 <= jobs_in_log(hands) <= 100 + 10 + 2 * 20
+
+
+async def test_a_batch_of_transitions_is_one_entry(hands: Hands) -> None:
+    jobs = await hands.some(50)
+    claim = await hands.take()
+    await hands.finish(claim)
+    entries = [fields for _, fields in hands.redis.xrange(keys.log(Q))]
+    assert [list(fields) for fields in entries] == [[b"submitted"], [b"processing"], [b"completed"]]
+    assert msgspec.msgpack.decode(entries[2][b"completed"]) == jobs
+
+
+# --- repair --------------------------------------------------------------------------------
+
+
+async def repaired(hands: Hands) -> int:
+    """Repairs at once, whoever's turn it is."""
+    hands.redis.delete(keys.repair_gate(Q))
+    back = await hands.upkeep.repair(PAUSE)
+    assert back is not None
+    return back
+
+
+async def pause_passes(hands: Hands) -> None:
+    end = hands.now_ms() + PAUSE * 1000
+    await eventually(lambda: hands.now_ms() > end, "the pause between two passes")
+
+
+async def popped_by_a_stranger(hands: Hands, status: str = "processing") -> str:
+    job_id = str(hands.redis.rpop(Q).decode())
+    hands.redis.set(keys.status(job_id), status)
+    return job_id
+
+
+@pytest.mark.parametrize("status", ["processing", "pending"])
+async def test_a_job_out_of_place_in_two_passes_is_put_back(hands: Hands, status: str) -> None:
+    first, second = await hands.some(2)
+    assert await popped_by_a_stranger(hands, status) == first
+    assert await repaired(hands) == 0
+    await pause_passes(hands)
+    hands.redis.delete(keys.wake(Q))
+    assert await repaired(hands) == 1
+    assert hands.waiting() == [first, second]
+    assert (hands.status(first), hands.redis.llen(keys.wake(Q))) == ("pending", 1)
+    assert hands.counter(keys.bytes_waiting(Q)) == 2 * len(DATA)
+    assert not hands.redis.exists(keys.out_of_place(Q))
+
+
+async def test_between_the_passes_a_strangers_living_consumer_is_left_alone(hands: Hands) -> None:
+    job_id = await hands.one()
+    await popped_by_a_stranger(hands)
+    hands.policy()
+    for _ in range(3):
+        hands.redis.delete(keys.repair_gate(Q))
+        assert await hands.upkeep.repair(60) == 0
+    assert hands.status(job_id) == "processing"
+    assert hands.waiting() == []
+    assert 0 < hands.redis.ttl(keys.out_of_place(Q)) <= 86_400
+
+
+async def test_a_job_found_in_place_again_is_not_put_back(hands: Hands) -> None:
+    job_id = await hands.one()
+    await popped_by_a_stranger(hands)
+    await repaired(hands)
+    await pause_passes(hands)
+    hands.redis.mset({keys.status(job_id): "pending"})
+    hands.redis.rpush(Q, job_id)
+    assert await repaired(hands) == 0
+    assert hands.waiting() == [job_id]
+
+
+async def test_a_job_that_came_back_between_the_look_and_the_script_stays_once(
+    hands: Hands,
+) -> None:
+    job_id = await hands.one(priority="low")
+    hands.redis.zadd(keys.out_of_place(Q), {job_id: 1})
+    args = [encode_args({"pause": 1, "ttl": 1000}), job_id]
+    assert await hands.store.call(script("repair"), [Q, keys.out_of_place(Q)], args) == [0, 0]
+    assert hands.waiting() == [job_id]
+    assert not hands.redis.exists(keys.out_of_place(Q))
+
+
+async def test_what_waits_runs_or_is_delayed_is_in_place(hands: Hands) -> None:
+    for priority in ("high", "normal", "low"):
+        await hands.some(2, priority=priority)
+    await hands.one(delay_seconds=60)
+    claim = await hands.take(3)
+    for _ in range(2):
+        assert await repaired(hands) == 0
+        await pause_passes(hands)
+    assert not hands.redis.exists(keys.out_of_place(Q))
+    await hands.finish(claim)
+
+
+async def test_a_job_is_put_back_into_its_own_queue_and_priority(hands: Hands) -> None:
+    job_id = await hands.one(queue=OTHER, priority="high")
+    hands.redis.rpop(keys.waiting(OTHER)[0])
+    await repaired(hands)
+    await pause_passes(hands)
+    assert await repaired(hands) == 1
+    assert hands.redis.lrange(keys.waiting(OTHER)[0], 0, -1) == [job_id.encode()]
+    assert hands.waiting() == []
+
+
+async def test_what_is_put_back_into_an_empty_queue_counts_its_bytes_again(hands: Hands) -> None:
+    lost, _ = await hands.some(2)
+    await popped_by_a_stranger(hands)
+    await hands.run_all()
+    assert not hands.redis.exists(keys.bytes_waiting(Q))
+    await repaired(hands)
+    await pause_passes(hands)
+    assert await repaired(hands) == 1
+    assert hands.counter(keys.bytes_waiting(Q)) == len(DATA)
+    assert await hands.run_all() == [lost]
+
+
+async def test_a_repair_lists_a_queue_again_that_only_its_jobs_know(hands: Hands) -> None:
+    (job,) = await hands.some(1, queue=OTHER, start_within_seconds=60)
+    hands.redis.delete(keys.queues(Q))
+    hands.let_come_due(keys.deadlines(OTHER))
+    await hands.sweep()
+    assert hands.status(job) == "pending"
+    await repaired(hands)
+    await hands.sweep()
+    assert hands.status(job) == "failed"
+
+
+async def test_jobs_put_back_by_repair_keep_their_order(hands: Hands) -> None:
+    jobs = await hands.some(250)
+    for _ in jobs:
+        await popped_by_a_stranger(hands)
+    await repaired(hands)
+    await pause_passes(hands)
+    assert await repaired(hands) == 250
+    ages = [job_id[:12] for job_id in hands.waiting()]
+    assert ages == sorted(ages)
+
+
+async def test_a_strangers_lost_job_is_put_back_too(hands: Hands) -> None:
+    hands.stranger("theirs")
+    await popped_by_a_stranger(hands)
+    await repaired(hands)
+    await pause_passes(hands)
+    assert await repaired(hands) == 1
+    assert await hands.run_all() == ["theirs"]
+
+
+async def test_a_job_whose_claim_was_let_go_too_early_is_put_back(hands: Hands) -> None:
+    done, stranded = await hands.some(2)
+    claim = await hands.take()
+    await hands.finish(claim, only=[done])
+    await repaired(hands)
+    await pause_passes(hands)
+    assert await repaired(hands) == 1
+    assert hands.waiting() == [stranded]
+    assert await hands.ended(claim, only=[stranded]) == ["stale"]
+    assert await hands.run_all() == [stranded]
+
+
+async def test_one_process_repairs_at_a_time(hands: Hands) -> None:
+    assert await hands.upkeep.repair(60) == 0
+    assert await Upkeep(hands.store).repair(60) is None
+
+
+async def test_facts_of_a_job_that_ended_elsewhere_are_forgotten(hands: Hands) -> None:
+    job_id = await hands.one(priority="high", queue=OTHER)
+    kept = await hands.one(priority="high", queue=OTHER)
+    hands.redis.rpop(keys.waiting(OTHER)[0])
+    hands.redis.set(keys.status(job_id), "completed", ex=60)
+    for word in ("data", "meta"):
+        hands.redis.expire(f"job:{job_id}:{word}", 60)
+    await repaired(hands)
+    assert hands.redis.hkeys(keys.facts(OTHER)) == [kept.encode()]
+
+
+async def test_facts_are_forgotten_however_many_and_with_nothing_left_to_do(hands: Hands) -> None:
+    facts = {f"gone{number}": msgspec.msgpack.encode({"d": 1}) for number in range(3000)}
+    hands.redis.hset(keys.facts(Q), mapping=facts)
+    await repaired(hands)
+    assert not hands.redis.exists(keys.facts(Q))
+
+
+# --- pause and purge -----------------------------------------------------------------------
+
+
+async def test_pausing_tells_the_workers_and_says_what_it_changed(hands: Hands) -> None:
+    pause = hands.operation.pause
+    changed = [await pause(Q, paused=paused) for paused in (True, True, False, False)]
+    assert changed == [True, False, True, False]
+    messages = [list(fields) for _, fields in hands.redis.xrange(keys.control(Q))]
+    assert messages == [[b"pause"], [b"resume"]]
+
+
+async def test_running_jobs_of_a_paused_queue_finish(hands: Hands) -> None:
+    await hands.one()
+    claim = await hands.take()
+    await hands.operation.pause(Q, paused=True)
+    assert await hands.ended(claim) == ["completed"]
+
+
+async def test_a_purge_ends_all_that_waits_and_nothing_that_runs(hands: Hands) -> None:
+    running = await hands.one()
+    claim = await hands.take()
+    waiting = [await hands.one(priority=priority) for priority in ("high", "normal", "low")]
+    delayed = await hands.one(delay_seconds=60)
+    assert await hands.operation.purge(Q) == 4
+    assert hands.statuses([*waiting, delayed]) == {"cancelled"}
+    assert hands.status(running) == "processing"
+    assert hands.waiting() == []
+    assert await hands.ended(claim) == ["completed"]
+    assert_at_rest(hands.redis, Q)
+
+
+async def test_a_purge_goes_on_beyond_a_thousand(hands: Hands) -> None:
+    jobs = [job for _ in range(3) for job in await hands.some(250)]
+    jobs += [job for _ in range(3) for job in await hands.some(250, delay_seconds=60)]
+    assert await hands.operation.purge(Q) == 1500
+    assert hands.statuses(jobs) == {"cancelled"}
+    assert_at_rest(hands.redis, Q)
+
+
+async def test_a_purge_counts_off_the_ghosts_it_takes_along(hands: Hands) -> None:
+    ghosts = await hands.some(60)
+    await hands.cancel_in_one_call(*ghosts)
+    for _ in range(10):
+        await hands.some(100)
+    ended, left = await hands.store.call(
+        script("purge"), [Q], [encode_args(hands.store.policy.ending())]
+    )
+    assert (ended, left) == (200, 800)
+    assert hands.ghosts() == 0
+    assert hands.counter(keys.bytes_waiting(Q)) == 800 * len(DATA)
+
+
+async def test_a_purge_ends_strangers_jobs_with_and_without_a_status(hands: Hands) -> None:
+    hands.stranger("one")
+    hands.stranger("two", status=None)
+    hands.stranger("nothing", data=None, status=None)
+    hands.redis.lpush(Q, "one")
+    assert await hands.operation.purge(Q) == 2
+    assert hands.statuses(["one", "two"]) == {"cancelled"}
+    assert hands.status("nothing") is None
+    assert_at_rest(hands.redis, Q)
+
+
+async def test_a_purged_job_can_be_retried(hands: Hands) -> None:
+    job_id = await hands.one()
+    await hands.operation.purge(Q)
+    assert await hands.retry(job_id) == "ok"
+    assert await hands.run_all() == [job_id]
+
+
+async def test_a_stranger_who_writes_a_list_as_status_does_not_stop_a_purge(hands: Hands) -> None:
+    hands.redis.lpush("job:theirs:status", "pending")
+    hands.stranger("theirs", status=None)
+    job_id = await hands.one()
+    await hands.operation.purge(Q)
+    assert hands.status(job_id) == "cancelled"
+    assert hands.waiting() == []
+
+
+# --- announcements -------------------------------------------------------------------------
+
+
+async def test_models_are_announced_for_good_and_versions_side_by_side(hands: Hands) -> None:
+    await hands.upkeep.announce_models({"iris": {"1": b"one"}, "digits": {"1": b"d"}})
+    await hands.upkeep.announce_models({"iris": {"2": b"two"}})
+    await hands.upkeep.announce_models({})
+    announced = await hands.inspection.announced()
+    assert announced.models == {"iris": {"1": b"one", "2": b"two"}, "digits": {"1": b"d"}}
+    assert hands.redis.ttl(keys.model(Q, "iris")) == -1
+
+
+async def test_a_worker_is_announced_until_it_is_silent_or_retracts(hands: Hands) -> None:
+    await hands.upkeep.announce_worker("w1", {"pid": 1}, 60)
+    await hands.upkeep.announce_worker("w2", {"pid": 2}, 60)
+    assert set(await hands.inspection.workers()) == {"w1", "w2"}
+    assert 0 < hands.redis.ttl(keys.worker(Q, "w1")) <= 60
+    hands.redis.delete(keys.worker(Q, "w1"))
+    assert (await hands.inspection.workers()) == {"w2": b'{"pid":2}'}
+    await hands.upkeep.retract_worker("w2")
+    assert await hands.inspection.workers() == {}
+
+
+async def test_the_list_of_workers_forgets_the_silent(hands: Hands) -> None:
+    hands.redis.zadd(keys.workers(Q), {"old": 1})
+    await hands.upkeep.announce_worker("new", {}, 60)
+    assert hands.redis.zrange(keys.workers(Q), 0, -1) == [b"new"]

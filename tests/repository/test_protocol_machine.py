@@ -1,0 +1,865 @@
+"""Random interleavings of every verb, retried calls included, against a real server.
+
+After each step the whole state is read and checked: every job of ours is in exactly one place,
+one terminal state a round, nobody but the owner of a job ends it, and every bound holds.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Coroutine, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import msgspec
+import pytest
+import redis
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from asyncinfer.jobs import TERMINAL, Facts, Outcome, decode_facts, decode_record
+from asyncinfer.repository import keys
+from asyncinfer.repository.claims import Claim, Claimed, ClaimRequest, Finished
+from asyncinfer.repository.leases import Renewals
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
+from asyncinfer.repository.submissions import NewJob
+from tests.faults.harness import assert_at_rest
+from tests.queue_driver import Hands, Q, new_job, outcome_of
+
+T = TypeVar("T")
+
+QUEUES = (Q, f"{Q}:digits")
+INBOX = keys.inbox(Q, "api")
+MAX_QUEUE = 12
+WORKERS = 3
+OUTCOMES: tuple[Outcome, ...] = (
+    *("completed", "failed", "cancelled", "dead", "retry", "released", "suspect"),
+)
+
+_LOOK = """
+local seen = {}
+for i, id in ipairs(ARGV) do
+  local function key(word) return 'job:' .. id .. ':' .. word end
+  local ttls = {}
+  for j, word in ipairs({'data', 'status', 'result', 'error', 'meta'}) do
+    ttls[j] = redis.call('TTL', key(word))
+  end
+  seen[i] = { redis.call('GET', key('status')), redis.call('GET', key('result')),
+    redis.call('GET', key('error')), redis.call('GET', key('meta')),
+    redis.call('STRLEN', key('data')), ttls }
+end
+return seen
+"""
+
+
+class JobView(msgspec.Struct, frozen=True):
+    """A job as Redis holds it."""
+
+    status: str | None
+    result: bytes | None
+    error: bytes | None
+    meta: bytes | None
+    size: int
+    ttls: tuple[int, ...]
+    """Of data, status, result, error, meta: -2 absent, -1 for ever."""
+
+    @property
+    def ended(self) -> bool:
+        return self.status in TERMINAL
+
+
+class QueueView(msgspec.Struct, frozen=True):
+    """A queue as Redis holds it; lists in the order they are served."""
+
+    lists: tuple[list[str], list[str], list[str]]
+    delayed: list[str]
+    running: dict[str, str]
+    leases: set[str]
+    claims: dict[str, list[str]]
+    facts: dict[str, Facts]
+    deadlines: list[str]
+    ghosts: int
+    bytes: int
+    wake: int
+    paused: bool
+
+    @property
+    def waiting(self) -> list[str]:
+        return [job_id for ids in self.lists for job_id in ids]
+
+    @property
+    def room(self) -> int:
+        return MAX_QUEUE - (len(self.waiting) + len(self.delayed) - self.ghosts)
+
+
+class View(msgspec.Struct, frozen=True):
+    jobs: dict[str, JobView]
+    queues: dict[str, QueueView]
+
+
+class Held(msgspec.Struct):
+    """A claim as its worker sees it: what it has not finished yet."""
+
+    worker: int
+    claim: Claim
+    request: ClaimRequest
+    open: list[str]
+    sent: list[tuple[list[Finished], bool, ClaimRequest | None]] = msgspec.field(
+        default_factory=list
+    )
+    let_go: bool = False
+
+
+class World:
+    """One loop, one store, one client, for all the runs of a machine."""
+
+    def __init__(self, url: str, client: redis.Redis) -> None:
+        policy = Policy(lease_seconds=60, reap_seconds=2, max_queue=MAX_QUEUE, max_dead=3)
+        self.runner = asyncio.Runner()
+        self.redis: Any = client
+        self._opened = Store.open(url, queue_name=Q, policy=policy, name="machine")
+        self.store = self.runner.run(self._opened.__aenter__())
+        self.renewals = Renewals(self.store)
+        self.hands = Hands(self.store, client)
+
+    def do(self, call: Coroutine[Any, Any, T]) -> T:
+        return self.runner.run(call)
+
+    def close(self) -> None:
+        self.renewals.close()
+        self.runner.run(self._opened.__aexit__(None, None, None))
+        self.runner.close()
+
+
+def texts(names: Sequence[bytes]) -> list[str]:
+    return [name.decode() for name in names]
+
+
+class Machine(RuleBasedStateMachine):
+    """Workers, APIs, strangers and time, all at once."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.world = world
+        self.hands = world.hands
+        self.redis = world.redis
+        self.redis.flushall()
+        self.made = 0
+        self.ids: list[str] = []
+        self.lists: dict[str, int] = {}
+        """Which list a job of ours belongs into."""
+        self.strangers: set[str] = set()
+        self.doubled: set[str] = set()
+        """Ids that a stranger pushed a second time."""
+        self.held: list[Held] = []
+        self.blocked: set[int] = set()
+        self.results: dict[str, bytes] = {}
+        """What the accepted finish of each completed job wrote."""
+        self.reopened: set[str] = set()
+        self.forgotten: set[str] = set()
+        self.watched: set[str] = set()
+        self.stray_pushes = 0
+        self.put_back = 0
+        self.inputs_lost = False
+        self.last = self.view()
+
+    # --- what there is ---------------------------------------------------------------------
+
+    def view(self) -> View:
+        jobs = self.redis.eval(_LOOK, 0, *self.ids) if self.ids else []
+        return View(
+            {job_id: job_view(*one) for job_id, one in zip(self.ids, jobs, strict=True)},
+            {queue: self.queue_view(queue) for queue in QUEUES},
+        )
+
+    def queue_view(self, queue: str) -> QueueView:
+        pipeline = self.redis.pipeline(transaction=False)
+        for name in keys.waiting(queue):
+            pipeline.lrange(name, 0, -1)
+        for name in (keys.delayed(queue), keys.leases(queue), keys.deadlines(queue)):
+            pipeline.zrange(name, 0, -1)
+        pipeline.hgetall(keys.running(queue)).hgetall(keys.facts(queue))
+        pipeline.scard(keys.stale_entries(queue)).get(keys.bytes_waiting(queue))
+        pipeline.llen(keys.wake(queue)).exists(keys.paused(queue))
+        pipeline.keys(keys.claim(queue, "*"))
+        *lists, delayed, leases, deadlines, running, facts, ghosts, size, wake, paused, claims = (
+            pipeline.execute()
+        )
+        high, normal, low = (texts(one)[::-1] for one in lists)
+        prefix = len(keys.claim(queue, ""))
+        return QueueView(
+            (high, normal, low),
+            sorted(texts(delayed)),
+            {job_id.decode(): token.decode() for job_id, token in running.items()},
+            set(texts(leases)),
+            {
+                name.decode()[prefix:]: msgspec.msgpack.decode(self.redis.get(name), type=list[str])
+                for name in claims
+            },
+            {job_id.decode(): decode_facts(packed) for job_id, packed in facts.items()},
+            sorted(texts(deadlines)),
+            ghosts,
+            int(size or 0),
+            wake,
+            bool(paused),
+        )
+
+    def do(self, call: Coroutine[Any, Any, T]) -> T:
+        return self.world.do(call)
+
+    def queue_of(self, job_id: str) -> str:
+        meta = self.last.jobs[job_id].meta
+        return decode_record(meta).queue if meta else Q
+
+    def some_id(self, which: int) -> str:
+        return self.ids[which % len(self.ids)]
+
+    def unchanged(self, what: str) -> None:
+        assert self.view() == self.last, f"{what} changed something"
+
+    # --- APIs ------------------------------------------------------------------------------
+
+    @initialize()
+    def open_inbox(self) -> None:
+        self.redis.xadd(INBOX, {"open": "1"})
+
+    @rule(
+        queue=st.sampled_from(QUEUES),
+        asked=st.lists(
+            st.fixed_dictionaries(
+                {
+                    "priority": st.sampled_from(["normal", "normal", "high", "low"]),
+                    "delay_seconds": st.sampled_from([0, 0, 3600]),
+                    "start_within_seconds": st.sampled_from([None, None, 3600]),
+                    "finish_within_seconds": st.sampled_from([None, None, 7200]),
+                    "ttl_seconds": st.sampled_from([None, None, 77]),
+                    "inbox": st.sampled_from(["", INBOX]),
+                    "key": st.sampled_from(["", "", "k1", "k2"]),
+                    "data": st.sampled_from([b"1", b"22", b"333"]),
+                }
+            ),
+            min_size=1,
+            max_size=5,
+        ),
+        repeat=st.booleans(),
+    )
+    def submit(self, queue: str, asked: list[dict[str, Any]], repeat: bool) -> None:
+        self.submit_all([self.job(queue=queue, **about) for about in asked], repeat)
+
+    @rule(
+        queue=st.sampled_from(QUEUES),
+        priority=st.sampled_from(["normal", "high", "low"]),
+        start_within_seconds=st.sampled_from([None, 3600]),
+    )
+    def flood(self, queue: str, **about: Any) -> None:
+        """More than the queue takes."""
+        self.submit_all([self.job(queue=queue, **about) for _ in range(MAX_QUEUE + 1)], False)
+
+    def job(self, **about: Any) -> NewJob:
+        """A job whose id is the same in every run, since ties in Redis go by the id."""
+        self.made += 1
+        return new_job(job_id=f"{self.made:04}", **about)
+
+    def submit_all(self, jobs: list[NewJob], repeat: bool) -> None:
+        queue = jobs[0].queue
+        sent = jobs + jobs[:1] if repeat else jobs
+        replies = self.do(self.hands.submitted(*sent))
+        accepted = [job for job, reply in zip(sent, replies, strict=True) if reply.verdict == "ok"]
+        verdicts = [reply.verdict for reply in replies]
+        room = self.last.queues[queue].room
+        assert len(accepted) <= max(0, room)
+        assert "full" not in verdicts or len(accepted) == max(0, room)
+        if repeat:
+            assert verdicts[-1] != "ok" or verdicts[0] == "full"
+        used = [job.idempotency for job in accepted if job.idempotency]
+        assert len(used) == len(set(used))
+        known = {*self.ids, *(job.job_id for job in accepted)}
+        assert all(reply.job_id in known for reply in replies if reply.verdict == "dup")
+        for job in accepted:
+            self.ids.append(job.job_id)
+            priority = job.record.options.priority
+            self.lists[job.job_id] = ("high", "normal", "low").index(priority)
+            if job.inbox:
+                self.watched.add(job.job_id)
+
+    @precondition(lambda self: self.ids)
+    @rule(which=st.integers(0, 99))
+    def submit_again(self, which: int) -> None:
+        job_id = self.some_id(which)
+        job = new_job(job_id=job_id, queue=self.queue_of(job_id))
+        known = self.last.jobs[job_id].status is not None
+        verdict = self.do(self.hands.submit(job))[0]
+        if known:
+            assert verdict == "exists"
+            self.unchanged("a submit of a known id")
+        elif verdict == "ok":
+            # A stranger's id without a status, which is now a job of ours as well.
+            self.lists[job_id] = 1
+            self.doubled.add(job_id)
+
+    @precondition(lambda self: self.ids)
+    @rule(which=st.lists(st.integers(0, 99), min_size=1, max_size=3))
+    def watch(self, which: list[int]) -> None:
+        for job_id in {self.some_id(one) for one in which}:
+            queue = self.queue_of(job_id)
+            reply = self.do(self.hands.submissions.watch(queue, INBOX, [job_id]))[0]
+            before = self.last.jobs[job_id]
+            assert (reply is None) == (before.status is None)
+            if reply and not before.ended:
+                self.watched.add(job_id)
+            elif reply:
+                assert (reply.status, reply.result) == (before.status, before.result)
+
+    @precondition(lambda self: self.ids)
+    @rule(which=st.integers(0, 99))
+    def cancel(self, which: int) -> None:
+        job_id = self.some_id(which)
+        before = self.last.jobs[job_id]
+        if before.status is None:
+            return
+        verdict = self.do(self.hands.cancel(job_id))
+        expected = {"pending": "cancelled", "processing": "asked", "cancelled": "cancelled"}
+        assert verdict == expected.get(str(before.status), "finished")
+        if before.ended:
+            self.unchanged("cancelling an ended job")
+
+    @precondition(lambda self: any(len(one.waiting) > 10 for one in self.last.queues.values()))
+    @rule()
+    def cancel_all_in_one_call(self) -> None:
+        """More at once than are searched for in the lists: the rest stay as ghosts."""
+        for queue, one in self.last.queues.items():
+            ids = [job_id for job_id in self.ids if self.queue_of(job_id) == queue]
+            if len(one.waiting) > 10:
+                self.do(self.hands.cancel_in_one_call(*ids, queue=queue))
+
+    @precondition(lambda self: any(one.ended for one in self.last.jobs.values()))
+    @rule(which=st.integers(0, 99), again=st.booleans())
+    def retry(self, which: int, again: bool) -> None:
+        ended = [job_id for job_id, one in self.last.jobs.items() if one.ended]
+        listed = {job_id for one in self.last.queues.values() for job_id in one.waiting}
+        ghosts = [job_id for job_id in ended if job_id in listed]
+        ended = ghosts or ended
+        job_id = ended[which % len(ended)]
+        before, room = self.last.jobs[job_id], self.last.queues[self.queue_of(job_id)].room
+        stored = self.do(self.hands.read(job_id))
+        verdict = self.do(self.hands.submissions.retry(stored, 1))
+        assert verdict == retry_verdict(before, room)
+        if verdict != "ok":
+            return self.unchanged("a refused retry")
+        self.reopened.add(job_id)
+        self.watched.discard(job_id)
+        if again:
+            expected = "changed" if before.meta else "not_retryable"
+            assert self.do(self.hands.submissions.retry(stored, 1)) == expected
+        return None
+
+    @precondition(lambda self: self.ids)
+    @rule(which=st.integers(0, 99), likely=st.booleans(), again=st.booleans())
+    def forget(self, which: int, likely: bool, again: bool) -> None:
+        ended = [job_id for job_id, one in self.last.jobs.items() if one.ended]
+        job_id = ended[which % len(ended)] if likely and ended else self.some_id(which)
+        before = self.last.jobs[job_id]
+        if before.status is None:
+            return
+        stored = self.do(self.hands.read(job_id))
+        verdict = self.do(self.hands.submissions.forget(stored))
+        assert verdict == ("forgotten" if before.ended else "unfinished")
+        if not before.ended:
+            return self.unchanged("a forget of an unfinished job")
+        assert set(self.view().jobs[job_id].ttls) == {-2}
+        self.reopened.add(job_id)
+        self.watched.discard(job_id)
+        self.forgotten.add(job_id)
+        if again:
+            assert self.do(self.hands.submissions.forget(stored)) == "absent"
+            assert self.do(self.hands.submissions.retry(stored, 1)) == "absent"
+        return None
+
+    # --- strangers -------------------------------------------------------------------------
+
+    @rule(status=st.sampled_from([b"pending", None]))
+    def stranger_submits(self, status: bytes | None) -> None:
+        job_id = f"theirs{len(self.ids)}"
+        self.hands.stranger(job_id, status=status)
+        self.ids.append(job_id)
+        self.strangers.add(job_id)
+        self.stray_pushes += 1
+
+    @precondition(lambda self: self.ids)
+    @rule(which=st.integers(0, 99), times=st.integers(1, 2))
+    def stranger_pushes_again(self, which: int, times: int) -> None:
+        job_id = self.some_id(which)
+        if self.queue_of(job_id) != Q:
+            return
+        self.redis.lpush(Q, *[job_id] * times)
+        self.doubled.add(job_id)
+        self.stray_pushes += times
+
+    @rule(junk=st.sampled_from(["", "a\nb", "x" * 200, "nobody"]))
+    def stranger_pushes_junk(self, junk: str) -> None:
+        self.redis.lpush(Q, junk)
+        self.stray_pushes += 1
+
+    @precondition(lambda self: self.ids)
+    @rule(which=st.integers(0, 99))
+    def input_is_lost(self, which: int) -> None:
+        self.redis.delete(keys.data(self.some_id(which)))
+        self.inputs_lost = True
+
+    # --- workers ---------------------------------------------------------------------------
+
+    def may_claim(self, worker: int) -> bool:
+        mine = [one for one in self.held if one.worker == worker and not one.let_go]
+        if not mine:
+            self.blocked.discard(worker)
+        return worker not in self.blocked and not any(one.claim.lone for one in mine)
+
+    def request(self, worker: int, max_jobs: int, low_first: bool, turn: bool) -> ClaimRequest:
+        holds = any(one.worker == worker and not one.let_go for one in self.held)
+        queues = QUEUES[::-1] if turn else QUEUES
+        return ClaimRequest(queues, self.hands.runs.new_token(), holds, max_jobs, low_first)
+
+    def took(self, worker: int, request: ClaimRequest, claimed: Claimed) -> None:
+        """Notes a claim, and checks that nobody else has what it brought."""
+        if claimed.blocked:
+            self.blocked.add(worker)
+        if claimed.claim is None:
+            return
+        claim, ids = claimed.claim, [job.job_id for job in claimed.claim.jobs]
+        before = self.last.queues[claim.queue]
+        assert len(ids) == len(set(ids)) <= request.max_jobs
+        assert not before.paused
+        assert not set(ids) & set(before.running)
+        assert all(not self.last.jobs[job_id].ended for job_id in ids)
+        alone = [job for job in claim.jobs if job.facts.d or job.facts.s]
+        assert not alone or (len(ids) == 1 and not request.held)
+        self.check_order(before, ids, request)
+        self.held.append(Held(worker, claim, request, ids))
+
+    def check_order(self, before: QueueView, ids: list[str], request: ClaimRequest) -> None:
+        lists = before.lists[::-1] if request.low_first else before.lists
+        if request.low_first:
+            lists = (before.lists[2], before.lists[1], before.lists[0])
+        queued = [job_id for one in lists for job_id in one]
+        assert ids == sorted(ids, key=queued.index)
+
+    @precondition(lambda self: self.has_work())
+    @rule(
+        worker=st.integers(0, WORKERS - 1),
+        max_jobs=st.integers(1, 4),
+        low_first=st.booleans(),
+        turn=st.booleans(),
+    )
+    def claim(self, worker: int, max_jobs: int, low_first: bool, turn: bool) -> None:
+        if not self.may_claim(worker):
+            return
+        request = self.request(worker, max_jobs, low_first, turn)
+        self.took(worker, request, self.do(self.hands.runs.claim(request)))
+
+    @precondition(lambda self: self.has_work())
+    @rule(worker=st.integers(0, WORKERS - 1), turn=st.booleans())
+    def claim_some(self, worker: int, turn: bool) -> None:
+        self.claim(worker, 3, False, turn)
+
+    @precondition(lambda self: self.has_work())
+    @rule(worker=st.integers(0, WORKERS - 1), turn=st.booleans(), outcome=st.sampled_from(OUTCOMES))
+    def serve(self, worker: int, turn: bool, outcome: Outcome) -> None:
+        """A claim and its finish, with nothing between them."""
+        before = len(self.held)
+        self.claim(worker, 4, False, turn)
+        if len(self.held) > before:
+            self.last = self.view()
+            opened = [held for held in self.held if held.open].index(self.held[before])
+            self.finish(opened, [outcome] * 4, 0, False, True)
+
+    @precondition(lambda self: self.has_work())
+    @rule(worker=st.integers(0, WORKERS - 1), turn=st.booleans())
+    def lose(self, worker: int, turn: bool) -> None:
+        """A claim whose worker freezes at once, and the sweep that finds it."""
+        before = len(self.held)
+        self.claim(worker, 2, False, turn)
+        if len(self.held) > before:
+            self.let_lease_end(self.held[before])
+            self.reap()
+
+    def has_work(self) -> bool:
+        return any(one.waiting and not one.paused for one in self.last.queues.values())
+
+    @precondition(lambda self: self.held)
+    @rule(which=st.integers(0, 99), late=st.booleans())
+    def claim_again(self, which: int, late: bool) -> None:
+        begun = [] if late else [held for held in self.held if held.open and held.sent]
+        held = (begun or self.held)[which % len(begun or self.held)]
+        alive = held.claim.token in self.last.queues[held.claim.queue].claims
+        if late or not alive:
+            # A duplicate that the network held back: its time is over.
+            self.world.store.saw_server_time(self.hands.now_ms() - 3_600_000)
+        claimed = self.do(self.hands.runs.claim(held.request))
+        owned = [
+            job_id
+            for job_id in (job.job_id for job in held.claim.jobs)
+            if self.last.queues[held.claim.queue].running.get(job_id) == held.claim.token
+        ]
+        ids = [job.job_id for job in claimed.claim.jobs] if claimed.claim else []
+        assert ids == (owned if alive else [])
+        self.unchanged("a claim sent again")
+
+    @precondition(lambda self: any(one.open for one in self.held))
+    @rule(
+        which=st.integers(0, 99),
+        outcomes=st.lists(st.sampled_from(OUTCOMES), min_size=4, max_size=4),
+        part=st.integers(0, 4),
+        delayed=st.booleans(),
+        go_on=st.booleans(),
+    )
+    def finish(
+        self, which: int, outcomes: list[Outcome], part: int, delayed: bool, go_on: bool
+    ) -> None:
+        open_ones = [held for held in self.held if held.open]
+        held = open_ones[which % len(open_ones)]
+        jobs = [job for job in held.claim.jobs if job.job_id in held.open][: part or None]
+        finished = [
+            outcome_of(
+                job,
+                held.claim.token,
+                outcome,
+                body=b"" if outcome in ("cancelled", "retry", "released", "suspect") else body_of(),
+                delay_ms=3_600_000 if delayed and outcome in ("retry", "released") else 0,
+            )
+            for job, outcome in zip(jobs, outcomes, strict=False)
+        ]
+        held.open = [one for one in held.open if one not in {job.job_id for job in jobs}]
+        last = not held.open
+        held.let_go = held.let_go or last
+        following = None
+        if last and go_on and self.may_claim(held.worker):
+            following = self.request(held.worker, 2, False, False)
+        held.sent.append((finished, last, following))
+        self.send(held, finished, last, following)
+
+    def send(
+        self,
+        held: Held,
+        finished: list[Finished],
+        last: bool,
+        following: ClaimRequest | None,
+    ) -> None:
+        """A finish, with what each verdict must be."""
+        before = self.last.queues[held.claim.queue]
+        verdicts, claimed = self.do(
+            self.hands.runs.finish(held.claim, finished, last=last, following=following)
+        )
+        for one, verdict in zip(finished, verdicts, strict=True):
+            if before.running.get(one.job_id) != held.claim.token:
+                assert verdict in ("stale", "already")
+            elif before.facts.get(one.job_id, Facts()).c:
+                assert verdict == "cancelled"
+            else:
+                assert verdict == one.outcome
+                if verdict == "completed":
+                    self.results[one.job_id] = one.body
+            self.put_back += verdict in ("retry", "released", "suspect")
+        if following:
+            # What this very call gave back it may claim again.
+            self.last = self.view()
+            self.last = msgspec.structs.replace(self.last, queues=self.before_next(claimed))
+            self.took(held.worker, following, claimed)
+
+    def before_next(self, claimed: Claimed) -> dict[str, QueueView]:
+        """The queues as the claim that rides on a finish found them."""
+        queues = dict(self.last.queues)
+        if claimed.claim:
+            queue = queues[claimed.claim.queue]
+            ids = [job.job_id for job in claimed.claim.jobs]
+            running = {one: token for one, token in queue.running.items() if one not in ids}
+            queues[claimed.claim.queue] = msgspec.structs.replace(
+                queue, running=running, lists=(ids, [], [])
+            )
+        return queues
+
+    @precondition(lambda self: any(one.sent for one in self.held))
+    @rule(which=st.integers(0, 99), call=st.integers(0, 9))
+    def finish_again(self, which: int, call: int) -> None:
+        sent = [held for held in self.held if held.sent]
+        held = sent[which % len(sent)]
+        finished, last, _ = held.sent[call % len(held.sent)]
+        verdicts, _ = self.do(self.hands.runs.finish(held.claim, finished, last=last))
+        assert set(verdicts) <= {"already", "stale"}
+        self.unchanged("a finish sent again")
+
+    @precondition(lambda self: any(one.open for one in self.held))
+    @rule(worker=st.integers(0, WORKERS - 1))
+    def renew(self, worker: int) -> None:
+        tokens: dict[str, list[str]] = {}
+        for held in self.held:
+            if held.worker == worker and not held.let_go:
+                tokens.setdefault(held.claim.queue, []).append(held.claim.token)
+        if not tokens:
+            return
+        renewal = self.world.renewals.renew(tokens)
+        leased = {token for queue in self.last.queues.values() for token in queue.leases}
+        everything = {token for mine in tokens.values() for token in mine}
+        assert set(renewal.lost) == everything - leased
+        self.unchanged("renewing")
+
+    def let_lease_end(self, held: Held) -> None:
+        end = self.held.index(held) + 1
+        self.redis.zadd(keys.leases(held.claim.queue), {held.claim.token: end}, xx=True)
+
+    @precondition(lambda self: any(one.open for one in self.held))
+    @rule(worker=st.integers(0, WORKERS - 1))
+    def worker_freezes(self, worker: int) -> None:
+        """Its leases end; it may still wake up and finish."""
+        for held in self.held:
+            if held.worker == worker:
+                self.let_lease_end(held)
+
+    @precondition(lambda self: any(one.open for one in self.held))
+    @rule(worker=st.integers(0, WORKERS - 1))
+    def worker_dies(self, worker: int) -> None:
+        self.worker_freezes(worker)
+        for held in self.held:
+            if held.worker == worker:
+                held.open, held.let_go = [], True
+
+    # --- time and operators ----------------------------------------------------------------
+
+    @precondition(lambda self: any(one.delayed for one in self.last.queues.values()))
+    @rule()
+    def delays_pass(self) -> None:
+        for queue, one in self.last.queues.items():
+            for due, job_id in enumerate(one.delayed, 1):
+                self.redis.zadd(keys.delayed(queue), {job_id: due})
+
+    @precondition(lambda self: any(one.deadlines for one in self.last.queues.values()))
+    @rule(queue=st.sampled_from(QUEUES), which=st.integers(0, 99))
+    def a_deadline_passes(self, queue: str, which: int) -> None:
+        ids = self.last.queues[queue].deadlines
+        if not ids:
+            return
+        job_id = ids[which % len(ids)]
+        self.hands.let_come_due(keys.deadlines(queue), job_id)
+        facts = self.last.queues[queue].facts[job_id]
+        past = msgspec.structs.replace(facts, **({"b": 1} if facts.b else {"l": 1}))
+        self.redis.hset(keys.facts(queue), job_id, msgspec.msgpack.encode(past))
+
+    @rule()
+    def reap(self) -> None:
+        self.put_back += self.do(self.hands.sweep()).put_back
+
+    @rule()
+    def reap_after_an_outage(self) -> None:
+        for queue in QUEUES:
+            self.redis.delete(keys.reap_gate(queue), keys.swept(queue))
+        assert self.do(self.hands.upkeep.sweep()).put_back == 0
+        after = self.view()
+        for queue, before in self.last.queues.items():
+            assert after.queues[queue].leases == before.leases
+
+    @rule(queue=st.sampled_from(QUEUES), paused=st.sampled_from([True, False, False, False]))
+    def pause(self, queue: str, paused: bool) -> None:
+        changed = self.do(self.hands.operation.pause(queue, paused=paused))
+        assert changed == (self.last.queues[queue].paused != paused)
+
+    @precondition(lambda self: any(one.paused for one in self.last.queues.values()))
+    @rule()
+    def resume(self) -> None:
+        for queue in QUEUES:
+            self.do(self.hands.operation.pause(queue, paused=False))
+
+    @precondition(lambda self: any(len(one.waiting) > 8 for one in self.last.queues.values()))
+    @rule(queue=st.sampled_from(QUEUES))
+    def purge(self, queue: str) -> None:
+        ended = self.do(self.hands.operation.purge(queue))
+        after = self.view()
+        assert after.queues[queue].waiting == after.queues[queue].delayed == []
+        assert ended == sum(
+            one.status == "cancelled" and not self.last.jobs[job_id].ended
+            for job_id, one in after.jobs.items()
+        )
+
+    # --- what always holds -----------------------------------------------------------------
+
+    @invariant()
+    def holds(self) -> None:
+        view = self.view()
+        for job_id in view.jobs:
+            self.check_history(job_id, view.jobs[job_id])
+            self.check_ttls(job_id, view.jobs[job_id])
+            if job_id not in self.doubled:
+                self.check_one_place(job_id, view)
+        for queue, one in view.queues.items():
+            self.check_claims(one, view)
+            self.check_counters(queue, one, view)
+        self.check_told(view)
+        self.reopened.clear()
+        self.last = view
+
+    def check_history(self, job_id: str, now: JobView) -> None:
+        """One terminal state a round, and only the accepted result."""
+        before = self.last.jobs.get(job_id)
+        if before and before.ended and job_id not in self.reopened:
+            kept = msgspec.structs.replace(before, ttls=(), size=0)
+            assert msgspec.structs.replace(now, ttls=(), size=0) == kept
+        asked = before and self.last.queues[self.queue_of(job_id)].facts.get(job_id, Facts()).c
+        assert not asked or now.status in ("processing", "cancelled", "failed")
+        if now.status == "completed":
+            assert now.result == self.results[job_id]
+        else:
+            assert now.result is None
+        assert (now.error is not None) == (now.status == "failed")
+
+    def check_ttls(self, job_id: str, now: JobView) -> None:
+        if now.ended:
+            assert -1 not in now.ttls, f"{job_id} {now}"
+        else:
+            assert set(now.ttls) <= {-1, -2}, f"{job_id} {now}"
+
+    def check_one_place(self, job_id: str, view: View) -> None:
+        job = view.jobs[job_id]
+        queue = view.queues[self.queue_of(job_id) if job_id in self.last.jobs else Q]
+        if job.meta:
+            queue = view.queues[decode_record(job.meta).queue]
+        listed = queue.waiting.count(job_id)
+        places = (listed, queue.delayed.count(job_id), int(job_id in queue.running))
+        if job.status == "processing":
+            assert places == (0, 0, 1), f"{job_id} {places}"
+        elif job.status == "pending":
+            assert sum(places) == 1, f"{job_id} {places}"
+            assert places[2] == 0, f"{job_id} {places}"
+        elif job.ended:
+            assert places in ((0, 0, 0), (1, 0, 0)), f"{job_id} {places}"
+        wrong = [one for at, one in enumerate(queue.lists) if at != self.lists.get(job_id, 1)]
+        assert all(job_id not in one for one in wrong)
+
+    def check_claims(self, queue: QueueView, view: View) -> None:
+        assert set(queue.claims) == queue.leases
+        for job_id, token in queue.running.items():
+            assert job_id in queue.claims[token]
+            assert view.jobs[job_id].status == "processing"
+        for job_id in (*queue.facts, *queue.deadlines):
+            assert not view.jobs[job_id].ended, f"{job_id} is remembered"
+        for facts in queue.facts.values():
+            assert len(facts.w) == len(set(facts.w))
+
+    def check_counters(self, name: str, queue: QueueView, view: View) -> None:
+        entries = Counter(queue.waiting)
+        gone = {job_id for job_id in self.forgotten if view.jobs[job_id].status is None}
+        ended = sum(
+            count
+            for one, count in entries.items()
+            if one in view.jobs and (view.jobs[one].ended or one in gone)
+        )
+        assert queue.ghosts <= ended
+        if not self.doubled:
+            assert queue.ghosts == ended
+        size = sum(
+            job.size
+            for job in view.jobs.values()
+            if job.status == "pending" and job.meta and decode_record(job.meta).queue == name
+        )
+        assert queue.bytes >= 0
+        assert queue.bytes == size or self.inputs_lost, f"{queue.bytes} counted, {size} wait"
+        assert queue.wake <= 64
+        assert queue.room >= -self.put_back - self.stray_pushes
+        assert self.redis.zcard(keys.dead(name)) <= 3
+
+    def check_told(self, view: View) -> None:
+        ended = {job_id for job_id in self.watched if view.jobs[job_id].ended}
+        if not ended:
+            return
+        heard = {
+            (key.decode(), value.decode())
+            for _, fields in self.redis.xrange(INBOX)
+            for key, value in fields.items()
+            if key and key[0] > 1
+        }
+        for job_id in ended:
+            assert (job_id, view.jobs[job_id].status) in heard, f"nobody was told of {job_id}"
+        self.watched -= ended
+
+    # --- the end ---------------------------------------------------------------------------
+
+    def teardown(self) -> None:
+        """Everybody goes home; what is left is run, and nothing may be left over."""
+        for queue in QUEUES:
+            self.do(self.hands.operation.pause(queue, paused=False))
+            self.hands.let_leases_end(queue=queue)
+        self.do(self.hands.sweep())
+        for queue in QUEUES:
+            self.hands.let_come_due(keys.delayed(queue))
+        self.do(self.hands.sweep())
+        while claim := self.do(self.hands.claim(4, queues=QUEUES)).claim:
+            self.do(self.hands.finish(claim))
+        self.do(self.hands.sweep())
+        assert_at_rest(self.redis, *QUEUES)
+        for job_id, job in self.view().jobs.items():
+            absent = job.status is None and job_id in self.forgotten
+            assert job.ended or absent or job_id in self.strangers, f"{job_id} is {job.status}"
+            assert job.ended or job.size == 0, f"{job_id} was never run"
+
+
+def job_view(
+    status: bytes | None,
+    result: bytes | None,
+    error: bytes | None,
+    meta: bytes | None,
+    size: int,
+    ttls: list[int],
+) -> JobView:
+    text = None if status is None else status.decode()
+    # An ended job's seconds run down; what counts is whether there is an end.
+    return JobView(text, result, error, meta, size, tuple(min(one, 0) for one in ttls))
+
+
+def retry_verdict(before: JobView, room: int) -> str:
+    if before.status == "completed":
+        return "not_retryable"
+    if before.size == 0:
+        return "no_input"
+    return "full" if room < 1 else "ok"
+
+
+_bodies: Iterator[int] = iter(range(1, 10**9))
+
+
+def body_of() -> bytes:
+    """Another body each time, so that a result tells whose it is."""
+    return b'{"code":"x","message":"%d"}' % next(_bodies)
+
+
+def run(url: str, server: redis.Redis, profile: settings) -> None:
+    world = World(url, server)
+    try:
+        run_state_machine_as_test(partial(Machine, world), settings=profile)  # type: ignore[arg-type]
+    finally:
+        world.close()
+        server.flushall()
+
+
+_COMMON: dict[str, Any] = {
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": list(HealthCheck),
+    "print_blob": True,
+    "report_multiple_bugs": False,
+}
+
+
+def test_no_interleaving_breaks_the_protocol(redis_url: str, server: redis.Redis) -> None:
+    run(redis_url, server, settings(max_examples=40, stateful_step_count=40, **_COMMON))
+
+
+@pytest.mark.soak
+def test_no_interleaving_breaks_the_protocol_however_long(
+    redis_url: str, server: redis.Redis
+) -> None:
+    run(redis_url, server, settings(max_examples=130, stateful_step_count=60, **_COMMON))

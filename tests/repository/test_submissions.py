@@ -1,0 +1,784 @@
+"""Submit, read, watch, cancel, retry: what an API does to jobs."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import msgspec
+import pytest
+import redis
+
+from asyncinfer.errors import RedisUnavailable, StorageFull, WritesRefused
+from asyncinfer.repository import keys
+from asyncinfer.repository.claims import Finished
+from asyncinfer.repository.doorbell import Doorbell
+from asyncinfer.repository.maintenance import Swept
+from asyncinfer.repository.store import Store
+from asyncinfer.repository.stored_jobs import Stored, noticed
+from tests.faults.harness import assert_at_rest
+from tests.queue_driver import DATA, ERROR, RESULT, Hands, Q, ids_of, new_job
+
+INBOX = keys.inbox(Q, "api")
+
+
+@pytest.fixture
+def hands(store: Store, server: redis.Redis) -> Hands:
+    return Hands(store, server)
+
+
+@pytest.fixture
+async def flusher(hands: Hands) -> AsyncIterator[None]:
+    """`Submissions.run`, as an API runs it."""
+    task = asyncio.create_task(hands.submissions.run())
+    yield
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+def open_inbox(hands: Hands) -> None:
+    hands.redis.xadd(INBOX, {"open": "1"})
+
+
+def told(hands: Hands, inbox: str = INBOX) -> dict[str, str]:
+    """What an inbox has heard: {id: status}."""
+    entries = hands.redis.xrange(inbox)
+    heard = {key: value for _, fields in entries for key, value in fields.items()}
+    return {key.decode(): heard[key].decode() for key in heard if key != b"open" and key[0] > 1}
+
+
+# --- submit --------------------------------------------------------------------------------
+
+
+async def test_a_submitted_job_is_whole_and_in_the_patterns_layout(hands: Hands) -> None:
+    job = new_job(b"[[5.1]]")
+    assert await hands.submit(job) == ["ok"]
+    assert hands.redis.get(f"job:{job.job_id}:data") == b"[[5.1]]"
+    assert hands.redis.get(f"job:{job.job_id}:status") == b"pending"
+    assert hands.redis.lrange("predict_queue", 0, -1) == [job.job_id.encode()]
+    stored = await hands.read(job.job_id)
+    assert (stored.status, stored.record, stored.result) == ("pending", job.record, None)
+    assert hands.ttls(job.job_id) == {"data": -1, "status": -1, "meta": -1}
+    assert hands.redis.smembers(keys.queues(Q)) == {Q.encode()}
+
+
+async def test_jobs_carry_the_sequence_in_which_they_were_queued(hands: Hands) -> None:
+    first, second = await hands.some(2)
+    third = await hands.one()
+    seqs = [int.from_bytes((await hands.read(one)).meta[:8]) for one in (first, second, third)]
+    assert seqs == [1, 2, 3]
+
+
+async def test_a_submit_sent_again_is_the_same_job(hands: Hands) -> None:
+    job = new_job()
+    assert await hands.submit(job) == ["ok"]
+    assert await hands.submit(job) == ["exists"]
+    assert hands.waiting() == [job.job_id]
+
+
+async def test_a_submit_sent_again_after_the_job_ended_changes_nothing(hands: Hands) -> None:
+    job = new_job()
+    await hands.submit(job)
+    await hands.run_all()
+    assert await hands.submit(job) == ["exists"]
+    assert (await hands.read(job.job_id)).result == RESULT
+    assert hands.waiting() == []
+
+
+async def test_an_id_twice_in_one_call_is_one_job(hands: Hands) -> None:
+    job = new_job()
+    assert await hands.submit(job, job) == ["ok", "exists"]
+    assert hands.waiting() == [job.job_id]
+    assert hands.counter(keys.bytes_waiting(Q)) == len(DATA)
+
+
+async def test_a_full_queue_refuses_exactly_the_job_beyond_its_cap(hands: Hands) -> None:
+    hands.policy(max_queue=5)
+    jobs = [new_job() for _ in range(7)]
+    assert await hands.submit(*jobs) == ["ok"] * 5 + ["full"] * 2
+    assert await hands.submit(jobs[5]) == ["full"]
+    await hands.take(1)
+    assert await hands.submit(jobs[5], jobs[6]) == ["ok", "full"]
+
+
+async def test_a_full_group_forgets_its_oldest_and_refuses_no_job(hands: Hands) -> None:
+    members = keys.group(Q, "default", "g")
+    for _ in range(10):
+        hands.redis.rpush(members, *["0" * 32] * 100_000)
+    ids = await hands.some(3, group="g")
+    assert hands.redis.llen(members) == 1_000_000
+    assert [one.decode() for one in hands.redis.lrange(members, -3, -1)] == ids
+
+
+async def test_a_refused_job_leaves_no_key(hands: Hands) -> None:
+    hands.policy(max_queue=0)
+    job = new_job(priority="high", key="k", ttl_seconds=5, inbox=INBOX)
+    assert await hands.submit(job) == ["full"]
+    assert list(hands.redis.scan_iter(f"*{job.job_id}*")) == []
+    assert not hands.redis.exists(keys.facts(Q), keys.idempotency(Q, "k"), keys.wake(Q))
+
+
+async def test_a_repeat_in_one_call_takes_no_room(hands: Hands) -> None:
+    hands.policy(max_queue=2)
+    first, second = new_job(), new_job()
+    assert await hands.submit(first, first, second) == ["ok", "exists", "ok"]
+
+
+async def test_a_retried_submit_to_a_full_queue_is_still_a_success(hands: Hands) -> None:
+    hands.policy(max_queue=1)
+    job = new_job()
+    await hands.submit(job)
+    assert await hands.submit(job, new_job()) == ["exists", "full"]
+
+
+async def test_bytes_are_capped_like_jobs(hands: Hands) -> None:
+    hands.policy(max_queue_bytes=30)
+    assert await hands.submit(*(new_job(b"x" * 10) for _ in range(4))) == ["ok"] * 3 + ["full"]
+    await hands.take(1)
+    assert await hands.submit(new_job(b"x" * 11), new_job(b"x" * 10)) == ["full", "ok"]
+
+
+async def test_delayed_jobs_count_towards_the_cap(hands: Hands) -> None:
+    hands.policy(max_queue=2)
+    await hands.some(2, delay_seconds=60)
+    assert await hands.submit(new_job()) == ["full"]
+
+
+async def test_strangers_jobs_count_towards_the_cap(hands: Hands) -> None:
+    hands.policy(max_queue=2)
+    hands.stranger("theirs")
+    assert await hands.submit(new_job(), new_job()) == ["ok", "full"]
+
+
+async def test_running_jobs_do_not_count_towards_the_cap(hands: Hands) -> None:
+    hands.policy(max_queue=2)
+    await hands.some(2)
+    claim = await hands.take()
+    assert await hands.submit(new_job(), new_job(), new_job()) == ["ok", "ok", "full"]
+    await hands.finish(claim)
+
+
+async def test_each_queue_has_a_cap_of_its_own(hands: Hands) -> None:
+    hands.policy(max_queue=1)
+    other = f"{Q}:digits"
+    assert await hands.submit(new_job()) == ["ok"]
+    assert await hands.submit(new_job(queue=other), new_job(queue=other)) == ["ok", "full"]
+    assert hands.redis.smembers(keys.queues(Q)) == {Q.encode(), other.encode()}
+
+
+# --- idempotency ---------------------------------------------------------------------------
+
+
+async def test_an_idempotency_key_stands_for_the_first_job(hands: Hands) -> None:
+    first, second = new_job(key="k", fingerprint="one"), new_job(key="k", fingerprint="one")
+    await hands.submit(first)
+    again = (await hands.submitted(second))[0]
+    assert (again.verdict, again.job_id, again.fingerprint) == ("dup", first.job_id, "one")
+    assert hands.waiting() == [first.job_id]
+
+
+async def test_a_key_used_for_something_else_shows_the_first_fingerprint(hands: Hands) -> None:
+    await hands.submit(new_job(key="k", fingerprint="one"))
+    again = (await hands.submitted(new_job(key="k", fingerprint="two")))[0]
+    assert (again.verdict, again.fingerprint) == ("dup", "one")
+
+
+async def test_two_submits_with_one_key_in_one_call_are_one_job(hands: Hands) -> None:
+    first, second = new_job(key="k"), new_job(key="k")
+    verdicts = await hands.submitted(first, second)
+    assert [one.verdict for one in verdicts] == ["ok", "dup"]
+    assert verdicts[1].job_id == first.job_id
+    assert hands.waiting() == [first.job_id]
+
+
+async def test_a_retried_submit_with_a_key_names_its_own_job(hands: Hands) -> None:
+    job = new_job(key="k")
+    await hands.submit(job)
+    again = (await hands.submitted(job))[0]
+    assert (again.verdict, again.job_id) == ("dup", job.job_id)
+
+
+async def test_a_key_answers_dup_when_the_queue_is_full(hands: Hands) -> None:
+    hands.policy(max_queue=1)
+    await hands.submit(new_job(key="k"))
+    assert await hands.submit(new_job(key="k"), new_job()) == ["dup", "full"]
+
+
+async def test_a_key_whose_job_is_gone_is_free(hands: Hands) -> None:
+    first, second = new_job(key="k"), new_job(key="k")
+    await hands.submit(first)
+    await hands.run_all()
+    hands.redis.delete(*(f"job:{first.job_id}:{word}" for word in ("status", "result", "meta")))
+    assert await hands.submit(second) == ["ok"]
+    assert (await hands.submitted(new_job(key="k")))[0].job_id == second.job_id
+
+
+async def test_a_key_refused_for_room_is_free_in_the_same_call(hands: Hands) -> None:
+    hands.policy(max_queue_bytes=5)
+    large, small = new_job(b"123456", key="k"), new_job(b"1", key="k")
+    assert await hands.submit(large, small) == ["full", "ok"]
+
+
+async def test_keys_are_kept_as_long_as_jobs_and_a_day_at_least(hands: Hands) -> None:
+    await hands.submit(new_job(key="k"))
+    hands.policy(job_ttl_seconds=200_000)
+    await hands.submit(new_job(key="long"))
+    assert 86_390 <= hands.redis.ttl(keys.idempotency(Q, "k")) <= 86_400
+    assert 199_990 <= hands.redis.ttl(keys.idempotency(Q, "long")) <= 200_000
+
+
+# --- submits of one tick -------------------------------------------------------------------
+
+
+async def test_submits_of_one_tick_share_calls_and_each_gets_its_own_answer(
+    hands: Hands, flusher: None
+) -> None:
+    hands.policy(max_queue=550)
+    before = hands.redis.info("commandstats").get("cmdstat_evalsha", {"calls": 0})["calls"]
+    jobs = [new_job() for _ in range(600)]
+    verdicts = await asyncio.gather(*(hands.submissions.submit(job) for job in jobs))
+    calls = hands.redis.info("commandstats")["cmdstat_evalsha"]["calls"] - before
+    assert [one.job_id for one in verdicts] == ids_of(jobs)
+    assert sum(one.verdict == "ok" for one in verdicts) == 550
+    assert calls <= 4
+
+
+async def test_a_burst_of_large_submits_is_split_by_bytes(hands: Hands, flusher: None) -> None:
+    jobs = [new_job(b"x" * 700_000) for _ in range(4)]
+    verdicts = await asyncio.gather(*(hands.submissions.submit(job) for job in jobs))
+    assert {one.verdict for one in verdicts} == {"ok"}
+    assert hands.waiting() == ids_of(jobs)
+
+
+async def test_submits_to_several_queues_share_a_tick(hands: Hands, flusher: None) -> None:
+    jobs = [new_job(queue=f"{Q}:{model}") for model in ("a", "b") for _ in range(2)]
+    verdicts = await asyncio.gather(*(hands.submissions.submit(job) for job in jobs))
+    assert {one.verdict for one in verdicts} == {"ok"}
+    assert hands.waiting(f"{Q}:a") + hands.waiting(f"{Q}:b") == ids_of(jobs)
+
+
+async def test_a_submit_nobody_sends_names_its_job(hands: Hands) -> None:
+    hands.store.call_seconds = 0.01
+    job = new_job()
+    with pytest.raises(RedisUnavailable, match="may or may not") as caught:
+        await hands.submissions.submit(job)
+    assert caught.value.job_id == job.job_id
+
+
+async def test_scripts_forgotten_by_the_server_are_sent_again(hands: Hands) -> None:
+    hands.redis.script_flush()
+    await hands.some(2)
+    hands.redis.script_flush()
+    claim = await hands.take()
+    hands.redis.script_flush()
+    assert await hands.ended(claim) == ["completed", "completed"]
+    hands.redis.script_flush()
+    await hands.sweep()
+    assert_at_rest(hands.redis, Q)
+
+
+# --- a server that refuses -----------------------------------------------------------------
+
+
+@pytest.fixture
+def memory_full(server: redis.Redis) -> Iterator[Any]:
+    """Call it to leave the server no memory."""
+    yield lambda: server.config_set("maxmemory", "1mb")
+    server.config_set("maxmemory", "0")
+
+
+async def test_with_memory_full_submits_are_refused_and_all_else_goes_on(
+    hands: Hands, memory_full: Any
+) -> None:
+    waiting, running, other = await hands.some(3)
+    claim = await hands.take(2)
+    memory_full()
+    with pytest.raises(StorageFull, match="maxmemory"):
+        await hands.submit(new_job())
+    assert await hands.ended(claim) == ["completed", "completed"]
+    assert await hands.cancel(other) == "cancelled"
+    assert await hands.retry(other) == "ok"
+    assert await hands.run_all() == [other]
+    await hands.upkeep.sweep()
+    assert hands.statuses([waiting, running, other]) == {"completed"}
+
+
+async def test_with_memory_full_upkeep_goes_on(hands: Hands, memory_full: Any) -> None:
+    memory_full()
+    assert await hands.upkeep.repair(60) is None
+    assert await hands.upkeep.sweep() == Swept()
+    doorbell = Doorbell(hands.store)
+    await doorbell.ring(Q)
+    assert await doorbell.wait([Q], 0.02) is None
+    await doorbell.close()
+
+
+async def test_a_submit_refused_for_memory_names_no_job_and_goes_through_later(
+    hands: Hands, flusher: None, memory_full: Any
+) -> None:
+    job = new_job()
+    memory_full()
+    with pytest.raises(StorageFull) as caught:
+        await hands.submissions.submit(job)
+    assert caught.value.job_id is None
+    assert await hands.submissions.read(job.job_id) is None
+    hands.redis.config_set("maxmemory", "0")
+    assert (await hands.submissions.submit(job)).verdict == "ok"
+
+
+async def test_a_server_that_cannot_save_refuses_a_submit_and_recovers(
+    hands: Hands, flusher: None, disk_full: Any
+) -> None:
+    await disk_full()
+    job = new_job()
+    with pytest.raises(WritesRefused, match="cannot save to its disk") as caught:
+        await hands.submissions.submit(job)
+    assert caught.value.job_id is None
+    assert await hands.submissions.read(job.job_id) is None
+    hands.redis.config_set("save", "")
+    assert (await hands.submissions.submit(job)).verdict == "ok"
+
+
+# --- read ----------------------------------------------------------------------------------
+
+
+async def test_an_absent_job_reads_as_none(hands: Hands) -> None:
+    assert await hands.submissions.read("nobody") is None
+    assert await hands.submissions.read_many([]) == []
+
+
+async def test_jobs_are_read_in_the_order_asked(hands: Hands) -> None:
+    first, second = await hands.some(2)
+    read = await hands.submissions.read_many([second, "nobody", first])
+    assert [one and one.job_id for one in read] == [second, None, first]
+
+
+async def test_a_strangers_job_reads_without_a_record(hands: Hands) -> None:
+    hands.stranger("theirs")
+    stored = await hands.read("theirs")
+    assert (stored.status, stored.record, stored.meta) == ("pending", None, b"")
+
+
+@pytest.mark.parametrize(
+    "meta", [b"", b"x", b"12345678", b"12345678\x91\xa2\xff\xfe", b"\xff" * 40]
+)
+async def test_a_job_whose_record_is_damaged_is_nobodys_to_read(hands: Hands, meta: bytes) -> None:
+    job_id = await hands.one()
+    hands.redis.set(keys.meta(job_id), meta)
+    stored = await hands.submissions.read(job_id)
+    assert stored is None or meta == b""
+    await hands.run_all()
+    hands.redis.delete(keys.meta(job_id))
+
+
+# --- cancel --------------------------------------------------------------------------------
+
+
+async def test_a_waiting_job_is_cancelled_at_once_and_its_input_kept(hands: Hands) -> None:
+    first, second, third = await hands.some(3)
+    assert await hands.cancel(second) == "cancelled"
+    assert hands.waiting() == [first, third]
+    assert hands.status(second) == "cancelled"
+    assert hands.redis.get(keys.data(second)) == DATA
+    assert set(hands.ttls(second).values()) == {600}
+    assert hands.counter(keys.bytes_waiting(Q)) == 2 * len(DATA)
+
+
+@pytest.mark.parametrize("priority", ["high", "low"])
+async def test_a_waiting_job_of_any_priority_leaves_its_list(hands: Hands, priority: str) -> None:
+    job_id = await hands.one(priority=priority)
+    assert await hands.cancel(job_id) == "cancelled"
+    assert_at_rest(hands.redis, Q)
+
+
+async def test_a_delayed_job_is_cancelled_at_once(hands: Hands) -> None:
+    job_id = await hands.one(delay_seconds=60, finish_within_seconds=120)
+    assert await hands.cancel(job_id) == "cancelled"
+    assert_at_rest(hands.redis, Q)
+
+
+async def test_a_bulk_cancel_of_delayed_jobs_leaves_no_ghost(hands: Hands) -> None:
+    await hands.one()
+    delayed = await hands.some(25, delay_seconds=60)
+    assert await hands.cancel_in_one_call(*delayed) == ["cancelled"] * 25
+    assert hands.ghosts() == 0
+
+
+async def test_a_cancel_in_a_long_list_walks_none_of_it(hands: Hands) -> None:
+    """The id stays, as one that a claim passes over: to walk a million held Redis for 22 ms."""
+    for _ in range(41):
+        await hands.some(250)
+    last = await hands.one()
+    assert await hands.cancel(last) == "cancelled"
+    assert hands.status(last) == "cancelled"
+    assert (hands.redis.llen(Q), hands.redis.scard(keys.stale_entries(Q))) == (10_251, 1)
+
+
+async def test_cancelling_a_running_job_asks_its_worker(hands: Hands) -> None:
+    job_id = await hands.one()
+    claim = await hands.take()
+    assert await hands.cancel(job_id) == "asked"
+    assert hands.facts(job_id).c == 1
+    messages = [fields for _, fields in hands.redis.xrange(keys.control(Q))]
+    assert messages == [{b"cancel": job_id.encode()}]
+    assert 0 < hands.redis.ttl(keys.control(Q)) <= 3600
+    await hands.finish(claim, "cancelled")
+    assert hands.status(job_id) == "cancelled"
+
+
+async def test_cancelling_twice_says_the_same_and_tells_the_worker_once(hands: Hands) -> None:
+    job_id = await hands.one()
+    claim = await hands.take()
+    assert [await hands.cancel(job_id), await hands.cancel(job_id)] == ["asked", "asked"]
+    assert hands.redis.xlen(keys.control(Q)) == 1
+    await hands.finish(claim)
+    assert await hands.cancel(job_id) == "cancelled"
+
+
+async def test_a_cancelled_job_that_waited_stays_cancelled(hands: Hands) -> None:
+    job_id = await hands.one()
+    assert await hands.cancel(job_id) == "cancelled"
+    before = await hands.read(job_id)
+    assert await hands.cancel(job_id) == "cancelled"
+    assert await hands.read(job_id) == before
+    assert await hands.run_all() == []
+
+
+@pytest.mark.parametrize("outcome", ["completed", "failed", "dead"])
+async def test_an_ended_job_cannot_be_cancelled(hands: Hands, outcome: str) -> None:
+    job_id = await hands.one()
+    await hands.finish(await hands.take(), outcome)  # type: ignore[arg-type]
+    before = await hands.read(job_id)
+    assert await hands.cancel(job_id) == "finished"
+    assert await hands.read(job_id) == before
+
+
+async def test_cancelling_an_unknown_job_changes_nothing(hands: Hands) -> None:
+    before = set(hands.redis.scan_iter())
+    assert await hands.cancel_in_one_call("nobody") == ["absent"]
+    assert set(hands.redis.scan_iter()) == before
+
+
+async def test_a_strangers_waiting_job_can_be_cancelled(hands: Hands) -> None:
+    hands.stranger("theirs")
+    assert await hands.cancel("theirs") == "cancelled"
+    assert_at_rest(hands.redis, Q)
+
+
+async def test_a_strangers_job_that_their_own_consumer_runs_can_be_cancelled(hands: Hands) -> None:
+    hands.stranger("theirs", status=b"processing")
+    hands.redis.lpop(Q)
+    assert await hands.cancel("theirs") == "cancelled"
+    assert hands.ttls("theirs") == {"data": 600, "status": 600}
+
+
+async def test_a_bulk_cancel_leaves_counted_ghosts_and_the_cap_stays_exact(hands: Hands) -> None:
+    hands.policy(max_queue=30)
+    jobs = await hands.some(30)
+    assert await hands.cancel_in_one_call(*jobs[:25]) == ["cancelled"] * 25
+    assert (len(hands.waiting()), hands.ghosts()) == (20, 15)
+    verdicts = await hands.submit(*(new_job() for _ in range(27)))
+    assert verdicts == ["ok"] * 25 + ["full"] * 2
+    assert len(await hands.run_all()) == 30
+    assert_at_rest(hands.redis, Q)
+
+
+async def test_a_claim_drops_ghosts_and_counts_them_off(hands: Hands) -> None:
+    jobs = await hands.some(30)
+    await hands.cancel_in_one_call(*jobs[:20])
+    claim = await hands.take(1)
+    assert ids_of(claim.jobs) == [jobs[20]]
+    assert hands.ghosts() == 0
+    assert hands.waiting() == jobs[21:]
+
+
+async def test_a_ghost_whose_job_is_no_longer_kept_is_counted_off_too(hands: Hands) -> None:
+    jobs = await hands.some(13)
+    await hands.cancel_in_one_call(*jobs[:12])
+    for ghost in jobs[10:12]:
+        hands.redis.delete(*(f"job:{ghost}:{word}" for word in ("data", "status", "meta")))
+    await hands.one()
+    assert ids_of((await hands.take(1)).jobs) == [jobs[12]]
+    assert hands.ghosts() == 0
+
+
+async def test_a_job_twice_in_one_cancel_is_cancelled_once(hands: Hands) -> None:
+    job_id = await hands.one()
+    assert await hands.cancel_in_one_call(job_id, job_id) == ["cancelled", "cancelled"]
+    assert hands.counter(keys.bytes_waiting(Q)) == 0
+
+
+# --- retry ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outcome", ["failed", "cancelled", "dead"])
+async def test_a_retry_opens_a_new_round(hands: Hands, outcome: str) -> None:
+    job_id = await hands.one()
+    await hands.finish(await hands.take(), outcome)  # type: ignore[arg-type]
+    assert await hands.retry(job_id) == "ok"
+    stored = await hands.read(job_id)
+    assert stored.record is not None
+    assert (stored.status, stored.record.round, stored.error) == ("pending", 2, None)
+    assert hands.ttls(job_id) == {"data": -1, "status": -1, "meta": -1}
+    assert not hands.redis.exists(keys.dead(Q))
+    assert hands.counter(keys.bytes_waiting(Q)) == len(DATA)
+    assert await hands.run_all() == [job_id]
+    assert (await hands.read(job_id)).result == RESULT
+
+
+async def test_a_retry_keeps_the_options_of_the_job(hands: Hands) -> None:
+    job_id = await hands.one(priority="high", ttl_seconds=7, finish_within_seconds=60)
+    await hands.cancel(job_id)
+    assert await hands.retry(job_id) == "ok"
+    facts = hands.facts(job_id)
+    assert (facts.p, facts.t) == ("high", 7)
+    assert hands.redis.lrange(keys.waiting(Q)[0], 0, -1) == [job_id.encode()]
+    assert hands.redis.zscore(keys.deadlines(Q), job_id) == facts.l
+    await hands.run_all()
+    assert hands.ttls(job_id)["result"] == 7
+
+
+async def test_a_completed_job_is_not_retried(hands: Hands) -> None:
+    job_id = await hands.one()
+    await hands.run_all()
+    assert await hands.retry(job_id) == "not_retryable"
+
+
+async def test_a_waiting_or_running_job_is_not_retried(hands: Hands) -> None:
+    job_id = await hands.one()
+    assert await hands.retry(job_id) == "not_retryable"
+    claim = await hands.take()
+    assert await hands.retry(job_id) == "not_retryable"
+    await hands.finish(claim)
+
+
+async def test_a_retry_of_an_older_round_is_refused(hands: Hands) -> None:
+    job_id = await hands.one()
+    await hands.cancel(job_id)
+    seen = await hands.read(job_id)
+    assert await hands.submissions.retry(seen, 1) == "ok"
+    await hands.cancel(job_id)
+    assert await hands.submissions.retry(seen, 1) == "changed"
+    assert hands.waiting() == []
+
+
+async def test_a_retry_sent_twice_opens_one_round(hands: Hands) -> None:
+    job_id = await hands.one()
+    await hands.cancel(job_id)
+    seen = await hands.read(job_id)
+    verdicts = [await hands.submissions.retry(seen, 1) for _ in range(2)]
+    assert verdicts == ["ok", "changed"]
+    assert hands.waiting() == [job_id]
+
+
+async def test_a_retry_without_input_is_refused(hands: Hands) -> None:
+    job_id = await hands.one()
+    await hands.cancel(job_id)
+    hands.redis.delete(keys.data(job_id))
+    assert await hands.retry(job_id) == "no_input"
+
+
+async def test_a_retry_into_a_full_queue_is_refused(hands: Hands) -> None:
+    job_id = await hands.one()
+    await hands.cancel(job_id)
+    hands.policy(max_queue=1)
+    await hands.one()
+    assert await hands.retry(job_id) == "full"
+    assert hands.status(job_id) == "cancelled"
+
+
+async def test_an_absent_job_is_not_retried(hands: Hands) -> None:
+    job_id = await hands.one()
+    await hands.cancel(job_id)
+    seen = await hands.read(job_id)
+    hands.redis.delete(*(f"job:{job_id}:{word}" for word in ("data", "status", "meta")))
+    assert await hands.submissions.retry(seen, 1) == "absent"
+
+
+async def test_a_strangers_job_can_be_retried(hands: Hands) -> None:
+    hands.stranger("theirs")
+    await hands.finish(await hands.take(), "failed")
+    assert await hands.retry("theirs") == "ok"
+    assert await hands.run_all() == ["theirs"]
+    assert_at_rest(hands.redis, Q)
+
+
+async def test_a_retried_ghost_is_in_its_list_once(hands: Hands) -> None:
+    jobs = await hands.some(12, priority="low")
+    await hands.cancel_in_one_call(*jobs)
+    assert hands.ghosts() == 2
+    assert await hands.retry(jobs[11]) == "ok"
+    assert hands.waiting() == [jobs[10], jobs[11]]
+    assert hands.ghosts() == 1
+    assert await hands.run_all() == [jobs[11]]
+    assert_at_rest(hands.redis, Q)
+
+
+async def test_a_job_that_expired_while_waiting_and_is_retried_waits_once(hands: Hands) -> None:
+    job_id = await hands.one(start_within_seconds=60)
+    hands.let_come_due(keys.deadlines(Q))
+    assert (await hands.sweep()).expired == 1
+    assert await hands.retry(job_id) == "ok"
+    assert hands.waiting() == [job_id]
+    assert hands.ghosts() == 0
+
+
+async def test_a_zombies_finish_does_not_touch_the_new_round(hands: Hands) -> None:
+    job_id = await hands.one()
+    zombie = await hands.take()
+    hands.let_leases_end()
+    await hands.sweep()
+    await hands.cancel(job_id)
+    await hands.retry(job_id)
+    assert await hands.ended(zombie) == ["stale"]
+    assert hands.status(job_id) == "pending"
+
+
+# --- watch and inboxes ---------------------------------------------------------------------
+
+
+async def test_watch_returns_what_has_ended_and_signs_up_for_the_rest(hands: Hands) -> None:
+    ended, waiting = await hands.some(2)
+    await hands.finish(await hands.take(1), "failed")
+    watched = await hands.submissions.watch(Q, INBOX, [ended, "nobody", waiting])
+    assert watched[0] == await hands.read(ended)
+    assert watched[0] is not None
+    assert watched[0].error == ERROR
+    assert watched[1] is None
+    assert watched[2] is not None
+    assert watched[2].status == "pending"
+    assert hands.facts(waiting).w == (INBOX,)
+    assert hands.facts(ended).w == hands.facts("nobody").w == ()
+
+
+async def test_an_inbox_signs_up_once(hands: Hands) -> None:
+    job_id = await hands.one(inbox=INBOX)
+    await hands.submissions.watch(Q, INBOX, [job_id, job_id])
+    assert hands.facts(job_id).w == (INBOX,)
+
+
+async def test_the_watchers_of_a_job_are_capped_and_the_newest_stays(hands: Hands) -> None:
+    job_id = await hands.one()
+    inboxes = [keys.inbox(Q, str(number)) for number in range(40)]
+    for inbox in inboxes:
+        await hands.submissions.watch(Q, inbox, [job_id])
+    assert hands.facts(job_id).w == tuple(inboxes[-32:])
+
+
+async def test_watching_keeps_the_other_facts_of_a_job(hands: Hands) -> None:
+    job_id = await hands.one(priority="low", ttl_seconds=9)
+    await hands.submissions.watch(Q, INBOX, [job_id])
+    facts = hands.facts(job_id)
+    assert (facts.p, facts.t, facts.w) == ("low", 9, (INBOX,))
+
+
+@pytest.mark.parametrize("outcome", ["completed", "failed", "cancelled", "dead"])
+async def test_who_waits_is_told_when_a_job_is_finished(hands: Hands, outcome: str) -> None:
+    open_inbox(hands)
+    job_id = await hands.one(inbox=INBOX)
+    await hands.finish(await hands.take(), outcome)  # type: ignore[arg-type]
+    assert told(hands) == {job_id: "failed" if outcome == "dead" else outcome}
+
+
+def notices(hands: Hands) -> list[tuple[str, Stored | None]]:
+    entries = hands.redis.xrange(INBOX)
+    return [one for _, fields in entries if b"open" not in fields for one in noticed(fields)]
+
+
+@pytest.mark.parametrize("outcome", ["completed", "failed"])
+async def test_who_waits_for_a_small_job_is_told_all_of_it(hands: Hands, outcome: str) -> None:
+    open_inbox(hands)
+    job_id = await hands.one(inbox=INBOX)
+    await hands.finish(await hands.take(), outcome)  # type: ignore[arg-type]
+    assert notices(hands) == [(job_id, await hands.read(job_id))]
+
+
+async def test_who_waits_for_a_large_job_is_told_to_look(hands: Hands) -> None:
+    open_inbox(hands)
+    job_id = await hands.one(inbox=INBOX)
+    claim = await hands.take()
+    large = Finished(job_id, "completed", b'"' + b"x" * 5000 + b'"', claim.jobs[0].meta)
+    await hands.runs.finish(claim, [large], last=True)
+    assert notices(hands) == [(job_id, None)]
+
+
+@pytest.mark.parametrize("junk", [b"", b"x", b"9 ", b"-1 {}", b"5", b"99999 x", b"2 {}\xff\xff"])
+def test_a_damaged_notice_is_no_answer(junk: bytes) -> None:
+    assert list(noticed({b"a": b"completed", b"\1a": junk})) == [("a", None)]
+
+
+async def test_who_waits_for_many_jobs_is_told_of_all_in_a_few_entries(hands: Hands) -> None:
+    open_inbox(hands)
+    job_ids = await hands.some(40, inbox=INBOX)
+    await hands.finish(await hands.take())
+    assert hands.redis.xlen(INBOX) == 1 + 3
+    assert notices(hands) == [(one, await hands.read(one)) for one in job_ids]
+
+
+async def test_who_waits_is_told_of_a_cancel(hands: Hands) -> None:
+    open_inbox(hands)
+    job_id = await hands.one(inbox=INBOX)
+    await hands.cancel(job_id)
+    assert told(hands) == {job_id: "cancelled"}
+
+
+async def test_who_waits_is_told_of_a_purge(hands: Hands) -> None:
+    open_inbox(hands)
+    job_id = await hands.one(inbox=INBOX)
+    await hands.operation.purge(Q)
+    assert told(hands) == {job_id: "cancelled"}
+
+
+async def test_who_waits_is_told_that_the_deadline_passed(hands: Hands) -> None:
+    open_inbox(hands)
+    swept, claimed = await hands.some(2, inbox=INBOX, start_within_seconds=60)
+    hands.let_come_due(keys.deadlines(Q), swept)
+    await hands.sweep()
+    packed = msgspec.msgpack.encode({"b": 1, "w": [INBOX]})
+    hands.redis.hset(keys.facts(Q), claimed, packed)
+    assert (await hands.claim()).claim is None
+    assert told(hands) == {swept: "failed", claimed: "failed"}
+
+
+async def test_who_waits_is_told_of_a_dead_letter(hands: Hands) -> None:
+    hands.policy(max_deliveries=1)
+    open_inbox(hands)
+    job_id = await hands.one(inbox=INBOX)
+    await hands.take()
+    hands.let_leases_end()
+    await hands.sweep()
+    assert told(hands) == {job_id: "failed"}
+
+
+async def test_who_waits_is_told_that_the_input_is_lost(hands: Hands) -> None:
+    open_inbox(hands)
+    job_id = await hands.one(inbox=INBOX)
+    hands.redis.delete(keys.data(job_id))
+    await hands.claim()
+    assert told(hands) == {job_id: "failed"}
+
+
+async def test_every_inbox_of_a_job_is_told_and_only_at_its_end(hands: Hands) -> None:
+    other = keys.inbox(Q, "other")
+    open_inbox(hands)
+    hands.redis.xadd(other, {"open": "1"})
+    job_id = await hands.one(inbox=INBOX)
+    await hands.submissions.watch(Q, other, [job_id])
+    await hands.finish(await hands.take(), "released")
+    assert told(hands) == told(hands, other) == {}
+    await hands.run_all()
+    assert told(hands) == told(hands, other) == {job_id: "completed"}
+
+
+async def test_a_dead_apis_inbox_does_not_come_back(hands: Hands) -> None:
+    await hands.one(inbox=INBOX)
+    await hands.run_all()
+    assert not hands.redis.exists(INBOX)
+
+
+async def test_a_duplicate_submit_does_not_sign_its_inbox_up_unasked(hands: Hands) -> None:
+    job = new_job(key="k")
+    await hands.submit(job)
+    await hands.submit(new_job(key="k", inbox=INBOX))
+    assert hands.facts(job.job_id).w == ()

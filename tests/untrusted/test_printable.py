@@ -1,0 +1,59 @@
+"""Text without the characters that command a terminal or reorder a line."""
+
+import json
+import logging
+import unicodedata
+
+import pytest
+
+from asyncinfer.cli.serve.log_setup import set_up_logging
+from asyncinfer.untrusted.printable import printable, printable_json, printable_line
+
+EVERY = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+BIDIRECTIONAL = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+MARKS = {"\u061c", "\u200e", "\u200f"}
+
+
+def is_unsafe(character: str) -> bool:
+    return (
+        unicodedata.category(character) in ("Cc", "Zl", "Zp")
+        or unicodedata.bidirectional(character) in BIDIRECTIONAL
+        or character in MARKS
+    )
+
+
+def test_just_the_unsafe_characters_of_unicode_are_shown_as_escapes() -> None:
+    for character in EVERY:
+        stays = not is_unsafe(character)
+        assert (printable_line(character) == character) == stays
+        assert (printable(character) == character) == (stays or character in "\n\t")
+
+
+def test_text_in_any_script_stays_as_it_is() -> None:
+    text = "Grüße, 世界, مرحبا, שלום, \U0001f468\u200d\U0001f469, C:\\temp\\x1b"
+    assert printable(text) == printable_line(text) == text
+
+
+def test_json_means_the_same() -> None:
+    value = {character: character for character in EVERY if is_unsafe(character)}
+    shown = printable_json(json.dumps(value, ensure_ascii=False, indent=2))
+    assert json.loads(shown) == value
+    assert not any(is_unsafe(it) for it in shown if it not in "\n\t")
+
+
+def test_a_line_of_the_log_cannot_be_forged_and_commands_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", root.level)
+    set_up_logging()
+    try:
+        raise ValueError("\x1b[2J\u202e")
+    except ValueError:
+        logging.getLogger("here").exception("It is %s.", "\x1b[2J\u202e\n2026 INFO forged")
+
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert first.endswith(r"ERROR here: It is \x1b[2J\u202e\n2026 INFO forged.")
+    assert rest[0].startswith("Traceback")
+    assert rest[-1] == r"ValueError: \x1b[2J\u202e"
