@@ -12,20 +12,20 @@ import msgspec
 import pytest
 import redis
 
-from asyncinfer import keys
 from asyncinfer.jobs import SCHEMA, TERMINAL, Facts, Outcome, Record
-from asyncinfer.repository.run import Renewals
+from asyncinfer.repository import keys
+from asyncinfer.repository.leases import Renewals
+from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.scripts import NAMES
-from asyncinfer.repository.store import Policy, Store
+from asyncinfer.repository.store import Store
 from asyncinfer.settings import Settings
-
-from .faults.harness import eventually_sync
-from .hands import Hands, Q
-from .parents import REPOSITORY
-from .test_cli import serving
+from tests.faults.harness import eventually_sync
+from tests.process import REPOSITORY
+from tests.queue_driver import Hands, Q
+from tests.service.test_serve import serving
 
 PAGE: Final = (files("asyncinfer") / "docs" / "protocol.md").read_text()
-LUA: Final = files("asyncinfer") / "lua"
+LUA: Final = files("asyncinfer.repository") / "lua"
 
 OTHER: Final = f"{Q}:digits"
 LONG: Final = Policy(
