@@ -204,7 +204,7 @@ class Look:
             left = 1.0
         else:
             left = left_ms / 1000 / seconds
-            assert 0 < left <= 1, f"{name!r} has {left_ms} ms left of {seconds} s"
+            assert 0 <= left <= 1, f"{name!r} has {left_ms} ms left of {seconds} s"
         self._longest[row] = max(left, self._longest.get(row, 0.0))
 
     @property
