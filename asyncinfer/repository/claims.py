@@ -78,12 +78,12 @@ class Claim(Struct, frozen=True, dict=True):
         return tuple([_claimed_job(*four) for four in zip(flat, flat, flat, flat, strict=True)])
 
     @cached_property
-    def lone(self) -> bool:
+    def exclusive(self) -> bool:
         """Whether its process may hold nothing beside it: a redelivered job or a suspect."""
         if self.count > 1:
             return False
         facts = decode_facts(self.flat[3])
-        return bool(facts.d or facts.s)
+        return bool(facts.deliveries or facts.suspect)
 
 
 class ClaimRequest(Struct, frozen=True):
@@ -195,7 +195,7 @@ class Runs:
         following: ClaimRequest | None,
     ) -> tuple[list[Verdict], Claimed]:
         header: dict[str, Any] = {**self._store.policy.ending(), "token": claim.token}
-        header["last"] = last
+        header["is_last"] = last
         names = [claim.queue]
         if following:
             header["next"] = await self._claim_args(following)
@@ -233,13 +233,13 @@ class Runs:
         return {
             **self._store.policy.ending(),
             "token": request.token,
-            "lease": self._store.policy.lease_ms,
-            "not_after": await self._store.not_after_ms(),
-            "held": request.held,
-            "jobs": min(request.max_jobs, _MOST_JOBS),
-            "bytes": _CLAIM_BYTES,
+            "lease_ms": self._store.policy.lease_ms,
+            "not_after_ms": await self._store.not_after_ms(),
+            "is_holding": request.held,
+            "max_jobs": min(request.max_jobs, _MOST_JOBS),
+            "max_bytes": _CLAIM_BYTES,
             "low_first": request.low_first,
-            "unshared": dict.fromkeys(request.unshared, True),
+            "one_at_a_time": dict.fromkeys(request.unshared, True),
         }
 
     def _claimed(self, reply: Any, token: str) -> Claimed:

@@ -34,7 +34,7 @@ class Operation:
     async def pause(self, queue: str, *, paused: bool) -> bool:
         """Stops or resumes giving jobs out, while they are still taken in; whether that is new."""
         return bool(
-            await self._store.call(script("pause"), [queue], [encode_args({"paused": paused})])
+            await self._store.call(script("pause"), [queue], [encode_args({"is_paused": paused})])
         )
 
     async def purge(self, queue: str) -> int:
@@ -52,7 +52,7 @@ class Operation:
         for part in self._parts(jobs):
             verdicts = await self._submissions.cancel_many(part)
             ended += verdicts.count("cancelled")
-            asked += verdicts.count("asked")
+            asked += verdicts.count("stopping")
         return Cancelled(ended, asked)
 
     async def forget(self, jobs: Sequence[Stored]) -> int:
