@@ -27,7 +27,7 @@ from asyncinfer.client import (
     Unauthorized,
     WrongAddress,
 )
-from asyncinfer.client._drivers import Content
+from asyncinfer.client._drivers import ResponseBody
 from asyncinfer.errors import RouteNotFound
 from asyncinfer.testing import Running, service
 from tests.faults.proxy import Proxy, proxied
@@ -199,11 +199,11 @@ async def test_an_answer_is_asked_for_as_it_is_and_not_compressed() -> None:
 
 
 def test_an_answer_that_goes_on_for_ever_is_cut() -> None:
-    content = Content()
+    body = ResponseBody()
     chunk = bytes(1 << 20)
-    taken = sum(content.takes(chunk) for _ in range(1100))
+    taken = sum(body.add(chunk) for _ in range(1100))
     assert taken == 1024
-    assert content.whole() == b""
+    assert body.content() == b""
 
 
 @pytest.mark.parametrize("key", ["", "a\r\nX: y", "é", "a b", "k" * 256])

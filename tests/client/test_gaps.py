@@ -23,7 +23,7 @@ from asyncinfer.client import (
     SlowMapWarning,
     TensorInfo,
 )
-from asyncinfer.client._encoding import bytes_of, named_arrays
+from asyncinfer.client._encoding import named_arrays, tensor_bytes
 from asyncinfer.tensors.datatypes import Array
 from asyncinfer.testing import Running
 from tests.cli.command_line import told
@@ -167,7 +167,7 @@ def test_numbers_among_strings_do_not_become_strings() -> None:
     for value in ([["a", NAN]], [["a", 1]], pd.DataFrame({"a": ["a", None], "b": ["c", "d"]})):
         strings = sent(value, "BYTES")
         with pytest.raises(CannotSend, match="where a string is needed"):
-            bytes_of("x", strings)
+            tensor_bytes("x", strings)
 
 
 def test_a_string_is_what_it_is(client: Client) -> None:

@@ -65,9 +65,8 @@ async def test_rows_may_come_from_an_async_generator(aclient: AsyncClient) -> No
 
 
 def test_no_rows_give_no_results(client: Client) -> None:
-    nothings: list[Any] = [[], iter(()), np.empty((0, 4))]
-    for nothing in nothings:
-        assert list(client.map(nothing, progress=False)) == []
+    for empty in ([], iter(()), np.empty((0, 4)), {"input": np.empty((0, 4))}):
+        assert list(client.map(empty, progress=False)) == []
 
 
 def test_an_endless_generator_is_read_only_as_far_as_it_is_used(client: Client) -> None:
@@ -188,11 +187,30 @@ def test_the_first_bad_row_is_raised_when_it_is_its_turn(client: Client) -> None
     assert refused.value.row == 25
 
 
-def test_what_is_wrong_with_the_map_is_raised_at_once(client: Client) -> None:
+def test_an_error_of_the_whole_map_is_raised_at_the_first_row(client: Client) -> None:
+    results = client.map([SETOSA], "rose", progress=False)
     with pytest.raises(ModelNotFound, match="Known: "):
-        client.map([SETOSA], "rose", progress=False)
-    with pytest.raises(CannotSend, match="batch="):
-        client.map([SETOSA], batch=0, progress=False)
+        next(results)
+
+
+async def test_no_client_sends_anything_before_the_first_result_is_taken(
+    client: Client, aclient: AsyncClient
+) -> None:
+    """A wrong argument is an error of the call itself."""
+    pulled: list[int] = []
+
+    def rows() -> Iterator[list[float]]:
+        pulled.append(1)
+        yield SETOSA
+
+    for kind in (client, aclient):
+        results = kind.map(rows(), "rose", progress=False)
+        closed = results.close()
+        if closed is not None:
+            await closed
+        with pytest.raises(CannotSend, match="batch="):
+            kind.map([SETOSA], batch=0, progress=False)
+    assert pulled == []
 
 
 # --- taken up again ----------------------------------------------------------------------------
