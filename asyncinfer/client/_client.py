@@ -151,8 +151,9 @@ class Client:
         A row is one entry along the first axis of an input, of the shape `(*dims)`: a list, an
         array, or a dict of them for several inputs. `rows` is an iterable of rows, also an
         endless generator; or an array `(rows, *dims)`, or a dict of arrays. A result is that of
-        `predict` for this row, without the axis of rows. Nothing is sent before the first result
-        is taken, and there is no time limit.
+        `predict` for this row, without the axis of rows. (A row may also be a whole input
+        `(rows, *dims)`; then it is a job of its own, with the result of `predict`.) Nothing is
+        sent before the first result is taken, and there is no time limit.
 
         Rows of a model that batches share jobs of at most `batch` rows ("auto": 256, or what the
         model allows); `in_flight` requests are out at a time. `progress` shows a bar on stderr.
@@ -232,7 +233,7 @@ class Client:
 
         `dead=True` selects dead letters: jobs that were given up though another try may have
         helped. A key with the scope `operator` lists those of a `tenant`, or of all (`"*"`),
-        without inputs and results. Raises ModelNotFound.
+        without inputs and results. A model that is not known has no jobs.
 
         >>> group = f"docs-{client.submit([[5.1, 3.5, 1.4, 0.2]], 'iris').id}"
         >>> job = client.submit([[5.1, 3.5, 1.4, 0.2]], "iris", group=group)
@@ -294,8 +295,8 @@ class Client:
     ) -> dict[str, Any]:
         """Cancels your unfinished jobs that match; returns how many.
 
-        The keys are `cancelled` (int, jobs that waited), `asked` (int, running jobs that were
-        told to stop) and `purged` (0). At least one of `status`, `model` and `group` is needed:
+        The keys are `cancelled` (int, jobs that waited), `asked` (int, running jobs that will
+        stop) and `purged` (0). At least one of `status`, `model` and `group` is needed:
         else InvalidQuery is raised. `tenant` is as in `jobs`.
 
         >>> client.cancel_all(group="docs")["cancelled"]

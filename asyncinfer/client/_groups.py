@@ -88,7 +88,7 @@ class Group(GroupState):
         """Cancels all its unfinished jobs; returns how many.
 
         The keys are `group`, `cancelled` (int, jobs that waited) and `asked` (int, running jobs
-        that were told to stop).
+        that will stop).
 
         >>> job = client.submit([[5.1, 3.5, 1.4, 0.2]], "iris", group="docs-cancel").wait()
         >>> client.group("docs-cancel").cancel()["cancelled"]

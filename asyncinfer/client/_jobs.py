@@ -142,7 +142,7 @@ class Job(JobState):
         """Cancels it, and returns it: cancelled if it waited, still processing if it runs.
 
         A running job ends as cancelled as soon as its worker stops it. Raises JobFinished if it
-        has ended already.
+        has completed or failed already.
 
         >>> client.submit([[5.1, 3.5, 1.4, 0.2]], "iris", delay_seconds=60).cancel().status
         'cancelled'
