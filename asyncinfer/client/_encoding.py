@@ -126,7 +126,9 @@ def to_array(value: Any, spec: TensorInfo | None) -> "Array":
     try:
         array = np.asarray(value)
     except (ValueError, TypeError) as error:
-        raise CannotSend(f"The input is no array: {error}. Give rows of equal length.") from error
+        raise CannotSend(
+            f"The input is not an array: {error}. Give rows of equal length."
+        ) from error
     if array.dtype.kind in "UTS":
         # Numpy has converted numbers that stand beside strings to strings.
         array = np.asarray(value, dtype=object)
@@ -170,7 +172,7 @@ def cast_to_spec(array: "Array", spec: TensorInfo | None) -> "Array":
     if array.size and not _is_within(array, low, high):
         raise CannotSend(
             f"{spec.name} takes {spec.datatype}, numbers from {low:g} to {high:g}, and the "
-            f"{array.dtype} array has others."
+            f"{array.dtype} array has numbers outside of that range."
         )
     return array.astype(wanted)
 
@@ -351,4 +353,4 @@ def to_plain(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, Iterable) and not isinstance(value, bytes):
         return list(value)
-    raise TypeError(f"{type(value).__name__} is no number, string or list")
+    raise TypeError(f"{type(value).__name__} is not a number, a string or a list")

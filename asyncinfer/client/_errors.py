@@ -164,7 +164,7 @@ def not_asyncinfer_error(response: Response, url: str) -> NotAsyncinfer:
     kind = response.headers.get("content-type", "nothing").partition(";")[0]
     return NotAsyncinfer(
         f"{url} answered {response.status} with {kind}, which is not how asyncinfer answers. Give "
-        "the address that `asyncinfer serve` shows as its URL, and mind proxies between."
+        "the address that `asyncinfer serve` shows as its URL, and check any proxy in between."
     )
 
 
@@ -185,7 +185,7 @@ def reject_unreadable(subject: str) -> Iterator[None]:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise NotAsyncinfer(
-            f"{subject} is in no form that this release of asyncinfer reads "
+            f"{subject} has a form that this release of asyncinfer cannot read "
             f"({type(error).__name__}). Give the address that `asyncinfer serve` shows as its "
             "URL, or install the server's release."
         ) from error
@@ -217,7 +217,10 @@ def normalized_key(key: str) -> str:
     """
     key = key.strip()
     if not (key.isascii() and key.isprintable()) or " " in key:
-        raise WrongAddress("The API key has characters that no key has; `keygen` shows one once.")
+        raise WrongAddress(
+            "The API key has characters that no key has. Copy it again, or make another with "
+            "`asyncinfer keygen`."
+        )
     return key
 
 

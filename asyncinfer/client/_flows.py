@@ -416,7 +416,7 @@ def _time_out(server: RemoteServer, view: View, *, cancel: bool) -> Flow[View]:
         what_now = "it was cancelled"
     reason = waiting_for(view)
     why = f": {reason.message.rstrip('.')}" if reason else ""
-    hint = "" if reason else ", or look whether workers are there: client.health()"
+    hint = "" if reason else ", or check whether there are workers: client.health()"
     raise WaitTimeout(
         f"Job {job_id} has not ended in time ({view['status']}{why}); {what_now}. Give a longer "
         f"timeout={hint}.",
