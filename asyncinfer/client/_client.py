@@ -295,7 +295,7 @@ class Client:
     ) -> dict[str, Any]:
         """Cancels your unfinished jobs that match; returns how many.
 
-        The keys are `cancelled` (int, jobs that waited), `asked` (int, running jobs that will
+        The keys are `cancelled` (int, jobs that waited), `stopping` (int, running jobs that will
         stop) and `purged` (0). At least one of `status`, `model` and `group` is needed:
         else InvalidQuery is raised. `tenant` is as in `jobs`.
 
@@ -339,7 +339,7 @@ class Client:
         """Deletes your ended jobs that match, with their inputs and results; returns how many.
 
         Without arguments it deletes all that have ended. The keys are `purged` (int), and
-        `cancelled` and `asked` (0). `tenant` is as in `jobs`.
+        `cancelled` and `stopping` (0). `tenant` is as in `jobs`.
 
         >>> job = client.submit([[5.1, 3.5, 1.4, 0.2]], "iris", group="docs-purge").wait()
         >>> client.purge(group="docs-purge")["purged"]

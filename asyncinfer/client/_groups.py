@@ -87,7 +87,7 @@ class Group(GroupState):
     def cancel(self) -> dict[str, Any]:
         """Cancels all its unfinished jobs; returns how many.
 
-        The keys are `group`, `cancelled` (int, jobs that waited) and `asked` (int, running jobs
+        The keys are `group`, `cancelled` (int, jobs that waited) and `stopping` (int, running jobs
         that will stop).
 
         >>> job = client.submit([[5.1, 3.5, 1.4, 0.2]], "iris", group="docs-cancel").wait()

@@ -3,6 +3,8 @@
 import doctest
 import inspect
 import re
+from collections.abc import Callable
+from typing import Any, Final
 
 import pytest
 
@@ -11,6 +13,7 @@ from asyncinfer import errors
 from asyncinfer.client import AsyncClient, AsyncGroup, AsyncJob, Client, Group, Job
 
 PLAIN = (Client, Job, Group, public.Model, public.TensorInfo)
+FLOWER: Final = [[5.1, 3.5, 1.4, 0.2]]
 PAIRS = ((Client, AsyncClient), (Job, AsyncJob), (Group, AsyncGroup))
 
 
@@ -82,3 +85,21 @@ def test_each_error_that_a_docstring_names_can_be_imported_from_the_client() -> 
 
     assert {"InvalidInput", "WaitTimeout", "ConnectionFailed"} <= names
     assert names - set(public.__all__) == set()
+
+
+def test_each_key_of_an_answer_is_named_in_the_docstring(client: Client) -> None:
+    job = client.submit(FLOWER, "iris", group="keys").wait()
+    answers: list[tuple[Callable[..., Any], dict[str, Any]]] = [
+        (Client.validate, client.validate(FLOWER, "iris")),
+        (Client.retry_all, client.retry_all([job.id])),
+        (Client.purge_queue, client.purge_queue("iris")),
+        (Client.pause, client.resume("iris")),
+        (Client.queues, client.queues()[0]),
+        (Client.workers, client.workers()[0]),
+        (Client.health, client.health()),
+        (Job.as_dict, job.as_dict()),
+        (Group.as_dict, client.group("keys").as_dict()),
+    ]
+    for method, answer in answers:
+        named = set(re.findall(r"`(\w+)`", method.__doc__ or ""))
+        assert set(answer) - named == set(), method.__name__
