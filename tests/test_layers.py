@@ -23,7 +23,7 @@ ROOMS = (
     ("cli",),
     ("__main__",),
 )
-"""The package from bottom to top. A room imports only from rows above its own row of this list."""
+"""The package from bottom to top. A room imports only from rows above its own row."""
 
 INSIDE = {
     "api": (
@@ -67,7 +67,7 @@ INSIDE = {
         ("completion", "doctor"),
     ),
 }
-"""The same inside the large rooms."""
+"""The order inside the large rooms, from bottom to top."""
 
 DOORS = {
     "redis": "repository",
@@ -111,14 +111,14 @@ def _names_imported(module: ast.Module, path: Path) -> Iterator[str]:
 
 
 def _row(rows: Sequence[Sequence[str]], part: str) -> int:
-    """The number of the row that lists `part`; fails the test if no row does."""
-    (number,) = [number for number, row in enumerate(rows) if part in row] or [-1]
-    assert number >= 0, f"{part} has no place in the order of {__name__}; add it there"
-    return number
+    """The index of the row with `part`; fails if there is none."""
+    (found,) = [index for index, row in enumerate(rows) if part in row] or [-1]
+    assert found >= 0, f"{part} has no place in the order of {__name__}; add it there"
+    return found
 
 
 def _edges() -> Iterator[tuple[str, str]]:
-    """Pairs of a module and one that it imports, by dotted name, also for type checkers only."""
+    """Pairs of dotted names: a module, and one that it imports, also only for type checkers."""
     modules = {_dotted(path): path for path in _modules()}
     for name, path in modules.items():
         for imported in _imports(path):
@@ -175,7 +175,7 @@ def test_each_library_has_one_door(library: str) -> None:
     assert users <= {DOORS[library]}
 
 
-def test_each_module_says_in_one_line_what_it_is() -> None:
+def test_each_module_has_a_one_line_summary() -> None:
     for path in _modules():
         docstring = ast.get_docstring(ast.parse(path.read_text()))
         assert docstring, path
@@ -198,5 +198,5 @@ def test_each_module_says_in_one_line_what_it_is() -> None:
 )
 def test_a_module_loads_only_what_it_needs(module: str, heavy: tuple[str, ...]) -> None:
     code = f"import sys, {module}; print(sorted(set({heavy!r}) & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout.strip() == "[]"
+    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert ran.stdout.strip() == "[]"

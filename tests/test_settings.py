@@ -1,4 +1,4 @@
-"""Settings: each can be set, is checked, and reaches a child process unchanged."""
+"""Every setting can be set, is checked, and reaches child processes unchanged."""
 
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,20}", fullmatch=True).filter
 )
 
 
-def numbers(minimum: float, maximum: float) -> st.SearchStrategy[float]:
-    return st.floats(minimum, maximum, allow_nan=False)
+def numbers(low: float, high: float) -> st.SearchStrategy[float]:
+    return st.floats(low, high, allow_nan=False)
 
 
 ANY_SETTINGS = st.builds(
@@ -37,7 +37,7 @@ ANY_SETTINGS = st.builds(
 
 
 @given(ANY_SETTINGS)
-def test_a_child_reads_the_same_settings_as_its_parent(parent: Settings) -> None:
+def test_a_child_process_reads_the_settings_of_its_parent(parent: Settings) -> None:
     assert settings.read(settings.as_environment(parent), {}) == parent
 
 
@@ -46,9 +46,9 @@ def test_empty_variables_give_the_defaults() -> None:
 
 
 def test_a_flag_wins_over_the_environment() -> None:
-    given = settings.read({"PORT": "8001", "HOST": "localhost"}, {"port": "8002"})
+    found = settings.read({"PORT": "8001", "HOST": "localhost"}, {"port": "8002"})
 
-    assert (given.port, given.host) == (8002, "localhost")
+    assert (found.port, found.host) == (8002, "localhost")
 
 
 def test_a_tilde_is_the_home_folder() -> None:
@@ -72,13 +72,13 @@ def test_a_tilde_is_the_home_folder() -> None:
         ("MODELS", "iris,,", "names separated by commas"),
     ],
 )
-def test_a_wrong_value_is_refused_with_its_name_and_the_allowed_values(
+def test_a_wrong_value_is_an_error_with_its_name_the_value_and_what_is_allowed(
     variable: str, value: str, allowed: str
 ) -> None:
-    with pytest.raises(InvalidSetting) as error:
+    with pytest.raises(InvalidSetting) as raised:
         settings.read({variable: value}, {})
 
-    assert error.value.detail.startswith(f"{variable} is {value!r}; it must be {allowed}")
+    assert raised.value.detail.startswith(f"{variable} is {value!r}; it must be {allowed}")
 
 
 def test_a_wrong_flag_is_named_by_its_flag() -> None:
@@ -87,20 +87,20 @@ def test_a_wrong_flag_is_named_by_its_flag() -> None:
 
 
 def test_a_wrong_redis_url_does_not_show_its_password() -> None:
-    with pytest.raises(InvalidSetting, match=r"REDIS_URL .* redis://") as error:
+    with pytest.raises(InvalidSetting, match=r"REDIS_URL .* redis://") as raised:
         settings.read({"REDIS_URL": "http://user:hunter2@host"}, {})
 
-    assert "hunter2" not in error.value.detail
+    assert "hunter2" not in raised.value.detail
 
 
 def test_every_default_is_an_allowed_value() -> None:
     for knob in settings.knobs():
-        assert _is_valid(knob.type, knob.default), knob.name
+        assert _is_allowed(knob.type, knob.default), knob.name
 
 
-def _is_valid(kind: Any, value: Any) -> bool:
-    return bool(msgspec.convert(value, kind, dec_hook=lambda _, given: given) == value)
+def _is_allowed(kind: Any, value: Any) -> bool:
+    return bool(msgspec.convert(value, kind, dec_hook=lambda _, path: path) == value)
 
 
-def test_every_setting_has_a_help_text_and_its_allowed_values() -> None:
+def test_every_setting_has_a_help_text_and_says_what_is_allowed() -> None:
     assert all(knob.help.endswith(".") and knob.allowed for knob in settings.knobs())

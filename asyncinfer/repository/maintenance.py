@@ -169,7 +169,7 @@ class Upkeep:
         # Newest first: the last one put back is the next to be served.
         ordered = sorted(ids, reverse=True)
         args = encode_args({"pause_ms": pause_ms, "ttl_ms": _ODD_MS})
-        names = [queue, keys.odd(self._store.n)]
+        names = [queue, keys.out_of_place(self._store.n)]
         back = 0
         for start in range(0, len(ordered), _REPAIRS_A_CALL):
             part = ordered[start : start + _REPAIRS_A_CALL]

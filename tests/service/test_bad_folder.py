@@ -137,7 +137,7 @@ def test_bad_files_in_the_folder_stop_no_good_model_and_are_logged_once(tmp_path
         log = serve.stop()
 
     assert {message: log.count(message) for message in MESSAGES} == dict.fromkeys(MESSAGES, 1)
-    assert log.count("lost+found is passed over") == 1
+    assert log.count("lost+found is ignored") == 1
     assert "Traceback" not in log
     assert "cannot be watched" not in log
 
@@ -156,7 +156,7 @@ def test_the_doctor_says_what_is_wrong_with_each_entry_of_the_folder(tmp_path: P
     for name in ("closed", "lost+found"):
         (tmp_path / name).chmod(0o700)
     found = {(finding.verdict, finding.about): finding.found for finding in findings}
-    assert "lost+found is passed over" in "".join(finding.found for finding in findings)
+    assert "lost+found is ignored" in "".join(finding.found for finding in findings)
     assert "closed: cannot be read: Permission denied" in found["problem", "model closed"]
     assert "is a FIFO" in found["problem", "model pipe/1"]
 

@@ -1,5 +1,6 @@
 -- The names of jobs' keys. Words: data status result error meta.
 
+-- The key of a job: `word` is data, status, result, error or meta.
 local function job_key(id, word)
   return 'job:' .. id .. ':' .. word
 end

@@ -1,5 +1,6 @@
 -- How many jobs and bytes wait in a queue's lists.
 
+-- How many ids are in the queue's three lists, stale entries included.
 local function count_waiting(q)
   return redis.call('LLEN', q.high) + redis.call('LLEN', q.list) + redis.call('LLEN', q.low)
 end

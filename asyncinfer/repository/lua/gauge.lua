@@ -53,6 +53,7 @@ local function waiting_in(q, lists)
   return counts
 end
 
+-- Counts what is in a queue; the last field holds the meta of the next job of each list.
 local function gauge(q)
   local lists, records = { q.high, q.list, q.low }, {}
   for _, list in ipairs(lists) do records[#records + 1] = next_record(list) end

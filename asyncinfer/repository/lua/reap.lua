@@ -45,6 +45,8 @@ local function expired_claims(q)
   return claims, false
 end
 
+-- Counts one more delivery of a job whose claim expired, and puts the job back; ends it if its
+-- cancel was requested or no delivery is left.
 local function deliver_again(q, id, facts, ends, counts)
   facts = facts or {}
   facts[DELIVERIES] = (facts[DELIVERIES] or 0) + 1
@@ -63,6 +65,8 @@ local function deliver_again(q, id, facts, ends, counts)
   end
 end
 
+-- Removes expired claims with their leases and delivers their jobs again. Returns true if more
+-- are left than one call takes.
 local function reap_claims(q, counts)
   local claims, has_more = expired_claims(q)
   local ends = {}
@@ -119,6 +123,7 @@ local function expire_job(q, id, ends, counts)
   end
 end
 
+-- Ends or stops the jobs whose deadline has passed. Returns true if more are left.
 local function expire(q, counts)
   local ends = {}
   local due = redis.call('ZRANGEBYSCORE', q.deadlines, '-inf', now, 'LIMIT', 0, MAX_JOBS)
@@ -155,6 +160,7 @@ local function trim(q)
   redis.call('RPUSH', q.logmarks, seq .. ' ' .. last[1][1])
 end
 
+-- Sweeps one queue. Returns false if it was swept less than half a tick ago.
 local function sweep(q)
   if not args.is_continued then
     local gate_ms = math.ceil(args.tick_ms / 2)
@@ -177,6 +183,7 @@ local function sweep(q)
   }
 end
 
+-- The text of what pcall caught: Redis raises a table, Lua a string.
 local function error_text(reason)
   return tostring(type(reason) == 'table' and reason.err or reason)
 end

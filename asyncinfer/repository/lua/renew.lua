@@ -8,6 +8,7 @@
 local args, now = cmsgpack.unpack(ARGV[1]), now_ms()
 local lost, cancelled, expired = {}, {}, {}
 
+-- Adds to the reply the jobs of a claim whose cancel was requested or whose deadline has passed.
 local function check_facts(q, token)
   local packed_ids = value_at(q['claim:' .. token])
   if not packed_ids then return end

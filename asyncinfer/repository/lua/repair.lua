@@ -9,6 +9,7 @@
 local q, args, now = queue(KEYS[1]), cmsgpack.unpack(ARGV[1]), now_ms()
 local out_of_place = KEYS[2]
 
+-- True if a job waits: in one of the queue's lists, or delayed.
 local function is_in_a_list(id)
   for _, list in ipairs({ q.list, q.high, q.low }) do
     if redis.call('LPOS', list, id) then return true end

@@ -11,6 +11,8 @@ local q, args, now = queue(KEYS[1]), cmsgpack.unpack(ARGV[1]), now_ms()
 local free, free_bytes = free_capacity(q, args)
 local verdicts, opened, added_bytes = {}, {}, 0
 
+-- Returns the verdict on a job, and for `ok` the bytes of its input. `expected_meta` is the meta
+-- that the caller has read: another one means that the job has been retried meanwhile.
 local function verdict_of(id, expected_meta)
   local status = value_at(job_key(id, 'status'))
   if not status then return 'absent' end
@@ -30,6 +32,7 @@ local function remove_stale_entry(id, options)
   end
 end
 
+-- Starts a new round of a job: removes its outcome, makes it pending and puts it into its list.
 local function open(id, meta, options, size)
   redis.call('PERSIST', job_key(id, 'data'))
   redis.call('DEL', job_key(id, 'result'), job_key(id, 'error'))

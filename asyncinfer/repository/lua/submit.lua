@@ -19,6 +19,7 @@ for i = 2, #ARGV, 4 do statuses[#statuses + 1] = job_key(ARGV[i], 'status') end
 local is_usual = redis.call('EXISTS', q.high, q.low, q.delayed, q.stale, unpack(statuses)) == 0
 local all_new = is_usual or redis.call('EXISTS', unpack(statuses)) == 0
 
+-- True if the id is taken: by an earlier job of this call, or by one in Redis.
 local function exists(id)
   return by_id[id] or (not all_new and redis.call('EXISTS', job_key(id, 'status')) == 1)
 end
@@ -34,6 +35,7 @@ local function duplicate(key)
   end
 end
 
+-- Returns the verdict on a new job: ok, exists, full, or the one that names an earlier job.
 local function verdict_of(id, options, size, free, free_bytes)
   local dup = options and options.idempotency_key and duplicate(options.idempotency_key)
   if dup then return dup end

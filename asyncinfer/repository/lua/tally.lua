@@ -33,6 +33,7 @@ local COUNTED_AS = {
   submitted = 'submitted', stranger = 'submitted', completed = 'completed', failed = 'failed',
 }
 
+-- Adds one log entry to a tally: its fields are status and packed ids, in turn.
 local function add_entry(tally, fields)
   for i = 1, #fields, 2 do
     local word, size = COUNTED_AS[fields[i]], packed_length(fields[i + 1])
@@ -66,6 +67,7 @@ local function count_moved(q)
   return tally, math.max(1, now - tally.at)
 end
 
+-- The metas of jobs, without those that have none.
 local function read_records(ids)
   local records = {}
   for _, meta in ipairs(#ids > 0 and redis.call('MGET', unpack(job_keys(ids, ':meta'))) or {}) do

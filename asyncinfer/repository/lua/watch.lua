@@ -10,6 +10,7 @@ local MAX_INBOXES = 32
 
 local q, inbox = queue(KEYS[1]), KEYS[2]
 
+-- Adds this call's inbox to those that are notified when the job ends.
 local function register(id)
   local facts = decode(redis.call('HGET', q.facts, id)) or {}
   local inboxes = facts[INBOXES] or {}
