@@ -20,7 +20,7 @@ from asyncinfer.api.http.authority import authority_of
 from asyncinfer.api.http.body import discard
 from asyncinfer.api.http.header_fields import read_fields
 from asyncinfer.api.http.messages import (
-    BREAK_OFF,
+    ABORT_CONNECTION,
     ClientGone,
     ClientTooSlow,
     Reply,
@@ -93,7 +93,7 @@ class Api:
             return
         except ClientTooSlow as error:
             _log.info("%s %r is broken off: %s", scope["method"], scope["path"], error)
-            if break_off := scope.get("state", {}).get(BREAK_OFF):
+            if break_off := scope.get("state", {}).get(ABORT_CONNECTION):
                 break_off()
         except StreamBroken:
             # A server closes a connection whose answer was not finished: that tells the client.

@@ -6,9 +6,9 @@ import msgspec
 
 from asyncinfer import jobs
 from asyncinfer.api.bulk.reader import predict_lines
-from asyncinfer.api.bulk.writer import about
+from asyncinfer.api.bulk.writer import with_job_id
 from asyncinfer.api.handlers.results import Form, result_reply, wanted_form
-from asyncinfer.api.http.body import has_lines
+from asyncinfer.api.http.body import is_bulk
 from asyncinfer.api.http.messages import Header, Reply, Request, Stream, json_reply
 from asyncinfer.api.inputs.envelope import IDEMPOTENCY_KEY
 from asyncinfer.api.inputs.new_job import explained, new_job, refusal_of
@@ -32,7 +32,7 @@ from asyncinfer.schemas.requests import AskedOptions
 
 async def predict(services: Services, request: Request[AskedOptions]) -> Reply | Stream:
     """Stores an input as a job of a model, or many, one a line."""
-    if has_lines(request.headers.get(b"content-type")):
+    if is_bulk(request.headers.get(b"content-type")):
         return await predict_lines(services, request)
     wait_seconds = preferred_wait(request)
     key = idempotency_key(request)
@@ -114,7 +114,7 @@ async def _submit_and_wait(
             # The job is accepted whatever becomes of the wait, and its client must know its id.
             stored = None
         except (Unauthorized, Forbidden) as error:
-            raise about(error, submitted.job_id) from None
+            raise with_job_id(error, submitted.job_id) from None
     return stored, submitted.job_id
 
 

@@ -157,7 +157,7 @@ def _npy_reply(stored: Stored, packed: bytes, headers: Sequence[Header]) -> Repl
             f"`.npy` holds one array, the result has {names}; ask for one with ?output=NAME.",
             job_id=stored.job_id,
         )
-    head = npy.head_of(tensors[0].datatype, tensors[0].shape)
+    head = npy.header_of(tensors[0].datatype, tensors[0].shape)
     if head is None:
         raise NotAcceptable(
             f"`.npy` cannot hold {tensors[0].datatype}; ask with `Accept: {BINARY}` or as JSON.",

@@ -22,13 +22,13 @@ from asyncinfer.api.http.head_checks import (
     check_version,
     expects_continue,
     is_path,
-    named_host,
     split_target,
+    with_host,
 )
 from asyncinfer.api.http.messages import (
-    ANSWER_WHOLE,
-    BREAK_OFF,
+    ABORT_CONNECTION,
     KEEP_BODY_OPEN,
+    SEND_WHOLE_REPLY,
     Header,
     Reply,
     header_block,
@@ -91,9 +91,9 @@ class Connection(HttpToolsProtocol):
         super().__init__(**uvicorns)
         self.app_state = {
             **self.app_state,
-            BREAK_OFF: self._break_off,
+            ABORT_CONNECTION: self._break_off,
             KEEP_BODY_OPEN: self._keep_body_open,
-            ANSWER_WHOLE: self._answer_whole,
+            SEND_WHOLE_REPLY: self._answer_whole,
         }
         self._limits = limits
         self._awaited: Awaited = "nothing"
@@ -288,7 +288,7 @@ class Connection(HttpToolsProtocol):
     def _read_target(self, version: str) -> None:
         authority, self.url = split_target(self.url, self.parser.get_method())
         if authority is not None:
-            self.headers = list(named_host(self.headers, authority, version))
+            self.headers = list(with_host(self.headers, authority, version))
 
     def _begin_cycle(self, version: str) -> None:
         """uvicorn's `on_headers_complete`, with one copy of the head that nothing changes later,

@@ -183,6 +183,6 @@ def _dtype_problem(array: Array, datatype: str, model: str) -> str:
     except KeyError:
         pass
     takes = f"{array.dtype.str} array, {model} takes {datatype}"
-    if datatype in npy.NO_NPY:
+    if datatype in npy.UNSUPPORTED_DATATYPES:
         return f"{takes}, which `.npy` cannot hold; send `inputs`"
-    return f'{takes}; save it with `array.astype("{npy.name_of(datatype)}")`'
+    return f'{takes}; save it with `array.astype("{npy.numpy_name_of(datatype)}")`'
