@@ -16,9 +16,9 @@ from asyncinfer.api.catalog import Served
 from asyncinfer.api.http.body import NDJSON, check_bulk_headers
 from asyncinfer.api.http.messages import ClientGone, ClientTooSlow, Request, Stream
 from asyncinfer.api.http.ndjson import Line, LineSplitter
-from asyncinfer.api.inputs.new_job import explained, new_job, refusal_of
-from asyncinfer.api.inputs.request_input import is_long, read_line, read_long_line
-from asyncinfer.api.job_lookup import absent
+from asyncinfer.api.inputs.new_job import explain_submit_error, new_job, refused_submit_error
+from asyncinfer.api.inputs.request_input import is_slow_to_parse, read_line, read_long_line
+from asyncinfer.api.job_lookup import job_absent_error
 from asyncinfer.api.live.wait import preferred_wait, wait_for_disconnect
 from asyncinfer.api.services import Services
 from asyncinfer.errors import (
@@ -74,7 +74,7 @@ async def predict_lines(services: Services, request: Request[AskedOptions]) -> S
         NDJSON.encode(),
         headers=applied,
         reading=reader.run,
-        last_words=reader.refuse,
+        last_words=reader.end_after_revocation,
     )
 
 
@@ -128,7 +128,7 @@ class BulkReader:
         self._responses.end()
         await wait_for_disconnect(self._request)
 
-    async def refuse(self, error: RequestError) -> bytes:
+    async def end_after_revocation(self, error: RequestError) -> bytes:
         """Stops reading because the client's key was revoked, and returns the answer's last line.
         A submit in progress is completed first."""
         self._key_is_revoked = True
@@ -262,7 +262,7 @@ class BulkReader:
         if isinstance(served, RequestError):
             raise served
         query = self._request.query
-        if is_long(line.text):
+        if is_slow_to_parse(line.text):
             limiter = self._services.long_reads
             parsed, key = await read_long_line(line.text, query, served, limiter)
         else:
@@ -293,7 +293,7 @@ class BulkReader:
         if job_id != job.job_id and (made_ms := created_ms(job_id)) is not None:
             # An earlier job with the same options, whose delay began when that job was created.
             record = msgspec.structs.replace(record, created_ms=made_ms)
-        return accepted_line(job_id, status, self._services.reasons.of_record(record, status))
+        return accepted_line(job_id, status, self._services.wait_reasons.of_record(record, status))
 
     async def _submit(self, jobs: Sequence[NewJob]) -> Sequence[Submitted | RequestError]:
         if self._breaker.is_open:
@@ -328,7 +328,7 @@ class BulkReader:
         except RedisUnavailable as error:
             return {job_id: with_job_id(error, job_id) for job_id in ids}
         return {
-            job_id: status or with_job_id(absent(self._services, job_id), job_id)
+            job_id: status or with_job_id(job_absent_error(self._services, job_id), job_id)
             for job_id, status in zip(ids, statuses, strict=True)
         }
 
@@ -341,8 +341,10 @@ class BulkReader:
         """The id and status of the job that a line submitted or repeated, or the line's error."""
         services = self._services
         if isinstance(outcome, RequestError):
-            return explained(outcome, job)
-        if refusal := refusal_of(outcome, job, services.config.policy, services.reasons):
+            return explain_submit_error(outcome, job)
+        if refusal := refused_submit_error(
+            outcome, job, services.config.policy, services.wait_reasons
+        ):
             return refusal
         status = statuses.get(outcome.job_id, "pending")
         return status if isinstance(status, RequestError) else (outcome.job_id, status)

@@ -9,10 +9,10 @@ from msgspec import UNSET
 
 from asyncinfer.api.bulk.circuit_breaker import CircuitBreaker
 from asyncinfer.api.bulk.response_queue import Block, Due, ResponseQueue
-from asyncinfer.api.job_lookup import absent
+from asyncinfer.api.job_lookup import job_absent_error
 from asyncinfer.api.live.inbox import Ticket
 from asyncinfer.api.services import Services
-from asyncinfer.api.views import Waiting, accepted_view, ended, job_view
+from asyncinfer.api.views import WaitingForField, accepted_view, has_ended, job_view
 from asyncinfer.errors import RedisUnavailable, RequestError
 from asyncinfer.jobs import Status
 from asyncinfer.repository.stored_jobs import Stored
@@ -26,7 +26,7 @@ JobAnswers = dict[str, Job | Accepted | RequestError]
 _encode = msgspec.json.Encoder().encode
 
 
-def accepted_line(job_id: str, status: Status, waiting_for: Waiting) -> bytes:
+def accepted_line(job_id: str, status: Status, waiting_for: WaitingForField) -> bytes:
     """A 202 answer as a line. It leaves out a null `waiting_for`: in 100,000 lines bytes count."""
     return _encode(accepted_view(job_id, status, waiting_for or UNSET)) + b"\n"
 
@@ -112,7 +112,7 @@ class ResponseWriter:
             return _accepted(jobs)
         answers: JobAnswers = {}
         for job_id, stored in zip(jobs, states, strict=True):
-            if stored is None or ended(stored):
+            if stored is None or has_ended(stored):
                 answers[job_id] = self._view(job_id, stored)
             else:
                 tickets[job_id].was_stored = True
@@ -162,8 +162,8 @@ class ResponseWriter:
 
     def _view(self, job_id: str, stored: Stored | None) -> Job | RequestError:
         if stored is None:
-            return with_job_id(absent(self._services, job_id), job_id)
-        waiting_for = self._services.reasons.of(stored) or UNSET
+            return with_job_id(job_absent_error(self._services, job_id), job_id)
+        waiting_for = self._services.wait_reasons.of(stored) or UNSET
         return job_view(stored, self._services.catalog.default_model, waiting_for)
 
 

@@ -17,7 +17,7 @@ from asyncinfer.api.live.feed import Follower, JobChange, Topic
 from asyncinfer.api.live.position import Position, decode_position
 from asyncinfer.api.live.wait import wait_for_disconnect
 from asyncinfer.api.services import Services
-from asyncinfer.api.views import ended, summary_view
+from asyncinfer.api.views import has_ended, summary_view
 from asyncinfer.errors import RedisUnavailable, TooManyStreams
 from asyncinfer.jobs import Status
 from asyncinfer.repository.inspect.log import LogTrimmed
@@ -48,7 +48,7 @@ async def follow_job(services: Services, request: Request[JobEventsQuery]) -> Re
     """
     stored = await find_job(services, request)
     position = _requested_position(request)
-    if position and position.ended and ended(stored) and position.ended == _round(stored):
+    if position and position.ended and has_ended(stored) and position.ended == _round(stored):
         # Everything was sent, and a 204 keeps a browser's EventSource from reconnecting.
         return Reply(204, b"")
     queue = queue_of(services.store, stored)
@@ -141,7 +141,7 @@ def _requested_position(request: Request[Any]) -> Position | None:
 
 
 def _summary(services: Services, stored: Stored) -> Job:
-    return summary_view(stored, services.catalog.default_model, services.reasons.of(stored))
+    return summary_view(stored, services.catalog.default_model, services.wait_reasons.of(stored))
 
 
 def _round(stored: Stored) -> int:
@@ -196,7 +196,7 @@ class JobEventSource:
             self.is_over = stored is None
             if stored and self._saw_end:
                 events += self._encode_end(stored, follower)
-            self._saw_end = stored is not None and ended(stored)
+            self._saw_end = stored is not None and has_ended(stored)
         return events
 
     def _schedule_check(self) -> None:
@@ -211,7 +211,7 @@ class JobEventSource:
         return self._services.event_texts.encode(job_change, follower, ended_round)
 
     def _encode_end(self, stored: Stored, follower: Follower) -> bytes:
-        if not ended(stored):
+        if not has_ended(stored):
             return b""
         self.is_over = True
         view = _summary(self._services, stored)

@@ -119,7 +119,7 @@ class _Limit(Struct, frozen=True):
         kind = "JSON body" if self.setting == "MAX_JSON" else "body"
         hint = ", send binary tensors" if self.setting == "MAX_JSON" else ""
         return BodyTooLarge(
-            f"A {kind} may have {self.most_bytes} bytes. Send fewer rows per job{hint}, or raise "
+            f"A {kind} may have {self.max_bytes} bytes. Send fewer rows per job{hint}, or raise "
             f"{self.setting}.",
             headers=[_CLOSE],
         )

@@ -11,7 +11,7 @@ from asyncinfer.api.http.messages import encode_json
 from asyncinfer.api.live.feed import Follower, JobChange
 from asyncinfer.api.live.position import Position, encode_position, split_position
 from asyncinfer.api.views import change_view
-from asyncinfer.api.wait_reasons import Reasons
+from asyncinfer.api.wait_reasons import WaitReasons
 
 _ID: Final = b"id: "
 _MAX_CHUNKS: Final = 32
@@ -28,9 +28,9 @@ class EventTexts:
     """Encodes changes; streams that send the same changes share the bytes. Encoding each change
     for each of 200 streams of one tenant took 13 s of CPU for 5,000 jobs."""
 
-    def __init__(self, catalog: Catalog, reasons: Reasons) -> None:
+    def __init__(self, catalog: Catalog, wait_reasons: WaitReasons) -> None:
         self._catalog = catalog
-        self._reasons = reasons
+        self._wait_reasons = wait_reasons
         self._chunks: OrderedDict[tuple[bytes, tuple[JobChange, ...]], list[bytes]] = OrderedDict()
 
     def encode(self, job_change: JobChange, follower: Follower, ended: int = 0) -> bytes:
@@ -67,7 +67,7 @@ class EventTexts:
     def _lines_of(self, job_change: JobChange) -> bytes:
         if not job_change.text:
             change, stored = job_change.change, job_change.stored
-            waiting_for = self._reasons.of(stored) if stored else None
+            waiting_for = self._wait_reasons.of(stored) if stored else None
             view = change_view(change, stored, self._catalog.default_model, waiting_for)
             job_change.text = _event_lines(change.status, view)
         return job_change.text

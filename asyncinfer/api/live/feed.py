@@ -395,7 +395,7 @@ class Follower:
     def begin_at(self, position: Position) -> None:
         """Drops all pending changes and reads the log again from this position."""
         self._base_ms = position.base_ms
-        self._acknowledged = _places_from(position.base_ms, position.acknowledged)
+        self._acknowledged = _places_from(position.base_ms, position.told)
         self._read_upto = dict(self._acknowledged)
         """How far the follower has read; `_acknowledged` is how far its client was sent changes."""
         self._pending: list[Change] = []

@@ -12,7 +12,7 @@ from asyncinfer.errors import RedisRefused, RedisUnavailable, StorageFull, Wrong
 from asyncinfer.jobs import TERMINAL
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
-from asyncinfer.repository.inspect._log import entry_order
+from asyncinfer.repository.inspect.log import entry_order
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import Stored, noticed, queue_of
 from asyncinfer.repository.submissions import Submissions
