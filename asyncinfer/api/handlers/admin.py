@@ -82,8 +82,8 @@ async def clear_jobs(services: Services, request: Request[ClearQuery]) -> Reply:
             purged = await services.operation.forget(selected.jobs)
             cleared = Cleared(0, 0, purged, selected.more)
         else:
-            cancelled = await services.operation.cancel(selected.jobs)
-            cleared = Cleared(cancelled.ended, cancelled.asked, 0, selected.more)
+            done = await services.operation.cancel(selected.jobs)
+            cleared = Cleared(done.ended, done.asked, 0, selected.more)
         audit.count = cleared.cancelled + cleared.asked + cleared.purged
     return json_reply(200, cleared)
 

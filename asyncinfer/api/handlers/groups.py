@@ -28,10 +28,10 @@ async def read_group(services: Services, request: Request[NoQuery]) -> Reply:
 async def cancel_group(services: Services, request: Request[NoQuery]) -> Reply:
     """Cancels all waiting and running jobs of a group."""
     group = _group(request)
-    cancelled = await services.groups.cancel(request.tenant, group)
-    if cancelled is None:
+    done = await services.groups.cancel(request.tenant, group)
+    if done is None:
         raise _not_found_error()
-    return json_reply(200, GroupCancelled(group, cancelled.ended, cancelled.asked))
+    return json_reply(200, GroupCancelled(group, done.ended, done.asked))
 
 
 def group_view(group: str, counted: Counted | None) -> Group:
