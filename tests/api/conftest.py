@@ -31,7 +31,7 @@ async def api(config: ApiConfig, store: Store) -> AsyncIterator[httpx2.AsyncClie
 
 
 @pytest.fixture
-async def locked(config: ApiConfig, store: Store, tmp_path: Path) -> AsyncIterator[int]:
+async def two_tenant_port(config: ApiConfig, store: Store, tmp_path: Path) -> AsyncIterator[int]:
     """The port of an API with two tenants, of whom `alice` and `bob` are the keys."""
     path = tmp_path / "keys"
     lines = [entry_of(name, name, "submit,read").line() for name in ("alice", "bob")]
@@ -42,12 +42,12 @@ async def locked(config: ApiConfig, store: Store, tmp_path: Path) -> AsyncIterat
 
 
 @pytest.fixture
-def hand(store: Store) -> Hand:
+def manual_worker(store: Store) -> Hand:
     return Hand(store)
 
 
 @pytest.fixture
-async def behind(config: ApiConfig, store: Store) -> AsyncIterator[Road]:
+async def proxied_api(config: ApiConfig, store: Store) -> AsyncIterator[Road]:
     """An API that serves iris, behind a proxy that can cut it off from Redis."""
     await announce(store, "iris", default="iris")
     async with hosted(proxied(config.redis_url)) as proxy:

@@ -33,7 +33,7 @@ COLUMNS = {"iris": 4, "digits": 64}
 @asynccontextmanager
 async def running(config: ApiConfig) -> AsyncIterator[int]:
     """The port of an API in this loop, on a real socket."""
-    async with serving(config) as (server, port):
+    async with running_server(config) as (server, port):
         yield port
         # What uvicorn's shutdown does, without the pauses it makes.
         connections = server.server_state.connections
@@ -43,9 +43,9 @@ async def running(config: ApiConfig) -> AsyncIterator[int]:
 
 
 @asynccontextmanager
-async def stopped_by_itself(config: ApiConfig) -> AsyncIterator[int]:
+async def running_until_signal(config: ApiConfig) -> AsyncIterator[int]:
     """`running`, but at the end stopped as a signal does."""
-    async with serving(config) as (server, port):
+    async with running_server(config) as (server, port):
         yield port
         server.should_exit = True
         await eventually(lambda: not server.servers[0].is_serving(), "it stops listening")
@@ -53,7 +53,7 @@ async def stopped_by_itself(config: ApiConfig) -> AsyncIterator[int]:
 
 
 @asynccontextmanager
-async def serving(config: ApiConfig) -> AsyncIterator[tuple[Server, int]]:
+async def running_server(config: ApiConfig) -> AsyncIterator[tuple[Server, int]]:
     ready = anyio.Event()
     app = create_app(config)
     server = Server(app, config, on_ready=ready.set)
@@ -152,7 +152,10 @@ class Hand:
         self, claim: Claim, outcome: jobs.Outcome = "completed", body: Any = RESULT
     ) -> None:
         stored = body if isinstance(body, bytes) else msgspec.json.encode(body)
-        finished = [Finished(job.job_id, outcome, stored, _ended(job, claim)) for job in claim.jobs]
+        finished = [
+            Finished(job.job_id, outcome, stored, _finished_record(job, claim))
+            for job in claim.jobs
+        ]
         await self._runs.finish(claim, finished, last=True)
 
     async def complete(self, queue: str = QUEUE, body: Any = RESULT) -> None:
@@ -163,7 +166,7 @@ class Hand:
         await self.finish(await self.claim(queue), "failed", body)
 
 
-def _ended(job: ClaimedJob, claim: Claim) -> bytes:
+def _finished_record(job: ClaimedJob, claim: Claim) -> bytes:
     if job.record is None:
         return b""
     record = msgspec.structs.replace(

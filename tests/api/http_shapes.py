@@ -375,7 +375,7 @@ def _lengths() -> Iterator[Shape]:
 
 def _chunks() -> Iterator[Shape]:
     head = POST + CHUNKED + CRLF
-    one = b"18\r\n" + BODY + CRLF
+    chunk = b"18\r\n" + BODY + CRLF
     yield open_after("chunked", head + CHUNKS, 202)
     yield open_after("Chunked", POST + CHUNKED.replace(b"c", b"C") + CRLF + CHUNKS, 202)
     single = b"".join(b"1\r\n%c\r\n" % byte for byte in BODY[:4]) + b"014\r\n" + BODY[4:] + CRLF
@@ -390,8 +390,8 @@ def _chunks() -> Iterator[Shape]:
     yield refused("chunk longer than its size", head + b"17\r\n" + BODY + b"\r\n0\r\n\r\n")
     yield refused("chunk extension ended by LF", head + b"18;a\n" + BODY + b"\r\n0\r\n\r\n")
     yield refused("bare CR in a chunk extension", head + b"18;a\rb\r\n" + BODY + b"\r\n0\r\n\r\n")
-    yield refused("last chunk ended by LF", head + one + b"0\n\n")
-    last = head + one + b"0\r\n"
+    yield refused("last chunk ended by LF", head + chunk + b"0\n\n")
+    last = head + chunk + b"0\r\n"
     for line in (
         b"X: y",
         b"Host: evil.example",
@@ -406,12 +406,12 @@ def _chunks() -> Iterator[Shape]:
         )
     evil = head.replace(b"localhost", b"evil.example")
     yield open_after(
-        "refused Host, allowed trailer", evil + one + b"0\r\n" + HOST + CRLF, HOST_REFUSED
+        "refused Host, allowed trailer", evil + chunk + b"0\r\n" + HOST + CRLF, HOST_REFUSED
     )
     foreign = POST + CHUNKED + b"Origin: https://evil.example\r\n\r\n"
     yield open_after(
         "refused Origin, allowed trailer",
-        foreign + one + b"0\r\nOrigin: http://localhost\r\n\r\n",
+        foreign + chunk + b"0\r\nOrigin: http://localhost\r\n\r\n",
         ORIGIN_REFUSED,
     )
     for line in (

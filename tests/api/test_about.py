@@ -36,7 +36,9 @@ async def test_models_are_listed_with_a_request_that_works(api: httpx2.AsyncClie
 async def test_a_model_shows_its_signature_and_newest_version(
     api: httpx2.AsyncClient, store: Store
 ) -> None:
-    versions = {one: msgspec.json.encode(signature("wine", one)) for one in ("9", "10", "2")}
+    versions = {
+        version: msgspec.json.encode(signature("wine", version)) for version in ("9", "10", "2")
+    }
     await Upkeep(store).announce_models({"wine": versions})
     model = (await api.get("/models/wine")).json()
     assert (model["version"], model["versions"]) == ("10", ["10", "9", "2"])
@@ -54,7 +56,9 @@ async def test_an_unreadable_announcement_hides_no_other_model(
     await announce(store, "iris", default="iris")
     await Upkeep(store).announce_models({"odd": {"1": b"\xff"}})
     async with running(config) as port, client_of(port) as client:
-        assert [one["model"] for one in (await client.get("/models")).json()["models"]] == ["iris"]
+        assert [model["model"] for model in (await client.get("/models")).json()["models"]] == [
+            "iris"
+        ]
 
 
 async def test_health_says_what_waits_and_who_works(api: httpx2.AsyncClient, store: Store) -> None:
@@ -65,10 +69,10 @@ async def test_health_says_what_waits_and_who_works(api: httpx2.AsyncClient, sto
     assert (body["queues"], body["workers"]) == ({"predict_queue": 0}, 1)
 
 
-async def test_without_redis_it_lives_but_is_not_ready(behind: Road) -> None:
-    async with client_of(behind.port) as client:
+async def test_without_redis_it_lives_but_is_not_ready(proxied_api: Road) -> None:
+    async with client_of(proxied_api.port) as client:
         assert (await client.get("/health/ready")).status_code == 200
-        behind.proxy.black_hole()
+        proxied_api.proxy.black_hole()
         assert (await client.get("/health/live")).status_code == 200
         assert_problem(await client.get("/health/ready"), 503, "redis_unavailable")
 
@@ -108,7 +112,9 @@ async def test_every_route_is_in_the_document(api: httpx2.AsyncClient) -> None:
         assert operation["summary"]
         assert set(map(str, route.answers)) <= set(operation["responses"])
         assert {str(error.status) for error in route.errors} <= set(operation["responses"])
-        named = {one["name"] for one in operation["parameters"] if one["in"] == "path"}
+        named = {
+            parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "path"
+        }
         assert named == set(re.findall(r"{(\w+)}", route.path))
         assert ("security" in operation) == (route.scope is not None)
         assert ("requestBody" in operation) == bool(route.bodies)
@@ -121,7 +127,7 @@ async def test_the_document_knows_binary_bodies_and_results(api: httpx2.AsyncCli
         content = paths[path]["post"]["requestBody"]["content"]
         assert content.keys() - {"application/x-ndjson"} == {"application/json", *binary}
         assert len(content["application/json"]["schema"]["oneOf"]) == 2
-        names = {one["name"] for one in paths[path]["post"]["parameters"]}
+        names = {parameter["name"] for parameter in paths[path]["post"]["parameters"]}
         assert {"version", "priority", "Inference-Header-Content-Length"} <= names
     result = paths["/job/{id}/result"]["get"]["responses"]
     assert result["200"]["content"].keys() == {"application/json", *binary}

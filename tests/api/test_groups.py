@@ -29,14 +29,14 @@ async def counts(client: httpx2.AsyncClient, group: str) -> dict[str, int]:
 
 
 async def test_a_group_counts_the_jobs_of_all_its_models(
-    api: httpx2.AsyncClient, hand: Hand
+    api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     await submit_to(api, "night:1")
-    await hand.complete()
+    await manual_worker.complete()
     failed = await submit_to(api, "night:1")
-    await hand.fail()
+    await manual_worker.fail()
     await submit_to(api, "night:1")
-    running_claim = await hand.claim()
+    running_claim = await manual_worker.claim()
     await submit_to(api, "night:1", "digits")
     await submit_to(api, "another")
 
@@ -52,22 +52,22 @@ async def test_a_group_counts_the_jobs_of_all_its_models(
     assert group["first_failed"] == [failed]
     assert group["eta_seconds"] >= 0
     assert await counts(api, "another") == {"pending": 1}
-    await hand.finish(running_claim)
+    await manual_worker.finish(running_claim)
 
 
-async def test_a_group_that_has_ended_says_so(api: httpx2.AsyncClient, hand: Hand) -> None:
+async def test_a_group_that_has_ended_says_so(api: httpx2.AsyncClient, manual_worker: Hand) -> None:
     await submit_to(api, "g")
     assert (await api.get("/group/g")).json()["eta_seconds"] is None
-    await hand.complete()
+    await manual_worker.complete()
     group = (await api.get("/group/g")).json()
     assert (group["progress"], group["eta_seconds"]) == (1.0, 0.0)
 
 
 async def test_a_job_that_is_no_longer_kept_counts_as_ended(
-    api: httpx2.AsyncClient, hand: Hand
+    api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     job_id = await submit_to(api, "g")
-    await hand.complete()
+    await manual_worker.complete()
     assert (await api.delete(f"/job/{job_id}?purge=true")).status_code == 200
     group = (await api.get("/group/g")).json()
     assert (group["jobs"], group["counts"]["expired"], group["progress"]) == (1, 1, 1.0)
@@ -97,12 +97,12 @@ async def test_a_name_that_is_none_is_refused_at_the_door(api: httpx2.AsyncClien
 
 
 async def test_cancelling_a_group_ends_what_waits_and_stops_what_runs(
-    api: httpx2.AsyncClient, hand: Hand
+    api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     done = await submit_to(api, "g")
-    await hand.complete()
+    await manual_worker.complete()
     await submit_to(api, "g")
-    claim = await hand.claim()
+    claim = await manual_worker.claim()
     waiting = [await submit_to(api, "g") for _ in range(30)]
     waiting += [await submit_to(api, "g", "digits")]
     bystander = await submit_to(api, "h")
@@ -110,7 +110,7 @@ async def test_cancelling_a_group_ends_what_waits_and_stops_what_runs(
     reply = (await api.delete("/group/g")).json()
 
     assert reply == {"group": "g", "cancelled": 31, "asked": 1}
-    await hand.finish(claim)
+    await manual_worker.finish(claim)
     assert await counts(api, "g") == {"completed": 1, "cancelled": 32}
     assert (await api.get(f"/job/{done}")).json()["status"] == "completed"
     assert (await api.get(f"/job/{bystander}")).json()["status"] == "pending"
@@ -118,7 +118,7 @@ async def test_cancelling_a_group_ends_what_waits_and_stops_what_runs(
 
 
 async def test_a_groups_jobs_are_listed_newest_first_page_by_page(
-    api: httpx2.AsyncClient, hand: Hand
+    api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     ids = [await submit_to(api, "g") for _ in range(7)]
     await submit_to(api, "h")
@@ -131,7 +131,7 @@ async def test_a_groups_jobs_are_listed_newest_first_page_by_page(
             break
         cursor = f"&cursor={page['cursor']}"
     assert listed == ids[::-1]
-    await hand.complete()
+    await manual_worker.complete()
     await submit_to(api, "g")
     assert len((await api.get("/jobs?group=g&status=completed")).json()["jobs"]) == 7
     assert len((await api.get("/jobs?group=g&model=digits")).json()["jobs"]) == 0

@@ -32,8 +32,8 @@ def test_those_who_come_after_a_process_has_ended_are_heard_by_the_others(
 ) -> None:
     with held, share(held) as staying:
         with share(held) as ending:
-            for one in (staying, ending):
-                one.listen()
+            for listener in (staying, ending):
+                listener.listen()
         staying.settimeout(5)
         for _ in range(20):
             with connect(held), staying.accept()[0]:
@@ -43,8 +43,8 @@ def test_those_who_come_after_a_process_has_ended_are_heard_by_the_others(
 def test_where_nothing_spreads_them_each_process_takes_from_one_socket(
     held: socket.socket,
 ) -> None:
-    with held, share(held, "darwin") as one, share(held, "darwin") as other:
-        for process in (one, other, one):
+    with held, share(held, "darwin") as first, share(held, "darwin") as second:
+        for process in (first, second, first):
             process.listen()
             process.settimeout(5)
             with connect(held), process.accept()[0]:

@@ -26,11 +26,11 @@ REQUESTS = (
 
 async def worker(store: Store, **about: Any) -> None:
     """Announces a worker as it does itself."""
-    said = {"state": "ready", "default_model": "iris"}
-    await Upkeep(store).announce_worker("host-1-aaaaaa", said | about, ttl_seconds=10)
+    announcement = {"state": "ready", "default_model": "iris"}
+    await Upkeep(store).announce_worker("host-1-aaaaaa", announcement | about, ttl_seconds=10)
 
 
-async def asked(client: httpx2.AsyncClient, method: str, path: str) -> httpx2.Response:
+async def request_path(client: httpx2.AsyncClient, method: str, path: str) -> httpx2.Response:
     return await client.request(method, path, json=BODY if method == "POST" else None)
 
 
@@ -50,7 +50,7 @@ async def test_a_model_that_is_not_loaded_yet_is_asked_for_again_and_never_unkno
     await worker(store, loading=["wine"])
     async with api_of(config) as client:
         for method, path in REQUESTS:
-            assert_loading(await asked(client, method, path))
+            assert_loading(await request_path(client, method, path))
         (line,) = (
             await client.post(
                 "/predict/wine",
@@ -118,7 +118,7 @@ async def test_a_model_whose_files_are_all_refused_is_unknown_for_that_reason(
     await announce(store, "iris", default="iris")
     await worker(store, models=["iris"], problems={"wine": {"1": "a Git LFS pointer"}})
     async with api_of(config) as client:
-        problem = assert_problem(await asked(client, method, path), 404, "model_not_found")
+        problem = assert_problem(await request_path(client, method, path), 404, "model_not_found")
     assert "Version 1 is not served: a Git LFS pointer." in problem["detail"]
 
 
@@ -150,12 +150,12 @@ async def test_a_default_model_that_is_refused_is_unknown_for_that_reason(
     ],
 )
 async def test_where_nothing_can_be_served_the_answer_says_why_and_does_not_say_wait(
-    problems: dict[str, Any], said: str, config: ApiConfig, store: Store
+    problems: dict[str, Any], announcement: str, config: ApiConfig, store: Store
 ) -> None:
     await worker(store, default_model=None, problems=problems)
     async with api_of(config) as client:
         for path in ("/predict", "/predict/other"):
             reply = await client.post(path, json=BODY)
             problem = assert_problem(reply, 503, "no_model_announced")
-            assert said in problem["detail"]
+            assert announcement in problem["detail"]
             assert "starting" not in problem["detail"]

@@ -72,14 +72,14 @@ async def test_a_job_without_a_content_type_is_taken_for_json(api: httpx2.AsyncC
 
 
 async def test_a_preferred_wait_answers_with_the_finished_job(
-    api: httpx2.AsyncClient, hand: Hand, server: redis.Redis
+    api: httpx2.AsyncClient, manual_worker: Hand, server: redis.Redis
 ) -> None:
     async with asyncio.TaskGroup() as group:
         post = group.create_task(
             api.post("/predict", json={"data": ROW}, headers={"prefer": "wait=10"})
         )
         await eventually(lambda: bool(server.llen(QUEUE)), "the job waits")
-        await hand.complete()
+        await manual_worker.complete()
     reply = post.result()
     assert reply.status_code == 200
     assert reply.headers["preference-applied"] == "wait=10"
@@ -108,14 +108,14 @@ async def test_a_wait_that_is_no_number_or_too_long_is_refused(
 
 
 async def test_the_same_key_and_request_give_the_same_job(
-    api: httpx2.AsyncClient, hand: Hand, server: redis.Redis
+    api: httpx2.AsyncClient, manual_worker: Hand, server: redis.Redis
 ) -> None:
     once = {"idempotency-key": "order-1"}
     job_id = await submit(api, headers=once)
     again = await api.post("/predict", json={"data": ROW}, headers=once)
     assert (again.status_code, again.json()["job_id"]) == (202, job_id)
     assert server.llen(QUEUE) == 1
-    await hand.complete()
+    await manual_worker.complete()
     later = await api.post("/predict", json={"data": ROW}, headers=once)
     assert (later.status_code, later.json()["status"]) == (202, "completed")
     waited = await api.post("/predict", json={"data": ROW}, headers={**once, "prefer": "wait=5"})
@@ -124,7 +124,7 @@ async def test_the_same_key_and_request_give_the_same_job(
 
 
 async def test_a_second_request_with_the_key_waits_for_the_first_ones_job(
-    api: httpx2.AsyncClient, hand: Hand
+    api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     once = {"idempotency-key": "order-1"}
     job_id = await submit(api, headers=once)
@@ -132,7 +132,7 @@ async def test_a_second_request_with_the_key_waits_for_the_first_ones_job(
         headers = {**once, "prefer": "wait=10"}
         post = group.create_task(api.post("/predict", json={"data": ROW}, headers=headers))
         await asyncio.sleep(0.05)
-        await hand.complete()
+        await manual_worker.complete()
     assert (post.result().status_code, post.result().json()["job_id"]) == (200, job_id)
 
 
@@ -170,10 +170,10 @@ async def test_200_requests_with_one_key_over_two_apis_make_one_job(
 ) -> None:
     await announce(store, "iris", default="iris")
     async with (
-        running(config) as one,
-        running(config) as two,
-        client_of(one) as first,
-        client_of(two) as second,
+        running(config) as first_port,
+        running(config) as second_port,
+        client_of(first_port) as first,
+        client_of(second_port) as second,
         asyncio.TaskGroup() as group,
     ):
         headers = {"idempotency-key": "once"}
@@ -291,11 +291,11 @@ async def test_a_badly_named_model_is_told_what_names_are(api: httpx2.AsyncClien
 
 
 async def test_without_redis_a_submit_fails_in_time_and_names_its_job(
-    behind: Road,
+    proxied_api: Road,
 ) -> None:
-    async with client_of(behind.port) as client:
+    async with client_of(proxied_api.port) as client:
         await submit(client)
-        behind.proxy.black_hole()
+        proxied_api.proxy.black_hole()
         for _ in range(3):
             began = time.monotonic()
             reply = await client.post("/predict", json={"data": ROW})

@@ -57,7 +57,7 @@ async def test_jobs_without_a_worker_are_starved_before_anything_was_measured(
 
 
 async def test_a_backlog_is_counted_in_seconds_of_slot_time(
-    api: httpx2.AsyncClient, store: Store, hand: Hand
+    api: httpx2.AsyncClient, store: Store, manual_worker: Hand
 ) -> None:
     await worker(store, seconds_per_job={"iris": 0.5, "digits": 9.0})
     for _ in range(3):
@@ -66,7 +66,7 @@ async def test_a_backlog_is_counted_in_seconds_of_slot_time(
     assert (found["waiting_jobs"], found["seconds_per_job"]) == (3, 0.5)
     assert found["backlog_seconds"] == 1.5
     assert (found["workers"], found["slots"], found["starved"]) == (1, 4, 0)
-    await hand.claim()
+    await manual_worker.claim()
     found = await scale(api)
     assert (found["waiting_jobs"], found["running_jobs"]) == (0, 3)
     assert found["backlog_seconds"] == 0.0
@@ -199,7 +199,7 @@ async def calls_of_a_gauge(hands: Hands) -> dict[str, int]:
     hands.redis.config_resetstat()
     await load(hands.store, "iris", "predict_queue")
     found = hands.redis.info("commandstats")
-    ours = {name.removeprefix("cmdstat_"): one["calls"] for name, one in found.items()}
+    ours = {name.removeprefix("cmdstat_"): item["calls"] for name, item in found.items()}
     return {name: calls for name, calls in ours.items() if not name.startswith(("config", "info"))}
 
 
@@ -237,7 +237,7 @@ async def starved(api: httpx2.AsyncClient) -> list[str]:
     health = (await api.get("/health")).json()
     assert health["status"] == "ok"
     queues = (await api.get("/queues")).json()["queues"]
-    assert sorted(one["model"] for one in queues if one["starved"]) == health["starved"]
+    assert sorted(queue["model"] for queue in queues if queue["starved"]) == health["starved"]
     found: list[str] = health["starved"]
     return found
 

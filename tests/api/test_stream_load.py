@@ -21,7 +21,7 @@ from asyncinfer.repository.store import Store
 from tests.faults.harness import eventually
 
 from .harness import QUEUE, ROW, Hand, Road, announce, client_of, hosted, running, submit
-from .sse import Listener, listening
+from .sse import EventStream, listening
 
 MANY_STREAMS = 200
 MANY_JOBS = 5000
@@ -58,13 +58,15 @@ async def submit_many(client: httpx2.AsyncClient, count: int, path: str = "/pred
         path, content=lines * count, headers={"content-type": "application/x-ndjson"}
     )
     outcomes = [msgspec.json.decode(line) for line in reply.text.splitlines()]
-    refused = Counter(one.get("code") for one in outcomes if one.get("status") != "pending")
+    refused = Counter(
+        outcome.get("code") for outcome in outcomes if outcome.get("status") != "pending"
+    )
     assert not refused, f"{reply.status_code}: {refused}"
     assert len(outcomes) == count
-    return [one["job_id"] for one in outcomes]
+    return [outcome["job_id"] for outcome in outcomes]
 
 
-async def pending_jobs(stream: Listener, count: int) -> list[str]:
+async def pending_jobs(stream: EventStream, count: int) -> list[str]:
     return [(await stream.event("pending")).data["job_id"] for _ in range(count)]
 
 
@@ -126,7 +128,7 @@ async def test_a_stream_that_is_read_late_is_told_all_and_once(port: int) -> Non
     """More than is kept of its changes anywhere but in the log."""
     async with client_of(port) as client, listening(client, "/events") as stream:
         await stream.event("snapshot")
-        ids = [one for _ in range(4) for one in await submit_many(client, 3000)]
+        ids = [job_id for _ in range(4) for job_id in await submit_many(client, 3000)]
         assert await pending_jobs(stream, len(ids)) == ids
 
 
@@ -175,27 +177,29 @@ async def test_streams_that_share_their_events_can_each_go_on_from_any_of_them(
             await second.event("snapshot")
             ids = await submit_many(api, 6, "/predict?group=g")
             seen = [[await stream.event("pending") for _ in ids] for stream in (first, second)]
-    assert [[one.data["job_id"] for one in events] for events in seen] == [ids, ids]
-    assert all(one.id != other.id for one, other in zip(*seen, strict=True))
+    assert [[event.data["job_id"] for event in events] for events in seen] == [ids, ids]
+    assert all(
+        first_event.id != second_event.id for first_event, second_event in zip(*seen, strict=True)
+    )
     for events in seen:
         async with listening(api, "/events?group=g", events[2].id) as stream:
             assert await pending_jobs(stream, 3) == ids[3:]
 
 
 async def test_what_the_log_lost_during_an_outage_is_a_gap_for_who_follows(
-    behind: Road, hand: Hand, server: redis.Redis, store: Store
+    proxied_api: Road, manual_worker: Hand, server: redis.Redis, store: Store
 ) -> None:
-    async with client_of(behind.port) as client:
+    async with client_of(proxied_api.port) as client:
         await submit_many(client, 3, "/predict?group=g")
         async with listening(client, "/events?group=g") as stream:
             await stream.event("snapshot")
             await submit_many(client, 1, "/predict?group=g")
             await stream.event("pending")
-            await behind.proxy.down()
-            claim = await hand.claim()
-            await hand.finish(claim)
+            await proxied_api.proxy.down()
+            claim = await manual_worker.claim()
+            await manual_worker.finish(claim)
             server.xtrim(keys.log(QUEUE), maxlen=1, approximate=False)
-            await behind.proxy.up()
+            await proxied_api.proxy.up()
             event = await stream.event("gap", "processing", "completed", "done")
             assert event.name == "gap"
             assert (await stream.event("snapshot")).data["counts"]["completed"] == 4
@@ -213,7 +217,7 @@ async def test_one_count_answers_all_who_ask_for_it_at_once(
     before = lists_read()
     async with asyncio.TaskGroup() as group:
         counting = [group.create_task(groups.count("default", "g")) for _ in range(50)]
-    assert [one.result() for one in counting] == [None] * 50
+    assert [task.result() for task in counting] == [None] * 50
     assert lists_read() - before <= 2
 
 
@@ -224,7 +228,9 @@ def test_the_part_of_an_id_after_the_base_does_not_depend_on_it(
     told: dict[str, tuple[int, int, int]],
 ) -> None:
     positions = [Position(base, told) for base in (1_700_000_000_000, 1_800_000_000_000)]
-    parts = [split_position(one) for one in positions]
+    parts = [split_position(position) for position in positions]
     assert parts[0][1] == parts[1][1]
     assert parts[0][0] != parts[1][0]
-    assert [base + rest for base, rest in parts] == [encode_position(one) for one in positions]
+    assert [base + rest for base, rest in parts] == [
+        encode_position(position) for position in positions
+    ]

@@ -83,19 +83,19 @@ class Audit:
 
     def line(self) -> str:
         """The only one since the last look."""
-        (found,) = [one for one in self._caplog.records if one.name == "asyncinfer.audit"]
+        (found,) = [record for record in self._caplog.records if record.name == "asyncinfer.audit"]
         self._caplog.clear()
         assert found.levelno == logging.INFO
         return found.getMessage()
 
     def is_empty(self) -> bool:
-        return not [one for one in self._caplog.records if one.name == "asyncinfer.audit"]
+        return not [record for record in self._caplog.records if record.name == "asyncinfer.audit"]
 
 
 async def ids(client: httpx2.AsyncClient, query: str) -> set[str]:
     reply = await client.get(f"/jobs?{query}")
     assert reply.status_code == 200, reply.text
-    return {one["job_id"] for one in reply.json()["jobs"]}
+    return {job["job_id"] for job in reply.json()["jobs"]}
 
 
 # --- operators -----------------------------------------------------------------------------
@@ -112,25 +112,25 @@ async def test_an_operator_lists_the_jobs_of_all_tenants_without_their_payloads(
     alice: httpx2.AsyncClient,
     bob: httpx2.AsyncClient,
     ops: httpx2.AsyncClient,
-    hand: Hand,
+    manual_worker: Hand,
     audit: Audit,
 ) -> None:
     done = await submit(alice)
-    await hand.complete()
+    await manual_worker.complete()
     failed = await submit(bob)
     error = {"code": "model_failed", "message": "name: Ada"}
-    await hand.finish(await hand.claim(), "failed", error)
+    await manual_worker.finish(await manual_worker.claim(), "failed", error)
 
     reply = await ops.get("/jobs?tenant=*")
-    shown = {one["job_id"]: one for one in reply.json()["jobs"]}
-    assert {name: one["tenant"] for name, one in shown.items()} == {done: "alice", failed: "bob"}
+    shown = {job["job_id"]: job for job in reply.json()["jobs"]}
+    assert {name: item["tenant"] for name, item in shown.items()} == {done: "alice", failed: "bob"}
     assert shown[failed]["error"]["code"] == "model_failed"
     digest = hashlib.sha256(b"ops").hexdigest()
     assert audit.line() == f'list by tenant=ops key={digest[:8]}: tenant="*": 2 jobs'
-    for one in (reply.text, (await ops.get(f"/job/{done}?tenant=*")).text):
-        assert "result" not in one
-        assert "setosa" not in one
-        assert "Ada" not in one
+    for text in (reply.text, (await ops.get(f"/job/{done}?tenant=*")).text):
+        assert "result" not in text
+        assert "setosa" not in text
+        assert "Ada" not in text
     assert f'job_id="{done}": 1 jobs' in audit.line()
     assert (await ops.get(f"/job/{done}?tenant=alice&wait=5")).json()["status"] == "completed"
     assert_problem(await ops.get(f"/job/{done}?tenant=bob"), 404, "job_not_found")
@@ -141,7 +141,9 @@ async def test_an_operators_filters_are_those_of_a_tenant(
     alice: httpx2.AsyncClient, bob: httpx2.AsyncClient, ops: httpx2.AsyncClient
 ) -> None:
     body = {"data": [[1, 2, 3, 4]], "options": {"group": "g"}}
-    grouped = [(await one.post("/predict", json=body)).json()["job_id"] for one in (alice, bob)]
+    grouped = [
+        (await client.post("/predict", json=body)).json()["job_id"] for client in (alice, bob)
+    ]
     await submit(alice)
     assert await ids(ops, "tenant=*&group=g") == set(grouped)
     assert await ids(ops, "tenant=bob&group=g") == {grouped[1]}
@@ -150,7 +152,7 @@ async def test_an_operators_filters_are_those_of_a_tenant(
     assert len(await ids(ops, "tenant=*&status=pending&model=iris")) == 3
     page = (await ops.get("/jobs?tenant=*&limit=2")).json()
     rest = await ids(ops, f"tenant=*&limit=2&cursor={page['cursor']}")
-    assert len({one["job_id"] for one in page["jobs"]} | rest) == 3
+    assert len({job["job_id"] for job in page["jobs"]} | rest) == 3
 
 
 async def test_an_operator_cancels_retries_and_purges_over_tenants_with_a_line_for_each(
@@ -181,15 +183,15 @@ async def test_an_operator_cancels_retries_and_purges_over_tenants_with_a_line_f
     await ops.delete("/jobs?tenant=*&model=iris")
     audit.line()
 
-    one, *_ = jobs
-    assert (await ops.post(f"/job/{one}/retry?tenant=*")).status_code == 202
-    assert f'job_id="{one}": 1 jobs' in audit.line()
-    view = (await ops.delete(f"/job/{one}?tenant=*")).json()
+    first, *_ = jobs
+    assert (await ops.post(f"/job/{first}/retry?tenant=*")).status_code == 202
+    assert f'job_id="{first}": 1 jobs' in audit.line()
+    view = (await ops.delete(f"/job/{first}?tenant=*")).json()
     assert (view["status"], "result" in view) == ("cancelled", False)
     assert audit.line().startswith("cancel")
-    assert_problem(await ops.delete(f"/job/{one}?tenant=*"), 409, "job_finished")
+    assert_problem(await ops.delete(f"/job/{first}?tenant=*"), 409, "job_finished")
     assert audit.line().endswith(": job_finished")
-    assert (await ops.delete(f"/job/{one}?tenant=*&purge=true")).status_code == 200
+    assert (await ops.delete(f"/job/{first}?tenant=*&purge=true")).status_code == 200
     assert audit.line().startswith("purge")
     assert (await ops.delete("/jobs?tenant=*&purge=true&status=ended")).json()["purged"] == 2
     assert audit.line().startswith("purge")
