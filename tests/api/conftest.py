@@ -1,4 +1,4 @@
-"""A real API on a real socket, models announced, and a hand that works as a worker would."""
+"""Fixtures: a real API on a real socket with announced models, and a worker run by hand."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -32,7 +32,7 @@ async def api(config: ApiConfig, store: Store) -> AsyncIterator[httpx2.AsyncClie
 
 @pytest.fixture
 async def two_tenant_port(config: ApiConfig, store: Store, tmp_path: Path) -> AsyncIterator[int]:
-    """The port of an API with two tenants, of whom `alice` and `bob` are the keys."""
+    """The port of an API with two tenants, whose keys are `alice` and `bob`."""
     path = tmp_path / "keys"
     lines = [entry_of(name, name, "submit,read").line() for name in ("alice", "bob")]
     path.write_text("\n".join(lines))
@@ -48,7 +48,7 @@ def manual_worker(store: Store) -> Hand:
 
 @pytest.fixture
 async def proxied_api(config: ApiConfig, store: Store) -> AsyncIterator[Road]:
-    """An API that serves iris, behind a proxy that can cut it off from Redis."""
+    """An API that serves iris and reaches Redis through a proxy that can cut the connection."""
     await announce(store, "iris", default="iris")
     async with hosted(proxied(config.redis_url)) as proxy:
         away = msgspec.structs.replace(config, redis_url=proxy.url)

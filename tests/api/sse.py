@@ -1,4 +1,4 @@
-"""A client of server-sent events that reads them as the standard says (WHATWG HTML, 9.2.6)."""
+"""A client of server-sent events that parses them as the standard says (WHATWG HTML, 9.2.6)."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -15,11 +15,11 @@ class Event(NamedTuple):
     name: str
     data: dict[str, Any]
     id: str
-    """Of this event or, where it has none, of the last one that had."""
+    """The id of this event, or of the last event that had one."""
 
 
 class EventStream:
-    """One stream; `last_id` is what an EventSource would send to go on."""
+    """One stream; `last_id` is what an EventSource would send to continue it."""
 
     def __init__(self, reply: httpx2.Response, last_id: str = "") -> None:
         self.last_id = last_id
@@ -27,7 +27,7 @@ class EventStream:
         self._lines = reply.aiter_lines()
 
     async def next_event(self) -> Event | None:
-        """The next event; None when the stream ended."""
+        """The next event; None if the stream ended."""
         name, data = "message", ""
         async with asyncio.timeout(_SECONDS):
             async for line in self._lines:
@@ -46,7 +46,7 @@ class EventStream:
         return None
 
     async def event(self, *names: str) -> Event:
-        """The next event, of one of these names when there are any; others are passed over."""
+        """The next event with one of these names (any if none are given); skips other events."""
         while event := await self.next_event():
             if not names or event.name in names:
                 return event
@@ -59,7 +59,7 @@ class EventStream:
         return events
 
     async def wait_for_comment(self) -> None:
-        """Until the next comment; nothing else may come before it."""
+        """Returns after the next comment; fails if an event comes before it."""
         async with asyncio.timeout(_SECONDS):
             async for line in self._lines:
                 if line.startswith(":"):

@@ -1,4 +1,4 @@
-"""The service about itself: models, health, and the document made from the route table."""
+"""The routes about the service: models, health, and the OpenAPI document."""
 
 import json
 import re
@@ -101,7 +101,7 @@ async def test_head_is_get_without_the_body(api: httpx2.AsyncClient) -> None:
     assert int(reply.headers["content-length"]) > 0
 
 
-# --- the document --------------------------------------------------------------------------
+# --- OpenAPI document ------------------------------------------------------------------------
 
 
 async def test_every_route_is_in_the_document(api: httpx2.AsyncClient) -> None:

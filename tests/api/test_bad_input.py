@@ -1,4 +1,4 @@
-"""Bad input at the door: a 4xx problem that names the place, and nothing queued."""
+"""Bad input is answered with a 4xx problem that names the place, and nothing is queued."""
 
 import codecs
 from collections.abc import AsyncIterator
@@ -43,7 +43,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("case", MALFORMED)
-async def test_what_is_no_json_is_400(api: httpx2.AsyncClient, case: str) -> None:
+async def test_a_body_that_is_not_json_is_400(api: httpx2.AsyncClient, case: str) -> None:
     body, named = MALFORMED[case]
     reply = await api.post("/predict", content=body, headers=JSON)
     assert reply.status_code in (400, 422)
@@ -164,7 +164,7 @@ async def test_a_wrong_method_is_405_with_the_right_ones(
     assert reply.headers["allow"] == allow
 
 
-# --- size ----------------------------------------------------------------------------------
+# --- size ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -206,7 +206,7 @@ async def test_an_announced_length_is_refused_before_a_byte_is_sent(small: int) 
 
 
 @pytest.mark.parametrize("length", [b"-1", b"1, 2", b"x", b"99999999999999999999999"])
-async def test_a_length_that_is_none_is_400(small: int, length: bytes) -> None:
+async def test_an_invalid_content_length_is_400(small: int, length: bytes) -> None:
     answer = await raw_exchange(
         small, b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %b\r\n\r\n" % length
     )

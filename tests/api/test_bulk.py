@@ -1,4 +1,4 @@
-"""POST /predict with one request a line: each is answered at its place, whatever the others are."""
+"""POST /predict with one request per line: each line is answered in its place, independently."""
 
 import asyncio
 import gc
@@ -128,14 +128,14 @@ async def bulk_client(port: int, headers: bytes = b"") -> AsyncIterator[BulkClie
 
 @pytest.fixture
 async def port(config: ApiConfig, store: Store) -> AsyncIterator[int]:
-    """The port of an API that cuts off who is silent for 0.4 s, and takes lines of 1,000 bytes."""
+    """The port of an API with a body timeout of 0.4 s and lines of at most 1,000 bytes."""
     await announce(store, "iris", "digits", default="iris")
     strict = msgspec.structs.replace(config, body_timeout_seconds=0.4, max_json_bytes=1000)
     async with hosted(running(strict)) as found:
         yield found
 
 
-# --- lines ---------------------------------------------------------------------------------
+# --- lines -----------------------------------------------------------------------------------
 
 
 def split_lines(pieces: Sequence[bytes], max_bytes: int) -> list[tuple[int, bytes | None]]:
@@ -297,7 +297,7 @@ async def test_the_querys_options_are_for_lines_without_their_own(
     assert [server.llen(name) for name in keys.waiting(QUEUE)] == [1, 0, 2]
 
 
-async def test_what_does_not_go_with_lines_is_refused_whole(
+async def test_headers_that_do_not_fit_a_bulk_request_refuse_all_of_it(
     api: httpx2.AsyncClient, server: redis.Redis
 ) -> None:
     refused = [
@@ -426,7 +426,7 @@ async def test_a_line_is_answered_before_the_next_is_sent(port: int, manual_work
         assert b" 200 " in await bulk.read_head()
         for _ in range(3):
             await bulk.send(GOOD + b"\n")
-            # Longer than silence may last: it is we who owe an answer.
+            # Longer than a client may be silent: the server still has to answer.
             await asyncio.sleep(0.6)
             await manual_worker.complete()
             answer = await bulk.read_line()
@@ -436,7 +436,7 @@ async def test_a_line_is_answered_before_the_next_is_sent(port: int, manual_work
         assert await bulk.read_line() is None
 
 
-async def test_a_finished_job_is_told_while_a_later_one_waits(
+async def test_a_finished_job_is_answered_while_a_later_one_waits(
     port: int, manual_worker: Hand, server: redis.Redis
 ) -> None:
     later = GOOD[:-1] + b', "options": {"delay_seconds": 60}}'
@@ -449,16 +449,16 @@ async def test_a_finished_job_is_told_while_a_later_one_waits(
     server.flushall()
 
 
-async def test_a_client_that_leaves_is_waited_for_no_longer(
+async def test_nothing_waits_for_a_client_that_disconnected(
     port: int, server: redis.Redis, manual_worker: Hand
 ) -> None:
     async with bulk_client(port, b"Prefer: wait=60\r\n") as bulk:
         await bulk.send((GOOD + b"\n") * 100)
         await bulk.read_head()
         await eventually(lambda: server.llen(QUEUE) == 100, "the jobs wait")
-        await eventually(lambda: server.hlen(keys.facts(QUEUE)) > 0, "they are waited for")
+        await eventually(lambda: server.hlen(keys.facts(QUEUE)) > 0, "the API waits for them")
         bulk.disconnect()
-    await eventually(lambda: not _tickets(), "nobody waits any longer")
+    await eventually(lambda: not _tickets(), "the API waits for no job")
     await manual_worker.complete()
 
 
@@ -491,7 +491,7 @@ async def test_a_wait_that_redis_breaks_off_still_names_its_jobs(
     async with bulk_client(proxied_api.port, b"Prefer: wait=1\r\n") as bulk:
         await bulk.read_head()
         await bulk.send((GOOD + b"\n") * 70)
-        await eventually(lambda: server.hlen(keys.facts(QUEUE)) > 0, "the first are signed up")
+        await eventually(lambda: server.hlen(keys.facts(QUEUE)) > 0, "the first jobs are watched")
         proxied_api.proxy.black_hole()
         answers = [await bulk.read_line() or {} for _ in range(70)]
         proxied_api.proxy.restore()
@@ -507,7 +507,7 @@ async def _all_of(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
     return answer
 
 
-# --- clients and their ways ------------------------------------------------------------------
+# --- kinds of clients ------------------------------------------------------------------------
 
 
 async def test_a_client_that_sends_all_before_it_reads_is_not_locked_out(
@@ -519,14 +519,18 @@ async def test_a_client_that_sends_all_before_it_reads_is_not_locked_out(
         writer.write(HEAD + b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body) + body)
         writer.transport.set_write_buffer_limits(0)
         await writer.drain()
-        await eventually(lambda: server.llen(QUEUE) == 20_000, "all are taken in, none is read")
+        await eventually(
+            lambda: server.llen(QUEUE) == 20_000, "all jobs are submitted, no answer is read"
+        )
         answer = await reader.read()
     writer.close()
     assert answer.count(b'"status":"pending"') == 20_000
     server.flushall()
 
 
-async def test_a_body_that_is_made_while_it_is_sent_is_taken(api: httpx2.AsyncClient) -> None:
+async def test_a_body_that_is_generated_while_it_is_sent_is_accepted(
+    api: httpx2.AsyncClient,
+) -> None:
     async def generated_body() -> AsyncIterator[bytes]:
         for number in range(50):
             text = GOOD + b"\n"
@@ -537,7 +541,7 @@ async def test_a_body_that_is_made_while_it_is_sent_is_taken(api: httpx2.AsyncCl
     assert [answer["status"] for answer in parse_answers(reply.content)] == ["pending"] * 50
 
 
-async def test_a_client_that_asks_first_is_told_to_go_on(port: int) -> None:
+async def test_a_bulk_client_that_expects_100_continue_gets_it(port: int) -> None:
     async with bulk_client(port, b"Expect: 100-continue\r\n") as bulk:
         assert await bulk.read_head() == b"HTTP/1.1 100 Continue\r\n\r\n"
         await bulk.send(GOOD)
@@ -560,7 +564,7 @@ async def test_a_client_that_falls_silent_is_cut_off(port: int) -> None:
             assert await bulk.is_closed()
 
 
-async def test_a_client_that_is_slow_but_not_silent_is_heard_out(port: int) -> None:
+async def test_a_client_that_is_slow_but_not_silent_is_read_to_the_end(port: int) -> None:
     async with bulk_client(port) as bulk:
         for place in range(0, len(GOOD), 4):
             await bulk.send(GOOD[place : place + 4])
@@ -590,8 +594,8 @@ async def test_a_connection_is_used_again(port: int) -> None:
 
 
 @pytest.mark.soak
-async def test_answers_that_nobody_takes_are_bounded(port: int) -> None:
-    # Sound lines among them, or the request would end after a thousand.
+async def test_answers_that_no_client_reads_are_bounded(port: int) -> None:
+    # With valid lines among them, since a request ends after a thousand refused lines.
     text = (GOOD + b"\n" + b"x\n" * 9) * 1000
     async with bulk_client(port) as bulk:
         reading = asyncio.ensure_future(_read_answers(bulk, 200_000))
@@ -616,14 +620,14 @@ async def _read_answers(bulk: BulkClient, lines: int) -> None:
         assert answer.get("line", number) == number
 
 
-def test_small_answers_are_waited_for_by_the_dozen_and_large_ones_one_by_one() -> None:
+def test_many_small_answers_are_read_at_a_time_and_large_ones_singly() -> None:
     sizes = AnswerSizes()
     assert sizes.fit("iris") < 10
     sizes.note("iris", 4, 1200)
     assert sizes.fit("iris") == 64
     sizes.note("images", 4, 4 * 14_000_000)
     assert sizes.fit("images") == 1
-    # Jobs that have not ended yet tell nothing of their results.
+    # The answers of unfinished jobs do not show how large their results are.
     sizes.note("images", 4, 4 * 120)
     assert sizes.fit("images") == 1
 
@@ -631,7 +635,7 @@ def test_small_answers_are_waited_for_by_the_dozen_and_large_ones_one_by_one() -
 async def test_large_results_are_in_memory_a_few_at_a_time(
     api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
-    """Forty of 14 MB held at once had a server of 512 MB killed."""
+    """Forty results of 14 MB in memory at once killed a server with 512 MB."""
     lines = lines_with_keys(*range(24))
     await post_lines(api, lines)
     result = msgspec.json.encode("x" * 4_000_000)
@@ -653,7 +657,7 @@ async def test_large_results_are_in_memory_a_few_at_a_time(
 async def test_a_request_of_refused_lines_ends_where_it_is_clear_that_it_is_wrong(
     api: httpx2.AsyncClient, server: redis.Redis
 ) -> None:
-    """Each refused line of two bytes costs what a job costs, and is answered with 300 bytes."""
+    """A refused line of two bytes costs as much as a job, and is answered with 300 bytes."""
     lines = [GOOD] * 20 + [b"x"] * 5000 + [GOOD]
 
     answers = await post_lines(api, lines)
@@ -700,5 +704,5 @@ async def test_a_line_whose_fate_is_unknown_names_its_job(
             await bulk.send(GOOD + b"\n")
             return bool((await bulk.read_first_line())["status"] == "pending")
 
-        await eventually(taken_again, "lines are taken again")
+        await eventually(taken_again, "lines are accepted again")
         bulk.end()

@@ -1,4 +1,4 @@
-"""Connections that are slow, silent, too wordy or too many, over raw sockets."""
+"""Connections that are slow, silent, too large or too many, over raw sockets."""
 
 import asyncio
 import contextlib
@@ -53,7 +53,7 @@ async def strict_port(config: ApiConfig, store: Store) -> AsyncIterator[int]:
 
 
 async def dribble(port: int, first: bytes, drop: bytes) -> tuple[bytes, float]:
-    """Sends `first`, then `drop` every 20 ms until the server ends it: what it said, and when."""
+    """Sends `first`, then `drop` every 20 ms until the server closes; the answer and the time."""
     began = time.monotonic()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(first)
@@ -67,7 +67,7 @@ async def dribble(port: int, first: bytes, drop: bytes) -> tuple[bytes, float]:
 
 
 async def read_until_closed(reader: asyncio.StreamReader) -> bytes:
-    """Until the server has closed; who goes on writing may be told so by a reset."""
+    """Reads until the server has closed; a client that keeps writing may get a reset instead."""
     came = b""
     with contextlib.suppress(ConnectionResetError):
         while chunk := await reader.read(65_536):
@@ -89,7 +89,7 @@ async def test_a_head_that_dribbles_is_ended(strict_port: int) -> None:
     assert 0.3 <= ended_seconds < 4
 
 
-async def test_a_silent_connection_is_closed_without_a_word(strict_port: int) -> None:
+async def test_a_silent_connection_is_closed_without_an_answer(strict_port: int) -> None:
     began = time.monotonic()
     assert await raw_exchange(strict_port, b"") == b""
     assert 0.3 <= time.monotonic() - began < 4
@@ -186,7 +186,7 @@ async def test_a_long_body_behind_a_short_head_counts_for_no_header(strict_port:
         POST + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     ],
 )
-async def test_what_is_no_http_is_400(strict_port: int, sent: bytes) -> None:
+async def test_bytes_that_are_not_http_are_400(strict_port: int, sent: bytes) -> None:
     assert_refused(await raw_exchange(strict_port, sent), 400, "malformed_request")
 
 
@@ -197,7 +197,7 @@ async def test_a_request_without_a_host_is_400(strict_port: int) -> None:
 
 @pytest.fixture
 async def full_port(config: ApiConfig, store: Store) -> AsyncIterator[int]:
-    """The port of an API all of whose connections are held."""
+    """The port of an API with all of its connections in use."""
     async with hosted(running(msgspec.structs.replace(config, max_connections=5))) as port:
         held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(5)]
         yield port
@@ -210,7 +210,7 @@ async def test_probes_are_answered_when_all_connections_are_held(
     full_port: int, path: bytes
 ) -> None:
     probe = GET.replace(b"/health/live", path) + b"\r\n"
-    # Several, as of a client that keeps its connections: the first is answered.
+    # Several requests, as from a client that keeps its connection: only the first is answered.
     answer = await raw_exchange(full_port, probe * 3)
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert b"\r\nconnection: close\r\n" in answer
@@ -240,7 +240,7 @@ async def test_a_reserved_connection_is_held_for_two_seconds_at_most(full_port: 
     assert 1.9 <= time.monotonic() - began < 8
 
 
-async def test_sixteen_connections_are_reserved_and_those_above_are_told_so(full_port: int) -> None:
+async def test_sixteen_connections_are_reserved_and_those_above_are_refused(full_port: int) -> None:
     reserved = [
         await asyncio.open_connection("127.0.0.1", full_port) for _ in range(RESERVED_CONNECTIONS)
     ]
@@ -264,10 +264,10 @@ async def test_there_is_room_again_when_connections_are_closed(strict_port: int)
         )
         return answer.startswith(b"HTTP/1.1 200 ")
 
-    await eventually(is_accepted, "there is room again")
+    await eventually(is_accepted, "a connection is accepted again")
 
 
-# --- trailers ------------------------------------------------------------------------------
+# --- trailers --------------------------------------------------------------------------------
 
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n"
 CHUNK = b'18\r\n{"data": [[1, 2, 3, 4]]}\r\n'
@@ -294,7 +294,7 @@ async def test_a_trailer_gives_no_key_and_changes_none(two_tenant_port: int) -> 
     ],
 )
 @pytest.mark.parametrize("at_once", [1, 5000])
-async def test_what_follows_a_body_is_bounded(
+async def test_trailers_and_chunk_extensions_are_bounded(
     strict_port: int, endless: bytes, at_once: int
 ) -> None:
     first = CHUNKED + b"\r\n" + CHUNK
@@ -320,16 +320,16 @@ async def first_answer(port: int, sent: bytes) -> bytes:
 
 
 async def read_answer(reader: asyncio.StreamReader) -> bytes:
-    """A whole answer whose head says how long its body is."""
+    """Reads an answer with a Content-Length."""
     head = await reader.readuntil(b"\r\n\r\n")
     length = head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
     return head + await reader.readexactly(int(length))
 
 
-# --- what a client waits for, or sends ahead -------------------------------------------------
+# --- 100 Continue and requests sent ahead ----------------------------------------------------
 
 
-async def test_a_client_that_waits_for_100_is_told_to_go_on(strict_port: int) -> None:
+async def test_a_client_that_waits_for_100_continue_gets_it(strict_port: int) -> None:
     body = msgspec.json.encode({"data": ROW})
     head = POST + b"Content-Length: %d\r\nExpect: 100-continue\r\n" % len(body)
     reader, writer = await asyncio.open_connection("127.0.0.1", strict_port)
@@ -339,7 +339,9 @@ async def test_a_client_that_waits_for_100_is_told_to_go_on(strict_port: int) ->
     assert (await read_answer(reader)).startswith(b"HTTP/1.1 202 ")
     writer.write(head + b"Connection: close\r\n\r\n" + body)
     answer = await reader.read()
-    assert answer.startswith(b"HTTP/1.1 202 "), "who has sent all of it needs no leave"
+    assert answer.startswith(b"HTTP/1.1 202 "), (
+        "a client that has sent the whole body gets no 100 Continue"
+    )
     writer.close()
 
 
@@ -359,7 +361,7 @@ async def test_requests_sent_far_ahead_are_answered_as_far_as_they_are_kept(
     assert 100 <= answer.count(b"HTTP/1.1 200 ") < 5000
 
 
-# --- clients that leave --------------------------------------------------------------------
+# --- clients that disconnect -----------------------------------------------------------------
 
 
 class ApiWithJobs(NamedTuple):
@@ -371,7 +373,7 @@ class ApiWithJobs(NamedTuple):
 
 @pytest.fixture
 async def left(config: ApiConfig, store: Store, manual_worker: Hand) -> AsyncIterator[ApiWithJobs]:
-    """An API with a job that waits and one whose result is large."""
+    """An API with a waiting job and a completed job with a large result."""
     await announce(store, "iris", default="iris")
     async with hosted(running_server(config)) as (server, port), client_of(port) as client:
         result_id = await submit(client)
@@ -411,7 +413,7 @@ async def left(config: ApiConfig, store: Store, manual_worker: Hand) -> AsyncIte
         ),
     ],
 )
-async def test_a_client_that_leaves_in_the_middle_is_no_error(
+async def test_a_client_that_disconnects_in_the_middle_is_no_error(
     left: ApiWithJobs, caplog: pytest.LogCaptureFixture, sent: bytes, reset: bool
 ) -> None:
     request = sent.replace(b"JOB", left.job_id.encode()).replace(b"RESULT", left.result_id.encode())
@@ -421,15 +423,15 @@ async def test_a_client_that_leaves_in_the_middle_is_no_error(
         client = writer.get_extra_info("sockname")
         writer.write(request)
         if known:
-            await eventually(lambda: is_held(left.server, client), "the server has taken it")  # noqa: B023
+            await eventually(lambda: is_held(left.server, client), "it is accepted")  # noqa: B023
         if reset:
             taken = writer.get_extra_info("socket")
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         writer.close()
-        # What comes next is accepted after this one.
+        # A later connection is accepted after this one.
         await first_answer(left.port, GET + b"\r\n")
-        await eventually(lambda: not is_held(left.server, client), "the server knows it has left")  # noqa: B023
-    await eventually(lambda: not state.tasks, "nothing is done for those that left", 10)
+        await eventually(lambda: not is_held(left.server, client), "the disconnect is noticed")  # noqa: B023
+    await eventually(lambda: not state.tasks, "no task of a disconnected client is left", 10)
     assert [
         record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
     ] == []
@@ -453,7 +455,7 @@ async def test_an_offer_to_upgrade_is_answered_as_plain_http(strict_port: int) -
 
 
 async def test_an_answer_leaves_nothing_for_the_garbage_collector(strict_port: int) -> None:
-    """Collecting what answers left behind stopped an API for 10 ms and more, twice a second."""
+    """Collecting garbage of answers stopped an API for 10 ms and more, twice a second."""
     body = msgspec.json.encode({"data": ROW})
     request = POST + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
     reader, writer = await asyncio.open_connection("127.0.0.1", strict_port)

@@ -1,4 +1,4 @@
-"""No request costs more than its size: what is refused is refused for less than is taken in."""
+"""No request costs more than its size: refusing one is never dearer than accepting its size."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ MAX_TIMES_PLAIN = 20
 ROUNDS = 5
 
 MAX_HOLD_SECONDS = 0.1
-"""50 ms are promised, on a machine that does nothing else."""
+"""50 ms are promised on a machine that does nothing else."""
 SHAPES = tuple(hostile(1000))
 
 Request = tuple[str, str, bytes, dict[str, str]]
@@ -51,12 +51,12 @@ def validate_request(model: str, body: bytes) -> Request:
 
 
 def line_request(model: str, body: bytes) -> Request:
-    """As one line of many; none has a line end in it."""
+    """The body as a line of a bulk request; no body contains a line end."""
     return "POST", f"/predict/{model}", body + b"\n", {"content-type": "application/x-ndjson"}
 
 
 def head_request(model: str, body: bytes) -> Request:
-    """As the JSON that a binary request begins with."""
+    """The body as the JSON at the start of a binary request."""
     return (
         "POST",
         f"/predict/{model}",
@@ -86,7 +86,7 @@ def as_bytes(request: Request) -> bytes:
 
 
 async def cpu_seconds(port: int, request: Request) -> float:
-    """What one request costs this process, in which the server is; the median of some."""
+    """The CPU time of one request in this process, which includes the server; a median."""
     sent = as_bytes(request)
     costs = []
     for _ in range(ROUNDS):
@@ -98,7 +98,7 @@ async def cpu_seconds(port: int, request: Request) -> float:
 
 
 async def exchange_bytes(port: int, sent: bytes) -> bytes:
-    """The answer, if it comes before a reset: who is refused early may still be writing."""
+    """The answer, or nothing after a reset: a client that is refused early may still be writing."""
     with contextlib.suppress(ConnectionError):
         return await raw_exchange(port, sent)
     return b""
@@ -113,7 +113,7 @@ async def assert_cheap(port: int, requests: dict[str, Request], max_seconds: flo
 
 
 @pytest.mark.parametrize(
-    "door",
+    "kind",
     [
         "predict",
         *(
@@ -136,7 +136,7 @@ async def test_no_body_costs_more_than_20_plain_ones_of_its_size(port: int, kind
 
 
 async def test_nothing_but_a_body_can_be_long(port: int) -> None:
-    """Queries, cursors and positions in a stream are refused by the size of their head."""
+    """Queries, cursors and stream positions are refused by the size limit of the head."""
     max_seconds = MAX_TIMES_PLAIN * await cpu_seconds(
         port, predict_request("digits", plain(BODY_BYTES))
     )
@@ -178,7 +178,7 @@ async def test_blank_lines_cost_next_to_nothing(port: int, blank: bytes) -> None
 
 @pytest.mark.soak
 @pytest.mark.parametrize("refused", [b"x", b"{}", b'{"a":1}', b'{"data":[[1]]}', b'"\xff"'])
-async def test_short_lines_that_are_refused_cost_no_more_than_such_that_are_taken(
+async def test_short_lines_that_are_refused_cost_no_more_than_accepted_ones(
     port: int, refused: bytes
 ) -> None:
     row = b'{"data":[[' + b",".join([b"1"] * 64) + b"]]}"
@@ -190,7 +190,7 @@ async def test_short_lines_that_are_refused_cost_no_more_than_such_that_are_take
 
 
 async def test_strings_are_counted_while_they_are_read(port: int) -> None:
-    """A binary tensor of strings that its shape does not take: four million empty ones."""
+    """A binary tensor with four million empty strings, which its shape does not allow."""
     strings = bytes(16_000_000)
     described = b'{"inputs":[{"name":"input","shape":[4],"datatype":"BYTES","parameters":'
     json = described + b'{"binary_data_size":%d}}]}' % len(strings)
@@ -208,7 +208,7 @@ async def test_strings_are_counted_while_they_are_read(port: int) -> None:
 
 @contextlib.contextmanager
 def posted_from_thread(port: int, path: str, body: bytes) -> Iterator[threading.Event]:
-    """A request that is sent and answered beside the event loop; the event says that it was."""
+    """Sends a request from a thread, beside the event loop; sets the event once it is answered."""
     answered = threading.Event()
 
     def exchange() -> None:
@@ -232,7 +232,7 @@ def posted_from_thread(port: int, path: str, body: bytes) -> Iterator[threading.
 
 
 async def max_hold_seconds(port: int, path: str, body: bytes) -> float:
-    """The most CPU time that went by between two turns of the event loop."""
+    """The longest CPU time between two turns of the event loop."""
     longest = 0.0
     with posted_from_thread(port, path, body) as answered:
         while not answered.is_set():

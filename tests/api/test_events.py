@@ -1,4 +1,4 @@
-"""Following jobs, groups and models: nothing is missed, nothing is told twice."""
+"""Event streams of jobs, groups and models: no change is missed or sent twice."""
 
 import asyncio
 import random
@@ -49,10 +49,10 @@ async def next_change(listener: EventStream, *names: str) -> tuple[str, str]:
     return event.data["job_id"], event.name
 
 
-# --- one job -------------------------------------------------------------------------------
+# --- one job ---------------------------------------------------------------------------------
 
 
-async def test_a_job_is_told_from_where_it_is_to_its_end(
+async def test_a_job_is_streamed_from_its_current_status_to_its_end(
     api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     job_id = await submit(api)
@@ -81,7 +81,7 @@ async def test_an_ended_jobs_stream_is_its_snapshot_its_end_and_nothing_more(
     assert events[1].data["error"]["code"] == "model_failed"
 
 
-async def test_who_was_told_the_end_and_comes_again_is_told_that_nothing_is_left(
+async def test_a_client_that_saw_the_end_and_reconnects_gets_a_204(
     api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     job_id = await submit(api)
@@ -106,7 +106,7 @@ async def test_who_was_told_the_end_and_comes_again_is_told_that_nothing_is_left
         ]
 
 
-async def test_the_end_is_told_to_who_left_after_a_snapshot_of_the_ended_job(
+async def test_a_client_that_left_after_a_snapshot_of_the_ended_job_still_gets_its_end(
     api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     job_id = await submit(api)
@@ -125,7 +125,7 @@ async def test_a_cancelled_job_says_so(api: httpx2.AsyncClient) -> None:
         assert [event.name for event in await stream.remaining_events()] == ["cancelled"]
 
 
-async def test_a_strangers_job_can_be_followed(
+async def test_an_external_job_can_be_followed(
     api: httpx2.AsyncClient, server: redis.Redis, manual_worker: Hand
 ) -> None:
     server.set("job:x:data", "[[1,2,3,4]]")
@@ -155,10 +155,10 @@ async def test_the_head_of_a_stream_is_its_headers(api: httpx2.AsyncClient) -> N
     assert (reply.status_code, reply.headers["content-type"]) == (200, "text/event-stream")
 
 
-# --- many jobs -----------------------------------------------------------------------------
+# --- many jobs -------------------------------------------------------------------------------
 
 
-async def test_a_group_is_told_from_its_counts_until_all_have_ended(
+async def test_a_group_is_streamed_from_its_counts_until_all_have_ended(
     api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     first = await submit_to(api, "iris", group="g")
@@ -181,7 +181,7 @@ async def test_a_group_is_told_from_its_counts_until_all_have_ended(
         assert (done.data["progress"], done.data["eta_seconds"]) == (1.0, 0.0)
 
 
-async def test_a_groups_progress_is_told_while_it_goes_on(
+async def test_a_groups_progress_is_sent_while_its_jobs_run(
     api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     async with listening(api, "/events?group=g") as stream:
@@ -212,7 +212,7 @@ async def test_a_group_that_has_ended_is_done_at_once_and_again_after_a_retry(
         assert [event.name for event in events] == ["processing", "completed", "done"]
 
 
-async def test_a_job_of_a_model_that_never_had_one_is_told_too(
+async def test_the_first_job_of_a_model_is_streamed_too(
     api: httpx2.AsyncClient, store: Store, server: redis.Redis
 ) -> None:
     await submit_to(api, "iris", group="g")
@@ -223,7 +223,7 @@ async def test_a_job_of_a_model_that_never_had_one_is_told_too(
         assert await next_change(stream, "pending") == (job_id, "pending")
 
 
-async def test_a_model_is_told_with_its_newest_jobs_first(
+async def test_a_models_stream_begins_with_its_newest_jobs(
     api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     ids = [await submit_to(api, "digits", priority="high") for _ in range(2)]
@@ -240,7 +240,7 @@ async def test_a_model_is_told_with_its_newest_jobs_first(
     assert_problem(await api.get("/events?model=nothing"), 404, "model_not_found")
 
 
-async def test_each_tenant_is_told_of_its_own_jobs_only(
+async def test_each_tenant_gets_events_of_its_own_jobs_only(
     two_tenant_port: int, manual_worker: Hand
 ) -> None:
     alice, bob = [client_of(two_tenant_port, **{"x-api-key": name}) for name in ("alice", "bob")]
@@ -263,7 +263,7 @@ async def test_each_tenant_is_told_of_its_own_jobs_only(
         assert_problem(await bob.get(f"/job/{theirs}/events"), 404, "job_not_found")
 
 
-# --- going on ------------------------------------------------------------------------------
+# --- continuing at a position ----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -279,7 +279,7 @@ async def replicas(config: ApiConfig, store: Store) -> AsyncIterator[list[httpx2
         yield [first, second]
 
 
-async def test_a_stream_goes_on_at_another_server_in_the_midst_of_an_entry(
+async def test_a_stream_continues_at_another_server_in_the_middle_of_a_log_entry(
     replicas: list[httpx2.AsyncClient], manual_worker: Hand
 ) -> None:
     first, second = replicas
@@ -296,7 +296,7 @@ async def test_a_stream_goes_on_at_another_server_in_the_midst_of_an_entry(
     assert sorted(seen) == sorted(ids)
 
 
-async def test_what_the_log_no_longer_has_is_a_gap_and_a_snapshot(
+async def test_changes_that_the_log_no_longer_has_become_a_gap_and_a_snapshot(
     api: httpx2.AsyncClient, manual_worker: Hand, server: redis.Redis
 ) -> None:
     job_id = await submit_to(api, "iris", group="g")
@@ -321,7 +321,7 @@ async def test_what_the_log_no_longer_has_is_a_gap_and_a_snapshot(
 async def _all_come_to_an_end(
     chance: random.Random, replicas: list[httpx2.AsyncClient], manual_worker: Hand, total: int
 ) -> dict[str, str]:
-    """Jobs of two models in one group; how each ended."""
+    """Submits and ends jobs of two models in one group; returns how each ended."""
     waiting: dict[str, list[str]] = {QUEUE: [], DIGITS: []}
     ends: dict[str, str] = {}
     while len(ends) < total:
@@ -346,7 +346,7 @@ async def _all_come_to_an_end(
     return ends
 
 
-async def test_whoever_comes_and_goes_sees_every_end_once(
+async def test_a_client_that_reconnects_often_sees_every_end_once(
     replicas: list[httpx2.AsyncClient], manual_worker: Hand
 ) -> None:
     chance = random.Random(11)
@@ -370,13 +370,13 @@ async def test_whoever_comes_and_goes_sees_every_end_once(
 
     async with asyncio.timeout(60), asyncio.TaskGroup() as group:
         watching = group.create_task(watch())
-        await eventually(lambda: not watching.done(), "it watches")
+        await eventually(lambda: not watching.done(), "the watcher is connected")
         ends = await _all_come_to_an_end(chance, replicas, manual_worker, total)
-    # A snapshot counts what ended before it; the first watch began before the first job.
+    # A snapshot counts the jobs that ended before it; the first watch began before any job.
     assert seen == Counter(ends.items())
 
 
-# --- limits and ends -----------------------------------------------------------------------
+# --- limits and ends -------------------------------------------------------------------------
 
 
 async def test_a_silent_stream_shows_that_it_lives(config: ApiConfig, store: Store) -> None:
@@ -390,7 +390,7 @@ async def test_a_silent_stream_shows_that_it_lives(config: ApiConfig, store: Sto
                 await stream.wait_for_comment()
 
 
-async def test_a_client_that_left_makes_room_and_without_room_none_is_taken(
+async def test_a_disconnected_client_frees_its_place_and_no_stream_exceeds_the_limit(
     config: ApiConfig, store: Store
 ) -> None:
     await announce(store, "iris", default="iris")
@@ -403,11 +403,11 @@ async def test_a_client_that_left_makes_room_and_without_room_none_is_taken(
                 assert_problem(reply, 503, "too_many_streams")
                 assert int(reply.headers["retry-after"]) > 0
                 assert (await client.get("/jobs")).status_code == 200
-            await eventually(lambda: _is_taken(client), "its place is free")
+            await eventually(lambda: _is_taken(client), "its place in the limit is free")
 
 
 async def _is_taken(client: httpx2.AsyncClient) -> bool:
-    # HEAD is answered as GET would be, and takes no place itself.
+    # HEAD is answered as GET would be, and does not count as a stream.
     return (await client.head("/events")).status_code == 200
 
 

@@ -1,4 +1,4 @@
-"""Jobs that share a name, over HTTP: counted, listed, cancelled together."""
+"""Groups over HTTP: their jobs are counted, listed and cancelled together."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ async def submit_to(
 
 
 async def counts(client: httpx2.AsyncClient, group: str) -> dict[str, int]:
-    """Those that are not zero."""
+    """The group's counts that are not zero."""
     reply = await client.get(f"/group/{group}")
     assert reply.status_code == 200, reply.text
     return {name: count for name, count in reply.json()["counts"].items() if count}
@@ -87,7 +87,7 @@ async def test_a_group_may_be_named_in_the_query(api: httpx2.AsyncClient) -> Non
     assert (await api.get(f"/job/{reply.json()['job_id']}")).json()["group"] == "q"
 
 
-async def test_a_name_that_is_none_is_refused_at_the_door(api: httpx2.AsyncClient) -> None:
+async def test_an_invalid_group_name_is_refused_by_a_submit(api: httpx2.AsyncClient) -> None:
     body = {"data": ROW, "options": {"group": "a b"}}
     problem = assert_problem(await api.post("/predict", json=body), 422, "invalid_input")
     assert problem["errors"][0]["pointer"] == "/options/group"
@@ -96,7 +96,7 @@ async def test_a_name_that_is_none_is_refused_at_the_door(api: httpx2.AsyncClien
         assert_problem(await api.delete(f"/group/{name}"), 404, "group_not_found")
 
 
-async def test_cancelling_a_group_ends_what_waits_and_stops_what_runs(
+async def test_cancelling_a_group_ends_waiting_jobs_and_stops_running_ones(
     api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     done = await submit_to(api, "g")
@@ -137,8 +137,8 @@ async def test_a_groups_jobs_are_listed_newest_first_page_by_page(
     assert len((await api.get("/jobs?group=g&model=digits")).json()["jobs"]) == 0
 
 
-async def test_a_group_is_its_tenants_alone(locked: int) -> None:
-    alice, bob = [client_of(locked, **{"x-api-key": name}) for name in ("alice", "bob")]
+async def test_a_group_is_its_tenants_alone(two_tenant_port: int) -> None:
+    alice, bob = [client_of(two_tenant_port, **{"x-api-key": name}) for name in ("alice", "bob")]
     async with alice, bob:
         job_id = await submit_to(alice, "g")
         assert_problem(await bob.get("/group/g"), 404, "group_not_found")

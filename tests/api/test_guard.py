@@ -1,4 +1,4 @@
-"""Who is let in: Host, Origin, API keys, tenants."""
+"""The entry check: Host, Origin, API keys, tenants."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -28,7 +28,7 @@ from .harness import (
     submit,
 )
 
-# --- Host and Origin -----------------------------------------------------------------------
+# --- Host and Origin -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1:8000", "[::1]:8000"])
@@ -63,7 +63,7 @@ async def test_bound_to_every_address_it_answers_to_addresses_but_not_to_names(
         assert (await client.get("/", headers={"host": "evil.example"})).status_code == 403
 
 
-async def test_where_any_host_may_be_named_an_odd_one_is_still_none(
+async def test_an_invalid_host_is_refused_even_where_any_host_is_allowed(
     config: ApiConfig, store: Store
 ) -> None:
     open_to_all = msgspec.structs.replace(config, allowed_hosts=("*",))
@@ -80,7 +80,7 @@ async def test_preferences_may_come_in_several_lines(api: httpx2.AsyncClient) ->
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:1", ""])
-async def test_another_pages_script_changes_nothing(
+async def test_a_script_of_another_page_changes_nothing(
     api: httpx2.AsyncClient, server: redis.Redis, origin: str
 ) -> None:
     headers = {"origin": origin}
@@ -103,7 +103,7 @@ async def test_our_own_pages_and_allowed_ones_may(config: ApiConfig, store: Stor
             await submit(client, headers={"origin": origin})
 
 
-# --- API keys ------------------------------------------------------------------------------
+# --- API keys --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def key_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 async def two_tenant_port(config: ApiConfig, store: Store, key_file: Path) -> AsyncIterator[int]:
-    """The port of an API that asks for keys."""
+    """The port of an API that requires keys."""
     await announce(store, "iris", default="iris")
     async with hosted(running(msgspec.structs.replace(config, api_keys=key_file))) as port:
         yield port
@@ -189,7 +189,7 @@ OF_A_JOB = [route for route in ROUTES if "{id}" in route.path]
 
 
 @pytest.mark.parametrize("route", OF_A_JOB, ids=lambda route: f"{route.method} {route.path}")
-async def test_another_tenants_job_is_not_there(
+async def test_a_job_of_another_tenant_is_not_found(
     two_tenant_port: int, manual_worker: Hand, server: redis.Redis, route: Route
 ) -> None:
     async with client_of(two_tenant_port, **bearer("alice-1")) as alice:
@@ -208,7 +208,7 @@ async def test_another_tenants_job_is_not_there(
         assert len((await alice.get("/jobs")).json()["jobs"]) == 2
 
 
-async def test_a_strangers_job_is_nobodys_but_the_default_tenants(
+async def test_an_external_job_belongs_to_the_default_tenant_only(
     two_tenant_port: int, server: redis.Redis
 ) -> None:
     server.set("job:x:status", "completed", ex=60)
@@ -231,6 +231,6 @@ async def test_one_idempotency_key_of_two_tenants_is_two_jobs(two_tenant_port: i
         )
 
 
-def test_a_key_file_that_is_none_stops_the_start(config: ApiConfig, tmp_path: Path) -> None:
+def test_an_unreadable_key_file_stops_the_start(config: ApiConfig, tmp_path: Path) -> None:
     with pytest.raises(KeyFileRefused):
         guard.Guard(msgspec.structs.replace(config, api_keys=tmp_path / "missing"))

@@ -1,4 +1,4 @@
-"""Answers about what Redis holds, when anyone may have written it: never a 5xx."""
+"""Answers when anyone may have written anything into Redis: never a 5xx."""
 
 import asyncio
 import base64
@@ -43,7 +43,7 @@ async def digits(api: httpx2.AsyncClient) -> str:
 
 @pytest.fixture
 def damaged(server: redis.Redis) -> Iterator[redis.Redis]:
-    """What a test damages is not looked at for leaks."""
+    """A Redis client for tests that damage keys, which are then not checked for leaks."""
     yield server
     server.flushall()
 
@@ -51,7 +51,7 @@ def damaged(server: redis.Redis) -> Iterator[redis.Redis]:
 # --- ids, records, results -------------------------------------------------------------------
 
 
-async def test_a_strangers_id_that_reads_as_a_year_beyond_9999_is_shown_without_a_time(
+async def test_an_external_id_that_reads_as_a_year_beyond_9999_is_shown_without_a_time(
     api: httpx2.AsyncClient, manual_worker: Hand, damaged: redis.Redis
 ) -> None:
     damaged.mset({keys.data(LATE_ID): "[[1.0]]", keys.status(LATE_ID): "pending"})
@@ -176,7 +176,7 @@ async def test_names_that_are_not_utf8_are_left_out_of_every_listing(
     assert (await ok(api, "/scale/digits"))["workers"] == 0
 
 
-async def test_a_worker_that_says_what_no_worker_can_is_shown_as_one_that_says_nothing(
+async def test_a_worker_with_an_impossible_announcement_is_shown_as_one_without(
     api: httpx2.AsyncClient, damaged: redis.Redis, store: Store
 ) -> None:
     upkeep = Upkeep(store)
@@ -234,7 +234,7 @@ async def test_an_example_that_does_not_fit_its_input_is_not_shown(
 # --- keys of another type --------------------------------------------------------------------
 
 
-async def test_a_log_of_another_type_hides_no_other_queue_and_is_told_of_once(
+async def test_a_log_of_another_type_hides_no_other_queue_and_is_logged_once(
     api: httpx2.AsyncClient, damaged: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     shown, hidden = await submit(api), await digits(api)
@@ -244,8 +244,8 @@ async def test_a_log_of_another_type_hides_no_other_queue_and_is_told_of_once(
         assert [job["job_id"] for job in (await ok(api, "/jobs"))["jobs"]] == [shown]
     assert (await ok(api, f"/job/{hidden}"))["status"] == "pending"
     assert {queue["queue"] for queue in (await ok(api, "/queues"))["queues"]} == {QUEUE, OTHER}
-    told = [record.message for record in caplog.records if keys.log(OTHER) in record.message]
-    assert len(told) == 1
+    messages = [record.message for record in caplog.records if keys.log(OTHER) in record.message]
+    assert len(messages) == 1
     async with listening(api, "/events") as stream:
         await stream.event("snapshot")
         damaged.set(keys.log(OTHER), "x")
@@ -289,7 +289,7 @@ async def test_a_shared_key_of_another_type_is_read_as_empty(
         await ok(api, path)
 
 
-async def test_a_group_of_another_type_is_none(
+async def test_a_group_key_of_another_type_counts_as_no_group(
     api: httpx2.AsyncClient, damaged: redis.Redis
 ) -> None:
     await submit(api, params={"group": "g"})
@@ -321,7 +321,7 @@ async def test_an_idempotency_key_that_stands_for_garbage_ends_no_role(
     await submit(api)
 
 
-async def test_an_inbox_that_tells_nonsense_or_is_no_stream_keeps_nobody_waiting(
+async def test_an_inbox_with_nonsense_or_of_another_type_keeps_no_client_waiting(
     api: httpx2.AsyncClient, manual_worker: Hand, damaged: redis.Redis
 ) -> None:
     async def completed() -> None:
@@ -333,8 +333,8 @@ async def test_an_inbox_that_tells_nonsense_or_is_no_stream_keeps_nobody_waiting
 
     await completed()
     (inbox,) = damaged.scan_iter(keys.inbox(QUEUE, "*"), count=1000)
-    for told in (b"9" * 5000 + b" x", b"\xff", DEEP):
-        damaged.xadd(inbox, {b"x": b"completed", b"\1x": told})
+    for fields in (b"9" * 5000 + b" x", b"\xff", DEEP):
+        damaged.xadd(inbox, {b"x": b"completed", b"\1x": fields})
     await completed()
     damaged.delete(inbox)
     damaged.set(inbox, "x")
@@ -343,7 +343,7 @@ async def test_an_inbox_that_tells_nonsense_or_is_no_stream_keeps_nobody_waiting
         lambda: any(
             damaged.type(name) == b"stream" for name in damaged.scan_iter(pattern, count=99)
         ),
-        "there is another inbox",
+        "the API has made another inbox",
     )
     await completed()
 
@@ -363,7 +363,7 @@ async def test_counters_that_are_no_numbers_refuse_no_job(
 
 
 @pytest.mark.parametrize("make", [keys.log, keys.wake, keys.control])
-async def test_jobs_are_taken_in_run_and_read_without_what_only_tells_of_them(
+async def test_jobs_are_accepted_run_and_read_without_log_and_statistics(
     api: httpx2.AsyncClient, manual_worker: Hand, damaged: redis.Redis, make: Any
 ) -> None:
     damaged.delete(make(QUEUE))

@@ -1,5 +1,7 @@
-"""Whatever shape a request has on the wire, and however it is cut into packets, it is answered as
-RFC 9110 and 9112 say, and no byte of it is taken for another request."""
+"""Requests of any shape, cut into packets at any place, are answered as RFC 9110 and 9112 say.
+
+No byte of one request is taken for another request.
+"""
 
 import asyncio
 import itertools
@@ -27,7 +29,7 @@ PROBE: Final = ALIVE + b"Connection: close\r\n\r\n"
 
 
 class CountingConnection(Connection):
-    """Says how much has come, so that a client can send the rest in another packet."""
+    """Counts the received bytes, so that a client can send the rest in another packet."""
 
     def __init__(
         self, received_bytes: dict[Address, int], limits: Limits, **uvicorn_arguments: Any
@@ -42,7 +44,7 @@ class CountingConnection(Connection):
 
 
 class ReceivedAnswer(NamedTuple):
-    """An answer as it came."""
+    """The status and error code of an answer."""
 
     status: int
     code: str | None
@@ -50,8 +52,8 @@ class ReceivedAnswer(NamedTuple):
 
 class CountingApi(NamedTuple):
     port: int
-    received_bytes: dict[Address, int]
-    """How many bytes of each client have been read."""
+    received: dict[Address, int]
+    """How many bytes of each client the server has read."""
 
 
 @pytest.fixture
@@ -81,7 +83,7 @@ async def test_every_shape_is_answered_as_it_should_be(
     assert not _warnings(caplog)
 
 
-async def test_every_shape_is_answered_so_in_two_packets_too(
+async def test_every_shape_is_answered_the_same_in_two_packets(
     counting_api: CountingApi, server: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     await _assert_answered(counting_api, server, _cut(SHAPES))
@@ -89,7 +91,7 @@ async def test_every_shape_is_answered_so_in_two_packets_too(
 
 
 def _cut(shapes: Iterable[Shape]) -> Iterator[tuple[Shape, tuple[bytes, bytes]]]:
-    """Each shape cut at the end of each line, but not of the same line over and over."""
+    """Each shape cut at the end of each line; of many equal lines only at some."""
     for shape in shapes:
         lines = shape.sent.splitlines(keepends=True)[:-1]
         ends = list(itertools.accumulate(len(line) for line in lines))
@@ -119,7 +121,7 @@ async def _assert_answered(
 
 
 async def _fault(api: CountingApi, shape: Shape, parts: list[bytes]) -> str | None:
-    """What is wrong with the answers to `parts`; None for nothing."""
+    """What is wrong with the answers to `parts`; None if nothing is."""
     reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
     try:
         received = await _conversation(api, shape, parts, reader, writer)
@@ -143,14 +145,14 @@ async def _conversation(
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
 ) -> list[ReceivedAnswer | str]:
-    """The answers to the shape; where it leaves the connection open, that to one more request; and
-    that nothing follows."""
+    """The answers to the shape, the answer to one more request if the shape leaves the connection
+    open, and the end of the connection."""
     client = writer.get_extra_info("sockname")
     for place, part in enumerate(parts, start=1):
         writer.write(part)
         if place < len(parts):
             await eventually(
-                lambda: api.received_bytes.get(client, 0) >= len(part) or reader.at_eof(),  # noqa: B023
+                lambda: api.received.get(client, 0) >= len(part) or reader.at_eof(),  # noqa: B023
                 "the first packet is read",
             )
     received = [await _answer(reader, shape.bodiless) for _ in shape.answers]

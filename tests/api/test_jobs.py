@@ -28,7 +28,7 @@ from .harness import (
     submit,
 )
 
-# --- reading -------------------------------------------------------------------------------
+# --- reading ---------------------------------------------------------------------------------
 
 
 async def test_an_unfinished_job_has_no_result_and_says_when_to_ask_again(
@@ -84,7 +84,7 @@ async def test_a_job_of_a_later_release_is_shown_and_cancelled_and_not_retried(
     assert server.get(keys.meta(job_id)) == meta
 
 
-async def test_a_job_that_never_was_is_not_found_and_one_long_ago_is_gone(
+async def test_a_job_that_never_existed_is_not_found_and_an_old_one_is_expired(
     api: httpx2.AsyncClient,
 ) -> None:
     now_ms = time.time_ns() // 1_000_000
@@ -96,7 +96,7 @@ async def test_a_job_that_never_was_is_not_found_and_one_long_ago_is_gone(
     assert_problem(await api.post(f"/job/{old}/retry"), 410, "job_expired")
 
 
-async def test_a_strangers_job_is_the_default_models(
+async def test_an_external_job_belongs_to_the_default_model(
     api: httpx2.AsyncClient, server: redis.Redis
 ) -> None:
     server.set("job:стр/1:data", "[[1]]")
@@ -111,7 +111,7 @@ async def test_a_strangers_job_is_the_default_models(
 
 
 @pytest.mark.parametrize("text", [b"setosa", b"[1,", b"\xff", b"", b"NaN", b'"\xff"'])
-async def test_a_strangers_result_that_is_no_json_is_shown_as_text(
+async def test_an_external_result_that_is_not_json_is_shown_as_text(
     api: httpx2.AsyncClient, server: redis.Redis, text: bytes
 ) -> None:
     server.set("job:x:status", "completed", ex=60)
@@ -120,7 +120,7 @@ async def test_a_strangers_result_that_is_no_json_is_shown_as_text(
     assert reply.json()["result"] == text.decode(errors="replace")
 
 
-async def test_a_strangers_error_may_be_any_text(
+async def test_an_external_error_may_be_any_text(
     api: httpx2.AsyncClient, server: redis.Redis
 ) -> None:
     server.set("job:x:status", "failed", ex=60)
@@ -129,7 +129,7 @@ async def test_a_strangers_error_may_be_any_text(
     assert body["error"] == {"code": "unknown", "message": "boom \ufffd"}
 
 
-# --- waiting -------------------------------------------------------------------------------
+# --- waiting ---------------------------------------------------------------------------------
 
 
 async def test_a_wait_ends_with_the_job(api: httpx2.AsyncClient, manual_worker: Hand) -> None:
@@ -172,7 +172,7 @@ async def test_a_client_that_hangs_up_is_not_waited_for(
     assert time.monotonic() - began < 10
 
 
-async def test_a_query_is_refused_by_the_name_of_what_is_wrong(api: httpx2.AsyncClient) -> None:
+async def test_a_refused_query_names_the_wrong_parameter(api: httpx2.AsyncClient) -> None:
     job_id = await submit(api)
     wrong = {
         "wait=61": "wait",
@@ -190,7 +190,7 @@ async def test_a_query_is_refused_by_the_name_of_what_is_wrong(api: httpx2.Async
     assert "model" in assert_problem(reply, 400, "invalid_query")["detail"]
 
 
-async def test_a_stopping_api_answers_those_who_wait(config: ApiConfig, store: Store) -> None:
+async def test_a_stopping_api_answers_waiting_clients(config: ApiConfig, store: Store) -> None:
     await announce(store, "iris", default="iris")
     async with asyncio.TaskGroup() as group, client_of(0) as client:
         async with running_until_signal(config) as port:
@@ -207,7 +207,7 @@ async def test_a_stopping_api_answers_those_who_wait(config: ApiConfig, store: S
     assert took < 10
 
 
-# --- cancelling ----------------------------------------------------------------------------
+# --- cancelling ------------------------------------------------------------------------------
 
 
 async def test_a_waiting_job_is_cancelled_at_once(
@@ -221,7 +221,7 @@ async def test_a_waiting_job_is_cancelled_at_once(
     assert again["job_id"] == job_id
 
 
-async def test_a_running_job_is_cancelled_when_its_worker_hears(
+async def test_a_running_job_is_cancelled_once_its_worker_is_notified(
     api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     job_id = await submit(api)
@@ -248,7 +248,7 @@ async def test_a_running_job_that_goes_on_is_cancelled_later(
         assert (await client.get(f"/job/{job_id}")).json()["status"] == "cancelled"
 
 
-# --- retrying ------------------------------------------------------------------------------
+# --- retrying --------------------------------------------------------------------------------
 
 
 async def test_a_failed_job_runs_again_in_a_new_round(
@@ -264,7 +264,7 @@ async def test_a_failed_job_runs_again_in_a_new_round(
     assert (body["round"], body["status"], body["result"]) == (2, "completed", RESULT)
 
 
-async def test_what_did_not_fail_is_not_retried(
+async def test_a_job_that_did_not_fail_is_not_retried(
     api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     job_id = await submit(api)
@@ -298,7 +298,7 @@ async def test_a_retry_finds_no_room_in_a_full_queue(
     assert "retry-after" in reply.headers
 
 
-# --- listing -------------------------------------------------------------------------------
+# --- listing ---------------------------------------------------------------------------------
 
 
 async def test_the_list_is_newest_first_in_pages(api: httpx2.AsyncClient) -> None:

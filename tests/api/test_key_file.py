@@ -1,4 +1,4 @@
-"""Which keys count while their file is edited, broken, taken away and put back."""
+"""Which keys are valid while their file is edited, broken, removed and put back."""
 
 import logging
 from pathlib import Path
@@ -17,7 +17,7 @@ def key_line(key: str, tenant: str = "acme") -> bytes:
 
 
 class FollowedFile:
-    """A key file, and a clock that goes when it is told to."""
+    """A followed key file with a clock that the test moves."""
 
     def __init__(self, folder: Path, content: bytes) -> None:
         self.now = 1000.0
@@ -26,7 +26,7 @@ class FollowedFile:
         self.file = KeyFile(self.path, clock=lambda: self.now)
 
     def update(self, content: bytes | KeyFileRefused, seconds: float = 0.0) -> None:
-        """Looks each half second for so long, and finds the same each time."""
+        """Reads this content every half second, for `seconds`."""
         until = self.now + seconds
         self.file.update(content)
         while self.now < until:
@@ -97,7 +97,7 @@ def test_a_file_that_is_away_keeps_its_keys_for_a_minute_and_an_error_each_ten_s
     assert "count for 59 s more" in errors(caplog)[0]
     followed.update(GONE, 1)
     assert not followed.lets_in("old")
-    assert "No API key is let in" in errors(caplog)[-1]
+    assert "No API key is accepted" in errors(caplog)[-1]
     followed.update(GONE, 50)
     assert len(errors(caplog)) == 7
 

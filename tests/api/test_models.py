@@ -1,4 +1,4 @@
-"""What people are told of models, their versions, and what is wrong with them; pause and resume."""
+"""The routes about models: versions, problems, pause and resume."""
 
 import httpx2
 import msgspec

@@ -1,4 +1,4 @@
-"""What is answered for models that lie in a worker's folder and cannot be asked yet, or at all."""
+"""Answers for models in a worker's folder that are not loaded yet, or cannot be served."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ REQUESTS = (
 
 
 async def worker(store: Store, **about: Any) -> None:
-    """Announces a worker as it does itself."""
+    """Announces a worker as a real one does."""
     announcement = {"state": "ready", "default_model": "iris"}
     await Upkeep(store).announce_worker("host-1-aaaaaa", announcement | about, ttl_seconds=10)
 
@@ -60,7 +60,7 @@ async def test_a_model_that_is_not_loaded_yet_is_asked_for_again_and_never_unkno
         )
         assert_loading(line)
         assert_problem(await client.get("/models/beer"), 404, "model_not_found")
-        # Loaded, and what it takes not announced yet.
+        # Loaded, but its signature is not announced yet.
         for about in ({"versions": {"wine": {"1": "0" * 64}}}, {"models": ["wine"]}):
             await worker(store, **about)
             assert_loading(await client.get("/models/wine"))
@@ -100,11 +100,11 @@ async def test_a_version_that_may_be_loaded_yet_is_asked_for_again(
         assert_loading(await client.post("/models/iris/validate", json=newer))
         second = {"2": msgspec.json.encode(signature("iris", "2"))}
         await Upkeep(store).announce_models({"iris": second})
-        assert (await client.get("/models/wine")).status_code == 404, "it looks again"
+        assert (await client.get("/models/wine")).status_code == 404, "the API refreshes once more"
         assert (await client.post("/predict", json=newer)).status_code == 202
         await worker(store, models=["iris"])
         newest = {**BODY, "options": {"version": "3"}}
-        assert (await client.get("/models/beer")).status_code == 404, "it looks again"
+        assert (await client.get("/models/beer")).status_code == 404, "the API refreshes once more"
         assert_problem(await client.post("/predict", json=newest), 404, "version_not_found")
 
 
@@ -135,7 +135,7 @@ async def test_a_default_model_that_is_refused_is_unknown_for_that_reason(
 
 
 @pytest.mark.parametrize(
-    ("problems", "said"),
+    ("problems", "explanation"),
     [
         ({}, "model folder is empty"),
         (
@@ -149,13 +149,13 @@ async def test_a_default_model_that_is_refused_is_unknown_for_that_reason(
         ),
     ],
 )
-async def test_where_nothing_can_be_served_the_answer_says_why_and_does_not_say_wait(
-    problems: dict[str, Any], announcement: str, config: ApiConfig, store: Store
+async def test_where_nothing_can_be_served_the_answer_says_why_and_has_no_retry_after(
+    problems: dict[str, Any], explanation: str, config: ApiConfig, store: Store
 ) -> None:
     await worker(store, default_model=None, problems=problems)
     async with api_of(config) as client:
         for path in ("/predict", "/predict/other"):
             reply = await client.post(path, json=BODY)
             problem = assert_problem(reply, 503, "no_model_announced")
-            assert announcement in problem["detail"]
+            assert explanation in problem["detail"]
             assert "starting" not in problem["detail"]

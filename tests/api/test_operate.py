@@ -1,4 +1,4 @@
-"""Queues and workers seen; many jobs retried, cancelled and purged; dead letters."""
+"""Queues, workers and dead letters; many jobs retried, cancelled and purged at once."""
 
 import asyncio
 import re
@@ -57,19 +57,19 @@ async def retry(client: httpx2.AsyncClient, query: str = "", *ids: str) -> dict[
 async def submit_failed(
     hands: Hands, count: int = 1, outcome: str = "failed", **about: Any
 ) -> list[str]:
-    """Jobs that ended so; the first first."""
+    """Submits jobs and ends them with this outcome; their ids, the first job first."""
     jobs = await hands.some(count, **about)
     await hands.finish(await hands.take(queues=(about.get("queue", QUEUE),)), outcome)  # type: ignore[arg-type]
     return jobs
 
 
 def stored_keys(server: redis.Redis, job_ids: Iterable[str]) -> list[bytes]:
-    """All keys that are left of jobs."""
+    """All keys of these jobs that are still in Redis."""
     found: Any = server
     return [name for job_id in job_ids for name in found.keys(f"job:{job_id}:*")]
 
 
-# --- seeing --------------------------------------------------------------------------------
+# --- queues and workers ----------------------------------------------------------------------
 
 
 async def test_queues_are_shown_with_their_models(api: httpx2.AsyncClient, hands: Hands) -> None:
@@ -101,7 +101,7 @@ async def test_workers_are_shown_as_they_announce_themselves(
     assert worker["pid"] is None
 
 
-# --- dead letters --------------------------------------------------------------------------
+# --- dead letters ----------------------------------------------------------------------------
 
 
 async def test_dead_letters_are_listed_newest_first_with_their_error(
@@ -173,7 +173,7 @@ async def test_dead_letters_are_deleted(
     assert hands.statuses(others) == {"failed"}
 
 
-# --- retrying many -------------------------------------------------------------------------
+# --- retrying many ---------------------------------------------------------------------------
 
 
 async def test_jobs_are_retried_by_name_and_each_refusal_says_why(
@@ -229,7 +229,7 @@ async def test_more_than_a_thousand_are_retried_in_several_calls(
     assert {*first["retried"], *second["retried"]} == set(jobs)
 
 
-async def test_what_finds_no_room_is_refused_and_stays_as_it_was(
+async def test_a_retry_without_room_in_the_queue_is_refused_and_changes_nothing(
     config: ApiConfig, store: Store, hands: Hands
 ) -> None:
     await announce(store, "iris", default="iris")
@@ -243,7 +243,7 @@ async def test_what_finds_no_room_is_refused_and_stays_as_it_was(
     assert {refused["job_id"], *answer["retried"]} == set(jobs)
 
 
-async def test_a_retry_that_names_nothing_is_told_how(api: httpx2.AsyncClient) -> None:
+async def test_a_retry_without_criteria_is_told_how_to_name_jobs(api: httpx2.AsyncClient) -> None:
     for query in ("", "dead=false"):
         problem = assert_problem(await api.post(f"/jobs/retry?{query}"), 400, "invalid_query")
         for word in ("job_ids", "status=failed", "model=", "group=", "dead=true"):
@@ -275,7 +275,7 @@ async def test_a_body_that_names_no_jobs_is_refused(
     assert_problem(await api.post("/jobs/retry", content=content), status, code)
 
 
-# --- cancelling many -----------------------------------------------------------------------
+# --- cancelling many -------------------------------------------------------------------------
 
 
 async def test_waiting_and_running_jobs_are_cancelled_and_counted_apart(
@@ -332,7 +332,7 @@ async def test_thousands_are_cancelled_by_calls_until_nothing_is_left(
     assert (served, hands.ghosts()) == (ids_of(others), 0)
 
 
-async def test_a_strangers_job_is_cancelled_as_the_default_tenants(
+async def test_an_external_job_is_cancelled_as_one_of_the_default_tenant(
     api: httpx2.AsyncClient, hands: Hands
 ) -> None:
     hands.stranger("theirs")
@@ -343,7 +343,7 @@ async def test_a_strangers_job_is_cancelled_as_the_default_tenants(
 
 
 @pytest.mark.parametrize(
-    ("query", "said"),
+    ("query", "detail"),
     [
         ("", "status="),
         ("purge=true", "status="),
@@ -360,17 +360,17 @@ async def test_a_strangers_job_is_cancelled_as_the_default_tenants(
     ],
 )
 async def test_nothing_is_ended_or_deleted_by_a_slip(
-    api: httpx2.AsyncClient, hands: Hands, query: str, said: str
+    api: httpx2.AsyncClient, hands: Hands, query: str, detail: str
 ) -> None:
     done = await submit_failed(hands)
     waiting = await hands.some(2)
     reply = await api.delete(f"/jobs?{query}")
-    assert said in assert_problem(reply, 400, "invalid_query")["detail"]
+    assert detail in assert_problem(reply, 400, "invalid_query")["detail"]
     assert hands.statuses(waiting) == {"pending"}
     assert hands.statuses(done) == {"failed"}
 
 
-# --- purging many --------------------------------------------------------------------------
+# --- purging many ----------------------------------------------------------------------------
 
 
 async def test_ended_jobs_are_deleted_by_state(
@@ -411,7 +411,7 @@ async def test_more_than_a_thousand_are_deleted_in_several_calls(
     assert stored_keys(server, jobs[:10]) == []
 
 
-# --- purging one ---------------------------------------------------------------------------
+# --- purging one -----------------------------------------------------------------------------
 
 
 async def test_an_ended_job_is_deleted_with_all_its_data(
@@ -492,7 +492,7 @@ async def test_a_job_retried_since_it_was_chosen_keeps_its_data(hands: Hands) ->
     assert await hands.submissions.retry(chosen, 1) == "absent"
 
 
-# --- purging a model -----------------------------------------------------------------------
+# --- purging a model -------------------------------------------------------------------------
 
 
 async def test_a_models_purge_ends_all_that_waits_for_it_of_all_tenants(
@@ -511,7 +511,7 @@ async def test_a_models_purge_ends_all_that_waits_for_it_of_all_tenants(
     assert_problem(await api.post("/models/%7B/purge"), 404, "model_not_found")
 
 
-async def test_a_model_that_nobody_serves_any_more_can_be_purged(
+async def test_a_model_that_no_worker_serves_any_more_can_be_purged(
     api: httpx2.AsyncClient, hands: Hands
 ) -> None:
     job_id = await hands.one(queue=f"{QUEUE}:wine")
@@ -519,7 +519,7 @@ async def test_a_model_that_nobody_serves_any_more_can_be_purged(
     assert hands.status(job_id) == "cancelled"
 
 
-# --- what the manual shows -----------------------------------------------------------------
+# --- examples of the manual ------------------------------------------------------------------
 
 _MANUAL = (REPOSITORY / "asyncinfer/docs/operations.md").read_text()
 _COMMANDS = [
@@ -556,10 +556,10 @@ async def test_the_manuals_commands_do_something(
             )
 
 
-# --- tenants -------------------------------------------------------------------------------
+# --- tenants ---------------------------------------------------------------------------------
 
 
-async def test_what_is_anothers_is_neither_seen_nor_touched(
+async def test_jobs_of_another_tenant_are_neither_shown_nor_changed(
     two_tenant_port: int, hands: Hands, server: redis.Redis
 ) -> None:
     waiting = [new_job(tenant="alice", group="g") for _ in range(3)]

@@ -1,4 +1,4 @@
-"""POST /predict: what is stored, what is answered, and the same job for the same key."""
+"""POST /predict: the stored job, the answers, and idempotency keys."""
 
 import asyncio
 import hashlib
@@ -68,7 +68,7 @@ async def test_a_job_without_a_content_type_is_taken_for_json(api: httpx2.AsyncC
     assert reply.status_code == 202
 
 
-# --- waiting -------------------------------------------------------------------------------
+# --- waiting ---------------------------------------------------------------------------------
 
 
 async def test_a_preferred_wait_answers_with_the_finished_job(
@@ -104,7 +104,7 @@ async def test_a_wait_that_is_no_number_or_too_long_is_refused(
     assert server.llen(QUEUE) == 0
 
 
-# --- idempotency ---------------------------------------------------------------------------
+# --- idempotency -----------------------------------------------------------------------------
 
 
 async def test_the_same_key_and_request_give_the_same_job(
@@ -226,7 +226,7 @@ async def test_with_several_models_and_no_default_one_must_be_named(
         assert (await client.post("/predict/cats", json={"data": ROW})).status_code == 202
 
 
-async def test_while_nobody_has_said_which_model_is_the_default_a_client_is_asked_to_wait(
+async def test_while_the_default_model_is_unknown_a_client_is_asked_to_retry(
     config: ApiConfig, store: Store
 ) -> None:
     await announce(store, "cats")
@@ -250,7 +250,7 @@ async def test_while_redis_has_lost_the_default_model_only_its_clients_wait(
         async def is_refused() -> bool:
             return (await client.post("/predict", json={"data": ROW})).status_code == 503
 
-        await eventually(is_refused, "the loss is noticed", 5)
+        await eventually(is_refused, "the API has noticed the loss", 5)
         for path in ("/predict", "/predict/iris"):
             reply = await client.post(path, json={"data": ROW})
             assert_problem(reply, 503, "no_model_announced")
@@ -264,7 +264,7 @@ async def test_while_redis_has_lost_the_default_model_only_its_clients_wait(
     assert server.llen(keys.queue(store.n, "iris", None)) == 0
 
 
-async def test_an_api_that_is_told_the_default_writes_it_again_when_redis_has_lost_it(
+async def test_an_api_with_a_configured_default_writes_it_again_when_redis_has_lost_it(
     config: ApiConfig, store: Store, server: redis.Redis
 ) -> None:
     async with running(msgspec.structs.replace(config, default_model="iris")) as port:
@@ -284,7 +284,9 @@ async def test_an_unknown_model_is_named_with_the_nearest_known(api: httpx2.Asyn
         assert "Did you mean `iris`? Known: `digits`, `iris`." in detail
 
 
-async def test_a_badly_named_model_is_told_what_names_are(api: httpx2.AsyncClient) -> None:
+async def test_an_invalid_model_name_is_answered_with_the_rule_for_names(
+    api: httpx2.AsyncClient,
+) -> None:
     for name in ("stats", "-x", "a" * 65, "%7Bx%7D", "a%20b", "%00"):
         reply = await api.post(f"/predict/{name}", json={"data": ROW})
         assert_problem(reply, 404, "model_not_found")
@@ -322,7 +324,7 @@ def _without_replicas(server: redis.Redis, begins: bool) -> None:
     ("refuse", "reason"),
     [(_as_a_replica, "it is a replica"), (_without_replicas, "min-replicas-to-write")],
 )
-async def test_a_redis_that_takes_no_writes_is_told_with_its_reason_and_nothing_is_taken_in(
+async def test_a_redis_that_takes_no_writes_is_answered_with_its_reason_and_no_job_is_accepted(
     api: httpx2.AsyncClient,
     server: redis.Redis,
     refuse: Callable[[redis.Redis, bool], None],
@@ -341,7 +343,7 @@ async def test_a_redis_that_takes_no_writes_is_told_with_its_reason_and_nothing_
     assert line.json()["code"] == "redis_refuses_writes"
 
     await submit(api)
-    await eventually(lambda: _is_ready(api), "it is ready again")
+    await eventually(lambda: _is_ready(api), "the API is ready again")
     assert server.llen(QUEUE) == 1
 
 

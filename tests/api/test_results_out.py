@@ -1,4 +1,4 @@
-"""Results: JSON for people, binary for programs, and what is said when there is none."""
+"""Results as JSON and in binary forms, and the answers for jobs without one."""
 
 import asyncio
 import io
@@ -53,7 +53,7 @@ ROWS = {"inputs": [{"name": "input", "shape": [1, 4], "datatype": "FP32", "data"
 async def submit_completed(
     client: httpx2.AsyncClient, manual_worker: Hand, tensors: dict[str, Array]
 ) -> str:
-    """The id of a job whose result is `tensors`."""
+    """Submits a job and completes it with these tensors; its id."""
     job_id: str = (await client.post("/predict", json=ROWS)).json()["job_id"]
     await manual_worker.complete(body=packing.pack(tensors))
     return job_id
@@ -133,7 +133,7 @@ async def test_one_output_is_given_as_numpy_saves_it(
     assert "Did you mean `words`" in assert_problem(unknown, 400, "invalid_query")["detail"]
 
 
-async def test_the_form_is_what_accept_likes_best(
+async def test_the_form_is_the_one_that_accept_prefers(
     api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     job_id = await submit_completed(api, manual_worker, {"x": TENSORS["x"]})
@@ -190,8 +190,8 @@ async def test_a_damaged_result_is_not_our_fault(
         assert_problem(reply, 410, "result_damaged")
 
 
-async def test_a_result_is_its_tenants_alone(locked: int, manual_worker: Hand) -> None:
-    mine, theirs = (client_of(locked, **{"x-api-key": name}) for name in ("alice", "bob"))
+async def test_a_result_is_its_tenants_alone(two_tenant_port: int, manual_worker: Hand) -> None:
+    mine, theirs = (client_of(two_tenant_port, **{"x-api-key": name}) for name in ("alice", "bob"))
     async with mine, theirs:
         job_id = await submit_completed(mine, manual_worker, TENSORS)
         assert (await mine.get(f"/job/{job_id}/result")).status_code == 200
@@ -249,7 +249,7 @@ async def _run_through_engine(
     model: str,
     **sent: Any,
 ) -> httpx2.Response:
-    """The binary result of a request, run as a worker would."""
+    """Submits a request and runs it through the engine as a worker does; the binary result."""
     submitted = await client.post(f"/predict/{model}", **sent)
     assert submitted.status_code == 202, submitted.text
     claim = await manual_worker.claim(f"{QUEUE}:{model}")

@@ -1,4 +1,4 @@
-"""A key that is taken out of its file ends what it began: streams, waits, uploads."""
+"""Removing a key from its file ends the streams, waits and uploads that it began."""
 
 import asyncio
 import time
@@ -33,7 +33,7 @@ ROW = {"data": [[5.1, 3.5, 1.4, 0.2]]}
 
 
 class WrittenKeyFile:
-    """The file, and what is in it."""
+    """A key file that the test rewrites."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -47,7 +47,7 @@ class WrittenKeyFile:
         self._path.write_text("\n".join(self._lines.values()))
 
     def revoke(self, key: str = "alice") -> float:
-        """When it was."""
+        """Removes a key; returns the time of the change."""
         del self._lines[key]
         self.write()
         return time.monotonic()
@@ -64,7 +64,7 @@ def keys(tmp_path: Path) -> WrittenKeyFile:
 
 @pytest.fixture
 def stable_seconds() -> float:
-    """Shorter than in use, so that many changes can be waited for."""
+    """Shorter than the default, since the tests wait for many changes."""
     return 0.2
 
 
@@ -102,7 +102,7 @@ async def test_a_revoked_key_is_not_let_in_within_five_seconds(
 ) -> None:
     assert not await is_unauthorized(alice)
     revoked_at = keys.revoke()
-    await eventually(lambda: is_unauthorized(alice), "it is refused")
+    await eventually(lambda: is_unauthorized(alice), "the key is refused")
     assert time.monotonic() - revoked_at < WITHIN_SECONDS
     assert not await is_unauthorized(bob)
 
@@ -125,7 +125,7 @@ async def test_a_revoked_key_ends_its_streams_and_no_others(
 
 
 @pytest.mark.soak
-async def test_a_stream_whose_client_does_not_read_is_told_nothing_more(
+async def test_a_stream_whose_client_does_not_read_is_sent_nothing_more(
     port: int, keys: WrittenKeyFile, alice: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     head = b"GET /events HTTP/1.1\r\nHost: localhost\r\nX-Api-Key: alice\r\n\r\n"
@@ -133,7 +133,7 @@ async def test_a_stream_whose_client_does_not_read_is_told_nothing_more(
     writer.write(head)
     await reader.readuntil(b"retry: 1000")
     keys.revoke()
-    await eventually(lambda: is_unauthorized(alice), "it is refused")
+    await eventually(lambda: is_unauthorized(alice), "the key is refused")
     keys.give("new", "alice", "submit")
     async with client_of(port, **{"x-api-key": "new"}) as client:
         await eventually(_submits(client), "the new key submits")
@@ -173,7 +173,7 @@ async def test_a_submit_that_waits_is_answered_401_with_the_job_it_made(
     assert server.lrange(QUEUE, 0, -1) == [problem["job_id"].encode()]
 
 
-async def test_lines_are_no_longer_taken_in_and_the_last_answer_says_so(
+async def test_lines_are_no_longer_accepted_and_the_last_answer_says_so(
     port: int, keys: WrittenKeyFile, server: redis.Redis
 ) -> None:
     row = msgspec.json.encode(ROW) + b"\n"
@@ -194,7 +194,7 @@ async def test_lines_that_wait_for_results_are_not_given_them(
     content = (msgspec.json.encode(ROW) + b"\n") * 3
     headers = {"content-type": "application/x-ndjson", "prefer": "wait=30"}
     waiting = asyncio.create_task(alice.post("/predict", content=content, headers=headers))
-    await eventually(lambda: server.llen(QUEUE) == 3, "all are taken in")
+    await eventually(lambda: server.llen(QUEUE) == 3, "all lines are accepted")
     revoked_at = keys.revoke()
     reply = await waiting
     assert time.monotonic() - revoked_at < WITHIN_SECONDS
@@ -216,7 +216,7 @@ async def test_a_body_that_is_still_coming_when_its_key_is_revoked_makes_no_job(
     # Once another request on another connection is answered, this one's head has been read.
     assert not await is_unauthorized(alice)
     keys.revoke()
-    await eventually(lambda: is_unauthorized(alice), "it is refused")
+    await eventually(lambda: is_unauthorized(alice), "the key is refused")
     writer.write(body[5:])
     async with asyncio.timeout(20):
         reply = await reader.read()
@@ -250,9 +250,9 @@ async def test_a_change_that_is_about_others_ends_nothing(
     async with listening(alice, "/events") as hers:
         await hers.event("snapshot")
         keys.revoke("bob")
-        await eventually(lambda: is_unauthorized(bob), "his key is out")
+        await eventually(lambda: is_unauthorized(bob), "bob's key is refused")
         keys.give("alice", "alice", "submit,read,admin")
-        await eventually(_sees_workers(alice), "hers may do more")
+        await eventually(_sees_workers(alice), "alice's key has the new scope")
         await manual_worker.complete()
         await hers.event("completed")
     assert (await waiting).json()["status"] == "completed"

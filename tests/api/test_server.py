@@ -1,4 +1,4 @@
-"""The server as a process sees it: it starts or says why not, and returns after a signal."""
+"""The server's start and stop: it starts or says why not, and returns after a signal."""
 
 import asyncio
 import logging
@@ -84,7 +84,7 @@ def test_a_port_in_use_stops_the_start_and_says_what_to_do() -> None:
 
 
 @pytest.mark.traceback("asks an application that was not started")
-async def test_our_own_fault_is_a_500_without_internals_and_one_log_entry(
+async def test_an_unexpected_error_is_a_500_without_internals_and_one_log_entry(
     config: ApiConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     never_started = httpx2.ASGITransport(app=create_app(config))

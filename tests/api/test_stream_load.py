@@ -1,4 +1,4 @@
-"""Many event streams beside requests: what a stream costs is bounded, and shared if it can be."""
+"""Many event streams beside requests: the cost of a stream is bounded, and shared if possible."""
 
 import asyncio
 import socket
@@ -26,7 +26,8 @@ from .sse import EventStream, listening
 MANY_STREAMS = 200
 MANY_JOBS = 5000
 MOST_SECONDS = 5.0
-"""Of one request; without streams all of them take less than one, with 200 they took over 45."""
+"""Limit for one request. Without streams all requests together take less than 1 s; with 200
+streams they took over 45 s."""
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ async def port(config: ApiConfig, store: Store) -> AsyncIterator[int]:
 
 @contextmanager
 def unread_streams(port: int, count: int, path: str = "/events") -> Iterator[list[socket.socket]]:
-    """Streams that are asked for, by a client that takes nothing of what it is sent."""
+    """Opens streams of a client that reads nothing."""
     streams = [socket.socket() for _ in range(count)]
     try:
         for stream in streams:
@@ -52,7 +53,7 @@ def unread_streams(port: int, count: int, path: str = "/events") -> Iterator[lis
 
 
 async def submit_many(client: httpx2.AsyncClient, count: int, path: str = "/predict") -> list[str]:
-    """Jobs in one request; their ids, and each must be accepted."""
+    """Submits jobs in one bulk request; their ids. Each must be accepted."""
     lines = msgspec.json.encode({"data": ROW}) + b"\n"
     reply = await client.post(
         path, content=lines * count, headers={"content-type": "application/x-ndjson"}
@@ -71,7 +72,7 @@ async def pending_jobs(stream: EventStream, count: int) -> list[str]:
 
 
 async def longest_seconds(client: httpx2.AsyncClient, rounds: int) -> float:
-    """The longest that a probe, a submit or a look took."""
+    """The longest time of a probe, a submit or a read."""
     longest = 0.0
     for _ in range(rounds):
         for method, path in (("GET", "/health/live"), ("GET", "/health/ready"), ("GET", "/queues")):
@@ -87,7 +88,7 @@ async def longest_seconds(client: httpx2.AsyncClient, rounds: int) -> float:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("path", ["/events", "/events?group=g"])
-async def test_many_streams_that_nobody_reads_keep_no_request_from_being_answered(
+async def test_many_unread_streams_keep_no_request_from_being_answered(
     port: int, path: str
 ) -> None:
     async with client_of(port) as client:
@@ -103,7 +104,7 @@ async def test_many_streams_that_nobody_reads_keep_no_request_from_being_answere
 
 @pytest.mark.soak
 @pytest.mark.parametrize("path", ["/events", "/events?group=g"])
-async def test_many_streams_that_are_read_are_told_all_while_requests_are_answered(
+async def test_many_streams_that_are_read_get_every_event_while_requests_are_answered(
     port: int, path: str
 ) -> None:
     count, jobs = 20, 2000
@@ -124,8 +125,8 @@ async def test_many_streams_that_are_read_are_told_all_while_requests_are_answer
     assert all(stream.result() == ids for stream in reading)
 
 
-async def test_a_stream_that_is_read_late_is_told_all_and_once(port: int) -> None:
-    """More than is kept of its changes anywhere but in the log."""
+async def test_a_stream_that_is_read_late_gets_every_event_once(port: int) -> None:
+    """More changes than are kept in memory: the rest must come from the log."""
     async with client_of(port) as client, listening(client, "/events") as stream:
         await stream.event("snapshot")
         ids = [job_id for _ in range(4) for job_id in await submit_many(client, 3000)]
@@ -133,7 +134,7 @@ async def test_a_stream_that_is_read_late_is_told_all_and_once(port: int) -> Non
 
 
 async def test_the_kernel_takes_little_for_a_client_that_does_not_read(port: int) -> None:
-    """By itself it takes megabytes, which were read from Redis and encoded for nobody."""
+    """By default it buffers megabytes, which were read from Redis and encoded for no reader."""
     async with client_of(port) as client:
         with unread_streams(port, 1) as (stream,):
             await asyncio.to_thread(stream.recv, 1)
@@ -144,7 +145,7 @@ async def test_the_kernel_takes_little_for_a_client_that_does_not_read(port: int
                 assert await pending_jobs(other, 1) == [last]
             stream.setblocking(False)
             held = 0
-            # What can be had without the server: the loop does not run meanwhile.
+            # Reads what the kernel has buffered: the server's event loop does not run meanwhile.
             while part := _received(stream):
                 held += len(part)
             assert held < 500_000
@@ -163,7 +164,7 @@ def _received(stream: socket.socket) -> bytes:
 async def test_streams_that_share_their_events_can_each_go_on_from_any_of_them(
     api: httpx2.AsyncClient, server: redis.Redis
 ) -> None:
-    """They began at different times, so their ids differ."""
+    """The streams began at different times, so the ids of their events differ."""
 
     def now_ms() -> int:
         seconds, micros = server.time()
@@ -172,7 +173,7 @@ async def test_streams_that_share_their_events_can_each_go_on_from_any_of_them(
     async with listening(api, "/events?group=g") as first:
         await first.event("snapshot")
         began_ms = now_ms()
-        await eventually(lambda: now_ms() > began_ms, "it is later")
+        await eventually(lambda: now_ms() > began_ms, "a millisecond has passed")
         async with listening(api, "/events?group=g") as second:
             await second.event("snapshot")
             ids = await submit_many(api, 6, "/predict?group=g")
@@ -186,7 +187,7 @@ async def test_streams_that_share_their_events_can_each_go_on_from_any_of_them(
             assert await pending_jobs(stream, 3) == ids[3:]
 
 
-async def test_what_the_log_lost_during_an_outage_is_a_gap_for_who_follows(
+async def test_changes_that_the_log_lost_during_an_outage_are_a_gap_for_followers(
     proxied_api: Road, manual_worker: Hand, server: redis.Redis, store: Store
 ) -> None:
     async with client_of(proxied_api.port) as client:
@@ -205,7 +206,7 @@ async def test_what_the_log_lost_during_an_outage_is_a_gap_for_who_follows(
             assert (await stream.event("snapshot")).data["counts"]["completed"] == 4
 
 
-async def test_one_count_answers_all_who_ask_for_it_at_once(
+async def test_one_count_answers_all_clients_that_request_it_at_once(
     store: Store, server: redis.Redis
 ) -> None:
     groups = Groups(store, Operation(store))
@@ -222,12 +223,12 @@ async def test_one_count_answers_all_who_ask_for_it_at_once(
 
 
 @pytest.mark.parametrize(
-    "told", [{QUEUE: (1_700_000_000_123, 4, 100)}, {"a": (1, 0, 0), "b": (2, 3, 4)}]
+    "acknowledged", [{QUEUE: (1_700_000_000_123, 4, 100)}, {"a": (1, 0, 0), "b": (2, 3, 4)}]
 )
 def test_the_part_of_an_id_after_the_base_does_not_depend_on_it(
-    told: dict[str, tuple[int, int, int]],
+    acknowledged: dict[str, tuple[int, int, int]],
 ) -> None:
-    positions = [Position(base, told) for base in (1_700_000_000_000, 1_800_000_000_000)]
+    positions = [Position(base, acknowledged) for base in (1_700_000_000_000, 1_800_000_000_000)]
     parts = [split_position(position) for position in positions]
     assert parts[0][1] == parts[1][1]
     assert parts[0][0] != parts[1][0]

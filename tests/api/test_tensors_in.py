@@ -1,4 +1,4 @@
-"""Named tensors at the door: JSON, the Open Inference layout, and what numpy saves."""
+"""Named tensors in requests: JSON, the Open Inference layout, and `.npy`."""
 
 import contextlib
 import io
@@ -67,7 +67,7 @@ def described(name: str, array: Array, **more: Any) -> dict[str, Any]:
 
 
 def binary(*tensors: tuple[str, Array], **more: Any) -> tuple[bytes, dict[str, str]]:
-    """The Open Inference layout, and the header that goes with it."""
+    """A body in the Open Inference layout, and its headers."""
     contents = [_content(array) for _, array in tensors]
     inputs = [
         described(name, array, parameters={"binary_data_size": len(content)})
@@ -96,7 +96,7 @@ def npy_bytes(array: Any) -> bytes:
 async def read_body_for(
     signature: Signature, body: bytes, headers: dict[str, str], query: AskedOptions | None = None
 ) -> Input:
-    """What the API would store of a request."""
+    """The input that the API would store for a request."""
     parts = [body[at : at + 65_536] for at in range(0, max(len(body), 1), 65_536)]
 
     async def receive() -> dict[str, Any]:
@@ -125,7 +125,7 @@ async def client(config: ApiConfig, store: Store) -> AsyncIterator[httpx2.AsyncC
 
 
 def stored(server: redis.Redis, reply: httpx2.Response) -> tuple[jobs.Record, dict[str, Array]]:
-    """The record of a job just submitted, and its input as its worker reads it."""
+    """The record of the job that `reply` accepted, and its input as a worker reads it."""
     assert reply.status_code == 202, reply.text
     job_id = reply.json()["job_id"]
     data, meta = server.get(keys.data(job_id)), server.get(keys.meta(job_id))
@@ -138,7 +138,7 @@ IMAGE = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 2, 2)
 IDS = np.array([2**53 + 1, -(2**63)])
 
 
-# --- taken -----------------------------------------------------------------------------------
+# --- accepted --------------------------------------------------------------------------------
 
 
 async def test_named_tensors_in_json_arrive_flat_or_nested(
@@ -187,7 +187,7 @@ async def test_some_inputs_may_be_json_and_others_binary(
     np.testing.assert_array_equal(feeds["image"], IMAGE)
 
 
-async def test_what_tritons_client_sends_is_taken(
+async def test_requests_of_tritons_client_are_accepted(
     client: httpx2.AsyncClient, server: redis.Redis
 ) -> None:
     image = triton.InferInput("image", list(IMAGE.shape), "FP32")
@@ -247,7 +247,7 @@ AS_JSON = {
 
 @pytest.mark.parametrize("datatype", sorted(FLOATS))
 @pytest.mark.parametrize("form", AS_JSON)
-async def test_floats_in_json_may_be_what_it_has_no_number_for(form: str, datatype: str) -> None:
+async def test_floats_in_json_may_be_nan_or_infinite(form: str, datatype: str) -> None:
     body = msgspec.json.decode(msgspec.json.encode(AS_JSON[form]))
     for tensor in body.get("inputs", ()):
         tensor["datatype"] = datatype
@@ -292,7 +292,7 @@ def _values(datatype: str) -> st.SearchStrategy[Any]:
 
 @st.composite
 def arrays(draw: st.DrawFn) -> tuple[str, Array]:
-    """Any bits of any datatype: NaN, infinities and all."""
+    """Arrays of any datatype with any bits, including NaN and infinities."""
     datatype = draw(st.sampled_from(sorted(DTYPES)))
     shape = draw(st.tuples(st.integers(0, 3), st.integers(0, 3)))
     count = shape[0] * shape[1]
@@ -502,7 +502,7 @@ async def test_equal_symbols_must_be_equal_across_inputs(client: httpx2.AsyncCli
     }
 
 
-async def test_a_model_of_several_inputs_tells_data_what_to_send(
+async def test_data_for_a_model_of_several_inputs_is_answered_with_what_to_send(
     client: httpx2.AsyncClient,
 ) -> None:
     for headers, content in (({}, b'{"data": [1]}'), (NPY, npy_bytes(IDS))):
@@ -577,14 +577,14 @@ HEAD = b"\x93NUMPY\x01\x00"
         (np.zeros((1, 4), [("a", "f4")]), "iris takes FP32"),
     ],
 )
-async def test_an_array_of_another_kind_is_told_the_remedy(
+async def test_an_array_of_another_dtype_is_answered_with_the_remedy(
     client: httpx2.AsyncClient, array: Any, named: str
 ) -> None:
     reply = await client.post("/predict", content=npy_bytes(array), headers=NPY)
     assert named in assert_problem(reply, 422, "invalid_input")["detail"]
 
 
-async def test_what_numpy_would_unpickle_is_refused(client: httpx2.AsyncClient) -> None:
+async def test_an_array_that_numpy_would_unpickle_is_refused(client: httpx2.AsyncClient) -> None:
     file = io.BytesIO()
     np.save(file, np.array([[{}]]), allow_pickle=True)
     whole = npy_bytes(np.zeros((1, 4), np.float32))
@@ -595,7 +595,7 @@ async def test_what_numpy_would_unpickle_is_refused(client: httpx2.AsyncClient) 
 
 
 def npy_with_header(descr: str, order: str, shape: str, data: bytes) -> bytes:
-    """A file of numpy's with this header, which `np.save` may never write."""
+    """A `.npy` file with this header, which `np.save` may never write."""
     header = f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, }}".encode()
     return HEAD + len(header).to_bytes(2, "little") + header + data
 
@@ -648,7 +648,7 @@ async def test_a_refusal_shows_no_address_of_memory(client: httpx2.AsyncClient) 
 async def test_only_space_and_tab_are_white_space_in_a_header(
     client: httpx2.AsyncClient, name: str
 ) -> None:
-    """Python strips the byte 0xA0 too, and a proxy in front does not."""
+    """Python's `strip()` also removes the byte 0xA0, which a proxy in front does not."""
     value = {"content-type": b"application/json\xa0", "content-encoding": b"identity\xa0"}[name]
     reply = await client.post(
         "/predict", content=b'{"data": [[1, 2, 3, 4]]}', headers=[(name.encode(), value)]
@@ -657,7 +657,7 @@ async def test_only_space_and_tab_are_white_space_in_a_header(
 
 
 async def test_no_option_takes_a_line_end(client: httpx2.AsyncClient) -> None:
-    """`$` also matches before a line end at the end of a text."""
+    """The `$` of a pattern also matches before a line end at the end of a text."""
     for name, value in {"group": "a\n", "version": "1\n", "priority": "low\n"}.items():
         body = {"data": [[1, 2, 3, 4]], "options": {name: value}}
         assert_problem(await client.post("/predict", json=body), 422, "invalid_input")

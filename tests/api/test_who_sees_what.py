@@ -1,4 +1,4 @@
-"""Which key sees and does what: operators over tenants, names of workers, health."""
+"""What each key may see and do: operators across tenants, names of workers, health."""
 
 import hashlib
 import logging
@@ -82,7 +82,7 @@ class Audit:
         self._caplog = caplog
 
     def line(self) -> str:
-        """The only one since the last look."""
+        """The only new line of the audit log since the last call."""
         (found,) = [record for record in self._caplog.records if record.name == "asyncinfer.audit"]
         self._caplog.clear()
         assert found.levelno == logging.INFO
@@ -98,7 +98,7 @@ async def ids(client: httpx2.AsyncClient, query: str) -> set[str]:
     return {job["job_id"] for job in reply.json()["jobs"]}
 
 
-# --- operators -----------------------------------------------------------------------------
+# --- operators -------------------------------------------------------------------------------
 
 
 async def test_a_name_in_the_audit_log_neither_commands_a_terminal_nor_reorders_the_line(
@@ -230,7 +230,7 @@ async def test_no_other_key_reaches_beyond_its_tenant(
     reply = await alice.request(method, path.format("alice"))
     assert reply.status_code in (200, 404)
     assert_problem(await alice.request(method, path.format("a%0Ab")), 400, "invalid_query")
-    # The scope stands alone: it does not bring those of its own tenant.
+    # The scope `operator` alone does not include the scopes for the key's own tenant.
     plain = path.format("").replace("tenant=&", "").replace("?tenant=", "")
     assert_problem(await ops.request(method, plain), 403, "forbidden")
     assert audit.is_empty()
@@ -257,7 +257,7 @@ def hands(store: Store, server: redis.Redis) -> Hands:
     return Hands(store, server)
 
 
-# --- workers -------------------------------------------------------------------------------
+# --- workers ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ async def test_host_names_and_pids_are_seen_by_admins_alone(
 async def _ended_by(
     client: httpx2.AsyncClient, server: redis.Redis, store: Store, worker: str
 ) -> str:
-    """A job that `worker` has completed."""
+    """Submits a job that `worker` completes."""
     job_id = await submit(client)
     await Hand(store).complete()
     found: Any = server.get(keys.meta(job_id))
@@ -321,7 +321,7 @@ async def _ended_by(
     return job_id
 
 
-# --- health --------------------------------------------------------------------------------
+# --- health ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", [None, "guess", "ops"])
