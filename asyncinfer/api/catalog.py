@@ -143,7 +143,7 @@ class Catalog:
         if model := name or default:
             return self._served.get(model)
         if len(self._served) != 1 or self._models_are_loading:
-            # The first model to be loaded is not the only one.
+            # While models are being loaded, the first loaded one may not be the only one.
             return None
         return next(iter(self._served.values()))
 

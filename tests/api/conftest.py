@@ -14,7 +14,7 @@ from asyncinfer.repository.store import Store
 from tests.faults.proxy import proxied
 from tests.tracebacks import no_traceback as no_traceback
 
-from .harness import Hand, Road, announce, client_of, hosted, running
+from .harness import Hand, ProxiedApi, announce, client_of, hosted, running
 
 
 @pytest.fixture
@@ -47,11 +47,11 @@ def manual_worker(store: Store) -> Hand:
 
 
 @pytest.fixture
-async def proxied_api(config: ApiConfig, store: Store) -> AsyncIterator[Road]:
+async def proxied_api(config: ApiConfig, store: Store) -> AsyncIterator[ProxiedApi]:
     """An API that serves iris and reaches Redis through a proxy that can cut the connection."""
     await announce(store, "iris", default="iris")
     async with hosted(proxied(config.redis_url)) as proxy:
         away = msgspec.structs.replace(config, redis_url=proxy.url)
         async with hosted(running(away)) as port:
-            yield Road(port, proxy)
+            yield ProxiedApi(port, proxy)
             proxy.restore()

@@ -129,7 +129,7 @@ async def announce(store: Store, *models: str, default: str | None = None) -> No
     )
 
 
-class Road(NamedTuple):
+class ProxiedApi(NamedTuple):
     """The port of an API, and the proxy between it and Redis."""
 
     port: int

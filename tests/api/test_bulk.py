@@ -32,7 +32,7 @@ from .harness import (
     RESULT,
     ROW,
     Hand,
-    Road,
+    ProxiedApi,
     announce,
     assert_problem,
     client_of,
@@ -486,7 +486,7 @@ async def test_a_stopping_api_answers_what_it_has_read(
 
 @pytest.mark.soak
 async def test_a_wait_that_redis_breaks_off_still_names_its_jobs(
-    proxied_api: Road, server: redis.Redis
+    proxied_api: ProxiedApi, server: redis.Redis
 ) -> None:
     async with bulk_client(proxied_api.port, b"Prefer: wait=1\r\n") as bulk:
         await bulk.read_head()
@@ -682,7 +682,7 @@ async def test_some_refused_lines_among_many_end_nothing(api: httpx2.AsyncClient
 
 @pytest.mark.soak
 async def test_a_line_whose_fate_is_unknown_names_its_job(
-    proxied_api: Road, server: redis.Redis
+    proxied_api: ProxiedApi, server: redis.Redis
 ) -> None:
     async with bulk_client(proxied_api.port) as bulk:
         await bulk.read_head()

@@ -21,7 +21,7 @@ from .harness import (
     QUEUE,
     ROW,
     Hand,
-    Road,
+    ProxiedApi,
     announce,
     assert_problem,
     client_of,
@@ -437,7 +437,7 @@ async def _listen_to_the_end(
 
 
 async def test_a_stream_outlives_an_outage_and_misses_nothing(
-    proxied_api: Road, manual_worker: Hand
+    proxied_api: ProxiedApi, manual_worker: Hand
 ) -> None:
     async with client_of(proxied_api.port) as client:
         ids = [await submit_to(client, "iris", group="g") for _ in range(2)]

@@ -19,7 +19,7 @@ from .harness import (
     RESULT,
     ROW,
     Hand,
-    Road,
+    ProxiedApi,
     announce,
     assert_problem,
     client_of,
@@ -150,7 +150,7 @@ async def test_a_wait_ends_with_its_time(api: httpx2.AsyncClient) -> None:
     assert reply.json()["status"] == "pending"
 
 
-async def test_a_wait_without_redis_says_so(proxied_api: Road) -> None:
+async def test_a_wait_without_redis_says_so(proxied_api: ProxiedApi) -> None:
     async with client_of(proxied_api.port) as client, asyncio.TaskGroup() as group:
         job_id = await submit(client)
         get = group.create_task(client.get(f"/job/{job_id}?wait=0.1"))

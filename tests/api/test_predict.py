@@ -23,7 +23,7 @@ from .harness import (
     RESULT,
     ROW,
     Hand,
-    Road,
+    ProxiedApi,
     announce,
     assert_problem,
     client_of,
@@ -293,7 +293,7 @@ async def test_an_invalid_model_name_is_answered_with_the_rule_for_names(
 
 
 async def test_without_redis_a_submit_fails_in_time_and_names_its_job(
-    proxied_api: Road,
+    proxied_api: ProxiedApi,
 ) -> None:
     async with client_of(proxied_api.port) as client:
         await submit(client)

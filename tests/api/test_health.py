@@ -15,7 +15,7 @@ from asyncinfer.api.routes import ROUTES
 from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
 
-from .harness import Road, announce, assert_problem, client_of, running, signature
+from .harness import ProxiedApi, announce, assert_problem, client_of, running, signature
 
 
 def test_every_health_route_is_answered_as_a_probe() -> None:
@@ -69,7 +69,7 @@ async def test_health_says_what_waits_and_who_works(api: httpx2.AsyncClient, sto
     assert (body["queues"], body["workers"]) == ({"predict_queue": 0}, 1)
 
 
-async def test_without_redis_it_lives_but_is_not_ready(proxied_api: Road) -> None:
+async def test_without_redis_it_lives_but_is_not_ready(proxied_api: ProxiedApi) -> None:
     async with client_of(proxied_api.port) as client:
         assert (await client.get("/health/ready")).status_code == 200
         proxied_api.proxy.black_hole()

@@ -38,7 +38,7 @@ from .harness import (
     running,
     submit,
 )
-from .test_tensors_in import binary, identity
+from .test_tensor_input import binary, identity
 
 BINARY = {"accept": "application/octet-stream"}
 NPY = {"accept": "application/x-npy"}
