@@ -83,6 +83,7 @@ class Admission:
                 return error
 
     def _check_keyring(self, keys: KeyFile) -> None:
+        """Looks the key up in the current keyring; raises if it is gone, or has lost the scope."""
         self._keyring = keys.keyring
         if self._digest is None:
             return
@@ -129,6 +130,7 @@ def reach_of(admission: Admission, scope: str | None, tenant: str | None) -> Rea
 
 
 def unauthorized(detail: str) -> Unauthorized:
+    """A 401 with the challenge that HTTP requires."""
     return Unauthorized(detail, headers=[("www-authenticate", "Bearer")])
 
 

@@ -137,6 +137,8 @@ class Api:
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
+        """Opens the store and runs the background tasks. Raises StartError if the Redis server
+        cannot be used, or its default model is another one."""
         config = self._config
         async with Store.open(
             config.redis_url, queue_name=config.queue_name, policy=config.policy, name="api"

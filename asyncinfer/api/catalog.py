@@ -107,6 +107,7 @@ class Catalog:
             await self.refresh()
 
     async def refresh(self) -> None:
+        """Reads the announced models now; if Redis does not answer, the last ones stay."""
         async with self._lock:
             await self._refresh()
 
@@ -128,6 +129,8 @@ class Catalog:
         return served
 
     async def list_served(self) -> list[Served]:
+        """All served models by name. Raises RedisUnavailable if none is known because Redis is
+        away."""
         if not self._served:
             await self._refresh_soon()
         if self._redis_error and not self._served:
@@ -135,6 +138,7 @@ class Catalog:
         return [self._served[name] for name in sorted(self._served)]
 
     def _find(self, name: str | None) -> Served | None:
+        """The model as it is known now; None if it is unknown or not certain."""
         default = self._announced.default_model
         if default is None and not self._has_no_default:
             # Redis has lost the name of the default model, and workers write it again within
@@ -148,6 +152,7 @@ class Catalog:
         return next(iter(self._served.values()))
 
     def _not_served_error(self, name: str | None) -> RequestError:
+        """Why the model cannot be used: the error that `find` raises."""
         # A client takes a 404 as final, so it gets one only after both refreshes have succeeded.
         if redis_error := self._redis_error or self.worker_snapshot.redis_error:
             return redis_error
@@ -256,6 +261,7 @@ class Catalog:
         self._seen_at = recent | dict.fromkeys(self._served, now)
 
     def _remember_default(self, name: str | None) -> None:
+        """Keeps the name for a later loss; logs a warning if another model is now the default."""
         if name is None:
             return
         self._has_no_default = False
@@ -285,6 +291,7 @@ class Catalog:
         return announced
 
     def _build_served(self, announced: Announced) -> dict[str, Served]:
+        """The served models by name, each with its readable versions."""
         served = {}
         for model, bodies in announced.models.items():
             if signatures := _signatures(model, bodies):

@@ -32,6 +32,7 @@ WaitingForField = WaitingFor | UnsetType | None
 
 
 def accepted_view(job_id: str, status: Status, waiting_for: WaitingForField) -> Accepted:
+    """The body of a 202."""
     return Accepted(job_id, status, url_of(job_id), waiting_for)
 
 
@@ -115,6 +116,7 @@ def change_view(
 
 
 def priority_of(record: Record | None) -> Priority | UnsetType:
+    """The priority to show; UNSET for the usual one."""
     return (
         UNSET if record is None or record.options.priority == "normal" else record.options.priority
     )
@@ -126,10 +128,12 @@ def version_of(record: Record | None) -> str | UnsetType:
 
 
 def url_of(job_id: str) -> str:
+    """The path of a job; an id with other characters than letters and digits is quoted."""
     return f"/job/{job_id if job_id.isalnum() and job_id.isascii() else quote(job_id, safe='')}"
 
 
 def has_ended(stored: Stored) -> bool:
+    """Whether the job is completed, failed or cancelled."""
     return stored.status in TERMINAL
 
 

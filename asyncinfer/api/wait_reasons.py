@@ -94,6 +94,7 @@ class WaitReasons:
             return reason
 
     def _reason(self, queue: str, model: str, version: str | None) -> WaitingFor | None:
+        """The first that applies: a Redis that takes no writes, a pause, a missing worker."""
         refusal = self._snapshot.writes_refusal
         if isinstance(refusal, StorageFull):
             return _STORAGE_FULL
@@ -107,6 +108,8 @@ class WaitReasons:
         return WaitingFor("paused", f"{paused} {missing.message}" if missing else paused)
 
     def _missing_worker(self, model: str, version: str | None) -> WaitingFor | None:
+        """Why no worker can run the model: none has it, or one is loading it. None if one has
+        it."""
         if self._snapshot.has(model, version):
             return None
         shown = model[:_SHOWN_CHARACTERS] or "the default model"

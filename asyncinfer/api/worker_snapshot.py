@@ -193,6 +193,7 @@ class WorkerSnapshot:
         )
 
     async def _read_writes_refusal(self) -> StorageFull | WritesRefused | None:
+        """Why Redis takes no writes; None if it does, or if that cannot be found out."""
         try:
             await self._store.check_writes()
         except (StorageFull, WritesRefused) as error:
@@ -203,6 +204,8 @@ class WorkerSnapshot:
         return None
 
     def _use_announcements(self, bodies: Mapping[str, bytes]) -> None:
+        """Replaces the state by these announcements, and notes which models have lost all
+        workers."""
         self.workers = {
             shown_worker(worker_id): worker_says(body) for worker_id, body in bodies.items()
         }

@@ -94,7 +94,7 @@ def test_a_file_that_is_away_keeps_its_keys_for_a_minute_and_an_error_each_ten_s
     followed.update(GONE, 59.5)
     assert followed.lets_in("old")
     assert len(errors(caplog)) == 6
-    assert "count for 59 s more" in errors(caplog)[0]
+    assert "stay valid for 59 s" in errors(caplog)[0]
     followed.update(GONE, 1)
     assert not followed.lets_in("old")
     assert "No API key is accepted" in errors(caplog)[-1]

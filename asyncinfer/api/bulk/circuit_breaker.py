@@ -19,4 +19,5 @@ class CircuitBreaker:
         return time.monotonic() < self._open_until
 
     def open(self) -> None:
+        """Makes `is_open` true for a second."""
         self._open_until = time.monotonic() + _OPEN_SECONDS

@@ -207,6 +207,7 @@ class BulkReader:
     # --- from lines to answers -------------------------------------------------------------
 
     async def _process(self, lines: Iterator[Line]) -> None:
+        """Submits the jobs of these lines in batches, and adds their responses."""
         while True:
             await self._wait_for_room()
             served = await self._served()
@@ -270,6 +271,7 @@ class BulkReader:
         return new_job(self._request.tenant, served.queue, parsed, key)
 
     async def _submit_batch(self, batch: Sequence[NumberedJob]) -> list[bytes | Due]:
+        """Submits the jobs of a batch; the responses of its lines, in their order."""
         jobs = [job for _, job in batch if isinstance(job, NewJob)]
         outcomes = await self._submit(jobs)
         statuses = await self._statuses_of_existing(outcomes)
@@ -296,6 +298,7 @@ class BulkReader:
         return accepted_line(job_id, status, self._services.wait_reasons.of_record(record, status))
 
     async def _submit(self, jobs: Sequence[NewJob]) -> Sequence[Submitted | RequestError]:
+        """For each job, in order, the verdict of its submit or the error."""
         if self._breaker.is_open:
             error = RedisUnavailable(
                 "Redis did not answer a moment ago, so this line was not sent to it. Send it "

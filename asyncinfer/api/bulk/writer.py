@@ -32,6 +32,7 @@ def accepted_line(job_id: str, status: Status, waiting_for: WaitingForField) -> 
 
 
 def problem_line(error: RequestError, line: int) -> bytes:
+    """An error as a response line; `line` is the line's number in the request."""
     return _encode(line_problem_of(error, line)) + b"\n"
 
 

@@ -148,6 +148,8 @@ def _filter(request: Request[Any], statuses: Iterable[str | None]) -> Filter:
 
 
 def _job_ids(body: bytes, query: RetryQuery) -> list[str]:
+    """The ids in the body, without repetitions; raises InvalidQuery, InvalidJSON or
+    InvalidInput."""
     if query != RetryQuery(tenant=query.tenant):
         raise InvalidQuery(
             "A body names the jobs, so the query may have no other parameter than `tenant`; send "

@@ -91,6 +91,8 @@ class EventSource(Protocol):
 def _stream(
     services: Services, request: Request[Any], source: EventSource, position: Position | None
 ) -> Stream:
+    """The answer of a source; raises TooManyStreams. Without a position it begins with a
+    snapshot."""
     if services.feed.count >= services.config.max_streams:
         raise TooManyStreams(
             f"This server sends {services.config.max_streams} event streams already. Close those "
@@ -104,6 +106,7 @@ def _stream(
 async def _chunks(
     services: Services, request: Request[Any], source: EventSource, position: Position | None
 ) -> AsyncGenerator[bytes, None]:
+    """The bytes of a stream: events, and a comment after each time of silence."""
     heartbeat_seconds = services.config.heartbeat_seconds
     is_begun = position is not None
     gone = partial(wait_for_disconnect, request)
@@ -295,6 +298,7 @@ class GroupEventSource:
         return events
 
     def _note(self, statuses: list[Status]) -> None:
+        """Adjusts the number of unfinished jobs by these changes, and whether a count is due."""
         ends = sum(status in jobs.TERMINAL for status in statuses)
         if self._unfinished is not None:
             self._unfinished -= ends
@@ -324,6 +328,7 @@ class GroupEventSource:
         self._next_count_at = max(self._earliest_count_at, time.monotonic() + _PROGRESS_SECONDS)
 
     async def _count(self, follower: Follower) -> Group:
+        """Counts the group; schedules the next count, and `done` if all jobs have ended."""
         started_at = time.monotonic()
         counted = await self._services.groups.count(self.topic.tenant, self._group)
         now = time.monotonic()

@@ -35,6 +35,7 @@ async def cancel_group(services: Services, request: Request[NoQuery]) -> Reply:
 
 
 def group_view(group: str, counted: Counted | None) -> Group:
+    """The group with its counts; an unknown group has zeros."""
     counted = counted or _NO_JOBS
     by_status = {name: counted.by_status.get(name, 0) for name in GroupCounts.__struct_fields__}
     by_status["expired"] = counted.expired

@@ -103,6 +103,7 @@ async def cancel_job(services: Services, request: Request[EndQuery]) -> Reply:
 
 
 async def _cancel(services: Services, request: Request[EndQuery], stored: Stored) -> Stored:
+    """Cancels the job; the job as it is then. Raises JobFinished if it has already ended."""
     if has_ended(stored):
         raise _already_finished_error(stored)
     verdict = await services.submissions.cancel(stored)

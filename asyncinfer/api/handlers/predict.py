@@ -76,6 +76,7 @@ def _requested_form(request: Request[Any], job: NewJob) -> ResultForm:
 
 
 async def _submit(services: Services, job: NewJob) -> Submitted:
+    """Submits the job; raises why it was not accepted."""
     try:
         submitted = await services.submissions.submit(job)
     except (RedisUnavailable, StorageFull) as error:

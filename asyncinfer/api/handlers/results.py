@@ -101,6 +101,7 @@ def result_reply(stored: Stored, form: ResultForm, output: str | None, *headers:
 
 
 def _check_completed(stored: Stored) -> None:
+    """Raises JobNotFinished, JobFailed or JobCancelled if the job has no result."""
     job_id = stored.job_id
     if not has_ended(stored):
         raise JobNotFinished(

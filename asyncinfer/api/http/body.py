@@ -147,6 +147,7 @@ async def _read(request: Request[Any], limit: _Limit) -> bytes:
 
 
 def _json_bytes(value: str | None, max_json_bytes: int) -> int | None:
+    """The value of Inference-Header-Content-Length; None without it."""
     if value is None:
         return None
     if not re.fullmatch(r"[0-9]{1,18}", value) or int(value) == 0:

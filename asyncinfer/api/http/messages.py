@@ -229,6 +229,7 @@ async def _send_all(chunks: AsyncGenerator[bytes, None], send: Send) -> None:
 
 
 async def end_reply(send: Send) -> None:
+    """Ends an answer that was left open."""
     await send({"type": "http.response.body", "body": b""})
 
 

@@ -27,4 +27,5 @@ def problem_reply(error: RequestError, path: str = "") -> Reply:
 
 
 def internal_error() -> InternalError:
+    """The error of an unexpected exception, without its details."""
     return InternalError("Something went wrong on the server; its log has the details.")

@@ -100,6 +100,7 @@ def read_line_envelope(line: bytes) -> ParsedBody:
 def _decode(
     body: bytes, decode: Callable[[bytes], EnvelopeT], struct: type[EnvelopeT]
 ) -> EnvelopeT:
+    """The body as this envelope; raises InvalidJSON or InvalidInput."""
     try:
         return decode(body)
     except msgspec.ValidationError as error:
@@ -145,6 +146,8 @@ def _present(envelope: _Envelope) -> dict[str, Raw]:
 
 
 def _check_combination(present: Mapping[str, Raw]) -> None:
+    """Raises InvalidInput unless the body has `data` alone, or `inputs` with what goes with
+    them."""
     if "inputs" in present:
         if "data" in present:
             reject_input(Fault("/data", "Send either `data` or `inputs`, not both."))

@@ -210,6 +210,7 @@ def _start_offsets(
 
 
 def _read_array(entry: _Entry, description: Given, body: bytes, start: int, pointer: str) -> Array:
+    """The elements of an entry, from its `data` or its bytes in the body from `start` on."""
     if isinstance(entry.data, Raw):
         return _read_json_elements(bytes(entry.data), description, f"{pointer}/data")
     size = entry.parameters.binary_data_size or 0

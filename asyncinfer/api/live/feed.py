@@ -83,6 +83,7 @@ class JobChange(Struct, eq=False):
 
     @property
     def error_bytes(self) -> int:
+        """The size of the job's error; 0 without one."""
         return len(self.stored.error) if self.stored and self.stored.error else 0
 
 
@@ -126,10 +127,12 @@ class Feed:
 
     @property
     def queues(self) -> Iterable[str]:
+        """The queues whose logs are read now."""
         return list(self._last_ids)
 
     @property
     def count(self) -> int:
+        """How many followers there are."""
         return len(self._followers())
 
     @contextlib.contextmanager
@@ -359,9 +362,11 @@ class _Channel:
 
     @property
     def end(self) -> int:
+        """The number that the next change will get."""
         return self._first + len(self._changes)
 
     def push(self, changes: Sequence[Change]) -> None:
+        """Adds changes and wakes the followers; drops changes that no follower needs."""
         self._changes += changes
         next_numbers = [
             follower.next_number for follower in self.followers if follower.next_number is not None
@@ -420,6 +425,7 @@ class Follower:
             return []
 
     def acknowledge_all(self, job_changes: Sequence[JobChange]) -> None:
+        """Records that the client is sent these changes."""
         for job_change in job_changes:
             self._acknowledged[job_change.change.queue] = job_change.change.after
 
@@ -429,6 +435,7 @@ class Follower:
         return self.position(ended)
 
     def position(self, ended: int = 0) -> Position:
+        """Where another stream continues after the acknowledged changes."""
         return Position(self._base_ms, dict(self._acknowledged), ended)
 
     @property
@@ -486,6 +493,7 @@ class Follower:
         return self._read_upto.get(queue, (self._base_ms, 0, 0))
 
     async def _catch_up(self) -> list[Change]:
+        """Reads one page of one queue's log; its changes of the topic."""
         queue, start = next(iter(self._backlog.items()))
         page = await self._feed.page(queue, start, self._entries)
         changes = await self._feed.about(self.topic, page.changes)
@@ -500,6 +508,7 @@ class Follower:
         return changes
 
     def _take_from_channel(self) -> list[Change]:
+        """The next changes of the channel that were not read from the log before."""
         assert self.next_number is not None
         part = self._channel.take(self.next_number, _CHANGES_AT_ONCE)
         if part is None:
