@@ -151,7 +151,9 @@ async def test_a_forged_cursor_of_dead_letters_is_refused(
     assert "cursor" in assert_problem(reply, 400, "invalid_query")["detail"]
 
 
-async def test_a_dead_letter_that_runs_again_is_none(api: httpx2.AsyncClient, hands: Hands) -> None:
+async def test_a_dead_letter_that_is_retried_leaves_the_list(
+    api: httpx2.AsyncClient, hands: Hands
+) -> None:
     letters = await submit_failed(hands, 3, "dead")
     others = await submit_failed(hands, 2)
     answer = await retry(api, "dead=true")
@@ -359,7 +361,7 @@ async def test_an_external_job_is_cancelled_as_one_of_the_default_tenant(
         ("model=iris&purge=maybe", "purge"),
     ],
 )
-async def test_nothing_is_ended_or_deleted_by_a_slip(
+async def test_no_job_is_ended_or_deleted_by_a_mistaken_query(
     api: httpx2.AsyncClient, hands: Hands, query: str, detail: str
 ) -> None:
     done = await submit_failed(hands)
@@ -460,7 +462,7 @@ async def test_a_job_deleted_while_its_id_is_still_in_a_list_is_not_run(
 
 
 @pytest.mark.parametrize("many", [True, False])
-async def test_a_retry_and_a_purge_at_once_leave_a_job_whole_or_gone(
+async def test_a_retry_and_a_purge_at_once_leave_a_job_complete_or_deleted(
     api: httpx2.AsyncClient, hands: Hands, server: redis.Redis, many: bool
 ) -> None:
     for turn in range(20):
@@ -495,7 +497,7 @@ async def test_a_job_retried_since_it_was_chosen_keeps_its_data(hands: Hands) ->
 # --- purging a model -------------------------------------------------------------------------
 
 
-async def test_a_models_purge_ends_all_that_waits_for_it_of_all_tenants(
+async def test_a_models_purge_ends_its_waiting_jobs_of_all_tenants(
     api: httpx2.AsyncClient, hands: Hands
 ) -> None:
     theirs = [new_job(tenant="other") for _ in range(600)]

@@ -85,7 +85,7 @@ async def test_workers_of_unlike_speed_count_by_their_slots(
 
 
 @pytest.mark.parametrize("state", ["draining", "hung"])
-async def test_a_worker_that_claims_no_more_does_not_count(
+async def test_a_worker_that_does_not_claim_does_not_count(
     state: str, api: httpx2.AsyncClient, store: Store
 ) -> None:
     await worker(store, state=state, seconds_per_job={"iris": 0.5})
@@ -104,7 +104,7 @@ async def test_measured_times_are_known_when_no_worker_is_left(
     assert (found["starved"], found["backlog_seconds"]) == (1, 2.0)
 
 
-async def test_an_announcement_of_another_release_hides_no_worker(
+async def test_an_older_or_unreadable_announcement_hides_no_other_worker(
     api: httpx2.AsyncClient, store: Store, server: redis.Redis
 ) -> None:
     about = {"concurrency": 2, "models": ["iris"], "state": "ready", "host": "h"}
@@ -158,14 +158,16 @@ async def age(api: httpx2.AsyncClient) -> float | None:
     return found
 
 
-async def test_the_oldest_is_found_whatever_its_priority(
+async def test_the_oldest_job_is_found_at_any_priority(
     api: httpx2.AsyncClient, hands: Hands
 ) -> None:
     await hands.submit(aged(30, hands, priority="low"), aged(10, hands), aged(20, hands))
     assert await age(api) == pytest.approx(30, abs=1)
 
 
-async def test_the_oldest_is_one_that_still_waits(api: httpx2.AsyncClient, hands: Hands) -> None:
+async def test_the_oldest_job_is_one_that_still_waits(
+    api: httpx2.AsyncClient, hands: Hands
+) -> None:
     old = [aged(60, hands) for _ in range(30)]
     await hands.submit(*old)
     await hands.submit(aged(5, hands))
@@ -182,7 +184,7 @@ async def test_an_external_job_without_a_time_is_passed_over(
     assert await age(api) == pytest.approx(5, abs=1)
 
 
-async def test_a_delay_that_was_asked_for_is_no_waiting(
+async def test_a_requested_delay_does_not_count_as_waiting(
     api: httpx2.AsyncClient, hands: Hands
 ) -> None:
     await hands.submit(aged(60, hands, delay_seconds=50))
@@ -203,7 +205,7 @@ async def calls_of_a_gauge(hands: Hands) -> dict[str, int]:
     return {name: calls for name, calls in ours.items() if not name.startswith(("config", "info"))}
 
 
-async def test_an_answer_costs_redis_the_same_however_many_wait(hands: Hands) -> None:
+async def test_an_answer_costs_redis_the_same_for_any_number_of_waiting_jobs(hands: Hands) -> None:
     await worker(hands.store)
     await hands.some(200)
     few = await calls_of_a_gauge(hands)
@@ -215,7 +217,7 @@ async def test_an_answer_costs_redis_the_same_however_many_wait(hands: Hands) ->
 
 
 @pytest.mark.soak
-async def test_with_a_million_waiting_redis_is_held_no_longer(
+async def test_a_million_waiting_jobs_do_not_block_redis_for_longer(
     api: httpx2.AsyncClient, hands: Hands
 ) -> None:
     jobs = await hands.some(200)

@@ -125,14 +125,14 @@ async def test_an_unknown_name_comes_with_the_nearest_known(api: httpx2.AsyncCli
         "json",
     ],
 )
-async def test_only_json_is_taken(api: httpx2.AsyncClient, value: str) -> None:
+async def test_only_json_media_types_are_accepted(api: httpx2.AsyncClient, value: str) -> None:
     headers = {"content-type": value}
     reply = await api.post("/predict", content=b'{"data": [[1, 2, 3, 4]]}', headers=headers)
     assert_problem(reply, 415, "media_type_refused")
 
 
 @pytest.mark.parametrize("value", ["gzip", "br", "identity, gzip", "x"])
-async def test_only_plain_bodies_are_taken(api: httpx2.AsyncClient, value: str) -> None:
+async def test_only_uncompressed_bodies_are_accepted(api: httpx2.AsyncClient, value: str) -> None:
     headers = {**JSON, "content-encoding": value}
     reply = await api.post("/predict", content=b'{"data": [[1, 2, 3, 4]]}', headers=headers)
     assert_problem(reply, 415, "encoding_refused")
@@ -195,7 +195,7 @@ async def test_a_chunked_body_is_counted_while_it_is_read(small: int) -> None:
     assert_problem(reply, 413, "body_too_large")
 
 
-async def test_an_announced_length_is_refused_before_a_byte_is_sent(small: int) -> None:
+async def test_a_too_large_content_length_is_refused_before_a_byte_is_sent(small: int) -> None:
     answer = await raw_exchange(
         small,
         b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

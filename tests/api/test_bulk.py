@@ -510,7 +510,7 @@ async def _all_of(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
 # --- kinds of clients ------------------------------------------------------------------------
 
 
-async def test_a_client_that_sends_all_before_it_reads_is_not_locked_out(
+async def test_a_client_that_sends_everything_before_it_reads_gets_every_answer(
     port: int, server: redis.Redis
 ) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 16)
@@ -573,7 +573,7 @@ async def test_a_client_that_is_slow_but_not_silent_is_read_to_the_end(port: int
         assert (await bulk.read_first_line())["status"] == "pending"
 
 
-async def test_lines_that_no_route_reads_have_the_time_of_any_body(port: int) -> None:
+async def test_lines_that_no_route_reads_have_the_usual_body_timeout(port: int) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(CHUNKED.replace(b"/predict", b"/nowhere") + b"\r\n")
     began = time.monotonic()
@@ -654,7 +654,7 @@ async def test_large_results_are_in_memory_a_few_at_a_time(
     assert peak_bytes < 30 * len(result)
 
 
-async def test_a_request_of_refused_lines_ends_where_it_is_clear_that_it_is_wrong(
+async def test_a_request_with_too_many_refused_lines_is_ended(
     api: httpx2.AsyncClient, server: redis.Redis
 ) -> None:
     """A refused line of two bytes costs as much as a job, and is answered with 300 bytes."""
@@ -681,7 +681,7 @@ async def test_some_refused_lines_among_many_end_nothing(api: httpx2.AsyncClient
 
 
 @pytest.mark.soak
-async def test_a_line_whose_fate_is_unknown_names_its_job(
+async def test_a_line_whose_submit_is_uncertain_names_its_job(
     proxied_api: ProxiedApi, server: redis.Redis
 ) -> None:
     async with bulk_client(proxied_api.port) as bulk:

@@ -123,7 +123,7 @@ async def test_a_body_shorter_than_announced_is_ended(strict_port: int) -> None:
     assert_refused(answer, 408, "request_timeout")
 
 
-async def test_a_body_nobody_reads_is_ended_too(strict_port: int) -> None:
+async def test_a_body_that_no_handler_reads_is_ended_too(strict_port: int) -> None:
     answer, ended_seconds = await dribble(
         strict_port, GET + b"Content-Length: 100000\r\n\r\n", b"x"
     )
@@ -169,7 +169,7 @@ async def test_headers_without_end_are_counted_as_they_come(strict_port: int) ->
     assert_refused(answer, 431, "headers_too_large")
 
 
-async def test_a_long_body_behind_a_short_head_counts_for_no_header(strict_port: int) -> None:
+async def test_a_long_body_behind_a_short_head_does_not_count_as_headers(strict_port: int) -> None:
     body = b'{"data": [[1, 2, 3, 4]]}' + b" " * 20_000
     whole = POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body
     assert (await raw_exchange(strict_port, whole)).startswith(b"HTTP/1.1 202 ")
@@ -253,7 +253,7 @@ async def test_sixteen_connections_are_reserved_and_those_above_are_refused(full
         writer.close()
 
 
-async def test_there_is_room_again_when_connections_are_closed(strict_port: int) -> None:
+async def test_connections_are_accepted_again_when_others_are_closed(strict_port: int) -> None:
     held = [await asyncio.open_connection("127.0.0.1", strict_port) for _ in range(5)]
     for _, writer in held:
         writer.close()
@@ -304,7 +304,7 @@ async def test_trailers_and_chunk_extensions_are_bounded(
     assert ended_seconds < 4
 
 
-async def test_small_chunks_are_no_trailers(strict_port: int) -> None:
+async def test_small_chunks_do_not_count_as_trailers(strict_port: int) -> None:
     body = b'{"data": [[1, 2, 3, 4]]}' + b" " * 4000
     chunks = b"".join(b"1;extension\r\n%c\r\n" % byte for byte in body)
     whole = CHUNKED + b"Connection: close\r\n\r\n" + chunks + b"0\r\n\r\n"
@@ -350,7 +350,7 @@ async def test_over_http_1_0_nothing_precedes_the_answer(strict_port: int) -> No
     assert_refused(await raw_exchange(strict_port, head), 408, "request_timeout")
 
 
-async def test_requests_sent_far_ahead_are_answered_as_far_as_they_are_kept(
+async def test_requests_sent_ahead_are_answered_up_to_the_limit(
     strict_port: int,
 ) -> None:
     request = GET + b"\r\n"
@@ -372,7 +372,9 @@ class ApiWithJobs(NamedTuple):
 
 
 @pytest.fixture
-async def left(config: ApiConfig, store: Store, manual_worker: Hand) -> AsyncIterator[ApiWithJobs]:
+async def api_with_jobs(
+    config: ApiConfig, store: Store, manual_worker: Hand
+) -> AsyncIterator[ApiWithJobs]:
     """An API with a waiting job and a completed job with a large result."""
     await announce(store, "iris", default="iris")
     async with hosted(running_server(config)) as (server, port), client_of(port) as client:
@@ -414,23 +416,24 @@ async def left(config: ApiConfig, store: Store, manual_worker: Hand) -> AsyncIte
     ],
 )
 async def test_a_client_that_disconnects_in_the_middle_is_no_error(
-    left: ApiWithJobs, caplog: pytest.LogCaptureFixture, sent: bytes, reset: bool
+    api_with_jobs: ApiWithJobs, caplog: pytest.LogCaptureFixture, sent: bytes, reset: bool
 ) -> None:
-    request = sent.replace(b"JOB", left.job_id.encode()).replace(b"RESULT", left.result_id.encode())
-    state = left.server.server_state
+    api = api_with_jobs
+    request = sent.replace(b"JOB", api.job_id.encode()).replace(b"RESULT", api.result_id.encode())
+    state = api.server.server_state
     for known in (False, True):
-        _, writer = await asyncio.open_connection("127.0.0.1", left.port)
+        _, writer = await asyncio.open_connection("127.0.0.1", api.port)
         client = writer.get_extra_info("sockname")
         writer.write(request)
         if known:
-            await eventually(lambda: is_held(left.server, client), "it is accepted")  # noqa: B023
+            await eventually(lambda: is_held(api.server, client), "it is accepted")  # noqa: B023
         if reset:
             taken = writer.get_extra_info("socket")
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         writer.close()
         # A later connection is accepted after this one.
-        await first_answer(left.port, GET + b"\r\n")
-        await eventually(lambda: not is_held(left.server, client), "the disconnect is noticed")  # noqa: B023
+        await first_answer(api.port, GET + b"\r\n")
+        await eventually(lambda: not is_held(api.server, client), "it is closed")  # noqa: B023
     await eventually(lambda: not state.tasks, "no task of a disconnected client is left", 10)
     assert [
         record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
@@ -466,12 +469,12 @@ async def test_an_answer_leaves_nothing_for_the_garbage_collector(strict_port: i
         for _ in range(5):
             await submit_on(reader, writer, request)
         gc.collect()
-        left = {type(garbage).__module__.partition(".")[0] for garbage in gc.garbage}
+        modules = {type(garbage).__module__.partition(".")[0] for garbage in gc.garbage}
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
         writer.close()
-    assert not left & {"asyncinfer", "uvicorn", "starlette"}
+    assert not modules & {"asyncinfer", "uvicorn", "starlette"}
 
 
 async def submit_on(
@@ -482,7 +485,7 @@ async def submit_on(
     assert answer.startswith(b"HTTP/1.1 202 "), answer
 
 
-async def test_a_connection_is_closed_when_it_rests_and_not_while_it_is_used(
+async def test_a_connection_is_closed_when_it_is_idle_and_not_while_it_is_used(
     config: ApiConfig, store: Store
 ) -> None:
     await announce(store, "iris", default="iris")

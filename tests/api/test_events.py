@@ -140,12 +140,12 @@ async def test_an_external_job_can_be_followed(
         ]
 
 
-async def test_a_job_that_is_not_there_has_no_events(api: httpx2.AsyncClient) -> None:
+async def test_an_unknown_job_has_no_events(api: httpx2.AsyncClient) -> None:
     assert_problem(await api.get("/job/nothing/events"), 404, "job_not_found")
 
 
 @pytest.mark.parametrize("wrong", ["x", "gw", "%%%", "k8Abcd", "kwCBoXgB"])
-async def test_an_id_that_is_of_no_event_is_refused(api: httpx2.AsyncClient, wrong: str) -> None:
+async def test_an_invalid_last_event_id_is_refused(api: httpx2.AsyncClient, wrong: str) -> None:
     reply = await api.get("/events", headers={"last-event-id": wrong})
     assert "snapshot" in assert_problem(reply, 400, "invalid_query")["detail"]
 
@@ -379,7 +379,7 @@ async def test_a_client_that_reconnects_often_sees_every_end_once(
 # --- limits and ends -------------------------------------------------------------------------
 
 
-async def test_a_silent_stream_shows_that_it_lives(config: ApiConfig, store: Store) -> None:
+async def test_a_silent_stream_sends_comments(config: ApiConfig, store: Store) -> None:
     await announce(store, "iris", default="iris")
     brisk = msgspec.structs.replace(config, heartbeat_seconds=0.02)
     async with running(brisk) as port, client_of(port) as client:

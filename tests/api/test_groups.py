@@ -137,7 +137,7 @@ async def test_a_groups_jobs_are_listed_newest_first_page_by_page(
     assert len((await api.get("/jobs?group=g&model=digits")).json()["jobs"]) == 0
 
 
-async def test_a_group_is_its_tenants_alone(two_tenant_port: int) -> None:
+async def test_a_group_is_visible_to_its_tenant_only(two_tenant_port: int) -> None:
     alice, bob = [client_of(two_tenant_port, **{"x-api-key": name}) for name in ("alice", "bob")]
     async with alice, bob:
         job_id = await submit_to(alice, "g")

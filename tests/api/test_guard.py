@@ -32,7 +32,7 @@ from .harness import (
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1:8000", "[::1]:8000"])
-async def test_it_answers_as_localhost(api: httpx2.AsyncClient, host: str) -> None:
+async def test_the_api_answers_as_localhost(api: httpx2.AsyncClient, host: str) -> None:
     assert (await api.get("/", headers={"host": host})).status_code == 200
 
 
@@ -95,7 +95,9 @@ async def test_a_script_of_another_page_changes_nothing(
     assert server.llen(QUEUE) == 1
 
 
-async def test_our_own_pages_and_allowed_ones_may(config: ApiConfig, store: Store) -> None:
+async def test_pages_of_this_server_and_of_allowed_origins_may_submit(
+    config: ApiConfig, store: Store
+) -> None:
     await announce(store, "iris", default="iris")
     friendly = msgspec.structs.replace(config, allowed_origins=("https://app.example",))
     async with running(friendly) as port, client_of(port) as client:

@@ -61,7 +61,7 @@ async def test_an_unreadable_announcement_hides_no_other_model(
         ]
 
 
-async def test_health_says_what_waits_and_who_works(api: httpx2.AsyncClient, store: Store) -> None:
+async def test_health_shows_waiting_jobs_and_workers(api: httpx2.AsyncClient, store: Store) -> None:
     await Upkeep(store).announce_worker("w", {}, ttl_seconds=10)
     body = (await api.get("/health")).json()
     assert body["status"] == "ok"
@@ -69,7 +69,7 @@ async def test_health_says_what_waits_and_who_works(api: httpx2.AsyncClient, sto
     assert (body["queues"], body["workers"]) == ({"predict_queue": 0}, 1)
 
 
-async def test_without_redis_it_lives_but_is_not_ready(proxied_api: ProxiedApi) -> None:
+async def test_without_redis_the_api_is_live_but_not_ready(proxied_api: ProxiedApi) -> None:
     async with client_of(proxied_api.port) as client:
         assert (await client.get("/health/ready")).status_code == 200
         proxied_api.proxy.black_hole()
@@ -77,7 +77,7 @@ async def test_without_redis_it_lives_but_is_not_ready(proxied_api: ProxiedApi) 
         assert_problem(await client.get("/health/ready"), 503, "redis_unavailable")
 
 
-async def test_it_starts_before_redis_does(config: ApiConfig) -> None:
+async def test_the_api_starts_before_redis_does(config: ApiConfig) -> None:
     away = msgspec.structs.replace(config, redis_url="unix:///nowhere/there.sock")
     async with running(away) as port, client_of(port) as client:
         assert (await client.get("/health/live")).status_code == 200
@@ -88,7 +88,7 @@ async def test_it_starts_before_redis_does(config: ApiConfig) -> None:
         assert int(reply.headers["retry-after"]) > 0
 
 
-async def test_the_root_says_where_things_are(api: httpx2.AsyncClient) -> None:
+async def test_the_root_lists_the_main_routes(api: httpx2.AsyncClient) -> None:
     body = (await api.get("/")).json()
     assert body["name"] == "asyncinfer"
     for path in body["links"].values():
@@ -134,7 +134,7 @@ async def test_the_document_knows_binary_bodies_and_results(api: httpx2.AsyncCli
     assert {"404", "406", "409", "422"} <= result.keys()
 
 
-def test_operations_are_told_apart_and_references_resolve() -> None:
+def test_operation_ids_are_unique_and_references_resolve() -> None:
     described = json.loads(document(ROUTES))
     names = [
         operation["operationId"]

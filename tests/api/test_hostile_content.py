@@ -348,7 +348,7 @@ async def test_an_inbox_with_nonsense_or_of_another_type_keeps_no_client_waiting
     await completed()
 
 
-async def test_counters_that_are_no_numbers_refuse_no_job(
+async def test_counters_that_are_not_numbers_refuse_no_job(
     api: httpx2.AsyncClient, manual_worker: Hand, damaged: redis.Redis
 ) -> None:
     for name in (keys.bytes_waiting(QUEUE), keys.seq(QUEUE)):
@@ -409,7 +409,7 @@ CURSORS = {
 
 
 @pytest.mark.parametrize("cursor", CURSORS.values(), ids=CURSORS.keys())
-async def test_a_cursor_that_we_did_not_give_is_a_400(api: httpx2.AsyncClient, cursor: str) -> None:
+async def test_a_forged_cursor_is_a_400(api: httpx2.AsyncClient, cursor: str) -> None:
     job_id = await submit(api, params={"group": "g"})
     for path in ("/jobs", "/jobs?dead=true", "/jobs?group=g"):
         asked = httpx2.URL(path).copy_merge_params({"cursor": cursor})

@@ -159,7 +159,7 @@ async def test_a_wait_without_redis_says_so(proxied_api: ProxiedApi) -> None:
     assert_problem(get.result(), 503, "redis_unavailable")
 
 
-async def test_a_client_that_hangs_up_is_not_waited_for(
+async def test_nothing_waits_for_a_client_that_hangs_up(
     config: ApiConfig, store: Store, server: redis.Redis
 ) -> None:
     await announce(store, "iris", default="iris")
@@ -233,7 +233,7 @@ async def test_a_running_job_is_cancelled_once_its_worker_is_notified(
     assert (delete.result().status_code, delete.result().json()["status"]) == (200, "cancelled")
 
 
-async def test_a_running_job_that_goes_on_is_cancelled_later(
+async def test_a_running_job_that_does_not_stop_at_once_is_cancelled_later(
     config: ApiConfig, store: Store, manual_worker: Hand
 ) -> None:
     await announce(store, "iris", default="iris")
@@ -328,7 +328,7 @@ async def test_the_list_is_narrowed_by_status_and_model(
     assert [(job["job_id"], job["model"]) for job in digits] == [(other, "digits")]
 
 
-async def test_a_list_query_that_makes_no_sense_is_refused(api: httpx2.AsyncClient) -> None:
+async def test_an_invalid_list_query_is_refused(api: httpx2.AsyncClient) -> None:
     for query in ("limit=0", "limit=1001", "limit=x", "status=done", "cursor=%21", "sort=up"):
         assert_problem(await api.get(f"/jobs?{query}"), 400, "invalid_query")
 

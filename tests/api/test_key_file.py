@@ -46,7 +46,7 @@ def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in caplog.records if record.levelno == logging.ERROR]
 
 
-def test_a_content_counts_once_it_has_been_the_same_for_a_second(followed: FollowedFile) -> None:
+def test_a_content_is_used_once_it_is_unchanged_for_a_second(followed: FollowedFile) -> None:
     followed.update(b"", 0.5)
     assert followed.lets_in("old")
     followed.update(key_line("old")[:20], 0.5)
@@ -70,7 +70,7 @@ def test_a_broken_line_beside_a_removal_does_not_keep_the_removed_key(
     assert "ai_" not in caplog.text
 
 
-def test_a_file_of_broken_lines_is_complained_of_in_a_bounded_number_of_lines(
+def test_a_file_of_broken_lines_writes_a_bounded_number_of_log_lines(
     followed: FollowedFile, caplog: pytest.LogCaptureFixture
 ) -> None:
     followed.update(b"nonsense\n" * 10_000, 2)
@@ -125,7 +125,7 @@ def test_a_replacement_that_is_away_for_a_moment_is_no_error(
     assert errors(caplog) == []
 
 
-def test_a_file_that_never_stays_the_same_does_not_keep_its_old_keys_for_ever(
+def test_a_file_that_keeps_changing_does_not_keep_its_old_keys_forever(
     followed: FollowedFile, caplog: pytest.LogCaptureFixture
 ) -> None:
     for number in range(300):

@@ -50,7 +50,7 @@ async def test_a_model_without_a_living_worker_still_takes_jobs(api: httpx2.Asyn
     await submit(api)
 
 
-async def test_a_removed_model_is_no_longer_there(store: Store) -> None:
+async def test_a_removed_model_is_not_found(store: Store) -> None:
     upkeep = Upkeep(store)
     await upkeep.announce_models({"wine": {"1": b"1", "2": b"2"}})
     await upkeep.retract_version("wine", "1")

@@ -43,7 +43,7 @@ def assert_loading(reply: httpx2.Response) -> None:
 # --- being loaded ----------------------------------------------------------------------------
 
 
-async def test_a_model_that_is_not_loaded_yet_is_asked_for_again_and_never_unknown(
+async def test_a_model_that_is_not_loaded_yet_is_a_503_and_never_a_404(
     config: ApiConfig, store: Store
 ) -> None:
     await announce(store, "iris", default="iris")
@@ -68,7 +68,7 @@ async def test_a_model_that_is_not_loaded_yet_is_asked_for_again_and_never_unkno
         assert (await client.post("/predict/wine", json=BODY)).status_code == 202
 
 
-async def test_while_the_default_model_is_loaded_it_is_asked_for_again(
+async def test_a_default_model_that_is_being_loaded_is_a_503(
     config: ApiConfig, store: Store
 ) -> None:
     await store.claim_default_model("iris")
@@ -89,9 +89,7 @@ async def test_the_first_of_several_models_to_be_loaded_is_not_taken_for_the_onl
         assert (await client.post("/predict", json=BODY)).status_code == 202
 
 
-async def test_a_version_that_may_be_loaded_yet_is_asked_for_again(
-    config: ApiConfig, store: Store
-) -> None:
+async def test_a_version_that_may_still_be_loaded_is_a_503(config: ApiConfig, store: Store) -> None:
     await announce(store, "iris", default="iris")
     await worker(store, loading=["iris"])
     newer = {**BODY, "options": {"version": "2"}}

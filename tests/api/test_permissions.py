@@ -282,7 +282,7 @@ def test_an_id_of_another_form_has_a_stable_short_form(worker_id: str) -> None:
     assert not worker_id or worker_id not in shown
 
 
-async def test_host_names_and_pids_are_seen_by_admins_alone(
+async def test_host_names_and_pids_are_shown_to_admins_only(
     alice: httpx2.AsyncClient, bob: httpx2.AsyncClient, store: Store, server: redis.Redis
 ) -> None:
     about = {
@@ -325,7 +325,7 @@ async def _ended_by(
 
 
 @pytest.mark.parametrize("key", [None, "guess", "ops"])
-async def test_health_tells_no_names_to_who_may_not_read(
+async def test_health_shows_no_names_without_the_read_scope(
     port: int, alice: httpx2.AsyncClient, key: str | None
 ) -> None:
     await submit(alice)
@@ -337,7 +337,7 @@ async def test_health_tells_no_names_to_who_may_not_read(
     assert (await alice.get("/health")).json()["queues"] == {QUEUE: 1}
 
 
-async def test_health_tells_why_without_names_when_redis_is_away(
+async def test_health_without_redis_says_why_but_shows_no_names(
     config: ApiConfig, store: Store, key_file: Path
 ) -> None:
     async with hosted(proxied(config.redis_url)) as proxy:

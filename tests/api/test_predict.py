@@ -204,7 +204,7 @@ async def test_a_full_queue_refuses_exactly_above_its_cap(
     assert server.llen(QUEUE) == 3
 
 
-async def test_before_any_worker_came_there_is_nothing_to_ask(
+async def test_before_any_worker_is_announced_a_submit_is_a_503(
     config: ApiConfig, store: Store
 ) -> None:
     async with running(config) as port, client_of(port) as client:

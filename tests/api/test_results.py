@@ -163,7 +163,7 @@ async def test_a_result_that_is_text_is_no_tensor(
         assert "`inputs`" in assert_problem(refused, 406, "not_acceptable")["detail"]
 
 
-async def test_without_a_result_it_is_said_why(
+async def test_a_job_without_a_result_is_answered_with_the_reason(
     api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     job_id = await submit(api)
@@ -179,7 +179,7 @@ async def test_without_a_result_it_is_said_why(
     assert_problem(await api.get("/job/none/result"), 404, "job_not_found")
 
 
-async def test_a_damaged_result_is_not_our_fault(
+async def test_a_damaged_result_is_answered_with_its_own_error(
     api: httpx2.AsyncClient, manual_worker: Hand, server: redis.Redis
 ) -> None:
     job_id = await submit_completed(api, manual_worker, TENSORS)
@@ -190,7 +190,9 @@ async def test_a_damaged_result_is_not_our_fault(
         assert_problem(reply, 410, "result_damaged")
 
 
-async def test_a_result_is_its_tenants_alone(two_tenant_port: int, manual_worker: Hand) -> None:
+async def test_a_result_is_visible_to_its_tenant_only(
+    two_tenant_port: int, manual_worker: Hand
+) -> None:
     mine, theirs = (client_of(two_tenant_port, **{"x-api-key": name}) for name in ("alice", "bob"))
     async with mine, theirs:
         job_id = await submit_completed(mine, manual_worker, TENSORS)

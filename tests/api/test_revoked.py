@@ -97,7 +97,7 @@ async def is_unauthorized(client: httpx2.AsyncClient) -> bool:
 
 
 @pytest.mark.parametrize("stable_seconds", [ApiConfig(redis_url="").api_keys_stable_seconds])
-async def test_a_revoked_key_is_not_let_in_within_five_seconds(
+async def test_a_revoked_key_is_refused_within_five_seconds(
     keys: WrittenKeyFile, alice: httpx2.AsyncClient, bob: httpx2.AsyncClient
 ) -> None:
     assert not await is_unauthorized(alice)
@@ -150,7 +150,7 @@ def _submits(client: httpx2.AsyncClient) -> Callable[[], Awaitable[bool]]:
     return submits
 
 
-async def test_a_waiting_look_at_a_job_is_answered_401(
+async def test_a_waiting_read_of_a_job_is_answered_401(
     keys: WrittenKeyFile, alice: httpx2.AsyncClient
 ) -> None:
     job_id = await submit(alice)
@@ -188,7 +188,7 @@ async def test_lines_are_no_longer_accepted_and_the_last_answer_says_so(
     assert server.llen(QUEUE) == 1
 
 
-async def test_lines_that_wait_for_results_are_not_given_them(
+async def test_lines_that_wait_for_results_get_none_after_the_revocation(
     keys: WrittenKeyFile, alice: httpx2.AsyncClient, server: redis.Redis, manual_worker: Hand
 ) -> None:
     content = (msgspec.json.encode(ROW) + b"\n") * 3

@@ -23,7 +23,7 @@ from .harness import announce, assert_problem, client_of, running_until_signal, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_it_returns_after_a_signal(
+async def test_the_server_returns_after_a_signal(
     config: ApiConfig, store: Store, number: signal.Signals
 ) -> None:
     ready = asyncio.Event()

@@ -212,7 +212,7 @@ async def test_requests_of_tritons_client_are_accepted(
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
-async def test_an_array_that_numpy_saved_is_taken(
+async def test_an_array_that_numpy_saved_is_accepted(
     client: httpx2.AsyncClient, server: redis.Redis, order: Any
 ) -> None:
     rows = np.arange(8, dtype=np.float32).reshape(2, 4)
@@ -268,7 +268,7 @@ async def test_floats_in_json_may_be_nan_or_infinite(form: str, datatype: str) -
 
 @pytest.mark.parametrize("datatype", ["INT64", "BOOL", "BYTES"])
 @pytest.mark.parametrize("form", AS_JSON)
-async def test_no_other_element_may(form: str, datatype: str) -> None:
+async def test_other_datatypes_than_floats_take_no_null_or_nan(form: str, datatype: str) -> None:
     body = msgspec.json.decode(msgspec.json.encode(AS_JSON[form]))
     for tensor in body.get("inputs", ()):
         tensor["datatype"] = datatype
@@ -311,7 +311,7 @@ def arrays(draw: st.DrawFn) -> tuple[str, Array]:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(arrays())
-async def test_any_array_arrives_bit_by_bit(case: tuple[str, Array]) -> None:
+async def test_every_bit_of_an_array_arrives(case: tuple[str, Array]) -> None:
     datatype, array = case
     body, headers = binary(("x", array))
     taken = await read_body_for(identity(datatype), body, headers)
@@ -346,7 +346,7 @@ async def test_a_scalar_is_given_bare_or_in_a_list(data: str) -> None:
     assert packing.unpack(taken.content)["x"].tolist() == 5
 
 
-async def test_a_model_without_inputs_is_asked_with_none(
+async def test_a_model_without_inputs_is_requested_with_none(
     client: httpx2.AsyncClient, store: Store
 ) -> None:
     dice = Signature("dice", "1", "", (), (TensorSpec("y", "FP32", (1,)),))
@@ -541,7 +541,7 @@ BROKEN: dict[str, tuple[bytes, dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-async def test_a_broken_layout_is_refused_and_never_our_fault(
+async def test_a_broken_layout_is_a_4xx_and_never_a_500(
     client: httpx2.AsyncClient, case: str
 ) -> None:
     body, headers = BROKEN[case]
@@ -554,7 +554,7 @@ async def test_a_broken_layout_is_refused_and_never_our_fault(
 
 
 @given(st.binary(max_size=80), st.integers(0, 90))
-async def test_any_bytes_are_taken_or_refused(noise: bytes, length: int) -> None:
+async def test_any_bytes_are_accepted_or_refused(noise: bytes, length: int) -> None:
     for headers in ({LENGTH: str(length)}, NPY, {}):
         for prefix in (b"", b'{"inputs": [', b"\x93NUMPY\x01\x00"):
             with pytest.raises(RequestError) as refused:
@@ -617,7 +617,7 @@ _SHAPES = (
     st.sampled_from(_SHAPES),
     st.integers(0, 40),
 )
-async def test_any_header_of_numpys_is_taken_or_refused(
+async def test_any_npy_header_is_accepted_or_refused(
     descr: str, order: str, shape: str, size: int
 ) -> None:
     for taken in (("batch", 2), (), (None, None)):
@@ -631,7 +631,7 @@ async def test_any_header_of_numpys_is_taken_or_refused(
     ("descr", "shape", "size"),
     [("'2f4'", "(1,)", 8), ("'(2,)<f4'", "(1,)", 8), ("'<f4'", "(True, 2)", 8)],
 )
-async def test_a_header_of_numpys_that_is_no_plain_array_is_the_clients_fault(
+async def test_an_npy_header_without_a_plain_array_is_a_4xx(
     client: httpx2.AsyncClient, descr: str, shape: str, size: int
 ) -> None:
     body = npy_with_header(descr, "False", shape, bytes(size))
@@ -696,7 +696,9 @@ async def test_a_version_is_checked_against_its_own_signature(
     assert "10, 9" in assert_problem(unknown, 404, "version_not_found")["detail"]
 
 
-async def test_a_key_stands_for_all_of_a_tensor_request(client: httpx2.AsyncClient) -> None:
+async def test_an_idempotency_key_covers_all_of_a_tensor_request(
+    client: httpx2.AsyncClient,
+) -> None:
     once = {"idempotency-key": "k"}
     ids = described("ids", IDS, data=IDS.tolist())
     image = described("image", IMAGE, data=IMAGE.tolist())
@@ -714,7 +716,7 @@ async def test_a_key_stands_for_all_of_a_tensor_request(client: httpx2.AsyncClie
         assert_problem(reply, 422, "idempotency_conflict")
 
 
-async def test_ten_mebibytes_are_taken_and_more_than_max_body_are_not(
+async def test_ten_mebibytes_are_accepted_and_more_than_max_body_are_not(
     client: httpx2.AsyncClient, server: redis.Redis
 ) -> None:
     body, headers = binary(("x", np.zeros((10, 1 << 18), np.float32)))
@@ -731,7 +733,7 @@ async def test_ten_mebibytes_are_taken_and_more_than_max_body_are_not(
         assert "MAX_JSON" in assert_problem(refused, 413, "body_too_large")["detail"]
 
 
-async def test_a_dry_run_says_what_it_understood_and_stores_nothing(
+async def test_a_validation_shows_what_it_understood_and_stores_nothing(
     client: httpx2.AsyncClient, server: redis.Redis
 ) -> None:
     body, headers = binary(("image", IMAGE), ("ids", IDS))

@@ -140,7 +140,7 @@ async def test_a_submit_without_a_worker_is_answered_with_how_to_start_one(
 
 
 @pytest.mark.parametrize("state", ["draining", "hung"])
-async def test_a_worker_that_claims_no_more_is_none(
+async def test_a_worker_that_does_not_claim_counts_as_none(
     state: str, config: ApiConfig, store: Store
 ) -> None:
     await announce(store, "iris", default="iris")
@@ -291,7 +291,7 @@ async def test_a_model_that_was_removed_is_not_being_loaded(
     assert_problem(reply, 404, "model_not_found")
 
 
-async def test_an_api_whose_own_worker_is_being_started_blames_no_missing_one(
+async def test_an_api_whose_own_worker_is_starting_reports_no_missing_worker(
     config: ApiConfig, store: Store
 ) -> None:
     await announce(store, "iris", default="iris")
