@@ -94,9 +94,9 @@ def _key(headers: Mapping[bytes, bytes]) -> str | None:
 
 
 def _check_probe(scope: Scope) -> None:
-    """Allows only probes. Load balancers probe over HTTP/1.0 without a Host (`option httpchk` of
-    HAProxy does), which
-    RFC 9112 allows. A browser never leaves it out, so this opens nothing to browsers."""
+    """Allows only probes without a Host. Load balancers send them over HTTP/1.0 (`option httpchk`
+    of HAProxy does), which RFC 9112 allows. A browser always sends a Host, so this opens nothing
+    to browsers."""
     if scope["path"] not in HEALTH_PATHS:
         raise InvalidHeader("A request needs a Host header; without one only /health is answered.")
 

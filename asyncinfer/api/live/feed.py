@@ -88,7 +88,7 @@ class JobChange(Struct, eq=False):
 
 
 class Feed:
-    """Reads the logs of all queues while somebody follows them."""
+    """Reads the logs of all queues while there are followers, and passes the changes on to them."""
 
     def __init__(self, store: Store) -> None:
         self.log = Log(store)
@@ -98,6 +98,7 @@ class Feed:
         self.base_ms = 0
         """Older changes have been passed on, in every queue."""
         self._last_ids: dict[str, bytes] = {}
+        """By queue, the id of the last entry that was read."""
         self._upkeep = Upkeep(store)
         self._owners = _Owners(store)
         self._blocking = store.blocking()
