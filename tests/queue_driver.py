@@ -56,7 +56,7 @@ def ids_of(jobs: Iterable[NewJob | ClaimedJob | Stored]) -> list[str]:
     return [job.job_id for job in jobs]
 
 
-def ended_meta(job: ClaimedJob, token: str) -> bytes:
+def _meta_of_ended_job(job: ClaimedJob, token: str) -> bytes:
     """The record as a worker writes it: with the claim that ended the job."""
     if job.record is None:
         return b""
@@ -69,7 +69,7 @@ def outcome_of(
 ) -> Finished:
     default = {"completed": RESULT, "failed": ERROR, "dead": ERROR}.get(outcome, b"")
     ends = outcome in ("completed", "failed", "cancelled", "dead")
-    meta = ended_meta(job, token) if ends else job.meta
+    meta = _meta_of_ended_job(job, token) if ends else job.meta
     return Finished(job.job_id, outcome, default if body is None else body, meta, delay_ms)
 
 

@@ -36,7 +36,7 @@ class Customer:
         self.queue = keys.queue(store.n, model, default_model)
         self.acknowledged: dict[str, float] = {}
 
-    def job(
+    def new_job(
         self, value: float, options: Options | None = None, inbox: str = "", rows: int = 1
     ) -> NewJob:
         now_ms = time.time_ns() // 1_000_000
@@ -50,7 +50,7 @@ class Customer:
         self, values: Iterable[float], options: Options | None = None, rows: int = 1
     ) -> list[str]:
         """Submits a job per value; returns the ids. Raises RequestError as `submit_many` does."""
-        jobs = [(self.job(value, options, rows=rows), value) for value in values]
+        jobs = [(self.new_job(value, options, rows=rows), value) for value in values]
         for start in range(0, len(jobs), 256):
             part = jobs[start : start + 256]
             verdicts = await self.submissions.submit_many(self.queue, [job for job, _ in part])

@@ -21,7 +21,7 @@ class Proxy:
         self._cut_if: Callable[[], bool] = lambda: False
         self.port = 0
         self.cut = 0
-        self.swallowed = 0
+        self.requests_swallowed = 0
         self._is_forwarding = asyncio.Event()
         self._is_forwarding.set()
 
@@ -103,7 +103,7 @@ class Proxy:
         while data := await reader.read(_CHUNK_BYTES):
             await self._is_forwarding.wait()
             if any(word in data for word in self._swallowed_words):
-                self.swallowed += 1
+                self.requests_swallowed += 1
                 await asyncio.Event().wait()
             for command in self._cuts:
                 if command in data:

@@ -346,10 +346,10 @@ async def test_submits_to_a_damaged_queue_are_refused_and_others_accepted(
     other = Customer(store, "picky")
     async with asyncio.TaskGroup() as group:
         sender = group.create_task(load_client.submissions.run())
-        refused = other.job(1.0)
+        refused = other.new_job(1.0)
         with pytest.raises(RedisRefused) as error:
             await load_client.submissions.submit(refused)
         assert error.value.job_id == refused.job_id
-        assert (await load_client.submissions.submit(load_client.job(1.0))).verdict == "ok"
+        assert (await load_client.submissions.submit(load_client.new_job(1.0))).verdict == "ok"
         sender.cancel()
     server.flushall()

@@ -142,7 +142,7 @@ async def test_jobs_whose_results_an_interrupted_drain_could_not_store_are_run_a
         with open_workers(redis_url=proxy.url, worker=SHORT_DRAIN) as workers:
             await load_client.submit([1.0, 2.0, 3.0])
             worker = workers.start()
-            await eventually(lambda: proxy.swallowed > 0, "the finish is on its way")
+            await eventually(lambda: proxy.requests_swallowed > 0, "the finish is on its way")
             assert await worker.stop() == EXIT_HUNG
     with open_workers() as workers:
         worker = workers.start()

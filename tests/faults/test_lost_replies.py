@@ -86,7 +86,7 @@ async def test_a_submit_whose_reply_is_lost_makes_one_job(
     times: int, proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
     load_client = Customer(loaded_store)
-    job = load_client.job(1.0)
+    job = load_client.new_job(1.0)
     await _call_until_answered(
         proxy,
         "submit",

@@ -201,14 +201,14 @@ async def test_a_submit_without_redis_is_refused_in_time_and_the_event_loop_is_n
         load_client = Customer(store)
         async with asyncio.TaskGroup() as group:
             sender = group.create_task(load_client.submissions.run())
-            await load_client.submissions.submit(load_client.job(1.0))
+            await load_client.submissions.submit(load_client.new_job(1.0))
             if fault == "refused":
                 await proxy.down()
             else:
                 proxy.black_hole()
             all_are_refused = asyncio.Event()
             gap = group.create_task(_longest_gap_seconds(all_are_refused))
-            jobs = [load_client.job(float(number)) for number in range(50)]
+            jobs = [load_client.new_job(float(number)) for number in range(50)]
             submitted_at = time.monotonic()
             errors = await asyncio.gather(
                 *(load_client.submissions.submit(job) for job in jobs), return_exceptions=True

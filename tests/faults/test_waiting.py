@@ -162,7 +162,7 @@ async def test_a_poll_before_the_submit_does_not_end_the_wait_for_the_job(
     """The inbox polls all jobs that are waited for, also one that is not submitted yet."""
     async with asyncio.TaskGroup() as group:
         inbox = Inbox(store, load_client.submissions)
-        job = load_client.job(1.0, inbox=inbox.name)
+        job = load_client.new_job(1.0, inbox=inbox.name)
         with inbox.expect(job.job_id) as ticket:
             group.create_task(inbox.run())  # begins with such a poll
             await eventually(lambda: server.exists(inbox.name) == 1, "the inbox reads")
@@ -188,7 +188,7 @@ async def test_a_wait_ends_when_its_job_is_gone_but_not_before_the_job_is_submit
         assert stored
         wait = group.create_task(inbox.wait(stored, 60))
         await _wait_until_registered(server, load_client)
-        not_submitted = load_client.job(2.0)
+        not_submitted = load_client.new_job(2.0)
         with inbox.expect(not_submitted.job_id) as ticket:
             server.flushall()
             assert await wait is None

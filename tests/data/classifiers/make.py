@@ -1,4 +1,4 @@
-"""Makes classifiers of four libraries as ONNX files, and records what the libraries answer.
+"""Makes classifiers of four libraries as ONNX files, and records the libraries' own results.
 
     pip install -r tests/data/classifiers/requirements.txt
     python tests/data/classifiers/make.py [FOLDER]
@@ -41,31 +41,31 @@ from xgboost import XGBClassifier
 
 COLUMNS: Final = 4
 ROWS: Final = 200
-LARGEST_BYTES: Final = 50_000
+MAX_BYTES: Final = 50_000
 OPSETS: Final = {"": 18, "ai.onnx.ml": 3}
-LEAST_LEAD: Final = 1e-3
-"""Between the two highest probabilities of a row: a converter rounds to FP32."""
+MIN_LEAD: Final = 1e-3
+"""The least difference of a row's two highest probabilities, since a converter rounds to FP32."""
 
-MIDDLES: Final = (
+MEANS: Final = (
     *((0.2, 30, 20_000, -5), (0.7, 45, 35_000, 5)),
     *((0.4, 60, 60_000, -1), (0.9, 25, 45_000, 12)),
 )
-"""A share, an age, an income and a temperature, of each of four kinds."""
+"""The mean share, age, income and temperature of each of four kinds of rows."""
 
-LMH: Final = ["low", "mid", "high"]
+LOW_MID_HIGH: Final = ["low", "mid", "high"]
 
 
 class Classifier(NamedTuple):
-    """What is trained, and how it is exported and served."""
+    """A classifier of a library, and how it is exported and served."""
 
     name: str
     model: Any
     classes: Sequence[Any]
     labels: Sequence[str] = ()
-    """In model.toml."""
+    """The labels in model.toml."""
     zipmap: bool = False
-    shape: Callable[[Any], None] | None = None
-    """What is done to the graph after the export."""
+    change: Callable[[Any], None] | None = None
+    """A change of the graph after the export."""
     differs: bool = False
     """Whether the library's own prediction is not always the class of the highest probability."""
 
@@ -74,33 +74,49 @@ def classifiers() -> list[Classifier]:
     return [
         Classifier("lr_binary", scaled(LogisticRegression()), [0, 1], zipmap=True),
         Classifier("lr_binary_named", scaled(LogisticRegression()), [0, 1], ["no", "yes"]),
-        Classifier("lr_from_one", scaled(LogisticRegression()), [1, 2, 3], LMH),
-        Classifier("lr_words", scaled(LogisticRegression()), ["cat", "dog", "eel"], LMH),
+        Classifier("lr_from_one", scaled(LogisticRegression()), [1, 2, 3], LOW_MID_HIGH),
+        Classifier("lr_words", scaled(LogisticRegression()), ["cat", "dog", "eel"], LOW_MID_HIGH),
         Classifier("lr_words_zipmap", scaled(LogisticRegression()), ["b", "a"], zipmap=True),
         Classifier("lr_bool", scaled(LogisticRegression()), [False, True], ["no", "yes"]),
-        Classifier("lr_threshold", threshold(), [-1, 1], ["ok", "bad"], False, cut, differs=True),
+        Classifier(
+            "lr_threshold",
+            threshold(),
+            [-1, 1],
+            ["ok", "bad"],
+            False,
+            add_threshold_label,
+            differs=True,
+        ),
         Classifier("forest_gaps", forest(), [10, 20, 55, 30], ["a", "b", "c", "d"]),
         Classifier("forest_negative", forest(), [-1, 0, 1], zipmap=True),
-        Classifier("bagged_flags", bagged(), [7, 3], ["three", "seven"], shape=flags),
-        Classifier("tree_flags", tree(), [-1, 1], ["out", "in"], shape=flags),
-        Classifier("knn_indices", scaled(KNeighborsClassifier(4)), [2, 4, 8], LMH, shape=indices),
+        Classifier("bagged_flags", bagged(), [7, 3], ["three", "seven"], change=add_flag_outputs),
+        Classifier("tree_flags", tree(), [-1, 1], ["out", "in"], change=add_flag_outputs),
+        Classifier(
+            "knn_indices",
+            scaled(KNeighborsClassifier(4)),
+            [2, 4, 8],
+            LOW_MID_HIGH,
+            change=add_index_output,
+        ),
         Classifier("bayes_words", scaled(GaussianNB()), ["no", "yes", "?"], zipmap=True),
-        Classifier("qda_across", scaled(qda()), [1, 2, 3], LMH),
-        Classifier("mlp_renamed", scaled(mlp()), [1, 2, 3], LMH, shape=renamed),
-        Classifier("svc_from_one", svc(), [1, 2, 3], LMH, differs=True),
-        Classifier("svc_zipmap", svc(), [-3, 5, 9], LMH, zipmap=True, differs=True),
-        Classifier("calibrated", scaled(calibrated()), [5, 6, 7], LMH, shape=counted),
-        Classifier("one_vs_rest", scaled(one_vs_rest()), [-2, 4, 0], LMH, zipmap=True),
+        Classifier("qda_across", scaled(qda()), [1, 2, 3], LOW_MID_HIGH),
+        Classifier("mlp_renamed", scaled(mlp()), [1, 2, 3], LOW_MID_HIGH, change=rename_outputs),
+        Classifier("svc_from_one", svc(), [1, 2, 3], LOW_MID_HIGH, differs=True),
+        Classifier("svc_zipmap", svc(), [-3, 5, 9], LOW_MID_HIGH, zipmap=True, differs=True),
+        Classifier(
+            "calibrated", scaled(calibrated()), [5, 6, 7], LOW_MID_HIGH, change=add_count_output
+        ),
+        Classifier("one_vs_rest", scaled(one_vs_rest()), [-2, 4, 0], LOW_MID_HIGH, zipmap=True),
         Classifier("lgbm_binary", lgbm(), [0, 1], zipmap=True),
-        Classifier("lgbm_from_one", lgbm(), [1, 2, 3], LMH),
-        Classifier("lgbm_words", lgbm(), ["x", "z", "y"], ["X", "Y", "Z"], shape=turned),
+        Classifier("lgbm_from_one", lgbm(), [1, 2, 3], LOW_MID_HIGH),
+        Classifier("lgbm_words", lgbm(), ["x", "z", "y"], ["X", "Y", "Z"], change=reverse_outputs),
         Classifier("lgbm_negative", lgbm(), [-7, 9], ["minus", "plus"], zipmap=True),
         Classifier("xgb_plain", xgb(), [0, 1, 2]),
-        Classifier("xgb_named", xgb(), [0, 1], ["no", "yes"], shape=turned),
-        Classifier("xgb_counted", xgb(), [0, 1, 2], LMH, shape=counted),
+        Classifier("xgb_named", xgb(), [0, 1], ["no", "yes"], change=reverse_outputs),
+        Classifier("xgb_counted", xgb(), [0, 1, 2], LOW_MID_HIGH, change=add_count_output),
         Classifier("catboost_binary", catboost(), [0, 1]),
-        Classifier("catboost_from_one", catboost(), [1, 2, 3], LMH),
-        Classifier("catboost_words", catboost(), ["no", "yes"], shape=counted),
+        Classifier("catboost_from_one", catboost(), [1, 2, 3], LOW_MID_HIGH),
+        Classifier("catboost_words", catboost(), ["no", "yes"], change=add_count_output),
     ]
 
 
@@ -109,38 +125,43 @@ def main(folder: Path) -> None:
     x, kinds = samples(900)
     rows = samples(1000, seed=1)[0]
     answers: dict[str, Any] = {}
-    about = []
-    trained = [(one, fitted(one, x, kinds)) for one in classifiers()]
-    sure = np.all([is_sure(model, rows) for _, model in trained], axis=0)
-    rows = answers["rows"] = rows[sure][:ROWS]
-    for one, model in trained:
-        predictions, shares = predicted(model, rows)
-        differing = int((model.classes_[shares.argmax(axis=1)] != predictions).sum())
+    descriptions = []
+    fitted = [(classifier, fit(classifier, x, kinds)) for classifier in classifiers()]
+    unambiguous = np.all([is_unambiguous(model, rows) for _, model in fitted], axis=0)
+    rows = answers["rows"] = rows[unambiguous][:ROWS]
+    for classifier, model in fitted:
+        predictions, probabilities = predict(model, rows)
+        differing = int((model.classes_[probabilities.argmax(axis=1)] != predictions).sum())
         assert len(rows) == ROWS, len(rows)
-        assert (differing > 2) == one.differs, (one.name, differing)
-        assert len(set(predictions)) == len(one.classes), (one.name, set(predictions))
-        content = exported(one, model, x).SerializeToString()
-        assert len(content) < LARGEST_BYTES, (one.name, len(content))
-        (folder / f"{one.name}.onnx").write_bytes(content)
-        answers[f"{one.name}_predictions"] = predictions
-        answers[f"{one.name}_probabilities"] = shares.astype(np.float32)
-        about.append(description(one, model.classes_.tolist()))
+        assert (differing > 2) == classifier.differs, (classifier.name, differing)
+        assert len(set(predictions)) == len(classifier.classes), (classifier.name, set(predictions))
+        content = export(classifier, model, x).SerializeToString()
+        assert len(content) < MAX_BYTES, (classifier.name, len(content))
+        (folder / f"{classifier.name}.onnx").write_bytes(content)
+        answers[f"{classifier.name}_predictions"] = predictions
+        answers[f"{classifier.name}_probabilities"] = probabilities.astype(np.float32)
+        descriptions.append(description(classifier, model.classes_.tolist()))
     np.savez_compressed(folder / "answers.npz", **answers)
-    lines = ",\n".join(map(json.dumps, about))
+    lines = ",\n".join(map(json.dumps, descriptions))
     (folder / "models.json").write_text(f"[\n{lines}\n]\n")
 
 
-def description(one: Classifier, classes: list[Any]) -> dict[str, Any]:
-    own_maps = one.zipmap or one.name.startswith("catboost")
-    names = list(one.labels) or ([str(value) for value in classes] if own_maps else [])
-    return {"name": one.name, "classes": classes, "labels": list(one.labels), "names": names}
+def description(classifier: Classifier, classes: list[Any]) -> dict[str, Any]:
+    own_maps = classifier.zipmap or classifier.name.startswith("catboost")
+    names = list(classifier.labels) or ([str(value) for value in classes] if own_maps else [])
+    return {
+        "name": classifier.name,
+        "classes": classes,
+        "labels": list(classifier.labels),
+        "names": names,
+    }
 
 
 def samples(count: int, seed: int = 0) -> tuple[Any, Any]:
-    """Rows, and which of four kinds each is."""
+    """Random rows, and the kind of each: 0 to 3."""
     rng = np.random.default_rng(seed)
     kinds = rng.integers(0, 4, count)
-    rows = np.array(MIDDLES)[kinds] + rng.normal(size=(count, COLUMNS)) * [0.2, 11, 9000, 6]
+    rows = np.array(MEANS)[kinds] + rng.normal(size=(count, COLUMNS)) * [0.2, 11, 9000, 6]
     return rows.astype(np.float32), kinds
 
 
@@ -152,7 +173,7 @@ def scaled(model: Any) -> Any:
 
 
 def threshold() -> Any:
-    """Class 1 only from a probability of 0.8 on."""
+    """Predicts class 1 only if its probability is at least 0.8."""
     return FixedThresholdClassifier(scaled(LogisticRegression()), threshold=0.8)
 
 
@@ -169,7 +190,7 @@ def bagged() -> Any:
 
 
 def qda() -> Any:
-    """Its labels are converted to [1, rows]."""
+    """A classifier whose labels have the shape [1, rows] after the conversion."""
     return QuadraticDiscriminantAnalysis()
 
 
@@ -178,7 +199,7 @@ def mlp() -> Any:
 
 
 def svc() -> Any:
-    """Its probabilities are fitted apart from its predictions."""
+    """A classifier whose probabilities are fitted separately from its predictions."""
     return scaled(SVC(C=0.3, probability=True, random_state=0))
 
 
@@ -206,45 +227,45 @@ def catboost() -> Any:
     )
 
 
-def fitted(one: Classifier, x: Any, kinds: Any) -> Any:
-    """Trained on as many kinds as it has classes; a support vector machine on few rows."""
-    targets = np.array(sorted(one.classes))[kinds % len(one.classes)]
-    few = 120 if one.name.startswith(("svc", "knn")) else len(x)
-    return one.model.fit(x[:few], targets[:few])
+def fit(classifier: Classifier, x: Any, kinds: Any) -> Any:
+    """Trains on as many kinds as there are classes; a support vector machine on few rows."""
+    targets = np.array(sorted(classifier.classes))[kinds % len(classifier.classes)]
+    few = 120 if classifier.name.startswith(("svc", "knn")) else len(x)
+    return classifier.model.fit(x[:few], targets[:few])
 
 
-def predicted(model: Any, rows: Any) -> tuple[Any, Any]:
+def predict(model: Any, rows: Any) -> tuple[Any, Any]:
     predictions = np.asarray(model.predict(rows)).reshape(-1)
     return np.array(predictions.tolist()), np.asarray(model.predict_proba(rows))
 
 
-def is_sure(model: Any, rows: Any) -> Any:
-    """Where neither the highest probability nor a threshold is a matter of rounding."""
-    shares = np.sort(np.asarray(model.predict_proba(rows)), axis=1)
-    sure = shares[:, -1] - shares[:, -2] > LEAST_LEAD
+def is_unambiguous(model: Any, rows: Any) -> Any:
+    """The rows whose class does not depend on rounding."""
+    probabilities = np.sort(np.asarray(model.predict_proba(rows)), axis=1)
+    unambiguous = probabilities[:, -1] - probabilities[:, -2] > MIN_LEAD
     if isinstance(model, FixedThresholdClassifier):
-        sure &= np.abs(shares[:, -1] - model.threshold) > LEAST_LEAD
-    return sure
+        unambiguous &= np.abs(probabilities[:, -1] - model.threshold) > MIN_LEAD
+    return unambiguous
 
 
 # --- export ------------------------------------------------------------------------------------
 
 
-def exported(one: Classifier, model: Any, x: Any) -> Any:
-    made = converted(one, model, x)
-    if one.shape:
-        one.shape(made)
-    if not any(one.domain == "" for one in made.opset_import):
-        made.opset_import.append(helper.make_opsetid("", 15))
-    made.ir_version = 9
-    onnx.checker.check_model(made)
-    return made
+def export(classifier: Classifier, model: Any, x: Any) -> Any:
+    model = convert(classifier, model, x)
+    if classifier.change:
+        classifier.change(model)
+    if not any(opset.domain == "" for opset in model.opset_import):
+        model.opset_import.append(helper.make_opsetid("", 15))
+    model.ir_version = 9
+    onnx.checker.check_model(model)
+    return model
 
 
-def converted(one: Classifier, model: Any, x: Any) -> Any:
+def convert(classifier: Classifier, model: Any, x: Any) -> Any:
     theirs = [("x", LibraryFloats([None, COLUMNS]))]
     if isinstance(model, LGBMClassifier):
-        return convert_lightgbm(model, None, theirs, target_opset=15, zipmap=one.zipmap)
+        return convert_lightgbm(model, None, theirs, target_opset=15, zipmap=classifier.zipmap)
     if isinstance(model, XGBClassifier):
         return convert_xgboost(model, None, theirs, target_opset=15)
     if isinstance(model, CatBoostClassifier):
@@ -255,20 +276,20 @@ def converted(one: Classifier, model: Any, x: Any) -> Any:
     if isinstance(model, FixedThresholdClassifier):
         model = model.estimator_
     ours = [("x", FloatTensorType([None, COLUMNS]))]
-    zipmap = {"zipmap": one.zipmap}
+    zipmap = {"zipmap": classifier.zipmap}
     return to_onnx(model, initial_types=ours, options=zipmap, target_opset=OPSETS)
 
 
-def cut(made: Any) -> None:
-    """The label as the classifier with a threshold has it, which no converter knows."""
-    graph = made.graph
-    shares = graph.output[1].name
+def add_threshold_label(model: Any) -> None:
+    """Adds the label of the classifier with a threshold, which no converter supports."""
+    graph = model.graph
+    probabilities = graph.output[1].name
     constants = {"at": np.array(0.8, np.float32), "second": np.array([1]), "own": np.array([-1, 1])}
     for name, value in constants.items():
         graph.initializer.append(onnx.numpy_helper.from_array(value, name))
     graph.node.extend(
         [
-            helper.make_node("Gather", [shares, "second"], ["share"], axis=1),
+            helper.make_node("Gather", [probabilities, "second"], ["share"], axis=1),
             helper.make_node("GreaterOrEqual", ["share", "at"], ["over"]),
             helper.make_node("Cast", ["over"], ["place"], to=TensorProto.INT64),
             helper.make_node("Gather", ["own", "place"], ["decision"]),
@@ -276,19 +297,19 @@ def cut(made: Any) -> None:
     )
     del graph.output[0]
     graph.output.append(tensor("decision", [None, 1], TensorProto.INT64))
-    rename(made, "decision", "label")
+    rename(model, "decision", "label")
 
 
-def turned(made: Any) -> None:
-    """The probabilities before the label."""
-    outputs = list(made.graph.output)
-    del made.graph.output[:]
-    made.graph.output.extend(reversed(outputs))
+def reverse_outputs(model: Any) -> None:
+    """Puts the probabilities before the label."""
+    outputs = list(model.graph.output)
+    del model.graph.output[:]
+    model.graph.output.extend(reversed(outputs))
 
 
-def flags(made: Any) -> None:
-    """A flag and a count before what the model gave."""
-    graph = made.graph
+def add_flag_outputs(model: Any) -> None:
+    """Adds a flag and a count before the outputs of the model."""
+    graph = model.graph
     graph.initializer.append(onnx.numpy_helper.from_array(np.array([1]), "columns"))
     graph.initializer.append(onnx.numpy_helper.from_array(np.array(0, np.float32), "nothing"))
     x = graph.input[0].name
@@ -307,9 +328,9 @@ def flags(made: Any) -> None:
     graph.output.extend(outputs)
 
 
-def counted(made: Any) -> None:
-    """A count of 0 to 2 of type INT32, [rows, 1], before what the model gave."""
-    graph = made.graph
+def add_count_output(model: Any) -> None:
+    """Adds a count of 0 to 2, an INT32 of shape [rows, 1], before the outputs of the model."""
+    graph = model.graph
     graph.initializer.append(onnx.numpy_helper.from_array(np.array([0, 3]), "which"))
     graph.initializer.append(onnx.numpy_helper.from_array(np.array([1]), "along"))
     graph.initializer.append(onnx.numpy_helper.from_array(np.array(0.5, np.float32), "half"))
@@ -327,23 +348,23 @@ def counted(made: Any) -> None:
     graph.output.extend(outputs)
 
 
-def indices(made: Any) -> None:
-    """Which column is the largest, beside the class."""
-    made.graph.node.append(
-        helper.make_node("ArgMax", [made.graph.input[0].name], ["largest"], axis=1, keepdims=0)
+def add_index_output(model: Any) -> None:
+    """Adds the index of the largest column as the first output."""
+    model.graph.node.append(
+        helper.make_node("ArgMax", [model.graph.input[0].name], ["largest"], axis=1, keepdims=0)
     )
-    made.graph.output.insert(0, tensor("largest", [None], TensorProto.INT64))
+    model.graph.output.insert(0, tensor("largest", [None], TensorProto.INT64))
 
 
-def renamed(made: Any) -> None:
-    """Names that say nothing."""
-    rename(made, "label", "y0")
-    rename(made, "probabilities", "y1")
-    indices(made)
+def rename_outputs(model: Any) -> None:
+    """Renames the outputs to names without a meaning."""
+    rename(model, "label", "y0")
+    rename(model, "probabilities", "y1")
+    add_index_output(model)
 
 
-def rename(made: Any, old: str, new: str) -> None:
-    graph = made.graph
+def rename(model: Any, old: str, new: str) -> None:
+    graph = model.graph
     for node in graph.node:
         node.input[:] = [new if name == old else name for name in node.input]
         inside = [f"{new}_inside" if name == new else name for name in node.output]
