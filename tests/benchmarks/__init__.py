@@ -1,1 +1,1 @@
-"""This service beside the plain pattern, on one machine, in one run."""
+"""A benchmark of this service and the plain pattern, on one machine and in one run."""

@@ -58,9 +58,8 @@ class _Client(asyncio.Protocol):
         self._transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(
-            asyncio.Transport, transport
-        )  # uvloop's class does not inherit from it
+        # uvloop's class does not inherit from it.
+        self._transport = cast(asyncio.Transport, transport)
         self._send_next()
 
     def _send_next(self) -> None:
