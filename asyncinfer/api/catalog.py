@@ -26,7 +26,12 @@ from asyncinfer.models.folder import valid_name
 from asyncinfer.models.signature import Signature, read_signature
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
-from asyncinfer.repository.announcements import Announced, models_to_come, worker_says
+from asyncinfer.repository.announcements import (
+    Announced,
+    Announcements,
+    models_to_come,
+    worker_says,
+)
 from asyncinfer.repository.inspect.listing import Inspection
 from asyncinfer.repository.store import Store
 from asyncinfer.tensors.json_errors import unknown_name
@@ -81,7 +86,7 @@ class Catalog:
         default_model: str | None,
         own_worker_since_ms: int | None = None,
     ) -> None:
-        self._inspection = inspection
+        self._announcements = Announcements(store)
         self.workforce = Workforce(
             inspection, store, self._queues, own_worker_since_ms=own_worker_since_ms
         )
@@ -226,7 +231,7 @@ class Catalog:
     async def _look(self) -> None:
         self._looked_at = time.monotonic()
         try:
-            announced = await self._inspection.announced()
+            announced = await self._announcements.announced()
             if announced.default_model is None:
                 announced = await self._without_default(announced)
         except RedisUnavailable as error:
@@ -265,7 +270,7 @@ class Catalog:
             with suppress(StorageFull):
                 agreed = await self._store.agree_on_default_model(self._configured_default)
                 return replace(announced, default_model=agreed or None)
-        workers = (await self._inspection.workers()).values()
+        workers = (await self._announcements.workers()).values()
         said = [worker_says(body) for body in workers]
         self._more_to_come = any(models_to_come(one) for one in said)
         defaults = [one.default_model for one in said]

@@ -1,12 +1,18 @@
 """What workers announce: themselves, their models, versions and default versions."""
 
-from typing import Annotated, Final
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from asyncinfer.repository import keys
+from asyncinfer.repository.store import Store
 from asyncinfer.schemas.operations import JobsDone
 from asyncinfer.untrusted import decoding
+
+ANNOUNCE_SECONDS: Final = 3.0
+_PACE_SECONDS: Final = 30 * 24 * 3600
 
 
 class Announced(Struct, frozen=True):
@@ -80,4 +86,124 @@ def serves(worker: WorkerSays, model: str) -> bool:
     return model in worker.models or model in worker.versions or model in worker.loading
 
 
-ANNOUNCE_SECONDS: Final = 3.0
+class Announcements:
+    """Writes and reads what workers announce."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def announce_queues(self, queues: Collection[str]) -> None:
+        """Lists queues in the set of all queues, which sweeps, repairs and listings go through."""
+        await self._add_missing(keys.queues(self._store.n), queues)
+
+    async def announce_model_names(self, names: Collection[str]) -> None:
+        """Lists models in the set of all models; the versions are announced one by one."""
+        await self._add_missing(keys.models(self._store.n), names)
+
+    async def _add_missing(self, key: str, names: Collection[str]) -> None:
+        """Reads before it writes: nearly always all are there, and a write is replicated."""
+        if names:
+            all_known = [1] * len(names)
+            known = await self._store.look("SMISMEMBER", key, *names, otherwise=all_known)
+            if missing := [name for name, is_in in zip(names, known, strict=True) if not is_in]:
+                await self._store.command("SADD", key, *missing)
+
+    async def announce_models(self, signatures: Mapping[str, Mapping[str, bytes]]) -> None:
+        """Says which models there are: {model: {version: signature as JSON}}. Kept for good."""
+        n = self._store.n
+        if not signatures:
+            return
+        await self._store.command("SADD", keys.models(n), *signatures)
+        for name, versions in signatures.items():
+            fields = [part for pair in versions.items() for part in pair]
+            await self._store.command("HSET", keys.model(n, name), *fields)
+
+    async def announced_versions(self, model: str) -> dict[str, bytes]:
+        """{version: signature as JSON}, from whichever workers."""
+        found = await self._store.look("HGETALL", keys.model(self._store.n, model), otherwise={})
+        named = ((decoding.name(version), body) for version, body in found.items())
+        return {version: body for version, body in named if version is not None}
+
+    async def default_versions(self) -> dict[str, str]:
+        """By model, the version that answers where it is not the highest."""
+        key = keys.default_versions(self._store.n)
+        found = await self._store.look("HGETALL", key, otherwise={})
+        named = ((decoding.name(one), decoding.name(other)) for one, other in found.items())
+        return {model: version for model, version in named if model and version}
+
+    async def is_announced(self, model: str, version: str) -> bool:
+        """Whether any worker has announced this version, and none has retracted it since."""
+        key = keys.model(self._store.n, model)
+        return bool(await self._store.look("HEXISTS", key, version, otherwise=0))
+
+    async def announce_first(self, model: str, version: str, body: bytes) -> bytes:
+        """Announces a version unless it is announced; returns what is announced now."""
+        n = self._store.n
+        await self._store.command("SADD", keys.models(n), model)
+        await self._store.command("HSETNX", keys.model(n, model), version, body)
+        found = await self._store.command("HGET", keys.model(n, model), version)
+        return bytes(found or body)
+
+    async def retract_version(self, model: str, version: str) -> None:
+        """Its file is gone everywhere; a model without a version is none."""
+        n = self._store.n
+        if not await self._store.command("HDEL", keys.model(n, model), version):
+            return
+        if not await self._store.command("EXISTS", keys.model(n, model)):
+            await self._store.command("SREM", keys.models(n), model)
+            await self._store.command("HDEL", keys.default_versions(n), model)
+
+    async def announce_default_versions(self, wanted: Mapping[str, str | None]) -> None:
+        """Which version answers where it is not the highest (None: it is)."""
+        name = keys.default_versions(self._store.n)
+        known = await self.default_versions()
+        for model, version in wanted.items():
+            if version is None and model in known:
+                await self._store.command("HDEL", name, model)
+            elif version is not None and known.get(model) != version:
+                await self._store.command("HSET", name, model, version)
+
+    async def announce_worker(
+        self, worker_id: str, about: Mapping[str, Any], ttl_seconds: float
+    ) -> None:
+        """Says that a worker lives; forgotten by itself after `ttl_seconds`."""
+        n = self._store.n
+        ttl_ms = int(ttl_seconds * 1000)
+        body = msgspec.json.encode(about)
+        await self._store.command("SET", keys.worker(n, worker_id), body, "PX", ttl_ms)
+        seconds = await self._store.time_ms() // 1000
+        await self._store.command("ZADD", keys.workers(n), seconds, worker_id)
+        await self._store.command(
+            "ZREMRANGEBYSCORE", keys.workers(n), "-inf", int(seconds - 2 * ttl_seconds - 1)
+        )
+
+    async def announce_paces(self, seconds_per_job: Mapping[str, float]) -> None:
+        """Keeps the latest by model: what waits while no worker lives is counted in it too."""
+        for model, seconds in seconds_per_job.items():
+            name = keys.pace(self._store.n, model)
+            await self._store.command("SET", name, seconds, "EX", _PACE_SECONDS)
+
+    async def retract_worker(self, worker_id: str) -> None:
+        await self._store.command("DEL", keys.worker(self._store.n, worker_id))
+        await self._store.command("ZREM", keys.workers(self._store.n), worker_id)
+
+    async def model_names(self) -> list[str]:
+        """The models that workers have announced."""
+        known = await self._store.look("SMEMBERS", keys.models(self._store.n), otherwise=())
+        return sorted(filter(None, map(decoding.name, known)))
+
+    async def announced(self) -> Announced:
+        names = await self.model_names()
+        models = {name: await self.announced_versions(name) for name in names}
+        pinned = await self.default_versions()
+        return Announced(await self._store.default_model(), models, pinned)
+
+    async def workers(self) -> dict[str, bytes]:
+        """The living workers and what each said of itself, as JSON."""
+        n = self._store.n
+        found = await self._store.look("ZRANGE", keys.workers(n), 0, -1, otherwise=())
+        ids = [name for one in found if (name := decoding.name(one)) is not None]
+        if not ids:
+            return {}
+        bodies = await self._store.command("MGET", *(keys.worker(n, one) for one in ids))
+        return {one: body for one, body in zip(ids, bodies, strict=True) if body}

@@ -10,8 +10,7 @@ from msgspec import Struct
 
 from asyncinfer.errors import DefaultModelChanged
 from asyncinfer.repository import keys
-from asyncinfer.repository.announcements import WorkerSays, serves, worker_says
-from asyncinfer.repository.inspect.listing import Inspection
+from asyncinfer.repository.announcements import Announcements, WorkerSays, serves, worker_says
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
 from asyncinfer.untrusted import decoding
@@ -34,14 +33,14 @@ class Leftovers:
         """`all_here`: every worker runs on this machine, so that its process can be looked for."""
         self._store = store
         self._all_here = all_here
-        self._inspection = Inspection(store)
+        self._announcements = Announcements(store)
 
     # --- workers -----------------------------------------------------------------------------
 
     async def workers(self) -> list[WorkerSays]:
         """What those say that live. One that was killed is counted for 15 s, except where its
         process can be looked for."""
-        said = map(worker_says, (await self._inspection.workers()).values())
+        said = map(worker_says, (await self._announcements.workers()).values())
         return [one for one in said if not (self._all_here and _has_ended(one))]
 
     async def is_known(self, model: str) -> bool:

@@ -1,16 +1,16 @@
-"""What every process does for all: sweep, repair, announce."""
+"""What every process does for all: sweep and repair."""
 
 import logging
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Final
 
-import msgspec
 from msgspec import Struct
 
 from asyncinfer.errors import RedisRefused, StorageFull
 from asyncinfer.jobs import read_record
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
 from asyncinfer.untrusted import decoding
@@ -22,7 +22,6 @@ _PAGE: Final = 1000
 _REPAIRS_A_CALL: Final = 100
 _HELD_IDS: Final = 50_000
 _ODD_MS: Final = 24 * 3600 * 1000
-_PACE_SECONDS: Final = 30 * 24 * 3600
 
 
 class Swept(Struct):
@@ -36,23 +35,17 @@ class Swept(Struct):
     more: bool = False
 
 
-class Upkeep:
-    """The verbs that any process may run, whoever runs them first."""
+class Maintenance:
+    """What any process may do for all, whichever is first."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-
-    async def queues(self) -> list[str]:
-        """Every queue there is, the default model's included; a name that is not ours is none."""
-        n = self._store.n
-        known = await self._store.look("SMEMBERS", keys.queues(n), otherwise=())
-        names = filter(None, map(decoding.name, known))
-        return sorted({n, *(name for name in names if name.startswith(f"{n}:"))})
+        self._announcements = Announcements(store)
 
     async def sweep(self) -> Swept:
         """One sweep of every queue not swept lately, on until nothing is left to do."""
         total = Swept()
-        queues = await self.queues()
+        queues = await self._store.queues()
         for start in range(0, len(queues), _QUEUES_A_SWEEP):
             part = queues[start : start + _QUEUES_A_SWEEP]
             more = False
@@ -115,7 +108,7 @@ class Upkeep:
             # Without the gate every process would repair; another time, then.
             return None
         back = 0
-        held: dict[str, set[bytes]] = {queue: set() for queue in await self.queues()}
+        held: dict[str, set[bytes]] = {queue: set() for queue in await self._store.queues()}
         async for statuses in self._unfinished():
             for job_id, queue in await self._queues_of(statuses):
                 held.setdefault(queue, set()).add(job_id)
@@ -155,7 +148,9 @@ class Upkeep:
     async def _repair_held(self, held: Mapping[str, set[bytes]], pause_ms: int) -> int:
         back = 0
         # A queue that nobody serves any more is listed by nobody else.
-        await self.announce_queues([one for one in held if one.startswith(f"{self._store.n}:")])
+        await self._announcements.announce_queues(
+            [one for one in held if one.startswith(f"{self._store.n}:")]
+        )
         for queue, ids in held.items():
             try:
                 back += await self._repair_queue(queue, ids, pause_ms)
@@ -216,120 +211,6 @@ class Upkeep:
                 }
             if cursor == 0:
                 return found
-
-    # --- announcements -----------------------------------------------------------------------
-
-    async def announce_queues(self, queues: Collection[str]) -> None:
-        """Lists queues in the set of all queues, which sweeps, repairs and listings go through."""
-        await self._add_missing(keys.queues(self._store.n), queues)
-
-    async def announce_model_names(self, names: Collection[str]) -> None:
-        """Lists models in the set of all models; the versions are announced one by one."""
-        await self._add_missing(keys.models(self._store.n), names)
-
-    async def _add_missing(self, key: str, names: Collection[str]) -> None:
-        """Reads before it writes: nearly always all are there, and a write is replicated."""
-        if names:
-            all_known = [1] * len(names)
-            known = await self._store.look("SMISMEMBER", key, *names, otherwise=all_known)
-            if missing := [name for name, is_in in zip(names, known, strict=True) if not is_in]:
-                await self._store.command("SADD", key, *missing)
-
-    async def queues_with_jobs(self, queues: Sequence[str]) -> set[str]:
-        """Those of `queues` in which a job waits, is delayed or runs."""
-        if not queues:
-            return set()
-        counts = await self._store.together(*(("EXISTS", *_job_keys(one)) for one in queues))
-        return {queue for queue, count in zip(queues, counts, strict=True) if count}
-
-    async def announce_models(self, signatures: Mapping[str, Mapping[str, bytes]]) -> None:
-        """Says which models there are: {model: {version: signature as JSON}}. Kept for good."""
-        n = self._store.n
-        if not signatures:
-            return
-        await self._store.command("SADD", keys.models(n), *signatures)
-        for name, versions in signatures.items():
-            fields = [part for pair in versions.items() for part in pair]
-            await self._store.command("HSET", keys.model(n, name), *fields)
-
-    async def announced_versions(self, model: str) -> dict[str, bytes]:
-        """{version: signature as JSON}, from whichever workers."""
-        found = await self._store.look("HGETALL", keys.model(self._store.n, model), otherwise={})
-        named = ((decoding.name(version), body) for version, body in found.items())
-        return {version: body for version, body in named if version is not None}
-
-    async def default_versions(self) -> dict[str, str]:
-        """By model, the version that answers where it is not the highest."""
-        key = keys.default_versions(self._store.n)
-        found = await self._store.look("HGETALL", key, otherwise={})
-        named = ((decoding.name(one), decoding.name(other)) for one, other in found.items())
-        return {model: version for model, version in named if model and version}
-
-    async def is_announced(self, model: str, version: str) -> bool:
-        """Whether any worker has announced this version, and none has retracted it since."""
-        key = keys.model(self._store.n, model)
-        return bool(await self._store.look("HEXISTS", key, version, otherwise=0))
-
-    async def announce_first(self, model: str, version: str, body: bytes) -> bytes:
-        """Announces a version unless it is announced; returns what is announced now."""
-        n = self._store.n
-        await self._store.command("SADD", keys.models(n), model)
-        await self._store.command("HSETNX", keys.model(n, model), version, body)
-        found = await self._store.command("HGET", keys.model(n, model), version)
-        return bytes(found or body)
-
-    async def retract_version(self, model: str, version: str) -> None:
-        """Its file is gone everywhere; a model without a version is none."""
-        n = self._store.n
-        if not await self._store.command("HDEL", keys.model(n, model), version):
-            return
-        if not await self._store.command("EXISTS", keys.model(n, model)):
-            await self._store.command("SREM", keys.models(n), model)
-            await self._store.command("HDEL", keys.default_versions(n), model)
-
-    async def is_empty(self, queue: str) -> bool:
-        """Whether no job waits there or is run; delayed ones do not count."""
-        lists = [await self._store.command("LLEN", name) for name in keys.waiting(queue)]
-        return not any(lists) and not await self._store.command("HLEN", keys.running(queue))
-
-    async def announce_default_versions(self, wanted: Mapping[str, str | None]) -> None:
-        """Which version answers where it is not the highest (None: it is)."""
-        name = keys.default_versions(self._store.n)
-        known = await self.default_versions()
-        for model, version in wanted.items():
-            if version is None and model in known:
-                await self._store.command("HDEL", name, model)
-            elif version is not None and known.get(model) != version:
-                await self._store.command("HSET", name, model, version)
-
-    async def announce_worker(
-        self, worker_id: str, about: Mapping[str, Any], ttl_seconds: float
-    ) -> None:
-        """Says that a worker lives; forgotten by itself after `ttl_seconds`."""
-        n = self._store.n
-        ttl_ms = int(ttl_seconds * 1000)
-        body = msgspec.json.encode(about)
-        await self._store.command("SET", keys.worker(n, worker_id), body, "PX", ttl_ms)
-        seconds, _ = await self._store.command("TIME")
-        await self._store.command("ZADD", keys.workers(n), int(seconds), worker_id)
-        await self._store.command(
-            "ZREMRANGEBYSCORE", keys.workers(n), "-inf", int(seconds - 2 * ttl_seconds - 1)
-        )
-
-    async def announce_paces(self, seconds_per_job: Mapping[str, float]) -> None:
-        """Keeps the latest by model: what waits while no worker lives is counted in it too."""
-        for model, seconds in seconds_per_job.items():
-            name = keys.pace(self._store.n, model)
-            await self._store.command("SET", name, seconds, "EX", _PACE_SECONDS)
-
-    async def retract_worker(self, worker_id: str) -> None:
-        await self._store.command("DEL", keys.worker(self._store.n, worker_id))
-        await self._store.command("ZREM", keys.workers(self._store.n), worker_id)
-
-
-def _job_keys(queue: str) -> tuple[str, ...]:
-    """The keys of a queue, one of which exists while any job is in it."""
-    return (*keys.waiting(queue), keys.delayed(queue), keys.leases(queue))
 
 
 def _queue_in(meta: bytes | None) -> str | None:

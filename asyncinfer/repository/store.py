@@ -289,6 +289,11 @@ class Store:
 
     # --- the server's clock ------------------------------------------------------------------
 
+    async def time_ms(self) -> int:
+        """The server's time in ms since 1970."""
+        seconds, micros = await self.command("TIME")
+        return int(seconds) * 1000 + int(micros) // 1000
+
     def saw_server_time(self, server_ms: int) -> None:
         """Notes a reply's server time. It is older than now, so the estimate errs early."""
         self._clock_behind_ms = server_ms - time.monotonic() * 1000
@@ -296,10 +301,29 @@ class Store:
     async def not_after_ms(self) -> int:
         """Server time after which a call sent now has been given up here."""
         if self._clock_behind_ms is None:
-            seconds, micros = await self.command("TIME")
-            self.saw_server_time(int(seconds) * 1000 + int(micros) // 1000)
+            self.saw_server_time(await self.time_ms())
         assert self._clock_behind_ms is not None
         return int(self._clock_behind_ms + time.monotonic() * 1000 + self.call_seconds * 1000)
+
+    # --- the queues ---------------------------------------------------------------------------
+
+    async def queues(self) -> list[str]:
+        """Every queue there is, the default model's included; a name that is not ours is none."""
+        known = await self.look("SMEMBERS", keys.queues(self.n), otherwise=())
+        names = filter(None, map(decoding.name, known))
+        return sorted({self.n, *(name for name in names if name.startswith(f"{self.n}:"))})
+
+    async def queues_with_jobs(self, queues: Sequence[str]) -> set[str]:
+        """Those of `queues` in which a job waits, is delayed or runs."""
+        if not queues:
+            return set()
+        counts = await self.together(*(("EXISTS", *_job_keys(one)) for one in queues))
+        return {queue for queue, count in zip(queues, counts, strict=True) if count}
+
+    async def is_empty(self, queue: str) -> bool:
+        """Whether no job waits there or is run; delayed ones do not count."""
+        lists = [await self.command("LLEN", name) for name in keys.waiting(queue)]
+        return not any(lists) and not await self.command("HLEN", keys.running(queue))
 
     # --- the server and what it is used for --------------------------------------------------
 
@@ -378,6 +402,11 @@ class Store:
             f"or end them with `asyncinfer cancel --model {which}`; then start with "
             f"DEFAULT_MODEL={name} again."
         )
+
+
+def _job_keys(queue: str) -> tuple[str, ...]:
+    """The keys of a queue, one of which exists while any job is in it."""
+    return (*keys.waiting(queue), keys.delayed(queue), keys.leases(queue))
 
 
 async def _exchange(client: Redis, command: tuple[Any, ...], more: Packed | None = None) -> Any:

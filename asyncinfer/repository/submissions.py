@@ -1,9 +1,9 @@
-"""What an API does to jobs: submit, read, watch, cancel, retry, forget."""
+"""What an API does with jobs: submit, read, watch."""
 
 import asyncio
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, Literal, TypeAlias, TypeVar, cast
+from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 from msgspec import Struct
 
@@ -13,8 +13,6 @@ from asyncinfer.jobs import (
     Record,
     Status,
     encode_record,
-    is_later,
-    record_seq,
 )
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
@@ -22,8 +20,6 @@ from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
 from asyncinfer.repository.stored_jobs import (
     Stored,
-    next_round,
-    queue_of,
     read_jobs,
     status_of,
     stored_of,
@@ -39,12 +35,6 @@ MOST_BYTES: Final = 1 << 20
 """What one script call takes (or one job of any size)."""
 
 _CALLS_AT_ONCE: Final = 4
-
-
-CancelVerdict = Literal["cancelled", "asked", "finished", "absent"]
-_CANCEL_VERDICTS: Final = ("cancelled", "asked", "absent")
-ForgetVerdict = Literal["forgotten", "absent", "unfinished"]
-RetryVerdict = Literal["ok", "changed", "full", "no_input", "not_retryable", "absent", "later"]
 
 
 class NewJob(Struct, frozen=True):
@@ -188,55 +178,6 @@ class Submissions:
         reply = await self._store.call(script("watch"), [queue, inbox], [encode_args({}), *job_ids])
         return [_watched(job_id, one) for job_id, one in zip(job_ids, reply, strict=True)]
 
-    async def cancel(self, stored: Stored) -> CancelVerdict:
-        """Ends a waiting job, or asks for the end of a running one."""
-        return (await self.cancel_many([stored]))[0]
-
-    async def cancel_many(self, jobs: Sequence[Stored]) -> list[CancelVerdict]:
-        """One script call for jobs of one queue; some tens of ms for a thousand."""
-        args: list[Any] = [encode_args(self._store.policy.ending())]
-        for job in jobs:
-            args += (job.job_id, b"")
-        reply = await self._store.call(script("cancel"), [queue_of(self._store, jobs[0])], args)
-        return [_cancelled(verdict) for verdict in reply]
-
-    async def retry(self, stored: Stored, now_ms: int) -> RetryVerdict:
-        """Opens a new round of a failed or cancelled job."""
-        return (await self.retry_many([stored], now_ms))[0]
-
-    async def retry_many(self, jobs: Sequence[Stored], now_ms: int) -> list[RetryVerdict]:
-        """One script call for jobs of one queue, as they were read.
-
-        A later release's are left, since a new round would lose what this release cannot read.
-        """
-        later = {job.job_id for job in jobs if job.record and is_later(job.record)}
-        ours = [job for job in jobs if job.job_id not in later]
-        opened = iter(await self._open_rounds(ours, now_ms) if ours else ())
-        return ["later" if job.job_id in later else next(opened) for job in jobs]
-
-    async def _open_rounds(self, jobs: Sequence[Stored], now_ms: int) -> list[RetryVerdict]:
-        args: list[Any] = [encode_args(self._store.policy.room())]
-        for job in jobs:
-            meta, extra = b"", b""
-            if job.record:
-                record = next_round(job.record, now_ms)
-                meta = encode_record(record, record_seq(job.meta))
-                extra = _packed(_unusual(record.options))
-            args += (job.job_id, job.meta, meta, extra)
-        names = [queue_of(self._store, jobs[0]), keys.queues(self._store.n)]
-        reply = await self._store.call(script("retry"), names, args)
-        return [cast(RetryVerdict, decoding.text(verdict)) for verdict in reply]
-
-    async def forget(self, stored: Stored) -> ForgetVerdict:
-        """Deletes an ended job with all its data."""
-        return (await self.forget_many([stored]))[0]
-
-    async def forget_many(self, jobs: Sequence[Stored]) -> list[ForgetVerdict]:
-        """One script call for ended jobs of one queue; one that was retried meanwhile is left."""
-        args = [encode_args({}), *(job.job_id for job in jobs)]
-        reply = await self._store.call(script("forget"), [queue_of(self._store, jobs[0])], args)
-        return [_forgotten(verdict) for verdict in reply]
-
 
 def _parts(entries: Sequence[_Entry]) -> Iterator[list[_Entry]]:
     """Splits what waits into script calls: one queue each, bounded in jobs and bytes."""
@@ -272,17 +213,17 @@ def _size_of_entry(entry: _Entry) -> int:
 
 def _extra_of(job: NewJob, n: str) -> bytes:
     options = job.record.options
-    extra = _unusual(options)
+    extra = round_options(options)
     if options.group is not None:
         extra["g"] = keys.group(n, job.record.tenant, options.group)
     if job.inbox:
         extra["w"] = job.inbox
     if job.idempotency:
         extra |= {"k": job.idempotency, "f": job.fingerprint}
-    return _packed(extra)
+    return packed_options(extra)
 
 
-def _unusual(options: Options) -> dict[str, str | int]:
+def round_options(options: Options) -> dict[str, str | int]:
     """What the scripts must know of a job's options, in the letters of `jobs.Facts`."""
     extra: dict[str, str | int] = {}
     if options.priority != "normal":
@@ -298,7 +239,7 @@ def _unusual(options: Options) -> dict[str, str | int]:
     return extra
 
 
-def _packed(extra: dict[str, str | int]) -> bytes:
+def packed_options(extra: dict[str, str | int]) -> bytes:
     return encode_args(extra) if extra else b""
 
 
@@ -320,17 +261,6 @@ def _submitted(job: NewJob, verdict: Any) -> Submitted:
     if isinstance(verdict, list):
         return Submitted("dup", decoding.text(verdict[1]), decoding.text(verdict[2]))
     return Submitted(verdict.decode(), job.job_id, job.fingerprint)
-
-
-def _cancelled(reply: bytes) -> CancelVerdict:
-    # A stranger's status may be any bytes; then the job is not ours to cancel.
-    verdict = decoding.text(reply)
-    return cast(CancelVerdict, verdict) if verdict in _CANCEL_VERDICTS else "finished"
-
-
-def _forgotten(reply: bytes) -> ForgetVerdict:
-    verdict = decoding.text(reply)
-    return cast(ForgetVerdict, verdict) if verdict in ("forgotten", "absent") else "unfinished"
 
 
 def _watched(job_id: str, reply: Any) -> Stored | None:

@@ -99,11 +99,11 @@ async def test_a_claim_of_an_empty_queue_leaves_nothing_behind(hands: Hands) -> 
 
 
 async def test_a_paused_queue_gives_nothing_until_it_is_resumed(hands: Hands) -> None:
-    await hands.operation.pause(Q, paused=True)
+    await hands.operations.pause(Q, paused=True)
     jobs = await hands.some(2)
     assert (await hands.claim()).claim is None
     hands.redis.delete(keys.wake(Q))
-    await hands.operation.pause(Q, paused=False)
+    await hands.operations.pause(Q, paused=False)
     assert hands.redis.llen(keys.wake(Q)) == 1
     assert await hands.run_all() == jobs
 
@@ -117,7 +117,7 @@ async def test_the_first_queue_with_work_is_served(hands: Hands) -> None:
 
 async def test_a_paused_queue_does_not_hold_up_the_next(hands: Hands) -> None:
     await hands.one()
-    await hands.operation.pause(Q, paused=True)
+    await hands.operations.pause(Q, paused=True)
     job = await hands.one(queue=OTHER)
     assert ids_of((await hands.take(queues=(Q, OTHER))).jobs) == [job]
 

@@ -68,17 +68,18 @@ Job = Callable[[Hands, str], Awaitable[None]]
 async def announced(hands: Hands, *labels: str) -> None:
     for label in labels:
         model, version = label.split("/")
-        await hands.upkeep.announce_models({model: {version: b"{}"}})
+        await hands.announcements.announce_models({model: {version: b"{}"}})
 
 
 async def worker(hands: Hands, name: str = "w", **says: Any) -> None:
-    await hands.upkeep.announce_worker(name, says, ttl_seconds=60)
+    await hands.announcements.announce_worker(name, says, ttl_seconds=60)
 
 
 async def left(hands: Hands) -> dict[str, list[str]]:
     names = hands.redis.smembers(keys.models(Q))
     return {
-        one.decode(): sorted(await hands.upkeep.announced_versions(one.decode())) for one in names
+        one.decode(): sorted(await hands.announcements.announced_versions(one.decode()))
+        for one in names
     }
 
 
@@ -123,7 +124,7 @@ async def test_another_default_model_is_refused_while_a_worker_serves_the_old_on
     await worker(hands, models=["iris"], host="other", pid=7)
     with pytest.raises(DefaultModelChanged, match=r"other \(pid 7\)"):
         await leftovers.claim_default_model("digits")
-    await hands.upkeep.retract_worker("w")
+    await hands.announcements.retract_worker("w")
     await worker(hands, models=["digits"], default_model="iris")
     await leftovers.claim_default_model("digits")
 
@@ -132,7 +133,7 @@ async def test_a_model_stays_paused_or_not_when_it_becomes_the_default(
     hands: Hands, leftovers: Leftovers
 ) -> None:
     await leftovers.claim_default_model("iris")
-    await hands.operation.pause(Q, paused=True)
+    await hands.operations.pause(Q, paused=True)
     await leftovers.claim_default_model("digits")
     assert await hands.inspection.paused([Q, f"{Q}:iris", OTHER]) == [False, True, False]
     await leftovers.claim_default_model("iris")
@@ -172,11 +173,11 @@ async def test_a_version_without_a_worker_is_taken_back_when_no_job_waits(
     hands: Hands, leftovers: Leftovers
 ) -> None:
     await announced(hands, "gone/1", "here/1", "here/2")
-    await hands.upkeep.announce_default_versions({"gone": "1", "here": "2"})
+    await hands.announcements.announce_default_versions({"gone": "1", "here": "2"})
     for model in ("gone", "here"):
         assert await leftovers.retract(model, ["1"]) == 0
     assert await left(hands) == {"here": ["2"]}
-    assert await hands.upkeep.default_versions() == {"here": "2"}
+    assert await hands.announcements.default_versions() == {"here": "2"}
 
 
 @UNENDED
@@ -198,7 +199,7 @@ async def test_a_job_that_comes_after_its_model_was_taken_back_is_listed_and_run
     await announced(hands, "digits/1")
     await leftovers.retract("digits", ["1"])
     job_id = await hands.one(queue=OTHER)
-    assert OTHER in await hands.inspection.queues()
+    assert OTHER in await hands.store.queues()
     assert (await hands.inspection.health()).queues[OTHER] == 1
     claim = await hands.take(queues=(OTHER,))
     assert [one.job_id for one in claim.jobs] == [job_id]

@@ -254,7 +254,7 @@ async def test_health_counts_what_waits_in_each_queue(hands: Hands) -> None:
     await hands.one(priority="high")
     await hands.one(queue=OTHER, priority="low")
     await hands.one(delay_seconds=60)
-    await hands.upkeep.announce_worker("w", {}, 60)
+    await hands.announcements.announce_worker("w", {}, 60)
     health = await hands.inspection.health()
     assert health.server.startswith(("Valkey ", "Redis "))
     assert (health.queues, health.workers) == ({Q: 3, OTHER: 1}, 1)

@@ -8,7 +8,7 @@ import redis
 
 from asyncinfer.repository import keys
 from asyncinfer.repository.leases import Renewals
-from asyncinfer.repository.maintenance import Swept, Upkeep
+from asyncinfer.repository.maintenance import Maintenance, Swept
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
@@ -29,19 +29,19 @@ def hands(store: Store, server: redis.Redis) -> Hands:
 
 async def test_any_number_of_callers_make_one_sweep(hands: Hands) -> None:
     hands.policy(lease_seconds=60, reap_seconds=60)
-    await asyncio.gather(*(Upkeep(hands.store).sweep() for _ in range(20)))
+    await asyncio.gather(*(Maintenance(hands.store).sweep() for _ in range(20)))
     await hands.some(1, delay_seconds=60)
     hands.let_come_due(keys.delayed(Q))
-    totals = await asyncio.gather(*(Upkeep(hands.store).sweep() for _ in range(20)))
+    totals = await asyncio.gather(*(Maintenance(hands.store).sweep() for _ in range(20)))
     assert totals == [Swept()] * 20
     hands.redis.delete(keys.reap_gate(Q))
-    totals = await asyncio.gather(*(Upkeep(hands.store).sweep() for _ in range(20)))
+    totals = await asyncio.gather(*(Maintenance(hands.store).sweep() for _ in range(20)))
     assert sorted(total.promoted for total in totals) == [0] * 19 + [1]
 
 
 async def test_the_gate_opens_after_half_a_tick(hands: Hands) -> None:
     hands.policy(lease_seconds=60, reap_seconds=2)
-    await hands.upkeep.sweep()
+    await hands.maintenance.sweep()
     assert 900 < hands.redis.pttl(keys.reap_gate(Q)) <= 1000
 
 
@@ -56,7 +56,7 @@ async def test_every_queue_is_swept_and_the_default_one_always(hands: Hands) -> 
     for queue in queues:
         await hands.submit(new_job(queue=queue, delay_seconds=60))
         hands.let_come_due(keys.delayed(queue))
-    assert await hands.upkeep.queues() == sorted([Q, *queues])
+    assert await hands.store.queues() == sorted([Q, *queues])
     assert (await hands.sweep()).promoted == 40
     assert hands.redis.exists(keys.swept(Q))
 
@@ -79,7 +79,7 @@ async def test_after_a_gap_nobodys_jobs_are_taken_for_one_lease(
     job_id = await dead_claim(hands)
     if gap_ms is not None:
         hands.redis.set(keys.swept(Q), hands.now_ms() - gap_ms)
-    assert (await hands.upkeep.sweep()).put_back == 0
+    assert (await hands.maintenance.sweep()).put_back == 0
     assert hands.status(job_id) == "processing"
     assert 400 < hands.redis.pttl(keys.hold(Q)) <= 500
 
@@ -87,7 +87,7 @@ async def test_after_a_gap_nobodys_jobs_are_taken_for_one_lease(
 async def test_sweeps_in_time_raise_no_guard(hands: Hands) -> None:
     job_id = await dead_claim(hands)
     hands.redis.set(keys.swept(Q), hands.now_ms() - 150)
-    assert (await hands.upkeep.sweep()).put_back == 1
+    assert (await hands.maintenance.sweep()).put_back == 1
     assert hands.status(job_id) == "pending"
 
 
@@ -96,7 +96,7 @@ async def test_the_guard_ends_by_itself_and_the_lost_are_recovered(hands: Hands)
     job_id = await dead_claim(hands)
 
     async def recovered() -> bool:
-        await hands.upkeep.sweep()
+        await hands.maintenance.sweep()
         return hands.status(job_id) == "pending"
 
     await eventually(recovered, "the job waits again")
@@ -108,7 +108,7 @@ async def test_the_guard_holds_up_neither_promotions_nor_deadlines(hands: Hands)
     await hands.one(finish_within_seconds=60)
     hands.let_come_due(keys.delayed(Q))
     hands.let_come_due(keys.deadlines(Q))
-    swept = await hands.upkeep.sweep()
+    swept = await hands.maintenance.sweep()
     assert hands.redis.exists(keys.hold(Q))
     assert (swept.promoted, swept.expired) == (1, 1)
 
@@ -449,7 +449,7 @@ async def test_a_batch_of_transitions_is_one_entry(hands: Hands) -> None:
 async def repaired(hands: Hands) -> int:
     """Repairs at once, whoever's turn it is."""
     hands.redis.delete(keys.repair_gate(Q))
-    back = await hands.upkeep.repair(PAUSE)
+    back = await hands.maintenance.repair(PAUSE)
     assert back is not None
     return back
 
@@ -485,7 +485,7 @@ async def test_between_the_passes_a_strangers_living_consumer_is_left_alone(hand
     hands.policy()
     for _ in range(3):
         hands.redis.delete(keys.repair_gate(Q))
-        assert await hands.upkeep.repair(60) == 0
+        assert await hands.maintenance.repair(60) == 0
     assert hands.status(job_id) == "processing"
     assert hands.waiting() == []
     assert 0 < hands.redis.ttl(keys.odd(Q)) <= 86_400
@@ -591,8 +591,8 @@ async def test_a_job_whose_claim_was_let_go_too_early_is_put_back(hands: Hands) 
 
 
 async def test_one_process_repairs_at_a_time(hands: Hands) -> None:
-    assert await hands.upkeep.repair(60) == 0
-    assert await Upkeep(hands.store).repair(60) is None
+    assert await hands.maintenance.repair(60) == 0
+    assert await Maintenance(hands.store).repair(60) is None
 
 
 async def test_facts_of_a_job_that_ended_elsewhere_are_forgotten(hands: Hands) -> None:
@@ -617,7 +617,7 @@ async def test_facts_are_forgotten_however_many_and_with_nothing_left_to_do(hand
 
 
 async def test_pausing_tells_the_workers_and_says_what_it_changed(hands: Hands) -> None:
-    pause = hands.operation.pause
+    pause = hands.operations.pause
     changed = [await pause(Q, paused=paused) for paused in (True, True, False, False)]
     assert changed == [True, False, True, False]
     messages = [list(fields) for _, fields in hands.redis.xrange(keys.control(Q))]
@@ -627,7 +627,7 @@ async def test_pausing_tells_the_workers_and_says_what_it_changed(hands: Hands) 
 async def test_running_jobs_of_a_paused_queue_finish(hands: Hands) -> None:
     await hands.one()
     claim = await hands.take()
-    await hands.operation.pause(Q, paused=True)
+    await hands.operations.pause(Q, paused=True)
     assert await hands.ended(claim) == ["completed"]
 
 
@@ -636,7 +636,7 @@ async def test_a_purge_ends_all_that_waits_and_nothing_that_runs(hands: Hands) -
     claim = await hands.take()
     waiting = [await hands.one(priority=priority) for priority in ("high", "normal", "low")]
     delayed = await hands.one(delay_seconds=60)
-    assert await hands.operation.purge(Q) == 4
+    assert await hands.operations.purge(Q) == 4
     assert hands.statuses([*waiting, delayed]) == {"cancelled"}
     assert hands.status(running) == "processing"
     assert hands.waiting() == []
@@ -647,7 +647,7 @@ async def test_a_purge_ends_all_that_waits_and_nothing_that_runs(hands: Hands) -
 async def test_a_purge_goes_on_beyond_a_thousand(hands: Hands) -> None:
     jobs = [job for _ in range(3) for job in await hands.some(250)]
     jobs += [job for _ in range(3) for job in await hands.some(250, delay_seconds=60)]
-    assert await hands.operation.purge(Q) == 1500
+    assert await hands.operations.purge(Q) == 1500
     assert hands.statuses(jobs) == {"cancelled"}
     assert_at_rest(hands.redis, Q)
 
@@ -670,7 +670,7 @@ async def test_a_purge_ends_strangers_jobs_with_and_without_a_status(hands: Hand
     hands.stranger("two", status=None)
     hands.stranger("nothing", data=None, status=None)
     hands.redis.lpush(Q, "one")
-    assert await hands.operation.purge(Q) == 2
+    assert await hands.operations.purge(Q) == 2
     assert hands.statuses(["one", "two"]) == {"cancelled"}
     assert hands.status("nothing") is None
     assert_at_rest(hands.redis, Q)
@@ -678,7 +678,7 @@ async def test_a_purge_ends_strangers_jobs_with_and_without_a_status(hands: Hand
 
 async def test_a_purged_job_can_be_retried(hands: Hands) -> None:
     job_id = await hands.one()
-    await hands.operation.purge(Q)
+    await hands.operations.purge(Q)
     assert await hands.retry(job_id) == "ok"
     assert await hands.run_all() == [job_id]
 
@@ -687,7 +687,7 @@ async def test_a_stranger_who_writes_a_list_as_status_does_not_stop_a_purge(hand
     hands.redis.lpush("job:theirs:status", "pending")
     hands.stranger("theirs", status=None)
     job_id = await hands.one()
-    await hands.operation.purge(Q)
+    await hands.operations.purge(Q)
     assert hands.status(job_id) == "cancelled"
     assert hands.waiting() == []
 
@@ -696,26 +696,26 @@ async def test_a_stranger_who_writes_a_list_as_status_does_not_stop_a_purge(hand
 
 
 async def test_models_are_announced_for_good_and_versions_side_by_side(hands: Hands) -> None:
-    await hands.upkeep.announce_models({"iris": {"1": b"one"}, "digits": {"1": b"d"}})
-    await hands.upkeep.announce_models({"iris": {"2": b"two"}})
-    await hands.upkeep.announce_models({})
-    announced = await hands.inspection.announced()
+    await hands.announcements.announce_models({"iris": {"1": b"one"}, "digits": {"1": b"d"}})
+    await hands.announcements.announce_models({"iris": {"2": b"two"}})
+    await hands.announcements.announce_models({})
+    announced = await hands.announcements.announced()
     assert announced.models == {"iris": {"1": b"one", "2": b"two"}, "digits": {"1": b"d"}}
     assert hands.redis.ttl(keys.model(Q, "iris")) == -1
 
 
 async def test_a_worker_is_announced_until_it_is_silent_or_retracts(hands: Hands) -> None:
-    await hands.upkeep.announce_worker("w1", {"pid": 1}, 60)
-    await hands.upkeep.announce_worker("w2", {"pid": 2}, 60)
-    assert set(await hands.inspection.workers()) == {"w1", "w2"}
+    await hands.announcements.announce_worker("w1", {"pid": 1}, 60)
+    await hands.announcements.announce_worker("w2", {"pid": 2}, 60)
+    assert set(await hands.announcements.workers()) == {"w1", "w2"}
     assert 0 < hands.redis.ttl(keys.worker(Q, "w1")) <= 60
     hands.redis.delete(keys.worker(Q, "w1"))
-    assert (await hands.inspection.workers()) == {"w2": b'{"pid":2}'}
-    await hands.upkeep.retract_worker("w2")
-    assert await hands.inspection.workers() == {}
+    assert (await hands.announcements.workers()) == {"w2": b'{"pid":2}'}
+    await hands.announcements.retract_worker("w2")
+    assert await hands.announcements.workers() == {}
 
 
 async def test_the_list_of_workers_forgets_the_silent(hands: Hands) -> None:
     hands.redis.zadd(keys.workers(Q), {"old": 1})
-    await hands.upkeep.announce_worker("new", {}, 60)
+    await hands.announcements.announce_worker("new", {}, 60)
     assert hands.redis.zrange(keys.workers(Q), 0, -1) == [b"new"]

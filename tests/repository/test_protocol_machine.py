@@ -350,7 +350,7 @@ class Machine(RuleBasedStateMachine):
         job_id = ended[which % len(ended)]
         before, room = self.last.jobs[job_id], self.last.queues[self.queue_of(job_id)].room
         stored = self.do(self.hands.read(job_id))
-        verdict = self.do(self.hands.submissions.retry(stored, 1))
+        verdict = self.do(self.hands.operations.retry(stored, 1))
         assert verdict == retry_verdict(before, room)
         if verdict != "ok":
             return self.unchanged("a refused retry")
@@ -358,7 +358,7 @@ class Machine(RuleBasedStateMachine):
         self.watched.discard(job_id)
         if again:
             expected = "changed" if before.meta else "not_retryable"
-            assert self.do(self.hands.submissions.retry(stored, 1)) == expected
+            assert self.do(self.hands.operations.retry(stored, 1)) == expected
         return None
 
     @precondition(lambda self: self.ids)
@@ -370,7 +370,7 @@ class Machine(RuleBasedStateMachine):
         if before.status is None:
             return
         stored = self.do(self.hands.read(job_id))
-        verdict = self.do(self.hands.submissions.forget(stored))
+        verdict = self.do(self.hands.operations.forget(stored))
         assert verdict == ("forgotten" if before.ended else "unfinished")
         if not before.ended:
             return self.unchanged("a forget of an unfinished job")
@@ -379,8 +379,8 @@ class Machine(RuleBasedStateMachine):
         self.watched.discard(job_id)
         self.forgotten.add(job_id)
         if again:
-            assert self.do(self.hands.submissions.forget(stored)) == "absent"
-            assert self.do(self.hands.submissions.retry(stored, 1)) == "absent"
+            assert self.do(self.hands.operations.forget(stored)) == "absent"
+            assert self.do(self.hands.operations.retry(stored, 1)) == "absent"
         return None
 
     # --- strangers -------------------------------------------------------------------------
@@ -659,26 +659,26 @@ class Machine(RuleBasedStateMachine):
     def reap_after_an_outage(self) -> None:
         for queue in QUEUES:
             self.redis.delete(keys.reap_gate(queue), keys.swept(queue))
-        assert self.do(self.hands.upkeep.sweep()).put_back == 0
+        assert self.do(self.hands.maintenance.sweep()).put_back == 0
         after = self.view()
         for queue, before in self.last.queues.items():
             assert after.queues[queue].leases == before.leases
 
     @rule(queue=st.sampled_from(QUEUES), paused=st.sampled_from([True, False, False, False]))
     def pause(self, queue: str, paused: bool) -> None:
-        changed = self.do(self.hands.operation.pause(queue, paused=paused))
+        changed = self.do(self.hands.operations.pause(queue, paused=paused))
         assert changed == (self.last.queues[queue].paused != paused)
 
     @precondition(lambda self: any(one.paused for one in self.last.queues.values()))
     @rule()
     def resume(self) -> None:
         for queue in QUEUES:
-            self.do(self.hands.operation.pause(queue, paused=False))
+            self.do(self.hands.operations.pause(queue, paused=False))
 
     @precondition(lambda self: any(len(one.waiting) > 8 for one in self.last.queues.values()))
     @rule(queue=st.sampled_from(QUEUES))
     def purge(self, queue: str) -> None:
-        ended = self.do(self.hands.operation.purge(queue))
+        ended = self.do(self.hands.operations.purge(queue))
         after = self.view()
         assert after.queues[queue].waiting == after.queues[queue].delayed == []
         assert ended == sum(
@@ -791,7 +791,7 @@ class Machine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Everybody goes home; what is left is run, and nothing may be left over."""
         for queue in QUEUES:
-            self.do(self.hands.operation.pause(queue, paused=False))
+            self.do(self.hands.operations.pause(queue, paused=False))
             self.hands.let_leases_end(queue=queue)
         self.do(self.hands.sweep())
         for queue in QUEUES:

@@ -72,7 +72,7 @@ async def test_a_renewal_tells_of_cancelled_jobs_and_lost_claims(
     server.zrem(keys.leases(lost.queue), lost.token)
     (stored,) = await customer.read([claim.jobs[0].job_id])
     assert stored
-    await customer.submissions.cancel(stored)
+    await customer.operations.cancel(stored)
     renewer.start()
     async with asyncio.TaskGroup() as group:
         beat = group.create_task(renewer.beat())

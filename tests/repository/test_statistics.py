@@ -54,7 +54,7 @@ async def test_a_queue_shows_what_is_where(hands: Hands, observation: Observatio
     await hands.some(4, priority="low")
     await hands.some(5, delay_seconds=60)
     await hands.some(6, queue=OTHER)
-    await hands.operation.pause(OTHER, paused=True)
+    await hands.operations.pause(OTHER, paused=True)
     iris, digits = await observation.queues()
     assert (iris.model, iris.queue, iris.paused) == ("iris", Q, False)
     assert iris.waiting == WaitingJobs(high=3, normal=1, low=4)
@@ -87,7 +87,7 @@ async def test_a_backlog_is_what_waits_times_what_a_job_takes(
     await hands.some(10)
     assert (await seen(observation)).backlog_seconds is None
     about = {"concurrency": 4, "models": ["iris"], "state": "ready"}
-    await hands.upkeep.announce_worker("w", {**about, "seconds_per_job": {"iris": 0.5}}, 10)
+    await hands.announcements.announce_worker("w", {**about, "seconds_per_job": {"iris": 0.5}}, 10)
     queue = await seen(observation)
     assert (queue.workers, queue.slots, queue.backlog_seconds) == (1, 4, 5.0)
 
@@ -237,7 +237,7 @@ async def test_workers_say_who_and_how_busy_they_are(
         **{"started_ms": hands.now_ms() - 90_000, "jobs_done": {"completed": 5, "failed": 1}},
         **{"models": ["iris"], "loaded": ["iris/1"], "versions": {"iris": {"1": "a" * 64}}},
     }
-    await hands.upkeep.announce_worker("w", about, 10)
+    await hands.announcements.announce_worker("w", about, 10)
     (worker,) = await observation.workers()
     assert (worker.worker, worker.host, worker.pid) == ("w", "h", 7)
     assert (worker.slots, worker.busy, worker.state) == (4, 3, "ready")
@@ -252,7 +252,7 @@ async def test_a_worker_of_an_older_release_is_shown_with_what_it_says(
     hands: Hands, observation: Observation
 ) -> None:
     about = {"host": "h", "pid": 7, "concurrency": 2, "state": "ready", "models": ["iris"]}
-    await hands.upkeep.announce_worker("old", about, 10)
+    await hands.announcements.announce_worker("old", about, 10)
     (worker,) = await observation.workers()
     assert (worker.slots, worker.models) == (2, ["iris"])
     assert (worker.busy, worker.started_at, worker.uptime_seconds, worker.jobs_done) == (
@@ -264,17 +264,17 @@ async def test_a_worker_of_an_older_release_is_shown_with_what_it_says(
 async def test_a_damaged_announcement_hides_no_other(
     hands: Hands, observation: Observation
 ) -> None:
-    await hands.upkeep.announce_worker("a", {}, 10)
-    await hands.upkeep.announce_worker("b", {"started_ms": 10**40}, 10)
-    await hands.upkeep.announce_worker("c", {"started_ms": 9 * 10**18, "pid": 1}, 10)
+    await hands.announcements.announce_worker("a", {}, 10)
+    await hands.announcements.announce_worker("b", {"started_ms": 10**40}, 10)
+    await hands.announcements.announce_worker("c", {"started_ms": 9 * 10**18, "pid": 1}, 10)
     hands.redis.set(keys.worker(Q, "a"), b"\xff", px=9000)
     assert [one.worker for one in await observation.workers()] == ["a", "b", "c"]
     assert (await observation.workers())[2].started_at is None
 
 
 async def test_a_worker_that_left_is_not_shown(hands: Hands, observation: Observation) -> None:
-    await hands.upkeep.announce_worker("w", {}, 10)
-    await hands.upkeep.retract_worker("w")
+    await hands.announcements.announce_worker("w", {}, 10)
+    await hands.announcements.retract_worker("w")
     assert await observation.workers() == []
 
 

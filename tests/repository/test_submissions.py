@@ -300,14 +300,14 @@ async def test_with_memory_full_submits_are_refused_and_all_else_goes_on(
     assert await hands.cancel(other) == "cancelled"
     assert await hands.retry(other) == "ok"
     assert await hands.run_all() == [other]
-    await hands.upkeep.sweep()
+    await hands.maintenance.sweep()
     assert hands.statuses([waiting, running, other]) == {"completed"}
 
 
 async def test_with_memory_full_upkeep_goes_on(hands: Hands, memory_full: Any) -> None:
     memory_full()
-    assert await hands.upkeep.repair(60) is None
-    assert await hands.upkeep.sweep() == Swept()
+    assert await hands.maintenance.repair(60) is None
+    assert await hands.maintenance.sweep() == Swept()
     doorbell = Doorbell(hands.store)
     await doorbell.ring(Q)
     assert await doorbell.wait([Q], 0.02) is None
@@ -557,9 +557,9 @@ async def test_a_retry_of_an_older_round_is_refused(hands: Hands) -> None:
     job_id = await hands.one()
     await hands.cancel(job_id)
     seen = await hands.read(job_id)
-    assert await hands.submissions.retry(seen, 1) == "ok"
+    assert await hands.operations.retry(seen, 1) == "ok"
     await hands.cancel(job_id)
-    assert await hands.submissions.retry(seen, 1) == "changed"
+    assert await hands.operations.retry(seen, 1) == "changed"
     assert hands.waiting() == []
 
 
@@ -567,7 +567,7 @@ async def test_a_retry_sent_twice_opens_one_round(hands: Hands) -> None:
     job_id = await hands.one()
     await hands.cancel(job_id)
     seen = await hands.read(job_id)
-    verdicts = [await hands.submissions.retry(seen, 1) for _ in range(2)]
+    verdicts = [await hands.operations.retry(seen, 1) for _ in range(2)]
     assert verdicts == ["ok", "changed"]
     assert hands.waiting() == [job_id]
 
@@ -593,7 +593,7 @@ async def test_an_absent_job_is_not_retried(hands: Hands) -> None:
     await hands.cancel(job_id)
     seen = await hands.read(job_id)
     hands.redis.delete(*(f"job:{job_id}:{word}" for word in ("data", "status", "meta")))
-    assert await hands.submissions.retry(seen, 1) == "absent"
+    assert await hands.operations.retry(seen, 1) == "absent"
 
 
 async def test_a_strangers_job_can_be_retried(hands: Hands) -> None:
@@ -726,7 +726,7 @@ async def test_who_waits_is_told_of_a_cancel(hands: Hands) -> None:
 async def test_who_waits_is_told_of_a_purge(hands: Hands) -> None:
     open_inbox(hands)
     job_id = await hands.one(inbox=INBOX)
-    await hands.operation.purge(Q)
+    await hands.operations.purge(Q)
     assert told(hands) == {job_id: "cancelled"}
 
 

@@ -58,7 +58,7 @@ async def follow_jobs(services: Services, request: Request[EventsQuery]) -> Repl
     queue = (await services.catalog.find(query.model)).queue if query.model is not None else None
     position = _asked_position(request)
     # Whether Redis is there is better said by a status than by silence.
-    await services.feed.log.now_ms()
+    await services.store.time_ms()
     topic = Topic(request.tenant, group=query.group, queue=queue)
     if query.group is None:
         return _stream(services, request, ManyStory(services, topic, query.model), position)
@@ -230,7 +230,7 @@ class ManyStory:
         return float("inf")
 
     async def begin(self, follower: Follower) -> bytes:
-        follower.begin_at(Position(await self._services.feed.log.now_ms()))
+        follower.begin_at(Position(await self._services.store.time_ms()))
         # All streams begin anew when a log was cut under them.
         async with self._services.feed.turn():
             page = await self._services.inspection.jobs(
@@ -274,7 +274,7 @@ class GroupStory:
         return at - time.monotonic()
 
     async def begin(self, follower: Follower) -> bytes:
-        follower.begin_at(Position(await self._services.feed.log.now_ms()))
+        follower.begin_at(Position(await self._services.store.time_ms()))
         view = await self._count(follower)
         self._counted()
         return event("snapshot", view, follower.position())

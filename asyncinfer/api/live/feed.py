@@ -26,7 +26,6 @@ from asyncinfer.jobs import DEFAULT_TENANT
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.log import Change, Log, LogPage, Place, changes_in
-from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import Stored, read_summaries
 
@@ -97,7 +96,6 @@ class Feed:
         self.base_ms = 0
         """Whatever is older, in any queue, has been passed on."""
         self._ends: dict[str, bytes] = {}
-        self._upkeep = Upkeep(store)
         self._owners = _Owners(store)
         self._blocking = store.blocking()
         self._of_jobs: dict[str, _Channel] = {}
@@ -278,7 +276,7 @@ class Feed:
                 self._ends[queue] = await self.log.last(queue)
             self.base_ms = 0
             self._let_all_catch_up()
-        for queue in await self._upkeep.queues():
+        for queue in await self.store.queues():
             if queue not in self._ends:
                 new = self.started.is_set()
                 self._ends[queue] = b"0-0" if new else await self.log.last(queue)

@@ -10,9 +10,8 @@ from msgspec import Struct
 from asyncinfer.errors import InvalidQuery
 from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.cursors import decode_cursor, encode_cursor
-from asyncinfer.repository.inspect.filter import Filter
 from asyncinfer.repository.inspect.listing import Page
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.inspect.selection import Filter
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import Stored, read_jobs
 from asyncinfer.untrusted import decoding
@@ -35,7 +34,6 @@ class DeadLetters:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._upkeep = Upkeep(store)
 
     async def jobs(self, wanted: Filter, *, limit: int = 100, cursor: str | None = None) -> Page:
         """Those that `wanted` means, newest first; raises InvalidQuery for a bad cursor.
@@ -47,7 +45,7 @@ class DeadLetters:
         found: list[Stored] = []
         looked = 0
         async for letters in self._letters(
-            queues or await self._upkeep.queues(), _place(cursor), min(limit, _LETTERS_AT_ONCE)
+            queues or await self._store.queues(), _place(cursor), min(limit, _LETTERS_AT_ONCE)
         ):
             jobs = await read_jobs(self._store, [letter.job_id for letter in letters])
             for letter, job in zip(letters, jobs, strict=True):

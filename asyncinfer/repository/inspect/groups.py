@@ -11,9 +11,9 @@ from asyncinfer.errors import InvalidQuery, RequestError
 from asyncinfer.jobs import TERMINAL, created_ms
 from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.cursors import decode_cursor, encode_cursor
-from asyncinfer.repository.inspect.filter import Filter
 from asyncinfer.repository.inspect.listing import Page
-from asyncinfer.repository.operations import Cancelled, Operation
+from asyncinfer.repository.inspect.selection import Filter
+from asyncinfer.repository.operations import Cancelled, Operations
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import Stored, read_summaries
 from asyncinfer.untrusted import decoding
@@ -68,9 +68,9 @@ class _Counting:
 class Groups:
     """What is asked of a tenant's group; its list is kept by `submit`."""
 
-    def __init__(self, store: Store, operation: Operation) -> None:
+    def __init__(self, store: Store, operations: Operations) -> None:
         self._store = store
-        self._operation = operation
+        self._operations = operations
         self._countings: dict[tuple[str, str], _Counting] = {}
 
     async def count(self, tenant: str, group: str) -> Counted | None:
@@ -126,7 +126,7 @@ class Groups:
         async for ids, found in self._pages(tenant, group):
             unfinished = _where(ids, found, b"pending", b"processing")
             jobs = [job for job in await read_summaries(self._store, unfinished) if job]
-            part = await self._operation.cancel(jobs)
+            part = await self._operations.cancel_all(jobs)
             before = done or Cancelled(0, 0)
             done = Cancelled(before.ended + part.ended, before.asked + part.asked)
         return done

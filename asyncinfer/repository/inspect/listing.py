@@ -9,11 +9,10 @@ from msgspec import Struct
 
 from asyncinfer.errors import InvalidQuery
 from asyncinfer.repository import keys
-from asyncinfer.repository.announcements import Announced
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.inspect.cursors import decode_cursor, encode_cursor
-from asyncinfer.repository.inspect.filter import Filter
 from asyncinfer.repository.inspect.log import appearing
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.inspect.selection import Filter
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import Stored, read_summaries
 from asyncinfer.untrusted import decoding
@@ -63,7 +62,7 @@ class Inspection:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._upkeep = Upkeep(store)
+        self._announcements = Announcements(store)
 
     async def jobs(
         self,
@@ -117,7 +116,7 @@ class Inspection:
     async def _queues(self, model: str | None, default: str | None) -> list[str]:
         if model is not None:
             return [keys.queue(self._store.n, model, default)]
-        return await self._upkeep.queues()
+        return await self._store.queues()
 
     async def _logged(
         self, queues: Sequence[str], place: _Place | None
@@ -158,21 +157,6 @@ class Inspection:
                 return
             end = f"({page[-1][0].decode()}"
 
-    async def queues(self) -> list[str]:
-        """Every queue that has had a job, the default model's included."""
-        return await self._upkeep.queues()
-
-    async def model_names(self) -> list[str]:
-        """The models that workers have announced."""
-        known = await self._store.look("SMEMBERS", keys.models(self._store.n), otherwise=())
-        return sorted(filter(None, map(decoding.name, known)))
-
-    async def announced(self) -> Announced:
-        names = await self.model_names()
-        models = {name: await self._upkeep.announced_versions(name) for name in names}
-        pinned = await self._upkeep.default_versions()
-        return Announced(await self._store.default_model(), models, pinned)
-
     async def workforce(self, queues: Sequence[str]) -> Workforce:
         """The living workers, and which of `queues` are paused: two commands."""
         n = self._store.n
@@ -198,22 +182,12 @@ class Inspection:
     async def health(self) -> Health:
         server = await self._store.check_server()
         queues = {}
-        for queue in await self._upkeep.queues():
+        for queue in await self._store.queues():
             high, normal, low = [
                 await self._store.look("LLEN", name, otherwise=0) for name in keys.waiting(queue)
             ]
             queues[queue] = high + normal + low
-        return Health(server, queues, len(await self.workers()))
-
-    async def workers(self) -> dict[str, bytes]:
-        """The living workers and what each said of itself, as JSON."""
-        n = self._store.n
-        found = await self._store.look("ZRANGE", keys.workers(n), 0, -1, otherwise=())
-        ids = [name for one in found if (name := decoding.name(one)) is not None]
-        if not ids:
-            return {}
-        bodies = await self._store.command("MGET", *(keys.worker(n, one) for one in ids))
-        return {one: body for one, body in zip(ids, bodies, strict=True) if body}
+        return Health(server, queues, len(await self._announcements.workers()))
 
 
 def _newest_first(entry: str, queue: str) -> tuple[int, int, str]:

@@ -104,7 +104,7 @@ class Log:
     async def _check_clock(self, name: str, start: Place) -> None:
         """Raises LogTrimmed for a place that is ahead of the log and of the server's clock: it is
         of another log, and the next entries of this one come before it."""
-        if start[0] <= await self.now_ms():
+        if start[0] <= await self._store.time_ms():
             return
         (ends,) = await self.last_generated([name])
         if start > _after(ends):
@@ -113,7 +113,7 @@ class Log:
     async def replaced(self, ends: Mapping[str, bytes]) -> set[str]:
         """The queues whose log is another than the one that was read to these entries: its
         newest entry and the server's clock are before them."""
-        if not ends or max(map(entry_order, ends.values()))[0] <= await self.now_ms():
+        if not ends or max(map(entry_order, ends.values()))[0] <= await self._store.time_ms():
             return set()
         names = [keys.log(queue) for queue in ends]
         newest = await self.last_generated(names)
@@ -145,11 +145,6 @@ class Log:
         except WrongKeyType:
             entries, found = (), await self._store.command(*ask)
         return summary_of(job_id, found), _after(entries[0][0]) if entries else (0, 0, 0)
-
-    async def now_ms(self) -> int:
-        """The server's time, by which entries are named."""
-        seconds, micros = await self._store.command("TIME")
-        return int(seconds) * 1000 + int(micros) // 1000
 
 
 def changes_in(queue: str, entry_id: bytes, fields: dict[bytes, bytes]) -> list[Change]:

@@ -6,11 +6,9 @@ from typing import Final
 
 from msgspec import Struct
 
-from asyncinfer.jobs import STATUSES, TERMINAL
+from asyncinfer.jobs import DEFAULT_TENANT, STATUSES, TERMINAL
 from asyncinfer.repository import keys
-from asyncinfer.repository.inspect.filter import Filter
 from asyncinfer.repository.inspect.log import appearing
-from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import Stored, read_states
 from asyncinfer.untrusted import decoding
@@ -18,6 +16,36 @@ from asyncinfer.untrusted import decoding
 _PAGE: Final = 1000
 _ENTRIES_A_PAGE: Final = 100
 _MOST_LOOKED_AT: Final = 500_000
+
+
+class Filter(Struct, frozen=True, kw_only=True):
+    """Which jobs are meant; None where anything will do."""
+
+    tenant: str | None
+    statuses: frozenset[str] | None = None
+    model: str | None = None
+    group: str | None = None
+    dead: bool = False
+    """Only dead letters."""
+
+    @classmethod
+    def of(
+        cls, tenant: str | None, status: str | None, model: str | None, group: str | None = None
+    ) -> "Filter":
+        statuses = None if status is None else frozenset([status])
+        return cls(tenant=tenant, statuses=statuses, model=model, group=group)
+
+    def matches(self, job: Stored, default_model: str | None) -> bool:
+        record = job.record
+        owner = record.tenant if record else DEFAULT_TENANT
+        model = record.model if record else default_model
+        group = record.options.group if record else None
+        return (
+            (self.statuses is None or job.status in self.statuses)
+            and self.tenant in (None, owner)
+            and self.model in (None, model)
+            and self.group in (None, group)
+        )
 
 
 class Selected(Struct, frozen=True):
@@ -32,7 +60,6 @@ class Selection:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._upkeep = Upkeep(store)
 
     async def jobs(self, wanted: Filter, most: int) -> Selected:
         """At most so many, in no order that counts. What a queue may hold bounds the look:
@@ -53,7 +80,7 @@ class Selection:
     async def _queues(self, model: str | None, default: str | None) -> list[str]:
         if model is not None:
             return [keys.queue(self._store.n, model, default)]
-        queues = await self._upkeep.queues()
+        queues = await self._store.queues()
         # Calls that are repeated until nothing is left must not always look at the same ones.
         random.shuffle(queues)
         return queues

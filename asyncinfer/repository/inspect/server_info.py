@@ -8,8 +8,7 @@ from typing import Any, Final
 from msgspec import Struct
 
 from asyncinfer.errors import RedisRefused, ServerRefused
-from asyncinfer.repository.announcements import serves, worker_says
-from asyncinfer.repository.inspect.listing import Inspection
+from asyncinfer.repository.announcements import Announcements, serves, worker_says
 from asyncinfer.repository.redis_errors import translated
 from asyncinfer.repository.store import Store
 
@@ -57,7 +56,7 @@ async def vitals(store: Store) -> Vitals:
         info: Mapping[str, Any] = await store.redis.info("everything")
     config = await _config(store)
     round_trip, ahead = await _times(store)
-    workers = [worker_says(body) for body in (await Inspection(store).workers()).values()]
+    workers = [worker_says(body) for body in (await Announcements(store).workers()).values()]
     default = await store.default_model()
     return Vitals(
         server=_name(info),
@@ -99,9 +98,9 @@ async def _times(store: Store) -> tuple[float, float]:
         # A server that takes no writes refuses PING too.
         await store.command("TIME")
         trips.append(time.perf_counter() - started)
-    seconds, micros = await store.command("TIME")
+    server_seconds = await store.time_ms() / 1000
     trip = median(trips)
-    return trip, time.time() - trip / 2 - (int(seconds) + int(micros) / 1e6)
+    return trip, time.time() - trip / 2 - server_seconds
 
 
 def _name(info: Mapping[str, Any]) -> str:

@@ -17,7 +17,6 @@ from asyncinfer.repository.inspect.queue_load import (
     waits_since_ms,
     workers_and_paces,
 )
-from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
 from asyncinfer.schemas.operations import Percentiles, Queue, WaitingJobs, Worker
@@ -54,12 +53,11 @@ class Observation:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._upkeep = Upkeep(store)
 
     async def queues(self) -> list[Queue]:
         """Every queue there is, by name."""
         store = self._store
-        queues = await self._upkeep.queues()
+        queues = await self._store.queues()
         default = await store.default_model()
         models = [keys.model_of(store.n, queue, default) for queue in queues]
         gauged = await gauge(store, queues)
@@ -78,8 +76,7 @@ class Observation:
     async def workers(self) -> list[Worker]:
         """The living workers, by id."""
         store = self._store
-        seconds, micros = await store.command("TIME")
-        now_ms = int(seconds) * 1000 + int(micros) // 1000
+        now_ms = await store.time_ms()
         seen = ("ZRANGE", keys.workers(store.n), 0, -1, "WITHSCORES")
         found = await store.look(*seen, otherwise=())
         heard = _heard(found[::2], found[1::2])

@@ -17,9 +17,13 @@ from asyncinfer.models.folder import OF_ALL_VERSIONS, valid_name
 from asyncinfer.models.signature import Signature, read_signature
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
-from asyncinfer.repository.announcements import ANNOUNCE_SECONDS, WorkerSays, serves, worker_says
-from asyncinfer.repository.inspect.listing import Inspection
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.announcements import (
+    ANNOUNCE_SECONDS,
+    Announcements,
+    WorkerSays,
+    serves,
+    worker_says,
+)
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.models.engine_cache import Label
 from asyncinfer.worker.models.folder_differences import Differences, differences, lacking, told
@@ -76,8 +80,7 @@ class Announcer:
         self._queues = queues
         self._on_queues = on_queues
         self._said = said
-        self._upkeep = Upkeep(store)
-        self._inspection = Inspection(store)
+        self._announcements = Announcements(store)
         self._heard: dict[str, tuple[WorkerSays, float]] = {}
         """What each other worker said last, and when that was read."""
         self._one_round = asyncio.Lock()
@@ -117,14 +120,14 @@ class Announcer:
             self._library.contest(contested)
         if self._library.confirm(new) or is_contested_otherwise or is_other_folder:
             await self._say_who(self._said())
-        await self._upkeep.announce_default_versions(self._library.default_versions())
+        await self._announcements.announce_default_versions(self._library.default_versions())
         await self._retract()
         await self._settle_leaving(others)
-        await self._upkeep.announce_paces(said.paces)
+        await self._announcements.announce_paces(said.paces)
 
     async def retract(self) -> None:
-        await self._upkeep.retract_worker(self._worker_id)
-        await self._upkeep.announce_paces(self._said().paces)
+        await self._announcements.retract_worker(self._worker_id)
+        await self._announcements.announce_paces(self._said().paces)
 
     async def is_elsewhere(self, model: str, version: str | None) -> bool:
         """Whether another worker has what this one has not (yet, or any more).
@@ -166,7 +169,7 @@ class Announcer:
 
     async def _say_who(self, said: Said) -> None:
         about = {**said.about, **self._models()}
-        await self._upkeep.announce_worker(self._worker_id, about, _LIVES_SECONDS)
+        await self._announcements.announce_worker(self._worker_id, about, _LIVES_SECONDS)
 
     def _models(self) -> dict[str, Any]:
         """As `repository.inspect.WorkerSays` reads it."""
@@ -198,7 +201,7 @@ class Announcer:
         return found
 
     async def _others(self) -> list[WorkerSays]:
-        bodies = await self._inspection.workers()
+        bodies = await self._announcements.workers()
         others = {one: worker_says(body) for one, body in bodies.items() if one != self._worker_id}
         now = time.monotonic()
         lately = {one: it for one, it in self._heard.items() if now - it[1] < _LIVES_SECONDS}
@@ -221,9 +224,9 @@ class Announcer:
         before = self._library.contested
         contested = {one: before[one] for one in before if one in described and one not in due}
         names = sorted({model for model, _ in due})
-        await self._upkeep.announce_model_names(names)
+        await self._announcements.announce_model_names(names)
         for model in names:
-            known = await self._upkeep.announced_versions(model)
+            known = await self._announcements.announced_versions(model)
             for version, signature in _of(model, due):
                 if rival := await self._announce_version(known.get(version), signature, others):
                     contested[model, version] = rival
@@ -238,12 +241,12 @@ class Announcer:
         """Why ours must not be served; empty when it is what is announced now."""
         body = msgspec.json.encode(ours)
         if stored is None:
-            stored = await self._upkeep.announce_first(ours.model, ours.version, body)
+            stored = await self._announcements.announce_first(ours.model, ours.version, body)
         if stored == body:
             return ""
         if rival := _rival(stored, ours, others):
             return rival
-        await self._upkeep.announce_models({ours.model: {ours.version: body}})
+        await self._announcements.announce_models({ours.model: {ours.version: body}})
         return ""
 
     # --- what we had ---------------------------------------------------------------------------
@@ -265,10 +268,10 @@ class Announcer:
         self._retracted = dict.fromkeys(labels)
         for model, version in labels:
             # Asked for only now: a worker that was just started with it has said so by then.
-            if await self._upkeep.is_announced(model, version) and not any(
+            if await self._announcements.is_announced(model, version) and not any(
                 version in one.versions.get(model, {}) for one in await self._others()
             ):
-                await self._upkeep.retract_version(model, version)
+                await self._announcements.retract_version(model, version)
 
     async def _may_forget(self, model: str, seconds: float, *, elsewhere: bool) -> bool:
         """Whether no job can wait for it: other workers take them, or none is left."""
@@ -280,7 +283,7 @@ class Announcer:
         if here and seconds > _MOST_LEAVING_SECONDS:
             return True
         queue = keys.queue(self._store.n, model, self._queues.default_model)
-        return await self._upkeep.is_empty(queue)
+        return await self._store.is_empty(queue)
 
 
 def _bounded(found: Mapping[Label, str]) -> dict[str, dict[str, str]]:

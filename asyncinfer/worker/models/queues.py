@@ -9,7 +9,7 @@ from asyncinfer.errors import RedisRefused
 from asyncinfer.models.folder import default_model, valid_name
 from asyncinfer.models.signature import Signature
 from asyncinfer.repository import keys
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.claiming.batch_window import Sharing
 from asyncinfer.worker.models.library import Library
@@ -40,7 +40,7 @@ class Queues:
     ) -> None:
         self.default_model = default_model
         self._store = store
-        self._upkeep = Upkeep(store)
+        self._announcements = Announcements(store)
         self._library = library
         self._max_batch = max_batch
         self._default_is_set = default_is_set
@@ -73,8 +73,8 @@ class Queues:
         default model and the list of queues where Redis has lost them."""
         try:
             await self._agree_on_default()
-            self._beside = await self._upkeep.queues_with_jobs(list(self._candidates()))
-            await self._upkeep.announce_queues(self._found().keys())
+            self._beside = await self._store.queues_with_jobs(list(self._candidates()))
+            await self._announcements.announce_queues(self._found().keys())
         except RedisRefused as error:
             if not self._refused:
                 log.error("The default model and the list of queues: %s", error.detail)
