@@ -1,4 +1,4 @@
-"""What workers announce: themselves, their models, versions and default versions."""
+"""What workers announce in Redis: themselves, their models, versions and default versions."""
 
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Final
@@ -16,12 +16,13 @@ _PACE_SECONDS: Final = 30 * 24 * 3600
 
 
 class Announced(Struct, frozen=True):
-    """What workers have announced: {model: {version: signature as JSON}}."""
+    """All announced models."""
 
     default_model: str | None
     models: dict[str, dict[str, bytes]]
+    """{model: {version: signature as JSON}}."""
     default_versions: dict[str, str] = {}
-    """Of models whose served version is not simply the highest."""
+    """{model: version}, only for models whose default version is not the highest."""
 
 
 _Count = Annotated[int, Meta(ge=0, le=1 << 53)]
@@ -31,58 +32,59 @@ _Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 
 
 class WorkerSays(Struct, frozen=True):
-    """What a living worker says of its models; the older its release, the less."""
+    """What a live worker announces of itself and its models; an older release leaves fields out."""
 
     models: tuple[str, ...] = ()
     state: str = ""
-    """starting (serves nothing yet, and has something to load), ready, draining or hung."""
+    """`starting` (serves nothing yet and has models to load), `ready`, `draining` or `hung`."""
     loading: tuple[str, ...] = ()
-    """Models that lie in its folder and are not loaded yet; at most 10,000."""
+    """Models in its folder that are not loaded yet; at most 10,000."""
     loading_versions: dict[str, tuple[str, ...]] = {}
-    """Of its other models, the versions that are not loaded yet; at most 10,000."""
+    """{model: versions that are not loaded yet}, for its other models; at most 10,000."""
     model_dir: str | None = None
-    """The folder it serves, or the one file, as an absolute path."""
+    """The folder or the single file it serves, as an absolute path."""
     versions: dict[str, dict[str, str]] = {}
-    """{model: {version: sha256}}, what it serves."""
+    """{model: {version: sha256}} of what it serves."""
     served: dict[str, str] = {}
-    """{model: version}, for jobs that ask for none."""
+    """{model: version}, the version of jobs that request none."""
     problems: dict[str, dict[str, str]] = {}
-    """{model: {version: why it is not served, or not as its file is now}}."""
+    """{model: {version: why it is not served, or why an earlier state of its file is}}."""
     loaded: tuple[str, ...] = ()
-    """model/version, as they are in its memory, the least used first."""
+    """`model/version` of what is in its memory, the least recently used first."""
     run_times: dict[str, dict[str, _Seconds]] = {}
-    """{model: {rows of a run: seconds}}, as measured."""
+    """{model: {rows of a run: measured seconds}}."""
     seconds_per_job: dict[str, _Seconds] = {}
-    """{model: slot time a job took lately}."""
+    """{model: slot time that a job took lately}."""
     concurrency: _Count = 0
+    """The number of its slots."""
     host: str | None = None
     pid: _Count | None = None
     busy: _Count | None = None
-    """Slots that have a batch."""
+    """The number of slots that have a batch."""
     started_ms: int | None = None
     jobs_done: JobsDone | None = None
     default_model: str | UnsetType | None = UNSET
-    """The model that QUEUE_NAME itself serves; None where it knows that there is none."""
+    """The model whose queue is QUEUE_NAME itself; None if the worker knows that there is none."""
 
 
 _read_worker = decoding.reader(msgspec.json.Decoder(WorkerSays).decode)
 
 
 def worker_says(body: bytes) -> WorkerSays:
-    """An empty announcement where the bytes are corrupt."""
+    """Decodes an announcement; an empty one if the bytes are corrupt."""
     return _read_worker(body) or WorkerSays()
 
 
 def models_to_come(says: WorkerSays) -> set[str]:
-    """Models that a worker will claim jobs of and does not yet: they lie in its folder, or are
-    loaded and about to be announced."""
+    """Models whose jobs a worker will claim but does not claim yet: they lie in its folder, or are
+    loaded and about to be announced. Empty for a worker that drains or hangs."""
     if says.state not in ("starting", "ready"):
         return set()
     return {*says.loading, *says.versions} - {*says.models}
 
 
 def serves(worker: WorkerSays, model: str) -> bool:
-    """Whether it claims the jobs of a model, or will once it has loaded it."""
+    """Whether a worker claims the jobs of a model, or will once it has loaded the model."""
     return model in worker.models or model in worker.versions or model in worker.loading
 
 
@@ -109,7 +111,7 @@ class Announcements:
                 await self._store.command("SADD", key, *missing)
 
     async def announce_models(self, signatures: Mapping[str, Mapping[str, bytes]]) -> None:
-        """Says which models there are: {model: {version: signature as JSON}}. Kept for good."""
+        """Announces models: {model: {version: signature as JSON}}. They stay until retracted."""
         n = self._store.n
         if not signatures:
             return
@@ -119,33 +121,35 @@ class Announcements:
             await self._store.command("HSET", keys.model(n, name), *fields)
 
     async def announced_versions(self, model: str) -> dict[str, bytes]:
-        """{version: signature as JSON}, from whichever workers."""
-        found = await self._store.look("HGETALL", keys.model(self._store.n, model), otherwise={})
-        named = ((decoding.name(version), body) for version, body in found.items())
-        return {version: body for version, body in named if version is not None}
+        """{version: signature as JSON}, announced by any worker; empty for an unknown model."""
+        reply = await self._store.look("HGETALL", keys.model(self._store.n, model), otherwise={})
+        fields = ((decoding.name(version), body) for version, body in reply.items())
+        return {version: body for version, body in fields if version is not None}
 
     async def default_versions(self) -> dict[str, str]:
-        """By model, the version that answers where it is not the highest."""
+        """{model: version}, only for models whose default version is not the highest."""
         key = keys.default_versions(self._store.n)
-        found = await self._store.look("HGETALL", key, otherwise={})
-        named = ((decoding.name(one), decoding.name(other)) for one, other in found.items())
-        return {model: version for model, version in named if model and version}
+        reply = await self._store.look("HGETALL", key, otherwise={})
+        fields = (
+            (decoding.name(model), decoding.name(version)) for model, version in reply.items()
+        )
+        return {model: version for model, version in fields if model and version}
 
     async def is_announced(self, model: str, version: str) -> bool:
-        """Whether any worker has announced this version, and none has retracted it since."""
+        """Whether this version is announced, by any worker."""
         key = keys.model(self._store.n, model)
         return bool(await self._store.look("HEXISTS", key, version, otherwise=0))
 
     async def announce_first(self, model: str, version: str, body: bytes) -> bytes:
-        """Announces a version unless it is announced; returns what is announced now."""
+        """Announces a version unless it is announced; returns the signature announced now."""
         n = self._store.n
         await self._store.command("SADD", keys.models(n), model)
         await self._store.command("HSETNX", keys.model(n, model), version, body)
-        found = await self._store.command("HGET", keys.model(n, model), version)
-        return bytes(found or body)
+        stored = await self._store.command("HGET", keys.model(n, model), version)
+        return bytes(stored or body)
 
     async def retract_version(self, model: str, version: str) -> None:
-        """Its file is gone everywhere; a model without a version is none."""
+        """Removes a version that no worker has any more, and the model with its last version."""
         n = self._store.n
         if not await self._store.command("HDEL", keys.model(n, model), version):
             return
@@ -154,7 +158,7 @@ class Announcements:
             await self._store.command("HDEL", keys.default_versions(n), model)
 
     async def announce_default_versions(self, wanted: Mapping[str, str | None]) -> None:
-        """Which version answers where it is not the highest (None: it is)."""
+        """Announces the default version of each model; None: it is the highest version."""
         name = keys.default_versions(self._store.n)
         known = await self.default_versions()
         for model, version in wanted.items():
@@ -166,7 +170,7 @@ class Announcements:
     async def announce_worker(
         self, worker_id: str, about: Mapping[str, Any], ttl_seconds: float
     ) -> None:
-        """Says that a worker lives; forgotten by itself after `ttl_seconds`."""
+        """Announces a live worker; the announcement expires after `ttl_seconds`."""
         n = self._store.n
         ttl_ms = int(ttl_seconds * 1000)
         body = msgspec.json.encode(about)
@@ -178,12 +182,14 @@ class Announcements:
         )
 
     async def announce_paces(self, seconds_per_job: Mapping[str, float]) -> None:
-        """Keeps the latest by model: what waits while no worker lives is counted in it too."""
+        """Stores the slot time of a job by model, for 30 days: the backlog of a queue is estimated
+        from it even while no worker is alive."""
         for model, seconds in seconds_per_job.items():
             name = keys.pace(self._store.n, model)
             await self._store.command("SET", name, seconds, "EX", _PACE_SECONDS)
 
     async def retract_worker(self, worker_id: str) -> None:
+        """Removes a worker's announcement at once, as it ends."""
         await self._store.command("DEL", keys.worker(self._store.n, worker_id))
         await self._store.command("ZREM", keys.workers(self._store.n), worker_id)
 
@@ -193,17 +199,18 @@ class Announcements:
         return sorted(filter(None, map(decoding.name, known)))
 
     async def announced(self) -> Announced:
+        """All announced models with their versions and defaults: two commands and one a model."""
         names = await self.model_names()
         models = {name: await self.announced_versions(name) for name in names}
-        pinned = await self.default_versions()
-        return Announced(await self._store.default_model(), models, pinned)
+        default_versions = await self.default_versions()
+        return Announced(await self._store.default_model(), models, default_versions)
 
     async def workers(self) -> dict[str, bytes]:
-        """The living workers and what each said of itself, as JSON."""
+        """The live workers: {worker id: announcement as JSON}."""
         n = self._store.n
-        found = await self._store.look("ZRANGE", keys.workers(n), 0, -1, otherwise=())
-        ids = [name for one in found if (name := decoding.name(one)) is not None]
+        reply = await self._store.look("ZRANGE", keys.workers(n), 0, -1, otherwise=())
+        ids = [name for raw_id in reply if (name := decoding.name(raw_id)) is not None]
         if not ids:
             return {}
-        bodies = await self._store.command("MGET", *(keys.worker(n, one) for one in ids))
-        return {one: body for one, body in zip(ids, bodies, strict=True) if body}
+        bodies = await self._store.command("MGET", *(keys.worker(n, name) for name in ids))
+        return {name: body for name, body in zip(ids, bodies, strict=True) if body}

@@ -84,7 +84,7 @@ class Maintenance:
         return unfinished
 
     async def _tell_of_damage(self, queue: str, reason: str) -> None:
-        if _log.is_due(f"sweep {queue}"):
+        if _log.take_turn(f"sweep {queue}"):
             if "WRONGTYPE" in reason:
                 reason = (await self._store.damage([queue])).detail
             _log.warning(

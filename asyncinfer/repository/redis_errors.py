@@ -44,7 +44,7 @@ WRONG_TYPE: Final = (
 
 
 @contextmanager
-def translated() -> Iterator[None]:
+def translate_errors() -> Iterator[None]:
     """Turns what redis-py raises into our errors: StorageFull and RedisUnavailable's kinds."""
     try:
         yield

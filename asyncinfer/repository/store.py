@@ -28,7 +28,7 @@ from asyncinfer.repository.redis_errors import (
     NO_REPLY,
     WRONG_TYPE,
     failure_of,
-    translated,
+    translate_errors,
     why_no_writes,
     wrong_key_type,
 )
@@ -52,18 +52,18 @@ _LEFT_OUT_SECONDS: Final = 30.0
 encode_args = msgspec.msgpack.Encoder().encode
 
 
-class Packed(Struct, frozen=True):
+class PackedArguments(Struct, frozen=True):
     """Arguments as the wire has them, packed before there is a turn to call."""
 
     count: int
     content: memoryview
 
     @classmethod
-    def of(cls, args: Sequence[Any]) -> "Packed":
+    def of(cls, args: Sequence[Any]) -> "PackedArguments":
         return cls(len(args), _without_count(pack_command(tuple(args))))
 
 
-class Blocking:
+class BlockingConnection:
     """One connection for calls that block. Ended by closing it, never by cancelling the call:
     on Python 3.11 a cancelled read can swallow the cancellation."""
 
@@ -172,16 +172,16 @@ class Store:
         finally:
             await close(store.redis)
 
-    def blocking(self) -> Blocking:
+    def blocking(self) -> BlockingConnection:
         """A connection of its own for calls that block; the caller closes it."""
-        return Blocking(self.endpoint.client(self.name, reply_seconds=None))
+        return BlockingConnection(self.endpoint.client(self.name, reply_seconds=None))
 
     async def call(
         self,
         verb: Script,
         names: Sequence[str],
         args: Sequence[Any],
-        more: Packed | None = None,
+        more: PackedArguments | None = None,
     ) -> Any:
         """Runs a script, `more` its last arguments; raises RedisUnavailable or StorageFull."""
         keys_and_args = (len(names), *names, *args)
@@ -329,7 +329,7 @@ class Store:
 
     async def check_server(self) -> str:
         """The server's name and version; raises ServerRefused when it cannot keep the promise."""
-        with translated():
+        with translate_errors():
             async with asyncio.timeout(self.call_seconds):
                 try:
                     info = await self.redis.info("everything")
@@ -409,7 +409,9 @@ def _job_keys(queue: str) -> tuple[str, ...]:
     return (*keys.waiting(queue), keys.delayed(queue), keys.leases(queue))
 
 
-async def _exchange(client: Redis, command: tuple[Any, ...], more: Packed | None = None) -> Any:
+async def _exchange(
+    client: Redis, command: tuple[Any, ...], more: PackedArguments | None = None
+) -> Any:
     """What redis-py's client does, without what it does beside: it packs in Python, which took
     longer than all the rest of a call of many arguments."""
     pool = client.connection_pool

@@ -313,7 +313,7 @@ async def test_a_process_that_ends_as_it_starts_stops_the_start(tmp_path: Path) 
         async with api_processes.running(plan, Stop()) as ready:
             await ready.wait()
 
-    assert group.group_contains(StartError, match="ended as it started")
+    assert group.group_contains(StartError, match="ended during its start")
 
 
 async def test_a_refusal_by_the_parent_is_all_that_is_said(tmp_path: Path) -> None:

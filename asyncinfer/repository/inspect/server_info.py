@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from asyncinfer.errors import RedisRefused, ServerRefused
 from asyncinfer.repository.announcements import Announcements, serves, worker_says
-from asyncinfer.repository.redis_errors import translated
+from asyncinfer.repository.redis_errors import translate_errors
 from asyncinfer.repository.store import Store
 
 _CALLS: Final = 20
@@ -52,7 +52,7 @@ async def vitals(store: Store) -> Vitals:
         refusal = ""
     except ServerRefused as error:
         refusal = error.detail
-    with translated():
+    with translate_errors():
         info: Mapping[str, Any] = await store.redis.info("everything")
     config = await _config(store)
     round_trip, ahead = await _times(store)
