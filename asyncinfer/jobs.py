@@ -147,29 +147,44 @@ class JobError(Struct, frozen=True):
     message: str
 
 
-class Facts(Struct, frozen=True, omit_defaults=True):
-    """What the scripts must know of an unusual job; written by Lua, one letter a name."""
+_FACT_LETTERS: Final = {
+    "deliveries": "d",
+    "suspect": "s",
+    "cancel_requested": "c",
+    "expired": "e",
+    "start_by_ms": "b",
+    "finish_by_ms": "l",
+    "priority": "p",
+    "ttl_seconds": "t",
+    "inboxes": "w",
+    "claimed_before": "r",
+}
+"""In Redis one letter names each fact; `lua/_fact_names.lua` has the same."""
 
-    d: int = 0
-    """deliveries that ended in a lost worker"""
-    s: int = 0
-    """1: suspect of hanging its run"""
-    c: int = 0
-    """1: cancel was asked for while it runs"""
-    e: int = 0
-    """1: its life deadline passed while it runs"""
-    b: int = 0
-    """start deadline, server ms"""
-    l: int = 0  # noqa: E741
-    """life deadline, server ms"""
-    p: str = ""
-    """priority when not normal"""
-    t: int = 0
-    """ttl in seconds when not the default"""
-    w: tuple[str, ...] = ()
-    """inboxes to tell"""
-    r: int = 0
-    """1: a stranger's job that was claimed before, so that the log shows it once"""
+
+class Facts(Struct, frozen=True, omit_defaults=True, rename=_FACT_LETTERS):
+    """What the scripts must know of a job with options or a history; written by Lua."""
+
+    deliveries: int = 0
+    """How many ended in a lost worker."""
+    suspect: int = 0
+    """1: it may hang its run."""
+    cancel_requested: int = 0
+    """1: cancelled while it runs."""
+    expired: int = 0
+    """1: its finish deadline passed while it runs."""
+    start_by_ms: int = 0
+    """The start deadline in server time."""
+    finish_by_ms: int = 0
+    """The finish deadline in server time."""
+    priority: str = ""
+    """Empty for normal."""
+    ttl_seconds: int = 0
+    """0 for the default."""
+    inboxes: tuple[str, ...] = ()
+    """Of the APIs to notify when the job ends."""
+    claimed_before: int = 0
+    """1: an external job that was claimed before, so that the log shows it once."""
 
 
 _encode_msgpack = msgspec.msgpack.Encoder().encode

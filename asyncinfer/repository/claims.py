@@ -78,12 +78,12 @@ class Claim(Struct, frozen=True, dict=True):
         return tuple([_parse_job(*parts) for parts in zip(flat, flat, flat, flat, strict=True)])
 
     @cached_property
-    def lone(self) -> bool:
+    def exclusive(self) -> bool:
         """Whether its process may hold nothing beside it: a redelivered job or a suspect."""
         if self.count > 1:
             return False
         facts = decode_facts(self.flat[3])
-        return bool(facts.d or facts.s)
+        return bool(facts.deliveries or facts.suspect)
 
 
 class ClaimRequest(Struct, frozen=True):
@@ -101,21 +101,24 @@ class ClaimRequest(Struct, frozen=True):
 
 
 class Claimed(Struct, frozen=True):
-    """The reply to a request. `blocked`: the next job must run alone, and this process holds another
-    claim."""
+    """The reply to a request."""
 
     claim: Claim | None
     blocked: bool = False
+    """The next job must run alone, and this process holds another claim."""
 
 
 class Finished(Struct, frozen=True):
-    """The outcome of a job: result or error JSON, the record with its prefix, a delay for a retry."""
+    """The outcome of a job."""
 
     job_id: str
     outcome: Outcome
     body: bytes = b""
+    """The result or the error as JSON."""
     meta: bytes = b""
+    """The record with its prefix."""
     delay_ms: int = 0
+    """How long a job to retry is delayed."""
 
 
 class PackedOutcomes(Struct, frozen=True):
@@ -201,7 +204,7 @@ class Runs:
         following: ClaimRequest | None,
     ) -> tuple[list[Verdict], Claimed]:
         header: dict[str, Any] = {**self._store.policy.ending(), "token": claim.token}
-        header["last"] = last
+        header["is_last"] = last
         names = [claim.queue]
         if following:
             header["next"] = await self._claim_args(following)
@@ -240,13 +243,13 @@ class Runs:
         return {
             **self._store.policy.ending(),
             "token": request.token,
-            "lease": self._store.policy.lease_ms,
-            "not_after": await self._store.not_after_ms(),
-            "held": request.held,
-            "jobs": min(request.max_jobs, _MOST_JOBS),
-            "bytes": _CLAIM_BYTES,
+            "lease_ms": self._store.policy.lease_ms,
+            "not_after_ms": await self._store.not_after_ms(),
+            "is_holding": request.held,
+            "max_jobs": min(request.max_jobs, _MOST_JOBS),
+            "max_bytes": _CLAIM_BYTES,
             "low_first": request.low_first,
-            "unshared": dict.fromkeys(request.unshared, True),
+            "one_at_a_time": dict.fromkeys(request.unshared, True),
         }
 
     def _parse_claim_reply(self, reply: Any, token: str) -> Claimed:

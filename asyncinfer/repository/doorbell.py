@@ -9,7 +9,8 @@ from asyncinfer.repository.store import BlockingConnection, Store
 
 
 class Doorbell:
-    """Waits for doorbell tokens. A lost token loses no job: it only makes a worker look for jobs."""
+    """Waits for doorbell tokens. A token carries no job: it makes an idle worker look for jobs, so
+    that a lost token loses nothing."""
 
     def __init__(self, store: Store) -> None:
         self._store = store

@@ -3,7 +3,7 @@
 `n` is QUEUE_NAME and `q` a queue: `n` itself for the default model, `n:model` for another.
 In `{q}:x` the braces are literal (a hash tag), so that one queue's keys share a slot and no
 model's name can collide with them (a bare `n:default` would be the queue of a model `default`).
-The scripts build the same names in `lua/_job.lua`; a test holds the two together.
+The scripts build the same names in `lua/_keys.lua` and `lua/_job_keys.lua`; a test compares them.
 """
 
 import hashlib

@@ -39,7 +39,7 @@ class Renewals:
     def renew(self, tokens: dict[str, list[str]]) -> Renewal:
         """Renews the leases of claims, given as {queue: tokens}; raises RedisUnavailable."""
         args = [
-            encode_args({"lease": self._policy.lease_ms}),
+            encode_args({"lease_ms": self._policy.lease_ms}),
             *(encode_args(held) for held in tokens.values()),
         ]
         renew = script("renew")

@@ -59,12 +59,12 @@ class Maintenance:
         policy = self._store.policy
         args = {
             **policy.ending(),
-            "tick": policy.tick_ms,
-            "lease": policy.lease_ms,
+            "tick_ms": policy.tick_ms,
+            "lease_ms": policy.lease_ms,
             "max_deliveries": policy.max_deliveries,
-            "dead_ms": policy.failed_ttl_seconds * 1000,
+            "dead_letter_ms": policy.failed_ttl_seconds * 1000,
             "log_jobs": policy.log_jobs,
-            "more": more,
+            "is_continued": more,
         }
         reply = await self._store.call(script("reap"), queues, [encode_args(args)])
         unfinished = []
@@ -163,7 +163,7 @@ class Maintenance:
         ids |= await self._facts_without_job(queue)
         # Newest first: the last one put back is the next to be served.
         ordered = sorted(ids, reverse=True)
-        args = encode_args({"pause": pause_ms, "ttl": _ODD_MS})
+        args = encode_args({"pause_ms": pause_ms, "ttl_ms": _ODD_MS})
         names = [queue, keys.odd(self._store.n)]
         back = 0
         for start in range(0, len(ordered), _REPAIRS_A_CALL):

@@ -19,8 +19,8 @@ _JOBS_A_CALL: Final = 200
 _MOST_ROUNDS: Final = 5
 
 
-CancelVerdict = Literal["cancelled", "asked", "finished", "absent"]
-_CANCEL_VERDICTS: Final = ("cancelled", "asked", "absent")
+CancelVerdict = Literal["cancelled", "stopping", "finished", "absent"]
+_CANCEL_VERDICTS: Final = ("cancelled", "stopping", "absent")
 ForgetVerdict = Literal["forgotten", "absent", "unfinished"]
 RetryVerdict = Literal["ok", "changed", "full", "no_input", "not_retryable", "absent", "later"]
 
@@ -41,7 +41,7 @@ class Operations:
     async def pause(self, queue: str, *, paused: bool) -> bool:
         """Stops or resumes giving jobs out, while they are still taken in; whether that is new."""
         return bool(
-            await self._store.call(script("pause"), [queue], [encode_args({"paused": paused})])
+            await self._store.call(script("pause"), [queue], [encode_args({"is_paused": paused})])
         )
 
     async def purge(self, queue: str) -> int:
@@ -63,7 +63,7 @@ class Operations:
         for part in self._parts(jobs):
             verdicts = await self._cancel_together(part)
             ended += verdicts.count("cancelled")
-            asked += verdicts.count("asked")
+            asked += verdicts.count("stopping")
         return Cancelled(ended, asked)
 
     async def forget(self, stored: Stored) -> ForgetVerdict:
@@ -125,12 +125,12 @@ class Operations:
     async def _open_rounds(self, jobs: Sequence[Stored], now_ms: int) -> list[RetryVerdict]:
         args: list[Any] = [encode_args(self._store.policy.room())]
         for job in jobs:
-            meta, extra = b"", b""
+            meta, options = b"", b""
             if job.record:
                 record = next_round(job.record, now_ms)
                 meta = encode_record(record, record_seq(job.meta))
-                extra = packed_options(round_options(record.options))
-            args += (job.job_id, job.meta, meta, extra)
+                options = packed_options(round_options(record.options))
+            args += (job.job_id, job.meta, meta, options)
         names = [queue_of(self._store, jobs[0]), keys.queues(self._store.n)]
         reply = await self._store.call(script("retry"), names, args)
         return [cast(RetryVerdict, decoding.text(verdict)) for verdict in reply]

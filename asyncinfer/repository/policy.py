@@ -34,10 +34,10 @@ class Policy(Struct, frozen=True, kw_only=True):
     def ending(self) -> dict[str, int | bool]:
         """What a script must know to end a job."""
         return {
-            "ttl": self.job_ttl_seconds,
-            "failed_ttl": self.failed_ttl_seconds,
+            "ttl_seconds": self.job_ttl_seconds,
+            "failed_ttl_seconds": self.failed_ttl_seconds,
             "keep_input": self.keep_input,
-            "max_dead": self.max_dead,
+            "max_dead_letters": self.max_dead,
         }
 
     def room(self) -> dict[str, int]:
@@ -45,5 +45,5 @@ class Policy(Struct, frozen=True, kw_only=True):
         return {
             "max_queue": self.max_queue,
             "max_bytes": self.max_queue_bytes,
-            "idem_ttl": self.idempotency_seconds,
+            "idempotency_ttl_seconds": self.idempotency_seconds,
         }

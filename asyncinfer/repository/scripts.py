@@ -1,7 +1,12 @@
-"""The Lua scripts, assembled with their preludes."""
+"""The Lua scripts, assembled from the parts that each includes.
+
+`python -m asyncinfer.repository.scripts` lists the scripts with their SHA-1; with the name of one
+it prints the text that Redis runs.
+"""
 
 import hashlib
-import re
+import sys
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Final
@@ -26,12 +31,8 @@ NAMES: Final = (
     "default",
     "retract",
 )
-_CLAIMING: Final = frozenset({"claim", "finish"})
 
-_DEFINITION: Final = re.compile(
-    r"(?:^--[^\n]*\n)*^local (?:function (\w+)\(|(\w+) = \{$).*?^(?:end|\})\n\n?",
-    re.MULTILINE | re.DOTALL,
-)
+_INCLUDE: Final = "-- include: "
 
 
 class Script(Struct, frozen=True):
@@ -43,23 +44,45 @@ class Script(Struct, frozen=True):
 
 @cache
 def script(name: str) -> Script:
-    shebang, body = _source(name).split("\n", 1)
-    prelude = _source("_job") + (_source("_claim") if name in _CLAIMING else "")
-    text = "\n".join([shebang, _used(prelude, body), body])
+    text = _assembled(name, set())
     return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
-def _used(prelude: str, body: str) -> str:
-    """The prelude without what a script does not use: Redis makes each function anew for every
-    call, and to make all of them took a call longer than its commands."""
-    text = body
-    for found in reversed(list(_DEFINITION.finditer(prelude))):
-        if re.search(rf"\b{found[1] or found[2]}\b", text):
-            text = found[0] + text
-        else:
-            prelude = prelude[: found.start()] + prelude[found.end() :]
-    return prelude
+def _assembled(name: str, included: set[str]) -> str:
+    """The text of a file with each include line replaced by the parts it names.
+
+    Each part comes once, behind the parts that it includes itself. The parts are small because
+    Redis creates every function again for every call: to create those of all parts took a call
+    longer than its commands.
+    """
+    lines = []
+    for line in _source(name).splitlines(keepends=True):
+        if not line.startswith(_INCLUDE):
+            lines.append(line)
+            continue
+        for part in line.removeprefix(_INCLUDE).split():
+            if part not in included:
+                included.add(part)
+                lines.append(f"\n{_assembled(f'_{part}', included)}")
+    return "".join(lines)
 
 
 def _source(name: str) -> str:
     return (files("asyncinfer.repository") / "lua" / f"{name}.lua").read_text()
+
+
+def main(arguments: Sequence[str]) -> int:
+    if not arguments:
+        sys.stdout.writelines(f"{script(name).sha}  {name}\n" for name in NAMES)
+        return 0
+    if len(arguments) > 1 or arguments[0] not in NAMES:
+        sys.stderr.write(
+            f"There is no script {' '.join(arguments)!r}. The scripts are: {', '.join(NAMES)}.\n"
+        )
+        return 2
+    sys.stdout.write(script(arguments[0]).text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

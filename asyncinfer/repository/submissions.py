@@ -141,7 +141,12 @@ class Submissions:
         """One script call: at most 256 jobs and 1 MiB (or one job), all of one queue."""
         args: list[Any] = [encode_args(self._store.policy.room())]
         for job in jobs:
-            args += (job.job_id, job.data, encode_record(job.record), _extra_of(job, self._store.n))
+            args += (
+                job.job_id,
+                job.data,
+                encode_record(job.record),
+                packed_options(script_options(job, self._store.n)),
+            )
         names = [queue, keys.queues(self._store.n)]
         reply = await self._store.call(script("submit"), names, args)
         return [_submitted(job, verdict) for job, verdict in zip(jobs, reply, strict=True)]
@@ -211,36 +216,37 @@ def _size_of_entry(entry: _Entry) -> int:
     return len(entry[0].data)
 
 
-def _extra_of(job: NewJob, n: str) -> bytes:
+def script_options(job: NewJob, n: str) -> dict[str, str | int]:
+    """What `submit` must know of a job with options; empty for most jobs."""
     options = job.record.options
-    extra = round_options(options)
+    found = round_options(options)
     if options.group is not None:
-        extra["g"] = keys.group(n, job.record.tenant, options.group)
+        found["group"] = keys.group(n, job.record.tenant, options.group)
     if job.inbox:
-        extra["w"] = job.inbox
+        found["inbox"] = job.inbox
     if job.idempotency:
-        extra |= {"k": job.idempotency, "f": job.fingerprint}
-    return packed_options(extra)
+        found |= {"idempotency_key": job.idempotency, "fingerprint": job.fingerprint}
+    return found
 
 
 def round_options(options: Options) -> dict[str, str | int]:
-    """What the scripts must know of a job's options, in the letters of `jobs.Facts`."""
-    extra: dict[str, str | int] = {}
+    """What `submit` and `retry` must know of a round's options, in the words of the scripts."""
+    found: dict[str, str | int] = {}
     if options.priority != "normal":
-        extra["p"] = options.priority
+        found["priority"] = options.priority
     if options.ttl_seconds is not None:
-        extra["t"] = options.ttl_seconds
+        found["ttl_seconds"] = options.ttl_seconds
     if options.start_within_seconds is not None:
-        extra["b"] = int(options.start_within_seconds * 1000)
+        found["start_within_ms"] = int(options.start_within_seconds * 1000)
     if options.finish_within_seconds is not None:
-        extra["l"] = int(options.finish_within_seconds * 1000)
+        found["finish_within_ms"] = int(options.finish_within_seconds * 1000)
     if options.delay_seconds:
-        extra["y"] = int(options.delay_seconds * 1000)
-    return extra
+        found["delay_ms"] = int(options.delay_seconds * 1000)
+    return found
 
 
-def packed_options(extra: dict[str, str | int]) -> bytes:
-    return encode_args(extra) if extra else b""
+def packed_options(options: dict[str, str | int]) -> bytes:
+    return encode_args(options) if options else b""
 
 
 def _refuse(entries: Sequence[_Entry], error: RequestError) -> None:

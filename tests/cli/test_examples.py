@@ -15,8 +15,8 @@ import pytest
 from asyncinfer.cli.commands import SECTIONS, commands
 from asyncinfer.cli.exit_codes import EXIT_CODES
 from tests.cli.command_line import piped, told
-from tests.docs.test_readme import is_up, shell
-from tests.service.test_serve import free_port
+from tests.docs.markdown import is_up, shell
+from tests.serving import free_port
 
 from .conftest import ended, submitted
 

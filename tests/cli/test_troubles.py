@@ -11,7 +11,7 @@ from asyncinfer import api_keys
 from asyncinfer.testing import Running, service
 from tests.cli.command_line import Told, complaint, told
 from tests.faults.harness import eventually_sync
-from tests.service.test_serve import answer_of, free_port, serving
+from tests.serving import answer_of, free_port, serving
 
 ROW = "5.1,3.5,1.4,0.2\n"
 

@@ -31,7 +31,7 @@ from asyncinfer.client._drivers import Content
 from asyncinfer.errors import RouteNotFound
 from asyncinfer.testing import Running, service
 from tests.faults.proxy import Proxy, proxied
-from tests.service.test_serve import free_port
+from tests.serving import free_port
 
 SETOSA: Final = [5.1, 3.5, 1.4, 0.2]
 

@@ -18,7 +18,7 @@ from asyncinfer.client import Client
 from asyncinfer.testing import Running
 from tests.faults.harness import eventually_sync
 from tests.process import REPOSITORY, Parent, is_gone, parent, processes
-from tests.service.test_serve import free_port
+from tests.serving import free_port
 
 _MAPPER: Final = """
 import sys

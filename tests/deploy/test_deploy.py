@@ -37,7 +37,7 @@ from asyncinfer.repository.store import Store
 from tests.conftest import wait_for_server
 from tests.faults.harness import eventually_sync
 from tests.process import REPOSITORY
-from tests.service.test_serve import free_port
+from tests.serving import free_port
 
 VARIABLES: Final = {knob.variable for knob in settings.knobs()}
 PROJECT: Final = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())

@@ -14,20 +14,10 @@ import pytest
 
 from asyncinfer.models.config import ModelConfig
 from asyncinfer.tensors.datatypes import DTYPES
-from tests.docs.test_readme import (
-    Block,
-    all_blocks,
-    as_shown,
-    check_step,
-    folder,
-    sections_with,
-    steps,
-)
+from tests.docs.markdown import Block, all_blocks, as_shown, check_step, sections_with, steps
 from tests.faults.harness import eventually_sync
 from tests.process import REPOSITORY
-from tests.service.test_serve import Serve, serving
-
-__all__ = ["folder"]
+from tests.serving import Serve, serving
 
 PAGE: Final = (REPOSITORY / "asyncinfer" / "docs" / "models.md").read_text()
 URL: Final = "http://127.0.0.1:8000"

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx2
 
 from tests.process import REPOSITORY
-from tests.service.test_serve import free_port
+from tests.serving import free_port
 
 from .harness import eventually_sync
 

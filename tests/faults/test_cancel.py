@@ -44,8 +44,8 @@ async def test_a_running_job_is_stopped_and_its_neighbours_are_not(
         worker = workers.hire()
         await eventually(lambda: server.hlen(keys.running(customer.queue)) == 3, "all three run")
         stored = await _read(customer, ids[1])
-        assert await customer.operations.cancel(stored) == "asked"
-        assert await customer.operations.cancel(stored) in ("asked", "cancelled")
+        assert await customer.operations.cancel(stored) == "stopping"
+        assert await customer.operations.cancel(stored) in ("stopping", "cancelled")
         await eventually(lambda: server.get(keys.status(ids[1])) == b"cancelled", "one is out")
         assert server.hlen(keys.running(customer.queue)) == 2
         del customer.acknowledged[ids[1]]
@@ -104,7 +104,7 @@ async def test_the_job_of_a_dead_worker_is_cancelled_all_the_same(
         doomed = workers.hire()
         await eventually(lambda: server.hlen(keys.running(customer.queue)) == 1, "it runs")
         doomed.kill()
-        assert await customer.operations.cancel(await _read(customer, job_id)) == "asked"
+        assert await customer.operations.cancel(await _read(customer, job_id)) == "stopping"
         survivor = workers.hire()
         await eventually(lambda: server.get(keys.status(job_id)) == b"cancelled", "it is out")
         await eventually(lambda: survivor.announced(server), "the survivor is ready")

@@ -14,7 +14,7 @@ from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import EXIT_HUNG, WorkerConfig
 from tests import zoo
 from tests.faults.load_client import Customer
-from tests.service.test_serve import free_port
+from tests.serving import free_port
 
 from .harness import assert_at_rest, eventually
 from .processes import DurableServer, OpenCrew

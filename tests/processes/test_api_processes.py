@@ -28,7 +28,7 @@ from asyncinfer.repository.store import Store
 from tests.api.harness import QUEUE, ROW, Hand, announce
 from tests.faults.harness import eventually, eventually_sync
 from tests.process import is_gone, parent
-from tests.service.test_serve import REFUSED, Serve, free_port, serving
+from tests.serving import REFUSED, Serve, free_port, serving
 
 TWO: Final = ("--api-processes", "2")
 
@@ -147,7 +147,7 @@ def client(redis_url: str) -> Iterator[Any]:
 
 def waited_for_by(client: Any, job_id: str) -> int:
     """How many API processes wait for a job."""
-    return len(decode_facts(client.hget(keys.facts(QUEUE), job_id)).w)
+    return len(decode_facts(client.hget(keys.facts(QUEUE), job_id)).inboxes)
 
 
 @pytest.mark.soak

@@ -71,8 +71,8 @@ async def test_a_claim_gives_all_that_is_needed_to_run_a_job(hands: Hands) -> No
     claim = await hands.take()
     claimed = claim.jobs[0]
     assert (claim.queue, claimed.job_id, claimed.data) == (Q, job.job_id, b"[[7]]")
-    assert (claimed.record, claimed.facts.p) == (job.record, "high")
-    assert not claim.lone
+    assert (claimed.record, claimed.facts.priority) == (job.record, "high")
+    assert not claim.exclusive
     assert hands.status(job.job_id) == "processing"
 
 
@@ -363,8 +363,8 @@ async def test_a_redelivered_job_is_claimed_alone(hands: Hands) -> None:
     claimed = await hands.claim()
     assert claimed.claim is not None
     assert ids_of(claimed.claim.jobs) == [poison]
-    assert claimed.claim.lone
-    assert claimed.claim.jobs[0].facts.d == 1
+    assert claimed.claim.exclusive
+    assert claimed.claim.jobs[0].facts.deliveries == 1
     assert hands.waiting() == [innocent]
 
 
@@ -400,7 +400,7 @@ async def test_a_suspect_is_claimed_alone_without_a_delivery_counted(hands: Hand
     await hands.finish(await hands.take(), "suspect")
     claims = [await hands.take(), await hands.take()]
     assert [ids_of(claim.jobs) for claim in claims] == [[one] for one in suspects]
-    assert all(claim.lone and claim.jobs[0].facts.d == 0 for claim in claims)
+    assert all(claim.exclusive and claim.jobs[0].facts.deliveries == 0 for claim in claims)
 
 
 async def test_a_retried_claim_of_a_lone_job_gets_it_again(hands: Hands) -> None:
@@ -415,7 +415,7 @@ async def test_a_retried_claim_of_a_lone_job_gets_it_again(hands: Hands) -> None
 async def test_a_job_past_its_start_deadline_is_failed_not_run(hands: Hands) -> None:
     late = await hands.one(start_within_seconds=0.001)
     job = await hands.one(start_within_seconds=60)
-    due = hands.facts(late).b
+    due = hands.facts(late).start_by_ms
     await eventually(lambda: hands.now_ms() > due, "the start deadline")
     claim = await hands.take()
     assert ids_of(claim.jobs) == [job]
@@ -427,7 +427,7 @@ async def test_a_job_past_its_start_deadline_is_failed_not_run(hands: Hands) -> 
 
 async def test_a_job_past_its_life_deadline_is_failed_not_run(hands: Hands) -> None:
     late = await hands.one(finish_within_seconds=0.001)
-    due = hands.facts(late).l
+    due = hands.facts(late).finish_by_ms
     await eventually(lambda: hands.now_ms() > due, "the life deadline")
     assert await hands.run_all() == []
     assert hands.error_code(late) == "expired"
@@ -443,10 +443,10 @@ async def test_a_start_deadline_that_was_met_is_forgotten(hands: Hands) -> None:
 
 async def test_the_life_deadline_takes_the_place_of_the_start_deadline(hands: Hands) -> None:
     job_id = await hands.one(start_within_seconds=60, finish_within_seconds=120, priority="low")
-    due = hands.facts(job_id).l
-    assert hands.redis.zscore(keys.deadlines(Q), job_id) == hands.facts(job_id).b < due
+    due = hands.facts(job_id).finish_by_ms
+    assert hands.redis.zscore(keys.deadlines(Q), job_id) == hands.facts(job_id).start_by_ms < due
     claim = await hands.take()
-    assert (claim.jobs[0].facts.b, claim.jobs[0].facts.l) == (0, due)
+    assert (claim.jobs[0].facts.start_by_ms, claim.jobs[0].facts.finish_by_ms) == (0, due)
     assert hands.facts(job_id) == claim.jobs[0].facts
     assert hands.redis.zscore(keys.deadlines(Q), job_id) == due
 
@@ -464,7 +464,7 @@ async def test_however_many_have_expired_none_is_lost_and_the_rest_is_served(
 ) -> None:
     late = [job for _ in range(36) for job in await hands.some(250, start_within_seconds=0.001)]
     job = await hands.one()
-    due = hands.facts(late[-1]).b
+    due = hands.facts(late[-1]).start_by_ms
     await eventually(lambda: hands.now_ms() > due, "the last start deadline")
     assert (await hands.claim(10)).claim is None
     left = len(hands.waiting())
@@ -580,7 +580,7 @@ async def test_released_jobs_wait_again_at_the_serving_end_in_their_order(hands:
     assert hands.waiting() == jobs
     assert hands.counter(keys.bytes_waiting(Q)) == 6 * len(DATA)
     again = await hands.take()
-    assert all(job.facts.d == 0 for job in again.jobs)
+    assert all(job.facts.deliveries == 0 for job in again.jobs)
 
 
 async def test_released_jobs_keep_their_priority(hands: Hands) -> None:

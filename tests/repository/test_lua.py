@@ -1,8 +1,10 @@
-"""Each script does what its header says, and says all it does."""
+"""Each script does what its header says and says all it does, and includes just what it uses."""
 
 import ast
 import inspect
 import re
+import subprocess
+import sys
 from collections import Counter
 from importlib.resources import files
 from pathlib import Path
@@ -10,16 +12,45 @@ from pathlib import Path
 import pytest
 import redis
 
-from asyncinfer.jobs import Facts
+from asyncinfer.jobs import SCHEMA, Facts, Options, Record
 from asyncinfer.repository import keys
+from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.scripts import NAMES, script
+from asyncinfer.repository.submissions import NewJob, script_options
 
 PACKAGE = Path(inspect.getfile(keys)).parents[1]
-PRELUDES = ("_job", "_claim")
+
+HOT = ("submit", "claim", "finish", "renew")
+"""Called for every job; Redis creates every function of a script again for every call."""
+
+MAX_UNUSED_FUNCTIONS = 2
+MAX_UNUSED_FUNCTIONS_IF_HOT = 1
+
+KEYWORDS = frozenset(
+    (
+        *("and", "break", "do", "else", "elseif", "end", "false", "for", "function", "if", "in"),
+        *("local", "nil", "not", "or", "repeat", "return", "then", "true", "until", "while"),
+    )
+)
+BUILTINS = frozenset(
+    (
+        *("redis", "cmsgpack", "struct", "KEYS", "ARGV", "math", "table", "ipairs", "pairs"),
+        *("next", "pcall", "rawset", "setmetatable", "tonumber", "tostring", "type", "unpack"),
+    )
+)
+"""The globals of Redis and of Lua that scripts use."""
 
 
 def source(name: str) -> str:
     return (files("asyncinfer.repository") / "lua" / f"{name}.lua").read_text()
+
+
+def part_names() -> list[str]:
+    names = (path.name for path in (files("asyncinfer.repository") / "lua").iterdir())
+    return sorted(name.removesuffix(".lua") for name in names if name.startswith("_"))
+
+
+PARTS = part_names()
 
 
 def parted(name: str) -> tuple[str, str]:
@@ -37,13 +68,101 @@ def section(name: str, word: str) -> str:
 
 
 def code_of(text: str) -> str:
-    """Lua without its comments."""
-    return re.sub(r"--.*", "", text)
+    """Lua without its comments and without its shebang."""
+    return re.sub(r"--.*", "", text.removeprefix("#!lua flags=allow-oom").removeprefix("#!lua"))
+
+
+def names_in(code: str) -> list[str]:
+    """Every name in code that is no field, no method and in no string."""
+    return re.findall(r"(?<![.:\w])[A-Za-z_]\w*", re.sub(r"'[^'\n]*'", "", code))
+
+
+def defined_in(code: str) -> dict[str, bool]:
+    """What code defines at its top level, by name; whether it is a function."""
+    found = re.findall(r"^local (function )?(\w+)", code, re.MULTILINE)
+    return {name: bool(function) for function, name in found}
+
+
+def included_by(name: str) -> list[str]:
+    lines = re.findall(r"^-- include: (.*)$", source(name), re.MULTILINE)
+    return [f"_{part}" for line in lines for part in line.split()]
+
+
+def definitions() -> dict[str, str]:
+    """Each function and constant of a part, with the part."""
+    return {name: part for part in PARTS for name in defined_in(code_of(source(part)))}
 
 
 def test_every_script_is_listed_and_nothing_else_lies_beside_them() -> None:
-    found = {one.name for one in (files("asyncinfer.repository") / "lua").iterdir()}
-    assert found == {f"{name}.lua" for name in (*NAMES, *PRELUDES)}
+    found = {path.name for path in (files("asyncinfer.repository") / "lua").iterdir()}
+    assert found == {f"{name}.lua" for name in (*NAMES, *PARTS)}
+
+
+# --- what a script includes ------------------------------------------------------------------
+
+
+def test_no_two_parts_define_the_same_name() -> None:
+    names = Counter(name for part in PARTS for name in defined_in(code_of(source(part))))
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+@pytest.mark.parametrize("name", [*NAMES, *PARTS])
+def test_a_script_and_a_part_include_each_part_they_use_and_no_other(name: str) -> None:
+    part_of = definitions()
+    used = {part_of[word] for word in names_in(code_of(source(name))) if word in part_of}
+    assert Counter(included_by(name)) == Counter(used - {name})
+
+
+def test_every_part_is_used() -> None:
+    assert {part for name in (*NAMES, *PARTS) for part in included_by(name)} == set(PARTS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_included_part_comes_once_and_behind_the_parts_that_it_includes(name: str) -> None:
+    text = script(name).text
+    wanted, order = set(included_by(name)), []
+    while new := {part for one in wanted for part in included_by(one)} - wanted:
+        wanted |= new
+    for part in wanted:
+        # A part may begin with lines that include others.
+        code = re.sub(r"^-- include: .*\n", "", source(part), flags=re.MULTILINE)
+        assert text.count(code) == 1, part
+        order.append((text.index(code), part))
+    places = {part: place for place, part in order}
+    for part in wanted:
+        assert all(places[other] < places[part] for other in included_by(part))
+    assert "-- include:" not in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_script_defines_nearly_nothing_that_it_does_not_use(name: str) -> None:
+    code = code_of(script(name).text)
+    counts = Counter(names_in(code))
+    unused = {defined: function for defined, function in defined_in(code).items()}
+    unused = {defined: function for defined, function in unused.items() if counts[defined] == 1}
+    most = MAX_UNUSED_FUNCTIONS_IF_HOT if name in HOT else MAX_UNUSED_FUNCTIONS
+    assert sum(unused.values()) <= most, [word for word, is_one in unused.items() if is_one]
+    # The names of facts come all together: a constant that no function uses costs nothing.
+    constants = {word for word, is_function in unused.items() if not is_function}
+    assert constants <= set(fact_names())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_script_uses_no_name_that_is_defined_nowhere(name: str) -> None:
+    code = code_of(script(name).text)
+    declared = set(KEYWORDS | BUILTINS)
+    for names in re.findall(r"\blocal ([\w, ]+)", code):
+        declared.update(re.findall(r"\w+", names))
+    for names in re.findall(r"\bfunction\s*\w*\(([^)]*)\)", code):
+        declared.update(re.findall(r"\w+", names))
+    for names in re.findall(r"\bfor ([\w, ]+?) (?:=|in)", code):
+        declared.update(re.findall(r"\w+", names))
+    # A field of a table: `{ id = id, status = outcome }`.
+    fields = set(re.findall(r"[{,]\s*(\w+) = ", code))
+    assert set(names_in(code)) <= declared | fields
+
+
+# --- the header ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -53,6 +172,12 @@ def test_a_header_names_the_verb_its_keys_arguments_and_answer(name: str) -> Non
     assert section(name, "KEYS")
     assert section(name, "ARGV").startswith("1 {")
     assert section(name, "Returns")
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_says_what_it_is_about(name: str) -> None:
+    lines = re.sub(r"^-- include: .*\n", "", source(name), flags=re.MULTILINE).split("\n")
+    assert re.match(r"-- [A-Z].", lines[0])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -65,13 +190,27 @@ def test_every_key_used_by_number_is_documented_and_the_reverse(name: str) -> No
     assert not documented or max(documented) <= max(used) + 1
 
 
+def argument_words(name: str) -> set[str]:
+    """The words in the braces of `1 {...}`."""
+    return set(re.findall(r"\w+", section(name, "ARGV").partition("}")[0].removeprefix("1 {")))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_argument_read_from_the_packed_ones_is_documented(name: str) -> None:
-    _, body = parted(name)
-    documented = re.findall(r"\w+", section(name, "ARGV"))
-    read = set(re.findall(r"\ba\.(\w+)", code_of(body)))
-    assert read <= set(documented)
-    assert section(name, "ARGV").startswith("1 {}") != ("cmsgpack.unpack(ARGV[1])" in body)
+    read = set(re.findall(r"\bargs\.(\w+)", code_of(script(name).text)))
+    documented = argument_words(name)
+    if "next" in documented:
+        documented |= argument_words("claim")
+    assert read <= documented
+    assert ("{}" in section(name, "ARGV")[:4]) != ("cmsgpack.unpack(ARGV[1])" in source(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_documented_argument_is_read_but_those_of_a_policy(name: str) -> None:
+    """Python sends the whole of a policy's arguments to every script that ends jobs."""
+    read = set(re.findall(r"\bargs\.(\w+)", code_of(script(name).text)))
+    documented = re.findall(r"^1 \{([\w, ]*)", section(name, "ARGV"))[0]
+    assert set(re.findall(r"\w+", documented)) - read <= set(Policy().ending())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -81,46 +220,86 @@ def test_every_word_a_script_answers_with_is_documented(name: str) -> None:
         assert word in header, f"{name} returns {word!r}"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_words_of_keys_are_those_that_python_builds(name: str) -> None:
+def test_the_options_that_python_packs_are_those_that_submit_documents_and_reads() -> None:
+    options = Options(
+        priority="high",
+        delay_seconds=1,
+        start_within_seconds=1,
+        finish_within_seconds=1,
+        ttl_seconds=1,
+        group="g",
+    )
+    record = Record(SCHEMA, "q", "m", "default", 0, options=options)
+    packed = script_options(NewJob("id", "q", b"x", record, "inbox", "key", "fingerprint"), "q")
+    code = code_of(script("submit").text)
+    assert set(re.findall(r"\boptions\.(\w+)", code)) == set(packed)
+    documented = section("submit", "ARGV").partition("options:")[2]
+    assert set(packed) <= set(re.findall(r"\w+", documented))
+
+
+# --- keys and facts --------------------------------------------------------------------------
+
+
+def words_of_keys() -> set[str]:
+    """The words that may stand behind `q.`, as `_keys.lua` lists them."""
+    found = re.search(r"^-- Words +(.*(?:\n--  +.*)*)", source("_keys"), re.MULTILINE)
+    assert found
+    return set(found[1].replace("\n--", " ").partition(";")[0].split())
+
+
+def test_the_words_of_keys_are_those_that_python_builds(server: redis.Redis) -> None:
     python = {
-        function("{}").removeprefix("{{}}:")
-        for function_name, function in inspect.getmembers(keys, inspect.isfunction)
-        if list(inspect.signature(function).parameters) == ["q"] and function_name != "waiting"
+        function("a:b")
+        for name, function in inspect.getmembers(keys, inspect.isfunction)
+        if list(inspect.signature(function).parameters) == ["q"] and name != "waiting"
     }
-    python |= {"high", "low", "list"}
-    text = code_of(script(name).text)
-    assert set(re.findall(r"\bq\.(\w+)", text)) <= python
-    assert set(re.findall(r"q\['(\w+):'", text)) <= {"claim", "idem"}
+    high, _, low = keys.waiting("a:b")
+    words = sorted(words_of_keys())
+    names = "".join(f", q.{word}" for word in words)
+    lua = server.eval(f"{source('_keys')} local q = queue('a:b') return {{ q.list{names} }}", 0)
+    assert lua[0] == b"a:b"
+    assert {name.decode() for name in lua[1:]} == python | {high, low}
 
 
-def test_every_key_of_a_queue_that_python_names_is_one_that_lua_uses() -> None:
-    text = "".join(code_of(source(name)) for name in (*NAMES, *PRELUDES))
-    for name, function in inspect.getmembers(keys, inspect.isfunction):
-        if list(inspect.signature(function).parameters) == ["q"] and name != "waiting":
-            word = function("").removeprefix("{}:")
-            assert re.search(rf"\bq\.{word}\b", text), f"no script uses {word}"
+def test_the_keys_that_scripts_use_are_those_that_are_listed() -> None:
+    text = "".join(code_of(source(name)) for name in (*NAMES, *PARTS))
+    # `q` and `default_q` hold the keys of a queue.
+    assert set(re.findall(r"\b(?:\w+_)?q\.(\w+)", text)) == words_of_keys() | {"list"}
+    assert set(re.findall(r"\bq\['(\w+):'", text)) == {"claim", "idem"}
+    for names in re.findall(r"local ([\w, ]+) = queue\(", text):
+        assert re.fullmatch(r"(?:\w+_)?q(, .*)?", names)
 
 
 def test_lua_builds_the_names_that_python_builds(server: redis.Redis) -> None:
-    prelude = source("_job")
     names = server.eval(
-        prelude
-        + "local q = queue('a:b') return { q.list, q.high, q.low, q.running, q['claim:t'],"
-        + " q['idem:k'], job('1', 'data') }",
+        source("_keys")
+        + source("_job_keys")
+        + "local q = queue('a:b') return { q['claim:t'], q['idem:k'], job_key('1', 'data'), "
+        + "unpack(job_keys({ '1', '2' }, ':status')) }",
         0,
     )
-    high, normal, low = keys.waiting("a:b")
     assert [name.decode() for name in names] == [
-        *(normal, high, low, keys.running("a:b"), keys.claim("a:b", "t")),
-        *(keys.idempotency("a:b", "k"), keys.data("1")),
+        *(keys.claim("a:b", "t"), keys.idempotency("a:b", "k"), keys.data("1")),
+        *(keys.status("1"), keys.status("2")),
     ]
 
 
-def test_the_letters_of_facts_are_those_of_the_record() -> None:
-    text = "".join(code_of(source(name)) for name in (*NAMES, *PRELUDES))
-    used = set(re.findall(r"\b(?:facts|known)\.(\w+)", text))
-    assert used <= set(Facts.__struct_fields__)
+def fact_names() -> dict[str, str]:
+    return dict(re.findall(r"^local (\w+) = '(\w)'$", source("_fact_names"), re.MULTILINE))
+
+
+def test_the_names_and_letters_of_facts_are_those_of_the_record() -> None:
+    letters = zip(Facts.__struct_fields__, Facts.__struct_encode_fields__, strict=True)
+    assert fact_names() == {field.upper(): letter for field, letter in letters}
+
+
+def test_facts_are_named_by_nothing_but_their_names() -> None:
+    text = "".join(code_of(source(name)) for name in (*NAMES, *PARTS))
+    assert set(re.findall(r"\bfacts\[([^\]]*)\]", text)) == {*fact_names(), "i", "name"}
+    assert re.findall(r"(?<!q\.)\bfacts\.\w+", text.replace("q.facts", "")) == []
+
+
+# --- the rules of all ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -158,19 +337,45 @@ def test_no_script_is_called_from_outside_the_repository(name: str) -> None:
             assert f'script("{name}")' not in path.read_text(), path
 
 
-@pytest.mark.parametrize("name", [*NAMES, *PRELUDES])
+@pytest.mark.parametrize("name", [*NAMES, *PARTS])
 def test_lua_moves_and_python_builds(name: str) -> None:
     text = code_of(source(name))
     assert "cjson" not in text
     assert "KEYS *" not in text
 
 
-@pytest.mark.parametrize("name", [*NAMES, *PRELUDES])
+@pytest.mark.parametrize("name", [*NAMES, *PARTS])
 def test_lines_fit_the_page(name: str) -> None:
     assert all(len(line) <= 110 for line in source(name).split("\n"))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_script_loads_and_its_digest_is_the_servers(server: redis.Redis, name: str) -> None:
-    one = script(name)
-    assert server.script_load(one.text) == one.sha
+    loaded = script(name)
+    assert server.script_load(loaded.text) == loaded.sha
+
+
+# --- printed ---------------------------------------------------------------------------------
+
+
+def run_scripts(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "asyncinfer.repository.scripts", *arguments]
+    return subprocess.run(command, capture_output=True, check=False, text=True)
+
+
+def test_the_text_that_redis_runs_can_be_printed() -> None:
+    printed = run_scripts("claim")
+    assert (printed.returncode, printed.stdout) == (0, script("claim").text)
+
+
+def test_the_scripts_are_listed_with_their_digests() -> None:
+    listed = run_scripts()
+    assert listed.returncode == 0
+    assert listed.stdout.splitlines() == [f"{script(name).sha}  {name}" for name in NAMES]
+
+
+def test_an_unknown_script_exits_with_2_and_the_names() -> None:
+    refused = run_scripts("claims")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "'claims'" in refused.stderr
+    assert all(name in refused.stderr for name in NAMES)

@@ -175,13 +175,15 @@ async def test_what_one_call_leaves_the_same_caller_takes_up(hands: Hands) -> No
     policy = hands.store.policy
     args = {
         **policy.ending(),
-        **{"tick": 60_000, "lease": policy.lease_ms, "max_deliveries": 3},
-        **{"dead_ms": 1000, "log_jobs": 1000, "more": False},
+        **{"tick_ms": 60_000, "lease_ms": policy.lease_ms, "max_deliveries": 3},
+        **{"dead_letter_ms": 1000, "log_jobs": 1000, "is_continued": False},
     }
     first = await hands.store.call(script("reap"), [Q], [encode_args(args)])
     assert (first[0][0], first[0][5]) == (1000, 1)
     assert await hands.store.call(script("reap"), [Q], [encode_args(args)]) == [None]
-    rest = await hands.store.call(script("reap"), [Q], [encode_args({**args, "more": True})])
+    rest = await hands.store.call(
+        script("reap"), [Q], [encode_args({**args, "is_continued": True})]
+    )
     assert (rest[0][0], rest[0][5]) == (250, 0)
 
 
@@ -191,7 +193,7 @@ async def test_a_lost_job_keeps_its_priority_and_counts_a_delivery(hands: Hands)
     hands.let_leases_end()
     await hands.sweep()
     assert hands.redis.lrange(keys.waiting(Q)[2], 0, -1) == [low.encode()]
-    assert (hands.facts(low).d, hands.facts(low).p) == (1, "low")
+    assert (hands.facts(low).deliveries, hands.facts(low).priority) == (1, "low")
     assert hands.counter(keys.bytes_waiting(Q)) == len(DATA)
     assert await hands.ended(claim) == ["stale"]
 
@@ -199,7 +201,7 @@ async def test_a_lost_job_keeps_its_priority_and_counts_a_delivery(hands: Hands)
 async def test_a_job_that_loses_its_worker_too_often_is_a_dead_letter(hands: Hands) -> None:
     job_id = await hands.one()
     for delivery in range(3):
-        assert hands.facts(job_id).d == delivery
+        assert hands.facts(job_id).deliveries == delivery
         await hands.take()
         hands.let_leases_end()
         swept = await hands.sweep()
@@ -217,7 +219,7 @@ async def test_an_error_counts_no_delivery_and_a_release_keeps_the_count(hands: 
     await hands.sweep()
     await hands.finish(await hands.take(), "released")
     await hands.finish(await hands.take(), "retry")
-    assert hands.facts(job_id).d == 1
+    assert hands.facts(job_id).deliveries == 1
     await hands.run_all()
     assert_at_rest(hands.redis, Q)
 
@@ -229,7 +231,7 @@ async def test_a_new_round_begins_without_deliveries(hands: Hands) -> None:
     hands.let_leases_end()
     await hands.sweep()
     assert await hands.retry(job_id) == "ok"
-    assert hands.facts(job_id).d == 0
+    assert hands.facts(job_id).deliveries == 0
     assert not hands.redis.exists(keys.dead(Q))
 
 
@@ -346,7 +348,7 @@ async def test_a_running_job_past_its_deadline_is_flagged_first_and_ends_a_lease
     claim = await hands.take()
     hands.let_come_due(keys.deadlines(Q))
     assert (await hands.sweep()).expired == 0
-    assert (hands.status(late), hands.facts(late).e) == ("processing", 1)
+    assert (hands.status(late), hands.facts(late).expired) == ("processing", 1)
     messages = [fields for _, fields in hands.redis.xrange(keys.control(Q))]
     assert messages == [{b"expire": late.encode()}]
     assert 0 < hands.redis.zscore(keys.deadlines(Q), late) - hands.now_ms() <= 500
@@ -507,7 +509,7 @@ async def test_a_job_that_came_back_between_the_look_and_the_script_stays_once(
 ) -> None:
     job_id = await hands.one(priority="low")
     hands.redis.zadd(keys.odd(Q), {job_id: 1})
-    args = [encode_args({"pause": 1, "ttl": 1000}), job_id]
+    args = [encode_args({"pause_ms": 1, "ttl_ms": 1000}), job_id]
     assert await hands.store.call(script("repair"), [Q, keys.odd(Q)], args) == [0, 0]
     assert hands.waiting() == [job_id]
     assert not hands.redis.exists(keys.odd(Q))

@@ -326,7 +326,7 @@ class Machine(RuleBasedStateMachine):
         if before.status is None:
             return
         verdict = self.do(self.hands.cancel(job_id))
-        expected = {"pending": "cancelled", "processing": "asked", "cancelled": "cancelled"}
+        expected = {"pending": "cancelled", "processing": "stopping", "cancelled": "cancelled"}
         assert verdict == expected.get(str(before.status), "finished")
         if before.ended:
             self.unchanged("cancelling an ended job")
@@ -420,7 +420,7 @@ class Machine(RuleBasedStateMachine):
         mine = [one for one in self.held if one.worker == worker and not one.let_go]
         if not mine:
             self.blocked.discard(worker)
-        return worker not in self.blocked and not any(one.claim.lone for one in mine)
+        return worker not in self.blocked and not any(one.claim.exclusive for one in mine)
 
     def request(self, worker: int, max_jobs: int, low_first: bool, turn: bool) -> ClaimRequest:
         holds = any(one.worker == worker and not one.let_go for one in self.held)
@@ -439,7 +439,7 @@ class Machine(RuleBasedStateMachine):
         assert not before.paused
         assert not set(ids) & set(before.running)
         assert all(not self.last.jobs[job_id].ended for job_id in ids)
-        alone = [job for job in claim.jobs if job.facts.d or job.facts.s]
+        alone = [job for job in claim.jobs if job.facts.deliveries or job.facts.suspect]
         assert not alone or (len(ids) == 1 and not request.held)
         self.check_order(before, ids, request)
         self.held.append(Held(worker, claim, request, ids))
@@ -560,7 +560,7 @@ class Machine(RuleBasedStateMachine):
         for one, verdict in zip(finished, verdicts, strict=True):
             if before.running.get(one.job_id) != held.claim.token:
                 assert verdict in ("stale", "already")
-            elif before.facts.get(one.job_id, Facts()).c:
+            elif before.facts.get(one.job_id, Facts()).cancel_requested:
                 assert verdict == "cancelled"
             else:
                 assert verdict == one.outcome
@@ -648,7 +648,9 @@ class Machine(RuleBasedStateMachine):
         job_id = ids[which % len(ids)]
         self.hands.let_come_due(keys.deadlines(queue), job_id)
         facts = self.last.queues[queue].facts[job_id]
-        past = msgspec.structs.replace(facts, **({"b": 1} if facts.b else {"l": 1}))
+        past = msgspec.structs.replace(
+            facts, **({"start_by_ms": 1} if facts.start_by_ms else {"finish_by_ms": 1})
+        )
         self.redis.hset(keys.facts(queue), job_id, msgspec.msgpack.encode(past))
 
     @rule()
@@ -709,7 +711,10 @@ class Machine(RuleBasedStateMachine):
         if before and before.ended and job_id not in self.reopened:
             kept = msgspec.structs.replace(before, ttls=(), size=0)
             assert msgspec.structs.replace(now, ttls=(), size=0) == kept
-        asked = before and self.last.queues[self.queue_of(job_id)].facts.get(job_id, Facts()).c
+        asked = (
+            before
+            and self.last.queues[self.queue_of(job_id)].facts.get(job_id, Facts()).cancel_requested
+        )
         assert not asked or now.status in ("processing", "cancelled", "failed")
         if now.status == "completed":
             assert now.result == self.results[job_id]
@@ -748,7 +753,7 @@ class Machine(RuleBasedStateMachine):
         for job_id in (*queue.facts, *queue.deadlines):
             assert not view.jobs[job_id].ended, f"{job_id} is remembered"
         for facts in queue.facts.values():
-            assert len(facts.w) == len(set(facts.w))
+            assert len(facts.inboxes) == len(set(facts.inboxes))
 
     def check_counters(self, name: str, queue: QueueView, view: View) -> None:
         entries = Counter(queue.waiting)

@@ -22,7 +22,7 @@ from asyncinfer.repository.store import Store, checked_server
 from tests.faults.harness import eventually, eventually_sync
 from tests.faults.load_client import Customer
 from tests.faults.replicated import SERVICE, Node, sentinel_of, url_of
-from tests.service.test_serve import free_port
+from tests.serving import free_port
 
 
 @pytest.mark.parametrize(

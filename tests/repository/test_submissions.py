@@ -418,8 +418,8 @@ async def test_a_cancel_in_a_long_list_walks_none_of_it(hands: Hands) -> None:
 async def test_cancelling_a_running_job_asks_its_worker(hands: Hands) -> None:
     job_id = await hands.one()
     claim = await hands.take()
-    assert await hands.cancel(job_id) == "asked"
-    assert hands.facts(job_id).c == 1
+    assert await hands.cancel(job_id) == "stopping"
+    assert hands.facts(job_id).cancel_requested == 1
     messages = [fields for _, fields in hands.redis.xrange(keys.control(Q))]
     assert messages == [{b"cancel": job_id.encode()}]
     assert 0 < hands.redis.ttl(keys.control(Q)) <= 3600
@@ -430,7 +430,7 @@ async def test_cancelling_a_running_job_asks_its_worker(hands: Hands) -> None:
 async def test_cancelling_twice_says_the_same_and_tells_the_worker_once(hands: Hands) -> None:
     job_id = await hands.one()
     claim = await hands.take()
-    assert [await hands.cancel(job_id), await hands.cancel(job_id)] == ["asked", "asked"]
+    assert [await hands.cancel(job_id), await hands.cancel(job_id)] == ["stopping", "stopping"]
     assert hands.redis.xlen(keys.control(Q)) == 1
     await hands.finish(claim)
     assert await hands.cancel(job_id) == "cancelled"
@@ -532,9 +532,9 @@ async def test_a_retry_keeps_the_options_of_the_job(hands: Hands) -> None:
     await hands.cancel(job_id)
     assert await hands.retry(job_id) == "ok"
     facts = hands.facts(job_id)
-    assert (facts.p, facts.t) == ("high", 7)
+    assert (facts.priority, facts.ttl_seconds) == ("high", 7)
     assert hands.redis.lrange(keys.waiting(Q)[0], 0, -1) == [job_id.encode()]
-    assert hands.redis.zscore(keys.deadlines(Q), job_id) == facts.l
+    assert hands.redis.zscore(keys.deadlines(Q), job_id) == facts.finish_by_ms
     await hands.run_all()
     assert hands.ttls(job_id)["result"] == 7
 
@@ -648,14 +648,14 @@ async def test_watch_returns_what_has_ended_and_signs_up_for_the_rest(hands: Han
     assert watched[1] is None
     assert watched[2] is not None
     assert watched[2].status == "pending"
-    assert hands.facts(waiting).w == (INBOX,)
-    assert hands.facts(ended).w == hands.facts("nobody").w == ()
+    assert hands.facts(waiting).inboxes == (INBOX,)
+    assert hands.facts(ended).inboxes == hands.facts("nobody").inboxes == ()
 
 
 async def test_an_inbox_signs_up_once(hands: Hands) -> None:
     job_id = await hands.one(inbox=INBOX)
     await hands.submissions.watch(Q, INBOX, [job_id, job_id])
-    assert hands.facts(job_id).w == (INBOX,)
+    assert hands.facts(job_id).inboxes == (INBOX,)
 
 
 async def test_the_watchers_of_a_job_are_capped_and_the_newest_stays(hands: Hands) -> None:
@@ -663,14 +663,14 @@ async def test_the_watchers_of_a_job_are_capped_and_the_newest_stays(hands: Hand
     inboxes = [keys.inbox(Q, str(number)) for number in range(40)]
     for inbox in inboxes:
         await hands.submissions.watch(Q, inbox, [job_id])
-    assert hands.facts(job_id).w == tuple(inboxes[-32:])
+    assert hands.facts(job_id).inboxes == tuple(inboxes[-32:])
 
 
 async def test_watching_keeps_the_other_facts_of_a_job(hands: Hands) -> None:
     job_id = await hands.one(priority="low", ttl_seconds=9)
     await hands.submissions.watch(Q, INBOX, [job_id])
     facts = hands.facts(job_id)
-    assert (facts.p, facts.t, facts.w) == ("low", 9, (INBOX,))
+    assert (facts.priority, facts.ttl_seconds, facts.inboxes) == ("low", 9, (INBOX,))
 
 
 @pytest.mark.parametrize("outcome", ["completed", "failed", "cancelled", "dead"])
@@ -781,4 +781,4 @@ async def test_a_duplicate_submit_does_not_sign_its_inbox_up_unasked(hands: Hand
     job = new_job(key="k")
     await hands.submit(job)
     await hands.submit(new_job(key="k", inbox=INBOX))
-    assert hands.facts(job.job_id).w == ()
+    assert hands.facts(job.job_id).inboxes == ()

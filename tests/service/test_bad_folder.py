@@ -16,7 +16,7 @@ from asyncinfer.worker.models.source import Source
 from tests import unprivileged, zoo
 from tests.faults.harness import eventually_sync
 from tests.process import REPOSITORY, Parent
-from tests.service.test_serve import free_port
+from tests.serving import free_port
 
 ONNX = zoo.adds(1).SerializeToString()
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"

@@ -10,7 +10,7 @@ import pytest
 from tests import zoo
 from tests.faults.harness import eventually, eventually_sync
 from tests.faults.model_folder import Folder
-from tests.service.test_serve import Serve, serving
+from tests.serving import Serve, serving
 
 
 @pytest.fixture(scope="module")

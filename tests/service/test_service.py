@@ -18,7 +18,7 @@ import redis
 from asyncinfer.jobs import decode_record
 from tests.faults.harness import assert_at_rest, eventually_sync
 from tests.process import REPOSITORY, parent
-from tests.service.test_serve import free_port
+from tests.serving import free_port
 
 DATA = Path(__file__).parents[1] / "data"
 

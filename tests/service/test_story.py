@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 from asyncinfer import settings
-from tests.docs.test_readme import all_blocks, sections_with
+from tests.docs.markdown import all_blocks, sections_with
 from tests.faults.harness import eventually_sync
 from tests.process import REPOSITORY, parent
-from tests.service.test_serve import Serve, answer_of, serving
+from tests.serving import Serve, answer_of, serving
 
 FLOWER: Final = ("5.1", "3.5", "1.4", "0.2")
 EXAMPLES: Final = ["colour", "sentences", "wine"]

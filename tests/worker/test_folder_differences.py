@@ -26,7 +26,7 @@ from tests.cli.command_line import told
 from tests.faults.harness import eventually_sync
 from tests.process import Parent, parent
 from tests.queue_driver import Q, new_job
-from tests.service.test_serve import Serve, serving
+from tests.serving import Serve, serving
 
 ROWS: Final = {"data": [[1.0, 2.0, 3.0]]}
 

@@ -9,7 +9,7 @@ import redis
 
 from tests.faults.harness import assert_at_rest, eventually_sync
 from tests.process import REPOSITORY, parent
-from tests.service.test_serve import free_port
+from tests.serving import free_port
 
 
 @contextmanager

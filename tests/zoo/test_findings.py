@@ -13,7 +13,7 @@ from asyncinfer.errors import ModelRefused
 from asyncinfer.models.folder import scan
 from tests import zoo
 from tests.faults.harness import eventually_sync
-from tests.service.test_serve import serving
+from tests.serving import serving
 from tests.zoo.catalogue import ENTRIES
 from tests.zoo.flowing import by_largest
 from tests.zoo.hostile import aborting_split

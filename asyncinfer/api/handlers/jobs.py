@@ -108,7 +108,7 @@ async def _cancel(services: Services, request: Request[EndQuery], stored: Stored
     verdict = await services.operations.cancel(stored)
     if verdict == "absent":
         raise absent(services, stored.job_id)
-    if verdict == "asked":
+    if verdict == "stopping":
         stored = await _wait(services, request, stored, _CANCEL_WAIT_SECONDS)
     elif latest := await services.submissions.read(stored.job_id):
         stored = latest

@@ -93,10 +93,10 @@ class Observation:
         entries = _share(_ALL_ENTRIES, len(queues), _FEWEST_ENTRIES, _MOST_ENTRIES)
         args = encode_args(
             {
-                "window": _WINDOW_MS,
-                "entries": entries,
-                "jobs": _JOBS_COUNTED,
-                "samples": _share(_ALL_SAMPLES, len(queues), 10, _MOST_SAMPLES),
+                "window_ms": _WINDOW_MS,
+                "max_entries": entries,
+                "max_jobs": _JOBS_COUNTED,
+                "max_samples": _share(_ALL_SAMPLES, len(queues), 10, _MOST_SAMPLES),
             }
         )
         at_once = max(1, _ENTRIES_A_CALL // entries)

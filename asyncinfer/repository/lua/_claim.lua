@@ -1,221 +1,246 @@
+-- include: keys job_keys fact_names facts doorbell log sequence waiting_bytes ending
 -- The claim itself, shared by `claim` and by `finish`, which claims next in the same step.
+-- An entry is an id found in a list with what Redis holds of it: {id, status, meta, input, bytes,
+-- packed, facts}.
 
-local MOST_PASSED = 1000
--- An id that is longer is dropped without a word: the log would have to hold it.
-local LONGEST_TOLD = 1024
-
--- What becomes of an id found in a list. Effects come later, all at once.
-local function judge(found, now)
-  local status, facts = found.status, found.facts
-  if #found.id == 0 or #found.id > 128 or found.id:find('%c') then return 'junk' end
-  local stranger = not status and not found.meta
-  if status ~= 'pending' and not (stranger and found.bytes > 0) then
-    return status and 'drop' or 'gone'
+-- Decides what to do with an entry. All effects come later, in one place.
+local function classify(entry, now)
+  local status, facts = entry.status, entry.facts
+  if #entry.id == 0 or #entry.id > 128 or entry.id:find('%c') then return 'invalid' end
+  local is_external = not status and not entry.meta
+  if status ~= 'pending' and not (is_external and entry.bytes > 0) then
+    return status and 'not_pending' or 'absent'
   end
-  if found.bytes == 0 then return 'lost' end
-  if facts and ((facts.b and facts.b < now) or (facts.l and facts.l < now)) then return 'expired' end
-  if facts and (facts.d or facts.s) then return 'lone' end
-  return 'take'
+  if entry.bytes == 0 then return 'input_lost' end
+  if facts then
+    local start_by, finish_by = facts[START_BY_MS], facts[FINISH_BY_MS]
+    if (start_by and start_by < now) or (finish_by and finish_by < now) then return 'expired' end
+    if facts[DELIVERIES] or facts[SUSPECT] then return 'exclusive' end
+  end
+  return 'ready'
 end
 
--- What is at these ids; with `whole` the inputs as well, unless one is a stranger's: its size is
--- not known before it is read.
-local function look(q, ids, whole)
-  local names = each(ids, ':status')
-  for i, name in ipairs(each(ids, ':meta')) do names[#ids + i] = name end
+-- The packed facts of jobs. Where hardly any job has facts, the key itself is mostly absent.
+local function packed_facts_of(q, ids)
+  local few_ids = 16
+  if #ids > few_ids and redis.call('EXISTS', q.facts) == 0 then return {} end
+  return redis.call('HMGET', q.facts, unpack(ids))
+end
+
+-- The entries of ids; `with_inputs` also reads their inputs, unless one of the jobs is external:
+-- its size is not known before it is read.
+local function read_entries(q, ids, with_inputs)
+  local names = job_keys(ids, ':status')
+  for i, name in ipairs(job_keys(ids, ':meta')) do names[#ids + i] = name end
   local values = redis.call('MGET', unpack(names))
-  local facts = facts_of(q, ids)
-  for i = 1, #ids do whole = whole and values[#ids + i] end
-  local inputs = whole and redis.call('MGET', unpack(each(ids, ':data')))
-  local found = {}
+  local facts = packed_facts_of(q, ids)
+  for i = 1, #ids do with_inputs = with_inputs and values[#ids + i] end
+  local inputs = with_inputs and redis.call('MGET', unpack(job_keys(ids, ':data')))
+  local entries = {}
   for i, id in ipairs(ids) do
-    found[i] = {
+    entries[i] = {
       id = id, status = values[i], meta = values[#ids + i], input = inputs and inputs[i],
       bytes = inputs and #(inputs[i] or '') or input_bytes(id),
-      packed = facts[i] or false, facts = unpacked(facts[i]),
+      packed = facts[i] or false, facts = decode(facts[i]),
     }
   end
-  return found
+  return entries
 end
 
--- The ids at the serving end of a list behind the first `skip`, the next to be served first.
-local function peek(list, skip, count)
+-- `count` ids at the serving end of a list behind the first `skip`, the next to be served first.
+local function next_ids(list, skip, count)
   local ids = redis.call('LRANGE', list, -skip - count, -skip - 1)
   for i = 1, math.floor(#ids / 2) do ids[i], ids[#ids + 1 - i] = ids[#ids + 1 - i], ids[i] end
   return ids
 end
 
 -- The tail of a claim's reply: id, data, meta, facts of each job.
-local function describe(jobs)
-  local ids, inputs, unread, reply = {}, {}, false, {}
-  for i, found in ipairs(jobs) do
-    ids[i], inputs[i] = found.id, found.input
-    unread = unread or not found.input
+local function job_fields(entries)
+  local ids, inputs, is_unread, fields = {}, {}, false, {}
+  for i, entry in ipairs(entries) do
+    ids[i], inputs[i] = entry.id, entry.input
+    is_unread = is_unread or not entry.input
   end
-  if unread then inputs = redis.call('MGET', unpack(each(ids, ':data'))) end
-  for i, found in ipairs(jobs) do
+  if is_unread then inputs = redis.call('MGET', unpack(job_keys(ids, ':data'))) end
+  for i, entry in ipairs(entries) do
     local at = 4 * i - 4
-    reply[at + 1], reply[at + 2], reply[at + 3], reply[at + 4] =
-      found.id, inputs[i], found.meta, found.packed
+    fields[at + 1], fields[at + 2], fields[at + 3], fields[at + 4] =
+      entry.id, inputs[i], entry.meta, entry.packed
   end
-  return reply
+  return fields
 end
 
--- A token that already holds a claim gets that claim back: a lost reply costs nothing.
-local function again(q, a, now, known)
-  local ids, mine = unpacked(known) or {}, {}
+-- The claim that the token holds already, as `packed_ids` of it say: a claim whose reply was lost
+-- is sent again, and must not take more jobs.
+local function return_existing_claim(q, args, now, packed_ids)
+  local ids, held = decode(packed_ids) or {}, {}
   local tokens = #ids > 0 and redis.call('HMGET', q.running, unpack(ids)) or {}
   for i, id in ipairs(ids) do
-    if tokens[i] == a.token then mine[#mine + 1] = id end
+    if tokens[i] == args.token then held[#held + 1] = id end
   end
-  redis.call('ZADD', q.leases, 'XX', now + a.lease, a.token)
-  return { now, q.list, 0, unpack(describe(#mine > 0 and look(q, mine) or {})) }
+  redis.call('ZADD', q.leases, 'XX', now + args.lease_ms, args.token)
+  return { now, q.list, 0, unpack(job_fields(#held > 0 and read_entries(q, held) or {})) }
 end
 
--- Decides, without a write, what a claim takes, ends and drops, and how far it cuts each list.
-local function plan(q, a, now, lists, whole)
-  local p = { taken = {}, ends = {}, gone = {}, ended = {}, cuts = {}, bytes = 0, freed = 0 }
-  local seen, passed = {}, 0
+-- Decides, without a write, which entries a claim takes, ends and drops, and how many ids it cuts
+-- off each list.
+local function select_entries(q, args, now, lists, with_inputs)
+  local chosen = {
+    taken = {}, ends = {}, absent = {}, ended = {}, cuts = {}, bytes = 0, freed_bytes = 0,
+  }
+  -- A longer id is dropped without an entry in the log, which would have to hold it.
+  local max_skipped, max_logged_id_bytes = 1000, 1024
+  local seen, skipped = {}, 0
   for _, list in ipairs(lists) do
-    local cut, spent = 0, false
-    while #p.taken < a.jobs and not p.stop and not spent and passed < MOST_PASSED do
-      local wanted = a.jobs - #p.taken
-      local ids = peek(list, cut, wanted)
+    local cut, is_read = 0, false
+    while #chosen.taken < args.max_jobs and not chosen.is_full and not is_read
+        and skipped < max_skipped do
+      local wanted = args.max_jobs - #chosen.taken
+      local ids = next_ids(list, cut, wanted)
       if #ids == 0 then break end
-      spent = #ids < wanted
-      for _, found in ipairs(look(q, ids, whole)) do
-        local verdict = seen[found.id] and 'repeat' or judge(found, now)
-        if verdict == 'lone' and (#p.taken > 0 or a.held) then p.stop, p.blocked = true, true end
-        if verdict == 'take' and #p.taken > 0 and p.bytes + found.bytes > a.bytes then
-          p.stop = true
+      is_read = #ids < wanted
+      for _, entry in ipairs(read_entries(q, ids, with_inputs)) do
+        local class = seen[entry.id] and 'repeated' or classify(entry, now)
+        if class == 'exclusive' and (#chosen.taken > 0 or args.is_holding) then
+          chosen.is_full, chosen.is_blocked = true, true
         end
-        if p.stop then break end
+        if class == 'ready' and #chosen.taken > 0 and chosen.bytes + entry.bytes > args.max_bytes then
+          chosen.is_full = true
+        end
+        if chosen.is_full then break end
         cut = cut + 1
-        seen[found.id] = true
-        local counted = found.meta and found.bytes or 0
-        if verdict == 'take' or verdict == 'lone' then
-          p.taken[#p.taken + 1] = found
-          p.bytes, p.freed = p.bytes + found.bytes, p.freed + counted
-          p.stop = verdict == 'lone'
-          if p.stop then break end
+        seen[entry.id] = true
+        local counted = entry.meta and entry.bytes or 0
+        if class == 'ready' or class == 'exclusive' then
+          chosen.taken[#chosen.taken + 1] = entry
+          chosen.bytes = chosen.bytes + entry.bytes
+          chosen.freed_bytes = chosen.freed_bytes + counted
+          chosen.is_full = class == 'exclusive'
+          if chosen.is_full then break end
         else
-          passed = passed + 1
+          skipped = skipped + 1
         end
-        if verdict == 'junk' and found.status == 'pending' and #found.id <= LONGEST_TOLD then
-          p.ends[#p.ends + 1] = failed(
-            found.id, 'invalid_id', 'A job id has 1 to 128 bytes and no control characters.')
-        elseif verdict == 'lost' then
-          p.ends[#p.ends + 1] = failed(
-            found.id, 'input_lost', 'The input is gone from Redis; submit the job again.', found.facts)
-        elseif verdict == 'expired' then
-          p.ends[#p.ends + 1] = failed(
-            found.id, 'expired', 'The deadline passed while the job waited.', found.facts)
-          p.freed = p.freed + counted
-        elseif verdict == 'gone' then
-          p.gone[#p.gone + 1] = found.id
-        elseif verdict == 'drop' and found.status ~= 'processing' then
-          p.ended[#p.ended + 1] = found.id
+        if class == 'invalid' and entry.status == 'pending' and #entry.id <= max_logged_id_bytes then
+          chosen.ends[#chosen.ends + 1] = failed_job(
+            entry.id, 'invalid_id', 'A job id has 1 to 128 bytes and no control characters.')
+        elseif class == 'input_lost' then
+          chosen.ends[#chosen.ends + 1] = failed_job(
+            entry.id, 'input_lost', 'The input is gone from Redis; submit the job again.', entry.facts)
+        elseif class == 'expired' then
+          chosen.ends[#chosen.ends + 1] = failed_job(
+            entry.id, 'expired', 'The deadline passed while the job waited.', entry.facts)
+          chosen.freed_bytes = chosen.freed_bytes + counted
+        elseif class == 'absent' then
+          chosen.absent[#chosen.absent + 1] = entry.id
+        elseif class == 'not_pending' and entry.status ~= 'processing' then
+          chosen.ended[#chosen.ended + 1] = entry.id
         end
       end
     end
-    if cut > 0 then p.cuts[#p.cuts + 1] = { list = list, cut = cut } end
+    if cut > 0 then chosen.cuts[#chosen.cuts + 1] = { list = list, count = cut } end
   end
-  return p
+  return chosen
 end
 
--- A start deadline has been met; the life deadline, where there is one, takes its place.
-local function started(q, found)
-  local facts = found.facts
-  if not (facts and facts.b) then return end
-  facts.b = nil
-  redis.call('ZREM', q.deadlines, found.id)
-  if facts.l then redis.call('ZADD', q.deadlines, facts.l, found.id) end
-  found.packed = next(facts) and cmsgpack.pack(facts) or false
-  if found.packed then
-    redis.call('HSET', q.facts, found.id, found.packed)
+-- Removes the start deadline of a job that starts; the finish deadline, if any, takes its place.
+local function clear_start_deadline(q, entry)
+  local facts = entry.facts
+  if not (facts and facts[START_BY_MS]) then return end
+  facts[START_BY_MS] = nil
+  redis.call('ZREM', q.deadlines, entry.id)
+  if facts[FINISH_BY_MS] then redis.call('ZADD', q.deadlines, facts[FINISH_BY_MS], entry.id) end
+  entry.packed = next(facts) and cmsgpack.pack(facts) or false
+  if entry.packed then
+    redis.call('HSET', q.facts, entry.id, entry.packed)
   else
-    redis.call('HDEL', q.facts, found.id)
+    redis.call('HDEL', q.facts, entry.id)
   end
 end
 
-local function lease(q, a, taken, until_ms)
-  local ids, statuses, owners, strangers = {}, {}, {}, {}
-  for i, found in ipairs(taken) do
-    ids[i] = found.id
-    statuses[2 * i - 1], statuses[2 * i] = job(found.id, 'status'), 'processing'
-    owners[2 * i - 1], owners[2 * i] = found.id, a.token
-    local ran = found.facts and (found.facts.d or found.facts.s or found.facts.r)
-    if not found.meta and not ran then strangers[#strangers + 1] = found.id end
-    started(q, found)
+-- Puts the taken entries under one lease until `until_ms`.
+local function lease_jobs(q, args, taken, until_ms)
+  local ids, statuses, owners, new_external = {}, {}, {}, {}
+  for i, entry in ipairs(taken) do
+    ids[i] = entry.id
+    statuses[2 * i - 1], statuses[2 * i] = job_key(entry.id, 'status'), 'processing'
+    owners[2 * i - 1], owners[2 * i] = entry.id, args.token
+    if not entry.meta then
+      local facts = entry.facts
+      local was_claimed = facts and (facts[DELIVERIES] or facts[SUSPECT] or facts[CLAIMED_BEFORE])
+      if not was_claimed then new_external[#new_external + 1] = entry.id end
+    end
+    clear_start_deadline(q, entry)
   end
-  redis.call('MSET', q['claim:' .. a.token], cmsgpack.pack(ids), unpack(statuses))
+  redis.call('MSET', q['claim:' .. args.token], cmsgpack.pack(ids), unpack(statuses))
   redis.call('HSET', q.running, unpack(owners))
-  redis.call('ZADD', q.leases, until_ms, a.token)
-  if #strangers > 0 then count_jobs(q, #strangers) end
-  record(q, { processing = ids, stranger = strangers })
+  redis.call('ZADD', q.leases, until_ms, args.token)
+  if #new_external > 0 then advance_sequence(q, #new_external) end
+  -- External jobs are not submitted here; the log shows them first under `stranger`.
+  log_transitions(q, { processing = ids, stranger = new_external })
 end
 
--- How many wait in the queue's own list, and whether there is nothing beside it.
-local function survey(q)
-  local found = redis.call('EXISTS', q.list, q.high, q.low, q.delayed, q.ghosts)
-  local count = found > 0 and redis.call('LLEN', q.list) or 0
-  return count, found == (count > 0 and 1 or 0)
+-- How many jobs wait in the queue's own list, and whether the queue has nothing but that list.
+local function count_in_list(q)
+  local keys = redis.call('EXISTS', q.list, q.high, q.low, q.delayed, q.stale)
+  local count = keys > 0 and redis.call('LLEN', q.list) or 0
+  return count, keys == (count > 0 and 1 or 0)
 end
 
--- Takes what waits in one queue under one lease; `bytes` wait in it.
-local function take(q, a, now, exactly, bytes)
-  if now > a.not_after then return { now, q.list, 0 } end
-  local count, plain = survey(q)
-  if count == 0 and (plain or redis.call('EXISTS', q.high, q.low) == 0) then
+-- Claims jobs of one queue under one lease; `waiting_bytes` is the size of their inputs.
+local function claim_from(q, args, now, exact_now, waiting_bytes)
+  if now > args.not_after_ms then return { now, q.list, 0 } end
+  local count, only_its_list = count_in_list(q)
+  if count == 0 and (only_its_list or redis.call('EXISTS', q.high, q.low) == 0) then
     return { now, q.list, 0 }
   end
-  local lists = plain and { q.list }
-    or a.low_first and { q.low, q.list, q.high } or { q.high, q.list, q.low }
-  local p = plan(q, a, now, lists, (tonumber(bytes or 0) or 0) <= a.bytes)
-  for _, c in ipairs(p.cuts) do redis.call('LTRIM', c.list, 0, -c.cut - 1) end
-  -- To the microsecond, so that claims of one ms keep their order when they are reaped.
-  if #p.taken > 0 then lease(q, a, p.taken, exactly + a.lease) end
-  terminal(q, p.ends, a)
-  if #p.gone > 0 then
-    redis.call('HDEL', q.facts, unpack(p.gone))
-    redis.call('ZREM', q.deadlines, unpack(p.gone))
+  local lists = only_its_list and { q.list }
+    or args.low_first and { q.low, q.list, q.high } or { q.high, q.list, q.low }
+  local with_inputs = (tonumber(waiting_bytes or 0) or 0) <= args.max_bytes
+  local chosen = select_entries(q, args, now, lists, with_inputs)
+  local cuts = chosen.cuts
+  for _, cut in ipairs(cuts) do redis.call('LTRIM', cut.list, 0, -cut.count - 1) end
+  -- To the microsecond, so that claims of the same ms keep their order when they are reaped.
+  if #chosen.taken > 0 then lease_jobs(q, args, chosen.taken, exact_now + args.lease_ms) end
+  end_jobs(q, chosen.ends, args)
+  if #chosen.absent > 0 then
+    redis.call('HDEL', q.facts, unpack(chosen.absent))
+    redis.call('ZREM', q.deadlines, unpack(chosen.absent))
   end
-  haunt(q, p.gone, false)
-  haunt(q, p.ended, false)
-  local left = #p.cuts > 0 and settle(q, -p.freed, plain and count - p.cuts[1].cut)
-  if p.blocked or (left and left > 0) then
-    ring(q)
-  elseif left and not plain then
-    -- A token left over would only make a worker look for nothing.
+  update_stale_entries(q, 'SREM', chosen.absent)
+  update_stale_entries(q, 'SREM', chosen.ended)
+  local left = #cuts > 0
+    and adjust_waiting_bytes(q, -chosen.freed_bytes, only_its_list and count - cuts[1].count)
+  if chosen.is_blocked or (left and left > 0) then
+    ring_doorbell(q)
+  elseif left and not only_its_list then
+    -- A token left over would only make a worker look in vain.
     redis.call('DEL', q.wake)
   end
-  return { now, q.list, p.blocked and 1 or 0, unpack(describe(p.taken)) }
+  return { now, q.list, chosen.is_blocked and 1 or 0, unpack(job_fields(chosen.taken)) }
 end
 
--- Takes from the first of several queues that has work for us. `a`: token, lease and not_after in
--- ms, held (this process holds another claim), jobs and bytes at most, unshared {queue: true} where
--- one job at a time is taken, low_first, ttl, failed_ttl.
--- Returns {now, queue, blocked, id, data, meta, facts, ...}; blocked: a job that must run alone
--- is next, and this process may not have it yet, nor any other job until it can.
-local function take_first(queues, a, now, exactly)
+-- Claims from the first of several queues that has a job. `args` is the ARGV 1 of `claim`.
+-- Returns {now, queue, blocked, id, data, meta, facts, ...}; blocked: the next job must run alone,
+-- and this process holds another claim, so that it gets neither that job nor one behind it.
+local function claim_from_any(queues, args, now, exact_now)
   local qs, names = {}, {}
   for i, list in ipairs(queues) do
     local q = queue(list)
     qs[i] = q
-    names[3 * i - 2], names[3 * i - 1], names[3 * i] = q['claim:' .. a.token], q.paused, q.bytes
+    names[3 * i - 2], names[3 * i - 1], names[3 * i] = q['claim:' .. args.token], q.paused, q.bytes
   end
   local values = redis.call('MGET', unpack(names))
-  -- All of them before any: the call that is retried may have taken from the last.
+  -- Every queue before any claim: the call that is sent again may have claimed from the last one.
   for i, q in ipairs(qs) do
-    local known = values[3 * i - 2]
-    if known then return again(q, a, now, known) end
+    local packed_ids = values[3 * i - 2]
+    if packed_ids then return return_existing_claim(q, args, now, packed_ids) end
   end
   local reply
-  local most, unshared = a.jobs, a.unshared or {}
+  local max_jobs, one_at_a_time = args.max_jobs, args.one_at_a_time or {}
   for i, q in ipairs(qs) do
-    local paused, bytes = values[3 * i - 1], values[3 * i]
-    a.jobs = unshared[q.list] and 1 or most
-    reply = paused and { now, q.list, 0 } or take(q, a, now, exactly, bytes)
+    local is_paused, waiting_bytes = values[3 * i - 1], values[3 * i]
+    args.max_jobs = one_at_a_time[q.list] and 1 or max_jobs
+    reply = is_paused and { now, q.list, 0 } or claim_from(q, args, now, exact_now, waiting_bytes)
     if #reply > 3 or reply[3] == 1 then break end
   end
   return reply

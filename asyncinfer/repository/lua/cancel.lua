@@ -1,24 +1,26 @@
 #!lua flags=allow-oom
--- cancel: ends jobs that wait, and asks for the end of those that run.
+-- cancel: ends jobs that wait, and requests the end of those that run.
 -- KEYS    1 the queue
--- ARGV    1 {ttl, failed_ttl}; then per job: id, meta with seq ("": leave it)
--- Returns per job "cancelled" | "asked" | "absent" | the terminal status it already has
--- Retry   a second call finds the job cancelled and says so
+-- ARGV    1 {ttl_seconds, failed_ttl_seconds, keep_input}; then per job: id, meta with seq ("":
+--         leave it)
+-- Returns per job "cancelled" | "stopping" | "absent" | the terminal status it already has
+-- Retry   a second call finds the job cancelled and returns that
+-- include: keys job_keys value fact_names facts priority control waiting_bytes counted_bytes ending
 
-local MOST_REMOVALS = 10
-local FAR = 10000
+local MAX_REMOVALS = 10
+local MAX_LIST_TO_SEARCH = 10000
 
-local q, a = queue(KEYS[1]), cmsgpack.unpack(ARGV[1])
-local verdicts, ghosts, freed, removals = {}, {}, 0, 0
+local q, args = queue(KEYS[1]), cmsgpack.unpack(ARGV[1])
+local verdicts, stale, freed_bytes, removals = {}, {}, 0, 0
 
--- LREM walks the list, so only a few per call and in no long list (a million cost it 22 ms); the
--- other ids stay as ghosts that claim drops.
-local function leave(id, facts)
-  freed = freed + counted_bytes(id)
+-- LREM walks the list, so only a few per call and in no long list (in one of a million it took
+-- 22 ms); the other ids stay as stale entries, which a claim drops.
+local function remove_waiting(id, facts)
+  freed_bytes = freed_bytes + counted_bytes(id)
   if redis.call('ZREM', q.delayed, id) == 1 then return end
-  local list = list_of(q, facts)
-  if removals >= MOST_REMOVALS or redis.call('LLEN', list) > FAR then
-    ghosts[#ghosts + 1] = id
+  local list = priority_list(q, facts)
+  if removals >= MAX_REMOVALS or redis.call('LLEN', list) > MAX_LIST_TO_SEARCH then
+    stale[#stale + 1] = id
     return
   end
   removals = removals + 1
@@ -26,27 +28,27 @@ local function leave(id, facts)
 end
 
 local function cancel(id, meta)
-  local status = value_at(job(id, 'status'))
+  local status = value_at(job_key(id, 'status'))
   if not status then return 'absent' end
   if status ~= 'pending' and status ~= 'processing' then return status end
-  local facts = unpacked(redis.call('HGET', q.facts, id))
+  local facts = decode(redis.call('HGET', q.facts, id))
   if status == 'processing' and redis.call('HEXISTS', q.running, id) == 1 then
     facts = facts or {}
-    if not facts.c then
-      facts.c = 1
+    if not facts[CANCEL_REQUESTED] then
+      facts[CANCEL_REQUESTED] = 1
       redis.call('HSET', q.facts, id, cmsgpack.pack(facts))
-      tell_workers(q, 'cancel', id)
+      notify_workers(q, 'cancel', id)
     end
-    return 'asked'
+    return 'stopping'
   end
-  if status == 'pending' then leave(id, facts) end
-  terminal(q, { { id = id, status = 'cancelled', meta = meta, facts = facts } }, a)
+  if status == 'pending' then remove_waiting(id, facts) end
+  end_jobs(q, { { id = id, status = 'cancelled', meta = meta, facts = facts } }, args)
   return 'cancelled'
 end
 
 for i = 2, #ARGV, 2 do
   verdicts[#verdicts + 1] = cancel(ARGV[i], ARGV[i + 1] ~= '' and ARGV[i + 1] or nil)
 end
-haunt(q, ghosts, true)
-settle(q, -freed)
+update_stale_entries(q, 'SADD', stale)
+adjust_waiting_bytes(q, -freed_bytes)
 return verdicts

@@ -1,8 +1,13 @@
 #!lua flags=allow-oom
 -- claim: takes waiting jobs of the first queue that has any, under one lease.
 -- KEYS    the queues to look at, in turn (at most 8)
--- ARGV    1 {token, lease, not_after, held, jobs, bytes, low_first, ttl, failed_ttl, ...}
--- Returns {now, queue, blocked, id, data, meta, facts, ...}; no ids: nothing to do
--- Retry   a token that holds a claim gets that claim back; after not_after nothing is taken
+-- ARGV    1 {token, lease_ms, not_after_ms, is_holding, max_jobs, max_bytes, one_at_a_time,
+--         low_first, ttl_seconds, failed_ttl_seconds, keep_input}
+--         is_holding: this process holds another claim; one_at_a_time: {queue: true} of the queues
+--         of which one job is claimed at a time; low_first: low priority before the others
+-- Returns {now, queue, blocked, id, data, meta, facts, ...}; no ids: nothing to do; blocked: the
+--         next job must run alone, and this process may not have it yet
+-- Retry   a token that holds a claim gets that claim back; after not_after_ms nothing is taken
+-- include: time claim
 
-return take_first(KEYS, cmsgpack.unpack(ARGV[1]), now_ms())
+return claim_from_any(KEYS, cmsgpack.unpack(ARGV[1]), now_ms())

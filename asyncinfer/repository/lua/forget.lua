@@ -2,32 +2,35 @@
 -- forget: deletes ended jobs, with all that is kept of them.
 -- KEYS    1 the queue
 -- ARGV    1 {}; then ids
--- Returns per job "forgotten" | "absent" | the status of one that has not ended, which is left
--- Order   one step, so that a job which a person retries meanwhile keeps its input
--- Retry   a second call finds it absent
+-- Returns per job "forgotten" | "absent" | the status of a job that has not ended, which is left
+-- Order   one step, so that a job that is retried meanwhile keeps its input
+-- Retry   a second call finds the job absent
+-- include: keys job_keys
 
 local TERMINAL = { completed = true, failed = true, cancelled = true }
 local WORDS = { 'data', 'status', 'result', 'error', 'meta' }
 
 local q, names, ids, verdicts, seen = queue(KEYS[1]), {}, {}, {}, {}
 
-local function judge(id)
-  local status = redis.call('MGET', job(id, 'status'))[1]
+-- Returns what becomes of a job: forgotten, absent (also for an id given twice), or the status of
+-- one that has not ended.
+local function verdict_of(id)
+  local status = redis.call('MGET', job_key(id, 'status'))[1]
   if not status or seen[id] then return 'absent' end
   return TERMINAL[status] and 'forgotten' or status
 end
 
 for i = 2, #ARGV do
   local id = ARGV[i]
-  local verdict = judge(id)
+  local verdict = verdict_of(id)
   if verdict == 'forgotten' then
     ids[#ids + 1], seen[id] = id, true
-    for _, word in ipairs(WORDS) do names[#names + 1] = job(id, word) end
+    for _, word in ipairs(WORDS) do names[#names + 1] = job_key(id, word) end
   end
   verdicts[i - 1] = verdict
 end
 if #ids > 0 then
-  -- A ghost of it stays counted until a claim drops its id.
+  -- A stale entry of the job stays counted until a claim drops its id.
   redis.call('UNLINK', unpack(names))
   redis.call('ZREM', q.dead, unpack(ids))
 end

@@ -1,58 +1,62 @@
 #!lua flags=allow-oom
--- gauge: how much waits and runs in queues, and who might run it; changes nothing.
+-- gauge: how many jobs wait and run in queues, and which workers there are; changes nothing.
 -- KEYS    1 the workers, 2.. queues
 -- ARGV    1 {}
 -- Returns {now in ms, {worker, ...}, {per queue: {{high, normal, low}, delayed, running, dead,
---         paused, {record of a waiting job, ...}}}}: how many wait in each list, ended ones left
---         out, and of each the record of the job that is served next; nil in place of what has
---         a key of another type
--- Bound   the same whatever waits: lengths, and so many ids at the end of each list
+--         paused, {record of a waiting job, ...}}}}: how many wait in each list, without stale
+--         entries, and of each list the record of the job that is served next; nil in place of a
+--         queue or set of workers that has a key of another type
+-- Bound   independent of how many jobs wait: lengths, and a fixed number of ids of each list
+-- include: keys job_keys time
 
-local MOST_PASSED = 100
-local MOST_TOLD_APART = 1000
+local MAX_SKIPPED = 100
+local MAX_CHECKED = 1000
 
--- The record of the first job from the serving end that waits and has one; a stranger's has none.
-local function next_in(list)
-  local ids = redis.call('LRANGE', list, -MOST_PASSED, -1)
+-- The record of the first pending job from the serving end; an external job has none.
+local function next_record(list)
+  local ids = redis.call('LRANGE', list, -MAX_SKIPPED, -1)
   if #ids == 0 then return nil end
-  local statuses = redis.call('MGET', unpack(each(ids, ':status')))
+  local statuses = redis.call('MGET', unpack(job_keys(ids, ':status')))
   for i = #ids, 1, -1 do
-    local meta = statuses[i] == 'pending' and redis.call('MGET', job(ids[i], 'meta'))[1]
+    local meta = statuses[i] == 'pending' and redis.call('MGET', job_key(ids[i], 'meta'))[1]
     if meta then return meta end
   end
 end
 
--- How many ghosts are in a list; where it is long, as many of it as of its serving end.
-local function ghosts_in(q, list, count)
-  local ids = redis.call('LRANGE', list, -MOST_TOLD_APART, -1)
+-- How many stale entries a list has; of a long list, estimated from its serving end.
+local function stale_in(q, list, count)
+  local ids = redis.call('LRANGE', list, -MAX_CHECKED, -1)
   if #ids == 0 then return 0 end
   local found = 0
-  for _, is_one in ipairs(redis.call('SMISMEMBER', q.ghosts, unpack(ids))) do found = found + is_one end
+  for _, is_stale in ipairs(redis.call('SMISMEMBER', q.stale, unpack(ids))) do
+    found = found + is_stale
+  end
   return math.floor(found * count / #ids)
 end
 
--- What waits in each list. The longest has the ghosts that the others have not.
+-- How many jobs wait in each list. The longest list has the stale entries that the others lack.
 local function waiting_in(q, lists)
   local counts, longest = {}, 1
   for i, list in ipairs(lists) do
     counts[i] = redis.call('LLEN', list)
     if counts[i] > counts[longest] then longest = i end
   end
-  local ghosts = redis.call('SCARD', q.ghosts)
-  if ghosts == 0 then return counts end
+  local stale = redis.call('SCARD', q.stale)
+  if stale == 0 then return counts end
   for i, list in ipairs(lists) do
     if i ~= longest then
-      local here = math.min(ghosts, ghosts_in(q, list, counts[i]))
-      counts[i], ghosts = counts[i] - here, ghosts - here
+      local here = math.min(stale, stale_in(q, list, counts[i]))
+      counts[i], stale = counts[i] - here, stale - here
     end
   end
-  counts[longest] = math.max(0, counts[longest] - ghosts)
+  counts[longest] = math.max(0, counts[longest] - stale)
   return counts
 end
 
+-- Counts what is in a queue; the last field holds the meta of the next job of each list.
 local function gauge(q)
   local lists, records = { q.high, q.list, q.low }, {}
-  for _, list in ipairs(lists) do records[#records + 1] = next_in(list) end
+  for _, list in ipairs(lists) do records[#records + 1] = next_record(list) end
   return {
     waiting_in(q, lists),
     redis.call('ZCARD', q.delayed),

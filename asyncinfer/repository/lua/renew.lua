@@ -1,29 +1,31 @@
 #!lua flags=allow-oom
--- renew: keeps claims alive, and tells what their jobs have met meanwhile.
+-- renew: extends the leases of claims, and returns what has happened to their jobs.
 -- KEYS    queues
--- ARGV    1 {lease} in ms; then per queue a packed list of claim tokens, oldest first
--- Returns {lost tokens, ids cancelled, ids past their deadline}
+-- ARGV    1 {lease_ms}; then per queue a packed list of claim tokens, oldest first
+-- Returns {lost tokens, ids whose cancel is requested, ids past their deadline}
+-- include: keys time value fact_names facts
 
-local a, now = cmsgpack.unpack(ARGV[1]), now_ms()
+local args, now = cmsgpack.unpack(ARGV[1]), now_ms()
 local lost, cancelled, expired = {}, {}, {}
 
-local function flagged(q, token)
-  local known = value_at(q['claim:' .. token])
-  if not known then return end
-  local ids = unpacked(known) or {}
+-- Adds to the reply the jobs of a claim whose cancel was requested or whose deadline has passed.
+local function check_facts(q, token)
+  local packed_ids = value_at(q['claim:' .. token])
+  if not packed_ids then return end
+  local ids = decode(packed_ids) or {}
   if #ids == 0 then return end
   for i, packed in ipairs(redis.call('HMGET', q.facts, unpack(ids))) do
-    local facts = unpacked(packed)
-    if facts and facts.c then cancelled[#cancelled + 1] = ids[i] end
-    if facts and facts.e then expired[#expired + 1] = ids[i] end
+    local facts = decode(packed)
+    if facts and facts[CANCEL_REQUESTED] then cancelled[#cancelled + 1] = ids[i] end
+    if facts and facts[EXPIRED] then expired[#expired + 1] = ids[i] end
   end
 end
 
 local function renew(q, tokens)
   for n, token in ipairs(tokens) do
     if redis.call('ZSCORE', q.leases, token) then
-      redis.call('ZADD', q.leases, 'XX', now + a.lease + n / 1000, token)
-      pcall(flagged, q, token)
+      redis.call('ZADD', q.leases, 'XX', now + args.lease_ms + n / 1000, token)
+      pcall(check_facts, q, token)
     else
       lost[#lost + 1] = token
     end

@@ -1,57 +1,61 @@
 #!lua flags=allow-oom
--- repair: puts back jobs that two passes found out of place, and forgets facts of ended ones.
--- KEYS    1 the queue, 2 the zset of odd ids
--- ARGV    1 {pause, ttl} pause in ms between the two passes, ttl of the zset in ms;
---         then ids that looked out of place
--- Returns {put back, still odd}
+-- repair: puts back jobs that two passes found out of place, and deletes the facts of ended jobs.
+-- KEYS    1 the queue, 2 the zset of ids found out of place once
+-- ARGV    1 {pause_ms, ttl_ms} the pause between the two passes, the TTL of the zset; then ids
+--         that looked out of place
+-- Returns {put back, out of place for the first time}
+-- include: keys job_keys time value facts doorbell log waiting_bytes counted_bytes redelivery
 
-local q, odd, a, now = queue(KEYS[1]), KEYS[2], cmsgpack.unpack(ARGV[1]), now_ms()
+local q, args, now = queue(KEYS[1]), cmsgpack.unpack(ARGV[1]), now_ms()
+local out_of_place = KEYS[2]
 
-local function in_a_list(id)
+-- True if a job waits: in one of the queue's lists, or delayed.
+local function is_in_a_list(id)
   for _, list in ipairs({ q.list, q.high, q.low }) do
     if redis.call('LPOS', list, id) then return true end
   end
   return redis.call('ZSCORE', q.delayed, id) ~= false
 end
 
-local function in_a_claim(id)
+local function is_in_a_claim(id)
   local token = redis.call('HGET', q.running, id)
   return token and redis.call('ZSCORE', q.leases, token)
 end
 
--- LPOS walks the list, so the first pass takes the caller's word for it.
-local function out_of_place(id, facts, since)
-  local status = value_at(job(id, 'status'))
-  if status == 'processing' then return not in_a_claim(id) end
-  if status == 'pending' then return not (since and in_a_list(id)) end
+-- LPOS walks the list, so the first pass relies on the caller's look at the lists.
+local function is_out_of_place(id, facts, since)
+  local status = value_at(job_key(id, 'status'))
+  if status == 'processing' then return not is_in_a_claim(id) end
+  if status == 'pending' then return not (since and is_in_a_list(id)) end
   if facts then redis.call('HDEL', q.facts, id) end
   return false
 end
 
--- What left a list behind our back is counted still, unless the queue has been empty since.
-settle(q, 0)
-local uncounted = redis.call('EXISTS', q.bytes) == 0
-local back, waits, bytes = {}, 0, 0
+-- The bytes of a job that left a list by another way than a script are still counted, unless the
+-- queue has been empty since.
+adjust_waiting_bytes(q, 0)
+local is_uncounted = redis.call('EXISTS', q.bytes) == 0
+local back, waits, added_bytes = {}, 0, 0
 for i = 2, #ARGV do
   local id = ARGV[i]
-  local facts = unpacked(redis.call('HGET', q.facts, id))
-  local since = tonumber(redis.call('ZSCORE', odd, id))
-  if not out_of_place(id, facts, since) then
-    redis.call('ZREM', odd, id)
-  elseif since and now - since >= a.pause then
-    redis.call('ZREM', odd, id)
+  local facts = decode(redis.call('HGET', q.facts, id))
+  local since = tonumber(redis.call('ZSCORE', out_of_place, id))
+  if not is_out_of_place(id, facts, since) then
+    redis.call('ZREM', out_of_place, id)
+  elseif since and now - since >= args.pause_ms then
+    redis.call('ZREM', out_of_place, id)
     put_back(q, id, facts)
-    if uncounted then bytes = bytes + counted_bytes(id) end
+    if is_uncounted then added_bytes = added_bytes + counted_bytes(id) end
     back[#back + 1] = id
   else
-    redis.call('ZADD', odd, 'NX', now, id)
+    redis.call('ZADD', out_of_place, 'NX', now, id)
     waits = waits + 1
   end
 end
-if waits > 0 then redis.call('PEXPIRE', odd, a.ttl) end
+if waits > 0 then redis.call('PEXPIRE', out_of_place, args.ttl_ms) end
 if #back > 0 then
-  settle(q, bytes)
-  record(q, { pending = back })
-  ring(q)
+  adjust_waiting_bytes(q, added_bytes)
+  log_transitions(q, { pending = back })
+  ring_doorbell(q)
 end
 return { #back, waits }

@@ -2,18 +2,21 @@
 -- retry: opens a new round of failed or cancelled jobs.
 -- KEYS    1 the queue, 2 the set of all queues
 -- ARGV    1 {max_queue, max_bytes}; then per job: id, the meta it must still have, the meta of
---         the new round ("" for a stranger's), extra as in submit
+--         the new round ("" for an external job), options as in submit
 -- Returns per job "ok" | "changed" | "full" | "no_input" | "not_retryable" | "absent"
--- Retry   answers changed; the caller reads the record again and finds its new round
+-- Retry   the verdict is changed; the caller reads the record again and finds its new round
+-- include: keys job_keys time value fact_names priority doorbell log waiting_bytes admission
 
-local q, a, now = queue(KEYS[1]), cmsgpack.unpack(ARGV[1]), now_ms()
-local free, free_bytes = room(q, a)
-local verdicts, opened, bytes = {}, {}, 0
+local q, args, now = queue(KEYS[1]), cmsgpack.unpack(ARGV[1]), now_ms()
+local free, free_bytes = free_capacity(q, args)
+local verdicts, opened, added_bytes = {}, {}, 0
 
-local function judge(id, expected)
-  local status = value_at(job(id, 'status'))
+-- Returns the verdict on a job, and for `ok` the bytes of its input. `expected_meta` is the meta
+-- that the caller has read: another one means that the job has been retried meanwhile.
+local function verdict_of(id, expected_meta)
+  local status = value_at(job_key(id, 'status'))
   if not status then return 'absent' end
-  if (value_at(job(id, 'meta')) or '') ~= expected then return 'changed' end
+  if (value_at(job_key(id, 'meta')) or '') ~= expected_meta then return 'changed' end
   if status ~= 'failed' and status ~= 'cancelled' then return 'not_retryable' end
   local size = input_bytes(id)
   if size == 0 then return 'no_input' end
@@ -21,42 +24,46 @@ local function judge(id, expected)
   return 'ok', size
 end
 
--- A ghost of the last round, still in its list, would now be the same job a second time.
-local function lay_ghost(id, extra)
-  if redis.call('SREM', q.ghosts, id) == 1 then redis.call('LREM', list_of(q, extra), -1, id) end
+-- A stale entry of the last round, still in its list, would now be the same job a second time.
+local function remove_stale_entry(id, options)
+  if redis.call('SREM', q.stale, id) == 1 then
+    local facts = options and { [PRIORITY] = options.priority }
+    redis.call('LREM', priority_list(q, facts), -1, id)
+  end
 end
 
-local function open(id, meta, extra, size)
-  redis.call('PERSIST', job(id, 'data'))
-  redis.call('DEL', job(id, 'result'), job(id, 'error'))
-  redis.call('SET', job(id, 'status'), 'pending')
+-- Starts a new round of a job: removes its outcome, makes it pending and puts it into its list.
+local function open(id, meta, options, size)
+  redis.call('PERSIST', job_key(id, 'data'))
+  redis.call('DEL', job_key(id, 'result'), job_key(id, 'error'))
+  redis.call('SET', job_key(id, 'status'), 'pending')
   if meta ~= '' then
-    redis.call('SET', job(id, 'meta'), meta)
-    bytes = bytes + size
+    redis.call('SET', job_key(id, 'meta'), meta)
+    added_bytes = added_bytes + size
   end
   redis.call('ZREM', q.dead, id)
-  lay_ghost(id, extra)
-  if meta == '' then redis.call('HSET', q.facts, id, cmsgpack.pack({ r = 1 })) end
+  remove_stale_entry(id, options)
+  if meta == '' then redis.call('HSET', q.facts, id, cmsgpack.pack({ [CLAIMED_BEFORE] = 1 })) end
   local list, packed = q.list, nil
-  if extra then list, packed = arrange(q, id, extra, now) end
+  if options then list, packed = place_with_options(q, id, options, now) end
   if packed then redis.call('HSET', q.facts, id, packed) end
   if list then redis.call('LPUSH', list, id) end
   opened[#opened + 1] = id
 end
 
 for i = 2, #ARGV, 4 do
-  local verdict, size = judge(ARGV[i], ARGV[i + 1])
+  local verdict, size = verdict_of(ARGV[i], ARGV[i + 1])
   if verdict == 'ok' then
-    local extra = ARGV[i + 3]
-    open(ARGV[i], ARGV[i + 2], extra ~= '' and cmsgpack.unpack(extra) or nil, size)
+    local options = ARGV[i + 3]
+    open(ARGV[i], ARGV[i + 2], options ~= '' and cmsgpack.unpack(options) or nil, size)
     free, free_bytes = free - 1, free_bytes - size
   end
   verdicts[#verdicts + 1] = verdict
 end
 if #opened > 0 then
-  settle(q, bytes)
+  adjust_waiting_bytes(q, added_bytes)
   redis.call('SADD', KEYS[2], q.list)
-  record(q, { pending = opened })
-  ring(q)
+  log_transitions(q, { pending = opened })
+  ring_doorbell(q)
 end
 return verdicts

@@ -1,75 +1,85 @@
 #!lua flags=allow-oom
--- tally: what moved in queues lately, as their logs have it; changes nothing.
+-- tally: how many jobs moved in queues lately, by their logs; changes nothing.
 -- KEYS    queues
--- ARGV    1 {window, entries, jobs, samples} window in ms; of each queue no more than so many
---         entries and jobs are counted, and the records of so many jobs read that ended last
--- Returns per queue {ms that were counted, submitted, completed, failed, {record, ...}}, nil where
+-- ARGV    1 {window_ms, max_entries, max_jobs, max_samples}: of each queue at most max_entries
+--         entries and max_jobs jobs are counted, and the records of the max_samples jobs that
+--         ended last are read
+-- Returns per queue {ms that were counted, submitted, completed, failed, {record, ...}}, nil if
 --         its log is no stream
--- Bound   one page of entries more than asked; a busy queue is counted over less than the window
+-- Bound   one page of entries more than max_entries; a busy queue is counted over less than the
+--         window
+-- include: keys job_keys time facts
 
-local PAGE = 100
+local PAGE_ENTRIES = 100
 
-local a, now = cmsgpack.unpack(ARGV[1]), now_ms()
+local args, now = cmsgpack.unpack(ARGV[1]), now_ms()
 
--- How many ids are packed in a field, as its first bytes say.
-local function length(packed)
+-- How many ids are packed in a field, by its first bytes.
+local function packed_length(packed)
   local first, second, third = packed:byte(1, 3)
   if first == 0xdc and third then return second * 256 + third end
   return first and first >= 0x90 and first <= 0x9f and first - 0x90 or 0
 end
 
 local function collect(ids, packed)
-  for _, id in ipairs(unpacked(packed) or {}) do
-    if #ids >= a.samples then return end
+  for _, id in ipairs(decode(packed) or {}) do
+    if #ids >= args.max_samples then return end
     ids[#ids + 1] = id
   end
 end
 
-local KINDS = { submitted = 'submitted', stranger = 'submitted', completed = 'completed', failed = 'failed' }
+-- External jobs are not submitted here; the log shows them first under `stranger`.
+local COUNTED_AS = {
+  submitted = 'submitted', stranger = 'submitted', completed = 'completed', failed = 'failed',
+}
 
-local function add(t, fields)
+-- Adds one log entry to a tally: its fields are status and packed ids, in turn.
+local function add_entry(tally, fields)
   for i = 1, #fields, 2 do
-    local kind, size = KINDS[fields[i]], length(fields[i + 1])
-    if kind then t[kind] = t[kind] + size end
-    t.jobs = t.jobs + size
+    local word, size = COUNTED_AS[fields[i]], packed_length(fields[i + 1])
+    if word then tally[word] = tally[word] + size end
+    tally.jobs = tally.jobs + size
   end
 end
 
-local function sample(t, fields)
+local function add_samples(tally, fields)
   for i = 1, #fields, 2 do
-    if fields[i] == 'completed' or fields[i] == 'failed' then collect(t.ended, fields[i + 1]) end
+    if fields[i] == 'completed' or fields[i] == 'failed' then collect(tally.ended, fields[i + 1]) end
   end
 end
 
--- Backwards from the newest entry; the first page also for the samples of a queue at rest.
-local function count(q)
-  local t = { submitted = 0, completed = 0, failed = 0, jobs = 0, entries = 0, ended = {} }
-  local last, since = '+', now - a.window
-  while t.entries < a.entries and t.jobs < a.jobs do
-    local page = redis.call('XREVRANGE', q.log, last, '-', 'COUNT', PAGE)
+-- Backwards from the newest entry. The first page is read for samples even if it is older than the
+-- window, as that of a queue at rest is.
+local function count_moved(q)
+  local tally = { submitted = 0, completed = 0, failed = 0, jobs = 0, entries = 0, ended = {} }
+  local last, since = '+', now - args.window_ms
+  while tally.entries < args.max_entries and tally.jobs < args.max_jobs do
+    local page = redis.call('XREVRANGE', q.log, last, '-', 'COUNT', PAGE_ENTRIES)
     for _, entry in ipairs(page) do
-      t.at = tonumber(entry[1]:match('^%d+'))
-      if t.at >= since then add(t, entry[2]) end
-      sample(t, entry[2])
+      tally.at = tonumber(entry[1]:match('^%d+'))
+      if tally.at >= since then add_entry(tally, entry[2]) end
+      add_samples(tally, entry[2])
     end
-    t.entries = t.entries + #page
-    if #page < PAGE or t.at < since then return t, a.window end
+    tally.entries = tally.entries + #page
+    if #page < PAGE_ENTRIES or tally.at < since then return tally, args.window_ms end
     last = '(' .. page[#page][1]
   end
-  return t, math.max(1, now - t.at)
+  return tally, math.max(1, now - tally.at)
 end
 
-local function records(ids)
-  local found = {}
-  for _, meta in ipairs(#ids > 0 and redis.call('MGET', unpack(each(ids, ':meta'))) or {}) do
-    if meta then found[#found + 1] = meta end
+-- The metas of jobs, without those that have none.
+local function read_records(ids)
+  local records = {}
+  for _, meta in ipairs(#ids > 0 and redis.call('MGET', unpack(job_keys(ids, ':meta'))) or {}) do
+    if meta then records[#records + 1] = meta end
   end
-  return found
+  return records
 end
 
-local tallies = {}
+local replies = {}
 for i, list in ipairs(KEYS) do
-  local ok, t, counted = pcall(count, queue(list))
-  tallies[i] = ok and { counted, t.submitted, t.completed, t.failed, records(t.ended) }
+  local ok, tally, counted_ms = pcall(count_moved, queue(list))
+  replies[i] = ok
+    and { counted_ms, tally.submitted, tally.completed, tally.failed, read_records(tally.ended) }
 end
-return tallies
+return replies

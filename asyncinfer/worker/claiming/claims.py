@@ -220,7 +220,7 @@ class Claims:
             return True
         if not self.held:
             self._blocked = False
-        return self._blocked or any(held.claim.lone for held in self.held.values())
+        return self._blocked or any(held.claim.exclusive for held in self.held.values())
 
     def _is_idle(self) -> bool:
         return self._waiting_turn.locked() and not self._must_not_claim()
@@ -279,7 +279,7 @@ class Claims:
     def _following(self, held: Held) -> ClaimRequest | None:
         """The claim that rides on a finish, unless this process must not claim just now."""
         others = [one for token, one in self.held.items() if token != held.claim.token]
-        if not self._queues or self.draining.is_set() or any(one.claim.lone for one in others):
+        if not self._queues or self.draining.is_set() or any(one.claim.exclusive for one in others):
             return None
         if self._blocked and others:
             return None

@@ -1,0 +1,107 @@
+-- include: job_keys fact_names log
+-- The end of jobs: status, result, TTLs, the log, and the notices to the APIs that wait for them.
+
+-- Notifies APIs that wait for jobs: `notices` is {inbox = {ended, ...}}. An entry of an inbox has
+-- each job's id and status, and the whole job if it is small, so that the API need not read it: in
+-- a field '\1' .. id (no id contains that byte) the length of its body, the body and its meta.
+-- NOMKSTREAM: the inbox of a dead API must not come back.
+local function notify_inboxes(notices)
+  local max_entries, max_body_bytes, jobs_per_entry = 10000, 1024, 16
+  for inbox, ends in pairs(notices) do
+    for first = 1, #ends, jobs_per_entry do
+      local fields = {}
+      for i = first, math.min(first + jobs_per_entry - 1, #ends) do
+        local id, body, meta, n = ends[i].id, ends[i].body, ends[i].meta, #fields
+        fields[n + 1], fields[n + 2] = id, ends[i].status
+        if body and meta and #body <= max_body_bytes then
+          fields[n + 3], fields[n + 4] = '\1' .. id, #body .. ' ' .. body .. meta
+        end
+      end
+      redis.pcall('XADD', inbox, 'NOMKSTREAM', 'MAXLEN', '~', max_entries, '*', unpack(fields))
+    end
+  end
+end
+
+-- Sets keys with a TTL: `pairs_to_set` is {key, value, ...}. One command if the server has it: a
+-- job that ends sets three keys, and they were a third of what its end cost.
+local function set_with_ttl(ttl_seconds, pairs_to_set)
+  local keys_per_command = 300
+  for first = 1, #pairs_to_set, 2 * keys_per_command do
+    local last = math.min(first + 2 * keys_per_command - 1, #pairs_to_set)
+    local arguments = { unpack(pairs_to_set, first, last) }
+    arguments[#arguments + 1], arguments[#arguments + 2] = 'EX', ttl_seconds
+    local reply = redis.pcall('MSETEX', (last - first + 1) / 2, unpack(arguments))
+    -- If the cause is not a server without MSETEX, SET raises the same error again.
+    if type(reply) == 'table' and reply.err then
+      for i = first, last, 2 do
+        redis.call('SET', pairs_to_set[i], pairs_to_set[i + 1], 'EX', ttl_seconds)
+      end
+    end
+  end
+end
+
+-- Removes ended jobs from the tables of running, delayed and unusual jobs.
+local function remove_from_tables(q, ids)
+  redis.call('HDEL', q.running, unpack(ids))
+  local others = redis.call('EXISTS', q.facts, q.deadlines, q.delayed)
+  if others == 0 then return end
+  local had_facts = redis.call('HDEL', q.facts, unpack(ids)) > 0
+  if had_facts and others == 1 then return end
+  redis.call('ZREM', q.deadlines, unpack(ids))
+  redis.call('ZREM', q.delayed, unpack(ids))
+end
+
+-- Ends jobs: `ends` is a list of {id, status, body, meta, facts}; `args` holds ttl_seconds,
+-- failed_ttl_seconds and keep_input; `spent` lists keys to delete together with the jobs' inputs.
+local function end_jobs(q, ends, args, spent)
+  if #ends == 0 then return end
+  local ids, moved, notices, by_ttl = {}, {}, {}, {}
+  spent = spent or {}
+  for i, ended in ipairs(ends) do
+    local id, status, facts = ended.id, ended.status, ended.facts
+    local ttl = facts and facts[TTL_SECONDS]
+      or (status == 'failed' and args.failed_ttl_seconds or args.ttl_seconds)
+    by_ttl[ttl] = by_ttl[ttl] or {}
+    local set = by_ttl[ttl]
+    set[#set + 1], set[#set + 2] = job_key(id, 'status'), status
+    if ended.body then
+      local word = status == 'completed' and 'result' or 'error'
+      set[#set + 1], set[#set + 2] = job_key(id, word), ended.body
+    end
+    if ended.meta then
+      set[#set + 1], set[#set + 2] = job_key(id, 'meta'), ended.meta
+    else
+      redis.call('EXPIRE', job_key(id, 'meta'), ttl)
+    end
+    if status == 'completed' and not args.keep_input then
+      spent[#spent + 1] = job_key(id, 'data')
+    else
+      redis.call('EXPIRE', job_key(id, 'data'), ttl)
+    end
+    for _, inbox in ipairs(facts and facts[INBOXES] or {}) do
+      notices[inbox] = notices[inbox] or {}
+      table.insert(notices[inbox], ended)
+    end
+    moved[status] = moved[status] or {}
+    table.insert(moved[status], id)
+    ids[i] = id
+  end
+  for ttl, set in pairs(by_ttl) do set_with_ttl(ttl, set) end
+  if #spent > 0 then redis.call('DEL', unpack(spent)) end
+  remove_from_tables(q, ids)
+  log_transitions(q, moved)
+  notify_inboxes(notices)
+end
+
+-- An entry of `ends` for a job that fails for a reason only the queue knows.
+local function failed_job(id, code, message, facts)
+  local body = '{"code":"' .. code .. '","message":"' .. message .. '"}'
+  return { id = id, status = 'failed', body = body, facts = facts }
+end
+
+-- Stale entries are ids of ended jobs that are still in a list. A claim drops them when it meets
+-- them; until then they are left out of the number of waiting jobs. `command` is SADD for ids that
+-- have become stale entries, and SREM for ids that have left the lists.
+local function update_stale_entries(q, command, ids)
+  if #ids > 0 then redis.call(command, q.stale, unpack(ids)) end
+end

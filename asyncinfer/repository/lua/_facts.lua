@@ -1,0 +1,34 @@
+-- include: fact_names
+-- Decoding of packed facts and of the packed ids of a claim.
+
+local FACT_TYPES = {
+  [DELIVERIES] = 'number', [SUSPECT] = 'number', [CANCEL_REQUESTED] = 'number', [EXPIRED] = 'number',
+  [START_BY_MS] = 'number', [FINISH_BY_MS] = 'number', [TTL_SECONDS] = 'number',
+  [CLAIMED_BEFORE] = 'number', [PRIORITY] = 'string', [INBOXES] = 'table',
+}
+
+-- Whether a fact is a whole number, and a TTL one that Redis accepts.
+local function is_count(name, value)
+  local min, max = 0, 2 ^ 53
+  if name == TTL_SECONDS then min, max = 1, 10 * 365 * 24 * 3600 end
+  return value >= min and value <= max and value % 1 == 0
+end
+
+-- Whether a value is a table of strings, or of facts each of its own type.
+local function is_well_formed(value)
+  if type(value) ~= 'table' then return false end
+  for name, part in pairs(value) do
+    local kind = type(part)
+    if kind ~= (type(name) == 'number' and 'string' or FACT_TYPES[name] or kind) then return false end
+    if kind == 'number' and FACT_TYPES[name] and not is_count(name, part) then return false end
+    if name == INBOXES and not is_well_formed(part) then return false end
+  end
+  return true
+end
+
+-- What is packed in a value; nil if it is missing or corrupt.
+local function decode(packed)
+  if not packed then return nil end
+  local ok, value = pcall(cmsgpack.unpack, packed)
+  return ok and is_well_formed(value) and value or nil
+end

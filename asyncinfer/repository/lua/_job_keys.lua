@@ -1,0 +1,13 @@
+-- The names of jobs' keys. Words: data status result error meta.
+
+-- The key of a job: `word` is data, status, result, error or meta.
+local function job_key(id, word)
+  return 'job:' .. id .. ':' .. word
+end
+
+-- One key of each of several jobs; `suffix` is the word with its colon, as in ':status'.
+local function job_keys(ids, suffix)
+  local keys = {}
+  for i, id in ipairs(ids) do keys[i] = 'job:' .. id .. suffix end
+  return keys
+end

@@ -1,0 +1,16 @@
+-- The log of a queue: a stream of the transitions of its jobs.
+
+-- Adds one entry for a batch of transitions: `moved` is {status = {id, ...}}. A key of another type
+-- in place of the log loses the entry and stops no script half way.
+local function log_transitions(q, moved)
+  local max_entries, fields = 100000, {}
+  for status, ids in pairs(moved) do
+    if #ids > 0 then
+      fields[#fields + 1] = status
+      fields[#fields + 1] = cmsgpack.pack(ids)
+    end
+  end
+  if #fields > 0 then
+    redis.pcall('XADD', q.log, 'MAXLEN', '~', max_entries, '*', unpack(fields))
+  end
+end
