@@ -10,7 +10,7 @@ import redis
 from asyncinfer.errors import InvalidQuery, ServerRefused
 from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.listing import Page
-from asyncinfer.repository.store import Store, checked_server
+from asyncinfer.repository.store import Store, check_info
 from tests.faults.harness import eventually
 from tests.queue_driver import Hands, Q, ids_of, new_job
 
@@ -269,7 +269,7 @@ async def test_health_counts_what_waits_in_each_queue(hands: Hands) -> None:
     ],
 )
 def test_servers_that_keep_the_promise_are_named(info: dict[str, str], named: str) -> None:
-    assert checked_server(info) == named
+    assert check_info(info) == named
 
 
 async def test_a_listing_passes_expired_jobs_in_few_calls(hands: Hands) -> None:
@@ -302,4 +302,4 @@ def _reads(server: redis.Redis) -> int:
 )
 def test_servers_that_cannot_keep_the_promise_are_refused(info: dict[str, str], why: str) -> None:
     with pytest.raises(ServerRefused, match=why):
-        checked_server(info)
+        check_info(info)

@@ -18,7 +18,7 @@ from asyncinfer.repository.claims import ClaimRequest, Runs
 from asyncinfer.repository.endpoint import Endpoint
 from asyncinfer.repository.leases import Renewals
 from asyncinfer.repository.policy import Policy
-from asyncinfer.repository.store import Store, checked_server
+from asyncinfer.repository.store import Store, check_info
 from tests.faults.harness import eventually, eventually_sync
 from tests.faults.load_client import Customer
 from tests.faults.replicated import SERVICE, Node, sentinel_of, url_of
@@ -35,7 +35,7 @@ from tests.serving import free_port
     ],
 )
 def test_a_server_that_can_keep_the_promise_is_taken(info: dict[str, str], name: str) -> None:
-    assert checked_server(info) == name
+    assert check_info(info) == name
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_a_server_that_can_keep_the_promise_is_taken(info: dict[str, str], name:
 )
 def test_a_server_that_cannot_is_refused_with_what_to_do(info: dict[str, str], word: str) -> None:
     with pytest.raises(ServerRefused, match=word):
-        checked_server(info)
+        check_info(info)
 
 
 async def test_a_server_that_evicts_is_refused_at_the_start(

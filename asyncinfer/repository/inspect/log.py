@@ -10,7 +10,7 @@ from asyncinfer.errors import WrongKeyType
 from asyncinfer.jobs import Status
 from asyncinfer.repository import keys
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.stored_jobs import Stored, summary_keys, summary_of
+from asyncinfer.repository.stored_jobs import Stored, parse_summary, summary_keys
 from asyncinfer.untrusted import decoding
 
 _MOST: Final = (1 << 63) - 1
@@ -144,7 +144,7 @@ class Log:
             entries, found = await self._store.together(_newest(queue), ask)
         except WrongKeyType:
             entries, found = (), await self._store.command(*ask)
-        return summary_of(job_id, found), _after(entries[0][0]) if entries else (0, 0, 0)
+        return parse_summary(job_id, found), _after(entries[0][0]) if entries else (0, 0, 0)
 
 
 def changes_in(queue: str, entry_id: bytes, fields: dict[bytes, bytes]) -> list[Change]:
