@@ -1,4 +1,4 @@
-"""What every process does for all: sweep and repair."""
+"""Maintenance of the queues: sweeps and repairs, by any process."""
 
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -17,37 +17,42 @@ from asyncinfer.untrusted import decoding
 
 _log = LimitedLog(logging.getLogger(__name__))
 
-_QUEUES_A_SWEEP: Final = 32
+_QUEUES_PER_SWEEP: Final = 32
 _PAGE: Final = 1000
-_REPAIRS_A_CALL: Final = 100
-_HELD_IDS: Final = 50_000
-_ODD_MS: Final = 24 * 3600 * 1000
+_REPAIRS_PER_CALL: Final = 100
+_MAX_IDS_HELD: Final = 50_000
+_OUT_OF_PLACE_TTL_MS: Final = 24 * 3600 * 1000
 
 
 class Swept(Struct):
-    """What a sweep did, in jobs."""
+    """What a sweep did, counted in jobs."""
 
     put_back: int = 0
+    """Jobs of lost workers that wait again."""
     dead: int = 0
+    """Jobs of lost workers that became dead letters."""
     promoted: int = 0
+    """Delayed jobs that wait now."""
     expired: int = 0
+    """Jobs whose deadline passed."""
     ended: int = 0
+    """Jobs that were cancelled or expired while they ran on a lost worker."""
     more: bool = False
 
 
 class Maintenance:
-    """What any process may do for all, whichever is first."""
+    """Sweeps and repairs the queues; of many processes that try at the same time one does it."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._announcements = Announcements(store)
 
     async def sweep(self) -> Swept:
-        """One sweep of every queue not swept lately, on until nothing is left to do."""
+        """Sweeps every queue that is due, until nothing is left to do; returns what was done."""
         total = Swept()
         queues = await self._store.queues()
-        for start in range(0, len(queues), _QUEUES_A_SWEEP):
-            part = queues[start : start + _QUEUES_A_SWEEP]
+        for start in range(0, len(queues), _QUEUES_PER_SWEEP):
+            part = queues[start : start + _QUEUES_PER_SWEEP]
             more = False
             while part:
                 part = await self._sweep(part, total, more=more)
@@ -55,7 +60,7 @@ class Maintenance:
         return total
 
     async def _sweep(self, queues: Sequence[str], total: Swept, *, more: bool) -> list[str]:
-        """Sweeps queues once; returns those that have more."""
+        """Sweeps queues once and adds to `total`; returns the queues that need another sweep."""
         policy = self._store.policy
         args = {
             **policy.ending(),
@@ -72,7 +77,7 @@ class Maintenance:
             if counts is None:
                 continue
             if isinstance(counts, bytes):
-                await self._tell_of_damage(queue, decoding.text(counts))
+                await self._log_damage(queue, decoding.text(counts))
                 continue
             total.put_back += counts[0]
             total.dead += counts[1]
@@ -83,7 +88,7 @@ class Maintenance:
                 unfinished.append(queue)
         return unfinished
 
-    async def _tell_of_damage(self, queue: str, reason: str) -> None:
+    async def _log_damage(self, queue: str, reason: str) -> None:
         if _log.take_turn(f"sweep {queue}"):
             if "WRONGTYPE" in reason:
                 reason = (await self._store.damage([queue])).detail
@@ -95,9 +100,11 @@ class Maintenance:
     # --- repair ------------------------------------------------------------------------------
 
     async def repair(self, pause_seconds: float) -> int | None:
-        """Puts back jobs found out of place twice, `pause_seconds` apart; None: not our turn.
+        """Puts back jobs that were out of place in two repairs, `pause_seconds` apart, and removes
+        facts of jobs that have ended. Returns how many jobs it put back, or None if another
+        process has repaired within `pause_seconds`.
 
-        A stranger's living consumer looks out of place too, for as long as its job runs.
+        The job of a live external consumer is out of place as well, as long as it runs.
         """
         pause_ms = int(pause_seconds * 1000)
         gate = keys.repair_gate(self._store.n)
@@ -105,20 +112,20 @@ class Maintenance:
             if not await self._store.command("SET", gate, "1", "NX", "PX", pause_ms):
                 return None
         except StorageFull:
-            # Without the gate every process would repair; another time, then.
+            # Without the gate every process would repair; the next repair may find it free.
             return None
-        back = 0
-        held: dict[str, set[bytes]] = {queue: set() for queue in await self._store.queues()}
-        async for statuses in self._unfinished():
-            for job_id, queue in await self._queues_of(statuses):
-                held.setdefault(queue, set()).add(job_id)
-            if sum(map(len, held.values())) >= _HELD_IDS:
-                back += await self._repair_held(held, pause_ms)
-                held = {}
-        return back + await self._repair_held(held, pause_ms)
+        restored = 0
+        ids: dict[str, set[bytes]] = {queue: set() for queue in await self._store.queues()}
+        async for page in self._unfinished_ids():
+            for job_id, queue in await self._queues_of(page):
+                ids.setdefault(queue, set()).add(job_id)
+            if sum(map(len, ids.values())) >= _MAX_IDS_HELD:
+                restored += await self._repair_queues(ids, pause_ms)
+                ids = {}
+        return restored + await self._repair_queues(ids, pause_ms)
 
-    async def _unfinished(self) -> AsyncIterator[list[bytes]]:
-        """Pages of ids whose status is pending or processing."""
+    async def _unfinished_ids(self) -> AsyncIterator[list[bytes]]:
+        """Pages of the ids of all jobs whose status is pending or processing."""
         cursor = 0
         while True:
             reply = await self._store.command(
@@ -136,43 +143,43 @@ class Maintenance:
                 return
 
     async def _queues_of(self, job_ids: Sequence[bytes]) -> list[tuple[bytes, str]]:
-        """Each job with the queue that its own record names."""
+        """Each job with the queue in its record; without a record, with the default queue."""
         if not job_ids:
             return []
-        metas = await self._store.command("MGET", *(b"job:%b:meta" % one for one in job_ids))
+        metas = await self._store.command("MGET", *(b"job:%b:meta" % job_id for job_id in job_ids))
         return [
             (job_id, _queue_in(meta) or self._store.n)
             for job_id, meta in zip(job_ids, metas, strict=True)
         ]
 
-    async def _repair_held(self, held: Mapping[str, set[bytes]], pause_ms: int) -> int:
-        back = 0
-        # A queue that nobody serves any more is listed by nobody else.
+    async def _repair_queues(self, ids: Mapping[str, set[bytes]], pause_ms: int) -> int:
+        restored = 0
+        # Nothing else lists a queue that no worker serves any more.
         await self._announcements.announce_queues(
-            [one for one in held if one.startswith(f"{self._store.n}:")]
+            [queue for queue in ids if queue.startswith(f"{self._store.n}:")]
         )
-        for queue, ids in held.items():
+        for queue, queue_ids in ids.items():
             try:
-                back += await self._repair_queue(queue, ids, pause_ms)
+                restored += await self._repair_queue(queue, queue_ids, pause_ms)
             except RedisRefused as error:
                 _log.warning(f"The queue {queue!r} is not repaired: {error.detail}")
-        return back
+        return restored
 
     async def _repair_queue(self, queue: str, ids: set[bytes], pause_ms: int) -> int:
         ids -= await self._in_place(queue, ids)
         ids |= await self._facts_without_job(queue)
-        # Newest first: the last one put back is the next to be served.
+        # Newest first: the job put back last is served next.
         ordered = sorted(ids, reverse=True)
-        args = encode_args({"pause_ms": pause_ms, "ttl_ms": _ODD_MS})
+        args = encode_args({"pause_ms": pause_ms, "ttl_ms": _OUT_OF_PLACE_TTL_MS})
         names = [queue, keys.odd(self._store.n)]
-        back = 0
-        for start in range(0, len(ordered), _REPAIRS_A_CALL):
-            part = ordered[start : start + _REPAIRS_A_CALL]
-            back += (await self._store.call(script("repair"), names, [args, *part]))[0]
-        return back
+        restored = 0
+        for start in range(0, len(ordered), _REPAIRS_PER_CALL):
+            part = ordered[start : start + _REPAIRS_PER_CALL]
+            restored += (await self._store.call(script("repair"), names, [args, *part]))[0]
+        return restored
 
     async def _in_place(self, queue: str, ids: set[bytes]) -> set[bytes]:
-        """Which of `ids` are in a list, delayed, or in a claim that has a lease."""
+        """The subset of `ids` that wait in a list, are delayed, or are in a claim with a lease."""
         found: set[bytes] = set()
         for waiting in keys.waiting(queue):
             start = 0
@@ -188,25 +195,26 @@ class Maintenance:
             )
             scores = await self._store.command("ZMSCORE", keys.delayed(queue), *part)
             found |= {
-                one
-                for one, lease, score in zip(part, leases, scores, strict=True)
+                job_id
+                for job_id, lease, score in zip(part, leases, scores, strict=True)
                 if lease is not None or score is not None
             }
         return found
 
     async def _facts_without_job(self, queue: str) -> set[bytes]:
-        """Ids with facts: those of jobs that ended elsewhere must not stay for ever."""
+        """Ids that have facts though their jobs are not unfinished: facts of jobs that ended
+        without a script must not stay for ever."""
         found: set[bytes] = set()
         cursor = 0
         while True:
             reply = await self._store.command("HSCAN", keys.facts(queue), cursor, "COUNT", _PAGE)
             cursor, ids = int(reply[0]), list(reply[1])
             if ids:
-                names = [b"job:%b:status" % one for one in ids]
+                names = [b"job:%b:status" % job_id for job_id in ids]
                 statuses = await self._store.command("MGET", *names)
                 found |= {
-                    one
-                    for one, status in zip(ids, statuses, strict=True)
+                    job_id
+                    for job_id, status in zip(ids, statuses, strict=True)
                     if status not in (b"pending", b"processing")
                 }
             if cursor == 0:
