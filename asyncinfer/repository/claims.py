@@ -25,11 +25,11 @@ from asyncinfer.repository.store import PackedArguments, Store, encode_args
 from asyncinfer.untrusted import decoding
 
 MOST_QUEUES_A_CLAIM: Final = 8
-_MOST_JOBS: Final = 256
-_MOST_BYTES: Final = 1 << 20
-_CLAIM_BYTES: Final = 2 << 20
-_TABLE_BYTES: Final = 65
-"""One more than `hash-max-listpack-value`, whose default is the same in Redis and Valkey."""
+_MAX_JOBS_PER_CALL: Final = 256
+_MAX_BYTES_PER_CALL: Final = 1 << 20
+_MAX_CLAIM_BYTES: Final = 2 << 20
+_MIN_TOKEN_BYTES: Final = 65
+"""One more than the default of `hash-max-listpack-value` in Redis and Valkey."""
 
 Verdict = Literal[
     "completed",
@@ -42,6 +42,8 @@ Verdict = Literal[
     "stale",
     "already",
 ]
+"""What a finish did with a job. `stale`: the claim does not hold the job any more, so that its
+outcome was discarded. `already`: an earlier try of the same call has stored this outcome."""
 
 
 class ClaimedJob(Struct, frozen=True):
@@ -96,6 +98,7 @@ class ClaimRequest(Struct, frozen=True):
     """This process holds another claim, so that a job that must run alone is not given to it."""
     max_jobs: int
     low_first: bool = False
+    """Jobs of low priority come before the others."""
     unshared: tuple[str, ...] = ()
     """Queues of models whose jobs cannot share a run: a claim takes one job and leaves the rest."""
 
@@ -148,7 +151,7 @@ class Runs:
         table: with shorter values it keeps one list and searches it from its start, which took
         17 µs a job with 256 running.
         """
-        missing = _TABLE_BYTES - len(self._worker_id) - 1
+        missing = _MIN_TOKEN_BYTES - len(self._worker_id) - 1
         return f"{self._worker_id}:{secrets.token_hex(max(8, (missing + 1) // 2))}"
 
     async def has_work(self, queues: Sequence[str]) -> bool:
@@ -246,8 +249,8 @@ class Runs:
             "lease_ms": self._store.policy.lease_ms,
             "not_after_ms": await self._store.not_after_ms(),
             "is_holding": request.held,
-            "max_jobs": min(request.max_jobs, _MOST_JOBS),
-            "max_bytes": _CLAIM_BYTES,
+            "max_jobs": min(request.max_jobs, _MAX_JOBS_PER_CALL),
+            "max_bytes": _MAX_CLAIM_BYTES,
             "low_first": request.low_first,
             "one_at_a_time": dict.fromkeys(request.unshared, True),
         }
@@ -273,7 +276,7 @@ def _split_into_calls(finished: Sequence[Finished]) -> Iterator[list[Finished]]:
     size = 0
     for job in finished:
         size += len(job.body)
-        if part and (len(part) == _MOST_JOBS or size > _MOST_BYTES):
+        if part and (len(part) == _MAX_JOBS_PER_CALL or size > _MAX_BYTES_PER_CALL):
             yield part
             part, size = [], len(job.body)
         part.append(job)

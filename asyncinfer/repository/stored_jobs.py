@@ -16,7 +16,7 @@ from asyncinfer.repository import keys
 from asyncinfer.repository.store import Store
 from asyncinfer.untrusted import decoding
 
-_MOST_ROUNDS: Final = (1 << 63) - 2
+_MAX_ROUND: Final = (1 << 63) - 2
 """The bound of a stored round number, so that the next one still fits in a record."""
 
 
@@ -123,7 +123,7 @@ def next_round(record: Record, now_ms: int) -> Record:
     """The record of a job that is retried: as submitted at `now_ms`, in a new round."""
     return msgspec.structs.replace(
         record,
-        round=min(record.round, _MOST_ROUNDS) + 1,
+        round=min(record.round, _MAX_ROUND) + 1,
         created_ms=now_ms,
         errors=0,
         started_ms=None,

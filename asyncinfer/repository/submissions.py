@@ -125,7 +125,7 @@ class Submissions:
             return await future
         except TimeoutError as error:
             raise RedisUnavailable(
-                "Redis did not answer in time; the job may or may not have been taken in.",
+                "Redis did not answer in time; the job may or may not be stored.",
                 retry_after_seconds=1,
                 job_id=job.job_id,
             ) from error
