@@ -240,7 +240,7 @@ class Hands:
         return int(self.redis.get(name) or 0)
 
     def ghosts(self) -> int:
-        return int(self.redis.scard(keys.ghosts(Q)))
+        return int(self.redis.scard(keys.stale_entries(Q)))
 
     def ttls(self, job_id: str) -> dict[str, int]:
         """Seconds left of each key of a job that exists; -1 for ever."""

@@ -171,7 +171,7 @@ class Maintenance:
         # Newest first: the job put back last is served next.
         ordered = sorted(ids, reverse=True)
         args = encode_args({"pause_ms": pause_ms, "ttl_ms": _OUT_OF_PLACE_TTL_MS})
-        names = [queue, keys.odd(self._store.n)]
+        names = [queue, keys.out_of_place(self._store.n)]
         restored = 0
         for start in range(0, len(ordered), _REPAIRS_PER_CALL):
             part = ordered[start : start + _REPAIRS_PER_CALL]

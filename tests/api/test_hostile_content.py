@@ -271,7 +271,7 @@ async def test_a_queue_that_cannot_be_counted_is_left_out_and_its_scale_says_whi
     "name",
     [
         *(keys.queues(QUEUE), keys.workers(QUEUE), keys.models(QUEUE), keys.default_model(QUEUE)),
-        *(keys.default_versions(QUEUE), keys.model(QUEUE, "digits"), keys.odd(QUEUE)),
+        *(keys.default_versions(QUEUE), keys.model(QUEUE, "digits"), keys.out_of_place(QUEUE)),
         *(keys.pace(QUEUE, "iris"), keys.worker(QUEUE, "w")),
     ],
 )

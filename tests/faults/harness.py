@@ -15,7 +15,7 @@ _SIDE_TABLES = (
     keys.facts,
     keys.deadlines,
     keys.delayed,
-    keys.ghosts,
+    keys.stale_entries,
     keys.bytes_waiting,
 )
 

@@ -396,7 +396,7 @@ def _possible(jobs: Sequence[str]) -> Iterator[str]:
     """Keys that may come to be there, of queues, jobs, models, workers and APIs."""
     of_queue: list[Callable[[str], str | tuple[str, ...]]] = [
         *(keys.waiting, keys.wake, keys.running, keys.leases, keys.facts, keys.deadlines),
-        *(keys.delayed, keys.seq, keys.bytes_waiting, keys.ghosts, keys.paused, keys.dead),
+        *(keys.delayed, keys.seq, keys.bytes_waiting, keys.stale_entries, keys.paused, keys.dead),
         *(keys.log, keys.log_marks, keys.control, keys.reap_gate, keys.swept, keys.hold),
     ]
     for q in QUEUES:
@@ -409,7 +409,7 @@ def _possible(jobs: Sequence[str]) -> Iterator[str]:
     yield from (keys.queues(N), keys.workers(N), keys.models(N), keys.default_versions(N))
     yield from (
         keys.default_model(N),
-        keys.odd(N),
+        keys.out_of_place(N),
         keys.worker(N, "w"),
         keys.group(N, "default", "g"),
     )

@@ -322,13 +322,13 @@ async def test_another_default_model_in_redis_is_adopted_by_all(scene: Scene) ->
 
 _KEYS = (
     *(keys.default_versions(N), keys.workers(N), keys.model(N, "iris"), keys.model(N, "digits")),
-    *(keys.pace(N, "iris"), keys.odd(N), keys.repair_gate(N)),
+    *(keys.pace(N, "iris"), keys.out_of_place(N), keys.repair_gate(N)),
     *(
         of(queue)
         for queue in (N, f"{N}:digits")
         for of in (
             *(keys.wake, keys.bytes_waiting, keys.seq, keys.log, keys.log_marks, keys.control),
-            *(keys.swept, keys.hold, keys.reap_gate, keys.deadlines, keys.ghosts),
+            *(keys.swept, keys.hold, keys.reap_gate, keys.deadlines, keys.stale_entries),
         )
     ),
 )

@@ -478,7 +478,7 @@ async def test_a_job_out_of_place_in_two_passes_is_put_back(hands: Hands, status
     assert hands.waiting() == [first, second]
     assert (hands.status(first), hands.redis.llen(keys.wake(Q))) == ("pending", 1)
     assert hands.counter(keys.bytes_waiting(Q)) == 2 * len(DATA)
-    assert not hands.redis.exists(keys.odd(Q))
+    assert not hands.redis.exists(keys.out_of_place(Q))
 
 
 async def test_between_the_passes_a_strangers_living_consumer_is_left_alone(hands: Hands) -> None:
@@ -490,7 +490,7 @@ async def test_between_the_passes_a_strangers_living_consumer_is_left_alone(hand
         assert await hands.maintenance.repair(60) == 0
     assert hands.status(job_id) == "processing"
     assert hands.waiting() == []
-    assert 0 < hands.redis.ttl(keys.odd(Q)) <= 86_400
+    assert 0 < hands.redis.ttl(keys.out_of_place(Q)) <= 86_400
 
 
 async def test_a_job_found_in_place_again_is_not_put_back(hands: Hands) -> None:
@@ -508,11 +508,11 @@ async def test_a_job_that_came_back_between_the_look_and_the_script_stays_once(
     hands: Hands,
 ) -> None:
     job_id = await hands.one(priority="low")
-    hands.redis.zadd(keys.odd(Q), {job_id: 1})
+    hands.redis.zadd(keys.out_of_place(Q), {job_id: 1})
     args = [encode_args({"pause_ms": 1, "ttl_ms": 1000}), job_id]
-    assert await hands.store.call(script("repair"), [Q, keys.odd(Q)], args) == [0, 0]
+    assert await hands.store.call(script("repair"), [Q, keys.out_of_place(Q)], args) == [0, 0]
     assert hands.waiting() == [job_id]
-    assert not hands.redis.exists(keys.odd(Q))
+    assert not hands.redis.exists(keys.out_of_place(Q))
 
 
 async def test_what_waits_runs_or_is_delayed_is_in_place(hands: Hands) -> None:
@@ -523,7 +523,7 @@ async def test_what_waits_runs_or_is_delayed_is_in_place(hands: Hands) -> None:
     for _ in range(2):
         assert await repaired(hands) == 0
         await pause_passes(hands)
-    assert not hands.redis.exists(keys.odd(Q))
+    assert not hands.redis.exists(keys.out_of_place(Q))
     await hands.finish(claim)
 
 

@@ -187,7 +187,7 @@ class Machine(RuleBasedStateMachine):
         for name in (keys.delayed(queue), keys.leases(queue), keys.deadlines(queue)):
             pipeline.zrange(name, 0, -1)
         pipeline.hgetall(keys.running(queue)).hgetall(keys.facts(queue))
-        pipeline.scard(keys.ghosts(queue)).get(keys.bytes_waiting(queue))
+        pipeline.scard(keys.stale_entries(queue)).get(keys.bytes_waiting(queue))
         pipeline.llen(keys.wake(queue)).exists(keys.paused(queue))
         pipeline.keys(keys.claim(queue, "*"))
         *lists, delayed, leases, deadlines, running, facts, ghosts, size, wake, paused, claims = (

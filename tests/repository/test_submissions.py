@@ -412,7 +412,7 @@ async def test_a_cancel_in_a_long_list_walks_none_of_it(hands: Hands) -> None:
     last = await hands.one()
     assert await hands.cancel(last) == "cancelled"
     assert hands.status(last) == "cancelled"
-    assert (hands.redis.llen(Q), hands.redis.scard(keys.ghosts(Q))) == (10_251, 1)
+    assert (hands.redis.llen(Q), hands.redis.scard(keys.stale_entries(Q))) == (10_251, 1)
 
 
 async def test_cancelling_a_running_job_asks_its_worker(hands: Hands) -> None:
