@@ -34,10 +34,9 @@ class Swept(Struct):
     promoted: int = 0
     """Delayed jobs that wait now."""
     expired: int = 0
-    """Jobs whose deadline passed."""
+    """Jobs that ended since their deadline passed."""
     ended: int = 0
-    """Jobs that were cancelled or expired while they ran on a lost worker."""
-    more: bool = False
+    """Jobs of lost workers that ended: the dead letters, and cancelled jobs."""
 
 
 class Maintenance:
