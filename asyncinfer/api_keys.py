@@ -1,4 +1,4 @@
-"""API keys: who a caller is, and what they may do."""
+"""API keys: the file of keys, and the tenant and scopes of a caller."""
 
 import codecs
 import hashlib
@@ -13,16 +13,14 @@ from typing import Final, Literal
 
 from msgspec import Struct
 
-from asyncinfer.errors import (
-    KeyFileRefused,
-)
+from asyncinfer.errors import KeyFileRefused
 from asyncinfer.jobs import TENANT_PATTERN
 
 SCOPES: Final = ("submit", "read", "admin", "operator")
-"""Each stands alone: `admin` does not bring the others."""
+"""Each scope stands alone: `admin` does not include the others."""
 
-MOST_FILE_BYTES: Final = 4 << 20
-"""About 40,000 keys."""
+MAX_FILE_BYTES: Final = 4 << 20
+"""The largest key file: about 40,000 keys."""
 
 _TENANT = re.compile(TENANT_PATTERN)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -31,6 +29,8 @@ _SECRET_BYTES: Final = 32
 
 
 class Caller(Struct, frozen=True):
+    """The tenant of a request, and what its key allows."""
+
     tenant: str
     scopes: frozenset[str]
 
@@ -42,37 +42,38 @@ class Entry(Struct, frozen=True):
     digest: str
 
     def line(self) -> str:
+        """The entry as a line of the key file, without a line end."""
         scopes = ",".join(scope for scope in SCOPES if scope in self.caller.scopes)
         return f"{self.caller.tenant} {scopes} {self.digest}"
 
 
 class BrokenLine(Struct, frozen=True):
-    """A line of the key file that lets nobody in. Its text is not kept: it may be a key."""
+    """A line of the key file that is ignored. Its text is not kept, because it may be a key."""
 
     number: int
     reason: str
 
 
 class Keyring:
-    """The keys that are let in. A tenant may have several, to change one without a gap."""
+    """The valid keys. A tenant may have several, so that it can replace one without a gap."""
 
     def __init__(self, entries: Sequence[Entry] = (), broken: Sequence[BrokenLine] = ()) -> None:
         self._entries = tuple(entries)
         self.broken = tuple(broken)
-        """Lines that were left out."""
+        """Lines of the file that were ignored."""
 
     def __len__(self) -> int:
         return len(self._entries)
 
     @classmethod
     def load(cls, path: Path) -> "Keyring":
-        """Raises KeyFileRefused when the file cannot be read."""
+        """The keys in a file; raises KeyFileRefused if it cannot be read."""
         return cls.parse(read_key_file(path))
 
     @classmethod
     def parse(cls, content: bytes) -> "Keyring":
-        """The keys of sound lines. A broken line is left out alone: were the whole file refused
-        for it, a key that was taken out in the same edit would still be valid."""
+        """The keys of the valid lines. Only broken lines are ignored, not the whole file: otherwise
+        a key that was removed in the same edit would stay valid."""
         entries: dict[str, Entry] = {}
         broken: list[BrokenLine] = []
         for number, line in _lines(content):
@@ -87,11 +88,11 @@ class Keyring:
         return cls(tuple(entries.values()), broken)
 
     def identify(self, key: str) -> Caller | None:
-        """Whose key it is. Takes the same time wherever in the file it is, or is not."""
+        """The caller with this key; None if it is unknown. Takes the same time for every key."""
         return self.caller_of(digest_of(key))
 
     def caller_of(self, digest: str) -> Caller | None:
-        """Whose key has this SHA-256."""
+        """The caller whose key has this SHA-256; None if there is none."""
         caller = None
         for entry in self._entries:
             if hmac.compare_digest(entry.digest, digest):
@@ -100,55 +101,57 @@ class Keyring:
 
 
 def read_key_file(path: Path) -> bytes:
-    """Raises KeyFileRefused when there is no regular file that can be read."""
+    """The content of the key file; raises KeyFileRefused unless it is a readable regular file of
+    at most MAX_FILE_BYTES."""
     try:
-        with open(path, "rb", opener=_open_at_once) as file:
+        with open(path, "rb", opener=_open_without_blocking) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise KeyFileRefused(f"Cannot read the API keys in {path}: it is not a file.")
-            content = file.read(MOST_FILE_BYTES + 1)
+            content = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise KeyFileRefused(f"Cannot read the API keys in {path}: {reason}.") from error
-    if len(content) > MOST_FILE_BYTES:
+    if len(content) > MAX_FILE_BYTES:
         raise KeyFileRefused(
-            f"Cannot read the API keys in {path}: it has more than {MOST_FILE_BYTES} bytes."
+            f"Cannot read the API keys in {path}: it has more than {MAX_FILE_BYTES} bytes."
         )
     return content
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    """A plain open of a named pipe would wait for a writer."""
+def _open_without_blocking(path: str, flags: int) -> int:
+    """Opens the file; a blocking open of a named pipe would wait for a writer."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def new_key() -> str:
-    """256 random bits, so that its plain SHA-256 gives nothing away."""
+    """A new random key. It has 256 bits, so that its plain SHA-256 reveals nothing."""
     return _PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
 
 
 def entry_of(key: str, tenant: str, scopes: str) -> Entry:
-    """`scopes` as in the file, comma-separated; raises ValueError with what is allowed."""
+    """The entry of a key; `scopes` are comma-separated, as in the file. Raises ValueError, which
+    says what is allowed."""
     return _entry(tenant, scopes, digest_of(key))
 
 
 def digest_of(key: str) -> str:
-    """The SHA-256 of a key, as the file has it."""
+    """The SHA-256 of a key in hex digits, as in the file."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _entry(tenant: str, scopes: str, digest: str) -> Entry:
     if not _TENANT.fullmatch(tenant):
         raise ValueError("a tenant is up to 64 letters, digits, `_`, `.` and `-`")
-    wanted = frozenset(scopes.split(","))
-    if not wanted <= frozenset(SCOPES):
+    names = frozenset(scopes.split(","))
+    if not names <= frozenset(SCOPES):
         raise ValueError(f"scopes are {', '.join(SCOPES)}, separated by commas without spaces")
     if not _DIGEST.fullmatch(digest):
         raise ValueError("the third word must be the key's SHA-256, 64 lower-case hex digits")
-    return Entry(Caller(tenant, wanted), digest)
+    return Entry(Caller(tenant, names), digest)
 
 
 def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
-    """Lines that are neither empty nor comments, with their numbers."""
+    """The lines that are neither empty nor comments, with their numbers from 1."""
     for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
         if line.strip() and not line.lstrip().startswith(b"#"):
             yield number, line

@@ -1,7 +1,36 @@
-"""Everything that can go wrong: one base, one class per cause, each with its code.
+"""All errors of the package: one class per cause, each with a stable code.
 
-Three families share the base. `RequestError`s are answered over HTTP with their status,
-`JobError`s end a job and are stored in `job:{id}:error`, `StartError`s stop a command.
+AsyncinferError
+|-- RequestError              answers an HTTP request with its status; a client raises it again
+|   |-- InternalError         500
+|   |-- MalformedRequest, InvalidJSON, InvalidHeader, InvalidQuery                        400
+|   |-- Unauthorized          401
+|   |-- Forbidden, HostRefused, OriginRefused                                             403
+|   |-- RouteNotFound, JobNotFound, ModelNotFound, VersionNotFound, GroupNotFound         404
+|   |-- MethodNotAllowed, NotAcceptable, RequestTimeout                         405, 406, 408
+|   |-- JobFinished, JobNotFinished, JobCancelled, JobNotRetryable                        409
+|   |-- JobExpired, ResultDamaged                                                         410
+|   |-- BodyTooLarge          413
+|   |-- MediaTypeRefused, EncodingRefused                                                 415
+|   |-- InvalidInput, JobFailed, IdempotencyConflict, TooManyRefusedLines                 422
+|   |-- QueueFull, HeadersTooLarge                                                   429, 431
+|   |-- ServerStopping, TooManyConnections, TooManyStreams, NotReady, StorageFull         503
+|   |-- RedisUnavailable      503
+|   |   |-- WritesRefused
+|   |   `-- RedisRefused
+|   |       `-- WrongKeyType
+|   `-- NoModelAnnounced      503
+|       `-- ModelLoading
+|-- JobError                  ends a job as failed; stored in `job:{id}:error`
+|   |-- ModelFailed, OutOfMemory, PredictionTimeout, UnknownModel, ResultTooLarge
+|   `-- UnreadableRecord
+|       `-- LaterRecord
+|-- StartError                stops a command, with exit code 2
+|   `-- InvalidSetting, ServerRefused, DataDirBusy, DefaultModelChanged, ModelRefused,
+|       ModelDirUnreadable, FileRefused, KeyFileRefused
+`-- NotDrained                raised to a test; also a TimeoutError
+
+`asyncinfer.client` adds what only a client can meet: ConnectionFailed, WaitTimeout and others.
 """
 
 from collections.abc import Sequence
@@ -11,18 +40,19 @@ from msgspec import Struct
 
 
 class Fault(Struct, frozen=True):
-    """One thing wrong with an input: where (a JSON pointer, RFC 6901), and what is expected."""
+    """One thing that is wrong with an input: its place (a JSON pointer, RFC 6901) and what is
+    expected there."""
 
     pointer: str
     detail: str
 
 
 class AsyncinferError(Exception):
-    """The base of every error this package raises; `code` is stable, for machines."""
+    """The base of every error that this package raises. `code` is stable, for programs."""
 
     code: ClassVar[str] = "internal_error"
     row: int | None = None
-    """In a client's map, the number of the row that has it."""
+    """In a client's map, the number of the row that the error belongs to."""
 
     def __init__(self, detail: str) -> None:
         super().__init__(detail)
@@ -33,7 +63,10 @@ class AsyncinferError(Exception):
 
 
 class RequestError(AsyncinferError):
-    """A request that gets an error answer (RFC 9457) instead of what it asked for."""
+    """A request that is answered with an error (RFC 9457).
+
+    `faults` lists everything that is wrong with an input, `headers` are added to the answer.
+    """
 
     status: ClassVar[int] = 500
     title: ClassVar[str] = "Internal error"
@@ -55,7 +88,7 @@ class RequestError(AsyncinferError):
 
 
 class InternalError(RequestError):
-    """Our own fault; the log has the rest."""
+    """A bug in asyncinfer; the log has its traceback."""
 
 
 class MalformedRequest(RequestError):
@@ -143,7 +176,7 @@ class JobExpired(RequestError):
 
 
 class ResultDamaged(RequestError):
-    """What Redis holds as a job's result is not what a worker stored there."""
+    """The bytes in Redis are not a result as a worker stores it."""
 
     code, status, title = "result_damaged", 410, "The result is damaged"
 
@@ -161,13 +194,13 @@ class EncodingRefused(RequestError):
 
 
 class InvalidInput(RequestError):
-    """A body that can be read, but is not what this model or route takes; also ends a job."""
+    """The body is readable, but does not fit the model or route; also ends a job as failed."""
 
     code, status, title = "invalid_input", 422, "The input does not fit"
 
 
 class JobFailed(RequestError):
-    """Answers for a job that failed; `job_error` is the code and message stored with it."""
+    """The answer for a failed job; `job_error` is the code and message that are stored with it."""
 
     code, status, title = "job_failed", 422, "The job failed"
 
@@ -185,13 +218,13 @@ class QueueFull(RequestError):
 
 
 class ServerStopping(RequestError):
-    """Answers for what had not been read yet when the server was told to stop."""
+    """The answer to requests that the server has not read yet when it is told to stop."""
 
     code, status, title = "server_stopping", 503, "The server stops"
 
 
 class TooManyRefusedLines(RequestError):
-    """Ends a request of many lines of which next to none can be read."""
+    """Ends a request of many lines if nearly all of them are rejected."""
 
     code, status, title = "too_many_refused_lines", 422, "Nearly every line is refused"
 
@@ -213,25 +246,25 @@ class RedisUnavailable(RequestError):
 
 
 class WritesRefused(RedisUnavailable):
-    """Redis answered that it takes no writes in the state it is in, so it has done nothing."""
+    """Redis answered that it accepts no writes in its present state; the call changed nothing."""
 
     code, title = "redis_refuses_writes", "Redis takes no writes just now"
     is_disk_full = False
-    """Redis cannot save to its disk (MISCONF), as far as is known."""
+    """True if Redis is known to be unable to save to its disk (MISCONF)."""
 
 
 class RedisRefused(RedisUnavailable):
-    """Redis answered, but not to this: a key of another type, damaged content, a lost right."""
+    """Redis rejected the command: a key of another type, corrupt content, a missing permission."""
 
     code, title = "redis_refused", "Redis refused a command"
 
 
 class WrongKeyType(RedisRefused):
-    """A key has another type than ours have; the detail names it where that is known."""
+    """A key does not have the type that asyncinfer uses; the detail names it if it is known."""
 
 
 class NotReady(RequestError):
-    """Asked of a worker's monitor port; the detail says why it cannot claim."""
+    """The answer of a worker's monitor port; the detail says why the worker cannot claim."""
 
     code, status, title = "not_ready", 503, "The worker cannot claim jobs"
 
@@ -245,7 +278,7 @@ class NoModelAnnounced(RequestError):
 
 
 class ModelLoading(NoModelAnnounced):
-    """The model lies in the folder of a living worker, which has not loaded it yet."""
+    """The model is in the folder of a living worker that has not loaded it yet."""
 
     code, title = "model_loading", "The model is being loaded"
 
@@ -254,17 +287,17 @@ class ModelLoading(NoModelAnnounced):
 
 
 class JobError(AsyncinferError):
-    """Ends a job as failed; stored as `{"code", "message"}`."""
+    """An error that ends a job as failed; it is stored as `{"code", "message"}`."""
 
     code: ClassVar[str] = "model_failed"
 
 
 class ModelFailed(JobError):
-    """ONNX Runtime refused this very input."""
+    """ONNX Runtime could not run the model on this input."""
 
 
 class OutOfMemory(JobError):
-    """A run had no memory; worth another try."""
+    """A run was out of memory; a retry may succeed."""
 
     code = "out_of_memory"
 
@@ -282,29 +315,29 @@ class UnknownModel(JobError):
 
 
 class ResultTooLarge(JobError):
-    """What the model gave is more than is kept for one job."""
+    """The model's output is larger than the limit for one result."""
 
     code = "result_too_large"
 
 
 class UnreadableRecord(JobError):
-    """A job's record or payload is of a kind that this release does not know."""
+    """A job's record or payload has a format that this release does not know."""
 
     code = "unreadable_record"
 
 
 class LaterRecord(UnreadableRecord):
-    """A later release wrote the job's record; the job is handed to a worker of that release."""
+    """A later release wrote the job's record; the job is left to a worker of that release."""
 
 
-# Codes that only the scripts write: worker_lost, input_lost, expired.
+# The Lua scripts also store the codes worker_lost, input_lost and expired.
 
 
 # --- stops a command ---------------------------------------------------------------------
 
 
 class StartError(AsyncinferError):
-    """A command that cannot start; the detail says what to do."""
+    """A command cannot start; the detail says what to do."""
 
     code = "cannot_start"
 
@@ -314,7 +347,7 @@ class InvalidSetting(StartError):
 
 
 class ServerRefused(StartError):
-    """The Redis server cannot keep our promise: too old, a cluster, or one that evicts."""
+    """The Redis server cannot keep jobs safely: it is too old, a cluster, or evicts keys."""
 
     code = "server_refused"
 
@@ -328,23 +361,23 @@ class DefaultModelChanged(StartError):
 
 
 class ModelRefused(StartError):
-    """A model file that cannot be served, and why."""
+    """A model file cannot be served; the detail says why."""
 
     code = "model_refused"
 
 
 class ModelDirUnreadable(StartError):
-    """The model folder is not there, is none, or may not be read."""
+    """The model folder is missing, is not a folder, or is not readable."""
 
 
 class FileRefused(StartError):
-    """A file to read rows from or to write to, that cannot be."""
+    """A file of rows or of results cannot be read or written."""
 
     code = "file_refused"
 
 
 class KeyFileRefused(StartError):
-    """An API_KEYS file that cannot be read as one, and where."""
+    """The API_KEYS file cannot be read; the detail says which line or why."""
 
     code = "key_file_refused"
 
@@ -353,6 +386,6 @@ class KeyFileRefused(StartError):
 
 
 class NotDrained(AsyncinferError, TimeoutError):
-    """Jobs still wait or run when a test wanted them done; the detail says how many."""
+    """Jobs still wait or run when a test expects them to have ended; the detail says how many."""
 
     code = "not_drained"

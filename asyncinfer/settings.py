@@ -1,4 +1,4 @@
-"""Every knob, declared once: its flag, environment variable, default, unit, help and check."""
+"""All settings, each declared once: flag, environment variable, default, unit, help and check."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -10,11 +10,12 @@ import msgspec.inspect as types
 from msgspec import Meta, Struct
 
 from asyncinfer.errors import InvalidSetting
+from asyncinfer.jobs import TENANT_PATTERN
 
 _DAY_SECONDS: Final = 24 * 3600
 _YEAR_SECONDS: Final = 365 * _DAY_SECONDS
 
-_ModelName = Annotated[str, Meta(pattern=r"^(?!stats\Z)[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")]
+_ModelName = Annotated[str, Meta(pattern=rf"^(?!stats\Z){TENANT_PATTERN}\Z")]
 _MODEL_NAME: Final = "up to 64 letters, digits, `_`, `.` and `-`, not `stats`"
 _Port = Annotated[int, Meta(ge=1, le=65535)]
 _RedisUrl = Annotated[str, Meta(pattern=r"^(rediss?|unix|sentinel)://")]
@@ -29,7 +30,8 @@ def _about(
     secret: bool = False,
     **bounds: Any,
 ) -> Meta:
-    """`unset` says what no value means, `allowed` what a pattern means; a secret is not shown."""
+    """What `--help` says of a setting: `unset` is the meaning of no value, `allowed` the meaning of
+    the pattern in words. The value of a secret is never shown."""
     words = {"unit": unit, "unset": unset, "allowed": allowed, "secret": secret}
     return Meta(description=description, extra=words, **bounds)
 
@@ -39,17 +41,18 @@ class Settings(Struct, frozen=True, kw_only=True):
     redis_url: Annotated[
         _RedisUrl | None,
         _about(
-            "Your Redis or Valkey. Wins over REDIS_HOST; with neither, Valkey is embedded.",
+            "URL of the Redis or Valkey server; wins over REDIS_HOST. With neither, Valkey is "
+            "embedded.",
             allowed="redis://, rediss://, unix:// or sentinel://host:26379,host2:26379/service",
             secret=True,
         ),
     ] = None
-    redis_host: Annotated[str | None, _about("Your Redis's host.")] = None
-    redis_port: Annotated[int, _about("Its port, beside REDIS_HOST.", ge=1, le=65535)] = 6379
+    redis_host: Annotated[str | None, _about("Host of the Redis or Valkey server.")] = None
+    redis_port: Annotated[int, _about("Port of the server at REDIS_HOST.", ge=1, le=65535)] = 6379
     queue_name: Annotated[
         str,
         _about(
-            "The default model's list in Redis, and the prefix of all others.",
+            "Name of the default model's list in Redis, and prefix of all other lists.",
             pattern=r"^[^{}\x00-\x1f\x7f]{1,64}\Z",
             allowed="1 to 64 characters, without braces and control characters",
         ),
@@ -57,7 +60,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     data_dir: Annotated[
         Path | None,
         _about(
-            "Where the embedded Valkey keeps all jobs.",
+            "Folder where the embedded Valkey keeps all jobs.",
             unset="`asyncinfer` in the user's state folder",
         ),
     ] = None
@@ -66,22 +69,22 @@ class Settings(Struct, frozen=True, kw_only=True):
     model_dir: Annotated[
         Path | None,
         _about(
-            "The models to serve.",
-            unset="./model where it exists; else for `work` those of a `serve` beside it; else the "
-            "shipped models",
+            "Folder of the models to serve.",
+            unset="./model if it exists; else for `work` the folder of a `serve` on this machine; "
+            "else the shipped models",
         ),
     ] = None
     model: Annotated[
         Path | None,
         _about(
-            "One file to serve instead, as the default model: path/to/name.onnx.",
+            "Serve only this .onnx file, as the default model: path/to/name.onnx.",
             unset="what MODEL_DIR has",
         ),
     ] = None
     models: Annotated[
         tuple[_ModelName, ...],
         _about(
-            "Names to serve: a,b.",
+            "Names of the models to serve: a,b.",
             unset="all in MODEL_DIR",
             allowed=f"names separated by commas, each {_MODEL_NAME}",
         ),
@@ -96,50 +99,52 @@ class Settings(Struct, frozen=True, kw_only=True):
     ] = None
 
     # --- the API
-    host: Annotated[str, _about("The address that the API listens on.", min_length=1)] = "127.0.0.1"
-    port: Annotated[int, _about("Its port.", ge=1, le=65535)] = 8000
+    host: Annotated[str, _about("Address that the API listens on.", min_length=1)] = "127.0.0.1"
+    port: Annotated[int, _about("Port that the API listens on.", ge=1, le=65535)] = 8000
     api_processes: Annotated[
         int,
         _about(
-            "Processes that answer on it, each with a core to use.",
+            "Processes of the API, for machines with a core for each.",
             unit="processes",
             ge=1,
             le=64,
         ),
     ] = 1
     api_keys: Annotated[
-        Path | None, _about("The file of API keys; `asyncinfer keygen` makes its lines.")
+        Path | None, _about("File of API keys; `asyncinfer keygen` makes its lines.")
     ] = None
     allowed_hosts: Annotated[
         tuple[str, ...],
-        _about("Host headers to answer to, beside localhost and HOST: a,b; * for any."),
+        _about("Accepted Host headers besides localhost and HOST: a,b; * accepts any."),
     ] = ()
     allowed_origins: Annotated[
         tuple[str, ...],
-        _about("Origins of other sites' pages that may change state: https://app.example.com."),
+        _about("Origins of web pages that may submit and change jobs: https://app.example.com."),
     ] = ()
-    max_body: Annotated[int, _about("The largest request.", unit="bytes", ge=1024, le=1 << 30)] = (
+    max_body: Annotated[int, _about("Largest request body.", unit="bytes", ge=1024, le=1 << 30)] = (
         16 << 20
     )
     max_json: Annotated[
-        int, _about("The largest request in JSON.", unit="bytes", ge=1024, le=1 << 30)
+        int, _about("Largest request body in JSON.", unit="bytes", ge=1024, le=1 << 30)
     ] = 2 << 20
 
     # --- a worker
     concurrency: Annotated[
         int,
         _about(
-            "Batches that one worker runs side by side; 0: as many as cores.",
+            "Batches that a worker runs in parallel; 0: one per core.",
             unit="threads",
             ge=0,
             le=1024,
         ),
     ] = 0
-    max_batch: Annotated[int, _about("Jobs that share one run.", unit="jobs", ge=1, le=1000)] = 128
+    max_batch: Annotated[
+        int, _about("Largest number of jobs in a batch.", unit="jobs", ge=1, le=1000)
+    ] = 128
     max_models: Annotated[
         int,
         _about(
-            "Versions of models that stay loaded; the least used make room.",
+            "Largest number of model versions in memory; the least recently used is unloaded.",
             unit="versions",
             ge=1,
             le=100_000,
@@ -148,7 +153,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     max_model_bytes: Annotated[
         int,
         _about(
-            "Their files' size together; 0: no limit.",
+            "Largest total size of the files of models in memory; 0: no limit.",
             unit="bytes",
             ge=0,
             le=1 << 50,
@@ -157,62 +162,83 @@ class Settings(Struct, frozen=True, kw_only=True):
     rescan_seconds: Annotated[
         float,
         _about(
-            "How often MODEL_DIR is read again, beside when the system tells of a change.",
+            "Interval of scans of MODEL_DIR, in addition to change events of the file system.",
             unit="seconds",
             ge=0.1,
             le=_DAY_SECONDS,
         ),
     ] = 10.0
     prediction_timeout: Annotated[
-        float, _about("How long one run may take.", unit="seconds", gt=0, le=_DAY_SECONDS)
+        float, _about("Longest time that a run may take.", unit="seconds", gt=0, le=_DAY_SECONDS)
     ] = 10.0
     brpop_timeout: Annotated[
-        float, _about("How long one blocking pop waits.", unit="seconds", ge=0.01, le=60)
+        float,
+        _about(
+            "Longest wait of one blocking pop (BRPOP) for a job.", unit="seconds", ge=0.01, le=60
+        ),
     ] = 1.0
     drain_timeout: Annotated[
         float,
-        _about("How long a stop waits for running jobs.", unit="seconds", ge=0, le=_DAY_SECONDS),
+        _about(
+            "Longest time that a stopping worker waits for its running jobs.",
+            unit="seconds",
+            ge=0,
+            le=_DAY_SECONDS,
+        ),
     ] = 20.0
 
     allow_custom_ops: Annotated[
-        bool, _about("Load the native libraries of operators that a model.toml names.")
+        bool, _about("Load native libraries with custom operators that a model.toml names.")
     ] = False
     monitor_port: Annotated[
         _Port | None,
         _about(
-            "A worker's private port: /health/live, /health/ready and /metrics.",
+            "Port of a worker for /health/live, /health/ready and /metrics.",
             unset="off",
             allowed="a whole number from 1 to 65535",
         ),
     ] = None
-    monitor_host: Annotated[str, _about("The address of that port.", min_length=1)] = "127.0.0.1"
+    monitor_host: Annotated[str, _about("Address that MONITOR_PORT listens on.", min_length=1)] = (
+        "127.0.0.1"
+    )
 
     # --- a queue
     max_queue: Annotated[
-        int, _about("Jobs that may wait in one queue.", unit="jobs", ge=1, le=100_000_000)
+        int, _about("Largest number of waiting jobs in a queue.", unit="jobs", ge=1, le=100_000_000)
     ] = 100_000
     max_queue_bytes: Annotated[
-        int, _about("Inputs that may wait in one queue.", unit="bytes", ge=1024, le=1 << 40)
+        int,
+        _about(
+            "Largest total size of waiting inputs in a queue.", unit="bytes", ge=1024, le=1 << 40
+        ),
     ] = 1 << 30
     job_ttl: Annotated[
         int,
         _about(
-            "How long a completed or cancelled job is kept.", unit="seconds", ge=1, le=_YEAR_SECONDS
+            "Time that a completed or cancelled job is kept.",
+            unit="seconds",
+            ge=1,
+            le=_YEAR_SECONDS,
         ),
     ] = 3600
     failed_ttl: Annotated[
         int,
-        _about("How long a failed job is kept.", unit="seconds", ge=1, le=_YEAR_SECONDS),
+        _about("Time that a failed job is kept.", unit="seconds", ge=1, le=_YEAR_SECONDS),
     ] = _DAY_SECONDS
-    keep_input: Annotated[bool, _about("Keep the input of a completed job too.")] = False
+    keep_input: Annotated[bool, _about("Keep the input of completed jobs too.")] = False
     lease_seconds: Annotated[
         float,
-        _about("How long a silent worker keeps its jobs.", unit="seconds", ge=0.1, le=3600),
+        _about(
+            "Lease duration: jobs of a worker that stops renewing are redelivered after this.",
+            unit="seconds",
+            ge=0.1,
+            le=3600,
+        ),
     ] = 15.0
     reap_seconds: Annotated[
         float,
         _about(
-            "How often lost jobs are looked for; a sixth of the lease at most.",
+            "Interval of the recovery sweep for lost jobs; at most a sixth of LEASE_SECONDS.",
             unit="seconds",
             ge=0.01,
             le=600,
@@ -220,12 +246,17 @@ class Settings(Struct, frozen=True, kw_only=True):
     ] = 2.0
     max_deliveries: Annotated[
         int,
-        _about("Workers that may die with a job before it fails.", unit="workers", ge=1, le=100),
+        _about(
+            "Delivery attempts before a job becomes a dead letter.",
+            unit="attempts",
+            ge=1,
+            le=100,
+        ),
     ] = 3
 
 
 class Knob(Struct, frozen=True):
-    """One setting as people meet it."""
+    """A setting as the command line and its messages show it."""
 
     name: str
     type: Any
@@ -247,6 +278,7 @@ class Knob(Struct, frozen=True):
 
 @cache
 def knobs() -> tuple[Knob, ...]:
+    """All settings, in the order of their declaration."""
     declared = {field.name: field for field in msgspec.structs.fields(Settings)}
     described = types.type_info(Settings)
     assert isinstance(described, types.StructType)
@@ -269,7 +301,7 @@ def _knob(field: types.Field, declared: Any) -> Knob:
 
 
 def _allowed(kind: types.Type) -> str:
-    """What a value must be, in words."""
+    """The values that a type allows, in words."""
     match kind:
         case types.BoolType():
             return "true or false"
@@ -289,24 +321,27 @@ def _allowed(kind: types.Type) -> str:
 
 
 def read(environ: Mapping[str, str], flags: Mapping[str, str]) -> Settings:
-    """Flags (by field name) win over the environment; raises InvalidSetting."""
+    """The settings from flags, by field name, and from the environment; flags win.
+
+    An empty variable counts as unset. Raises InvalidSetting for a value that is not allowed.
+    """
     values = {}
     for knob in knobs():
         if knob.name in flags:
             values[knob.name] = _parse(knob, knob.flag, flags[knob.name])
-        elif given := environ.get(knob.variable):
-            values[knob.name] = _parse(knob, knob.variable, given)
+        elif value := environ.get(knob.variable):
+            values[knob.name] = _parse(knob, knob.variable, value)
     return Settings(**values)
 
 
 def as_environment(settings: Settings) -> dict[str, str]:
-    """The variables from which `read` makes these very settings."""
+    """The environment variables from which `read` restores these settings."""
     texts = {knob.variable: text(getattr(settings, knob.name)) for knob in knobs()}
     return {variable: value for variable, value in texts.items() if value}
 
 
 def text(value: Any) -> str:
-    """A value as it is written in a variable; empty for none."""
+    """A value as text in an environment variable; empty for None."""
     match value:
         case None:
             return ""
@@ -320,16 +355,17 @@ def text(value: Any) -> str:
             return str(value)
 
 
-def _parse(knob: Knob, source: str, given: str) -> Any:
-    raw = given.split(",") if isinstance(knob.default, tuple) else given
+def _parse(knob: Knob, source: str, value: str) -> Any:
+    """The value of a setting; `source` names its flag or variable in an error."""
+    raw = value.split(",") if isinstance(knob.default, tuple) else value
     try:
         return msgspec.convert(raw, knob.type, strict=False, dec_hook=_path)
     except msgspec.ValidationError as error:
-        found = "not valid" if knob.secret else repr(given[:100])
+        shown = "not valid" if knob.secret else repr(value[:100])
         unit = f" ({knob.unit})" if knob.unit else ""
-        raise InvalidSetting(f"{source} is {found}; it must be {knob.allowed}{unit}.") from error
+        raise InvalidSetting(f"{source} is {shown}; it must be {knob.allowed}{unit}.") from error
 
 
-def _path(kind: type, given: str) -> Path:
+def _path(kind: type, value: str) -> Path:
     assert kind is Path
-    return Path(given).expanduser()
+    return Path(value).expanduser()

@@ -1,26 +1,29 @@
-"""Waiting for a future, and for how long."""
+"""Waits with a time limit."""
 
 import asyncio
 from typing import Any
 
 
 async def settled(future: asyncio.Future[Any], seconds: float) -> bool:
-    """Whether `future` is done within `seconds`; it goes on where it is not, and if this wait is
-    cancelled. What `asyncio.wait` tells of a set of one, for half of its cost."""
+    """Waits for `future`; returns whether it is done within `seconds`.
+
+    The future is never cancelled, neither after `seconds` nor if this wait is cancelled, and its
+    result or exception is not read. Does what `asyncio.wait` does for one future, at half the cost.
+    """
     if future.done():
         return True
     loop = asyncio.get_running_loop()
-    moment: asyncio.Future[None] = loop.create_future()
+    waiter: asyncio.Future[None] = loop.create_future()
 
-    def end(_: object = None) -> None:
-        if not moment.done():
-            moment.set_result(None)
+    def wake(_: object = None) -> None:
+        if not waiter.done():
+            waiter.set_result(None)
 
-    timer = loop.call_later(seconds, end)
-    future.add_done_callback(end)
+    timer = loop.call_later(seconds, wake)
+    future.add_done_callback(wake)
     try:
-        await moment
+        await waiter
     finally:
         timer.cancel()
-        future.remove_done_callback(end)
+        future.remove_done_callback(wake)
     return future.done()

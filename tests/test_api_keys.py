@@ -1,4 +1,4 @@
-"""Keys name their tenant and scopes; a broken line of their file says where it is."""
+"""API keys identify a tenant and its scopes; broken lines of their file are reported."""
 
 import hashlib
 import os
@@ -23,7 +23,7 @@ def line(key: str, tenant: str = "acme", scopes: str = "submit,read") -> str:
     return api_keys.entry_of(key, tenant, scopes).line()
 
 
-def test_a_key_is_256_random_bits_that_look_like_ours() -> None:
+def test_a_key_has_256_random_bits_and_our_prefix() -> None:
     key, other = api_keys.new_key(), api_keys.new_key()
 
     assert key.startswith("ai_")
@@ -62,12 +62,12 @@ def test_a_tenant_changes_its_key_without_a_gap(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "ai_", "ai_\xff\udcff", DIGEST, "a" * 100_000])
-def test_an_unknown_key_is_nobody(tmp_path: Path, key: str) -> None:
+def test_an_unknown_key_has_no_caller(tmp_path: Path, key: str) -> None:
     assert Keyring.load(key_file(tmp_path, line("a"))).identify(key) is None
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "reason"),
     [
         ("acme", "scopes are submit, read, admin, operator"),
         (f"acme submit,write {DIGEST}", "scopes are submit, read, admin, operator"),
@@ -78,29 +78,29 @@ def test_an_unknown_key_is_nobody(tmp_path: Path, key: str) -> None:
         (line("b", tenant="other"), "it repeats the key of an earlier line"),
     ],
 )
-def test_a_broken_line_is_left_out_alone_and_named_by_its_number(
-    tmp_path: Path, wrong: str, says: str
+def test_only_a_broken_line_is_ignored_and_it_is_named_by_its_number(
+    tmp_path: Path, wrong: str, reason: str
 ) -> None:
     path = key_file(tmp_path, line("b"), wrong, line("c"))
 
     keyring = Keyring.load(path)
 
-    assert [one.number for one in keyring.broken] == [2]
-    assert keyring.broken[0].reason.startswith(says)
+    assert [broken.number for broken in keyring.broken] == [2]
+    assert keyring.broken[0].reason.startswith(reason)
     assert "ai_" not in keyring.broken[0].reason
     assert keyring.identify("a") is None
     for key in ("b", "c"):
         assert keyring.identify(key) == Caller("acme", frozenset({"submit", "read"}))
 
 
-def test_bytes_that_are_not_utf8_break_their_own_line_alone(tmp_path: Path) -> None:
+def test_bytes_that_are_not_utf8_break_only_their_own_line(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_bytes(b"\xef\xbb\xbf" + line("a").encode() + b"\r\n\xff\xfe\r\n# \xff\r\n")
 
     keyring = Keyring.load(path)
 
     assert keyring.identify("a") is not None
-    assert [(one.number, one.reason) for one in keyring.broken] == [(2, "it is not UTF-8")]
+    assert [(broken.number, broken.reason) for broken in keyring.broken] == [(2, "it is not UTF-8")]
 
 
 @pytest.mark.parametrize("content", [b"", b"# soon\n", b"\n\n", b"\xff\xfe"])
@@ -130,6 +130,6 @@ def test_a_folder_a_pipe_and_a_huge_file_are_refused_at_once(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("tenant", "scopes"), [("", "read"), ("a b", "read"), ("a", "")])
-def test_no_line_is_made_that_would_not_be_read(tenant: str, scopes: str) -> None:
+def test_no_line_is_made_that_could_not_be_read(tenant: str, scopes: str) -> None:
     with pytest.raises(ValueError, match=r"tenant|scopes"):
         api_keys.entry_of(api_keys.new_key(), tenant, scopes)

@@ -1,4 +1,4 @@
-"""The order of the rooms: imports go one way, in no circle, and each library has one door."""
+"""The order of the rooms: imports go one way, without circles, and each library has one door."""
 
 import ast
 import functools
@@ -67,7 +67,7 @@ INSIDE = {
         ("completion", "doctor"),
     ),
 }
-"""The same inside the large rooms."""
+"""The order inside the large rooms, from bottom to top."""
 
 DOORS = {
     "redis": "repository",
@@ -111,14 +111,14 @@ def _names_imported(module: ast.Module, path: Path) -> Iterator[str]:
 
 
 def _row(rows: Sequence[Sequence[str]], part: str) -> int:
-    """Where `part` stands; fails for one that has no place yet."""
-    (found,) = [at for at, row in enumerate(rows) if part in row] or [-1]
+    """The index of the row with `part`; fails if there is none."""
+    (found,) = [index for index, row in enumerate(rows) if part in row] or [-1]
     assert found >= 0, f"{part} has no place in the order of {__name__}"
     return found
 
 
 def _edges() -> Iterator[tuple[str, str]]:
-    """Which module imports which, by dotted name; also those that only type checkers import."""
+    """Pairs of dotted names: a module, and one that it imports, also only for type checkers."""
     modules = {_dotted(path): path for path in _modules()}
     for name, path in modules.items():
         for imported in _imports(path):
@@ -150,7 +150,7 @@ def test_a_room_has_an_order_of_its_own(room: str) -> None:
     for name, target in _edges():
         if not (name.startswith(prefix) and target.startswith(prefix)):
             continue
-        own, other = (it.removeprefix(prefix).split(".")[0] for it in (name, target))
+        own, other = (module.removeprefix(prefix).split(".")[0] for module in (name, target))
         rows = INSIDE[room]
         assert own == other or _row(rows, other) < _row(rows, own), f"{name} imports {target}"
 
@@ -175,7 +175,7 @@ def test_each_library_has_one_door(library: str) -> None:
     assert users <= {DOORS[library]}
 
 
-def test_each_module_says_in_one_line_what_it_is() -> None:
+def test_each_module_has_a_one_line_summary() -> None:
     for path in _modules():
         docstring = ast.get_docstring(ast.parse(path.read_text()))
         assert docstring, path

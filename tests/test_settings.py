@@ -1,4 +1,4 @@
-"""Every knob can be set, is checked, and survives the way to a child."""
+"""Every setting can be set, is checked, and reaches child processes unchanged."""
 
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ NAMES = some.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,20}", fullmatch=True).filt
 )
 
 
-def numbers(least: float, most: float) -> some.SearchStrategy[float]:
-    return some.floats(least, most, allow_nan=False)
+def numbers(low: float, high: float) -> some.SearchStrategy[float]:
+    return some.floats(low, high, allow_nan=False)
 
 
 ANY_SETTINGS = some.builds(
@@ -37,8 +37,8 @@ ANY_SETTINGS = some.builds(
 
 
 @given(ANY_SETTINGS)
-def test_a_child_reads_the_very_settings_of_its_parent(chosen: Settings) -> None:
-    assert settings.read(settings.as_environment(chosen), {}) == chosen
+def test_a_child_process_reads_the_settings_of_its_parent(parent: Settings) -> None:
+    assert settings.read(settings.as_environment(parent), {}) == parent
 
 
 def test_nothing_set_is_the_default() -> None:
@@ -46,9 +46,9 @@ def test_nothing_set_is_the_default() -> None:
 
 
 def test_a_flag_wins_over_the_environment() -> None:
-    chosen = settings.read({"PORT": "8001", "HOST": "localhost"}, {"port": "8002"})
+    found = settings.read({"PORT": "8001", "HOST": "localhost"}, {"port": "8002"})
 
-    assert (chosen.port, chosen.host) == (8002, "localhost")
+    assert (found.port, found.host) == (8002, "localhost")
 
 
 def test_a_home_folder_is_found() -> None:
@@ -72,13 +72,13 @@ def test_a_home_folder_is_found() -> None:
         ("MODELS", "iris,,", "names separated by commas"),
     ],
 )
-def test_a_wrong_value_stops_with_its_name_itself_and_what_is_allowed(
+def test_a_wrong_value_is_an_error_with_its_name_the_value_and_what_is_allowed(
     variable: str, value: str, allowed: str
 ) -> None:
-    with pytest.raises(InvalidSetting) as refusal:
+    with pytest.raises(InvalidSetting) as raised:
         settings.read({variable: value}, {})
 
-    assert refusal.value.detail.startswith(f"{variable} is {value!r}; it must be {allowed}")
+    assert raised.value.detail.startswith(f"{variable} is {value!r}; it must be {allowed}")
 
 
 def test_a_wrong_flag_is_named_as_it_was_written() -> None:
@@ -87,20 +87,20 @@ def test_a_wrong_flag_is_named_as_it_was_written() -> None:
 
 
 def test_a_wrong_redis_url_does_not_show_its_password() -> None:
-    with pytest.raises(InvalidSetting, match=r"REDIS_URL .* redis://") as refusal:
+    with pytest.raises(InvalidSetting, match=r"REDIS_URL .* redis://") as raised:
         settings.read({"REDIS_URL": "http://user:hunter2@host"}, {})
 
-    assert "hunter2" not in refusal.value.detail
+    assert "hunter2" not in raised.value.detail
 
 
 def test_every_default_is_a_value_that_is_allowed() -> None:
     for knob in settings.knobs():
-        assert _taken(knob.type, knob.default), knob.name
+        assert _is_allowed(knob.type, knob.default), knob.name
 
 
-def _taken(kind: Any, value: Any) -> bool:
-    return bool(msgspec.convert(value, kind, dec_hook=lambda _, it: it) == value)
+def _is_allowed(kind: Any, value: Any) -> bool:
+    return bool(msgspec.convert(value, kind, dec_hook=lambda _, path: path) == value)
 
 
-def test_every_knob_says_what_it_is_for() -> None:
+def test_every_setting_has_a_help_text_and_says_what_is_allowed() -> None:
     assert all(knob.help.endswith(".") and knob.allowed for knob in settings.knobs())

@@ -1,4 +1,4 @@
-"""Predictions from Python: `Client` for scripts and notebooks, `AsyncClient` for event loops.
+"""The Python client: `Client` for scripts and notebooks, `AsyncClient` for event loops.
 
 Importing it loads no server, no model runtime, and not yet numpy or an HTTP library.
 """
@@ -22,13 +22,17 @@ from asyncinfer.client._protocol import Event
 from asyncinfer.client._wait_reasons import WaitingFor
 from asyncinfer.errors import (
     AsyncinferError,
+    BodyTooLarge,
     Forbidden,
+    GroupNotFound,
     IdempotencyConflict,
     InvalidInput,
+    InvalidQuery,
     JobCancelled,
     JobExpired,
     JobFailed,
     JobFinished,
+    JobNotFinished,
     JobNotFound,
     JobNotRetryable,
     ModelLoading,
@@ -46,6 +50,7 @@ __all__ = [
     "AsyncGroup",
     "AsyncJob",
     "AsyncinferError",
+    "BodyTooLarge",
     "CannotSend",
     "Client",
     "ClientClosed",
@@ -53,13 +58,16 @@ __all__ = [
     "Event",
     "Forbidden",
     "Group",
+    "GroupNotFound",
     "IdempotencyConflict",
     "InvalidInput",
+    "InvalidQuery",
     "Job",
     "JobCancelled",
     "JobExpired",
     "JobFailed",
     "JobFinished",
+    "JobNotFinished",
     "JobNotFound",
     "JobNotRetryable",
     "Model",

@@ -1,11 +1,11 @@
-"""A server's answer as plain Python: labelled rows as they are, tensors as numpy arrays."""
+"""The results of a server as plain Python: labelled rows as they are, tensors as numpy arrays."""
 
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from asyncinfer.client._encoding import LENGTH
-from asyncinfer.client._errors import strange_refused
+from asyncinfer.client._encoding import JSON_LENGTH_HEADER
+from asyncinfer.client._errors import reject_unreadable
 from asyncinfer.client._protocol import Response
 from asyncinfer.tensors.missing_values import WORDS
 
@@ -13,73 +13,79 @@ if TYPE_CHECKING:
     from asyncinfer.tensors.datatypes import Array
 
 
-def result_of(value: Any) -> Any:
-    """A job's result. Of one tensor the array, of several a dict of them, else the JSON value."""
+def decode_result(value: Any) -> Any:
+    """A job's result: of one tensor the array, of several a dict of them, else the JSON value."""
     if not (isinstance(value, dict) and isinstance(value.get("outputs"), list)):
-        return list(map(_labelled, value)) if isinstance(value, list) else _labelled(value)
-    with strange_refused("A result"):
-        return unwrapped({one["name"]: _array_of_json(one) for one in value["outputs"]})
+        return list(map(_with_numbers, value)) if isinstance(value, list) else _with_numbers(value)
+    with reject_unreadable("A result"):
+        return unwrap_single(
+            {tensor["name"]: _parse_json_tensor(tensor) for tensor in value["outputs"]}
+        )
 
 
-def _labelled(row: Any) -> Any:
-    """A row of a labelled classifier with numbers for the words that JSON has for some."""
+def _with_numbers(row: Any) -> Any:
+    """A labelled row with floats for the words, such as "NaN", that stand for them in JSON."""
     shares = row.get("probabilities") if isinstance(row, dict) else None
     if not (isinstance(shares, list) and str in map(type, shares)):
         return row
-    numbers = [WORDS.get(one, one) if isinstance(one, str) else one for one in shares]
+    numbers = [WORDS.get(share, share) if isinstance(share, str) else share for share in shares]
     return {**row, "probabilities": numbers}
 
 
-def result_of_bytes(response: Response) -> Any:
-    """The same, of an answer in the binary layout of the Open Inference Protocol."""
-    with strange_refused("A result"):
-        return _arrays_of_bytes(response)
+def decode_binary_result(response: Response) -> Any:
+    """The same from an answer in the binary layout of the Open Inference Protocol."""
+    with reject_unreadable("A result"):
+        return _parse_binary_tensors(response)
 
 
-def _arrays_of_bytes(response: Response) -> Any:
-    at = int(response.headers[LENGTH])
+def _parse_binary_tensors(response: Response) -> Any:
+    at = int(response.headers[JSON_LENGTH_HEADER])
     arrays = {}
     view = memoryview(response.content)
-    for one in msgspec.json.decode(view[:at])["outputs"]:
-        end = at + one["parameters"]["binary_data_size"]
-        arrays[one["name"]] = _array_of_bytes(view[at:end], one["datatype"], one["shape"])
+    for tensor in msgspec.json.decode(view[:at])["outputs"]:
+        end = at + tensor["parameters"]["binary_data_size"]
+        arrays[tensor["name"]] = _parse_binary_tensor(
+            view[at:end], tensor["datatype"], tensor["shape"]
+        )
         at = end
-    return unwrapped(arrays)
+    return unwrap_single(arrays)
 
 
-def unwrapped(arrays: dict[str, "Array"]) -> Any:
+def unwrap_single(arrays: dict[str, "Array"]) -> Any:
+    """The array itself if there is only one, else the dict."""
     return next(iter(arrays.values())) if len(arrays) == 1 else arrays
 
 
-def _array_of_json(one: dict[str, Any]) -> "Array":
+def _parse_json_tensor(tensor: dict[str, Any]) -> "Array":
     import numpy as np
 
     from asyncinfer.tensors.datatypes import DTYPES, FLOATS
 
-    dtype, data = DTYPES[one["datatype"]], one["data"]
-    if one["datatype"] in FLOATS:
-        # Python reads the words of `gaps` as the numbers that they stand for.
-        return np.array([float(value) for value in data]).astype(dtype).reshape(one["shape"])
-    return np.array(data, dtype=dtype).reshape(one["shape"])
+    dtype, data = DTYPES[tensor["datatype"]], tensor["data"]
+    if tensor["datatype"] in FLOATS:
+        # float() also reads "NaN", "Infinity" and "-Infinity", which stand for numbers in JSON.
+        return np.array([float(value) for value in data]).astype(dtype).reshape(tensor["shape"])
+    return np.array(data, dtype=dtype).reshape(tensor["shape"])
 
 
-def _array_of_bytes(content: memoryview, datatype: str, shape: list[int]) -> "Array":
+def _parse_binary_tensor(content: memoryview, datatype: str, shape: list[int]) -> "Array":
     import numpy as np
 
     from asyncinfer.tensors.datatypes import DTYPES
 
     if datatype == "BYTES":
-        return np.array(_texts(content), dtype=object).reshape(shape)
+        return np.array(_parse_strings(content), dtype=object).reshape(shape)
     dtype = DTYPES[datatype]
-    # A copy, which can be written to and does not hold the whole answer.
+    # A copy, so that it is writable and does not keep the whole answer in memory.
     return np.frombuffer(content, dtype.newbyteorder("<")).astype(dtype).reshape(shape)
 
 
-def _texts(content: memoryview) -> list[str]:
-    texts = []
+def _parse_strings(content: memoryview) -> list[str]:
+    """Strings, each after its length in 4 bytes, little-endian."""
+    strings = []
     at = 0
     while at < len(content):
         end = at + 4 + int.from_bytes(content[at : at + 4], "little")
-        texts.append(bytes(content[at + 4 : end]).decode())
+        strings.append(bytes(content[at + 4 : end]).decode())
         at = end
-    return texts
+    return strings

@@ -1,4 +1,4 @@
-"""Jobs, models and groups as small cards of HTML, for notebooks; everything is escaped.
+"""HTML cards of jobs, models and groups for notebooks; every value is escaped.
 
 Colours come from the page (`currentColor`, transparency), so that light and dark themes both do.
 """
@@ -22,7 +22,7 @@ _COLOURS: Final = {
     "no worker": "rgba(220,50,50,.45)",
     "cancelled": "rgba(220,150,30,.4)",
 }
-_MOST_CHARACTERS: Final = 400
+_MAX_CHARACTERS: Final = 400
 
 
 def job_card(view: Mapping[str, Any]) -> str:
@@ -38,7 +38,7 @@ def job_card(view: Mapping[str, Any]) -> str:
 
 
 def model_card(name: str, badge: str, rows: Mapping[str, Any]) -> str:
-    """`badge` says whether the model is paused, or how many workers have it."""
+    """A card; `badge` tells whether the model is paused, or how many workers have it."""
     return _card("Model", name, _badge(badge), rows)
 
 
@@ -58,7 +58,7 @@ def _card(kind: str, name: str, badge: str, rows: Mapping[str, Any]) -> str:
     shown = "".join(
         f'<tr style="background:none"><td style="{_QUIET};text-align:left;vertical-align:top">'
         f'{escape(label)}</td><td style="text-align:left;word-break:break-word">'
-        f"{escape(_short(str(value)))}</td></tr>"
+        f"{escape(_shorten(str(value)))}</td></tr>"
         for label, value in rows.items()
         if value
     )
@@ -92,5 +92,5 @@ def _model_of(view: Mapping[str, Any]) -> str:
     return f"{view.get('model', '')}{f' version {version}' if version else ''}"
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]} …"
+def _shorten(text: str) -> str:
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]} …"

@@ -1,4 +1,4 @@
-"""Carries out what flows ask: with threads, or in an event loop. The only door to httpx2."""
+"""The drivers of flows, for threads and for an event loop. The only door to httpx2."""
 
 import threading
 import time
@@ -8,14 +8,24 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from asyncinfer.client._errors import refuse_closed
-from asyncinfer.client._protocol import Event, Flow, Lost, Pause, Request, Response, T, Told
+from asyncinfer.client._errors import raise_client_closed
+from asyncinfer.client._protocol import (
+    Event,
+    Flow,
+    FlowReply,
+    FlowRequest,
+    Lost,
+    Pause,
+    Request,
+    Response,
+    T,
+)
 
 if TYPE_CHECKING:
     import httpx2
 
 _CONNECT_SECONDS: Final = 5.0
-_NO_WAY: Final = frozenset({"ConnectError", "ConnectTimeout", "UnsupportedProtocol"})
+_CONNECT_ERRORS: Final = frozenset({"ConnectError", "ConnectTimeout", "UnsupportedProtocol"})
 _REASONS: Final = {
     "ConnectError": "nothing listens there, or the name is not known",
     "ConnectTimeout": f"no connection within {_CONNECT_SECONDS:g} s",
@@ -23,53 +33,55 @@ _REASONS: Final = {
     "WriteTimeout": "the connection is open, but takes nothing",
     "UnsupportedProtocol": "an address begins with http:// or https://",
 }
-_LOCAL: Final = frozenset({"127.0.0.1", "localhost", "::1"})
+_LOCAL_HOSTS: Final = frozenset({"127.0.0.1", "localhost", "::1"})
+_MAX_BYTES: Final = 1 << 30
+"""The largest body of an answer. The largest of asyncinfer has 16 lines with a result each, of
+16 MiB as it is stored and some 60 MiB as JSON."""
 
 
-_MOST_BYTES: Final = 1 << 30
-"""Of one answer. The largest is of 16 lines with a result each, of 16 MiB as it is stored and some
-60 MiB as JSON."""
+class ResponseBody:
+    """The body of an answer as it comes, at most `_MAX_BYTES`.
 
-
-class Content:
-    """An answer's body as it comes. What is no asyncinfer may go on for ever, so that it is cut,
-    and refused as what no asyncinfer answers."""
+    Another program may send without end. Its body is dropped, and NotAsyncinfer is raised for the
+    empty one.
+    """
 
     def __init__(self) -> None:
         self._chunks: list[bytes] = []
         self._size = 0
 
-    def takes(self, chunk: bytes) -> bool:
-        """Whether there may be more."""
+    def add(self, chunk: bytes) -> bool:
+        """Keeps a chunk; drops all and returns False once the body is too large."""
         self._size += len(chunk)
-        if self._size > _MOST_BYTES:
+        if self._size > _MAX_BYTES:
             self._chunks = []
             return False
         self._chunks.append(chunk)
         return True
 
-    def whole(self) -> bytes:
-        """Empty where there was too much."""
+    def content(self) -> bytes:
+        """All chunks; empty if the body was too large."""
         return self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
 
 
 class Driver:
-    """Requests go through one pool of connections, from any number of threads."""
+    """Carries out flows over one pool of connections, from any number of threads."""
 
     def __init__(self, url: str) -> None:
         self._url = url
         self._http: httpx2.Client | None = None
         self._lock = threading.Lock()
-        self._answered = False
+        self._has_answered = False
         self.closed = False
         self.on_pause: Callable[[Pause], None] = lambda _: None
-        """Called before a request is sent again, unless it is one of a map's."""
+        """Called before a request is sent again; not for the requests of a map."""
 
     def run(self, flow: Flow[T]) -> T:
-        told: Told = None
+        """Carries out a flow to its end; returns its result, or raises its error."""
+        reply: FlowReply = None
         try:
             while True:
-                told = self._carry_out(flow.send(told))
+                reply = self._carry_out(flow.send(reply))
         except StopIteration as done:
             result: T = done.value
             return result
@@ -77,17 +89,17 @@ class Driver:
             flow.close()
 
     def events(self, request: Request) -> Generator[Response | Lost | Event, None, None]:
-        """What is answered, the events that follow, and a Lost at the end where it was cut."""
+        """Yields the response, then its events, and a Lost at the end if the stream was cut."""
         import httpx2
 
         try:
-            with self._pool().stream(**_arguments(self._url, request)) as reply:
-                self._answered = True
-                yield _response(reply, b"" if reply.status_code == 200 else reply.read())
-                if reply.status_code == 200:
-                    yield from map(_event, filter(_has_data, httpx2.EventSource(reply)))
+            with self._pool().stream(**_arguments(self._url, request)) as answer:
+                self._has_answered = True
+                yield _response(answer, b"" if answer.status_code == 200 else answer.read())
+                if answer.status_code == 200:
+                    yield from map(_event, filter(_has_data, httpx2.EventSource(answer)))
         except httpx2.TransportError as error:
-            yield _lost(error, self._answered)
+            yield _lost(error, self._has_answered)
 
     def close(self) -> None:
         self.closed = True
@@ -95,30 +107,30 @@ class Driver:
             self._http.close()
             self._http = None
 
-    def _carry_out(self, asked: Request | Pause) -> Told:
-        if isinstance(asked, Pause):
-            self.on_pause(asked)
-            time.sleep(asked.seconds)
+    def _carry_out(self, request: FlowRequest) -> FlowReply:
+        if isinstance(request, Pause):
+            self.on_pause(request)
+            time.sleep(request.seconds)
             return None
-        return self.exchange(asked)
+        return self.exchange(request)
 
     def exchange(self, request: Request) -> Response | Lost:
         import httpx2
 
-        content = Content()
+        body = ResponseBody()
         try:
-            with self._pool().stream(**_arguments(self._url, request)) as reply:
-                for chunk in reply.iter_bytes():
-                    if not content.takes(chunk):
+            with self._pool().stream(**_arguments(self._url, request)) as answer:
+                for chunk in answer.iter_bytes():
+                    if not body.add(chunk):
                         break
         except httpx2.TransportError as error:
-            return _lost(error, self._answered)
-        self._answered = True
-        return _response(reply, content.whole())
+            return _lost(error, self._has_answered)
+        self._has_answered = True
+        return _response(answer, body.content())
 
     def _pool(self) -> "httpx2.Client":
         if self.closed:
-            refuse_closed()
+            raise_client_closed()
         with self._lock:
             if self._http is None:
                 import httpx2
@@ -128,19 +140,19 @@ class Driver:
 
 
 class AsyncDriver:
-    """The same in an event loop."""
+    """Carries out flows in an event loop."""
 
     def __init__(self, url: str) -> None:
         self._url = url
         self._http: httpx2.AsyncClient | None = None
-        self._answered = False
+        self._has_answered = False
         self.closed = False
 
     async def run(self, flow: Flow[T]) -> T:
-        told: Told = None
+        reply: FlowReply = None
         try:
             while True:
-                told = await self._carry_out(flow.send(told))
+                reply = await self._carry_out(flow.send(reply))
         except StopIteration as done:
             result: T = done.value
             return result
@@ -148,19 +160,19 @@ class AsyncDriver:
             flow.close()
 
     async def events(self, request: Request) -> AsyncGenerator[Response | Lost | Event, None]:
-        """What is answered, the events that follow, and a Lost at the end where it was cut."""
+        """Yields the response, then its events, and a Lost at the end if the stream was cut."""
         import httpx2
 
         try:
-            async with self._pool().stream(**_arguments(self._url, request)) as reply:
-                self._answered = True
-                yield _response(reply, b"" if reply.status_code == 200 else await reply.aread())
-                if reply.status_code == 200:
-                    async for one in httpx2.EventSource(reply):
-                        if _has_data(one):
-                            yield _event(one)
+            async with self._pool().stream(**_arguments(self._url, request)) as answer:
+                self._has_answered = True
+                yield _response(answer, b"" if answer.status_code == 200 else await answer.aread())
+                if answer.status_code == 200:
+                    async for event in httpx2.EventSource(answer):
+                        if _has_data(event):
+                            yield _event(event)
         except httpx2.TransportError as error:
-            yield _lost(error, self._answered)
+            yield _lost(error, self._has_answered)
 
     async def close(self) -> None:
         self.closed = True
@@ -168,31 +180,31 @@ class AsyncDriver:
             await self._http.aclose()
             self._http = None
 
-    async def _carry_out(self, asked: Request | Pause) -> Told:
-        if isinstance(asked, Pause):
+    async def _carry_out(self, request: FlowRequest) -> FlowReply:
+        if isinstance(request, Pause):
             import asyncio
 
-            await asyncio.sleep(asked.seconds)
+            await asyncio.sleep(request.seconds)
             return None
-        return await self.exchange(asked)
+        return await self.exchange(request)
 
     async def exchange(self, request: Request) -> Response | Lost:
         import httpx2
 
-        content = Content()
+        body = ResponseBody()
         try:
-            async with self._pool().stream(**_arguments(self._url, request)) as reply:
-                async for chunk in reply.aiter_bytes():
-                    if not content.takes(chunk):
+            async with self._pool().stream(**_arguments(self._url, request)) as answer:
+                async for chunk in answer.aiter_bytes():
+                    if not body.add(chunk):
                         break
         except httpx2.TransportError as error:
-            return _lost(error, self._answered)
-        self._answered = True
-        return _response(reply, content.whole())
+            return _lost(error, self._has_answered)
+        self._has_answered = True
+        return _response(answer, body.content())
 
     def _pool(self) -> "httpx2.AsyncClient":
         if self.closed:
-            refuse_closed()
+            raise_client_closed()
         if self._http is None:
             import httpx2
 
@@ -205,10 +217,11 @@ def _settings(url: str) -> dict[str, Any]:
 
     parts = urlsplit(url)
     return {
-        # The certificates take a while to load, and redirects are not followed.
+        # Loading the certificates takes a while; they are needed for https only, since redirects
+        # are not followed.
         "verify": parts.scheme == "https",
-        # A proxy of the environment is no way to this very machine.
-        "trust_env": parts.hostname not in _LOCAL,
+        # A proxy from the environment does not lead to this machine.
+        "trust_env": parts.hostname not in _LOCAL_HOSTS,
         "limits": httpx2.Limits(max_connections=None, max_keepalive_connections=64),
     }
 
@@ -216,32 +229,35 @@ def _settings(url: str) -> dict[str, Any]:
 def _arguments(url: str, request: Request) -> dict[str, Any]:
     import httpx2
 
-    silence = request.timeout_seconds
     return {
         "method": request.method,
         "url": url + request.path,
-        # A server of ours compresses nothing, and another might send a little that becomes a lot.
+        # Asyncinfer compresses nothing, and a few bytes of another server might unpack to many.
         "headers": {"accept-encoding": "identity", **request.headers},
         "content": request.body,
-        "timeout": httpx2.Timeout(silence, connect=_CONNECT_SECONDS, pool=None),
+        "timeout": httpx2.Timeout(request.timeout_seconds, connect=_CONNECT_SECONDS, pool=None),
     }
 
 
-def _response(reply: "httpx2.Response", content: bytes) -> Response:
-    return Response(reply.status_code, reply.headers, content)
+def _response(answer: "httpx2.Response", content: bytes) -> Response:
+    return Response(answer.status_code, answer.headers, content)
 
 
-def _has_data(one: "httpx2.ServerSentEvent") -> bool:
-    """What has none, such as a `retry:` alone, is no event (WHATWG HTML, 9.2.6)."""
-    return bool(one.data)
+def _has_data(event: "httpx2.ServerSentEvent") -> bool:
+    """False for a block without data, such as a `retry:` alone: no event (WHATWG HTML, 9.2.6)."""
+    return bool(event.data)
 
 
-def _event(one: "httpx2.ServerSentEvent") -> Event:
-    return Event(one.event, msgspec.json.decode(one.data), one.id)
+def _event(event: "httpx2.ServerSentEvent") -> Event:
+    return Event(event.event, msgspec.json.decode(event.data), event.id)
 
 
-def _lost(error: Exception, answered: bool) -> Lost:
-    kind, told = type(error).__name__, str(error).strip().rstrip(".")
-    is_cut = kind not in _NO_WAY and "disconnected" in (told or "disconnected")
-    reason = _REASONS.get(kind) or told or "the connection was cut"
-    return Lost(reason, hopeless=not (answered or is_cut), first=not answered)
+def _lost(error: Exception, has_answered: bool) -> Lost:
+    """`has_answered`: something has answered at this URL before."""
+    kind, text = type(error).__name__, str(error).strip().rstrip(".")
+    is_cut = kind not in _CONNECT_ERRORS and "disconnected" in (text or "disconnected")
+    return Lost(
+        reason=_REASONS.get(kind) or text or "the connection was cut",
+        is_unreachable=not (has_answered or is_cut),
+        is_first_contact=not has_answered,
+    )

@@ -1,9 +1,10 @@
-"""What a person has in hand, as the body of a request.
+"""The body of a request from an input: lists, arrays, frames, or a dict of arrays.
 
-Lists go as JSON, as they are. Arrays and frames go as their bytes, in the datatype of the model:
-an array of another float or whole-number dtype is converted where every number fits, since
-`np.array([[5.1]])` is float64 whatever the model takes; booleans are 0 and 1, and what is missing
-(None, pandas.NA, masked) is NaN for floats, as for scikit-learn. Nothing else is converted.
+Lists are sent as JSON, unchanged. Arrays and frames are sent as bytes, in the datatype of the
+model: an array of another float or whole-number dtype is converted if every number fits, since
+`np.array([[5.1]])` is float64 whatever the model takes; booleans become 0 and 1, and a missing
+value (None, pandas.NA, masked) becomes NaN for floats, as in scikit-learn. Nothing else is
+converted.
 """
 
 import contextlib
@@ -25,53 +26,53 @@ if TYPE_CHECKING:
 
 JSON: Final = "application/json"
 BINARY: Final = "application/octet-stream"
-LENGTH: Final = "inference-header-content-length"
+JSON_LENGTH_HEADER: Final = "inference-header-content-length"
 _FRAMES: Final = frozenset({"pandas", "polars"})
 _LARGE_JSON_BYTES: Final = 1 << 20
-"""Lists beyond it go as bytes; a server takes JSON up to MAX_JSON (2 MiB)."""
+"""Larger lists are sent as bytes; a server takes JSON up to MAX_JSON (2 MiB)."""
 
 
-class Body(Struct, frozen=True, kw_only=True):
-    """A request's body and what it says of itself."""
-
+class RequestBody(Struct, frozen=True, kw_only=True):
     content: bytes
     headers: dict[str, str]
+    """The headers that describe the body."""
     accept: str = JSON
+    """The media type in which the result is wanted."""
 
 
-def is_plain(value: Any) -> bool:
-    """Whether it goes as JSON, and nothing need be known of its model."""
+def is_json_value(value: Any) -> bool:
+    """Whether it is sent as JSON, without knowing the model."""
     return isinstance(value, list | tuple | str | int | float | bool | None)
 
 
-def json_body(data: Any, options: Mapping[str, Any]) -> Body | None:
-    """A list as JSON; None where that is not possible or not wise."""
+def json_body(data: Any, options: Mapping[str, Any]) -> RequestBody | None:
+    """A list as JSON; None if it is too large or has NaN or infinities, which JSON has not."""
     body = {"data": data, "options": options} if options else {"data": data}
-    hook = _Plain()
+    hook = _NanFinder()
     content = _encode(body, hook)
-    # Of NaN and infinities alike msgspec makes null.
+    # msgspec encodes NaN and infinities as null.
     if len(content) > _LARGE_JSON_BYTES or (
         b"null" in content and (hook.has_nan or _has_nan(data))
     ):
         return None
-    return Body(content=content, headers={"content-type": JSON}, accept=_accept(options))
+    return RequestBody(content=content, headers={"content-type": JSON}, accept=_accept(options))
 
 
-def array_body(value: Any, model: Model, options: Mapping[str, Any]) -> Body:
-    """Anything as the bytes of tensors; where there are labels, to be answered with them."""
+def array_body(value: Any, model: Model, options: Mapping[str, Any]) -> RequestBody:
+    """Any input as the bytes of tensors; the answer has labels if the model has."""
     options = {"answer": "json" if model.labels else "tensors", **options}
     tensors = named_arrays(value, model)
     described, parts = [], []
     for name, array in tensors.items():
-        content, datatype = bytes_of(name, array)
+        content, datatype = tensor_bytes(name, array)
         size = {"binary_data_size": len(content)}
         shape = array.shape
         described.append({"name": name, "shape": shape, "datatype": datatype, "parameters": size})
         parts.append(content)
-    head = _encode({"inputs": described, "options": options}, plain)
-    return Body(
+    head = _encode({"inputs": described, "options": options}, to_plain)
+    return RequestBody(
         content=b"".join([head, *parts]),
-        headers={"content-type": BINARY, LENGTH: str(len(head))},
+        headers={"content-type": BINARY, JSON_LENGTH_HEADER: str(len(head))},
         accept=_accept(options),
     )
 
@@ -81,25 +82,29 @@ def _accept(options: Mapping[str, Any]) -> str:
 
 
 def named_arrays(value: Any, model: Model) -> dict[str, "Array"]:
-    """Each input's array, in its datatype where the numbers fit that."""
+    """The array of each input by name, in the input's datatype if the numbers fit.
+
+    Raises CannotSend for an input that is no array, mixes kinds, or has numbers that do not fit.
+    """
     specs = {spec.name: spec for spec in model.inputs}
     if is_frame(value):
-        named = _of_frame(value, model)
+        named = _frame_inputs(value, model)
     elif isinstance(value, Mapping):
         named = dict(value)
     else:
         named = {data_input(model).name: value}
     return {
-        name: fitted(array_of(one, specs.get(name)), specs.get(name)) for name, one in named.items()
+        name: cast_to_spec(to_array(value, specs.get(name)), specs.get(name))
+        for name, value in named.items()
     }
 
 
 def data_input(model: Model) -> TensorInfo:
-    """The only input that is needed; raises CannotSend where there are several."""
-    needed = [spec for spec in model.inputs if not spec.optional]
-    if len(needed) == 1:
-        return needed[0]
-    if not needed and len(model.inputs) == 1:
+    """The input that a bare list or array is for; raises CannotSend if there are several."""
+    required = [spec for spec in model.inputs if not spec.optional]
+    if len(required) == 1:
+        return required[0]
+    if not required and len(model.inputs) == 1:
         return model.inputs[0]
     names = ", ".join(repr(spec.name) for spec in model.inputs)
     raise CannotSend(
@@ -108,12 +113,12 @@ def data_input(model: Model) -> TensorInfo:
 
 
 def is_frame(value: Any) -> bool:
-    """Of pandas or polars; they are not imported to find out."""
+    """Whether it is a frame of pandas or polars; neither is imported to find out."""
     return type(value).__module__.partition(".")[0] in _FRAMES and hasattr(value, "columns")
 
 
-def array_of(value: Any, spec: TensorInfo | None) -> "Array":
-    """As numpy sees it; strings are `str` objects, and for floats what is missing is NaN."""
+def to_array(value: Any, spec: TensorInfo | None) -> "Array":
+    """An array of the value; strings are `str` objects, and missing floats are NaN."""
     import numpy as np
 
     if isinstance(value, np.ma.MaskedArray):
@@ -121,32 +126,37 @@ def array_of(value: Any, spec: TensorInfo | None) -> "Array":
     try:
         array = np.asarray(value)
     except (ValueError, TypeError) as error:
-        raise CannotSend(f"The input is no array: {error}. Give rows of equal length.") from error
+        raise CannotSend(
+            f"The input is not an array: {error}. Give rows of equal length."
+        ) from error
     if array.dtype.kind in "UTS":
-        # Numpy has made text of the numbers beside text.
+        # Numpy has converted numbers that stand beside strings to strings.
         array = np.asarray(value, dtype=object)
     if spec is not None and spec.datatype == "BYTES":
         return np.asarray(array.tolist(), dtype=object).reshape(array.shape)
     if array.dtype.kind == "O":
-        return _of_objects(array, spec)
+        return _from_objects(array, spec)
     return array
 
 
 def _unmasked(array: Any, spec: TensorInfo | None) -> Any:
-    """What is masked is NaN for floats; nothing else can say so."""
+    """The array with NaN for masked values; raises CannotSend if the datatype has no NaN."""
     import numpy as np
 
     if spec is None or not np.ma.is_masked(array):
         return array.data
-    if not _takes_gaps(spec):
-        raise _no_gaps("is masked", spec)
+    if not _allows_missing(spec):
+        raise _missing_value_error("is masked", spec)
     values = np.array(array.data, dtype=None if _is_float(array) else object)
     values[np.ma.getmaskarray(array)] = np.nan
     return values
 
 
-def fitted(array: "Array", spec: TensorInfo | None) -> "Array":
-    """In the datatype of `spec` where the numbers fit; another kind of array as it is."""
+def cast_to_spec(array: "Array", spec: TensorInfo | None) -> "Array":
+    """The array in the datatype of `spec`; unchanged if it is of another kind, such as strings.
+
+    Raises CannotSend if a number does not fit.
+    """
     from asyncinfer.tensors.datatypes import DTYPES, FLOATS, RANGES
 
     if spec is None or spec.datatype not in RANGES or array.dtype == DTYPES[spec.datatype]:
@@ -156,19 +166,19 @@ def fitted(array: "Array", spec: TensorInfo | None) -> "Array":
         return array
     if _is_float(array) and spec.datatype not in FLOATS:
         if array.size and _has_nan_in(array):
-            raise _no_gaps("is NaN", spec)
+            raise _missing_value_error("is NaN", spec)
         return array
     low, high = RANGES[spec.datatype]
-    if array.size and not _within(array, low, high):
+    if array.size and not _is_within(array, low, high):
         raise CannotSend(
             f"{spec.name} takes {spec.datatype}, numbers from {low:g} to {high:g}, and the "
-            f"{array.dtype} array has others."
+            f"{array.dtype} array has numbers outside of that range."
         )
     return array.astype(wanted)
 
 
-def bytes_of(name: str, array: "Array") -> tuple[bytes, str]:
-    """Little-endian, row-major, and the name of the datatype."""
+def tensor_bytes(name: str, array: "Array") -> tuple[bytes, str]:
+    """The elements, little-endian and row-major, and the name of the datatype."""
     import numpy as np
 
     from asyncinfer.tensors.datatypes import datatype_of
@@ -184,10 +194,10 @@ def bytes_of(name: str, array: "Array") -> tuple[bytes, str]:
         if sys.byteorder == "big":
             native = native.byteswap()
         return np.ascontiguousarray(native).tobytes(), datatype
-    return b"".join(_text_bytes(name, one) for one in native.ravel().tolist()), datatype
+    return b"".join(_string_bytes(name, text) for text in native.ravel().tolist()), datatype
 
 
-def _text_bytes(name: str, text: Any) -> bytes:
+def _string_bytes(name: str, text: Any) -> bytes:
     if not isinstance(text, str | bytes):
         raise CannotSend(
             f"{name} has {text!r} where a string is needed. Give strings alone; where one is "
@@ -197,71 +207,77 @@ def _text_bytes(name: str, text: Any) -> bytes:
     return len(content).to_bytes(4, "little") + content
 
 
-def _of_objects(array: "Array", spec: TensorInfo | None) -> "Array":
-    """An object array (a frame of mixed columns gives one) as numbers or strings, if it is that."""
+def _from_objects(array: "Array", spec: TensorInfo | None) -> "Array":
+    """An object array, as a frame of mixed columns gives, as numbers or strings.
+
+    Raises CannotSend if it mixes them.
+    """
     import numpy as np
 
     from asyncinfer.tensors.datatypes import RANGES
 
     values = array.ravel().tolist()
-    kinds = {type(one) for one in values}
+    kinds = {type(value) for value in values}
     if kinds and kinds <= {int, float}:
         return np.array(values).reshape(array.shape)
     if kinds == {bool}:
         return array.astype(np.bool_)
     if kinds and spec is not None and spec.datatype in RANGES:
-        numbers = [_number(one, spec) for one in values]
+        numbers = [_number(value, spec) for value in values]
         if None not in numbers:
             return np.array(numbers).reshape(array.shape)
     if kinds and kinds <= {str, bytes}:
         return array
-    shown = ", ".join(sorted(one.__name__ for one in kinds))
+    shown = ", ".join(sorted(kind.__name__ for kind in kinds))
     raise CannotSend(f"The input mixes {shown or 'nothing'}; give numbers, or strings, alone.")
 
 
 def _number(value: Any, spec: TensorInfo) -> int | float | None:
-    """What scikit-learn would take it for; None where that is no number."""
+    """The number that scikit-learn would read; None if it would read none."""
     if isinstance(value, bool | int | float) or type(value).__module__ == "numpy":
-        return _of_scalar(value)
+        return _python_number(value)
     is_missing = value is None or type(value).__name__ == "NAType"
-    if is_missing and not _takes_gaps(spec):
-        raise _no_gaps(f"is {value}", spec)
+    if is_missing and not _allows_missing(spec):
+        raise _missing_value_error(f"is {value}", spec)
     if is_missing:
         return math.nan
-    if not _takes_gaps(spec):
+    if not _allows_missing(spec):
         return None
     if isinstance(value, Decimal) and not value.is_snan():
         return float(value)
     return WORDS.get(value) if isinstance(value, str) else None
 
 
-def _of_scalar(value: Any) -> int | float | None:
+def _python_number(value: Any) -> int | float | None:
     plain = value.item() if hasattr(value, "item") else value
     if isinstance(plain, bool):
         return int(plain)
     return plain if isinstance(plain, int | float) else None
 
 
-def _takes_gaps(spec: TensorInfo) -> bool:
+def _allows_missing(spec: TensorInfo) -> bool:
     from asyncinfer.tensors.datatypes import FLOATS
 
     return spec.datatype in FLOATS
 
 
-def _no_gaps(is_gap: str, spec: TensorInfo) -> CannotSend:
+def _missing_value_error(is_missing: str, spec: TensorInfo) -> CannotSend:
     return CannotSend(
-        f"The input {is_gap} in places, and `{spec.name}` takes {spec.datatype}, which has no NaN. "
-        "Put a value there, as fillna() or filled() do, or leave those rows out."
+        f"The input {is_missing} in places, and `{spec.name}` takes {spec.datatype}, which has no "
+        "NaN. Put a value there, as fillna() or filled() do, or leave those rows out."
     )
 
 
-def _of_frame(frame: Any, model: Model) -> dict[str, Any]:
-    """Columns that are inputs by name, else all columns as the columns of the one input."""
+def _frame_inputs(frame: Any, model: Model) -> dict[str, Any]:
+    """An array for each input whose name is a column; else all columns as the only input.
+
+    Raises CannotSend if a required input has no column.
+    """
     names = [spec.name for spec in model.inputs]
-    columns = [str(one) for one in frame.columns]
+    columns = [str(column) for column in frame.columns]
     if len(names) == 1 and columns != names:
         return {names[0]: frame.to_numpy()}
-    missing = [one.name for one in model.inputs if not one.optional and one.name not in columns]
+    missing = [spec.name for spec in model.inputs if not spec.optional and spec.name not in columns]
     if missing:
         raise CannotSend(
             f"{model.model} takes columns named {', '.join(map(repr, missing))} too; the frame has "
@@ -272,7 +288,7 @@ def _of_frame(frame: Any, model: Model) -> dict[str, Any]:
 
 
 def _column(series: Any, rank: int | None) -> Any:
-    """A column has a value a row; inputs as scikit-learn exports them are a matrix of one."""
+    """The values of a column; for inputs as scikit-learn exports them a matrix of one column."""
     array = series.to_numpy()
     return array.reshape(-1, 1) if rank == 2 and array.ndim == 1 else array
 
@@ -283,8 +299,8 @@ def _is_float(array: "Array") -> bool:
     return array.dtype.kind == "f" or array.dtype == DTYPES["BF16"]
 
 
-def _within(array: "Array", low: float, high: float) -> bool:
-    """What is not finite fits every float."""
+def _is_within(array: "Array", low: float, high: float) -> bool:
+    """Whether all finite values lie in a range; NaN and infinities fit every float."""
     import numpy as np
 
     if array.dtype.kind in "iub":
@@ -301,23 +317,25 @@ def _has_nan_in(array: "Array") -> bool:
 
 
 def _has_nan(value: Any) -> bool:
+    """Whether nested lists have NaN or an infinity."""
     if isinstance(value, list | tuple):
         with contextlib.suppress(TypeError, OverflowError):
-            return not all(map(math.isfinite, value))  # of numbers alone, five times as fast
+            # Of numbers alone, five times as fast.
+            return not all(map(math.isfinite, value))
         return any(map(_has_nan, value))
     return isinstance(value, float) and not math.isfinite(value)
 
 
-class _Plain:
-    """`plain` that remembers whether a number was among them that JSON does not have."""
+class _NanFinder:
+    """`to_plain`, which also notes whether it met NaN or an infinity."""
 
     def __init__(self) -> None:
         self.has_nan = False
 
     def __call__(self, value: Any) -> Any:
-        made = plain(value)
-        self.has_nan = self.has_nan or _has_nan(made)
-        return made
+        converted = to_plain(value)
+        self.has_nan = self.has_nan or _has_nan(converted)
+        return converted
 
 
 def _encode(value: Any, hook: Callable[[Any], Any]) -> bytes:
@@ -329,10 +347,10 @@ def _encode(value: Any, hook: Callable[[Any], Any]) -> bytes:
         ) from error
 
 
-def plain(value: Any) -> Any:
-    """Arrays and numbers of numpy inside lists."""
+def to_plain(value: Any) -> Any:
+    """An array or a number of numpy inside lists as plain Python, for `enc_hook` of msgspec."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, Iterable) and not isinstance(value, bytes):
         return list(value)
-    raise TypeError(f"{type(value).__name__} is no number, string or list")
+    raise TypeError(f"{type(value).__name__} is not a number, a string or a list")

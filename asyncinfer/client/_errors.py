@@ -1,4 +1,34 @@
-"""What can go wrong on the way to a server, and the server's own errors by their code."""
+"""The errors that a client raises, and the making of each from a server's answer.
+
+    AsyncinferError                       has `.code`; in a map, `.row` is the number of the row
+    ├── ConnectionFailed                  also a ConnectionError: no answer, after all retries
+    ├── NotAsyncinfer                     another program, or another release, answered
+    ├── WaitTimeout                       also a TimeoutError: `.job_id`, `.waiting_for`
+    ├── CannotSend                        also a ValueError: the input has no form to send it in
+    ├── WrongAddress                      also a ValueError: not a URL, or not an API key
+    ├── ClientClosed
+    └── RequestError                      the server's answer: `.status`, `.detail`, `.job_id`
+        ├── Unauthorized                  401
+        ├── Forbidden                     403, the key lacks a scope
+        ├── JobNotFound                   404; so ModelNotFound, VersionNotFound, GroupNotFound
+        ├── JobFinished                   409; so JobNotFinished, JobCancelled, JobNotRetryable
+        ├── JobExpired                    410, the job is no longer kept
+        ├── BodyTooLarge                  413
+        ├── InvalidInput                  422, `.faults` has a JSON pointer for each fault
+        ├── JobFailed                     422, `.job_error` is the code and message of the job
+        ├── IdempotencyConflict           422, the key was used with another input
+        ├── QueueFull                     429, after all retries: `.retry_after_seconds`
+        ├── RedisUnavailable              503, after all retries; so StorageFull
+        ├── NoModelAnnounced              503, after all retries
+        │   └── ModelLoading
+        └── UnknownAnswer                 a code that this release has no class for
+
+    UserWarning
+    └── SlowMapWarning                    many rows are mapped over a model that does not batch
+
+RequestError and the classes below it, but for UnknownAnswer, are those of `asyncinfer.errors`,
+which has all of them; the tree shows those that a user of the client is likely to meet.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,13 +50,16 @@ class ConnectionFailed(AsyncinferError, ConnectionError):
 
 
 class NotAsyncinfer(AsyncinferError):
-    """Something answers at this URL, but not asyncinfer."""
+    """The server at this URL is not asyncinfer, or its release answers in an unknown form."""
 
     code = "not_asyncinfer"
 
 
 class WaitTimeout(AsyncinferError, TimeoutError):
-    """The job had not ended in time; it goes on, unless it was to be cancelled then."""
+    """The job did not end in time. It goes on, unless `cancel_on_timeout` was given.
+
+    `client.job(error.job_id)` finds it again.
+    """
 
     code = "wait_timeout"
 
@@ -35,23 +68,26 @@ class WaitTimeout(AsyncinferError, TimeoutError):
     ) -> None:
         super().__init__(detail)
         self.job_id = job_id
+        """None if the time was over before the server accepted a job, or for a whole map."""
         self.waiting_for = waiting_for
-        """Why it waits, where the server knows a reason."""
+        """Why the job waits, if the server knows a reason."""
 
 
 class CannotSend(AsyncinferError, ValueError):
-    """An input that has no form in which a server would take it."""
+    """The client has no form in which to send this input, or an argument cannot be right."""
 
     code = "cannot_send"
 
 
 class WrongAddress(AsyncinferError, ValueError):
-    """A URL or an API key that cannot be one."""
+    """The URL is not an HTTP URL, or the API key has characters that no key has."""
 
     code = "wrong_address"
 
 
 class ClientClosed(AsyncinferError):
+    """The client was used after `close()`."""
+
     code = "client_closed"
 
 
@@ -62,7 +98,7 @@ class UnknownAnswer(RequestError):
 
 
 class SlowMapWarning(UserWarning):
-    """Many rows are mapped over a model that runs each of them alone."""
+    """Many rows are mapped over a model that runs each row alone."""
 
 
 _REMEDIES: Final = {
@@ -75,118 +111,132 @@ _REMEDIES: Final = {
 }
 
 
-def error_of(response: Response, url: str) -> AsyncinferError:
-    """The error that an answer stands for."""
+def error_of_response(response: Response, url: str) -> AsyncinferError:
+    """The error that a response of 400 or above stands for; NotAsyncinfer if it has no code."""
     try:
         problem: Any = msgspec.json.decode(response.content)
     except (ValueError, RecursionError):
         problem = None
     if not isinstance(problem, dict) or not isinstance(problem.get("code"), str):
-        return stranger(response, url)
-    return problem_error(problem, retry_after(response))
+        return not_asyncinfer_error(response, url)
+    return problem_error(problem, retry_after_seconds(response))
 
 
 def problem_error(problem: dict[str, Any], retry_after_seconds: float | None) -> RequestError:
-    """The server's own class for its code."""
+    """The error of a problem's code (RFC 9457); UnknownAnswer if no class has this code."""
     code, job_id = problem["code"], problem.get("job_id")
     if code == JobFailed.code and isinstance(problem.get("error"), dict):
-        return job_failed(problem["error"], str(job_id))
+        return job_failed_error(problem["error"], str(job_id))
     detail = str(problem.get("detail") or problem.get("title") or code)
     if remedy := _REMEDIES.get(code):
         detail = f"{detail} {remedy}"
-    known = _classes().get(code, UnknownAnswer)
-    error = known(
+    kind = _classes_by_code().get(code, UnknownAnswer)
+    error = kind(
         detail,
         faults=_faults(problem.get("errors")),
         retry_after_seconds=retry_after_seconds,
         job_id=job_id if isinstance(job_id, str) else None,
     )
-    if known is UnknownAnswer:
+    if kind is UnknownAnswer:
         error.add_note(f"Its code is {code!r}; a newer release of asyncinfer knows it.")
     return error
 
 
 def _faults(errors: Any) -> list[Fault]:
-    """None where another program writes something else there."""
+    """The faults in a problem's `errors`; an empty list if another program wrote it."""
     try:
         return msgspec.convert(errors or [], list[Fault])
     except msgspec.ValidationError:
         return []
 
 
-def job_failed(error: dict[str, Any], job_id: str) -> JobFailed:
+def job_failed_error(error: dict[str, Any], job_id: str) -> JobFailed:
     return JobFailed((str(error.get("code")), str(error.get("message"))), job_id)
 
 
-def retry_after(response: Response) -> float | None:
-    """Whole seconds; dates are not what asyncinfer sends."""
+def retry_after_seconds(response: Response) -> float | None:
+    """The Retry-After header; None if absent, or a date, which asyncinfer never sends."""
     value = response.headers.get("retry-after", "")
     return float(value) if value.isascii() and value.isdecimal() else None
 
 
-def stranger(response: Response, url: str) -> NotAsyncinfer:
+def not_asyncinfer_error(response: Response, url: str) -> NotAsyncinfer:
     kind = response.headers.get("content-type", "nothing").partition(";")[0]
     return NotAsyncinfer(
         f"{url} answered {response.status} with {kind}, which is not how asyncinfer answers. Give "
-        "the address that `asyncinfer serve` shows as its URL, and mind proxies between."
+        "the address that `asyncinfer serve` shows as its URL, and check any proxy in between."
     )
 
 
-def reason_of(told: Response | Lost, url: str) -> WaitingFor:
+def retry_reason(reply: Response | Lost, url: str) -> WaitingFor:
     """Why a request has to be sent again."""
-    error = lost(told.reason, url) if isinstance(told, Lost) else error_of(told, url)
+    error = (
+        connection_failed_error(reply.reason, url)
+        if isinstance(reply, Lost)
+        else error_of_response(reply, url)
+    )
     return WaitingFor(error.code, error.detail)
 
 
 @contextmanager
-def strange_refused(what: str) -> Iterator[None]:
-    """Raises NotAsyncinfer where what a server answered cannot be read as what it stands for."""
+def reject_unreadable(subject: str) -> Iterator[None]:
+    """Raises NotAsyncinfer if the body cannot decode the server's answer, here `subject`."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise NotAsyncinfer(
-            f"{what} is in no form that this release of asyncinfer reads "
+            f"{subject} has a form that this release of asyncinfer cannot read "
             f"({type(error).__name__}). Give the address that `asyncinfer serve` shows as its "
             "URL, or install the server's release."
         ) from error
 
 
-def lost(reason: str, url: str) -> ConnectionFailed:
+def connection_failed_error(reason: str, url: str) -> ConnectionFailed:
     return ConnectionFailed(
         f"No answer from {url}: {reason}. Is it running? Start it with `asyncinfer serve`, or "
         "give its address: Client(url), or ASYNCINFER_URL."
     )
 
 
-def checked_url(url: str) -> str:
+def normalized_url(url: str) -> str:
+    """The URL without a slash at its end; raises WrongAddress if it is not an HTTP URL."""
     try:
         parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        is_valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
-        good = False
-    if not good:
+        is_valid = False
+    if not is_valid:
         raise WrongAddress(f"The URL is {url!r}; give one such as http://127.0.0.1:8000.")
     return url.rstrip("/")
 
 
-def checked_key(key: str) -> str:
-    """Without the line break that a copied key may end with; it is not shown."""
+def normalized_key(key: str) -> str:
+    """The key without the line break that a copied one may end with.
+
+    Raises WrongAddress, which does not show the key.
+    """
     key = key.strip()
     if not (key.isascii() and key.isprintable()) or " " in key:
-        raise WrongAddress("The API key has characters that no key has; `keygen` shows one once.")
+        raise WrongAddress(
+            "The API key has characters that no key has. Copy it again, or make another with "
+            "`asyncinfer keygen`."
+        )
     return key
 
 
-def refuse_closed() -> NoReturn:
+def raise_client_closed() -> NoReturn:
     raise ClientClosed("This client was closed; make a new one.")
 
 
-def _classes() -> dict[str, type[RequestError]]:
-    """Where two share a code, the one whose name the code is."""
+def _classes_by_code() -> dict[str, type[RequestError]]:
+    """The error class of each code; of two with one code the base class, which stands first.
+
+    JobFailed is left out, since it takes other arguments.
+    """
     return {
-        one.code: one
-        for one in vars(errors).values()
-        if isinstance(one, type)
-        and issubclass(one, RequestError)
-        and one not in (RequestError, JobFailed)
+        kind.code: kind
+        for kind in reversed(vars(errors).values())
+        if isinstance(kind, type)
+        and issubclass(kind, RequestError)
+        and kind not in (RequestError, JobFailed)
     }

@@ -1,4 +1,4 @@
-"""Changes as they happen, from server-sent events: followed, and taken up again after a cut."""
+"""Streams of events: followed, and resumed at the last event after a cut."""
 
 import random
 import time
@@ -7,30 +7,36 @@ from contextlib import aclosing, closing
 from typing import Final
 from urllib.parse import urlencode
 
+from asyncinfer import jobs
 from asyncinfer.client._drivers import AsyncDriver, Driver
-from asyncinfer.client._errors import error_of, lost, retry_after
+from asyncinfer.client._errors import (
+    connection_failed_error,
+    error_of_response,
+    retry_after_seconds,
+)
 from asyncinfer.client._protocol import Event, Lost, Request, Response
-from asyncinfer.client._requests import AGAIN, Server, is_hopeless, path_part
+from asyncinfer.client._requests import RETRYABLE_STATUSES, RemoteServer, is_final_loss, path_part
 
 _SILENCE_SECONDS: Final = 45.0
-"""A server sends a comment every 15 s."""
+"""The longest silence of a stream; a server sends a comment every 15 s."""
 _PAUSE_SECONDS: Final = 0.5
-_LAST: Final = frozenset({"completed", "failed", "cancelled"})
 
 
-class Story:
-    """What is followed, how far it was told, and whether it is over."""
+class EventSubscription:
+    """The events of a job or of a group: where to read them, and how far they were read."""
 
-    def __init__(self, server: Server, *, job_id: str | None = None, **query: str) -> None:
+    def __init__(self, server: RemoteServer, *, job_id: str | None = None, **query: str) -> None:
         self._server = server
         self._path = f"/job/{path_part(job_id)}/events" if job_id else f"/events?{urlencode(query)}"
         self._is_job = job_id is not None
         self._last_id = ""
-        self._losses = 0
-        self.over = False
+        self._failures = 0
+        self.is_over = False
         self.pause_seconds = _PAUSE_SECONDS
+        """The pause before the next request, after a stream was cut."""
 
     def request(self) -> Request:
+        """The request for the events after the last one that was read."""
         headers = {**self._server.headers, "accept": "text/event-stream"}
         if self._last_id:
             headers["last-event-id"] = self._last_id
@@ -38,56 +44,59 @@ class Story:
             method="GET", path=self._path, headers=headers, timeout_seconds=_SILENCE_SECONDS
         )
 
-    def take(self, told: Response | Lost | Event) -> Event | None:
-        """What there is to pass on; raises what is hopeless."""
-        if isinstance(told, Event):
-            return self._event(told)
-        if isinstance(told, Response) and told.status in (200, 204):
-            # 204: all was told before the cut.
-            self.over = told.status == 204
-        elif isinstance(told, Response) and told.status not in AGAIN:
-            raise error_of(told, self._server.url)
+    def handle(self, reply: Response | Lost | Event) -> Event | None:
+        """Returns an event to pass on; raises the error of a stream that cannot be resumed."""
+        if isinstance(reply, Event):
+            return self._handle_event(reply)
+        if isinstance(reply, Response) and reply.status in (200, 204):
+            # 204: all events had been sent before the cut.
+            self.is_over = reply.status == 204
+        elif isinstance(reply, Response) and reply.status not in RETRYABLE_STATUSES:
+            raise error_of_response(reply, self._server.url)
         else:
-            self._lose(told)
+            self._handle_failure(reply)
         return None
 
-    def _event(self, event: Event) -> Event:
+    def _handle_event(self, event: Event) -> Event:
         self._last_id = event.id or self._last_id
-        self._losses = 0
+        self._failures = 0
         self.pause_seconds = _PAUSE_SECONDS
         status = event.data.get("status") if isinstance(event.data, dict) else None
-        self.over = self._is_job and status in _LAST
+        self.is_over = self._is_job and status in jobs.TERMINAL
         return event
 
-    def _lose(self, told: Response | Lost) -> None:
-        self._losses += 1
-        if is_hopeless(told, self._losses) or self._losses > self._server.retries:
-            if isinstance(told, Lost):
-                raise lost(told.reason, self._server.url)
-            raise error_of(told, self._server.url)
-        asked = retry_after(told) if isinstance(told, Response) else None
-        self.pause_seconds = asked or _PAUSE_SECONDS * 3**self._losses * random.uniform(0.5, 1.0)
+    def _handle_failure(self, reply: Response | Lost) -> None:
+        self._failures += 1
+        if is_final_loss(reply, self._failures) or self._failures > self._server.retries:
+            if isinstance(reply, Lost):
+                raise connection_failed_error(reply.reason, self._server.url)
+            raise error_of_response(reply, self._server.url)
+        requested = retry_after_seconds(reply) if isinstance(reply, Response) else None
+        backoff = _PAUSE_SECONDS * 3**self._failures * random.uniform(0.5, 1.0)
+        self.pause_seconds = requested or backoff
 
 
-def follow(driver: Driver, story: Story) -> Iterator[Event]:
-    while not story.over:
-        with closing(driver.events(story.request())) as stream:
-            for told in stream:
-                if event := story.take(told):
+def follow(driver: Driver, subscription: EventSubscription) -> Iterator[Event]:
+    while not subscription.is_over:
+        with closing(driver.events(subscription.request())) as stream:
+            for reply in stream:
+                if event := subscription.handle(reply):
                     yield event
-                if story.over:
+                if subscription.is_over:
                     return
-        time.sleep(story.pause_seconds)
+        time.sleep(subscription.pause_seconds)
 
 
-async def afollow(driver: AsyncDriver, story: Story) -> AsyncIterator[Event]:
+async def follow_async(
+    driver: AsyncDriver, subscription: EventSubscription
+) -> AsyncIterator[Event]:
     import asyncio
 
-    while not story.over:
-        async with aclosing(driver.events(story.request())) as stream:
-            async for told in stream:
-                if event := story.take(told):
+    while not subscription.is_over:
+        async with aclosing(driver.events(subscription.request())) as stream:
+            async for reply in stream:
+                if event := subscription.handle(reply):
                     yield event
-                if story.over:
+                if subscription.is_over:
                     return
-        await asyncio.sleep(story.pause_seconds)
+        await asyncio.sleep(subscription.pause_seconds)

@@ -1,4 +1,4 @@
-"""Each conversation with a server, once: what is asked, for how long, what the answer means."""
+"""The conversations with a server, each written once for threads and event loops."""
 
 import math
 import re
@@ -11,33 +11,33 @@ import msgspec
 from msgspec import Struct
 
 from asyncinfer import jobs
-from asyncinfer.client._decoding import result_of, result_of_bytes
-from asyncinfer.client._encoding import BINARY, Body, array_body, is_plain, json_body
+from asyncinfer.client._decoding import decode_binary_result, decode_result
+from asyncinfer.client._encoding import BINARY, RequestBody, array_body, is_json_value, json_body
 from asyncinfer.client._errors import (
     NotAsyncinfer,
     WaitTimeout,
-    error_of,
-    job_failed,
-    reason_of,
-    strange_refused,
-    stranger,
+    error_of_response,
+    job_failed_error,
+    not_asyncinfer_error,
+    reject_unreadable,
+    retry_reason,
 )
 from asyncinfer.client._models import Model
 from asyncinfer.client._protocol import Flow, Lost, Request, Response, T, exchange
 from asyncinfer.client._requests import (
-    AGAIN,
     FIRST_WORKER_RETRIES,
-    Server,
-    ask,
+    RETRYABLE_STATUSES,
+    RemoteServer,
     ask_json,
     backoff_seconds,
     call,
-    decoded,
+    decode_json,
+    fetch,
     get,
     path_part,
     query_text,
     wait_before_retry,
-    with_own_headers,
+    with_client_headers,
 )
 from asyncinfer.client._wait_reasons import WaitingFor
 from asyncinfer.errors import (
@@ -58,13 +58,13 @@ View = dict[str, Any]
 
 _KEY: Final = re.compile(r"[!-~]{1,255}")
 _WAIT_SECONDS: Final = 30
-"""One waiting request; proxies cut silent connections, often after 60 s."""
+"""The longest wait of one request; proxies cut silent connections, often after 60 s."""
 _MARGIN_SECONDS: Final = 15.0
-_KNOWN_SECONDS: Final = 30.0
-_NEWEST: Final = 32
-"""Jobs that a look for a reason reads: more than those that a map has under way in most cases."""
-_LOOK_SECONDS: Final = 2.0
-"""A look for the reason of a wait must not hold up the answer that is waited for."""
+_MODEL_CACHE_SECONDS: Final = 30.0
+_REASON_JOBS: Final = 32
+"""Jobs that a request for a reason reads: mostly more than a map has in flight."""
+_REASON_TIMEOUT_SECONDS: Final = 2.0
+"""A request for the reason of a wait must not delay the awaited result."""
 _PAGE: Final = 1000
 
 
@@ -74,7 +74,7 @@ class _Error(Struct, frozen=True):
 
 
 class _View(Struct, frozen=True, kw_only=True):
-    """What a client reads of a job; a newer server may show more."""
+    """The fields of a job that a client reads; a newer server may show more."""
 
     job_id: str
     status: str
@@ -96,7 +96,7 @@ class _Retried(Struct, frozen=True):
 
 
 class JobOptions(TypedDict, total=False):
-    """What can be asked of one job."""
+    """The options of one job; `Client` describes them."""
 
     priority: Priority
     delay_seconds: float
@@ -108,25 +108,23 @@ class JobOptions(TypedDict, total=False):
     answer: Literal["json", "tensors"]
 
 
-class Submission(Struct, frozen=True, kw_only=True):
-    """A job to be made."""
+class NewJob(Struct, frozen=True, kw_only=True):
+    """A job to submit."""
 
     value: Any
     model: str | None
     options: Mapping[str, Any]
     key: str
-    patience_seconds: float = 0.0
-    """How long a full queue is waited for, beyond all retries."""
-
-
-# --- asking ------------------------------------------------------------------------------------
+    """Its Idempotency-Key."""
+    queue_full_seconds: float = 0.0
+    """How long a full queue is awaited, beyond all retries."""
 
 
 # --- models ------------------------------------------------------------------------------------
 
 
-def models(server: Server) -> Flow[list[Model]]:
-    return (yield from _models(server)).models
+def models(server: RemoteServer) -> Flow[list[Model]]:
+    return (yield from _list_models(server)).models
 
 
 class _Models(Struct, frozen=True):
@@ -135,82 +133,85 @@ class _Models(Struct, frozen=True):
     problems: list[dict[str, Any]] = []
 
 
-def _models(server: Server) -> Flow[_Models]:
-    listed = yield from get(server, "/models")
-    _member(server, listed, "models")
-    found = _converted(server, listed, _Models)
-    for one in found.models:
-        _remember(server, one)
-    return found
+def _list_models(server: RemoteServer) -> Flow[_Models]:
+    answer = yield from get(server, "/models")
+    _require_member(server, answer, "models")
+    listed = _convert(server, answer, _Models)
+    for model in listed.models:
+        _cache_model(server, model)
+    return listed
 
 
-def model(server: Server, name: str | None) -> Flow[Model]:
+def model(server: RemoteServer, name: str | None) -> Flow[Model]:
     """The model called `name`, or the default one."""
     if name is None:
-        return (yield from _default(server))
+        return (yield from _default_model(server))
     answer = yield from get(server, f"/models/{path_part(name)}")
-    _member(server, answer, "model")
-    found = _converted(server, answer, Model)
-    _remember(server, found)
-    return found
+    _require_member(server, answer, "model")
+    model = _convert(server, answer, Model)
+    _cache_model(server, model)
+    return model
 
 
-def known_model(server: Server, name: str | None) -> Flow[Model]:
-    """As it was a moment ago, which spares a request."""
-    at, found = server.models.get(name, (-math.inf, None))
-    if found is not None and time.monotonic() - at < _KNOWN_SECONDS:
-        return found
+def cached_model(server: RemoteServer, name: str | None) -> Flow[Model]:
+    """The model as it was at most 30 s ago, which saves a request; else as `model` reads it."""
+    read_at, cached = server.models.get(name, (-math.inf, None))
+    if cached is not None and time.monotonic() - read_at < _MODEL_CACHE_SECONDS:
+        return cached
     return (yield from model(server, name))
 
 
-def _remember(server: Server, found: Model) -> None:
+def _cache_model(server: RemoteServer, model: Model) -> None:
     now = time.monotonic()
-    server.models[found.model] = (now, found)
-    if found.default:
-        server.models[None] = (now, found)
+    server.models[model.model] = (now, model)
+    if model.default:
+        server.models[None] = (now, model)
 
 
-def _default(server: Server) -> Flow[Model]:
-    """The default model, which may have yet to be loaded."""
+def _default_model(server: RemoteServer) -> Flow[Model]:
+    """The default model; waits for one that is still being loaded."""
     attempt = 0
     while True:
-        found = yield from _models(server)
-        is_only = len(found.models) == 1 and not found.loading
-        for one in found.models:
-            if one.default or is_only:
-                server.models[None] = (time.monotonic(), one)
-                return one
-        error, is_passing = _no_default(found)
+        listed = yield from _list_models(server)
+        is_only = len(listed.models) == 1 and not listed.loading
+        for model in listed.models:
+            if model.default or is_only:
+                server.models[None] = (time.monotonic(), model)
+                return model
+        error, is_temporary = _no_default_error(listed)
         attempt += 1
-        most = server.retries if found.loading else FIRST_WORKER_RETRIES
-        is_awaited = bool(found.loading) and server.waits_for_models
-        if not is_passing or (attempt > most and not is_awaited):
+        retries = server.retries if listed.loading else FIRST_WORKER_RETRIES
+        is_awaited = bool(listed.loading) and server.waits_for_models
+        if not is_temporary or (attempt > retries and not is_awaited):
             raise error
         yield from wait_before_retry(
             server, backoff_seconds(attempt), WaitingFor(error.code, error.detail)
         )
 
 
-def _no_default(found: _Models) -> tuple[ModelLoading | ModelNotFound | NoModelAnnounced, bool]:
-    """Why there is no default model, and whether that may pass by itself."""
-    if found.loading:
-        names = ", ".join(found.loading[:3])
-        told = f"No model is the default yet; a worker is loading {names}. Retry in a moment."
-        return ModelLoading(told), True
-    if found.models:
-        names = ", ".join(one.model for one in found.models)
+def _no_default_error(
+    listed: _Models,
+) -> tuple[ModelLoading | ModelNotFound | NoModelAnnounced, bool]:
+    """Why there is no default model, and whether there may be one soon."""
+    if listed.loading:
+        names = ", ".join(listed.loading[:3])
+        detail = f"No model is the default yet; a worker is loading {names}. Retry in a moment."
+        return ModelLoading(detail), True
+    if listed.models:
+        names = ", ".join(model.model for model in listed.models)
         return ModelNotFound(f"No model is the default; give model= one of: {names}."), False
-    if found.problems:
-        told = f"No worker serves any model. {found.problems[0].get('reason')}"
-        return NoModelAnnounced(told), False
-    told = (
+    if listed.problems:
+        detail = f"No worker serves any model. {listed.problems[0].get('reason')}"
+        return NoModelAnnounced(detail), False
+    detail = (
         "No worker serves any model. Start one with `asyncinfer work`, or look at the log of those "
         "that run."
     )
-    return NoModelAnnounced(told), True
+    return NoModelAnnounced(detail), True
 
 
-def _converted(server: Server, value: Any, kind: type[T]) -> T:
+def _convert(server: RemoteServer, value: Any, kind: type[T]) -> T:
+    """`value` as `kind`; raises NotAsyncinfer if it has another form."""
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
@@ -220,7 +221,7 @@ def _converted(server: Server, value: Any, kind: type[T]) -> T:
         ) from error
 
 
-def is_view(answer: Any) -> bool:
+def is_job_view(answer: Any) -> bool:
     try:
         msgspec.convert(answer, _View)
     except msgspec.ValidationError:
@@ -228,82 +229,85 @@ def is_view(answer: Any) -> bool:
     return True
 
 
-def _check_view(server: Server, answer: Any) -> None:
-    _member(server, answer, "job_id")
-    _converted(server, answer, _View)
+def _check_view(server: RemoteServer, answer: Any) -> None:
+    """Raises NotAsyncinfer if the answer does not show a job."""
+    _require_member(server, answer, "job_id")
+    _convert(server, answer, _View)
 
 
-def _member(server: Server, answer: Any, name: str) -> Any:
-    """Whoever answers JSON without it is another program."""
+def _require_member(server: RemoteServer, answer: Any, name: str) -> Any:
+    """The answer's `name`; raises NotAsyncinfer if the JSON is another program's, without it."""
     if not isinstance(answer, dict) or name not in answer:
-        raise stranger(Response(200, {"content-type": "other JSON"}, b""), server.url)
+        raise not_asyncinfer_error(Response(200, {"content-type": "other JSON"}, b""), server.url)
     return answer[name]
 
 
 # --- submitting and waiting --------------------------------------------------------------------
 
 
-def submission(value: Any, model: str | None, key: str | None, options: Any) -> Submission:
+def new_job(value: Any, model: str | None, key: str | None, options: Any) -> NewJob:
+    """A job with the given key, or a random one; raises InvalidInput if the key is malformed."""
     if key is not None and not _KEY.fullmatch(key):
         raise InvalidInput("idempotency_key takes 1 to 255 visible ASCII characters.")
-    given = {name: one for name, one in options.items() if one is not None}
-    return Submission(value=value, model=model, options=given, key=key or uuid.uuid4().hex)
+    options = {name: option for name, option in options.items() if option is not None}
+    return NewJob(value=value, model=model, options=options, key=key or uuid.uuid4().hex)
 
 
 def predict(
-    server: Server,
-    asked: Submission,
+    server: RemoteServer,
+    job: NewJob,
     timeout: float | None = None,
     *,
     cancel_on_timeout: bool = False,
 ) -> Flow[Any]:
-    """The result of a new job."""
-    until = over_at(server, timeout)
-    body = yield from body_of(server, asked)
-    response = yield from _post(server, asked, body, until, wait=True)
+    """Submits a job and returns its result."""
+    until = deadline(server, timeout)
+    body = yield from body_of(server, job)
+    response = yield from _post(server, job, body, until, wait=True)
     if response.headers.get("content-type", "").startswith(BINARY):
-        return result_of_bytes(response)
-    view = decoded(server, response)
+        return decode_binary_result(response)
+    view = decode_json(server, response)
     _check_view(server, view)
     if response.status == 200:
         return outcome(view)
     return (yield from result(server, view, until, cancel_on_timeout=cancel_on_timeout))
 
 
-def submit(server: Server, asked: Submission) -> Flow[View]:
-    """A new job, accepted."""
-    body = yield from body_of(server, asked)
+def submit(server: RemoteServer, job: NewJob) -> Flow[View]:
+    """Submits a job; returns it as the server accepted it."""
+    body = yield from body_of(server, job)
     until = time.monotonic() + server.timeout_seconds
-    response = yield from _post(server, asked, body, until, wait=False)
-    view: View = decoded(server, response)
+    response = yield from _post(server, job, body, until, wait=False)
+    view: View = decode_json(server, response)
     _check_view(server, view)
     return view
 
 
-def body_of(server: Server, asked: Submission) -> Flow[Body]:
-    """In JSON what is a list, else the bytes of tensors as the model takes them."""
-    if is_plain(asked.value) and (body := json_body(asked.value, asked.options)):
+def body_of(server: RemoteServer, job: NewJob) -> Flow[RequestBody]:
+    """A list as JSON; other inputs as the bytes of tensors, in the datatypes of the model."""
+    if is_json_value(job.value) and (body := json_body(job.value, job.options)):
         return body
-    found = yield from known_model(server, asked.model)
-    return array_body(asked.value, found, asked.options)
+    model = yield from cached_model(server, job.model)
+    return array_body(job.value, model, job.options)
 
 
-def validate(server: Server, value: Any, name: str | None, options: Any) -> Flow[dict[str, Any]]:
-    asked = submission(value, name, None, options)
-    body = yield from body_of(server, asked)
+def validate(
+    server: RemoteServer, value: Any, name: str | None, options: Any
+) -> Flow[dict[str, Any]]:
+    body = yield from body_of(server, new_job(value, name, None, options))
     if name is None:
-        name = (yield from known_model(server, None)).model
+        name = (yield from cached_model(server, None)).model
     path = f"/models/{path_part(name)}/validate"
     request = Request(method="POST", path=path, headers=body.headers, body=body.content)
-    found: dict[str, Any] = yield from ask_json(server, request)
-    return found
+    answer: dict[str, Any] = yield from ask_json(server, request)
+    return answer
 
 
 def _post(
-    server: Server, asked: Submission, body: Body, until: float, *, wait: bool
+    server: RemoteServer, job: NewJob, body: RequestBody, until: float, *, wait: bool
 ) -> Flow[Response]:
-    path = "/predict" if asked.model is None else f"/predict/{path_part(asked.model)}"
-    headers = {**body.headers, "idempotency-key": asked.key}
+    path = "/predict" if job.model is None else f"/predict/{path_part(job.model)}"
+    headers = {**body.headers, "idempotency-key": job.key}
     seconds = math.floor(min(_WAIT_SECONDS, max(until - time.monotonic(), 0))) if wait else 0
     if wait:
         headers |= {"prefer": f"wait={seconds}", "accept": body.accept}
@@ -314,23 +318,28 @@ def _post(
         body=body.content,
         timeout_seconds=seconds + _MARGIN_SECONDS,
     )
-    response = yield from ask(server, request, until=until, patience_seconds=asked.patience_seconds)
+    response = yield from fetch(
+        server, request, until=until, queue_full_seconds=job.queue_full_seconds
+    )
     if response.status == 422:
-        # Perhaps the model is no longer the one that this client knew.
-        server.models.pop(asked.model, None)
+        # The model may have changed since it was cached.
+        server.models.pop(job.model, None)
     if response.status >= 400:
-        raise error_of(response, server.url)
+        raise error_of_response(response, server.url)
     return response
 
 
 def read(
-    server: Server, job_id: str, wait_seconds: float = 0, tenant: str | None = None
+    server: RemoteServer, job_id: str, wait_seconds: float = 0, tenant: str | None = None
 ) -> Flow[View]:
-    """The job as it is after at most `wait_seconds`; `tenant` is another's, for operators."""
+    """The job as soon as it has ended, or as it is after `wait_seconds`.
+
+    `tenant` names the tenant of a job that an operator reads.
+    """
     wait = f"{wait_seconds:g}" if wait_seconds else None
     request = Request(
         method="GET",
-        path=_job(job_id) + query_text({"wait": wait, "tenant": tenant}),
+        path=_job_path(job_id) + query_text({"wait": wait, "tenant": tenant}),
         timeout_seconds=wait_seconds + _MARGIN_SECONDS,
     )
     view: View = yield from ask_json(server, request)
@@ -339,44 +348,44 @@ def read(
 
 
 def wait(
-    server: Server, view: View, until: float, *, cancel_on_timeout: bool = False
+    server: RemoteServer, view: View, until: float, *, cancel_on_timeout: bool = False
 ) -> Flow[View]:
-    """The job once it has ended; raises WaitTimeout, and cancels it then if asked to."""
+    """The job once it has ended; past `until` raises WaitTimeout, and cancels it if requested."""
     until = min(until, server.until)
     left = until - time.monotonic()
-    while not is_whole(view):
+    while not has_outcome(view):
         seconds = round(min(_WAIT_SECONDS, max(left, 0)), 3)
         view = yield from read(server, view["job_id"], seconds, view.get("tenant"))
         left = until - time.monotonic()
         if left <= 0 and view["status"] not in jobs.TERMINAL:
-            return (yield from _give_up(server, view, cancel=cancel_on_timeout))
+            return (yield from _time_out(server, view, cancel=cancel_on_timeout))
     return view
 
 
-def doubted(view: View) -> View:
-    """As a view that may be old: only what completed stays so, the rest may have been retried."""
+def as_unfinished(view: View) -> View:
+    """The view of a job that may have been retried since: only a completed one has still ended."""
     is_final = view["status"] == "completed"
     kept: View = {name: view[name] for name in ("job_id", "tenant") if name in view}
     return view if is_final else {**kept, "status": "pending"}
 
 
-def is_whole(view: View) -> bool:
-    """Whether it shows how the job ended; lists leave the result out, operators never see it."""
+def has_outcome(view: View) -> bool:
+    """Whether a view shows how the job ended: lists leave out results, operators never see them."""
     return view["status"] in ("failed", "cancelled") or (
         view["status"] == "completed" and ("result" in view or "tenant" in view)
     )
 
 
 def result(
-    server: Server, view: View, until: float, *, cancel_on_timeout: bool = False
+    server: RemoteServer, view: View, until: float, *, cancel_on_timeout: bool = False
 ) -> Flow[Any]:
     return outcome((yield from wait(server, view, until, cancel_on_timeout=cancel_on_timeout)))
 
 
 def outcome(view: View) -> Any:
-    """The result of a job that has ended; raises where it has none."""
+    """The result of a job that has ended; raises JobFailed, JobCancelled, or Forbidden."""
     if view["status"] == "failed":
-        raise job_failed(view.get("error") or {}, view["job_id"])
+        raise job_failed_error(view.get("error") or {}, view["job_id"])
     if view["status"] == "cancelled":
         raise JobCancelled(
             "The job was cancelled; retry it to have a result.", job_id=view["job_id"]
@@ -387,52 +396,53 @@ def outcome(view: View) -> Any:
             "that the job is completed.",
             job_id=view["job_id"],
         )
-    return result_of(view.get("result"))
+    return decode_result(view.get("result"))
 
 
-def over_at(server: Server, timeout: float | None) -> float:
-    """When a wait is over; None stands for the client's own timeout."""
+def deadline(server: RemoteServer, timeout: float | None) -> float:
+    """The end of a wait on the monotonic clock; None stands for the client's own timeout."""
     seconds = server.timeout_seconds if timeout is None else timeout
     return min(time.monotonic() + seconds, server.until)
 
 
-def _give_up(server: Server, view: View, *, cancel: bool) -> Flow[View]:
-    job_id, told = view["job_id"], "it goes on: client.job(id) finds it again"
+def _time_out(server: RemoteServer, view: View, *, cancel: bool) -> Flow[View]:
+    """Raises WaitTimeout, after a cancel if requested; returns the job if it has just ended."""
+    job_id, what_now = view["job_id"], "it goes on: client.job(id) finds it again"
     if cancel:
         try:
             view = yield from cancel_job(server, job_id, view.get("tenant"))
         except JobFinished:
             return (yield from read(server, job_id, tenant=view.get("tenant")))
-        told = "it was cancelled"
+        what_now = "it was cancelled"
     reason = waiting_for(view)
     why = f": {reason.message.rstrip('.')}" if reason else ""
-    look = "" if reason else ", or look whether workers are there: client.health()"
+    hint = "" if reason else ", or check whether there are workers: client.health()"
     raise WaitTimeout(
-        f"Job {job_id} has not ended in time ({view['status']}{why}); {told}. Give a longer "
-        f"timeout={look}.",
+        f"Job {job_id} has not ended in time ({view['status']}{why}); {what_now}. Give a longer "
+        f"timeout={hint}.",
         job_id=job_id,
         waiting_for=reason,
     )
 
 
 def waiting_for(view: View) -> WaitingFor | None:
-    """Why a job is not run now, as a view that was checked says it."""
-    found = view.get("waiting_for")
-    return msgspec.convert(found, WaitingFor) if found else None
+    """Why a job is not run now, from a view that was checked; None if nothing is wrong."""
+    reason = view.get("waiting_for")
+    return msgspec.convert(reason, WaitingFor) if reason else None
 
 
-def why_waiting(server: Server, group: str) -> Flow[WaitingFor | None]:
-    """Why jobs of a group make no progress, as its newest ones that have not ended say.
+def why_waiting(server: RemoteServer, group: str) -> Flow[WaitingFor | None]:
+    """Why jobs of a group make no progress, from its newest ones that have not ended.
 
-    Asked once. A server that does not answer, or not now, is a reason too.
+    Sent once, without retries. A server that does not answer, or not now, is a reason too.
     """
-    newest = yield from _listed_once(server, group=group, limit=_NEWEST)
+    newest = yield from _list_once(server, group=group, limit=_REASON_JOBS)
     if isinstance(newest, list) and not any(map(_is_unfinished, newest)):
-        # Those of a map that was taken up again may be older; to look for them costs more.
-        newest = yield from _listed_once(server, group=group, status="pending", limit=1)
+        # Those of a map that was resumed may be older; finding them costs more.
+        newest = yield from _list_once(server, group=group, status="pending", limit=1)
     if not isinstance(newest, list):
         return newest
-    reasons = [one.waiting_for for one in newest if _is_unfinished(one)]
+    reasons = [job.waiting_for for job in newest if _is_unfinished(job)]
     return next(filter(None, reasons), None)
 
 
@@ -440,30 +450,35 @@ def _is_unfinished(view: _View) -> bool:
     return view.status not in jobs.TERMINAL
 
 
-def _listed_once(server: Server, **query: Any) -> Flow[list[_View] | WaitingFor | None]:
-    """Jobs, or why there is no answer; None where the key may not list them."""
+def _list_once(server: RemoteServer, **query: Any) -> Flow[list[_View] | WaitingFor | None]:
+    """Jobs, or why there is no answer; None if the key may not list them."""
     left = server.until - time.monotonic()
     request = Request(
         method="GET",
         path=f"/jobs{query_text(query)}",
-        timeout_seconds=max(1.0, min(_LOOK_SECONDS, left)),
+        timeout_seconds=max(1.0, min(_REASON_TIMEOUT_SECONDS, left)),
     )
-    told = yield from exchange(with_own_headers(server, request))
-    if isinstance(told, Lost) or told.status in AGAIN:
-        return reason_of(told, server.url)
-    if told.status >= 400:
-        # The wait itself says what is wrong, if anything is.
+    reply = yield from exchange(with_client_headers(server, request))
+    if isinstance(reply, Lost) or reply.status in RETRYABLE_STATUSES:
+        return retry_reason(reply, server.url)
+    if reply.status >= 400:
+        # If anything is wrong, the request that waits raises it.
         return None
-    return _converted(server, _member(server, decoded(server, told), "jobs"), list[_View])
+    return _convert(
+        server, _require_member(server, decode_json(server, reply), "jobs"), list[_View]
+    )
 
 
 # --- jobs --------------------------------------------------------------------------------------
 
 
-def cancel_job(server: Server, job_id: str, tenant: str | None = None) -> Flow[View]:
-    """The job, cancelled or told to stop. A cancel whose first answer was lost knows its work."""
+def cancel_job(server: RemoteServer, job_id: str, tenant: str | None = None) -> Flow[View]:
+    """Cancels a job; returns it, cancelled or still stopping.
+
+    If the first answer was lost and the retried cancel finds the job cancelled, that is success.
+    """
     try:
-        view: View = yield from call(server, "DELETE", _job(job_id), tenant=tenant)
+        view: View = yield from call(server, "DELETE", _job_path(job_id), tenant=tenant)
         _check_view(server, view)
     except JobFinished as error:
         view = yield from read(server, job_id, tenant=tenant)
@@ -472,9 +487,10 @@ def cancel_job(server: Server, job_id: str, tenant: str | None = None) -> Flow[V
     return view
 
 
-def retry_job(server: Server, job_id: str, tenant: str | None = None) -> Flow[View]:
+def retry_job(server: RemoteServer, job_id: str, tenant: str | None = None) -> Flow[View]:
+    """Retries a job; returns it. If a lost answer was a success, the second try sees that."""
     try:
-        view: View = yield from call(server, "POST", f"{_job(job_id)}/retry", tenant=tenant)
+        view: View = yield from call(server, "POST", f"{_job_path(job_id)}/retry", tenant=tenant)
         _check_view(server, view)
     except JobNotRetryable as error:
         view = yield from read(server, job_id, tenant=tenant)
@@ -483,104 +499,107 @@ def retry_job(server: Server, job_id: str, tenant: str | None = None) -> Flow[Vi
     return {**view, "tenant": tenant} if tenant else view
 
 
-def list_jobs(server: Server, limit: int, query: Mapping[str, Any]) -> Flow[list[View]]:
-    """Newest first, at most `limit`."""
-    found: list[View] = []
+def list_jobs(server: RemoteServer, limit: int, query: Mapping[str, Any]) -> Flow[list[View]]:
+    """The newest jobs first, at most `limit`."""
+    views: list[View] = []
     cursor: str | None = None
-    while len(found) < limit:
-        page = yield from get(
-            server, "/jobs", **query, limit=min(_PAGE, limit - len(found)), cursor=cursor
+    while len(views) < limit:
+        answer = yield from get(
+            server, "/jobs", **query, limit=min(_PAGE, limit - len(views)), cursor=cursor
         )
-        views = _converted(server, _member(server, page, "jobs"), list[View])
-        for view in views:
+        page = _convert(server, _require_member(server, answer, "jobs"), list[View])
+        for view in page:
             _check_view(server, view)
-        found += views
-        cursor = page.get("cursor")
+        views += page
+        cursor = answer.get("cursor")
         if not cursor:
             break
-    return found
+    return views
 
 
-def many(server: Server, method: str, path: str, query: Mapping[str, Any]) -> Flow[dict[str, Any]]:
-    """Asks again while there is more, and adds up what was done."""
+def call_until_done(
+    server: RemoteServer, method: str, path: str, query: Mapping[str, Any]
+) -> Flow[dict[str, Any]]:
+    """Repeats a request while the server has `more` to do; returns the sums of its counts."""
     total: dict[str, Any] = {}
     while True:
         answer = yield from call(server, method, path, **query)
-        done = _converted(server, answer, dict[str, Any])
-        more = done.pop("more", False)
-        with strange_refused("An answer"):
-            for name, value in done.items():
-                total[name] = total[name] + value if name in total else value
-        if not more or not any(done.values()):
+        counts = _convert(server, answer, dict[str, Any])
+        has_more = counts.pop("more", False)
+        with reject_unreadable("An answer"):
+            for name, count in counts.items():
+                total[name] = total[name] + count if name in total else count
+        if not has_more or not any(counts.values()):
             return total
 
 
-def _job(job_id: str) -> str:
+def _job_path(job_id: str) -> str:
     return f"/job/{path_part(job_id)}"
 
 
-def purge_job(server: Server, job_id: str, tenant: str | None = None) -> Flow[None]:
-    yield from call(server, "DELETE", _job(job_id), purge=True, tenant=tenant)
+def purge_job(server: RemoteServer, job_id: str, tenant: str | None = None) -> Flow[None]:
+    yield from call(server, "DELETE", _job_path(job_id), purge=True, tenant=tenant)
 
 
 # --- groups ------------------------------------------------------------------------------------
 
 
-def group(server: Server, name: str) -> Flow[dict[str, Any]]:
+def group(server: RemoteServer, name: str) -> Flow[dict[str, Any]]:
     view: dict[str, Any] = yield from get(server, f"/group/{path_part(name)}")
-    _member(server, view, "group")
+    _require_member(server, view, "group")
     return view
 
 
-def cancel_group(server: Server, name: str) -> Flow[dict[str, Any]]:
-    done: dict[str, Any] = yield from call(server, "DELETE", f"/group/{path_part(name)}")
-    return done
+def cancel_group(server: RemoteServer, name: str) -> Flow[dict[str, Any]]:
+    counts: dict[str, Any] = yield from call(server, "DELETE", f"/group/{path_part(name)}")
+    return counts
 
 
-# --- the operator's ----------------------------------------------------------------------------
+# --- operations --------------------------------------------------------------------------------
 
 
-def health(server: Server) -> Flow[dict[str, Any]]:
+def health(server: RemoteServer) -> Flow[dict[str, Any]]:
     view: dict[str, Any] = yield from get(server, "/health")
-    _member(server, view, "status")
+    _require_member(server, view, "status")
     return view
 
 
-def listed(server: Server, name: str) -> Flow[list[dict[str, Any]]]:
-    """Of queues or workers."""
-    found = _member(server, (yield from get(server, f"/{name}")), name)
-    return _converted(server, found, list[dict[str, Any]])
+def list_all(server: RemoteServer, name: str) -> Flow[list[dict[str, Any]]]:
+    """The list at `/{name}`, which is queues or workers."""
+    listed = _require_member(server, (yield from get(server, f"/{name}")), name)
+    return _convert(server, listed, list[dict[str, Any]])
 
 
-def set_paused(server: Server, name: str, paused: bool) -> Flow[dict[str, Any]]:
+def set_paused(server: RemoteServer, name: str, paused: bool) -> Flow[dict[str, Any]]:
     verb = "pause" if paused else "resume"
     path = f"/models/{path_part(name)}/{verb}"
-    done: dict[str, Any] = yield from call(server, "POST", path)
-    return done
+    answer: dict[str, Any] = yield from call(server, "POST", path)
+    return answer
 
 
-def retry_ids(server: Server, ids: list[str], tenant: str | None) -> Flow[dict[str, Any]]:
-    """At most 1,000 a request."""
+def retry_ids(server: RemoteServer, ids: list[str], tenant: str | None) -> Flow[dict[str, Any]]:
+    """Retries jobs by their ids, at most 1,000 a request."""
     total: dict[str, Any] = {"retried": [], "refused": []}
     for start in range(0, len(ids), _PAGE):
         body = msgspec.json.encode({"job_ids": ids[start : start + _PAGE]})
         headers = {"content-type": "application/json"}
         path = f"/jobs/retry{query_text({'tenant': tenant})}"
         request = Request(method="POST", path=path, headers=headers, body=body)
-        done = _converted(server, (yield from ask_json(server, request)), _Retried)
-        total["retried"] += done.retried
-        total["refused"] += done.refused
+        page = _convert(server, (yield from ask_json(server, request)), _Retried)
+        total["retried"] += page.retried
+        total["refused"] += page.refused
     return total
 
 
-def purge_queue(server: Server, name: str) -> Flow[dict[str, Any]]:
-    done: dict[str, Any] = yield from call(server, "POST", f"/models/{path_part(name)}/purge")
-    return done
+def purge_queue(server: RemoteServer, name: str) -> Flow[dict[str, Any]]:
+    answer: dict[str, Any] = yield from call(server, "POST", f"/models/{path_part(name)}/purge")
+    return answer
 
 
 def retry_many(
-    server: Server, ids: Sequence[str] | None, query: Mapping[str, Any]
+    server: RemoteServer, ids: Sequence[str] | None, query: Mapping[str, Any]
 ) -> Flow[dict[str, Any]]:
+    """Retries the jobs of `ids`, or all that match the query if `ids` is None."""
     if ids is None:
-        return (yield from many(server, "POST", "/jobs/retry", query))
+        return (yield from call_until_done(server, "POST", "/jobs/retry", query))
     return (yield from retry_ids(server, list(ids), query.get("tenant")))

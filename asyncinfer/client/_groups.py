@@ -1,43 +1,56 @@
-"""The jobs that share a name: how far they are."""
+"""Groups: the progress of jobs that share a name."""
 
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from asyncinfer.client import _display, _events, _flows
+from asyncinfer.client._docstrings import with_docstrings_of
 from asyncinfer.client._drivers import AsyncDriver, Driver
 from asyncinfer.client._protocol import Event
-from asyncinfer.client._requests import Server
+from asyncinfer.client._requests import RemoteServer
 
 
 class GroupState:
-    """What a client last saw of a group; `refresh()` looks again."""
+    """A group as a client last read it; `refresh()` reads it again."""
 
     def __init__(self, view: dict[str, Any]) -> None:
         self._view = view
 
     @property
     def name(self) -> str:
+        """The `group` that the jobs were submitted with."""
         return str(self._view["group"])
 
     @property
     def jobs(self) -> int:
+        """The number of its jobs, ended ones included; at most the newest 1,000,000 count."""
         return int(self._view["jobs"])
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many of its jobs are in which state."""
+        """The number of its jobs by state.
+
+        The keys are pending, processing, completed, failed, cancelled, and expired (ended, and no
+        longer kept).
+        """
         return dict(self._view["counts"])
 
     @property
     def progress(self) -> float:
-        """Ended jobs of all, 0 to 1."""
+        """The share of its jobs that have ended, 0 to 1."""
         return float(self._view["progress"])
 
     @property
     def eta_seconds(self) -> float | None:
+        """Seconds until all jobs have ended, at their pace so far; None while none has ended."""
         return self._view.get("eta_seconds")
 
     def as_dict(self) -> dict[str, Any]:
+        """All that the server says of it.
+
+        The keys are `group`, `jobs`, `counts`, `progress`, `eta_seconds`, `created_at` (RFC 3339)
+        and `first_failed` (up to 10 ids of failed jobs).
+        """
         return dict(self._view)
 
     def __repr__(self) -> str:
@@ -48,38 +61,75 @@ class GroupState:
 
 
 class Group(GroupState):
-    def __init__(self, server: Server, driver: Driver, view: dict[str, Any]) -> None:
+    """The jobs that were submitted with one `group`; `client.group(name)` gives it.
+
+    >>> job = client.submit([[5.1, 3.5, 1.4, 0.2]], "iris", group="docs-group").wait()
+    >>> client.group("docs-group").counts["failed"]
+    0
+    """
+
+    def __init__(self, server: RemoteServer, driver: Driver, view: dict[str, Any]) -> None:
         super().__init__(view)
         self._server = server
         self._driver = driver
 
     def refresh(self) -> "Group":
+        """Reads its state again, and returns it; raises GroupNotFound once it is no longer kept.
+
+        >>> job = client.submit([[5.1, 3.5, 1.4, 0.2]], "iris", group="docs-refresh")
+        >>> group = client.group("docs-refresh")
+        >>> job.wait().status, group.refresh().progress
+        ('completed', 1.0)
+        """
         self._view = self._driver.run(_flows.group(self._server, self.name))
         return self
 
     def cancel(self) -> dict[str, Any]:
-        """Cancels all its jobs that wait or run: how many were, how many were told to stop."""
+        """Cancels all its unfinished jobs; returns how many.
+
+        The keys are `group`, `cancelled` (int, jobs that waited) and `stopping` (int, running jobs
+        that will stop).
+
+        >>> job = client.submit([[5.1, 3.5, 1.4, 0.2]], "iris", group="docs-cancel").wait()
+        >>> client.group("docs-cancel").cancel()["cancelled"]
+        0
+        """
         return self._driver.run(_flows.cancel_group(self._server, self.name))
 
     def events(self) -> Iterator[Event]:
-        """Each change of its jobs as it happens; `done` whenever all have ended."""
-        return _events.follow(self._driver, _events.Story(self._server, group=self.name))
+        """Yields each change of its jobs as it happens; goes on until the loop is left.
+
+        The first event is a `snapshot`, whose `data` is that of `as_dict()`; `done` comes
+        whenever all jobs have ended. A stream that is cut is resumed at its last event. Raises
+        ConnectionFailed if the server stays away.
+
+        >>> job = client.submit([[5.1, 3.5, 1.4, 0.2]], "iris", group="docs-events").wait()
+        >>> next(client.group("docs-events").events()).name
+        'snapshot'
+        """
+        subscription = _events.EventSubscription(self._server, group=self.name)
+        return _events.follow(self._driver, subscription)
 
 
+@with_docstrings_of(Group)
 class AsyncGroup(GroupState):
-    def __init__(self, server: Server, driver: AsyncDriver, view: dict[str, Any]) -> None:
+    """A `Group` whose methods are awaited; `events()` is for `async for`."""
+
+    def __init__(self, server: RemoteServer, driver: AsyncDriver, view: dict[str, Any]) -> None:
         super().__init__(view)
         self._server = server
         self._driver = driver
 
     async def refresh(self) -> "AsyncGroup":
+        """Reads its state again, and returns it."""
         self._view = await self._driver.run(_flows.group(self._server, self.name))
         return self
 
     async def cancel(self) -> dict[str, Any]:
-        """Cancels all its jobs that wait or run: how many were, how many were told to stop."""
+        """Cancels all its unfinished jobs; returns how many."""
         return await self._driver.run(_flows.cancel_group(self._server, self.name))
 
     def events(self) -> AsyncIterator[Event]:
-        """Each change of its jobs as it happens; `done` whenever all have ended."""
-        return _events.afollow(self._driver, _events.Story(self._server, group=self.name))
+        """Yields each change of its jobs as it happens; goes on until the loop is left."""
+        subscription = _events.EventSubscription(self._server, group=self.name)
+        return _events.follow_async(self._driver, subscription)

@@ -1,14 +1,15 @@
-"""A job in hand: what it is, and what can be done with it."""
+"""Jobs: the state of one, waiting for it, and acting on it."""
 
 from collections.abc import AsyncIterator, Generator, Iterator
 from datetime import datetime
 from typing import Any, Final
 
 from asyncinfer.client import _display, _events, _flows
+from asyncinfer.client._docstrings import with_docstrings_of
 from asyncinfer.client._drivers import AsyncDriver, Driver
 from asyncinfer.client._flows import View
 from asyncinfer.client._protocol import Event
-from asyncinfer.client._requests import Server
+from asyncinfer.client._requests import RemoteServer
 from asyncinfer.client._wait_reasons import WaitingFor
 from asyncinfer.untrusted.printable import printable_line
 
@@ -16,42 +17,44 @@ _TIMES: Final = ("created_at", "started_at", "finished_at")
 
 
 class JobState:
-    """What a client last saw of a job; `refresh()` looks again."""
+    """A job as a client last read it; `refresh()` reads it again."""
 
     def __init__(self, view: View) -> None:
         self._view = view
 
     @property
     def id(self) -> str:
+        """The id with which `client.job(id)` finds it again."""
         return str(self._view["job_id"])
 
     @property
     def status(self) -> str:
-        """pending, processing, completed, failed or cancelled, as last seen."""
+        """pending, processing, completed, failed or cancelled, as last read."""
         return str(self._view["status"])
 
     @property
     def model(self) -> str | None:
+        """The name of its model; None until the job is read after its submit."""
         return self._view.get("model")
 
     @property
     def tenant(self) -> str | None:
-        """Whose it is, where an operator asked over tenants; else None."""
+        """Its tenant, if an operator listed the jobs of tenants; else None."""
         return self._view.get("tenant")
 
     @property
     def error(self) -> dict[str, Any] | None:
-        """Why a failed job failed: its `code` and `message`."""
+        """Why a failed job failed, a dict of `code` and `message`; else None."""
         return self._view.get("error")
 
     @property
     def waiting_for(self) -> WaitingFor | None:
-        """Why it is not run now, as last seen; None while it only waits for its turn, or runs."""
+        """Why it is not run now, as last read; None while it only waits for its turn, or runs."""
         return _flows.waiting_for(self._view)
 
     @property
     def timeline(self) -> dict[str, datetime]:
-        """When it was created, started and finished, as far as it has come."""
+        """The times, with time zone, when it was `created`, `started` and `finished`, so far."""
         return {
             name.removesuffix("_at"): datetime.fromisoformat(self._view[name])
             for name in _TIMES
@@ -59,7 +62,12 @@ class JobState:
         }
 
     def as_dict(self) -> View:
-        """All that the server said of it."""
+        """All that the server says of it.
+
+        Always `job_id` and `status`; as far as known `result` (as JSON), `error`, `model`,
+        `version`, `sha256`, `group`, `priority`, `worker`, `round`, `created_at`, `started_at`,
+        `finished_at` (RFC 3339) and `waiting_for`.
+        """
         return dict(self._view)
 
     def __repr__(self) -> str:
@@ -72,56 +80,118 @@ class JobState:
 
 
 class Job(JobState):
-    def __init__(self, server: Server, driver: Driver, view: View) -> None:
+    """A job; `client.submit()` makes one, `client.job(id)` and `client.jobs()` find it again.
+
+    >>> job = client.submit([[5.1, 3.5, 1.4, 0.2]], "iris")
+    >>> job.result()["class_name"]
+    'setosa'
+    >>> job.status
+    'completed'
+    """
+
+    def __init__(self, server: RemoteServer, driver: Driver, view: View) -> None:
         super().__init__(view)
         self._server = server
         self._driver = driver
 
     def result(self, timeout: float | None = None, *, cancel_on_timeout: bool = False) -> Any:
-        """Waits for the job and gives its result; raises JobFailed, JobCancelled or WaitTimeout.
+        """Waits until the job has ended, and returns its result.
 
-        `timeout` in seconds; None is the client's own, `math.inf` waits for ever.
+        `timeout` is in seconds; None is the client's own, `math.inf` waits without a limit. The
+        job goes on when the time is out, unless `cancel_on_timeout`. The result is that of
+        `Client.predict`: a dict per row for a model with labels, else numpy arrays
+        `(rows, *dims)`.
+
+        Raises JobFailed (`.job_error` has its code and message), JobCancelled, WaitTimeout,
+        JobNotFound and JobExpired if it is no longer kept, and Forbidden for the job of another
+        tenant.
+
+        >>> client.submit([[5.1, 3.5, 1.4, 0.2]], "iris").result(timeout=10)["prediction"]
+        0
         """
         self.wait(timeout, cancel_on_timeout=cancel_on_timeout)
         return _flows.outcome(self._view)
 
     def wait(self, timeout: float | None = None, *, cancel_on_timeout: bool = False) -> "Job":
-        """Waits until it has ended, however it ends; raises WaitTimeout."""
-        over_at = _flows.over_at(self._server, timeout)
+        """Waits until the job has ended, and returns it, however it ended.
+
+        The arguments are those of `result`. Raises WaitTimeout, JobNotFound and JobExpired.
+
+        >>> client.submit([[5.1, 3.5, 1.4, 0.2]], "iris").wait().status
+        'completed'
+        """
         flow = _flows.wait(
-            self._server, _flows.doubted(self._view), over_at, cancel_on_timeout=cancel_on_timeout
+            self._server,
+            _flows.as_unfinished(self._view),
+            _flows.deadline(self._server, timeout),
+            cancel_on_timeout=cancel_on_timeout,
         )
         self._view = self._driver.run(flow)
         return self
 
     def refresh(self) -> "Job":
-        """Looks at it again."""
+        """Reads its state again, and returns it; raises JobNotFound and JobExpired.
+
+        >>> client.submit([[5.1, 3.5, 1.4, 0.2]], "iris").refresh().model
+        'iris'
+        """
         self._view = self._driver.run(_flows.read(self._server, self.id, tenant=self.tenant))
         return self
 
     def cancel(self) -> "Job":
-        """Ends it, waiting or running; raises JobFinished where it has ended already."""
+        """Cancels it, and returns it: cancelled if it waited, still processing if it runs.
+
+        A running job ends as cancelled as soon as its worker stops it. Raises JobFinished if it
+        has completed or failed already.
+
+        >>> client.submit([[5.1, 3.5, 1.4, 0.2]], "iris", delay_seconds=60).cancel().status
+        'cancelled'
+        """
         self._view = self._driver.run(_flows.cancel_job(self._server, self.id, self.tenant))
         return self
 
     def retry(self) -> "Job":
-        """Runs it again, if it failed or was cancelled, under the same id."""
+        """Runs it again under the same id, and returns it, pending.
+
+        Raises JobNotRetryable unless it has failed or was cancelled.
+
+        >>> job = client.submit([[5.1, 3.5, 1.4, 0.2]], "iris", delay_seconds=60).cancel()
+        >>> job.retry().cancel().status
+        'cancelled'
+        """
         self._view = self._driver.run(_flows.retry_job(self._server, self.id, self.tenant))
         return self
 
     def purge(self) -> None:
-        """Deletes all of it, once it has ended."""
+        """Deletes it with its input and result; raises JobNotFinished until it has ended.
+
+        >>> client.submit([[5.1, 3.5, 1.4, 0.2]], "iris").wait().purge()
+        """
         self._driver.run(_flows.purge_job(self._server, self.id, self.tenant))
 
     def events(self) -> Iterator[Event]:
-        """Each change as it happens, the present state first; ends with the job."""
-        return _events.follow(self._driver, _events.Story(self._server, job_id=self.id))
+        """Yields each change as it happens, its present state first, until it has ended.
+
+        The first event is a `snapshot`; the last has the status with which it ended, or is that
+        snapshot. A stream that is cut is resumed at its last event. Raises ConnectionFailed if
+        the server stays away, and JobNotFound.
+
+        >>> job = client.submit([[5.1, 3.5, 1.4, 0.2]], "iris")
+        >>> [event.data["status"] for event in job.events()][-1]
+        'completed'
+        """
+        subscription = _events.EventSubscription(self._server, job_id=self.id)
+        return _events.follow(self._driver, subscription)
 
 
+@with_docstrings_of(Job)
 class AsyncJob(JobState):
-    """The same for `await`; awaiting the job itself gives its result."""
+    """A `Job` whose methods are awaited; `await job` itself gives its result.
 
-    def __init__(self, server: Server, driver: AsyncDriver, view: View) -> None:
+    `events()` is for `async for`.
+    """
+
+    def __init__(self, server: RemoteServer, driver: AsyncDriver, view: View) -> None:
         super().__init__(view)
         self._server = server
         self._driver = driver
@@ -130,43 +200,43 @@ class AsyncJob(JobState):
         return self.result().__await__()
 
     async def result(self, timeout: float | None = None, *, cancel_on_timeout: bool = False) -> Any:
-        """Waits for the job and gives its result; raises JobFailed, JobCancelled or WaitTimeout.
-
-        `timeout` in seconds; None is the client's own, `math.inf` waits for ever.
-        """
+        """Waits until the job has ended, and returns its result."""
         await self.wait(timeout, cancel_on_timeout=cancel_on_timeout)
         return _flows.outcome(self._view)
 
     async def wait(
         self, timeout: float | None = None, *, cancel_on_timeout: bool = False
     ) -> "AsyncJob":
-        """Waits until it has ended, however it ends; raises WaitTimeout."""
-        over_at = _flows.over_at(self._server, timeout)
+        """Waits until the job has ended, and returns it, however it ended."""
         flow = _flows.wait(
-            self._server, _flows.doubted(self._view), over_at, cancel_on_timeout=cancel_on_timeout
+            self._server,
+            _flows.as_unfinished(self._view),
+            _flows.deadline(self._server, timeout),
+            cancel_on_timeout=cancel_on_timeout,
         )
         self._view = await self._driver.run(flow)
         return self
 
     async def refresh(self) -> "AsyncJob":
-        """Looks at it again."""
+        """Reads its state again, and returns it."""
         self._view = await self._driver.run(_flows.read(self._server, self.id, tenant=self.tenant))
         return self
 
     async def cancel(self) -> "AsyncJob":
-        """Ends it, waiting or running; raises JobFinished where it has ended already."""
+        """Cancels it, and returns it: cancelled if it waited, still processing if it runs."""
         self._view = await self._driver.run(_flows.cancel_job(self._server, self.id, self.tenant))
         return self
 
     async def retry(self) -> "AsyncJob":
-        """Runs it again, if it failed or was cancelled, under the same id."""
+        """Runs it again under the same id, and returns it, pending."""
         self._view = await self._driver.run(_flows.retry_job(self._server, self.id, self.tenant))
         return self
 
     async def purge(self) -> None:
-        """Deletes all of it, once it has ended."""
+        """Deletes it with its input and result."""
         await self._driver.run(_flows.purge_job(self._server, self.id, self.tenant))
 
     def events(self) -> AsyncIterator[Event]:
-        """Each change as it happens, the present state first; ends with the job."""
-        return _events.afollow(self._driver, _events.Story(self._server, job_id=self.id))
+        """Yields each change as it happens, its present state first, until it has ended."""
+        subscription = _events.EventSubscription(self._server, job_id=self.id)
+        return _events.follow_async(self._driver, subscription)

@@ -10,8 +10,15 @@ from asyncinfer.client import _display
 
 
 class TensorInfo(Struct, frozen=True):
-    """An input or output: its datatype by its Open Inference name, and per dimension a size, a
-    symbolic name, or None. The shape is None where there may be any number of dimensions."""
+    """An input or output of a model.
+
+    `datatype` is the name in the Open Inference Protocol, such as FP32. `shape` has a size, a
+    symbolic name or None (any size) for each dimension; it is None if any number of dimensions is
+    allowed.
+
+    >>> client.model("iris").inputs[0].shape
+    ('batch', 4)
+    """
 
     name: str
     datatype: str
@@ -20,70 +27,98 @@ class TensorInfo(Struct, frozen=True):
 
     @property
     def rank(self) -> int | None:
-        """How many dimensions it has, where that is fixed."""
+        """The number of dimensions; None if it is not fixed."""
         return None if self.shape is None else len(self.shape)
 
     @property
     def shape_words(self) -> str:
-        """As `[batch, 3, ?]`."""
+        """The shape as text, such as `[batch, 3, ?]`."""
         if self.shape is None:
             return "[...]"
         return f"[{', '.join('?' if dim is None else str(dim) for dim in self.shape)}]"
 
 
 class Model(Struct, frozen=True, kw_only=True):
-    """What a model takes and gives. `example()` is an input that works."""
+    """A model that is served: what it takes, what it gives, and how it runs.
+
+    >>> iris = client.model("iris")
+    >>> iris.labels
+    ('setosa', 'versicolor', 'virginica')
+    >>> client.predict(iris.example(), "iris")["class_name"]
+    'setosa'
+    """
 
     model: str
+    """Its name."""
     version: str
+    """The version that is served."""
     versions: tuple[str, ...] = ()
+    """All announced versions, newest first."""
     default: bool = False
+    """Whether it is used when no model is named."""
     description: str = ""
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     input_axes: tuple[int | None, ...] = ()
-    """Where several jobs may share a run: per input the axis that counts rows."""
+    """For each input the axis that counts rows, if several jobs may share a run."""
     output_axes: tuple[int | None, ...] = ()
+    """The same for each output."""
     labels: tuple[str, ...] = ()
+    """The names of its classes; empty if its results are arrays."""
     batched: bool = False
+    """Whether several jobs may share a run; `batching` says why or why not."""
     batching: str = ""
     max_rows: int = 10_000
+    """The most rows that one job may have."""
     sha256: str = ""
+    """The SHA-256 of the model file, in hexadecimal."""
     paused: bool = False
+    """True if jobs are accepted and none is run."""
     workers: int = 0
+    """The number of living workers that serve it."""
     problems: tuple[dict[str, Any], ...] = ()
+    """Versions that a worker found and does not serve: `model`, `version`, `worker`, `reason`."""
     run_times: dict[str, dict[str, float]] = {}
+    """By worker, the measured seconds of a run by its number of rows."""
     shown_example: Any = msgspec.field(name="example", default=None)
 
     def __post_init__(self) -> None:
-        """Of what is no model of ours msgspec raises a ValidationError."""
-        _refuse_no_axis(self.inputs, self.input_axes)
+        """Raises ValueError if an axis is impossible; msgspec makes a ValidationError of it."""
+        _reject_missing_axis(self.inputs, self.input_axes)
         for axis in self.output_axes:
-            # The shapes of outputs are what files declare, some of them wrongly.
+            # Only the sign is checked: some files declare the shapes of outputs wrongly.
             if axis is not None and axis < 0:
                 raise ValueError(f"no output has an axis {axis}")
 
     def example(self) -> Any:
-        """An input as `predict` takes it; None where the server knows none."""
-        shown = self.shown_example
-        if not isinstance(shown, dict):
+        """Returns an input that `predict` takes; None if the server knows none.
+
+        It is nested lists of the shape `(rows, *dims)`, or a dict of them by name for several
+        inputs.
+
+        >>> client.model("iris").example()
+        [[5.1, 3.5, 1.4, 0.2]]
+        """
+        body = self.shown_example
+        if not isinstance(body, dict):
             return None
-        if "data" in shown:
-            return shown["data"]
-        return {one["name"]: _nested(one["data"], one["shape"]) for one in shown["inputs"]}
+        if "data" in body:
+            return body["data"]
+        return {
+            tensor["name"]: _nested(tensor["data"], tensor["shape"]) for tensor in body["inputs"]
+        }
 
     def _repr_html_(self) -> str:
         workers = f"{self.workers or 'no'} worker{'s' * (self.workers > 1)}"
         name = f"{self.model} version {self.version}"
-        return _display.model_card(name, "paused" if self.paused else workers, _facts(self))
+        return _display.model_card(name, "paused" if self.paused else workers, _card_rows(self))
 
 
-def _facts(model: Model) -> dict[str, Any]:
-    """The rows of a model's card."""
+def _card_rows(model: Model) -> dict[str, Any]:
     example = model.example()
     return {
-        "inputs": "; ".join(map(_tensor, model.inputs)),
-        "outputs": "; ".join(map(_tensor, model.outputs)),
+        "inputs": "; ".join(map(_tensor_text, model.inputs)),
+        "outputs": "; ".join(map(_tensor_text, model.outputs)),
         "labels": ", ".join(model.labels),
         "batching": model.batching,
         "rows a job": f"{model.max_rows:,}",
@@ -92,11 +127,12 @@ def _facts(model: Model) -> dict[str, Any]:
     }
 
 
-def _tensor(spec: TensorInfo) -> str:
+def _tensor_text(spec: TensorInfo) -> str:
     return f"{spec.name} {spec.datatype} {spec.shape_words}{' (optional)' if spec.optional else ''}"
 
 
-def _refuse_no_axis(specs: Sequence[TensorInfo], axes: Sequence[int | None]) -> None:
+def _reject_missing_axis(specs: Sequence[TensorInfo], axes: Sequence[int | None]) -> None:
+    """Raises ValueError if a tensor has no axis of the given number."""
     for spec, axis in zip(specs, axes, strict=False):
         if axis is None or (spec.rank is None and axis >= 0):
             continue
@@ -105,10 +141,10 @@ def _refuse_no_axis(specs: Sequence[TensorInfo], axes: Sequence[int | None]) -> 
 
 
 def _nested(data: Any, shape: list[int]) -> Any:
-    """Row-major elements as nested lists."""
+    """Row-major elements as nested lists of the shape; nested ones are unchanged."""
     if not shape:
         return data[0] if isinstance(data, list) else data
-    if len(shape) < 2 or any(isinstance(one, list) for one in data):
+    if len(shape) < 2 or any(isinstance(element, list) for element in data):
         return data
     size = len(data) // max(shape[0], 1)
     rows = [data[at * size : (at + 1) * size] for at in range(shape[0])]

@@ -1,6 +1,6 @@
-"""What a conversation asks of whoever carries it, and what it is told in return.
+"""The messages between a flow and the driver that carries it out.
 
-A flow is a generator: it yields a `Request` and is sent a `Response`, or a `Lost` where none
+A flow is a generator: it yields a `Request` and is sent a `Response`, or a `Lost` if no answer
 came; it yields a `Pause` and is sent None once that time has passed. It does no I/O itself, so
 that one flow serves threads and event loops.
 """
@@ -16,11 +16,11 @@ from asyncinfer.client._wait_reasons import WaitingFor
 class Request(Struct, frozen=True, kw_only=True):
     method: str
     path: str
-    """With its query, as it is sent."""
+    """The quoted path and query, as they are sent."""
     headers: Mapping[str, str] = {}
     body: bytes | None = None
     timeout_seconds: float = 30.0
-    """How long the server may be silent."""
+    """How long the server may be silent before the request counts as lost."""
 
 
 class Pause(Struct, frozen=True):
@@ -31,37 +31,42 @@ class Pause(Struct, frozen=True):
 class Response(Struct, frozen=True):
     status: int
     headers: Mapping[str, str]
-    """Names in lower case."""
+    """Names are in lower case."""
     content: bytes
 
 
 class Lost(Struct, frozen=True):
-    """No answer came, and the request may or may not have arrived."""
+    """No answer came; the request may or may not have arrived."""
 
     reason: str
-    hopeless: bool = False
-    """Nothing ever answered at this URL, and nothing listens there: more likely wrong than away."""
-    first: bool = False
-    """Nothing ever answered at this URL."""
+    is_unreachable: bool = False
+    """Nothing has ever answered at this URL and nothing listens there: the address is more likely
+    wrong than the server away."""
+    is_first_contact: bool = False
+    """Nothing has ever answered at this URL."""
 
 
 class Event(Struct, frozen=True):
-    """`name` is a job's new status, or snapshot, progress, done, gap; `data` what it says."""
+    """A server-sent event of `Job.events()` or `Group.events()`.
+
+    `name` is "snapshot", a job's new status such as "completed", "progress" or "done" (both of a
+    group), or "gap" (events were missed); `data` is the decoded JSON of the event.
+    """
 
     name: str
     data: Any
     id: str = ""
 
 
-Asked: TypeAlias = Request | Pause
-Told: TypeAlias = Response | Lost | None
+FlowRequest: TypeAlias = Request | Pause
+FlowReply: TypeAlias = Response | Lost | None
 
 T = TypeVar("T")
-Flow: TypeAlias = Generator[Asked, Told, T]
+Flow: TypeAlias = Generator[FlowRequest, FlowReply, T]
 
 
 def exchange(request: Request) -> Flow[Response | Lost]:
-    """One request, once."""
-    told = yield request
-    assert told is not None, "a request is answered"
-    return told
+    """Sends a request once, without a retry."""
+    reply = yield request
+    assert reply is not None, "a driver replies to a request with a Response or a Lost"
+    return reply

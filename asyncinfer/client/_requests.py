@@ -1,4 +1,4 @@
-"""One request of a flow: sent, retried, and its reply decoded."""
+"""The requests of a flow: sending one, retrying it, and decoding its answer."""
 
 import math
 import random
@@ -12,11 +12,11 @@ from msgspec import Struct
 
 from asyncinfer.client._errors import (
     WaitTimeout,
-    error_of,
-    lost,
-    reason_of,
-    retry_after,
-    stranger,
+    connection_failed_error,
+    error_of_response,
+    not_asyncinfer_error,
+    retry_after_seconds,
+    retry_reason,
 )
 from asyncinfer.client._models import Model
 from asyncinfer.client._protocol import Flow, Lost, Pause, Request, Response, exchange
@@ -27,144 +27,158 @@ from asyncinfer.errors import (
     NoModelAnnounced,
 )
 
-_FIRST_TRIES: Final = 3
-
-
-AGAIN: Final = frozenset({429, 502, 503, 504})
-
-
+RETRYABLE_STATUSES: Final = frozenset({429, 502, 503, 504})
 FIRST_WORKER_RETRIES: Final = 2
-"""`serve` answers about a second before its worker has said that it lives."""
+"""`serve` answers about a second before its worker is announced."""
 
-
+_MAX_FIRST_TRIES: Final = 3
+"""Tries at a URL where nothing has ever answered."""
 _BACKOFF_SECONDS: Final = 0.5
+_MAX_BACKOFF_SECONDS: Final = 30.0
 
 
-_BACKOFF_CAP_SECONDS: Final = 30.0
-
-
-class Server(Struct):
-    """The server that a client speaks to, and what it remembers of it."""
+class RemoteServer(Struct):
+    """The server of a client: its address, the client's limits, and what is known of it."""
 
     url: str
     headers: dict[str, str]
     timeout_seconds: float
     retries: int
     until: float = math.inf
-    """On the monotonic clock: past it nothing is waited for, or sent a second time."""
+    """The client's deadline on the monotonic clock: past it nothing is awaited or sent again."""
     models: dict[str | None, tuple[float, Model]] = {}
+    """Models by name, None for the default one, each with the time when it was read."""
     waits_for_models: bool = False
-    """A model that a worker is loading is waited for until then, beyond all retries."""
-    takes_lines: bool = True
-    """Until it says that it does not: a server of an earlier release."""
+    """A model that a worker is loading is awaited until `until`, beyond all retries."""
+    accepts_ndjson: bool = True
+    """False once the server, one of an earlier release, has refused NDJSON."""
 
 
-def ask(
-    server: Server, request: Request, *, until: float = math.inf, patience_seconds: float = 0.0
+def fetch(
+    server: RemoteServer,
+    request: Request,
+    *,
+    until: float = math.inf,
+    queue_full_seconds: float = 0.0,
 ) -> Flow[Response]:
-    """The answer, good or bad, of a request that may be sent again until one comes.
+    """Sends a request, again if need be, and returns its response, an error response too.
 
-    Raises ConnectionFailed. Past `until` (of the monotonic clock) it tries no more; a full queue
-    costs no retry while there is patience. Raises WaitTimeout when the client's own time is over.
+    Past `until` (on the monotonic clock) nothing is sent again. A full queue is awaited for
+    `queue_full_seconds` at no cost of retries. Raises ConnectionFailed if no answer came, and
+    WaitTimeout if the client's own deadline has passed.
     """
-    request = with_own_headers(server, request)
-    patient_until = time.monotonic() + patience_seconds
+    request = with_client_headers(server, request)
+    queue_full_until = time.monotonic() + queue_full_seconds
     attempt = 0
     while True:
-        told = yield from exchange(request)
-        if isinstance(told, Response) and not _may_pass(server, told):
-            return told
-        pause = _pause_seconds(attempt, told)
+        reply = yield from exchange(request)
+        if isinstance(reply, Response) and not _is_retryable(server, reply):
+            return reply
+        pause = _pause_seconds(attempt, reply)
         due = time.monotonic() + pause
-        reason = reason_of(told, server.url)
-        is_full = isinstance(told, Response) and told.status == 429 and due < patient_until
+        reason = retry_reason(reply, server.url)
+        is_full = isinstance(reply, Response) and reply.status == 429 and due < queue_full_until
         if not (is_full or (server.waits_for_models and reason.code == ModelLoading.code)):
             attempt += 1
-        if attempt > server.retries or is_hopeless(told, attempt):
+        if attempt > server.retries or is_final_loss(reply, attempt):
             break
         if until < min(due, server.until):
             break
         yield from wait_before_retry(server, pause, reason)
-    if isinstance(told, Lost):
-        raise lost(told.reason, server.url)
-    return told
+    if isinstance(reply, Lost):
+        raise connection_failed_error(reply.reason, server.url)
+    return reply
 
 
-def _may_pass(server: Server, told: Response) -> bool:
-    """Whether the same request may be answered otherwise soon. Where there is no model at all that
-    could be served, the server names no time to ask again: a person has to mend the folder."""
-    if told.status not in AGAIN:
+def _is_retryable(server: RemoteServer, response: Response) -> bool:
+    """Whether the same request may soon be answered otherwise.
+
+    If no model could be served at all, the server sends no Retry-After: a person has to correct
+    the folder.
+    """
+    if response.status not in RETRYABLE_STATUSES:
         return False
-    is_for_good = told.status == 503 and retry_after(told) is None
-    return not (is_for_good and isinstance(error_of(told, server.url), NoModelAnnounced))
+    is_permanent = response.status == 503 and retry_after_seconds(response) is None
+    return not (
+        is_permanent and isinstance(error_of_response(response, server.url), NoModelAnnounced)
+    )
 
 
-def with_own_headers(server: Server, request: Request) -> Request:
-    """With the API key."""
+def with_client_headers(server: RemoteServer, request: Request) -> Request:
+    """The request with the client's own headers, which have the API key."""
     return msgspec.structs.replace(request, headers={**server.headers, **request.headers})
 
 
-def is_hopeless(told: Response | Lost, losses: int) -> bool:
-    """A first answer may be cut as any other, but not again and again."""
-    return isinstance(told, Lost) and (told.hopeless or (told.first and losses >= _FIRST_TRIES))
+def is_final_loss(reply: Response | Lost, losses: int) -> bool:
+    """Whether to give up after so many lost answers, without the remaining retries.
+
+    The first answer of a server may be cut as any other, but not several times in a row.
+    """
+    return isinstance(reply, Lost) and (
+        reply.is_unreachable or (reply.is_first_contact and losses >= _MAX_FIRST_TRIES)
+    )
 
 
-def ask_json(server: Server, request: Request, *, until: float = math.inf) -> Flow[Any]:
-    """The JSON of a good answer; raises what a bad one stands for."""
-    response = yield from ask(server, request, until=until)
-    return decoded(server, response)
+def ask_json(server: RemoteServer, request: Request, *, until: float = math.inf) -> Flow[Any]:
+    """Sends a request as `fetch` does, and returns the JSON of its response.
+
+    Raises the error that the response stands for if its status is 400 or above.
+    """
+    response = yield from fetch(server, request, until=until)
+    return decode_json(server, response)
 
 
-def decoded(server: Server, response: Response) -> Any:
+def decode_json(server: RemoteServer, response: Response) -> Any:
+    """The JSON of a response; raises the error that it stands for, or NotAsyncinfer."""
     if response.status >= 400:
-        raise error_of(response, server.url)
+        raise error_of_response(response, server.url)
     try:
         return msgspec.json.decode(response.content)
     except (ValueError, RecursionError):
         # A DecodeError and a UnicodeDecodeError are ValueErrors.
-        raise stranger(response, server.url) from None
+        raise not_asyncinfer_error(response, server.url) from None
 
 
-def get(server: Server, path: str, **query: Any) -> Flow[Any]:
+def get(server: RemoteServer, path: str, **query: Any) -> Flow[Any]:
     return (yield from ask_json(server, Request(method="GET", path=path + query_text(query))))
 
 
-def call(server: Server, method: str, path: str, **query: Any) -> Flow[Any]:
+def call(server: RemoteServer, method: str, path: str, **query: Any) -> Flow[Any]:
     return (yield from ask_json(server, Request(method=method, path=path + query_text(query))))
 
 
 def path_part(name: str) -> str:
-    """A name as a part of a path; raises InvalidInput for one that cannot be."""
+    """A name quoted as one segment of a path; raises InvalidInput if it cannot be one."""
     if not name:
         raise InvalidInput("The name of a job, a model or a group is empty.")
-    # A dot alone or two would be taken for a step in the path, also when quoted.
+    # One dot or two would be read as a step in the path, also when they are quoted.
     if name in (".", ".."):
         raise InvalidInput(f"{name!r} is no name of a job, a model or a group.")
     return quote(name, safe="")
 
 
-def wait_before_retry(server: Server, seconds: float, reason: WaitingFor) -> Flow[None]:
-    """Waits before the next try; raises WaitTimeout where the client's own time is over first."""
+def wait_before_retry(server: RemoteServer, seconds: float, reason: WaitingFor) -> Flow[None]:
+    """Waits before the next try; raises WaitTimeout if the client's own deadline comes first."""
     left = server.until - time.monotonic()
     yield Pause(max(0.0, min(seconds, left)), reason)
     if left < seconds:
         raise WaitTimeout(f"No answer in time: {reason.message}", waiting_for=reason)
 
 
-def _pause_seconds(attempt: int, told: Response | Lost) -> float:
-    asked = retry_after(told) if isinstance(told, Response) else None
-    return max(asked or 0.0, backoff_seconds(attempt))
+def _pause_seconds(attempt: int, reply: Response | Lost) -> float:
+    requested = retry_after_seconds(reply) if isinstance(reply, Response) else None
+    return max(requested or 0.0, backoff_seconds(attempt))
 
 
 def backoff_seconds(attempt: int) -> float:
-    backoff = min(_BACKOFF_CAP_SECONDS, _BACKOFF_SECONDS * 3.0**attempt)
+    backoff = min(_MAX_BACKOFF_SECONDS, _BACKOFF_SECONDS * 3.0**attempt)
     return backoff * random.uniform(0.5, 1.0)
 
 
 def query_text(query: Mapping[str, Any]) -> str:
-    given = {name: _text(value) for name, value in query.items() if value is not None}
-    return f"?{urlencode(given)}" if given else ""
+    values = {name: _query_value(value) for name, value in query.items() if value is not None}
+    return f"?{urlencode(values)}" if values else ""
 
 
-def _text(value: Any) -> str:
+def _query_value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)

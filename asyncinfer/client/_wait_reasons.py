@@ -1,4 +1,4 @@
-"""Why an answer does not come: when to ask for the reason, and when to say it again."""
+"""The reason why an answer does not come: when to ask for it, and when to report it again."""
 
 import time
 from collections.abc import Callable
@@ -8,30 +8,33 @@ from msgspec import Struct
 
 
 class WaitingFor(Struct, frozen=True):
-    """Why a job is not run now: a `code` such as no_worker or paused, and a `message` for people
-    with what to do."""
+    """Why a job is not run now: a stable `code`, and a `message` for people with what to do.
+
+    Codes of a server: no_worker, paused, starting, delayed, retry, storage_full, disk_full. While
+    a request cannot be sent, the code is that of its error, such as queue_full.
+    """
 
     code: str
     message: str
 
 
 class Cadence(Struct, frozen=True):
-    """How soon a wait is explained, and how often."""
+    """How soon the reason of a wait is reported, and how often."""
 
     after_seconds: float = 2.0
-    """So long without an answer is no more than a slow model."""
+    """The wait before the first request for a reason; a slow model alone may take as long."""
     look_seconds: float = 10.0
-    """The most from one look for the reason to the next, which is a small request of a client, not
-    of a job. The first ones come sooner, each after twice the time of the one before."""
+    """The longest time between two requests for a reason: one small request per client, not per
+    job. The first ones come sooner, each after twice the time of the one before."""
     again_seconds: float = 30.0
-    """From one line about a reason to the next about the same."""
+    """The time from one line about a reason to the next line about the same reason."""
 
 
 CADENCE: Final = Cadence()
 
 
 class Notices:
-    """Says a reason when it is new, again after a while, and once that it is over."""
+    """Reports a reason when it is new, again after a while, and once that it is over."""
 
     def __init__(
         self,
@@ -46,22 +49,25 @@ class Notices:
         self._due_at = 0.0
 
     def hear(self, reason: WaitingFor | None, waits: str, goes_on: str) -> None:
-        """None: nothing is wrong. The words are as `3 rows of iris wait` and `iris goes on`."""
+        """Takes the present reason, None if nothing is wrong, and reports it if that is due.
+
+        `waits` and `goes_on` begin the lines: `3 rows of iris wait`, and `iris goes on`.
+        """
         if reason is None:
-            self._hear_nothing(goes_on)
+            self._report_end(goes_on)
         elif reason.code != self._code or self._now() >= self._due_at:
             self._code = reason.code
             self._due_at = self._now() + self._again_seconds
             self._say(f"{waits}: {reason.message}")
 
-    def _hear_nothing(self, goes_on: str) -> None:
+    def _report_end(self, goes_on: str) -> None:
         if self._code:
             self._code = ""
             self._say(f"{goes_on}.")
 
 
 class Silence:
-    """The time between two answers, in which a reason is looked for now and then."""
+    """The time without an answer, in which the reason is requested now and then."""
 
     def __init__(
         self,
@@ -69,21 +75,22 @@ class Silence:
         cadence: Cadence = CADENCE,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`until` on the clock `now`: nothing is waited for after that."""
+        """The silence is over at `until`, on the clock `now`."""
         self._until = until
         self._cadence = cadence
         self._now = now
         self._pause_seconds = cadence.after_seconds
-        self._look_at = now() + self._pause_seconds
+        self._next_at = now() + self._pause_seconds
 
     @property
     def is_over(self) -> bool:
         return self._now() >= self._until
 
     def seconds(self) -> float:
-        """How long to wait before the next look, or before the end."""
-        return max(0.0, min(self._look_at, self._until) - self._now())
+        """How long to wait before the next request for a reason, or before the end."""
+        return max(0.0, min(self._next_at, self._until) - self._now())
 
-    def looked(self) -> None:
+    def schedule_next(self) -> None:
+        """Schedules the next request for a reason, after twice the last time."""
         self._pause_seconds = min(2 * self._pause_seconds, self._cadence.look_seconds)
-        self._look_at = self._now() + self._pause_seconds
+        self._next_at = self._now() + self._pause_seconds

@@ -1,4 +1,4 @@
-"""Which jobs may share a run, along which axes; stack and split. Pure."""
+"""Batches: along which axes jobs may be stacked, stacking inputs, splitting outputs. No I/O."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from asyncinfer.models.signature import Signature
 from asyncinfer.tensors.datatypes import Array, Feeds, TensorSpec, dims
 
 MAX_RUN_BYTES: Final = 64 << 20
-"""Inputs of a run that jobs share; one job alone may have more."""
+"""The largest size of the inputs of a shared run; a single job may have more."""
 
 MAX_RUN_ROWS: Final = 4096
 
@@ -21,17 +21,22 @@ Axes = tuple[int | None, ...]
 
 
 class Plan(Struct, frozen=True):
-    """How the jobs of a model share a run: per input and output its axis of rows, or None."""
+    """How the jobs of a model share a run.
+
+    For each input by name, and for each output in order: the axis of its rows, or None if it has
+    no rows, so that all jobs must have the same input, and all get the same output.
+    """
 
     inputs: dict[str, int | None]
     outputs: Axes
     pad: dict[str, tuple[str | None, ...]] = {}
-    """Per input the names of its dimensions that are filled up; empty without padding."""
+    """Per input the names of dimensions that are padded, by axis; empty without padding."""
     unpad: tuple[tuple[str | None, ...], ...] = ()
+    """Per output the names of dimensions that are cut to the job's own size, by axis."""
 
 
 def plan_of(signature: Signature) -> Plan | None:
-    """None where every job runs alone."""
+    """The plan of a model; None if each of its jobs runs alone."""
     if not signature.batched:
         return None
     axes = signature.input_axes or (0,) * len(signature.inputs)
@@ -39,17 +44,17 @@ def plan_of(signature: Signature) -> Plan | None:
     inputs = {spec.name: axis for spec, axis in zip(signature.inputs, axes, strict=True)}
     if not signature.pad:
         return Plan(inputs, outputs)
-    pad = {spec.name: _named(spec, inputs[spec.name]) for spec in signature.inputs}
+    pad = {spec.name: _padded_names(spec, inputs[spec.name]) for spec in signature.inputs}
     known = {name for names in pad.values() for name in names}
     unpad = tuple(
-        tuple(name if name in known else None for name in _named(spec, axis))
+        tuple(name if name in known else None for name in _padded_names(spec, axis))
         for spec, axis in zip(signature.outputs, outputs, strict=True)
     )
     return Plan(inputs, outputs, pad, unpad)
 
 
-def _named(spec: TensorSpec, axis: int | None) -> tuple[str | None, ...]:
-    """The symbols of the dimensions beside the rows; an input without rows has none."""
+def _padded_names(spec: TensorSpec, axis: int | None) -> tuple[str | None, ...]:
+    """The symbol of each dimension except the rows; all None for a tensor without rows."""
     if axis is None:
         return (None,) * len(dims(spec))
     return tuple(
@@ -57,15 +62,15 @@ def _named(spec: TensorSpec, axis: int | None) -> tuple[str | None, ...]:
     )
 
 
-# --- which axes come into question -------------------------------------------------------------
+# --- candidate axes ----------------------------------------------------------------------------
 
 
 def candidates(inputs: Sequence[TensorSpec]) -> list[Axes]:
-    """Axes of the inputs along which rows of jobs may be stacked, to be tried, the likeliest first.
+    """Axes of the inputs along which jobs may be stacked, the most likely first; to be probed.
 
-    Besides those that the names say: the first dimensions that are open whatever they are called,
-    since converters give each a name of its own; and with them the only open dimension of inputs
-    whose first one is fixed, such as a state.
+    Beyond those that names suggest, it has the first dimensions that are dynamic, whatever their
+    names, because converters give each input its own name; and, with them, the only dynamic
+    dimension of inputs whose first dimension is fixed, such as a state.
     """
     found = declared(inputs)
     first: Axes = tuple(0 if _open_at(spec, 0) else None for spec in inputs)
@@ -75,11 +80,11 @@ def candidates(inputs: Sequence[TensorSpec]) -> list[Axes]:
 
 
 def declared(inputs: Sequence[TensorSpec]) -> list[Axes]:
-    """The same as far as the names say so.
+    """The candidates that dimension names suggest.
 
-    The first dimensions where all that are open bear one name or none; else each name that is
-    some input's first dimension, or calls itself a batch. None where an input may have any number
-    of dimensions.
+    These are the first dimensions, if all dynamic ones have the same name or no name; and for each
+    name that is the first dimension of an input or contains "batch", the dimensions of that name.
+    The list is empty if an input may have any number of dimensions.
     """
     if any(spec.shape is None for spec in inputs):
         return []
@@ -89,26 +94,26 @@ def declared(inputs: Sequence[TensorSpec]) -> list[Axes]:
     if names and len(names - {None}) <= 1:
         found.append(first)
     symbols = dict.fromkeys(dim for spec in inputs for dim in dims(spec) if isinstance(dim, str))
-    by_name = [_along(symbol, inputs) for symbol in symbols if _counts_rows(symbol, inputs)]
+    by_name = [_axes_named(symbol, inputs) for symbol in symbols if _counts_rows(symbol, inputs)]
     found += [axes for axes in by_name if axes is not None]
     return _by_inputs(found)
 
 
 def _by_inputs(found: Sequence[Axes]) -> list[Axes]:
-    """Each once, those first that stack the most inputs."""
+    """The candidates without duplicates, those that stack the most inputs first."""
     ordered = sorted(found, key=lambda axes: sum(axis is None for axis in axes))
     return list(dict.fromkeys(ordered))
 
 
 def forced(axis: int, inputs: Sequence[TensorSpec]) -> Axes:
-    """`axis` of every input that has it open."""
+    """`axis` for every input in which it is dynamic, else None."""
     return tuple(axis if _open_at(spec, axis) else None for spec in inputs)
 
 
 def declared_axes(
     inputs: Sequence[TensorSpec], axes: Axes, outputs: Sequence[TensorSpec]
 ) -> tuple[int | None, ...]:
-    """Where the outputs have the rows, as far as the graph says so."""
+    """The axis of the rows in each output, as far as the graph declares it, else None."""
     names = {dims(spec)[at] for spec, at in zip(inputs, axes, strict=True) if at is not None}
     usual = next(at for at in axes if at is not None)
     return tuple(_declared_axis(spec, names - {None}, usual) for spec in outputs)
@@ -122,7 +127,7 @@ def _declared_axis(spec: TensorSpec, names: set[int | str | None], usual: int) -
 
 
 def obstacle(specs: Sequence[TensorSpec], axis: int = 0) -> Reason | None:
-    """Why the first of these that cannot be stacked cannot."""
+    """Why inputs cannot be stacked along `axis`; None if they can. Names the first such input."""
     for spec in specs:
         if spec.shape is None:
             return Reason(Off.ANY_RANK, {"name": spec.name})
@@ -145,8 +150,8 @@ def _open_at(spec: TensorSpec, axis: int) -> bool:
 
 
 def _only_open(spec: TensorSpec, inputs: Sequence[TensorSpec]) -> int | None:
-    """The first dimension where that is open, else the only one that is, unless its name is that of
-    something else, such as the length of a text."""
+    """The first dimension if it is dynamic, else the only dynamic one, unless another input has its
+    name, such as the length of a text."""
     opened = [at for at in range(len(dims(spec))) if _open_at(spec, at)]
     if opened[:1] == [0]:
         return 0
@@ -161,7 +166,7 @@ def _counts_rows(symbol: str, inputs: Sequence[TensorSpec]) -> bool:
     return "batch" in symbol.lower() or any(dims(spec)[:1] == (symbol,) for spec in inputs)
 
 
-def _along(symbol: str, inputs: Sequence[TensorSpec]) -> Axes | None:
+def _axes_named(symbol: str, inputs: Sequence[TensorSpec]) -> Axes | None:
     if any(dims(spec).count(symbol) > 1 for spec in inputs):
         return None
     return tuple(dims(spec).index(symbol) if symbol in dims(spec) else None for spec in inputs)
@@ -171,16 +176,18 @@ def _along(symbol: str, inputs: Sequence[TensorSpec]) -> Axes | None:
 
 
 def run_key(feeds: Feeds, plan: Plan) -> tuple[object, ...] | None:
-    """Jobs of one model share a run only where this is equal; None: it runs alone.
+    """A key that is equal for jobs which may share a run; None if the job must run alone.
 
-    Datatypes, sizes beside the rows, which inputs are given, and what is not stacked, whole.
+    It has, for each input of the job: its name, its dtype and its sizes except the rows and padded
+    dimensions; for an input that is not stacked, also its content. A job runs alone if an input
+    has a size of 0, or if its inputs differ in their number of rows.
     """
     key: list[object] = []
     rows = 0
     for name, array in feeds.items():
         axis = plan.inputs[name]
         shape = array.shape
-        if 0 in shape:  # what a model makes of nothing says nothing of what it makes beside rows
+        if 0 in shape:  # a model may treat an empty array unlike one with rows
             return None
         if axis is None:
             key.append((name, array.dtype, shape, _content(array)))
@@ -189,8 +196,8 @@ def run_key(feeds: Feeds, plan: Plan) -> tuple[object, ...] | None:
             return None
         rows = shape[axis]
         if plan.pad:
-            free = plan.pad[name]
-            shape = tuple(-1 if free[at] else size for at, size in enumerate(shape))
+            padded = plan.pad[name]
+            shape = tuple(-1 if padded[at] else size for at, size in enumerate(shape))
         key.append((name, array.dtype, shape[:axis], shape[axis + 1 :]))
     return tuple(key) if rows else None
 
@@ -200,7 +207,7 @@ def _content(array: Array) -> object:
 
 
 def rows_of(feeds: Feeds, plan: Plan | None) -> int:
-    """How many rows a job has, 0 where its inputs disagree; what never shares a run has one."""
+    """The number of rows of a job; 0 if its inputs differ in it, and 1 without a plan."""
     if plan is None:
         return 1
     rows = -1
@@ -214,6 +221,7 @@ def rows_of(feeds: Feeds, plan: Plan | None) -> int:
 
 
 def bytes_of(feeds: Feeds) -> int:
+    """The size of all inputs together."""
     size = 0
     for array in feeds.values():
         size += array.nbytes
@@ -221,7 +229,12 @@ def bytes_of(feeds: Feeds) -> int:
 
 
 def stack(jobs: Sequence[Feeds], plan: Plan | None) -> Feeds:
-    """The rows of all jobs in one array per input, in order; the jobs have one `run_key`."""
+    """Stacks the inputs of jobs that have the same `run_key`, in the order of `jobs`.
+
+    An input with rows becomes one array with the rows of all jobs along `plan.inputs[name]`, such
+    as `(rows, *dims)` for axis 0; padded dimensions get the largest size. An input without rows
+    is taken from the first job. A single job, or any without a plan, is returned as it is.
+    """
     if len(jobs) == 1 or plan is None:
         return jobs[0]
     stacked: dict[str, Array] = {}
@@ -241,17 +254,19 @@ def _padded(arrays: Sequence[Array], axis: int) -> list[Array]:
     longest = np.max([array.shape for array in arrays], axis=0)
     padded = []
     for array in arrays:
-        widths = [(0, int(most) - size) for most, size in zip(longest, array.shape, strict=True)]
+        widths = [(0, int(high) - size) for high, size in zip(longest, array.shape, strict=True)]
         widths[axis] = (0, 0)
-        filling = "" if array.dtype == object else np.zeros((), array.dtype)
-        padded.append(np.pad(array, widths, constant_values=filling))
+        fill_value = "" if array.dtype == object else np.zeros((), array.dtype)
+        padded.append(np.pad(array, widths, constant_values=fill_value))
     return padded
 
 
 def split(outputs: Sequence[Array], jobs: Sequence[Feeds], plan: Plan | None) -> list[list[Array]]:
-    """Per job its own rows of every output: the reverse of `stack`.
+    """The outputs of each job, from the outputs of their stacked inputs: the reverse of `stack`.
 
-    Raises ModelFailed where an output has not a row for each row of the inputs.
+    Each job gets views of its rows along `plan.outputs`, such as `(own rows, *dims)` for axis 0,
+    cut to its own size where its inputs were padded; an output without rows goes to every job.
+    Raises ModelFailed if the rows of an output are not as many as those of the inputs.
     """
     if len(jobs) == 1 or plan is None:
         return [list(outputs)]
@@ -273,8 +288,8 @@ def _unpadded(
     piece: Sequence[Array], feeds: Feeds, jobs: Sequence[Feeds], plan: Plan
 ) -> list[Array]:
     own = _sizes(feeds, plan)
-    sizes = [_sizes(one, plan) for one in jobs]
-    longest = {name: max(one[name] for one in sizes) for name in own}
+    all_sizes = [_sizes(job, plan) for job in jobs]
+    longest = {name: max(sizes[name] for sizes in all_sizes) for name in own}
     cut = []
     for output, names in zip(piece, plan.unpad, strict=True):
         if not any(names):
@@ -298,11 +313,12 @@ def _sizes(feeds: Feeds, plan: Plan) -> dict[str, int]:
 
 
 def check_rows(outputs: Sequence[Array], rows: int, axes: Axes) -> None:
+    """Raises ModelFailed unless each output has `rows` elements along its axis in `axes`."""
     for output, axis in zip(outputs, axes, strict=True):
         if axis is not None and (output.ndim <= axis or output.shape[axis] != rows):
             raise ModelFailed(f"an output of shape {list(output.shape)} for {rows} rows of input")
 
 
 def spans(row_counts: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Where each job's rows begin and end."""
+    """The start and end of each job's rows in the stacked arrays."""
     return itertools.pairwise(itertools.accumulate(row_counts, initial=0))

@@ -1,4 +1,4 @@
-"""`model.toml`: what the ONNX file cannot say, and what its operator wants."""
+"""`model.toml`: settings of a model that its ONNX file does not have."""
 
 import difflib
 import os
@@ -13,12 +13,12 @@ from msgspec import Meta, Struct
 from asyncinfer.errors import ModelRefused
 from asyncinfer.tensors.missing_values import in_words
 from asyncinfer.untrusted import file_access
-from asyncinfer.untrusted.file_access import Unreadable
+from asyncinfer.untrusted.file_access import UnreadableFile
 
 Scores = Literal["logits", "probabilities"]
 GraphOptimization = Literal["disabled", "basic", "extended", "all"]
 
-_LONGEST_FILE_BYTES: Final = 4 << 20
+_MAX_FILE_BYTES: Final = 4 << 20
 
 
 class Batching(Struct, frozen=True, forbid_unknown_fields=True):
@@ -27,10 +27,10 @@ class Batching(Struct, frozen=True, forbid_unknown_fields=True):
     max_jobs: Annotated[int, Meta(ge=1)] | None = None
     max_rows: Annotated[int, Meta(ge=1)] | None = None
     axis: Annotated[int, Meta(ge=0, le=31)] | None = None
-    """The axis of every open dimension that counts rows; None: found by its name."""
+    """The axis of the rows in every input where it is dynamic; None: found by name and probe."""
     max_wait_ms: Annotated[float, Meta(ge=0, le=60_000)] = 0.0
     pad: bool = False
-    """Whether jobs of different sizes share a run, the smaller ones filled up with zeros."""
+    """Whether jobs of different sizes share a run, with smaller ones padded with zeros."""
 
 
 class Limits(Struct, frozen=True, forbid_unknown_fields=True):
@@ -46,45 +46,46 @@ class SessionOptions(Struct, frozen=True, forbid_unknown_fields=True):
     custom_ops: str | None = None
     """"onnxruntime-extensions", or a library within the model's own folder."""
     devices: tuple[Annotated[int, Meta(ge=0)], ...] = ()
-    """Numbers of the accelerators to spread runs over; none means the first."""
+    """Numbers of the accelerators that runs are spread over; empty: the first one."""
 
 
 class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True):
     labels: tuple[str, ...] = ()
     description: str = ""
     example: Any = None
-    """A value for the only input, or a table: name of an input -> value."""
+    """A value for the only input, or a table of values by input name."""
     batching: Batching = Batching()
     limits: Limits = Limits()
     session: SessionOptions = SessionOptions()
     outputs: tuple[str, ...] = ()
-    """The outputs to keep, in this order; none means all."""
+    """The outputs to keep, in this order; empty: all."""
     scores: Scores = "probabilities"
-    """What the scores of a labelled classifier are; of logits the softmax is shown."""
+    """What the scores of a labelled classifier are; logits are shown as their softmax."""
     score_output: str | None = None
-    """The output whose columns the labels name; None: found at load."""
+    """The output with a column per label; None: found at load."""
     class_output: str | None = None
-    """The output that is the class of a row; None: found at load."""
+    """The output that has the class of each row; None: found at load."""
     classes: tuple[int | str, ...] = ()
-    """What the class output calls the class of each column; none: found at load."""
+    """The value in `class_output` for each column of the scores; empty: found at load."""
     default_version: Annotated[int, Meta(ge=0)] | None = None
     pinned: bool = False
-    """Never put out of memory for another model."""
+    """Never unloaded to make room for another model."""
 
 
 def read_file(path: Path, shown: str) -> ModelConfig:
-    """Raises ModelRefused as `read_config` does, and where the file cannot be read."""
+    """The config in a file; raises ModelRefused as `read_config` does, and if it is unreadable."""
     try:
-        toml = file_access.read(path, _LONGEST_FILE_BYTES)
-    except Unreadable as error:
-        raise ModelRefused(f"{shown}: {error.words}") from error
+        toml = file_access.read(path, _MAX_FILE_BYTES)
+    except UnreadableFile as error:
+        raise ModelRefused(f"{shown}: {error.reason}") from error
     return read_config(toml, shown, path.parent)
 
 
 def read_config(toml: bytes, shown: str, folder: Path | None = None) -> ModelConfig:
-    """Raises ModelRefused that names the file `shown`, the key, and the nearest known one.
+    """The config in the text of a model.toml.
 
-    `folder` is where a labels file lies.
+    Raises ModelRefused, which names the file as `shown`, the key and the most similar known key.
+    `folder` is the folder of its labels file; without it, `labels` must be a list.
     """
     try:
         table = tomllib.loads(file_access.text(toml))
@@ -94,35 +95,35 @@ def read_config(toml: bytes, shown: str, folder: Path | None = None) -> ModelCon
         if folder is not None and isinstance(table.get("labels"), str):
             table["labels"] = _labels_in(folder, table["labels"], shown)
         if "example" in table:
-            # TOML has nan and inf; what is shown of the example is JSON.
+            # TOML has nan and inf, but examples are shown as JSON.
             table["example"] = in_words(table["example"])
         return msgspec.convert(table, ModelConfig)
-    except Unreadable as error:
-        raise ModelRefused(f"{shown}: {error.words}") from error
+    except UnreadableFile as error:
+        raise ModelRefused(f"{shown}: {error.reason}") from error
     except (ValueError, RecursionError) as error:  # bad TOML, msgspec.ValidationError
         raise ModelRefused(f"{shown}: {error}") from error
 
 
-_NO_LINES: Final = frozenset({".yaml", ".yml", ".toml", ".pbtxt", ".xml"})
-"""Endings of files whose lines are no labels."""
+_NOT_LABELS: Final = frozenset({".yaml", ".yml", ".toml", ".pbtxt", ".xml"})
+"""Suffixes of files whose lines are not labels."""
 
 
 def _labels_in(folder: Path, name: str, shown: str) -> list[str]:
-    """Raises ModelRefused that names the labels file where that is at fault."""
+    """The labels in a file. Raises ModelRefused if it is unreadable, else ValueError."""
     path = folder / name
     if path.name != name or name in (".", "..") or path.is_symlink():
-        raise ValueError(f"labels: {name!r} is no name of a file beside model.toml")
+        raise ValueError(f"labels: {name!r} is not the name of a file beside model.toml")
     if not os.path.lexists(path):
         raise ValueError(f"labels: there is no file {name} beside model.toml")
     try:
-        text = file_access.text(file_access.read(path, _LONGEST_FILE_BYTES))
-    except Unreadable as error:
+        text = file_access.text(file_access.read(path, _MAX_FILE_BYTES))
+    except UnreadableFile as error:
         beside = shown.rpartition("/")[0]
-        raise ModelRefused(f"{beside}/{name}: {error.words}".removeprefix("/")) from error
+        raise ModelRefused(f"{beside}/{name}: {error.reason}".removeprefix("/")) from error
     if path.suffix.lower() == ".json":
         return _labels_of_json(text, name)
-    if path.suffix.lower() in _NO_LINES:
-        raise ValueError(f"labels: {name} has no label a line; give a text file, or a list")
+    if path.suffix.lower() in _NOT_LABELS:
+        raise ValueError(f"labels: {name} has no label per line; give a text file, or a list")
     # Not `splitlines`, which ends a line at U+2028 and other characters that a label may hold.
     labels = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     while labels and not labels[-1].strip():
@@ -131,7 +132,7 @@ def _labels_in(folder: Path, name: str, shown: str) -> list[str]:
 
 
 def _labels_of_json(text: str, name: str) -> list[str]:
-    """Of a list of labels, or of the `id2label` of a config.json from Hugging Face."""
+    """The labels in a JSON list, or in `id2label` of a config.json from Hugging Face."""
     try:
         found = msgspec.json.decode(text)
         table = found.get("id2label", found) if isinstance(found, dict) else dict(enumerate(found))

@@ -1,4 +1,4 @@
-"""What a file is that has the name of an ONNX model and is none, told from its first bytes."""
+"""Guesses what a file is that is not an ONNX model in spite of its name, from its first bytes."""
 
 import codecs
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import Final
 _HEAD_BYTES: Final = 1024
 _EXPORT: Final = "export the model to ONNX"
 _UNPACK: Final = "unpack it, and put the .onnx file here"
-_AGAIN: Final = "download the model again"
+_DOWNLOAD: Final = "download the model again"
 
 _LFS: Final = b"version https://git-lfs.github.com/spec/"
 _HTML: Final = (b"<!doctype html", b"<html")
@@ -27,16 +27,16 @@ _MAGIC: Final[tuple[tuple[int, bytes, str, str], ...]] = (
         4,
         b"ORTM",
         "a file in ONNX Runtime's own ORT format",
-        "put the .onnx file here it was made of",
+        "put the .onnx file here that it was made from",
     ),
     (0, b"\x89HDF", "an HDF5 file, such as Keras saves", f"{_EXPORT}: model.export(format='onnx')"),
     (0, b"\x80\x02\x8a\x0al\xfc\x9cF\xf9", "a PyTorch file", f"{_EXPORT}: torch.onnx.export"),
     (0, b"GGUF", "a GGUF file", _EXPORT),
     (0, b"CBM1", "a CatBoost file", f"{_EXPORT}: save_model(path, format='onnx')"),
     (0, b"\x93NUMPY", "an array of numpy", _EXPORT),
-    (0, b"%PDF", "a PDF", _AGAIN),
-    (0, b"\x7fELF", "a program", _AGAIN),
-    (0, b"\x89PNG", "a picture", _AGAIN),
+    (0, b"%PDF", "a PDF", _DOWNLOAD),
+    (0, b"\x7fELF", "a program", _DOWNLOAD),
+    (0, b"\x89PNG", "a picture", _DOWNLOAD),
 )
 _IN_ZIP: Final = (
     (b"data.pkl", "a PyTorch file", f"{_EXPORT}: torch.onnx.export"),
@@ -44,12 +44,12 @@ _IN_ZIP: Final = (
     (b"model.weights.h5", "a Keras file", f"{_EXPORT}: model.export(format='onnx')"),
 )
 _PICKLE_PROTOCOLS: Final = range(2, 6)
-_LONGEST_SAFETENSORS_HEAD: Final = 100 << 20
+_MAX_SAFETENSORS_HEADER_BYTES: Final = 100 << 20
 
 
-def instead_of_weights(path: Path) -> str:
-    """The same for a file of weights, which may begin with any bytes: only what none begins with
-    counts."""
+def guess_instead_of_weights(path: Path) -> str:
+    """The same for a file of weights. As weights may begin with any bytes, only kinds count whose
+    first bytes are never weights."""
     head = _head(path)
     if head.startswith(_LFS):
         return "a Git LFS pointer, not the weights: run `git lfs pull`"
@@ -58,8 +58,8 @@ def instead_of_weights(path: Path) -> str:
     return ""
 
 
-def looks_like(path: Path) -> str:
-    """What it is instead, and what to do, in words; empty where its first bytes do not tell."""
+def guess_instead_of_model(path: Path) -> str:
+    """What the file is, and what to do, in words; empty if its first bytes do not say."""
     found = next(_guesses(_head(path)), None)
     return f"{found[0]}, not the model: {found[1]}" if found else ""
 
@@ -70,25 +70,25 @@ def _head(path: Path) -> bytes:
 
 
 def _guesses(head: bytes) -> Iterator[tuple[str, str]]:
-    for at, magic, what, mend in _MAGIC:
-        if head.startswith(magic, at):
-            yield what, mend
+    for offset, magic, kind, remedy in _MAGIC:
+        if head.startswith(magic, offset):
+            yield kind, remedy
     if head.startswith(b"PK\3\4"):
-        for inside, what, mend in _IN_ZIP:
-            if inside in head:
-                yield what, mend
+        for member, kind, remedy in _IN_ZIP:
+            if member in head:
+                yield kind, remedy
         yield "a zip archive", _UNPACK
     if head[:1] == b"\x80" and head[1:2] and head[1] in _PICKLE_PROTOCOLS:
         yield "a Python pickle", f"{_EXPORT}, for scikit-learn with skl2onnx"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < _LONGEST_SAFETENSORS_HEAD:
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < _MAX_SAFETENSORS_HEADER_BYTES:
         yield "a safetensors file", _EXPORT
     if not head.strip(b"\0"):
-        yield "zeros, as a download leaves that did not come to its end", _AGAIN
+        yield "zeros, as an incomplete download leaves", _DOWNLOAD
     yield from _texts(head)
 
 
 def _texts(head: bytes) -> Iterator[tuple[str, str]]:
-    """UTF-16 too, as Windows tools write it."""
+    """Kinds of text, also in UTF-16, as Windows tools write it."""
     is_utf_16 = head.startswith((b"\xff\xfe", b"\xfe\xff"))
     try:
         text = head.decode("utf-16", "ignore") if is_utf_16 else _decoded(head)
@@ -96,17 +96,17 @@ def _texts(head: bytes) -> Iterator[tuple[str, str]]:
         return
     if not all(character.isprintable() or character.isspace() for character in text):
         return
-    begun = text.lstrip("\ufeff \t\r\n").lower()
-    if begun.startswith("<") and ("<html" in begun or "<!doctype html" in begun):
-        yield "an HTML page", _AGAIN
-    elif begun.startswith("<"):
-        yield "an XML document, such as an error of a download", _AGAIN
-    elif begun.startswith(("{", "[")):
-        yield "JSON", _AGAIN
+    start = text.lstrip("\ufeff \t\r\n").lower()
+    if start.startswith("<") and ("<html" in start or "<!doctype html" in start):
+        yield "an HTML page", _DOWNLOAD
+    elif start.startswith("<"):
+        yield "an XML document, such as an error of a download", _DOWNLOAD
+    elif start.startswith(("{", "[")):
+        yield "JSON", _DOWNLOAD
     elif len(text) > 1:
-        yield "text", _AGAIN
+        yield "text", _DOWNLOAD
 
 
 def _decoded(head: bytes) -> str:
-    """A character may be cut at the end of what was read."""
+    """Decodes UTF-8; the last character may be cut off where the head ends."""
     return codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < _HEAD_BYTES)

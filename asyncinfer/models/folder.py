@@ -1,7 +1,7 @@
-"""The model folder as people have it: its models, and what else lies there.
+"""The model folder: its models and versions, with the problem of each that cannot be served.
 
-One bad thing stops no other: what cannot be served is listed with its `problem`, in words that
-name the file and what mends it. Nothing is opened here but `model.toml` and labels files.
+A problem stops nothing else: what cannot be served is listed with its `problem`, in words that
+name the file and the remedy. Only `model.toml` and labels files are opened here.
 """
 
 import errno
@@ -17,18 +17,19 @@ import msgspec
 from msgspec import Struct
 
 from asyncinfer.errors import ModelRefused
+from asyncinfer.jobs import TENANT_PATTERN
 from asyncinfer.models.config import ModelConfig, read_file
 from asyncinfer.untrusted import file_access
 from asyncinfer.untrusted.printable import printable_name
 
 OF_ALL_VERSIONS: Final = ""
-"""In place of a version, for what is wrong with a model as a whole."""
+"""Stands for the version in a problem of a whole model."""
 
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_NAME: Final = re.compile(TENANT_PATTERN)
 _RESERVED: Final = frozenset({"stats"})
 _VERSION: Final = re.compile(r"0|[1-9][0-9]{0,17}")
-_MEANT: Final = re.compile(r"\D{0,8}?0*(0|[1-9][0-9]{0,17})", re.ASCII)
-"""A name that says which version it was meant for, such as `v1` or `01`."""
+_LIKELY_VERSION: Final = re.compile(r"\D{0,8}?0*(0|[1-9][0-9]{0,17})", re.ASCII)
+"""A name that is not a version but probably means one, such as `v1` or `01`."""
 
 NAME_RULE: Final = (
     "a model's name is 1 to 64 letters, digits, dots, hyphens or underscores, "
@@ -36,51 +37,52 @@ NAME_RULE: Final = (
 )
 
 _IGNORED: Final = (".", "_")
-_MOST_NAMED: Final = 5
-_MOST_STAMPED: Final = 10_000
-_MOST_LOOKED_INTO: Final = 20
+_MAX_NAMED: Final = 5
+_MAX_STAMPED_FILES: Final = 10_000
+_MAX_SEARCHED_FOLDERS: Final = 20
 
 
 class ModelFile(Struct, frozen=True):
-    """One version of a model as found in the folder."""
+    """One version of a model in the folder."""
 
     model: str
     version: str
     path: Path
     config: ModelConfig = ModelConfig()
     problem: str = ""
-    """Why it cannot be served, known before anybody opened it; `Engine.load` raises it."""
+    """Why it cannot be served, as far as is known without opening it; `Engine.load` raises it."""
     toml_problem: str = ""
-    """What is wrong with its `model.toml`; the `config` is not from there, then."""
+    """The problem of its `model.toml`, if there is one; `config` then has only defaults."""
 
     is_hidden: bool = False
-    """Whether it stands for a folder that cannot be read, so that nobody knows what it has."""
+    """True if it stands for a folder that cannot be read, so that its versions are unknown."""
 
     @property
-    def is_bare(self) -> bool:
+    def is_single_file(self) -> bool:
+        """Whether the model is a file without a folder of its own."""
         return self.path.parent.name != self.version
 
     @property
     def shown(self) -> str:
-        """The path as people know it: from the model folder on."""
-        return _shown(self.path, 1 if self.is_bare else 3)
+        """The path for people, relative to the model folder."""
+        return _shown(self.path, 1 if self.is_single_file else 3)
 
     @property
     def rank(self) -> tuple[bool, int]:
-        """Of the versions that can be served, the highest rank is the one that is."""
+        """A sort key: of the versions that can be served, the one with the highest rank is."""
         return str(self.config.default_version) == self.version, version_order(self.version)
 
 
 class Listing(Struct, frozen=True):
-    """What a model folder holds."""
+    """The content of a model folder."""
 
     files: list[ModelFile]
     passed_over: tuple[str, ...] = ()
-    """Of folders that cannot be read and can be no model's, such as lost+found: which, and why."""
+    """A message for each unreadable folder that cannot be a model, such as lost+found."""
 
 
 def version_order(version: str) -> int:
-    """Orders versions, oldest first; a folder that is no version comes before all."""
+    """A sort key: the oldest version is lowest, and a name that is not a version is -1."""
     return int(version) if _VERSION.fullmatch(version) else -1
 
 
@@ -89,39 +91,40 @@ def valid_name(name: str) -> bool:
 
 
 def read_folder(model_dir: Path) -> Listing:
-    """Every version of every model, by name; first the one to serve, then the newest.
+    """All versions of all models, by name; of each model first the one to serve, then the newest.
 
-    Raises OSError where the folder itself cannot be read.
+    Raises OSError if the folder itself cannot be read.
     """
     found: dict[str, list[ModelFile]] = {}
-    second: list[ModelFile] = []
-    passed_over: list[str] = []
+    duplicates: list[ModelFile] = []
+    ignored: list[str] = []
     for entry in sorted(_entries(model_dir), key=_precedence):
         try:
             files = _read_entry(entry)
         except OSError as error:
-            why = f"{file_access.why(error)}. Its name can be no model's"
-            passed_over.append(f"{_shown(entry, 1)} is passed over: it {why}")
+            why = f"{file_access.why(error)}. Its name cannot be that of a model"
+            ignored.append(f"{_shown(entry, 1)} is ignored: it {why}")
             continue
         if files and found.setdefault(files[0].model, files) is not files:
-            second += _outdone(entry, files[0], found[files[0].model][0])
-    files = [file for files in (*found.values(), second) for file in files]
-    return Listing(files, tuple(passed_over))
+            duplicates += _duplicate(entry, files[0], found[files[0].model][0])
+    files = [file for files in (*found.values(), duplicates) for file in files]
+    return Listing(files, tuple(ignored))
 
 
 def scan(model_dir: Path) -> list[ModelFile]:
+    """The versions of `read_folder`."""
     return read_folder(model_dir).files
 
 
 def bare_file(path: Path) -> ModelFile:
-    """The model that one file is, wherever it lies."""
-    file = ModelFile(_named(path.stem), "1", path)
+    """The model that is a single file, in any folder: version 1, named by the file's stem."""
+    file = ModelFile(_model_name(path.stem), "1", path)
     problem = _name_problem(path.stem, file.shown) or _problem(path, file.shown)
     return msgspec.structs.replace(file, problem=problem)
 
 
 def to_serve(files: Sequence[ModelFile]) -> dict[str, ModelFile]:
-    """Of each model the version to serve."""
+    """The version to serve of each model."""
     return {file.model: file for file in sorted(files, key=lambda file: file.rank)}
 
 
@@ -129,46 +132,49 @@ Stamp: TypeAlias = tuple[tuple[str, int, int], ...]
 
 
 def read_stamp(file: ModelFile) -> Stamp:
-    """Name, size and time of change in ns of each file that a version is made of, ONNX's external
-    data included; empty once it is gone. What may not be looked at is left out."""
+    """Name, size and modification time in ns of each file of a version, with ONNX's external data.
+
+    The stamp is empty if the model file is gone. Files that may not be examined are left out.
+    """
     folder = file.path.parent
     if not file_access.is_file(file.path):
         return ()
-    paths = [file.path] if file.is_bare else _files_below(folder)
+    paths = [file.path] if file.is_single_file else _files_below(folder)
     return tuple(sorted(_stamped(paths, folder)))
 
 
 def total_bytes(stamp: Stamp) -> int:
+    """The size of all files of a stamp."""
     return sum(size for _, size, _ in stamp)
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
     below = (Path(root, name) for root, _, names in os.walk(folder) for name in names)
-    return itertools.islice(below, _MOST_STAMPED)
+    return itertools.islice(below, _MAX_STAMPED_FILES)
 
 
 def _stamped(paths: Iterable[Path], folder: Path) -> Iterator[tuple[str, int, int]]:
     for path in paths:
         try:
-            it = path.stat()
-        except OSError:  # a link that leads nowhere, or a file that went meanwhile
+            status = path.stat()
+        except OSError:  # a broken link, or a file that was deleted meanwhile
             continue
-        if S_ISREG(it.st_mode):
-            yield str(path.relative_to(folder)), it.st_size, it.st_mtime_ns
+        if S_ISREG(status.st_mode):
+            yield str(path.relative_to(folder)), status.st_size, status.st_mtime_ns
 
 
 # --- an entry of the folder --------------------------------------------------------------------
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What is not hidden; raises OSError, also where the names could be read and no more."""
+    """The entries that are not hidden; raises OSError, also if names can be read but not files."""
     if file_access.is_folder(folder) and not file_access.may_enter(folder):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     return [entry for entry in folder.iterdir() if not entry.name.startswith(_IGNORED)]
 
 
 def _precedence(entry: Path) -> tuple[str, int, str]:
-    """A folder comes before the bare file of its name, which comes before one in capitals."""
+    """A sort key: a folder comes before the single file of its name, `.onnx` before `.ONNX`."""
     if not _is_onnx(entry) or file_access.is_folder(entry):
         return entry.name, 0, entry.name
     return entry.stem, 1 if entry.suffix == ".onnx" else 2, entry.name
@@ -179,23 +185,25 @@ def _is_onnx(path: Path) -> bool:
 
 
 def _read_entry(entry: Path) -> list[ModelFile]:
-    """Raises OSError for a folder that cannot be read and can be no model's."""
+    """The versions in an entry; raises OSError for an unreadable folder that cannot be a model."""
     if file_access.is_folder(entry):
         return _read_model(entry)
     if _is_onnx(entry):
         return [bare_file(entry)]
-    if valid_name(entry.name) and not entry.suffix and file_access.is_lost(entry):
-        return [_whole(entry, _problem(entry, _shown(entry, 1)))]
+    if valid_name(entry.name) and not entry.suffix and file_access.is_inaccessible(entry):
+        return [_unreadable_model(entry, _problem(entry, _shown(entry, 1)))]
     return []
 
 
-def _whole(entry: Path, problem: str) -> ModelFile:
-    """A model of which nothing but its name is known."""
-    return ModelFile(_named(entry.name), OF_ALL_VERSIONS, entry, problem=problem, is_hidden=True)
+def _unreadable_model(entry: Path, problem: str) -> ModelFile:
+    """A model of which only the name is known."""
+    return ModelFile(
+        _model_name(entry.name), OF_ALL_VERSIONS, entry, problem=problem, is_hidden=True
+    )
 
 
-def _outdone(entry: Path, file: ModelFile, winner: ModelFile) -> list[ModelFile]:
-    """What another has the name of."""
+def _duplicate(entry: Path, file: ModelFile, winner: ModelFile) -> list[ModelFile]:
+    """The problem of an entry whose model name another entry has."""
     if not valid_name(file.model):
         return []
     shown = _shown(entry, 1)
@@ -203,7 +211,7 @@ def _outdone(entry: Path, file: ModelFile, winner: ModelFile) -> list[ModelFile]
     return [ModelFile(file.model, OF_ALL_VERSIONS, entry, problem=problem)]
 
 
-def _named(name: str) -> str:
+def _model_name(name: str) -> str:
     return name if valid_name(name) else printable_name(name)
 
 
@@ -229,41 +237,42 @@ def _read_model(folder: Path) -> list[ModelFile]:
     except OSError as error:
         if not valid_name(folder.name):
             raise
-        return [_whole(folder, f"{folder.name}: {file_access.why(error)}")]
-    found = {entry.name: file for entry in entries if (file := _model_in(entry))}
+        return [_unreadable_model(folder, f"{folder.name}: {file_access.why(error)}")]
+    found = {entry.name: file for entry in entries if (file := _version_file(entry))}
     if not found:
-        return _astray(folder, entries)
+        return _misplaced_model(folder, entries)
     names = {entry.name for entry in entries}
-    model = _configured(folder)
+    model = _read_model_toml(folder)
     files = [_version(model, name, *file, names) for name, file in found.items()]
     return sorted(files, key=lambda file: (file.rank, file.version), reverse=True)
 
 
-def _model_in(entry: Path) -> tuple[Path, str] | None:
-    """The file of a version, and what is wrong with it; None for what is no version."""
+def _version_file(entry: Path) -> tuple[Path, str] | None:
+    """The model file of a version, and its problem; None if the entry is not a version."""
     usual = entry / "model.onnx"
-    is_meant = _MEANT.fullmatch(entry.name) is not None
+    has_version_name = _LIKELY_VERSION.fullmatch(entry.name) is not None
     if not file_access.is_folder(entry):
-        is_bad = is_meant and file_access.is_lost(entry)
+        is_bad = has_version_name and file_access.is_inaccessible(entry)
         return (usual, _problem(entry, _shown(entry, 2))) if is_bad else None
     try:
         entries = sorted(_entries(entry))
     except OSError as error:
-        return (usual, f"{_shown(entry, 2)}: {file_access.why(error)}") if is_meant else None
+        problem = f"{_shown(entry, 2)}: {file_access.why(error)}"
+        return (usual, problem) if has_version_name else None
     if usual in entries:
         return usual, _problem(usual, _shown(usual, 3))
-    return _other_model_in(entry, usual, entries)
+    return _only_onnx_file(entry, usual, entries)
 
 
-def _other_model_in(folder: Path, usual: Path, entries: list[Path]) -> tuple[Path, str] | None:
-    """The only ONNX file of a version, whatever its name."""
+def _only_onnx_file(folder: Path, usual: Path, entries: list[Path]) -> tuple[Path, str] | None:
+    """The only ONNX file of a version, if it has another name than model.onnx, and its problem."""
     candidates = [entry for entry in entries if _is_onnx(entry)]
     if len(candidates) > 1:
-        names = [printable_name(one.name) for one in candidates]
-        more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+        names = [printable_name(file.name) for file in candidates]
+        more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
         return usual, (
             f"{_shown(folder, 2)}: has several ONNX files, and none is model.onnx: "
-            f"{', '.join(names[:_MOST_NAMED])}{more}; give that name to the one to serve"
+            f"{', '.join(names[:_MAX_NAMED])}{more}; give that name to the one to serve"
         )
     if candidates:
         (only,) = candidates
@@ -289,18 +298,18 @@ def _first_onnx(folders: Iterable[Path]) -> Path | None:
     return None
 
 
-def _astray(folder: Path, entries: list[Path]) -> list[ModelFile]:
-    """An ONNX file that lies in a model's folder and in none of a version."""
-    model, name = _named(folder.name), printable_name(folder.name)
-    stray = next((one for one in entries if _is_onnx(one) and file_access.is_file(one)), None)
-    if stray:
-        shown = _shown(stray, 2)
+def _misplaced_model(folder: Path, entries: list[Path]) -> list[ModelFile]:
+    """The problem of a folder without versions that has an ONNX file in a wrong place."""
+    model, name = _model_name(folder.name), printable_name(folder.name)
+    files = (entry for entry in entries if _is_onnx(entry) and file_access.is_file(entry))
+    if misplaced := next(files, None):
+        shown = _shown(misplaced, 2)
         problem = f"{shown}: has no version folder: move it to {name}/1/model.onnx"
-        return [ModelFile(model, "1", stray, problem=problem)]
+        return [ModelFile(model, "1", misplaced, problem=problem)]
     if _is_onnx(folder):
-        return [_whole(folder, f"{name}: {file_access.why_unreadable(folder)}")]
-    inner = itertools.islice(filter(file_access.is_folder, entries), _MOST_LOOKED_INTO)
-    deep = next((one for one in inner if _has_version(one)), None)
+        return [_unreadable_model(folder, f"{name}: {file_access.why_unreadable(folder)}")]
+    inner = itertools.islice(filter(file_access.is_folder, entries), _MAX_SEARCHED_FOLDERS)
+    deep = next(filter(_has_version, inner), None)
     if deep:
         shown = _shown(deep, 2)
         problem = f"{shown}: lies a folder too deep; move it up, or set MODEL_DIR to {name}"
@@ -309,13 +318,15 @@ def _astray(folder: Path, entries: list[Path]) -> list[ModelFile]:
 
 
 def _has_version(folder: Path) -> bool:
-    """Whether it is the folder of a model."""
+    """Whether it is the folder of a model: it has a version with a model.onnx."""
     try:
         entries = _entries(folder)
     except OSError:
         return False
     return any(
-        file_access.is_file(one / "model.onnx") for one in entries if _VERSION.fullmatch(one.name)
+        file_access.is_file(entry / "model.onnx")
+        for entry in entries
+        if _VERSION.fullmatch(entry.name)
     )
 
 
@@ -325,15 +336,15 @@ def _version(
     problem = problem or model.problem
     if not _VERSION.fullmatch(name):
         shown = printable_name(name)
-        meant = _MEANT.fullmatch(name)
-        to = meant[1] if meant and meant[1] not in names else f"a whole number, or to _{shown}"
-        problem = f"{model.model}/{shown}: is no version: rename {shown} to {to}"
+        likely = _LIKELY_VERSION.fullmatch(name)
+        to = likely[1] if likely and likely[1] not in names else f"a whole number, or to _{shown}"
+        problem = f"{model.model}/{shown}: is not a version: rename {shown} to {to}"
     return msgspec.structs.replace(model, version=printable_name(name), path=path, problem=problem)
 
 
-def _configured(folder: Path) -> ModelFile:
-    """The model without a version, with what its `model.toml` says."""
-    name = _named(folder.name)
+def _read_model_toml(folder: Path) -> ModelFile:
+    """A template for the versions of a model, with its `model.toml`."""
+    name = _model_name(folder.name)
     file = ModelFile(name, "1", folder, problem=_name_problem(folder.name, name))
     path = folder / "model.toml"
     if file.problem or not os.path.lexists(path):
@@ -348,7 +359,7 @@ def _configured(folder: Path) -> ModelFile:
 def find_model_dir(
     explicit: Path | None, *, cwd: Path, package: Path = Path(__file__).parents[1]
 ) -> Path:
-    """The folder to serve: the one asked for, else `./model`, else the shipped one."""
+    """The folder to serve: the explicit one, else `./model`, else the shipped one."""
     if explicit is not None:
         return explicit
     # A wheel carries `_models`; an editable install has the repository's own folder.
@@ -357,7 +368,7 @@ def find_model_dir(
 
 
 def default_model(explicit: str | None, names: Iterable[str]) -> str | None:
-    """The model of a request that names none; None where every request must name one."""
+    """The model of requests that name none; None if every request must name one."""
     if explicit is not None:
         return explicit
     known = set(filter(valid_name, names))

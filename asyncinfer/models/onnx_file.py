@@ -1,6 +1,6 @@
-"""Where an ONNX file says that its weights lie, read from its bytes without trusting them.
+"""The locations of external weights in an ONNX file, read from its bytes without trusting them.
 
-The `onnx` package is not needed to serve, so this walks the protobuf wire format itself.
+The `onnx` package is not needed for serving, so this reads the protobuf wire format itself.
 """
 
 import mmap
@@ -26,29 +26,28 @@ _FIELDS: Final[dict[str, dict[int, str]]] = {
     "sparse": {1: "tensor", 2: "tensor"},
     "tensor": {13: "entry"},
 }
-"""Which fields of a message lead to a tensor, and what each is."""
+"""For each kind of message, the fields that lead to a tensor, and the kind of each."""
 
-_MOST_MESSAGES: Final = 20_000_000
+_MAX_MESSAGES: Final = 20_000_000
 _VARINT, _I64, _BYTES, _I32 = 0, 1, 2, 5
 NO_END: Final = -1
-"""Stands where a field that is a number would have its end."""
+"""The end that `fields` yields for a whole number."""
 
 
 class DamagedFile(ValueError):
-    """Bytes that are not the protobuf of a model."""
+    """The bytes are not the protobuf of a model."""
 
 
 def check_weights(path: Path, shown: str) -> None:
-    """Raises ModelRefused for what is no ONNX file, and where weights would be read from outside of
-    the model's own folder."""
+    """Checks that it is an ONNX file whose weights are in its own folder; raises ModelRefused."""
     folder = path.parent
     if not path.stat().st_size:
         raise ModelRefused(f"{shown}: it is empty")
     try:
         found = weights_files(path)
     except DamagedFile as error:
-        if what := file_kind.looks_like(path):
-            raise ModelRefused(f"{shown}: it is no ONNX file, but {what}") from error
+        if kind := file_kind.guess_instead_of_model(path):
+            raise ModelRefused(f"{shown}: it is no ONNX file, but {kind}") from error
         raise ModelRefused(f"{shown}: it is no ONNX file, or damaged: {error}") from error
     for location in sorted(found):
         problem = _problem(folder, location)
@@ -58,16 +57,17 @@ def check_weights(path: Path, shown: str) -> None:
 
 
 def weights_files(path: Path) -> set[str]:
-    """Where it says that its weights lie, beside it; raises DamagedFile, or ValueError if empty."""
+    """The locations of external weights that a file names; raises DamagedFile, or ValueError if the
+    file is empty."""
     with mapped(path) as content:
         return set(locations(content))
 
 
 def looks_whole(path: Path) -> bool:
-    """Whether it can be a model, at a glance that is as short for a large file."""
+    """Whether the file may be a complete model; as fast for a large file as for a small one."""
     try:
         with mapped(path) as content:
-            # All of them, since what is cut short shows at its end.
+            # All fields are read, because a truncated file is only noticed at its end.
             numbers = {number for number, _, _ in fields(content, 0, len(content))}
     except (OSError, ValueError):  # an empty file cannot be mapped, a damaged one not read
         return False
@@ -76,7 +76,7 @@ def looks_whole(path: Path) -> bool:
 
 @contextmanager
 def mapped(path: Path) -> Iterator[memoryview]:
-    """The file's bytes, without reading them; raises ValueError where it is empty."""
+    """The file's bytes, mapped into memory; raises ValueError if it is empty."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         view = memoryview(content)
         try:
@@ -103,19 +103,19 @@ def _problem(folder: Path, location: str) -> str:
         return f"is a hard link, so that it may be another file's content{_PUT_IT_HERE}"
     if not target.stat().st_size:
         return "is empty; copy or download it again"
-    if what := file_kind.instead_of_weights(target):
-        return f"is {what}"
+    if kind := file_kind.guess_instead_of_weights(target):
+        return f"is {kind}"
     return ""
 
 
 def locations(content: memoryview) -> Iterator[str]:
     """Every `location` of external data in a serialized model; raises DamagedFile."""
-    waiting = [("model", 0, len(content))]
+    pending = [("model", 0, len(content))]
     messages = 0
-    while waiting:
-        kind, start, end = waiting.pop()
+    while pending:
+        kind, start, end = pending.pop()
         messages += 1
-        if messages > _MOST_MESSAGES:
+        if messages > _MAX_MESSAGES:
             raise DamagedFile("too many parts")
         if kind == "entry":
             yield from _location(content, start, end)
@@ -123,7 +123,7 @@ def locations(content: memoryview) -> Iterator[str]:
         inside = _FIELDS[kind]
         for number, begin, stop in fields(content, start, end):
             if number in inside:
-                waiting.append((inside[number], begin, stop))
+                pending.append((inside[number], begin, stop))
 
 
 def _location(content: memoryview, start: int, end: int) -> Iterator[str]:
@@ -140,13 +140,14 @@ def _location(content: memoryview, start: int, end: int) -> Iterator[str]:
 def fields(
     content: memoryview, at: int, end: int, *, with_numbers: bool = False
 ) -> Iterator[tuple[int, int, int]]:
-    """Number, begin and end of each length-delimited field of a message; raises DamagedFile.
+    """Number, start and end of each length-delimited field of the message in `content[at:end]`.
 
-    With `with_numbers` also its whole numbers: each one's field, its value, and -1 as the end.
+    With `with_numbers` also its whole numbers: the field's number, the value, and NO_END. Raises
+    DamagedFile.
     """
     while at < end:
         tag, at = varint(content, at, end)
-        if tag < 8:  # so that a file of zeros, such as room set aside, ends here
+        if tag < 8:  # rejects a file of zeros, such as preallocated space
             raise DamagedFile("a field without a number")
         kind = tag & 7
         if kind == _VARINT:
@@ -169,12 +170,12 @@ def fields(
 
 def _too_long(missing_bytes: int, end: int, content: memoryview) -> str:
     if end < len(content):
-        return "a field is longer than what it is in"
+        return "a field is longer than the message that contains it"
     return f"{missing_bytes} bytes are missing at its end; copy or download it again"
 
 
 def varint(content: memoryview, at: int, end: int) -> tuple[int, int]:
-    """The number that begins here, and where it ends; raises DamagedFile."""
+    """The number that starts at `at`, and the offset after it; raises DamagedFile."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= end:

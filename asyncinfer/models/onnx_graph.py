@@ -1,6 +1,6 @@
-"""The nodes of an ONNX file and what they read, from its bytes without trusting them.
+"""The graph of an ONNX file: nodes, names and dimensions, read without trusting its bytes.
 
-Weights are passed over by their length, so that a large file takes no longer than a small one.
+Weights are skipped by their length, so that a large file takes no longer than a small one.
 """
 
 from collections.abc import Iterator
@@ -11,27 +11,29 @@ from msgspec import Struct
 
 from asyncinfer.models.onnx_file import NO_END, fields, mapped, varint
 
-_MOST_NODES: Final = 200_000
-_MOST_NAMES: Final = 2_000_000
-_MOST_NUMBERS: Final = 2_000_000
-"""Parts of attributes, and dimensions."""
-_DEEPEST: Final = 16
-"""Graphs within graphs."""
+_MAX_NODES: Final = 200_000
+_MAX_NAMES: Final = 2_000_000
+_MAX_NUMBERS: Final = 2_000_000
+"""Counts fields of attributes, and dimensions."""
+_MAX_DEPTH: Final = 16
+"""The limit of graphs within graphs."""
 
-_OF_TREES: Final = "ai.onnx.ml"
-"""Its operators have trees as attributes, millions of numbers long, and no graphs."""
+_TREE_DOMAIN: Final = "ai.onnx.ml"
+"""The attributes of its operators are trees, with millions of numbers, and have no graphs."""
 
 _TENSOR, _OPTIONAL = 1, 9
-"""Kinds of types, by their fields in TypeProto."""
+"""The fields of TypeProto for these kinds of types."""
 
-_NUMBERS: Final = frozenset({"axis", "gather_axis", "noop_with_empty_axes", "training_mode"})
-_LISTS: Final = frozenset({"axes", "value"})
+_INTEGER_ATTRIBUTES: Final = frozenset(
+    {"axis", "gather_axis", "noop_with_empty_axes", "training_mode"}
+)
+_LIST_ATTRIBUTES: Final = frozenset({"axes", "value"})
 
 Dims = tuple[int, ...]
 
 
 class TooLarge(ValueError):
-    """A graph of more parts than are read."""
+    """The graph has more parts than the limits allow."""
 
 
 class Node(Struct, frozen=True):
@@ -40,12 +42,12 @@ class Node(Struct, frozen=True):
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     numbers: dict[str, int]
-    """Attributes that are a whole number, as far as they matter here."""
+    """The attributes in _INTEGER_ATTRIBUTES that it has."""
     lists: dict[str, Dims]
-    """`axes`, and of a Constant's `value` the dimensions."""
+    """The attribute `axes`, and the dimensions of the tensor in a Constant's `value`."""
     graphs: tuple["Graph", ...]
     key: tuple[str, str, str]
-    """Domain, name and overload of the function that it calls, if there is one."""
+    """Domain, name and overload: the key of the function that it calls, if there is one."""
 
 
 class Graph(Struct, frozen=True):
@@ -54,7 +56,7 @@ class Graph(Struct, frozen=True):
     tables: dict[str, Dims]
     """The dimensions of each initializer."""
     reads: frozenset[str]
-    """Every name that a node reads, also in graphs within it."""
+    """Every name that its nodes read, also in the graphs of nodes."""
 
 
 class File(Struct, frozen=True):
@@ -71,13 +73,13 @@ class Function(Struct, frozen=True):
 
 
 def read(path: Path) -> File:
-    """Raises TooLarge, DamagedFile (ValueError if empty) or OSError."""
+    """The graph of a file; raises TooLarge, DamagedFile (ValueError if empty) or OSError."""
     with mapped(path) as content:
         return read_content(content)
 
 
 def read_content(content: memoryview) -> File:
-    """Raises TooLarge or DamagedFile."""
+    """The graph in the bytes of a file; raises TooLarge or DamagedFile."""
     return _Reader(content).file()
 
 
@@ -92,20 +94,20 @@ class _Reader:
         graph = _Parts()
         functions = {}
         for number, begin, end in fields(self._content, 0, len(self._content)):
-            if number == 7:  # protobuf joins what occurs twice
+            if number == 7:  # protobuf merges a field that occurs twice
                 self._add_graph(graph, begin, end, 0)
             elif number == 25:
                 key, function = self._function(begin, end)
                 functions[key] = function
         of_any_rank = frozenset(name for name, has_shape in graph.shaped.items() if not has_shape)
-        return File(graph.done(), functions, of_any_rank)
+        return File(graph.build(), functions, of_any_rank)
 
     def _graph(self, begin: int, end: int, depth: int) -> Graph:
-        if depth > _DEEPEST:
+        if depth > _MAX_DEPTH:
             raise TooLarge
         parts = _Parts()
         self._add_graph(parts, begin, end, depth)
-        return parts.done()
+        return parts.build()
 
     def _add_graph(self, parts: "_Parts", begin: int, end: int, depth: int) -> None:
         for number, start, stop in fields(self._content, begin, end):
@@ -136,35 +138,35 @@ class _Reader:
 
     def _node(self, begin: int, end: int, depth: int) -> Node:
         self._nodes += 1
-        if self._nodes > _MOST_NODES:
+        if self._nodes > _MAX_NODES:
             raise TooLarge
         words = {4: "", 7: "", 8: ""}
         names: dict[int, list[str]] = {1: [], 2: []}
-        attributes = []
+        spans = []
         for number, start, stop in fields(self._content, begin, end):
             if number in words:
                 words[number] = self._text(start, stop)
             elif number in names:
                 names[number].append(self._text(start, stop))
             elif number == 5:
-                attributes.append((start, stop))
+                spans.append((start, stop))
         domain = _domain(words[7])
-        found = _Attributes()
-        if domain != _OF_TREES:
-            for start, stop in attributes:
-                self._add_attribute(found, start, stop, depth)
+        attributes = _Attributes()
+        if domain != _TREE_DOMAIN:
+            for start, stop in spans:
+                self._add_attribute(attributes, start, stop, depth)
         return Node(
             domain,
             words[4],
             tuple(names[1]),
             tuple(names[2]),
-            found.numbers,
-            found.lists,
-            tuple(found.graphs),
+            attributes.numbers,
+            attributes.lists,
+            tuple(attributes.graphs),
             (domain, words[4], words[8]),
         )
 
-    def _add_attribute(self, found: "_Attributes", begin: int, end: int, depth: int) -> None:
+    def _add_attribute(self, attributes: "_Attributes", begin: int, end: int, depth: int) -> None:
         name = ""
         numbers: list[int] = []
         value: int | None = None
@@ -180,11 +182,11 @@ class _Reader:
             elif number == 8:
                 numbers += self._integers(start, stop)
             elif number in (6, 11) and stop != NO_END:
-                found.graphs.append(self._graph(start, stop, depth + 1))
-        if value is not None and name in _NUMBERS:
-            found.numbers[name] = value
-        if name in _LISTS:
-            found.lists[name] = tuple(numbers) if dims is None else dims
+                attributes.graphs.append(self._graph(start, stop, depth + 1))
+        if value is not None and name in _INTEGER_ATTRIBUTES:
+            attributes.numbers[name] = value
+        if name in _LIST_ATTRIBUTES:
+            attributes.lists[name] = tuple(numbers) if dims is None else dims
 
     def _tensor(self, begin: int, end: int) -> tuple[str, Dims]:
         name = ""
@@ -197,7 +199,7 @@ class _Reader:
         return name, tuple(dims)
 
     def _integers(self, start: int, stop: int) -> Iterator[int]:
-        """One that stands alone, or all that are packed."""
+        """The values of a repeated field: a single number, or packed ones."""
         if stop == NO_END:
             yield _signed(start)
             return
@@ -209,11 +211,11 @@ class _Reader:
 
     def _count_number(self) -> None:
         self._numbers += 1
-        if self._numbers > _MOST_NUMBERS:
+        if self._numbers > _MAX_NUMBERS:
             raise TooLarge
 
     def _value(self, begin: int, end: int) -> tuple[str, bool]:
-        """The name of an input or output, and whether its type says how many dimensions it has."""
+        """The name of an input or output, and whether its type has a shape."""
         name, has_shape = "", False
         for number, start, stop in fields(self._content, begin, end):
             if number == 1:
@@ -223,8 +225,8 @@ class _Reader:
         return name, has_shape
 
     def _has_shape(self, begin: int, end: int, depth: int) -> bool:
-        """Of a type; an optional has the type of what it may hold."""
-        if depth > _DEEPEST:
+        """Whether a type has a shape; for an optional, whether the type of its element has one."""
+        if depth > _MAX_DEPTH:
             raise TooLarge
         for number, start, stop in fields(self._content, begin, end):
             if number not in (_TENSOR, _OPTIONAL):
@@ -238,7 +240,7 @@ class _Reader:
 
     def _text(self, start: int, stop: int) -> str:
         self._names += 1
-        if self._names > _MOST_NAMES:
+        if self._names > _MAX_NAMES:
             raise TooLarge
         return str(self._content[start:stop], "utf-8", "surrogateescape")
 
@@ -251,7 +253,7 @@ class _Attributes:
 
 
 class _Parts:
-    """A graph while it is read."""
+    """The parts of a graph while it is read."""
 
     def __init__(self) -> None:
         self.inputs: list[str] = []
@@ -259,7 +261,7 @@ class _Parts:
         self.tables: dict[str, Dims] = {}
         self.shaped: dict[str, bool] = {}
 
-    def done(self) -> Graph:
+    def build(self) -> Graph:
         reads = {name for node in self.nodes for name in node.inputs}
         reads.update(*(graph.reads for node in self.nodes for graph in node.graphs))
         return Graph(tuple(self.inputs), tuple(self.nodes), self.tables, frozenset(reads))
@@ -270,6 +272,6 @@ def _domain(name: str) -> str:
 
 
 def _signed(value: int) -> int:
-    """A number of protobuf's int64."""
+    """The value of an int64 in protobuf, whose varints have no sign."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value

@@ -1,7 +1,7 @@
-"""What a model gave, as the JSON that is stored for a job and shown to people.
+"""Results: the outputs of a run as the JSON, or the packed tensors, that are stored for a job.
 
 JSON has no NaN and no infinities; they are the strings "NaN", "Infinity" and "-Infinity", as in
-ProtoJSON. (msgspec would write null in their place, which means something else.)
+ProtoJSON. (msgspec would write null instead, which means something else.)
 """
 
 import itertools
@@ -21,11 +21,12 @@ from asyncinfer.models.signature import Signature
 from asyncinfer.tensors import packing
 from asyncinfer.tensors.datatypes import DTYPES, Array, Feeds, datatype_of
 
-_FEW_NUMBERS: Final = 65536
-"""Of a run's output: as Python's they take eight times the memory."""
+_MAX_CONVERTED_NUMBERS: Final = 65536
+"""How many numbers of an output are converted at once: as Python objects they take eight times the
+memory."""
 
 Columns: TypeAlias = npt.NDArray[np.int64]
-"""Places of classes among the scores, one for each row."""
+"""The column of the class in each row of scores: shape `(rows,)`."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -34,9 +35,9 @@ class ClassResult(Struct, frozen=True):
     """One row of a labelled classifier."""
 
     prediction: int | None
-    """The column of the class among the scores, whatever number the model has for it."""
+    """The column of the class in the scores, even if the model numbers its classes otherwise."""
     class_name: str | None
-    """None, as `prediction`, where all scores are NaN."""
+    """None if all scores are NaN; then `prediction` is None too."""
     probabilities: list[Any]
 
 
@@ -49,13 +50,13 @@ class TensorResult(Struct, frozen=True):
 
 
 class TensorsResult(Struct, frozen=True):
-    """What every other model gives."""
+    """The result of every other model."""
 
     outputs: list[TensorResult]
 
 
 class _Rows(Struct, frozen=True):
-    """An output of many jobs, a list for each of its rows."""
+    """An output of many jobs, with a flat list for each of its rows."""
 
     name: str
     datatype: str
@@ -67,13 +68,15 @@ class _Rows(Struct, frozen=True):
         rows = _plain(output).reshape(len(output), -1).tolist()
         return cls(name, datatype_of(output), output.shape[1:], rows)
 
-    def between(self, start: int, end: int) -> TensorResult:
+    def slice(self, start: int, end: int) -> TensorResult:
+        """The tensor of the rows from `start` up to `end`."""
         data = list(itertools.chain.from_iterable(self.rows[start:end]))
         return TensorResult(self.name, self.datatype, (end - start, *self.row_shape), data)
 
 
 def render_result(outputs: Sequence[Array], signature: Signature) -> bytes:
-    """One job's result: of a labelled classifier an object per row, else all outputs."""
+    """The JSON result of a single job: for a labelled classifier an object per row (without a list
+    if there is one row), else all outputs."""
     return render_results(outputs, [{}], signature, None)[0]
 
 
@@ -86,17 +89,19 @@ def render_results(
     answer: str = "json",
     wanted: Sequence[str] = (),
 ) -> list[bytes]:
-    """The results of all jobs of one run, from the outputs of their stacked rows.
+    """The results of all jobs of one run, in their order, as bytes to store.
 
-    `answer` is "json" or "tensors"; `wanted` names outputs, and none means all: who names some
-    gets tensors, of a labelled classifier too. A run of one job is that job's, however many rows
-    came out. Raises ModelFailed where an output of a shared run has not a row for each row of
-    the input.
+    `outputs` has the arrays of the run, one per output of the signature, such as `(rows of all
+    jobs, *dims)`; `jobs` has the inputs of each job before they were stacked. `answer` is "json" or
+    "tensors". `wanted` names the outputs to return, empty for all; with names, even a labelled
+    classifier returns tensors. The outputs of a run with one job are returned whole. Raises
+    ModelFailed if `wanted` has an unknown name, or if the rows of an output of a shared run are not
+    as many as those of the inputs.
     """
     if answer == "tensors":
         return [
-            packing.pack(dict(_named(job, signature, wanted)))
-            for job in batching.split(outputs, jobs, plan)
+            packing.pack(dict(_wanted_outputs(job_outputs, signature, wanted)))
+            for job_outputs in batching.split(outputs, jobs, plan)
         ]
     rows = None if wanted else _class_rows(outputs, signature)
     if rows is None:
@@ -111,7 +116,7 @@ def render_results(
 def render_stored(payload: bytes) -> bytes:
     """The JSON of a result that is stored as packed tensors; raises DamagedPayload.
 
-    The very bytes that the worker would have stored had JSON been asked for.
+    These are the same bytes that the worker stores for a job that requests JSON.
     """
     return _encode_tensors(list(packing.unpack(payload).items()))
 
@@ -123,41 +128,44 @@ def _render_tensors(
     plan: Plan | None,
     wanted: Sequence[str],
 ) -> list[bytes]:
-    if plan is None or len(jobs) == 1 or not _are_rows_of_few_numbers(outputs, plan):
+    if plan is None or len(jobs) == 1 or not _is_convertible_at_once(outputs, plan):
         return [
-            _encode_tensors(_named(job, signature, wanted))
-            for job in batching.split(outputs, jobs, plan)
+            _encode_tensors(_wanted_outputs(job_outputs, signature, wanted))
+            for job_outputs in batching.split(outputs, jobs, plan)
         ]
-    # All rows made lists at once, for a fifth of what it takes job by job.
+    # Converting all rows to lists at once takes a fifth of the time of converting job by job.
     counts = [batching.rows_of(feeds, plan) for feeds in jobs]
     batching.check_rows(outputs, sum(counts), plan.outputs)
-    tensors = [_Rows.of(name, output) for name, output in _named(outputs, signature, wanted)]
+    tensors = [
+        _Rows.of(name, output) for name, output in _wanted_outputs(outputs, signature, wanted)
+    ]
     return [
-        _encode(TensorsResult([one.between(start, end) for one in tensors]))
+        _encode(TensorsResult([tensor.slice(start, end) for tensor in tensors]))
         for start, end in batching.spans(counts)
     ]
 
 
-def _are_rows_of_few_numbers(outputs: Sequence[Array], plan: Plan) -> bool:
+def _is_convertible_at_once(outputs: Sequence[Array], plan: Plan) -> bool:
     if any(axis != 0 for axis in plan.outputs) or plan.unpad:
         return False
-    return all(output.ndim and 0 < output.size <= _FEW_NUMBERS for output in outputs)
+    return all(output.ndim and 0 < output.size <= _MAX_CONVERTED_NUMBERS for output in outputs)
 
 
-def _named(
+def _wanted_outputs(
     outputs: Sequence[Array], signature: Signature, wanted: Sequence[str]
 ) -> list[tuple[str, Array]]:
-    """The wanted outputs in the order asked for, else all in the signature's."""
+    """The wanted outputs with their names, in the order of `wanted`; all of them if it is empty."""
     names = [spec.name for spec in signature.outputs]
     if not wanted:
         return list(zip(names, outputs, strict=True))
     try:
         return [(name, outputs[names.index(name)]) for name in wanted]
     except ValueError as error:
-        raise ModelFailed(f"an output was asked for that is not {', '.join(names)}") from error
+        raise ModelFailed(f"an output was requested that is not {', '.join(names)}") from error
 
 
 def _class_rows(outputs: Sequence[Array], signature: Signature) -> list[ClassResult] | None:
+    """A result per row of a labelled classifier; None if the model is not one."""
     labels = signature.labels
     scores = _output(signature.score_output, outputs, signature)
     if scores is None or scores.ndim != 2 or scores.shape[1] != len(labels):
@@ -168,9 +176,9 @@ def _class_rows(outputs: Sequence[Array], signature: Signature) -> list[ClassRes
     plain = _plain(shown)
     is_finite = plain.dtype != object
     highest = scores.argmax(axis=1) if is_finite else highest_columns(scores)
-    given = _output(signature.class_output, outputs, signature)
-    found = _class_columns(highest, given, signature)
-    columns = found if is_finite else _where_known(found, highest, np.isnan(shown))
+    classes = _output(signature.class_output, outputs, signature)
+    found = _class_columns(highest, classes, signature)
+    columns = found if is_finite else _without_nan(found, highest, np.isnan(shown))
     return [
         ClassResult(column, None if column is None else labels[column], row)
         for column, row in zip(columns, plain.tolist(), strict=True)
@@ -184,16 +192,15 @@ def _output(name: str, outputs: Sequence[Array], signature: Signature) -> Array 
     return None
 
 
-def _class_columns(highest: Columns, given: Array | None, signature: Signature) -> list[int]:
-    """The column of each row's class: the one that its own value means, else that of its highest
-    score."""
-    otherwise: list[int] = highest.tolist()
-    if given is None or given.size != len(otherwise):
-        return otherwise
+def _class_columns(highest: Columns, classes: Array | None, signature: Signature) -> list[int]:
+    """The column of each row's class: that of its value in `classes`, else of its highest score."""
+    fallback: list[int] = highest.tolist()
+    if classes is None or classes.size != len(fallback):
+        return fallback
     columns = _columns_by_value(signature.class_values, len(signature.labels))
     return [
         columns.get(value, column)
-        for value, column in zip(given.reshape(-1).tolist(), otherwise, strict=True)
+        for value, column in zip(classes.reshape(-1).tolist(), fallback, strict=True)
     ]
 
 
@@ -205,33 +212,36 @@ def _columns_by_value(
     return {value: column for value, column in pairs if value is not None}
 
 
-def _where_known(
-    columns: Sequence[int], highest: Columns, missing: npt.NDArray[np.bool_]
+def _without_nan(
+    columns: Sequence[int], highest: Columns, is_nan: npt.NDArray[np.bool_]
 ) -> list[int | None]:
-    """The columns of the classes, of a row whose own is NaN the highest, else None."""
+    """The columns, with the highest one for a class whose score is NaN; None if all are NaN."""
     rows = np.arange(len(columns))
-    known = np.where(missing[rows, columns], highest, columns)
-    gone = missing[rows, known].tolist()
-    return [None if it else column for column, it in zip(known.tolist(), gone, strict=True)]
+    known = np.where(is_nan[rows, columns], highest, columns)
+    are_nan = is_nan[rows, known].tolist()
+    return [None if nan else column for column, nan in zip(known.tolist(), are_nan, strict=True)]
 
 
 def highest_columns(scores: Array) -> Columns:
-    """The column of each row's highest score, the first of equal ones; NaN is none."""
+    """The column of each row's highest score, the first of equal ones; NaN is ignored.
+
+    `scores` has the shape `(rows, classes)`, the result `(rows,)`.
+    """
     columns: Columns = scores.argmax(axis=1)
     rows = np.arange(len(scores))
-    # numpy takes a NaN for the highest.
+    # numpy counts NaN as the highest.
     if not np.isnan(scores[rows, columns]).any():
         return columns
     missing = np.isnan(scores)
     columns = np.where(missing, -np.inf, scores).argmax(axis=1)
-    # -Infinity beside NaN: both are -Infinity by now.
-    unsure = missing[rows, columns]
-    columns[unsure] = (~missing[unsure]).argmax(axis=1)
+    # A row of NaN and -Infinity is now all -Infinity, so argmax may have found a NaN.
+    wrong = missing[rows, columns]
+    columns[wrong] = (~missing[wrong]).argmax(axis=1)
     return columns
 
 
 def softmax(logits: Array) -> Array:
-    """Along axis 1, computed in float64; never overflows, and only NaN gives NaN."""
+    """The softmax along axis 1, computed in float64. It never overflows; only NaN gives NaN."""
     wide = logits.astype(np.float64)
     top = wide.max(axis=1, keepdims=True)
     with np.errstate(invalid="ignore"):
@@ -257,7 +267,7 @@ def _is_float(output: Array) -> bool:
 
 
 def _plain(output: Array) -> Array:
-    """`output` with a string for everything that JSON has no number for."""
+    """`output` with a string for each value that is not a number in JSON."""
     if not _is_float(output):
         return output
     if output.dtype == DTYPES["BF16"]:

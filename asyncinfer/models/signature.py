@@ -1,4 +1,4 @@
-"""What a worker announces of a model: its inputs, outputs, labels and how its jobs are batched."""
+"""The signature of a model: its inputs, outputs, labels, and how its jobs are batched."""
 
 from typing import Any, Final
 
@@ -12,11 +12,11 @@ from asyncinfer.tensors.datatypes import DTYPES, TensorSpec
 from asyncinfer.untrusted import decoding
 
 MAX_ROWS: Final = 10_000
-"""Rows that one job may have where `model.toml` says nothing."""
+"""The limit of rows in one job, if `model.toml` has none."""
 
 
 class Signature(Struct, frozen=True):
-    """What a worker announces of one version of a model."""
+    """The description of one version of a model, as a worker announces it."""
 
     model: str
     version: str
@@ -27,82 +27,78 @@ class Signature(Struct, frozen=True):
     """Names of the classes, by column of the scores."""
     description: str = ""
     batched: bool = False
-    """Whether rows of several jobs may be stacked along the first dimension."""
+    """Whether the rows of several jobs may be stacked into one run."""
     batching: str = ""
-    """Why, or why not, in words."""
+    """Why jobs are batched or not, in words."""
     max_rows: int = MAX_ROWS
-    """The most that the first dimension may have in one job, where the graph leaves it open."""
+    """The limit of the first dimension in one job, if it is dynamic."""
     example: Any = None
-    """A JSON value that works as `data`; None where there is none to show."""
+    """A JSON value that works as `data`; None if none is known."""
     input_axes: tuple[int | None, ...] = ()
-    """Where jobs share runs: per input the axis that is stacked; None: equal in all jobs."""
+    """If batched: per input the axis that is stacked, or None if it must be equal in all jobs."""
     output_axes: tuple[int | None, ...] = ()
-    """Per output the axis that is split; None: one answer for all jobs."""
+    """If batched: per output the axis that is split, or None if all jobs get the whole output."""
     max_batch_jobs: int | None = None
     max_batch_rows: int | None = None
     max_wait_ms: float = 0.0
-    """How long a job may wait for others to run with."""
+    """How long a job may wait for other jobs to share its run."""
     pad: bool = False
-    """Whether named dimensions beside the rows may differ, filled up with zeros."""
+    """Whether other named dimensions than the rows may differ, and are padded with zeros."""
     keys: tuple[int | str, ...] = ()
-    """The keys of the maps that the model gives for scores, by column of the matrix."""
+    """If the model returns scores as maps: the key of each column of the score matrix."""
     scores: Scores = "probabilities"
-    """What the scores of a labelled classifier are; of logits the softmax is shown."""
+    """What the scores of a labelled classifier are; logits are shown as their softmax."""
     example_inputs: dict[str, Any] | None = None
-    """A JSON value for each input by name: those that `model.toml` shows, or all of several."""
+    """A JSON value by input name: for the inputs in the example of `model.toml`, or for all inputs
+    of a model that has several."""
     score_output: str = ""
-    """The output whose columns the labels name; empty: the result names no class."""
+    """The output with a column per label; empty: results name no class."""
     class_output: str = ""
-    """The output that is the class of a row; empty: the class is the column of its highest
+    """The output that has the class of each row; empty: the class is the column of its highest
     score."""
     class_values: tuple[int | str | None, ...] = ()
-    """By column, the value of `class_output` that means it, None where that is not known; empty:
+    """By column, the value of `class_output` that stands for it, or None if that is unknown; empty:
     the values are the columns themselves."""
 
 
-# --- the folder --------------------------------------------------------------------------------
-
-
 _read_signature = decoding.reader(msgspec.json.Decoder(Signature).decode)
-_MOST_ELEMENTS: Final = 1 << 48
-_MOST_EXAMPLE_DEPTH: Final = 2 * datatypes.MOST_DIMENSIONS
+_MAX_ELEMENTS: Final = 1 << 48
+_MAX_EXAMPLE_DEPTH: Final = 2 * datatypes.MAX_DIMENSIONS
 
 
 def read_signature(body: bytes | None) -> Signature | None:
-    """What a worker announced, as JSON; None where it is corrupt, or describes no model that
-    this release could take inputs for."""
+    """Decodes an announced signature; None if it is corrupt, or describes a model that this
+    release could not accept inputs for."""
     signature = _read_signature(body)
     if signature is None or version_order(signature.version) < 0:
         return None
     specs = (*signature.inputs, *signature.outputs)
     examples = (signature.example, signature.example_inputs)
-    sound = all(map(_is_sound, specs)) and all(map(_is_shallow, examples))
-    return signature if sound and 0 < signature.max_rows <= _MOST_ELEMENTS else None
+    is_valid = all(map(_is_valid, specs)) and all(map(_is_shallow, examples))
+    return signature if is_valid and 0 < signature.max_rows <= _MAX_ELEMENTS else None
 
 
-def _is_sound(spec: TensorSpec) -> bool:
+def _is_valid(spec: TensorSpec) -> bool:
     dims = datatypes.dims(spec)
     sizes = [dim for dim in dims if isinstance(dim, int)]
     return (
         spec.datatype in DTYPES
-        and len(dims) <= datatypes.MOST_DIMENSIONS
-        and all(0 <= size <= _MOST_ELEMENTS for size in sizes)
+        and len(dims) <= datatypes.MAX_DIMENSIONS
+        and all(0 <= size <= _MAX_ELEMENTS for size in sizes)
     )
 
 
-def _is_shallow(value: object, depth: int = _MOST_EXAMPLE_DEPTH) -> bool:
-    """Whether an example can be shown: an answer with it is nested deeper still."""
+def _is_shallow(value: object, depth: int = _MAX_EXAMPLE_DEPTH) -> bool:
+    """Whether an example can be shown: an answer that contains it is nested even deeper."""
     inner = list(value.values()) if isinstance(value, dict) else value
     if not isinstance(inner, list):
         return True
-    return depth > 0 and all(_is_shallow(one, depth - 1) for one in inner)
-
-
-# --- input -------------------------------------------------------------------------------------
+    return depth > 0 and all(_is_shallow(item, depth - 1) for item in inner)
 
 
 def data_input(signature: Signature) -> TensorSpec | None:
-    """The input that a request's `data` is for: the only one that must be there."""
+    """The input that a request's `data` is for: the only one, or the only required one; None if
+    there is no such input."""
     if len(signature.inputs) == 1:
         return signature.inputs[0]
     required = [spec for spec in signature.inputs if not spec.optional]

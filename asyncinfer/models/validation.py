@@ -1,4 +1,4 @@
-"""Input checked against a model's signature: `data`, or named tensors."""
+"""Checks of inputs against a model's signature: `data`, or named tensors."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -15,18 +15,18 @@ from asyncinfer.tensors.shape_errors import Given
 
 
 def check_data(data: bytes | msgspec.Raw, signature: Signature) -> Array:
-    """The model's input from the JSON text of a request's `data`: the shape that it takes.
+    """Decodes the JSON text of a request's `data` into an array that fits the model's data input.
 
-    Raises InvalidInput with every fault, each a JSON pointer that starts with /data. The API
-    and the worker both call this, because strangers bypass the API.
+    Raises InvalidInput, which lists every error with a JSON pointer that starts with /data. The API
+    and the worker both call this, because external jobs bypass the API.
     """
     spec = data_input(signature)
     if spec is None:
-        raise json_errors.refusal([Fault("/data", _no_data(signature))])
+        raise json_errors.refusal([Fault("/data", _no_data_detail(signature))])
     data = bytes(data)
     model, max_rows = signature.model, signature.max_rows
-    if len(data) > _MANY_BYTES:
-        _check_rows(_rows_by_brackets(data, spec), spec, signature)
+    if len(data) > _LARGE_BYTES:
+        _check_rows(_count_rows(data, spec), spec, signature)
     try:
         array = datatypes.decode(data, spec)
     except (ValueError, OverflowError) as error:
@@ -42,35 +42,38 @@ def check_data(data: bytes | msgspec.Raw, signature: Signature) -> Array:
     raise json_errors.refusal(found, otherwise=problem)
 
 
-_MANY_BYTES: Final = 64 << 10
+_LARGE_BYTES: Final = 64 << 10
 
 
-def _rows_by_brackets(data: bytes, spec: TensorSpec) -> int:
-    """How many rows a long text of numbers holds, before any is read: those that are too many
-    must cost next to nothing. 0 where only reading tells."""
+def _count_rows(data: bytes, spec: TensorSpec) -> int:
+    """How many rows a long text has, counted from its brackets and commas; 0 if only decoding can
+    tell. It runs before decoding, because rejecting too many rows must cost next to nothing."""
     dims = datatypes.dims(spec)
     inner = dims[1:-1]
-    known = all(isinstance(size, int) and size > 0 for size in inner)
-    if spec.datatype not in datatypes.RANGES or not known or not dims:
+    are_fixed = all(isinstance(size, int) and size > 0 for size in inner)
+    if spec.datatype not in datatypes.RANGES or not are_fixed or not dims:
         return 0
-    most = data.count(b",") + 1
+    elements = data.count(b",") + 1
     if len(dims) == 1:
-        return most
+        return elements
     sizes = itertools.accumulate((int(size or 1) for size in inner), mul, initial=1)
-    return min(most, (data.count(b"[") - 1) // sum(sizes))
+    return min(elements, (data.count(b"[") - 1) // sum(sizes))
 
 
 def _check_rows(rows: int, spec: TensorSpec, signature: Signature) -> None:
     if datatypes.is_open(spec) and rows > signature.max_rows:
-        detail = json_errors.too_many_rows(
+        detail = json_errors.too_many_rows_detail(
             str(rows), spec, model=signature.model, max_rows=signature.max_rows
         )
         raise json_errors.refusal([Fault("/data", detail)])
 
 
 def check_data_alike(data: Sequence[bytes], signature: Signature) -> list[Array] | None:
-    """`check_data` of several at once, for a third of what it takes one by one; None unless each
-    is numbers that fit, in rows of one shape."""
+    """`check_data` of several texts at once, in a third of the time.
+
+    Returns an array `(rows of the text, *dims)` per text, all views of one array. Returns None
+    unless all texts are numbers that fit, with rows of one shape; `check_data` then says why.
+    """
     spec = data_input(signature)
     if spec is None or not datatypes.is_open(spec) or spec.datatype in ("BYTES", "BOOL"):
         return None
@@ -87,27 +90,28 @@ def check_data_alike(data: Sequence[bytes], signature: Signature) -> list[Array]
 
 
 def check_inputs(feeds: Feeds, signature: Signature) -> Feeds:
-    """The model's inputs from named tensors, in the order of the signature.
+    """The same tensors in the order of the signature, after a check that they fit it.
 
-    Raises InvalidInput with every fault, each a JSON pointer that starts with /inputs. Called by
-    the API and by the worker.
+    Raises InvalidInput, which lists every error with a JSON pointer that starts with /inputs. The
+    API and the worker both call this.
     """
-    refuse_misfits(shape_errors.described(feeds), signature, shape_errors.broken_booleans(feeds))
+    refuse_misfits(shape_errors.described(feeds), signature, shape_errors.invalid_booleans(feeds))
     return {spec.name: feeds[spec.name] for spec in signature.inputs if spec.name in feeds}
 
 
 def refuse_misfits(
     given: Sequence[Given], signature: Signature, others: Iterable[Fault] = ()
 ) -> None:
-    """Raises InvalidInput where tensors so described do not fit, or there are `others`."""
+    """Raises InvalidInput if the described tensors do not fit the signature, or if `others` has
+    errors; it lists both."""
     found = shape_errors.find(
         given, signature.inputs, model=signature.model, max_rows=signature.max_rows
     )
-    if all_faults := [*found, *others]:
-        raise json_errors.refusal(all_faults)
+    if errors := [*found, *others]:
+        raise json_errors.refusal(errors)
 
 
-def _no_data(signature: Signature) -> str:
+def _no_data_detail(signature: Signature) -> str:
     names = ", ".join(spec.name for spec in signature.inputs)
     if not names:
         return f"{signature.model} takes no input"

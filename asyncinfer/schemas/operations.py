@@ -1,4 +1,4 @@
-"""What people are shown of queues and workers."""
+"""Answers about queues and workers."""
 
 import hashlib
 import re
@@ -13,39 +13,38 @@ _WORKER_ID: Final = re.compile(r".+-[0-9]+-([0-9a-f]{6})", re.DOTALL)
 
 @lru_cache(maxsize=256)
 def shown_worker(worker_id: str) -> str:
-    """A worker as everyone may see it: by the random end of its id, which begins with its host's
-    name and its pid. Of an id of another form, by its SHA-256."""
-    if ours := _WORKER_ID.fullmatch(worker_id):
-        return f"w-{ours[1]}"
+    """A worker's name in answers, such as `w-f0fd4a`: the random end of its id, without the host
+    name and process id that come before it. An id of another form is hashed (SHA-256)."""
+    if match := _WORKER_ID.fullmatch(worker_id):
+        return f"w-{match[1]}"
     return f"w-{hashlib.sha256(worker_id.encode('utf-8', 'surrogatepass')).hexdigest()[:6]}"
 
 
 OldestAge: TypeAlias = Annotated[
-    float | None, Meta(description="Of the job that waits longest; null when none is known.")
+    float | None,
+    Meta(description="How long the oldest waiting job has waited; null if none is known to wait."),
 ]
 LivingWorkers: TypeAlias = Annotated[
     int, Meta(description="Living workers that claim this model's jobs.")
 ]
-Slots: TypeAlias = Annotated[int, Meta(description="Batches they run side by side.")]
+Slots: TypeAlias = Annotated[int, Meta(description="Batches these workers run in parallel.")]
 SecondsPerJob: TypeAlias = Annotated[
     float | None,
-    Meta(description="Slot time, measured lately; null before the model's first run."),
+    Meta(description="Recent slot time per job; null before the model's first run."),
 ]
 Backlog: TypeAlias = Annotated[
     float | None,
-    Meta(description="Due jobs x seconds_per_job; null when jobs wait, unmeasured."),
+    Meta(description="Due jobs x seconds_per_job; null if jobs wait and seconds_per_job is null."),
 ]
 
 Starved: TypeAlias = Annotated[
     int,
-    Meta(
-        ge=0, le=1, description="1: jobs are due, and no living worker has the model or loads it."
-    ),
+    Meta(ge=0, le=1, description="1: jobs are due, and no living worker has or loads the model."),
 ]
 
 
 class WaitingJobs(Struct, frozen=True):
-    """Jobs that are due, by priority; those that were cancelled do not count."""
+    """Jobs that are due, by priority, without cancelled ones."""
 
     high: int
     normal: int
@@ -53,7 +52,7 @@ class WaitingJobs(Struct, frozen=True):
 
 
 class Percentiles(Struct, frozen=True):
-    """In seconds, over jobs that ended lately."""
+    """Percentiles in seconds, over jobs that ended recently."""
 
     p50: float
     p95: float
@@ -61,13 +60,13 @@ class Percentiles(Struct, frozen=True):
 
 
 class Queue(Struct, frozen=True, kw_only=True):
-    """A model's queue: what is in it, how it moves, and who works on it."""
+    """The queue of a model: its jobs, their rates and durations, and its workers."""
 
-    model: Annotated[str | None, Meta(description="null: the default one, before there is one.")]
-    queue: Annotated[str, Meta(description="The list in Redis.")]
-    paused: Annotated[bool, Meta(description="While true jobs are taken in, and none is run.")]
+    model: Annotated[str | None, Meta(description="null: the default model, if there is none yet.")]
+    queue: Annotated[str, Meta(description="The name of its list in Redis.")]
+    paused: Annotated[bool, Meta(description="True: jobs are accepted, but none is run.")]
     waiting: WaitingJobs
-    delayed: Annotated[int, Meta(description="Waiting for a later start, or to be tried again.")]
+    delayed: Annotated[int, Meta(description="Jobs that start later, or wait to be tried again.")]
     running: int
     dead: Annotated[int, Meta(description="Dead letters; GET /jobs?dead=true lists yours.")]
     oldest_age_seconds: OldestAge
@@ -77,18 +76,18 @@ class Queue(Struct, frozen=True, kw_only=True):
     seconds_per_job: SecondsPerJob
     backlog_seconds: Backlog
     window_seconds: Annotated[
-        float, Meta(description="What the rates are counted over: 60, or less where much moves.")
+        float, Meta(description="The time the rates are counted over: 60, or less in a busy queue.")
     ]
     submitted_per_second: float
     completed_per_second: float
     failed_per_second: float
     wait_seconds: Annotated[
         Percentiles | None,
-        Meta(description="From due to started, of the jobs that ended last; null without any."),
+        Meta(description="From due to started, of the last ended jobs; null if there are none."),
     ]
     run_seconds: Annotated[
         Percentiles | None,
-        Meta(description="From started to ended, of the jobs that ended last; null without any."),
+        Meta(description="From started to ended, of the last ended jobs; null if there are none."),
     ]
 
 
@@ -97,7 +96,7 @@ class QueueList(Struct, frozen=True):
 
 
 class JobsDone(Struct, frozen=True):
-    """How many jobs came to which end in a worker since it started."""
+    """How many jobs a worker has ended since it started, by their state."""
 
     completed: int = 0
     failed: int = 0
@@ -105,37 +104,41 @@ class JobsDone(Struct, frozen=True):
 
 
 class Worker(Struct, frozen=True, kw_only=True):
-    """A living worker, as it says itself every few seconds; null is what its release does not."""
+    """A living worker, as it reports every few seconds. A field that its release does not report
+    is null."""
 
-    worker: Annotated[str, Meta(description="As jobs and problems name it.")]
+    worker: Annotated[str, Meta(description="Its name in jobs and problems, as w-f0fd4a.")]
     state: Annotated[str, Meta(description="ready, draining or hung.")]
     host: str | None
     pid: int | None
-    slots: Annotated[int, Meta(description="Batches it runs side by side.")]
-    busy: Annotated[int | None, Meta(description="Slots that have a batch.")]
+    slots: Annotated[int, Meta(description="Batches it runs in parallel.")]
+    busy: Annotated[int | None, Meta(description="Slots that run a batch.")]
     started_at: datetime | None
     uptime_seconds: float | None
-    heard_seconds: Annotated[float, Meta(description="How long ago it said all this.")]
+    heard_seconds: Annotated[float, Meta(description="Seconds since its last report.")]
     jobs_done: JobsDone | None
-    models: Annotated[list[str], Meta(description="Those it claims jobs of.")]
+    models: Annotated[list[str], Meta(description="The models whose jobs it claims.")]
     versions: Annotated[
         dict[str, dict[str, str]],
-        Meta(description="By model and version, the SHA-256 of the file it has."),
+        Meta(description="By model and version, the SHA-256 of its model file."),
     ]
     served: Annotated[
-        dict[str, str], Meta(description="By model, the version of jobs that ask for none.")
+        dict[str, str], Meta(description="By model, the version that runs jobs that name none.")
     ]
-    loaded: Annotated[list[str], Meta(description="model/version in memory, least used first.")]
+    loaded: Annotated[
+        list[str],
+        Meta(description="The versions in memory as model/version, least recently used first."),
+    ]
     problems: Annotated[
         dict[str, dict[str, str]],
         Meta(description="By model and version, why it is not served."),
     ]
     seconds_per_job: Annotated[
-        dict[str, float], Meta(description="By model, slot time a job took lately.")
+        dict[str, float], Meta(description="By model, recent slot time per job.")
     ]
     run_times: Annotated[
         dict[str, dict[str, float]],
-        Meta(description="By model and number of rows, the seconds of a run."),
+        Meta(description="By model and number of rows, how long a run takes, in seconds."),
     ]
 
 

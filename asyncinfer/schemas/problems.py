@@ -5,9 +5,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from asyncinfer.errors import Fault, JobFailed, RequestError
-from asyncinfer.jobs import (
-    JobError,
-)
+from asyncinfer.jobs import JobError
 
 
 class Problem(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -19,21 +17,24 @@ class Problem(Struct, frozen=True, kw_only=True, omit_defaults=True):
     detail: str
     code: Annotated[str, Meta(description="Stable, for machines.")]
     instance: str = ""
-    errors: Annotated[tuple[Fault, ...], Meta(description="Every fault found, by place.")] = ()
+    errors: Annotated[
+        tuple[Fault, ...], Meta(description="Everything that is wrong with the input, by place.")
+    ] = ()
     job_id: str | None = None
     error: Annotated[JobError, Meta(description="Why the job failed.")] | None = None
 
 
 class LineProblem(Problem, frozen=True, kw_only=True, omit_defaults=True):
-    """What went wrong with one line of many (RFC 9457)."""
+    """What went wrong with one line of a request that has many (RFC 9457)."""
 
-    line: Annotated[int, Meta(description="Which line of the request, counted from 1.")]
+    line: Annotated[int, Meta(description="The number of the line in the request, from 1.")]
     retry_after_seconds: Annotated[
         float | None, Meta(description="When to send this line again.")
     ] = None
 
 
 def problem_of(error: RequestError, path: str = "") -> Problem:
+    """The body that answers a request to `path` with this error."""
     return Problem(
         type=f"urn:asyncinfer:problem:{error.code}",
         title=error.title,
@@ -48,6 +49,7 @@ def problem_of(error: RequestError, path: str = "") -> Problem:
 
 
 def line_problem_of(error: RequestError, line: int) -> LineProblem:
+    """The line that answers line number `line` of a request with this error."""
     problem = problem_of(error)
     members = {name: getattr(problem, name) for name in problem.__struct_fields__}
     return LineProblem(line=line, retry_after_seconds=error.retry_after_seconds, **members)

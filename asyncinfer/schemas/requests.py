@@ -1,4 +1,4 @@
-"""What clients send: bodies and queries, checked when they are decoded."""
+"""Bodies and queries of requests, checked as they are decoded."""
 
 from typing import Annotated, Final, Literal, TypeAlias
 
@@ -22,14 +22,14 @@ ALL_TENANTS: Final = "*"
 
 
 class AskedOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All that can be asked of one job."""
+    """The options of one job, as a request gives them."""
 
     answer: (
         Annotated[
             Literal["json", "tensors"],
             Meta(
-                description="`json`: as people read it, a labelled result where there are labels; "
-                "`tensors`: named outputs, also as binary. Without it, as the input was sent."
+                description="Form of the result. `json`: for people, with labels if the model has "
+                "them; `tensors`: named outputs, also in binary. Without it, the form of the input."
             ),
         ]
         | None
@@ -41,7 +41,7 @@ LineKey = (
         str,
         Meta(
             pattern=f"^[!-~]{{1,255}}{PATTERN_END}",
-            description="Sent again with the same request, gives the same job.",
+            description="A request that is sent again with the same key gives the same job.",
         ),
     ]
     | UnsetType
@@ -49,14 +49,14 @@ LineKey = (
 
 
 class PredictRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """An input for a model, and what is asked of its job."""
+    """An input for a model, and the options of its job."""
 
     data: Annotated[
         Raw,
         Meta(
             description=(
-                "One row of numbers per item, as the model's `example` shows. Where it takes "
-                'floats, `"NaN"`, `"Infinity"` and `"-Infinity"` are elements too, and null is NaN.'
+                "One row of numbers per item, as the model's `example` shows. Float inputs take "
+                'also the elements `"NaN"`, `"Infinity"` and `"-Infinity"`; null is NaN.'
             ),
             examples=[[[5.1, 3.5, 1.4, 0.2]]],
         ),
@@ -65,13 +65,13 @@ class PredictRequest(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PredictLine(PredictRequest, frozen=True, forbid_unknown_fields=True):
-    """One of many requests, each on a line of its own."""
+    """One line of a request that has many (NDJSON)."""
 
     idempotency_key: LineKey = UNSET
 
 
 class AskedParameters(Struct, frozen=True, forbid_unknown_fields=True):
-    """What clients of the Open Inference Protocol say; `Accept` decides here."""
+    """Sent by clients of the Open Inference Protocol, and ignored: `Accept` decides the form."""
 
     binary_data_output: bool = False
 
@@ -80,20 +80,20 @@ class InputParameters(Struct, frozen=True, forbid_unknown_fields=True):
     binary_data_size: (
         Annotated[
             int,
-            Meta(ge=0, description="Bytes of this tensor among those that follow the JSON."),
+            Meta(ge=0, description="The size of this tensor in the bytes that follow the JSON."),
         ]
         | None
     ) = None
 
 
 class OutputParameters(Struct, frozen=True, forbid_unknown_fields=True):
-    """What clients of the Open Inference Protocol say; `Accept` decides here."""
+    """Sent by clients of the Open Inference Protocol, and ignored: `Accept` decides the form."""
 
     binary_data: bool = False
 
 
 class AskedInput(Struct, frozen=True, forbid_unknown_fields=True):
-    """A named tensor, with its elements in `data` or among the bytes that follow the JSON."""
+    """A named tensor; its elements are in `data` or in the bytes that follow the JSON."""
 
     name: str
     shape: Annotated[list[int], Meta(examples=[[1, 4]])]
@@ -102,8 +102,8 @@ class AskedInput(Struct, frozen=True, forbid_unknown_fields=True):
         Raw | UnsetType,
         Meta(
             description=(
-                "Flat in row-major order, or nested. Of FP16, BF16, FP32 and FP64 an element may "
-                'be `"NaN"`, `"Infinity"` or `"-Infinity"`, and null is NaN.'
+                "Flat in row-major order, or nested. An element of FP16, BF16, FP32 or FP64 may "
+                'also be `"NaN"`, `"Infinity"` or `"-Infinity"`; null is NaN.'
             ),
             examples=[[5.1, 3.5, 1.4, 0.2]],
         ),
@@ -117,24 +117,24 @@ class AskedOutput(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TensorRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """Named tensors for a model, and what is asked of their job."""
+    """Named tensors for a model, and the options of their job."""
 
     inputs: list[AskedInput]
     outputs: Annotated[
-        list[AskedOutput], Meta(description="Those that are wanted; without it, all.")
+        list[AskedOutput], Meta(description="The outputs to return; without it, all of them.")
     ] = []
     parameters: AskedParameters = AskedParameters()
     options: AskedOptions = AskedOptions()
 
 
 class TensorLine(TensorRequest, frozen=True, forbid_unknown_fields=True):
-    """One of many requests, each on a line of its own."""
+    """One line of a request that has many (NDJSON)."""
 
     idempotency_key: LineKey = UNSET
 
 
 class NoQuery(Struct, frozen=True, forbid_unknown_fields=True):
-    """For routes that take no query parameters."""
+    """The query of routes that take no parameters."""
 
 
 TenantQuery: TypeAlias = (
@@ -142,8 +142,8 @@ TenantQuery: TypeAlias = (
         str,
         Meta(
             pattern=rf"^(\*|{TENANT_PATTERN}){PATTERN_END}",
-            description="Jobs of this tenant, or of all: `*`. Needs the scope `operator`; inputs, "
-            "results and messages of errors are not shown.",
+            description="Jobs of this tenant, or `*`: of all tenants. Needs the scope `operator`; "
+            "inputs, results and error messages are not shown.",
         ),
     ]
     | None
@@ -156,7 +156,7 @@ class WaitQuery(Struct, frozen=True, forbid_unknown_fields=True):
         Meta(
             ge=0,
             le=MAX_WAIT_SECONDS,
-            description="How many seconds to hold the answer back while the job is unfinished.",
+            description="How many seconds the answer may wait for the job to end.",
         ),
     ] = 0.0
     tenant: TenantQuery = None
@@ -170,11 +170,16 @@ class JobsQuery(Struct, frozen=True, forbid_unknown_fields=True):
     status: Annotated[Status, Meta(description="Only jobs in this state.")] | None = None
     model: Annotated[str, Meta(description="Only jobs of this model.")] | None = None
     dead: Annotated[
-        bool, Meta(description="Only dead letters: given up though another try may have helped.")
+        bool,
+        Meta(
+            description="Only dead letters: jobs that failed, but may succeed if they are retried."
+        ),
     ] = False
     group: Annotated[str, Meta(description="Only jobs of this group.")] | None = None
-    limit: Annotated[int, Meta(ge=1, le=1000, description="How many jobs at most.")] = 100
-    cursor: Annotated[str, Meta(description="Where the page before this one ended.")] | None = None
+    limit: Annotated[
+        int, Meta(ge=1, le=1000, description="The largest number of jobs in the answer.")
+    ] = 100
+    cursor: Annotated[str, Meta(description="The `cursor` of the previous page.")] | None = None
     tenant: TenantQuery = None
 
 
@@ -189,54 +194,61 @@ class OneQuery(Struct, frozen=True, forbid_unknown_fields=True):
     tenant: TenantQuery = None
 
 
-_OF_MODEL: Final = Meta(description="Only jobs of this model.")
+_MODEL_FILTER: Final = Meta(description="Only jobs of this model.")
 
 
-_OF_GROUP: Final = Meta(description="Only jobs of this group.")
+_GROUP_FILTER: Final = Meta(description="Only jobs of this group.")
 
 
 class RetryQuery(Struct, frozen=True, forbid_unknown_fields=True):
-    """Which of the caller's jobs run again; at least one of them is needed, or a body."""
+    """Which of the caller's jobs run again; at least one field is needed, or a body."""
 
     status: (
         Annotated[Literal["failed", "cancelled"], Meta(description="Only jobs in this state.")]
         | None
     ) = None
-    model: Annotated[str, _OF_MODEL] | None = None
-    group: Annotated[str, _OF_GROUP] | None = None
+    model: Annotated[str, _MODEL_FILTER] | None = None
+    group: Annotated[str, _GROUP_FILTER] | None = None
     dead: Annotated[bool, Meta(description="Only dead letters.")] = False
     tenant: TenantQuery = None
 
 
 class RetryRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """Jobs to run again, by name."""
+    """The ids of jobs to run again."""
 
     job_ids: Annotated[list[str], Meta(min_length=1, max_length=MOST_JOBS_A_CALL)]
 
 
 class ClearQuery(Struct, frozen=True, forbid_unknown_fields=True):
-    """Which of the caller's jobs end or are deleted; at least one besides `purge` is needed."""
+    """Which of the caller's jobs are cancelled or deleted; one field besides `purge` is needed."""
 
     status: (
         Annotated[
             Status | Literal["ended"],
-            Meta(description="Only jobs in this state; `ended` is any of the last three."),
+            Meta(
+                description="Only jobs in this state; `ended` means completed, failed or cancelled."
+            ),
         ]
         | None
     ) = None
-    model: Annotated[str, _OF_MODEL] | None = None
-    group: Annotated[str, _OF_GROUP] | None = None
+    model: Annotated[str, _MODEL_FILTER] | None = None
+    group: Annotated[str, _GROUP_FILTER] | None = None
     dead: Annotated[bool, Meta(description="Only dead letters; with `purge=true`.")] = False
     purge: Annotated[
         bool,
-        Meta(description="Delete ended jobs with their data, instead of cancelling others."),
+        Meta(
+            description="Delete ended jobs with their data, instead of cancelling unfinished ones."
+        ),
     ] = False
     tenant: TenantQuery = None
 
 
 class JobEventsQuery(Struct, frozen=True, forbid_unknown_fields=True):
     last_event_id: (
-        Annotated[str, Meta(description="Goes on after this event, where the header is not sent.")]
+        Annotated[
+            str,
+            Meta(description="Continue after this event; the header `Last-Event-ID` wins over it."),
+        ]
         | None
     ) = None
 
@@ -247,6 +259,9 @@ class EventsQuery(Struct, frozen=True, forbid_unknown_fields=True):
     ) = None
     model: Annotated[str, Meta(description="Only jobs of this model.")] | None = None
     last_event_id: (
-        Annotated[str, Meta(description="Goes on after this event, where the header is not sent.")]
+        Annotated[
+            str,
+            Meta(description="Continue after this event; the header `Last-Event-ID` wins over it."),
+        ]
         | None
     ) = None

@@ -1,4 +1,4 @@
-"""What travels over HTTP: the body of every request and answer, and every query."""
+"""Bodies of answers."""
 
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal
@@ -15,14 +15,9 @@ from asyncinfer.schemas.operations import Backlog, LivingWorkers, OldestAge, Sec
 from asyncinfer.tensors.datatypes import TensorSpec
 from asyncinfer.untrusted import decoding
 
-# --- asked ---------------------------------------------------------------------------------
-
-
-# --- answered ------------------------------------------------------------------------------
-
 
 class WaitingFor(Struct, frozen=True):
-    """Why a job is not run now, and what would change that."""
+    """Why a job does not run now, and what to do about it."""
 
     code: Annotated[
         Literal["no_worker", "paused", "starting", "delayed", "retry", "storage_full", "disk_full"],
@@ -32,26 +27,27 @@ class WaitingFor(Struct, frozen=True):
 
 
 _WAITING_FOR: Final = Meta(
-    description="Why the job is not run now; null while it only waits for its turn, or runs."
+    description="Why the job does not run now; null if it only waits for its turn, or runs."
 )
 
 
 class Accepted(Struct, frozen=True):
-    """A job that is stored and will run."""
+    """A job that was stored and will run."""
 
     job_id: str
     status: Status
-    url: Annotated[str, Meta(description="Where the job's state and result are.")]
+    url: Annotated[str, Meta(description="The address of the job's state and result.")]
     waiting_for: Annotated[WaitingFor | UnsetType | None, _WAITING_FOR] = None
 
 
 class Job(Struct, frozen=True, kw_only=True):
-    """A job as it stands; what is not known of it is left out."""
+    """The state of a job; a field that is unknown is left out."""
 
     job_id: str
-    tenant: Annotated[str, Meta(description="Whose it is; where an operator asks.")] | UnsetType = (
-        UNSET
-    )
+    tenant: (
+        Annotated[str, Meta(description="The tenant that owns it; shown if an operator asks.")]
+        | UnsetType
+    ) = UNSET
     status: Status
     result: Annotated[
         Raw | UnsetType | None,
@@ -60,11 +56,17 @@ class Job(Struct, frozen=True, kw_only=True):
     error: Annotated[JobError, Meta(description="Why a failed job failed.")] | UnsetType = UNSET
     model: str | UnsetType = UNSET
     version: str | UnsetType = UNSET
-    sha256: Annotated[str, Meta(description="Of the model file that ran.")] | UnsetType = UNSET
+    sha256: (
+        Annotated[str, Meta(description="The SHA-256 of the model file that ran.")] | UnsetType
+    ) = UNSET
     group: str | UnsetType = UNSET
-    priority: Annotated[Priority, Meta(description="When not normal.")] | UnsetType = UNSET
-    worker: Annotated[str, Meta(description="Who ran it, as w-f0fd4a.")] | UnsetType = UNSET
-    round: Annotated[int, Meta(description="Counts a person's retries.")] | UnsetType = UNSET
+    priority: Annotated[Priority, Meta(description="Left out if it is normal.")] | UnsetType = UNSET
+    worker: Annotated[str, Meta(description="The worker that ran it, as w-f0fd4a.")] | UnsetType = (
+        UNSET
+    )
+    round: (
+        Annotated[int, Meta(description="How often the job was retried by request.")] | UnsetType
+    ) = UNSET
     created_at: datetime | UnsetType = UNSET
     started_at: datetime | UnsetType = UNSET
     finished_at: datetime | UnsetType = UNSET
@@ -79,23 +81,28 @@ class TensorShape(Struct, frozen=True):
 
 
 class Validated(Struct, frozen=True, kw_only=True):
-    """A request that would be taken, as it was understood; nothing is stored."""
+    """A request that would be accepted, as the server reads it. Nothing was stored."""
 
     valid: Literal[True] = True
     model: str
     version: Annotated[str, Meta(description="The version that would run.")]
     inputs: list[TensorShape]
-    outputs: Annotated[list[str], Meta(description="Names of the outputs it would give.")]
+    outputs: Annotated[list[str], Meta(description="Names of the outputs in the result.")]
     rows: Annotated[
         int | None,
-        Meta(description="How many rows the inputs have; null where their number is fixed."),
+        Meta(description="How many rows the inputs have; null if the model fixes their number."),
     ]
     options: Options
 
 
 class JobList(Struct, frozen=True):
     jobs: list[Job]
-    cursor: Annotated[str, Meta(description="Asks for the next page; null on the last.")] | None
+    cursor: (
+        Annotated[
+            str, Meta(description="The parameter `cursor` of the next page; null on the last page.")
+        ]
+        | None
+    )
 
 
 class Refused(Struct, frozen=True):
@@ -106,28 +113,28 @@ class Refused(Struct, frozen=True):
     detail: str
 
 
-_MORE: Final = Meta(description="Some may be left: call again, as long as a call does something.")
+_MORE: Final = Meta(description="Jobs may be left: call again, until a call changes nothing.")
 
 
 class Retried(Struct, frozen=True):
-    """At most 1,000 jobs a call."""
+    """What one call retried: at most 1,000 jobs."""
 
-    retried: Annotated[list[str], Meta(description="Their ids; they run again.")]
+    retried: Annotated[list[str], Meta(description="Ids of the jobs that run again.")]
     refused: list[Refused]
     more: Annotated[bool, _MORE]
 
 
 class Cleared(Struct, frozen=True):
-    """At most 1,000 jobs a call."""
+    """How many jobs one call cancelled or deleted: at most 1,000."""
 
     cancelled: int
-    asked: Annotated[int, Meta(description="Running ones that were told to stop.")]
-    purged: Annotated[int, Meta(description="Ended ones that were deleted with their data.")]
+    stopping: Annotated[int, Meta(description="Running jobs that were told to stop.")]
+    purged: Annotated[int, Meta(description="Ended jobs that were deleted with their data.")]
     more: Annotated[bool, _MORE]
 
 
 class Purged(Struct, frozen=True):
-    """How many jobs no longer wait for a model, of all tenants."""
+    """How many waiting jobs of a model were cancelled, of all tenants."""
 
     model: str
     cancelled: int
@@ -139,116 +146,133 @@ class GroupCounts(Struct, frozen=True, kw_only=True):
     completed: int
     failed: int
     cancelled: int
-    expired: Annotated[int, Meta(description="Ended, and no longer kept.")]
+    expired: Annotated[int, Meta(description="Jobs that ended and are no longer kept.")]
 
 
 class Group(Struct, frozen=True, kw_only=True):
-    """How far the jobs of a group are."""
+    """The progress of a group of jobs."""
 
     group: str
-    jobs: Annotated[int, Meta(description="All of them; of more than 1,000,000 the newest.")]
+    jobs: Annotated[
+        int, Meta(description="How many jobs it has; only the newest 1,000,000 are counted.")
+    ]
     counts: GroupCounts
-    progress: Annotated[float, Meta(ge=0, le=1, description="The part of them that has ended.")]
+    progress: Annotated[float, Meta(ge=0, le=1, description="The part of its jobs that has ended.")]
     eta_seconds: (
         Annotated[
             float,
             Meta(
-                description="Until all have ended, at the pace since the first was made; null "
-                "while none has ended."
+                description="Estimate until all have ended, at the rate since the first was "
+                "created; null while none has ended."
             ),
         ]
         | None
     )
-    created_at: Annotated[datetime, Meta(description="When its first job was made.")] | None
+    created_at: Annotated[datetime, Meta(description="When its first job was created.")] | None
     first_failed: Annotated[list[str], Meta(description="Up to 10 ids of failed jobs.")]
 
 
 class GroupCancelled(Struct, frozen=True):
     group: str
-    cancelled: Annotated[int, Meta(description="Jobs that waited, and have ended now.")]
-    asked: Annotated[int, Meta(description="Jobs that run, and were told to stop.")]
+    cancelled: Annotated[int, Meta(description="Waiting jobs that were cancelled.")]
+    stopping: Annotated[int, Meta(description="Running jobs that were told to stop.")]
 
 
 class ModelProblem(Struct, frozen=True, kw_only=True):
-    """Why a version is not served, or not as its file is now."""
+    """Why a version is not served, or why an older file of it is served."""
 
     model: str
     version: Annotated[
-        str | None, Meta(description="null: what is wrong with its model.toml, for all versions.")
+        str | None, Meta(description="null: the problem is in its model.toml, for all versions.")
     ]
-    worker: Annotated[str, Meta(description="Who says so; others may serve it.")]
+    worker: Annotated[
+        str, Meta(description="The worker that reports it; other workers may serve the version.")
+    ]
     reason: str
 
 
 class Model(Struct, frozen=True, kw_only=True):
-    """A model that workers serve: what it takes, what it gives."""
+    """A model that workers serve: its versions, inputs and outputs."""
 
     model: str
     version: Annotated[str, Meta(description="The version that is served.")]
     versions: Annotated[list[str], Meta(description="All announced versions, newest first.")]
-    version_sha256: Annotated[dict[str, str], Meta(description="Of each version's model file.")]
-    default: Annotated[bool, Meta(description="Whether POST /predict means this model.")]
-    url: Annotated[str, Meta(description="Where to POST inputs.")]
+    version_sha256: Annotated[
+        dict[str, str], Meta(description="By version, the SHA-256 of the model file.")
+    ]
+    default: Annotated[
+        bool, Meta(description="Whether POST /predict without a name uses this model.")
+    ]
+    url: Annotated[str, Meta(description="The address to POST inputs to.")]
     description: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     input_axes: Annotated[
         tuple[int | None, ...],
-        Meta(description="Where jobs share runs: per input the axis that counts rows."),
+        Meta(description="For each input, the axis along which jobs are batched."),
     ]
-    output_axes: Annotated[tuple[int | None, ...], Meta(description="The same of the outputs.")]
+    output_axes: Annotated[
+        tuple[int | None, ...],
+        Meta(description="For each output, the axis along which it is split into jobs."),
+    ]
     symbols: Annotated[
         dict[str, list[str]],
-        Meta(description="Open dimensions by name: where they are, equal in one request."),
+        Meta(
+            description="Names of dynamic dimensions, and where each occurs; equal in one request."
+        ),
     ]
     labels: tuple[str, ...]
-    batched: Annotated[bool, Meta(description="Whether several jobs may share a run.")]
-    batching: Annotated[str, Meta(description="Why they may or may not.")]
-    max_rows: Annotated[int, Meta(description="How many rows one job may have.")]
-    sha256: Annotated[str, Meta(description="Of the model file.")]
-    example: Annotated[Any, Meta(description="A request body that works; null if unknown.")]
-    paused: Annotated[bool, Meta(description="While true jobs are taken in, and none is run.")]
+    batched: Annotated[bool, Meta(description="Whether several jobs may run as one batch.")]
+    batching: Annotated[str, Meta(description="Why jobs may or may not be batched.")]
+    max_rows: Annotated[int, Meta(description="The largest number of rows of one job.")]
+    sha256: Annotated[str, Meta(description="The SHA-256 of the model file.")]
+    example: Annotated[Any, Meta(description="A request body that works; null if none is known.")]
+    paused: Annotated[bool, Meta(description="True: jobs are accepted, but none is run.")]
     workers: Annotated[int, Meta(description="Living workers that serve it.")]
     problems: Annotated[
-        list[ModelProblem], Meta(description="Versions that a worker found and does not serve.")
+        list[ModelProblem], Meta(description="Versions that a worker found but does not serve.")
     ]
     run_times: Annotated[
         dict[str, dict[str, float]],
-        Meta(description="By worker, the seconds of a run by its number of rows, as measured."),
+        Meta(description="By worker and number of rows, the measured seconds of a run."),
     ]
 
 
 class ModelList(Struct, frozen=True):
     models: list[Model]
     problems: Annotated[
-        list[ModelProblem], Meta(description="Of models that no worker serves in any version.")
+        list[ModelProblem],
+        Meta(description="Problems of models that no worker serves in any version."),
     ]
     loading: Annotated[
-        list[str], Meta(description="Models that a worker has in its folder and has yet to load.")
+        list[str],
+        Meta(description="Models in the folder of a worker that has not loaded them yet."),
     ]
 
 
 class Pause(Struct, frozen=True):
-    """Whether a model's jobs are run; they are taken in either way."""
+    """Whether a model's jobs are run; they are accepted in both cases."""
 
     model: str
     paused: bool
 
 
 class Scale(Struct, frozen=True, kw_only=True):
-    """How much work waits for a model. S slots work off S seconds of backlog a second."""
+    """The backlog of a model. S slots work off S seconds of backlog per second."""
 
     model: str
-    waiting_jobs: Annotated[int, Meta(description="Due to run; cancelled ones do not count.")]
+    waiting_jobs: Annotated[
+        int, Meta(description="Jobs that are due to run, without cancelled ones.")
+    ]
     running_jobs: int
-    paused: Annotated[bool, Meta(description="While true nothing is due.")]
+    paused: Annotated[bool, Meta(description="While it is true, no job is due.")]
     oldest_age_seconds: OldestAge
     seconds_per_job: SecondsPerJob
     backlog_seconds: Backlog
     workers: LivingWorkers
     slots: Slots
     starved: Annotated[
-        int, Meta(ge=0, le=1, description="1: jobs are due and no worker is there for them.")
+        int, Meta(ge=0, le=1, description="1: jobs are due and no living worker can run them.")
     ]
 
 
@@ -257,14 +281,14 @@ class Alive(Struct, frozen=True):
 
 
 class Health(Struct, frozen=True, kw_only=True):
-    """Where API keys are in use, one with the scope `read` is shown more than the status."""
+    """With API keys in use, only a key with the scope `read` gets more than `status`."""
 
     status: Literal["ok"] = "ok"
     redis: Annotated[str, Meta(description="The server's name and version.")] | UnsetType = UNSET
     queues: Annotated[dict[str, int], Meta(description="Waiting jobs by queue.")] | UnsetType = (
         UNSET
     )
-    workers: Annotated[int, Meta(description="Workers heard of lately.")] | UnsetType = UNSET
+    workers: Annotated[int, Meta(description="Living workers.")] | UnsetType = UNSET
     starved: (
         Annotated[
             list[str], Meta(description="Models with due jobs that no living worker has or loads.")
@@ -280,5 +304,5 @@ class About(Struct, frozen=True):
 
 
 def at(time_ms: int | None) -> datetime | UnsetType:
-    """A time in a record as an answer shows it; one that no answer can show is left out."""
+    """The time in an answer for a time in a record; UNSET if it is missing or out of range."""
     return decoding.time(time_ms) or UNSET

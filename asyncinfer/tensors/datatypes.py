@@ -1,7 +1,7 @@
-"""Open Inference tensors <-> numpy: the datatypes, what fits them, and JSON read as one.
+"""Datatypes of the Open Inference Protocol: their numpy dtypes, their ranges, and JSON decoding.
 
-`np.asarray` takes None, "1.5" and True for numbers and turns 1e39 into inf, so nothing relies
-on it: the decoder knows the type and range of every element before numpy sees them.
+`np.asarray` accepts None, "1.5" and True as numbers and turns 1e39 into inf, so nothing relies
+on it: the decoder checks the type and range of every element before numpy sees them.
 """
 
 import functools
@@ -24,26 +24,26 @@ from asyncinfer.tensors import missing_values
 
 Array: TypeAlias = npt.NDArray[np.generic]
 Feeds: TypeAlias = Mapping[str, Array]
-"""What a run is given, by the name of the input."""
+"""The input arrays of a run, by input name."""
 
 Dim: TypeAlias = int | str | None
 
 
 class TensorSpec(Struct, frozen=True):
-    """A tensor that a model takes or gives, as its graph declares it."""
+    """An input or output of a model, as its graph declares it."""
 
     name: str
     datatype: str
     """Open Inference name: FP32, INT64, BYTES (strings)..."""
     shape: tuple[Dim, ...] | None
-    """Per dimension its size, its symbolic name, or None where the graph says neither; None as a
-    whole where the graph leaves open how many dimensions there are."""
+    """Per dimension its size, its symbolic name, or None if the graph gives neither. None instead
+    of a tuple if the graph does not give the number of dimensions."""
     optional: bool = False
-    """Whether a request may leave this input out; the graph has a value of its own for it."""
+    """Whether a request may leave this input out, because the graph has a default value for it."""
 
 
-MOST_DIMENSIONS: Final = 32
-"""Of any tensor, given or stored."""
+MAX_DIMENSIONS: Final = 32
+"""The limit for every tensor, in requests and in stored payloads."""
 
 DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "BOOL": np.dtype(np.bool_),
@@ -61,15 +61,15 @@ DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "FP64": np.dtype(np.float64),
     "BYTES": np.dtype(object),
 }
-"""The numpy dtype of each datatype; strings are `str` objects, as ONNX Runtime wants them."""
+"""The numpy dtype of each datatype; strings are `str` objects, as ONNX Runtime requires."""
 
 _DATATYPES: Final = {dtype: datatype for datatype, dtype in DTYPES.items()}
 
 FLOATS: Final = frozenset({"FP16", "BF16", "FP32", "FP64"})
 
-# The last number that still rounds to a finite one lies half a step above the largest of them.
+# The last number that rounds to a finite value is half a step above the largest finite value.
 _FP16_END: Final = math.nextafter(65520.0, 0.0)
-# bfloat16 is made by way of float32, so it is rounded twice.
+# bfloat16 is converted by way of float32, so it is rounded twice.
 _BF16_END: Final = math.nextafter(2.0**128 - 2.0**119 - 2.0**103, 0.0)
 _FP32_END: Final = math.nextafter(2.0**128 - 2.0**103, 0.0)
 
@@ -87,11 +87,11 @@ RANGES: Final[dict[str, tuple[float, float]]] = {
     "FP32": (-_FP32_END, _FP32_END),
     "FP64": (-sys.float_info.max, sys.float_info.max),
 }
-"""The numbers that fit each numeric datatype, ends included."""
+"""The smallest and largest number that fit each numeric datatype."""
 
 _LONG_BYTES: Final = 1024
 _PIECE_BYTES: Final = 64 << 10
-"""Of a long text, what is parsed in one call: no thread can run during such a call."""
+"""How much of a long text is parsed per call: no other thread can run during a call."""
 
 _BRACKETS_TO_SPACES: Final = bytes.maketrans(b"[]", b"  ")
 _NUMBER_BYTES: Final = b"0123456789+-.eE \t\r\n"
@@ -102,40 +102,41 @@ _PLACE: Final = re.compile(r" - at `\$\[(\d+)\]`")
 
 
 def decode(data: bytes | msgspec.Raw, spec: TensorSpec) -> Array:
-    """The JSON text `data` as an array of `spec`'s datatype; its shape is still to be checked.
+    """The JSON text `data` as an array of `spec`'s datatype and number of dimensions.
 
-    An element of a float may be null, or "NaN", "Infinity" or "-Infinity". Raises ValueError or
-    OverflowError when anything in it is not an element of that datatype.
+    The sizes of its dimensions are not checked. An element of a float datatype may be null, "NaN",
+    "Infinity" or "-Infinity". Raises ValueError or OverflowError if any element does not fit the
+    datatype.
     """
     data = bytes(data)
     try:
         return _decode_plain(data, spec)
     except (ValueError, OverflowError):
-        # Most texts have no such element, so they are not searched for one before.
-        plain = _without_gaps(data, spec)
+        # Most texts have no missing value, so they are searched for one only after an error.
+        plain = _replace_missing(data, spec)
         if plain is data:
             raise
     array = _decode_plain(plain, spec)
-    _put_back(array, data)
+    _restore_missing(array, data)
     return array
 
 
-def _without_gaps(data: bytes, spec: TensorSpec) -> bytes:
-    return missing_values.with_zeros(data) if spec.datatype in FLOATS else data
+def _replace_missing(data: bytes, spec: TensorSpec) -> bytes:
+    return missing_values.replace_with_zeros(data) if spec.datatype in FLOATS else data
 
 
-def _put_back(array: Array, text: bytes) -> None:
-    """Gives the elements that `_without_gaps` replaced in `text` their values.
+def _restore_missing(array: Array, text: bytes) -> None:
+    """Writes NaN and infinities into `array`, where `_replace_missing` wrote zeros for them.
 
-    `array` was read from what that made, so the text is numbers and gaps alone: the number of an
-    element is how many commas come before it, and one letter tells each kind of gap from all else.
+    `text` is the text before that, and has nothing but numbers and missing values: the index of an
+    element is the number of commas before it, and one letter identifies each kind of missing value.
     """
     codes = np.frombuffer(text, np.uint8)
     commas = np.flatnonzero(codes == ord(","))
     if array.size != len(commas) + 1:
         raise ValueError(_IRREGULAR)
     elements: npt.NDArray[Any] = array.reshape(-1)
-    for letter in b"au":  # of NaN and null
+    for letter in b"au":  # in NaN and null
         elements[np.searchsorted(commas, np.flatnonzero(codes == letter))] = math.nan
     infinite = np.flatnonzero(codes == ord("I"))
     is_negative = codes[infinite - 1] == ord("-")
@@ -153,22 +154,22 @@ def _decode_plain(data: bytes, spec: TensorSpec) -> Array:
 
 
 def nesting_of(data: bytes) -> int:
-    """How many dimensions the JSON text has, by the brackets that it begins with.
+    """The number of dimensions of the JSON text, counted from its leading brackets.
 
-    Raises ValueError where there are more than a tensor may have.
+    Raises ValueError if there are more than MAX_DIMENSIONS.
     """
     brackets = _BEGINNING.match(data)
     depth = brackets[0].count(b"[") if brackets else 0
-    if depth > MOST_DIMENSIONS:
-        raise ValueError(f"it is nested deeper than {MOST_DIMENSIONS} arrays")
+    if depth > MAX_DIMENSIONS:
+        raise ValueError(f"it is nested deeper than {MAX_DIMENSIONS} arrays")
     return depth
 
 
 def _decode_numbers(data: bytes, shape: tuple[int, ...], datatype: str) -> Array:
-    """Reads the numbers of a long text piece by piece, without its nesting.
+    """Decodes the numbers of a long text in pieces, ignoring its nesting.
 
-    One list of numbers makes no list per row, so it takes half the time of nested lists, or a
-    tenth where rows are short; and other threads run between two pieces.
+    One flat list takes half the time of nested lists, or a tenth if rows are short, because there
+    is no list per row; and other threads can run between two pieces.
     """
     decode_piece = _decoder(datatype, 1)
     pieces: list[Array] = []
@@ -176,7 +177,7 @@ def _decode_numbers(data: bytes, shape: tuple[int, ...], datatype: str) -> Array
     for piece in _pieces(data.translate(_BRACKETS_TO_SPACES)):
         try:
             values: Any = decode_piece(b"[%b]" % piece)
-            pieces.append(_packed(values, datatype))
+            pieces.append(_flat_array(values, datatype))
         except msgspec.ValidationError as error:
             raise ValueError(_at_element(error, position)) from error
         position += len(values)
@@ -184,12 +185,12 @@ def _decode_numbers(data: bytes, shape: tuple[int, ...], datatype: str) -> Array
 
 
 def _shape_of(nesting: bytes, rank: int) -> tuple[int, ...]:
-    """The shape of an array from its brackets and commas alone.
+    """The shape of an array, read from its brackets and commas.
 
-    Raises ValueError unless they are what a regular array of this rank has.
+    Raises ValueError unless they form a regular array of this rank.
     """
     if other := _NO_NESTING.search(nesting):
-        raise ValueError(f"element {nesting.count(b',', 0, other.start())} is no number")
+        raise ValueError(f"element {nesting.count(b',', 0, other.start())} is not a number")
     inner = nesting[rank : nesting.find(b"]")]
     sizes = [len(inner) + 1]
     whole = b"[%b]" % inner
@@ -218,49 +219,53 @@ def _pieces(text: bytes) -> Iterator[bytes]:
 
 
 def _at_element(error: msgspec.ValidationError, position: int) -> str:
-    """The message of an error in a piece whose first element has this number, from 0."""
+    """The error's message with the element's index in the text; the piece starts at `position`."""
     message = str(error)
     place = _PLACE.search(message)
     return f"element {position + int(place[1])}: {message[: place.start()]}" if place else message
 
 
-def _packed(values: list[Any], datatype: str) -> Array:
+def _flat_array(values: list[Any], datatype: str) -> Array:
     if datatype not in FLOATS:
         return np.array(values, dtype=DTYPES[datatype])
-    # What np.array makes of the list, in half of its time.
+    # The same as np.array(values), in half the time.
     packed = np.frombuffer(struct.pack(f"{len(values)}d", *values))
     return packed.astype(DTYPES[datatype])
 
 
 def decode_rows(data: Sequence[bytes], spec: TensorSpec) -> tuple[Array, list[int]]:
-    """The rows of several JSON texts in one array, and how many each has; raises as `decode`."""
+    """Decodes several JSON texts of shape `(rows, *dims)` into one array.
+
+    Returns the array of shape `(total rows, *dims)`, in the order of `data`, and the number of rows
+    of each text. Shapes are not checked; raises as `decode` does, without saying which text.
+    """
     try:
         return _decode_plain_rows(data, spec)
     except (ValueError, OverflowError):
-        plain = [_without_gaps(one, spec) for one in data]
+        plain = [_replace_missing(text, spec) for text in data]
         if all(map(operator.is_, plain, data)):
             raise
     rows, counts = _decode_plain_rows(plain, spec)
-    _put_back(rows, b",".join(data))
+    _restore_missing(rows, b",".join(data))
     return rows, counts
 
 
 def _decode_plain_rows(data: Sequence[bytes], spec: TensorSpec) -> tuple[Array, list[int]]:
     decoder = _decoder(spec.datatype, len(dims(spec)))
-    values: list[Any] = [decoder(one) for one in data]
+    values: list[Any] = [decoder(text) for text in data]
     rows = list(itertools.chain.from_iterable(values))
-    return np.array(rows, dtype=DTYPES[spec.datatype]), [len(one) for one in values]
+    return np.array(rows, dtype=DTYPES[spec.datatype]), [len(text_rows) for text_rows in values]
 
 
 def datatype_of(array: Array) -> str:
-    """The Open Inference datatype of an array; KeyError where it has none."""
+    """The Open Inference datatype of an array; raises KeyError if its dtype has none."""
     return _DATATYPES[array.dtype]
 
 
 def fits(shape: tuple[int, ...], spec: TensorSpec) -> bool:
-    """Whether `shape` is one that `spec` declares; an empty array never is."""
+    """Whether an array of `shape` fits `spec`; sizes of one symbol must be equal, and no size 0."""
     if spec.shape is None:
-        return len(shape) <= MOST_DIMENSIONS and 0 not in shape
+        return len(shape) <= MAX_DIMENSIONS and 0 not in shape
     if len(shape) != len(spec.shape) or 0 in shape:
         return False
     symbols: dict[str, int] = {}
@@ -274,19 +279,19 @@ def fits(shape: tuple[int, ...], spec: TensorSpec) -> bool:
 
 
 def is_open(spec: TensorSpec) -> bool:
-    """Whether the size of the first dimension is the caller's choice."""
+    """Whether the first dimension has no fixed size."""
     return bool(spec.shape) and not isinstance(dims(spec)[0], int)
 
 
 def dims(spec: TensorSpec) -> tuple[Dim, ...]:
-    """The dimensions that `spec` declares; none where it leaves open how many there are."""
+    """The dimensions that `spec` declares; empty if it does not give their number."""
     return spec.shape or ()
 
 
 def shape_words(spec: TensorSpec) -> str:
-    """`spec`'s shape as people read it: `[batch, 3, ?]`."""
+    """The shape as text for people: `[batch, 3, ?]`."""
     if spec.shape is None:
-        return f"[...] of up to {MOST_DIMENSIONS} dimensions"
+        return f"[...] of up to {MAX_DIMENSIONS} dimensions"
     return f"[{', '.join('?' if dim is None else str(dim) for dim in spec.shape)}]"
 
 
@@ -304,6 +309,6 @@ def _element_type(datatype: str) -> object:
     if datatype == "BYTES":
         return str
     low, high = RANGES[datatype]
-    if datatype == "UINT64":  # msgspec has no bound beyond int64; numpy refuses the rest
+    if datatype == "UINT64":  # msgspec has no bound beyond int64; numpy rejects larger numbers
         return Annotated[int, Meta(ge=0)]
     return Annotated[float if datatype in FLOATS else int, Meta(ge=low, le=high)]

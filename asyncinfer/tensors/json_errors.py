@@ -1,6 +1,7 @@
-"""Every fault of an input that was refused: where it is, and what is expected there.
+"""Errors of a JSON array, element by element: each with its place and what is expected there.
 
-The slow path: it walks in Python what the decoder refused in one go.
+This is the slow path, taken after the decoder has rejected an input: it visits every element in
+Python.
 """
 
 import codecs
@@ -26,47 +27,47 @@ from asyncinfer.tensors.datatypes import (
 )
 from asyncinfer.tensors.missing_values import WORDS, is_gap
 
-MAX_FAULTS: Final = 20
-"""How many faults one answer lists; the rest is only counted."""
+MAX_LISTED_ERRORS: Final = 20
+"""How many errors one answer lists; the others are only counted."""
 
 _MAX_COUNTED: Final = 1000
 _MAX_INT_DIGITS: Final = 300
 _SHOWN_CHARACTERS: Final = 64
 _EXAMINED_BYTES: Final = 64 << 10
-"""How much of a long text is searched for faults: a request must not cost more than its size, and
-this walk costs some 40 times what the decoder does."""
+"""How much of a long text is searched for errors: the search costs about 40 times as much as the
+decoder, and the cost of a request should match its size."""
 
-_STRETCH: Final = 64
-"""Elements that are looked at together, before one of them is looked for."""
+_CHUNK_ELEMENTS: Final = 64
+"""How many elements are checked together, before each of them is."""
 
 _WORDS: Final = '"NaN", "Infinity", "-Infinity"'
-_GAPS_ARE_FOR: Final = 'only FP16, BF16, FP32 and FP64 take null and "NaN"'
+_MISSING_VALUE_RULE: Final = 'only FP16, BF16, FP32 and FP64 take null and "NaN"'
 
 _INFINITIES: Final = (math.inf, -math.inf)
-"""What Python's parser makes of numbers beyond every datatype, such as 1e400."""
+"""The values that Python's parser gives for numbers beyond every datatype, such as 1e400."""
 
 
 def refusal(faults: Iterable[Fault], *, otherwise: str = "does not fit") -> InvalidInput:
-    """The error that lists `faults`: the first MAX_FAULTS, and how many more there are.
+    """The error that lists `faults`: the first MAX_LISTED_ERRORS, and how many more there are.
 
-    `otherwise` is what it says where there are none.
+    `otherwise` is its detail if there are none.
     """
     found = list(itertools.islice(faults, _MAX_COUNTED)) or [Fault("/data", otherwise)]
-    whole = f"/{found[0].pointer[1:].partition('/')[0]}"
+    root = f"/{found[0].pointer[1:].partition('/')[0]}"
     least = "at least " if len(found) == _MAX_COUNTED else ""
     detail = f"{found[0].pointer}: {found[0].detail}"
     if len(found) > 1:
         detail = f"{detail} (and {least}{len(found) - 1} more)"
-    unlisted = len(found) - MAX_FAULTS
+    unlisted = len(found) - MAX_LISTED_ERRORS
     if unlisted > 0:
-        found[MAX_FAULTS:] = [Fault(whole, f"{least}{unlisted} more faults are not listed")]
+        found[MAX_LISTED_ERRORS:] = [Fault(root, f"{least}{unlisted} more errors are not listed")]
     return InvalidInput(detail, faults=found)
 
 
 def unknown_name(name: str, known: Iterable[str]) -> str:
-    """Says that `name` is none of the known names, and which one may be meant."""
+    """The detail of an error about a name that is not known, with the most similar known name."""
     names = sorted(known)
-    listed = ", ".join(f"`{one}`" for one in names) or "none"
+    listed = ", ".join(f"`{known_name}`" for known_name in names) or "none"
     if nearest := get_close_matches(name[:_SHOWN_CHARACTERS], names, n=1):
         return f"There is no such name. Did you mean `{nearest[0]}`? Known: {listed}."
     return f"There is no such name. Known: {listed}."
@@ -75,9 +76,10 @@ def unknown_name(name: str, known: Iterable[str]) -> str:
 def find(
     data: bytes, spec: TensorSpec, *, model: str, max_rows: int, at: str = "/data"
 ) -> Iterator[Fault]:
-    """Where the JSON text `data` differs from what `model` takes; pointers start with `at`.
+    """Every difference between the JSON text `data` and `spec`; pointers start with `at`.
 
-    Of a long text only the beginning is examined, so there may be no fault in it.
+    `model` is the name in the details. Only the first 64 KiB of a long text are examined, so there
+    may be no error in them.
     """
     if spec.shape is None:
         try:
@@ -85,31 +87,32 @@ def find(
         except ValueError as error:
             yield Fault(at, str(error))
             return
-        # What the graph leaves open has no rows to count.
+        # Without a declared number of dimensions, there are no rows to count.
         spec, max_rows = TensorSpec(spec.name, spec.datatype, (None,) * rank), sys.maxsize
     text, cut = _beginning(data) if len(data) > _EXAMINED_BYTES else (data, 0)
     try:
-        value = json.loads(text.decode(), parse_int=_int, parse_constant=lambda _: _NoJson())
+        value = json.loads(text.decode(), parse_int=_int, parse_constant=lambda _: _NonFinite())
     except UnicodeDecodeError as error:
         yield Fault(at, f"not UTF-8 at byte {error.start}")
     except json.JSONDecodeError as error:
-        # A beginning with brackets in strings cannot be closed by counting brackets.
+        # Counting brackets closes the cut text wrongly if there are brackets in strings.
         if not cut:
             yield Fault(at, _syntax_problem(data, error))
     except RecursionError:
         yield Fault(at, f"nested too deep, {model} takes shape {shape_words(spec)}")
     else:
-        yield from _Walk(spec, model, max_rows, at, cut).faults(value)
+        yield from _ErrorFinder(spec, model, max_rows, at, cut).find(value)
 
 
-def too_many_rows(rows: str, spec: TensorSpec, *, model: str, max_rows: int) -> str:
+def too_many_rows_detail(rows: str, spec: TensorSpec, *, model: str, max_rows: int) -> str:
+    """The detail of an error about too many rows; `rows` is their number, in words."""
     noun = "rows" if len(dims(spec)) > 1 else f"{_element(spec.datatype).noun}s"
     return f"{rows} {noun}, {model} takes at most {max_rows} in one job"
 
 
 def _beginning(data: bytes) -> tuple[bytes, int]:
-    """The first elements of a text, as JSON, and how many of its arrays were cut short by that:
-    the outermost, the last in it, and so on."""
+    """The first elements of a text as valid JSON, and how many nested arrays were cut short: the
+    outermost one, the last one in it, and so on."""
     end = data.rfind(b",", 0, _EXAMINED_BYTES)
     if end < 0:
         return data, 0
@@ -118,8 +121,8 @@ def _beginning(data: bytes) -> tuple[bytes, int]:
     return head + b"]" * cut, cut
 
 
-class _NoJson:
-    """Stands for NaN and Infinity, which Python's parser takes and JSON has not."""
+class _NonFinite:
+    """Marks a bare NaN or Infinity, which Python's parser accepts but JSON does not have."""
 
 
 def _int(digits: str) -> int | float:
@@ -132,24 +135,24 @@ def _syntax_problem(data: bytes, error: json.JSONDecodeError) -> str:
     return f"not valid JSON: {error.msg} at character {error.pos}"
 
 
-class _Walk:
-    """Goes through a parsed value and tells where it differs from `spec`."""
+class _ErrorFinder:
+    """Compares a parsed JSON value with a tensor's spec."""
 
     def __init__(self, spec: TensorSpec, model: str, max_rows: int, root: str, cut: int) -> None:
         self._spec = spec
         self._root = root
         self._cut = cut
         self._cut_lists: set[int] = set()
-        """Lists of which the end is missing, by their `id`."""
+        """The `id`s of lists whose end is missing."""
         self._dims = dims(spec)
         self._rank = len(self._dims)
         self._model = model
         self._max_rows = max_rows
         self._element = _element(spec.datatype)
         self._sizes: dict[int | str, int] = {}
-        """Sizes of open dimensions as first met, by symbol, or by axis without one."""
+        """First size of each dynamic dimension, by symbol, or by axis if it has none."""
 
-    def faults(self, value: object) -> Iterator[Fault]:
+    def find(self, value: object) -> Iterator[Fault]:
         last = value
         for _ in range(self._cut):
             if isinstance(last, list):
@@ -159,46 +162,51 @@ class _Walk:
             takes = f"{self._model} takes {self._rank}: shape {shape_words(self._spec)}"
             yield Fault(self._root, f"1 dimension, {takes}{_as_row(value, self._rank)}")
         else:
-            yield from self._at(self._root, value, 0)
+            yield from self._value_errors(self._root, value, 0)
 
-    def _at(self, pointer: str, value: object, axis: int) -> Iterator[Fault]:
+    def _value_errors(self, pointer: str, value: object, axis: int) -> Iterator[Fault]:
         if axis == self._rank:
-            yield from self._leaf(pointer, value)
+            yield from self._element_errors(pointer, value)
         elif not isinstance(value, list):
             yield Fault(pointer, f"{_kind(value)}, expected {self._array_words(axis)}")
         elif axis == 0 and is_open(self._spec) and len(value) > self._max_rows:
             rows = f"more than {self._max_rows}" if self._cut else str(len(value))
-            detail = too_many_rows(rows, self._spec, model=self._model, max_rows=self._max_rows)
+            detail = too_many_rows_detail(
+                rows, self._spec, model=self._model, max_rows=self._max_rows
+            )
             yield Fault(pointer, detail)
         else:
-            yield from self._inside(pointer, value, axis)
+            yield from self._array_errors(pointer, value, axis)
 
-    def _inside(self, pointer: str, items: list[object], axis: int) -> Iterator[Fault]:
+    def _array_errors(self, pointer: str, items: list[object], axis: int) -> Iterator[Fault]:
         problem = "" if id(items) in self._cut_lists else self._size_problem(len(items), axis)
         if problem:
             place = f"row {pointer.rpartition('/')[2]} has " if axis == 1 else ""
             yield Fault(pointer, f"{place}{problem}")
-        for index in self._suspects(items, axis):
-            yield from self._at(f"{pointer}/{index}", items[index], axis + 1)
+        for index in self._unchecked(items, axis):
+            yield from self._value_errors(f"{pointer}/{index}", items[index], axis + 1)
 
-    def _suspects(self, items: list[object], axis: int) -> Iterator[int]:
-        """The places of all items but those elements that are seen to be sound together."""
+    def _unchecked(self, items: list[object], axis: int) -> Iterator[int]:
+        """Indexes of items to visit: all but chunks of elements that are all valid."""
         if axis < self._rank - 1:
             yield from range(len(items))
             return
-        for start in range(0, len(items), _STRETCH):
-            stretch = items[start : start + _STRETCH]
-            if not self._element.takes_all(stretch):
-                yield from range(start, start + len(stretch))
+        for start in range(0, len(items), _CHUNK_ELEMENTS):
+            chunk = items[start : start + _CHUNK_ELEMENTS]
+            if not self._element.accepts_all(chunk):
+                yield from range(start, start + len(chunk))
 
-    def _leaf(self, pointer: str, value: object) -> Iterator[Fault]:
+    def _element_errors(self, pointer: str, value: object) -> Iterator[Fault]:
         element = self._element
-        if element.takes_all([value]):
+        if element.accepts_all([value]):
             return
         if type(value) in element.types or (element.range and value in _INFINITIES):
             yield Fault(pointer, f"beyond the range of {self._spec.datatype}")
         else:
-            yield Fault(pointer, f"{_kind(value)}, expected {element.one}{element.hint(value)}")
+            yield Fault(
+                pointer,
+                f"{_kind(value)}, expected {element.noun_with_article}{element.hint(value)}",
+            )
 
     def _size_problem(self, size: int, axis: int) -> str:
         dim = self._dims[axis]
@@ -223,18 +231,19 @@ class _Walk:
 
 
 class _Element(Struct, frozen=True):
-    """What an element of a datatype may be, and how to call it."""
+    """What an element of a datatype may be, and its name in messages."""
 
-    one: str
+    noun_with_article: str
     noun: str
     types: frozenset[type]
     range: tuple[float, float] | None = None
-    takes_gaps: bool = False
+    takes_missing_values: bool = False
 
-    def takes_all(self, items: list[Any]) -> bool:
-        """One look at a whole row, because a large input has too many elements to visit."""
+    def accepts_all(self, items: list[Any]) -> bool:
+        """Checks many elements at once, because visiting each of a large input is too slow."""
         if not self.types.issuperset(map(type, items)):
-            items = [item for item in items if not is_gap(item)] if self.takes_gaps else items
+            if self.takes_missing_values:
+                items = [item for item in items if not is_gap(item)]
             if not self.types.issuperset(map(type, items)):
                 return False
         if self.range is None or not items:
@@ -243,13 +252,13 @@ class _Element(Struct, frozen=True):
         return bool(low <= min(items) and max(items) <= high)
 
     def hint(self, value: object) -> str:
-        """What to write instead, where NaN or an infinity seems to be meant."""
-        if self.takes_gaps:
-            if isinstance(value, _NoJson):
+        """What to write instead, if the value seems to mean NaN or an infinity."""
+        if self.takes_missing_values:
+            if isinstance(value, _NonFinite):
                 return f"; JSON has neither, write {_WORDS} or null"
             return f", or {_WORDS}" if isinstance(value, str) else ""
-        is_meant = is_gap(value) and (value is None or str not in self.types)
-        return f"; {_GAPS_ARE_FOR}" if is_meant or isinstance(value, _NoJson) else ""
+        is_missing = is_gap(value) and (value is None or str not in self.types)
+        return f"; {_MISSING_VALUE_RULE}" if is_missing or isinstance(value, _NonFinite) else ""
 
 
 def _element(datatype: str) -> _Element:
@@ -259,12 +268,12 @@ def _element(datatype: str) -> _Element:
         return _Element("a string", "string", frozenset({str}))
     if datatype in FLOATS:
         numbers = frozenset({int, float})
-        return _Element("a number", "number", numbers, RANGES[datatype], takes_gaps=True)
+        return _Element("a number", "number", numbers, RANGES[datatype], takes_missing_values=True)
     return _Element("a whole number", "whole number", frozenset({int}), RANGES[datatype])
 
 
 def _as_row(items: list[object], rank: int) -> str:
-    """How a row of numbers that came alone is one of a list."""
+    """A hint for a single row that was sent without a list around it: how to write it."""
     first = items[0]
     if rank != 2 or type(first) not in (int, float) or first in _INFINITIES:
         return ""
@@ -292,5 +301,5 @@ _KINDS: Final[dict[type, str]] = {
     dict: "an object",
     int: "a whole number",
     float: "a number with a decimal point",
-    _NoJson: "NaN or Infinity",
+    _NonFinite: "NaN or Infinity",
 }

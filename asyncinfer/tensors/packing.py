@@ -1,8 +1,8 @@
-"""How tensors are stored with a job: a tag, what they are, their bytes.
+"""The binary format in which tensors are stored with a job: a tag, a header and their bytes.
 
 `0x01`, the header's length (4 bytes, little-endian), the header (msgpack: name, datatype and shape
 of each tensor), then the tensors in that order, little-endian and row-major as in the Open
-Inference Protocol, each beginning at a multiple of 16. JSON text never begins with the tag.
+Inference Protocol, each starting at a multiple of 16. JSON text never begins with the tag.
 """
 
 import functools
@@ -22,16 +22,17 @@ TAG: Final = b"\x01"
 """The first byte of packed tensors."""
 
 _ALIGNMENT: Final = 16
-_MOST_ELEMENTS: Final = 1 << 48
-"""Of an empty tensor too: numpy refuses shapes whose product overflows."""
-_MOST_RANK: Final = 32
-"""Numpy's own until version 2."""
+_MAX_ELEMENTS: Final = 1 << 48
+"""Also limits empty tensors, with sizes of 0 taken as 1: numpy rejects shapes whose product
+overflows."""
+_MAX_RANK: Final = 32
+"""The limit of numpy before version 2."""
 _PREFIX: Final = struct.Struct("<cI")
 _LENGTH: Final = struct.Struct("<I")
 
 
 class PackedTensor(Struct, frozen=True, array_like=True):
-    """One entry of the header; `size` in bytes."""
+    """One entry of the header; `size` is in bytes."""
 
     name: str
     datatype: str
@@ -40,11 +41,11 @@ class PackedTensor(Struct, frozen=True, array_like=True):
 
 
 class DamagedPayload(ValueError):
-    """Bytes that are not packed tensors, though they begin like it."""
+    """The bytes begin with the tag, but are not packed tensors."""
 
 
 class TooManyStrings(DamagedPayload):
-    """More strings than the shape of their tensor takes."""
+    """A tensor has more strings than its shape allows."""
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -52,11 +53,12 @@ _decode = msgspec.msgpack.Decoder(tuple[PackedTensor, ...]).decode
 
 
 def is_packed(payload: bytes) -> bool:
+    """Whether the payload begins with the tag of packed tensors."""
     return payload[:1] == TAG
 
 
 def pack(tensors: Mapping[str, Array]) -> bytes:
-    """The tensors in one payload; strings are stored with their length before each."""
+    """Packs the tensors into one payload; each string is stored after its length."""
     parts = [(name, array, _bytes_of(array)) for name, array in tensors.items()]
     header = _encode(
         [
@@ -73,38 +75,42 @@ def pack(tensors: Mapping[str, Array]) -> bytes:
 
 
 def unpack(payload: bytes) -> dict[str, Array]:
-    """What was packed, as read-only views of `payload`; raises DamagedPayload."""
+    """The tensors by name, as read-only views of `payload`; raises DamagedPayload."""
     tensors, starts = layout(payload)
     return {
-        one.name: _array_of(one, payload, start) for one, start in zip(tensors, starts, strict=True)
+        tensor.name: _array_of(tensor, payload, start)
+        for tensor, start in zip(tensors, starts, strict=True)
     }
 
 
 def unpack_alike(payloads: Sequence[bytes]) -> list[dict[str, Array]] | None:
-    """`unpack` of several at once; None unless all describe the same numbers in the same shapes.
+    """`unpack` of several payloads at once, in much less time per payload.
 
-    Raises DamagedPayload where the first is damaged.
+    Returns one dict per payload, whose arrays have the shape in its header: they are rows of one
+    array `(payloads, *shape)` per name. Returns None unless all headers are equal and without
+    BYTES and BOOL. Raises DamagedPayload if the first payload is corrupt.
     """
     first = payloads[0]
     tensors, starts = layout(first)
     head = first[: _PREFIX.size + _PREFIX.unpack_from(first)[1]]
-    if any(one.datatype in ("BYTES", "BOOL") for one in tensors):
+    if any(tensor.datatype in ("BYTES", "BOOL") for tensor in tensors):
         return None
-    if any(len(one) != len(first) or not one.startswith(head) for one in payloads):
+    if any(len(other) != len(first) or not other.startswith(head) for other in payloads):
         return None
     table = np.frombuffer(b"".join(payloads), np.uint8).reshape(len(payloads), len(first))
-    names = [one.name for one in tensors]
+    names = [tensor.name for tensor in tensors]
     columns = [
-        np.ascontiguousarray(table[:, start : start + one.size])
-        .view(DTYPES[one.datatype])
-        .reshape(len(payloads), *one.shape)
-        for one, start in zip(tensors, starts, strict=True)
+        np.ascontiguousarray(table[:, start : start + tensor.size])
+        .view(DTYPES[tensor.datatype])
+        .reshape(len(payloads), *tensor.shape)
+        for tensor, start in zip(tensors, starts, strict=True)
     ]
     return [dict(zip(names, arrays, strict=True)) for arrays in zip(*columns, strict=True)]
 
 
 def layout(payload: bytes) -> tuple[tuple[PackedTensor, ...], tuple[int, ...]]:
-    """The tensors of a payload, and where each one's bytes begin; raises DamagedPayload."""
+    """The header entries of a payload, and the offset of each tensor's bytes; raises
+    DamagedPayload."""
     try:
         _, length = _PREFIX.unpack_from(payload)
     except struct.error as error:
@@ -117,24 +123,26 @@ def layout(payload: bytes) -> tuple[tuple[PackedTensor, ...], tuple[int, ...]]:
 
 @functools.lru_cache(maxsize=512)
 def _layout(header: bytes) -> tuple[tuple[PackedTensor, ...], tuple[int, ...], int]:
-    """Kept, since the jobs of one model mostly look the same."""
+    """Entries, offsets and the payload's length. Cached: most jobs of a model have one header."""
     try:
         tensors = _decode(header)
     except UNREADABLE as error:
         raise DamagedPayload(f"the header cannot be read: {error}") from error
     starts = []
     end = _PREFIX.size + len(header)
-    for one in tensors:
-        if one.datatype not in DTYPES or min(one.shape, default=0) < 0 or one.size < 0:
-            raise DamagedPayload(f"{one.name!r} is no tensor: {one.datatype}{list(one.shape)}")
-        nowhere_zero = prod(max(size, 1) for size in one.shape)
-        if nowhere_zero > _MOST_ELEMENTS or len(one.shape) > _MOST_RANK:
-            raise DamagedPayload(f"{one.name!r} has an impossible shape")
-        if one.datatype != "BYTES" and one.size != prod(one.shape) * _item_bytes(one.datatype):
-            raise DamagedPayload(f"{one.name!r} has {one.size} bytes, not what its shape takes")
+    for tensor in tensors:
+        datatype, shape = tensor.datatype, tensor.shape
+        if datatype not in DTYPES or min(shape, default=0) < 0 or tensor.size < 0:
+            raise DamagedPayload(f"{tensor.name!r} is not a tensor: {datatype}{list(shape)}")
+        if prod(max(size, 1) for size in shape) > _MAX_ELEMENTS or len(shape) > _MAX_RANK:
+            raise DamagedPayload(f"{tensor.name!r} has an impossible shape")
+        if datatype != "BYTES" and tensor.size != prod(shape) * _item_bytes(datatype):
+            raise DamagedPayload(
+                f"{tensor.name!r} has {tensor.size} bytes, which its shape forbids"
+            )
         end += -end % _ALIGNMENT
         starts.append(end)
-        end += one.size
+        end += tensor.size
     return tensors, tuple(starts), end
 
 
@@ -148,21 +156,21 @@ def _bytes_of(array: Array) -> bytes | memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _array_of(one: PackedTensor, payload: bytes, start: int) -> Array:
-    if one.datatype != "BYTES":
-        count = prod(one.shape)
-        flat = np.frombuffer(payload, DTYPES[one.datatype], count, start if count else 0)
-        return flat.reshape(one.shape)
-    strings = unpack_strings(memoryview(payload)[start : start + one.size], most=prod(one.shape))
-    if len(strings) != prod(one.shape):
-        raise DamagedPayload(f"{one.name!r} has {len(strings)} strings, not what its shape takes")
+def _array_of(tensor: PackedTensor, payload: bytes, start: int) -> Array:
+    count = prod(tensor.shape)
+    if tensor.datatype != "BYTES":
+        flat = np.frombuffer(payload, DTYPES[tensor.datatype], count, start if count else 0)
+        return flat.reshape(tensor.shape)
+    strings = unpack_strings(memoryview(payload)[start : start + tensor.size], most=count)
+    if len(strings) != count:
+        raise DamagedPayload(f"{tensor.name!r} has {len(strings)} strings, its shape has {count}")
     array = np.empty(len(strings), dtype=object)
     array[:] = strings
-    return array.reshape(one.shape)
+    return array.reshape(tensor.shape)
 
 
 def pack_strings(strings: Sequence[str]) -> bytes:
-    """The Open Inference Protocol's BYTES: each string behind its length."""
+    """Encodes strings as BYTES of the Open Inference Protocol: each after its length."""
     chunks = []
     for text in strings:
         content = text.encode()
@@ -171,7 +179,7 @@ def pack_strings(strings: Sequence[str]) -> bytes:
 
 
 def unpack_strings(content: memoryview, *, most: int) -> list[str]:
-    """The reverse; raises DamagedPayload, which says where, also for what is not UTF-8, and
+    """Decodes BYTES; raises DamagedPayload, which says which string is cut short or not UTF-8, and
     TooManyStrings as soon as there are more than `most`."""
     strings: list[str] = []
     at = 0

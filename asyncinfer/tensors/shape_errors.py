@@ -1,4 +1,4 @@
-"""Where named tensors differ from a model's inputs, all of it."""
+"""Errors of named tensors: names, datatypes and shapes that differ from a model's inputs."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ from msgspec import Struct
 from asyncinfer.errors import Fault
 from asyncinfer.tensors.datatypes import (
     DTYPES,
-    MOST_DIMENSIONS,
+    MAX_DIMENSIONS,
     Array,
     TensorSpec,
     datatype_of,
@@ -23,7 +23,7 @@ _SHOWN_CHARACTERS: Final = 64
 
 
 class Given(Struct, frozen=True):
-    """A tensor as a request describes it; its place in the list is its place in `inputs`."""
+    """A tensor as a request describes it. Its index in a list is its index in `inputs`."""
 
     name: str
     datatype: str
@@ -31,77 +31,77 @@ class Given(Struct, frozen=True):
 
 
 def described(feeds: Mapping[str, Array]) -> list[Given]:
-    """Arrays as a request would have described them."""
+    """Descriptions of arrays, as if a request had given them."""
     return [Given(name, datatype_of(array), array.shape) for name, array in feeds.items()]
 
 
 def find(
     given: Sequence[Given], inputs: Sequence[TensorSpec], *, model: str, max_rows: int
 ) -> Iterator[Fault]:
-    """Every fault, each with a JSON pointer that starts with /inputs."""
+    """Every difference between the tensors and the model's inputs; pointers start with /inputs."""
     specs = {spec.name: spec for spec in inputs}
-    counts = Counter(one.name for one in given)
+    counts = Counter(tensor.name for tensor in given)
     for spec in inputs:
         if not spec.optional and spec.name not in counts:
             takes = f"{spec.datatype} of shape {shape_words(spec)}"
             yield Fault("/inputs", f"`{spec.name}` is missing: {model} takes it as {takes}")
     sizes: dict[str, tuple[int, str]] = {}
-    for index, one in enumerate(given):
+    for index, tensor in enumerate(given):
         pointer = f"/inputs/{index}"
-        if one.name not in specs:
-            yield Fault(f"{pointer}/name", unknown_name(one.name, specs))
-            yield from _no_such_datatype(one, pointer)
+        if tensor.name not in specs:
+            yield Fault(f"{pointer}/name", unknown_name(tensor.name, specs))
+            yield from _unknown_datatype(tensor, pointer)
             continue
-        if counts[one.name] > 1:
-            yield Fault(f"{pointer}/name", f"`{one.name}` is given {counts[one.name]} times")
-        yield from _differences(one, specs[one.name], pointer, model, max_rows)
-        yield from _unequal(one, specs[one.name], pointer, sizes)
+        if counts[tensor.name] > 1:
+            yield Fault(f"{pointer}/name", f"`{tensor.name}` is given {counts[tensor.name]} times")
+        yield from _spec_errors(tensor, specs[tensor.name], pointer, model, max_rows)
+        yield from _symbol_errors(tensor, specs[tensor.name], pointer, sizes)
 
 
-def broken_booleans(feeds: Mapping[str, Array]) -> Iterator[Fault]:
-    """Bytes that claim to be BOOL and are neither 0 nor 1; ONNX Runtime would take them."""
+def invalid_booleans(feeds: Mapping[str, Array]) -> Iterator[Fault]:
+    """Errors of BOOL tensors with bytes other than 0 and 1, which ONNX Runtime would accept."""
     for index, (name, array) in enumerate(feeds.items()):
         if array.dtype == np.bool_ and array.size and array.view(np.uint8).max() > 1:
             yield Fault(f"/inputs/{index}", f"`{name}` is BOOL, whose bytes are 0 or 1")
 
 
-def _no_such_datatype(one: Given, pointer: str) -> Iterator[Fault]:
-    if one.datatype not in DTYPES:
-        yield Fault(f"{pointer}/datatype", unknown_name(one.datatype, DTYPES))
+def _unknown_datatype(tensor: Given, pointer: str) -> Iterator[Fault]:
+    if tensor.datatype not in DTYPES:
+        yield Fault(f"{pointer}/datatype", unknown_name(tensor.datatype, DTYPES))
 
 
-def _differences(
-    one: Given, spec: TensorSpec, pointer: str, model: str, max_rows: int
+def _spec_errors(
+    tensor: Given, spec: TensorSpec, pointer: str, model: str, max_rows: int
 ) -> Iterator[Fault]:
-    if one.datatype != spec.datatype:
-        shown = one.datatype[:_SHOWN_CHARACTERS]
+    if tensor.datatype != spec.datatype:
+        shown = tensor.datatype[:_SHOWN_CHARACTERS]
         yield Fault(f"{pointer}/datatype", f"{shown}, `{spec.name}` is {spec.datatype}")
     if spec.shape is None:
-        if len(one.shape) > MOST_DIMENSIONS:
-            takes = f"`{spec.name}` has at most {MOST_DIMENSIONS}"
-            yield Fault(f"{pointer}/shape", f"{len(one.shape)} dimensions, {takes}")
+        if len(tensor.shape) > MAX_DIMENSIONS:
+            takes = f"`{spec.name}` has at most {MAX_DIMENSIONS}"
+            yield Fault(f"{pointer}/shape", f"{len(tensor.shape)} dimensions, {takes}")
         return
-    if len(one.shape) != len(spec.shape):
-        noun = "dimension" if len(one.shape) == 1 else "dimensions"
+    if len(tensor.shape) != len(spec.shape):
+        noun = "dimension" if len(tensor.shape) == 1 else "dimensions"
         takes = f"`{spec.name}` has {len(spec.shape)}: shape {shape_words(spec)}"
-        yield Fault(f"{pointer}/shape", f"{len(one.shape)} {noun}, {takes}")
+        yield Fault(f"{pointer}/shape", f"{len(tensor.shape)} {noun}, {takes}")
         return
-    for axis, (size, dim) in enumerate(zip(one.shape, spec.shape, strict=True)):
+    for axis, (size, dim) in enumerate(zip(tensor.shape, spec.shape, strict=True)):
         if isinstance(dim, int) and size != dim:
             takes = f"`{spec.name}` takes {dim}: shape {shape_words(spec)}"
             yield Fault(f"{pointer}/shape/{axis}", f"{size}, {takes}")
-    if is_open(spec) and one.shape[0] > max_rows:
+    if is_open(spec) and tensor.shape[0] > max_rows:
         takes = f"{model} takes at most {max_rows} in one job"
-        yield Fault(f"{pointer}/shape/0", f"{one.shape[0]} rows, {takes}")
+        yield Fault(f"{pointer}/shape/0", f"{tensor.shape[0]} rows, {takes}")
 
 
-def _unequal(
-    one: Given, spec: TensorSpec, pointer: str, sizes: dict[str, tuple[int, str]]
+def _symbol_errors(
+    tensor: Given, spec: TensorSpec, pointer: str, sizes: dict[str, tuple[int, str]]
 ) -> Iterator[Fault]:
-    """Sizes that differ from the first one of their symbol, which `sizes` remembers."""
-    if spec.shape is None or len(one.shape) != len(spec.shape):
+    """Sizes that differ from the first size of their symbol; adds first sizes to `sizes`."""
+    if spec.shape is None or len(tensor.shape) != len(spec.shape):
         return
-    for axis, (size, dim) in enumerate(zip(one.shape, spec.shape, strict=True)):
+    for axis, (size, dim) in enumerate(zip(tensor.shape, spec.shape, strict=True)):
         if isinstance(dim, str):
             first, where = sizes.setdefault(dim, (size, spec.name))
             if first != size:

@@ -1,7 +1,7 @@
-"""Reads bytes that anyone may have written: what Redis holds, and what clients hand back.
+"""Decoders for bytes that anyone may have written: values in Redis, and cursors of clients.
 
-No function here raises, whatever the bytes are. What cannot be read comes back as None, or as
-text with a replacement character where a person is to see that something was there.
+No function here raises, whatever the bytes are. Unreadable bytes become None, or text with
+replacement characters if people should see that something was there.
 """
 
 from collections.abc import Callable
@@ -12,17 +12,17 @@ from typing import Final, TypeVar
 T = TypeVar("T")
 
 UNREADABLE: Final = (ValueError, RecursionError, OverflowError, MemoryError)
-"""All that msgspec and Python's own converters raise for content. A DecodeError and a
-UnicodeDecodeError are ValueErrors; a document that is nested deep is a RecursionError."""
+"""All errors that msgspec and Python's converters raise for bad content. DecodeError and
+UnicodeDecodeError are ValueErrors; a deeply nested document raises RecursionError."""
 
 LAST_MS: Final = 253_402_300_799_999
-"""The last millisecond of the year 9999, which is the last that RFC 3339 can write."""
+"""The last millisecond of the year 9999, the last that RFC 3339 can express."""
 
-_MOST_DIGITS: Final = 19
+_MAX_DIGITS: Final = 19
 
 
 def reader(decode: Callable[[bytes], T]) -> Callable[[bytes | None], T | None]:
-    """A decoder that returns None for bytes that are missing or corrupt."""
+    """A version of `decode` that returns None for missing or corrupt bytes, and never raises."""
 
     def read(stored: bytes | None) -> T | None:
         if stored is None:
@@ -36,14 +36,14 @@ def reader(decode: Callable[[bytes], T]) -> Callable[[bytes | None], T | None]:
 
 
 def text(stored: bytes) -> str:
-    """Text to be shown: JSON can carry it, whatever the bytes were."""
+    """Text for people: bytes that are not UTF-8 become replacement characters."""
     return stored.decode("utf-8", "replace")
 
 
 def name(stored: bytes | None) -> str | None:
-    """The name of something that is looked up by it; None where the bytes are not UTF-8.
+    """A name that is used as a key; None if the bytes are missing or not UTF-8.
 
-    No release of ours makes such a name, and JSON could not carry it.
+    No release of asyncinfer writes such a name, and JSON could not carry it.
     """
     if stored is None:
         return None
@@ -54,12 +54,12 @@ def name(stored: bytes | None) -> str | None:
 
 
 def whole_number(stored: bytes) -> int | None:
-    """A number of at most 19 digits without a sign."""
-    return int(stored) if stored.isdigit() and len(stored) <= _MOST_DIGITS else None
+    """The value of at most 19 digits without a sign; None for anything else."""
+    return int(stored) if stored.isdigit() and len(stored) <= _MAX_DIGITS else None
 
 
 def finite(stored: bytes | float | None) -> float | None:
-    """A number that is neither infinite nor NaN."""
+    """The number; None if it is missing, unreadable, infinite or NaN."""
     if stored is None:
         return None
     try:
@@ -70,7 +70,7 @@ def finite(stored: bytes | float | None) -> float | None:
 
 
 def time(time_ms: float | None) -> datetime | None:
-    """Milliseconds since 1970 as a time; None outside of the years 1 to 9999."""
+    """The UTC time of milliseconds since 1970; None outside of the years 1 to 9999."""
     if time_ms is None:
         return None
     try:

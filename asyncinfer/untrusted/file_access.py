@@ -1,4 +1,4 @@
-"""Files that someone else put into a folder, looked at without ever waiting for one of them."""
+"""Checks and reads of files from elsewhere; they never block, not even on a FIFO."""
 
 import codecs
 import os
@@ -21,16 +21,18 @@ _UTF_16: Final = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def is_file(path: Path) -> bool:
-    """False for what may not be looked at: Path.is_file raises PermissionError, up to 3.13."""
+    """Whether it is a regular file; False if permission is denied, where Path.is_file raises
+    PermissionError (up to Python 3.13)."""
     return stat.S_ISREG(_mode(path))
 
 
 def is_folder(path: Path) -> bool:
+    """Whether it is a folder; False if permission is denied."""
     return stat.S_ISDIR(_mode(path))
 
 
-def is_lost(path: Path) -> bool:
-    """Whether something is there that cannot be looked at: a link to nothing, a stale NFS file."""
+def is_inaccessible(path: Path) -> bool:
+    """Whether the name exists but its file cannot be examined: a broken link, a stale NFS file."""
     try:
         path.stat()
     except OSError:
@@ -46,26 +48,27 @@ def _mode(path: Path) -> int:
 
 
 def why_unreadable(path: Path) -> str:
-    """Why a path is no file that can be read, in words that follow its name; empty if it is one.
+    """Why the path is not a readable file, in words that follow its name; empty if it is one.
 
-    Opens nothing: a FIFO would wait for a writer, and a remote file might be fetched.
+    Nothing is opened: a FIFO would wait for a writer, and a remote file might be fetched.
     """
     try:
         mode = path.stat().st_mode
     except OSError as error:
         if os.path.islink(path) and not isinstance(error, PermissionError):
-            return "is a link that leads to no file; mend or remove it"
+            return "is a link that leads to no file; repair or remove it"
         return why(error)
     kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "")
-    return kind if kind or may_read(path) else denied("chmod a+r")
+    return kind if kind or may_read(path) else permission_denied("chmod a+r")
 
 
 def may_read(path: Path) -> bool:
+    """Whether permissions allow this process to read the file."""
     return _has_access(path, os.R_OK)
 
 
 def may_enter(folder: Path) -> bool:
-    """Whether both the names in it and what they name may be read."""
+    """Whether permissions allow this process to list the folder and to open what is in it."""
     return _has_access(folder, os.R_OK | os.X_OK)
 
 
@@ -74,49 +77,50 @@ def _has_access(path: Path, mode: int) -> bool:
 
 
 def why(error: OSError) -> str:
-    """The same words for what was raised."""
+    """Why an open or a read failed, in words that follow the name of the file or folder."""
     if isinstance(error, PermissionError):
-        return denied("chmod -R a+rX")
+        return permission_denied("chmod -R a+rX")
     return f"cannot be read: {error.strerror or error}"
 
 
-def denied(command: str) -> str:
+def permission_denied(command: str) -> str:
+    """The reason for missing permissions; `command` is the remedy."""
     user = f"uid {os.geteuid()}" if sys.platform != "win32" else "its user"
-    return f"cannot be read: Permission denied; give {user} leave to read it ({command})"
+    return f"cannot be read: Permission denied; give {user} permission to read it ({command})"
 
 
-class Unreadable(OSError):
-    """`words` follow the name of the file."""
+class UnreadableFile(OSError):
+    """A file cannot be read; `reason` is in words that follow its name."""
 
-    def __init__(self, words: str) -> None:
-        super().__init__(words)
-        self.words = words
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
-def read(path: Path, most_bytes: int) -> bytes:
-    """The content of a file; raises Unreadable."""
+def read(path: Path, max_bytes: int) -> bytes:
+    """The content of a file; raises UnreadableFile, also if it has more than `max_bytes`."""
     if problem := why_unreadable(path):
-        raise Unreadable(problem)
+        raise UnreadableFile(problem)
     try:
-        # Not blocking, in case it has become a FIFO since.
+        # Opened without blocking, in case it has become a FIFO since.
         with open(os.open(path, os.O_RDONLY | _O_NONBLOCK | _O_BINARY), "rb") as file:
-            content = file.read(most_bytes + 1) or b""
+            content = file.read(max_bytes + 1) or b""
     except OSError as error:
-        raise Unreadable(why(error)) from error
-    if len(content) > most_bytes:
-        raise Unreadable(f"has more than {most_bytes} bytes")
+        raise UnreadableFile(why(error)) from error
+    if len(content) > max_bytes:
+        raise UnreadableFile(f"has more than {max_bytes} bytes")
     return content
 
 
 def text(content: bytes) -> str:
-    """UTF-8, with or without a byte order mark; raises Unreadable."""
+    """Decodes UTF-8, with or without a byte order mark; raises UnreadableFile."""
     if content.startswith(_UTF_16) or b"\0" in content:
-        raise Unreadable("is UTF-16; save it as UTF-8")
+        raise UnreadableFile("is UTF-16; save it as UTF-8")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         byte = content[error.start]
-        raise Unreadable(
+        raise UnreadableFile(
             f"is not UTF-8 (byte 0x{byte:02x} in line {line}); save it as UTF-8"
         ) from error

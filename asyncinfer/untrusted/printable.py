@@ -1,6 +1,6 @@
-"""Text from elsewhere without the characters that command a terminal or reorder a line.
+"""Text from elsewhere, with visible escapes for characters that control a terminal or reorder text.
 
-A job's result, a model's description or a stranger's status may hold any character. A terminal
+A job's result, a model's description or an external job's status may hold any character. A terminal
 obeys C0, DEL and C1 controls (ECMA-48; U+009B alone begins a sequence in UTF-8), bidirectional
 controls change the order in which a line is read (CVE-2021-42574), and U+2028 and U+2029 break it.
 """
@@ -12,10 +12,10 @@ _CONTROLS: Final = (*range(0x20), *range(0x7F, 0xA0))
 _BIDIRECTIONAL: Final = (0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _UNSAFE: Final = (*_CONTROLS, *_BIDIRECTIONAL, 0x2028, 0x2029)
 _LAYOUT: Final = "\n\t"
-_LONGEST_NAME: Final = 80
+_MAX_NAME_CHARACTERS: Final = 80
 
 _ONE_LINE: Final = {code: repr(chr(code))[1:-1] for code in _UNSAFE}
-_TEXT: Final = {code: shown for code, shown in _ONE_LINE.items() if chr(code) not in _LAYOUT}
+_TEXT: Final = {code: escape for code, escape in _ONE_LINE.items() if chr(code) not in _LAYOUT}
 _JSON: Final = {code: f"\\u{code:04x}" for code in _TEXT}
 
 
@@ -25,20 +25,22 @@ def printable(text: str) -> str:
 
 
 def printable_line(text: str) -> str:
-    """The same on one line: a line end becomes `\\n`, so that no text can forge a second line."""
+    """The same, on one line: a line end becomes `\\n`, so that a text cannot fake a second line."""
     return text if _is_plain(text) else text.translate(_ONE_LINE)
 
 
 def printable_name(name: str) -> str:
-    """The name of a file on one line, bounded, and such that UTF-8 can carry it: bytes that are
-    none of it are shown as `\\xff`."""
+    """A file name on one line, cut at 80 characters; bytes that are not UTF-8 are shown as
+    `\\xff`."""
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return printable_line(text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}…")
+    return printable_line(
+        text if len(text) <= _MAX_NAME_CHARACTERS else f"{text[:_MAX_NAME_CHARACTERS]}…"
+    )
 
 
 def printable_json(text: str) -> str:
-    """JSON of the same value: outside its strings, where an escape means the same character, the
-    JSON that we write has none of these."""
+    """JSON text with unsafe characters escaped. Its value stays the same: the JSON that asyncinfer
+    writes has such characters only inside strings, where an escape means the same character."""
     return text if _is_plain(text) else text.translate(_JSON)
 
 

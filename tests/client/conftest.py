@@ -1,4 +1,4 @@
-"""One whole service for the tests of this folder."""
+"""A service with models, and clients of it, for the tests of this folder."""
 
 import shutil
 from collections.abc import AsyncIterator, Iterator
@@ -17,14 +17,14 @@ FROM_THE_CATALOGUE = ("several", "half", "int64", "lstm_step", "text", "embeddin
 
 
 def doubled() -> onnx.ModelProto:
-    """Batches, and has a NaN where its input has one."""
+    """A model that batches, and whose output is NaN where its input is."""
     x, y = (zoo.tensor(name, ["batch", 3]) for name in "xy")
     return zoo.model([helper.make_node("Add", ["x", "x"], ["y"])], [x], [y])
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory, shipped_models: Path) -> Path:
-    """The shipped models, and those of the zoo that a client has to tell apart."""
+    """The shipped models, and those of the zoo that a client treats differently."""
     folder = tmp_path_factory.mktemp("models")
     for name in ("iris", "digits"):
         shutil.copytree(shipped_models / name, folder / name)
@@ -39,17 +39,17 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, shipped_models: Path)
 
 @pytest.fixture(scope="session")
 def running(model_folder: Path) -> Iterator[Running]:
-    with service(model_folder) as it:
-        yield it
+    with service(model_folder) as started:
+        yield started
 
 
 @pytest.fixture
 def client(running: Running) -> Iterator[Client]:
-    with Client(running.url) as it:
-        yield it
+    with Client(running.url) as connected:
+        yield connected
 
 
 @pytest.fixture
 async def aclient(running: Running) -> AsyncIterator[AsyncClient]:
-    async with AsyncClient(running.url) as it:
-        yield it
+    async with AsyncClient(running.url) as connected:
+        yield connected

@@ -1,4 +1,4 @@
-"""What a person does with a client, against a whole service."""
+"""The client against a running service: predictions, jobs, events and operations."""
 
 import asyncio
 import inspect
@@ -39,21 +39,26 @@ PAIRS: Final[list[tuple[type, type]]] = [
 ]
 
 
-# --- two colours -----------------------------------------------------------------------------
+# --- plain and asynchronous --------------------------------------------------------------------
 
 
-def _surface(kind: type) -> dict[str, list[inspect.Parameter]]:
+def _parameters_by_method(kind: type) -> dict[str, list[inspect.Parameter]]:
     return {
-        name: [one.replace(annotation=None) for one in inspect.signature(it).parameters.values()]
-        for name, it in inspect.getmembers(kind, callable)
+        name: [
+            parameter.replace(annotation=None)
+            for parameter in inspect.signature(method).parameters.values()
+        ]
+        for name, method in inspect.getmembers(kind, callable)
         if not name.startswith("_") or name == "__init__"
     }
 
 
-@pytest.mark.parametrize(("sync", "asynchronous"), PAIRS)
-def test_both_colours_have_the_same_methods(sync: type, asynchronous: type) -> None:
-    assert _surface(sync) == _surface(asynchronous)
-    names = {name for name in dir(sync) if not name.startswith("_")}
+@pytest.mark.parametrize(("plain", "asynchronous"), PAIRS)
+def test_the_plain_and_the_asynchronous_class_have_the_same_methods(
+    plain: type, asynchronous: type
+) -> None:
+    assert _parameters_by_method(plain) == _parameters_by_method(asynchronous)
+    names = {name for name in dir(plain) if not name.startswith("_")}
     assert names == {name for name in dir(asynchronous) if not name.startswith("_")}
 
 
@@ -64,14 +69,14 @@ def test_importing_it_loads_nothing_heavy_and_is_quick() -> None:
         "import sys, time\n"
         "begun = time.process_time()\n"
         "import asyncinfer.client\n"
-        f"print(time.process_time() - begun, *(one for one in {heavy} if one in sys.modules))"
+        f"print(time.process_time() - begun, *(name for name in {heavy} if name in sys.modules))"
     )
-    told = min(
+    output = min(
         (subprocess.check_output([sys.executable, "-c", code], text=True) for _ in range(3)),
         key=lambda line: float(line.split()[0]),
     )
 
-    seconds, *loaded = told.split()
+    seconds, *loaded = output.split()
     assert loaded == []
     assert float(seconds) < 0.3
 
@@ -126,7 +131,7 @@ def test_address_and_key_come_from_the_environment(
 # --- a prediction ------------------------------------------------------------------------------
 
 
-def test_a_row_gives_its_labelled_result_in_whatever_form_it_comes(client: Client) -> None:
+def test_a_row_gives_its_labelled_result_in_every_form(client: Client) -> None:
     forms: list[Any] = [
         [SETOSA],
         (tuple(SETOSA),),
@@ -145,7 +150,7 @@ def test_a_row_gives_its_labelled_result_in_whatever_form_it_comes(client: Clien
 
 def test_several_rows_give_a_list(client: Client) -> None:
     for rows in ([SETOSA, VIRGINICA], np.array([SETOSA, VIRGINICA])):
-        names = [one["class_name"] for one in client.predict(rows)]
+        names = [row["class_name"] for row in client.predict(rows)]
         assert names == ["setosa", "virginica"]
 
 
@@ -160,10 +165,10 @@ def test_without_labels_the_result_is_arrays_whatever_the_input_is(client: Clien
         assert result.tolist() == client.predict([[1, 2], [3, 4]], "int64").tolist()
 
 
-def test_of_a_labelled_model_the_tensors_can_be_asked_for(client: Client) -> None:
+def test_the_tensors_of_a_labelled_model_can_be_requested(client: Client) -> None:
     for rows in ([SETOSA], np.array([SETOSA])):
         tensors = client.predict(rows, answer="tensors")
-        assert {name: one.dtype for name, one in tensors.items()} == {
+        assert {name: array.dtype for name, array in tensors.items()} == {
             "label": np.int64,
             "probabilities": np.float32,
         }
@@ -183,11 +188,11 @@ def test_strings_and_several_inputs_go_as_a_dict(client: Client) -> None:
     assert result["words"].dtype == object
 
     words = [["é", "b"]]
-    listed, packed = (client.predict(one, "bytes") for one in (words, np.array(words)))
+    listed, packed = (client.predict(form, "bytes") for form in (words, np.array(words)))
     assert listed.tolist() == packed.tolist()
 
 
-def test_numbers_that_json_has_not_are_sent_all_the_same(client: Client) -> None:
+def test_numbers_that_json_does_not_have_are_sent(client: Client) -> None:
     result = client.predict([[float("nan")], [1.0]], "slow")
     assert np.isnan(result[0, 0]) or np.isnan(result).any()
 
@@ -197,7 +202,7 @@ def test_a_long_list_goes_through_though_json_has_a_limit(client: Client) -> Non
     assert len(client.predict(rows, "digits")) == 2000
 
 
-def test_every_model_tells_an_example_that_works(client: Client) -> None:
+def test_every_model_has_an_example_that_works(client: Client) -> None:
     for model in client.models():
         assert client.model(model.model).sha256 == model.sha256
         if model.model != "slow":
@@ -206,15 +211,16 @@ def test_every_model_tells_an_example_that_works(client: Client) -> None:
 
 
 def test_validate_runs_nothing(client: Client) -> None:
-    known = client.validate(np.zeros((2, 4)), priority="low")
-    assert (known["model"], known["rows"], known["options"]["priority"]) == ("iris", 2, "low")
+    understood = client.validate(np.zeros((2, 4)), priority="low")
+    assert (understood["model"], understood["rows"]) == ("iris", 2)
+    assert understood["options"]["priority"] == "low"
 
 
 # --- a job -------------------------------------------------------------------------------------
 
 
-def test_a_job_is_picked_up_by_its_id(client: Client, running: Running) -> None:
-    job = client.submit([SETOSA], "iris", priority="low", group="picked-up")
+def test_a_job_is_found_by_its_id(client: Client, running: Running) -> None:
+    job = client.submit([SETOSA], "iris", priority="low", group="found-by-id")
     with Client(running.url) as another:
         again = another.job(job.id)
         assert again.result()["class_name"] == "setosa"
@@ -224,8 +230,8 @@ def test_a_job_is_picked_up_by_its_id(client: Client, running: Running) -> None:
     assert list(job.timeline) == ["created", "started", "finished"]
     assert job.timeline["created"] <= job.timeline["finished"]
     assert job.as_dict()["priority"] == "low"
-    assert client.group("picked-up").counts["completed"] == 1
-    assert [one.id for one in client.jobs(group="picked-up")] == [job.id]
+    assert client.group("found-by-id").counts["completed"] == 1
+    assert [found.id for found in client.jobs(group="found-by-id")] == [job.id]
     assert repr(job) == f"<Job {job.id} of iris: completed>"
 
 
@@ -235,8 +241,8 @@ async def test_a_job_can_be_awaited(aclient: AsyncClient) -> None:
     assert (await (await aclient.job(job.id)).result())["class_name"] == "virginica"
 
 
-def test_a_key_of_ones_own_makes_one_job(client: Client) -> None:
-    jobs = {client.submit([SETOSA], idempotency_key="one").id for _ in range(3)}
+def test_an_idempotency_key_makes_a_single_job(client: Client) -> None:
+    jobs = {client.submit([SETOSA], idempotency_key="mine").id for _ in range(3)}
     assert len(jobs) == 1
 
 
@@ -274,7 +280,7 @@ def test_a_timeout_bounds_the_wait_and_the_job_goes_on(client: Client) -> None:
     assert client.job(late.value.job_id).result().tolist() == [[600.0]]
 
 
-def test_a_timeout_cancels_when_it_is_told_to(client: Client) -> None:
+def test_a_timeout_cancels_the_job_if_requested(client: Client) -> None:
     with pytest.raises(WaitTimeout, match="was cancelled") as late:
         client.predict([SETOSA], delay_seconds=60, timeout=0.2, cancel_on_timeout=True)
 
@@ -292,7 +298,7 @@ def test_a_purged_job_is_gone(client: Client) -> None:
 # --- events ------------------------------------------------------------------------------------
 
 
-def test_events_tell_a_jobs_story_to_its_end(client: Client) -> None:
+def test_events_of_a_job_come_until_it_has_ended(client: Client) -> None:
     job = client.submit([SETOSA], delay_seconds=0.2)
     events = list(job.events())
     assert events[0].name == "snapshot"
@@ -300,7 +306,7 @@ def test_events_tell_a_jobs_story_to_its_end(client: Client) -> None:
     assert events[-1].data["job_id"] == job.id
 
 
-async def test_events_of_a_group_tell_when_all_is_done(aclient: AsyncClient) -> None:
+async def test_events_of_a_group_say_when_all_jobs_have_ended(aclient: AsyncClient) -> None:
     for _ in range(3):
         await aclient.submit([SETOSA], group="followed")
     group = await aclient.group("followed")
@@ -313,10 +319,12 @@ async def test_events_of_a_group_tell_when_all_is_done(aclient: AsyncClient) -> 
     assert (await group.refresh()).progress == 1
 
 
-# --- the operator's ----------------------------------------------------------------------------
+# --- operations --------------------------------------------------------------------------------
 
 
-def test_a_job_found_over_tenants_is_acted_on_and_its_result_not_shown(client: Client) -> None:
+def test_an_operator_acts_on_a_job_of_another_tenant_and_does_not_see_its_result(
+    client: Client,
+) -> None:
     client.predict([SETOSA], group="theirs")
 
     (found,) = client.jobs(tenant="*", group="theirs")
@@ -346,10 +354,10 @@ async def test_a_cancelled_job_of_another_tenant_is_retried_by_an_operator(
     await aclient.resume("digits")
 
 
-def test_what_waits_is_seen_paused_cancelled_and_purged(client: Client) -> None:
+def test_waiting_jobs_are_paused_listed_cancelled_and_purged(client: Client) -> None:
     client.pause("digits")
     jobs = [client.submit([[0.0] * 64], "digits", group="held") for _ in range(3)]
-    (queue,) = [one for one in client.queues() if one["model"] == "digits"]
+    (queue,) = [queue for queue in client.queues() if queue["model"] == "digits"]
     assert (queue["paused"], sum(queue["waiting"].values())) == (True, 3)
     assert client.workers()[0]["slots"] >= 1
     assert client.group("held").progress == 0
@@ -375,10 +383,10 @@ def test_a_models_queue_is_emptied(client: Client) -> None:
     assert job.refresh().status == "cancelled"
 
 
-async def test_the_other_colour_does_all_of_that(aclient: AsyncClient) -> None:
+async def test_the_asynchronous_client_does_all_of_that(aclient: AsyncClient) -> None:
     await aclient.pause("digits")
     job = await aclient.submit([[0.0] * 64], "digits", group="held-too")
-    assert [one.id for one in await aclient.jobs(group="held-too")] == [job.id]
+    assert [listed.id for listed in await aclient.jobs(group="held-too")] == [job.id]
     assert (await aclient.cancel_all(group="held-too"))["cancelled"] == 1
     assert (await job.refresh()).status == "cancelled"
     assert (await job.retry()).status == "pending"
@@ -387,13 +395,13 @@ async def test_the_other_colour_does_all_of_that(aclient: AsyncClient) -> None:
     assert (await aclient.purge_queue("digits"))["cancelled"] == 1
     await aclient.resume("digits")
     assert (await aclient.purge(group="held-too"))["purged"] == 1
-    assert {one.model for one in await aclient.models()} >= {"iris"}
+    assert {model.model for model in await aclient.models()} >= {"iris"}
     assert (await aclient.model()).model == "iris"
     assert (await aclient.validate([SETOSA]))["valid"]
     assert await aclient.queues()
     assert await aclient.workers()
     job = await aclient.submit([SETOSA])
-    assert [one.name async for one in job.events()][-1] in ("completed", "snapshot")
+    assert [event.name async for event in job.events()][-1] in ("completed", "snapshot")
     assert (await job.wait()).status == "completed"
     await job.purge()
     group = await aclient.group("held-too")

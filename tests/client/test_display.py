@@ -1,4 +1,4 @@
-"""Cards for notebooks: all that comes from outside is escaped, and nothing is loaded."""
+"""Cards for notebooks: every value of a server is escaped."""
 
 from typing import Any, Final
 
@@ -42,7 +42,7 @@ MODEL: Final = Model(
 
 
 @pytest.mark.parametrize("card", [job_card(JOB), group_card(GROUP), MODEL._repr_html_()])
-def test_what_comes_from_outside_is_escaped(card: str) -> None:
+def test_every_value_of_a_server_is_escaped(card: str) -> None:
     assert "<script" not in card
     assert "&lt;script&gt;" in card
     assert all(word not in card for word in ("src=", "href=", "url(", "@import"))
@@ -53,7 +53,7 @@ def test_long_results_are_cut_short() -> None:
     assert len(card) < 3000
 
 
-def test_jobs_models_and_groups_show_what_matters(client: Client) -> None:
+def test_cards_show_the_state_of_jobs_models_and_groups(client: Client) -> None:
     job = client.submit([[5.1, 3.5, 1.4, 0.2]], group="carded").wait()
     card = job._repr_html_()
     assert all(word in card for word in (job.id, "completed", "iris", "setosa", "carded"))

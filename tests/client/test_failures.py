@@ -1,4 +1,4 @@
-"""What a person meets when something is wrong: one error, one clear line, the remedy in it."""
+"""Errors of the client: each is one clear line with the remedy in it."""
 
 import asyncio
 import gzip
@@ -27,8 +27,9 @@ from asyncinfer.client import (
     Unauthorized,
     WrongAddress,
 )
-from asyncinfer.client._drivers import Content
-from asyncinfer.errors import RouteNotFound
+from asyncinfer.client._drivers import ResponseBody
+from asyncinfer.client._errors import problem_error
+from asyncinfer.errors import RedisRefused, RouteNotFound
 from asyncinfer.testing import Running, service
 from tests.faults.proxy import Proxy, proxied
 from tests.serving import free_port
@@ -41,7 +42,7 @@ def assert_one_line(error: AsyncinferError) -> None:
     assert len(str(error)) < 400
 
 
-def test_a_server_that_is_not_there_is_said_at_once() -> None:
+def test_a_server_that_is_not_there_is_reported_at_once() -> None:
     begun = time.monotonic()
     with (
         Client(f"http://127.0.0.1:{free_port()}") as client,
@@ -55,18 +56,18 @@ def test_a_server_that_is_not_there_is_said_at_once() -> None:
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://a", "http://", "http://[oops"])
-def test_an_address_that_is_none_is_said_before_anything_is_asked(url: str) -> None:
+def test_an_invalid_address_is_refused_before_anything_is_sent(url: str) -> None:
     with pytest.raises(WrongAddress, match="give one such as http://127"):
         Client(url)
 
 
-def test_a_key_that_is_none_is_not_shown() -> None:
+def test_an_invalid_key_is_not_shown() -> None:
     with pytest.raises(WrongAddress) as refused:
         AsyncClient("http://127.0.0.1:1", "a sécret")
     assert "cret" not in str(refused.value)
 
 
-def test_a_path_too_many_in_the_address_is_said(running: Running) -> None:
+def test_a_path_in_the_address_is_reported(running: Running) -> None:
     with (
         Client(f"{running.url}/api") as client,
         pytest.raises(RouteNotFound, match="the server's address alone"),
@@ -74,7 +75,7 @@ def test_a_path_too_many_in_the_address_is_said(running: Running) -> None:
         client.health()
 
 
-def test_what_is_wrong_with_an_input_is_said_where_it_is(client: Client) -> None:
+def test_a_fault_of_an_input_is_reported_with_its_place(client: Client) -> None:
     with pytest.raises(InvalidInput, match="row 1 has 3 numbers, iris takes 4") as refused:
         client.predict([SETOSA, [1, 2, 3]])
     assert refused.value.faults[0].pointer == "/data/1"
@@ -86,7 +87,7 @@ def test_what_is_wrong_with_an_input_is_said_where_it_is(client: Client) -> None
         client.job("nothing")
 
 
-def test_an_input_that_has_no_form_is_said(client: Client) -> None:
+def test_an_input_that_cannot_be_sent_is_reported(client: Client) -> None:
     with pytest.raises(CannotSend, match="Give lists, arrays"):
         client.predict([object()])
     with pytest.raises(CannotSend, match=r"several inputs.*'a', 'b', 'c'"):
@@ -100,7 +101,7 @@ def test_an_input_that_has_no_form_is_said(client: Client) -> None:
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """A service that wants keys, and one that may only read."""
+    """The URL of a service that requires keys, and a key that may only read."""
     path: Path = tmp_path_factory.mktemp("keys") / "api_keys"
     key = api_keys.new_key()
     path.touch(mode=0o600)
@@ -109,21 +110,21 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str
         yield running.url, key
 
 
-def test_a_missing_and_a_wrong_key_are_said_with_the_remedy(guarded: tuple[str, str]) -> None:
+def test_a_missing_and_a_wrong_key_are_reported_with_the_remedy(guarded: tuple[str, str]) -> None:
     url, _ = guarded
     for key in (None, "ai_wrong"):
         with Client(url, key) as client, pytest.raises(Unauthorized, match="api_key="):
             client.predict([SETOSA])
 
 
-def test_a_key_without_the_scope_is_said(guarded: tuple[str, str]) -> None:
+def test_a_key_without_the_scope_is_reported(guarded: tuple[str, str]) -> None:
     with Client(*guarded) as client:
         assert client.models()
         with pytest.raises(Forbidden, match="submit"):
             client.predict([SETOSA])
 
 
-# --- others that answer --------------------------------------------------------------------------
+# --- answers of other servers ------------------------------------------------------------------
 
 ANSWERS: Final = [
     (b"200 OK", b"text/html", b"<h1>It works!</h1>"),
@@ -135,20 +136,20 @@ ANSWERS: Final = [
 
 
 @asynccontextmanager
-async def answering(
-    content: Callable[[], bytes], asked: list[bytes] | None = None
+async def answering_server(
+    answer: Callable[[], bytes], requests: list[bytes] | None = None
 ) -> AsyncIterator[str]:
-    """A server that is not ours, and says one thing; what it was asked comes into `asked`."""
+    """The URL of another program, which gives one answer; its requests are added to `requests`."""
 
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         request = await reader.read(65536)
-        if asked is not None:
-            asked.append(request)
-        writer.write(content())
+        if requests is not None:
+            requests.append(request)
+        writer.write(answer())
         await writer.drain()
         writer.close()
 
-    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
     async with server:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
@@ -159,27 +160,27 @@ def _http(status: bytes, kind: bytes, body: bytes, more: bytes = b"") -> bytes:
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
-async def test_another_server_is_told_from_ours(answer: tuple[bytes, bytes, bytes]) -> None:
-    asks: list[Callable[[AsyncClient], Awaitable[object]]] = [
+async def test_another_server_is_recognised(answer: tuple[bytes, bytes, bytes]) -> None:
+    calls: list[Callable[[AsyncClient], Awaitable[object]]] = [
         lambda client: client.predict([SETOSA]),
         lambda client: client.submit([SETOSA]),
         lambda client: client.health(),
         lambda client: client.models(),
         lambda client: client.jobs(),
     ]
-    async with answering(lambda: _http(*answer)) as url, AsyncClient(url) as client:
-        for ask in asks:
+    async with answering_server(lambda: _http(*answer)) as url, AsyncClient(url) as client:
+        for call in calls:
             with pytest.raises(NotAsyncinfer, match="not how asyncinfer answers") as refused:
-                await ask(client)
+                await call(client)
             assert_one_line(refused.value)
 
 
 @pytest.mark.parametrize(
     "body", [b"[" * 100_000, b'{"models": 7}', b'{"models": [{"model": 7}]}', b'{"models": [[]]}']
 )
-async def test_json_of_another_kind_is_told_from_ours(body: bytes) -> None:
+async def test_json_of_another_server_is_recognised(body: bytes) -> None:
     async with (
-        answering(lambda: _http(b"200 OK", b"application/json", body)) as url,
+        answering_server(lambda: _http(b"200 OK", b"application/json", body)) as url,
         AsyncClient(url) as client,
     ):
         with pytest.raises(NotAsyncinfer, match="asyncinfer") as refused:
@@ -187,28 +188,28 @@ async def test_json_of_another_kind_is_told_from_ours(body: bytes) -> None:
         assert_one_line(refused.value)
 
 
-async def test_an_answer_is_asked_for_as_it_is_and_not_compressed() -> None:
-    """A little that is unpacked may become gigabytes."""
+async def test_an_answer_is_requested_uncompressed() -> None:
+    """A few bytes may unpack to gigabytes."""
     packed = gzip.compress(b" " * 1_000_000 + b"{}")
     reply = _http(b"200 OK", b"application/json", packed, b"Content-Encoding: gzip\r\n")
     heads: list[bytes] = []
-    async with answering(lambda: reply, heads) as url, AsyncClient(url) as client:
+    async with answering_server(lambda: reply, heads) as url, AsyncClient(url) as client:
         with pytest.raises(NotAsyncinfer):
             await client.models()
     assert b"accept-encoding: identity" in heads[0].lower()
 
 
 def test_an_answer_that_goes_on_for_ever_is_cut() -> None:
-    content = Content()
+    body = ResponseBody()
     chunk = bytes(1 << 20)
-    taken = sum(content.takes(chunk) for _ in range(1100))
+    taken = sum(body.add(chunk) for _ in range(1100))
     assert taken == 1024
-    assert content.whole() == b""
+    assert body.content() == b""
 
 
 @pytest.mark.parametrize("key", ["", "a\r\nX: y", "é", "a b", "k" * 256])
-async def test_an_idempotency_key_that_cannot_be_is_refused_before_it_is_sent(key: str) -> None:
-    """An empty one, of a variable that was not set, would otherwise be left out in silence."""
+async def test_an_invalid_idempotency_key_is_refused_before_it_is_sent(key: str) -> None:
+    """Else an empty key, of a variable that was not set, would be left out in silence."""
     async with AsyncClient("http://127.0.0.1:9") as client:
         with pytest.raises(InvalidInput, match="idempotency_key takes"):
             await client.submit([SETOSA], idempotency_key=key)
@@ -217,22 +218,30 @@ async def test_an_idempotency_key_that_cannot_be_is_refused_before_it_is_sent(ke
 @pytest.mark.parametrize("name", ["", ".", ".."])
 async def test_a_name_that_is_a_step_in_a_path_is_refused_before_it_is_sent(name: str) -> None:
     async with AsyncClient("http://127.0.0.1:9") as client:
-        for ask in (client.job(name), client.group(name), client.model(name)):
+        for request in (client.job(name), client.group(name), client.model(name)):
             with pytest.raises(InvalidInput, match="name"):
-                await ask
+                await request
 
 
-async def test_what_is_no_http_is_said_at_once() -> None:
-    async with answering(lambda: b"SSH-2.0-OpenSSH_9.2\r\n") as url, AsyncClient(url) as client:
+async def test_an_answer_that_is_not_http_is_reported_at_once() -> None:
+    async with (
+        answering_server(lambda: b"SSH-2.0-OpenSSH_9.2\r\n") as url,
+        AsyncClient(url) as client,
+    ):
         async with asyncio.timeout(5):
             with pytest.raises(ConnectionFailed, match="No answer from http"):
                 await client.health()
 
 
-async def test_an_error_of_a_newer_server_keeps_what_it_says() -> None:
+def test_of_two_classes_with_one_code_the_base_class_is_raised() -> None:
+    problem = {"code": "redis_refused", "detail": "Redis refused."}
+    assert type(problem_error(problem, None)) is RedisRefused
+
+
+async def test_an_error_of_a_newer_server_keeps_its_text() -> None:
     body = b'{"code": "moon_phase", "detail": "Wait for the new moon.", "status": 409}'
     problem = _http(b"409 Conflict", b"application/problem+json", body)
-    async with answering(lambda: problem) as url, AsyncClient(url) as client:
+    async with answering_server(lambda: problem) as url, AsyncClient(url) as client:
         with pytest.raises(RequestError, match="new moon"):
             await client.health()
 
@@ -240,11 +249,11 @@ async def test_an_error_of_a_newer_server_keeps_what_it_says() -> None:
 # --- away for a while --------------------------------------------------------------------------
 
 
-async def test_retry_after_is_honoured_and_the_last_word_is_the_servers() -> None:
+async def test_retry_after_is_honoured_and_the_last_error_is_the_servers() -> None:
     body = b'{"code": "queue_full", "detail": "Full. Retry later.", "status": 429}'
     full = _http(b"429 Full", b"application/problem+json", body, b"Retry-After: 1\r\n")
     begun = time.monotonic()
-    async with answering(lambda: full) as url, AsyncClient(url, retries=1) as client:
+    async with answering_server(lambda: full) as url, AsyncClient(url, retries=1) as client:
         with pytest.raises(QueueFull, match="Full"):
             await client.submit([SETOSA])
 
@@ -253,8 +262,8 @@ async def test_retry_after_is_honoured_and_the_last_word_is_the_servers() -> Non
 
 @pytest.fixture
 async def proxy(running: Running) -> AsyncIterator[Proxy]:
-    async with proxied(running.url) as it:
-        yield it
+    async with proxied(running.url) as started:
+        yield started
 
 
 @pytest.mark.soak
@@ -269,7 +278,7 @@ async def test_submits_whose_answers_are_cut_make_one_job_each(proxy: Proxy) -> 
         assert proxy.cut == 4
         assert result["class_name"] == "setosa"
         assert len(await client.jobs(group="cut")) == 2
-        assert job.id in [one.id for one in await client.jobs(group="cut")]
+        assert job.id in [listed.id for listed in await client.jobs(group="cut")]
 
 
 async def test_the_very_first_answer_may_be_cut(proxy: Proxy) -> None:
@@ -278,7 +287,7 @@ async def test_the_very_first_answer_may_be_cut(proxy: Proxy) -> None:
         assert (await client.health())["status"] == "ok"
 
 
-async def test_a_cancel_and_a_retry_know_their_work_when_its_answer_was_cut(proxy: Proxy) -> None:
+async def test_a_cancel_and_a_retry_succeed_when_their_first_answer_was_cut(proxy: Proxy) -> None:
     async with AsyncClient(f"http://127.0.0.1:{proxy.port}") as client:
         await client.pause("iris")
         job = await client.submit([SETOSA])
@@ -290,20 +299,20 @@ async def test_a_cancel_and_a_retry_know_their_work_when_its_answer_was_cut(prox
         assert (await job)["class_name"] == "setosa"
 
 
-async def test_a_map_whose_answers_are_cut_loses_and_doubles_nothing(proxy: Proxy) -> None:
+async def test_a_map_whose_answers_are_cut_loses_and_repeats_nothing(proxy: Proxy) -> None:
     rows = [[float(number % 3)] for number in range(200)]
     async with AsyncClient(f"http://127.0.0.1:{proxy.port}") as client:
         await client.model("picky")
         proxy.cut_reply_to(b"POST /predict", times=5)
         results = client.map(rows, "picky", batch=10, progress=False)
-        found = [one.item() async for one in results]
+        found = [result.item() async for result in results]
 
         assert proxy.cut == 5
         assert found == [number % 3 for number in range(200)]
         assert (await client.group(results.group)).jobs == 20
 
 
-async def test_events_go_on_after_a_cut_where_they_stopped(proxy: Proxy) -> None:
+async def test_events_are_resumed_after_a_cut_where_they_stopped(proxy: Proxy) -> None:
     async with AsyncClient(f"http://127.0.0.1:{proxy.port}") as client:
         await client.pause("iris")
         job = await client.submit([SETOSA])

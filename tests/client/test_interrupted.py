@@ -1,4 +1,4 @@
-"""A map that is interrupted: by a person, by the server's end, by the end of its own process."""
+"""Interrupted maps: by Ctrl-C, by a restart of the server, by the end of the process."""
 
 import os
 import signal
@@ -28,24 +28,24 @@ from asyncinfer.client import Client
 url, group, units = sys.argv[1:]
 client = Client(url)
 rows = np.full((64, 1), float(units))
-for number, one in enumerate(client.map(rows, "slow", group=group, batch=1, progress=False)):
-    print(number, one.item(), flush=True)
+for number, result in enumerate(client.map(rows, "slow", group=group, batch=1, progress=False)):
+    print(number, result.item(), flush=True)
 print("all", flush=True)
 """
 
 
 @contextmanager
 def mapping(running: Running, group: str, units: int) -> Iterator[Parent]:
-    with parent("-c", _MAPPER, running.url, group, str(units), cwd=REPOSITORY) as it:
-        yield it
+    with parent("-c", _MAPPER, running.url, group, str(units), cwd=REPOSITORY) as script:
+        yield script
 
 
 def test_ctrl_c_ends_a_script_and_cancels_what_is_queued(running: Running, client: Client) -> None:
-    with mapping(running, "stopped", 100) as it:
-        assert it.says() == "0 100.0"
-        it.process.send_signal(signal.SIGINT)
-        assert it.process.wait(10) != 0
-        assert "KeyboardInterrupt" in it.complaints()
+    with mapping(running, "stopped", 100) as script:
+        assert script.says() == "0 100.0"
+        script.process.send_signal(signal.SIGINT)
+        assert script.process.wait(10) != 0
+        assert "KeyboardInterrupt" in script.complaints()
 
     counts = client.group("stopped").counts
     assert counts["pending"] == 0
@@ -55,14 +55,14 @@ def test_ctrl_c_ends_a_script_and_cancels_what_is_queued(running: Running, clien
     )
 
 
-def test_ctrl_c_says_how_to_go_on(client: Client) -> None:
+def test_ctrl_c_says_how_to_resume(client: Client) -> None:
     results = client.map(np.full((64, 1), 100.0), "slow", batch=1, progress=False)
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt) as stopped:
         list(results)
 
-    assert any(f"group={results.group!r} to go on" in one for one in stopped.value.__notes__)
+    assert any(f"group={results.group!r} to go on" in note for note in stopped.value.__notes__)
     assert client.group(results.group).counts["pending"] == 0
 
 
@@ -75,26 +75,26 @@ def test_leaving_a_block_early_cancels_what_is_queued(client: Client) -> None:
 
 
 def test_a_second_ctrl_c_leaves_at_once(running: Running, client: Client) -> None:
-    with mapping(running, "left-at-once", 2000) as it:
+    with mapping(running, "left-at-once", 2000) as script:
         eventually_sync(lambda: bool(client.jobs(group="left-at-once")), "it has begun")
-        it.process.send_signal(signal.SIGINT)
+        script.process.send_signal(signal.SIGINT)
         time.sleep(0.05)
-        it.process.send_signal(signal.SIGINT)
+        script.process.send_signal(signal.SIGINT)
         begun = time.monotonic()
-        it.process.wait(10)
+        script.process.wait(10)
         assert time.monotonic() - begun < 3
     client.group("left-at-once").cancel()
 
 
 @pytest.mark.soak
-def test_a_killed_kernel_goes_on_where_it_was(running: Running, client: Client) -> None:
-    with mapping(running, "killed", 100) as it:
+def test_a_map_of_a_killed_process_is_resumed(running: Running, client: Client) -> None:
+    with mapping(running, "killed", 100) as script:
         for number in range(10):
-            assert it.says() == f"{number} 100.0"
-        it.kill()
+            assert script.says() == f"{number} 100.0"
+        script.kill()
 
-    with mapping(running, "killed", 100) as it:
-        assert [it.says() for _ in range(65)][-1] == "all"
+    with mapping(running, "killed", 100) as script:
+        assert [script.says() for _ in range(65)][-1] == "all"
     assert client.group("killed").counts["completed"] == 64
     assert client.group("killed").jobs == 64
 
@@ -102,15 +102,15 @@ def test_a_killed_kernel_goes_on_where_it_was(running: Running, client: Client) 
 @contextmanager
 def serving(port: int, data_dir: Path, models: Path) -> Iterator[Parent]:
     argv = ("-m", "asyncinfer", "serve", "--port", str(port), "--model-dir", str(models))
-    with parent(*argv, cwd=REPOSITORY, DATA_DIR=str(data_dir)) as it:
-        while not it.says().strip().startswith("Stop"):
+    with parent(*argv, cwd=REPOSITORY, DATA_DIR=str(data_dir)) as server:
+        while not server.says().strip().startswith("Stop"):
             pass
-        yield it
+        yield server
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_a_server_that_restarts_amid_a_map_loses_and_doubles_nothing(
+def test_a_server_that_restarts_during_a_map_loses_and_repeats_nothing(
     how: signal.Signals, tmp_path: Path, model_folder: Path
 ) -> None:
     port = free_port()
@@ -119,8 +119,8 @@ def test_a_server_that_restarts_amid_a_map_loses_and_doubles_nothing(
     begun = threading.Event()
 
     def use(client: Client) -> None:
-        for one in client.map(rows, "picky", group="through", batch=10, progress=False):
-            found.append(one.item())
+        for result in client.map(rows, "picky", group="through", batch=10, progress=False):
+            found.append(result.item())
             begun.set()
 
     with Client(f"http://127.0.0.1:{port}") as client:
@@ -129,7 +129,9 @@ def test_a_server_that_restarts_amid_a_map_loses_and_doubles_nothing(
             thread = threading.Thread(target=use, args=(client,))
             thread.start()
             assert begun.wait(10)
-            children = [it.pid for it in processes() if it.parent == server.process.pid]
+            children = [
+                process.pid for process in processes() if process.parent == server.process.pid
+            ]
             server.process.send_signal(how)
             server.process.wait()
             assert len(found) < 6000
@@ -142,7 +144,7 @@ def test_a_server_that_restarts_amid_a_map_loses_and_doubles_nothing(
             assert client.group("through").jobs == 600
 
 
-def test_a_script_that_ends_amid_a_map_ends(running: Running) -> None:
+def test_a_script_that_ends_during_a_map_does_not_hang(running: Running) -> None:
     code = (
         "import sys\n"
         "from asyncinfer.client import Client\n"

@@ -1,4 +1,4 @@
-"""Many rows through one model: every row has its result, in order, and nothing runs twice."""
+"""Maps: every row has its result, in order, and nothing runs twice."""
 
 import asyncio
 import itertools
@@ -31,7 +31,7 @@ def iris_rows(count: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.float64]
 
 
 def started(client: Client, group: str) -> dict[str, Any]:
-    """When each job of a group ran: another time would show another run."""
+    """When each job of a group was started, by id; another time would show another run."""
     return {job.id: job.timeline.get("started") for job in client.jobs(group=group, limit=5000)}
 
 
@@ -61,13 +61,14 @@ async def test_rows_may_come_from_an_async_generator(aclient: AsyncClient) -> No
             yield row
 
     for form in (coming(), rows, np.array(rows)):
-        assert [one async for one in aclient.map(form, progress=False)] == expected
+        assert [result async for result in aclient.map(form, progress=False)] == expected
 
 
-def test_no_rows_give_no_results(client: Client) -> None:
-    nothings: list[Any] = [[], iter(()), np.empty((0, 4))]
-    for nothing in nothings:
-        assert list(client.map(nothing, progress=False)) == []
+async def test_no_rows_give_no_results(client: Client, aclient: AsyncClient) -> None:
+    empties: list[Any] = [[], (), np.empty((0, 4)), {"input": np.empty((0, 4))}]
+    for empty in empties:
+        assert list(client.map(empty, progress=False)) == []
+        assert [result async for result in aclient.map(empty, progress=False)] == []
 
 
 def test_an_endless_generator_is_read_only_as_far_as_it_is_used(client: Client) -> None:
@@ -94,8 +95,8 @@ def test_rows_of_a_model_that_cannot_batch_are_jobs_of_their_own(client: Client)
     with pytest.warns(SlowMapWarning):
         packed = list(client.map(np.array(rows, np.float32), "mean", progress=False, group="alone"))
 
-    assert [one.tolist() for one in alone] == [[0.0, 0.0]] * 150
-    assert [one.tolist() for one in packed] == [[0.0, 0.0]] * 150
+    assert [result.tolist() for result in alone] == [[0.0, 0.0]] * 150
+    assert [result.tolist() for result in packed] == [[0.0, 0.0]] * 150
     assert client.group("alone").jobs == 150
 
 
@@ -103,11 +104,11 @@ def test_several_inputs_are_a_dict_a_row_or_a_dict_of_arrays(client: Client) -> 
     feeds = ENTRIES["several"].draw(np.random.default_rng(0), 20)
     expected = client.predict(feeds, "several")
 
-    by_row = [{name: one[at] for name, one in feeds.items()} for at in range(20)]
+    by_row = [{name: values[at] for name, values in feeds.items()} for at in range(20)]
     for form in (feeds, by_row):
         results = list(client.map(form, "several", progress=False))
-        for name, one in expected.items():
-            np.testing.assert_array_equal(np.stack([row[name] for row in results]), one)
+        for name, values in expected.items():
+            np.testing.assert_array_equal(np.stack([row[name] for row in results]), values)
 
 
 def test_rows_lie_along_the_axis_that_the_model_counts(client: Client) -> None:
@@ -125,14 +126,14 @@ def test_rows_lie_along_the_axis_that_the_model_counts(client: Client) -> None:
 
 def test_rows_of_different_lengths_go_in_jobs_apart(client: Client) -> None:
     texts = [[1, 2, 3], [1, 2], [3, 4], [5]]
-    shapes = [one.shape for one in client.map(texts, "embedding", progress=False)]
+    shapes = [result.shape for result in client.map(texts, "embedding", progress=False)]
     assert shapes == [(3, 4), (2, 4), (2, 4), (1, 4)]
 
 
 def test_a_row_may_be_a_whole_input(client: Client) -> None:
     whole = [[[1, 2]], [[3, 4], [5, 6]]]
-    results = [one.tolist() for one in client.map(whole, "int64", progress=False)]
-    assert results == [client.predict(one, "int64").tolist() for one in whole]
+    results = [result.tolist() for result in client.map(whole, "int64", progress=False)]
+    assert results == [client.predict(row, "int64").tolist() for row in whole]
 
 
 # --- rows that are wrong -----------------------------------------------------------------------
@@ -144,7 +145,7 @@ def test_one_bad_row_in_10000_is_an_error_of_its_own(client: Client) -> None:
 
     results = list(client.map(rows, progress=False, on_error="return"))
 
-    bad = {at: one for at, one in enumerate(results) if isinstance(one, AsyncinferError)}
+    bad = {row: error for row, error in enumerate(results) if isinstance(error, AsyncinferError)}
     assert list(bad) == [7777]
     assert isinstance(bad[7777], InvalidInput)
     assert bad[7777].row == 7777
@@ -158,9 +159,9 @@ def test_a_row_that_fails_the_run_of_its_job_is_found(client: Client) -> None:
 
     results = list(client.map(rows, "picky", progress=False, on_error="return"))
 
-    bad = [at for at, one in enumerate(results) if isinstance(one, JobFailed)]
+    bad = [row for row, result in enumerate(results) if isinstance(result, JobFailed)]
     assert bad == [123, 456]
-    assert [one.item() for one in results[:123]] == [number % 3 for number in range(123)]
+    assert [result.item() for result in results[:123]] == [number % 3 for number in range(123)]
 
 
 def test_rows_of_another_shape_and_numbers_that_do_not_fit_have_their_errors(
@@ -168,11 +169,11 @@ def test_rows_of_another_shape_and_numbers_that_do_not_fit_have_their_errors(
 ) -> None:
     rows: list[Any] = [SETOSA, SETOSA[:3], [*SETOSA[:3], 1e39], SETOSA]
     results = list(client.map(rows, progress=False, on_error="return"))
-    assert [type(one) for one in results] == [dict, InvalidInput, InvalidInput, dict]
+    assert [type(result) for result in results] == [dict, InvalidInput, InvalidInput, dict]
 
     arrays = np.array([SETOSA, [1e39] * 4, SETOSA])
     results = list(client.map(arrays, progress=False, on_error="return"))
-    assert [type(one) for one in results] == [dict, CannotSend, dict]
+    assert [type(result) for result in results] == [dict, CannotSend, dict]
 
 
 def test_the_first_bad_row_is_raised_when_it_is_its_turn(client: Client) -> None:
@@ -188,14 +189,33 @@ def test_the_first_bad_row_is_raised_when_it_is_its_turn(client: Client) -> None
     assert refused.value.row == 25
 
 
-def test_what_is_wrong_with_the_map_is_raised_at_once(client: Client) -> None:
+def test_an_error_of_the_whole_map_is_raised_at_the_first_row(client: Client) -> None:
+    results = client.map([SETOSA], "rose", progress=False)
     with pytest.raises(ModelNotFound, match="Known: "):
-        client.map([SETOSA], "rose", progress=False)
-    with pytest.raises(CannotSend, match="batch="):
-        client.map([SETOSA], batch=0, progress=False)
+        next(results)
 
 
-# --- taken up again ----------------------------------------------------------------------------
+async def test_no_client_sends_anything_before_the_first_result_is_taken(
+    client: Client, aclient: AsyncClient
+) -> None:
+    """A wrong argument is an error of the call itself."""
+    pulled: list[int] = []
+
+    def rows() -> Iterator[list[float]]:
+        pulled.append(1)
+        yield SETOSA
+
+    for kind in (client, aclient):
+        results = kind.map(rows(), "rose", progress=False)
+        closed = results.close()
+        if closed is not None:
+            await closed
+        with pytest.raises(CannotSend, match="batch="):
+            kind.map([SETOSA], batch=0, progress=False)
+    assert pulled == []
+
+
+# --- resumed -----------------------------------------------------------------------------------
 
 
 def test_the_same_rows_and_group_run_nothing_again(client: Client) -> None:
@@ -208,7 +228,7 @@ def test_the_same_rows_and_group_run_nothing_again(client: Client) -> None:
     assert len(ran) == 8
 
 
-def test_a_map_left_early_cancels_what_waits_and_is_gone_on_with(client: Client) -> None:
+def test_a_map_left_early_cancels_what_waits_and_is_resumed(client: Client) -> None:
     rows = [[float(number % 3)] for number in range(100)]
     client.pause("picky")
     left = client.map(rows, "picky", group="left", batch=10, progress=False)
@@ -223,7 +243,7 @@ def test_a_map_left_early_cancels_what_waits_and_is_gone_on_with(client: Client)
 
     results = list(client.map(rows, "picky", group="left", batch=10, progress=False))
 
-    assert [one.item() for one in results] == [number % 3 for number in range(100)]
+    assert [result.item() for result in results] == [number % 3 for number in range(100)]
     after = started(client, "left")
     assert len(after) == 10
     done = {job_id: at for job_id, at in ran.items() if at is not None}
@@ -270,8 +290,8 @@ def test_a_frame_comes_back_with_predictions_beside_its_columns(client: Client) 
         assert type(found) is type(frame)
         new = ["prediction", "class_name", "probability"]
         assert list(found.columns) == [*"abcd", "name", *new]
-        assert list(found["class_name"]) == [one["class_name"] for one in expected]
-        assert list(found["probability"]) == [max(one["probabilities"]) for one in expected]
+        assert list(found["class_name"]) == [row["class_name"] for row in expected]
+        assert list(found["probability"]) == [max(row["probabilities"]) for row in expected]
     assert list(client.map_frame(pandas_frame, list("abcd"), progress=False).index) == list(
         pandas_frame.index
     )
@@ -290,7 +310,7 @@ async def test_columns_find_the_inputs_of_their_names(aclient: AsyncClient) -> N
         await aclient.map_frame(frame, model="several", progress=False)
 
 
-async def test_bad_rows_of_a_frame_are_told_beside_the_good(aclient: AsyncClient) -> None:
+async def test_errors_of_bad_rows_of_a_frame_are_in_a_column(aclient: AsyncClient) -> None:
     frame = pd.DataFrame({"x": [0.0, 9.0, 2.0]})
     found = await aclient.map_frame(frame, model="picky", on_error="return", progress=False)
     assert found["error"].isna().tolist() == [True, False, True]

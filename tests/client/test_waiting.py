@@ -1,4 +1,4 @@
-"""No wait without a reason: jobs, maps and time-outs tell why nothing comes, and who goes on."""
+"""The reasons of waits: jobs, maps and time-outs say why no result comes."""
 
 import asyncio
 import logging
@@ -41,13 +41,13 @@ async def starved(config: ApiConfig, store: Store) -> AsyncIterator[AsyncClient]
 
 
 def mapped(client: AsyncClient, rows: list[Any], *, progress: bool = False) -> AsyncResults:
-    """A map that loses its patience at once."""
-    asked = asked_of(None, 1, 4, progress, "raise", {})
-    asked = msgspec.structs.replace(asked, cadence=AT_ONCE)
-    return AsyncResults(client._server, client._driver, rows, asked)
+    """A map that requests and reports the reason of a wait at once."""
+    wanted = asked_of(None, 1, 4, progress, "raise", {})
+    wanted = msgspec.structs.replace(wanted, cadence=AT_ONCE)
+    return AsyncResults(client._server, client._driver, rows, wanted)
 
 
-async def until_said(caplog: pytest.LogCaptureFixture, words: str) -> str:
+async def wait_for_log_line(caplog: pytest.LogCaptureFixture, words: str) -> str:
     async with asyncio.timeout(20):
         while True:
             for line in caplog.messages:
@@ -76,7 +76,7 @@ async def test_a_job_that_has_ended_waits_for_nothing(starved: AsyncClient, stor
     assert NO_WORKER not in repr(job) + job._repr_html_()
 
 
-async def test_a_time_out_tells_why_nothing_came(starved: AsyncClient) -> None:
+async def test_a_time_out_says_why_no_result_came(starved: AsyncClient) -> None:
     job = await starved.submit([SETOSA])
     for late in (job.wait(timeout=0), starved.predict([SETOSA], timeout=0.1)):
         with pytest.raises(WaitTimeout, match=NO_WORKER) as timed_out:
@@ -85,13 +85,13 @@ async def test_a_time_out_tells_why_nothing_came(starved: AsyncClient) -> None:
         assert timed_out.value.waiting_for.code == "no_worker"
 
 
-async def test_a_map_tells_why_nothing_comes_and_that_it_goes_on(
+async def test_a_map_reports_why_no_result_comes_and_that_it_goes_on(
     starved: AsyncClient, store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "asyncinfer.client")
     results = mapped(starved, [SETOSA, SETOSA])
     first = asyncio.create_task(anext(results))
-    assert (await until_said(caplog, NO_WORKER)).startswith("2 rows of iris wait: ")
+    assert (await wait_for_log_line(caplog, NO_WORKER)).startswith("2 rows of iris wait: ")
 
     while not first.done():
         hand = Hand(store)
@@ -99,11 +99,11 @@ async def test_a_map_tells_why_nothing_comes_and_that_it_goes_on(
         await asyncio.wait([first], timeout=5)
     await results.close()
 
-    said = [one for one in caplog.messages if "iris" in one]
-    assert said[1:] == ["iris goes on."]
+    lines = [line for line in caplog.messages if "iris" in line]
+    assert lines[1:] == ["iris goes on."]
 
 
-async def test_a_bar_leaves_room_for_the_reason(
+async def test_the_reason_is_shown_beside_a_bar(
     starved: AsyncClient, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = mapped(starved, [SETOSA], progress=True)
@@ -121,7 +121,7 @@ async def test_a_bar_leaves_room_for_the_reason(
     assert "iris goes on." in capsys.readouterr().err
 
 
-async def test_a_full_queue_is_told_as_the_reason(
+async def test_a_full_queue_is_reported_as_the_reason(
     starved: AsyncClient, store: Store, config: ApiConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "asyncinfer.client")
@@ -134,13 +134,13 @@ async def test_a_full_queue_is_told_as_the_reason(
         results = mapped(client, [SETOSA])
         waiting = asyncio.create_task(anext(results))
         try:
-            assert "holds all it may" in await until_said(caplog, "1 row of iris waits: ")
+            assert "holds all it may" in await wait_for_log_line(caplog, "1 row of iris waits: ")
         finally:
             waiting.cancel()
             await asyncio.wait([waiting])
 
 
-async def test_a_default_model_that_is_being_loaded_is_waited_for(
+async def test_a_default_model_that_is_being_loaded_is_awaited(
     config: ApiConfig, store: Store
 ) -> None:
     announcements = Announcements(store)
@@ -157,7 +157,7 @@ async def test_a_default_model_that_is_being_loaded_is_waited_for(
         assert (await found).model == "iris"
 
 
-async def test_a_folder_without_a_model_is_told_at_once_and_not_asked_again(
+async def test_a_folder_without_a_model_is_an_error_at_once_without_retries(
     config: ApiConfig, store: Store
 ) -> None:
     says = {"state": "ready", "default_model": None}
@@ -171,18 +171,26 @@ async def test_a_folder_without_a_model_is_told_at_once_and_not_asked_again(
                 await client.submit([SETOSA], model="iris")
 
 
-def test_a_reason_is_told_when_it_is_new_and_again_after_a_while() -> None:
-    said: list[str] = []
+def test_a_reason_is_reported_when_it_is_new_and_again_after_a_while() -> None:
+    lines: list[str] = []
     clock = [0.0]
-    notices = Notices(said.append, Cadence(again_seconds=30.0), lambda: clock[0])
+    notices = Notices(lines.append, Cadence(again_seconds=30.0), lambda: clock[0])
     no_worker, paused = WaitingFor("no_worker", "None."), WaitingFor("paused", "Paused.")
-    heard = {0: no_worker, 29: no_worker, 31: no_worker, 32: paused, 40: None, 41: None, 42: paused}
+    reasons = {
+        0: no_worker,
+        29: no_worker,
+        31: no_worker,
+        32: paused,
+        40: None,
+        41: None,
+        42: paused,
+    }
 
-    for seconds, reason in heard.items():
+    for seconds, reason in reasons.items():
         clock[0] = seconds
         notices.hear(reason, "Rows wait", "It goes on")
 
-    assert said == [
+    assert lines == [
         "Rows wait: None.",
         "Rows wait: None.",
         "Rows wait: Paused.",

@@ -1,4 +1,4 @@
-"""Rows of several jobs go into one run and come back to their own."""
+"""Rows of several jobs are stacked into one run, and its outputs are split into jobs again."""
 
 import numpy as np
 import pytest
@@ -60,7 +60,7 @@ def test_an_output_with_another_number_of_rows_is_not_split() -> None:
             batching.split([rows(1, 2, 3), output], jobs_of(2, 1), FIRST)
 
 
-def test_a_job_that_ran_alone_gets_all_there_is() -> None:
+def test_a_job_that_ran_alone_gets_the_whole_outputs() -> None:
     outputs = [rows(1, 2, 3), np.array(1.0)]
 
     assert batching.split(outputs, jobs_of(2), FIRST) == [outputs]
@@ -75,7 +75,7 @@ def test_jobs_share_a_run_only_with_one_datatype_and_row_shape() -> None:
     assert key((1, 4)) != key((1, 4), np.float64)
 
 
-def test_what_is_not_stacked_must_be_equal_to_the_last_byte() -> None:
+def test_an_input_that_is_not_stacked_must_be_equal_to_the_last_byte() -> None:
     plan = Plan({"x": 1, "rate": None, "word": None}, (1,))
 
     def key(rate: float, word: str, given: bool = True) -> object:
@@ -89,16 +89,16 @@ def test_what_is_not_stacked_must_be_equal_to_the_last_byte() -> None:
     assert key(0.0, "a") != key(-0.0, "a")
 
 
-def test_a_job_without_elements_or_with_rows_that_disagree_runs_alone() -> None:
+def test_a_job_without_elements_or_with_different_numbers_of_rows_runs_alone() -> None:
     plan = Plan({"a": 0, "b": 0}, (0,))
-    one, two, none = np.zeros((1, 2)), np.zeros((2, 2)), np.zeros((0, 2))
+    one_row, two_rows, no_rows = np.zeros((1, 2)), np.zeros((2, 2)), np.zeros((0, 2))
 
-    assert batching.run_key({"a": one, "b": one}, plan) is not None
-    assert batching.run_key({"a": one, "b": two}, plan) is None
-    assert batching.run_key({"a": none, "b": none}, plan) is None
+    assert batching.run_key({"a": one_row, "b": one_row}, plan) is not None
+    assert batching.run_key({"a": one_row, "b": two_rows}, plan) is None
+    assert batching.run_key({"a": no_rows, "b": no_rows}, plan) is None
 
 
-def test_jobs_of_different_lengths_are_filled_up_and_cut_back_where_asked() -> None:
+def test_jobs_of_different_lengths_are_padded_and_cut_if_the_signature_says_so() -> None:
     signature = Signature(
         "m",
         "1",
@@ -121,7 +121,7 @@ def test_jobs_of_different_lengths_are_filled_up_and_cut_back_where_asked() -> N
 
     assert len({batching.run_key(job, plan) for job in jobs}) == 1
     assert stacked["mask"].tolist()[0] == [1, 1, 1, 0, 0]
-    assert [[output.shape for output in one] for one in pieces] == [
+    assert [[output.shape for output in outputs] for outputs in pieces] == [
         [(1, 3, 2), (1,)],
         [(2, 5, 2), (2,)],
     ]
@@ -131,7 +131,7 @@ def test_jobs_of_different_lengths_are_filled_up_and_cut_back_where_asked() -> N
 
 
 @pytest.mark.parametrize(
-    ("shapes", "found"),
+    ("shapes", "candidates"),
     [
         ([("batch", 2)], [(0,)]),
         ([(None, 2)], [(0,)]),
@@ -145,12 +145,12 @@ def test_jobs_of_different_lengths_are_filled_up_and_cut_back_where_asked() -> N
         ([()], []),
     ],
 )
-def test_axes_are_sought_by_their_names(
-    shapes: list[tuple[Dim, ...]], found: list[tuple[int | None, ...]]
+def test_candidate_axes_follow_from_dimension_names(
+    shapes: list[tuple[Dim, ...]], candidates: list[tuple[int | None, ...]]
 ) -> None:
     inputs = [spec(*shape, name=f"x{at}") for at, shape in enumerate(shapes)]
 
-    assert batching.candidates(inputs) == found
+    assert batching.candidates(inputs) == candidates
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Each reason why jobs share no run says what would change it, and that does change it."""
+"""Each reason why jobs are not batched names a remedy, and the remedy works."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,22 +21,22 @@ FLOAT, INT64, STRING = TensorProto.FLOAT, TensorProto.INT64, TensorProto.STRING
 
 
 class Case(Struct, frozen=True):
-    """A model that is off, and the same once the remedy was followed."""
+    """A model that is not batched, and the same model after its remedy."""
 
     off: Callable[[], onnx.ModelProto]
     words: str
-    """Of the remedy."""
+    """A part of the remedy's text."""
     toml: str = ""
-    mended: Callable[[], onnx.ModelProto] | None = None
-    """The model as exported anew."""
-    mended_toml: str = ""
+    remedied: Callable[[], onnx.ModelProto] | None = None
+    """The model as exported again."""
+    remedied_toml: str = ""
     probe_seconds: float = 5.0
 
 
 def with_tanh(
     wrong: list[onnx.NodeProto], shape: zoo.Dims | None, weights: zoo.Weights | None = None
 ) -> onnx.ModelProto:
-    """`y` of the wrong nodes, and `z`, in which rows are apart."""
+    """A model with `y`, the output of the wrong nodes, and `z`, whose rows are independent."""
     return zoo.model(
         [*wrong, node("Tanh", ["x"], ["z"])],
         [zoo.tensor("x", ["batch", 8])],
@@ -51,7 +51,7 @@ def only_y(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def unsteady() -> onnx.ModelProto:
-    """Its rows go down where a number is negative, else across."""
+    """A model whose rows are along axis 1 if a number is negative, else along axis 0."""
     then = helper.make_graph([node("Transpose", ["x"], ["t"])], "then", [], [zoo.tensor("t", None)])
     other = helper.make_graph([node("Identity", ["x"], ["o"])], "else", [], [zoo.tensor("o", None)])
     nodes = [
@@ -64,7 +64,7 @@ def unsteady() -> onnx.ModelProto:
 
 
 def clipped() -> onnx.ModelProto:
-    """Without all of its rows, if one of them has a number that no probe row has."""
+    """A model that changes all rows if one of them has a larger number than any probe row."""
     nodes = [
         node("ReduceMax", ["x"], ["most"], keepdims=0),
         node("Greater", ["most", "limit"], ["above"]),
@@ -103,7 +103,7 @@ def nothing_in() -> onnx.ModelProto:
 
 
 def deep(depth: int) -> onnx.ModelProto:
-    """Branches within branches."""
+    """A model with branches within branches."""
     inner = [node("Tanh", ["x"], ["y0"])]
     for at in range(depth):
         given = [zoo.tensor(f"y{at}", ["batch", 2])]
@@ -125,7 +125,7 @@ def unchanged() -> onnx.ModelProto:
 
 
 def far_table() -> onnx.ModelProto:
-    """Takes 1000 to 1004."""
+    """A model that only accepts numbers from 1000 to 1004."""
     nodes = [
         node("Sub", ["x", "offset"], ["ids"]),
         node("Gather", ["table", "ids"], ["y"]),
@@ -169,8 +169,8 @@ def tanh(*shape: int | str | None) -> Callable[[], onnx.ModelProto]:
     return lambda: zoo.unary("Tanh", shape)
 
 
-EXPORT: Final = "export it with a first dimension that is open"
-LEAVE_OUT: Final = "keep other outputs alone with `outputs` in model.toml"
+EXPORT: Final = "export it with a dynamic first dimension"
+LEAVE_OUT: Final = "keep only other outputs, with `outputs` in model.toml"
 ROW_EACH: Final = "export it so that this output has a row for each row of the input"
 FORCE: Final = "[batching]\nenabled = true"
 Z: Final = 'outputs = ["z"]'
@@ -179,61 +179,61 @@ CASES: Final = {
     "asked": Case(
         tanh("b", 2), "without `batching.enabled = false`", "[batching]\nenabled = false"
     ),
-    "no_input": Case(nothing_in, "export it with an input that has rows", mended=tanh("b", 2)),
-    "scalar": Case(tanh(), EXPORT, mended=tanh("b")),
-    "fixed": Case(tanh(1, 2), EXPORT, mended=tanh("b", 2)),
+    "no_input": Case(nothing_in, "export it with an input that has rows", remedied=tanh("b", 2)),
+    "scalar": Case(tanh(), EXPORT, remedied=tanh("b")),
+    "fixed": Case(tanh(1, 2), EXPORT, remedied=tanh("b", 2)),
     "other_open": Case(
         tanh(1, "n"),
         "if dimension 1 counts rows, set `batching.axis = 1`",
-        mended_toml="[batching]\naxis = 1",
+        remedied_toml="[batching]\naxis = 1",
     ),
     "any_rank": Case(
-        lambda: zoo.unary("Tanh", None), "export it with a shape", mended=tanh("b", 2)
+        lambda: zoo.unary("Tanh", None), "export it with a shape", remedied=tanh("b", 2)
     ),
-    "dynamic beside": Case(clipped, LEAVE_OUT, mended_toml=Z),
-    "dynamic": Case(zoo.quantized, "`batching.enabled = true`", mended_toml=FORCE),
-    "unread": Case(lambda: deep(17), "`batching.enabled = true`", mended_toml=FORCE),
+    "dynamic beside": Case(clipped, LEAVE_OUT, remedied_toml=Z),
+    "dynamic": Case(zoo.quantized, "`batching.enabled = true`", remedied_toml=FORCE),
+    "unread": Case(lambda: deep(17), "`batching.enabled = true`", remedied_toml=FORCE),
     "slow": Case(
         lambda: zoo.loop_for_hours("batch"),
-        "`batching.enabled = true` in model.toml shares runs without a probe",
-        mended_toml=FORCE,
+        "`batching.enabled = true` in model.toml batches jobs without a probe",
+        remedied_toml=FORCE,
         probe_seconds=0.05,
     ),
     "none_ran": Case(
-        far_table, "give several rows in `example`", mended_toml="example = [1000, 1004]"
+        far_table, "give several rows in `example`", remedied_toml="example = [1000, 1004]"
     ),
     "none_ran_like_example": Case(
         far_table,
-        "give several rows in `example` in model.toml that the model takes",
+        "give several rows in `example` in model.toml that the model accepts",
         "example = [1, 2]",
-        mended_toml="example = [1000, 1004]",
+        remedied_toml="example = [1000, 1004]",
     ),
     "failed_together": Case(
-        lambda: flat(1), "export it without a number of rows that is fixed", mended=lambda: flat(-1)
+        lambda: flat(1), "export it without a fixed number of rows", remedied=lambda: flat(-1)
     ),
-    "no_rows": Case(unchanged, "export it with one that has", mended=tanh("b", 2)),
+    "no_rows": Case(unchanged, "export it with one that has", remedied=tanh("b", 2)),
     "one_answer": Case(
         above_a_thousand,
-        "give several rows in `example` in model.toml that get different answers",
-        mended_toml="example = [[1, 2], [2000, 3000]]",
+        "give several rows in `example` in model.toml that get different results",
+        remedied_toml="example = [[1, 2], [2000, 3000]]",
     ),
     "one_value": Case(
         numbers_and_categories,
         "give several rows in `example` in model.toml that differ in it",
         '[example]\nage = [[30]]\nplan = [["pro"]]',
-        mended_toml='[example]\nage = [[30], [40]]\nplan = [["pro"], ["basic"]]',
+        remedied_toml='[example]\nage = [[30], [40]]\nplan = [["pro"], ["basic"]]',
     ),
-    "unsteady": Case(unsteady, LEAVE_OUT, mended_toml=Z),
-    "mixes": Case(normed, LEAVE_OUT, mended_toml=Z),
-    "unsteady_numbers": Case(in_training, "export it for inference", mended=tanh("b", 8)),
-    "rank": Case(squeezed, LEAVE_OUT, mended_toml=Z),
-    "shape": Case(pairs, LEAVE_OUT, mended_toml=Z),
-    "count": Case(doubled, LEAVE_OUT, mended_toml=Z),
-    "unsteady alone": Case(lambda: only_y(unsteady()), ROW_EACH, mended=tanh("b", 8)),
-    "mixes alone": Case(lambda: only_y(normed()), "`batching.enabled = true`", mended_toml=FORCE),
-    "rank alone": Case(lambda: only_y(squeezed()), ROW_EACH, mended=tanh("b", 8)),
-    "shape alone": Case(lambda: only_y(pairs()), ROW_EACH, mended=tanh("b", 8)),
-    "count alone": Case(lambda: only_y(doubled()), ROW_EACH, mended=tanh("b", 8)),
+    "unsteady": Case(unsteady, LEAVE_OUT, remedied_toml=Z),
+    "mixes": Case(normed, LEAVE_OUT, remedied_toml=Z),
+    "unsteady_numbers": Case(in_training, "export it for inference", remedied=tanh("b", 8)),
+    "rank": Case(squeezed, LEAVE_OUT, remedied_toml=Z),
+    "shape": Case(pairs, LEAVE_OUT, remedied_toml=Z),
+    "count": Case(doubled, LEAVE_OUT, remedied_toml=Z),
+    "unsteady alone": Case(lambda: only_y(unsteady()), ROW_EACH, remedied=tanh("b", 8)),
+    "mixes alone": Case(lambda: only_y(normed()), "`batching.enabled = true`", remedied_toml=FORCE),
+    "rank alone": Case(lambda: only_y(squeezed()), ROW_EACH, remedied=tanh("b", 8)),
+    "shape alone": Case(lambda: only_y(pairs()), ROW_EACH, remedied=tanh("b", 8)),
+    "count alone": Case(lambda: only_y(doubled()), ROW_EACH, remedied=tanh("b", 8)),
 }
 
 
@@ -243,21 +243,23 @@ def loaded(folder: Path, model: onnx.ModelProto, toml: str, seconds: float) -> S
     return Engine.load(file, intra_op_threads=1, probe_seconds=seconds).signature
 
 
-def test_every_reason_is_told_by_a_case() -> None:
+def test_every_reason_has_a_case() -> None:
     assert {name.partition(" ")[0].upper() for name in CASES} == {off.name for off in Off}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_would_change_an_off_is_said_and_does_change_it(tmp_path: Path, name: str) -> None:
+def test_the_remedy_of_a_reason_is_named_and_makes_the_model_batch(
+    tmp_path: Path, name: str
+) -> None:
     case = CASES[name]
     off = Off[name.partition(" ")[0].upper()]
 
     signature = loaded(tmp_path / "off", case.off(), case.toml, case.probe_seconds)
-    model = (case.mended or case.off)()
-    mended = loaded(tmp_path / "on", model, case.mended_toml, case.probe_seconds)
+    model = (case.remedied or case.off)()
+    remedied = loaded(tmp_path / "on", model, case.remedied_toml, case.probe_seconds)
 
     assert not signature.batched
-    beginning = off.what.partition("{")[0]
+    beginning = off.description.partition("{")[0]
     assert signature.batching.startswith(f"off: {beginning}"), signature.batching
     assert case.words in signature.batching
-    assert mended.batched, mended.batching
+    assert remedied.batched, remedied.batching

@@ -1,4 +1,4 @@
-"""What an operator writes beside a model is taken, or refused by its key."""
+"""A model.toml is read, or rejected with the key that is wrong."""
 
 import os
 from pathlib import Path
@@ -40,10 +40,10 @@ devices = [0, 1]
 """
 
 
-def refusal(toml: bytes, folder: Path | None = None) -> str:
-    with pytest.raises(ModelRefused) as refused:
+def rejection(toml: bytes, folder: Path | None = None) -> str:
+    with pytest.raises(ModelRefused) as raised:
         read_config(toml, "m.toml", folder)
-    return refused.value.detail
+    return raised.value.detail
 
 
 def test_every_key_is_read() -> None:
@@ -57,7 +57,7 @@ def test_every_key_is_read() -> None:
     assert read_config(b"", "m.toml") == ModelConfig()
 
 
-def test_labels_may_lie_in_a_file_beside_it(tmp_path: Path) -> None:
+def test_labels_may_be_in_a_file_beside_it(tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("\ufeffcat\nsea lion\nüber\n\n", "utf-8")
 
     assert read_config(b'labels = "labels.txt"', "m.toml", tmp_path).labels == (
@@ -76,7 +76,7 @@ def test_labels_may_lie_in_a_file_beside_it(tmp_path: Path) -> None:
     ],
 )
 def test_labels_may_be_those_of_a_json_file(tmp_path: Path, content: str) -> None:
-    """An exporter of Hugging Face leaves them in config.json alone."""
+    """Exporters of Hugging Face write labels only into config.json."""
     (tmp_path / "config.json").write_text(content)
 
     labels = read_config(b'labels = "config.json"', "m.toml", tmp_path).labels
@@ -98,21 +98,21 @@ def test_labels_may_be_those_of_a_json_file(tmp_path: Path, content: str) -> Non
     ],
     ids=lambda value: value[:40],
 )
-def test_lines_of_another_format_are_not_taken_for_labels(
+def test_lines_of_another_format_are_not_read_as_labels(
     tmp_path: Path, name: str, content: str
 ) -> None:
     (tmp_path / name).write_text(content)
 
-    reason = refusal(f'labels = "{name}"'.encode(), tmp_path)
+    reason = rejection(f'labels = "{name}"'.encode(), tmp_path)
 
     assert reason.startswith(f"m.toml: labels: {name} ")
 
 
 @pytest.mark.parametrize("name", ["../labels.txt", "/etc/hostname", "none.txt", "link.txt", ".."])
-def test_labels_lie_nowhere_else(tmp_path: Path, name: str) -> None:
+def test_a_labels_file_must_be_beside_model_toml(tmp_path: Path, name: str) -> None:
     (tmp_path / "link.txt").symlink_to("/etc/hostname")
 
-    assert refusal(f'labels = "{name}"'.encode(), tmp_path).startswith("m.toml: labels: ")
+    assert rejection(f'labels = "{name}"'.encode(), tmp_path).startswith("m.toml: labels: ")
 
 
 @pytest.mark.parametrize(
@@ -127,19 +127,19 @@ def test_labels_lie_nowhere_else(tmp_path: Path, name: str) -> None:
         (b"pinned = 1", "$.pinned"),
     ],
 )
-def test_a_wrong_value_is_refused_by_its_key(toml: bytes, message: str) -> None:
-    assert message in refusal(toml)
+def test_a_wrong_value_is_rejected_with_its_key(toml: bytes, message: str) -> None:
+    assert message in rejection(toml)
 
 
-def test_an_example_with_gaps_is_one_that_json_can_carry() -> None:
-    """It is announced, shown and sent as it is shown."""
+def test_nonfinite_numbers_in_an_example_become_strings() -> None:
+    """An example is announced and shown as JSON, and sent as it is shown."""
     config = read_config(b"example = [[nan, 1.5, inf], [-inf, 2, -nan]]", "m.toml")
 
     assert config.example == [["NaN", 1.5, "Infinity"], ["-Infinity", 2, "NaN"]]
 
 
 @pytest.mark.parametrize("content", [b"\xef\xbb\xbfpinned = true", b"pinned = true\r\n"])
-def test_what_windows_adds_to_a_text_changes_nothing(content: bytes) -> None:
+def test_a_byte_order_mark_and_windows_line_ends_are_accepted(content: bytes) -> None:
     assert read_config(content, "m.toml").pinned
 
 
@@ -151,13 +151,13 @@ def test_what_windows_adds_to_a_text_changes_nothing(content: bytes) -> None:
         ('# \n description = "Käse"'.encode("latin-1"), "is not UTF-8 (byte 0xe4 in line 2); save"),
     ],
 )
-def test_another_encoding_is_named_with_what_mends_it(content: bytes, problem: str) -> None:
-    assert refusal(content).startswith(f"m.toml: {problem}")
+def test_another_encoding_is_named_with_the_remedy(content: bytes, problem: str) -> None:
+    assert rejection(content).startswith(f"m.toml: {problem}")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_labels_are_the_lines_of_their_file_however_it_was_saved(
+def test_labels_are_the_lines_of_their_file_for_every_line_end_and_encoding(
     tmp_path: Path, encoding: str, end: str
 ) -> None:
     labels = ("cat", "Käse", "line\u2028separator", "form\ffeed")
@@ -174,18 +174,16 @@ def test_labels_are_the_lines_of_their_file_however_it_was_saved(
         (bytes(5 << 20), "has more than 4194304 bytes"),
     ],
 )
-def test_a_labels_file_that_cannot_be_read_is_named_itself(
-    tmp_path: Path, content: bytes, problem: str
-) -> None:
+def test_an_unreadable_labels_file_is_named(tmp_path: Path, content: bytes, problem: str) -> None:
     (tmp_path / "l.txt").write_bytes(content)
 
-    with pytest.raises(ModelRefused) as refused:
+    with pytest.raises(ModelRefused) as raised:
         read_config(b'labels = "l.txt"', "m/model.toml", tmp_path)
 
-    assert refused.value.detail == f"m/l.txt: {problem}"
+    assert raised.value.detail == f"m/l.txt: {problem}"
 
 
-def test_a_labels_file_that_would_never_end_is_not_opened(tmp_path: Path) -> None:
+def test_a_fifo_as_labels_file_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "l.txt")
 
-    assert refusal(b'labels = "l.txt"', tmp_path) == "l.txt: is a FIFO, not a file"
+    assert rejection(b'labels = "l.txt"', tmp_path) == "l.txt: is a FIFO, not a file"

@@ -1,4 +1,4 @@
-"""A file that only has the name of an ONNX model is named for what it is, with what to do."""
+"""A file that only has the name of an ONNX model is rejected with its kind and a remedy."""
 
 import gzip
 import io
@@ -48,14 +48,14 @@ def safetensors() -> bytes:
     return len(head).to_bytes(8, "little") + head + bytes(4)
 
 
-def refusal(path: Path) -> str:
-    with pytest.raises(ModelRefused) as refused:
+def rejection(path: Path) -> str:
+    with pytest.raises(ModelRefused) as raised:
         onnx_file.check_weights(path, "m.onnx")
-    return refused.value.detail
+    return raised.value.detail
 
 
 @pytest.mark.parametrize(
-    ("content", "what", "mend"),
+    ("content", "kind", "remedy"),
     [
         (LFS, "a Git LFS pointer, not the model", "run `git lfs pull`"),
         (b"\n <!DOCTYPE html>\n<html lang=en>", "an HTML page, not the model", "download"),
@@ -76,24 +76,26 @@ def refusal(path: Path) -> str:
         (b"\x1c\0\0\0TFL3" + bytes(60), "a TensorFlow Lite file", "tf2onnx"),
         (b"\x89HDF\r\n\x1a\n" + bytes(60), "an HDF5 file", "export"),
         (PNG, "a picture", "download"),
-        (bytes(5000), "zeros, as a download leaves", "download the model again"),
+        (bytes(5000), "zeros, as an incomplete download leaves", "download the model again"),
     ],
 )
-def test_what_is_no_onnx_file_is_named_for_what_it_is(
-    tmp_path: Path, content: bytes, what: str, mend: str
+def test_a_file_that_is_not_onnx_is_named_by_its_kind(
+    tmp_path: Path, content: bytes, kind: str, remedy: str
 ) -> None:
     (tmp_path / "m.onnx").write_bytes(content)
 
-    said = refusal(tmp_path / "m.onnx")
+    message = rejection(tmp_path / "m.onnx")
 
-    assert said.startswith(f"m.onnx: it is no ONNX file, but {what}"), said
-    assert mend in said
+    assert message.startswith(f"m.onnx: it is no ONNX file, but {kind}"), message
+    assert remedy in message
 
 
-def test_a_file_that_was_cut_short_says_by_how_much(tmp_path: Path) -> None:
+def test_a_truncated_file_is_rejected_with_the_number_of_missing_bytes(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(ONNX[:-9])
 
-    assert "bytes are missing at its end; copy or download it again" in refusal(tmp_path / "m.onnx")
+    assert "bytes are missing at its end; copy or download it again" in rejection(
+        tmp_path / "m.onnx"
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,7 @@ def test_a_file_that_was_cut_short_says_by_how_much(tmp_path: Path) -> None:
         (None, "which is not there; put the file itself beside the model"),
     ],
 )
-def test_weights_beside_the_model_are_looked_at_too(
+def test_external_weights_are_checked_too(
     tmp_path: Path, weights: bytes | None, problem: str
 ) -> None:
     path = tmp_path / "m.onnx"
@@ -114,4 +116,4 @@ def test_weights_beside_the_model_are_looked_at_too(
     if weights is not None:
         (tmp_path / "m.onnx.data").write_bytes(weights)
 
-    assert refusal(path) == f"m.onnx: its weights lie in 'm.onnx.data', {problem}"
+    assert rejection(path) == f"m.onnx: its weights lie in 'm.onnx.data', {problem}"

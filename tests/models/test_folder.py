@@ -1,4 +1,4 @@
-"""A model folder as people have it: what is bad is named with what mends it, and stops nothing."""
+"""Model folders with mistakes: each problem is named with its remedy, and stops nothing else."""
 
 import os
 import socket
@@ -40,12 +40,12 @@ def fifo(name: str) -> Place:
 
 
 def listening(folder: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as it:
-        # By a relative path: the whole one may be longer than a socket's may be.
+    with socket.socket(socket.AF_UNIX) as listener:
+        # By a relative path: an absolute one may be longer than a socket's address may be.
         before = Path.cwd()
         os.chdir(folder)
         try:
-            it.bind("s.onnx")
+            listener.bind("s.onnx")
         finally:
             os.chdir(before)
 
@@ -62,17 +62,17 @@ def locked(name: str, mode: int = 0) -> Place:
 
 
 def then(*places: Place) -> Place:
-    def all_of_them(folder: Path) -> None:
+    def place_all(folder: Path) -> None:
         for place in places:
             place(folder)
 
-    return all_of_them
+    return place_all
 
 
-def told(folder: Path) -> dict[tuple[str, str], str]:
-    """The problems, under what they are told as."""
-    found = scan(folder)
-    return {(one.model, one.version): one.problem for one in found if one.problem}
+def problems_in(folder: Path) -> dict[tuple[str, str], str]:
+    """The problems by model and version."""
+    files = scan(folder)
+    return {(file.model, file.version): file.problem for file in files if file.problem}
 
 
 @pytest.mark.parametrize(
@@ -97,8 +97,8 @@ def told(folder: Path) -> dict[tuple[str, str], str]:
             "models/m: lies a folder too deep; move it up, or set MODEL_DIR to models",
         ),
         (touch("m/x.onnx"), ("m", "1"), "m/x.onnx: has no version folder: move it to m/1/model"),
-        (touch("m/old/x.onnx"), ("m", "old"), "m/old: is no version: rename old to a whole num"),
-        (link("m.onnx", "gone"), ("m", "1"), "m.onnx: is a link that leads to no file; mend or"),
+        (touch("m/old/x.onnx"), ("m", "old"), "m/old: is not a version: rename old to a whole num"),
+        (link("m.onnx", "gone"), ("m", "1"), "m.onnx: is a link that leads to no file; repair"),
         (link("m.onnx", "m.onnx"), ("m", "1"), "m.onnx: is a link that leads to no file"),
         (link("m/1/model.onnx", "x"), ("m", "1"), "m/1/model.onnx: is a link that leads to no"),
         (link("m/1", "gone"), ("m", "1"), "m/1: is a link that leads to no file"),
@@ -134,13 +134,13 @@ def told(folder: Path) -> dict[tuple[str, str], str]:
         ),
     ],
 )
-def test_what_cannot_be_served_is_named_with_what_mends_it(
+def test_a_file_that_cannot_be_served_is_named_with_its_remedy(
     tmp_path: Path, place: Place, label: tuple[str, str], problem: str
 ) -> None:
     touch("good/1/model.onnx")(tmp_path)
     place(tmp_path)
 
-    found = told(tmp_path)
+    found = problems_in(tmp_path)
 
     assert found.keys() == {label}
     assert found[label].startswith(problem)
@@ -158,7 +158,7 @@ def test_what_cannot_be_served_is_named_with_what_mends_it(
         ("m/model.toml", 0, ("m", "1"), "m/model.toml: cannot be read: Permission denied"),
     ],
 )
-def test_what_may_not_be_read_is_named_with_what_gives_leave(
+def test_an_unreadable_file_is_named_with_the_command_that_makes_it_readable(
     tmp_path: Path, path: str, mode: int, label: tuple[str, str], problem: str
 ) -> None:
     unprivileged.skip_unless_possible()
@@ -168,16 +168,16 @@ def test_what_may_not_be_read_is_named_with_what_gives_leave(
     locked(path, mode)(tmp_path)
 
     with unprivileged.unprivileged():
-        found = told(tmp_path)
+        found = problems_in(tmp_path)
 
     (tmp_path / path).chmod(before)
     assert found.keys() == {label}
     assert found[label].startswith(problem)
     assert "chmod" in found[label]
-    assert told(tmp_path) == {}
+    assert problems_in(tmp_path) == {}
 
 
-def test_a_folder_that_may_not_be_read_and_can_be_no_model_is_passed_over(tmp_path: Path) -> None:
+def test_an_unreadable_folder_that_cannot_be_a_model_is_ignored(tmp_path: Path) -> None:
     unprivileged.skip_unless_possible()
     then(touch("good.onnx"), folder_named("lost+found"), locked("lost+found"))(tmp_path)
 
@@ -185,18 +185,18 @@ def test_a_folder_that_may_not_be_read_and_can_be_no_model_is_passed_over(tmp_pa
         found = read_folder(tmp_path)
 
     (tmp_path / "lost+found").chmod(0o700)
-    assert [one.shown for one in found.files] == ["good.onnx"]
+    assert [file.shown for file in found.files] == ["good.onnx"]
     (line,) = found.passed_over
-    assert line.startswith("lost+found is passed over: it cannot be read: Permission denied")
+    assert line.startswith("lost+found is ignored: it cannot be read: Permission denied")
     assert read_folder(tmp_path).passed_over == ()
 
 
-def test_what_is_not_meant_as_a_model_says_nothing(tmp_path: Path) -> None:
+def test_files_that_are_no_models_have_no_problem(tmp_path: Path) -> None:
     files = ["Thumbs.db", "desktop.ini", ".DS_Store", "._m.onnx", "README.md", "labels.txt"]
     places = ["", "m/", "m/1/", "__pycache__/", ".git/", "@eaDir/", "System Volume Information/"]
     touch("m/1/model.onnx", *(f"{place}{file}" for place in places for file in files))(tmp_path)
 
-    assert [(one.shown, one.problem) for one in scan(tmp_path)] == [("m/1/model.onnx", "")]
+    assert [(file.shown, file.problem) for file in scan(tmp_path)] == [("m/1/model.onnx", "")]
 
 
 @pytest.mark.parametrize("name", ["churn.onnx", "MODEL.ONNX", "with space.onnx", "é.onnx"])
@@ -212,7 +212,7 @@ def test_the_only_onnx_file_of_a_version_is_served_whatever_its_name(
     assert [name for name, _, _ in read_stamp(file)] == [name]
 
 
-def test_a_bare_file_in_capitals_is_served_under_its_stem(tmp_path: Path) -> None:
+def test_a_single_file_in_capitals_is_served_under_its_stem(tmp_path: Path) -> None:
     touch("UPPER.ONNX")(tmp_path)
 
     (file,) = scan(tmp_path)
@@ -220,7 +220,7 @@ def test_a_bare_file_in_capitals_is_served_under_its_stem(tmp_path: Path) -> Non
     assert (file.model, file.version, file.problem) == ("UPPER", "1", "")
 
 
-def test_what_lies_beside_a_model_does_not_hide_that_it_changed(tmp_path: Path) -> None:
+def test_other_files_beside_a_model_do_not_hide_a_change(tmp_path: Path) -> None:
     touch("m/1/model.onnx", "m/1/weights.bin")(tmp_path)
     then(link("m/1/gone", "nowhere"), link("m/1/loop", "loop"), fifo("m/1/pipe"))(tmp_path)
     (file,) = scan(tmp_path)
@@ -232,5 +232,5 @@ def test_what_lies_beside_a_model_does_not_hide_that_it_changed(tmp_path: Path) 
     assert read_stamp(file) != before
 
 
-def test_names_that_can_be_no_model_leave_the_only_model_the_default() -> None:
+def test_invalid_names_leave_the_only_model_the_default() -> None:
     assert default_model(None, ["churn", "my model", "a+b"]) == "churn"

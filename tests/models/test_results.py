@@ -1,4 +1,4 @@
-"""Results are valid JSON that says what the model gave, to the last bit."""
+"""Results are valid JSON with the outputs of the model, to the last bit."""
 
 import json
 from collections.abc import Sequence
@@ -38,17 +38,17 @@ def signature(*outputs: tuple[str, str], labels: tuple[str, ...] = LABELS) -> Si
 
 
 def strict(text: bytes) -> Any:
-    """Reads JSON as the standard has it: no NaN."""
+    """Decodes standard JSON, which has no NaN."""
 
-    def refuse(constant: str) -> None:
+    def reject(constant: str) -> None:
         raise AssertionError(constant)
 
-    return json.loads(text, parse_constant=refuse)
+    return json.loads(text, parse_constant=reject)
 
 
-def rendered(outputs: Sequence[Array], row_counts: Sequence[int], taken: Signature) -> list[bytes]:
+def rendered(outputs: Sequence[Array], row_counts: Sequence[int], model: Signature) -> list[bytes]:
     jobs = [{"x": np.zeros(count, np.float32)} for count in row_counts]
-    return render_results(outputs, jobs, taken, Plan({"x": 0}, (0,) * len(outputs)))
+    return render_results(outputs, jobs, model, Plan({"x": 0}, (0,) * len(outputs)))
 
 
 CLASSIFIER = signature(("label", "INT64"), ("probabilities", "FP32"))
@@ -75,7 +75,7 @@ def test_without_a_predicted_number_the_largest_score_decides() -> None:
     assert [row["prediction"] for row in rows] == [1, 0, 1]
 
 
-def test_a_class_that_the_model_never_said_it_has_is_the_one_of_the_highest_score() -> None:
+def test_an_undeclared_class_means_the_one_with_the_highest_score() -> None:
     for number in (2, -1):
         row = strict(render_result([np.array([number]), SCORES[:1]], CLASSIFIER))
 
@@ -95,7 +95,7 @@ SCORED = msgspec.structs.replace(
 
 @pytest.mark.parametrize("datatype", ["FP16", "BF16", "FP32", "FP64"])
 @pytest.mark.parametrize(("row", "column"), WITH_GAPS)
-def test_a_score_that_is_no_number_is_never_the_class(
+def test_a_nan_score_is_never_the_class(
     row: list[float], column: int | None, datatype: str
 ) -> None:
     outputs = [np.array([0, 0]), np.array([row, [0, 1, 0]]).astype(DTYPES[datatype])]
@@ -108,20 +108,20 @@ def test_a_score_that_is_no_number_is_never_the_class(
 
 
 @pytest.mark.parametrize(("row", "column"), [WITH_GAPS[0], WITH_GAPS[3], ([0.5, 0.25, np.nan], 1)])
-def test_a_model_s_own_class_whose_score_is_no_number_is_not_taken(
+def test_the_class_of_the_model_is_not_used_if_its_score_is_nan(
     row: list[float], column: int | None
 ) -> None:
-    taken = msgspec.structs.replace(SCORED, class_output="label")
+    model = msgspec.structs.replace(SCORED, class_output="label")
 
-    found = strict(render_result([np.array([1]), np.array([row])], taken))
+    found = strict(render_result([np.array([1]), np.array([row])], model))
 
     assert found["prediction"] == column
 
 
-def test_logits_of_which_one_is_no_number_have_no_class() -> None:
-    taken = msgspec.structs.replace(SCORED, scores="logits", class_output="label")
+def test_logits_with_a_nan_have_no_class() -> None:
+    model = msgspec.structs.replace(SCORED, scores="logits", class_output="label")
 
-    rows = strict(render_result([np.array([0, 0]), np.array([[1, np.nan, 0], [1, 2, 0]])], taken))
+    rows = strict(render_result([np.array([0, 0]), np.array([[1, np.nan, 0], [1, 2, 0]])], model))
 
     assert rows[0] == {"prediction": None, "class_name": None, "probabilities": ["NaN"] * 3}
     assert rows[1]["class_name"] == "a"
@@ -139,24 +139,24 @@ def test_logits_of_which_one_is_no_number_have_no_class() -> None:
         ((1, 0, None), np.array([True, False, True, False]), [0, 1, 0, 1]),
     ],
 )
-def test_a_model_s_own_numbers_of_any_type_mean_their_columns(
+def test_class_values_of_any_type_are_mapped_to_their_columns(
     values: tuple[int | str | None, ...], given: Array, columns: list[int]
 ) -> None:
-    taken = msgspec.structs.replace(SCORED, class_output="label", class_values=values)
+    model = msgspec.structs.replace(SCORED, class_output="label", class_values=values)
     scores = np.array([[0.25, 0.5, 0.25]] * 4, np.float32)
 
-    rows = strict(render_result([given, scores], taken))
+    rows = strict(render_result([given, scores], model))
 
     assert [row["prediction"] for row in rows] == columns
     assert [row["class_name"] for row in rows] == ["abc"[column] for column in columns]
 
 
-def test_every_other_model_gives_its_tensors() -> None:
+def test_every_other_model_returns_its_tensors() -> None:
     words = np.array([["a", "é"]], dtype=object)
     outputs = [np.array([[1.5, 2.0]], np.float32), words, np.array(True)]
-    taken = signature(("y", "FP32"), ("words", "BYTES"), ("flag", "BOOL"), labels=())
+    model = signature(("y", "FP32"), ("words", "BYTES"), ("flag", "BOOL"), labels=())
 
-    assert strict(render_result(outputs, taken)) == {
+    assert strict(render_result(outputs, model)) == {
         "outputs": [
             {"name": "y", "datatype": "FP32", "shape": [1, 2], "data": [1.5, 2.0]},
             {"name": "words", "datatype": "BYTES", "shape": [1, 2], "data": ["a", "é"]},
@@ -165,63 +165,63 @@ def test_every_other_model_gives_its_tensors() -> None:
     }
 
 
-def test_labels_that_match_no_output_leave_the_tensors() -> None:
+def test_with_labels_that_match_no_output_the_result_is_tensors() -> None:
     three_wide = np.zeros((1, 3), np.float32)
 
     assert "outputs" in strict(render_result([three_wide], signature(("y", "FP32"))))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_what_json_has_no_number_for_is_a_string(dtype: type[np.generic]) -> None:
-    odd = np.array([[np.nan, np.inf], [-np.inf, 1.0]]).astype(dtype)
-    in_words = ["NaN", "Infinity", "-Infinity", 1.0]
+def test_nan_and_infinities_are_strings(dtype: type[np.generic]) -> None:
+    nonfinite = np.array([[np.nan, np.inf], [-np.inf, 1.0]]).astype(dtype)
+    as_strings = ["NaN", "Infinity", "-Infinity", 1.0]
 
-    tensors = strict(render_result([odd], signature(("y", "FP32"), labels=())))
-    rows = strict(render_result([odd], signature(("y", "FP32"))))
-    scalar = strict(render_result([odd[0, 0, ...]], signature(("y", "FP32"), labels=())))
+    tensors = strict(render_result([nonfinite], signature(("y", "FP32"), labels=())))
+    rows = strict(render_result([nonfinite], signature(("y", "FP32"))))
+    scalar = strict(render_result([nonfinite[0, 0, ...]], signature(("y", "FP32"), labels=())))
 
-    assert tensors["outputs"][0]["data"] == in_words
-    assert [row["probabilities"] for row in rows] == [in_words[:2], in_words[2:]]
+    assert tensors["outputs"][0]["data"] == as_strings
+    assert [row["probabilities"] for row in rows] == [as_strings[:2], as_strings[2:]]
     assert scalar["outputs"][0]["data"] == ["NaN"]
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=6), st.booleans(), st.booleans())
-def test_a_job_reads_the_same_whatever_it_ran_with(
-    row_counts: list[int], labelled: bool, odd: bool
+def test_a_result_is_the_same_alone_and_in_a_batch(
+    row_counts: list[int], labelled: bool, nonfinite: bool
 ) -> None:
     rows = sum(row_counts)
     scores = np.random.default_rng(0).random((rows, 2), np.float32)
-    scores[0, 0] = np.nan if odd else 0.5
+    scores[0, 0] = np.nan if nonfinite else 0.5
     outputs = [scores.argmax(axis=1), scores]
-    taken = msgspec.structs.replace(CLASSIFIER, labels=LABELS if labelled else ())
+    model = msgspec.structs.replace(CLASSIFIER, labels=LABELS if labelled else ())
 
-    together = rendered(outputs, row_counts, taken)
+    together = rendered(outputs, row_counts, model)
 
     starts = np.cumsum([0, *row_counts])
     assert together == [
-        render_result([output[start : start + count] for output in outputs], taken)
+        render_result([output[start : start + count] for output in outputs], model)
         for start, count in zip(starts, row_counts, strict=False)
     ]
 
 
 @pytest.mark.parametrize("row_shape", [(), (3,), (2, 2), (0,), (30_000,)])
 @pytest.mark.parametrize("datatype", DTYPES)
-def test_tensors_read_the_same_whatever_they_ran_with(
+def test_tensors_are_the_same_alone_and_in_a_batch(
     datatype: str, row_shape: tuple[int, ...]
 ) -> None:
     counts = [1, 2, 1]
     numbers = np.random.default_rng(0).integers(0, 2, (sum(counts), *row_shape))
     output = numbers.astype(str).astype(object) if datatype == "BYTES" else numbers
     output = output.astype(DTYPES[datatype])
-    taken = signature(("y", datatype), labels=())
+    model = signature(("y", datatype), labels=())
 
-    together = rendered([output], counts, taken)
+    together = rendered([output], counts, model)
 
     parts = np.split(output, np.cumsum(counts)[:-1])
-    assert together == [render_result([part], taken) for part in parts]
+    assert together == [render_result([part], model) for part in parts]
 
 
-def test_outputs_that_lost_a_row_are_nobodys_result() -> None:
-    for taken in (CLASSIFIER, msgspec.structs.replace(CLASSIFIER, labels=())):
+def test_outputs_with_a_missing_row_are_an_error() -> None:
+    for model in (CLASSIFIER, msgspec.structs.replace(CLASSIFIER, labels=())):
         with pytest.raises(ModelFailed):
-            rendered([PREDICTIONS, SCORES], [2, 2], taken)
+            rendered([PREDICTIONS, SCORES], [2, 2], model)

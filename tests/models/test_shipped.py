@@ -1,4 +1,4 @@
-"""The two shipped models answer as scikit-learn does, and are what their descriptions say."""
+"""The two shipped models give the results of scikit-learn, and match their descriptions."""
 
 from pathlib import Path
 
@@ -89,7 +89,7 @@ def test_a_shipped_model_has_a_dynamic_batch_labels_and_an_example_that_works(na
     assert result["class_name"] == signature.labels[0]
 
 
-def test_the_digits_are_as_often_right_as_the_model_says() -> None:
+def test_the_accuracy_for_digits_is_that_in_the_metadata() -> None:
     expected = reference("digits")
     correct = int((expected["labels"] == expected["digits"]).sum())
 
@@ -97,7 +97,7 @@ def test_the_digits_are_as_often_right_as_the_model_says() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_description_tells_the_accuracy_that_was_measured(name: str) -> None:
+def test_the_description_has_the_measured_accuracy(name: str) -> None:
     share = metadata(name)["held_out_accuracy"].partition("(")[2].rstrip(")")
 
     assert share in shipped(name).signature.description

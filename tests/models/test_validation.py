@@ -1,4 +1,4 @@
-"""The model folder is read forgivingly, input is checked strictly."""
+"""The model folder is read tolerantly, and inputs are checked strictly."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from asyncinfer.models.folder import default_model, find_model_dir, scan, to_ser
 from asyncinfer.models.signature import Signature
 from asyncinfer.models.validation import check_data, check_data_alike
 from asyncinfer.tensors.datatypes import Array, Dim, TensorSpec
-from asyncinfer.tensors.json_errors import MAX_FAULTS
+from asyncinfer.tensors.json_errors import MAX_LISTED_ERRORS
 
 
 def signature(
@@ -24,10 +24,10 @@ def signature(
     return Signature("iris", "1", "", (tensor,), (tensor,), max_rows=max_rows)
 
 
-def faults_of(data: bytes, taken: Signature) -> list[tuple[str, str]]:
-    with pytest.raises(InvalidInput) as refused:
-        check_data(data, taken)
-    return [(fault.pointer, fault.detail) for fault in refused.value.faults]
+def faults_of(data: bytes, model: Signature) -> list[tuple[str, str]]:
+    with pytest.raises(InvalidInput) as raised:
+        check_data(data, model)
+    return [(fault.pointer, fault.detail) for fault in raised.value.faults]
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -57,7 +57,7 @@ def test_every_version_of_each_model_is_found_the_one_to_serve_first(tmp_path: P
     assert served["iris"].version == "2"
 
 
-def test_a_folder_wins_over_a_bare_file_of_its_name(tmp_path: Path) -> None:
+def test_a_folder_wins_over_a_single_file_of_its_name(tmp_path: Path) -> None:
     touch(tmp_path, "iris/1/model.onnx", "iris.onnx")
 
     file, other = scan(tmp_path)
@@ -84,7 +84,7 @@ def test_model_toml_is_read(tmp_path: Path) -> None:
     assert file.config.limits.max_rows_per_job == 5
 
 
-def test_a_broken_model_stops_no_other_and_says_why(tmp_path: Path) -> None:
+def test_a_broken_model_does_not_affect_others_and_has_a_problem(tmp_path: Path) -> None:
     touch(tmp_path, "good/1/model.onnx", "my model/1/model.onnx", "stats.onnx", "flat/m.onnx")
     touch(tmp_path, "typo/1/model.onnx")
     (tmp_path / "typo/model.toml").write_text("lables = []")
@@ -101,15 +101,15 @@ def test_a_broken_model_stops_no_other_and_says_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "problem"),
     [
-        ("m/v1/model.onnx", "m/v1: is no version: rename v1 to 1"),
-        ("m/01/model.onnx", "m/01: is no version: rename 01 to 1"),
-        ("m/v2/model.onnx", "m/v2: is no version: rename v2 to a whole number, or to _v2"),
-        ("m/new/model.onnx", "m/new: is no version: rename new to a whole number, or to _new"),
+        ("m/v1/model.onnx", "m/v1: is not a version: rename v1 to 1"),
+        ("m/01/model.onnx", "m/01: is not a version: rename 01 to 1"),
+        ("m/v2/model.onnx", "m/v2: is not a version: rename v2 to a whole number, or to _v2"),
+        ("m/new/model.onnx", "m/new: is not a version: rename new to a whole number, or to _new"),
         ("m/_new/model.onnx", None),
         ("m/notes/read.me", None),
     ],
 )
-def test_a_version_that_is_no_number_is_not_passed_over_in_silence(
+def test_a_version_that_is_not_a_number_is_reported(
     tmp_path: Path, path: str, problem: str | None
 ) -> None:
     touch(tmp_path, "m/2/model.onnx", path)
@@ -117,7 +117,7 @@ def test_a_version_that_is_no_number_is_not_passed_over_in_silence(
     first, *others = scan(tmp_path)
 
     assert (first.version, first.problem) == ("2", "")
-    assert [one.problem for one in others] == ([problem] if problem else [])
+    assert [file.problem for file in others] == ([problem] if problem else [])
     assert to_serve([first, *others]) == {"m": first}
 
 
@@ -144,35 +144,35 @@ def test_a_version_that_is_no_number_is_not_passed_over_in_silence(
     ],
 )
 def test_a_wrong_model_toml_names_file_and_key(toml: bytes, message: str) -> None:
-    with pytest.raises(ModelRefused) as refused:
+    with pytest.raises(ModelRefused) as raised:
         config.read_config(toml, "m.toml")
 
-    assert refused.value.detail == message
+    assert raised.value.detail == message
 
 
-def test_bytes_that_are_no_text_are_no_model_toml() -> None:
+def test_a_model_toml_that_is_not_utf_8_is_rejected() -> None:
     with pytest.raises(ModelRefused, match=r"m\.toml: is not UTF-8 \(byte 0xff in line 1\)"):
         config.read_config(b"\xff", "m.toml")
 
 
 @pytest.mark.parametrize("name", ["iris", "0", "a.b-c_D", "x" * 64])
-def test_a_valid_name_is_taken(name: str) -> None:
+def test_a_valid_name_is_accepted(name: str) -> None:
     assert valid_name(name)
 
 
 @pytest.mark.parametrize(
     "name", ["", "stats", ".x", "-x", "a/b", "a b", "x" * 65, "é", "a\n", "{n}", "a:b"]
 )
-def test_a_name_that_could_mean_something_else_is_refused(name: str) -> None:
+def test_a_name_that_could_mean_something_else_is_rejected(name: str) -> None:
     assert not valid_name(name)
 
 
-def test_the_folder_asked_for_comes_before_the_local_one_before_the_shipped_one(
+def test_the_explicit_folder_comes_before_the_local_one_before_the_shipped_one(
     tmp_path: Path,
 ) -> None:
     package = tmp_path / "repository/asyncinfer"
     package.mkdir(parents=True)
-    asked_for = tmp_path / "elsewhere"
+    explicit_dir = tmp_path / "elsewhere"
 
     def found(explicit: Path | None = None) -> Path:
         return find_model_dir(explicit, cwd=tmp_path, package=package)
@@ -182,7 +182,7 @@ def test_the_folder_asked_for_comes_before_the_local_one_before_the_shipped_one(
     assert found() == package / "_models"
     (tmp_path / "model").mkdir()
     assert found() == tmp_path / "model"
-    assert found(asked_for) == asked_for
+    assert found(explicit_dir) == explicit_dir
 
 
 @pytest.mark.parametrize(
@@ -278,12 +278,14 @@ BARE = (
         ),
     ],
 )
-def test_a_fault_names_the_place_and_what_is_expected(data: str, pointer: str, detail: str) -> None:
+def test_an_error_names_the_place_and_what_is_expected(
+    data: str, pointer: str, detail: str
+) -> None:
     assert faults_of(data.encode(), signature()) == [(pointer, detail)]
 
 
 @pytest.mark.parametrize(
-    ("taken", "data", "pointer", "detail"),
+    ("model", "data", "pointer", "detail"),
     [
         (signature(("n",), "INT64"), "[1.5]", "/data/0", "a number with a decimal point"),
         (signature(("n",), "INT64"), "[true]", "/data/0", "true, expected a whole number"),
@@ -315,21 +317,21 @@ def test_a_fault_names_the_place_and_what_is_expected(data: str, pointer: str, d
         (signature(()), "[1]", "/data", "an array, expected a number"),
     ],
 )
-def test_faults_are_named_for_every_datatype_and_rank(
-    taken: Signature, data: str, pointer: str, detail: str
+def test_errors_are_found_for_every_datatype_and_rank(
+    model: Signature, data: str, pointer: str, detail: str
 ) -> None:
-    ((found_pointer, found_detail),) = faults_of(data.encode(), taken)
+    ((found_pointer, found_detail),) = faults_of(data.encode(), model)
 
     assert found_pointer == pointer
     assert detail in found_detail
 
 
-def test_text_that_is_not_utf_8_is_refused() -> None:
-    for taken in (signature(), signature(("n",), "BYTES")):
-        assert faults_of(b'["\xff"]', taken) == [("/data", "not UTF-8 at byte 2")]
+def test_text_that_is_not_utf_8_is_rejected() -> None:
+    for model in (signature(), signature(("n",), "BYTES")):
+        assert faults_of(b'["\xff"]', model) == [("/data", "not UTF-8 at byte 2")]
 
 
-def test_all_faults_come_in_one_answer() -> None:
+def test_all_errors_are_listed_at_once() -> None:
     assert faults_of(b'[[1,"x",3,4],[1,2,3],[true,2,3,1e39],[1,2,3,4]]', signature()) == [
         ("/data/0/1", NO_NUMBER),
         ("/data/1", "row 1 has 3 numbers, iris takes 4"),
@@ -338,30 +340,30 @@ def test_all_faults_come_in_one_answer() -> None:
     ]
 
 
-def test_a_detail_says_the_first_fault_and_how_many_there_are() -> None:
-    with pytest.raises(InvalidInput) as refused:
+def test_the_detail_has_the_first_error_and_the_number_of_others() -> None:
+    with pytest.raises(InvalidInput) as raised:
         check_data(b'[["x",true,3,4]]', signature())
 
-    assert refused.value.detail == f"/data/0/0: {NO_NUMBER} (and 1 more)"
+    assert raised.value.detail == f"/data/0/0: {NO_NUMBER} (and 1 more)"
 
 
-def test_a_long_list_of_faults_is_cut_and_says_so() -> None:
+def test_a_long_list_of_errors_is_cut_and_says_so() -> None:
     some = faults_of(b"[[" + b"true," * 99 + b"true]]", signature())
     many = faults_of(b"[[" + b"true," * 99_999 + b"true]]", signature())
 
-    assert len(some) == len(many) == MAX_FAULTS + 1
-    assert some[-1] == ("/data", "81 more faults are not listed")
-    assert many[-1] == ("/data", "at least 980 more faults are not listed")
+    assert len(some) == len(many) == MAX_LISTED_ERRORS + 1
+    assert some[-1] == ("/data", "81 more errors are not listed")
+    assert many[-1] == ("/data", "at least 980 more errors are not listed")
 
 
-def test_only_the_beginning_of_a_long_text_is_searched_for_faults() -> None:
-    """The search costs some 40 times what reading costs, so a small mistake would be dear."""
+def test_only_the_beginning_of_a_long_text_is_searched_for_errors() -> None:
+    """The search costs 40 times as much as decoding, so a small mistake would be expensive."""
     sound = b"[1,2,3,4],"
     early = faults_of(b"[[1,2,3]," + sound * 900 * 10 + b"[1,2]]", signature(max_rows=10_000))
     late = faults_of(b"[" + sound * 900 * 10 + b"[1,true,3,4]]", signature(max_rows=10_000))
 
     assert early == [("/data/0", "row 0 has 3 numbers, iris takes 4")]
-    assert late == [("/data", "cannot be read: element 36001 is no number")]
+    assert late == [("/data", "cannot be read: element 36001 is not a number")]
 
 
 def test_too_many_rows_are_counted_in_a_long_text_too() -> None:
@@ -372,7 +374,7 @@ def test_too_many_rows_are_counted_in_a_long_text_too() -> None:
         ]
 
 
-def test_a_long_text_of_another_shape_is_told_which() -> None:
+def test_a_long_text_of_another_shape_is_rejected_with_its_shape() -> None:
     wide = b"[" + b",".join([b"[1,2,3,4,5]"] * 9_000) + b"]"
     few = b"[" + b",".join([b"[1,2,3,4]"] * 9_000) + b"]"
 
@@ -385,7 +387,7 @@ def test_a_long_text_of_another_shape_is_told_which() -> None:
     ]
 
 
-def test_nothing_of_the_input_is_repeated_in_the_answer() -> None:
+def test_errors_do_not_repeat_the_input() -> None:
     shown = faults_of(b'[["secret",2,3,12345678901e39],[{"secret":1}]]', signature())
 
     assert "secret" not in str(shown)
@@ -395,7 +397,7 @@ def test_nothing_of_the_input_is_repeated_in_the_answer() -> None:
 @pytest.mark.parametrize("shape", [("n",), ("n", 4), ("n", 1, 1, 1), (1,) * 30])
 @pytest.mark.parametrize("datatype", ["FP32", "BYTES"])
 @pytest.mark.parametrize("close", [b"", b"]" * 1_000_000])
-def test_a_million_brackets_are_a_fault_like_any_other(
+def test_a_million_brackets_are_an_ordinary_error(
     shape: tuple[Dim, ...], datatype: str, close: bytes
 ) -> None:
     ((pointer, detail),) = faults_of(b"[" * 1_000_000 + close, signature(shape, datatype))
@@ -404,24 +406,24 @@ def test_a_million_brackets_are_a_fault_like_any_other(
     assert detail.startswith("nested too deep, iris takes shape [")
 
 
-def test_rows_are_taken_up_to_the_limit_and_not_beyond() -> None:
-    taken = signature(("batch", 1), max_rows=3)
+def test_rows_are_accepted_up_to_the_limit_and_not_beyond() -> None:
+    model = signature(("batch", 1), max_rows=3)
 
-    assert check_data(b"[[1],[2],[3]]", taken).shape == (3, 1)
-    assert faults_of(b"[[1],[2],[3],[4]]", taken) == [
+    assert check_data(b"[[1],[2],[3]]", model).shape == (3, 1)
+    assert faults_of(b"[[1],[2],[3],[4]]", model) == [
         ("/data", "4 rows, iris takes at most 3 in one job")
     ]
 
 
-def test_a_fixed_first_dimension_is_no_matter_of_the_row_limit() -> None:
+def test_the_row_limit_does_not_apply_to_a_fixed_first_dimension() -> None:
     assert check_data(b"[1,2,3]", signature((3,), max_rows=1)).shape == (3,)
 
 
 def test_a_model_with_two_inputs_takes_no_data() -> None:
     tensor = TensorSpec("a", "FP32", ("n",))
-    taken = Signature("two", "1", "", (tensor, TensorSpec("b", "FP32", ("n",))), (tensor,))
+    model = Signature("two", "1", "", (tensor, TensorSpec("b", "FP32", ("n",))), (tensor,))
 
-    assert faults_of(b"[1]", taken) == [
+    assert faults_of(b"[1]", model) == [
         (
             "/data",
             "two takes 2 inputs (a, b), `data` is one; send "
@@ -430,11 +432,11 @@ def test_a_model_with_two_inputs_takes_no_data() -> None:
     ]
 
 
-def test_a_model_that_knows_no_input_takes_no_data() -> None:
-    with pytest.raises(InvalidInput) as refused:
+def test_a_model_without_inputs_takes_no_data() -> None:
+    with pytest.raises(InvalidInput) as raised:
         check_data(b"[1]", Signature("none", "1", "", (), ()))
 
-    assert refused.value.faults == (Fault("/data", "none takes no input"),)
+    assert raised.value.faults == (Fault("/data", "none takes no input"),)
 
 
 JSON = st.recursive(
@@ -453,35 +455,37 @@ SPECS = st.builds(
 )
 
 
-def taken_or_refused(data: bytes, taken: Signature) -> Array | tuple[Fault, ...]:
+def array_or_errors(data: bytes, model: Signature) -> Array | tuple[Fault, ...]:
     try:
-        return check_data(data, taken)
+        return check_data(data, model)
     except InvalidInput as error:
         return error.faults
 
 
 @given(JSON, SPECS)
-def test_any_json_is_taken_whole_or_refused_with_faults(value: object, taken: Signature) -> None:
-    answer = taken_or_refused(msgspec.json.encode(value), taken)
+def test_any_json_is_accepted_completely_or_rejected_with_errors(
+    value: object, model: Signature
+) -> None:
+    outcome = array_or_errors(msgspec.json.encode(value), model)
 
-    if isinstance(answer, tuple):
-        assert answer
-        assert all(fault.pointer.startswith("/data") for fault in answer)
-        assert not answer[0].detail.startswith("cannot be read")
+    if isinstance(outcome, tuple):
+        assert outcome
+        assert all(fault.pointer.startswith("/data") for fault in outcome)
+        assert not outcome[0].detail.startswith("cannot be read")
     else:
-        # Of null, "NaN" and "Infinity" numpy makes the same floats.
-        expected = np.array(value, dtype=answer.dtype)
-        assert answer.shape == expected.shape
-        np.testing.assert_array_equal(answer, expected)
+        # numpy converts null, "NaN" and "Infinity" to the same floats.
+        expected = np.array(value, dtype=outcome.dtype)
+        assert outcome.shape == expected.shape
+        np.testing.assert_array_equal(outcome, expected)
 
 
 @given(st.binary(max_size=40) | st.text('[]{},:.-+eE0123456789" \\uNaInfty', max_size=40))
-def test_any_bytes_are_taken_or_refused(data: bytes | str) -> None:
+def test_any_bytes_are_accepted_or_rejected(data: bytes | str) -> None:
     text = data.encode() if isinstance(data, str) else data
     for datatype in ("FP32", "BYTES", "INT64"):
-        answer = taken_or_refused(text, signature(("n", "m"), datatype))
+        outcome = array_or_errors(text, signature(("n", "m"), datatype))
 
-        assert len(answer) > 0
+        assert len(outcome) > 0
 
 
 # --- many inputs at once -----------------------------------------------------------------------
@@ -496,12 +500,12 @@ _TEXTS = st.one_of(
 
 
 @given(st.lists(_TEXTS, min_size=1, max_size=4), st.lists(st.integers(1, 4), max_size=4))
-def test_inputs_taken_together_are_those_taken_one_by_one(
-    strange: list[bytes], row_counts: list[int]
+def test_inputs_decoded_together_equal_those_decoded_one_by_one(
+    unusual: list[bytes], row_counts: list[int]
 ) -> None:
     fine = [msgspec.json.encode([[0.5, 1, -2, 3e3]] * count) for count in row_counts]
 
-    for texts in ([*fine, *strange], [*fine, b"[[1,2,3,4]]"]):
+    for texts in ([*fine, *unusual], [*fine, b"[[1,2,3,4]]"]):
         together = check_data_alike(texts, signature(max_rows=3))
         if together is None:
             continue
@@ -512,10 +516,10 @@ def test_inputs_taken_together_are_those_taken_one_by_one(
 
 
 @pytest.mark.parametrize("beside", [b"[[5,6,7,8],[9,8,7,6]]", b'[["NaN",null,"Infinity",1]]'])
-def test_small_inputs_that_fit_are_taken_together(beside: bytes) -> None:
+def test_small_inputs_that_fit_are_decoded_together(beside: bytes) -> None:
     assert check_data_alike([b"[[1,2,3,4]]", beside], signature()) is not None
 
 
-def test_one_input_that_does_not_fit_sends_all_to_be_looked_at_one_by_one() -> None:
+def test_inputs_are_not_decoded_together_if_one_does_not_fit() -> None:
     for bad in (b"[[1,2,3]]", b"[]", b"[[1,2,3,4]],[[1,2,3,4]]", b"[[1,2,3,true]]", b"["):
         assert check_data_alike([b"[[1,2,3,4]]", bad], signature()) is None

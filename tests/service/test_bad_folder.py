@@ -132,7 +132,7 @@ def test_one_bad_thing_in_the_folder_stops_nothing_and_is_told_once(tmp_path: Pa
         log = served.stop()
 
     assert {words: log.count(words) for words in WORDS} == dict.fromkeys(WORDS, 1)
-    assert log.count("lost+found is passed over") == 1
+    assert log.count("lost+found is ignored") == 1
     assert "Traceback" not in log
     assert "cannot be watched" not in log
 
@@ -151,7 +151,7 @@ def test_a_doctor_tells_what_is_wrong_with_each_entry_of_the_folder(tmp_path: Pa
     for name in ("closed", "lost+found"):
         (tmp_path / name).chmod(0o700)
     said = {(one.verdict, one.about): one.found for one in findings}
-    assert "lost+found is passed over" in "".join(one.found for one in findings)
+    assert "lost+found is ignored" in "".join(one.found for one in findings)
     assert "closed: cannot be read: Permission denied" in said["problem", "model closed"]
     assert "is a FIFO" in said["problem", "model pipe/1"]
 

@@ -1,4 +1,4 @@
-"""JSON becomes exactly the tensor that it spells, or is refused."""
+"""JSON decodes to exactly the tensor that it describes, or is rejected."""
 
 import json
 import math
@@ -19,7 +19,7 @@ NUMERIC = sorted(datatypes.RANGES)
 
 
 @pytest.mark.parametrize("datatype", NUMERIC)
-def test_the_ends_of_every_numeric_datatype_are_taken(datatype: str) -> None:
+def test_the_ends_of_every_numeric_datatype_are_accepted(datatype: str) -> None:
     dtype = np.dtype(datatypes.DTYPES[datatype])
     info = np.iinfo(dtype) if dtype.kind in "iu" else ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
     ends = np.array([info.min, info.max], dtype).tolist()
@@ -31,7 +31,7 @@ def test_the_ends_of_every_numeric_datatype_are_taken(datatype: str) -> None:
 
 
 @pytest.mark.parametrize("datatype", sorted(set(NUMERIC) - datatypes.FLOATS))
-def test_the_whole_numbers_beyond_the_ends_are_refused(datatype: str) -> None:
+def test_whole_numbers_beyond_the_ends_are_rejected(datatype: str) -> None:
     low, high = datatypes.RANGES[datatype]
     for beyond in (low - 1, high + 1):
         with pytest.raises((ValueError, OverflowError)):
@@ -41,14 +41,14 @@ def test_the_whole_numbers_beyond_the_ends_are_refused(datatype: str) -> None:
 @pytest.mark.parametrize(
     ("datatype", "beyond"), [("FP16", b"[65520]"), ("FP32", b"[1e39]"), ("FP64", b"[1.8e308]")]
 )
-def test_numbers_that_would_become_infinite_are_refused(datatype: str, beyond: bytes) -> None:
+def test_numbers_that_would_become_infinite_are_rejected(datatype: str, beyond: bytes) -> None:
     for text in (beyond, beyond.replace(b"[", b"[-")):
         with pytest.raises(msgspec.ValidationError):
             datatypes.decode(text, TensorSpec("x", datatype, (None,)))
 
 
 @pytest.mark.parametrize("datatype", ["FP16", "BF16", "FP32"])
-def test_what_is_taken_never_becomes_infinite_and_what_is_refused_would(datatype: str) -> None:
+def test_accepted_numbers_never_become_infinite_and_rejected_ones_would(datatype: str) -> None:
     dtype = datatypes.DTYPES[datatype]
     for end in datatypes.RANGES[datatype]:
         with np.errstate(over="ignore"):
@@ -84,8 +84,8 @@ def test_every_kind_of_element_is_read(datatype: str, json: bytes, expected: lis
 
 @pytest.mark.parametrize("padding", [b"", b" " * 2000], ids=["short", "long"])
 @pytest.mark.parametrize("datatype", sorted(datatypes.FLOATS))
-def test_floats_may_be_what_json_has_no_number_for(datatype: str, padding: bytes) -> None:
-    """As results write them, and null as other writers of JSON do."""
+def test_floats_may_be_nan_infinite_or_null(datatype: str, padding: bytes) -> None:
+    """NaN and infinities as results write them, and null as other JSON writers do."""
     text = b'[["NaN",1.5,null],["Infinity" , "-Infinity",-0.0]]' + padding
 
     array = datatypes.decode(text, TensorSpec("x", datatype, ("n", 3)))
@@ -98,7 +98,7 @@ def test_floats_may_be_what_json_has_no_number_for(datatype: str, padding: bytes
 
 
 @pytest.mark.parametrize("datatype", sorted(set(datatypes.DTYPES) - datatypes.FLOATS))
-def test_nothing_else_may(datatype: str) -> None:
+def test_other_datatypes_may_not_be_nan_infinite_or_null(datatype: str) -> None:
     spec = TensorSpec("x", datatype, (None,))
     with pytest.raises(msgspec.ValidationError):
         datatypes.decode(b"[null]", spec)
@@ -118,15 +118,17 @@ def test_nothing_else_may(datatype: str) -> None:
     ],
 )
 @pytest.mark.parametrize("padding", [b"", b" " * 2000], ids=["short", "long"])
-def test_what_is_not_the_whole_element_is_no_gap(text: bytes, padding: bytes) -> None:
-    """What stands in place of a gap while the rest is read must make no number with what is
-    beside it."""
+def test_a_word_that_is_only_part_of_an_element_is_not_a_missing_value(
+    text: bytes, padding: bytes
+) -> None:
+    """A zero replaces a missing value during decoding; it must not form a number with the
+    characters beside it."""
     for whole in (b"[%b,null]" % text, b"[null,%b]" % text):
         with pytest.raises(ValueError):  # noqa: PT011
             datatypes.decode(whole + padding, TensorSpec("x", "FP32", (None,)))
 
 
-def test_gaps_in_a_text_of_many_pieces_are_where_they_were() -> None:
+def test_missing_values_in_a_text_of_many_pieces_keep_their_places() -> None:
     rows: list[list[float | str | None]] = [[index / 8, 1, 2, 3] for index in range(10_000)]
     rows[7][1], rows[5_000][0], rows[9_999][3] = None, "-Infinity", "NaN"
 
@@ -134,9 +136,9 @@ def test_gaps_in_a_text_of_many_pieces_are_where_they_were() -> None:
 
     assert np.argwhere(np.isnan(read)).tolist() == [[7, 1], [9_999, 3]]
     assert np.argwhere(np.isinf(read)).tolist() == [[5_000, 0]]
-    sound = np.isfinite(read)
+    is_finite = np.isfinite(read)
     expected = np.array([[0 if isinstance(x, str | None) else x for x in row] for row in rows])
-    np.testing.assert_array_equal(read[sound], expected.astype(np.float32)[sound])
+    np.testing.assert_array_equal(read[is_finite], expected.astype(np.float32)[is_finite])
 
 
 def test_any_rank_is_read() -> None:
@@ -158,7 +160,7 @@ def test_any_rank_is_read() -> None:
         (b"[%b]" % b",".join([b"[1.5]"] * 1000), (1000, 1)),
     ],
 )
-def test_where_any_rank_is_taken_the_text_has_the_one_that_it_spells(
+def test_for_an_input_of_any_rank_the_text_determines_the_rank(
     json: bytes, shape: tuple[int, ...]
 ) -> None:
     spec = TensorSpec("x", "FP32", None)
@@ -187,7 +189,7 @@ def test_a_text_is_not_read_deeper_than_a_tensor_may_be() -> None:
         ((), (), True),
     ],
 )
-def test_a_shape_fits_what_is_declared_or_does_not(
+def test_whether_a_shape_fits_the_declared_one(
     shape: tuple[int, ...], declared: tuple[int | str | None, ...], fit: bool
 ) -> None:
     assert datatypes.fits(shape, TensorSpec("x", "FP32", declared)) is fit
@@ -195,7 +197,7 @@ def test_a_shape_fits_what_is_declared_or_does_not(
 
 @pytest.mark.parametrize("datatype", ["FP16", "FP32", "FP64"])
 def test_a_long_matrix_is_read_to_the_last_bit(datatype: str) -> None:
-    """A long text takes a way of its own to an array."""
+    """A long text is decoded by another method."""
     random = np.random.default_rng(0)
     rows = (random.standard_normal((9, 100)) * 10.0 ** random.integers(-9, 4, (9, 100))).tolist()
     spec = TensorSpec("x", datatype, ("batch", 100))
@@ -206,7 +208,7 @@ def test_a_long_matrix_is_read_to_the_last_bit(datatype: str) -> None:
 
 @st.composite
 def nearly_arrays(draw: st.DrawFn) -> tuple[bytes, TensorSpec]:
-    """The text of an array, often damaged in one place, and what it is read as."""
+    """The text of an array, often damaged in one place, and the spec that it is decoded with."""
     datatype = draw(st.sampled_from(NUMERIC))
     low, high = datatypes.RANGES[datatype]
     if datatype in datatypes.FLOATS:
@@ -230,19 +232,19 @@ def nearly_arrays(draw: st.DrawFn) -> tuple[bytes, TensorSpec]:
 
 
 @given(nearly_arrays())
-def test_a_long_text_is_read_as_a_short_one_or_refused_as_it(
+def test_a_long_text_is_read_or_rejected_like_a_short_one(
     case: tuple[bytes, TensorSpec],
 ) -> None:
-    """Long texts of numbers are read without their nesting, whose shape is found beside it."""
+    """Long texts of numbers are decoded without their nesting, which only determines the shape."""
     text, spec = case
-    answers = []
+    outcomes = []
     for padding in (b"", b" " * 2000):
         try:
             array = datatypes.decode(text + padding, spec)
-            answers.append((array.shape, array.dtype, array.tobytes()))
+            outcomes.append((array.shape, array.dtype, array.tobytes()))
         except (ValueError, OverflowError):
-            answers.append(((0,), np.dtype(object), b""))
-    assert answers[0] == answers[1]
+            outcomes.append(((0,), np.dtype(object), b""))
+    assert outcomes[0] == outcomes[1]
 
 
 @pytest.mark.parametrize("datatype", NUMERIC)
@@ -259,23 +261,23 @@ def test_a_text_of_many_pieces_is_read_to_the_last_element(datatype: str) -> Non
 @pytest.mark.parametrize(
     ("last", "problem"),
     [
-        (b"true]]", "element 99999 is no number"),
+        (b"true]]", "element 99999 is not a number"),
         (b"1e39]]", "element 99999: Expected `float` <= "),
         (b"1],[1]]", "its arrays are not of equal lengths and depths"),
     ],
 )
-def test_the_place_of_a_fault_is_told_in_a_long_text_too(last: bytes, problem: str) -> None:
+def test_the_place_of_an_error_is_named_in_a_long_text_too(last: bytes, problem: str) -> None:
     with pytest.raises(ValueError, match=re.escape(problem)):
         datatypes.decode(b"[[" + b"1," * 99_999 + last, TensorSpec("x", "FP32", (None, None)))
 
 
 @pytest.mark.parametrize("text", [b"[[1,2],[1]]", b"[[],[1]]", b"[]", b"[[]]"])
-def test_a_long_matrix_that_is_none_is_refused_as_a_short_one(text: bytes) -> None:
+def test_a_long_text_that_is_not_a_matrix_is_rejected_like_a_short_one(text: bytes) -> None:
     spec = TensorSpec("x", "FP32", ("batch", 2))
-    answers = []
+    outcomes = []
     for padding in (b"", b" " * 2000):
         try:
-            answers.append(str(datatypes.decode(text + padding, spec).shape))
+            outcomes.append(str(datatypes.decode(text + padding, spec).shape))
         except ValueError:
-            answers.append("refused")
-    assert answers[0] == answers[1]
+            outcomes.append("rejected")
+    assert outcomes[0] == outcomes[1]

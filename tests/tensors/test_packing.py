@@ -1,4 +1,4 @@
-"""Tensors come back from Redis as they went in, and damaged ones are told from whole ones."""
+"""Packed tensors are unpacked unchanged, and damaged payloads are recognised."""
 
 import contextlib
 import struct
@@ -17,15 +17,15 @@ SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 
 
 @given(st.lists(st.tuples(st.sampled_from(sorted(DTYPES)), SHAPES), max_size=4), st.integers(0, 99))
-def test_tensors_of_every_datatype_and_rank_come_back_as_they_were(
-    wanted: list[tuple[str, tuple[int, ...]]], seed: int
+def test_tensors_of_every_datatype_and_rank_are_unpacked_unchanged(
+    specs: list[tuple[str, tuple[int, ...]]], seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     tensors = {}
-    for index, (datatype, shape) in enumerate(wanted):
+    for index, (datatype, shape) in enumerate(specs):
         values = rng.integers(0, 2**7, shape)
         if datatype == "BYTES":
-            texts = np.array([f"é{one}" for one in values.ravel()], dtype=object)
+            texts = np.array([f"é{value}" for value in values.ravel()], dtype=object)
             tensors[f"t{index}"] = texts.reshape(shape)
         else:
             tensors[f"t{index}"] = np.asarray(values).astype(DTYPES[datatype])
@@ -41,14 +41,14 @@ def test_tensors_of_every_datatype_and_rank_come_back_as_they_were(
         np.testing.assert_array_equal(unpacked[name], array)
 
 
-def test_numbers_that_json_has_not_come_back() -> None:
-    odd = np.array([np.nan, np.inf, -np.inf, -0.0], np.float32)
-    half = odd.astype(ml_dtypes.bfloat16)
+def test_nonfinite_numbers_are_unpacked_unchanged() -> None:
+    nonfinite = np.array([np.nan, np.inf, -np.inf, -0.0], np.float32)
+    half = nonfinite.astype(ml_dtypes.bfloat16)
 
-    back = packing.unpack(packing.pack({"odd": odd, "half": half}))
+    unpacked = packing.unpack(packing.pack({"nonfinite": nonfinite, "half": half}))
 
-    assert back["odd"].tobytes() == odd.tobytes()
-    assert back["half"].tobytes() == half.tobytes()
+    assert unpacked["nonfinite"].tobytes() == nonfinite.tobytes()
+    assert unpacked["half"].tobytes() == half.tobytes()
 
 
 def test_an_array_that_is_not_contiguous_is_stored_in_row_major_order() -> None:
@@ -57,7 +57,7 @@ def test_an_array_that_is_not_contiguous_is_stored_in_row_major_order() -> None:
     np.testing.assert_array_equal(packing.unpack(packing.pack({"x": array}))["x"], array)
 
 
-def test_no_damage_is_taken_for_tensors() -> None:
+def test_a_damaged_payload_is_never_read_as_tensors() -> None:
     whole = packing.pack(
         {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "s": np.array(["a", "bc"], object)}
     )
@@ -81,12 +81,12 @@ def test_an_empty_tensor_of_an_impossible_shape_is_damage(shape: tuple[int, ...]
 
 
 @given(st.binary(max_size=64))
-def test_any_bytes_are_read_or_refused(noise: bytes) -> None:
+def test_any_bytes_are_read_or_are_a_damaged_payload(noise: bytes) -> None:
     with contextlib.suppress(packing.DamagedPayload):
         packing.unpack(packing.TAG + noise)
 
 
-def test_payloads_that_look_alike_are_read_in_one_go() -> None:
+def test_payloads_with_the_same_header_are_unpacked_together() -> None:
     rng = np.random.default_rng(0)
     jobs: list[dict[str, Array]] = [
         {"x": rng.normal(size=(2, 3)).astype(np.float32), "n": rng.integers(0, 9, (2,))}
@@ -96,10 +96,10 @@ def test_payloads_that_look_alike_are_read_in_one_go() -> None:
     read = packing.unpack_alike([packing.pack(job) for job in jobs])
 
     assert read is not None
-    for job, back in zip(jobs, read, strict=True):
-        assert list(back) == list(job)
+    for job, unpacked in zip(jobs, read, strict=True):
+        assert list(unpacked) == list(job)
         for name, array in job.items():
-            np.testing.assert_array_equal(back[name], array)
+            np.testing.assert_array_equal(unpacked[name], array)
 
 
 @pytest.mark.parametrize(
@@ -111,15 +111,15 @@ def test_payloads_that_look_alike_are_read_in_one_go() -> None:
         {"x": np.zeros((2, 3), np.float32), "y": np.zeros(1, np.float32)},
     ],
 )
-def test_payloads_that_differ_are_each_looked_at(other: dict[str, Array]) -> None:
-    one = packing.pack({"x": np.zeros((2, 3), np.float32)})
+def test_payloads_with_different_headers_are_not_unpacked_together(other: dict[str, Array]) -> None:
+    payload = packing.pack({"x": np.zeros((2, 3), np.float32)})
 
-    assert packing.unpack_alike([one, packing.pack(other)]) is None
-    assert packing.unpack_alike([one, one[:-1]]) is None
+    assert packing.unpack_alike([payload, packing.pack(other)]) is None
+    assert packing.unpack_alike([payload, payload[:-1]]) is None
 
 
-def test_strings_and_booleans_are_each_looked_at() -> None:
+def test_strings_and_booleans_are_not_unpacked_together() -> None:
     for array in (np.array(["a"], object), np.array([True])):
-        one = packing.pack({"x": array})
+        payload = packing.pack({"x": array})
 
-        assert packing.unpack_alike([one, one]) is None
+        assert packing.unpack_alike([payload, payload]) is None

@@ -1,4 +1,4 @@
-"""Named tensors against a signature: what is taken, and every fault of what is not."""
+"""Checks of named tensors: fitting ones are accepted, and every error of others is listed."""
 
 from typing import Any
 
@@ -31,10 +31,10 @@ def audio(rows: int = 1, samples: int = 4) -> Array:
     return np.zeros((rows, samples), np.float32)
 
 
-def faults_of(feeds: Feeds, taken: Signature = STATE) -> dict[str, str]:
-    with pytest.raises(InvalidInput) as refused:
-        check_inputs(feeds, taken)
-    return {fault.pointer: fault.detail for fault in refused.value.faults}
+def faults_of(feeds: Feeds, model: Signature = STATE) -> dict[str, str]:
+    with pytest.raises(InvalidInput) as raised:
+        check_inputs(feeds, model)
+    return {fault.pointer: fault.detail for fault in raised.value.faults}
 
 
 def test_inputs_come_in_the_order_of_the_signature_and_optional_ones_may_be_absent() -> None:
@@ -44,11 +44,11 @@ def test_inputs_come_in_the_order_of_the_signature_and_optional_ones_may_be_abse
     assert list(check_inputs({"audio": audio()}, STATE)) == ["audio"]
 
 
-def test_data_is_for_the_only_input_that_must_be_there() -> None:
+def test_data_is_for_the_only_required_input() -> None:
     assert check_data(b"[[1, 2], [3, 4]]", STATE).shape == (2, 2)
 
 
-def test_open_dimensions_may_be_zero_and_fixed_ones_may_not() -> None:
+def test_dynamic_dimensions_may_be_zero_and_fixed_ones_may_not() -> None:
     assert check_inputs({"audio": audio(0, 0)}, STATE)["audio"].shape == (0, 0)
 
     found = faults_of({"audio": audio(), "state": np.zeros((0, 1, 128), np.float32)})
@@ -56,7 +56,7 @@ def test_open_dimensions_may_be_zero_and_fixed_ones_may_not() -> None:
     assert found == {"/inputs/1/shape/0": "0, `state` takes 2: shape [2, batch, 128]"}
 
 
-def test_what_is_missing_is_named_with_what_it_is() -> None:
+def test_a_missing_input_is_named_with_its_datatype_and_shape() -> None:
     assert faults_of({}) == {
         "/inputs": "`audio` is missing: vad takes it as FP32 of shape [batch, samples]"
     }
@@ -68,7 +68,7 @@ def test_a_scalar_is_a_tensor_without_dimensions() -> None:
     assert found == {"/inputs/1/shape": "1 dimension, `rate` has 0: shape []"}
 
 
-def test_rows_are_limited_where_the_first_dimension_is_open() -> None:
+def test_rows_are_limited_if_the_first_dimension_is_dynamic() -> None:
     assert faults_of({"audio": audio(4)}) == {
         "/inputs/0/shape/0": "4 rows, vad takes at most 3 in one job"
     }
@@ -80,12 +80,12 @@ def test_one_symbol_has_one_size_in_all_inputs() -> None:
     assert found == {"/inputs/1/shape/0": "`batch` is 3 here and 2 in `state`; they must be equal"}
 
 
-def test_a_boolean_that_is_neither_true_nor_false_is_refused() -> None:
-    taken = Signature("b", "1", "", (TensorSpec("x", "BOOL", ("n",)),), ())
-    odd = np.frombuffer(b"\x00\x01\x02", np.bool_)
+def test_a_boolean_that_is_neither_true_nor_false_is_rejected() -> None:
+    model = Signature("b", "1", "", (TensorSpec("x", "BOOL", ("n",)),), ())
+    booleans = np.frombuffer(b"\x00\x01\x02", np.bool_)
 
-    assert faults_of({"x": odd}, taken) == {"/inputs/0": "`x` is BOOL, whose bytes are 0 or 1"}
-    assert check_inputs({"x": odd[:2]}, taken)["x"].tolist() == [False, True]
+    assert faults_of({"x": booleans}, model) == {"/inputs/0": "`x` is BOOL, whose bytes are 0 or 1"}
+    assert check_inputs({"x": booleans[:2]}, model)["x"].tolist() == [False, True]
 
 
 ARRAYS = st.builds(
@@ -96,18 +96,18 @@ ARRAYS = st.builds(
 
 
 @given(st.dictionaries(st.sampled_from(["audio", "state", "rate", "audi"]), ARRAYS))
-def test_any_arrays_are_taken_whole_or_refused_with_faults(feeds: dict[str, Any]) -> None:
-    answer = taken_or_refused(feeds)
+def test_any_arrays_are_accepted_unchanged_or_rejected_with_errors(feeds: dict[str, Any]) -> None:
+    outcome = inputs_or_errors(feeds)
 
-    if isinstance(answer, tuple):
-        assert answer
-        assert all(fault.pointer.startswith("/inputs") for fault in answer)
+    if isinstance(outcome, tuple):
+        assert outcome
+        assert all(fault.pointer.startswith("/inputs") for fault in outcome)
     else:
-        assert answer == feeds
-        assert answer["audio"].ndim == 2
+        assert outcome == feeds
+        assert outcome["audio"].ndim == 2
 
 
-def taken_or_refused(feeds: Feeds) -> Feeds | tuple[Fault, ...]:
+def inputs_or_errors(feeds: Feeds) -> Feeds | tuple[Fault, ...]:
     try:
         return check_inputs(feeds, STATE)
     except InvalidInput as error:
@@ -136,19 +136,19 @@ def test_an_input_of_any_rank_takes_every_shape(shape: tuple[int, ...]) -> None:
         (b"[[1,true],[1,2],[3,4],[5,6]]", "/data/0/1", "true, expected a number"),
     ],
 )
-def test_what_is_no_tensor_of_any_rank_is_told_where(
+def test_an_error_of_an_input_of_any_rank_has_its_place(
     data: bytes, pointer: str, detail: str
 ) -> None:
-    with pytest.raises(InvalidInput) as refused:
+    with pytest.raises(InvalidInput) as raised:
         check_data(data, ANY)
-    assert list(refused.value.faults) == [Fault(pointer, detail)]
+    assert list(raised.value.faults) == [Fault(pointer, detail)]
 
 
-def test_more_dimensions_than_a_tensor_has_are_refused() -> None:
+def test_more_dimensions_than_a_tensor_may_have_are_rejected() -> None:
     assert faults_of({"x": np.ones((1,) * 33, np.float32)}, ANY) == {
         "/inputs/0/shape": "33 dimensions, `x` has at most 32"
     }
 
 
-def test_an_announcement_may_leave_the_rank_open() -> None:
+def test_an_announced_signature_may_leave_the_rank_open() -> None:
     assert read_signature(msgspec.json.encode(ANY)) == ANY

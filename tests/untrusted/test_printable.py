@@ -1,4 +1,4 @@
-"""Text without the characters that command a terminal or reorder a line."""
+"""Escapes for characters that control a terminal or reorder text."""
 
 import json
 import logging
@@ -22,11 +22,11 @@ def is_unsafe(character: str) -> bool:
     )
 
 
-def test_just_the_unsafe_characters_of_unicode_are_shown_as_escapes() -> None:
+def test_only_the_unsafe_characters_of_unicode_are_escaped() -> None:
     for character in EVERY:
-        stays = not is_unsafe(character)
-        assert (printable_line(character) == character) == stays
-        assert (printable(character) == character) == (stays or character in "\n\t")
+        is_kept = not is_unsafe(character)
+        assert (printable_line(character) == character) == is_kept
+        assert (printable(character) == character) == (is_kept or character in "\n\t")
 
 
 def test_text_in_any_script_stays_as_it_is() -> None:
@@ -34,14 +34,14 @@ def test_text_in_any_script_stays_as_it_is() -> None:
     assert printable(text) == printable_line(text) == text
 
 
-def test_json_means_the_same() -> None:
+def test_escaped_json_has_the_same_value() -> None:
     value = {character: character for character in EVERY if is_unsafe(character)}
     shown = printable_json(json.dumps(value, ensure_ascii=False, indent=2))
     assert json.loads(shown) == value
-    assert not any(is_unsafe(it) for it in shown if it not in "\n\t")
+    assert not any(is_unsafe(character) for character in shown if character not in "\n\t")
 
 
-def test_a_line_of_the_log_cannot_be_forged_and_commands_nothing(
+def test_a_log_line_cannot_be_forged_and_does_not_control_the_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = logging.getLogger()

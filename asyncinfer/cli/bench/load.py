@@ -76,7 +76,7 @@ def _clean_up(service: Service, group: str) -> None:
         more = True
         while more:
             done = service.ask_as(Cleared, "DELETE", "/jobs", group=group, **query)
-            more = done.more and done.cancelled + done.asked + done.purged > 0
+            more = done.more and done.cancelled + done.stopping + done.purged > 0
 
 
 class _Loads:

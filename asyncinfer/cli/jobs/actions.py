@@ -15,7 +15,7 @@ from asyncinfer.schemas.responses import Cleared, Retried
 
 _A_CALL: Final = 1000
 _ABOUT_THE_SERVER: Final = frozenset({401, 403, 503})
-_WORDS: Final = {"asked": "running and told to stop"}
+_WORDS: Final = {"stopping": "running and told to stop"}
 
 _of_model = click.option("--model", metavar="NAME", help="All of this model.")
 _of_group = click.option("--group", metavar="NAME", help="All of this group.")

@@ -1,4 +1,4 @@
-"""Frames of pandas and polars: rows out of them, predictions beside them."""
+"""Frames of pandas and polars: their rows as inputs, and predictions as new columns."""
 
 import math
 from collections.abc import Sequence
@@ -9,12 +9,15 @@ from asyncinfer.client._errors import CannotSend
 from asyncinfer.client._models import Model
 from asyncinfer.errors import AsyncinferError
 
-_MOST_COLUMNS: Final = 64
-"""An output of more numbers a row is one column of arrays."""
+_MAX_COLUMNS: Final = 64
+"""An output of more numbers per row becomes a single column of arrays."""
 
 
-def rows_of(frame: Any, columns: Sequence[str] | None, model: Model) -> Any:
-    """An array, or one for each input, as the model takes them."""
+def input_rows(frame: Any, columns: Sequence[str] | None, model: Model) -> Any:
+    """An array `(rows, *dims)`, or one for each input by name, as the model takes them.
+
+    Raises CannotSend if it is no frame, or lacks a column.
+    """
     if not is_frame(frame):
         kind = type(frame).__name__
         raise CannotSend(f"map_frame takes a frame of pandas or polars, not {kind}; try map().")
@@ -33,52 +36,64 @@ def rows_of(frame: Any, columns: Sequence[str] | None, model: Model) -> Any:
 def with_results(
     frame: Any, results: Sequence[Any], model: Model, prefix: str, *, errors: bool
 ) -> Any:
-    """A frame of the same kind, with columns of the results behind its own."""
-    columns = columns_of(results, model)
+    """A frame of the same kind, with columns of the results behind its own.
+
+    `errors` adds the column of that name. Raises CannotSend if a column exists already.
+    """
+    columns = result_columns(results, model)
     if errors:
         columns["error"] = [
-            str(one) if isinstance(one, AsyncinferError) else None for one in results
+            str(result) if isinstance(result, AsyncinferError) else None for result in results
         ]
     named = {f"{prefix}{name}": values for name, values in columns.items()}
-    if taken := sorted(set(named) & set(map(str, frame.columns))):
-        shown = ", ".join(map(repr, taken))
-        raise CannotSend(f"The frame has {shown} already; give prefix= for the new columns.")
+    if existing := sorted(set(named) & set(map(str, frame.columns))):
+        names = ", ".join(map(repr, existing))
+        raise CannotSend(f"The frame has {names} already; give prefix= for the new columns.")
     if type(frame).__module__.startswith("polars"):
         import polars
 
-        return frame.with_columns(**{name: polars.Series(one) for name, one in named.items()})
+        return frame.with_columns(**{name: polars.Series(values) for name, values in named.items()})
     return frame.assign(**named)
 
 
-def columns_of(results: Sequence[Any], model: Model) -> dict[str, list[Any]]:
-    """Of labelled rows prediction, class_name and probability; else a column for each number."""
-    good = next((one for one in results if not isinstance(one, AsyncinferError)), None)
+def result_columns(results: Sequence[Any], model: Model) -> dict[str, list[Any]]:
+    """For labelled rows prediction, class_name and probability, else a column for each number.
+
+    A row with an error has None in each column.
+    """
+    good = next((result for result in results if not isinstance(result, AsyncinferError)), None)
     if isinstance(good, dict) and "prediction" in good:
         return {
-            "prediction": [_member(one, "prediction") for one in results],
-            "class_name": [_member(one, "class_name") for one in results],
+            "prediction": [_member(row, "prediction") for row in results],
+            "class_name": [_member(row, "class_name") for row in results],
             "probability": list(map(_probability, results)),
         }
     if isinstance(good, dict):
-        named = {name: [_member(one, name) for one in results] for name in good}
+        outputs = {name: [_member(row, name) for row in results] for name in good}
     else:
-        failed = [isinstance(one, AsyncinferError) for one in results]
-        values = [None if bad else one for one, bad in zip(results, failed, strict=True)]
-        named = {model.outputs[0].name: values}
-    return {name: one for output, values in named.items() for name, one in _flat(output, values)}
+        values = [None if isinstance(row, AsyncinferError) else row for row in results]
+        outputs = {model.outputs[0].name: values}
+    return {
+        name: column
+        for output, values in outputs.items()
+        for name, column in _columns_of(output, values)
+    }
 
 
-def _flat(output: str, values: list[Any]) -> list[tuple[str, list[Any]]]:
-    """A column, or one for each place of a short vector."""
-    sizes = {getattr(one, "shape", ()) for one in values if one is not None}
-    size: tuple[int, ...] = next(iter(sizes), ())
-    if len(sizes) > 1 or len(size) > 1 or math.prod(size) > _MOST_COLUMNS:
+def _columns_of(output: str, values: list[Any]) -> list[tuple[str, list[Any]]]:
+    """The column of an output, or one for each place of a short vector."""
+    shapes = {getattr(value, "shape", ()) for value in values if value is not None}
+    shape: tuple[int, ...] = next(iter(shapes), ())
+    if len(shapes) > 1 or len(shape) > 1 or math.prod(shape) > _MAX_COLUMNS:
         return [(output, values)]
-    if size in ((), (1,)):
-        return [(output, [None if one is None else _scalar(one) for one in values])]
+    if shape in ((), (1,)):
+        return [(output, [None if value is None else _scalar(value) for value in values])]
     return [
-        (f"{output}_{place}", [None if one is None else one[place].item() for one in values])
-        for place in range(size[0])
+        (
+            f"{output}_{place}",
+            [None if value is None else value[place].item() for value in values],
+        )
+        for place in range(shape[0])
     ]
 
 
@@ -91,7 +106,7 @@ def _member(row: Any, name: str) -> Any:
 
 
 def _probability(row: Any) -> float | None:
-    """Of the class that was predicted; None where there is no class, or not among the scores."""
+    """The probability of the predicted class; None if there is no class, or no score for it."""
     if not isinstance(row, dict):
         return None
     place, shares = row["prediction"], row["probabilities"]

@@ -1,4 +1,4 @@
-"""Many rows through one model: how they are packed into jobs, and what becomes of each row."""
+"""The jobs of a map: how rows are packed into jobs, and how each row gets its result or error."""
 
 import hashlib
 import math
@@ -9,16 +9,28 @@ import msgspec
 from msgspec import Struct
 
 from asyncinfer.client import _flows
-from asyncinfer.client._decoding import result_of
-from asyncinfer.client._encoding import data_input, is_plain
-from asyncinfer.client._errors import CannotSend, job_failed, problem_error, strange_refused
-from asyncinfer.client._flows import Submission, View
+from asyncinfer.client._decoding import decode_result
+from asyncinfer.client._encoding import data_input, is_json_value
+from asyncinfer.client._errors import (
+    CannotSend,
+    job_failed_error,
+    problem_error,
+    reject_unreadable,
+)
+from asyncinfer.client._flows import NewJob, View
 from asyncinfer.client._map import ndjson
-from asyncinfer.client._map.ndjson import MOST_LINES
-from asyncinfer.client._map.rows import Block, halves, rank_of, row_at, singles, without
+from asyncinfer.client._map.ndjson import MAX_LINES
+from asyncinfer.client._map.rows import (
+    Block,
+    rank_of,
+    rows_at,
+    single_row_blocks,
+    split_in_half,
+    without,
+)
 from asyncinfer.client._models import Model
 from asyncinfer.client._protocol import Flow
-from asyncinfer.client._requests import Server
+from asyncinfer.client._requests import RemoteServer
 from asyncinfer.errors import (
     AsyncinferError,
     BodyTooLarge,
@@ -32,132 +44,139 @@ from asyncinfer.errors import (
     JobNotRetryable,
 )
 
-_MOST_ROWS: Final = 256
-"""Of one job: fewer requests than that hardly cost, and a bad row does not hold up many."""
-_KEPT_SECONDS: Final = 24 * 3600
-"""So long a map can be taken up again without running what it has."""
-_FULL_SECONDS: Final = 600.0
-"""How long a full queue is waited for."""
-_SPLIT: Final = frozenset(
+_MAX_ROWS: Final = 256
+"""The most rows of one job with batch="auto": larger jobs hardly save requests, and here a bad row
+does not hold up many."""
+_TTL_SECONDS: Final = 24 * 3600
+"""How long a map can be resumed without running its finished jobs again."""
+_QUEUE_FULL_SECONDS: Final = 600.0
+"""How long a full queue is awaited."""
+_ONE_ROW_FAILURES: Final = frozenset(
     {"model_failed", "timeout", "out_of_memory", "result_too_large", "worker_lost"}
 )
-"""Failures that one row may have caused for all of its job."""
+"""Failures of a whole job that one of its rows may have caused."""
 
 
-class Plan(Struct, frozen=True, kw_only=True):
-    """How the rows of one map go."""
+class MapPlan(Struct, frozen=True, kw_only=True):
+    """How the rows of one map become jobs."""
 
     model: Model
-    asked_model: str | None
+    model_name: str | None
+    """The name that was given, None for the default model."""
     options: Mapping[str, Any]
     group: str
-    whole: bool
-    """A row is an input as `predict` takes it, with an axis of its own for rows."""
-    batch: int
-    """The most rows of a job."""
-    block: int
-    """The most rows that are asked for together: in one job, or a job each in one request."""
-    taken_up: bool
+    rows_are_inputs: bool
+    """Each row is an input as `predict` takes it, with an axis of its own for rows."""
+    max_rows_per_job: int
+    max_rows_per_block: int
+    """The most rows of one request: in one job, or a job each as lines."""
+    is_resumed: bool
     """The group had jobs before."""
 
 
-def plan(
-    server: Server,
+def make_plan(
+    server: RemoteServer,
     first: Any,
     name: str | None,
     batch: int | Literal["auto"],
     options: Mapping[str, Any],
     *,
     is_named: bool,
-) -> Flow[Plan]:
-    """By the first row, and by what the server says of the model."""
-    model = yield from _flows.known_model(server, name)
-    whole = _is_whole(first, model)
+) -> Flow[MapPlan]:
+    """A plan from the first row and the server's description of the model."""
+    model = yield from _flows.cached_model(server, name)
+    rows_are_inputs = _is_input(first, model)
     group = options["group"]
-    rows_a_job = _batch(model, batch) if _is_packed(model) and not whole else 1
-    return Plan(
+    rows_per_job = _rows_per_job(model, batch) if _shares_jobs(model) and not rows_are_inputs else 1
+    goes_as_lines = rows_per_job == 1 and is_json_value(first)
+    return MapPlan(
         model=model,
-        asked_model=name,
-        options={"ttl_seconds": _KEPT_SECONDS, **options},
+        model_name=name,
+        options={"ttl_seconds": _TTL_SECONDS, **options},
         group=group,
-        whole=whole,
-        batch=rows_a_job,
-        block=MOST_LINES if rows_a_job == 1 and is_plain(first) else rows_a_job,
-        taken_up=is_named and (yield from _exists(server, group)),
+        rows_are_inputs=rows_are_inputs,
+        max_rows_per_job=rows_per_job,
+        max_rows_per_block=MAX_LINES if goes_as_lines else rows_per_job,
+        is_resumed=is_named and (yield from _group_exists(server, group)),
     )
 
 
-def run(server: Server, plan: Plan, block: Block) -> Flow[list[Any]]:
-    """For each row of a block its result, or the error that it has instead."""
-    if plan.batch == 1 and len(block) > 1:
-        return (yield from _one_by_one(server, plan, block))
+def run_block(server: RemoteServer, plan: MapPlan, block: Block) -> Flow[list[Any]]:
+    """The result of each row of a block, or the error that it has instead."""
+    if plan.max_rows_per_job == 1 and len(block) > 1:
+        return (yield from _run_single_rows(server, plan, block))
     try:
-        value = yield from _settled(server, plan, block)
+        value = yield from _result_of_job(server, plan, block)
     except InvalidInput as error:
-        return (yield from _refused(server, plan, block, error))
+        return (yield from _run_without_bad_rows(server, plan, block, error))
     except (BodyTooLarge, CannotSend) as error:
-        return (yield from _split(server, plan, block, error))
+        return (yield from _run_halves(server, plan, block, error))
     except JobCancelled as error:
         return [error] * len(block)
     except JobFailed as error:
-        if error.job_error[0] not in _SPLIT:
+        if error.job_error[0] not in _ONE_ROW_FAILURES:
             return [error] * len(block)
-        return (yield from _split(server, plan, block, error))
-    return rows_of(value, plan, len(block))
+        return (yield from _run_halves(server, plan, block, error))
+    return rows_of_result(value, plan, len(block))
 
 
-def cancel(server: Server, group: str) -> Flow[None]:
-    """Whatever of a map still waits or runs. Tried once: its jobs end by themselves, too."""
+def cancel(server: RemoteServer, group: str) -> Flow[None]:
+    """Cancels the unfinished jobs of a map, with one try: they also end by themselves."""
     once = msgspec.structs.replace(server, retries=1)
     try:
         yield from _flows.cancel_group(once, group)
     except AsyncinferError:
-        # Who leaves wants to leave; there may be no such group yet, or no server.
+        # There may be no such group yet, or no server; leaving the map must not fail.
         return
 
 
 # --- a job for each row ------------------------------------------------------------------------
 
 
-def _one_by_one(server: Server, plan: Plan, block: Block) -> Flow[list[Any]]:
-    """In one request, as lines, where that is possible; what is not settled so goes alone."""
-    blocks = list(singles(block))
-    texts = [ndjson.text_of(_submission(plan, one)) for one in blocks] if server.takes_lines else []
-    lines = [text for text in texts if text is not None]
+def _run_single_rows(server: RemoteServer, plan: MapPlan, block: Block) -> Flow[list[Any]]:
+    """Runs a job for each row, as lines of one request if possible.
+
+    A row whose line has no final answer is run again by itself.
+    """
+    rows = list(single_row_blocks(block))
+    lines = [ndjson.line_of(_new_job(plan, row)) for row in rows] if server.accepts_ndjson else []
+    sendable = [line for line in lines if line is not None]
     answers = None
-    if len(lines) == len(blocks):
-        answers = yield from ndjson.ask_lines(server, plan.asked_model, lines, _FULL_SECONDS)
+    if len(sendable) == len(rows):
+        answers = yield from ndjson.submit_lines(
+            server, plan.model_name, sendable, _QUEUE_FULL_SECONDS
+        )
     results: list[Any] = []
-    for one, answer in zip(blocks, answers or [{}] * len(blocks), strict=True):
-        results += _told(plan, answer) or (yield from run(server, plan, one))
+    for row, answer in zip(rows, answers or [{}] * len(rows), strict=True):
+        results += _result_of_line(plan, answer) or (yield from run_block(server, plan, row))
     return results
 
 
-def _told(plan: Plan, answer: ndjson.Answer) -> list[Any]:
-    """The result that a line tells; none where there is more to be done about its row."""
+def _result_of_line(plan: MapPlan, answer: ndjson.Answer) -> list[Any]:
+    """A list of the result or error in an answer; empty if the row has to be run by itself."""
     if answer.get("code") == InvalidInput.code:
         return [problem_error(answer, None)]
     if answer.get("status") == "completed":
-        return rows_of(result_of(answer.get("result")), plan, 1)
+        return rows_of_result(decode_result(answer.get("result")), plan, 1)
     if answer.get("status") == "failed":
-        return [job_failed(answer.get("error") or {}, answer["job_id"])]
+        return [job_failed_error(answer.get("error") or {}, answer["job_id"])]
     return []
 
 
 # --- one job -----------------------------------------------------------------------------------
 
 
-def _settled(server: Server, plan: Plan, block: Block) -> Flow[Any]:
-    """The result of the job of a block, one that an earlier map made included."""
-    asked = _submission(plan, block)
+def _result_of_job(server: RemoteServer, plan: MapPlan, block: Block) -> Flow[Any]:
+    """The result of a block's job, which an earlier map of this group may have submitted."""
+    job = _new_job(plan, block)
     try:
-        return (yield from _flows.predict(server, asked, math.inf))
+        return (yield from _flows.predict(server, job, math.inf))
     except JobCancelled as error:
-        if not plan.taken_up:
+        if not plan.is_resumed:
             raise
-        return (yield from _again(server, asked, str(error.job_id)))
+        return (yield from _retry_cancelled(server, job, str(error.job_id)))
     except (JobExpired, JobNotFound):
-        return (yield from _anew(server, asked))
+        return (yield from _resubmit(server, job))
     except IdempotencyConflict as error:
         raise IdempotencyConflict(
             f"Rows {block.numbers[0]} to {block.numbers[-1]} of group {plan.group!r} were other "
@@ -167,95 +186,102 @@ def _settled(server: Server, plan: Plan, block: Block) -> Flow[Any]:
         ) from error
 
 
-def _submission(plan: Plan, block: Block) -> Submission:
-    return Submission(
-        value=_value(plan, block),
-        model=plan.asked_model,
+def _new_job(plan: MapPlan, block: Block) -> NewJob:
+    return NewJob(
+        value=_input_of(plan, block),
+        model=plan.model_name,
         options=plan.options,
         key=_key(plan, block),
-        patience_seconds=_FULL_SECONDS,
+        queue_full_seconds=_QUEUE_FULL_SECONDS,
     )
 
 
-def _again(server: Server, asked: Submission, job_id: str) -> Flow[Any]:
-    """A job that an interrupted map had cancelled."""
+def _retry_cancelled(server: RemoteServer, job: NewJob, job_id: str) -> Flow[Any]:
+    """The result of a job that an interrupted map had cancelled."""
     try:
         yield from _flows.retry_job(server, job_id)
     except (JobNotRetryable, JobExpired, JobNotFound):
-        return (yield from _anew(server, asked))
+        return (yield from _resubmit(server, job))
     view: View = {"job_id": job_id, "status": "pending"}
     return (yield from _flows.result(server, view, math.inf))
 
 
-def _anew(server: Server, asked: Submission) -> Flow[Any]:
-    """Its key names a job that is gone."""
-    asked = msgspec.structs.replace(asked, key=f"{asked.key}:anew")
-    return (yield from _flows.predict(server, asked, math.inf))
+def _resubmit(server: RemoteServer, job: NewJob) -> Flow[Any]:
+    """The result of a job under another key, since its own names a job that is gone."""
+    job = msgspec.structs.replace(job, key=f"{job.key}:anew")
+    return (yield from _flows.predict(server, job, math.inf))
 
 
-def _key(plan: Plan, block: Block) -> str:
-    """The same for the same rows, whoever asks and whenever."""
+def _key(plan: MapPlan, block: Block) -> str:
+    """The Idempotency-Key of a block: the same for the same rows of a group at any time."""
     first, last = block.numbers[0], block.numbers[-1]
     key = f"{plan.group}:{first}-{last}"
     if last - first + 1 == len(block):
         return key
-    gaps = hashlib.sha256(",".join(map(str, block.numbers)).encode()).hexdigest()[:16]
-    return f"{key}:{gaps}"
+    numbers = hashlib.sha256(",".join(map(str, block.numbers)).encode()).hexdigest()[:16]
+    return f"{key}:{numbers}"
 
 
-# --- rows that cannot go with others -------------------------------------------------------------
+# --- rows that cannot be run with others ---------------------------------------------------------
 
 
-def _refused(server: Server, plan: Plan, block: Block, error: InvalidInput) -> Flow[list[Any]]:
-    """Rows that a refusal names have it; the others are sent again without them."""
-    by_place = _by_place(error, len(block)) if len(block) > 1 else {}
-    if not by_place:
-        # It says nothing of single rows: it is their shape or datatype, which all have.
+def _run_without_bad_rows(
+    server: RemoteServer, plan: MapPlan, block: Block, error: InvalidInput
+) -> Flow[list[Any]]:
+    """Gives the rows that `error` names their errors, and runs the others without them."""
+    errors = _errors_by_place(error, len(block)) if len(block) > 1 else {}
+    if not errors:
+        # It names no single rows: all have a shape or datatype that is not the model's.
         return [error] * len(block)
-    rest = without(block, by_place)
-    results = iter((yield from run(server, plan, rest)) if len(rest) else ())
-    return [by_place[at] if at in by_place else next(results) for at in range(len(block))]
+    rest = without(block, errors)
+    results = iter((yield from run_block(server, plan, rest)) if len(rest) else ())
+    return [errors[place] if place in errors else next(results) for place in range(len(block))]
 
 
-def _by_place(error: InvalidInput, count: int) -> dict[int, InvalidInput]:
-    """An error of its own for each row that is named: `/data/17/2` is in the row at 17."""
-    found: dict[int, list[Any]] = {}
+def _errors_by_place(error: InvalidInput, count: int) -> dict[int, InvalidInput]:
+    """An error for each row that a pointer names: `/data/17/2` is in the row at place 17.
+
+    Empty if a pointer names no row.
+    """
+    faults_by_place: dict[int, list[Any]] = {}
     for fault in error.faults:
         _, _, rest = fault.pointer.partition("/data/")
         place = rest.partition("/")[0]
         if not place.isdecimal() or int(place) >= count:
             return {}
-        found.setdefault(int(place), []).append(fault)
+        faults_by_place.setdefault(int(place), []).append(fault)
     return {
-        place: InvalidInput("; ".join(one.detail for one in faults), faults=faults)
-        for place, faults in found.items()
+        place: InvalidInput("; ".join(fault.detail for fault in faults), faults=faults)
+        for place, faults in faults_by_place.items()
     }
 
 
-def _split(server: Server, plan: Plan, block: Block, error: AsyncinferError) -> Flow[list[Any]]:
-    """In halves, until the culprit is alone."""
+def _run_halves(
+    server: RemoteServer, plan: MapPlan, block: Block, error: AsyncinferError
+) -> Flow[list[Any]]:
+    """Runs a block in two halves, and so on, until the row that causes the error is alone."""
     if len(block) == 1:
         return [error]
     results: list[Any] = []
-    for half in halves(block):
-        results += yield from run(server, plan, half)
+    for half in split_in_half(block):
+        results += yield from run_block(server, plan, half)
     return results
 
 
 # --- rows <-> inputs and results ----------------------------------------------------------------
 
 
-def rows_of(value: Any, plan: Plan, count: int) -> list[Any]:
-    """A job's result, row by row."""
-    with strange_refused("A result"):
-        rows = _rows_of(value, plan, count)
+def rows_of_result(value: Any, plan: MapPlan, count: int) -> list[Any]:
+    """A job's result, row by row; raises NotAsyncinfer unless it has `count` rows."""
+    with reject_unreadable("A result"):
+        rows = _rows_of_result(value, plan, count)
         if len(rows) != count:
             raise ValueError(f"{len(rows)} rows of {count}")
         return rows
 
 
-def _rows_of(value: Any, plan: Plan, count: int) -> list[Any]:
-    if plan.whole:
+def _rows_of_result(value: Any, plan: MapPlan, count: int) -> list[Any]:
+    if plan.rows_are_inputs:
         return [value]
     if isinstance(value, list):
         return value
@@ -264,20 +290,22 @@ def _rows_of(value: Any, plan: Plan, count: int) -> list[Any]:
     names = [spec.name for spec in plan.model.outputs]
     arrays = value if isinstance(value, dict) else {names[0]: value}
     rows = [
-        {name: _row(plan, name, one, at) for name, one in arrays.items()} for at in range(count)
+        {name: _row_of_output(plan, name, array, place) for name, array in arrays.items()}
+        for place in range(count)
     ]
     return rows if isinstance(value, dict) else [next(iter(row.values())) for row in rows]
 
 
-def _row(plan: Plan, name: str, array: Any, at: int) -> Any:
+def _row_of_output(plan: MapPlan, name: str, array: Any, place: int) -> Any:
+    """The part of an output that is of one row; all of it if no axis counts rows."""
     axis = _row_axis(plan.model, name)
-    if axis is None or axis >= array.ndim or array.shape[axis] <= at:
+    if axis is None or axis >= array.ndim or array.shape[axis] <= place:
         return array
-    return array[at] if axis == 0 else array.take(at, axis=axis)
+    return array[place] if axis == 0 else array.take(place, axis=axis)
 
 
 def _row_axis(model: Model, name: str) -> int | None:
-    """Which axis of an output counts the rows of the input, if one does."""
+    """The axis of an output that counts the rows of the input; None if no axis does."""
     for place, spec in enumerate(model.outputs):
         if spec.name == name and model.batched and place < len(model.output_axes):
             return model.output_axes[place]
@@ -287,11 +315,11 @@ def _row_axis(model: Model, name: str) -> int | None:
     return None
 
 
-def _value(plan: Plan, block: Block) -> Any:
-    """What `predict` would be given for these rows."""
-    if plan.whole:
-        return row_at(block.rows, 0)
-    rows = _together(block.rows)
+def _input_of(plan: MapPlan, block: Block) -> Any:
+    """The input of a block's job, as `predict` takes it."""
+    if plan.rows_are_inputs:
+        return rows_at(block.rows, 0)
+    rows = _join_rows(block.rows)
     axes = {
         spec.name: axis
         for spec, axis in zip(plan.model.inputs, plan.model.input_axes, strict=False)
@@ -299,53 +327,59 @@ def _value(plan: Plan, block: Block) -> Any:
     if all(axis == 0 for axis in axes.values()):
         return rows
     if isinstance(rows, dict):
-        return {name: _along(one, axes.get(name, 0)) for name, one in rows.items()}
-    return _along(rows, axes[data_input(plan.model).name])
+        return {name: _move_row_axis(values, axes.get(name, 0)) for name, values in rows.items()}
+    return _move_row_axis(rows, axes[data_input(plan.model).name])
 
 
-def _together(rows: Any) -> Any:
-    """Rows that came one by one as one input, its first axis counting them."""
+def _join_rows(rows: Any) -> Any:
+    """A list of rows as one input `(rows, *dims)`, or a dict of them; lists of lists unchanged."""
     if not isinstance(rows, list):
         return rows
     if isinstance(rows[0], Mapping):
-        return {name: _stacked([row[name] for row in rows]) for name in rows[0]}
-    return _stacked(rows) if hasattr(rows[0], "__array__") else rows
+        return {name: _stack([row[name] for row in rows]) for name in rows[0]}
+    return _stack(rows) if hasattr(rows[0], "__array__") else rows
 
 
-def _along(rows: Any, axis: int | None) -> Any:
-    """The same with its rows along another axis; None: the input has none, all rows share it."""
+def _move_row_axis(rows: Any, axis: int | None) -> Any:
+    """`(rows, *dims)` with its rows along another axis.
+
+    None: the input has no axis of rows, and all rows share its value.
+    """
     import numpy as np
 
     array = np.asanyarray(rows)
     return array[0] if axis is None else np.moveaxis(array, 0, axis)
 
 
-def _stacked(rows: list[Any]) -> Any:
+def _stack(rows: list[Any]) -> Any:
+    """Rows of the shape `(*dims)` as an array `(rows, *dims)`; raises CannotSend."""
     import numpy as np
 
     try:
         arrays = [np.asanyarray(row) for row in rows]
-        if any(one.dtype.kind == "U" for one in arrays):
-            # Numpy would make text of the numbers beside text.
+        if any(array.dtype.kind == "U" for array in arrays):
+            # Numpy would convert numbers beside strings to strings.
             arrays = [np.asarray(row, dtype=object) for row in rows]
-        is_masked = any(isinstance(one, np.ma.MaskedArray) for one in arrays)
+        is_masked = any(isinstance(array, np.ma.MaskedArray) for array in arrays)
         return (np.ma.stack if is_masked else np.stack)(arrays)
     except ValueError as error:
         raise CannotSend(f"Rows do not fit together: {error}.") from error
 
 
-def _is_whole(first: Any, model: Model) -> bool:
+def _is_input(first: Any, model: Model) -> bool:
+    """Whether a row has as many axes as an input, so that it is one by itself."""
     if isinstance(first, Mapping):
         ranks = {spec.name: len(spec.shape) for spec in model.inputs if spec.shape}
-        return all(rank_of(one) >= ranks[name] for name, one in first.items() if name in ranks)
+        return all(rank_of(value) >= ranks[name] for name, value in first.items() if name in ranks)
     return rank_of(first) >= (data_input(model).rank or 0)
 
 
-def _is_packed(model: Model) -> bool:
+def _shares_jobs(model: Model) -> bool:
+    """Whether several rows may go in one job."""
     return model.batched and None not in model.input_axes
 
 
-def _exists(server: Server, group: str) -> Flow[bool]:
+def _group_exists(server: RemoteServer, group: str) -> Flow[bool]:
     try:
         yield from _flows.group(server, group)
     except GroupNotFound:
@@ -353,10 +387,8 @@ def _exists(server: Server, group: str) -> Flow[bool]:
     return True
 
 
-def _batch(model: Model, asked: int | Literal["auto"]) -> int:
-    """Not by measured times: a map that is taken up again must make the same jobs."""
-    if asked == "auto":
-        return max(1, min(_MOST_ROWS, model.max_rows))
-    if not isinstance(asked, int) or asked < 1:
-        raise CannotSend(f'batch={asked!r} is neither "auto" nor a number of rows of at least 1.')
-    return min(asked, model.max_rows)
+def _rows_per_job(model: Model, batch: int | Literal["auto"]) -> int:
+    """Independent of measured times, since a map that is resumed must make the same jobs."""
+    if batch == "auto":
+        return max(1, min(_MAX_ROWS, model.max_rows))
+    return min(batch, model.max_rows)

@@ -1,4 +1,4 @@
-"""Many jobs in one request: a line each, answered in order as each ends."""
+"""Many jobs in one request of NDJSON: a line each, answered in order as each job ends."""
 
 import math
 import time
@@ -7,13 +7,13 @@ from typing import Any, Final
 
 import msgspec
 
-from asyncinfer.client._encoding import is_plain, json_body
-from asyncinfer.client._errors import error_of, stranger
-from asyncinfer.client._flows import Submission, is_view
+from asyncinfer.client._encoding import is_json_value, json_body
+from asyncinfer.client._errors import error_of_response, not_asyncinfer_error
+from asyncinfer.client._flows import NewJob, is_job_view
 from asyncinfer.client._protocol import Flow, Request
-from asyncinfer.client._requests import Server, ask, path_part
+from asyncinfer.client._requests import RemoteServer, fetch, path_part
 
-MOST_LINES: Final = 16
+MAX_LINES: Final = 16
 """With 8 requests in flight as many as share a run; and results of slow models keep coming."""
 
 _NDJSON: Final = "application/x-ndjson"
@@ -21,44 +21,44 @@ _WAIT_SECONDS: Final = 30
 _MARGIN_SECONDS: Final = 15.0
 
 Answer = dict[str, Any]
-"""A job as it is after the wait, or the problem that it has instead."""
+"""A job as it is after the wait, or a problem if it was not accepted."""
 
 
-def text_of(asked: Submission) -> bytes | None:
-    """A job as a line; None where it can only go as bytes."""
-    body = json_body(asked.value, asked.options) if is_plain(asked.value) else None
+def line_of(job: NewJob) -> bytes | None:
+    """A job as a line; None if its input can only be sent as bytes."""
+    body = json_body(job.value, job.options) if is_json_value(job.value) else None
     if body is None:
         return None
-    return b'{"idempotency_key":' + msgspec.json.encode(asked.key) + b"," + body.content[1:]
+    return b'{"idempotency_key":' + msgspec.json.encode(job.key) + b"," + body.content[1:]
 
 
-def ask_lines(
-    server: Server, model: str | None, texts: Sequence[bytes], patience_seconds: float
+def submit_lines(
+    server: RemoteServer, model: str | None, lines: Sequence[bytes], queue_full_seconds: float
 ) -> Flow[list[Answer] | None]:
-    """What is answered to each; None from a server that takes no lines."""
+    """The answer to each line; None from a server of an earlier release, which takes no NDJSON."""
     seconds = math.ceil(max(1, min(_WAIT_SECONDS, server.until - time.monotonic())))
     path = "/predict" if model is None else f"/predict/{path_part(model)}"
     request = Request(
         method="POST",
         path=path,
         headers={"content-type": _NDJSON, "prefer": f"wait={seconds}"},
-        body=b"\n".join(texts),
+        body=b"\n".join(lines),
         timeout_seconds=seconds + _MARGIN_SECONDS,
     )
-    response = yield from ask(server, request, patience_seconds=patience_seconds)
+    response = yield from fetch(server, request, queue_full_seconds=queue_full_seconds)
     if response.status == 415:
-        server.takes_lines = False
+        server.accepts_ndjson = False
         return None
     if response.status >= 400:
-        raise error_of(response, server.url)
+        raise error_of_response(response, server.url)
     try:
         answers: list[Answer] = msgspec.json.Decoder(dict[str, Any]).decode_lines(response.content)
     except (ValueError, RecursionError):
         answers = []
-    if len(answers) != len(texts) or not all(map(_is_answer, answers)):
-        raise stranger(response, server.url)
+    if len(answers) != len(lines) or not all(map(_is_answer, answers)):
+        raise not_asyncinfer_error(response, server.url)
     return answers
 
 
 def _is_answer(answer: Answer) -> bool:
-    return is_view(answer) or isinstance(answer.get("code"), str)
+    return is_job_view(answer) or isinstance(answer.get("code"), str)

@@ -1,4 +1,4 @@
-"""A progress bar in a terminal or notebook, and lines beside it. The only door to tqdm."""
+"""The progress of a map: a bar in a terminal or notebook, or the log. The only door to tqdm."""
 
 import logging
 import sys
@@ -11,15 +11,18 @@ _log: Final = logging.getLogger("asyncinfer.client")
 
 
 class Progress(Protocol):
-    def advance(self, rows: int, errors: int) -> None: ...
+    def advance(self, rows: int, errors: int) -> None:
+        """Counts rows that are done, `errors` of them with an error."""
 
     def say(self, line: str) -> None:
-        """Why nothing comes, or that it goes on."""
+        """Reports why no results come, or that they come again."""
 
     def close(self) -> None: ...
 
 
-class _Silent:
+class _LogOnly:
+    """Reports to the log, without a bar."""
+
     def advance(self, rows: int, errors: int) -> None: ...
 
     def say(self, line: str) -> None:
@@ -29,11 +32,11 @@ class _Silent:
 
 
 class _Bar:
-    """Rows that are done, their rate, the time that is left."""
+    """A bar of the rows that are done, their rate, and the time that is left."""
 
     def __init__(self, total: int | None, title: str) -> None:
         with warnings.catch_warnings():
-            # Of a notebook without widgets, which gets a bar of text.
+            # A notebook without widgets gets a bar of text, and tqdm warns of that.
             warnings.simplefilter("ignore")
             from tqdm.auto import tqdm
 
@@ -53,5 +56,5 @@ class _Bar:
         self._bar.close()
 
 
-def progress(shown: bool, total: int | None, title: str) -> Progress:
-    return _Bar(total, title) if shown else _Silent()
+def new_progress(has_bar: bool, total: int | None, title: str) -> Progress:
+    return _Bar(total, title) if has_bar else _LogOnly()

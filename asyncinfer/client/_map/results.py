@@ -1,4 +1,4 @@
-"""The results of a map as they come, in order; who leaves early cancels what waits."""
+"""The results of a map as they come, in order; leaving early cancels what has not run."""
 
 import atexit
 import sys
@@ -23,33 +23,32 @@ from asyncinfer.client import _flows
 from asyncinfer.client._drivers import AsyncDriver, Driver
 from asyncinfer.client._errors import ConnectionFailed, SlowMapWarning, WaitTimeout
 from asyncinfer.client._map import jobs
-from asyncinfer.client._map.jobs import Plan
-from asyncinfer.client._map.progress import Progress, progress
-from asyncinfer.client._map.rows import Block, ablocks_of, blocks_of, columns_of, peeked
-from asyncinfer.client._map.threads import Crew, Done
-from asyncinfer.client._requests import Server
+from asyncinfer.client._map.jobs import MapPlan
+from asyncinfer.client._map.progress import Progress, new_progress
+from asyncinfer.client._map.rows import Block, array_rows, blocks_of, blocks_of_async, peek
+from asyncinfer.client._map.threads import FlowOutcome, FlowThreads
+from asyncinfer.client._protocol import Flow
+from asyncinfer.client._requests import RemoteServer
 from asyncinfer.client._wait_reasons import CADENCE, Cadence, Notices, Silence, WaitingFor
 from asyncinfer.errors import AsyncinferError
 
 if TYPE_CHECKING:
-    from asyncinfer.client._map.tasks import AsyncCrew
+    from asyncinfer.client._map.tasks import FlowTasks
 
 OnError = Literal["raise", "return"]
 
-_AHEAD: Final = 2
-"""Blocks that may be done or on their way, for each that may be in flight: a slow one at the
-front holds the others up only so far, and what is done waits in memory only so much."""
-
+_BLOCKS_PER_FLIGHT: Final = 2
+"""Blocks that may be under way or done out of order, for each request that may be in flight. A
+slow block at the front holds up the others only so far, and only so many results wait in memory."""
 _FEW_ROWS: Final = 64
-"""So many run soon enough, each alone."""
+"""So few rows are run soon enough, each alone."""
 _LATE_SECONDS: Final = 2.0
-"""How long after a time-out the last answers are waited for."""
-
+"""How long the last answers are awaited after a time-out."""
 _CLIENT: Final = "asyncinfer.client."
 
 
-class Asked(Struct, frozen=True, kw_only=True):
-    """A map as it was asked for."""
+class MapOptions(Struct, frozen=True, kw_only=True):
+    """The arguments of a map."""
 
     model: str | None
     batch: int | Literal["auto"]
@@ -58,26 +57,27 @@ class Asked(Struct, frozen=True, kw_only=True):
     on_error: OnError
     group: str
     is_named: bool
-    """The group was given, and may have jobs already."""
+    """The caller named the group, which may have jobs already."""
     options: Mapping[str, Any]
     cadence: Cadence = CADENCE
 
 
 class Window:
-    """Which blocks are out, and the results whose turn it is."""
+    """The blocks that are under way, and the results that wait for those before them."""
 
-    def __init__(self, asked: Asked) -> None:
-        self._size = _AHEAD * asked.in_flight
-        self._raises = asked.on_error == "raise"
+    def __init__(self, wanted: MapOptions) -> None:
+        self._size = _BLOCKS_PER_FLIGHT * wanted.in_flight
+        self._raises = wanted.on_error == "raise"
         self._started = 0
         self._given = 0
         self._row = 0
         self.rows_out = 0
-        """Sent, and without an answer."""
-        self._done: dict[int, list[Any]] = {}
+        """Rows that were sent and have no answer."""
+        self._waiting: dict[int, list[Any]] = {}
 
     @property
     def is_open(self) -> bool:
+        """Whether another block may be started."""
         return self._started - self._given < self._size
 
     @property
@@ -85,111 +85,119 @@ class Window:
         return self._started == self._given
 
     def start(self, rows: int) -> int:
+        """The number of a new block."""
         self._started += 1
         self.rows_out += rows
         return self._started - 1
 
-    def take(self, done: Done, bar: Progress) -> Iterator[Any]:
-        """The results that may be given now; raises what is wrong with the map as a whole."""
-        if done.error is not None:
-            raise done.error
-        self._done[done.number] = done.value
-        self.rows_out -= len(done.value)
-        errors = sum(isinstance(one, AsyncinferError) for one in done.value)
-        bar.advance(len(done.value), errors)
-        while self._given in self._done:
-            yield from map(self._turn, self._done.pop(self._given))
+    def take(self, outcome: FlowOutcome, bar: Progress) -> Iterator[Any]:
+        """Takes the outcome of a block, and yields the results whose turn it is now.
+
+        Raises an error that ends the map, or that of a row unless errors are returned.
+        """
+        if outcome.error is not None:
+            raise outcome.error
+        self._waiting[outcome.number] = outcome.value
+        self.rows_out -= len(outcome.value)
+        errors = sum(isinstance(value, AsyncinferError) for value in outcome.value)
+        bar.advance(len(outcome.value), errors)
+        while self._given in self._waiting:
+            yield from map(self._result_of_next_row, self._waiting.pop(self._given))
             self._given += 1
 
-    def _turn(self, value: Any) -> Any:
+    def _result_of_next_row(self, value: Any) -> Any:
         row, self._row = self._row, self._row + 1
         if not isinstance(value, AsyncinferError):
             return value
-        error = _of_row(value, row)
+        error = _error_of_row(value, row)
         if self._raises:
             raise error
         return error
 
 
-class Slowness:
-    """Warns once, where many rows go one by one: nothing else tells why that takes long."""
+class SlowMapCheck:
+    """Warns once if many rows run one by one: nothing else explains why that takes long."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: MapPlan) -> None:
         self._model = plan.model
-        self._is_open = not plan.model.batched
+        self._may_warn = not plan.model.batched
         self._rows = 0
 
     def count(self, block: Block) -> None:
         self._rows += len(block)
-        if self._is_open and self._rows > _FEW_ROWS:
-            self._is_open = False
-            told = self._model.batching or "off"
+        if self._may_warn and self._rows > _FEW_ROWS:
+            self._may_warn = False
+            batching = self._model.batching or "off"
             warnings.warn(
                 f"{self._model.model} runs each row alone, so many rows take long. Its batching is "
-                f"{told}",
+                f"{batching}",
                 SlowMapWarning,
                 stacklevel=_callers_level(),
             )
 
 
-class Patience:
-    """What is said of a map while no answer comes, and when it has been waited for long enough."""
+class WaitReporter:
+    """Reports why a map gets no answer, and ends it when its time is over."""
 
-    def __init__(self, server: Server, plan: Plan, asked: Asked, bar: Progress) -> None:
+    def __init__(
+        self, server: RemoteServer, plan: MapPlan, wanted: MapOptions, bar: Progress
+    ) -> None:
         self._until = server.until
         self._model = plan.model.model
-        self._cadence = asked.cadence
-        self._notices = Notices(bar.say, asked.cadence)
+        self._cadence = wanted.cadence
+        self._notices = Notices(bar.say, wanted.cadence)
         self._reason: WaitingFor | None = None
 
-    def silence(self) -> Silence:
+    def new_silence(self) -> Silence:
         return Silence(self._until, self._cadence)
 
-    def hear(self, reason: WaitingFor | None, rows: int) -> None:
+    def report(self, reason: WaitingFor | None, rows: int) -> None:
         self._reason = reason
-        waits = f"{_rows(rows)} of {self._model} wait{'s' * (rows == 1)}"
+        waits = f"{_count_text(rows)} of {self._model} wait{'s' * (rows == 1)}"
         self._notices.hear(reason, waits, f"{self._model} goes on")
 
-    def heard(self, done: Done, rows: int) -> Done:
-        """An answer, which ends the silence; raises WaitTimeout where it says no more than that."""
-        if isinstance(done.error, WaitTimeout):
-            raise self.timed_out(rows, done.error.waiting_for) from done.error
-        self.hear(None, rows)
-        return done
+    def end_silence(self, outcome: FlowOutcome, rows: int) -> FlowOutcome:
+        """Returns an outcome, which ends the silence; raises WaitTimeout if it is no more."""
+        if isinstance(outcome.error, WaitTimeout):
+            raise self.timeout_error(rows, outcome.error.waiting_for) from outcome.error
+        self.report(None, rows)
+        return outcome
 
-    def timed_out(self, rows: int, reason: WaitingFor | None) -> WaitTimeout:
+    def timeout_error(self, rows: int, reason: WaitingFor | None) -> WaitTimeout:
         reason = reason or self._reason
         why = f": {reason.message}" if reason else "."
         return WaitTimeout(
-            f"No result in time for {_rows(rows)} of {self._model}{why}",
+            f"No result in time for {_count_text(rows)} of {self._model}{why}",
             waiting_for=reason,
         )
 
 
 class Results(Iterator[Any]):
-    """A result for each row, in order; `group` takes the map up again, in another kernel too.
+    """The result of each row of a map, in order.
 
-    In a `with` it is closed whatever happens in the body of a loop over it.
+    Nothing is sent before the first result is taken. A `with` closes it, whatever happens in the
+    loop; `client.map(rows, group=results.group)` resumes the map, also in another process.
     """
 
     def __init__(
         self,
-        server: Server,
+        server: RemoteServer,
         driver: Driver,
         rows: Iterable[Any],
-        asked: Asked,
+        wanted: MapOptions,
         bar: Progress | None = None,
     ) -> None:
-        """`bar` in place of one of its own."""
+        """`bar` takes the place of the client's own."""
         self._server = server
         self._driver = driver
-        self._asked = asked
+        self._wanted = wanted
         self._bar = bar
         self._values = self._begin(rows)
 
     @property
     def group(self) -> str:
-        return self._asked.group
+        """The group of its jobs: the one that was given, or a random one."""
+        return self._wanted.group
 
     def __enter__(self) -> "Results":
         return self
@@ -207,97 +215,112 @@ class Results(Iterator[Any]):
         return f"<Results of group {self.group}>"
 
     def close(self) -> None:
-        """Cancels what is not done."""
+        """Ends the map, and cancels its jobs that have not ended."""
         self._values.close()
 
     def _begin(self, rows: Iterable[Any]) -> Generator[Any, None, None]:
-        columns = columns_of(rows)
+        arrays = array_rows(rows)
         total = len(rows) if isinstance(rows, Sized) else None
         try:
-            first, rest = (columns.first(), iter(())) if columns else peeked(rows)
+            first, rest = peek(rows) if arrays is None else (arrays.first(), iter(()))
         except (StopIteration, IndexError):
-            return _none()
-        plan = self._driver.run(_plan(self._server, first, self._asked))
-        blocks = columns.blocks(plan.block) if columns else blocks_of(rest, plan.block)
-        return self._run(plan, blocks, len(columns) if columns else total)
+            return
+        plan = self._driver.run(_make_plan(self._server, first, self._wanted))
+        most = plan.max_rows_per_block
+        blocks = blocks_of(rest, most) if arrays is None else arrays.blocks(most)
+        yield from self._run(plan, blocks, total if arrays is None else len(arrays))
 
     def _run(
-        self, plan: Plan, blocks: Iterator[Block], total: int | None
+        self, plan: MapPlan, blocks: Iterator[Block], total: int | None
     ) -> Generator[Any, None, None]:
-        crew = Crew(self._driver, self._asked.in_flight)
-        bar = self._bar or progress(self._asked.progress, total, self.group)
-        patience = Patience(self._server, plan, self._asked, bar)
-        # A script may end amid a map: later than this nothing can be asked of a server any more.
+        threads = FlowThreads(self._driver, self._wanted.in_flight)
+        bar = self._bar or new_progress(self._wanted.progress, total, self.group)
+        reporter = WaitReporter(self._server, plan, self._wanted, bar)
+        # A script may end during a map: later than this no request can be sent.
         close_at_exit = partial(_close, weakref.ref(self))
         atexit.register(close_at_exit)
         try:
-            yield from self._through(crew, plan, blocks, bar, patience)
+            yield from self._through(threads, plan, blocks, bar, reporter)
         except BaseException as error:
-            crew.stop()
+            threads.stop()
             if isinstance(error, WaitTimeout):
-                # The waits of those that are out end with it, and a submit is not broken off.
-                crew.leave(_LATE_SECONDS)
+                # Requests in flight end with the wait, and a submit is not interrupted.
+                threads.join(_LATE_SECONDS)
             elif not isinstance(error, ConnectionFailed):
-                self._cancel(crew)
-            error.add_note(_go_on(self.group))
+                self._cancel(threads)
+            error.add_note(_resume_hint(self.group))
             raise
         finally:
             atexit.unregister(close_at_exit)
-            crew.stop()
+            threads.stop()
             bar.close()
 
     def _through(
-        self, crew: Crew, plan: Plan, blocks: Iterator[Block], bar: Progress, patience: Patience
+        self,
+        threads: FlowThreads,
+        plan: MapPlan,
+        blocks: Iterator[Block],
+        bar: Progress,
+        reporter: WaitReporter,
     ) -> Generator[Any, None, None]:
-        window = Window(self._asked)
-        slowness = Slowness(plan)
-        more = True
-        while more or not window.is_empty:
-            if more and window.is_open and not crew.has_news:
+        window = Window(self._wanted)
+        slow_check = SlowMapCheck(plan)
+        has_more = True
+        while has_more or not window.is_empty:
+            if has_more and window.is_open and not threads.has_outcomes:
                 block = next(blocks, None)
-                if more := block is not None:
-                    slowness.count(block)
-                    crew.start(window.start(len(block)), jobs.run(self._server, plan, block))
+                if has_more := block is not None:
+                    slow_check.count(block)
+                    flow = jobs.run_block(self._server, plan, block)
+                    threads.start(window.start(len(block)), flow)
             elif not window.is_empty:
-                yield from window.take(self._next(crew, patience, window.rows_out), bar)
+                outcome = self._wait_for_outcome(threads, reporter, window.rows_out)
+                yield from window.take(outcome, bar)
 
-    def _next(self, crew: Crew, patience: Patience, rows: int) -> Done:
-        silence = patience.silence()
+    def _wait_for_outcome(
+        self, threads: FlowThreads, reporter: WaitReporter, rows: int
+    ) -> FlowOutcome:
+        silence = reporter.new_silence()
         while True:
-            done = crew.next(silence.seconds())
-            if done is not None:
-                return patience.heard(done, rows)
-            found = self._driver.run(_flows.why_waiting(self._server, self.group))
+            outcome = threads.wait_for_outcome(silence.seconds())
+            if outcome is not None:
+                return reporter.end_silence(outcome, rows)
+            reason = self._driver.run(_flows.why_waiting(self._server, self.group))
             if silence.is_over:
-                raise patience.timed_out(rows, found or crew.reason)
-            silence.looked()
-            patience.hear(found or crew.reason, rows)
+                raise reporter.timeout_error(rows, reason or threads.retry_reason)
+            silence.schedule_next()
+            reporter.report(reason or threads.retry_reason, rows)
 
-    def _cancel(self, crew: Crew) -> None:
+    def _cancel(self, threads: FlowThreads) -> None:
         self._driver.run(jobs.cancel(self._server, self.group))
-        crew.leave()
-        # What was on its way when the others were cancelled.
+        threads.join()
+        # For jobs that were being submitted when the others were cancelled.
         self._driver.run(jobs.cancel(self._server, self.group))
 
 
 class AsyncResults(AsyncIterator[Any]):
-    """The same for `async for`; rows may come from an async generator."""
+    """The result of each row of a map, for `async for`; rows may come from an async iterator.
+
+    Nothing is sent before the first result is taken. An `async with` closes it, whatever happens
+    in the loop; `client.map(rows, group=results.group)` resumes the map.
+    """
 
     def __init__(
         self,
-        server: Server,
+        server: RemoteServer,
         driver: AsyncDriver,
         rows: Iterable[Any] | AsyncIterable[Any],
-        asked: Asked,
+        wanted: MapOptions,
     ) -> None:
         self._server = server
         self._driver = driver
-        self._asked = asked
+        self._wanted = wanted
         self._values = self._begin(rows)
 
     @property
     def group(self) -> str:
-        return self._asked.group
+        """The group of its jobs: the one that was given, or a random one."""
+        return self._wanted.group
 
     async def __aenter__(self) -> "AsyncResults":
         return self
@@ -315,101 +338,107 @@ class AsyncResults(AsyncIterator[Any]):
         return f"<AsyncResults of group {self.group}>"
 
     async def close(self) -> None:
-        """Cancels what is not done."""
+        """Ends the map, and cancels its jobs that have not ended."""
         await self._values.aclose()
 
     async def _begin(self, rows: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[Any, None]:
-        columns = columns_of(rows)
+        arrays = array_rows(rows)
         total = len(rows) if isinstance(rows, Sized) else None
-        source = _no_rows() if columns else _as_async(rows)
+        source = _as_async(rows if arrays is None else ())
         try:
-            first = columns.first() if columns else await anext(source)
+            first = await anext(source) if arrays is None else arrays.first()
         except (StopAsyncIteration, IndexError):
             return
-        plan = await self._driver.run(_plan(self._server, first, self._asked))
-        if columns:
-            blocks, total = _as_async(columns.blocks(plan.block)), len(columns)
+        plan = await self._driver.run(_make_plan(self._server, first, self._wanted))
+        most = plan.max_rows_per_block
+        if arrays is None:
+            blocks = blocks_of_async(_chain(first, source), most)
         else:
-            blocks = ablocks_of(_chained(first, source), plan.block)
+            blocks, total = _as_async(arrays.blocks(most)), len(arrays)
         async for value in self._run(plan, blocks, total):
             yield value
 
     async def _run(
-        self, plan: Plan, blocks: AsyncIterator[Block], total: int | None
+        self, plan: MapPlan, blocks: AsyncIterator[Block], total: int | None
     ) -> AsyncGenerator[Any, None]:
-        from asyncinfer.client._map.tasks import AsyncCrew
+        from asyncinfer.client._map.tasks import FlowTasks
 
-        crew = AsyncCrew(self._driver, self._asked.in_flight)
-        bar = progress(self._asked.progress, total, self.group)
-        patience = Patience(self._server, plan, self._asked, bar)
+        tasks = FlowTasks(self._driver, self._wanted.in_flight)
+        bar = new_progress(self._wanted.progress, total, self.group)
+        reporter = WaitReporter(self._server, plan, self._wanted, bar)
         try:
-            window = Window(self._asked)
-            slowness = Slowness(plan)
-            more = True
-            while more or not window.is_empty:
-                if more and window.is_open and not crew.has_news:
+            window = Window(self._wanted)
+            slow_check = SlowMapCheck(plan)
+            has_more = True
+            while has_more or not window.is_empty:
+                if has_more and window.is_open and not tasks.has_outcomes:
                     block = await anext(blocks, None)
-                    if more := block is not None:
-                        slowness.count(block)
-                        crew.start(window.start(len(block)), jobs.run(self._server, plan, block))
+                    if has_more := block is not None:
+                        slow_check.count(block)
+                        flow = jobs.run_block(self._server, plan, block)
+                        tasks.start(window.start(len(block)), flow)
                 elif not window.is_empty:
-                    done = await self._next(crew, patience, window.rows_out)
-                    for value in window.take(done, bar):
+                    outcome = await self._wait_for_outcome(tasks, reporter, window.rows_out)
+                    for value in window.take(outcome, bar):
                         yield value
         except BaseException as error:
-            crew.stop()
+            tasks.stop()
             if not isinstance(error, ConnectionFailed | WaitTimeout):
-                await self._cancel(crew)
-            error.add_note(_go_on(self.group))
+                await self._cancel(tasks)
+            error.add_note(_resume_hint(self.group))
             raise
         finally:
-            crew.stop()
-            await crew.leave()
+            tasks.stop()
+            await tasks.join()
             bar.close()
 
-    async def _next(self, crew: "AsyncCrew", patience: Patience, rows: int) -> Done:
-        silence = patience.silence()
+    async def _wait_for_outcome(
+        self, tasks: "FlowTasks", reporter: WaitReporter, rows: int
+    ) -> FlowOutcome:
+        silence = reporter.new_silence()
         while True:
-            done = await crew.next(silence.seconds())
-            if done is not None:
-                return patience.heard(done, rows)
-            found = await self._driver.run(_flows.why_waiting(self._server, self.group))
+            outcome = await tasks.wait_for_outcome(silence.seconds())
+            if outcome is not None:
+                return reporter.end_silence(outcome, rows)
+            reason = await self._driver.run(_flows.why_waiting(self._server, self.group))
             if silence.is_over:
-                raise patience.timed_out(rows, found or crew.reason)
-            silence.looked()
-            patience.hear(found or crew.reason, rows)
+                raise reporter.timeout_error(rows, reason or tasks.retry_reason)
+            silence.schedule_next()
+            reporter.report(reason or tasks.retry_reason, rows)
 
-    async def _cancel(self, crew: "AsyncCrew") -> None:
+    async def _cancel(self, tasks: "FlowTasks") -> None:
         await self._driver.run(jobs.cancel(self._server, self.group))
-        await crew.leave()
-        # What was on its way when the others were cancelled.
+        await tasks.join()
+        # For jobs that were being submitted when the others were cancelled.
         await self._driver.run(jobs.cancel(self._server, self.group))
 
 
-def _plan(server: Server, first: Any, asked: Asked) -> Any:
-    options = {**asked.options, "group": asked.group}
-    return jobs.plan(server, first, asked.model, asked.batch, options, is_named=asked.is_named)
+def _make_plan(server: RemoteServer, first: Any, wanted: MapOptions) -> Flow[MapPlan]:
+    options = {**wanted.options, "group": wanted.group}
+    return jobs.make_plan(
+        server, first, wanted.model, wanted.batch, options, is_named=wanted.is_named
+    )
 
 
-def _go_on(group: str) -> str:
+def _resume_hint(group: str) -> str:
     return f"Map the same rows with group={group!r} to go on: rows that are done do not run again."
 
 
-def _rows(count: int) -> str:
-    return f"{count:,} row{'s' * (count != 1)}"
+def _count_text(rows: int) -> str:
+    return f"{rows:,} row{'s' * (rows != 1)}"
 
 
-def _of_row(error: AsyncinferError, row: int) -> AsyncinferError:
-    """An error of its own for each row, since one may be that of a whole job."""
-    own = type(error).__new__(type(error))
-    own.__dict__.update(error.__dict__)
-    own.args = (f"Row {row}: {error}",)
-    own.row = row
-    return own
+def _error_of_row(error: AsyncinferError, row: int) -> AsyncinferError:
+    """A copy of an error with the row's number, since several rows may share one error."""
+    copy = type(error).__new__(type(error))
+    copy.__dict__.update(error.__dict__)
+    copy.args = (f"Row {row}: {error}",)
+    copy.row = row
+    return copy
 
 
 def _callers_level() -> int:
-    """The `stacklevel` of the line outside of this package that asked for the map."""
+    """The `stacklevel` of the line outside of this package that takes the results."""
     level, frame = 0, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_CLIENT):
         level, frame = level + 1, frame.f_back
@@ -417,17 +446,8 @@ def _callers_level() -> int:
 
 
 def _close(results: "weakref.ref[Results]") -> None:
-    if found := results():
-        found.close()
-
-
-def _none() -> Generator[Any, None, None]:
-    yield from ()
-
-
-async def _no_rows() -> AsyncIterator[Any]:
-    return
-    yield
+    if alive := results():
+        alive.close()
 
 
 async def _as_async(rows: Any) -> AsyncIterator[Any]:
@@ -439,7 +459,7 @@ async def _as_async(rows: Any) -> AsyncIterator[Any]:
             yield row
 
 
-async def _chained(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
+async def _chain(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
     yield first
     async for row in rest:
         yield row

@@ -1,55 +1,55 @@
-"""Several flows at once, in tasks of an event loop, their outcomes as they come."""
+"""Several flows at once in tasks of an event loop, their outcomes as they come."""
 
 import asyncio
 from typing import Any
 
 from asyncinfer.client._drivers import AsyncDriver
-from asyncinfer.client._map.threads import LEAVE_SECONDS, Done, Stopped
-from asyncinfer.client._protocol import Flow, Pause, Told
+from asyncinfer.client._map.threads import JOIN_SECONDS, FlowOutcome, FlowStopped
+from asyncinfer.client._protocol import Flow, FlowReply, Pause
 from asyncinfer.client._wait_reasons import WaitingFor
 
 
-class AsyncCrew:
-    """Tasks, as many as are started; none outlives `leave`."""
+class FlowTasks:
+    """Tasks that run flows, at most `size` at a time; none outlives `join`."""
 
     def __init__(self, driver: AsyncDriver, size: int) -> None:
         self._driver = driver
         self._gate = asyncio.Semaphore(size)
-        self._done: asyncio.Queue[Done] = asyncio.Queue()
+        self._outcomes: asyncio.Queue[FlowOutcome] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
-        self._paused: dict[int, WaitingFor | None] = {}
+        self._pause_reasons: dict[int, WaitingFor | None] = {}
 
     def start(self, number: int, flow: Flow[Any]) -> None:
         task = asyncio.create_task(self._work(number, flow))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def next(self, seconds: float) -> Done | None:
-        """Waits for a flow to end; None where none does within so many seconds."""
+    async def wait_for_outcome(self, seconds: float) -> FlowOutcome | None:
+        """The outcome of the next flow to end; None if none ends within `seconds`."""
         try:
             async with asyncio.timeout(seconds):
-                return await self._done.get()
+                return await self._outcomes.get()
         except TimeoutError:
             return None
 
     @property
-    def reason(self) -> WaitingFor | None:
-        """Why a flow has to send its request again."""
-        return next(filter(None, self._paused.values()), None)
+    def retry_reason(self) -> WaitingFor | None:
+        """Why one of the flows has to send its request again; None if none has to."""
+        return next(filter(None, self._pause_reasons.values()), None)
 
     @property
-    def has_news(self) -> bool:
-        return not self._done.empty()
+    def has_outcomes(self) -> bool:
+        return not self._outcomes.empty()
 
     def stop(self) -> None:
-        """No flow asks anything more; what is being asked is waited for by `leave`."""
+        """Lets no flow send another request; `join` waits for the present ones."""
         self._stopping.set()
 
-    async def leave(self) -> None:
+    async def join(self) -> None:
         tasks = set(self._tasks)
         if tasks:
-            _, late = await asyncio.wait(tasks, timeout=LEAVE_SECONDS)
+            _, late = await asyncio.wait(tasks, timeout=JOIN_SECONDS)
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
@@ -58,25 +58,25 @@ class AsyncCrew:
         try:
             async with self._gate:
                 value = await self._run(number, flow)
-            self._done.put_nowait(Done(number, value=value))
-        except Exception as error:  # it is raised where the outcome is waited for
-            self._done.put_nowait(Done(number, error=error))
+            self._outcomes.put_nowait(FlowOutcome(number, value=value))
+        except Exception as error:  # it is raised where the outcome is awaited
+            self._outcomes.put_nowait(FlowOutcome(number, error=error))
 
     async def _run(self, number: int, flow: Flow[Any]) -> Any:
-        told: Told = None
+        reply: FlowReply = None
         try:
             while not self._stopping.is_set():
-                asked = flow.send(told)
-                if isinstance(asked, Pause):
-                    self._paused[number] = asked.reason
-                    await self._pause(asked.seconds)
-                    del self._paused[number]
-                    told = None
+                request = flow.send(reply)
+                if isinstance(request, Pause):
+                    self._pause_reasons[number] = request.reason
+                    await self._pause(request.seconds)
+                    del self._pause_reasons[number]
+                    reply = None
                 else:
-                    told = await self._driver.exchange(asked)
-            raise Stopped
-        except StopIteration as done:
-            return done.value
+                    reply = await self._driver.exchange(request)
+            raise FlowStopped
+        except StopIteration as end:
+            return end.value
         finally:
             flow.close()
 

@@ -1,4 +1,4 @@
-"""Several flows at once, in threads, their outcomes as they come."""
+"""Several flows at once in threads, their outcomes as they come."""
 
 import queue
 import threading
@@ -7,34 +7,36 @@ from typing import Any, Final
 from msgspec import Struct
 
 from asyncinfer.client._drivers import Driver
-from asyncinfer.client._protocol import Flow, Pause, Told
+from asyncinfer.client._protocol import Flow, FlowReply, Pause
 from asyncinfer.client._wait_reasons import WaitingFor
 
-LEAVE_SECONDS: Final = 10.0
-"""How long those that were told to stop are waited for: their jobs are cancelled meanwhile."""
+JOIN_SECONDS: Final = 10.0
+"""How long flows that are stopped are awaited: their jobs are cancelled meanwhile."""
 
 
-class Done(Struct, frozen=True):
+class FlowOutcome(Struct, frozen=True):
+    """What the flow `number` returned, or the error that it raised."""
+
     number: int
     value: Any = None
     error: BaseException | None = None
 
 
-class Stopped(Exception):
-    """What a flow that was told to stop ends with."""
+class FlowStopped(Exception):
+    """Ends a flow after `stop()`."""
 
 
-class Crew:
-    """Threads, at most `size`; daemons, so that a second Ctrl-C leaves at once."""
+class FlowThreads:
+    """At most `size` threads that run flows; daemons, so that a second Ctrl-C leaves at once."""
 
     def __init__(self, driver: Driver, size: int) -> None:
         self._driver = driver
         self._size = size
         self._todo: queue.SimpleQueue[tuple[int, Flow[Any]] | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[Done] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[FlowOutcome] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._stopping = threading.Event()
-        self._paused: dict[int, WaitingFor | None] = {}
+        self._pause_reasons: dict[int, WaitingFor | None] = {}
 
     def start(self, number: int, flow: Flow[Any]) -> None:
         if len(self._threads) < self._size:
@@ -43,54 +45,54 @@ class Crew:
             thread.start()
         self._todo.put((number, flow))
 
-    def next(self, seconds: float) -> Done | None:
-        """Waits for a flow to end; None where none does within so many seconds."""
+    def wait_for_outcome(self, seconds: float) -> FlowOutcome | None:
+        """The outcome of the next flow to end; None if none ends within `seconds`."""
         try:
-            return self._done.get(timeout=seconds)
+            return self._outcomes.get(timeout=seconds)
         except queue.Empty:
             return None
 
     @property
-    def reason(self) -> WaitingFor | None:
-        """Why a flow has to send its request again."""
-        return next(filter(None, list(self._paused.values())), None)
+    def retry_reason(self) -> WaitingFor | None:
+        """Why one of the flows has to send its request again; None if none has to."""
+        return next(filter(None, list(self._pause_reasons.values())), None)
 
     @property
-    def has_news(self) -> bool:
-        return not self._done.empty()
+    def has_outcomes(self) -> bool:
+        return not self._outcomes.empty()
 
     def stop(self) -> None:
-        """No flow asks anything more; what is being asked is waited for by `leave`."""
+        """Lets no flow send another request; `join` waits for the present ones."""
         self._stopping.set()
         for _ in self._threads:
             self._todo.put(None)
 
-    def leave(self, seconds: float = LEAVE_SECONDS) -> None:
+    def join(self, seconds: float = JOIN_SECONDS) -> None:
         for thread in self._threads:
             thread.join(seconds / len(self._threads))
 
     def _work(self) -> None:
-        while given := self._todo.get():
-            number, flow = given
+        while item := self._todo.get():
+            number, flow = item
             try:
-                self._done.put(Done(number, value=self._run(number, flow)))
-            except BaseException as error:  # it is raised where the outcome is waited for
-                self._done.put(Done(number, error=error))
+                self._outcomes.put(FlowOutcome(number, value=self._run(number, flow)))
+            except BaseException as error:  # it is raised where the outcome is awaited
+                self._outcomes.put(FlowOutcome(number, error=error))
 
     def _run(self, number: int, flow: Flow[Any]) -> Any:
-        told: Told = None
+        reply: FlowReply = None
         try:
             while not self._stopping.is_set():
-                asked = flow.send(told)
-                if isinstance(asked, Pause):
-                    self._paused[number] = asked.reason
-                    self._stopping.wait(asked.seconds)
-                    del self._paused[number]
-                    told = None
+                request = flow.send(reply)
+                if isinstance(request, Pause):
+                    self._pause_reasons[number] = request.reason
+                    self._stopping.wait(request.seconds)
+                    del self._pause_reasons[number]
+                    reply = None
                 else:
-                    told = self._driver.exchange(asked)
-            raise Stopped
-        except StopIteration as done:
-            return done.value
+                    reply = self._driver.exchange(request)
+            raise FlowStopped
+        except StopIteration as end:
+            return end.value
         finally:
             flow.close()

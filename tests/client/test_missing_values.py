@@ -1,4 +1,4 @@
-"""Numbers that JSON does not have, and values that are missing, on every way there and back."""
+"""NaN, infinities and missing values: in inputs, results and files."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from asyncinfer.client import (
     SlowMapWarning,
     TensorInfo,
 )
-from asyncinfer.client._encoding import bytes_of, named_arrays
+from asyncinfer.client._encoding import named_arrays, tensor_bytes
 from asyncinfer.tensors.datatypes import Array
 from asyncinfer.testing import Running
 from tests.cli.command_line import told
@@ -33,13 +33,13 @@ INF: Final = math.inf
 
 
 def sent(value: Any, datatype: str) -> Array:
-    """What would be sent of an input for a model of one."""
+    """The array that is sent for an input of a model with one input."""
     spec = TensorInfo("x", datatype, ("batch", None))
     model = Model(model="m", version="1", inputs=(spec,), outputs=())
     return named_arrays(value, model)["x"]
 
 
-# --- there -------------------------------------------------------------------------------------
+# --- inputs ------------------------------------------------------------------------------------
 
 ROWS: Final = [[NAN, 1.0, 2.0], [3.0, INF, -INF]]
 WAYS: Final[dict[str, Any]] = {
@@ -56,7 +56,7 @@ WAYS: Final[dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_an_input_with_gaps_arrives_as_it_is(client: Client, way: str) -> None:
+def test_an_input_with_missing_values_arrives_unchanged(client: Client, way: str) -> None:
     np.testing.assert_array_equal(
         client.predict(WAYS[way], "doubled"), [[NAN, 2, 4], [6, INF, -INF]]
     )
@@ -73,13 +73,13 @@ MAPPED: Final[dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("form", MAPPED)
-def test_rows_with_gaps_are_mapped(client: Client, form: str) -> None:
+def test_rows_with_missing_values_are_mapped(client: Client, form: str) -> None:
     found = list(client.map(MAPPED[form], "doubled", progress=False))
 
     np.testing.assert_array_equal(found, [[NAN, 2, 4]] * 3)
 
 
-def test_a_long_list_with_gaps_is_read_to_its_end(client: Client) -> None:
+def test_a_long_list_with_missing_values_is_read_to_its_end(client: Client) -> None:
     rows: list[list[float | None]] = [[number / 8, 1.0, 2.0] for number in range(10_000)]
     rows[0][2] = rows[9_999][1] = None
 
@@ -89,7 +89,7 @@ def test_a_long_list_with_gaps_is_read_to_its_end(client: Client) -> None:
     np.testing.assert_array_equal(found, expected + expected)
 
 
-def test_a_row_with_gaps_changes_none_that_it_shares_a_run_with(client: Client) -> None:
+def test_a_row_with_missing_values_does_not_change_others_of_its_run(client: Client) -> None:
     client.pause("doubled")
     rows: list[list[Any]] = [[number, 0.1, None if number % 3 else 0.2] for number in range(30)]
     jobs = [client.submit([row], "doubled") for row in rows]
@@ -127,13 +127,13 @@ FOR_FLOATS: Final[dict[str, tuple[Any, list[list[float]]]]] = {
 
 @pytest.mark.parametrize("datatype", ["FP16", "BF16", "FP32", "FP64"])
 @pytest.mark.parametrize("case", FOR_FLOATS)
-def test_floats_take_booleans_and_what_is_missing(case: str, datatype: str) -> None:
+def test_floats_take_booleans_and_missing_values(case: str, datatype: str) -> None:
     value, expected = FOR_FLOATS[case]
 
     np.testing.assert_array_equal(sent(value, datatype).astype(np.float64), expected)
 
 
-WITH_GAPS: Final[dict[str, tuple[Any, str]]] = {
+WITH_MISSING: Final[dict[str, tuple[Any, str]]] = {
     "Int64": (pd.DataFrame({"a": pd.array([5, None], dtype="Int64"), "b": [1, 2]}), "is <NA>"),
     "pandas": (pd.DataFrame({"a": [5, None]}), "is NaN"),
     "polars": (pl.DataFrame({"a": [5, None]}), "is NaN"),
@@ -144,15 +144,19 @@ WITH_GAPS: Final[dict[str, tuple[Any, str]]] = {
 
 
 @pytest.mark.parametrize("datatype", ["INT64", "UINT8"])
-@pytest.mark.parametrize("case", WITH_GAPS)
-def test_whole_numbers_have_no_gaps_and_the_remedy_is_told(case: str, datatype: str) -> None:
-    value, is_gap = WITH_GAPS[case]
+@pytest.mark.parametrize("case", WITH_MISSING)
+def test_integers_have_no_missing_values_and_the_error_has_the_remedy(
+    case: str, datatype: str
+) -> None:
+    value, is_missing = WITH_MISSING[case]
 
-    with pytest.raises(CannotSend, match=f"{is_gap} in places, and `x` takes {datatype}.*fillna"):
+    with pytest.raises(
+        CannotSend, match=f"{is_missing} in places, and `x` takes {datatype}.*fillna"
+    ):
         sent(value, datatype)
 
 
-def test_a_gap_for_a_whole_number_is_refused_at_its_place(client: Client) -> None:
+def test_a_missing_integer_is_refused_at_its_place(client: Client) -> None:
     with pytest.raises(InvalidInput) as refused:
         client.predict([[1, 2], [3, None]], "int64")
 
@@ -167,23 +171,23 @@ def test_numbers_among_strings_do_not_become_strings() -> None:
     for value in ([["a", NAN]], [["a", 1]], pd.DataFrame({"a": ["a", None], "b": ["c", "d"]})):
         strings = sent(value, "BYTES")
         with pytest.raises(CannotSend, match="where a string is needed"):
-            bytes_of("x", strings)
+            tensor_bytes("x", strings)
 
 
-def test_a_string_is_what_it_is(client: Client) -> None:
+def test_a_string_that_reads_like_nan_stays_a_string(client: Client) -> None:
     words = [["NaN", "null"]]
     for value in (words, np.array(words)):
         assert client.predict(value, "bytes").tolist() == words
     assert client.submit(words, "bytes", answer="json").result().tolist() == words
 
 
-def test_half_precision_has_them_too(client: Client) -> None:
+def test_half_precision_has_nan_and_infinities(client: Client) -> None:
     for value in ([[None, INF]], np.array([[NAN, INF]])):
         found = client.predict(value, "bf16").astype(np.float64)
         np.testing.assert_array_equal(found, [[NAN, INF]])
 
 
-# --- and back ----------------------------------------------------------------------------------
+# --- results -----------------------------------------------------------------------------------
 
 FLOWERS: Final = [[NAN, 1.0, 2.0, 3.0], [5.1, 3.5, 1.4, 0.2]]
 
@@ -200,10 +204,10 @@ def test_a_score_that_is_nan_is_a_number(client: Client) -> None:
     assert _are_numbers(list(client.map(FLOWERS, progress=False)))
     assert _are_numbers(list(client.map(FLOWERS, batch=1, progress=False)))
 
-    job = client.submit(FLOWERS, group="gaps")
+    job = client.submit(FLOWERS, group="missing")
     assert _are_numbers(job.result())
     assert _are_numbers(client.job(job.id).result())
-    (again,) = client.jobs(group="gaps")
+    (again,) = client.jobs(group="missing")
     assert _are_numbers(again.result())
 
     framed = client.map_frame(pd.DataFrame(FLOWERS), progress=False)
@@ -211,7 +215,7 @@ def test_a_score_that_is_nan_is_a_number(client: Client) -> None:
     assert framed["probability"].isna().tolist() == [True, False]
 
 
-async def test_also_for_await(aclient: AsyncClient) -> None:
+async def test_a_nan_score_is_a_number_in_the_asynchronous_client(aclient: AsyncClient) -> None:
     assert _are_numbers(await aclient.predict(FLOWERS))
     assert _are_numbers(await (await aclient.submit(FLOWERS)))
     assert _are_numbers([row async for row in aclient.map(FLOWERS, progress=False)])
@@ -241,7 +245,9 @@ def _tables(folder: Path) -> dict[str, tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("to", ["json", "ndjson", "csv", "parquet"])
-def test_a_file_with_gaps_is_scored_and_written(running: Running, tmp_path: Path, to: str) -> None:
+def test_a_file_with_missing_values_is_scored_and_written(
+    running: Running, tmp_path: Path, to: str
+) -> None:
     (tmp_path / "in").mkdir()
     for name, words in _tables(tmp_path / "in").items():
         out = tmp_path / f"{name}.{to}"
@@ -251,7 +257,7 @@ def test_a_file_with_gaps_is_scored_and_written(running: Running, tmp_path: Path
 
 
 def _written(path: Path) -> list[list[str]]:
-    """The numbers of a file of answers; JSON has nothing but JSON in it."""
+    """The numbers of a file of results; checks that JSON has NaN only as a string."""
     if path.suffix == ".parquet":
         rows = pq.read_table(path)["y"].to_pylist()
     elif path.suffix == ".csv":
@@ -262,10 +268,10 @@ def _written(path: Path) -> list[list[str]]:
         whole = text if path.suffix == ".json" else f"[{','.join(text.splitlines())}]"
         rows = [row["y"] for row in json.loads(whole, parse_constant=pytest.fail)]
         assert rows[0][1] == "NaN"
-    return [[str(float(one)) for one in row] for row in rows]
+    return [[str(float(number)) for number in row] for row in rows]
 
 
-def test_a_row_with_a_gap_may_be_typed(running: Running) -> None:
+def test_a_row_with_nan_may_be_typed(running: Running) -> None:
     ran = told("predict", "1.5", "NaN", "2", "--model", "doubled", "--url", running.url)
 
     assert ran.rows == [{"row": 1, "y": [3.0, "NaN", 4.0]}]
@@ -275,7 +281,7 @@ def test_a_row_with_a_gap_may_be_typed(running: Running) -> None:
     ("name", "text"),
     [("rows.csv", "1,2\n,2\n"), ("rows.ndjson", "[1,2]\n[null,2]\n")],
 )
-def test_a_cell_that_is_missing_is_no_whole_number(
+def test_a_missing_cell_is_not_an_integer(
     running: Running, tmp_path: Path, name: str, text: str
 ) -> None:
     (tmp_path / name).write_text(text)
@@ -287,7 +293,7 @@ def test_a_cell_that_is_missing_is_no_whole_number(
     assert "row 2: value at 0: null, expected a whole number; only FP16" in ran.err
 
 
-def test_what_python_writes_for_nan_is_told_from_json(running: Running, tmp_path: Path) -> None:
+def test_nan_as_python_writes_it_is_refused_as_json(running: Running, tmp_path: Path) -> None:
     (tmp_path / "rows.ndjson").write_text("[NaN, 1, 2]\n[1, 2, 3]\n")
 
     ran = told("predict", str(tmp_path / "rows.ndjson"), "-m", "doubled", "--url", running.url)
@@ -301,8 +307,8 @@ def test_what_python_writes_for_nan_is_told_from_json(running: Running, tmp_path
 MANY: Final = np.ones((65, 2), np.float32)
 
 
-def test_a_map_over_a_model_that_does_not_batch_says_once_why_it_is_slow(client: Client) -> None:
-    """Over one that batches, or over few rows, it says nothing: warnings are errors here."""
+def test_a_map_over_a_model_that_does_not_batch_warns_once_why_it_is_slow(client: Client) -> None:
+    """Over a model that batches, or over few rows, it does not warn: warnings are errors here."""
     list(client.map(MANY[:64], "mean", progress=False))
     list(client.map(np.ones((65, 3)), "doubled", progress=False))
 
@@ -311,17 +317,17 @@ def test_a_map_over_a_model_that_does_not_batch_says_once_why_it_is_slow(client:
     with pytest.warns(SlowMapWarning) as of_a_frame:
         client.map_frame(pd.DataFrame(MANY), model="mean", progress=False)
 
-    assert [one.filename for one in (*warned, *of_a_frame)] == [__file__] * 2
+    assert [warning.filename for warning in (*warned, *of_a_frame)] == [__file__] * 2
 
 
-async def test_also_an_async_one(aclient: AsyncClient) -> None:
+async def test_an_asynchronous_map_warns_too(aclient: AsyncClient) -> None:
     with pytest.warns(SlowMapWarning, match="mean runs each row alone") as warned:
         assert len([row async for row in aclient.map(MANY, "mean", progress=False)]) == 65
 
-    assert [one.filename for one in warned] == [__file__]
+    assert [warning.filename for warning in warned] == [__file__]
 
 
-def test_at_the_command_line_it_is_one_line(running: Running, tmp_path: Path) -> None:
+def test_at_the_command_line_the_warning_is_one_line(running: Running, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("1,2\n" * 65)
 
     ran = told("predict", str(tmp_path / "rows.csv"), "--model", "mean", "--url", running.url)
