@@ -1,4 +1,4 @@
-"""The measured pace: seconds of slot time a job, by model."""
+"""Measured times: seconds of slot time per job, and seconds per run, by model."""
 
 import pytest
 
