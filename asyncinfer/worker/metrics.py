@@ -63,6 +63,7 @@ class Metrics:
 
 
 def _model_metrics(values: MetricValues) -> Iterator[Metric]:
+    """What each version is, whether it shares runs or was refused, and how many are in memory."""
     about = InfoMetricFamily(
         "asyncinfer_model",
         "A version that is served, and why its jobs share runs, or not.",
@@ -89,6 +90,7 @@ def _model_metrics(values: MetricValues) -> Iterator[Metric]:
 
 
 def _work_metrics(values: MetricValues) -> Iterator[Metric]:
+    """How long runs took, and how many jobs ended, by outcome."""
     runs = SummaryMetricFamily(
         "asyncinfer_run_seconds",
         "How long runs took, by the power of two that their rows do not exceed.",

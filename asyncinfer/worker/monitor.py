@@ -78,11 +78,13 @@ class Monitor:
         return page()
 
     def _readiness_page(self) -> Answer:
+        """Raises NotReady with the reason."""
         if reason := self.unready():
             raise NotReady(reason)
         return _ALIVE
 
     def _metrics_page(self) -> Answer:
+        """Raises NotReady until the worker has metrics."""
         if self.metrics is None:
             raise NotReady(_NOT_CONNECTED)
         return Answer(200, self.metrics.text(), self.metrics.media_type)

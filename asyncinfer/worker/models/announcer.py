@@ -186,9 +186,11 @@ class Announcer:
             )
 
     def _contested_labels(self) -> set[Label]:
+        """The loaded versions that the library does not serve, as another worker's file differs."""
         return self._library.signatures().keys() - self._library.uncontested_signatures().keys()
 
     async def _announce_worker(self, status: WorkerStatus) -> None:
+        """Writes the announcement of this worker, which expires unless it is written again."""
         about = {**status.about, **self._models_status()}
         await self._upkeep.announce_worker(self._worker_id, about, _EXPIRY_SECONDS)
 
@@ -351,6 +353,7 @@ def _first_versions(by_model: Mapping[str, Sequence[str]], count: int) -> dict[s
 def _versions_of(
     model: str, signatures: Mapping[Label, Signature]
 ) -> Iterator[tuple[str, Signature]]:
+    """The versions of one model with their signatures."""
     return ((label[1], signature) for label, signature in signatures.items() if label[0] == model)
 
 

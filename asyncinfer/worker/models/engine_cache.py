@@ -88,6 +88,7 @@ class EngineCache:
         )
 
     def _load_in_thread(self, file: ModelFile) -> Engine:
+        """Runs in the thread; counts the load as under way."""
         self._load_count += 1
         try:
             return self._load(file)
@@ -135,6 +136,7 @@ class EngineCache:
             self.put(file, done.result(), size_bytes)
 
     def _is_full(self) -> bool:
+        """Whether more is loaded than the bounds allow."""
         total_bytes = sum(entry.size_bytes for entry in self._entries.values())
         return len(self._entries) > self._bounds.max_models or (
             0 < self._bounds.max_bytes < total_bytes

@@ -291,6 +291,7 @@ class Library:
         last = len(self._load_order)
 
         def load_order(version: Version) -> tuple[bool, bool, int, str, bool, int]:
+            """Sort key: first what jobs wait for, then models without a loaded version."""
             file = version.file
             is_chosen, age = file.rank
             return (

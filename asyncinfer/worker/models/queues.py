@@ -183,5 +183,6 @@ class Queues:
                 yield model, version.signature
 
     def _batching(self, signature: Signature) -> QueueBatching:
+        """How jobs of this model share runs, by its limits and this worker's MAX_BATCH."""
         full_jobs = min(signature.max_batch_jobs or self._max_batch, self._max_batch)
         return QueueBatching(signature.batched, signature.max_wait_ms / 1000, full_jobs)

@@ -70,8 +70,8 @@ class Finisher:
         """
         while held.early_tasks:
             await asyncio.wait(held.early_tasks)
-        unsaved = [outcome for outcome in finished if outcome.job_id in held.open_jobs]
-        outcomes = packed_outcomes(unsaved)
+        open_outcomes = [outcome for outcome in finished if outcome.job_id in held.open_jobs]
+        outcomes = packed_outcomes(open_outcomes)
         held.open_jobs.clear()
         self._on_step("finishing")
         return await self._claimer.finish(
