@@ -145,6 +145,7 @@ class _Connection(asyncio.Protocol):
         self._deadline: asyncio.TimerHandle
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Starts the deadline; closes the oldest connection if there are too many."""
         self._transport = cast(asyncio.WriteTransport, transport)
         self._open_connections[self] = None
         loop = asyncio.get_running_loop()
@@ -158,6 +159,7 @@ class _Connection(asyncio.Protocol):
             oldest.close()
 
     def data_received(self, data: bytes) -> None:
+        """Responds once the head of the request is complete, or too large."""
         self._head += data
         if self._transport.is_closing():
             return
@@ -184,6 +186,7 @@ class _Connection(asyncio.Protocol):
             self._send_problem(error, path or "")
 
     def _send_problem(self, error: RequestError, path: str = "") -> None:
+        """Sends the error as a JSON problem, as the API does."""
         body = msgspec.json.encode(problem_of(error, path))
         self._send(Answer(error.status, body, "application/problem+json", error.headers))
 

@@ -199,6 +199,7 @@ def _metrics(worker: Worker, library: Library) -> Metrics:
     from asyncinfer.worker import metrics
 
     def read_values() -> metrics.MetricValues:
+        """The present figures, in one record."""
         runs, ended = worker.run_and_job_counts()
         return metrics.MetricValues(
             served=list(library.uncontested_signatures().values()),
@@ -212,6 +213,7 @@ def _metrics(worker: Worker, library: Library) -> Metrics:
 
 
 async def _drain_when(stopping: asyncio.Event, worker: Worker) -> None:
+    """Waits for the signal to stop, then drains the worker."""
     await stopping.wait()
     worker.drain()
 

@@ -222,6 +222,7 @@ class Worker:
                 rescans.start_soon(self._rescan)
 
     async def _rescan(self) -> None:
+        """Rescans the model folder; an unexpected error is logged and does not end the worker."""
         try:
             await self._library.rescan()
         except Exception:
@@ -233,6 +234,7 @@ class Worker:
         self._announce_soon.set()
 
     def _serve_queues(self) -> None:
+        """Passes the queues of the served models to the claimer and the control listener."""
         queues = self._queues.served()
         is_growing = bool(self._library.loading or self._library.unannounced_labels)
         self._claimer.serve(queues, is_growing=is_growing)

@@ -60,6 +60,7 @@ class OutcomeBuilder:
         return self._final_outcome(held, job, "cancelled")
 
     def expired(self, held: HeldClaim, job: ClaimedJob) -> Finished:
+        """The failed outcome of a job whose deadline passed while it ran."""
         body = error_body("expired", "The deadline passed while the job ran.")
         return self._final_outcome(held, job, "failed", body)
 

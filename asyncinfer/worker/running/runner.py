@@ -164,6 +164,7 @@ class BatchRunner:
         return batch.engine.timeout_seconds or self._prediction_timeout_seconds
 
     def _timeout_error(self, batch: Batch) -> PredictionTimeout:
+        """The error of a job that ran alone and took too long."""
         return PredictionTimeout(
             f"The run took longer than {self._timeout_seconds(batch):g} s and was stopped. Send "
             "fewer rows, or raise PREDICTION_TIMEOUT or the model's limits.timeout_seconds."
