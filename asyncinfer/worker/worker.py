@@ -110,7 +110,7 @@ class Worker:
         queues = self._queues.served()
         self._later_deferrer = LaterReleaseDeferrer()
         self._unloaded_deferrer = Deferrer(*_UNLOADED_DELAY_MS)
-        self._paces = Paces()
+        self._job_times = Paces()
         self._answered_at = time.monotonic()
         self._started_ms = time.time_ns() // 1_000_000
         runs = Runs(store, self.worker_id)
@@ -242,7 +242,7 @@ class Worker:
 
     def _status(self) -> WorkerStatus:
         """The changing part of this worker's announcement."""
-        paces = self._paces.seconds_per_job()
+        seconds_per_job = self._job_times.seconds_per_job()
         about = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -251,10 +251,10 @@ class Worker:
             "busy": len(self._claimer.held),
             "state": self._state(),
             "jobs_done": self._finisher.jobs_done(),
-            "seconds_per_job": paces,
+            "seconds_per_job": seconds_per_job,
             "run_times": self._runner.times.view(),
         }
-        return WorkerStatus(about, paces)
+        return WorkerStatus(about, seconds_per_job)
 
     def _redis_answered(self) -> None:
         self._answered_at = time.monotonic()
@@ -394,7 +394,7 @@ class Worker:
         storing_seconds = min(now - held.run_ended_at, _MAX_STORING_SECONDS)
         slot_seconds = held.run_ended_at - held.claimed_at + storing_seconds
         model = self._queues.model_of(held.claim.queue) or ""
-        self._paces.note(model, slot_seconds, held.claim.count, at_seconds=now)
+        self._job_times.note(model, slot_seconds, held.claim.count, at_seconds=now)
 
     def _on_renewal(self, renewal: Renewal) -> None:
         """Called in the renewal thread; passes the renewal on to the event loop."""

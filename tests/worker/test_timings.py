@@ -41,6 +41,6 @@ def test_run_times_are_kept_by_model_and_power_of_two() -> None:
     times = RunTimes()
 
     for rows, seconds in ((1, 0.5), (3, 1.0), (4, 2.0), (5, 8.0)):
-        times.note("m", rows, seconds)
+        times.add("m", rows, seconds)
 
     assert times.view() == {"m": {1: 0.5, 4: 1.5, 8: 8.0}}

@@ -63,8 +63,8 @@ class WorkerStatus(Struct, frozen=True):
 
     about: Mapping[str, Any]
     """Fields of `WorkerSays`, such as the state and the number of claims."""
-    paces: Mapping[str, float]
-    """Measured seconds per job, by model."""
+    seconds_per_job: Mapping[str, float]
+    """As measured, by model."""
 
 
 class Announcer:
@@ -138,12 +138,12 @@ class Announcer:
         await self._upkeep.announce_default_versions(self._library.default_versions())
         await self._retract_removed()
         await self._drop_removed_versions(others)
-        await self._upkeep.announce_paces(status.paces)
+        await self._upkeep.announce_paces(status.seconds_per_job)
 
     async def retract(self) -> None:
         """Removes this worker's announcement, at its end; its models stay announced."""
         await self._upkeep.retract_worker(self._worker_id)
-        await self._upkeep.announce_paces(self._read_status().paces)
+        await self._upkeep.announce_paces(self._read_status().seconds_per_job)
 
     async def is_elsewhere(self, model: str, version: str | None) -> bool:
         """Whether another worker has a version (None: any version) of the model.

@@ -268,7 +268,7 @@ class Library:
     def open(self) -> None:
         """Reads the folder, and loads nothing. Raises StartError when the settings can give no
         model."""
-        files = self._log_passed_over(self._source.at_start())
+        files = self._log_passed_over(self._source.listing_at_start())
         self._versions = {label_of(file): versions.read_version(file) for file in files}
         for model, problem in self._missing_problems().items():
             log.error("Model %s: %s", model, problem)

@@ -119,7 +119,7 @@ def _set_limits(request: _TrialRequest) -> None:
 
 def _find_problem(file: ModelFile, *, allow_custom_ops: bool) -> str:
     """Loads the file and runs it once; returns what is wrong with it, or an empty text."""
-    # Imported only in the child: other processes import this module for `trial` alone.
+    # Imported here, since only the child needs it.
     from asyncinfer.engine import Engine, Stop
 
     try:

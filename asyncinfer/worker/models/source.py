@@ -49,10 +49,10 @@ class Source(Struct, frozen=True):
         return Listing([file for file in found.files if file.model in self.wanted])
 
     def files_at_start(self) -> Sequence[ModelFile]:
-        """As `at_start`, the files alone."""
-        return self.at_start().files
+        """As `listing_at_start`, the files alone."""
+        return self.listing_at_start().files
 
-    def at_start(self) -> Listing:
+    def listing_at_start(self) -> Listing:
         """As `listing`, for the start of a process: raises StartError if the settings can give no
         model, since the folder cannot be read or has none of the models that MODELS names. An empty
         folder is accepted, as models may still come."""

@@ -171,7 +171,7 @@ class BatchRunner:
         )
 
     def _note_run_time(self, batch: Batch, seconds: float) -> None:
-        self.times.note(batch.engine.signature.model, sum(batch.rows), seconds)
+        self.times.add(batch.engine.signature.model, sum(batch.rows), seconds)
 
 
 def _open_jobs_of(held: HeldClaim, batch: Batch) -> list[ClaimedJob]:

@@ -34,7 +34,7 @@ class RunTimes:
     def __init__(self) -> None:
         self._sums: dict[str, dict[int, tuple[int, float]]] = {}
 
-    def note(self, model: str, rows: int, seconds: float) -> None:
+    def add(self, model: str, rows: int, seconds: float) -> None:
         """Adds a run, under its number of rows rounded up to a power of two."""
         sums = self._sums.setdefault(model, {})
         bucket = 1 << (max(rows, 1) - 1).bit_length()
