@@ -25,7 +25,7 @@ MICROSOFT, OURS = "com.microsoft", "ours"
 
 def flow_of(model: onnx.ModelProto) -> Flow:
     content = memoryview(model.SerializeToString())
-    return dataflow.of_file(onnx_graph.read_content(content))
+    return dataflow.read_flow(onnx_graph.read_content(content))
 
 
 def mixers(model: onnx.ModelProto) -> dict[str, set[str]]:
@@ -325,7 +325,7 @@ def test_any_flipped_byte_is_followed_or_damaged(data: st.DataObject) -> None:
     at = data.draw(st.integers(0, len(content) - 1))
     content[at] = data.draw(st.integers(0, 255))
     with contextlib.suppress(DamagedFile, onnx_graph.TooLarge):
-        dataflow.of_file(onnx_graph.read_content(memoryview(bytes(content))))
+        dataflow.read_flow(onnx_graph.read_content(memoryview(bytes(content))))
 
 
 def test_functions_that_call_each_other_ten_times_over_are_followed_once() -> None:
@@ -348,4 +348,4 @@ def test_functions_too_deep_within_each_other_are_not_followed() -> None:
     ]
     functions.append(("outer", [node("f0", ["a"], ["b"], domain=OURS)]))
 
-    assert flow_of(with_functions(*functions)).unread
+    assert flow_of(with_functions(*functions)).is_unread
