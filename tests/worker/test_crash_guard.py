@@ -64,7 +64,7 @@ def test_a_file_that_loads_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list((tmp_path / "marks").iterdir()) == []
 
 
-def test_a_file_that_another_process_is_loading_is_no_suspect(tmp_path: Path) -> None:
+def test_a_file_that_another_process_is_loading_is_not_tried_in_a_child(tmp_path: Path) -> None:
     zoo.place(tmp_path / "models", "m", zoo.mlp([2, 2]))
     (file,) = scan(tmp_path / "models")
     marks = tmp_path / "marks"
@@ -99,7 +99,7 @@ os._exit(0)
 """
 
 
-def test_a_process_that_ends_by_itself_while_it_loads_leaves_no_suspect(tmp_path: Path) -> None:
+def test_a_process_that_ends_by_itself_while_it_loads_leaves_no_mark(tmp_path: Path) -> None:
     zoo.place(tmp_path / "models", "m", zoo.mlp([2, 2]))
     command = [sys.executable, "-c", EXIT_SCRIPT, str(tmp_path / "models"), str(tmp_path / "marks")]
 

@@ -47,7 +47,9 @@ async def test_jobs_that_come_while_a_version_is_loaded_wait_for_that_load(
     cache.close()
 
 
-async def test_the_least_used_makes_room_and_who_runs_it_keeps_it(files: list[ModelFile]) -> None:
+async def test_the_least_used_engine_is_dropped_and_a_run_under_way_keeps_it(
+    files: list[ModelFile],
+) -> None:
     cache = EngineCache(load, Bounds(max_models=2))
     first, _ = [await cache.fetch(file, 1) for file in files[:2]]
     assert cache.get(("a", "1")) is first
@@ -62,7 +64,7 @@ async def test_the_least_used_makes_room_and_who_runs_it_keeps_it(files: list[Mo
     cache.close()
 
 
-async def test_what_is_loaded_is_bounded_in_bytes_but_one_always_may(
+async def test_loaded_engines_are_bounded_in_bytes_but_one_may_always_stay(
     files: list[ModelFile],
 ) -> None:
     size = total_bytes(read_stamp(files[0]))

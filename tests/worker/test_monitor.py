@@ -58,12 +58,12 @@ async def test_it_lives_before_it_is_ready(monitor: Monitor, port: int) -> None:
 
 
 @pytest.mark.usefixtures("monitor")
-async def test_before_it_works_there_is_nothing_to_count(port: int) -> None:
+async def test_before_the_worker_has_started_there_are_no_metrics(port: int) -> None:
     assert_problem(await send_request(port, "/metrics"), 503, "not_ready")
 
 
 @pytest.mark.usefixtures("monitor")
-async def test_what_it_does_not_have_is_a_problem_as_the_api_has_them(port: int) -> None:
+async def test_an_unknown_path_or_method_gets_a_problem_as_the_api_gives_it(port: int) -> None:
     assert_problem(await send_request(port, "/predict"), 404, "route_not_found")
     refused = await send_request(port, "/health/live", "POST")
     assert_problem(refused, 405, "method_not_allowed")

@@ -29,7 +29,7 @@ def test_a_model_that_became_slower_is_known_to_be_within_minutes() -> None:
     assert paces.seconds_per_job()["iris"] == pytest.approx(1.0, rel=0.07)
 
 
-def test_a_night_without_jobs_forgets_nothing_and_weighs_nothing() -> None:
+def test_a_night_without_jobs_keeps_the_mean_and_gives_it_no_weight() -> None:
     paces = Paces()
     paces.note("iris", 1.0, 1000, at_seconds=0)
     assert paces.seconds_per_job() == {"iris": 0.001}
