@@ -61,7 +61,8 @@ class Renewer:
         self._renewals.close()
 
     def _run(self) -> None:
-        """Renews three times per lease, and sooner after a failure, until closed."""
+        """Renews three times per lease, and sooner after a failure, until closed; not while the
+        event loop shows no sign of life."""
         pause = self._lease_seconds / 3
         while not self._closed.wait(pause):
             pause = self._lease_seconds / 3

@@ -103,7 +103,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 @asynccontextmanager
-async def monitored(
+async def serve_monitor(
     listener: socket.socket | None, *, head_seconds: float = 5.0
 ) -> AsyncIterator[Monitor]:
     """A monitor that answers on `listener` within the context; None: it answers nowhere.

@@ -25,7 +25,7 @@ from asyncinfer.worker.models.crash_guard import CrashGuard
 from asyncinfer.worker.models.engine_cache import Bounds, EngineCache
 from asyncinfer.worker.models.library import Library
 from asyncinfer.worker.models.source import Source
-from asyncinfer.worker.monitor import Metrics, Monitor, listen, monitored
+from asyncinfer.worker.monitor import Metrics, Monitor, listen, serve_monitor
 from asyncinfer.worker.worker import Worker, WorkerConfig
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ async def _work(
         name="asyncinfer-worker",
         call_seconds=_CALL_SECONDS,
     )
-    async with monitored(listener) as monitor, opened as store:
+    async with serve_monitor(listener) as monitor, opened as store:
         default = await _connect(store, config, library, stopping)
         if stopping.is_set():
             return 0
@@ -136,7 +136,7 @@ async def _work(
             on_step,
             default_is_set=config.default_model is not None,
         )
-        monitor.unready = worker.unready
+        monitor.unready = worker.why_not_ready
         async with asyncio.TaskGroup() as group:
             if listener:
                 group.create_task(_serve_metrics(monitor, worker, library))
@@ -158,7 +158,7 @@ async def _connect(
     while not stopping.is_set():
         try:
             server = await store.check_server()
-            default = await agreed_default(store, config.default_model)
+            default = await agree_on_default_model(store, config.default_model)
             known = await Inspection(store).model_names()
         except (RedisUnavailable, StorageFull) as error:
             if not is_logged:
@@ -176,7 +176,7 @@ async def _connect(
     return None
 
 
-async def agreed_default(store: Store, configured: str | None) -> str | None:
+async def agree_on_default_model(store: Store, configured: str | None) -> str | None:
     """The default model: the `configured` one, which is written to Redis, else the one that Redis
     names; None if neither is there, so that the folder decides.
 

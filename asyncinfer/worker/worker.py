@@ -259,7 +259,7 @@ class Worker:
     def _redis_answered(self) -> None:
         self._answered_at = time.monotonic()
 
-    def unready(self) -> str | None:
+    def why_not_ready(self) -> str | None:
         """Why the worker can claim nothing now; None when it can."""
         if self.hung:
             return "A run would not stop; this worker ends, to be started afresh."

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from asyncinfer.cli import main
-from asyncinfer.worker.monitor import Monitor, listen, monitored
+from asyncinfer.worker.monitor import Monitor, listen, serve_monitor
 from tests.api.harness import hosted, raw_exchange
 
 
@@ -26,7 +26,7 @@ def port(listener: socket) -> int:
 
 @pytest.fixture
 async def monitor(listener: socket) -> AsyncIterator[Monitor]:
-    async with hosted(monitored(listener, head_seconds=0.1)) as monitor:
+    async with hosted(serve_monitor(listener, head_seconds=0.1)) as monitor:
         yield monitor
 
 

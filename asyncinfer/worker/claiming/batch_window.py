@@ -177,7 +177,7 @@ class BatchWindows:
         return names if names and await self._runs.has_work(names) else []
 
     async def _count_waiting(self, queue: str) -> int:
-        """How many jobs wait in a queue, of all priorities."""
+        """How many jobs wait in a queue, of all priorities; 1 if Redis refuses to count them."""
         try:
             return sum([await self._store.command("LLEN", name) for name in keys.waiting(queue)])
         except RedisRefused:

@@ -267,9 +267,11 @@ class Claimer:
             await self._released_event.wait()
 
     async def _claim_any_queue(self, rang: str | None) -> HeldClaim | None:
-        """Claims from the first queue that has jobs, the one that rang first; None if none has.
+        """Claims from the first queue that has jobs, beginning with the one that rang; None if no
+        queue has any.
 
-        A claim call covers few queues, so of many it is first asked whether any has work.
+        A claim call covers few queues, so for many queues a cheaper call checks first whether any
+        has work.
         """
         self._seen_empty = True
         queues = self._claimable_queues(rang)

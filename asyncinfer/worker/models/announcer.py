@@ -164,7 +164,7 @@ class Announcer:
             *library.names,
             *(model for model, _ in library.signatures() | library.problems()),
         }
-        comparable = others if library.is_for_all else ()
+        comparable = others if library.serves_all_models else ()
         started_ms = status.about["started_ms"]
         now = self._differences = find_differences(folder, models, started_ms, comparable)
         if before is None:

@@ -80,7 +80,7 @@ class Library:
         return self._source.path
 
     @property
-    def is_for_all(self) -> bool:
+    def serves_all_models(self) -> bool:
         """Whether all models of the folder are served, as neither MODELS nor MODEL is set."""
         return not (self._source.wanted or self._source.model_file)
 
@@ -339,7 +339,8 @@ class Library:
             self._warn_if_nothing_is_served()
 
     async def _update_beside_rescan(self) -> None:
-        """During a rescan: drops removed versions, and notes new ones as untried."""
+        """During a rescan: drops removed versions, and notes new ones as untried; calls `on_change`
+        if there are any. Does nothing while another call is under way."""
         if self._is_updating_beside_rescan:
             return
         self._is_updating_beside_rescan = True

@@ -124,9 +124,10 @@ class Queues:
         self._adopt(agreed)
 
     async def _default_from_folder(self) -> str | None:
-        """The default model by what is in the folder, once it is loaded; writes it to Redis.
+        """The default model by what is in the folder, once that is loaded; writes it to Redis, but
+        returns the one that Redis names if another worker was first.
 
-        None while it is not loaded yet, and for good where no model of the folder is the default.
+        None while it is not loaded yet. Sets `has_no_default` where the folder has none.
         """
         if self.has_no_default:
             return None
@@ -142,7 +143,8 @@ class Queues:
         return None
 
     def _adopt(self, agreed: str) -> None:
-        """Uses this default model from now on, and logs that; an empty name stands for none."""
+        """Uses this default model from now on, and logs that; an empty name stands for none. Jobs
+        of the former default are still taken from QUEUE_NAME for a minute."""
         if self.default_model is None:
             log.info("The default model of the queue %r is %r.", self._store.n, agreed)
             self.default_model = agreed

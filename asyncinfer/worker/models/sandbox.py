@@ -49,8 +49,8 @@ async def trial(
 ) -> str:
     """Loads a version in a child process and runs it once, within limits on time and memory.
 
-    Returns why it must not be loaded here, empty if it may. The child uses the CPU only, since its
-    share of an accelerator's memory would be missing for the models that are served.
+    Returns why it must not be loaded here, empty if it may. The child uses the CPU only: the memory
+    of an accelerator belongs to the models that are served.
     """
     cpu = SessionOptions(custom_ops=file.config.session.custom_ops)
     request = _TrialRequest(

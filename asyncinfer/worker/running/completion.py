@@ -63,8 +63,8 @@ class Finisher:
         self._given_up = True
 
     async def finish(self, held: HeldClaim, finished: Sequence[Finished]) -> HeldClaim | None:
-        """Stores the outcomes of a claim's jobs and releases the claim. Jobs that have ended
-        otherwise meanwhile are left out.
+        """Stores the outcomes of a claim's jobs and releases the claim, once outcomes of jobs that
+        were cancelled or expired meanwhile are stored; these jobs are left out.
 
         Returns the next claim, where one came with the reply. Retries while Redis is away.
         """
