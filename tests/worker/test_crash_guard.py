@@ -36,7 +36,7 @@ def test_a_file_that_killed_its_process_is_refused_by_the_next(tmp_path: Path) -
     (file,) = scan(tmp_path / "models")
     command = [sys.executable, "-c", LOAD_SCRIPT, str(tmp_path / "models"), str(tmp_path / "marks")]
     first = subprocess.run(command, capture_output=True, check=False)
-    assert first.returncode < 0, "the file no longer kills who script it"
+    assert first.returncode < 0, "the file no longer kills its process"
 
     with pytest.raises(ModelRefused, match="SIGABRT"):
         CrashGuard(load, allow_custom_ops=False, folder=tmp_path / "marks")(file)
