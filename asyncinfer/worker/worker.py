@@ -212,7 +212,7 @@ class Worker:
     async def _watch(self) -> None:
         """Rescans the model folder at each change."""
         events = folder_changes(
-            self._library.watched,
+            self._library.watched_folder,
             rescan_seconds=self._config.rescan_seconds,
             stopping=self._watch_stopped,
         )

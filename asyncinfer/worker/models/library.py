@@ -70,7 +70,7 @@ class Library:
     # --- what is in the folder and what is served ------------------------------------------------
 
     @property
-    def watched(self) -> Path:
+    def watched_folder(self) -> Path:
         """The folder to watch for changes."""
         return self._source.watched
 
@@ -398,7 +398,7 @@ class Library:
             self._unreadable = error.detail
             return None
         if self._unreadable:
-            log.info("%s can be read again.", self.watched)
+            log.info("%s can be read again.", self.watched_folder)
         self._unreadable = ""
         return versions.hidden_but_loaded(self._versions, seen) | {
             label: versions.with_config_in_force(
