@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from asyncinfer.cli.addresses import shown_url
-from asyncinfer.cli.serve.banner import Welcome
+from asyncinfer.cli.serve.banner import Banner
 
 
-def welcome(**how: Any) -> Welcome:
+def welcome(**how: Any) -> Banner:
     usual: dict[str, Any] = {
         "host": "127.0.0.1",
         "port": 8000,
@@ -20,10 +20,10 @@ def welcome(**how: Any) -> Welcome:
         "example": [[5.1, 3.5]],
         "needs_key": False,
     }
-    return Welcome(**(usual | how))
+    return Banner(**(usual | how))
 
 
-def curl(it: Welcome) -> list[str]:
+def curl(it: Banner) -> list[str]:
     line = next(line for line in it.text().splitlines() if " Try " in line)
     return shlex.split(line.removeprefix("  Try "))
 

@@ -17,7 +17,7 @@ import redis
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.cli.api_client import Service
+from asyncinfer.cli.api_client import ApiClient
 from asyncinfer.cli.doctor.checks import mended_by_serve, without_effects
 from asyncinfer.cli.doctor.findings import problem, warning
 from asyncinfer.cli.doctor.machine import room
@@ -140,12 +140,12 @@ def test_predict_says_that_no_worker_has_the_model_and_that_it_goes_on(starved: 
 
 def test_a_model_is_waited_for_as_long_as_it_is_being_loaded(starved: Starved) -> None:
     starved.announce_worker(state="ready", models=[], loading=["wine"])
-    patient = Service(
+    patient = ApiClient(
         Server(starved.url, None), retries=0, until=time.monotonic() + 0.3, waits_for_models=True
     )
     with patient as service, pytest.raises(WaitTimeout, match="A worker is loading wine"):
         service.client.model("wine")
-    with Service(Server(starved.url, None), retries=0) as service, pytest.raises(ModelLoading):
+    with ApiClient(Server(starved.url, None), retries=0) as service, pytest.raises(ModelLoading):
         service.client.model("wine")
 
 

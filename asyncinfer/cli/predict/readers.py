@@ -35,7 +35,7 @@ _FORM_BY_SUFFIX: Final = {
     ".pq": "parquet",
 }
 _SHOWN_CHARACTERS: Final = 40
-_MOST_CELL_CHARACTERS: Final = 10_000_000
+_MAX_CELL_CHARACTERS: Final = 10_000_000
 _MISSING: Final = frozenset({"", "nan", "na", "n/a", "#n/a", "<na>", "null", "none"})
 """What a cell without a value has, in lower case, as pandas and R write it."""
 _INFINITE: Final = {word: float(word) for word in ("inf", "infinity", "-inf", "-infinity")}
@@ -152,7 +152,7 @@ def _no_such(asked: Asked, form: str, reason: str, content: IO[bytes]) -> FileRe
 
 def _csv(content: IO[bytes], asked: Asked) -> Iterator[Row]:
     text = io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
-    csv.field_size_limit(_MOST_CELL_CHARACTERS)
+    csv.field_size_limit(_MAX_CELL_CHARACTERS)
     delimiter = "\t" if asked.source.lower().endswith(".tsv") else ","
     lines = csv.reader(text, delimiter=delimiter, strict=True)
     try:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
 import msgspec
 from msgspec import Struct
 
-from asyncinfer.cli.api_client import Service
-from asyncinfer.cli.exit_codes import EXIT_FAILED, complain
+from asyncinfer.cli.api_client import ApiClient
+from asyncinfer.cli.exit_codes import EXIT_FAILED, say_error
 from asyncinfer.cli.options import Server
-from asyncinfer.cli.output import say_aside
+from asyncinfer.cli.output import say_on_stderr
 from asyncinfer.cli.predict import readers, writers
 from asyncinfer.cli.predict.progress import Progress, progress
 from asyncinfer.cli.predict.readers import Row
@@ -79,9 +79,9 @@ class _Source(Struct, frozen=True):
 def run(server: Server, asked: Asked) -> int:
     form = writers.form_of(asked.output, asked.write_as)
     until = time.monotonic() + asked.timeout_seconds
-    with Service(server, retries=_RETRIES, until=until, waits_for_models=True) as service:
-        service.client._driver.on_pause = _Pauses(asked.cadence).hear
-        source = _source(asked, service, until)
+    with ApiClient(server, retries=_RETRIES, until=until, waits_for_models=True) as api:
+        api.client._driver.on_pause = _Pauses(asked.cadence).hear
+        source = _source(asked, api, until)
         group = asked.group or source.group
         with (
             _said_later(asked, source, group),
@@ -89,9 +89,9 @@ def run(server: Server, asked: Asked) -> int:
             progress(source.total, form, asked.output) as bar,
             _warnings_told(),
         ):
-            failed = _run(service, asked, source, group, writer, bar)
+            failed = _run(api, asked, source, group, writer, bar)
     if failed > _TOLD_ERRORS:
-        complain(f"{failed:,} rows failed in all; the output has the error of each.")
+        say_error(f"{failed:,} rows failed in all; the output has the error of each.")
     return EXIT_FAILED if failed else 0
 
 
@@ -108,7 +108,7 @@ def _warnings_told() -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        complain(str(message))
+        say_error(str(message))
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", SlowMapWarning)
@@ -117,7 +117,7 @@ def _warnings_told() -> Iterator[None]:
 
 
 def _run(
-    service: Service,
+    api: ApiClient,
     asked: Asked,
     source: _Source,
     group: str,
@@ -127,16 +127,16 @@ def _run(
     """How many rows failed."""
     failed = done = 0
     try:
-        for record in _records(service, asked, source.rows, group):
+        for record in _records(api, asked, source.rows, group):
             done += 1
             if error := record.get("error"):
                 failed += 1
                 if failed <= _TOLD_ERRORS:
-                    say_aside(f"row {record['row']}: {error['detail']}")
+                    say_on_stderr(f"row {record['row']}: {error['detail']}")
             writer.write(record)
             bar.advance(failed=bool(error))
     except KeyboardInterrupt:
-        complain(f"Interrupted after {done:,} rows. {_go_on(asked, source, group)}")
+        say_error(f"Interrupted after {done:,} rows. {_go_on(asked, source, group)}")
         raise
     except WaitTimeout as error:
         raise WaitTimeout(
@@ -146,12 +146,12 @@ def _run(
         ) from error
     except AsyncinferError as error:
         if done:
-            complain(f"Stopped after {done:,} rows. {_go_on(asked, source, group)}")
+            say_error(f"Stopped after {done:,} rows. {_go_on(asked, source, group)}")
         raise error
     return failed
 
 
-def _records(service: Service, asked: Asked, rows: Iterator[Row], group: str) -> Iterator[Record]:
+def _records(api: ApiClient, asked: Asked, rows: Iterator[Row], group: str) -> Iterator[Record]:
     """In the order of the rows; those that cannot be sent are in their places."""
     pending: deque[Row] = deque()
 
@@ -161,9 +161,9 @@ def _records(service: Service, asked: Asked, rows: Iterator[Row], group: str) ->
             if not row.problem:
                 yield row.value
 
-    model = service.client.model(asked.model)
+    model = api.client.model(asked.model)
     names = [spec.name for spec in model.outputs]
-    client, options = service.client, {"priority": asked.priority, "group": group}
+    client, options = api.client, {"priority": asked.priority, "group": group}
     wanted = msgspec.structs.replace(
         asked_of(asked.model, asked.batch, asked.in_flight, False, "return", options),
         cadence=asked.cadence,
@@ -182,7 +182,7 @@ class _Lines:
     def advance(self, rows: int, errors: int) -> None: ...
 
     def say(self, line: str) -> None:
-        complain(line)
+        say_error(line)
 
     def close(self) -> None: ...
 
@@ -247,7 +247,7 @@ def _plain(value: Any) -> Any:
 # --- sources ---------------------------------------------------------------------------------
 
 
-def _source(asked: Asked, service: Service, until: float) -> _Source:
+def _source(asked: Asked, api: ApiClient, until: float) -> _Source:
     first = asked.rows[0]
     if len(asked.rows) == 1 and not _is_typed(first):
         path = None if first == "-" else Path(first)
@@ -256,8 +256,8 @@ def _source(asked: Asked, service: Service, until: float) -> _Source:
                 f"There is no file {first}. Give the path of one, - for stdin, or a row as numbers "
                 "or JSON: asyncinfer predict 5.1 3.5 1.4 0.2."
             )
-        return _file(asked, path, service.client.model(asked.model), until)
-    rows = _typed_rows(asked, service)
+        return _file(asked, path, api.client.model(asked.model), until)
+    rows = _typed_rows(asked, api)
     return _Source(rows, None, f"typed-{uuid.uuid4().hex[:12]}", False)
 
 
@@ -265,7 +265,7 @@ def _is_typed(text: str) -> bool:
     return text.lstrip().startswith(("[", "{")) or readers.number(text) is not None
 
 
-def _typed_rows(asked: Asked, service: Service) -> Iterator[Row]:
+def _typed_rows(asked: Asked, api: ApiClient) -> Iterator[Row]:
     """Numbers are one row; JSON is one, or a list of them."""
     words = asked.rows
     with contextlib.suppress(ValueError):
@@ -281,7 +281,7 @@ def _typed_rows(asked: Asked, service: Service) -> Iterator[Row]:
         found = found[0]
     if not any(isinstance(row, dict) for row in found):
         return iter([Row(number, row) for number, row in enumerate(found, start=1)])
-    how = _how(asked, service.client.model(asked.model), math.inf)
+    how = _how(asked, api.client.model(asked.model), math.inf)
     return iter([readers.json_row(number, row, how) for number, row in enumerate(found, start=1)])
 
 
@@ -337,7 +337,7 @@ def _word(name: str) -> str:
 def _said_later(asked: Asked, source: _Source, group: str) -> Iterator[None]:
     """How to take a long run up again, also where it cannot say so at its end."""
     line = f"To take this up again: {_resumed(asked.typed, group)}"
-    timer = threading.Timer(asked.resumed_seconds, complain, (line,))
+    timer = threading.Timer(asked.resumed_seconds, say_error, (line,))
     timer.daemon = True
     if source.is_file:
         timer.start()

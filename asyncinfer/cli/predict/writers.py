@@ -24,7 +24,7 @@ _FORM_BY_SUFFIX: Final = {
     ".parquet": "parquet",
     ".pq": "parquet",
 }
-_MOST_COLUMNS: Final = 64
+_MAX_COLUMNS: Final = 64
 """So many elements of one output become columns of their own; more are JSON in one cell."""
 
 _TABLE_ROWS: Final = 1000
@@ -254,7 +254,7 @@ def flat(record: Record) -> Record:
 def _is_vector(value: Any) -> bool:
     return (
         isinstance(value, list)
-        and len(value) <= _MOST_COLUMNS
+        and len(value) <= _MAX_COLUMNS
         and not any(isinstance(one, list | dict) for one in value)
     )
 
