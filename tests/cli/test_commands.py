@@ -36,7 +36,7 @@ def test_jobs_are_listed_newest_first_and_filtered(url: str) -> None:
     lines = told("jobs", "--status", "completed").out.splitlines()
     found = told("jobs", "--limit", "2", "--json").json
 
-    assert lines[0].split() == ["JOB", "STATUS", "MODEL", "MADE", "TOOK", "REASON"]
+    assert lines[0].split() == ["JOB", "STATUS", "MODEL", "CREATED", "TOOK", "REASON"]
     assert [line.split()[0] for line in lines[1:3]] == [second, first]
     assert [one["job_id"] for one in found] == [second, first]
     assert told("jobs", "--status", "failed", "--json").json == []
@@ -112,7 +112,7 @@ def test_which_jobs_must_be_said(url: str) -> None:
 def test_dead_letters_are_listed(url: str) -> None:
     assert told("dead").out.split()[:2] == ["JOB", "STATUS"]
     assert told("dead", "--json").json == []
-    assert told("retry", "--dead").out == "None.\n"
+    assert told("retry", "--dead").out == "No such jobs.\n"
 
 
 # --- models ----------------------------------------------------------------------------------

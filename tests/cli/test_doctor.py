@@ -246,4 +246,4 @@ def test_a_faulty_model_toml_is_told_as_the_file_to_mend(tmp_path: Path) -> None
     findings = told("doctor", "--json", "--model-dir", f"{tmp_path}/two").json["findings"]
 
     (finding,) = (one for one in findings if one["about"].startswith("model odd"))
-    assert finding["mend"] == f"mend, replace or remove it: {toml}/model.toml"
+    assert finding["mend"] == f"correct, replace or remove it: {toml}/model.toml"

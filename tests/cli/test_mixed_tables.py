@@ -19,14 +19,14 @@ RECORDS = [dict(zip(("id", "age", "calls", "plan"), one, strict=True)) for one i
 
 
 def read(path: Path, *columns: str) -> list[readers.Row]:
-    asked = readers.Asked(
+    options = readers.ReadOptions(
         source=str(path),
         columns=columns,
         inputs={"age": 2, "calls": 2, "plan": 2},
         text_inputs=frozenset({"plan"}),
         single_inputs=frozenset({"age", "calls", "plan"}),
     )
-    return list(readers.rows(asked))
+    return list(readers.rows(options))
 
 
 def files(folder: Path) -> list[Path]:

@@ -18,9 +18,9 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.cli.api_client import ApiClient
-from asyncinfer.cli.doctor.checks import mended_by_serve, without_effects
+from asyncinfer.cli.doctor.checks import with_embedded_fixes, without_consequences
 from asyncinfer.cli.doctor.findings import problem, warning
-from asyncinfer.cli.doctor.machine import room
+from asyncinfer.cli.doctor.machine import free_space_finding
 from asyncinfer.cli.options import Server
 from asyncinfer.cli.predict import run
 from asyncinfer.client import ModelLoading, WaitTimeout
@@ -82,9 +82,9 @@ def starved(
         yield Starved(url, portal, store, server)
 
 
-def asked(*typed: str, **more: Any) -> run.Asked:
+def asked(*arguments: str, **more: Any) -> run.PredictOptions:
     """As `asyncinfer predict` is asked, without patience."""
-    return run.Asked(
+    return run.PredictOptions(
         rows=(ROW,),
         model=None,
         read_as=None,
@@ -97,7 +97,7 @@ def asked(*typed: str, **more: Any) -> run.Asked:
         batch="auto",
         in_flight=8,
         priority=None,
-        typed=typed or ("predict", ROW),
+        arguments=arguments or ("predict", ROW),
         timeout_seconds=20.0,
         cadence=Cadence(after_seconds=0.05, look_seconds=0.05),
         **more,
@@ -141,7 +141,7 @@ def test_predict_says_that_no_worker_has_the_model_and_that_it_goes_on(starved: 
 def test_a_model_is_waited_for_as_long_as_it_is_being_loaded(starved: Starved) -> None:
     starved.announce_worker(state="ready", models=[], loading=["wine"])
     patient = ApiClient(
-        Server(starved.url, None), retries=0, until=time.monotonic() + 0.3, waits_for_models=True
+        Server(starved.url, None), retries=0, deadline=time.monotonic() + 0.3, waits_for_models=True
     )
     with patient as service, pytest.raises(WaitTimeout, match="A worker is loading wine"):
         service.client.model("wine")
@@ -158,7 +158,7 @@ def test_a_long_run_of_a_file_says_how_it_is_taken_up_again(
         asked("predict", "rows.ndjson"),
         rows=(str(tmp_path / "rows.ndjson"),),
         cadence=Cadence(),
-        resumed_seconds=0.1,
+        hint_seconds=0.1,
     )
     with (
         contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")),
@@ -167,14 +167,14 @@ def test_a_long_run_of_a_file_says_how_it_is_taken_up_again(
         assert run.run(Server(starved.url, None), patient) == 0
 
     (line,) = err.lines
-    assert "To take this up again: asyncinfer predict rows.ndjson --resume rows-" in line
+    assert "To continue this run later: asyncinfer predict rows.ndjson --resume rows-" in line
 
 
 def test_predict_ends_at_its_timeout_and_its_jobs_can_be_taken_up(starved: Starved) -> None:
     said = complaint(told("predict", ROW, "--timeout", "0.2"), 4)
     assert f"No result in time for 1 row of iris: {NO_WORKER}" in said
-    shown = said.partition("take them up again with: ")[2]
-    assert shown.startswith(f"asyncinfer predict '{ROW}' --timeout 0.2 --resume typed-")
+    shown = said.partition("Continue with: ")[2]
+    assert shown.startswith(f"asyncinfer predict '{ROW}' --timeout 0.2 --resume arguments-")
 
     (job,) = (told("jobs", "--json")).json
     assert job["status"] == "pending"
@@ -275,14 +275,14 @@ def test_doctor_names_the_starved_model_and_the_command(
 
 
 def test_a_full_disk_is_one_problem_and_the_remedy_is_to_free_it(tmp_path: Path) -> None:
-    full = room(tmp_path, 4096)
+    full = free_space_finding(tmp_path, 4096)
     effects = [
         problem("Redis disk", "aof_last_write_status is err", "free its disk"),
         warning("Redis", "no `serve` runs its embedded Valkey", "asyncinfer serve"),
     ]
 
-    assert "free the disk of" in mended_by_serve(effects, tmp_path)[0].mend
+    assert "free the disk of" in with_embedded_fixes(effects, tmp_path)[0].mend
     assert full.verdict == "problem"
     assert full.mend.startswith("free the disk")
-    assert without_effects([*effects, full]) == [full]
-    assert without_effects([*effects, room(tmp_path, 1 << 40)])[:2] == effects
+    assert without_consequences([*effects, full]) == [full]
+    assert without_consequences([*effects, free_space_finding(tmp_path, 1 << 40)])[:2] == effects

@@ -115,7 +115,7 @@ class _LoadRunner:
             verdict=verdict(waits, sides, self._connections),
         )
 
-    # --- load ----------------------------------------------------------------------------
+    # --- load -----------------------------------------------------------------------------------
 
     async def _run_load(self, seconds: float, headers: str) -> tuple[Load, float]:
         """The load, and the share of a core that this process used for it."""
@@ -149,7 +149,7 @@ class _LoadRunner:
                 else:
                     counts.errors += 1
 
-    # --- samples -----------------------------------------------------------------------
+    # --- samples --------------------------------------------------------------------------------
 
     async def _sample_sides(self, model: str, samples: _SideSamples) -> None:
         async with Connection.open(self._server.url, self._server.api_key) as connection:
@@ -208,7 +208,7 @@ class _CpuMeter:
         self._before = _jiffies()
 
     def busy_share(self) -> float | None:
-        """The busy share of all cores; None if the service or the counters are not on this machine."""
+        """The busy share of all cores; None if the service is elsewhere, or without /proc/stat."""
         after = _jiffies()
         if not (self._is_local and self._before and after):
             return None

@@ -117,8 +117,8 @@ def verdict(waits: Load, sides: Sides, connections: int) -> Verdict:
         return Verdict(
             "redis",
             f"Redis took {sides.redis_ms:.1f} of {total_ms:.1f} ms",
-            "run Redis nearer or on a faster core (asyncinfer doctor measures the round trip); send "
-            "many rows in one job, which costs Redis little more than one row",
+            "run Redis nearer or on a faster core (asyncinfer doctor measures the round trip); "
+            "send many rows in one job, which costs Redis little more than one row",
         )
     return Verdict(
         "none",

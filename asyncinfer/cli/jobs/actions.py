@@ -14,7 +14,7 @@ from asyncinfer.errors import RequestError
 from asyncinfer.schemas.responses import Cleared, Retried
 
 _MAX_JOBS_PER_CALL: Final = 1000
-_STATUSES_OF_ALL_JOBS: Final = frozenset({401, 403, 503})
+_ABORTING_STATUSES: Final = frozenset({401, 403, 503})
 """These concern the key or the server, not one job."""
 
 _OUTCOME_TEXTS: Final = {"asked": "running and told to stop"}
@@ -157,7 +157,7 @@ def purge(
     return _run_for_all_matching(server, Cleared, "DELETE", "/jobs", query, as_json)
 
 
-# --- requests -------------------------------------------------------------------------------------
+# --- requests ----------------------------------------------------------------------------------
 
 
 def _reject_unclear_choice(verb: str, job_ids: Sequence[str], query: dict[str, Any]) -> None:
@@ -189,7 +189,7 @@ def _delete_each(
             try:
                 api.request_json("DELETE", f"/job/{path_part(job_id)}", **query)
             except RequestError as error:
-                if error.status in _STATUSES_OF_ALL_JOBS:
+                if error.status in _ABORTING_STATUSES:
                     raise
                 refused = {"job_id": job_id, "code": error.code, "detail": error.detail}
                 totals["refused"].append(refused)

@@ -101,7 +101,8 @@ def job(
 ) -> int:
     """Show a job with its result.
 
-    Exits with 1 if the job failed or was cancelled, with 4 if it has not ended within --timeout.
+    Exits with 1 if the job failed or was cancelled, with 4 if it has not ended within
+    --timeout.
     """
     from asyncinfer.cli.api_client import ApiClient
     from asyncinfer.cli.output import say_json
@@ -148,7 +149,7 @@ class _ListedJob(Struct, frozen=True, kw_only=True):
     finished_at: _Time | None = None
 
 
-# --- one job -------------------------------------------------------------------------------------
+# --- one job -----------------------------------------------------------------------------------
 
 
 def _read_job(
@@ -207,7 +208,7 @@ def _value(name: str, value: Any) -> object:
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
-# --- lists ------------------------------------------------------------------------------------
+# --- lists -------------------------------------------------------------------------------------
 
 
 def _list_jobs(server: Server, limit: int, as_json: bool, **query: Any) -> None:
