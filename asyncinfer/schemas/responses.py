@@ -121,7 +121,7 @@ class Cleared(Struct, frozen=True):
     """At most 1,000 jobs a call."""
 
     cancelled: int
-    asked: Annotated[int, Meta(description="Running ones that were told to stop.")]
+    stopping: Annotated[int, Meta(description="Running jobs that were told to stop.")]
     purged: Annotated[int, Meta(description="Ended ones that were deleted with their data.")]
     more: Annotated[bool, _MORE]
 
@@ -166,7 +166,7 @@ class Group(Struct, frozen=True, kw_only=True):
 class GroupCancelled(Struct, frozen=True):
     group: str
     cancelled: Annotated[int, Meta(description="Jobs that waited, and have ended now.")]
-    asked: Annotated[int, Meta(description="Jobs that run, and were told to stop.")]
+    stopping: Annotated[int, Meta(description="Running jobs that were told to stop.")]
 
 
 class ModelProblem(Struct, frozen=True, kw_only=True):

@@ -35,8 +35,8 @@ def service(
     """A service for the time of a `with` or `async with` block, which is given its `Running`.
 
     `model` is an ONNX file, a model's folder, an `onnx.ModelProto` or its bytes. Its name is
-    `name`, else that of the file, else `model`. It may also be a folder of models, which is served in
-    place. `models` are several models by name. With neither the shipped models are served.
+    `name`, else that of the file, else `model`. It may also be a folder of models, which is served
+    in place. `models` are several models by name. With neither the shipped models are served.
     `settings` are those of `asyncinfer serve`, such as `max_queue=10`. Jobs that run when the block
     ends are stopped, unless `drain_timeout` is set. With `redis_url` that server is used, with a
     unique `queue_name`; nothing is removed from it.

@@ -109,7 +109,7 @@ async def test_cancelling_a_group_ends_what_waits_and_stops_what_runs(
 
     reply = (await api.delete("/group/g")).json()
 
-    assert reply == {"group": "g", "cancelled": 31, "asked": 1}
+    assert reply == {"group": "g", "cancelled": 31, "stopping": 1}
     await hand.finish(claim)
     assert await counts(api, "g") == {"completed": 1, "cancelled": 32}
     assert (await api.get(f"/job/{done}")).json()["status"] == "completed"

@@ -31,7 +31,7 @@ from .harness import (
 )
 
 DIGITS = f"{QUEUE}:digits"
-NOTHING = {"cancelled": 0, "asked": 0, "purged": 0, "more": False}
+NOTHING = {"cancelled": 0, "stopping": 0, "purged": 0, "more": False}
 
 
 @pytest.fixture
@@ -282,7 +282,7 @@ async def test_waiting_and_running_jobs_are_cancelled_and_counted_apart(
         *await hands.some(2, delay_seconds=60),
     ]
     digits = await hands.some(2, queue=DIGITS)
-    assert await clear(api, "model=iris") == NOTHING | {"cancelled": 8, "asked": 3}
+    assert await clear(api, "model=iris") == NOTHING | {"cancelled": 8, "stopping": 3}
     assert hands.statuses(waiting) == {"cancelled"}
     await hands.finish(claim)
     assert hands.statuses(running) == {"cancelled"}
@@ -294,7 +294,7 @@ async def test_a_filter_chooses_what_is_cancelled(api: httpx2.AsyncClient, hands
     claim = await hands.take()
     waiting = await hands.some(2)
     grouped = await hands.some(2, group="g")
-    assert await clear(api, "status=processing") == NOTHING | {"asked": 2}
+    assert await clear(api, "status=processing") == NOTHING | {"stopping": 2}
     assert await clear(api, "group=g") == NOTHING | {"cancelled": 2}
     assert hands.statuses(grouped) == {"cancelled"}
     assert await clear(api, "status=pending") == NOTHING | {"cancelled": 2}

@@ -109,7 +109,7 @@ def answered(running: Any) -> dict[str, Any]:
         "GET /workers": ask("GET", "/workers"),
         "GET /group": {"group": "x", "jobs": 0},
         "POST /predict": ask("POST", "/predict/iris", {"data": [[5.1, 3.5, 1.4, 0.2]]}),
-        "DELETE /jobs": {"cancelled": 1, "asked": 0, "purged": 2, "more": False},
+        "DELETE /jobs": {"cancelled": 1, "stopping": 0, "purged": 2, "more": False},
         "DELETE /job": {**job, "status": "cancelled"},
         "POST /jobs/retry": {"retried": [job_id], "refused": [refused], "more": False},
         "POST /models/iris/pause": {"model": "iris", "paused": True},

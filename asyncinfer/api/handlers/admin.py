@@ -82,7 +82,7 @@ async def clear_jobs(services: Services, request: Request[ClearQuery]) -> Reply:
         else:
             done = await services.operation.cancel(selected.jobs)
             cleared = Cleared(done.ended, done.asked, 0, selected.more)
-        audit.count = cleared.cancelled + cleared.asked + cleared.purged
+        audit.count = cleared.cancelled + cleared.stopping + cleared.purged
     return json_reply(200, cleared)
 
 

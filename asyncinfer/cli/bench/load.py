@@ -82,7 +82,7 @@ def _clean_up(api: ApiClient, group: str) -> None:
         more = True
         while more:
             done = api.request_as(Cleared, "DELETE", "/jobs", group=group, **query)
-            more = done.more and done.cancelled + done.asked + done.purged > 0
+            more = done.more and done.cancelled + done.stopping + done.purged > 0
 
 
 class _LoadRunner:

@@ -17,7 +17,7 @@ _MAX_JOBS_PER_CALL: Final = 1000
 _ABORTING_STATUSES: Final = frozenset({401, 403, 503})
 """These concern the key or the server, not one job."""
 
-_OUTCOME_TEXTS: Final = {"asked": "running and told to stop"}
+_OUTCOME_TEXTS: Final = {"stopping": "running and told to stop"}
 
 _of_model = click.option("--model", metavar="NAME", help="All jobs of this model.")
 _of_group = click.option("--group", metavar="NAME", help="All jobs of this group.")
