@@ -118,7 +118,7 @@ def _state(model: "Model", loading: Sequence[str] = ()) -> tuple[str, str]:
         if model.model in loading:
             return _LOADING
         return "no worker", "bold red"
-    return ("paused", "yellow") if model.paused else ("runs", "")
+    return ("paused", "yellow") if model.paused else ("running", "")
 
 
 def _fastest(run_times: dict[str, dict[str, float]]) -> str | None:
@@ -156,11 +156,11 @@ def _facts(model: "Model") -> Iterator[Sequence[object]]:
         yield "description", model.description
     yield "version", f"{model.version} of {', '.join(model.versions)}"
     yield "takes", ", ".join(map(_tensor, model.inputs))
-    yield "gives", ", ".join(map(_tensor, model.outputs))
+    yield "returns", ", ".join(map(_tensor, model.outputs))
     if model.labels:
         yield "labels", ", ".join(model.labels)
     yield "batched", f"{'yes' if model.batched else 'no'}: {model.batching}"
-    yield "rows a job", f"at most {model.max_rows:,}"
+    yield "rows per job", f"at most {model.max_rows:,}"
     state, _ = _state(model)
     yield "state", _STATE_TEXTS.get(state, state)
     yield "workers", model.workers

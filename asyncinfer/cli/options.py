@@ -26,7 +26,7 @@ def command(
     return click.command(name, epilog=epilog, **more)
 
 
-# --- settings --------------------------------------------------------------------------------
+# --- settings ------------------------------------------------------------------------------
 
 
 def all_settings(*, hidden: bool = False) -> Callable[[_Function], _Function]:
@@ -88,11 +88,12 @@ class SettingsCommand(click.Command):
 
 
 def _help(knob: Knob) -> str:
-    default = f"{setting_text(knob.default)} {knob.unit}".strip() or knob.unset
+    unit = knob.unit.removesuffix("s") if knob.default == 1 else knob.unit
+    default = f"{setting_text(knob.default)} {unit}".strip() or knob.unset
     return f"{knob.help} Default: {default}. [{knob.variable}]"
 
 
-# --- the server ------------------------------------------------------------------------------
+# --- the server ----------------------------------------------------------------------------
 
 
 class Server(Struct, frozen=True):
@@ -116,7 +117,7 @@ def server(function: Callable[..., Any]) -> Any:
         "--api-key",
         envvar="ASYNCINFER_API_KEY",
         metavar="KEY",
-        help="Your API key. Prefer the variable: `ps` shows what is values here. "
+        help="Your API key. Prefer the variable: `ps` shows what is given here. "
         "[ASYNCINFER_API_KEY]",
     )
     @functools.wraps(function)
@@ -160,7 +161,7 @@ class _Seconds(click.FloatRange):
 
 
 def timeout(help_text: str, *, above_zero: bool = False) -> Callable[[_Function], _Function]:
-    """Adds --timeout; the command receives it as `timeout`, None if it is not values.
+    """Adds --timeout; the command receives it as `timeout`, None if it is not given.
 
     With 0 seconds a command that only reads ends at once. One that submits jobs would submit none,
     so it needs `above_zero`.

@@ -97,7 +97,7 @@ def _cell(value: object) -> Any:
     return value if hasattr(value, "__rich_console__") else str(value)
 
 
-# --- values ----------------------------------------------------------------------------------
+# --- values --------------------------------------------------------------------------------
 
 STATUS_STYLES: Final = {
     "pending": "yellow",

@@ -115,7 +115,7 @@ class _LoadRunner:
             verdict=verdict(waits, sides, self._connections),
         )
 
-    # --- load -----------------------------------------------------------------------------------
+    # --- load -------------------------------------------------------------------------------
 
     async def _run_load(self, seconds: float, headers: str) -> tuple[Load, float]:
         """The load, and the share of a core that this process used for it."""
@@ -149,7 +149,7 @@ class _LoadRunner:
                 else:
                     counts.errors += 1
 
-    # --- samples --------------------------------------------------------------------------------
+    # --- samples ----------------------------------------------------------------------------
 
     async def _sample_sides(self, model: str, samples: _SideSamples) -> None:
         async with Connection.open(self._server.url, self._server.api_key) as connection:

@@ -157,7 +157,7 @@ def purge(
     return _run_for_all_matching(server, Cleared, "DELETE", "/jobs", query, as_json)
 
 
-# --- requests ----------------------------------------------------------------------------------
+# --- requests ------------------------------------------------------------------------------
 
 
 def _reject_unclear_choice(verb: str, job_ids: Sequence[str], query: dict[str, Any]) -> None:
@@ -241,7 +241,7 @@ def _report(totals: dict[str, Any], as_json: bool) -> int:
         texts = [
             f"{count:,} {_OUTCOME_TEXTS.get(name, name)}" for name, count in counts.items() if count
         ]
-        say(f"{', '.join(texts) or 'No such jobs'}.\n")
+        say(f"{', '.join(texts) or 'No jobs'}.\n")
     for refusal in refused:
         say_error(f"{refusal['job_id']}: {refusal['detail']}")
     return EXIT_FAILED if refused else 0

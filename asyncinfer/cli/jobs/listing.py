@@ -149,7 +149,7 @@ class _ListedJob(Struct, frozen=True, kw_only=True):
     finished_at: _Time | None = None
 
 
-# --- one job -----------------------------------------------------------------------------------
+# --- one job -------------------------------------------------------------------------------
 
 
 def _read_job(
@@ -208,7 +208,7 @@ def _value(name: str, value: Any) -> object:
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
-# --- lists -------------------------------------------------------------------------------------
+# --- lists ---------------------------------------------------------------------------------
 
 
 def _list_jobs(server: Server, limit: int, as_json: bool, **query: Any) -> None:

@@ -156,7 +156,7 @@ def _unreadable_error(
     return FileRefused(f"{name} is no {form.upper()} file: {reason}. {hint}")
 
 
-# --- CSV -------------------------------------------------------------------------------------
+# --- CSV -----------------------------------------------------------------------------------
 
 
 def _csv(content: IO[bytes], options: ReadOptions) -> Iterator[Row]:
@@ -259,7 +259,7 @@ def _column_indexes(names: Sequence[str], options: ReadOptions) -> list[int]:
     return indexes
 
 
-# --- JSON ------------------------------------------------------------------------------------
+# --- JSON ----------------------------------------------------------------------------------
 
 
 def _json(content: IO[bytes], options: ReadOptions) -> Iterator[Row]:
@@ -346,7 +346,7 @@ def _with_rank(value: Any, rank: int) -> Any:
     return [value] if rank == 2 and not isinstance(value, list) else value
 
 
-# --- arrays and tables -----------------------------------------------------------------------
+# --- arrays and tables ---------------------------------------------------------------------
 
 
 def _npy(content: IO[bytes], options: ReadOptions) -> Iterator[Row]:

@@ -149,8 +149,7 @@ def _write_all(
     except WaitTimeout as error:
         raise WaitTimeout(
             f"{error.detail} {done:,} rows are done. Jobs that were submitted go on. "
-            "Continue with: "
-            f"{_resume_command(options.arguments, group)}",
+            f"Continue with: {_resume_command(options.arguments, group)}",
             waiting_for=error.waiting_for,
         ) from error
     except AsyncinferError as error:
@@ -219,13 +218,13 @@ def _unreadable_records(pending: deque[Row]) -> Iterator[Record]:
         yield {"row": row.number, "error": {"code": "unreadable_row", "detail": row.problem}}
 
 
-# --- records ---------------------------------------------------------------------------------
+# --- records -------------------------------------------------------------------------------
 
 
 def _record(row: Row, result: Any, names: Sequence[str]) -> Record:
     """The record of a row from its result or error; raises errors that concern no single row."""
     if isinstance(result, AsyncinferError):
-        _raise_server_error(result)
+        _raise_if_server_error(result)
         return {"row": row.number, "error": {"code": result.code, "detail": _error_text(result)}}
     if isinstance(result, dict):
         return {"row": row.number, **{name: _to_json(value) for name, value in result.items()}}
@@ -233,7 +232,7 @@ def _record(row: Row, result: Any, names: Sequence[str]) -> Record:
     return {"row": row.number, name: _to_json(result)}
 
 
-def _raise_server_error(error: AsyncinferError) -> None:
+def _raise_if_server_error(error: AsyncinferError) -> None:
     """Raises an error that concerns the server, the key or the model, and not one row."""
     if isinstance(error, RequestError) and error.status in (401, 403, 404, 503):
         raise error
@@ -256,7 +255,7 @@ def _to_json(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-# --- sources ---------------------------------------------------------------------------------
+# --- sources -------------------------------------------------------------------------------
 
 
 def _open_source(options: PredictOptions, api: ApiClient, deadline: float) -> _Source:
@@ -271,7 +270,7 @@ def _open_source(options: PredictOptions, api: ApiClient, deadline: float) -> _S
             )
         return _open_file(options, path, api.client.model(options.model), deadline)
     rows = _inline_rows(options, api)
-    return _Source(rows, None, f"arguments-{uuid.uuid4().hex[:12]}", False)
+    return _Source(rows, None, f"typed-{uuid.uuid4().hex[:12]}", False)
 
 
 def _is_inline(text: str) -> bool:
@@ -350,7 +349,7 @@ def _group_name(name: str) -> str:
     return "".join(allowed).strip("-")[:40] or "rows"
 
 
-# --- continuing -------------------------------------------------------------------------
+# --- continuing ----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

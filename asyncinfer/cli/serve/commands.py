@@ -71,7 +71,7 @@ def work(settings: Settings) -> int:
 def keygen(tenant: str, scopes: str, as_json: bool) -> None:
     """Make an API key.
 
-    The key goes to stderr, this once. Its line for the API_KEYS file goes to stdout.
+    The key is shown once, on stderr. Its line for the API_KEYS file goes to stdout.
     """
     from asyncinfer import api_keys
 

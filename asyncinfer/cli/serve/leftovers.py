@@ -44,7 +44,7 @@ class LeftoverCleaner:
         self._unserved_default: Unserved | None = None
         """Set while `_missing_default` has not been replaced and no other worker has it either."""
 
-    # --- at the start ------------------------------------------------------------------------
+    # --- at the start -----------------------------------------------------------------------
 
     def check(self) -> None:
         """Raises InvalidSetting if no worker can have the default model.
@@ -118,7 +118,7 @@ class LeftoverCleaner:
             leftovers, {model: unserved[model] for model in sorted(missing)}
         )
 
-    # --- from then on ------------------------------------------------------------------------
+    # --- from then on -----------------------------------------------------------------------
 
     async def beside_worker(self, url: str, worker_pid: Callable[[], int]) -> None:
         """Until it is cancelled, retracts what no worker has and no job waits for."""
@@ -224,7 +224,7 @@ class LeftoverCleaner:
             if not {file.version, ""} & own.problems.get(file.model, {}).keys()
         )
 
-    # --- the folder --------------------------------------------------------------------------
+    # --- the folder -------------------------------------------------------------------------
 
     def _files(self) -> list["ModelFile"]:
         return configuration.source(self._settings).files()
@@ -263,7 +263,7 @@ class LeftoverCleaner:
             f"Set it to one of: {shown}; or leave it out."
         )
 
-    # --- the banner --------------------------------------------------------------------------
+    # --- the banner -------------------------------------------------------------------------
 
     @property
     def note(self) -> str:

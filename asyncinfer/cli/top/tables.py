@@ -61,7 +61,7 @@ def _workers() -> Sequence[_Column]:
         _Column(
             "FAILED", lambda worker: worker.jobs_done and f"{worker.jobs_done.failed:,}", False
         ),
-        _Column("HEARD", lambda worker: f"{seconds(worker.heard_seconds)} ago", False),
+        _Column("LAST SEEN", lambda worker: f"{seconds(worker.heard_seconds)} ago", False),
         _Column("MODELS", lambda worker: ", ".join(worker.models), False),
         _Column("PROBLEMS", _problems),
     )
