@@ -88,8 +88,7 @@ class SettingsCommand(click.Command):
 
 
 def _help(knob: Knob) -> str:
-    unit = knob.unit.removesuffix("s") if knob.default == 1 else knob.unit
-    default = f"{setting_text(knob.default)} {unit}".strip() or knob.unset
+    default = f"{setting_text(knob.default)} {knob.unit}".strip() or knob.unset
     return f"{knob.help} Default: {default}. [{knob.variable}]"
 
 

@@ -200,7 +200,7 @@ def test_an_axis_that_a_model_has_not_is_refused(hostile: Hostile) -> None:
 def test_an_output_that_declares_fewer_dimensions_than_it_has_hides_no_model(
     hostile: Hostile,
 ) -> None:
-    """A worker of an earlier release announces a model like this, if its converter declared it so."""
+    """Workers of an earlier release announce a model so if its converter declared it wrongly."""
     model = hostile.answers["GET /models/iris"]
     outputs = [{**output, "shape": []} for output in model["outputs"]]
     misdeclared = {**model, "outputs": outputs, "output_axes": [0] * len(outputs)}

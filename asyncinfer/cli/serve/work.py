@@ -76,7 +76,7 @@ def _with_models_of_serve(settings: Settings, url: str) -> Settings:
     served = asyncio.run(_path_served_here(settings, url))
     if served is None or not served.exists():
         return settings
-    _log.info("MODEL_DIR is not set: serving %s, as the running `asyncinfer serve` does.", served)
+    _log.info("Serves %s, as the running `asyncinfer serve` does; MODEL_DIR is not set.", served)
     setting = "model_dir" if served.is_dir() else "model"
     return msgspec.structs.replace(settings, **{setting: served})
 
