@@ -32,7 +32,6 @@ class _LoadCounts(Struct):
     seconds: list[float] = []
     full: int = 0
     errors: int = 0
-    cpu: float = 0.0
 
 
 class _SideSamples(Struct):
@@ -77,6 +76,7 @@ def _body(model: Model, group: str) -> bytes:
 
 
 def _clean_up(api: ApiClient, group: str) -> None:
+    """Cancels all jobs of a group, then deletes them."""
     queries: tuple[dict[str, Any], ...] = ({}, {"purge": True, "status": "ended"})
     for query in queries:
         more = True
@@ -86,6 +86,8 @@ def _clean_up(api: ApiClient, group: str) -> None:
 
 
 class _LoadRunner:
+    """Runs both loads on one model, and samples the service during the first."""
+
     def __init__(
         self, server: Server, api: ApiClient, path: str, body: bytes, connections: int
     ) -> None:
@@ -137,6 +139,7 @@ class _LoadRunner:
         return load, (time.process_time() - cpu) / elapsed
 
     async def _send_requests(self, until: float, headers: str, counts: _LoadCounts) -> None:
+        """Sends requests over one connection until a time of `perf_counter`."""
         async with Connection.open(self._server.url, self._server.api_key) as connection:
             request = connection.encode_request("POST", self._path, self._body, headers)
             while (sent := time.perf_counter()) < until:
@@ -152,6 +155,7 @@ class _LoadRunner:
     # --- samples ----------------------------------------------------------------------------
 
     async def _sample_sides(self, model: str, samples: _SideSamples) -> None:
+        """Adds samples of API, Redis and workers until it is cancelled."""
         async with Connection.open(self._server.url, self._server.api_key) as connection:
             live = connection.encode_request("GET", "/health/live")
             ready = connection.encode_request("GET", "/health/ready")

@@ -41,6 +41,7 @@ def examine_machine(settings: Settings, data_dir: Path | None) -> Iterator[Findi
 
 
 def port_is_taken(host: str, port: int) -> bool:
+    """Whether something accepts connections there."""
     try:
         with socket.create_connection((host, port), timeout=_CONNECT_SECONDS):
             return True
@@ -79,6 +80,7 @@ def _memory(root: Path = Path("/")) -> Iterator[Finding]:
 
 
 def _cgroup_memory_bytes(root: Path) -> int | None:
+    """The memory limit of the control group, version 2 or 1; None if there is none."""
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         try:
             text = (root / "sys/fs/cgroup" / name).read_text().strip()
@@ -109,6 +111,7 @@ def _disk(data_dir: Path) -> Finding:
 
 
 def free_space_finding(data_dir: Path, free_bytes: int) -> Finding:
+    """A problem if the disk is full, a warning if it is nearly full."""
     if free_bytes < _FULL_DISK_BYTES:
         mend = "free the disk: then the jobs go on by themselves; or set DATA_DIR to a larger disk"
         return problem("DATA_DIR disk", f"{data_dir} has {size(free_bytes)} left: it is full", mend)

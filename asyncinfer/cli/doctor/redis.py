@@ -42,6 +42,7 @@ def _cli(url: str) -> str:
 
 
 def findings_of(info: Vitals, url: str) -> Iterator[Finding]:
+    """Findings on a server; `url` is shown in them and in the commands that fix them."""
     yield _server(info, url)
     if info.is_replica:
         yield problem(

@@ -8,8 +8,8 @@ import click
 from asyncinfer.cli import options
 from asyncinfer.cli.options import Server
 
-_INPUT_FORMS: Final = ("csv", "json", "ndjson", "npy", "parquet")
-_OUTPUT_FORMS: Final = ("table", "csv", "json", "ndjson", "parquet")
+_INPUT_FORMATS: Final = ("csv", "json", "ndjson", "npy", "parquet")
+_OUTPUT_FORMATS: Final = ("table", "csv", "json", "ndjson", "parquet")
 
 
 class _Predict(click.Command):
@@ -36,13 +36,13 @@ class _Predict(click.Command):
 @click.option(
     "--from",
     "read_as",
-    type=click.Choice(_INPUT_FORMS),
+    type=click.Choice(_INPUT_FORMATS),
     help="Format of the input. Default: by the file's name.",
 )
 @click.option(
     "--to",
     "write_as",
-    type=click.Choice(_OUTPUT_FORMS),
+    type=click.Choice(_OUTPUT_FORMATS),
     help="Format of the output. Default: by the name of --output, else a table on a terminal and "
     "NDJSON in a pipe.",
 )

@@ -30,13 +30,13 @@ class _BarProgress(Progress):
 
 
 @contextmanager
-def progress(total: int | None, form: str, output: str | None) -> Iterator[Progress]:
+def progress(total: int | None, file_format: str, output: str | None) -> Iterator[Progress]:
     """A bar for `total` rows; none in a pipe, or if the results scroll by on the terminal.
 
-    `form` is the format of the output, and `output` its file, None for stdout.
+    `file_format` is the format of the output, and `output` its file, None for stdout.
     """
     to_terminal = output is None and sys.stdout.isatty()
-    if not sys.stderr.isatty() or (to_terminal and form != "table"):
+    if not sys.stderr.isatty() or (to_terminal and file_format != "table"):
         yield Progress()
         return
     with _bar(redirect_stdout=to_terminal) as bar:

@@ -23,8 +23,8 @@ from asyncinfer.errors import FileRefused
 if TYPE_CHECKING:
     from types import ModuleType
 
-FORMS: Final = ("csv", "json", "ndjson", "npy", "parquet")
-_FORM_BY_SUFFIX: Final = {
+FORMATS: Final = ("csv", "json", "ndjson", "npy", "parquet")
+_FORMAT_BY_SUFFIX: Final = {
     ".csv": "csv",
     ".tsv": "csv",
     ".json": "json",
@@ -47,7 +47,7 @@ class ReadOptions(Struct, frozen=True, kw_only=True):
 
     source: str
     """A path, or - for stdin."""
-    form: str | None = None
+    file_format: str | None = None
     columns: tuple[str, ...] = ()
     """The columns to send, by name or number from 1; empty for all."""
     header: bool | None = None
@@ -80,14 +80,16 @@ def rows(options: ReadOptions) -> Iterator[Row]:
     Raises FileRefused if the source cannot be read as its format at all, and WaitTimeout if stdin
     stays silent until the deadline.
     """
-    form = options.form or _form_of(options.source)
+    file_format = options.file_format or _format_of(options.source)
     with _open(options.source, options.deadline) as content:
         try:
-            yield from _READERS[form](content, options)
+            yield from _READERS[file_format](content, options)
         except UnicodeDecodeError as error:
-            raise _unreadable_error(options, form, "it is not text in UTF-8", content) from error
+            raise _unreadable_error(
+                options, file_format, "it is not text in UTF-8", content
+            ) from error
         except (msgspec.DecodeError, csv.Error, ValueError) as error:
-            raise _unreadable_error(options, form, str(error), content) from error
+            raise _unreadable_error(options, file_format, str(error), content) from error
 
 
 def with_first_read(rows: Iterator[Row]) -> Iterator[Row]:
@@ -96,14 +98,14 @@ def with_first_read(rows: Iterator[Row]) -> Iterator[Row]:
     return iter(()) if first is None else itertools.chain([first], rows)
 
 
-def _form_of(source: str) -> str:
+def _format_of(source: str) -> str:
     if source == "-":
         return "ndjson"
     suffix = Path(source).suffix.lower()
-    if suffix in _FORM_BY_SUFFIX:
-        return _FORM_BY_SUFFIX[suffix]
+    if suffix in _FORMAT_BY_SUFFIX:
+        return _FORMAT_BY_SUFFIX[suffix]
     raise FileRefused(
-        f"{source}: its name does not show its format. Set it with --from: {', '.join(FORMS)}."
+        f"{source}: its name does not show its format. Set it with --from: {', '.join(FORMATS)}."
     )
 
 
@@ -144,7 +146,7 @@ class _Stdin(io.RawIOBase):
 
 
 def _unreadable_error(
-    options: ReadOptions, form: str, reason: str, content: IO[bytes]
+    options: ReadOptions, file_format: str, reason: str, content: IO[bytes]
 ) -> FileRefused:
     """The error for a source that is not of its format; names the format its first bytes show."""
     hint = "Set its format with --from."
@@ -153,7 +155,7 @@ def _unreadable_error(
         if actual := _MAGIC.get(content.read(4)):
             hint = f"It looks like {actual}: --from {actual}."
     name = "stdin" if options.source == "-" else options.source
-    return FileRefused(f"{name} is no {form.upper()} file: {reason}. {hint}")
+    return FileRefused(f"{name} is no {file_format.upper()} file: {reason}. {hint}")
 
 
 # --- CSV -----------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def run(server: Server, options: PredictOptions) -> int:
 
     Raises what ends the run as a whole: FileRefused, WaitTimeout, ConnectionFailed and others.
     """
-    form = writers.form_of(options.output, options.write_as)
+    file_format = writers.format_of(options.output, options.write_as)
     deadline = time.monotonic() + options.timeout_seconds
     with ApiClient(server, retries=_RETRIES, deadline=deadline, waits_for_models=True) as api:
         api.client._driver.on_pause = _PauseNotices(options.cadence).notice
@@ -93,8 +93,8 @@ def run(server: Server, options: PredictOptions) -> int:
         group = options.group or source.group
         with (
             _hint_after_a_while(options, source, group),
-            writers.writer(options.output, form) as writer,
-            progress(source.total, form, options.output) as bar,
+            writers.writer(options.output, file_format) as writer,
+            progress(source.total, file_format, options.output) as bar,
             _printed_warnings(),
         ):
             failed = _write_all(api, options, source, group, writer, bar)
@@ -321,7 +321,7 @@ def _read_options(options: PredictOptions, model: "Model", deadline: float) -> r
     are_single = all(spec.shape and spec.shape[1:] in ((), (1,)) for spec in required)
     return readers.ReadOptions(
         source=options.rows[0],
-        form=options.read_as,
+        file_format=options.read_as,
         columns=options.columns,
         header=options.header,
         inputs={spec.name: spec.rank or 0 for spec in model.inputs},

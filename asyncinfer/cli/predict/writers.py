@@ -15,8 +15,8 @@ from asyncinfer.errors import FileRefused
 from asyncinfer.tensors.missing_values import in_words
 from asyncinfer.untrusted.printable import printable, printable_json
 
-FORMS: Final = ("table", "csv", "json", "ndjson", "parquet")
-_FORM_BY_SUFFIX: Final = {
+FORMATS: Final = ("table", "csv", "json", "ndjson", "parquet")
+_FORMAT_BY_SUFFIX: Final = {
     ".csv": "csv",
     ".json": "json",
     ".ndjson": "ndjson",
@@ -35,37 +35,41 @@ Record = dict[str, Any]
 
 
 class Writer(Protocol):
+    """Writes records in one format; `finish` writes what is held back and the end of the output."""
+
     def write(self, record: Record) -> None: ...
 
     def finish(self) -> None: ...
 
 
-def form_of(path: str | None, requested: str | None) -> str:
-    """The format: as requested, else by the file's name, else a table on a terminal and NDJSON in a
-    pipe.
+def format_of(path: str | None, requested: str | None) -> str:
+    """The requested format, else that of the file's name.
+
+    Without either it is a table on a terminal and NDJSON in a pipe. Raises FileRefused for a name
+    that shows no format.
     """
     if requested:
         return requested
     if path is None:
         return "table" if sys.stdout.isatty() else "ndjson"
     suffix = Path(path).suffix.lower()
-    if suffix in _FORM_BY_SUFFIX:
-        return _FORM_BY_SUFFIX[suffix]
+    if suffix in _FORMAT_BY_SUFFIX:
+        return _FORMAT_BY_SUFFIX[suffix]
     raise FileRefused(
-        f"{path}: its name does not show a format. Set it with --to: {', '.join(FORMS[1:])}."
+        f"{path}: its name does not show a format. Set it with --to: {', '.join(FORMATS[1:])}."
     )
 
 
 @contextlib.contextmanager
-def writer(path: str | None, form: str) -> Iterator[Writer]:
+def writer(path: str | None, file_format: str) -> Iterator[Writer]:
     """Opens a writer to a file, or to stdout for None.
 
     The file appears once it is complete; until then its content is in a file with the suffix .part.
     """
     if path is None:
-        if form == "parquet" and sys.stdout.isatty():
+        if file_format == "parquet" and sys.stdout.isatty():
             raise FileRefused("Parquet is not for a terminal: add --output results.parquet.")
-        stdout_writer = _WRITERS[form](_stdout(form))
+        stdout_writer = _WRITERS[file_format](_stdout(file_format))
         yield stdout_writer
         stdout_writer.finish()
         sys.stdout.buffer.flush()
@@ -76,16 +80,16 @@ def writer(path: str | None, form: str) -> Iterator[Writer]:
     except OSError as error:
         raise FileRefused(f"{path} cannot be written: {error.strerror}.") from error
     with content:
-        file_writer = _WRITERS[form](content)
+        file_writer = _WRITERS[file_format](content)
         yield file_writer
         file_writer.finish()
     os.replace(part, path)
 
 
-def _stdout(form: str) -> Any:
+def _stdout(file_format: str) -> Any:
     if not sys.stdout.isatty():
         return sys.stdout.buffer
-    return _Terminal(sys.stdout.buffer, printable if form == "csv" else printable_json)
+    return _Terminal(sys.stdout.buffer, printable if file_format == "csv" else printable_json)
 
 
 class _Terminal:
@@ -217,7 +221,6 @@ class _Table:
     def __init__(self, _: IO[bytes]) -> None:
         self._columns = _Columns()
         self._rows: list[list[Any]] = []
-        self._is_first = True
 
     def write(self, record: Record) -> None:
         self._rows += self._columns.rows(record)

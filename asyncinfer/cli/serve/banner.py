@@ -14,6 +14,8 @@ _WAIT_SECONDS: Final = 10
 
 
 class Banner(Struct, frozen=True, kw_only=True):
+    """What the banner shows. asyncinfer.testing waits for its line that begins with `  Stop `."""
+
     host: str
     port: int
     redis: str
