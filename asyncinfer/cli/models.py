@@ -118,7 +118,7 @@ def _state(model: "Model", loading: Sequence[str] = ()) -> tuple[str, str]:
         if model.model in loading:
             return _LOADING
         return "no worker", "bold red"
-    return ("paused", "yellow") if model.paused else ("running", "")
+    return ("paused", "yellow") if model.paused else ("runs", "")
 
 
 def _fastest(run_times: dict[str, dict[str, float]]) -> str | None:

@@ -1,4 +1,4 @@
-"""What is typed wrong is message in one line, and asking for help costs nothing."""
+"""Wrong usage is one line on stderr, and --help is fast."""
 
 import os
 import shutil

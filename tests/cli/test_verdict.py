@@ -1,4 +1,4 @@
-"""What `bench` says limits a service, by what was measured of each side."""
+"""The bottleneck that `bench` names, from measurements of each side."""
 
 import msgspec
 import pytest

@@ -120,7 +120,7 @@ def _workers(info: Vitals) -> Finding:
     default = (
         f"the default model is {info.default_model}"
         if info.default_model
-        else "there is no default model"
+        else "no model is the default"
     )
     if not info.workers:
         return warning("workers", f"none is alive, so jobs wait; {default}", "asyncinfer work")
