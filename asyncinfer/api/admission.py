@@ -1,4 +1,4 @@
-"""As whom a request was let in, and whether it still would be."""
+"""The caller of a request, and whether its API key is still valid."""
 
 from typing import Final
 
@@ -16,19 +16,19 @@ _NOBODY: Final = Caller(DEFAULT_TENANT, frozenset())
 
 
 class Reach(Struct, frozen=True):
-    """Whose jobs a request is about."""
+    """The tenant or tenants whose jobs a request is about."""
 
     tenant: str | None
-    """None: those of all tenants."""
+    """None means all tenants."""
     across: bool
-    """Asked by an operator, who is shown no payloads."""
+    """Whether an operator requests jobs across tenants, and is shown no payloads."""
 
 
 class Admission:
-    """Who asks. A key may be revoked while its request is under way: what waits or goes on asks
-    `revoked`, or `check` before it changes anything."""
+    """The caller of a request. Its key may be revoked while the request is being handled: whoever
+    waits or streams watches `revoked`, or calls `check` before it changes anything."""
 
-    __slots__ = ("_caller", "_digest", "_keyring", "_keys", "_needed", "own")
+    __slots__ = ("_caller", "_digest", "_keyring", "_keys", "_required_scope", "own")
 
     def __init__(
         self, caller: Caller, keys: KeyFile | None = None, digest: str | None = None
@@ -38,7 +38,7 @@ class Admission:
         self._keys = keys
         self._keyring: Keyring | None = keys.keyring if keys else None
         self._digest = digest
-        self._needed: str | None = None
+        self._required_scope: str | None = None
 
     @property
     def tenant(self) -> str:
@@ -46,86 +46,91 @@ class Admission:
 
     @property
     def shown_key(self) -> str | None:
-        """What a log may say of the key: where its SHA-256 begins."""
+        """What a log may show of the key: the first digits of its SHA-256; None without a key."""
         return self._digest and self._digest[:_SHOWN_DIGITS]
 
     @property
     def revocable(self) -> bool:
-        """Whether it is a key's."""
+        """Whether the caller was admitted by a key, which may be revoked."""
         return self._digest is not None
 
-    def may(self, scope: str) -> bool:
+    def has_scope(self, scope: str) -> bool:
         return scope in self._caller.scopes
 
-    def need(self, scope: str) -> None:
-        """Raises Forbidden where the key lacks the scope."""
+    def require(self, scope: str) -> None:
+        """Raises Forbidden if the key lacks the scope. The scope is remembered: `check` and
+        `revoked` also fail once the key has lost it."""
         if scope not in self._caller.scopes:
             raise _forbidden(scope)
         if self._keys:
-            self._needed = scope
+            self._required_scope = scope
 
     def check(self) -> None:
-        """Raises where the key would not be let in any more."""
+        """Raises Unauthorized or Forbidden if the key would not be admitted any more."""
         if self._keys and self._keys.keyring is not self._keyring:
-            self._look_again(self._keys)
+            self._check_keyring(self._keys)
 
     async def revoked(self) -> RequestError:
-        """Returns once the key would not be let in any more, with what is to be said."""
+        """Waits until the key would not be admitted any more, and returns the error for the
+        client."""
         assert self._keys is not None, "only a key can be revoked"
         assert self._keyring is not None
         while True:
             await self._keys.changed(self._keyring)
             try:
-                self._look_again(self._keys)
+                self._check_keyring(self._keys)
             except (Unauthorized, Forbidden) as error:
                 return error
 
-    def _look_again(self, keys: KeyFile) -> None:
+    def _check_keyring(self, keys: KeyFile) -> None:
+        """Looks the key up in the current keyring; raises if it is gone, or has lost the scope."""
         self._keyring = keys.keyring
         if self._digest is None:
             return
         caller = self._keyring.caller_of(self._digest)
         if caller is None or caller.tenant != self.tenant:
-            raise unauthorized("This API key was revoked while the request was under way.")
-        if self._needed and self._needed not in caller.scopes:
-            raise _forbidden(self._needed)
+            raise unauthorized("This API key was revoked while the request was being handled.")
+        if self._required_scope and self._required_scope not in caller.scopes:
+            raise _forbidden(self._required_scope)
 
 
 ANYBODY: Final = Admission(_ANYBODY)
-"""Where no keys are in use everyone may do everything, as the tenant that jobs have then."""
+"""Without a key file everyone may do everything, as the default tenant."""
 
 
-def admission(keys: KeyFile, key: str | None) -> Admission:
-    """Raises Unauthorized where the key is not known."""
+def admit(keys: KeyFile, key: str | None) -> Admission:
+    """The caller with this key; raises Unauthorized if the key is missing or not known."""
     if key is None:
         raise unauthorized("Send an API key: `Authorization: Bearer KEY`, or `X-API-Key: KEY`.")
     digest = digest_of(key)
     caller = keys.keyring.caller_of(digest)
     if caller is None:
-        raise unauthorized("This API key is not known here, or is no longer.")
+        raise unauthorized("This API key is not known here, or was revoked.")
     return Admission(caller, keys, digest)
 
 
-def open_admission(keys: KeyFile, key: str | None) -> Admission:
-    """For routes that need no key: a key that is not known is treated as none, since a load
-    balancer that still has an old one must not take every server for dead."""
+def admit_without_key(keys: KeyFile, key: str | None) -> Admission:
+    """The caller for routes that need no key. An unknown key counts as none, since a load balancer
+    that still has an old key must not take every server for dead."""
     try:
-        return admission(keys, key)
+        return admit(keys, key)
     except Unauthorized:
         return Admission(_NOBODY)
 
 
-def reach(asking: Admission, needed: str | None, asked: str | None) -> Reach:
-    """`asked` is the query's `tenant`; raises Forbidden where the key lacks the scope."""
-    if asked is None or (asked == asking.tenant and not asking.may("operator")):
-        if needed:
-            asking.need(needed)
-        return asking.own
-    asking.need("operator")
-    return Reach(None if asked == ALL_TENANTS else asked, across=True)
+def reach_of(admission: Admission, scope: str | None, tenant: str | None) -> Reach:
+    """The jobs that a request is about. `scope` is what its route needs, `tenant` is the query's;
+    raises Forbidden if the key lacks the scope, or `operator` for another tenant."""
+    if tenant is None or (tenant == admission.tenant and not admission.has_scope("operator")):
+        if scope:
+            admission.require(scope)
+        return admission.own
+    admission.require("operator")
+    return Reach(None if tenant == ALL_TENANTS else tenant, across=True)
 
 
 def unauthorized(detail: str) -> Unauthorized:
+    """A 401 with the challenge that HTTP requires."""
     return Unauthorized(detail, headers=[("www-authenticate", "Bearer")])
 
 

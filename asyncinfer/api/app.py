@@ -1,4 +1,4 @@
-"""The ASGI application: the route table behind one edge where every error is answered."""
+"""The ASGI application, which routes requests and turns every error into a reply."""
 
 import logging
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -11,7 +11,7 @@ from starlette.routing import Route as StarletteRoute
 from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from asyncinfer.api.admission import reach
+from asyncinfer.api.admission import reach_of
 from asyncinfer.api.answer_sizes import AnswerSizes
 from asyncinfer.api.catalog import Catalog
 from asyncinfer.api.config import ApiConfig
@@ -20,7 +20,7 @@ from asyncinfer.api.http.authority import authority_of
 from asyncinfer.api.http.body import discard
 from asyncinfer.api.http.header_fields import read_fields
 from asyncinfer.api.http.messages import (
-    BREAK_OFF,
+    ABORT_CONNECTION,
     ClientGone,
     ClientTooSlow,
     Reply,
@@ -39,7 +39,7 @@ from asyncinfer.api.live.inbox import Inbox
 from asyncinfer.api.openapi import document
 from asyncinfer.api.routes import ROUTES, Route
 from asyncinfer.api.services import Services
-from asyncinfer.api.wait_reasons import Reasons
+from asyncinfer.api.wait_reasons import WaitReasons
 from asyncinfer.errors import (
     BodyTooLarge,
     MethodNotAllowed,
@@ -68,15 +68,17 @@ def create_app(config: ApiConfig) -> "Api":
 
 
 class Api:
-    """Answers within its lifespan, which a server runs, or `async with app.lifespan():`."""
+    """Answers requests within its lifespan, which a server or `async with app.lifespan()` runs."""
 
     def __init__(self, config: ApiConfig) -> None:
         self._config = config
         self._guard = Guard(config)
         self._services: Services | None = None
         resources = {path: Resource(routes, self) for path, routes in _by_path(ROUTES)}
-        self._plain = {path: one for path, one in resources.items() if "{" not in path}
-        """Paths without parameters, which need no search."""
+        self._by_plain_path = {
+            path: resource for path, resource in resources.items() if "{" not in path
+        }
+        """Resources whose path has no parameters, which need no router."""
         self._router = Router(
             [StarletteRoute(path, resource) for path, resource in resources.items()],
             redirect_slashes=False,
@@ -89,16 +91,16 @@ class Api:
             await self._router(scope, receive, send)
             return
         try:
-            await self._at(scope)(scope, receive, send)
+            await self._resource_for(scope)(scope, receive, send)
         except ClientGone:
             return
         except ClientTooSlow as error:
-            _log.info("%s %r is broken off: %s", scope["method"], scope["path"], error)
-            if break_off := scope.get("state", {}).get(BREAK_OFF):
-                break_off()
+            _log.info("%s %r was aborted: %s", scope["method"], scope["path"], error)
+            if abort := scope.get("state", {}).get(ABORT_CONNECTION):
+                abort()
         except StreamBroken:
-            # A server closes a connection whose answer was not finished: that tells the client.
-            _log.exception("%s %r broke off", scope["method"], scope["path"])
+            # The server closes a connection whose answer is incomplete, which tells the client.
+            _log.exception("%s %r failed while its answer was sent", scope["method"], scope["path"])
         except BodyTooLarge as error:
             await send_reply(problem_reply(error, scope["path"]), scope, send, more=True)
             await discard(receive, dict(scope["headers"]))
@@ -109,24 +111,25 @@ class Api:
             _log.exception("%s %r failed", scope["method"], scope["path"])
             await send_reply(problem_reply(internal_error(), scope["path"]), scope, send)
 
-    def _at(self, scope: Scope) -> ASGIApp:
-        """What answers at the path of a request."""
-        if resource := self._plain.get(scope["path"]):
+    def _resource_for(self, scope: Scope) -> ASGIApp:
+        """The application for the path of a request."""
+        if resource := self._by_plain_path.get(scope["path"]):
             scope["path_params"] = {}
             if b"%" not in scope["raw_path"]:
                 return resource
-        if b"%" in scope["raw_path"] and _is_no_route(scope):
+        if b"%" in scope["raw_path"] and _cannot_match(scope):
             return _no_such_route
         return resource or self._router
 
     async def answer(self, route: Route, scope: Scope, receive: Receive) -> Reply | Stream:
+        """Checks the caller and the query, and calls the route's handler. Raises RequestError."""
         assert self._services is not None, "the lifespan has not been started"
         headers = read_fields(scope["headers"])
         admission = self._guard.admit(route.scope, scope, headers)
         query = read_query(scope, route.query)
-        about = reach(admission, route.scope, getattr(query, "tenant", None))
+        reach = reach_of(admission, route.scope, getattr(query, "tenant", None))
         request = Request(
-            scope, receive, headers=headers, query=query, admission=admission, reach=about
+            scope, receive, headers=headers, query=query, admission=admission, reach=reach
         )
         answer = await route.handler(self._services, request)
         if isinstance(answer, Stream) and admission.revocable:
@@ -135,20 +138,22 @@ class Api:
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
+        """Opens the store and runs the background tasks. Raises StartError if the Redis server
+        cannot be used, or its default model is another one."""
         config = self._config
         async with Store.open(
             config.redis_url, queue_name=config.queue_name, policy=config.policy, name="api"
         ) as store:
-            await _introduce(store, config.default_model)
+            await _check_redis(store, config.default_model)
             self._services = _services(store, config)
             await self._services.catalog.refresh()
-            await self._services.workforce.refresh()
+            await self._services.worker_snapshot.refresh()
             async with anyio.create_task_group() as group:
                 group.start_soon(self._services.submissions.run)
                 group.start_soon(self._services.inbox.run)
                 group.start_soon(self._services.feed.run)
                 group.start_soon(self._services.catalog.run)
-                group.start_soon(self._services.workforce.run)
+                group.start_soon(self._services.worker_snapshot.run)
                 group.start_soon(reap_forever, store)
                 if self._guard.keys:
                     group.start_soon(self._guard.keys.run)
@@ -160,15 +165,15 @@ class Api:
                     group.cancel_scope.cancel()
 
     async def stop_waiting(self) -> None:
-        """Answers every client that waits for a job with the job as it is now, and ends what
-        goes on for as long as its client stays."""
+        """Answers every client that waits for a job with the job as it is now, and ends all event
+        streams."""
         if self._services:
             await self._services.feed.close()
             await self._services.inbox.close()
 
 
 class Resource:
-    """One path: finds the route for a request's method."""
+    """All routes of one path; calls the route for a request's method."""
 
     def __init__(self, routes: Sequence[Route], api: Api) -> None:
         self._api = api
@@ -182,7 +187,7 @@ class Resource:
         if route is None:
             check_head(scope)
             raise MethodNotAllowed(
-                f"{scope['method']} is not possible here; use {self._allow}.",
+                f"{scope['method']} is not allowed here; use {self._allow}.",
                 headers=[("allow", self._allow)],
             )
         answer = await self._api.answer(route, scope, receive)
@@ -193,7 +198,7 @@ class Resource:
 
 
 def check_head(scope: Scope) -> None:
-    """Raises InvalidHeader for a head that no server may take, whatever the request is for
+    """Raises InvalidHeader for a head that no server may accept, whatever its path or method
     (RFC 9112, 3.2)."""
     authority_of(scope, read_fields(scope["headers"]))
 
@@ -205,20 +210,24 @@ def _by_path(routes: Iterable[Route]) -> Iterable[tuple[str, list[Route]]]:
     return paths.items()
 
 
-def _is_no_route(scope: Scope) -> bool:
-    """An encoded slash separates nothing (RFC 3986, 2.2), but decoded it would: a proxy that keeps
-    callers from `/jobs/retry` lets `/jobs%2Fretry` pass. And the router's patterns end in `$`,
-    which also matches before a line end."""
+def _cannot_match(scope: Scope) -> bool:
+    """Whether the router would match a path that it must not match.
+
+    An encoded slash separates nothing (RFC 3986, 2.2), but the router sees it decoded: a proxy that
+    keeps callers from `/jobs/retry` lets `/jobs%2Fretry` pass. And the router's patterns end in
+    `$`, which also matches before a line end.
+    """
     return b"%2f" in scope["raw_path"].lower() or scope["path"].endswith("\n")
 
 
 async def _no_such_route(scope: Scope, receive: Receive, send: Send) -> None:
     check_head(scope)
-    raise RouteNotFound("There is nothing at this path; GET / and /openapi.json list what is.")
+    raise RouteNotFound("There is nothing at this path; GET / and /openapi.json list the routes.")
 
 
-async def _introduce(store: Store, default_model: str | None) -> None:
-    """Refuses a server that cannot keep the promise. One that is not there yet may come."""
+async def _check_redis(store: Store, default_model: str | None) -> None:
+    """Raises an error if the Redis server cannot keep jobs safely, or the default model is another
+    one. A server that does not answer yet only causes a warning."""
     try:
         _log.info("Connected to %s", await store.check_server())
         if default_model:
@@ -232,7 +241,7 @@ def _services(store: Store, config: ApiConfig) -> Services:
     operations = Operations(store)
     inspection = Inspection(store)
     catalog = Catalog(inspection, store, config.default_model, config.own_worker_since_ms)
-    reasons = Reasons(catalog.workforce, store, lambda: catalog.default_model)
+    wait_reasons = WaitReasons(catalog.worker_snapshot, store, lambda: catalog.default_model)
     return Services(
         config=config,
         store=store,
@@ -246,12 +255,12 @@ def _services(store: Store, config: ApiConfig) -> Services:
         groups=Groups(store, operations),
         inbox=Inbox(store, submissions),
         feed=Feed(store),
-        event_texts=EventTexts(catalog, reasons),
+        event_texts=EventTexts(catalog, wait_reasons),
         answer_sizes=AnswerSizes(),
         long_reads=anyio.CapacityLimiter(1),
         catalog=catalog,
-        workforce=catalog.workforce,
-        reasons=reasons,
+        worker_snapshot=catalog.worker_snapshot,
+        wait_reasons=wait_reasons,
         openapi=_document(),
     )
 

@@ -1,4 +1,4 @@
-"""One log line for each thing that is done or seen over tenants."""
+"""The audit log: a line for each request that acts on or sees jobs across tenants."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -12,25 +12,25 @@ from asyncinfer.errors import RequestError
 from asyncinfer.schemas.requests import ALL_TENANTS
 from asyncinfer.untrusted.printable import printable_json
 
-_MOST_CHARACTERS: Final = 128
+_MAX_CHARACTERS: Final = 128
 
-log = logging.getLogger("asyncinfer.audit")
+_log = logging.getLogger("asyncinfer.audit")
 
 
 class Audit:
-    """What became of it."""
+    """The outcome of a request, for its line."""
 
     def __init__(self) -> None:
         self.count = 0
-        """Jobs that it changed or showed."""
+        """Jobs that the request changed or showed; set it inside `audited`."""
 
 
 @contextmanager
 def audited(
-    request: Request[Any], verb: str, meant: Mapping[str, object], *, over_tenants: bool = False
+    request: Request[Any], verb: str, criteria: Mapping[str, object], *, over_tenants: bool = False
 ) -> Iterator[Audit]:
-    """Leaves the line, also where it fails half way; none where a caller stays within its
-    tenant. `meant` is what the jobs were chosen by."""
+    """Writes the line at the end, also if the request fails; no line if a caller stays within its
+    tenant. `criteria` are what the jobs were selected by."""
     audit, outcome = Audit(), "broken off"
     try:
         yield audit
@@ -41,21 +41,23 @@ def audited(
     finally:
         if request.reach.across or over_tenants:
             tenant = ALL_TENANTS if over_tenants else request.reach.tenant or ALL_TENANTS
-            _tell(request, verb, {"tenant": tenant, **meant}, outcome)
+            _write_line(request, verb, {"tenant": tenant, **criteria}, outcome)
 
 
-def _tell(request: Request[Any], verb: str, meant: Mapping[str, object], outcome: str) -> None:
-    log.info(
+def _write_line(
+    request: Request[Any], verb: str, criteria: Mapping[str, object], outcome: str
+) -> None:
+    _log.info(
         "%s by tenant=%s key=%s: %s: %s",
         verb,
         request.tenant,
         request.admission.shown_key or "none",
-        " ".join(f"{name}={_text(value)}" for name, value in meant.items() if value),
+        " ".join(f"{name}={_text(value)}" for name, value in criteria.items() if value),
         outcome,
     )
 
 
 def _text(value: object) -> str:
     """As JSON: a name in a query may hold a line break or a control character."""
-    shown = value[:_MOST_CHARACTERS] if isinstance(value, str) else value
+    shown = value[:_MAX_CHARACTERS] if isinstance(value, str) else value
     return printable_json(msgspec.json.encode(shown).decode())

@@ -1,4 +1,4 @@
-"""The models that workers have announced, as the API last saw them."""
+"""The models that workers have announced, as this API last saw them."""
 
 import logging
 import time
@@ -11,7 +11,7 @@ import anyio
 from msgspec import Struct
 from msgspec.structs import replace
 
-from asyncinfer.api.worker_snapshot import Workforce
+from asyncinfer.api.worker_snapshot import WorkerSnapshot
 from asyncinfer.errors import (
     InvalidInput,
     ModelLoading,
@@ -37,40 +37,39 @@ from asyncinfer.repository.store import Store
 from asyncinfer.tensors.json_errors import unknown_name
 
 _REFRESH_SECONDS: Final = 2.0
-_AT_ONCE_SECONDS: Final = 0.2
-"""An unknown model is looked for at once, but not more often than this."""
+_MIN_REFRESH_SECONDS: Final = 0.2
+"""A request for an unknown model refreshes the catalog at once, but not more often than this."""
 
-_LOST_SECONDS: Final = 6.0
-"""For so long a model that is gone may come back: a Redis that was emptied hears of each from its
-workers, who announce every few seconds."""
+_MAX_LOST_SECONDS: Final = 6.0
+"""How long a missing model may still come back: after Redis was emptied, workers announce each
+model again within seconds."""
 
-"""When somebody has to mend something first."""
-
-_NOTHING: Final = Announced(None, {})
+_NOTHING_ANNOUNCED: Final = Announced(None, {})
 
 _log = logging.getLogger(__name__)
 _limited_log = LimitedLog(_log)
 
 
 class Served(Struct, frozen=True):
-    """A model that can be asked: its queue, and the version that answers."""
+    """A served model: its queue, and the version that runs its jobs."""
 
     queue: str
     signature: Signature
     versions: tuple[str, ...]
     """Newest first."""
     signatures: Mapping[str, Signature]
-    """Of every version, newest first."""
+    """The signature of every version, newest first."""
     is_loading: Callable[[str], bool] = bool
-    """Whether a worker has yet to load this version of the model."""
+    """Whether a worker has not yet loaded this version of the model."""
 
-    def of(self, version: str | None) -> Signature:
-        """The signature of the version asked for; None asks for the served one."""
+    def signature_of(self, version: str | None) -> Signature:
+        """The signature of a version, or of the served one for None. Raises VersionNotFound, or
+        ModelLoading if a worker is loading the version."""
         if version is None:
             return self.signature
         if version not in self.signatures:
             if self.is_loading(version):
-                raise _loading(f"version {version} of {self.signature.model}")
+                raise _loading_error(f"version {version} of {self.signature.model}")
             raise VersionNotFound(
                 f"{self.signature.model} has no version {version}; it has "
                 f"{', '.join(self.versions)}. Leave `version` out for {self.signature.version}."
@@ -79,6 +78,8 @@ class Served(Struct, frozen=True):
 
 
 class Catalog:
+    """Knows the served models and the default model; refreshed every two seconds."""
+
     def __init__(
         self,
         inspection: Inspection,
@@ -87,89 +88,97 @@ class Catalog:
         own_worker_since_ms: int | None = None,
     ) -> None:
         self._announcements = Announcements(store)
-        self.workforce = Workforce(
+        self.worker_snapshot = WorkerSnapshot(
             inspection, store, self._queues, own_worker_since_ms=own_worker_since_ms
         )
         self._store = store
         self._configured_default = default_model
-        self._announced = _NOTHING
+        self._announced = _NOTHING_ANNOUNCED
         self._served: dict[str, Served] = {}
         self._seen_at: dict[str, float] = {}
         self._last_default = default_model
         self._has_no_default = False
-        """Workers say that no model is the default, so that none is to be waited for."""
-        self._more_to_come = False
-        """Some of them have not loaded all of their models."""
+        """Workers announce that there is no default model, so requests need not wait for one."""
+        self._models_are_loading = False
+        """Whether some of these workers have not loaded all of their models."""
         self._lock = anyio.Lock()
-        self._looked_at = -_AT_ONCE_SECONDS
-        self._trouble: RedisUnavailable | None = None
+        self._refreshed_at = -_MIN_REFRESH_SECONDS
+        self._redis_error: RedisUnavailable | None = None
 
     async def run(self) -> None:
-        """Keeps the picture fresh; runs as long as the API does."""
+        """Refreshes every two seconds until cancelled."""
         while True:
             await anyio.sleep(_REFRESH_SECONDS)
             await self.refresh()
 
     async def refresh(self) -> None:
+        """Reads the announced models now; if Redis does not answer, the last ones stay."""
         async with self._lock:
-            await self._look()
+            await self._refresh()
 
     @property
     def default_model(self) -> str | None:
-        """The default model, or the last one while Redis names none."""
+        """The default model; while Redis names none, the last one known."""
         return self._announced.default_model or self._last_default
 
     async def find(self, name: str | None) -> Served:
-        """The model called `name`, or the default one; raises what to answer instead."""
+        """The model called `name`, or the default model. Raises ModelNotFound, ModelLoading,
+        NoModelAnnounced, InvalidInput (no default among several models) or RedisUnavailable."""
         served = self._find(name)
         if served is None:
             _check_name(name)
-            await self._look_at_once()
+            await self._refresh_soon()
             served = self._find(name)
         if served is None:
-            raise self._missing(name)
+            raise self._not_served_error(name)
         return served
 
-    async def all(self) -> list[Served]:
+    async def list_served(self) -> list[Served]:
+        """All served models by name. Raises RedisUnavailable if none is known because Redis is
+        away."""
         if not self._served:
-            await self._look_at_once()
-        if self._trouble and not self._served:
-            raise self._trouble
+            await self._refresh_soon()
+        if self._redis_error and not self._served:
+            raise self._redis_error
         return [self._served[name] for name in sorted(self._served)]
 
     def _find(self, name: str | None) -> Served | None:
+        """The model as it is known now; None if it is unknown or not certain."""
         default = self._announced.default_model
         if default is None and not self._has_no_default:
-            # Redis has lost the name. Its queue would be a guess, and workers write the name
-            # again within seconds; the queue of any other model is certain.
+            # Redis has lost the name of the default model, and workers write it again within
+            # seconds. Until then that model's queue would be a guess; other queues are certain.
             return self._served.get(name) if name not in (None, self.default_model) else None
-        if asked := name or default:
-            return self._served.get(asked)
-        if len(self._served) != 1 or self._more_to_come:
-            # The first of several that are being loaded is not the only one.
+        if model := name or default:
+            return self._served.get(model)
+        if len(self._served) != 1 or self._models_are_loading:
+            # While models are being loaded, the first loaded one may not be the only one.
             return None
         return next(iter(self._served.values()))
 
-    def _missing(self, name: str | None) -> RequestError:
-        # A client takes a 404 for final, so it is told only what both looks saw just now.
-        if trouble := self._trouble or self.workforce.trouble:
-            return trouble
-        wanted = name or self.default_model
-        if self._is_loading(wanted):
-            return _loading(wanted or "its models, and which one is the default is not known yet")
+    def _not_served_error(self, name: str | None) -> RequestError:
+        """Why the model cannot be used: the error that `find` raises."""
+        # A client takes a 404 as final, so it gets one only after both refreshes have succeeded.
+        if redis_error := self._redis_error or self.worker_snapshot.redis_error:
+            return redis_error
+        requested = name or self.default_model
+        if self._is_loading(requested):
+            return _loading_error(
+                requested or "its models, and which one is the default is not known yet"
+            )
         is_default = name in (None, self.default_model) and not self._has_no_default
         if self._served and is_default and self._announced.default_model is None:
             return NoModelAnnounced(
-                "Redis does not say which model is the default; the workers write it again within "
-                "seconds of a Redis that has lost it. Retry in a moment.",
+                "Redis does not name a default model; after a loss of its data workers write the "
+                "name again within seconds. Retry in a moment.",
                 retry_after_seconds=1,
             )
-        if wanted and (reasons := self.workforce.refused(wanted)):
-            return ModelNotFound(f"Model {wanted!r} cannot be used. {' '.join(reasons[:3])}")
+        if requested and (reasons := self.worker_snapshot.refusal_reasons(requested)):
+            return ModelNotFound(f"Model {requested!r} cannot be used. {' '.join(reasons[:3])}")
         if not self._served:
-            return self._nothing_served(wanted)
+            return self._nothing_served_error(requested)
         if is_default or name in self._seen_at:
-            return _not_announced(wanted)
+            return _not_announced_error(requested)
         if name is None:
             names = ", ".join(sorted(self._served))
             return InvalidInput(
@@ -179,27 +188,27 @@ class Catalog:
         return ModelNotFound(f"Model {name!r}: {unknown_name(name, self._served)}")
 
     def _is_loading(self, name: str | None, version: str | None = None) -> bool:
-        """Whether a worker has yet to load the model, or a version of it, or to announce it. With
-        no name: any."""
-        workforce = self.workforce
+        """Whether a worker has not yet loaded or announced the model, or this version of it. With
+        no name: whether a worker is loading any model."""
+        snapshot = self.worker_snapshot
         if name is None:
-            return bool(workforce.loading)
-        if workforce.is_loading(name, version):
+            return bool(snapshot.loading)
+        if snapshot.is_loading(name, version):
             return True
         announced = self._announced.models.get(name, {})
         is_announced = bool(announced) if version is None else version in announced
-        return workforce.names(name, version) and not is_announced
+        return snapshot.has_in_folder(name, version) and not is_announced
 
-    def _nothing_served(self, wanted: str | None) -> NoModelAnnounced:
-        """Workers that live and load nothing will announce nothing, until their folder changes: the
-        answer says no time to ask again."""
-        workers = list(self.workforce.workers.values())
-        if not workers or any(one.models or models_to_come(one) for one in workers):
-            return _not_announced(wanted)
-        refused = sorted({model for one in workers for model in one.problems})
+    def _nothing_served_error(self, requested: str | None) -> NoModelAnnounced:
+        """The error if no model is served. Without Retry-After if workers are alive but load
+        nothing: they will announce nothing until their folder changes."""
+        workers = list(self.worker_snapshot.workers.values())
+        if not workers or any(worker.models or models_to_come(worker) for worker in workers):
+            return _not_announced_error(requested)
+        refused = sorted({model for worker in workers for model in worker.problems})
         if refused:
             count, model = len(refused), refused[0]
-            why = self.workforce.refused(model)[0]
+            why = self.worker_snapshot.refusal_reasons(model)[0]
             folder = "in the workers' folder"
             fact = (
                 f"None of the {count} models {folder} can be served."
@@ -208,7 +217,7 @@ class Catalog:
             )
             return NoModelAnnounced(
                 f"{fact} {model}: {why} "
-                "GET /models lists all problems; what is mended there is loaded at once."
+                "GET /models lists all problems; a model is loaded as soon as its file is fixed."
             )
         return NoModelAnnounced(
             "The workers' model folder is empty. Put an ONNX file there (MODEL_DIR); it is loaded "
@@ -216,41 +225,48 @@ class Catalog:
         )
 
     def _queues(self) -> list[str]:
-        return [one.queue for one in self._served.values()]
+        return [served.queue for served in self._served.values()]
 
-    async def _look_at_once(self) -> None:
-        """Many may ask for what is not there: one looks, the others take what it saw."""
-        asked_at = time.monotonic()
+    async def _refresh_soon(self) -> None:
+        """Refreshes once for all requests that wait for it."""
+        requested_at = time.monotonic()
         async with self._lock:
-            if self._trouble or self._looked_at >= asked_at:
+            if self._redis_error or self._refreshed_at >= requested_at:
                 return
-            await anyio.sleep(max(0.0, self._looked_at + _AT_ONCE_SECONDS - time.monotonic()))
-            await self._look()
-            await self.workforce.refresh()
+            await anyio.sleep(
+                max(0.0, self._refreshed_at + _MIN_REFRESH_SECONDS - time.monotonic())
+            )
+            await self._refresh()
+            await self.worker_snapshot.refresh()
 
-    async def _look(self) -> None:
-        self._looked_at = time.monotonic()
+    async def _refresh(self) -> None:
+        self._refreshed_at = time.monotonic()
         try:
             announced = await self._announcements.announced()
             if announced.default_model is None:
-                announced = await self._without_default(announced)
+                announced = await self._restore_default(announced)
         except RedisUnavailable as error:
-            self._trouble = error
+            self._redis_error = error
             return
-        self._trouble = None
-        self._note_default(announced.default_model)
+        self._redis_error = None
+        self._remember_default(announced.default_model)
         if announced != self._announced:
-            # Before the models can be asked: a worker says that it lives before it announces
-            # them, and who submits must not be told that there is none.
-            await self.workforce.refresh()
-            self._served = self._served_of(announced)
+            # The snapshot comes first: a worker announces itself before its models, and an answer
+            # must not say that a model which was just found has no worker.
+            await self.worker_snapshot.refresh()
+            self._served = self._build_served(announced)
             self._announced = announced
-        # Those that are gone stay in it for as long as they count as lost.
+        # Models that disappeared stay in it for as long as they may come back.
         now = time.monotonic()
-        known = {name: at for name, at in self._seen_at.items() if now - at < _LOST_SECONDS}
-        self._seen_at = known | dict.fromkeys(self._served, now)
+        recent = {
+            name: seen_at
+            for name, seen_at in self._seen_at.items()
+            if now - seen_at < _MAX_LOST_SECONDS
+        }
+        self._seen_at = recent | dict.fromkeys(self._served, now)
 
-    def _note_default(self, name: str | None) -> None:
+    def _remember_default(self, name: str | None) -> None:
+        """Keeps the name for a later loss; logs a warning if another model is now the default."""
         if name is None:
             return
         self._has_no_default = False
@@ -263,49 +279,50 @@ class Catalog:
             )
         self._last_default = name
 
-    async def _without_default(self, announced: Announced) -> Announced:
-        """Redis names no default model: restores the configured one, or asks whether there is
-        one at all."""
+    async def _restore_default(self, announced: Announced) -> Announced:
+        """For when Redis names no default model: writes the configured one, or finds out from the
+        workers whether there is one at all."""
         if self._configured_default:
             with suppress(StorageFull):
                 agreed = await self._store.agree_on_default_model(self._configured_default)
                 return replace(announced, default_model=agreed or None)
-        workers = (await self._announcements.workers()).values()
-        said = [worker_says(body) for body in workers]
-        self._more_to_come = any(models_to_come(one) for one in said)
-        defaults = [one.default_model for one in said]
+        bodies = (await self._announcements.workers()).values()
+        workers = [worker_says(body) for body in bodies]
+        self._models_are_loading = any(models_to_come(worker) for worker in workers)
+        defaults = [worker.default_model for worker in workers]
         self._has_no_default = None in defaults and not any(defaults)
         if self._has_no_default:
             self._last_default = None
         return announced
 
-    def _served_of(self, announced: Announced) -> dict[str, Served]:
-        found = {}
+    def _build_served(self, announced: Announced) -> dict[str, Served]:
+        """The served models by name, each with its readable versions."""
+        served = {}
         for model, bodies in announced.models.items():
             if signatures := _signatures(model, bodies):
-                versions = tuple(sorted(signatures, key=_age))
-                wanted = announced.default_versions.get(model, "")
-                found[model] = Served(
+                versions = tuple(sorted(signatures, key=_newest_first))
+                requested = announced.default_versions.get(model, "")
+                served[model] = Served(
                     keys.queue(self._store.n, model, announced.default_model),
-                    signatures.get(wanted) or signatures[versions[0]],
+                    signatures.get(requested) or signatures[versions[0]],
                     versions,
                     {version: signatures[version] for version in versions},
                     partial(self._is_loading, model),
                 )
-        return found
+        return served
 
 
-def _not_announced(name: str | None) -> NoModelAnnounced:
-    what = f"the model {name!r}" if name else "a model"
+def _not_announced_error(name: str | None) -> NoModelAnnounced:
+    model = f"the model {name!r}" if name else "a model"
     return NoModelAnnounced(
-        f"No worker has announced {what} yet; one may still be starting. "
+        f"No worker has announced {model} yet; one may still be starting. "
         "Retry in a moment, or start one that has it with `asyncinfer work`.",
         retry_after_seconds=1,
     )
 
 
-def _loading(what: str) -> ModelLoading:
-    return ModelLoading(f"A worker is loading {what}. Retry in a moment.", retry_after_seconds=1)
+def _loading_error(loaded: str) -> ModelLoading:
+    return ModelLoading(f"A worker is loading {loaded}. Retry in a moment.", retry_after_seconds=1)
 
 
 def _check_name(name: str | None) -> None:
@@ -317,7 +334,8 @@ def _check_name(name: str | None) -> None:
 
 
 def _signatures(model: str, bodies: Mapping[str, bytes]) -> dict[str, Signature]:
-    """By version; without announcements that no worker of a model and version like these made."""
+    """The signatures by version, without announcements that cannot be read or are not of this model
+    and version."""
     signatures = {}
     for version, body in bodies.items():
         signature = read_signature(body)
@@ -331,6 +349,6 @@ def _signatures(model: str, bodies: Mapping[str, bytes]) -> dict[str, Signature]
     return signatures
 
 
-def _age(version: str) -> tuple[int, str]:
-    """Orders versions newest first."""
+def _newest_first(version: str) -> tuple[int, str]:
+    """A sort key that puts the newest version first."""
     return (-int(version), version) if version.isdecimal() else (0, version)

@@ -1,4 +1,4 @@
-"""What the API is given to run with."""
+"""The configuration of an API process."""
 
 from pathlib import Path
 
@@ -13,24 +13,24 @@ class ApiConfig(Struct, frozen=True, kw_only=True):
     policy: Policy = Policy()
     default_model: str | None = None
     own_worker_since_ms: int | None = None
-    """A worker of its own is being started since then; None: there is none."""
+    """When `serve` started its own worker; None without one."""
     host: str = "127.0.0.1"
     port: int = 8000
     allowed_hosts: tuple[str, ...] = ()
-    """Host headers taken beside localhost and `host`; `*` takes all."""
+    """Host headers accepted beside localhost and `host`; `*` accepts all."""
     allowed_origins: tuple[str, ...] = ()
-    """Origins (`https://app.example.com`) that may change state beside our own."""
+    """Origins (`https://app.example.com`) that may change state, beside the server's own."""
     api_keys: Path | None = None
     api_keys_stable_seconds: float = 1.0
-    """For how long the file must have been the same before it counts."""
+    """How long the file must be unchanged before its content is used."""
     max_body_bytes: int = 16 << 20
     max_json_bytes: int = 2 << 20
     max_header_bytes: int = 32 << 10
     header_timeout_seconds: float = 10.0
     body_timeout_seconds: float = 30.0
     max_streams: int = 400
-    """Clients told of changes at once; below `max_connections`, so that others find room."""
+    """Event streams at a time; below `max_connections`, so that other requests find a place."""
     heartbeat_seconds: float = 15.0
-    """After how much silence a stream shows that it lives; proxies end what is silent."""
+    """How long a stream may be silent before it sends a comment; proxies close silent streams."""
     max_connections: int = 900
     """Below the usual limit of 1,024 open files; a waiting client holds one."""

@@ -1,4 +1,4 @@
-"""Who is let in: the Host, Origin and API key of a request."""
+"""The entry check of a request: its Host, Origin and API key."""
 
 from collections.abc import Mapping
 from ipaddress import ip_address
@@ -6,7 +6,7 @@ from typing import Final
 
 from starlette.types import Scope
 
-from asyncinfer.api.admission import ANYBODY, Admission, admission, open_admission
+from asyncinfer.api.admission import ANYBODY, Admission, admit, admit_without_key
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.http.authority import Authority, authority_of
 from asyncinfer.api.http.probe_paths import HEALTH_PATHS
@@ -20,8 +20,11 @@ _SAFE_METHODS: Final = frozenset({"GET", "HEAD"})
 
 
 class Guard:
-    """Without it any page open in a browser could talk to an API on localhost: its name may be
-    made to point here (Host), and it may send forms anywhere (Origin)."""
+    """Refuses requests by Host, Origin and API key.
+
+    Without it any page open in a browser could talk to an API on localhost: the page's own name
+    may be made to point here (Host), and it may send forms anywhere (Origin).
+    """
 
     def __init__(self, config: ApiConfig) -> None:
         self._hosts = frozenset(
@@ -35,19 +38,19 @@ class Guard:
             self.keys = KeyFile(config.api_keys, stable_seconds=config.api_keys_stable_seconds)
 
     def admit(
-        self, needed: KeyScope | None, scope: Scope, headers: Mapping[bytes, bytes]
+        self, key_scope: KeyScope | None, scope: Scope, headers: Mapping[bytes, bytes]
     ) -> Admission:
-        """Who the caller is; raises when the request may not pass. Whether a key has the scope is
-        asked once the query says what is wanted."""
+        """The caller. Raises InvalidHeader, HostRefused, OriginRefused or Unauthorized. Whether the
+        key has the scope is checked later (`reach_of`), since that depends on the query."""
         authority = authority_of(scope, headers)
         self._check_host(authority, scope)
         if scope["method"] not in _SAFE_METHODS and b"origin" in headers:
             self._check_origin(headers[b"origin"].decode("latin-1").lower(), authority)
         if self.keys is None:
             return ANYBODY
-        if needed is None:
-            return open_admission(self.keys, _key(headers))
-        return admission(self.keys, _key(headers))
+        if key_scope is None:
+            return admit_without_key(self.keys, _key(headers))
+        return admit(self.keys, _key(headers))
 
     def _check_host(self, authority: Authority | None, scope: Scope) -> None:
         if authority is None:
@@ -56,7 +59,7 @@ class Guard:
         name = authority.host
         if self._any_host or name in self._hosts:
             return
-        # A page elsewhere can make a name point here, but not an address.
+        # A page of another site can make a name point here, but not an address.
         if self._any_address and _is_address(name):
             return
         raise HostRefused(
@@ -76,8 +79,8 @@ class Guard:
 
 
 def _key(headers: Mapping[bytes, bytes]) -> str | None:
-    """The key that was sent; raises InvalidHeader for two of them: a proxy in front may have
-    checked the one and we would act on the other."""
+    """The key that was sent, if any. Raises InvalidHeader for two different keys: a proxy in front
+    may have checked one and this server would act on the other."""
     key = headers.get(b"x-api-key")
     scheme, _, credentials = headers.get(b"authorization", b"").partition(b" ")
     if scheme.lower() == b"bearer":
@@ -91,8 +94,9 @@ def _key(headers: Mapping[bytes, bytes]) -> str | None:
 
 
 def _check_probe(scope: Scope) -> None:
-    """Load balancers probe over HTTP/1.0 without a Host (`option httpchk` of HAProxy does), which
-    RFC 9112 allows. A browser never leaves it out, so nothing that it could reach is opened."""
+    """Allows only probes without a Host. Load balancers send them over HTTP/1.0 (`option httpchk`
+    of HAProxy does), which RFC 9112 allows. A browser always sends a Host, so this opens nothing
+    to browsers."""
     if scope["path"] not in HEALTH_PATHS:
         raise InvalidHeader("A request needs a Host header; without one only /health is answered.")
 

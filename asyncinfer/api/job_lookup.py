@@ -1,58 +1,54 @@
-"""Finding the job of a request, and the errors when there is none to act on."""
+"""The job that a request names, and the errors if there is none to act on."""
 
 import time
 from typing import Any, Final
 
 from asyncinfer import jobs
 from asyncinfer.api.http.messages import Request
-from asyncinfer.api.inputs.new_job import queue_full
+from asyncinfer.api.inputs.new_job import queue_full_error
 from asyncinfer.api.services import Services
-from asyncinfer.api.views import (
-    owner_of,
-)
-from asyncinfer.errors import (
-    JobExpired,
-    JobNotFound,
-    JobNotRetryable,
-    RequestError,
-)
+from asyncinfer.api.views import owner_of
+from asyncinfer.errors import JobExpired, JobNotFound, JobNotRetryable, RequestError
 from asyncinfer.repository.stored_jobs import Stored
 
 RETRYABLE: Final = frozenset({"failed", "cancelled"})
 
 
-def absent(services: Services, job_id: str) -> RequestError:
-    """What to say of a job that is not there, or not the caller's: which, must not show."""
-    made_ms = jobs.created_ms(job_id)
+def job_absent_error(services: Services, job_id: str) -> RequestError:
+    """JobExpired or JobNotFound, for a job that does not exist or is not the caller's; the error
+    must not show which."""
+    created_ms = jobs.created_ms(job_id)
     ttl_seconds = services.config.policy.job_ttl_seconds
-    if made_ms is not None and made_ms + ttl_seconds * 1000 < time.time() * 1000:
+    if created_ms is not None and created_ms + ttl_seconds * 1000 < time.time() * 1000:
         return JobExpired(
-            f"Jobs are kept for {ttl_seconds} s after they end (JOB_TTL), and this one was made "
-            "earlier than that. Submit its input again."
+            f"Jobs are kept for {ttl_seconds} s after they end (JOB_TTL), and this one was created "
+            "before that. Submit its input again."
         )
     return JobNotFound("There is no job with this id.")
 
 
 async def find_job(services: Services, request: Request[Any]) -> Stored:
-    """The job that the path names, if it is the caller's, or of a tenant that is asked about."""
+    """The job that the path names. Raises JobExpired or JobNotFound if it does not exist, or does
+    not belong to the tenant (None: any tenant) that the request may see."""
     job_id = request.path("id") or ""
     stored = await services.submissions.read(job_id) if jobs.is_id(job_id) else None
-    if stored is None or not is_meant(request, stored):
-        raise absent(services, job_id)
+    if stored is None or not is_in_reach(request, stored):
+        raise job_absent_error(services, job_id)
     return stored
 
 
-def is_meant(request: Request[Any], stored: Stored) -> bool:
+def is_in_reach(request: Request[Any], stored: Stored) -> bool:
+    """Whether the job belongs to the tenant that the request is about."""
     return request.reach.tenant in (None, owner_of(stored))
 
 
-def not_retried(services: Services, stored: Stored, verdict: str) -> RequestError:
-    """What to say of a job that a retry left as it was."""
+def not_retried_error(services: Services, stored: Stored, verdict: str) -> RequestError:
+    """The error for a job that was not retried; `verdict` is the reason, from the script."""
     if verdict == "absent":
-        return absent(services, stored.job_id)
+        return job_absent_error(services, stored.job_id)
     if verdict == "full":
-        reason = services.reasons.of_queue(stored.record) if stored.record else None
-        return queue_full(services.config.policy, reason)
+        reason = services.wait_reasons.of_queue(stored.record) if stored.record else None
+        return queue_full_error(services.config.policy, reason)
     if verdict == "changed" or (verdict == "not_retryable" and stored.status in RETRYABLE):
         return JobNotRetryable(
             "The job kept changing meanwhile; look at it and try again.", job_id=stored.job_id

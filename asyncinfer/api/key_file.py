@@ -1,4 +1,4 @@
-"""The file of API keys, followed while the API runs."""
+"""The file of API keys, which is read again while the API runs."""
 
 import asyncio
 import logging
@@ -14,17 +14,17 @@ from asyncinfer.timeouts import settled
 
 _READ_SECONDS: Final = 1.0
 _TRUSTED_SECONDS: Final = 60.0
-"""How long keys count whose file is no longer there, cannot be read, or never stays the same."""
+"""How long the last keys stay valid if their file is missing, cannot be read or keeps changing."""
 
-_COMPLAIN_SECONDS: Final = 10.0
-_LOCKED_COMPLAIN_SECONDS: Final = 60.0
-_MOST_BROKEN_TOLD: Final = 10
+_ERROR_EVERY_SECONDS: Final = 10.0
+_LOCKED_ERROR_EVERY_SECONDS: Final = 60.0
+_MAX_BROKEN_LOGGED: Final = 10
 
 _log = logging.getLogger(__name__)
 
 
 class KeyFile:
-    """The keys in a file. `run` looks at it, so that no request waits for a disk."""
+    """The keys in a file. `run` reads it in the background, so that no request waits for a disk."""
 
     def __init__(
         self,
@@ -33,128 +33,135 @@ class KeyFile:
         stable_seconds: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """A content counts once it has been the same for `stable_seconds`: an editor may be half
-        way through. Raises KeyFileRefused where there is no file that can be read."""
+        """A new content is used once it was unchanged for `stable_seconds`, since an editor may be
+        writing the file. Raises KeyFileRefused if the file cannot be read."""
         self._path = path
         self._stable_seconds = stable_seconds
         self._clock = clock
         self._content: bytes | None = read_key_file(path)
         self._keyring = Keyring.parse(self._content)
         self._candidate: tuple[bytes, float] | None = None
-        """A content that is not believed yet, and since when it is there."""
-        self._doubted_at: float | None = None
-        """Since when the file is not the one that the keys are of."""
-        self._complained_at: float | None = None
+        """A new content that is not used yet, and when it was first read."""
+        self._differs_since: float | None = None
+        """Since when the file differs from the keys in use; None while it does not."""
+        self._error_logged_at: float | None = None
         self._changed = asyncio.Event()
-        _tell(path, self._keyring)
+        _log_broken_lines(path, self._keyring)
 
     @property
     def keyring(self) -> Keyring:
-        """The keys that count now; another object after each change."""
+        """The valid keys; another object after each change."""
         return self._keyring
 
     async def changed(self, known: Keyring) -> None:
-        """Returns when other keys count than `known`."""
+        """Returns once the valid keys are others than `known`."""
         while self._keyring is known:
             await self._changed.wait()
 
     async def run(self) -> None:
-        """Looks at the file until cancelled."""
+        """Reads the file again and again until cancelled."""
         loop = asyncio.get_running_loop()
         thread = ThreadPoolExecutor(1, "api-keys")
         reading: asyncio.Future[bytes] | None = None
         try:
             while True:
-                # A read from a file system that hangs cannot be cancelled, so that there is never
-                # a second one.
+                # A read from a file system that hangs cannot be cancelled, so never start another
+                # one beside it.
                 reading = reading or loop.run_in_executor(thread, read_key_file, self._path)
                 if await settled(reading, _READ_SECONDS):
-                    self.look(_outcome(reading))
+                    self.update(_result_or_error(reading))
                     reading = None
                 else:
-                    self.look(self._silence())
+                    self.update(self._hanging_read_error())
                 await asyncio.sleep(self._stable_seconds / 2)
         finally:
             if reading:
                 reading.cancel()
             thread.shutdown(wait=False)
 
-    def look(self, found: bytes | KeyFileRefused) -> None:
-        """Decides which keys count, after each look at the file."""
+    def update(self, content: bytes | KeyFileRefused) -> None:
+        """Decides which keys are valid, after each read of the file."""
         now = self._clock()
-        if found == self._content:
-            self._settle()
+        if content == self._content:
+            self._note_unchanged()
             return
-        if self._doubted_at is None:
-            self._doubted_at = now
-        if isinstance(found, KeyFileRefused):
+        if self._differs_since is None:
+            self._differs_since = now
+        if isinstance(content, KeyFileRefused):
             self._candidate = None
-            self._doubt(found.detail, now)
-        elif self._candidate is None or self._candidate[0] != found:
-            self._candidate = found, now
-            self._doubt(f"The API keys in {self._path} keep changing.", now, patient=True)
+            self._handle_difference(content.detail, now)
+        elif self._candidate is None or self._candidate[0] != content:
+            self._candidate = content, now
+            self._handle_difference(
+                f"The API keys in {self._path} keep changing.", now, is_changing=True
+            )
         elif now - self._candidate[1] >= self._stable_seconds:
-            self._take(found)
+            self._use(content)
 
-    def _take(self, content: bytes) -> None:
+    def _use(self, content: bytes) -> None:
         self._content = content
         keyring = Keyring.parse(content)
-        self._settle()
+        self._note_unchanged()
         self._replace(keyring)
         _log.info("API keys read again from %s: %d", self._path, len(keyring))
-        _tell(self._path, keyring)
+        _log_broken_lines(self._path, keyring)
 
-    def _settle(self) -> None:
-        """The file is the one that the keys are of."""
-        if self._complained_at is not None:
+    def _note_unchanged(self) -> None:
+        """The file is that of the keys in use."""
+        if self._error_logged_at is not None:
             _log.info("The API keys in %s can be read again.", self._path)
-        self._candidate = self._doubted_at = self._complained_at = None
+        self._candidate = self._differs_since = self._error_logged_at = None
 
-    def _doubt(self, reason: str, now: float, *, patient: bool = False) -> None:
-        """A slip must not lock all out at once, nor keep a revoked key valid for ever."""
-        assert self._doubted_at is not None
-        doubted = now - self._doubted_at
-        if doubted >= _TRUSTED_SECONDS:
+    def _handle_difference(self, reason: str, now: float, *, is_changing: bool = False) -> None:
+        """Keeps the keys for a minute, then drops them: a mistake must not lock everyone out at
+        once, nor keep a revoked key valid forever."""
+        assert self._differs_since is not None
+        differs_seconds = now - self._differs_since
+        if differs_seconds >= _TRUSTED_SECONDS:
             if self._content is not None or len(self._keyring):
                 self._content = None
-                self._complained_at = None
+                self._error_logged_at = None
                 self._replace(Keyring())
-            self._complain(now, _LOCKED_COMPLAIN_SECONDS, f"{reason} No API key is let in.")
-        elif doubted >= (_COMPLAIN_SECONDS if patient else self._stable_seconds):
-            left = _TRUSTED_SECONDS - doubted
-            told = f"{reason} Those read last count for {left:.0f} s more, then no key is let in."
-            self._complain(now, _COMPLAIN_SECONDS, told)
+            self._log_error(now, _LOCKED_ERROR_EVERY_SECONDS, f"{reason} No API key is accepted.")
+        elif differs_seconds >= (_ERROR_EVERY_SECONDS if is_changing else self._stable_seconds):
+            seconds_left = _TRUSTED_SECONDS - differs_seconds
+            message = (
+                f"{reason} The keys read last stay valid for {seconds_left:.0f} s; then no key is "
+                "accepted."
+            )
+            self._log_error(now, _ERROR_EVERY_SECONDS, message)
 
-    def _complain(self, now: float, every_seconds: float, told: str) -> None:
-        if self._complained_at is None or now - self._complained_at >= every_seconds:
-            self._complained_at = now
-            _log.error("%s", told)
+    def _log_error(self, now: float, every_seconds: float, message: str) -> None:
+        if self._error_logged_at is None or now - self._error_logged_at >= every_seconds:
+            self._error_logged_at = now
+            _log.error("%s", message)
 
     def _replace(self, keyring: Keyring) -> None:
         self._keyring = keyring
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
-    def _silence(self) -> KeyFileRefused:
+    def _hanging_read_error(self) -> KeyFileRefused:
         return KeyFileRefused(f"Cannot read the API keys in {self._path}: the read hangs.")
 
 
-def _outcome(reading: asyncio.Future[bytes]) -> bytes | KeyFileRefused:
+def _result_or_error(reading: asyncio.Future[bytes]) -> bytes | KeyFileRefused:
     try:
         return reading.result()
     except KeyFileRefused as error:
         return error
 
 
-def _tell(path: Path, keyring: Keyring) -> None:
-    """What is wrong with a content, once; never the text of a line, which may be a key."""
-    for line in keyring.broken[:_MOST_BROKEN_TOLD]:
+def _log_broken_lines(path: Path, keyring: Keyring) -> None:
+    """Logs what is wrong with a content; never the text of a line, which may be a key."""
+    for line in keyring.broken[:_MAX_BROKEN_LOGGED]:
         _log.error("%s, line %d lets nobody in: %s.", path, line.number, line.reason)
-    if len(keyring.broken) > _MOST_BROKEN_TOLD:
-        more = len(keyring.broken) - _MOST_BROKEN_TOLD
+    if len(keyring.broken) > _MAX_BROKEN_LOGGED:
+        more = len(keyring.broken) - _MAX_BROKEN_LOGGED
         _log.error("%s: %d more lines let nobody in.", path, more)
     if not len(keyring):
         _log.error(
-            "%s has no key, so nobody is let in. `asyncinfer keygen` makes one, with its line.",
+            "%s has no key, so nobody is let in. `asyncinfer keygen` makes a key and its line for "
+            "the file.",
             path,
         )

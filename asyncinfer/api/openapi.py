@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document, made from the route table."""
+"""The OpenAPI 3.1 document of the route table."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -50,12 +50,12 @@ def document(routes: Sequence[Route]) -> bytes:
 
 
 def _bodies(routes: Iterable[Route]) -> list[type[Struct]]:
-    """Every struct that is a request's or an answer's body, once, in a stable order."""
-    found: dict[type[Struct], None] = {Problem: None}
+    """Every struct that is the body of a request or answer, once, in a stable order."""
+    structs: dict[type[Struct], None] = {Problem: None}
     for route in routes:
         lines = (*route.line_bodies, *route.line_answers)
-        found |= {body: None for body in (*route.bodies, *route.answers.values(), *lines) if body}
-    return list(found)
+        structs |= {body: None for body in (*route.bodies, *route.answers.values(), *lines) if body}
+    return list(structs)
 
 
 def _operation(route: Route, schemas: dict[type[Struct], _Schema]) -> _Schema:
@@ -82,7 +82,7 @@ def _operation(route: Route, schemas: dict[type[Struct], _Schema]) -> _Schema:
 
 
 def _operation_id(route: Route) -> str:
-    """The handler's name; one that serves two paths says by what the second is told apart."""
+    """The handler's name, with a suffix for the second path of a handler that serves two."""
     *_, last = route.path.split("/")
     name: str = getattr(route.handler, "__name__", "")
     return f"{name}_{last[1:-1]}" if last == "{model}" and name == "predict" else name
@@ -90,7 +90,7 @@ def _operation_id(route: Route) -> str:
 
 def _answer(route: Route, status: int, schemas: dict[type[Struct], _Schema]) -> _Schema:
     if status == HTTPStatus.NO_CONTENT:
-        return {"description": "Nothing is left to tell."}
+        return {"description": "There are no more events."}
     body = route.answers[status]
     binary = route.binary_answers if status == HTTPStatus.OK else ()
     if route.media_type != "application/json":
@@ -104,20 +104,20 @@ def _answer(route: Route, status: int, schemas: dict[type[Struct], _Schema]) -> 
 
 
 def _binary(media_types: Iterable[str]) -> dict[str, _Schema]:
-    """Bytes have no schema in OpenAPI 3.1: the media type says it all."""
+    """Media types without a schema, since OpenAPI 3.1 has none for bytes."""
     return {media_type: {} for media_type in media_types}
 
 
 def _lines(structs: Sequence[type[Struct]], schemas: dict[type[Struct], _Schema]) -> _Schema:
-    """OpenAPI 3.1 has no word for a sequence of JSON texts: the schema is that of one line."""
+    """The schema of one line, since OpenAPI 3.1 cannot describe a sequence of JSON texts."""
     if not structs:
         return {}
     alternatives = [schemas[struct] for struct in structs]
-    return {NDJSON: {"schema": {"description": "Of each line.", "oneOf": alternatives}}}
+    return {NDJSON: {"schema": {"description": "The schema of each line.", "oneOf": alternatives}}}
 
 
 def _problems(route: Route, schema: _Schema) -> dict[str, _Schema]:
-    """Error answers by status, each saying which codes it may carry."""
+    """Error answers by status, each with the codes that it may have."""
     errors: list[type[RequestError]] = [*EVERYWHERE, *route.errors]
     if route.scope:
         errors += [Unauthorized, Forbidden]
@@ -144,8 +144,8 @@ def _query_parameters(route: Route) -> list[_Schema]:
     schema = msgspec.json.schema(route.query)
     properties = schema["$defs"][route.query.__name__]["properties"]
     return [
-        {"name": name, "in": "query", "required": False, "schema": one}
-        for name, one in properties.items()
+        {"name": name, "in": "query", "required": False, "schema": property_schema}
+        for name, property_schema in properties.items()
     ]
 
 

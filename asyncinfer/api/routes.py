@@ -1,4 +1,4 @@
-"""The one route table: routing, /openapi.json and the tests read it."""
+"""The table of all routes, which routing, the OpenAPI document and tests read."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, Literal
@@ -105,7 +105,7 @@ class HeaderParameter(Struct, frozen=True):
 
 
 class Route(Struct, frozen=True, kw_only=True):
-    """A method on a path; `scope` None needs no API key, `answers` are statuses and bodies."""
+    """A method on a path. Without a `scope` it needs no API key; `answers` are bodies by status."""
 
     method: Literal["GET", "POST", "DELETE"]
     path: str
@@ -113,16 +113,17 @@ class Route(Struct, frozen=True, kw_only=True):
     scope: KeyScope | None
     answers: dict[int, type[Struct] | None]
     bodies: tuple[type[Struct], ...] = ()
-    """What its JSON may be."""
+    """The structs that a JSON body may be."""
     body_required: bool = True
     binary_bodies: tuple[str, ...] = ()
     """Media types of bodies that are not JSON, and of answers."""
     binary_answers: tuple[str, ...] = ()
     media_type: str = "application/json"
-    """Of answers that are not binary."""
+    """The media type of answers that are not binary."""
     line_bodies: tuple[type[Struct], ...] = ()
-    """What a line may be, where many requests may be sent, one a line; and of the answer."""
+    """The structs that a line of a bulk request may be."""
     line_answers: tuple[type[Struct], ...] = ()
+    """The structs that a line of a bulk answer may be."""
     query: type[Struct] = NoQuery
     headers: tuple[HeaderParameter, ...] = ()
     errors: Errors = ()
@@ -132,7 +133,7 @@ _PREFER = HeaderParameter(
     "Prefer", "`wait=N`: answer with the finished job if it takes at most N <= 60 s.", "wait=[0-9]+"
 )
 _IDEMPOTENCY_KEY = HeaderParameter(
-    "Idempotency-Key", "Sent again with the same request, gives the same job.", "[!-~]{1,255}"
+    "Idempotency-Key", "A repeated request with the same key gets the same job.", "[!-~]{1,255}"
 )
 
 _JSON_LENGTH = HeaderParameter(
@@ -141,7 +142,7 @@ _JSON_LENGTH = HeaderParameter(
     "[0-9]+",
 )
 _LAST_EVENT_ID = HeaderParameter(
-    "Last-Event-ID", "Goes on after this event, on any server.", "[A-Za-z0-9_-]+"
+    "Last-Event-ID", "Continues after this event, on any server.", "[A-Za-z0-9_-]+"
 )
 _INPUTS: Final = (PredictRequest, TensorRequest)
 _LINES: Final = (PredictLine, TensorLine)
@@ -409,4 +410,4 @@ ROUTES: Final = (
 )
 
 EVERYWHERE: Final[Errors] = (InvalidQuery,)
-"""Errors that any route may answer with."""
+"""Errors that every route may raise."""

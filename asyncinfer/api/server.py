@@ -1,4 +1,4 @@
-"""Serving the API over HTTP until a signal asks it to stop."""
+"""The HTTP server of the API, which runs until SIGINT or SIGTERM."""
 
 import asyncio
 import contextlib
@@ -19,11 +19,12 @@ from asyncinfer.api.http.sockets import listen
 _SWITCH_SECONDS: Final = 0.0005
 
 _GRACE_SECONDS: Final = 5
-"""Waiting clients are answered at once; this is for those that take their answers slowly."""
+"""The time for slow clients to read their answers; waiting clients are answered at once."""
 
 
 async def serve(config: ApiConfig, *, on_ready: Callable[[], None]) -> None:
-    """Returns after SIGINT or SIGTERM; raises StartError when it cannot begin."""
+    """Serves until SIGINT or SIGTERM. `on_ready` is called once connections are accepted; raises
+    StartError if the address is taken."""
     with contextlib.closing(listen(config.host, config.port)) as listener:
         await serve_on(listener, config, on_ready=on_ready)
 
@@ -31,7 +32,7 @@ async def serve(config: ApiConfig, *, on_ready: Callable[[], None]) -> None:
 async def serve_on(
     listener: socket.socket, config: ApiConfig, *, on_ready: Callable[[], None]
 ) -> None:
-    """`serve` on a socket that is bound."""
+    """`serve` on a socket that is already bound."""
     app = create_app(config)
     async with app.lifespan():
         await Server(app, config, on_ready=on_ready).serve(sockets=[listener])
@@ -46,7 +47,7 @@ class Server(uvicorn.Server):
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        # A thread that reads a long request must not keep the loop from its next call for 5 ms.
+        # A thread that reads a long request must not hold up the event loop for 5 ms (the default).
         sys.setswitchinterval(_SWITCH_SECONDS)
         await super().startup(sockets)
         self._on_ready()
@@ -56,7 +57,7 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Unlike uvicorn's, keeps no signal to raise again afterwards: `serve` returns."""
+        """Unlike uvicorn's, does not raise the signal again after the shutdown: `serve` returns."""
         self.force_exit = self.should_exit
         self.should_exit = True
 

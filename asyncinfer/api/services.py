@@ -1,4 +1,4 @@
-"""What handlers are given to answer with."""
+"""The services that every handler gets."""
 
 from anyio import CapacityLimiter
 from msgspec import Struct
@@ -9,8 +9,8 @@ from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.live.event_text import EventTexts
 from asyncinfer.api.live.feed import Feed
 from asyncinfer.api.live.inbox import Inbox
-from asyncinfer.api.wait_reasons import Reasons
-from asyncinfer.api.worker_snapshot import Workforce
+from asyncinfer.api.wait_reasons import WaitReasons
+from asyncinfer.api.worker_snapshot import WorkerSnapshot
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.inspect.dead_letters import DeadLetters
 from asyncinfer.repository.inspect.groups import Groups
@@ -37,9 +37,10 @@ class Services(Struct, frozen=True, kw_only=True):
     feed: Feed
     event_texts: EventTexts
     catalog: Catalog
-    workforce: Workforce
-    reasons: Reasons
+    worker_snapshot: WorkerSnapshot
+    wait_reasons: WaitReasons
     answer_sizes: AnswerSizes
     long_reads: CapacityLimiter
-    """The one thread in which requests are read that take long."""
+    """Limits the threads that read long requests to one."""
     openapi: bytes
+    """The OpenAPI document."""

@@ -1,4 +1,4 @@
-"""A stored job as an answer shows it."""
+"""Stored jobs as the structs that answers show."""
 
 from typing import Final
 from urllib.parse import quote
@@ -27,25 +27,31 @@ _read_error = decoding.reader(msgspec.json.Decoder(JobError).decode)
 _decode_raw = msgspec.json.Decoder(Raw).decode
 
 
-Waiting = WaitingFor | UnsetType | None
-"""Why a job waits; UNSET of one that has ended."""
+WaitingForField = WaitingFor | UnsetType | None
+"""Why a job waits, or None if nothing is wrong; UNSET for a job that has ended."""
 
 
-def accepted_view(job_id: str, status: Status, waiting_for: Waiting) -> Accepted:
+def accepted_view(job_id: str, status: Status, waiting_for: WaitingForField) -> Accepted:
+    """The body of a 202."""
     return Accepted(job_id, status, url_of(job_id), waiting_for)
 
 
 _NOT_SHOWN: Final = "Only its own tenant is shown the message, which may repeat its data."
 
 
-def job_view(stored: Stored, default_model: str | None, waiting_for: Waiting = UNSET) -> Job:
-    """The whole job, its result included."""
+def job_view(
+    stored: Stored, default_model: str | None, waiting_for: WaitingForField = UNSET
+) -> Job:
+    """The whole job with its result."""
     view = summary_view(stored, default_model, waiting_for)
     return msgspec.structs.replace(view, result=result_text(stored))
 
 
-def summary_view(stored: Stored, default_model: str | None, waiting_for: Waiting = UNSET) -> Job:
-    """The job without its result; a stranger's, which has no record, is the default model's."""
+def summary_view(
+    stored: Stored, default_model: str | None, waiting_for: WaitingForField = UNSET
+) -> Job:
+    """The job without its result. An external job, which has no record, belongs to the default
+    model."""
     record = stored.record
     return Job(
         job_id=stored.job_id,
@@ -66,8 +72,11 @@ def summary_view(stored: Stored, default_model: str | None, waiting_for: Waiting
     )
 
 
-def operator_view(stored: Stored, default_model: str | None, waiting_for: Waiting = UNSET) -> Job:
-    """The job as an operator sees it: whose it is, and nothing that its tenant sent or got."""
+def operator_view(
+    stored: Stored, default_model: str | None, waiting_for: WaitingForField = UNSET
+) -> Job:
+    """The job as an operator sees it: with its tenant, but without any data that the tenant sent or
+    received."""
     view = summary_view(stored, default_model, waiting_for)
     error = view.error
     return msgspec.structs.replace(
@@ -83,15 +92,17 @@ def owner_of(stored: Stored) -> str:
 
 
 def change_view(
-    change: Change, stored: Stored | None, default_model: str | None, waiting_for: Waiting
+    change: Change, stored: Stored | None, default_model: str | None, waiting_for: WaitingForField
 ) -> Job:
-    """The job as it was when it came to this status, which it may have left since; `waiting_for`
-    is that of the job as it is stored."""
+    """The job as it was when it reached the change's status, which it may have left since.
+    `waiting_for` is that of the job as it is stored now."""
     if stored and stored.status == change.status:
         return summary_view(stored, default_model, waiting_for)
-    waited_for = UNSET if change.status in TERMINAL else None
+    waiting_for_then = UNSET if change.status in TERMINAL else None
     if stored is None:
-        return Job(job_id=change.job_id, status=change.status, result=UNSET, waiting_for=waited_for)
+        return Job(
+            job_id=change.job_id, status=change.status, result=UNSET, waiting_for=waiting_for_then
+        )
     record = stored.record
     return Job(
         job_id=change.job_id,
@@ -100,31 +111,34 @@ def change_view(
         model=(record.model if record else default_model) or UNSET,
         group=(record and record.options.group) or UNSET,
         priority=priority_of(record),
-        waiting_for=waited_for,
+        waiting_for=waiting_for_then,
     )
 
 
 def priority_of(record: Record | None) -> Priority | UnsetType:
+    """The priority to show; UNSET for the usual one."""
     return (
         UNSET if record is None or record.options.priority == "normal" else record.options.priority
     )
 
 
 def version_of(record: Record | None) -> str | UnsetType:
-    """The version that ran, else the one asked for."""
+    """The version that ran, else the requested one; UNSET if neither is known."""
     return (record and (record.ran_version or record.version)) or UNSET
 
 
 def url_of(job_id: str) -> str:
+    """The path of a job; an id with other characters than letters and digits is quoted."""
     return f"/job/{job_id if job_id.isalnum() and job_id.isascii() else quote(job_id, safe='')}"
 
 
-def ended(stored: Stored) -> bool:
+def has_ended(stored: Stored) -> bool:
+    """Whether the job is completed, failed or cancelled."""
     return stored.status in TERMINAL
 
 
 def result_text(stored: Stored) -> Raw | None:
-    """The result as JSON, however it is stored; None while there is none."""
+    """The result as JSON, whether it is stored as JSON or packed; None while there is none."""
     if stored.status != "completed" or stored.result is None:
         return None
     if packing.is_packed(stored.result):
@@ -140,7 +154,7 @@ def _rendered(packed: bytes) -> Raw:
 
 
 def _as_json(text: bytes) -> Raw:
-    """Anyone may have written anything: what is not JSON is shown as a string."""
+    """The text itself if it is JSON, else as a JSON string: anyone may write anything to Redis."""
     try:
         if not text.isascii():
             text.decode()
@@ -150,6 +164,7 @@ def _as_json(text: bytes) -> Raw:
 
 
 def error_of(stored: Stored) -> JobError | UnsetType:
+    """The error of a failed job, with the code `unknown` if it cannot be read; else UNSET."""
     if stored.status != "failed":
         return UNSET
     stored_error = stored.error or b""

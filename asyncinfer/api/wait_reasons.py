@@ -1,4 +1,4 @@
-"""Why an unfinished job is not run now: decided from what is known here, without Redis."""
+"""The reasons why unfinished jobs are not run now, decided without a call to Redis."""
 
 import time
 from collections.abc import Callable
@@ -8,118 +8,129 @@ from typing import Final
 from msgspec import UNSET, UnsetType
 
 from asyncinfer import jobs
-from asyncinfer.api.worker_snapshot import Absence, Workforce
+from asyncinfer.api.worker_snapshot import Absence, WorkerSnapshot
 from asyncinfer.errors import StorageFull
 from asyncinfer.jobs import Record, Status, longest_backoff_seconds
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import Stored
 from asyncinfer.schemas.responses import WaitingFor
 
-_MOST_KEPT: Final = 10_000
+_MAX_CACHED: Final = 10_000
 _SHOWN_REASONS: Final = 3
 _SHOWN_CHARACTERS: Final = 64
-"""A model's name has no more; what a stranger wrote into a record may."""
+"""A model's name has at most this many; a record of an external job may have more."""
 
 _DISK_FULL: Final = WaitingFor(
     "disk_full",
     "Redis cannot save to its disk, so it takes no writes: no job begins or ends. Free space on "
-    "the disk of DATA_DIR, or of your Redis; its log says more. The jobs go on by themselves then.",
+    "the disk of DATA_DIR, or of your Redis; its log says more. Jobs then continue by themselves.",
 )
 _STORAGE_FULL: Final = WaitingFor(
     "storage_full",
-    "Redis has reached its maxmemory. Jobs that were accepted are run when it is their turn, but "
-    "none are taken in. Give Redis more memory, or let jobs expire sooner (JOB_TTL).",
+    "Redis has reached its maxmemory. Accepted jobs are run in their turn, but no new ones are "
+    "accepted. Give Redis more memory, or let jobs expire sooner (JOB_TTL).",
 )
 _STARTING: Final = WaitingFor(
-    "starting", "The worker of this server was started just now; it is about to say what it has."
+    "starting", "The worker of this server was just started and is about to announce its models."
 )
 
 
-class Reasons:
-    """What is to be mended first comes first: a server that takes no writes, then a start that
-    lies ahead, a pause, no worker, one that starts, and at last a try that failed.
+class WaitReasons:
+    """Decides why a job waits. Of several reasons the one to resolve first counts: a server that
+    takes no writes, a start time in the future, a pause, no worker, a starting worker, and last a
+    failed attempt.
 
-    A start that lies ahead comes before a pause and a missing worker, since the job would not run
-    with them mended; its message tells of them too.
+    A start time in the future comes before a pause and a missing worker, since without these the
+    job would not run either; its message names them too.
     """
 
     def __init__(
-        self, workforce: Workforce, store: Store, default_model: Callable[[], str | None]
+        self, snapshot: WorkerSnapshot, store: Store, default_model: Callable[[], str | None]
     ) -> None:
-        self._workforce = workforce
+        self._snapshot = snapshot
         self._n = store.n
         self._max_errors = store.policy.max_errors
         self._default_model = default_model
 
     def of(self, stored: Stored) -> WaitingFor | UnsetType | None:
-        """Of a stored job; UNSET of one that has ended. A stranger's is the default model's."""
+        """Why a stored job waits: None if nothing is wrong, UNSET if it has ended. An external job
+        belongs to the default model."""
         if stored.record:
             return self.of_record(stored.record, stored.status)
-        general = self._of_all(self._n, self._default_model() or "", None)
-        return general if stored.status == "pending" else _unless_pending(general, stored.status)
+        general = self._general_reason(self._n, self._default_model() or "", None)
+        return (
+            general if stored.status == "pending" else _not_pending_reason(general, stored.status)
+        )
 
     def of_queue(self, record: Record) -> WaitingFor | None:
-        """Why no job like the one with this record is run, whenever it is to start."""
-        return self._of_all(record.queue, record.model, record.version)
+        """Why no job with the queue, model and version of this record is run, whatever its start
+        time."""
+        return self._general_reason(record.queue, record.model, record.version)
 
     def of_record(
         self, record: Record, status: Status = "pending"
     ) -> WaitingFor | UnsetType | None:
-        """Of a job with this record, such as one that was just submitted."""
-        general = self._of_all(record.queue, record.model, record.version)
+        """Why a job with this record waits, such as one that was just submitted."""
+        general = self._general_reason(record.queue, record.model, record.version)
         if status != "pending":
-            return _unless_pending(general, status)
+            return _not_pending_reason(general, status)
         if record.options.delay_seconds:
             general = _delayed(record, general)
         if general is None and record.errors:
             return _retry(record.errors, self._max_errors)
         return general
 
-    def _of_all(self, queue: str, model: str, version: str | None) -> WaitingFor | None:
-        """What holds for all jobs of a model and version; worked out once for each look."""
-        worked_out = self._workforce.worked_out
+    def _general_reason(self, queue: str, model: str, version: str | None) -> WaitingFor | None:
+        """The reason that holds for all jobs of a model and version; decided once per refresh of
+        the snapshot."""
+        wait_reasons = self._snapshot.wait_reasons
         key = (queue, model, version)
         try:
-            return worked_out[key]
+            return wait_reasons[key]
         except KeyError:
-            if len(worked_out) >= _MOST_KEPT:
-                worked_out.clear()
-            reason = worked_out[key] = self._reason(queue, model, version)
+            if len(wait_reasons) >= _MAX_CACHED:
+                wait_reasons.clear()
+            reason = wait_reasons[key] = self._reason(queue, model, version)
             return reason
 
     def _reason(self, queue: str, model: str, version: str | None) -> WaitingFor | None:
-        refusal = self._workforce.refusal
+        """The first that applies: a Redis that takes no writes, a pause, a missing worker."""
+        refusal = self._snapshot.writes_refusal
         if isinstance(refusal, StorageFull):
             return _STORAGE_FULL
         if refusal and refusal.is_disk_full:
             return _DISK_FULL
-        missing = self._missing(model, version)
-        if queue not in self._workforce.paused:
+        missing = self._missing_worker(model, version)
+        if queue not in self._snapshot.paused:
             return missing
         shown = model[:_SHOWN_CHARACTERS]
         paused = f"{shown} is paused: resume it with `asyncinfer resume {shown}`."
         return WaitingFor("paused", f"{paused} {missing.message}" if missing else paused)
 
-    def _missing(self, model: str, version: str | None) -> WaitingFor | None:
-        if self._workforce.has(model, version):
+    def _missing_worker(self, model: str, version: str | None) -> WaitingFor | None:
+        """Why no worker can run the model: none has it, or one is loading it. None if one has
+        it."""
+        if self._snapshot.has(model, version):
             return None
         shown = model[:_SHOWN_CHARACTERS] or "the default model"
-        if version is not None and self._workforce.has(model):
+        if version is not None and self._snapshot.has(model):
             shown = f"version {version[:_SHOWN_CHARACTERS]} of {shown}"
-        if self._workforce.is_loading(model, version):
+        if self._snapshot.is_loading(model, version):
             return WaitingFor("starting", f"A worker is loading {shown}.")
-        if self._workforce.own_worker_is_starting:
+        if self._snapshot.own_worker_is_starting:
             return _STARTING
-        absence = self._workforce.absence(model, version)
+        absence = self._snapshot.absence(model, version)
         if absence is None:
             return None
-        why = self._workforce.refused(model)[:_SHOWN_REASONS]
+        why = self._snapshot.refusal_reasons(model)[:_SHOWN_REASONS]
         remedy = f"Start one with `asyncinfer work`, with {shown} in its MODEL_DIR."
         return WaitingFor("no_worker", " ".join((_since(shown, absence), *why, remedy)))
 
 
-def _unless_pending(general: WaitingFor | None, status: Status) -> WaitingFor | UnsetType | None:
-    """A running job waits for nothing but to be stored; an ended one has no such field."""
+def _not_pending_reason(
+    general: WaitingFor | None, status: Status
+) -> WaitingFor | UnsetType | None:
+    """The reason of a running job, which can only wait to be stored; UNSET for an ended one."""
     if status in jobs.TERMINAL:
         return UNSET
     return general if general is _DISK_FULL else None
@@ -130,31 +141,32 @@ def _since(shown: str, absence: Absence) -> str:
     when = f"{_moment(absence.since)} ({_duration(seconds)})"
     if absence.was_seen:
         return f"No worker has had {shown} since {when}."
-    return f"No worker has had {shown} since this API began to look at {when}."
+    return f"No worker has had {shown} since this API first looked at {when}."
 
 
 def _delayed(record: Record, general: WaitingFor | None) -> WaitingFor | None:
-    """`general`, unless the job's own start lies ahead."""
+    """`general`, or the reason `delayed` if the job's own start time is in the future."""
     if general is _DISK_FULL or general is _STORAGE_FULL:
         return general
     start = record.created_ms / 1000 + record.options.delay_seconds
-    ahead = start - time.time()
-    if ahead <= 0:
+    seconds = start - time.time()
+    if seconds <= 0:
         return general
-    message = f"It is to start at {_moment(start)}, in {_duration(ahead)} (delay_seconds)."
+    message = f"It starts at {_moment(start)}, in {_duration(seconds)} (delay_seconds)."
     return WaitingFor("delayed", f"{message} {general.message}" if general else message)
 
 
 def _retry(errors: int, max_errors: int) -> WaitingFor:
     return WaitingFor(
         "retry",
-        f"Try {errors} of {max_errors} failed in a way that may pass. The next one begins at most "
-        f"{_duration(longest_backoff_seconds(errors))} after it, once a worker is free.",
+        f"Try {errors} of {max_errors} failed with an error that may be temporary. The next one "
+        f"begins at most {_duration(longest_backoff_seconds(errors))} after it, once a worker is "
+        "free.",
     )
 
 
 def _moment(at: float) -> str:
-    """A time in UTC; without its date if that is today's. Of a time that has none, a dash."""
+    """A time in UTC, without its date if that is today; a dash if the number is no valid time."""
     try:
         moment = datetime.fromtimestamp(at, UTC)
     except (ValueError, OverflowError, OSError):

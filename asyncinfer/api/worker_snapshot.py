@@ -1,6 +1,6 @@
-"""Who works, as this API last saw it, at most a second ago: workers, pauses, a full Redis.
+"""The workers, pauses and a full Redis as this API last saw them, at most a second ago.
 
-Answers tell from it why a job waits. It is read beside the requests, since none of them may cost
+Answers use it to say why a job waits. It is read in the background, since no request may cost
 another call to Redis.
 """
 
@@ -28,30 +28,31 @@ from asyncinfer.schemas.responses import WaitingFor
 
 _REFRESH_SECONDS: Final = 0.9
 _GRACE_SECONDS: Final = ANNOUNCE_SECONDS + 1.0
-"""How long a model may be without a worker before that is told: a worker that is replaced is back
-within it, and a Redis that was emptied has heard of every worker again."""
+"""How long a model may be without a worker before answers say so: a replaced worker is back within
+this time, and after Redis was emptied every worker has announced itself again."""
 
 _OWN_WORKER_SECONDS: Final = 15.0
-"""A worker has said what is in its folder by then, also where two cores start everything."""
+"""By then a worker has announced what is in its folder, even if two cores start everything."""
 
-_MOST_ABSENT: Final = 10_000
+_MAX_ABSENT: Final = 10_000
 
 _log = LimitedLog(logging.getLogger(__name__))
 
-Wanted = tuple[str, str | None]
-"""A model, and the version that is asked for, if any."""
+RequestedVersion = tuple[str, str | None]
+"""A model, and the requested version, or None for any."""
 
 
 class Absence(Struct, frozen=True):
-    """That no worker has a model, and since when; times are of `time.time`."""
+    """Since when no worker has a model."""
 
     since: float
+    """By `time.time`."""
     was_seen: bool
-    """A worker had it until then; else this API began to look then, and has seen none."""
+    """Whether a worker had the model until `since`; else this API first looked then."""
 
 
-class Workforce:
-    """Background role: `run` looks each second, answers read what it saw."""
+class WorkerSnapshot:
+    """What workers announce: `run` reads it every second, and answers use the last state."""
 
     def __init__(
         self,
@@ -66,67 +67,75 @@ class Workforce:
         self._queues = queues
         self._grace_seconds = grace_seconds
         self._own_worker_since_ms = own_worker_since_ms
-        """Until the worker that is started beside this API has spoken."""
+        """When `serve` started its own worker; None once that has announced itself."""
         self._own_worker_due_at = time.monotonic() + _OWN_WORKER_SECONDS
         self._lock = anyio.Lock()
-        self._bodies: dict[str, bytes] = {}
+        self._announcement_bodies: dict[str, bytes] = {}
         self.workers: Mapping[str, WorkerSays] = {}
-        """By the names that everyone may see, what the living ones say."""
+        """Announcements of living workers, by the names that everyone may see."""
         self.loading: frozenset[str] = frozenset()
-        """Models that a living worker has in its folder and does not serve yet."""
+        """Models that a living worker has in its folder and has not loaded yet."""
         self._loading_versions: frozenset[tuple[str, str]] = frozenset()
-        """Of models that are served, versions that a living worker has yet to load."""
+        """Versions of served models that a living worker has not loaded yet."""
         self.paused: frozenset[str] = frozenset()
         """Queues that are paused."""
-        self.refusal: StorageFull | WritesRefused | None = None
-        """Why Redis takes no writes."""
-        self.trouble: RedisUnavailable | None = None
-        """Why the last look saw nothing; what is known is from before it, then."""
-        self.worked_out: dict[tuple[str, str, str | None], WaitingFor | None] = {}
-        """Why jobs wait, by queue, model and version: kept here until the next look."""
+        self.writes_refusal: StorageFull | WritesRefused | None = None
+        """Why Redis takes no writes; None if it does."""
+        self.redis_error: RedisUnavailable | None = None
+        """Why the last refresh failed, in which case the state is that of an earlier one."""
+        self.wait_reasons: dict[tuple[str, str, str | None], WaitingFor | None] = {}
+        """A cache of why jobs wait, by queue, model and version, until the next refresh."""
         self._served: dict[str, set[str] | None] = {}
-        """By model, the versions that living workers claim jobs of; None: any, since an older
-        release does not say which."""
+        """By model, the versions whose jobs living workers claim; None means any, since a worker
+        of an older release does not say which."""
         self._leaving: frozenset[str] = frozenset()
-        """Models that were removed, of which workers run what waits."""
-        self._left_at: dict[Wanted, tuple[float, float]] = {}
-        """When a model's last worker was missed first, by `time.monotonic` and `time.time`."""
-        self._began_at = 0.0
-        """When the first look was, by `time.time`; 0: none was."""
-        self._sure_at = 0.0
-        """Until then no absence is told: after an outage of Redis workers announce themselves."""
-        self._is_whole = True
+        """Models that were removed from the folder, whose waiting jobs workers still run."""
+        self._left_at: dict[RequestedVersion, tuple[float, float]] = {}
+        """When a model's last worker was first missing, by `time.monotonic` and `time.time`."""
+        self._first_refresh_at = 0.0
+        """When the first refresh was, by `time.time`; 0 before it."""
+        self._certain_at = 0.0
+        """Until then no absence is reported, by `time.monotonic`: after an outage of Redis workers
+        must first announce themselves again."""
+        self._is_complete = True
 
     async def run(self) -> None:
-        """Keeps the picture fresh; runs as long as the API does."""
+        """Refreshes every second until cancelled."""
         while True:
             await anyio.sleep(_REFRESH_SECONDS)
             try:
                 await self.refresh()
             except Exception as error:
-                # Redis holds what anyone may write; no content may end this role.
-                _log.unexpected("What the workers say could not be read.", error)
+                # Anyone may write anything into Redis; no content may end this task.
+                _log.unexpected("The announcements of workers could not be read.", error)
 
     async def refresh(self) -> None:
-        """Looks now. While Redis does not answer, all stays as it was seen last."""
+        """Reads the state now. If Redis does not answer, keeps the last state and sets
+        `redis_error`."""
         async with self._lock:
             try:
                 seen = await self._inspection.workforce(self._queues())
-                refusal = await self._refusal()
-            except RedisUnavailable as trouble:
-                self.trouble = trouble
-                self._sure_at = time.monotonic() + self._grace_seconds if self._began_at else 0.0
+                writes_refusal = await self._read_writes_refusal()
+            except RedisUnavailable as redis_error:
+                self.redis_error = redis_error
+                self._certain_at = (
+                    time.monotonic() + self._grace_seconds if self._first_refresh_at else 0.0
+                )
                 return
-            self.trouble = None
-            if self.refusal or refusal:
-                # Workers that could not announce themselves meanwhile live all the same.
-                self._sure_at = time.monotonic() + self._grace_seconds
-            self.refusal, self.paused, self._is_whole = refusal, seen.paused, seen.is_whole
-            self._began_at = self._began_at or time.time()
-            if seen.workers != self._bodies:
-                self._bodies = seen.workers
-                self._take(seen.workers)
-            self.worked_out = {}
+            self.redis_error = None
+            if self.writes_refusal or writes_refusal:
+                # Workers that could not announce themselves meanwhile may still be alive.
+                self._certain_at = time.monotonic() + self._grace_seconds
+            self.writes_refusal, self.paused, self._is_complete = (
+                writes_refusal,
+                seen.paused,
+                seen.is_whole,
+            )
+            self._first_refresh_at = self._first_refresh_at or time.time()
+            if seen.workers != self._announcement_bodies:
+                self._announcement_bodies = seen.workers
+                self._use_announcements(seen.workers)
+            self.wait_reasons = {}
 
     def has(self, model: str, version: str | None = None) -> bool:
         """Whether a living worker claims jobs of a version of the model (None: of any)."""
@@ -134,15 +143,15 @@ class Workforce:
         return versions is None or (bool(versions) if version is None else version in versions)
 
     def absence(self, model: str, version: str | None) -> Absence | None:
-        """That no living worker has a version of a model (None: any); None where one has, or
-        where it is not known for sure."""
+        """Since when no living worker has a version of a model (None: any). None if a worker has
+        it, or if that is not certain."""
         now = time.monotonic()
-        is_sure = self._began_at and self._is_whole and now >= self._sure_at
-        if self.has(model, version) or not is_sure:
+        is_certain = self._first_refresh_at and self._is_complete and now >= self._certain_at
+        if self.has(model, version) or not is_certain:
             return None
         left_at = self._left_at.get((model, version)) or self._left_at.get((model, None))
         if left_at is None:
-            return Absence(self._began_at, was_seen=False)
+            return Absence(self._first_refresh_at, was_seen=False)
         missed_at, since = left_at
         if now - missed_at < self._grace_seconds:
             return None
@@ -150,70 +159,76 @@ class Workforce:
 
     @property
     def own_worker_is_starting(self) -> bool:
-        """Whether the worker beside this API was started just now and has not spoken yet."""
+        """Whether `serve` has just started its own worker, which has not announced itself yet."""
         return self._own_worker_since_ms is not None and (
             time.monotonic() < self._own_worker_due_at
         )
 
-    def names(self, model: str, version: str | None) -> bool:
-        """Whether a living worker has a version in its folder (None: any) and claims jobs of it.
-        Of what was removed there it only runs what waits."""
+    def has_in_folder(self, model: str, version: str | None) -> bool:
+        """Whether a living worker has a version in its folder (None: any) and claims its jobs. A
+        worker also claims waiting jobs of a model that was removed; that does not count here."""
         versions = self._served.get(model, _NO_VERSIONS)
         if versions is None:
             return version is None and model not in self._leaving
         return bool(versions) if version is None else version in versions
 
     def is_loading(self, model: str, version: str | None) -> bool:
-        """Whether a living worker has yet to load the model, or this version of it."""
+        """Whether a living worker has not yet loaded the model, or this version of it."""
         return model in self.loading or (model, version) in self._loading_versions
 
-    def refused(self, model: str) -> list[str]:
-        """Why living workers do not serve versions of a model that lies in their folders."""
+    def refusal_reasons(self, model: str) -> list[str]:
+        """Sentences on why living workers refuse to serve versions of a model in their folders."""
         return [
             f"{f'Version {version}' if version else 'It'} is not served: {reason}."
-            for _, says in sorted(self.workers.items())
-            for version, reason in sorted(says.problems.get(model, {}).items())
+            for _, worker in sorted(self.workers.items())
+            for version, reason in sorted(worker.problems.get(model, {}).items())
         ]
 
-    def _is_own(self, says: WorkerSays) -> bool:
-        """Of what earlier workers said some is left for 15 s after a kill."""
+    def _is_own_worker(self, worker: WorkerSays) -> bool:
+        """Whether it is the worker that `serve` started, not an earlier one, whose announcement
+        remains for 15 s after a kill."""
         since_ms = self._own_worker_since_ms
         return since_ms is not None and (
-            says.host == socket.gethostname() and (says.started_ms or 0) >= since_ms
+            worker.host == socket.gethostname() and (worker.started_ms or 0) >= since_ms
         )
 
-    async def _refusal(self) -> StorageFull | WritesRefused | None:
+    async def _read_writes_refusal(self) -> StorageFull | WritesRefused | None:
+        """Why Redis takes no writes; None if it does, or if that cannot be found out."""
         try:
             await self._store.check_writes()
         except (StorageFull, WritesRefused) as error:
             return error
         except RedisRefused:
-            # A user without the right to this command; the workers are seen all the same.
+            # The Redis user may not run this command; the workers can be read all the same.
             return None
         return None
 
-    def _take(self, bodies: Mapping[str, bytes]) -> None:
-        self.workers = {shown_worker(one): worker_says(body) for one, body in bodies.items()}
-        said = self.workers.values()
-        if any(map(self._is_own, said)):
+    def _use_announcements(self, bodies: Mapping[str, bytes]) -> None:
+        """Replaces the state by these announcements, and notes which models have lost all
+        workers."""
+        self.workers = {
+            shown_worker(worker_id): worker_says(body) for worker_id, body in bodies.items()
+        }
+        workers = self.workers.values()
+        if any(map(self._is_own_worker, workers)):
             self._own_worker_since_ms = None
-        self.loading = frozenset(model for one in said for model in models_to_come(one))
-        ready = [one for one in said if one.state == "ready"]
+        self.loading = frozenset(model for worker in workers for model in models_to_come(worker))
+        ready = [worker for worker in workers if worker.state == "ready"]
         self._loading_versions = frozenset(
             (model, version)
-            for one in ready
-            for model, versions in one.loading_versions.items()
+            for worker in ready
+            for model, versions in worker.loading_versions.items()
             for version in versions
         )
         served = _served(ready)
         self._leaving = _leaving(ready)
-        before, after = _wanted(self._served), _wanted(served)
+        before, after = _requestable_versions(self._served), _requestable_versions(served)
         now = (time.monotonic(), time.time())
-        for wanted in before - after:
-            self._left_at[wanted] = now
-        for wanted in after & self._left_at.keys():
-            del self._left_at[wanted]
-        while len(self._left_at) > _MOST_ABSENT:
+        for model_version in before - after:
+            self._left_at[model_version] = now
+        for model_version in after & self._left_at.keys():
+            del self._left_at[model_version]
+        while len(self._left_at) > _MAX_ABSENT:
             del self._left_at[next(iter(self._left_at))]
         self._served = served
 
@@ -222,29 +237,31 @@ _NO_VERSIONS: Final[frozenset[str]] = frozenset()
 
 
 def _served(ready: Sequence[WorkerSays]) -> dict[str, set[str] | None]:
+    """By model the versions that these workers serve; None if a worker does not say which."""
     served: dict[str, set[str] | None] = {}
-    for one in ready:
-        for model in one.models:
-            versions = one.versions.get(model)
+    for worker in ready:
+        for model in worker.models:
+            versions = worker.versions.get(model)
             known = served.get(model, set())
             served[model] = None if versions is None or known is None else known | versions.keys()
     return served
 
 
 def _leaving(ready: Sequence[WorkerSays]) -> frozenset[str]:
-    """A release that does not say which folder it serves does not say versions either."""
-    leaving = {model for one in ready for model in one.models if model not in one.versions}
+    """Models that no worker has in its folder any more. A worker of a release that does not
+    announce its folder does not announce versions either, so its models do not count."""
+    leaving = {model for worker in ready for model in worker.models if model not in worker.versions}
     return frozenset(leaving) - {
         model
-        for one in ready
-        for model in one.models
-        if one.model_dir is None or model in one.versions
+        for worker in ready
+        for model in worker.models
+        if worker.model_dir is None or model in worker.versions
     }
 
 
-def _wanted(served: Mapping[str, set[str] | None]) -> set[Wanted]:
-    """All that can be asked for and is served."""
-    models: set[Wanted] = {(model, None) for model in served}
+def _requestable_versions(served: Mapping[str, set[str] | None]) -> set[RequestedVersion]:
+    """Each served model, with each of its versions and with None for any."""
+    models: set[RequestedVersion] = {(model, None) for model in served}
     return models | {
         (model, version) for model, versions in served.items() for version in versions or ()
     }

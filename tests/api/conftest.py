@@ -1,4 +1,4 @@
-"""A real API on a real socket, models announced, and a hand that works as a worker would."""
+"""Fixtures: a real API on a real socket with announced models, and a worker run by hand."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,7 +14,7 @@ from asyncinfer.repository.store import Store
 from tests.faults.proxy import proxied
 from tests.tracebacks import no_traceback as no_traceback
 
-from .harness import Hand, Road, announce, client_of, hosted, running
+from .harness import Hand, ProxiedApi, announce, client_of, hosted, running
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ async def api(config: ApiConfig, store: Store) -> AsyncIterator[httpx2.AsyncClie
 
 
 @pytest.fixture
-async def locked(config: ApiConfig, store: Store, tmp_path: Path) -> AsyncIterator[int]:
-    """The port of an API with two tenants, of whom `alice` and `bob` are the keys."""
+async def two_tenant_port(config: ApiConfig, store: Store, tmp_path: Path) -> AsyncIterator[int]:
+    """The port of an API with two tenants, whose keys are `alice` and `bob`."""
     path = tmp_path / "keys"
     lines = [entry_of(name, name, "submit,read").line() for name in ("alice", "bob")]
     path.write_text("\n".join(lines))
@@ -42,16 +42,16 @@ async def locked(config: ApiConfig, store: Store, tmp_path: Path) -> AsyncIterat
 
 
 @pytest.fixture
-def hand(store: Store) -> Hand:
+def manual_worker(store: Store) -> Hand:
     return Hand(store)
 
 
 @pytest.fixture
-async def behind(config: ApiConfig, store: Store) -> AsyncIterator[Road]:
-    """An API that serves iris, behind a proxy that can cut it off from Redis."""
+async def proxied_api(config: ApiConfig, store: Store) -> AsyncIterator[ProxiedApi]:
+    """An API that serves iris and reaches Redis through a proxy that can cut the connection."""
     await announce(store, "iris", default="iris")
     async with hosted(proxied(config.redis_url)) as proxy:
         away = msgspec.structs.replace(config, redis_url=proxy.url)
         async with hosted(running(away)) as port:
-            yield Road(port, proxy)
+            yield ProxiedApi(port, proxy)
             proxy.restore()

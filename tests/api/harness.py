@@ -1,4 +1,4 @@
-"""How these tests start an API, announce models, and finish jobs."""
+"""Helpers that start an API, announce models and finish jobs."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -32,10 +32,10 @@ COLUMNS = {"iris": 4, "digits": 64}
 
 @asynccontextmanager
 async def running(config: ApiConfig) -> AsyncIterator[int]:
-    """The port of an API in this loop, on a real socket."""
-    async with serving(config) as (server, port):
+    """Runs an API in this event loop, on a real socket; its port."""
+    async with running_server(config) as (server, port):
         yield port
-        # What uvicorn's shutdown does, without the pauses it makes.
+        # Does what uvicorn's shutdown does, without its pauses.
         connections = server.server_state.connections
         for connection in list(connections):
             connection.shutdown()
@@ -43,17 +43,17 @@ async def running(config: ApiConfig) -> AsyncIterator[int]:
 
 
 @asynccontextmanager
-async def stopped_by_itself(config: ApiConfig) -> AsyncIterator[int]:
-    """`running`, but at the end stopped as a signal does."""
-    async with serving(config) as (server, port):
+async def running_until_signal(config: ApiConfig) -> AsyncIterator[int]:
+    """`running`, but stopped at the end as by a signal."""
+    async with running_server(config) as (server, port):
         yield port
         server.should_exit = True
-        await eventually(lambda: not server.servers[0].is_serving(), "it stops listening")
-        await eventually(lambda: not server.server_state.connections, "all is answered")
+        await eventually(lambda: not server.servers[0].is_serving(), "the server stops listening")
+        await eventually(lambda: not server.server_state.connections, "all requests are answered")
 
 
 @asynccontextmanager
-async def serving(config: ApiConfig) -> AsyncIterator[tuple[Server, int]]:
+async def running_server(config: ApiConfig) -> AsyncIterator[tuple[Server, int]]:
     ready = anyio.Event()
     app = create_app(config)
     server = Server(app, config, on_ready=ready.set)
@@ -68,8 +68,8 @@ async def serving(config: ApiConfig) -> AsyncIterator[tuple[Server, int]]:
 
 @asynccontextmanager
 async def hosted(context: AbstractAsyncContextManager[T]) -> AsyncIterator[T]:
-    """`context` in a task of its own, for fixtures: pytest-asyncio ends them in another task than
-    it began them in, and a task group must be left where it was entered."""
+    """Enters and leaves `context` in a task of its own, for fixtures: pytest-asyncio ends a
+    fixture in another task than it began in, and a task group must be left where it was entered."""
     entered: asyncio.Future[T] = asyncio.get_running_loop().create_future()
     leave = asyncio.Event()
 
@@ -99,7 +99,7 @@ def client_of(port: int, **headers: str) -> httpx2.AsyncClient:
 
 @asynccontextmanager
 async def api_of(config: ApiConfig) -> AsyncIterator[httpx2.AsyncClient]:
-    """A client of an API of its own."""
+    """Runs an API; a client of it."""
     async with running(config) as port, client_of(port) as client:
         yield client
 
@@ -129,15 +129,15 @@ async def announce(store: Store, *models: str, default: str | None = None) -> No
     )
 
 
-class Road(NamedTuple):
-    """The port of an API, and what its way to Redis leads through."""
+class ProxiedApi(NamedTuple):
+    """The port of an API, and the proxy between it and Redis."""
 
     port: int
     proxy: Proxy
 
 
 class Hand:
-    """Does by hand what a worker does to jobs."""
+    """Claims and finishes jobs as a worker does, one step at a time."""
 
     def __init__(self, store: Store) -> None:
         self._runs = Runs(store, "hand")
@@ -145,14 +145,17 @@ class Hand:
     async def claim(self, queue: str = QUEUE) -> Claim:
         request = ClaimRequest((queue,), self._runs.new_token(), held=False, max_jobs=100)
         claim = (await self._runs.claim(request)).claim
-        assert claim is not None, f"nothing waits in {queue}"
+        assert claim is not None, f"no job waits in {queue}"
         return claim
 
     async def finish(
         self, claim: Claim, outcome: jobs.Outcome = "completed", body: Any = RESULT
     ) -> None:
         stored = body if isinstance(body, bytes) else msgspec.json.encode(body)
-        finished = [Finished(job.job_id, outcome, stored, _ended(job, claim)) for job in claim.jobs]
+        finished = [
+            Finished(job.job_id, outcome, stored, _finished_record(job, claim))
+            for job in claim.jobs
+        ]
         await self._runs.finish(claim, finished, last=True)
 
     async def complete(self, queue: str = QUEUE, body: Any = RESULT) -> None:
@@ -163,7 +166,7 @@ class Hand:
         await self.finish(await self.claim(queue), "failed", body)
 
 
-def _ended(job: ClaimedJob, claim: Claim) -> bytes:
+def _finished_record(job: ClaimedJob, claim: Claim) -> bytes:
     if job.record is None:
         return b""
     record = msgspec.structs.replace(
@@ -178,7 +181,7 @@ def _ended(job: ClaimedJob, claim: Claim) -> bytes:
 
 
 async def submit(client: httpx2.AsyncClient, **more: Any) -> str:
-    """Submits one row of iris; the job's id."""
+    """Submits one row to the default model; returns the job's id."""
     reply = await client.post("/predict", json={"data": ROW}, **more)
     assert reply.status_code == 202, reply.text
     job_id: str = reply.json()["job_id"]
@@ -186,7 +189,7 @@ async def submit(client: httpx2.AsyncClient, **more: Any) -> str:
 
 
 def assert_problem(reply: httpx2.Response, status: int, code: str) -> dict[str, Any]:
-    """That `reply` is this problem, whole; its body."""
+    """Asserts that `reply` is a complete problem with this status and code; returns its body."""
     assert reply.status_code == status, reply.text
     assert reply.headers["content-type"] == "application/problem+json"
     body: dict[str, Any] = reply.json()
@@ -198,7 +201,7 @@ def assert_problem(reply: httpx2.Response, status: int, code: str) -> dict[str, 
 
 
 async def raw_exchange(port: int, sent: bytes, seconds: float = 20.0) -> bytes:
-    """Everything the server answers to these bytes until it closes."""
+    """Sends bytes; returns everything the server answers until it closes the connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         async with asyncio.timeout(seconds):

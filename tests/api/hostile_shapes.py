@@ -1,4 +1,4 @@
-"""Requests of a wanted size that once cost far more than their size, and plain ones beside them."""
+"""Requests of any size that once cost far more than their size, and plain ones to compare with."""
 
 from asyncinfer.models.signature import Signature
 from asyncinfer.tensors.datatypes import TensorSpec
@@ -17,7 +17,7 @@ MODELS = {
             TensorSpec("probabilities", "FP32", ("batch", 10)),
         ),
     ),
-    # Any number of numbers in a row.
+    # Rows of any width.
     "series": Signature(
         model="series",
         version="1",
@@ -41,13 +41,13 @@ _EMPTY = b'{"name":"input","shape":[1,64],"datatype":"FP32","data":['
 
 
 def filled(size: int, head: bytes, piece: bytes, tail: bytes, between: bytes = b",") -> bytes:
-    """`head`, as many pieces as fit into `size`, `tail`."""
+    """A body of about `size` bytes: `head`, as many pieces as fit, `tail`."""
     count = (size - len(head) - len(tail)) // (len(piece) + len(between))
     return head + between.join([piece] * count) + tail
 
 
 def plain(size: int) -> bytes:
-    """Rows of the model `digits`, as a client would send so many."""
+    """An ordinary request of about `size` bytes for the model `digits`."""
     return filled(size, b'{"data":[', _ROW, b"]}")
 
 
@@ -59,7 +59,7 @@ def plain_tensor(size: int) -> bytes:
 
 
 def hostile(size: int) -> dict[str, tuple[str, bytes]]:
-    """By what each does: the model it is sent to, and the body."""
+    """By the name of each attack: the model that it is sent to, and the body."""
     beside = b'{"inputs":[' + _TENSOR + b"],"
     options = b'{"data":[' + _ROW + b'],"options":{'
     return {

@@ -1,4 +1,4 @@
-"""Raw HTTP, byte for byte as a client may send it, and what RFC 9110 and 9112 have it answered."""
+"""Raw HTTP requests, byte for byte, with the answers that RFC 9110 and 9112 require."""
 
 from collections.abc import Iterator
 from typing import Final, NamedTuple
@@ -7,7 +7,7 @@ CRLF: Final = b"\r\n"
 HOST: Final = b"Host: localhost\r\n"
 JSON: Final = b"Content-Type: application/json\r\n"
 ROW: Final = b"10000"
-"""Stands in a body for a number that the sender replaces, to find again what was stored of it."""
+"""Placeholder in a body for a number that the sender fills in, to find the stored job by it."""
 
 BODY: Final = b'{"data":[[10000,1,1,1]]}'
 LENGTH: Final = b"Content-Length: %d\r\n" % len(BODY)
@@ -34,7 +34,7 @@ class Shape(NamedTuple):
     answers: tuple[Answer, ...]
     closes: bool = False
     bodiless: bool = False
-    """Whether the answers have none, being to HEAD."""
+    """Whether the answers have no body, because the request is HEAD."""
 
 
 def open_after(name: str, sent: bytes, *answers: Answer) -> Shape:
@@ -46,7 +46,7 @@ def closed_after(name: str, sent: bytes, *answers: Answer) -> Shape:
 
 
 def refused(name: str, sent: bytes) -> Shape:
-    """Is no HTTP: nobody knows where the next request would begin."""
+    """Not HTTP: the server cannot know where a next request would begin, so it must close."""
     return Shape(name, sent, (MALFORMED,), closes=True)
 
 
@@ -185,7 +185,7 @@ def _absolute() -> Iterator[Shape]:
     yield closed_after("absolute, no authority", request(b"http:///", b"localhost"), HEADER)
     yield open_after("absolute, no Host", request(here), HEADER)
     yield open_after("absolute, two Hosts", request(here, b"localhost", b"localhost"), HEADER)
-    yield closed_after("absolute, an odd Host", request(here, b"a b"), HEADER)
+    yield closed_after("absolute, an invalid Host", request(here, b"a b"), HEADER)
     yield closed_after(
         "absolute, HTTP/1.0 without Host", request(b"http://localhost/", version=b"1.0"), 200
     )
@@ -248,7 +248,7 @@ def _hosts() -> Iterator[Shape]:
     yield open_after("two Hosts, the other first", request(b"evil.example", b"localhost"), HEADER)
     yield open_after("two equal Hosts", request(b"localhost", b"localhost"), HEADER)
     yield open_after("two Hosts, no such route", request(b"a", b"b", path=b"/none"), HEADER)
-    yield open_after("an odd Host, no such route", request(b"a b", path=b"/none"), HEADER)
+    yield open_after("an invalid Host, no such route", request(b"a b", path=b"/none"), HEADER)
     yield open_after("no Host, no such method", request(path=b"/jobs", method=b"PUT"), HEADER)
     submit = b"POST /predict HTTP/1.1\r\n" + JSON + LENGTH
     yield open_after("submit without Host", submit + CRLF + BODY, HEADER)
@@ -375,7 +375,7 @@ def _lengths() -> Iterator[Shape]:
 
 def _chunks() -> Iterator[Shape]:
     head = POST + CHUNKED + CRLF
-    one = b"18\r\n" + BODY + CRLF
+    chunk = b"18\r\n" + BODY + CRLF
     yield open_after("chunked", head + CHUNKS, 202)
     yield open_after("Chunked", POST + CHUNKED.replace(b"c", b"C") + CRLF + CHUNKS, 202)
     single = b"".join(b"1\r\n%c\r\n" % byte for byte in BODY[:4]) + b"014\r\n" + BODY[4:] + CRLF
@@ -390,8 +390,8 @@ def _chunks() -> Iterator[Shape]:
     yield refused("chunk longer than its size", head + b"17\r\n" + BODY + b"\r\n0\r\n\r\n")
     yield refused("chunk extension ended by LF", head + b"18;a\n" + BODY + b"\r\n0\r\n\r\n")
     yield refused("bare CR in a chunk extension", head + b"18;a\rb\r\n" + BODY + b"\r\n0\r\n\r\n")
-    yield refused("last chunk ended by LF", head + one + b"0\n\n")
-    last = head + one + b"0\r\n"
+    yield refused("last chunk ended by LF", head + chunk + b"0\n\n")
+    last = head + chunk + b"0\r\n"
     for line in (
         b"X: y",
         b"Host: evil.example",
@@ -406,12 +406,12 @@ def _chunks() -> Iterator[Shape]:
         )
     evil = head.replace(b"localhost", b"evil.example")
     yield open_after(
-        "refused Host, allowed trailer", evil + one + b"0\r\n" + HOST + CRLF, HOST_REFUSED
+        "refused Host, allowed trailer", evil + chunk + b"0\r\n" + HOST + CRLF, HOST_REFUSED
     )
     foreign = POST + CHUNKED + b"Origin: https://evil.example\r\n\r\n"
     yield open_after(
         "refused Origin, allowed trailer",
-        foreign + one + b"0\r\nOrigin: http://localhost\r\n\r\n",
+        foreign + chunk + b"0\r\nOrigin: http://localhost\r\n\r\n",
         ORIGIN_REFUSED,
     )
     for line in (
@@ -515,7 +515,7 @@ def _expectations() -> Iterator[Shape]:
 
 
 def _too_large() -> Iterator[Shape]:
-    """The answer says `close` while the body still comes, so nothing behind it is done."""
+    """The answer says `close` while the body is still being sent: no later request is handled."""
     large = b" " * 3_000_000
     after = POST + LENGTH + CRLF + BODY + NEXT
     yield closed_after(

@@ -1,4 +1,4 @@
-"""A client of server-sent events that reads them as the standard says (WHATWG HTML, 9.2.6)."""
+"""A client of server-sent events that parses them as the standard says (WHATWG HTML, 9.2.6)."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -15,19 +15,19 @@ class Event(NamedTuple):
     name: str
     data: dict[str, Any]
     id: str
-    """Of this event or, where it has none, of the last one that had."""
+    """The id of this event, or of the last event that had one."""
 
 
-class Listener:
-    """One stream; `last_id` is what an EventSource would send to go on."""
+class EventStream:
+    """One stream; `last_id` is what an EventSource would send to continue it."""
 
     def __init__(self, reply: httpx2.Response, last_id: str = "") -> None:
         self.last_id = last_id
         self.comments = 0
         self._lines = reply.aiter_lines()
 
-    async def next(self) -> Event | None:
-        """The next event; None when the stream ended."""
+    async def next_event(self) -> Event | None:
+        """The next event; None if the stream ended."""
         name, data = "message", ""
         async with asyncio.timeout(_SECONDS):
             async for line in self._lines:
@@ -46,20 +46,20 @@ class Listener:
         return None
 
     async def event(self, *names: str) -> Event:
-        """The next event, of one of these names when there are any; others are passed over."""
-        while one := await self.next():
-            if not names or one.name in names:
-                return one
+        """The next event with one of these names (any if none are given); skips other events."""
+        while event := await self.next_event():
+            if not names or event.name in names:
+                return event
         raise AssertionError(f"the stream ended before {names}")
 
-    async def rest(self) -> list[Event]:
-        found = []
-        while one := await self.next():
-            found.append(one)
-        return found
+    async def remaining_events(self) -> list[Event]:
+        events = []
+        while event := await self.next_event():
+            events.append(event)
+        return events
 
-    async def commented(self) -> None:
-        """Until the next comment; nothing else may come before it."""
+    async def wait_for_comment(self) -> None:
+        """Returns after the next comment; fails if an event comes before it."""
         async with asyncio.timeout(_SECONDS):
             async for line in self._lines:
                 if line.startswith(":"):
@@ -71,7 +71,7 @@ class Listener:
 @asynccontextmanager
 async def listening(
     client: httpx2.AsyncClient, path: str, last_id: str = ""
-) -> AsyncIterator[Listener]:
+) -> AsyncIterator[EventStream]:
     headers = {"last-event-id": last_id} if last_id else {}
     async with client.stream("GET", path, headers=headers) as reply:
         if reply.status_code != 200:
@@ -79,4 +79,4 @@ async def listening(
         assert reply.status_code == 200, reply.text
         assert reply.headers["content-type"] == "text/event-stream"
         assert reply.headers["cache-control"] == "no-store"
-        yield Listener(reply, last_id)
+        yield EventStream(reply, last_id)

@@ -1,4 +1,4 @@
-"""Bad input at the door: a 4xx problem that names the place, and nothing queued."""
+"""Bad input is answered with a 4xx problem that names the place, and nothing is queued."""
 
 import codecs
 from collections.abc import AsyncIterator
@@ -43,7 +43,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("case", MALFORMED)
-async def test_what_is_no_json_is_400(api: httpx2.AsyncClient, case: str) -> None:
+async def test_a_body_that_is_not_json_is_400(api: httpx2.AsyncClient, case: str) -> None:
     body, named = MALFORMED[case]
     reply = await api.post("/predict", content=body, headers=JSON)
     assert reply.status_code in (400, 422)
@@ -125,14 +125,14 @@ async def test_an_unknown_name_comes_with_the_nearest_known(api: httpx2.AsyncCli
         "json",
     ],
 )
-async def test_only_json_is_taken(api: httpx2.AsyncClient, value: str) -> None:
+async def test_only_json_media_types_are_accepted(api: httpx2.AsyncClient, value: str) -> None:
     headers = {"content-type": value}
     reply = await api.post("/predict", content=b'{"data": [[1, 2, 3, 4]]}', headers=headers)
     assert_problem(reply, 415, "media_type_refused")
 
 
 @pytest.mark.parametrize("value", ["gzip", "br", "identity, gzip", "x"])
-async def test_only_plain_bodies_are_taken(api: httpx2.AsyncClient, value: str) -> None:
+async def test_only_uncompressed_bodies_are_accepted(api: httpx2.AsyncClient, value: str) -> None:
     headers = {**JSON, "content-encoding": value}
     reply = await api.post("/predict", content=b'{"data": [[1, 2, 3, 4]]}', headers=headers)
     assert_problem(reply, 415, "encoding_refused")
@@ -164,7 +164,7 @@ async def test_a_wrong_method_is_405_with_the_right_ones(
     assert reply.headers["allow"] == allow
 
 
-# --- size ----------------------------------------------------------------------------------
+# --- size ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ async def test_a_chunked_body_is_counted_while_it_is_read(small: int) -> None:
     assert_problem(reply, 413, "body_too_large")
 
 
-async def test_an_announced_length_is_refused_before_a_byte_is_sent(small: int) -> None:
+async def test_a_too_large_content_length_is_refused_before_a_byte_is_sent(small: int) -> None:
     answer = await raw_exchange(
         small,
         b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -206,7 +206,7 @@ async def test_an_announced_length_is_refused_before_a_byte_is_sent(small: int) 
 
 
 @pytest.mark.parametrize("length", [b"-1", b"1, 2", b"x", b"99999999999999999999999"])
-async def test_a_length_that_is_none_is_400(small: int, length: bytes) -> None:
+async def test_an_invalid_content_length_is_400(small: int, length: bytes) -> None:
     answer = await raw_exchange(
         small, b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %b\r\n\r\n" % length
     )

@@ -1,4 +1,4 @@
-"""POST /predict with one request a line: each is answered at its place, whatever the others are."""
+"""POST /predict with one request per line: each line is answered in its place, independently."""
 
 import asyncio
 import gc
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from asyncinfer.api.answer_sizes import AnswerSizes
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.api.http.ndjson import Lines
+from asyncinfer.api.http.ndjson import LineSplitter
 from asyncinfer.api.live.inbox import Ticket
 from asyncinfer.repository import keys
 from asyncinfer.repository.policy import Policy
@@ -32,13 +32,13 @@ from .harness import (
     RESULT,
     ROW,
     Hand,
-    Road,
+    ProxiedApi,
     announce,
     assert_problem,
     client_of,
     hosted,
     running,
-    stopped_by_itself,
+    running_until_signal,
     submit,
 )
 
@@ -54,44 +54,45 @@ async def post_lines(
     reply = await client.post(path, content=b"\n".join(lines), headers={**NDJSON, **headers})
     assert reply.status_code == 200, reply.text
     assert reply.headers["content-type"] == "application/x-ndjson"
-    return answers_in(reply.content)
+    return parse_answers(reply.content)
 
 
-def answers_in(body: bytes) -> list[dict[str, Any]]:
+def parse_answers(body: bytes) -> list[dict[str, Any]]:
     assert body.endswith(b"\n") or not body
     return [msgspec.json.decode(line) for line in body.splitlines()]
 
 
-def keyed(*numbers: int) -> list[bytes]:
+def lines_with_keys(*numbers: int) -> list[bytes]:
     return [
-        b'{"data": [[%d, 2, 3, 4]], "idempotency_key": "row-%d"}' % (one, one) for one in numbers
+        b'{"data": [[%d, 2, 3, 4]], "idempotency_key": "row-%d"}' % (number, number)
+        for number in numbers
     ]
 
 
-class Talk:
+class BulkClient:
     """A client that reads while it sends, line by line."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
         self._lines = b""
-        self._headed = False
+        self._head_read = False
 
-    async def head(self) -> bytes:
-        self._headed = True
+    async def read_head(self) -> bytes:
+        self._head_read = True
         return await self._reader.readuntil(b"\r\n\r\n")
 
-    async def say(self, text: bytes) -> None:
+    async def send(self, text: bytes) -> None:
         self._writer.write(b"%x\r\n%b\r\n" % (len(text), text))
         await self._writer.drain()
 
     def end(self) -> None:
         self._writer.write(b"0\r\n\r\n")
 
-    def leave(self) -> None:
+    def disconnect(self) -> None:
         self._writer.transport.abort()
 
-    async def hear(self) -> dict[str, Any] | None:
+    async def read_line(self) -> dict[str, Any] | None:
         """The next line; None at the end of the answer."""
         while b"\n" not in self._lines:
             size = int(await self._reader.readuntil(b"\r\n"), 16)
@@ -102,43 +103,43 @@ class Talk:
         found: dict[str, Any] = msgspec.json.decode(line)
         return found
 
-    async def hear_after_head(self) -> dict[str, Any]:
-        if not self._headed:
-            await self.head()
-        answer = await self.hear()
+    async def read_first_line(self) -> dict[str, Any]:
+        if not self._head_read:
+            await self.read_head()
+        answer = await self.read_line()
         assert answer, "the answer ended"
         return answer
 
-    async def closed(self) -> bool:
+    async def is_closed(self) -> bool:
         return await self._reader.read() == b""
 
 
 @asynccontextmanager
-async def talking(port: int, headers: bytes = b"") -> AsyncIterator[Talk]:
+async def bulk_client(port: int, headers: bytes = b"") -> AsyncIterator[BulkClient]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         async with asyncio.timeout(90):
             writer.write(CHUNKED + headers + b"\r\n")
-            talk = Talk(reader, writer)
-            yield talk
+            bulk = BulkClient(reader, writer)
+            yield bulk
     finally:
         writer.close()
 
 
 @pytest.fixture
 async def port(config: ApiConfig, store: Store) -> AsyncIterator[int]:
-    """The port of an API that cuts off who is silent for 0.4 s, and takes lines of 1,000 bytes."""
+    """The port of an API with a body timeout of 0.4 s and lines of at most 1,000 bytes."""
     await announce(store, "iris", "digits", default="iris")
     strict = msgspec.structs.replace(config, body_timeout_seconds=0.4, max_json_bytes=1000)
     async with hosted(running(strict)) as found:
         yield found
 
 
-# --- lines ---------------------------------------------------------------------------------
+# --- lines -----------------------------------------------------------------------------------
 
 
-def cut(pieces: Sequence[bytes], max_bytes: int) -> list[tuple[int, bytes | None]]:
-    lines = Lines(max_bytes)
+def split_lines(pieces: Sequence[bytes], max_bytes: int) -> list[tuple[int, bytes | None]]:
+    lines = LineSplitter(max_bytes)
     found = [line for piece in pieces for line in lines.cut(piece)]
     return [(line.number, line.text) for line in (*found, *lines.rest())]
 
@@ -150,19 +151,19 @@ def test_lines_are_the_same_however_their_bytes_were_split(
     text = b"".join(parts)
     places = sorted(data.draw(st.lists(st.integers(0, len(text)))))
     pieces = [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
-    assert cut(pieces, 5) == cut([text], 5)
+    assert split_lines(pieces, 5) == split_lines([text], 5)
     expected = [
-        (number, one.removesuffix(b"\r")) for number, one in enumerate(text.split(b"\n"), 1)
+        (number, line.removesuffix(b"\r")) for number, line in enumerate(text.split(b"\n"), 1)
     ]
-    assert cut([text], 5) == [
-        (number, one if len(one) <= 5 else None)
-        for number, one in expected
-        if len(one) > 5 or one.strip(b" \t\r")
+    assert split_lines([text], 5) == [
+        (number, line if len(line) <= 5 else None)
+        for number, line in expected
+        if len(line) > 5 or line.strip(b" \t\r")
     ]
 
 
 def test_a_line_that_never_ends_is_not_kept() -> None:
-    lines = Lines(10)
+    lines = LineSplitter(10)
     piece = b"x" * 10_000
     tracemalloc.start()
     for _ in range(100):
@@ -170,7 +171,7 @@ def test_a_line_that_never_ends_is_not_kept() -> None:
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak_bytes < 100_000
-    assert [(one.number, one.text) for one in lines.cut(b"\nok\n")] == [(1, None), (2, b"ok")]
+    assert [(line.number, line.text) for line in lines.cut(b"\nok\n")] == [(1, None), (2, b"ok")]
 
 
 # --- what is answered ------------------------------------------------------------------------
@@ -181,10 +182,10 @@ async def test_each_line_becomes_a_job_in_order(
 ) -> None:
     lines = [b'{"data": [[%d, 2, 3, 4]]}' % number for number in range(600)]
     answers = await post_lines(api, lines)
-    ids = [one["job_id"] for one in answers]
+    ids = [answer["job_id"] for answer in answers]
     assert answers[7].pop("waiting_for")["code"] == "no_worker"
     assert answers[7] == {"job_id": ids[7], "status": "pending", "url": f"/job/{ids[7]}"}
-    assert server.lrange(QUEUE, 0, -1) == [one.encode() for one in reversed(ids)]
+    assert server.lrange(QUEUE, 0, -1) == [job_id.encode() for job_id in reversed(ids)]
     assert server.get(keys.data(ids[7])) == b"[[7, 2, 3, 4]]"
 
 
@@ -195,7 +196,7 @@ async def test_the_other_names_of_the_media_type_are_taken(
     api: httpx2.AsyncClient, media_type: str
 ) -> None:
     answers = await post_lines(api, [GOOD, GOOD], "/predict", **{"content-type": media_type})
-    assert [one["status"] for one in answers] == ["pending", "pending"]
+    assert [answer["status"] for answer in answers] == ["pending", "pending"]
 
 
 async def test_a_model_in_the_path_gets_every_line(
@@ -211,7 +212,7 @@ async def test_a_model_in_the_path_gets_every_line(
 async def test_named_tensors_and_rows_may_be_mixed(api: httpx2.AsyncClient) -> None:
     tensor = {"name": "input", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}
     lines = [GOOD, msgspec.json.encode({"inputs": [tensor], "outputs": [{"name": "label"}]}), GOOD]
-    assert [one["status"] for one in await post_lines(api, lines)] == ["pending"] * 3
+    assert [answer["status"] for answer in await post_lines(api, lines)] == ["pending"] * 3
 
 
 WRONG = {
@@ -246,7 +247,7 @@ async def test_a_wrong_line_is_answered_in_its_place(port: int, case: str) -> No
 
 async def test_every_fault_of_a_line_is_named(api: httpx2.AsyncClient) -> None:
     (wrong,) = await post_lines(api, [b'{"data": [[1, "2", true, 4]]}'])
-    assert [one["pointer"] for one in wrong["errors"]] == ["/data/0/1", "/data/0/2"]
+    assert [error["pointer"] for error in wrong["errors"]] == ["/data/0/1", "/data/0/2"]
 
 
 async def test_ten_thousand_lines_with_wrong_ones_among_them(
@@ -263,7 +264,7 @@ async def test_ten_thousand_lines_with_wrong_ones_among_them(
             assert answer["status"] == "pending"
         else:
             assert (answer["line"], answer["code"]) == (number, WRONG[code][2])
-    taken = [one["job_id"].encode() for one in answers if "job_id" in one]
+    taken = [entry["job_id"].encode() for entry in answers if "job_id" in entry]
     assert server.lrange(QUEUE, 0, -1) == taken[::-1]
     server.flushall()
 
@@ -271,7 +272,7 @@ async def test_ten_thousand_lines_with_wrong_ones_among_them(
 async def test_blank_lines_and_either_line_end_are_taken(api: httpx2.AsyncClient) -> None:
     body = b"\r\n \n" + GOOD + b"\r\n\n" + GOOD + b"\n\t\n" + GOOD
     reply = await api.post("/predict", content=body, headers=NDJSON)
-    assert len(answers_in(reply.content)) == 3
+    assert len(parse_answers(reply.content)) == 3
     empty = await api.post("/predict", content=b"", headers=NDJSON)
     assert (empty.status_code, empty.content) == (200, b"")
 
@@ -284,8 +285,8 @@ async def test_a_byte_order_mark_at_the_start_is_passed_over(api: httpx2.AsyncCl
     blank = await post_lines(api, [b"\xef\xbb\xbf", line[3:]])
 
     assert alone.status_code == 202, alone.text
-    assert ["job_id" in one for one in answers] == [True, True]
-    assert ["job_id" in one for one in blank] == [True]
+    assert ["job_id" in answer for answer in answers] == [True, True]
+    assert ["job_id" in line for line in blank] == [True]
 
 
 async def test_the_querys_options_are_for_lines_without_their_own(
@@ -293,10 +294,10 @@ async def test_the_querys_options_are_for_lines_without_their_own(
 ) -> None:
     own = GOOD[:-1] + b', "options": {"priority": "high"}}'
     await post_lines(api, [GOOD, own, GOOD], "/predict?priority=low")
-    assert [server.llen(one) for one in keys.waiting(QUEUE)] == [1, 0, 2]
+    assert [server.llen(name) for name in keys.waiting(QUEUE)] == [1, 0, 2]
 
 
-async def test_what_does_not_go_with_lines_is_refused_whole(
+async def test_headers_that_do_not_fit_a_bulk_request_refuse_all_of_it(
     api: httpx2.AsyncClient, server: redis.Redis
 ) -> None:
     refused = [
@@ -320,7 +321,7 @@ async def test_a_full_queue_refuses_the_lines_that_have_no_room(
     full = msgspec.structs.replace(config, policy=Policy(max_queue=3))
     async with running(full) as port, client_of(port) as client:
         answers = await post_lines(client, [GOOD] * 5)
-    assert [one["status"] for one in answers] == ["pending"] * 3 + [429] * 2
+    assert [answer["status"] for answer in answers] == ["pending"] * 3 + [429] * 2
     assert answers[3]["code"] == "queue_full"
     assert answers[3]["retry_after_seconds"] > 0
     assert server.llen(QUEUE) == 3
@@ -338,24 +339,24 @@ async def test_the_document_shows_lines(api: httpx2.AsyncClient) -> None:
 async def test_a_key_twice_in_one_request_gives_one_job(
     api: httpx2.AsyncClient, server: redis.Redis
 ) -> None:
-    lines = keyed(1, 2, 1)
+    lines = lines_with_keys(1, 2, 1)
     other = b'{"data": [[9, 9, 9, 9]], "idempotency_key": "row-2"}'
-    one, two, again, conflict = await post_lines(api, [*lines, other])
-    assert again == one
+    first, second, again, conflict = await post_lines(api, [*lines, other])
+    assert again == first
     assert (conflict["status"], conflict["code"], conflict["line"]) == (
         422,
         "idempotency_conflict",
         4,
     )
-    assert conflict["job_id"] == two["job_id"]
+    assert conflict["job_id"] == second["job_id"]
     assert server.llen(QUEUE) == 2
 
 
 async def test_a_key_is_the_same_on_a_line_and_in_a_header(
-    api: httpx2.AsyncClient, hand: Hand
+    api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     job_id = await submit(api, headers={"idempotency-key": "once"})
-    await hand.complete()
+    await manual_worker.complete()
     text = b'{"data": %b, "idempotency_key": "once"}' % msgspec.json.encode(ROW)
     (answer,) = await post_lines(api, [text])
     assert (answer["job_id"], answer["status"]) == (job_id, "completed")
@@ -365,7 +366,7 @@ async def test_a_request_sent_again_after_a_cut_gives_the_same_jobs(
     config: ApiConfig, store: Store, server: redis.Redis
 ) -> None:
     await announce(store, "iris", default="iris")
-    lines = keyed(*range(2000))
+    lines = lines_with_keys(*range(2000))
     async with running(config) as port:
         async with (
             proxied(f"redis://127.0.0.1:{port}") as between,
@@ -377,8 +378,8 @@ async def test_a_request_sent_again_after_a_cut_gives_the_same_jobs(
             answers = await post_lines(client, lines)
         async with client_of(port) as client:
             again = await post_lines(client, lines)
-    assert [one["job_id"] for one in again] == [one["job_id"] for one in answers]
-    assert len({one["job_id"] for one in answers}) == 2000
+    assert [repeated["job_id"] for repeated in again] == [answer["job_id"] for answer in answers]
+    assert len({answer["job_id"] for answer in answers}) == 2000
     assert server.llen(QUEUE) == 2000
 
 
@@ -386,16 +387,16 @@ async def test_a_request_sent_again_after_a_cut_gives_the_same_jobs(
 
 
 async def test_a_wait_answers_each_line_with_its_finished_job(
-    api: httpx2.AsyncClient, hand: Hand, server: redis.Redis
+    api: httpx2.AsyncClient, manual_worker: Hand, server: redis.Redis
 ) -> None:
     async with asyncio.TaskGroup() as group:
         lines = [GOOD, b"no", *[GOOD] * 148]
         post = group.create_task(post_lines(api, lines, prefer="wait=10"))
         await eventually(lambda: server.llen(QUEUE) == 149, "the jobs wait")
-        await hand.complete()
-        await hand.fail()
+        await manual_worker.complete()
+        await manual_worker.fail()
     answers = post.result()
-    statuses = [one["status"] for one in answers]
+    statuses = [answer["status"] for answer in answers]
     assert statuses == ["completed", 400, *["completed"] * 99, *["failed"] * 49]
     assert answers[0]["result"] == RESULT
     assert answers[-1]["error"] == {"code": "model_failed", "message": "no"}
@@ -413,64 +414,64 @@ async def test_a_wait_too_short_answers_with_the_job_as_it_is(
         )
         assert wait <= time.monotonic() - began < wait + longest
         assert reply.headers["preference-applied"] == f"wait={wait}"
-        answers = answers_in(reply.content)
-        assert {(one["status"], one["model"], one["result"]) for one in answers} == {
+        answers = parse_answers(reply.content)
+        assert {(answer["status"], answer["model"], answer["result"]) for answer in answers} == {
             ("pending", "iris", None)
         }
     assert server.llen(QUEUE) == 140
 
 
-async def test_a_line_is_answered_before_the_next_is_sent(port: int, hand: Hand) -> None:
-    async with talking(port, b"Prefer: wait=10\r\n") as talk:
-        assert b" 200 " in await talk.head()
+async def test_a_line_is_answered_before_the_next_is_sent(port: int, manual_worker: Hand) -> None:
+    async with bulk_client(port, b"Prefer: wait=10\r\n") as bulk:
+        assert b" 200 " in await bulk.read_head()
         for _ in range(3):
-            await talk.say(GOOD + b"\n")
-            # Longer than silence may last: it is we who owe an answer.
+            await bulk.send(GOOD + b"\n")
+            # Longer than a client may be silent: the server still has to answer.
             await asyncio.sleep(0.6)
-            await hand.complete()
-            answer = await talk.hear()
+            await manual_worker.complete()
+            answer = await bulk.read_line()
             assert answer
             assert answer["status"] == "completed"
-        talk.end()
-        assert await talk.hear() is None
+        bulk.end()
+        assert await bulk.read_line() is None
 
 
-async def test_a_finished_job_is_told_while_a_later_one_waits(
-    port: int, hand: Hand, server: redis.Redis
+async def test_a_finished_job_is_answered_while_a_later_one_waits(
+    port: int, manual_worker: Hand, server: redis.Redis
 ) -> None:
     later = GOOD[:-1] + b', "options": {"delay_seconds": 60}}'
-    async with talking(port, b"Prefer: wait=10\r\n") as talk:
-        await talk.head()
-        await talk.say(b"\n".join([GOOD, b"no", later, GOOD, b""]))
+    async with bulk_client(port, b"Prefer: wait=10\r\n") as bulk:
+        await bulk.read_head()
+        await bulk.send(b"\n".join([GOOD, b"no", later, GOOD, b""]))
         await eventually(lambda: server.llen(QUEUE) == 2, "the jobs wait")
-        await hand.complete()
-        assert [(await talk.hear() or {})["status"] for _ in range(2)] == ["completed", 400]
+        await manual_worker.complete()
+        assert [(await bulk.read_line() or {})["status"] for _ in range(2)] == ["completed", 400]
     server.flushall()
 
 
-async def test_a_client_that_leaves_is_waited_for_no_longer(
-    port: int, server: redis.Redis, hand: Hand
+async def test_nothing_waits_for_a_client_that_disconnected(
+    port: int, server: redis.Redis, manual_worker: Hand
 ) -> None:
-    async with talking(port, b"Prefer: wait=60\r\n") as talk:
-        await talk.say((GOOD + b"\n") * 100)
-        await talk.head()
+    async with bulk_client(port, b"Prefer: wait=60\r\n") as bulk:
+        await bulk.send((GOOD + b"\n") * 100)
+        await bulk.read_head()
         await eventually(lambda: server.llen(QUEUE) == 100, "the jobs wait")
-        await eventually(lambda: server.hlen(keys.facts(QUEUE)) > 0, "they are waited for")
-        talk.leave()
-    await eventually(lambda: not _tickets(), "nobody waits any longer")
-    await hand.complete()
+        await eventually(lambda: server.hlen(keys.facts(QUEUE)) > 0, "the API waits for them")
+        bulk.disconnect()
+    await eventually(lambda: not _tickets(), "the API waits for no job")
+    await manual_worker.complete()
 
 
 def _tickets() -> int:
     gc.collect()
-    return sum(isinstance(one, Ticket) for one in gc.get_objects())
+    return sum(isinstance(referent, Ticket) for referent in gc.get_objects())
 
 
 async def test_a_stopping_api_answers_what_it_has_read(
     config: ApiConfig, store: Store, server: redis.Redis
 ) -> None:
     await announce(store, "iris", default="iris")
-    async with stopped_by_itself(config) as port:
+    async with running_until_signal(config) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         text = (GOOD + b"\n") * 100
         writer.write(CHUNKED + b"Prefer: wait=60\r\n\r\n%x\r\n%b\r\n" % (len(text), text))
@@ -485,18 +486,18 @@ async def test_a_stopping_api_answers_what_it_has_read(
 
 @pytest.mark.soak
 async def test_a_wait_that_redis_breaks_off_still_names_its_jobs(
-    behind: Road, server: redis.Redis
+    proxied_api: ProxiedApi, server: redis.Redis
 ) -> None:
-    async with talking(behind.port, b"Prefer: wait=1\r\n") as talk:
-        await talk.head()
-        await talk.say((GOOD + b"\n") * 70)
-        await eventually(lambda: server.hlen(keys.facts(QUEUE)) > 0, "the first are signed up")
-        behind.proxy.black_hole()
-        answers = [await talk.hear() or {} for _ in range(70)]
-        behind.proxy.restore()
-        talk.end()
-    assert {one["job_id"].encode() for one in answers} == set(server.lrange(QUEUE, 0, -1))
-    assert {one["status"] for one in answers} == {"pending"}
+    async with bulk_client(proxied_api.port, b"Prefer: wait=1\r\n") as bulk:
+        await bulk.read_head()
+        await bulk.send((GOOD + b"\n") * 70)
+        await eventually(lambda: server.hlen(keys.facts(QUEUE)) > 0, "the first jobs are watched")
+        proxied_api.proxy.black_hole()
+        answers = [await bulk.read_line() or {} for _ in range(70)]
+        proxied_api.proxy.restore()
+        bulk.end()
+    assert {answer["job_id"].encode() for answer in answers} == set(server.lrange(QUEUE, 0, -1))
+    assert {answer["status"] for answer in answers} == {"pending"}
 
 
 async def _all_of(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
@@ -506,10 +507,10 @@ async def _all_of(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
     return answer
 
 
-# --- clients and their ways ------------------------------------------------------------------
+# --- kinds of clients ------------------------------------------------------------------------
 
 
-async def test_a_client_that_sends_all_before_it_reads_is_not_locked_out(
+async def test_a_client_that_sends_everything_before_it_reads_gets_every_answer(
     port: int, server: redis.Redis
 ) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 16)
@@ -518,57 +519,61 @@ async def test_a_client_that_sends_all_before_it_reads_is_not_locked_out(
         writer.write(HEAD + b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body) + body)
         writer.transport.set_write_buffer_limits(0)
         await writer.drain()
-        await eventually(lambda: server.llen(QUEUE) == 20_000, "all are taken in, none is read")
+        await eventually(
+            lambda: server.llen(QUEUE) == 20_000, "all jobs are submitted, no answer is read"
+        )
         answer = await reader.read()
     writer.close()
     assert answer.count(b'"status":"pending"') == 20_000
     server.flushall()
 
 
-async def test_a_body_that_is_made_while_it_is_sent_is_taken(api: httpx2.AsyncClient) -> None:
-    async def made() -> AsyncIterator[bytes]:
+async def test_a_body_that_is_generated_while_it_is_sent_is_accepted(
+    api: httpx2.AsyncClient,
+) -> None:
+    async def generated_body() -> AsyncIterator[bytes]:
         for number in range(50):
             text = GOOD + b"\n"
             yield text[:number]
             yield text[number:]
 
-    reply = await api.post("/predict", content=made(), headers=NDJSON)
-    assert [one["status"] for one in answers_in(reply.content)] == ["pending"] * 50
+    reply = await api.post("/predict", content=generated_body(), headers=NDJSON)
+    assert [answer["status"] for answer in parse_answers(reply.content)] == ["pending"] * 50
 
 
-async def test_a_client_that_asks_first_is_told_to_go_on(port: int) -> None:
-    async with talking(port, b"Expect: 100-continue\r\n") as talk:
-        assert await talk.head() == b"HTTP/1.1 100 Continue\r\n\r\n"
-        await talk.say(GOOD)
-        talk.end()
-        assert b" 200 " in await talk.head()
-        assert await talk.hear()
-        assert await talk.hear() is None
+async def test_a_bulk_client_that_expects_100_continue_gets_it(port: int) -> None:
+    async with bulk_client(port, b"Expect: 100-continue\r\n") as bulk:
+        assert await bulk.read_head() == b"HTTP/1.1 100 Continue\r\n\r\n"
+        await bulk.send(GOOD)
+        bulk.end()
+        assert b" 200 " in await bulk.read_head()
+        assert await bulk.read_line()
+        assert await bulk.read_line() is None
 
 
 async def test_a_client_that_falls_silent_is_cut_off(port: int) -> None:
     for begun, taken in ((b"", 0), (GOOD + b"\n" + GOOD[:9], 1)):
-        async with talking(port) as talk:
+        async with bulk_client(port) as bulk:
             if begun:
-                await talk.say(begun)
+                await bulk.send(begun)
             began = time.monotonic()
-            answers = [await talk.hear_after_head() for _ in range(taken + 1)]
+            answers = [await bulk.read_first_line() for _ in range(taken + 1)]
             assert 0.3 < time.monotonic() - began < 5
             assert (answers[-1]["status"], answers[-1]["line"]) == (408, taken + 1)
-            assert await talk.hear() is None
-            assert await talk.closed()
+            assert await bulk.read_line() is None
+            assert await bulk.is_closed()
 
 
-async def test_a_client_that_is_slow_but_not_silent_is_heard_out(port: int) -> None:
-    async with talking(port) as talk:
+async def test_a_client_that_is_slow_but_not_silent_is_read_to_the_end(port: int) -> None:
+    async with bulk_client(port) as bulk:
         for place in range(0, len(GOOD), 4):
-            await talk.say(GOOD[place : place + 4])
+            await bulk.send(GOOD[place : place + 4])
             await asyncio.sleep(0.15)
-        talk.end()
-        assert (await talk.hear_after_head())["status"] == "pending"
+        bulk.end()
+        assert (await bulk.read_first_line())["status"] == "pending"
 
 
-async def test_lines_that_no_route_reads_have_the_time_of_any_body(port: int) -> None:
+async def test_lines_that_no_route_reads_have_the_usual_body_timeout(port: int) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(CHUNKED.replace(b"/predict", b"/nowhere") + b"\r\n")
     began = time.monotonic()
@@ -589,52 +594,52 @@ async def test_a_connection_is_used_again(port: int) -> None:
 
 
 @pytest.mark.soak
-async def test_answers_that_nobody_takes_are_bounded(port: int) -> None:
-    # Sound lines among them, or the request would end after a thousand.
+async def test_answers_that_no_client_reads_are_bounded(port: int) -> None:
+    # With valid lines among them, since a request ends after a thousand refused lines.
     text = (GOOD + b"\n" + b"x\n" * 9) * 1000
-    async with talking(port) as talk:
-        reading = asyncio.ensure_future(_heard(talk, 200_000))
+    async with bulk_client(port) as bulk:
+        reading = asyncio.ensure_future(_read_answers(bulk, 200_000))
         for _ in range(20):
-            await talk.say(text)
+            await bulk.send(text)
         await reading
-        talk.end()
-    async with talking(port) as talk:
+        bulk.end()
+    async with bulk_client(port) as bulk:
         with pytest.raises(ConnectionError):
-            await _say_for_ever(talk, text)
+            await _send_forever(bulk, text)
 
 
-async def _say_for_ever(talk: Talk, text: bytes) -> None:
+async def _send_forever(bulk: BulkClient, text: bytes) -> None:
     while True:
-        await talk.say(text)
+        await bulk.send(text)
 
 
-async def _heard(talk: Talk, lines: int) -> None:
-    await talk.head()
+async def _read_answers(bulk: BulkClient, lines: int) -> None:
+    await bulk.read_head()
     for number in range(1, lines + 1):
-        answer = await talk.hear() or {}
+        answer = await bulk.read_line() or {}
         assert answer.get("line", number) == number
 
 
-def test_small_answers_are_waited_for_by_the_dozen_and_large_ones_one_by_one() -> None:
+def test_many_small_answers_are_read_at_a_time_and_large_ones_singly() -> None:
     sizes = AnswerSizes()
     assert sizes.fit("iris") < 10
     sizes.note("iris", 4, 1200)
     assert sizes.fit("iris") == 64
     sizes.note("images", 4, 4 * 14_000_000)
     assert sizes.fit("images") == 1
-    # Jobs that have not ended yet tell nothing of their results.
+    # The answers of unfinished jobs do not show how large their results are.
     sizes.note("images", 4, 4 * 120)
     assert sizes.fit("images") == 1
 
 
 async def test_large_results_are_in_memory_a_few_at_a_time(
-    api: httpx2.AsyncClient, hand: Hand
+    api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
-    """Forty of 14 MB held at once had a server of 512 MB killed."""
-    lines = keyed(*range(24))
+    """Forty results of 14 MB in memory at once killed a server with 512 MB."""
+    lines = lines_with_keys(*range(24))
     await post_lines(api, lines)
     result = msgspec.json.encode("x" * 4_000_000)
-    await hand.complete(body=result)
+    await manual_worker.complete(body=result)
     content = b"\n".join(lines)
     size = 0
     tracemalloc.start()
@@ -649,10 +654,10 @@ async def test_large_results_are_in_memory_a_few_at_a_time(
     assert peak_bytes < 30 * len(result)
 
 
-async def test_a_request_of_refused_lines_ends_where_it_is_clear_that_it_is_wrong(
+async def test_a_request_with_too_many_refused_lines_is_ended(
     api: httpx2.AsyncClient, server: redis.Redis
 ) -> None:
-    """Each refused line of two bytes costs what a job costs, and is answered with 300 bytes."""
+    """A refused line of two bytes costs as much as a job, and is answered with 300 bytes."""
     lines = [GOOD] * 20 + [b"x"] * 5000 + [GOOD]
 
     answers = await post_lines(api, lines)
@@ -676,26 +681,28 @@ async def test_some_refused_lines_among_many_end_nothing(api: httpx2.AsyncClient
 
 
 @pytest.mark.soak
-async def test_a_line_whose_fate_is_unknown_names_its_job(
-    behind: Road, server: redis.Redis
+async def test_a_line_whose_submit_is_uncertain_names_its_job(
+    proxied_api: ProxiedApi, server: redis.Redis
 ) -> None:
-    async with talking(behind.port) as talk:
-        await talk.head()
-        await talk.say(GOOD + b"\n")
-        assert (await talk.hear() or {})["status"] == "pending"
-        behind.proxy.cut_reply_to(script("submit").sha.encode(), 3)
-        behind.proxy.black_hole()
-        await talk.say((GOOD + b"\n") * 2000)
-        refused = [await talk.hear() or {} for _ in range(2000)]
-        assert {(one["status"], one["code"]) for one in refused} == {(503, "redis_unavailable")}
-        assert [one["line"] for one in refused] == list(range(2, 2002))
+    async with bulk_client(proxied_api.port) as bulk:
+        await bulk.read_head()
+        await bulk.send(GOOD + b"\n")
+        assert (await bulk.read_line() or {})["status"] == "pending"
+        proxied_api.proxy.cut_reply_to(script("submit").sha.encode(), 3)
+        proxied_api.proxy.black_hole()
+        await bulk.send((GOOD + b"\n") * 2000)
+        refused = [await bulk.read_line() or {} for _ in range(2000)]
+        assert {(answer["status"], answer["code"]) for answer in refused} == {
+            (503, "redis_unavailable")
+        }
+        assert [answer["line"] for answer in refused] == list(range(2, 2002))
         assert refused[0]["job_id"]
         assert "job_id" not in refused[-1]
-        behind.proxy.restore()
+        proxied_api.proxy.restore()
 
         async def taken_again() -> bool:
-            await talk.say(GOOD + b"\n")
-            return bool((await talk.hear_after_head())["status"] == "pending")
+            await bulk.send(GOOD + b"\n")
+            return bool((await bulk.read_first_line())["status"] == "pending")
 
-        await eventually(taken_again, "lines are taken again")
-        talk.end()
+        await eventually(taken_again, "lines are accepted again")
+        bulk.end()

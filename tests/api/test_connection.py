@@ -1,4 +1,4 @@
-"""Connections that are slow, silent, too wordy or too many, over raw sockets."""
+"""Connections that are slow, silent, too large or too many, over raw sockets."""
 
 import asyncio
 import contextlib
@@ -29,7 +29,7 @@ from .harness import (
     hosted,
     raw_exchange,
     running,
-    serving,
+    running_server,
     submit,
 )
 
@@ -38,7 +38,7 @@ POST = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/
 
 
 @pytest.fixture
-async def strict(config: ApiConfig, store: Store) -> AsyncIterator[int]:
+async def strict_port(config: ApiConfig, store: Store) -> AsyncIterator[int]:
     """The port of an API with short times and small limits."""
     await announce(store, "iris", default="iris")
     limits = msgspec.structs.replace(
@@ -53,21 +53,21 @@ async def strict(config: ApiConfig, store: Store) -> AsyncIterator[int]:
 
 
 async def dribble(port: int, first: bytes, drop: bytes) -> tuple[bytes, float]:
-    """Sends `first`, then `drop` every 20 ms until the server ends it: what it said, and when."""
+    """Sends `first`, then `drop` every 20 ms until the server closes; the answer and the time."""
     began = time.monotonic()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(first)
-    answer = asyncio.ensure_future(all_that_came(reader))
+    answer = asyncio.ensure_future(read_until_closed(reader))
     while not answer.done() and time.monotonic() - began < 5:
         await asyncio.wait([answer], timeout=0.02)
         writer.write(drop)
-    ended = time.monotonic() - began
+    ended_seconds = time.monotonic() - began
     writer.close()
-    return await answer, ended
+    return await answer, ended_seconds
 
 
-async def all_that_came(reader: asyncio.StreamReader) -> bytes:
-    """Until the server has closed; who goes on writing may be told so by a reset."""
+async def read_until_closed(reader: asyncio.StreamReader) -> bytes:
+    """Reads until the server has closed; a client that keeps writing may get a reset instead."""
     came = b""
     with contextlib.suppress(ConnectionResetError):
         while chunk := await reader.read(65_536):
@@ -83,67 +83,69 @@ def assert_refused(answer: bytes, status: int, code: str) -> None:
     assert msgspec.json.decode(body)["code"] == code
 
 
-async def test_a_head_that_dribbles_is_ended(strict: int) -> None:
-    answer, ended = await dribble(strict, GET, b"X: y\r\n")
+async def test_a_head_that_dribbles_is_ended(strict_port: int) -> None:
+    answer, ended_seconds = await dribble(strict_port, GET, b"X: y\r\n")
     assert_refused(answer, 408, "request_timeout")
-    assert 0.3 <= ended < 4
+    assert 0.3 <= ended_seconds < 4
 
 
-async def test_a_silent_connection_is_closed_without_a_word(strict: int) -> None:
+async def test_a_silent_connection_is_closed_without_an_answer(strict_port: int) -> None:
     began = time.monotonic()
-    assert await raw_exchange(strict, b"") == b""
+    assert await raw_exchange(strict_port, b"") == b""
     assert 0.3 <= time.monotonic() - began < 4
 
 
-async def test_line_ends_keep_no_connection_open(strict: int) -> None:
-    answer, ended = await dribble(strict, b"\r\n", b"\r\n")
+async def test_line_ends_keep_no_connection_open(strict_port: int) -> None:
+    answer, ended_seconds = await dribble(strict_port, b"\r\n", b"\r\n")
     assert answer == b""
-    assert ended < 4
-    answer, ended = await dribble(strict, GET + b"\r\n\r\n", b"\r\n")
+    assert ended_seconds < 4
+    answer, ended_seconds = await dribble(strict_port, GET + b"\r\n\r\n", b"\r\n")
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert answer.count(b"HTTP/1.1") == 1
-    assert ended < 4
+    assert ended_seconds < 4
 
 
-async def test_a_body_that_dribbles_is_ended(strict: int) -> None:
+async def test_a_body_that_dribbles_is_ended(strict_port: int) -> None:
     first = POST + b"Content-Length: 1000\r\n\r\n"
-    answer, ended = await dribble(strict, first, b" ")
+    answer, ended_seconds = await dribble(strict_port, first, b" ")
     assert_refused(answer, 408, "request_timeout")
-    assert 0.4 <= ended < 4
+    assert 0.4 <= ended_seconds < 4
 
 
-async def test_a_chunked_body_that_dribbles_is_ended(strict: int) -> None:
+async def test_a_chunked_body_that_dribbles_is_ended(strict_port: int) -> None:
     first = POST + b"Transfer-Encoding: chunked\r\n\r\n"
-    answer, _ = await dribble(strict, first, b"1\r\n \r\n")
+    answer, _ = await dribble(strict_port, first, b"1\r\n \r\n")
     assert_refused(answer, 408, "request_timeout")
 
 
-async def test_a_body_shorter_than_announced_is_ended(strict: int) -> None:
-    answer = await raw_exchange(strict, POST + b'Content-Length: 1000\r\n\r\n{"data": [[1]]}')
+async def test_a_body_shorter_than_announced_is_ended(strict_port: int) -> None:
+    answer = await raw_exchange(strict_port, POST + b'Content-Length: 1000\r\n\r\n{"data": [[1]]}')
     assert_refused(answer, 408, "request_timeout")
 
 
-async def test_a_body_nobody_reads_is_ended_too(strict: int) -> None:
-    answer, ended = await dribble(strict, GET + b"Content-Length: 100000\r\n\r\n", b"x")
+async def test_a_body_that_no_handler_reads_is_ended_too(strict_port: int) -> None:
+    answer, ended_seconds = await dribble(
+        strict_port, GET + b"Content-Length: 100000\r\n\r\n", b"x"
+    )
     assert answer.startswith(b"HTTP/1.1 200 ")
-    assert ended < 4
+    assert ended_seconds < 4
 
 
-async def test_the_next_request_on_a_connection_has_its_own_time(strict: int) -> None:
-    answer, _ = await dribble(strict, GET + b"\r\n" + GET, b"X: y\r\n")
+async def test_the_next_request_on_a_connection_has_its_own_time(strict_port: int) -> None:
+    answer, _ = await dribble(strict_port, GET + b"\r\n" + GET, b"X: y\r\n")
     first, _, second = answer.partition(b"HTTP/1.1 408 ")
     assert first.startswith(b"HTTP/1.1 200 ")
     assert b"request_timeout" in second
 
 
-async def test_requests_sent_at_once_are_answered_in_turn(strict: int) -> None:
+async def test_requests_sent_at_once_are_answered_in_turn(strict_port: int) -> None:
     last = GET.replace(b"live", b"none") + b"Connection: close\r\n\r\n"
-    answer = await raw_exchange(strict, (GET + b"\r\n") * 3 + last)
+    answer = await raw_exchange(strict_port, (GET + b"\r\n") * 3 + last)
     assert [part[:3] for part in answer.split(b"HTTP/1.1 ")[1:]] == [b"200", b"200", b"200", b"404"]
 
 
-async def test_a_quick_request_may_wait_longer_than_the_times_for_reading(strict: int) -> None:
-    async with client_of(strict) as client:
+async def test_a_quick_request_may_wait_longer_than_the_times_for_reading(strict_port: int) -> None:
+    async with client_of(strict_port) as client:
         job_id = await submit(client)
         reply = await client.get(f"/job/{job_id}?wait=0.8")
     assert reply.json()["status"] == "pending"
@@ -158,19 +160,19 @@ async def test_a_quick_request_may_wait_longer_than_the_times_for_reading(strict
         pytest.param(GET + b"X: " + b"y" * 300_000, id="no end"),
     ],
 )
-async def test_long_headers_are_refused(strict: int, head: bytes) -> None:
-    assert_refused(await raw_exchange(strict, head), 431, "headers_too_large")
+async def test_long_headers_are_refused(strict_port: int, head: bytes) -> None:
+    assert_refused(await raw_exchange(strict_port, head), 431, "headers_too_large")
 
 
-async def test_headers_without_end_are_counted_as_they_come(strict: int) -> None:
-    answer, _ = await dribble(strict, GET, b"X: " + b"y" * 1000 + b"\r\n")
+async def test_headers_without_end_are_counted_as_they_come(strict_port: int) -> None:
+    answer, _ = await dribble(strict_port, GET, b"X: " + b"y" * 1000 + b"\r\n")
     assert_refused(answer, 431, "headers_too_large")
 
 
-async def test_a_long_body_behind_a_short_head_counts_for_no_header(strict: int) -> None:
+async def test_a_long_body_behind_a_short_head_does_not_count_as_headers(strict_port: int) -> None:
     body = b'{"data": [[1, 2, 3, 4]]}' + b" " * 20_000
     whole = POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-    assert (await raw_exchange(strict, whole)).startswith(b"HTTP/1.1 202 ")
+    assert (await raw_exchange(strict_port, whole)).startswith(b"HTTP/1.1 202 ")
 
 
 @pytest.mark.parametrize(
@@ -184,18 +186,18 @@ async def test_a_long_body_behind_a_short_head_counts_for_no_header(strict: int)
         POST + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     ],
 )
-async def test_what_is_no_http_is_400(strict: int, sent: bytes) -> None:
-    assert_refused(await raw_exchange(strict, sent), 400, "malformed_request")
+async def test_bytes_that_are_not_http_are_400(strict_port: int, sent: bytes) -> None:
+    assert_refused(await raw_exchange(strict_port, sent), 400, "malformed_request")
 
 
-async def test_a_request_without_a_host_is_400(strict: int) -> None:
-    answer = await raw_exchange(strict, b"GET / HTTP/1.0\r\n\r\n")
+async def test_a_request_without_a_host_is_400(strict_port: int) -> None:
+    answer = await raw_exchange(strict_port, b"GET / HTTP/1.0\r\n\r\n")
     assert_refused(answer, 400, "invalid_header")
 
 
 @pytest.fixture
-async def crowded(config: ApiConfig, store: Store) -> AsyncIterator[int]:
-    """The port of an API all of whose connections are held."""
+async def full_port(config: ApiConfig, store: Store) -> AsyncIterator[int]:
+    """The port of an API with all of its connections in use."""
     async with hosted(running(msgspec.structs.replace(config, max_connections=5))) as port:
         held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(5)]
         yield port
@@ -204,17 +206,19 @@ async def crowded(config: ApiConfig, store: Store) -> AsyncIterator[int]:
 
 
 @pytest.mark.parametrize("path", [b"/health/live", b"/health/ready", b"/health"])
-async def test_probes_are_answered_when_all_connections_are_held(crowded: int, path: bytes) -> None:
+async def test_probes_are_answered_when_all_connections_are_held(
+    full_port: int, path: bytes
+) -> None:
     probe = GET.replace(b"/health/live", path) + b"\r\n"
-    # Several, as of a client that keeps its connections: the first is answered.
-    answer = await raw_exchange(crowded, probe * 3)
+    # Several requests, as from a client that keeps its connection: only the first is answered.
+    answer = await raw_exchange(full_port, probe * 3)
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert b"\r\nconnection: close\r\n" in answer
     assert answer.count(b"HTTP/1.1") == 1
 
 
 async def test_nothing_else_is_answered_when_all_connections_are_held(
-    crowded: int, server: redis.Redis
+    full_port: int, server: redis.Redis
 ) -> None:
     body = msgspec.json.encode({"data": ROW})
     post = POST + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
@@ -224,24 +228,24 @@ async def test_nothing_else_is_answered_when_all_connections_are_held(
         b"GET /healthy HTTP/1.1",
     ):
         whole = request if request.endswith((b"\n", b"}")) else request + b"\r\nHost: a\r\n\r\n"
-        assert_refused(await raw_exchange(crowded, whole), 503, "too_many_connections")
+        assert_refused(await raw_exchange(full_port, whole), 503, "too_many_connections")
     assert server.llen(QUEUE) == 0
 
 
-async def test_a_reserved_connection_is_held_for_two_seconds_at_most(crowded: int) -> None:
+async def test_a_reserved_connection_is_held_for_two_seconds_at_most(full_port: int) -> None:
     began = time.monotonic()
-    reserved = [raw_exchange(crowded, sent) for sent in (b"", GET, b"\r\n")]
+    reserved = [raw_exchange(full_port, sent) for sent in (b"", GET, b"\r\n")]
     for answer in await asyncio.gather(*reserved):
         assert_refused(answer, 503, "too_many_connections")
     assert 1.9 <= time.monotonic() - began < 8
 
 
-async def test_sixteen_connections_are_reserved_and_those_above_are_told_so(crowded: int) -> None:
+async def test_sixteen_connections_are_reserved_and_those_above_are_refused(full_port: int) -> None:
     reserved = [
-        await asyncio.open_connection("127.0.0.1", crowded) for _ in range(RESERVED_CONNECTIONS)
+        await asyncio.open_connection("127.0.0.1", full_port) for _ in range(RESERVED_CONNECTIONS)
     ]
     assert RESERVED_CONNECTIONS == 16
-    assert_refused(await raw_exchange(crowded, b""), 503, "too_many_connections")
+    assert_refused(await raw_exchange(full_port, b""), 503, "too_many_connections")
     reader, writer = reserved[-1]
     writer.write(GET + b"\r\n")
     assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
@@ -249,35 +253,35 @@ async def test_sixteen_connections_are_reserved_and_those_above_are_told_so(crow
         writer.close()
 
 
-async def test_there_is_room_again_when_connections_are_closed(strict: int) -> None:
-    held = [await asyncio.open_connection("127.0.0.1", strict) for _ in range(5)]
+async def test_connections_are_accepted_again_when_others_are_closed(strict_port: int) -> None:
+    held = [await asyncio.open_connection("127.0.0.1", strict_port) for _ in range(5)]
     for _, writer in held:
         writer.close()
 
-    async def let_in() -> bool:
+    async def is_accepted() -> bool:
         answer = await raw_exchange(
-            strict, GET.replace(b"health/live", b"") + b"Connection: close\r\n\r\n"
+            strict_port, GET.replace(b"health/live", b"") + b"Connection: close\r\n\r\n"
         )
         return answer.startswith(b"HTTP/1.1 200 ")
 
-    await eventually(let_in, "there is room again")
+    await eventually(is_accepted, "a connection is accepted again")
 
 
-# --- trailers ------------------------------------------------------------------------------
+# --- trailers --------------------------------------------------------------------------------
 
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n"
 CHUNK = b'18\r\n{"data": [[1, 2, 3, 4]]}\r\n'
 
 
-async def test_a_trailer_gives_no_key_and_changes_none(locked: int) -> None:
+async def test_a_trailer_gives_no_key_and_changes_none(two_tenant_port: int) -> None:
     keyless = CHUNKED + b"\r\n" + CHUNK + b"0\r\nX-API-Key: bob\r\n\r\n"
-    assert b" 401 " in await first_answer(locked, keyless)
+    assert b" 401 " in await first_answer(two_tenant_port, keyless)
     keyed = CHUNKED + b"X-API-Key: alice\r\n\r\n" + CHUNK + b"0\r\nX-API-Key: bob\r\n\r\n"
-    answer = await first_answer(locked, keyed)
+    answer = await first_answer(two_tenant_port, keyed)
     assert b" 202 " in answer.partition(b"\r\n")[0]
     job_id = msgspec.json.decode(answer.partition(b"\r\n\r\n")[2])["job_id"]
     for key, status in (("alice", 200), ("bob", 404)):
-        async with client_of(locked, **{"x-api-key": key}) as client:
+        async with client_of(two_tenant_port, **{"x-api-key": key}) as client:
             assert (await client.get(f"/job/{job_id}")).status_code == status
 
 
@@ -290,19 +294,21 @@ async def test_a_trailer_gives_no_key_and_changes_none(locked: int) -> None:
     ],
 )
 @pytest.mark.parametrize("at_once", [1, 5000])
-async def test_what_follows_a_body_is_bounded(strict: int, endless: bytes, at_once: int) -> None:
+async def test_trailers_and_chunk_extensions_are_bounded(
+    strict_port: int, endless: bytes, at_once: int
+) -> None:
     first = CHUNKED + b"\r\n" + CHUNK
     first += b"" if endless.startswith(b"0") else b"0\r\n"
-    answer, ended = await dribble(strict, first, endless * at_once)
+    answer, ended_seconds = await dribble(strict_port, first, endless * at_once)
     assert_refused(answer, 431, "headers_too_large")
-    assert ended < 4
+    assert ended_seconds < 4
 
 
-async def test_small_chunks_are_no_trailers(strict: int) -> None:
+async def test_small_chunks_do_not_count_as_trailers(strict_port: int) -> None:
     body = b'{"data": [[1, 2, 3, 4]]}' + b" " * 4000
     chunks = b"".join(b"1;extension\r\n%c\r\n" % byte for byte in body)
     whole = CHUNKED + b"Connection: close\r\n\r\n" + chunks + b"0\r\n\r\n"
-    assert (await raw_exchange(strict, whole)).startswith(b"HTTP/1.1 202 ")
+    assert (await raw_exchange(strict_port, whole)).startswith(b"HTTP/1.1 202 ")
 
 
 async def first_answer(port: int, sent: bytes) -> bytes:
@@ -314,47 +320,51 @@ async def first_answer(port: int, sent: bytes) -> bytes:
 
 
 async def read_answer(reader: asyncio.StreamReader) -> bytes:
-    """A whole answer whose head says how long its body is."""
+    """Reads an answer with a Content-Length."""
     head = await reader.readuntil(b"\r\n\r\n")
     length = head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
     return head + await reader.readexactly(int(length))
 
 
-# --- what a client waits for, or sends ahead -------------------------------------------------
+# --- 100 Continue and requests sent ahead ----------------------------------------------------
 
 
-async def test_a_client_that_waits_for_100_is_told_to_go_on(strict: int) -> None:
+async def test_a_client_that_waits_for_100_continue_gets_it(strict_port: int) -> None:
     body = msgspec.json.encode({"data": ROW})
     head = POST + b"Content-Length: %d\r\nExpect: 100-continue\r\n" % len(body)
-    reader, writer = await asyncio.open_connection("127.0.0.1", strict)
+    reader, writer = await asyncio.open_connection("127.0.0.1", strict_port)
     writer.write(head + b"\r\n")
     assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
     writer.write(body)
     assert (await read_answer(reader)).startswith(b"HTTP/1.1 202 ")
     writer.write(head + b"Connection: close\r\n\r\n" + body)
     answer = await reader.read()
-    assert answer.startswith(b"HTTP/1.1 202 "), "who has sent all of it needs no leave"
+    assert answer.startswith(b"HTTP/1.1 202 "), (
+        "a client that has sent the whole body gets no 100 Continue"
+    )
     writer.close()
 
 
-async def test_over_http_1_0_nothing_precedes_the_answer(strict: int) -> None:
+async def test_over_http_1_0_nothing_precedes_the_answer(strict_port: int) -> None:
     head = POST.replace(b"1.1", b"1.0") + b"Content-Length: 24\r\nExpect: 100-continue\r\n\r\n"
-    assert_refused(await raw_exchange(strict, head), 408, "request_timeout")
+    assert_refused(await raw_exchange(strict_port, head), 408, "request_timeout")
 
 
-async def test_requests_sent_far_ahead_are_answered_as_far_as_they_are_kept(strict: int) -> None:
+async def test_requests_sent_ahead_are_answered_up_to_the_limit(
+    strict_port: int,
+) -> None:
     request = GET + b"\r\n"
-    answer = await raw_exchange(strict, request * 5000)
+    answer = await raw_exchange(strict_port, request * 5000)
     first, _, last = answer.rpartition(b"HTTP/1.1 200 ")
     assert b"connection: close" in last
     assert b"connection: close" not in first
     assert 100 <= answer.count(b"HTTP/1.1 200 ") < 5000
 
 
-# --- clients that leave --------------------------------------------------------------------
+# --- clients that disconnect -----------------------------------------------------------------
 
 
-class Left(NamedTuple):
+class ApiWithJobs(NamedTuple):
     server: Server
     port: int
     job_id: str
@@ -362,13 +372,15 @@ class Left(NamedTuple):
 
 
 @pytest.fixture
-async def left(config: ApiConfig, store: Store, hand: Hand) -> AsyncIterator[Left]:
-    """An API with a job that waits and one whose result is large."""
+async def api_with_jobs(
+    config: ApiConfig, store: Store, manual_worker: Hand
+) -> AsyncIterator[ApiWithJobs]:
+    """An API with a waiting job and a completed job with a large result."""
     await announce(store, "iris", default="iris")
-    async with hosted(serving(config)) as (server, port), client_of(port) as client:
+    async with hosted(running_server(config)) as (server, port), client_of(port) as client:
         result_id = await submit(client)
-        await hand.complete(body={"prediction": "y" * (8 << 20)})
-        yield Left(server, port, await submit(client), result_id)
+        await manual_worker.complete(body={"prediction": "y" * (8 << 20)})
+        yield ApiWithJobs(server, port, await submit(client), result_id)
 
 
 @pytest.mark.parametrize("reset", [False, True])
@@ -403,38 +415,41 @@ async def left(config: ApiConfig, store: Store, hand: Hand) -> AsyncIterator[Lef
         ),
     ],
 )
-async def test_a_client_that_leaves_in_the_middle_is_no_error(
-    left: Left, caplog: pytest.LogCaptureFixture, sent: bytes, reset: bool
+async def test_a_client_that_disconnects_in_the_middle_is_no_error(
+    api_with_jobs: ApiWithJobs, caplog: pytest.LogCaptureFixture, sent: bytes, reset: bool
 ) -> None:
-    request = sent.replace(b"JOB", left.job_id.encode()).replace(b"RESULT", left.result_id.encode())
-    state = left.server.server_state
+    api = api_with_jobs
+    request = sent.replace(b"JOB", api.job_id.encode()).replace(b"RESULT", api.result_id.encode())
+    state = api.server.server_state
     for known in (False, True):
-        _, writer = await asyncio.open_connection("127.0.0.1", left.port)
+        _, writer = await asyncio.open_connection("127.0.0.1", api.port)
         client = writer.get_extra_info("sockname")
         writer.write(request)
         if known:
-            await eventually(lambda: is_held(left.server, client), "the server has taken it")  # noqa: B023
+            await eventually(lambda: is_held(api.server, client), "it is accepted")  # noqa: B023
         if reset:
             taken = writer.get_extra_info("socket")
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         writer.close()
-        # What comes next is accepted after this one.
-        await first_answer(left.port, GET + b"\r\n")
-        await eventually(lambda: not is_held(left.server, client), "the server knows it has left")  # noqa: B023
-    await eventually(lambda: not state.tasks, "nothing is done for those that left", 10)
-    assert [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING] == []
+        # A later connection is accepted after this one.
+        await first_answer(api.port, GET + b"\r\n")
+        await eventually(lambda: not is_held(api.server, client), "it is closed")  # noqa: B023
+    await eventually(lambda: not state.tasks, "no task of a disconnected client is left", 10)
+    assert [
+        record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
+    ] == []
 
 
 def is_held(server: Server, client: tuple[str, int]) -> bool:
     return any(
-        isinstance(one, Connection) and one.client == client
-        for one in server.server_state.connections
+        isinstance(connection, Connection) and connection.client == client
+        for connection in server.server_state.connections
     )
 
 
-async def test_an_offer_to_upgrade_is_answered_as_plain_http(strict: int) -> None:
+async def test_an_offer_to_upgrade_is_answered_as_plain_http(strict_port: int) -> None:
     offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AA\r\n\r\n"
-    reader, writer = await asyncio.open_connection("127.0.0.1", strict)
+    reader, writer = await asyncio.open_connection("127.0.0.1", strict_port)
     writer.write(GET + offer)
     assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200 ")
     writer.write(GET + b"Connection: close\r\n\r\n")
@@ -442,27 +457,27 @@ async def test_an_offer_to_upgrade_is_answered_as_plain_http(strict: int) -> Non
     writer.close()
 
 
-async def test_an_answer_leaves_nothing_for_the_garbage_collector(strict: int) -> None:
-    """Collecting what answers left behind stopped an API for 10 ms and more, twice a second."""
+async def test_an_answer_leaves_nothing_for_the_garbage_collector(strict_port: int) -> None:
+    """Collecting garbage of answers stopped an API for 10 ms and more, twice a second."""
     body = msgspec.json.encode({"data": ROW})
     request = POST + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
-    reader, writer = await asyncio.open_connection("127.0.0.1", strict)
-    await answered(reader, writer, request)
+    reader, writer = await asyncio.open_connection("127.0.0.1", strict_port)
+    await submit_on(reader, writer, request)
     gc.collect()
     gc.set_debug(gc.DEBUG_SAVEALL)
     try:
         for _ in range(5):
-            await answered(reader, writer, request)
+            await submit_on(reader, writer, request)
         gc.collect()
-        left = {type(one).__module__.partition(".")[0] for one in gc.garbage}
+        modules = {type(garbage).__module__.partition(".")[0] for garbage in gc.garbage}
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
         writer.close()
-    assert not left & {"asyncinfer", "uvicorn", "starlette"}
+    assert not modules & {"asyncinfer", "uvicorn", "starlette"}
 
 
-async def answered(
+async def submit_on(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes
 ) -> None:
     writer.write(request)
@@ -470,11 +485,11 @@ async def answered(
     assert answer.startswith(b"HTTP/1.1 202 "), answer
 
 
-async def test_a_connection_is_closed_when_it_rests_and_not_while_it_is_used(
+async def test_a_connection_is_closed_when_it_is_idle_and_not_while_it_is_used(
     config: ApiConfig, store: Store
 ) -> None:
     await announce(store, "iris", default="iris")
-    async with hosted(serving(config)) as (server, port), client_of(port) as client:
+    async with hosted(running_server(config)) as (server, port), client_of(port) as client:
         job_id = await submit(client)
         server.config.timeout_keep_alive = 0.3  # type: ignore[assignment]
         reader, writer = await asyncio.open_connection("127.0.0.1", port)

@@ -1,4 +1,4 @@
-"""No request costs more than its size: what is refused is refused for less than is taken in."""
+"""No request costs more than its size: refusing one is never dearer than accepting its size."""
 
 import asyncio
 import contextlib
@@ -19,11 +19,11 @@ from .harness import hosted, raw_exchange, running
 from .hostile_shapes import MODELS, filled, hostile, plain, plain_tensor
 
 BODY_BYTES = 1_000_000
-MOST_TIMES_PLAIN = 20
+MAX_TIMES_PLAIN = 20
 ROUNDS = 5
 
-MOST_HELD_SECONDS = 0.1
-"""50 ms are promised, on a machine that does nothing else."""
+MAX_HOLD_SECONDS = 0.1
+"""50 ms are promised on a machine that does nothing else."""
 SHAPES = tuple(hostile(1000))
 
 Request = tuple[str, str, bytes, dict[str, str]]
@@ -42,21 +42,21 @@ async def port(config: ApiConfig, store: Store) -> AsyncIterator[int]:
         yield port
 
 
-def predicted(model: str, body: bytes) -> Request:
+def predict_request(model: str, body: bytes) -> Request:
     return "POST", f"/predict/{model}", body, JSON
 
 
-def validated(model: str, body: bytes) -> Request:
+def validate_request(model: str, body: bytes) -> Request:
     return "POST", f"/models/{model}/validate", body, JSON
 
 
-def line(model: str, body: bytes) -> Request:
-    """As one line of many; none has a line end in it."""
+def line_request(model: str, body: bytes) -> Request:
+    """The body as a line of a bulk request; no body contains a line end."""
     return "POST", f"/predict/{model}", body + b"\n", {"content-type": "application/x-ndjson"}
 
 
-def head(model: str, body: bytes) -> Request:
-    """As the JSON that a binary request begins with."""
+def head_request(model: str, body: bytes) -> Request:
+    """The body as the JSON at the start of a binary request."""
     return (
         "POST",
         f"/predict/{model}",
@@ -65,11 +65,11 @@ def head(model: str, body: bytes) -> Request:
     )
 
 
-DOORS: dict[str, Callable[[str, bytes], Request]] = {
-    "predict": predicted,
-    "validate": validated,
-    "line": line,
-    "head": head,
+REQUEST_MAKERS: dict[str, Callable[[str, bytes], Request]] = {
+    "predict": predict_request,
+    "validate": validate_request,
+    "line": line_request,
+    "head": head_request,
 }
 
 
@@ -86,50 +86,63 @@ def as_bytes(request: Request) -> bytes:
 
 
 async def cpu_seconds(port: int, request: Request) -> float:
-    """What one request costs this process, in which the server is; the median of some."""
+    """The CPU time of one request in this process, which includes the server; a median."""
     sent = as_bytes(request)
     costs = []
     for _ in range(ROUNDS):
         began = time.process_time()
-        answer = await exchanged(port, sent)
+        answer = await exchange_bytes(port, sent)
         costs.append(time.process_time() - began)
         assert b" 50" not in answer[:12], answer
     return statistics.median(costs)
 
 
-async def exchanged(port: int, sent: bytes) -> bytes:
-    """The answer, if it comes before a reset: who is refused early may still be writing."""
+async def exchange_bytes(port: int, sent: bytes) -> bytes:
+    """The answer, or nothing after a reset: a client that is refused early may still be writing."""
     with contextlib.suppress(ConnectionError):
         return await raw_exchange(port, sent)
     return b""
 
 
-async def assert_cheap(port: int, asked: dict[str, Request], most: float) -> None:
-    costs = {name: await cpu_seconds(port, request) for name, request in asked.items()}
-    dear = {name: f"{seconds:.3f} s" for name, seconds in costs.items() if seconds > most}
-    assert not dear, f"at most {most:.3f} s, 20 times what a plain request costs"
+async def assert_cheap(port: int, requests: dict[str, Request], max_seconds: float) -> None:
+    costs = {name: await cpu_seconds(port, request) for name, request in requests.items()}
+    too_expensive = {
+        name: f"{seconds:.3f} s" for name, seconds in costs.items() if seconds > max_seconds
+    }
+    assert not too_expensive, f"at most {max_seconds:.3f} s, 20 times what a plain request costs"
 
 
 @pytest.mark.parametrize(
-    "door",
-    ["predict", *(pytest.param(one, marks=pytest.mark.soak) for one in DOORS if one != "predict")],
+    "kind",
+    [
+        "predict",
+        *(
+            pytest.param(name, marks=pytest.mark.soak)
+            for name in REQUEST_MAKERS
+            if name != "predict"
+        ),
+    ],
 )
-async def test_no_body_costs_more_than_20_plain_ones_of_its_size(port: int, door: str) -> None:
-    knock = DOORS[door]
-    ordinary = plain_tensor(BODY_BYTES) if door == "head" else plain(BODY_BYTES)
-    most = MOST_TIMES_PLAIN * await cpu_seconds(port, knock("digits", ordinary))
+async def test_no_body_costs_more_than_20_plain_ones_of_its_size(port: int, kind: str) -> None:
+    make_request = REQUEST_MAKERS[kind]
+    ordinary = plain_tensor(BODY_BYTES) if kind == "head" else plain(BODY_BYTES)
+    max_seconds = MAX_TIMES_PLAIN * await cpu_seconds(port, make_request("digits", ordinary))
 
     await assert_cheap(
-        port, {name: knock(*shape) for name, shape in hostile(BODY_BYTES).items()}, most
+        port,
+        {name: make_request(*shape) for name, shape in hostile(BODY_BYTES).items()},
+        max_seconds,
     )
 
 
 async def test_nothing_but_a_body_can_be_long(port: int) -> None:
-    """Queries, cursors and positions in a stream are refused by the size of their head."""
-    most = MOST_TIMES_PLAIN * await cpu_seconds(port, predicted("digits", plain(BODY_BYTES)))
+    """Queries, cursors and stream positions are refused by the size limit of the head."""
+    max_seconds = MAX_TIMES_PLAIN * await cpu_seconds(
+        port, predict_request("digits", plain(BODY_BYTES))
+    )
     for size in (30_000, BODY_BYTES):
         text = "A" * size
-        asked: dict[str, Request] = {
+        requests: dict[str, Request] = {
             "a cursor": ("GET", f"/jobs?cursor={text}", b"", {}),
             "dead letters' cursor": ("GET", f"/jobs?dead=true&cursor={text}", b"", {}),
             "a group's cursor": ("GET", f"/jobs?group=a&cursor={text}", b"", {}),
@@ -150,48 +163,52 @@ async def test_nothing_but_a_body_can_be_long(port: int) -> None:
             ),
             "an accept": ("GET", "/job/a/result", b"", {"accept": "a/b," * (size // 4)}),
         }
-        await assert_cheap(port, asked, most)
+        await assert_cheap(port, requests, max_seconds)
 
 
 @pytest.mark.parametrize("blank", [b"\n", b" \n", b"\r\n"])
 async def test_blank_lines_cost_next_to_nothing(port: int, blank: bytes) -> None:
     blanks = blank * (BODY_BYTES // len(blank))
-    most = MOST_TIMES_PLAIN * await cpu_seconds(port, line("digits", plain(BODY_BYTES)))
+    max_seconds = MAX_TIMES_PLAIN * await cpu_seconds(
+        port, line_request("digits", plain(BODY_BYTES))
+    )
 
-    await assert_cheap(port, {"blank lines": line("digits", blanks)}, most)
+    await assert_cheap(port, {"blank lines": line_request("digits", blanks)}, max_seconds)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("refused", [b"x", b"{}", b'{"a":1}', b'{"data":[[1]]}', b'"\xff"'])
-async def test_short_lines_that_are_refused_cost_no_more_than_such_that_are_taken(
+async def test_short_lines_that_are_refused_cost_no_more_than_accepted_ones(
     port: int, refused: bytes
 ) -> None:
     row = b'{"data":[[' + b",".join([b"1"] * 64) + b"]]}"
     taken = filled(BODY_BYTES, b"", row, b"\n", b"\n")
-    most = MOST_TIMES_PLAIN * await cpu_seconds(port, line("digits", taken))
+    max_seconds = MAX_TIMES_PLAIN * await cpu_seconds(port, line_request("digits", taken))
 
     lines = filled(BODY_BYTES, b"", refused, b"\n", b"\n")
-    await assert_cheap(port, {"refused lines": line("digits", lines)}, most)
+    await assert_cheap(port, {"refused lines": line_request("digits", lines)}, max_seconds)
 
 
 async def test_strings_are_counted_while_they_are_read(port: int) -> None:
-    """A binary tensor of strings that its shape does not take: four million empty ones."""
+    """A binary tensor with four million empty strings, which its shape does not allow."""
     strings = bytes(16_000_000)
     described = b'{"inputs":[{"name":"input","shape":[4],"datatype":"BYTES","parameters":'
     json = described + b'{"binary_data_size":%d}}]}' % len(strings)
     headers = {"inference-header-content-length": str(len(json))}
-    most = MOST_TIMES_PLAIN * await cpu_seconds(port, predicted("digits", plain(BODY_BYTES)))
+    max_seconds = MAX_TIMES_PLAIN * await cpu_seconds(
+        port, predict_request("digits", plain(BODY_BYTES))
+    )
 
-    asked: Request = ("POST", "/predict/words", json + strings, headers)
-    await assert_cheap(port, {"strings": asked}, most)
+    strings_request: Request = ("POST", "/predict/words", json + strings, headers)
+    await assert_cheap(port, {"strings": strings_request}, max_seconds)
 
 
 # --- the event loop --------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def sent_from_a_thread(port: int, path: str, body: bytes) -> Iterator[threading.Event]:
-    """A request that is sent and answered beside the event loop; the event says that it was."""
+def posted_from_thread(port: int, path: str, body: bytes) -> Iterator[threading.Event]:
+    """Sends a request from a thread, beside the event loop; sets the event once it is answered."""
     answered = threading.Event()
 
     def exchange() -> None:
@@ -214,10 +231,10 @@ def sent_from_a_thread(port: int, path: str, body: bytes) -> Iterator[threading.
         thread.join()
 
 
-async def longest_hold_seconds(port: int, path: str, body: bytes) -> float:
-    """The most CPU time that went by between two turns of the event loop."""
+async def max_hold_seconds(port: int, path: str, body: bytes) -> float:
+    """The longest CPU time between two turns of the event loop."""
     longest = 0.0
-    with sent_from_a_thread(port, path, body) as answered:
+    with posted_from_thread(port, path, body) as answered:
         while not answered.is_set():
             began = time.process_time()
             await asyncio.sleep(0)
@@ -230,16 +247,16 @@ async def test_the_largest_json_holds_the_event_loop_for_a_moment_only(
     port: int, config: ApiConfig
 ) -> None:
     size = config.max_json_bytes - 200
-    asked = {
+    requests = {
         "plain": ("digits", plain(size)),
         "plain tensor": ("digits", plain_tensor(size)),
         "one row of small numbers": ("series", b'{"data":[[1' + b",1" * (size // 2 - 10) + b"]]}"),
         **hostile(size),
     }
-    held = {}
-    for name, (model, body) in asked.items():
-        held[name] = statistics.median(
-            [await longest_hold_seconds(port, f"/predict/{model}", body) for _ in range(ROUNDS)]
+    hold_seconds = {}
+    for name, (model, body) in requests.items():
+        hold_seconds[name] = statistics.median(
+            [await max_hold_seconds(port, f"/predict/{model}", body) for _ in range(ROUNDS)]
         )
-    shown = {name: f"{1000 * seconds:.1f} ms" for name, seconds in held.items()}
-    assert max(held.values()) < MOST_HELD_SECONDS, shown
+    shown = {name: f"{1000 * seconds:.1f} ms" for name, seconds in hold_seconds.items()}
+    assert max(hold_seconds.values()) < MAX_HOLD_SECONDS, shown

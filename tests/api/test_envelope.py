@@ -1,4 +1,4 @@
-"""The JSON around an input, on every kind of text."""
+"""The envelope parser, on every kind of text."""
 
 import json
 from typing import Any
@@ -18,7 +18,7 @@ KEYS = st.sampled_from(['"data"', '"options"', '"\\u0064ata"', '"opt\\u0069ons"'
 
 
 def refusal(body: bytes) -> RequestError | None:
-    """Why the body is refused; anything but a RequestError fails the test."""
+    """The error that refuses the body, or None; any other exception fails the test."""
     try:
         read_envelope(body)
     except RequestError as error:
@@ -38,7 +38,7 @@ def test_any_bytes_are_read_or_refused(body: bytes) -> None:
 
 @st.composite
 def objects(draw: st.DrawFn) -> tuple[str, list[tuple[str, Any]]]:
-    """An object as text, with its pairs in order, keys repeated or not."""
+    """A JSON object as text with its pairs in order; keys may be repeated."""
     pairs = draw(st.lists(st.tuples(KEYS, VALUES), min_size=1, max_size=4))
     members = []
     for key, value in pairs:
@@ -54,7 +54,7 @@ def test_a_repeated_key_is_always_seen(case: tuple[str, list[tuple[str, Any]]]) 
     text, members = case
     names = [name for name, _ in members]
     body = text.encode("utf-8", "surrogatepass")
-    # Half a surrogate pair is text to Python, but no Unicode.
+    # Half a surrogate pair is text to Python, but not valid Unicode.
     odd = "\\ud" in text or not _is_utf8(body)
     if odd or len(names) > len(set(names)) or "data" not in names:
         assert odd or refusal(body)

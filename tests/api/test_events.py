@@ -1,4 +1,4 @@
-"""Following jobs, groups and models: nothing is missed, nothing is told twice."""
+"""Event streams of jobs, groups and models: no change is missed or sent twice."""
 
 import asyncio
 import random
@@ -21,16 +21,16 @@ from .harness import (
     QUEUE,
     ROW,
     Hand,
-    Road,
+    ProxiedApi,
     announce,
     assert_problem,
     client_of,
     hosted,
     running,
-    stopped_by_itself,
+    running_until_signal,
     submit,
 )
-from .sse import Listener, listening
+from .sse import EventStream, listening
 
 DIGITS = f"{QUEUE}:digits"
 DIGITS_ROW = [[0.0] * 64]
@@ -43,52 +43,52 @@ async def submit_to(client: httpx2.AsyncClient, model: str, **options: Any) -> s
     return str(reply.json()["job_id"])
 
 
-async def told(listener: Listener, *names: str) -> tuple[str, str]:
+async def next_change(listener: EventStream, *names: str) -> tuple[str, str]:
     event = await listener.event(*names)
     assert event.name in (event.data["status"], "snapshot")
     return event.data["job_id"], event.name
 
 
-# --- one job -------------------------------------------------------------------------------
+# --- one job ---------------------------------------------------------------------------------
 
 
-async def test_a_job_is_told_from_where_it_is_to_its_end(
-    api: httpx2.AsyncClient, hand: Hand
+async def test_a_job_is_streamed_from_its_current_status_to_its_end(
+    api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     job_id = await submit(api)
     async with listening(api, f"/job/{job_id}/events") as stream:
         first = await stream.event()
         assert (first.name, first.data["status"]) == ("snapshot", "pending")
-        claim = await hand.claim()
-        assert await told(stream) == (job_id, "processing")
-        await hand.finish(claim)
+        claim = await manual_worker.claim()
+        assert await next_change(stream) == (job_id, "processing")
+        await manual_worker.finish(claim)
         last = await stream.event()
         assert (last.name, last.data["job_id"]) == ("completed", job_id)
         assert "result" not in last.data
         assert last.data["sha256"] == "a" * 64
-        assert await stream.rest() == []
+        assert await stream.remaining_events() == []
 
 
 async def test_an_ended_jobs_stream_is_its_snapshot_its_end_and_nothing_more(
-    api: httpx2.AsyncClient, hand: Hand
+    api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     job_id = await submit(api)
-    await hand.fail()
+    await manual_worker.fail()
     async with listening(api, f"/job/{job_id}/events") as stream:
-        events = await stream.rest()
-    assert [one.name for one in events] == ["snapshot", "failed"]
+        events = await stream.remaining_events()
+    assert [event.name for event in events] == ["snapshot", "failed"]
     assert events[0].data == events[1].data
     assert events[1].data["error"]["code"] == "model_failed"
 
 
-async def test_who_was_told_the_end_and_comes_again_is_told_that_nothing_is_left(
-    api: httpx2.AsyncClient, hand: Hand
+async def test_a_client_that_saw_the_end_and_reconnects_gets_a_204(
+    api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     job_id = await submit(api)
     path = f"/job/{job_id}/events"
     async with listening(api, path) as stream:
-        await hand.fail()
-        await stream.rest()
+        await manual_worker.fail()
+        await stream.remaining_events()
     for again in (
         await api.get(path, headers={"last-event-id": stream.last_id}),
         await api.get(path, params={"last_event_id": stream.last_id}),
@@ -97,21 +97,24 @@ async def test_who_was_told_the_end_and_comes_again_is_told_that_nothing_is_left
         assert "content-length" not in again.headers
     await api.post(f"/job/{job_id}/retry")
     async with listening(api, path, stream.last_id) as stream:
-        event = await stream.event()
-        assert (event.name, event.data["round"]) == ("pending", 2)
-        await hand.complete()
-        assert [one.name for one in await stream.rest()] == ["processing", "completed"]
+        retried = await stream.event()
+        assert (retried.name, retried.data["round"]) == ("pending", 2)
+        await manual_worker.complete()
+        assert [event.name for event in await stream.remaining_events()] == [
+            "processing",
+            "completed",
+        ]
 
 
-async def test_the_end_is_told_to_who_left_after_a_snapshot_of_the_ended_job(
-    api: httpx2.AsyncClient, hand: Hand
+async def test_a_client_that_left_after_a_snapshot_of_the_ended_job_still_gets_its_end(
+    api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     job_id = await submit(api)
-    await hand.complete()
+    await manual_worker.complete()
     async with listening(api, f"/job/{job_id}/events") as stream:
         snapshot = await stream.event("snapshot")
     async with listening(api, f"/job/{job_id}/events", snapshot.id) as stream:
-        assert [one.name for one in await stream.rest()] == ["completed"]
+        assert [event.name for event in await stream.remaining_events()] == ["completed"]
 
 
 async def test_a_cancelled_job_says_so(api: httpx2.AsyncClient) -> None:
@@ -119,27 +122,30 @@ async def test_a_cancelled_job_says_so(api: httpx2.AsyncClient) -> None:
     async with listening(api, f"/job/{job_id}/events") as stream:
         await stream.event("snapshot")
         assert (await api.delete(f"/job/{job_id}")).status_code == 200
-        assert [one.name for one in await stream.rest()] == ["cancelled"]
+        assert [event.name for event in await stream.remaining_events()] == ["cancelled"]
 
 
-async def test_a_strangers_job_can_be_followed(
-    api: httpx2.AsyncClient, server: redis.Redis, hand: Hand
+async def test_an_external_job_can_be_followed(
+    api: httpx2.AsyncClient, server: redis.Redis, manual_worker: Hand
 ) -> None:
     server.set("job:x:data", "[[1,2,3,4]]")
     server.set("job:x:status", "pending")
     async with listening(api, "/job/x/events") as stream:
         await stream.event("snapshot")
         server.lpush(QUEUE, "x")
-        await hand.complete()
-        assert [one.name for one in await stream.rest()] == ["processing", "completed"]
+        await manual_worker.complete()
+        assert [event.name for event in await stream.remaining_events()] == [
+            "processing",
+            "completed",
+        ]
 
 
-async def test_a_job_that_is_not_there_has_no_events(api: httpx2.AsyncClient) -> None:
+async def test_an_unknown_job_has_no_events(api: httpx2.AsyncClient) -> None:
     assert_problem(await api.get("/job/nothing/events"), 404, "job_not_found")
 
 
 @pytest.mark.parametrize("wrong", ["x", "gw", "%%%", "k8Abcd", "kwCBoXgB"])
-async def test_an_id_that_is_of_no_event_is_refused(api: httpx2.AsyncClient, wrong: str) -> None:
+async def test_an_invalid_last_event_id_is_refused(api: httpx2.AsyncClient, wrong: str) -> None:
     reply = await api.get("/events", headers={"last-event-id": wrong})
     assert "snapshot" in assert_problem(reply, 400, "invalid_query")["detail"]
 
@@ -149,11 +155,11 @@ async def test_the_head_of_a_stream_is_its_headers(api: httpx2.AsyncClient) -> N
     assert (reply.status_code, reply.headers["content-type"]) == (200, "text/event-stream")
 
 
-# --- many jobs -----------------------------------------------------------------------------
+# --- many jobs -------------------------------------------------------------------------------
 
 
-async def test_a_group_is_told_from_its_counts_until_all_have_ended(
-    api: httpx2.AsyncClient, hand: Hand
+async def test_a_group_is_streamed_from_its_counts_until_all_have_ended(
+    api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     first = await submit_to(api, "iris", group="g")
     await submit_to(api, "iris", group="other")
@@ -162,51 +168,51 @@ async def test_a_group_is_told_from_its_counts_until_all_have_ended(
         assert (snapshot.name, snapshot.data["jobs"]) == ("snapshot", 1)
         assert snapshot.data["counts"]["pending"] == 1
         second = await submit_to(api, "digits", group="g")
-        assert await told(stream) == (second, "pending")
-        await hand.complete()
-        await hand.fail(DIGITS)
+        assert await next_change(stream) == (second, "pending")
+        await manual_worker.complete()
+        await manual_worker.fail(DIGITS)
         names = {first: ["processing", "completed"], second: ["processing", "failed"]}
         seen: dict[str, list[str]] = {first: [], second: []}
         while seen != names:
-            job_id, name = await told(stream, *TERMINAL, "processing")
+            job_id, name = await next_change(stream, *TERMINAL, "processing")
             seen[job_id].append(name)
         done = await stream.event("done")
         assert done.data == (await api.get("/group/g")).json()
         assert (done.data["progress"], done.data["eta_seconds"]) == (1.0, 0.0)
 
 
-async def test_a_groups_progress_is_told_while_it_goes_on(
-    api: httpx2.AsyncClient, hand: Hand
+async def test_a_groups_progress_is_sent_while_its_jobs_run(
+    api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     async with listening(api, "/events?group=g") as stream:
         assert (await stream.event("snapshot")).data["jobs"] == 0
         await submit_to(api, "iris", group="g")
         await submit_to(api, "digits", group="g")
-        await hand.complete()
+        await manual_worker.complete()
         while (progress := await stream.event("progress")).data["progress"] < 0.5:
             pass
         assert progress.data["counts"]["completed"] == 1
         assert progress.data["eta_seconds"] > 0
-        await hand.complete(DIGITS)
+        await manual_worker.complete(DIGITS)
         assert (await stream.event("done")).data["counts"]["completed"] == 2
 
 
 async def test_a_group_that_has_ended_is_done_at_once_and_again_after_a_retry(
-    api: httpx2.AsyncClient, hand: Hand
+    api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     job_id = await submit_to(api, "iris", group="g")
-    await hand.fail()
+    await manual_worker.fail()
     async with listening(api, "/events?group=g") as stream:
         assert [(await stream.event()).name for _ in range(2)] == ["snapshot", "done"]
     await api.post(f"/job/{job_id}/retry")
     async with listening(api, "/events?group=g", stream.last_id) as stream:
-        assert await told(stream) == (job_id, "pending")
-        await hand.complete()
+        assert await next_change(stream) == (job_id, "pending")
+        await manual_worker.complete()
         events = [await stream.event("processing", "completed", "done") for _ in range(3)]
-        assert [one.name for one in events] == ["processing", "completed", "done"]
+        assert [event.name for event in events] == ["processing", "completed", "done"]
 
 
-async def test_a_job_of_a_model_that_never_had_one_is_told_too(
+async def test_the_first_job_of_a_model_is_streamed_too(
     api: httpx2.AsyncClient, store: Store, server: redis.Redis
 ) -> None:
     await submit_to(api, "iris", group="g")
@@ -214,11 +220,11 @@ async def test_a_job_of_a_model_that_never_had_one_is_told_too(
         await stream.event("snapshot")
         assert not server.exists(keys.log(DIGITS))
         job_id = await submit_to(api, "digits", group="g")
-        assert await told(stream, "pending") == (job_id, "pending")
+        assert await next_change(stream, "pending") == (job_id, "pending")
 
 
-async def test_a_model_is_told_with_its_newest_jobs_first(
-    api: httpx2.AsyncClient, hand: Hand
+async def test_a_models_stream_begins_with_its_newest_jobs(
+    api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     ids = [await submit_to(api, "digits", priority="high") for _ in range(2)]
     async with listening(api, "/events?model=digits") as stream:
@@ -226,16 +232,18 @@ async def test_a_model_is_told_with_its_newest_jobs_first(
         assert [job["job_id"] for job in snapshot.data["jobs"]] == ids[::-1]
         assert {job["priority"] for job in snapshot.data["jobs"]} == {"high"}
         await submit_to(api, "iris")
-        await hand.complete()
-        await hand.complete(DIGITS)
-        seen = [await told(stream) for _ in range(4)]
-        assert set(seen[:2]) == {(one, "processing") for one in ids}
-        assert set(seen[2:]) == {(one, "completed") for one in ids}
+        await manual_worker.complete()
+        await manual_worker.complete(DIGITS)
+        seen = [await next_change(stream) for _ in range(4)]
+        assert set(seen[:2]) == {(job_id, "processing") for job_id in ids}
+        assert set(seen[2:]) == {(job_id, "completed") for job_id in ids}
     assert_problem(await api.get("/events?model=nothing"), 404, "model_not_found")
 
 
-async def test_each_tenant_is_told_of_its_own_jobs_only(locked: int, hand: Hand) -> None:
-    alice, bob = [client_of(locked, **{"x-api-key": name}) for name in ("alice", "bob")]
+async def test_each_tenant_gets_events_of_its_own_jobs_only(
+    two_tenant_port: int, manual_worker: Hand
+) -> None:
+    alice, bob = [client_of(two_tenant_port, **{"x-api-key": name}) for name in ("alice", "bob")]
     async with alice, bob:
         theirs = await submit_to(alice, "iris", group="g")
         async with (
@@ -244,15 +252,18 @@ async def test_each_tenant_is_told_of_its_own_jobs_only(locked: int, hand: Hand)
         ):
             assert (await stream.event("snapshot")).data["jobs"] == 0
             assert (await all_.event("snapshot")).data["jobs"] == []
-            await hand.complete()
+            await manual_worker.complete()
             await submit_to(alice, "iris", group="g")
             mine = await submit_to(bob, "iris", group="g")
-            assert await told(stream, "pending", "processing", "completed") == (mine, "pending")
-            assert await told(all_) == (mine, "pending")
+            assert await next_change(stream, "pending", "processing", "completed") == (
+                mine,
+                "pending",
+            )
+            assert await next_change(all_) == (mine, "pending")
         assert_problem(await bob.get(f"/job/{theirs}/events"), 404, "job_not_found")
 
 
-# --- going on ------------------------------------------------------------------------------
+# --- continuing at a position ----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -260,33 +271,33 @@ async def replicas(config: ApiConfig, store: Store) -> AsyncIterator[list[httpx2
     """Clients of two APIs."""
     await announce(store, "iris", "digits", default="iris")
     async with (
-        hosted(running(config)) as one,
-        hosted(running(config)) as two,
-        client_of(one) as first,
-        client_of(two) as second,
+        hosted(running(config)) as first_port,
+        hosted(running(config)) as second_port,
+        client_of(first_port) as first,
+        client_of(second_port) as second,
     ):
         yield [first, second]
 
 
-async def test_a_stream_goes_on_at_another_server_in_the_midst_of_an_entry(
-    replicas: list[httpx2.AsyncClient], hand: Hand
+async def test_a_stream_continues_at_another_server_in_the_middle_of_a_log_entry(
+    replicas: list[httpx2.AsyncClient], manual_worker: Hand
 ) -> None:
-    one, two = replicas
-    ids = [await submit_to(one, "iris", group="g") for _ in range(5)]
-    claim = await hand.claim()
-    async with listening(one, "/events?group=g") as stream:
+    first, second = replicas
+    ids = [await submit_to(first, "iris", group="g") for _ in range(5)]
+    claim = await manual_worker.claim()
+    async with listening(first, "/events?group=g") as stream:
         await stream.event("snapshot")
-        await hand.finish(claim)
+        await manual_worker.finish(claim)
         seen = [(await stream.event("completed")).data["job_id"] for _ in range(2)]
         last_id = stream.last_id
-    async with listening(two, "/events?group=g", last_id) as stream:
+    async with listening(second, "/events?group=g", last_id) as stream:
         seen += [(await stream.event("completed")).data["job_id"] for _ in range(3)]
         assert (await stream.event("completed", "snapshot", "gap", "done")).name == "done"
     assert sorted(seen) == sorted(ids)
 
 
-async def test_what_the_log_no_longer_has_is_a_gap_and_a_snapshot(
-    api: httpx2.AsyncClient, hand: Hand, server: redis.Redis
+async def test_changes_that_the_log_no_longer_has_become_a_gap_and_a_snapshot(
+    api: httpx2.AsyncClient, manual_worker: Hand, server: redis.Redis
 ) -> None:
     job_id = await submit_to(api, "iris", group="g")
     paths = ("/events?group=g", f"/job/{job_id}/events")
@@ -294,7 +305,7 @@ async def test_what_the_log_no_longer_has_is_a_gap_and_a_snapshot(
     for path in paths:
         async with listening(api, path) as stream:
             cursors.append((await stream.event("snapshot")).id)
-    claim = await hand.claim()
+    claim = await manual_worker.claim()
     for _ in range(3):
         await submit(api)
     server.xtrim(keys.log(QUEUE), maxlen=1, approximate=False)
@@ -303,14 +314,14 @@ async def test_what_the_log_no_longer_has_is_a_gap_and_a_snapshot(
             assert [(await stream.event()).name for _ in range(2)] == ["gap", "snapshot"]
     async with listening(api, paths[1], cursors[1]) as stream:
         await stream.event("snapshot")
-        await hand.finish(claim)
-        assert [one.name for one in await stream.rest()] == ["completed"]
+        await manual_worker.finish(claim)
+        assert [event.name for event in await stream.remaining_events()] == ["completed"]
 
 
 async def _all_come_to_an_end(
-    chance: random.Random, replicas: list[httpx2.AsyncClient], hand: Hand, total: int
+    chance: random.Random, replicas: list[httpx2.AsyncClient], manual_worker: Hand, total: int
 ) -> dict[str, str]:
-    """Jobs of two models in one group; how each ended."""
+    """Submits and ends jobs of two models in one group; returns how each ended."""
     waiting: dict[str, list[str]] = {QUEUE: [], DIGITS: []}
     ends: dict[str, str] = {}
     while len(ends) < total:
@@ -329,14 +340,14 @@ async def _all_come_to_an_end(
             ends[gone] = "cancelled"
             continue
         good = chance.random() < 0.5
-        await (hand.complete(queue) if good else hand.fail(queue))
+        await (manual_worker.complete(queue) if good else manual_worker.fail(queue))
         ends |= dict.fromkeys(waiting[queue], "completed" if good else "failed")
         waiting[queue].clear()
     return ends
 
 
-async def test_whoever_comes_and_goes_sees_every_end_once(
-    replicas: list[httpx2.AsyncClient], hand: Hand
+async def test_a_client_that_reconnects_often_sees_every_end_once(
+    replicas: list[httpx2.AsyncClient], manual_worker: Hand
 ) -> None:
     chance = random.Random(11)
     total = 60
@@ -359,16 +370,16 @@ async def test_whoever_comes_and_goes_sees_every_end_once(
 
     async with asyncio.timeout(60), asyncio.TaskGroup() as group:
         watching = group.create_task(watch())
-        await eventually(lambda: not watching.done(), "it watches")
-        ends = await _all_come_to_an_end(chance, replicas, hand, total)
-    # A snapshot counts what ended before it; the first watch began before the first job.
+        await eventually(lambda: not watching.done(), "the watcher is connected")
+        ends = await _all_come_to_an_end(chance, replicas, manual_worker, total)
+    # A snapshot counts the jobs that ended before it; the first watch began before any job.
     assert seen == Counter(ends.items())
 
 
-# --- limits and ends -----------------------------------------------------------------------
+# --- limits and ends -------------------------------------------------------------------------
 
 
-async def test_a_silent_stream_shows_that_it_lives(config: ApiConfig, store: Store) -> None:
+async def test_a_silent_stream_sends_comments(config: ApiConfig, store: Store) -> None:
     await announce(store, "iris", default="iris")
     brisk = msgspec.structs.replace(config, heartbeat_seconds=0.02)
     async with running(brisk) as port, client_of(port) as client:
@@ -376,10 +387,10 @@ async def test_a_silent_stream_shows_that_it_lives(config: ApiConfig, store: Sto
         async with listening(client, f"/job/{job_id}/events") as stream:
             await stream.event("snapshot")
             for _ in range(3):
-                await stream.commented()
+                await stream.wait_for_comment()
 
 
-async def test_a_client_that_left_makes_room_and_without_room_none_is_taken(
+async def test_a_disconnected_client_frees_its_place_and_no_stream_exceeds_the_limit(
     config: ApiConfig, store: Store
 ) -> None:
     await announce(store, "iris", default="iris")
@@ -392,18 +403,18 @@ async def test_a_client_that_left_makes_room_and_without_room_none_is_taken(
                 assert_problem(reply, 503, "too_many_streams")
                 assert int(reply.headers["retry-after"]) > 0
                 assert (await client.get("/jobs")).status_code == 200
-            await eventually(lambda: _is_taken(client), "its place is free")
+            await eventually(lambda: _is_taken(client), "its place in the limit is free")
 
 
 async def _is_taken(client: httpx2.AsyncClient) -> bool:
-    # HEAD is answered as GET would be, and takes no place itself.
+    # HEAD is answered as GET would be, and does not count as a stream.
     return (await client.head("/events")).status_code == 200
 
 
 async def test_streams_end_with_the_server(config: ApiConfig, store: Store) -> None:
     await announce(store, "iris", default="iris")
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
-        async with hosted(stopped_by_itself(config)) as port:
+        async with hosted(running_until_signal(config)) as port:
             client = client_of(port)
             job_id = await submit(client)
             streams = []
@@ -422,23 +433,28 @@ async def _listen_to_the_end(
     async with listening(client, path) as stream:
         await stream.event("snapshot")
         snapshot.set()
-        return await stream.rest()
+        return await stream.remaining_events()
 
 
-async def test_a_stream_outlives_an_outage_and_misses_nothing(behind: Road, hand: Hand) -> None:
-    async with client_of(behind.port) as client:
+async def test_a_stream_outlives_an_outage_and_misses_nothing(
+    proxied_api: ProxiedApi, manual_worker: Hand
+) -> None:
+    async with client_of(proxied_api.port) as client:
         ids = [await submit_to(client, "iris", group="g") for _ in range(2)]
         async with (
-            listening(client, f"/job/{ids[0]}/events") as one,
+            listening(client, f"/job/{ids[0]}/events") as job_stream,
             listening(client, "/events?group=g") as group,
         ):
-            await one.event("snapshot")
+            await job_stream.event("snapshot")
             await group.event("snapshot")
-            await behind.proxy.down()
+            await proxied_api.proxy.down()
             assert_problem(await client.get("/events"), 503, "redis_unavailable")
-            await hand.complete()
-            await behind.proxy.up()
-            assert [event.name for event in await one.rest()] == ["processing", "completed"]
-            seen = [await told(group, "processing", "completed") for _ in range(4)]
+            await manual_worker.complete()
+            await proxied_api.proxy.up()
+            assert [event.name for event in await job_stream.remaining_events()] == [
+                "processing",
+                "completed",
+            ]
+            seen = [await next_change(group, "processing", "completed") for _ in range(4)]
             assert set(seen[2:]) == {(job_id, "completed") for job_id in ids}
             await group.event("done")

@@ -1,4 +1,4 @@
-"""Jobs that share a name, over HTTP: counted, listed, cancelled together."""
+"""Groups over HTTP: their jobs are counted, listed and cancelled together."""
 
 from typing import Any
 
@@ -22,21 +22,21 @@ async def submit_to(
 
 
 async def counts(client: httpx2.AsyncClient, group: str) -> dict[str, int]:
-    """Those that are not zero."""
+    """The group's counts that are not zero."""
     reply = await client.get(f"/group/{group}")
     assert reply.status_code == 200, reply.text
     return {name: count for name, count in reply.json()["counts"].items() if count}
 
 
 async def test_a_group_counts_the_jobs_of_all_its_models(
-    api: httpx2.AsyncClient, hand: Hand
+    api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     await submit_to(api, "night:1")
-    await hand.complete()
+    await manual_worker.complete()
     failed = await submit_to(api, "night:1")
-    await hand.fail()
+    await manual_worker.fail()
     await submit_to(api, "night:1")
-    running_claim = await hand.claim()
+    running_claim = await manual_worker.claim()
     await submit_to(api, "night:1", "digits")
     await submit_to(api, "another")
 
@@ -52,22 +52,22 @@ async def test_a_group_counts_the_jobs_of_all_its_models(
     assert group["first_failed"] == [failed]
     assert group["eta_seconds"] >= 0
     assert await counts(api, "another") == {"pending": 1}
-    await hand.finish(running_claim)
+    await manual_worker.finish(running_claim)
 
 
-async def test_a_group_that_has_ended_says_so(api: httpx2.AsyncClient, hand: Hand) -> None:
+async def test_a_group_that_has_ended_says_so(api: httpx2.AsyncClient, manual_worker: Hand) -> None:
     await submit_to(api, "g")
     assert (await api.get("/group/g")).json()["eta_seconds"] is None
-    await hand.complete()
+    await manual_worker.complete()
     group = (await api.get("/group/g")).json()
     assert (group["progress"], group["eta_seconds"]) == (1.0, 0.0)
 
 
 async def test_a_job_that_is_no_longer_kept_counts_as_ended(
-    api: httpx2.AsyncClient, hand: Hand
+    api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     job_id = await submit_to(api, "g")
-    await hand.complete()
+    await manual_worker.complete()
     assert (await api.delete(f"/job/{job_id}?purge=true")).status_code == 200
     group = (await api.get("/group/g")).json()
     assert (group["jobs"], group["counts"]["expired"], group["progress"]) == (1, 1, 1.0)
@@ -87,7 +87,7 @@ async def test_a_group_may_be_named_in_the_query(api: httpx2.AsyncClient) -> Non
     assert (await api.get(f"/job/{reply.json()['job_id']}")).json()["group"] == "q"
 
 
-async def test_a_name_that_is_none_is_refused_at_the_door(api: httpx2.AsyncClient) -> None:
+async def test_an_invalid_group_name_is_refused_by_a_submit(api: httpx2.AsyncClient) -> None:
     body = {"data": ROW, "options": {"group": "a b"}}
     problem = assert_problem(await api.post("/predict", json=body), 422, "invalid_input")
     assert problem["errors"][0]["pointer"] == "/options/group"
@@ -96,13 +96,13 @@ async def test_a_name_that_is_none_is_refused_at_the_door(api: httpx2.AsyncClien
         assert_problem(await api.delete(f"/group/{name}"), 404, "group_not_found")
 
 
-async def test_cancelling_a_group_ends_what_waits_and_stops_what_runs(
-    api: httpx2.AsyncClient, hand: Hand
+async def test_cancelling_a_group_ends_waiting_jobs_and_stops_running_ones(
+    api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     done = await submit_to(api, "g")
-    await hand.complete()
+    await manual_worker.complete()
     await submit_to(api, "g")
-    claim = await hand.claim()
+    claim = await manual_worker.claim()
     waiting = [await submit_to(api, "g") for _ in range(30)]
     waiting += [await submit_to(api, "g", "digits")]
     bystander = await submit_to(api, "h")
@@ -110,7 +110,7 @@ async def test_cancelling_a_group_ends_what_waits_and_stops_what_runs(
     reply = (await api.delete("/group/g")).json()
 
     assert reply == {"group": "g", "cancelled": 31, "stopping": 1}
-    await hand.finish(claim)
+    await manual_worker.finish(claim)
     assert await counts(api, "g") == {"completed": 1, "cancelled": 32}
     assert (await api.get(f"/job/{done}")).json()["status"] == "completed"
     assert (await api.get(f"/job/{bystander}")).json()["status"] == "pending"
@@ -118,7 +118,7 @@ async def test_cancelling_a_group_ends_what_waits_and_stops_what_runs(
 
 
 async def test_a_groups_jobs_are_listed_newest_first_page_by_page(
-    api: httpx2.AsyncClient, hand: Hand
+    api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     ids = [await submit_to(api, "g") for _ in range(7)]
     await submit_to(api, "h")
@@ -131,14 +131,14 @@ async def test_a_groups_jobs_are_listed_newest_first_page_by_page(
             break
         cursor = f"&cursor={page['cursor']}"
     assert listed == ids[::-1]
-    await hand.complete()
+    await manual_worker.complete()
     await submit_to(api, "g")
     assert len((await api.get("/jobs?group=g&status=completed")).json()["jobs"]) == 7
     assert len((await api.get("/jobs?group=g&model=digits")).json()["jobs"]) == 0
 
 
-async def test_a_group_is_its_tenants_alone(locked: int) -> None:
-    alice, bob = [client_of(locked, **{"x-api-key": name}) for name in ("alice", "bob")]
+async def test_a_group_is_visible_to_its_tenant_only(two_tenant_port: int) -> None:
+    alice, bob = [client_of(two_tenant_port, **{"x-api-key": name}) for name in ("alice", "bob")]
     async with alice, bob:
         job_id = await submit_to(alice, "g")
         assert_problem(await bob.get("/group/g"), 404, "group_not_found")

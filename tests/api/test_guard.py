@@ -1,4 +1,4 @@
-"""Who is let in: Host, Origin, API keys, tenants."""
+"""The entry check: Host, Origin, API keys, tenants."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -28,11 +28,11 @@ from .harness import (
     submit,
 )
 
-# --- Host and Origin -----------------------------------------------------------------------
+# --- Host and Origin -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1:8000", "[::1]:8000"])
-async def test_it_answers_as_localhost(api: httpx2.AsyncClient, host: str) -> None:
+async def test_the_api_answers_as_localhost(api: httpx2.AsyncClient, host: str) -> None:
     assert (await api.get("/", headers={"host": host})).status_code == 200
 
 
@@ -63,7 +63,7 @@ async def test_bound_to_every_address_it_answers_to_addresses_but_not_to_names(
         assert (await client.get("/", headers={"host": "evil.example"})).status_code == 403
 
 
-async def test_where_any_host_may_be_named_an_odd_one_is_still_none(
+async def test_an_invalid_host_is_refused_even_where_any_host_is_allowed(
     config: ApiConfig, store: Store
 ) -> None:
     open_to_all = msgspec.structs.replace(config, allowed_hosts=("*",))
@@ -80,7 +80,7 @@ async def test_preferences_may_come_in_several_lines(api: httpx2.AsyncClient) ->
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:1", ""])
-async def test_another_pages_script_changes_nothing(
+async def test_a_script_of_another_page_changes_nothing(
     api: httpx2.AsyncClient, server: redis.Redis, origin: str
 ) -> None:
     headers = {"origin": origin}
@@ -95,7 +95,9 @@ async def test_another_pages_script_changes_nothing(
     assert server.llen(QUEUE) == 1
 
 
-async def test_our_own_pages_and_allowed_ones_may(config: ApiConfig, store: Store) -> None:
+async def test_pages_of_this_server_and_of_allowed_origins_may_submit(
+    config: ApiConfig, store: Store
+) -> None:
     await announce(store, "iris", default="iris")
     friendly = msgspec.structs.replace(config, allowed_origins=("https://app.example",))
     async with running(friendly) as port, client_of(port) as client:
@@ -103,7 +105,7 @@ async def test_our_own_pages_and_allowed_ones_may(config: ApiConfig, store: Stor
             await submit(client, headers={"origin": origin})
 
 
-# --- API keys ------------------------------------------------------------------------------
+# --- API keys --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -125,8 +127,8 @@ def key_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def locked(config: ApiConfig, store: Store, key_file: Path) -> AsyncIterator[int]:
-    """The port of an API that asks for keys."""
+async def two_tenant_port(config: ApiConfig, store: Store, key_file: Path) -> AsyncIterator[int]:
+    """The port of an API that requires keys."""
     await announce(store, "iris", default="iris")
     async with hosted(running(msgspec.structs.replace(config, api_keys=key_file))) as port:
         yield port
@@ -148,8 +150,11 @@ async def _call(client: httpx2.AsyncClient, route: Route, job_id: str = "x") -> 
     return reply
 
 
-async def test_every_route_but_the_open_ones_needs_a_key(locked: int) -> None:
-    async with client_of(locked) as nobody, client_of(locked, **bearer("guess")) as guesser:
+async def test_every_route_but_the_open_ones_needs_a_key(two_tenant_port: int) -> None:
+    async with (
+        client_of(two_tenant_port) as nobody,
+        client_of(two_tenant_port, **bearer("guess")) as guesser,
+    ):
         for route in ROUTES:
             if route.scope is None:
                 assert (await _call(nobody, route)).status_code == 200
@@ -160,8 +165,8 @@ async def test_every_route_but_the_open_ones_needs_a_key(locked: int) -> None:
                 assert reply.headers["www-authenticate"] == "Bearer"
 
 
-async def test_every_route_needs_its_scope(locked: int) -> None:
-    async with client_of(locked, **bearer("reader")) as reader:
+async def test_every_route_needs_its_scope(two_tenant_port: int) -> None:
+    async with client_of(two_tenant_port, **bearer("reader")) as reader:
         for route in ROUTES:
             reply = await _call(reader, route)
             if route.scope in ("submit", "admin", "operator"):
@@ -170,13 +175,13 @@ async def test_every_route_needs_its_scope(locked: int) -> None:
                 assert f"asyncinfer keygen --scopes {route.scope}" in detail
             else:
                 assert reply.status_code in (200, 404)
-    async with client_of(locked, **bearer("sender")) as sender:
+    async with client_of(two_tenant_port, **bearer("sender")) as sender:
         await submit(sender)
         assert_problem(await sender.get("/jobs"), 403, "forbidden")
 
 
-async def test_a_key_comes_in_either_header_and_a_tenant_may_have_two(locked: int) -> None:
-    async with client_of(locked) as client:
+async def test_a_key_comes_in_either_header_and_a_tenant_may_have_two(two_tenant_port: int) -> None:
+    async with client_of(two_tenant_port) as client:
         job_id = await submit(client, headers=bearer("alice-1"))
         for headers in (bearer("alice-2"), {"x-api-key": "alice-1"}):
             assert (await client.get(f"/job/{job_id}", headers=headers)).status_code == 200
@@ -186,48 +191,48 @@ OF_A_JOB = [route for route in ROUTES if "{id}" in route.path]
 
 
 @pytest.mark.parametrize("route", OF_A_JOB, ids=lambda route: f"{route.method} {route.path}")
-async def test_another_tenants_job_is_not_there(
-    locked: int, hand: Hand, server: redis.Redis, route: Route
+async def test_a_job_of_another_tenant_is_not_found(
+    two_tenant_port: int, manual_worker: Hand, server: redis.Redis, route: Route
 ) -> None:
-    async with client_of(locked, **bearer("alice-1")) as alice:
+    async with client_of(two_tenant_port, **bearer("alice-1")) as alice:
         job_id = await submit(alice)
         ended = await submit(alice)
-        await hand.fail()
-        before = [server.get(keys.status(one)) for one in (job_id, ended)]
-        async with client_of(locked, **bearer("bob")) as bob:
-            for one in (job_id, ended):
-                theirs = await _call(bob, route, one)
-                absent = await _call(bob, route, one[:-4] + "0000")
+        await manual_worker.fail()
+        before = [server.get(keys.status(name)) for name in (job_id, ended)]
+        async with client_of(two_tenant_port, **bearer("bob")) as bob:
+            for name in (job_id, ended):
+                theirs = await _call(bob, route, name)
+                absent = await _call(bob, route, name[:-4] + "0000")
                 assert_problem(theirs, 404, "job_not_found")
-                assert theirs.text.replace(one, "") == absent.text.replace(one[:-4] + "0000", "")
+                assert theirs.text.replace(name, "") == absent.text.replace(name[:-4] + "0000", "")
             assert (await bob.get("/jobs")).json()["jobs"] == []
-        assert [server.get(keys.status(one)) for one in (job_id, ended)] == before
+        assert [server.get(keys.status(name)) for name in (job_id, ended)] == before
         assert len((await alice.get("/jobs")).json()["jobs"]) == 2
 
 
-async def test_a_strangers_job_is_nobodys_but_the_default_tenants(
-    locked: int, server: redis.Redis
+async def test_an_external_job_belongs_to_the_default_tenant_only(
+    two_tenant_port: int, server: redis.Redis
 ) -> None:
     server.set("job:x:status", "completed", ex=60)
-    async with client_of(locked, **bearer("alice-1")) as alice:
+    async with client_of(two_tenant_port, **bearer("alice-1")) as alice:
         assert_problem(await alice.get("/job/x"), 404, "job_not_found")
 
 
-async def test_two_keys_that_differ_are_refused(locked: int) -> None:
+async def test_two_keys_that_differ_are_refused(two_tenant_port: int) -> None:
     both = {"authorization": "Bearer alice-1", "x-api-key": "bob"}
-    async with client_of(locked) as client:
+    async with client_of(two_tenant_port) as client:
         assert_problem(await client.get("/jobs", headers=both), 400, "invalid_header")
         alike = both | {"x-api-key": "alice-1"}
         assert (await client.get("/jobs", headers=alike)).status_code == 200
 
 
-async def test_one_idempotency_key_of_two_tenants_is_two_jobs(locked: int) -> None:
-    async with client_of(locked, **{"idempotency-key": "k"}) as client:
+async def test_one_idempotency_key_of_two_tenants_is_two_jobs(two_tenant_port: int) -> None:
+    async with client_of(two_tenant_port, **{"idempotency-key": "k"}) as client:
         assert await submit(client, headers=bearer("alice-1")) != await submit(
             client, headers=bearer("bob")
         )
 
 
-def test_a_key_file_that_is_none_stops_the_start(config: ApiConfig, tmp_path: Path) -> None:
+def test_an_unreadable_key_file_stops_the_start(config: ApiConfig, tmp_path: Path) -> None:
     with pytest.raises(KeyFileRefused):
         guard.Guard(msgspec.structs.replace(config, api_keys=tmp_path / "missing"))

@@ -1,4 +1,4 @@
-"""Answers about what Redis holds, when anyone may have written it: never a 5xx."""
+"""Answers when anyone may have written anything into Redis: never a 5xx."""
 
 import asyncio
 import base64
@@ -43,7 +43,7 @@ async def digits(api: httpx2.AsyncClient) -> str:
 
 @pytest.fixture
 def damaged(server: redis.Redis) -> Iterator[redis.Redis]:
-    """What a test damages is not looked at for leaks."""
+    """A Redis client for tests that damage keys, which are then not checked for leaks."""
     yield server
     server.flushall()
 
@@ -51,15 +51,15 @@ def damaged(server: redis.Redis) -> Iterator[redis.Redis]:
 # --- ids, records, results -------------------------------------------------------------------
 
 
-async def test_a_strangers_id_that_reads_as_a_year_beyond_9999_is_shown_without_a_time(
-    api: httpx2.AsyncClient, hand: Hand, damaged: redis.Redis
+async def test_an_external_id_that_reads_as_a_year_beyond_9999_is_shown_without_a_time(
+    api: httpx2.AsyncClient, manual_worker: Hand, damaged: redis.Redis
 ) -> None:
     damaged.mset({keys.data(LATE_ID): "[[1.0]]", keys.status(LATE_ID): "pending"})
     damaged.lpush(QUEUE, LATE_ID)
-    await hand.complete()
+    await manual_worker.complete()
     job = await ok(api, f"/job/{LATE_ID}")
     assert (job["status"], "created_at" in job) == ("completed", False)
-    assert [one["job_id"] for one in (await ok(api, "/jobs"))["jobs"]] == [LATE_ID]
+    assert [entry["job_id"] for entry in (await ok(api, "/jobs"))["jobs"]] == [LATE_ID]
     deleted = await api.delete(f"/job/{LATE_ID}?purge=true")
     assert deleted.status_code == 200
     assert_problem(await api.get(f"/job/{LATE_ID}"), 404, "job_not_found")
@@ -67,10 +67,10 @@ async def test_a_strangers_id_that_reads_as_a_year_beyond_9999_is_shown_without_
 
 @pytest.mark.parametrize("time_ms", [253_402_300_800_000, -62_135_596_800_001, (1 << 63) - 1])
 async def test_a_time_that_no_answer_can_show_is_left_out(
-    api: httpx2.AsyncClient, hand: Hand, damaged: redis.Redis, time_ms: int
+    api: httpx2.AsyncClient, manual_worker: Hand, damaged: redis.Redis, time_ms: int
 ) -> None:
     job_id = await submit(api, params={"group": "g"})
-    await hand.complete()
+    await manual_worker.complete()
     record = jobs.decode_record(bytes(damaged.get(keys.meta(job_id)) or b""))  # type: ignore[arg-type]
     times = {"created_ms": time_ms, "started_ms": time_ms, "finished_ms": time_ms}
     damaged.set(
@@ -93,10 +93,10 @@ async def test_a_time_that_no_answer_can_show_is_left_out(
     ids=["deep", "deep inside", "not UTF-8", "empty", "a list"],
 )
 async def test_an_error_that_cannot_be_read_is_shown_as_unknown(
-    api: httpx2.AsyncClient, hand: Hand, damaged: redis.Redis, error: bytes
+    api: httpx2.AsyncClient, manual_worker: Hand, damaged: redis.Redis, error: bytes
 ) -> None:
     job_id = await submit(api)
-    await hand.fail()
+    await manual_worker.fail()
     damaged.set(keys.error(job_id), error)
     assert (await ok(api, f"/job/{job_id}"))["error"]["code"] == "unknown"
     problem = assert_problem(await api.get(f"/job/{job_id}/result"), 422, "job_failed")
@@ -105,10 +105,10 @@ async def test_an_error_that_cannot_be_read_is_shown_as_unknown(
 
 @pytest.mark.parametrize("result", [b"{", b"", b"[NaN]", b'"\xff"', DEEP, b"1 2", b"[1," * 5000])
 async def test_a_result_that_is_no_json_is_shown_as_a_string_though_a_worker_claims_it(
-    api: httpx2.AsyncClient, hand: Hand, damaged: redis.Redis, result: bytes
+    api: httpx2.AsyncClient, manual_worker: Hand, damaged: redis.Redis, result: bytes
 ) -> None:
     job_id = await submit(api)
-    await hand.complete()
+    await manual_worker.complete()
     damaged.set(keys.result(job_id), result)
     shown = result.decode(errors="replace")
     assert (await ok(api, f"/job/{job_id}"))["result"] == shown
@@ -118,10 +118,10 @@ async def test_a_result_that_is_no_json_is_shown_as_a_string_though_a_worker_cla
 @pytest.mark.parametrize("query", ["", "output=label"])
 @pytest.mark.parametrize("accept", ["application/octet-stream", "application/x-npy", "*/*"])
 async def test_a_result_of_tensors_that_is_damaged_is_gone_or_shown_as_a_string(
-    api: httpx2.AsyncClient, hand: Hand, damaged: redis.Redis, accept: str, query: str
+    api: httpx2.AsyncClient, manual_worker: Hand, damaged: redis.Redis, accept: str, query: str
 ) -> None:
     job_id = await submit(api)
-    await hand.complete()
+    await manual_worker.complete()
     deep = b"\x91" * 20_000 + b"\x90"
     for header in (b"", b"\x90", b"\xff", deep, b"\x91\x95\xa0\xa0\x90\x00" + deep):
         damaged.set(
@@ -136,17 +136,17 @@ async def test_a_result_of_tensors_that_is_damaged_is_gone_or_shown_as_a_string(
 
 
 async def test_a_job_with_keys_of_other_types_is_shown_as_far_as_it_can_be(
-    api: httpx2.AsyncClient, hand: Hand, damaged: redis.Redis
+    api: httpx2.AsyncClient, manual_worker: Hand, damaged: redis.Redis
 ) -> None:
     kept, lost = await submit(api), await submit(api)
-    await hand.complete()
+    await manual_worker.complete()
     for name in (keys.result(kept), keys.status(lost)):
         damaged.delete(name)
         damaged.rpush(name, "x")
     job = await ok(api, f"/job/{kept}")
     assert (job["status"], job["result"]) == ("completed", None)
     assert_problem(await api.get(f"/job/{lost}"), 404, "job_not_found")
-    assert [one["job_id"] for one in (await ok(api, "/jobs"))["jobs"]] == [kept]
+    assert [entry["job_id"] for entry in (await ok(api, "/jobs"))["jobs"]] == [kept]
 
 
 async def test_an_id_that_is_not_utf8_is_not_found(api: httpx2.AsyncClient) -> None:
@@ -168,13 +168,15 @@ async def test_names_that_are_not_utf8_are_left_out_of_every_listing(
     damaged.set(keys.default_model(QUEUE), NOT_UTF8)
     await api.get("/models/nobody")
     assert (await ok(api, "/health"))["workers"] == 1
-    assert {one["model"] for one in (await ok(api, "/models"))["models"]} == {"iris", "digits"}
-    assert [one["worker"] for one in (await ok(api, "/workers"))["workers"]] == [shown_worker("w")]
+    assert {model["model"] for model in (await ok(api, "/models"))["models"]} == {"iris", "digits"}
+    assert [worker["worker"] for worker in (await ok(api, "/workers"))["workers"]] == [
+        shown_worker("w")
+    ]
     await ok(api, "/queues")
     assert (await ok(api, "/scale/digits"))["workers"] == 0
 
 
-async def test_a_worker_that_says_what_no_worker_can_is_shown_as_one_that_says_nothing(
+async def test_a_worker_with_an_impossible_announcement_is_shown_as_one_without(
     api: httpx2.AsyncClient, damaged: redis.Redis, store: Store
 ) -> None:
     announcements = Announcements(store)
@@ -184,7 +186,7 @@ async def test_a_worker_that_says_what_no_worker_can_is_shown_as_one_that_says_n
     await announcements.announce_worker("start", {"started_ms": 10**300, "host": "h"}, 60)
     damaged.set(keys.worker(QUEUE, "deep"), b'{"x":' + DEEP + b"}")
     damaged.zadd(keys.workers(QUEUE), {"deep": 1})
-    workers = {one["worker"]: one for one in (await ok(api, "/workers"))["workers"]}
+    workers = {entry["worker"]: entry for entry in (await ok(api, "/workers"))["workers"]}
     assert {name: worker["host"] for name, worker in workers.items()} == {
         **dict.fromkeys(map(shown_worker, ("pid", "pace", "slots", "deep"))),
         shown_worker("start"): "h",
@@ -214,7 +216,7 @@ async def test_a_model_that_no_worker_can_have_announced_is_not_served(
     body = msgspec.json.encode(msgspec.to_builtins(signature("iris")) | announced)
     damaged.hset(keys.model(QUEUE, "iris"), "1", body)
     await api.get("/models/nobody")
-    assert [one["model"] for one in (await ok(api, "/models"))["models"]] == ["digits"]
+    assert [model["model"] for model in (await ok(api, "/models"))["models"]] == ["digits"]
     assert_problem(await api.get("/models/iris"), 503, "no_model_announced")
 
 
@@ -232,18 +234,18 @@ async def test_an_example_that_does_not_fit_its_input_is_not_shown(
 # --- keys of another type --------------------------------------------------------------------
 
 
-async def test_a_log_of_another_type_hides_no_other_queue_and_is_told_of_once(
+async def test_a_log_of_another_type_hides_no_other_queue_and_is_logged_once(
     api: httpx2.AsyncClient, damaged: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     shown, hidden = await submit(api), await digits(api)
     damaged.delete(keys.log(OTHER))
     damaged.set(keys.log(OTHER), "x")
     for _ in range(3):
-        assert [one["job_id"] for one in (await ok(api, "/jobs"))["jobs"]] == [shown]
+        assert [job["job_id"] for job in (await ok(api, "/jobs"))["jobs"]] == [shown]
     assert (await ok(api, f"/job/{hidden}"))["status"] == "pending"
-    assert {one["queue"] for one in (await ok(api, "/queues"))["queues"]} == {QUEUE, OTHER}
-    told = [record.message for record in caplog.records if keys.log(OTHER) in record.message]
-    assert len(told) == 1
+    assert {queue["queue"] for queue in (await ok(api, "/queues"))["queues"]} == {QUEUE, OTHER}
+    messages = [record.message for record in caplog.records if keys.log(OTHER) in record.message]
+    assert len(messages) == 1
     async with listening(api, "/events") as stream:
         await stream.event("snapshot")
         damaged.set(keys.log(OTHER), "x")
@@ -261,7 +263,7 @@ async def test_a_queue_that_cannot_be_counted_is_left_out_and_its_scale_says_whi
     damaged.setbit(of_queue(OTHER), 1, 1)
     for path in ("/health", "/jobs?dead=true", "/jobs", "/models"):
         await ok(api, path)
-    assert [one["queue"] for one in (await ok(api, "/queues"))["queues"]] == [QUEUE]
+    assert [queue["queue"] for queue in (await ok(api, "/queues"))["queues"]] == [QUEUE]
     assert (await ok(api, "/scale/iris"))["waiting_jobs"] == 1
     problem = assert_problem(await api.get("/scale/digits"), 503, "redis_refused")
     assert f"{of_queue(OTHER)!r} is a string" in problem["detail"]
@@ -287,7 +289,7 @@ async def test_a_shared_key_of_another_type_is_read_as_empty(
         await ok(api, path)
 
 
-async def test_a_group_of_another_type_is_none(
+async def test_a_group_key_of_another_type_counts_as_no_group(
     api: httpx2.AsyncClient, damaged: redis.Redis
 ) -> None:
     await submit(api, params={"group": "g"})
@@ -319,33 +321,35 @@ async def test_an_idempotency_key_that_stands_for_garbage_ends_no_role(
     await submit(api)
 
 
-async def test_an_inbox_that_tells_nonsense_or_is_no_stream_keeps_nobody_waiting(
-    api: httpx2.AsyncClient, hand: Hand, damaged: redis.Redis
+async def test_an_inbox_with_nonsense_or_of_another_type_keeps_no_client_waiting(
+    api: httpx2.AsyncClient, manual_worker: Hand, damaged: redis.Redis
 ) -> None:
     async def completed() -> None:
         wait = {"prefer": "wait=20"}
         asked = asyncio.create_task(api.post("/predict", json={"data": ROW}, headers=wait))
         await eventually(lambda: bool(damaged.llen(QUEUE)), "the job waits")
-        await hand.complete()
+        await manual_worker.complete()
         assert (await asked).json()["status"] == "completed"
 
     await completed()
     (inbox,) = damaged.scan_iter(keys.inbox(QUEUE, "*"), count=1000)
-    for told in (b"9" * 5000 + b" x", b"\xff", DEEP):
-        damaged.xadd(inbox, {b"x": b"completed", b"\1x": told})
+    for fields in (b"9" * 5000 + b" x", b"\xff", DEEP):
+        damaged.xadd(inbox, {b"x": b"completed", b"\1x": fields})
     await completed()
     damaged.delete(inbox)
     damaged.set(inbox, "x")
     pattern = keys.inbox(QUEUE, "*")
     await eventually(
-        lambda: any(damaged.type(one) == b"stream" for one in damaged.scan_iter(pattern, count=99)),
-        "there is another inbox",
+        lambda: any(
+            damaged.type(name) == b"stream" for name in damaged.scan_iter(pattern, count=99)
+        ),
+        "the API has made another inbox",
     )
     await completed()
 
 
-async def test_counters_that_are_no_numbers_refuse_no_job(
-    api: httpx2.AsyncClient, hand: Hand, damaged: redis.Redis
+async def test_counters_that_are_not_numbers_refuse_no_job(
+    api: httpx2.AsyncClient, manual_worker: Hand, damaged: redis.Redis
 ) -> None:
     for name in (keys.bytes_waiting(QUEUE), keys.seq(QUEUE)):
         for content in (b"\xff", b"x", b"1.5"):
@@ -354,23 +358,23 @@ async def test_counters_that_are_no_numbers_refuse_no_job(
         damaged.delete(name)
         damaged.rpush(name, "x")
         await submit(api)
-    await hand.complete()
+    await manual_worker.complete()
     assert all(job["status"] == "completed" for job in (await ok(api, "/jobs"))["jobs"])
 
 
 @pytest.mark.parametrize("make", [keys.log, keys.wake, keys.control])
-async def test_jobs_are_taken_in_run_and_read_without_what_only_tells_of_them(
-    api: httpx2.AsyncClient, hand: Hand, damaged: redis.Redis, make: Any
+async def test_jobs_are_accepted_run_and_read_without_log_and_statistics(
+    api: httpx2.AsyncClient, manual_worker: Hand, damaged: redis.Redis, make: Any
 ) -> None:
     damaged.delete(make(QUEUE))
     damaged.set(make(QUEUE), "x")
     job_id = await submit(api)
-    claim = await hand.claim()
+    claim = await manual_worker.claim()
     assert (await api.delete(f"/job/{job_id}")).status_code in (200, 202)
-    await hand.finish(claim)
+    await manual_worker.finish(claim)
     assert (await ok(api, f"/job/{job_id}"))["status"] == "cancelled"
     other = await submit(api)
-    await hand.complete()
+    await manual_worker.complete()
     assert (await ok(api, f"/job/{other}"))["status"] == "completed"
 
 
@@ -405,7 +409,7 @@ CURSORS = {
 
 
 @pytest.mark.parametrize("cursor", CURSORS.values(), ids=CURSORS.keys())
-async def test_a_cursor_that_we_did_not_give_is_a_400(api: httpx2.AsyncClient, cursor: str) -> None:
+async def test_a_forged_cursor_is_a_400(api: httpx2.AsyncClient, cursor: str) -> None:
     job_id = await submit(api, params={"group": "g"})
     for path in ("/jobs", "/jobs?dead=true", "/jobs?group=g"):
         asked = httpx2.URL(path).copy_merge_params({"cursor": cursor})

@@ -1,5 +1,7 @@
-"""Whatever shape a request has on the wire, and however it is cut into packets, it is answered as
-RFC 9110 and 9112 say, and no byte of it is taken for another request."""
+"""Requests of any shape, cut into packets at any place, are answered as RFC 9110 and 9112 say.
+
+No byte of one request is taken for another request.
+"""
 
 import asyncio
 import itertools
@@ -17,7 +19,7 @@ from asyncinfer.api.http.connection import Connection, Limits
 from asyncinfer.repository.store import Store
 from tests.faults.harness import eventually
 
-from .harness import announce, hosted, serving
+from .harness import announce, hosted, running_server
 from .http_shapes import ALIVE, ROW, SHAPES, Shape
 
 Address = tuple[str, int]
@@ -26,42 +28,46 @@ AT_ONCE: Final = 60
 PROBE: Final = ALIVE + b"Connection: close\r\n\r\n"
 
 
-class Counting(Connection):
-    """Says how much has come, so that a client can send the rest in another packet."""
+class CountingConnection(Connection):
+    """Counts the received bytes, so that a client can send the rest in another packet."""
 
-    def __init__(self, come: dict[Address, int], limits: Limits, **uvicorns: Any) -> None:
-        super().__init__(limits, **uvicorns)
-        self._come = come
+    def __init__(
+        self, received_bytes: dict[Address, int], limits: Limits, **uvicorn_arguments: Any
+    ) -> None:
+        super().__init__(limits, **uvicorn_arguments)
+        self._received_bytes = received_bytes
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         assert self.client is not None
-        self._come[self.client] = self._come.get(self.client, 0) + len(data)
+        self._received_bytes[self.client] = self._received_bytes.get(self.client, 0) + len(data)
 
 
-class Told(NamedTuple):
-    """An answer as it came."""
+class ReceivedAnswer(NamedTuple):
+    """The status and error code of an answer."""
 
     status: int
     code: str | None
 
 
-class Api(NamedTuple):
+class CountingApi(NamedTuple):
     port: int
-    come: dict[Address, int]
-    """How many bytes of each client have been read."""
+    received: dict[Address, int]
+    """How many bytes of each client the server has read."""
 
 
 @pytest.fixture
-async def counting(config: ApiConfig, store: Store) -> AsyncIterator[Api]:
+async def counting_api(config: ApiConfig, store: Store) -> AsyncIterator[CountingApi]:
     """An API that serves iris."""
     await announce(store, "iris", default="iris")
-    come: dict[Address, int] = {}
-    async with hosted(serving(config)) as (server, port):
-        chosen = server.config.http_protocol_class
-        assert isinstance(chosen, partial)
-        server.config.http_protocol_class = partial(Counting, come, *chosen.args)
-        yield Api(port, come)
+    received_bytes: dict[Address, int] = {}
+    async with hosted(running_server(config)) as (server, port):
+        protocol_class = server.config.http_protocol_class
+        assert isinstance(protocol_class, partial)
+        server.config.http_protocol_class = partial(
+            CountingConnection, received_bytes, *protocol_class.args
+        )
+        yield CountingApi(port, received_bytes)
 
 
 def test_the_corpus_is_large_and_names_each_shape_once() -> None:
@@ -71,21 +77,21 @@ def test_the_corpus_is_large_and_names_each_shape_once() -> None:
 
 
 async def test_every_shape_is_answered_as_it_should_be(
-    counting: Api, server: redis.Redis, caplog: pytest.LogCaptureFixture
+    counting_api: CountingApi, server: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await _assert_answered(counting, server, ((shape, (shape.sent,)) for shape in SHAPES))
-    assert not _troubles(caplog)
+    await _assert_answered(counting_api, server, ((shape, (shape.sent,)) for shape in SHAPES))
+    assert not _warnings(caplog)
 
 
-async def test_every_shape_is_answered_so_in_two_packets_too(
-    counting: Api, server: redis.Redis, caplog: pytest.LogCaptureFixture
+async def test_every_shape_is_answered_the_same_in_two_packets(
+    counting_api: CountingApi, server: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await _assert_answered(counting, server, _cut(SHAPES))
-    assert not _troubles(caplog)
+    await _assert_answered(counting_api, server, _cut(SHAPES))
+    assert not _warnings(caplog)
 
 
 def _cut(shapes: Iterable[Shape]) -> Iterator[tuple[Shape, tuple[bytes, bytes]]]:
-    """Each shape cut at the end of each line, but not of the same line over and over."""
+    """Each shape cut at the end of each line; of many equal lines only at some."""
     for shape in shapes:
         lines = shape.sent.splitlines(keepends=True)[:-1]
         ends = list(itertools.accumulate(len(line) for line in lines))
@@ -94,7 +100,7 @@ def _cut(shapes: Iterable[Shape]) -> Iterator[tuple[Shape, tuple[bytes, bytes]]]
 
 
 async def _assert_answered(
-    api: Api, server: redis.Redis, sent: Iterable[tuple[Shape, tuple[bytes, ...]]]
+    api: CountingApi, server: redis.Redis, sent: Iterable[tuple[Shape, tuple[bytes, ...]]]
 ) -> None:
     slots = asyncio.Semaphore(AT_ONCE)
     numbered = list(enumerate(sent, start=int(ROW) + 1))
@@ -104,7 +110,9 @@ async def _assert_answered(
             row = b"%d" % number
             return await _fault(api, shape, [part.replace(ROW, row) for part in parts])
 
-    faults = await asyncio.gather(*(attempt(number, *one) for number, one in numbered))
+    faults = await asyncio.gather(
+        *(attempt(number, *shape_and_parts) for number, shape_and_parts in numbered)
+    )
     found = [fault for fault in faults if fault]
     assert not found, "\n".join(found)
     kept = _kept_rows(server)
@@ -112,49 +120,49 @@ async def _assert_answered(
         assert kept.count(number) == shape.answers.count(202), (shape.name, parts)
 
 
-async def _fault(api: Api, shape: Shape, parts: list[bytes]) -> str | None:
-    """What is wrong with the answers to `parts`; None for nothing."""
+async def _fault(api: CountingApi, shape: Shape, parts: list[bytes]) -> str | None:
+    """What is wrong with the answers to `parts`; None if nothing is."""
     reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
     try:
-        told = await _conversation(api, shape, parts, reader, writer)
+        received = await _conversation(api, shape, parts, reader, writer)
     finally:
         writer.close()
-    expected: list[Told | str] = [
-        Told(*answer) if isinstance(answer, tuple) else Told(answer, None)
+    expected: list[ReceivedAnswer | str] = [
+        ReceivedAnswer(*answer) if isinstance(answer, tuple) else ReceivedAnswer(answer, None)
         for answer in shape.answers
     ]
-    expected += [CLOSED] if shape.closes else [Told(200, None), CLOSED]
-    return None if told == expected else f"{shape.name}: {told} to {parts}"
+    expected += [CLOSED] if shape.closes else [ReceivedAnswer(200, None), CLOSED]
+    return None if received == expected else f"{shape.name}: {received} to {parts}"
 
 
 CLOSED: Final = "closed"
 
 
 async def _conversation(
-    api: Api,
+    api: CountingApi,
     shape: Shape,
     parts: list[bytes],
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
-) -> list[Told | str]:
-    """The answers to the shape; where it leaves the connection open, that to one more request; and
-    that nothing follows."""
+) -> list[ReceivedAnswer | str]:
+    """The answers to the shape, the answer to one more request if the shape leaves the connection
+    open, and the end of the connection."""
     client = writer.get_extra_info("sockname")
     for place, part in enumerate(parts, start=1):
         writer.write(part)
         if place < len(parts):
             await eventually(
-                lambda: api.come.get(client, 0) >= len(part) or reader.at_eof(),  # noqa: B023
+                lambda: api.received.get(client, 0) >= len(part) or reader.at_eof(),  # noqa: B023
                 "the first packet is read",
             )
-    told = [await _answer(reader, shape.bodiless) for _ in shape.answers]
+    received = [await _answer(reader, shape.bodiless) for _ in shape.answers]
     if not shape.closes:
         writer.write(PROBE)
-        told.append(await _answer(reader, False))
-    return [*told, await _answer(reader, False)]
+        received.append(await _answer(reader, False))
+    return [*received, await _answer(reader, False)]
 
 
-async def _answer(reader: asyncio.StreamReader, bodiless: bool) -> Told | str:
+async def _answer(reader: asyncio.StreamReader, bodiless: bool) -> ReceivedAnswer | str:
     status = 100
     while status < 200:
         try:
@@ -167,14 +175,14 @@ async def _answer(reader: asyncio.StreamReader, bodiless: bool) -> Told | str:
     length = int(head.partition(b"\r\ncontent-length: ")[2].partition(b"\r\n")[0])
     body = b"" if bodiless else await reader.readexactly(length)
     is_problem = b"content-type: application/problem+json" in head
-    return Told(status, msgspec.json.decode(body)["code"] if is_problem else None)
+    return ReceivedAnswer(status, msgspec.json.decode(body)["code"] if is_problem else None)
 
 
 def _kept_rows(server: redis.Redis) -> list[int]:
     """The first number of each input that was stored."""
     inputs = [server.get(name) for name in server.scan_iter("job:*:data", count=1000)]
-    return [int(msgspec.json.decode(it)[0][0]) for it in inputs if isinstance(it, bytes)]
+    return [int(msgspec.json.decode(text)[0][0]) for text in inputs if isinstance(text, bytes)]
 
 
-def _troubles(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING]
+def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]

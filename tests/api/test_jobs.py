@@ -19,16 +19,16 @@ from .harness import (
     RESULT,
     ROW,
     Hand,
-    Road,
+    ProxiedApi,
     announce,
     assert_problem,
     client_of,
     running,
-    stopped_by_itself,
+    running_until_signal,
     submit,
 )
 
-# --- reading -------------------------------------------------------------------------------
+# --- reading ---------------------------------------------------------------------------------
 
 
 async def test_an_unfinished_job_has_no_result_and_says_when_to_ask_again(
@@ -44,10 +44,10 @@ async def test_an_unfinished_job_has_no_result_and_says_when_to_ask_again(
 
 
 async def test_a_completed_job_has_the_result_as_the_worker_wrote_it(
-    api: httpx2.AsyncClient, hand: Hand
+    api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     job_id = await submit(api)
-    await hand.complete()
+    await manual_worker.complete()
     reply = await api.get(f"/job/{job_id}")
     body = reply.json()
     assert (body["status"], body["result"], body["version"]) == ("completed", RESULT, "1")
@@ -56,9 +56,9 @@ async def test_a_completed_job_has_the_result_as_the_worker_wrote_it(
     assert body["finished_at"] == "1970-01-01T00:00:00.002000Z"
 
 
-async def test_a_failed_job_says_why(api: httpx2.AsyncClient, hand: Hand) -> None:
+async def test_a_failed_job_says_why(api: httpx2.AsyncClient, manual_worker: Hand) -> None:
     job_id = await submit(api)
-    await hand.fail()
+    await manual_worker.fail()
     body = (await api.get(f"/job/{job_id}")).json()
     assert (body["status"], body["result"]) == ("failed", None)
     assert body["error"] == {"code": "model_failed", "message": "no"}
@@ -80,11 +80,11 @@ async def test_a_job_of_a_later_release_is_shown_and_cancelled_and_not_retried(
     refused = assert_problem(await api.post(f"/job/{job_id}/retry"), 409, "job_not_retryable")
     assert "a later release" in refused["detail"]
     many = (await api.post("/jobs/retry?status=cancelled")).json()
-    assert (many["retried"], [one["job_id"] for one in many["refused"]]) == ([], [job_id])
+    assert (many["retried"], [refusal["job_id"] for refusal in many["refused"]]) == ([], [job_id])
     assert server.get(keys.meta(job_id)) == meta
 
 
-async def test_a_job_that_never_was_is_not_found_and_one_long_ago_is_gone(
+async def test_a_job_that_never_existed_is_not_found_and_an_old_one_is_expired(
     api: httpx2.AsyncClient,
 ) -> None:
     now_ms = time.time_ns() // 1_000_000
@@ -96,7 +96,7 @@ async def test_a_job_that_never_was_is_not_found_and_one_long_ago_is_gone(
     assert_problem(await api.post(f"/job/{old}/retry"), 410, "job_expired")
 
 
-async def test_a_strangers_job_is_the_default_models(
+async def test_an_external_job_belongs_to_the_default_model(
     api: httpx2.AsyncClient, server: redis.Redis
 ) -> None:
     server.set("job:стр/1:data", "[[1]]")
@@ -111,7 +111,7 @@ async def test_a_strangers_job_is_the_default_models(
 
 
 @pytest.mark.parametrize("text", [b"setosa", b"[1,", b"\xff", b"", b"NaN", b'"\xff"'])
-async def test_a_strangers_result_that_is_no_json_is_shown_as_text(
+async def test_an_external_result_that_is_not_json_is_shown_as_text(
     api: httpx2.AsyncClient, server: redis.Redis, text: bytes
 ) -> None:
     server.set("job:x:status", "completed", ex=60)
@@ -120,7 +120,7 @@ async def test_a_strangers_result_that_is_no_json_is_shown_as_text(
     assert reply.json()["result"] == text.decode(errors="replace")
 
 
-async def test_a_strangers_error_may_be_any_text(
+async def test_an_external_error_may_be_any_text(
     api: httpx2.AsyncClient, server: redis.Redis
 ) -> None:
     server.set("job:x:status", "failed", ex=60)
@@ -129,16 +129,16 @@ async def test_a_strangers_error_may_be_any_text(
     assert body["error"] == {"code": "unknown", "message": "boom \ufffd"}
 
 
-# --- waiting -------------------------------------------------------------------------------
+# --- waiting ---------------------------------------------------------------------------------
 
 
-async def test_a_wait_ends_with_the_job(api: httpx2.AsyncClient, hand: Hand) -> None:
+async def test_a_wait_ends_with_the_job(api: httpx2.AsyncClient, manual_worker: Hand) -> None:
     job_id = await submit(api)
     async with asyncio.TaskGroup() as group:
         get = group.create_task(api.get(f"/job/{job_id}?wait=10"))
         await asyncio.sleep(0.05)
         assert not get.done()
-        await hand.complete()
+        await manual_worker.complete()
     assert get.result().json()["result"] == RESULT
 
 
@@ -150,20 +150,20 @@ async def test_a_wait_ends_with_its_time(api: httpx2.AsyncClient) -> None:
     assert reply.json()["status"] == "pending"
 
 
-async def test_a_wait_without_redis_says_so(behind: Road) -> None:
-    async with client_of(behind.port) as client, asyncio.TaskGroup() as group:
+async def test_a_wait_without_redis_says_so(proxied_api: ProxiedApi) -> None:
+    async with client_of(proxied_api.port) as client, asyncio.TaskGroup() as group:
         job_id = await submit(client)
         get = group.create_task(client.get(f"/job/{job_id}?wait=0.1"))
         await asyncio.sleep(0.05)
-        behind.proxy.black_hole()
+        proxied_api.proxy.black_hole()
     assert_problem(get.result(), 503, "redis_unavailable")
 
 
-async def test_a_client_that_hangs_up_is_not_waited_for(
+async def test_nothing_waits_for_a_client_that_hangs_up(
     config: ApiConfig, store: Store, server: redis.Redis
 ) -> None:
     await announce(store, "iris", default="iris")
-    async with stopped_by_itself(config) as port:
+    async with running_until_signal(config) as port:
         async with client_of(port) as client:
             job_id = await submit(client)
             with pytest.raises(httpx2.ReadTimeout):
@@ -172,7 +172,7 @@ async def test_a_client_that_hangs_up_is_not_waited_for(
     assert time.monotonic() - began < 10
 
 
-async def test_a_query_is_refused_by_the_name_of_what_is_wrong(api: httpx2.AsyncClient) -> None:
+async def test_a_refused_query_names_the_wrong_parameter(api: httpx2.AsyncClient) -> None:
     job_id = await submit(api)
     wrong = {
         "wait=61": "wait",
@@ -190,10 +190,10 @@ async def test_a_query_is_refused_by_the_name_of_what_is_wrong(api: httpx2.Async
     assert "model" in assert_problem(reply, 400, "invalid_query")["detail"]
 
 
-async def test_a_stopping_api_answers_those_who_wait(config: ApiConfig, store: Store) -> None:
+async def test_a_stopping_api_answers_waiting_clients(config: ApiConfig, store: Store) -> None:
     await announce(store, "iris", default="iris")
     async with asyncio.TaskGroup() as group, client_of(0) as client:
-        async with stopped_by_itself(config) as port:
+        async with running_until_signal(config) as port:
             client.base_url = httpx2.URL(f"http://127.0.0.1:{port}")
             job_id = await submit(client)
             get = group.create_task(client.get(f"/job/{job_id}?wait=60"))
@@ -207,7 +207,7 @@ async def test_a_stopping_api_answers_those_who_wait(config: ApiConfig, store: S
     assert took < 10
 
 
-# --- cancelling ----------------------------------------------------------------------------
+# --- cancelling ------------------------------------------------------------------------------
 
 
 async def test_a_waiting_job_is_cancelled_at_once(
@@ -221,80 +221,84 @@ async def test_a_waiting_job_is_cancelled_at_once(
     assert again["job_id"] == job_id
 
 
-async def test_a_running_job_is_cancelled_when_its_worker_hears(
-    api: httpx2.AsyncClient, hand: Hand
+async def test_a_running_job_is_cancelled_once_its_worker_is_notified(
+    api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     job_id = await submit(api)
-    claim = await hand.claim()
+    claim = await manual_worker.claim()
     async with asyncio.TaskGroup() as group:
         delete = group.create_task(api.delete(f"/job/{job_id}"))
         await asyncio.sleep(0.1)
-        await hand.finish(claim)
+        await manual_worker.finish(claim)
     assert (delete.result().status_code, delete.result().json()["status"]) == (200, "cancelled")
 
 
-async def test_a_running_job_that_goes_on_is_cancelled_later(
-    config: ApiConfig, store: Store, hand: Hand
+async def test_a_running_job_that_does_not_stop_at_once_is_cancelled_later(
+    config: ApiConfig, store: Store, manual_worker: Hand
 ) -> None:
     await announce(store, "iris", default="iris")
     store.policy = Policy(lease_seconds=30)
     patient = msgspec.structs.replace(config, policy=store.policy)
     async with running(patient) as port, client_of(port) as client:
         job_id = await submit(client)
-        claim = await hand.claim()
+        claim = await manual_worker.claim()
         reply = await client.delete(f"/job/{job_id}")
         assert (reply.status_code, reply.json()["status"]) == (202, "processing")
-        await hand.finish(claim)
+        await manual_worker.finish(claim)
         assert (await client.get(f"/job/{job_id}")).json()["status"] == "cancelled"
 
 
-# --- retrying ------------------------------------------------------------------------------
+# --- retrying --------------------------------------------------------------------------------
 
 
-async def test_a_failed_job_runs_again_in_a_new_round(api: httpx2.AsyncClient, hand: Hand) -> None:
+async def test_a_failed_job_runs_again_in_a_new_round(
+    api: httpx2.AsyncClient, manual_worker: Hand
+) -> None:
     job_id = await submit(api)
-    await hand.fail()
+    await manual_worker.fail()
     reply = await api.post(f"/job/{job_id}/retry")
     assert (reply.status_code, reply.json()["job_id"]) == (202, job_id)
     assert reply.headers["location"] == f"/job/{job_id}"
-    await hand.complete()
+    await manual_worker.complete()
     body = (await api.get(f"/job/{job_id}")).json()
     assert (body["round"], body["status"], body["result"]) == (2, "completed", RESULT)
 
 
-async def test_what_did_not_fail_is_not_retried(api: httpx2.AsyncClient, hand: Hand) -> None:
+async def test_a_job_that_did_not_fail_is_not_retried(
+    api: httpx2.AsyncClient, manual_worker: Hand
+) -> None:
     job_id = await submit(api)
     reply = await api.post(f"/job/{job_id}/retry")
     assert "pending" in assert_problem(reply, 409, "job_not_retryable")["detail"]
-    await hand.complete()
+    await manual_worker.complete()
     assert_problem(await api.post(f"/job/{job_id}/retry"), 409, "job_not_retryable")
 
 
 async def test_a_job_whose_input_is_gone_is_not_retried(
-    api: httpx2.AsyncClient, hand: Hand, server: redis.Redis
+    api: httpx2.AsyncClient, manual_worker: Hand, server: redis.Redis
 ) -> None:
     job_id = await submit(api)
-    await hand.fail()
+    await manual_worker.fail()
     server.delete(keys.data(job_id))
     reply = await api.post(f"/job/{job_id}/retry")
     assert "input" in assert_problem(reply, 409, "job_not_retryable")["detail"]
 
 
 async def test_a_retry_finds_no_room_in_a_full_queue(
-    config: ApiConfig, store: Store, hand: Hand
+    config: ApiConfig, store: Store, manual_worker: Hand
 ) -> None:
     await announce(store, "iris", default="iris")
     full = msgspec.structs.replace(config, policy=Policy(max_queue=1))
     async with running(full) as port, client_of(port) as client:
         job_id = await submit(client)
-        await hand.fail()
+        await manual_worker.fail()
         await submit(client)
         reply = await client.post(f"/job/{job_id}/retry")
     assert_problem(reply, 429, "queue_full")
     assert "retry-after" in reply.headers
 
 
-# --- listing -------------------------------------------------------------------------------
+# --- listing ---------------------------------------------------------------------------------
 
 
 async def test_the_list_is_newest_first_in_pages(api: httpx2.AsyncClient) -> None:
@@ -311,10 +315,10 @@ async def test_the_list_is_newest_first_in_pages(api: httpx2.AsyncClient) -> Non
 
 
 async def test_the_list_is_narrowed_by_status_and_model(
-    api: httpx2.AsyncClient, hand: Hand
+    api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     done = await submit(api)
-    await hand.complete()
+    await manual_worker.complete()
     await submit(api)
     other = (await api.post("/predict/digits", json={"data": [[0] * 64]})).json()["job_id"]
     completed = (await api.get("/jobs?status=completed")).json()["jobs"]
@@ -324,7 +328,7 @@ async def test_the_list_is_narrowed_by_status_and_model(
     assert [(job["job_id"], job["model"]) for job in digits] == [(other, "digits")]
 
 
-async def test_a_list_query_that_makes_no_sense_is_refused(api: httpx2.AsyncClient) -> None:
+async def test_an_invalid_list_query_is_refused(api: httpx2.AsyncClient) -> None:
     for query in ("limit=0", "limit=1001", "limit=x", "status=done", "cursor=%21", "sort=up"):
         assert_problem(await api.get(f"/jobs?{query}"), 400, "invalid_query")
 

@@ -1,4 +1,4 @@
-"""What people are told of models, their versions, and what is wrong with them; pause and resume."""
+"""The routes about models: versions, problems, pause and resume."""
 
 import httpx2
 import msgspec
@@ -28,8 +28,8 @@ async def test_a_broken_version_is_shown_with_its_reason(
     assert iris["run_times"] == {"w-f0fd4a": {"1": 0.001, "8": 0.002}}
 
     listed = (await api.get("/models")).json()
-    assert [one["model"] for one in listed["models"]] == ["digits", "iris"]
-    assert [one["reason"] for one in listed["problems"]] == ["not a model"]
+    assert [model["model"] for model in listed["models"]] == ["digits", "iris"]
+    assert [entry["reason"] for entry in listed["problems"]] == ["not a model"]
     problem = assert_problem(await api.get("/models/wine"), 404, "model_not_found")
     assert "not a model" in problem["detail"]
 
@@ -37,7 +37,7 @@ async def test_a_broken_version_is_shown_with_its_reason(
 async def test_the_served_version_is_the_one_that_the_operator_chose(
     api: httpx2.AsyncClient, store: Store
 ) -> None:
-    versions = {one: msgspec.json.encode(signature("wine", one)) for one in ("1", "2")}
+    versions = {version: msgspec.json.encode(signature("wine", version)) for version in ("1", "2")}
     announcements = Announcements(store)
     await announcements.announce_models({"wine": versions})
     await announcements.announce_default_versions({"wine": "1"})
@@ -50,7 +50,7 @@ async def test_a_model_without_a_living_worker_still_takes_jobs(api: httpx2.Asyn
     await submit(api)
 
 
-async def test_a_removed_model_is_no_longer_there(store: Store) -> None:
+async def test_a_removed_model_is_not_found(store: Store) -> None:
     announcements = Announcements(store)
     await announcements.announce_models({"wine": {"1": b"1", "2": b"2"}})
     await announcements.retract_version("wine", "1")

@@ -1,4 +1,4 @@
-"""What is answered for models that lie in a worker's folder and cannot be asked yet, or at all."""
+"""Answers for models in a worker's folder that are not loaded yet, or cannot be served."""
 
 from typing import Any
 
@@ -25,12 +25,14 @@ REQUESTS = (
 
 
 async def worker(store: Store, **about: Any) -> None:
-    """Announces a worker as it does itself."""
-    said = {"state": "ready", "default_model": "iris"}
-    await Announcements(store).announce_worker("host-1-aaaaaa", said | about, ttl_seconds=10)
+    """Announces a worker as a real one does."""
+    announcement = {"state": "ready", "default_model": "iris"}
+    await Announcements(store).announce_worker(
+        "host-1-aaaaaa", announcement | about, ttl_seconds=10
+    )
 
 
-async def asked(client: httpx2.AsyncClient, method: str, path: str) -> httpx2.Response:
+async def request_path(client: httpx2.AsyncClient, method: str, path: str) -> httpx2.Response:
     return await client.request(method, path, json=BODY if method == "POST" else None)
 
 
@@ -43,14 +45,14 @@ def assert_loading(reply: httpx2.Response) -> None:
 # --- being loaded ----------------------------------------------------------------------------
 
 
-async def test_a_model_that_is_not_loaded_yet_is_asked_for_again_and_never_unknown(
+async def test_a_model_that_is_not_loaded_yet_is_a_503_and_never_a_404(
     config: ApiConfig, store: Store
 ) -> None:
     await announce(store, "iris", default="iris")
     await worker(store, loading=["wine"])
     async with api_of(config) as client:
         for method, path in REQUESTS:
-            assert_loading(await asked(client, method, path))
+            assert_loading(await request_path(client, method, path))
         (line,) = (
             await client.post(
                 "/predict/wine",
@@ -60,7 +62,7 @@ async def test_a_model_that_is_not_loaded_yet_is_asked_for_again_and_never_unkno
         )
         assert_loading(line)
         assert_problem(await client.get("/models/beer"), 404, "model_not_found")
-        # Loaded, and what it takes not announced yet.
+        # Loaded, but its signature is not announced yet.
         for about in ({"versions": {"wine": {"1": "0" * 64}}}, {"models": ["wine"]}):
             await worker(store, **about)
             assert_loading(await client.get("/models/wine"))
@@ -68,7 +70,7 @@ async def test_a_model_that_is_not_loaded_yet_is_asked_for_again_and_never_unkno
         assert (await client.post("/predict/wine", json=BODY)).status_code == 202
 
 
-async def test_while_the_default_model_is_loaded_it_is_asked_for_again(
+async def test_a_default_model_that_is_being_loaded_is_a_503(
     config: ApiConfig, store: Store
 ) -> None:
     await store.claim_default_model("iris")
@@ -89,9 +91,7 @@ async def test_the_first_of_several_models_to_be_loaded_is_not_taken_for_the_onl
         assert (await client.post("/predict", json=BODY)).status_code == 202
 
 
-async def test_a_version_that_may_be_loaded_yet_is_asked_for_again(
-    config: ApiConfig, store: Store
-) -> None:
+async def test_a_version_that_may_still_be_loaded_is_a_503(config: ApiConfig, store: Store) -> None:
     await announce(store, "iris", default="iris")
     await worker(store, loading=["iris"])
     newer = {**BODY, "options": {"version": "2"}}
@@ -100,11 +100,11 @@ async def test_a_version_that_may_be_loaded_yet_is_asked_for_again(
         assert_loading(await client.post("/models/iris/validate", json=newer))
         second = {"2": msgspec.json.encode(signature("iris", "2"))}
         await Announcements(store).announce_models({"iris": second})
-        assert (await client.get("/models/wine")).status_code == 404, "it looks again"
+        assert (await client.get("/models/wine")).status_code == 404, "the API refreshes once more"
         assert (await client.post("/predict", json=newer)).status_code == 202
         await worker(store, models=["iris"])
         newest = {**BODY, "options": {"version": "3"}}
-        assert (await client.get("/models/beer")).status_code == 404, "it looks again"
+        assert (await client.get("/models/beer")).status_code == 404, "the API refreshes once more"
         assert_problem(await client.post("/predict", json=newest), 404, "version_not_found")
 
 
@@ -118,7 +118,7 @@ async def test_a_model_whose_files_are_all_refused_is_unknown_for_that_reason(
     await announce(store, "iris", default="iris")
     await worker(store, models=["iris"], problems={"wine": {"1": "a Git LFS pointer"}})
     async with api_of(config) as client:
-        problem = assert_problem(await asked(client, method, path), 404, "model_not_found")
+        problem = assert_problem(await request_path(client, method, path), 404, "model_not_found")
     assert "Version 1 is not served: a Git LFS pointer." in problem["detail"]
 
 
@@ -135,7 +135,7 @@ async def test_a_default_model_that_is_refused_is_unknown_for_that_reason(
 
 
 @pytest.mark.parametrize(
-    ("problems", "said"),
+    ("problems", "explanation"),
     [
         ({}, "model folder is empty"),
         (
@@ -149,13 +149,13 @@ async def test_a_default_model_that_is_refused_is_unknown_for_that_reason(
         ),
     ],
 )
-async def test_where_nothing_can_be_served_the_answer_says_why_and_does_not_say_wait(
-    problems: dict[str, Any], said: str, config: ApiConfig, store: Store
+async def test_where_nothing_can_be_served_the_answer_says_why_and_has_no_retry_after(
+    problems: dict[str, Any], explanation: str, config: ApiConfig, store: Store
 ) -> None:
     await worker(store, default_model=None, problems=problems)
     async with api_of(config) as client:
         for path in ("/predict", "/predict/other"):
             reply = await client.post(path, json=BODY)
             problem = assert_problem(reply, 503, "no_model_announced")
-            assert said in problem["detail"]
+            assert explanation in problem["detail"]
             assert "starting" not in problem["detail"]

@@ -1,4 +1,4 @@
-"""POST /predict: what is stored, what is answered, and the same job for the same key."""
+"""POST /predict: the stored job, the answers, and idempotency keys."""
 
 import asyncio
 import hashlib
@@ -23,7 +23,7 @@ from .harness import (
     RESULT,
     ROW,
     Hand,
-    Road,
+    ProxiedApi,
     announce,
     assert_problem,
     client_of,
@@ -68,18 +68,18 @@ async def test_a_job_without_a_content_type_is_taken_for_json(api: httpx2.AsyncC
     assert reply.status_code == 202
 
 
-# --- waiting -------------------------------------------------------------------------------
+# --- waiting ---------------------------------------------------------------------------------
 
 
 async def test_a_preferred_wait_answers_with_the_finished_job(
-    api: httpx2.AsyncClient, hand: Hand, server: redis.Redis
+    api: httpx2.AsyncClient, manual_worker: Hand, server: redis.Redis
 ) -> None:
     async with asyncio.TaskGroup() as group:
         post = group.create_task(
             api.post("/predict", json={"data": ROW}, headers={"prefer": "wait=10"})
         )
         await eventually(lambda: bool(server.llen(QUEUE)), "the job waits")
-        await hand.complete()
+        await manual_worker.complete()
     reply = post.result()
     assert reply.status_code == 200
     assert reply.headers["preference-applied"] == "wait=10"
@@ -104,18 +104,18 @@ async def test_a_wait_that_is_no_number_or_too_long_is_refused(
     assert server.llen(QUEUE) == 0
 
 
-# --- idempotency ---------------------------------------------------------------------------
+# --- idempotency -----------------------------------------------------------------------------
 
 
 async def test_the_same_key_and_request_give_the_same_job(
-    api: httpx2.AsyncClient, hand: Hand, server: redis.Redis
+    api: httpx2.AsyncClient, manual_worker: Hand, server: redis.Redis
 ) -> None:
     once = {"idempotency-key": "order-1"}
     job_id = await submit(api, headers=once)
     again = await api.post("/predict", json={"data": ROW}, headers=once)
     assert (again.status_code, again.json()["job_id"]) == (202, job_id)
     assert server.llen(QUEUE) == 1
-    await hand.complete()
+    await manual_worker.complete()
     later = await api.post("/predict", json={"data": ROW}, headers=once)
     assert (later.status_code, later.json()["status"]) == (202, "completed")
     waited = await api.post("/predict", json={"data": ROW}, headers={**once, "prefer": "wait=5"})
@@ -124,7 +124,7 @@ async def test_the_same_key_and_request_give_the_same_job(
 
 
 async def test_a_second_request_with_the_key_waits_for_the_first_ones_job(
-    api: httpx2.AsyncClient, hand: Hand
+    api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     once = {"idempotency-key": "order-1"}
     job_id = await submit(api, headers=once)
@@ -132,7 +132,7 @@ async def test_a_second_request_with_the_key_waits_for_the_first_ones_job(
         headers = {**once, "prefer": "wait=10"}
         post = group.create_task(api.post("/predict", json={"data": ROW}, headers=headers))
         await asyncio.sleep(0.05)
-        await hand.complete()
+        await manual_worker.complete()
     assert (post.result().status_code, post.result().json()["job_id"]) == (200, job_id)
 
 
@@ -170,10 +170,10 @@ async def test_200_requests_with_one_key_over_two_apis_make_one_job(
 ) -> None:
     await announce(store, "iris", default="iris")
     async with (
-        running(config) as one,
-        running(config) as two,
-        client_of(one) as first,
-        client_of(two) as second,
+        running(config) as first_port,
+        running(config) as second_port,
+        client_of(first_port) as first,
+        client_of(second_port) as second,
         asyncio.TaskGroup() as group,
     ):
         headers = {"idempotency-key": "once"}
@@ -204,7 +204,7 @@ async def test_a_full_queue_refuses_exactly_above_its_cap(
     assert server.llen(QUEUE) == 3
 
 
-async def test_before_any_worker_came_there_is_nothing_to_ask(
+async def test_before_any_worker_is_announced_a_submit_is_a_503(
     config: ApiConfig, store: Store
 ) -> None:
     async with running(config) as port, client_of(port) as client:
@@ -226,7 +226,7 @@ async def test_with_several_models_and_no_default_one_must_be_named(
         assert (await client.post("/predict/cats", json={"data": ROW})).status_code == 202
 
 
-async def test_while_nobody_has_said_which_model_is_the_default_a_client_is_asked_to_wait(
+async def test_while_the_default_model_is_unknown_a_client_is_asked_to_retry(
     config: ApiConfig, store: Store
 ) -> None:
     await announce(store, "cats")
@@ -250,7 +250,7 @@ async def test_while_redis_has_lost_the_default_model_only_its_clients_wait(
         async def is_refused() -> bool:
             return (await client.post("/predict", json={"data": ROW})).status_code == 503
 
-        await eventually(is_refused, "the loss is noticed", 5)
+        await eventually(is_refused, "the API has noticed the loss", 5)
         for path in ("/predict", "/predict/iris"):
             reply = await client.post(path, json={"data": ROW})
             assert_problem(reply, 503, "no_model_announced")
@@ -264,7 +264,7 @@ async def test_while_redis_has_lost_the_default_model_only_its_clients_wait(
     assert server.llen(keys.queue(store.n, "iris", None)) == 0
 
 
-async def test_an_api_that_is_told_the_default_writes_it_again_when_redis_has_lost_it(
+async def test_an_api_with_a_configured_default_writes_it_again_when_redis_has_lost_it(
     config: ApiConfig, store: Store, server: redis.Redis
 ) -> None:
     async with running(msgspec.structs.replace(config, default_model="iris")) as port:
@@ -284,18 +284,20 @@ async def test_an_unknown_model_is_named_with_the_nearest_known(api: httpx2.Asyn
         assert "Did you mean `iris`? Known: `digits`, `iris`." in detail
 
 
-async def test_a_badly_named_model_is_told_what_names_are(api: httpx2.AsyncClient) -> None:
+async def test_an_invalid_model_name_is_answered_with_the_rule_for_names(
+    api: httpx2.AsyncClient,
+) -> None:
     for name in ("stats", "-x", "a" * 65, "%7Bx%7D", "a%20b", "%00"):
         reply = await api.post(f"/predict/{name}", json={"data": ROW})
         assert_problem(reply, 404, "model_not_found")
 
 
 async def test_without_redis_a_submit_fails_in_time_and_names_its_job(
-    behind: Road,
+    proxied_api: ProxiedApi,
 ) -> None:
-    async with client_of(behind.port) as client:
+    async with client_of(proxied_api.port) as client:
         await submit(client)
-        behind.proxy.black_hole()
+        proxied_api.proxy.black_hole()
         for _ in range(3):
             began = time.monotonic()
             reply = await client.post("/predict", json={"data": ROW})
@@ -322,7 +324,7 @@ def _without_replicas(server: redis.Redis, begins: bool) -> None:
     ("refuse", "reason"),
     [(_as_a_replica, "it is a replica"), (_without_replicas, "min-replicas-to-write")],
 )
-async def test_a_redis_that_takes_no_writes_is_told_with_its_reason_and_nothing_is_taken_in(
+async def test_a_redis_that_takes_no_writes_is_answered_with_its_reason_and_no_job_is_accepted(
     api: httpx2.AsyncClient,
     server: redis.Redis,
     refuse: Callable[[redis.Redis, bool], None],
@@ -341,7 +343,7 @@ async def test_a_redis_that_takes_no_writes_is_told_with_its_reason_and_nothing_
     assert line.json()["code"] == "redis_refuses_writes"
 
     await submit(api)
-    await eventually(lambda: _is_ready(api), "it is ready again")
+    await eventually(lambda: _is_ready(api), "the API is ready again")
     assert server.llen(QUEUE) == 1
 
 

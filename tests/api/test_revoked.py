@@ -1,4 +1,4 @@
-"""A key that is taken out of its file ends what it began: streams, waits, uploads."""
+"""Removing a key from its file ends the streams, waits and uploads that it began."""
 
 import asyncio
 import time
@@ -26,14 +26,14 @@ from .harness import (
     submit,
 )
 from .sse import listening
-from .test_bulk import talking
+from .test_bulk import bulk_client
 
 WITHIN_SECONDS = 5.0
 ROW = {"data": [[5.1, 3.5, 1.4, 0.2]]}
 
 
-class Keys:
-    """The file, and what is in it."""
+class WrittenKeyFile:
+    """A key file that the test rewrites."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -47,7 +47,7 @@ class Keys:
         self._path.write_text("\n".join(self._lines.values()))
 
     def revoke(self, key: str = "alice") -> float:
-        """When it was."""
+        """Removes a key; returns the time of the change."""
         del self._lines[key]
         self.write()
         return time.monotonic()
@@ -58,19 +58,19 @@ class Keys:
 
 
 @pytest.fixture
-def keys(tmp_path: Path) -> Keys:
-    return Keys(tmp_path / "keys")
+def keys(tmp_path: Path) -> WrittenKeyFile:
+    return WrittenKeyFile(tmp_path / "keys")
 
 
 @pytest.fixture
 def stable_seconds() -> float:
-    """Shorter than in use, so that many changes can be waited for."""
+    """Shorter than the default, since the tests wait for many changes."""
     return 0.2
 
 
 @pytest.fixture
 async def port(
-    config: ApiConfig, store: Store, keys: Keys, tmp_path: Path, stable_seconds: float
+    config: ApiConfig, store: Store, keys: WrittenKeyFile, tmp_path: Path, stable_seconds: float
 ) -> AsyncIterator[int]:
     await announce(store, "iris", default="iris")
     locked = msgspec.structs.replace(
@@ -92,31 +92,31 @@ async def bob(port: int) -> AsyncIterator[httpx2.AsyncClient]:
         yield client
 
 
-async def is_out(client: httpx2.AsyncClient) -> bool:
+async def is_unauthorized(client: httpx2.AsyncClient) -> bool:
     return (await client.get("/jobs")).status_code == 401
 
 
 @pytest.mark.parametrize("stable_seconds", [ApiConfig(redis_url="").api_keys_stable_seconds])
-async def test_a_revoked_key_is_not_let_in_within_five_seconds(
-    keys: Keys, alice: httpx2.AsyncClient, bob: httpx2.AsyncClient
+async def test_a_revoked_key_is_refused_within_five_seconds(
+    keys: WrittenKeyFile, alice: httpx2.AsyncClient, bob: httpx2.AsyncClient
 ) -> None:
-    assert not await is_out(alice)
+    assert not await is_unauthorized(alice)
     revoked_at = keys.revoke()
-    await eventually(lambda: is_out(alice), "it is refused")
+    await eventually(lambda: is_unauthorized(alice), "the key is refused")
     assert time.monotonic() - revoked_at < WITHIN_SECONDS
-    assert not await is_out(bob)
+    assert not await is_unauthorized(bob)
 
 
 @pytest.mark.parametrize("path", ["/events", "/events?group=g", "/job/{id}/events"])
 async def test_a_revoked_key_ends_its_streams_and_no_others(
-    keys: Keys, alice: httpx2.AsyncClient, bob: httpx2.AsyncClient, path: str
+    keys: WrittenKeyFile, alice: httpx2.AsyncClient, bob: httpx2.AsyncClient, path: str
 ) -> None:
-    paths = [path.replace("{id}", await submit(one)) for one in (alice, bob)]
+    paths = [path.replace("{id}", await submit(client)) for client in (alice, bob)]
     async with listening(alice, paths[0]) as hers, listening(bob, paths[1]) as his:
         await hers.event("snapshot")
         await his.event("snapshot")
         revoked_at = keys.revoke()
-        assert await hers.rest() == []
+        assert await hers.remaining_events() == []
         assert time.monotonic() - revoked_at < WITHIN_SECONDS
         await submit(bob)
         if path == "/events":
@@ -125,15 +125,15 @@ async def test_a_revoked_key_ends_its_streams_and_no_others(
 
 
 @pytest.mark.soak
-async def test_a_stream_whose_client_does_not_read_is_told_nothing_more(
-    port: int, keys: Keys, alice: httpx2.AsyncClient, hand: Hand
+async def test_a_stream_whose_client_does_not_read_is_sent_nothing_more(
+    port: int, keys: WrittenKeyFile, alice: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     head = b"GET /events HTTP/1.1\r\nHost: localhost\r\nX-Api-Key: alice\r\n\r\n"
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(head)
     await reader.readuntil(b"retry: 1000")
     keys.revoke()
-    await eventually(lambda: is_out(alice), "it is refused")
+    await eventually(lambda: is_unauthorized(alice), "the key is refused")
     keys.give("new", "alice", "submit")
     async with client_of(port, **{"x-api-key": "new"}) as client:
         await eventually(_submits(client), "the new key submits")
@@ -150,8 +150,8 @@ def _submits(client: httpx2.AsyncClient) -> Callable[[], Awaitable[bool]]:
     return submits
 
 
-async def test_a_waiting_look_at_a_job_is_answered_401(
-    keys: Keys, alice: httpx2.AsyncClient
+async def test_a_waiting_read_of_a_job_is_answered_401(
+    keys: WrittenKeyFile, alice: httpx2.AsyncClient
 ) -> None:
     job_id = await submit(alice)
     waiting = asyncio.create_task(alice.get(f"/job/{job_id}?wait=30"))
@@ -164,7 +164,7 @@ async def test_a_waiting_look_at_a_job_is_answered_401(
 
 
 async def test_a_submit_that_waits_is_answered_401_with_the_job_it_made(
-    keys: Keys, alice: httpx2.AsyncClient, server: redis.Redis
+    keys: WrittenKeyFile, alice: httpx2.AsyncClient, server: redis.Redis
 ) -> None:
     waiting = asyncio.create_task(alice.post("/predict", json=ROW, headers={"prefer": "wait=30"}))
     await eventually(lambda: server.llen(QUEUE) == 1, "the job is accepted")
@@ -173,38 +173,38 @@ async def test_a_submit_that_waits_is_answered_401_with_the_job_it_made(
     assert server.lrange(QUEUE, 0, -1) == [problem["job_id"].encode()]
 
 
-async def test_lines_are_no_longer_taken_in_and_the_last_answer_says_so(
-    port: int, keys: Keys, server: redis.Redis
+async def test_lines_are_no_longer_accepted_and_the_last_answer_says_so(
+    port: int, keys: WrittenKeyFile, server: redis.Redis
 ) -> None:
     row = msgspec.json.encode(ROW) + b"\n"
-    async with talking(port, b"X-Api-Key: alice\r\n") as talk:
-        await talk.say(row)
-        assert (await talk.hear_after_head())["status"] == "pending"
+    async with bulk_client(port, b"X-Api-Key: alice\r\n") as bulk:
+        await bulk.send(row)
+        assert (await bulk.read_first_line())["status"] == "pending"
         revoked_at = keys.revoke()
-        last = await talk.hear_after_head()
+        last = await bulk.read_first_line()
         assert time.monotonic() - revoked_at < WITHIN_SECONDS
         assert (last["status"], last["code"], last["line"]) == (401, "unauthorized", 2)
-        assert await talk.hear() is None
+        assert await bulk.read_line() is None
     assert server.llen(QUEUE) == 1
 
 
-async def test_lines_that_wait_for_results_are_not_given_them(
-    keys: Keys, alice: httpx2.AsyncClient, server: redis.Redis, hand: Hand
+async def test_lines_that_wait_for_results_get_none_after_the_revocation(
+    keys: WrittenKeyFile, alice: httpx2.AsyncClient, server: redis.Redis, manual_worker: Hand
 ) -> None:
     content = (msgspec.json.encode(ROW) + b"\n") * 3
     headers = {"content-type": "application/x-ndjson", "prefer": "wait=30"}
     waiting = asyncio.create_task(alice.post("/predict", content=content, headers=headers))
-    await eventually(lambda: server.llen(QUEUE) == 3, "all are taken in")
+    await eventually(lambda: server.llen(QUEUE) == 3, "all lines are accepted")
     revoked_at = keys.revoke()
     reply = await waiting
     assert time.monotonic() - revoked_at < WITHIN_SECONDS
-    (last,) = [msgspec.json.decode(one) for one in reply.content.splitlines()]
+    (last,) = [msgspec.json.decode(line) for line in reply.content.splitlines()]
     assert (last["status"], last["line"]) == (401, 4)
-    await hand.complete()
+    await manual_worker.complete()
 
 
 async def test_a_body_that_is_still_coming_when_its_key_is_revoked_makes_no_job(
-    port: int, keys: Keys, alice: httpx2.AsyncClient, server: redis.Redis
+    port: int, keys: WrittenKeyFile, alice: httpx2.AsyncClient, server: redis.Redis
 ) -> None:
     body = msgspec.json.encode(ROW)
     head = (
@@ -214,9 +214,9 @@ async def test_a_body_that_is_still_coming_when_its_key_is_revoked_makes_no_job(
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(head + body[:5])
     # Once another request on another connection is answered, this one's head has been read.
-    assert not await is_out(alice)
+    assert not await is_unauthorized(alice)
     keys.revoke()
-    await eventually(lambda: is_out(alice), "it is refused")
+    await eventually(lambda: is_unauthorized(alice), "the key is refused")
     writer.write(body[5:])
     async with asyncio.timeout(20):
         reply = await reader.read()
@@ -226,30 +226,34 @@ async def test_a_body_that_is_still_coming_when_its_key_is_revoked_makes_no_job(
 
 
 async def test_a_key_that_loses_the_scope_or_changes_its_tenant_ends_what_it_began(
-    keys: Keys, alice: httpx2.AsyncClient, bob: httpx2.AsyncClient
+    keys: WrittenKeyFile, alice: httpx2.AsyncClient, bob: httpx2.AsyncClient
 ) -> None:
     async with listening(alice, "/events") as hers, listening(bob, "/events") as his:
         await hers.event("snapshot")
         await his.event("snapshot")
         keys.give("alice", "alice", "submit")
         keys.give("bob", "alice", "submit,read")
-        assert await hers.rest() == []
-        assert await his.rest() == []
+        assert await hers.remaining_events() == []
+        assert await his.remaining_events() == []
     assert_problem(await alice.get("/events"), 403, "forbidden")
 
 
 async def test_a_change_that_is_about_others_ends_nothing(
-    port: int, keys: Keys, alice: httpx2.AsyncClient, bob: httpx2.AsyncClient, hand: Hand
+    port: int,
+    keys: WrittenKeyFile,
+    alice: httpx2.AsyncClient,
+    bob: httpx2.AsyncClient,
+    manual_worker: Hand,
 ) -> None:
     job_id = await submit(alice)
     waiting = asyncio.create_task(alice.get(f"/job/{job_id}?wait=30"))
     async with listening(alice, "/events") as hers:
         await hers.event("snapshot")
         keys.revoke("bob")
-        await eventually(lambda: is_out(bob), "his key is out")
+        await eventually(lambda: is_unauthorized(bob), "bob's key is refused")
         keys.give("alice", "alice", "submit,read,admin")
-        await eventually(_sees_workers(alice), "hers may do more")
-        await hand.complete()
+        await eventually(_sees_workers(alice), "alice's key has the new scope")
+        await manual_worker.complete()
         await hers.event("completed")
     assert (await waiting).json()["status"] == "completed"
 

@@ -1,4 +1,4 @@
-"""The server as a process sees it: it starts or says why not, and returns after a signal."""
+"""The server's start and stop: it starts or says why not, and returns after a signal."""
 
 import asyncio
 import logging
@@ -19,11 +19,11 @@ from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import Submissions
 from tests.queue_driver import Q, new_job
 
-from .harness import announce, assert_problem, client_of, stopped_by_itself, submit
+from .harness import announce, assert_problem, client_of, running_until_signal, submit
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_it_returns_after_a_signal(
+async def test_the_server_returns_after_a_signal(
     config: ApiConfig, store: Store, number: signal.Signals
 ) -> None:
     ready = asyncio.Event()
@@ -42,7 +42,7 @@ async def test_a_body_that_does_not_end_is_refused_when_the_server_stops(
     await announce(store, "iris", default="iris")
     head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 30\r\n"
     types = (b"application/json", b"application/x-npy", b"application/x-ndjson")
-    async with stopped_by_itself(config) as port:
+    async with running_until_signal(config) as port:
         streams = [await asyncio.open_connection("127.0.0.1", port) for _ in types]
         for kind, (_, writer) in zip(types, streams, strict=True):
             writer.write(head + b"Content-Type: " + kind + b"\r\n\r\n{")
@@ -53,7 +53,7 @@ async def test_a_body_that_does_not_end_is_refused_when_the_server_stops(
     answers = [await reader.read() for reader, _ in streams]
     for kind, answer in zip(types, answers, strict=True):
         assert b"server_stopping" in answer, (kind, answer)
-    assert not [one for one in caplog.records if one.levelno >= logging.WARNING]
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 async def test_a_server_that_loses_jobs_stops_the_start(
@@ -84,7 +84,7 @@ def test_a_port_in_use_stops_the_start_and_says_what_to_do() -> None:
 
 
 @pytest.mark.traceback("asks an application that was not started")
-async def test_our_own_fault_is_a_500_without_internals_and_one_log_entry(
+async def test_an_unexpected_error_is_a_500_without_internals_and_one_log_entry(
     config: ApiConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     never_started = httpx2.ASGITransport(app=create_app(config))

@@ -1,4 +1,4 @@
-"""Many event streams beside requests: what a stream costs is bounded, and shared if it can be."""
+"""Many event streams beside requests: the cost of a stream is bounded, and shared if possible."""
 
 import asyncio
 import socket
@@ -20,13 +20,14 @@ from asyncinfer.repository.operations import Operations
 from asyncinfer.repository.store import Store
 from tests.faults.harness import eventually
 
-from .harness import QUEUE, ROW, Hand, Road, announce, client_of, hosted, running, submit
-from .sse import Listener, listening
+from .harness import QUEUE, ROW, Hand, ProxiedApi, announce, client_of, hosted, running, submit
+from .sse import EventStream, listening
 
 MANY_STREAMS = 200
 MANY_JOBS = 5000
-MOST_SECONDS = 5.0
-"""Of one request; without streams all of them take less than one, with 200 they took over 45."""
+MAX_SECONDS = 5.0
+"""Limit for one request. Without streams all requests together take less than 1 s; with 200
+streams they took over 45 s."""
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ async def port(config: ApiConfig, store: Store) -> AsyncIterator[int]:
 
 @contextmanager
 def unread_streams(port: int, count: int, path: str = "/events") -> Iterator[list[socket.socket]]:
-    """Streams that are asked for, by a client that takes nothing of what it is sent."""
+    """Opens streams of a client that reads nothing."""
     streams = [socket.socket() for _ in range(count)]
     try:
         for stream in streams:
@@ -52,24 +53,26 @@ def unread_streams(port: int, count: int, path: str = "/events") -> Iterator[lis
 
 
 async def submit_many(client: httpx2.AsyncClient, count: int, path: str = "/predict") -> list[str]:
-    """Jobs in one request; their ids, and each must be accepted."""
+    """Submits jobs in one bulk request; their ids. Each must be accepted."""
     lines = msgspec.json.encode({"data": ROW}) + b"\n"
     reply = await client.post(
         path, content=lines * count, headers={"content-type": "application/x-ndjson"}
     )
     outcomes = [msgspec.json.decode(line) for line in reply.text.splitlines()]
-    refused = Counter(one.get("code") for one in outcomes if one.get("status") != "pending")
+    refused = Counter(
+        outcome.get("code") for outcome in outcomes if outcome.get("status") != "pending"
+    )
     assert not refused, f"{reply.status_code}: {refused}"
     assert len(outcomes) == count
-    return [one["job_id"] for one in outcomes]
+    return [outcome["job_id"] for outcome in outcomes]
 
 
-async def pending_jobs(stream: Listener, count: int) -> list[str]:
+async def pending_jobs(stream: EventStream, count: int) -> list[str]:
     return [(await stream.event("pending")).data["job_id"] for _ in range(count)]
 
 
-async def longest_seconds(client: httpx2.AsyncClient, rounds: int) -> float:
-    """The longest that a probe, a submit or a look took."""
+async def max_seconds(client: httpx2.AsyncClient, rounds: int) -> float:
+    """The longest time of a probe, a submit or a read."""
     longest = 0.0
     for _ in range(rounds):
         for method, path in (("GET", "/health/live"), ("GET", "/health/ready"), ("GET", "/queues")):
@@ -85,7 +88,7 @@ async def longest_seconds(client: httpx2.AsyncClient, rounds: int) -> float:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("path", ["/events", "/events?group=g"])
-async def test_many_streams_that_nobody_reads_keep_no_request_from_being_answered(
+async def test_many_unread_streams_keep_no_request_from_being_answered(
     port: int, path: str
 ) -> None:
     async with client_of(port) as client:
@@ -95,13 +98,13 @@ async def test_many_streams_that_nobody_reads_keep_no_request_from_being_answere
             began = time.monotonic()
             for _ in range(3):
                 await submit_many(client, MANY_JOBS, "/predict?group=g")
-                assert await longest_seconds(client, 5) < MOST_SECONDS
-            assert time.monotonic() - began < 6 * MOST_SECONDS
+                assert await max_seconds(client, 5) < MAX_SECONDS
+            assert time.monotonic() - began < 6 * MAX_SECONDS
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("path", ["/events", "/events?group=g"])
-async def test_many_streams_that_are_read_are_told_all_while_requests_are_answered(
+async def test_many_streams_that_are_read_get_every_event_while_requests_are_answered(
     port: int, path: str
 ) -> None:
     count, jobs = 20, 2000
@@ -118,20 +121,20 @@ async def test_many_streams_that_are_read_are_told_all_while_requests_are_answer
         for _ in reading:
             await ready.acquire()
         ids = await submit_many(client, jobs, "/predict?group=g")
-        assert await longest_seconds(client, 5) < MOST_SECONDS
+        assert await max_seconds(client, 5) < MAX_SECONDS
     assert all(stream.result() == ids for stream in reading)
 
 
-async def test_a_stream_that_is_read_late_is_told_all_and_once(port: int) -> None:
-    """More than is kept of its changes anywhere but in the log."""
+async def test_a_stream_that_is_read_late_gets_every_event_once(port: int) -> None:
+    """More changes than are kept in memory: the rest must come from the log."""
     async with client_of(port) as client, listening(client, "/events") as stream:
         await stream.event("snapshot")
-        ids = [one for _ in range(4) for one in await submit_many(client, 3000)]
+        ids = [job_id for _ in range(4) for job_id in await submit_many(client, 3000)]
         assert await pending_jobs(stream, len(ids)) == ids
 
 
 async def test_the_kernel_takes_little_for_a_client_that_does_not_read(port: int) -> None:
-    """By itself it takes megabytes, which were read from Redis and encoded for nobody."""
+    """By default it buffers megabytes, which were read from Redis and encoded for no reader."""
     async with client_of(port) as client:
         with unread_streams(port, 1) as (stream,):
             await asyncio.to_thread(stream.recv, 1)
@@ -142,7 +145,7 @@ async def test_the_kernel_takes_little_for_a_client_that_does_not_read(port: int
                 assert await pending_jobs(other, 1) == [last]
             stream.setblocking(False)
             held = 0
-            # What can be had without the server: the loop does not run meanwhile.
+            # Reads what the kernel has buffered: the server's event loop does not run meanwhile.
             while part := _received(stream):
                 held += len(part)
             assert held < 500_000
@@ -161,7 +164,7 @@ def _received(stream: socket.socket) -> bytes:
 async def test_streams_that_share_their_events_can_each_go_on_from_any_of_them(
     api: httpx2.AsyncClient, server: redis.Redis
 ) -> None:
-    """They began at different times, so their ids differ."""
+    """The streams began at different times, so the ids of their events differ."""
 
     def now_ms() -> int:
         seconds, micros = server.time()
@@ -170,38 +173,40 @@ async def test_streams_that_share_their_events_can_each_go_on_from_any_of_them(
     async with listening(api, "/events?group=g") as first:
         await first.event("snapshot")
         began_ms = now_ms()
-        await eventually(lambda: now_ms() > began_ms, "it is later")
+        await eventually(lambda: now_ms() > began_ms, "a millisecond has passed")
         async with listening(api, "/events?group=g") as second:
             await second.event("snapshot")
             ids = await submit_many(api, 6, "/predict?group=g")
             seen = [[await stream.event("pending") for _ in ids] for stream in (first, second)]
-    assert [[one.data["job_id"] for one in events] for events in seen] == [ids, ids]
-    assert all(one.id != other.id for one, other in zip(*seen, strict=True))
+    assert [[event.data["job_id"] for event in events] for events in seen] == [ids, ids]
+    assert all(
+        first_event.id != second_event.id for first_event, second_event in zip(*seen, strict=True)
+    )
     for events in seen:
         async with listening(api, "/events?group=g", events[2].id) as stream:
             assert await pending_jobs(stream, 3) == ids[3:]
 
 
-async def test_what_the_log_lost_during_an_outage_is_a_gap_for_who_follows(
-    behind: Road, hand: Hand, server: redis.Redis, store: Store
+async def test_changes_that_the_log_lost_during_an_outage_are_a_gap_for_followers(
+    proxied_api: ProxiedApi, manual_worker: Hand, server: redis.Redis, store: Store
 ) -> None:
-    async with client_of(behind.port) as client:
+    async with client_of(proxied_api.port) as client:
         await submit_many(client, 3, "/predict?group=g")
         async with listening(client, "/events?group=g") as stream:
             await stream.event("snapshot")
             await submit_many(client, 1, "/predict?group=g")
             await stream.event("pending")
-            await behind.proxy.down()
-            claim = await hand.claim()
-            await hand.finish(claim)
+            await proxied_api.proxy.down()
+            claim = await manual_worker.claim()
+            await manual_worker.finish(claim)
             server.xtrim(keys.log(QUEUE), maxlen=1, approximate=False)
-            await behind.proxy.up()
+            await proxied_api.proxy.up()
             event = await stream.event("gap", "processing", "completed", "done")
             assert event.name == "gap"
             assert (await stream.event("snapshot")).data["counts"]["completed"] == 4
 
 
-async def test_one_count_answers_all_who_ask_for_it_at_once(
+async def test_one_count_answers_all_clients_that_request_it_at_once(
     store: Store, server: redis.Redis
 ) -> None:
     groups = Groups(store, Operations(store))
@@ -213,18 +218,20 @@ async def test_one_count_answers_all_who_ask_for_it_at_once(
     before = lists_read()
     async with asyncio.TaskGroup() as group:
         counting = [group.create_task(groups.count("default", "g")) for _ in range(50)]
-    assert [one.result() for one in counting] == [None] * 50
+    assert [task.result() for task in counting] == [None] * 50
     assert lists_read() - before <= 2
 
 
 @pytest.mark.parametrize(
-    "told", [{QUEUE: (1_700_000_000_123, 4, 100)}, {"a": (1, 0, 0), "b": (2, 3, 4)}]
+    "acknowledged", [{QUEUE: (1_700_000_000_123, 4, 100)}, {"a": (1, 0, 0), "b": (2, 3, 4)}]
 )
 def test_the_part_of_an_id_after_the_base_does_not_depend_on_it(
-    told: dict[str, tuple[int, int, int]],
+    acknowledged: dict[str, tuple[int, int, int]],
 ) -> None:
-    positions = [Position(base, told) for base in (1_700_000_000_000, 1_800_000_000_000)]
-    parts = [split_position(one) for one in positions]
+    positions = [Position(base, acknowledged) for base in (1_700_000_000_000, 1_800_000_000_000)]
+    parts = [split_position(position) for position in positions]
     assert parts[0][1] == parts[1][1]
     assert parts[0][0] != parts[1][0]
-    assert [base + rest for base, rest in parts] == [encode_position(one) for one in positions]
+    assert [base + rest for base, rest in parts] == [
+        encode_position(position) for position in positions
+    ]

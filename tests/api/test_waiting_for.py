@@ -1,4 +1,4 @@
-"""No wait without a reason: what answers say of a job that is not run now."""
+"""The field `waiting_for`: why a job is not run now."""
 
 import socket
 import time
@@ -12,7 +12,7 @@ import redis
 
 from asyncinfer import jobs
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.api.worker_snapshot import Absence, Workforce
+from asyncinfer.api.worker_snapshot import Absence, WorkerSnapshot
 from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.claims import Finished, Runs
@@ -38,13 +38,13 @@ def hands(store: Store, server: redis.Redis) -> Hands:
 
 
 async def worker(store: Store, name: str = "host-1-aaaaaa", **about: Any) -> None:
-    """Announces a worker as it does itself."""
-    said = {"models": ["iris"], "versions": {"iris": {"1": "0" * 64}}, "state": "ready"}
-    await Announcements(store).announce_worker(name, said | about, ttl_seconds=10)
+    """Announces a worker as a real one does."""
+    announcement = {"models": ["iris"], "versions": {"iris": {"1": "0" * 64}}, "state": "ready"}
+    await Announcements(store).announce_worker(name, announcement | about, ttl_seconds=10)
 
 
 async def answer_to(client: httpx2.AsyncClient, **options: Any) -> dict[str, Any]:
-    """The 202 of a submit."""
+    """Submits a row; the body of the 202."""
     reply = await client.post("/predict", json={"data": ROW, "options": options})
     assert reply.status_code == 202, reply.text
     body: dict[str, Any] = reply.json()
@@ -55,12 +55,12 @@ async def reason_of(client: httpx2.AsyncClient, job_id: str) -> Any:
     return (await client.get(f"/job/{job_id}")).json()["waiting_for"]
 
 
-async def is_told(client: httpx2.AsyncClient, job_id: str, code: str | None) -> bool:
+async def has_reason(client: httpx2.AsyncClient, job_id: str, code: str | None) -> bool:
     reason = await reason_of(client, job_id)
     return bool((reason and reason["code"]) == code)
 
 
-# --- where it is said ------------------------------------------------------------------------
+# --- answers with the field ------------------------------------------------------------------
 
 
 async def test_every_answer_that_shows_an_unfinished_job_says_why_it_waits(
@@ -76,7 +76,7 @@ async def test_every_answer_that_shows_an_unfinished_job_says_why_it_waits(
         (streamed, *_) = (await stream.event("snapshot")).data["jobs"]
     async with listening(api, f"/job/{job_id}/events") as stream:
         snapshot = (await stream.event("snapshot")).data
-    told = [
+    reasons = [
         first,
         (await api.post("/predict", json={"data": ROW}, headers=key)).json(),
         (await api.post("/predict", json={"data": ROW}, headers={"prefer": "wait=0"})).json(),
@@ -89,7 +89,7 @@ async def test_every_answer_that_shows_an_unfinished_job_says_why_it_waits(
         streamed,
         snapshot,
     ]
-    assert {one["waiting_for"]["code"] for one in told} == {"no_worker"}
+    assert {job["waiting_for"]["code"] for job in reasons} == {"no_worker"}
 
     ended = (await api.delete(f"/job/{job_id}")).json()
     assert ended["status"] == "cancelled"
@@ -98,23 +98,23 @@ async def test_every_answer_that_shows_an_unfinished_job_says_why_it_waits(
 
 
 async def test_a_job_that_only_waits_its_turn_has_no_reason_and_an_ended_one_no_such_field(
-    config: ApiConfig, store: Store, hand: Hand
+    config: ApiConfig, store: Store, manual_worker: Hand
 ) -> None:
     await announce(store, "iris", default="iris")
     await worker(store)
     async with api_of(config) as client:
-        told = await answer_to(client)
-        assert told["waiting_for"] is None
+        reasons = await answer_to(client)
+        assert reasons["waiting_for"] is None
         (line,) = (await client.post("/predict", content=LINE, headers=NDJSON)).text.splitlines()
         assert "waiting_for" not in line
-        async with listening(client, f"/job/{told['job_id']}/events") as stream:
+        async with listening(client, f"/job/{reasons['job_id']}/events") as stream:
             assert (await stream.event("snapshot")).data["waiting_for"] is None
-            await hand.claim()
+            await manual_worker.claim()
             assert (await stream.event("processing")).data["waiting_for"] is None
-            assert await reason_of(client, told["job_id"]) is None
+            assert await reason_of(client, reasons["job_id"]) is None
     async with api_of(config) as client:
         job_id = await submit(client)
-        await hand.complete()
+        await manual_worker.complete()
         for view in (
             (await client.get(f"/job/{job_id}")).json(),
             (await client.get("/jobs")).json()["jobs"][0],
@@ -126,7 +126,7 @@ async def test_a_job_that_only_waits_its_turn_has_no_reason_and_an_ended_one_no_
 # --- no worker -------------------------------------------------------------------------------
 
 
-async def test_a_submit_that_no_worker_can_take_is_told_how_to_start_one(
+async def test_a_submit_without_a_worker_is_answered_with_how_to_start_one(
     config: ApiConfig, store: Store
 ) -> None:
     await announce(store, "iris", default="iris")
@@ -134,13 +134,13 @@ async def test_a_submit_that_no_worker_can_take_is_told_how_to_start_one(
     async with api_of(config) as client:
         reason = (await answer_to(client))["waiting_for"]
     assert reason["code"] == "no_worker"
-    assert "iris since this API began to look at" in reason["message"]
+    assert "iris since this API first looked at" in reason["message"]
     assert "Version 1 is not served: cut off." in reason["message"]
     assert "`asyncinfer work`, with iris in its MODEL_DIR" in reason["message"]
 
 
 @pytest.mark.parametrize("state", ["draining", "hung"])
-async def test_a_worker_that_claims_no_more_is_none(
+async def test_a_worker_that_does_not_claim_counts_as_none(
     state: str, config: ApiConfig, store: Store
 ) -> None:
     await announce(store, "iris", default="iris")
@@ -169,10 +169,10 @@ async def test_a_worker_of_an_older_release_has_every_version(
         assert (await answer_to(client, version="1"))["waiting_for"] is None
 
 
-async def test_a_worker_that_is_replaced_leaves_no_gap_and_one_that_left_is_told_since_when(
+async def test_a_replaced_worker_leaves_no_gap_and_a_stopped_one_is_reported_with_its_time(
     store: Store,
 ) -> None:
-    workforce = Workforce(Inspection(store), store, list, grace_seconds=0.3)
+    workforce = WorkerSnapshot(Inspection(store), store, list, grace_seconds=0.3)
     await worker(store)
     await workforce.refresh()
     began = time.time()
@@ -180,11 +180,11 @@ async def test_a_worker_that_is_replaced_leaves_no_gap_and_one_that_left_is_told
     await workforce.refresh()
     assert workforce.absence("iris", None) is None
 
-    def left() -> Absence | None:
+    def version_absence() -> Absence | None:
         return workforce.absence("iris", "1")
 
-    await eventually(lambda: left() is not None, "that it left is told", 2)
-    absence = left()
+    await eventually(lambda: version_absence() is not None, "the absence is reported", 2)
+    absence = version_absence()
     assert absence
     assert absence.was_seen
     assert began <= absence.since <= time.time()
@@ -196,12 +196,12 @@ async def test_a_worker_that_is_replaced_leaves_no_gap_and_one_that_left_is_told
 async def test_an_outage_of_redis_is_no_absence_of_workers(
     redis_url: str, store: Store, server: redis.Redis, policy: Policy
 ) -> None:
-    """Not while Redis is away, and not before the workers had time to announce themselves."""
+    """No absence is reported while Redis is away, or before workers could announce themselves."""
     async with (
         proxied(redis_url) as proxy,
         Store.open(proxy.url, queue_name=store.n, policy=policy, name="api") as away,
     ):
-        workforce = Workforce(Inspection(away), away, list, grace_seconds=0.5)
+        workforce = WorkerSnapshot(Inspection(away), away, list, grace_seconds=0.5)
         await worker(store)
         await workforce.refresh()
         proxy.black_hole()
@@ -212,11 +212,11 @@ async def test_an_outage_of_redis_is_no_absence_of_workers(
         await workforce.refresh()
         assert workforce.absence("iris", None) is None
 
-        async def is_told() -> bool:
+        async def has_reason() -> bool:
             await workforce.refresh()
             return workforce.absence("iris", None) is not None
 
-        await eventually(is_told, "nobody came back", 3)
+        await eventually(has_reason, "the absence is reported again", 3)
 
 
 # --- the other reasons -----------------------------------------------------------------------
@@ -227,11 +227,13 @@ async def test_a_job_of_a_paused_model_names_the_command_that_resumes_it(
 ) -> None:
     await worker(store)
     await api.post("/models/iris/pause")
-    told = await answer_to(api)
-    reason = told["waiting_for"]
+    reasons = await answer_to(api)
+    reason = reasons["waiting_for"]
     assert (reason["code"], "`asyncinfer resume iris`" in reason["message"]) == ("paused", True)
     await Operations(store).pause(QUEUE, paused=False)
-    await eventually(lambda: is_told(api, told["job_id"], None), "another API resumed it", 2)
+    await eventually(
+        lambda: has_reason(api, reasons["job_id"], None), "another API has resumed the queue", 2
+    )
 
 
 async def test_a_job_whose_model_is_being_loaded_waits_for_that(
@@ -242,10 +244,10 @@ async def test_a_job_whose_model_is_being_loaded_waits_for_that(
     async with api_of(config) as client:
         assert (await answer_to(client))["waiting_for"]["code"] == "starting"
         await worker(store)
-        await eventually(lambda: is_served(client), "it is loaded", 2)
-        # The same worker, started again.
+        await eventually(lambda: is_served(client), "the model is loaded", 2)
+        # The same worker was started again.
         await worker(store, state="starting", models=[], versions={}, loading=["iris"])
-        await eventually(lambda: is_starting(client), "it is loaded again", 2)
+        await eventually(lambda: is_starting(client), "the model is loaded again", 2)
 
 
 async def test_a_version_that_is_being_loaded_is_waited_for_and_not_unknown(
@@ -260,18 +262,18 @@ async def test_a_version_that_is_being_loaded_is_waited_for_and_not_unknown(
         asked["options"] = {"version": "3"}
         assert_problem(await client.post("/predict", json=asked), 404, "version_not_found")
 
-        # It was announced before, by a worker that was started again meanwhile.
+        # The version was announced before by a worker that was restarted meanwhile.
         second = {"2": msgspec.json.encode(signature("iris", "2"))}
         await Announcements(store).announce_models({"iris": second})
-        told: list[Any] = []
+        reasons: list[Any] = []
 
         async def is_known() -> bool:
             reply = await client.post("/predict", json=asked | {"options": {"version": "2"}})
-            told.append(reply.json())
+            reasons.append(reply.json())
             return reply.status_code == 202
 
-        await eventually(is_known, "the API has heard of version 2", 5)
-    assert told[-1]["waiting_for"] == {
+        await eventually(is_known, "the API knows of version 2", 5)
+    assert reasons[-1]["waiting_for"] == {
         "code": "starting",
         "message": "A worker is loading version 2 of iris.",
     }
@@ -281,7 +283,7 @@ async def test_a_model_that_was_removed_is_not_being_loaded(
     config: ApiConfig, store: Store
 ) -> None:
     await announce(store, "wine", default="wine")
-    # It still runs the jobs that wait for iris.
+    # The worker still runs the waiting jobs of iris.
     about: dict[str, Any] = {"models": ["iris", "wine"], "versions": {"wine": {"1": "0" * 64}}}
     await worker(store, model_dir="/models", **about)
     async with api_of(config) as client:
@@ -289,7 +291,7 @@ async def test_a_model_that_was_removed_is_not_being_loaded(
     assert_problem(reply, 404, "model_not_found")
 
 
-async def test_an_api_whose_own_worker_is_being_started_blames_no_missing_one(
+async def test_an_api_whose_own_worker_is_starting_reports_no_missing_worker(
     config: ApiConfig, store: Store
 ) -> None:
     await announce(store, "iris", default="iris")
@@ -297,13 +299,15 @@ async def test_an_api_whose_own_worker_is_being_started_blames_no_missing_one(
     config = msgspec.structs.replace(config, own_worker_since_ms=since_ms)
     before: dict[str, Any] = {"host": socket.gethostname(), "started_ms": since_ms - 1000}
     own: dict[str, Any] = {"host": socket.gethostname(), "started_ms": since_ms + 1000}
-    # What one said that was killed.
+    # The announcement of a killed worker.
     await worker(store, models=[], versions={}, **before)
     async with api_of(config) as client:
-        told = await answer_to(client)
-        assert told["waiting_for"]["code"] == "starting"
+        reasons = await answer_to(client)
+        assert reasons["waiting_for"]["code"] == "starting"
         await worker(store, "host-2-bbbbbb", models=[], versions={}, **own)
-        await eventually(lambda: is_told(client, told["job_id"], "no_worker"), "it lacks iris", 3)
+        await eventually(
+            lambda: has_reason(client, reasons["job_id"], "no_worker"), "the worker lacks iris", 3
+        )
 
 
 async def test_a_full_queue_says_why_nothing_leaves_it(config: ApiConfig, store: Store) -> None:
@@ -319,7 +323,7 @@ async def test_a_full_queue_says_why_nothing_leaves_it(config: ApiConfig, store:
         await answer_to(client)
         again = assert_problem(await client.post(f"/job/{job_id}/retry"), 429, "queue_full")
     for problem in (single, lines.json(), again):
-        assert "holds all it may (1 jobs" in problem["detail"]
+        assert "is full (1 jobs" in problem["detail"]
         assert "No worker has had iris since" in problem["detail"]
 
 
@@ -337,14 +341,14 @@ async def test_a_job_with_a_delay_says_until_when_and_what_else_is_missing(
 ) -> None:
     await announce(store, "iris", default="iris")
     async with api_of(config) as client:
-        told = await answer_to(client, delay_seconds=7200)
+        reasons = await answer_to(client, delay_seconds=7200)
         short = await answer_to(client, delay_seconds=0.01)
-        reason = await reason_of(client, told["job_id"])
+        reason = await reason_of(client, reasons["job_id"])
         await eventually(
-            lambda: is_told(client, short["job_id"], "no_worker"), "its start has come", 2
+            lambda: has_reason(client, short["job_id"], "no_worker"), "its start time has come", 2
         )
-    assert (reason["code"], told["waiting_for"]["code"]) == ("delayed", "delayed")
-    assert "in 120 min" in told["waiting_for"]["message"]
+    assert (reason["code"], reasons["waiting_for"]["code"]) == ("delayed", "delayed")
+    assert "in 120 min" in reasons["waiting_for"]["message"]
     assert "No worker has had iris" in reason["message"]
 
 
@@ -353,10 +357,10 @@ async def test_a_job_whose_try_failed_says_which_one_is_next(
 ) -> None:
     await announce(store, "iris", default="iris")
     await worker(store)
-    runs, hand = Runs(store, "hand"), Hand(store)
+    runs, manual_worker = Runs(store, "hand"), Hand(store)
     async with api_of(config) as client:
         job_id = await submit(client)
-        claim = await hand.claim()
+        claim = await manual_worker.claim()
         (job,) = claim.jobs
         assert job.record
         failed = msgspec.structs.replace(job.record, errors=1)
@@ -382,12 +386,12 @@ async def test_with_memory_full_the_jobs_that_wait_say_so_and_blame_no_worker(
 
 
 async def test_with_the_disk_full_the_jobs_that_wait_or_run_say_so(
-    config: ApiConfig, store: Store, hands: Hands, hand: Hand, disk_full: Any
+    config: ApiConfig, store: Store, hands: Hands, manual_worker: Hand, disk_full: Any
 ) -> None:
     await announce(store, "iris", default="iris")
     runs, waits = new_job(), new_job()
     await hands.submissions.submit_many(QUEUE, [runs])
-    await hand.claim()
+    await manual_worker.claim()
     await hands.submissions.submit_many(QUEUE, [waits])
     await disk_full()
     async with api_of(config) as client:
@@ -396,7 +400,7 @@ async def test_with_the_disk_full_the_jobs_that_wait_or_run_say_so(
             assert (reason["code"], "DATA_DIR" in reason["message"]) == ("disk_full", True)
 
 
-async def test_what_strangers_left_in_redis_breaks_no_reason(
+async def test_foreign_data_in_redis_breaks_no_reason(
     config: ApiConfig, store: Store, server: redis.Redis
 ) -> None:
     await announce(store, "iris", default="iris")
@@ -426,16 +430,16 @@ async def test_neither_a_submit_nor_a_read_costs_another_call_to_redis(
             for _ in range(count):
                 await client.get(f"/job/{await submit(client)}")
             server.echo("end")
-            commands = seen_until(monitor.next_command, "end")
-    submits = [one for one in commands if script("submit").sha in one]
-    reads = [one for one in commands if one.startswith("MGET job:")]
+            commands = commands_until(monitor.next_command, "end")
+    submits = [command for command in commands if script("submit").sha in command]
+    reads = [command for command in commands if command.startswith("MGET job:")]
     assert (len(submits), len(reads)) == (count, count)
-    # Of all that goes on beside the requests, whatever their number.
+    # Commands of background tasks, which do not depend on the number of requests.
     assert len(commands) - 2 * count < count / 2
 
 
-def seen_until(next_command: Callable[[], dict[str, Any]], last: str) -> list[str]:
-    """The commands that clients sent, without those of scripts."""
+def commands_until(next_command: Callable[[], dict[str, Any]], last: str) -> list[str]:
+    """The commands that clients sent, without those inside scripts."""
     commands: list[str] = []
     while (command := next_command())["command"] != f"ECHO {last}":
         if command["client_type"] != "lua":

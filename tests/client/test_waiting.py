@@ -134,7 +134,7 @@ async def test_a_full_queue_is_reported_as_the_reason(
         results = mapped(client, [SETOSA])
         waiting = asyncio.create_task(anext(results))
         try:
-            assert "holds all it may" in await wait_for_log_line(caplog, "1 row of iris waits: ")
+            assert "is full" in await wait_for_log_line(caplog, "1 row of iris waits: ")
         finally:
             waiting.cancel()
             await asyncio.wait([waiting])

@@ -1,4 +1,4 @@
-"""POST /predict with one request a line: many jobs, taken in while their answers are sent."""
+"""POST /predict with one request per line: reads and submits jobs while responses are sent."""
 
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -9,16 +9,17 @@ import anyio.lowlevel
 import msgspec
 from starlette.types import Message
 
-from asyncinfer.api.bulk.response_queue import Block, Due, Owed
-from asyncinfer.api.bulk.writer import Answers, about, accepted_line, problem_line
+from asyncinfer.api.bulk.circuit_breaker import CircuitBreaker
+from asyncinfer.api.bulk.response_queue import Block, Due, ResponseQueue
+from asyncinfer.api.bulk.writer import ResponseWriter, accepted_line, problem_line, with_job_id
 from asyncinfer.api.catalog import Served
-from asyncinfer.api.http.body import NDJSON, check_lines
+from asyncinfer.api.http.body import NDJSON, check_bulk_headers
 from asyncinfer.api.http.messages import ClientGone, ClientTooSlow, Request, Stream
-from asyncinfer.api.http.ndjson import Line, Lines
-from asyncinfer.api.inputs.new_job import explained, new_job, refusal_of
-from asyncinfer.api.inputs.request_input import is_long, read_line, read_long_line
-from asyncinfer.api.job_lookup import absent
-from asyncinfer.api.live.wait import preferred_wait, until_gone
+from asyncinfer.api.http.ndjson import Line, LineSplitter
+from asyncinfer.api.inputs.new_job import explain_submit_error, new_job, refused_submit_error
+from asyncinfer.api.inputs.request_input import is_slow_to_parse, read_line, read_long_line
+from asyncinfer.api.job_lookup import job_absent_error
+from asyncinfer.api.live.wait import preferred_wait, wait_for_disconnect
 from asyncinfer.api.services import Services
 from asyncinfer.errors import (
     BodyTooLarge,
@@ -37,28 +38,25 @@ from asyncinfer.schemas.requests import AskedOptions
 T = TypeVar("T")
 
 _AT_A_STRETCH_SECONDS: Final = 0.01
-"""How long lines are checked before other clients have their turn."""
+"""How long lines are checked before the event loop serves other clients."""
 
-_AWAY_SECONDS: Final = 1.0
-"""After Redis was silent, lines are refused at once for this long: each call takes as long."""
+_MAX_REFUSED: Final = 1000
+_MAX_REFUSED_PER_ACCEPTED: Final = 10
+"""A refused line may be two bytes long, and costs as much as an accepted one: half a million of
+them kept a server busy for 15 s, with 116 MB of answers. So a request ends once more than
+`_MAX_REFUSED` lines were refused, and more than ten for each accepted line."""
 
-_MOST_REFUSED: Final = 1000
-_REFUSED_FOR_ONE: Final = 10
-"""A refused line may be two bytes long, and costs as much as one that is taken in: half a million
-of them kept a server busy for 15 s, with 116 MB of answers. So a request ends once it has so many,
-and so many times more than lines that are sound."""
-
-Numbered = tuple[int, NewJob | RequestError]
+NumberedJob = tuple[int, NewJob | RequestError]
 
 
 class _KeyRevoked(Exception):
-    """No more lines are taken, since the client's key was revoked."""
+    """The client's key was revoked, so no more lines are read."""
 
 
 async def predict_lines(services: Services, request: Request[AskedOptions]) -> Stream:
-    """Raises what is to be said of the request as a whole; what is wrong with a line is its
-    answer."""
-    check_lines(request)
+    """Raises errors that concern the whole request; an error in a line becomes that line's
+    response."""
+    check_bulk_headers(request)
     if request.header(b"idempotency-key") is not None:
         raise InvalidHeader(
             "Idempotency-Key does not go with one request a line: give each line a member "
@@ -67,53 +65,53 @@ async def predict_lines(services: Services, request: Request[AskedOptions]) -> S
     wait_seconds = preferred_wait(request)
     await services.catalog.find(request.path("model"))
     request.keep_body_open()
-    owed = Owed()
-    reader = Reader(services, request, owed, wait_seconds)
+    responses = ResponseQueue()
+    reader = BulkReader(services, request, responses, wait_seconds)
     await reader.begin()
     applied = () if wait_seconds is None else ((b"preference-applied", b"wait=%d" % wait_seconds),)
     return Stream(
-        Answers(services, owed).texts(),
+        ResponseWriter(services, responses).chunks(),
         NDJSON.encode(),
         headers=applied,
         reading=reader.run,
-        last_words=reader.refuse,
+        last_words=reader.end_after_revocation,
     )
 
 
-class Reader:
-    """Reads lines, submits them as they come, and leaves what became of each in `owed`."""
+class BulkReader:
+    """Reads lines, submits them as they come, and adds a response for each to `responses`."""
 
     def __init__(
         self,
         services: Services,
         request: Request[AskedOptions],
-        owed: Owed,
+        responses: ResponseQueue,
         wait_seconds: int | None,
     ) -> None:
         self._services = services
         self._request = request
-        self._owed = owed
+        self._responses = responses
         self._wait_seconds = wait_seconds
         self._silence_seconds = services.config.body_timeout_seconds
         self._first: Message | None = None
-        self._heard_at = time.monotonic()
+        self._received_at = time.monotonic()
         self._last_line = 0
-        self._taken_lines = self._refused_lines = 0
-        self._away_until = 0.0
-        self._pause = anyio.CancelScope()
-        """Around what may be broken off when the API stops: a submit may not."""
+        self._accepted_lines = self._refused_lines = 0
+        self._breaker = CircuitBreaker()
+        self._interruptible = anyio.CancelScope()
+        """The cancel scope of waits that end when the API stops; never around a submit."""
         self._key_is_revoked = False
-        self._ended = anyio.Event()
-        """No line is taken any more."""
+        self._reading_ended = anyio.Event()
+        """Set once no more lines are read."""
 
     async def begin(self) -> None:
-        """A client that waits for `100 Continue` is sent it when it is read from; once an answer
-        has begun that is too late."""
+        """Reads once from a client that waits for `100 Continue`, which makes the server send it;
+        once the answer has begun that is too late."""
         if b"expect" in self._request.headers:
             self._first = await self._request.receive()
 
     async def run(self) -> None:
-        """Returns when the client has left."""
+        """Reads and submits all lines, then returns when the client has disconnected."""
         async with anyio.create_task_group() as group:
             group.start_soon(self._stop_with_the_api)
             try:
@@ -125,121 +123,129 @@ class Reader:
             except RequestError as error:
                 self._add([problem_line(error, self._last_line + 1)], "")
             finally:
-                self._ended.set()
+                self._reading_ended.set()
                 group.cancel_scope.cancel()
-        self._owed.end()
-        await until_gone(self._request)
+        self._responses.end()
+        await wait_for_disconnect(self._request)
 
-    async def refuse(self, error: RequestError) -> bytes:
-        """Takes no more lines, since the client's key was revoked: the answer's last line. The
-        submit under way is not broken off."""
+    async def end_after_revocation(self, error: RequestError) -> bytes:
+        """Stops reading because the client's key was revoked, and returns the answer's last line.
+        A submit in progress is completed first."""
         self._key_is_revoked = True
-        self._pause.cancel()
-        await self._ended.wait()
-        told = type(error)(
-            f"{error.detail} Lines before this one were taken in, unless they are faulty; of those "
-            "without an answer `GET /jobs` with another key tells."
+        self._interruptible.cancel()
+        await self._reading_ended.wait()
+        explained_error = type(error)(
+            f"{error.detail} Lines before this one were accepted unless they are faulty; for those "
+            "without an answer see `GET /jobs` with another key."
         )
-        return problem_line(told, self._last_line + 1)
+        return problem_line(explained_error, self._last_line + 1)
 
     async def _stop_with_the_api(self) -> None:
         await self._services.inbox.closing.wait()
-        self._pause.cancel()
+        self._interruptible.cancel()
 
     async def _read(self) -> None:
-        lines = Lines(self._services.config.max_json_bytes)
+        lines = LineSplitter(self._services.config.max_json_bytes)
         more = True
         while more:
-            message = await self._received()
+            message = await self._receive()
             if message["type"] == "http.disconnect":
                 raise ClientGone
             more = message.get("more_body", False)
-            await self._take(lines.cut(message.get("body", b"")))
-        await self._take(lines.rest())
+            await self._process(lines.cut(message.get("body", b"")))
+        await self._process(lines.rest())
 
     # --- waiting for the client ------------------------------------------------------------
 
-    async def _received(self) -> Message:
-        """What the client sends next. While answers are owed to it, it may wait for those."""
+    async def _receive(self) -> Message:
+        """The client's next message. A client may be silent while it waits for responses; else
+        raises RequestTimeout when it is silent for too long."""
         if self._first is not None:
             first, self._first = self._first, None
             return first
         while True:
-            silent_since = max(self._heard_at, self._owed.settled_at)
-            left = silent_since + self._silence_seconds - time.monotonic()
-            if self._owed:
-                left = self._silence_seconds
-            elif left <= 0:
+            silent_since = max(self._received_at, self._responses.popped_at)
+            seconds_left = silent_since + self._silence_seconds - time.monotonic()
+            if self._responses:
+                seconds_left = self._silence_seconds
+            elif seconds_left <= 0:
                 raise RequestTimeout(
                     f"Nothing came for {self._silence_seconds:g} s, and the body had not ended. "
                     "Send this line and those after it again."
                 )
-            if message := await self._unless_stopped(self._request.receive, left):
-                self._heard_at = time.monotonic()
+            if message := await self._unless_stopped(self._request.receive, seconds_left):
+                self._received_at = time.monotonic()
                 return message
 
-    async def _room(self) -> None:
-        """Returns when another answer may be owed: a client has to take some, at last."""
-        longest = self._silence_seconds + (self._wait_seconds or 0)
-        if await self._unless_stopped(self._is_room, longest) is None:
-            raise ClientTooSlow(f"the client took nothing of its answer for {longest:g} s")
+    async def _wait_for_room(self) -> None:
+        """Returns once another response fits into the queue; raises ClientTooSlow if the client
+        reads none of its responses for too long."""
+        max_seconds = self._silence_seconds + (self._wait_seconds or 0)
+        if await self._unless_stopped(self._has_room, max_seconds) is None:
+            raise ClientTooSlow(f"the client read nothing of its answer for {max_seconds:g} s")
 
-    async def _is_room(self) -> bool:
-        await self._owed.room()
+    async def _has_room(self) -> bool:
+        await self._responses.wait_for_room()
         return True
 
     async def _unless_stopped(self, call: Callable[[], Awaitable[T]], seconds: float) -> T | None:
-        """What a call comes to within so many seconds; raises ServerStopping."""
+        """The result of `call`, or None if it takes longer than `seconds`. Raises ServerStopping
+        when the API stops, and _KeyRevoked."""
         if not (self._key_is_revoked or self._services.inbox.closing.is_set()):
-            with anyio.move_on_after(seconds) as self._pause:
+            with anyio.move_on_after(seconds) as self._interruptible:
                 return await call()
         if self._key_is_revoked:
             raise _KeyRevoked
         if self._services.inbox.closing.is_set():
             raise ServerStopping(
-                "The server stops, and has not read this line nor those after it. Send them again.",
+                "The server is stopping, and did not read this line or those after it. Send them "
+                "again.",
                 retry_after_seconds=1,
             )
         return None
 
     # --- from lines to answers -------------------------------------------------------------
 
-    async def _take(self, lines: Iterator[Line]) -> None:
+    async def _process(self, lines: Iterator[Line]) -> None:
+        """Submits the jobs of these lines in batches, and adds their responses."""
         while True:
-            await self._room()
+            await self._wait_for_room()
             served = await self._served()
-            if not (batch := await self._batch(lines, served)):
+            if not (batch := await self._read_batch(lines, served)):
                 return
             queue = served.queue if isinstance(served, Served) else ""
-            self._add(await self._answers(batch), queue)
+            self._add(await self._submit_batch(batch), queue)
             self._check_refused()
             await anyio.lowlevel.checkpoint()
 
     def _check_refused(self) -> None:
-        refused, taken = self._refused_lines, self._taken_lines
-        if refused > max(_MOST_REFUSED, _REFUSED_FOR_ONE * taken):
+        refused, accepted = self._refused_lines, self._accepted_lines
+        if refused > max(_MAX_REFUSED, _MAX_REFUSED_PER_ACCEPTED * accepted):
             raise TooManyRefusedLines(
-                f"{refused} lines were refused and {taken} taken, so this line and those after it "
-                "were not read. Mend what the answers say, and send the rest again."
+                f"{refused} lines were refused and {accepted} accepted, so this line and those "
+                "after it were not read. Fix what the answers name, and send the rest again."
             )
 
     async def _served(self) -> Served | RequestError:
-        """The model as it is now: a request may go on for longer than a version is served."""
+        """The model as it is served now, or why it is not: a request may last longer than a
+        version is served."""
         try:
             return await self._services.catalog.find(self._request.path("model"))
         except RequestError as error:
             return error
 
-    async def _batch(self, lines: Iterator[Line], served: Served | RequestError) -> list[Numbered]:
-        """As many lines as one script call takes, checked."""
-        batch: list[Numbered] = []
+    async def _read_batch(
+        self, lines: Iterator[Line], served: Served | RequestError
+    ) -> list[NumberedJob]:
+        """Reads and checks as many lines as one script call takes."""
+        batch: list[NumberedJob] = []
         size = 0
         until = time.perf_counter() + _AT_A_STRETCH_SECONDS
         for line in lines:
             self._last_line = line.number
             try:
                 batch.append((line.number, await self._job_of(line, served)))
-                self._taken_lines += 1
+                self._accepted_lines += 1
             except RequestError as error:
                 batch.append((line.number, error))
                 self._refused_lines += 1
@@ -257,41 +263,43 @@ class Reader:
         if isinstance(served, RequestError):
             raise served
         query = self._request.query
-        if is_long(line.text):
+        if is_slow_to_parse(line.text):
             limiter = self._services.long_reads
-            asked, key = await read_long_line(line.text, query, served, limiter)
+            parsed, key = await read_long_line(line.text, query, served, limiter)
         else:
-            asked, key = read_line(line.text, query, served)
-        return new_job(self._request.tenant, served.queue, asked, key)
+            parsed, key = read_line(line.text, query, served)
+        return new_job(self._request.tenant, served.queue, parsed, key)
 
-    async def _answers(self, batch: Sequence[Numbered]) -> list[bytes | Due]:
-        jobs = [one for _, one in batch if isinstance(one, NewJob)]
+    async def _submit_batch(self, batch: Sequence[NumberedJob]) -> list[bytes | Due]:
+        """Submits the jobs of a batch; the responses of its lines, in their order."""
+        jobs = [job for _, job in batch if isinstance(job, NewJob)]
         outcomes = await self._submit(jobs)
-        statuses = await self._earlier(outcomes)
-        left = iter(zip(jobs, outcomes, strict=True))
+        statuses = await self._statuses_of_existing(outcomes)
+        remaining_outcomes = iter(outcomes)
         answers: list[bytes | Due] = []
-        for number, one in batch:
-            if isinstance(one, RequestError):
-                answers.append(problem_line(one, number))
+        for number, job in batch:
+            if isinstance(job, RequestError):
+                answers.append(problem_line(job, number))
                 continue
-            found = self._outcome(*next(left), statuses)
-            if isinstance(found, RequestError):
-                answers.append(problem_line(found, number))
+            submitted = self._job_of_outcome(job, next(remaining_outcomes), statuses)
+            if isinstance(submitted, RequestError):
+                answers.append(problem_line(submitted, number))
             elif self._wait_seconds is None:
-                answers.append(self._accepted(one, *found))
+                answers.append(self._accepted(job, *submitted))
             else:
-                answers.append(Due(number, found[0]))
+                answers.append(Due(number, submitted[0]))
         return answers
 
     def _accepted(self, job: NewJob, job_id: str, status: Status) -> bytes:
         record = job.record
         if job_id != job.job_id and (made_ms := created_ms(job_id)) is not None:
-            # An earlier one with the same options, whose delay began as it was made.
+            # An earlier job with the same options, whose delay began when that job was created.
             record = msgspec.structs.replace(record, created_ms=made_ms)
-        return accepted_line(job_id, status, self._services.reasons.of_record(record, status))
+        return accepted_line(job_id, status, self._services.wait_reasons.of_record(record, status))
 
     async def _submit(self, jobs: Sequence[NewJob]) -> Sequence[Submitted | RequestError]:
-        if time.monotonic() < self._away_until:
+        """For each job, in order, the verdict of its submit or the error."""
+        if self._breaker.is_open:
             error = RedisUnavailable(
                 "Redis did not answer a moment ago, so this line was not sent to it. Send it "
                 "again in a moment.",
@@ -300,49 +308,56 @@ class Reader:
             return [error] * len(jobs)
         outcomes = await self._services.submissions.submit_all(jobs)
         if any(
-            isinstance(one, RedisUnavailable) and not isinstance(one, WritesRefused)
-            for one in outcomes
+            isinstance(outcome, RedisUnavailable) and not isinstance(outcome, WritesRefused)
+            for outcome in outcomes
         ):
-            self._away_until = time.monotonic() + _AWAY_SECONDS
+            self._breaker.open()
         return outcomes
 
-    async def _earlier(
+    async def _statuses_of_existing(
         self, outcomes: Sequence[Submitted | RequestError]
     ) -> dict[str, Status | RequestError]:
-        """How the jobs stand that were there before; nobody asks where they are waited for."""
-        ids = [one.job_id for one in outcomes if isinstance(one, Submitted) and _is_dup(one)]
+        """The statuses, by id, of jobs that existed before; empty if the client waits for jobs,
+        which reads them anyway."""
+        ids = [
+            outcome.job_id
+            for outcome in outcomes
+            if isinstance(outcome, Submitted) and _is_duplicate(outcome)
+        ]
         if not ids or self._wait_seconds is not None:
             return {}
         try:
             statuses = await self._services.submissions.statuses(ids)
         except RedisUnavailable as error:
-            return {job_id: about(error, job_id) for job_id in ids}
+            return {job_id: with_job_id(error, job_id) for job_id in ids}
         return {
-            job_id: status or about(absent(self._services, job_id), job_id)
+            job_id: status or with_job_id(job_absent_error(self._services, job_id), job_id)
             for job_id, status in zip(ids, statuses, strict=True)
         }
 
-    def _outcome(
+    def _job_of_outcome(
         self,
         job: NewJob,
         outcome: Submitted | RequestError,
-        earlier: dict[str, Status | RequestError],
+        statuses: dict[str, Status | RequestError],
     ) -> tuple[str, Status] | RequestError:
-        """The job that stands for a line, and its status."""
+        """The id and status of the job that a line submitted or repeated, or the line's error."""
         services = self._services
         if isinstance(outcome, RequestError):
-            return explained(outcome, job)
-        if refusal := refusal_of(outcome, job, services.config.policy, services.reasons):
+            return explain_submit_error(outcome, job)
+        if refusal := refused_submit_error(
+            outcome, job, services.config.policy, services.wait_reasons
+        ):
             return refusal
-        status = earlier.get(outcome.job_id, "pending")
+        status = statuses.get(outcome.job_id, "pending")
         return status if isinstance(status, RequestError) else (outcome.job_id, status)
 
     def _add(self, answers: Sequence[bytes | Due], queue: str) -> None:
         if self._wait_seconds is None:
-            answers = [b"".join(one for one in answers if isinstance(one, bytes))]
+            answers = [b"".join(answer for answer in answers if isinstance(answer, bytes))]
         until = time.monotonic() + (self._wait_seconds or 0)
-        self._owed.add(Block(answers, queue, until))
+        self._responses.add(Block(answers, queue, until))
 
 
-def _is_dup(outcome: Submitted) -> bool:
+def _is_duplicate(outcome: Submitted) -> bool:
     return outcome.verdict == "dup"

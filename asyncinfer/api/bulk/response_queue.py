@@ -1,4 +1,4 @@
-"""The answers between the one who reads requests and the one who writes: in order, bounded."""
+"""The bounded queue of responses between the reader and the writer of a bulk request."""
 
 import asyncio
 import time
@@ -8,40 +8,45 @@ from typing import Final
 
 from msgspec import Struct
 
-_MOST_BYTES: Final = 16 << 20
-"""Some 150,000 jobs; a client that sends all before it reads an answer has to stay below."""
+_MAX_BYTES: Final = 16 << 20
+"""Some 150,000 jobs: the most that a client may send before it reads a response."""
 
 _JOB_BYTES: Final = 100
 
 
 class Due(Struct, frozen=True):
-    """A job that is to be waited for, asked on a line of the request."""
+    """A job to wait for, submitted by this line of the request."""
 
     line: int
     job_id: str
 
 
 class Block(Struct, frozen=True):
-    """The next answers: text that may hold several lines, or a job whose line is yet to come."""
+    """Consecutive responses: text of one or more lines, or a job whose result is not known yet."""
 
     answers: Sequence[bytes | Due]
     queue: str
     until: float
-    """When jobs are no longer waited for, by the monotonic clock."""
+    """When to stop waiting for the jobs, by the monotonic clock."""
 
     def size(self) -> int:
-        return sum(len(one) if isinstance(one, bytes) else _JOB_BYTES for one in self.answers)
+        """Bytes in memory, roughly."""
+        return sum(
+            len(answer) if isinstance(answer, bytes) else _JOB_BYTES for answer in self.answers
+        )
 
 
-class Owed:
+class ResponseQueue:
+    """Blocks in the order in which they are to be written; true while it holds any."""
+
     def __init__(self) -> None:
-        self.settled_at = time.monotonic()
+        self.popped_at = time.monotonic()
         """When the last block was written."""
         self._blocks: deque[tuple[Block, int]] = deque()
         self._bytes = 0
         self._ended = False
         self._added = asyncio.Event()
-        self._settled = asyncio.Event()
+        self._popped = asyncio.Event()
 
     def __bool__(self) -> bool:
         return self._bytes > 0
@@ -53,12 +58,13 @@ class Owed:
         self._added.set()
 
     def end(self) -> None:
-        """Nothing will be added any more."""
+        """Declares that no more blocks will be added."""
         self._ended = True
         self._added.set()
 
-    async def next(self) -> Block | None:
-        """The block to write now, until `settle` says that it was; None at the end."""
+    async def peek(self) -> Block | None:
+        """The block to write now, which stays until `pop`. Waits for a block; None once the queue
+        has ended and is empty."""
         while not self._blocks:
             if self._ended:
                 return None
@@ -66,13 +72,14 @@ class Owed:
             await self._added.wait()
         return self._blocks[0][0]
 
-    def settle(self) -> None:
+    def pop(self) -> None:
+        """Removes the block that `peek` returned, once it is written."""
         self._bytes -= self._blocks.popleft()[1]
-        self.settled_at = time.monotonic()
-        self._settled.set()
+        self.popped_at = time.monotonic()
+        self._popped.set()
 
-    async def room(self) -> None:
-        """Returns when another block may be added."""
-        while self._bytes > _MOST_BYTES:
-            self._settled.clear()
-            await self._settled.wait()
+    async def wait_for_room(self) -> None:
+        """Returns once another block may be added."""
+        while self._bytes > _MAX_BYTES:
+            self._popped.clear()
+            await self._popped.wait()

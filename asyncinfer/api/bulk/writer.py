@@ -1,18 +1,18 @@
-"""What is answered to each line of a request of many, when it is its turn."""
+"""The response lines of a bulk request, in the order of its lines."""
 
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import Final
 
 import msgspec
 from msgspec import UNSET
 
-from asyncinfer.api.bulk.response_queue import Block, Due, Owed
-from asyncinfer.api.job_lookup import absent
+from asyncinfer.api.bulk.circuit_breaker import CircuitBreaker
+from asyncinfer.api.bulk.response_queue import Block, Due, ResponseQueue
+from asyncinfer.api.job_lookup import job_absent_error
 from asyncinfer.api.live.inbox import Ticket
 from asyncinfer.api.services import Services
-from asyncinfer.api.views import Waiting, accepted_view, ended, job_view
+from asyncinfer.api.views import WaitingForField, accepted_view, has_ended, job_view
 from asyncinfer.errors import RedisUnavailable, RequestError
 from asyncinfer.jobs import Status
 from asyncinfer.repository.stored_jobs import Stored
@@ -20,25 +20,24 @@ from asyncinfer.schemas.problems import line_problem_of
 from asyncinfer.schemas.responses import Accepted, Job
 from asyncinfer.timeouts import settled
 
-_AWAY_SECONDS: Final = 1.0
-
-Known = dict[str, Job | Accepted | RequestError]
-"""What there is to say of jobs, by their ids."""
+JobAnswers = dict[str, Job | Accepted | RequestError]
+"""Answers by job id."""
 
 _encode = msgspec.json.Encoder().encode
 
 
-def accepted_line(job_id: str, status: Status, waiting_for: Waiting) -> bytes:
-    """Without a member that says that nothing is wrong: of 100,000 lines each byte counts."""
+def accepted_line(job_id: str, status: Status, waiting_for: WaitingForField) -> bytes:
+    """A 202 answer as a line. It leaves out a null `waiting_for`: in 100,000 lines bytes count."""
     return _encode(accepted_view(job_id, status, waiting_for or UNSET)) + b"\n"
 
 
 def problem_line(error: RequestError, line: int) -> bytes:
+    """An error as a response line; `line` is the line's number in the request."""
     return _encode(line_problem_of(error, line)) + b"\n"
 
 
-def about(error: RequestError, job_id: str) -> RequestError:
-    """The same error, of a job."""
+def with_job_id(error: RequestError, job_id: str) -> RequestError:
+    """The same error, with the job's id."""
     return type(error)(
         error.detail,
         retry_after_seconds=error.retry_after_seconds,
@@ -47,47 +46,48 @@ def about(error: RequestError, job_id: str) -> RequestError:
     )
 
 
-class Answers:
-    """Writes what is owed, in its order."""
+class ResponseWriter:
+    """Writes the responses of the queue, in its order."""
 
-    def __init__(self, services: Services, owed: Owed) -> None:
+    def __init__(self, services: Services, responses: ResponseQueue) -> None:
         self._services = services
-        self._owed = owed
-        self._away_until = 0.0
+        self._responses = responses
+        self._breaker = CircuitBreaker()
 
-    async def texts(self) -> AsyncGenerator[bytes, None]:
-        while block := await self._owed.next():
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        """Whole lines as they become known, until the queue ends."""
+        while block := await self._responses.peek():
             rest = block.answers
             while rest:
                 count = self._services.answer_sizes.fit(block.queue)
                 part, rest = rest[:count], rest[count:]
                 size = 0
-                async with contextlib.aclosing(self._part(part, block)) as texts:
-                    async for text in texts:
+                async with contextlib.aclosing(self._chunks_of(part, block)) as chunks:
+                    async for text in chunks:
                         size += len(text)
                         yield text
                 jobs = sum(isinstance(answer, Due) for answer in part)
                 self._services.answer_sizes.note(block.queue, jobs, size)
-            self._owed.settle()
+            self._responses.pop()
 
-    async def _part(
-        self, answers: Sequence[bytes | Due], block: Block
+    async def _chunks_of(
+        self, entries: Sequence[bytes | Due], block: Block
     ) -> AsyncGenerator[bytes, None]:
-        """The lines of a few answers, each as soon as it and those before it are known."""
-        jobs = list(dict.fromkeys(one.job_id for one in answers if isinstance(one, Due)))
+        """The lines of a few responses, each once it and all before it are known."""
+        jobs = list(dict.fromkeys(entry.job_id for entry in entries if isinstance(entry, Due)))
         with self._tickets(jobs) as tickets:
-            known = await self._look(jobs, tickets, block)
+            answers = await self._watch(jobs, tickets, block)
             ready: list[bytes] = []
-            for one in answers:
-                if isinstance(one, bytes):
-                    ready.append(one)
+            for entry in entries:
+                if isinstance(entry, bytes):
+                    ready.append(entry)
                     continue
-                if one.job_id not in known:
-                    if ready and not tickets[one.job_id].ended.done():
+                if entry.job_id not in answers:
+                    if ready and not tickets[entry.job_id].ended.done():
                         yield b"".join(ready)
                         ready.clear()
-                    known |= await self._end_of(one.job_id, tickets, known, block.until)
-                ready.append(_line_of(known[one.job_id], one.line))
+                    answers |= await self._wait_for_end(entry.job_id, tickets, answers, block.until)
+                ready.append(_line_of(answers[entry.job_id], entry.line))
         yield b"".join(ready)
 
     @contextlib.contextmanager
@@ -96,76 +96,81 @@ class Answers:
             inbox = self._services.inbox
             yield {job_id: stack.enter_context(inbox.expect(job_id)) for job_id in jobs}
 
-    async def _look(
+    async def _watch(
         self, jobs: Sequence[str], tickets: Mapping[str, Ticket], block: Block
-    ) -> Known:
-        """Those that have ended; of the others the inbox will hear. They are signed up only now,
-        not as they are submitted: a result is in memory when it is its turn, no sooner."""
+    ) -> JobAnswers:
+        """The answers of jobs that have ended; the inbox will be notified of the others. Jobs are
+        watched only now, not when they are submitted, so that a result is not in memory before
+        its turn."""
         if not jobs:
             return {}
         if self._services.inbox.closing.is_set() or time.monotonic() >= block.until:
             return await self._read(jobs)
         submissions, inbox = self._services.submissions, self._services.inbox.name
         try:
-            states = await self._asked(lambda: submissions.watch(block.queue, inbox, jobs))
+            states = await self._call_redis(lambda: submissions.watch(block.queue, inbox, jobs))
         except RedisUnavailable:
             return _accepted(jobs)
-        known: Known = {}
+        answers: JobAnswers = {}
         for job_id, stored in zip(jobs, states, strict=True):
-            if stored is None or ended(stored):
-                known[job_id] = self._view(job_id, stored)
+            if stored is None or has_ended(stored):
+                answers[job_id] = self._view(job_id, stored)
             else:
                 tickets[job_id].was_stored = True
-        return known
+        return answers
 
-    async def _end_of(
-        self, job_id: str, tickets: Mapping[str, Ticket], known: Known, until: float
-    ) -> Known:
-        """What is known once a job has ended; when time is out, of all jobs as they are."""
+    async def _wait_for_end(
+        self, job_id: str, tickets: Mapping[str, Ticket], answers: JobAnswers, until: float
+    ) -> JobAnswers:
+        """The answers that are new once a job has ended; at `until`, those of all jobs as they
+        are."""
         left = max(0.0, until - time.monotonic())
         await settled(tickets[job_id].ended, left)
-        heard: Known = {
-            one: self._view(one, stored)
-            for one, ticket in tickets.items()
-            if one not in known and ticket.ended.done() and (stored := ticket.ended.result())
+        new: JobAnswers = {
+            ticket_id: self._view(ticket_id, stored)
+            for ticket_id, ticket in tickets.items()
+            if ticket_id not in answers
+            and ticket.ended.done()
+            and (stored := ticket.ended.result())
         }
-        if job_id in heard:
-            return heard
+        if job_id in new:
+            return new
         if tickets[job_id].ended.done() and not self._services.inbox.closing.is_set():
-            # This one is gone; the others may end yet.
-            return heard | await self._read([job_id])
-        return heard | await self._read([one for one in tickets if one not in known | heard])
+            # This job was deleted; the others may still end.
+            return new | await self._read([job_id])
+        return new | await self._read([other for other in tickets if other not in answers | new])
 
-    async def _read(self, jobs: Sequence[str]) -> Known:
+    async def _read(self, jobs: Sequence[str]) -> JobAnswers:
         try:
-            found = await self._asked(lambda: self._services.submissions.read_many(jobs))
+            states = await self._call_redis(lambda: self._services.submissions.read_many(jobs))
         except RedisUnavailable:
             return _accepted(jobs)
         return {
-            job_id: self._view(job_id, stored) for job_id, stored in zip(jobs, found, strict=True)
+            job_id: self._view(job_id, stored) for job_id, stored in zip(jobs, states, strict=True)
         }
 
-    async def _asked(
-        self, ask: Callable[[], Awaitable[list[Stored | None]]]
+    async def _call_redis(
+        self, call: Callable[[], Awaitable[list[Stored | None]]]
     ) -> list[Stored | None]:
-        """Asks Redis, unless it did not answer a moment ago: every call would take as long."""
-        if time.monotonic() < self._away_until:
+        """Raises RedisUnavailable at once if Redis did not answer a moment ago."""
+        if self._breaker.is_open:
             raise RedisUnavailable("Redis did not answer a moment ago.")
         try:
-            return await ask()
+            return await call()
         except RedisUnavailable:
-            self._away_until = time.monotonic() + _AWAY_SECONDS
+            self._breaker.open()
             raise
 
     def _view(self, job_id: str, stored: Stored | None) -> Job | RequestError:
         if stored is None:
-            return about(absent(self._services, job_id), job_id)
-        waiting_for = self._services.reasons.of(stored) or UNSET
+            return with_job_id(job_absent_error(self._services, job_id), job_id)
+        waiting_for = self._services.wait_reasons.of(stored) or UNSET
         return job_view(stored, self._services.catalog.default_model, waiting_for)
 
 
-def _accepted(jobs: Sequence[str]) -> Known:
-    """The jobs are accepted whatever becomes of the wait, and their client must know them."""
+def _accepted(jobs: Sequence[str]) -> JobAnswers:
+    """202 answers, for when Redis cannot be read: the jobs are accepted, and the client needs their
+    ids."""
     return {job_id: accepted_view(job_id, "pending", UNSET) for job_id in jobs}
 
 

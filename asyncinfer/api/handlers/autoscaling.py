@@ -1,4 +1,4 @@
-"""The route that an autoscaler asks: how much work waits for a model, and for whom."""
+"""The route for autoscalers: how much work waits for a model, and how many workers it has."""
 
 from asyncinfer.api.http.messages import Reply, Request, json_reply
 from asyncinfer.api.services import Services
@@ -8,22 +8,22 @@ from asyncinfer.schemas.responses import Scale
 
 
 async def read_scale(services: Services, request: Request[NoQuery]) -> Reply:
-    """How much work waits for a model, in seconds of slot time, and who works on it."""
+    """How much work waits for a model, in seconds of slot time, and how many slots work on it."""
     served = await services.catalog.find(request.path("model"))
     model = served.signature.model
     return json_reply(200, _view(model, await load(services.store, model, served.queue)))
 
 
-def _view(model: str, found: Load) -> Scale:
+def _view(model: str, queue_load: Load) -> Scale:
     return Scale(
         model=model,
-        waiting_jobs=found.waiting_jobs,
-        running_jobs=found.gauge.running,
-        paused=found.gauge.paused,
-        oldest_age_seconds=found.gauge.oldest_age_seconds,
-        seconds_per_job=found.seconds_per_job,
-        backlog_seconds=found.backlog_seconds,
-        workers=found.workers,
-        slots=found.slots,
-        starved=int(found.due_jobs > 0 and found.workers == 0),
+        waiting_jobs=queue_load.waiting_jobs,
+        running_jobs=queue_load.gauge.running,
+        paused=queue_load.gauge.paused,
+        oldest_age_seconds=queue_load.gauge.oldest_age_seconds,
+        seconds_per_job=queue_load.seconds_per_job,
+        backlog_seconds=queue_load.backlog_seconds,
+        workers=queue_load.workers,
+        slots=queue_load.slots,
+        starved=int(queue_load.due_jobs > 0 and queue_load.workers == 0),
     )

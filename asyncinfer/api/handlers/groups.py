@@ -1,4 +1,4 @@
-"""The routes about jobs that share a name: how far they are, and ending them."""
+"""The routes about groups of jobs: progress and cancelling."""
 
 import re
 import time
@@ -17,24 +17,25 @@ _name = re.compile(GROUP_PATTERN)
 
 
 async def read_group(services: Services, request: Request[NoQuery]) -> Reply:
-    """How many jobs of a group are in which state, and when all will have ended."""
+    """How many jobs of a group have each status, and when all will probably have ended."""
     group = _group(request)
     counted = await services.groups.count(request.tenant, group)
     if counted is None:
-        raise _absent()
+        raise _not_found_error()
     return json_reply(200, group_view(group, counted))
 
 
 async def cancel_group(services: Services, request: Request[NoQuery]) -> Reply:
-    """Cancels all jobs of a group, waiting or running."""
+    """Cancels all waiting and running jobs of a group."""
     group = _group(request)
     done = await services.groups.cancel(request.tenant, group)
     if done is None:
-        raise _absent()
+        raise _not_found_error()
     return json_reply(200, GroupCancelled(group, done.ended, done.asked))
 
 
 def group_view(group: str, counted: Counted | None) -> Group:
+    """The group with its counts; an unknown group has zeros."""
     counted = counted or _NO_JOBS
     by_status = {name: counted.by_status.get(name, 0) for name in GroupCounts.__struct_fields__}
     by_status["expired"] = counted.expired
@@ -51,7 +52,8 @@ def group_view(group: str, counted: Counted | None) -> Group:
 
 
 def eta_seconds(counted: Counted, now_ms: float) -> float | None:
-    """At the pace at which jobs have ended since the first was made; None while none has."""
+    """Seconds until all jobs have ended, at the average pace since the first job was created; None
+    while no job has ended."""
     done = counted.jobs - counted.left
     if not counted.left:
         return 0.0 if counted.jobs else None
@@ -63,12 +65,12 @@ def eta_seconds(counted: Counted, now_ms: float) -> float | None:
 def _group(request: Request[Any]) -> str:
     group = request.path("group") or ""
     if not _name.fullmatch(group):
-        raise _absent()
+        raise _not_found_error()
     return group
 
 
-def _absent() -> GroupNotFound:
+def _not_found_error() -> GroupNotFound:
     return GroupNotFound(
-        "There is no group of this name; jobs make one when they are submitted with "
-        "`options.group`. A group is kept for 7 days after its last submit."
+        "There is no group of this name; a group is created when a job is submitted with "
+        "`options.group`, and kept for 7 days after its last submit."
     )

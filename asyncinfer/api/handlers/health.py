@@ -1,4 +1,4 @@
-"""The routes about the service itself: what it is, how it is, how to talk to it."""
+"""The routes about the service itself: health, version and OpenAPI document."""
 
 from asyncinfer import __version__
 from asyncinfer.api.http.messages import Reply, Request, json_reply
@@ -18,12 +18,12 @@ _LINKS = {
 
 
 async def about(services: Services, request: Request[NoQuery]) -> Reply:
-    """What this is, and where things are."""
+    """The name and version of this service, and its main routes."""
     return json_reply(200, About("asyncinfer", __version__, _LINKS))
 
 
 async def openapi(services: Services, request: Request[NoQuery]) -> Reply:
-    """This API in OpenAPI 3.1."""
+    """The OpenAPI 3.1 document of this API."""
     return Reply(200, services.openapi)
 
 
@@ -33,47 +33,50 @@ async def live(services: Services, request: Request[NoQuery]) -> Reply:
 
 
 async def ready(services: Services, request: Request[NoQuery]) -> Reply:
-    """Whether jobs can be taken: Redis answers, takes writes, and is one that keeps them."""
+    """Whether jobs can be accepted: Redis answers, takes writes and keeps jobs safely."""
     try:
         await services.store.check_server()
     except ServerRefused as error:
         raise RedisUnavailable(error.detail) from error
     if refusal := services.store.writes_refused:
-        # As the last sweep or submit found, some seconds ago at most.
+        # Found by the last sweep or submit, at most some seconds ago.
         raise WritesRefused(refusal.detail, retry_after_seconds=1)
     return json_reply(200, Alive())
 
 
 async def health(services: Services, request: Request[NoQuery]) -> Reply:
-    """Redis, what waits in each queue, for which models nobody works, and how many workers there
-    are. The status stays `ok` where a model is starved: that mends nobody who restarts an API."""
-    if not request.admission.may("read"):
+    """The state of Redis, the queues, the workers, and the models without workers.
+
+    The status stays `ok` if a model has no worker, since restarting an API does not help.
+    """
+    if not request.admission.has_scope("read"):
         return await _health_for_all(services)
     try:
-        found = await services.inspection.health()
+        health_now = await services.inspection.health()
     except ServerRefused as error:
         raise RedisUnavailable(error.detail) from error
-    waiting = [queue for queue, jobs in found.queues.items() if jobs]
+    waiting = [queue for queue, jobs in health_now.queues.items() if jobs]
     return json_reply(
         200,
         Health(
-            redis=found.server,
-            queues=found.queues,
-            workers=found.workers,
+            redis=health_now.server,
+            queues=health_now.queues,
+            workers=health_now.workers,
             starved=await starved(services.store, waiting),
         ),
     )
 
 
 async def _health_for_all(services: Services) -> Reply:
-    """Without names: what Redis or redis-py says may hold some, so none of it is passed on."""
+    """The answer without the scope `read`. Messages of Redis or redis-py may hold names, so none
+    is passed on."""
     try:
         await services.store.check_server()
     except RedisUnavailable:
         raise RedisUnavailable("Redis does not answer. Retry in a moment.") from None
     except (ServerRefused, RequestError):
         raise RedisUnavailable(
-            "Redis answers, but cannot be used for jobs. Ask again with an API key that has the "
-            "scope `read`, to be told why."
+            "Redis answers, but cannot be used for jobs. Retry with an API key that has the scope "
+            "`read` to see why."
         ) from None
     return json_reply(200, Health())

@@ -1,4 +1,4 @@
-"""The routes about a job that is there: read, list, cancel, retry."""
+"""The routes to read, list, cancel and retry jobs."""
 
 import time
 from typing import Any, Final
@@ -8,13 +8,13 @@ import msgspec
 from asyncinfer import jobs
 from asyncinfer.api.audit import audited
 from asyncinfer.api.http.messages import Reply, Request, json_reply
-from asyncinfer.api.job_lookup import absent, find_job, not_retried
+from asyncinfer.api.job_lookup import find_job, job_absent_error, not_retried_error
 from asyncinfer.api.live.wait import while_client_stays
 from asyncinfer.api.services import Services
 from asyncinfer.api.views import (
-    Waiting,
+    WaitingForField,
     accepted_view,
-    ended,
+    has_ended,
     job_view,
     operator_view,
     summary_view,
@@ -39,14 +39,14 @@ from asyncinfer.schemas.responses import JobList
 
 _RETRY_AFTER: Final = (b"retry-after", b"1")
 _CANCEL_WAIT_SECONDS: Final = 1.0
-"""A run stops at its next kernel, most often within this."""
+"""A cancelled run stops before its next kernel, usually within this time."""
 
 
 async def read_job(services: Services, request: Request[WaitQuery]) -> Reply:
     """A job's state and result."""
     with audited(request, "read", {"job_id": request.path("id")}) as audit:
         stored = await find_job(services, request)
-        if request.query.wait and not ended(stored):
+        if request.query.wait and not has_ended(stored):
             stored = await _wait(services, request, stored, request.query.wait)
         audit.count = 1
     return _job_reply(services, request, 200, stored)
@@ -55,17 +55,17 @@ async def read_job(services: Services, request: Request[WaitQuery]) -> Reply:
 async def list_jobs(services: Services, request: Request[JobsQuery]) -> Reply:
     """The caller's jobs, newest first."""
     query = request.query
-    with audited(request, "list", chosen_by(query)) as audit:
+    with audited(request, "list", criteria_of(query)) as audit:
         page = await _page(services, request)
         audit.count = len(page.jobs)
     default = services.catalog.default_model
     view = operator_view if request.reach.across else summary_view
-    views = [view(job, default, services.reasons.of(job)) for job in page.jobs]
+    views = [view(job, default, services.wait_reasons.of(job)) for job in page.jobs]
     return json_reply(200, JobList(views, page.cursor))
 
 
-def chosen_by(query: JobsQuery | ClearQuery | RetryQuery) -> dict[str, object]:
-    """The filter, for the log."""
+def criteria_of(query: JobsQuery | ClearQuery | RetryQuery) -> dict[str, object]:
+    """The query's filter, for the audit log."""
     return {name: getattr(query, name) for name in ("status", "model", "group", "dead")}
 
 
@@ -80,13 +80,13 @@ async def _page(services: Services, request: Request[JobsQuery]) -> Page:
             dead=True,
         )
         return await services.dead_letters.jobs(wanted, limit=query.limit, cursor=query.cursor)
-    about: dict[str, Any] = {
+    page_options: dict[str, Any] = {
         name: getattr(query, name) for name in ("status", "model", "limit", "cursor")
     }
     if query.group is None or tenant is None:
-        # A group's own list is kept by tenant.
-        return await services.inspection.jobs(tenant=tenant, group=query.group, **about)
-    return await services.groups.jobs(tenant, query.group, **about)
+        # A group without tenant is found by a filter: each tenant has its own list of a group.
+        return await services.inspection.jobs(tenant=tenant, group=query.group, **page_options)
+    return await services.groups.jobs(tenant, query.group, **page_options)
 
 
 async def cancel_job(services: Services, request: Request[EndQuery]) -> Reply:
@@ -95,37 +95,38 @@ async def cancel_job(services: Services, request: Request[EndQuery]) -> Reply:
     with audited(request, "purge" if purge else "cancel", {"job_id": job_id}) as audit:
         stored = await find_job(services, request)
         if purge:
-            await _forget(services, stored)
+            await _delete(services, stored)
         else:
             stored = await _cancel(services, request, stored)
         audit.count = 1
-    return _job_reply(services, request, 200 if purge or ended(stored) else 202, stored)
+    return _job_reply(services, request, 200 if purge or has_ended(stored) else 202, stored)
 
 
 async def _cancel(services: Services, request: Request[EndQuery], stored: Stored) -> Stored:
-    if ended(stored):
-        raise _finished(stored)
+    """Cancels the job; the job as it is then. Raises JobFinished if it has already ended."""
+    if has_ended(stored):
+        raise _already_finished_error(stored)
     verdict = await services.operations.cancel(stored)
     if verdict == "absent":
-        raise absent(services, stored.job_id)
+        raise job_absent_error(services, stored.job_id)
     if verdict == "stopping":
         stored = await _wait(services, request, stored, _CANCEL_WAIT_SECONDS)
     elif latest := await services.submissions.read(stored.job_id):
         stored = latest
     elif verdict == "cancelled":
-        # Purged at once by another call.
+        # Another call has purged the job at once.
         stored = msgspec.structs.replace(stored, status="cancelled")
     else:
-        raise absent(services, stored.job_id)
-    if verdict == "finished" or (ended(stored) and stored.status != "cancelled"):
-        raise _finished(stored)
+        raise job_absent_error(services, stored.job_id)
+    if verdict == "finished" or (has_ended(stored) and stored.status != "cancelled"):
+        raise _already_finished_error(stored)
     return stored
 
 
-async def _forget(services: Services, stored: Stored) -> None:
+async def _delete(services: Services, stored: Stored) -> None:
     # The answer shows the job as it was read, so it must have ended by then. A job that is absent
-    # now may have been deleted by this very call, its first reply lost.
-    if not ended(stored) or await services.operations.forget(stored) == "unfinished":
+    # now may have been deleted by this very call, if the first reply was lost.
+    if not has_ended(stored) or await services.operations.forget(stored) == "unfinished":
         raise JobNotFinished(
             "Only a job that has ended can be deleted; cancel it first, without `purge`.",
             job_id=stored.job_id,
@@ -140,37 +141,38 @@ async def retry_job(services: Services, request: Request[OneQuery]) -> Reply:
         verdicts = await services.operations.retry_all([stored], now_ms)
         verdict = verdicts[stored.job_id]
         if verdict != "ok":
-            raise not_retried(services, stored, verdict)
+            raise not_retried_error(services, stored, verdict)
         audit.count = 1
     location = (b"location", url_of(stored.job_id).encode())
-    view = accepted_view(stored.job_id, "pending", _waits_again(services, stored, now_ms))
+    view = accepted_view(stored.job_id, "pending", _waiting_for_again(services, stored, now_ms))
     return json_reply(202, view, location)
 
 
-def _waits_again(services: Services, stored: Stored, now_ms: int) -> Waiting:
+def _waiting_for_again(services: Services, stored: Stored, now_ms: int) -> WaitingForField:
     record = stored.record and next_round(stored.record, now_ms)
-    again = msgspec.structs.replace(stored, status="pending", record=record)
-    return services.reasons.of(again)
+    retried = msgspec.structs.replace(stored, status="pending", record=record)
+    return services.wait_reasons.of(retried)
 
 
 async def _wait(
     services: Services, request: Request[Any], stored: Stored, seconds: float
 ) -> Stored:
-    """The job once it has ended, or as it is when time is out or the API stops."""
+    """The job once it has ended, or as it is after `seconds` or when the API stops. Raises
+    JobExpired or JobNotFound if it was deleted meanwhile."""
     latest = await while_client_stays(request, services.inbox.wait(stored, seconds))
     if latest is None:
-        raise absent(services, stored.job_id)
+        raise job_absent_error(services, stored.job_id)
     return latest
 
 
 def _job_reply(services: Services, request: Request[Any], status: int, stored: Stored) -> Reply:
-    show = operator_view if request.reach.across else job_view
-    view = show(stored, services.catalog.default_model, services.reasons.of(stored))
-    return json_reply(status, view) if ended(stored) else json_reply(status, view, _RETRY_AFTER)
+    view_of = operator_view if request.reach.across else job_view
+    view = view_of(stored, services.catalog.default_model, services.wait_reasons.of(stored))
+    return json_reply(status, view) if has_ended(stored) else json_reply(status, view, _RETRY_AFTER)
 
 
-def _finished(stored: Stored) -> JobFinished:
+def _already_finished_error(stored: Stored) -> JobFinished:
     return JobFinished(
-        f"The job is already {stored.status}; only one that waits or runs can be cancelled.",
+        f"The job is already {stored.status}; only a waiting or running job can be cancelled.",
         job_id=stored.job_id,
     )

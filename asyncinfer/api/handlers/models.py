@@ -1,4 +1,4 @@
-"""The routes about models: which there are, what each takes; pause, resume and purge."""
+"""The routes about models: list, read, validate, pause, resume and purge."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -33,17 +33,17 @@ from asyncinfer.untrusted import decoding
 
 Workers = Mapping[str, WorkerSays]
 
-_MOST_ELEMENTS: Final = 1000
+_MAX_ELEMENTS: Final = 1000
 _ELEMENTS: Final[dict[str, object]] = {"BOOL": False, "BYTES": "text"}
 
 
 async def list_models(services: Services, request: Request[NoQuery]) -> Reply:
-    """The models that can be asked, and what is wrong with those that cannot."""
-    served = await services.catalog.all()
+    """The models that are served, and the problems of those that are not."""
+    served = await services.catalog.list_served()
     workers = await _workers(services)
-    names = {one.signature.model for one in served}
-    broken = [one for one in _problems(workers) if one.model not in names]
-    loading = sorted(services.workforce.loading)
+    names = {model.signature.model for model in served}
+    broken = [problem for problem in _problems(workers) if problem.model not in names]
+    loading = sorted(services.worker_snapshot.loading)
     return json_reply(200, ModelList(await _views(services, served, workers), broken, loading))
 
 
@@ -55,7 +55,7 @@ async def read_model(services: Services, request: Request[NoQuery]) -> Reply:
 
 
 async def pause_model(services: Services, request: Request[NoQuery]) -> Reply:
-    """Runs none of a model's jobs until it is resumed; they are still taken in."""
+    """Runs none of a model's jobs until it is resumed; new jobs are still accepted."""
     return await _pause(services, request, paused=True)
 
 
@@ -67,13 +67,13 @@ async def resume_model(services: Services, request: Request[NoQuery]) -> Reply:
 async def _pause(services: Services, request: Request[NoQuery], *, paused: bool) -> Reply:
     served = await services.catalog.find(request.path("model"))
     await services.operations.pause(served.queue, paused=paused)
-    # Who submits next is told at once.
-    await services.workforce.refresh()
+    # The next answers already say that the model is paused.
+    await services.worker_snapshot.refresh()
     return json_reply(200, Pause(served.signature.model, paused))
 
 
 async def purge_model(services: Services, request: Request[NoQuery]) -> Reply:
-    """Cancels all that waits for a model, of all tenants; what runs is left."""
+    """Cancels all waiting jobs of a model, of all tenants; running jobs continue."""
     name = request.path("model") or ""
     with audited(
         request, "purge", {"status": "pending", "model": name}, over_tenants=True
@@ -84,7 +84,8 @@ async def purge_model(services: Services, request: Request[NoQuery]) -> Reply:
 
 
 async def _queue_of(services: Services, name: str) -> str:
-    """Also of a model that nobody serves any more: its jobs would wait for ever."""
+    """The queue of a model, also of one that no worker serves any more, whose jobs would wait
+    forever. Raises ModelNotFound or NoModelAnnounced if it has no queue either."""
     try:
         return (await services.catalog.find(name)).queue
     except (ModelNotFound, NoModelAnnounced):
@@ -95,26 +96,32 @@ async def _queue_of(services: Services, name: str) -> str:
 
 
 async def validate(services: Services, request: Request[AskedOptions]) -> Reply:
-    """Whether a request would be taken, and how it is understood; stores nothing."""
+    """Whether a request would be accepted, and how it is understood; stores nothing."""
     served = await services.catalog.find(request.path("model"))
-    asked = await read_input(request, services.config, served, services.long_reads)
-    signature = asked.signature
-    with_rows = {spec.name for spec in signature.inputs if is_open(spec)}
+    checked = await read_input(request, services.config, served, services.long_reads)
+    signature = checked.signature
+    batched_inputs = {spec.name for spec in signature.inputs if is_open(spec)}
     return json_reply(
         200,
         Validated(
             model=signature.model,
             version=signature.version,
-            inputs=[TensorShape(one.name, one.datatype, one.shape) for one in asked.tensors],
-            outputs=list(asked.outputs or (spec.name for spec in signature.outputs)),
-            rows=next((one.shape[0] for one in asked.tensors if one.name in with_rows), None),
-            options=asked.options,
+            inputs=[
+                TensorShape(tensor.name, tensor.datatype, tensor.shape)
+                for tensor in checked.tensors
+            ],
+            outputs=list(checked.outputs or (spec.name for spec in signature.outputs)),
+            rows=next(
+                (tensor.shape[0] for tensor in checked.tensors if tensor.name in batched_inputs),
+                None,
+            ),
+            options=checked.options,
         ),
     )
 
 
 async def _workers(services: Services) -> Workers:
-    """What the living workers say, by the names that everyone may see."""
+    """Announcements of the living workers, by the names that everyone may see."""
     bodies = await services.announcements.workers()
     return {shown_worker(worker_id): worker_says(body) for worker_id, body in bodies.items()}
 
@@ -122,18 +129,18 @@ async def _workers(services: Services) -> Workers:
 def _problems(workers: Workers) -> list[ModelProblem]:
     return [
         ModelProblem(model=model, version=version or None, worker=worker, reason=reason)
-        for worker, says in sorted(workers.items())
-        for model, versions in sorted(says.problems.items())
+        for worker, announcement in sorted(workers.items())
+        for model, versions in sorted(announcement.problems.items())
         for version, reason in sorted(versions.items())
     ]
 
 
 async def _views(services: Services, served: Sequence[Served], workers: Workers) -> list[Model]:
-    paused = await services.inspection.paused([one.queue for one in served])
+    paused = await services.inspection.paused([model.queue for model in served])
     default = services.catalog.default_model
     return [
-        _view(one, workers, is_default=one.signature.model == default, paused=is_paused)
-        for one, is_paused in zip(served, paused, strict=True)
+        _view(model, workers, is_default=model.signature.model == default, paused=is_paused)
+        for model, is_paused in zip(served, paused, strict=True)
     ]
 
 
@@ -156,35 +163,40 @@ def _view(served: Served, workers: Workers, *, is_default: bool, paused: bool) -
         batching=signature.batching,
         max_rows=signature.max_rows,
         sha256=signature.sha256,
-        version_sha256={one: served.signatures[one].sha256 for one in served.versions},
+        version_sha256={version: served.signatures[version].sha256 for version in served.versions},
         symbols=_symbols(signature),
         example=example_of(signature),
         paused=paused,
-        workers=sum(name in one.models and one.state == "ready" for one in workers.values()),
-        problems=[one for one in _problems(workers) if one.model == name],
+        workers=sum(
+            name in worker.models and worker.state == "ready" for worker in workers.values()
+        ),
+        problems=[problem for problem in _problems(workers) if problem.model == name],
         run_times={
-            worker: one.run_times[name] for worker, one in workers.items() if name in one.run_times
+            worker_name: worker.run_times[name]
+            for worker_name, worker in workers.items()
+            if name in worker.run_times
         },
     )
 
 
 def example_of(signature: Signature) -> dict[str, Any] | None:
-    """A body that works as it is: `data` where one input is enough, else named tensors."""
+    """A request body that works as it is: `data` if the model takes it, else named tensors. None
+    if it would be too large."""
     if data_input(signature) is not None and signature.example is not None:
         return {"data": signature.example}
     if shown := signature.example_inputs:
         specs = [spec for spec in signature.inputs if spec.name in shown]
-        # An example that does not fit its input was announced by no worker of ours.
+        # Only a foreign writer can have announced an example that does not fit its input.
         with contextlib.suppress(*decoding.UNREADABLE):
             return {"inputs": [_shown_input(spec, shown[spec.name]) for spec in specs]}
     inputs = [_example_input(spec) for spec in signature.inputs if not spec.optional]
-    if any(prod(one["shape"]) > _MOST_ELEMENTS for one in inputs):
+    if any(prod(tensor["shape"]) > _MAX_ELEMENTS for tensor in inputs):
         return None
     return {"inputs": inputs}
 
 
 def _shown_input(spec: TensorSpec, value: object) -> dict[str, Any]:
-    """An input as its worker shows it, which has checked it."""
+    """An input with the example that its worker has checked."""
     shape = datatypes.decode(msgspec.json.encode(value), spec).shape
     data = value if isinstance(value, list | tuple) else [value]
     return {"name": spec.name, "shape": shape, "datatype": spec.datatype, "data": data}
@@ -193,15 +205,15 @@ def _shown_input(spec: TensorSpec, value: object) -> dict[str, Any]:
 def _example_input(spec: TensorSpec) -> dict[str, Any]:
     shape = [dim if isinstance(dim, int) else 1 for dim in datatypes.dims(spec)]
     element = _ELEMENTS.get(spec.datatype, 0)
-    data = [element] * prod(shape) if prod(shape) <= _MOST_ELEMENTS else []
+    data = [element] * prod(shape) if prod(shape) <= _MAX_ELEMENTS else []
     return {"name": spec.name, "shape": shape, "datatype": spec.datatype, "data": data}
 
 
 def _symbols(signature: Signature) -> dict[str, list[str]]:
-    """Where each symbolic dimension is: `{"batch": ["x[0]", "y[0]"]}`."""
-    found: dict[str, list[str]] = {}
+    """The axes of each symbolic dimension: `{"batch": ["x[0]", "y[0]"]}`."""
+    axes: dict[str, list[str]] = {}
     for spec in (*signature.inputs, *signature.outputs):
         for axis, dim in enumerate(datatypes.dims(spec)):
             if isinstance(dim, str):
-                found.setdefault(dim, []).append(f"{spec.name}[{axis}]")
-    return found
+                axes.setdefault(dim, []).append(f"{spec.name}[{axis}]")
+    return axes

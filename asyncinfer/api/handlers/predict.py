@@ -1,4 +1,4 @@
-"""POST /predict: an input becomes a job."""
+"""POST /predict: submits an input as a job."""
 
 from typing import Any
 
@@ -6,17 +6,17 @@ import msgspec
 
 from asyncinfer import jobs
 from asyncinfer.api.bulk.reader import predict_lines
-from asyncinfer.api.bulk.writer import about
-from asyncinfer.api.handlers.results import Form, result_reply, wanted_form
-from asyncinfer.api.http.body import has_lines
+from asyncinfer.api.bulk.writer import with_job_id
+from asyncinfer.api.handlers.results import ResultForm, requested_form, result_reply
+from asyncinfer.api.http.body import is_bulk
 from asyncinfer.api.http.messages import Header, Reply, Request, Stream, json_reply
 from asyncinfer.api.inputs.envelope import IDEMPOTENCY_KEY
-from asyncinfer.api.inputs.new_job import explained, new_job, refusal_of
+from asyncinfer.api.inputs.new_job import explain_submit_error, new_job, refused_submit_error
 from asyncinfer.api.inputs.request_input import read_input
-from asyncinfer.api.job_lookup import absent
+from asyncinfer.api.job_lookup import job_absent_error
 from asyncinfer.api.live.wait import preferred_wait, while_client_stays
 from asyncinfer.api.services import Services
-from asyncinfer.api.views import accepted_view, ended, job_view, url_of
+from asyncinfer.api.views import accepted_view, has_ended, job_view, url_of
 from asyncinfer.errors import (
     Forbidden,
     InvalidHeader,
@@ -31,13 +31,13 @@ from asyncinfer.schemas.requests import AskedOptions
 
 
 async def predict(services: Services, request: Request[AskedOptions]) -> Reply | Stream:
-    """Stores an input as a job of a model, or many, one a line."""
-    if has_lines(request.headers.get(b"content-type")):
+    """Submits an input as a job of a model, or many inputs as jobs, one per line."""
+    if is_bulk(request.headers.get(b"content-type")):
         return await predict_lines(services, request)
     wait_seconds = preferred_wait(request)
     key = idempotency_key(request)
     served = await services.catalog.find(request.path("model"))
-    # Nothing here holds the body on: a large one would be in memory twice while its job waits.
+    # No local variable keeps the body: a large one would be in memory twice while its job waits.
     job = new_job(
         request.tenant,
         served.queue,
@@ -46,10 +46,10 @@ async def predict(services: Services, request: Request[AskedOptions]) -> Reply |
     )
     if wait_seconds is None:
         return await _submitted_reply(services, job, await _submit(services, job))
-    form = _form(request, job)
+    form = _requested_form(request, job)
     stored, job_id = await _submit_and_wait(services, request, job, wait_seconds)
     applied = (b"preference-applied", b"wait=%d" % wait_seconds)
-    if stored and ended(stored):
+    if stored and has_ended(stored):
         return _ended_reply(services, stored, form, applied)
     status = stored.status if stored else "pending"
     record = (stored and stored.record) or job.record
@@ -57,29 +57,33 @@ async def predict(services: Services, request: Request[AskedOptions]) -> Reply |
 
 
 def idempotency_key(request: Request[Any]) -> str | None:
+    """The Idempotency-Key header; raises InvalidHeader if it is malformed."""
     key = request.header(b"idempotency-key")
     if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
         raise InvalidHeader("Idempotency-Key takes 1 to 255 visible ASCII characters.")
     return key
 
 
-def _form(request: Request[Any], job: NewJob) -> Form:
-    """What to answer a wait with: the job as JSON, or its result in a binary form."""
-    form = wanted_form(request.header(b"accept")) or "json"
+def _requested_form(request: Request[Any], job: NewJob) -> ResultForm:
+    """The form of the answer after a wait: the job as JSON, or its result in a binary form."""
+    form = requested_form(request.header(b"accept")) or "json"
     if form != "json" and job.record.answer == "json":
         raise NotAcceptable(
-            "The result of `data` is JSON; submit `inputs` to have binary tensors, or ask with "
+            "The result of `data` is JSON; submit `inputs` to get binary tensors, or use "
             "`Accept: application/json`."
         )
     return form
 
 
 async def _submit(services: Services, job: NewJob) -> Submitted:
+    """Submits the job; raises why it was not accepted."""
     try:
         submitted = await services.submissions.submit(job)
     except (RedisUnavailable, StorageFull) as error:
-        raise explained(error, job) from error
-    if refusal := refusal_of(submitted, job, services.config.policy, services.reasons):
+        raise explain_submit_error(error, job) from error
+    if refusal := refused_submit_error(
+        submitted, job, services.config.policy, services.wait_reasons
+    ):
         raise refusal
     return submitted
 
@@ -88,45 +92,45 @@ async def _submitted_reply(services: Services, job: NewJob, submitted: Submitted
     status: jobs.Status = "pending"
     record = job.record
     if submitted.verdict == "dup":
-        earlier = await _earlier(services, submitted.job_id)
-        status, record = earlier.status, earlier.record or record
+        existing = await _existing_job(services, submitted.job_id)
+        status, record = existing.status, existing.record or record
     return _accepted_reply(services, submitted.job_id, status, record)
 
 
 async def _submit_and_wait(
     services: Services, request: Request[Any], job: NewJob, seconds: int
 ) -> tuple[Stored | None, str]:
-    """The job as it is after at most `seconds`, and its id; None when that is not known."""
+    """The job as it is after at most `seconds`, or None if it cannot be read, and its id."""
     with services.inbox.expect(job.job_id) as ticket:
         job = msgspec.structs.replace(job, inbox=services.inbox.name)
         submitted = await _submit(services, job)
         ticket.was_stored = True
         if submitted.verdict == "dup":
-            earlier = await _earlier(services, submitted.job_id)
-            waiting = services.inbox.wait(earlier, seconds)
-        elif stored := await ticket.soon(seconds):
+            existing = await _existing_job(services, submitted.job_id)
+            waiting = services.inbox.wait(existing, seconds)
+        elif stored := await ticket.wait_briefly(seconds):
             return stored, submitted.job_id
         else:
             waiting = ticket.wait(seconds)
         try:
             stored = await while_client_stays(request, waiting)
         except RedisUnavailable:
-            # The job is accepted whatever becomes of the wait, and its client must know its id.
+            # The job was accepted even if the wait fails, and the client needs its id.
             stored = None
         except (Unauthorized, Forbidden) as error:
-            raise about(error, submitted.job_id) from None
+            raise with_job_id(error, submitted.job_id) from None
     return stored, submitted.job_id
 
 
-async def _earlier(services: Services, job_id: str) -> Stored:
-    """The job that an Idempotency-Key stands for."""
+async def _existing_job(services: Services, job_id: str) -> Stored:
+    """The job that was submitted earlier with this Idempotency-Key."""
     stored = await services.submissions.read(job_id)
     if stored is None:
-        raise absent(services, job_id)
+        raise job_absent_error(services, job_id)
     return stored
 
 
-def _ended_reply(services: Services, stored: Stored, form: Form, applied: Header) -> Reply:
+def _ended_reply(services: Services, stored: Stored, form: ResultForm, applied: Header) -> Reply:
     location = (b"location", url_of(stored.job_id).encode())
     if form != "json":
         return result_reply(stored, form, None, location, applied)
@@ -141,5 +145,5 @@ def _accepted_reply(
     *headers: Header,
 ) -> Reply:
     location = (b"location", url_of(job_id).encode())
-    view = accepted_view(job_id, status, services.reasons.of_record(record, status))
+    view = accepted_view(job_id, status, services.wait_reasons.of_record(record, status))
     return json_reply(202, view, location, *headers)

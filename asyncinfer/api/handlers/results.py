@@ -1,4 +1,4 @@
-"""GET /job/{id}/result: the result alone, in the form that `Accept` asks for."""
+"""GET /job/{id}/result: the result alone, in the form that `Accept` names."""
 
 from collections.abc import Iterator, Sequence
 from typing import Final, Literal
@@ -11,7 +11,7 @@ from asyncinfer.api.http.body import JSON_LENGTH_HEADER, NPY
 from asyncinfer.api.http.messages import OWS, Header, Reply, Request, encode_json
 from asyncinfer.api.job_lookup import find_job
 from asyncinfer.api.services import Services
-from asyncinfer.api.views import ended, error_of, result_text, version_of
+from asyncinfer.api.views import error_of, has_ended, result_text, version_of
 from asyncinfer.errors import (
     InvalidQuery,
     JobCancelled,
@@ -26,11 +26,15 @@ from asyncinfer.tensors import packing
 from asyncinfer.tensors.json_errors import unknown_name
 from asyncinfer.tensors.packing import PackedTensor
 
-Form = Literal["json", "binary", "npy"]
+ResultForm = Literal["json", "binary", "npy"]
 
 BINARY: Final = "application/octet-stream"
 
-_MEDIA_TYPES: Final[dict[Form, str]] = {"json": "application/json", "binary": BINARY, "npy": NPY}
+_MEDIA_TYPES: Final[dict[ResultForm, str]] = {
+    "json": "application/json",
+    "binary": BINARY,
+    "npy": NPY,
+}
 _RETRY_AFTER_SECONDS: Final = 1.0
 
 
@@ -56,30 +60,33 @@ class _Head(Struct, frozen=True):
 
 async def read_result(services: Services, request: Request[ResultQuery]) -> Reply:
     """A completed job's result alone, as JSON or binary."""
-    form = wanted_form(request.header(b"accept"))
+    form = requested_form(request.header(b"accept"))
     if form is None:
         raise NotAcceptable(f"A result is given as one of {', '.join(_MEDIA_TYPES.values())}.")
     return result_reply(await find_job(services, request), form, request.query.output)
 
 
-def wanted_form(accept: str | None) -> Form | None:
-    """What `Accept` likes best (RFC 9110), JSON where it is indifferent; None: none of ours."""
+def requested_form(accept: str | None) -> ResultForm | None:
+    """The form that `Accept` prefers (RFC 9110), JSON if several are equal; None if it accepts no
+    form of results."""
     if accept is None:
         return "json"
-    ranges = [_range(part) for part in accept.split(",")]
-    liked = {form: _liking(media_type, ranges) for form, media_type in _MEDIA_TYPES.items()}
-    best = max(liked, key=lambda form: liked[form])
-    return best if liked[best][0] > 0 else None
+    ranges = [_parse_range(part) for part in accept.split(",")]
+    qualities = {form: _quality(media_type, ranges) for form, media_type in _MEDIA_TYPES.items()}
+    best = max(qualities, key=lambda form: qualities[form])
+    return best if qualities[best][0] > 0 else None
 
 
-def result_reply(stored: Stored, form: Form, output: str | None, *headers: Header) -> Reply:
-    """Raises what there is to say of a job without a result, or of one without that form."""
+def result_reply(stored: Stored, form: ResultForm, output: str | None, *headers: Header) -> Reply:
+    """The result, or its tensor `output`, in a form. Raises JobNotFinished, JobFailed or
+    JobCancelled for a job without a result, and NotAcceptable, InvalidQuery or ResultDamaged if
+    the result cannot be given so."""
     _check_completed(stored)
     result = stored.result or b""
     if not packing.is_packed(result):
         return _text_reply(stored, form, output, headers)
     try:
-        selected = result if output is None else _selected(result, output)
+        selected = result if output is None else _select_output(result, output)
         if form == "binary":
             return _binary_reply(stored, selected, headers)
         if form == "npy":
@@ -94,39 +101,45 @@ def result_reply(stored: Stored, form: Form, output: str | None, *headers: Heade
 
 
 def _check_completed(stored: Stored) -> None:
+    """Raises JobNotFinished, JobFailed or JobCancelled if the job has no result."""
     job_id = stored.job_id
-    if not ended(stored):
+    if not has_ended(stored):
         raise JobNotFinished(
-            f"The job is {stored.status}; ask again, or wait with GET /job/{{id}}?wait=10.",
+            f"The job is {stored.status}; retry later, or wait with GET /job/{{id}}?wait=10.",
             job_id=job_id,
             retry_after_seconds=_RETRY_AFTER_SECONDS,
         )
     if error := error_of(stored):
         raise JobFailed((error.code, error.message), job_id)
     if stored.status == "cancelled":
-        raise JobCancelled("A cancelled job has no result; retry it to have one.", job_id=job_id)
+        raise JobCancelled("A cancelled job has no result; retry the job first.", job_id=job_id)
 
 
-def _text_reply(stored: Stored, form: Form, output: str | None, headers: Sequence[Header]) -> Reply:
+def _text_reply(
+    stored: Stored, form: ResultForm, output: str | None, headers: Sequence[Header]
+) -> Reply:
     if form != "json" or output is not None:
         raise NotAcceptable(
-            "This result is JSON text. Ask for it with `Accept: application/json` and without "
-            "`output`, or submit the input as `inputs` to have binary tensors.",
+            "This result is JSON text. Request it with `Accept: application/json` and without "
+            "`output`, or submit the input as `inputs` to get binary tensors.",
             job_id=stored.job_id,
         )
     return Reply(200, bytes(result_text(stored) or b"null"), tuple(headers))
 
 
-def _selected(packed: bytes, name: str) -> bytes:
-    found = packing.unpack(packed)
-    if name not in found:
-        raise InvalidQuery(f"Query parameter `output`: {unknown_name(name, found)}")
-    return packing.pack({name: found[name]})
+def _select_output(packed: bytes, name: str) -> bytes:
+    tensors = packing.unpack(packed)
+    if name not in tensors:
+        raise InvalidQuery(f"Query parameter `output`: {unknown_name(name, tensors)}")
+    return packing.pack({name: tensors[name]})
 
 
 def _binary_reply(stored: Stored, packed: bytes, headers: Sequence[Header]) -> Reply:
     tensors, starts = packing.layout(packed)
-    outputs = [_Output(one.name, one.datatype, one.shape, _Parameters(one.size)) for one in tensors]
+    outputs = [
+        _Output(tensor.name, tensor.datatype, tensor.shape, _Parameters(tensor.size))
+        for tensor in tensors
+    ]
     record = stored.record
     head = encode_json(
         _Head(
@@ -145,40 +158,40 @@ def _contents(
     packed: bytes, tensors: Sequence[PackedTensor], starts: Sequence[int]
 ) -> Iterator[memoryview]:
     view = memoryview(packed)
-    for one, start in zip(tensors, starts, strict=True):
-        yield view[start : start + one.size]
+    for tensor, start in zip(tensors, starts, strict=True):
+        yield view[start : start + tensor.size]
 
 
 def _npy_reply(stored: Stored, packed: bytes, headers: Sequence[Header]) -> Reply:
     tensors, starts = packing.layout(packed)
     if len(tensors) != 1:
-        names = ", ".join(f"`{one.name}`" for one in tensors)
+        names = ", ".join(f"`{tensor.name}`" for tensor in tensors)
         raise NotAcceptable(
-            f"`.npy` holds one array, the result has {names}; ask for one with ?output=NAME.",
+            f"`.npy` holds one array, the result has {names}; choose one with ?output=NAME.",
             job_id=stored.job_id,
         )
-    head = npy.head_of(tensors[0].datatype, tensors[0].shape)
+    head = npy.header_of(tensors[0].datatype, tensors[0].shape)
     if head is None:
         raise NotAcceptable(
-            f"`.npy` cannot hold {tensors[0].datatype}; ask with `Accept: {BINARY}` or as JSON.",
+            f"`.npy` cannot hold {tensors[0].datatype}; use `Accept: {BINARY}` or JSON.",
             job_id=stored.job_id,
         )
     body = b"".join([head, *_contents(packed, tensors, starts)])
     return Reply(200, body, tuple(headers), NPY.encode())
 
 
-def _range(part: str) -> tuple[str, float]:
-    """A media range and how much it is liked, from 0 to 1."""
+def _parse_range(part: str) -> tuple[str, float]:
+    """A media range of `Accept` and its quality, from 0 to 1."""
     media_range, *parameters = part.split(";")
-    liking = 1.0
+    quality = 1.0
     for parameter in parameters:
         name, _, value = parameter.partition("=")
         if name.strip(OWS).lower() == "q":
-            liking = _number(value.strip(OWS))
-    return media_range.strip(OWS).lower(), liking
+            quality = _parse_quality(value.strip(OWS))
+    return media_range.strip(OWS).lower(), quality
 
 
-def _number(text: str) -> float:
+def _parse_quality(text: str) -> float:
     try:
         number = float(text)
     except ValueError:
@@ -186,9 +199,13 @@ def _number(text: str) -> float:
     return number if 0 <= number <= 1 else 0.0
 
 
-def _liking(media_type: str, ranges: Sequence[tuple[str, float]]) -> tuple[float, int]:
-    """How much a type is liked, and how closely it was named: the closest range counts."""
-    closeness = {media_type: 3, f"{media_type.partition('/')[0]}/*": 2, "*/*": 1}
-    matches = [(closeness[one], liking) for one, liking in ranges if one in closeness]
-    close, liking = max(matches, default=(0, 0.0))
-    return liking, close
+def _quality(media_type: str, ranges: Sequence[tuple[str, float]]) -> tuple[float, int]:
+    """The quality of a media type and how specific its range is: the most specific range counts."""
+    specificities = {media_type: 3, f"{media_type.partition('/')[0]}/*": 2, "*/*": 1}
+    matches = [
+        (specificities[media_range], quality)
+        for media_range, quality in ranges
+        if media_range in specificities
+    ]
+    specificity, quality = max(matches, default=(0, 0.0))
+    return quality, specificity

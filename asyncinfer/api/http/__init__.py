@@ -1,1 +1,1 @@
-"""HTTP itself: connections, messages, bodies, problems; nothing here knows of jobs."""
+"""HTTP without jobs: connections, messages, bodies and problems."""

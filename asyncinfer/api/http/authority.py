@@ -1,4 +1,4 @@
-"""Which server a request is for: the authority in its Host field or its target (RFC 9110, 7.2)."""
+"""The server that a request names, in its Host field or its target (RFC 9110, 7.2)."""
 
 import re
 from collections.abc import Mapping
@@ -11,12 +11,12 @@ from starlette.types import Scope
 
 from asyncinfer.errors import InvalidHeader
 
-_LONGEST: Final = 300
+_MAX_BYTES: Final = 300
 """A domain name has 253 characters; the rest is room for a port."""
 
-_HIGHEST_PORT: Final = 65_535
+_MAX_PORT: Final = 65_535
 
-# `uri-host [":" port]` of RFC 3986, 3.2.2, less IPvFuture, which nobody has ever registered.
+# `uri-host [":" port]` of RFC 3986, 3.2.2, without IPvFuture, of which no version was ever defined.
 _AUTHORITY: Final = re.compile(
     rb"(?P<host>\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)"
     rb"(?::(?P<port>[0-9]{0,5}))?"
@@ -31,8 +31,8 @@ class Authority(Struct, frozen=True):
 
 
 def authority_of(scope: Scope, headers: Mapping[bytes, bytes]) -> Authority | None:
-    """None for an HTTP/1.0 request without Host; raises InvalidHeader for any other that has none,
-    or one that is no authority."""
+    """The authority in Host, or None for an HTTP/1.0 request without Host. Raises InvalidHeader if
+    any other request has no Host, or if its value is not an authority."""
     value = headers.get(b"host")
     if value is not None:
         return parse_authority(value)
@@ -43,17 +43,18 @@ def authority_of(scope: Scope, headers: Mapping[bytes, bytes]) -> Authority | No
 
 @lru_cache(maxsize=64)
 def parse_authority(value: bytes) -> Authority:
-    found = _AUTHORITY.fullmatch(value) if len(value) <= _LONGEST else None
-    if found is None or not _is_possible(found["v6"], found["port"]):
+    """Raises InvalidHeader if the value is not a host with an optional port."""
+    match = _AUTHORITY.fullmatch(value) if len(value) <= _MAX_BYTES else None
+    if match is None or not _is_valid(match["v6"], match["port"]):
         shown = value[:100].decode("latin-1")
         raise InvalidHeader(f"The Host is {shown!r}; send `Host: NAME` or `Host: NAME:PORT`.")
-    return Authority(found["host"].decode().lower(), value.decode().lower())
+    return Authority(match["host"].decode().lower(), value.decode().lower())
 
 
-def _is_possible(v6: bytes | None, port: bytes | None) -> bool:
+def _is_valid(v6: bytes | None, port: bytes | None) -> bool:
     if v6 is not None:
         try:
             IPv6Address(v6.decode())
         except AddressValueError:
             return False
-    return not port or int(port) <= _HIGHEST_PORT
+    return not port or int(port) <= _MAX_PORT

@@ -1,4 +1,4 @@
-"""Reading a request's body: which kind it is, and no more of it than allowed."""
+"""Reading a request's body: its kind, its encoding and its size limit."""
 
 import re
 from collections.abc import Mapping
@@ -13,38 +13,42 @@ from asyncinfer.api.http.messages import OWS, ClientGone, Request
 from asyncinfer.errors import BodyTooLarge, EncodingRefused, InvalidHeader, MediaTypeRefused
 
 JSON_LENGTH_HEADER: Final = b"inference-header-content-length"
-"""Of a body that begins with JSON and goes on with tensors, how long the JSON is."""
+"""The length of the JSON in a body that begins with JSON and continues with tensors."""
 
 NPY: Final = "application/x-npy"
 
 NDJSON: Final = "application/x-ndjson"
 _LINE_TYPES: Final = (NDJSON, "application/jsonl", "application/x-jsonlines")
-"""One JSON text a line goes by several names, none of them registered."""
+"""Media types in use for one JSON text per line; none of them is registered."""
 
 _CLOSE: Final = ("connection", "close")
 _DISCARD_SECONDS: Final = 2.0
-_TAKEN: Final = "application/json"
+_JSON: Final = "application/json"
 
 
 class Body(Struct, frozen=True):
-    """What was sent: JSON, JSON with tensors behind it, or an array as numpy saves it."""
+    """A request body: JSON, JSON followed by tensors, or an array as numpy saves it."""
 
     content: bytes
     json_bytes: int | None
-    """How much of it is JSON; None for all of it."""
+    """How many of its bytes are JSON; None if all are."""
     npy: bool = False
 
 
 async def read_body(request: Request[Any], config: ApiConfig) -> Body:
-    """The body; not parsed. Whether tensors follow its JSON is said by a header of their own,
-    since clients of the Open Inference Protocol send any Content-Type, or none."""
+    """The body, not parsed. `Inference-Header-Content-Length` says whether tensors follow its JSON,
+    since clients of the Open Inference Protocol send any Content-Type, or none.
+
+    Raises BodyTooLarge, MediaTypeRefused, EncodingRefused, InvalidHeader or ClientGone, and the
+    errors of `Admission.check` if the key was revoked meanwhile.
+    """
     if _is_plain_json(request.headers):
         json_bytes, npy, limit = None, False, _json_limit(config)
     else:
         json_bytes, npy, limit = _kind(request, config)
     _check_announced_length(request.header(b"content-length"), limit)
     content = await _read(request, limit)
-    # The key may have been revoked while the body came in.
+    # The key may have been revoked while the body was being received.
     request.admission.check()
     if json_bytes is not None and json_bytes > len(content):
         raise InvalidHeader(
@@ -55,7 +59,7 @@ async def read_body(request: Request[Any], config: ApiConfig) -> Body:
 
 
 def _is_plain_json(headers: Mapping[bytes, bytes]) -> bool:
-    """Most bodies are that, and need none of the looks that others do."""
+    """True for most bodies, which then skip the checks that the others need."""
     return (
         headers.get(b"content-type") == b"application/json"
         and JSON_LENGTH_HEADER not in headers
@@ -64,7 +68,7 @@ def _is_plain_json(headers: Mapping[bytes, bytes]) -> bool:
 
 
 def _kind(request: Request[Any], config: ApiConfig) -> tuple[int | None, bool, "_Limit"]:
-    """How much of the body is JSON (None: all), whether it is numpy's, and how long it may be."""
+    """How many bytes of the body are JSON (None: all), whether it is `.npy`, and its size limit."""
     json_bytes = _json_bytes(request.header(JSON_LENGTH_HEADER), config.max_json_bytes)
     media_type = request.header(b"content-type")
     npy = json_bytes is None and _is_npy(media_type)
@@ -76,15 +80,15 @@ def _kind(request: Request[Any], config: ApiConfig) -> tuple[int | None, bool, "
     return json_bytes, npy, limit
 
 
-def has_lines(media_type: bytes | None) -> bool:
-    """Whether the body is one request a line, which no `read_body` takes."""
+def is_bulk(media_type: bytes | None) -> bool:
+    """Whether the body is one request per line, which `read_body` refuses."""
     if media_type is None or media_type == b"application/json":
         return False
     return _media_type(media_type.decode("latin-1")) in _LINE_TYPES
 
 
-def check_lines(request: Request[Any]) -> None:
-    """Raises what there is to say of a body of lines before the first of them is read."""
+def check_bulk_headers(request: Request[Any]) -> None:
+    """Raises an error if the headers of a bulk request do not allow its lines to be read."""
     if request.header(JSON_LENGTH_HEADER) is not None:
         raise InvalidHeader(
             f"Inference-Header-Content-Length does not go with {NDJSON}: no tensors follow a line. "
@@ -95,10 +99,10 @@ def check_lines(request: Request[Any]) -> None:
 
 
 async def discard(receive: Receive, headers: Mapping[bytes, bytes]) -> None:
-    """Takes what still comes of a refused body, for a moment.
+    """Reads and drops the rest of a refused body, for at most 2 s.
 
-    A socket closed with unread bytes is reset, and the client may lose the answer with it. One
-    that waits for `100 Continue` sends nothing, and must not be asked to.
+    A socket closed with unread bytes is reset, and the client may lose the answer with it. A client
+    that waits for `100 Continue` sends nothing, and must not be told to.
     """
     if b"expect" in headers:
         return
@@ -108,14 +112,14 @@ async def discard(receive: Receive, headers: Mapping[bytes, bytes]) -> None:
 
 
 class _Limit(Struct, frozen=True):
-    most_bytes: int
+    max_bytes: int
     setting: str
 
     def error(self) -> BodyTooLarge:
         kind = "JSON body" if self.setting == "MAX_JSON" else "body"
         hint = ", send binary tensors" if self.setting == "MAX_JSON" else ""
         return BodyTooLarge(
-            f"A {kind} may have {self.most_bytes} bytes. Send fewer rows per job{hint}, or raise "
+            f"A {kind} may have {self.max_bytes} bytes. Send fewer rows per job{hint}, or raise "
             f"{self.setting}.",
             headers=[_CLOSE],
         )
@@ -135,7 +139,7 @@ async def _read(request: Request[Any], limit: _Limit) -> bytes:
             raise ClientGone
         chunk = message.get("body", b"")
         size += len(chunk)
-        if size > limit.most_bytes:
+        if size > limit.max_bytes:
             raise limit.error()
         chunks.append(chunk)
         more = message.get("more_body", False)
@@ -143,6 +147,7 @@ async def _read(request: Request[Any], limit: _Limit) -> bytes:
 
 
 def _json_bytes(value: str | None, max_json_bytes: int) -> int | None:
+    """The value of Inference-Header-Content-Length; None without it."""
     if value is None:
         return None
     if not re.fullmatch(r"[0-9]{1,18}", value) or int(value) == 0:
@@ -168,24 +173,24 @@ def _media_type(value: str) -> str:
 
 
 def _check_media_type(value: str | None) -> None:
-    """No Content-Type at all counts as JSON, as does that of bytes of any kind: a browser's form
-    can send neither."""
-    if value is None or value == _TAKEN:
+    """Accepts a missing Content-Type and `application/octet-stream` as JSON: a browser's form can
+    send neither."""
+    if value is None or value == _JSON:
         return
     media_type = _media_type(value)
     if media_type in _LINE_TYPES:
         raise MediaTypeRefused(
-            f"Content-Type is {value[:100]!r}: only POST /predict takes one request a line. Send a "
-            "single one here, with `Content-Type: application/json`.",
-            headers=[("accept", f"{_TAKEN}, {NPY}")],
+            f"Content-Type is {value[:100]!r}: only POST /predict takes one request per line. Send "
+            "a single one here, with `Content-Type: application/json`.",
+            headers=[("accept", f"{_JSON}, {NPY}")],
         )
-    is_json = media_type == _TAKEN or media_type.endswith("+json")
+    is_json = media_type == _JSON or media_type.endswith("+json")
     if not is_json and media_type != "application/octet-stream":
-        hint = " (curl -d sends that unless told)" if "form-urlencoded" in media_type else ""
+        hint = " (the default of curl -d)" if "form-urlencoded" in media_type else ""
         raise MediaTypeRefused(
             f"Content-Type is {value[:100]!r}{hint}; send `Content-Type: application/json`, "
             f"or `{NPY}` for an array that numpy saved.",
-            headers=[("accept", f"{_TAKEN}, {NPY}")],
+            headers=[("accept", f"{_JSON}, {NPY}")],
         )
     _check_charset(value.lower())
 
@@ -194,7 +199,7 @@ def _check_charset(media_type: str) -> None:
     for parameter in media_type.split(";")[1:]:
         name, _, text = parameter.partition("=")
         if name.strip(OWS) == "charset" and text.strip(OWS).strip('"') not in ("utf-8", "utf8"):
-            raise MediaTypeRefused("JSON is sent in UTF-8; leave the charset out, or say utf-8.")
+            raise MediaTypeRefused("JSON must be UTF-8; leave the charset out, or set it to utf-8.")
 
 
 def _check_encoding(value: str | None) -> None:
@@ -206,6 +211,6 @@ def _check_encoding(value: str | None) -> None:
 
 
 def _check_announced_length(value: str | None, limit: _Limit) -> None:
-    """Refuses by what is announced, before a byte is read; what comes is counted all the same."""
-    if value is not None and value.isdecimal() and int(value[:20]) > limit.most_bytes:
+    """Refuses a body by its Content-Length before it is read; `_read` counts bytes all the same."""
+    if value is not None and value.isdecimal() and int(value[:20]) > limit.max_bytes:
         raise limit.error()

@@ -1,4 +1,4 @@
-"""One HTTP connection, closed when it is slow, silent or too wordy."""
+"""An HTTP connection with deadlines and size limits."""
 
 import asyncio
 import logging
@@ -22,13 +22,13 @@ from asyncinfer.api.http.head_checks import (
     check_version,
     expects_continue,
     is_path,
-    named_host,
     split_target,
+    with_host,
 )
 from asyncinfer.api.http.messages import (
-    ANSWER_WHOLE,
-    BREAK_OFF,
+    ABORT_CONNECTION,
     KEEP_BODY_OPEN,
+    SEND_WHOLE_REPLY,
     Header,
     Reply,
     header_block,
@@ -46,125 +46,128 @@ from asyncinfer.errors import (
 
 
 class Limits(Struct, frozen=True, kw_only=True):
-    """What one connection may take; the body's time is for all of it."""
+    """Limits of each connection, and how many there may be."""
 
     header_seconds: float
     body_seconds: float
+    """For the whole body."""
     header_bytes: int
+    """For the whole head, and again for trailers and chunk extensions."""
     connections: int
 
 
 RESERVED_CONNECTIONS: Final = 16
-"""Taken above the limit, for probes: a kubelet restarts a pod that does not answer them, and it
-does so just when the pod is busiest."""
+"""Connections accepted above the limit, for probes: a kubelet restarts a pod that does not answer
+them, which happens just when the pod is busiest."""
 
 _RESERVED_SECONDS: Final = 2.0
 
-_MOST_PIPELINED: Final = 100
-"""Requests that wait on one connection; a client that sends more sends the rest again."""
+_MAX_PIPELINED: Final = 100
+"""Requests that may wait on one connection; a client that sends more must send the rest again."""
 
 _DISCARD_SECONDS: Final = 2.0
 _LAST_BYTES_SECONDS: Final = 1.0
-"""How long a body may still come while the server stops."""
+"""How long a body may still be received while the server stops."""
 
-_PROBED: Final = frozenset(path.encode() for path in HEALTH_PATHS)
+_PROBE_PATHS: Final = frozenset(path.encode() for path in HEALTH_PATHS)
 
-_HOP_BY_HOP: Final = frozenset({b"connection", b"proxy-connection"})
-"""What these fields say in a trailer the parser does: it takes no further request, without a
-word."""
+_FORBIDDEN_TRAILERS: Final = frozenset({b"connection", b"proxy-connection"})
+"""The parser obeys these fields even in a trailer: it silently takes no further request."""
 
-_CLOSES: Final = (b"connection", b"close")
-_NOT_HTTP: Final = "The bytes sent are no HTTP/1.1 request."
+_CONNECTION_CLOSE: Final = (b"connection", b"close")
+_NOT_HTTP: Final = "The bytes sent are not an HTTP/1.1 request."
 
 Awaited = Literal["head", "body", "streamed", "nothing"]
-"""`streamed`: a body whose handler reads it for as long as it comes, and has its own deadline."""
+"""What the connection waits to receive. `streamed` is a body whose handler reads it for as long as
+it lasts, with a deadline of its own."""
 
 
 _log = logging.getLogger(__name__)
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's, which has no deadline for what it reads, no bound on headers and trailers, takes
-    trailers for headers, and loses the body of a request that offers an upgrade."""
+    """uvicorn's connection, with what that lacks: deadlines for reading, limits on headers and
+    trailers, trailers kept apart from headers, and the body of a request that offers an upgrade."""
 
-    def __init__(self, limits: Limits, **uvicorns: Any) -> None:
-        super().__init__(**uvicorns)
+    def __init__(self, limits: Limits, **uvicorn_arguments: Any) -> None:
+        super().__init__(**uvicorn_arguments)
         self.app_state = {
             **self.app_state,
-            BREAK_OFF: self._break_off,
+            ABORT_CONNECTION: self._abort,
             KEEP_BODY_OPEN: self._keep_body_open,
-            ANSWER_WHOLE: self._answer_whole,
+            SEND_WHOLE_REPLY: self._send_whole_reply,
         }
         self._limits = limits
         self._awaited: Awaited = "nothing"
-        self._timed: Awaited = "nothing"
-        """What the deadline is for."""
+        self._deadline_for: Awaited = "nothing"
+        """What the running deadline is for."""
         self._deadline: asyncio.TimerHandle | None = None
-        self._begun = False
-        """Whether a request has begun and is not complete."""
+        self._request_begun = False
+        """Whether a request has begun and is not completely received."""
         self._chunk_bytes = 0
         self._head_bytes = 0
-        """Of an unfinished head, without the chunk it began in."""
-        self._begun_bytes = 0
-        """Of the chunk that the head began in: other requests may be in it too."""
+        """Bytes of an unfinished head, without the chunk in which it began."""
+        self._begin_chunk_bytes = 0
+        """Size of the chunk in which the head began, which may also hold other requests."""
         self._trailer_bytes = 0
-        self._bodiless_bytes = 0
-        """That came in whole chunks since the last byte of the body: of trailers or chunk
+        self._bytes_since_body = 0
+        """Bytes of whole chunks received since the last byte of the body: trailers or chunk
         extensions."""
-        self._framed = False
+        self._has_framing_field = False
         """Whether the head has a field that `expects_continue` reads."""
-        self._answering: RequestResponseCycle | None = None
-        """The cycle that runs, or ran last; `cycle` is the one whose request came last."""
-        self._last = False
-        """Whether no request is taken after the one that came last."""
-        self._reserved: asyncio.TimerHandle | None = None
-        """On a connection above the limit, what ends it."""
-        self._rests_since: float | None = None
-        """When the last answer was given, by the loop's clock; None while there is more to do."""
-        self._rest_timer: asyncio.TimerHandle | None = None
+        self._running_cycle: RequestResponseCycle | None = None
+        """The cycle that is being answered, or was last; `cycle` is that of the last request."""
+        self._is_last_request = False
+        """Whether no request is accepted after the one received last."""
+        self._reserved_timer: asyncio.TimerHandle | None = None
+        """Closes a connection above the limit; None on all others."""
+        self._idle_since: float | None = None
+        """When the last answer was sent, by the loop's clock; None while a request is open."""
+        self._idle_timer: asyncio.TimerHandle | None = None
         self._refusal: RequestError | None = None
-        """What to say instead, when a callback of ours made the parser give up."""
+        """The reply to send instead, if one of our callbacks stopped the parser."""
         self._refused = False
-        self._owed: RequestError | None = None
-        """A refusal to be sent once the requests before it are answered."""
+        self._pending_refusal: RequestError | None = None
+        """A refusal to send once the requests before it are answered."""
 
-    # --- what the transport says --------------------------------------------------------------
+    # --- callbacks of the transport -----------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._answers = _Answers(transport, self._end)
+        self._cycle_transport = _CycleTransport(transport, self._end_after_answer)
         held = len(self.connections)
         if held > self._limits.connections + RESERVED_CONNECTIONS:
             self._refuse(self._too_many_connections())
             self._close()
             return
         if held > self._limits.connections:
-            self._reserved = self.loop.call_later(_RESERVED_SECONDS, self._end_reserved)
+            self._reserved_timer = self.loop.call_later(_RESERVED_SECONDS, self._close_reserved)
         self._awaited = "head"
-        self._time()
+        self._set_deadline()
 
     def data_received(self, data: bytes) -> None:
-        self._rests_since = None
-        if self._refused or (self._last and not self._begun):
+        self._idle_since = None
+        if self._refused or (self._is_last_request and not self._request_begun):
             return
         self._chunk_bytes = len(data)
-        if self._awaited == "head" and self._begun:
+        if self._awaited == "head" and self._request_begun:
             self._head_bytes += len(data)
         elif self._awaited in ("body", "streamed"):
-            self._bodiless_bytes += len(data)
-        self._feed(data)
+            self._bytes_since_body += len(data)
+        self._feed_parser(data)
         if self._refused or self.transport.is_closing():
             return
         if self._awaited == "head" and self._head_bytes > self._limits.header_bytes:
             self._refuse(self._headers_too_large())
-        elif self._begun and self._bodiless_bytes > self._limits.header_bytes:
+        elif self._request_begun and self._bytes_since_body > self._limits.header_bytes:
             self._refuse(self._trailers_too_large())
-        elif self._awaited == "nothing" and self._idle():
-            # Line ends between requests: uvicorn took them for a request and stopped its clock.
+        elif self._awaited == "nothing" and self._has_no_request():
+            # These are line ends between requests, for which uvicorn has stopped its keep-alive
+            # timer.
             self._awaited = "head"
-        self._time()
+        self._set_deadline()
 
-    def _feed(self, data: bytes) -> None:
+    def _feed_parser(self, data: bytes) -> None:
         rest = data
         while rest:
             try:
@@ -172,7 +175,7 @@ class Connection(HttpToolsProtocol):
                 return
             except httptools.HttpParserUpgrade as offer:
                 # RFC 9110, 7.8: a server may ignore an offer to upgrade, and this one does. The
-                # parser leaves out the body then, so another one is shown the head without it.
+                # parser skips the body then, so a new parser gets the head without the offer.
                 rest = self._head_without_offer() + rest[offer.args[0] :]
                 self.parser = httptools.HttpRequestParser(self)
             except httptools.HttpParserError as error:
@@ -180,7 +183,7 @@ class Connection(HttpToolsProtocol):
                 return
 
     def _refuse_unreadable(self, error: httptools.HttpParserError) -> None:
-        if self._last and not self._begun:
+        if self._is_last_request and not self._request_begun:
             return
         _log.debug("Refused what %s sent: %r", self.client, self._refusal or error)
         self._refuse(self._refusal or MalformedRequest(_NOT_HTTP))
@@ -195,42 +198,42 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
-        for timer in (self._reserved, self._rest_timer):
+        for timer in (self._reserved_timer, self._idle_timer):
             if timer:
                 timer.cancel()
-        # uvicorn tells the cycle whose request came last; one that runs before it would write on.
-        for cycle in self._cycles():
+        # uvicorn notifies the cycle of the last request; an earlier one would continue to write.
+        for cycle in self._open_cycles():
             self._abandon(cycle)
         self.pipeline.clear()
         self.app_state = {}
         super().connection_lost(exc)
 
-    def _cycles(self) -> Iterator[RequestResponseCycle]:
-        if self._answering is not None:
-            yield self._answering
+    def _open_cycles(self) -> Iterator[RequestResponseCycle]:
+        if self._running_cycle is not None:
+            yield self._running_cycle
         for cycle, _ in self.pipeline:
             yield cycle
 
-    def _break_off(self) -> None:
-        for cycle in self._cycles():
+    def _abort(self) -> None:
+        for cycle in self._open_cycles():
             self._abandon(cycle)
         self.transport.abort()
 
     def _abandon(self, cycle: RequestResponseCycle) -> None:
-        """Lets its application see that the client has left."""
+        """Makes the cycle's application see that the client has disconnected."""
         if not cycle.response_complete:
             cycle.disconnected = True
         cycle.message_event.set()
 
-    # --- what the parser says -----------------------------------------------------------------
+    # --- callbacks of the parser --------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        if self._last or self._answers.closed:
-            raise MalformedRequest("Nothing is taken after the last request.")
+        if self._is_last_request or self._cycle_transport.closed:
+            raise MalformedRequest("No request is accepted after the last one.")
         super().on_message_begin()
-        self._awaited, self._begun, self._framed = "head", True, False
-        self._begun_bytes = self._chunk_bytes
-        self._head_bytes = self._trailer_bytes = self._bodiless_bytes = 0
+        self._awaited, self._request_begun, self._has_framing_field = "head", True, False
+        self._begin_chunk_bytes = self._chunk_bytes
+        self._head_bytes = self._trailer_bytes = self._bytes_since_body = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._awaited != "head":
@@ -238,42 +241,43 @@ class Connection(HttpToolsProtocol):
             return
         name = name.lower()
         if name in FRAMING:
-            self._framed = True
+            self._has_framing_field = True
         self.headers.append((name, value.rstrip(b" \t")))
 
     def _drop_trailer(self, name: bytes, value: bytes) -> None:
-        """RFC 9110, 6.5.1: a trailer counts as a header only where its definition says so, and none
-        of those that are read here does. The parser acts on some all the same."""
-        if name.lower() in _HOP_BY_HOP:
-            self._give_up(MalformedRequest(f"{name.decode('latin-1')} may not be a trailer."))
+        """Counts and ignores a trailer. RFC 9110, 6.5.1: a trailer counts as a header only if its
+        definition says so, and none of those that are read here does. The parser obeys some all
+        the same."""
+        if name.lower() in _FORBIDDEN_TRAILERS:
+            self._stop_parser(MalformedRequest(f"{name.decode('latin-1')} may not be a trailer."))
         self._trailer_bytes += len(name) + len(value) + 4
         if self._trailer_bytes > self._limits.header_bytes:
-            self._give_up(self._trailers_too_large())
+            self._stop_parser(self._trailers_too_large())
 
     def on_headers_complete(self) -> None:
         version = self.parser.get_http_version()
         try:
             self._check_head(version)
         except RequestError as error:
-            self._give_up(error)
+            self._stop_parser(error)
         if self.parser.should_upgrade():
             return
         self._begin_cycle(version)
         self._awaited = "body"
 
     def _check_head(self, version: str) -> None:
-        if self._begun_bytes + self._head_bytes > self._limits.header_bytes:
+        if self._begin_chunk_bytes + self._head_bytes > self._limits.header_bytes:
             self._check_size()
         if version != "1.1":
             check_version(version)
         if self.parser.should_upgrade():
             self._check_offer()
             return
-        if self._framed:
+        if self._has_framing_field:
             self.expect_100_continue = expects_continue(self.headers, version)
         if not is_path(self.url):
             self._read_target(version)
-        if self._reserved and self.url.partition(b"?")[0] not in _PROBED:
+        if self._reserved_timer and self.url.partition(b"?")[0] not in _PROBE_PATHS:
             raise self._too_many_connections()
 
     def _check_size(self) -> None:
@@ -283,25 +287,27 @@ class Connection(HttpToolsProtocol):
 
     def _check_offer(self) -> None:
         if self.parser.get_method() == b"CONNECT":
-            raise MalformedRequest("CONNECT is for proxies, and this is none.")
+            raise MalformedRequest("CONNECT is for proxies, and this server is not one.")
 
     def _read_target(self, version: str) -> None:
         authority, self.url = split_target(self.url, self.parser.get_method())
         if authority is not None:
-            self.headers = list(named_host(self.headers, authority, version))
+            self.headers = list(with_host(self.headers, authority, version))
 
     def _begin_cycle(self, version: str) -> None:
-        """uvicorn's `on_headers_complete`, with one copy of the head that nothing changes later,
-        and without a second look at what is known here."""
-        self._describe(version)
-        ahead = len(self.pipeline)
+        """Does what uvicorn's `on_headers_complete` does, with a single immutable copy of the head
+        and without repeating the checks made here."""
+        self._fill_scope(version)
+        waiting = len(self.pipeline)
         keep_alive = version == "1.1" and self.parser.should_keep_alive()
-        self._last = not keep_alive or ahead >= _MOST_PIPELINED or self._reserved is not None
+        self._is_last_request = (
+            not keep_alive or waiting >= _MAX_PIPELINED or self._reserved_timer is not None
+        )
         before, self.cycle = (
             self.cycle,
             RequestResponseCycle(
                 scope=self.scope,
-                transport=self._answers,  # type: ignore[arg-type]
+                transport=self._cycle_transport,  # type: ignore[arg-type]
                 flow=self.flow,
                 logger=self.logger,
                 access_logger=self.access_logger,
@@ -309,18 +315,18 @@ class Connection(HttpToolsProtocol):
                 default_headers=self.server_state.default_headers,
                 message_event=asyncio.Event(),
                 expect_100_continue=self.expect_100_continue,
-                keep_alive=not self._last,
+                keep_alive=not self._is_last_request,
                 on_response=self.on_response_complete,
             ),
         )
         if before is None or before.response_complete:
-            self._answering = self.cycle
+            self._running_cycle = self.cycle
             self._start_asgi_task(self.cycle, self.app)
         else:
             self.flow.pause_reading()
             self.pipeline.appendleft((self.cycle, self.app))
 
-    def _describe(self, version: str) -> None:
+    def _fill_scope(self, version: str) -> None:
         scope = self.scope
         raw_path, _, query = self.url.partition(b"?")
         path = raw_path.decode("ascii")
@@ -332,7 +338,7 @@ class Connection(HttpToolsProtocol):
         scope["headers"] = tuple(self.headers)
 
     def on_body(self, body: bytes) -> None:
-        self._bodiless_bytes = 0
+        self._bytes_since_body = 0
         cycle = self.cycle
         if not cycle.response_complete:
             cycle.body += body
@@ -340,8 +346,8 @@ class Connection(HttpToolsProtocol):
                 self.flow.pause_reading()
             cycle.message_event.set()
 
-    def _give_up(self, error: RequestError) -> NoReturn:
-        """Makes the parser stop where it is."""
+    def _stop_parser(self, error: RequestError) -> NoReturn:
+        """Makes the parser stop; the error becomes the reply."""
         self._refusal = error
         raise error
 
@@ -349,9 +355,9 @@ class Connection(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return
         super().on_message_complete()
-        # All of it has come, so `100 Continue` would come too late (RFC 9110, 10.1.1).
+        # The body is complete, so `100 Continue` would come too late (RFC 9110, 10.1.1).
         self.cycle.waiting_for_100_continue = False
-        self._awaited, self._begun = "nothing", False
+        self._awaited, self._request_begun = "nothing", False
         self._disarm()
 
     # --- limits -------------------------------------------------------------------------------
@@ -371,29 +377,29 @@ class Connection(HttpToolsProtocol):
             "those you do not use."
         )
 
-    def _time(self) -> None:
-        """Sets the deadline of what is awaited, unless it runs already."""
-        if self._awaited == self._timed:
+    def _set_deadline(self) -> None:
+        """Sets the deadline of what is awaited, unless that is already running."""
+        if self._awaited == self._deadline_for:
             return
         self._disarm()
         if self._awaited in ("nothing", "streamed") or self.transport.is_closing():
             return
-        self._timed = self._awaited
-        self._deadline = self.loop.call_later(self._seconds(), self._too_slow)
+        self._deadline_for = self._awaited
+        self._deadline = self.loop.call_later(self._deadline_seconds(), self._too_slow)
 
     def _keep_body_open(self, scope: Scope) -> None:
-        """Lifts the deadline, if this is still the request that is being read."""
+        """Lifts the deadline if the scope is still that of the request being read."""
         if scope is self.scope and self._awaited == "body":
             self._disarm()
             self._awaited = "streamed"
 
-    def _seconds(self) -> float:
+    def _deadline_seconds(self) -> float:
         if self._awaited == "head":
             return self._limits.header_seconds
         return self._limits.body_seconds
 
     def _disarm(self) -> None:
-        self._timed = "nothing"
+        self._deadline_for = "nothing"
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
@@ -401,35 +407,38 @@ class Connection(HttpToolsProtocol):
     def _too_slow(self) -> None:
         self._disarm()
         if self.pipeline:
-            # We have stopped reading ourselves, until earlier requests are answered.
-            self._time()
-        elif not self._begun:
+            # This connection itself stopped reading, until earlier requests are answered.
+            self._set_deadline()
+        elif not self._request_begun:
             self._close()
         else:
             self._refuse(
                 RequestTimeout(
-                    f"The request's {self._awaited} was not there within {self._seconds():g} s."
+                    f"The request's {self._awaited} was not received within "
+                    f"{self._deadline_seconds():g} s."
                 )
             )
 
-    def _idle(self) -> bool:
+    def _has_no_request(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
 
     def _refuse(self, error: RequestError) -> None:
-        """Answers in the application's place and closes; the application sees a client leave."""
+        """Answers in place of the application and closes the connection; the application sees a
+        disconnected client. Earlier requests are answered first."""
         self._refused = True
         self._disarm()
-        if self._awaited in ("body", "streamed") and not self._drop_current():
-            self._answers.close()
-        elif self._answering and not (
-            self._answering.response_complete or self._answering.disconnected
+        if self._awaited in ("body", "streamed") and not self._drop_current_request():
+            self._cycle_transport.close()
+        elif self._running_cycle and not (
+            self._running_cycle.response_complete or self._running_cycle.disconnected
         ):
-            self._owed = error
+            self._pending_refusal = error
         else:
             self._send_refusal(error)
 
-    def _drop_current(self) -> bool:
-        """Gives up the request whose body is being read; returns whether it can be answered."""
+    def _drop_current_request(self) -> bool:
+        """Abandons the request whose body is being read; returns whether it can still be answered,
+        which it cannot once its response has begun."""
         cycle = self.cycle
         if self.pipeline and self.pipeline[0][0] is cycle:
             self.pipeline.popleft()
@@ -440,19 +449,24 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         reply = problem_reply(error)
-        self.transport.writelines((_head(reply, _CLOSES), reply.body))
-        self._close_gently()
+        self.transport.writelines((_head(reply, _CONNECTION_CLOSE), reply.body))
+        self._close_after_discarding()
 
-    def _end_reserved(self) -> None:
-        if not (self._refused or self._answering):
+    def _close_reserved(self) -> None:
+        if not (self._refused or self._running_cycle):
             self._refuse(self._too_many_connections())
         self._close()
 
     # --- answering ----------------------------------------------------------------------------
 
-    def _answer_whole(self, scope: Scope, reply: Reply) -> bool:
-        """What uvicorn's cycle does in two messages, in one write: two of them woke the client
-        twice, and all that is checked of any application's headers took as long as a write."""
+    def _send_whole_reply(self, scope: Scope, reply: Reply) -> bool:
+        """Writes a complete reply at once, where uvicorn's cycle takes two messages: two writes
+        woke the client twice, and its checks of the headers took as long as a write.
+
+        Returns True if the reply is done, which includes that the client has disconnected; False
+        if the caller must send it through the cycle: another request was received meanwhile, the
+        response has begun, writing is paused, or a header needs uvicorn's handling.
+        """
         cycle = self.cycle
         if scope is not self.scope or cycle.response_started or self.flow.write_paused:
             return False
@@ -466,18 +480,19 @@ class Connection(HttpToolsProtocol):
         cycle.waiting_for_100_continue = False
         others = self.server_state.default_headers
         if not cycle.keep_alive:
-            others = [*others, _CLOSES]
+            others = [*others, _CONNECTION_CLOSE]
         body = b"" if scope["method"] == "HEAD" else reply.body
         self.transport.writelines((_head(reply, *others), body))
         cycle.message_event.set()
         if not cycle.keep_alive:
-            self._answers.close()
+            self._cycle_transport.close()
         cycle.on_response()
         return True
 
     def shutdown(self) -> None:
-        """Called when the server stops: what is under way is answered. A body that goes on coming
-        would be cut off at the end of the grace, with a traceback for each."""
+        """Called when the server stops. Open requests are still answered; a body that is still
+        being received is refused after a second, since it would otherwise be cut off at the end of
+        the grace period, with a traceback for each."""
         super().shutdown()
         if self._awaited == "body":
             self.loop.call_later(_LAST_BYTES_SECONDS, self._stop_reading)
@@ -486,7 +501,7 @@ class Connection(HttpToolsProtocol):
         if self._awaited == "body" and not (self._refused or self.transport.is_closing()):
             self._refuse(
                 ServerStopping(
-                    "The server stops, and has not read this request to its end. Send it again.",
+                    "The server is stopping, and did not read all of this request. Send it again.",
                     retry_after_seconds=1,
                 )
             )
@@ -494,80 +509,82 @@ class Connection(HttpToolsProtocol):
     # --- closing ------------------------------------------------------------------------------
 
     def on_response_complete(self) -> None:
-        if self._answers.closed:
-            # RFC 9112, 9.6: nothing is done after the answer that said `close`. Its client, which
-            # will hear of no other, sends again what it had sent ahead.
+        if self._cycle_transport.closed:
+            # RFC 9112, 9.6: no request is processed after the answer that said `close`. The client
+            # gets no other answer, and must send again what it had sent ahead.
             self.pipeline.clear()
         self.server_state.total_requests += 1
         if not self.transport.is_closing():
-            self._go_on()
+            self._continue()
         if self._awaited == "streamed":
-            self._answers.close()
-        if self._answers.closed:
-            self._rests_since = None
+            self._cycle_transport.close()
+        if self._cycle_transport.closed:
+            self._idle_since = None
         if self.transport.is_closing():
-            self._abort_later()
+            self._abort_if_unsent()
 
-    def _go_on(self) -> None:
-        """After an answer: to the next request, or to rest until one comes."""
+    def _continue(self) -> None:
+        """After an answer, starts the next request or waits idle for one."""
         self.flow.resume_reading()
         if self.pipeline:
-            self._answering, app = self.pipeline.pop()
-            self._start_asgi_task(self._answering, app)
+            self._running_cycle, app = self.pipeline.pop()
+            self._start_asgi_task(self._running_cycle, app)
             if self.pipeline:
-                # uvicorn goes on reading, and would keep all that a client sends ahead.
+                # uvicorn would continue reading, and keep in memory all that a client sends ahead.
                 self.flow.pause_reading()
-        elif self._owed:
-            self._send_refusal(self._owed)
+        elif self._pending_refusal:
+            self._send_refusal(self._pending_refusal)
         else:
-            self._rests_since = self.loop.time()
-            if self._rest_timer is None:
-                self._rest_timer = self.loop.call_later(self.timeout_keep_alive, self._rested)
+            self._idle_since = self.loop.time()
+            if self._idle_timer is None:
+                self._idle_timer = self.loop.call_later(
+                    self.timeout_keep_alive, self._close_if_idle
+                )
 
-    def _rested(self) -> None:
-        """Closes a connection that nobody uses. One timer goes on while requests come and go,
-        instead of one that is set and unset for each."""
-        self._rest_timer = None
-        if self._rests_since is None:
+    def _close_if_idle(self) -> None:
+        """Closes the connection if it was idle for the keep-alive time. One timer runs on across
+        requests, instead of one that is set and cancelled for each."""
+        self._idle_timer = None
+        if self._idle_since is None:
             return
-        left = self._rests_since + self.timeout_keep_alive - self.loop.time()
+        left = self._idle_since + self.timeout_keep_alive - self.loop.time()
         if left > 0:
-            self._rest_timer = self.loop.call_later(left, self._rested)
+            self._idle_timer = self.loop.call_later(left, self._close_if_idle)
         else:
             self._close()
 
-    def _end(self) -> None:
-        """Closes after an answer, in stages (RFC 9112, 9.6): it may have been given early, or the
-        client may have sent another request."""
+    def _end_after_answer(self) -> None:
+        """Closes after an answer, in stages (RFC 9112, 9.6), since the client may still be sending
+        this request's body or another request."""
         if not self.transport.is_closing():
             self._refused = True
             self._disarm()
-            self._close_gently()
+            self._close_after_discarding()
 
-    def _close_gently(self) -> None:
-        """A socket closed with unread bytes is reset, and the client may lose the answer with it:
-        for a moment they are taken, and dropped."""
+    def _close_after_discarding(self) -> None:
+        """Closes after reading and dropping incoming bytes for 2 s: a socket closed with unread
+        bytes is reset, and the client may lose the answer with it."""
         self.flow.resume_reading()
         self.transport.write_eof()
         self.loop.call_later(_DISCARD_SECONDS, self._close)
 
     def _close(self) -> None:
         self.transport.close()
-        self._abort_later()
+        self._abort_if_unsent()
 
-    def _abort_later(self) -> None:
-        """A closed transport waits for its client to take the rest of the answer: not for ever."""
+    def _abort_if_unsent(self) -> None:
+        """Bounds how long a closed transport waits for its client to read its answer."""
         if self.transport.get_write_buffer_size():
             self.loop.call_later(self._limits.body_seconds, self.transport.abort)
 
 
-class _Answers:
-    """The transport as uvicorn's cycles see it; one that closes it may still be sent a request, and
-    one whose client has left may still write."""
+class _CycleTransport:
+    """The transport as uvicorn's cycles see it: a cycle may close it while the client still sends,
+    and a cycle whose client has disconnected may still write."""
 
     def __init__(self, transport: asyncio.Transport, end: Callable[[], None]) -> None:
         self._write = transport.write
-        self._end = end
+        self._end_after_answer = end
         self.is_closing = transport.is_closing
         self.closed = False
 
@@ -578,7 +595,7 @@ class _Answers:
     def close(self) -> None:
         if not self.closed:
             self.closed = True
-            self._end()
+            self._end_after_answer()
 
 
 def _head(reply: Reply, *others: Header) -> bytes:

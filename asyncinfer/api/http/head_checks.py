@@ -1,4 +1,4 @@
-"""What RFC 9112 asks of a request's head beyond what the parser checks."""
+"""Checks of a request's head that RFC 9112 requires and the parser does not make."""
 
 import re
 from collections.abc import Sequence
@@ -18,14 +18,15 @@ _ABSOLUTE: Final = re.compile(
 
 
 def check_version(version: str) -> None:
-    """The parser takes 0.9 and 2.0 too, which have no such head."""
+    """Raises MalformedRequest for versions that the parser takes but that have no such head, as 0.9
+    and 2.0."""
     if version not in _VERSIONS:
         raise MalformedRequest(f"This server speaks HTTP/1.1, not HTTP/{version}.")
 
 
 def expects_continue(headers: Sequence[Header], version: str) -> bool:
-    """Whether the client waits for `100 Continue`; raises MalformedRequest for a body whose end a
-    proxy may see elsewhere, and take what follows for another request."""
+    """Whether the client waits for `100 Continue`. Raises MalformedRequest for a transfer coding
+    that a proxy may read differently: it could take the end of the body for another request."""
     expects = False
     for name, value in headers:
         if name == b"expect" and version != "1.0":
@@ -38,25 +39,27 @@ def expects_continue(headers: Sequence[Header], version: str) -> bool:
 
 
 def is_path(target: bytes) -> bool:
-    """Whether the target is the usual one, which `split_target` need not see."""
+    """Whether the target is a plain path, which needs no `split_target`."""
     return target.startswith(b"/") and b"#" not in target
 
 
 def split_target(target: bytes, method: bytes) -> tuple[bytes | None, bytes]:
-    """The authority in a target, where it has one, and the path with its query (RFC 9112, 3.2)."""
+    """The authority in a target, or None, and the path with its query (RFC 9112, 3.2). Raises
+    MalformedRequest for any other target."""
     if b"#" in target:
-        raise MalformedRequest("A request's target has no fragment; leave out `#`.")
+        raise MalformedRequest("A request's target may not have a fragment; leave out `#`.")
     if target == b"*" and method == b"OPTIONS":
         return None, target
-    found = _ABSOLUTE.fullmatch(target)
-    if found is None:
-        raise MalformedRequest("The target is a path, or `http://HOST/PATH`.")
-    return found["authority"], (found["path"] or b"/") + (found["query"] or b"")
+    match = _ABSOLUTE.fullmatch(target)
+    if match is None:
+        raise MalformedRequest("The target must be a path, or `http://HOST/PATH`.")
+    return match["authority"], (match["path"] or b"/") + (match["query"] or b"")
 
 
-def named_host(headers: Sequence[Header], authority: bytes, version: str) -> Sequence[Header]:
-    """The headers with a target's authority in the place of Host (RFC 9112, 3.2.2), once that is a
-    valid one: the application refuses several, and none."""
+def with_host(headers: Sequence[Header], authority: bytes, version: str) -> Sequence[Header]:
+    """The headers with a target's authority in place of Host (RFC 9112, 3.2.2). Headers without a
+    Host or with several stay as they are, since the application refuses them. Raises InvalidHeader
+    if either authority is invalid."""
     parse_authority(authority)
     hosts = [value for name, value in headers if name == b"host"]
     if len(hosts) == 1:

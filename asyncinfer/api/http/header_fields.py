@@ -19,22 +19,22 @@ _SINGLE: Final = frozenset(
         b"x-api-key",
     }
 )
-"""Fields that are no list and that something here acts on. Of two lines, a proxy in front may have
-checked the one and we would act on the other."""
+"""Fields that have a single value and that this server acts on. If a request has two of one, a
+proxy in front may have checked one line and this server would act on the other."""
 
 
 def read_fields(lines: Sequence[Header]) -> Mapping[bytes, bytes]:
-    """Raises InvalidHeader when a field that has one value has two lines; the lines of a list are
-    joined."""
+    """The fields by name; the lines of a list field are joined. Raises InvalidHeader if a field
+    that has a single value is sent twice."""
     fields = dict(lines)
-    return fields if len(fields) == len(lines) else _joined(lines)
+    return fields if len(fields) == len(lines) else _join(lines)
 
 
-def _joined(lines: Sequence[Header]) -> Mapping[bytes, bytes]:
+def _join(lines: Sequence[Header]) -> Mapping[bytes, bytes]:
     values: dict[bytes, list[bytes]] = {}
     for name, value in lines:
         values.setdefault(name, []).append(value)
     for name in values.keys() & _SINGLE:
         if len(values[name]) > 1:
             raise InvalidHeader(f"`{name.decode()}` is sent more than once; send it once.")
-    return {name: b", ".join(several) for name, several in values.items()}
+    return {name: b", ".join(field_values) for name, field_values in values.items()}

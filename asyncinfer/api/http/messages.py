@@ -1,4 +1,4 @@
-"""One exchange: the request as handlers see it, and the reply."""
+"""HTTP requests as handlers see them, and the replies and streams that handlers return."""
 
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
@@ -15,33 +15,33 @@ from asyncinfer.api.http.validation_errors import fault_of
 from asyncinfer.errors import InvalidQuery, RequestError
 
 OWS: Final = " \t"
-"""Optional white space in header fields (RFC 9110, 5.6.3). Python's `strip` takes more for it, such
-as the byte 0xA0, and what a proxy in front has read as another value."""
+"""Optional white space in header fields (RFC 9110, 5.6.3). Python's `strip()` also removes other
+characters, such as the byte 0xA0, which a proxy in front counts as part of a value."""
 
 Query = TypeVar("Query", bound=Struct)
 Header = tuple[bytes, bytes]
 
 KEEP_BODY_OPEN: Final = "asyncinfer.keep_body_open"
-"""Where a connection of ours has put, in a scope's state, how its deadline is lifted."""
+"""Scope-state key: callable(scope) that lifts the deadline of the request's body."""
 
-BREAK_OFF: Final = "asyncinfer.break_off"
-"""And there, what ends the connection of a client that takes nothing of its answer."""
+ABORT_CONNECTION: Final = "asyncinfer.abort_connection"
+"""Scope-state key: callable() that aborts the connection of a client that reads no answer."""
 
-ANSWER_WHOLE: Final = "asyncinfer.answer_whole"
-"""And there, how a whole reply is sent at once; it returns whether it could."""
+SEND_WHOLE_REPLY: Final = "asyncinfer.send_whole_reply"
+"""Scope-state key: callable(scope, reply) -> bool that writes a complete reply in one call."""
 
-_MOST_PARAMETERS: Final = 32
+_MAX_PARAMETERS: Final = 32
 _NO_CONTENT: Final = 204
 
 encode_json = msgspec.json.Encoder().encode
 
 
 class ClientGone(Exception):
-    """The client closed the connection; nobody waits for an answer."""
+    """The client closed the connection, so no answer is sent."""
 
 
 class Request(Generic[Query]):
-    """A request that was let in: whose it is, and what it asks."""
+    """A request that passed the guard, with its caller and query."""
 
     __slots__ = ("_scope", "admission", "headers", "query", "reach", "receive", "tenant")
 
@@ -64,22 +64,23 @@ class Request(Generic[Query]):
         self.reach = reach
 
     def path(self, name: str) -> str | None:
-        """The part of the path that the route calls `name`; None where it has none."""
+        """The path parameter `name`, or None if the route has none of that name."""
         part: str | None = self._scope["path_params"].get(name)
         return part
 
     def keep_body_open(self) -> None:
-        """From here on this request's body may take any time; its handler sees to it that the
-        client is heard of."""
+        """Lifts the deadline of this request's body; its handler must itself notice a client that
+        sends nothing."""
         if keep := self._scope.get("state", {}).get(KEEP_BODY_OPEN):
             keep(self._scope)
 
     def header(self, name: bytes) -> str | None:
+        """The value of a header (name in lower case); several lines are joined with commas."""
         value = self.headers.get(name)
         return None if value is None else value.decode("latin-1")
 
     def header_lines(self, name: bytes) -> list[str]:
-        """Every line of a header that may come more than once."""
+        """Every line of a header that may be sent more than once."""
         if name not in self.headers:
             return []
         return [value.decode("latin-1") for key, value in self._scope["headers"] if key == name]
@@ -93,10 +94,10 @@ class Reply(Struct, frozen=True):
 
 
 class Stream(Struct, frozen=True):
-    """An answer whose body is made while it is sent; of unknown length.
+    """An answer of unknown length whose body is made while it is sent.
 
-    `chunks` ends when the client leaves: it watches for that itself, since only it knows whether
-    the request's body is still coming.
+    `chunks` must end when the client disconnects, and watch for that itself, since only it knows
+    whether the request's body is still being received.
     """
 
     chunks: AsyncGenerator[bytes, None]
@@ -104,19 +105,19 @@ class Stream(Struct, frozen=True):
     status: int = 200
     headers: tuple[Header, ...] = ()
     reading: Callable[[], Awaitable[None]] | None = None
-    """Reads the request while its answer is sent, and returns when the client has left."""
+    """Reads the request while its answer is sent; returns when the client has disconnected."""
     revoked: Callable[[], Awaitable[RequestError]] | None = None
-    """Returns when the caller's key is no longer let in, which ends the answer."""
+    """Returns once the caller's key is revoked, which ends the answer."""
     last_words: Callable[[RequestError], Awaitable[bytes]] | None = None
-    """What is sent then, where a client would not ask again by itself."""
+    """Makes the last chunk after the key was revoked, for clients that do not reconnect."""
 
 
 class ClientTooSlow(Exception):
-    """The client took nothing of its answer for longer than it may."""
+    """The client read nothing of its answer for too long."""
 
 
 class StreamBroken(Exception):
-    """An answer that had begun could not be finished; its cause says why."""
+    """An answer that had begun could not be finished; `__cause__` says why."""
 
 
 def json_reply(status: int, body: Struct, *headers: Header) -> Reply:
@@ -124,7 +125,7 @@ def json_reply(status: int, body: Struct, *headers: Header) -> Reply:
 
 
 def header_block(reply: Reply) -> list[Header]:
-    """All headers of a reply. States change, so no cache may keep one."""
+    """All headers of a reply. No cache may keep a reply, since states change."""
     if reply.status == _NO_CONTENT:
         return [(b"cache-control", b"no-store"), *reply.headers]
     return [
@@ -136,9 +137,9 @@ def header_block(reply: Reply) -> list[Header]:
 
 
 async def send_reply(reply: Reply, scope: Scope, send: Send, *, more: bool = False) -> None:
-    """`more` leaves the answer open, all of it sent; `end_reply` ends it."""
-    whole = scope.get("state", {}).get(ANSWER_WHOLE)
-    if whole and not more and whole(scope, reply):
+    """Sends the whole reply. With `more` the answer stays open until `end_reply`."""
+    send_whole = scope.get("state", {}).get(SEND_WHOLE_REPLY)
+    if send_whole and not more and send_whole(scope, reply):
         return
     await send(
         {"type": "http.response.start", "status": reply.status, "headers": header_block(reply)}
@@ -148,8 +149,8 @@ async def send_reply(reply: Reply, scope: Scope, send: Send, *, more: bool = Fal
 
 
 async def send_stream(stream: Stream, scope: Scope, send: Send) -> None:
-    """Sends chunks as they come. Raises StreamBroken, since no other answer can follow, or
-    ClientTooSlow where that is why."""
+    """Sends chunks as they come. Raises StreamBroken if that fails, since no error reply can
+    follow, or ClientTooSlow if that is the reason. Returns normally if the client disconnects."""
     try:
         if stream.reading is None:
             await _send_chunks(stream, scope, send)
@@ -161,13 +162,13 @@ async def send_stream(stream: Stream, scope: Scope, send: Send) -> None:
     except ClientGone:
         return
     except Exception as error:
-        if slow := _too_slow(error):
-            raise slow from None
+        if too_slow := _client_too_slow(error):
+            raise too_slow from None
         raise StreamBroken from error
 
 
-def _too_slow(error: Exception) -> ClientTooSlow | None:
-    """What was raised in a task comes wrapped in a group."""
+def _client_too_slow(error: Exception) -> ClientTooSlow | None:
+    """The error itself or the first one inside a group: a task group wraps what a task raises."""
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     return error if isinstance(error, ClientTooSlow) else None
@@ -187,19 +188,19 @@ async def _send_chunks(stream: Stream, scope: Scope, send: Send) -> None:
     async with contextlib.aclosing(stream.chunks) as chunks:
         await send({"type": "http.response.start", "status": stream.status, "headers": headers})
         if scope["method"] != "HEAD":
-            last = await _send_while_let_in(stream, chunks, send)
+            last = await _send_until_revoked(stream, chunks, send)
             await send({"type": "http.response.body", "body": last, "more_body": True})
     await end_reply(send)
 
 
-async def _send_while_let_in(
+async def _send_until_revoked(
     stream: Stream, chunks: AsyncGenerator[bytes, None], send: Send
 ) -> bytes:
-    """Sends chunks until they end, or the key is revoked; then what is left to be said."""
+    """Sends chunks until they end or the key is revoked; returns the last chunk to send."""
     if stream.revoked is None:
         await _send_all(chunks, send)
         return b""
-    last, trouble = b"", None
+    last, failure = b"", None
 
     async def end_when_revoked(revoked: Callable[[], Awaitable[RequestError]]) -> None:
         nonlocal last
@@ -214,11 +215,11 @@ async def _send_while_let_in(
         try:
             await _send_all(chunks, send)
         except Exception as error:
-            # Raised in here, the group would wrap it.
-            trouble = error
+            # The task group would wrap an error that is raised inside it.
+            failure = error
         group.cancel_scope.cancel()
-    if trouble:
-        raise trouble
+    if failure:
+        raise failure
     return last
 
 
@@ -228,11 +229,12 @@ async def _send_all(chunks: AsyncGenerator[bytes, None], send: Send) -> None:
 
 
 async def end_reply(send: Send) -> None:
+    """Ends an answer that was left open."""
     await send({"type": "http.response.body", "body": b""})
 
 
 def read_query(scope: Scope, struct: type[Query]) -> Query:
-    """The query parameters as a struct; raises InvalidQuery naming the wrong one."""
+    """The query parameters as a struct; raises InvalidQuery, which names the invalid parameter."""
     text: bytes = scope["query_string"]
     if not text:
         return struct()
@@ -251,13 +253,13 @@ def _parameters(text: bytes) -> Sequence[tuple[str, Any]]:
             text.decode("ascii"),
             keep_blank_values=True,
             errors="strict",
-            max_num_fields=_MOST_PARAMETERS,
+            max_num_fields=_MAX_PARAMETERS,
         )
     except ValueError as error:
         raise InvalidQuery(
-            f"The query must be percent-encoded UTF-8 with at most {_MOST_PARAMETERS} parameters."
+            f"The query must be percent-encoded UTF-8 with at most {_MAX_PARAMETERS} parameters."
         ) from error
     names = [name for name, _ in pairs]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise InvalidQuery(f"Query parameter `{twice[:64]}` is given more than once.")
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise InvalidQuery(f"Query parameter `{repeated[:64]}` is given more than once.")
     return pairs

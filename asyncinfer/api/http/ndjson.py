@@ -1,4 +1,4 @@
-"""A stream of bytes as its lines, however it was split on its way."""
+"""The lines of a stream of bytes that arrives in chunks of any size."""
 
 from codecs import BOM_UTF8
 from collections.abc import Iterator
@@ -10,56 +10,56 @@ _BLANK: Final = b" \t\r"
 
 
 class Line(Struct, frozen=True):
-    """A line that is not blank. `number` counts all of them, from 1; `text` is None where it was
+    """A line that is not blank. `number` counts all lines, from 1; `text` is None if the line was
     longer than allowed."""
 
     number: int
     text: bytes | None
 
 
-class Lines:
-    """Cuts what comes at line ends. A line without one is held only up to `max_bytes`."""
+class LineSplitter:
+    """Splits chunks at line ends. Of a line that has not ended it holds at most `max_bytes`."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._number = 0
-        self._begun: list[bytes] = []
+        self._partial: list[bytes] = []
         """The pieces of the line that has not ended yet."""
-        self._begun_bytes = 0
+        self._partial_bytes = 0
 
     def cut(self, data: bytes) -> Iterator[Line]:
         """The lines that end in `data`."""
-        *ended, begun = data.split(b"\n")
+        *ended, partial = data.split(b"\n")
         if ended:
-            self._begin(ended[0])
-            yield from self._end()
+            self._extend_partial(ended[0])
+            yield from self._end_partial()
             for piece in ended[1:]:
                 if piece:
                     yield from self._line(piece)
                 else:
                     self._number += 1
-        self._begin(begun)
+        self._extend_partial(partial)
 
     def rest(self) -> Iterator[Line]:
-        """The last line, which may come without an end."""
-        yield from self._end()
+        """The last line, if the stream did not end with a line end."""
+        yield from self._end_partial()
 
-    def _begin(self, piece: bytes) -> None:
-        self._begun_bytes += len(piece)
-        # One byte more than allowed may still be the `\r` of its end.
-        if self._begun_bytes > self._max_bytes + 1:
-            self._begun.clear()
+    def _extend_partial(self, piece: bytes) -> None:
+        self._partial_bytes += len(piece)
+        # One byte more than allowed may still be the `\r` of the line end.
+        if self._partial_bytes > self._max_bytes + 1:
+            self._partial.clear()
         elif piece:
-            self._begun.append(piece)
+            self._partial.append(piece)
 
-    def _end(self) -> Iterator[Line]:
-        if self._begun_bytes > self._max_bytes + 1:
+    def _end_partial(self) -> Iterator[Line]:
+        if self._partial_bytes > self._max_bytes + 1:
             self._number += 1
             yield Line(self._number, None)
         else:
-            pieces = self._begun
+            pieces = self._partial
             yield from self._line(pieces[0] if len(pieces) == 1 else b"".join(pieces))
-        self._begun, self._begun_bytes = [], 0
+        self._partial, self._partial_bytes = [], 0
 
     def _line(self, text: bytes) -> Iterator[Line]:
         self._number += 1

@@ -1,4 +1,4 @@
-"""Arrays as numpy saves them (`.npy`): read without pickle, written from stored bytes."""
+"""Arrays in numpy's `.npy` format, read without pickle and written from stored bytes."""
 
 import io
 import tokenize
@@ -12,7 +12,7 @@ from numpy.lib import format as npy_format
 from asyncinfer.errors import Fault, InvalidInput
 from asyncinfer.tensors.datatypes import DTYPES, Array
 
-_MOST_HEADER_BYTES: Final = 10_000
+_MAX_HEADER_BYTES: Final = 10_000
 _UNREADABLE: Final = (
     ValueError,
     SyntaxError,
@@ -21,70 +21,75 @@ _UNREADABLE: Final = (
     MemoryError,
     tokenize.TokenError,
 )
-_MOST_RANK: Final = 32
-_MOST_ELEMENTS: Final = 1 << 40
+_MAX_RANK: Final = 32
+_MAX_ELEMENTS: Final = 1 << 40
 
-NO_NPY: Final = frozenset({"BF16", "BYTES"})
-"""Datatypes that numpy cannot save so."""
+UNSUPPORTED_DATATYPES: Final = frozenset({"BF16", "BYTES"})
+"""Datatypes that `.npy` cannot hold."""
 
 
 def read(content: bytes) -> Array:
-    """The array, a view of `content`, of any dtype without objects; raises InvalidInput."""
-    head = io.BytesIO(content[: _MOST_HEADER_BYTES + 16])
+    """The array, a view of `content`, of any plain dtype. Raises InvalidInput if the content is
+    not an array, or has objects, an impossible shape or another size than its header says."""
+    head = io.BytesIO(content[: _MAX_HEADER_BYTES + 16])
     try:
         shape, fortran_order, dtype = _read_header(head)
     except _UNREADABLE as error:
         # numpy's own message may hold an address of this process's memory.
-        raise _refused(
+        raise _input_error(
             "The body is not an array that numpy saved: its header cannot be read. Make it with "
             "`numpy.save(file, array)`; formats 1.0 and 2.0 are taken."
         ) from error
-    # A dtype may have a shape of its own, which adds to the array's.
-    plain = not (dtype.hasobject or dtype.subdtype) and dtype.itemsize > 0
-    if not plain or len(shape) > _MOST_RANK:
-        raise _refused("The array's elements are no plain numbers; see GET /models for what is.")
+    # A dtype may have a shape of its own, in addition to the array's.
+    is_plain = not (dtype.hasobject or dtype.subdtype) and dtype.itemsize > 0
+    if not is_plain or len(shape) > _MAX_RANK:
+        raise _input_error(
+            "The array's elements are not plain numbers; GET /models lists each model's datatypes."
+        )
     if any(type(size) is not int for size in shape):
-        raise _refused(f"The array's header says shape {list(shape)}, which are no sizes.")
-    size = len(content) - head.tell()
-    if min(shape, default=0) < 0 or prod(shape) * dtype.itemsize != size:
-        raise _refused(f"The array's header says shape {list(shape)}, {size} bytes follow it.")
-    if prod(max(one, 1) for one in shape) > _MOST_ELEMENTS:
-        raise _refused(f"The array's shape {list(shape)} is larger than any request.")
-    start = head.tell() if size else 0
+        raise _input_error(f"The array's header says shape {list(shape)}, which is not valid.")
+    data_bytes = len(content) - head.tell()
+    if min(shape, default=0) < 0 or prod(shape) * dtype.itemsize != data_bytes:
+        raise _input_error(
+            f"The array's header says shape {list(shape)}, {data_bytes} bytes follow it."
+        )
+    if prod(max(size, 1) for size in shape) > _MAX_ELEMENTS:
+        raise _input_error(f"The array's shape {list(shape)} is larger than any request.")
+    start = head.tell() if data_bytes else 0
     flat = np.frombuffer(content, dtype, prod(shape), start)
     return flat.reshape(shape[::-1]).T if fortran_order else flat.reshape(shape)
 
 
-def head_of(datatype: str, shape: tuple[int, ...]) -> bytes | None:
-    """What stands before the bytes of such a tensor; None where numpy cannot save it."""
-    if datatype in NO_NPY:
+def header_of(datatype: str, shape: tuple[int, ...]) -> bytes | None:
+    """The `.npy` header for a tensor's bytes, or None if `.npy` cannot hold the datatype."""
+    if datatype in UNSUPPORTED_DATATYPES:
         return None
     head = io.BytesIO()
-    described = {
+    header = {
         "descr": npy_format.dtype_to_descr(DTYPES[datatype]),
         "fortran_order": False,
         "shape": shape,
     }
-    npy_format.write_array_header_1_0(head, described)
+    npy_format.write_array_header_1_0(head, header)
     return head.getvalue()
 
 
-def name_of(datatype: str) -> str:
-    """What numpy calls it, byte order included."""
+def numpy_name_of(datatype: str) -> str:
+    """numpy's name of the datatype, with its byte order: `<f4`."""
     return DTYPES[datatype].str
 
 
 def _read_header(head: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     version = npy_format.read_magic(head)
     with warnings.catch_warnings():
-        # Of a header that Python 2 wrote; it is read all the same.
+        # numpy warns of headers that Python 2 wrote, and reads them all the same.
         warnings.simplefilter("ignore")
         if version == (1, 0):
-            return npy_format.read_array_header_1_0(head, max_header_size=_MOST_HEADER_BYTES)
+            return npy_format.read_array_header_1_0(head, max_header_size=_MAX_HEADER_BYTES)
         if version == (2, 0):
-            return npy_format.read_array_header_2_0(head, max_header_size=_MOST_HEADER_BYTES)
+            return npy_format.read_array_header_2_0(head, max_header_size=_MAX_HEADER_BYTES)
     raise ValueError(f"format {version[0]}.{version[1]}; 1.0 and 2.0 are taken")
 
 
-def _refused(detail: str) -> InvalidInput:
+def _input_error(detail: str) -> InvalidInput:
     return InvalidInput(detail, faults=[Fault("", detail)])

@@ -1,4 +1,4 @@
-"""The paths of health probes, which are answered also where other requests are turned away."""
+"""The paths of health probes, which are answered even when other requests are refused."""
 
 from typing import Final
 

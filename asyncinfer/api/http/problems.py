@@ -1,4 +1,4 @@
-"""Errors as answers (RFC 9457): the one place that renders them."""
+"""Replies for errors, as problem documents (RFC 9457)."""
 
 from math import ceil
 from typing import Final
@@ -12,6 +12,8 @@ _RETRY_AFTER_SECONDS: Final = 1.0
 
 
 def problem_reply(error: RequestError, path: str = "") -> Reply:
+    """The reply for an error; 429 and 503 always have Retry-After, of 1 s unless the error says
+    otherwise."""
     headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in error.headers]
     if error.status in _RETRY_STATUSES or error.retry_after_seconds is not None:
         seconds = error.retry_after_seconds or _RETRY_AFTER_SECONDS
@@ -25,4 +27,5 @@ def problem_reply(error: RequestError, path: str = "") -> Reply:
 
 
 def internal_error() -> InternalError:
-    return InternalError("Something went wrong on our side; the server's log has the rest.")
+    """The error of an unexpected exception, without its details."""
+    return InternalError("Something went wrong on the server; its log has the details.")

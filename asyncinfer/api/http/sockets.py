@@ -1,4 +1,4 @@
-"""The socket that the API listens on, alone or beside its siblings."""
+"""The socket that the API listens on, alone or shared with other API processes."""
 
 import socket
 import sys
@@ -9,73 +9,76 @@ from asyncinfer.errors import StartError
 _BACKLOG: Final = 2048
 
 _UNSENT_BYTES: Final = 128 << 10
-"""What the kernel takes of an answer ahead of what the network carries. By itself it took 2.7 MiB
-of each event stream that nobody read, all of which was read from Redis and encoded for it."""
+"""How much of an answer the kernel buffers before the network has sent it. By default it took
+2.7 MiB of each event stream that nobody read, all of it read from Redis and encoded first."""
 
 
 def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; raises StartError if the address is taken or invalid."""
     try:
-        it = socket.create_server((host, port), family=_family(host), backlog=_BACKLOG)
+        listener = socket.create_server((host, port), family=_family(host), backlog=_BACKLOG)
     except OSError as error:
-        raise _refusal(host, port, error) from error
-    _bound_unsent(it)
-    return it
+        raise _listen_error(host, port, error) from error
+    _limit_unsent(listener)
+    return listener
 
 
 def hold(host: str, port: int) -> socket.socket:
-    """Takes the address for processes that listen there later, each with its `share`."""
+    """A bound socket that reserves the address for processes that listen there later, each on its
+    `share`. Raises StartError."""
     try:
-        return _bound(_family(host), (host, port), siblings=False)
+        return _bind(_family(host), (host, port), siblings=False)
     except OSError as error:
-        raise _refusal(host, port, error) from error
+        raise _listen_error(host, port, error) from error
 
 
 def share(held: socket.socket, platform: str = sys.platform) -> socket.socket:
-    """What one process listens on, of an address that is held."""
-    # Processes that accept from one socket race for it, and the first to wake takes all that
-    # waits: measured, half of the bursts of 32 connections to two processes went to one of them
-    # alone, and 32 that came one by one went 30 : 2. Linux spreads connections among the sockets
-    # of one address by a hash (22 : 10 was the worst of 32 rounds) and leaves out those of
-    # processes that have ended; what they had not accepted yet is reset, as what they had.
-    # Elsewhere SO_REUSEPORT does not spread, so there they race.
+    """The socket for one process to listen on, at the address that `hold` reserved."""
+    # Processes that accept from one socket race for it, and the first to wake takes all waiting
+    # connections: measured, half of the bursts of 32 connections to two processes went to one of
+    # them alone, and 32 that came one after another went 30 : 2. Linux spreads connections among
+    # the sockets of one address by a hash (22 : 10 was the worst of 32 rounds) and leaves out
+    # those of processes that have ended; connections that such a process had not accepted yet are
+    # reset, as are its accepted ones. Other systems do not spread with SO_REUSEPORT, so there the
+    # processes race for one socket.
     if platform != "linux":
         return held.dup()
     address = held.getsockname()
     try:
-        return _bound(held.family, address, siblings=True)
+        return _bind(held.family, address, siblings=True)
     except OSError as error:
-        raise _refusal(address[0], address[1], error) from error
+        raise _listen_error(address[0], address[1], error) from error
 
 
 def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
-def _bound(family: int, address: tuple[str | int, ...], *, siblings: bool) -> socket.socket:
-    """With `siblings` it shares its address with others of our user, not with strangers."""
-    it = socket.socket(family)
+def _bind(family: int, address: tuple[str | int, ...], *, siblings: bool) -> socket.socket:
+    """With `siblings` other processes of the same user may bind the address too."""
+    bound = socket.socket(family)
     try:
-        it.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if siblings:
-            it.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
-            it.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        it.bind(address)
-        _bound_unsent(it)
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        bound.bind(address)
+        _limit_unsent(bound)
     except BaseException:
-        it.close()
+        bound.close()
         raise
-    return it
+    return bound
 
 
-def _bound_unsent(listener: socket.socket) -> None:
-    """Each connection that is accepted has this from its listener."""
+def _limit_unsent(listener: socket.socket) -> None:
+    """Accepted connections inherit this option from their listener."""
     if option := getattr(socket, "TCP_NOTSENT_LOWAT", None):
         listener.setsockopt(socket.IPPROTO_TCP, option, _UNSENT_BYTES)
 
 
-def _refusal(host: str, port: int, error: OSError) -> StartError:
+def _listen_error(host: str, port: int, error: OSError) -> StartError:
     return StartError(
-        f"Cannot listen on {host}:{port}: {error.strerror}. Stop what listens there, or "
-        "choose another HOST or PORT."
+        f"Cannot listen on {host}:{port}: {error.strerror}. Stop the program that listens there, "
+        "or choose another HOST or PORT."
     )

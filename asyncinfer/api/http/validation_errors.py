@@ -1,4 +1,4 @@
-"""What msgspec finds wrong, as a fault with its place and a hint."""
+"""Validation errors of msgspec as faults with a JSON pointer and a hint."""
 
 import re
 from typing import Final
@@ -17,7 +17,7 @@ _STEP = re.compile(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]")
 
 
 def fault_of(error: msgspec.ValidationError, struct: type[Struct], under: str = "") -> Fault:
-    """`struct` is what was expected at the JSON pointer `under`."""
+    """The fault of a failed conversion to `struct`, which was expected at the pointer `under`."""
     message, place, path = str(error).rpartition(_PLACE)
     if not place:
         message, path = path, ""

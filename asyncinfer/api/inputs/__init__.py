@@ -1,1 +1,1 @@
-"""From the body of a request to the job that is stored."""
+"""The way from the body of a request to the job that is stored."""

@@ -1,4 +1,4 @@
-"""The JSON around an input: `data` as the client wrote it, and the options beside it."""
+"""The JSON object around an input, taken apart into text and options."""
 
 import json
 import re
@@ -15,23 +15,23 @@ from asyncinfer.schemas.requests import AskedOptions
 
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
-_MOST_COLONS: Final = 256
-"""In options of which each is given once: one a key, and up to 128 in the name of a group."""
+_MAX_COLONS: Final = 256
+"""Colons in options without repeated keys: one per key, and up to 128 in the name of a group."""
 
 _NO_OPTIONS: Final = AskedOptions()
 _KEY = re.compile(rb'[ \t\r\n{,]*("(?:[^"\\]|\\.)*")[ \t\r\n]*:[ \t\r\n]*')
 _AT_BYTE = re.compile(r"\(byte (\d+)\)$")
-_BARE_GAP = re.compile(rb"NaN|Infinity")
-_NO_BARE_GAPS: Final = (
+_BARE_NON_FINITE = re.compile(rb"NaN|Infinity")
+_NON_FINITE_HINT: Final = (
     "JSON has no NaN and no Infinity, though some writers write them: send the strings "
     '"NaN", "Infinity", "-Infinity", or null for NaN.'
 )
 _AFTER_VALUE = re.compile(rb"[ \t\r\n]*[,}]")
 
 
-class Asked(Struct, frozen=True):
-    """A predict request taken apart; all but the options is the client's own text, empty where
-    it was left out. There is either `data` or `inputs`."""
+class ParsedBody(Struct, frozen=True):
+    """The body of a predict request, taken apart. All but the options is the client's own text,
+    empty where the client left it out. Either `data` or `inputs` is there."""
 
     data: bytes
     options: AskedOptions
@@ -47,7 +47,7 @@ _ABSENT: Final = Raw(b"")
 
 
 class _Envelope(Struct, frozen=True, forbid_unknown_fields=True):
-    """A request with its parts still text."""
+    """A request whose parts are still text."""
 
     data: Raw = _ABSENT
     inputs: Raw = _ABSENT
@@ -68,54 +68,56 @@ _decode_options = msgspec.json.Decoder(AskedOptions).decode
 _decode_key = msgspec.json.Decoder(str).decode
 
 
-def read_envelope(body: bytes) -> Asked:
-    """Raises InvalidJSON for what is no JSON, InvalidInput for what is not this request."""
-    body = _text(body)
-    envelope = _decoded(body, _decode_envelope, _Envelope)
-    if _only_data(envelope) and _spelled_once(body, b'"data"'):
-        return Asked(bytes(envelope.data), _NO_OPTIONS)
-    given = _given(envelope)
-    check_repeated(body, given)
-    _check_together(given)
-    return _asked(envelope, None)
+def read_envelope(body: bytes) -> ParsedBody:
+    """Takes a body apart. Raises InvalidJSON if it is not JSON, InvalidInput if it is not a predict
+    request."""
+    body = _utf8_text(body)
+    envelope = _decode(body, _decode_envelope, _Envelope)
+    if _has_only_data(envelope) and _occurs_once(body, b'"data"'):
+        return ParsedBody(bytes(envelope.data), _NO_OPTIONS)
+    present = _present(envelope)
+    reject_repeated_keys(body, present)
+    _check_combination(present)
+    return _parsed(envelope, None)
 
 
-def read_line_envelope(line: bytes) -> Asked:
-    """`read_envelope` of one of many requests, each of which may have its `idempotency_key`."""
-    line = _text(line)
-    envelope = _decoded(line, _decode_line, _LineEnvelope)
-    key = _key(envelope.idempotency_key)
-    if _only_data(envelope) and _spelled_once(line, b'"data"'):
+def read_line_envelope(line: bytes) -> ParsedBody:
+    """`read_envelope` for a line of a bulk request, which may have its own `idempotency_key`."""
+    line = _utf8_text(line)
+    envelope = _decode(line, _decode_line, _LineEnvelope)
+    key = _read_key(envelope.idempotency_key)
+    if _has_only_data(envelope) and _occurs_once(line, b'"data"'):
         if key is None:
-            return Asked(bytes(envelope.data), _NO_OPTIONS)
+            return ParsedBody(bytes(envelope.data), _NO_OPTIONS)
         if line.count(b'"idempotency_key"') == 1:
-            return Asked(bytes(envelope.data), _NO_OPTIONS, key=key)
-    given = _given(envelope)
-    check_repeated(line, given)
-    _check_together(given)
-    return _asked(envelope, key)
+            return ParsedBody(bytes(envelope.data), _NO_OPTIONS, key=key)
+    present = _present(envelope)
+    reject_repeated_keys(line, present)
+    _check_combination(present)
+    return _parsed(envelope, key)
 
 
-def _decoded(
+def _decode(
     body: bytes, decode: Callable[[bytes], EnvelopeT], struct: type[EnvelopeT]
 ) -> EnvelopeT:
+    """The body as this envelope; raises InvalidJSON or InvalidInput."""
     try:
         return decode(body)
     except msgspec.ValidationError as error:
-        refuse(fault_of(error, struct), error)
+        reject_input(fault_of(error, struct), error)
     except msgspec.DecodeError as error:
-        raise InvalidJSON(_malformed(error, body)) from error
+        raise InvalidJSON(_parse_error_message(error, body)) from error
     except RecursionError:
-        # `from None`: the traceback would be as deep as the JSON.
+        # Without a cause: its traceback would be as deep as the JSON.
         raise InvalidJSON("The JSON is nested too deeply; `data` is a list of rows.") from None
 
 
-def _spelled_once(body: bytes, name: bytes) -> bool:
-    """Spelled once and nothing escaped, it cannot be there twice."""
+def _occurs_once(body: bytes, name: bytes) -> bool:
+    """True if the name is there once in a text without escapes, so the key cannot be repeated."""
     return body.count(name) == 1 and b"\\" not in body
 
 
-def _key(text: Raw) -> str | None:
+def _read_key(text: Raw) -> str | None:
     if text is _ABSENT:
         return None
     try:
@@ -123,12 +125,12 @@ def _key(text: Raw) -> str | None:
     except msgspec.ValidationError:
         key = ""
     if not IDEMPOTENCY_KEY.fullmatch(key):
-        refuse(Fault("/idempotency_key", "It takes 1 to 255 visible ASCII characters."))
+        reject_input(Fault("/idempotency_key", "It takes 1 to 255 visible ASCII characters."))
     return key
 
 
-def _only_data(envelope: _Envelope) -> bool:
-    """Most requests are that, and need none of the checks that others do."""
+def _has_only_data(envelope: _Envelope) -> bool:
+    """True for most requests, which then skip the checks that the others need."""
     return (
         envelope.data is not _ABSENT
         and envelope.options is _ABSENT
@@ -138,26 +140,28 @@ def _only_data(envelope: _Envelope) -> bool:
     )
 
 
-def _given(envelope: _Envelope) -> dict[str, Raw]:
+def _present(envelope: _Envelope) -> dict[str, Raw]:
     values = {name: getattr(envelope, name) for name in envelope.__struct_fields__}
     return {name: value for name, value in values.items() if len(value)}
 
 
-def _check_together(given: Mapping[str, Raw]) -> None:
-    if "inputs" in given:
-        if "data" in given:
-            refuse(Fault("/data", "Send either `data` or `inputs`, not both."))
+def _check_combination(present: Mapping[str, Raw]) -> None:
+    """Raises InvalidInput unless the body has `data` alone, or `inputs` with what goes with
+    them."""
+    if "inputs" in present:
+        if "data" in present:
+            reject_input(Fault("/data", "Send either `data` or `inputs`, not both."))
         return
-    if "data" not in given:
-        refuse(Fault("/data", "This field is required, or `inputs` for named tensors."))
+    if "data" not in present:
+        reject_input(Fault("/data", "This field is required, or `inputs` for named tensors."))
     for name in ("outputs", "parameters"):
-        if name in given:
-            refuse(Fault(f"/{name}", f"`{name}` goes with `inputs`; `data` has none."))
+        if name in present:
+            reject_input(Fault(f"/{name}", f"`{name}` goes with `inputs`; `data` has none."))
 
 
-def _asked(envelope: _Envelope, key: str | None) -> Asked:
+def _parsed(envelope: _Envelope, key: str | None) -> ParsedBody:
     options_text = bytes(envelope.options)
-    return Asked(
+    return ParsedBody(
         data=bytes(envelope.data),
         options=_read_options(options_text) if options_text else _NO_OPTIONS,
         inputs=bytes(envelope.inputs),
@@ -168,8 +172,9 @@ def _asked(envelope: _Envelope, key: str | None) -> Asked:
     )
 
 
-def _text(body: bytes) -> bytes:
-    """Without a byte order mark, which Windows tools write and a parser may ignore (RFC 8259)."""
+def _utf8_text(body: bytes) -> bytes:
+    """The body without a byte order mark, which Windows tools write and a parser may ignore
+    (RFC 8259). Raises InvalidJSON if it is empty or not UTF-8."""
     if not body:
         raise InvalidJSON('The body is empty; send {"data": [[...]]}.')
     if body.isascii():
@@ -181,11 +186,11 @@ def _text(body: bytes) -> bytes:
     return body.removeprefix(BOM_UTF8)
 
 
-def _malformed(error: msgspec.DecodeError, body: bytes) -> str:
+def _parse_error_message(error: msgspec.DecodeError, body: bytes) -> str:
     message = str(error).removeprefix("JSON is malformed: ")
     place = _AT_BYTE.search(message)
-    is_gap = place and _BARE_GAP.match(body, int(place[1]))
-    hint = f" {_NO_BARE_GAPS}" if is_gap else ""
+    is_non_finite = place and _BARE_NON_FINITE.match(body, int(place[1]))
+    hint = f" {_NON_FINITE_HINT}" if is_non_finite else ""
     return f"The body cannot be parsed: {message}.{hint}"
 
 
@@ -193,19 +198,20 @@ def _read_options(text: bytes) -> AskedOptions:
     try:
         options = _decode_options(text)
     except msgspec.ValidationError as error:
-        refuse(fault_of(error, AskedOptions, under="/options"), error)
-    # After decoding: only then is the text known to be flat.
-    if text.count(b":") > _MOST_COLONS:
-        refuse(Fault("/options", "Keys are given more than once; send each once."))
-    json.loads(text, object_pairs_hook=_refuse_repeated_option)
+        reject_input(fault_of(error, AskedOptions, under="/options"), error)
+    # Checked after decoding, since only then the text is known to be a flat object.
+    if text.count(b":") > _MAX_COLONS:
+        reject_input(Fault("/options", "Keys are given more than once; send each once."))
+    json.loads(text, object_pairs_hook=_reject_repeated_option)
     return options
 
 
-def check_repeated(body: bytes, values: Mapping[str, Raw], under: str = "") -> None:
-    """Refuses a key given twice: parsers differ in which one counts, msgspec takes the last.
+def reject_repeated_keys(body: bytes, values: Mapping[str, Raw], under: str = "") -> None:
+    """Raises InvalidInput if a key is repeated: parsers differ in which one counts, msgspec takes
+    the last.
 
-    `body` is known to be one object with no other keys, `values` are the last of each. So a
-    value that is not the last of its key shows that the key comes again.
+    `body` must be an object with no other keys than `values`, which has the last value of each. So
+    a value in the text that differs from it shows that its key comes again.
     """
     seen = set()
     place = 0
@@ -213,23 +219,24 @@ def check_repeated(body: bytes, values: Mapping[str, Raw], under: str = "") -> N
         name = msgspec.json.decode(key[1], type=str)
         value = bytes(values[name])
         place = key.end() + len(value)
-        whole = body.startswith(value, key.end()) and _AFTER_VALUE.match(body, place)
-        if name in seen or not whole:
-            refuse(_given_twice(f"{under}/{name}"))
+        is_whole = body.startswith(value, key.end()) and _AFTER_VALUE.match(body, place)
+        if name in seen or not is_whole:
+            reject_input(_repeated_key(f"{under}/{name}"))
         seen.add(name)
 
 
-def _refuse_repeated_option(pairs: Sequence[tuple[str, Any]]) -> None:
+def _reject_repeated_option(pairs: Sequence[tuple[str, Any]]) -> None:
     names = [name for name, _ in pairs]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        refuse(_given_twice(f"/options/{twice}"))
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        reject_input(_repeated_key(f"/options/{repeated}"))
 
 
-def _given_twice(pointer: str) -> Fault:
+def _repeated_key(pointer: str) -> Fault:
     return Fault(pointer, "This key is given more than once; send it once.")
 
 
-def refuse(fault: Fault, cause: Exception | None = None) -> NoReturn:
+def reject_input(fault: Fault, cause: Exception | None = None) -> NoReturn:
+    """Raises InvalidInput for a fault of the request."""
     place = f" at {fault.pointer}" if fault.pointer else ""
     raise InvalidInput(
         f"The request is not as expected{place}: {fault.detail}", faults=[fault]

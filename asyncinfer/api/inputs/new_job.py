@@ -1,4 +1,4 @@
-"""What becomes of a checked input: a job, or what its client is told instead."""
+"""The job of a checked input, and the errors if it cannot be submitted."""
 
 import hashlib
 import time
@@ -9,7 +9,7 @@ import msgspec
 from asyncinfer import jobs
 from asyncinfer.api.inputs.request_input import Input
 from asyncinfer.api.views import url_of
-from asyncinfer.api.wait_reasons import Reasons
+from asyncinfer.api.wait_reasons import WaitReasons
 from asyncinfer.errors import (
     IdempotencyConflict,
     QueueFull,
@@ -25,27 +25,28 @@ from asyncinfer.schemas.responses import WaitingFor
 _FULL_RETRY_SECONDS: Final = 5
 
 
-def new_job(tenant: str, queue: str, asked: Input, key: str | None) -> NewJob:
+def new_job(tenant: str, queue: str, checked: Input, key: str | None) -> NewJob:
+    """A job with a new id, created now; `key` is the client's Idempotency-Key."""
     now_ms = time.time_ns() // 1_000_000
     record = jobs.Record(
         schema=jobs.SCHEMA,
         queue=queue,
-        model=asked.signature.model,
+        model=checked.signature.model,
         tenant=tenant,
         created_ms=now_ms,
-        version=asked.options.version,
-        payload=asked.payload,
-        options=asked.options,
-        answer=asked.answer,
-        outputs=asked.outputs,
+        version=checked.options.version,
+        payload=checked.payload,
+        options=checked.options,
+        answer=checked.answer,
+        outputs=checked.outputs,
     )
-    job = NewJob(jobs.new_id(now_ms), queue, asked.content, record)
+    job = NewJob(jobs.new_id(now_ms), queue, checked.content, record)
     if key is None:
         return job
     return msgspec.structs.replace(
         job,
         idempotency=_digest(tenant.encode(), key.encode()),
-        fingerprint=_digest(*asked.meaning()),
+        fingerprint=_digest(*checked.fingerprint_parts()),
     )
 
 
@@ -53,13 +54,13 @@ def _digest(*parts: bytes) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
-def explained(error: RequestError, job: NewJob) -> RequestError:
-    """The error of a submit, with what can be done about it."""
+def explain_submit_error(error: RequestError, job: NewJob) -> RequestError:
+    """The same error of a submit, with a message that says what the client can do."""
     if isinstance(error, RedisRefused):
         return type(error)(
             f"{error.detail} The job may have been accepted in part: look at "
             f"{url_of(job.job_id)}, or send it again with the same Idempotency-Key once that is "
-            "done.",
+            "fixed.",
             retry_after_seconds=error.retry_after_seconds,
             job_id=job.job_id,
         )
@@ -71,28 +72,28 @@ def explained(error: RequestError, job: NewJob) -> RequestError:
             job_id=job.job_id,
         )
     if isinstance(error, StorageFull):
-        # Refused whole: there is no job to name.
+        # Without a job id: nothing of the job was stored.
         return StorageFull(error.detail, retry_after_seconds=_FULL_RETRY_SECONDS)
     return error
 
 
-def queue_full(policy: Policy, reason: WaitingFor | None) -> QueueFull:
-    """With the reason why nothing leaves the queue, where there is one: more workers would mend no
-    pause."""
+def queue_full_error(policy: Policy, reason: WaitingFor | None) -> QueueFull:
+    """The error for a full queue. It says why nothing leaves the queue, if that is known, since
+    more workers would not help against a pause."""
     remedy = "Retry later, start more workers, or raise MAX_QUEUE or MAX_QUEUE_BYTES."
     return QueueFull(
-        f"The model's queue holds all it may ({policy.max_queue} jobs, {policy.max_queue_bytes} "
+        f"The model's queue is full ({policy.max_queue} jobs, {policy.max_queue_bytes} "
         f"bytes). {reason.message if reason else remedy}",
         retry_after_seconds=_FULL_RETRY_SECONDS,
     )
 
 
-def refusal_of(
-    submitted: Submitted, job: NewJob, policy: Policy, reasons: Reasons
+def refused_submit_error(
+    submitted: Submitted, job: NewJob, policy: Policy, wait_reasons: WaitReasons
 ) -> RequestError | None:
-    """Why a job was not taken in; None where it was, now or earlier."""
+    """Why a job was not accepted; None if it was accepted, now or earlier."""
     if submitted.verdict == "full":
-        return queue_full(policy, reasons.of_queue(job.record))
+        return queue_full_error(policy, wait_reasons.of_queue(job.record))
     if submitted.verdict == "dup" and submitted.fingerprint != job.fingerprint:
         return IdempotencyConflict(
             f"This Idempotency-Key belongs to job {submitted.job_id}, which had another model, "

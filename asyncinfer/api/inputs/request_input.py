@@ -1,4 +1,4 @@
-"""The input of a request, in whichever form it came, checked against its model."""
+"""The input of a request in any form, checked against its model."""
 
 from collections.abc import Sequence
 from typing import Final, Literal
@@ -12,7 +12,7 @@ from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.http import npy
 from asyncinfer.api.http.body import Body, read_body
 from asyncinfer.api.http.messages import Request
-from asyncinfer.api.inputs.envelope import Asked, read_envelope, read_line_envelope
+from asyncinfer.api.inputs.envelope import ParsedBody, read_envelope, read_line_envelope
 from asyncinfer.api.inputs.tensor_input import read_outputs, read_tensors
 from asyncinfer.errors import Fault, InvalidInput, InvalidQuery
 from asyncinfer.jobs import Options
@@ -24,33 +24,33 @@ from asyncinfer.tensors.datatypes import Array, datatype_of
 from asyncinfer.tensors.json_errors import refusal
 from asyncinfer.tensors.shape_errors import Given
 
-Form = Literal["json", "tensors"]
+PayloadForm = Literal["json", "tensors"]
 
 LONG_BYTES: Final = 1024
-"""Above it numbers are stored as tensors, so that a worker need not parse them again."""
+"""Longer numeric `data` is stored as tensors, so that a worker need not parse it again."""
 
-_LONG_TEXT_BYTES: Final = 64 << 10
-"""Reading so much JSON takes some 2 ms, in which no other request is answered."""
+_SLOW_TEXT_BYTES: Final = 64 << 10
+"""Parsing this much JSON takes some 2 ms, during which no other request is answered."""
 
 _NO_OPTIONS: Final = AskedOptions()
 _NOT_PACKED: Final = frozenset({"BYTES", "BOOL"})
 
 
 class Input(Struct, frozen=True):
-    """What is asked, ready to be stored."""
+    """A checked input, ready to be stored."""
 
     signature: Signature
     options: Options
     tensors: Sequence[Given]
-    payload: Form
+    payload: PayloadForm
     content: bytes
-    answer: Form
+    answer: PayloadForm
     outputs: tuple[str, ...] = ()
     text: bytes = b""
-    """The client's own `data`, where it sent that."""
+    """The client's own `data`; empty if it sent `inputs` or `.npy`."""
 
-    def meaning(self) -> tuple[bytes, ...]:
-        """All that makes it another request; equal for equal ones."""
+    def fingerprint_parts(self) -> tuple[bytes, ...]:
+        """The parts that are equal for equal requests, from which a fingerprint is made."""
         options = b"" if self.options == _NO_OPTIONS else msgspec.json.encode(self.options)
         model = self.signature.model.encode()
         if self.text:
@@ -64,125 +64,133 @@ async def read_input(
     served: Served,
     long_reads: CapacityLimiter,
 ) -> Input:
-    """Raises what a client is told of a body that is none, or that its model does not take.
+    """The input in the request's body. Raises a RequestError if the body cannot be read or does not
+    fit the model.
 
-    What takes long to read is read in a thread, of which `long_reads` has one: a second would
-    only share the interpreter with it.
+    A body that takes long to parse is parsed in a thread, of which `long_reads` allows one: a
+    second one would only compete for the interpreter.
     """
     body = await read_body(request, config)
     if body.npy:
         return _from_npy(body.content, request.query, served)
-    if is_long(body.content) and _takes_long(body):
+    if is_slow_to_parse(body.content) and _has_much_to_parse(body):
         return await to_thread.run_sync(_read, body, request.query, served, limiter=long_reads)
     return _read(body, request.query, served)
 
 
-def is_long(line: bytes) -> bool:
-    """Whether a text takes so long to read that other requests must not wait for it."""
-    return len(line) > _LONG_TEXT_BYTES
+def is_slow_to_parse(line: bytes) -> bool:
+    """Whether a text takes so long to parse that other requests must not wait for it."""
+    return len(line) > _SLOW_TEXT_BYTES
 
 
 async def read_long_line(
     line: bytes, defaults: AskedOptions, served: Served, long_reads: CapacityLimiter
 ) -> tuple[Input, str | None]:
-    """`read_line` while the event loop goes on."""
+    """`read_line` in a thread, while the event loop continues."""
     return await to_thread.run_sync(read_line, line, defaults, served, limiter=long_reads)
 
 
 def read_line(line: bytes, defaults: AskedOptions, served: Served) -> tuple[Input, str | None]:
-    """One of many requests and its idempotency key; raises as `read_input` does. `defaults` are
-    for a line without options of its own."""
-    asked = read_line_envelope(line)
-    options = asked.options if asked.has_options else defaults
-    return _from_json(asked, Body(line, None), options, served), asked.key
+    """The input of a line of a bulk request, and its idempotency key; raises as `read_input` does.
+    `defaults` are the options of a line without its own."""
+    parsed = read_line_envelope(line)
+    options = parsed.options if parsed.has_options else defaults
+    return _check_parsed(parsed, Body(line, None), options, served), parsed.key
 
 
-def _takes_long(body: Body) -> bool:
-    """Of a long body: binary numbers are not read at all, only their description is; strings are,
-    one by one."""
+def _has_much_to_parse(body: Body) -> bool:
+    """Whether a long body has much to parse: JSON or strings. Binary numbers are not parsed at all,
+    only their description."""
     head_bytes = body.json_bytes
-    if head_bytes is None or head_bytes > _LONG_TEXT_BYTES:
+    if head_bytes is None or head_bytes > _SLOW_TEXT_BYTES:
         return True
     return body.content.find(b'"BYTES"', 0, head_bytes) >= 0
 
 
 def _read(body: Body, query: AskedOptions, served: Served) -> Input:
     json_text = body.content if body.json_bytes is None else body.content[: body.json_bytes]
-    asked = read_envelope(json_text)
-    return _from_json(asked, body, _options(asked, query), served)
+    parsed = read_envelope(json_text)
+    return _check_parsed(parsed, body, _options(parsed, query), served)
 
 
-def _from_json(asked: Asked, body: Body, options: AskedOptions, served: Served) -> Input:
-    signature = served.of(options.version)
-    if asked.inputs:
-        return _from_tensors(asked, body, options, signature)
-    return _from_data(asked, body, options, signature)
+def _check_parsed(parsed: ParsedBody, body: Body, options: AskedOptions, served: Served) -> Input:
+    signature = served.signature_of(options.version)
+    if parsed.inputs:
+        return _from_tensors(parsed, body, options, signature)
+    return _from_data(parsed, body, options, signature)
 
 
-def _options(asked: Asked, query: AskedOptions) -> AskedOptions:
-    if not asked.has_options:
+def _options(parsed: ParsedBody, query: AskedOptions) -> AskedOptions:
+    if not parsed.has_options:
         return query
     if query != _NO_OPTIONS:
-        raise InvalidQuery("Options are both in the body and in the query; send them in one.")
-    return asked.options
+        raise InvalidQuery(
+            "Options are both in the body and in the query; send them in one of the two."
+        )
+    return parsed.options
 
 
-def _from_data(asked: Asked, body: Body, options: AskedOptions, signature: Signature) -> Input:
+def _from_data(
+    parsed: ParsedBody, body: Body, options: AskedOptions, signature: Signature
+) -> Input:
     if body.json_bytes is not None:
         raise InvalidInput(
             "Tensors that follow the JSON are described by `inputs`; `data` has none.",
             faults=[Fault("/data", "`data` goes without Inference-Header-Content-Length")],
         )
-    array = check_data(asked.data, signature)
+    array = check_data(parsed.data, signature)
     spec = data_input(signature)
     assert spec is not None, "check_data refuses without one"
-    given = (Given(spec.name, spec.datatype, array.shape),)
+    described = (Given(spec.name, spec.datatype, array.shape),)
     answer = options.answer or "json"
-    if len(asked.data) <= LONG_BYTES or spec.datatype in _NOT_PACKED:
-        return Input(signature, options, given, "json", asked.data, answer, text=asked.data)
+    if len(parsed.data) <= LONG_BYTES or spec.datatype in _NOT_PACKED:
+        return Input(signature, options, described, "json", parsed.data, answer, text=parsed.data)
     packed = packing.pack({spec.name: array})
-    return Input(signature, options, given, "tensors", packed, answer, text=asked.data)
+    return Input(signature, options, described, "tensors", packed, answer, text=parsed.data)
 
 
-def _from_tensors(asked: Asked, body: Body, options: AskedOptions, signature: Signature) -> Input:
-    outputs = read_outputs(asked, signature)
-    feeds = read_tensors(asked, body.content, body.json_bytes, signature)
-    given = shape_errors.described(feeds)
+def _from_tensors(
+    parsed: ParsedBody, body: Body, options: AskedOptions, signature: Signature
+) -> Input:
+    outputs = read_outputs(parsed, signature)
+    feeds = read_tensors(parsed, body.content, body.json_bytes, signature)
+    described = shape_errors.described(feeds)
     answer = options.answer or "tensors"
-    return Input(signature, options, given, "tensors", packing.pack(feeds), answer, outputs)
+    return Input(signature, options, described, "tensors", packing.pack(feeds), answer, outputs)
 
 
 def _from_npy(content: bytes, options: AskedOptions, served: Served) -> Input:
-    signature = served.of(options.version)
+    signature = served.signature_of(options.version)
     spec = data_input(signature)
     if spec is None:
-        names = ", ".join(one.name for one in signature.inputs)
+        names = ", ".join(tensor.name for tensor in signature.inputs)
         detail = f"{signature.model} takes {names}, `.npy` holds one; send `inputs`"
         raise InvalidInput(f"{detail}.", faults=[Fault("", detail)])
     array = npy.read(content)
-    given = Given(spec.name, spec.datatype, array.shape)
+    description = Given(spec.name, spec.datatype, array.shape)
     problems = list(
         shape_errors.find(
-            [given], signature.inputs, model=signature.model, max_rows=signature.max_rows
+            [description], signature.inputs, model=signature.model, max_rows=signature.max_rows
         )
     )
-    if wrong := _dtype_problem(array, spec.datatype, signature.model):
-        problems.insert(0, Fault("/inputs/0/datatype", wrong))
+    if dtype_problem := _dtype_problem(array, spec.datatype, signature.model):
+        problems.insert(0, Fault("/inputs/0/datatype", dtype_problem))
     if problems:
         raise refusal(problems)
     feeds = check_inputs({spec.name: array}, signature)
     answer = options.answer or "tensors"
-    return Input(signature, options, [given], "tensors", packing.pack(feeds), answer)
+    return Input(signature, options, [description], "tensors", packing.pack(feeds), answer)
 
 
 def _dtype_problem(array: Array, datatype: str, model: str) -> str:
-    """The remedy is to convert on purpose: a silent cast could change the answer."""
+    """Why the array's dtype does not fit, or an empty string. The client must convert the array
+    itself, since a silent cast could change the answer."""
     try:
         if datatype_of(array) == datatype:
             return ""
     except KeyError:
         pass
-    takes = f"{array.dtype.str} array, {model} takes {datatype}"
-    if datatype in npy.NO_NPY:
-        return f"{takes}, which `.npy` cannot hold; send `inputs`"
-    return f'{takes}; save it with `array.astype("{npy.name_of(datatype)}")`'
+    mismatch = f"{array.dtype.str} array, {model} takes {datatype}"
+    if datatype in npy.UNSUPPORTED_DATATYPES:
+        return f"{mismatch}, which `.npy` cannot hold; send `inputs`"
+    return f'{mismatch}; save it with `array.astype("{npy.numpy_name_of(datatype)}")`'

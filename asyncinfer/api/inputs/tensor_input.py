@@ -1,4 +1,4 @@
-"""The named tensors of a request, in JSON or as bytes behind it, as arrays."""
+"""The named tensors of a request as arrays, from JSON or from the bytes behind it."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from asyncinfer.api.http.validation_errors import fault_of
-from asyncinfer.api.inputs.envelope import Asked, check_repeated, refuse
+from asyncinfer.api.inputs.envelope import ParsedBody, reject_input, reject_repeated_keys
 from asyncinfer.errors import Fault, InvalidInput
 from asyncinfer.models.signature import Signature
 from asyncinfer.models.validation import check_inputs, refuse_misfits
@@ -20,15 +20,15 @@ from asyncinfer.tensors import datatypes, json_errors, packing, shape_errors
 from asyncinfer.tensors.datatypes import DTYPES, Array, Feeds, TensorSpec
 from asyncinfer.tensors.shape_errors import Given
 
-_MOST_BYTES: Final = 1 << 40
+_MAX_BYTES: Final = 1 << 40
 _UNBOUNDED: Final = 1 << 62
 _FEW_BYTES: Final = 4096
 _NESTED = re.compile(rb"[ \t\r\n]*\[[ \t\r\n]*\[")
-_NO_LIST = re.compile(rb"[ \t\r\n]*[^ \t\r\n\[]")
+_NOT_A_LIST = re.compile(rb"[ \t\r\n]*[^ \t\r\n\[]")
 
 
-class _Parts(Struct, frozen=True):
-    """An entry of `inputs`, still text."""
+class _EntryText(Struct, frozen=True):
+    """An entry of `inputs` whose members are still text."""
 
     name: Raw = Raw(b"")
     shape: Raw = Raw(b"")
@@ -37,7 +37,7 @@ class _Parts(Struct, frozen=True):
     parameters: Raw = Raw(b"")
 
 
-class _Input(Struct, frozen=True, forbid_unknown_fields=True):
+class _Entry(Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     shape: Annotated[tuple[Annotated[int, Meta(ge=0, le=2**31 - 1)], ...], Meta(max_length=32)]
     datatype: str
@@ -45,71 +45,78 @@ class _Input(Struct, frozen=True, forbid_unknown_fields=True):
     parameters: InputParameters = InputParameters()
 
 
-_decode_parts = msgspec.json.Decoder(_Parts).decode
-_decode_input = msgspec.json.Decoder(_Input).decode
+_decode_entry_text = msgspec.json.Decoder(_EntryText).decode
+_decode_entry = msgspec.json.Decoder(_Entry).decode
 _decode_outputs = msgspec.json.Decoder(list[AskedOutput]).decode
 _decode_parameters = msgspec.json.Decoder(AskedParameters).decode
 
 
-def read_tensors(asked: Asked, body: bytes, json_bytes: int | None, signature: Signature) -> Feeds:
+def read_tensors(
+    parsed: ParsedBody, body: bytes, json_bytes: int | None, signature: Signature
+) -> Feeds:
     """The inputs, checked; arrays whose bytes were sent as they are stay views of `body`.
 
     Raises InvalidInput with every fault of all tensors.
     """
-    items = _items(asked.inputs, signature)
-    given = [Given(item.name, item.datatype, item.shape) for item in items]
-    starts, misplaced = _starts(items, len(body), json_bytes)
-    if misplaced:
-        refuse_misfits(given, signature, misplaced)
-    readable = _readable(items, given, signature)
-    found: dict[str, Array] = {}
+    entries = _read_entries(parsed.inputs, signature)
+    described = [Given(entry.name, entry.datatype, entry.shape) for entry in entries]
+    starts, size_faults = _start_offsets(entries, len(body), json_bytes)
+    if size_faults:
+        refuse_misfits(described, signature, size_faults)
+    readable = _readable(entries, described, signature)
+    arrays: dict[str, Array] = {}
     problems: list[Fault] = []
-    for index, (item, start) in enumerate(zip(items, starts, strict=True)):
+    for index, (entry, start) in enumerate(zip(entries, starts, strict=True)):
         if index not in readable:
             continue
         try:
-            found[item.name] = _array(item, given[index], body, start, f"/inputs/{index}")
+            arrays[entry.name] = _read_array(
+                entry, described[index], body, start, f"/inputs/{index}"
+            )
         except InvalidInput as error:
             problems += error.faults
-    refuse_misfits(given, signature, problems)
-    return check_inputs(found, signature)
+    refuse_misfits(described, signature, problems)
+    return check_inputs(arrays, signature)
 
 
-def _readable(items: Sequence[_Input], given: Sequence[Given], signature: Signature) -> set[int]:
-    """The places of the tensors whose elements are worth a look: not of those that the model does
-    not take as they are described, unless they are few, and all faults can be told at once."""
-    found = shape_errors.find(
-        given, signature.inputs, model=signature.model, max_rows=signature.max_rows
+def _readable(
+    entries: Sequence[_Entry], described: Sequence[Given], signature: Signature
+) -> set[int]:
+    """The indices of the tensors whose elements should be read. A tensor whose description does not
+    fit the model is left out, unless it is small: then all its faults are reported at once."""
+    faults = shape_errors.find(
+        described, signature.inputs, model=signature.model, max_rows=signature.max_rows
     )
-    wrong = {fault.pointer.split("/")[2] for fault in found if fault.pointer != "/inputs"}
+    wrong = {fault.pointer.split("/")[2] for fault in faults if fault.pointer != "/inputs"}
     return {
         index
-        for index, item in enumerate(items)
-        if item.datatype in DTYPES
-        and (str(index) not in wrong or 0 < len(item.data or b"") <= _FEW_BYTES)
+        for index, entry in enumerate(entries)
+        if entry.datatype in DTYPES
+        and (str(index) not in wrong or 0 < len(entry.data or b"") <= _FEW_BYTES)
     }
 
 
-def read_outputs(asked: Asked, signature: Signature) -> tuple[str, ...]:
-    """Names of the outputs that are wanted; none means all."""
-    if asked.parameters:
+def read_outputs(parsed: ParsedBody, signature: Signature) -> tuple[str, ...]:
+    """The names of the requested outputs; empty means all. Raises InvalidInput for unknown or
+    repeated names."""
+    if parsed.parameters:
         try:
-            _decode_parameters(asked.parameters)
+            _decode_parameters(parsed.parameters)
         except msgspec.ValidationError as error:
-            refuse(fault_of(error, AskedParameters, under="/parameters"), error)
-    if not asked.outputs:
+            reject_input(fault_of(error, AskedParameters, under="/parameters"), error)
+    if not parsed.outputs:
         return ()
-    _entries("outputs", asked.outputs, len(signature.outputs), signature.model)
+    _entry_texts("outputs", parsed.outputs, len(signature.outputs), signature.model)
     try:
-        names = tuple(output.name for output in _decode_outputs(asked.outputs))
+        names = tuple(output.name for output in _decode_outputs(parsed.outputs))
     except msgspec.ValidationError as error:
-        refuse(fault_of(error, AskedOutput, under="/outputs"), error)
-    if problems := list(_wrong_outputs(names, signature)):
+        reject_input(fault_of(error, AskedOutput, under="/outputs"), error)
+    if problems := list(_output_faults(names, signature)):
         raise json_errors.refusal(problems)
     return names
 
 
-def _wrong_outputs(names: tuple[str, ...], signature: Signature) -> Iterator[Fault]:
+def _output_faults(names: tuple[str, ...], signature: Signature) -> Iterator[Fault]:
     known = {spec.name for spec in signature.outputs}
     seen: set[str] = set()
     for index, name in enumerate(names):
@@ -120,75 +127,78 @@ def _wrong_outputs(names: tuple[str, ...], signature: Signature) -> Iterator[Fau
         seen.add(name)
 
 
-def _entries(field: str, text: bytes, most: int, model: str) -> list[bytes]:
-    """The entries of a list, still text. Raises InvalidInput where there are more than the model
-    has names for, at the first that is too many: each would cost far more than its two bytes.
+def _entry_texts(field: str, text: bytes, max_entries: int, model: str) -> list[bytes]:
+    """The entries of a list, still text. Raises InvalidInput if there are more than the model has
+    names for: each would cost far more memory than its two bytes.
 
-    One entry too many is left to those who look at the names: it must be unknown, or given twice.
+    One entry too many is allowed here, since the check of names finds it unknown or repeated.
     """
     try:
-        entries = _entries_decoder(most + 1)(text)
+        entries = _entries_decoder(max_entries + 1)(text)
     except msgspec.ValidationError as error:
         if text.lstrip().startswith(b"["):
-            noun = field[:-1] if most == 1 else field
-            fault = Fault(f"/{field}", f"more than {most + 1} {field}, {model} has {most} {noun}")
+            noun = field[:-1] if max_entries == 1 else field
+            detail = f"more than {max_entries + 1} {field}, {model} has {max_entries} {noun}"
+            fault = Fault(f"/{field}", detail)
         else:
-            fault = fault_of(error, _Input, under=f"/{field}")
-        refuse(fault, error)
+            fault = fault_of(error, _Entry, under=f"/{field}")
+        reject_input(fault, error)
     return [bytes(entry) for entry in msgspec.structs.astuple(entries) if len(entry)]
 
 
 @cache
-def _entries_decoder(most: int) -> Callable[[bytes], Struct]:
-    """Decodes a list of at most so many entries; it stops at the first that is too many, where a
-    decoder of any list would make an object of each of a million."""
-    fields = [(f"entry_{index}", Raw, Raw(b"")) for index in range(most)]
+def _entries_decoder(max_entries: int) -> Callable[[bytes], Struct]:
+    """A decoder of lists of at most `max_entries` entries, which stops at the first one too many; a
+    decoder of lists of any length would make an object of each of a million entries."""
+    fields = [(f"entry_{index}", Raw, Raw(b"")) for index in range(max_entries)]
     entries = msgspec.defstruct(
         "Entries", fields, array_like=True, forbid_unknown_fields=True, frozen=True
     )
     return msgspec.json.Decoder(entries).decode
 
 
-def _items(text: bytes, signature: Signature) -> list[_Input]:
-    """The entries of `inputs`; raises InvalidInput with a fault for each that is none."""
-    entries = _entries("inputs", text, len(signature.inputs), signature.model)
-    items: list[_Input] = []
+def _read_entries(text: bytes, signature: Signature) -> list[_Entry]:
+    """The entries of `inputs`; raises InvalidInput with a fault for each invalid entry."""
+    entries: list[_Entry] = []
     problems: list[Fault] = []
-    for index, entry in enumerate(entries):
+    texts = _entry_texts("inputs", text, len(signature.inputs), signature.model)
+    for index, entry_text in enumerate(texts):
         pointer = f"/inputs/{index}"
         try:
-            items.append(_item(entry, pointer))
+            entries.append(_read_entry(entry_text, pointer))
         except msgspec.ValidationError as error:
-            problems.append(fault_of(error, _Input, under=pointer))
+            problems.append(fault_of(error, _Entry, under=pointer))
         except InvalidInput as error:
             problems += error.faults
     if problems:
         raise json_errors.refusal(problems)
-    return items
+    return entries
 
 
-def _item(text: bytes, pointer: str) -> _Input:
-    one = _decode_input(text)
-    parts = _decode_parts(text)
-    values = {name: getattr(parts, name) for name in parts.__struct_fields__}
-    check_repeated(text, {name: value for name, value in values.items() if len(value)}, pointer)
-    if (one.data is UNSET) == (one.parameters.binary_data_size is None):
-        refuse(Fault(pointer, "Set either `data` or `parameters.binary_data_size`."))
-    if prod(max(size, 1) for size in one.shape) * 8 > _MOST_BYTES:
-        refuse(Fault(f"{pointer}/shape", "No request can carry a tensor so large."))
-    return one
+def _read_entry(text: bytes, pointer: str) -> _Entry:
+    entry = _decode_entry(text)
+    texts = _decode_entry_text(text)
+    values = {name: getattr(texts, name) for name in texts.__struct_fields__}
+    reject_repeated_keys(
+        text, {name: value for name, value in values.items() if len(value)}, pointer
+    )
+    if (entry.data is UNSET) == (entry.parameters.binary_data_size is None):
+        reject_input(Fault(pointer, "Set either `data` or `parameters.binary_data_size`."))
+    if prod(max(size, 1) for size in entry.shape) * 8 > _MAX_BYTES:
+        reject_input(Fault(f"{pointer}/shape", "No request can carry so large a tensor."))
+    return entry
 
 
-def _starts(
-    items: list[_Input], body_bytes: int, json_bytes: int | None
+def _start_offsets(
+    entries: list[_Entry], body_bytes: int, json_bytes: int | None
 ) -> tuple[list[int], list[Fault]]:
-    """Where in the body each tensor's bytes begin, and what is wrong with the sizes."""
+    """Where in the body each tensor's bytes begin, and faults of the sizes."""
     starts: list[int] = []
     end = 0 if json_bytes is None else json_bytes
     begin = end
-    for index, one in enumerate(items):
+    for index, entry in enumerate(entries):
         starts.append(end)
-        size = one.parameters.binary_data_size
+        size = entry.parameters.binary_data_size
         if size is not None and json_bytes is None:
             pointer = f"/inputs/{index}/parameters/binary_data_size"
             return starts, [Fault(pointer, "needs the header Inference-Header-Content-Length")]
@@ -199,55 +209,64 @@ def _starts(
     return starts, []
 
 
-def _array(one: _Input, given: Given, body: bytes, start: int, pointer: str) -> Array:
-    if isinstance(one.data, Raw):
-        return _from_json(bytes(one.data), given, f"{pointer}/data")
-    size = one.parameters.binary_data_size or 0
-    if one.datatype == "BYTES":
-        return _strings(memoryview(body)[start : start + size], given, pointer)
-    dtype = DTYPES[one.datatype]
-    count = prod(one.shape)
+def _read_array(entry: _Entry, description: Given, body: bytes, start: int, pointer: str) -> Array:
+    """The elements of an entry, from its `data` or its bytes in the body from `start` on."""
+    if isinstance(entry.data, Raw):
+        return _read_json_elements(bytes(entry.data), description, f"{pointer}/data")
+    size = entry.parameters.binary_data_size or 0
+    if entry.datatype == "BYTES":
+        return _read_strings(memoryview(body)[start : start + size], description, pointer)
+    dtype = DTYPES[entry.datatype]
+    count = prod(entry.shape)
     if size != count * dtype.itemsize:
-        takes = f"{one.datatype}{list(one.shape)} takes {count * dtype.itemsize}"
-        refuse(Fault(f"{pointer}/parameters/binary_data_size", f"{size} bytes, {takes}"))
-    return np.frombuffer(body, dtype, count, start if count else 0).reshape(one.shape)
+        expected = f"{entry.datatype}{list(entry.shape)} takes {count * dtype.itemsize}"
+        reject_input(Fault(f"{pointer}/parameters/binary_data_size", f"{size} bytes, {expected}"))
+    return np.frombuffer(body, dtype, count, start if count else 0).reshape(entry.shape)
 
 
-def _strings(content: memoryview, given: Given, pointer: str) -> Array:
-    takes = prod(given.shape)
+def _read_strings(content: memoryview, description: Given, pointer: str) -> Array:
+    expected = prod(description.shape)
     try:
-        strings = packing.unpack_strings(content, most=takes)
+        strings = packing.unpack_strings(content, most=expected)
     except packing.TooManyStrings as error:
-        refuse(Fault(pointer, f"more than {takes} strings, which is what its shape takes"), error)
+        reject_input(
+            Fault(pointer, f"more than {expected} strings, which is what its shape takes"), error
+        )
     except packing.DamagedPayload as error:
-        refuse(Fault(pointer, f"{error}; each string is sent behind its length, 4 bytes"), error)
-    if len(strings) != takes:
-        refuse(Fault(pointer, f"{len(strings)} strings, its shape takes {takes}"))
+        reject_input(
+            Fault(pointer, f"{error}; each string is sent behind its length, 4 bytes"), error
+        )
+    if len(strings) != expected:
+        reject_input(Fault(pointer, f"{len(strings)} strings, its shape takes {expected}"))
     array = np.empty(len(strings), dtype=object)
     array[:] = strings
-    return array.reshape(given.shape)
+    return array.reshape(description.shape)
 
 
-def _from_json(text: bytes, given: Given, pointer: str) -> Array:
-    """`text` holds the elements in nested lists, or in one flat list in row-major order."""
-    nested = _NESTED.match(text) if given.shape else _NO_LIST.match(text)
-    shape = given.shape if nested else (prod(given.shape),)
-    spec = TensorSpec(given.name, given.datatype, shape)
-    _check_elements(text, given, pointer)
+def _read_json_elements(text: bytes, description: Given, pointer: str) -> Array:
+    """The array of a text with the elements in nested lists, or in a flat list in row-major
+    order."""
+    nested = _NESTED.match(text) if description.shape else _NOT_A_LIST.match(text)
+    shape = description.shape if nested else (prod(description.shape),)
+    spec = TensorSpec(description.name, description.datatype, shape)
+    _reject_too_many_elements(text, description, pointer)
     try:
         array = datatypes.decode(text, spec)
         problem = "" if array.shape == shape else f"its elements are {list(array.shape)}"
     except (ValueError, OverflowError) as error:
         problem = str(error)
     if problem:
-        found = json_errors.find(text, spec, model="its `shape`", max_rows=_UNBOUNDED, at=pointer)
-        raise json_errors.refusal(found, otherwise=f"`{given.name}` cannot be read: {problem}")
-    return array.reshape(given.shape)
+        faults = json_errors.find(text, spec, model="its `shape`", max_rows=_UNBOUNDED, at=pointer)
+        raise json_errors.refusal(
+            faults, otherwise=f"`{description.name}` cannot be read: {problem}"
+        )
+    return array.reshape(description.shape)
 
 
-def _check_elements(text: bytes, given: Given, pointer: str) -> None:
-    """Refuses a long text of numbers by its commas where its shape takes fewer."""
-    if len(text) > _FEW_BYTES and given.datatype in datatypes.RANGES:
-        count, takes = text.count(b",") + 1, prod(given.shape)
-        if count > takes:
-            refuse(Fault(pointer, f"{count} elements, its shape takes {takes}"))
+def _reject_too_many_elements(text: bytes, description: Given, pointer: str) -> None:
+    """Rejects a long text of numbers that has more commas than its shape allows, before it is
+    parsed."""
+    if len(text) > _FEW_BYTES and description.datatype in datatypes.RANGES:
+        count, expected = text.count(b",") + 1, prod(description.shape)
+        if count > expected:
+            reject_input(Fault(pointer, f"{count} elements, its shape takes {expected}"))

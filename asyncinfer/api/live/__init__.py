@@ -1,1 +1,1 @@
-"""What follows a job until it ends: completion notices, change feed, waiting."""
+"""Completion notices, the change feed, and waiting for jobs."""

@@ -1,4 +1,4 @@
-"""Server-sent events as bytes (WHATWG HTML, 9.2), encoded once for all who are sent the same."""
+"""Server-sent events as bytes (WHATWG HTML, 9.2), encoded once for all streams that share them."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -8,47 +8,50 @@ from msgspec import Struct
 
 from asyncinfer.api.catalog import Catalog
 from asyncinfer.api.http.messages import encode_json
-from asyncinfer.api.live.feed import Follower, News
+from asyncinfer.api.live.feed import Follower, JobChange
 from asyncinfer.api.live.position import Position, encode_position, split_position
 from asyncinfer.api.views import change_view
-from asyncinfer.api.wait_reasons import Reasons
+from asyncinfer.api.wait_reasons import WaitReasons
 
 _ID: Final = b"id: "
-_MOST_CHUNKS: Final = 32
-"""Of at most some 100 kB each."""
+_MAX_CHUNKS: Final = 32
+"""Each has at most some 100 kB."""
 
 
-def event(name: str, data: Struct, position: Position | None = None) -> bytes:
-    """One event; its data is one line, as JSON of msgspec always is."""
-    return (_id(position) if position else b"") + _text(name, data)
+def encode_event(name: str, data: Struct, position: Position | None = None) -> bytes:
+    """One event, with an `id:` line if a position is given. Its data is one line, as msgspec's
+    JSON always is."""
+    return (_id_line(position) if position else b"") + _event_lines(name, data)
 
 
 class EventTexts:
-    """Encodes changes; streams that are sent the same share the bytes. To encode each change for
-    each of 200 streams of one tenant took 13 s of CPU for 5,000 jobs."""
+    """Encodes changes; streams that send the same changes share the bytes. Encoding each change
+    for each of 200 streams of one tenant took 13 s of CPU for 5,000 jobs."""
 
-    def __init__(self, catalog: Catalog, reasons: Reasons) -> None:
+    def __init__(self, catalog: Catalog, wait_reasons: WaitReasons) -> None:
         self._catalog = catalog
-        self._reasons = reasons
-        self._chunks: OrderedDict[tuple[bytes, tuple[News, ...]], list[bytes]] = OrderedDict()
+        self._wait_reasons = wait_reasons
+        self._chunks: OrderedDict[tuple[bytes, tuple[JobChange, ...]], list[bytes]] = OrderedDict()
 
-    def one(self, news: News, follower: Follower, ended: int = 0) -> bytes:
-        """A change as an event of this follower's, which is at its position from now on."""
-        return _id(follower.tell(news.change, ended)) + self._text_of(news)
+    def encode(self, job_change: JobChange, follower: Follower, ended: int = 0) -> bytes:
+        """The change as an event for this follower, whose position moves past the change."""
+        return _id_line(follower.acknowledge(job_change.change, ended)) + self._lines_of(job_change)
 
-    def many(self, news: Sequence[News], follower: Follower) -> bytes:
-        """`one` for each. The ids of followers that are as far and are told the same differ in
-        their base alone, which stands between the parts that all share."""
-        if not news:
+    def encode_all(self, job_changes: Sequence[JobChange], follower: Follower) -> bytes:
+        """`encode` for each change. The ids of followers that have read equally far and are sent
+        the same changes differ only in their base, which stands between the parts they share."""
+        if not job_changes:
             return b""
-        first = split_position(follower.tell(news[0].change))
-        key = (first[1], tuple(news))
+        first = split_position(follower.acknowledge(job_changes[0].change))
+        key = (first[1], tuple(job_changes))
         if parts := self._chunks.get(key):
-            follower.tell_all(news[1:])
+            follower.acknowledge_all(job_changes[1:])
             return first[0].join(parts)
-        ids = [first, *(split_position(follower.tell(one.change)) for one in news[1:])]
+        positions = (follower.acknowledge(job_change.change) for job_change in job_changes[1:])
+        ids = [first, *map(split_position, positions)]
         ends = [
-            b"%b\n%b" % (told, self._text_of(one)) for (_, told), one in zip(ids, news, strict=True)
+            b"%b\n%b" % (places, self._lines_of(job_change))
+            for (_, places), job_change in zip(ids, job_changes, strict=True)
         ]
         if first[1] and all(base == first[0] for base, _ in ids):
             self._keep(key, [_ID, *(end + _ID for end in ends[:-1]), ends[-1]])
@@ -56,23 +59,23 @@ class EventTexts:
             part for (base, _), end in zip(ids, ends, strict=True) for part in (_ID, base, end)
         )
 
-    def _keep(self, key: tuple[bytes, tuple[News, ...]], parts: list[bytes]) -> None:
+    def _keep(self, key: tuple[bytes, tuple[JobChange, ...]], parts: list[bytes]) -> None:
         self._chunks[key] = parts
-        if len(self._chunks) > _MOST_CHUNKS:
+        if len(self._chunks) > _MAX_CHUNKS:
             self._chunks.popitem(last=False)
 
-    def _text_of(self, news: News) -> bytes:
-        if not news.text:
-            waiting_for = self._reasons.of(news.stored) if news.stored else None
-            default = self._catalog.default_model
-            view = change_view(news.change, news.stored, default, waiting_for)
-            news.text = _text(news.change.status, view)
-        return news.text
+    def _lines_of(self, job_change: JobChange) -> bytes:
+        if not job_change.text:
+            change, stored = job_change.change, job_change.stored
+            waiting_for = self._wait_reasons.of(stored) if stored else None
+            view = change_view(change, stored, self._catalog.default_model, waiting_for)
+            job_change.text = _event_lines(change.status, view)
+        return job_change.text
 
 
-def _id(position: Position) -> bytes:
+def _id_line(position: Position) -> bytes:
     return b"%b%b\n" % (_ID, encode_position(position))
 
 
-def _text(name: str, data: Struct) -> bytes:
+def _event_lines(name: str, data: Struct) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (name.encode(), encode_json(data))

@@ -1,4 +1,4 @@
-"""How one API process waits for many jobs: one reader, many waiters, nothing polled."""
+"""Waiting for the ends of many jobs in one API process, with one reader of one stream."""
 
 import asyncio
 import contextlib
@@ -19,54 +19,55 @@ from asyncinfer.repository.submissions import Submissions
 from asyncinfer.timeouts import settled
 from asyncinfer.untrusted import decoding
 
-log = LimitedLog(logging.getLogger(__name__))
+_log = LimitedLog(logging.getLogger(__name__))
 
 _TTL_SECONDS: Final = 60
 _CHECK_SECONDS: Final = 5.0
 _READ_SECONDS: Final = 5.0
 _INSTANT_SECONDS: Final = 0.05
-_MOST_WAITERS: Final = 20_000
-_MOST_CHECKED: Final = 1000
+_MAX_WAITERS: Final = 20_000
+_CHECKED_AT_ONCE: Final = 1000
 _TURNS_TO_ANSWER: Final = 3
-"""Of the event loop: one to wake who waits, one to make the answer, one in which it is sent."""
+"""Turns of the event loop: one wakes the waiter, one makes the answer, one sends it."""
 
 _READ_AT_ONCE: Final = 32
-"""Results may be large, and one reply has to come in time."""
+"""Results may be large, and Redis must send them in one reply before its time is out."""
 
 
 class Ticket:
-    """One waiter's place; `wait` it at most once."""
+    """One waiter's registration for the end of a job; `wait` may be called at most once."""
 
     def __init__(self, job_id: str, submissions: Submissions) -> None:
         self.job_id = job_id
         self.ended: asyncio.Future[Stored | None] = asyncio.get_running_loop().create_future()
         self.was_stored = False
-        """The job was in Redis, so one that is absent now is gone; else it may be yet to come."""
+        """Whether the job is known to have been in Redis: if it is absent later, it was deleted.
+        Otherwise it may not have been submitted yet."""
         self._submissions = submissions
 
-    async def soon(self, seconds: float) -> Stored | None:
-        """The job if it ends in an instant, of at most `seconds`: too short a time for its
-        client's leaving to be worth a watch, which costs more than all else of a short wait."""
+    async def wait_briefly(self, seconds: float) -> Stored | None:
+        """The job if it ends within 50 ms (or `seconds`, if fewer), else None. The time is too
+        short to watch for the client's disconnect, which costs more than the rest of the wait."""
         done = await settled(self.ended, min(seconds, _INSTANT_SECONDS))
         return self.ended.result() if done else None
 
     async def wait(self, seconds: float) -> Stored | None:
-        """The ended job, or after `seconds` the job as it is; None when absent or gone."""
+        """The ended job, or after `seconds` the job as it is; None if it does not exist."""
         if await settled(self.ended, seconds) and (stored := self.ended.result()):
             return stored
         return await self._submissions.read(self.job_id)
 
 
 class Inbox:
-    """The stream that tells this process of the ends it waits for.
+    """Waits for the ends of jobs, which scripts report in this process's own stream.
 
-    Notices may be lost (a restart of Redis, a stream trimmed): everything waited for is
-    looked at again every few seconds, in one command.
+    Notices may be lost (Redis restarts, the stream is trimmed), so every job with a waiter is
+    read again every few seconds, in one command.
     """
 
     def __init__(self, store: Store, submissions: Submissions) -> None:
         self._store = store
-        self._begin()
+        self._use_new_name()
         self._submissions = submissions
         self._blocking = store.blocking()
         self._tickets: dict[str, list[Ticket]] = {}
@@ -74,22 +75,21 @@ class Inbox:
         self._read_to = b"0"
         """The id of the last entry that was read."""
         self.closing = asyncio.Event()
-        """Set when nobody is to wait any longer."""
+        """Set when the API stops: no waiter may wait any longer."""
 
-    def _begin(self) -> None:
-        """Takes a new name: what was under the old one, if it was no stream, is left alone."""
+    def _use_new_name(self) -> None:
+        """Chooses a new name; a key under the old one that is not a stream is left alone."""
         self.name = keys.inbox(self._store.n, secrets.token_hex(8))
         self._read_to = b"0"
-        """The id of the last entry that was read."""
 
     async def run(self) -> None:
         """Reads until closed."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._keep())
+            group.create_task(self._maintain())
             group.create_task(self._read())
 
     async def close(self) -> None:
-        """Ends `run`, and answers every waiter with its job as it is now."""
+        """Ends `run`, and wakes every waiter, which then reads its job as it is now."""
         self.closing.set()
         await self._blocking.close()
         for tickets in list(self._tickets.values()):
@@ -98,9 +98,10 @@ class Inbox:
 
     @contextlib.contextmanager
     def expect(self, job_id: str) -> Iterator[Ticket]:
-        """A place for a job about to be submitted with this inbox, taken before the submit."""
+        """A ticket for a job, taken before the job is submitted with this inbox. It is resolved at
+        once if the API stops or has too many waiters."""
         ticket = Ticket(job_id, self._submissions)
-        if self.closing.is_set() or self._waiters >= _MOST_WAITERS:
+        if self.closing.is_set() or self._waiters >= _MAX_WAITERS:
             _resolve(ticket, None)
         self._tickets.setdefault(job_id, []).append(ticket)
         self._waiters += 1
@@ -114,7 +115,8 @@ class Inbox:
                 del self._tickets[job_id]
 
     async def wait(self, stored: Stored, seconds: float) -> Stored | None:
-        """Waits for the end of a job that was just read."""
+        """The ended job, or after `seconds` the job as it is; None if it does not exist. `stored`
+        is the job as it was just read."""
         if stored.status in TERMINAL or seconds <= 0:
             return stored
         with self.expect(stored.job_id) as ticket:
@@ -123,8 +125,8 @@ class Inbox:
             try:
                 now = (await self._submissions.watch(queue, self.name, [stored.job_id]))[0]
             except RedisRefused as error:
-                # A damaged key keeps us from being told; what is waited for is looked at anyway.
-                log.warning(f"Waiting for a job of {queue!r}: {error.detail}")
+                # With a damaged key no notice will come; the periodic check still finds the end.
+                _log.warning(f"Waiting for a job of {queue!r}: {error.detail}")
                 now = await self._submissions.read(stored.job_id)
             if now is None or now.status in TERMINAL:
                 return now
@@ -135,44 +137,44 @@ class Inbox:
             try:
                 entries = await self._blocking.read({self.name: self._read_to}, _READ_SECONDS)
                 for _, entry_id, fields in entries:
-                    await self._hear(list(noticed(fields)))
+                    await self._handle_notices(list(noticed(fields)))
                     self._read_to = entry_id
-                    # These answers go out before the next are made or asked for: all at once,
-                    # their clients came back all at once, and this process and the workers took
-                    # turns at rest.
+                    # Send these answers before reading more notices. When all answers went out at
+                    # once, all clients came back at once, and this process and the workers were
+                    # idle in turns.
                     for _ in range(_TURNS_TO_ANSWER):
                         await asyncio.sleep(0)
             except RedisUnavailable as error:
                 if isinstance(error, WrongKeyType):
-                    self._begin()
+                    self._use_new_name()
                 if not self.closing.is_set():
-                    log.warning(f"Inbox: {error.detail}")
+                    _log.warning(f"Inbox: {error.detail}")
                     await self._pause(random.uniform(0.1, 0.5))
             except Exception as error:
-                # What is waited for is looked at every few seconds all the same.
-                log.unexpected("What an inbox told could not be read.", error)
+                # The periodic check finds the ends that these notices reported.
+                _log.unexpected("Notices of ended jobs could not be read.", error)
                 await self._pause(random.uniform(0.1, 0.5))
 
-    async def _keep(self) -> None:
-        """Keeps the stream alive, and looks again at everything that is waited for."""
+    async def _maintain(self) -> None:
+        """Keeps the stream alive, and reads again every job that has a waiter."""
         while not self.closing.is_set():
             try:
-                await self._stay()
-                waited_for = list(self._tickets)
-                for start in range(0, len(waited_for), _MOST_CHECKED):
-                    await self._look(waited_for[start : start + _MOST_CHECKED])
+                await self._ensure_stream()
+                job_ids = list(self._tickets)
+                for start in range(0, len(job_ids), _CHECKED_AT_ONCE):
+                    await self._recheck(job_ids[start : start + _CHECKED_AT_ONCE])
             except RedisUnavailable as error:
                 if isinstance(error, WrongKeyType):
-                    self._begin()
+                    self._use_new_name()
                 await self._pause(random.uniform(0.1, 0.5))
             except Exception as error:
-                log.unexpected("What is waited for could not be looked at.", error)
+                _log.unexpected("Jobs with waiting clients could not be checked.", error)
                 await self._pause(_CHECK_SECONDS)
             else:
                 await self._pause(_CHECK_SECONDS * random.uniform(0.8, 1.2))
 
-    async def _stay(self) -> None:
-        """Makes the stream where it is not there; with memory full that has to wait."""
+    async def _ensure_stream(self) -> None:
+        """Renews the stream's expiry, and creates a missing stream unless Redis is full."""
         alive = ("MAXLEN", "~", 10_000, "*", "", "alive")
         expire = ("EXPIRE", self.name, _TTL_SECONDS)
         newest = ("XREVRANGE", self.name, "+", "-", "COUNT", 1)
@@ -180,12 +182,12 @@ class Inbox:
         with contextlib.suppress(StorageFull):
             is_there, entries = await self._store.together(expire, newest)
             if not is_there:
-                # In one step: who dies between the two would leave a stream for ever.
+                # A process that died between two separate commands would leave the stream forever.
                 await self._store.together(("XADD", self.name, *alive), expire)
                 self._read_to = b"0"
             elif not entries or entry_order(entries[0][0]) < entry_order(read_to):
-                # The stream of an older dump or of a server whose clock is behind: its next
-                # entries come before the place that was read to.
+                # The stream came from an older dump, or the server's clock is behind: its next
+                # entries have ids before the one that was read last.
                 self._read_to = b"0"
 
     async def _pause(self, seconds: float) -> None:
@@ -193,20 +195,20 @@ class Inbox:
             async with asyncio.timeout(seconds):
                 await self.closing.wait()
 
-    async def _hear(self, notices: list[tuple[str, Stored | None]]) -> None:
+    async def _handle_notices(self, notices: list[tuple[str, Stored | None]]) -> None:
         for job_id, stored in notices:
             if stored:
                 self._answer(job_id, stored)
-        await self._look([job_id for job_id, stored in notices if stored is None])
+        await self._recheck([job_id for job_id, stored in notices if stored is None])
 
     def _answer(self, job_id: str, stored: Stored) -> None:
         for ticket in self._tickets.get(job_id, ()):
             _resolve(ticket, stored)
 
-    async def _look(self, job_ids: list[str]) -> None:
+    async def _recheck(self, job_ids: list[str]) -> None:
         """Reads jobs and resolves the waiters of those that have ended."""
         wanted = [job_id for job_id in job_ids if job_id in self._tickets]
-        # As it is before the look: one that is expected may be submitted during it.
+        # Taken before the jobs are read: a job that is only expected may be submitted meanwhile.
         were_stored = [
             ticket for job_id in wanted for ticket in self._tickets[job_id] if ticket.was_stored
         ]

@@ -1,4 +1,4 @@
-"""How far a client was told of changes, as text that any process can go on from."""
+"""How far a client has read the changes, as text from which any process can continue."""
 
 from typing import Annotated, Final
 
@@ -8,22 +8,21 @@ from asyncinfer.errors import InvalidQuery
 from asyncinfer.repository.inspect.cursors import cursor_bytes, decode_cursor
 from asyncinfer.repository.inspect.log import Place
 
-_MOST_CHARACTERS: Final = 32 << 10
-"""A position may name hundreds of queues; a header is no longer than this either."""
-
+_MAX_CHARACTERS: Final = 32 << 10
+"""A position may name hundreds of queues; a header has the same limit."""
 
 _BASE_CHARACTERS: Final = 16
 
 
 class Position(Struct, frozen=True, array_like=True):
-    """How far a follower was told, over all queues; any process can go on from it."""
+    """How far a follower has been sent changes, over all queues."""
 
     base_ms: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
-    """What is older has been told, in every queue."""
+    """Older changes have been sent, in every queue."""
     told: dict[str, Place] = {}
-    """By queue, where it is later than that."""
+    """By queue, the place up to which changes have been sent, if later than `base_ms`."""
     ended: int = 0
-    """The round whose end was told, of a job; 1 when that of a group was."""
+    """For a job, the round whose end was sent; for a group, 1 once its `done` was sent; else 0."""
 
 
 def encode_position(position: Position) -> bytes:
@@ -33,8 +32,9 @@ def encode_position(position: Position) -> bytes:
 def split_position(position: Position) -> tuple[bytes, bytes]:
     """`encode_position` in two parts, of which the second does not depend on the base.
 
-    MessagePack has one byte for the array and nine for a base of more than 32 bits, which any since
-    1970 is; with two of what follows they are 16 characters of Base64. A lesser base is not split.
+    MessagePack has one byte for the array and nine for a base of more than 32 bits, which any time
+    since February 1970 has; with the next two bytes they are 16 characters of Base64. A smaller
+    base is not split: the second part is empty.
     """
     text = encode_position(position)
     split = _BASE_CHARACTERS if position.base_ms >> 32 else len(text)
@@ -42,9 +42,9 @@ def split_position(position: Position) -> tuple[bytes, bytes]:
 
 
 def decode_position(text: str) -> Position:
-    """Raises InvalidQuery when it is none."""
+    """Raises InvalidQuery if the text is not a position."""
     try:
-        return decode_cursor(text, Position, _MOST_CHARACTERS)
+        return decode_cursor(text, Position, _MAX_CHARACTERS)
     except ValueError as error:
         raise InvalidQuery(
             "Last-Event-ID (or `last_event_id`) is not the id of an event of this server; leave "

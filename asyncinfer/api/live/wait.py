@@ -1,4 +1,4 @@
-"""Waiting for a job: as long as its client asks, and only as long as it stays."""
+"""Waiting for a job, for as long as its client requested and stays connected."""
 
 import re
 from collections.abc import Awaitable
@@ -13,7 +13,8 @@ from asyncinfer.schemas.requests import MAX_WAIT_SECONDS
 
 
 def preferred_wait(request: Request[Any]) -> int | None:
-    """N of `Prefer: wait=N` (RFC 7240); None when there is none. The first one counts."""
+    """N of the first `Prefer: wait=N` (RFC 7240) in seconds, or None without one. Raises
+    InvalidHeader if N is out of range."""
     for line in request.header_lines(b"prefer"):
         for preference in line.split(","):
             name, _, value = preference.partition(";")[0].partition("=")
@@ -25,39 +26,39 @@ def preferred_wait(request: Request[Any]) -> int | None:
 async def while_client_stays(
     request: Request[Any], waiting: Awaitable[Stored | None]
 ) -> Stored | None:
-    """What `waiting` comes to; None when the client hangs up first. Raises Unauthorized or
+    """The result of `waiting`, or None if the client disconnects first. Raises Unauthorized or
     Forbidden as soon as the client's key is revoked."""
     stored: Stored | None = None
-    trouble: RequestError | None = None
+    failure: RequestError | None = None
 
     async def end_when_revoked() -> None:
-        nonlocal trouble
-        trouble = await request.admission.revoked()
+        nonlocal failure
+        failure = await request.admission.revoked()
         group.cancel_scope.cancel()
 
     async with anyio.create_task_group() as group:
-        group.start_soon(_cancel_when_gone, request, group.cancel_scope)
+        group.start_soon(_cancel_on_disconnect, request, group.cancel_scope)
         if request.admission.revocable:
             group.start_soon(end_when_revoked)
         try:
             stored = await waiting
         except RequestError as error:
-            # Raised in here, the group would wrap it.
-            trouble = error
+            # The task group would wrap an error that is raised inside it.
+            failure = error
         group.cancel_scope.cancel()
-    if trouble:
-        raise trouble
+    if failure:
+        raise failure
     return stored
 
 
-async def until_gone(request: Request[Any]) -> None:
-    """Returns when the client has hung up; what it still sends is dropped."""
+async def wait_for_disconnect(request: Request[Any]) -> None:
+    """Returns when the client has disconnected; anything it still sends is dropped."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-async def _cancel_when_gone(request: Request[Any], scope: anyio.CancelScope) -> None:
-    await until_gone(request)
+async def _cancel_on_disconnect(request: Request[Any], scope: anyio.CancelScope) -> None:
+    await wait_for_disconnect(request)
     scope.cancel()
 
 

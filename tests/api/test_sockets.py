@@ -1,4 +1,4 @@
-"""One address for several processes: taken once, heard by those that are there."""
+"""One address for several processes: reserved once, and served by those that listen."""
 
 import socket
 import sys
@@ -21,30 +21,30 @@ def connect(held: socket.socket) -> socket.socket:
     return socket.create_connection(held.getsockname()[:2], timeout=5)
 
 
-def test_nobody_is_heard_before_a_process_listens(held: socket.socket) -> None:
+def test_no_connection_is_accepted_before_a_process_listens(held: socket.socket) -> None:
     with held, share(held), pytest.raises(ConnectionRefusedError):
         connect(held)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a hash spreads them on Linux alone")
-def test_those_who_come_after_a_process_has_ended_are_heard_by_the_others(
+def test_connections_after_a_process_has_ended_go_to_the_others(
     held: socket.socket,
 ) -> None:
     with held, share(held) as staying:
         with share(held) as ending:
-            for one in (staying, ending):
-                one.listen()
+            for listener in (staying, ending):
+                listener.listen()
         staying.settimeout(5)
         for _ in range(20):
             with connect(held), staying.accept()[0]:
                 pass
 
 
-def test_where_nothing_spreads_them_each_process_takes_from_one_socket(
+def test_where_connections_are_not_spread_all_processes_share_one_socket(
     held: socket.socket,
 ) -> None:
-    with held, share(held, "darwin") as one, share(held, "darwin") as other:
-        for process in (one, other, one):
+    with held, share(held, "darwin") as first, share(held, "darwin") as second:
+        for process in (first, second, first):
             process.listen()
             process.settimeout(5)
             with connect(held), process.accept()[0]:

@@ -1,4 +1,4 @@
-"""The service about itself: models, health, and the document made from the route table."""
+"""The routes about the service: models, health, and the OpenAPI document."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from asyncinfer.api.routes import ROUTES
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.store import Store
 
-from .harness import Road, announce, assert_problem, client_of, running, signature
+from .harness import ProxiedApi, announce, assert_problem, client_of, running, signature
 
 
 def test_every_health_route_is_answered_as_a_probe() -> None:
@@ -36,7 +36,9 @@ async def test_models_are_listed_with_a_request_that_works(api: httpx2.AsyncClie
 async def test_a_model_shows_its_signature_and_newest_version(
     api: httpx2.AsyncClient, store: Store
 ) -> None:
-    versions = {one: msgspec.json.encode(signature("wine", one)) for one in ("9", "10", "2")}
+    versions = {
+        version: msgspec.json.encode(signature("wine", version)) for version in ("9", "10", "2")
+    }
     await Announcements(store).announce_models({"wine": versions})
     model = (await api.get("/models/wine")).json()
     assert (model["version"], model["versions"]) == ("10", ["10", "9", "2"])
@@ -54,10 +56,12 @@ async def test_an_unreadable_announcement_hides_no_other_model(
     await announce(store, "iris", default="iris")
     await Announcements(store).announce_models({"odd": {"1": b"\xff"}})
     async with running(config) as port, client_of(port) as client:
-        assert [one["model"] for one in (await client.get("/models")).json()["models"]] == ["iris"]
+        assert [model["model"] for model in (await client.get("/models")).json()["models"]] == [
+            "iris"
+        ]
 
 
-async def test_health_says_what_waits_and_who_works(api: httpx2.AsyncClient, store: Store) -> None:
+async def test_health_shows_waiting_jobs_and_workers(api: httpx2.AsyncClient, store: Store) -> None:
     await Announcements(store).announce_worker("w", {}, ttl_seconds=10)
     body = (await api.get("/health")).json()
     assert body["status"] == "ok"
@@ -65,15 +69,15 @@ async def test_health_says_what_waits_and_who_works(api: httpx2.AsyncClient, sto
     assert (body["queues"], body["workers"]) == ({"predict_queue": 0}, 1)
 
 
-async def test_without_redis_it_lives_but_is_not_ready(behind: Road) -> None:
-    async with client_of(behind.port) as client:
+async def test_without_redis_the_api_is_live_but_not_ready(proxied_api: ProxiedApi) -> None:
+    async with client_of(proxied_api.port) as client:
         assert (await client.get("/health/ready")).status_code == 200
-        behind.proxy.black_hole()
+        proxied_api.proxy.black_hole()
         assert (await client.get("/health/live")).status_code == 200
         assert_problem(await client.get("/health/ready"), 503, "redis_unavailable")
 
 
-async def test_it_starts_before_redis_does(config: ApiConfig) -> None:
+async def test_the_api_starts_before_redis_does(config: ApiConfig) -> None:
     away = msgspec.structs.replace(config, redis_url="unix:///nowhere/there.sock")
     async with running(away) as port, client_of(port) as client:
         assert (await client.get("/health/live")).status_code == 200
@@ -84,7 +88,7 @@ async def test_it_starts_before_redis_does(config: ApiConfig) -> None:
         assert int(reply.headers["retry-after"]) > 0
 
 
-async def test_the_root_says_where_things_are(api: httpx2.AsyncClient) -> None:
+async def test_the_root_lists_the_main_routes(api: httpx2.AsyncClient) -> None:
     body = (await api.get("/")).json()
     assert body["name"] == "asyncinfer"
     for path in body["links"].values():
@@ -97,7 +101,7 @@ async def test_head_is_get_without_the_body(api: httpx2.AsyncClient) -> None:
     assert int(reply.headers["content-length"]) > 0
 
 
-# --- the document --------------------------------------------------------------------------
+# --- OpenAPI document ------------------------------------------------------------------------
 
 
 async def test_every_route_is_in_the_document(api: httpx2.AsyncClient) -> None:
@@ -108,7 +112,9 @@ async def test_every_route_is_in_the_document(api: httpx2.AsyncClient) -> None:
         assert operation["summary"]
         assert set(map(str, route.answers)) <= set(operation["responses"])
         assert {str(error.status) for error in route.errors} <= set(operation["responses"])
-        named = {one["name"] for one in operation["parameters"] if one["in"] == "path"}
+        named = {
+            parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "path"
+        }
         assert named == set(re.findall(r"{(\w+)}", route.path))
         assert ("security" in operation) == (route.scope is not None)
         assert ("requestBody" in operation) == bool(route.bodies)
@@ -121,14 +127,14 @@ async def test_the_document_knows_binary_bodies_and_results(api: httpx2.AsyncCli
         content = paths[path]["post"]["requestBody"]["content"]
         assert content.keys() - {"application/x-ndjson"} == {"application/json", *binary}
         assert len(content["application/json"]["schema"]["oneOf"]) == 2
-        names = {one["name"] for one in paths[path]["post"]["parameters"]}
+        names = {parameter["name"] for parameter in paths[path]["post"]["parameters"]}
         assert {"version", "priority", "Inference-Header-Content-Length"} <= names
     result = paths["/job/{id}/result"]["get"]["responses"]
     assert result["200"]["content"].keys() == {"application/json", *binary}
     assert {"404", "406", "409", "422"} <= result.keys()
 
 
-def test_operations_are_told_apart_and_references_resolve() -> None:
+def test_operation_ids_are_unique_and_references_resolve() -> None:
     described = json.loads(document(ROUTES))
     names = [
         operation["operationId"]

@@ -1,4 +1,4 @@
-"""What an autoscaler is told of a model."""
+"""GET /scale: the numbers that an autoscaler gets for a model."""
 
 from typing import Any
 
@@ -30,12 +30,12 @@ async def scale(api: httpx2.AsyncClient, model: str = "iris") -> dict[str, Any]:
 
 
 async def worker(store: Store, name: str = "w", **about: Any) -> None:
-    """Announces a worker as it does itself."""
-    said = {"concurrency": 4, "models": ["iris"], "state": "ready", "seconds_per_job": {}}
-    await Announcements(store).announce_worker(name, said | about, ttl_seconds=10)
+    """Announces a worker as a real one does."""
+    announcement = {"concurrency": 4, "models": ["iris"], "state": "ready", "seconds_per_job": {}}
+    await Announcements(store).announce_worker(name, announcement | about, ttl_seconds=10)
 
 
-async def test_with_nothing_to_do_nobody_is_asked_for(api: httpx2.AsyncClient) -> None:
+async def test_without_jobs_no_worker_is_needed(api: httpx2.AsyncClient) -> None:
     assert await scale(api) == {
         **{"model": "iris", "waiting_jobs": 0, "running_jobs": 0, "paused": False},
         **{"oldest_age_seconds": None, "seconds_per_job": None, "backlog_seconds": 0.0},
@@ -43,7 +43,7 @@ async def test_with_nothing_to_do_nobody_is_asked_for(api: httpx2.AsyncClient) -
     }
 
 
-async def test_a_model_nobody_knows_is_a_problem(api: httpx2.AsyncClient) -> None:
+async def test_an_unknown_model_is_a_problem(api: httpx2.AsyncClient) -> None:
     assert_problem(await api.get("/scale/wine"), 404, "model_not_found")
 
 
@@ -57,7 +57,7 @@ async def test_jobs_without_a_worker_are_starved_before_anything_was_measured(
 
 
 async def test_a_backlog_is_counted_in_seconds_of_slot_time(
-    api: httpx2.AsyncClient, store: Store, hand: Hand
+    api: httpx2.AsyncClient, store: Store, manual_worker: Hand
 ) -> None:
     await worker(store, seconds_per_job={"iris": 0.5, "digits": 9.0})
     for _ in range(3):
@@ -66,7 +66,7 @@ async def test_a_backlog_is_counted_in_seconds_of_slot_time(
     assert (found["waiting_jobs"], found["seconds_per_job"]) == (3, 0.5)
     assert found["backlog_seconds"] == 1.5
     assert (found["workers"], found["slots"], found["starved"]) == (1, 4, 0)
-    await hand.claim()
+    await manual_worker.claim()
     found = await scale(api)
     assert (found["waiting_jobs"], found["running_jobs"]) == (0, 3)
     assert found["backlog_seconds"] == 0.0
@@ -85,7 +85,7 @@ async def test_workers_of_unlike_speed_count_by_their_slots(
 
 
 @pytest.mark.parametrize("state", ["draining", "hung"])
-async def test_a_worker_that_claims_no_more_does_not_count(
+async def test_a_worker_that_does_not_claim_does_not_count(
     state: str, api: httpx2.AsyncClient, store: Store
 ) -> None:
     await worker(store, state=state, seconds_per_job={"iris": 0.5})
@@ -95,7 +95,7 @@ async def test_a_worker_that_claims_no_more_does_not_count(
     assert found["backlog_seconds"] == 0.5
 
 
-async def test_what_was_measured_is_known_when_no_worker_is_left(
+async def test_measured_times_are_known_when_no_worker_is_left(
     api: httpx2.AsyncClient, store: Store, hands: Hands
 ) -> None:
     await Announcements(store).announce_paces({"iris": 0.25})
@@ -104,7 +104,7 @@ async def test_what_was_measured_is_known_when_no_worker_is_left(
     assert (found["starved"], found["backlog_seconds"]) == (1, 2.0)
 
 
-async def test_an_announcement_of_another_release_hides_no_worker(
+async def test_an_older_or_unreadable_announcement_hides_no_other_worker(
     api: httpx2.AsyncClient, store: Store, server: redis.Redis
 ) -> None:
     about = {"concurrency": 2, "models": ["iris"], "state": "ready", "host": "h"}
@@ -132,7 +132,7 @@ async def test_delayed_jobs_are_no_backlog_before_they_are_due(
     assert (await scale(api))["waiting_jobs"] == 0
 
 
-async def test_a_paused_queue_asks_for_nobody(
+async def test_a_paused_queue_needs_no_worker(
     api: httpx2.AsyncClient, store: Store, hands: Hands
 ) -> None:
     await Announcements(store).announce_paces({"iris": 1.0})
@@ -143,11 +143,11 @@ async def test_a_paused_queue_asks_for_nobody(
     assert (found["backlog_seconds"], found["starved"]) == (0.0, 0)
 
 
-# --- the oldest ----------------------------------------------------------------------------
+# --- the oldest ------------------------------------------------------------------------------
 
 
 def aged(seconds: float, hands: Hands, **options: Any) -> NewJob:
-    """A job that was submitted so long ago."""
+    """A job that was submitted `seconds` ago."""
     job = new_job(**options)
     age_ms = int(seconds * 1000)
     return replace(job, record=replace(job.record, created_ms=hands.now_ms() - age_ms))
@@ -158,14 +158,16 @@ async def age(api: httpx2.AsyncClient) -> float | None:
     return found
 
 
-async def test_the_oldest_is_found_whatever_its_priority(
+async def test_the_oldest_job_is_found_at_any_priority(
     api: httpx2.AsyncClient, hands: Hands
 ) -> None:
     await hands.submit(aged(30, hands, priority="low"), aged(10, hands), aged(20, hands))
     assert await age(api) == pytest.approx(30, abs=1)
 
 
-async def test_the_oldest_is_one_that_still_waits(api: httpx2.AsyncClient, hands: Hands) -> None:
+async def test_the_oldest_job_is_one_that_still_waits(
+    api: httpx2.AsyncClient, hands: Hands
+) -> None:
     old = [aged(60, hands) for _ in range(30)]
     await hands.submit(*old)
     await hands.submit(aged(5, hands))
@@ -173,7 +175,7 @@ async def test_the_oldest_is_one_that_still_waits(api: httpx2.AsyncClient, hands
     assert await age(api) == pytest.approx(5, abs=1)
 
 
-async def test_a_strangers_job_which_says_no_time_is_passed_over(
+async def test_an_external_job_without_a_time_is_passed_over(
     api: httpx2.AsyncClient, hands: Hands
 ) -> None:
     hands.stranger("theirs")
@@ -182,7 +184,7 @@ async def test_a_strangers_job_which_says_no_time_is_passed_over(
     assert await age(api) == pytest.approx(5, abs=1)
 
 
-async def test_a_delay_that_was_asked_for_is_no_waiting(
+async def test_a_requested_delay_does_not_count_as_waiting(
     api: httpx2.AsyncClient, hands: Hands
 ) -> None:
     await hands.submit(aged(60, hands, delay_seconds=50))
@@ -191,19 +193,19 @@ async def test_a_delay_that_was_asked_for_is_no_waiting(
     assert await age(api) == pytest.approx(10, abs=1)
 
 
-# --- what it costs -------------------------------------------------------------------------
+# --- what it costs ---------------------------------------------------------------------------
 
 
 async def calls_of_a_gauge(hands: Hands) -> dict[str, int]:
-    """How often Redis did what, scripts' inner calls included."""
+    """How often Redis ran each command, including calls inside scripts."""
     hands.redis.config_resetstat()
     await load(hands.store, "iris", "predict_queue")
     found = hands.redis.info("commandstats")
-    ours = {name.removeprefix("cmdstat_"): one["calls"] for name, one in found.items()}
+    ours = {name.removeprefix("cmdstat_"): item["calls"] for name, item in found.items()}
     return {name: calls for name, calls in ours.items() if not name.startswith(("config", "info"))}
 
 
-async def test_an_answer_costs_redis_the_same_however_many_wait(hands: Hands) -> None:
+async def test_an_answer_costs_redis_the_same_for_any_number_of_waiting_jobs(hands: Hands) -> None:
     await worker(hands.store)
     await hands.some(200)
     few = await calls_of_a_gauge(hands)
@@ -215,7 +217,7 @@ async def test_an_answer_costs_redis_the_same_however_many_wait(hands: Hands) ->
 
 
 @pytest.mark.soak
-async def test_with_a_million_waiting_redis_is_held_no_longer(
+async def test_a_million_waiting_jobs_do_not_block_redis_for_longer(
     api: httpx2.AsyncClient, hands: Hands
 ) -> None:
     jobs = await hands.some(200)
@@ -229,15 +231,15 @@ async def test_with_a_million_waiting_redis_is_held_no_longer(
     hands.redis.delete("predict_queue")
 
 
-# --- starved, for people ---------------------------------------------------------------------
+# --- starved models --------------------------------------------------------------------------
 
 
 async def starved(api: httpx2.AsyncClient) -> list[str]:
-    """The models that are, as /health and /queues agree."""
+    """The starved models, on which /health and /queues must agree."""
     health = (await api.get("/health")).json()
     assert health["status"] == "ok"
     queues = (await api.get("/queues")).json()["queues"]
-    assert sorted(one["model"] for one in queues if one["starved"]) == health["starved"]
+    assert sorted(queue["model"] for queue in queues if queue["starved"]) == health["starved"]
     found: list[str] = health["starved"]
     return found
 
@@ -248,10 +250,12 @@ async def test_models_with_due_jobs_and_no_worker_are_listed(
     assert await starved(api) == []
     await submit(api)
     await hands.submissions.submit_many(f"{QUEUE}:wine", [new_job(queue=f"{QUEUE}:wine")])
-    assert await starved(api) == ["iris", "wine"], "also one that nobody announces any more"
+    assert await starved(api) == ["iris", "wine"], (
+        "a model that no worker announces any more is starved too"
+    )
 
     await worker(store, "starts", models=[], state="starting", loading=["iris"])
-    assert await starved(api) == ["wine"], "one that is being loaded is not"
+    assert await starved(api) == ["wine"], "a model that is being loaded is not starved"
     await worker(store, "leaves", models=["wine"], state="draining")
     assert await starved(api) == ["wine"]
     await worker(store, "works", models=["wine"])
@@ -268,6 +272,6 @@ async def test_a_model_that_is_paused_or_whose_jobs_are_not_due_is_not_starved(
     assert await starved(api) == []
 
 
-async def test_cancelled_jobs_starve_nobody(api: httpx2.AsyncClient) -> None:
+async def test_cancelled_jobs_make_no_model_starved(api: httpx2.AsyncClient) -> None:
     await api.delete(f"/job/{await submit(api)}")
     assert await starved(api) == []

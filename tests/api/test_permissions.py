@@ -1,4 +1,4 @@
-"""Which key sees and does what: operators over tenants, names of workers, health."""
+"""What each key may see and do: operators across tenants, names of workers, health."""
 
 import hashlib
 import logging
@@ -82,23 +82,23 @@ class Audit:
         self._caplog = caplog
 
     def line(self) -> str:
-        """The only one since the last look."""
-        (found,) = [one for one in self._caplog.records if one.name == "asyncinfer.audit"]
+        """The only new line of the audit log since the last call."""
+        (found,) = [record for record in self._caplog.records if record.name == "asyncinfer.audit"]
         self._caplog.clear()
         assert found.levelno == logging.INFO
         return found.getMessage()
 
     def is_empty(self) -> bool:
-        return not [one for one in self._caplog.records if one.name == "asyncinfer.audit"]
+        return not [record for record in self._caplog.records if record.name == "asyncinfer.audit"]
 
 
 async def ids(client: httpx2.AsyncClient, query: str) -> set[str]:
     reply = await client.get(f"/jobs?{query}")
     assert reply.status_code == 200, reply.text
-    return {one["job_id"] for one in reply.json()["jobs"]}
+    return {job["job_id"] for job in reply.json()["jobs"]}
 
 
-# --- operators -----------------------------------------------------------------------------
+# --- operators -------------------------------------------------------------------------------
 
 
 async def test_a_name_in_the_audit_log_neither_commands_a_terminal_nor_reorders_the_line(
@@ -112,25 +112,25 @@ async def test_an_operator_lists_the_jobs_of_all_tenants_without_their_payloads(
     alice: httpx2.AsyncClient,
     bob: httpx2.AsyncClient,
     ops: httpx2.AsyncClient,
-    hand: Hand,
+    manual_worker: Hand,
     audit: Audit,
 ) -> None:
     done = await submit(alice)
-    await hand.complete()
+    await manual_worker.complete()
     failed = await submit(bob)
     error = {"code": "model_failed", "message": "name: Ada"}
-    await hand.finish(await hand.claim(), "failed", error)
+    await manual_worker.finish(await manual_worker.claim(), "failed", error)
 
     reply = await ops.get("/jobs?tenant=*")
-    shown = {one["job_id"]: one for one in reply.json()["jobs"]}
-    assert {name: one["tenant"] for name, one in shown.items()} == {done: "alice", failed: "bob"}
+    shown = {job["job_id"]: job for job in reply.json()["jobs"]}
+    assert {name: item["tenant"] for name, item in shown.items()} == {done: "alice", failed: "bob"}
     assert shown[failed]["error"]["code"] == "model_failed"
     digest = hashlib.sha256(b"ops").hexdigest()
     assert audit.line() == f'list by tenant=ops key={digest[:8]}: tenant="*": 2 jobs'
-    for one in (reply.text, (await ops.get(f"/job/{done}?tenant=*")).text):
-        assert "result" not in one
-        assert "setosa" not in one
-        assert "Ada" not in one
+    for text in (reply.text, (await ops.get(f"/job/{done}?tenant=*")).text):
+        assert "result" not in text
+        assert "setosa" not in text
+        assert "Ada" not in text
     assert f'job_id="{done}": 1 jobs' in audit.line()
     assert (await ops.get(f"/job/{done}?tenant=alice&wait=5")).json()["status"] == "completed"
     assert_problem(await ops.get(f"/job/{done}?tenant=bob"), 404, "job_not_found")
@@ -141,7 +141,9 @@ async def test_an_operators_filters_are_those_of_a_tenant(
     alice: httpx2.AsyncClient, bob: httpx2.AsyncClient, ops: httpx2.AsyncClient
 ) -> None:
     body = {"data": [[1, 2, 3, 4]], "options": {"group": "g"}}
-    grouped = [(await one.post("/predict", json=body)).json()["job_id"] for one in (alice, bob)]
+    grouped = [
+        (await client.post("/predict", json=body)).json()["job_id"] for client in (alice, bob)
+    ]
     await submit(alice)
     assert await ids(ops, "tenant=*&group=g") == set(grouped)
     assert await ids(ops, "tenant=bob&group=g") == {grouped[1]}
@@ -150,7 +152,7 @@ async def test_an_operators_filters_are_those_of_a_tenant(
     assert len(await ids(ops, "tenant=*&status=pending&model=iris")) == 3
     page = (await ops.get("/jobs?tenant=*&limit=2")).json()
     rest = await ids(ops, f"tenant=*&limit=2&cursor={page['cursor']}")
-    assert len({one["job_id"] for one in page["jobs"]} | rest) == 3
+    assert len({job["job_id"] for job in page["jobs"]} | rest) == 3
 
 
 async def test_an_operator_cancels_retries_and_purges_over_tenants_with_a_line_for_each(
@@ -181,15 +183,15 @@ async def test_an_operator_cancels_retries_and_purges_over_tenants_with_a_line_f
     await ops.delete("/jobs?tenant=*&model=iris")
     audit.line()
 
-    one, *_ = jobs
-    assert (await ops.post(f"/job/{one}/retry?tenant=*")).status_code == 202
-    assert f'job_id="{one}": 1 jobs' in audit.line()
-    view = (await ops.delete(f"/job/{one}?tenant=*")).json()
+    first, *_ = jobs
+    assert (await ops.post(f"/job/{first}/retry?tenant=*")).status_code == 202
+    assert f'job_id="{first}": 1 jobs' in audit.line()
+    view = (await ops.delete(f"/job/{first}?tenant=*")).json()
     assert (view["status"], "result" in view) == ("cancelled", False)
     assert audit.line().startswith("cancel")
-    assert_problem(await ops.delete(f"/job/{one}?tenant=*"), 409, "job_finished")
+    assert_problem(await ops.delete(f"/job/{first}?tenant=*"), 409, "job_finished")
     assert audit.line().endswith(": job_finished")
-    assert (await ops.delete(f"/job/{one}?tenant=*&purge=true")).status_code == 200
+    assert (await ops.delete(f"/job/{first}?tenant=*&purge=true")).status_code == 200
     assert audit.line().startswith("purge")
     assert (await ops.delete("/jobs?tenant=*&purge=true&status=ended")).json()["purged"] == 2
     assert audit.line().startswith("purge")
@@ -228,7 +230,7 @@ async def test_no_other_key_reaches_beyond_its_tenant(
     reply = await alice.request(method, path.format("alice"))
     assert reply.status_code in (200, 404)
     assert_problem(await alice.request(method, path.format("a%0Ab")), 400, "invalid_query")
-    # The scope stands alone: it does not bring those of its own tenant.
+    # The scope `operator` alone does not include the scopes for the key's own tenant.
     plain = path.format("").replace("tenant=&", "").replace("?tenant=", "")
     assert_problem(await ops.request(method, plain), 403, "forbidden")
     assert audit.is_empty()
@@ -255,7 +257,7 @@ def hands(store: Store, server: redis.Redis) -> Hands:
     return Hands(store, server)
 
 
-# --- workers -------------------------------------------------------------------------------
+# --- workers ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -280,7 +282,7 @@ def test_an_id_of_another_form_has_a_stable_short_form(worker_id: str) -> None:
     assert not worker_id or worker_id not in shown
 
 
-async def test_host_names_and_pids_are_seen_by_admins_alone(
+async def test_host_names_and_pids_are_shown_to_admins_only(
     alice: httpx2.AsyncClient, bob: httpx2.AsyncClient, store: Store, server: redis.Redis
 ) -> None:
     about = {
@@ -309,7 +311,7 @@ async def test_host_names_and_pids_are_seen_by_admins_alone(
 async def _ended_by(
     client: httpx2.AsyncClient, server: redis.Redis, store: Store, worker: str
 ) -> str:
-    """A job that `worker` has completed."""
+    """Submits a job that `worker` completes."""
     job_id = await submit(client)
     await Hand(store).complete()
     found: Any = server.get(keys.meta(job_id))
@@ -319,11 +321,11 @@ async def _ended_by(
     return job_id
 
 
-# --- health --------------------------------------------------------------------------------
+# --- health ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", [None, "guess", "ops"])
-async def test_health_tells_no_names_to_who_may_not_read(
+async def test_health_shows_no_names_without_the_read_scope(
     port: int, alice: httpx2.AsyncClient, key: str | None
 ) -> None:
     await submit(alice)
@@ -335,7 +337,7 @@ async def test_health_tells_no_names_to_who_may_not_read(
     assert (await alice.get("/health")).json()["queues"] == {QUEUE: 1}
 
 
-async def test_health_tells_why_without_names_when_redis_is_away(
+async def test_health_without_redis_says_why_but_shows_no_names(
     config: ApiConfig, store: Store, key_file: Path
 ) -> None:
     async with hosted(proxied(config.redis_url)) as proxy:

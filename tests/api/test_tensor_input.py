@@ -1,4 +1,4 @@
-"""Named tensors at the door: JSON, the Open Inference layout, and what numpy saves."""
+"""Named tensors in requests: JSON, the Open Inference layout, and `.npy`."""
 
 import contextlib
 import io
@@ -67,16 +67,16 @@ def described(name: str, array: Array, **more: Any) -> dict[str, Any]:
 
 
 def binary(*tensors: tuple[str, Array], **more: Any) -> tuple[bytes, dict[str, str]]:
-    """The Open Inference layout, and the header that goes with it."""
+    """A body in the Open Inference layout, and its headers."""
     contents = [_content(array) for _, array in tensors]
     inputs = [
         described(name, array, parameters={"binary_data_size": len(content)})
         for (name, array), content in zip(tensors, contents, strict=True)
     ]
-    return laid_out({"inputs": inputs, **more}, *contents)
+    return with_json_length({"inputs": inputs, **more}, *contents)
 
 
-def laid_out(head: Any, *contents: bytes) -> tuple[bytes, dict[str, str]]:
+def with_json_length(head: Any, *contents: bytes) -> tuple[bytes, dict[str, str]]:
     text = json.dumps(head).encode()
     return text + b"".join(contents), {LENGTH: str(len(text))}
 
@@ -87,16 +87,16 @@ def _content(array: Array) -> bytes:
     return array.tobytes()
 
 
-def saved(array: Any) -> bytes:
+def npy_bytes(array: Any) -> bytes:
     file = io.BytesIO()
     np.save(file, array, allow_pickle=False)
     return file.getvalue()
 
 
-async def at_the_door(
+async def read_body_for(
     signature: Signature, body: bytes, headers: dict[str, str], query: AskedOptions | None = None
 ) -> Input:
-    """What the API would store of a request."""
+    """The input that the API would store for a request."""
     parts = [body[at : at + 65_536] for at in range(0, max(len(body), 1), 65_536)]
 
     async def receive() -> dict[str, Any]:
@@ -118,14 +118,14 @@ async def client(config: ApiConfig, store: Store) -> AsyncIterator[httpx2.AsyncC
     await announce(store, "iris", default="iris")
     models = [TWO, *map(identity, DTYPES)]
     await Announcements(store).announce_models(
-        {one.model: {one.version: msgspec.json.encode(one)} for one in models}
+        {model.model: {model.version: msgspec.json.encode(model)} for model in models}
     )
     async with hosted(running(config)) as port, client_of(port) as it:
         yield it
 
 
 def stored(server: redis.Redis, reply: httpx2.Response) -> tuple[jobs.Record, dict[str, Array]]:
-    """The record of a job just submitted, and its input as its worker reads it."""
+    """The record of the job that `reply` accepted, and its input as a worker reads it."""
     assert reply.status_code == 202, reply.text
     job_id = reply.json()["job_id"]
     data, meta = server.get(keys.data(job_id)), server.get(keys.meta(job_id))
@@ -138,7 +138,7 @@ IMAGE = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 2, 2)
 IDS = np.array([2**53 + 1, -(2**63)])
 
 
-# --- taken -----------------------------------------------------------------------------------
+# --- accepted --------------------------------------------------------------------------------
 
 
 async def test_named_tensors_in_json_arrive_flat_or_nested(
@@ -182,12 +182,12 @@ async def test_some_inputs_may_be_json_and_others_binary(
 ) -> None:
     size = {"binary_data_size": IMAGE.nbytes}
     inputs = [described("ids", IDS, data=IDS.tolist()), described("image", IMAGE, parameters=size)]
-    body, headers = laid_out({"inputs": inputs}, IMAGE.tobytes())
+    body, headers = with_json_length({"inputs": inputs}, IMAGE.tobytes())
     _, feeds = stored(server, await client.post("/predict/two", content=body, headers=headers))
     np.testing.assert_array_equal(feeds["image"], IMAGE)
 
 
-async def test_what_tritons_client_sends_is_taken(
+async def test_requests_of_tritons_client_are_accepted(
     client: httpx2.AsyncClient, server: redis.Redis
 ) -> None:
     image = triton.InferInput("image", list(IMAGE.shape), "FP32")
@@ -212,12 +212,12 @@ async def test_what_tritons_client_sends_is_taken(
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
-async def test_an_array_that_numpy_saved_is_taken(
+async def test_an_array_that_numpy_saved_is_accepted(
     client: httpx2.AsyncClient, server: redis.Redis, order: Any
 ) -> None:
     rows = np.arange(8, dtype=np.float32).reshape(2, 4)
     reply = await client.post(
-        "/predict?ttl_seconds=60", content=saved(np.asarray(rows, order=order)), headers=NPY
+        "/predict?ttl_seconds=60", content=npy_bytes(np.asarray(rows, order=order)), headers=NPY
     )
     record, feeds = stored(server, reply)
     np.testing.assert_array_equal(feeds["input"], rows)
@@ -247,14 +247,14 @@ AS_JSON = {
 
 @pytest.mark.parametrize("datatype", sorted(FLOATS))
 @pytest.mark.parametrize("form", AS_JSON)
-async def test_floats_in_json_may_be_what_it_has_no_number_for(form: str, datatype: str) -> None:
+async def test_floats_in_json_may_be_nan_or_infinite(form: str, datatype: str) -> None:
     body = msgspec.json.decode(msgspec.json.encode(AS_JSON[form]))
     for tensor in body.get("inputs", ()):
         tensor["datatype"] = datatype
     signature = identity(datatype, ("n", 3))
     text = json.dumps(body).encode()
 
-    alone = await at_the_door(signature, text, {})
+    alone = await read_body_for(signature, text, {})
     of_a_line, _ = read_line(text, AskedOptions(), served(signature))
 
     for taken in (alone, of_a_line):
@@ -268,12 +268,12 @@ async def test_floats_in_json_may_be_what_it_has_no_number_for(form: str, dataty
 
 @pytest.mark.parametrize("datatype", ["INT64", "BOOL", "BYTES"])
 @pytest.mark.parametrize("form", AS_JSON)
-async def test_no_other_element_may(form: str, datatype: str) -> None:
+async def test_other_datatypes_than_floats_take_no_null_or_nan(form: str, datatype: str) -> None:
     body = msgspec.json.decode(msgspec.json.encode(AS_JSON[form]))
     for tensor in body.get("inputs", ()):
         tensor["datatype"] = datatype
     with pytest.raises(InvalidInput) as refused:
-        await at_the_door(identity(datatype, ("n", 3)), json.dumps(body).encode(), {})
+        await read_body_for(identity(datatype, ("n", 3)), json.dumps(body).encode(), {})
 
     where = {"flat": "/inputs/0/data/2", "long tensors": "/inputs/0/data/2"}
     pointer = where.get(form, "/data/0/2" if "data" in body else "/inputs/0/data/0/2")
@@ -292,7 +292,7 @@ def _values(datatype: str) -> st.SearchStrategy[Any]:
 
 @st.composite
 def arrays(draw: st.DrawFn) -> tuple[str, Array]:
-    """Any bits of any datatype: NaN, infinities and all."""
+    """Arrays of any datatype with any bits, including NaN and infinities."""
     datatype = draw(st.sampled_from(sorted(DTYPES)))
     shape = draw(st.tuples(st.integers(0, 3), st.integers(0, 3)))
     count = shape[0] * shape[1]
@@ -311,10 +311,10 @@ def arrays(draw: st.DrawFn) -> tuple[str, Array]:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(arrays())
-async def test_any_array_arrives_bit_by_bit(case: tuple[str, Array]) -> None:
+async def test_every_bit_of_an_array_arrives(case: tuple[str, Array]) -> None:
     datatype, array = case
     body, headers = binary(("x", array))
-    taken = await at_the_door(identity(datatype), body, headers)
+    taken = await read_body_for(identity(datatype), body, headers)
     arrived = packing.unpack(taken.content)["x"]
     assert (arrived.shape, arrived.dtype) == (array.shape, array.dtype)
     assert _content(arrived) == _content(array)
@@ -333,8 +333,8 @@ async def test_numbers_in_json_arrive_as_the_datatype_has_them(
         "BYTES": ["a", ""],
     }
     for datatype, values in cases.items():
-        one = {"name": "x", "shape": [1, 2], "datatype": datatype, "data": values}
-        reply = await client.post(f"/predict/{datatype}", json={"inputs": [one]})
+        tensor = {"name": "x", "shape": [1, 2], "datatype": datatype, "data": values}
+        reply = await client.post(f"/predict/{datatype}", json={"inputs": [tensor]})
         _, feeds = stored(server, reply)
         np.testing.assert_array_equal(feeds["x"], np.array([values], DTYPES[datatype]))
 
@@ -342,11 +342,11 @@ async def test_numbers_in_json_arrive_as_the_datatype_has_them(
 @pytest.mark.parametrize("data", ["5", "[5]", " 5 "])
 async def test_a_scalar_is_given_bare_or_in_a_list(data: str) -> None:
     text = f'{{"inputs": [{{"name": "x", "shape": [], "datatype": "INT8", "data": {data}}}]}}'
-    taken = await at_the_door(identity("INT8", ()), text.encode(), {})
+    taken = await read_body_for(identity("INT8", ()), text.encode(), {})
     assert packing.unpack(taken.content)["x"].tolist() == 5
 
 
-async def test_a_model_without_inputs_is_asked_with_none(
+async def test_a_model_without_inputs_is_requested_with_none(
     client: httpx2.AsyncClient, store: Store
 ) -> None:
     dice = Signature("dice", "1", "", (), (TensorSpec("y", "FP32", (1,)),))
@@ -358,22 +358,22 @@ async def test_a_model_without_inputs_is_asked_with_none(
 
 
 async def test_an_open_dimension_may_be_zero_in_a_tensor() -> None:
-    for one in (np.empty((0, 3), np.float32), np.empty((2, 0), np.float32)):
-        body, headers = binary(("x", one))
-        taken = await at_the_door(identity("FP32"), body, headers)
-        assert packing.unpack(taken.content)["x"].shape == one.shape
-        text = json.dumps({"inputs": [described("x", one, data=[])]}).encode()
-        assert (await at_the_door(identity("FP32"), text, {})).tensors[0].shape == one.shape
+    for array in (np.empty((0, 3), np.float32), np.empty((2, 0), np.float32)):
+        body, headers = binary(("x", array))
+        taken = await read_body_for(identity("FP32"), body, headers)
+        assert packing.unpack(taken.content)["x"].shape == array.shape
+        text = json.dumps({"inputs": [described("x", array, data=[])]}).encode()
+        assert (await read_body_for(identity("FP32"), text, {})).tensors[0].shape == array.shape
 
 
 async def test_a_large_tensor_is_copied_as_little_as_possible() -> None:
     image = np.ones((1, 3, 224, 224), np.float32)
     signature = identity("FP32", ("n", 3, 224, 224))
     body, headers = binary(("x", image))
-    await at_the_door(signature, body, headers)
+    await read_body_for(signature, body, headers)
     tracemalloc.start()
     try:
-        taken = await at_the_door(signature, body, headers)
+        taken = await read_body_for(signature, body, headers)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -458,7 +458,7 @@ UNFIT: dict[str, tuple[Any, str, str]] = {
 async def test_tensors_that_do_not_fit_are_422_at_their_place(case: str) -> None:
     body, pointer, detail = UNFIT[case]
     with pytest.raises(RequestError) as refused:
-        await at_the_door(identity("FP32", ("n", 2)), json.dumps(body).encode(), {})
+        await read_body_for(identity("FP32", ("n", 2)), json.dumps(body).encode(), {})
     assert refused.value.status == 422
     found = {fault.pointer: fault.detail for fault in refused.value.faults}
     assert detail in found.get(pointer, "?"), found
@@ -467,7 +467,7 @@ async def test_tensors_that_do_not_fit_are_422_at_their_place(case: str) -> None
 async def test_a_key_of_a_tensor_given_twice_is_refused() -> None:
     text = b'{"inputs": [{"name": "x", "name": "x", "shape": [1, 2], "datatype": "FP32"'
     with pytest.raises(RequestError) as refused:
-        await at_the_door(identity("FP32"), text + b', "data": [1, 2]}]}', {})
+        await read_body_for(identity("FP32"), text + b', "data": [1, 2]}]}', {})
     assert refused.value.faults[0].pointer == "/inputs/0/name"
 
 
@@ -479,7 +479,7 @@ async def test_all_faults_of_all_tensors_come_in_one_answer(client: httpx2.Async
     ]
     reply = await client.post("/predict/two", json={"inputs": inputs})
     found = assert_problem(reply, 422, "invalid_input")["errors"]
-    assert [one["pointer"] for one in found] == [
+    assert [fault["pointer"] for fault in found] == [
         "/inputs",
         "/inputs/0/name",
         "/inputs/1/shape/0",
@@ -496,16 +496,16 @@ async def test_equal_symbols_must_be_equal_across_inputs(client: httpx2.AsyncCli
     body, headers = binary(("image", IMAGE[:, :, :, :1]), ("ids", IDS[:1]))
     reply = await client.post("/predict/two", content=body, headers=headers)
     found = assert_problem(reply, 422, "invalid_input")["errors"]
-    assert {one["pointer"]: one["detail"] for one in found} == {
+    assert {fault["pointer"]: fault["detail"] for fault in found} == {
         "/inputs/0/shape/3": "`side` is 1 here and 2 in `image`; they must be equal",
         "/inputs/1/shape/0": "`batch` is 1 here and 2 in `image`; they must be equal",
     }
 
 
-async def test_a_model_of_several_inputs_tells_data_what_to_send(
+async def test_data_for_a_model_of_several_inputs_is_answered_with_what_to_send(
     client: httpx2.AsyncClient,
 ) -> None:
-    for headers, content in (({}, b'{"data": [1]}'), (NPY, saved(IDS))):
+    for headers, content in (({}, b'{"data": [1]}'), (NPY, npy_bytes(IDS))):
         reply = await client.post("/predict/two", content=content, headers=headers)
         assert "inputs" in assert_problem(reply, 422, "invalid_input")["detail"]
 
@@ -514,8 +514,8 @@ X = np.array([[1, 2]], np.float32)
 
 
 def _broken(size: int, content: bytes, **more: Any) -> tuple[bytes, dict[str, str]]:
-    one = {**_fp32(parameters={"binary_data_size": size}), **more}
-    return laid_out({"inputs": [one]}, content)
+    tensor = {**_fp32(parameters={"binary_data_size": size}), **more}
+    return with_json_length({"inputs": [tensor]}, content)
 
 
 BROKEN: dict[str, tuple[bytes, dict[str, str]]] = {
@@ -532,7 +532,7 @@ BROKEN: dict[str, tuple[bytes, dict[str, str]]] = {
     "a length that overflows": (b"{}", {LENGTH: "9" * 18}),
     "a length with a sign": (b"{}", {LENGTH: "+2"}),
     "a length inside the JSON": (_broken(8, b"12345678")[0], {LENGTH: "20"}),
-    "data with tensors behind": laid_out({"data": [[1, 2]]}, b"1234"),
+    "data with tensors behind": with_json_length({"data": [[1, 2]]}, b"1234"),
     "strings cut off": _broken(6, b"\x09\0\0\0ab", datatype="BYTES"),
     "strings of another count": _broken(5, b"\x01\0\0\0a", datatype="BYTES"),
     "text that is no text": _broken(10, b"\x01\0\0\0\xff\x01\0\0\0a", datatype="BYTES"),
@@ -541,22 +541,24 @@ BROKEN: dict[str, tuple[bytes, dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-async def test_a_broken_layout_is_refused_and_never_our_fault(
+async def test_a_broken_layout_is_a_4xx_and_never_a_500(
     client: httpx2.AsyncClient, case: str
 ) -> None:
     body, headers = BROKEN[case]
-    model = next((one for one in ("BYTES", "BOOL") if f'"{one}"'.encode() in body), "FP32")
+    model = next(
+        (datatype for datatype in ("BYTES", "BOOL") if f'"{datatype}"'.encode() in body), "FP32"
+    )
     reply = await client.post(f"/predict/{model}", content=body, headers=headers)
     assert reply.status_code in (400, 413, 422), reply.text
     assert reply.json()["code"] != "internal_error"
 
 
 @given(st.binary(max_size=80), st.integers(0, 90))
-async def test_any_bytes_are_taken_or_refused(noise: bytes, length: int) -> None:
+async def test_any_bytes_are_accepted_or_refused(noise: bytes, length: int) -> None:
     for headers in ({LENGTH: str(length)}, NPY, {}):
         for prefix in (b"", b'{"inputs": [', b"\x93NUMPY\x01\x00"):
             with pytest.raises(RequestError) as refused:
-                await at_the_door(identity("FP32", ()), prefix + noise, headers)
+                await read_body_for(identity("FP32", ()), prefix + noise, headers)
             assert refused.value.status in (400, 422)
 
 
@@ -575,25 +577,25 @@ HEAD = b"\x93NUMPY\x01\x00"
         (np.zeros((1, 4), [("a", "f4")]), "iris takes FP32"),
     ],
 )
-async def test_an_array_of_another_kind_is_told_the_remedy(
+async def test_an_array_of_another_dtype_is_answered_with_the_remedy(
     client: httpx2.AsyncClient, array: Any, named: str
 ) -> None:
-    reply = await client.post("/predict", content=saved(array), headers=NPY)
+    reply = await client.post("/predict", content=npy_bytes(array), headers=NPY)
     assert named in assert_problem(reply, 422, "invalid_input")["detail"]
 
 
-async def test_what_numpy_would_unpickle_is_refused(client: httpx2.AsyncClient) -> None:
+async def test_an_array_that_numpy_would_unpickle_is_refused(client: httpx2.AsyncClient) -> None:
     file = io.BytesIO()
     np.save(file, np.array([[{}]]), allow_pickle=True)
-    whole = saved(np.zeros((1, 4), np.float32))
+    whole = npy_bytes(np.zeros((1, 4), np.float32))
     deep = HEAD + b"\xff\xff" + b"(" * 65_535
     for body in (file.getvalue(), whole[:-1], whole + b"x", b"", HEAD, deep):
         reply = await client.post("/predict", content=body, headers=NPY)
         assert_problem(reply, 422, "invalid_input")
 
 
-def headed(descr: str, order: str, shape: str, data: bytes) -> bytes:
-    """A file of numpy's with this header, which `np.save` may never write."""
+def npy_with_header(descr: str, order: str, shape: str, data: bytes) -> bytes:
+    """A `.npy` file with this header, which `np.save` may never write."""
     header = f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, }}".encode()
     return HEAD + len(header).to_bytes(2, "little") + header + data
 
@@ -615,13 +617,13 @@ _SHAPES = (
     st.sampled_from(_SHAPES),
     st.integers(0, 40),
 )
-async def test_any_header_of_numpys_is_taken_or_refused(
+async def test_any_npy_header_is_accepted_or_refused(
     descr: str, order: str, shape: str, size: int
 ) -> None:
     for taken in (("batch", 2), (), (None, None)):
         with contextlib.suppress(InvalidInput):
-            await at_the_door(
-                identity("FP32", taken), headed(descr, order, shape, bytes(size)), NPY
+            await read_body_for(
+                identity("FP32", taken), npy_with_header(descr, order, shape, bytes(size)), NPY
             )
 
 
@@ -629,15 +631,15 @@ async def test_any_header_of_numpys_is_taken_or_refused(
     ("descr", "shape", "size"),
     [("'2f4'", "(1,)", 8), ("'(2,)<f4'", "(1,)", 8), ("'<f4'", "(True, 2)", 8)],
 )
-async def test_a_header_of_numpys_that_is_no_plain_array_is_the_clients_fault(
+async def test_an_npy_header_without_a_plain_array_is_a_4xx(
     client: httpx2.AsyncClient, descr: str, shape: str, size: int
 ) -> None:
-    body = headed(descr, "False", shape, bytes(size))
+    body = npy_with_header(descr, "False", shape, bytes(size))
     assert_problem(await client.post("/predict", content=body, headers=NPY), 422, "invalid_input")
 
 
 async def test_a_refusal_shows_no_address_of_memory(client: httpx2.AsyncClient) -> None:
-    body = headed("'<f4'", "False", "(2**62, 4)", b"")
+    body = npy_with_header("'<f4'", "False", "(2**62, 4)", b"")
     reply = await client.post("/predict", content=body, headers=NPY)
     assert "0x" not in assert_problem(reply, 422, "invalid_input")["detail"]
 
@@ -646,7 +648,7 @@ async def test_a_refusal_shows_no_address_of_memory(client: httpx2.AsyncClient) 
 async def test_only_space_and_tab_are_white_space_in_a_header(
     client: httpx2.AsyncClient, name: str
 ) -> None:
-    """Python strips the byte 0xA0 too, and a proxy in front does not."""
+    """Python's `strip()` also removes the byte 0xA0, which a proxy in front does not."""
     value = {"content-type": b"application/json\xa0", "content-encoding": b"identity\xa0"}[name]
     reply = await client.post(
         "/predict", content=b'{"data": [[1, 2, 3, 4]]}', headers=[(name.encode(), value)]
@@ -655,7 +657,7 @@ async def test_only_space_and_tab_are_white_space_in_a_header(
 
 
 async def test_no_option_takes_a_line_end(client: httpx2.AsyncClient) -> None:
-    """`$` also matches before a line end at the end of a text."""
+    """The `$` of a pattern also matches before a line end at the end of a text."""
     for name, value in {"group": "a\n", "version": "1\n", "priority": "low\n"}.items():
         body = {"data": [[1, 2, 3, 4]], "options": {name: value}}
         assert_problem(await client.post("/predict", json=body), 422, "invalid_input")
@@ -694,25 +696,27 @@ async def test_a_version_is_checked_against_its_own_signature(
     assert "10, 9" in assert_problem(unknown, 404, "version_not_found")["detail"]
 
 
-async def test_a_key_stands_for_all_of_a_tensor_request(client: httpx2.AsyncClient) -> None:
+async def test_an_idempotency_key_covers_all_of_a_tensor_request(
+    client: httpx2.AsyncClient,
+) -> None:
     once = {"idempotency-key": "k"}
-    one = described("ids", IDS, data=IDS.tolist())
+    ids = described("ids", IDS, data=IDS.tolist())
     image = described("image", IMAGE, data=IMAGE.tolist())
-    first = await client.post("/predict/two", json={"inputs": [one, image]}, headers=once)
+    first = await client.post("/predict/two", json={"inputs": [ids, image]}, headers=once)
     body, headers = binary(("image", IMAGE), ("ids", IDS))
     equal = await client.post("/predict/two", content=body, headers={**headers, **once})
     assert equal.json()["job_id"] == first.json()["job_id"]
     others: list[dict[str, Any]] = [
-        {"inputs": [one, image], "outputs": [{"name": "y"}]},
-        {"inputs": [one, image], "options": {"priority": "low"}},
-        {"inputs": [{**one, "data": [1, 2]}, image]},
+        {"inputs": [ids, image], "outputs": [{"name": "y"}]},
+        {"inputs": [ids, image], "options": {"priority": "low"}},
+        {"inputs": [{**ids, "data": [1, 2]}, image]},
     ]
     for other in others:
         reply = await client.post("/predict/two", json=other, headers=once)
         assert_problem(reply, 422, "idempotency_conflict")
 
 
-async def test_ten_mebibytes_are_taken_and_more_than_max_body_are_not(
+async def test_ten_mebibytes_are_accepted_and_more_than_max_body_are_not(
     client: httpx2.AsyncClient, server: redis.Redis
 ) -> None:
     body, headers = binary(("x", np.zeros((10, 1 << 18), np.float32)))
@@ -729,7 +733,7 @@ async def test_ten_mebibytes_are_taken_and_more_than_max_body_are_not(
         assert "MAX_JSON" in assert_problem(refused, 413, "body_too_large")["detail"]
 
 
-async def test_a_dry_run_says_what_it_understood_and_stores_nothing(
+async def test_a_validation_shows_what_it_understood_and_stores_nothing(
     client: httpx2.AsyncClient, server: redis.Redis
 ) -> None:
     body, headers = binary(("image", IMAGE), ("ids", IDS))
@@ -756,4 +760,4 @@ async def test_every_example_is_a_request_that_works(client: httpx2.AsyncClient)
             reply = await client.post(path, json=model["example"])
             assert reply.status_code in (200, 202), reply.text
     two = (await client.get("/models/two")).json()
-    assert [one["name"] for one in two["example"]["inputs"]] == ["image", "ids"]
+    assert [tensor["name"] for tensor in two["example"]["inputs"]] == ["image", "ids"]

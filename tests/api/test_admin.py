@@ -1,4 +1,4 @@
-"""Queues and workers seen; many jobs retried, cancelled and purged; dead letters."""
+"""Queues, workers and dead letters; many jobs retried, cancelled and purged at once."""
 
 import asyncio
 import re
@@ -39,43 +39,48 @@ def hands(store: Store, server: redis.Redis) -> Hands:
     return Hands(store, server)
 
 
-async def told(reply: httpx2.Response) -> dict[str, Any]:
+async def ok_body(reply: httpx2.Response) -> dict[str, Any]:
     assert reply.status_code == 200, reply.text
     body: dict[str, Any] = reply.json()
     return body
 
 
 async def clear(client: httpx2.AsyncClient, query: str) -> dict[str, Any]:
-    return await told(await client.delete(f"/jobs?{query}"))
+    return await ok_body(await client.delete(f"/jobs?{query}"))
 
 
 async def retry(client: httpx2.AsyncClient, query: str = "", *ids: str) -> dict[str, Any]:
     body = {"job_ids": ids} if ids else None
-    return await told(await client.post(f"/jobs/retry?{query}", json=body))
+    return await ok_body(await client.post(f"/jobs/retry?{query}", json=body))
 
 
-async def failed(hands: Hands, count: int = 1, outcome: str = "failed", **about: Any) -> list[str]:
-    """Jobs that ended so; the first first."""
+async def submit_failed(
+    hands: Hands, count: int = 1, outcome: str = "failed", **about: Any
+) -> list[str]:
+    """Submits jobs and ends them with this outcome; their ids, the first job first."""
     jobs = await hands.some(count, **about)
     await hands.finish(await hands.take(queues=(about.get("queue", QUEUE),)), outcome)  # type: ignore[arg-type]
     return jobs
 
 
-def kept(server: redis.Redis, job_ids: Iterable[str]) -> list[bytes]:
-    """All keys that are left of jobs."""
+def stored_keys(server: redis.Redis, job_ids: Iterable[str]) -> list[bytes]:
+    """All keys of these jobs that are still in Redis."""
     found: Any = server
-    return [name for one in job_ids for name in found.keys(f"job:{one}:*")]
+    return [name for job_id in job_ids for name in found.keys(f"job:{job_id}:*")]
 
 
-# --- seeing --------------------------------------------------------------------------------
+# --- queues and workers ----------------------------------------------------------------------
 
 
 async def test_queues_are_shown_with_their_models(api: httpx2.AsyncClient, hands: Hands) -> None:
     await hands.some(3)
     await hands.some(2, queue=DIGITS, priority="high")
-    queues = (await told(await api.get("/queues")))["queues"]
-    assert [(one["model"], one["queue"]) for one in queues] == [("iris", QUEUE), ("digits", DIGITS)]
-    assert [one["waiting"] for one in queues] == [
+    queues = (await ok_body(await api.get("/queues")))["queues"]
+    assert [(queue["model"], queue["queue"]) for queue in queues] == [
+        ("iris", QUEUE),
+        ("digits", DIGITS),
+    ]
+    assert [queue["waiting"] for queue in queues] == [
         {"high": 0, "normal": 3, "low": 0},
         {"high": 2, "normal": 0, "low": 0},
     ]
@@ -88,7 +93,7 @@ async def test_workers_are_shown_as_they_announce_themselves(
 ) -> None:
     about = {"host": "h", "concurrency": 2, "busy": 1, "started_ms": hands.now_ms() - 1000}
     await Announcements(store).announce_worker("h-17-f0fd4a", {**about, "state": "ready"}, 10)
-    (worker,) = (await told(await api.get("/workers")))["workers"]
+    (worker,) = (await ok_body(await api.get("/workers")))["workers"]
     assert (worker["worker"], worker["host"]) == ("w-f0fd4a", "h")
     assert (worker["slots"], worker["busy"]) == (2, 1)
     assert worker["started_at"].endswith("Z")
@@ -96,43 +101,45 @@ async def test_workers_are_shown_as_they_announce_themselves(
     assert worker["pid"] is None
 
 
-# --- dead letters --------------------------------------------------------------------------
+# --- dead letters ----------------------------------------------------------------------------
 
 
 async def test_dead_letters_are_listed_newest_first_with_their_error(
     api: httpx2.AsyncClient, hands: Hands
 ) -> None:
-    first = await failed(hands, outcome="dead")
-    await failed(hands)
-    second = await failed(hands, outcome="dead", queue=DIGITS)
-    dead = (await told(await api.get("/jobs?dead=true")))["jobs"]
+    first = await submit_failed(hands, outcome="dead")
+    await submit_failed(hands)
+    second = await submit_failed(hands, outcome="dead", queue=DIGITS)
+    dead = (await ok_body(await api.get("/jobs?dead=true")))["jobs"]
     assert [job["job_id"] for job in dead] == [*second, *first]
     assert dead[0]["error"] == {"code": "model_failed", "message": "no"}
     assert "result" not in dead[0]
-    iris = (await told(await api.get("/jobs?dead=true&model=iris")))["jobs"]
+    iris = (await ok_body(await api.get("/jobs?dead=true&model=iris")))["jobs"]
     assert [job["job_id"] for job in iris] == first
-    assert (await told(await api.get("/jobs?dead=true&status=completed")))["jobs"] == []
+    assert (await ok_body(await api.get("/jobs?dead=true&status=completed")))["jobs"] == []
 
 
 @pytest.mark.parametrize("limit", [1, 3, 100])
 async def test_pages_of_dead_letters_have_neither_gaps_nor_repeats(
     api: httpx2.AsyncClient, hands: Hands, limit: int
 ) -> None:
-    letters = await failed(hands, 5, "dead") + await failed(hands, 4, "dead", queue=DIGITS)
+    letters = await submit_failed(hands, 5, "dead") + await submit_failed(
+        hands, 4, "dead", queue=DIGITS
+    )
     now_ms = hands.now_ms()
-    for place, one in enumerate(letters):
+    for place, letter in enumerate(letters):
         queue = QUEUE if place < 5 else DIGITS
-        hands.redis.zadd(keys.dead(queue), {one: now_ms + place // 2})
+        hands.redis.zadd(keys.dead(queue), {letter: now_ms + place // 2})
     found: list[str] = []
     cursor = ""
     while True:
-        page = await told(await api.get(f"/jobs?dead=true&limit={limit}{cursor}"))
+        page = await ok_body(await api.get(f"/jobs?dead=true&limit={limit}{cursor}"))
         found += [job["job_id"] for job in page["jobs"]]
         if page["cursor"] is None:
             break
         cursor = f"&cursor={page['cursor']}"
     assert sorted(found) == sorted(letters)
-    died = [letters.index(one) // 2 for one in found]
+    died = [letters.index(dead) // 2 for dead in found]
     assert died == sorted(died, reverse=True)
 
 
@@ -144,13 +151,15 @@ async def test_a_forged_cursor_of_dead_letters_is_refused(
     assert "cursor" in assert_problem(reply, 400, "invalid_query")["detail"]
 
 
-async def test_a_dead_letter_that_runs_again_is_none(api: httpx2.AsyncClient, hands: Hands) -> None:
-    letters = await failed(hands, 3, "dead")
-    others = await failed(hands, 2)
+async def test_a_dead_letter_that_is_retried_leaves_the_list(
+    api: httpx2.AsyncClient, hands: Hands
+) -> None:
+    letters = await submit_failed(hands, 3, "dead")
+    others = await submit_failed(hands, 2)
     answer = await retry(api, "dead=true")
     assert sorted(answer["retried"]) == sorted(letters)
     assert (answer["refused"], answer["more"]) == ([], False)
-    assert (await told(await api.get("/jobs?dead=true")))["jobs"] == []
+    assert (await ok_body(await api.get("/jobs?dead=true")))["jobs"] == []
     assert hands.statuses(letters) == {"pending"}
     assert hands.statuses(others) == {"failed"}
 
@@ -158,49 +167,49 @@ async def test_a_dead_letter_that_runs_again_is_none(api: httpx2.AsyncClient, ha
 async def test_dead_letters_are_deleted(
     api: httpx2.AsyncClient, hands: Hands, server: redis.Redis
 ) -> None:
-    letters = await failed(hands, 3, "dead")
-    others = await failed(hands, 2)
+    letters = await submit_failed(hands, 3, "dead")
+    others = await submit_failed(hands, 2)
     assert await clear(api, "dead=true&purge=true") == NOTHING | {"purged": 3}
-    assert kept(server, letters) == []
+    assert stored_keys(server, letters) == []
     assert server.exists(keys.dead(QUEUE)) == 0
     assert hands.statuses(others) == {"failed"}
 
 
-# --- retrying many -------------------------------------------------------------------------
+# --- retrying many ---------------------------------------------------------------------------
 
 
 async def test_jobs_are_retried_by_name_and_each_refusal_says_why(
     api: httpx2.AsyncClient, hands: Hands, server: redis.Redis
 ) -> None:
-    again, without_input = await failed(hands, 2)
+    again, without_input = await submit_failed(hands, 2)
     server.delete(keys.data(without_input))
-    (done,) = await failed(hands, outcome="completed")
+    (done,) = await submit_failed(hands, outcome="completed")
     waiting = await hands.one()
     absent = new_id(hands.now_ms())
     answer = await retry(api, "", again, again, without_input, done, waiting, absent, "\x01")
     assert (answer["retried"], answer["more"]) == ([again], False)
-    assert {one["job_id"]: one["code"] for one in answer["refused"]} == {
+    assert {refusal["job_id"]: refusal["code"] for refusal in answer["refused"]} == {
         **dict.fromkeys((without_input, done, waiting), "job_not_retryable"),
         **dict.fromkeys((absent, "\x01"), "job_not_found"),
     }
-    assert all(one["detail"] for one in answer["refused"])
+    assert all(refusal["detail"] for refusal in answer["refused"])
     assert hands.status(again) == "pending"
 
 
 async def test_a_retried_job_is_run_in_a_new_round(
-    api: httpx2.AsyncClient, hands: Hands, hand: Hand
+    api: httpx2.AsyncClient, hands: Hands, manual_worker: Hand
 ) -> None:
-    (job_id,) = await failed(hands)
+    (job_id,) = await submit_failed(hands)
     await retry(api, "status=failed")
-    await hand.complete()
+    await manual_worker.complete()
     body = (await api.get(f"/job/{job_id}")).json()
     assert (body["round"], body["status"], body["result"]) == (2, "completed", RESULT)
 
 
 async def test_a_filter_chooses_what_is_retried(api: httpx2.AsyncClient, hands: Hands) -> None:
-    iris = await failed(hands, 2)
-    digits = await failed(hands, 2, queue=DIGITS)
-    grouped = await failed(hands, 2, group="g")
+    iris = await submit_failed(hands, 2)
+    digits = await submit_failed(hands, 2, queue=DIGITS)
+    grouped = await submit_failed(hands, 2, group="g")
     (cancelled,) = await hands.some(1)
     await hands.cancel(cancelled)
     assert set((await retry(api, "model=digits"))["retried"]) == set(digits)
@@ -213,7 +222,7 @@ async def test_a_filter_chooses_what_is_retried(api: httpx2.AsyncClient, hands: 
 async def test_more_than_a_thousand_are_retried_in_several_calls(
     api: httpx2.AsyncClient, hands: Hands
 ) -> None:
-    jobs = [one for _ in range(5) for one in await hands.some(230)]
+    jobs = [job_id for _ in range(5) for job_id in await hands.some(230)]
     await hands.operations.purge(QUEUE)
     first = await retry(api, "status=cancelled")
     assert (len(first["retried"]), first["more"]) == (1000, True)
@@ -222,11 +231,11 @@ async def test_more_than_a_thousand_are_retried_in_several_calls(
     assert {*first["retried"], *second["retried"]} == set(jobs)
 
 
-async def test_what_finds_no_room_is_refused_and_stays_as_it_was(
+async def test_a_retry_without_room_in_the_queue_is_refused_and_changes_nothing(
     config: ApiConfig, store: Store, hands: Hands
 ) -> None:
     await announce(store, "iris", default="iris")
-    jobs = await failed(hands, 3)
+    jobs = await submit_failed(hands, 3)
     tight = msgspec.structs.replace(config, policy=Policy(max_queue=2))
     async with running(tight) as port, client_of(port) as client:
         answer = await retry(client, "status=failed")
@@ -236,7 +245,7 @@ async def test_what_finds_no_room_is_refused_and_stays_as_it_was(
     assert {refused["job_id"], *answer["retried"]} == set(jobs)
 
 
-async def test_a_retry_that_names_nothing_is_told_how(api: httpx2.AsyncClient) -> None:
+async def test_a_retry_without_criteria_is_told_how_to_name_jobs(api: httpx2.AsyncClient) -> None:
     for query in ("", "dead=false"):
         problem = assert_problem(await api.post(f"/jobs/retry?{query}"), 400, "invalid_query")
         for word in ("job_ids", "status=failed", "model=", "group=", "dead=true"):
@@ -268,7 +277,7 @@ async def test_a_body_that_names_no_jobs_is_refused(
     assert_problem(await api.post("/jobs/retry", content=content), status, code)
 
 
-# --- cancelling many -----------------------------------------------------------------------
+# --- cancelling many -------------------------------------------------------------------------
 
 
 async def test_waiting_and_running_jobs_are_cancelled_and_counted_apart(
@@ -317,7 +326,7 @@ async def test_thousands_are_cancelled_by_calls_until_nothing_is_left(
         assert answer["cancelled"] <= 1000
         cancelled, more = cancelled + answer["cancelled"], answer["more"]
     assert cancelled == 5000
-    queue = (await told(await api.get("/queues")))["queues"][0]
+    queue = (await ok_body(await api.get("/queues")))["queues"][0]
     assert queue["waiting"]["normal"] == 50
     served: list[str] = []
     while hands.waiting():
@@ -325,7 +334,7 @@ async def test_thousands_are_cancelled_by_calls_until_nothing_is_left(
     assert (served, hands.ghosts()) == (ids_of(others), 0)
 
 
-async def test_a_strangers_job_is_cancelled_as_the_default_tenants(
+async def test_an_external_job_is_cancelled_as_one_of_the_default_tenant(
     api: httpx2.AsyncClient, hands: Hands
 ) -> None:
     hands.stranger("theirs")
@@ -336,7 +345,7 @@ async def test_a_strangers_job_is_cancelled_as_the_default_tenants(
 
 
 @pytest.mark.parametrize(
-    ("query", "said"),
+    ("query", "detail"),
     [
         ("", "status="),
         ("purge=true", "status="),
@@ -352,91 +361,91 @@ async def test_a_strangers_job_is_cancelled_as_the_default_tenants(
         ("model=iris&purge=maybe", "purge"),
     ],
 )
-async def test_nothing_is_ended_or_deleted_by_a_slip(
-    api: httpx2.AsyncClient, hands: Hands, query: str, said: str
+async def test_no_job_is_ended_or_deleted_by_a_mistaken_query(
+    api: httpx2.AsyncClient, hands: Hands, query: str, detail: str
 ) -> None:
-    done = await failed(hands)
+    done = await submit_failed(hands)
     waiting = await hands.some(2)
     reply = await api.delete(f"/jobs?{query}")
-    assert said in assert_problem(reply, 400, "invalid_query")["detail"]
+    assert detail in assert_problem(reply, 400, "invalid_query")["detail"]
     assert hands.statuses(waiting) == {"pending"}
     assert hands.statuses(done) == {"failed"}
 
 
-# --- purging many --------------------------------------------------------------------------
+# --- purging many ----------------------------------------------------------------------------
 
 
 async def test_ended_jobs_are_deleted_by_state(
     api: httpx2.AsyncClient, hands: Hands, server: redis.Redis
 ) -> None:
-    done = await failed(hands, 2, "completed")
-    broken = await failed(hands, 3)
+    done = await submit_failed(hands, 2, "completed")
+    broken = await submit_failed(hands, 3)
     (cancelled,) = await hands.some(1)
     await hands.cancel(cancelled)
     waiting = await hands.some(2)
     assert await clear(api, "status=completed&purge=true") == NOTHING | {"purged": 2}
-    assert kept(server, done) == []
+    assert stored_keys(server, done) == []
     assert hands.statuses(broken) == {"failed"}
     assert await clear(api, "status=ended&purge=true") == NOTHING | {"purged": 4}
-    assert kept(server, [*broken, cancelled]) == []
-    assert (await told(await api.get("/jobs")))["jobs"][0]["job_id"] == waiting[-1]
+    assert stored_keys(server, [*broken, cancelled]) == []
+    assert (await ok_body(await api.get("/jobs")))["jobs"][0]["job_id"] == waiting[-1]
     assert await hands.run_all() == waiting
 
 
 async def test_without_a_state_all_that_ended_of_a_model_is_deleted(
     api: httpx2.AsyncClient, hands: Hands, server: redis.Redis
 ) -> None:
-    gone = await failed(hands, 2) + await failed(hands, 2, "completed", group="g")
-    other = await failed(hands, 2, queue=DIGITS)
+    gone = await submit_failed(hands, 2) + await submit_failed(hands, 2, "completed", group="g")
+    other = await submit_failed(hands, 2, queue=DIGITS)
     assert (await clear(api, "group=g&purge=true"))["purged"] == 2
     assert (await clear(api, "model=iris&purge=true"))["purged"] == 2
-    assert kept(server, gone) == []
+    assert stored_keys(server, gone) == []
     assert hands.statuses(other) == {"failed"}
 
 
 async def test_more_than_a_thousand_are_deleted_in_several_calls(
     api: httpx2.AsyncClient, hands: Hands, server: redis.Redis
 ) -> None:
-    jobs = [one for _ in range(5) for one in await hands.some(230)]
+    jobs = [job_id for _ in range(5) for job_id in await hands.some(230)]
     await hands.operations.purge(QUEUE)
     assert await clear(api, "model=iris&purge=true") == NOTHING | {"purged": 1000, "more": True}
     assert await clear(api, "model=iris&purge=true") == NOTHING | {"purged": 150}
-    assert kept(server, jobs[:10]) == []
+    assert stored_keys(server, jobs[:10]) == []
 
 
-# --- purging one ---------------------------------------------------------------------------
+# --- purging one -----------------------------------------------------------------------------
 
 
 async def test_an_ended_job_is_deleted_with_all_its_data(
-    api: httpx2.AsyncClient, hand: Hand, server: redis.Redis
+    api: httpx2.AsyncClient, manual_worker: Hand, server: redis.Redis
 ) -> None:
     job_id = await submit(api)
-    await hand.complete()
+    await manual_worker.complete()
     reply = await api.delete(f"/job/{job_id}?purge=true")
     assert (reply.status_code, reply.json()["status"]) == (200, "completed")
-    assert kept(server, [job_id]) == []
+    assert stored_keys(server, [job_id]) == []
     assert_problem(await api.get(f"/job/{job_id}"), 404, "job_not_found")
     assert_problem(await api.delete(f"/job/{job_id}?purge=true"), 404, "job_not_found")
 
 
 async def test_an_unfinished_job_is_not_deleted(
-    api: httpx2.AsyncClient, hand: Hand, hands: Hands
+    api: httpx2.AsyncClient, manual_worker: Hand, hands: Hands
 ) -> None:
     job_id = await submit(api)
     reply = await api.delete(f"/job/{job_id}?purge=true")
     assert "cancel" in assert_problem(reply, 409, "job_not_finished")["detail"]
-    claim = await hand.claim()
+    claim = await manual_worker.claim()
     assert_problem(await api.delete(f"/job/{job_id}?purge=true"), 409, "job_not_finished")
-    await hand.finish(claim)
+    await manual_worker.finish(claim)
     assert hands.status(job_id) == "completed"
 
 
 async def test_an_idempotency_key_of_a_deleted_job_makes_a_new_one(
-    api: httpx2.AsyncClient, hand: Hand
+    api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
     headers = {"idempotency-key": "k"}
     job_id = await submit(api, headers=headers)
-    await hand.complete()
+    await manual_worker.complete()
     await api.delete(f"/job/{job_id}?purge=true")
     assert await submit(api, headers=headers) != job_id
 
@@ -447,17 +456,17 @@ async def test_a_job_deleted_while_its_id_is_still_in_a_list_is_not_run(
     jobs = await hands.some(30)
     await hands.cancel_in_one_call(*jobs[:20])
     assert (await clear(api, "status=cancelled&purge=true"))["purged"] == 20
-    assert kept(server, jobs[:20]) == []
+    assert stored_keys(server, jobs[:20]) == []
     assert await hands.run_all() == jobs[20:]
     assert hands.ghosts() == 0
 
 
 @pytest.mark.parametrize("many", [True, False])
-async def test_a_retry_and_a_purge_at_once_leave_a_job_whole_or_gone(
+async def test_a_retry_and_a_purge_at_once_leave_a_job_complete_or_deleted(
     api: httpx2.AsyncClient, hands: Hands, server: redis.Redis, many: bool
 ) -> None:
     for turn in range(20):
-        (job_id,) = await failed(hands, outcome="dead")
+        (job_id,) = await submit_failed(hands, outcome="dead")
         purge = "/jobs?status=failed&purge=true" if many else f"/job/{job_id}?purge=true"
         calls = [api.post(f"/job/{job_id}/retry"), api.delete(purge)]
         async with asyncio.TaskGroup() as group:
@@ -465,7 +474,7 @@ async def test_a_retry_and_a_purge_at_once_leave_a_job_whole_or_gone(
                 group.create_task(call)
         assert server.zscore(keys.dead(QUEUE), job_id) is None
         if hands.status(job_id) is None:
-            assert kept(server, [job_id]) == []
+            assert stored_keys(server, [job_id]) == []
             assert await hands.run_all() == []
         else:
             assert set(hands.ttls(job_id).values()) == {-1}
@@ -474,7 +483,7 @@ async def test_a_retry_and_a_purge_at_once_leave_a_job_whole_or_gone(
 
 
 async def test_a_job_retried_since_it_was_chosen_keeps_its_data(hands: Hands) -> None:
-    (job_id,) = await failed(hands)
+    (job_id,) = await submit_failed(hands)
     chosen = await hands.read(job_id)
     await hands.retry(job_id)
     assert await hands.operations.forget(chosen) == "unfinished"
@@ -485,10 +494,10 @@ async def test_a_job_retried_since_it_was_chosen_keeps_its_data(hands: Hands) ->
     assert await hands.operations.retry(chosen, 1) == "absent"
 
 
-# --- purging a model -----------------------------------------------------------------------
+# --- purging a model -------------------------------------------------------------------------
 
 
-async def test_a_models_purge_ends_all_that_waits_for_it_of_all_tenants(
+async def test_a_models_purge_ends_its_waiting_jobs_of_all_tenants(
     api: httpx2.AsyncClient, hands: Hands
 ) -> None:
     theirs = [new_job(tenant="other") for _ in range(600)]
@@ -496,7 +505,7 @@ async def test_a_models_purge_ends_all_that_waits_for_it_of_all_tenants(
         await hands.submit(*theirs[start : start + 200])
     delayed = await hands.one(delay_seconds=60)
     digits = await hands.one(queue=DIGITS)
-    answer = await told(await api.post("/models/iris/purge"))
+    answer = await ok_body(await api.post("/models/iris/purge"))
     assert answer == {"model": "iris", "cancelled": 601}
     assert hands.statuses([*ids_of(theirs), delayed]) == {"cancelled"}
     assert hands.status(digits) == "pending"
@@ -504,15 +513,15 @@ async def test_a_models_purge_ends_all_that_waits_for_it_of_all_tenants(
     assert_problem(await api.post("/models/%7B/purge"), 404, "model_not_found")
 
 
-async def test_a_model_that_nobody_serves_any_more_can_be_purged(
+async def test_a_model_that_no_worker_serves_any_more_can_be_purged(
     api: httpx2.AsyncClient, hands: Hands
 ) -> None:
     job_id = await hands.one(queue=f"{QUEUE}:wine")
-    assert (await told(await api.post("/models/wine/purge")))["cancelled"] == 1
+    assert (await ok_body(await api.post("/models/wine/purge")))["cancelled"] == 1
     assert hands.status(job_id) == "cancelled"
 
 
-# --- what the manual shows -----------------------------------------------------------------
+# --- examples of the manual ------------------------------------------------------------------
 
 _MANUAL = (REPOSITORY / "asyncinfer/docs/operations.md").read_text()
 _COMMANDS = [
@@ -532,9 +541,9 @@ async def test_the_manuals_commands_do_something(
     await announce(store, "iris", default="iris")
     async with running(config) as port:
         for command in _COMMANDS:
-            (job_id,) = await failed(hands)
-            await failed(hands, outcome="dead")
-            await failed(hands, outcome="completed")
+            (job_id,) = await submit_failed(hands)
+            await submit_failed(hands, outcome="dead")
+            await submit_failed(hands, outcome="completed")
             await hands.some(1, group="nightly")
             line = command.replace("JOB_ID", job_id).replace(":8000", f":{port}")
             ran = await asyncio.create_subprocess_shell(
@@ -542,18 +551,18 @@ async def test_the_manuals_commands_do_something(
             )
             answer, _ = await ran.communicate()
             assert ran.returncode == 0, (command, answer)
-            told = msgspec.json.decode(answer)
-            assert any(told[name] for name in told if name not in ("model", "more")), (
+            ok_body = msgspec.json.decode(answer)
+            assert any(ok_body[name] for name in ok_body if name not in ("model", "more")), (
                 command,
-                told,
+                ok_body,
             )
 
 
-# --- tenants -------------------------------------------------------------------------------
+# --- tenants ---------------------------------------------------------------------------------
 
 
-async def test_what_is_anothers_is_neither_seen_nor_touched(
-    locked: int, hands: Hands, server: redis.Redis
+async def test_jobs_of_another_tenant_are_neither_shown_nor_changed(
+    two_tenant_port: int, hands: Hands, server: redis.Redis
 ) -> None:
     waiting = [new_job(tenant="alice", group="g") for _ in range(3)]
     broken = [new_job(tenant="alice", group="g") for _ in range(3)]
@@ -561,8 +570,8 @@ async def test_what_is_anothers_is_neither_seen_nor_touched(
     await hands.finish(await hands.take(), "dead")
     await hands.submit(*waiting)
     everything = ids_of([*broken, *waiting])
-    before = [hands.status(one) for one in everything]
-    async with client_of(locked, authorization="Bearer bob") as bob:
+    before = [hands.status(job_id) for job_id in everything]
+    async with client_of(two_tenant_port, authorization="Bearer bob") as bob:
         for query in ("status=pending", "status=processing", "model=iris", "group=g"):
             assert await clear(bob, query) == NOTHING
         for query in ("status=failed", "status=ended", "model=iris", "group=g", "dead=true"):
@@ -570,16 +579,16 @@ async def test_what_is_anothers_is_neither_seen_nor_touched(
         for query in ("status=failed", "model=iris", "group=g", "dead=true"):
             assert await retry(bob, query) == {"retried": [], "refused": [], "more": False}
         named = await retry(bob, "", *everything)
-        assert [one["code"] for one in named["refused"]] == ["job_not_found"] * 6
-        assert (await told(await bob.get("/jobs?dead=true")))["jobs"] == []
+        assert [refusal["code"] for refusal in named["refused"]] == ["job_not_found"] * 6
+        assert (await ok_body(await bob.get("/jobs?dead=true")))["jobs"] == []
         theirs = await bob.delete(f"/job/{everything[0]}?purge=true")
         assert_problem(theirs, 404, "job_not_found")
         assert_problem(await bob.post("/models/iris/purge"), 403, "forbidden")
-    assert [hands.status(one) for one in everything] == before
+    assert [hands.status(job_id) for job_id in everything] == before
     assert server.zcard(keys.dead(QUEUE)) == 3
-    async with client_of(locked, authorization="Bearer alice") as alice:
-        assert len((await told(await alice.get("/jobs?dead=true")))["jobs"]) == 3
+    async with client_of(two_tenant_port, authorization="Bearer alice") as alice:
+        assert len((await ok_body(await alice.get("/jobs?dead=true")))["jobs"]) == 3
         assert len((await retry(alice, "dead=true"))["retried"]) == 3
         assert await clear(alice, "group=g") == NOTHING | {"cancelled": 6}
         assert await clear(alice, "group=g&purge=true") == NOTHING | {"purged": 6}
-    assert kept(server, everything) == []
+    assert stored_keys(server, everything) == []

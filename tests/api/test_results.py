@@ -1,4 +1,4 @@
-"""Results: JSON for people, binary for programs, and what is said when there is none."""
+"""Results as JSON and in binary forms, and the answers for jobs without one."""
 
 import asyncio
 import io
@@ -38,7 +38,7 @@ from .harness import (
     running,
     submit,
 )
-from .test_tensors_in import binary, identity
+from .test_tensor_input import binary, identity
 
 BINARY = {"accept": "application/octet-stream"}
 NPY = {"accept": "application/x-npy"}
@@ -50,10 +50,12 @@ TENSORS: dict[str, Array] = {
 ROWS = {"inputs": [{"name": "input", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}
 
 
-async def ended(client: httpx2.AsyncClient, hand: Hand, tensors: dict[str, Array]) -> str:
-    """The id of a job whose result is `tensors`."""
+async def submit_completed(
+    client: httpx2.AsyncClient, manual_worker: Hand, tensors: dict[str, Array]
+) -> str:
+    """Submits a job and completes it with these tensors; its id."""
     job_id: str = (await client.post("/predict", json=ROWS)).json()["job_id"]
-    await hand.complete(body=packing.pack(tensors))
+    await manual_worker.complete(body=packing.pack(tensors))
     return job_id
 
 
@@ -64,12 +66,14 @@ def arrays(reply: httpx2.Response) -> dict[str, Array]:
     length = int(reply.headers["inference-header-content-length"])
     parse = triton.InferenceServerClient.parse_response_body
     result = parse(reply.content, header_length=length)
-    names = [one["name"] for one in result.get_response()["outputs"]]
+    names = [output["name"] for output in result.get_response()["outputs"]]
     return {name: result.as_numpy(name) for name in names}
 
 
-async def test_stored_tensors_are_shown_as_json(api: httpx2.AsyncClient, hand: Hand) -> None:
-    job_id = await ended(api, hand, TENSORS)
+async def test_stored_tensors_are_shown_as_json(
+    api: httpx2.AsyncClient, manual_worker: Hand
+) -> None:
+    job_id = await submit_completed(api, manual_worker, TENSORS)
     job = (await api.get(f"/job/{job_id}")).json()
     alone = await api.get(f"/job/{job_id}/result")
     assert (job["version"], job["sha256"]) == ("1", "a" * 64)
@@ -93,9 +97,11 @@ async def test_stored_tensors_are_shown_as_json(api: httpx2.AsyncClient, hand: H
 
 
 async def test_a_result_is_given_in_the_layout_that_tritons_client_reads(
-    api: httpx2.AsyncClient, hand: Hand
+    api: httpx2.AsyncClient, manual_worker: Hand
 ) -> None:
-    job_id = await ended(api, hand, {**TENSORS, "none": np.empty((0, 3), np.int64)})
+    job_id = await submit_completed(
+        api, manual_worker, {**TENSORS, "none": np.empty((0, 3), np.int64)}
+    )
     reply = await api.get(f"/job/{job_id}/result", headers=BINARY)
     head = json.loads(reply.content[: int(reply.headers["inference-header-content-length"])])
     found = arrays(reply)
@@ -104,12 +110,14 @@ async def test_a_result_is_given_in_the_layout_that_tritons_client_reads(
     assert found["words"].tolist() == ["é".encode(), b""]
     assert found["none"].shape == (0, 3)
     np.testing.assert_array_equal(found["half"].astype(np.float32), [1, 2.5])
-    one = await api.get(f"/job/{job_id}/result?output=x", headers=BINARY)
-    assert list(arrays(one)) == ["x"]
+    only_x = await api.get(f"/job/{job_id}/result?output=x", headers=BINARY)
+    assert list(arrays(only_x)) == ["x"]
 
 
-async def test_one_output_is_given_as_numpy_saves_it(api: httpx2.AsyncClient, hand: Hand) -> None:
-    job_id = await ended(api, hand, TENSORS)
+async def test_one_output_is_given_as_numpy_saves_it(
+    api: httpx2.AsyncClient, manual_worker: Hand
+) -> None:
+    job_id = await submit_completed(api, manual_worker, TENSORS)
     several = await api.get(f"/job/{job_id}/result", headers=NPY)
     problem = assert_problem(several, 406, "not_acceptable")
     assert "`x`, `words`, `half`" in problem["detail"]
@@ -125,8 +133,10 @@ async def test_one_output_is_given_as_numpy_saves_it(api: httpx2.AsyncClient, ha
     assert "Did you mean `words`" in assert_problem(unknown, 400, "invalid_query")["detail"]
 
 
-async def test_the_form_is_what_accept_likes_best(api: httpx2.AsyncClient, hand: Hand) -> None:
-    job_id = await ended(api, hand, {"x": TENSORS["x"]})
+async def test_the_form_is_the_one_that_accept_prefers(
+    api: httpx2.AsyncClient, manual_worker: Hand
+) -> None:
+    job_id = await submit_completed(api, manual_worker, {"x": TENSORS["x"]})
     for accept, form in {
         "*/*": "application/json",
         "text/html, application/xml;q=0.9, */*;q=0.8": "application/json",
@@ -142,21 +152,25 @@ async def test_the_form_is_what_accept_likes_best(api: httpx2.AsyncClient, hand:
         assert_problem(reply, 406, "not_acceptable")
 
 
-async def test_a_result_that_is_text_is_no_tensor(api: httpx2.AsyncClient, hand: Hand) -> None:
+async def test_a_result_that_is_text_is_no_tensor(
+    api: httpx2.AsyncClient, manual_worker: Hand
+) -> None:
     job_id = await submit(api)
-    await hand.complete()
+    await manual_worker.complete()
     assert (await api.get(f"/job/{job_id}/result")).json() == RESULT
     for headers in (BINARY, NPY):
         refused = await api.get(f"/job/{job_id}/result", headers=headers)
         assert "`inputs`" in assert_problem(refused, 406, "not_acceptable")["detail"]
 
 
-async def test_without_a_result_it_is_said_why(api: httpx2.AsyncClient, hand: Hand) -> None:
+async def test_a_job_without_a_result_is_answered_with_the_reason(
+    api: httpx2.AsyncClient, manual_worker: Hand
+) -> None:
     job_id = await submit(api)
     waiting = await api.get(f"/job/{job_id}/result", headers=BINARY)
     assert_problem(waiting, 409, "job_not_finished")
     assert int(waiting.headers["retry-after"]) > 0
-    await hand.fail()
+    await manual_worker.fail()
     failed = assert_problem(await api.get(f"/job/{job_id}/result"), 422, "job_failed")
     assert failed["error"] == {"code": "model_failed", "message": "no"}
     cancelled = await submit(api)
@@ -165,10 +179,10 @@ async def test_without_a_result_it_is_said_why(api: httpx2.AsyncClient, hand: Ha
     assert_problem(await api.get("/job/none/result"), 404, "job_not_found")
 
 
-async def test_a_damaged_result_is_not_our_fault(
-    api: httpx2.AsyncClient, hand: Hand, server: redis.Redis
+async def test_a_damaged_result_is_answered_with_its_own_error(
+    api: httpx2.AsyncClient, manual_worker: Hand, server: redis.Redis
 ) -> None:
-    job_id = await ended(api, hand, TENSORS)
+    job_id = await submit_completed(api, manual_worker, TENSORS)
     server.set(keys.result(job_id), b"\x01damaged", keepttl=True)
     assert (await api.get(f"/job/{job_id}")).status_code == 200
     for headers in (BINARY, NPY):
@@ -176,30 +190,32 @@ async def test_a_damaged_result_is_not_our_fault(
         assert_problem(reply, 410, "result_damaged")
 
 
-async def test_a_result_is_its_tenants_alone(locked: int, hand: Hand) -> None:
-    mine, theirs = (client_of(locked, **{"x-api-key": name}) for name in ("alice", "bob"))
+async def test_a_result_is_visible_to_its_tenant_only(
+    two_tenant_port: int, manual_worker: Hand
+) -> None:
+    mine, theirs = (client_of(two_tenant_port, **{"x-api-key": name}) for name in ("alice", "bob"))
     async with mine, theirs:
-        job_id = await ended(mine, hand, TENSORS)
+        job_id = await submit_completed(mine, manual_worker, TENSORS)
         assert (await mine.get(f"/job/{job_id}/result")).status_code == 200
         assert_problem(await theirs.get(f"/job/{job_id}/result"), 404, "job_not_found")
 
 
 async def test_a_wait_may_answer_with_the_binary_result(
-    api: httpx2.AsyncClient, hand: Hand, server: redis.Redis
+    api: httpx2.AsyncClient, manual_worker: Hand, server: redis.Redis
 ) -> None:
-    async def waited(headers: dict[str, str], body: bytes) -> httpx2.Response:
+    async def wait_for_result(headers: dict[str, str], body: bytes) -> httpx2.Response:
         async with asyncio.TaskGroup() as group:
             more = {**headers, "prefer": "wait=10"}
             post = group.create_task(api.post("/predict", json=ROWS, headers=more))
             await eventually(lambda: bool(server.llen(QUEUE)), "the job waits")
-            await hand.complete(body=body)
+            await manual_worker.complete(body=body)
         return post.result()
 
     packed = packing.pack(TENSORS)
-    reply = await waited(BINARY, packed)
+    reply = await wait_for_result(BINARY, packed)
     assert arrays(reply)["x"].tobytes() == TENSORS["x"].tobytes()
     assert reply.headers["location"].startswith("/job/")
-    assert (await waited({}, packed)).json()["result"]["outputs"][0]["name"] == "x"
+    assert (await wait_for_result({}, packed)).json()["result"]["outputs"][0]["name"] == "x"
     refused = await api.post(
         "/predict", json={"data": [[1, 2, 3, 4]]}, headers={**BINARY, "prefer": "wait=1"}
     )
@@ -222,30 +238,34 @@ async def identities(
     zoo.place(tmp_path, "added", zoo.added())
     engines = {file.model: Engine.load(file, intra_op_threads=1) for file in scan(tmp_path)}
     await Announcements(store).announce_models(
-        {name: {"1": msgspec.json.encode(one.signature)} for name, one in engines.items()}
+        {name: {"1": msgspec.json.encode(item.signature)} for name, item in engines.items()}
     )
     async with hosted(running(config)) as port, client_of(port) as client:
         yield client, engines
 
 
-async def _worked(
-    client: httpx2.AsyncClient, hand: Hand, engines: dict[str, Engine], model: str, **sent: Any
+async def _run_through_engine(
+    client: httpx2.AsyncClient,
+    manual_worker: Hand,
+    engines: dict[str, Engine],
+    model: str,
+    **sent: Any,
 ) -> httpx2.Response:
-    """The binary result of a request, run as a worker would."""
+    """Submits a request and runs it through the engine as a worker does; the binary result."""
     submitted = await client.post(f"/predict/{model}", **sent)
     assert submitted.status_code == 202, submitted.text
-    claim = await hand.claim(f"{QUEUE}:{model}")
+    claim = await manual_worker.claim(f"{QUEUE}:{model}")
     prepared = prepare(claim.jobs, lambda _: engines[model], None)
     assert not prepared.refused
     engine = engines[model]
     outputs = engine.run(prepared.batches[0].inputs[0], Stop())
     names = [spec.name for spec in engine.signature.outputs]
-    await hand.finish(claim, body=packing.pack(dict(zip(names, outputs, strict=True))))
+    await manual_worker.finish(claim, body=packing.pack(dict(zip(names, outputs, strict=True))))
     return await client.get(f"/job/{submitted.json()['job_id']}/result", headers=BINARY)
 
 
 async def test_tensors_of_every_datatype_go_through_a_model_and_come_back(
-    identities: tuple[httpx2.AsyncClient, dict[str, Engine]], hand: Hand
+    identities: tuple[httpx2.AsyncClient, dict[str, Engine]], manual_worker: Hand
 ) -> None:
     client, engines = identities
     for datatype in engines.keys() - {"added"}:
@@ -256,7 +276,9 @@ async def test_tensors_of_every_datatype_go_through_a_model_and_come_back(
             bits = np.random.default_rng(0).integers(0, 256, 6 * dtype.itemsize, np.uint8)
             array = (bits % 2 if datatype == "BOOL" else bits).view(dtype).reshape(3, 2)
         body, headers = binary(("x", array))
-        reply = await _worked(client, hand, engines, datatype, content=body, headers=headers)
+        reply = await _run_through_engine(
+            client, manual_worker, engines, datatype, content=body, headers=headers
+        )
         back = arrays(reply)["y"]
         if datatype == "BYTES":
             assert back.ravel().tolist() == [b"a", "é".encode()]
@@ -265,14 +287,14 @@ async def test_tensors_of_every_datatype_go_through_a_model_and_come_back(
 
 
 async def test_the_example_of_every_model_runs(
-    identities: tuple[httpx2.AsyncClient, dict[str, Engine]], hand: Hand
+    identities: tuple[httpx2.AsyncClient, dict[str, Engine]], manual_worker: Hand
 ) -> None:
     client, engines = identities
     for name, engine in engines.items():
         example = example_of(engine.signature)
         assert ("inputs" in (example or {})) == (name == "added")
         shown = (await client.get(f"/models/{name}")).json()["example"]
-        reply = await _worked(client, hand, engines, name, json=shown)
+        reply = await _run_through_engine(client, manual_worker, engines, name, json=shown)
         assert list(arrays(reply)) == ["y"]
 
 
