@@ -332,7 +332,7 @@ class Store:
         lengths = [await self.command("LLEN", name) for name in keys.waiting(queue)]
         return not any(lengths) and not await self.command("HLEN", keys.running(queue))
 
-    # --- the server and what it is used for --------------------------------------------------
+    # --- the server and the default model -----------------------------------------------------
 
     async def check_server(self) -> str:
         """The server's name and version. Raises ServerRefused if it cannot keep jobs safe or
