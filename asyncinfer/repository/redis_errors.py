@@ -56,7 +56,8 @@ def translate(error: Exception) -> StorageFull | RedisUnavailable:
         )
     if reason := write_refusal(error):
         refused = WritesRefused(
-            f"Redis takes no writes, since {reason}. Nothing was stored; send the request again then.",
+            f"Redis takes no writes, since {reason}. Nothing was stored; send the request again "
+            "then.",
             retry_after_seconds=1,
         )
         refused.is_disk_full = reason == _WRITE_REFUSALS["MISCONF"]
