@@ -255,6 +255,17 @@ class Settings(Struct, frozen=True, kw_only=True):
     ] = 3
 
 
+_COMMON: Final = frozenset(
+    {
+        *("redis_url", "data_dir", "model_dir", "model", "models", "default_model"),
+        *("host", "port", "api_keys", "api_processes"),
+        *("concurrency", "max_batch", "prediction_timeout"),
+        *("max_queue", "job_ttl"),
+    }
+)
+"""The settings that most deployments consider; `--help` lists the others as advanced."""
+
+
 class Knob(Struct, frozen=True):
     """A setting as the command line and its messages show it."""
 
@@ -266,6 +277,7 @@ class Knob(Struct, frozen=True):
     allowed: str
     unset: str
     secret: bool
+    advanced: bool
 
     @property
     def flag(self) -> str:
@@ -297,6 +309,7 @@ def _knob(field: types.Field, declared: Any) -> Knob:
         allowed=words["allowed"] or _allowed(field.type.type),
         unset=words["unset"],
         secret=words["secret"],
+        advanced=field.name not in _COMMON,
     )
 
 

@@ -1,7 +1,7 @@
-"""The command line: argv and environment to a command, and every failure to one line.
+"""The entry point of the command line.
 
-Imports what a command needs where it needs it: `serve` starts its children first, and a worker
-does without the memory that parsing takes.
+Modules are imported inside the functions that need them, so that `serve` starts its children before
+it imports the rest, and a worker does not hold the memory that the option parser takes.
 """
 
 import os
@@ -9,43 +9,48 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from asyncinfer.cli.exit_codes import EXIT_INTERRUPTED, EXIT_NOBODY_READS, refused
+from asyncinfer.cli.exit_codes import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, report_error
 from asyncinfer.errors import AsyncinferError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command in `argv` (default: sys.argv) and returns its exit code.
+
+    Failures become one line on stderr. --help, --version and SIGTERM raise SystemExit.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # The kernel keeps from process 1 of a container each signal that it has no handler for.
-    before = signal.signal(signal.SIGTERM, _stopped_before_it_began)
+    # The kernel does not deliver to process 1 of a container a signal that has no handler.
+    previous_handler = signal.signal(signal.SIGTERM, _exit_at_once)
     try:
-        return _command(arguments)()
+        return _find_command(arguments)()
     except (AsyncinferError, BaseExceptionGroup) as error:
-        return refused(error)
+        return report_error(error)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter complains at its end
-        return EXIT_NOBODY_READS
+        # Else the interpreter reports an error as it flushes stdout at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return EXIT_BROKEN_PIPE
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous_handler)
 
 
-def _command(arguments: list[str]) -> Callable[[], int]:
-    """Children of `serve` have nothing to parse, or what nobody else may write."""
+def _find_command(arguments: list[str]) -> Callable[[], int]:
+    """The function to run. The two kinds of children that `serve` starts need no option parser."""
     match arguments:
         case ["work"]:
-            from asyncinfer.cli.serve.work import work_as_set
+            from asyncinfer.cli.serve.work import work_from_environment
 
-            return work_as_set
+            return work_from_environment
         case ["api-process", held_fd, report_fd, own_worker_since_ms]:
             from asyncinfer.cli.serve.api_process import api_process
 
             return lambda: api_process(int(held_fd), int(report_fd), int(own_worker_since_ms))
         case _:
-            from asyncinfer.cli.commands import parsed
+            from asyncinfer.cli.commands import parse_and_run
 
-            return lambda: parsed(arguments)
+            return lambda: parse_and_run(arguments)
 
 
-def _stopped_before_it_began(number: int, _: object) -> None:
+def _exit_at_once(number: int, _: object) -> None:
     sys.exit(0)

@@ -1,14 +1,14 @@
-"""Addresses as people read them: of the API and of Redis, without passwords."""
+"""URLs of the API and of Redis as users see them, without passwords."""
 
 from typing import Final
 from urllib.parse import urlsplit
 
-_EVERY_ADDRESS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+_LOOPBACK_OF_WILDCARD: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 def api_url(host: str, port: int) -> str:
-    """Where an API that listens on an address is reached from its own machine."""
-    host = _EVERY_ADDRESS.get(host, host)
+    """The URL of an API that listens on `host`, as its own machine reaches it."""
+    host = _LOOPBACK_OF_WILDCARD.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 

@@ -1,4 +1,4 @@
-"""Requests to a service, through the client: what commands ask that it has no method for."""
+"""Requests of commands to a running service, for which the Python client has no method."""
 
 import math
 import re
@@ -15,42 +15,47 @@ from asyncinfer.client._protocol import Request
 from asyncinfer.client._requests import ask_json
 from asyncinfer.untrusted.printable import printable_line
 
-_Answer = TypeVar("_Answer")
+_T = TypeVar("_T")
 _MARGIN_SECONDS: Final = 15.0
 _COUNT: Final = re.compile("[0-9]{1,18}")
 _RETRIES: Final = 2
-"""A person waits: some two seconds are enough."""
+"""Two retries take some two seconds, which is enough while a person waits."""
 
 
 class ModelList(Struct, frozen=True):
     models: tuple[Model, ...]
     problems: tuple[dict[str, Any], ...] = ()
-    """Of models that no worker serves in any version."""
+    """Problems of models of which no worker serves any version."""
     loading: tuple[str, ...] = ()
+    """Names of models that a worker is loading."""
 
     @property
     def all_problems(self) -> list[dict[str, Any]]:
-        return [*self.problems, *(it for one in self.models for it in one.problems)]
+        of_served = (problem for model in self.models for problem in model.problems)
+        return [*self.problems, *of_served]
 
 
-class Service:
-    """One service, asked over one pool of connections."""
+class ApiClient:
+    """JSON requests to one service, over one pool of connections; a context manager."""
 
     def __init__(
         self,
         server: Server,
         *,
         retries: int = _RETRIES,
-        until: float = math.inf,
+        deadline: float = math.inf,
         waits_for_models: bool = False,
     ) -> None:
-        """`until` on the monotonic clock; nothing is waited for after that, and what a worker is
-        loading until then, if so wished."""
+        """After `deadline`, on the monotonic clock, no request is retried and no wait goes on.
+
+        With `waits_for_models` a model that a worker is loading is waited for until then; without
+        it such a request raises ModelLoading.
+        """
         self.client = Client(server.url, server.api_key, retries=retries)
-        self.client._server.until = until
+        self.client._server.until = deadline
         self.client._server.waits_for_models = waits_for_models
 
-    def __enter__(self) -> "Service":
+    def __enter__(self) -> "ApiClient":
         return self
 
     def __exit__(
@@ -58,16 +63,20 @@ class Service:
     ) -> None:
         self.client.close()
 
-    def ask(
+    def request_json(
         self, method: str, path: str, *, body: Any = None, wait_seconds: float = 0, **query: Any
     ) -> Any:
-        """The JSON of a good answer; raises what a bad one stands for."""
-        given = {name: _text(value) for name, value in query.items() if value is not None}
+        """The decoded JSON of a successful response; raises the RequestError of any other.
+
+        Parameters in `query` that are None are left out. With `wait_seconds` the server may hold
+        the response back that long.
+        """
+        parameters = {name: _text(value) for name, value in query.items() if value is not None}
         if wait_seconds:
-            given["wait"] = f"{wait_seconds:g}"
+            parameters["wait"] = f"{wait_seconds:g}"
         request = Request(
             method=method,
-            path=f"{path}?{urlencode(given)}" if given else path,
+            path=f"{path}?{urlencode(parameters)}" if parameters else path,
             headers={} if body is None else {"content-type": "application/json"},
             body=None if body is None else msgspec.json.encode(body),
             timeout_seconds=wait_seconds + _MARGIN_SECONDS,
@@ -75,13 +84,14 @@ class Service:
         client = self.client
         return client._driver.run(ask_json(client._server, request))
 
-    def ask_as(self, kind: type[_Answer], method: str, path: str, **more: Any) -> _Answer:
-        return self.checked(kind, self.ask(method, path, **more), path)
+    def request_as(self, kind: type[_T], method: str, path: str, **more: Any) -> _T:
+        """The response of `request_json` as a `kind`; raises NotAsyncinfer if it is none."""
+        return self.convert(kind, self.request_json(method, path, **more), path)
 
-    def checked(self, kind: type[_Answer], answer: Any, path: str) -> _Answer:
-        """An answer, or a part of one, whose types are those that a command relies on."""
+    def convert(self, kind: type[_T], value: Any, path: str) -> _T:
+        """A JSON value as a `kind`; raises NotAsyncinfer, which names `path`, if it is none."""
         try:
-            return msgspec.convert(answer, kind)
+            return msgspec.convert(value, kind)
         except msgspec.ValidationError as error:
             raise NotAsyncinfer(
                 f"{self.client.url}{path} does not answer as this release of asyncinfer does "
@@ -89,20 +99,20 @@ class Service:
             ) from error
 
 
-def told_problem(one: dict[str, Any]) -> str:
-    """In one line, of a model as a server lists it."""
-    version = one.get("version") or "all versions"
-    told = f"{one.get('model')} {version}, worker {one.get('worker')}: {one.get('reason')}"
-    return printable_line(told)
+def problem_line(problem: dict[str, Any]) -> str:
+    """A model's problem, as a server lists it, in one line."""
+    version = problem.get("version") or "all versions"
+    where = f"{problem.get('model')} {version}, worker {problem.get('worker')}"
+    return printable_line(f"{where}: {problem.get('reason')}")
 
 
-def by_rows(times: dict[str, float]) -> list[tuple[int, float]]:
-    """The seconds of a run by its number of rows, fewest first."""
-    return sorted((int(rows), took) for rows, took in times.items() if _COUNT.fullmatch(rows))
+def seconds_by_rows(times: dict[str, float]) -> list[tuple[int, float]]:
+    """Pairs of the rows and the seconds of a run, fewest rows first."""
+    return sorted((int(rows), spent) for rows, spent in times.items() if _COUNT.fullmatch(rows))
 
 
-def part(name: str) -> str:
-    """A name as one part of a path."""
+def path_part(name: str) -> str:
+    """A name, quoted as one segment of a path."""
     return quote(name, safe="")
 
 

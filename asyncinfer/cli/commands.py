@@ -1,4 +1,4 @@
-"""The commands there are, each imported only when it is used."""
+"""The list of commands; each command's module is imported only when it is used."""
 
 import importlib
 import importlib.util
@@ -10,83 +10,86 @@ from typing import Final, NamedTuple
 import click
 
 from asyncinfer import __version__
-from asyncinfer.cli.exit_codes import EXIT_CANNOT_START, EXIT_CODES, EXIT_INTERRUPTED, complain
+from asyncinfer.cli.exit_codes import EXIT_CANNOT_START, EXIT_CODES, EXIT_INTERRUPTED, say_error
 
 NAME: Final = "asyncinfer"
 COMPLETE_VARIABLE: Final = "_ASYNCINFER_COMPLETE"
 
 
-class _Listed(NamedTuple):
+class _Entry(NamedTuple):
     module: str
     text: str
 
 
 SECTIONS: Final = {
     "Run the service": {
-        "serve": _Listed("serve.commands", "Run the API; with no Redis configured, all of it."),
-        "work": _Listed("serve.commands", "Run a worker."),
-        "keygen": _Listed("serve.commands", "Make an API key."),
-        "doctor": _Listed(
-            "doctor.command", "Find what is wrong here, and the command that mends it."
+        "serve": _Entry(
+            "serve.commands",
+            "Run the API; with no Redis set, also a Valkey and a worker.",
+        ),
+        "work": _Entry("serve.commands", "Run a worker."),
+        "keygen": _Entry("serve.commands", "Make an API key."),
+        "doctor": _Entry(
+            "doctor.command", "Check Redis, models and API, and name the fix of each problem."
         ),
     },
-    "Use it": {
-        "predict": _Listed(
-            "predict.command", "Run rows of a file, of stdin or of the command line."
+    "Run predictions": {
+        "predict": _Entry(
+            "predict.command", "Predict rows of a file, of stdin or of the command line."
         ),
-        "bench": _Listed(
-            "bench.command", "Measure a model on your deployment, and what limits it."
+        "bench": _Entry(
+            "bench.command", "Measure throughput and latency of a model, and name the bottleneck."
         ),
     },
-    "See and steer it": {
-        "top": _Listed("top.command", "Watch queues and workers, live."),
-        "jobs": _Listed("jobs.listing", "List jobs, the newest first."),
-        "job": _Listed("jobs.listing", "Show a job with its result."),
-        "dead": _Listed(
-            "jobs.listing", "List dead letters: jobs given up that may deserve another try."
+    "Inspect and control": {
+        "top": _Entry("top.command", "Watch queues and workers, live."),
+        "jobs": _Entry("jobs.listing", "List jobs, the newest first."),
+        "job": _Entry("jobs.listing", "Show a job with its result."),
+        "dead": _Entry(
+            "jobs.listing", "List dead letters: jobs that were given up and can be retried."
         ),
-        "cancel": _Listed("jobs.actions", "Cancel jobs, by id or all that match."),
-        "retry": _Listed("jobs.actions", "Run failed or cancelled jobs again."),
-        "purge": _Listed("jobs.actions", "Delete ended jobs with their data."),
-        "models": _Listed("models", "List models, or show one with its example."),
-        "pause": _Listed("models", "Take a model's jobs in, and run none."),
-        "resume": _Listed("models", "Run a paused model's jobs again."),
+        "cancel": _Entry("jobs.actions", "Cancel jobs, by id or by filter."),
+        "retry": _Entry("jobs.actions", "Run failed or cancelled jobs again."),
+        "purge": _Entry("jobs.actions", "Delete ended jobs with their data."),
+        "models": _Entry("models", "List models, or show one with its example."),
+        "pause": _Entry("models", "Pause a model: accept its jobs, but run none of them."),
+        "resume": _Entry("models", "Resume a paused model."),
     },
-    "Beside it": {
-        "completion": _Listed("completion", "Print the completion script of a shell."),
+    "Other": {
+        "completion": _Entry("completion", "Print the completion script of a shell."),
     },
 }
-_LISTED: Final = {name: one for section in SECTIONS.values() for name, one in section.items()}
+_ENTRIES: Final = {name: entry for section in SECTIONS.values() for name, entry in section.items()}
 
 _EPILOG: Final = """\
-Commands that use, see or steer a service speak HTTP: --url or ASYNCINFER_URL says where (default
-http://127.0.0.1:8000), ASYNCINFER_API_KEY who you are. With --json they print JSON, in a pipe no
-colour and nothing but data; NO_COLOR is honoured."""
+Commands that talk to a running service use HTTP: its address is --url or ASYNCINFER_URL (default
+http://127.0.0.1:8000), your API key --api-key or ASYNCINFER_API_KEY. With --json they print JSON.
+Output into a pipe is data only, without colour; NO_COLOR is honoured."""
 
 
 class _Commands(click.Group):
-    """Lists its commands without importing them."""
+    """A group that lists its commands without importing them."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return [name for name in _LISTED if _is_here(name)]
+        return [name for name in _ENTRIES if _exists(name)]
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if not _is_here(name):
+        if not _exists(name):
             return None
-        found: click.Command = getattr(importlib.import_module(_module(name)), name)
-        return found
+        command: click.Command = getattr(importlib.import_module(_module(name)), name)
+        return command
 
     def resolve_command(
         self, context: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         names = self.list_commands(context)
         if args[0] not in names and not context.resilient_parsing:
-            context.fail(f"No such command {args[0]!r}.{_nearest(args[0], names)}")
+            context.fail(f"No such command {args[0]!r}.{_suggestion(args[0], names)}")
         return super().resolve_command(context, args)
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        for title, listed in SECTIONS.items():
-            rows = [(name, one.text) for name, one in listed.items() if _is_here(name)]
+        for title, entries in SECTIONS.items():
+            rows = [(name, entry.text) for name, entry in entries.items() if _exists(name)]
             if rows:
                 with formatter.section(title):
                     formatter.write_dl(rows, col_max=12)
@@ -94,20 +97,20 @@ class _Commands(click.Group):
             formatter.write_dl([(str(code), text) for code, text in EXIT_CODES.items()])
 
 
-def _is_here(name: str) -> bool:
-    """A name may be taken before its module is written."""
-    return name in _LISTED and importlib.util.find_spec(_module(name)) is not None
+def _exists(name: str) -> bool:
+    """Whether the name is listed and its module is installed."""
+    return name in _ENTRIES and importlib.util.find_spec(_module(name)) is not None
 
 
 def _module(name: str) -> str:
-    return f"asyncinfer.cli.{_LISTED[name].module}"
+    return f"asyncinfer.cli.{_ENTRIES[name].module}"
 
 
-def _nearest(name: str, names: Sequence[str]) -> str:
+def _suggestion(name: str, names: Sequence[str]) -> str:
     import difflib
 
-    near = difflib.get_close_matches(name, names, 1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    matches = difflib.get_close_matches(name, names, 1)
+    return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
 @click.group(
@@ -119,13 +122,16 @@ def _nearest(name: str, names: Sequence[str]) -> str:
 )
 @click.version_option(__version__, message="asyncinfer %(version)s")
 def commands() -> None:
-    """Any ONNX model behind a durable job queue."""
+    """Serve ONNX models behind a durable job queue."""
 
 
-def parsed(arguments: Sequence[str]) -> int:
-    """Runs what was asked for; --help and --version end with SystemExit."""
+def parse_and_run(arguments: Sequence[str]) -> int:
+    """Runs the command in `arguments` and returns its exit code; wrong usage is one line on stderr.
+
+    --help and --version end with SystemExit.
+    """
     if COMPLETE_VARIABLE in os.environ:
-        commands.main(list(arguments), prog_name=NAME)  # prints what may follow, and exits
+        commands.main(list(arguments), prog_name=NAME)  # prints the completions, and exits
     try:
         with commands.make_context(NAME, list(arguments), obj=tuple(arguments)) as context:
             return int(commands.invoke(context) or 0)
@@ -133,29 +139,29 @@ def parsed(arguments: Sequence[str]) -> int:
         sys.stderr.write(f"{error.format_message()}\n")
         return EXIT_CANNOT_START
     except click.ClickException as error:
-        complain(_one_line(error))
+        say_error(_one_line(error))
         return EXIT_CANNOT_START
     except UnicodeEncodeError:
-        # A file's name may be any bytes; what is sent to a server is text.
-        wrong = [word for word in arguments if not _is_text(word)]
-        if not wrong:
+        # A file's name may be any bytes, but a request to a server is text.
+        invalid = [word for word in arguments if not _is_text(word)]
+        if not invalid:
             raise
-        complain(f"{wrong[0]!r} is not valid UTF-8, so that no job or model has such a name.")
+        say_error(f"{invalid[0]!r} is not valid UTF-8, so no job or model has this name.")
         return EXIT_CANNOT_START
-    except click.Abort:  # Ctrl-C at a question
+    except click.Abort:  # Ctrl-C at a prompt
         return EXIT_INTERRUPTED
-    except click.exceptions.Exit as ended:
-        sys.exit(ended.exit_code)
+    except click.exceptions.Exit as exit_error:
+        sys.exit(exit_error.exit_code)
 
 
 def _is_text(word: str) -> bool:
-    """Bytes that are not UTF-8 come as lone surrogates (PEP 383)."""
-    return not any("\ud800" <= one <= "\udfff" for one in word)
+    """Bytes of an argument that are not UTF-8 arrive as unpaired surrogates (PEP 383)."""
+    return not any("\ud800" <= character <= "\udfff" for character in word)
 
 
 def _one_line(error: click.ClickException) -> str:
-    said = " ".join(error.format_message().split())
-    said += "" if said.endswith((".", "?", "!")) else "."
+    message = " ".join(error.format_message().split())
+    message += "" if message.endswith((".", "?", "!")) else "."
     if isinstance(error, click.UsageError) and error.ctx:
-        return f"{said} See `{error.ctx.command_path} --help`."
-    return said
+        return f"{message} See `{error.ctx.command_path} --help`."
+    return message

@@ -1,4 +1,4 @@
-"""`asyncinfer completion`: what a shell needs to complete our commands and options."""
+"""`asyncinfer completion`: scripts that let a shell complete commands and options."""
 
 import click
 
@@ -21,6 +21,6 @@ def completion(shell: str) -> None:
 
     from asyncinfer.cli.commands import COMPLETE_VARIABLE, NAME, commands
 
-    of_shell = get_completion_class(shell)
-    assert of_shell, "click has all of these"
-    say(of_shell(commands, {}, NAME, COMPLETE_VARIABLE).source() + "\n")
+    completion_class = get_completion_class(shell)
+    assert completion_class, "click supports each of _SHELLS"
+    say(completion_class(commands, {}, NAME, COMPLETE_VARIABLE).source() + "\n")

@@ -1,9 +1,9 @@
-"""Every failure as one line that says what to do, and an exit code."""
+"""Exit codes, and errors as lines on stderr that say what to do."""
 
 from collections.abc import Iterator
 from typing import Any, Final
 
-from asyncinfer.cli.output import say_aside
+from asyncinfer.cli.output import say_on_stderr
 from asyncinfer.errors import AsyncinferError, RequestError, StartError
 
 EXIT_FAILED: Final = 1
@@ -11,15 +11,15 @@ EXIT_CANNOT_START: Final = 2
 EXIT_NO_SERVER: Final = 3
 EXIT_TIMED_OUT: Final = 4
 EXIT_INTERRUPTED: Final = 130
-EXIT_NOBODY_READS: Final = 141
-"""As of a program that SIGPIPE ended."""
+EXIT_BROKEN_PIPE: Final = 141
+"""128 + 13: the code that a shell reports for a program that SIGPIPE ended."""
 
 EXIT_CODES: Final = {
     0: "done",
-    EXIT_FAILED: "something failed: a job, some rows, a check, or there is no such job or model",
-    EXIT_CANNOT_START: "wrong usage, a wrong setting or file, or it cannot start",
-    EXIT_NO_SERVER: "the server cannot be reached, is not ready, or does not let you in",
-    EXIT_TIMED_OUT: "--timeout passed before the end; jobs that were sent go on",
+    EXIT_FAILED: "a job, a row or a check failed, or there is no such job or model",
+    EXIT_CANNOT_START: "wrong usage, setting or file, or the service cannot start",
+    EXIT_NO_SERVER: "the server cannot be reached, is not ready, or refuses your API key",
+    EXIT_TIMED_OUT: "--timeout passed before the end; jobs that were submitted go on",
     EXIT_INTERRUPTED: "interrupted with Ctrl-C",
 }
 
@@ -28,7 +28,7 @@ _NO_SERVER_CODES: Final = frozenset({"connection_failed", "not_asyncinfer"})
 _WRONG_USAGE_CODES: Final = frozenset({"wrong_address"})
 _TIMED_OUT_CODES: Final = frozenset({"wait_timeout"})
 
-_AT_A_TERMINAL: Final = {
+_TERMINAL_WORDING: Final = {
     "Give the client one with api_key=, or set ASYNCINFER_API_KEY": "Set ASYNCINFER_API_KEY",
     "Give the client another key with api_key=, or set ASYNCINFER_API_KEY": (
         "Set ASYNCINFER_API_KEY to one that has it"
@@ -42,31 +42,38 @@ _AT_A_TERMINAL: Final = {
         "give a table with a column, or JSON objects with a key, for each of"
     ),
 }
-"""How the remedies of the Python client are called here."""
+"""Remedies in errors of the Python client, and how a user of the command line applies them."""
 
 
-def complain(detail: str) -> None:
-    for there, here in _AT_A_TERMINAL.items():
-        detail = detail.replace(there, here)
-    say_aside(f"asyncinfer: {detail}")
+def say_error(detail: str) -> None:
+    """Writes an error to stderr as one line; advice for Python users becomes advice for a shell."""
+    for python_wording, wording in _TERMINAL_WORDING.items():
+        detail = detail.replace(python_wording, wording)
+    say_on_stderr(f"asyncinfer: {detail}")
 
 
-def refused(error: AsyncinferError | BaseExceptionGroup[Any]) -> int:
-    """Several children may be refused at once, for one reason."""
+def report_error(error: AsyncinferError | BaseExceptionGroup[Any]) -> int:
+    """Says each distinct detail of an error on stderr and returns the exit code.
+
+    A group may hold several children's errors of one reason, which is said once.
+    """
     for detail in dict.fromkeys(details(error)):
-        complain(detail)
+        say_error(detail)
     return exit_code(error)
 
 
 def details(error: AsyncinferError | BaseExceptionGroup[Any]) -> Iterator[str]:
-    """Task groups wrap what stops a start; raises the group again when it holds anything else."""
+    """The messages of an error, or of the StartErrors in a task group's error.
+
+    Raises the group again if it holds any other exception.
+    """
     if isinstance(error, AsyncinferError):
         yield error.detail
         return
-    for one in error.exceptions:
-        if not isinstance(one, StartError | BaseExceptionGroup):
+    for inner in error.exceptions:
+        if not isinstance(inner, StartError | BaseExceptionGroup):
             raise error
-        yield from details(one)
+        yield from details(inner)
 
 
 def exit_code(error: AsyncinferError | BaseExceptionGroup[Any]) -> int:

@@ -1,4 +1,4 @@
-"""The commands about models: `models`, `pause`, `resume`."""
+"""The commands `models`, `pause` and `resume`."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -9,9 +9,9 @@ from asyncinfer.cli import options
 from asyncinfer.cli.options import Server
 
 _LOADING: Final = ("loading", "yellow")
-_MEANING: Final = {
-    "no worker": "no worker: jobs are taken in, and none is run until `asyncinfer work` has it",
-    "paused": "paused: jobs are taken in, and none is run",
+_STATE_TEXTS: Final = {
+    "no worker": "no worker: jobs are accepted, but none runs until a worker serves the model",
+    "paused": "paused: jobs are accepted, but none runs until `asyncinfer resume`",
 }
 
 if TYPE_CHECKING:
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
 def models(model: str | None, server: Server, as_json: bool) -> None:
     """List models, or show one with its example.
 
-    Times of a run are those that the workers measured.
+    The times of a run are measured by the workers.
     """
-    from asyncinfer.cli.api_client import ModelList, Service, part
+    from asyncinfer.cli.api_client import ApiClient, ModelList, path_part
     from asyncinfer.cli.output import say_json
 
-    path = "/models" if model is None else f"/models/{part(model)}"
-    with Service(server) as service:
+    path = "/models" if model is None else f"/models/{path_part(model)}"
+    with ApiClient(server) as api:
         if as_json:
-            say_json(service.ask("GET", path))
+            say_json(api.request_json("GET", path))
         elif model is None:
-            _show_all(service.ask_as(ModelList, "GET", path))
+            _show_all(api.request_as(ModelList, "GET", path))
         else:
-            _show_one(service.client.model(model))
+            _show_one(api.client.model(model))
 
 
 @options.command("pause", "asyncinfer pause digits")
@@ -51,8 +51,8 @@ def models(model: str | None, server: Server, as_json: bool) -> None:
 @options.server
 @options.as_json
 def pause(model: str, server: Server, as_json: bool) -> None:
-    """Take a model's jobs in, and run none."""
-    _set(model, server, as_json, "pause", "takes jobs in and runs none, until `resume`")
+    """Pause a model: accept its jobs, but run none of them."""
+    _set_paused(model, server, as_json, "pause", "is paused: it accepts jobs and runs none")
 
 
 @options.command("resume", "asyncinfer resume digits")
@@ -60,39 +60,39 @@ def pause(model: str, server: Server, as_json: bool) -> None:
 @options.server
 @options.as_json
 def resume(model: str, server: Server, as_json: bool) -> None:
-    """Run a paused model's jobs again."""
-    _set(model, server, as_json, "resume", "runs its jobs again")
+    """Resume a paused model."""
+    _set_paused(model, server, as_json, "resume", "runs jobs again")
 
 
-def _set(model: str, server: Server, as_json: bool, verb: str, told: str) -> None:
-    from asyncinfer.cli.api_client import Service, part
+def _set_paused(model: str, server: Server, as_json: bool, verb: str, outcome: str) -> None:
+    from asyncinfer.cli.api_client import ApiClient, path_part
     from asyncinfer.cli.output import say, say_json
 
-    with Service(server) as service:
-        answer = service.ask("POST", f"/models/{part(model)}/{verb}")
+    with ApiClient(server) as api:
+        answer = api.request_json("POST", f"/models/{path_part(model)}/{verb}")
     if as_json:
         say_json(answer)
     else:
-        say(f"{model} {told}.\n")
+        say(f"{model} {outcome}.\n")
 
 
 def _show_all(listed: "ModelList") -> None:
-    from asyncinfer.cli.api_client import told_problem
-    from asyncinfer.cli.exit_codes import complain
+    from asyncinfer.cli.api_client import problem_line
+    from asyncinfer.cli.exit_codes import say_error
     from asyncinfer.cli.output import console, show, styled
 
-    known = {one.model for one in listed.models}
-    rows = [_row(one, listed.loading) for one in listed.models]
-    rows += [_unknown_row(name) for name in listed.loading if name not in known]
+    known = {model.model for model in listed.models}
+    rows = [_row(model, listed.loading) for model in listed.models]
+    rows += [_loading_row(name) for name in listed.loading if name not in known]
     show(
         ("MODEL", "VERSION", "TAKES", "BATCHED", "RUN", "WORKERS", "STATE"),
         rows,
         numeric=("WORKERS",),
     )
     if not rows:
-        complain("No model is served yet. Put an ONNX file into the MODEL_DIR of a worker.")
-    for one in listed.all_problems:
-        console(stderr=True).print(styled(told_problem(one), "yellow"), soft_wrap=True)
+        say_error("No model is served yet. Put an ONNX file into the MODEL_DIR of a worker.")
+    for problem in listed.all_problems:
+        console(stderr=True).print(styled(problem_line(problem), "yellow"), soft_wrap=True)
 
 
 def _row(model: "Model", loading: Sequence[str]) -> Sequence[object]:
@@ -106,14 +106,14 @@ def _row(model: "Model", loading: Sequence[str]) -> Sequence[object]:
     return name, model.version, takes, batched, _fastest(model.run_times), model.workers, shown
 
 
-def _unknown_row(name: str) -> Sequence[object]:
+def _loading_row(name: str) -> Sequence[object]:
     from asyncinfer.cli.output import styled
 
     return name, None, None, None, None, 0, styled(*_LOADING)
 
 
 def _state(model: "Model", loading: Sequence[str] = ()) -> tuple[str, str]:
-    """In a word, and the style that it has."""
+    """The state in a word, and its style."""
     if not model.workers:
         if model.model in loading:
             return _LOADING
@@ -122,33 +122,33 @@ def _state(model: "Model", loading: Sequence[str] = ()) -> tuple[str, str]:
 
 
 def _fastest(run_times: dict[str, dict[str, float]]) -> str | None:
-    """Of one row, or of the fewest that ran."""
-    from asyncinfer.cli.api_client import by_rows
+    """The shortest time of a run of one row, or of the fewest rows that were measured."""
+    from asyncinfer.cli.api_client import seconds_by_rows
     from asyncinfer.cli.output import seconds
 
-    found = [one for times in run_times.values() for one in by_rows(times)]
-    if not found:
+    measured = [pair for times in run_times.values() for pair in seconds_by_rows(times)]
+    if not measured:
         return None
-    rows, took = min(found)
-    return f"{seconds(took)} for {rows}"
+    rows, spent = min(measured)
+    return f"{seconds(spent)} for {rows}"
 
 
 def _tensor(spec: "TensorInfo") -> str:
-    """As `data FP32[batch, 4]`."""
+    """A tensor as `data FP32[batch, 4]`."""
     return f"{spec.name} {spec.datatype}{spec.shape_words}"
 
 
 def _show_one(model: "Model") -> None:
-    from asyncinfer.cli.api_client import told_problem
+    from asyncinfer.cli.api_client import problem_line
     from asyncinfer.cli.output import console, show_facts
 
     show_facts(_facts(model))
-    for one in model.problems:
-        console(stderr=True).print(told_problem(one), style="yellow", soft_wrap=True)
+    for problem in model.problems:
+        console(stderr=True).print(problem_line(problem), style="yellow", soft_wrap=True)
 
 
 def _facts(model: "Model") -> Iterator[Sequence[object]]:
-    from asyncinfer.cli.api_client import by_rows
+    from asyncinfer.cli.api_client import seconds_by_rows
     from asyncinfer.cli.output import seconds
 
     yield "model", f"{model.model} (default)" if model.default else model.model
@@ -156,21 +156,22 @@ def _facts(model: "Model") -> Iterator[Sequence[object]]:
         yield "description", model.description
     yield "version", f"{model.version} of {', '.join(model.versions)}"
     yield "takes", ", ".join(map(_tensor, model.inputs))
-    yield "gives", ", ".join(map(_tensor, model.outputs))
+    yield "returns", ", ".join(map(_tensor, model.outputs))
     if model.labels:
         yield "labels", ", ".join(model.labels)
     yield "batched", f"{'yes' if model.batched else 'no'}: {model.batching}"
-    yield "rows a job", f"at most {model.max_rows:,}"
+    yield "rows per job", f"at most {model.max_rows:,}"
     state, _ = _state(model)
-    yield "state", _MEANING.get(state, state)
+    yield "state", _STATE_TEXTS.get(state, state)
     yield "workers", model.workers
     for worker, times in model.run_times.items():
-        shown = [f"{rows} rows {seconds(took)}" for rows, took in by_rows(times)]
+        shown = [f"{rows} rows {seconds(spent)}" for rows, spent in seconds_by_rows(times)]
         yield f"run on {worker}", ", ".join(shown)
-    yield "example", f"asyncinfer predict --model {model.model} {_example(model.shown_example)}"
+    example = _example_argument(model.shown_example)
+    yield "example", f"asyncinfer predict --model {model.model} {example}"
 
 
-def _example(example: Any) -> str:
+def _example_argument(example: Any) -> str:
     import shlex
 
     import msgspec

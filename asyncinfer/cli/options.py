@@ -1,4 +1,4 @@
-"""What commands share: their settings as flags, where the server is, JSON, examples."""
+"""Options that commands share: settings, server, tenant, timeout, JSON; and examples in --help."""
 
 import functools
 import math
@@ -9,8 +9,9 @@ from typing import Any, Final, TypeVar
 import click
 from msgspec import Struct
 
-from asyncinfer import settings
-from asyncinfer.settings import Knob, Settings
+from asyncinfer.settings import Knob, Settings, knobs
+from asyncinfer.settings import read as read_settings
+from asyncinfer.settings import text as setting_text
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 
@@ -20,24 +21,27 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def command(
     name: str, *examples: str, **more: Any
 ) -> Callable[[Callable[..., int | None]], click.Command]:
-    """A command whose --help ends with examples: each a line that can be pasted."""
+    """Makes a function a command whose --help ends with `examples`, each a line to paste."""
     epilog = "\n".join(["\b", "Examples:", *(f"  {example}" for example in examples)])
     return click.command(name, epilog=epilog, **more)
 
 
-# --- settings --------------------------------------------------------------------------------
+# --- settings ------------------------------------------------------------------------------
 
 
-def knobs(*, hidden: bool = False) -> Callable[[_Function], _Function]:
-    """All settings as flags; the command is given them as `chosen`, with the environment's."""
+def all_settings(*, hidden: bool = False) -> Callable[[_Function], _Function]:
+    """Adds a flag for each setting; the command receives all of them as `settings`.
+
+    Settings without a flag are read from the environment.
+    """
 
     def add(function: Callable[..., Any]) -> Any:
         @functools.wraps(function)
-        def run(*args: Any, **given: Any) -> Any:
-            flags = {knob.name: given.pop(knob.name) for knob in settings.knobs()}
-            return function(*args, chosen=_read(flags), **given)
+        def run(*args: Any, **values: Any) -> Any:
+            flags = {knob.name: values.pop(knob.name) for knob in knobs()}
+            return function(*args, settings=_read(flags), **values)
 
-        for knob in reversed(settings.knobs()):
+        for knob in reversed(knobs()):
             run = _option(knob, hidden)(run)
         return run
 
@@ -46,7 +50,7 @@ def knobs(*, hidden: bool = False) -> Callable[[_Function], _Function]:
 
 def _read(flags: dict[str, Any]) -> Settings:
     given = {name: str(value) for name, value in flags.items() if value is not None}
-    return settings.read(os.environ, given)
+    return read_settings(os.environ, given)
 
 
 def _option(knob: Knob, hidden: bool) -> Callable[[_Function], _Function]:
@@ -55,69 +59,96 @@ def _option(knob: Knob, hidden: bool) -> Callable[[_Function], _Function]:
     metavar = None if is_switch else (knob.unit or knob.name).upper()
     default: dict[str, Any] = {"default": None}
     return click.option(
-        flag, knob.name, metavar=metavar, help=_help(knob), hidden=hidden, **default
+        flag,
+        knob.name,
+        cls=_AdvancedOption if knob.advanced else None,
+        metavar=metavar,
+        help=_help(knob),
+        hidden=hidden,
+        **default,
     )
 
 
+class _AdvancedOption(click.Option):
+    """The flag of a setting that most deployments leave as it is."""
+
+
+class SettingsCommand(click.Command):
+    """A command whose --help lists the flags of advanced settings under a heading of their own."""
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {"Options": [], "Advanced": []}
+        for parameter in self.get_params(context):
+            if record := parameter.get_help_record(context):
+                title = "Advanced" if isinstance(parameter, _AdvancedOption) else "Options"
+                sections[title].append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
 def _help(knob: Knob) -> str:
-    default = f"{settings.text(knob.default)} {knob.unit}".strip() or knob.unset
+    default = f"{setting_text(knob.default)} {knob.unit}".strip() or knob.unset
     return f"{knob.help} Default: {default}. [{knob.variable}]"
 
 
-# --- the server ------------------------------------------------------------------------------
+# --- the server ----------------------------------------------------------------------------
 
 
 class Server(Struct, frozen=True):
-    """Where a service answers, and as whom to ask it."""
+    """The address of a service, and the API key to send."""
 
     url: str
     api_key: str | None
 
 
 def server(function: Callable[..., Any]) -> Any:
-    """--url and --api-key; the command is given them as `server`."""
+    """Adds --url and --api-key; the command receives them as `server`."""
 
     @click.option(
         "--url",
         envvar="ASYNCINFER_URL",
         default=DEFAULT_URL,
         show_default=True,
-        help="Where the service answers. [ASYNCINFER_URL]",
+        help="Address of the service. [ASYNCINFER_URL]",
     )
     @click.option(
         "--api-key",
         envvar="ASYNCINFER_API_KEY",
         metavar="KEY",
-        help="Your API key; better in the environment, since `ps` shows it here. "
+        help="Your API key. Prefer the variable: `ps` shows what is given here. "
         "[ASYNCINFER_API_KEY]",
     )
     @functools.wraps(function)
-    def run(*args: Any, url: str, api_key: str | None, **given: Any) -> Any:
-        return function(*args, server=Server(url, api_key), **given)
+    def run(*args: Any, url: str, api_key: str | None, **values: Any) -> Any:
+        return function(*args, server=Server(url, api_key), **values)
 
     return run
 
 
 def tenant(function: Callable[..., Any]) -> Any:
-    """--tenant and --all-tenants; the command is given the API's `tenant`."""
+    """Adds --tenant and --all-tenants; the command receives the API's parameter `tenant`.
+
+    That is a name, `*` for all tenants, or None for the key's own.
+    """
 
     @click.option(
         "--tenant",
         metavar="NAME",
-        help="Jobs of this tenant, without inputs and results. Needs the scope operator.",
+        help="Jobs of this tenant, without inputs and results. Needs the scope `operator`.",
     )
-    @click.option("--all-tenants", is_flag=True, help="Jobs of all tenants, in the same way.")
+    @click.option("--all-tenants", is_flag=True, help="Jobs of all tenants, likewise.")
     @functools.wraps(function)
-    def run(*args: Any, tenant: str | None, all_tenants: bool, **given: Any) -> Any:
+    def run(*args: Any, tenant: str | None, all_tenants: bool, **values: Any) -> Any:
         if tenant is not None and all_tenants:
             raise click.UsageError("Give --tenant or --all-tenants, not both.")
-        return function(*args, tenant="*" if all_tenants else tenant, **given)
+        return function(*args, tenant="*" if all_tenants else tenant, **values)
 
     return run
 
 
 class _Seconds(click.FloatRange):
-    """Compares as a number, which `nan` does not."""
+    """A range of seconds that also refuses `nan`, which a comparison does not."""
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -128,11 +159,14 @@ class _Seconds(click.FloatRange):
         return seconds
 
 
-def timeout(text: str, *, above_zero: bool = False) -> Callable[[_Function], _Function]:
-    """--timeout; the command is given it as `timeout`, None where it was not. With 0 seconds a
-    command that only looks is over at once, and one that sends something would send nothing."""
+def timeout(help_text: str, *, above_zero: bool = False) -> Callable[[_Function], _Function]:
+    """Adds --timeout; the command receives it as `timeout`, None if it is not given.
+
+    With 0 seconds a command that only reads ends at once. One that submits jobs would submit none,
+    so it needs `above_zero`.
+    """
     seconds = _Seconds(0, min_open=above_zero)
-    return click.option("--timeout", type=seconds, metavar="SECONDS", help=text)
+    return click.option("--timeout", type=seconds, metavar="SECONDS", help=help_text)
 
 
 as_json: Final = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

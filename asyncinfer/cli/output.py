@@ -1,4 +1,4 @@
-"""What people see: tables and colour on a terminal, plain text in a pipe, JSON where asked."""
+"""Output for people and programs: tables, JSON, lines on stdout and stderr, values with units."""
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +19,7 @@ _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def console(*, stderr: bool = False) -> "SafeConsole":
-    """Colour and the terminal's width on a terminal, neither in a pipe; NO_COLOR is honoured."""
+    """A console for stdout or stderr: without colour and width in a pipe; NO_COLOR is honoured."""
     from asyncinfer.cli.safe_text import SafeConsole
 
     stream = sys.stderr if stderr else sys.stdout
@@ -30,40 +30,41 @@ def console(*, stderr: bool = False) -> "SafeConsole":
 def table(
     columns: Sequence[str], rows: Iterable[Sequence[object]], *, numeric: Iterable[str] = ()
 ) -> "Table":
-    """A cell may be text, a rich renderable, or a value to be shown as text; None is a dash."""
+    """A cell is text, a rich renderable or a value shown by `str`; None and "" become a dash."""
     from rich.table import Table
 
-    made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    result = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     right = set(numeric)
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        result.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        made.add_row(*map(_cell, row))
-    return made
+        result.add_row(*map(_cell, row))
+    return result
 
 
 def show(
     columns: Sequence[str], rows: Iterable[Sequence[object]], *, numeric: Iterable[str] = ()
 ) -> None:
+    """Prints a table; columns named in `numeric` are aligned to the right."""
     _print(table(columns, rows, numeric=numeric))
 
 
 def show_facts(rows: Iterable[Sequence[object]]) -> None:
-    """Names and values of one thing, without a header."""
-    made = table(("", ""), rows)
-    made.show_header = False
-    _print(made)
+    """Prints pairs of a name and a value, without a header."""
+    facts = table(("", ""), rows)
+    facts.show_header = False
+    _print(facts)
 
 
-def _print(made: "Table") -> None:
-    """In a pipe no line ends with what fills a column up."""
-    to = console()
-    if to.is_terminal:
-        to.print(made)
+def _print(printed: "Table") -> None:
+    """Prints a table; in a pipe without the spaces that fill up the last column."""
+    target = console()
+    if target.is_terminal:
+        target.print(printed)
         return
-    with to.capture() as shown:
-        to.print(made)
-    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in shown.get().splitlines()))
+    with target.capture() as captured:
+        target.print(printed)
+    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
     sys.stdout.flush()
 
 
@@ -74,16 +75,17 @@ def styled(text: str, style: str) -> "SafeText":
 
 
 def say_json(value: Any) -> None:
-    """One value, indented for people and diffs."""
+    """Prints a value as JSON, indented for people and diffs."""
     _say_json(msgspec.json.format(msgspec.json.encode(value), indent=2))
 
 
 def say_json_line(value: Any) -> None:
+    """Prints a value as JSON in one line."""
     _say_json(msgspec.json.encode(value))
 
 
 def _say_json(content: bytes) -> None:
-    """In a pipe as it is; what a terminal shows has the same value."""
+    """On a terminal control characters become escapes, which decode to the same value."""
     text = content.decode()
     sys.stdout.write((printable_json(text) if sys.stdout.isatty() else text) + "\n")
     sys.stdout.flush()
@@ -95,7 +97,7 @@ def _cell(value: object) -> Any:
     return value if hasattr(value, "__rich_console__") else str(value)
 
 
-# --- values ----------------------------------------------------------------------------------
+# --- values --------------------------------------------------------------------------------
 
 STATUS_STYLES: Final = {
     "pending": "yellow",
@@ -115,7 +117,7 @@ def status(text: str) -> "SafeText":
 
 
 def seconds(value: float | None) -> str | None:
-    """With the unit that reads best: 850 µs, 12 ms, 3.4 s, 5 min, 2 h."""
+    """A duration with a fitting unit, as 850 µs, 12 ms, 3.4 s, 5 min or 2 h; None for None."""
     if not value:
         return None if value is None else "0 s"
     steps: tuple[tuple[float, float, str], ...] = (
@@ -135,7 +137,7 @@ def seconds(value: float | None) -> str | None:
 
 
 def size(value: float) -> str:
-    """In bytes, with a binary unit."""
+    """A number of bytes with a binary unit, as 1.5 MiB."""
     unit = 0
     while value >= 1024 and unit < len(_UNITS) - 1:
         value /= 1024
@@ -146,26 +148,28 @@ def size(value: float) -> str:
 
 
 def rate(value: float | None) -> str | None:
+    """A number per second, with one decimal below 10; None for None."""
     return None if value is None else f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def ago(moment: datetime | None, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> str:
+    """The time since a moment, as `12 s ago`; a dash for None."""
     if moment is None:
         return "-"
     return f"{seconds(max(0.0, (now() - moment).total_seconds()))} ago"
 
 
 def say(text: str) -> None:
-    """On stdout, as it is where that is no terminal."""
+    """Writes text to stdout; on a terminal control characters become escapes."""
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
-def say_aside(line: str) -> None:
-    """One line on stderr."""
+def say_on_stderr(line: str) -> None:
+    """Writes one line to stderr."""
     sys.stderr.write(f"{printable_line(line)}\n")
 
 
 def counted(count: int, thing: str) -> str:
-    """As `1 job`, `2 jobs`."""
+    """A count with its noun, as `1 job` or `2 jobs`."""
     return f"{count:,} {thing}{'' if count == 1 else 's'}"

@@ -1,6 +1,7 @@
-"""What rich draws: strings become text without control characters, and are never read as markup.
+"""Text and consoles of rich that escape control characters and read no string as markup.
 
-Escapes in pipes too: `asyncinfer jobs | head` ends on a terminal. Programs read --json or --to.
+They escape in pipes too, since `asyncinfer jobs | head` ends on a terminal; programs read --json or
+--to.
 """
 
 from typing import Any
@@ -13,7 +14,10 @@ from asyncinfer.untrusted.printable import printable
 
 
 class SafeConsole(Console):
-    """Measures and draws each string by way of `render_str`: what is printed, cells, titles."""
+    """A console that escapes each string it prints, cells and titles included.
+
+    Rich measures and draws every string by way of `render_str`.
+    """
 
     def render_str(self, text: str, **more: Any) -> Text:
         return super().render_str(printable(text), **{**more, "markup": False, "emoji": False})

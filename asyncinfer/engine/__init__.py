@@ -1,6 +1,6 @@
-"""ONNX Runtime sessions: load, prove batching, run, stop (the only door to onnxruntime).
+"""Loading and running models with ONNX Runtime (the only door to onnxruntime).
 
-Everything here blocks; call it from a thread. `Engine.run` releases the GIL.
+All functions here block, so call them from a thread. `Engine.run` releases the GIL.
 """
 
 from asyncinfer.engine.engine import Engine

@@ -1,4 +1,4 @@
-"""Whether jobs may share a run: shown by inputs that run alone and together."""
+"""The batch probe: runs made-up jobs alone and together, to see whether jobs may share a run."""
 
 import itertools
 import threading
@@ -10,15 +10,15 @@ import numpy as np
 from msgspec import Struct
 
 from asyncinfer.engine.probe_inputs import (
-    LAST,
+    LAST_TRY,
     NO_FRACTIONS,
     ONE_ROW,
     SCALES,
     SEVERAL_ROWS,
-    UNAIDED,
+    WITHOUT_EXAMPLE,
     Filling,
-    Values,
-    filled,
+    InputValues,
+    random_array,
 )
 from asyncinfer.engine.runner import Stop, Stopped
 from asyncinfer.errors import JobError, ModelFailed
@@ -27,75 +27,79 @@ from asyncinfer.models.batching import Axes, Plan
 from asyncinfer.models.batching_obstacles import Off, Reason
 from asyncinfer.tensors.datatypes import FLOATS, Array, Dim, Feeds, TensorSpec, dims
 
-Run = Callable[[Feeds, Stop], list[Array]]
+RunFunction = Callable[[Feeds, Stop], list[Array]]
 
 ROW_COUNTS: Final = ((1, 1, 1, 1), (2, 3), (3, 1, 2))
 """Rows of the jobs of each probe; with fewer, a model that mixes rows could agree by chance."""
 
 OPEN_SIZES: Final = (8, 32, 1, 128, 512, 256)
-"""What an open dimension is tried at; the first that the model takes is kept. Models of sound take
-windows of 256 or 512 samples and no others."""
+"""Sizes to try for an open dimension; the first that the model accepts is kept. Models of sound
+accept windows of 256 or 512 samples and no others."""
 
 _TOLERANCES: Final = {"float16": 1e-2, "bfloat16": 5e-2, "float32": 1e-4, "float64": 1e-8}
 
 
-class Verdict(Struct, frozen=True):
-    """Whether jobs may share a run, along which axes, and why in words."""
+class BatchingVerdict(Struct, frozen=True):
+    """Whether jobs may share a run, why in words, and along which axes of inputs and outputs."""
 
     batched: bool
     reason: str
     inputs: Axes = ()
     outputs: Axes = ()
     ranks: tuple[int, ...] = ()
-    """How many dimensions each output had, where that was seen."""
+    """How many dimensions each output had in the probes; empty if there were none."""
 
 
-def off(reason: Reason, outputs: Sequence[TensorSpec]) -> Verdict:
-    return Verdict(False, reason.words(len(outputs)))
+def not_batched(reason: Reason, outputs: Sequence[TensorSpec]) -> BatchingVerdict:
+    """The verdict that jobs do not share runs."""
+    return BatchingVerdict(False, reason.words(len(outputs)))
 
 
-class _Doubt(Exception):
-    """Why jobs may not share a run."""
+class _NotBatchable(Exception):
+    """A probe has shown, or could not rule out, that jobs must not share a run."""
 
-    def __init__(self, off: Off, **named: object) -> None:
-        super().__init__(off)
-        self.reason = Reason(off, named)
+    def __init__(self, kind: Off, **named: object) -> None:
+        super().__init__(kind)
+        self.reason = Reason(kind, named)
 
 
-class Probed(Struct, frozen=True):
-    """A model that is probed, and what is known of it."""
+class ProbedModel(Struct, frozen=True):
+    """A model to probe, with what is known of it."""
 
-    run: Run
+    run: RunFunction
     inputs: Sequence[TensorSpec]
     outputs: Sequence[TensorSpec]
     example: Feeds | None = None
     heights: Mapping[str, int] = {}
-    """Of inputs that are row numbers of a table, its number of rows."""
+    """By input that is row numbers of a table, the number of rows of the table."""
 
 
-def probe(model: Probed, seconds: float, axes: Sequence[Axes]) -> Verdict:
-    """The first of these axes of the inputs along which every probe's answers agree."""
-    verdict: Verdict | None = None
+def probe_batching(
+    model: ProbedModel, seconds: float, candidates: Sequence[Axes]
+) -> BatchingVerdict:
+    """Probes the candidate axes of the inputs in turn; the first along which all probes agree is
+    the verdict, else the reason of the first. Ends with "too slow" after `seconds`."""
+    verdict: BatchingVerdict | None = None
     with deadline(seconds) as stop:
-        for one in axes:
+        for axes in candidates:
             try:
-                probing = _Probing(model, one, stop)
-                found = probing.axes()
+                probe = _BatchProbe(model, axes, stop)
+                output_axes = probe.find_output_axes()
             except Stopped:
-                return off(Reason(Off.SLOW, {"seconds": seconds}), model.outputs)
-            except _Doubt as doubt:
-                verdict = verdict or off(doubt.reason, model.outputs)
+                return not_batched(Reason(Off.SLOW, {"seconds": seconds}), model.outputs)
+            except _NotBatchable as doubt:
+                verdict = verdict or not_batched(doubt.reason, model.outputs)
             else:
                 words = "on: probe rows got the same answers alone and together"
-                return Verdict(True, words, one, found, probing.ranks)
+                return BatchingVerdict(True, words, axes, output_axes, probe.ranks)
     assert verdict is not None, "there is a way to try"
     return verdict
 
 
-class _Probing:
-    """The probes of one way to stack."""
+class _BatchProbe:
+    """The probes of one way to stack jobs."""
 
-    def __init__(self, model: Probed, axes: Axes, stop: Stop) -> None:
+    def __init__(self, model: ProbedModel, axes: Axes, stop: Stop) -> None:
         self._run = model.run
         self._inputs = model.inputs
         self._outputs = model.outputs
@@ -105,58 +109,67 @@ class _Probing:
         self._stop = stop
         self._sizes: Sequence[int] = OPEN_SIZES if self._has_open_sizes() else OPEN_SIZES[:1]
         self._failure = ""
-        self._found: list[int | None] | None = None
+        self._output_axes: list[int | None] | None = None
         self.ranks: tuple[int, ...] = ()
         """How many dimensions each output has."""
-        self._varied = False
-        self._equal = {name for name in self._example if self._is_drawn(name)}
-        """Inputs of which every probe so far had the same in all rows, as the example has."""
+        self._rows_differ = False
+        """Whether any probe gave different answers for different rows."""
+        self._equal_inputs = {name for name in self._example if self._may_be_category(name)}
+        """Inputs of categories that had one value in all rows of all probes so far, as in the
+        example."""
 
-    def axes(self) -> Axes:
-        """The outputs' axes; raises _Doubt."""
-        for optional in self._optional_ways():
-            if not self._probe(self._fillings(), optional):
-                aided = Off.NONE_RAN_LIKE_EXAMPLE if self._example_rows() > 1 else Off.NONE_RAN
-                raise _Doubt(aided, failure=self._failure)
-        if not self._varied:
-            for optional in self._optional_ways():
-                self._probe(LAST, optional)
-        assert self._found is not None
-        if all(axis is None for axis in self._found):
-            raise _Doubt(Off.NO_ROWS)
-        if not self._varied:
-            raise _Doubt(Off.ONE_ANSWER)
-        if self._equal:
-            raise _Doubt(Off.ONE_VALUE, name=min(self._equal))
-        return tuple(self._found)
+    def find_output_axes(self) -> Axes:
+        """Runs the probes; returns for each output the axis of its rows. Raises _NotBatchable, or
+        Stopped at the deadline."""
+        for optional in self._optional_choices():
+            if not self._run_probes(self._fillings(), optional):
+                reason_kind = (
+                    Off.NONE_RAN_LIKE_EXAMPLE if self._example_rows() > 1 else Off.NONE_RAN
+                )
+                raise _NotBatchable(reason_kind, failure=self._failure)
+        if not self._rows_differ:
+            for optional in self._optional_choices():
+                self._run_probes(LAST_TRY, optional)
+        assert self._output_axes is not None
+        if all(axis is None for axis in self._output_axes):
+            raise _NotBatchable(Off.NO_ROWS)
+        if not self._rows_differ:
+            raise _NotBatchable(Off.ONE_ANSWER)
+        if self._equal_inputs:
+            raise _NotBatchable(Off.ONE_VALUE, name=min(self._equal_inputs))
+        return tuple(self._output_axes)
 
-    def _probe(self, fillings: Sequence[Filling], optional: bool) -> int:
-        """How many of these probes the model took; raises _Doubt."""
+    def _run_probes(self, fillings: Sequence[Filling], optional: bool) -> int:
+        """Runs probes, with or without optional inputs; returns how many of them the model
+        accepted. Raises _NotBatchable where answers alone and together disagree."""
         ran = 0
         for seed, filling in enumerate(fillings):
-            probe = self._alone(seed, filling, optional)
+            probe = self._run_alone(seed, filling, optional)
             if probe is None:
                 continue
             jobs, alone = probe
             ran += 1
-            self._found = self._compare(jobs, alone, self._found)
-            self._varied = self._varied or _varies(alone, self._found)
-            self._equal -= {name for name in self._equal if self._differs(name, jobs)}
+            self._output_axes = self._compare(jobs, alone, self._output_axes)
+            self._rows_differ = self._rows_differ or _have_different_rows(alone, self._output_axes)
+            self._equal_inputs -= {
+                name for name in self._equal_inputs if self._has_different_rows(name, jobs)
+            }
         return ran
 
     def _fillings(self) -> Sequence[Filling]:
+        """How to fill the inputs, by how many rows the example has."""
         if not self._example:
-            return UNAIDED
+            return WITHOUT_EXAMPLE
         if self._example_rows() < 2:
             return ONE_ROW
         has_fractions = any(spec.datatype in FLOATS for spec in self._inputs)
         return SEVERAL_ROWS if has_fractions else NO_FRACTIONS
 
-    def _optional_ways(self) -> list[bool]:
+    def _optional_choices(self) -> list[bool]:
         return [False, True] if any(spec.optional for spec in self._inputs) else [False]
 
     def _has_open_sizes(self) -> bool:
-        """Whether any size beside the rows is to be guessed."""
+        """Whether an input has an open dimension beside the rows, whose size must be guessed."""
         return any(
             spec.name not in self._example
             and any(
@@ -167,7 +180,7 @@ class _Probing:
         )
 
     def _example_rows(self) -> int:
-        """Of the input that has the fewest."""
+        """The rows of the example: of the input that has the fewest; 0 without an example."""
         counts = [
             self._example[name].shape[axis]
             for name, axis in self._axes.items()
@@ -175,37 +188,39 @@ class _Probing:
         ]
         return min(counts, default=0)
 
-    def _is_drawn(self, name: str) -> bool:
-        """Whether it may be such that only values of the example are an input for the model."""
+    def _may_be_category(self, name: str) -> bool:
+        """Whether the input may be a category, so that only values of the example are valid."""
         return self._axes[name] is not None and self._example[name].dtype.kind in "Oiu"
 
-    def _differs(self, name: str, jobs: Sequence[Feeds]) -> bool:
+    def _has_different_rows(self, name: str, jobs: Sequence[Feeds]) -> bool:
+        """Whether an input had different values in the rows of these jobs."""
         axis = self._axes[name]
-        given = [job[name] for job in jobs if name in job]
-        if axis is None or not given:
+        values = [job[name] for job in jobs if name in job]
+        if axis is None or not values:
             return False
-        rows = np.moveaxis(np.concatenate(given, axis=axis), axis, 0)
+        rows = np.moveaxis(np.concatenate(values, axis=axis), axis, 0)
         return bool((rows != rows[:1]).any())
 
-    def _alone(
+    def _run_alone(
         self, seed: int, filling: Filling, optional: bool
     ) -> tuple[list[Feeds], list[list[Array]]] | None:
-        """Jobs and what each gets alone; None where the model takes none of such numbers."""
+        """Makes jobs and runs each alone; returns both. None if the model accepts no such values
+        at any size of its open dimensions."""
         for size in self._sizes:
             rng = np.random.default_rng(seed)
             counts = ROW_COUNTS[seed % len(ROW_COUNTS)]
             try:
-                jobs = self._jobs(rng, seed, filling, counts, size, optional)
+                jobs = self._make_jobs(rng, seed, filling, counts, size, optional)
                 alone = [self._run(job, self._stop) for job in jobs]
             except JobError as error:
-                # Random numbers may be no input for this model; that proves nothing.
+                # Random numbers may be no valid input for this model, which proves nothing.
                 self._failure = self._failure or error.detail
                 continue
             self._sizes = (size,)
             return jobs, alone
         return None
 
-    def _jobs(
+    def _make_jobs(
         self,
         rng: np.random.Generator,
         seed: int,
@@ -214,6 +229,8 @@ class _Probing:
         size: int,
         optional: bool,
     ) -> list[Feeds]:
+        """The inputs of the jobs of one probe; `counts` are their rows. Inputs without rows are the
+        same in all jobs."""
         jobs: list[dict[str, Array]] = [{} for _ in counts]
         for spec in self._inputs:
             if spec.optional and not optional:
@@ -221,18 +238,19 @@ class _Probing:
             axis = self._axes[spec.name]
             shape = self._shape(spec, size)
             of_jobs = itertools.cycle(filling.scales)
-            values = Values(spec, self._example.get(spec.name), axis, self._heights, seed)
-            shared = values.made(rng, filling.kind, next(of_jobs), shape) if axis is None else None
+            values = InputValues(spec, self._example.get(spec.name), axis, self._heights, seed)
+            shared = values.make(rng, filling.kind, next(of_jobs), shape) if axis is None else None
             for job, count in zip(jobs, counts, strict=True):
                 if shared is not None:
                     job[spec.name] = shared
                     continue
                 assert axis is not None
                 shape[axis] = count
-                job[spec.name] = values.made(rng, filling.kind, next(of_jobs), shape)
+                job[spec.name] = values.make(rng, filling.kind, next(of_jobs), shape)
         return list(jobs)
 
     def _shape(self, spec: TensorSpec, size: int) -> list[int]:
+        """The shape of an input: open dimensions as in the example, else `size`."""
         like = self._example.get(spec.name)
         if spec.shape is None and like is not None:
             return list(like.shape)
@@ -247,99 +265,107 @@ class _Probing:
         alone: Sequence[Sequence[Array]],
         found: list[int | None] | None,
     ) -> list[int | None]:
-        """Raises _Doubt unless each job gets together what it got alone."""
+        """Runs the jobs together; returns for each output the axis of its rows. Raises
+        _NotBatchable unless each job gets what it got alone, and the axes are those `found`
+        before."""
         plan = Plan(self._axes, (0,))
         counts = [batching.rows_of(job, plan) for job in jobs]
         try:
             together = self._run(batching.stack(jobs, plan), self._stop)
         except JobError as error:
-            raise _Doubt(Off.FAILED_TOGETHER, failure=error.detail) from error
-        seen = [
-            _axis_of(spec, [one[at] for one in alone], together[at], counts)
+            raise _NotBatchable(Off.FAILED_TOGETHER, failure=error.detail) from error
+        axes = [
+            _rows_axis(spec, [outputs[at] for outputs in alone], together[at], counts)
             for at, spec in enumerate(self._outputs)
         ]
-        for spec, before, now in zip(self._outputs, found or seen, seen, strict=True):
+        for spec, before, now in zip(self._outputs, found or axes, axes, strict=True):
             if before != now:
-                raise _Doubt(Off.UNSTEADY, name=spec.name)
+                raise _NotBatchable(Off.UNSTEADY, name=spec.name)
         self.ranks = tuple(output.ndim for output in together)
-        split = batching.split(together, jobs, Plan(self._axes, tuple(seen)))
-        for job, mine, expected in zip(jobs, split, alone, strict=True):
-            for at, (one, other) in enumerate(zip(mine, expected, strict=True)):
-                if not close(other, one):
-                    raise self._disagreement(job, expected, at)
-        return seen
+        split = batching.split(together, jobs, Plan(self._axes, tuple(axes)))
+        for job, actual, expected in zip(jobs, split, alone, strict=True):
+            for at, (output, expected_output) in enumerate(zip(actual, expected, strict=True)):
+                if not is_close(expected_output, output):
+                    raise self._disagreement_error(job, expected, at)
+        return axes
 
-    def _disagreement(self, job: Feeds, alone: Sequence[Array], at: int) -> _Doubt:
-        """Whether the rows beside a job's change its answer, or it has another each time."""
+    def _disagreement_error(self, job: Feeds, alone: Sequence[Array], at: int) -> _NotBatchable:
+        """Makes the error for an output that differs from what the job got alone: runs the job
+        alone again, to tell mixed rows from a model that answers differently each time."""
         again = self._run(job, self._stop)
-        is_steady = close(alone[at], again[at])
-        what = Off.MIXES if is_steady else Off.UNSTEADY_NUMBERS
-        return _Doubt(what, name=self._outputs[at].name)
+        is_steady = is_close(alone[at], again[at])
+        kind = Off.MIXES if is_steady else Off.UNSTEADY_NUMBERS
+        return _NotBatchable(kind, name=self._outputs[at].name)
 
 
-def _axis_of(
+def _rows_axis(
     spec: TensorSpec, alone: Sequence[Array], together: Array, counts: Sequence[int]
 ) -> int | None:
-    """The one axis on which an output has a row for each row of the input; None: it has none."""
-    if any(one.ndim != together.ndim for one in alone):
-        raise _Doubt(Off.RANK, name=spec.name)
-    if all(one.shape == together.shape for one in alone):
+    """The axis of an output that has a row for each row of the input, None if there is none; from
+    its shape alone and together. `counts` are the rows of the jobs. Raises _NotBatchable."""
+    if any(output.ndim != together.ndim for output in alone):
+        raise _NotBatchable(Off.RANK, name=spec.name)
+    if all(output.shape == together.shape for output in alone):
         return None
     grown = [
         axis
         for axis in range(together.ndim)
-        if any(one.shape[axis] != together.shape[axis] for one in alone)
+        if any(output.shape[axis] != together.shape[axis] for output in alone)
     ]
     (axis, *others) = grown
     if others:
-        raise _Doubt(Off.SHAPE, name=spec.name)
-    sizes = [one.shape[axis] for one in alone]
+        raise _NotBatchable(Off.SHAPE, name=spec.name)
+    sizes = [output.shape[axis] for output in alone]
     if sizes != list(counts) or together.shape[axis] != sum(counts):
-        raise _Doubt(Off.COUNT, name=spec.name)
+        raise _NotBatchable(Off.COUNT, name=spec.name)
     return axis
 
 
-def close(expected: Array, actual: Array) -> bool:
+def is_close(expected: Array, actual: Array) -> bool:
+    """Whether two outputs are equal up to rounding of their datatype, NaN included; numbers other
+    than fractions must be equal."""
     tolerance = _TOLERANCES.get(str(expected.dtype))
     if tolerance is None:
         return np.array_equal(expected, actual)
     if expected.shape != actual.shape:
         return False
     wide: Any = np.float64
-    mine, theirs = expected.astype(wide), actual.astype(wide)
-    finite = np.abs(mine[np.isfinite(mine)])
+    wanted, given = expected.astype(wide), actual.astype(wide)
+    finite = np.abs(wanted[np.isfinite(wanted)])
     scale = float(finite.max()) if finite.size else 1.0
-    return np.allclose(theirs, mine, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+    return np.allclose(given, wanted, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 
-def _varies(alone: Sequence[Sequence[Array]], axes: Sequence[int | None]) -> bool:
+def _have_different_rows(alone: Sequence[Sequence[Array]], axes: Sequence[int | None]) -> bool:
+    """Whether any output has different values in different rows of these jobs."""
     for at, axis in enumerate(axes):
         if axis is None:
             continue
-        rows = np.concatenate([one[at] for one in alone], axis=axis)
+        rows = np.concatenate([outputs[at] for outputs in alone], axis=axis)
         first = np.take(rows, [0], axis=axis)
-        if any(not close(first, np.take(rows, [n], axis=axis)) for n in range(rows.shape[axis])):
+        if any(not is_close(first, np.take(rows, [n], axis=axis)) for n in range(rows.shape[axis])):
             return True
     return False
 
 
-def some_answer(
+def run_any_input(
     run: Callable[[Feeds, Stop], list[Any]],
     inputs: Sequence[TensorSpec],
     example: Feeds | None,
     seconds: float,
 ) -> list[Any]:
-    """What the model gives for any input that it takes; raises ModelFailed."""
+    """Runs the model on the example, else on the first made-up input that it accepts; returns the
+    outputs. Raises ModelFailed if it accepts none in time."""
     failure = "it took too long"
     with deadline(seconds) as stop:
         for size in (1, *OPEN_SIZES):
             try:
                 feeds = example or {
-                    spec.name: filled(
+                    spec.name: random_array(
                         spec,
                         np.random.default_rng(0),
                         SCALES[0][0],
-                        [dim if isinstance(dim, int) else size for dim in guessed(spec)],
+                        [dim if isinstance(dim, int) else size for dim in dims_or_guess(spec)],
                     )
                     for spec in inputs
                     if not spec.optional
@@ -352,8 +378,8 @@ def some_answer(
     raise ModelFailed(failure)
 
 
-def guessed(spec: TensorSpec) -> tuple[Dim, ...]:
-    """The dimensions of an input to be made up; rows of numbers where any number may be."""
+def dims_or_guess(spec: TensorSpec) -> tuple[Dim, ...]:
+    """The dimensions of an input; two open ones if it may have any number of dimensions."""
     return (None, None) if spec.shape is None else spec.shape
 
 

@@ -1,7 +1,7 @@
-"""What a graph does with the values of its inputs, as far as batching must know. Pure.
+"""Data flow in a graph, as far as batching must know it; without I/O.
 
-Only what makes the rows of a run depend on each other by so little that made-up rows may not show
-it, and which inputs are row numbers of a table.
+It finds operators that make the rows of a run depend on each other so little that made-up rows may
+not show it, and inputs that are row numbers of a table.
 """
 
 import itertools
@@ -13,22 +13,22 @@ from msgspec import Struct
 
 from asyncinfer.models.onnx_graph import Dims, File, Function, Graph, Node, TooLarge
 
-_MOST_STEPS: Final = 5_000_000
-_MOST_PASSES: Final = 20
-"""Over nodes that are not sorted, each pass settles at least one more."""
+_MAX_STEPS: Final = 5_000_000
+_MAX_PASSES: Final = 20
+"""Passes over nodes that are not sorted; each pass completes at least one more node."""
 
-_DEEPEST: Final = 116
-"""Functions and graphs that are followed within each other; ONNX Runtime loads no more than 100
-functions."""
+_MAX_DEPTH: Final = 116
+"""How deep functions and graphs are followed within each other; ONNX Runtime loads no more than
+100 functions."""
 
 _SHAPES: Final = frozenset({"Shape", "Size"})
-"""Operators that look at no values."""
+"""Operators whose outputs do not depend on values."""
 
 _SAME_NUMBERS: Final = frozenset(
     {"Cast", "CastLike", "Clip", "Dropout", "Expand", "Flatten", "Gather", "Identity", "Reshape"}
     | {"Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"}
 )
-"""Operators whose first input's numbers are all that their outputs have."""
+"""Operators whose outputs have only numbers of their first input."""
 
 _SAME_DIMS: Final = frozenset({"Cast", "CastLike", "DequantizeLinear", "Identity"})
 
@@ -38,7 +38,7 @@ _LOOKUPS: Final[Mapping[str, tuple[tuple[int, int], ...]]] = {
     "EmbedLayerNormalization": ((2, 0), (4, 1), (3, 8)),
     "QEmbedLayerNormalization": ((2, 0), (4, 1)),
 }
-"""Per operator which of its inputs is a table, and which are row numbers of it."""
+"""By operator, pairs of inputs by position: a table, and row numbers of it."""
 
 _SIZES: Final[Mapping[str, tuple[int, ...]]] = {
     **dict.fromkeys(("ConstantOfShape", "Range", "EyeLike"), (0, 1, 2)),
@@ -47,92 +47,100 @@ _SIZES: Final[Mapping[str, tuple[int, ...]]] = {
     "Resize": (2, 3),
     "Loop": (0,),
 }
-"""Per operator which of its inputs say how large something is to be. What is made as long as the
-longest row of a run is usual, and is masked for the others."""
+"""By operator, the inputs (by position) that give a size. Sizes are left out of the statistics over
+all rows: padding to the longest row of a run is usual, and is masked for the others."""
 
 _ONNX: Final = frozenset({"", "com.microsoft"})
 """Domains whose operators of these names are known."""
 
 
 class Flow(Struct, frozen=True):
+    """What is known of the data flow in a graph."""
+
     mixers: Mapping[str, frozenset[str]] = {}
-    """Operators that use one statistic of all rows of a run, each with the inputs of the graph
-    that it is fed from."""
+    """By operator that uses one statistic of all rows of a run, the inputs of the graph that feed
+    it."""
     heights: Mapping[str, int] = {}
-    """Of inputs that are row numbers of tables, the number of rows of the lowest one."""
-    unread: bool = False
+    """By input that is row numbers of tables, the number of rows of the smallest table."""
+    is_unread: bool = False
     """Whether the graph was too large to be followed, so that nothing is known."""
 
     def mixer(self, inputs: frozenset[str]) -> str:
-        """An operator that is fed from any of these inputs; empty where there is none."""
+        """The name of an operator that mixes rows of these inputs; empty if there is none."""
         return next((name for name, fed in self.mixers.items() if fed & inputs), "")
 
 
-def of_file(file: File, outputs: Collection[str] = ()) -> Flow:
-    """What the nodes do that these outputs need, or all nodes."""
+def read_flow(file: File, outputs: Collection[str] = ()) -> Flow:
+    """Follows the nodes that these outputs need, or all nodes if none are named. Never raises: a
+    graph that is too large gives a Flow that is unread."""
     try:
-        needed = _needed(file.graph, outputs) if outputs else file.graph
-        found = _Follower(file.functions).graph(needed)
+        needed = _needed_nodes(file.graph, outputs) if outputs else file.graph
+        found = _GraphFollower(file.functions).graph(needed)
     except TooLarge:
-        return Flow(unread=True)
+        return Flow(is_unread=True)
     names = file.graph.inputs
     heights: dict[str, int] = {}
     for height, ids in found.lookups:
         if isinstance(height, int) and height > 0:
-            for name in _named(ids, names):
+            for name in _names_in_mask(ids, names):
                 heights[name] = min(height, heights.get(name, height))
-    mixers = {name: frozenset(_named(mask, names)) for name, mask in found.mixers.items() if mask}
+    mixers = {
+        name: frozenset(_names_in_mask(mask, names)) for name, mask in found.mixers.items() if mask
+    }
     return Flow(mixers, heights)
 
 
-def _needed(graph: Graph, outputs: Collection[str]) -> Graph:
-    """The graph without nodes whose values are not asked for."""
+def _needed_nodes(graph: Graph, outputs: Collection[str]) -> Graph:
+    """The graph without the nodes that these outputs do not need."""
     makers = {name: node for node in graph.nodes for name in node.outputs if name}
-    waiting = [makers[name] for name in outputs if name in makers]
+    pending = [makers[name] for name in outputs if name in makers]
     kept: set[int] = set()
-    while waiting:
-        node = waiting.pop()
+    while pending:
+        node = pending.pop()
         if id(node) in kept:
             continue
         kept.add(id(node))
-        reads = itertools.chain(node.inputs, *(inner.reads for inner in node.graphs))
-        waiting += [makers[name] for name in reads if name in makers]
+        reads = itertools.chain(node.inputs, *(inner_scopes.reads for inner_scopes in node.graphs))
+        pending += [makers[name] for name in reads if name in makers]
     nodes = tuple(node for node in graph.nodes if id(node) in kept)
     return Graph(graph.inputs, nodes, graph.tables, graph.reads)
 
 
-def _named(mask: int, names: Sequence[str]) -> list[str]:
+def _names_in_mask(mask: int, names: Sequence[str]) -> list[str]:
+    """The names whose bits are set: bit n stands for the n-th name."""
     return [name for at, name in enumerate(names) if mask >> at & 1]
 
 
 class _Table(Struct, frozen=True):
-    """What is known of a value that is a table: its dimensions, or which input it is."""
+    """What is known of a value that may be a table: its dimensions, or which input it is."""
 
     dims: Dims = ()
     source: int = 0
-    """A mask of the function's input that it is, whose dimensions its callers know."""
+    """Within a function, the mask of the input that it is; the caller knows its dimensions."""
 
 
 class _Value(Struct, frozen=True):
-    """Masks of inputs: bit n stands for the n-th input of the graph or function."""
+    """Where a value comes from, as masks: bit n stands for the n-th input of the graph or
+    function."""
 
     fed: int = 0
-    """Inputs whose values decide this one."""
+    """The inputs on which the value depends."""
     same: int = 0
-    """Inputs of whose very numbers it is made."""
+    """The inputs whose numbers it has unchanged."""
     table: _Table | None = None
     overall: int = 0
-    """Inputs of all of whose numbers it is one statistic, such as the largest."""
+    """The inputs of whose numbers, over all rows, it is one statistic, such as the largest."""
 
 
 _UNKNOWN: Final = _Value()
 
 Lookup = tuple[int | tuple[int, int], int]
-"""The height of a table, or the input that it is and the axis; and a mask of the row numbers."""
+"""(height, row numbers): the height of a table is its number of rows, or within a function the
+mask of the input that it is, with the axis; row numbers are a mask of inputs."""
 
 
 class _Summary(Struct, frozen=True):
-    """What a graph or function does, in terms of its inputs."""
+    """What a graph or function does with its inputs; masks as in `_Value`."""
 
     outputs: tuple[_Value, ...]
     mixers: dict[str, int]
@@ -140,13 +148,15 @@ class _Summary(Struct, frozen=True):
 
 
 class _Scope(Struct):
-    """The values of a graph, and around it those of the graph that it is in."""
+    """The values of a graph by name, and the scope of the graph around it."""
 
     values: dict[str, _Value]
     outer: "_Scope | None" = None
 
 
-class _Follower:
+class _GraphFollower:
+    """Follows a graph and the functions that it calls, each function once."""
+
     def __init__(self, functions: Mapping[tuple[str, str, str], Function]) -> None:
         self._functions = functions
         self._summaries: dict[tuple[str, str, str], _Summary] = {}
@@ -154,58 +164,62 @@ class _Follower:
         self._depth = 0
 
     def graph(self, graph: Graph) -> _Summary:
+        """Follows the main graph; raises TooLarge."""
         tables = _tables(graph)
-        self.step(len(graph.nodes) * (len(graph.inputs) // 64 + 1))
+        self.count_steps(len(graph.nodes) * (len(graph.inputs) // 64 + 1))
         fed = {
             name: _Value(1 << at, 1 << at, tables[name].table if name in tables else None)
             for at, name in enumerate(graph.inputs)
         }
-        return self._settled(graph.nodes, {**tables, **fed}, ())
+        return self._summarize(graph.nodes, {**tables, **fed}, ())
 
     def _function(self, key: tuple[str, str, str]) -> _Summary:
+        """The summary of a function, which is followed when first called."""
         if key not in self._summaries:
             function = self._functions[key]
-            # One that calls itself finds this; no such file can be loaded.
+            # A function that calls itself finds this; ONNX Runtime loads no such file.
             self._summaries[key] = _Summary((_UNKNOWN,) * len(function.outputs), {}, frozenset())
-            self.step(len(function.nodes) * (len(function.inputs) // 64 + 1))
+            self.count_steps(len(function.nodes) * (len(function.inputs) // 64 + 1))
             values = {
                 name: _Value(1 << at, 1 << at, _Table(source=1 << at))
                 for at, name in enumerate(function.inputs)
             }
-            self._summaries[key] = self._settled(function.nodes, values, function.outputs)
+            self._summaries[key] = self._summarize(function.nodes, values, function.outputs)
         return self._summaries[key]
 
-    def _settled(
+    def _summarize(
         self, nodes: Sequence[Node], values: dict[str, _Value], outputs: Sequence[str]
     ) -> _Summary:
-        """Follows the nodes until nothing changes: at once where they are sorted."""
+        """Follows nodes in passes until no value changes; sorted nodes need one pass. `values` are
+        known before. Raises TooLarge after too many passes or steps."""
         scope = _Scope(values)
-        inner: dict[int, _Scope] = {}
-        early: set[tuple[int, str]] = set()
-        for _ in range(_MOST_PASSES):
-            found = _Pass(self, inner, early)
+        inner_scopes: dict[int, _Scope] = {}
+        read_early: set[tuple[int, str]] = set()
+        for _ in range(_MAX_PASSES):
+            found = _Pass(self, inner_scopes, read_early)
             found.follow(nodes, scope)
-            if not found.too_early:
+            if not found.needs_another_pass:
                 ends = tuple(scope.values.get(name, _UNKNOWN) for name in outputs)
                 return _Summary(ends, found.mixers, frozenset(found.lookups))
         raise TooLarge
 
-    def called(self, node: Node) -> _Summary | None:
+    def summary_of_call(self, node: Node) -> _Summary | None:
+        """The summary of the function that the node calls; None for an operator."""
         return self._function(node.key) if node.key in self._functions else None
 
     @contextmanager
-    def deeper(self) -> Iterator[None]:
-        """Raises TooLarge where graphs and functions are within too many others."""
-        if self._depth == _DEEPEST:
+    def nested(self) -> Iterator[None]:
+        """Counts one level of graphs within graphs; raises TooLarge if there are too many."""
+        if self._depth == _MAX_DEPTH:
             raise TooLarge
         self._depth += 1
         yield
         self._depth -= 1
 
-    def step(self, count: int = 1) -> None:
-        """Raises TooLarge once there were too many steps."""
+    def count_steps(self, count: int = 1) -> None:
+        """Adds to the steps so far; raises TooLarge once there are too many."""
         self._steps += count
-        if self._steps > _MOST_STEPS:
+        if self._steps > _MAX_STEPS:
             raise TooLarge
 
 
@@ -213,72 +227,80 @@ class _Pass:
     """One pass over the nodes of a graph or function and of the graphs within it."""
 
     def __init__(
-        self, follower: _Follower, inner: dict[int, _Scope], early: set[tuple[int, str]]
+        self,
+        follower: _GraphFollower,
+        inner_scopes: dict[int, _Scope],
+        read_early: set[tuple[int, str]],
     ) -> None:
         self._follower = follower
-        self._inner = inner
-        """Of each graph within another its values, which the next pass goes on with."""
-        self._early = early
-        """Names, each with its scope, that were read before the node that gives them, in any pass
-        so far; or that are given further outside."""
-        self.too_early = False
-        """Whether one of them has got another value since."""
+        self._inner_scopes = inner_scopes
+        """By id of an inner graph its scope, which the next pass continues with."""
+        self._read_early = read_early
+        """(scope, name) of values that were read, in any pass so far, in a scope that did not have
+        them yet."""
+        self.needs_another_pass = False
+        """Whether one of those values has changed since it was read."""
         self.mixers: dict[str, int] = {}
         self.lookups: set[Lookup] = set()
 
     def follow(self, nodes: Sequence[Node], scope: _Scope) -> None:
-        with self._follower.deeper():
+        """Adds the values that the nodes give to the scope; notes mixers and lookups."""
+        with self._follower.nested():
             self._follow(nodes, scope)
 
     def _follow(self, nodes: Sequence[Node], scope: _Scope) -> None:
+        """As `follow`, without counting a level."""
         for node in nodes:
             inputs = [self._value(name, scope) for name in node.inputs]
-            captured = self._graphs(node, inputs, scope)
+            captured = self._follow_inner_graphs(node, inputs, scope)
             outputs = self._outputs(node, inputs, captured)
             for name, value in zip(node.outputs, outputs, strict=True):
-                if (id(scope), name) in self._early and scope.values.get(name) != value:
-                    self.too_early = True
+                if (id(scope), name) in self._read_early and scope.values.get(name) != value:
+                    self.needs_another_pass = True
                 scope.values[name] = value
 
     def _value(self, name: str, scope: _Scope | None) -> _Value:
-        around: _Scope | None = scope
-        while around is not None:
-            self._follower.step()
-            if name in around.values:
-                return around.values[name]
-            self._early.add((id(around), name))
-            around = around.outer
+        """The value of this name in the scope or those around it; an empty one if it is unknown."""
+        while scope is not None:
+            self._follower.count_steps()
+            if name in scope.values:
+                return scope.values[name]
+            self._read_early.add((id(scope), name))
+            scope = scope.outer
         return _UNKNOWN
 
-    def _graphs(self, node: Node, inputs: Sequence[_Value], scope: _Scope) -> int:
-        """Follows the graphs within a node; gives what they read of the values around them.
+    def _follow_inner_graphs(self, node: Node, inputs: Sequence[_Value], scope: _Scope) -> int:
+        """Follows the graphs within a node; returns the mask of inputs that they read from the
+        scopes around them.
 
-        Anything that goes in may come back in a later turn of a loop, so all of it is what the
-        graph's inputs are made of.
+        Any input of the node may come back in a later iteration of a loop, so that each input of an
+        inner graph depends on all of them.
         """
         captured = 0
         for graph in node.graphs:
             for name in graph.reads:
                 if name not in graph.tables:
                     captured |= self._value(name, scope).fed
-        fed = _fed(inputs) | captured
+        fed = _all_fed(inputs) | captured
         for graph in node.graphs:
-            within = self._inner.setdefault(id(graph), _Scope({}, scope))
-            within.values.update((name, _Value(fed)) for name in graph.inputs)
-            within.values.update(_tables(graph))
-            self.follow(graph.nodes, within)
+            inner_scope = self._inner_scopes.setdefault(id(graph), _Scope({}, scope))
+            inner_scope.values.update((name, _Value(fed)) for name in graph.inputs)
+            inner_scope.values.update(_tables(graph))
+            self.follow(graph.nodes, inner_scope)
         return captured
 
     def _outputs(self, node: Node, inputs: Sequence[_Value], captured: int) -> list[_Value]:
-        if (summary := self._follower.called(node)) is not None:
-            self._mix(node, inputs, captured)
-            return self._of_call(node, summary, inputs)
-        self._mix(node, inputs, captured)
+        """The values that a node gives; notes whether it mixes rows or looks up a table.
+        `captured` are the inputs that its inner graphs read."""
+        if (summary := self._follower.summary_of_call(node)) is not None:
+            self._note_mixer(node, inputs, captured)
+            return self._call_outputs(node, summary, inputs)
+        self._note_mixer(node, inputs, captured)
         if node.domain not in _ONNX:
-            return [_Value(_fed(inputs) | captured)] * len(node.outputs)
+            return [_Value(_all_fed(inputs) | captured)] * len(node.outputs)
         if node.operator in _SHAPES:
             return [_UNKNOWN] * len(node.outputs)
-        self._look_up(node, inputs)
+        self._note_lookup(node, inputs)
         first = inputs[0] if inputs else _UNKNOWN
         same = 0
         if node.operator == "Concat":
@@ -289,36 +311,39 @@ class _Pass:
         table = first.table if node.operator in _SAME_DIMS else None
         if node.operator == "Constant" and "value" in node.lists:
             table = _Table(node.lists["value"])
-        fed = _fed(inputs) | captured
-        overall = fed if _is_of_all(node) else self._overall(node, inputs)
+        fed = _all_fed(inputs) | captured
+        overall = fed if _reduces_all_rows(node) else self._overall(node, inputs)
         return [_Value(fed, same, table, overall)] * len(node.outputs)
 
     def _overall(self, node: Node, inputs: Sequence[_Value]) -> int:
-        """Of what this gives, if it is made of nothing else than statistics of all rows."""
+        """The mask of inputs of whose statistics over all rows a node's output is made; inputs that
+        only give sizes are left out."""
         overall = 0
         for at, value in enumerate(inputs):
             if at not in _SIZES.get(node.operator, ()):
                 overall |= value.overall
         return overall
 
-    def _mix(self, node: Node, inputs: Sequence[_Value], captured: int) -> None:
+    def _note_mixer(self, node: Node, inputs: Sequence[_Value], captured: int) -> None:
+        """Notes the operator if it uses a statistic of all rows for each row."""
         fed = 0
         if node.operator.startswith("DynamicQuantize"):
-            fed = _fed(inputs)
+            fed = _all_fed(inputs)
         elif node.operator == "QuantizeLinear" and len(inputs) > 1:
-            # By a scale that is itself computed, which is what DynamicQuantizeLinear consists of.
+            # With a computed scale, as DynamicQuantizeLinear has it when written out.
             fed = inputs[1].fed
         elif node.operator == "MeanVarianceNormalization":
-            fed = _fed(inputs) if 0 in node.lists.get("axes", (0,)) else 0
+            fed = _all_fed(inputs) if 0 in node.lists.get("axes", (0,)) else 0
         elif node.operator == "BatchNormalization" and node.numbers.get("training_mode"):
-            fed = _fed(inputs)
+            fed = _all_fed(inputs)
         elif captured or any(value.fed and not value.overall for value in inputs):
             # Such as the largest number of a run, by which all are divided.
             fed = self._overall(node, inputs)
         if fed:
             self.mixers[node.operator] = self.mixers.get(node.operator, 0) | fed
 
-    def _look_up(self, node: Node, inputs: Sequence[_Value]) -> None:
+    def _note_lookup(self, node: Node, inputs: Sequence[_Value]) -> None:
+        """Notes the inputs that the operator uses as row numbers of a table."""
         axis = node.numbers.get("axis", node.numbers.get("gather_axis", 0))
         for at, ids in _LOOKUPS.get(node.operator, ()):
             if max(at, ids) >= len(inputs) or not inputs[ids].same:
@@ -331,49 +356,52 @@ class _Pass:
             elif -len(table.dims) <= axis < len(table.dims):
                 self.lookups.add((table.dims[axis], inputs[ids].same))
 
-    def _of_call(self, node: Node, summary: _Summary, inputs: Sequence[_Value]) -> list[_Value]:
-        """What a function gives for these inputs."""
+    def _call_outputs(
+        self, node: Node, summary: _Summary, inputs: Sequence[_Value]
+    ) -> list[_Value]:
+        """The values that a function gives for these inputs; notes its mixers and lookups."""
         for name, mask in summary.mixers.items():
-            if fed := self._through(mask, inputs).fed:
+            if fed := self._combine(mask, inputs).fed:
                 self.mixers[name] = self.mixers.get(name, 0) | fed
         for height, mask in summary.lookups:
-            if not (same := self._through(mask, inputs).same):
+            if not (same := self._combine(mask, inputs).same):
                 continue
             if isinstance(height, int):
                 self.lookups.add((height, same))
                 continue
             source, axis = height
-            table = self._through(source, inputs).table
+            table = self._combine(source, inputs).table
             if table is not None and table.source:
                 self.lookups.add(((table.source, axis), same))
             elif table is not None and -len(table.dims) <= axis < len(table.dims):
                 self.lookups.add((table.dims[axis], same))
-        given = [self._of_output(value, inputs) for value in summary.outputs]
-        return (given + [_UNKNOWN] * len(node.outputs))[: len(node.outputs)]
+        outputs = [self._call_output(value, inputs) for value in summary.outputs]
+        return (outputs + [_UNKNOWN] * len(node.outputs))[: len(node.outputs)]
 
-    def _of_output(self, value: _Value, inputs: Sequence[_Value]) -> _Value:
+    def _call_output(self, value: _Value, inputs: Sequence[_Value]) -> _Value:
+        """A value of a function in terms of the caller's inputs."""
         table = value.table
         if table is not None and table.source:
-            table = self._through(table.source, inputs).table
-        fed, same = self._through(value.fed, inputs).fed, self._through(value.same, inputs).same
-        return _Value(fed, same, table, self._through(value.overall, inputs).fed)
+            table = self._combine(table.source, inputs).table
+        fed, same = self._combine(value.fed, inputs).fed, self._combine(value.same, inputs).same
+        return _Value(fed, same, table, self._combine(value.overall, inputs).fed)
 
-    def _through(self, mask: int, inputs: Sequence[_Value]) -> _Value:
-        """All of the inputs of this mask together; the table of the first."""
+    def _combine(self, mask: int, inputs: Sequence[_Value]) -> _Value:
+        """The union of the inputs in this mask, with the first table among them."""
         fed = same = 0
         table = None
         while mask:
             at = (mask & -mask).bit_length() - 1
             mask &= mask - 1
-            self._follower.step()
+            self._follower.count_steps()
             if at < len(inputs):
                 fed, same = fed | inputs[at].fed, same | inputs[at].same
                 table = table or inputs[at].table
         return _Value(fed, same, table)
 
 
-def _is_of_all(node: Node) -> bool:
-    """Whether it reduces all dimensions, and so the rows."""
+def _reduces_all_rows(node: Node) -> bool:
+    """Whether a node reduces all dimensions, and so the rows too."""
     return (
         node.operator.startswith("Reduce")
         and not any(node.inputs[1:])
@@ -386,7 +414,8 @@ def _tables(graph: Graph) -> dict[str, _Value]:
     return {name: _Value(table=_Table(dims)) for name, dims in graph.tables.items()}
 
 
-def _fed(values: Sequence[_Value]) -> int:
+def _all_fed(values: Sequence[_Value]) -> int:
+    """The mask of the inputs on which any of these values depends."""
     fed = 0
     for value in values:
         fed |= value.fed

@@ -1,4 +1,4 @@
-"""One version of a model, loaded: opened, described, probed."""
+"""A loaded version of a model: its sessions, its signature, and whether its jobs share runs."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -6,8 +6,8 @@ from typing import Final
 import msgspec
 
 from asyncinfer.engine import batch_probe, dataflow, examples, signatures
-from asyncinfer.engine.batch_probe import Probed, Verdict
-from asyncinfer.engine.classes.outputs import decided
+from asyncinfer.engine.batch_probe import BatchingVerdict, ProbedModel
+from asyncinfer.engine.classes.outputs import with_class_outputs
 from asyncinfer.engine.dataflow import Flow
 from asyncinfer.engine.runner import Runner
 from asyncinfer.engine.sessions import open_sessions, read_graph
@@ -21,11 +21,14 @@ from asyncinfer.models.signature import Signature
 from asyncinfer.tensors.datatypes import Feeds
 
 PROBE_SECONDS: Final = 5.0
-"""How long a model may take to show whether its rows can be stacked."""
+"""How long the probes of a model may take that show whether its jobs can share runs."""
 
 
 class Engine:
-    """One version of a model, loaded; threads may share it."""
+    """A loaded version of a model; threads may share it.
+
+    `run(feeds, stop)` is `Runner.run`: it returns the outputs for these inputs.
+    """
 
     def __init__(
         self, runner: Runner, signature: Signature, timeout_seconds: float | None = None
@@ -33,9 +36,9 @@ class Engine:
         self.run = runner.run
         self.signature = signature
         self.plan = batching.plan_of(signature)
-        """How its jobs share a run; None where they do not."""
+        """How its jobs share a run; None if they do not."""
         self.timeout_seconds = timeout_seconds
-        """How long one run may take, where `model.toml` says so."""
+        """How long one run may take; None if `model.toml` does not say."""
 
     @classmethod
     def load(
@@ -46,7 +49,11 @@ class Engine:
         probe_seconds: float = PROBE_SECONDS,
         allow_custom_ops: bool = False,
     ) -> "Engine":
-        """Raises ModelRefused with the reason; probes the model where batching is in question."""
+        """Opens the file, learns its signature, and probes the model where it is unknown whether
+        its jobs can share runs; each kind of probe takes at most `probe_seconds`.
+
+        Raises ModelRefused with the reason and what to do.
+        """
         if file.problem:
             raise ModelRefused(file.problem)
         sessions, sha256 = open_sessions(
@@ -55,25 +62,26 @@ class Engine:
         graph = read_graph(file)
         signature = signatures.describe(file, sessions[0], sha256, graph)
         runner = Runner(sessions, [spec.name for spec in signature.outputs])
-        example = examples.shown(file, signature)
+        example = examples.configured_example(file, signature)
         if runner.maps:
-            runner.keys = _keys(runner, signature, example, file, probe_seconds)
+            runner.keys = _learn_map_keys(runner, signature, example, file, probe_seconds)
             signature = signatures.with_keys(signature, runner.maps, runner.keys)
-        signature = decided(signature, file, runner.run, example, probe_seconds)
-        verdict = _verdict(runner, signature, example, file, probe_seconds, graph)
-        signature = _judged(signature, verdict)
+        signature = with_class_outputs(signature, file, runner.run, example, probe_seconds)
+        verdict = _decide_batching(runner, signature, example, file, probe_seconds, graph)
+        signature = _with_verdict(signature, verdict)
         signatures.check_rows(signature, file)
         signature = examples.with_example(signature, file, runner.run, probe_seconds)
         return cls(runner, signature, file.config.limits.timeout_seconds)
 
 
-def _judged(signature: Signature, verdict: Verdict) -> Signature:
+def _with_verdict(signature: Signature, verdict: BatchingVerdict) -> Signature:
+    """The signature with whether and along which axes jobs share runs, and why."""
     reason = verdict.reason
     if verdict.batched and signature.pad:
         reason += "; other sizes are filled up with zeros: model.toml says so, not probed"
     return msgspec.structs.replace(
         signature,
-        outputs=signatures.as_seen(signature.outputs, verdict.outputs, verdict.ranks),
+        outputs=signatures.with_observed_shapes(signature.outputs, verdict.outputs, verdict.ranks),
         batched=verdict.batched,
         batching=reason,
         input_axes=verdict.inputs,
@@ -84,23 +92,26 @@ def _judged(signature: Signature, verdict: Verdict) -> Signature:
 # --- classes -----------------------------------------------------------------------------------
 
 
-def _keys(
+def _learn_map_keys(
     runner: Runner,
     signature: Signature,
     example: Feeds | None,
     file: ModelFile,
     probe_seconds: float,
 ) -> tuple[int | str, ...]:
-    """The classes that the maps of scores are for, learnt from what the model answers."""
+    """The keys of the maps of scores that the model gives, learnt from one run; raises
+    ModelRefused."""
     remedy = "give an [example] in model.toml, or export it with zipmap off"
     name = signature.outputs[runner.maps[0]].name
     try:
-        answer = batch_probe.some_answer(runner.run_raw, signature.inputs, example, probe_seconds)
+        outputs = batch_probe.run_any_input(
+            runner.run_raw, signature.inputs, example, probe_seconds
+        )
     except ModelFailed as error:
         raise ModelRefused(
             f"{file.shown}: the classes of `{name}` could not be learnt: {error.detail}; {remedy}"
         ) from error
-    found = {tuple(answer[at][0]) if answer[at] else () for at in runner.maps}
+    found = {tuple(outputs[at][0]) if outputs[at] else () for at in runner.maps}
     if len(found) > 1:
         names = " and ".join(f"`{signature.outputs[at].name}`" for at in runner.maps)
         raise ModelRefused(
@@ -112,67 +123,76 @@ def _keys(
     return keys
 
 
-# --- may jobs share a run ----------------------------------------------------------------------
+# --- whether jobs may share a run --------------------------------------------------------------
 
 
-def _verdict(
+def _decide_batching(
     runner: Runner,
     signature: Signature,
     example: Feeds | None,
     file: ModelFile,
     probe_seconds: float,
     graph: File | None,
-) -> Verdict:
-    asked = file.config.batching
+) -> BatchingVerdict:
+    """Decides by `model.toml`, else by the shapes of the inputs, the graph, and probes of the
+    model, in this order. Raises ModelRefused where `model.toml` asks for what cannot be."""
+    config = file.config.batching
     outputs = signature.outputs
-    if asked.enabled is False:
-        return batch_probe.off(Reason(Off.ASKED), outputs)
-    ways = _ways(asked.axis, signature, file)
-    if asked.enabled:
-        return _forced(ways, signature, file)
-    if not ways:
+    if config.enabled is False:
+        return batch_probe.not_batched(Reason(Off.ASKED), outputs)
+    candidates = _candidate_axes(config.axis, signature, file)
+    if config.enabled:
+        return _forced_verdict(candidates, signature, file)
+    if not candidates:
         obstacle = batching.obstacle(signature.inputs)
         assert obstacle is not None, "an input whose first dimension is open could be stacked"
-        return batch_probe.off(obstacle, outputs)
+        return batch_probe.not_batched(obstacle, outputs)
     names = [spec.name for spec in outputs]
-    flow = dataflow.of_file(graph, names) if graph else Flow(unread=True)
-    if flow.unread:
-        return batch_probe.off(Reason(Off.UNREAD), outputs)
-    mixers = [flow.mixer(_stacked(way, signature)) for way in ways]
-    if all(mixers):
-        return batch_probe.off(Reason(Off.DYNAMIC, {"operator": mixers[0]}), outputs)
-    apart = [way for way, mixer in zip(ways, mixers, strict=True) if not mixer]
-    model = Probed(runner.run, signature.inputs, outputs, example, flow.heights)
-    return batch_probe.probe(model, probe_seconds, apart)
+    flow = dataflow.read_flow(graph, names) if graph else Flow(is_unread=True)
+    if flow.is_unread:
+        return batch_probe.not_batched(Reason(Off.UNREAD), outputs)
+    mixing_operators = [flow.mixer(_stacked_inputs(axes, signature)) for axes in candidates]
+    if all(mixing_operators):
+        reason = Reason(Off.DYNAMIC, {"operator": mixing_operators[0]})
+        return batch_probe.not_batched(reason, outputs)
+    unmixed = [axes for axes, mixer in zip(candidates, mixing_operators, strict=True) if not mixer]
+    model = ProbedModel(runner.run, signature.inputs, outputs, example, flow.heights)
+    return batch_probe.probe_batching(model, probe_seconds, unmixed)
 
 
-def _stacked(way: Axes, signature: Signature) -> frozenset[str]:
-    """The inputs that have rows."""
-    named = zip(signature.inputs, way, strict=True)
+def _stacked_inputs(axes: Axes, signature: Signature) -> frozenset[str]:
+    """The names of the inputs that are stacked along these axes."""
+    named = zip(signature.inputs, axes, strict=True)
     return frozenset(spec.name for spec, axis in named if axis is not None)
 
 
-def _ways(axis: int | None, signature: Signature, file: ModelFile) -> Sequence[Axes]:
+def _candidate_axes(axis: int | None, signature: Signature, file: ModelFile) -> Sequence[Axes]:
+    """The ways to stack the inputs that are possible by their shapes; `axis` is the one that
+    `model.toml` sets. Raises ModelRefused if no input can be stacked along that."""
     if axis is None:
-        # What nobody tries out must be what the names say, if they say anything.
+        # Without a probe the names of the dimensions decide, if they say anything.
         declared = batching.declared(signature.inputs) if file.config.batching.enabled else []
         return declared or batching.candidates(signature.inputs)
-    way = batching.forced(axis, signature.inputs)
-    if all(at is None for at in way):
+    axes = batching.forced(axis, signature.inputs)
+    if all(at is None for at in axes):
         problem = batching.obstacle(signature.inputs, axis)
         assert problem is not None, "no input has that axis open"
         raise ModelRefused(f"{file.model}/model.toml: batching.axis = {axis}, but {problem.what}")
-    return [way]
+    return [axes]
 
 
-def _forced(ways: Sequence[Axes], signature: Signature, file: ModelFile) -> Verdict:
-    shown = f"{file.model}/model.toml: batching.enabled = true, but"
-    if not ways and (problem := batching.obstacle(signature.inputs)):
-        raise ModelRefused(f"{shown} {problem.what}")
-    outputs = batching.declared_axes(signature.inputs, ways[0], signature.outputs)
+def _forced_verdict(
+    candidates: Sequence[Axes], signature: Signature, file: ModelFile
+) -> BatchingVerdict:
+    """The verdict where `model.toml` turns batching on; raises ModelRefused if the shapes of inputs
+    or outputs do not allow it."""
+    prefix = f"{file.model}/model.toml: batching.enabled = true, but"
+    if not candidates and (problem := batching.obstacle(signature.inputs)):
+        raise ModelRefused(f"{prefix} {problem.what}")
+    outputs = batching.declared_axes(signature.inputs, candidates[0], signature.outputs)
     for spec, at in zip(signature.outputs, outputs, strict=True):
         if at is None:
             problem = batching.obstacle([spec])
             what = problem.what if problem else f"`{spec.name}` is unclear"
-            raise ModelRefused(f"{shown} {what}")
-    return Verdict(True, "on: model.toml says so, not probed", ways[0], outputs)
+            raise ModelRefused(f"{prefix} {what}")
+    return BatchingVerdict(True, "on: model.toml says so, not probed", candidates[0], outputs)

@@ -1,4 +1,4 @@
-"""What the inputs of a probe are filled with: made-up numbers, and rows of the example."""
+"""The values of the inputs of a probe: random numbers, and rows of the example."""
 
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -22,18 +22,19 @@ SCALES: Final[tuple[tuple[Scale, ...], ...]] = (
     ((0.0, 1.0, 0, 99),),
     ((-0.1, 0.0, 0, 1), (-100.0, 0.0, -99, 99), (-10.0, 0.0, 0, 9), (-1.0, 0.0, -9, 0)),
 )
-"""Per probe and job, from and to of fractions and of whole numbers: small ones first, which may
-be indices; among them jobs of different sizes, since a model may look for the largest of all. None
-is very large: what a number decides may be how long a run takes, and how much memory."""
+"""Per probe and job, lowest and highest fraction and whole number. Small ones come first, as they
+may be indices. In some probes the jobs have different scales, since a model may look for the
+largest number of all rows. None is very large: a number may decide how long a run takes, and how
+much memory."""
 
 _SMALL: Final = (0.0, 0.1, 0, 1)
 
 _MIXED: Final = 100.0
-"""Where no probe before got two answers, each number is of a size of its own up to this."""
+"""In the last try, each number has a magnitude of its own up to this."""
 
 
 class Kind(Enum):
-    """Where the values of a probe are from; numbers are made up unless it says otherwise."""
+    """Where the values of a probe are from; random unless it says otherwise."""
 
     MADE_UP = 0
     WORDS = 1
@@ -41,20 +42,20 @@ class Kind(Enum):
     CATEGORIES = 2
     """Strings and whole numbers are drawn from the example."""
     ROWS = 3
-    """All is drawn from the example."""
+    """All values are drawn from the example."""
     MIXED = 4
-    """Fractions are small and large ones side by side."""
+    """Small and large fractions side by side."""
 
 
 class Filling(Struct, frozen=True):
-    """How one probe is filled."""
+    """How the inputs of one probe are filled."""
 
     scales: tuple[Scale | None, ...]
-    """Per job; None is as large as the example."""
+    """Per job, in turn; None: the scale of the example."""
     kind: Kind = Kind.MADE_UP
 
 
-UNAIDED: Final = tuple(Filling(scales) for scales in SCALES)
+WITHOUT_EXAMPLE: Final = tuple(Filling(scales) for scales in SCALES)
 
 ONE_ROW: Final = (
     *(Filling(scales, Kind.MADE_UP if at % 2 else Kind.WORDS) for at, scales in enumerate(SCALES)),
@@ -62,7 +63,7 @@ ONE_ROW: Final = (
     Filling((None, _SMALL), Kind.WORDS),
     Filling((None,), Kind.CATEGORIES),
 )
-"""Where the example has one row: others are made up too, else all were the same."""
+"""For an example with one row: others are random too, or all rows would be the same."""
 
 SEVERAL_ROWS: Final = (
     *(Filling(scales, Kind.CATEGORIES) for scales in SCALES),
@@ -70,85 +71,93 @@ SEVERAL_ROWS: Final = (
     Filling((None, _SMALL), Kind.CATEGORIES),
     *(Filling((None,), Kind.ROWS),) * 2,
 )
-"""Where it has several: whole numbers may be categories, of which no other is an input."""
+"""For an example with several rows: its whole numbers may be categories, so that no other number
+is valid."""
 
 NO_FRACTIONS: Final = (*SEVERAL_ROWS[:3], *SEVERAL_ROWS[len(SCALES) :])
-"""The same for a model that takes no fractions, to which most scales are alike."""
+"""The same for a model without fractions, for which most scales are alike."""
 
-LAST: Final = (Filling((SCALES[0][0],), Kind.MIXED),) * 3
-"""Where all probes got one answer."""
+LAST_TRY: Final = (Filling((SCALES[0][0],), Kind.MIXED),) * 3
+"""Probes to add if all rows of the others got the same answer."""
 
-_MOST_ELEMENTS: Final = 1 << 26
+_MAX_ELEMENTS: Final = 1 << 26
 
 
-class Values(Struct, frozen=True):
-    """What one input is filled with in one probe."""
+class InputValues(Struct, frozen=True):
+    """Makes the values of one input for one probe."""
 
     spec: TensorSpec
     example: Array | None
     axis: int | None
+    """The axis of the rows; None if the input has none."""
     heights: Mapping[str, int]
+    """By input that is row numbers of a table, the number of rows of the table."""
     seed: int
+    """The number of the probe."""
 
-    def made(
+    def make(
         self, rng: np.random.Generator, kind: Kind, scale: Scale | None, shape: Sequence[int]
     ) -> Array:
-        if self.example is not None and (self.axis is None or self._is_drawn(kind)):
-            return self._drawn(self.example, rng, shape)
+        """Values of this shape for one job; raises ModelFailed if they are too many."""
+        if self.example is not None and (self.axis is None or self._comes_from_example(kind)):
+            return self._draw_rows(self.example, rng, shape)
         if kind == Kind.MIXED and self.spec.datatype in FLOATS:
-            return _of_mixed_sizes(self.spec, rng, shape)
-        return filled(self.spec, rng, self._scaled(scale), shape)
+            return _mixed_sizes(self.spec, rng, shape)
+        return random_array(self.spec, rng, self._within_table(scale), shape)
 
-    def _is_drawn(self, kind: Kind) -> bool:
+    def _comes_from_example(self, kind: Kind) -> bool:
+        """Whether the values are drawn from the rows of the example."""
         if kind == Kind.ROWS:
             return True
-        if kind == Kind.CATEGORIES and self.seed % 2 and self._is_of_one_value():
+        if kind == Kind.CATEGORIES and self.seed % 2 and self._has_equal_rows():
             return False
         if self.spec.datatype == "BYTES":
             return kind in (Kind.WORDS, Kind.CATEGORIES)
-        # Row numbers of a table are known without an example.
-        is_known = self.spec.name in self.heights and self.seed % 2 == 1
-        return self.spec.datatype not in FLOATS and kind == Kind.CATEGORIES and not is_known
+        # The range of row numbers of a table is known without an example.
+        is_row_number = self.spec.name in self.heights and self.seed % 2 == 1
+        return self.spec.datatype not in FLOATS and kind == Kind.CATEGORIES and not is_row_number
 
-    def _is_of_one_value(self) -> bool:
-        """Whether rows that are drawn from the example would all be the same."""
+    def _has_equal_rows(self) -> bool:
+        """Whether all rows of the example have the same value."""
         if self.example is None or self.axis is None:
             return False
         rows = np.moveaxis(self.example, self.axis, 0)
         return bool((rows == rows[:1]).all())
 
-    def _drawn(self, example: Array, rng: np.random.Generator, shape: Sequence[int]) -> Array:
-        """Rows of the example, in every second probe each column from a row of its own."""
+    def _draw_rows(self, example: Array, rng: np.random.Generator, shape: Sequence[int]) -> Array:
+        """Random rows of the example; in every second probe each column is from another row."""
         if self.axis is None:
             return example
         rows = np.moveaxis(example, self.axis, 0)
         count = shape[self.axis]
         columns = rows.shape[1:] if self.seed % 2 else (1,) * (rows.ndim - 1)
-        taken = rng.integers(0, len(rows), (count, *columns))
-        drawn = np.take_along_axis(rows, np.broadcast_to(taken, (count, *rows.shape[1:])), 0)
+        row_numbers = rng.integers(0, len(rows), (count, *columns))
+        drawn = np.take_along_axis(rows, np.broadcast_to(row_numbers, (count, *rows.shape[1:])), 0)
         return np.moveaxis(drawn, 0, self.axis)
 
-    def _scaled(self, scale: Scale | None) -> Scale:
-        """Row numbers of a table are all of them in every second probe, else small ones. As
-        fractions they may be one column among others, so that most probes leave them."""
-        low, high, least, most = scale or _scale_of(self.example)
+    def _within_table(self, scale: Scale | None) -> Scale:
+        """The scale (None: of the example), limited to the rows of the table if the input is row
+        numbers. Every second probe uses all rows of the table; for fractions, which may be one
+        column among others, only every sixth."""
+        low, high, lowest, highest = scale or _scale_of(self.example)
         height = self.heights.get(self.spec.name)
         if height is None:
-            return low, high, least, most
+            return low, high, lowest, highest
         every = 6 if self.spec.datatype in FLOATS else 2
         if self.seed % every == every - 1:
             return 0.0, height - 1.0, 0, height - 1
-        return low, high, min(max(least, 0), height - 1), min(max(most, 0), height - 1)
+        return low, high, min(max(lowest, 0), height - 1), min(max(highest, 0), height - 1)
 
 
-def _of_mixed_sizes(spec: TensorSpec, rng: np.random.Generator, shape: Sequence[int]) -> Array:
-    """Numbers each of which has a sign and a size of its own."""
+def _mixed_sizes(spec: TensorSpec, rng: np.random.Generator, shape: Sequence[int]) -> Array:
+    """Random fractions, each with a sign and a magnitude of its own."""
     _check_size(spec, shape)
     sizes = 10.0 ** rng.uniform(-3.0, np.log10(_MIXED), shape)
     return np.asarray(sizes * rng.choice((-1.0, 1.0), shape)).astype(DTYPES[spec.datatype])
 
 
 def _scale_of(example: Array | None) -> Scale:
+    """Lowest and highest number of the example; a small scale if it has no finite number."""
     if example is None or example.dtype == object or not example.size:
         return SCALES[0][0]
     numbers = example.astype(np.float64) if example.dtype == DTYPES["BF16"] else example
@@ -160,18 +169,19 @@ def _scale_of(example: Array | None) -> Scale:
 
 
 def _check_size(spec: TensorSpec, shape: Sequence[int]) -> None:
-    if prod(shape) > _MOST_ELEMENTS:
+    if prod(shape) > _MAX_ELEMENTS:
         raise ModelFailed(f"`{spec.name}` is too large to make one up: {list(shape)}")
 
 
-def filled(
+def random_array(
     spec: TensorSpec,
     rng: np.random.Generator,
     scale: Scale,
     shape: Sequence[int],
 ) -> Array:
-    """Made-up values between the ends of the scale; raises ModelFailed where they are too many."""
-    low, high, least, most = scale
+    """Random values within the scale and the range of the datatype; raises ModelFailed if they are
+    too many."""
+    low, high, lowest, highest = scale
     _check_size(spec, shape)
     if spec.datatype == "BYTES":
         words = np.array(["", "some text", "é", "a", "0"], dtype=object)
@@ -182,6 +192,6 @@ def filled(
     if spec.datatype in FLOATS:
         fractions = rng.uniform(max(low, ends[0]), min(high, ends[1]), shape)
         return np.asarray(fractions).astype(DTYPES[spec.datatype])
-    first = int(min(max(least, ends[0]), ends[1]))
-    last = int(max(min(most, ends[1], 2**62), first))
+    first = int(min(max(lowest, ends[0]), ends[1]))
+    last = int(max(min(highest, ends[1], 2**62), first))
     return np.asarray(rng.integers(first, last, shape, endpoint=True)).astype(DTYPES[spec.datatype])

@@ -1,4 +1,4 @@
-"""One run of a loaded model: what ONNX Runtime takes and gives, stopped and failing."""
+"""Running a loaded model: inputs and outputs of ONNX Runtime, stopping a run, and its errors."""
 
 import ctypes
 import itertools
@@ -20,25 +20,27 @@ _BFLOAT16: Final = np.dtype(ml_dtypes.bfloat16)
 
 
 class Stopped(Exception):
-    """The run ended because its `Stop` was asked to, not because of model or input."""
+    """The run ended because its `Stop` was set, not because of the model or its input."""
 
 
 class Stop:
-    """Ends one run from any thread, at its next kernel; one huge kernel runs on."""
+    """Stops one run from any thread. The run ends before its next kernel: a kernel under way is
+    finished."""
 
     def __init__(self) -> None:
         self.stopped = False
         self.options = ort.RunOptions()
-        # We report what went wrong; ONNX Runtime's own line would show values of the input.
+        # The error is reported here; ONNX Runtime's own log line would show values of the input.
         self.options.log_severity_level = _LOG_NOTHING
 
     def stop(self) -> None:
+        """Ends the run; has no effect on a run that is done."""
         self.stopped = True
         self.options.terminate = True
 
 
 class Runner:
-    """The sessions of one model, one per device, taken in turn; threads may share it."""
+    """Runs one model in its sessions, one per device, in turn; threads may share it."""
 
     def __init__(self, sessions: Sequence[ort.InferenceSession], outputs: Sequence[str]) -> None:
         self._sessions = sessions
@@ -46,27 +48,30 @@ class Runner:
         self._outputs = list(outputs)
         types = {node.name: node.type for node in sessions[0].get_outputs()}
         self._bfloat16 = any(
-            "bfloat16" in one
-            for one in (*(node.type for node in _inputs(sessions[0])), *types.values())
+            "bfloat16" in kind
+            for kind in (*(node.type for node in _inputs(sessions[0])), *types.values())
         )
         self.maps = [
             at for at, name in enumerate(outputs) if types.get(name, "").startswith("seq(map")
         ]
+        """The outputs that are maps of scores, by position."""
         self.keys: tuple[int | str, ...] = ()
-        """The keys of those maps, by column of the matrix that is made of them."""
+        """The keys of those maps, in the order of the columns of the matrix made from them."""
 
     def run(self, feeds: Feeds, stop: Stop) -> list[Array]:
-        """Every output for these inputs, maps as a matrix.
+        """Runs the model; returns all outputs in order, a map of scores as a matrix with a column
+        for each key.
 
         Raises ModelFailed when the model refuses this input, OutOfMemory when another try may
-        succeed, Stopped when `stop` was called before the run was done.
+        succeed, Stopped when `stop` was set before the run was done.
         """
         outputs: list[Any] = self.run_raw(feeds, stop)
         for at in self.maps:
-            outputs[at] = _matrix(outputs[at], self.keys)
+            outputs[at] = _matrix_of_maps(outputs[at], self.keys)
         return outputs
 
     def run_raw(self, feeds: Feeds, stop: Stop) -> list[Any]:
+        """As `run`, with maps as ONNX Runtime gives them: a list with a dict for each row."""
         if stop.stopped:
             raise Stopped
         session = self._sessions[0]
@@ -77,7 +82,7 @@ class Runner:
                 return _run_bfloat16(session, self._outputs, feeds, stop.options)
             outputs: list[Any] = session.run(self._outputs, feeds, stop.options)
         except Exception as error:  # ONNX Runtime's exceptions have no base of their own
-            # Its answer to a terminated run is a generic failure: only our flag tells.
+            # It raises a generic failure for a terminated run, so only our flag tells.
             if stop.stopped:
                 raise Stopped from error
             raise _run_error(error) from error
@@ -88,7 +93,8 @@ def _inputs(session: ort.InferenceSession) -> list[Any]:
     return [*session.get_inputs(), *session.get_overridable_initializers()]
 
 
-def _matrix(maps: Sequence[Mapping[int | str, float]], keys: Sequence[int | str]) -> Array:
+def _matrix_of_maps(maps: Sequence[Mapping[int | str, float]], keys: Sequence[int | str]) -> Array:
+    """FP32 of shape (rows, keys); raises ModelFailed if a map lacks a key."""
     try:
         rows = [[row[key] for key in keys] for row in maps]
     except KeyError as error:
@@ -96,26 +102,31 @@ def _matrix(maps: Sequence[Mapping[int | str, float]], keys: Sequence[int | str]
     return np.array(rows, np.float32).reshape(len(rows), len(keys))
 
 
-# numpy has no bfloat16 that ONNX Runtime knows, so its values travel as OrtValues of 16 bits.
+# ONNX Runtime knows no bfloat16 of numpy, so such values are passed as OrtValues of 16 bits.
 
 
 def _run_bfloat16(
     session: ort.InferenceSession, names: Sequence[str], feeds: Feeds, options: ort.RunOptions
 ) -> list[Any]:
+    """Runs a model that has bfloat16 inputs or outputs; returns the outputs in order."""
     # ONNX Runtime reads the memory of these arrays; they must outlive the run.
-    kept = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in feeds.items()}
-    values = {name: _ort_value(array) for name, array in kept.items()}
-    return [_array(value) for value in session.run_with_ort_values(names, values, options)]
+    contiguous = {
+        name: np.ascontiguousarray(array).reshape(array.shape) for name, array in feeds.items()
+    }
+    values = {name: _ort_value(array) for name, array in contiguous.items()}
+    return [_array_of(value) for value in session.run_with_ort_values(names, values, options)]
 
 
 def _ort_value(array: Array) -> ort.OrtValue:
+    """The array as ONNX Runtime takes it; bfloat16 as its 16 bits."""
     if array.dtype != _BFLOAT16:
         return ort.OrtValue.ortvalue_from_numpy(array)
     bits = array.view(np.uint16)
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _ONNX_BFLOAT16)
 
 
-def _array(value: ort.OrtValue) -> Array:
+def _array_of(value: ort.OrtValue) -> Array:
+    """A copy of the value; bfloat16 in the type of ml_dtypes."""
     if not value.is_tensor() or value.data_type() != "tensor(bfloat16)":
         plain: Array = value.numpy()
         return plain
@@ -128,19 +139,22 @@ def _array(value: ort.OrtValue) -> Array:
     return array
 
 
-# --- what went wrong ---------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------------
 
 _NO_MEMORY: Final = re.compile(r"Failed to allocate memory|bad.alloc|bad allocation")
-_WHERE: Final = re.compile(r"\] : -?\d+ : (\w+) : (?:.*? running (\w+) node\. Name:'([^']*)')?")
+_ERROR_PLACE: Final = re.compile(
+    r"\] : -?\d+ : (\w+) : (?:.*? running (\w+) node\. Name:'([^']*)')?"
+)
 
 
 def _run_error(error: Exception) -> JobError:
+    """Makes the error of a failed run: OutOfMemory or ModelFailed, without values of the input."""
     if isinstance(error, UnicodeEncodeError):
         return ModelFailed("a string of the input has half a surrogate pair, which UTF-8 has not")
     if isinstance(error, UnicodeDecodeError):
         return ModelFailed("the model gave a string that is not UTF-8")
-    # Only code and node: the rest of the message may quote values of the input.
-    found = _WHERE.search(str(error))
+    # Only the code and the node are kept: the rest of the message may quote values of the input.
+    found = _ERROR_PLACE.search(str(error))
     code, operator, node = found.groups() if found else (type(error).__name__, None, None)
     where = f" in {operator} {node}".rstrip() if operator else ""
     if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):

@@ -1,4 +1,4 @@
-"""A model's file becomes sessions, with the providers, devices and operators asked for."""
+"""Opening a model file: sessions with the configured providers, devices and custom operators."""
 
 import hashlib
 import re
@@ -33,10 +33,10 @@ _OPTIMIZATIONS: Final = {
 def open_sessions(
     file: ModelFile, *, intra_op_threads: int, allow_custom_ops: bool
 ) -> tuple[list[ort.InferenceSession], str]:
-    """A session for each device, and the file's SHA-256; raises ModelRefused."""
+    """Opens a session for each device; returns them and the file's SHA-256. Raises ModelRefused."""
     options = _options(file, intra_op_threads)
     if file.config.session.custom_ops is not None:
-        options.register_custom_ops_library(_custom_ops(file, allow_custom_ops))
+        options.register_custom_ops_library(_custom_ops_library(file, allow_custom_ops))
     if problem := file_access.why_unreadable(file.path):
         raise ModelRefused(f"{file.shown}: {problem}")
     try:
@@ -45,11 +45,11 @@ def open_sessions(
         onnx_file.check_weights(file.path, file.shown)
     except OSError as error:
         raise ModelRefused(f"{file.shown}: {file_access.why(error)}") from error
-    return [_open(file, options, chosen) for chosen in _providers(file)], sha256
+    return [_open(file, options, providers) for providers in _providers(file)], sha256
 
 
 def read_graph(file: ModelFile) -> File | None:
-    """The graph as the file has it; None where it is too large to be read. Raises ModelRefused."""
+    """The graph of the file; None if it is too large to be read. Raises ModelRefused."""
     try:
         return onnx_graph.read(file.path)
     except onnx_graph.TooLarge:
@@ -63,33 +63,35 @@ def read_graph(file: ModelFile) -> File | None:
 def _open(
     file: ModelFile, options: ort.SessionOptions, providers: list[tuple[str, dict[str, Any]]]
 ) -> ort.InferenceSession:
+    """Opens one session; raises ModelRefused if it fails or a provider did not start."""
     try:
         session = ort.InferenceSession(
             str(file.path), options, providers=providers, enable_fallback=0
         )
     except Exception as error:  # ONNX Runtime's exceptions have no base of their own
-        problem = _load_problem(error, file)
-        raise ModelRefused(f"{file.shown}: {problem}{_type_remedy(problem)}") from error
-    taken = session.get_providers()
+        problem = _load_error_text(error, file)
+        raise ModelRefused(f"{file.shown}: {problem}{_complex_remedy(problem)}") from error
+    started = session.get_providers()
     for name, _ in providers:
-        if name not in taken:
+        if name not in started:
             raise ModelRefused(
                 f"{file.model}/model.toml: session.providers: {name} could not be started here; "
-                f"look at the log, or leave it out to run on {', '.join(taken)}"
+                f"look at the log, or leave it out to run on {', '.join(started)}"
             )
     session.disable_fallback()
     return session
 
 
 def _options(file: ModelFile, intra_op_threads: int) -> ort.SessionOptions:
-    asked = file.config.session
+    """The session options by `model.toml`, with `intra_op_threads` unless it sets a number."""
+    config = file.config.session
     options = ort.SessionOptions()
-    options.intra_op_num_threads = asked.intra_op_threads or intra_op_threads
+    options.intra_op_num_threads = config.intra_op_threads or intra_op_threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.graph_optimization_level = _OPTIMIZATIONS[asked.graph_optimization]
-    # On the CPU what is wrong is raised too; why another provider does not start is only logged.
-    options.log_severity_level = _LOG_ERRORS if asked.providers else _LOG_NOTHING
+    options.graph_optimization_level = _OPTIMIZATIONS[config.graph_optimization]
+    # On the CPU all errors are raised. Why another provider does not start is only logged.
+    options.log_severity_level = _LOG_ERRORS if config.providers else _LOG_NOTHING
     # A tiny model at 50 runs a second took 0.85 cores with spinning, 0.02 without.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
@@ -97,14 +99,15 @@ def _options(file: ModelFile, intra_op_threads: int) -> ort.SessionOptions:
 
 
 def _providers(file: ModelFile) -> list[list[tuple[str, dict[str, Any]]]]:
-    """For each device the providers of its session; the CPU's always last, and explicit."""
+    """For each device the providers of its session with their options, the CPU last. Raises
+    ModelRefused for providers that are not installed, and for devices that no provider uses."""
     names = list(file.config.session.providers or (_CPU,))
     installed = ort.get_available_providers()
     for name in names:
         if name not in installed:
             raise ModelRefused(
                 f"{file.model}/model.toml: session.providers: this onnxruntime has no {name}, "
-                f"only {', '.join(installed)}{_remedy(name)}"
+                f"only {', '.join(installed)}{_provider_remedy(name)}"
             )
     if _CPU not in names:
         names.append(_CPU)
@@ -114,21 +117,24 @@ def _providers(file: ModelFile) -> list[list[tuple[str, dict[str, Any]]]]:
             f"{file.model}/model.toml: session.devices needs one of "
             f"{', '.join(sorted(_WITH_DEVICES))} in session.providers"
         )
-    return [[(name, _device(name, number)) for name in names] for number in (devices or (None,))]
+    return [
+        [(name, _device_options(name, number)) for name in names] for number in (devices or (None,))
+    ]
 
 
-def _device(name: str, number: int | None) -> dict[str, Any]:
+def _device_options(name: str, number: int | None) -> dict[str, Any]:
     return {} if number is None or name not in _WITH_DEVICES else {"device_id": number}
 
 
-def _remedy(name: str) -> str:
+def _provider_remedy(name: str) -> str:
+    """What to install for a provider that is missing."""
     if name == "CUDAExecutionProvider":
         return "; pip install 'asyncinfer[cuda]' in place of onnxruntime"
     return "; install an onnxruntime that has it"
 
 
-def _custom_ops(file: ModelFile, allowed: bool) -> str:
-    """The path of the library of operators; raises ModelRefused."""
+def _custom_ops_library(file: ModelFile, allowed: bool) -> str:
+    """The path of the library with the custom operators; raises ModelRefused."""
     wanted = file.config.session.custom_ops or ""
     shown = f"{file.model}/model.toml: session.custom_ops"
     if not allowed:
@@ -147,17 +153,18 @@ def _custom_ops(file: ModelFile, allowed: bool) -> str:
 
 
 _LOCALE: Final = re.compile(r"Failed to construct locale with name:([\w.@-]+)")
-_NO_TYPE: Final = re.compile(r"tensor\(complex\w+\) is not currently registered")
+_COMPLEX_TYPE: Final = re.compile(r"tensor\(complex\w+\) is not currently registered")
 
 
-def _type_remedy(problem: str) -> str:
-    """ONNX Runtime runs nothing with complex numbers, at its inputs and outputs neither."""
+def _complex_remedy(problem: str) -> str:
+    """What to do if ONNX Runtime refused a tensor of complex numbers, which it cannot run; else
+    empty."""
     parts = "; let the graph take and give real and imaginary parts as tensors of their own"
-    return parts if _NO_TYPE.search(problem) else ""
+    return parts if _COMPLEX_TYPE.search(problem) else ""
 
 
 _PREAMBLE: Final = re.compile(r"\[ONNXRuntimeError\] : -?\d+ : \w+ : (Load model from .* failed:)?")
-_PLACE_IN_SOURCE: Final = re.compile(
+_SOURCE_LOCATION: Final = re.compile(
     r"/onnxruntime_src/\S+:\d+ .*?\)(?: const)?(?: \[with .*?\])? "
 )
 
@@ -181,18 +188,19 @@ _REMEDIES: Final = (
         "export it with standard operators",
     ),
 )
-"""What ONNX Runtime says, and what to do about it."""
+"""Messages of ONNX Runtime, and what to do about each."""
 
 
-def _load_problem(error: Exception, file: ModelFile) -> str:
-    # ONNX Runtime names files by absolute paths, which are nobody's business.
+def _load_error_text(error: Exception, file: ModelFile) -> str:
+    """The message of ONNX Runtime in one line, without its own source paths, and what to do."""
+    # ONNX Runtime names files by absolute paths, which clients must not see.
     text = _PREAMBLE.sub("", str(error))
     for folder in (file.path.parent, file.path.parent.resolve()):
         text = text.replace(f"{folder}/", "")
     problem = (text or type(error).__name__).splitlines()[0]
-    problem = _PLACE_IN_SOURCE.sub("", problem)
+    problem = _SOURCE_LOCATION.sub("", problem)
     if found := _LOCALE.search(problem):
-        return _missing_locale(found[1])
+        return _locale_problem(found[1])
     if "out of bounds or can not be read in full" in problem:
         problem += " A file of weights is cut short, or another one: copy or download it again"
     if _EXTENSIONS_DOMAIN in problem and file.config.session.custom_ops is None:
@@ -200,14 +208,15 @@ def _load_problem(error: Exception, file: ModelFile) -> str:
             f"ONNX Runtime cannot load it: {problem}; set session.custom_ops = "
             f'"{_EXTENSIONS}" in model.toml'
         )
-    for said, remedy in _REMEDIES:
-        if found := said.search(problem):
+    for pattern, remedy in _REMEDIES:
+        if found := pattern.search(problem):
             problem += remedy.format(*found.groups())
     return f"ONNX Runtime cannot load it: {problem}"
 
 
-def _missing_locale(name: str) -> str:
-    """skl2onnx has its text vectorizers ask for en_US.UTF-8, which slim images do not have."""
+def _locale_problem(name: str) -> str:
+    """What to do about a missing locale: skl2onnx makes its text vectorizers need en_US.UTF-8,
+    which slim images do not have."""
     language, _, encoding = name.partition(".")
     make = f"localedef -i {language} -f {encoding or 'UTF-8'} {name}"
     return (

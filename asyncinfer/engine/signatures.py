@@ -1,4 +1,4 @@
-"""What a loaded graph takes and gives, in words that others can read."""
+"""The signature of a model: names, datatypes and shapes of its inputs and outputs."""
 
 import re
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from asyncinfer.models.onnx_graph import File
 from asyncinfer.models.signature import MAX_ROWS, Signature
 from asyncinfer.tensors.datatypes import Dim, TensorSpec
 
-_MOST_OPTIONAL: Final = 32
-_LONGEST_OPTIONAL_ELEMENTS: Final = 4096
+_MAX_OPTIONAL: Final = 32
+_MAX_OPTIONAL_ELEMENTS: Final = 4096
 
 _DATATYPES: Final[dict[str, str]] = {
     "tensor(bool)": "BOOL",
@@ -36,14 +36,15 @@ _DATATYPES: Final[dict[str, str]] = {
 
 _MAPS: Final = frozenset({"seq(map(int64,tensor(float)))", "seq(map(string,tensor(float)))"})
 
-_NO_NAMES: Final = frozenset(
+_PLACEHOLDER_NAMES: Final = frozenset(
     {"", "any", "dyn", "dynamic", "n/a", "nan", "nil", "none", "null"}
     | {"undefined", "unk", "unknown", "unspecified"}
 )
-"""What converters call a dimension of which they know nothing. Taken for names, all that are so
-called would have to be equal: an image that is not square was refused for its `?`."""
+"""Names that converters give to dimensions of which they know nothing. If they counted as names,
+all dimensions of that name would have to be equal: an image that is not square was refused for its
+`?`."""
 
-_NO_WORD: Final = re.compile(r"^[\W_]+|[\W_]+$")
+_PUNCTUATION: Final = re.compile(r"^[\W_]+|[\W_]+$")
 _NEGATIVE: Final = re.compile(r"\s*-\s*\d+\s*")
 
 _CASTS: Final[dict[str, str]] = {
@@ -52,19 +53,19 @@ _CASTS: Final[dict[str, str]] = {
     **dict.fromkeys(("float4e2m1", "float8e8m0"), "FLOAT16"),
     **dict.fromkeys(("float8e4m3fn", "float8e4m3fnuz", "float8e5m2", "float8e5m2fnuz"), "FLOAT16"),
 }
-"""Types of elements that cannot be sent or shown, and what holds all of their numbers."""
+"""Element types that cannot be sent or shown, and the type that can hold all of their numbers."""
 
 _PARTS: Final = "its real and its imaginary part as two tensors of numbers"
 _TENSOR: Final = re.compile(r"tensor\((\w+)\)")
 
-_KINDS: Final = (
+_OUTPUT_KINDS: Final = (
     ("seq(map", "a list of maps that are not scores", "export it with zipmap off"),
     ("seq(", "a list of tensors", "let the graph join them into one (ConcatFromSequence)"),
     ("map(", "a map", "let the graph give keys and values as tensors"),
     ("sparse_tensor", "a sparse tensor", "let the graph make it dense"),
     ("optional(", "a value that may be missing", "let the graph always give it"),
 )
-"""How an output's type begins, what it is, and what to do."""
+"""The beginning of an output's type, what it is, and what to do."""
 
 _INPUT_KINDS: Final = (
     ("seq(map", "a list of maps", "let the graph take keys and values as tensors"),
@@ -78,13 +79,14 @@ _INPUT_KINDS: Final = (
 def describe(
     file: ModelFile, session: ort.InferenceSession, sha256: str, graph: File | None
 ) -> Signature:
-    """The signature before anything ran; raises ModelRefused for what cannot be served."""
+    """The signature by the graph and `model.toml`, before any run; `graph` is None if it was too
+    large to be read. Raises ModelRefused for inputs and outputs that cannot be served."""
     config = file.config
-    # ONNX Runtime says of a scalar and of any number of dimensions the same.
+    # ONNX Runtime shows a scalar and a tensor of any number of dimensions in the same way.
     open_ranks = graph.of_any_rank if graph else frozenset[str]()
     try:
-        inputs = (*_inputs(session.get_inputs(), file, open_ranks), *_overridable(session))
-        outputs = _kept(_outputs(session.get_outputs(), file, open_ranks), file)
+        inputs = (*_inputs(session.get_inputs(), file, open_ranks), *_overridable_inputs(session))
+        outputs = _select_outputs(_outputs(session.get_outputs(), file, open_ranks), file)
     except UnicodeDecodeError as error:
         raise ModelRefused(f"{file.shown}: a name in it is not UTF-8, so it is damaged") from error
     return Signature(
@@ -105,7 +107,8 @@ def describe(
 
 
 def with_keys(signature: Signature, maps: Sequence[int], keys: tuple[int | str, ...]) -> Signature:
-    """The signature once the maps' keys are known: each a matrix with a column per key."""
+    """The signature with the outputs `maps` (positions) as matrices that have a column for each of
+    these keys; the keys are the labels, unless there are others."""
     outputs = [
         msgspec.structs.replace(spec, shape=(None, len(keys))) if at in maps else spec
         for at, spec in enumerate(signature.outputs)
@@ -114,16 +117,18 @@ def with_keys(signature: Signature, maps: Sequence[int], keys: tuple[int | str, 
     return msgspec.structs.replace(signature, outputs=tuple(outputs), keys=keys, labels=labels)
 
 
-def as_seen(
+def with_observed_shapes(
     outputs: Sequence[TensorSpec], axes: Sequence[int | None], ranks: Sequence[int]
 ) -> tuple[TensorSpec, ...]:
-    """The outputs without what the file declares of their shapes and does not hold."""
+    """The outputs, with shapes corrected where the probes gave others than the file declares:
+    `ranks` as seen, and the axis of the rows open."""
     if not ranks:
         return tuple(outputs)
-    return tuple(map(_as_seen, outputs, axes, ranks))
+    return tuple(map(_with_observed_shape, outputs, axes, ranks))
 
 
-def _as_seen(spec: TensorSpec, axis: int | None, rank: int) -> TensorSpec:
+def _with_observed_shape(spec: TensorSpec, axis: int | None, rank: int) -> TensorSpec:
+    """One output with the rank and the open axis that were seen."""
     if spec.shape is None:
         return spec
     if len(spec.shape) != rank:
@@ -135,7 +140,7 @@ def _as_seen(spec: TensorSpec, axis: int | None, rank: int) -> TensorSpec:
 
 
 def check_rows(signature: Signature, file: ModelFile) -> None:
-    """Raises ModelRefused where the scores have their rows on another axis than the first."""
+    """Raises ModelRefused if the scores have their rows on another axis than the first."""
     for spec, axis in zip(signature.outputs, signature.output_axes, strict=False):
         if spec.name == signature.score_output and axis:
             raise ModelRefused(
@@ -145,16 +150,17 @@ def check_rows(signature: Signature, file: ModelFile) -> None:
 
 
 def shape_of(sizes: Sequence[Dim]) -> tuple[Dim, ...]:
-    """As the graph declares it, without names that say nothing."""
+    """A declared shape, with None for negative sizes and for names that mean "unknown"."""
     return tuple(_dim(size) for size in sizes)
 
 
 def _dim(size: Dim) -> Dim:
+    """A dimension without names and sizes that mean "unknown"."""
     if isinstance(size, int):
         return size if size >= 0 else None
     if size is None or _NEGATIVE.fullmatch(size):
         return None
-    return None if _NO_WORD.sub("", size).casefold() in _NO_NAMES else size
+    return None if _PUNCTUATION.sub("", size).casefold() in _PLACEHOLDER_NAMES else size
 
 
 def _shape(node: Any, open_ranks: frozenset[str]) -> tuple[Dim, ...] | None:
@@ -166,22 +172,24 @@ def _inputs(nodes: Sequence[Any], file: ModelFile, open_ranks: frozenset[str]) -
 
 
 def _input(node: Any, file: ModelFile, open_ranks: frozenset[str]) -> TensorSpec:
+    """The spec of one input; raises ModelRefused if no request can carry it."""
     inner = node.type.removeprefix("optional(")
     optional = inner != node.type
     kind = inner.removesuffix(")") if optional else inner
     if kind not in _DATATYPES:
-        raise _refused_input(node, kind, file)
+        raise _input_error(node, kind, file)
     return TensorSpec(node.name, _DATATYPES[kind], _shape(node, open_ranks), optional)
 
 
-def _overridable(session: ort.InferenceSession) -> list[TensorSpec]:
-    """Inputs for which the graph has a value; not its weights, where it lists these too."""
+def _overridable_inputs(session: ort.InferenceSession) -> list[TensorSpec]:
+    """Optional inputs for which the graph has a value. Weights, which some graphs list too, are
+    left out: large ones, and all if there are many."""
     nodes = [
         node
         for node in session.get_overridable_initializers()
-        if node.type in _DATATYPES and prod(node.shape) <= _LONGEST_OPTIONAL_ELEMENTS
+        if node.type in _DATATYPES and prod(node.shape) <= _MAX_OPTIONAL_ELEMENTS
     ]
-    if len(nodes) > _MOST_OPTIONAL:
+    if len(nodes) > _MAX_OPTIONAL:
         return []
     return [
         TensorSpec(node.name, _DATATYPES[node.type], shape_of(node.shape), optional=True)
@@ -192,6 +200,8 @@ def _overridable(session: ort.InferenceSession) -> list[TensorSpec]:
 def _outputs(
     nodes: Sequence[Any], file: ModelFile, open_ranks: frozenset[str]
 ) -> dict[str, TensorSpec]:
+    """The outputs by name; a map of scores becomes an FP32 matrix. Raises ModelRefused for an
+    output that cannot be served, unless `outputs` in model.toml leaves it out."""
     wanted = file.config.outputs
     found = {}
     for node in nodes:
@@ -202,12 +212,14 @@ def _outputs(
         elif wanted and node.name not in wanted:
             continue
         else:
-            raise _refused_output(node, file, is_only=len(nodes) == 1)
+            raise _output_error(node, file, is_only=len(nodes) == 1)
         found[node.name] = spec
     return found
 
 
-def _kept(outputs: dict[str, TensorSpec], file: ModelFile) -> tuple[TensorSpec, ...]:
+def _select_outputs(outputs: dict[str, TensorSpec], file: ModelFile) -> tuple[TensorSpec, ...]:
+    """The outputs that model.toml names, in its order, else all; raises ModelRefused for a name
+    that is unknown or there twice."""
     names = file.config.outputs or tuple(outputs)
     for name in names:
         if name not in outputs or names.count(name) > 1:
@@ -216,31 +228,34 @@ def _kept(outputs: dict[str, TensorSpec], file: ModelFile) -> tuple[TensorSpec, 
     return tuple(outputs[name] for name in names)
 
 
-def _refused_output(node: Any, file: ModelFile, *, is_only: bool) -> ModelRefused:
+def _output_error(node: Any, file: ModelFile, *, is_only: bool) -> ModelRefused:
+    """Makes the error for an output that cannot be served."""
     others = "" if is_only else ", or keep other outputs with `outputs` in model.toml"
     if problem := _element_problem(node.type):
         what, cast = problem
         remedy = f"Cast it to {cast} in the graph" if cast else f"let the graph give {_PARTS}"
-        return _refused(node, what, remedy + others, file)
-    kinds = (rest for begin, *rest in _KINDS if node.type.startswith(begin))
+        return _error(node, what, remedy + others, file)
+    kinds = (rest for prefix, *rest in _OUTPUT_KINDS if node.type.startswith(prefix))
     what, remedy = next(kinds, ("a value of another kind", "let the graph give a tensor"))
-    return _refused(node, f"{what} ({node.type}), which cannot be served", remedy + others, file)
+    return _error(node, f"{what} ({node.type}), which cannot be served", remedy + others, file)
 
 
-def _refused_input(node: Any, kind: str, file: ModelFile) -> ModelRefused:
-    """`kind` is the type of what an optional input may hold."""
+def _input_error(node: Any, kind: str, file: ModelFile) -> ModelRefused:
+    """Makes the error for an input that no request can carry; `kind` is its type, of an optional
+    input the type inside."""
     if problem := _element_problem(kind):
         what, cast = problem
         take = f"{cast} and Cast it" if cast else _PARTS
         remedy = f"let the graph take {take}"
-        return _refused(node, what, remedy, file)
-    kinds = (rest for begin, *rest in _INPUT_KINDS if node.type.startswith(begin))
+        return _error(node, what, remedy, file)
+    kinds = (rest for prefix, *rest in _INPUT_KINDS if node.type.startswith(prefix))
     what, remedy = next(kinds, ("a value of another kind", "let the graph take a tensor"))
-    return _refused(node, f"{what} ({node.type}), which no request can carry", remedy, file)
+    return _error(node, f"{what} ({node.type}), which no request can carry", remedy, file)
 
 
 def _element_problem(kind: str) -> tuple[str, str] | None:
-    """Of a tensor what is wrong with its elements, and the type that holds them, if one does."""
+    """What is wrong with the elements of a tensor, and the type that can hold them, empty if none
+    can. None if the type is no tensor."""
     found = _TENSOR.fullmatch(kind)
     if not found:
         return None
@@ -249,5 +264,5 @@ def _element_problem(kind: str) -> tuple[str, str] | None:
     return f"of type {found[1]}, which neither JSON nor numpy has", _CASTS.get(found[1], "FLOAT")
 
 
-def _refused(node: Any, what: str, remedy: str, file: ModelFile) -> ModelRefused:
+def _error(node: Any, what: str, remedy: str, file: ModelFile) -> ModelRefused:
     return ModelRefused(f"{file.shown}: `{node.name}` is {what}; {remedy}")

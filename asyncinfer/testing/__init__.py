@@ -12,9 +12,9 @@
 What is served is an ONNX file, a model's folder, an `onnx.ModelProto` or its bytes, several of
 them by name (`models={"a": ..., "b": ...}`), a whole folder of models, or with nothing named the
 shipped models. It answers for all of them once the block is entered. Jobs and models are in a
-temporary folder, the port is a free one, and variables such as REDIS_URL are not looked at: only
+temporary folder, the port is a free one, and variables such as REDIS_URL are ignored: only
 settings that are given by keyword count. All of it ends with the block, or with this process,
-however that ends.
+even a killed one.
 
 In an async test use `async with service(...)`, which starts it in a thread, and
 `await running.drained()`. For pytest there are fixtures: see `asyncinfer.testing.plugin`.

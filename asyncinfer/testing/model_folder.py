@@ -14,21 +14,25 @@ from asyncinfer.testing.settings import Model
 def model_dir(
     folder: Path, model: Model | None, name: str | None, named: Mapping[str, Model] | None
 ) -> Path:
-    """The folder to serve, made in `folder` unless it is there already; raises StartError."""
+    """The folder to serve: `model` itself if it is a folder of models, else one made in `folder`.
+
+    With neither `model` nor `named` it is that of the shipped models. Raises StartError, or
+    ModelRefused for a model that is not there or has an invalid name.
+    """
     if named is not None:
-        return _placed(folder / "model", named)
+        return _create_folder(folder / "model", named)
     if model is None:
         return find_model_dir(None, cwd=folder)
     if isinstance(model, str | os.PathLike):
         path = Path(model).absolute()
         if path.is_dir() and not _is_one_model(path):
             return path
-        return _placed(folder / "model", {name or _name_of(path): path})
-    return _placed(folder / "model", {name or "model": model})
+        return _create_folder(folder / "model", {name or _name_of(path): path})
+    return _create_folder(folder / "model", {name or "model": model})
 
 
 def names_in(folder: Path) -> set[str]:
-    """Of the models in a folder, those that cannot be served included; raises StartError."""
+    """Names of the models in a folder, also of broken ones; raises StartError if there are none."""
     names = {file.model for file in scan(folder)}
     if not names:
         raise StartError(
@@ -38,7 +42,8 @@ def names_in(folder: Path) -> set[str]:
     return names
 
 
-def _placed(folder: Path, named: Mapping[str, Model]) -> Path:
+def _create_folder(folder: Path, named: Mapping[str, Model]) -> Path:
+    """Makes a folder of models and returns it; raises StartError for a bad name or no model."""
     if not named:
         raise StartError("`models` names no model; leave it out to serve the shipped ones.")
     for name, model in named.items():
@@ -46,23 +51,23 @@ def _placed(folder: Path, named: Mapping[str, Model]) -> Path:
             raise ModelRefused(
                 f"{name!r} cannot name a model: {NAME_RULE}. Give it one by `name=`."
             )
-        _place(folder / name, model)
+        _create_model(folder / name, model)
     return folder
 
 
-def _place(home: Path, model: Model) -> None:
+def _create_model(target: Path, model: Model) -> None:
     if isinstance(model, str | os.PathLike):
-        _place_path(home, Path(model).absolute())
+        _copy_model(target, Path(model).absolute())
         return
     content = model if isinstance(model, bytes) else model.SerializeToString()
-    _first_version(home).write_bytes(content)
+    _first_version(target).write_bytes(content)
 
 
-def _place_path(home: Path, path: Path) -> None:
+def _copy_model(target: Path, path: Path) -> None:
     if path.is_dir():
-        shutil.copytree(path, home)
+        shutil.copytree(path, target)
     elif path.is_file():
-        file = _first_version(home)
+        file = _first_version(target)
         shutil.copyfile(path, file)
         _copy_weights(path, file.parent)
     else:
@@ -70,7 +75,10 @@ def _place_path(home: Path, path: Path) -> None:
 
 
 def _copy_weights(path: Path, folder: Path) -> None:
-    """What lies beside it. What is missing or may not be read is for the worker to refuse."""
+    """Copies the files of weights beside a model.
+
+    The worker refuses a model whose weights are missing or may not be read.
+    """
     try:
         locations = onnx_file.weights_files(path)
     except ValueError:
@@ -82,8 +90,9 @@ def _copy_weights(path: Path, folder: Path) -> None:
             shutil.copyfile(source, folder / location)
 
 
-def _first_version(home: Path) -> Path:
-    folder = home / "1"
+def _first_version(target: Path) -> Path:
+    """Makes the folder of version 1 and returns the path of its file."""
+    folder = target / "1"
     folder.mkdir(parents=True)
     return folder / "model.onnx"
 

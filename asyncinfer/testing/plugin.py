@@ -1,6 +1,6 @@
 """Fixtures for pytest: one service for the session, of the models that a conftest.py names.
 
-pytest loads them only where it is told to, in the conftest.py at the top of your tests:
+pytest loads them if the conftest.py at the top of your tests says so:
 
     import pytest
 
@@ -25,7 +25,7 @@ Both are optional; without the first the shipped models are served. A test then 
         assert not unscored()
 
 It starts when the first test asks for it, and each process of pytest-xdist has its own. A failed
-test's report shows what the service said last.
+test's report shows the last lines of the service's log.
 """
 
 from collections.abc import Generator, Iterator, Mapping
@@ -42,13 +42,13 @@ _LINES_SHOWN: Final = 50
 
 @pytest.fixture(scope="session")
 def asyncinfer_models() -> Model | Mapping[str, Model] | None:
-    """To be overridden: models by name, or what `service` takes as its first argument."""
+    """Override it: models by name, or the first argument of `service`."""
     return None
 
 
 @pytest.fixture(scope="session")
 def asyncinfer_settings() -> Mapping[str, Any]:
-    """To be overridden: settings of `asyncinfer serve`, and those of `service`."""
+    """Override it: settings of `asyncinfer serve`, and keyword arguments of `service`."""
     return {}
 
 
@@ -58,10 +58,10 @@ def asyncinfer_service(
 ) -> Iterator[Running]:
     """A whole service, for all tests of this process."""
     if isinstance(asyncinfer_models, Mapping):
-        made = service(models=asyncinfer_models, **asyncinfer_settings)
+        started = service(models=asyncinfer_models, **asyncinfer_settings)
     else:
-        made = service(asyncinfer_models, **asyncinfer_settings)
-    with made as running:
+        started = service(asyncinfer_models, **asyncinfer_settings)
+    with started as running:
         yield running
 
 
@@ -72,6 +72,6 @@ def pytest_runtest_makereport(
     report = yield
     running = getattr(item, "funcargs", {}).get("asyncinfer_service")
     if report.failed and isinstance(running, Running):
-        last = running.log.splitlines()[-_LINES_SHOWN:]
-        report.sections.append((f"the last that {running!r} said", "\n".join(last)))
+        last_lines = running.log.splitlines()[-_LINES_SHOWN:]
+        report.sections.append((f"last lines of {running!r}", "\n".join(last_lines)))
     return report

@@ -1,4 +1,4 @@
-"""An `asyncinfer serve` that ends with this process, and what it says."""
+"""An `asyncinfer serve` process that ends with this one, and its output."""
 
 import shlex
 import signal
@@ -20,12 +20,12 @@ _HOST: Final = "127.0.0.1"
 
 
 class Process:
-    """One `serve` with all that it starts. Works from any thread."""
+    """A `serve` with its child processes; usable from any thread."""
 
-    def __init__(self, words: Sequence[str], environ: Mapping[str, str], folder: Path) -> None:
-        """`folder` is removed when this process is killed, and cannot do so itself."""
+    def __init__(self, arguments: Sequence[str], environ: Mapping[str, str], folder: Path) -> None:
+        """Starts it; if this process is killed, the watchdog kills it and removes `folder`."""
         tied = child_process.by_watchdog(
-            (sys.executable, "-P", "-m", "asyncinfer", "serve", *words),
+            (sys.executable, "-P", "-m", "asyncinfer", "serve", *arguments),
             signal.SIGKILL,
             afterwards=f"rm -rf -- {shlex.quote(str(folder))}",
         )
@@ -47,6 +47,7 @@ class Process:
         self.log = Log(self._popen.stdout)
 
     def stop(self) -> None:
+        """Terminates it, kills it after 10 s, and waits until it and its output have ended."""
         self._popen.terminate()
         try:
             self._popen.wait(_STOP_SECONDS)
@@ -58,7 +59,7 @@ class Process:
 
 
 class Log:
-    """What a process says, line by line, until it and its children have ended."""
+    """The last lines of a process's output, read until the process and its children have ended."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._lines: deque[str] = deque(maxlen=_LINES_KEPT)
@@ -78,10 +79,12 @@ class Log:
     def has_ended(self) -> bool:
         return self._has_ended
 
-    def wait(self, is_it: Callable[[str], bool], seconds: float) -> None:
-        """Until a line is it, the process has ended, or the time is out."""
+    def wait(self, is_match: Callable[[str], bool], seconds: float) -> None:
+        """Waits until a line matches, the process has ended or the time is out."""
         with self._changed:
-            self._changed.wait_for(lambda: self._has_ended or any(map(is_it, self._lines)), seconds)
+            self._changed.wait_for(
+                lambda: self._has_ended or any(map(is_match, self._lines)), seconds
+            )
 
     def close(self) -> None:
         self._reader.join(_STOP_SECONDS)
@@ -99,10 +102,10 @@ class Log:
 
 @contextmanager
 def free_port(platform: str = sys.platform) -> Iterator[int]:
-    """A port that on Linux nobody else is given until the block ends, but who asks for it may.
+    """A port for one server, which on Linux the kernel gives to nobody else until the block ends.
 
-    Bound and not listened on, it is free for who sets SO_REUSEADDR and names it, as a server does,
-    while the kernel hands it out to no one. Elsewhere it can be taken before the service has it.
+    The port is bound but not listened on: a server that names it and sets SO_REUSEADDR can have it,
+    and the kernel does not hand it out. On other systems it may be taken before the server starts.
     """
     with socket.socket() as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -113,11 +116,11 @@ def free_port(platform: str = sys.platform) -> Iterator[int]:
         yield port
 
 
-def is_complaint(line: str) -> bool:
-    """Whether it is how a command says that it cannot start."""
+def is_start_error(line: str) -> bool:
+    """Whether a line says why a command could not start."""
     return line.startswith("asyncinfer: ")
 
 
-def is_welcome(line: str) -> bool:
-    """Whether it is the last line of what `serve` says once it takes requests."""
+def is_banner_end(line: str) -> bool:
+    """Whether a line is the end of the banner that `serve` prints once it takes requests."""
     return line.startswith("  Stop ")

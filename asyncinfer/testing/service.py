@@ -1,4 +1,4 @@
-"""Starting a whole service for a test, and ending it."""
+"""A whole service for a test: its start, its end and its settings."""
 
 import os
 import secrets
@@ -19,7 +19,7 @@ from asyncinfer.jobs import DEFAULT_TENANT
 from asyncinfer.testing.process import Process, free_port
 from asyncinfer.testing.running_service import Running
 from asyncinfer.testing.settings import Model, environment, variables
-from asyncinfer.testing.startup import Plan, PortTaken, until_it_serves
+from asyncinfer.testing.startup import PortTaken, StartPlan, wait_until_serving
 
 _TRIES: Final = 5
 
@@ -34,21 +34,22 @@ def service(
 ) -> "Service":
     """A service for the time of a `with` or `async with` block, which is given its `Running`.
 
-    `model` is an ONNX file, a model's folder, an `onnx.ModelProto` or its bytes, called `name`,
-    else as its file is, else `model`; or a folder of models, served where it is. `models` are
-    several by name; with neither, the shipped ones. `settings` are those of `asyncinfer serve`,
-    such as `max_queue=10`. Unless `drain_timeout` is set, what runs when the block ends is stopped.
-    With `redis_url` that server is used, under a `queue_name` of our own; nothing is removed there.
+    `model` is an ONNX file, a model's folder, an `onnx.ModelProto` or its bytes. Its name is
+    `name`, else that of the file, else `model`. It may also be a folder of models, which is served
+    in place. `models` are several models by name. With neither the shipped models are served.
+    `settings` are those of `asyncinfer serve`, such as `max_queue=10`. Jobs that run when the block
+    ends are stopped, unless `drain_timeout` is set. With `redis_url` that server is used, with a
+    unique `queue_name`; nothing is removed from it.
 
-    The block raises StartError with the service's own words when it cannot start: ModelRefused
-    when a model cannot be served. InvalidSetting is raised at once.
+    Raises InvalidSetting at once. The block raises StartError with the service's own message if it
+    cannot start within `start_seconds`; ModelRefused, a StartError, if a model cannot be served.
     """
     if models is not None and not (model is None and name is None):
         raise TypeError("give one model, or `models` by name, not both")
-    return Service(Wanted(model, name, models, variables(settings), start_seconds))
+    return Service(ServiceOptions(model, name, models, variables(settings), start_seconds))
 
 
-class Wanted(Struct, frozen=True):
+class ServiceOptions(Struct, frozen=True):
     model: Model | None
     name: str | None
     models: Mapping[str, Model] | None
@@ -57,10 +58,10 @@ class Wanted(Struct, frozen=True):
 
 
 class Service:
-    """Made by `service`; one block at a time."""
+    """A service for `with` or `async with`, made by `service`; usable again after its block."""
 
-    def __init__(self, wanted: Wanted) -> None:
-        self._wanted = wanted
+    def __init__(self, options: ServiceOptions) -> None:
+        self._options = options
         self._busy = threading.Lock()
         self._open: ExitStack | None = None
 
@@ -69,7 +70,7 @@ class Service:
             if self._open is not None:
                 raise RuntimeError("this service runs already; call service() for another")
             with ExitStack() as stack:
-                running = _started(self._wanted, stack)
+                running = _start(self._options, stack)
                 self._open = stack.pop_all()
             return running
 
@@ -92,57 +93,60 @@ class Service:
 
     def _stop(self) -> None:
         with self._busy:
-            opened, self._open = self._open, None
-            if opened is not None:
-                opened.close()
+            stack, self._open = self._open, None
+            if stack is not None:
+                stack.close()
 
 
 def refuse_windows(platform: str = sys.platform) -> None:
+    """Raises StartError on Windows, with what to do there."""
     if platform == "win32":
         raise StartError(
-            "asyncinfer.testing runs on Linux and macOS: for Windows there is no embedded Valkey. "
+            "asyncinfer.testing runs on Linux and macOS: there is no embedded Valkey for Windows. "
             "Start `asyncinfer serve` and `asyncinfer work` with REDIS_URL there, and give your "
             "tests their URL."
         )
 
 
-def _started(wanted: Wanted, stack: ExitStack) -> Running:
+def _start(options: ServiceOptions, stack: ExitStack) -> Running:
     refuse_windows()
-    # Loads numpy, which who only imports us need not wait for.
+    # This loads numpy, which an import of asyncinfer.testing need not wait for.
     from asyncinfer.testing import model_folder
 
-    made = tempfile.TemporaryDirectory(prefix="asyncinfer-test-", ignore_cleanup_errors=True)
-    folder = Path(stack.enter_context(made))
-    model_dir = model_folder.model_dir(folder, wanted.model, wanted.name, wanted.models)
+    temporary = tempfile.TemporaryDirectory(prefix="asyncinfer-test-", ignore_cleanup_errors=True)
+    folder = Path(stack.enter_context(temporary))
+    model_dir = model_folder.model_dir(folder, options.model, options.name, options.models)
     names = model_folder.names_in(model_dir)
-    variables, api_key = _with_own_key(wanted.variables, folder)
-    places = {"MODEL_DIR": str(model_dir), "DATA_DIR": str(folder / "data")}
-    plan = Plan(
-        environ=environment(os.environ, _with_own_queue({**variables, **places})),
-        words=("--work",) if "REDIS_URL" in variables else (),
+    variables, api_key = _with_added_key(options.variables, folder)
+    folders = {"MODEL_DIR": str(model_dir), "DATA_DIR": str(folder / "data")}
+    plan = StartPlan(
+        environ=environment(os.environ, _with_unique_queue({**variables, **folders})),
+        arguments=("--work",) if "REDIS_URL" in variables else (),
         folder=folder,
         models=tuple(sorted(names)),
         api_key=api_key,
-        seconds=wanted.start_seconds,
+        seconds=options.start_seconds,
     )
     return _on_a_free_port(plan, stack)
 
 
-def _with_own_queue(variables: Mapping[str, str]) -> dict[str, str]:
-    """On a server that others use too, tests beside this one have models of the same names."""
+def _with_unique_queue(variables: Mapping[str, str]) -> dict[str, str]:
+    """Adds a unique QUEUE_NAME on a shared Redis: other tests may have models of these names."""
     if "REDIS_URL" not in variables:
         return dict(variables)
     return {"QUEUE_NAME": f"test_{secrets.token_hex(8)}", **variables}
 
 
-def _with_own_key(
+def _with_added_key(
     variables: Mapping[str, str], folder: Path
 ) -> tuple[Mapping[str, str], str | None]:
-    """A copy of the file of keys that has one of ours, since of the others we know only hashes."""
+    """Replaces the file of keys by a copy with one key more, and returns that key.
+
+    The file has only hashes of the other keys.
+    """
     if "API_KEYS" not in variables:
         return variables, None
-    given = Path(variables["API_KEYS"])
-    content = api_keys.read_key_file(given)
+    content = api_keys.read_key_file(Path(variables["API_KEYS"]))
     key = api_keys.new_key()
     line = api_keys.entry_of(key, DEFAULT_TENANT, ",".join(api_keys.SCOPES)).line()
     copy = folder / "api_keys"
@@ -151,17 +155,19 @@ def _with_own_key(
     return {**variables, "API_KEYS": str(copy)}, key
 
 
-def _on_a_free_port(plan: Plan, stack: ExitStack) -> Running:
+def _on_a_free_port(plan: StartPlan, stack: ExitStack) -> Running:
     for _ in range(_TRIES):
         with free_port() as port:
-            process = Process(plan.words, {**plan.environ, "PORT": str(port)}, plan.folder)
+            process = Process(plan.arguments, {**plan.environ, "PORT": str(port)}, plan.folder)
             with ExitStack() as started:
                 started.callback(process.stop)
                 try:
-                    running = until_it_serves(process.log, plan, port)
+                    running = wait_until_serving(process.log, plan, port)
                 except PortTaken:
                     continue
                 started.callback(running.close)
                 stack.push(started.pop_all())
                 return running
-    raise StartError(f"{_TRIES} ports were taken by others before the service had them. Try again.")
+    raise StartError(
+        f"{_TRIES} ports were taken by other programs before the service had them. Try again."
+    )

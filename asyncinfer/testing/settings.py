@@ -1,4 +1,4 @@
-"""What a test asks for: models, and settings by keyword, as environment variables."""
+"""Settings of a service under test, from keywords to environment variables."""
 
 import difflib
 import os
@@ -11,37 +11,39 @@ from asyncinfer.errors import InvalidSetting
 
 
 class Serializable(Protocol):
-    """An `onnx.ModelProto`; the `onnx` package itself is not needed."""
+    """An `onnx.ModelProto`; this way the `onnx` package is not needed."""
 
     def SerializeToString(self) -> bytes: ...
 
 
 Model: TypeAlias = str | os.PathLike[str] | bytes | Serializable
-"""A file, a folder with versions (`1/model.onnx`), or what such a file holds."""
+"""An ONNX file, a folder with versions (`1/model.onnx`), or the content of a file."""
 
-_OURS: Final = frozenset(
+_RESERVED: Final = frozenset(
     {"data_dir", "host", "port", "model", "model_dir", "models", "redis_host", "redis_port"}
 )
 _DEFAULTS: Final = {"drain_timeout": 0}
-"""What still runs when a test ends is of no use to anybody."""
+"""Nobody needs the results of jobs that still run when a test ends."""
 
 
-def variables(given: Mapping[str, Any]) -> dict[str, str]:
-    """As environment variables; raises InvalidSetting for a name or value that cannot be."""
-    allowed = [knob.name for knob in settings.knobs() if knob.name not in _OURS]
-    for name in given:
+def variables(values: Mapping[str, Any]) -> dict[str, str]:
+    """The environment variables of settings; raises InvalidSetting for an invalid name or value."""
+    allowed = [knob.name for knob in settings.knobs() if knob.name not in _RESERVED]
+    for name in values:
         if name not in allowed:
-            raise InvalidSetting(_unknown(name, allowed))
-    wanted = {**_DEFAULTS, **given}
-    found = {name.upper(): _text(value) for name, value in wanted.items()}
-    settings.read(found, {})
-    return {variable: text for variable, text in found.items() if text}
+            raise InvalidSetting(_invalid_name_text(name, allowed))
+    texts = {name.upper(): _text(value) for name, value in {**_DEFAULTS, **values}.items()}
+    settings.read(texts, {})
+    return {variable: text for variable, text in texts.items() if text}
 
 
-def environment(environ: Mapping[str, str], chosen: Mapping[str, str]) -> dict[str, str]:
-    """A REDIS_URL or another setting of this process's environment never reaches a test."""
+def environment(environ: Mapping[str, str], variables: Mapping[str, str]) -> dict[str, str]:
+    """`environ` with these variables instead of its own settings.
+
+    So a REDIS_URL or another setting of this process never reaches a test.
+    """
     knobs = {knob.variable for knob in settings.knobs()}
-    return {name: value for name, value in environ.items() if name not in knobs} | dict(chosen)
+    return {name: value for name, value in environ.items() if name not in knobs} | dict(variables)
 
 
 def _text(value: Any) -> str:
@@ -50,8 +52,8 @@ def _text(value: Any) -> str:
     return settings.text(tuple(value) if isinstance(value, list | set | frozenset) else value)
 
 
-def _unknown(name: str, allowed: list[str]) -> str:
-    if name in _OURS:
+def _invalid_name_text(name: str, allowed: list[str]) -> str:
+    if name in _RESERVED:
         return f"service() sets {name} itself; leave it out."
-    near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.0)
-    return f"service() has no setting {name!r}. Did you mean {near[0]!r}?"
+    matches = difflib.get_close_matches(name, allowed, n=1, cutoff=0.0)
+    return f"service() has no setting {name!r}. Did you mean {matches[0]!r}?"

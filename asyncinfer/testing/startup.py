@@ -1,4 +1,4 @@
-"""Waiting until a service serves its models, or says why it does not."""
+"""The wait until a service serves its models, or says why it cannot."""
 
 import re
 import time
@@ -9,71 +9,79 @@ from typing import Final
 from msgspec import Struct
 
 from asyncinfer.errors import ModelRefused, StartError
-from asyncinfer.testing.process import Log, is_complaint, is_welcome
+from asyncinfer.testing.process import Log, is_banner_end, is_start_error
 from asyncinfer.testing.running_service import Running
-from asyncinfer.testing.status import Questions
+from asyncinfer.testing.status import StatusClient
 
 _PAUSE_SECONDS: Final = 0.02
 _LINES_SHOWN: Final = 20
-_REFUSED_MODEL: Final = re.compile(r" ERROR asyncinfer\.worker\.library: Model (.+)")
+_MODEL_REFUSED_LINE: Final = re.compile(r" ERROR asyncinfer\.worker\.models\.library: Model (.+)")
 
 
-class Plan(Struct, frozen=True, kw_only=True):
+class StartPlan(Struct, frozen=True, kw_only=True):
+    """How to start a service, and what it must serve."""
+
     environ: Mapping[str, str]
-    words: Sequence[str]
+    arguments: Sequence[str]
     folder: Path
     models: tuple[str, ...]
     api_key: str | None
     seconds: float
-    """How long a start may take."""
+    """The time limit of the start."""
 
 
 class PortTaken(Exception):
-    """Somebody else was given the port in the meantime."""
+    """Another process took the port in the meantime."""
 
 
-def until_it_serves(log: Log, plan: Plan, port: int) -> Running:
-    """Returns when a worker has announced every model; raises StartError, or PortTaken."""
-    give_up = time.monotonic() + plan.seconds
-    log.wait(lambda line: is_welcome(line) or is_complaint(line), plan.seconds)
-    questions = Questions(port, plan.api_key)
+def wait_until_serving(log: Log, plan: StartPlan, port: int) -> Running:
+    """Returns the service once a worker has announced every model of the plan.
+
+    Raises PortTaken, or StartError if it cannot start or the time is out.
+    """
+    deadline = time.monotonic() + plan.seconds
+    log.wait(lambda line: is_banner_end(line) or is_start_error(line), plan.seconds)
+    status_client = StatusClient(port, plan.api_key)
     while True:
-        _refuse_what_failed(log, port)
-        served, reasons = _announced(questions)
+        _raise_start_failure(log, port)
+        served, reasons = _read_announced(status_client)
         if reasons:
-            raise _model_refused([f"{name}: {reason}" for name, reason in reasons.items()])
+            raise _model_refused_error([f"{name}: {reason}" for name, reason in reasons.items()])
         if served.issuperset(plan.models):
             return Running(port, plan.models, plan.api_key, log)
-        if time.monotonic() > give_up:
-            raise StartError(f"No worker serves the models after {plan.seconds:g} s. {_end(log)}")
+        if time.monotonic() > deadline:
+            raise StartError(
+                f"No worker serves the models after {plan.seconds:g} s. {_last_lines(log)}"
+            )
         time.sleep(_PAUSE_SECONDS)
 
 
-def _announced(questions: Questions) -> tuple[set[str], dict[str, str]]:
-    """Nothing while the API cannot say."""
+def _read_announced(status_client: StatusClient) -> tuple[set[str], dict[str, str]]:
+    """Served models, and reasons of refused ones; empty while the API does not answer."""
     try:
-        return questions.announced()
+        return status_client.announced()
     except OSError:
         return set(), {}
 
 
-def _refuse_what_failed(log: Log, port: int) -> None:
+def _raise_start_failure(log: Log, port: int) -> None:
+    """Raises PortTaken or StartError if the log shows that the start failed."""
     lines = log.lines
-    complaints = [line for line in lines if is_complaint(line)]
-    if any(f"Cannot listen on 127.0.0.1:{port}:" in line for line in complaints):
+    errors = [line for line in lines if is_start_error(line)]
+    if any(f"Cannot listen on 127.0.0.1:{port}:" in line for line in errors):
         raise PortTaken
-    refused = [found[1] for line in lines if (found := _REFUSED_MODEL.search(line))]
-    if complaints and refused:
-        raise _model_refused(refused)
-    if complaints:
-        raise StartError(complaints[0].removeprefix("asyncinfer: "))
-    if log.has_ended or not any(map(is_welcome, lines)):
-        raise StartError(f"The service did not start. {_end(log)}")
+    refused = [match[1] for line in lines if (match := _MODEL_REFUSED_LINE.search(line))]
+    if errors and refused:
+        raise _model_refused_error(refused)
+    if errors:
+        raise StartError(errors[0].removeprefix("asyncinfer: "))
+    if log.has_ended or not any(map(is_banner_end, lines)):
+        raise StartError(f"The service did not start. {_last_lines(log)}")
 
 
-def _model_refused(reasons: Sequence[str]) -> ModelRefused:
+def _model_refused_error(reasons: Sequence[str]) -> ModelRefused:
     return ModelRefused("Cannot be served: " + "; ".join(dict.fromkeys(reasons)))
 
 
-def _end(log: Log) -> str:
-    return "The end of what it said:\n" + "\n".join(log.lines[-_LINES_SHOWN:])
+def _last_lines(log: Log) -> str:
+    return "Its last lines:\n" + "\n".join(log.lines[-_LINES_SHOWN:])

@@ -1,4 +1,4 @@
-"""What is asked of a service under test over HTTP."""
+"""The state of a service under test, read over HTTP."""
 
 import http.client
 import json
@@ -10,11 +10,11 @@ from msgspec import Struct
 _SECONDS: Final = 10.0
 
 
-class Left(Struct, frozen=True):
-    """What a model has still to do."""
+class Unfinished(Struct, frozen=True):
+    """Counts of a model's jobs that have not ended; false if there are none."""
 
     waiting: int = 0
-    """Delayed ones included."""
+    """Jobs that wait, delayed ones included."""
     running: int = 0
     paused: bool = False
 
@@ -26,25 +26,27 @@ class Left(Struct, frozen=True):
         return f"{self.waiting} waiting, {self.running} running{paused}"
 
 
-class Questions:
+class StatusClient:
+    """Reads what a service serves, and which jobs have not ended; raises OSError if it cannot."""
+
     def __init__(self, port: int, api_key: str | None) -> None:
         self._port = port
         self._headers = {"x-api-key": api_key} if api_key else {}
 
     def announced(self) -> tuple[set[str], dict[str, str]]:
-        """The models that are served, and of those that are not why."""
-        told = self._get("/models")
-        reasons = {one["model"]: one["reason"] for one in told["problems"]}
-        return {one["model"] for one in told["models"]}, reasons
+        """The names of the models that are served, and reasons by name of those that are not."""
+        listed = self._get("/models")
+        reasons = {problem["model"]: problem["reason"] for problem in listed["problems"]}
+        return {model["model"] for model in listed["models"]}, reasons
 
-    def left(self) -> dict[str, Left]:
-        """By model what waits or runs; models that are done are not in it."""
+    def unfinished(self) -> dict[str, Unfinished]:
+        """Jobs that wait or run, by model; models without such jobs are left out."""
         queues = self._get("/queues")["queues"]
-        found = {one["model"]: _left(one) for one in queues if one["model"] is not None}
-        return {model: left for model, left in sorted(found.items()) if left}
+        by_model = {queue["model"]: _count(queue) for queue in queues if queue["model"] is not None}
+        return {model: counts for model, counts in sorted(by_model.items()) if counts}
 
     def _get(self, path: str) -> Mapping[str, Any]:
-        """Without the proxies that the environment may name."""
+        """GETs JSON directly, without the proxies that the environment may name."""
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=_SECONDS)
         try:
             connection.request("GET", path, headers=self._headers)
@@ -58,6 +60,6 @@ class Questions:
         return answer
 
 
-def _left(queue: Mapping[str, Any]) -> Left:
+def _count(queue: Mapping[str, Any]) -> Unfinished:
     waiting = sum(queue["waiting"].values()) + queue["delayed"]
-    return Left(waiting, queue["running"], queue["paused"])
+    return Unfinished(waiting, queue["running"], queue["paused"])

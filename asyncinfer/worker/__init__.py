@@ -1,1 +1,1 @@
-"""The worker: claims jobs, runs them in threads, stores what became of them."""
+"""The worker: claims jobs, runs them in threads, and stores their outcomes."""

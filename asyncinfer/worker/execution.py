@@ -1,4 +1,4 @@
-"""What a thread does for a batch: check the inputs, stack them, run, split, render."""
+"""The work of a thread on claimed jobs: check and group inputs, run a batch, render results."""
 
 import itertools
 import logging
@@ -33,7 +33,7 @@ _PAYLOADS: Final = frozenset({"json", "tensors"})
 
 
 class Batch(Struct, frozen=True):
-    """Jobs that share a run, with their inputs."""
+    """Jobs that share a run, with the input tensors of each and its number of rows."""
 
     engine: Engine
     jobs: tuple[ClaimedJob, ...]
@@ -41,7 +41,7 @@ class Batch(Struct, frozen=True):
     rows: tuple[int, ...]
 
     def halves(self) -> "tuple[Batch, Batch]":
-        """Two batches, to find out which half holds the job that fails."""
+        """The batch as two, to find out which half holds the job that fails."""
         middle = len(self.jobs) // 2
         return (
             Batch(self.engine, self.jobs[:middle], self.inputs[:middle], self.rows[:middle]),
@@ -50,62 +50,65 @@ class Batch(Struct, frozen=True):
 
 
 class Prepared(Struct, frozen=True):
-    """What a claim's jobs became: batches to run, and jobs that cannot run."""
+    """The jobs of a claim: in batches to run, and those that cannot run, with the reason."""
 
     batches: tuple[Batch, ...]
     refused: tuple[tuple[ClaimedJob, AsyncinferError], ...]
 
 
 class _Group(Struct, frozen=True):
-    """Jobs whose inputs fit, and which may share a run."""
+    """Jobs with valid inputs that may share a run."""
 
     jobs: list[ClaimedJob]
     inputs: list[Feeds]
 
 
-class _Wrapped(Struct):
-    """A stranger may store the request's body instead of its `data`."""
+class _RequestBody(Struct):
+    """An external job may hold a whole request body instead of its `data`."""
 
     data: Raw
 
 
-Asked: TypeAlias = tuple[str | None, str | None]
-"""A model, None where a stranger's job means a default that there is not; its version, or None."""
+ModelRef: TypeAlias = tuple[str | None, str | None]
+"""(model, version): model is None for an external job when no default model is set; version is
+None for the default version."""
 
 
-def asked(job: ClaimedJob, model_of_queue: str | None) -> Asked:
-    """Which version of which model a job wants to run on; a stranger's means its queue's model."""
+def requested_model(job: ClaimedJob, model_of_queue: str | None) -> ModelRef:
+    """The model and version that a job names; for an external job the model of its queue."""
     return (job.record.model, job.record.version) if job.record else (model_of_queue, None)
 
 
 def prepare(
-    jobs: Sequence[ClaimedJob], engine_of: Callable[[Asked], Engine], model_of_queue: str | None
+    jobs: Sequence[ClaimedJob], engine_of: Callable[[ModelRef], Engine], model_of_queue: str | None
 ) -> Prepared:
-    """Checks each job's input as the door did (strangers never met the door), and groups.
+    """Checks each job's record and input, and forms batches.
 
-    `engine_of` raises UnknownModel.
+    The API has checked inputs too, but not those of external jobs. `engine_of` raises UnknownModel.
+    Never raises for a job: what is wrong with it is in `Prepared.refused`.
     """
     refused: list[tuple[ClaimedJob, AsyncinferError]] = []
     wanted: dict[int, tuple[Engine, list[ClaimedJob]]] = {}
     for job in jobs:
         try:
             _check_readable(job)
-            engine = engine_of(asked(job, model_of_queue))
+            engine = engine_of(requested_model(job, model_of_queue))
         except (UnknownModel, UnreadableRecord) as error:
             refused.append((job, error))
         else:
             wanted.setdefault(id(engine), (engine, []))[1].append(job)
     batches: list[Batch] = []
-    for engine, its_jobs in wanted.values():
-        together = _ready_together(engine, its_jobs)
-        groups = [together] if together else _grouped(engine, its_jobs, refused)
+    for engine, engine_jobs in wanted.values():
+        uniform = _group_if_uniform(engine, engine_jobs)
+        groups = [uniform] if uniform else _group_each(engine, engine_jobs, refused)
         for group in groups:
-            batches += _bounded(engine, group)
+            batches += _split_to_limits(engine, group)
     return Prepared(tuple(batches), tuple(refused))
 
 
 def run(batch: Batch, stop: Stop) -> list[bytes]:
-    """Each job's result as it is stored; raises ModelFailed, OutOfMemory or Stopped."""
+    """Runs a batch; returns each job's result as the bytes to store. Blocks, so call it in a
+    thread. Raises ModelFailed, OutOfMemory or Stopped."""
     engine, record = batch.engine, batch.jobs[0].record
     try:
         outputs = engine.run(batching.stack(batch.inputs, engine.plan), stop)
@@ -122,12 +125,15 @@ def run(batch: Batch, stop: Stop) -> list[bytes]:
     except MemoryError as error:
         raise OutOfMemory("There was not enough memory for the batch.") from error
     except Exception as error:
-        # One job's outputs may be what nothing here foresaw; its neighbours' are not.
+        # The batch is split then, so that one job with outputs that cannot be rendered does not
+        # fail the others.
         log.exception("A batch of %d jobs failed.", len(batch.jobs))
         raise ModelFailed("The outputs of the model could not be made a result.") from error
 
 
 def _check_readable(job: ClaimedJob) -> None:
+    """Raises LaterRecord for a job of a later release, UnreadableRecord for a damaged record or an
+    unknown payload format."""
     if job.later_schema:
         raise LaterRecord(
             f"The job's record has schema {job.later_schema}, written by a later release of "
@@ -144,26 +150,27 @@ def _check_readable(job: ClaimedJob) -> None:
         )
 
 
-def _grouped(
+def _group_each(
     engine: Engine, jobs: Sequence[ClaimedJob], refused: list[tuple[ClaimedJob, AsyncinferError]]
 ) -> list[_Group]:
-    """Jobs looked at one by one."""
+    """Checks the inputs one by one, and groups jobs that may share a run; adds jobs with invalid
+    input to `refused`."""
     groups: dict[object, _Group] = {}
     for job in jobs:
         try:
-            feeds = _feeds_of(job, engine)
+            feeds = _feeds(job, engine)
         except InvalidInput as error:
             refused.append((job, error))
         else:
-            group = groups.setdefault(_key(engine, job, feeds), _Group([], []))
+            group = groups.setdefault(_run_key(engine, job, feeds), _Group([], []))
             group.jobs.append(job)
             group.inputs.append(feeds)
     return list(groups.values())
 
 
-def _ready_together(engine: Engine, jobs: Sequence[ClaimedJob]) -> _Group | None:
-    """The usual case in one go, since a look at each input of its own is what a drain of small
-    jobs takes longest for: all alike, all fit. None where each must be looked at."""
+def _group_if_uniform(engine: Engine, jobs: Sequence[ClaimedJob]) -> _Group | None:
+    """Decodes and checks all inputs at once if they have the same shapes and are valid: the usual
+    case, and far faster for many small jobs. None where each job must be checked by itself."""
     if len(jobs) == 1 or engine.plan is None or None in engine.plan.inputs.values():
         return None
     first = jobs[0]
@@ -171,7 +178,7 @@ def _ready_together(engine: Engine, jobs: Sequence[ClaimedJob]) -> _Group | None
     if first.record is None or any(_kind(job) != kind for job in jobs):
         return None
     try:
-        inputs = _feeds_alike(jobs, first.record.payload, engine.signature)
+        inputs = _uniform_feeds(jobs, first.record.payload, engine.signature)
     except (InvalidInput, packing.DamagedPayload):
         return None
     if inputs is None or batching.run_key(inputs[0], engine.plan) is None:
@@ -180,18 +187,23 @@ def _ready_together(engine: Engine, jobs: Sequence[ClaimedJob]) -> _Group | None
 
 
 def _kind(job: ClaimedJob) -> tuple[object, ...]:
+    """What must be equal for jobs to be decoded together: payload format and wanted answer."""
     record = job.record
     return (record.payload, record.answer, record.outputs) if record else ()
 
 
-def _feeds_alike(
+def _uniform_feeds(
     jobs: Sequence[ClaimedJob], payload: str, signature: Signature
 ) -> Sequence[Feeds] | None:
+    """The input tensors of each job; None where they do not all have the same shapes.
+
+    Raises InvalidInput or DamagedPayload.
+    """
     data = [job.data for job in jobs]
     if payload == "tensors":
         feeds = packing.unpack_alike(data)
         if feeds:
-            # They differ in nothing that is checked.
+            # The others differ from the first in nothing that is checked.
             check_inputs(feeds[0], signature)
         return feeds
     arrays = check_data_alike(data, signature)
@@ -199,31 +211,34 @@ def _feeds_alike(
     return [{spec.name: array} for array in arrays] if arrays and spec else None
 
 
-def _feeds_of(job: ClaimedJob, engine: Engine) -> Feeds:
+def _feeds(job: ClaimedJob, engine: Engine) -> Feeds:
+    """The checked input tensors of one job; raises InvalidInput."""
     if job.record and job.record.payload == "tensors":
         try:
             return check_inputs(packing.unpack(job.data), engine.signature)
         except packing.DamagedPayload as error:
             raise InvalidInput(f"The stored tensors are damaged: {error}.") from error
-    array = check_data(_input_of(job), engine.signature)
+    array = check_data(_data_json(job), engine.signature)
     spec = data_input(engine.signature)
     assert spec is not None, "check_data refuses without one"
     return {spec.name: array}
 
 
-def _input_of(job: ClaimedJob) -> bytes | Raw:
+def _data_json(job: ClaimedJob) -> bytes | Raw:
+    """The JSON array of rows, which an external job may wrap as {"data": [...]}."""
     if job.record or not job.data.lstrip().startswith(b"{"):
         return job.data
     try:
-        return msgspec.json.decode(job.data, type=_Wrapped).data
+        return msgspec.json.decode(job.data, type=_RequestBody).data
     except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidInput(
             'The stored input is neither a JSON array of rows nor {"data": [...]}.'
         ) from error
 
 
-def _key(engine: Engine, job: ClaimedJob, feeds: Feeds) -> object:
-    """Jobs share a run where this is equal: what goes in, and what is wanted of it."""
+def _run_key(engine: Engine, job: ClaimedJob, feeds: Feeds) -> object:
+    """Jobs share a run if this is equal: the shapes of the inputs, and the wanted outputs. For a
+    model without batching it is the job's id."""
     key = None if engine.plan is None else batching.run_key(feeds, engine.plan)
     if key is None:
         return job.job_id
@@ -231,25 +246,26 @@ def _key(engine: Engine, job: ClaimedJob, feeds: Feeds) -> object:
     return (key, (record.answer, record.outputs) if record else ("json", ()))
 
 
-def _bounded(engine: Engine, group: _Group) -> list[Batch]:
-    """The runs that a group makes, each within what one may hold."""
+def _split_to_limits(engine: Engine, group: _Group) -> list[Batch]:
+    """Splits a group, in order, into batches within the limits on jobs, rows and bytes of a run.
+    A single job that exceeds a limit is a batch of its own."""
     rows = [batching.rows_of(feeds, engine.plan) for feeds in group.inputs]
     sizes = [batching.bytes_of(feeds) for feeds in group.inputs]
-    most = engine.signature
-    most_jobs = most.max_batch_jobs or sys.maxsize
-    most_rows = most.max_batch_rows or batching.MAX_RUN_ROWS
+    signature = engine.signature
+    max_jobs = signature.max_batch_jobs or sys.maxsize
+    max_rows = signature.max_batch_rows or batching.MAX_RUN_ROWS
     starts = [0]
-    its_rows = its_bytes = 0
-    for at, (more_rows, more_bytes) in enumerate(zip(rows, sizes, strict=True)):
-        its_rows, its_bytes = its_rows + more_rows, its_bytes + more_bytes
+    batch_rows = batch_bytes = 0
+    for index, (job_rows, job_bytes) in enumerate(zip(rows, sizes, strict=True)):
+        batch_rows, batch_bytes = batch_rows + job_rows, batch_bytes + job_bytes
         is_full = (
-            at - starts[-1] == most_jobs
-            or its_rows > most_rows
-            or its_bytes > batching.MAX_RUN_BYTES
+            index - starts[-1] == max_jobs
+            or batch_rows > max_rows
+            or batch_bytes > batching.MAX_RUN_BYTES
         )
-        if is_full and at > starts[-1]:
-            starts.append(at)
-            its_rows, its_bytes = more_rows, more_bytes
+        if is_full and index > starts[-1]:
+            starts.append(index)
+            batch_rows, batch_bytes = job_rows, job_bytes
     return [
         Batch(
             engine,

@@ -1,4 +1,4 @@
-"""A claim that this process holds, and the runs that it is divided into."""
+"""A claim that this process holds, and the run of one of its batches."""
 
 import asyncio
 import time
@@ -13,39 +13,46 @@ from asyncinfer.repository.claims import (
 from asyncinfer.worker.execution import Batch
 
 Step = Literal["woken", "claimed", "running", "finishing", "finished"]
+"""What a worker has just done or is about to do; tests stop a worker at one of these."""
+
+StopReason = Literal["abandoned", "timeout", "drain"]
 
 
-class Run:
-    """One batch in a thread; stopped for one reason, the first given."""
+class BatchRun:
+    """One batch that runs in a thread, and why it was stopped, if it was."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
         self.stop = Stop()
-        self.why: Literal["", "abandoned", "timeout", "drain"] = ""
-        self.wanted = {job.job_id for job in batch.jobs}
+        self.stop_reason: StopReason | None = None
+        self.wanted_ids = {job.job_id for job in batch.jobs}
+        """Jobs of the batch that still need its result."""
 
-    def end(self, why: Literal["abandoned", "timeout", "drain"]) -> None:
-        self.why = self.why or why
+    def stop_for(self, reason: StopReason) -> None:
+        """Stops the run; only the first reason is kept."""
+        self.stop_reason = self.stop_reason or reason
         self.stop.stop()
 
     def abandon(self, job_id: str) -> None:
-        """One of its jobs has ended otherwise; a run that nobody wants stops."""
-        self.wanted.discard(job_id)
-        if not self.wanted:
-            self.end("abandoned")
+        """Notes that a job was cancelled or expired; stops the run if no job needs it any more."""
+        self.wanted_ids.discard(job_id)
+        if not self.wanted_ids:
+            self.stop_for("abandoned")
 
 
-class Held:
-    """A claim this process holds: the jobs without an outcome yet, and the run under way."""
+class HeldClaim:
+    """A claim that this process holds: its jobs without an outcome, and the run under way."""
 
     def __init__(self, claim: Claim) -> None:
         self.claim = claim
         self.claimed_at = time.monotonic()
         self.started_ms = time.time_ns() // 1_000_000
-        self.ran_at = self.claimed_at
-        self.run: Run | None = None
-        self.early: set[asyncio.Task[None]] = set()
+        self.run_ended_at = self.claimed_at
+        self.run: BatchRun | None = None
+        self.early_tasks: set[asyncio.Task[None]] = set()
+        """Tasks that store outcomes of jobs that were cancelled or expired during the run."""
 
     @cached_property
-    def open(self) -> dict[str, ClaimedJob]:
+    def open_jobs(self) -> dict[str, ClaimedJob]:
+        """By id the jobs that have no outcome yet. A job is removed as soon as it has one."""
         return {job.job_id: job for job in self.claim.jobs}

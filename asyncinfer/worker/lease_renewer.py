@@ -1,4 +1,4 @@
-"""Renews the leases of all claims from a thread, however busy the event loop is."""
+"""The thread that renews the leases of all claims, also while the event loop is busy."""
 
 import asyncio
 import logging
@@ -17,54 +17,56 @@ _log = LimitedLog(logging.getLogger(__name__))
 
 
 class Renewer:
-    """Keeps this process's claims alive from an OS thread, since an event loop may stall.
+    """Renews this process's leases from an OS thread, since an event loop may stall.
 
-    It stops when the loop shows no life for two leases: a dead loop runs nothing, so its jobs
-    should go to others.
+    It pauses when the loop has shown no sign of life for two leases: a dead loop runs nothing, so
+    its jobs should go to other workers.
     """
 
-    def __init__(self, store: Store, tell: Callable[[Renewal], None]) -> None:
+    def __init__(self, store: Store, on_renewal: Callable[[Renewal], None]) -> None:
+        """`on_renewal` is called in the thread, with each renewal that found a lost lease or a
+        job to stop."""
         self._renewals = Renewals(store)
         self._lease_seconds = store.policy.lease_seconds
-        self._tell = tell
+        self._on_renewal = on_renewal
         self._tokens: dict[str, str] = {}
         self._lock = threading.Lock()
-        self._ended = threading.Event()
-        self._pulse = time.monotonic()
+        self._closed = threading.Event()
+        self._loop_alive_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="renew", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def hold(self, claim: Claim) -> None:
+        """Renews the lease of this claim from now on."""
         with self._lock:
             self._tokens[claim.token] = claim.queue
 
-    def let_go(self, token: str) -> None:
+    def remove(self, token: str) -> None:
+        """Stops renewing a claim that was finished or lost; an unknown token is ignored."""
         with self._lock:
             self._tokens.pop(token, None)
 
-    def holds(self, token: str) -> bool:
-        with self._lock:
-            return token in self._tokens
-
     async def beat(self) -> None:
-        """The loop's sign of life. Ends by cancellation."""
+        """Notes from within the event loop that the loop is alive. Ends only by cancellation."""
         while True:
-            self._pulse = time.monotonic()
+            self._loop_alive_at = time.monotonic()
             await asyncio.sleep(self._lease_seconds / 6)
 
     async def close(self) -> None:
-        """Ends the thread; it may be in a call, which is bounded."""
-        self._ended.set()
+        """Ends the thread and waits for it; a call to Redis under way has a time limit."""
+        self._closed.set()
         await asyncio.to_thread(self._thread.join)
         self._renewals.close()
 
     def _run(self) -> None:
+        """Renews three times per lease, and sooner after a failure, until closed; not while the
+        event loop shows no sign of life."""
         pause = self._lease_seconds / 3
-        while not self._ended.wait(pause):
+        while not self._closed.wait(pause):
             pause = self._lease_seconds / 3
-            if time.monotonic() - self._pulse > 2 * self._lease_seconds:
+            if time.monotonic() - self._loop_alive_at > 2 * self._lease_seconds:
                 continue
             try:
                 self._renew()
@@ -76,6 +78,7 @@ class Renewer:
                 pause = self._lease_seconds / 10
 
     def _renew(self) -> None:
+        """Renews all leases in one call; raises RedisUnavailable."""
         by_queue: dict[str, list[str]] = {}
         with self._lock:
             for token, queue in self._tokens.items():
@@ -83,4 +86,4 @@ class Renewer:
         if by_queue:
             renewal = self._renewals.renew(by_queue)
             if renewal.lost or renewal.cancelled or renewal.expired:
-                self._tell(renewal)
+                self._on_renewal(renewal)

@@ -1,6 +1,6 @@
-"""A worker's private port: whether it lives, whether it can claim, and what it counts.
+"""The monitor port of a worker: liveness, readiness and metrics.
 
-asyncio alone answers here: a web server in every worker would cost memory and a longer start.
+It is served with asyncio alone: a web server in every worker would cost memory and a longer start.
 """
 
 import asyncio
@@ -26,17 +26,17 @@ from asyncinfer.errors import (
 from asyncinfer.schemas.problems import problem_of
 from asyncinfer.schemas.responses import Alive
 
-_HEAD_BYTES: Final = 8192
-_MOST_CONNECTIONS: Final = 64
+_MAX_HEAD_BYTES: Final = 8192
+_MAX_CONNECTIONS: Final = 64
 
-_STARTS: Final = "It has not reached its Redis yet."
+_NOT_CONNECTED: Final = "It has not reached its Redis yet."
 
 Unready = Callable[[], str | None]
-"""Why the worker cannot claim just now; None when it can."""
+"""Returns why the worker cannot claim now; None when it can."""
 
 
 class Metrics(Protocol):
-    """What Prometheus reads."""
+    """The text of the metrics, for Prometheus."""
 
     media_type: str
 
@@ -44,6 +44,8 @@ class Metrics(Protocol):
 
 
 class Answer(Struct, frozen=True):
+    """A response of the monitor port."""
+
     status: int
     body: bytes
     media_type: str = "application/json"
@@ -51,19 +53,21 @@ class Answer(Struct, frozen=True):
 
 
 class Monitor:
-    """What is asked of the port. Until told whom to ask, the worker is not ready."""
+    """The pages of the port. The worker is not ready until `unready` is set, and has no metrics
+    until `metrics` is set."""
 
     def __init__(self) -> None:
-        self.unready: Unready = lambda: _STARTS
+        self.unready: Unready = lambda: _NOT_CONNECTED
         self.metrics: Metrics | None = None
         self._pages: dict[str, Callable[[], Answer]] = {
             "/health/live": lambda: _ALIVE,
-            "/health/ready": self._ready,
-            "/metrics": self._counted,
+            "/health/ready": self._readiness_page,
+            "/metrics": self._metrics_page,
         }
 
     def answer(self, method: str, path: str) -> Answer:
-        """Raises RequestError where there is nothing to show."""
+        """The response to a request; raises RequestError for an unknown path or method, and while
+        the worker is not ready."""
         page = self._pages.get(path)
         if page is None:
             raise RouteNotFound(f"A worker has {', '.join(self._pages)}.")
@@ -73,19 +77,21 @@ class Monitor:
             )
         return page()
 
-    def _ready(self) -> Answer:
-        if why := self.unready():
-            raise NotReady(why)
+    def _readiness_page(self) -> Answer:
+        """Raises NotReady with the reason."""
+        if reason := self.unready():
+            raise NotReady(reason)
         return _ALIVE
 
-    def _counted(self) -> Answer:
+    def _metrics_page(self) -> Answer:
+        """Raises NotReady until the worker has metrics."""
         if self.metrics is None:
-            raise NotReady(_STARTS)
+            raise NotReady(_NOT_CONNECTED)
         return Answer(200, self.metrics.text(), self.metrics.media_type)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Raises StartError when it cannot."""
+    """A listening socket; raises StartError when there can be none."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
@@ -97,93 +103,103 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 @asynccontextmanager
-async def monitored(
+async def serve_monitor(
     listener: socket.socket | None, *, head_seconds: float = 5.0
 ) -> AsyncIterator[Monitor]:
-    """A monitor that answers on `listener`; on nothing when there is none."""
+    """A monitor that answers on `listener` within the context; None: it answers nowhere.
+
+    A request must be complete within `head_seconds`.
+    """
     monitor = Monitor()
     if listener is None:
         yield monitor
         return
-    open_now: dict[_Exchange, None] = {}
+    open_connections: dict[_Connection, None] = {}
     loop = asyncio.get_running_loop()
     server = await loop.create_server(
-        lambda: _Exchange(monitor, open_now, head_seconds), sock=listener
+        lambda: _Connection(monitor, open_connections, head_seconds), sock=listener
     )
     try:
         yield monitor
     finally:
         server.close()
-        for exchange in list(open_now):
-            exchange.close()
+        for connection in list(open_connections):
+            connection.close()
 
 
 _ALIVE: Final = Answer(200, msgspec.json.encode(Alive()))
 
 
-class _Exchange(asyncio.Protocol):
-    """One request and its answer; the connection ends with it."""
+class _Connection(asyncio.Protocol):
+    """One request and its response, after which the connection is closed."""
 
     def __init__(
-        self, monitor: Monitor, open_now: "dict[_Exchange, None]", head_seconds: float
+        self, monitor: Monitor, open_connections: "dict[_Connection, None]", head_seconds: float
     ) -> None:
-        """`open_now` has all that are open, the oldest first."""
+        """`open_connections` holds all open connections, the oldest first; this one adds itself."""
         self._monitor = monitor
         self._head_seconds = head_seconds
-        self._open_now = open_now
+        self._open_connections = open_connections
         self._head = b""
         self._transport: asyncio.WriteTransport
         self._deadline: asyncio.TimerHandle
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Starts the deadline; closes the oldest connection if there are too many."""
         self._transport = cast(asyncio.WriteTransport, transport)
-        self._open_now[self] = None
+        self._open_connections[self] = None
         loop = asyncio.get_running_loop()
-        self._deadline = loop.call_later(self._head_seconds, self._too_slow)
-        if len(self._open_now) > _MOST_CONNECTIONS:
-            # A probe sends its request at once, so the one that is silent for longest is none:
-            # were the new one closed, 64 idle connections had a kubelet restart the worker.
-            oldest = next(iter(self._open_now))
-            del self._open_now[oldest]
+        self._deadline = loop.call_later(self._head_seconds, self._time_out)
+        if len(self._open_connections) > _MAX_CONNECTIONS:
+            # A probe sends its request at once, so the connection that is silent for longest is
+            # none: when the new one was closed, 64 idle connections made a kubelet restart the
+            # worker.
+            oldest = next(iter(self._open_connections))
+            del self._open_connections[oldest]
             oldest.close()
 
     def data_received(self, data: bytes) -> None:
+        """Responds once the head of the request is complete, or too large."""
         self._head += data
         if self._transport.is_closing():
             return
         if b"\r\n\r\n" in self._head:
             method, *rest = self._head.partition(b"\r\n")[0].decode("latin-1").split(" ")
             self._answer(method, rest[0].partition("?")[0] if len(rest) == 2 else None)
-        elif len(self._head) > _HEAD_BYTES:
-            self._refuse(HeadersTooLarge(f"A request may have {_HEAD_BYTES} bytes."))
+        elif len(self._head) > _MAX_HEAD_BYTES:
+            self._send_problem(HeadersTooLarge(f"A request may have {_MAX_HEAD_BYTES} bytes."))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._deadline.cancel()
-        self._open_now.pop(self, None)
+        self._open_connections.pop(self, None)
 
     def close(self) -> None:
         self._transport.close()
 
     def _answer(self, method: str, path: str | None) -> None:
+        """Sends the page, or the problem; `path` None: the request line is malformed."""
         try:
             if path is None:
                 raise MalformedRequest("The bytes sent are no HTTP/1.1 request.")
             self._send(self._monitor.answer(method, path), bodiless=method == "HEAD")
         except RequestError as error:
-            self._refuse(error, path or "")
+            self._send_problem(error, path or "")
 
-    def _refuse(self, error: RequestError, path: str = "") -> None:
+    def _send_problem(self, error: RequestError, path: str = "") -> None:
+        """Sends the error as a JSON problem, as the API does."""
         body = msgspec.json.encode(problem_of(error, path))
         self._send(Answer(error.status, body, "application/problem+json", error.headers))
 
-    def _too_slow(self) -> None:
+    def _time_out(self) -> None:
+        """Closes the connection; sends a problem first if a part of a request has come."""
         if self._head:
-            self._refuse(
+            self._send_problem(
                 RequestTimeout(f"The request was not there within {self._head_seconds:g} s.")
             )
         self.close()
 
     def _send(self, answer: Answer, *, bodiless: bool = False) -> None:
+        """Writes the response, without its body if `bodiless`, and closes the connection."""
         lines = [
             f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}",
             f"content-type: {answer.media_type}",

@@ -1,4 +1,4 @@
-"""A worker process, from where its models and its Redis are to its exit code."""
+"""A worker process: connects, loads models, works until a signal, and returns the exit code."""
 
 import asyncio
 import contextlib
@@ -16,16 +16,16 @@ from msgspec import Struct
 from asyncinfer.engine import Engine
 from asyncinfer.errors import RedisUnavailable, StartError, StorageFull
 from asyncinfer.models.folder import default_model
-from asyncinfer.repository.inspect.listing import Inspection
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.leftovers import Leftovers
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.held_claim import Step
-from asyncinfer.worker.models.crash_guard import Careful
-from asyncinfer.worker.models.engine_cache import Bounds, Shelf
+from asyncinfer.worker.models.crash_guard import CrashGuard
+from asyncinfer.worker.models.engine_cache import Bounds, EngineCache
 from asyncinfer.worker.models.library import Library
 from asyncinfer.worker.models.source import Source
-from asyncinfer.worker.monitor import Metrics, Monitor, listen, monitored
+from asyncinfer.worker.monitor import Metrics, Monitor, listen, serve_monitor
 from asyncinfer.worker.worker import Worker, WorkerConfig
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ _SWITCH_SECONDS: Final = 0.0005
 
 
 class WorkerProcess(Struct, frozen=True, kw_only=True):
-    """Where a worker finds its work and its models, and how it works."""
+    """The configuration of a worker process: its Redis, its models, and how it works."""
 
     redis_url: str
     queue_name: str
@@ -46,22 +46,23 @@ class WorkerProcess(Struct, frozen=True, kw_only=True):
     source: Source
     bounds: Bounds = Bounds()
     default_model: str | None = None
-    """As the operator set it; None: as first started, else by what is in the folder."""
+    """As configured; None: the one that Redis names, else by what is in the folder."""
     intra_op_threads: int = 1
     allow_custom_ops: bool = False
     monitor_port: int | None = None
-    """Where probes ask; None: nowhere."""
+    """The port for probes and metrics; None: there is none."""
     monitor_host: str = "127.0.0.1"
     worker: WorkerConfig
 
 
 def run(config: WorkerProcess, on_step: Callable[[Step], None] = lambda _: None) -> int:
-    """Works until SIGTERM or SIGINT; a second one ends it at once. Returns the exit code.
+    """Works until SIGTERM or SIGINT, then drains; a second signal ends the process at once.
 
-    Raises StartError when the server cannot be used, or the settings can never give a model.
+    Returns the exit code, or ends the process with it if a thread cannot be stopped. Raises
+    StartError when the server cannot be used, or the settings can give no model.
     """
-    with _listener(config) as listener:
-        load = Careful(
+    with _opened_listener(config) as listener:
+        guard = CrashGuard(
             partial(
                 Engine.load,
                 intra_op_threads=config.intra_op_threads,
@@ -69,23 +70,24 @@ def run(config: WorkerProcess, on_step: Callable[[Step], None] = lambda _: None)
             ),
             allow_custom_ops=config.allow_custom_ops,
         )
-        shelf = Shelf(load, config.bounds)
-        library = Library(config.source, shelf, allow_custom_ops=config.allow_custom_ops)
+        cache = EngineCache(guard, config.bounds)
+        library = Library(config.source, cache, allow_custom_ops=config.allow_custom_ops)
         library.open()
-        # A thread that renders results must not keep the loop from its next call for 5 ms.
+        # With the default of 5 ms a thread that renders results delays the loop's next call.
         sys.setswitchinterval(_SWITCH_SECONDS)
         code = _exit_code(_work(config, library, listener, on_step))
     if code or library.is_loading:
-        # A thread that would not stop cannot be joined, and the interpreter would wait for it.
-        load.leave()
+        # A thread that does not stop cannot be joined, and the interpreter would wait for it.
+        guard.prepare_exit()
         logging.shutdown()
         os._exit(code)
     return code
 
 
 @contextlib.contextmanager
-def _listener(config: WorkerProcess) -> Iterator[socket.socket | None]:
-    """Opened first, as a port that is taken ends the start."""
+def _opened_listener(config: WorkerProcess) -> Iterator[socket.socket | None]:
+    """The socket of the monitor port, None without one. Opened first, so that a port in use ends
+    the start; raises StartError then."""
     if config.monitor_port is None:
         yield None
         return
@@ -94,6 +96,8 @@ def _listener(config: WorkerProcess) -> Iterator[socket.socket | None]:
 
 
 def _exit_code(work: Coroutine[Any, Any, int]) -> int:
+    """Runs `work` in a new event loop; logs an unexpected error and returns 1 for it. Raises
+    StartError."""
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(work)
@@ -110,6 +114,7 @@ async def _work(
     listener: socket.socket | None,
     on_step: Callable[[Step], None],
 ) -> int:
+    """Connects and works until a signal; returns the exit code."""
     stopping = asyncio.Event()
     _on_signals(stopping)
     opened = Store.open(
@@ -119,8 +124,8 @@ async def _work(
         name="asyncinfer-worker",
         call_seconds=_CALL_SECONDS,
     )
-    async with monitored(listener) as monitor, opened as store:
-        default = await _connected(store, config, library, stopping)
+    async with serve_monitor(listener) as monitor, opened as store:
+        default = await _connect(store, config, library, stopping)
         if stopping.is_set():
             return 0
         worker = Worker(
@@ -131,94 +136,104 @@ async def _work(
             on_step,
             default_is_set=config.default_model is not None,
         )
-        monitor.unready = worker.unready
+        monitor.unready = worker.why_not_ready
         async with asyncio.TaskGroup() as group:
             if listener:
-                group.create_task(_show_metrics(monitor, worker, library))
-            drained = group.create_task(_drain_when(stopping, worker))
+                group.create_task(_serve_metrics(monitor, worker, library))
+            drain_task = group.create_task(_drain_when(stopping, worker))
             code = await worker.run()
-            drained.cancel()
+            drain_task.cancel()
         return code
 
 
-async def _connected(
+async def _connect(
     store: Store, config: WorkerProcess, library: Library, stopping: asyncio.Event
 ) -> str | None:
-    """Waits for the server, or to be asked to stop; returns the default model where it is known,
-    and has what the server knows loaded first."""
-    told = False
+    """Waits for the server, or a signal to stop. Returns the default model, None if it is not known
+    yet or the worker is to stop.
+
+    Has the library load the default model first, and then the models that Redis knows.
+    """
+    is_logged = False
     while not stopping.is_set():
         try:
             server = await store.check_server()
-            default = await agreed_default(store, config.default_model)
-            known = await Inspection(store).model_names()
+            default = await agree_on_default_model(store, config.default_model)
+            known = await Announcements(store).model_names()
         except (RedisUnavailable, StorageFull) as error:
-            if not told:
+            if not is_logged:
                 log.info("Waiting for Redis: %s", error.detail)
-            told = True
+            is_logged = True
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_CONNECT_PAUSE_SECONDS):
                     await stopping.wait()
         else:
             log.info("Connected to %s. Models to load: %d.", server, len(library.names))
-            # Jobs may wait for what was announced before.
+            # Jobs may wait for models that were announced before.
             first = default or default_model(None, library.names)
             library.load_first([first, *known] if first else known)
             return default
     return None
 
 
-async def agreed_default(store: Store, wanted: str | None) -> str | None:
-    """The default model: as set, else as first started; None: as the folder will have it.
+async def agree_on_default_model(store: Store, configured: str | None) -> str | None:
+    """The default model: the `configured` one, which is written to Redis, else the one that Redis
+    names; None if neither is there, so that the folder decides.
 
-    Raises DefaultModelChanged when it is set to another one than jobs or living workers go by.
+    Raises DefaultModelChanged when another one is configured than jobs or live workers use.
     """
-    if wanted is None:
+    if configured is None:
         return await store.default_model()
-    await Leftovers(store).claim_default_model(wanted)
-    return wanted
+    await Leftovers(store).claim_default_model(configured)
+    return configured
 
 
-async def _show_metrics(monitor: Monitor, worker: Worker, library: Library) -> None:
+async def _serve_metrics(monitor: Monitor, worker: Worker, library: Library) -> None:
+    """Lets the monitor answer /metrics from now on."""
     monitor.metrics = await asyncio.to_thread(_metrics, worker, library)
 
 
 def _metrics(worker: Worker, library: Library) -> Metrics:
-    # Imported late, and not by the loop: it takes a tenth of a second, and a worker without the
-    # port need not have it at all.
+    """Blocks for the import, so it is called in a thread."""
+    # Imported late: it takes a tenth of a second, and a worker without the port needs no metrics.
     from asyncinfer.worker import metrics
 
-    def counted() -> metrics.Counted:
-        runs, ended = worker.counted()
-        return metrics.Counted(
-            served=list(library.announced().values()),
+    def read_values() -> metrics.MetricValues:
+        """The present figures, in one record."""
+        runs, ended = worker.run_and_job_counts()
+        return metrics.MetricValues(
+            served=list(library.uncontested_signatures().values()),
             refused=sorted(library.problems()),
             loaded=len(library.loaded),
             runs=runs,
             ended=ended,
         )
 
-    return metrics.Metrics(counted)
+    return metrics.Metrics(read_values)
 
 
 async def _drain_when(stopping: asyncio.Event, worker: Worker) -> None:
+    """Waits for the signal to stop, then drains the worker."""
     await stopping.wait()
     worker.drain()
 
 
 def _on_signals(stopping: asyncio.Event) -> None:
-    def asked() -> None:
+    """Sets `stopping` at SIGTERM or SIGINT, and ends the process at a second one."""
+
+    def on_signal() -> None:
         if stopping.is_set():
             os._exit(_SECOND_SIGNAL_EXIT)
-        log.info("Draining: what runs is finished, nothing more is claimed.")
+        log.info("Draining: jobs under way are finished, and no more are claimed.")
         stopping.set()
 
     loop = asyncio.get_running_loop()
-    for one in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(one, asked)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's event loop, which Windows does not have; None stands for asyncio's own."""
     if sys.platform == "win32":
         return None
     import uvloop

@@ -1,4 +1,4 @@
-"""One worker: slots that claim, run and finish; cancel, time-out and drain."""
+"""A worker: slots that claim, run and finish jobs, and the background tasks beside them."""
 
 import asyncio
 import contextlib
@@ -31,46 +31,48 @@ from asyncinfer.repository.leases import Renewal
 from asyncinfer.repository.reaper import reap_forever
 from asyncinfer.repository.store import Store
 from asyncinfer.worker import execution
-from asyncinfer.worker.claiming.claims import Claims
-from asyncinfer.worker.claiming.control_listener import Control
-from asyncinfer.worker.held_claim import Held, Step
+from asyncinfer.worker.claiming.claims import Claimer
+from asyncinfer.worker.claiming.control_listener import ControlListener
+from asyncinfer.worker.held_claim import HeldClaim, Step
 from asyncinfer.worker.lease_renewer import Renewer
-from asyncinfer.worker.models.announcer import Announcer, Said, announce_forever
-from asyncinfer.worker.models.folder_watcher import changes
+from asyncinfer.worker.models.announcer import Announcer, WorkerStatus, announce_forever
+from asyncinfer.worker.models.folder_watcher import folder_changes
 from asyncinfer.worker.models.library import Library
 from asyncinfer.worker.models.queues import Queues
-from asyncinfer.worker.running.completion import Finishing
-from asyncinfer.worker.running.deferral import LaterJobs, Postponing
-from asyncinfer.worker.running.outcomes import Outcomes, released
-from asyncinfer.worker.running.runner import Hung, Running
+from asyncinfer.worker.running.completion import Finisher
+from asyncinfer.worker.running.deferral import Deferrer, LaterReleaseDeferrer
+from asyncinfer.worker.running.outcomes import OutcomeBuilder, release
+from asyncinfer.worker.running.runner import BatchRunner, RunHung
 from asyncinfer.worker.running.timings import Paces
 
 log = logging.getLogger(__name__)
 
 EXIT_HUNG: Final = 70
-"""A run would not stop: the process ends, so that its supervisor starts a fresh one."""
+"""Exit code after a run that did not stop: the supervisor then starts a new process."""
 
 _FAREWELL_SECONDS: Final = 1.0
 
-_ELSEWHERE_MS: Final = (20, 200)
-"""How long a job waits that this worker could not run, so that it is not the first to see it."""
+_ELSEWHERE_DELAY_MS: Final = (20, 200)
+"""Delay before a job this worker cannot serve becomes visible again, so that another worker
+claims it: a random time between these."""
 
-_UNLOADED_MS: Final = (100, 5000)
-"""How long one waits for a version that is not loaded yet, at least, and at most the more such
-jobs there are."""
+_UNLOADED_DELAY_MS: Final = (100, 5000)
+"""Shortest and longest delay of a job for a version that is not loaded yet; the more such jobs
+there are, the longer."""
 
-_MOST_NAMED: Final = 20
-"""Models that one line of the log names."""
+_MAX_NAMED: Final = 20
+"""The most models that one line of the log names."""
 
-_MOST_STORING_SECONDS: Final = 1.0
+_MAX_STORING_SECONDS: Final = 1.0
 _SILENT_SECONDS: Final = 3 * ANNOUNCE_SECONDS
-"""After so long without an answer from Redis, it counts as away."""
+"""After this time without an answer from Redis, the worker is not ready."""
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How a worker works."""
+    """The settings of a worker that do not depend on where its models and its Redis are."""
 
     concurrency: int
+    """How many batches run at once."""
     max_batch: int = 128
     max_result_bytes: int = 16 << 20
     brpop_timeout_seconds: float = 1.0
@@ -106,15 +108,15 @@ class Worker:
             default_is_set=default_is_set,
         )
         queues = self._queues.served()
-        self._later = LaterJobs()
-        self._unloaded = Postponing(*_UNLOADED_MS)
-        self._paces = Paces()
+        self._later_deferrer = LaterReleaseDeferrer()
+        self._unloaded_deferrer = Deferrer(*_UNLOADED_DELAY_MS)
+        self._job_times = Paces()
         self._answered_at = time.monotonic()
         self._started_ms = time.time_ns() // 1_000_000
         runs = Runs(store, self.worker_id)
         self._loop = asyncio.get_running_loop()
-        self._renewer = Renewer(store, self._renewed_in_thread)
-        self._claims = Claims(
+        self._renewer = Renewer(store, self._on_renewal)
+        self._claimer = Claimer(
             store,
             runs,
             self._renewer,
@@ -123,34 +125,35 @@ class Worker:
             brpop_timeout_seconds=config.brpop_timeout_seconds,
             on_step=on_step,
         )
-        self._outcomes = Outcomes(store, self.worker_id, config.max_result_bytes)
-        self._running = Running(
+        self._builder = OutcomeBuilder(store, self.worker_id, config.max_result_bytes)
+        self._runner = BatchRunner(
             library,
-            self._outcomes,
+            self._builder,
             self._queues.model_of,
             concurrency=config.concurrency,
             prediction_timeout_seconds=config.prediction_timeout_seconds,
             hang_grace_seconds=config.hang_grace_seconds,
             on_step=on_step,
         )
-        self._finishing = Finishing(
-            runs, self._claims, self._outcomes, spawn=self._spawn, on_step=on_step
+        self._finisher = Finisher(
+            runs, self._claimer, self._builder, start_task=self._start_task, on_step=on_step
         )
-        self._control = Control(store, queues, self._finishing.heard)
+        self._control_listener = ControlListener(store, queues, self._finisher.end_job)
         self._announcer = Announcer(
-            store, self.worker_id, library, self._queues, self._said, self._serve_queues
+            store, self.worker_id, library, self._queues, self._status, self._serve_queues
         )
-        self._news = asyncio.Event()
-        self._watched_enough = asyncio.Event()
+        self._announce_soon = asyncio.Event()
+        self._watch_stopped = asyncio.Event()
         self._group: asyncio.TaskGroup
         library.on_change = self._models_changed
-        library.on_confirmed = self._serve_queues
+        library.on_served = self._serve_queues
         self._serve_queues()
 
     # --- the process ---------------------------------------------------------------------------
 
     async def run(self) -> int:
-        """Works until drained; returns the exit code."""
+        """Works until drained; returns the exit code: 0, or EXIT_HUNG after a run that did not
+        stop."""
         self._renewer.start()
         # anyio's group, since redis-py may swallow a cancellation and anyio's comes again.
         async with anyio.create_task_group() as background:
@@ -158,201 +161,225 @@ class Worker:
                 background.start_soon(role)
             try:
                 async with asyncio.TaskGroup() as self._group:
-                    await self._introduced()
+                    await self._announce_before_claiming()
                     create = self._group.create_task
-                    slots = [create(self._slot()) for _ in range(self._config.concurrency)]
-                    await self._slots_done(slots)
+                    slots = [create(self._run_slot()) for _ in range(self._config.concurrency)]
+                    await self._wait_for_slots(slots)
             finally:
-                self._watched_enough.set()
-            await self._control.close()
+                self._watch_stopped.set()
+            await self._control_listener.close()
             background.cancel_scope.cancel()
         await self._renewer.close()
         with contextlib.suppress(RedisUnavailable, StorageFull, TimeoutError):
             async with asyncio.timeout(_FAREWELL_SECONDS):
                 await self._announcer.retract()
         self._library.close()
-        self._running.close(wait=not self.hung)
+        self._runner.close(wait=not self.hung)
         return EXIT_HUNG if self.hung else 0
 
     def _roles(self) -> list[Callable[[], Coroutine[Any, Any, None]]]:
+        """What runs in the background beside the slots."""
         announce = partial(
-            announce_forever, self._announcer.announce, self._news, self._redis_answered
+            announce_forever, self._announcer.announce, self._announce_soon, self._redis_answered
         )
         return [
             partial(reap_forever, self._store),
             announce,
             self._renewer.beat,
-            self._control.listen,
-            self._claims.gathering.listen,
+            self._control_listener.listen,
+            self._claimer.windows.listen,
             self._load,
             self._watch,
         ]
 
-    async def _introduced(self) -> None:
-        """Before anything is claimed: a file that another worker has otherwise must not be run."""
+    async def _announce_before_claiming(self) -> None:
+        """Announces once, to learn which files conflict with those of other workers: these must not
+        be run. An unreachable or full Redis does not stop the start."""
         with contextlib.suppress(RedisUnavailable, StorageFull):
             await self._announcer.announce()
             self._redis_answered()
 
     async def _load(self) -> None:
-        """Loads what is in the folder at the start."""
-        await self._library.describe()
+        """Loads the models that are in the folder at the start."""
+        await self._library.load_untried()
         names = self._library.names
         if names:
-            more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-            log.info("Serves %s%s.", ", ".join(names[:_MOST_NAMED]), more)
-        # In a thread, since to give memory back takes a while.
+            more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+            log.info("Serves %s%s.", ", ".join(names[:_MAX_NAMED]), more)
+        # In a thread, since giving memory back takes a while.
         await asyncio.to_thread(tuning.settle)
 
     async def _watch(self) -> None:
-        """Follows the model folder."""
-        seen = changes(
-            self._library.watched,
+        """Rescans the model folder at each change."""
+        events = folder_changes(
+            self._library.watched_folder,
             rescan_seconds=self._config.rescan_seconds,
-            stopping=self._watched_enough,
+            stopping=self._watch_stopped,
         )
         # A rescan that tries a large file must not keep the next from seeing what else changed.
         async with anyio.create_task_group() as rescans:
-            async for _ in seen:
+            async for _ in events:
                 rescans.start_soon(self._rescan)
 
     async def _rescan(self) -> None:
+        """Rescans the model folder; an unexpected error is logged and does not end the worker."""
         try:
             await self._library.rescan()
         except Exception:
             log.exception("The model folder could not be followed.")
 
     def _models_changed(self) -> None:
+        """Claims from the queues of the models that are served now, and announces soon."""
         self._serve_queues()
-        self._news.set()
+        self._announce_soon.set()
 
     def _serve_queues(self) -> None:
+        """Passes the queues of the served models to the claimer and the control listener."""
         queues = self._queues.served()
-        is_growing = bool(self._library.loading or self._library.unconfirmed)
-        self._claims.serve(queues, is_growing=is_growing)
-        self._control.serve(queues, is_growing=is_growing)
+        is_growing = bool(self._library.loading or self._library.unannounced_labels)
+        self._claimer.serve(queues, is_growing=is_growing)
+        self._control_listener.serve(queues, is_growing=is_growing)
 
-    def _said(self) -> Said:
-        paces = self._paces.seconds_per_job()
+    def _status(self) -> WorkerStatus:
+        """The changing part of this worker's announcement."""
+        seconds_per_job = self._job_times.seconds_per_job()
         about = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started_ms": self._started_ms,
             "concurrency": self._config.concurrency,
-            "busy": len(self._claims.held),
+            "busy": len(self._claimer.held),
             "state": self._state(),
-            "jobs_done": self._finishing.jobs_done(),
-            "seconds_per_job": paces,
-            "run_times": self._running.times.view(),
+            "jobs_done": self._finisher.jobs_done(),
+            "seconds_per_job": seconds_per_job,
+            "run_times": self._runner.times.view(),
         }
-        return Said(about, paces)
+        return WorkerStatus(about, seconds_per_job)
 
     def _redis_answered(self) -> None:
         self._answered_at = time.monotonic()
 
-    def unready(self) -> str | None:
-        """Why it can claim nothing just now; None when it can."""
+    def why_not_ready(self) -> str | None:
+        """Why the worker can claim nothing now; None when it can."""
         if self.hung:
             return "A run would not stop; this worker ends, to be started afresh."
-        if self._claims.draining.is_set():
-            return "It drains: what runs is finished, nothing more is claimed."
+        if self._claimer.draining.is_set():
+            return "It drains: jobs under way are finished, and no more are claimed."
         silent_seconds = time.monotonic() - self._answered_at
         if silent_seconds > _SILENT_SECONDS:
             return f"Redis has not answered for {silent_seconds:.0f} s."
         if not self._library.served:
-            return self._library.nothing_served() or "It loads its models; none is served yet."
+            reason = self._library.why_nothing_is_served()
+            return reason or "It loads its models; none is served yet."
         return None
 
-    def counted(self) -> tuple[Mapping[str, Mapping[int, tuple[int, float]]], Mapping[str, int]]:
-        """Runs by model and rows, and jobs by outcome."""
-        return self._running.times.sums(), self._finishing.ended
+    def run_and_job_counts(
+        self,
+    ) -> tuple[Mapping[str, Mapping[int, tuple[int, float]]], Mapping[str, int]]:
+        """By model and highest number of rows the runs and their total seconds; and the number of
+        ended jobs by outcome."""
+        return self._runner.times.sums(), self._finisher.ended_counts
 
     def _state(self) -> str:
+        """The state as announced: hung, draining, starting or ready."""
         if self.hung:
             return "hung"
-        if self._claims.draining.is_set():
+        if self._claimer.draining.is_set():
             return "draining"
         return "starting" if self._library.loading and not self._library.served else "ready"
 
     def drain(self) -> None:
-        """Claims no more; `run` returns when what runs has finished or been released."""
-        if not self._claims.draining.is_set():
-            # At once: a slot that finishes meanwhile must not claim.
-            self._claims.draining.set()
-            self._group.create_task(self._claims.drain())
+        """Stops claiming; `run` returns when all claimed jobs have finished or been released."""
+        if not self._claimer.draining.is_set():
+            # Set at once, since a slot that finishes before the task runs must not claim.
+            self._claimer.draining.set()
+            self._group.create_task(self._claimer.drain())
 
-    async def _slots_done(self, slots: Sequence[asyncio.Task[None]]) -> None:
-        await self._claims.draining.wait()
+    async def _wait_for_slots(self, slots: Sequence[asyncio.Task[None]]) -> None:
+        """Waits until the worker drains and its slots have ended; stops runs that take longer than
+        DRAIN_TIMEOUT."""
+        await self._claimer.draining.wait()
         _, busy = await asyncio.wait(slots, timeout=self._config.drain_timeout_seconds)
         if busy:
-            await self._cut(busy)
+            await self._stop_runs(busy)
 
-    async def _cut(self, busy: set[asyncio.Task[None]]) -> None:
-        """The drain took too long: stops the runs and hands their jobs back."""
-        self._running.give_up()
-        self._finishing.give_up()
-        for held in self._claims.held.values():
+    async def _stop_runs(self, busy: set[asyncio.Task[None]]) -> None:
+        """Stops the runs of these slots, since the drain took too long, and releases their jobs.
+        Sets `hung` if a run does not stop."""
+        self._runner.give_up()
+        self._finisher.give_up()
+        for held in self._claimer.held.values():
             if held.run:
-                held.run.end("drain")
+                held.run.stop_for("drain")
         _, stuck = await asyncio.wait(busy, timeout=self._config.hang_grace_seconds)
         if stuck:
             self.hung = True
             with anyio.move_on_after(_FAREWELL_SECONDS):
                 async with anyio.create_task_group() as group:
-                    for held in self._claims.held.values():
-                        group.start_soon(self._finishing.release, held)
+                    for held in self._claimer.held.values():
+                        group.start_soon(self._finisher.release, held)
             for task in stuck:
                 task.cancel()
 
-    async def _slot(self) -> None:
-        held: Held | None = None
-        while held := held or await self._claims.next():
-            held = await self._serve(held)
+    async def _run_slot(self) -> None:
+        """Claims and runs until draining."""
+        held: HeldClaim | None = None
+        while held := held or await self._claimer.next():
+            held = await self._run_claim(held)
 
     # --- running -------------------------------------------------------------------------------
 
-    async def _serve(self, held: Held) -> Held | None:
-        """Runs a claim and finishes it; returns the next claim, when one came with it."""
+    async def _run_claim(self, held: HeldClaim) -> HeldClaim | None:
+        """Runs a claim and stores its outcomes; returns the next claim, if one came with the reply.
+
+        Never raises for a job: an unexpected error fails the jobs that have no outcome yet.
+        """
         finished: list[Finished] = []
         try:
-            prepared = await self._running.prepared(held.claim)
-            finished += [await self._refused(held, job, error) for job, error in prepared.refused]
-            if any(one.outcome == "released" for one in finished):
-                await self._claims.shuffle(held.claim.queue)
+            prepared = await self._runner.prepare(held.claim)
+            finished += [
+                await self._outcome_of_refused(held, job, error) for job, error in prepared.refused
+            ]
+            if any(outcome.outcome == "released" for outcome in finished):
+                await self._claimer.ring_for_another_worker(held.claim.queue)
             for batch in prepared.batches:
-                finished += await self._running.run(held, batch)
-        except Hung as hung:
-            self._lose_slot()
-            finished += self._running.after_hang(held, hung.run, finished)
+                finished += await self._runner.run(held, batch)
+        except RunHung as hung:
+            self._drain_after_hang()
+            finished += self._runner.after_hang(held, hung.run, finished)
         except Exception:
             log.exception("A claim could not be run; its jobs fail.")
             error = JobError("The worker failed in a way it did not expect; its log has more.")
-            done = {one.job_id for one in finished}
+            ended_ids = {outcome.job_id for outcome in finished}
             finished += [
-                self._outcomes.failed(held, job, error)
-                for job in held.open.values()
-                if job.job_id not in done
+                self._builder.failed(held, job, error)
+                for job in held.open_jobs.values()
+                if job.job_id not in ended_ids
             ]
-        held.ran_at = time.monotonic()
-        following = await self._finishing.finish(held, finished)
-        self._note_pace(held)
+        held.run_ended_at = time.monotonic()
+        following = await self._finisher.finish(held, finished)
+        self._note_seconds_per_job(held)
         return following
 
-    async def _refused(self, held: Held, job: ClaimedJob, error: AsyncinferError) -> Finished:
-        """A job for what this worker lacks goes to one that has it: a new version does not come
-        to all of them at once. One for what is not loaded yet comes back when it is."""
+    async def _outcome_of_refused(
+        self, held: HeldClaim, job: ClaimedJob, error: AsyncinferError
+    ) -> Finished:
+        """The outcome of a job that this worker cannot run: released with a delay if its version is
+        not loaded yet, or another worker has it (a new version does not come to all workers at
+        once) or a later release wrote it; else failed."""
         if isinstance(error, LaterRecord):
-            return self._later.released(job)
-        model, version = execution.asked(job, self._queues.model_of(held.claim.queue))
+            return self._later_deferrer.defer(job)
+        model, version = execution.requested_model(job, self._queues.model_of(held.claim.queue))
         if isinstance(error, UnknownModel) and model:
-            if self._library.loads_soon(model, version):
-                return self._unloaded.released(job)
+            if self._library.will_load(model, version):
+                return self._unloaded_deferrer.defer(job)
             if await self._is_elsewhere(model, version):
-                return released([job], random.randrange(*_ELSEWHERE_MS))[0]
-        return self._outcomes.failed(held, job, error)
+                return release([job], random.randrange(*_ELSEWHERE_DELAY_MS))[0]
+        return self._builder.failed(held, job, error)
 
     async def _is_elsewhere(self, model: str, version: str | None) -> bool:
-        """True also while nobody can be asked: that is no reason to fail a job for good."""
+        """Whether another worker has the version. True also while Redis is away, since that is no
+        reason to fail a job for good."""
         try:
             return await self._announcer.is_elsewhere(model, version)
         except RedisRefused:
@@ -360,21 +387,24 @@ class Worker:
         except RedisUnavailable:
             return True
 
-    def _note_pace(self, held: Held) -> None:
-        """A claim takes its slot until its outcomes are stored; an outage says nothing of it."""
+    def _note_seconds_per_job(self, held: HeldClaim) -> None:
+        """Notes how long the claim occupied its slot, up to now, when its outcomes are stored. Time
+        beyond a second for storing is left out, since it was an outage of Redis."""
         now = time.monotonic()
-        storing_seconds = min(now - held.ran_at, _MOST_STORING_SECONDS)
-        slot_seconds = held.ran_at - held.claimed_at + storing_seconds
+        storing_seconds = min(now - held.run_ended_at, _MAX_STORING_SECONDS)
+        slot_seconds = held.run_ended_at - held.claimed_at + storing_seconds
         model = self._queues.model_of(held.claim.queue) or ""
-        self._paces.note(model, slot_seconds, held.claim.count, at_seconds=now)
+        self._job_times.note(model, slot_seconds, held.claim.count, at_seconds=now)
 
-    def _renewed_in_thread(self, renewal: Renewal) -> None:
-        self._loop.call_soon_threadsafe(self._finishing.renewed, renewal)
+    def _on_renewal(self, renewal: Renewal) -> None:
+        """Called in the renewal thread; passes the renewal on to the event loop."""
+        self._loop.call_soon_threadsafe(self._finisher.apply_renewal, renewal)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _start_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return self._group.create_task(work)
 
-    def _lose_slot(self) -> None:
+    def _drain_after_hang(self) -> None:
+        """Drains and ends the process with EXIT_HUNG, since a thread is lost."""
         log.error("A run would not stop; this worker finishes its other runs and exits.")
         self.hung = True
         self.drain()

@@ -1,4 +1,4 @@
-"""What a command says, and how it ends."""
+"""Runs of commands, with their output and exit code."""
 
 import contextlib
 import io
@@ -12,38 +12,42 @@ from typing import Any, NamedTuple
 from asyncinfer.cli import main
 
 
-class Told(NamedTuple):
+class CommandResult(NamedTuple):
+    """Exit code and output of a command."""
+
     code: int
     out: str
     err: str
 
     @property
     def json(self) -> Any:
+        """stdout, decoded."""
         return json.loads(self.out)
 
     @property
     def rows(self) -> list[dict[str, Any]]:
+        """stdout, decoded line by line."""
         return [json.loads(line) for line in self.out.splitlines()]
 
 
-def told(*argv: str) -> Told:
-    """In this process, as into a pipe."""
+def told(*argv: str) -> CommandResult:
+    """Runs a command in this process, with pipes as stdout and stderr."""
     out, err = io.BytesIO(), io.BytesIO()
     with (
-        contextlib.redirect_stdout(io.TextIOWrapper(out, "utf-8", write_through=True)) as shown,
-        contextlib.redirect_stderr(io.TextIOWrapper(err, "utf-8", write_through=True)) as said,
+        contextlib.redirect_stdout(io.TextIOWrapper(out, "utf-8", write_through=True)) as stdout,
+        contextlib.redirect_stderr(io.TextIOWrapper(err, "utf-8", write_through=True)) as stderr,
     ):
         try:
             code = main(argv)
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        shown.flush()
-        said.flush()
-        return Told(code, out.getvalue().decode(), err.getvalue().decode())
+        except SystemExit as exit_error:
+            code = int(exit_error.code or 0)
+        stdout.flush()
+        stderr.flush()
+        return CommandResult(code, out.getvalue().decode(), err.getvalue().decode())
 
 
-def piped(command: str, cwd: Path, stdin: bytes = b"") -> Told:
-    """In a shell."""
+def run_in_shell(command: str, cwd: Path, stdin: bytes = b"") -> CommandResult:
+    """Runs a command line in bash."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-c", command],
@@ -53,11 +57,11 @@ def piped(command: str, cwd: Path, stdin: bytes = b"") -> Told:
         env={**os.environ, "PATH": path},
         check=False,
     )
-    return Told(done.returncode, done.stdout.decode(), done.stderr.decode())
+    return CommandResult(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
-def complaint(ran: Told, code: int) -> str:
-    """The one line on stderr of a command that failed; nothing else was said."""
+def error_line(ran: CommandResult, code: int) -> str:
+    """The line on stderr of a command that failed with `code` and printed nothing else."""
     assert ran.code == code, ran
     assert ran.out == ""
     (line,) = ran.err.splitlines()

@@ -1,4 +1,4 @@
-"""One real service for all commands, and an environment that leads to it."""
+"""A running service for all tests of commands, and an environment that names it."""
 
 import json
 import re
@@ -18,12 +18,12 @@ IRIS = [[5.1, 3.5, 1.4, 0.2]]
 
 @pytest.fixture(scope="session")
 def running() -> Iterator[Running]:
-    with service() as it:
-        yield it
+    with service() as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)
-def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for knob in settings.knobs():
         monkeypatch.delenv(knob.variable, raising=False)
     for name in ("ASYNCINFER_URL", "ASYNCINFER_API_KEY", "FORCE_COLOR", "NO_COLOR", "COLUMNS"):
@@ -40,9 +40,9 @@ def url(running: Running, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def data_dir(running: Running) -> Path:
     """Where the service's embedded Valkey is."""
-    found = re.search("embedded; its data in (.+)", running.log)
-    assert found
-    return Path(found[1])
+    match = re.search("embedded; its data in (.+)", running.log)
+    assert match
+    return Path(match[1])
 
 
 @pytest.fixture
@@ -52,8 +52,8 @@ def flowers(tmp_path: Path) -> Path:
     return path
 
 
-def submitted(url: str, model: str = "iris", data: Any = None) -> str:
-    """The id of a new job."""
+def submit(url: str, model: str = "iris", data: Any = None) -> str:
+    """Submits a job and returns its id."""
     body = json.dumps({"data": data or (IRIS if model == "iris" else [[0.0] * 64])}).encode()
     request = urllib.request.Request(
         f"{url}/predict/{model}", body, {"content-type": "application/json"}
@@ -63,7 +63,9 @@ def submitted(url: str, model: str = "iris", data: Any = None) -> str:
     return job_id
 
 
-def ended(url: str, job_id: str) -> str:
+def wait_until_ended(url: str, job_id: str) -> str:
+    """Waits until a job has ended, and returns its id."""
+
     def has_ended() -> bool:
         with urllib.request.urlopen(f"{url}/job/{job_id}?wait=5", timeout=10) as answer:
             return json.load(answer)["status"] not in ("pending", "processing")

@@ -1,4 +1,4 @@
-"""A person who has just started it sees where it is and what to paste."""
+"""The start banner shows where the service is and a line to paste."""
 
 import json
 import shlex
@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from asyncinfer.cli.addresses import shown_url
-from asyncinfer.cli.serve.banner import Welcome
+from asyncinfer.cli.serve.banner import Banner
 
 
-def welcome(**how: Any) -> Welcome:
+def banner(**changes: Any) -> Banner:
     usual: dict[str, Any] = {
         "host": "127.0.0.1",
         "port": 8000,
@@ -20,16 +20,16 @@ def welcome(**how: Any) -> Welcome:
         "example": [[5.1, 3.5]],
         "needs_key": False,
     }
-    return Welcome(**(usual | how))
+    return Banner(**(usual | changes))
 
 
-def curl(it: Welcome) -> list[str]:
-    line = next(line for line in it.text().splitlines() if " Try " in line)
+def curl(shown: Banner) -> list[str]:
+    line = next(line for line in shown.text().splitlines() if " Try " in line)
     return shlex.split(line.removeprefix("  Try "))
 
 
 def test_the_curl_line_posts_the_default_models_example() -> None:
-    words = curl(welcome())
+    words = curl(banner())
 
     assert words[0] == "curl"
     assert "content-type: application/json" in words
@@ -38,7 +38,7 @@ def test_the_curl_line_posts_the_default_models_example() -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("changes", "message"),
     [
         ({}, "those of workers elsewhere; start one: asyncinfer work"),
         ({"model_dir": "/srv/models"}, "none yet; put an ONNX file into /srv/models"),
@@ -48,24 +48,26 @@ def test_the_curl_line_posts_the_default_models_example() -> None:
         ),
     ],
 )
-def test_without_a_model_it_says_where_one_would_come_from(how: dict[str, Any], said: str) -> None:
-    it = welcome(models=(), default_model=None, example=None, **how)
+def test_without_a_model_it_says_where_one_would_come_from(
+    changes: dict[str, Any], message: str
+) -> None:
+    shown = banner(models=(), default_model=None, example=None, **changes)
 
-    assert f"  Models   {said}\n" in it.text()
+    assert f"  Models   {message}\n" in shown.text()
 
 
 def test_an_example_with_quotes_can_be_pasted() -> None:
-    words = curl(welcome(example=["it's"]))
+    words = curl(banner(example=["it's"]))
 
     assert json.loads(words[words.index("-d") + 1]) == {"data": ["it's"]}
 
 
 def test_without_an_example_the_curl_line_shows_the_models() -> None:
-    assert curl(welcome(example=None)) == ["curl", "http://127.0.0.1:8000/models"]
+    assert curl(banner(example=None)) == ["curl", "http://127.0.0.1:8000/models"]
 
 
 def test_where_keys_are_needed_the_curl_line_sends_one() -> None:
-    assert "x-api-key: $API_KEY" in curl(welcome(needs_key=True))
+    assert "x-api-key: $API_KEY" in curl(banner(needs_key=True))
 
 
 @pytest.mark.parametrize(
@@ -78,21 +80,21 @@ def test_where_keys_are_needed_the_curl_line_sends_one() -> None:
     ],
 )
 def test_the_url_is_one_that_can_be_opened_here(host: str, url: str) -> None:
-    assert f"URL      {url}\n" in welcome(host=host).text()
+    assert f"URL      {url}\n" in banner(host=host).text()
 
 
-def test_what_is_broken_is_not_called_served() -> None:
-    text = welcome(refused=["bad", "worse"]).text()
+def test_broken_models_are_not_shown_as_served() -> None:
+    text = banner(refused=["bad", "worse"]).text()
 
     assert "digits, iris (default); not bad, worse: http://127.0.0.1:8000/models says why" in text
 
 
 def test_the_default_model_is_marked() -> None:
-    assert "Models   digits, iris (default)\n" in welcome().text()
+    assert "Models   digits, iris (default)\n" in banner().text()
 
 
 def test_without_a_worker_here_it_says_how_to_start_one() -> None:
-    assert "asyncinfer work" in welcome(models=()).text()
+    assert "asyncinfer work" in banner(models=()).text()
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ import pytest
 from asyncinfer import api_keys
 from asyncinfer.processes import valkey
 from asyncinfer.testing import service
-from tests.cli.command_line import Told, complaint, told
+from tests.cli.command_line import CommandResult, error_line, told
 
-from .conftest import ended, submitted
+from .conftest import submit, wait_until_ended
 
-NOBODY = "http://127.0.0.1:1"
+NO_SERVER = "http://127.0.0.1:1"
 
 
 @contextmanager
@@ -32,20 +32,20 @@ def paused(model: str) -> Iterator[None]:
 
 
 def test_jobs_are_listed_newest_first_and_filtered(url: str) -> None:
-    first = ended(url, submitted(url))
-    second = ended(url, submitted(url))
+    first = wait_until_ended(url, submit(url))
+    second = wait_until_ended(url, submit(url))
 
     lines = told("jobs", "--status", "completed").out.splitlines()
     found = told("jobs", "--limit", "2", "--json").json
 
-    assert lines[0].split() == ["JOB", "STATUS", "MODEL", "MADE", "TOOK", "REASON"]
+    assert lines[0].split() == ["JOB", "STATUS", "MODEL", "CREATED", "TOOK", "REASON"]
     assert [line.split()[0] for line in lines[1:3]] == [second, first]
-    assert [one["job_id"] for one in found] == [second, first]
+    assert [entry["job_id"] for entry in found] == [second, first]
     assert told("jobs", "--status", "failed", "--json").json == []
 
 
 def test_a_job_is_shown_with_its_result(url: str) -> None:
-    job_id = ended(url, submitted(url))
+    job_id = wait_until_ended(url, submit(url))
 
     shown = told("job", job_id)
 
@@ -55,15 +55,15 @@ def test_a_job_is_shown_with_its_result(url: str) -> None:
 
 
 def test_a_job_is_watched_until_its_end(url: str) -> None:
-    ran = told("job", submitted(url), "--watch", "--json")
+    ran = told("job", submit(url), "--watch", "--json")
 
     assert (ran.code, ran.json["status"]) == (0, "completed")
     assert ran.err.splitlines()[-1] == "completed"
 
 
-def test_a_watch_gives_up_when_it_was_told_to(url: str) -> None:
+def test_a_watch_ends_at_its_timeout(url: str) -> None:
     with paused("digits"):
-        ran = told("job", submitted(url, "digits"), "--watch", "--timeout", "0.2")
+        ran = told("job", submit(url, "digits"), "--watch", "--timeout", "0.2")
         told("cancel", "--model", "digits")
 
     assert ran.code == 4
@@ -72,25 +72,25 @@ def test_a_watch_gives_up_when_it_was_told_to(url: str) -> None:
 
 def test_a_job_is_cancelled_retried_and_purged(url: str) -> None:
     with paused("digits"):
-        job_id = submitted(url, "digits")
+        job_id = submit(url, "digits")
 
         assert told("cancel", job_id).out == "1 cancelled.\n"
         assert told("job", job_id).code == 1
         assert told("retry", job_id).out == "1 retried.\n"
         assert told("job", job_id, "--json").json["round"] == 2
-    ended(url, job_id)
+    wait_until_ended(url, job_id)
     assert told("purge", job_id).out == "1 purged.\n"
-    assert "no job with this id" in complaint(told("job", job_id), 1)
+    assert "no job with this id" in error_line(told("job", job_id), 1)
 
 
 def test_all_jobs_that_match_are_cancelled_retried_and_purged(url: str) -> None:
     with paused("digits"):
-        made = {submitted(url, "digits") for _ in range(3)}
+        made = {submit(url, "digits") for _ in range(3)}
         assert told("cancel", "--model", "digits", "--json").json["cancelled"] == 3
         found = told("retry", "--status", "cancelled", "--model", "digits", "--json").json
         assert made <= set(found["retried"])
     for job_id in found["retried"]:
-        ended(url, job_id)
+        wait_until_ended(url, job_id)
     purged = told("purge", "--status", "ended", "--model", "digits", "--yes", "--json").json
     assert purged["purged"] >= 3
     assert told("jobs", "--model", "digits", "--json").json == []
@@ -98,23 +98,23 @@ def test_all_jobs_that_match_are_cancelled_retried_and_purged(url: str) -> None:
 
 def test_a_job_that_is_refused_stops_no_other(url: str) -> None:
     with paused("digits"):
-        job_id = submitted(url, "digits")
+        job_id = submit(url, "digits")
         ran = told("cancel", "no-such-job", job_id)
 
     assert (ran.code, ran.out) == (1, "1 cancelled.\n")
     assert ran.err.startswith("asyncinfer: no-such-job: There is no job")
 
 
-def test_which_jobs_must_be_said(url: str) -> None:
+def test_a_command_on_jobs_without_ids_and_filters_is_refused(url: str) -> None:
     for verb in ("cancel", "retry", "purge"):
-        said = complaint(told(verb), 2)
-        assert f"Say which jobs to {verb}" in said
+        message = error_line(told(verb), 2)
+        assert f"Say which jobs to {verb}" in message
 
 
 def test_dead_letters_are_listed(url: str) -> None:
     assert told("dead").out.split()[:2] == ["JOB", "STATUS"]
     assert told("dead", "--json").json == []
-    assert told("retry", "--dead").out == "None.\n"
+    assert told("retry", "--dead").out == "No jobs.\n"
 
 
 # --- models ----------------------------------------------------------------------------------
@@ -124,13 +124,16 @@ def test_models_are_listed_and_shown(url: str) -> None:
     lines = told("models").out.splitlines()
 
     assert [line.split()[0] for line in lines] == ["MODEL", "digits", "iris"]
-    assert [one["model"] for one in told("models", "--json").json["models"]] == ["digits", "iris"]
+    assert [entry["model"] for entry in told("models", "--json").json["models"]] == [
+        "digits",
+        "iris",
+    ]
     assert "setosa, versicolor, virginica" in told("models", "iris").out
     assert told("models", "iris", "--json").json["default"] is True
 
 
 def test_the_example_that_a_model_shows_works(url: str) -> None:
-    line = next(one for one in told("models", "iris").out.splitlines() if "example" in one)
+    line = next(line for line in told("models", "iris").out.splitlines() if "example" in line)
     row = line.partition("'")[2].rpartition("'")[0]
 
     assert told("predict", "--model", "iris", row).code == 0
@@ -147,13 +150,13 @@ def test_a_model_is_paused_and_resumed(url: str) -> None:
 
 
 def test_top_shows_queues_and_workers(url: str) -> None:
-    ended(url, submitted(url))
+    wait_until_ended(url, submit(url))
 
     shown = told("top").out
     found = told("top", "--once", "--json").json
 
     assert all(word in shown for word in ("MODEL", "iris", "WORKER", "ready", "RUN p50 p95"))
-    iris = next(one for one in found["queues"] if one["model"] == "iris")
+    iris = next(entry for entry in found["queues"] if entry["model"] == "iris")
     assert iris["run_seconds"]["p50"] >= 0
     assert found["workers"][0]["state"] == "ready"
 
@@ -161,16 +164,16 @@ def test_top_shows_queues_and_workers(url: str) -> None:
 def test_top_looks_at_redis_itself_where_no_api_answers(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ASYNCINFER_URL", NOBODY)
+    monkeypatch.setenv("ASYNCINFER_URL", NO_SERVER)
     redis_url = valkey.running_url(data_dir)
     assert redis_url
 
     found = told("top", "--redis", redis_url, "--once", "--json").json
 
-    assert [one["state"] for one in found["workers"]] == ["ready"]
+    assert [entry["state"] for entry in found["workers"]] == ["ready"]
 
 
-def test_bench_tells_rates_and_a_limit_and_leaves_nothing(url: str) -> None:
+def test_bench_reports_rates_and_a_bottleneck_and_leaves_no_jobs(url: str) -> None:
     before = told("jobs", "--limit", "10000", "--json").json
     found = told("bench", "--seconds", "0.5", "--connections", "4", "--json")
 
@@ -188,10 +191,10 @@ def test_bench_is_shown_to_people(url: str) -> None:
     assert all(word in shown for word in ("PER SECOND", "waits", "submits", "limited by"))
 
 
-def test_the_doctor_finds_a_service_well(data_dir: Path, url: str) -> None:
+def test_the_doctor_finds_no_problem_in_a_running_service(data_dir: Path, url: str) -> None:
     ran = told("doctor", "--data-dir", str(data_dir), "--json")
 
-    verdicts = {one["about"]: one["verdict"] for one in ran.json["findings"]}
+    verdicts = {entry["about"]: entry["verdict"] for entry in ran.json["findings"]}
     assert ran.code == 0, ran.out
     for about in ("Redis", "Redis persistence", "Redis round trip", "clock", "workers", "API"):
         assert verdicts[about] == "ok", ran.out
@@ -215,14 +218,14 @@ def test_an_operators_key_is_made_by_its_scope() -> None:
 
 
 def test_jobs_of_all_tenants_are_listed_and_acted_on_by_operators(url: str) -> None:
-    job_id = ended(url, submitted(url))
+    job_id = wait_until_ended(url, submit(url))
 
     shown = told("jobs", "--all-tenants", "--limit", "5").out
-    one = told("job", job_id, "--tenant", "default", "--json").json
+    job = told("job", job_id, "--tenant", "default", "--json").json
 
     assert "TENANT" in shown
     assert "TENANT" not in told("jobs", "--limit", "5").out
-    assert (one["tenant"], one["status"], "result" in one) == ("default", "completed", False)
+    assert (job["tenant"], job["status"], "result" in job) == ("default", "completed", False)
     assert told("job", job_id, "--tenant", "acme").code == 1
     assert told("dead", "--all-tenants", "--json").json == []
     assert told("retry", job_id, "--tenant", "acme", "--json").json["retried"] == []
@@ -249,7 +252,7 @@ def test_a_key_that_may_not_see_workers_still_watches_and_measures(
     assert "workers are shown to keys with the scope admin" in shown.out
     assert found["workers"] is None
     assert (measured.code, measured.json["sides"]["slots_busy"]) == (0, None)
-    assert [one["model"] for one in found["queues"]]
+    assert [entry["model"] for entry in found["queues"]]
     assert f"answers at {locked.url}" in examined
 
 
@@ -271,22 +274,22 @@ COMMANDS = (
 )
 
 
-def named(argv: tuple[str, ...]) -> str:
+def command_name(argv: tuple[str, ...]) -> str:
     return argv[0]
 
 
-@pytest.mark.parametrize("argv", COMMANDS, ids=named)
+@pytest.mark.parametrize("argv", COMMANDS, ids=command_name)
 def test_a_server_that_is_down_is_one_line(argv: tuple[str, ...]) -> None:
-    said = complaint(told(*argv, "--url", NOBODY), 3)
+    message = error_line(told(*argv, "--url", NO_SERVER), 3)
 
-    assert NOBODY in said
-    assert "asyncinfer serve" in said
-    assert "--url" in said
+    assert NO_SERVER in message
+    assert "asyncinfer serve" in message
+    assert "--url" in message
 
 
-@pytest.mark.parametrize("argv", COMMANDS, ids=named)
+@pytest.mark.parametrize("argv", COMMANDS, ids=command_name)
 def test_a_wrong_url_is_one_line(argv: tuple[str, ...]) -> None:
-    assert "http://" in complaint(told(*argv, "--url", "nonsense"), 2)
+    assert "http://" in error_line(told(*argv, "--url", "nonsense"), 2)
 
 
 def test_another_program_is_not_taken_for_a_server(url: str) -> None:
@@ -304,24 +307,24 @@ def test_another_program_is_not_taken_for_a_server(url: str) -> None:
         thread = Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         other = f"http://127.0.0.1:{server.server_port}"
-        line = complaint(told("jobs", "--url", other), 3)
+        line = error_line(told("jobs", "--url", other), 3)
         server.shutdown()
         thread.join()
     assert other in line
     assert "asyncinfer serve" in line
 
-    wrong_path = complaint(told("jobs", "--url", f"{url}/docs"), 1)
+    wrong_path = error_line(told("jobs", "--url", f"{url}/docs"), 1)
     assert "Give --url the server's address alone" in wrong_path
 
 
 def test_an_unknown_model_is_one_line(url: str) -> None:
     for argv in (("pause", "nope"), ("models", "nope"), ("bench", "--model", "nope")):
-        assert "Known: `digits`, `iris`" in complaint(told(*argv), 1)
+        assert "Known: `digits`, `iris`" in error_line(told(*argv), 1)
 
 
 def test_json_is_json_to_the_last_byte(url: str) -> None:
     argvs = (("models",), ("jobs",), ("dead",), ("top", "--once"), ("pause", "iris"))
     for argv in (*argvs, ("resume", "iris")):
-        ran: Told = told(*argv, "--json")
+        ran: CommandResult = told(*argv, "--json")
         assert (ran.code, ran.err) == (0, "")
         json.loads(ran.out)

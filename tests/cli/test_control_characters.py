@@ -1,4 +1,4 @@
-"""Text that comes from a model, a stranger or a server never commands the terminal."""
+"""Control characters in text of a model, an external job or a server never reach the terminal."""
 
 import json
 import re
@@ -12,12 +12,12 @@ from onnx import TensorProto, helper
 
 from asyncinfer.processes import valkey
 from asyncinfer.testing import Running, service
-from tests.cli.command_line import piped
+from tests.cli.command_line import run_in_shell
 
-from .test_hostile_server import Hostile, answered, hostile
+from .test_hostile_server import Hostile, hostile, real_answers
 from .test_terminal import at_a_terminal
 
-__all__ = ["answered", "hostile"]  # fixtures
+__all__ = ["hostile", "real_answers"]  # fixtures
 
 EVIL: Final = "\x1b]0;title\x07\x1b[31mred\x9b2J\u202eevil\u2066\u2028\x7f[bold]x[/]"
 SHOWN: Final = r"\x1b]0;title\x07\x1b[31mred\x9b2J\u202eevil\u2066\u2028\x7f[bold]x[/]"
@@ -26,31 +26,31 @@ COLUMNS: Final = 400
 
 
 @pytest.fixture(scope="module")
-def evil() -> Iterator[Running]:
-    """Serves a model that answers with the text that it is given, and has such a description."""
+def evil_service() -> Iterator[Running]:
+    """A service whose model returns its input, and has control characters in its description."""
     texts = [helper.make_tensor_value_info(name, TensorProto.STRING, ["batch", 1]) for name in "xy"]
     node = helper.make_node("Identity", ["x"], ["y"])
     graph = helper.make_graph([node], "same", texts[:1], texts[1:])
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    made.doc_string = EVIL
-    with service(models={"same": made}) as running:
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    model.doc_string = EVIL
+    with service(models={"same": model}) as running:
         yield running
 
 
 @pytest.fixture
-def at_evil(evil: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ASYNCINFER_URL", evil.url)
+def evil_url(evil_service: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASYNCINFER_URL", evil_service.url)
 
 
 @pytest.fixture
-def stored(evil: Running) -> Iterator[Any]:
-    """The Redis behind it."""
-    found = re.search("embedded; its data in (.+)", evil.log)
-    assert found
-    url = valkey.running_url(Path(found[1]))
+def redis_client(evil_service: Running) -> Iterator[Any]:
+    """The Redis of the service."""
+    match = re.search("embedded; its data in (.+)", evil_service.log)
+    assert match
+    url = valkey.running_url(Path(match[1]))
     assert url
-    with redis.Redis.from_url(url, decode_responses=True) as it:
-        yield it
+    with redis.Redis.from_url(url, decode_responses=True) as client:
+        yield client
 
 
 @pytest.fixture
@@ -70,56 +70,58 @@ def shown_on_a_terminal(*argv: str, typed: str = "", until: str = "") -> str:
 
 @pytest.mark.parametrize("form", ["table", "csv"])
 def test_an_answer_on_a_terminal_shows_control_characters_as_escapes(
-    at_evil: None, rows: Path, form: str
+    evil_url: None, rows: Path, form: str
 ) -> None:
     assert SHOWN in shown_on_a_terminal("predict", str(rows), "--model", "same", "--to", form)
 
 
 @pytest.mark.parametrize("form", ["json", "ndjson"])
 def test_json_on_a_terminal_has_escapes_and_means_the_same(
-    at_evil: None, rows: Path, form: str
+    evil_url: None, rows: Path, form: str
 ) -> None:
     text = shown_on_a_terminal("predict", str(rows), "--model", "same", "--to", form)
-    (line,) = (one for one in text.splitlines() if "evil" in one)
+    (line,) = (line for line in text.splitlines() if "evil" in line)
     assert EVIL in str(json.loads(line)["y"][0])
 
 
 @pytest.mark.parametrize("form", ["csv", "json", "ndjson"])
 def test_data_in_a_pipe_has_each_character_as_it_is(
-    at_evil: None, rows: Path, tmp_path: Path, form: str
+    evil_url: None, rows: Path, tmp_path: Path, form: str
 ) -> None:
-    ran = piped(f"asyncinfer predict {rows} --model same --to {form}", tmp_path)
+    ran = run_in_shell(f"asyncinfer predict {rows} --model same --to {form}", tmp_path)
     assert ran.code == 0
     inner = EVIL if form == "csv" else json.dumps(EVIL, ensure_ascii=False)[1:-1]
     assert inner in ran.out
 
 
-def test_a_description_of_a_model_commands_nothing(at_evil: None, tmp_path: Path) -> None:
+def test_a_description_of_a_model_commands_nothing(evil_url: None, tmp_path: Path) -> None:
     assert SHOWN in shown_on_a_terminal("models", "same")
-    assert EVIL in piped("asyncinfer models same --json", tmp_path).json["description"]
+    assert EVIL in run_in_shell("asyncinfer models same --json", tmp_path).json["description"]
 
 
-def test_a_strangers_status_and_error_command_nothing(at_evil: None, stored: Any) -> None:
-    stored.set("job:stranger1:status", EVIL)
-    stored.set("job:stranger2:status", "failed")
-    stored.set("job:stranger2:error", json.dumps({"code": "x", "message": EVIL}))
+def test_status_and_error_of_an_external_job_command_nothing(
+    evil_url: None, redis_client: Any
+) -> None:
+    redis_client.set("job:external1:status", EVIL)
+    redis_client.set("job:external2:status", "failed")
+    redis_client.set("job:external2:error", json.dumps({"code": "x", "message": EVIL}))
 
-    assert SHOWN in shown_on_a_terminal("job", "stranger1")
-    assert "evil" in shown_on_a_terminal("job", "stranger2")
-    assert "evil" in shown_on_a_terminal("job", "stranger2", "--json")
+    assert SHOWN in shown_on_a_terminal("job", "external1")
+    assert "evil" in shown_on_a_terminal("job", "external2")
+    assert "evil" in shown_on_a_terminal("job", "external2", "--json")
 
 
-def test_a_queues_name_commands_nothing_in_top(at_evil: None, stored: Any) -> None:
-    (key,) = stored.keys("{*}:queues")
+def test_a_queues_name_commands_nothing_in_top(evil_url: None, redis_client: Any) -> None:
+    (key,) = redis_client.keys("{*}:queues")
     queue = f"{key[1 : key.index('}')]}:{EVIL}"
-    stored.sadd(key, queue)
-    stored.lpush(queue, "x")
+    redis_client.sadd(key, queue)
+    redis_client.lpush(queue, "x")
     try:
         assert SHOWN in shown_on_a_terminal("top", "--once")
         assert "evil" in shown_on_a_terminal("top", typed="q", until="evil")
     finally:
-        stored.srem(key, queue)
-        stored.delete(queue)
+        redis_client.srem(key, queue)
+        redis_client.delete(queue)
 
 
 EVIL_PROBLEM: Final = {"model": EVIL, "version": EVIL, "worker": EVIL, "reason": f"{EVIL}\nx: y"}

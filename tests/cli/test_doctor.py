@@ -1,4 +1,4 @@
-"""A doctor says what is wrong, and the command that mends it."""
+"""`doctor` reports what is wrong, and how to fix it."""
 
 import time
 from collections.abc import Iterator
@@ -17,9 +17,9 @@ from tests import zoo
 from tests.cli.command_line import told
 from tests.faults.harness import eventually_sync
 
-from .conftest import submitted
+from .conftest import submit
 
-FINE = Vitals(
+HEALTHY = Vitals(
     server="Valkey 9.1.0",
     refusal="",
     round_trip_seconds=0.0002,
@@ -39,22 +39,22 @@ FINE = Vitals(
 
 @pytest.fixture(autouse=True)
 def one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small one, which is loaded in a moment."""
+    """A folder of one small model, which is loaded quickly."""
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "tiny.onnx").write_bytes(zoo.mlp([3, 2]).SerializeToString())
     monkeypatch.setenv("MODEL_DIR", str(tmp_path / "small"))
 
 
-def found(about: str, **vitals: Any) -> Finding:
-    findings = findings_of(msgspec.structs.replace(FINE, **vitals), "redis://h:6379")
-    return next(one for one in findings if one.about == about)
+def finding_about(about: str, **vitals: Any) -> Finding:
+    findings = findings_of(msgspec.structs.replace(HEALTHY, **vitals), "redis://h:6379")
+    return next(finding for finding in findings if finding.about == about)
 
 
-def test_a_server_that_is_fine_has_nothing_to_mend() -> None:
-    findings = list(findings_of(FINE, "redis://h:6379"))
+def test_a_healthy_server_has_no_problem() -> None:
+    findings = list(findings_of(HEALTHY, "redis://h:6379"))
 
-    assert {one.verdict for one in findings} == {"ok"}
-    assert not any(one.mend for one in findings)
+    assert {finding.verdict for finding in findings} == {"ok"}
+    assert not any(finding.mend for finding in findings)
 
 
 @pytest.mark.parametrize(
@@ -76,13 +76,13 @@ def test_a_server_that_is_fine_has_nothing_to_mend() -> None:
         ("workers", {"default_is_served": False}, "warning", "DEFAULT_MODEL"),
     ],
 )
-def test_what_is_wrong_with_redis_is_named_with_what_mends_it(
+def test_a_problem_of_redis_is_named_with_its_fix(
     about: str, vitals: dict[str, Any], verdict: str, mend: str
 ) -> None:
-    one = found(about, **vitals)
+    finding = finding_about(about, **vitals)
 
-    assert one.verdict == verdict
-    assert mend in one.mend
+    assert finding.verdict == verdict
+    assert mend in finding.mend
 
 
 def test_a_server_without_persistence_is_a_problem(redis_url: str) -> None:
@@ -106,31 +106,31 @@ def test_a_server_that_evicts_is_a_problem(server: redis.Redis, redis_url: str) 
 
 @pytest.fixture
 def full_disk(server: redis.Redis) -> Iterator[None]:
-    """The server cannot save, since a folder has the name of its file."""
+    """Makes saves of the server fail: a folder has the name of its file."""
     folder = Path(str(server.config_get("dir")["dir"]))
     if not folder.is_dir():
         pytest.skip("the server's folder is not on this machine")
     blocker = folder / str(server.config_get("dbfilename")["dbfilename"])
     blocker.mkdir()
     server.config_set("save", "3600 1")
-    save(server, "err")
+    save_and_wait(server, "err")
     yield
     server.config_set("save", "")
     blocker.rmdir()
-    save(server, "ok")
+    save_and_wait(server, "ok")
     blocker.unlink()
 
 
-def save(server: redis.Redis, verdict: str) -> None:
+def save_and_wait(server: redis.Redis, verdict: str) -> None:
     def has_ended() -> bool:
-        found = server.info("persistence")
-        return not found["rdb_bgsave_in_progress"] and found["rdb_last_bgsave_status"] == verdict
+        info = server.info("persistence")
+        return not info["rdb_bgsave_in_progress"] and info["rdb_last_bgsave_status"] == verdict
 
     server.bgsave()
     eventually_sync(has_ended, f"a save is {verdict}")
 
 
-def test_a_full_disk_is_told_as_such_and_not_as_a_server_that_is_away(
+def test_a_full_disk_is_reported_as_such_and_not_as_a_server_that_is_away(
     full_disk: None, redis_url: str
 ) -> None:
     ran = told("doctor", "--redis-url", redis_url)
@@ -174,7 +174,7 @@ def test_a_broken_model_is_named_and_takes_nothing_down(tmp_path: Path) -> None:
     ("names", "mend"),
     [("tiny,nope", "set MODELS to some of tiny"), ("nope", "correct MODELS, or MODEL_DIR")],
 )
-def test_a_name_of_models_that_is_not_there_is_a_problem(names: str, mend: str) -> None:
+def test_a_missing_name_of_models_is_a_problem(names: str, mend: str) -> None:
     ran = told("doctor", "--models", names)
 
     assert ran.code == 1
@@ -206,7 +206,7 @@ def test_each_broken_line_of_the_keys_is_a_problem_of_its_own(tmp_path: Path) ->
     assert "ai_" not in ran.out
 
 
-def test_an_open_door_is_a_problem() -> None:
+def test_a_host_that_is_open_without_keys_is_a_problem() -> None:
     assert "HOST 0.0.0.0 lets everyone in" in told("doctor", "--host", "0.0.0.0").out
 
 
@@ -214,7 +214,7 @@ def test_more_threads_than_cores_are_a_warning() -> None:
     assert "warning  cores" in told("doctor", "--concurrency", "500").out
 
 
-def test_an_api_that_was_asked_for_and_is_away_is_a_problem() -> None:
+def test_an_api_that_does_not_answer_at_a_given_url_is_a_problem() -> None:
     ran = told("doctor", "--url", "http://127.0.0.1:1")
 
     assert ran.code == 1
@@ -224,7 +224,7 @@ def test_an_api_that_was_asked_for_and_is_away_is_a_problem() -> None:
 def test_a_paused_model_is_a_warning(url: str, data_dir: Path) -> None:
     told("pause", "digits")
     try:
-        submitted(url, "digits")
+        submit(url, "digits")
         ran = told("doctor", "--data-dir", str(data_dir))
     finally:
         told("resume", "digits")
@@ -233,17 +233,17 @@ def test_a_paused_model_is_a_warning(url: str, data_dir: Path) -> None:
     assert "-> asyncinfer resume digits" in ran.out
 
 
-def test_it_takes_a_moment_only(url: str, data_dir: Path) -> None:
+def test_the_doctor_takes_less_than_ten_seconds(url: str, data_dir: Path) -> None:
     started = time.monotonic()
     told("doctor", "--data-dir", str(data_dir))
 
     assert time.monotonic() - started < 10
 
 
-def test_a_faulty_model_toml_is_told_as_the_file_to_mend(tmp_path: Path) -> None:
+def test_a_faulty_model_toml_is_named_as_the_file_to_correct(tmp_path: Path) -> None:
     toml = zoo.place(tmp_path / "two", "odd", zoo.mlp([3, 2]), toml="label = 1").parents[1]
 
     findings = told("doctor", "--json", "--model-dir", f"{tmp_path}/two").json["findings"]
 
-    (finding,) = (one for one in findings if one["about"].startswith("model odd"))
-    assert finding["mend"] == f"mend, replace or remove it: {toml}/model.toml"
+    (finding,) = (entry for entry in findings if entry["about"].startswith("model odd"))
+    assert finding["mend"] == f"correct, replace or remove it: {toml}/model.toml"

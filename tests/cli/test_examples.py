@@ -1,4 +1,4 @@
-"""Every example of every --help does what it is shown for, on one real service."""
+"""Every example in a --help works on a real service, and every help text is complete."""
 
 import json
 import re
@@ -14,20 +14,20 @@ import pytest
 
 from asyncinfer.cli.commands import SECTIONS, commands
 from asyncinfer.cli.exit_codes import EXIT_CODES
-from tests.cli.command_line import piped, told
+from tests.cli.command_line import run_in_shell, told
 from tests.docs.markdown import is_up, shell
 from tests.serving import free_port
 
-from .conftest import ended, submitted
+from .conftest import submit, wait_until_ended
 
 NAMES = [name for section in SECTIONS.values() for name in section]
 _JOB_ID = re.compile(r"\b[0-9a-f]{32}\b")
 
 
 def command(name: str) -> click.Command:
-    found = commands.get_command(click.Context(commands), name)
-    assert found
-    return found
+    command = commands.get_command(click.Context(commands), name)
+    assert command
+    return command
 
 
 def examples(name: str) -> list[str]:
@@ -40,7 +40,7 @@ EXAMPLES = [(name, line) for name in NAMES for line in examples(name)]
 
 @pytest.fixture
 def folder(tmp_path: Path, flowers: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a reader types: with the files that the examples name."""
+    """A working directory with the files that the examples name."""
     (tmp_path / "rows.ndjson").write_text("[5.1, 3.5, 1.4, 0.2]\n[6.7, 3.0, 5.2, 2.3]\n")
     (tmp_path / "model").symlink_to(Path(__file__).parents[2] / "model")
     (tmp_path / ".config" / "fish" / "completions").mkdir(parents=True)
@@ -50,14 +50,14 @@ def folder(tmp_path: Path, flowers: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 @pytest.fixture
-def a_job(url: str, request: pytest.FixtureRequest) -> Iterator[str]:
-    """One for each command: that can be cancelled, retried, or shown."""
+def job_id(url: str, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The id of a job that suits the command: it can be cancelled, retried or shown."""
     name = request.node.callspec.params["name"]
     if name not in ("cancel", "retry"):
-        yield ended(url, submitted(url))
+        yield wait_until_ended(url, submit(url))
         return
     told("pause", "digits")
-    job_id = submitted(url, "digits")
+    job_id = submit(url, "digits")
     if name == "retry":
         told("cancel", job_id)
     yield job_id
@@ -67,36 +67,36 @@ def a_job(url: str, request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.mark.soak
 @pytest.mark.parametrize(("name", "example"), EXAMPLES, ids=[line for _, line in EXAMPLES])
 def test_an_example_works_as_it_is_shown(
-    name: str, example: str, folder: Path, a_job: str, redis_url: str
+    name: str, example: str, folder: Path, job_id: str, redis_url: str
 ) -> None:
-    line = _JOB_ID.sub(a_job, example)
+    line = _JOB_ID.sub(job_id, example)
     line = line.replace("redis://127.0.0.1:6379", redis_url).replace("--seconds 2", "--seconds 0.5")
     if name in ("serve", "work"):
-        starts(line.replace("8001", str(free_port())), folder, redis_url)
+        start_and_stop(line.replace("8001", str(free_port())), folder, redis_url)
         return
     # A shell takes a moment to start.
-    is_plain = line.startswith("asyncinfer ") and not any(it in line for it in "|>~&")
-    ran = told(*shlex.split(line, comments=True)[1:]) if is_plain else piped(line, folder)
-    # A doctor that finds a Redis without persistence says so.
+    is_plain = line.startswith("asyncinfer ") and not any(character in line for character in "|>~&")
+    ran = told(*shlex.split(line, comments=True)[1:]) if is_plain else run_in_shell(line, folder)
+    # The doctor reports a Redis without persistence as a problem.
     assert ran.code == 0 or (name == "doctor" and "no persistence" not in ran.err), ran
     assert "Traceback" not in ran.err
 
 
-def starts(line: str, folder: Path, redis_url: str) -> None:
+def start_and_stop(line: str, folder: Path, redis_url: str) -> None:
     words = line.partition("    #")[0]
     words = words if "REDIS_URL" in words else f"REDIS_URL={redis_url} {words}"
     words = f"PORT={free_port()} {words}"
     with shell(words, folder) as process:
-        said = folder / "said"
-        wait_until_up(process, said)
+        log = folder / "said"
+        wait_until_up(process, log)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
 
 
-def wait_until_up(process: subprocess.Popen[bytes], said: Path) -> None:
+def wait_until_up(process: subprocess.Popen[bytes], log: Path) -> None:
     from tests.faults.harness import eventually_sync
 
-    eventually_sync(lambda: is_up(process, said.read_text()), "it is up", 30)
+    eventually_sync(lambda: is_up(process, log.read_text()), "it is up", 30)
 
 
 # --- help ------------------------------------------------------------------------------------
@@ -126,10 +126,11 @@ def test_help_states_the_exit_codes() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_says_what_it_is_for(name: str) -> None:
-    for one in command(name).params:
-        if isinstance(one, click.Option):
-            assert one.help
-            assert one.help.rstrip("])").endswith(tuple(".KLR0123456789")) or "[" in one.help
+    for option in command(name).params:
+        if isinstance(option, click.Option):
+            assert option.help
+            is_sentence = option.help.rstrip("])").endswith(tuple(".KLR0123456789"))
+            assert is_sentence or "[" in option.help
 
 
 # --- completion ------------------------------------------------------------------------------
@@ -138,21 +139,21 @@ def test_every_option_says_what_it_is_for(name: str) -> None:
 @pytest.mark.parametrize("shell_name", ["bash", "zsh", "fish"])
 def test_a_shell_completes_commands(shell_name: str, tmp_path: Path) -> None:
     script = told("completion", shell_name)
-    asked = {
+    variables = {
         "bash": "COMP_WORDS='asyncinfer pre' COMP_CWORD=1",
         "zsh": "COMP_WORDS='asyncinfer pre' COMP_CWORD=1",
         "fish": "COMP_WORDS='asyncinfer pre' COMP_CWORD=pre",
     }[shell_name]
-    line = f"{asked} _ASYNCINFER_COMPLETE={shell_name}_complete asyncinfer"
+    line = f"{variables} _ASYNCINFER_COMPLETE={shell_name}_complete asyncinfer"
 
     assert "_ASYNCINFER_COMPLETE" in script.out
-    assert "predict" in piped(line, tmp_path).out
+    assert "predict" in run_in_shell(line, tmp_path).out
 
 
 def test_a_shell_completes_options(tmp_path: Path) -> None:
     line = "COMP_WORDS='asyncinfer jobs --sta' COMP_CWORD=2 _ASYNCINFER_COMPLETE=bash_complete"
 
-    assert "--status" in piped(f"{line} asyncinfer", tmp_path).out
+    assert "--status" in run_in_shell(f"{line} asyncinfer", tmp_path).out
 
 
 # --- what is loaded --------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A server that answers in wrong types: every command says so in one line, without a traceback."""
+"""A server whose JSON has wrong types: every command prints one line, and no traceback."""
 
 import copy
 import json
@@ -10,9 +10,9 @@ from typing import Any, Final
 
 import pytest
 
-from tests.cli.command_line import Told, told
+from tests.cli.command_line import CommandResult, told
 
-from .conftest import ended, submitted
+from .conftest import submit, wait_until_ended
 
 Place = tuple[str | int, ...]
 
@@ -33,7 +33,10 @@ COMMANDS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
         ("predict", "-m", "iris", "1", "2", "3", "4"),
         ("predict", "-m", "iris", "1", "2", "3", "4", "--to", "csv"),
     ),
-    "DELETE /jobs": (("cancel", "--model", "x"), ("purge", "--status", "ended", "--json")),
+    "DELETE /jobs": (
+        ("cancel", "--model", "x"),
+        ("purge", "--status", "ended", "--json"),
+    ),
     "DELETE /job": (("cancel", "a"), ("purge", "a")),
     "POST /jobs/retry": (("retry", "a"), ("retry", "--dead"), ("retry", "--dead", "--json")),
     "POST /models/iris/pause": (("pause", "iris"), ("pause", "iris", "--json")),
@@ -41,7 +44,7 @@ COMMANDS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
 
 
 class Hostile(ThreadingHTTPServer):
-    """Answers `answers`, by method and path, with `status`."""
+    """A server that answers with `answers`, by method and path, and with `status`."""
 
     daemon_threads = True
     answers: dict[str, Any]
@@ -52,14 +55,14 @@ class Hostile(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def answer(self, method: str, path: str) -> Any:
-        asked = f"{method} {path.partition('?')[0]}"
-        named = (it for it in self.answers if asked == it or asked.startswith(f"{it}/"))
-        return self.answers.get(max(named, key=len, default=""), {})
+        request = f"{method} {path.partition('?')[0]}"
+        matches = (key for key in self.answers if request == key or request.startswith(f"{key}/"))
+        return self.answers.get(max(matches, key=len, default=""), {})
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # one packet an answer: a second one would wait for the acknowledgement
+    wbufsize = -1  # one packet per answer: a second packet would wait for the acknowledgement
     server: Hostile
 
     def _answer(self) -> None:
@@ -80,35 +83,35 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def answered(running: Any) -> dict[str, Any]:
-    """What a real service answers."""
+def real_answers(running: Any) -> dict[str, Any]:
+    """The answers of a real service."""
 
-    def ask(method: str, path: str, body: Any = None) -> Any:
+    def send(method: str, path: str, body: Any = None) -> Any:
         content = None if body is None else json.dumps(body).encode()
         headers = {"content-type": "application/json", "prefer": "wait=10"}
         request = urllib.request.Request(f"{running.url}{path}", content, headers, method=method)
         with urllib.request.urlopen(request, timeout=20) as reply:
             return json.load(reply)
 
-    job_id = ended(running.url, submitted(running.url))
-    job = ask("GET", f"/job/{job_id}")
+    job_id = wait_until_ended(running.url, submit(running.url))
+    job = send("GET", f"/job/{job_id}")
     failed = {"error": {"code": "model_failed", "message": "It did."}, "status": "failed"}
     job["waiting_for"] = failed["waiting_for"] = {"code": "no_worker", "message": "None has it."}
-    jobs = {**ask("GET", "/jobs?limit=1"), "cursor": None}
+    jobs = {**send("GET", "/jobs?limit=1"), "cursor": None}
     jobs["jobs"].append({**jobs["jobs"][0], **failed})
     refused = {"job_id": "b", "code": "job_not_found", "detail": "There is none."}
-    models = {**ask("GET", "/models"), "loading": []}
+    models = {**send("GET", "/models"), "loading": []}
     problem = {"model": "iris", "version": "2", "worker": "w-1", "reason": "It is broken."}
     models["problems"] = models["models"][0]["problems"] = [problem]
     return {
         "GET /jobs": jobs,
         "GET /job": job,
         "GET /models": models,
-        "GET /models/iris": {**ask("GET", "/models/iris"), "problems": [problem]},
-        "GET /queues": ask("GET", "/queues"),
-        "GET /workers": ask("GET", "/workers"),
+        "GET /models/iris": {**send("GET", "/models/iris"), "problems": [problem]},
+        "GET /queues": send("GET", "/queues"),
+        "GET /workers": send("GET", "/workers"),
         "GET /group": {"group": "x", "jobs": 0},
-        "POST /predict": ask("POST", "/predict/iris", {"data": [[5.1, 3.5, 1.4, 0.2]]}),
+        "POST /predict": send("POST", "/predict/iris", {"data": [[5.1, 3.5, 1.4, 0.2]]}),
         "DELETE /jobs": {"cancelled": 1, "stopping": 0, "purged": 2, "more": False},
         "DELETE /job": {**job, "status": "cancelled"},
         "POST /jobs/retry": {"retried": [job_id], "refused": [refused], "more": False},
@@ -117,9 +120,9 @@ def answered(running: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def hostile(answered: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Hostile]:
+def hostile(real_answers: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Hostile]:
     with Hostile(("127.0.0.1", 0), _Handler) as server:
-        server.answers = copy.deepcopy(answered)
+        server.answers = copy.deepcopy(real_answers)
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         monkeypatch.setenv("ASYNCINFER_URL", server.url)
@@ -129,19 +132,19 @@ def hostile(answered: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 
 def places(value: Any, at: Place = ()) -> Iterator[Place]:
-    """Everything in it, itself included; of a long list the first two."""
+    """The paths of a value and of all its parts; of a list the first two items."""
     yield at
     items: Any = ()
     if isinstance(value, dict):
         items = value.items()
     elif isinstance(value, list):
         items = list(enumerate(value))[:2]
-    for key, one in items:
-        yield from places(one, (*at, key))
+    for key, item in items:
+        yield from places(item, (*at, key))
 
 
 def wrong_places(value: Any) -> Iterator[Place]:
-    """Not where true is right: a server that always has more to do is asked for more."""
+    """All places but `more`, of which true is valid: the command would ask again for ever."""
     return (place for place in places(value) if place != ("more",))
 
 
@@ -156,7 +159,7 @@ def with_wrong(value: Any, place: Place, wrong: Any) -> Any:
     return changed
 
 
-def refuses_or_shows(argv: tuple[str, ...]) -> Told:
+def refuses_or_shows(argv: tuple[str, ...]) -> CommandResult:
     """A value may be one that is shown; any other ends with one line and exit code 3."""
     ran = told(*argv)
     assert "\x1b" not in ran.err
@@ -168,20 +171,22 @@ def refuses_or_shows(argv: tuple[str, ...]) -> Told:
     return ran
 
 
-@pytest.mark.parametrize("asked", COMMANDS)
+@pytest.mark.parametrize("request_line", COMMANDS)
 def test_the_answers_that_the_hostile_server_changes_are_good_ones(
-    hostile: Hostile, asked: str
+    hostile: Hostile, request_line: str
 ) -> None:
-    for argv in COMMANDS[asked]:
+    for argv in COMMANDS[request_line]:
         assert told(*argv).code in (0, 1)
 
 
-@pytest.mark.parametrize("asked", COMMANDS)
-def test_no_wrong_type_in_an_answer_ends_in_a_traceback(hostile: Hostile, asked: str) -> None:
-    good = hostile.answers[asked]
+@pytest.mark.parametrize("request_line", COMMANDS)
+def test_no_wrong_type_in_an_answer_ends_in_a_traceback(
+    hostile: Hostile, request_line: str
+) -> None:
+    good = hostile.answers[request_line]
     for number, place in enumerate(wrong_places(good)):
-        hostile.answers[asked] = with_wrong(good, place, WRONG[number % len(WRONG)])
-        for argv in COMMANDS[asked]:
+        hostile.answers[request_line] = with_wrong(good, place, WRONG[number % len(WRONG)])
+        for argv in COMMANDS[request_line]:
             refuses_or_shows(argv)
 
 
@@ -195,12 +200,12 @@ def test_an_axis_that_a_model_has_not_is_refused(hostile: Hostile) -> None:
 def test_an_output_that_declares_fewer_dimensions_than_it_has_hides_no_model(
     hostile: Hostile,
 ) -> None:
-    """As a worker of an earlier release announces what a converter declared wrongly."""
+    """Workers of an earlier release announce a model so if its converter declared it wrongly."""
     model = hostile.answers["GET /models/iris"]
-    outputs = [{**one, "shape": []} for one in model["outputs"]]
-    odd = {**model, "outputs": outputs, "output_axes": [0] * len(outputs)}
-    hostile.answers["GET /models/iris"] = odd
-    hostile.answers["GET /models"] = {**hostile.answers["GET /models"], "models": [odd]}
+    outputs = [{**output, "shape": []} for output in model["outputs"]]
+    misdeclared = {**model, "outputs": outputs, "output_axes": [0] * len(outputs)}
+    hostile.answers["GET /models/iris"] = misdeclared
+    hostile.answers["GET /models"] = {**hostile.answers["GET /models"], "models": [misdeclared]}
 
     assert told("models").code == 0
     assert told("predict", "-m", "iris", "1", "2", "3", "4").code in (0, 1)
@@ -208,14 +213,14 @@ def test_an_output_that_declares_fewer_dimensions_than_it_has_hides_no_model(
 
 @pytest.mark.soak
 @pytest.mark.parametrize("wrong", WRONG, ids=repr)
-@pytest.mark.parametrize("asked", COMMANDS)
+@pytest.mark.parametrize("request_line", COMMANDS)
 def test_no_wrong_type_anywhere_ends_in_a_traceback(
-    hostile: Hostile, asked: str, wrong: Any
+    hostile: Hostile, request_line: str, wrong: Any
 ) -> None:
-    good = hostile.answers[asked]
+    good = hostile.answers[request_line]
     for place in wrong_places(good):
-        hostile.answers[asked] = with_wrong(good, place, wrong)
-        for argv in COMMANDS[asked]:
+        hostile.answers[request_line] = with_wrong(good, place, wrong)
+        for argv in COMMANDS[request_line]:
             refuses_or_shows(argv)
 
 

@@ -15,23 +15,23 @@ from tests import zoo
 from tests.cli.command_line import told
 
 CUSTOMERS = [(7, 30.0, 2.5, "pro"), (8, 61.0, None, "2"), (9, 18.0, 4.0, "free")]
-RECORDS = [dict(zip(("id", "age", "calls", "plan"), one, strict=True)) for one in CUSTOMERS]
+RECORDS = [dict(zip(("id", "age", "calls", "plan"), row, strict=True)) for row in CUSTOMERS]
 
 
 def read(path: Path, *columns: str) -> list[readers.Row]:
-    asked = readers.Asked(
+    options = readers.ReadOptions(
         source=str(path),
         columns=columns,
         inputs={"age": 2, "calls": 2, "plan": 2},
         text_inputs=frozenset({"plan"}),
         single_inputs=frozenset({"age", "calls", "plan"}),
     )
-    return list(readers.rows(asked))
+    return list(readers.rows(options))
 
 
 def files(folder: Path) -> list[Path]:
-    """The same customers in each form, with a column that the model does not take."""
-    cells = [",".join("" if cell is None else str(cell) for cell in one) for one in CUSTOMERS]
+    """Files of the same customers in each format, with a column that is no input of the model."""
+    cells = [",".join("" if cell is None else str(cell) for cell in row) for row in CUSTOMERS]
     (folder / "rows.csv").write_text("\n".join(["id,age,calls,plan", *cells]))
     (folder / "rows.ndjson").write_text("\n".join(map(json.dumps, RECORDS)))
     (folder / "rows.json").write_text(json.dumps(RECORDS))
@@ -40,18 +40,20 @@ def files(folder: Path) -> list[Path]:
 
 
 def test_columns_are_read_as_the_inputs_of_their_names_in_every_form(tmp_path: Path) -> None:
-    wanted = [{"age": [age], "calls": [calls], "plan": [plan]} for _, age, calls, plan in CUSTOMERS]
+    expected = [
+        {"age": [age], "calls": [calls], "plan": [plan]} for _, age, calls, plan in CUSTOMERS
+    ]
     for path in files(tmp_path):
-        assert [row.value for row in read(path)] == wanted, path.name
+        assert [row.value for row in read(path)] == expected, path.name
 
 
-def test_chosen_columns_are_read_so_too(tmp_path: Path) -> None:
+def test_selected_columns_are_read_in_the_same_way(tmp_path: Path) -> None:
     files(tmp_path)
     rows = read(tmp_path / "rows.csv", "plan", "2")
     assert rows[0].value == {"plan": ["pro"], "age": [30.0]}
 
 
-def test_a_cell_that_is_no_number_is_told_with_its_column(tmp_path: Path) -> None:
+def test_a_cell_that_is_no_number_is_reported_with_its_column(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("plan,age,calls\npro,old,1\n")
     (row,) = read(tmp_path / "rows.csv")
     assert "line 2: column 'age': 'old' is no number" in row.problem
@@ -59,7 +61,7 @@ def test_a_cell_that_is_no_number_is_told_with_its_column(tmp_path: Path) -> Non
 
 @pytest.fixture
 def customers_url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A service whose model gives the sum of the numbers, and the plan as it came."""
+    """The URL of a service whose model returns the sum of the numbers, and the plan unchanged."""
     graph = zoo.model(
         [
             helper.make_node("Add", ["age", "calls"], ["total"]),
@@ -81,12 +83,12 @@ def customers_url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_a_table_of_numbers_and_strings_is_scored_from_any_file_and_from_the_prompt(
     customers_url: str, tmp_path: Path
 ) -> None:
-    wanted = [(32.5, "pro"), ("NaN", "2"), (22.0, "free")]
+    expected = [(32.5, "pro"), ("NaN", "2"), (22.0, "free")]
     for path in files(tmp_path):
         ran = told("predict", str(path))
         assert (ran.code, ran.err) == (0, ""), path.name
-        assert [(row["total"][0], row["kept"][0]) for row in ran.rows] == wanted, path.name
+        assert [(row["total"][0], row["kept"][0]) for row in ran.rows] == expected, path.name
     ran = told("predict", json.dumps(RECORDS[0]))
-    assert [(row["total"][0], row["kept"][0]) for row in ran.rows] == wanted[:1], ran.err
+    assert [(row["total"][0], row["kept"][0]) for row in ran.rows] == expected[:1], ran.err
     (tmp_path / "short.csv").write_text("id,age\n1,30\n")
     assert "with a column" in told("predict", f"{tmp_path}/short.csv").err

@@ -1,4 +1,4 @@
-"""Rows go in, answers come out in their order, and a bad row stops no other."""
+"""`predict` answers rows in their order, and a bad row stops no other."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.cli.command_line import complaint, piped, told
+from tests.cli.command_line import error_line, run_in_shell, told
 
 ANSWER = {"prediction": 0, "class_name": "setosa"}
 
@@ -99,7 +99,7 @@ def test_columns_are_chosen_by_name_or_number(url: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["csv", "json", "ndjson", "parquet"])
-def test_answers_are_written_in_the_form_that_the_name_tells(
+def test_answers_are_written_in_the_format_of_the_file_name(
     url: str, flowers: Path, form: str
 ) -> None:
     path = flowers.with_name(f"answers.{form}")
@@ -128,7 +128,9 @@ def test_a_table_is_for_people(url: str, flowers: Path) -> None:
     assert shown[1].split()[:3] == ["1", "0", "setosa"]
 
 
-def test_one_bad_row_in_ten_thousand_is_told_and_stops_no_other(url: str, tmp_path: Path) -> None:
+def test_a_bad_row_among_ten_thousand_is_reported_and_stops_no_other(
+    url: str, tmp_path: Path
+) -> None:
     lines = ["5.1,3.5,1.4,0.2"] * 10_000
     lines[6999] = "5.1,oops,1.4,0.2"
     lines[7999] = "1,2,3"
@@ -160,15 +162,17 @@ def test_a_row_that_failed_keeps_its_place_in_columns(url: str, tmp_path: Path) 
 
 
 def test_stdin_is_read_and_a_pipe_has_nothing_but_data(url: str, tmp_path: Path) -> None:
-    ran = piped("asyncinfer predict - | cat", tmp_path, b"[5.1, 3.5, 1.4, 0.2]\n")
+    ran = run_in_shell("asyncinfer predict - | cat", tmp_path, b"[5.1, 3.5, 1.4, 0.2]\n")
 
     assert ran.code == 0
     assert ran.rows[0].items() >= ANSWER.items()
 
 
-def test_who_reads_only_the_first_answers_hears_no_complaint(url: str, tmp_path: Path) -> None:
+def test_a_pipe_that_reads_only_the_first_answers_causes_no_error_output(
+    url: str, tmp_path: Path
+) -> None:
     (tmp_path / "many.csv").write_text("5.1,3.5,1.4,0.2\n" * 5000)
-    ran = piped("asyncinfer predict many.csv | head -1; exit ${PIPESTATUS[0]}", tmp_path)
+    ran = run_in_shell("asyncinfer predict many.csv | head -1; exit ${PIPESTATUS[0]}", tmp_path)
 
     assert ran.code == 141
     assert "Traceback" not in ran.err
@@ -196,11 +200,11 @@ def test_ctrl_c_says_how_to_go_on_and_cancels_the_rest(url: str, tmp_path: Path)
             while not told("jobs", "--group", "stop-1", "--json").json:
                 pass
             os.kill(process.pid, signal.SIGINT)
-            said = process.stderr.read().decode()
+            message = process.stderr.read().decode()
             assert process.wait(20) == 130
-        assert "Interrupted after 0 rows" in said
-        assert "asyncinfer predict many.csv -m digits --resume stop-1" in said
-        assert "Traceback" not in said
+        assert "Interrupted after 0 rows" in message
+        assert "asyncinfer predict many.csv -m digits --resume stop-1" in message
+        assert "Traceback" not in message
         assert not told("jobs", "--group", "stop-1", "--status", "pending", "--json").json
     finally:
         told("resume", "digits")
@@ -210,35 +214,35 @@ def test_ctrl_c_says_how_to_go_on_and_cancels_the_rest(url: str, tmp_path: Path)
 
 
 def test_a_file_that_is_not_there_is_refused(url: str) -> None:
-    assert "There is no file nope.csv" in complaint(told("predict", "nope.csv"), 2)
+    assert "There is no file nope.csv" in error_line(told("predict", "nope.csv"), 2)
 
 
-def test_a_csv_that_is_none_is_refused(url: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_csv_is_refused(url: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"\x89PNG\x00\xff\xfe")
     pq.write_table(pa.table({"a": [1]}), tmp_path / "b.csv")
 
-    assert "is no CSV file" in complaint(told("predict", f"{tmp_path}/a.csv"), 2)
-    assert "--from parquet" in complaint(told("predict", f"{tmp_path}/b.csv"), 2)
+    assert "is no CSV file" in error_line(told("predict", f"{tmp_path}/a.csv"), 2)
+    assert "--from parquet" in error_line(told("predict", f"{tmp_path}/b.csv"), 2)
 
 
-def test_a_name_that_tells_no_form_is_refused(url: str, tmp_path: Path) -> None:
+def test_a_file_name_that_shows_no_format_is_refused(url: str, tmp_path: Path) -> None:
     (tmp_path / "rows").write_text("1,2,3,4")
 
-    assert "--from" in complaint(told("predict", f"{tmp_path}/rows"), 2)
-    assert "--to" in complaint(told("predict", "1", "2", "3", "4", "-o", f"{tmp_path}/x"), 2)
+    assert "--from" in error_line(told("predict", f"{tmp_path}/rows"), 2)
+    assert "--to" in error_line(told("predict", "1", "2", "3", "4", "-o", f"{tmp_path}/x"), 2)
 
 
 def test_a_column_that_is_not_there_is_refused(url: str, flowers: Path) -> None:
-    said = complaint(told("predict", str(flowers), "--columns", "a,z"), 2)
+    message = error_line(told("predict", str(flowers), "--columns", "a,z"), 2)
 
-    assert "no column 'z', but a, b, c, d" in said
+    assert "no column 'z', but a, b, c, d" in message
 
 
 def test_an_unknown_model_is_refused_with_those_there_are(url: str, flowers: Path) -> None:
-    said = complaint(told("predict", str(flowers), "--model", "nope"), 1)
+    message = error_line(told("predict", str(flowers), "--model", "nope"), 1)
 
-    assert "Known: `digits`, `iris`" in said
+    assert "Known: `digits`, `iris`" in message
 
 
 def test_an_unknown_option_is_refused(url: str) -> None:
-    assert "--modle" in complaint(told("predict", "1", "--modle", "iris"), 2)
+    assert "--modle" in error_line(told("predict", "1", "--modle", "iris"), 2)

@@ -1,4 +1,4 @@
-"""Colour and progress are for terminals, and only there."""
+"""Colour and progress appear on terminals, and only there."""
 
 import os
 import pty
@@ -13,56 +13,56 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.cli.command_line import piped, told
+from tests.cli.command_line import run_in_shell, told
 
-from .conftest import ended, submitted
+from .conftest import submit, wait_until_ended
 
 ESCAPE = "\x1b["
 COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")
 SECONDS = 20.0
 
 
-class Shown(NamedTuple):
+class Screen(NamedTuple):
     code: int
     text: str
 
 
 def at_a_terminal(
     argv: Sequence[str], columns: int, typed: str = "", until: str = "", cwd: Path | None = None
-) -> Shown:
-    """What a terminal of so many columns shows; `typed` is typed once `until` is there."""
-    ours, theirs = pty.openpty()
-    _resize(theirs, columns)
+) -> Screen:
+    """Runs a command on a terminal of `columns`; `typed` is typed once `until` is shown."""
+    terminal, child_terminal = pty.openpty()
+    _resize(child_terminal, columns)
     environ = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": "24"}
     with subprocess.Popen(
         [sys.executable, "-m", "asyncinfer", *argv],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
+        stdin=child_terminal,
+        stdout=child_terminal,
+        stderr=child_terminal,
         env=environ,
         cwd=cwd,
         start_new_session=True,
         preexec_fn=_take_terminal,
     ) as process:
-        os.close(theirs)
+        os.close(child_terminal)
         text = ""
-        over = time.monotonic() + SECONDS
-        while time.monotonic() < over:
-            chunk = _read(ours)
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline:
+            chunk = _read(terminal)
             if chunk is None:
                 break
             text += chunk
             if typed and until in text:
-                os.write(ours, typed.encode())
+                os.write(terminal, typed.encode())
                 typed = ""
         else:
             process.kill()
-        os.close(ours)
-        return Shown(process.wait(SECONDS), text)
+        os.close(terminal)
+        return Screen(process.wait(SECONDS), text)
 
 
 def _read(terminal: int) -> str | None:
-    """None once nobody writes any more."""
+    """What was written within 0.2 s; None once no process has the terminal open."""
     if not select.select([terminal], [], [], 0.2)[0]:
         return ""
     try:
@@ -72,7 +72,7 @@ def _read(terminal: int) -> str | None:
 
 
 def _take_terminal() -> None:
-    """Its Ctrl-C is for the program."""
+    """Makes it the controlling terminal, so that Ctrl-C reaches the program."""
     import fcntl
     import termios
 
@@ -88,14 +88,14 @@ def _resize(terminal: int, columns: int) -> None:
 
 
 def test_a_terminal_has_colour_and_a_pipe_has_none(url: str, tmp_path: Path) -> None:
-    ended(url, submitted(url))
+    wait_until_ended(url, submit(url))
 
     assert COLOUR.search(at_a_terminal(["jobs"], 120).text)
-    assert ESCAPE not in piped("asyncinfer jobs", tmp_path).out
+    assert ESCAPE not in run_in_shell("asyncinfer jobs", tmp_path).out
 
 
 def test_no_color_is_honoured(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ended(url, submitted(url))
+    wait_until_ended(url, submit(url))
     monkeypatch.setenv("NO_COLOR", "1")
 
     assert not COLOUR.search(at_a_terminal(["jobs"], 120).text)
@@ -109,11 +109,11 @@ def test_progress_is_shown_on_a_terminal_and_never_in_a_pipe(url: str, tmp_path:
     assert shown.code == 0
     assert "3,000 rows" in shown.text
 
-    ran = piped(f"asyncinfer {' '.join(argv)}", tmp_path)
+    ran = run_in_shell(f"asyncinfer {' '.join(argv)}", tmp_path)
     assert (ran.out, ran.err) == ("", "")
 
 
-def test_a_person_gets_a_table_of_answers(url: str) -> None:
+def test_a_terminal_gets_a_table_of_answers(url: str) -> None:
     shown = at_a_terminal(["predict", "5.1", "3.5", "1.4", "0.2"], 100)
 
     assert "class_name" in shown.text
@@ -121,7 +121,7 @@ def test_a_person_gets_a_table_of_answers(url: str) -> None:
 
 
 @pytest.mark.soak
-def test_a_reason_to_wait_is_told_above_the_bar(url: str, tmp_path: Path) -> None:
+def test_a_reason_to_wait_is_shown_above_the_bar(url: str, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(f"{','.join('0' * 64)}\n" * 3)
     told("pause", "digits")
     try:

@@ -1,4 +1,4 @@
-"""A key that is wrong, a queue that is full, a server that restarts: one line, and nothing lost."""
+"""Wrong keys, full queues and restarts: one line of error, and no row lost."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import pytest
 
 from asyncinfer import api_keys
 from asyncinfer.testing import Running, service
-from tests.cli.command_line import Told, complaint, told
+from tests.cli.command_line import CommandResult, error_line, told
 from tests.faults.harness import eventually_sync
 from tests.serving import answer_of, free_port, serving
 
@@ -18,7 +18,7 @@ ROW = "5.1,3.5,1.4,0.2\n"
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, str]]:
-    """A service with keys and little room, and a key that may only read."""
+    """A service with API keys and a small queue, and a key that may only read."""
     reader = api_keys.new_key()
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text(api_keys.entry_of(reader, "default", "read").line() + "\n")
@@ -28,13 +28,14 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running,
 
 @pytest.fixture
 def reader(guarded: tuple[Running, str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """Their key is not in the environment yet."""
+    """The key that may only read; it is not in the environment."""
     monkeypatch.setenv("ASYNCINFER_URL", guarded[0].url)
     return guarded[1]
 
 
 @pytest.fixture
-def master(guarded: tuple[Running, str], reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def full_access(guarded: tuple[Running, str], reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts a key with every scope into the environment."""
     assert guarded[0].api_key
     monkeypatch.setenv("ASYNCINFER_API_KEY", guarded[0].api_key)
 
@@ -55,16 +56,16 @@ def test_without_a_key_or_with_a_wrong_one_nobody_is_let_in(
     argv: tuple[str, ...], reader: str
 ) -> None:
     for more in ((), ("--api-key", "ai_wrong")):
-        said = complaint(told(*argv, *more), 3)
-        assert "ASYNCINFER_API_KEY" in said
+        message = error_line(told(*argv, *more), 3)
+        assert "ASYNCINFER_API_KEY" in message
 
 
 def test_a_key_without_the_scope_is_refused(reader: str) -> None:
     key = ("--api-key", reader)
 
     assert told("jobs", *key).code == 0
-    assert "admin" in complaint(told("pause", "iris", *key), 3)
-    assert "submit" in complaint(told("cancel", "x", *key), 3)
+    assert "admin" in error_line(told("pause", "iris", *key), 3)
+    assert "submit" in error_line(told("cancel", "x", *key), 3)
 
 
 def test_the_doctor_says_that_a_key_is_needed(reader: str) -> None:
@@ -75,7 +76,7 @@ def test_the_doctor_says_that_a_key_is_needed(reader: str) -> None:
 
 
 @pytest.mark.soak
-def test_a_full_queue_is_waited_for_and_no_row_is_lost(master: None, tmp_path: Path) -> None:
+def test_a_full_queue_is_waited_for_and_no_row_is_lost(full_access: None, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(ROW * 40)
     argv = ("-m", "asyncinfer", "predict", "rows.csv", "--batch", "1", "--in-flight", "16")
     told("pause", "iris")
@@ -85,7 +86,7 @@ def test_a_full_queue_is_waited_for_and_no_row_is_lost(master: None, tmp_path: P
         eventually_sync(lambda: len(told("jobs", "--json").json) >= 3, "the queue is full")
         told("resume", "iris")
         out, err = process.communicate(timeout=30)
-    ran = Told(process.returncode, out.decode(), err.decode())
+    ran = CommandResult(process.returncode, out.decode(), err.decode())
 
     assert ran.code == 0, ran.err
     assert [row["row"] for row in ran.rows] == list(range(1, 41))
@@ -115,5 +116,5 @@ def test_a_server_that_restarts_in_the_middle_loses_no_row(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("argv", [("job",), ("models",), ("retry",), ("jobs", "--model")])
-def test_a_name_that_is_not_utf8_is_said(url: str, argv: tuple[str, ...]) -> None:
-    assert "not valid UTF-8" in complaint(told(*argv, "\udcff"), 2)
+def test_a_name_that_is_not_utf8_is_refused(url: str, argv: tuple[str, ...]) -> None:
+    assert "not valid UTF-8" in error_line(told(*argv, "\udcff"), 2)

@@ -1,4 +1,4 @@
-"""What `bench` says limits a service, by what was seen of each side."""
+"""The bottleneck that `bench` names, from measurements of each side."""
 
 import msgspec
 import pytest
@@ -13,7 +13,7 @@ WAITS = Load(
     errors=0,
     seconds=10,
 )
-QUIET = Sides(
+IDLE = Sides(
     client_cpu=0.1,
     machine_cpu=0.3,
     api_ms=1,
@@ -29,7 +29,7 @@ QUIET = Sides(
 
 
 @pytest.mark.parametrize(
-    ("seen", "side"),
+    ("measured", "side"),
     [
         ({}, "none"),
         ({"client_cpu": 0.95}, "client"),
@@ -41,20 +41,20 @@ QUIET = Sides(
         ({"workers": 0}, "worker"),
     ],
 )
-def test_the_side_that_limits_is_named(seen: dict[str, float | None], side: str) -> None:
-    said = verdict(WAITS, msgspec.structs.replace(QUIET, **seen), 8)
-    assert said.side == side
-    assert said.because
-    assert said.change
+def test_the_bottleneck_is_named(measured: dict[str, float | None], side: str) -> None:
+    result = verdict(WAITS, msgspec.structs.replace(IDLE, **measured), 8)
+    assert result.side == side
+    assert result.because
+    assert result.change
 
 
-def test_a_client_that_is_busy_itself_accuses_nobody_else() -> None:
-    sides = msgspec.structs.replace(QUIET, client_cpu=0.95, machine_cpu=0.97, slots_busy=0.95)
+def test_a_saturated_client_is_named_before_any_other_side() -> None:
+    sides = msgspec.structs.replace(IDLE, client_cpu=0.95, machine_cpu=0.97, slots_busy=0.95)
     assert verdict(WAITS, sides, 8).side == "client"
 
 
-def test_a_worker_that_cannot_batch_is_said_to_gain_most_by_that() -> None:
-    sides = msgspec.structs.replace(QUIET, slots_busy=0.95)
+def test_for_a_worker_without_batching_the_advice_is_to_fix_that() -> None:
+    sides = msgspec.structs.replace(IDLE, slots_busy=0.95)
     assert "do not share runs" not in verdict(WAITS, sides, 8).change
     alone = msgspec.structs.replace(sides, batched=False)
     assert "do not share runs" in verdict(WAITS, alone, 8).change

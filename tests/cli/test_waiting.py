@@ -1,4 +1,4 @@
-"""Nobody waits without a reason: commands name what is missing, and the command that mends it."""
+"""Commands that wait say what is missing, and which command helps."""
 
 import contextlib
 import io
@@ -17,30 +17,30 @@ import redis
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.cli.api_client import Service
-from asyncinfer.cli.doctor.checks import mended_by_serve, without_effects
+from asyncinfer.cli.api_client import ApiClient
+from asyncinfer.cli.doctor.checks import with_embedded_fixes, without_consequences
 from asyncinfer.cli.doctor.findings import problem, warning
-from asyncinfer.cli.doctor.machine import room
+from asyncinfer.cli.doctor.machine import free_space_finding
 from asyncinfer.cli.options import Server
 from asyncinfer.cli.predict import run
 from asyncinfer.client import ModelLoading, WaitTimeout
 from asyncinfer.client._wait_reasons import Cadence
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from tests import zoo
 from tests.api.harness import QUEUE, Hand, announce, running
-from tests.cli.command_line import complaint, told
+from tests.cli.command_line import error_line, told
 from tests.faults.harness import eventually_sync
 
-from .conftest import submitted
+from .conftest import submit
 
 ROW = "[5.1, 3.5, 1.4, 0.2]"
 NO_WORKER = "No worker has had iris since"
 
 
 class Starved:
-    """An API whose only model was announced by a worker that left."""
+    """An API whose only model was announced by a worker that is gone."""
 
     def __init__(self, url: str, portal: BlockingPortal, store: Store, server: redis.Redis) -> None:
         self.url = url
@@ -50,11 +50,13 @@ class Starved:
         self._hand = Hand(store)
 
     def announce_worker(self, **says: Any) -> None:
-        upkeep = Upkeep(self._store)
-        self._portal.call(partial(upkeep.announce_worker, "host-1-aaaaaa", says, ttl_seconds=10))
+        announcements = Announcements(self._store)
+        self._portal.call(
+            partial(announcements.announce_worker, "host-1-aaaaaa", says, ttl_seconds=10)
+        )
 
     def complete(self) -> None:
-        """Runs the jobs that wait, as a worker would, once there are some."""
+        """Waits for a job, and completes all jobs as a worker would."""
         eventually_sync(lambda: bool(self._server.llen(QUEUE)), "a job waits")
         self._portal.start_task_soon(self._hand.complete).result(20)
 
@@ -73,7 +75,7 @@ async def api(redis_url: str, policy: Policy) -> AsyncIterator[tuple[str, Store]
 def starved(
     redis_url: str, server: redis.Redis, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Starved]:
-    """In a thread: commands run in the main one."""
+    """The API, in a thread of its own: commands run in the main thread."""
     with (
         start_blocking_portal() as portal,
         portal.wrap_async_context_manager(api(redis_url, policy)) as (url, store),
@@ -82,9 +84,9 @@ def starved(
         yield Starved(url, portal, store, server)
 
 
-def asked(*typed: str, **more: Any) -> run.Asked:
-    """As `asyncinfer predict` is asked, without patience."""
-    return run.Asked(
+def predict_options(*arguments: str, **more: Any) -> run.PredictOptions:
+    """Options of `asyncinfer predict` that report the reason of a wait almost at once."""
+    return run.PredictOptions(
         rows=(ROW,),
         model=None,
         read_as=None,
@@ -97,7 +99,7 @@ def asked(*typed: str, **more: Any) -> run.Asked:
         batch="auto",
         in_flight=8,
         priority=None,
-        typed=typed or ("predict", ROW),
+        arguments=arguments or ("predict", ROW),
         timeout_seconds=20.0,
         cadence=Cadence(after_seconds=0.05, look_seconds=0.05),
         **more,
@@ -105,7 +107,7 @@ def asked(*typed: str, **more: Any) -> run.Asked:
 
 
 class Stderr(io.TextIOWrapper):
-    """Does something once the first line is written."""
+    """A stream that calls `then` once the first line is written."""
 
     def __init__(self, then: Callable[[], None]) -> None:
         super().__init__(io.BytesIO(), "utf-8", write_through=True)
@@ -130,7 +132,7 @@ def test_predict_says_that_no_worker_has_the_model_and_that_it_goes_on(starved: 
         contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")),
         contextlib.redirect_stderr(err),
     ):
-        assert run.run(Server(starved.url, None), asked()) == 0
+        assert run.run(Server(starved.url, None), predict_options()) == 0
 
     waits, goes_on = err.lines
     assert waits.startswith(f"asyncinfer: 1 row of iris waits: {NO_WORKER}")
@@ -140,25 +142,23 @@ def test_predict_says_that_no_worker_has_the_model_and_that_it_goes_on(starved: 
 
 def test_a_model_is_waited_for_as_long_as_it_is_being_loaded(starved: Starved) -> None:
     starved.announce_worker(state="ready", models=[], loading=["wine"])
-    patient = Service(
-        Server(starved.url, None), retries=0, until=time.monotonic() + 0.3, waits_for_models=True
+    patient = ApiClient(
+        Server(starved.url, None), retries=0, deadline=time.monotonic() + 0.3, waits_for_models=True
     )
     with patient as service, pytest.raises(WaitTimeout, match="A worker is loading wine"):
         service.client.model("wine")
-    with Service(Server(starved.url, None), retries=0) as service, pytest.raises(ModelLoading):
+    with ApiClient(Server(starved.url, None), retries=0) as service, pytest.raises(ModelLoading):
         service.client.model("wine")
 
 
-def test_a_long_run_of_a_file_says_how_it_is_taken_up_again(
-    starved: Starved, tmp_path: Path
-) -> None:
+def test_a_long_run_of_a_file_says_how_to_continue_it(starved: Starved, tmp_path: Path) -> None:
     (tmp_path / "rows.ndjson").write_text(f"{ROW}\n")
     err = Stderr(then=starved.complete)
     patient = msgspec.structs.replace(
-        asked("predict", "rows.ndjson"),
+        predict_options("predict", "rows.ndjson"),
         rows=(str(tmp_path / "rows.ndjson"),),
         cadence=Cadence(),
-        resumed_seconds=0.1,
+        hint_seconds=0.1,
     )
     with (
         contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")),
@@ -167,13 +167,13 @@ def test_a_long_run_of_a_file_says_how_it_is_taken_up_again(
         assert run.run(Server(starved.url, None), patient) == 0
 
     (line,) = err.lines
-    assert "To take this up again: asyncinfer predict rows.ndjson --resume rows-" in line
+    assert "To continue this run later: asyncinfer predict rows.ndjson --resume rows-" in line
 
 
-def test_predict_ends_at_its_timeout_and_its_jobs_can_be_taken_up(starved: Starved) -> None:
-    said = complaint(told("predict", ROW, "--timeout", "0.2"), 4)
-    assert f"No result in time for 1 row of iris: {NO_WORKER}" in said
-    shown = said.partition("take them up again with: ")[2]
+def test_predict_ends_at_its_timeout_and_can_be_continued(starved: Starved) -> None:
+    message = error_line(told("predict", ROW, "--timeout", "0.2"), 4)
+    assert f"No result in time for 1 row of iris: {NO_WORKER}" in message
+    shown = message.partition("Continue with: ")[2]
     assert shown.startswith(f"asyncinfer predict '{ROW}' --timeout 0.2 --resume typed-")
 
     (job,) = (told("jobs", "--json")).json
@@ -187,15 +187,17 @@ def test_predict_ends_at_its_timeout_and_its_jobs_can_be_taken_up(starved: Starv
 def test_many_jobs_of_a_row_each_end_at_the_timeout_too(starved: Starved, tmp_path: Path) -> None:
     (tmp_path / "rows.ndjson").write_text(f"{ROW}\n" * 40)
     path = str(tmp_path / "rows.ndjson")
-    said = complaint(told("predict", path, "--batch", "1", "--timeout", "0.2"), 4)
+    message = error_line(told("predict", path, "--batch", "1", "--timeout", "0.2"), 4)
 
-    assert f"40 rows of iris: {NO_WORKER}" in said
-    assert "--resume rows-" in said
+    assert f"40 rows of iris: {NO_WORKER}" in message
+    assert "--resume rows-" in message
 
 
 def test_a_server_that_never_answers_ends_at_the_timeout_too() -> None:
-    said = complaint(told("predict", ROW, "--url", "http://127.0.0.1:1", "--timeout", "0.01"), 3)
-    assert "No answer from http://127.0.0.1:1" in said
+    message = error_line(
+        told("predict", ROW, "--url", "http://127.0.0.1:1", "--timeout", "0.01"), 3
+    )
+    assert "No answer from http://127.0.0.1:1" in message
 
 
 @pytest.mark.parametrize("sent", [b"", f"{ROW}\n".encode()], ids=["nothing", "a row"])
@@ -216,11 +218,11 @@ def test_stdin_that_stays_silent_ends_at_the_timeout_too(starved: Starved, sent:
 def test_a_timeout_is_a_number_of_seconds() -> None:
     # In 0 seconds nothing would be sent, and the command that goes on would find nothing.
     for wrong in ("nan", "-1", "10m", "0"):
-        assert "--timeout" in complaint(told("predict", ROW, "--timeout", wrong), 2)
+        assert "--timeout" in error_line(told("predict", ROW, "--timeout", wrong), 2)
 
 
 def test_a_job_that_waits_is_listed_and_shown_with_its_reason(starved: Starved) -> None:
-    submitted(starved.url)
+    submit(starved.url)
     listed = told("jobs")
     job_id = listed.out.splitlines()[1].split()[0]
 
@@ -232,7 +234,7 @@ def test_a_job_that_waits_is_listed_and_shown_with_its_reason(starved: Starved) 
 
 
 def test_views_name_the_model_that_no_worker_has(starved: Starved) -> None:
-    submitted(starved.url)
+    submit(starved.url)
 
     assert (told("models")).out.splitlines()[1].endswith("0  no worker")
     assert "no worker" in (told("models", "iris")).out
@@ -249,16 +251,16 @@ def test_models_that_are_being_loaded_are_listed_as_such(starved: Starved) -> No
         return [line.split() for line in told("models").out.splitlines()[1:]]
 
     eventually_sync(
-        lambda: [one[-1] for one in states()] == ["loading"] * 2, "both are listed as loading"
+        lambda: [line[-1] for line in states()] == ["loading"] * 2, "both are listed as loading"
     )
-    assert [one[0] for one in states()] == ["iris", "wine"]
+    assert [line[0] for line in states()] == ["iris", "wine"]
 
 
 @pytest.mark.parametrize("has_it", [True, False])
 def test_doctor_names_the_starved_model_and_the_command(
     starved: Starved, tmp_path: Path, has_it: bool
 ) -> None:
-    submitted(starved.url)
+    submit(starved.url)
     folder = tmp_path / "my models"
     folder.mkdir()
     name = "iris" if has_it else "wine"
@@ -275,14 +277,14 @@ def test_doctor_names_the_starved_model_and_the_command(
 
 
 def test_a_full_disk_is_one_problem_and_the_remedy_is_to_free_it(tmp_path: Path) -> None:
-    full = room(tmp_path, 4096)
+    full = free_space_finding(tmp_path, 4096)
     effects = [
         problem("Redis disk", "aof_last_write_status is err", "free its disk"),
         warning("Redis", "no `serve` runs its embedded Valkey", "asyncinfer serve"),
     ]
 
-    assert "free the disk of" in mended_by_serve(effects, tmp_path)[0].mend
+    assert "free the disk of" in with_embedded_fixes(effects, tmp_path)[0].mend
     assert full.verdict == "problem"
     assert full.mend.startswith("free the disk")
-    assert without_effects([*effects, full]) == [full]
-    assert without_effects([*effects, room(tmp_path, 1 << 40)])[:2] == effects
+    assert without_consequences([*effects, full]) == [full]
+    assert without_consequences([*effects, free_space_finding(tmp_path, 1 << 40)])[:2] == effects

@@ -276,22 +276,22 @@ async def use_every_script(driver: Hands, after_each: Callable[[], None]) -> Non
     await driver.cancel_in_one_call(*await driver.some(12))
     after_each()
     for paused in (True, False):
-        await driver.operation.pause(Q, paused=paused)
+        await driver.operations.pause(Q, paused=paused)
         after_each()
     job_id = await driver.one()
     await driver.cancel(job_id)
     await driver.retry(job_id)
     driver.redis.mset({keys.data("nowhere"): b"[]", keys.status("nowhere"): b"pending"})
-    await driver.upkeep.repair(600)
-    await driver.upkeep.announce_default_versions({"iris": "1"})
+    await driver.maintenance.repair(600)
+    await driver.announcements.announce_default_versions({"iris": "1"})
     after_each()
     await driver.run_all()
-    await driver.operation.purge(OTHER)
+    await driver.operations.purge(OTHER)
     after_each()
 
 
 async def _lose_cancel_and_expire(driver: Hands, after_each: Callable[[], None]) -> None:
-    await driver.upkeep.sweep()
+    await driver.maintenance.sweep()
     after_each()
     lost, cancelled, late = await driver.some(3, finish_within_seconds=60, priority="high")
     claim = await driver.take(20)

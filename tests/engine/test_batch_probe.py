@@ -1,4 +1,4 @@
-"""What shares a run gets the answer that it gets alone from bare ONNX Runtime."""
+"""Batching: jobs that share a run get the answers that each gets alone in bare ONNX Runtime."""
 
 import os
 import re
@@ -30,26 +30,28 @@ from tests import zoo
 FLOAT, INT64, STRING = TensorProto.FLOAT, TensorProto.INT64, TensorProto.STRING
 
 
-def loaded(folder: Path, model: onnx.ModelProto, toml: str = "") -> Engine:
+def load_model(folder: Path, model: onnx.ModelProto, toml: str = "") -> Engine:
     zoo.place(folder, "m", model, toml=toml)
     (file,) = scan(folder)
     return Engine.load(file, intra_op_threads=1)
 
 
-def refusal(folder: Path, model: onnx.ModelProto, toml: str = "") -> str:
+def load_error(folder: Path, model: onnx.ModelProto, toml: str = "") -> str:
     with pytest.raises(ModelRefused) as refused:
-        loaded(folder, model, toml)
+        load_model(folder, model, toml)
     return refused.value.detail
 
 
-def claimed(at: int, feeds: Feeds, **asked: Any) -> ClaimedJob:
-    record = Record(1, "q", "m", "default", 0, payload="tensors", **{"answer": "tensors", **asked})
+def new_claimed_job(at: int, feeds: Feeds, **requested: Any) -> ClaimedJob:
+    record = Record(
+        1, "q", "m", "default", 0, payload="tensors", **{"answer": "tensors", **requested}
+    )
     return ClaimedJob(f"job{at}", packing.pack(feeds), b"12345678", record, Facts())
 
 
-def ran(engine: Engine, jobs: Sequence[Feeds], **asked: Any) -> tuple[int, list[bytes]]:
-    """How many runs the jobs took, and each one's result."""
-    claims = [claimed(at, feeds, **asked) for at, feeds in enumerate(jobs)]
+def run_jobs(engine: Engine, jobs: Sequence[Feeds], **requested: Any) -> tuple[int, list[bytes]]:
+    """Runs the jobs of one claim; returns how many runs it took, and the result of each job."""
+    claims = [new_claimed_job(at, feeds, **requested) for at, feeds in enumerate(jobs)]
     prepared = execution.prepare(claims, lambda _: engine, "m")
     assert not prepared.refused, prepared.refused
     answers = {
@@ -60,23 +62,24 @@ def ran(engine: Engine, jobs: Sequence[Feeds], **asked: Any) -> tuple[int, list[
     return len(prepared.batches), [answers[f"job{at}"] for at in range(len(jobs))]
 
 
-def _matches(mine: Any, expected: Any) -> None:
-    assert mine.shape == expected.shape
+def assert_equal_arrays(actual: Any, expected: Any) -> None:
+    assert actual.shape == expected.shape
     if expected.dtype.kind == "f":
-        np.testing.assert_allclose(mine, expected, rtol=1e-2, atol=1e-4)
+        np.testing.assert_allclose(actual, expected, rtol=1e-2, atol=1e-4)
     else:
-        np.testing.assert_array_equal(mine, expected)
+        np.testing.assert_array_equal(actual, expected)
 
 
-def runs_as_alone(engine: Engine, folder: Path, jobs: Sequence[Feeds]) -> int:
-    """How many runs it took to give each job what a bare session gives it alone."""
+def count_runs(engine: Engine, folder: Path, jobs: Sequence[Feeds]) -> int:
+    """Runs the jobs and asserts that each gets what a bare session gives it alone; returns how many
+    runs it took."""
     bare = ort.InferenceSession(str(folder / "m/1/model.onnx"), providers=["CPUExecutionProvider"])
-    runs, bodies = ran(engine, jobs)
+    runs, bodies = run_jobs(engine, jobs)
     for feeds, body in zip(jobs, bodies, strict=True):
-        for mine, expected in zip(
+        for actual, expected in zip(
             packing.unpack(body).values(), bare.run(None, dict(feeds)), strict=True
         ):
-            _matches(mine, expected)
+            assert_equal_arrays(actual, expected)
     return runs
 
 
@@ -141,7 +144,7 @@ def image() -> onnx.ModelProto:
 
 
 def table(size: int = 5) -> onnx.ModelProto:
-    """Rows of a table by number: any number beyond it fails."""
+    """Rows of a table by number; a number that the table does not have fails."""
     node = helper.make_node("Gather", ["table", "ids"], ["y"])
     return zoo.model(
         [node],
@@ -180,7 +183,7 @@ def halves() -> onnx.ModelProto:
 
 
 def test_a_state_on_another_axis_and_an_equal_scalar_share_a_run(tmp_path: Path) -> None:
-    engine = loaded(tmp_path, stateful())
+    engine = load_model(tmp_path, stateful())
 
     def job(rows: int, rate: int) -> Feeds:
         state = floats(2, rows, 4, seed=rows)
@@ -190,14 +193,14 @@ def test_a_state_on_another_axis_and_an_equal_scalar_share_a_run(tmp_path: Path)
 
     assert engine.signature.input_axes == (0, 1, None), engine.signature.batching
     assert engine.signature.output_axes == (0, 1)
-    assert runs_as_alone(engine, tmp_path, jobs) == 2
+    assert count_runs(engine, tmp_path, jobs) == 2
 
 
 def test_images_of_equal_sizes_share_a_run(tmp_path: Path) -> None:
     sizes = [(8, 8), (9, 8), (8, 8)]
     jobs = [{"x": floats(1, 3, *size, seed=at)} for at, size in enumerate(sizes)]
 
-    assert runs_as_alone(loaded(tmp_path, image()), tmp_path, jobs) == 2
+    assert count_runs(load_model(tmp_path, image()), tmp_path, jobs) == 2
 
 
 @pytest.mark.parametrize(
@@ -218,14 +221,14 @@ def test_images_of_equal_sizes_share_a_run(tmp_path: Path) -> None:
         (zoo.positive_rows, [{"x": floats(n, 2)} for n in (2, 3)], 2),
         (zoo.recurrent, [{"x": floats(n, 1, 3)} for n in (2, 3)], 2),
     ],
-    ids=lambda one: getattr(one, "__name__", ""),
+    ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_only_what_is_proved_shares_a_run(
     tmp_path: Path, build: Callable[[], onnx.ModelProto], jobs: list[Feeds], runs: int
 ) -> None:
-    engine = loaded(tmp_path, build())
+    engine = load_model(tmp_path, build())
 
-    assert runs_as_alone(engine, tmp_path, jobs) == runs, engine.signature.batching
+    assert count_runs(engine, tmp_path, jobs) == runs, engine.signature.batching
 
 
 @pytest.mark.parametrize("declared", [[2], [1, 2], []])
@@ -245,7 +248,7 @@ def test_an_output_is_described_as_it_was_seen_where_the_file_declares_another_s
     label = zoo.tensor("label", [1], INT64)
     model = zoo.model([node], [zoo.tensor("x", ["b", 2])], [label, zoo.tensor("p", declared)])
 
-    signature = loaded(tmp_path, model).signature
+    signature = load_model(tmp_path, model).signature
 
     assert signature.batched, signature.batching
     seen_label, seen = signature.outputs
@@ -256,7 +259,7 @@ def test_an_output_is_described_as_it_was_seen_where_the_file_declares_another_s
 
 
 def test_a_job_of_no_rows_is_answered_and_stays_alone(tmp_path: Path) -> None:
-    engine = loaded(tmp_path, zoo.mlp([4, 3]))
+    engine = load_model(tmp_path, zoo.mlp([4, 3]))
     plan = engine.plan
     assert plan is not None
 
@@ -264,43 +267,43 @@ def test_a_job_of_no_rows_is_answered_and_stays_alone(tmp_path: Path) -> None:
     assert engine.run({"x": floats(0, 4)}, Stop())[0].shape == (0, 3)
 
 
-def test_what_is_wanted_of_jobs_decides_what_they_share(tmp_path: Path) -> None:
-    engine = loaded(tmp_path, stateful(), 'outputs = ["stateN", "output"]')
+def test_the_wanted_outputs_decide_which_jobs_share_a_run(tmp_path: Path) -> None:
+    engine = load_model(tmp_path, stateful(), 'outputs = ["stateN", "output"]')
     job = {"input": floats(1, 4), "state": floats(2, 1, 4), "sr": np.array(8)}
 
-    _, (everything,) = ran(engine, [job])
-    _, (one,) = ran(engine, [job], outputs=("output",))
-    _, (text,) = ran(engine, [job], answer="json")
+    _, (everything,) = run_jobs(engine, [job])
+    _, (single,) = run_jobs(engine, [job], outputs=("output",))
+    _, (text,) = run_jobs(engine, [job], answer="json")
 
     assert list(packing.unpack(everything)) == ["stateN", "output"]
-    assert list(packing.unpack(one)) == ["output"]
+    assert list(packing.unpack(single)) == ["output"]
     assert results.render_stored(everything) == text
 
 
 def test_batches_are_bounded_as_model_toml_says(tmp_path: Path) -> None:
     jobs: list[Feeds] = [{"x": floats(2, 4)} for _ in range(5)]
-    by_jobs = loaded(tmp_path / "jobs", zoo.mlp([4, 3]), "[batching]\nmax_jobs = 2")
-    by_rows = loaded(tmp_path / "rows", zoo.mlp([4, 3]), "[batching]\nmax_rows = 8")
+    by_jobs = load_model(tmp_path / "jobs", zoo.mlp([4, 3]), "[batching]\nmax_jobs = 2")
+    by_rows = load_model(tmp_path / "rows", zoo.mlp([4, 3]), "[batching]\nmax_rows = 8")
 
-    assert ran(by_jobs, jobs)[0] == 3
-    assert ran(by_rows, jobs)[0] == 2
+    assert run_jobs(by_jobs, jobs)[0] == 3
+    assert run_jobs(by_rows, jobs)[0] == 2
 
 
 def test_model_toml_forces_the_axis(tmp_path: Path) -> None:
     shape = ("time", "streams")
-    engine = loaded(tmp_path / "1", zoo.unary("Tanh", shape), "[batching]\naxis = 1")
+    engine = load_model(tmp_path / "1", zoo.unary("Tanh", shape), "[batching]\naxis = 1")
 
     assert (engine.signature.input_axes, engine.signature.output_axes) == ((1,), (1,))
-    assert "batching.axis = 3, but dimension 3 of `x`" in refusal(
+    assert "batching.axis = 3, but dimension 3 of `x`" in load_error(
         tmp_path / "3", zoo.unary("Tanh", shape), "[batching]\naxis = 3"
     )
 
 
 def test_jobs_of_different_lengths_share_a_run_where_model_toml_says_so(tmp_path: Path) -> None:
-    engine = loaded(tmp_path, zoo.unary("Tanh", ("batch", "length")), "[batching]\npad = true")
+    engine = load_model(tmp_path, zoo.unary("Tanh", ("batch", "length")), "[batching]\npad = true")
     jobs = [{"x": floats(1, n, seed=n)} for n in (2, 5, 3)]
 
-    assert runs_as_alone(engine, tmp_path, jobs) == 1
+    assert count_runs(engine, tmp_path, jobs) == 1
     assert "filled up with zeros" in engine.signature.batching
 
 
@@ -312,10 +315,10 @@ def test_a_model_that_takes_none_of_the_probes_runs_alone_and_says_why(tmp_path:
         [zoo.tensor("y", ["batch", 2])],
         {"table": floats(5, 2), "offset": np.array(-1000)},
     )
-    unaided = loaded(tmp_path / "a", model)
-    shown = loaded(tmp_path / "b", model, "example = [1000, 1004]")
+    without_example = load_model(tmp_path / "a", model)
+    shown = load_model(tmp_path / "b", model, "example = [1000, 1004]")
 
-    assert unaided.signature.batching.startswith("off: no probe row could be run: ")
+    assert without_example.signature.batching.startswith("off: no probe row could be run: ")
     assert shown.signature.batched, shown.signature.batching
 
 
@@ -323,16 +326,16 @@ def test_a_model_that_takes_none_of_the_probes_runs_alone_and_says_why(tmp_path:
 
 
 def test_bfloat16_goes_in_and_comes_out(tmp_path: Path) -> None:
-    engine = loaded(tmp_path, zoo.identity(TensorProto.BFLOAT16))
+    engine = load_model(tmp_path, zoo.identity(TensorProto.BFLOAT16))
     jobs: list[Feeds] = [{"x": floats(n, 2, seed=n).astype(ml_dtypes.bfloat16)} for n in (1, 2)]
 
-    runs, bodies = ran(engine, jobs)
+    runs, bodies = run_jobs(engine, jobs)
 
     assert runs == 1
     for job, body in zip(jobs, bodies, strict=True):
         np.testing.assert_array_equal(packing.unpack(body)["y"], job["x"])
-    one = np.array([[1.5, np.nan]], ml_dtypes.bfloat16)
-    text = results.render_result(engine.run({"x": one}, Stop()), engine.signature)
+    row = np.array([[1.5, np.nan]], ml_dtypes.bfloat16)
+    text = results.render_result(engine.run({"x": row}, Stop()), engine.signature)
     assert msgspec.json.decode(text)["outputs"][0]["data"] == [1.5, "NaN"]
 
 
@@ -343,7 +346,7 @@ def test_an_input_that_the_graph_has_a_value_for_may_be_left_out(tmp_path: Path)
         [zoo.tensor("y", ["b", 2])],
         {"c": np.array([1, 2], np.float32)},
     )
-    engine = loaded(tmp_path, model)
+    engine = load_model(tmp_path, model)
     x = floats(1, 2)
 
     assert engine.signature.inputs[1] == TensorSpec("c", "FP32", (2,), optional=True)
@@ -372,7 +375,7 @@ def test_an_optional_tensor_may_be_left_out(tmp_path: Path) -> None:
         helper.make_node("If", ["has"], ["y"], then_branch=given, else_branch=absent),
     ]
     option = helper.make_value_info("o", helper.make_optional_type_proto(tensor))
-    engine = loaded(
+    engine = load_model(
         tmp_path,
         zoo.model(nodes, [zoo.tensor("x", ["b", 2]), option], [zoo.tensor("y", ["b", 2])]),
     )
@@ -384,7 +387,8 @@ def test_an_optional_tensor_may_be_left_out(tmp_path: Path) -> None:
 
 
 def zipmap(**classes: Any) -> onnx.ModelProto:
-    """Scores as maps, as scikit-learn's converter makes them by default; and the likeliest."""
+    """Scores as maps, as scikit-learn's converter makes them by default; for strings also the
+    class."""
     (key,) = classes
     kind = INT64 if key == "int64s" else STRING
     nodes = [
@@ -421,19 +425,21 @@ def test_maps_of_different_classes_are_refused_with_what_to_keep(tmp_path: Path)
     made.graph.node.append(other.node[0])
     made.graph.output.append(other.output[0])
 
-    assert "`p` and `q` have scores of different classes; keep one" in refusal(tmp_path / "a", made)
-    engine = loaded(tmp_path / "b", made, 'outputs = ["q"]')
+    assert "`p` and `q` have scores of different classes; keep one" in load_error(
+        tmp_path / "a", made
+    )
+    engine = load_model(tmp_path / "b", made, 'outputs = ["q"]')
     assert engine.signature.labels == ("3", "4")
 
 
 def test_maps_of_scores_become_a_matrix_and_their_keys_the_labels(tmp_path: Path) -> None:
-    engine = loaded(tmp_path, zipmap(strings=["cat", "dog", "eel"]))
+    engine = load_model(tmp_path, zipmap(strings=["cat", "dog", "eel"]))
     jobs: list[Feeds] = [
         {"x": np.array([[0.25, 0.5, 0.25]], np.float32)},
         {"x": np.array([[0.75, 0.0, 0.25], [0.0, 0.0, 1.0]], np.float32)},
     ]
 
-    runs, bodies = ran(engine, jobs, answer="json")
+    runs, bodies = run_jobs(engine, jobs, answer="json")
 
     assert engine.signature.labels == ("cat", "dog", "eel")
     assert engine.signature.outputs[1] == TensorSpec("p", "FP32", (None, 3))
@@ -447,8 +453,8 @@ def test_maps_of_scores_become_a_matrix_and_their_keys_the_labels(tmp_path: Path
 
 
 def test_numbers_as_keys_are_the_labels_unless_model_toml_has_better(tmp_path: Path) -> None:
-    plain = loaded(tmp_path / "plain", zipmap(int64s=[10, 20]))
-    named = loaded(tmp_path / "named", zipmap(int64s=[10, 20]), 'labels = ["ten", "twenty"]')
+    plain = load_model(tmp_path / "plain", zipmap(int64s=[10, 20]))
+    named = load_model(tmp_path / "named", zipmap(int64s=[10, 20]), 'labels = ["ten", "twenty"]')
     x = np.array([[0.25, 0.75]], np.float32)
 
     for engine, name in ((plain, "20"), (named, "twenty")):
@@ -458,7 +464,7 @@ def test_numbers_as_keys_are_the_labels_unless_model_toml_has_better(tmp_path: P
 
 def test_logits_are_shown_as_their_softmax(tmp_path: Path) -> None:
     toml = 'labels = ["a", "b"]\nscores = "logits"'
-    engine = loaded(tmp_path, zoo.identity(FLOAT), toml)
+    engine = load_model(tmp_path, zoo.identity(FLOAT), toml)
 
     for logits, expected in (([1000.0, 1000.0], [0.5, 0.5]), ([-1e30, 1e30], [0.0, 1.0])):
         outputs = engine.run({"x": np.array([logits], np.float32)}, Stop())
@@ -497,11 +503,11 @@ def test_what_is_no_tensor_is_refused_in_words(
     model = zoo.model([operator], [zoo.tensor("x", ["b", 2])], [helper.make_value_info("y", kind)])
     model.opset_import[0].version = 21
 
-    assert f"`y` is {why}" in refusal(tmp_path, model)
+    assert f"`y` is {why}" in load_error(tmp_path, model)
 
 
 def test_the_refusal_of_a_list_names_the_other_outputs(tmp_path: Path) -> None:
-    """As scikit-learn's MultiOutputClassifier has one, with labels beside it."""
+    """As in scikit-learn's MultiOutputClassifier, which has labels beside the list."""
     kind = helper.make_sequence_type_proto(helper.make_tensor_type_proto(FLOAT, None))
     nodes = [
         helper.make_node("SplitToSequence", ["x"], ["probabilities"], axis=0),
@@ -510,8 +516,8 @@ def test_the_refusal_of_a_list_names_the_other_outputs(tmp_path: Path) -> None:
     outputs = [helper.make_value_info("probabilities", kind), zoo.tensor("y", ["b", 2])]
     model = zoo.model(nodes, [zoo.tensor("x", ["b", 2])], outputs)
 
-    assert "or keep other outputs with `outputs` in model.toml" in refusal(tmp_path, model)
-    assert loaded(tmp_path / "kept", model, 'outputs = ["y"]').signature.batched
+    assert "or keep other outputs with `outputs` in model.toml" in load_error(tmp_path, model)
+    assert load_model(tmp_path / "kept", model, 'outputs = ["y"]').signature.batched
 
 
 @pytest.mark.parametrize(
@@ -534,7 +540,7 @@ def test_what_onnx_runtime_cannot_load_is_refused_with_what_to_do(
         model.graph.node[0].domain = changed["domain"]
         model.opset_import.append(helper.make_opsetid(changed["domain"], 1))
 
-    _, _, reason = refusal(tmp_path, model).partition("ONNX Runtime cannot load it: ")
+    _, _, reason = load_error(tmp_path, model).partition("ONNX Runtime cannot load it: ")
 
     assert re.search(remedy, reason), reason
 
@@ -574,15 +580,15 @@ def test_an_input_that_no_request_can_carry_is_refused_in_words(
     model.opset_import[0].version = 21
     model.ir_version = 10
 
-    assert f"`x` is {why}" in refusal(tmp_path, model)
+    assert f"`x` is {why}" in load_error(tmp_path, model)
 
 
 def test_examples_of_several_inputs_are_checked_by_name(tmp_path: Path) -> None:
     right = "[example]\na = [[1, 2]]\nb = [[3, 4]]"
-    signature = loaded(tmp_path / "right", zoo.added(), right).signature
-    missing = refusal(tmp_path / "missing", zoo.added(), "[example]\na = [[1, 2]]")
-    wrong = refusal(tmp_path / "wrong", zoo.added(), right.replace("3", '"c"'))
-    unknown = refusal(tmp_path / "unknown", zoo.added(), right + "\nc = 1")
+    signature = load_model(tmp_path / "right", zoo.added(), right).signature
+    missing = load_error(tmp_path / "missing", zoo.added(), "[example]\na = [[1, 2]]")
+    wrong = load_error(tmp_path / "wrong", zoo.added(), right.replace("3", '"c"'))
+    unknown = load_error(tmp_path / "unknown", zoo.added(), right + "\nc = 1")
 
     assert signature.example_inputs == {"a": [[1, 2]], "b": [[3, 4]]}
     assert missing.endswith("example: `b` is missing")
@@ -604,10 +610,10 @@ def test_examples_of_several_inputs_are_checked_by_name(tmp_path: Path) -> None:
         ('custom_ops = "ops.so"', "is native code; set ALLOW_CUSTOM_OPS=true"),
     ],
 )
-def test_a_session_is_as_asked_for_or_refused(tmp_path: Path, session: str, reason: str) -> None:
+def test_a_session_is_as_configured_or_refused(tmp_path: Path, session: str, reason: str) -> None:
     if "CUDAExecutionProvider" in ort.get_available_providers():
-        pytest.skip("this machine has what is to be missed")
-    assert reason in refusal(tmp_path, zoo.mlp([4, 3]), f"[session]\n{session}")
+        pytest.skip("this machine has a CUDA provider")
+    assert reason in load_error(tmp_path, zoo.mlp([4, 3]), f"[session]\n{session}")
 
 
 @pytest.mark.parametrize("wanted", ["../../ops.so", "/etc/passwd", "none.so"])
@@ -620,15 +626,15 @@ def test_custom_operators_come_from_the_model_s_own_folder(tmp_path: Path, wante
 
 
 @pytest.mark.parametrize("level", ["disabled", "basic", "extended", "all"])
-def test_the_graph_is_optimized_as_asked(tmp_path: Path, level: str) -> None:
+def test_the_graph_is_optimized_as_configured(tmp_path: Path, level: str) -> None:
     toml = f'[session]\ngraph_optimization = "{level}"\nintra_op_threads = 2'
-    engine = loaded(tmp_path, zoo.mlp([4, 3]), toml)
+    engine = load_model(tmp_path, zoo.mlp([4, 3]), toml)
 
     assert engine.run({"x": floats(1, 4)}, Stop())[0].shape == (1, 3)
 
 
 def external(location: str) -> onnx.ModelProto:
-    """`y = x + w` where `w` lies in a file of its own, named from inside a branch."""
+    """`y = x + w` where `w` is in a file of its own that a branch names."""
     weight = TensorProto(name="w", data_type=FLOAT, dims=[2], data_location=TensorProto.EXTERNAL)
     weight.external_data.add(key="location", value=location)
     then = helper.make_graph(
@@ -648,7 +654,7 @@ def test_weights_are_read_from_the_model_s_own_folder_only(tmp_path: Path) -> No
     (tmp_path / "secret").write_bytes(bytes(8))
     for location in (str(tmp_path / "secret"), "../../../secret"):
         folder = tmp_path / f"by{len(location)}"
-        assert "is no plain path" in refusal(folder, external(location))
+        assert "is no plain path" in load_error(folder, external(location))
     for link, reason in ((os.symlink, "is a link that leads out"), (os.link, "is a hard link")):
         folder = tmp_path / link.__name__
         path = zoo.place(folder, "m", external("w.bin"))
@@ -663,8 +669,8 @@ def test_runs_go_to_the_sessions_in_turn(tmp_path: Path) -> None:
     for at in (1, 2):
         node = helper.make_node("Add", ["x", "which"], ["y"])
         weights = {"which": np.array(at, np.float32)}
-        one = zoo.model([node], [zoo.tensor("x", ["n"])], [zoo.tensor("y", ["n"])], weights)
-        paths.append(zoo.place(tmp_path, f"m{at}", one))
+        model = zoo.model([node], [zoo.tensor("x", ["n"])], [zoo.tensor("y", ["n"])], weights)
+        paths.append(zoo.place(tmp_path, f"m{at}", model))
     sessions = [
         ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]) for path in paths
     ]
@@ -676,12 +682,12 @@ def test_runs_go_to_the_sessions_in_turn(tmp_path: Path) -> None:
 
 
 def test_half_a_surrogate_pair_is_the_input_s_fault(tmp_path: Path) -> None:
-    engine = loaded(tmp_path, zoo.identity(STRING))
+    engine = load_model(tmp_path, zoo.identity(STRING))
 
     with pytest.raises(ModelFailed, match="half a surrogate pair"):
         engine.run({"x": np.array([["\ud800", ""]], object)}, Stop())
-    odd = np.array([["\0", "é\0"]], object)
-    assert engine.run({"x": odd}, Stop())[0].tolist() == odd.tolist()
+    with_nul = np.array([["\0", "é\0"]], object)
+    assert engine.run({"x": with_nul}, Stop())[0].tolist() == with_nul.tolist()
 
 
 def test_scikit_learn_s_own_export_is_served_with_its_labels(tmp_path: Path) -> None:
@@ -691,9 +697,9 @@ def test_scikit_learn_s_own_export_is_served_with_its_labels(tmp_path: Path) -> 
     x = np.concatenate([floats(20, 3), floats(20, 3) + np.float32(3)])
     names = np.array(["zebra"] * 20 + ["ant"] * 20)
     fitted = LogisticRegression().fit(x, names)
-    engine = loaded(tmp_path, to_onnx(fitted, x[:1]))
+    engine = load_model(tmp_path, to_onnx(fitted, x[:1]))
 
-    _, (body,) = ran(engine, [{"X": x[[0, 39]]}], answer="json")
+    _, (body,) = run_jobs(engine, [{"X": x[[0, 39]]}], answer="json")
 
     rows = msgspec.json.decode(body)
     assert [row["class_name"] for row in rows] == ["zebra", "ant"]
@@ -717,7 +723,7 @@ def test_each_input_is_probed_with_numbers_like_its_own_example(tmp_path: Path) 
         [zoo.tensor("y", ["batch", 2])],
         {"table": floats(5, 2), "offset": np.array(-1000)},
     )
-    engine = loaded(tmp_path, model, "[example]\nbig = [1000, 1004]\nsmall = [0, 4]")
+    engine = load_model(tmp_path, model, "[example]\nbig = [1000, 1004]\nsmall = [0, 4]")
 
     assert engine.signature.batched, engine.signature.batching
 
@@ -750,7 +756,7 @@ def test_a_table_of_numbers_and_categories_is_batched_by_the_rows_of_its_example
     )
     fitted = make_pipeline(columns, LogisticRegression()).fit(frame, rng.integers(0, 2, 60))
     rows = 'age = [[30], [40]]\nplan = [["pro"], ["max"]]\nregion = [[10], [30]]'
-    engine = loaded(
+    engine = load_model(
         tmp_path, to_onnx(fitted, frame[:1], options={"zipmap": False}), f"[example]\n{rows}"
     )
     jobs: list[Feeds] = [
@@ -758,7 +764,7 @@ def test_a_table_of_numbers_and_categories_is_batched_by_the_rows_of_its_example
     ]
 
     assert engine.signature.batched, engine.signature.batching
-    assert runs_as_alone(engine, tmp_path, jobs) == 1
+    assert count_runs(engine, tmp_path, jobs) == 1
 
 
 @pytest.mark.parametrize("width", [256, 512])
@@ -771,11 +777,11 @@ def test_windows_of_sound_are_among_the_sizes_that_are_tried(tmp_path: Path, wid
         {"w": floats(width, 2)},
     )
 
-    assert loaded(tmp_path, model).signature.batched
+    assert load_model(tmp_path, model).signature.batched
 
 
 def test_ids_are_tried_up_to_the_last_row_of_their_table(tmp_path: Path) -> None:
-    """High ones change what every row of the run gets, and no small one does."""
+    """High ids change the answers of all rows of the run, small ids do not."""
     table = np.linspace(0, 1, 500, dtype=np.float32)[:, None]
     nodes = [
         helper.make_node("Cast", ["ids"], ["rows"], to=INT64),
@@ -793,7 +799,7 @@ def test_ids_are_tried_up_to_the_last_row_of_their_table(tmp_path: Path) -> None
     )
     jobs = [{"ids": np.array([at], np.int32)} for at in (3, 450)]
 
-    assert runs_as_alone(loaded(tmp_path, model), tmp_path, jobs) == 2
+    assert count_runs(load_model(tmp_path, model), tmp_path, jobs) == 2
 
 
 def test_an_example_may_have_the_same_number_in_all_its_rows(tmp_path: Path) -> None:
@@ -803,14 +809,14 @@ def test_an_example_may_have_the_same_number_in_all_its_rows(tmp_path: Path) -> 
     ]
     inputs = [zoo.tensor("x", ["b", 1]), zoo.tensor("year", ["b", 1], INT64)]
     model = zoo.model(nodes, inputs, [zoo.tensor("y", ["b", 1])])
-    engine = loaded(tmp_path, model, "[example]\nx = [[1], [2]]\nyear = [[2024], [2024]]")
+    engine = load_model(tmp_path, model, "[example]\nx = [[1], [2]]\nyear = [[2024], [2024]]")
 
     assert engine.signature.batched, engine.signature.batching
 
 
 @pytest.mark.parametrize("rows", ["[nan, 1.0]", "[nan, nan]", "[1.0, inf], [nan, 2.0]"])
 def test_an_example_may_have_gaps(rows: str, tmp_path: Path) -> None:
-    engine = loaded(tmp_path, zoo.mlp([2, 2]), f'example = [{rows}]\nlabels = ["a", "b"]')
+    engine = load_model(tmp_path, zoo.mlp([2, 2]), f'example = [{rows}]\nlabels = ["a", "b"]')
 
     assert engine.signature.batched, engine.signature.batching
     assert engine.signature.score_output == "y"
@@ -825,9 +831,9 @@ def test_two_versions_never_share_a_run(tmp_path: Path) -> None:
     }
     (name,) = [spec.name for spec in engines["1"].signature.inputs]
     feeds = {name: np.zeros((1, 1), np.float32)}
-    jobs = [claimed(at, feeds, version=str(1 + at % 2)) for at in range(6)]
+    jobs = [new_claimed_job(at, feeds, version=str(1 + at % 2)) for at in range(6)]
 
-    prepared = execution.prepare(jobs, lambda asked: engines[asked[1] or ""], "m")
+    prepared = execution.prepare(jobs, lambda requested: engines[requested[1] or ""], "m")
 
     assert [len(batch.jobs) for batch in prepared.batches] == [3, 3]
     for batch in prepared.batches:

@@ -1,4 +1,4 @@
-"""A class is named only where it is known, whatever stands beside the scores."""
+"""The class of a classifier: named only where it is known, whatever other outputs there are."""
 
 import json
 import tempfile
@@ -43,12 +43,15 @@ WEIGHTS: zoo.Weights = {
 }
 
 
-def model(nodes: Sequence[onnx.NodeProto], *outputs: tuple[str, Sequence[Any], int]) -> Any:
-    """Of three columns; what no node reads of the weights is left out."""
-    read = {name for one in nodes for name in one.input}
-    given = [zoo.tensor(name, shape, kind) for name, shape, kind in outputs]
+def three_column_model(
+    nodes: Sequence[onnx.NodeProto], *outputs: tuple[str, Sequence[Any], int]
+) -> Any:
+    """A model with the input `x` of three columns, these outputs, and the `WEIGHTS` that a node
+    reads."""
+    read = {name for reader in nodes for name in reader.input}
+    output_values = [zoo.tensor(name, shape, kind) for name, shape, kind in outputs]
     weights = {name: value for name, value in WEIGHTS.items() if name in read}
-    return zoo.model(nodes, [zoo.tensor("x", ["b", 3])], given, weights)
+    return zoo.model(nodes, [zoo.tensor("x", ["b", 3])], output_values, weights)
 
 
 def load(folder: Path, made: Any, toml: str = ABC) -> Engine:
@@ -57,17 +60,17 @@ def load(folder: Path, made: Any, toml: str = ABC) -> Engine:
     return Engine.load(file, intra_op_threads=1)
 
 
-def answers(engine: Engine, rows: Any) -> list[Any]:
+def render_rows(engine: Engine, rows: Any) -> list[Any]:
     outputs = engine.run({"x": np.array(rows, np.float32)}, Stop())
-    found = json.loads(render_result(outputs, engine.signature))
-    return found if isinstance(found, list) else [found]
+    result = json.loads(render_result(outputs, engine.signature))
+    return result if isinstance(result, list) else [result]
 
 
-def names(engine: Engine, rows: Any) -> list[Any]:
-    found = answers(engine, rows)
-    for row in found:
+def class_names(engine: Engine, rows: Any) -> list[Any]:
+    results = render_rows(engine, rows)
+    for row in results:
         assert row["class_name"] == engine.signature.labels[row["prediction"]]
-    return [row["class_name"] for row in found]
+    return [row["class_name"] for row in results]
 
 
 SCORES = ("p", ["b", 3], FLOAT)
@@ -77,7 +80,7 @@ ROWS = [[9, 1, 0], [0, 5, 1], [1, 2, 3], [-1, -5, -2], [0, 0, 0.5]]
 NAMES = ["a", "b", "c", "a", "c"]
 
 
-def beside(*nodes: onnx.NodeProto) -> list[onnx.NodeProto]:
+def with_scores(*nodes: onnx.NodeProto) -> list[onnx.NodeProto]:
     return [*SCORED, *TOP, *nodes]
 
 
@@ -138,23 +141,25 @@ OTHERS: dict[str, tuple[list[onnx.NodeProto], tuple[str, Sequence[Any], int]]] =
 @pytest.mark.parametrize("what", OTHERS)
 def test_whole_numbers_beside_the_scores_are_not_the_class(tmp_path: Path, what: str) -> None:
     nodes, output = OTHERS[what]
-    engine = load(tmp_path, model(beside(*nodes), output, SCORES))
+    engine = load(tmp_path, three_column_model(with_scores(*nodes), output, SCORES))
 
-    assert names(engine, ROWS) == NAMES
+    assert class_names(engine, ROWS) == NAMES
     assert engine.signature.class_output == ""
 
 
 @pytest.mark.parametrize("what", ["a count", "the place of the lowest score"])
-def test_nor_are_they_beside_zipmap_though_its_keys_have_them(tmp_path: Path, what: str) -> None:
+def test_whole_numbers_beside_zipmap_with_the_same_keys_are_not_the_class(
+    tmp_path: Path, what: str
+) -> None:
     nodes, output = OTHERS[what]
     kind = helper.make_map_type_proto(INT64, helper.make_tensor_type_proto(FLOAT, []))
     maps = node("ZipMap", ["p"], ["maps"], domain="ai.onnx.ml", classlabels_int64s=[0, 1, 2])
-    made = model(beside(*nodes, maps), output)
+    made = three_column_model(with_scores(*nodes, maps), output)
     made.graph.output.append(helper.make_value_info("maps", helper.make_sequence_type_proto(kind)))
 
     engine = load(tmp_path, made, ABC)
 
-    assert names(engine, ROWS) == NAMES
+    assert class_names(engine, ROWS) == NAMES
 
 
 def test_a_hard_threshold_that_nobody_calls_a_class_is_none(tmp_path: Path) -> None:
@@ -163,9 +168,11 @@ def test_a_hard_threshold_that_nobody_calls_a_class_is_none(tmp_path: Path) -> N
         node("Greater", ["second", "limit"], ["over"]),
         node("Cast", ["over"], ["alarm"], to=INT64),
     ]
-    engine = load(tmp_path, model(beside(*nodes), ("alarm", ["b"], INT64), SCORES))
+    engine = load(
+        tmp_path, three_column_model(with_scores(*nodes), ("alarm", ["b"], INT64), SCORES)
+    )
 
-    assert names(engine, [[0, 1, 0], [0, 9, 0]]) == ["b", "b"]
+    assert class_names(engine, [[0, 1, 0], [0, 9, 0]]) == ["b", "b"]
 
 
 # --- the class ---------------------------------------------------------------------------------
@@ -195,13 +202,13 @@ def test_what_follows_the_scores_is_the_class_whatever_numbers_it_has(
     tmp_path: Path, nodes: Sequence[Any], output: Any
 ) -> None:
     others, other = OTHERS["the place of the lowest score"]
-    made = model(beside(*LAST_OF_EQUAL, *others, *nodes), other, output, SCORES)
+    made = three_column_model(with_scores(*LAST_OF_EQUAL, *others, *nodes), other, output, SCORES)
 
     engine = load(tmp_path, made)
 
-    assert names(engine, ROWS) == NAMES
+    assert class_names(engine, ROWS) == NAMES
     # Of equal scores it says which: that is how it can be seen to be the class.
-    assert names(engine, [[1, 1, 0], [0, 2, 2], [3, 0, 3]]) == ["b", "c", "c"]
+    assert class_names(engine, [[1, 1, 0], [0, 2, 2], [3, 0, 3]]) == ["b", "c", "c"]
 
 
 def test_a_value_that_no_probe_row_had_is_the_class_of_the_highest_score(tmp_path: Path) -> None:
@@ -211,10 +218,10 @@ def test_a_value_that_no_probe_row_had_is_the_class_of_the_highest_score(tmp_pat
         node("ReduceSum", ["far_ones", "ones"], ["more"], keepdims=0),
         node("Add", ["top", "more"], ["y"]),
     ]
-    engine = load(tmp_path, model(beside(*nodes), ("y", ["b"], INT64), SCORES))
+    engine = load(tmp_path, three_column_model(with_scores(*nodes), ("y", ["b"], INT64), SCORES))
 
     assert engine.signature.class_output == "y"
-    assert names(engine, [[0, 0, 1], [0, 0, 1e7]]) == ["c", "c"]
+    assert class_names(engine, [[0, 0, 1], [0, 0, 1e7]]) == ["c", "c"]
 
 
 def test_a_binary_label_may_be_a_boolean(tmp_path: Path) -> None:
@@ -228,7 +235,7 @@ def test_a_binary_label_may_be_a_boolean(tmp_path: Path) -> None:
     engine = load(tmp_path, made, 'labels = ["no", "yes"]')
 
     assert engine.signature.class_output == "label"
-    assert names(engine, [[0, 1], [1, 0]]) == ["yes", "no"]
+    assert class_names(engine, [[0, 1], [1, 0]]) == ["yes", "no"]
 
 
 def test_a_threshold_that_is_called_the_label_is_the_class(tmp_path: Path) -> None:
@@ -248,7 +255,7 @@ def test_a_threshold_that_is_called_the_label_is_the_class(tmp_path: Path) -> No
 
     engine = load(tmp_path, made, 'labels = ["ok", "bad"]')
 
-    assert names(engine, [[0, 1], [0, 9], [3, 0]]) == ["ok", "bad", "ok"]
+    assert class_names(engine, [[0, 1], [0, 9], [3, 0]]) == ["ok", "bad", "ok"]
 
 
 TABLES = {
@@ -286,7 +293,7 @@ TABLES = {
 def test_the_table_of_a_label_is_read_from_the_graph_where_no_probe_row_shows_it(
     tmp_path: Path, operator: str
 ) -> None:
-    """As of a support vector machine with probabilities, which are fitted apart."""
+    """As in a support vector machine with probabilities, which are fitted separately."""
     made = zoo.model(
         [
             *TOP,
@@ -307,28 +314,28 @@ def test_the_table_of_a_label_is_read_from_the_graph_where_no_probe_row_shows_it
     engine = load(tmp_path, made)
 
     assert engine.signature.class_values == (-5, 6, 70)
-    assert names(engine, ROWS) == NAMES
+    assert class_names(engine, ROWS) == NAMES
 
 
 def test_the_label_of_the_only_classifier_is_the_class_whatever_its_name(tmp_path: Path) -> None:
     """A support vector machine's label and its probabilities may disagree everywhere."""
     made = one_classifier("votes")
 
-    assert names(load(tmp_path, made), ROWS) == NAMES
+    assert class_names(load(tmp_path, made), ROWS) == NAMES
 
 
 def test_the_label_of_the_only_classifier_is_not_that_of_another_head(tmp_path: Path) -> None:
     """Two models of the same classes in one file, of which one ends in a Softmax."""
     engine = load(tmp_path, one_classifier("x"))
 
-    assert names(engine, ROWS) == ["c", "a", "a", "b", "a"]
+    assert class_names(engine, ROWS) == ["c", "a", "a", "b", "a"]
     assert engine.signature.class_output == ""
 
 
 def one_classifier(scores_of: str) -> Any:
     """Its label is called `y`; the scores are highest where `scores_of` is lowest."""
     (classifier,) = TABLES["LinearClassifier"]
-    made = model(
+    made = three_column_model(
         [classifier, node("Neg", [scores_of], ["minus"]), node("Softmax", ["minus"], ["p"])],
         ("label", ["b"], INT64),
         SCORES,
@@ -350,9 +357,9 @@ def test_of_two_labels_the_class_is_the_one_that_follows_the_scores(
         node("Gather", ["from_ten", "top"], ["label2"]),
     ]
     outputs = [(name, ["b"], INT64) for name in order]
-    made = model([*SCORED, *TOP, *other, *tables], *outputs, SCORES)
+    made = three_column_model([*SCORED, *TOP, *other, *tables], *outputs, SCORES)
 
-    assert names(load(tmp_path, made), ROWS) == NAMES
+    assert class_names(load(tmp_path, made), ROWS) == NAMES
 
 
 def test_a_label_that_leans_to_one_class_is_not_outdone_by_the_second_best(tmp_path: Path) -> None:
@@ -375,7 +382,7 @@ def test_a_label_that_leans_to_one_class_is_not_outdone_by_the_second_best(tmp_p
 
     engine = load(tmp_path, made, 'labels = ["a", "b"]\n')
 
-    assert names(engine, [[1, 0], [0, 0.5], [0, 5]]) == ["a", "a", "b"]
+    assert class_names(engine, [[1, 0], [0, 0.5], [0, 5]]) == ["a", "a", "b"]
 
 
 TWO = [zoo.tensor("p", ["b", 2])]
@@ -389,7 +396,10 @@ def test_labels_that_are_numbers_are_not_refused_for_the_second_best_of_two(tmp_
     outputs = [zoo.tensor("second", ["b"], INT64), *TWO]
     made = zoo.model(SECOND, [zoo.tensor("x", ["b", 2])], outputs, {})
 
-    assert names(load(tmp_path, made, 'labels = ["0", "1"]\n'), [[3, 1], [0, 1]]) == ["0", "1"]
+    assert class_names(load(tmp_path, made, 'labels = ["0", "1"]\n'), [[3, 1], [0, 1]]) == [
+        "0",
+        "1",
+    ]
 
 
 def test_a_flag_that_mostly_says_the_opposite_is_not_the_class_for_its_name(
@@ -406,11 +416,12 @@ def test_a_flag_that_mostly_says_the_opposite_is_not_the_class_for_its_name(
 
     engine = load(tmp_path, made, 'labels = ["a", "b"]\n')
 
-    assert names(engine, [[3, 1], [0, 1], [-3, -5], [2, 9]]) == ["a", "b", "a", "b"]
+    assert class_names(engine, [[3, 1], [0, 1], [-3, -5], [2, 9]]) == ["a", "b", "a", "b"]
 
 
-def test_a_cluster_is_that_of_the_least_distance(tmp_path: Path) -> None:
-    """As k-means is exported; with two, the label is the place of the highest and never equal."""
+def test_the_cluster_of_the_least_distance_is_the_class(tmp_path: Path) -> None:
+    """As k-means is exported. With two clusters, the label is the number of the column that is not
+    the highest."""
     made = zoo.model(
         [node("Abs", ["x"], ["far"]), node("ArgMin", ["far"], ["label"], axis=1, keepdims=0)],
         [zoo.tensor("x", ["b", 2])],
@@ -420,12 +431,12 @@ def test_a_cluster_is_that_of_the_least_distance(tmp_path: Path) -> None:
 
     engine = load(tmp_path, made, 'labels = ["a", "b"]\n')
 
-    assert names(engine, [[9, 1], [0, 5], [-1, 3]]) == ["b", "a", "a"]
+    assert class_names(engine, [[9, 1], [0, 5], [-1, 3]]) == ["b", "a", "a"]
 
 
 @given(st.data())
 def test_a_damaged_file_has_no_table(data: st.DataObject) -> None:
-    made = model(beside(*TABLES["LabelEncoder"]), ("label", ["b"], INT64), SCORES)
+    made = three_column_model(with_scores(*TABLES["LabelEncoder"]), ("label", ["b"], INT64), SCORES)
     content = bytearray(made.SerializeToString())
     content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     with tempfile.NamedTemporaryFile() as file:
@@ -441,10 +452,10 @@ def test_tables_of_a_million_classes_are_not_read_over_and_over(tmp_path: Path) 
     chain = [
         node("LabelEncoder", [f"l{at + 1}"], [f"l{at}"], domain="ai.onnx.ml") for at in range(32)
     ]
-    made = model(beside(*chain), ("l0", ["b"], INT64), SCORES)
-    for one in made.graph.node[2:]:
+    made = three_column_model(with_scores(*chain), ("l0", ["b"], INT64), SCORES)
+    for encoder in made.graph.node[2:]:
         for name in ("keys_int64s", "values_int64s"):
-            one.attribute.append(helper.make_attribute(name, keys))
+            encoder.attribute.append(helper.make_attribute(name, keys))
     onnx.save(made, tmp_path / "m.onnx")
 
     assert class_tables(tmp_path / "m.onnx", ["l0"], "p") == {}
@@ -458,7 +469,7 @@ def test_a_model_that_takes_one_row_at_a_time_is_probed_all_the_same(tmp_path: P
         {"one": WEIGHTS["one"]},
     )
 
-    assert names(load(tmp_path, made), [[1, 1, 0]]) == ["b"]
+    assert class_names(load(tmp_path, made), [[1, 1, 0]]) == ["b"]
 
 
 # --- which output has the scores ---------------------------------------------------------------
@@ -474,14 +485,16 @@ def test_a_model_that_takes_one_row_at_a_time_is_probed_all_the_same(tmp_path: P
         ("y0", "y1", ABC + 'scores = "logits"'),
     ],
 )
-def test_probabilities_beside_logits_are_told_apart(
+def test_probabilities_are_distinguished_from_logits_beside_them(
     tmp_path: Path, first: str, second: str, toml: str, turned: bool
 ) -> None:
     nodes = [node("Identity", ["x"], [first]), node("Softmax", ["x"], [second], axis=1)]
     outputs = [(first, ["b", 3], FLOAT), (second, ["b", 3], FLOAT)]
-    engine = load(tmp_path, model(nodes, *(outputs[::-1] if turned else outputs)), toml)
+    engine = load(
+        tmp_path, three_column_model(nodes, *(outputs[::-1] if turned else outputs)), toml
+    )
 
-    (row,) = answers(engine, [[0, 2, 1]])
+    (row,) = render_rows(engine, [[0, 2, 1]])
 
     assert row["class_name"] == "b"
     np.testing.assert_allclose(row["probabilities"], [0.0900, 0.6652, 0.2447], atol=1e-4)
@@ -489,9 +502,9 @@ def test_probabilities_beside_logits_are_told_apart(
 
 def test_an_embedding_as_wide_as_the_scores_has_another_name(tmp_path: Path) -> None:
     nodes = [node("MatMul", ["x", "mix"], ["embedding"]), node("Identity", ["x"], ["scores"])]
-    made = model(nodes, ("embedding", ["b", 3], FLOAT), ("scores", ["b", 3], FLOAT))
+    made = three_column_model(nodes, ("embedding", ["b", 3], FLOAT), ("scores", ["b", 3], FLOAT))
 
-    assert names(load(tmp_path, made), ROWS) == NAMES
+    assert class_names(load(tmp_path, made), ROWS) == NAMES
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -504,15 +517,15 @@ def test_a_constant_as_wide_as_the_scores_is_none(tmp_path: Path, turned: bool) 
     ]
     outputs: list[tuple[str, Sequence[Any], int]]
     outputs = [("y", ["b", 3], FLOAT), ("prob_prior", [3, 3], FLOAT)]
-    made = model(nodes, *(outputs[::-1] if turned else outputs), ("top", ["b"], INT64))
+    made = three_column_model(nodes, *(outputs[::-1] if turned else outputs), ("top", ["b"], INT64))
 
     engine = load(tmp_path, made)
 
-    assert names(engine, ROWS) == NAMES
+    assert class_names(engine, ROWS) == NAMES
     assert engine.signature.score_output == "y"
 
 
-TWO_HEADS = model(
+TWO_HEADS = three_column_model(
     [node("MatMul", ["x", "mix"], ["y0"]), node("Identity", ["x"], ["y1"])],
     ("y0", ["b", 3], FLOAT),
     ("y1", ["b", 3], FLOAT),
@@ -524,7 +537,7 @@ def test_of_two_heads_the_one_with_the_class_is_named_by_model_toml(tmp_path: Pa
         load(tmp_path / "open", TWO_HEADS)
     engine = load(tmp_path / "named", TWO_HEADS, ABC + 'score_output = "y1"')
 
-    assert names(engine, ROWS) == NAMES
+    assert class_names(engine, ROWS) == NAMES
 
 
 # --- distances: the class is the nearest -------------------------------------------------------
@@ -543,7 +556,7 @@ def test_a_cluster_of_kmeans_is_the_nearest(tmp_path: Path, clusters: int) -> No
     engine = load(tmp_path, made, f"labels = {list('abcde')[:clusters]}")
 
     expected = ["abcde"[at] for at in fitted.predict(x)]
-    assert names(engine, x) == expected
+    assert class_names(engine, x) == expected
 
 
 NEAREST: dict[str, list[onnx.NodeProto]] = {
@@ -565,14 +578,14 @@ NEAREST: dict[str, list[onnx.NodeProto]] = {
 @pytest.mark.parametrize("how", NEAREST)
 def test_the_nearest_is_the_class_however_it_was_found(tmp_path: Path, how: str) -> None:
     nodes = [node("Mul", ["x", "x"], ["d"]), *NEAREST[how]]
-    made = model(nodes, ("d", ["b", 3], FLOAT), ("cluster", ["b", 1], INT64))
+    made = three_column_model(nodes, ("d", ["b", 3], FLOAT), ("cluster", ["b", 1], INT64))
 
-    assert names(load(tmp_path, made), [[9, 1, 2], [0, 5, 1], [1, 2, 0.5]]) == ["b", "a", "c"]
+    assert class_names(load(tmp_path, made), [[9, 1, 2], [0, 5, 1], [1, 2, 0.5]]) == ["b", "a", "c"]
 
 
 # --- model.toml --------------------------------------------------------------------------------
 
-ALARM = model(
+ALARM = three_column_model(
     [
         *SCORED,
         node("ArgMin", ["x"], ["low"], axis=1, keepdims=0),
@@ -592,8 +605,8 @@ def test_model_toml_has_the_last_word(tmp_path: Path) -> None:
     named = load(tmp_path / "named", ALARM, toml)
     words = load(tmp_path / "words", ALARM, 'classes = ["x", "y", "z"]')
 
-    assert names(named, [[9, 1, 0], [0, 5, 1]]) == ["c", "a"]
-    assert names(words, [[9, 1, 0], [0, 5, 1]]) == ["z", "x"]
+    assert class_names(named, [[9, 1, 0], [0, 5, 1]]) == ["c", "a"]
+    assert class_names(words, [[9, 1, 0], [0, 5, 1]]) == ["z", "x"]
 
 
 @pytest.mark.parametrize(
@@ -627,7 +640,7 @@ def test_what_model_toml_asks_of_the_class_must_be_there(
 def test_the_model_s_own_words_in_another_order_are_refused(tmp_path: Path, kind: str) -> None:
     """They would name another class than the model does."""
     words = node("Gather", ["words", "top"], ["label"])
-    made = model(beside(words), ("label", ["b"], STRING), SCORES)
+    made = three_column_model(with_scores(words), ("label", ["b"], STRING), SCORES)
     if kind == "keys":
         maps = node(
             "ZipMap", ["p"], ["m"], domain="ai.onnx.ml", classlabels_strings=["x", "y", "z"]
@@ -649,11 +662,13 @@ def test_class_output_without_labels_is_refused(tmp_path: Path) -> None:
 def test_classes_alone_are_the_labels_too(tmp_path: Path) -> None:
     nodes = [*LAST_OF_EQUAL, node("Gather", ["turned", "last_top"], ["y"])]
     engine = load(
-        tmp_path, model(beside(*nodes), ("y", ["b"], INT64), SCORES), "classes = [7, -2, 4]"
+        tmp_path,
+        three_column_model(with_scores(*nodes), ("y", ["b"], INT64), SCORES),
+        "classes = [7, -2, 4]",
     )
 
     assert engine.signature.labels == ("7", "-2", "4")
-    assert names(engine, [[1, 1, 0]]) == ["-2"]
+    assert class_names(engine, [[1, 1, 0]]) == ["-2"]
 
 
 @pytest.mark.parametrize("kind", [INT64, BOOL])
@@ -663,26 +678,26 @@ def test_a_model_that_gives_a_row_several_labels_names_none(tmp_path: Path, kind
         node("Greater", ["p", "half"], ["over"]),
         node("Cast", ["over"], ["label"], to=kind),
     ]
-    engine = load(tmp_path, model(nodes, ("label", ["b", 3], kind), SCORES))
+    engine = load(tmp_path, three_column_model(nodes, ("label", ["b", 3], kind), SCORES))
 
-    (found,) = answers(engine, [[1, 1, -1]])
+    (row,) = render_rows(engine, [[1, 1, -1]])
 
-    assert [one["name"] for one in found["outputs"]] == ["label", "p"]
+    assert [output["name"] for output in row["outputs"]] == ["label", "p"]
 
 
-def test_the_likeliest_as_a_row_of_one_1_is_a_class_like_any_other(tmp_path: Path) -> None:
+def test_a_one_hot_label_is_accepted_beside_the_scores(tmp_path: Path) -> None:
     nodes = [
         node("Identity", ["three"], ["depth"]),
         node("OneHot", ["top", "depth", "off_on"], ["label"], axis=1),
     ]
     made = zoo.model(
-        beside(*nodes),
+        with_scores(*nodes),
         [zoo.tensor("x", ["b", 3])],
         [zoo.tensor("label", ["b", 3], INT64), zoo.tensor("p", ["b", 3])],
         {"three": np.array([3]), "off_on": np.array([0, 1])},
     )
 
-    assert names(load(tmp_path, made), ROWS) == NAMES
+    assert class_names(load(tmp_path, made), ROWS) == NAMES
 
 
 def test_masked_logits_are_followed_too(tmp_path: Path) -> None:
@@ -700,14 +715,14 @@ def test_masked_logits_are_followed_too(tmp_path: Path) -> None:
 
     engine = load(tmp_path, made, ABC + 'scores = "logits"')
 
-    assert names(engine, [[1, 1, 0], [5, 0, 9]]) == ["b", "a"]
+    assert class_names(engine, [[1, 1, 0], [5, 0, 9]]) == ["b", "a"]
 
 
 @pytest.mark.parametrize("declared", [["b", 1], [2], None, [1, 2]])
-def test_scores_are_known_by_what_comes_though_the_file_declares_another_shape(
+def test_scores_are_recognised_in_the_outputs_though_the_file_declares_another_shape(
     tmp_path: Path, declared: Sequence[Any] | None
 ) -> None:
-    """As onnxmltools does of XGBoost's boosters, and who cuts zipmap off by hand."""
+    """As onnxmltools declares XGBoost's boosters, and as it is after zipmap was cut off by hand."""
     classifier = helper.make_node(
         "LinearClassifier",
         ["x"],
@@ -723,14 +738,14 @@ def test_scores_are_known_by_what_comes_though_the_file_declares_another_shape(
 
     engine = load(tmp_path, made, 'labels = ["no", "yes"]')
 
-    assert names(engine, [[3, 0, 0], [-2, 0, 0]]) == ["no", "yes"]
+    assert class_names(engine, [[3, 0, 0], [-2, 0, 0]]) == ["no", "yes"]
 
 
 @pytest.mark.parametrize("declared", [[3, "b"], [None, None]])
 def test_labels_of_scores_that_lie_across_are_refused(
     tmp_path: Path, declared: Sequence[Any]
 ) -> None:
-    """With as many rows as classes they would be taken the wrong way round."""
+    """With as many rows as classes they would be read the wrong way round."""
     across = [node("Transpose", ["x"], ["y"])]
     made = zoo.model(across, [zoo.tensor("x", declared[::-1])], [zoo.tensor("y", declared)])
 
@@ -738,7 +753,7 @@ def test_labels_of_scores_that_lie_across_are_refused(
         load(tmp_path, made)
 
 
-def test_labels_are_refused_where_the_file_declares_columns_that_do_not_come(
+def test_labels_are_refused_where_the_outputs_lack_the_declared_columns(
     tmp_path: Path,
 ) -> None:
     """As skl2onnx does of a RidgeClassifier of two classes."""
@@ -758,7 +773,7 @@ def test_labels_are_refused_where_the_file_declares_columns_that_do_not_come(
     ("shape", "labels"),
     [(["b", 1], '["price"]'), (["b", 1], '["out", "in"]'), ([2, "b", 3], '["a", "b", "c"]')],
 )
-def test_labels_of_what_has_no_scores_of_classes_are_refused(
+def test_labels_are_refused_for_a_model_without_scores_of_classes(
     tmp_path: Path, shape: Sequence[Any], labels: str
 ) -> None:
     """A regressor, an outlier detector, a classifier of several targets."""
@@ -788,7 +803,7 @@ def test_a_model_that_takes_no_made_up_row_is_served(tmp_path: Path) -> None:
         node("Gather", ["from_ten", "bad"], ["picked"]),
         node("Add", ["top", "picked"], ["y"]),
     ]
-    made = model(beside(*nodes), ("y", ["b"], INT64), SCORES)
+    made = three_column_model(with_scores(*nodes), ("y", ["b"], INT64), SCORES)
 
     engine = load(tmp_path, made)
 

@@ -24,22 +24,22 @@ from tests import zoo
 from tests.cli.command_line import told
 
 FOLDER: Final = Path(__file__).parents[1] / "data" / "classifiers"
-LARGEST_BYTES: Final = 50_000
+MAX_BYTES: Final = 50_000
 
 
-class Recorded(Struct, frozen=True):
-    """What a model's own library answered."""
+class LibraryAnswers(Struct, frozen=True):
+    """The predictions of one model by its own library."""
 
     name: str
     names: list[str]
-    """Of the classes, by column; empty where results are tensors."""
+    """Names of the classes, by column; empty if results are tensors."""
     rows: npt.NDArray[np.float32]
     predictions: list[Any]
     columns: list[int]
     probabilities: npt.NDArray[np.float32]
 
 
-def recorded(folder: Path = FOLDER) -> dict[str, Recorded]:
+def read_answers(folder: Path = FOLDER) -> dict[str, LibraryAnswers]:
     answers = np.load(folder / "answers.npz")
     found = {}
     for about in json.loads((folder / "models.json").read_text()):
@@ -47,14 +47,14 @@ def recorded(folder: Path = FOLDER) -> dict[str, Recorded]:
         predictions = answers[f"{name}_predictions"].tolist()
         columns = [about["classes"].index(value) for value in predictions]
         probabilities = answers[f"{name}_probabilities"]
-        found[name] = Recorded(
+        found[name] = LibraryAnswers(
             name, about["names"], answers["rows"], predictions, columns, probabilities
         )
     return found
 
 
-RECORDED: Final = recorded()
-every = pytest.mark.parametrize("name", RECORDED)
+ANSWERS: Final = read_answers()
+for_every_model = pytest.mark.parametrize("name", ANSWERS)
 
 
 def model_folder(folder: Path, made: Path = FOLDER) -> Path:
@@ -77,11 +77,11 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         [zoo.tensor("p", ["b", 2])],
     )
     zoo.place(folder, "gaps", logarithm, toml='labels = ["a", "b"]')
-    with service(folder) as it:
-        yield it
+    with service(folder) as running:
+        yield running
 
 
-def answered(running: Running, model: str, body: dict[str, Any]) -> Any:
+def run_job(running: Running, model: str, body: dict[str, Any]) -> Any:
     """The result of one job."""
     with httpx2.Client(verify=False, timeout=60) as http:
         url = f"{running.url}/predict/{model}"
@@ -90,24 +90,25 @@ def answered(running: Running, model: str, body: dict[str, Any]) -> Any:
     return answer["result"]
 
 
-def assert_own_tensors(outputs: list[dict[str, Any]], expected: Recorded) -> None:
-    """An output has what the library predicts, in the library's own words, another the scores."""
-    own = [
-        one
-        for one in outputs
-        if one["data"] == expected.predictions and isinstance(one["data"][0], int | str)
+def assert_own_tensors(outputs: list[dict[str, Any]], expected: LibraryAnswers) -> None:
+    """Asserts that one output has the library's own predictions, and another the scores."""
+    classes = [
+        output
+        for output in outputs
+        if output["data"] == expected.predictions and isinstance(output["data"][0], int | str)
     ]
-    scores = [one for one in outputs if one["shape"] == list(expected.probabilities.shape)]
-    assert own
+    shape = list(expected.probabilities.shape)
+    scores = [output for output in outputs if output["shape"] == shape]
+    assert classes
     data = np.array(scores[0]["data"]).reshape(expected.probabilities.shape)
     np.testing.assert_allclose(data, expected.probabilities, atol=1e-5)
 
 
-@every
+@for_every_model
 def test_data_is_answered_with_the_class_of_the_library(running: Running, name: str) -> None:
-    expected = RECORDED[name]
+    expected = ANSWERS[name]
 
-    result = answered(running, name, {"data": expected.rows.tolist()})
+    result = run_job(running, name, {"data": expected.rows.tolist()})
 
     if not expected.names:
         assert_own_tensors(result["outputs"], expected)
@@ -115,29 +116,29 @@ def test_data_is_answered_with_the_class_of_the_library(running: Running, name: 
     assert [row["prediction"] for row in result] == expected.columns
     names = [expected.names[column] for column in expected.columns]
     assert [row["class_name"] for row in result] == names
-    shares = [row["probabilities"] for row in result]
-    np.testing.assert_allclose(shares, expected.probabilities, atol=1e-5)
+    probabilities = [row["probabilities"] for row in result]
+    np.testing.assert_allclose(probabilities, expected.probabilities, atol=1e-5)
 
 
-@every
+@for_every_model
 def test_inputs_are_answered_with_the_model_s_own_values(running: Running, name: str) -> None:
-    expected = RECORDED[name]
-    given = {
+    expected = ANSWERS[name]
+    request_input = {
         "name": running.client.model(name).inputs[0].name,
         "datatype": "FP32",
         "shape": expected.rows.shape,
         "data": expected.rows.ravel().tolist(),
     }
 
-    result = answered(running, name, {"inputs": [given]})
+    result = run_job(running, name, {"inputs": [request_input]})
 
     assert_own_tensors(result["outputs"], expected)
 
 
-@every
+@for_every_model
 @pytest.mark.filterwarnings("ignore::asyncinfer.client.SlowMapWarning")
 def test_a_frame_is_given_the_class_and_its_probability(running: Running, name: str) -> None:
-    expected = RECORDED[name]
+    expected = ANSWERS[name]
     frame = pd.DataFrame(expected.rows, columns=list("abcd"))
 
     found = running.client.map_frame(frame, model=name, progress=False)
@@ -148,15 +149,15 @@ def test_a_frame_is_given_the_class_and_its_probability(running: Running, name: 
     assert found["prediction"].tolist() == expected.columns
     names = [expected.names[column] for column in expected.columns]
     assert found["class_name"].tolist() == names
-    shares = expected.probabilities[np.arange(len(names)), expected.columns]
-    np.testing.assert_allclose(found["probability"], shares, atol=1e-5)
+    probabilities = expected.probabilities[np.arange(len(names)), expected.columns]
+    np.testing.assert_allclose(found["probability"], probabilities, atol=1e-5)
 
 
-@every
+@for_every_model
 def test_the_command_line_writes_the_class_and_its_probability(
     running: Running, name: str, tmp_path: Path
 ) -> None:
-    expected = RECORDED[name]
+    expected = ANSWERS[name]
     path = tmp_path / "rows.csv"
     pd.DataFrame(expected.rows, columns=list("abcd")).to_csv(path, index=False)
 
@@ -170,27 +171,27 @@ def test_the_command_line_writes_the_class_and_its_probability(
     assert [int(row["prediction"]) for row in rows] == expected.columns
     names = [expected.names[column] for column in expected.columns]
     assert [row["class_name"] for row in rows] == names
-    shares = [float(row[f"probabilities_{row['prediction']}"]) for row in rows]
+    probabilities = [float(row[f"probabilities_{row['prediction']}"]) for row in rows]
     of_class = expected.probabilities[np.arange(len(names)), expected.columns]
-    np.testing.assert_allclose(shares, of_class, atol=1e-5)
+    np.testing.assert_allclose(probabilities, of_class, atol=1e-5)
 
 
 # --- rows without a class ------------------------------------------------------------------------
 
 GAPS: Final = pd.DataFrame({"a": [-1.0, -1.0, 4.0], "b": [-1.0, 2.0, -1.0]}).astype(np.float32)
-"""Of the model `gaps` the first row has no score, the others one."""
+"""Rows for the model `gaps`: the first gets no score, the others get one each."""
 
 
 @pytest.mark.parametrize("frame", [GAPS, pl.from_pandas(GAPS)], ids=["pandas", "polars"])
 def test_in_a_frame_a_row_without_a_score_has_no_class(running: Running, frame: Any) -> None:
     found = running.client.map_frame(frame, model="gaps", progress=False)
 
-    classes = [None if one != one else one for one in found["prediction"].to_list()]
+    classes = [None if value != value else value for value in found["prediction"].to_list()]
     assert classes == [None, 1, 0]
     names = found["class_name"].to_list()
-    assert [one if isinstance(one, str) else None for one in names] == [None, "b", "a"]
-    shares = np.array(found["probability"].to_list(), np.float64)
-    np.testing.assert_allclose(shares, [np.nan, np.log(2), np.log(4)], rtol=1e-5)
+    assert [name if isinstance(name, str) else None for name in names] == [None, "b", "a"]
+    probabilities = np.array(found["probability"].to_list(), np.float64)
+    np.testing.assert_allclose(probabilities, [np.nan, np.log(2), np.log(4)], rtol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [GAPS, GAPS[:1]], ids=["some", "none has one"])
@@ -199,10 +200,10 @@ def test_in_a_file_a_row_without_a_score_has_no_class(
 ) -> None:
     given, written = tmp_path / "rows.csv", tmp_path / "results.parquet"
     rows.to_csv(given, index=False)
-    asked = ("predict", str(given), "--model", "gaps", "--url", running.url)
+    command = ("predict", str(given), "--model", "gaps", "--url", running.url)
 
-    text = told(*asked, "--to", "csv")
-    ran = told(*asked, "-o", str(written))
+    text = told(*command, "--to", "csv")
+    ran = told(*command, "-o", str(written))
 
     assert (text.code, ran.code) == (0, 0)
     assert text.out.splitlines()[1] == "1,,,NaN,NaN,"
@@ -216,10 +217,10 @@ def test_in_a_file_a_row_without_a_score_has_no_class(
 
 
 def test_there_are_25_classifiers_of_four_libraries_none_of_them_large() -> None:
-    assert len(RECORDED) >= 25
-    for one in RECORDED.values():
-        assert one.rows.shape == (200, 4)
-        assert (FOLDER / f"{one.name}.onnx").stat().st_size < LARGEST_BYTES
+    assert len(ANSWERS) >= 25
+    for answers in ANSWERS.values():
+        assert answers.rows.shape == (200, 4)
+        assert (FOLDER / f"{answers.name}.onnx").stat().st_size < MAX_BYTES
 
 
 @pytest.mark.soak
@@ -235,10 +236,10 @@ def test_the_script_makes_the_same_classifiers(tmp_path: Path) -> None:
 
     subprocess.run([str(python), str(FOLDER / "make.py"), str(made)], check=True, cwd=tmp_path)
 
-    fresh = recorded(made)
-    assert fresh.keys() == RECORDED.keys()
+    fresh = read_answers(made)
+    assert fresh.keys() == ANSWERS.keys()
     with service(model_folder(tmp_path / "models", made)) as running:
-        for name, expected in RECORDED.items():
+        for name, expected in ANSWERS.items():
             assert fresh[name].predictions == expected.predictions
             np.testing.assert_allclose(fresh[name].probabilities, expected.probabilities, atol=1e-5)
             test_data_is_answered_with_the_class_of_the_library(running, name)

@@ -1,4 +1,4 @@
-"""What a file says of its graph is found, wherever in the file it is said."""
+"""The data flow of a graph: operators that mix rows, and inputs that are row numbers of tables."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -23,30 +23,33 @@ INT64 = TensorProto.INT64
 MICROSOFT, OURS = "com.microsoft", "ours"
 
 
-def flow_of(model: onnx.ModelProto) -> Flow:
+def read_flow(model: onnx.ModelProto) -> Flow:
     content = memoryview(model.SerializeToString())
-    return dataflow.of_file(onnx_graph.read_content(content))
+    return dataflow.read_flow(onnx_graph.read_content(content))
 
 
-def mixers(model: onnx.ModelProto) -> dict[str, set[str]]:
-    return {operator: set(fed) for operator, fed in flow_of(model).mixers.items()}
+def find_mixers(model: onnx.ModelProto) -> dict[str, set[str]]:
+    """By operator that mixes rows, the inputs that feed it."""
+    return {operator: set(inputs) for operator, inputs in read_flow(model).mixers.items()}
 
 
-def of_x(*nodes: onnx.NodeProto, **weights: npt.NDArray[Any]) -> onnx.ModelProto:
+def model_of_x(*nodes: onnx.NodeProto, **weights: npt.NDArray[Any]) -> onnx.ModelProto:
     inputs = [zoo.tensor("x", ["batch", 4]), zoo.tensor("apart", [4])]
     return zoo.model(nodes, inputs, [zoo.tensor("y", None)], weights)
 
 
 def quantize(name: str, *, prefix: str = "") -> onnx.NodeProto:
-    outputs = [f"{prefix}{one}" for one in ("q", "scale", "zero")]
+    outputs = [f"{prefix}{output}" for output in ("q", "scale", "zero")]
     return node("DynamicQuantizeLinear", [name], outputs)
 
 
 def graph(
     nodes: Sequence[onnx.NodeProto], inputs: Sequence[str] = (), outputs: Sequence[str] = ("q",)
 ) -> onnx.GraphProto:
-    given, gives = ([zoo.tensor(name, None) for name in names] for names in (inputs, outputs))
-    return helper.make_graph(nodes, "inner", given, gives)
+    input_values, output_values = (
+        [zoo.tensor(name, None) for name in names] for names in (inputs, outputs)
+    )
+    return helper.make_graph(nodes, "inner", input_values, output_values)
 
 
 # --- what mixes rows ---------------------------------------------------------------------------
@@ -55,11 +58,11 @@ def graph(
 def in_a_branch() -> onnx.ModelProto:
     branch = graph([quantize("t")])
     inner = node("If", ["yes"], ["y"], then_branch=branch, else_branch=branch)
-    return of_x(node("Tanh", ["x"], ["t"]), inner, yes=np.array(True))
+    return model_of_x(node("Tanh", ["x"], ["t"]), inner, yes=np.array(True))
 
 
 def in_a_loop() -> onnx.ModelProto:
-    """What is quantized comes back from the turn before."""
+    """The quantized value comes from the iteration before."""
     turn = [
         node("Identity", ["go"], ["go_on"]),
         quantize("v"),
@@ -67,17 +70,17 @@ def in_a_loop() -> onnx.ModelProto:
     ]
     body = graph(turn, ["turn", "go", "v"], ["go_on", "v_next"])
     loop = node("Loop", ["turns", "", "start"], ["y"], body=body)
-    return of_x(loop, turns=np.array(5), start=np.zeros(4, np.float32))
+    return model_of_x(loop, turns=np.array(5), start=np.zeros(4, np.float32))
 
 
 def with_functions(
     *functions: tuple[str, Sequence[onnx.NodeProto]],
 ) -> onnx.ModelProto:
-    model = of_x(node("outer", ["x"], ["y"], domain=OURS))
+    model = model_of_x(node("outer", ["x"], ["y"], domain=OURS))
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid(OURS, 1)]
     for name, nodes in functions:
-        made = helper.make_function(OURS, name, ["a"], ["b"], nodes, opsets)
-        model.functions.append(made)
+        function = helper.make_function(OURS, name, ["a"], ["b"], nodes, opsets)
+        model.functions.append(function)
     model.opset_import.append(helper.make_opsetid(OURS, 1))
     return model
 
@@ -91,12 +94,12 @@ def in_a_function_of_a_function() -> onnx.ModelProto:
 
 def before_what_feeds_it() -> onnx.ModelProto:
     """ONNX Runtime sorts the nodes itself."""
-    return of_x(quantize("t2"), node("Abs", ["t1"], ["t2"]), node("Tanh", ["x"], ["t1"]))
+    return model_of_x(quantize("t2"), node("Abs", ["t1"], ["t2"]), node("Tanh", ["x"], ["t1"]))
 
 
 def scaled_by_itself() -> onnx.ModelProto:
-    """What DynamicQuantizeLinear is made of."""
-    return of_x(
+    """The operators that DynamicQuantizeLinear consists of."""
+    return model_of_x(
         node("ReduceMax", ["x"], ["most"], keepdims=0),
         node("Div", ["most", "levels"], ["scale"]),
         node("QuantizeLinear", ["x", "scale"], ["y"]),
@@ -104,14 +107,14 @@ def scaled_by_itself() -> onnx.ModelProto:
     )
 
 
-MOST = node("ReduceMax", ["x"], ["most"], keepdims=0)
+MAXIMUM = node("ReduceMax", ["x"], ["most"], keepdims=0)
 LIMIT = {"limit": np.array(1e4, np.float32)}
 
 
 def quantized_by_hand() -> onnx.ModelProto:
-    """What exporters write that have no DynamicQuantizeLinear."""
-    return of_x(
-        MOST, node("Div", ["x", "most"], ["d"]), node("Round", ["d"], ["r"]),
+    """As written by exporters that do not use DynamicQuantizeLinear."""
+    return model_of_x(
+        MAXIMUM, node("Div", ["x", "most"], ["d"]), node("Round", ["d"], ["r"]),
         node("ArgMax", ["r"], ["y"]),
     )  # fmt: skip
 
@@ -121,15 +124,15 @@ def in_the_branch_that_one_row_decides() -> onnx.ModelProto:
         graph([node(operator, ["x"], ["z"])], (), ("z",)) for operator in ("Abs", "Neg")
     )
     choice = node("If", ["any"], ["y"], then_branch=then, else_branch=otherwise)
-    return of_x(MOST, node("Greater", ["most", "limit"], ["any"]), choice, **LIMIT)
+    return model_of_x(MAXIMUM, node("Greater", ["most", "limit"], ["any"]), choice, **LIMIT)
 
 
 def by_a_function_s_statistic() -> onnx.ModelProto:
     least = [node("ReduceMin", ["a"], ["b"], keepdims=0)]
-    made = with_functions(("outer", least))
-    made.graph.node[0].output[0] = "least"
-    made.graph.node.append(node("Sub", ["x", "least"], ["y"]))
-    return made
+    model = with_functions(("outer", least))
+    model.graph.node[0].output[0] = "least"
+    model.graph.node.append(node("Sub", ["x", "least"], ["y"]))
+    return model
 
 
 @pytest.mark.parametrize(
@@ -139,29 +142,29 @@ def by_a_function_s_statistic() -> onnx.ModelProto:
         (in_the_branch_that_one_row_decides, "If"),
         (by_a_function_s_statistic, "Sub"),
         (
-            lambda: of_x(
-                MOST,
+            lambda: model_of_x(
+                MAXIMUM,
                 node("Greater", ["most", "limit"], ["any"]),
                 node("Where", ["any", "limit", "x"], ["y"]),
                 **LIMIT,
             ),
             "Where",
         ),
-        (lambda: of_x(quantize("x")), "DynamicQuantizeLinear"),
+        (lambda: model_of_x(quantize("x")), "DynamicQuantizeLinear"),
         (
-            lambda: of_x(node("DynamicQuantizeMatMul", ["x", "w"], ["y"], domain=MICROSOFT)),
+            lambda: model_of_x(node("DynamicQuantizeMatMul", ["x", "w"], ["y"], domain=MICROSOFT)),
             "DynamicQuantizeMatMul",
         ),
         (
-            lambda: of_x(node("DynamicQuantizeLSTM", ["x", "w"], ["y"], domain=MICROSOFT)),
+            lambda: model_of_x(node("DynamicQuantizeLSTM", ["x", "w"], ["y"], domain=MICROSOFT)),
             "DynamicQuantizeLSTM",
         ),
         (
-            lambda: of_x(node("MeanVarianceNormalization", ["x"], ["y"])),
+            lambda: model_of_x(node("MeanVarianceNormalization", ["x"], ["y"])),
             "MeanVarianceNormalization",
         ),
         (
-            lambda: of_x(
+            lambda: model_of_x(
                 node("BatchNormalization", ["x", *"sbmv"], ["y", "", ""], training_mode=1)
             ),
             "BatchNormalization",
@@ -176,44 +179,48 @@ def by_a_function_s_statistic() -> onnx.ModelProto:
 def test_an_operator_of_one_scale_for_all_rows_is_found_with_what_feeds_it(
     build: Callable[[], onnx.ModelProto], operator: str
 ) -> None:
-    assert mixers(build()) == {operator: {"x"}}
+    assert find_mixers(build()) == {operator: {"x"}}
 
 
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: of_x(quantize("w"), w=np.ones((4, 4), np.float32)),
-        lambda: of_x(node("Shape", ["x"], ["s"]), node("Cast", ["s"], ["f"], to=1), quantize("f")),
-        lambda: of_x(
+        lambda: model_of_x(quantize("w"), w=np.ones((4, 4), np.float32)),
+        lambda: model_of_x(
+            node("Shape", ["x"], ["s"]), node("Cast", ["s"], ["f"], to=1), quantize("f")
+        ),
+        lambda: model_of_x(
             node("QuantizeLinear", ["x", "scale"], ["y"]), scale=np.array(0.1, np.float32)
         ),
-        lambda: of_x(node("MeanVarianceNormalization", ["x"], ["y"], axes=[1])),
-        lambda: of_x(node("ReduceMax", ["x"], ["m"], axes=[1]), node("Div", ["x", "m"], ["y"])),
-        lambda: of_x(
+        lambda: model_of_x(node("MeanVarianceNormalization", ["x"], ["y"], axes=[1])),
+        lambda: model_of_x(
+            node("ReduceMax", ["x"], ["m"], axes=[1]), node("Div", ["x", "m"], ["y"])
+        ),
+        lambda: model_of_x(
             node("ReduceMax", ["x"], ["m"], noop_with_empty_axes=1), node("Div", ["x", "m"], ["y"])
         ),
-        lambda: of_x(
+        lambda: model_of_x(
             node("Shape", ["x"], ["s"]),
             node("ReduceMax", ["s"], ["m"], keepdims=0),
             node("Div", ["x", "m"], ["y"]),
         ),
         # The mask of a batch of texts, as long as the longest.
-        lambda: of_x(
-            MOST,
+        lambda: model_of_x(
+            MAXIMUM,
             node("Range", ["limit", "most", "limit"], ["r"]),
             node("Less", ["r", "x"], ["y"]),
             **LIMIT,
         ),
-        lambda: of_x(MOST, node("Div", ["most", "limit"], ["y"]), **LIMIT),
+        lambda: model_of_x(MAXIMUM, node("Div", ["most", "limit"], ["y"]), **LIMIT),
         lambda: with_functions(("outer", [node("Tanh", ["a"], ["b"])])),
     ],
 )
-def test_what_no_row_reaches_mixes_no_rows(build: Callable[[], onnx.ModelProto]) -> None:
-    assert mixers(build()) == {}
+def test_an_operator_that_no_row_feeds_mixes_no_rows(build: Callable[[], onnx.ModelProto]) -> None:
+    assert find_mixers(build()) == {}
 
 
 def test_an_operator_is_named_with_its_own_input_alone() -> None:
-    flow = flow_of(of_x(quantize("apart"), node("Tanh", ["x"], ["y"])))
+    flow = read_flow(model_of_x(quantize("apart"), node("Tanh", ["x"], ["y"])))
 
     assert flow.mixer(frozenset({"apart"})) == "DynamicQuantizeLinear"
     assert flow.mixer(frozenset({"x"})) == ""
@@ -222,14 +229,14 @@ def test_an_operator_is_named_with_its_own_input_alone() -> None:
 # --- row numbers of tables ---------------------------------------------------------------------
 
 
-def of_ids(*nodes: onnx.NodeProto, **heights: int) -> onnx.ModelProto:
+def model_of_ids(*nodes: onnx.NodeProto, **heights: int) -> onnx.ModelProto:
     weights = {name: np.zeros((height, 2), np.float32) for name, height in heights.items()}
     inputs = [zoo.tensor("ids", ["batch", 3], INT64)]
     return zoo.model(nodes, inputs, [zoo.tensor("y", None)], weights)
 
 
 def looked_up_in_a_function() -> onnx.ModelProto:
-    model = of_ids(node("embedding", ["t", "ids"], ["y"], domain=OURS), t=60)
+    model = model_of_ids(node("embedding", ["t", "ids"], ["y"], domain=OURS), t=60)
     opsets = [helper.make_opsetid("", 18)]
     nodes = [node("Gather", ["table", "at"], ["b"])]
     model.functions.append(
@@ -240,16 +247,18 @@ def looked_up_in_a_function() -> onnx.ModelProto:
 
 def looked_up_in_a_constant() -> onnx.ModelProto:
     table = helper.make_tensor("t", TensorProto.FLOAT, [50, 1], np.zeros(50, np.float32))
-    return of_ids(node("Constant", [], ["t"], value=table), node("Gather", ["t", "ids"], ["y"]))
+    return model_of_ids(
+        node("Constant", [], ["t"], value=table), node("Gather", ["t", "ids"], ["y"])
+    )
 
 
 @pytest.mark.parametrize(
     ("build", "height"),
     [
-        (lambda: of_ids(node("Gather", ["t", "ids"], ["y"]), t=40), 40),
-        (lambda: of_ids(node("Gather", ["t", "ids"], ["y"], axis=1), t=40), 2),
+        (lambda: model_of_ids(node("Gather", ["t", "ids"], ["y"]), t=40), 40),
+        (lambda: model_of_ids(node("Gather", ["t", "ids"], ["y"], axis=1), t=40), 2),
         (
-            lambda: of_ids(
+            lambda: model_of_ids(
                 node("Cast", ["ids"], ["i"], to=6),
                 node("Unsqueeze", ["i", "at"], ["u"]),
                 node("Gather", ["t", "u"], ["y"]),
@@ -258,13 +267,13 @@ def looked_up_in_a_constant() -> onnx.ModelProto:
             70,
         ),
         (
-            lambda: of_ids(
+            lambda: model_of_ids(
                 node("Gather", ["s", "ids"], ["a"]), node("Gather", ["t", "ids"], ["b"]), s=9, t=70
             ),
             9,
         ),
         (
-            lambda: of_ids(
+            lambda: model_of_ids(
                 node("DequantizeLinear", ["t", "scale"], ["f"]),
                 node("Gather", ["f", "ids"], ["y"]),
                 t=30,
@@ -272,7 +281,7 @@ def looked_up_in_a_constant() -> onnx.ModelProto:
             30,
         ),
         (
-            lambda: of_ids(
+            lambda: model_of_ids(
                 node(
                     "EmbedLayerNormalization",
                     ["ids", "", "t", "p", "", "g", "b"],
@@ -286,7 +295,7 @@ def looked_up_in_a_constant() -> onnx.ModelProto:
         (looked_up_in_a_function, 60),
         (looked_up_in_a_constant, 50),
         (
-            lambda: of_ids(
+            lambda: model_of_ids(
                 node("Add", ["ids", "n"], ["i"]), node("Gather", ["t", "i"], ["y"]), t=9
             ),
             None,
@@ -296,13 +305,13 @@ def looked_up_in_a_constant() -> onnx.ModelProto:
 def test_ids_are_known_to_end_where_their_table_does(
     build: Callable[[], onnx.ModelProto], height: int | None
 ) -> None:
-    assert flow_of(build()).heights.get("ids") == height
+    assert read_flow(build()).heights.get("ids") == height
 
 
 # --- the bytes ---------------------------------------------------------------------------------
 
 
-def test_a_type_without_a_shape_is_told_from_a_scalar_s() -> None:
+def test_a_type_without_a_shape_is_distinguished_from_a_scalar() -> None:
     model = zoo.model(
         [node("Identity", ["x"], ["y"])],
         [zoo.tensor("x", None), zoo.tensor("scalar", []), zoo.tensor("row", ["n"])],
@@ -325,7 +334,7 @@ def test_any_flipped_byte_is_followed_or_damaged(data: st.DataObject) -> None:
     at = data.draw(st.integers(0, len(content) - 1))
     content[at] = data.draw(st.integers(0, 255))
     with contextlib.suppress(DamagedFile, onnx_graph.TooLarge):
-        dataflow.of_file(onnx_graph.read_content(memoryview(bytes(content))))
+        dataflow.read_flow(onnx_graph.read_content(memoryview(bytes(content))))
 
 
 def test_functions_that_call_each_other_ten_times_over_are_followed_once() -> None:
@@ -339,7 +348,7 @@ def test_functions_that_call_each_other_ten_times_over_are_followed_once() -> No
     functions.append(("f30", [quantize("a"), node("Identity", ["q"], ["b"])]))
     functions.append(("outer", [node("f0", ["a"], ["b"], domain=OURS)]))
 
-    assert mixers(with_functions(*functions)) == {"DynamicQuantizeLinear": {"x"}}
+    assert find_mixers(with_functions(*functions)) == {"DynamicQuantizeLinear": {"x"}}
 
 
 def test_functions_too_deep_within_each_other_are_not_followed() -> None:
@@ -348,4 +357,4 @@ def test_functions_too_deep_within_each_other_are_not_followed() -> None:
     ]
     functions.append(("outer", [node("f0", ["a"], ["b"], domain=OURS)]))
 
-    assert flow_of(with_functions(*functions)).unread
+    assert read_flow(with_functions(*functions)).is_unread

@@ -1,4 +1,4 @@
-"""Models run as they do in bare ONNX Runtime, stop when told to, and fail with a reason."""
+"""The engine: answers as in bare ONNX Runtime, runs that can be stopped, errors with a reason."""
 
 import hashlib
 import signal
@@ -34,18 +34,18 @@ def load(folder: Path, probe_seconds: float = 5.0) -> Engine:
     return Engine.load(file, intra_op_threads=1, probe_seconds=probe_seconds)
 
 
-def loaded(folder: Path, model: onnx.ModelProto, toml: str = "") -> Engine:
+def load_model(folder: Path, model: onnx.ModelProto, toml: str = "") -> Engine:
     zoo.place(folder, "m", model, toml=toml)
     return load(folder)
 
 
-def refusal(folder: Path) -> str:
+def load_error(folder: Path) -> str:
     with pytest.raises(ModelRefused) as refused:
         load(folder)
     return refused.value.detail
 
 
-def fed(engine: Engine, data: Array) -> Feeds:
+def feeds_of(engine: Engine, data: Array) -> Feeds:
     return {engine.signature.inputs[0].name: data}
 
 
@@ -57,28 +57,28 @@ def column(*values: float) -> Array:
 
 
 def test_answers_are_those_of_bare_onnx_runtime(tmp_path: Path) -> None:
-    engine = loaded(tmp_path, zoo.mlp([16, 32, 4]))
+    engine = load_model(tmp_path, zoo.mlp([16, 32, 4]))
     path = tmp_path / "m/1/model.onnx"
     bare = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     data = np.random.default_rng(0).random((5, 16), np.float32)
 
-    (output,) = engine.run(fed(engine, data), Stop())
+    (output,) = engine.run(feeds_of(engine, data), Stop())
 
     np.testing.assert_array_equal(output, bare.run(None, {"x": data})[0])
 
 
 def test_threads_share_a_model_without_mixing_their_answers(tmp_path: Path) -> None:
-    engine = loaded(tmp_path, zoo.slow(steps_per_unit=10))
+    engine = load_model(tmp_path, zoo.slow(steps_per_unit=10))
 
     def answer(value: int) -> float:
-        return float(engine.run(fed(engine, column(value)), Stop())[0].item())
+        return float(engine.run(feeds_of(engine, column(value)), Stop())[0].item())
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(answer, range(200))) == list(range(200))
 
 
 def test_a_loop_of_hours_stops_within_a_second(tmp_path: Path) -> None:
-    engine = loaded(tmp_path, zoo.loop_for_hours())
+    engine = load_model(tmp_path, zoo.loop_for_hours())
     for _ in range(3):
         if (seconds := _seconds_to_stop(engine)) < 1:
             break  # a busy machine may delay one or two
@@ -89,24 +89,24 @@ def _seconds_to_stop(engine: Engine) -> float:
     stop = Stop()
     stopped_at: list[float] = []
 
-    def stop_it() -> None:
+    def stop_run() -> None:
         stopped_at.append(time.monotonic())
         stop.stop()
 
-    timer = threading.Timer(0.1, stop_it)
+    timer = threading.Timer(0.1, stop_run)
     timer.start()
     with pytest.raises(Stopped):
-        engine.run(fed(engine, column(0)), stop)
+        engine.run(feeds_of(engine, column(0)), stop)
     timer.join()
     return time.monotonic() - stopped_at[0]
 
 
 def test_a_stop_stops_no_other_run_of_the_model(tmp_path: Path) -> None:
-    engine = loaded(tmp_path, zoo.slow())
+    engine = load_model(tmp_path, zoo.slow())
     stop = Stop()
     with ThreadPoolExecutor(2) as pool:
-        endless = pool.submit(engine.run, fed(engine, column(zoo.FOREVER)), stop)
-        other = pool.submit(engine.run, fed(engine, column(100)), Stop())
+        endless = pool.submit(engine.run, feeds_of(engine, column(zoo.FOREVER)), stop)
+        other = pool.submit(engine.run, feeds_of(engine, column(100)), Stop())
         stop.stop()
         stop.stop()
 
@@ -119,36 +119,36 @@ def test_a_run_that_was_stopped_before_it_began_does_not_begin(tmp_path: Path) -
     stop.stop()
 
     with pytest.raises(Stopped):
-        loaded(tmp_path, zoo.loop_for_hours()).run({"n": column(0)}, stop)
+        load_model(tmp_path, zoo.loop_for_hours()).run({"n": column(0)}, stop)
 
 
 def test_a_run_that_fails_names_the_node_and_repeats_nothing_of_the_input(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    engine = loaded(tmp_path, zoo.picky())
+    engine = load_model(tmp_path, zoo.picky())
 
     with pytest.raises(ModelFailed) as failed:
-        engine.run(fed(engine, column(1, 77)), Stop())
+        engine.run(feeds_of(engine, column(1, 77)), Stop())
 
     assert failed.value.detail == "ONNX Runtime refused the input: INVALID_ARGUMENT in Gather pick"
     assert capfd.readouterr() == ("", "")
-    assert engine.run(fed(engine, column(1, 2)), Stop())[0].tolist() == [[1], [2]]
+    assert engine.run(feeds_of(engine, column(1, 2)), Stop())[0].tolist() == [[1], [2]]
 
 
 def test_input_of_a_wrong_shape_is_the_input_s_fault(tmp_path: Path) -> None:
-    engine = loaded(tmp_path, zoo.mlp([4, 2]))
+    engine = load_model(tmp_path, zoo.mlp([4, 2]))
 
     with pytest.raises(ModelFailed, match=r"INVALID_ARGUMENT$"):
-        engine.run(fed(engine, column(1)), Stop())
+        engine.run(feeds_of(engine, column(1)), Stop())
 
 
-def test_more_memory_than_there_is_is_told_apart(tmp_path: Path) -> None:
-    engine = loaded(tmp_path, zoo.hungry())
+def test_a_lack_of_memory_is_an_error_of_its_own(tmp_path: Path) -> None:
+    engine = load_model(tmp_path, zoo.hungry())
 
     with pytest.raises(OutOfMemory, match="not enough memory"):
-        engine.run(fed(engine, column(zoo.ENDLESS_MIB)), Stop())
+        engine.run(feeds_of(engine, column(zoo.ENDLESS_MIB)), Stop())
 
-    assert engine.run(fed(engine, column(1)), Stop())[0].item() == 1
+    assert engine.run(feeds_of(engine, column(1)), Stop())[0].item() == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, limits the address space")
@@ -179,10 +179,10 @@ except OutOfMemory:
 
 
 def test_nan_from_a_model_reads_as_a_word(tmp_path: Path) -> None:
-    engine = loaded(tmp_path, zoo.unary("Log"))
+    engine = load_model(tmp_path, zoo.unary("Log"))
 
     result = render_result(
-        engine.run(fed(engine, np.array([[-1, 0], [1, np.inf]], np.float32)), Stop()),
+        engine.run(feeds_of(engine, np.array([[-1, 0], [1, np.inf]], np.float32)), Stop()),
         engine.signature,
     )
 
@@ -201,7 +201,7 @@ def test_nan_from_a_model_reads_as_a_word(tmp_path: Path) -> None:
 
 def test_the_signature_says_what_the_graph_says(tmp_path: Path) -> None:
     toml = 'description = "words"\n[limits]\nmax_rows_per_job = 7\n'
-    signature = loaded(tmp_path, zoo.mlp([4, 3]), toml).signature
+    signature = load_model(tmp_path, zoo.mlp([4, 3]), toml).signature
 
     assert (signature.model, signature.version) == ("m", "1")
     assert signature.inputs == (TensorSpec("x", "FP32", ("batch", 4)),)
@@ -233,10 +233,10 @@ def test_the_signature_says_what_the_graph_says(tmp_path: Path) -> None:
 def test_every_datatype_goes_in_and_comes_out_unchanged(
     tmp_path: Path, datatype: str, elem_type: int, json: str
 ) -> None:
-    engine = loaded(tmp_path, zoo.identity(elem_type))
+    engine = load_model(tmp_path, zoo.identity(elem_type))
     data = check_data(json.encode(), engine.signature)
 
-    result = render_result(engine.run(fed(engine, data), Stop()), engine.signature)
+    result = render_result(engine.run(feeds_of(engine, data), Stop()), engine.signature)
 
     assert engine.signature.inputs[0].datatype == datatype
     assert engine.signature.batched, engine.signature.batching
@@ -250,33 +250,33 @@ def test_every_datatype_goes_in_and_comes_out_unchanged(
 )
 def test_what_converters_call_an_unknown_dimension_is_no_name(tmp_path: Path, nothing: str) -> None:
     shape: zoo.Dims = [nothing, 3, nothing, "unk__12", "dynamic_width"]
-    engine = loaded(tmp_path, zoo.identity(TensorProto.FLOAT, shape))
+    engine = load_model(tmp_path, zoo.identity(TensorProto.FLOAT, shape))
     wide = np.ones((1, 3, 2, 4, 5), np.float32)
 
     signature = engine.signature
-    (taken,) = check_inputs({"x": wide}, signature).values()
+    (checked,) = check_inputs({"x": wide}, signature).values()
 
     assert {spec.shape for spec in (*signature.inputs, *signature.outputs)} == {
         (None, 3, None, "unk__12", "dynamic_width")
     }
-    assert engine.run(fed(engine, taken), Stop())[0].shape == wide.shape
+    assert engine.run(feeds_of(engine, checked), Stop())[0].shape == wide.shape
 
 
 def test_a_negative_size_is_an_open_one(tmp_path: Path) -> None:
     model = zoo.identity(TensorProto.FLOAT, [-1, 2])
 
-    assert loaded(tmp_path, model).signature.inputs[0].shape == (None, 2)
+    assert load_model(tmp_path, model).signature.inputs[0].shape == (None, 2)
 
 
 def test_an_output_alone_may_have_any_rank(tmp_path: Path) -> None:
-    """As where nothing in the file says how many dimensions a Reshape gives."""
+    """As with a Reshape of which the file does not say how many dimensions it gives."""
     model = zoo.model(
         [helper.make_node("Reshape", ["x", "to"], ["y"])],
         [zoo.tensor("x", ["n"]), zoo.tensor("to", ["rank"], TensorProto.INT64)],
         [zoo.tensor("y", None)],
     )
 
-    signature = loaded(tmp_path, model).signature
+    signature = load_model(tmp_path, model).signature
 
     assert [spec.shape for spec in signature.outputs] == [None]
     assert signature.inputs[0].shape == ("n",)
@@ -285,24 +285,24 @@ def test_an_output_alone_may_have_any_rank(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(2,), ("n",), ("batch", 2, None), (3, 1, 2)])
 @pytest.mark.parametrize("elem_type", [TensorProto.FLOAT, TensorProto.STRING, TensorProto.BOOL])
 def test_the_example_that_is_made_up_works(tmp_path: Path, shape: zoo.Dims, elem_type: int) -> None:
-    engine = loaded(tmp_path, zoo.identity(elem_type, shape))
+    engine = load_model(tmp_path, zoo.identity(elem_type, shape))
 
     data = check_data(msgspec.json.encode(engine.signature.example), engine.signature)
 
-    assert len(engine.run(fed(engine, data), Stop())) == 1
+    assert len(engine.run(feeds_of(engine, data), Stop())) == 1
 
 
 def test_no_example_is_made_up_that_nobody_would_paste(tmp_path: Path) -> None:
     shape = ("batch", 3, 224, 224)
 
-    assert loaded(tmp_path, zoo.identity(TensorProto.FLOAT, shape)).signature.example is None
+    assert load_model(tmp_path, zoo.identity(TensorProto.FLOAT, shape)).signature.example is None
 
 
 def test_a_model_of_two_inputs_loads_and_takes_no_data(tmp_path: Path) -> None:
-    engine = loaded(tmp_path, zoo.added())
-    one = np.ones((1, 2), np.float32)
+    engine = load_model(tmp_path, zoo.added())
+    ones = np.ones((1, 2), np.float32)
 
-    assert engine.run({"a": one, "b": one}, Stop())[0].tolist() == [[2, 2]]
+    assert engine.run({"a": ones, "b": ones}, Stop())[0].tolist() == [[2, 2]]
     with pytest.raises(InvalidInput, match="takes 2 inputs"):
         check_data(b"[[1,1]]", engine.signature)
 
@@ -312,7 +312,7 @@ def test_weights_in_a_file_of_their_own_are_found(tmp_path: Path) -> None:
 
     engine = load(tmp_path)
 
-    assert engine.run(fed(engine, column(0, 63)), Stop())[0].tolist() == [[0], [63]]
+    assert engine.run(feeds_of(engine, column(0, 63)), Stop())[0].tolist() == [[0], [63]]
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x07" * 100])
@@ -320,7 +320,7 @@ def test_a_corrupt_file_is_refused_by_its_short_name(tmp_path: Path, content: by
     path = zoo.place(tmp_path, "m", zoo.mlp([4, 3]))
     path.write_bytes(content)
 
-    reason = refusal(tmp_path)
+    reason = load_error(tmp_path)
 
     assert reason.startswith("m/1/model.onnx: ")
     assert str(tmp_path) not in reason
@@ -329,7 +329,7 @@ def test_a_corrupt_file_is_refused_by_its_short_name(tmp_path: Path, content: by
 def test_complex_numbers_are_refused_with_what_to_do(tmp_path: Path) -> None:
     zoo.place(tmp_path, "m", zoo.identity(TensorProto.COMPLEX64))
 
-    reason = refusal(tmp_path)
+    reason = load_error(tmp_path)
 
     assert "tensor(complex64)" in reason
     assert reason.endswith("real and imaginary parts as tensors of their own")
@@ -339,17 +339,17 @@ def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
     path = zoo.place(tmp_path, "m", zoo.mlp([4, 3]))
     path.write_bytes(path.read_bytes()[:-40])
 
-    assert "m/1/model.onnx" in refusal(tmp_path)
+    assert "m/1/model.onnx" in load_error(tmp_path)
 
 
 def test_missing_and_short_weights_are_refused(tmp_path: Path) -> None:
     poison = zoo.place_poison(tmp_path, "m")
     poison.arm()
-    short = refusal(tmp_path)
+    short = load_error(tmp_path)
     poison.disarm()
     assert load(tmp_path)
     poison.weights.unlink()
-    missing = refusal(tmp_path)
+    missing = load_error(tmp_path)
 
     assert short.startswith("m/1/model.onnx: ONNX Runtime cannot load it: ")
     assert str(tmp_path) not in short
@@ -378,7 +378,7 @@ def test_a_file_that_went_away_is_refused(tmp_path: Path) -> None:
 def test_a_model_toml_that_does_not_fit_is_refused(tmp_path: Path, toml: str, reason: str) -> None:
     zoo.place(tmp_path, "m", zoo.mlp([4, 3]), toml=toml)
 
-    assert reason in refusal(tmp_path)
+    assert reason in load_error(tmp_path)
 
 
 # --- batching ----------------------------------------------------------------------------------
@@ -388,7 +388,7 @@ def test_a_model_toml_that_does_not_fit_is_refused(tmp_path: Path, toml: str, re
 def test_rows_that_do_not_depend_on_each_other_are_batched(
     tmp_path: Path, first_dim: str | None
 ) -> None:
-    signature = loaded(tmp_path, zoo.mlp([4, 8, 3], first_dim)).signature
+    signature = load_model(tmp_path, zoo.mlp([4, 8, 3], first_dim)).signature
 
     assert signature.batched, signature.batching
 
@@ -400,7 +400,7 @@ def test_rows_that_do_not_depend_on_each_other_are_batched(
 def test_rows_that_depend_on_each_other_are_not_batched(
     tmp_path: Path, build: Callable[[], onnx.ModelProto]
 ) -> None:
-    signature = loaded(tmp_path, build()).signature
+    signature = load_model(tmp_path, build()).signature
 
     assert not signature.batched
     assert signature.batching.startswith("off: `y` ")
@@ -410,10 +410,10 @@ def test_model_toml_turns_batching_off_and_on(tmp_path: Path) -> None:
     off = "[batching]\nenabled = false"
     on = "[batching]\nenabled = true"
 
-    assert not loaded(tmp_path / "off", zoo.mlp([4, 3]), off).signature.batched
-    assert loaded(tmp_path / "on", zoo.minus_mean(), on).signature.batched
+    assert not load_model(tmp_path / "off", zoo.mlp([4, 3]), off).signature.batched
+    assert load_model(tmp_path / "on", zoo.minus_mean(), on).signature.batched
     zoo.place(tmp_path / "fixed", "m", zoo.mlp([4, 3], first_dim=1), toml=on)
-    assert "the first dimension of `x` is fixed at 1" in refusal(tmp_path / "fixed")
+    assert "the first dimension of `x` is fixed at 1" in load_error(tmp_path / "fixed")
 
 
 def test_a_model_too_slow_to_probe_is_not_batched(tmp_path: Path) -> None:
@@ -431,13 +431,13 @@ def test_a_model_too_slow_to_probe_is_not_batched(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "build", [zoo.slow, zoo.huge_matmul, zoo.picky, zoo.hungry], ids=lambda build: build.__name__
 )
-def test_the_models_that_values_decide_over_are_batched_and_give_their_input_back(
+def test_zoo_models_whose_values_decide_their_run_are_batched_and_give_their_input_back(
     tmp_path: Path, build: Callable[[], onnx.ModelProto]
 ) -> None:
-    engine = loaded(tmp_path, build())
+    engine = load_model(tmp_path, build())
 
     assert engine.signature.batched, engine.signature.batching
-    assert engine.run(fed(engine, column(2, 1, 0)), Stop())[0].tolist() == [[2], [1], [0]]
+    assert engine.run(feeds_of(engine, column(2, 1, 0)), Stop())[0].tolist() == [[2], [1], [0]]
 
 
 def test_the_poison_kills_the_process_once_armed_and_only_above_zero(tmp_path: Path) -> None:
@@ -470,8 +470,8 @@ def run_python(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
-def test_nobody_is_told_which_models_are_served(tmp_path: Path) -> None:
-    """ONNX Runtime keeps what it means to send in the user's cache, unless told not to."""
+def test_onnx_runtime_reports_no_model_to_its_maker(tmp_path: Path) -> None:
+    """ONNX Runtime keeps telemetry in the user's cache until it is sent, unless that is off."""
     load = f"ort.InferenceSession({str(REPOSITORY / 'model' / 'iris' / '1' / 'model.onnx')!r})"
     environ = {"HOME": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
     code = f"from asyncinfer.engine.runtime import ort; {load}"

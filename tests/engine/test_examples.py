@@ -1,4 +1,4 @@
-"""The example that is announced is a request that was answered with numbers, where any is."""
+"""The announced example: a request that the model answers with numbers, if it answers any so."""
 
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from tests import zoo
 INT64 = TensorProto.INT64
 
 
-def loaded(folder: Path, model: onnx.ModelProto) -> Engine:
+def load_model(folder: Path, model: onnx.ModelProto) -> Engine:
     zoo.place(folder, "m", model)
     (file,) = scan(folder)
     return Engine.load(file, intra_op_threads=1)
 
 
 def masked_mean() -> onnx.ModelProto:
-    """The mean of the ids that the mask keeps; nothing kept is 0 / 0."""
+    """The mean of the ids that the mask keeps; 0 / 0 if it keeps none."""
     nodes = [
         helper.make_node("Cast", ["ids"], ["numbers"], to=TensorProto.FLOAT),
         helper.make_node("Cast", ["mask"], ["kept"], to=TensorProto.FLOAT),
@@ -37,7 +37,7 @@ def masked_mean() -> onnx.ModelProto:
     return zoo.model(nodes, inputs, [zoo.tensor("y", ["batch", 1])], {"last": np.array([1])})
 
 
-def of_one(op: str, rank: int = 2, **attributes: Any) -> onnx.ModelProto:
+def unary_model(op: str, rank: int = 2, **attributes: Any) -> onnx.ModelProto:
     shape = ["batch", "a", "b"][:rank]
     node = helper.make_node(op, ["x"], ["y"], **attributes)
     return zoo.model([node], [zoo.tensor("x", shape)], [zoo.tensor("y", shape)])
@@ -51,7 +51,7 @@ def embedding(words: int, rank: int) -> onnx.ModelProto:
     return zoo.model([node], [zoo.tensor("x", dims[:rank], INT64)], outputs, {"table": table})
 
 
-def five_at_once() -> onnx.ModelProto:
+def convolution_of_five() -> onnx.ModelProto:
     node = helper.make_node("Conv", ["x", "kernel"], ["y"])
     kernel = {"kernel": np.ones((1, 1, 5), np.float32)}
     inputs, outputs = [zoo.tensor("x", ["batch", 1, "n"])], [zoo.tensor("y", ["batch", 1, "m"])]
@@ -59,7 +59,7 @@ def five_at_once() -> onnx.ModelProto:
 
 
 def test_ids_and_mask_are_ones_so_that_something_is_left_to_answer_from(tmp_path: Path) -> None:
-    engine = loaded(tmp_path, masked_mean())
+    engine = load_model(tmp_path, masked_mean())
 
     assert engine.signature.example_inputs == {"ids": [[1]], "mask": [[1]]}
     assert example_of(engine.signature) == {
@@ -78,16 +78,16 @@ def test_ids_and_mask_are_ones_so_that_something_is_left_to_answer_from(tmp_path
         (embedding(9, 2), [[1]]),
         (embedding(1, 2), [[0]]),
         (embedding(9, 1), [0]),
-        (of_one("Neg"), [[0.0]]),
-        (of_one("Log"), [[1.0]]),
-        (five_at_once(), [[[0.0] * 8]]),
+        (unary_model("Neg"), [[0.0]]),
+        (unary_model("Log"), [[1.0]]),
+        (convolution_of_five(), [[[0.0] * 8]]),
     ],
     ids=["words", "one word", "numbers", "fractions", "log of 0", "too short"],
 )
 def test_one_input_is_what_the_model_answers_with_numbers(
     tmp_path: Path, model: onnx.ModelProto, example: object
 ) -> None:
-    assert loaded(tmp_path, model).signature.example == example
+    assert load_model(tmp_path, model).signature.example == example
 
 
 def test_a_model_that_takes_nothing_made_up_still_shows_the_form(tmp_path: Path) -> None:
@@ -98,14 +98,14 @@ def test_a_model_that_takes_nothing_made_up_still_shows_the_form(tmp_path: Path)
     inputs, outputs = [zoo.tensor("x", ["batch", 2])], [zoo.tensor("y", [7, 7])]
     model = zoo.model(nodes, inputs, outputs, {"shape": np.array([7, 7])})
 
-    assert loaded(tmp_path, model).signature.example == [[0.0, 0.0]]
+    assert load_model(tmp_path, model).signature.example == [[0.0, 0.0]]
 
 
 def test_a_scalar_beside_a_matrix_is_shown_as_requests_have_it(tmp_path: Path) -> None:
     node = helper.make_node("Mul", ["x", "by"], ["y"])
     inputs = [zoo.tensor("x", ["batch", 2]), zoo.tensor("by", [])]
-    engine = loaded(tmp_path, zoo.model([node], inputs, [zoo.tensor("y", ["batch", 2])]))
+    engine = load_model(tmp_path, zoo.model([node], inputs, [zoo.tensor("y", ["batch", 2])]))
 
-    shown = example_of(engine.signature)
-    assert shown
-    assert shown["inputs"][1] == {"name": "by", "shape": (), "datatype": "FP32", "data": [0.0]}
+    example = example_of(engine.signature)
+    assert example
+    assert example["inputs"][1] == {"name": "by", "shape": (), "datatype": "FP32", "data": [0.0]}

@@ -1,4 +1,4 @@
-"""A text model that needs a locale is served where that is installed, and else says how."""
+"""Text models that need a locale: served where it is installed, else refused with what to do."""
 
 import os
 import shutil
@@ -21,8 +21,8 @@ from tests.process import REPOSITORY
 TEXTS = ["Good morning", "good night", "BAD manners", "bad day", "Very GOOD day"]
 
 
-def lower(**locale: str) -> onnx.ModelProto:
-    """What a text vectorizer begins with."""
+def lowercase_model(**locale: str) -> onnx.ModelProto:
+    """A model that makes strings lower case, as a text vectorizer does first."""
     node = helper.make_node("StringNormalizer", ["x"], ["y"], case_change_action="LOWER", **locale)
     inputs = [helper.make_tensor_value_info("x", TensorProto.STRING, [None])]
     outputs = [helper.make_tensor_value_info("y", TensorProto.STRING, [None])]
@@ -37,7 +37,7 @@ def load(folder: Path) -> Engine:
 def test_a_missing_locale_is_refused_once_with_the_command_that_installs_it(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    zoo.place(tmp_path, "m", lower(locale="xx_YY.UTF-8"))
+    zoo.place(tmp_path, "m", lowercase_model(locale="xx_YY.UTF-8"))
 
     with pytest.raises(ModelRefused) as refused:
         load(tmp_path)
@@ -66,8 +66,8 @@ def test_the_export_option_that_the_refusal_names_makes_a_text_model_load(tmp_pa
 
     engine = load(tmp_path)
 
-    ran = engine.run({"text": np.array(TEXTS, object)}, Stop())
-    scores: Any = next(array for array in ran if array.dtype == np.float32)
+    outputs = engine.run({"text": np.array(TEXTS, object)}, Stop())
+    scores: Any = next(array for array in outputs if array.dtype == np.float32)
     np.testing.assert_allclose(scores, pipeline.predict_proba(TEXTS), atol=1e-6)
 
 
@@ -75,7 +75,7 @@ def test_the_export_option_that_the_refusal_names_makes_a_text_model_load(tmp_pa
 def test_the_command_that_the_refusal_names_makes_a_text_model_load(tmp_path: Path) -> None:
     if not shutil.which("localedef") or not Path("/usr/share/i18n/locales/en_US").exists():
         pytest.skip("needs localedef and the package locales: apt-get install -y locales")
-    zoo.place(tmp_path / "models", "m", lower())
+    zoo.place(tmp_path / "models", "m", lowercase_model())
     (tmp_path / "usr" / "lib" / "locale").mkdir(parents=True)
     command = ["localedef", "--no-archive", f"--prefix={tmp_path}", "-i", "en_US", "-f", "UTF-8"]
     subprocess.run([*command, "en_US.UTF-8"], check=True)
@@ -84,7 +84,7 @@ def test_the_command_that_the_refusal_names_makes_a_text_model_load(tmp_path: Pa
         "print(load(Path(sys.argv[1])).signature.model)"
     )
 
-    ran = subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "models")],
         env={**os.environ, "LOCPATH": str(tmp_path / "usr" / "lib" / "locale")},
         cwd=REPOSITORY,
@@ -92,4 +92,4 @@ def test_the_command_that_the_refusal_names_makes_a_text_model_load(tmp_path: Pa
         text=True,
     )
 
-    assert (ran.returncode, ran.stdout) == (0, "m\n"), ran.stderr
+    assert (ended.returncode, ended.stdout) == (0, "m\n"), ended.stderr

@@ -30,9 +30,9 @@ async def test_a_waiting_or_delayed_job_is_cancelled_at_once(
     (delayed,) = await load_client.submit([1.0], Options(delay_seconds=60))
     for job_id in (waiting, delayed):
         stored = await _read(load_client, job_id)
-        assert await load_client.submissions.cancel(stored) == "cancelled"
+        assert await load_client.operations.cancel(stored) == "cancelled"
         # A caller whose reply was lost calls again.
-        assert await load_client.submissions.cancel(stored) == "cancelled"
+        assert await load_client.operations.cancel(stored) == "cancelled"
     assert_at_rest(server, load_client.queue)
 
 
@@ -44,8 +44,8 @@ async def test_a_running_job_is_stopped_and_its_neighbours_are_not(
         worker = workers.start()
         await eventually(lambda: server.hlen(keys.running(load_client.queue)) == 3, "all three run")
         stored = await _read(load_client, ids[1])
-        assert await load_client.submissions.cancel(stored) == "stopping"
-        assert await load_client.submissions.cancel(stored) in ("stopping", "cancelled")
+        assert await load_client.operations.cancel(stored) == "stopping"
+        assert await load_client.operations.cancel(stored) in ("stopping", "cancelled")
         await eventually(lambda: server.get(keys.status(ids[1])) == b"cancelled", "it is cancelled")
         assert server.hlen(keys.running(load_client.queue)) == 2
         del load_client.acknowledged[ids[1]]
@@ -76,7 +76,7 @@ async def _seconds_to_cancel(load_client: Customer, server: redis.Redis) -> floa
     (job_id,) = await load_client.submit([zoo.FOREVER])
     await eventually(lambda: server.hexists(keys.running(load_client.queue), job_id), "it runs")
     cancelled_at = time.monotonic()
-    await load_client.submissions.cancel(await _read(load_client, job_id))
+    await load_client.operations.cancel(await _read(load_client, job_id))
     await eventually(lambda: server.get(keys.status(job_id)) == b"cancelled", "it is cancelled")
     return time.monotonic() - cancelled_at
 
@@ -85,13 +85,13 @@ async def test_an_unknown_or_ended_job_cannot_be_cancelled(
     open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
 ) -> None:
     unknown = Stored("0" * 32, "pending", None, None, None)
-    assert await load_client.submissions.cancel(unknown) == "absent"
+    assert await load_client.operations.cancel(unknown) == "absent"
     with open_workers() as workers:
         (job_id,) = await load_client.submit([1.0])
         worker = workers.start()
         await load_client.assert_all_completed()
         stored = await _read(load_client, job_id)
-        assert await load_client.submissions.cancel(stored) == "finished"
+        assert await load_client.operations.cancel(stored) == "finished"
         assert (await _read(load_client, job_id)).status == "completed"
         assert await worker.stop() == 0
     assert_at_rest(server, load_client.queue)
@@ -106,7 +106,7 @@ async def test_a_job_of_a_dead_worker_can_be_cancelled(
         doomed = workers.start()
         await eventually(lambda: server.hlen(keys.running(load_client.queue)) == 1, "it runs")
         doomed.kill()
-        assert await load_client.submissions.cancel(await _read(load_client, job_id)) == "stopping"
+        assert await load_client.operations.cancel(await _read(load_client, job_id)) == "stopping"
         survivor = workers.start()
         await eventually(lambda: server.get(keys.status(job_id)) == b"cancelled", "it is cancelled")
         await eventually(lambda: survivor.is_announced(server), "the survivor is ready")
@@ -145,4 +145,4 @@ async def _cancel_at(load_client: Customer, job_id: str, number: int) -> None:
         assert time.monotonic() < deadline, f"still {stored.status}"
     for _ in range((number + 1) % 5):
         stored = await _read(load_client, job_id)
-    await load_client.submissions.cancel(stored)
+    await load_client.operations.cancel(stored)

@@ -140,7 +140,7 @@ async def test_after_many_short_runs_a_job_does_not_wait_for_a_long_run_of_the_o
         assert server.get(keys.status(long)) == b"processing"
         [stored] = await load_client.read([long])
         assert stored
-        assert await load_client.submissions.cancel(stored) == "stopping"
+        assert await load_client.operations.cancel(stored) == "stopping"
         await load_client.wait_until_all_ended()
         assert await worker.stop() == 0
     assert_at_rest(server, load_client.queue)

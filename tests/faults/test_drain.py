@@ -67,7 +67,7 @@ async def test_a_drain_that_takes_too_long_releases_its_jobs_without_counting_a_
             assert not server.exists(keys.facts(load_client.queue))
         (stored,) = await load_client.read([job_id])
         assert stored
-        assert await load_client.submissions.cancel(stored) == "cancelled"
+        assert await load_client.operations.cancel(stored) == "cancelled"
     assert transitions(server, load_client.queue)[job_id]["processing"] == 2
     assert_at_rest(server, load_client.queue)
 
@@ -90,7 +90,7 @@ async def test_a_drain_does_not_wait_for_a_kernel_that_cannot_be_stopped(
         assert server.get(keys.status(job_id)) == b"pending"
         (stored,) = await load_client.read([job_id])
         assert stored
-        await load_client.submissions.cancel(stored)
+        await load_client.operations.cancel(stored)
     assert_at_rest(server, load_client.queue)
 
 
@@ -126,7 +126,7 @@ async def test_after_an_interrupted_drain_no_further_run_of_a_claim_starts(
     assert {server.get(keys.status(job_id)) for job_id in ids} == {b"pending"}
     for stored in await load_client.read():
         assert stored
-        assert await load_client.submissions.cancel(stored) == "cancelled"
+        assert await load_client.operations.cancel(stored) == "cancelled"
     assert_at_rest(server, load_client.queue)
 
 

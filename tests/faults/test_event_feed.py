@@ -53,7 +53,7 @@ async def read_changes(follower: Follower, count: int) -> list[tuple[str, str]]:
 async def test_a_slow_follower_gets_every_change_once(store: Store, server: redis.Redis) -> None:
     driver = Hands(store, server)
     async with running_feed(store) as feed:
-        start = Position(await feed.log.now_ms())
+        start = Position(await feed.store.time_ms())
         with feed.follow(GROUP, start, never) as follower:
             ids = await driver.some(1, group="g")
             changes = await read_changes(follower, 1)
@@ -69,7 +69,7 @@ async def test_a_follower_goes_on_after_a_restart_of_redis(durable: DurableServe
         with redis.Redis.from_url(durable.url) as client:
             driver = Hands(store, client)
             async with running_feed(store) as feed:
-                start = Position(await feed.log.now_ms())
+                start = Position(await feed.store.time_ms())
                 with feed.follow(GROUP, start, never) as follower:
                     (job_id,) = await driver.some(1, group="g")
                     claim = await driver.take()
@@ -86,7 +86,7 @@ async def test_a_follower_is_told_of_a_gap_if_the_clock_of_an_emptied_redis_is_b
 ) -> None:
     driver = Hands(store, server)
     async with running_feed(store) as feed:
-        now_ms = await feed.log.now_ms()
+        now_ms = await feed.store.time_ms()
         with feed.follow(GROUP, Position(now_ms), never) as follower:
             (before,) = await driver.some(1, group="g")
             ahead = f"{now_ms + 3_600_000}-0"
@@ -96,7 +96,7 @@ async def test_a_follower_is_told_of_a_gap_if_the_clock_of_an_emptied_redis_is_b
             await driver.some(1, group="g")
             with pytest.raises(LogTrimmed):
                 await read_changes(follower, 1)
-            follower.begin_at(Position(await feed.log.now_ms()))
+            follower.begin_at(Position(await feed.store.time_ms()))
             (after,) = await driver.some(1, group="g")
             assert await read_changes(follower, 1) == [(after, "pending")]
 
@@ -105,7 +105,7 @@ async def test_a_position_ahead_of_the_clock_is_a_gap_and_one_in_a_quiet_log_is_
     store: Store, server: redis.Redis
 ) -> None:
     log = Log(store)
-    now_ms = await log.now_ms()
+    now_ms = await store.time_ms()
     assert (await log.page(Q, (now_ms, 0, 0))).changes == []
     with pytest.raises(LogTrimmed):
         await log.page(Q, (now_ms + 60_000, 0, 0))

@@ -12,11 +12,10 @@ from asyncinfer.jobs import Options
 from asyncinfer.repository import keys
 from asyncinfer.repository.claims import Claim, ClaimRequest, Finished, Runs
 from asyncinfer.repository.doorbell import Doorbell
-from asyncinfer.repository.inspect.filter import Filter
-from asyncinfer.repository.inspect.selection import Selection
+from asyncinfer.repository.inspect.selection import Filter, Selection
 from asyncinfer.repository.leases import Renewals
-from asyncinfer.repository.maintenance import Upkeep
-from asyncinfer.repository.operations import Cancelled, Operation
+from asyncinfer.repository.maintenance import Maintenance
+from asyncinfer.repository.operations import Cancelled, Operations
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.scripts import NAMES, script
 from asyncinfer.repository.store import Store
@@ -166,12 +165,12 @@ async def test_cancel_and_retry_whose_replies_are_lost_happen_once(
     (job_id,) = await load_client.submit([1.0])
     stored = await _read(load_client, job_id)
     await _call_until_answered(
-        proxy, "cancel", times, lambda: load_client.submissions.cancel(stored)
+        proxy, "cancel", times, lambda: load_client.operations.cancel(stored)
     )
     assert server.llen(load_client.queue) == 0
     stored = await _read(load_client, job_id)
     await _call_until_answered(
-        proxy, "retry", times, lambda: load_client.submissions.retry(stored, 1)
+        proxy, "retry", times, lambda: load_client.operations.retry(stored, 1)
     )
     assert server.lrange(load_client.queue, 0, -1) == [job_id.encode()]
     retried = await _read(load_client, job_id)
@@ -206,20 +205,20 @@ async def test_a_watch_whose_reply_is_lost_registers_once(
 async def test_a_sweep_whose_reply_is_lost_puts_each_job_back_once(
     times: int, proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
-    load_client, runs, upkeep = (
+    load_client, runs, maintenance = (
         Customer(loaded_store),
         Runs(loaded_store, "w"),
-        Upkeep(loaded_store),
+        Maintenance(loaded_store),
     )
     ids = await load_client.submit([1.0, 2.0, 3.0])
     await load_client.submit([4.0], Options(delay_seconds=0.01))
     claim = await _claim(runs, load_client.queue, 3)
     server.set(keys.swept(load_client.queue), int(server.time()[0]) * 1000, px=60_000)
     server.zadd(keys.leases(load_client.queue), {claim.token: 1})
-    await _call_until_answered(proxy, "reap", times, upkeep.sweep)
+    await _call_until_answered(proxy, "reap", times, maintenance.sweep)
 
     async def all_wait() -> bool:
-        await upkeep.sweep()
+        await maintenance.sweep()
         return server.llen(load_client.queue) == 4
 
     await eventually(all_wait, "all four wait")
@@ -254,13 +253,13 @@ async def test_a_renewal_whose_reply_is_lost_keeps_the_lease(
 async def test_pause_and_purge_whose_replies_are_lost_end_each_waiting_job_once(
     times: int, proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
-    load_client, operation = Customer(loaded_store), Operation(loaded_store)
+    load_client, operations = Customer(loaded_store), Operations(loaded_store)
     await load_client.submit([1.0, 2.0, 3.0])
     await _call_until_answered(
-        proxy, "pause", times, lambda: operation.pause(load_client.queue, paused=True)
+        proxy, "pause", times, lambda: operations.pause(load_client.queue, paused=True)
     )
     assert server.exists(keys.paused(load_client.queue))
-    await _call_until_answered(proxy, "purge", times, lambda: operation.purge(load_client.queue))
+    await _call_until_answered(proxy, "purge", times, lambda: operations.purge(load_client.queue))
     assert {job.status for job in await load_client.wait_until_all_ended()} == {"cancelled"}
     assert_one_end_each(server, load_client.queue)
     assert_at_rest(server, load_client.queue)
@@ -270,9 +269,9 @@ async def test_pause_and_purge_whose_replies_are_lost_end_each_waiting_job_once(
 async def test_a_bulk_cancel_and_a_purge_whose_replies_are_lost_count_each_job_once(
     times: int, proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
-    load_client, operation, selection = (
+    load_client, operations, selection = (
         Customer(loaded_store),
-        Operation(loaded_store),
+        Operations(loaded_store),
         Selection(loaded_store),
     )
     ids = await load_client.submit([1.0, 2.0, 3.0])
@@ -281,10 +280,10 @@ async def test_a_bulk_cancel_and_a_purge_whose_replies_are_lost_count_each_job_o
     counts: list[object] = []
 
     async def cancel() -> None:
-        counts.append(await operation.cancel(jobs))
+        counts.append(await operations.cancel_all(jobs))
 
     async def purge() -> None:
-        counts.append(await operation.forget(jobs))
+        counts.append(await operations.forget_all(jobs))
 
     await _call_until_answered(proxy, "cancel", times, cancel)
     assert_one_end_each(server, load_client.queue)
@@ -296,14 +295,14 @@ async def test_a_bulk_cancel_and_a_purge_whose_replies_are_lost_count_each_job_o
 async def test_a_retry_whose_reply_is_lost_starts_one_round_and_reports_it(
     proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
-    load_client, operation = Customer(loaded_store), Operation(loaded_store)
+    load_client, operations = Customer(loaded_store), Operations(loaded_store)
     ids = await load_client.submit([1.0, 2.0])
-    await operation.purge(load_client.queue)
+    await operations.purge(load_client.queue)
     jobs = [await _read(load_client, job_id) for job_id in ids]
     verdicts: list[object] = []
 
     async def retry() -> None:
-        verdicts.append(await operation.retry(jobs, 1))
+        verdicts.append(await operations.retry_all(jobs, 1))
 
     await _call_until_answered(proxy, "retry", 1, retry)
     assert verdicts == [dict.fromkeys(ids, "ok")]
@@ -316,14 +315,14 @@ async def test_a_retry_whose_reply_is_lost_starts_one_round_and_reports_it(
 async def test_a_repair_whose_reply_is_lost_puts_a_job_back_once(
     times: int, proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
-    load_client, upkeep = Customer(loaded_store), Upkeep(loaded_store)
+    load_client, maintenance = Customer(loaded_store), Maintenance(loaded_store)
     (job_id,) = await load_client.submit([1.0])
     server.delete(load_client.queue)
     gate = keys.repair_gate("predict_queue")
 
     async def repair() -> None:
         server.delete(gate)
-        await upkeep.repair(0.001)
+        await maintenance.repair(0.001)
 
     await repair()
     await _call_until_answered(proxy, "repair", times, repair)

@@ -299,7 +299,7 @@ async def test_with_full_memory_submits_are_refused_and_running_jobs_finish(
         assert following.claim
         (waiting,) = await load_client.read(ids[2:])
         assert waiting
-        assert await load_client.submissions.cancel(waiting) == "cancelled"
+        assert await load_client.operations.cancel(waiting) == "cancelled"
         job = following.claim.jobs[0]
         await runs.finish(
             following.claim, [Finished(job.job_id, "completed", b"{}", job.meta)], last=True

@@ -12,7 +12,7 @@ from asyncinfer.api.live.inbox import Inbox
 from asyncinfer.jobs import Options
 from asyncinfer.repository import keys
 from asyncinfer.repository.claims import Claim, ClaimRequest, Finished, Runs
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.maintenance import Maintenance
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import Stored
 from tests.faults.load_client import Customer
@@ -85,12 +85,12 @@ async def _kill_readers(server: redis.Redis) -> None:
 async def test_cancel_expiry_and_a_lost_worker_end_a_wait_too(
     store: Store, server: redis.Redis
 ) -> None:
-    load_client, runs, upkeep = Customer(store), Runs(store, "w"), Upkeep(store)
+    load_client, runs, maintenance = Customer(store), Runs(store, "w"), Maintenance(store)
     (lost,) = await load_client.submit([1.0])
     claim = await _claim(runs, load_client, 1)
     for _ in range(store.policy.max_deliveries - 1):
         assert claim
-        await _expire(server, upkeep, load_client, claim.token)
+        await _expire(server, maintenance, load_client, claim.token)
         claim = await _claim(runs, load_client, 1)
     assert claim
     (cancelled,) = await load_client.submit([1.0])
@@ -100,36 +100,38 @@ async def test_cancel_expiry_and_a_lost_worker_end_a_wait_too(
         await _wait_until_registered(server, load_client)
         (stored,) = await load_client.read([cancelled])
         assert stored
-        await load_client.submissions.cancel(stored)
-        await _expire(server, upkeep, load_client, claim.token)
+        await load_client.operations.cancel(stored)
+        await _expire(server, maintenance, load_client, claim.token)
         all_have_ended = asyncio.Event()
-        group.create_task(_sweep_until(all_have_ended, upkeep))
+        group.create_task(_sweep_until(all_have_ended, maintenance))
         ended = {job.job_id: job for job in [await waiter for waiter in waiters] if job}
         all_have_ended.set()
     assert ended[cancelled].status == "cancelled"
     assert b"expired" in (ended[expired].error or b"")
     assert b"worker_lost" in (ended[lost].error or b"")
-    await upkeep.sweep()
+    await maintenance.sweep()
     assert await _claim(runs, load_client, 9) is None
     assert_at_rest(server, load_client.queue)
 
 
-async def _expire(server: redis.Redis, upkeep: Upkeep, load_client: Customer, token: str) -> None:
+async def _expire(
+    server: redis.Redis, maintenance: Maintenance, load_client: Customer, token: str
+) -> None:
     """Lets the claim's lease expire, and sweeps until its jobs are released."""
     running = keys.running(load_client.queue)
     server.zadd(keys.leases(load_client.queue), {token: 1}, xx=True)
 
     async def is_released() -> bool:
-        await upkeep.sweep()
+        await maintenance.sweep()
         return token.encode() not in server.hvals(running)
 
     await eventually(is_released, "the jobs of the claim are released")
 
 
-async def _sweep_until(end: asyncio.Event, upkeep: Upkeep) -> None:
+async def _sweep_until(end: asyncio.Event, maintenance: Maintenance) -> None:
     # Ended by an event, since a call may swallow a cancellation.
     while not end.is_set():
-        await upkeep.sweep()
+        await maintenance.sweep()
         await asyncio.sleep(0.02)
 
 

@@ -10,7 +10,7 @@ import redis
 
 from asyncinfer.repository import keys
 from asyncinfer.repository.claims import ClaimRequest, Runs
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.maintenance import Maintenance
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.held_claim import Step
@@ -199,7 +199,7 @@ async def test_the_unfinished_jobs_of_a_dead_workers_claim_are_run_again(
         await eventually(lambda: server.hlen(keys.running(load_client.queue)) == 3, "all three run")
         stored = (await load_client.read(ids[:1]))[0]
         assert stored
-        await load_client.submissions.cancel(stored)
+        await load_client.operations.cancel(stored)
         await eventually(lambda: server.get(keys.status(ids[0])) == b"cancelled", "it is cancelled")
         doomed.kill()
         workers.start()
@@ -216,14 +216,14 @@ async def test_a_frozen_workers_jobs_come_back_within_the_promised_time(
 ) -> None:
     """A job's next run waits for its lease, the outage guard and two sweeps, and nothing else."""
     await load_client.submit([1.0])
-    upkeep = Upkeep(store)
-    await upkeep.sweep()
+    maintenance = Maintenance(store)
+    await maintenance.sweep()
     runs = Runs(store, "frozen")
     await runs.claim(ClaimRequest((load_client.queue,), runs.new_token(), False, 10))
     policy = store.policy
 
     async def waits_again() -> bool:
-        await upkeep.sweep()
+        await maintenance.sweep()
         return server.llen(load_client.queue) == 1
 
     await eventually(waits_again, "it waits again", 3 * policy.lease_seconds + 1)

@@ -34,7 +34,7 @@ async def test_a_busy_worker_is_shown_with_its_finished_and_its_running_jobs(
         (queue,) = await observation.queues()
         (stored,) = await load_client.read([running])
         assert stored
-        await load_client.submissions.cancel(stored)
+        await load_client.operations.cancel(stored)
         assert await member.stop() == 0
     assert (worker.pid, worker.slots, worker.state) == (member.process.pid, 2, "ready")
     assert worker.jobs_done == JobsDone(completed=20)

@@ -162,6 +162,13 @@ def test_a_script_uses_no_name_that_is_defined_nowhere(name: str) -> None:
     assert set(names_in(code)) <= declared | fields
 
 
+@pytest.mark.parametrize("name", [*NAMES, *PARTS])
+def test_a_comment_says_what_each_function_does(name: str) -> None:
+    lines = source(name).split("\n")
+    places = [at for at, line in enumerate(lines) if line.startswith("local function ")]
+    assert [lines[at] for at in places if not lines[at - 1].startswith("-- ")] == []
+
+
 # --- the header ------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""People test their own code against a whole service, of their own models."""
+"""Tests of asyncinfer.testing: a whole service with the models of a test."""
 
 import asyncio
 import json
@@ -44,7 +44,7 @@ LINUX: Final = sys.platform == "linux"
 def call(
     running: Running, method: str, path: str, body: Any = None, *, wait: bool = False
 ) -> dict[str, Any]:
-    """What is answered, whatever its status."""
+    """The JSON of a response, whatever its status."""
     headers = {"content-type": "application/json"} | ({"prefer": "wait=20"} if wait else {})
     if running.api_key:
         headers["x-api-key"] = running.api_key
@@ -64,8 +64,8 @@ def submit(running: Running, model: str, value: float, **options: Any) -> str:
     return str(call(running, "POST", f"/predict/{model}", body)["job_id"])
 
 
-def ask(running: Running, model: str, value: float) -> float:
-    """The number that a model answers with."""
+def predict(running: Running, model: str, value: float) -> float:
+    """The number that a model returns."""
     job = call(running, "POST", f"/predict/{model}", {"data": [[value]]}, wait=True)
     assert job["status"] == "completed", job
     return float(job["result"]["outputs"][0]["data"][0])
@@ -76,9 +76,9 @@ def status(running: Running, job_id: str) -> str:
 
 
 def folder_of(running: Running) -> Path:
-    found = re.search(r"its data in (.*)/data\n", running.log)
-    assert found, running.log
-    return Path(found[1])
+    match = re.search(r"its data in (.*)/data\n", running.log)
+    assert match, running.log
+    return Path(match[1])
 
 
 def with_weights_beside(path: Path) -> Path:
@@ -86,7 +86,7 @@ def with_weights_beside(path: Path) -> Path:
         zoo.adds(4),
         path,
         save_as_external_data=True,
-        location="weights/its.bin",
+        location="weights/model.bin",
         size_threshold=0,
     )
     return path
@@ -94,7 +94,7 @@ def with_weights_beside(path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """One service of every kind of model; what is asked of it leaves nothing that waits."""
+    """One service of every kind of model; each test leaves no unfinished job behind."""
     folder = tmp_path_factory.mktemp("mine")
     onnx.save(zoo.adds(1), folder / "one.onnx")
     (folder / "weights").mkdir()
@@ -109,9 +109,9 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         "folder": folder / "models" / "five",
         "slow": zoo.slow(),
     }
-    with service(models=models, max_json=4096) as it:
+    with service(models=models, max_json=4096) as running:
         shutil.rmtree(folder)
-        yield it
+        yield running
 
 
 # --- what is served --------------------------------------------------------------------------
@@ -120,10 +120,10 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 @pytest.mark.parametrize(
     ("model", "added"), [("file", 1), ("text", 1), ("proto", 2), ("bytes", 3), ("weights", 4)]
 )
-def test_a_model_is_served_from_whatever_it_is_given_as(
+def test_a_model_is_served_from_a_file_a_path_a_proto_or_bytes(
     running: Running, model: str, added: int
 ) -> None:
-    assert ask(running, model, 10) == 10 + added
+    assert predict(running, model, 10) == 10 + added
 
 
 def test_a_models_folder_is_served_with_its_model_toml(running: Running) -> None:
@@ -136,14 +136,14 @@ def test_it_answers_for_every_model_as_soon_as_the_block_is_entered(running: Run
     assert all(model in repr(running) for model in running.models)
 
 
-def test_a_client_of_it_is_at_hand(running: Running) -> None:
+def test_a_running_service_has_a_client(running: Running) -> None:
     assert running.client.health()
     assert running.client is running.client
 
 
 def test_a_model_of_any_rank_takes_what_it_is_given(running: Running) -> None:
     client = running.client
-    (model,) = (one for one in client.models() if one.model == "any_rank")
+    (model,) = (entry for entry in client.models() if entry.model == "any_rank")
     arrays: list[Any] = [5.0, [1.0, 2.0], [[1.0], [2.0]], np.ones((1, 2, 1, 2), np.float32)]
 
     answers = [client.predict(array, model="any_rank") for array in arrays]
@@ -163,28 +163,28 @@ def test_drain_returns_when_all_jobs_have_ended(running: Running) -> None:
 
     running.drain()
 
-    assert {status(running, one) for one in ids} == {"completed"}
+    assert {status(running, job_id) for job_id in ids} == {"completed"}
 
 
 def test_drain_of_nothing_takes_no_time(running: Running) -> None:
     running.drain(timeout_seconds=0)
 
 
-def test_drain_tells_what_is_left_when_time_is_out(running: Running) -> None:
+def test_drain_names_unfinished_jobs_when_time_is_out(running: Running) -> None:
     job_id = submit(running, "slow", zoo.FOREVER)
     call(running, "POST", "/models/file/pause")
     waiting_id = submit(running, "file", 1)
     eventually_sync(lambda: status(running, job_id) == "processing", "the slow one runs")
 
-    with pytest.raises(NotDrained) as told:
+    with pytest.raises(NotDrained) as error:
         running.drain(timeout_seconds=0.1)
 
-    for one in (job_id, waiting_id):
-        call(running, "DELETE", f"/job/{one}")
+    for unfinished_id in (job_id, waiting_id):
+        call(running, "DELETE", f"/job/{unfinished_id}")
     call(running, "POST", "/models/file/resume")
-    assert isinstance(told.value, TimeoutError)
-    assert "slow: 0 waiting, 1 running" in told.value.detail
-    assert "file: 1 waiting, 0 running, and it is paused" in told.value.detail
+    assert isinstance(error.value, TimeoutError)
+    assert "slow: 0 waiting, 1 running" in error.value.detail
+    assert "file: 1 waiting, 0 running, and it is paused" in error.value.detail
 
 
 async def test_an_async_test_waits_for_jobs_while_its_loop_runs_on(running: Running) -> None:
@@ -197,7 +197,7 @@ async def test_an_async_test_waits_for_jobs_while_its_loop_runs_on(running: Runn
 
 
 async def ticks_during(work: Any) -> int:
-    """How often the loop came to something else."""
+    """How often the event loop ran another task meanwhile."""
     ticks = 0
 
     async def tick() -> None:
@@ -207,9 +207,9 @@ async def ticks_during(work: Any) -> int:
             ticks += 1
 
     async with asyncio.TaskGroup() as group:
-        ticking = group.create_task(tick())
+        ticker = group.create_task(tick())
         await work
-        ticking.cancel()
+        ticker.cancel()
     return ticks
 
 
@@ -223,16 +223,16 @@ def test_a_setting_by_keyword_is_in_force(running: Running) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("settings", "message"),
     [
         ({"max_que": 1}, "no setting 'max_que'. Did you mean 'max_queue'?"),
         ({"max_queue": "many"}, "MAX_QUEUE is 'many'; it must be a whole number"),
         ({"port": 8000}, "sets port itself"),
     ],
 )
-def test_a_wrong_setting_is_refused_at_once(given: dict[str, Any], said: str) -> None:
-    with pytest.raises(InvalidSetting, match=re.escape(said)):
-        service(**given)
+def test_a_wrong_setting_is_refused_at_once(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidSetting, match=re.escape(message)):
+        service(**settings)
 
 
 def test_keys_that_cannot_be_read_are_refused() -> None:
@@ -241,29 +241,29 @@ def test_keys_that_cannot_be_read_are_refused() -> None:
 
 
 @pytest.mark.soak
-async def test_a_second_one_runs_beside_it_for_an_async_test(
+async def test_a_second_service_runs_beside_the_first_in_an_async_test(
     running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With keys, and none of what this process's environment sets."""
+    """It has API keys, and none of the settings of this process's environment."""
     monkeypatch.setenv("REDIS_URL", "redis://production.example.com")
     keys = tmp_path / "keys"
     keys.write_text(api_keys.entry_of(api_keys.new_key(), "acme", "submit").line())
 
     async with AsyncExitStack() as stack:
-        made = service(zoo.slow(), name="slower", api_keys=keys)
+        second_service = service(zoo.slow(), name="slower", api_keys=keys)
         started: list[Running] = []
 
         async def start() -> None:
-            started.append(await stack.enter_async_context(made))
+            started.append(await stack.enter_async_context(second_service))
 
         assert await ticks_during(start()) > 10
         (second,) = started
         assert second.models == ("slower",)
         with pytest.raises(RuntimeError, match="runs already"):
-            await made.__aenter__()
+            await second_service.__aenter__()
         assert second.url != running.url
-        assert await asyncio.to_thread(ask, second, "slower", 1) == 1
-        assert await asyncio.to_thread(ask, running, "file", 1) == 2
+        assert await asyncio.to_thread(predict, second, "slower", 1) == 1
+        assert await asyncio.to_thread(predict, running, "file", 1) == 2
         assert await asyncio.to_thread(status_without_key, second) == 401
         await asyncio.to_thread(submit, second, "slower", zoo.FOREVER)
         folder = folder_of(second)
@@ -271,14 +271,14 @@ async def test_a_second_one_runs_beside_it_for_an_async_test(
 
     assert time.monotonic() - leaving_at < 5
     assert not folder.exists()
-    assert await asyncio.to_thread(ask, running, "file", 1) == 2
+    assert await asyncio.to_thread(predict, running, "file", 1) == 2
 
 
 def status_without_key(running: Running) -> int:
-    with pytest.raises(urllib.error.HTTPError) as told:
+    with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(f"{running.url}/models/slower")
-    with told.value:
-        return told.value.code
+    with error.value:
+        return error.value.code
 
 
 @pytest.mark.soak
@@ -288,7 +288,7 @@ def test_a_redis_that_is_given_is_used_under_a_queue_of_its_own(
     path = zoo.place(tmp_path, "churn", zoo.adds(1))
     with service(path, redis_url=redis_url) as running:
         assert running.models == ("churn",)
-        assert ask(running, "churn", 1) == 2
+        assert predict(running, "churn", 1) == 2
         running.drain()
         (queue,) = call(running, "GET", "/health")["queues"]
 
@@ -308,15 +308,15 @@ def test_a_broken_model_is_refused_with_the_reason(others: dict[str, Model]) -> 
 
 
 @pytest.mark.parametrize(
-    ("models", "said"),
+    ("models", "message"),
     [
         ({"-": b""}, "'-' cannot name a model: a model's name is 1 to 64 letters"),
         ({"a": "no/such.onnx"}, "There is no model .*no/such.onnx"),
         ({}, "names no model"),
     ],
 )
-def test_models_that_are_not_there_are_refused(models: dict[str, Model], said: str) -> None:
-    with pytest.raises(StartError, match=said), service(models=models):
+def test_models_that_are_not_there_are_refused(models: dict[str, Model], message: str) -> None:
+    with pytest.raises(StartError, match=message), service(models=models):
         pass
 
 
@@ -338,8 +338,8 @@ def test_windows_is_refused_with_what_to_do() -> None:
 @pytest.mark.skipif(not LINUX, reason="elsewhere a start tries again")
 def test_a_port_is_kept_for_the_service_that_is_started() -> None:
     with free_port() as port:
-        with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
-            stranger.bind(("127.0.0.1", port))
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
         socket.create_server(("127.0.0.1", port)).close()
 
 
@@ -371,12 +371,12 @@ threading.Thread(target=run).start()
 
 @pytest.mark.soak
 def test_a_killed_test_run_leaves_neither_process_nor_file() -> None:
-    with parent("-c", KILLED) as it:
-        folder = Path(it.says()).parent
-        pids = descendants(it.process.pid)
+    with parent("-c", KILLED) as killed:
+        folder = Path(killed.says()).parent
+        pids = descendants(killed.process.pid)
         assert folder.exists()
         assert len(pids) >= 3
-        it.kill()
+        killed.kill()
 
         eventually_sync(lambda: all(map(is_gone, pids)), "all have ended", seconds=5)
         eventually_sync(lambda: not folder.exists(), "nothing is left", seconds=5)
@@ -384,7 +384,7 @@ def test_a_killed_test_run_leaves_neither_process_nor_file() -> None:
 
 def descendants(pid: int) -> list[int]:
     found, parents = list(processes()), {pid}
-    while more := {it.pid for it in found if it.parent in parents} - parents:
+    while more := {process.pid for process in found if process.parent in parents} - parents:
         parents |= more
     return sorted(parents - {pid})
 
@@ -429,19 +429,19 @@ def run_pytest(folder: Path, *more: str) -> str:
 
 
 @pytest.mark.soak
-def test_the_fixture_serves_the_models_of_a_conftest_and_shows_what_was_said(
+def test_the_fixture_serves_the_models_of_a_conftest_and_shows_the_log(
     tmp_path: Path,
 ) -> None:
-    said = run_pytest(tmp_path)
+    report = run_pytest(tmp_path)
 
-    assert "1 failed, 1 passed" in said, said
-    assert "said" in said
-    assert "Models   mine (default)" in said
+    assert "1 failed, 1 passed" in report, report
+    assert "last lines of" in report
+    assert "Models   mine (default)" in report
 
 
 @pytest.mark.soak
 def test_each_process_of_xdist_has_a_service_of_its_own(tmp_path: Path) -> None:
-    said = run_pytest(tmp_path, "-n", "2", "--dist", "each")
+    report = run_pytest(tmp_path, "-n", "2", "--dist", "each")
 
-    assert "2 failed, 2 passed" in said, said
-    assert len(set(re.findall("served at (.*)", said))) == 2
+    assert "2 failed, 2 passed" in report, report
+    assert len(set(re.findall("served at (.*)", report))) == 2

@@ -1,4 +1,4 @@
-"""Engines are loaded once each, lent while they run, and let go when there are too many."""
+"""The engine cache: one load for each version, and a bound on what stays loaded."""
 
 import asyncio
 import threading
@@ -10,7 +10,7 @@ import pytest
 
 from asyncinfer.engine import Engine
 from asyncinfer.models.folder import ModelFile, bare_file, read_stamp, total_bytes
-from asyncinfer.worker.models.engine_cache import Bounds, Shelf
+from asyncinfer.worker.models.engine_cache import Bounds, EngineCache
 from tests import zoo
 
 
@@ -32,45 +32,47 @@ async def test_jobs_that_come_while_a_version_is_loaded_wait_for_that_load(
     loads: list[str] = []
     go = threading.Event()
 
-    def slowly(file: ModelFile) -> Engine:
+    def load_when_allowed(file: ModelFile) -> Engine:
         go.wait()
         loads.append(file.model)
         return load(file)
 
-    shelf = Shelf(slowly, Bounds())
-    waiting = [asyncio.create_task(shelf.fetch(files[0], 1)) for _ in range(5)]
+    cache = EngineCache(load_when_allowed, Bounds())
+    fetches = [asyncio.create_task(cache.fetch(files[0], 1)) for _ in range(5)]
     await asyncio.sleep(0)
     go.set()
-    engines = {id(await one) for one in waiting}
+    engines = {id(await fetch) for fetch in fetches}
     assert (len(engines), loads) == (1, ["a"])
-    assert shelf.get(("a", "1")) is await shelf.fetch(files[0], 1)
-    shelf.close()
+    assert cache.get(("a", "1")) is await cache.fetch(files[0], 1)
+    cache.close()
 
 
-async def test_the_least_used_makes_room_and_who_runs_it_keeps_it(files: list[ModelFile]) -> None:
-    shelf = Shelf(load, Bounds(max_models=2))
-    first, _ = [await shelf.fetch(file, 1) for file in files[:2]]
-    assert shelf.get(("a", "1")) is first
-    await shelf.fetch(files[2], 1)
-    assert shelf.labels == [("a", "1"), ("c", "1")]
+async def test_the_least_used_engine_is_dropped_and_a_run_under_way_keeps_it(
+    files: list[ModelFile],
+) -> None:
+    cache = EngineCache(load, Bounds(max_models=2))
+    first, _ = [await cache.fetch(file, 1) for file in files[:2]]
+    assert cache.get(("a", "1")) is first
+    await cache.fetch(files[2], 1)
+    assert cache.labels == [("a", "1"), ("c", "1")]
     gone = weakref.ref(first)
-    shelf.drop(("a", "1"))
+    cache.drop(("a", "1"))
     assert first.signature.model == "a"
     del first
-    await shelf.load(files[0])  # after it, the thread has freed what was let go before
+    await cache.load(files[0])  # the thread frees dropped engines before it loads this one
     assert gone() is None
-    shelf.close()
+    cache.close()
 
 
-async def test_what_is_loaded_is_bounded_in_bytes_but_one_always_may(
+async def test_loaded_engines_are_bounded_in_bytes_but_one_may_always_stay(
     files: list[ModelFile],
 ) -> None:
     size = total_bytes(read_stamp(files[0]))
     assert size == files[0].path.stat().st_size
-    shelf = Shelf(load, Bounds(max_bytes=2 * size))
+    cache = EngineCache(load, Bounds(max_bytes=2 * size))
     for file in files:
-        await shelf.fetch(file, size)
-    assert shelf.labels == [("b", "1"), ("c", "1")]
-    await shelf.fetch(files[0], 100 * size)
-    assert shelf.labels == [("a", "1")]
-    shelf.close()
+        await cache.fetch(file, size)
+    assert cache.labels == [("b", "1"), ("c", "1")]
+    await cache.fetch(files[0], 100 * size)
+    assert cache.labels == [("a", "1")]
+    cache.close()

@@ -1,4 +1,4 @@
-"""One Redis, and folders of models that are not the same at each start or in each process."""
+"""Model folders that differ from start to start, or between the processes of one Redis."""
 
 import asyncio
 import signal
@@ -16,7 +16,7 @@ from asyncinfer import settings
 from asyncinfer.models.signature import Signature
 from asyncinfer.processes import valkey
 from asyncinfer.repository import keys
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import Submissions
@@ -32,28 +32,29 @@ ROWS: Final = {"data": [[1.0, 2.0, 3.0]]}
 
 
 @pytest.fixture(autouse=True)
-def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for knob in settings.knobs():
         monkeypatch.delenv(knob.variable, raising=False)
 
 
-def folder_of(parent_folder: Path, name: str, models: Sequence[str]) -> Path:
+def make_folder(parent_folder: Path, name: str, models: Sequence[str]) -> Path:
     folder = parent_folder / name
     for model in models:
         zoo.place(folder, model, zoo.mlp([3, 2]))
     return folder
 
 
-def announced(model: str) -> bytes:
-    """What a worker announces of a version."""
+def announcement(model: str) -> bytes:
+    """The announcement of version 1 of a model, as a worker writes it."""
     spec = TensorSpec("x", "FP32", ("n", 3))
     return msgspec.json.encode(Signature(model, "1", "sha", (spec,), (spec,)))
 
 
-def names(serve: Serve) -> dict[str, tuple[int, bool]]:
+def model_states(serve: Serve) -> dict[str, tuple[int, bool]]:
     """By model, how many workers serve it, and whether it is the default."""
     return {
-        one["model"]: (one["workers"], one["default"]) for one in serve.get("/models")["models"]
+        model["model"]: (model["workers"], model["default"])
+        for model in serve.get("/models")["models"]
     }
 
 
@@ -62,8 +63,10 @@ def post(serve: Serve, path: str, **more: Any) -> tuple[int, Any]:
     return answer.status_code, answer.json()
 
 
-def until(serve: Serve, wanted: dict[str, tuple[int, bool]], seconds: float = 30) -> None:
-    eventually_sync(lambda: names(serve) == wanted, f"the models are {wanted}", seconds)
+def wait_until_models_are(
+    serve: Serve, wanted: dict[str, tuple[int, bool]], seconds: float = 30
+) -> None:
+    eventually_sync(lambda: model_states(serve) == wanted, f"the models are {wanted}", seconds)
 
 
 def stop(serve: Serve) -> None:
@@ -71,10 +74,10 @@ def stop(serve: Serve) -> None:
     assert serve.process.process.wait(30) == 0
 
 
-# --- a folder after another ------------------------------------------------------------------
+# --- one folder after another ----------------------------------------------------------------
 
 
-def as_left_by_an_earlier_start(data_dir: Path) -> None:
+def leave_earlier_models(data_dir: Path) -> None:
     """What a `serve` of iris and churn leaves in its Valkey, with a job of churn."""
 
     async def leave() -> None:
@@ -83,8 +86,8 @@ def as_left_by_an_earlier_start(data_dir: Path) -> None:
             Store.open(server.url, queue_name=Q, policy=Policy(), name="test") as store,
         ):
             await store.claim_default_model("iris")
-            await Upkeep(store).announce_models(
-                {one: {"1": announced(one)} for one in ("iris", "churn")}
+            await Announcements(store).announce_models(
+                {model: {"1": announcement(model)} for model in ("iris", "churn")}
             )
             await Submissions(store).submit_many(f"{Q}:churn", [new_job(queue=f"{Q}:churn")])
 
@@ -92,23 +95,23 @@ def as_left_by_an_earlier_start(data_dir: Path) -> None:
 
 
 def test_models_and_default_of_an_earlier_folder_are_gone_within_moments(tmp_path: Path) -> None:
-    as_left_by_an_earlier_start(tmp_path / "data")
-    folder = folder_of(tmp_path, "wines", ["wine"])
+    leave_earlier_models(tmp_path / "data")
+    folder = make_folder(tmp_path, "wines", ["wine"])
     with serving("--model-dir", str(folder), DATA_DIR=str(tmp_path / "data")) as serve:
         assert serve.welcome["Models"] == "wine (default)"
-        # A job of churn waits; nothing of it is taken back, and nobody serves it.
-        until(serve, {"wine": (1, True), "churn": (0, False)}, 10)
-        ran = told("predict", "1", "2", "3", "--url", serve.welcome["URL"])
-        assert ran.code == 0, ran
+        # A job of churn waits, so its announcement stays although no worker serves it.
+        wait_until_models_are(serve, {"wine": (1, True), "churn": (0, False)}, 10)
+        command = told("predict", "1", "2", "3", "--url", serve.welcome["URL"])
+        assert command.code == 0, command
 
 
 @pytest.mark.soak
 def test_jobs_of_an_earlier_folder_stay_until_they_are_cancelled(tmp_path: Path) -> None:
     data_dir = str(tmp_path / "data")
-    first = folder_of(tmp_path, "first", ["iris", "churn", "idle"])
-    second = folder_of(tmp_path, "second", ["wine"])
+    first = make_folder(tmp_path, "first", ["iris", "churn", "idle"])
+    second = make_folder(tmp_path, "second", ["wine"])
     with serving("--model-dir", str(first), DATA_DIR=data_dir) as serve:
-        until(serve, {"churn": (1, False), "idle": (1, False), "iris": (1, True)})
+        wait_until_models_are(serve, {"churn": (1, False), "idle": (1, False), "iris": (1, True)})
         for model in ("iris", "churn"):
             assert post(serve, f"/models/{model}/pause")[0] == 200
             assert [post(serve, f"/predict/{model}")[0] for _ in range(15)] == [202] * 15
@@ -123,12 +126,12 @@ def test_jobs_of_an_earlier_folder_stay_until_they_are_cancelled(tmp_path: Path)
 
     with serving("--model-dir", str(second), DATA_DIR=data_dir) as serve:
         said = serve.process.says()
-        until(serve, {"churn": (0, False), "iris": (0, True), "wine": (1, False)})
+        wait_until_models_are(serve, {"churn": (0, False), "iris": (0, True), "wine": (1, False)})
         assert post(serve, "/predict/idle")[0] in (404, 503)
         told("cancel", "--model", "churn", "--url", serve.welcome["URL"])
-        until(serve, {"iris": (0, True), "wine": (1, False)})
+        wait_until_models_are(serve, {"iris": (0, True), "wine": (1, False)})
         told("cancel", "--model", "iris", "--url", serve.welcome["URL"])
-        until(serve, {"wine": (1, True)})
+        wait_until_models_are(serve, {"wine": (1, True)})
         eventually_sync(lambda: post(serve, "/predict/iris")[0] == 404, "iris is unknown")
         status, answer = post(serve, "/predict", headers={"Prefer": "wait=20"})
         assert (status, answer["status"], answer["model"]) == (200, "completed", "wine")
@@ -140,10 +143,10 @@ def test_jobs_of_an_earlier_folder_stay_until_they_are_cancelled(tmp_path: Path)
 def test_with_several_models_and_none_that_is_the_default_a_request_must_name_one(
     tmp_path: Path,
 ) -> None:
-    as_left_by_an_earlier_start(tmp_path / "data")
-    folder = folder_of(tmp_path, "several", ["a", "b"])
+    leave_earlier_models(tmp_path / "data")
+    folder = make_folder(tmp_path, "several", ["a", "b"])
     with serving("--model-dir", str(folder), DATA_DIR=str(tmp_path / "data")) as serve:
-        until(serve, {"a": (1, False), "b": (1, False), "churn": (0, False)})
+        wait_until_models_are(serve, {"a": (1, False), "b": (1, False), "churn": (0, False)})
         eventually_sync(lambda: post(serve, "/predict")[0] == 422, "it asks for a name")
         assert "POST /predict/NAME" in post(serve, "/predict")[1]["detail"]
         stop(serve)
@@ -151,90 +154,92 @@ def test_with_several_models_and_none_that_is_the_default_a_request_must_name_on
     with serving(
         *("--model-dir", str(folder), "--default-model", "b"), DATA_DIR=str(tmp_path / "data")
     ) as serve:
-        until(serve, {"a": (1, False), "b": (1, True), "churn": (0, False)})
+        wait_until_models_are(serve, {"a": (1, False), "b": (1, True), "churn": (0, False)})
 
 
 @pytest.mark.soak
 def test_what_a_killed_serve_left_is_gone_too(tmp_path: Path) -> None:
     data_dir = str(tmp_path / "data")
     with serving(
-        "--model-dir", str(folder_of(tmp_path, "a", ["iris", "x"])), DATA_DIR=data_dir
+        "--model-dir", str(make_folder(tmp_path, "a", ["iris", "x"])), DATA_DIR=data_dir
     ) as serve:
-        until(serve, {"iris": (1, True), "x": (1, False)})
+        wait_until_models_are(serve, {"iris": (1, True), "x": (1, False)})
         serve.process.kill()
     with serving(
-        "--model-dir", str(folder_of(tmp_path, "b", ["wine"])), DATA_DIR=data_dir
+        "--model-dir", str(make_folder(tmp_path, "b", ["wine"])), DATA_DIR=data_dir
     ) as serve:
-        until(serve, {"wine": (1, True)}, 20)
+        wait_until_models_are(serve, {"wine": (1, True)}, 20)
 
 
 @pytest.mark.soak
 def test_a_redis_that_others_use_too_keeps_what_nobody_serves_now(
     tmp_path: Path, redis_url: str, server: redis.Redis
 ) -> None:
-    server.hset(keys.model(Q, "away"), "1", announced("away"))
+    server.hset(keys.model(Q, "away"), "1", announcement("away"))
     server.sadd(keys.models(Q), "away")
-    folder = folder_of(tmp_path, "own", ["wine"])
+    folder = make_folder(tmp_path, "own", ["wine"])
     with serving("--work", "--model-dir", str(folder), REDIS_URL=redis_url) as serve:
-        until(serve, {"wine": (1, True), "away": (0, False)})
+        wait_until_models_are(serve, {"wine": (1, True), "away": (0, False)})
         stop(serve)
     assert server.sismember(keys.models(Q), "away")
 
 
-# --- a folder beside another -----------------------------------------------------------------
+# --- one folder beside another ---------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def churn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
     """A `serve` of one model, churn."""
     place = tmp_path_factory.mktemp("beside")
-    folder = folder_of(place, "churns", ["churn"])
+    folder = make_folder(place, "folder_of_churn", ["churn"])
     with serving("--model-dir", str(folder), DATA_DIR=str(place / "data")) as serve:
-        until(serve, {"churn": (1, True)})
+        wait_until_models_are(serve, {"churn": (1, True)})
         yield serve
 
 
-def churns(serve: Serve) -> str:
-    return str(Path(serve.process.environ["DATA_DIR"]).with_name("churns"))
+def folder_of_churn(serve: Serve) -> str:
+    """The model folder of the `churn` fixture's serve."""
+    return str(Path(serve.process.environ["DATA_DIR"]).with_name("folder_of_churn"))
 
 
 @contextmanager
-def working(serve: Serve, cwd: Path, **environ: str) -> Iterator[Parent]:
+def worker_beside(serve: Serve, cwd: Path, **environ: str) -> Iterator[Parent]:
     data_dir = serve.process.environ["DATA_DIR"]
     path = str(Path(__file__).parents[2])
     with parent(
         "-m", "asyncinfer", "work", cwd=cwd, DATA_DIR=data_dir, PYTHONPATH=path, **environ
-    ) as it:
-        yield it
-        it.process.terminate()
-        it.process.wait()
+    ) as worker:
+        yield worker
+        worker.process.terminate()
+        worker.process.wait()
 
 
 def test_a_worker_beside_a_serve_takes_its_folder_where_none_is_named(
     churn: Serve, tmp_path: Path
 ) -> None:
-    with working(churn, tmp_path) as second:
-        until(churn, {"churn": (2, True)})
+    with worker_beside(churn, tmp_path) as second:
+        wait_until_models_are(churn, {"churn": (2, True)})
         second.process.terminate()
-        assert f"Serves {churns(churn)}, as the running" in second.complaints()
+        assert f"Serves {folder_of_churn(churn)}, as the running" in second.complaints()
 
 
-def test_a_worker_in_another_folder_is_told_of_in_its_log_and_among_the_problems(
+def test_a_worker_in_another_folder_is_named_in_its_log_and_among_the_problems(
     churn: Serve, tmp_path: Path
 ) -> None:
-    other = folder_of(tmp_path, "model", ["wine"])
-    with working(churn, tmp_path) as second:
-        until(churn, {"churn": (1, True), "wine": (1, False)})
+    other = make_folder(tmp_path, "model", ["wine"])
+    with worker_beside(churn, tmp_path) as second:
+        wait_until_models_are(churn, {"churn": (1, True), "wine": (1, False)})
 
         def problems() -> list[str]:
-            (model,) = (one for one in churn.get("/models")["models"] if one["model"] == "churn")
-            return [one["reason"] for one in model["problems"]]
+            models = churn.get("/models")["models"]
+            (model,) = (model for model in models if model["model"] == "churn")
+            return [problem["reason"] for problem in model["problems"]]
 
-        eventually_sync(lambda: len(problems()) == 1, "it is a problem")
-        for words in (str(other), f"Set MODEL_DIR={churns(churn)}"):
+        eventually_sync(lambda: len(problems()) == 1, "churn has a problem")
+        for words in (str(other), f"Set MODEL_DIR={folder_of_churn(churn)}"):
             assert words in problems()[0]
         workers = churn.get("/workers")["workers"]
-        assert sorted(len(one["problems"]) for one in workers) == [0, 1]
+        assert sorted(len(worker["problems"]) for worker in workers) == [0, 1]
         second.process.terminate()
         log = second.complaints()
     assert log.count("Other workers serve churn from") == 1
@@ -243,14 +248,14 @@ def test_a_worker_in_another_folder_is_told_of_in_its_log_and_among_the_problems
 
 @pytest.mark.soak
 def test_a_doctor_in_another_folder_says_which_is_served(churn: Serve, tmp_path: Path) -> None:
-    folder_of(tmp_path, "other", ["wine"])
+    make_folder(tmp_path, "other", ["wine"])
     argv = ("--data-dir", churn.process.environ["DATA_DIR"], "--url", churn.welcome["URL"])
-    ran = told("doctor", *argv, "--model-dir", str(tmp_path / "other"))
-    assert f"{tmp_path}/other is examined here" in ran.out
-    assert f"serves {churns(churn)}" in ran.out
-    assert f"-> asyncinfer doctor --model-dir {churns(churn)}" in ran.out
-    assert "1 warning," in ran.out
-    assert "; 0 jobs wait, 1 worker\n" in ran.out
+    command = told("doctor", *argv, "--model-dir", str(tmp_path / "other"))
+    assert f"{tmp_path}/other is examined here" in command.out
+    assert f"serves {folder_of_churn(churn)}" in command.out
+    assert f"-> asyncinfer doctor --model-dir {folder_of_churn(churn)}" in command.out
+    assert "1 warning," in command.out
+    assert "; 0 jobs wait, 1 worker\n" in command.out
 
-    same = told("doctor", *argv, "--model-dir", churns(churn))
+    same = told("doctor", *argv, "--model-dir", folder_of_churn(churn))
     assert "model folder" not in same.out

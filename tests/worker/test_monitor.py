@@ -1,4 +1,4 @@
-"""A worker's private port, asked by whoever reaches it."""
+"""The monitor port of a worker: health, metrics, and requests that are malformed or too slow."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -9,14 +9,14 @@ import msgspec
 import pytest
 
 from asyncinfer.cli import main
-from asyncinfer.worker.monitor import Monitor, listen, monitored
+from asyncinfer.worker.monitor import Monitor, listen, serve_monitor
 from tests.api.harness import hosted, raw_exchange
 
 
 @pytest.fixture
 def listener() -> Iterator[socket]:
-    with closing(listen("127.0.0.1", 0)) as it:
-        yield it
+    with closing(listen("127.0.0.1", 0)) as listener:
+        yield listener
 
 
 @pytest.fixture
@@ -26,18 +26,18 @@ def port(listener: socket) -> int:
 
 @pytest.fixture
 async def monitor(listener: socket) -> AsyncIterator[Monitor]:
-    async with hosted(monitored(listener, head_seconds=0.1)) as it:
-        yield it
+    async with hosted(serve_monitor(listener, head_seconds=0.1)) as monitor:
+        yield monitor
 
 
-async def ask(port: int, path: str, method: str = "GET") -> tuple[str, bytes]:
-    """The head and the body of an answer."""
-    said = await raw_exchange(port, f"{method} {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-    head, _, body = said.partition(b"\r\n\r\n")
+async def send_request(port: int, path: str, method: str = "GET") -> tuple[str, bytes]:
+    """Sends a request; returns the head and the body of the response."""
+    raw = await raw_exchange(port, f"{method} {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    head, _, body = raw.partition(b"\r\n\r\n")
     return head.decode(), body
 
 
-def assert_refused(answer: tuple[str, bytes], status: int, code: str) -> str:
+def assert_problem(answer: tuple[str, bytes], status: int, code: str) -> str:
     head, body = answer
     assert head.startswith(f"HTTP/1.1 {status} "), head
     assert "content-type: application/problem+json" in head
@@ -47,26 +47,28 @@ def assert_refused(answer: tuple[str, bytes], status: int, code: str) -> str:
 
 
 async def test_it_lives_before_it_is_ready(monitor: Monitor, port: int) -> None:
-    assert (await ask(port, "/health/live"))[1] == b'{"status":"ok"}'
-    assert "Redis" in assert_refused(await ask(port, "/health/ready"), 503, "not_ready")
+    assert (await send_request(port, "/health/live"))[1] == b'{"status":"ok"}'
+    assert "Redis" in assert_problem(await send_request(port, "/health/ready"), 503, "not_ready")
     monitor.unready = lambda: None
-    assert (await ask(port, "/health/ready"))[1] == b'{"status":"ok"}'
+    assert (await send_request(port, "/health/ready"))[1] == b'{"status":"ok"}'
     monitor.unready = lambda: "It drains."
-    assert assert_refused(await ask(port, "/health/ready"), 503, "not_ready") == "It drains."
+    assert (
+        assert_problem(await send_request(port, "/health/ready"), 503, "not_ready") == "It drains."
+    )
 
 
 @pytest.mark.usefixtures("monitor")
-async def test_before_it_works_there_is_nothing_to_count(port: int) -> None:
-    assert_refused(await ask(port, "/metrics"), 503, "not_ready")
+async def test_before_the_worker_has_started_there_are_no_metrics(port: int) -> None:
+    assert_problem(await send_request(port, "/metrics"), 503, "not_ready")
 
 
 @pytest.mark.usefixtures("monitor")
-async def test_what_it_does_not_have_is_a_problem_as_the_api_has_them(port: int) -> None:
-    assert_refused(await ask(port, "/predict"), 404, "route_not_found")
-    refused = await ask(port, "/health/live", "POST")
-    assert_refused(refused, 405, "method_not_allowed")
+async def test_an_unknown_path_or_method_gets_a_problem_as_the_api_gives_it(port: int) -> None:
+    assert_problem(await send_request(port, "/predict"), 404, "route_not_found")
+    refused = await send_request(port, "/health/live", "POST")
+    assert_problem(refused, 405, "method_not_allowed")
     assert "allow: GET, HEAD" in refused[0]
-    assert (await ask(port, "/health/live", "HEAD"))[1] == b""
+    assert (await send_request(port, "/health/live", "HEAD"))[1] == b""
 
 
 @pytest.mark.usefixtures("monitor")
@@ -82,17 +84,17 @@ async def test_what_it_does_not_have_is_a_problem_as_the_api_has_them(port: int)
 async def test_bytes_that_are_no_request_are_refused_in_time(
     sent: bytes, status: bytes, port: int
 ) -> None:
-    said = await raw_exchange(port, sent, seconds=2)
-    assert said.startswith(b"HTTP/1.1 %b " % status if status else b"")
-    assert bool(said) == bool(status)
+    raw = await raw_exchange(port, sent, seconds=2)
+    assert raw.startswith(b"HTTP/1.1 %b " % status if status else b"")
+    assert bool(raw) == bool(status)
 
 
 @pytest.mark.usefixtures("monitor")
 async def test_silent_connections_do_not_keep_a_probe_out(port: int) -> None:
-    """The one that is silent for longest makes room, at once."""
+    """The connection that is silent for longest is closed at once."""
     silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(64)]
     async with asyncio.timeout(1):
-        assert (await ask(port, "/health/live"))[1] == b'{"status":"ok"}'
+        assert (await send_request(port, "/health/live"))[1] == b'{"status":"ok"}'
         assert await silent[0][0].read() == b""
     for _, writer in silent:
         writer.close()
@@ -103,6 +105,6 @@ def test_a_port_in_use_stops_the_start_and_says_what_to_do(
 ) -> None:
     work = ("work", "--redis-url", "unix:///nowhere", "--monitor-port", str(port))
     assert main(work) == 2
-    said = capsys.readouterr().err
-    assert f"127.0.0.1:{port}" in said
-    assert "MONITOR_PORT" in said
+    message = capsys.readouterr().err
+    assert f"127.0.0.1:{port}" in message
+    assert "MONITOR_PORT" in message

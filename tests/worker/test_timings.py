@@ -1,4 +1,4 @@
-"""The measured pace: seconds of slot time a job, by model."""
+"""Measured times: seconds of slot time per job, and seconds per run, by model."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_a_model_that_became_slower_is_known_to_be_within_minutes() -> None:
     assert paces.seconds_per_job()["iris"] == pytest.approx(1.0, rel=0.07)
 
 
-def test_a_night_without_jobs_forgets_nothing_and_weighs_nothing() -> None:
+def test_a_night_without_jobs_keeps_the_mean_and_gives_it_no_weight() -> None:
     paces = Paces()
     paces.note("iris", 1.0, 1000, at_seconds=0)
     assert paces.seconds_per_job() == {"iris": 0.001}
@@ -41,6 +41,6 @@ def test_run_times_are_kept_by_model_and_power_of_two() -> None:
     times = RunTimes()
 
     for rows, seconds in ((1, 0.5), (3, 1.0), (4, 2.0), (5, 8.0)):
-        times.note("m", rows, seconds)
+        times.add("m", rows, seconds)
 
     assert times.view() == {"m": {1: 0.5, 4: 1.5, 8: 8.0}}

@@ -1,4 +1,4 @@
-"""`asyncinfer bench`: a short load on your own deployment, and what limits it."""
+"""`asyncinfer bench`: a short load on a deployment, and its bottleneck."""
 
 import click
 
@@ -25,7 +25,7 @@ from asyncinfer.cli.options import Server
     default=16,
     show_default=True,
     metavar="COUNT",
-    help="Requests under way at once.",
+    help="Number of concurrent requests.",
 )
 @click.option("--model", metavar="NAME", help="Default: the default model.")
 @options.server
@@ -33,12 +33,13 @@ from asyncinfer.cli.options import Server
 def bench(
     seconds: float, connections: int, model: str | None, server: Server, as_json: bool
 ) -> int:
-    """Measure a model on your deployment, and what limits it.
+    """Measure throughput and latency of a model, and name the bottleneck.
 
-    First each connection waits for a job, then makes the next (waits); then each only submits
-    (submits). The input is the model's own example. The jobs are in a group of their own; what is
-    left of them is cancelled and deleted at the end. Real traffic is slowed down meanwhile.
-    Exits with 1 when any request was answered with an error other than a full queue.
+    Runs two loads with the model's own example as input. In the first (waits) each connection
+    submits a job, waits for its result and submits the next; in the second (submits) it only
+    submits. Real traffic is slower meanwhile. All jobs are in a group of their own, which is
+    cancelled and deleted at the end. Exits with 1 if any request failed for another reason than a
+    full queue.
     """
     from asyncinfer.cli.bench.load import measure
     from asyncinfer.cli.bench.report import show_bench

@@ -1,4 +1,4 @@
-"""HTTP/1.1 over one connection, as light as a load needs it: the client must not be the limit."""
+"""A minimal HTTP/1.1 client: so light that the client does not become the bottleneck."""
 
 import asyncio
 import ssl
@@ -7,12 +7,12 @@ from contextlib import asynccontextmanager
 from typing import Final
 from urllib.parse import urlsplit
 
-_SECONDS: Final = 60.0
-_CONNECT_SECONDS: Final = 5.0
+_TIMEOUT_SECONDS: Final = 60.0
+_CONNECT_TIMEOUT_SECONDS: Final = 5.0
 
 
 class Connection:
-    """Requests one after another; raises OSError or EOFError when it is cut."""
+    """One connection for requests one after another; raises OSError or EOFError if it is lost."""
 
     def __init__(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str, key: str | None
@@ -27,7 +27,7 @@ class Connection:
     async def open(cls, url: str, key: str | None) -> AsyncIterator["Connection"]:
         parts = urlsplit(url)
         secure = parts.scheme == "https"
-        async with asyncio.timeout(_CONNECT_SECONDS):
+        async with asyncio.timeout(_CONNECT_TIMEOUT_SECONDS):
             reader, writer = await asyncio.open_connection(
                 parts.hostname or "127.0.0.1",
                 parts.port or (443 if secure else 80),
@@ -38,16 +38,16 @@ class Connection:
         finally:
             writer.close()
 
-    def prepared(self, method: str, path: str, body: bytes = b"", headers: str = "") -> bytes:
-        """`headers` are whole lines."""
-        kind = "content-type: application/json\r\n" if body else ""
+    def encode_request(self, method: str, path: str, body: bytes = b"", headers: str = "") -> bytes:
+        """The bytes of a request; `headers` are whole lines, each with its line end."""
+        content_type = "content-type: application/json\r\n" if body else ""
         length = f"content-length: {len(body)}\r\n"
-        head = f"{method} {path} HTTP/1.1\r\n{self._head}{kind}{headers}{length}\r\n"
+        head = f"{method} {path} HTTP/1.1\r\n{self._head}{content_type}{headers}{length}\r\n"
         return head.encode() + body
 
     async def exchange(self, request: bytes) -> int:
-        """The answer's status; the rest of it is read and dropped."""
-        async with asyncio.timeout(_SECONDS):
+        """Sends a request and returns the status; the rest of the response is read and dropped."""
+        async with asyncio.timeout(_TIMEOUT_SECONDS):
             self._writer.write(request)
             head = await self._reader.readuntil(b"\r\n\r\n")
             await self._drop_body(head.lower())

@@ -1,4 +1,4 @@
-"""The two loads of a bench, and a look at each side meanwhile."""
+"""The two loads of `bench`, and samples of API, Redis and workers meanwhile."""
 
 import asyncio
 import itertools
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Struct
 
-from asyncinfer.cli.api_client import Service, by_rows, part
+from asyncinfer.cli.api_client import ApiClient, path_part, seconds_by_rows
 from asyncinfer.cli.bench.http_load import Connection
 from asyncinfer.cli.bench.verdict import Bench, Load, Sides, latency, verdict
 from asyncinfer.cli.options import Server
@@ -21,85 +21,93 @@ from asyncinfer.client import CannotSend, ConnectionFailed, Forbidden, Model
 from asyncinfer.schemas.operations import Queue, QueueList, WorkerList
 from asyncinfer.schemas.responses import Cleared
 
-_FULL: Final = 429
-_LOOK_SECONDS: Final = 0.25
-_WAIT: Final = "prefer: wait=30\r\n"
+_STATUS_QUEUE_FULL: Final = 429
+_PAUSE_SECONDS: Final = 0.25
+_WAIT_HEADER: Final = "prefer: wait=30\r\n"
 
 
-class _Taken(Struct):
-    """What one load's connections saw together."""
+class _LoadCounts(Struct):
+    """Latencies and errors of all connections of one load."""
 
     seconds: list[float] = []
     full: int = 0
     errors: int = 0
-    cpu: float = 0.0
 
 
-class _Seen(Struct):
-    """What was seen of the sides meanwhile, in seconds."""
+class _SideSamples(Struct):
+    """Samples taken during the first load."""
 
     live: list[float] = []
+    """Seconds of a GET /health/live, which needs the API alone."""
     ready: list[float] = []
+    """Seconds of a GET /health/ready, which asks Redis too."""
     busy: list[float] = []
+    """Shares of the slots that were busy."""
 
 
 def measure(server: Server, name: str | None, seconds: float, connections: int) -> Bench:
-    """Raises what stops it; whatever it made is cancelled and deleted."""
-    with Service(server) as service:
-        model = service.client.model(name)
+    """Runs both loads, `seconds` each, and cancels and deletes their jobs at the end.
+
+    Raises ConnectionFailed if a connection is lost, and CannotSend if the model has no example.
+    """
+    with ApiClient(server) as api:
+        model = api.client.model(name)
         group = f"bench-{uuid.uuid4().hex[:12]}"
-        path = f"/predict/{part(model.model)}"
+        path = f"/predict/{path_part(model.model)}"
         body = _body(model, group)
         try:
-            load = _Loads(server, service, path, body, connections)
-            return asyncio.run(load.run(model, seconds))
+            runner = _LoadRunner(server, api, path, body, connections)
+            return asyncio.run(runner.run(model, seconds))
         except (OSError, EOFError) as error:
             raise ConnectionFailed(
                 f"A connection to {server.url} was cut while it was under load ({error})."
             ) from error
         finally:
-            _clean_up(service, group)
+            _clean_up(api, group)
 
 
 def _body(model: Model, group: str) -> bytes:
-    shown = model.shown_example
-    if not isinstance(shown, dict):
+    example = model.shown_example
+    if not isinstance(example, dict):
         raise CannotSend(
             f"The server knows no example of {model.model}: give its model.toml an `example`."
         )
-    return msgspec.json.encode({**shown, "options": {"group": group}})
+    return msgspec.json.encode({**example, "options": {"group": group}})
 
 
-def _clean_up(service: Service, group: str) -> None:
+def _clean_up(api: ApiClient, group: str) -> None:
+    """Cancels all jobs of a group, then deletes them."""
     queries: tuple[dict[str, Any], ...] = ({}, {"purge": True, "status": "ended"})
     for query in queries:
         more = True
         while more:
-            done = service.ask_as(Cleared, "DELETE", "/jobs", group=group, **query)
+            done = api.request_as(Cleared, "DELETE", "/jobs", group=group, **query)
             more = done.more and done.cancelled + done.stopping + done.purged > 0
 
 
-class _Loads:
+class _LoadRunner:
+    """Runs both loads on one model, and samples the service during the first."""
+
     def __init__(
-        self, server: Server, service: Service, path: str, body: bytes, connections: int
+        self, server: Server, api: ApiClient, path: str, body: bytes, connections: int
     ) -> None:
         self._server = server
-        self._service = service
+        self._api = api
         self._path = path
         self._body = body
         self._connections = connections
 
     async def run(self, model: Model, seconds: float) -> Bench:
-        seen = _Seen()
-        machine = _Machine(self._server.url)
+        samples = _SideSamples()
+        machine = _CpuMeter(self._server.url)
         async with asyncio.TaskGroup() as group:
-            looking = group.create_task(self._look(model.model, seen))
-            waits, cpu = await self._load(seconds, _WAIT)
-            looking.cancel()
-        machine_cpu = machine.busy()
+            sampling = group.create_task(self._sample_sides(model.model, samples))
+            waits, cpu = await self._run_load(seconds, _WAIT_HEADER)
+            sampling.cancel()
+        machine_cpu = machine.busy_share()
         queue = self._queue(model.model)
-        submits, _ = await self._load(seconds, "")
-        sides = self._sides(seen, cpu, machine_cpu, queue)
+        submits, _ = await self._run_load(seconds, "")
+        sides = self._sides(samples, cpu, machine_cpu, queue)
         return Bench(
             model=model.model,
             connections=self._connections,
@@ -109,82 +117,86 @@ class _Loads:
             verdict=verdict(waits, sides, self._connections),
         )
 
-    # --- load ----------------------------------------------------------------------------
+    # --- load -------------------------------------------------------------------------------
 
-    async def _load(self, seconds: float, headers: str) -> tuple[Load, float]:
-        """And how much of a core it took here."""
-        taken = _Taken()
+    async def _run_load(self, seconds: float, headers: str) -> tuple[Load, float]:
+        """The load, and the share of a core that this process used for it."""
+        counts = _LoadCounts()
         started, cpu = time.perf_counter(), time.process_time()
         until = started + seconds
         async with asyncio.TaskGroup() as group:
             for _ in range(self._connections):
-                group.create_task(self._connection(until, headers, taken))
-        took = time.perf_counter() - started
+                group.create_task(self._send_requests(until, headers, counts))
+        elapsed = time.perf_counter() - started
         load = Load(
-            requests=len(taken.seconds),
-            per_second=round(len(taken.seconds) / took, 1),
-            latency_ms=latency(taken.seconds),
-            refused_full=taken.full,
-            errors=taken.errors,
-            seconds=round(took, 3),
+            requests=len(counts.seconds),
+            per_second=round(len(counts.seconds) / elapsed, 1),
+            latency_ms=latency(counts.seconds),
+            refused_full=counts.full,
+            errors=counts.errors,
+            seconds=round(elapsed, 3),
         )
-        return load, (time.process_time() - cpu) / took
+        return load, (time.process_time() - cpu) / elapsed
 
-    async def _connection(self, until: float, headers: str, taken: _Taken) -> None:
+    async def _send_requests(self, until: float, headers: str, counts: _LoadCounts) -> None:
+        """Sends requests over one connection until a time of `perf_counter`."""
         async with Connection.open(self._server.url, self._server.api_key) as connection:
-            request = connection.prepared("POST", self._path, self._body, headers)
+            request = connection.encode_request("POST", self._path, self._body, headers)
             while (sent := time.perf_counter()) < until:
                 status = await connection.exchange(request)
                 if status in (200, 202):
-                    taken.seconds.append(time.perf_counter() - sent)
-                elif status == _FULL:
-                    taken.full += 1
-                    await asyncio.sleep(_LOOK_SECONDS)  # as it asks for
+                    counts.seconds.append(time.perf_counter() - sent)
+                elif status == _STATUS_QUEUE_FULL:
+                    counts.full += 1
+                    await asyncio.sleep(_PAUSE_SECONDS)  # a full queue asks for a pause
                 else:
-                    taken.errors += 1
+                    counts.errors += 1
 
-    # --- the sides -----------------------------------------------------------------------
+    # --- samples ----------------------------------------------------------------------------
 
-    async def _look(self, model: str, seen: _Seen) -> None:
+    async def _sample_sides(self, model: str, samples: _SideSamples) -> None:
+        """Adds samples of API, Redis and workers until it is cancelled."""
         async with Connection.open(self._server.url, self._server.api_key) as connection:
-            live = connection.prepared("GET", "/health/live")
-            ready = connection.prepared("GET", "/health/ready")
+            live = connection.encode_request("GET", "/health/live")
+            ready = connection.encode_request("GET", "/health/ready")
             for turn in itertools.count():
-                seen.live.append(await _timed(connection.exchange, live))
-                seen.ready.append(await _timed(connection.exchange, ready))
+                samples.live.append(await _time_exchange(connection.exchange, live))
+                samples.ready.append(await _time_exchange(connection.exchange, ready))
                 if turn % 4 == 3:
-                    await asyncio.to_thread(self._look_at_workers, model, seen)
-                await asyncio.sleep(_LOOK_SECONDS)
+                    await asyncio.to_thread(self._sample_workers, model, samples)
+                await asyncio.sleep(_PAUSE_SECONDS)
 
-    def _look_at_workers(self, model: str, seen: _Seen) -> None:
-        """How busy they are; a key without the scope `admin` is not told."""
+    def _sample_workers(self, model: str, samples: _SideSamples) -> None:
+        """Adds the share of busy slots; nothing if the key lacks the scope `admin`."""
         try:
-            found = self._service.ask_as(WorkerList, "GET", "/workers").workers
+            workers = self._api.request_as(WorkerList, "GET", "/workers").workers
         except Forbidden:
             return
-        ours = [one for one in found if model in one.models and one.busy is not None]
-        if slots := sum(one.slots for one in ours):
-            seen.busy.append(sum(one.busy or 0 for one in ours) / slots)
+        serving = [
+            worker for worker in workers if model in worker.models and worker.busy is not None
+        ]
+        if slots := sum(worker.slots for worker in serving):
+            samples.busy.append(sum(worker.busy or 0 for worker in serving) / slots)
 
     def _queue(self, model: str) -> Queue | None:
-        found = self._service.ask_as(QueueList, "GET", "/queues").queues
-        return next((one for one in found if one.model == model), None)
+        queues = self._api.request_as(QueueList, "GET", "/queues").queues
+        return next((queue for queue in queues if queue.model == model), None)
 
     def _sides(
-        self, seen: _Seen, cpu: float, machine_cpu: float | None, queue: Queue | None
+        self, samples: _SideSamples, cpu: float, machine_cpu: float | None, queue: Queue | None
     ) -> Sides:
-        now = self._service.client.model(queue.model if queue else None)
-        live = median(seen.live or [0.0])
-        waited = queue.wait_seconds if queue else None
-        ran = queue.run_seconds if queue else None
+        now = self._api.client.model(queue.model if queue else None)
+        live = median(samples.live or [0.0])
+        wait_times = queue.wait_seconds if queue else None
+        run_times = queue.run_seconds if queue else None
         return Sides(
             client_cpu=round(cpu, 3),
             machine_cpu=machine_cpu,
             api_ms=round(1000 * live, 3),
-            redis_ms=round(max(0.0, 1000 * (median(seen.ready or [0.0]) - live)), 3),
-            queue_ms=round(1000 * waited.p50, 3) if waited else None,
-            run_ms=round(1000 * ran.p50, 3) if ran else None,
-            slots_busy=round(mean(seen.busy), 3) if seen.busy else None,
+            redis_ms=round(max(0.0, 1000 * (median(samples.ready or [0.0]) - live)), 3),
+            queue_ms=round(1000 * wait_times.p50, 3) if wait_times else None,
+            run_ms=round(1000 * run_times.p50, 3) if run_times else None,
+            slots_busy=round(mean(samples.busy), 3) if samples.busy else None,
             workers=queue.workers if queue else 0,
             slots=queue.slots if queue else 0,
             batched=now.batched,
@@ -192,41 +204,42 @@ class _Loads:
         )
 
 
-class _Machine:
-    """How busy all cores were since it was made, where the service runs on them too."""
+class _CpuMeter:
+    """Measures how busy all cores are, from its creation on, if the service is on this machine."""
 
     def __init__(self, url: str) -> None:
-        self._is_here = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+        self._is_local = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
         self._before = _jiffies()
 
-    def busy(self) -> float | None:
-        """None where that cannot be told."""
+    def busy_share(self) -> float | None:
+        """The busy share of all cores; None if the service is elsewhere, or without /proc/stat."""
         after = _jiffies()
-        if not (self._is_here and self._before and after):
+        if not (self._is_local and self._before and after):
             return None
-        idle, whole = (new - old for old, new in zip(self._before, after, strict=True))
-        return round(1 - idle / whole, 3) if whole else None
+        idle, total = (new - old for old, new in zip(self._before, after, strict=True))
+        return round(1 - idle / total, 3) if total else None
 
 
 def _jiffies() -> tuple[int, int] | None:
-    """Idle ones, and all."""
+    """Clock ticks of all cores since the boot, idle ones and all; None without /proc/stat."""
     try:
-        numbers = [int(one) for one in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+        fields = Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
+        ticks = [int(field) for field in fields]
     except (OSError, ValueError):
         return None
-    return numbers[3] + numbers[4], sum(numbers)
+    return ticks[3] + ticks[4], sum(ticks)
 
 
 def _run_times(model: Model) -> dict[str, float]:
-    """Of several workers the median."""
-    found: dict[int, list[float]] = {}
+    """Milliseconds of a run by its rows: the median of the workers."""
+    by_rows: dict[int, list[float]] = {}
     for times in model.run_times.values():
-        for rows, took in by_rows(times):
-            found.setdefault(rows, []).append(took)
-    return {str(rows): round(1000 * median(took), 3) for rows, took in sorted(found.items())}
+        for rows, seconds in seconds_by_rows(times):
+            by_rows.setdefault(rows, []).append(seconds)
+    return {str(rows): round(1000 * median(times), 3) for rows, times in sorted(by_rows.items())}
 
 
-async def _timed(exchange: Callable[[bytes], Awaitable[int]], request: bytes) -> float:
+async def _time_exchange(exchange: Callable[[bytes], Awaitable[int]], request: bytes) -> float:
     started = time.perf_counter()
     await exchange(request)
     return time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""What a person is shown of a bench."""
+"""The report of `bench` for people."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,18 +8,18 @@ from asyncinfer.cli.output import console, show, show_facts, styled
 _COLUMNS = ("LOAD", "REQUESTS", "PER SECOND", "p50 ms", "p95 ms", "p99 ms", "FULL", "ERRORS")
 
 
-def show_bench(found: Bench) -> None:
-    to = console()
-    to.print(f"{found.model}, {found.connections} connections\n", soft_wrap=True)
+def show_bench(bench: Bench) -> None:
+    target = console()
+    target.print(f"{bench.model}, {bench.connections} connections\n", soft_wrap=True)
     show(
-        _COLUMNS, [_row("waits", found.waits), _row("submits", found.submits)], numeric=_COLUMNS[1:]
+        _COLUMNS, [_row("waits", bench.waits), _row("submits", bench.submits)], numeric=_COLUMNS[1:]
     )
-    to.print()
-    show_facts(_facts(found.sides))
+    target.print()
+    show_facts(_facts(bench.sides))
     limit = styled("\nlimited by  ", "bold")
-    limit.append(found.verdict.side, "bold cyan").append(f": {found.verdict.because}")
-    to.print(limit, soft_wrap=True)
-    to.print(f"to change   {found.verdict.change}", soft_wrap=True)
+    limit.append(bench.verdict.side, "bold cyan").append(f": {bench.verdict.because}")
+    target.print(limit, soft_wrap=True)
+    target.print(f"to change   {bench.verdict.change}", soft_wrap=True)
 
 
 def _row(name: str, load: Load) -> Sequence[object]:
@@ -28,27 +28,27 @@ def _row(name: str, load: Load) -> Sequence[object]:
         name,
         f"{load.requests:,}",
         f"{load.per_second:,.0f}",
-        *(f"{one:.1f}" for one in (times.p50, times.p95, times.p99)),
+        *(f"{ms:.1f}" for ms in (times.p50, times.p95, times.p99)),
         load.refused_full,
         load.errors,
     )
 
 
 def _facts(sides: Sides) -> Iterator[Sequence[object]]:
-    """Of the waits; the parts overlap, and need not add up to the whole."""
+    """Measurements of the first load; the parts overlap and need not add up to the whole."""
     yield "this program", f"{sides.client_cpu:.0%} of a core"
     if sides.machine_cpu is not None:
-        yield "this machine", f"{sides.machine_cpu:.0%} of all cores, the service among it"
-    yield "API", f"{sides.api_ms:.1f} ms for an answer that needs nothing"
-    yield "Redis", f"{sides.redis_ms:.1f} ms more for one that asks it"
-    yield "queue", _ms(sides.queue_ms, "from due to started, the median")
-    yield "run", _ms(sides.run_ms, "from started to ended, the median")
+        yield "this machine", f"{sides.machine_cpu:.0%} of all cores, including the service"
+    yield "API", f"{sides.api_ms:.1f} ms for a request that needs no Redis"
+    yield "Redis", f"{sides.redis_ms:.1f} ms more for a request that needs it"
+    yield "queue", _ms(sides.queue_ms, "from submit to start, the median")
+    yield "run", _ms(sides.run_ms, "from start to end, the median")
     busy = "" if sides.slots_busy is None else f", {sides.slots_busy:.0%} busy"
     yield "workers", f"{sides.workers}, {sides.slots} slots{busy}"
     if sides.run_times:
-        times = ", ".join(f"{rows} rows {took:.1f} ms" for rows, took in sides.run_times.items())
+        times = ", ".join(f"{rows} rows {ms:.1f} ms" for rows, ms in sides.run_times.items())
         yield "a run", times
 
 
-def _ms(value: float | None, what: str) -> str | None:
-    return None if value is None else f"{value:.1f} ms {what}"
+def _ms(value: float | None, meaning: str) -> str | None:
+    return None if value is None else f"{value:.1f} ms {meaning}"

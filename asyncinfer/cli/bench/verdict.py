@@ -1,4 +1,4 @@
-"""What a load measured, and which side limits it."""
+"""Measurements of a load, and the bottleneck they show."""
 
 import math
 from collections.abc import Sequence
@@ -6,15 +6,15 @@ from typing import Final, Literal
 
 from msgspec import Struct
 
-_MOST: Final = 0.85
-"""Of a core or of the slots: busier is saturated."""
+_SATURATED_SHARE: Final = 0.85
+"""The busy share of a core or of the slots above which it counts as saturated."""
 
 _LARGE_SHARE: Final = 0.4
-"""Of a request's time."""
+"""The share of a request's time above which a side is the bottleneck."""
 
 
 class Latency(Struct, frozen=True):
-    """In milliseconds."""
+    """Percentiles in milliseconds."""
 
     p50: float
     p95: float
@@ -34,27 +34,27 @@ class Load(Struct, frozen=True, kw_only=True):
 
 
 class Sides(Struct, frozen=True, kw_only=True):
-    """Where the time of a waited-for job goes, in milliseconds, and who is busy."""
+    """Where the time of a job goes, in milliseconds, and how busy each side is."""
 
     client_cpu: float
-    """Of one core, what this program took."""
+    """The share of one core that this program used."""
     machine_cpu: float | None
-    """Of all cores, where the service runs on this machine too."""
+    """The busy share of all cores; None if the service runs on another machine."""
     api_ms: float
-    """An answer that needs nothing but the API, meanwhile."""
+    """The time of a request that needs the API alone, during the load."""
     redis_ms: float
-    """What an answer that asks Redis takes longer than that."""
+    """The additional time of a request that needs Redis."""
     queue_ms: float | None
-    """From due to started, the median."""
+    """From due to start, the median."""
     run_ms: float | None
-    """From started to ended, the median."""
+    """From start to end, the median."""
     slots_busy: float | None
-    """The share of all slots that had a batch, on average."""
+    """The average share of slots that had a batch; None if the key may not see workers."""
     workers: int
     slots: int
     batched: bool
     run_times: dict[str, float]
-    """By rows of a run, its milliseconds, as the workers measured."""
+    """Milliseconds of a run by its number of rows, as the workers measured."""
 
 
 class Verdict(Struct, frozen=True):
@@ -73,7 +73,7 @@ class Bench(Struct, frozen=True, kw_only=True):
 
 
 def latency(seconds: Sequence[float]) -> Latency:
-    """By nearest rank; zeros of none."""
+    """Percentiles by nearest rank; zeros if there is no measurement."""
     ordered = sorted(seconds) or [0.0]
     return Latency(
         *(
@@ -84,53 +84,55 @@ def latency(seconds: Sequence[float]) -> Latency:
 
 
 def verdict(waits: Load, sides: Sides, connections: int) -> Verdict:
-    """By what was seen while every connection waited for its jobs."""
-    whole = waits.latency_ms.p50 or 1.0
-    if sides.client_cpu > _MOST:
+    """The bottleneck of the first load, in which every connection waited for its jobs."""
+    total_ms = waits.latency_ms.p50 or 1.0
+    if sides.client_cpu > _SATURATED_SHARE:
         return Verdict(
             "client",
-            f"this program took {sides.client_cpu:.0%} of a core",
+            f"this program used {sides.client_cpu:.0%} of a core",
             "run bench on another machine than the service, or several at once; the service can "
-            "take more than it was given",
+            "take more load than this",
         )
     if not sides.workers:
         return Verdict("worker", "no worker serves the model", "asyncinfer work")
-    if (sides.machine_cpu or 0) > _MOST:
+    if (sides.machine_cpu or 0) > _SATURATED_SHARE:
         return Verdict(
             "machine",
             f"its cores were {sides.machine_cpu:.0%} busy with client, API, Redis and workers",
-            "give it more cores, or each side a machine of its own",
+            "give it more cores, or run client, API, Redis and workers on separate machines",
         )
     busy = sides.slots_busy or 0.0
     queue, run = sides.queue_ms or 0.0, sides.run_ms or 0.0
-    if busy > _MOST or ((queue + run) / whole > _LARGE_SHARE and queue + run > sides.api_ms):
-        return _worker(sides, whole, busy, queue, run)
-    if sides.api_ms / whole > _LARGE_SHARE:
+    if busy > _SATURATED_SHARE or (
+        (queue + run) / total_ms > _LARGE_SHARE and queue + run > sides.api_ms
+    ):
+        return _worker(sides, total_ms, busy, queue, run)
+    if sides.api_ms / total_ms > _LARGE_SHARE:
         return Verdict(
             "api",
-            f"an answer that needs nothing took {sides.api_ms:.1f} of {whole:.1f} ms",
+            f"a request that needs no Redis took {sides.api_ms:.1f} of {total_ms:.1f} ms",
             "asyncinfer serve --api-processes 2, or more API machines behind a load balancer",
         )
-    if sides.redis_ms / whole > _LARGE_SHARE:
+    if sides.redis_ms / total_ms > _LARGE_SHARE:
         return Verdict(
             "redis",
-            f"asking Redis took {sides.redis_ms:.1f} of {whole:.1f} ms",
-            "bring Redis nearer or give it a faster core: asyncinfer doctor measures the round "
-            "trip; send rows together, a job of many costs it little more than of one",
+            f"Redis took {sides.redis_ms:.1f} of {total_ms:.1f} ms",
+            "run Redis nearer or on a faster core (asyncinfer doctor measures the round trip); "
+            "send many rows in one job, which costs Redis little more than one row",
         )
     return Verdict(
         "none",
-        f"no side was busy: {connections} connections waited for {whole:.1f} ms at a time",
-        f"asyncinfer bench --connections {4 * connections}, to see more of what it can take",
+        f"no side is saturated: {connections} connections waited for {total_ms:.1f} ms at a time",
+        f"asyncinfer bench --connections {4 * connections}, for a higher load",
     )
 
 
-def _worker(sides: Sides, whole: float, busy: float, queue: float, run: float) -> Verdict:
-    because = f"jobs waited {queue:.1f} and ran {run:.1f} of {whole:.1f} ms"
+def _worker(sides: Sides, total_ms: float, busy: float, queue: float, run: float) -> Verdict:
+    because = f"jobs waited {queue:.1f} and ran {run:.1f} of {total_ms:.1f} ms"
     if sides.slots_busy is not None:
         because += f", {busy:.0%} of {sides.slots} slots were busy"
     change = "start workers on other cores or machines: asyncinfer work"
     if not sides.batched:
-        change += "; its jobs do not share runs (asyncinfer models NAME says why), mending that "
-        change += "is the larger gain"
+        change += "; its jobs do not share runs (asyncinfer models NAME says why): fixing that "
+        change += "gains more"
     return Verdict("worker", because, change)

@@ -1,4 +1,4 @@
-"""Everything that a doctor looks at, in the order in which it matters."""
+"""All checks of `doctor`, the most important first."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,76 +15,86 @@ from asyncinfer.errors import StartError
 from asyncinfer.settings import Settings
 
 
-def examine(chosen: Settings, url: str | None, api_key: str | None) -> list[Finding]:
+def examine(settings: Settings, url: str | None, api_key: str | None) -> list[Finding]:
+    """Runs all checks; `url` and `api_key` are those of the API, if given."""
     import anyio
 
     found = [
-        *mended_by_serve(anyio.run(_examine_redis, chosen), _embedded_data_dir(chosen)),
-        *anyio.run(_examine_models, chosen),
-        *examine_machine(chosen, _embedded_data_dir(chosen)),
-        *examine_api(chosen, url, api_key),
+        *with_embedded_fixes(anyio.run(_examine_redis, settings), _embedded_data_dir(settings)),
+        *anyio.run(_examine_models, settings),
+        *examine_machine(settings, _embedded_data_dir(settings)),
+        *examine_api(settings, url, api_key),
     ]
-    return without_repeats(without_effects(found))
+    return without_repeats(without_consequences(found))
 
 
 def without_repeats(found: Sequence[Finding]) -> list[Finding]:
-    """What a worker refuses for the reason that was found here too is one problem."""
-    here = {one.found for one in found if one.about.startswith("model ")}
+    """Leaves out what a worker refuses for a reason that was found here too."""
+    reasons = {finding.found for finding in found if finding.about.startswith("model ")}
     return [
-        one
-        for one in found
-        if not (one.about.startswith("worker ") and one.found.partition(": ")[2] in here)
+        finding
+        for finding in found
+        if not (finding.about.startswith("worker ") and finding.found.partition(": ")[2] in reasons)
     ]
 
 
-def mended_by_serve(found: Sequence[Finding], data_dir: Path | None) -> list[Finding]:
-    """Nobody starts or mends the embedded Valkey by hand: `data_dir` where it is that."""
+def with_embedded_fixes(found: Sequence[Finding], data_dir: Path | None) -> list[Finding]:
+    """Replaces the fixes of a Redis server by those of an embedded Valkey, which `serve` runs.
+
+    `data_dir` is None if Redis is not embedded: then nothing is replaced.
+    """
     if data_dir is None:
         return list(found)
-    mends = {
-        "Redis": "look at the log of `asyncinfer serve`, or stop and start it",
-        "Redis disk": f"free the disk of {data_dir}; the jobs go on by themselves then",
+    fixes = {
+        "Redis": "read the log of `asyncinfer serve`, or restart it",
+        "Redis disk": f"free the disk of {data_dir}; then the jobs go on by themselves",
     }
     return [
-        msgspec.structs.replace(one, mend=mends.get(one.about, one.mend))
-        if one.verdict == "problem"
-        else one
-        for one in found
+        msgspec.structs.replace(finding, mend=fixes.get(finding.about, finding.mend))
+        if finding.verdict == "problem"
+        else finding
+        for finding in found
     ]
 
 
-def without_effects(found: Sequence[Finding]) -> list[Finding]:
-    """A full disk of DATA_DIR is why its Valkey does not write, answer or start: one problem."""
-    if not any(one.about == "DATA_DIR disk" for one in found):
+def without_consequences(found: Sequence[Finding]) -> list[Finding]:
+    """Leaves out problems of Redis if the disk of DATA_DIR is full.
+
+    That is why its Valkey does not write, answer or start.
+    """
+    if not any(finding.about == "DATA_DIR disk" for finding in found):
         return list(found)
-    return [one for one in found if one.verdict == "ok" or one.about not in ("Redis", "Redis disk")]
+    consequences = ("Redis", "Redis disk")
+    return [
+        finding for finding in found if finding.verdict == "ok" or finding.about not in consequences
+    ]
 
 
-async def _examine_redis(chosen: Settings) -> list[Finding]:
+async def _examine_redis(settings: Settings) -> list[Finding]:
     try:
-        url = configuration.reachable_redis_url(chosen)
+        url = configuration.reachable_redis_url(settings)
     except StartError:
-        folder = configuration.data_dir(chosen)
-        where = f"no REDIS_URL, and no `serve` runs its embedded Valkey on {folder}"
-        return [warning("Redis", where, "asyncinfer serve")]
-    return await examine_redis(url, chosen.queue_name, _examined(chosen))
+        folder = configuration.data_dir(settings)
+        reason = f"REDIS_URL is not set, and no `serve` runs an embedded Valkey in {folder}"
+        return [warning("Redis", reason, "asyncinfer serve")]
+    return await examine_redis(url, settings.queue_name, _models_path(settings))
 
 
-def _examined(chosen: Settings) -> Path | None:
-    """The folder or the one file that is examined; None where there is no such folder."""
+def _models_path(settings: Settings) -> Path | None:
+    """The folder or the one file of the models; None if it is not there."""
     try:
-        return configuration.source(chosen).path
+        return configuration.source(settings).path
     except StartError:
         return None
 
 
-async def _examine_models(chosen: Settings) -> list[Finding]:
+async def _examine_models(settings: Settings) -> list[Finding]:
     try:
-        source = configuration.source(chosen)
+        source = configuration.source(settings)
     except StartError as error:
         return [problem("models", error.detail, "set MODEL_DIR, or MODEL to one file")]
-    return await examine_models(source, allow_custom_ops=chosen.allow_custom_ops)
+    return await examine_models(source, allow_custom_ops=settings.allow_custom_ops)
 
 
-def _embedded_data_dir(chosen: Settings) -> Path | None:
-    return None if configuration.redis_url(chosen) else configuration.data_dir(chosen)
+def _embedded_data_dir(settings: Settings) -> Path | None:
+    return None if configuration.redis_url(settings) else configuration.data_dir(settings)

@@ -1,4 +1,4 @@
-"""`asyncinfer doctor`: what is wrong here, and the command that mends it."""
+"""`asyncinfer doctor`: problems of an installation, and how to fix each."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
@@ -25,47 +25,49 @@ _STYLES: Final = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 @click.option(
     "--url",
     envvar="ASYNCINFER_URL",
-    help="The API to look at. Default: http://HOST:PORT of the settings. [ASYNCINFER_URL]",
+    help="Address of the API. Default: http://HOST:PORT of the settings. [ASYNCINFER_URL]",
 )
 @click.option(
     "--api-key",
     envvar="ASYNCINFER_API_KEY",
     metavar="KEY",
-    help="Better in the environment, since `ps` shows it here. [ASYNCINFER_API_KEY]",
+    help="Your API key. Prefer the variable: `ps` shows what is given here. [ASYNCINFER_API_KEY]",
 )
 @options.as_json
-@options.knobs(hidden=True)
-def doctor(url: str | None, api_key: str | None, as_json: bool, chosen: Settings) -> int:
-    """Find what is wrong here, and the command that mends it.
+@options.all_settings(hidden=True)
+def doctor(url: str | None, api_key: str | None, as_json: bool, settings: Settings) -> int:
+    """Check Redis, models and API, and name the fix of each problem.
 
-    Looks at Redis (reachable, version, eviction, persistence, memory, round trip, clock), at each
-    model by loading it in a child process as a worker does, at cores against threads, memory,
-    ports, API keys and the API. Takes every setting that `serve` and `work` take, by flag or
-    environment variable: run it with theirs. Exits with 1 when there is a problem.
+    Checks Redis (reachable, version, eviction, persistence, memory, round trip, clock), each model
+    (by loading it in a child process, as a worker does), cores, memory, disk, ports, API keys, and
+    the running API. Takes every setting of `serve` and `work`, as a flag or environment variable:
+    run it with the same settings. Exits with 1 if there is a problem.
     """
     from asyncinfer.cli.doctor.checks import examine
 
-    findings = examine(chosen, url, api_key)
+    findings = examine(settings, url, api_key)
     if as_json:
         from asyncinfer.cli.output import say_json
 
         say_json({"findings": findings})
     else:
         _show(findings)
-    return 1 if any(one.verdict == "problem" for one in findings) else 0
+    return 1 if any(finding.verdict == "problem" for finding in findings) else 0
 
 
 def _show(findings: Sequence["Finding"]) -> None:
     from asyncinfer.cli.output import console, styled
 
-    to = console()
-    for one in findings:
-        line = styled(f"{one.verdict:<8} ", _STYLES[one.verdict])
-        line.append(printable_line(f"{one.about}: "), "bold")
-        line.append(printable_line(one.found), "")
-        to.print(line, soft_wrap=True)
-        if one.mend:
-            to.print(styled(printable_line(f"         -> {one.mend}"), "cyan"), soft_wrap=True)
-    counts = {verdict: sum(it.verdict == verdict for it in findings) for verdict in _STYLES}
-    wrong = ", ".join(counted(counts[verdict], verdict) for verdict in ("problem", "warning"))
-    to.print(f"{wrong}, {counts['ok']} ok")
+    target = console()
+    for finding in findings:
+        line = styled(f"{finding.verdict:<8} ", _STYLES[finding.verdict])
+        line.append(printable_line(f"{finding.about}: "), "bold")
+        line.append(printable_line(finding.found), "")
+        target.print(line, soft_wrap=True)
+        if finding.mend:
+            fix = styled(printable_line(f"         -> {finding.mend}"), "cyan")
+            target.print(fix, soft_wrap=True)
+    verdicts = [finding.verdict for finding in findings]
+    problems = counted(verdicts.count("problem"), "problem")
+    warnings = counted(verdicts.count("warning"), "warning")
+    target.print(f"{problems}, {warnings}, {verdicts.count('ok')} ok")

@@ -1,4 +1,4 @@
-"""What a doctor finds: each thing with a verdict and, where it is not well, what mends it."""
+"""Findings of `doctor`: a verdict on one thing and, unless it is ok, how to fix it."""
 
 from typing import Literal
 
@@ -7,10 +7,11 @@ from msgspec import Struct
 
 class Finding(Struct, frozen=True):
     about: str
+    """What was checked."""
     verdict: Literal["ok", "warning", "problem"]
     found: str
     mend: str = ""
-    """A command, or what to set."""
+    """How to fix it: a command, or what to set."""
 
 
 def ok(about: str, found: str) -> Finding:

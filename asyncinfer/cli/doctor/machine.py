@@ -1,4 +1,4 @@
-"""What a doctor says of the machine: cores against threads, memory, disk, files, ports, keys."""
+"""Checks of the machine: cores and threads, memory, open files, disk, API keys."""
 
 import os
 import shutil
@@ -14,33 +14,34 @@ from asyncinfer.errors import KeyFileRefused
 from asyncinfer.processes.cpus import cores
 from asyncinfer.settings import Settings
 
-_FEW_FILES: Final = 4096
-_LITTLE_DISK_BYTES: Final = 1 << 30
+_MIN_OPEN_FILES: Final = 4096
+_LOW_DISK_BYTES: Final = 1 << 30
 _FULL_DISK_BYTES: Final = 16 << 20
-"""Valkey fails to write, or to start, with less."""
+"""With less free Valkey cannot write or start."""
 
-_LITTLE_MEMORY_BYTES: Final = 400 << 20
-"""API, worker and Valkey take 250 MiB before the first model."""
+_MIN_MEMORY_BYTES: Final = 400 << 20
+"""API, worker and Valkey take 250 MiB before the first model is loaded."""
 
 _CONNECT_SECONDS: Final = 0.5
-_MOST_BROKEN_LINES: Final = 5
+_MAX_BROKEN_LINES: Final = 5
 
 
-def examine_machine(chosen: Settings, data_dir: Path | None) -> Iterator[Finding]:
-    """`data_dir` where the embedded Valkey writes; None with another Redis."""
-    yield _threads(chosen)
+def examine_machine(settings: Settings, data_dir: Path | None) -> Iterator[Finding]:
+    """`data_dir` is the folder of the embedded Valkey; None with a Redis of the user's."""
+    yield _threads(settings)
     yield from _memory()
     yield from _open_files()
     if data_dir:
         yield _disk(data_dir)
-    if chosen.api_keys:
-        yield from _keys(chosen.api_keys)
-    elif chosen.host not in ("127.0.0.1", "localhost", "::1"):
+    if settings.api_keys:
+        yield from _keys(settings.api_keys)
+    elif settings.host not in ("127.0.0.1", "localhost", "::1"):
         mend = "asyncinfer keygen >> keys; export API_KEYS=keys"
-        yield problem("API keys", f"none, and HOST {chosen.host} lets everyone in", mend)
+        yield problem("API keys", f"none, and HOST {settings.host} lets everyone in", mend)
 
 
 def port_is_taken(host: str, port: int) -> bool:
+    """Whether something accepts connections there."""
     try:
         with socket.create_connection((host, port), timeout=_CONNECT_SECONDS):
             return True
@@ -48,19 +49,21 @@ def port_is_taken(host: str, port: int) -> bool:
         return False
 
 
-def _threads(chosen: Settings) -> Finding:
-    """`cores` counts what affinity and control group leave of the machine's."""
-    ours, threads = cores(), chosen.concurrency or cores()
-    each = max(1, ours // threads)
+def _threads(settings: Settings) -> Finding:
+    """Compares CONCURRENCY with the cores that affinity and control group leave."""
+    usable, threads = cores(), settings.concurrency or cores()
+    threads_each = max(1, usable // threads)
     batches = "1 batch" if threads == 1 else f"{threads} batches"
-    found = f"{batches} side by side on {counted(ours, 'core')}, {counted(each, 'thread')} each"
-    if (there := os.cpu_count() or ours) > ours:
-        found += f" (the machine has {there}; affinity or control group leave {ours})"
-    if threads > 2 * ours:
-        return warning("cores", f"{found}: they wait for each other", f"CONCURRENCY={ours}")
-    if chosen.api_processes > ours:
-        mend = f"API_PROCESSES={ours}"
-        return warning("cores", f"{found}; {chosen.api_processes} API processes are more", mend)
+    found = (
+        f"{batches} at once on {counted(usable, 'core')}, {counted(threads_each, 'thread')} each"
+    )
+    if (total := os.cpu_count() or usable) > usable:
+        found += f" (the machine has {total}; affinity or control group leave {usable})"
+    if threads > 2 * usable:
+        return warning("cores", f"{found}: they wait for each other", f"CONCURRENCY={usable}")
+    if settings.api_processes > usable:
+        mend = f"API_PROCESSES={usable}"
+        return warning("cores", f"{found}, but {settings.api_processes} API processes", mend)
     return ok("cores", found)
 
 
@@ -69,21 +72,22 @@ def _memory(root: Path = Path("/")) -> Iterator[Finding]:
     if limit is None:
         return
     found = f"the control group allows {size(limit)}"
-    if limit < _LITTLE_MEMORY_BYTES:
-        mend = "give the container 512 MiB and what its models need"
-        yield warning("memory", f"{found}: little for API, worker and models", mend)
+    if limit < _MIN_MEMORY_BYTES:
+        mend = "give the container 512 MiB plus what its models need"
+        yield warning("memory", f"{found}: too little for API, worker and models", mend)
     else:
         yield ok("memory", found)
 
 
 def _cgroup_memory_bytes(root: Path) -> int | None:
+    """The memory limit of the control group, version 2 or 1; None if there is none."""
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         try:
-            given = (root / "sys/fs/cgroup" / name).read_text().strip()
+            text = (root / "sys/fs/cgroup" / name).read_text().strip()
         except OSError:
             continue
-        if given.isdigit() and int(given) < 1 << 60:
-            return int(given)
+        if text.isdigit() and int(text) < 1 << 60:
+            return int(text)
     return None
 
 
@@ -93,27 +97,28 @@ def _open_files() -> Iterator[Finding]:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < _FEW_FILES:
-        most = "unlimited" if hard == resource.RLIM_INFINITY else hard
-        found = f"{soft} files and connections may be open at once"
-        yield warning("open files", found, f"ulimit -n {most}    # in the shell that starts it")
+    if soft != resource.RLIM_INFINITY and soft < _MIN_OPEN_FILES:
+        maximum = "unlimited" if hard == resource.RLIM_INFINITY else hard
+        found = f"only {soft} files and connections may be open at once"
+        yield warning("open files", found, f"ulimit -n {maximum}    # in the shell that starts it")
 
 
 def _disk(data_dir: Path) -> Finding:
-    folder = next(it for it in (data_dir, *data_dir.parents) if it.exists())
+    folder = next(path for path in (data_dir, *data_dir.parents) if path.exists())
     if not os.access(folder, os.W_OK):
-        return problem("DATA_DIR", f"{folder} cannot be written", "set DATA_DIR to one of yours")
-    return room(data_dir, shutil.disk_usage(folder).free)
+        return problem("DATA_DIR", f"{folder} is not writable", "set DATA_DIR to a folder of yours")
+    return free_space_finding(data_dir, shutil.disk_usage(folder).free)
 
 
-def room(data_dir: Path, free: int) -> Finding:
-    if free < _FULL_DISK_BYTES:
-        mend = "free the disk; the jobs go on by themselves then. Or set DATA_DIR to a larger one"
-        return problem("DATA_DIR disk", f"{data_dir} has {size(free)} left: it is full", mend)
-    if free < _LITTLE_DISK_BYTES:
+def free_space_finding(data_dir: Path, free_bytes: int) -> Finding:
+    """A problem if the disk is full, a warning if it is nearly full."""
+    if free_bytes < _FULL_DISK_BYTES:
+        mend = "free the disk: then the jobs go on by themselves; or set DATA_DIR to a larger disk"
+        return problem("DATA_DIR disk", f"{data_dir} has {size(free_bytes)} left: it is full", mend)
+    if free_bytes < _LOW_DISK_BYTES:
         mend = "set DATA_DIR to a larger disk: a job takes about 1 KiB until it expires"
-        return warning("DATA_DIR", f"{data_dir} has {size(free)} left", mend)
-    return ok("DATA_DIR", f"{data_dir}, {size(free)} free")
+        return warning("DATA_DIR", f"{data_dir} has {size(free_bytes)} left", mend)
+    return ok("DATA_DIR", f"{data_dir}, {size(free_bytes)} free")
 
 
 def _keys(path: Path) -> Iterator[Finding]:
@@ -125,7 +130,7 @@ def _keys(path: Path) -> Iterator[Finding]:
     except KeyFileRefused as error:
         yield problem("API keys", error.detail, mend)
         return
-    for line in keyring.broken[:_MOST_BROKEN_LINES]:
+    for line in keyring.broken[:_MAX_BROKEN_LINES]:
         found = f"{path}, line {line.number} lets nobody in: {line.reason}"
         yield problem("API keys", found, f"correct or remove line {line.number} of {path}")
     if len(keyring):

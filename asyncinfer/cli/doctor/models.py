@@ -1,4 +1,4 @@
-"""What a doctor says of the model folder: each model loaded in a child, as a worker does."""
+"""Checks of the model folder: each model is loaded in a child process, as a worker does."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +15,7 @@ from asyncinfer.worker.models.source import Source
 
 
 async def examine_models(source: Source, *, allow_custom_ops: bool) -> list[Finding]:
+    """A finding for the folder and one for each version, in the order of the folder's listing."""
     try:
         listing = source.listing()
     except ModelDirUnreadable as error:
@@ -23,24 +24,24 @@ async def examine_models(source: Source, *, allow_custom_ops: bool) -> list[Find
     missing = source.missing({file.model for file in files})
     if not files and not missing:
         mend = f"put an ONNX file there: cp my.onnx {source.watched}/"
-        return [problem("models", f"{source.watched} has none", mend)]
+        return [problem("models", f"{source.watched} has no model", mend)]
     found = [ok("models", f"{counted(len(files), 'version')} in {source.watched}")]
     found += [ok("models", line) for line in listing.passed_over]
     if missing:
         here = ", ".join(sorted({file.model for file in files}))
         mend = f"set MODELS to some of {here}" if here else "correct MODELS, or MODEL_DIR"
         found.append(problem("models", f"MODELS names {', '.join(missing)}: not there", mend))
-    at_once = anyio.CapacityLimiter(cores())
+    limiter = anyio.CapacityLimiter(cores())
     verdicts: dict[int, Finding] = {}
 
-    async def look(place: int, file: ModelFile) -> None:
-        async with at_once:
-            verdicts[place] = await _examine(file, files, allow_custom_ops=allow_custom_ops)
+    async def examine(index: int, file: ModelFile) -> None:
+        async with limiter:
+            verdicts[index] = await _examine(file, files, allow_custom_ops=allow_custom_ops)
 
     async with anyio.create_task_group() as group:
-        for place, file in enumerate(files):
-            group.start_soon(look, place, file)
-    return found + [verdicts[place] for place in sorted(verdicts)]
+        for index, file in enumerate(files):
+            group.start_soon(examine, index, file)
+    return found + [verdicts[index] for index in sorted(verdicts)]
 
 
 async def _examine(
@@ -51,12 +52,12 @@ async def _examine(
     reason = file.problem or await trial(file, size_bytes, allow_custom_ops=allow_custom_ops)
     if not reason:
         return ok(about, f"loads and runs ({size(size_bytes)})")
-    mend = f"mend, replace or remove it: {_culprit(file)}"
-    served = to_serve([one for one in files if one.model == file.model])[file.model]
+    mend = f"correct, replace or remove it: {_faulty_path(file)}"
+    served = to_serve([other for other in files if other.model == file.model])[file.model]
     if served is not file:
-        return warning(about, f"{reason}; it is not the version that is served", mend)
+        return warning(about, f"{reason}; another version is served", mend)
     return problem(about, reason, mend)
 
 
-def _culprit(file: ModelFile) -> Path:
+def _faulty_path(file: ModelFile) -> Path:
     return file.path.parents[1] / "model.toml" if file.toml_problem else file.path

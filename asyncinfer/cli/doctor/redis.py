@@ -1,4 +1,4 @@
-"""What a doctor says of a Redis server."""
+"""Checks of a Redis server."""
 
 import shlex
 import socket
@@ -16,24 +16,24 @@ from asyncinfer.repository.store import Store
 
 _SLOW_SECONDS: Final = 0.005
 _TOO_SLOW_SECONDS: Final = 0.2
-"""A call has a second in all, and a submit makes some."""
+"""A submit makes several calls, each of which gives up after a second."""
 
-_CLOCK_SECONDS: Final = 2.0
-_FULL: Final = 0.8
+_MAX_CLOCK_DIFFERENCE_SECONDS: Final = 2.0
+_HIGH_MEMORY_SHARE: Final = 0.8
 
 
 async def examine_redis(url: str, queue_name: str, model_dir: Path | None) -> list[Finding]:
-    """`model_dir`: the folder that is examined, or the one file."""
+    """`model_dir` is the folder or the one file of the models that `doctor` checks, or None."""
     shown = shown_url(url)
     try:
         async with Store.open(
             url, queue_name=queue_name, policy=Policy(), name="asyncinfer-doctor"
         ) as store:
-            found = await vitals(store)
+            info = await vitals(store)
     except AsyncinferError as error:
         mend = f"start it, or set REDIS_URL to one that answers: {_cli(shown)} PING"
         return [problem("Redis", f"{shown}: {error.detail}", mend)]
-    return [*findings_of(found, shown), *_other_folder(found, model_dir)]
+    return [*findings_of(info, shown), *_other_folder(info, model_dir)]
 
 
 def _cli(url: str) -> str:
@@ -41,101 +41,102 @@ def _cli(url: str) -> str:
     return f"redis-cli -s {path}" if scheme == "unix" else f"redis-cli -u {url}"
 
 
-def findings_of(found: Vitals, url: str) -> Iterator[Finding]:
-    yield _server(found, url)
-    if found.is_replica:
+def findings_of(info: Vitals, url: str) -> Iterator[Finding]:
+    """Findings on a server; `url` is shown in them and in the commands that fix them."""
+    yield _server(info, url)
+    if info.is_replica:
         yield problem(
             "Redis role",
             "it is a replica, which takes no writes",
             "point REDIS_URL at the primary, or at its sentinels: sentinel://host:26379/service",
         )
-    yield _persistence(found, url)
-    if found.write_error:
+    yield _persistence(info, url)
+    if info.write_error:
         mend = f"free its disk, then: {_cli(url)} BGSAVE"
-        yield problem("Redis disk", found.write_error, mend)
-    yield _memory(found, url)
-    yield _round_trip(found.round_trip_seconds)
-    yield _clock(found.clock_ahead_seconds)
-    yield _workers(found)
+        yield problem("Redis disk", info.write_error, mend)
+    yield _memory(info, url)
+    yield _round_trip(info.round_trip_seconds)
+    yield _clock(info.clock_ahead_seconds)
+    yield _workers(info)
 
 
-def _server(found: Vitals, url: str) -> Finding:
-    if "evicts" in found.refusal:
+def _server(info: Vitals, url: str) -> Finding:
+    if "evicts" in info.refusal:
         mend = f"{_cli(url)} CONFIG SET maxmemory-policy noeviction"
-        return problem("Redis", f"{found.server}: {found.refusal}", mend)
-    if found.refusal:
-        return problem("Redis", found.refusal, "unset REDIS_URL to use the embedded Valkey")
-    return ok("Redis", f"{found.server} at {url}, evicts nothing")
+        return problem("Redis", f"{info.server}: {info.refusal}", mend)
+    if info.refusal:
+        return problem("Redis", info.refusal, "unset REDIS_URL to use the embedded Valkey")
+    return ok("Redis", f"{info.server} at {url}, evicts nothing")
 
 
-def _persistence(found: Vitals, url: str) -> Finding:
+def _persistence(info: Vitals, url: str) -> Finding:
     append = f"{_cli(url)} CONFIG SET appendonly yes (and `appendonly yes` in its file)"
     about = "Redis persistence"
-    if found.appends and found.appends_when == "no":
+    if info.appends and info.appends_when == "no":
         mend = f"{_cli(url)} CONFIG SET appendfsync everysec"
-        return warning(about, "it appends, and leaves it to the system when to write", mend)
-    if found.appends:
-        return ok(about, f"append-only file, fsync {found.appends_when or 'as it is set'}")
-    if found.snapshots is False:
+        return warning(about, "it appends, but lets the system decide when to write", mend)
+    if info.appends:
+        return ok(about, f"append-only file, fsync {info.appends_when or 'as it is set'}")
+    if info.snapshots is False:
         return problem(about, "none: a restart of the server loses every job", append)
-    some = "snapshots only" if found.snapshots else "no append-only file"
+    some = "snapshots only" if info.snapshots else "no append-only file"
     return warning(about, f"{some}: a crash loses the jobs since the last one", append)
 
 
-def _memory(found: Vitals, url: str) -> Finding:
+def _memory(info: Vitals, url: str) -> Finding:
     about = "Redis memory"
-    limit = found.max_bytes or found.machine_bytes
-    used = (
-        f"{size(found.used_bytes)} of {size(limit)} {'' if found.max_bytes else 'in its machine'}"
-    )
-    if limit and found.used_bytes > _FULL * limit:
+    limit = info.max_bytes or info.machine_bytes
+    used = f"{size(info.used_bytes)} of {size(limit)} {'' if info.max_bytes else 'in its machine'}"
+    if limit and info.used_bytes > _HIGH_MEMORY_SHARE * limit:
         mend = f"{_cli(url)} CONFIG SET maxmemory {2 * limit}, or lower JOB_TTL"
         return problem(about, f"{used}: full memory refuses submits", mend)
-    if not found.max_bytes:
+    if not info.max_bytes:
         return ok(about, f"{used}, no maxmemory: MAX_QUEUE_BYTES and JOB_TTL bound it")
     return ok(about, used)
 
 
 def _round_trip(trip: float) -> Finding:
     about = "Redis round trip"
-    mend = "bring Redis nearer (same zone), or look at its CPU: redis-cli --latency"
+    mend = "run Redis nearer (same zone), or check its CPU: redis-cli --latency"
     if trip > _TOO_SLOW_SECONDS:
         return problem(about, f"{seconds(trip)}: calls give up after 1 s", mend)
     if trip > _SLOW_SECONDS:
-        return warning(about, f"{seconds(trip)}: every job pays a few of these", mend)
+        return warning(about, f"{seconds(trip)}: every job takes several", mend)
     return ok(about, f"{seconds(trip)}")
 
 
 def _clock(ahead: float) -> Finding:
     about = "clock"
-    if abs(ahead) > _CLOCK_SECONDS:
+    if abs(ahead) > _MAX_CLOCK_DIFFERENCE_SECONDS:
         how = "ahead of" if ahead > 0 else "behind"
         mend = "timedatectl set-ntp true    # on both machines"
-        return warning(about, f"ours is {seconds(abs(ahead))} {how} the Redis server's", mend)
-    return ok(about, "ours agrees with the Redis server's to " + str(seconds(abs(ahead))))
+        return warning(
+            about, f"this machine's is {seconds(abs(ahead))} {how} the Redis server's", mend
+        )
+    return ok(about, f"within {seconds(abs(ahead))} of the Redis server's")
 
 
-def _workers(found: Vitals) -> Finding:
+def _workers(info: Vitals) -> Finding:
     default = (
-        f"the default model is {found.default_model}"
-        if found.default_model
+        f"the default model is {info.default_model}"
+        if info.default_model
         else "no model is the default"
     )
-    if not found.workers:
-        return warning("workers", f"none is alive: jobs wait; {default}", "asyncinfer work")
-    if not found.default_is_served:
+    if not info.workers:
+        return warning("workers", f"none is alive, so jobs wait; {default}", "asyncinfer work")
+    if not info.default_is_served:
         mend = "asyncinfer work, with a MODEL_DIR that has it; or start with another DEFAULT_MODEL"
-        return warning("workers", f"{found.workers} alive; {default}, which none of them has", mend)
-    return ok("workers", f"{found.workers} alive; {default}")
+        return warning("workers", f"{info.workers} alive; {default}, which none of them has", mend)
+    return ok("workers", f"{info.workers} alive; {default}")
 
 
-def _other_folder(found: Vitals, model_dir: Path | None) -> Iterator[Finding]:
-    """What is examined here may be other models than those that are served."""
-    served = {folder for _, folder in found.model_dirs}
+def _other_folder(info: Vitals, model_dir: Path | None) -> Iterator[Finding]:
+    """Warns if the models that are checked are not those that a worker serves."""
+    served = {folder for _, folder in info.model_dirs}
     if model_dir is None or not served or str(model_dir) in served:
         return
     host, folder = next(
-        (one for one in found.model_dirs if one[0] == socket.gethostname()), found.model_dirs[0]
+        (entry for entry in info.model_dirs if entry[0] == socket.gethostname()), info.model_dirs[0]
     )
     flag = "--model" if folder.endswith(".onnx") else "--model-dir"
     where = "on this machine" if host == socket.gethostname() else f"on {host}"

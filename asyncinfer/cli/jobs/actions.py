@@ -1,4 +1,4 @@
-"""The commands that end jobs, run them again or delete them: `cancel`, `retry`, `purge`."""
+"""The commands `cancel`, `retry` and `purge`."""
 
 import sys
 from collections.abc import Sequence
@@ -8,17 +8,19 @@ import click
 import msgspec
 
 from asyncinfer.cli import options
-from asyncinfer.cli.exit_codes import EXIT_FAILED, complain
+from asyncinfer.cli.exit_codes import EXIT_FAILED, say_error
 from asyncinfer.cli.options import Server
 from asyncinfer.errors import RequestError
 from asyncinfer.schemas.responses import Cleared, Retried
 
-_A_CALL: Final = 1000
-_ABOUT_THE_SERVER: Final = frozenset({401, 403, 503})
-_WORDS: Final = {"stopping": "running and told to stop"}
+_MAX_JOBS_PER_CALL: Final = 1000
+_ABORTING_STATUSES: Final = frozenset({401, 403, 503})
+"""These concern the key or the server, not one job."""
 
-_of_model = click.option("--model", metavar="NAME", help="All of this model.")
-_of_group = click.option("--group", metavar="NAME", help="All of this group.")
+_OUTCOME_TEXTS: Final = {"stopping": "running and told to stop"}
+
+_of_model = click.option("--model", metavar="NAME", help="All jobs of this model.")
+_of_group = click.option("--group", metavar="NAME", help="All jobs of this group.")
 
 
 @options.command(
@@ -46,15 +48,17 @@ def cancel(
     server: Server,
     as_json: bool,
 ) -> int:
-    """Cancel jobs, by id or all that match.
+    """Cancel jobs, by id or by filter.
 
-    Those that run are told to stop. Nothing of them is deleted: `retry` runs them again.
+    Running jobs are told to stop. Nothing is deleted: `retry` runs cancelled jobs again.
     """
     query = {"model": model, "group": group, "status": status}
-    _refuse_unclear("cancel", job_ids, query)
+    _reject_unclear_choice("cancel", job_ids, query)
     if job_ids:
-        return _one_by_one(server, job_ids, as_json, "cancelled", tenant=tenant)
-    return _all_that_match(server, Cleared, "DELETE", "/jobs", {**query, "tenant": tenant}, as_json)
+        return _delete_each(server, job_ids, as_json, "cancelled", tenant=tenant)
+    return _run_for_all_matching(
+        server, Cleared, "DELETE", "/jobs", {**query, "tenant": tenant}, as_json
+    )
 
 
 @options.command(
@@ -66,7 +70,9 @@ def cancel(
 @click.argument("job_ids", nargs=-1, metavar="[ID]...")
 @_of_model
 @_of_group
-@click.option("--status", type=click.Choice(("failed", "cancelled")), help="All that ended so.")
+@click.option(
+    "--status", type=click.Choice(("failed", "cancelled")), help="All jobs in this state."
+)
 @click.option("--dead", is_flag=True, help="All dead letters; `asyncinfer dead` lists them.")
 @options.tenant
 @options.server
@@ -83,26 +89,25 @@ def retry(
 ) -> int:
     """Run failed or cancelled jobs again.
 
-    Each begins a new round with the input and the id it had.
+    Each keeps its id and its input, and begins a new round.
     """
     query: dict[str, Any] = {
         **{"model": model, "group": group, "status": status},
         "dead": dead or None,
     }
-    _refuse_unclear("retry", job_ids, query)
+    _reject_unclear_choice("retry", job_ids, query)
     if not job_ids:
         query["tenant"] = tenant
-        return _all_that_match(server, Retried, "POST", "/jobs/retry", query, as_json)
-    from asyncinfer.cli.api_client import Service
+        return _run_for_all_matching(server, Retried, "POST", "/jobs/retry", query, as_json)
+    from asyncinfer.cli.api_client import ApiClient
 
     totals: dict[str, Any] = {"retried": [], "refused": []}
-    with Service(server) as service:
-        for start in range(0, len(job_ids), _A_CALL):
-            some = list(job_ids[start : start + _A_CALL])
-            body = {"job_ids": some}
-            done = service.ask_as(Retried, "POST", "/jobs/retry", body=body, tenant=tenant)
+    with ApiClient(server) as api:
+        for start in range(0, len(job_ids), _MAX_JOBS_PER_CALL):
+            body = {"job_ids": list(job_ids[start : start + _MAX_JOBS_PER_CALL])}
+            done = api.request_as(Retried, "POST", "/jobs/retry", body=body, tenant=tenant)
             _add(totals, done)
-    return _tell(totals, as_json)
+    return _report(totals, as_json)
 
 
 @options.command(
@@ -117,10 +122,10 @@ def retry(
 @click.option(
     "--status",
     type=click.Choice(("completed", "failed", "cancelled", "ended")),
-    help="All that ended so; `ended` is any of them.",
+    help="All jobs in this state; `ended` is any of them.",
 )
 @click.option("--dead", is_flag=True, help="All dead letters.")
-@click.option("--yes", is_flag=True, help="Do not ask on a terminal.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @options.tenant
 @options.server
 @options.as_json
@@ -137,59 +142,63 @@ def purge(
 ) -> int:
     """Delete ended jobs with their data.
 
-    Jobs that wait or run are left alone: cancel them first.
+    Jobs that wait or run are not deleted: cancel them first.
     """
     query: dict[str, Any] = {
         **{"model": model, "group": group, "status": status},
         "dead": dead or None,
     }
-    _refuse_unclear("purge", job_ids, query)
+    _reject_unclear_choice("purge", job_ids, query)
     if job_ids:
-        return _one_by_one(server, job_ids, as_json, "purged", purge=True, tenant=tenant)
-    if not (yes or _agreed()):
+        return _delete_each(server, job_ids, as_json, "purged", purge=True, tenant=tenant)
+    if not (yes or _is_confirmed()):
         return 0
     query |= {"purge": True, "tenant": tenant}
-    return _all_that_match(server, Cleared, "DELETE", "/jobs", query, as_json)
+    return _run_for_all_matching(server, Cleared, "DELETE", "/jobs", query, as_json)
 
 
-# --- how -------------------------------------------------------------------------------------
+# --- requests ------------------------------------------------------------------------------
 
 
-def _refuse_unclear(verb: str, job_ids: Sequence[str], query: dict[str, Any]) -> None:
-    named = any(value is not None for value in query.values())
-    if bool(job_ids) == named:
+def _reject_unclear_choice(verb: str, job_ids: Sequence[str], query: dict[str, Any]) -> None:
+    """Raises click.UsageError unless there are either ids or filters."""
+    has_filters = any(value is not None for value in query.values())
+    if bool(job_ids) == has_filters:
         raise click.UsageError(
             f"Say which jobs to {verb}: by ID, or by --status, --model or --group, not both."
         )
 
 
-def _agreed() -> bool:
-    """Scripts are not asked."""
+def _is_confirmed() -> bool:
+    """Asks for confirmation on a terminal; True in a script."""
     return not sys.stdin.isatty() or click.confirm("Delete these jobs and their results?", err=True)
 
 
-def _one_by_one(
-    server: Server, job_ids: Sequence[str], as_json: bool, done: str, **query: Any
+def _delete_each(
+    server: Server, job_ids: Sequence[str], as_json: bool, outcome: str, **query: Any
 ) -> int:
-    """One that is refused stops no other."""
-    from asyncinfer.cli.api_client import Service, part
+    """Sends DELETE for each job, also after one that is refused, and returns the exit code.
 
-    totals: dict[str, Any] = {done: [], "refused": []}
-    with Service(server) as service:
+    `outcome` is the key of the ids that succeeded, and the word for it.
+    """
+    from asyncinfer.cli.api_client import ApiClient, path_part
+
+    totals: dict[str, Any] = {outcome: [], "refused": []}
+    with ApiClient(server) as api:
         for job_id in job_ids:
             try:
-                service.ask("DELETE", f"/job/{part(job_id)}", **query)
+                api.request_json("DELETE", f"/job/{path_part(job_id)}", **query)
             except RequestError as error:
-                if error.status in _ABOUT_THE_SERVER:
+                if error.status in _ABORTING_STATUSES:
                     raise
                 refused = {"job_id": job_id, "code": error.code, "detail": error.detail}
                 totals["refused"].append(refused)
             else:
-                totals[done].append(job_id)
-    return _tell(totals, as_json)
+                totals[outcome].append(job_id)
+    return _report(totals, as_json)
 
 
-def _all_that_match(
+def _run_for_all_matching(
     server: Server,
     kind: type[Cleared | Retried],
     method: str,
@@ -197,39 +206,44 @@ def _all_that_match(
     query: dict[str, Any],
     as_json: bool,
 ) -> int:
-    """A call does a bounded number; asks again as long as it did something."""
-    from asyncinfer.cli.api_client import Service
+    """Repeats the request, which handles a bounded number of jobs, until it changes nothing.
+
+    Prints the totals and returns the exit code.
+    """
+    from asyncinfer.cli.api_client import ApiClient
 
     totals: dict[str, Any] = {}
-    with Service(server) as service:
+    with ApiClient(server) as api:
         while True:
-            done = service.ask_as(kind, method, path, **query)
-            did_something = _add(totals, done)
-            if not (done.more and did_something):
-                return _tell(totals, as_json)
+            done = api.request_as(kind, method, path, **query)
+            has_changed = _add(totals, done)
+            if not (done.more and has_changed):
+                return _report(totals, as_json)
 
 
 def _add(totals: dict[str, Any], done: Cleared | Retried) -> bool:
-    """Whether it did something."""
+    """Adds a response to the totals; returns whether it handled any job."""
     added = {name: value for name, value in msgspec.to_builtins(done).items() if name != "more"}
     for name, value in added.items():
         totals[name] = totals[name] + value if name in totals else value
     return any(added.values())
 
 
-def _tell(totals: dict[str, Any], as_json: bool) -> int:
-    """What was done goes to stdout; each refusal is a line on stderr, and makes the exit code 1."""
+def _report(totals: dict[str, Any], as_json: bool) -> int:
+    """Prints the totals on stdout and each refusal on stderr; returns 1 if there is a refusal."""
     from asyncinfer.cli.output import say, say_json
 
     refused = totals.get("refused", [])
     if as_json:
         say_json(totals)
     else:
-        counts = {name: _count(it) for name, it in totals.items() if name != "refused"}
-        said = [f"{count:,} {_WORDS.get(name, name)}" for name, count in counts.items() if count]
-        say(f"{', '.join(said) or 'None'}.\n")
-    for one in refused:
-        complain(f"{one['job_id']}: {one['detail']}")
+        counts = {name: _count(value) for name, value in totals.items() if name != "refused"}
+        texts = [
+            f"{count:,} {_OUTCOME_TEXTS.get(name, name)}" for name, count in counts.items() if count
+        ]
+        say(f"{', '.join(texts) or 'No jobs'}.\n")
+    for refusal in refused:
+        say_error(f"{refusal['job_id']}: {refusal['detail']}")
     return EXIT_FAILED if refused else 0
 
 

@@ -1,4 +1,4 @@
-"""The commands that look at jobs: `jobs`, `job`, `dead`."""
+"""The commands `jobs`, `job` and `dead`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
@@ -13,18 +13,18 @@ from asyncinfer.cli.exit_codes import EXIT_TIMED_OUT
 from asyncinfer.cli.options import Server
 
 if TYPE_CHECKING:
-    from asyncinfer.cli.api_client import Service
+    from asyncinfer.cli.api_client import ApiClient
 
 STATUSES: Final = ("pending", "processing", "completed", "failed", "cancelled")
 _ENDED: Final = frozenset({"completed", "failed", "cancelled"})
 _PAGE: Final = 1000
 _WAIT_SECONDS: Final = 30.0
 _FIRST_WAIT_SECONDS: Final = 2.0
-"""A reason to wait may show itself just after a submit."""
-_ERROR_CHARACTERS: Final = 100
-_REASON_CHARACTERS: Final = 300
+"""The first wait is short, since the reason why a job waits may appear just after its submit."""
+_MAX_ERROR_CHARACTERS: Final = 100
+_MAX_REASON_CHARACTERS: Final = 300
 
-_Moment: TypeAlias = Annotated[datetime, Meta(tz=True)]
+_Time: TypeAlias = Annotated[datetime, Meta(tz=True)]
 
 
 _of_model = click.option("--model", metavar="NAME", help="Only jobs of this model.")
@@ -33,7 +33,7 @@ _limit = click.option(
     type=click.IntRange(1, 1_000_000),
     default=50,
     show_default=True,
-    help="How many jobs at most.",
+    help="Maximum number of jobs.",
 )
 
 
@@ -61,7 +61,7 @@ def jobs(
     as_json: bool,
 ) -> None:
     """List jobs, the newest first."""
-    _list(server, limit, as_json, status=status, model=model, group=group, tenant=tenant)
+    _list_jobs(server, limit, as_json, status=status, model=model, group=group, tenant=tenant)
 
 
 @options.command("dead", "asyncinfer dead", "asyncinfer dead --model iris --json")
@@ -71,11 +71,11 @@ def jobs(
 @options.server
 @options.as_json
 def dead(model: str | None, limit: int, tenant: str | None, server: Server, as_json: bool) -> None:
-    """List dead letters: jobs given up that may deserve another try.
+    """List dead letters: jobs that were given up and can be retried.
 
     `asyncinfer retry --dead` runs them again.
     """
-    _list(server, limit, as_json, model=model, dead=True, tenant=tenant)
+    _list_jobs(server, limit, as_json, model=model, dead=True, tenant=tenant)
 
 
 @options.command(
@@ -84,8 +84,10 @@ def dead(model: str | None, limit: int, tenant: str | None, server: Server, as_j
     "asyncinfer job 019ab5f2c1f77c36b1a2c6f0d3a54e11 --watch --timeout 60    # seconds",
 )
 @click.argument("job_id", metavar="ID")
-@click.option("--watch", is_flag=True, help="Wait for its end, and tell its states on the way.")
-@options.timeout("How long to watch. Default: for ever.")
+@click.option(
+    "--watch", is_flag=True, help="Wait until the job ends; print each new state on stderr."
+)
+@options.timeout("How long to watch. Default: no limit.")
 @options.tenant
 @options.server
 @options.as_json
@@ -99,22 +101,22 @@ def job(
 ) -> int:
     """Show a job with its result.
 
-    Exits with 1 when the job failed or was cancelled, with 4 when it has not ended within
+    Exits with 1 if the job failed or was cancelled, with 4 if it has not ended within
     --timeout.
     """
-    from asyncinfer.cli.api_client import Service
+    from asyncinfer.cli.api_client import ApiClient
     from asyncinfer.cli.output import say_json
 
-    with Service(server) as service:
-        look = partial(_read, service, job_id, tenant)
-        found = _watched(look, timeout) if watch else look(0)
+    with ApiClient(server) as api:
+        read = partial(_read_job, api, job_id, tenant)
+        view = _watch(read, timeout) if watch else read(0)
     if as_json:
-        say_json(found)
+        say_json(view)
     else:
-        _show_one(found)
-    if watch and found["status"] not in _ENDED:
+        _show_job(view)
+    if watch and view["status"] not in _ENDED:
         return EXIT_TIMED_OUT
-    return 1 if found["status"] in ("failed", "cancelled") else 0
+    return 1 if view["status"] in ("failed", "cancelled") else 0
 
 
 class _Reason(Struct, frozen=True):
@@ -132,7 +134,7 @@ class _Page(Struct, frozen=True):
     cursor: str | None = None
 
 
-class _Listed(Struct, frozen=True, kw_only=True):
+class _ListedJob(Struct, frozen=True, kw_only=True):
     """A job in a list."""
 
     job_id: str
@@ -142,54 +144,58 @@ class _Listed(Struct, frozen=True, kw_only=True):
     tenant: str | None = None
     error: _Reason | None = None
     waiting_for: _Reason | None = None
-    created_at: _Moment | None = None
-    started_at: _Moment | None = None
-    finished_at: _Moment | None = None
+    created_at: _Time | None = None
+    started_at: _Time | None = None
+    finished_at: _Time | None = None
 
 
-# --- one -------------------------------------------------------------------------------------
+# --- one job -------------------------------------------------------------------------------
 
 
-def _read(
-    service: "Service", job_id: str, tenant: str | None, wait_seconds: float
+def _read_job(
+    api: "ApiClient", job_id: str, tenant: str | None, wait_seconds: float
 ) -> dict[str, Any]:
-    from asyncinfer.cli.api_client import part
+    """The job as the API shows it; raises NotAsyncinfer if it has no status."""
+    from asyncinfer.cli.api_client import path_part
 
-    path = f"/job/{part(job_id)}"
-    found = service.ask("GET", path, wait_seconds=wait_seconds, tenant=tenant)
-    service.checked(_Status, found, path)
-    return service.checked(dict[str, Any], found, path)
+    path = f"/job/{path_part(job_id)}"
+    view = api.request_json("GET", path, wait_seconds=wait_seconds, tenant=tenant)
+    api.convert(_Status, view, path)
+    return api.convert(dict[str, Any], view, path)
 
 
-def _watched(look: Callable[[float], dict[str, Any]], timeout: float | None) -> dict[str, Any]:
-    """Waits in steps; each state that is seen is told on stderr, with why it waits."""
+def _watch(read: Callable[[float], dict[str, Any]], timeout: float | None) -> dict[str, Any]:
+    """Waits until the job ends or the time is out, and returns the job as it is then.
+
+    Prints each new state on stderr, with the reason why the job waits.
+    """
     import time
 
     from asyncinfer.cli.output import console, status
 
-    until = None if timeout is None else time.monotonic() + timeout
-    told = why = ""
-    wait = 0.0
+    deadline = None if timeout is None else time.monotonic() + timeout
+    shown_status = shown_reason = ""
+    wait_seconds = 0.0
     while True:
-        found = look(wait)
-        reason = found.get("waiting_for") or {"code": ""}
-        if (found["status"], reason["code"]) != (told, why):
-            told, why = found["status"], reason["code"]
-            line = status(told)
-            line.append(f"  {reason['message']}" if why else "", "")
+        view = read(wait_seconds)
+        reason = view.get("waiting_for") or {"code": ""}
+        if (view["status"], reason["code"]) != (shown_status, shown_reason):
+            shown_status, shown_reason = view["status"], reason["code"]
+            line = status(shown_status)
+            line.append(f"  {reason['message']}" if shown_reason else "", "")
             console(stderr=True).print(line, soft_wrap=True)
-        left = _WAIT_SECONDS if until is None else until - time.monotonic()
-        if told in _ENDED or left <= 0:
-            return found
-        wait = min(_WAIT_SECONDS if wait else _FIRST_WAIT_SECONDS, left)
+        left_seconds = _WAIT_SECONDS if deadline is None else deadline - time.monotonic()
+        if shown_status in _ENDED or left_seconds <= 0:
+            return view
+        wait_seconds = min(_WAIT_SECONDS if wait_seconds else _FIRST_WAIT_SECONDS, left_seconds)
 
 
-def _show_one(found: dict[str, Any]) -> None:
+def _show_job(view: dict[str, Any]) -> None:
     from asyncinfer.cli.output import show_facts, status
 
     show_facts(
         (name, status(value) if name == "status" else _value(name, value))
-        for name, value in found.items()
+        for name, value in view.items()
         if (name, value) != ("waiting_for", None)
     )
 
@@ -202,33 +208,34 @@ def _value(name: str, value: Any) -> object:
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
-# --- many ------------------------------------------------------------------------------------
+# --- lists ---------------------------------------------------------------------------------
 
 
-def _list(server: Server, limit: int, as_json: bool, **query: Any) -> None:
-    from asyncinfer.cli.api_client import Service
-    from asyncinfer.cli.output import say_aside, say_json, show
+def _list_jobs(server: Server, limit: int, as_json: bool, **query: Any) -> None:
+    """Prints at most `limit` jobs that match the parameters of the API's `query`."""
+    from asyncinfer.cli.api_client import ApiClient
+    from asyncinfer.cli.output import say_json, say_on_stderr, show
 
-    with Service(server) as service:
-        found = list(_found(service, limit, query))
+    with ApiClient(server) as api:
+        entries = list(_read_entries(api, limit, query))
     if as_json:
-        say_json(found)
+        say_json(entries)
         return
-    listed = service.checked(list[_Listed], found, "/jobs")
-    columns = ("JOB", "STATUS", "MODEL", "MADE", "TOOK", "REASON")
+    listed = api.convert(list[_ListedJob], entries, "/jobs")
+    columns = ("JOB", "STATUS", "MODEL", "CREATED", "TOOK", "REASON")
     if query["tenant"]:
-        show((*columns, "TENANT"), ([*_row(one), one.tenant] for one in listed))
+        show((*columns, "TENANT"), ([*_row(job), job.tenant] for job in listed))
     else:
         show(columns, map(_row, listed))
     if not listed:
-        say_aside("No dead letters." if query.get("dead") else "No such jobs.")
+        say_on_stderr("No dead letters." if query.get("dead") else "No such jobs.")
 
 
-def _found(service: "Service", limit: int, query: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _read_entries(api: "ApiClient", limit: int, query: dict[str, Any]) -> Iterator[dict[str, Any]]:
     cursor = None
     while limit > 0:
-        asked = {"limit": min(limit, _PAGE), "cursor": cursor, **query}
-        page = service.ask_as(_Page, "GET", "/jobs", **asked)
+        parameters = {"limit": min(limit, _PAGE), "cursor": cursor, **query}
+        page = api.request_as(_Page, "GET", "/jobs", **parameters)
         yield from page.jobs
         limit -= len(page.jobs)
         cursor = page.cursor
@@ -236,17 +243,17 @@ def _found(service: "Service", limit: int, query: dict[str, Any]) -> Iterator[di
             return
 
 
-def _row(one: _Listed) -> Sequence[object]:
+def _row(job: _ListedJob) -> Sequence[object]:
     from asyncinfer.cli.output import ago, seconds, status
 
-    started, ended = one.started_at, one.finished_at
-    took = seconds((ended - started).total_seconds()) if started and ended else None
-    told = f"{one.error.code}: {one.error.message}" if one.error else ""
-    most = _ERROR_CHARACTERS
-    if one.waiting_for:
-        # Its end says what to do.
-        told, most = one.waiting_for.message, _REASON_CHARACTERS
-    model = "/".join(filter(None, (one.model, one.version)))
-    if len(told) > most:
-        told = f"{told[:most]}..."
-    return one.job_id, status(one.status), model, ago(one.created_at), took, told
+    started, ended = job.started_at, job.finished_at
+    run_time = seconds((ended - started).total_seconds()) if started and ended else None
+    reason = f"{job.error.code}: {job.error.message}" if job.error else ""
+    max_characters = _MAX_ERROR_CHARACTERS
+    if job.waiting_for:
+        # The end of this text says what to do, so it gets more room.
+        reason, max_characters = job.waiting_for.message, _MAX_REASON_CHARACTERS
+    model = "/".join(filter(None, (job.model, job.version)))
+    if len(reason) > max_characters:
+        reason = f"{reason[:max_characters]}..."
+    return job.job_id, status(job.status), model, ago(job.created_at), run_time, reason

@@ -1,4 +1,4 @@
-"""`asyncinfer predict`: rows of a file, of stdin or of the command line."""
+"""`asyncinfer predict`: predictions for rows of a file, of stdin or of the command line."""
 
 import math
 from typing import Final
@@ -8,12 +8,12 @@ import click
 from asyncinfer.cli import options
 from asyncinfer.cli.options import Server
 
-_READ: Final = ("csv", "json", "ndjson", "npy", "parquet")
-_WRITTEN: Final = ("table", "csv", "json", "ndjson", "parquet")
+_INPUT_FORMATS: Final = ("csv", "json", "ndjson", "npy", "parquet")
+_OUTPUT_FORMATS: Final = ("table", "csv", "json", "ndjson", "parquet")
 
 
 class _Predict(click.Command):
-    """Numbers below zero are rows, not options."""
+    """Takes negative numbers as rows, not as options."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         context.ignore_unknown_options = True
@@ -27,51 +27,66 @@ class _Predict(click.Command):
     "asyncinfer predict flowers.csv --model iris",
     "asyncinfer predict flowers.csv --columns 1,2,3,4 --output classes.parquet",
     "cat rows.ndjson | asyncinfer predict - --to csv > classes.csv",
-    "asyncinfer predict flowers.csv --resume flowers-1    # what is done is not run again",
+    "asyncinfer predict flowers.csv --resume flowers-1    # rows that are done are not run again",
     "asyncinfer predict flowers.csv --timeout 600    # seconds",
     cls=_Predict,
 )
 @click.argument("rows", nargs=-1, required=True, metavar="FILE | - | ROW")
-@click.option("--model", "-m", metavar="NAME", help="Default: the default model.")
-@click.option("--from", "read_as", type=click.Choice(_READ), help="Default: by the file's name.")
+@click.option("--model", "-m", metavar="NAME", help="The model. Default: the default model.")
+@click.option(
+    "--from",
+    "read_as",
+    type=click.Choice(_INPUT_FORMATS),
+    help="Format of the input. Default: by the file's name.",
+)
 @click.option(
     "--to",
     "write_as",
-    type=click.Choice(_WRITTEN),
-    help="Default: by the name of --output, else a table on a terminal and NDJSON in a pipe.",
+    type=click.Choice(_OUTPUT_FORMATS),
+    help="Format of the output. Default: by the name of --output, else a table on a terminal and "
+    "NDJSON in a pipe.",
 )
-@click.option("--output", "-o", metavar="FILE", help="Write here; it appears once it is whole.")
+@click.option(
+    "--output", "-o", metavar="FILE", help="Write to this file, which appears once it is complete."
+)
 @click.option(
     "--columns",
     metavar="A,B",
-    help="Columns to send, by name or number from 1. Default: those named as the model's inputs "
-    "where it has one for each, else all.",
+    help="Columns to send, by name or number from 1. Default: those named like the model's inputs "
+    "if there is one for each, else all.",
 )
-@click.option("--header/--no-header", default=None, help="Whether a CSV has one. Default: look.")
+@click.option(
+    "--header/--no-header",
+    default=None,
+    help="Whether a CSV file has a header. Default: detected from its first line.",
+)
 @click.option(
     "--resume",
     metavar="GROUP",
-    help="Go on with a group of jobs. Default: made from the file and the model's version.",
+    help="Continue a group of jobs of an earlier run. Default: a name made from the file and the "
+    "model's version.",
 )
-@click.option("--fresh", is_flag=True, help="Run all rows, those too that ran within a day.")
 @click.option(
-    "--batch", type=click.IntRange(1), metavar="ROWS", help="Rows of a job. Default: 256."
+    "--fresh", is_flag=True, help="Run all rows, even those that ran within the last day."
 )
+@click.option("--batch", type=click.IntRange(1), metavar="ROWS", help="Rows per job. Default: 256.")
 @click.option(
     "--in-flight",
     type=click.IntRange(1, 1000),
     default=8,
     show_default=True,
     metavar="JOBS",
-    help="Jobs under way at once.",
+    help="Number of concurrent jobs.",
 )
-@click.option("--priority", type=click.Choice(("high", "normal", "low")), help="Of the jobs.")
-@options.timeout("How long to wait for all answers. Default: for ever.", above_zero=True)
+@click.option(
+    "--priority", type=click.Choice(("high", "normal", "low")), help="Priority of the jobs."
+)
+@options.timeout("How long to wait for all results. Default: no limit.", above_zero=True)
 @click.option("--json", "as_json", is_flag=True, help="The same as --to json.")
 @options.server
 @click.pass_obj
 def predict(
-    typed: tuple[str, ...],
+    arguments: tuple[str, ...],
     *,
     rows: tuple[str, ...],
     model: str | None,
@@ -89,26 +104,26 @@ def predict(
     as_json: bool,
     server: Server,
 ) -> int:
-    """Run rows of a file, of stdin or of the command line.
+    """Predict rows of a file, of stdin or of the command line.
 
-    FILE is CSV, JSON, NDJSON (.jsonl), NPY or Parquet, - stdin. Answers come in the order of the
-    rows, each with the number of its row, from 1. A row that fails is told on stderr, has an
-    `error` in the output, and makes the exit code 1. Ctrl-C cancels what is not done, and says how
-    to go on. While the queue is full, a worker loads the model or the server restarts, it waits.
-    When nothing comes for 2 s and there is a reason, such as no worker that has the model, stderr
-    tells it. After --timeout it exits with 4: jobs that were sent go on, and the command that it
-    shows takes them up again.
+    FILE is CSV, JSON, NDJSON (.jsonl), NPY or Parquet; - is stdin. Results come in the order of the
+    rows, each with its row number, from 1. A row that fails has an `error` in the output and a line
+    on stderr, and makes the exit code 1. Ctrl-C cancels the remaining jobs, and says how to
+    continue. While the queue is full, a worker loads the model or the server restarts, the command
+    waits. If nothing comes for 2 s and the reason is known, such as that no worker has the model,
+    it is printed on stderr. After --timeout the command exits with 4: jobs that were submitted go
+    on, and it prints the command that continues them.
     """
     from asyncinfer.cli.predict import run
 
-    _refuse_options(rows)
-    asked = run.Asked(
+    _reject_options(rows)
+    predict_options = run.PredictOptions(
         rows=rows,
         model=model,
         read_as=read_as,
         write_as="json" if as_json else write_as,
         output=output,
-        columns=tuple(one.strip() for one in columns.split(",")) if columns else (),
+        columns=tuple(column.strip() for column in columns.split(",")) if columns else (),
         header=header,
         group=resume,
         fresh=fresh,
@@ -116,15 +131,16 @@ def predict(
         in_flight=in_flight,
         priority=priority,
         timeout_seconds=math.inf if timeout is None else timeout,
-        typed=typed or (),
+        arguments=arguments or (),
     )
-    return run.run(server, asked)
+    return run.run(server, predict_options)
 
 
-def _refuse_options(rows: tuple[str, ...]) -> None:
-    for one in rows:
-        if one.startswith("-") and one != "-" and not _is_number(one):
-            raise click.NoSuchOption(one, ctx=click.get_current_context())
+def _reject_options(rows: tuple[str, ...]) -> None:
+    """Raises NoSuchOption for a row that begins with - and is no number."""
+    for row in rows:
+        if row.startswith("-") and row != "-" and not _is_number(row):
+            raise click.NoSuchOption(row, ctx=click.get_current_context())
 
 
 def _is_number(text: str) -> bool:

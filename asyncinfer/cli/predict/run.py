@@ -1,4 +1,4 @@
-"""Many rows through the service: read, sent in jobs, answered in order, with their errors."""
+"""The run of `predict`: reads rows, sends them in jobs and writes results and errors in order."""
 
 import contextlib
 import hashlib
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
 import msgspec
 from msgspec import Struct
 
-from asyncinfer.cli.api_client import Service
-from asyncinfer.cli.exit_codes import EXIT_FAILED, complain
+from asyncinfer.cli.api_client import ApiClient
+from asyncinfer.cli.exit_codes import EXIT_FAILED, say_error
 from asyncinfer.cli.options import Server
-from asyncinfer.cli.output import say_aside
+from asyncinfer.cli.output import say_on_stderr
 from asyncinfer.cli.predict import readers, writers
 from asyncinfer.cli.predict.progress import Progress, progress
 from asyncinfer.cli.predict.readers import Row
@@ -36,19 +36,22 @@ if TYPE_CHECKING:
     from asyncinfer.client import Model
 
 _RETRIES: Final = 5
-"""A server that restarts is waited for, about a minute."""
+"""Enough for a server that restarts, about a minute."""
 
-_PLACE: Final = re.compile(r"/data/\d+/?([\d/]*)\Z")
-_ITS_ROW: Final = re.compile(r"\Arow \d+ (?=has )")
-_TOLD_ERRORS: Final = 100
-"""So many rows have a line of their own on stderr; the output has all."""
+_VALUE_POINTER: Final = re.compile(r"/data/\d+/?([\d/]*)\Z")
+_ROW_IN_JOB: Final = re.compile(r"\Arow \d+ (?=has )")
+_MAX_SHOWN_ERRORS: Final = 100
+"""The number of failed rows that get a line on stderr; the output has the error of each."""
+
+_OMITTED_OPTIONS: Final = ("--api-key", "--resume")
+"""Options with a value that the command to continue a run does not repeat."""
 
 
-_SECRET: Final = ("--api-key", "--resume")
+class PredictOptions(Struct, frozen=True, kw_only=True):
+    """The options of `predict`."""
 
-
-class Asked(Struct, frozen=True, kw_only=True):
     rows: tuple[str, ...]
+    """A file, - for stdin, or rows as numbers or JSON."""
     model: str | None
     read_as: str | None
     write_as: str | None
@@ -56,51 +59,56 @@ class Asked(Struct, frozen=True, kw_only=True):
     columns: tuple[str, ...]
     header: bool | None
     group: str | None
+    """The group of an earlier run to continue."""
     fresh: bool
     batch: int | Literal["auto"]
     in_flight: int
     priority: str | None
-    typed: tuple[str, ...]
-    """The command line."""
+    arguments: tuple[str, ...]
+    """The command line, without the program's name."""
     timeout_seconds: float = math.inf
     cadence: Cadence = CADENCE
-    resumed_seconds: float = 10.0
-    """From here on a run is long enough to say how it is taken up again."""
+    hint_seconds: float = 10.0
+    """After this time a run is long enough to print how to continue it."""
 
 
 class _Source(Struct, frozen=True):
     rows: Iterator[Row]
     total: int | None
-    """About how many; None where that takes reading them all."""
+    """About how many rows; None if that could only be counted by reading them all."""
     group: str
     is_file: bool
 
 
-def run(server: Server, asked: Asked) -> int:
-    form = writers.form_of(asked.output, asked.write_as)
-    until = time.monotonic() + asked.timeout_seconds
-    with Service(server, retries=_RETRIES, until=until, waits_for_models=True) as service:
-        service.client._driver.on_pause = _Pauses(asked.cadence).hear
-        source = _source(asked, service, until)
-        group = asked.group or source.group
+def run(server: Server, options: PredictOptions) -> int:
+    """Predicts all rows and returns the exit code, 1 if a row failed.
+
+    Raises what ends the run as a whole: FileRefused, WaitTimeout, ConnectionFailed and others.
+    """
+    file_format = writers.format_of(options.output, options.write_as)
+    deadline = time.monotonic() + options.timeout_seconds
+    with ApiClient(server, retries=_RETRIES, deadline=deadline, waits_for_models=True) as api:
+        api.client._driver.on_pause = _PauseNotices(options.cadence).notice
+        source = _open_source(options, api, deadline)
+        group = options.group or source.group
         with (
-            _said_later(asked, source, group),
-            writers.writer(asked.output, form) as writer,
-            progress(source.total, form, asked.output) as bar,
-            _warnings_told(),
+            _hint_after_a_while(options, source, group),
+            writers.writer(options.output, file_format) as writer,
+            progress(source.total, file_format, options.output) as bar,
+            _printed_warnings(),
         ):
-            failed = _run(service, asked, source, group, writer, bar)
-    if failed > _TOLD_ERRORS:
-        complain(f"{failed:,} rows failed in all; the output has the error of each.")
+            failed = _write_all(api, options, source, group, writer, bar)
+    if failed > _MAX_SHOWN_ERRORS:
+        say_error(f"{failed:,} rows failed in all; the output has the error of each.")
     return EXIT_FAILED if failed else 0
 
 
 @contextlib.contextmanager
-def _warnings_told() -> Iterator[None]:
-    """What the client warns of, in a line of its own and without a place in our code."""
+def _printed_warnings() -> Iterator[None]:
+    """Prints warnings of the client as lines on stderr, without a place in the code."""
     from asyncinfer.client import SlowMapWarning
 
-    def tell(
+    def print_warning(
         message: Warning | str,
         category: type[Warning],
         filename: str,
@@ -108,214 +116,223 @@ def _warnings_told() -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        complain(str(message))
+        say_error(str(message))
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", SlowMapWarning)
-        warnings.showwarning = tell
+        warnings.showwarning = print_warning
         yield
 
 
-def _run(
-    service: Service,
-    asked: Asked,
+def _write_all(
+    api: ApiClient,
+    options: PredictOptions,
     source: _Source,
     group: str,
     writer: writers.Writer,
     bar: Progress,
 ) -> int:
-    """How many rows failed."""
+    """Writes a record for each row and returns the number of rows that failed."""
     failed = done = 0
     try:
-        for record in _records(service, asked, source.rows, group):
+        for record in _records(api, options, source.rows, group):
             done += 1
             if error := record.get("error"):
                 failed += 1
-                if failed <= _TOLD_ERRORS:
-                    say_aside(f"row {record['row']}: {error['detail']}")
+                if failed <= _MAX_SHOWN_ERRORS:
+                    say_on_stderr(f"row {record['row']}: {error['detail']}")
             writer.write(record)
             bar.advance(failed=bool(error))
     except KeyboardInterrupt:
-        complain(f"Interrupted after {done:,} rows. {_go_on(asked, source, group)}")
+        say_error(f"Interrupted after {done:,} rows. {_continue_advice(options, source, group)}")
         raise
     except WaitTimeout as error:
         raise WaitTimeout(
-            f"{error.detail} {done:,} rows are done. Jobs that were sent go on; take them up "
-            f"again with: {_resumed(asked.typed, group)}",
+            f"{error.detail} {done:,} rows are done. Jobs that were submitted go on. "
+            f"Continue with: {_resume_command(options.arguments, group)}",
             waiting_for=error.waiting_for,
         ) from error
     except AsyncinferError as error:
         if done:
-            complain(f"Stopped after {done:,} rows. {_go_on(asked, source, group)}")
+            say_error(f"Stopped after {done:,} rows. {_continue_advice(options, source, group)}")
         raise error
     return failed
 
 
-def _records(service: Service, asked: Asked, rows: Iterator[Row], group: str) -> Iterator[Record]:
-    """In the order of the rows; those that cannot be sent are in their places."""
+def _records(
+    api: ApiClient, options: PredictOptions, rows: Iterator[Row], group: str
+) -> Iterator[Record]:
+    """Records in the order of the rows, with errors for those that cannot be sent."""
     pending: deque[Row] = deque()
 
-    def sent() -> Iterator[Any]:
+    def values() -> Iterator[Any]:
         for row in rows:
             pending.append(row)
             if not row.problem:
                 yield row.value
 
-    model = service.client.model(asked.model)
+    model = api.client.model(options.model)
     names = [spec.name for spec in model.outputs]
-    client, options = service.client, {"priority": asked.priority, "group": group}
-    wanted = msgspec.structs.replace(
-        asked_of(asked.model, asked.batch, asked.in_flight, False, "return", options),
-        cadence=asked.cadence,
+    client, job_options = api.client, {"priority": options.priority, "group": group}
+    map_options = msgspec.structs.replace(
+        asked_of(options.model, options.batch, options.in_flight, False, "return", job_options),
+        cadence=options.cadence,
     )
-    results = Results(client._server, client._driver, sent(), wanted, _Lines())
+    results = Results(client._server, client._driver, values(), map_options, _StderrNotices())
     with contextlib.closing(results):
         for result in results:
-            yield from _bad_ones(pending)
+            yield from _unreadable_records(pending)
             yield _record(pending.popleft(), result, names)
-        yield from _bad_ones(pending)
+        yield from _unreadable_records(pending)
 
 
-class _Lines:
-    """Takes the place of the client's own bar: tells on stderr why nothing comes."""
+class _StderrNotices:
+    """Replaces the progress bar of the client's map: prints on stderr why no result comes."""
 
     def advance(self, rows: int, errors: int) -> None: ...
 
     def say(self, line: str) -> None:
-        complain(line)
+        say_error(line)
 
     def close(self) -> None: ...
 
 
-class _Pauses:
-    """Says why a request before the first row is sent again, once that takes long."""
+class _PauseNotices:
+    """Prints why a request before the first row is repeated, once that takes long."""
 
     def __init__(self, cadence: Cadence) -> None:
         self._cadence = cadence
-        self._notices = Notices(_Lines().say, cadence)
-        self._began = 0.0
+        self._notices = Notices(_StderrNotices().say, cadence)
+        self._first_pause_at = 0.0
 
-    def hear(self, pause: Pause) -> None:
+    def notice(self, pause: Pause) -> None:
         now = time.monotonic()
-        self._began = self._began or now
-        if now + pause.seconds - self._began >= self._cadence.after_seconds:
+        self._first_pause_at = self._first_pause_at or now
+        if now + pause.seconds - self._first_pause_at >= self._cadence.after_seconds:
             self._notices.hear(pause.reason, "It is tried again", "")
 
 
-def _bad_ones(pending: deque[Row]) -> Iterator[Record]:
+def _unreadable_records(pending: deque[Row]) -> Iterator[Record]:
     while pending and pending[0].problem:
         row = pending.popleft()
         yield {"row": row.number, "error": {"code": "unreadable_row", "detail": row.problem}}
 
 
-# --- results ---------------------------------------------------------------------------------
+# --- records -------------------------------------------------------------------------------
 
 
 def _record(row: Row, result: Any, names: Sequence[str]) -> Record:
+    """The record of a row from its result or error; raises errors that concern no single row."""
     if isinstance(result, AsyncinferError):
-        _refuse_no_server(result)
-        return {"row": row.number, "error": {"code": result.code, "detail": _detail(result)}}
+        _raise_if_server_error(result)
+        return {"row": row.number, "error": {"code": result.code, "detail": _error_text(result)}}
     if isinstance(result, dict):
-        return {"row": row.number, **{name: _plain(one) for name, one in result.items()}}
+        return {"row": row.number, **{name: _to_json(value) for name, value in result.items()}}
     name = next(iter(names), "result")
-    return {"row": row.number, name: _plain(result)}
+    return {"row": row.number, name: _to_json(result)}
 
 
-def _refuse_no_server(error: AsyncinferError) -> None:
-    """What is wrong with the server or the key is wrong with no row."""
+def _raise_if_server_error(error: AsyncinferError) -> None:
+    """Raises an error that concerns the server, the key or the model, and not one row."""
     if isinstance(error, RequestError) and error.status in (401, 403, 404, 503):
         raise error
 
 
-def _detail(error: AsyncinferError) -> str:
-    """Without the row's place in its job, which nobody knows."""
+def _error_text(error: AsyncinferError) -> str:
+    """The error of a row, without the row's number in its job, which means nothing to the user."""
     faults = error.faults if isinstance(error, RequestError) else ()
-    return "; ".join(map(_fault, faults)) or error.detail
+    return "; ".join(map(_fault_text, faults)) or error.detail
 
 
-def _fault(fault: Fault) -> str:
-    detail = _ITS_ROW.sub("", fault.detail)
-    found = _PLACE.fullmatch(fault.pointer)
-    place = found[1] if found else fault.pointer
+def _fault_text(fault: Fault) -> str:
+    detail = _ROW_IN_JOB.sub("", fault.detail)
+    match = _VALUE_POINTER.fullmatch(fault.pointer)
+    place = match[1] if match else fault.pointer
     return f"value at {place}: {detail}" if place else detail
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-# --- sources ---------------------------------------------------------------------------------
+# --- sources -------------------------------------------------------------------------------
 
 
-def _source(asked: Asked, service: Service, until: float) -> _Source:
-    first = asked.rows[0]
-    if len(asked.rows) == 1 and not _is_typed(first):
+def _open_source(options: PredictOptions, api: ApiClient, deadline: float) -> _Source:
+    """The rows that the arguments name; raises FileRefused if there are none."""
+    first = options.rows[0]
+    if len(options.rows) == 1 and not _is_inline(first):
         path = None if first == "-" else Path(first)
         if path and not path.is_file():
             raise FileRefused(
-                f"There is no file {first}. Give the path of one, - for stdin, or a row as numbers "
-                "or JSON: asyncinfer predict 5.1 3.5 1.4 0.2."
+                f"There is no file {first}. Give the path of a file, - for stdin, or a row as "
+                "numbers or JSON: asyncinfer predict 5.1 3.5 1.4 0.2."
             )
-        return _file(asked, path, service.client.model(asked.model), until)
-    rows = _typed_rows(asked, service)
+        return _open_file(options, path, api.client.model(options.model), deadline)
+    rows = _inline_rows(options, api)
     return _Source(rows, None, f"typed-{uuid.uuid4().hex[:12]}", False)
 
 
-def _is_typed(text: str) -> bool:
-    return text.lstrip().startswith(("[", "{")) or readers.number(text) is not None
+def _is_inline(text: str) -> bool:
+    return text.lstrip().startswith(("[", "{")) or readers.parse_number(text) is not None
 
 
-def _typed_rows(asked: Asked, service: Service) -> Iterator[Row]:
-    """Numbers are one row; JSON is one, or a list of them."""
-    words = asked.rows
+def _inline_rows(options: PredictOptions, api: ApiClient) -> Iterator[Row]:
+    """The rows of the command line: numbers are one row; JSON is one row or a list of rows."""
+    words = options.rows
     with contextlib.suppress(ValueError):
-        return iter([Row(1, [readers.cell(word) for word in words])])
+        return iter([Row(1, [readers.parse_cell(word) for word in words])])
     try:
-        found = [msgspec.json.decode(word) for word in words]
+        values = [msgspec.json.decode(word) for word in words]
     except msgspec.DecodeError as error:
         raise FileRefused(
             f"{' '.join(words)[:60]!r} is no row ({error}). Give numbers, a row as JSON, or one "
             "file."
         ) from error
-    if len(found) == 1 and isinstance(found[0], list) and found[0] and _is_row(found[0][0]):
-        found = found[0]
-    if not any(isinstance(row, dict) for row in found):
-        return iter([Row(number, row) for number, row in enumerate(found, start=1)])
-    how = _how(asked, service.client.model(asked.model), math.inf)
-    return iter([readers.json_row(number, row, how) for number, row in enumerate(found, start=1)])
+    if len(values) == 1 and isinstance(values[0], list) and values[0] and _is_row(values[0][0]):
+        values = values[0]
+    numbered = list(enumerate(values, start=1))
+    if not any(isinstance(value, dict) for value in values):
+        return iter([Row(number, value) for number, value in numbered])
+    read_options = _read_options(options, api.client.model(options.model), math.inf)
+    return iter([readers.json_row(number, value, read_options) for number, value in numbered])
 
 
 def _is_row(value: Any) -> bool:
     return isinstance(value, list | dict)
 
 
-def _file(asked: Asked, path: Path | None, model: "Model", until: float) -> _Source:
-    rows = readers.begun(readers.rows(_how(asked, model, until)))
-    if path is None or asked.fresh or not path.is_file():
+def _open_file(
+    options: PredictOptions, path: Path | None, model: "Model", deadline: float
+) -> _Source:
+    rows = readers.with_first_read(readers.rows(_read_options(options, model, deadline)))
+    if path is None or options.fresh or not path.is_file():
         name = path.stem if path else "stdin"
-        return _Source(rows, None, f"{_word(name)}-{uuid.uuid4().hex[:12]}", True)
-    digest, lines = _digest(path, f"{model.sha256}{asked.columns}{asked.header}{asked.batch}")
+        return _Source(rows, None, f"{_group_name(name)}-{uuid.uuid4().hex[:12]}", True)
+    digest, lines = _digest(path, f"{model.sha256}{options.columns}{options.header}{options.batch}")
     is_lines = path.suffix.lower() in (".csv", ".tsv", ".ndjson", ".jsonl")
-    return _Source(rows, lines if is_lines else None, f"{_word(path.stem)}-{digest[:12]}", True)
+    return _Source(
+        rows, lines if is_lines else None, f"{_group_name(path.stem)}-{digest[:12]}", True
+    )
 
 
-def _how(asked: Asked, model: "Model", until: float) -> readers.Asked:
-    needed = [spec for spec in model.inputs if not spec.optional]
-    are_single = all(spec.shape and spec.shape[1:] in ((), (1,)) for spec in needed)
-    return readers.Asked(
-        source=asked.rows[0],
-        form=asked.read_as,
-        columns=asked.columns,
-        header=asked.header,
+def _read_options(options: PredictOptions, model: "Model", deadline: float) -> readers.ReadOptions:
+    required = [spec for spec in model.inputs if not spec.optional]
+    are_single = all(spec.shape and spec.shape[1:] in ((), (1,)) for spec in required)
+    return readers.ReadOptions(
+        source=options.rows[0],
+        file_format=options.read_as,
+        columns=options.columns,
+        header=options.header,
         inputs={spec.name: spec.rank or 0 for spec in model.inputs},
         text_inputs=frozenset(spec.name for spec in model.inputs if spec.datatype == "BYTES"),
-        single_inputs=frozenset(spec.name for spec in needed) if are_single else frozenset(),
-        until=until,
+        single_inputs=frozenset(spec.name for spec in required) if are_single else frozenset(),
+        deadline=deadline,
     )
 
 
 def _digest(path: Path, salt: str) -> tuple[str, int]:
-    """Of the file and of what else makes the answers; and its lines."""
+    """The hash of the file and of `salt`, what else determines the results; and its line count."""
     digest, lines = hashlib.sha256(salt.encode()), 0
     with path.open("rb") as content:
         while chunk := content.read(1 << 20):
@@ -324,20 +341,22 @@ def _digest(path: Path, salt: str) -> tuple[str, int]:
     return digest.hexdigest(), lines
 
 
-def _word(name: str) -> str:
-    """As the name of a group may have it."""
-    kept = "".join(one if one.isascii() and one.isalnum() else "-" for one in name).strip("-")
-    return kept[:40] or "rows"
+def _group_name(name: str) -> str:
+    """A file's name as the start of a group's name, which allows fewer characters."""
+    allowed = (
+        character if character.isascii() and character.isalnum() else "-" for character in name
+    )
+    return "".join(allowed).strip("-")[:40] or "rows"
 
 
-# --- taking up again -------------------------------------------------------------------------
+# --- continuing ----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _said_later(asked: Asked, source: _Source, group: str) -> Iterator[None]:
-    """How to take a long run up again, also where it cannot say so at its end."""
-    line = f"To take this up again: {_resumed(asked.typed, group)}"
-    timer = threading.Timer(asked.resumed_seconds, complain, (line,))
+def _hint_after_a_while(options: PredictOptions, source: _Source, group: str) -> Iterator[None]:
+    """Prints how to continue a long run, in case that it cannot say so at its end."""
+    line = f"To continue this run later: {_resume_command(options.arguments, group)}"
+    timer = threading.Timer(options.hint_seconds, say_error, (line,))
     timer.daemon = True
     if source.is_file:
         timer.start()
@@ -347,17 +366,19 @@ def _said_later(asked: Asked, source: _Source, group: str) -> Iterator[None]:
         timer.cancel()
 
 
-def _go_on(asked: Asked, source: _Source, group: str) -> str:
+def _continue_advice(options: PredictOptions, source: _Source, group: str) -> str:
     if not source.is_file:
-        return "Run it again."
-    return f"What is done is kept for a day. Go on with: {_resumed(asked.typed, group)}"
+        return "Run the command again."
+    command = _resume_command(options.arguments, group)
+    return f"Results are kept for a day. Continue with: {command}"
 
 
-def _resumed(typed: Sequence[str], group: str) -> str:
+def _resume_command(arguments: Sequence[str], group: str) -> str:
+    """The command line with --resume GROUP, without --api-key and --fresh."""
     words, skip = [], False
-    for word in typed:
-        is_kept = not skip and word.partition("=")[0] not in (*_SECRET, "--fresh")
-        skip = not skip and word in _SECRET
+    for word in arguments:
+        is_kept = not skip and word.partition("=")[0] not in (*_OMITTED_OPTIONS, "--fresh")
+        skip = not skip and word in _OMITTED_OPTIONS
         if is_kept:
             words.append(word)
     return shlex.join(["asyncinfer", *words, "--resume", group])

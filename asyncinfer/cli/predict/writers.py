@@ -1,4 +1,4 @@
-"""Answers as they come: a table, CSV, JSON, NDJSON or Parquet."""
+"""Writers of results, as a table, CSV, JSON, NDJSON or Parquet."""
 
 import contextlib
 import csv
@@ -10,13 +10,13 @@ from typing import IO, Any, Final, Protocol
 
 import msgspec
 
-from asyncinfer.cli.predict.readers import arrow
+from asyncinfer.cli.predict.readers import import_arrow
 from asyncinfer.errors import FileRefused
 from asyncinfer.tensors.missing_values import in_words
 from asyncinfer.untrusted.printable import printable, printable_json
 
-FORMS: Final = ("table", "csv", "json", "ndjson", "parquet")
-_FORM_BY_SUFFIX: Final = {
+FORMATS: Final = ("table", "csv", "json", "ndjson", "parquet")
+_FORMAT_BY_SUFFIX: Final = {
     ".csv": "csv",
     ".json": "json",
     ".ndjson": "ndjson",
@@ -24,45 +24,54 @@ _FORM_BY_SUFFIX: Final = {
     ".parquet": "parquet",
     ".pq": "parquet",
 }
-_MOST_COLUMNS: Final = 64
-"""So many elements of one output become columns of their own; more are JSON in one cell."""
+_MAX_COLUMNS: Final = 64
+"""The elements of an output become columns up to this number; more become JSON in one cell."""
 
-_TABLE_ROWS: Final = 1000
-_ROW_GROUP: Final = 10_000
+_ROWS_PER_TABLE: Final = 1000
+_ROWS_PER_GROUP: Final = 10_000
 
 Record = dict[str, Any]
-"""The number of a row, and its outputs by name, or an `error`; NaN and infinities are floats."""
+"""A row's number, and its outputs by name or an `error`; NaN and infinities are floats."""
 
 
 class Writer(Protocol):
+    """Writes records in one format; `finish` writes what is held back and the end of the output."""
+
     def write(self, record: Record) -> None: ...
 
     def finish(self) -> None: ...
 
 
-def form_of(path: str | None, asked: str | None) -> str:
-    """As asked, else by the file's name; a table on a terminal, NDJSON in a pipe."""
-    if asked:
-        return asked
+def format_of(path: str | None, requested: str | None) -> str:
+    """The requested format, else that of the file's name.
+
+    Without either it is a table on a terminal and NDJSON in a pipe. Raises FileRefused for a name
+    that shows no format.
+    """
+    if requested:
+        return requested
     if path is None:
         return "table" if sys.stdout.isatty() else "ndjson"
     suffix = Path(path).suffix.lower()
-    if suffix in _FORM_BY_SUFFIX:
-        return _FORM_BY_SUFFIX[suffix]
+    if suffix in _FORMAT_BY_SUFFIX:
+        return _FORMAT_BY_SUFFIX[suffix]
     raise FileRefused(
-        f"{path}: its name does not tell what to write. Say so with --to: {', '.join(FORMS[1:])}."
+        f"{path}: its name does not show a format. Set it with --to: {', '.join(FORMATS[1:])}."
     )
 
 
 @contextlib.contextmanager
-def writer(path: str | None, form: str) -> Iterator[Writer]:
-    """A file appears under its name once it is whole; until then it is beside it, as .part."""
+def writer(path: str | None, file_format: str) -> Iterator[Writer]:
+    """Opens a writer to a file, or to stdout for None.
+
+    The file appears once it is complete; until then its content is in a file with the suffix .part.
+    """
     if path is None:
-        if form == "parquet" and sys.stdout.isatty():
+        if file_format == "parquet" and sys.stdout.isatty():
             raise FileRefused("Parquet is not for a terminal: add --output results.parquet.")
-        made = _WRITERS[form](_stdout(form))
-        yield made
-        made.finish()
+        stdout_writer = _WRITERS[file_format](_stdout(file_format))
+        yield stdout_writer
+        stdout_writer.finish()
         sys.stdout.buffer.flush()
         return
     part = f"{path}.part"
@@ -71,20 +80,20 @@ def writer(path: str | None, form: str) -> Iterator[Writer]:
     except OSError as error:
         raise FileRefused(f"{path} cannot be written: {error.strerror}.") from error
     with content:
-        made = _WRITERS[form](content)
-        yield made
-        made.finish()
+        file_writer = _WRITERS[file_format](content)
+        yield file_writer
+        file_writer.finish()
     os.replace(part, path)
 
 
-def _stdout(form: str) -> Any:
+def _stdout(file_format: str) -> Any:
     if not sys.stdout.isatty():
         return sys.stdout.buffer
-    return _Terminal(sys.stdout.buffer, printable if form == "csv" else printable_json)
+    return _Terminal(sys.stdout.buffer, printable if file_format == "csv" else printable_json)
 
 
 class _Terminal:
-    """Takes whole records as UTF-8, and writes them so that the terminal obeys none of it."""
+    """A stream to a terminal that escapes control characters of records in UTF-8."""
 
     def __init__(self, terminal: IO[bytes], escape: Callable[[str], str]) -> None:
         self._terminal = terminal
@@ -97,7 +106,7 @@ class _Terminal:
         self._terminal.flush()
 
 
-# --- lines -----------------------------------------------------------------------------------
+# --- lines ---------------------------------------------------------------------------------
 
 
 class _NDJSON:
@@ -113,55 +122,56 @@ class _NDJSON:
 
 
 class _JSON:
-    """One list, a row a line."""
+    """Writes one list, with each row on a line."""
 
     def __init__(self, content: IO[bytes]) -> None:
         self._content = content
-        self._before = b"[\n"
+        self._separator = b"[\n"
 
     def write(self, record: Record) -> None:
-        self._content.write(self._before + _json_of(record))
-        self._before = b",\n"
+        self._content.write(self._separator + _json_of(record))
+        self._separator = b",\n"
 
     def finish(self) -> None:
-        self._content.write(b"[]\n" if self._before == b"[\n" else b"\n]\n")
+        self._content.write(b"[]\n" if self._separator == b"[\n" else b"\n]\n")
 
 
 def _json_of(record: Record) -> bytes:
-    """Numbers that JSON does not have are words, as the API writes them."""
+    """A record as JSON; NaN and infinities are words, as the API writes them."""
     return msgspec.json.encode(in_words(record))
 
 
-# --- columns ---------------------------------------------------------------------------------
+# --- columns -------------------------------------------------------------------------------
 
 
 class _Columns:
-    """The first good row tells the columns; failed rows before it wait for that."""
+    """The columns of a table: those of the first good row; failed rows before it are held back."""
 
     def __init__(self) -> None:
         self._names: list[str] = []
         self._waiting: list[Record] = []
 
     def rows(self, record: Record) -> list[list[Any]]:
-        """What can be written now, in order."""
+        """The rows that can be written now, in order."""
         record = in_words(record)
         if not self._names and "error" in record:
             self._waiting.append(record)
             return []
         if not self._names:
             self._names = [*flat(record), "error"]
-        return [self._row(one) for one in (*self._taken(), record)]
+        return [self._row(ready) for ready in (*self._take_waiting(), record)]
 
     def rest(self) -> list[list[Any]]:
+        """The rows that are still held back, at the end."""
         if not self._names and self._waiting:
             self._names = ["row", "error"]
-        return [self._row(one) for one in self._taken()]
+        return [self._row(record) for record in self._take_waiting()]
 
     @property
     def names(self) -> list[str]:
         return self._names
 
-    def _taken(self) -> list[Record]:
+    def _take_waiting(self) -> list[Record]:
         waiting, self._waiting = self._waiting, []
         return waiting
 
@@ -177,26 +187,28 @@ class _CSV:
         self._has_header = False
 
     def write(self, record: Record) -> None:
-        self._put(self._columns.rows(record))
+        self._write_rows(self._columns.rows(record))
 
     def finish(self) -> None:
-        self._put(self._columns.rest())
+        self._write_rows(self._columns.rest())
 
-    def _put(self, rows: Sequence[Sequence[Any]]) -> None:
+    def _write_rows(self, rows: Sequence[Sequence[Any]]) -> None:
         if rows and not self._has_header:
             self._has_header = True
-            self._line(self._columns.names)
+            self._write_line(self._columns.names)
         for row in rows:
-            self._line(["" if cell is None else cell for cell in row])
+            self._write_line(["" if cell is None else cell for cell in row])
         self._content.flush()
 
-    def _line(self, cells: Sequence[Any]) -> None:
-        text = _OneLine()
+    def _write_line(self, cells: Sequence[Any]) -> None:
+        text = _LineBuffer()
         csv.writer(text, lineterminator="\n").writerow(cells)
         self._content.write(text.line.encode())
 
 
-class _OneLine:
+class _LineBuffer:
+    """A file for csv.writer that keeps the last line."""
+
     line = ""
 
     def write(self, line: str) -> None:
@@ -204,31 +216,30 @@ class _OneLine:
 
 
 class _Table:
-    """In pieces, so that the first rows are there before the last."""
+    """Writes a table in pieces, so that the first rows appear before the last are there."""
 
     def __init__(self, _: IO[bytes]) -> None:
         self._columns = _Columns()
         self._rows: list[list[Any]] = []
-        self._is_first = True
 
     def write(self, record: Record) -> None:
         self._rows += self._columns.rows(record)
-        if len(self._rows) >= _TABLE_ROWS:
-            self._put()
+        if len(self._rows) >= _ROWS_PER_TABLE:
+            self._write_rows()
 
     def finish(self) -> None:
         self._rows += self._columns.rest()
         if self._rows:
-            self._put()
+            self._write_rows()
 
-    def _put(self) -> None:
+    def _write_rows(self) -> None:
         from asyncinfer.cli.output import show
 
         names = self._columns.names
-        kept = [at for at, _ in enumerate(names) if any(row[at] is not None for row in self._rows)]
-        rows = [[_short(row[at]) for at in kept] for row in self._rows]
-        numeric = [names[at] for at in kept if isinstance(self._rows[0][at], int | float)]
-        show([names[at] for at in kept], rows, numeric=numeric)
+        shown = [at for at, _ in enumerate(names) if any(row[at] is not None for row in self._rows)]
+        rows = [[_short(row[at]) for at in shown] for row in self._rows]
+        numeric = [names[at] for at in shown if isinstance(self._rows[0][at], int | float)]
+        show([names[at] for at in shown], rows, numeric=numeric)
         self._rows = []
 
 
@@ -237,13 +248,13 @@ def _short(cell: Any) -> Any:
 
 
 def flat(record: Record) -> Record:
-    """A record with a column for each element of a short list."""
+    """A record with a key for each element of a short list, as `probabilities_0`."""
     cells: Record = {}
     for name, value in in_words(record).items():
         if name == "error":
             cells[name] = f"{value['code']}: {value['detail']}"
         elif _is_vector(value):
-            cells |= {f"{name}_{at}": one for at, one in enumerate(value)}
+            cells |= {f"{name}_{at}": element for at, element in enumerate(value)}
         elif isinstance(value, list | dict):
             cells[name] = msgspec.json.encode(value).decode()
         else:
@@ -254,21 +265,21 @@ def flat(record: Record) -> Record:
 def _is_vector(value: Any) -> bool:
     return (
         isinstance(value, list)
-        and len(value) <= _MOST_COLUMNS
-        and not any(isinstance(one, list | dict) for one in value)
+        and len(value) <= _MAX_COLUMNS
+        and not any(isinstance(element, list | dict) for element in value)
     )
 
 
-# --- Parquet ---------------------------------------------------------------------------------
+# --- Parquet -------------------------------------------------------------------------------
 
 
 class _Parquet:
-    """Lists stay lists; the first row group tells the types."""
+    """Writes lists as lists; the first row group determines the types."""
 
     def __init__(self, content: IO[bytes]) -> None:
         self._content = content
-        self._arrow = arrow("pyarrow", "Parquet")
-        self._parquet = arrow("pyarrow.parquet", "Parquet")
+        self._arrow = import_arrow("pyarrow", "Parquet")
+        self._parquet = import_arrow("pyarrow.parquet", "Parquet")
         self._writer: Any = None
         self._records: list[Record] = []
 
@@ -276,31 +287,34 @@ class _Parquet:
         error = record.get("error")
         text = f"{error['code']}: {error['detail']}" if error else None
         self._records.append({**record, "error": text})
-        if len(self._records) >= _ROW_GROUP:
-            self._put()
+        if len(self._records) >= _ROWS_PER_GROUP:
+            self._write_rows()
 
     def finish(self) -> None:
-        self._put()
+        self._write_rows()
         self._writer.close()
 
-    def _put(self) -> None:
+    def _write_rows(self) -> None:
         if self._writer is None:
             schema = self._schema()
             self._writer = self._parquet.ParquetWriter(self._content, schema)
-        made = self._arrow.Table.from_pylist(self._records, schema=self._writer.schema)
-        self._writer.write_table(made)
+        table = self._arrow.Table.from_pylist(self._records, schema=self._writer.schema)
+        self._writer.write_table(table)
         self._records = []
 
     def _schema(self) -> Any:
-        # from_pylist looks at the first record only, which may be a failed one.
-        names = dict.fromkeys(name for one in self._records for name in one)
-        whole = [{name: one.get(name) for name in names} for one in self._records]
-        found = self._arrow.Table.from_pylist(whole).schema
-        fields = [self._typed(one) for one in found if one.name != "error"]
+        # from_pylist takes the columns from the first record only, which may be a failed row.
+        names = dict.fromkeys(name for record in self._records for name in record)
+        filled = [{name: record.get(name) for name in names} for record in self._records]
+        schema = self._arrow.Table.from_pylist(filled).schema
+        fields = [self._with_type(field) for field in schema if field.name != "error"]
         return self._arrow.schema([*fields, ("error", self._arrow.string())])
 
-    def _typed(self, field: Any) -> Any:
-        """Of a row without a class both are null, which says nothing of the rows to come."""
+    def _with_type(self, field: Any) -> Any:
+        """A field with its known type if its column is null so far.
+
+        Both fields are null for a row without a class, unlike in later rows.
+        """
         types = {"prediction": self._arrow.int64(), "class_name": self._arrow.string()}
         if self._arrow.types.is_null(field.type) and field.name in types:
             return field.with_type(types[field.name])

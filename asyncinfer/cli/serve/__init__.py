@@ -1,1 +1,1 @@
-"""`asyncinfer serve` and `asyncinfer work`: processes, configuration, banner, log."""
+"""The commands `serve`, `work` and `keygen`."""

@@ -1,9 +1,8 @@
-"""A process that answers for the API of a `serve`, which alone starts it."""
+"""One of several API processes of a `serve`, which starts it."""
 
 import os
 import socket
 
-from asyncinfer import settings
 from asyncinfer.cli.exit_codes import EXIT_CANNOT_START, details
 from asyncinfer.cli.serve import configuration
 from asyncinfer.cli.serve.log_setup import LOOP, set_up_logging
@@ -11,29 +10,33 @@ from asyncinfer.errors import StartError
 from asyncinfer.processes import tuning
 from asyncinfer.processes.tuning import lean_start
 from asyncinfer.settings import Settings
+from asyncinfer.settings import read as read_settings
 
 
 def api_process(held_fd: int, report_fd: int, own_worker_since_ms: int) -> int:
-    """Reports on `report_fd` that it answers on the socket `held_fd`, or why it does not; 0 where
-    the `serve` has no worker."""
+    """Serves on the socket `held_fd` and returns the exit code.
+
+    Reports on `report_fd` that it is ready, or why it cannot start. `own_worker_since_ms` is 0 if
+    the `serve` has no worker.
+    """
     lean_start()
     import anyio
 
     from asyncinfer.processes import api_processes
 
-    chosen = settings.read(os.environ, {})
+    settings = read_settings(os.environ, {})
     set_up_logging()
     try:
         since_ms = own_worker_since_ms or None
-        anyio.run(_answer, chosen, held_fd, report_fd, since_ms, backend_options=LOOP)
+        anyio.run(_serve, settings, held_fd, report_fd, since_ms, backend_options=LOOP)
     except (StartError, BaseExceptionGroup) as error:
         api_processes.report_refusal(report_fd, " ".join(details(error)))
         return EXIT_CANNOT_START
     return 0
 
 
-async def _answer(
-    chosen: Settings, held_fd: int, report_fd: int, own_worker_since_ms: int | None
+async def _serve(
+    settings: Settings, held_fd: int, report_fd: int, own_worker_since_ms: int | None
 ) -> None:
     from asyncinfer.api.http.sockets import share
     from asyncinfer.api.server import serve_on
@@ -43,7 +46,7 @@ async def _answer(
         tuning.settle()
         api_processes.report_ready(report_fd)
 
-    assert chosen.redis_url, "given by the parent"
-    config = configuration.api_config(chosen, chosen.redis_url, own_worker_since_ms)
+    assert settings.redis_url, "the parent sets REDIS_URL"
+    config = configuration.api_config(settings, settings.redis_url, own_worker_since_ms)
     with socket.socket(fileno=held_fd) as held, share(held) as listener:
         await serve_on(listener, config, on_ready=on_ready)

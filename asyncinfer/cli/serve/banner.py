@@ -1,4 +1,4 @@
-"""What `asyncinfer serve` tells a person once it takes requests."""
+"""The start banner of `asyncinfer serve`."""
 
 import json
 import shlex
@@ -13,23 +13,25 @@ from asyncinfer.cli.addresses import api_url
 _WAIT_SECONDS: Final = 10
 
 
-class Welcome(Struct, frozen=True, kw_only=True):
+class Banner(Struct, frozen=True, kw_only=True):
+    """What the banner shows. asyncinfer.testing waits for its line that begins with `  Stop `."""
+
     host: str
     port: int
     redis: str
-    """Which server, and where its data is."""
+    """The server's name and version, and its address or data folder."""
     models: Sequence[str]
-    """Served from here; none when workers elsewhere serve them."""
+    """The models of this process's own worker; empty if only workers elsewhere serve."""
     model_dir: str | None = None
-    """Where they are; None when only workers elsewhere serve."""
+    """Their folder; None if only workers elsewhere serve."""
     refused: Sequence[str] = ()
-    """Broken at a glance; a worker may refuse more of them once it has opened their files."""
+    """Models whose files are visibly broken; a worker that opens the files may refuse more."""
     default_model: str | None
     example: Any
-    """Works as `data` of the default model; None when there is none to show."""
+    """Valid `data` for the default model; None if none is known."""
     needs_key: bool
     note: str = ""
-    """What else a person is to know."""
+    """A remark on the default model; empty if there is none."""
 
     def text(self) -> str:
         return (
@@ -51,7 +53,9 @@ class Welcome(Struct, frozen=True, kw_only=True):
             return "those of workers elsewhere; start one: asyncinfer work"
         if not (self.models or self.refused):
             return f"none yet; put an ONNX file into {self.model_dir}"
-        marked = (f"{it} (default)" if it == self.default_model else it for it in self.models)
+        marked = (
+            f"{model} (default)" if model == self.default_model else model for model in self.models
+        )
         served = ", ".join(marked) or "none"
         if not self.refused:
             return served

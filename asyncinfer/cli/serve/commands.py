@@ -1,4 +1,4 @@
-"""The commands that start something: `serve`, `work`, and the keys they know callers by."""
+"""The commands `serve`, `work` and `keygen`."""
 
 import sys
 
@@ -12,23 +12,26 @@ from asyncinfer.settings import Settings
 
 @options.command(
     "serve",
-    "asyncinfer serve --port 8001 --job-ttl 600    # seconds that an ended job is kept",
+    "asyncinfer serve --port 8001 --job-ttl 600    # seconds that a completed job is kept",
     "REDIS_URL=redis://127.0.0.1:6379 asyncinfer serve --work",
     options_metavar="[--help] [setting ...]",
+    cls=options.SettingsCommand,
 )
-@click.option("--work", is_flag=True, help="Run a worker too, beside your Redis.")
+@click.option("--work", is_flag=True, help="Also run a worker, with your Redis.")
 @click.option(
-    "--insecure", is_flag=True, help="Let everyone in who reaches HOST, without API keys."
+    "--insecure",
+    is_flag=True,
+    help="Serve on HOST without API keys, to everyone who reaches it.",
 )
-@options.knobs()
-def serve(*, work: bool, insecure: bool, chosen: Settings) -> int:
-    """Run the API; with no Redis configured, all of it.
+@options.all_settings()
+def serve(*, work: bool, insecure: bool, settings: Settings) -> int:
+    """Run the API; with no Redis set, also a Valkey and a worker.
 
-    Settings are given by flag or by environment variable, [NAMED] here; a flag wins.
+    Each setting is a flag or the environment variable in [BRACKETS]; a flag wins.
     """
     from asyncinfer.cli.serve.serve import run_serve
 
-    return run_serve(chosen, work=work, insecure=insecure)
+    return run_serve(settings, work=work, insecure=insecure)
 
 
 @options.command(
@@ -36,17 +39,18 @@ def serve(*, work: bool, insecure: bool, chosen: Settings) -> int:
     "asyncinfer work --concurrency 4 --prediction-timeout 30    # threads; seconds a run may take",
     "REDIS_URL=redis://127.0.0.1:6379 asyncinfer work --models iris,digits",
     options_metavar="[--help] [setting ...]",
+    cls=options.SettingsCommand,
 )
-@options.knobs()
-def work(chosen: Settings) -> int:
+@options.all_settings()
+def work(settings: Settings) -> int:
     """Run a worker.
 
     It takes jobs from REDIS_URL, or from the embedded Valkey of a `serve` with the same DATA_DIR.
-    Settings are given by flag or by environment variable, [NAMED] here; a flag wins.
+    Each setting is a flag or the environment variable in [BRACKETS]; a flag wins.
     """
     from asyncinfer.cli.serve.work import run_work
 
-    return run_work(chosen)
+    return run_work(settings)
 
 
 @options.command(
@@ -55,12 +59,13 @@ def work(chosen: Settings) -> int:
     "asyncinfer keygen --tenant acme --scopes submit,read >> keys",
     "asyncinfer keygen --tenant ops --scopes read,admin,operator >> keys",
 )
-@click.option("--tenant", default="default", show_default=True, help="Whose jobs it sees.")
+@click.option("--tenant", default="default", show_default=True, help="The tenant of the key.")
 @click.option(
     "--scopes",
     default="submit,read",
     show_default=True,
-    help="Of submit, read, admin (workers, pause), operator (jobs of all tenants).",
+    help="Some of: submit; read; admin (see workers, pause models); operator (see all tenants' "
+    "jobs).",
 )
 @options.as_json
 def keygen(tenant: str, scopes: str, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""What each part is given, from the settings."""
+"""Configurations of API, worker and store, made from the settings."""
 
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -17,146 +17,155 @@ if TYPE_CHECKING:
     from asyncinfer.worker.process import WorkerProcess
 
 
-def redis_url(chosen: Settings) -> str | None:
-    if chosen.redis_url or not chosen.redis_host:
-        return chosen.redis_url
-    host = f"[{chosen.redis_host}]" if ":" in chosen.redis_host else quote(chosen.redis_host)
-    return f"redis://{host}:{chosen.redis_port}"
+def redis_url(settings: Settings) -> str | None:
+    """REDIS_URL, else one of REDIS_HOST and REDIS_PORT; None for the embedded Valkey."""
+    if settings.redis_url or not settings.redis_host:
+        return settings.redis_url
+    host = f"[{settings.redis_host}]" if ":" in settings.redis_host else quote(settings.redis_host)
+    return f"redis://{host}:{settings.redis_port}"
 
 
-def reachable_redis_url(chosen: Settings) -> str:
-    """That of the settings, else of the embedded server that runs for this DATA_DIR."""
-    url = redis_url(chosen)
+def reachable_redis_url(settings: Settings) -> str:
+    """The Redis of the settings, else the embedded one that runs for this DATA_DIR.
+
+    Raises StartError if neither is there.
+    """
+    url = redis_url(settings)
     if url is None:
         from asyncinfer.processes import valkey
 
-        url = valkey.running_url(data_dir(chosen))
+        url = valkey.running_url(data_dir(settings))
     if url is None:
         raise StartError(
             "There is no Redis to take jobs from. Set REDIS_URL, or start `asyncinfer serve` on "
-            f"this machine with the same DATA_DIR ({data_dir(chosen)})."
+            f"this machine with the same DATA_DIR ({data_dir(settings)})."
         )
     return url
 
 
-def data_dir(chosen: Settings) -> Path:
+def data_dir(settings: Settings) -> Path:
     import platformdirs
 
-    return (chosen.data_dir or platformdirs.user_state_path("asyncinfer")).absolute()
+    return (settings.data_dir or platformdirs.user_state_path("asyncinfer")).absolute()
 
 
-def model_dir(chosen: Settings) -> Path:
+def model_dir(settings: Settings) -> Path:
+    """The folder of the models to serve; raises StartError if it is no folder."""
     from asyncinfer.models.folder import find_model_dir
 
-    folder = find_model_dir(chosen.model_dir, cwd=Path.cwd())
+    folder = find_model_dir(settings.model_dir, cwd=Path.cwd())
     if not folder.is_dir():
-        raise StartError(f"MODEL_DIR {folder} is no folder. Set it to your folder of models.")
+        raise StartError(f"MODEL_DIR {folder} is not a folder. Set it to your folder of models.")
     return folder
 
 
-def source(chosen: Settings) -> "Source":
+def source(settings: Settings) -> "Source":
+    """The folder or the one file to serve; raises StartError if it is not there."""
     from asyncinfer.worker.models.source import Source
 
-    file = model_file(chosen)
-    folder = file.parent if file else model_dir(chosen)
-    return Source(folder, chosen.models, file)
+    file = model_file(settings)
+    folder = file.parent if file else model_dir(settings)
+    return Source(folder, settings.models, file)
 
 
-def is_whole(file: "ModelFile") -> bool:
-    """Whether a version is not broken at a glance."""
+def looks_intact(file: "ModelFile") -> bool:
+    """Whether the file of a version is not visibly broken; it is not loaded."""
     from asyncinfer.models import onnx_file
 
     return not file.problem and onnx_file.looks_whole(file.path)
 
 
-def model_file(chosen: Settings) -> Path | None:
-    """The one file to serve; raises InvalidSetting when it cannot be one."""
-    if chosen.model is None:
+def model_file(settings: Settings) -> Path | None:
+    """The file of the setting MODEL, or None; raises InvalidSetting if it cannot be served."""
+    if settings.model is None:
         return None
     from asyncinfer.models.folder import NAME_RULE, valid_name
 
-    file = chosen.model.absolute()
+    file = settings.model.absolute()
     if file.suffix != ".onnx" or not file.is_file():
-        raise InvalidSetting(f"MODEL {chosen.model} is no .onnx file. Set it to one that exists.")
+        raise InvalidSetting(f"MODEL {settings.model} is no .onnx file. Set it to one that exists.")
     if not valid_name(file.stem):
-        raise InvalidSetting(f"MODEL: rename {file.name}, which names the model: {NAME_RULE}.")
-    if chosen.default_model not in (None, file.stem):
+        raise InvalidSetting(
+            f"MODEL: rename {file.name}, whose name becomes the model's: {NAME_RULE}."
+        )
+    if settings.default_model not in (None, file.stem):
         raise InvalidSetting(
             f"MODEL makes {file.stem!r} the default model, but DEFAULT_MODEL is "
-            f"{chosen.default_model!r}. Set one of the two."
+            f"{settings.default_model!r}. Set one of the two."
         )
     return file
 
 
-def default_model(chosen: Settings) -> str | None:
-    file = model_file(chosen)
-    return file.stem if file else chosen.default_model
+def default_model(settings: Settings) -> str | None:
+    """The default model that the settings name; None leaves the choice to the worker."""
+    file = model_file(settings)
+    return file.stem if file else settings.default_model
 
 
-def store(chosen: Settings, url: str) -> AbstractAsyncContextManager["Store"]:
+def store(settings: Settings, url: str) -> AbstractAsyncContextManager["Store"]:
     from asyncinfer.repository.store import Store
 
-    return Store.open(url, queue_name=chosen.queue_name, policy=policy(chosen), name="cli")
+    return Store.open(url, queue_name=settings.queue_name, policy=policy(settings), name="cli")
 
 
-def policy(chosen: Settings) -> "Policy":
+def policy(settings: Settings) -> "Policy":
     from asyncinfer.repository.policy import Policy
 
     return Policy(
-        job_ttl_seconds=chosen.job_ttl,
-        failed_ttl_seconds=chosen.failed_ttl,
-        keep_input=chosen.keep_input,
-        max_queue=chosen.max_queue,
-        max_queue_bytes=chosen.max_queue_bytes,
-        lease_seconds=chosen.lease_seconds,
-        reap_seconds=chosen.reap_seconds,
-        max_deliveries=chosen.max_deliveries,
+        job_ttl_seconds=settings.job_ttl,
+        failed_ttl_seconds=settings.failed_ttl,
+        keep_input=settings.keep_input,
+        max_queue=settings.max_queue,
+        max_queue_bytes=settings.max_queue_bytes,
+        lease_seconds=settings.lease_seconds,
+        reap_seconds=settings.reap_seconds,
+        max_deliveries=settings.max_deliveries,
     )
 
 
-def api_config(chosen: Settings, url: str, own_worker_since_ms: int | None) -> "ApiConfig":
+def api_config(settings: Settings, url: str, own_worker_since_ms: int | None) -> "ApiConfig":
     from asyncinfer.api.config import ApiConfig
 
     return ApiConfig(
         redis_url=url,
-        queue_name=chosen.queue_name,
-        policy=policy(chosen),
-        default_model=default_model(chosen),
+        queue_name=settings.queue_name,
+        policy=policy(settings),
+        default_model=default_model(settings),
         own_worker_since_ms=own_worker_since_ms,
-        host=chosen.host,
-        port=chosen.port,
-        allowed_hosts=chosen.allowed_hosts,
-        allowed_origins=chosen.allowed_origins,
-        api_keys=chosen.api_keys,
-        max_body_bytes=chosen.max_body,
-        max_json_bytes=chosen.max_json,
+        host=settings.host,
+        port=settings.port,
+        allowed_hosts=settings.allowed_hosts,
+        allowed_origins=settings.allowed_origins,
+        api_keys=settings.api_keys,
+        max_body_bytes=settings.max_body,
+        max_json_bytes=settings.max_json,
     )
 
 
-def worker_process(chosen: Settings, url: str) -> "WorkerProcess":
+def worker_process(settings: Settings, url: str) -> "WorkerProcess":
     from asyncinfer.processes.cpus import cores
     from asyncinfer.worker.models.engine_cache import Bounds
     from asyncinfer.worker.process import WorkerProcess
     from asyncinfer.worker.worker import WorkerConfig
 
-    concurrency = chosen.concurrency or cores()
+    concurrency = settings.concurrency or cores()
     return WorkerProcess(
         redis_url=url,
-        queue_name=chosen.queue_name,
-        policy=policy(chosen),
-        source=source(chosen),
-        bounds=Bounds(chosen.max_models, chosen.max_model_bytes),
-        default_model=default_model(chosen),
+        queue_name=settings.queue_name,
+        policy=policy(settings),
+        source=source(settings),
+        bounds=Bounds(settings.max_models, settings.max_model_bytes),
+        default_model=default_model(settings),
         intra_op_threads=max(1, cores() // concurrency),
-        allow_custom_ops=chosen.allow_custom_ops,
-        monitor_port=chosen.monitor_port,
-        monitor_host=chosen.monitor_host,
+        allow_custom_ops=settings.allow_custom_ops,
+        monitor_port=settings.monitor_port,
+        monitor_host=settings.monitor_host,
         worker=WorkerConfig(
             concurrency=concurrency,
-            max_batch=chosen.max_batch,
-            brpop_timeout_seconds=chosen.brpop_timeout,
-            prediction_timeout_seconds=chosen.prediction_timeout,
-            drain_timeout_seconds=chosen.drain_timeout,
-            rescan_seconds=chosen.rescan_seconds,
+            max_batch=settings.max_batch,
+            brpop_timeout_seconds=settings.brpop_timeout,
+            prediction_timeout_seconds=settings.prediction_timeout,
+            drain_timeout_seconds=settings.drain_timeout,
+            rescan_seconds=settings.rescan_seconds,
         ),
     )

@@ -1,4 +1,4 @@
-"""What a `serve` with a worker of its own clears away: defaults and models of other folders."""
+"""Removal of default models and announcements that earlier starts of a `serve` left in Redis."""
 
 import logging
 import socket
@@ -19,129 +19,140 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _limited = LimitedLog(_log)
 
-_FIRST_SECONDS: Final = 0.5
-"""Until the worker has said what it has, which takes a second or two."""
+_SHORT_PAUSE_SECONDS: Final = 0.5
+"""The pause until the worker has announced its models, which takes a second or two."""
 
 _PAUSE_SECONDS: Final = 10.0
-_MOST_SHOWN: Final = 10
+_MAX_SHOWN: Final = 10
 
 
-class Clearing:
-    """An embedded server belongs to one `serve`, whose folder may be another at each start. A
-    server that others use too belongs to several deployments, one of which may be down for a
-    while: of what is there nothing is taken back."""
+class LeftoverCleaner:
+    """Removes what no worker serves any more, for a `serve` with a worker of its own.
 
-    def __init__(self, chosen: Settings) -> None:
-        self._chosen = chosen
-        self._is_embedded = configuration.redis_url(chosen) is None
+    An embedded server belongs to one `serve`, whose folder may be another at each start. A server
+    that others use too belongs to several deployments, one of which may be down for a while:
+    nothing is removed from it.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._is_embedded = configuration.redis_url(settings) is None
         self.since_ms = time.time_ns() // 1_000_000
-        """Its worker is started after that."""
-        self._foreign: str | None = None
-        """A default model that is not in the folder."""
-        self._unserved: Unserved | None = None
-        """The same, when no other worker has it either."""
+        """The worker is started after this time."""
+        self._missing_default: str | None = None
+        """The stored default model, if the folder does not have it."""
+        self._unserved_default: Unserved | None = None
+        """Set while `_missing_default` has not been replaced and no other worker has it either."""
 
-    # --- at the start ------------------------------------------------------------------------
+    # --- at the start -----------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raises InvalidSetting for a default model that nobody can have. An empty folder may
-        still be filled."""
-        wanted = configuration.default_model(self._chosen)
-        if wanted and self._is_embedded and not self._lies_here(wanted) and self._names():
-            raise self._no_such_default(wanted)
+        """Raises InvalidSetting if no worker can have the default model.
+
+        In an empty folder it may still appear.
+        """
+        wanted = configuration.default_model(self._settings)
+        if wanted and self._is_embedded and not self._is_here(wanted) and self._names():
+            raise self._unknown_default_error(wanted)
 
     async def before_worker(self, url: str) -> None:
-        """Settles which model is the default, before a worker and an API go by it."""
+        """Decides on the default model, before a worker and an API read it."""
         from asyncinfer.repository.leftovers import Leftovers
 
-        async with configuration.store(self._chosen, url) as store:
+        async with configuration.store(self._settings, url) as store:
             leftovers = Leftovers(store, all_here=self._is_embedded)
             try:
-                await self._settle_default(leftovers)
-                await self._retract_foreign(leftovers)
+                await self._decide_default(leftovers)
+                await self._retract_missing_models(leftovers)
             except (RedisUnavailable, StorageFull) as error:
-                _log.warning("Which model is the default is not settled yet: %s", error.detail)
+                _log.warning("The default model could not be checked yet: %s", error.detail)
 
-    async def _settle_default(self, leftovers: "Leftovers") -> None:
-        if wanted := configuration.default_model(self._chosen):
-            is_nobodys = not (self._lies_here(wanted) or await leftovers.is_known(wanted))
-            if is_nobodys and self._names():
-                raise self._no_such_default(wanted)
+    async def _decide_default(self, leftovers: "Leftovers") -> None:
+        if wanted := configuration.default_model(self._settings):
+            is_known = self._is_here(wanted) or await leftovers.is_known(wanted)
+            if not is_known and self._names():
+                raise self._unknown_default_error(wanted)
             await leftovers.claim_default_model(wanted)
             return
         stored = await leftovers.default_model()
-        if stored is None or self._lies_here(stored):
+        if stored is None or self._is_here(stored):
             return
-        self._foreign = stored
+        self._missing_default = stored
         if await leftovers.is_unserved(stored):
-            await self._replace(leftovers, stored, self._names(whole=True))
+            await self._replace(leftovers, stored, self._names(intact=True))
 
     async def _replace(self, leftovers: "Leftovers", stored: str, names: Collection[str]) -> None:
         from asyncinfer.models.folder import default_model
         from asyncinfer.repository.leftovers import Unserved
 
         if not self._is_embedded:
-            self._unserved = Unserved(stored)
+            self._unserved_default = Unserved(stored)
             return
         successor = default_model(None, names)
-        self._unserved = await leftovers.replace_default(stored, successor)
-        if self._unserved is None:
-            self._foreign = None
-            now = (
-                f"{successor!r} is it now"
+        self._unserved_default = await leftovers.replace_default(stored, successor)
+        if self._unserved_default is None:
+            self._missing_default = None
+            outcome = (
+                f"{successor!r} replaces it"
                 if successor
                 else "there is none now. Name one in each request, or with --default-model"
             )
-            _log.info("The default model was %r, which no worker has: %s.", stored, now)
+            _log.info("The default model was %r, which no worker has: %s.", stored, outcome)
 
-    async def _retract_foreign(self, leftovers: "Leftovers") -> None:
-        """Before the API answers, so that it never lists models of an earlier folder. Those that
-        the folder has are left alone: the worker will announce them."""
+    async def _retract_missing_models(self, leftovers: "Leftovers") -> None:
+        """Retracts models of an earlier folder before the API starts, so that it never lists them.
+
+        Those that the folder has are kept, since the worker will announce them.
+        """
         if not self._is_embedded:
             return
-        left = await leftovers.unserved_versions(await leftovers.workers())
-        foreign = left.keys() - self._in_sight()
-        if not foreign:
+        unserved = await leftovers.unserved_versions(await leftovers.workers())
+        missing = unserved.keys() - self._visible_names()
+        if not missing:
             return
         try:
-            foreign -= {file.model for file in self._files()}
+            missing -= {file.model for file in self._files()}
         except OSError:
-            return  # the worker says what is wrong with it
-        await self._take_back(leftovers, {model: left[model] for model in sorted(foreign)})
+            return  # the worker reports what is wrong with the folder
+        await self._retract_versions(
+            leftovers, {model: unserved[model] for model in sorted(missing)}
+        )
 
-    # --- from then on ------------------------------------------------------------------------
+    # --- from then on -----------------------------------------------------------------------
 
     async def beside_worker(self, url: str, worker_pid: Callable[[], int]) -> None:
-        """Takes back, again and again, what no worker has and no job waits for."""
+        """Until it is cancelled, retracts what no worker has and no job waits for."""
         import anyio
 
         from asyncinfer.repository.leftovers import Leftovers
 
         if not self._is_embedded:
             return
-        async with configuration.store(self._chosen, url) as store:
+        async with configuration.store(self._settings, url) as store:
             leftovers = Leftovers(store, all_here=True)
             while True:
                 is_done = False
                 try:
                     is_done = await self._clear(leftovers, worker_pid())
                 except AsyncinferError as error:
-                    _log.debug("Clearing: %s", error.detail)
+                    _log.debug("Leftovers could not be removed: %s", error.detail)
                 except Exception as error:
-                    _limited.unexpected("What nobody serves could not be taken back.", error)
-                await anyio.sleep(_PAUSE_SECONDS if is_done else _FIRST_SECONDS)
+                    _limited.unexpected("Models that no worker serves could not be removed.", error)
+                await anyio.sleep(_PAUSE_SECONDS if is_done else _SHORT_PAUSE_SECONDS)
 
     async def _clear(self, leftovers: "Leftovers", worker_pid: int) -> bool:
-        """Returns whether there was a worker of our own to go by, and nothing is left to settle:
-        while it is being started (again), what it has must stay."""
+        """Returns True if the own worker was there and the default model is one that is served.
+
+        While that worker is being started (again), its models must stay.
+        """
         workers = await leftovers.workers()
-        own = next((one for one in workers if self._is_own(one, worker_pid)), None)
+        own = next((worker for worker in workers if self._is_own(worker, worker_pid)), None)
         if own is None:
             return False
-        if self._foreign:
-            await self._settle_again(leftovers, own, self._foreign)
+        if self._missing_default:
+            await self._reconsider_default(leftovers, own, self._missing_default)
         await self._retract(leftovers, own, await leftovers.unserved_versions(workers))
-        return self._unserved is None
+        return self._unserved_default is None
 
     def _is_own(self, worker: "WorkerSays", pid: int) -> bool:
         # In a container the worker of the next start may have the pid of the last one's.
@@ -150,113 +161,126 @@ class Clearing:
             started_ms >= self.since_ms
         )
 
-    async def _settle_again(self, leftovers: "Leftovers", own: "WorkerSays", stored: str) -> None:
-        """Replaces a default that no worker had in this round and the one before: a worker beside
-        this `serve` that has it may be starting again."""
+    async def _reconsider_default(
+        self, leftovers: "Leftovers", own: "WorkerSays", stored: str
+    ) -> None:
+        """Replaces a default model that no worker had in this round and the round before.
+
+        A worker beside this `serve` that has the model may be starting again.
+        """
         import anyio
 
         from asyncinfer.repository.leftovers import Unserved
 
         if stored != await leftovers.default_model():
-            self._foreign = self._unserved = None
+            self._missing_default = self._unserved_default = None
         elif not await leftovers.is_unserved(stored) or stored in await anyio.to_thread.run_sync(
             self._names
         ):
-            self._unserved = None
-        elif self._unserved is None:
-            self._unserved = Unserved(stored)
+            self._unserved_default = None
+        elif self._unserved_default is None:
+            self._unserved_default = Unserved(stored)
         else:
             await self._replace(leftovers, stored, {*own.versions, *own.loading})
 
     async def _retract(
-        self, leftovers: "Leftovers", own: "WorkerSays", left: dict[str, list[str]]
+        self, leftovers: "Leftovers", own: "WorkerSays", unserved: dict[str, list[str]]
     ) -> None:
-        lying = await self._lying(own) if left else frozenset()
+        pending = await self._versions_to_load(own) if unserved else frozenset()
         gone = {
-            model: [version for version in versions if (model, version) not in lying]
-            for model, versions in left.items()
+            model: [version for version in versions if (model, version) not in pending]
+            for model, versions in unserved.items()
         }
-        await self._take_back(
-            leftovers, {model: gone[model] for model in gone if gone[model] or not left[model]}
+        await self._retract_versions(
+            leftovers, {model: gone[model] for model in gone if gone[model] or not unserved[model]}
         )
 
-    async def _take_back(self, leftovers: "Leftovers", gone: dict[str, list[str]]) -> None:
-        taken = []
-        for model, versions in gone.items():
+    async def _retract_versions(
+        self, leftovers: "Leftovers", versions_by_model: dict[str, list[str]]
+    ) -> None:
+        retracted = []
+        for model, versions in versions_by_model.items():
             if not await leftovers.retract(model, versions):
-                taken += [f"{model}/{version}" for version in versions]
-        if taken:
-            more = f" and {len(taken) - _MOST_SHOWN} more" if len(taken) > _MOST_SHOWN else ""
+                retracted += [f"{model}/{version}" for version in versions]
+        if retracted:
+            more = len(retracted) - _MAX_SHOWN
             _log.info(
-                "Taken back, since no worker has them and no job waits for them: %s%s.",
-                ", ".join(taken[:_MOST_SHOWN]),
-                more,
+                "Removed, since no worker has them and no job waits for them: %s%s.",
+                ", ".join(retracted[:_MAX_SHOWN]),
+                f" and {more} more" if more > 0 else "",
             )
 
-    async def _lying(self, own: "WorkerSays") -> frozenset[tuple[str, str]]:
-        """Versions in the folder, but for those that the worker has refused: others are not
-        announced because they are not loaded yet."""
+    async def _versions_to_load(self, own: "WorkerSays") -> frozenset[tuple[str, str]]:
+        """Versions in the folder that the worker has not refused.
+
+        One of them that is not announced is not loaded yet.
+        """
         import anyio
 
         files = await anyio.to_thread.run_sync(self._files)
         return frozenset(
-            (one.model, one.version)
-            for one in files
-            if not {one.version, ""} & own.problems.get(one.model, {}).keys()
+            (file.model, file.version)
+            for file in files
+            if not {file.version, ""} & own.problems.get(file.model, {}).keys()
         )
 
-    # --- the folder --------------------------------------------------------------------------
+    # --- the folder -------------------------------------------------------------------------
 
     def _files(self) -> list["ModelFile"]:
-        return configuration.source(self._chosen).files()
+        return configuration.source(self._settings).files()
 
-    def _lies_here(self, model: str) -> bool:
-        return model in self._in_sight() or model in self._names()
+    def _is_here(self, model: str) -> bool:
+        return model in self._visible_names() or model in self._names()
 
-    def _in_sight(self) -> set[str]:
-        """Models whose files have the usual names. Nothing is loaded to find them: that would cost
-        a quarter of a second before the worker is started."""
-        if self._chosen.model is not None:
+    def _visible_names(self) -> set[str]:
+        """Names of models whose files have the usual names.
+
+        Finding them imports nothing: that would cost a quarter of a second before the worker is
+        started.
+        """
+        if self._settings.model is not None:
             return set()
-        folder = configuration.model_dir(self._chosen)
+        folder = configuration.model_dir(self._settings)
         found = {file.stem for file in folder.glob("*.onnx") if file.is_file()}
         found |= {file.parent.parent.name for file in folder.glob("*/*/model.onnx")}
-        return found & set(self._chosen.models) if self._chosen.models else found
+        return found & set(self._settings.models) if self._settings.models else found
 
-    def _names(self, *, whole: bool = False) -> set[str]:
-        """Of the models in the folder, or of those that are not broken at a glance."""
+    def _names(self, *, intact: bool = False) -> set[str]:
+        """Names of the models in the folder; `intact` leaves out those that are visibly broken."""
         try:
             files = self._files()
         except OSError:
-            return set()  # the worker says what is wrong with it
-        return {one.model for one in files if not whole or configuration.is_whole(one)}
+            return set()  # the worker reports what is wrong with the folder
+        return {file.model for file in files if not intact or configuration.looks_intact(file)}
 
-    def _no_such_default(self, wanted: str) -> InvalidSetting:
-        chosen, names = self._chosen, sorted(self._names())
-        shown = ", ".join(names[:_MOST_SHOWN]) + (" and others" if names[_MOST_SHOWN:] else "")
-        of = f", of which MODELS={','.join(chosen.models)} is served" if chosen.models else ""
-        folder = configuration.model_dir(chosen)
+    def _unknown_default_error(self, wanted: str) -> InvalidSetting:
+        settings, names = self._settings, sorted(self._names())
+        shown = ", ".join(names[:_MAX_SHOWN]) + (" and others" if names[_MAX_SHOWN:] else "")
+        of = f", of which MODELS={','.join(settings.models)} is served" if settings.models else ""
+        folder = configuration.model_dir(settings)
         return InvalidSetting(
             f"DEFAULT_MODEL is {wanted!r}, which {folder} does not have{of}. "
             f"Set it to one of: {shown}; or leave it out."
         )
 
-    # --- told --------------------------------------------------------------------------------
+    # --- the banner -------------------------------------------------------------------------
 
     @property
     def note(self) -> str:
-        """What a person is to know of the default model; empty when all is well."""
-        found = self._unserved
-        if found is None:
+        """A remark for the banner on a default model that no worker has; empty if there is none."""
+        unserved = self._unserved_default
+        if unserved is None:
             return ""
-        where = configuration.model_dir(self._chosen)
-        said = f"the default model is {found.model}, of an earlier start; {where} does not have it"
+        folder = configuration.model_dir(self._settings)
+        text = (
+            f"the default model is {unserved.model}, of an earlier start; {folder} does not have it"
+        )
         if not self._is_embedded:
-            return f"{said}, and no worker that is alive. For another: --default-model NAME"
-        jobs = "1 job waits" if found.jobs == 1 else f"{found.jobs} jobs wait"
-        if found.jobs_of != found.model:
-            return f"{said}. {found.jobs_of} replaces it once it is idle ({jobs} for it)"
+            return f"{text}, and no live worker has it. For another: --default-model NAME"
+        jobs = "1 job waits" if unserved.jobs == 1 else f"{unserved.jobs} jobs wait"
+        if unserved.jobs_of != unserved.model:
+            return f"{text}. {unserved.jobs_of} replaces it once it is idle ({jobs} for it)"
         return (
-            f"{said}, and {jobs} for it. To end that: asyncinfer cancel --model {found.model}. "
+            f"{text}, and {jobs} for it. Cancel them: asyncinfer cancel --model {unserved.model}. "
             "Then another becomes the default; or start with --default-model NAME"
         )

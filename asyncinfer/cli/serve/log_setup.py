@@ -1,4 +1,4 @@
-"""How long-running commands speak: what they say, and their log."""
+"""Logging of long-running commands, and their event loop."""
 
 import logging
 import sys
@@ -7,10 +7,11 @@ from typing import Final
 from asyncinfer.untrusted.printable import printable, printable_line
 
 LOOP: Final = {"use_uvloop": sys.platform != "win32"}
+"""Options of anyio's asyncio backend; there is no uvloop for Windows."""
 
 
 class _Formatter(logging.Formatter):
-    """A message is one line, and no part of a log commands a terminal."""
+    """Keeps a message on one line, and escapes control characters in all of a record."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return printable_line(super().formatMessage(record))

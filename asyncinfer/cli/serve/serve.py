@@ -1,4 +1,4 @@
-"""`asyncinfer serve`: the API, and what it starts beside itself."""
+"""`asyncinfer serve`: the API, and the processes that it starts."""
 
 import contextlib
 import ipaddress
@@ -7,63 +7,69 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
-from asyncinfer import settings
 from asyncinfer.cli.addresses import shown_url
 from asyncinfer.cli.output import say
 from asyncinfer.cli.serve import configuration
-from asyncinfer.cli.serve.banner import Welcome
-from asyncinfer.cli.serve.leftovers import Clearing
+from asyncinfer.cli.serve.banner import Banner
+from asyncinfer.cli.serve.leftovers import LeftoverCleaner
 from asyncinfer.cli.serve.log_setup import LOOP, set_up_logging
 from asyncinfer.errors import RedisUnavailable, StartError
 from asyncinfer.processes import tuning
 from asyncinfer.processes.tuning import lean_start
-from asyncinfer.settings import Settings
+from asyncinfer.settings import Settings, as_environment
 
 if TYPE_CHECKING:
     from asyncinfer.processes.supervisor import Api, Stop
 
 
-def run_serve(chosen: Settings, *, work: bool, insecure: bool) -> int:
+def run_serve(settings: Settings, *, work: bool, insecure: bool) -> int:
+    """Serves until SIGINT or SIGTERM and returns 0; raises StartError if it cannot start.
+
+    `work` runs a worker beside a Redis of the user's; `insecure` allows any HOST without API keys.
+    """
     lean_start()
     import anyio
 
     from asyncinfer.processes import supervisor
 
-    _refuse_open_door(chosen, insecure)
-    redis_url = configuration.redis_url(chosen)
+    _reject_open_host(settings, insecure)
+    redis_url = configuration.redis_url(settings)
     with_worker = work or redis_url is None
-    _refuse_missing_models(chosen, with_worker)
+    _reject_missing_models(settings, with_worker)
     set_up_logging()
     plan = supervisor.Plan(
         redis_url=redis_url,
-        data_dir=configuration.data_dir(chosen),
+        data_dir=configuration.data_dir(settings),
         worker=_own_command("work") if with_worker else (),
-        environ=_child_environ(chosen),
-        drain_seconds=chosen.drain_timeout,
+        environ=_child_environ(settings),
+        drain_seconds=settings.drain_timeout,
     )
-    clearing = Clearing(chosen) if with_worker else None
-    if clearing:
-        clearing.check()
-    api: Api = partial(_api if chosen.api_processes == 1 else _apis, chosen, clearing)
-    anyio.run(supervisor.serve, plan, api, clearing, backend_options=LOOP)
+    cleaner = LeftoverCleaner(settings) if with_worker else None
+    if cleaner:
+        cleaner.check()
+    api: Api = partial(_api if settings.api_processes == 1 else _apis, settings, cleaner)
+    anyio.run(supervisor.serve, plan, api, cleaner, backend_options=LOOP)
     return 0
 
 
-def _refuse_open_door(chosen: Settings, insecure: bool) -> None:
-    if not (insecure or chosen.api_keys or _is_loopback(chosen.host)):
+def _reject_open_host(settings: Settings, insecure: bool) -> None:
+    if not (insecure or settings.api_keys or _is_loopback(settings.host)):
         raise StartError(
-            f"HOST {chosen.host} lets in everyone who reaches it, and there are no API keys. Make "
-            "one with `asyncinfer keygen >> keys` and set API_KEYS=keys, or add --insecure where "
-            "something else guards this port."
+            f"HOST {settings.host} lets in everyone who reaches it, and there are no API keys. "
+            "Make one with `asyncinfer keygen >> keys` and set API_KEYS=keys, or add --insecure if "
+            "something else protects this port."
         )
 
 
-def _refuse_missing_models(chosen: Settings, with_worker: bool) -> None:
-    """Before anything is started. Without these settings the folder is looked at later, beside
-    what starts: it takes a tenth of a second to import what looks."""
-    configuration.model_file(chosen)
-    if with_worker and chosen.models:
-        configuration.source(chosen).files_at_start()
+def _reject_missing_models(settings: Settings, with_worker: bool) -> None:
+    """Checks MODEL and MODELS before anything is started.
+
+    Without these settings the folder is read later, while the worker starts: the imports for it
+    take a tenth of a second.
+    """
+    configuration.model_file(settings)
+    if with_worker and settings.models:
+        configuration.source(settings).files_at_start()
 
 
 def _is_loopback(host: str) -> bool:
@@ -74,88 +80,94 @@ def _is_loopback(host: str) -> bool:
 
 
 def _own_command(*words: str) -> tuple[str, ...]:
-    """The child finds its modules as we do: by a current folder on our path, or else not."""
-    safe = () if sys.path[0] in ("", os.getcwd()) else ("-P",)
-    return (sys.executable, *safe, "-m", "asyncinfer", *words)
+    """The command of a child: the current folder is on its path only if it is on ours."""
+    safe_path = () if sys.path[0] in ("", os.getcwd()) else ("-P",)
+    return (sys.executable, *safe_path, "-m", "asyncinfer", *words)
 
 
-def _child_environ(chosen: Settings) -> dict[str, str]:
-    return {**os.environ, **settings.as_environment(chosen)}
+def _child_environ(settings: Settings) -> dict[str, str]:
+    return {**os.environ, **as_environment(settings)}
 
 
-async def _api(chosen: Settings, clearing: Clearing | None, redis_url: str, stop: "Stop") -> None:
+async def _api(
+    settings: Settings, cleaner: LeftoverCleaner | None, redis_url: str, stop: "Stop"
+) -> None:
     from asyncinfer.api.server import serve
 
-    welcome = await _welcome(chosen, clearing, redis_url)
+    banner = await _read_banner(settings, cleaner, redis_url)
 
     def on_ready() -> None:
         tuning.settle()
         stop.hand_over()
-        say(welcome.text())
+        say(banner.text())
 
-    config = configuration.api_config(chosen, redis_url, clearing.since_ms if clearing else None)
+    config = configuration.api_config(settings, redis_url, cleaner.since_ms if cleaner else None)
     await serve(config, on_ready=on_ready)
 
 
-async def _apis(chosen: Settings, clearing: Clearing | None, redis_url: str, stop: "Stop") -> None:
+async def _apis(
+    settings: Settings, cleaner: LeftoverCleaner | None, redis_url: str, stop: "Stop"
+) -> None:
     import anyio
 
     from asyncinfer.api.http.sockets import hold
     from asyncinfer.processes import api_processes
 
-    since_ms = str(clearing.since_ms if clearing else 0)
-    with contextlib.closing(hold(chosen.host, chosen.port)) as held:
+    since_ms = str(cleaner.since_ms if cleaner else 0)
+    with contextlib.closing(hold(settings.host, settings.port)) as held:
         held_fd = held.fileno()
         plan = api_processes.ApiProcesses(
-            count=chosen.api_processes,
+            count=settings.api_processes,
             command=lambda report_fd: _own_command(
                 "api-process", str(held_fd), str(report_fd), since_ms
             ),
-            environ={**_child_environ(chosen), "REDIS_URL": redis_url},
+            environ={**_child_environ(settings), "REDIS_URL": redis_url},
             keep_fds=(held_fd,),
         )
         async with api_processes.running(plan, stop) as ready:
-            welcome = await _welcome(chosen, clearing, redis_url)
+            banner = await _read_banner(settings, cleaner, redis_url)
             await ready.wait()
             tuning.settle()
-            say(welcome.text())
+            say(banner.text())
             await anyio.sleep_forever()
 
 
-async def _welcome(chosen: Settings, clearing: Clearing | None, redis_url: str) -> Welcome:
+async def _read_banner(
+    settings: Settings, cleaner: LeftoverCleaner | None, redis_url: str
+) -> Banner:
     from asyncinfer.models.folder import default_model, to_serve
 
-    source = configuration.source(chosen) if clearing else None
+    source = configuration.source(settings) if cleaner else None
     found = source.files_at_start() if source else []
-    names = {one.model for one in found}
-    files = to_serve([one for one in found if configuration.is_whole(one)])
-    server, stored_default = await _ask_server(chosen, redis_url)
-    default = default_model(configuration.default_model(chosen) or stored_default, names)
-    file = files.get(default or "")
-    return Welcome(
-        host=chosen.host,
-        port=chosen.port,
-        redis=f"{server}, {_whereabouts(chosen, redis_url)}",
+    names = {file.model for file in found}
+    files = to_serve([file for file in found if configuration.looks_intact(file)])
+    server, stored_default = await _read_server(settings, redis_url)
+    default = default_model(configuration.default_model(settings) or stored_default, names)
+    default_file = files.get(default or "")
+    return Banner(
+        host=settings.host,
+        port=settings.port,
+        redis=f"{server}, {_location(settings, redis_url)}",
         models=tuple(files),
         model_dir=str(source.path) if source else None,
         refused=sorted(names - files.keys()),
         default_model=default,
-        example=file.config.example if file else None,
-        needs_key=chosen.api_keys is not None,
-        note=clearing.note if clearing else "",
+        example=default_file.config.example if default_file else None,
+        needs_key=settings.api_keys is not None,
+        note=cleaner.note if cleaner else "",
     )
 
 
-async def _ask_server(chosen: Settings, redis_url: str) -> tuple[str, str | None]:
-    """The server's name, and the default model that was started on it."""
-    async with configuration.store(chosen, redis_url) as store:
+async def _read_server(settings: Settings, redis_url: str) -> tuple[str, str | None]:
+    """The server's name, and the default model that is stored on it."""
+    async with configuration.store(settings, redis_url) as store:
         try:
             return await store.check_server(), await store.default_model()
         except RedisUnavailable:
             return "not answering yet", None
 
 
-def _whereabouts(chosen: Settings, redis_url: str) -> str:
-    if configuration.redis_url(chosen) is None:
-        return f"embedded; its data in {configuration.data_dir(chosen)}"
+def _location(settings: Settings, redis_url: str) -> str:
+    if configuration.redis_url(settings) is None:
+        return f"embedded; its data in {configuration.data_dir(settings)}"
     return f"at {shown_url(redis_url)}"

@@ -1,4 +1,4 @@
-"""`asyncinfer work`: a worker, alone."""
+"""`asyncinfer work`: a worker process."""
 
 import contextlib
 import logging
@@ -12,86 +12,96 @@ from typing import Final
 
 import msgspec
 
-from asyncinfer import settings
 from asyncinfer.cli.exit_codes import EXIT_INTERRUPTED
 from asyncinfer.cli.serve import configuration
 from asyncinfer.cli.serve.log_setup import set_up_logging
 from asyncinfer.errors import RedisUnavailable
 from asyncinfer.processes.tuning import lean_start
 from asyncinfer.settings import Settings
+from asyncinfer.settings import read as read_settings
 
 _log = logging.getLogger(__name__)
 
-_HEARING_SECONDS: Final = 5.0
-"""A `serve` that was started at the same time has a worker by then."""
+_ANNOUNCE_SECONDS: Final = 5.0
+"""By then the worker of a `serve` that started at the same time has announced itself."""
 
 _PAUSE_SECONDS: Final = 0.1
 
 
-def work_as_set() -> int:
-    """With the settings of the environment alone."""
-    return run_work(settings.read(os.environ, {}))
+def work_from_environment() -> int:
+    """Runs a worker with the settings of the environment alone."""
+    return run_work(read_settings(os.environ, {}))
 
 
-def run_work(chosen: Settings) -> int:
+def run_work(settings: Settings) -> int:
+    """Works until SIGINT or SIGTERM and returns the exit code; raises StartError."""
     set_up_logging()
     lean_start()
-    with _ended_at_once():
+    with _exiting_at_once():
         from asyncinfer.worker.process import run
 
-    url = configuration.reachable_redis_url(chosen)
-    return run(configuration.worker_process(_beside_serve(chosen, url), url))
+    url = configuration.reachable_redis_url(settings)
+    return run(configuration.worker_process(_with_models_of_serve(settings, url), url))
 
 
 @contextlib.contextmanager
-def _ended_at_once() -> Iterator[None]:
-    """A signal ends the process with no exception: the import of a native module turns one into
-    an ImportError, which filled the log of a `serve` that was stopped as it started."""
+def _exiting_at_once() -> Iterator[None]:
+    """Signals end the process without an exception inside this block.
+
+    The import of a native module turns an exception into an ImportError, which filled the log of a
+    `serve` that was stopped as it started.
+    """
     exits = {signal.SIGTERM: 0, signal.SIGINT: EXIT_INTERRUPTED}
-    before = {
+    previous_handlers = {
         number: signal.signal(number, lambda *_, code=code: os._exit(code))
         for number, code in exits.items()
     }
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
 
-def _beside_serve(chosen: Settings, url: str) -> Settings:
-    """The models of the `serve` whose Valkey this is, where nothing says which to serve: the
-    shipped ones would be served beside it, and nobody would notice."""
-    is_told = chosen.model_dir or chosen.model or Path("model").is_dir()
-    if is_told or configuration.redis_url(chosen) is not None:
-        return chosen
+def _with_models_of_serve(settings: Settings, url: str) -> Settings:
+    """Settings with the models of the `serve` whose embedded Valkey is used, if none are set.
+
+    Else this worker would serve the shipped models beside that `serve`, and nobody would notice.
+    """
+    has_models = settings.model_dir or settings.model or Path("model").is_dir()
+    if has_models or configuration.redis_url(settings) is not None:
+        return settings
     import asyncio
 
-    served = asyncio.run(_served_beside(chosen, url))
+    served = asyncio.run(_path_served_here(settings, url))
     if served is None or not served.exists():
-        return chosen
+        return settings
     _log.info("Serves %s, as the running `asyncinfer serve` does; MODEL_DIR is not set.", served)
     setting = "model_dir" if served.is_dir() else "model"
-    return msgspec.structs.replace(chosen, **{setting: served})
+    return msgspec.structs.replace(settings, **{setting: served})
 
 
-async def _served_beside(chosen: Settings, url: str) -> Path | None:
-    """What the worker on this machine serves that was started first: the one of `serve`."""
+async def _path_served_here(settings: Settings, url: str) -> Path | None:
+    """The folder or file of the worker that was started first on this machine: that of `serve`.
+
+    None if no worker announces itself in time.
+    """
     import anyio
 
     from asyncinfer.repository.leftovers import Leftovers
 
-    async with configuration.store(chosen, url) as store:
+    async with configuration.store(settings, url) as store:
         leftovers = Leftovers(store, all_here=True)
-        give_up_at = time.monotonic() + _HEARING_SECONDS
+        give_up_at = time.monotonic() + _ANNOUNCE_SECONDS
         while time.monotonic() < give_up_at:
             try:
                 workers = await leftovers.workers()
             except RedisUnavailable:
                 workers = []
-            heard = [one for one in workers if one.model_dir and one.host == socket.gethostname()]
-            if heard:
-                first = min(heard, key=lambda one: one.started_ms or 0)
+            host = socket.gethostname()
+            local = [worker for worker in workers if worker.model_dir and worker.host == host]
+            if local:
+                first = min(local, key=lambda worker: worker.started_ms or 0)
                 return Path(first.model_dir or "")
             await anyio.sleep(_PAUSE_SECONDS)
     return None

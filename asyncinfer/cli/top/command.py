@@ -1,4 +1,4 @@
-"""`asyncinfer top`: queues and workers, live."""
+"""`asyncinfer top`: a live view of queues and workers."""
 
 from typing import Final
 
@@ -14,7 +14,7 @@ _SECONDS: Final = 1.0
 @options.command(
     "top",
     "asyncinfer top",
-    "asyncinfer top --interval 5    # seconds between looks",
+    "asyncinfer top --interval 5    # seconds between refreshes",
     "asyncinfer top --once",
     "asyncinfer top --redis redis://127.0.0.1:6379 --once --json",
 )
@@ -24,21 +24,25 @@ _SECONDS: Final = 1.0
     default=_SECONDS,
     show_default=True,
     metavar="SECONDS",
-    help="How often to look.",
+    help="How often to refresh.",
 )
-@click.option("--once", is_flag=True, help="Look once. So it does in a pipe, without --json.")
+@click.option(
+    "--once",
+    is_flag=True,
+    help="Print one snapshot and exit; the default in a pipe without --json.",
+)
 @click.option(
     "--redis",
     "redis_url",
     metavar="URL",
-    help="Look at this Redis itself, all tenants, where no API answers.",
+    help="Read this Redis directly, all tenants, without an API.",
 )
 @click.option(
     "--queue-name",
     envvar="QUEUE_NAME",
     default=Settings().queue_name,
     show_default=True,
-    help="With --redis: the default model's list. [QUEUE_NAME]",
+    help="With --redis: name of the default model's list. [QUEUE_NAME]",
 )
 @options.server
 @options.as_json
@@ -52,13 +56,13 @@ def top(
 ) -> None:
     """Watch queues and workers, live.
 
-    q or Ctrl-C leaves it. Rates are jobs a second over the last minute or less, WAIT and RUN the
-    50th and 95th percentile of the jobs that ended last, AGE that of the job that waits longest.
-    Queues that have no worker, no job and no dead letter are left out. With --json, one object a
-    line, with all queues.
+    Press q or Ctrl-C to leave. Rates (IN/s, OUT/s, FAIL/s) are jobs per second over the last minute
+    or less. WAIT and RUN p50 p95 are percentiles of the jobs that ended last. AGE is how long the
+    oldest job has waited. Queues without a worker, a job or a dead letter are left out. With --json
+    each snapshot is one line, with all queues.
     """
-    from asyncinfer.cli.top.live import http, redis, watch
+    from asyncinfer.cli.top.live import api_reader, redis_reader, watch
 
-    source = redis(redis_url, queue_name) if redis_url else http(server)
-    with source as look:
-        watch(look, interval, once=once, as_json=as_json)
+    reader = redis_reader(redis_url, queue_name) if redis_url else api_reader(server)
+    with reader as read_snapshot:
+        watch(read_snapshot, interval, once=once, as_json=as_json)

@@ -1,4 +1,4 @@
-"""A live view: looks again and again, until somebody presses q."""
+"""The live view of `top`: snapshots read through the API or from Redis, again and again."""
 
 import asyncio
 import contextlib
@@ -12,40 +12,42 @@ from typing import TYPE_CHECKING
 from asyncinfer.cli.options import Server
 from asyncinfer.cli.output import console, say_json_line
 from asyncinfer.cli.top import tables
-from asyncinfer.cli.top.snapshot import Seen
+from asyncinfer.cli.top.snapshot import Snapshot
 from asyncinfer.errors import AsyncinferError, Forbidden
 from asyncinfer.schemas.operations import QueueList, Worker, WorkerList
 
 if TYPE_CHECKING:
-    from asyncinfer.cli.api_client import Service
+    from asyncinfer.cli.api_client import ApiClient
     from asyncinfer.repository.inspect.statistics import Observation
 
 
-Look = Callable[[], Seen]
+ReadSnapshot = Callable[[], Snapshot]
 
 
 @contextmanager
-def http(server: Server) -> Iterator[Look]:
-    from asyncinfer.cli.api_client import Service
+def api_reader(server: Server) -> Iterator[ReadSnapshot]:
+    """Opens a connection to the API and yields a function that reads a snapshot through it."""
+    from asyncinfer.cli.api_client import ApiClient
 
-    with Service(server, retries=0) as service:
+    with ApiClient(server, retries=0) as api:
 
-        def look() -> Seen:
-            queues = service.ask_as(QueueList, "GET", "/queues").queues
-            return Seen(time.time(), service.client.url, queues, _workers(service))
+        def read_snapshot() -> Snapshot:
+            queues = api.request_as(QueueList, "GET", "/queues").queues
+            return Snapshot(time.time(), api.client.url, queues, _workers(api))
 
-        yield look
+        yield read_snapshot
 
 
-def _workers(service: "Service") -> list[Worker] | None:
+def _workers(api: "ApiClient") -> list[Worker] | None:
     try:
-        return service.ask_as(WorkerList, "GET", "/workers").workers
+        return api.request_as(WorkerList, "GET", "/workers").workers
     except Forbidden:
         return None
 
 
 @contextmanager
-def redis(url: str, queue_name: str) -> Iterator[Look]:
+def redis_reader(url: str, queue_name: str) -> Iterator[ReadSnapshot]:
+    """Opens a connection to Redis and yields a function that reads a snapshot from it."""
     from asyncinfer.cli.addresses import shown_url
     from asyncinfer.repository.inspect.statistics import Observation
     from asyncinfer.repository.policy import Policy
@@ -56,72 +58,82 @@ def redis(url: str, queue_name: str) -> Iterator[Look]:
         store = runner.run(opened.__aenter__())
         try:
             runner.run(store.check_server())
-            seen = Observation(store)
-            yield lambda: runner.run(_look(seen, shown_url(url)))
+            observation = Observation(store)
+            yield lambda: runner.run(_read_snapshot(observation, shown_url(url)))
         finally:
             runner.run(opened.__aexit__(None, None, None))
 
 
-async def _look(seen: "Observation", source: str) -> Seen:
-    return Seen(time.time(), source, await seen.queues(), await seen.workers())
+async def _read_snapshot(observation: "Observation", source: str) -> Snapshot:
+    return Snapshot(time.time(), source, await observation.queues(), await observation.workers())
 
 
-def watch(look: Look, interval: float, *, once: bool, as_json: bool) -> None:
+def watch(read_snapshot: ReadSnapshot, interval: float, *, once: bool, as_json: bool) -> None:
+    """Prints one snapshot (`once`, or in a pipe), JSON lines, or the live view until q or Ctrl-C.
+
+    `interval` is in seconds.
+    """
     if as_json:
-        _lines(look, interval, once=once)
+        _print_lines(read_snapshot, interval, once=once)
     elif once or not sys.stdout.isatty():
-        tables.say(look())
+        tables.say(read_snapshot())
     else:
         with contextlib.suppress(KeyboardInterrupt):
-            _live(look, interval)
+            _run_live(read_snapshot, interval)
 
 
-def _lines(look: Look, interval: float, *, once: bool) -> None:
-    say_json_line(look())
+def _print_lines(read_snapshot: ReadSnapshot, interval: float, *, once: bool) -> None:
+    say_json_line(read_snapshot())
     while not once:
         time.sleep(interval)
-        say_json_line(look())
+        say_json_line(read_snapshot())
 
 
-def _live(look: Look, interval: float) -> None:
-    """A server that is away for a while is told so, and looked at again."""
+def _run_live(read_snapshot: ReadSnapshot, interval: float) -> None:
+    """Redraws the screen; while the server cannot be reached it shows the error and tries again."""
     from rich.live import Live
 
-    seen = look()
-    with _keys() as pressed, Live(screen=True, auto_refresh=False, console=console()) as live:
+    snapshot = read_snapshot()
+    with (
+        _keyboard() as wait_for_key,
+        Live(screen=True, auto_refresh=False, console=console()) as live,
+    ):
         while True:
-            trouble = ""
+            error_text = ""
             try:
-                seen = look()
+                snapshot = read_snapshot()
             except AsyncinferError as error:
-                trouble = error.detail
-            live.update(tables.screen(seen, live.console, trouble), refresh=True)
-            if pressed(interval) in ("q", "Q", "\x04"):
+                error_text = error.detail
+            live.update(tables.screen(snapshot, live.console, error_text), refresh=True)
+            if wait_for_key(interval) in ("q", "Q", "\x04"):
                 return
 
 
 @contextmanager
-def _keys() -> Iterator[Callable[[float], str]]:
-    """Waits at most so many seconds for a key; the terminal is given back as it was."""
+def _keyboard() -> Iterator[Callable[[float], str]]:
+    """Yields a function that waits for a key: it returns the key, or "" after the given seconds.
+
+    The terminal's mode is restored at the end.
+    """
     if sys.platform == "win32" or not sys.stdin.isatty():
-        yield _pause
+        yield _wait_without_keys
         return
     import termios
     import tty
 
-    before = termios.tcgetattr(sys.stdin)
+    previous_mode = termios.tcgetattr(sys.stdin)
     tty.setcbreak(sys.stdin)
     try:
-        yield _key
+        yield _wait_for_key
     finally:
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, previous_mode)
 
 
-def _key(seconds: float) -> str:
+def _wait_for_key(seconds: float) -> str:
     ready, _, _ = select.select([sys.stdin], [], [], seconds)
     return sys.stdin.read(1) if ready else ""
 
 
-def _pause(seconds: float) -> str:
+def _wait_without_keys(seconds: float) -> str:
     time.sleep(seconds)
     return ""

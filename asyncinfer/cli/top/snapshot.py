@@ -1,16 +1,11 @@
 """Queues and workers at one moment."""
 
-from typing import TYPE_CHECKING
-
 from msgspec import Struct
 
 from asyncinfer.schemas.operations import Queue, Worker
 
-if TYPE_CHECKING:
-    pass
 
-
-class Seen(Struct, frozen=True):
+class Snapshot(Struct, frozen=True):
     at: float
     """Seconds since 1970."""
     source: str

@@ -1,1 +1,1 @@
-"""Which outputs of a classifier are its scores and its class."""
+"""The outputs of a classifier that are its scores and its class."""

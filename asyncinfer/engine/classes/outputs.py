@@ -1,4 +1,4 @@
-"""How a labelled classifier tells its class: decided once, when the model is loaded."""
+"""The outputs from which results read the class of a labelled classifier; chosen at load."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -8,28 +8,32 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from asyncinfer.engine.batch_probe import Run
+from asyncinfer.engine.batch_probe import RunFunction
 from asyncinfer.engine.classes import probe, tables
 from asyncinfer.engine.classes.configured import (
-    Asked,
+    ClassConfig,
     may_be_class,
     may_be_misdeclared,
     may_be_scores,
     may_have_columns,
 )
-from asyncinfer.engine.classes.probe import LABEL, LEAST_ROWS, Seen, plain_name
-from asyncinfer.engine.classes.tables import Shown, Table
+from asyncinfer.engine.classes.probe import LABEL_NAMES, MIN_ROWS, ProbeAnswers, plain_name
+from asyncinfer.engine.classes.tables import ClassTable, Table
 from asyncinfer.models.folder import ModelFile
 from asyncinfer.models.results import highest_columns
 from asyncinfer.models.signature import Signature
 from asyncinfer.tensors.datatypes import Array, Feeds, TensorSpec
 
 Values: TypeAlias = tuple[int | str | None, ...]
+"""By column the value that stands for its class; None where it is unknown."""
 
-_LEAST_LEAD: Final = 1e-5
-"""By what share the highest score must lead for its row to tell anything: scores are rounded."""
+Pairs: TypeAlias = Sequence[tuple[int | str, int]]
+"""(value, column) of each row: the value of an output, and the column of the row's best score."""
 
-_LIKE_A_LABEL: Final = frozenset(
+_MIN_LEAD: Final = 1e-5
+"""By what share the highest score must lead for its row to count: scores are rounded."""
+
+_POSSIBLE_LABEL_NAMES: Final = frozenset(
     {
         *("class", "classes", "class_id", "class_index", "classindex", "classid", "labels"),
         *("predicted_class", "predicted", "prediction", "predictions", "pred", "preds"),
@@ -39,325 +43,352 @@ _LIKE_A_LABEL: Final = frozenset(
 """Names that the class may have, and other things too, such as a passenger's class."""
 
 _SCORE_NAMES: Final = ("prob", "softmax", "score", "confidence", "logit")
+"""Parts of names of scores, the likeliest first."""
 
-
-_SURE: Final = 3
-"""Its name, the graph or `model.toml` says that it is, and what its values mean."""
-_SEEN: Final = 2
-"""It was seen to have the classes that probe rows have."""
-_CALLED: Final = 1
-"""It has a name that the class may have, and what its values mean follows from the rows."""
+_KNOWN: Final = 3
+"""Its name, the graph or `model.toml` says that it is the class, and what its values mean."""
+_OBSERVED: Final = 2
+"""In the probe rows it had the class of the highest score."""
+_NAMED: Final = 1
+"""It has a name that the class may have, and the probe rows show what its values mean."""
 
 
 class _Candidate(Struct, frozen=True):
-    """An output that is the class, if a model calls its classes like this."""
+    """An output that may be the class, and what its values mean."""
 
     name: str
     values: Values
+    """By column the value of the class; empty if the value is the number of the column."""
     sureness: int
-    """Of several the highest is the class."""
+    """Of several candidates the highest is the class."""
 
 
-def decided(
-    signature: Signature, file: ModelFile, run: Run, example: Feeds | None, seconds: float
+def with_class_outputs(
+    signature: Signature, file: ModelFile, run: RunFunction, example: Feeds | None, seconds: float
 ) -> Signature:
-    """The signature with the outputs that results tell the class from.
+    """The signature with the names of the outputs that are the scores and the class, and what the
+    values of the class mean; unchanged without labels. Runs made-up rows, for at most `seconds`.
 
-    Raises ModelRefused where `model.toml` asks for what the model does not have.
+    Raises ModelRefused if `model.toml` asks for what the model does not have.
     """
-    asked = Asked(file, signature)
+    config = ClassConfig(file, signature)
     if not signature.labels:
         return signature
-    given = asked.given or [spec for spec in signature.outputs if may_be_class(spec)]
+    class_specs = config.class_outputs or [spec for spec in signature.outputs if may_be_class(spec)]
 
-    def observe(scores: Sequence[TensorSpec]) -> Seen:
-        return probe.observed(signature, scores, given, run, example, seconds)
+    def observe(scores: Sequence[TensorSpec]) -> ProbeAnswers:
+        return probe.observe(signature, scores, class_specs, run, example, seconds)
 
-    scores, seen = _observed(signature, asked, given, observe)
-    asked.check_width(signature)
+    scores, answers = _observe_scores(signature, config, class_specs, observe)
+    config.check_width(signature)
     if not scores:
         return signature
-    if seen.several and not asked.given:
+    if answers.is_multilabel and not config.class_outputs:
         return signature
-    scored = _best_scores(scores, seen, signature, asked)
-    found = _Deciding(signature, file, scored, seen, asked).best(given)
-    asked.check_order(signature.keys, signature.labels)
+    score_output = _best_scores(scores, answers, signature, config)
+    found = _ClassFinder(signature, file, score_output, answers, config).best(class_specs)
+    config.check_order(signature.keys, signature.labels)
     if found:
-        asked.check_order(found.values or range(len(signature.labels)), signature.labels)
+        config.check_order(found.values or range(len(signature.labels)), signature.labels)
     return msgspec.structs.replace(
         signature,
-        score_output=scored,
+        score_output=score_output,
         class_output=found.name if found else "",
         class_values=found.values if found else (),
     )
 
 
-def _observed(
+def _observe_scores(
     signature: Signature,
-    asked: Asked,
-    given: Sequence[TensorSpec],
-    observe: Callable[[Sequence[TensorSpec]], Seen],
-) -> tuple[Sequence[TensorSpec], Seen]:
-    """The outputs that may have the scores, and what rows gave where those were needed.
+    config: ClassConfig,
+    class_specs: Sequence[TensorSpec],
+    observe: Callable[[Sequence[TensorSpec]], ProbeAnswers],
+) -> tuple[Sequence[TensorSpec], ProbeAnswers]:
+    """The outputs that may be the scores, and the answers of made-up rows, which are run only if
+    they are needed to choose.
 
-    Raises ModelRefused where none has a column for each label.
+    Raises ModelRefused if no output has a column for each label.
     """
     specs = signature.outputs
-    scores = asked.scores or [spec for spec in specs if may_be_scores(spec, signature)]
+    scores = config.score_outputs or [spec for spec in specs if may_be_scores(spec, signature)]
     is_declared = any(may_have_columns(spec, signature) for spec in specs)
     if not is_declared:
         scores = [spec for spec in specs if may_be_misdeclared(spec, signature)]
-    several = probe.may_have_several(signature)
-    is_clear = is_declared and len(scores) == 1 and not given and not several
-    seen = Seen() if is_clear or not scores else observe(scores)
-    has_columns = seen.scores or (is_declared and (seen.several or not seen.unfit))
+    is_multilabel = probe.may_be_multilabel(signature)
+    is_clear = is_declared and len(scores) == 1 and not class_specs and not is_multilabel
+    answers = ProbeAnswers() if is_clear or not scores else observe(scores)
+    has_columns = answers.scores or (is_declared and (answers.is_multilabel or not answers.unfit))
     if not has_columns:
-        raise asked.without_columns(seen.unfit)
-    return scores, seen
+        raise config.missing_columns_error(answers.unfit)
+    return scores, answers
 
 
 # --- which output has the scores ---------------------------------------------------------------
 
 
 def _best_scores(
-    specs: Sequence[TensorSpec], seen: Seen, signature: Signature, asked: Asked
+    specs: Sequence[TensorSpec], answers: ProbeAnswers, signature: Signature, config: ClassConfig
 ) -> str:
-    """The output whose rows and name look most like scores; raises ModelRefused if two do."""
-    fitting = [spec for spec in specs if not seen.scores or spec.name in seen.scores] or specs
-    ranks = {spec.name: _score_rank(spec, seen, signature) for spec in fitting}
+    """The name of the output whose rows and name look most like scores; raises ModelRefused if two
+    look alike and disagree."""
+    fitting = [spec for spec in specs if not answers.scores or spec.name in answers.scores] or specs
+    ranks = {spec.name: _score_rank(spec, answers, signature) for spec in fitting}
     first, *others = [name for name, rank in ranks.items() if rank == max(ranks.values())]
     for other in others:
-        if first in seen.scores and _disagree(seen.scores[first], seen.scores[other]):
-            raise asked.ambiguous([first, other])
+        if first in answers.scores and _disagree(answers.scores[first], answers.scores[other]):
+            raise config.ambiguous_scores_error([first, other])
     return first
 
 
-def _score_rank(spec: TensorSpec, seen: Seen, signature: Signature) -> tuple[bool, bool, int, bool]:
+def _score_rank(
+    spec: TensorSpec, answers: ProbeAnswers, signature: Signature
+) -> tuple[bool, bool, int, bool]:
+    """Sort key, the highest is the best: probabilities or logits as configured, then the name, then
+    whether a possible class output goes with these scores."""
     wants_logits = signature.scores == "logits"
-    name, rows = spec.name.lower(), seen.scores.get(spec.name)
+    name, rows = spec.name.lower(), answers.scores.get(spec.name)
     places = [at for at, word in enumerate(_SCORE_NAMES) if word in name]
-    is_kind = rows is not None and _are_shares(rows) != wants_logits
-    is_followed = rows is not None and any(
-        _follows(_pairs(given, rows)) for given in seen.given.values()
+    is_wanted_kind = rows is not None and _are_probabilities(rows) != wants_logits
+    goes_with_class = rows is not None and any(
+        _is_one_to_one(_value_column_pairs(values, rows)) for values in answers.classes.values()
     )
     return (
-        is_kind,
+        is_wanted_kind,
         wants_logits and "logit" in name,
         -min(places, default=len(_SCORE_NAMES)),
-        is_followed,
+        goes_with_class,
     )
 
 
-def _disagree(some: Array, others: Array) -> bool:
-    """Whether several rows have their highest score in another column."""
-    pairs = _pairs(highest_columns(some), others)
-    return sum(mine != its for mine, its in pairs) >= LEAST_ROWS
+def _disagree(first: Array, second: Array) -> bool:
+    """Whether several rows have their highest score in another column of the second scores."""
+    pairs = _value_column_pairs(highest_columns(first), second)
+    return sum(column != other for column, other in pairs) >= MIN_ROWS
 
 
-def _are_shares(rows: Array) -> bool:
+def _are_probabilities(rows: Array) -> bool:
+    """Whether no score is negative and each row adds up to 1; rows with NaN are left out."""
     finite = rows[np.isfinite(rows).all(axis=1)]
     sums: Any = finite.astype(np.float64)
     return bool(len(sums) and (sums >= -1e-3).all() and (abs(sums.sum(axis=1) - 1) < 1e-2).all())
 
 
-def _are_distances(rows: Array) -> bool:
-    """Whether these may be distances, as KMeans has them to its clusters: none is negative."""
+def _may_be_distances(rows: Array) -> bool:
+    """Whether the scores may be distances, as KMeans gives them to its clusters: none is negative,
+    some are above 1, and rows do not add up to 1."""
     finite: Any = rows[np.isfinite(rows).all(axis=1)]
-    return bool((finite >= 0).all() and (finite > 1).any()) and not _are_shares(rows)
+    return bool((finite >= 0).all() and (finite > 1).any()) and not _are_probabilities(rows)
 
 
 # --- which output is the class -----------------------------------------------------------------
 
 
-def _pairs(given: Array, scores: Array) -> list[tuple[int | str, int]]:
-    """What a row is given and the column of its highest score, where that clearly leads."""
+def _value_column_pairs(values: Array, scores: Array) -> Pairs:
+    """For each row its value and the column of its highest score; rows without a clear highest
+    score are left out."""
     if scores.shape[1] < 2:
         return []
     ordered: Any = np.sort(scores, axis=1)  # NaN comes last
     first, second = ordered[:, -1], ordered[:, -2]
     with np.errstate(invalid="ignore"):
-        leads = np.isfinite(first) & (first - second > _LEAST_LEAD * abs(first))
-    return list(zip(given[leads].tolist(), highest_columns(scores)[leads].tolist(), strict=True))
+        leads = np.isfinite(first) & (first - second > _MIN_LEAD * abs(first))
+    return list(zip(values[leads].tolist(), highest_columns(scores)[leads].tolist(), strict=True))
 
 
-def _telling_pairs(given: Array, scores: Array, *, is_lowest: bool) -> list[tuple[int | str, int]]:
-    """As `_pairs`; of distances with the column of the lowest, where the class is the nearest.
+def _class_pairs(values: Array, scores: Array, *, is_lowest: bool) -> Pairs:
+    """As `_value_column_pairs`, but for distances, where the class is the nearest, with the column
+    of the lowest. `is_lowest`: the graph shows that the class is the nearest.
 
-    Of two columns only the graph tells: one is the lowest where the other is the highest.
+    Of two columns only the graph can show it: one is the lowest where the other is the highest.
     """
-    highest = _pairs(given, scores)
-    if not _are_distances(scores):
+    highest = _value_column_pairs(values, scores)
+    if not _may_be_distances(scores):
         return highest
-    lowest = _pairs(given, np.negative(scores))
-    is_seen = scores.shape[1] > 2 and not _follows(highest) and _follows(lowest)
+    lowest = _value_column_pairs(values, np.negative(scores))
+    is_seen = scores.shape[1] > 2 and not _is_one_to_one(highest) and _is_one_to_one(lowest)
     return lowest if is_lowest or is_seen else highest
 
 
-def _most_often(pairs: Sequence[tuple[int | str, int]]) -> dict[int | str, int]:
-    """By value the column that more than half of its rows have."""
+def _majority_columns(pairs: Pairs) -> dict[int | str, int]:
+    """By value the column of more than half of its rows; other values are left out."""
     columns: dict[int | str, Counter[int]] = {}
     for value, column in pairs:
         columns.setdefault(value, Counter())[column] += 1
-    found = {}
+    majority = {}
     for value, counts in columns.items():
         ((column, rows),) = counts.most_common(1)
         if 2 * rows > counts.total():
-            found[value] = column
-    return found
+            majority[value] = column
+    return majority
 
 
-def _follows(pairs: Sequence[tuple[int | str, int]]) -> bool:
-    """Whether values and columns are one to one, over two columns or more."""
-    most = _most_often(pairs)
+def _is_one_to_one(pairs: Pairs) -> bool:
+    """Whether each value has one column and each column one value, over two columns or more."""
+    majority = _majority_columns(pairs)
     return (
-        all(most.get(value) == column for value, column in pairs)
-        and len(set(most.values())) == len(most)
-        and _mostly_agree(pairs, most)
+        all(majority.get(value) == column for value, column in pairs)
+        and len(set(majority.values())) == len(majority)
+        and _mostly_agree(pairs, majority)
     )
 
 
-def _mostly_agree(pairs: Sequence[tuple[int | str, int]], columns: Mapping[int | str, int]) -> bool:
-    """Whether the values mean these columns: for two columns or more, and for every one that
-    several rows have, most of its rows have its value, and most rows of the value are its.
+def _mostly_agree(pairs: Pairs, columns: Mapping[int | str, int]) -> bool:
+    """Whether the values stand for these columns: in two columns or more that have several rows,
+    and in all such columns, most rows of the column have its value and most rows with the value
+    have the column.
 
-    Of all rows together most would agree where nearly all have one column and one value.
+    Counted by column, since of all rows together most would agree if nearly all have one column and
+    one value.
     """
-    its_rows = Counter(column for _, column in pairs)
-    of_value = Counter(columns.get(value) for value, _ in pairs)
-    both = Counter(column for value, column in pairs if columns.get(value) == column)
-    several = [column for column, rows in its_rows.items() if rows >= LEAST_ROWS]
-    return len(several) > 1 and all(
-        2 * both[column] > max(its_rows[column], of_value[column]) for column in several
+    column_rows = Counter(column for _, column in pairs)
+    value_rows = Counter(columns.get(value) for value, _ in pairs)
+    agreeing = Counter(column for value, column in pairs if columns.get(value) == column)
+    tested = [column for column, rows in column_rows.items() if rows >= MIN_ROWS]
+    return len(tested) > 1 and all(
+        2 * agreeing[column] > max(column_rows[column], value_rows[column]) for column in tested
     )
 
 
-class _Deciding:
-    """Looks for the class output of one model, whose scores are known."""
+class _ClassFinder:
+    """Finds the class output of one model, whose scores are known."""
 
     def __init__(
-        self, signature: Signature, file: ModelFile, scored: str, seen: Seen, asked: Asked
+        self,
+        signature: Signature,
+        file: ModelFile,
+        score_output: str,
+        answers: ProbeAnswers,
+        config: ClassConfig,
     ) -> None:
         self._signature = signature
         self._width = len(signature.labels)
         self._path = file.path
-        self._seen = seen
-        self._scored = scored
-        self._scores = seen.scores.get(scored)
-        self._asked = asked
-        self._shown: dict[str, Shown] = {}
+        self._answers = answers
+        self._score_output = score_output
+        self._scores = answers.scores.get(score_output)
+        self._config = config
+        self._tables: dict[str, ClassTable] = {}
 
     def best(self, specs: Sequence[TensorSpec]) -> _Candidate | None:
-        if specs and not (self._asked.values and self._asked.given):
+        """The most certain of these outputs, None if none is the class. Reads the graph's tables of
+        classes. Raises ModelRefused if `model.toml` names an output whose values are unknown."""
+        if specs and not (self._config.values and self._config.class_outputs):
             names = [spec.name for spec in specs]
-            self._shown = tables.class_tables(self._path, names, self._scored)
-        found = [one for spec in specs if (one := self._candidate(spec))]
-        if self._asked.given and not found:
-            raise self._asked.unknown(self._asked.given[0].name)
-        # Of the labels of two heads, both called so, the one that belongs to these scores.
-        return max(found, key=lambda one: (one.sureness, self._agreement(one)), default=None)
+            self._tables = tables.class_tables(self._path, names, self._score_output)
+        candidates = [candidate for spec in specs if (candidate := self._candidate(spec))]
+        if self._config.class_outputs and not candidates:
+            raise self._config.unknown_values_error(self._config.class_outputs[0].name)
+        # If two heads have labels of the same kind, the one that agrees with these scores.
+        return max(
+            candidates,
+            key=lambda candidate: (candidate.sureness, self._agreement(candidate)),
+            default=None,
+        )
 
     def _agreement(self, candidate: _Candidate) -> float:
-        """In what share of the probe rows it means the column of the highest score."""
+        """The share of the probe rows in which the class is the column of the highest score."""
         pairs = self._pairs_of(candidate.name)
         columns = {value: at for at, value in enumerate(candidate.values or range(self._width))}
         return sum(columns.get(value) == column for value, column in pairs) / max(len(pairs), 1)
 
-    def _pairs_of(self, name: str) -> list[tuple[int | str, int]]:
-        given, shown = self._seen.given.get(name), self._shown.get(name)
-        if given is None or self._scores is None:
+    def _pairs_of(self, name: str) -> Pairs:
+        """The pairs of an output's values and the columns of the scores; empty without probe
+        rows."""
+        values, table = self._answers.classes.get(name), self._tables.get(name)
+        if values is None or self._scores is None:
             return []
-        return _telling_pairs(given, self._scores, is_lowest=bool(shown and shown.is_lowest))
+        return _class_pairs(values, self._scores, is_lowest=bool(table and table.is_lowest))
 
     def _candidate(self, spec: TensorSpec) -> _Candidate | None:
-        is_asked = bool(self._asked.given)
-        if is_asked and self._asked.values:
-            return _of(spec, self._asked.values, _SURE)
-        given = self._seen.given.get(spec.name)
-        if given is None and self._seen.given and not is_asked:
-            return None  # its rows have not one value each
+        """The output as a candidate by the first of: `model.toml`, a table of classes, values that
+        go with the scores, its name. None if it is not the class by any."""
+        is_configured = bool(self._config.class_outputs)
+        if is_configured and self._config.values:
+            return _candidate_of(spec, self._config.values, _KNOWN)
+        answers = self._answers.classes.get(spec.name)
+        if answers is None and self._answers.classes and not is_configured:
+            return None  # it does not have one value for each row
         pairs = self._pairs_of(spec.name)
-        values = set() if given is None else set(given.tolist())
-        shown = self._shown.get(spec.name)
-        is_label = is_asked or plain_name(spec.name) in LABEL or bool(shown and shown.is_only)
+        values = set() if answers is None else set(answers.tolist())
+        table = self._tables.get(spec.name)
+        is_label = (
+            is_configured or plain_name(spec.name) in LABEL_NAMES or bool(table and table.is_only)
+        )
         return (
             self._by_table(spec, pairs, values, is_label)
-            or self._by_following(spec, pairs, is_label)
+            or self._by_scores(spec, pairs, is_label)
             or self._by_name(spec, pairs, values, is_label)
         )
 
     def _by_table(
-        self,
-        spec: TensorSpec,
-        pairs: Sequence[tuple[int | str, int]],
-        values: set[int | str],
-        is_label: bool,
+        self, spec: TensorSpec, pairs: Pairs, values: set[int | str], is_label: bool
     ) -> _Candidate | None:
+        """The output as a candidate if a known table has all its values and, unless it is surely a
+        label, they mostly agree with the scores."""
         for table in self._known_tables(spec):
             columns = {value: column for column, value in enumerate(table)}
             if values <= columns.keys() and (is_label or _mostly_agree(pairs, columns)):
-                return _of(spec, table, _SURE if is_label else _SEEN)
+                return _candidate_of(spec, table, _KNOWN if is_label else _OBSERVED)
         return None
 
     def _known_tables(self, spec: TensorSpec) -> Iterator[Table]:
-        """What says what each column is called, the surest first."""
+        """The tables that may tell which value stands for which column, the most certain first."""
         is_text = spec.datatype == "BYTES"
-        shown = self._shown.get(spec.name)
-        said = [shown.table if shown else (), self._signature.keys]
-        if shown and shown.is_lowest:  # of a cluster's label: the scores are distances
-            said.append(tuple(range(self._width)))
+        class_table = self._tables.get(spec.name)
+        possible = [class_table.table if class_table else (), self._signature.keys]
+        if class_table and class_table.is_lowest:  # the label of a cluster: scores are distances
+            possible.append(tuple(range(self._width)))
         if is_text:
-            said.append(self._signature.labels)
-        for table in said:
-            is_whole = len(set(table)) == len(table) == self._width
-            if is_whole and isinstance(table[0], str) is is_text:
+            possible.append(self._signature.labels)
+        for table in possible:
+            is_complete = len(set(table)) == len(table) == self._width
+            if is_complete and isinstance(table[0], str) is is_text:
                 yield table
 
-    def _by_following(
-        self, spec: TensorSpec, pairs: Sequence[tuple[int | str, int]], is_label: bool
-    ) -> _Candidate | None:
-        if not _follows(pairs):
+    def _by_scores(self, spec: TensorSpec, pairs: Pairs, is_label: bool) -> _Candidate | None:
+        """The output as a candidate if its values and the columns of the scores are one to one."""
+        if not _is_one_to_one(pairs):
             return None
-        values = self._most_often(pairs)
+        values = self._values_by_column(pairs)
         if values == (1, 0) and not is_label:
-            return None  # the place of the lowest of two scores, or of the second best
-        return _of(spec, values, _SURE if is_label else _SEEN)
+            return None  # the number of the lower of two scores, or of the second best
+        return _candidate_of(spec, values, _KNOWN if is_label else _OBSERVED)
 
     def _by_name(
-        self,
-        spec: TensorSpec,
-        pairs: Sequence[tuple[int | str, int]],
-        values: set[int | str],
-        is_label: bool,
+        self, spec: TensorSpec, pairs: Pairs, values: set[int | str], is_label: bool
     ) -> _Candidate | None:
-        """An output called like the class, though it does not always follow the highest score."""
-        if not is_label and plain_name(spec.name) not in _LIKE_A_LABEL:
+        """The output as a candidate by its name, though it is not always the class of the highest
+        score; its values must mostly agree with the scores, or be as many as the labels."""
+        if not is_label and plain_name(spec.name) not in _POSSIBLE_LABEL_NAMES:
             return None
-        most = _most_often(pairs)
+        majority = _majority_columns(pairs)
         if is_label and len(values) == self._width:
             table = _ascending(values)
             columns = {value: column for column, value in enumerate(table)}
-            if most.items() <= columns.items() or len(set(most.values())) < len(most):
-                return _of(spec, table, _SURE)
-        if len(set(most.values())) < len(most) or not _mostly_agree(pairs, most):
+            if majority.items() <= columns.items() or len(set(majority.values())) < len(majority):
+                return _candidate_of(spec, table, _KNOWN)
+        if len(set(majority.values())) < len(majority) or not _mostly_agree(pairs, majority):
             return None
-        found = self._most_often(pairs)
-        known = tuple(value for value in found if value is not None)
+        by_column = self._values_by_column(pairs)
+        known = tuple(value for value in by_column if value is not None)
         if not is_label and known != _ascending(known):
             return None
-        return _of(spec, found, _SURE if is_label else _CALLED)
+        return _candidate_of(spec, by_column, _KNOWN if is_label else _NAMED)
 
-    def _most_often(self, pairs: Sequence[tuple[int | str, int]]) -> Values:
+    def _values_by_column(self, pairs: Pairs) -> Values:
+        """By column the value whose rows mostly have this column; None if there is none."""
         values: list[int | str | None] = [None] * self._width
-        for value, column in _most_often(pairs).items():
+        for value, column in _majority_columns(pairs).items():
             values[column] = value
         return tuple(values)
 
 
 def _ascending(values: Iterable[int | str]) -> Table:
-    """As every library has its columns."""
+    """The values in the order of columns that all libraries use: numbers first, then strings."""
     return tuple(sorted(values, key=lambda value: (isinstance(value, str), value)))
 
 
-def _of(spec: TensorSpec, values: Values, sureness: int) -> _Candidate:
-    is_place = all(value in (None, at) for at, value in enumerate(values))
-    return _Candidate(spec.name, () if is_place else values, sureness)
+def _candidate_of(spec: TensorSpec, values: Values, sureness: int) -> _Candidate:
+    """Makes a candidate; its values are left out if each is the number of its column."""
+    is_column_number = all(value in (None, at) for at, value in enumerate(values))
+    return _Candidate(spec.name, () if is_column_number else values, sureness)

@@ -1,4 +1,4 @@
-"""Rows that are made up, to see whether an output follows the scores of a classifier."""
+"""Made-up rows, run to see which outputs of a classifier are its scores and its class."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -8,132 +8,148 @@ from typing import Any, Final
 import numpy as np
 from msgspec import Struct
 
-from asyncinfer.engine.batch_probe import OPEN_SIZES, Run, deadline
+from asyncinfer.engine.batch_probe import OPEN_SIZES, RunFunction, deadline
 from asyncinfer.engine.runner import Stop, Stopped
 from asyncinfer.errors import JobError, ModelFailed
 from asyncinfer.models.results import highest_columns
 from asyncinfer.models.signature import Signature
 from asyncinfer.tensors.datatypes import DTYPES, FLOATS, RANGES, Array, Feeds, TensorSpec, dims
 
-LABEL: Final = frozenset({"label", "output_label", "class_label", "predicted_label"})
-"""What converters call the class."""
+LABEL_NAMES: Final = frozenset({"label", "output_label", "class_label", "predicted_label"})
+"""Names that converters give to the class output."""
 
-LEAST_ROWS: Final = 3
-"""That have one column, for this to be no chance."""
+MIN_ROWS: Final = 3
+"""Fewer rows with one column as the highest may be chance."""
 
-_MOST_SECONDS: Final = 2.0
+_MAX_SECONDS: Final = 2.0
 _ROWS: Final = 48
-_MOST_ELEMENTS: Final = 1 << 18
+_MAX_ELEMENTS: Final = 1 << 18
 _ENOUGH_ROWS: Final = 4 * _ROWS
 
 _FRACTIONS: Final = (None, (-10.0, 10.0), None, (0.0, 1.0), (0.0, 100.0), None, (-1.0, 1.0), None)
-"""Per run from and to of fractions; None: like the `[example]`, else of all sizes."""
+"""Per run lowest and highest fraction; None: like the `[example]`, without one of all sizes."""
 
-_WHOLE: Final = ((0, 1), (0, 9), (-9, 9), (0, 99), (0, 1), (0, 9), (0, 99), (-99, 99))
-"""Per run from and to of whole numbers. None is large: they may say how long a run takes."""
+_WHOLE_NUMBERS: Final = ((0, 1), (0, 9), (-9, 9), (0, 99), (0, 1), (0, 9), (0, 99), (-99, 99))
+"""Per run lowest and highest whole number. None is large: a number may decide how long a run
+takes."""
 
 _POWERS_OF_TEN: Final = (-2.0, 4.0)
-"""Of fractions of all sizes: a tree asks for ages and for incomes."""
+"""Lowest and highest power of ten of "all sizes": a tree compares ages as well as incomes."""
 
 _WORDS: Final = np.array(["", "some text", "é", "a", "0"], dtype=object)
 
 
-class Seen(Struct, frozen=True):
-    """What rows gave that were made up; empty where none could be run."""
+class ProbeAnswers(Struct, frozen=True):
+    """The outputs for the made-up rows; empty if the model accepted none."""
 
     scores: dict[str, Array] = {}
-    """By output [rows, columns], in FP64."""
-    given: dict[str, Array] = {}
-    """By output [rows], where it has one value for each."""
-    several: bool = False
-    """Whether the model's own label has a 1 for each class that a row has, of several or none."""
+    """By output that may be scores, FP64 of shape (rows, labels)."""
+    classes: dict[str, Array] = {}
+    """By output that may be the class and has one value for each row, shape (rows,)."""
+    is_multilabel: bool = False
+    """Whether the model's own label has a 1 for each class of a row, which may be several or
+    none."""
     unfit: dict[str, tuple[int, ...]] = {}
-    """The shapes that were given where none had a column for each label."""
+    """By output the shape that was seen, if no output had a column for each label."""
 
 
-def observed(
+def observe(
     signature: Signature,
     scores: Sequence[TensorSpec],
-    given: Sequence[TensorSpec],
-    run: Run,
+    class_specs: Sequence[TensorSpec],
+    run: RunFunction,
     example: Feeds | None,
     seconds: float,
-) -> Seen:
-    """What the model answers to rows of its own example and of several scales.
+) -> ProbeAnswers:
+    """Runs rows like the example and of several scales, until there are enough or `seconds` are
+    over. Rows that the model does not accept are skipped; never raises.
 
-    Bounded in time; what the model does not take is passed over.
+    `scores` and `class_specs` are the outputs that may be the scores and the class.
     """
     names = [spec.name for spec in signature.outputs]
     width = len(signature.labels)
-    rows = _Rows(signature, example)
+    rows = _RowMaker(signature, example)
     runs: list[dict[str, Array]] = []
-    with deadline(min(seconds, _MOST_SECONDS)) as stop:
-        for outputs in rows.answers(run, stop):
+    with deadline(min(seconds, _MAX_SECONDS)) as stop:
+        for outputs in rows.run_all(run, stop):
             runs.append(dict(zip(names, outputs, strict=True)))
-            if _is_enough([one[scores[0].name] for one in runs], width):
+            if _is_enough([run_outputs[scores[0].name] for run_outputs in runs], width):
                 break
     if not runs:
-        return Seen()
+        return ProbeAnswers()
     matrices = {
-        spec.name: [one[spec.name] for one in runs]
+        spec.name: [run_outputs[spec.name] for run_outputs in runs]
         for spec in scores
-        if all(_is_matrix(one[spec.name], width) for one in runs)
+        if all(_is_matrix(run_outputs[spec.name], width) for run_outputs in runs)
     }
-    several = any(
-        _is_matrix(one[spec.name], width) and _has_several(_plain(one[spec.name]))
+    multilabel_arrays = [
+        run_outputs[spec.name]
         for spec in signature.outputs
-        if _is_label_of_several(spec)
-        for one in runs
+        if _may_be_multilabel_output(spec)
+        for run_outputs in runs
+    ]
+    is_multilabel = any(
+        _is_matrix(array, width) and _has_multilabel_values(_without_booleans(array))
+        for array in multilabel_arrays
     )
     if not matrices:
         unfit = {spec.name: runs[0][spec.name].shape for spec in scores}
-        return Seen(several=several, unfit=unfit)
-    matrices, counts = _of_rows(matrices, rows.at_once)
+        return ProbeAnswers(is_multilabel=is_multilabel, unfit=unfit)
+    matrices, counts = _with_rows(matrices, rows.rows_per_run)
     values = {
-        spec.name: [one[spec.name].reshape(-1) for one in runs]
-        for spec in given
-        if [one[spec.name].size for one in runs] == counts
-        and all(one[spec.name].ndim in (1, 2) for one in runs)
+        spec.name: [run_outputs[spec.name].reshape(-1) for run_outputs in runs]
+        for spec in class_specs
+        if [run_outputs[spec.name].size for run_outputs in runs] == counts
+        and all(run_outputs[spec.name].ndim in (1, 2) for run_outputs in runs)
     }
-    return Seen(
-        {name: np.concatenate(some).astype(np.float64) for name, some in matrices.items()},
-        {name: _plain(np.concatenate(some)) for name, some in values.items()},
-        several,
+    return ProbeAnswers(
+        {name: np.concatenate(arrays).astype(np.float64) for name, arrays in matrices.items()},
+        {name: _without_booleans(np.concatenate(arrays)) for name, arrays in values.items()},
+        is_multilabel,
     )
 
 
-def _of_rows(
+def _with_rows(
     matrices: dict[str, list[Array]], rows: int
 ) -> tuple[dict[str, list[Array]], list[int]]:
-    """Those that have the rows of the input, as a constant has not, and how many in each run."""
-    answering = {
-        name: some
-        for name, some in matrices.items()
-        if any(not np.array_equal(one, some[0]) for one in some)
+    """The outputs that have a row for each row of the input, which a constant has not, and the
+    number of rows in each run. `rows` is the number that each run should have."""
+    changing = {
+        name: arrays
+        for name, arrays in matrices.items()
+        if any(not np.array_equal(array, arrays[0]) for array in arrays)
     }
-    counts = {name: [len(one) for one in some] for name, some in (answering or matrices).items()}
+    counts = {
+        name: [len(array) for array in arrays] for name, arrays in (changing or matrices).items()
+    }
     first = next(iter(counts.values()))
-    mine = next((one for one in counts.values() if set(one) == {rows}), first)
-    return {name: matrices[name] for name, its in counts.items() if its == mine}, mine
+    wanted = next((lengths for lengths in counts.values() if set(lengths) == {rows}), first)
+    return {name: matrices[name] for name, lengths in counts.items() if lengths == wanted}, wanted
 
 
-def may_have_several(signature: Signature) -> bool:
-    """Whether an output may have, for a row, a 0 or 1 for each class."""
-    return any(map(_is_label_of_several, signature.outputs))
+def may_be_multilabel(signature: Signature) -> bool:
+    """Whether an output may have a 0 or 1 for each class in each row."""
+    return any(map(_may_be_multilabel_output, signature.outputs))
 
 
-def _is_label_of_several(spec: TensorSpec) -> bool:
+def _may_be_multilabel_output(spec: TensorSpec) -> bool:
+    """By its name and type: the label of a classifier, a matrix of whole numbers or booleans."""
     is_matrix = len(dims(spec)) == 2 and dims(spec)[1] != 1
-    return plain_name(spec.name) in LABEL and is_matrix and spec.datatype not in (*FLOATS, "BYTES")
+    return (
+        plain_name(spec.name) in LABEL_NAMES
+        and is_matrix
+        and spec.datatype not in (*FLOATS, "BYTES")
+    )
 
 
-def _has_several(matrix: Any) -> bool:
+def _has_multilabel_values(matrix: Any) -> bool:
+    """Whether all values are 0 or 1, and a row has several 1 or none."""
     is_zero_or_one = (matrix == 0) | (matrix == 1)
     return bool(is_zero_or_one.all() and (matrix.sum(axis=1) != 1).any())
 
 
 def plain_name(name: str) -> str:
-    """`model/Label:0` as label."""
+    """An output's name in lower case without its path and numbers: `model/Label:0` is label."""
     words = [word for word in re.split(r"[/:]", name) if word and not word.isdigit()]
     return re.sub(r"[-. ]", "_", words[-1].lower()).rstrip("_0123456789") if words else ""
 
@@ -142,38 +158,38 @@ def _is_matrix(output: Array, width: int) -> bool:
     return output.ndim == 2 and output.shape[1] == width
 
 
-def _plain(values: Array) -> Array:
-    """Booleans as the numbers 0 and 1."""
+def _without_booleans(values: Array) -> Array:
+    """The values, booleans as the numbers 0 and 1."""
     return values.astype(np.int64) if values.dtype == np.bool_ else values
 
 
 def _is_enough(scores: Sequence[Array], width: int) -> bool:
-    """Whether there were many rows, and several in which each column was the highest."""
-    if sum(len(one) for one in scores) < _ENOUGH_ROWS:
+    """Whether there are many rows of scores, and several in which each column is the highest."""
+    if sum(len(array) for array in scores) < _ENOUGH_ROWS:
         return False
-    if not all(_is_matrix(one, width) for one in scores):
+    if not all(_is_matrix(array, width) for array in scores):
         return False
     highest = highest_columns(np.concatenate(scores).astype(np.float64))
-    return bool((np.bincount(highest, minlength=width) >= LEAST_ROWS).all())
+    return bool((np.bincount(highest, minlength=width) >= MIN_ROWS).all())
 
 
-class _Rows:
-    """Rows for one model."""
+class _RowMaker:
+    """Makes rows for one model and runs them."""
 
     def __init__(self, signature: Signature, example: Feeds | None) -> None:
         self._needed = [spec for spec in signature.inputs if not spec.optional]
         self._example = example or {}
-        self.at_once = self._most(signature.max_rows)
-        """How many rows a run has; 1 where the model does not say that it takes more."""
+        self.rows_per_run = self._count_rows_per_run(signature.max_rows)
+        """How many rows a run has; 1 if the model does not declare that it accepts more."""
         self._sizes: Sequence[int] = OPEN_SIZES
 
-    def answers(self, run: Run, stop: Stop) -> Iterator[list[Array]]:
-        """All outputs of each run that succeeds."""
-        rounds = 1 if self.at_once > 1 else _ROWS // len(_WHOLE)
-        for seed in range(rounds * len(_WHOLE)):
+    def run_all(self, run: RunFunction, stop: Stop) -> Iterator[list[Array]]:
+        """Yields all outputs of each run that succeeds; ends early once `stop` is set."""
+        rounds = 1 if self.rows_per_run > 1 else _ROWS // len(_WHOLE_NUMBERS)
+        for seed in range(rounds * len(_WHOLE_NUMBERS)):
             for size in self._sizes:
                 try:
-                    outputs = run(self._made_up(seed, size), stop)
+                    outputs = run(self._make_inputs(seed, size), stop)
                 except JobError:
                     continue
                 except Stopped:
@@ -182,14 +198,17 @@ class _Rows:
                 self._sizes = (size,)
                 break
 
-    def _most(self, most: int) -> int:
+    def _count_rows_per_run(self, max_rows: int) -> int:
+        """As many rows as inputs of a bounded size can have, up to `max_rows`."""
         specs = self._needed
         if not specs or any(not spec.shape or isinstance(spec.shape[0], int) for spec in specs):
             return 1
-        elements = sum(prod(self._beside_rows(spec, max(OPEN_SIZES))) for spec in specs)
-        return max(1, min(_ROWS, most, _MOST_ELEMENTS // max(elements, 1)))
+        elements = sum(prod(self._sizes_beside_rows(spec, max(OPEN_SIZES))) for spec in specs)
+        return max(1, min(_ROWS, max_rows, _MAX_ELEMENTS // max(elements, 1)))
 
-    def _beside_rows(self, spec: TensorSpec, size: int) -> list[int]:
+    def _sizes_beside_rows(self, spec: TensorSpec, size: int) -> list[int]:
+        """The shape of an input without its first dimension: open dimensions as in the example,
+        else `size`."""
         like = self._example.get(spec.name)
         declared = dims(spec)
         sizes = (size,) * len(declared) if like is None else like.shape
@@ -198,28 +217,32 @@ class _Rows:
             for dim, own in zip(declared[1:], sizes[1:], strict=False)
         ]
 
-    def _made_up(self, seed: int, size: int) -> Feeds:
+    def _make_inputs(self, seed: int, size: int) -> Feeds:
+        """Values for all needed inputs of one run; raises ModelFailed if they are too large."""
         rng = np.random.default_rng(seed)
-        return {spec.name: self._values(spec, rng, seed, size) for spec in self._needed}
+        return {spec.name: self._make_values(spec, rng, seed, size) for spec in self._needed}
 
-    def _values(self, spec: TensorSpec, rng: np.random.Generator, seed: int, size: int) -> Array:
+    def _make_values(
+        self, spec: TensorSpec, rng: np.random.Generator, seed: int, size: int
+    ) -> Array:
+        """Values for one input of run number `seed`, like the example or random."""
         example = self._example.get(spec.name)
         if example is not None and spec.shape is None:
             return example
         between = _FRACTIONS[seed % len(_FRACTIONS)]
-        first = [dim if isinstance(dim, int) else self.at_once for dim in dims(spec)[:1]]
-        shape = [*first, *self._beside_rows(spec, size)]
-        if prod(shape) > 16 * _MOST_ELEMENTS:
+        first = [dim if isinstance(dim, int) else self.rows_per_run for dim in dims(spec)[:1]]
+        shape = [*first, *self._sizes_beside_rows(spec, size)]
+        if prod(shape) > 16 * _MAX_ELEMENTS:
             raise ModelFailed(f"`{spec.name}` is too large to make one up: {shape}")
         if example is not None and example.size and (between is None or spec.datatype == "BYTES"):
-            return _like(example, rng, shape, spec)
+            return _like_example(example, rng, shape, spec)
         if spec.datatype == "BYTES":
             return np.asarray(_WORDS[rng.integers(0, len(_WORDS), shape)], object)
         if spec.datatype == "BOOL":
             return rng.integers(0, 2, shape).astype(np.bool_)
         if spec.datatype in FLOATS:
-            return _cast(_fractions(rng, between, shape), spec)
-        low, high = _WHOLE[seed % len(_WHOLE)]
+            return _to_datatype(_fractions(rng, between, shape), spec)
+        low, high = _WHOLE_NUMBERS[seed % len(_WHOLE_NUMBERS)]
         least = max(low, int(RANGES[spec.datatype][0]))
         whole: Array = rng.integers(least, high, shape, endpoint=True).astype(DTYPES[spec.datatype])
         return whole
@@ -228,29 +251,31 @@ class _Rows:
 def _fractions(
     rng: np.random.Generator, between: tuple[float, float] | None, shape: Sequence[int]
 ) -> Any:
+    """Random fractions between two numbers; None: of both signs and of all sizes."""
     if between is not None:
         return rng.uniform(*between, shape)
     return rng.choice([-1.0, 1.0], shape) * 10.0 ** rng.uniform(*_POWERS_OF_TEN, shape)
 
 
-def _like(
+def _like_example(
     example: Array, rng: np.random.Generator, shape: Sequence[int], spec: TensorSpec
 ) -> Array:
-    """Each element that of some row of the example; a fraction a little off."""
+    """Rows of which each element is from a random row of the example; fractions with noise."""
     if not shape:
         return example
     flat = example.reshape(len(example), -1)
-    places = rng.integers(0, len(flat), (shape[0], flat.shape[1]))
-    picked = np.take_along_axis(flat, places, axis=0)
+    row_numbers = rng.integers(0, len(flat), (shape[0], flat.shape[1]))
+    picked = np.take_along_axis(flat, row_numbers, axis=0)
     if spec.datatype in FLOATS:
         known = np.nan_to_num(flat.astype(np.float64), posinf=0.0, neginf=0.0)  # gaps
         spread = np.maximum(known.std(axis=0), np.abs(known).max(axis=0) / 4)
         picked = picked.astype(np.float64) + rng.normal(size=picked.shape) * spread
-        return _cast(picked.reshape(shape), spec)
+        return _to_datatype(picked.reshape(shape), spec)
     rows: Array = picked.reshape(shape)
     return rows
 
 
-def _cast(fractions: Any, spec: TensorSpec) -> Array:
+def _to_datatype(fractions: Any, spec: TensorSpec) -> Array:
+    """The fractions in the datatype of the input, cut off at its range."""
     array: Array = np.clip(fractions, *RANGES[spec.datatype]).astype(DTYPES[spec.datatype])
     return array

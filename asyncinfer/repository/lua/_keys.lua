@@ -3,7 +3,6 @@
 -- Words   high low wake running leases facts deadlines delayed seq bytes stale paused dead log
 --         logmarks control reapgate swept hold; in brackets 'claim:' .. token, 'idem:' .. digest
 -- Each word is the key's own name, except `stale`: its key is `ghosts` in every release.
-
 local function queue(list)
   local prefix = '{' .. list .. '}:'
   return setmetatable({ list = list }, {

@@ -27,6 +27,9 @@ local function remove_waiting(id, facts)
   redis.call('LREM', list, -1, id)
 end
 
+-- Cancels one job; `meta` is its record as it is when it ends, or nil. Returns cancelled,
+-- stopping (it runs: its worker is told to stop it), absent, or the status of a job that has
+-- already ended.
 local function cancel(id, meta)
   local status = value_at(job_key(id, 'status'))
   if not status then return 'absent' end

@@ -21,6 +21,8 @@ local function check_facts(q, token)
   end
 end
 
+-- Extends the leases of one queue's claims, each by 1 us more than the one before, so that they
+-- keep their order when they are reaped; adds to the reply what has happened to them.
 local function renew(q, tokens)
   for n, token in ipairs(tokens) do
     if redis.call('ZSCORE', q.leases, token) then

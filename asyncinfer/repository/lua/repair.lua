@@ -17,6 +17,7 @@ local function is_in_a_list(id)
   return redis.call('ZSCORE', q.delayed, id) ~= false
 end
 
+-- True if a running job belongs to a claim whose lease is listed.
 local function is_in_a_claim(id)
   local token = redis.call('HGET', q.running, id)
   return token and redis.call('ZSCORE', q.leases, token)

@@ -21,6 +21,7 @@ local function packed_length(packed)
   return first and first >= 0x90 and first <= 0x9f and first - 0x90 or 0
 end
 
+-- Appends the ids packed in a log entry's field to `ids`, up to the number of samples wanted.
 local function collect(ids, packed)
   for _, id in ipairs(decode(packed) or {}) do
     if #ids >= args.max_samples then return end
@@ -42,6 +43,7 @@ local function add_entry(tally, fields)
   end
 end
 
+-- Collects the ids of completed and failed jobs of a log entry.
 local function add_samples(tally, fields)
   for i = 1, #fields, 2 do
     if fields[i] == 'completed' or fields[i] == 'failed' then collect(tally.ended, fields[i + 1]) end

@@ -1,1 +1,1 @@
-"""Which jobs this worker takes, and when."""
+"""Claiming jobs: which queues, when, and how many at once."""

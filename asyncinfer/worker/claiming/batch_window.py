@@ -1,4 +1,4 @@
-"""Queues whose jobs wait for others to run with: since when, and whether it was long enough."""
+"""Queues whose jobs wait up to `max_wait_ms` for others to share a run with."""
 
 import asyncio
 import contextlib
@@ -24,140 +24,162 @@ log = LimitedLog(logging.getLogger(__name__))
 _FAREWELL_SECONDS: Final = 1.0
 
 
-class Sharing(Struct, frozen=True):
+class QueueBatching(Struct, frozen=True):
     """How the jobs of a queue's model share runs."""
 
-    shared: bool = True
-    wait_seconds: float = 0.0
+    is_batched: bool = True
+    """Whether jobs share runs at all."""
+    max_wait_seconds: float = 0.0
     """How long a job may wait for others; 0: it is claimed at once."""
     full_jobs: int = 1
-    """So many jobs make a batch that waits no longer."""
+    """This many waiting jobs fill a batch, so that they wait no longer."""
 
 
-class Gathering:
-    """Hears of jobs in `queues`, and makes each of these ripe when its jobs may be claimed.
+class BatchWindows:
+    """Opens a window when jobs come to one of `queues`, and lets the queue be claimed at its end.
 
-    Bells are heard only while a slot is idle: one that nobody here can answer is for others.
+    A window ends after `max_wait_seconds`, or as soon as enough jobs for a full batch wait.
+
+    Waits on the doorbell only while a slot is idle, so that it does not consume a token that
+    another worker needs.
     """
 
     def __init__(
-        self, store: Store, runs: Runs, is_idle: Callable[[], bool], look_seconds: float
+        self, store: Store, runs: Runs, is_idle: Callable[[], bool], check_seconds: float
     ) -> None:
-        self.queues: dict[str, Sharing] = {}
-        self.ripe: set[str] = set()
-        self.ripened = asyncio.Event()
-        """Set while any is ripe."""
+        """`is_idle` tells whether a slot waits for jobs; `check_seconds` is the longest time
+        between two checks of the queues themselves, in case a doorbell token was lost."""
+        self.queues: dict[str, QueueBatching] = {}
+        """Only those whose jobs wait for others."""
+        self.due: set[str] = set()
+        """Queues whose window has ended, so that their jobs may be claimed."""
+        self.any_due = asyncio.Event()
+        """Set while `due` is not empty."""
         self._store = store
         self._runs = runs
         self._is_idle = is_idle
-        self._look_seconds = look_seconds
-        self._looked_at = 0.0
-        self._heard = 0
+        self._check_seconds = check_seconds
+        self._checked_at = 0.0
+        self._waits_begun = 0
         self._doorbell = Doorbell(store)
-        self._full: dict[str, asyncio.Event] = {}
-        """Of the queues that wait; set when they need not wait longer."""
-        self._news = asyncio.Event()
-        self._closed = False
+        self._open: dict[str, asyncio.Event] = {}
+        """By queue with an open window, the event that ends it early."""
+        self._wake_event = asyncio.Event()
+        self._is_closed = False
 
-    def serve(self, queues: Mapping[str, Sharing]) -> None:
+    def serve(self, queues: Mapping[str, QueueBatching]) -> None:
+        """Replaces the queues; those whose jobs are claimed at once are left out."""
         self.queues = {
-            queue: sharing
-            for queue, sharing in queues.items()
-            if sharing.shared and sharing.wait_seconds > 0 and sharing.full_jobs > 1
+            queue: batching
+            for queue, batching in queues.items()
+            if batching.is_batched and batching.max_wait_seconds > 0 and batching.full_jobs > 1
         }
-        self.claimed(self.ripe - self.queues.keys())
-        self._news.set()
+        self.clear_due(self.due - self.queues.keys())
+        self._wake_event.set()
 
-    def waits(self, queue: str) -> bool:
-        """Whether nothing is to be claimed of it yet."""
-        return queue in self.queues and queue not in self.ripe
+    def must_wait(self, queue: str) -> bool:
+        """Whether the jobs of this queue still wait for others, so that it must not be claimed."""
+        return queue in self.queues and queue not in self.due
 
-    def claimed(self, queues: Iterable[str]) -> None:
-        """What waits in these from now on waits anew."""
-        self.ripe.difference_update(queues)
-        if not self.ripe:
-            self.ripened.clear()
+    def clear_due(self, queues: Iterable[str]) -> None:
+        """To be called after these queues were claimed: later jobs wait in a new window."""
+        self.due.difference_update(queues)
+        if not self.due:
+            self.any_due.clear()
 
-    def slot_is_idle(self) -> None:
+    def notify_idle_slot(self) -> None:
+        """Wakes `listen`, since a slot can take jobs now."""
         if self.queues:
-            self._news.set()
+            self._wake_event.set()
 
     async def listen(self) -> None:
-        """Runs as long as the worker does; ends when closed."""
+        """Opens windows until closed. Retries while Redis is away."""
         async with anyio.create_task_group() as group:
-            while not self._closed:
+            while not self._is_closed:
                 try:
-                    await self._hear(group)
+                    await self._open_windows(group)
                 except RedisUnavailable as error:
-                    if not self._closed:
-                        log.warning(f"Gathering: {error.detail}")
+                    if not self._is_closed:
+                        log.warning(f"Waiting for jobs to batch: {error.detail}")
                         await asyncio.sleep(random.uniform(0.1, 0.5))
 
     async def close(self) -> None:
-        """Nothing is ripe any more; what waits is left to others, who hear of it."""
-        self._closed = True
-        self._news.set()
+        """Ends all windows, makes no queue due, and rings so that other workers take the jobs."""
+        self._is_closed = True
+        self._wake_event.set()
         await self._doorbell.close()
-        left = self.ripe | self._full.keys()
-        for full in self._full.values():
-            full.set()
-        self.claimed(left)
+        unclaimed = self.due | self._open.keys()
+        for end_early in self._open.values():
+            end_early.set()
+        self.clear_due(unclaimed)
         with contextlib.suppress(RedisUnavailable, TimeoutError):
             async with asyncio.timeout(_FAREWELL_SECONDS):
-                for queue in left:
+                for queue in unclaimed:
                     await self._doorbell.ring(queue)
 
-    async def _hear(self, group: TaskGroup) -> None:
-        rang = await self._rang()
-        seen = [rang] if rang else []
-        if time.monotonic() - self._looked_at >= self._look_seconds:
-            seen = await self._look()
-        for queue in seen:
-            if self.waits(queue) and (count := await self._waiting(queue)) and self.waits(queue):
-                if queue not in self._full:
-                    self._full[queue] = asyncio.Event()
-                    group.start_soon(self._gather, queue, self.queues[queue].wait_seconds)
+    async def _open_windows(self, group: TaskGroup) -> None:
+        """Waits once for jobs, opens a window for each queue that has some, and ends the windows
+        of queues with enough jobs for a full batch."""
+        rang = await self._wait_for_doorbell()
+        candidates = [rang] if rang else []
+        if time.monotonic() - self._checked_at >= self._check_seconds:
+            candidates = await self._queues_with_work()
+        for queue in candidates:
+            if (
+                self.must_wait(queue)
+                and (count := await self._count_waiting(queue))
+                and self.must_wait(queue)
+            ):
+                if queue not in self._open:
+                    self._open[queue] = asyncio.Event()
+                    group.start_soon(self._run_window, queue, self.queues[queue].max_wait_seconds)
                 if count >= self.queues[queue].full_jobs:
-                    self._full[queue].set()
+                    self._open[queue].set()
 
-    async def _gather(self, queue: str, wait_seconds: float) -> None:
+    async def _run_window(self, queue: str, wait_seconds: float) -> None:
+        """Waits for the end of a queue's window, then makes the queue due."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_seconds):
-                await self._full[queue].wait()
-        del self._full[queue]
-        if queue in self.queues and not self._closed:
-            self.ripe.add(queue)
-            self.ripened.set()
+                await self._open[queue].wait()
+        del self._open[queue]
+        if queue in self.queues and not self._is_closed:
+            self.due.add(queue)
+            self.any_due.set()
 
-    async def _rang(self) -> str | None:
-        """The queue whose bell rang, heard for an idle slot; None when it is time to look."""
+    async def _wait_for_doorbell(self) -> str | None:
+        """The queue whose doorbell rang while a slot is idle; None when it is time to check.
+
+        A token that came when no slot was idle any more is given back.
+        """
         if not self._is_idle() or not self.queues:
-            self._news.clear()
+            self._wake_event.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._look_seconds if self.queues else None):
-                    await self._news.wait()
+                async with asyncio.timeout(self._check_seconds if self.queues else None):
+                    await self._wake_event.wait()
             return None
-        rang = await self._doorbell.wait(self._turn(), self._look_seconds)
+        rang = await self._doorbell.wait(self._rotated_queues(), self._check_seconds)
         if rang and not self._is_idle():
             await self._doorbell.ring(rang)
             return None
         return rang
 
-    def _turn(self) -> list[str]:
-        """Another first each time: BRPOP serves the first that has a token."""
-        self._heard += 1
+    def _rotated_queues(self) -> list[str]:
+        """The queues, another one first each time: BRPOP serves the first that has a token."""
+        self._waits_begun += 1
         names = list(self.queues)
-        at = self._heard % len(names)
-        return names[at:] + names[:at]
+        first = self._waits_begun % len(names)
+        return names[first:] + names[:first]
 
-    async def _look(self) -> list[str]:
-        self._looked_at = time.monotonic()
+    async def _queues_with_work(self) -> list[str]:
+        """All queues if any of them has jobs, else none."""
+        self._checked_at = time.monotonic()
         names = list(self.queues)
         return names if names and await self._runs.has_work(names) else []
 
-    async def _waiting(self, queue: str) -> int:
+    async def _count_waiting(self, queue: str) -> int:
+        """How many jobs wait in a queue, of all priorities; 1 if Redis refuses to count them."""
         try:
             return sum([await self._store.command("LLEN", name) for name in keys.waiting(queue)])
         except RedisRefused:
-            # A damaged key: the claim will tell.
+            # A key is damaged. The claim that follows reports it.
             return 1

@@ -1,4 +1,4 @@
-"""What one process holds, and what it may claim next."""
+"""Claiming for all slots of one process: which claims it holds, and when it makes the next."""
 
 import asyncio
 import contextlib
@@ -17,8 +17,8 @@ from asyncinfer.repository.claims import (
 )
 from asyncinfer.repository.doorbell import Doorbell
 from asyncinfer.repository.store import Store
-from asyncinfer.worker.claiming.batch_window import Gathering, Sharing
-from asyncinfer.worker.held_claim import Held, Step
+from asyncinfer.worker.claiming.batch_window import BatchWindows, QueueBatching
+from asyncinfer.worker.held_claim import HeldClaim, Step
 from asyncinfer.worker.lease_renewer import Renewer
 
 log = LimitedLog(logging.getLogger(__name__))
@@ -26,158 +26,183 @@ log = LimitedLog(logging.getLogger(__name__))
 T = TypeVar("T")
 
 _LOW_FIRST_EVERY: Final = 16
-_SHORT_SECONDS: Final = 0.0015
-"""A run as short gains nothing from a second one beside it."""
+"""One round of claims in so many takes jobs of low priority first."""
+
+_SHORT_RUN_SECONDS: Final = 0.0015
+"""A run as short as this gains nothing from a second one beside it."""
 
 _GROWING_SECONDS: Final = 0.1
-"""How long a bell is listened for while a worker loads its models: a queue that comes meanwhile is
-not among those listened to."""
+"""How long one wait on the doorbell lasts while models are loaded: queues that come meanwhile are
+not among those it waits for."""
 
-_SOON_SECONDS: Final = 0.005
-"""How long a bell may ring unheard while a slot is about to claim."""
+_BUSY_SLOT_SECONDS: Final = 0.005
+"""How long to skip the doorbell wait when a running slot is about to claim anyway."""
 
 
-class Claims:
-    """The claims of one process, made one at a time."""
+class Claimer:
+    """Makes the claims of one process, one at a time, and keeps those that are not finished.
+
+    A free slot waits, in this order, for: a claim that allows no other beside it to be released;
+    a short run that will claim again anyway (at most 5 ms); a doorbell token or the end of a batch
+    window. Then it claims.
+    """
 
     def __init__(
         self,
         store: Store,
         runs: Runs,
         renewer: Renewer,
-        queues: Mapping[str, Sharing],
+        queues: Mapping[str, QueueBatching],
         *,
         max_batch: int,
         brpop_timeout_seconds: float,
         on_step: Callable[[Step], None],
     ) -> None:
-        self.held: dict[str, Held] = {}
+        self.held: dict[str, HeldClaim] = {}
+        """By token, the claims that are not finished."""
         self.draining = asyncio.Event()
+        """Set once nothing more is to be claimed."""
         self._runs = runs
         self._renewer = renewer
         self._max_batch = max_batch
         self._brpop_timeout_seconds = brpop_timeout_seconds
         self._on_step = on_step
         self._doorbell = Doorbell(store)
-        self._bell: asyncio.Task[str | None] | None = None
-        """A wait that goes on although its slot went to claim what had gathered."""
-        self._awaits_bell = False
+        self._doorbell_task: asyncio.Task[str | None] | None = None
+        """A wait on the doorbell that goes on although its slot went to claim a due queue."""
+        self._awaits_doorbell = False
         self._waiting_turn = asyncio.Lock()
-        self.gathering = Gathering(store, runs, self._is_idle, brpop_timeout_seconds)
+        self.windows = BatchWindows(store, runs, self._is_idle, brpop_timeout_seconds)
         self._claiming = asyncio.Lock()
-        self._let_go_event = asyncio.Event()
-        self._blocked = False
-        self._looked = False
-        """Whether nothing waits that has not rung since."""
-        self._asked = 0
-        self._made = 0
-        self._run_seconds = 0.0
+        self._released_event = asyncio.Event()
+        self._exclusive_pending = False
+        """Whether the next job must run with nothing beside it, so that no claim gives any now."""
+        self._seen_empty = False
+        """Whether to wait for the doorbell before the next claim: set by a claim call, since the
+        doorbell rings for every job that the call leaves behind."""
+        self._requests_sent = 0
+        self._claims_made = 0
+        self._mean_run_seconds = 0.0
         """From a claim to its outcomes, a running mean."""
         self.serve(queues)
 
-    def serve(self, queues: Mapping[str, Sharing], *, is_growing: bool = False) -> None:
-        """From now on claims of these; what waits for a bell hears of it within BRPOP_TIMEOUT.
+    def serve(self, queues: Mapping[str, QueueBatching], *, is_growing: bool = False) -> None:
+        """Replaces the queues to claim from; a wait under way takes them up when it ends, which is
+        within BRPOP_TIMEOUT.
 
-        With `is_growing`, as more queues are about to come, it will hear of those sooner.
+        `is_growing` makes such waits short, since more queues are about to come.
         """
         self._queues = list(queues)
         self._is_growing = is_growing
-        self._unshared = {queue for queue, sharing in queues.items() if not sharing.shared}
-        self.gathering.serve(queues)
-        self._looked = False
-        self._let_go_event.set()
+        self._unbatched = {name for name, batching in queues.items() if not batching.is_batched}
+        self.windows.serve(queues)
+        self._seen_empty = False
+        self._released_event.set()
 
-    async def shuffle(self, queue: str) -> None:
-        """Changes, by chance, who is first to hear the bell of a job that another worker must run:
-        two idle workers that take turns at the bell would go on as they began."""
+    async def ring_for_another_worker(self, queue: str) -> None:
+        """Rings in half of all cases, for a job that was released since only others can run it.
+
+        By chance, since two idle workers that take turns at the doorbell would go on as they
+        began.
+        """
         if random.random() < 0.5:
-            await self._ring_back(queue)
+            await self._return_token(queue)
 
-    def let_go(self, token: str) -> None:
-        """Renews a claim no longer, as it was lost."""
-        self._renewer.let_go(token)
+    def stop_renewing(self, token: str) -> None:
+        """Stops renewing a claim that was lost."""
+        self._renewer.remove(token)
 
     async def drain(self) -> None:
-        """Claims nothing more; whoever waits for work returns."""
+        """Claims nothing more; every `next` that waits returns None."""
         self.draining.set()
-        self._let_go_event.set()
+        self._released_event.set()
         await self._doorbell.close()
-        await self.gathering.close()
+        await self.windows.close()
 
-    async def next(self) -> Held | None:
-        """Waits for work; one slot waits for all. None when draining.
+    async def next(self) -> HeldClaim | None:
+        """Waits for work and claims it; only one slot waits at a time. None when draining.
 
-        A claim that leaves work behind rings, so after one of ours the bell comes first: to look
-        again at once found nothing, and cost a waiting client half its time.
+        A claim that leaves work behind rings the doorbell, so after a claim the doorbell is waited
+        for first: to claim again at once found nothing, and cost a waiting client half its time.
         """
         rang: str | None = None
         async with self._waiting_turn:
             while not self.draining.is_set():
-                self.gathering.slot_is_idle()
+                self.windows.notify_idle_slot()
                 if self._must_not_claim():
-                    await self._ring_back(rang)
-                    rang, self._looked = None, False
-                    await self._something_let_go()
-                elif self._looked and not self.gathering.ripe:
+                    await self._return_token(rang)
+                    rang, self._seen_empty = None, False
+                    await self._wait_until_released()
+                elif self._seen_empty and not self.windows.due:
                     rang = None
-                    if not await self._left_to_another():
-                        rang = await self._wait()
-                        self._looked = False
-                elif held := await self._claim(rang):
+                    if not await self._defer_to_busy_slot():
+                        rang = await self._wait_for_work()
+                        self._seen_empty = False
+                elif held := await self._claim_any_queue(rang):
                     return held
-            await self._ring_back(rang)
+            await self._return_token(rang)
         return None
 
     async def finish(
-        self, held: Held, store_outcomes: Callable[[ClaimRequest | None], Awaitable[Claimed]]
-    ) -> Held | None:
-        """Lets go of a finished claim; the claim that may ride on its last call comes back."""
+        self, held: HeldClaim, store_outcomes: Callable[[ClaimRequest | None], Awaitable[Claimed]]
+    ) -> HeldClaim | None:
+        """Stores the outcomes of a claim by `store_outcomes` and releases the claim.
+
+        Passes a request for the next claim along; returns that claim, None if there is none.
+        """
         async with self._claiming:
-            following = self._following(held)
+            following = self._following_request(held)
             claimed = await store_outcomes(following)
-            self._run_seconds += 0.2 * (held.ran_at - held.claimed_at - self._run_seconds)
-            self._renewer.let_go(held.claim.token)
+            run_seconds = held.run_ended_at - held.claimed_at
+            self._mean_run_seconds += 0.2 * (run_seconds - self._mean_run_seconds)
+            self._renewer.remove(held.claim.token)
             self.held.pop(held.claim.token, None)
             self._on_step("finished")
-            following_held = self._hold(claimed, following) if following else None
-            self._let_go_event.set()
-        await self._let_others_call()
-        return following_held
+            next_held = self._register(claimed, following) if following else None
+            self._released_event.set()
+        await self._yield_to_other_slots()
+        return next_held
 
-    async def _wait(self) -> str | None:
-        """The queue whose bell rang; None after BRPOP_TIMEOUT, when an idle worker looks anyway,
-        and as soon as jobs have gathered."""
-        if not self.gathering.queues:
-            return await self._rung(self._turn(None))
+    async def _wait_for_work(self) -> str | None:
+        """The queue whose doorbell rang; None once a batch window has ended, and after
+        BRPOP_TIMEOUT, when an idle worker claims in any case."""
+        if not self.windows.queues:
+            return await self._wait_on_doorbell(self._rotated_queues(None))
         loop = asyncio.get_running_loop()
-        bell = self._bell = self._bell or loop.create_task(self._rung_for_a_slot())
-        ripened = loop.create_task(self.gathering.ripened.wait())
-        either: set[asyncio.Task[Any]] = {bell, ripened}
-        self._awaits_bell = True
+        doorbell = self._doorbell_task or loop.create_task(self._doorbell_for_slot())
+        self._doorbell_task = doorbell
+        due = loop.create_task(self.windows.any_due.wait())
+        either: set[asyncio.Task[Any]] = {doorbell, due}
+        self._awaits_doorbell = True
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        self._awaits_bell = False
-        ripened.cancel()
-        if not bell.done():
+        self._awaits_doorbell = False
+        due.cancel()
+        if not doorbell.done():
             return None
-        self._bell = None
-        return bell.result()
+        self._doorbell_task = None
+        return doorbell.result()
 
-    async def _rung_for_a_slot(self) -> str | None:
-        """A wait that may outlast the slot's: then its bell is for another worker."""
-        queues = [queue for queue in self._turn(None) if queue not in self.gathering.queues]
+    async def _doorbell_for_slot(self) -> str | None:
+        """Waits for the doorbell of queues without batch windows; returns the one that rang.
+
+        May go on after the slot has stopped waiting: then the token is given back, since another
+        worker may need it.
+        """
+        queues = [queue for queue in self._rotated_queues(None) if queue not in self.windows.queues]
         if queues:
-            rang = await self._rung(queues)
+            rang = await self._wait_on_doorbell(queues)
         else:
             rang = None
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._brpop_timeout_seconds):
                     await self.draining.wait()
-        if not self._awaits_bell:
-            await self._ring_back(rang)
+        if not self._awaits_doorbell:
+            await self._return_token(rang)
             return None
         return rang
 
-    async def _rung(self, queues: Sequence[str]) -> str | None:
+    async def _wait_on_doorbell(self, queues: Sequence[str]) -> str | None:
+        """The queue whose doorbell rang; None after the time limit, or while Redis is away."""
         seconds = self._brpop_timeout_seconds
         if self._is_growing:
             seconds = min(_GROWING_SECONDS, seconds)
@@ -192,139 +217,170 @@ class Claims:
             self._on_step("woken")
         return rang
 
-    async def _left_to_another(self) -> bool:
-        """Whether there was a slot to wait for before a bell is listened for: one whose run is
-        brief, and that took all there was. Its next claim takes what comes meanwhile, one claim
-        of sixteen jobs costs little more than one of four, and to send for a bell beside a run
-        kept the run waiting."""
-        brief = self._run_seconds <= _SHORT_SECONDS and not self.gathering.queues
-        if not self.held or not brief or not all(map(self._took_all, self.held.values())):
+    async def _defer_to_busy_slot(self) -> bool:
+        """Waits up to 5 ms for a slot with a short run that had emptied its queue, if there is one.
+
+        True if it has finished: its next claim takes the new jobs. One claim of sixteen jobs costs
+        little more than one of four, and to wait on the doorbell beside a run kept the run waiting.
+        """
+        is_short = self._mean_run_seconds <= _SHORT_RUN_SECONDS and not self.windows.queues
+        if not self.held or not is_short:
             return False
-        self._let_go_event.clear()
+        if not all(map(self._emptied_its_queue, self.held.values())):
+            return False
+        self._released_event.clear()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_SOON_SECONDS):
-                await self._let_go_event.wait()
-        return self._let_go_event.is_set()
+            async with asyncio.timeout(_BUSY_SLOT_SECONDS):
+                await self._released_event.wait()
+        return self._released_event.is_set()
 
-    def _took_all(self, held: Held) -> bool:
-        return held.claim.count < self._max_batch and held.claim.queue not in self._unshared
+    def _emptied_its_queue(self, held: HeldClaim) -> bool:
+        """Whether a claim took all jobs that waited in its queue."""
+        return held.claim.count < self._max_batch and held.claim.queue not in self._unbatched
 
-    async def _ring_back(self, rang: str | None) -> None:
+    async def _return_token(self, rang: str | None) -> None:
+        """Rings the doorbell of this queue again, for another worker; nothing for None."""
         if rang:
             with contextlib.suppress(RedisUnavailable):
                 await self._doorbell.ring(rang)
 
     def _must_not_claim(self) -> bool:
-        """A redelivered job or a suspect runs with nothing beside it in its process."""
+        """Whether there is no queue, or a claim here or the next job allows no other beside it:
+        a redelivered job and a suspect run alone in their process.
+
+        Forgets that such a job is next once nothing is held here.
+        """
         if not self._queues:
             return True
         if not self.held:
-            self._blocked = False
-        return self._blocked or any(held.claim.exclusive for held in self.held.values())
+            self._exclusive_pending = False
+        return self._exclusive_pending or any(held.claim.exclusive for held in self.held.values())
 
     def _is_idle(self) -> bool:
+        """Whether a slot waits for work and could claim some."""
         return self._waiting_turn.locked() and not self._must_not_claim()
 
-    async def _something_let_go(self) -> None:
-        self._let_go_event.clear()
+    async def _wait_until_released(self) -> None:
+        """Waits until a claim is released, the queues change or the worker drains."""
+        self._released_event.clear()
         if self._must_not_claim() and not self.draining.is_set():
-            await self._let_go_event.wait()
+            await self._released_event.wait()
 
-    async def _claim(self, rang: str | None) -> Held | None:
-        self._looked = True
-        turn = self._ready(rang)
-        many = len(turn) > MOST_QUEUES_A_CLAIM
-        if many and not rang and not await self._answered(lambda: self._runs.has_work(turn), False):
-            self.gathering.claimed(turn)
-            return None
-        for start in range(0, len(turn), MOST_QUEUES_A_CLAIM):
-            if held := await self._claim_of_any(turn[start : start + MOST_QUEUES_A_CLAIM]):
+    async def _claim_any_queue(self, rang: str | None) -> HeldClaim | None:
+        """Claims from the first queue that has jobs, beginning with the one that rang; None if no
+        queue has any.
+
+        A claim call covers few queues, so for many queues a cheaper call checks first whether any
+        has work.
+        """
+        self._seen_empty = True
+        queues = self._claimable_queues(rang)
+        if len(queues) > MOST_QUEUES_A_CLAIM and not rang:
+            has_work = await self._retry_until_answered(lambda: self._runs.has_work(queues), False)
+            if not has_work:
+                self.windows.clear_due(queues)
+                return None
+        for start in range(0, len(queues), MOST_QUEUES_A_CLAIM):
+            if held := await self._claim_group(queues[start : start + MOST_QUEUES_A_CLAIM]):
                 return held
         return None
 
-    async def _claim_of_any(self, queues: Sequence[str]) -> Held | None:
+    async def _claim_group(self, queues: Sequence[str]) -> HeldClaim | None:
+        """Claims from a few queues in one call; from each alone where Redis refuses that."""
         try:
-            return await self._claim_of(queues)
+            return await self._claim_once(queues)
         except RedisRefused as error:
             log.error(f"Claiming: {error.detail}")
         # A damaged key of one queue must not starve the others.
         for queue in queues:
             with contextlib.suppress(RedisRefused):
-                if held := await self._claim_of([queue]):
+                if held := await self._claim_once([queue]):
                     return held
         return None
 
-    async def _claim_of(self, queues: Sequence[str]) -> Held | None:
+    async def _claim_once(self, queues: Sequence[str]) -> HeldClaim | None:
+        """Makes one claim call; raises RedisRefused. None where there are no jobs, or none may be
+        claimed now."""
         # One claim call at a time: with two under way, a poison job could come with one of them
-        # while the other brings the innocents it would take along.
+        # while the other brings jobs that would then be lost with it.
         async with self._claiming:
             if self._must_not_claim() or self.draining.is_set():
                 return None
-            request = self._request(queues, held=bool(self.held))
+            request = self._new_request(queues, held=bool(self.held))
             try:
-                claimed = await self._answered(lambda: self._runs.claim(request), Claimed(None))
+                claimed = await self._retry_until_answered(
+                    lambda: self._runs.claim(request), Claimed(None)
+                )
             except RedisRefused:
-                self.gathering.claimed(queues)
+                self.windows.clear_due(queues)
                 raise
-            held = self._hold(claimed, request)
-        await self._let_others_call()
+            held = self._register(claimed, request)
+        await self._yield_to_other_slots()
         return held
 
-    async def _let_others_call(self) -> None:
-        """Before one slot decodes what it claimed, another that waits to call sends its call: so
-        Redis works while this process does. It made a drain a third faster."""
+    async def _yield_to_other_slots(self) -> None:
+        """Lets another slot send its call before this one decodes its claim, so that Redis works
+        while this process does. It made a drain a third faster."""
         if len(self.held) > 1:
             await asyncio.sleep(0)
 
-    def _following(self, held: Held) -> ClaimRequest | None:
-        """The claim that rides on a finish, unless this process must not claim just now."""
-        others = [one for token, one in self.held.items() if token != held.claim.token]
-        if not self._queues or self.draining.is_set() or any(one.claim.exclusive for one in others):
+    def _following_request(self, held: HeldClaim) -> ClaimRequest | None:
+        """The request for the next claim, which is sent with the outcomes of `held`; None where
+        nothing may be claimed beside the other claims, or there is no queue to claim from."""
+        others = [other for token, other in self.held.items() if token != held.claim.token]
+        if not self._queues or self.draining.is_set():
             return None
-        if self._blocked and others:
+        if others and (self._exclusive_pending or any(other.claim.exclusive for other in others)):
             return None
-        queues = self._ready(None)[:MOST_QUEUES_A_CLAIM]
-        return self._request(queues, held=bool(others)) if queues else None
+        queues = self._claimable_queues(None)[:MOST_QUEUES_A_CLAIM]
+        return self._new_request(queues, held=bool(others)) if queues else None
 
-    def _request(self, queues: Sequence[str], *, held: bool) -> ClaimRequest:
-        self._asked += 1
+    def _new_request(self, queues: Sequence[str], *, held: bool) -> ClaimRequest:
+        """A request with a token of its own; `held`: whether this process holds another claim."""
+        self._requests_sent += 1
+        # Counted in whole rounds of all queues, or the same queue would be favoured each time; and
+        # in claims, since a request that got no jobs has not had its turn.
+        rounds = self._claims_made // len(self._queues)
         return ClaimRequest(
             tuple(queues),
             self._runs.new_token(),
             held,
             self._max_batch,
-            # A round of all queues, or the same one would be first each time; and until claims
-            # come of it, since one that was blocked has not had its turn.
-            low_first=self._made // len(self._queues) % _LOW_FIRST_EVERY == _LOW_FIRST_EVERY - 1,
-            unshared=tuple(queue for queue in queues if queue in self._unshared),
+            low_first=rounds % _LOW_FIRST_EVERY == _LOW_FIRST_EVERY - 1,
+            unshared=tuple(queue for queue in queues if queue in self._unbatched),
         )
 
-    def _turn(self, first: str | None) -> list[str]:
-        """The queues, another first each time: BRPOP and claim serve theirs in order."""
-        at = self._queues.index(first) if first in self._queues else self._asked
-        at %= len(self._queues)
-        return self._queues[at:] + self._queues[:at]
+    def _rotated_queues(self, first: str | None) -> list[str]:
+        """All queues, beginning with `first`, else with another one each time: BRPOP and claim
+        serve queues in the order given."""
+        start = self._queues.index(first) if first in self._queues else self._requests_sent
+        start %= len(self._queues)
+        return self._queues[start:] + self._queues[:start]
 
-    def _ready(self, first: str | None) -> list[str]:
-        """The queues in turn, without those whose jobs wait for others to run with."""
-        return [queue for queue in self._turn(first) if not self.gathering.waits(queue)]
+    def _claimable_queues(self, first: str | None) -> list[str]:
+        """As `_rotated_queues`, without those whose batch window is open."""
+        return [queue for queue in self._rotated_queues(first) if not self.windows.must_wait(queue)]
 
-    def _hold(self, claimed: Claimed, request: ClaimRequest) -> Held | None:
-        self._blocked = claimed.blocked
+    def _register(self, claimed: Claimed, request: ClaimRequest) -> HeldClaim | None:
+        """Keeps the claim of a reply and has its lease renewed; None where the reply has none."""
+        self._exclusive_pending = claimed.blocked
         if claimed.claim is None:
             if not claimed.blocked:
-                self.gathering.claimed(request.queues)
+                self.windows.clear_due(request.queues)
             return None
-        self.gathering.claimed([claimed.claim.queue])
-        self._made += 1
-        held = self.held[claimed.claim.token] = Held(claimed.claim)
+        self.windows.clear_due([claimed.claim.queue])
+        self._claims_made += 1
+        held = self.held[claimed.claim.token] = HeldClaim(claimed.claim)
         self._renewer.hold(claimed.claim)
         self._on_step("claimed")
         return held
 
-    async def _answered(self, call: Callable[[], Awaitable[T]], otherwise: T) -> T:
-        """Calls until Redis answers; the call is one that may be sent again. Gives up when
-        draining, since whatever a lost reply claimed comes back by its lease."""
+    async def _retry_until_answered(self, call: Callable[[], Awaitable[T]], otherwise: T) -> T:
+        """Repeats a call that may be sent twice until Redis answers, and returns the answer.
+
+        Returns `otherwise` when draining: jobs that a lost reply has claimed are redelivered when
+        their lease ends. Raises RedisRefused.
+        """
         while True:
             try:
                 return await call()

@@ -1,4 +1,4 @@
-"""Hears at once what is asked of running jobs: cancel, expire."""
+"""The reader of control streams: jobs that run and are to be cancelled or have expired."""
 
 import asyncio
 import logging
@@ -17,32 +17,36 @@ log = LimitedLog(logging.getLogger(__name__))
 
 _READ_SECONDS: Final = 5.0
 _GROWING_SECONDS: Final = 0.1
-"""How long a read takes while queues come that it does not listen to."""
+"""How long a read takes while models are loaded: it does not read the queues that come
+meanwhile."""
 
 
-class Control:
+class ControlListener:
     """Reads the control streams of this worker's queues."""
 
     def __init__(
-        self, store: Store, queues: Iterable[str], heard: Callable[[str, str], None]
+        self, store: Store, queues: Iterable[str], on_message: Callable[[str, str], None]
     ) -> None:
+        """`on_message` is called with the kind of message ("cancel", "expire", ...) and the job's
+        id, also for jobs of other workers."""
         self._store = store
         self.serve(queues)
-        self._heard = heard
+        self._on_message = on_message
         self._blocking = store.blocking()
-        self._last: dict[str, bytes] = {}
+        self._last_ids: dict[str, bytes] = {}
 
     def serve(self, queues: Iterable[str], *, is_growing: bool = False) -> None:
-        """From the next read on listens to these, and always to the default model's queue; with
-        `is_growing`, as more are about to come, the next read comes soon."""
+        """Reads these queues from the next read on, and always QUEUE_NAME itself. `is_growing`
+        makes reads short, since more queues are about to come."""
         self._is_growing = is_growing
         self._streams = [keys.control(queue) for queue in {self._store.n, *queues}]
 
     async def listen(self) -> None:
-        """Tells `heard(what, job_id)`; ends when closed. What it misses a renewal tells later."""
+        """Passes messages to `on_message` until closed. Retries while Redis is away; a message
+        missed meanwhile comes with the next renewal of the lease."""
         while not self._blocking.closed:
             try:
-                await self._start_at_the_end()
+                await self._start_new_streams()
                 await self._read()
             except RedisUnavailable as error:
                 if not self._blocking.closed:
@@ -52,19 +56,21 @@ class Control:
     async def close(self) -> None:
         await self._blocking.close()
 
-    async def _start_at_the_end(self) -> None:
+    async def _start_new_streams(self) -> None:
+        """Begins each new stream at its newest entry; older entries are skipped."""
         for stream in self._streams:
-            if stream not in self._last:
+            if stream not in self._last_ids:
                 newest = await self._store.look(
                     *("XREVRANGE", stream, "+", "-", "COUNT", 1), otherwise=()
                 )
-                self._last[stream] = bytes(newest[0][0]) if newest else b"0"
+                self._last_ids[stream] = bytes(newest[0][0]) if newest else b"0"
 
     async def _read(self) -> None:
+        """Waits for new entries and passes each to `on_message`."""
         seconds = _GROWING_SECONDS if self._is_growing else _READ_SECONDS
-        # Some may have come since the last start.
-        asked = {name: self._last[name] for name in self._streams if name in self._last}
-        for stream, entry_id, fields in await self._blocking.read(asked, seconds):
-            self._last[stream] = entry_id
-            for what, job_id in fields.items():
-                self._heard(decoding.text(what), id_text(job_id))
+        # `serve` may have added streams since `_start_new_streams`.
+        last_ids = {name: self._last_ids[name] for name in self._streams if name in self._last_ids}
+        for stream, entry_id, fields in await self._blocking.read(last_ids, seconds):
+            self._last_ids[stream] = entry_id
+            for kind, job_id in fields.items():
+                self._on_message(decoding.text(kind), id_text(job_id))

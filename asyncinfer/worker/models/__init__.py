@@ -1,1 +1,1 @@
-"""The models that this worker has: found, tried, loaded, announced."""
+"""The models of this worker: found in the folder, tried in a child, loaded, announced."""

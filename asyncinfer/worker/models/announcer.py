@@ -1,4 +1,4 @@
-"""What a worker says of itself and its models, and what it hears of others'."""
+"""Announcements: a worker writes its status and models to Redis, and reads those of others."""
 
 import asyncio
 import contextlib
@@ -17,49 +17,63 @@ from asyncinfer.models.folder import OF_ALL_VERSIONS, valid_name
 from asyncinfer.models.signature import Signature, read_signature
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
-from asyncinfer.repository.announcements import ANNOUNCE_SECONDS, WorkerSays, serves, worker_says
-from asyncinfer.repository.inspect.listing import Inspection
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.announcements import (
+    ANNOUNCE_SECONDS,
+    Announcements,
+    WorkerSays,
+    serves,
+    worker_says,
+)
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.models.engine_cache import Label
-from asyncinfer.worker.models.folder_differences import Differences, differences, lacking, told
+from asyncinfer.worker.models.folder_differences import (
+    Differences,
+    find_differences,
+    lacking_problems,
+    startup_warning,
+)
 from asyncinfer.worker.models.library import Library
 from asyncinfer.worker.models.queues import Queues
 
 log = logging.getLogger(__name__)
-_limited = LimitedLog(log)
+_limited_log = LimitedLog(log)
 
 
-_LIVES_SECONDS: Final = 5 * ANNOUNCE_SECONDS
-_APIS_KNOW_SECONDS: Final = 5.0
-"""Until then an API may still send jobs for what was removed."""
+_EXPIRY_SECONDS: Final = 5 * ANNOUNCE_SECONDS
+"""A worker that did not announce itself for so long counts as dead."""
 
-_MOST_LEAVING_SECONDS: Final = 60.0
-"""A queue that other versions keep busy says nothing of who waits for a removed one."""
+_API_CACHE_SECONDS: Final = 5.0
+"""For so long an API may still submit jobs for a removed version."""
 
+_MAX_LEAVING_SECONDS: Final = 60.0
+"""A removed version is dropped after this time, even if the queue of its model is not empty: other
+versions may keep it busy."""
 
 _FULL_ROUND_SECONDS: Final = 0.7 * ANNOUNCE_SECONDS
-"""Rounds that news cause sooner announce only what is new: with 300 models to load there are 300
-rounds, and each version costs one a call."""
+"""Rounds that come sooner announce only what is new: with 300 models to load there are 300 rounds,
+and each version costs a round one call."""
 
-_MOST_RETRACTED: Final = 100
-_MOST_LOADING: Final = 10_000
+_MAX_RETRACTED: Final = 100
+_MAX_LOADING: Final = 10_000
 
-_MOST_PROBLEMS: Final = 200
-_LONGEST_PROBLEM: Final = 1000
-_MORE: Final = "…"
-"""In place of a model, for how many problems are not listed. No model has this name."""
+_MAX_PROBLEMS: Final = 200
+_MAX_PROBLEM_CHARS: Final = 1000
+_MORE_PROBLEMS: Final = "…"
+"""The key, in place of a model's name, of a note on how many problems are not listed."""
 
 
-class Said(Struct, frozen=True):
+class WorkerStatus(Struct, frozen=True):
     """The part of an announcement that changes all the time."""
 
     about: Mapping[str, Any]
-    paces: Mapping[str, float]
+    """Fields of `WorkerSays`, such as the state and the number of claims."""
+    seconds_per_job: Mapping[str, float]
+    """As measured, by model."""
 
 
 class Announcer:
-    """One `announce` is one round: say, hear, and settle what follows."""
+    """Announces a worker and its models, reads what other workers announce, and tells the library
+    which versions are served, contested or may be dropped."""
 
     def __init__(
         self,
@@ -67,113 +81,128 @@ class Announcer:
         worker_id: str,
         library: Library,
         queues: Queues,
-        said: Callable[[], Said],
-        on_queues: Callable[[], None],
+        read_status: Callable[[], WorkerStatus],
+        on_queues_changed: Callable[[], None],
     ) -> None:
+        """`on_queues_changed` is called when a round has changed which queues are served."""
         self._store = store
         self._worker_id = worker_id
         self._library = library
         self._queues = queues
-        self._on_queues = on_queues
-        self._said = said
-        self._upkeep = Upkeep(store)
-        self._inspection = Inspection(store)
-        self._heard: dict[str, tuple[WorkerSays, float]] = {}
-        """What each other worker said last, and when that was read."""
-        self._one_round = asyncio.Lock()
+        self._on_queues_changed = on_queues_changed
+        self._read_status = read_status
+        self._announcements = Announcements(store)
+        self._last_seen: dict[str, tuple[WorkerSays, float]] = {}
+        """By other worker its last announcement, and when that was read."""
+        self._round_lock = asyncio.Lock()
         self._announced: dict[Label, Signature] = {}
         self._full_round_at = -_FULL_ROUND_SECONDS
-        self._retracted: dict[Label, None] = {}
-        """Versions whose file went while this worker ran, the last one last."""
+        self._removed: dict[Label, None] = {}
+        """Versions whose file was removed while this worker ran, in order of removal."""
         self._differences: Differences | None = None
-        """From the folders of others; None until they were heard."""
+        """From the folders of other workers; None until their announcements were read."""
 
     async def announce(self) -> None:
-        async with self._one_round:  # the first one of a start is called from two places
-            new = self._library.unconfirmed
+        """One round of announcements, one at a time. Versions that were new when it began may be
+        served after it, also if it failed.
+
+        Raises RedisUnavailable, StorageFull or RedisRefused.
+        """
+        async with self._round_lock:  # the first round of a start is called from two places
+            new = self._library.unannounced_labels
             try:
                 await self._announce(new)
             finally:
-                # What could not be announced is served too: a full Redis is freed by running jobs.
-                self._library.confirm(new)
+                # Also where a version could not be announced: a full Redis is freed by running
+                # jobs.
+                self._library.mark_announced(new)
 
     async def _announce(self, new: Collection[Label]) -> None:
-        said = self._said()
-        # Before the models: an API must not find a model announced, and no default to say which
-        # queue is its own.
+        """The steps of a round, whose order matters; `new` are the versions to be served then."""
+        status = self._read_status()
+        # The default model comes before the models: it says which queue a model has, which an API
+        # needs as soon as it finds the model announced.
         try:
-            await self._queues.settle()
+            await self._queues.synchronize()
         finally:
-            if self._queues.are_others:
-                self._on_queues()
-        # Then who we are, and at last what we have: who finds another file announced looks for a
-        # worker that lives and has it, and who removes one for others that still have it.
-        await self._say_who(said)
-        others = await self._others()
-        is_other_folder = self._compare(others, said)
-        contested = await self._announce_models(others)
-        is_contested_otherwise = contested.keys() != self._contested()
+            if self._queues.have_changed:
+                self._on_queues_changed()
+        # The worker comes before its models: other workers verify a conflicting file against live
+        # workers, and check before they retract a version whether another worker still has it.
+        await self._announce_worker(status)
+        others = await self._read_others()
+        is_other_folder = self._compare_folders(others, status)
+        contested_problems = await self._announce_models(others)
+        is_contested_otherwise = contested_problems.keys() != self._contested_labels()
         if is_contested_otherwise:
-            self._library.contest(contested)
-        if self._library.confirm(new) or is_contested_otherwise or is_other_folder:
-            await self._say_who(self._said())
-        await self._upkeep.announce_default_versions(self._library.default_versions())
-        await self._retract()
-        await self._settle_leaving(others)
-        await self._upkeep.announce_paces(said.paces)
+            self._library.set_contested(contested_problems)
+        if self._library.mark_announced(new) or is_contested_otherwise or is_other_folder:
+            await self._announce_worker(self._read_status())
+        await self._announcements.announce_default_versions(self._library.default_versions())
+        await self._retract_removed()
+        await self._drop_removed_versions(others)
+        await self._announcements.announce_paces(status.seconds_per_job)
 
     async def retract(self) -> None:
-        await self._upkeep.retract_worker(self._worker_id)
-        await self._upkeep.announce_paces(self._said().paces)
+        """Removes this worker's announcement, at its end; its models stay announced."""
+        await self._announcements.retract_worker(self._worker_id)
+        await self._announcements.announce_paces(self._read_status().seconds_per_job)
 
     async def is_elsewhere(self, model: str, version: str | None) -> bool:
-        """Whether another worker has what this one has not (yet, or any more).
+        """Whether another worker has a version (None: any version) of the model.
 
-        One that was heard of lately counts too: a Redis that was emptied knows of it again when
-        it announces itself, and its jobs must not fail meanwhile.
+        A worker that was seen lately counts too: after Redis was emptied it is missing there until
+        its next announcement, and its jobs must not fail meanwhile.
         """
-        await self._others()
-        versions = [says.versions.get(model, {}) for says, _ in self._heard.values()]
-        return any(one if version is None else version in one for one in versions)
+        await self._read_others()
+        versions = [says.versions.get(model, {}) for says, _ in self._last_seen.values()]
+        return any(bool(theirs) if version is None else version in theirs for theirs in versions)
 
-    def _compare(self, others: Sequence[WorkerSays], said: Said) -> bool:
-        """Notes how other folders differ from this one; returns whether that is news."""
+    def _compare_folders(self, others: Sequence[WorkerSays], status: WorkerStatus) -> bool:
+        """Notes how other folders differ from this one; returns whether that has changed. Logs
+        differences at the start."""
         library, before = self._library, self._differences
         folder = str(library.model_dir)
-        models = {*library.names, *(model for model, _ in library.described() | library.problems())}
-        heard = others if library.is_for_all else ()
-        now = self._differences = differences(folder, models, said.about["started_ms"], heard)
+        models = {
+            *library.names,
+            *(model for model, _ in library.signatures() | library.problems()),
+        }
+        comparable = others if library.serves_all_models else ()
+        started_ms = status.about["started_ms"]
+        now = self._differences = find_differences(folder, models, started_ms, comparable)
         if before is None:
-            self._tell(told(folder, now), models, others)
+            self._warn_at_start(startup_warning(folder, now), models, others)
         return now != (before or Differences())
 
-    def _tell(
+    def _warn_at_start(
         self, other_folder: str, models: Collection[str], others: Iterable[WorkerSays]
     ) -> None:
-        """Once, at the start: what is not as a person may think."""
+        """Logs what the operator may have set up otherwise than intended."""
         if other_folder:
             log.warning("%s", other_folder)
         default = self._queues.default_model
-        if default and default not in models and not any(serves(one, default) for one in others):
+        if default and default not in models and not any(serves(says, default) for says in others):
             log.warning(
                 "No worker that is alive has the default model %r, so requests that name no model "
                 "wait. Start one that has it, or set DEFAULT_MODEL to another.",
                 default,
             )
 
-    def _contested(self) -> set[Label]:
-        return self._library.described().keys() - self._library.announced().keys()
+    def _contested_labels(self) -> set[Label]:
+        """The loaded versions that the library does not serve, as another worker's file differs."""
+        return self._library.signatures().keys() - self._library.uncontested_signatures().keys()
 
-    async def _say_who(self, said: Said) -> None:
-        about = {**said.about, **self._models()}
-        await self._upkeep.announce_worker(self._worker_id, about, _LIVES_SECONDS)
+    async def _announce_worker(self, status: WorkerStatus) -> None:
+        """Writes the announcement of this worker, which expires unless it is written again."""
+        about = {**status.about, **self._models_status()}
+        await self._announcements.announce_worker(self._worker_id, about, _EXPIRY_SECONDS)
 
-    def _models(self) -> dict[str, Any]:
-        """As `repository.inspect.WorkerSays` reads it."""
+    def _models_status(self) -> dict[str, Any]:
+        """The fields of `WorkerSays` that tell of models and the default model."""
         versions: dict[str, dict[str, str]] = {}
-        for (model, version), signature in self._library.announced().items():
+        for (model, version), signature in self._library.uncontested_signatures().items():
             versions.setdefault(model, {})[version] = signature.sha256
-        served = {name: one.file.version for name, one in self._library.served.items()}
+        served = {name: version.file.version for name, version in self._library.served.items()}
         default = self._queues.default_model
         known_default = {"default_model": default} if default or self._queues.has_no_default else {}
         return {
@@ -181,143 +210,166 @@ class Announcer:
             **known_default,
             "versions": versions,
             "served": served,
-            "problems": _bounded(self._problems()),
-            "loading": self._library.loading[:_MOST_LOADING],
-            "loading_versions": _first(self._library.loading_versions, _MOST_LOADING),
+            "problems": _bounded_problems(self._problems()),
+            "loading": self._library.loading[:_MAX_LOADING],
+            "loading_versions": _first_versions(self._library.loading_versions, _MAX_LOADING),
             "model_dir": str(self._library.model_dir),
             "loaded": ["/".join(label) for label in self._library.loaded],
         }
 
     def _problems(self) -> dict[Label, str]:
-        """What is wrong with versions here, and which models of other workers are not here."""
+        """The problems of versions here, and of models that only other workers have."""
         found = self._library.problems()
         if self._differences:
             folder = str(self._library.model_dir)
-            for model, problem in lacking(folder, self._differences).items():
+            for model, problem in lacking_problems(folder, self._differences).items():
                 found.setdefault((model, OF_ALL_VERSIONS), problem)
         return found
 
-    async def _others(self) -> list[WorkerSays]:
-        bodies = await self._inspection.workers()
-        others = {one: worker_says(body) for one, body in bodies.items() if one != self._worker_id}
+    async def _read_others(self) -> list[WorkerSays]:
+        """What other live workers announce now; notes when each was last seen."""
+        bodies = await self._announcements.workers()
+        others = {
+            worker_id: worker_says(body)
+            for worker_id, body in bodies.items()
+            if worker_id != self._worker_id
+        }
         now = time.monotonic()
-        lately = {one: it for one, it in self._heard.items() if now - it[1] < _LIVES_SECONDS}
-        self._heard = lately | {one: (says, now) for one, says in others.items()}
+        lately = {
+            worker_id: (says, seen_at)
+            for worker_id, (says, seen_at) in self._last_seen.items()
+            if now - seen_at < _EXPIRY_SECONDS
+        }
+        self._last_seen = lately | {worker_id: (says, now) for worker_id, says in others.items()}
         return list(others.values())
 
-    # --- what we have --------------------------------------------------------------------------
+    # --- versions in the folder ------------------------------------------------------------------
 
     async def _announce_models(self, others: Sequence[WorkerSays]) -> dict[Label, str]:
-        """Announces each version, unless a living worker serves another file of its name: what is
-        new, and from time to time all."""
+        """Announces new versions, and from time to time all. Returns the contested ones, which a
+        live worker serves from another file, each with a text that says so."""
         began_at = time.monotonic()
         is_full = began_at - self._full_round_at >= _FULL_ROUND_SECONDS
-        described = self._library.described()
+        signatures = self._library.signatures()
         due = {
             label: signature
-            for label, signature in described.items()
+            for label, signature in signatures.items()
             if is_full or self._announced.get(label) is not signature
         }
-        before = self._library.contested
-        contested = {one: before[one] for one in before if one in described and one not in due}
+        contested_problems = {
+            label: problem
+            for label, problem in self._library.contested_problems.items()
+            if label in signatures and label not in due
+        }
         names = sorted({model for model, _ in due})
-        await self._upkeep.announce_model_names(names)
+        await self._announcements.announce_model_names(names)
         for model in names:
-            known = await self._upkeep.announced_versions(model)
-            for version, signature in _of(model, due):
-                if rival := await self._announce_version(known.get(version), signature, others):
-                    contested[model, version] = rival
-        self._announced = described
+            known = await self._announcements.announced_versions(model)
+            for version, signature in _versions_of(model, due):
+                if conflict := await self._announce_version(known.get(version), signature, others):
+                    contested_problems[model, version] = conflict
+        self._announced = signatures
         if is_full:
             self._full_round_at = began_at
-        return contested
+        return contested_problems
 
     async def _announce_version(
         self, stored: bytes | None, ours: Signature, others: Sequence[WorkerSays]
     ) -> str:
-        """Why ours must not be served; empty when it is what is announced now."""
+        """Announces a version in place of `stored`, unless a live worker serves that.
+
+        Returns why ours must not be served, empty if it may and is announced now.
+        """
         body = msgspec.json.encode(ours)
         if stored is None:
-            stored = await self._upkeep.announce_first(ours.model, ours.version, body)
+            stored = await self._announcements.announce_first(ours.model, ours.version, body)
         if stored == body:
             return ""
-        if rival := _rival(stored, ours, others):
-            return rival
-        await self._upkeep.announce_models({ours.model: {ours.version: body}})
+        if conflict := _conflict(stored, ours, others):
+            return conflict
+        await self._announcements.announce_models({ours.model: {ours.version: body}})
         return ""
 
-    # --- what we had ---------------------------------------------------------------------------
+    # --- removed versions ------------------------------------------------------------------------
 
-    async def _settle_leaving(self, others: Sequence[WorkerSays]) -> None:
-        done = []
-        for (model, version), seconds in self._library.leaving.items():
-            elsewhere = any(model in one.versions for one in others)
-            if await self._may_forget(model, seconds, elsewhere=elsewhere):
-                done.append((model, version))
-        if done:
-            self._library.forget(done)
+    async def _drop_removed_versions(self, others: Sequence[WorkerSays]) -> None:
+        """Has the library drop removed versions for which no job can wait any more."""
+        finished = []
+        for (model, version), seconds in self._library.seconds_since_removal.items():
+            elsewhere = any(model in says.versions for says in others)
+            if await self._may_drop(model, seconds, elsewhere=elsewhere):
+                finished.append((model, version))
+        if finished:
+            self._library.drop_removed(finished)
 
-    async def _retract(self) -> None:
-        """In each round, since an older dump brings back what was announced in its time."""
-        self._retracted |= dict.fromkeys(self._library.leaving)
-        here = self._library.described().keys()
-        labels = [label for label in self._retracted if label not in here][-_MOST_RETRACTED:]
-        self._retracted = dict.fromkeys(labels)
+    async def _retract_removed(self) -> None:
+        """Removes the announcements of removed versions that no other worker has. Repeated in each
+        round, since a Redis that starts from an older dump has them again."""
+        self._removed |= dict.fromkeys(self._library.seconds_since_removal)
+        here = self._library.signatures().keys()
+        labels = [label for label in self._removed if label not in here][-_MAX_RETRACTED:]
+        self._removed = dict.fromkeys(labels)
         for model, version in labels:
-            # Asked for only now: a worker that was just started with it has said so by then.
-            if await self._upkeep.is_announced(model, version) and not any(
-                version in one.versions.get(model, {}) for one in await self._others()
+            # Other workers are read after the check: one that was just started with this version
+            # has announced itself by then.
+            if await self._announcements.is_announced(model, version) and not any(
+                version in says.versions.get(model, {}) for says in await self._read_others()
             ):
-                await self._upkeep.retract_version(model, version)
+                await self._announcements.retract_version(model, version)
 
-    async def _may_forget(self, model: str, seconds: float, *, elsewhere: bool) -> bool:
-        """Whether no job can wait for it: other workers take them, or none is left."""
-        here = any(name == model for name, _ in self._library.announced())
+    async def _may_drop(self, model: str, seconds: float, *, elsewhere: bool) -> bool:
+        """Whether no job can wait for a version of the model that was removed `seconds` ago: only
+        other workers have the model (`elsewhere`), or its queue is empty."""
+        here = any(name == model for name, _ in self._library.uncontested_signatures())
         if elsewhere and not here:
             return True
-        if seconds < _APIS_KNOW_SECONDS:
+        if seconds < _API_CACHE_SECONDS:
             return False
-        if here and seconds > _MOST_LEAVING_SECONDS:
+        if here and seconds > _MAX_LEAVING_SECONDS:
             return True
         queue = keys.queue(self._store.n, model, self._queues.default_model)
-        return await self._upkeep.is_empty(queue)
+        return await self._store.is_empty(queue)
 
 
-def _bounded(found: Mapping[Label, str]) -> dict[str, dict[str, str]]:
-    """{model: {version: problem}}; a folder may hold any number, so that those come first whose
-    name can be a model's."""
+def _bounded_problems(found: Mapping[Label, str]) -> dict[str, dict[str, str]]:
+    """The first problems as {model: {version: text}}. Names that can be a model's come first, since
+    a folder may hold any number of other files."""
     problems: dict[str, dict[str, str]] = {}
     labels = sorted(found, key=lambda label: (not valid_name(label[0]), label))
-    for model, version in labels[:_MOST_PROBLEMS]:
-        problems.setdefault(model, {})[version] = found[model, version][:_LONGEST_PROBLEM]
-    if (left := len(found) - _MOST_PROBLEMS) > 0:
-        reason = f"{left} more problems are not listed; the log of the worker has them"
-        problems[_MORE] = {OF_ALL_VERSIONS: reason}
+    for model, version in labels[:_MAX_PROBLEMS]:
+        problems.setdefault(model, {})[version] = found[model, version][:_MAX_PROBLEM_CHARS]
+    if (more := len(found) - _MAX_PROBLEMS) > 0:
+        reason = f"{more} more problems are not listed; the log of the worker has them"
+        problems[_MORE_PROBLEMS] = {OF_ALL_VERSIONS: reason}
     return problems
 
 
-def _first(versions: Mapping[str, Sequence[str]], most: int) -> dict[str, list[str]]:
-    """As many of all versions, by model."""
-    found: dict[str, list[str]] = {}
-    labels = ((model, version) for model, its in versions.items() for version in its)
-    for model, version in islice(labels, most):
-        found.setdefault(model, []).append(version)
-    return found
+def _first_versions(by_model: Mapping[str, Sequence[str]], count: int) -> dict[str, list[str]]:
+    """The first `count` versions of all models together, by model."""
+    first: dict[str, list[str]] = {}
+    labels = ((model, version) for model, versions in by_model.items() for version in versions)
+    for model, version in islice(labels, count):
+        first.setdefault(model, []).append(version)
+    return first
 
 
-def _of(model: str, described: Mapping[Label, Signature]) -> Iterator[tuple[str, Signature]]:
-    return ((label[1], signature) for label, signature in described.items() if label[0] == model)
+def _versions_of(
+    model: str, signatures: Mapping[Label, Signature]
+) -> Iterator[tuple[str, Signature]]:
+    """The versions of one model with their signatures."""
+    return ((label[1], signature) for label, signature in signatures.items() if label[0] == model)
 
 
-def _rival(stored: bytes, ours: Signature, others: Sequence[WorkerSays]) -> str:
-    """Why ours must not be served; empty where the file is the same, or nobody serves the other."""
+def _conflict(stored: bytes, ours: Signature, others: Sequence[WorkerSays]) -> str:
+    """Why our version must not be served: `stored` names another file, and a live worker serves
+    that. Empty otherwise, and if `stored` cannot be read."""
     theirs = read_signature(stored)
     if theirs is None:
         return ""
     sha256 = theirs.sha256
     if sha256 == ours.sha256:
         return ""
-    if not any(one.versions.get(ours.model, {}).get(ours.version) == sha256 for one in others):
+    if not any(says.versions.get(ours.model, {}).get(ours.version) == sha256 for says in others):
         return ""
     return (
         f"another worker serves another file as this version (sha256 {sha256[:12]}…, here "
@@ -330,21 +382,25 @@ async def announce_forever(
     news: asyncio.Event,
     on_answered: Callable[[], None],
 ) -> None:
-    """Calls `announce` every few seconds, and at once when there is news. Ends by cancellation."""
+    """Calls `announce` every few seconds, and at once when `news` is set. Ends only by
+    cancellation: errors are logged.
+
+    `on_answered` is called after each round that Redis has answered.
+    """
     while True:
         news.clear()
         try:
             await announce()
             on_answered()
         except StorageFull:
-            # What runs still finishes, so the worker is as ready as it was.
+            # Redis has answered, and jobs still finish, so the worker is as ready as before.
             on_answered()
         except RedisRefused as error:
-            _limited.warning(f"Announce: {error.detail}")
+            _limited_log.warning(f"Announce: {error.detail}")
         except RequestError as error:
             log.debug("Announce: %s", error.detail)
         except Exception as error:
-            _limited.unexpected("An announcement failed.", error)
+            _limited_log.unexpected("An announcement failed.", error)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(ANNOUNCE_SECONDS * random.uniform(0.8, 1.2)):
                 await news.wait()

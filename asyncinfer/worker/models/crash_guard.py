@@ -1,7 +1,8 @@
-"""Remembers which file a process was loading when it died, so that the next tries it in a child.
+"""A guard against files that crash the process that loads them.
 
-A start loads files where they will run: a child for each would cost every start what only a file
-that takes its process down is worth.
+A mark on disk names the file that is being loaded. A later process that finds the mark of a dead
+process first tries that file in a child. All other files are loaded directly, since a child for
+each would slow every start.
 """
 
 import asyncio
@@ -23,64 +24,69 @@ from asyncinfer.worker.models.sandbox import trial
 Load = Callable[[ModelFile], Engine]
 
 
-class Careful:
-    """Loads, but tries first in a child what a process died of; raises ModelRefused."""
+class CrashGuard:
+    """Loads files, and first tries in a child each file during whose load a process has died."""
 
     def __init__(self, load: Load, *, allow_custom_ops: bool, folder: Path | None = None) -> None:
+        """Marks are kept in `folder`; None: in a folder of this user for temporary files."""
         self._load = load
         self._allow_custom_ops = allow_custom_ops
-        self._folder = _marks_in(folder)
+        self._folder = _marks_folder(folder)
         self._mark: Path | None = None
-        self._leaves = False
+        self._is_exiting = False
 
     def __call__(self, file: ModelFile) -> Engine:
+        """Blocks until the file is loaded; raises ModelRefused."""
         if self._folder is None:
             return self._load(file)
         stamp = read_stamp(file)
         mark = self._folder / hashlib.sha256(repr((file.path, stamp)).encode()).hexdigest()
-        if _died_of(mark):
+        if _was_left_by_crash(mark):
             size_bytes = total_bytes(stamp)
             problem = asyncio.run(trial(file, size_bytes, allow_custom_ops=self._allow_custom_ops))
             if problem:
                 raise ModelRefused(problem)
         self._mark = mark
-        if self._leaves:
+        if self._is_exiting:
             return self._load(file)
         with _marked(mark):
             return self._load(file)
 
-    def leave(self) -> None:
-        """This process is about to end by itself, so that what it loads is not what it died of."""
-        self._leaves = True
+    def prepare_exit(self) -> None:
+        """Removes the mark, since this process is about to end on purpose: the file that it is
+        loading is not to blame."""
+        self._is_exiting = True
         if self._mark:
             with contextlib.suppress(OSError):
                 self._mark.unlink()
 
 
-def _marks_in(folder: Path | None) -> Path | None:
+def _marks_folder(folder: Path | None) -> Path | None:
+    """The folder for marks, created if need be; None where there can be none."""
     if sys.platform == "win32":
         return None
     try:
         marks = folder or Path(tempfile.gettempdir()) / f"asyncinfer-loading-{os.getuid()}"
     except FileNotFoundError:
         return None  # a container with a read-only root, and nothing writable in it
-    return marks if _is_ours(marks) else None
+    return marks if _is_own_folder(marks) else None
 
 
-def _is_ours(folder: Path) -> bool:
-    """Nothing is written where another user of the machine could have put a link."""
+def _is_own_folder(folder: Path) -> bool:
+    """Creates the folder, and returns whether it is a folder of this user: another user of the
+    machine could have put a link there."""
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
+        status = folder.lstat()
     except OSError:
         return False
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
 
 
 @contextmanager
 def _marked(mark: Path) -> Iterator[None]:
-    """The mark stays only where this process does not live to take it away."""
-    # Without a place for it nothing is remembered, and the load is worth more than the memory.
+    """Writes the mark, and removes it at the end: it stays only if the process dies meanwhile."""
+    # A mark that cannot be written must not keep the file from being loaded.
     with contextlib.suppress(OSError):
         mark.write_text(str(os.getpid()))
     try:
@@ -90,10 +96,11 @@ def _marked(mark: Path) -> Iterator[None]:
             mark.unlink()
 
 
-def _died_of(mark: Path) -> bool:
+def _was_left_by_crash(mark: Path) -> bool:
+    """Whether the mark exists and its process is dead; also for a mark that cannot be read."""
     try:
         pid = int(mark.read_text())
-        # In a container the one that starts anew has the number of the one that died.
+        # In a container the restarted process has the number of the one that died.
         if pid != os.getpid():
             os.kill(pid, 0)
             return False

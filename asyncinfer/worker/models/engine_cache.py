@@ -1,4 +1,4 @@
-"""The engines that a worker has loaded: once each, when first asked for, and not too many."""
+"""The cache of loaded engines: each version is loaded once, and the least used are dropped."""
 
 import asyncio
 import contextlib
@@ -13,7 +13,7 @@ from asyncinfer.models.folder import ModelFile
 from asyncinfer.processes import tuning
 
 Label: TypeAlias = tuple[str, str]
-"""A model's name, and a version of it."""
+"""(model, version)"""
 
 
 def label_of(file: ModelFile) -> Label:
@@ -21,115 +21,130 @@ def label_of(file: ModelFile) -> Label:
 
 
 class Bounds(Struct, frozen=True):
-    """What may stay loaded; what was just loaded always may."""
+    """How much may stay loaded. The engine that was loaded last always may."""
 
     max_models: int = 32
-    """Versions of models."""
+    """Model versions."""
     max_bytes: int = 0
-    """Of their files together; 0: no limit."""
+    """Total size of their files; 0: no limit."""
 
 
-class _Book(Struct, frozen=True):
+class _Entry(Struct, frozen=True):
     engine: Engine
     size_bytes: int
     pinned: bool
 
 
-class Shelf:
-    """Lends engines; who runs one keeps it, whether or not it still stands here."""
+class EngineCache:
+    """Loads engines in a thread and keeps them within bounds. A run under way keeps its engine,
+    also when the cache drops it."""
 
     def __init__(self, load: Callable[[ModelFile], Engine], bounds: Bounds) -> None:
         self._load = load
         self._bounds = bounds
-        self._books: dict[Label, _Book] = {}
-        """The least used first."""
+        self._entries: dict[Label, _Entry] = {}
+        """The least recently used first."""
         self._loading: dict[Label, asyncio.Future[Engine]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="load")
-        self._loads_under_way = 0
+        self._load_count = 0
 
     @property
     def is_loading(self) -> bool:
-        """Whether its thread loads, and would keep this process from its end."""
-        return self._loads_under_way > 0
+        """Whether the thread loads a version now, which would delay the end of this process."""
+        return self._load_count > 0
 
     @property
     def labels(self) -> list[Label]:
-        """What is loaded, the least used first."""
-        return list(self._books)
+        """The loaded versions, the least recently used first."""
+        return list(self._entries)
 
     def get(self, label: Label) -> Engine | None:
-        book = self._books.pop(label, None)
-        if book is None:
+        """The engine if it is loaded, which then counts as the most recently used."""
+        entry = self._entries.pop(label, None)
+        if entry is None:
             return None
-        self._books[label] = book
-        return book.engine
+        self._entries[label] = entry
+        return entry.engine
 
     async def fetch(self, file: ModelFile, size_bytes: int) -> Engine:
-        """Loads what is not loaded; all who ask meanwhile wait for that. Raises ModelRefused."""
+        """The engine, loaded and put into the cache if need be. Concurrent calls share one load.
+
+        Raises ModelRefused.
+        """
         label = label_of(file)
         if engine := self.get(label):
             return engine
         loading = self._loading.get(label)
         if loading is None:
             loading = self._loading[label] = asyncio.ensure_future(self.load(file))
-            loading.add_done_callback(lambda done: self._loaded(file, size_bytes, done))
+            loading.add_done_callback(lambda done: self._put_loaded(file, size_bytes, done))
         return await asyncio.shield(loading)
 
     async def load(self, file: ModelFile) -> Engine:
-        """A new engine, which nobody else is lent until it is `put` here."""
+        """Loads a new engine in the thread, without putting it into the cache. Raises
+        ModelRefused."""
         return await asyncio.get_running_loop().run_in_executor(
-            self._thread, self._loaded_in_thread, file
+            self._thread, self._load_in_thread, file
         )
 
-    def _loaded_in_thread(self, file: ModelFile) -> Engine:
-        self._loads_under_way += 1
+    def _load_in_thread(self, file: ModelFile) -> Engine:
+        """Runs in the thread; counts the load as under way."""
+        self._load_count += 1
         try:
             return self._load(file)
         finally:
-            self._loads_under_way -= 1
+            self._load_count -= 1
 
     def put(
         self, file: ModelFile, engine: Engine, size_bytes: int, *, displaces: bool = True
     ) -> None:
-        """Takes the place of the one before, and that of the least used where there is no room.
+        """Puts an engine into the cache, in place of an earlier one of the same version, and drops
+        the least used others until all are within bounds; pinned ones stay.
 
-        Unless it `displaces` others, it goes itself then.
+        Without `displaces` the others stay, and this one is dropped soon if there is no room.
         """
         label = label_of(file)
         self.drop(label)
-        self._books[label] = _Book(engine, size_bytes, file.config.pinned)
+        self._entries[label] = _Entry(engine, size_bytes, file.config.pinned)
         if not (displaces or file.config.pinned):
             if self._is_full():
-                # Not at once: the caller still has it, and would free it in the loop.
+                # Not at once: the caller still holds it, and would free it in the event loop.
                 asyncio.get_running_loop().call_soon(self.drop, label)
             return
-        for other, book in list(self._books.items()):
-            if other != label and not book.pinned and self._is_full():
+        for other, entry in list(self._entries.items()):
+            if other != label and not entry.pinned and self._is_full():
                 self.drop(other)
 
     def drop(self, label: Label) -> None:
-        if book := self._books.pop(label, None):
-            # In the thread, since to free a large model takes a while: the loop must not wait.
-            gone = [book]
-            del book
-            with contextlib.suppress(RuntimeError):  # closed, and so soon ended
-                self._thread.submit(_forget, gone)
+        """Removes a version from the cache, if it is there, and frees its memory in the thread."""
+        if entry := self._entries.pop(label, None):
+            # In the thread, since freeing a large model takes a while: the loop must not wait.
+            freed = [entry]
+            del entry
+            with contextlib.suppress(RuntimeError):  # the cache is closed, so the process ends soon
+                self._thread.submit(_free, freed)
 
     def close(self) -> None:
+        """Starts no further load; a load under way goes on, and loaded engines stay usable."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _loaded(self, file: ModelFile, size_bytes: int, done: "asyncio.Future[Engine]") -> None:
+    def _put_loaded(self, file: ModelFile, size_bytes: int, done: "asyncio.Future[Engine]") -> None:
+        """Called when a load of `fetch` has ended: puts the engine into the cache, if there is
+        one."""
         del self._loading[label_of(file)]
         if not done.cancelled() and not done.exception():
             self.put(file, done.result(), size_bytes)
 
     def _is_full(self) -> bool:
-        total_bytes = sum(book.size_bytes for book in self._books.values())
-        return len(self._books) > self._bounds.max_models or (
+        """Whether more is loaded than the bounds allow."""
+        total_bytes = sum(entry.size_bytes for entry in self._entries.values())
+        return len(self._entries) > self._bounds.max_models or (
             0 < self._bounds.max_bytes < total_bytes
         )
 
 
-def _forget(gone: list[_Book]) -> None:
-    gone.clear()
+def _free(freed: list[_Entry]) -> None:
+    """Frees the engine in the list, which must be the last reference, and gives memory back to the
+    system."""
+    freed.clear()
     tuning.trim()

@@ -1,4 +1,4 @@
-"""Tells when the model folder may have changed (the only door to watchfiles)."""
+"""Watching the model folder for changes (the only door to watchfiles)."""
 
 import asyncio
 import contextlib
@@ -14,69 +14,71 @@ log = logging.getLogger(__name__)
 
 _STEP_MS: Final = 100
 _TIMER_SECONDS: Final = 1.0
-"""How often the folder is read while the system cannot tell of its changes."""
+"""How often the folder is read while the system cannot watch it."""
 
 _RETRY_SECONDS: Final = 30.0
-"""After so long of that, the system is asked again."""
+"""How long the folder is read like this until a watch is tried again."""
 
-_HELD_SECONDS: Final = 60.0
-"""A watch that failed sooner is part of the same outage, which is logged once."""
+_STABLE_SECONDS: Final = 60.0
+"""A watch that fails sooner than this is part of the same outage, which is logged once."""
 
 
-async def changes(
+async def folder_changes(
     folder: Path, *, rescan_seconds: float, stopping: asyncio.Event
 ) -> AsyncIterator[None]:
-    """One for each change that the system tells of, and one each `rescan_seconds`, since a network
-    file system tells of none. Ends soon after `stopping` is set; must not be cancelled before.
+    """Yields whenever the folder may have changed: at each change that the system reports, and
+    every `rescan_seconds`, since a network file system reports none.
 
-    It never raises: where the folder cannot be watched, one comes each second.
+    Never raises: while the folder cannot be watched, it yields every second, which is logged once.
+    Ends soon after `stopping` is set; must not be cancelled before.
     """
     logging.getLogger("watchfiles").setLevel(logging.WARNING)
-    is_out = False
+    is_failing = False
     while not stopping.is_set():
         started_at = time.monotonic()
         try:
-            async with aclosing(_while_there(folder, rescan_seconds, stopping)) as watched:
+            async with aclosing(_until_replaced(folder, rescan_seconds, stopping)) as watched:
                 async for _ in watched:
                     yield
         # Whatever a watcher raises (OSError, its own RuntimeError, either in an ExceptionGroup)
         # must not end the worker, which serves without it.
         except Exception as error:
-            if not is_out or time.monotonic() - started_at > _HELD_SECONDS:
+            if not is_failing or time.monotonic() - started_at > _STABLE_SECONDS:
                 log.warning(
                     "%s cannot be watched: %s. It is read every second instead.",
-                    *(folder, _reason(error)),
+                    *(folder, _error_text(error)),
                 )
-            is_out = True
+            is_failing = True
         else:
             if _identity(folder) is not None:
                 yield
                 continue
-        async for _ in _timer(folder, stopping):
+        async for _ in _poll(folder, stopping):
             yield
 
 
-async def _while_there(
+async def _until_replaced(
     folder: Path, rescan_seconds: float, stopping: asyncio.Event
 ) -> AsyncGenerator[None, None]:
-    """Ends when the path means another folder, or none: a watch stays with the old one."""
+    """Yields at each change until the path is another folder or none: a watch would stay with the
+    old folder. Raises what a watcher raises."""
     identity = _identity(folder)
     if identity is None:
         return
-    for passing_over in (False, True):
+    for skip_unreadable in (False, True):
         # A watch of a tree ends at the first folder that may not be read, such as the lost+found
         # of a volume, and leaves those behind it unwatched. So each is then watched for itself.
-        paths = [folder, *_readable_folders(folder)] if passing_over else [folder]
-        watch = _watch(paths, rescan_seconds, stopping, passing_over=passing_over)
+        paths = [folder, *_readable_folders(folder)] if skip_unreadable else [folder]
+        watch = _watch(paths, rescan_seconds, stopping, skip_unreadable=skip_unreadable)
         try:
-            async with aclosing(watch) as told:
-                async for _ in told:
+            async with aclosing(watch) as events:
+                async for _ in events:
                     yield
                     if _identity(folder) != identity:
                         return
             return
         except PermissionError:
-            if passing_over:
+            if skip_unreadable:
                 raise
 
 
@@ -85,12 +87,13 @@ async def _watch(
     rescan_seconds: float,
     stopping: asyncio.Event,
     *,
-    passing_over: bool = False,
+    skip_unreadable: bool = False,
 ) -> AsyncGenerator[object, None]:
-    # Imported late: 20 ms that a worker's start need not wait for.
+    """Yields at each change in these folders and those within, and every `rescan_seconds`."""
+    # Imported late, since it takes 20 ms that the start of a worker need not wait for.
     from watchfiles import awatch
 
-    told = awatch(
+    events = awatch(
         *paths,
         watch_filter=None,
         debounce=5 * _STEP_MS,
@@ -98,14 +101,14 @@ async def _watch(
         stop_event=stopping,
         rust_timeout=int(rescan_seconds * 1000),
         yield_on_timeout=True,
-        ignore_permission_denied=passing_over,
+        ignore_permission_denied=skip_unreadable,
     )
-    async for one in told:
-        yield one
+    async for event in events:
+        yield event
 
 
-async def _timer(folder: Path, stopping: asyncio.Event) -> AsyncIterator[None]:
-    """One each second, until it is time to try another watch."""
+async def _poll(folder: Path, stopping: asyncio.Event) -> AsyncIterator[None]:
+    """Yields every second until it is time to try a watch again, or the path is another folder."""
     identity = _identity(folder)
     ends_at = time.monotonic() + _RETRY_SECONDS
     while not stopping.is_set() and time.monotonic() < ends_at:
@@ -118,24 +121,27 @@ async def _timer(folder: Path, stopping: asyncio.Event) -> AsyncIterator[None]:
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """None where it is not there."""
+    """Device and inode, which tell two folders of one name apart; None if there is no folder."""
     try:
-        found = folder.stat()
+        status = folder.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def _readable_folders(folder: Path) -> list[Path]:
+    """The folders directly in this one that may be read."""
     try:
         with os.scandir(folder) as entries:
-            return [Path(one) for one in entries if one.is_dir() and os.access(one, os.R_OK)]
+            return [
+                Path(entry) for entry in entries if entry.is_dir() and os.access(entry, os.R_OK)
+            ]
     except OSError:
         return []
 
 
-def _reason(error: BaseException) -> str:
-    """Of a group, the first that it holds: the group itself says nothing."""
+def _error_text(error: BaseException) -> str:
+    """Type and message; of an exception group those of the first exception in it."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return f"{type(error).__name__}: {error}"

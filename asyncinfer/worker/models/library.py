@@ -1,4 +1,4 @@
-"""The versions that a worker has: found in the folder, tried, described; served, or refused."""
+"""The versions in a worker's model folder: which are loaded, served, refused or removed."""
 
 import asyncio
 import logging
@@ -14,549 +14,635 @@ from asyncinfer.errors import ModelDirUnreadable, ModelRefused, UnknownModel
 from asyncinfer.models.folder import Listing, ModelFile, total_bytes, version_order
 from asyncinfer.models.signature import Signature
 from asyncinfer.worker.models import versions
-from asyncinfer.worker.models.engine_cache import Label, Shelf, label_of
+from asyncinfer.worker.models.engine_cache import EngineCache, Label, label_of
 from asyncinfer.worker.models.sandbox import trial
 from asyncinfer.worker.models.source import Source
 from asyncinfer.worker.models.versions import Version
 
 log = logging.getLogger(__name__)
 
-_SETTLED_SECONDS: Final = 0.3
-"""A file is whole when it looks the same twice, so far apart: not everyone publishes by rename."""
+_UNCHANGED_SECONDS: Final = 0.3
+"""A file counts as completely written if it is unchanged for so long: not everyone publishes by
+rename."""
 
 _IN_PLACE: Final = "was changed in place; what was loaded is served on. Publish a new version."
 
 
 class Library:
-    """All changes happen in the loop, between two awaits; `on_change` is called after each.
+    """Follows the model folder: loads and tries versions, and decides which are served.
 
-    A version is served once it is described and the announcer has confirmed it: another worker may
-    serve another file under its name.
+    A version is served once it was loaded and the announcer has announced it, since another worker
+    may serve another file under its name. All changes happen in the event loop, between two awaits;
+    `on_change` is called after each.
     """
 
-    def __init__(self, source: Source, shelf: Shelf, *, allow_custom_ops: bool = False) -> None:
+    def __init__(
+        self, source: Source, cache: EngineCache, *, allow_custom_ops: bool = False
+    ) -> None:
         self.on_change: Callable[[], None] = lambda: None
-        self.on_confirmed: Callable[[], None] = lambda: None
-        """Called when versions begin to be served that were announced just now."""
+        self.on_served: Callable[[], None] = lambda: None
+        """Called when versions begin to be served, as they were announced just now."""
         self._allow_custom_ops = allow_custom_ops
         self._source = source
-        self._shelf = shelf
+        self._cache = cache
         self._versions: dict[Label, Version] = {}
-        self._order: Mapping[str, int] = {}
-        self._asked_for: set[Label] = set()
-        """Versions that jobs asked for before they were loaded."""
-        self._on_trial: set[Label] = set()
-        """What came into the folder, until it was tried."""
-        self._confirmed: set[Label] = set()
-        self._contested: Mapping[Label, str] = {}
-        self._leaving: dict[Label, tuple[Version, float]] = {}
+        self._load_order: Mapping[str, int] = {}
+        self._requested: set[Label] = set()
+        """Untried versions that jobs wait for; they are loaded first."""
+        self._untried_files: set[Label] = set()
+        """Versions that came into the folder or changed while the worker ran, until they are
+        tried."""
+        self._announced_labels: set[Label] = set()
+        self._contested_problems: Mapping[Label, str] = {}
+        self._removed: dict[Label, tuple[Version, float]] = {}
         self._served: dict[str, Version] = {}
         self._passed_over: tuple[str, ...] = ()
         self._unreadable = ""
-        self._told_nothing = ""
-        self._is_rescanning = self._is_glancing = False
-        self._is_out_of_date = False
-        """The folder changed since the rescan that is under way began."""
+        self._last_warning = ""
+        self._is_rescanning = self._is_updating_beside_rescan = False
+        self._changed_meanwhile = False
+        """Whether the folder may have changed since the rescan that is under way began."""
 
     def close(self) -> None:
-        """No more is loaded; what is loaded stays for who runs it."""
-        self._shelf.close()
+        """Loads nothing more; runs under way keep their engines."""
+        self._cache.close()
 
-    # --- what there is -------------------------------------------------------------------------
+    # --- what is in the folder and what is served ------------------------------------------------
 
     @property
-    def watched(self) -> Path:
+    def watched_folder(self) -> Path:
+        """The folder to watch for changes."""
         return self._source.watched
 
     @property
     def model_dir(self) -> Path:
-        """The folder that is served, or the one file; absolute."""
+        """The folder that is served, or the one file, as an absolute path."""
         return self._source.path
 
     @property
-    def is_for_all(self) -> bool:
-        """Whether it serves whatever the folder has: no model was named."""
+    def serves_all_models(self) -> bool:
+        """Whether all models of the folder are served, as neither MODELS nor MODEL is set."""
         return not (self._source.wanted or self._source.model_file)
 
     @property
     def loading(self) -> list[str]:
-        """Models of which no version was loaded yet, and one can still be."""
-        return sorted(
-            {model for model, _ in self._unknown()} - {one for one, _ in self.described()}
-        )
+        """Models without a loaded version, but with one that is not tried yet; sorted."""
+        untried = {model for model, _ in self._untried_labels()}
+        return sorted(untried - {model for model, _ in self.signatures()})
 
     @property
     def loading_versions(self) -> dict[str, list[str]]:
-        """Of models with a version that was loaded, those that were not yet, and still can be."""
-        described = {model for model, _ in self.described()}
+        """By model with a loaded version, its versions that are not tried yet."""
+        loaded = {model for model, _ in self.signatures()}
         found: dict[str, list[str]] = {}
-        for model, version in sorted(self._unknown()):
-            if model in described:
+        for model, version in sorted(self._untried_labels()):
+            if model in loaded:
                 found.setdefault(model, []).append(version)
         return found
 
-    def nothing_served(self) -> str:
-        """Why no model is served and none is about to be; empty otherwise."""
-        if self._served or self._unknown() or self.unconfirmed:
+    def why_nothing_is_served(self) -> str:
+        """Why no model is served, and none will be without a change in the folder; empty
+        otherwise."""
+        if self._served or self._untried_labels() or self.unannounced_labels:
             return ""
-        place, problems = self._source.path, [*self.problems().values()]
+        path, problems = self._source.path, [*self.problems().values()]
         if not self._versions:
             return (
-                f"There is no model in {place} yet. Put an ONNX file there, as "
+                f"There is no model in {path} yet. Put an ONNX file there, as "
                 "<name>/1/model.onnx or <name>.onnx; it is served without a restart."
             )
-        count = len({one.file.model for one in self._versions.values()})
-        which = f"None of the {count} models in" if count > 1 else "The only model in"
+        count = len({version.file.model for version in self._versions.values()})
+        subject = f"None of the {count} models in" if count > 1 else "The only model in"
         if self._source.model_file:
-            which = "The model"
+            subject = "The model"
         can = "can" if count > 1 else "cannot"
-        return (
-            f"{which} {place} {can} be served: {problems[0].rstrip('.')}. Mend or replace it there."
-        )
+        problem = problems[0].rstrip(".")
+        return f"{subject} {path} {can} be served: {problem}. Mend or replace it there."
 
     @property
     def served(self) -> Mapping[str, Version]:
-        """By model, the version for jobs that ask for none; also of models that are leaving."""
+        """By model the version for jobs that name none; also of removed models that still run
+        jobs."""
         return self._served
 
     @property
     def names(self) -> list[str]:
-        """Of the models that are served, or will be once they are loaded."""
-        return sorted({model for model, _ in {*self._unknown(), *self.announced()}})
+        """The names of the models that can be served now, or perhaps once they are loaded."""
+        return sorted(
+            {model for model, _ in {*self._untried_labels(), *self.uncontested_signatures()}}
+        )
 
     @property
     def is_loading(self) -> bool:
         """Whether a thread loads a version just now."""
-        return self._shelf.is_loading
+        return self._cache.is_loading
 
     @property
     def loaded(self) -> list[Label]:
-        return self._shelf.labels
+        """The versions whose engines are in memory, the least recently used first."""
+        return self._cache.labels
 
     @property
-    def leaving(self) -> dict[Label, float]:
-        """Removed versions, and for how many seconds; they still run jobs that waited for them."""
+    def seconds_since_removal(self) -> dict[Label, float]:
+        """By removed version that still runs jobs which waited for it, the seconds since it was
+        removed from the folder."""
         now = time.monotonic()
-        return {label: now - since for label, (_, since) in self._leaving.items()}
+        return {label: now - removed_at for label, (_, removed_at) in self._removed.items()}
 
-    def described(self) -> dict[Label, Signature]:
-        """What is in the folder and can be loaded."""
+    def signatures(self) -> dict[Label, Signature]:
+        """The signatures of the versions in the folder that were loaded at least once."""
         return {
             label: version.signature
             for label, version in self._versions.items()
             if version.signature
         }
 
-    def announced(self) -> dict[Label, Signature]:
-        """What is in the folder, can be loaded, and no other worker serves from another file."""
-        described = self.described()
-        return {label: described[label] for label in described if label not in self._contested}
+    def uncontested_signatures(self) -> dict[Label, Signature]:
+        """As `signatures`, without versions that another worker serves from another file."""
+        return {
+            label: signature
+            for label, signature in self.signatures().items()
+            if label not in self._contested_problems
+        }
 
     def problems(self) -> dict[Label, str]:
-        """What is not served, or not as it is now; under no version, what is wrong for all."""
-        judged = [one for label, one in self._versions.items() if label not in self._on_trial]
-        found = versions.problems(judged)
-        missing = {(model, versions.OF_ALL_VERSIONS): why for model, why in self._missing().items()}
-        return found | versions.missing_defaults(self._versions) | missing | dict(self._contested)
+        """Why versions are not served, or not as they are in the folder now. Problems of a whole
+        model are under the version OF_ALL_VERSIONS."""
+        tried = [
+            version for label, version in self._versions.items() if label not in self._untried_files
+        ]
+        missing = {
+            (model, versions.OF_ALL_VERSIONS): problem
+            for model, problem in self._missing_problems().items()
+        }
+        return {
+            **versions.version_problems(tried),
+            **versions.missing_default_problems(self._versions),
+            **missing,
+            **self._contested_problems,
+        }
 
     def default_versions(self) -> dict[str, str | None]:
-        """By model in the folder, the version served where that is not for being the highest."""
-        here = {model for model, _ in self.announced()}
-        served = {model: one for model, one in self._served.items() if model in here}
+        """By served model in the folder, its default version if `model.toml` sets one; None if the
+        highest version is the default."""
+        here = {model for model, _ in self.uncontested_signatures()}
         return {
-            model: None if one.file.config.default_version is None else one.file.version
-            for model, one in served.items()
+            model: None if version.file.config.default_version is None else version.file.version
+            for model, version in self._served.items()
+            if model in here
         }
 
     # --- engines -------------------------------------------------------------------------------
 
     async def fetch(self, model: str | None, version: str | None) -> Engine:
-        """The engine, loaded in a thread if need be; raises UnknownModel for what is not served."""
-        found = self._find(model, version)
-        if engine := self._shelf.get(found.label):
+        """The engine of a version, loaded in a thread if need be; parameters as for `_find_served`.
+
+        Raises UnknownModel for a version that is not served, that cannot be loaded again, or whose
+        file was changed in place.
+        """
+        found = self._find_served(model, version)
+        if engine := self._cache.get(found.label):
             return engine
         if found.is_altered:
             raise UnknownModel(f"It cannot be loaded again: {found.problem}")
         try:
-            engine = await self._shelf.fetch(found.file, total_bytes(found.stamp))
+            engine = await self._cache.fetch(found.file, total_bytes(found.stamp))
         except ModelRefused as error:
             raise UnknownModel(f"It cannot be loaded any more: {error.detail}") from error
         if found.signature and engine.signature.sha256 != found.signature.sha256:
-            self._shelf.drop(found.label)
+            self._cache.drop(found.label)
             raise UnknownModel(f"{found.file.shown} {_IN_PLACE}")
         return engine
 
-    def _find(self, model: str | None, version: str | None) -> Version:
+    def _find_served(self, model: str | None, version: str | None) -> Version:
+        """The version to run a job on; raises UnknownModel if it is not served.
+
+        `version` None is the default version; a removed version is found too while jobs wait for
+        it. `model` None, of a job that means a default model when there is none, is never found.
+        """
         found = self._served.get(model or "")
         if version is not None and found is not None and found.file.version != version:
             label = (found.file.model, version)
-            left = self._leaving.get(label)
-            found = left[0] if left else self._versions.get(label)
-        if found is None or found.signature is None or found.label in self._contested:
-            asked = f"version {version} of model {model!r}" if version else f"model {model!r}"
-            raise UnknownModel(f"This worker has no {asked}; it has {self._what_it_has(model)}.")
+            removed = self._removed.get(label)
+            found = removed[0] if removed else self._versions.get(label)
+        if found is None or found.signature is None or found.label in self._contested_problems:
+            wanted = f"version {version} of model {model!r}" if version else f"model {model!r}"
+            raise UnknownModel(f"This worker has no {wanted}; it has {self._names_served(model)}.")
         return found
 
-    def loads_soon(self, model: str, version: str | None) -> bool:
-        """Whether a job waits for what is in the folder and is not loaded yet. That comes next."""
+    def will_load(self, model: str, version: str | None) -> bool:
+        """Whether a version (None: any) that is not served is in the folder, and may be served once
+        it is tried or announced. Has such versions loaded before others."""
         if version is None and model in self._served:
             return False
-        unknown = self._unknown()
+        untried = self._untried_labels()
         wanted = {
             label
-            for label in unknown | self.unconfirmed
+            for label in untried | self.unannounced_labels
             if label[0] == model and version in (None, label[1])
         }
-        self._asked_for |= wanted & unknown
+        self._requested |= wanted & untried
         return bool(wanted)
 
-    def _unknown(self) -> set[Label]:
-        """What is in the folder and was neither loaded nor refused yet."""
-        return self._on_trial | {one.label for one in self._versions.values() if one.is_unknown}
+    def _untried_labels(self) -> set[Label]:
+        """The versions in the folder that were neither loaded nor refused yet."""
+        untried = {version.label for version in self._versions.values() if version.is_untried}
+        return self._untried_files | untried
 
-    def _missing(self) -> dict[str, str]:
-        found = {one.file.model for one in self._versions.values()}
+    def _missing_problems(self) -> dict[str, str]:
+        """The problem of each model that MODELS names and the folder does not have."""
+        found = {version.file.model for version in self._versions.values()}
         return {
             name: f"MODELS names it, but {self._source.path} has no such model. Put it there, or "
             "correct MODELS"
             for name in self._source.missing(found)
         }
 
-    def _what_it_has(self, model: str | None) -> str:
-        its_versions = [version for name, version in self.announced() if name == model]
-        return ", ".join(its_versions) or ", ".join(sorted(self._served)) or "none"
+    def _names_served(self, model: str | None) -> str:
+        """For a message: the versions of the model that can be served, else the served models."""
+        numbers = [version for name, version in self.uncontested_signatures() if name == model]
+        return ", ".join(numbers) or ", ".join(sorted(self._served)) or "none"
 
     # --- at the start --------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Finds what there is, and loads nothing; raises StartError when the settings can never
-        give a model."""
-        files = self._without_passed_over(self._source.at_start())
-        self._versions = {label_of(file): versions.look(file) for file in files}
-        for model, problem in self._missing().items():
+        """Reads the folder, and loads nothing. Raises StartError when the settings can give no
+        model."""
+        files = self._log_passed_over(self._source.listing_at_start())
+        self._versions = {label_of(file): versions.read_version(file) for file in files}
+        for model, problem in self._missing_problems().items():
             log.error("Model %s: %s", model, problem)
-        self._tell_when_nothing_is_served()
+        self._warn_if_nothing_is_served()
 
     def load_first(self, names: Iterable[str]) -> None:
-        """Of what is found, these models are loaded first, in this order."""
-        self._order = {name: place for place, name in enumerate(dict.fromkeys(names))}
+        """Has these models loaded before others, in this order; unknown names are ignored."""
+        self._load_order = {name: place for place, name in enumerate(dict.fromkeys(names))}
 
-    async def describe(self) -> None:
-        """Loads once each version that was not, to know what it takes. Of each model first the
-        version to serve, or the next where that is broken; then all the others."""
-        while version := self._next():
-            await self._describe(version)
+    async def load_untried(self) -> None:
+        """Loads each untried version once, to learn its signature: of each model first the default
+        version, or the next one where that is broken; then all others."""
+        while version := self._next_untried():
+            await self._load_first_time(version)
             self._changed()
 
-    def _next(self) -> Version | None:
-        described = {model for model, _ in self.described()}
-        last = len(self._order)
+    def _next_untried(self) -> Version | None:
+        """The version to load next; None when all were loaded or refused."""
+        loaded = {model for model, _ in self.signatures()}
+        last = len(self._load_order)
 
-        def turn(version: Version) -> tuple[bool, bool, int, str, bool, int]:
+        def load_order(version: Version) -> tuple[bool, bool, int, str, bool, int]:
+            """Sort key: first what jobs wait for, then models without a loaded version."""
             file = version.file
             is_chosen, age = file.rank
             return (
-                version.label not in self._asked_for,
-                file.model in described,
-                self._order.get(file.model, last),
+                version.label not in self._requested,
+                file.model in loaded,
+                self._load_order.get(file.model, last),
                 file.model,
                 not is_chosen,
                 -age,
             )
 
-        left = (one for one in self._versions.values() if one.is_unknown)
-        return min(left, key=turn, default=None)
+        untried = (version for version in self._versions.values() if version.is_untried)
+        return min(untried, key=load_order, default=None)
 
-    async def _describe(self, version: Version) -> None:
-        engine = await self._loaded(version.file)
+    async def _load_first_time(self, version: Version) -> None:
+        """Loads a version, without a trial in a child, and notes its signature or its problem."""
+        engine = await self._load_or_problem(version.file)
         if self._versions.get(version.label) is not version:
             return  # the file was replaced or removed meanwhile
         if isinstance(engine, str):
-            self._refuse(version, engine)
+            self._keep_with_problem(version, version, engine)
         else:
-            self._take(version, engine, displaces=False)
+            self._add_loaded(version, engine, displaces=False)
 
-    # --- what changed in the folder ------------------------------------------------------------
+    # --- changes in the folder -------------------------------------------------------------------
 
     async def rescan(self) -> None:
-        """Takes in what is new, and lets go of what is gone.
+        """Reads the folder and applies what has changed: loads new versions, drops removed ones.
 
-        Called again before it is done, it only glances: a file on trial may take a minute, in
-        which a model that was removed must not be served on, nor a new one be unknown.
+        A call during another one returns soon: it drops removed versions and notes new ones, as
+        the trial of a file may take a minute. The rescan under way then reads the folder again.
         """
         if self._is_rescanning:
-            self._is_out_of_date = True
-            await self._glance()
+            self._changed_meanwhile = True
+            await self._update_beside_rescan()
             return
-        self._is_rescanning = self._is_out_of_date = True
+        self._is_rescanning = self._changed_meanwhile = True
         try:
-            while self._is_out_of_date:
-                self._is_out_of_date = False
+            while self._changed_meanwhile:
+                self._changed_meanwhile = False
                 await self._rescan()
         finally:
             self._is_rescanning = False
-            self._on_trial.clear()
-            self._tell_when_nothing_is_served()
+            self._untried_files.clear()
+            self._warn_if_nothing_is_served()
 
-    async def _glance(self) -> None:
-        """Beside a rescan: lets go of what is gone, and says what will be looked at next."""
-        if self._is_glancing:
+    async def _update_beside_rescan(self) -> None:
+        """During a rescan: drops removed versions, and notes new ones as untried; calls `on_change`
+        if there are any. Does nothing while another call is under way."""
+        if self._is_updating_beside_rescan:
             return
-        self._is_glancing = True
+        self._is_updating_beside_rescan = True
         try:
-            before = await self._look()
-            await asyncio.sleep(_SETTLED_SECONDS)
-            seen = await self._look()
+            before = await self._read_folder()
+            await asyncio.sleep(_UNCHANGED_SECONDS)
+            seen = await self._read_folder()
         finally:
-            self._is_glancing = False
+            self._is_updating_beside_rescan = False
         if before is None or seen is None or not self._is_rescanning:
             return
-        gone = self._versions.keys() - before.keys() - seen.keys()
-        to_come = self._to_be_tried(seen) - self._on_trial
-        for label in gone:
-            self._leave(label)
-        self._on_trial |= to_come
-        if gone or to_come:
+        removed = self._versions.keys() - before.keys() - seen.keys()
+        added = self._labels_to_try(seen) - self._untried_files
+        for label in removed:
+            self._remove(label)
+        self._untried_files |= added
+        if removed or added:
             self._changed()
 
     async def _rescan(self) -> None:
-        seen = await self._look()
+        """Reads the folder until it is the same twice, and applies the changes in between: those
+        of files that are still being written wait for the next reading."""
+        seen = await self._read_folder()
         while seen is not None and self._differences(seen):
-            self._expect(seen)
-            await asyncio.sleep(_SETTLED_SECONDS)
-            again = await self._look()
+            self._announce_untried(seen)
+            await asyncio.sleep(_UNCHANGED_SECONDS)
+            again = await self._read_folder()
             if again is None:
                 return
-            unsettled = {label for label in {*seen, *again} if seen.get(label) != again.get(label)}
-            settled = {*self._differences(again)} - unsettled
-            await self._settle(again, settled)
-            seen = again if unsettled else None
+            unfinished = {label for label in {*seen, *again} if seen.get(label) != again.get(label)}
+            complete = {*self._differences(again)} - unfinished
+            await self._apply_changes(again, complete)
+            seen = again if unfinished else None
 
-    def _expect(self, seen: Mapping[Label, Version]) -> None:
-        """What is new, and what was refused and looks different now: its copy may go on still."""
-        self._on_trial = self._to_be_tried(seen)
-        if self._on_trial:
+    def _announce_untried(self, seen: Mapping[Label, Version]) -> None:
+        """Notes which versions are new, or were refused and have changed, and calls `on_change`
+        if there are any: they are announced as loading while their files may still be written."""
+        self._untried_files = self._labels_to_try(seen)
+        if self._untried_files:
             self.on_change()
 
-    def _to_be_tried(self, seen: Mapping[Label, Version]) -> set[Label]:
-        return {one for one in self._differences(seen) if one in seen} - self.described().keys()
+    def _labels_to_try(self, seen: Mapping[Label, Version]) -> set[Label]:
+        """The new and changed versions that cannot be served from an earlier load."""
+        changed = {label for label in self._differences(seen) if label in seen}
+        return changed - self.signatures().keys()
 
-    async def _look(self) -> dict[Label, Version] | None:
+    async def _read_folder(self) -> dict[Label, Version] | None:
+        """The versions in the folder, read in a thread; None if it cannot be read, which is logged
+        once. Loaded versions in folders that cannot be read now are included unchanged."""
         try:
-            seen = await asyncio.to_thread(self._seen)
+            seen = await asyncio.to_thread(self._read_versions)
         except ModelDirUnreadable as error:
             if error.detail != self._unreadable:
                 log.warning("The models stay as they are: %s", error.detail)
             self._unreadable = error.detail
             return None
         if self._unreadable:
-            log.info("%s can be read again.", self.watched)
+            log.info("%s can be read again.", self.watched_folder)
         self._unreadable = ""
-        return versions.still_there(self._versions, seen) | {
+        return versions.hidden_but_loaded(self._versions, seen) | {
             label: versions.with_config_in_force(
-                one, self._versions.get(label), self._served.get(one.file.model)
+                version, self._versions.get(label), self._served.get(version.file.model)
             )
-            for label, one in seen.items()
+            for label, version in seen.items()
         }
 
-    def _seen(self) -> dict[Label, Version]:
-        return {label_of(file): versions.look(file) for file in self._files()}
+    def _read_versions(self) -> dict[Label, Version]:
+        return {label_of(file): versions.read_version(file) for file in self._listed_files()}
 
-    def _files(self) -> list[ModelFile]:
-        """Raises ModelDirUnreadable."""
-        return self._without_passed_over(self._source.listing())
+    def _listed_files(self) -> list[ModelFile]:
+        """Reads the folder; raises ModelDirUnreadable."""
+        return self._log_passed_over(self._source.listing())
 
-    def _without_passed_over(self, found: Listing) -> list[ModelFile]:
-        """Logs once what is passed over."""
-        for line in found.passed_over:
+    def _log_passed_over(self, listing: Listing) -> list[ModelFile]:
+        """The files of the listing. Logs once which other files are no models."""
+        for line in listing.passed_over:
             if line not in self._passed_over:
                 log.info("%s.", line)
-        self._passed_over = found.passed_over
-        return found.files
+        self._passed_over = listing.passed_over
+        return listing.files
 
     def _differences(self, seen: Mapping[Label, Version]) -> list[Label]:
-        """Labels that are new, gone or changed since they were last judged."""
+        """The versions that are new, removed or changed since they were last tried."""
         return [
             label
             for label in {**self._versions, **seen}
-            if not versions.same(self._versions.get(label), seen.get(label))
+            if not versions.is_same(self._versions.get(label), seen.get(label))
         ]
 
-    async def _settle(self, seen: Mapping[Label, Version], labels: Iterable[Label]) -> None:
-        # What is gone first: to load a large file takes a while. Then the lowest version first, so
-        # that a worker that finds three new ones serves them in order.
-        def turn(label: Label) -> tuple[bool, str, int]:
+    async def _apply_changes(self, seen: Mapping[Label, Version], labels: Iterable[Label]) -> None:
+        """Drops, checks or loads each of the changed versions `labels`; calls `on_change` after
+        each. `seen` is what the folder has now."""
+
+        # Removed ones first, as loading a large file takes a while. Then the lowest version first,
+        # so that a worker that finds three new ones serves them in order.
+        def order(label: Label) -> tuple[bool, str, int]:
             return label in seen, label[0], version_order(label[1])
 
-        for label in sorted(labels, key=turn):
+        for label in sorted(labels, key=order):
             if found := seen.get(label):
-                await self._judge(found, self._versions.get(label))
+                await self._apply_change(found, self._versions.get(label))
             elif label in self._versions:
-                self._leave(label)
-            self._on_trial.discard(label)
+                self._remove(label)
+            self._untried_files.discard(label)
             self._changed()
 
-    async def _judge(self, found: Version, known: Version | None) -> None:
+    async def _apply_change(self, found: Version, known: Version | None) -> None:
+        """Decides about a version that is new (`known` is None) or has changed to `found`: loads
+        it, keeps serving the earlier state, or notes what is wrong."""
         if known is None:
-            await self._try(found, None)
+            await self._try_and_load(found, None)
         elif known.signature:
-            await self._reconsider(known, found)
-        elif known.stamp == found.stamp and versions.loads_alike(found.file, known.file):
-            self._note(known, found, known.problem)
+            await self._check_loaded(known, found)
+        elif known.stamp == found.stamp and versions.loads_the_same(found.file, known.file):
+            self._keep_with_problem(known, found, known.problem)
         else:
-            await self._try(found, None)
+            await self._try_and_load(found, None)
 
-    def _leave(self, label: Label) -> None:
+    def _remove(self, label: Label) -> None:
+        """Notes that a version was removed from the folder. One that was loaded still runs the
+        jobs that wait for it, until `drop_removed`."""
         version = self._versions.pop(label)
-        self._confirmed.discard(label)
+        self._announced_labels.discard(label)
         if version.signature:
-            log.info("%s is gone; what waits for it still runs.", version.file.shown)
-            self._leaving[label] = (version, time.monotonic())
+            log.info("%s was removed; jobs that wait for it still run.", version.file.shown)
+            self._removed[label] = (version, time.monotonic())
 
-    async def _reconsider(self, known: Version, found: Version) -> None:
-        """A version that is served looks different now."""
+    async def _check_loaded(self, known: Version, found: Version) -> None:
+        """Decides about a version that was loaded and has changed. It is served on as it was loaded
+        if its file has other content; it is tried and loaded again if only its configuration or
+        path has changed."""
         if found.file.problem:
-            self._note(known, found, found.file.problem)
+            self._keep_with_problem(known, found, found.file.problem)
         elif await self._is_altered(known, found):
-            self._note(known, found, f"{found.file.shown} {_IN_PLACE}", is_altered=True)
-        elif versions.loads_alike(found.file, known.file):
-            self._note(known, found, "")
+            self._keep_with_problem(
+                known, found, f"{found.file.shown} {_IN_PLACE}", is_altered=True
+            )
+        elif versions.loads_the_same(found.file, known.file):
+            self._keep_with_problem(known, found, "")
         else:
-            # Of the same content, so what is served can be loaded again from where that is now.
+            # The content is the same, so the loaded version can be loaded again from its new path.
             moved = msgspec.structs.replace(known.file, path=found.file.path)
-            await self._try(found, msgspec.structs.replace(known, file=moved))
+            await self._try_and_load(found, msgspec.structs.replace(known, file=moved))
 
     async def _is_altered(self, known: Version, found: Version) -> bool:
+        """Whether the file has other content than when it was loaded; read in a thread, if its
+        size or time has changed."""
         if found.stamp in (known.loaded, known.stamp) and not known.is_altered:
             return False
-        return not await asyncio.to_thread(versions.same_content, known, found)
+        return not await asyncio.to_thread(versions.has_same_content, known, found)
 
-    async def _try(self, found: Version, known: Version | None) -> None:
-        """Loads a version beside all that runs, once a child process could."""
+    async def _try_and_load(self, found: Version, known: Version | None) -> None:
+        """Tries a version in a child process, then loads it here while other models run.
+
+        Where that fails, the earlier state `known` is kept, if there is one, with the problem.
+        """
         size_bytes = total_bytes(found.stamp)
         problem = found.file.problem or await trial(
             found.file, size_bytes, allow_custom_ops=self._allow_custom_ops
         )
-        engine = problem or await self._loaded(found.file)
+        engine = problem or await self._load_or_problem(found.file)
         if isinstance(engine, str):
-            self._note(known or found, found, engine)
+            self._keep_with_problem(known or found, found, engine)
             return
-        self._take(found, engine)
-        self._leaving.pop(found.label, None)
+        self._add_loaded(found, engine)
+        self._removed.pop(found.label, None)
         self._changed()
         log.info("%s is ready.", found.file.shown)
 
-    async def _loaded(self, file: ModelFile) -> Engine | str:
-        """The engine, or why there is none: whatever is wrong with one file stops no other."""
+    async def _load_or_problem(self, file: ModelFile) -> Engine | str:
+        """The engine, loaded in a thread, or the problem as text. Never raises: a bad file must not
+        keep others from being loaded."""
         try:
-            return await self._shelf.load(file)
+            return await self._cache.load(file)
         except ModelRefused as error:
             return error.detail
         except Exception as error:
             log.exception("%s could not be loaded.", file.shown)
             return f"{file.shown}: it could not be loaded: {type(error).__name__}: {error}"
 
-    def _take(self, version: Version, engine: Engine, *, displaces: bool = True) -> None:
-        """Keeps the engine of the version that is served; a job that asks for another by its
-        number loads it again."""
-        self._asked_for.discard(version.label)
+    def _add_loaded(self, version: Version, engine: Engine, *, displaces: bool = True) -> None:
+        """Notes a version as loaded, with its signature. Puts the engine into the cache if it is
+        the version to serve for its model; other versions are loaded again when a job names one."""
+        self._requested.discard(version.label)
         loaded = {"signature": engine.signature, "loaded": version.stamp}
-        self._keep(msgspec.structs.replace(version, **loaded))
-        self._shelf.drop(version.label)
-        its_versions = (one for one in self._announced() if one.file.model == version.file.model)
-        best = max(its_versions, key=lambda one: one.file.rank, default=None)
+        self._log_and_keep(msgspec.structs.replace(version, **loaded))
+        self._cache.drop(version.label)
+        rivals = (
+            other
+            for other in self._uncontested_versions()
+            if other.file.model == version.file.model
+        )
+        best = max(rivals, key=lambda other: other.file.rank, default=None)
         if best and best.label == version.label:
             size_bytes = total_bytes(version.stamp)
-            self._shelf.put(version.file, engine, size_bytes, displaces=displaces)
+            self._cache.put(version.file, engine, size_bytes, displaces=displaces)
 
-    def _refuse(self, version: Version, problem: str) -> None:
-        self._note(version, version, problem)
-
-    def _note(
+    def _keep_with_problem(
         self, known: Version, found: Version, problem: str, *, is_altered: bool = False
     ) -> None:
-        """Keeps what `known` could, with what is wrong with what was `found`."""
+        """Keeps the version as `known`, with the problem of its present state `found`; that state
+        is not tried again until it changes. An empty `problem` means that nothing is wrong."""
         file, refused = found.file, None
-        if known.signature and not versions.loads_alike(found.file, known.file):
-            wrong = found.file.toml_problem
-            file, refused = msgspec.structs.replace(known.file, toml_problem=wrong), found.file
-        said = (problem, is_altered, refused, known.loaded)
-        self._keep(Version(file, found.stamp, known.signature, *said))
+        if known.signature and not versions.loads_the_same(found.file, known.file):
+            file = msgspec.structs.replace(known.file, toml_problem=found.file.toml_problem)
+            refused = found.file
+        self._log_and_keep(
+            Version(file, found.stamp, known.signature, problem, is_altered, refused, known.loaded)
+        )
 
-    def _keep(self, version: Version) -> None:
-        """Logs what is wrong, unless that is known of this version or of another of its model."""
+    def _log_and_keep(self, version: Version) -> None:
+        """Keeps the version, and logs what is wrong with it unless that was logged for this version
+        or another one of its model."""
         model = version.file.model
-        # What nobody has tried yet was not logged yet, though its model.toml is known to be wrong.
-        others = [one for one in self._versions.values() if one.file.model == model]
-        known = {said for one in others if not one.is_unknown for said in one.complaints}
-        for problem in dict.fromkeys(version.complaints):
-            if problem and problem not in known:
+        # The problems of untried versions were not logged yet, though a wrong model.toml is known.
+        logged = {
+            problem
+            for other in self._versions.values()
+            if other.file.model == model and not other.is_untried
+            for problem in other.problems_to_log
+        }
+        for problem in dict.fromkeys(version.problems_to_log):
+            if problem and problem not in logged:
                 log.error("Model %s: %s", model, problem)
         self._versions[version.label] = version
 
-    # --- told by the announcer -----------------------------------------------------------------
+    # --- calls of the announcer ------------------------------------------------------------------
 
-    def contest(self, contested: Mapping[Label, str]) -> None:
-        """Versions that another worker serves from another file: they are not served here."""
-        if contested != self._contested:
-            for label in contested.keys() - self._contested.keys():
-                log.error("Model %s version %s: %s", *label, contested[label])
-            self._contested = dict(contested)
+    def set_contested(self, contested_problems: Mapping[Label, str]) -> None:
+        """Serves these versions no longer, since another worker serves them from another file; all
+        others may be served. The texts say so, and are logged once."""
+        if contested_problems != self._contested_problems:
+            for label in contested_problems.keys() - self._contested_problems.keys():
+                log.error("Model %s version %s: %s", *label, contested_problems[label])
+            self._contested_problems = dict(contested_problems)
             self._changed()
 
     @property
-    def unconfirmed(self) -> set[Label]:
-        """What can be served and was not announced yet."""
-        return self.announced().keys() - self._confirmed
+    def unannounced_labels(self) -> set[Label]:
+        """The versions that may be served but were not announced yet."""
+        return self.uncontested_signatures().keys() - self._announced_labels
 
-    def confirm(self, labels: Iterable[Label]) -> bool:
-        """These were announced, so that they may be served; returns whether any is served now
-        that was not."""
-        new = self.unconfirmed.intersection(labels)
-        self._confirmed |= new
+    def mark_announced(self, labels: Iterable[Label]) -> bool:
+        """Begins to serve versions, as they were announced. Returns whether any of them was not
+        marked before."""
+        new = self.unannounced_labels.intersection(labels)
+        self._announced_labels |= new
         if new:
-            self._settle_what_is_served()
-            self.on_confirmed()
+            self._update_served()
+            self.on_served()
         return bool(new)
 
     @property
-    def contested(self) -> Mapping[Label, str]:
-        return self._contested
+    def contested_problems(self) -> Mapping[Label, str]:
+        """By version that another worker serves from another file, a text that says so."""
+        return self._contested_problems
 
-    def forget(self, labels: Iterable[Label]) -> None:
-        """Removed versions that nothing waits for any more."""
+    def drop_removed(self, labels: Iterable[Label]) -> None:
+        """Drops removed versions for good, since no job waits for them any more."""
         for label in labels:
-            del self._leaving[label]
-            self._shelf.drop(label)
+            del self._removed[label]
+            self._cache.drop(label)
         self._changed()
 
     def _changed(self) -> None:
-        self._settle_what_is_served()
-        self._tell_when_nothing_is_served()
+        """Updates what is served after any change, and calls `on_change`."""
+        self._update_served()
+        self._warn_if_nothing_is_served()
         self.on_change()
 
-    def _settle_what_is_served(self) -> None:
+    def _update_served(self) -> None:
+        """Chooses the default version of each model, and drops the engine of the one before."""
         before = self._served
-        ranked = sorted(self._servable(), key=lambda version: version.file.rank)
+        ranked = sorted(self._servable_versions(), key=lambda version: version.file.rank)
         self._served = {version.file.model: version for version in ranked}
         for model, version in before.items():
             now = self._served.get(model)
-            # Runs under way keep the engine; one whose file is gone could not be loaded again.
+            # Runs under way keep the engine. A removed version could not be loaded again.
             if now and now.label != version.label and version.label in self._versions:
-                self._shelf.drop(version.label)
+                self._cache.drop(version.label)
 
-    def _servable(self) -> Iterator[Version]:
-        confirmed = [one for one in self._announced() if one.label in self._confirmed]
-        here = {one.file.model for one in confirmed}
-        yield from confirmed
-        yield from (one for (model, _), (one, _) in self._leaving.items() if model not in here)
+    def _servable_versions(self) -> Iterator[Version]:
+        """The versions that were announced, and removed versions of models that have no other."""
+        announced = [
+            version
+            for version in self._uncontested_versions()
+            if version.label in self._announced_labels
+        ]
+        models = {version.file.model for version in announced}
+        yield from announced
+        yield from (
+            version for (model, _), (version, _) in self._removed.items() if model not in models
+        )
 
-    def _announced(self) -> Iterator[Version]:
-        announced = self.announced()
-        yield from (version for label, version in self._versions.items() if label in announced)
+    def _uncontested_versions(self) -> Iterator[Version]:
+        """The versions of `uncontested_signatures`, whether or not they were announced yet."""
+        labels = self.uncontested_signatures().keys()
+        yield from (version for label, version in self._versions.items() if label in labels)
 
-    def _tell_when_nothing_is_served(self) -> None:
-        reason = self.nothing_served()
-        if reason and reason != self._told_nothing:
+    def _warn_if_nothing_is_served(self) -> None:
+        """Logs why no model is served, once for each reason."""
+        reason = self.why_nothing_is_served()
+        if reason and reason != self._last_warning:
             log.warning("%s", reason)
-        self._told_nothing = reason
+        self._last_warning = reason

@@ -1,4 +1,4 @@
-"""Which queues a worker takes jobs from, and which model the unnamed one is for."""
+"""The queues that a worker takes jobs from, and the default model, whose queue is QUEUE_NAME."""
 
 import logging
 import time
@@ -9,24 +9,25 @@ from asyncinfer.errors import RedisRefused
 from asyncinfer.models.folder import default_model, valid_name
 from asyncinfer.models.signature import Signature
 from asyncinfer.repository import keys
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.store import Store
-from asyncinfer.worker.claiming.batch_window import Sharing
+from asyncinfer.worker.claiming.batch_window import QueueBatching
 from asyncinfer.worker.models.library import Library
 
 log = logging.getLogger(__name__)
 
 _FORMER_SECONDS: Final = 60.0
-"""How long QUEUE_NAME is still looked at by a worker whose model was the default until then."""
+"""How long a worker whose model was the default still checks QUEUE_NAME for jobs of it."""
 
 
 class Queues:
-    """One queue for each model that is served, and those beside it while jobs lie there.
+    """One queue for each model that is served, and stray queues while jobs wait in them.
 
-    A job names its model in its record, so it can run from any queue. Jobs lie beside their
-    model's queue when whoever submitted them knew another default model than the worker: while
-    Redis had lost the name, or had another one in an older dump. Such queues are looked at once
-    in a round and not with each claim, which would cost every claim of a worker of one model.
+    A job names its model in its record, so it can run from any queue. Jobs come into another
+    queue than their model's when the API that submitted them knew another default model than the
+    worker: while Redis had lost the name, or had another one from an older dump. Such stray queues
+    are checked once in an announcement round, and not with each claim, which would slow the claims
+    of a worker of one model.
     """
 
     def __init__(
@@ -40,92 +41,110 @@ class Queues:
     ) -> None:
         self.default_model = default_model
         self._store = store
-        self._upkeep = Upkeep(store)
+        self._announcements = Announcements(store)
         self._library = library
         self._max_batch = max_batch
         self._default_is_set = default_is_set
         self.has_no_default = False
-        """Whether no model is the default, now that all of a start are loaded."""
-        self._former: dict[str, float] = {}
-        """Models that were the default until then."""
-        self._beside: set[str] = set()
-        """Queues beside those of the models, in which jobs were seen."""
-        self._handed_out: set[str] = set()
-        self._refused = False
+        """Whether there is no default model although all models of the start are loaded."""
+        self._former_defaults: dict[str, float] = {}
+        """By model that was the default, until when, on the monotonic clock."""
+        self._queues_with_stray_jobs: set[str] = set()
+        """The stray queues that had jobs in the last round."""
+        self._last_served: set[str] = set()
+        self._is_failing = False
 
-    def served(self) -> dict[str, Sharing]:
-        """The queues to take jobs from, and how their jobs share runs."""
-        found = self._found()
-        self._handed_out = set(found)
-        return found
+    def served(self) -> dict[str, QueueBatching]:
+        """The queues to take jobs from, and how their jobs share runs. Remembers which, for
+        `have_changed`."""
+        queues = self._current_queues()
+        self._last_served = set(queues)
+        return queues
 
     def model_of(self, queue: str) -> str | None:
-        """The model that a job means which does not name one."""
+        """The model of a job in this queue that names none; None where QUEUE_NAME has none."""
         return keys.model_of(self._store.n, queue, self.default_model)
 
     @property
-    def are_others(self) -> bool:
-        """Whether `served` gives other queues than the last time."""
-        return set(self._found()) != self._handed_out
+    def have_changed(self) -> bool:
+        """Whether `served` would return other queues than the last time."""
+        return set(self._current_queues()) != self._last_served
 
-    async def settle(self) -> None:
-        """One round with Redis: learns what changes `served`, and restores the name of the
-        default model and the list of queues where Redis has lost them."""
+    async def synchronize(self) -> None:
+        """One round with Redis, which may change what `served` returns: adopts the default model
+        that Redis names, checks the stray queues for jobs, and writes the name of the default model
+        and the list of queues where Redis has lost them.
+
+        Logs what Redis refuses, once; raises RedisUnavailable.
+        """
         try:
             await self._agree_on_default()
-            self._beside = await self._upkeep.queues_with_jobs(list(self._candidates()))
-            await self._upkeep.announce_queues(self._found().keys())
+            self._queues_with_stray_jobs = await self._store.queues_with_jobs(
+                list(self._stray_queues())
+            )
+            await self._announcements.announce_queues(self._current_queues().keys())
         except RedisRefused as error:
-            if not self._refused:
+            if not self._is_failing:
                 log.error("The default model and the list of queues: %s", error.detail)
-            self._refused = True
+            self._is_failing = True
         else:
-            self._refused = False
+            self._is_failing = False
 
-    def _found(self) -> dict[str, Sharing]:
+    def _current_queues(self) -> dict[str, QueueBatching]:
+        """The queues of the served models and the stray queues that had jobs in the last round,
+        without a call to Redis."""
         own = {
-            keys.queue(self._store.n, model, self.default_model): self._sharing(signature)
-            for model, signature in self._models()
+            keys.queue(self._store.n, model, self.default_model): self._batching(signature)
+            for model, signature in self._served_signatures()
         }
-        beside = {
-            queue: self._sharing(signature)
-            for queue, signature in self._candidates().items()
-            if queue in self._beside
+        stray = {
+            queue: self._batching(signature)
+            for queue, signature in self._stray_queues().items()
+            if queue in self._queues_with_stray_jobs
         }
-        return beside | own
+        return stray | own
 
     async def _agree_on_default(self) -> None:
+        """Makes the default model here and in Redis the same: Redis decides, where it has a name.
+
+        Raises RedisRefused if the name in Redis is not a model's name.
+        """
         ours = self.default_model
         if ours is None:
-            agreed = await self._store.default_model() or await self._first_default()
+            agreed = await self._store.default_model() or await self._default_from_folder()
         else:
             agreed = await self._store.agree_on_default_model(ours)
         if agreed is None or agreed == ours:
             return
         if agreed and not valid_name(agreed):
             raise RedisRefused(
-                f"Redis names {agreed!r} as the default model, which is no name of a model. Delete "
+                f"Redis names {agreed!r} as the default model, which is not a model's name. Delete "
                 f"the key {keys.default_model(self._store.n)!r}; workers write it again."
             )
         self._adopt(agreed)
 
-    async def _first_default(self) -> str | None:
-        """As the folder has it at the start; what cannot be loaded is no default."""
+    async def _default_from_folder(self) -> str | None:
+        """The default model by what is in the folder, once that is loaded; writes it to Redis, but
+        returns the one that Redis names if another worker was first.
+
+        None while it is not loaded yet. Sets `has_no_default` where the folder has none.
+        """
         if self.has_no_default:
             return None
-        served = {model for model, _ in self._library.announced()}
+        served = {model for model, _ in self._library.uncontested_signatures()}
         name = default_model(None, self._library.names)
         if name in served:
             agreed = await self._store.agree_on_default_model(name)
             if not agreed:
-                # There was to be none for the folder of an earlier start. This one has one.
+                # Redis says that there is no default, for the folder of an earlier start.
                 await self._store.claim_default_model(name)
             return agreed or name
         self.has_no_default = bool(served) and not self._library.loading
         return None
 
     def _adopt(self, agreed: str) -> None:
-        """An empty name: it was decided that there is none any more."""
+        """Uses this default model from now on, and logs that; an empty name stands for none. Jobs
+        of the former default are still taken from QUEUE_NAME for a minute."""
         if self.default_model is None:
             log.info("The default model of the queue %r is %r.", self._store.n, agreed)
             self.default_model = agreed
@@ -143,26 +162,29 @@ class Queues:
             origin,
             remedy,
         )
-        self._former[self.default_model] = time.monotonic()
+        self._former_defaults[self.default_model] = time.monotonic()
         self.default_model = agreed or None
 
-    def _candidates(self) -> dict[str, Signature]:
-        """Queues where jobs of our models may lie beside the queues of these models."""
+    def _stray_queues(self) -> dict[str, Signature]:
+        """Queues in which jobs of the served models may have come by another default model, with
+        the signature of the model: QUEUE_NAME:MODEL of the default model, and QUEUE_NAME of a model
+        that was the default lately."""
         n, oldest = self._store.n, time.monotonic() - _FORMER_SECONDS
-        found = {}
-        for model, signature in self._models():
+        queues = {}
+        for model, signature in self._served_signatures():
             if model == self.default_model:
-                found[f"{n}:{model}"] = signature
-            elif self._former.get(model, oldest) > oldest:
-                found[n] = signature
-        return found
+                queues[f"{n}:{model}"] = signature
+            elif self._former_defaults.get(model, oldest) > oldest:
+                queues[n] = signature
+        return queues
 
-    def _models(self) -> Iterator[tuple[str, Signature]]:
+    def _served_signatures(self) -> Iterator[tuple[str, Signature]]:
+        """Each served model with the signature of its default version."""
         for model, version in sorted(self._library.served.items()):
             if version.signature:
                 yield model, version.signature
 
-    def _sharing(self, signature: Signature) -> Sharing:
-        most = self._max_batch
-        full_jobs = min(signature.max_batch_jobs or most, most)
-        return Sharing(signature.batched, signature.max_wait_ms / 1000, full_jobs)
+    def _batching(self, signature: Signature) -> QueueBatching:
+        """How jobs of this model share runs, by its limits and this worker's MAX_BATCH."""
+        full_jobs = min(signature.max_batch_jobs or self._max_batch, self._max_batch)
+        return QueueBatching(signature.batched, signature.max_wait_ms / 1000, full_jobs)

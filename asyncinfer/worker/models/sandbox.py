@@ -1,4 +1,4 @@
-"""A new file is first loaded and run in a child process, which it may take down."""
+"""A trial of a new file in a child process, which it may crash or fill with memory."""
 
 import asyncio
 import contextlib
@@ -20,13 +20,13 @@ from asyncinfer.tensors.datatypes import DTYPES, Feeds, dims
 
 TRIAL_SECONDS: Final = 60.0
 _BASE_BYTES: Final = 3 << 30
-"""Of address space, for Python, numpy and ONNX Runtime; what they use of it is far less."""
+"""Address space for Python, numpy and ONNX Runtime; the memory that they use is far less."""
 
 _TIMES_FILE: Final = 4
-"""A model is read, copied and optimized while it is loaded."""
+"""How many times its file's size a model may take, as it is read, copied and optimized."""
 
 
-class _Order(Struct, frozen=True):
+class _TrialRequest(Struct, frozen=True):
     model: str
     version: str
     path: str
@@ -36,7 +36,7 @@ class _Order(Struct, frozen=True):
     allow_custom_ops: bool
 
 
-class _Verdict(Struct, frozen=True):
+class _TrialResult(Struct, frozen=True):
     problem: str = ""
 
 
@@ -47,12 +47,13 @@ async def trial(
     allow_custom_ops: bool = False,
     seconds: float = TRIAL_SECONDS,
 ) -> str:
-    """Why this version must not be loaded here; empty when it may.
+    """Loads a version in a child process and runs it once, within limits on time and memory.
 
-    It runs on the CPU, since an accelerator's memory is not the child's to try out.
+    Returns why it must not be loaded here, empty if it may. The child uses the CPU only: the memory
+    of an accelerator belongs to the models that are served.
     """
     cpu = SessionOptions(custom_ops=file.config.session.custom_ops)
-    order = _Order(
+    request = _TrialRequest(
         file.model,
         file.version,
         str(file.path),
@@ -71,18 +72,19 @@ async def trial(
     )
     try:
         async with asyncio.timeout(seconds):
-            said, _ = await child.communicate(msgspec.json.encode(order))
+            output, _ = await child.communicate(msgspec.json.encode(request))
     except TimeoutError:
         return f"{file.shown}: took longer than {seconds:g} s to load and run once"
     finally:
         with contextlib.suppress(ProcessLookupError):
             child.kill()
-    return _judged(file, await child.wait(), said)
+    return _read_result(file, await child.wait(), output)
 
 
-def _judged(file: ModelFile, code: int, said: bytes) -> str:
+def _read_result(file: ModelFile, code: int, output: bytes) -> str:
+    """The problem that the child has reported, else that it died, and how."""
     try:
-        return msgspec.json.decode(said, type=_Verdict).problem
+        return msgspec.json.decode(output, type=_TrialResult).problem
     except msgspec.DecodeError:
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return f"{file.shown}: the process that tried to load it and run it once ended with {how}"
@@ -92,29 +94,32 @@ def _judged(file: ModelFile, code: int, said: bytes) -> str:
 
 
 def main() -> int:
-    order = msgspec.json.decode(sys.stdin.buffer.read(), type=_Order)
-    _limit(order)
-    file = ModelFile(order.model, order.version, Path(order.path), order.config)
-    problem = _problem(file, allow_custom_ops=order.allow_custom_ops)
-    sys.stdout.buffer.write(msgspec.json.encode(_Verdict(problem)))
+    """The child: reads a trial request from stdin and writes the result to stdout."""
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=_TrialRequest)
+    _set_limits(request)
+    file = ModelFile(request.model, request.version, Path(request.path), request.config)
+    problem = _find_problem(file, allow_custom_ops=request.allow_custom_ops)
+    sys.stdout.buffer.write(msgspec.json.encode(_TrialResult(problem)))
     sys.stdout.flush()
     return 0
 
 
-def _limit(order: _Order) -> None:
+def _set_limits(request: _TrialRequest) -> None:
+    """Limits the memory and CPU time of this process; only on Linux."""
     if sys.platform != "linux":
         return
     import resource
 
-    resource.setrlimit(resource.RLIMIT_AS, (order.memory_bytes, order.memory_bytes))
-    # It ends too when the worker that waits for it is gone.
-    cpu_seconds = int(order.seconds) + 1
+    resource.setrlimit(resource.RLIMIT_AS, (request.memory_bytes, request.memory_bytes))
+    # So that it ends also when the worker that waits for it has died.
+    cpu_seconds = int(request.seconds) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _problem(file: ModelFile, *, allow_custom_ops: bool) -> str:
-    # Only here: the worker's own process imports this module for `trial`.
+def _find_problem(file: ModelFile, *, allow_custom_ops: bool) -> str:
+    """Loads the file and runs it once; returns what is wrong with it, or an empty text."""
+    # Imported here, since only the child needs it.
     from asyncinfer.engine import Engine, Stop
 
     try:
@@ -125,12 +130,13 @@ def _problem(file: ModelFile, *, allow_custom_ops: bool) -> str:
     except (OutOfMemory, MemoryError):
         return f"{file.shown}: there is not enough memory to load it and run it once"
     except ModelFailed:
-        # Zeros may be no input for this model.
+        # Zeros may be no valid input for this model, which is no problem of its file.
         return ""
     return ""
 
 
 def _zeros(signature: Signature) -> Feeds:
+    """Inputs of zeros and empty strings, with 1 for each dimension of unknown size."""
     return {
         spec.name: np.full(
             [dim if isinstance(dim, int) else 1 for dim in dims(spec)],

@@ -1,4 +1,4 @@
-"""Where a worker's models are: reads the folder, without ONNX Runtime, which `serve` lacks."""
+"""The folder or file that a worker serves; read without ONNX Runtime, which `serve` lacks."""
 
 import os
 from collections.abc import Collection, Sequence
@@ -12,29 +12,31 @@ from asyncinfer.untrusted import file_access
 
 
 class Source(Struct, frozen=True):
-    """Where the models are."""
+    """The folder of models that is served, or one file instead."""
 
     model_dir: Path
     wanted: tuple[str, ...] = ()
-    """Names; none means all."""
+    """The names in MODELS; empty: all models are served."""
     model_file: Path | None = None
-    """This one file, and nothing of the folder."""
+    """Only this file is served, and `model_dir` is not read."""
 
     @property
     def watched(self) -> Path:
+        """The folder to watch for changes."""
         return self.model_file.parent if self.model_file else self.model_dir
 
     @property
     def path(self) -> Path:
-        """The folder that is served, or the one file; absolute."""
+        """The folder that is served, or the one file, as an absolute path."""
         return (self.model_file or self.model_dir).absolute()
 
     def files(self) -> list[ModelFile]:
-        """Raises ModelDirUnreadable."""
+        """Reads the folder; raises ModelDirUnreadable."""
         return self.listing().files
 
     def listing(self) -> Listing:
-        """Raises ModelDirUnreadable."""
+        """Reads the folder; models that MODELS does not name are left out. Raises
+        ModelDirUnreadable."""
         if self.model_file:
             is_there = os.path.lexists(self.model_file)
             return Listing([bare_file(self.model_file)] if is_there else [])
@@ -47,11 +49,13 @@ class Source(Struct, frozen=True):
         return Listing([file for file in found.files if file.model in self.wanted])
 
     def files_at_start(self) -> Sequence[ModelFile]:
-        return self.at_start().files
+        """As `listing_at_start`, the files alone."""
+        return self.listing_at_start().files
 
-    def at_start(self) -> Listing:
-        """Raises StartError where the settings can never give a model: the folder cannot be read,
-        or has none of those that MODELS names. An empty folder may still be filled."""
+    def listing_at_start(self) -> Listing:
+        """As `listing`, for the start of a process: raises StartError if the settings can give no
+        model, since the folder cannot be read or has none of the models that MODELS names. An empty
+        folder is accepted, as models may still come."""
         found = self.listing()
         missing = self.missing({file.model for file in found.files})
         if missing and len(missing) == len({*self.wanted}):
@@ -62,12 +66,13 @@ class Source(Struct, frozen=True):
         return found
 
     def missing(self, found: Collection[str]) -> list[str]:
-        """Names in MODELS of which the folder has no model."""
+        """The names in MODELS that are not among `found`, the names of the models in the folder."""
         return sorted({*self.wanted}.difference(found))
 
 
 def _unreadable(model_dir: Path, error: OSError) -> ModelDirUnreadable:
-    mend = "Set MODEL_DIR to a folder that can be read."
+    """Makes the error, with what to do about it."""
+    remedy = "Set MODEL_DIR to a folder that can be read."
     if isinstance(error, NotADirectoryError):
-        mend = f"It is a file. To serve it alone: --model {model_dir}"
-    return ModelDirUnreadable(f"MODEL_DIR {model_dir} {file_access.why(error)}. {mend}")
+        remedy = f"It is a file. To serve it alone: --model {model_dir}"
+    return ModelDirUnreadable(f"MODEL_DIR {model_dir} {file_access.why(error)}. {remedy}")

@@ -1,4 +1,4 @@
-"""One version of a model as a worker knows it, and what tells two looks at it apart."""
+"""One version of a model as a worker knows it, and how it differs from what is in the folder."""
 
 import hashlib
 from collections.abc import Collection, Mapping
@@ -14,21 +14,23 @@ from asyncinfer.worker.models.engine_cache import Label, label_of
 
 
 class Version(Struct, frozen=True):
-    """One version; without a signature it was not loaded yet, or cannot be (`problem`)."""
+    """One version. Without a signature it was not loaded yet, or cannot be loaded (`problem`)."""
 
     file: ModelFile
     stamp: Stamp
     signature: Signature | None = None
     problem: str = ""
     is_altered: bool = False
-    """Whether the file is no longer what the signature was made of."""
+    """Whether the file has other content now than when the signature was made."""
     refused: ModelFile | None = None
-    """What `file` looks like since, where that was refused: it is not tried again and again."""
+    """The file as it is now, where `file` is an earlier state that is still served: this one was
+    refused, and is not tried again."""
     loaded: Stamp = ()
-    """Of the files that the signature was made of."""
+    """The stamp of the files when the signature was made."""
 
     @property
-    def is_unknown(self) -> bool:
+    def is_untried(self) -> bool:
+        """Whether it was neither loaded nor refused yet."""
         return not (self.signature or self.problem)
 
     @property
@@ -36,30 +38,34 @@ class Version(Struct, frozen=True):
         return label_of(self.file)
 
     @property
-    def complaints(self) -> tuple[str, str]:
+    def problems_to_log(self) -> tuple[str, str]:
+        """What is wrong with the version, and with its `model.toml`; empty where nothing is."""
         return self.problem, self.file.toml_problem
 
 
-def look(file: ModelFile) -> Version:
+def read_version(file: ModelFile) -> Version:
+    """An untried version, with the sizes and times of its files as they are now."""
     return Version(file, read_stamp(file))
 
 
-def same(known: Version | None, seen: Version | None) -> bool:
+def is_same(known: Version | None, seen: Version | None) -> bool:
+    """Whether the files and the configuration are unchanged; None stands for no such version."""
     if known is None or seen is None:
         return known is seen
     return known.stamp == seen.stamp and (known.refused or known.file) == seen.file
 
 
-def loads_alike(one: ModelFile, other: ModelFile) -> bool:
-    """Whether they differ at most in what is wrong with a `model.toml` that is not in force."""
-    return msgspec.structs.replace(one, toml_problem=other.toml_problem) == other
+def loads_the_same(first: ModelFile, second: ModelFile) -> bool:
+    """Whether both would be loaded from the same path with the same configuration; a `model.toml`
+    that is wrong, and so not in force, makes no difference."""
+    return msgspec.structs.replace(first, toml_problem=second.toml_problem) == second
 
 
-def same_content(known: Version, found: Version) -> bool:
-    """Whether the files are those that the signature was made of, wherever they lie now.
+def has_same_content(known: Version, found: Version) -> bool:
+    """Whether the files are those that the signature was made of, also if they were moved.
 
-    Other files beside them count for nothing: a file manager leaves some where it was used.
-    Reads the model's file, so call it in a thread.
+    Other files beside them make no difference: file managers leave some behind. Reads the model's
+    file, so call it in a thread.
     """
     if not known.signature:
         return False
@@ -75,51 +81,58 @@ def same_content(known: Version, found: Version) -> bool:
     if found.file.config.session.custom_ops is not None:
         beside |= {name for name, _, _ in (*known.loaded, *found.stamp)}
         beside.discard(found.file.path.name)
-    return _only(beside, known.loaded) == _only(beside, found.stamp)
+    return _files_named(beside, known.loaded) == _files_named(beside, found.stamp)
 
 
-def _only(names: set[str], stamp: Stamp) -> set[tuple[str, int, int]]:
-    return {one for one in stamp if one[0] in names}
+def _files_named(names: set[str], stamp: Stamp) -> set[tuple[str, int, int]]:
+    """The entries of a stamp for the files of these names."""
+    return {entry for entry in stamp if entry[0] in names}
 
 
 def with_config_in_force(found: Version, known: Version | None, served: Version | None) -> Version:
-    """A wrong `model.toml` leaves the one before in force, also for versions that are new."""
+    """The version as `found`, but with the last valid configuration if its `model.toml` is wrong:
+    that of the version itself (`known`), or for a new version that of the `served` one."""
     before = known if known and known.signature else served
-    wrong = found.file.toml_problem
-    if not wrong or before is None:
+    toml_problem = found.file.toml_problem
+    if not toml_problem or before is None:
         return found
-    problem = "" if found.file.problem == wrong else found.file.problem
+    problem = "" if found.file.problem == toml_problem else found.file.problem
     file = msgspec.structs.replace(found.file, config=before.file.config, problem=problem)
     return msgspec.structs.replace(found, file=file)
 
 
-def still_there(
+def hidden_but_loaded(
     known: Mapping[Label, Version], seen: Mapping[Label, Version]
 ) -> dict[Label, Version]:
-    """Versions in folders that cannot be read now: as far as anybody knows, they are as before."""
-    hidden = {one.file.model for one in seen.values() if one.file.is_hidden}
+    """The known versions that were loaded and lie in folders that cannot be read now: they are
+    taken to be unchanged. `seen` are the versions that the folder has now."""
+    hidden = {version.file.model for version in seen.values() if version.file.is_hidden}
     return {
-        label: msgspec.structs.replace(one, file=one.refused or one.file)
-        for label, one in known.items()
-        if one.file.model in hidden and one.signature and label not in seen
+        label: msgspec.structs.replace(version, file=version.refused or version.file)
+        for label, version in known.items()
+        if version.file.model in hidden and version.signature and label not in seen
     }
 
 
-def problems(versions: Collection[Version]) -> dict[Label, str]:
-    """What is wrong with each version, and once per model with its `model.toml`."""
+def version_problems(versions: Collection[Version]) -> dict[Label, str]:
+    """What is wrong with each version, and, under the version OF_ALL_VERSIONS, with the
+    `model.toml` of a model."""
     found: dict[Label, str] = {}
-    for one in versions:
-        if one.problem and one.problem != one.file.toml_problem:
-            found[one.label] = one.problem
-    for one in versions:
-        label, wrong = (one.file.model, OF_ALL_VERSIONS), one.file.toml_problem
-        if wrong and wrong not in found.get(label, ""):
-            found[label] = f"{found[label]}; {wrong}" if label in found else wrong
+    for version in versions:
+        if version.problem and version.problem != version.file.toml_problem:
+            found[version.label] = version.problem
+    for version in versions:
+        label, problem = (version.file.model, OF_ALL_VERSIONS), version.file.toml_problem
+        if problem and problem not in found.get(label, ""):
+            found[label] = f"{found[label]}; {problem}" if label in found else problem
     return found
 
 
-def missing_defaults(versions: Mapping[Label, Version]) -> dict[Label, str]:
-    wanted = {(one.file.model, one.file.config.default_version) for one in versions.values()}
+def missing_default_problems(versions: Mapping[Label, Version]) -> dict[Label, str]:
+    """The problem of each default version that a `model.toml` names and the folder lacks."""
+    wanted = {
+        (version.file.model, version.file.config.default_version) for version in versions.values()
+    }
     labels = {(model, str(version)) for model, version in wanted if version is not None}
     return {
         label: "model.toml makes it the default, but it is not there"

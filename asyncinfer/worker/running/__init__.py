@@ -1,1 +1,1 @@
-"""Running what was claimed, and storing the outcome."""
+"""Running claimed jobs, and storing their outcomes."""

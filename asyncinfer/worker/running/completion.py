@@ -1,4 +1,4 @@
-"""Stores what became of jobs: with their claim, or before it when cancelled or expired."""
+"""Storing the outcomes of jobs: with their claim, or earlier when cancelled or expired."""
 
 import asyncio
 import contextlib
@@ -21,116 +21,133 @@ from asyncinfer.repository.claims import (
 )
 from asyncinfer.repository.leases import Renewal
 from asyncinfer.schemas.operations import JobsDone
-from asyncinfer.worker.claiming.claims import Claims
-from asyncinfer.worker.held_claim import Held, Step
-from asyncinfer.worker.running.outcomes import Outcomes, released
+from asyncinfer.worker.claiming.claims import Claimer
+from asyncinfer.worker.held_claim import HeldClaim, Step
+from asyncinfer.worker.running.outcomes import OutcomeBuilder, release
 
 log = logging.getLogger(__name__)
 _limited_log = LimitedLog(log)
 
-Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
+StartTask = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 
-class Finishing:
-    """Ends the jobs of one worker's claims."""
+class Finisher:
+    """Stores the outcomes of one worker's jobs, and ends its claims."""
 
     def __init__(
         self,
         runs: Runs,
-        claims: Claims,
-        outcomes: Outcomes,
+        claimer: Claimer,
+        builder: OutcomeBuilder,
         *,
-        spawn: Spawn,
+        start_task: StartTask,
         on_step: Callable[[Step], None],
     ) -> None:
-        self.ended: Counter[str] = Counter(completed=0, failed=0, cancelled=0)
-        """How many jobs came to which end here."""
+        self.ended_counts: Counter[str] = Counter(completed=0, failed=0, cancelled=0)
+        """How many jobs this worker has ended, by outcome."""
         self._runs = runs
-        self._claims = claims
-        self._outcomes = outcomes
-        self._spawn = spawn
+        self._claimer = claimer
+        self._builder = builder
+        self._start_task = start_task
         self._on_step = on_step
         self._given_up = False
 
     def jobs_done(self) -> JobsDone:
-        """How many jobs ended here, and how; what was retried too often has failed."""
-        ended = self.ended
-        return JobsDone(ended["completed"], ended["failed"] + ended["dead"], ended["cancelled"])
+        """How many jobs ended here, and how; dead letters count as failed."""
+        counts = self.ended_counts
+        return JobsDone(counts["completed"], counts["failed"] + counts["dead"], counts["cancelled"])
 
     def give_up(self) -> None:
-        """What cannot be stored at once comes back by its lease."""
+        """From now on tries once to store an outcome. A job whose outcome is not stored is
+        redelivered when its lease ends."""
         self._given_up = True
 
-    async def finish(self, held: Held, finished: Sequence[Finished]) -> Held | None:
-        """Ends a claim; the next one comes back, when one came with the answer."""
-        while held.early:
-            await asyncio.wait(held.early)
-        outcomes = packed_outcomes([one for one in finished if one.job_id in held.open])
-        held.open.clear()
+    async def finish(self, held: HeldClaim, finished: Sequence[Finished]) -> HeldClaim | None:
+        """Stores the outcomes of a claim's jobs and releases the claim, once outcomes of jobs that
+        were cancelled or expired meanwhile are stored; these jobs are left out.
+
+        Returns the next claim, where one came with the reply. Retries while Redis is away.
+        """
+        while held.early_tasks:
+            await asyncio.wait(held.early_tasks)
+        open_outcomes = [outcome for outcome in finished if outcome.job_id in held.open_jobs]
+        outcomes = packed_outcomes(open_outcomes)
+        held.open_jobs.clear()
         self._on_step("finishing")
-        return await self._claims.finish(
+        return await self._claimer.finish(
             held,
-            lambda following: self._stored(held, outcomes, last=True, following=following),
+            lambda following: self._store(held, outcomes, last=True, following=following),
         )
 
-    async def release(self, held: Held) -> None:
-        """Hands back what is open. A claim with nothing open is being finished, or was tried to
-        be: what that did not store comes back by its lease, which must not go before."""
-        if left := released(held.open.values()):
-            held.open.clear()
+    async def release(self, held: HeldClaim) -> None:
+        """Gives the jobs without an outcome back to their queue.
+
+        A claim without such jobs is being finished, or that has failed. Its lease stays: the jobs
+        whose outcomes are not stored are redelivered when it ends.
+        """
+        if outcomes := release(held.open_jobs.values()):
+            held.open_jobs.clear()
             with contextlib.suppress(RedisUnavailable):
-                await self._runs.finish(held.claim, left, last=not held.early)
+                await self._runs.finish(held.claim, outcomes, last=not held.early_tasks)
 
-    def heard(self, what: str, job_id: str) -> None:
-        """Ends a job that runs, if it runs here."""
-        for held in list(self._claims.held.values()):
-            if job := held.open.get(job_id):
-                if what == "cancel":
-                    self._end_early(held, job, self._outcomes.cancelled(held, job))
-                elif what == "expire":
-                    self._end_early(held, job, self._outcomes.expired(held, job))
+    def end_job(self, reason: str, job_id: str) -> None:
+        """Ends a job as cancelled or expired, if `reason` is "cancel" or "expire" and this worker
+        holds the job; else does nothing."""
+        for held in list(self._claimer.held.values()):
+            if job := held.open_jobs.get(job_id):
+                if reason == "cancel":
+                    self._end_early(held, job, self._builder.cancelled(held, job))
+                elif reason == "expire":
+                    self._end_early(held, job, self._builder.expired(held, job))
 
-    def renewed(self, renewal: Renewal) -> None:
+    def apply_renewal(self, renewal: Renewal) -> None:
+        """Ends jobs that were cancelled or have expired, and stops renewing claims that were
+        lost."""
         for job_id in renewal.cancelled:
-            self.heard("cancel", job_id)
+            self.end_job("cancel", job_id)
         for job_id in renewal.expired:
-            self.heard("expire", job_id)
+            self.end_job("expire", job_id)
         for token in renewal.lost:
-            # A claim whose finish is under way has nothing open, and its loss means nothing.
-            held = self._claims.held.get(token)
-            if held and held.open:
-                log.warning("A lease was lost; %d jobs go to others.", len(held.open))
-                self._claims.let_go(token)
+            # A claim whose finish is under way has no open job, and its loss means nothing.
+            held = self._claimer.held.get(token)
+            if held and held.open_jobs:
+                log.warning("A lease was lost; %d jobs go to others.", len(held.open_jobs))
+                self._claimer.stop_renewing(token)
 
-    def _end_early(self, held: Held, job: ClaimedJob, outcome: Finished) -> None:
-        """Ends one job of a claim now; the others run on."""
-        del held.open[job.job_id]
+    def _end_early(self, held: HeldClaim, job: ClaimedJob, outcome: Finished) -> None:
+        """Ends one job of a claim now, and stores its outcome in a task; the other jobs run on."""
+        del held.open_jobs[job.job_id]
         if held.run:
             held.run.abandon(job.job_id)
-        task = self._spawn(self._store_early(held, outcome))
-        held.early.add(task)
-        task.add_done_callback(held.early.discard)
+        task = self._start_task(self._store_early(held, outcome))
+        held.early_tasks.add(task)
+        task.add_done_callback(held.early_tasks.discard)
 
-    async def _store_early(self, held: Held, outcome: Finished) -> None:
-        await self._stored(held, packed_outcomes([outcome]), last=False)
+    async def _store_early(self, held: HeldClaim, outcome: Finished) -> None:
+        await self._store(held, packed_outcomes([outcome]), last=False)
 
-    async def _stored(
+    async def _store(
         self,
-        held: Held,
+        held: HeldClaim,
         outcomes: Sequence[PackedOutcomes],
         *,
         last: bool,
         following: ClaimRequest | None = None,
     ) -> Claimed:
-        """Stores outcomes, however long Redis is away; what they are stays in memory until then."""
+        """Stores outcomes, with retries while Redis is away, and counts them by verdict.
+
+        Returns the claim that `following` asked for. It has none where Redis refuses the outcomes
+        (`following` is left out before that is accepted), or after `give_up`: those jobs are
+        redelivered when their lease ends.
+        """
         while True:
             try:
                 verdicts, claimed = await self._runs.finish_packed(
                     held.claim, outcomes, last=last, following=following
                 )
             except RedisRefused as error:
-                # The same call again would be refused again. What rides on it may be to blame;
-                # what is not stored comes back by its lease.
+                # The same call would be refused again. The claim request in it may be the cause,
+                # so the outcomes are sent once more without it.
                 _limited_log.error(f"Finishing: {error.detail}")
                 if following is None:
                     return Claimed(None)
@@ -141,7 +158,7 @@ class Finishing:
                 _limited_log.warning(f"Finishing: {error.detail}")
                 await asyncio.sleep(random.uniform(0.1, 0.5))
             else:
-                self.ended.update(verdicts)
+                self.ended_counts.update(verdicts)
                 if stale := verdicts.count("stale"):
                     log.warning("%d results came too late: their jobs had been taken.", stale)
                 return claimed

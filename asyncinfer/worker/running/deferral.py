@@ -1,4 +1,4 @@
-"""Jobs that nobody here can run yet, which go back to their queue for a while."""
+"""Deferral of jobs that this worker cannot run yet: they go back to their queue with a delay."""
 
 import logging
 import random
@@ -7,51 +7,53 @@ from typing import Final
 
 from asyncinfer.jobs import SCHEMA
 from asyncinfer.repository.claims import ClaimedJob, Finished
-from asyncinfer.worker.running.outcomes import released
+from asyncinfer.worker.running.outcomes import release
 
 log = logging.getLogger(__name__)
 
 _WINDOW_SECONDS: Final = 60.0
-_LEAST_MS: Final = 1000
-_MOST_MS: Final = 60_000
-_MOST_NAMED: Final = 8
+_MIN_MS: Final = 1000
+_MAX_MS: Final = 60_000
+_MAX_NAMED: Final = 8
 
 
-class Postponing:
-    """Releases them, each for longer the more there are: 100,000 jobs that nobody can run yet
-    must not keep a worker from those it can."""
+class Deferrer:
+    """Defers jobs, for longer the more of them there are in a minute: 100,000 jobs that no worker
+    can run yet must not keep this one from the jobs that it can run."""
 
-    def __init__(self, least_ms: int, most_ms: int) -> None:
-        self._least_ms = least_ms
-        self._most_ms = most_ms
-        self._since = 0.0
+    def __init__(self, min_ms: int, max_ms: int) -> None:
+        self._min_ms = min_ms
+        self._max_ms = max_ms
+        self._window_began_at = 0.0
         self._count = 0
 
-    def released(self, job: ClaimedJob) -> Finished:
+    def defer(self, job: ClaimedJob) -> Finished:
+        """The outcome that puts the job back into its queue with a random delay; stores nothing."""
         now = time.monotonic()
-        if now - self._since > _WINDOW_SECONDS:
-            self._since, self._count = now, 0
+        if now - self._window_began_at > _WINDOW_SECONDS:
+            self._window_began_at, self._count = now, 0
         self._count += 1
-        longest_ms = min(2 * self._least_ms + self._count, self._most_ms)
-        return released([job], random.randint(self._least_ms, longest_ms))[0]
+        max_delay_ms = min(2 * self._min_ms + self._count, self._max_ms)
+        return release([job], random.randint(self._min_ms, max_delay_ms))[0]
 
 
-class LaterJobs:
-    """Jobs of a later release wait for a worker of that release."""
+class LaterReleaseDeferrer:
+    """Defers jobs that a later release wrote, until a worker of that release claims them."""
 
     def __init__(self) -> None:
-        self._named: set[int] = set()
-        self._postponing = Postponing(_LEAST_MS, _MOST_MS)
+        self._named_schemas: set[int] = set()
+        self._deferrer = Deferrer(_MIN_MS, _MAX_MS)
 
-    def released(self, job: ClaimedJob) -> Finished:
-        self._name(job.later_schema)
-        return self._postponing.released(job)
+    def defer(self, job: ClaimedJob) -> Finished:
+        """As `Deferrer.defer`; logs what to do about such jobs."""
+        self._warn_once(job.later_schema)
+        return self._deferrer.defer(job)
 
-    def _name(self, schema: int) -> None:
-        """Once for each schema; anyone may write any number there."""
-        if schema in self._named or len(self._named) == _MOST_NAMED:
+    def _warn_once(self, schema: int) -> None:
+        """Logs once per schema, for a few schemas only, since anyone may write any number there."""
+        if schema in self._named_schemas or len(self._named_schemas) == _MAX_NAMED:
             return
-        self._named.add(schema)
+        self._named_schemas.add(schema)
         log.warning(
             "Jobs with schema %d were written by a later release (this one knows up to %d) and "
             "wait for a worker of that release. Upgrade this worker.",

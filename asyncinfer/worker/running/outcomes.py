@@ -1,4 +1,4 @@
-"""What becomes of a job, as it is stored: its outcome, its body, its record."""
+"""The outcomes of jobs as they are stored: the outcome's name, its body, the job's record."""
 
 import time
 from collections.abc import Iterable
@@ -10,63 +10,70 @@ from asyncinfer.errors import AsyncinferError, OutOfMemory, ResultTooLarge
 from asyncinfer.models.signature import Signature
 from asyncinfer.repository.claims import ClaimedJob, Finished, error_body
 from asyncinfer.repository.store import Store
-from asyncinfer.worker.held_claim import Held
+from asyncinfer.worker.held_claim import HeldClaim
 
 
-def released(waiting: Iterable[ClaimedJob], delay_ms: int = 0) -> list[Finished]:
-    """Jobs that go back to their queue as they came."""
+def release(waiting: Iterable[ClaimedJob], delay_ms: int = 0) -> list[Finished]:
+    """Outcomes that put jobs back into their queue unchanged, after `delay_ms`."""
     return [Finished(job.job_id, "released", meta=job.meta, delay_ms=delay_ms) for job in waiting]
 
 
-def suspects(tried: Iterable[ClaimedJob]) -> list[Finished]:
-    """Jobs that ran together too long; each runs alone the next time."""
-    return [Finished(job.job_id, "suspect", meta=job.meta) for job in tried]
+def release_as_suspects(stopped: Iterable[ClaimedJob]) -> list[Finished]:
+    """Outcomes for jobs of a batch that ran too long: each goes back to its queue, to run alone
+    the next time."""
+    return [Finished(job.job_id, "suspect", meta=job.meta) for job in stopped]
 
 
-class Outcomes:
-    """Makes the ends of a worker's jobs; stores nothing."""
+class OutcomeBuilder:
+    """Builds the outcomes of a worker's jobs; stores nothing."""
 
     def __init__(self, store: Store, worker_id: str, max_result_bytes: int) -> None:
         self._store = store
         self._worker_id = worker_id
         self._max_result_bytes = max_result_bytes
 
-    def completed(self, held: Held, job: ClaimedJob, body: bytes, ran: Signature) -> Finished:
+    def completed(self, held: HeldClaim, job: ClaimedJob, body: bytes, ran: Signature) -> Finished:
+        """The outcome of a job with a result; a failed one where the result is too large. `ran` is
+        the version that it ran on, which the job's record will name."""
         if len(body) <= self._max_result_bytes:
-            return self._ended(held, job, "completed", body, ran)
+            return self._final_outcome(held, job, "completed", body, ran)
         error = ResultTooLarge(
             f"The result has {len(body)} bytes; {self._max_result_bytes} are kept "
             "for one job. Send fewer rows a job."
         )
         return self.failed(held, job, error)
 
-    def failed(self, held: Held, job: ClaimedJob, error: AsyncinferError) -> Finished:
-        """A job that cannot be done; a lack of memory is worth another try, later."""
+    def failed(self, held: HeldClaim, job: ClaimedJob, error: AsyncinferError) -> Finished:
+        """The outcome of a job that cannot be done: "failed". For a lack of memory it is "retry",
+        with a delay, or "dead" after too many tries."""
         body = error_body(error.code, error.detail)
         if not isinstance(error, OutOfMemory):
-            return self._ended(held, job, "failed", body)
+            return self._final_outcome(held, job, "failed", body)
         errors = (job.record.errors if job.record else 0) + 1
         if jobs.retry_or_dead(errors, self._store.policy.max_errors) == "dead" or not job.record:
-            return self._ended(held, job, "dead", body)
+            return self._final_outcome(held, job, "dead", body)
         record = msgspec.structs.replace(job.record, errors=errors)
         meta = jobs.encode_record(record, jobs.record_seq(job.meta))
         return Finished(job.job_id, "retry", meta=meta, delay_ms=jobs.backoff_ms(errors))
 
-    def cancelled(self, held: Held, job: ClaimedJob) -> Finished:
-        return self._ended(held, job, "cancelled")
+    def cancelled(self, held: HeldClaim, job: ClaimedJob) -> Finished:
+        return self._final_outcome(held, job, "cancelled")
 
-    def expired(self, held: Held, job: ClaimedJob) -> Finished:
+    def expired(self, held: HeldClaim, job: ClaimedJob) -> Finished:
+        """The failed outcome of a job whose deadline passed while it ran."""
         body = error_body("expired", "The deadline passed while the job ran.")
-        return self._ended(held, job, "failed", body)
+        return self._final_outcome(held, job, "failed", body)
 
-    def _ended(
+    def _final_outcome(
         self,
-        held: Held,
+        held: HeldClaim,
         job: ClaimedJob,
         outcome: jobs.Outcome,
         body: bytes = b"",
         ran: Signature | None = None,
     ) -> Finished:
+        """An outcome whose record says when, where and on which version the job ran. A job without
+        a readable record keeps none."""
         meta = b""
         if job.record:
             record = msgspec.structs.replace(

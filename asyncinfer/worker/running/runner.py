@@ -1,4 +1,4 @@
-"""Runs what was claimed: a batch in a thread, stopped when too slow, split when it fails."""
+"""Running batches in threads: stopped when too slow, split in two when they fail."""
 
 import asyncio
 import time
@@ -12,30 +12,31 @@ from asyncinfer.errors import ModelFailed, OutOfMemory, PredictionTimeout, Unkno
 from asyncinfer.repository.claims import Claim, ClaimedJob, Finished
 from asyncinfer.timeouts import settled
 from asyncinfer.worker import execution
-from asyncinfer.worker.execution import Asked, Batch, Prepared
-from asyncinfer.worker.held_claim import Held, Run, Step
+from asyncinfer.worker.execution import Batch, ModelRef, Prepared
+from asyncinfer.worker.held_claim import BatchRun, HeldClaim, Step
 from asyncinfer.worker.models.library import Library
-from asyncinfer.worker.running.outcomes import Outcomes, released, suspects
+from asyncinfer.worker.running.outcomes import OutcomeBuilder, release, release_as_suspects
 from asyncinfer.worker.running.timings import RunTimes
 
 _LITTLE_BYTES: Final = 8192
+"""Inputs of a claim up to this size together are decoded in the event loop."""
 
 
-class Hung(Exception):
+class RunHung(Exception):
     """A run did not stop within its grace; its thread is lost."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: BatchRun) -> None:
         super().__init__("a run did not stop")
         self.run = run
 
 
-class Running:
-    """The threads of one worker, and what runs in them."""
+class BatchRunner:
+    """Prepares and runs the batches of one worker in its threads, one per slot."""
 
     def __init__(
         self,
         library: Library,
-        outcomes: Outcomes,
+        builder: OutcomeBuilder,
         model_of: Callable[[str], str | None],
         *,
         concurrency: int,
@@ -45,7 +46,7 @@ class Running:
     ) -> None:
         self.times = RunTimes()
         self._library = library
-        self._outcomes = outcomes
+        self._builder = builder
         self._model_of = model_of
         self._prediction_timeout_seconds = prediction_timeout_seconds
         self._hang_grace_seconds = hang_grace_seconds
@@ -54,111 +55,125 @@ class Running:
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="slot")
 
     def give_up(self) -> None:
-        """What did not run yet is handed back instead."""
+        """From now on releases batches instead of running them."""
         self._given_up = True
 
     def close(self, *, wait: bool) -> None:
+        """Ends the threads; does not wait for them where one is stuck in a run."""
         self._threads.shutdown(wait=wait)
 
-    async def prepared(self, claim: Claim) -> Prepared:
-        """The batches that a claim's jobs make, and the jobs that cannot run."""
-        claimed, meant = claim.jobs, self._model_of(claim.queue)
-        engine_of = await self._engines_of(claimed, meant)
-        prepare = partial(execution.prepare, claimed, engine_of, meant)
+    async def prepare(self, claim: Claim) -> Prepared:
+        """Checks a claim's jobs and groups them into batches; loads engines that are not loaded."""
+        claimed, queue_model = claim.jobs, self._model_of(claim.queue)
+        engine_of = await self._engines_of(claimed, queue_model)
+        prepare = partial(execution.prepare, claimed, engine_of, queue_model)
         # The way to a thread and back costs more than to decode a little.
         if sum(len(job.data) for job in claimed) <= _LITTLE_BYTES:
             return prepare()
         return await asyncio.get_running_loop().run_in_executor(self._threads, prepare)
 
     async def _engines_of(
-        self, claimed: Sequence[ClaimedJob], meant: str | None
-    ) -> Callable[[Asked], Engine]:
-        """The engines that jobs ask for, loaded where need be; held here, whatever is evicted."""
-        found: dict[Asked, Engine | UnknownModel] = {}
-        for model, version in {execution.asked(job, meant) for job in claimed}:
+        self, claimed: Sequence[ClaimedJob], queue_model: str | None
+    ) -> Callable[[ModelRef], Engine]:
+        """Fetches the engine of each model version that the jobs name, and returns a function that
+        gives it or raises UnknownModel. It keeps the engines even if the cache drops them."""
+        engines: dict[ModelRef, Engine | UnknownModel] = {}
+        for model, version in {execution.requested_model(job, queue_model) for job in claimed}:
             try:
-                found[model, version] = await self._library.fetch(model, version)
+                engines[model, version] = await self._library.fetch(model, version)
             except UnknownModel as error:
-                found[model, version] = error
+                engines[model, version] = error
 
-        def engine_of(asked: Asked) -> Engine:
-            engine = found[asked]
+        def engine_of(requested: ModelRef) -> Engine:
+            engine = engines[requested]
             if isinstance(engine, UnknownModel):
                 raise engine
             return engine
 
         return engine_of
 
-    async def run(self, held: Held, batch: Batch) -> list[Finished]:
-        """Runs a batch; one that fails is split until the culprit is alone. Raises Hung."""
-        run = Run(batch)
-        run.wanted &= held.open.keys()
-        if not run.wanted:
+    async def run(self, held: HeldClaim, batch: Batch) -> list[Finished]:
+        """Runs a batch and returns the outcomes of its jobs; raises RunHung.
+
+        A batch that fails is split until the job that fails is alone. Jobs that were cancelled or
+        expired before the run began have no outcome here; the run is skipped if all have.
+        """
+        run = BatchRun(batch)
+        run.wanted_ids &= held.open_jobs.keys()
+        if not run.wanted_ids:
             return []
         if self._given_up:
-            return released(_left(held, batch))
+            return release(_open_jobs_of(held, batch))
         held.run = run
         try:
-            began_at = time.monotonic()
-            bodies = await self._supervised(run)
-            self._note_run_time(batch, time.monotonic() - began_at)
+            started_at = time.monotonic()
+            bodies = await self._run_in_thread(run)
+            self._note_run_time(batch, time.monotonic() - started_at)
         except Stopped:
-            return self._stopped(held, run)
+            return self._outcomes_of_stopped(held, run)
         except (ModelFailed, OutOfMemory) as error:
             if len(batch.jobs) == 1:
-                return [self._outcomes.failed(held, batch.jobs[0], error)]
+                return [self._builder.failed(held, batch.jobs[0], error)]
             first, second = batch.halves()
             return await self.run(held, first) + await self.run(held, second)
         finally:
             held.run = None
         return [
-            self._outcomes.completed(held, job, body, batch.engine.signature)
+            self._builder.completed(held, job, body, batch.engine.signature)
             for job, body in zip(batch.jobs, bodies, strict=True)
         ]
 
-    def after_hang(self, held: Held, run: Run, finished: Sequence[Finished]) -> list[Finished]:
-        """What becomes of the rest of a claim whose run would not stop."""
-        settled = {one.job_id for one in finished} | {job.job_id for job in run.batch.jobs}
-        others = [job for job in held.open.values() if job.job_id not in settled]
-        return self._stopped(held, run) + released(others)
+    def after_hang(
+        self, held: HeldClaim, run: BatchRun, finished: Sequence[Finished]
+    ) -> list[Finished]:
+        """The outcomes of the jobs of a claim whose run did not stop: those of its batch, and those
+        that did not run. `finished` are the outcomes so far, which are not repeated."""
+        known_ids = {outcome.job_id for outcome in finished}
+        known_ids |= {job.job_id for job in run.batch.jobs}
+        others = [job for job in held.open_jobs.values() if job.job_id not in known_ids]
+        return self._outcomes_of_stopped(held, run) + release(others)
 
-    async def _supervised(self, run: Run) -> list[bytes]:
-        """The run in its thread: stopped after PREDICTION_TIMEOUT, lost after a grace."""
+    async def _run_in_thread(self, run: BatchRun) -> list[bytes]:
+        """Runs a batch in a thread, stops it after PREDICTION_TIMEOUT, and raises RunHung if it
+        then does not end within the grace period."""
         future = asyncio.get_running_loop().run_in_executor(
             self._threads, execution.run, run.batch, run.stop
         )
         self._on_step("running")
         done = await settled(future, self._timeout_seconds(run.batch))
         if not done:
-            run.end("timeout")
+            run.stop_for("timeout")
             done = await settled(future, self._hang_grace_seconds)
         if not done:
-            future.add_done_callback(lambda late: late.exception())
-            raise Hung(run)
+            # Asked for, so that asyncio does not log it as never retrieved.
+            future.add_done_callback(lambda ended: ended.exception())
+            raise RunHung(run)
         return future.result()
 
-    def _stopped(self, held: Held, run: Run) -> list[Finished]:
-        """A stopped run says nothing about which of several jobs was too slow: each is suspect."""
-        left = _left(held, run.batch)
-        if run.why == "drain":
-            return released(left)
+    def _outcomes_of_stopped(self, held: HeldClaim, run: BatchRun) -> list[Finished]:
+        """The outcomes of the jobs of a stopped run: released when draining; suspects if there were
+        several, since which of them was too slow is unknown; else failed."""
+        unended = _open_jobs_of(held, run.batch)
+        if run.stop_reason == "drain":
+            return release(unended)
         if len(run.batch.jobs) > 1:
-            return suspects(left)
-        return [self._outcomes.failed(held, job, self._too_slow(run.batch)) for job in left]
+            return release_as_suspects(unended)
+        return [self._builder.failed(held, job, self._timeout_error(run.batch)) for job in unended]
 
     def _timeout_seconds(self, batch: Batch) -> float:
         return batch.engine.timeout_seconds or self._prediction_timeout_seconds
 
-    def _too_slow(self, batch: Batch) -> PredictionTimeout:
+    def _timeout_error(self, batch: Batch) -> PredictionTimeout:
+        """The error of a job that ran alone and took too long."""
         return PredictionTimeout(
             f"The run took longer than {self._timeout_seconds(batch):g} s and was stopped. Send "
             "fewer rows, or raise PREDICTION_TIMEOUT or the model's limits.timeout_seconds."
         )
 
     def _note_run_time(self, batch: Batch, seconds: float) -> None:
-        self.times.note(batch.engine.signature.model, sum(batch.rows), seconds)
+        self.times.add(batch.engine.signature.model, sum(batch.rows), seconds)
 
 
-def _left(held: Held, batch: Batch) -> list[ClaimedJob]:
-    """Those that have not ended otherwise meanwhile."""
-    return [job for job in batch.jobs if job.job_id in held.open]
+def _open_jobs_of(held: HeldClaim, batch: Batch) -> list[ClaimedJob]:
+    """The jobs of a batch that were not cancelled and have not expired meanwhile."""
+    return [job for job in batch.jobs if job.job_id in held.open_jobs]
