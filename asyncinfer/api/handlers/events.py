@@ -257,8 +257,8 @@ class JobsEventSource:
         return float("inf")
 
     async def snapshot(self, follower: Follower) -> bytes:
-        """The newest 100 jobs, with a cursor for more. Changes after the moment before they were
-        read follow, so that none is lost; one may also be in the snapshot."""
+        """The newest 100 jobs, with a cursor for more. The follower begins before they are read, so
+        that no change is lost; one may be in the snapshot and also follow it."""
         follower.begin_at(Position(await self._services.feed.log.now_ms()))
         # When a log was trimmed, all streams take a new snapshot at once.
         async with self._services.feed.turn():
