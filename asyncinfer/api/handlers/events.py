@@ -184,6 +184,8 @@ class JobEventSource:
         without the log, which had time to report it."""
 
     def due_seconds(self, follower: Follower) -> float:
+        """The seconds until the job itself is read again; infinite while changes remain to be
+        sent."""
         return self._check_at - time.monotonic() if follower.caught_up else float("inf")
 
     async def snapshot(self, follower: Follower) -> bytes:
@@ -299,6 +301,8 @@ class GroupEventSource:
         """The earliest time of the next count: the first if all jobs seem to have ended."""
 
     def due_seconds(self, follower: Follower) -> float:
+        """The seconds until the next count, negative if it is overdue; infinite while nothing has
+        changed since the last one, or changes remain to be sent."""
         if not (self._dirty and follower.caught_up):
             return float("inf")
         all_ended = self._unfinished is not None and self._unfinished <= 0

@@ -24,6 +24,8 @@ _AUTHORITY: Final = re.compile(
 
 
 class Authority(Struct, frozen=True):
+    """A host with an optional port, as a request names its server."""
+
     host: str
     """In lower case; an IPv6 address in brackets."""
     text: str
