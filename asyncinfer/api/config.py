@@ -8,7 +8,7 @@ from asyncinfer.repository.policy import Policy
 
 
 class ApiConfig(Struct, frozen=True, kw_only=True):
-    """What an API process is started with; every process of one server gets the same."""
+    """What one API process is started with."""
 
     redis_url: str
     queue_name: str = "predict_queue"
