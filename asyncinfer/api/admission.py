@@ -25,7 +25,7 @@ class Reach(Struct, frozen=True):
 
 
 class Admission:
-    """The caller of a request. Its key may be revoked while the request is being handled: whoever
+    """The caller of one request. Its key may be revoked while the request is being handled: whoever
     waits or streams watches `revoked`, or calls `check` before it changes anything."""
 
     __slots__ = ("_caller", "_digest", "_keyring", "_keys", "_required_scope", "own")
@@ -33,6 +33,9 @@ class Admission:
     def __init__(
         self, caller: Caller, keys: KeyFile | None = None, digest: str | None = None
     ) -> None:
+        """`digest` is the SHA-256 of the caller's key in hex digits, None for a caller without a
+        key. `keys` has the keys in use, None for a caller that no later change of the key file
+        concerns."""
         self.own = Reach(caller.tenant, across=False)
         self._caller = caller
         self._keys = keys
@@ -55,24 +58,27 @@ class Admission:
         return self._digest is not None
 
     def has_scope(self, scope: str) -> bool:
+        """Whether the caller had the scope when the request was admitted."""
         return scope in self._caller.scopes
 
     def require(self, scope: str) -> None:
-        """Raises Forbidden if the key lacks the scope. The scope is remembered: `check` and
-        `revoked` also fail once the key has lost it."""
+        """Raises Forbidden if the caller did not have the scope when the request was admitted. The
+        scope is remembered, the last one only: `check` and `revoked` also fail once the key has
+        lost it."""
         if scope not in self._caller.scopes:
             raise _forbidden(scope)
         if self._keys:
             self._required_scope = scope
 
     def check(self) -> None:
-        """Raises Unauthorized or Forbidden if the key would not be admitted any more."""
+        """Raises Unauthorized if the key is gone or has another tenant, and Forbidden if it has
+        lost the required scope. Reads no file, and does nothing for a caller without a key."""
         if self._keys and self._keys.keyring is not self._keyring:
             self._check_keyring(self._keys)
 
     async def revoked(self) -> RequestError:
-        """Waits until the key would not be admitted any more, and returns the error for the
-        client."""
+        """Waits until the key would not be admitted any more, and returns the Unauthorized or
+        Forbidden for the client, which is not raised. Call it only if `revocable`."""
         assert self._keys is not None, "only a key can be revoked"
         assert self._keyring is not None
         while True:
@@ -83,7 +89,9 @@ class Admission:
                 return error
 
     def _check_keyring(self, keys: KeyFile) -> None:
-        """Looks the key up in the current keyring; raises if it is gone, or has lost the scope."""
+        """Looks the key up in the current keyring, which counts as checked from then on, also if
+        this raises. Raises Unauthorized if the key is gone or has another tenant, Forbidden if it
+        has lost the required scope."""
         self._keyring = keys.keyring
         if self._digest is None:
             return
@@ -99,7 +107,8 @@ ANYBODY: Final = Admission(_ANYBODY)
 
 
 def admit(keys: KeyFile, key: str | None) -> Admission:
-    """The caller with this key; raises Unauthorized if the key is missing or not known."""
+    """Returns the caller with this key, the text that the client sent. Raises Unauthorized if the
+    key is missing (None) or not known."""
     if key is None:
         raise unauthorized("Send an API key: `Authorization: Bearer KEY`, or `X-API-Key: KEY`.")
     digest = digest_of(key)
@@ -110,8 +119,9 @@ def admit(keys: KeyFile, key: str | None) -> Admission:
 
 
 def admit_without_key(keys: KeyFile, key: str | None) -> Admission:
-    """The caller for routes that need no key. An unknown key counts as none, since a load balancer
-    that still has an old key must not take every server for dead."""
+    """Returns the caller for routes that need no key; raises nothing. An unknown key counts as
+    none, which has no scopes, since a load balancer that still has an old key must not take every
+    server for dead."""
     try:
         return admit(keys, key)
     except Unauthorized:
@@ -119,8 +129,10 @@ def admit_without_key(keys: KeyFile, key: str | None) -> Admission:
 
 
 def reach_of(admission: Admission, scope: str | None, tenant: str | None) -> Reach:
-    """The jobs that a request is about. `scope` is what its route needs, `tenant` is the query's;
-    raises Forbidden if the key lacks the scope, or `operator` for another tenant."""
+    """Returns whose jobs a request is about. `scope` is what its route needs, None for nothing;
+    `tenant` is the query's, None for the caller's own. Raises Forbidden if the key lacks the scope,
+    or `operator` for another tenant. An operator who names its own tenant also acts across
+    tenants."""
     if tenant is None or (tenant == admission.tenant and not admission.has_scope("operator")):
         if scope:
             admission.require(scope)
@@ -130,11 +142,12 @@ def reach_of(admission: Admission, scope: str | None, tenant: str | None) -> Rea
 
 
 def unauthorized(detail: str) -> Unauthorized:
-    """A 401 with the challenge that HTTP requires."""
+    """Makes a 401 with the challenge that HTTP requires."""
     return Unauthorized(detail, headers=[("www-authenticate", "Bearer")])
 
 
 def _forbidden(scope: str) -> Forbidden:
+    """Makes the 403 for a caller that lacks the scope."""
     return Forbidden(
         f"This needs the scope `{scope}`, which this API key does not have. Ask for a key that "
         f"has it: `asyncinfer keygen --scopes {scope}`."

@@ -12,20 +12,22 @@ held at once took 690 MiB."""
 
 
 class AnswerSizes:
-    """How large the answers of each queue's jobs were lately."""
+    """How large the answers of each queue's jobs were lately, in this API process."""
 
     def __init__(self) -> None:
         self._bytes: dict[str, float] = {}
 
     def fit(self, queue: str) -> int:
-        """How many jobs of the queue have answers that probably fit into memory together."""
+        """How many jobs of the queue, from 1 to 64, have answers that probably fit into memory
+        together; 4 if none of its answers was noted."""
         if queue not in self._bytes:
             return _FIRST_JOBS
         return max(1, min(_MAX_JOBS, int(_BYTES_AT_A_TIME / self._bytes[queue])))
 
     def note(self, queue: str, jobs: int, size: int) -> None:
-        """Records that the answers of `jobs` jobs had `size` bytes. An answer smaller than earlier
-        ones counts little: a job that has not ended has no result in its answer."""
+        """Records that the answers of `jobs` jobs had `size` bytes together; does nothing for no
+        jobs. An answer smaller than earlier ones lowers the estimate by at most a tenth: a job that
+        has not ended has no result in its answer."""
         if not jobs:
             return
         if len(self._bytes) >= _MAX_QUEUES:

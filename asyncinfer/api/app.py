@@ -64,6 +64,7 @@ _log = logging.getLogger(__name__)
 
 
 def create_app(config: ApiConfig) -> "Api":
+    """Makes an API, which connects to Redis when its lifespan begins."""
     return Api(config)
 
 
@@ -87,6 +88,8 @@ class Api:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers an HTTP request; the router handles other ASGI scopes. Every exception becomes a
+        reply, or the end of the connection if the answer has begun; none is raised."""
         if scope["type"] != "http":
             await self._router(scope, receive, send)
             return
@@ -112,7 +115,8 @@ class Api:
             await send_reply(problem_reply(internal_error(), scope["path"]), scope, send)
 
     def _resource_for(self, scope: Scope) -> ASGIApp:
-        """The application for the path of a request."""
+        """Returns the application for the request's path, which may be the router or the one for
+        unknown paths. Empties the scope's `path_params` if the path has no parameters."""
         if resource := self._by_plain_path.get(scope["path"]):
             scope["path_params"] = {}
             if b"%" not in scope["raw_path"]:
@@ -122,7 +126,9 @@ class Api:
         return resource or self._router
 
     async def answer(self, route: Route, scope: Scope, receive: Receive) -> Reply | Stream:
-        """Checks the caller and the query, and calls the route's handler. Raises RequestError."""
+        """Checks the caller and the query, calls the route's handler and returns its answer; a
+        stream to a caller with a key also ends when the key is revoked. Raises RequestError,
+        ClientGone or what else the handler raises."""
         assert self._services is not None, "the lifespan has not been started"
         headers = read_fields(scope["headers"])
         admission = self._guard.admit(route.scope, scope, headers)
@@ -166,14 +172,14 @@ class Api:
 
     async def stop_waiting(self) -> None:
         """Answers every client that waits for a job with the job as it is now, and ends all event
-        streams."""
+        streams; later waits end at once. May be called twice; does nothing before the lifespan."""
         if self._services:
             await self._services.feed.close()
             await self._services.inbox.close()
 
 
 class Resource:
-    """All routes of one path; calls the route for a request's method."""
+    """The application of one path: calls the route for a request's method, for HEAD that of GET."""
 
     def __init__(self, routes: Sequence[Route], api: Api) -> None:
         self._api = api
@@ -183,6 +189,8 @@ class Resource:
         self._allow = ", ".join(sorted(self._routes))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the route's answer. Raises MethodNotAllowed, and what `Api.answer` and the sending
+        raise."""
         route = self._routes.get(scope["method"])
         if route is None:
             check_head(scope)
@@ -198,12 +206,13 @@ class Resource:
 
 
 def check_head(scope: Scope) -> None:
-    """Raises InvalidHeader for a head that no server may accept, whatever its path or method
-    (RFC 9112, 3.2)."""
+    """Raises InvalidHeader for a head that no server may accept, whatever its path or method (RFC
+    9112, 3.2): without a valid Host, or with a single-valued field sent twice."""
     authority_of(scope, read_fields(scope["headers"]))
 
 
 def _by_path(routes: Iterable[Route]) -> Iterable[tuple[str, list[Route]]]:
+    """Each path with its routes, both in the order of the table."""
     paths: dict[str, list[Route]] = {}
     for route in routes:
         paths.setdefault(route.path, []).append(route)
@@ -221,13 +230,16 @@ def _cannot_match(scope: Scope) -> bool:
 
 
 async def _no_such_route(scope: Scope, receive: Receive, send: Send) -> None:
+    """The application for unknown paths. Raises RouteNotFound, or InvalidHeader for an invalid
+    head."""
     check_head(scope)
     raise RouteNotFound("There is nothing at this path; GET / and /openapi.json list the routes.")
 
 
 async def _check_redis(store: Store, default_model: str | None) -> None:
-    """Raises an error if the Redis server cannot keep jobs safely, or the default model is another
-    one. A server that does not answer yet only causes a warning."""
+    """Raises a StartError if the Redis server cannot keep jobs safely, or jobs or workers use
+    another default model. A server that does not answer yet or is full only causes a warning. None
+    means that no default model is configured, which is not checked."""
     try:
         _log.info("Connected to %s", await store.check_server())
         if default_model:
@@ -237,6 +249,7 @@ async def _check_redis(store: Store, default_model: str | None) -> None:
 
 
 def _services(store: Store, config: ApiConfig) -> Services:
+    """Makes the services of one API process; connects to nothing and starts no task."""
     submissions = Submissions(store)
     operations = Operations(store)
     inspection = Inspection(store)
@@ -267,4 +280,5 @@ def _services(store: Store, config: ApiConfig) -> Services:
 
 @cache
 def _document() -> bytes:
+    """The OpenAPI document as JSON, made once per process."""
     return document(ROUTES)

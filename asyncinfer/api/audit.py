@@ -18,7 +18,7 @@ _log = logging.getLogger("asyncinfer.audit")
 
 
 class Audit:
-    """The outcome of a request, for its line."""
+    """The outcome of a request, for its line; `audited` yields it."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -29,8 +29,9 @@ class Audit:
 def audited(
     request: Request[Any], verb: str, criteria: Mapping[str, object], *, over_tenants: bool = False
 ) -> Iterator[Audit]:
-    """Writes the line at the end, also if the request fails; no line if a caller stays within its
-    tenant. `criteria` are what the jobs were selected by."""
+    """Writes a line to the audit log when the block ends, also if it raises; no line if a caller
+    stays within its tenant, unless the act is `over_tenants`, which means all tenants. `criteria`
+    are what the jobs were selected by, by name; empty values are left out of the line."""
     audit, outcome = Audit(), "broken off"
     try:
         yield audit
@@ -47,6 +48,7 @@ def audited(
 def _write_line(
     request: Request[Any], verb: str, criteria: Mapping[str, object], outcome: str
 ) -> None:
+    """Logs the act and `outcome`: how many jobs, the code of an error, or `broken off`."""
     _log.info(
         "%s by tenant=%s key=%s: %s: %s",
         verb,
@@ -58,6 +60,7 @@ def _write_line(
 
 
 def _text(value: object) -> str:
-    """As JSON: a name in a query may hold a line break or a control character."""
+    """The value as JSON in printable characters, a string cut to 128: a name in a query may hold a
+    line break or a control character."""
     shown = value[:_MAX_CHARACTERS] if isinstance(value, str) else value
     return printable_json(msgspec.json.encode(shown).decode())

@@ -78,7 +78,8 @@ class Served(Struct, frozen=True):
 
 
 class Catalog:
-    """Knows the served models and the default model; refreshed every two seconds."""
+    """Knows the served models and the default model of one API process; empty until the first
+    `refresh`, then refreshed every two seconds by `run`."""
 
     def __init__(
         self,
@@ -87,6 +88,8 @@ class Catalog:
         default_model: str | None,
         own_worker_since_ms: int | None = None,
     ) -> None:
+        """`default_model` is the configured one, None without one. `own_worker_since_ms` is when
+        `serve` started its own worker, in Unix time; None without one."""
         self._announcements = Announcements(store)
         self.worker_snapshot = WorkerSnapshot(
             inspection, store, self._queues, own_worker_since_ms=own_worker_since_ms
@@ -112,18 +115,20 @@ class Catalog:
             await self.refresh()
 
     async def refresh(self) -> None:
-        """Reads the announced models now; if Redis does not answer, the last ones stay."""
+        """Reads the announced models now. Does not raise if Redis does not answer: the last models
+        stay, and `find` and `list_served` raise the error for what is then not known."""
         async with self._lock:
             await self._refresh()
 
     @property
     def default_model(self) -> str | None:
-        """The default model; while Redis names none, the last one known."""
+        """The default model; while Redis names none, the last one known. None if there is none."""
         return self._announced.default_model or self._last_default
 
     async def find(self, name: str | None) -> Served:
-        """The model called `name`, or the default model. Raises ModelNotFound, ModelLoading,
-        NoModelAnnounced, InvalidInput (no default among several models) or RedisUnavailable."""
+        """Returns the model called `name`, or for None the default or only model; looks in Redis
+        once if it is not known. Raises ModelNotFound, ModelLoading, NoModelAnnounced, InvalidInput
+        (no default among several models) or RedisUnavailable."""
         served = self._find(name)
         if served is None:
             _check_name(name)
@@ -134,8 +139,8 @@ class Catalog:
         return served
 
     async def list_served(self) -> list[Served]:
-        """All served models by name. Raises RedisUnavailable if none is known because Redis is
-        away."""
+        """All served models by name; may be empty. Raises RedisUnavailable if none is known because
+        Redis is away."""
         if not self._served:
             await self._refresh_soon()
         if self._redis_error and not self._served:
@@ -157,7 +162,8 @@ class Catalog:
         return next(iter(self._served.values()))
 
     def _not_served_error(self, name: str | None) -> RequestError:
-        """Why the model cannot be used: the error that `find` raises."""
+        """Returns the error that `find` raises, which says why the model cannot be used:
+        RedisUnavailable if the last refresh failed, since the model may then exist."""
         # A client takes a 404 as final, so it gets one only after both refreshes have succeeded.
         if redis_error := self._redis_error or self.worker_snapshot.redis_error:
             return redis_error
@@ -200,8 +206,8 @@ class Catalog:
         return snapshot.has_in_folder(name, version) and not is_announced
 
     def _nothing_served_error(self, requested: str | None) -> NoModelAnnounced:
-        """The error if no model is served. Without Retry-After if workers are alive but load
-        nothing: they will announce nothing until their folder changes."""
+        """Returns the error if no model is served. Without Retry-After if workers are alive but
+        load nothing: they will announce nothing until their folder changes."""
         workers = list(self.worker_snapshot.workers.values())
         if not workers or any(worker.models or models_to_come(worker) for worker in workers):
             return _not_announced_error(requested)
@@ -225,10 +231,13 @@ class Catalog:
         )
 
     def _queues(self) -> list[str]:
+        """The queues of all served models."""
         return [served.queue for served in self._served.values()]
 
     async def _refresh_soon(self) -> None:
-        """Refreshes once for all requests that wait for it."""
+        """Refreshes models and workers once for all requests that wait for it, at least 0.2 s after
+        the last time. Does nothing if another request's refresh began meanwhile, or the last one
+        failed."""
         requested_at = time.monotonic()
         async with self._lock:
             if self._redis_error or self._refreshed_at >= requested_at:
@@ -240,6 +249,8 @@ class Catalog:
             await self.worker_snapshot.refresh()
 
     async def _refresh(self) -> None:
+        """Reads the announcements; the caller holds the lock. If Redis does not answer, keeps the
+        models and sets `_redis_error` instead of raising it."""
         self._refreshed_at = time.monotonic()
         try:
             announced = await self._announcements.announced()
@@ -266,7 +277,8 @@ class Catalog:
         self._seen_at = recent | dict.fromkeys(self._served, now)
 
     def _remember_default(self, name: str | None) -> None:
-        """Keeps the name for a later loss; logs a warning if another model is now the default."""
+        """Keeps the name for a later loss; logs a warning if another model is now the default. Does
+        nothing for None."""
         if name is None:
             return
         self._has_no_default = False
@@ -281,7 +293,8 @@ class Catalog:
 
     async def _restore_default(self, announced: Announced) -> Announced:
         """For when Redis names no default model: writes the configured one, or finds out from the
-        workers whether there is one at all."""
+        workers whether there is one at all. Returns the announcements, with the default model if
+        Redis has one now. Raises RedisUnavailable."""
         if self._configured_default:
             with suppress(StorageFull):
                 agreed = await self._store.agree_on_default_model(self._configured_default)
@@ -296,7 +309,8 @@ class Catalog:
         return announced
 
     def _build_served(self, announced: Announced) -> dict[str, Served]:
-        """The served models by name, each with its readable versions."""
+        """The served models by name, each with its readable versions; models without any are left
+        out."""
         served = {}
         for model, bodies in announced.models.items():
             if signatures := _signatures(model, bodies):
@@ -313,6 +327,7 @@ class Catalog:
 
 
 def _not_announced_error(name: str | None) -> NoModelAnnounced:
+    """Makes the error for a model, or for None any model, that a worker may still announce."""
     model = f"the model {name!r}" if name else "a model"
     return NoModelAnnounced(
         f"No worker has announced {model} yet; one may still be starting. "
@@ -322,10 +337,12 @@ def _not_announced_error(name: str | None) -> NoModelAnnounced:
 
 
 def _loading_error(loaded: str) -> ModelLoading:
+    """Makes the error while a worker loads something; `loaded` is its name in the message."""
     return ModelLoading(f"A worker is loading {loaded}. Retry in a moment.", retry_after_seconds=1)
 
 
 def _check_name(name: str | None) -> None:
+    """Raises ModelNotFound if no model can have this name; None is allowed."""
     if name is not None and not valid_name(name):
         raise ModelNotFound(
             "A model's name has 1 to 64 letters, digits, `_`, `.` and `-`, begins with a letter "
@@ -334,8 +351,8 @@ def _check_name(name: str | None) -> None:
 
 
 def _signatures(model: str, bodies: Mapping[str, bytes]) -> dict[str, Signature]:
-    """The signatures by version, without announcements that cannot be read or are not of this model
-    and version."""
+    """The signatures by version; announcements that cannot be read or are not of this model and
+    version are left out, with a warning in the log."""
     signatures = {}
     for version, body in bodies.items():
         signature = read_signature(body)
@@ -350,5 +367,5 @@ def _signatures(model: str, bodies: Mapping[str, bytes]) -> dict[str, Signature]
 
 
 def _newest_first(version: str) -> tuple[int, str]:
-    """A sort key that puts the newest version first."""
+    """A sort key that puts the newest version first: numbers from the highest, then other names."""
     return (-int(version), version) if version.isdecimal() else (0, version)

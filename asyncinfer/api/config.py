@@ -8,6 +8,8 @@ from asyncinfer.repository.policy import Policy
 
 
 class ApiConfig(Struct, frozen=True, kw_only=True):
+    """What one API process is started with."""
+
     redis_url: str
     queue_name: str = "predict_queue"
     policy: Policy = Policy()

@@ -20,13 +20,14 @@ _SAFE_METHODS: Final = frozenset({"GET", "HEAD"})
 
 
 class Guard:
-    """Refuses requests by Host, Origin and API key.
+    """Refuses requests by Host, Origin and API key; one for each API process.
 
-    Without it any page open in a browser could talk to an API on localhost: the page's own name
-    may be made to point here (Host), and it may send forms anywhere (Origin).
+    Without it any page open in a browser could talk to an API on localhost: the page's own name may
+    be made to point here (Host), and it may send forms anywhere (Origin).
     """
 
     def __init__(self, config: ApiConfig) -> None:
+        """Reads the key file, if one is configured; raises KeyFileRefused if it cannot be read."""
         self._hosts = frozenset(
             name.lower() for name in (*_LOCAL_HOSTS, _bracketed(config.host), *config.allowed_hosts)
         )
@@ -40,8 +41,10 @@ class Guard:
     def admit(
         self, key_scope: KeyScope | None, scope: Scope, headers: Mapping[bytes, bytes]
     ) -> Admission:
-        """The caller. Raises InvalidHeader, HostRefused, OriginRefused or Unauthorized. Whether the
-        key has the scope is checked later (`reach_of`), since that depends on the query."""
+        """Returns the caller. `key_scope` is what the route needs; for None it needs no key either,
+        and an unknown key counts as none. Raises InvalidHeader, HostRefused, OriginRefused or
+        Unauthorized. Whether the key has the scope is checked later (`reach_of`), since that
+        depends on the query."""
         authority = authority_of(scope, headers)
         self._check_host(authority, scope)
         if scope["method"] not in _SAFE_METHODS and b"origin" in headers:
@@ -53,6 +56,8 @@ class Guard:
         return admit(self.keys, _key(headers))
 
     def _check_host(self, authority: Authority | None, scope: Scope) -> None:
+        """Raises HostRefused for a host that is not this server's, and InvalidHeader if there is
+        none (None) and the request is no probe."""
         if authority is None:
             _check_probe(scope)
             return
@@ -68,6 +73,8 @@ class Guard:
         )
 
     def _check_origin(self, origin: str, authority: Authority | None) -> None:
+        """Raises OriginRefused unless `origin`, in lower case, is an allowed one or the server's
+        own: that of the Host, with http or https."""
         if origin in self._origins:
             return
         if authority and origin in (f"http://{authority.text}", f"https://{authority.text}"):
@@ -79,8 +86,9 @@ class Guard:
 
 
 def _key(headers: Mapping[bytes, bytes]) -> str | None:
-    """The key that was sent, if any. Raises InvalidHeader for two different keys: a proxy in front
-    may have checked one and this server would act on the other."""
+    """Returns the key that was sent; None if there is none, or only credentials of another scheme.
+    Raises InvalidHeader for two different keys: a proxy in front may have checked one and this
+    server would act on the other."""
     key = headers.get(b"x-api-key")
     scheme, _, credentials = headers.get(b"authorization", b"").partition(b" ")
     if scheme.lower() == b"bearer":
@@ -94,18 +102,20 @@ def _key(headers: Mapping[bytes, bytes]) -> str | None:
 
 
 def _check_probe(scope: Scope) -> None:
-    """Allows only probes without a Host. Load balancers send them over HTTP/1.0 (`option httpchk`
-    of HAProxy does), which RFC 9112 allows. A browser always sends a Host, so this opens nothing
-    to browsers."""
+    """Raises InvalidHeader unless the path is that of a probe, which may have no Host. Load
+    balancers send probes over HTTP/1.0 (`option httpchk` of HAProxy does), which RFC 9112 allows. A
+    browser always sends a Host, so this opens nothing to browsers."""
     if scope["path"] not in HEALTH_PATHS:
         raise InvalidHeader("A request needs a Host header; without one only /health is answered.")
 
 
 def _bracketed(host: str) -> str:
+    """The host as a Host header has it: an IPv6 address in brackets."""
     return f"[{host}]" if ":" in host else host
 
 
 def _is_address(name: str) -> bool:
+    """Whether it is an IP address; IPv6 may be in brackets."""
     try:
         ip_address(name.strip("[]"))
     except ValueError:

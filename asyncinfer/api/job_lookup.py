@@ -15,8 +15,8 @@ RETRYABLE: Final = frozenset({"failed", "cancelled"})
 
 
 def job_absent_error(services: Services, job_id: str) -> RequestError:
-    """JobExpired or JobNotFound, for a job that does not exist or is not the caller's; the error
-    must not show which."""
+    """Returns the error for a job that does not exist or is not the caller's, and does not show
+    which: JobExpired if its id is older than JOB_TTL, else JobNotFound."""
     created_ms = jobs.created_ms(job_id)
     ttl_seconds = services.config.policy.job_ttl_seconds
     if created_ms is not None and created_ms + ttl_seconds * 1000 < time.time() * 1000:
@@ -28,8 +28,8 @@ def job_absent_error(services: Services, job_id: str) -> RequestError:
 
 
 async def find_job(services: Services, request: Request[Any]) -> Stored:
-    """The job that the path names. Raises JobExpired or JobNotFound if it does not exist, or does
-    not belong to the tenant (None: any tenant) that the request may see."""
+    """Returns the job that the path names, with its result. Raises JobExpired or JobNotFound if it
+    does not exist or belongs to a tenant that the request is not about, and RedisUnavailable."""
     job_id = request.path("id") or ""
     stored = await services.submissions.read(job_id) if jobs.is_id(job_id) else None
     if stored is None or not is_in_reach(request, stored):
@@ -38,12 +38,13 @@ async def find_job(services: Services, request: Request[Any]) -> Stored:
 
 
 def is_in_reach(request: Request[Any], stored: Stored) -> bool:
-    """Whether the job belongs to the tenant that the request is about."""
+    """Whether the job belongs to the tenant that the request is about, which may be all tenants."""
     return request.reach.tenant in (None, owner_of(stored))
 
 
 def not_retried_error(services: Services, stored: Stored, verdict: str) -> RequestError:
-    """The error for a job that was not retried; `verdict` is the reason, from the script."""
+    """Returns the error for a job that was not retried. `stored` is the job as it was read before,
+    `verdict` the reason from the script, any but `ok`."""
     if verdict == "absent":
         return job_absent_error(services, stored.job_id)
     if verdict == "full":

@@ -33,8 +33,9 @@ class KeyFile:
         stable_seconds: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """A new content is used once it was unchanged for `stable_seconds`, since an editor may be
-        writing the file. Raises KeyFileRefused if the file cannot be read."""
+        """Reads the file at once; raises KeyFileRefused if that fails. A later content is used once
+        it was unchanged for `stable_seconds`, since an editor may be writing the file. `clock`
+        gives seconds."""
         self._path = path
         self._stable_seconds = stable_seconds
         self._clock = clock
@@ -54,12 +55,14 @@ class KeyFile:
         return self._keyring
 
     async def changed(self, known: Keyring) -> None:
-        """Returns once the valid keys are others than `known`."""
+        """Returns once the valid keys are another object than `known`, at once if they already
+        are."""
         while self._keyring is known:
             await self._changed.wait()
 
     async def run(self) -> None:
-        """Reads the file again and again until cancelled."""
+        """Reads the file every half `stable_seconds` until cancelled. A read that fails or takes
+        longer than 1 s is reported in the log, not raised."""
         loop = asyncio.get_running_loop()
         thread = ThreadPoolExecutor(1, "api-keys")
         reading: asyncio.Future[bytes] | None = None
@@ -80,7 +83,10 @@ class KeyFile:
             thread.shutdown(wait=False)
 
     def update(self, content: bytes | KeyFileRefused) -> None:
-        """Decides which keys are valid, after each read of the file."""
+        """Decides which keys are valid; call it after each read of the file, with its content or
+        the error. A new content replaces the keys once it was read unchanged for `stable_seconds`;
+        while the file cannot be read or keeps changing, the last keys stay valid for 60 s, then no
+        key is."""
         now = self._clock()
         if content == self._content:
             self._note_unchanged()
@@ -99,6 +105,7 @@ class KeyFile:
             self._use(content)
 
     def _use(self, content: bytes) -> None:
+        """Makes the keys in this content the valid ones, and logs how many they are."""
         self._content = content
         keyring = Keyring.parse(content)
         self._note_unchanged()
@@ -107,14 +114,17 @@ class KeyFile:
         _log_broken_lines(self._path, keyring)
 
     def _note_unchanged(self) -> None:
-        """The file is that of the keys in use."""
+        """Call when the file has the content in use: forgets what differed, and logs the end of an
+        error."""
         if self._error_logged_at is not None:
             _log.info("The API keys in %s can be read again.", self._path)
         self._candidate = self._differs_since = self._error_logged_at = None
 
     def _handle_difference(self, reason: str, now: float, *, is_changing: bool = False) -> None:
-        """Keeps the keys for a minute, then drops them: a mistake must not lock everyone out at
-        once, nor keep a revoked key valid forever."""
+        """Call when the file is not as the keys in use, because of `reason`. Keeps the keys for a
+        minute since it first differed, then drops them: a mistake must not lock everyone out at
+        once, nor keep a revoked key valid forever. Logs an error after `stable_seconds`, but of a
+        file that `is_changing` after 10 s."""
         assert self._differs_since is not None
         differs_seconds = now - self._differs_since
         if differs_seconds >= _TRUSTED_SECONDS:
@@ -132,20 +142,25 @@ class KeyFile:
             self._log_error(now, _ERROR_EVERY_SECONDS, message)
 
     def _log_error(self, now: float, every_seconds: float, message: str) -> None:
+        """Logs the message, unless an error was logged less than `every_seconds` before `now`."""
         if self._error_logged_at is None or now - self._error_logged_at >= every_seconds:
             self._error_logged_at = now
             _log.error("%s", message)
 
     def _replace(self, keyring: Keyring) -> None:
+        """Makes the keyring the valid one, and wakes all callers of `changed`."""
         self._keyring = keyring
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
     def _hanging_read_error(self) -> KeyFileRefused:
+        """Makes the error that stands for a read which has not returned."""
         return KeyFileRefused(f"Cannot read the API keys in {self._path}: the read hangs.")
 
 
 def _result_or_error(reading: asyncio.Future[bytes]) -> bytes | KeyFileRefused:
+    """Returns what a completed read returned, or the KeyFileRefused it raised; raises other
+    errors."""
     try:
         return reading.result()
     except KeyFileRefused as error:
@@ -153,7 +168,8 @@ def _result_or_error(reading: asyncio.Future[bytes]) -> bytes | KeyFileRefused:
 
 
 def _log_broken_lines(path: Path, keyring: Keyring) -> None:
-    """Logs what is wrong with a content; never the text of a line, which may be a key."""
+    """Logs the lines of a content that have no valid key, at most ten, and whether there is no key
+    at all; never the text of a line, which may be a key."""
     for line in keyring.broken[:_MAX_BROKEN_LOGGED]:
         _log.error("%s, line %d lets nobody in: %s.", path, line.number, line.reason)
     if len(keyring.broken) > _MAX_BROKEN_LOGGED:

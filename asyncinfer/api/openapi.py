@@ -26,7 +26,7 @@ _SECURITY: Final = {
 
 
 def document(routes: Sequence[Route]) -> bytes:
-    """The document as JSON."""
+    """The OpenAPI document of the routes, as JSON."""
     bodies = _bodies(routes)
     schemas, components = msgspec.json.schema_components(bodies, ref_template=_REF)
     by_struct = dict(zip(bodies, schemas, strict=True))
@@ -50,7 +50,8 @@ def document(routes: Sequence[Route]) -> bytes:
 
 
 def _bodies(routes: Iterable[Route]) -> list[type[Struct]]:
-    """Every struct that is the body of a request or answer, once, in a stable order."""
+    """Every struct that is the body, or a line of the body, of a request or answer: once, in the
+    order of the routes, after Problem."""
     structs: dict[type[Struct], None] = {Problem: None}
     for route in routes:
         lines = (*route.line_bodies, *route.line_answers)
@@ -59,6 +60,8 @@ def _bodies(routes: Iterable[Route]) -> list[type[Struct]]:
 
 
 def _operation(route: Route, schemas: dict[type[Struct], _Schema]) -> _Schema:
+    """A route's operation object; `schemas` has the schema of each struct. Its summary is the first
+    line of the handler's docstring."""
     operation: _Schema = {
         "operationId": _operation_id(route),
         "summary": (getdoc(route.handler) or "").partition("\n")[0],
@@ -89,6 +92,7 @@ def _operation_id(route: Route) -> str:
 
 
 def _answer(route: Route, status: int, schemas: dict[type[Struct], _Schema]) -> _Schema:
+    """The response object of one status of a route."""
     if status == HTTPStatus.NO_CONTENT:
         return {"description": "There are no more events."}
     body = route.answers[status]
@@ -109,7 +113,8 @@ def _binary(media_types: Iterable[str]) -> dict[str, _Schema]:
 
 
 def _lines(structs: Sequence[type[Struct]], schemas: dict[type[Struct], _Schema]) -> _Schema:
-    """The schema of one line, since OpenAPI 3.1 cannot describe a sequence of JSON texts."""
+    """The content of a bulk body: the schema of one line, since OpenAPI 3.1 cannot describe a
+    sequence of JSON texts. Empty without structs."""
     if not structs:
         return {}
     alternatives = [schemas[struct] for struct in structs]
@@ -117,7 +122,8 @@ def _lines(structs: Sequence[type[Struct]], schemas: dict[type[Struct], _Schema]
 
 
 def _problems(route: Route, schema: _Schema) -> dict[str, _Schema]:
-    """Error answers by status, each with the codes that it may have."""
+    """Response objects of errors by status, each with the codes that it may have. `schema` is
+    Problem's."""
     errors: list[type[RequestError]] = [*EVERYWHERE, *route.errors]
     if route.scope:
         errors += [Unauthorized, Forbidden]
@@ -134,6 +140,7 @@ def _problems(route: Route, schema: _Schema) -> dict[str, _Schema]:
 
 
 def _path_parameters(route: Route) -> list[_Schema]:
+    """Parameter objects of the names in braces in the path."""
     return [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
         for name in re.findall(r"{(\w+)}", route.path)
@@ -141,6 +148,7 @@ def _path_parameters(route: Route) -> list[_Schema]:
 
 
 def _query_parameters(route: Route) -> list[_Schema]:
+    """Parameter objects of the fields of the route's query struct."""
     schema = msgspec.json.schema(route.query)
     properties = schema["$defs"][route.query.__name__]["properties"]
     return [
@@ -150,6 +158,7 @@ def _query_parameters(route: Route) -> list[_Schema]:
 
 
 def _headers(route: Route) -> list[_Schema]:
+    """Parameter objects of the request headers that a route reads."""
     return [
         {
             "name": header.name,

@@ -99,13 +99,16 @@ Errors = tuple[type[RequestError], ...]
 
 
 class HeaderParameter(Struct, frozen=True):
+    """A request header that a route reads; `pattern` is a regular expression for its value."""
+
     name: str
     description: str
     pattern: str
 
 
 class Route(Struct, frozen=True, kw_only=True):
-    """A method on a path. Without a `scope` it needs no API key; `answers` are bodies by status."""
+    """A method on a path. Without a `scope` it needs no API key. `answers` are the bodies by
+    status, None for one that no struct describes."""
 
     method: Literal["GET", "POST", "DELETE"]
     path: str

@@ -23,8 +23,9 @@ _GRACE_SECONDS: Final = 5
 
 
 async def serve(config: ApiConfig, *, on_ready: Callable[[], None]) -> None:
-    """Serves until SIGINT or SIGTERM. `on_ready` is called once connections are accepted; raises
-    StartError if the address is taken."""
+    """Serves until SIGINT or SIGTERM; returns once open requests are answered, at most 5 s later.
+    `on_ready` is called once connections are accepted. Raises StartError if the address is taken or
+    Redis cannot be used."""
     with contextlib.closing(listen(config.host, config.port)) as listener:
         await serve_on(listener, config, on_ready=on_ready)
 
@@ -47,17 +48,21 @@ class Server(uvicorn.Server):
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Calls `on_ready` once connections are accepted. Sets this process's thread switch
+        interval."""
         # A thread that reads a long request must not hold up the event loop for 5 ms (the default).
         sys.setswitchinterval(_SWITCH_SECONDS)
         await super().startup(sockets)
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answers waiting clients at once, then does as uvicorn: gives open requests 5 s to end."""
         await self._app.stop_waiting()
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Unlike uvicorn's, does not raise the signal again after the shutdown: `serve` returns."""
+        """Starts the shutdown, for a second signal without waiting for requests. Unlike uvicorn's,
+        does not raise the signal again after the shutdown: `serve` returns."""
         self.force_exit = self.should_exit
         self.should_exit = True
 

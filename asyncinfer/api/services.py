@@ -23,6 +23,9 @@ from asyncinfer.repository.submissions import Submissions
 
 
 class Services(Struct, frozen=True, kw_only=True):
+    """One object for each API process, made when its lifespan begins, which also runs their
+    tasks."""
+
     config: ApiConfig
     store: Store
     submissions: Submissions

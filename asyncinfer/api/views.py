@@ -32,7 +32,7 @@ WaitingForField = WaitingFor | UnsetType | None
 
 
 def accepted_view(job_id: str, status: Status, waiting_for: WaitingForField) -> Accepted:
-    """The body of a 202."""
+    """The body of a 202: the job's id, status and path, and why it waits."""
     return Accepted(job_id, status, url_of(job_id), waiting_for)
 
 
@@ -42,7 +42,8 @@ _NOT_SHOWN: Final = "Only its own tenant is shown the message, which may repeat 
 def job_view(
     stored: Stored, default_model: str | None, waiting_for: WaitingForField = UNSET
 ) -> Job:
-    """The whole job with its result."""
+    """The whole job with its result, which is None (`null`) until it is completed. An external job
+    belongs to the default model; `waiting_for` is shown as it is given, UNSET leaves it out."""
     view = summary_view(stored, default_model, waiting_for)
     return msgspec.structs.replace(view, result=result_text(stored))
 
@@ -51,7 +52,7 @@ def summary_view(
     stored: Stored, default_model: str | None, waiting_for: WaitingForField = UNSET
 ) -> Job:
     """The job without its result. An external job, which has no record, belongs to the default
-    model."""
+    model; that may be None if it is not known. `waiting_for` is as for `job_view`."""
     record = stored.record
     return Job(
         job_id=stored.job_id,
@@ -87,15 +88,16 @@ def operator_view(
 
 
 def owner_of(stored: Stored) -> str:
-    """The tenant that a job belongs to."""
+    """The tenant that a job belongs to; an external job belongs to the default tenant."""
     return stored.record.tenant if stored.record else DEFAULT_TENANT
 
 
 def change_view(
     change: Change, stored: Stored | None, default_model: str | None, waiting_for: WaitingForField
 ) -> Job:
-    """The job as it was when it reached the change's status, which it may have left since.
-    `waiting_for` is that of the job as it is stored now."""
+    """The job as it was when it reached the change's status, which it may have left since. `stored`
+    is the job as it was read after the change, None if it was deleted; `waiting_for` is that of
+    `stored`."""
     if stored and stored.status == change.status:
         return summary_view(stored, default_model, waiting_for)
     waiting_for_then = UNSET if change.status in TERMINAL else None
@@ -116,7 +118,7 @@ def change_view(
 
 
 def priority_of(record: Record | None) -> Priority | UnsetType:
-    """The priority to show; UNSET for the usual one."""
+    """The priority to show; UNSET for `normal`, also without a record."""
     return (
         UNSET if record is None or record.options.priority == "normal" else record.options.priority
     )
@@ -138,7 +140,8 @@ def has_ended(stored: Stored) -> bool:
 
 
 def result_text(stored: Stored) -> Raw | None:
-    """The result as JSON, whether it is stored as JSON or packed; None while there is none."""
+    """The result as JSON, whether it is stored as JSON or packed; None unless the job is completed
+    and has one. Never raises: a damaged result becomes a JSON string."""
     if stored.status != "completed" or stored.result is None:
         return None
     if packing.is_packed(stored.result):
@@ -147,6 +150,7 @@ def result_text(stored: Stored) -> Raw | None:
 
 
 def _rendered(packed: bytes) -> Raw:
+    """The JSON of packed tensors; damaged ones become a JSON string."""
     try:
         return Raw(render_stored(packed))
     except packing.DamagedPayload:

@@ -47,6 +47,7 @@ class WaitReasons:
     def __init__(
         self, snapshot: WorkerSnapshot, store: Store, default_model: Callable[[], str | None]
     ) -> None:
+        """`default_model` returns the present default model, None if it is not known."""
         self._snapshot = snapshot
         self._n = store.n
         self._max_errors = store.policy.max_errors
@@ -54,7 +55,7 @@ class WaitReasons:
 
     def of(self, stored: Stored) -> WaitingFor | UnsetType | None:
         """Why a stored job waits: None if nothing is wrong, UNSET if it has ended. An external job
-        belongs to the default model."""
+        belongs to the default model. Never raises."""
         if stored.record:
             return self.of_record(stored.record, stored.status)
         general = self._general_reason(self._n, self._default_model() or "", None)
@@ -64,13 +65,14 @@ class WaitReasons:
 
     def of_queue(self, record: Record) -> WaitingFor | None:
         """Why no job with the queue, model and version of this record is run, whatever its start
-        time."""
+        time; None if nothing is wrong."""
         return self._general_reason(record.queue, record.model, record.version)
 
     def of_record(
         self, record: Record, status: Status = "pending"
     ) -> WaitingFor | UnsetType | None:
-        """Why a job with this record waits, such as one that was just submitted."""
+        """Why a job with this record and status waits, such as one that was just submitted: None if
+        nothing is wrong, UNSET if it has ended."""
         general = self._general_reason(record.queue, record.model, record.version)
         if status != "pending":
             return _not_pending_reason(general, status)
@@ -81,8 +83,8 @@ class WaitReasons:
         return general
 
     def _general_reason(self, queue: str, model: str, version: str | None) -> WaitingFor | None:
-        """The reason that holds for all jobs of a model and version; decided once per refresh of
-        the snapshot."""
+        """The reason that holds for all jobs of a model and version (None: of any version), None if
+        there is none; decided once per refresh of the snapshot."""
         wait_reasons = self._snapshot.wait_reasons
         key = (queue, model, version)
         try:
@@ -94,7 +96,8 @@ class WaitReasons:
             return reason
 
     def _reason(self, queue: str, model: str, version: str | None) -> WaitingFor | None:
-        """The first that applies: a Redis that takes no writes, a pause, a missing worker."""
+        """The first that applies: a Redis that takes no writes, a pause, a missing worker; else
+        None. The message of a pause also names a missing worker."""
         refusal = self._snapshot.writes_refusal
         if isinstance(refusal, StorageFull):
             return _STORAGE_FULL
@@ -108,8 +111,8 @@ class WaitReasons:
         return WaitingFor("paused", f"{paused} {missing.message}" if missing else paused)
 
     def _missing_worker(self, model: str, version: str | None) -> WaitingFor | None:
-        """Why no worker can run the model: none has it, or one is loading it. None if one has
-        it."""
+        """Why no worker can run the model (version None: any version): none has it, or one is
+        loading it. None if one has it, or if its absence is not certain yet."""
         if self._snapshot.has(model, version):
             return None
         shown = model[:_SHOWN_CHARACTERS] or "the default model"
@@ -130,13 +133,15 @@ class WaitReasons:
 def _not_pending_reason(
     general: WaitingFor | None, status: Status
 ) -> WaitingFor | UnsetType | None:
-    """The reason of a running job, which can only wait to be stored; UNSET for an ended one."""
+    """The reason of a running job: a full disk, which keeps its end from being stored, else None.
+    UNSET for an ended one."""
     if status in jobs.TERMINAL:
         return UNSET
     return general if general is _DISK_FULL else None
 
 
 def _since(shown: str, absence: Absence) -> str:
+    """A sentence on how long no worker has had what is `shown`."""
     seconds = time.time() - absence.since
     when = f"{_moment(absence.since)} ({_duration(seconds)})"
     if absence.was_seen:
@@ -145,7 +150,8 @@ def _since(shown: str, absence: Absence) -> str:
 
 
 def _delayed(record: Record, general: WaitingFor | None) -> WaitingFor | None:
-    """`general`, or the reason `delayed` if the job's own start time is in the future."""
+    """The reason `delayed`, with the message of `general`, if the job's start time is in the
+    future; else `general`. A Redis that takes no writes comes first."""
     if general is _DISK_FULL or general is _STORAGE_FULL:
         return general
     start = record.created_ms / 1000 + record.options.delay_seconds
@@ -157,6 +163,7 @@ def _delayed(record: Record, general: WaitingFor | None) -> WaitingFor | None:
 
 
 def _retry(errors: int, max_errors: int) -> WaitingFor:
+    """The reason of a job that waits for its next try after `errors` failed ones."""
     return WaitingFor(
         "retry",
         f"Try {errors} of {max_errors} failed with an error that may be temporary. The next one "
@@ -166,7 +173,8 @@ def _retry(errors: int, max_errors: int) -> WaitingFor:
 
 
 def _moment(at: float) -> str:
-    """A time in UTC, without its date if that is today; a dash if the number is no valid time."""
+    """A time in UTC, without its date if that is today; a dash if the number is no valid time. `at`
+    is in seconds of Unix time."""
     try:
         moment = datetime.fromtimestamp(at, UTC)
     except (ValueError, OverflowError, OSError):
@@ -176,6 +184,8 @@ def _moment(at: float) -> str:
 
 
 def _duration(seconds: float) -> str:
+    """A duration in whole s, min, h or d, in the largest unit of which there are two; `0 s` if
+    negative."""
     for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"

@@ -43,7 +43,7 @@ RequestedVersion = tuple[str, str | None]
 
 
 class Absence(Struct, frozen=True):
-    """Since when no worker has a model."""
+    """Since when no worker has a model, or a version of it."""
 
     since: float
     """By `time.time`."""
@@ -52,7 +52,8 @@ class Absence(Struct, frozen=True):
 
 
 class WorkerSnapshot:
-    """What workers announce: `run` reads it every second, and answers use the last state."""
+    """What workers announce: `run` reads it every second, and answers use the last state. One
+    object for each API process, empty until the first `refresh`."""
 
     def __init__(
         self,
@@ -62,6 +63,9 @@ class WorkerSnapshot:
         grace_seconds: float = _GRACE_SECONDS,
         own_worker_since_ms: int | None = None,
     ) -> None:
+        """`queues` returns the queues whose pauses to read. `grace_seconds` is how long a worker
+        may be gone before `absence` reports it. `own_worker_since_ms` is when `serve` started its
+        own worker, in Unix time; None without one."""
         self._inspection = inspection
         self._store = store
         self._queues = queues
@@ -100,7 +104,8 @@ class WorkerSnapshot:
         self._is_complete = True
 
     async def run(self) -> None:
-        """Refreshes every second until cancelled."""
+        """Refreshes every second until cancelled; logs errors that are not expected, and goes
+        on."""
         while True:
             await anyio.sleep(_REFRESH_SECONDS)
             try:
@@ -110,8 +115,8 @@ class WorkerSnapshot:
                 _log.unexpected("The announcements of workers could not be read.", error)
 
     async def refresh(self) -> None:
-        """Reads the state now. If Redis does not answer, keeps the last state and sets
-        `redis_error`."""
+        """Reads workers, pauses and whether Redis takes writes now, and empties `wait_reasons`.
+        Does not raise if Redis does not answer: keeps the last state and sets `redis_error`."""
         async with self._lock:
             try:
                 seen = await self._inspection.workforce(self._queues())
@@ -144,7 +149,7 @@ class WorkerSnapshot:
 
     def absence(self, model: str, version: str | None) -> Absence | None:
         """Since when no living worker has a version of a model (None: any). None if a worker has
-        it, or if that is not certain."""
+        it, if it has been gone for less than the grace time, or if that is not certain."""
         now = time.monotonic()
         is_certain = self._first_refresh_at and self._is_complete and now >= self._certain_at
         if self.has(model, version) or not is_certain:
@@ -166,18 +171,21 @@ class WorkerSnapshot:
 
     def has_in_folder(self, model: str, version: str | None) -> bool:
         """Whether a living worker has a version in its folder (None: any) and claims its jobs. A
-        worker also claims waiting jobs of a model that was removed; that does not count here."""
+        worker also claims waiting jobs of a model that was removed; that does not count here. A
+        worker that does not announce its versions counts only for None."""
         versions = self._served.get(model, _NO_VERSIONS)
         if versions is None:
             return version is None and model not in self._leaving
         return bool(versions) if version is None else version in versions
 
     def is_loading(self, model: str, version: str | None) -> bool:
-        """Whether a living worker has not yet loaded the model, or this version of it."""
+        """Whether a living worker has not yet loaded the model, or this version of it; None means
+        no version in particular."""
         return model in self.loading or (model, version) in self._loading_versions
 
     def refusal_reasons(self, model: str) -> list[str]:
-        """Sentences on why living workers refuse to serve versions of a model in their folders."""
+        """Sentences on why living workers refuse to serve versions of a model in their folders, by
+        worker; empty if none refuses."""
         return [
             f"{f'Version {version}' if version else 'It'} is not served: {reason}."
             for _, worker in sorted(self.workers.items())
@@ -193,7 +201,8 @@ class WorkerSnapshot:
         )
 
     async def _read_writes_refusal(self) -> StorageFull | WritesRefused | None:
-        """Why Redis takes no writes; None if it does, or if that cannot be found out."""
+        """Returns why Redis takes no writes; None if it does, or if that cannot be found out.
+        Raises RedisUnavailable if Redis does not answer."""
         try:
             await self._store.check_writes()
         except (StorageFull, WritesRefused) as error:
@@ -204,8 +213,8 @@ class WorkerSnapshot:
         return None
 
     def _use_announcements(self, bodies: Mapping[str, bytes]) -> None:
-        """Replaces the state by these announcements, and notes which models have lost all
-        workers."""
+        """Replaces the state by these announcements, by worker id, and notes which models have lost
+        all workers and when."""
         self.workers = {
             shown_worker(worker_id): worker_says(body) for worker_id, body in bodies.items()
         }
@@ -237,7 +246,8 @@ _NO_VERSIONS: Final[frozenset[str]] = frozenset()
 
 
 def _served(ready: Sequence[WorkerSays]) -> dict[str, set[str] | None]:
-    """By model the versions that these workers serve; None if a worker does not say which."""
+    """By model the versions that these workers serve; None if a worker does not say which. `ready`
+    are the workers that claim jobs."""
     served: dict[str, set[str] | None] = {}
     for worker in ready:
         for model in worker.models:

@@ -8,7 +8,7 @@ _OPEN_SECONDS: Final = 1.0
 
 class CircuitBreaker:
     """Open for a second after a call failed: while Redis is silent, each call takes its full
-    timeout."""
+    timeout. Its user calls `open` after a failure and checks `is_open` before a call."""
 
     def __init__(self) -> None:
         self._open_until = 0.0

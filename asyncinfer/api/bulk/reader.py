@@ -54,8 +54,8 @@ class _KeyRevoked(Exception):
 
 
 async def predict_lines(services: Services, request: Request[AskedOptions]) -> Stream:
-    """Raises errors that concern the whole request; an error in a line becomes that line's
-    response."""
+    """Returns the stream of response lines, which reads the request while it is sent. Raises errors
+    that concern the whole request; an error in a line becomes that line's response."""
     check_bulk_headers(request)
     if request.header(b"idempotency-key") is not None:
         raise InvalidHeader(
@@ -79,7 +79,8 @@ async def predict_lines(services: Services, request: Request[AskedOptions]) -> S
 
 
 class BulkReader:
-    """Reads lines, submits them as they come, and adds a response for each to `responses`."""
+    """Reads lines, submits them as they come, and adds a response for each to `responses`. One
+    object for each request."""
 
     def __init__(
         self,
@@ -88,6 +89,8 @@ class BulkReader:
         responses: ResponseQueue,
         wait_seconds: int | None,
     ) -> None:
+        """`wait_seconds` is how long each response may wait for its job's end; None answers every
+        job with its 202."""
         self._services = services
         self._request = request
         self._responses = responses
@@ -105,13 +108,15 @@ class BulkReader:
         """Set once no more lines are read."""
 
     async def begin(self) -> None:
-        """Reads once from a client that waits for `100 Continue`, which makes the server send it;
-        once the answer has begun that is too late."""
+        """Call before the answer begins. Reads once from a client that waits for `100 Continue`,
+        which makes the server send it; does nothing for others."""
         if b"expect" in self._request.headers:
             self._first = await self._request.receive()
 
     async def run(self) -> None:
-        """Reads and submits all lines, then returns when the client has disconnected."""
+        """Reads and submits all lines, then returns when the client has disconnected, or at once if
+        it did before. An error that ends the reading becomes the last response line; only
+        ClientTooSlow is raised."""
         async with anyio.create_task_group() as group:
             group.start_soon(self._stop_with_the_api)
             try:
@@ -129,8 +134,8 @@ class BulkReader:
         await wait_for_disconnect(self._request)
 
     async def end_after_revocation(self, error: RequestError) -> bytes:
-        """Stops reading because the client's key was revoked, and returns the answer's last line.
-        A submit in progress is completed first."""
+        """Stops reading because the client's key was revoked, and returns the answer's last line,
+        made from `error`. A submit in progress is completed first."""
         self._key_is_revoked = True
         self._interruptible.cancel()
         await self._reading_ended.wait()
@@ -141,10 +146,14 @@ class BulkReader:
         return problem_line(explained_error, self._last_line + 1)
 
     async def _stop_with_the_api(self) -> None:
+        """Waits until the API stops, then ends the wait in progress, so that the reader finds it
+        out."""
         await self._services.inbox.closing.wait()
         self._interruptible.cancel()
 
     async def _read(self) -> None:
+        """Processes all lines of the body. Raises ClientGone, ClientTooSlow, _KeyRevoked, or the
+        RequestError that ends the reading."""
         lines = LineSplitter(self._services.config.max_json_bytes)
         more = True
         while more:
@@ -158,8 +167,9 @@ class BulkReader:
     # --- waiting for the client ------------------------------------------------------------
 
     async def _receive(self) -> Message:
-        """The client's next message. A client may be silent while it waits for responses; else
-        raises RequestTimeout when it is silent for too long."""
+        """Returns the client's next message. A client may be silent while it waits for responses;
+        else raises RequestTimeout when it is silent for too long. Raises as `_unless_stopped`
+        does."""
         if self._first is not None:
             first, self._first = self._first, None
             return first
@@ -179,18 +189,21 @@ class BulkReader:
 
     async def _wait_for_room(self) -> None:
         """Returns once another response fits into the queue; raises ClientTooSlow if the client
-        reads none of its responses for too long."""
+        reads none of its responses for too long. Raises as `_unless_stopped` does."""
         max_seconds = self._silence_seconds + (self._wait_seconds or 0)
         if await self._unless_stopped(self._has_room, max_seconds) is None:
             raise ClientTooSlow(f"the client read nothing of its answer for {max_seconds:g} s")
 
     async def _has_room(self) -> bool:
+        """Waits for room and returns True, which for `_unless_stopped` means that its time was not
+        up."""
         await self._responses.wait_for_room()
         return True
 
     async def _unless_stopped(self, call: Callable[[], Awaitable[T]], seconds: float) -> T | None:
-        """The result of `call`, or None if it takes longer than `seconds`. Raises ServerStopping
-        when the API stops, and _KeyRevoked."""
+        """The result of `call`, or None if it takes longer than `seconds` and is cancelled. Raises
+        ServerStopping if the API stops, and _KeyRevoked if the key is revoked, before or during the
+        call."""
         if not (self._key_is_revoked or self._services.inbox.closing.is_set()):
             with anyio.move_on_after(seconds) as self._interruptible:
                 return await call()
@@ -207,7 +220,8 @@ class BulkReader:
     # --- from lines to answers -------------------------------------------------------------
 
     async def _process(self, lines: Iterator[Line]) -> None:
-        """Submits the jobs of these lines in batches, and adds their responses."""
+        """Submits the jobs of these lines in batches, and adds their responses; returns when there
+        are no more lines. Raises TooManyRefusedLines, and as `_wait_for_room` does."""
         while True:
             await self._wait_for_room()
             served = await self._served()
@@ -219,6 +233,8 @@ class BulkReader:
             await anyio.lowlevel.checkpoint()
 
     def _check_refused(self) -> None:
+        """Raises TooManyRefusedLines once more than 1,000 lines were refused, and more than ten for
+        each accepted one."""
         refused, accepted = self._refused_lines, self._accepted_lines
         if refused > max(_MAX_REFUSED, _MAX_REFUSED_PER_ACCEPTED * accepted):
             raise TooManyRefusedLines(
@@ -227,8 +243,8 @@ class BulkReader:
             )
 
     async def _served(self) -> Served | RequestError:
-        """The model as it is served now, or why it is not: a request may last longer than a
-        version is served."""
+        """Returns the model as it is served now, or the error that says why it is not: a request
+        may last longer than a version is served."""
         try:
             return await self._services.catalog.find(self._request.path("model"))
         except RequestError as error:
@@ -237,7 +253,9 @@ class BulkReader:
     async def _read_batch(
         self, lines: Iterator[Line], served: Served | RequestError
     ) -> list[NumberedJob]:
-        """Reads and checks as many lines as one script call takes."""
+        """Reads and checks as many lines as one script call takes, for at most 10 ms and one line
+        more. Returns each line's number with its job or error, in order; empty if no lines are
+        left."""
         batch: list[NumberedJob] = []
         size = 0
         until = time.perf_counter() + _AT_A_STRETCH_SECONDS
@@ -255,6 +273,8 @@ class BulkReader:
         return batch
 
     async def _job_of(self, line: Line, served: Served | RequestError) -> NewJob:
+        """The job of a line. Raises the line's error: it is too long, does not fit the model, or
+        the model is not served."""
         if line.text is None:
             raise BodyTooLarge(
                 f"A line may have {self._services.config.max_json_bytes} bytes. Send fewer rows "
@@ -271,7 +291,8 @@ class BulkReader:
         return new_job(self._request.tenant, served.queue, parsed, key)
 
     async def _submit_batch(self, batch: Sequence[NumberedJob]) -> list[bytes | Due]:
-        """Submits the jobs of a batch; the responses of its lines, in their order."""
+        """Submits the jobs of a batch. Returns the responses of its lines, in their order: text, or
+        the job to wait for."""
         jobs = [job for _, job in batch if isinstance(job, NewJob)]
         outcomes = await self._submit(jobs)
         statuses = await self._statuses_of_existing(outcomes)
@@ -291,6 +312,8 @@ class BulkReader:
         return answers
 
     def _accepted(self, job: NewJob, job_id: str, status: Status) -> bytes:
+        """The 202 line of a job, which may have been submitted before under another id than
+        `job`'s."""
         record = job.record
         if job_id != job.job_id and (made_ms := created_ms(job_id)) is not None:
             # An earlier job with the same options, whose delay began when that job was created.
@@ -298,7 +321,8 @@ class BulkReader:
         return accepted_line(job_id, status, self._services.wait_reasons.of_record(record, status))
 
     async def _submit(self, jobs: Sequence[NewJob]) -> Sequence[Submitted | RequestError]:
-        """For each job, in order, the verdict of its submit or the error."""
+        """For each job, in order, the verdict of its submit or the error, which is not raised.
+        Submits nothing for a second after Redis did not answer."""
         if self._breaker.is_open:
             error = RedisUnavailable(
                 "Redis did not answer a moment ago, so this line was not sent to it. Send it "
@@ -317,8 +341,8 @@ class BulkReader:
     async def _statuses_of_existing(
         self, outcomes: Sequence[Submitted | RequestError]
     ) -> dict[str, Status | RequestError]:
-        """The statuses, by id, of jobs that existed before; empty if the client waits for jobs,
-        which reads them anyway."""
+        """The statuses, by id, of jobs that existed before, or the error if one is gone or Redis
+        does not answer. Empty if the client waits for jobs, which reads them anyway."""
         ids = [
             outcome.job_id
             for outcome in outcomes
@@ -341,7 +365,8 @@ class BulkReader:
         outcome: Submitted | RequestError,
         statuses: dict[str, Status | RequestError],
     ) -> tuple[str, Status] | RequestError:
-        """The id and status of the job that a line submitted or repeated, or the line's error."""
+        """Returns the id and status of the job that a line submitted or repeated, or the line's
+        error. `statuses` are those of the jobs that existed before."""
         services = self._services
         if isinstance(outcome, RequestError):
             return explain_submit_error(outcome, job)
@@ -353,6 +378,8 @@ class BulkReader:
         return status if isinstance(status, RequestError) else (outcome.job_id, status)
 
     def _add(self, answers: Sequence[bytes | Due], queue: str) -> None:
+        """Adds the responses of a batch as one block. `queue` is that of its jobs, empty if the
+        model is not served."""
         if self._wait_seconds is None:
             answers = [b"".join(answer for answer in answers if isinstance(answer, bytes))]
         until = time.monotonic() + (self._wait_seconds or 0)
@@ -360,4 +387,5 @@ class BulkReader:
 
 
 def _is_duplicate(outcome: Submitted) -> bool:
+    """Whether the line repeated an earlier job's idempotency key."""
     return outcome.verdict == "dup"

@@ -37,7 +37,8 @@ class Block(Struct, frozen=True):
 
 
 class ResponseQueue:
-    """Blocks in the order in which they are to be written; true while it holds any."""
+    """Blocks in the order in which they are to be written; true while it holds any. One for each
+    request, with one reader that adds and one writer that takes."""
 
     def __init__(self) -> None:
         self.popped_at = time.monotonic()
@@ -52,6 +53,7 @@ class ResponseQueue:
         return self._bytes > 0
 
     def add(self, block: Block) -> None:
+        """Adds a block and wakes `peek`. Does not wait: call `wait_for_room` before."""
         size = block.size()
         self._blocks.append((block, size))
         self._bytes += size
@@ -73,13 +75,13 @@ class ResponseQueue:
         return self._blocks[0][0]
 
     def pop(self) -> None:
-        """Removes the block that `peek` returned, once it is written."""
+        """Removes the block that `peek` returned, once it is written, and wakes `wait_for_room`."""
         self._bytes -= self._blocks.popleft()[1]
         self.popped_at = time.monotonic()
         self._popped.set()
 
     async def wait_for_room(self) -> None:
-        """Returns once another block may be added."""
+        """Returns once the queue holds at most 16 MiB; one block of any size may then be added."""
         while self._bytes > _MAX_BYTES:
             self._popped.clear()
             await self._popped.wait()

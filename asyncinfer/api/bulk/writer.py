@@ -37,7 +37,7 @@ def problem_line(error: RequestError, line: int) -> bytes:
 
 
 def with_job_id(error: RequestError, job_id: str) -> RequestError:
-    """The same error, with the job's id."""
+    """A copy of the error with the job's id, without its faults."""
     return type(error)(
         error.detail,
         retry_after_seconds=error.retry_after_seconds,
@@ -47,7 +47,7 @@ def with_job_id(error: RequestError, job_id: str) -> RequestError:
 
 
 class ResponseWriter:
-    """Writes the responses of the queue, in its order."""
+    """Writes the responses of the queue, in its order. One object for each request."""
 
     def __init__(self, services: Services, responses: ResponseQueue) -> None:
         self._services = services
@@ -55,7 +55,8 @@ class ResponseWriter:
         self._breaker = CircuitBreaker()
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """Whole lines as they become known, until the queue ends."""
+        """Yields whole lines as they become known, in order, until the queue ends. Raises nothing
+        if Redis does not answer: jobs that cannot be read are answered with a 202 line."""
         while block := await self._responses.peek():
             rest = block.answers
             while rest:
@@ -73,7 +74,8 @@ class ResponseWriter:
     async def _chunks_of(
         self, entries: Sequence[bytes | Due], block: Block
     ) -> AsyncGenerator[bytes, None]:
-        """The lines of a few responses, each once it and all before it are known."""
+        """Yields the lines of a few responses, each once it and all before it are known. `block` is
+        the one that they are from."""
         jobs = list(dict.fromkeys(entry.job_id for entry in entries if isinstance(entry, Due)))
         with self._tickets(jobs) as tickets:
             answers = await self._watch(jobs, tickets, block)
@@ -92,6 +94,7 @@ class ResponseWriter:
 
     @contextlib.contextmanager
     def _tickets(self, jobs: Sequence[str]) -> Iterator[dict[str, Ticket]]:
+        """Holds a ticket of the inbox for each job, by id, while the block lasts."""
         with contextlib.ExitStack() as stack:
             inbox = self._services.inbox
             yield {job_id: stack.enter_context(inbox.expect(job_id)) for job_id in jobs}
@@ -99,9 +102,10 @@ class ResponseWriter:
     async def _watch(
         self, jobs: Sequence[str], tickets: Mapping[str, Ticket], block: Block
     ) -> JobAnswers:
-        """The answers of jobs that have ended; the inbox will be notified of the others. Jobs are
-        watched only now, not when they are submitted, so that a result is not in memory before
-        its turn."""
+        """The answers of jobs that have ended or are gone; the inbox will be notified of the
+        others. Of all jobs as they are, if Redis does not answer, the API stops or the block's time
+        is up. Jobs are watched only now, not when they are submitted, so that a result is not in
+        memory before its turn."""
         if not jobs:
             return {}
         if self._services.inbox.closing.is_set() or time.monotonic() >= block.until:
@@ -122,8 +126,9 @@ class ResponseWriter:
     async def _wait_for_end(
         self, job_id: str, tickets: Mapping[str, Ticket], answers: JobAnswers, until: float
     ) -> JobAnswers:
-        """The answers that are new once a job has ended; at `until`, those of all jobs as they
-        are."""
+        """Waits for a job's end. Returns the answers that are not yet in `answers`: this job's, and
+        those of others that have ended; at `until` (monotonic), or when the API stops, those of all
+        jobs as they are."""
         left = max(0.0, until - time.monotonic())
         await settled(tickets[job_id].ended, left)
         new: JobAnswers = {
@@ -141,6 +146,7 @@ class ResponseWriter:
         return new | await self._read([other for other in tickets if other not in answers | new])
 
     async def _read(self, jobs: Sequence[str]) -> JobAnswers:
+        """The answers of jobs as they are now; a 202 for each if Redis does not answer."""
         try:
             states = await self._call_redis(lambda: self._services.submissions.read_many(jobs))
         except RedisUnavailable:
@@ -152,7 +158,8 @@ class ResponseWriter:
     async def _call_redis(
         self, call: Callable[[], Awaitable[list[Stored | None]]]
     ) -> list[Stored | None]:
-        """Raises RedisUnavailable at once if Redis did not answer a moment ago."""
+        """Returns what `call` returns. Raises RedisUnavailable, at once if Redis did not answer
+        within the last second."""
         if self._breaker.is_open:
             raise RedisUnavailable("Redis did not answer a moment ago.")
         try:
@@ -162,6 +169,7 @@ class ResponseWriter:
             raise
 
     def _view(self, job_id: str, stored: Stored | None) -> Job | RequestError:
+        """The job as an answer with its result, or the error of a job that is gone (None)."""
         if stored is None:
             return with_job_id(job_absent_error(self._services, job_id), job_id)
         waiting_for = self._services.wait_reasons.of(stored) or UNSET
@@ -175,6 +183,7 @@ def _accepted(jobs: Sequence[str]) -> JobAnswers:
 
 
 def _line_of(answer: Job | Accepted | RequestError, line: int) -> bytes:
+    """The answer as a line; `line` is its number in the request, which only an error names."""
     if isinstance(answer, RequestError):
         return problem_line(answer, line)
     return _encode(answer) + b"\n"

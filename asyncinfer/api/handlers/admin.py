@@ -49,7 +49,12 @@ async def list_workers(services: Services, request: Request[NoQuery]) -> Reply:
 
 
 async def retry_jobs(services: Services, request: Request[RetryQuery]) -> Reply:
-    """Runs many failed or cancelled jobs again: those named in the body, or those of a filter."""
+    """Runs many failed or cancelled jobs again: those named in the body, or those of a filter.
+
+    Replies with the ids that were retried, a reason for each other one, and whether the filter has
+    more than the 1,000 jobs of one call. Raises InvalidQuery if neither names any, InvalidInput,
+    InvalidJSON, RedisUnavailable, and as `read_body` does.
+    """
     body = (await read_body(request, services.config)).content.strip()
     job_ids = _job_ids(body, request.query) if body else []
     job_filter = None if body else _retryable(request)
@@ -72,7 +77,12 @@ async def retry_jobs(services: Services, request: Request[RetryQuery]) -> Reply:
 
 
 async def clear_jobs(services: Services, request: Request[ClearQuery]) -> Reply:
-    """Cancels many waiting or running jobs; with `purge=true`, deletes many that have ended."""
+    """Cancels many waiting or running jobs; with `purge=true`, deletes many that have ended.
+
+    Replies with how many were cancelled, are being stopped and were deleted, and whether the filter
+    has more than the 1,000 jobs of one call. Raises InvalidQuery without a filter, or for a status
+    that does not go with the act.
+    """
     job_filter = _to_purge(request) if request.query.purge else _to_cancel(request)
     verb = "purge" if request.query.purge else "cancel"
     with audited(request, verb, criteria_of(request.query)) as audit:
@@ -91,6 +101,8 @@ async def clear_jobs(services: Services, request: Request[ClearQuery]) -> Reply:
 
 
 def _retryable(request: Request[RetryQuery]) -> Filter:
+    """The filter of the query, for failed and cancelled jobs if it names no status. Raises
+    InvalidQuery if the query names no jobs."""
     query = request.query
     if not (query.status or query.model or query.group or query.dead):
         raise InvalidQuery(
@@ -101,6 +113,8 @@ def _retryable(request: Request[RetryQuery]) -> Filter:
 
 
 def _to_cancel(request: Request[ClearQuery]) -> Filter:
+    """The filter of the query, for unfinished jobs if it names no status. Raises InvalidQuery if
+    the query names no jobs, or ended ones."""
     query = request.query
     _require_criterion(query)
     if query.dead or query.status not in (None, *_UNFINISHED):
@@ -112,6 +126,8 @@ def _to_cancel(request: Request[ClearQuery]) -> Filter:
 
 
 def _to_purge(request: Request[ClearQuery]) -> Filter:
+    """The filter of the query, for all ended jobs if it names no status. Raises InvalidQuery if the
+    query names no jobs, or unfinished ones."""
     query = request.query
     _require_criterion(query)
     if query.status in _UNFINISHED:
@@ -124,6 +140,7 @@ def _to_purge(request: Request[ClearQuery]) -> Filter:
 
 
 def _require_criterion(query: ClearQuery) -> None:
+    """Raises InvalidQuery if the query names no jobs at all."""
     if not (query.status or query.model or query.group or query.dead):
         raise InvalidQuery(
             "Name the jobs with at least one of `status=`, `model=`, `group=` and `dead=true`: "
@@ -133,6 +150,8 @@ def _require_criterion(query: ClearQuery) -> None:
 
 
 def _filter(request: Request[Any], statuses: Iterable[str | None]) -> Filter:
+    """The query's filter with these statuses in place of its own, of the tenant or tenants that the
+    request is about."""
     query = request.query
     return Filter(
         tenant=request.reach.tenant,
@@ -147,8 +166,8 @@ def _filter(request: Request[Any], statuses: Iterable[str | None]) -> Filter:
 
 
 def _job_ids(body: bytes, query: RetryQuery) -> list[str]:
-    """The ids in the body, without repetitions; raises InvalidQuery, InvalidJSON or
-    InvalidInput."""
+    """The ids in the body, without repetitions, as they are: they may name no job. Raises
+    InvalidQuery if the query names jobs too, InvalidJSON or InvalidInput."""
     if query != RetryQuery(tenant=query.tenant):
         raise InvalidQuery(
             "A body names the jobs, so the query may have no other parameter than `tenant`; send "
@@ -163,6 +182,7 @@ def _job_ids(body: bytes, query: RetryQuery) -> list[str]:
 
 
 def _reject_json(error: Exception) -> NoReturn:
+    """Raises InvalidJSON for a body that cannot be parsed."""
     raise InvalidJSON(
         f'The body is not JSON ({error}); send `{{"job_ids": [...]}}`, or a query instead.'
     ) from error
@@ -171,7 +191,8 @@ def _reject_json(error: Exception) -> NoReturn:
 async def _jobs_by_id(
     services: Services, request: Request[RetryQuery], job_ids: Sequence[str]
 ) -> tuple[Selected, list[Refused]]:
-    """The jobs with these ids that the request may see, and a refusal for each of the others."""
+    """Returns the jobs with these ids that the request may see, without results and errors, and a
+    refusal for each of the others."""
     known = [job_id for job_id in job_ids if jobs.is_id(job_id)]
     states = await read_states(services.store, known, jobs.STATUSES)
     found = {job.job_id: job for job in states if is_in_reach(request, job)}
@@ -180,10 +201,12 @@ async def _jobs_by_id(
 
 
 def _absent_job(services: Services, job_id: str) -> Refused:
+    """The refusal of an id that names no job, or none of the caller's."""
     error = job_absent_error(services, job_id)
     return Refused(job_id, error.code, error.detail)
 
 
 def _refused_job(services: Services, job: Stored, verdict: str) -> Refused:
+    """The refusal of a job that was not retried; `verdict` is the script's reason."""
     error = not_retried_error(services, job, verdict)
     return Refused(job.job_id, error.code, error.detail)

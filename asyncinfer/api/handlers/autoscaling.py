@@ -8,7 +8,10 @@ from asyncinfer.schemas.responses import Scale
 
 
 async def read_scale(services: Services, request: Request[NoQuery]) -> Reply:
-    """How much work waits for a model, in seconds of slot time, and how many slots work on it."""
+    """How much work waits for a model, in seconds of slot time, and how many slots work on it.
+
+    Raises ModelNotFound, NoModelAnnounced, ModelLoading or RedisUnavailable.
+    """
     served = await services.catalog.find(request.path("model"))
     model = served.signature.model
     return json_reply(200, _view(model, await load(services.store, model, served.queue)))

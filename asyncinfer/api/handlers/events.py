@@ -44,7 +44,8 @@ class Missed(Struct, frozen=True):
 async def follow_job(services: Services, request: Request[JobEventsQuery]) -> Reply | Stream:
     """Streams a job's changes until it has ended.
 
-    Replies 204 if the client's position says that it has already seen the end.
+    Replies 204 if the client's position says that it has already seen the end. Raises JobNotFound
+    or JobExpired, InvalidQuery for an invalid position, TooManyStreams and RedisUnavailable.
     """
     stored = await find_job(services, request)
     position = _requested_position(request)
@@ -57,7 +58,11 @@ async def follow_job(services: Services, request: Request[JobEventsQuery]) -> Re
 
 
 async def follow_jobs(services: Services, request: Request[EventsQuery]) -> Reply | Stream:
-    """Streams changes of the caller's jobs (all, or those of a group or model) as they come."""
+    """Streams changes of the caller's jobs (all, or those of a group or model) as they come.
+
+    Ends when the client disconnects or the API stops. Raises RedisUnavailable before the stream
+    begins, TooManyStreams, InvalidQuery for an invalid position, and as `Catalog.find` does.
+    """
     query = request.query
     queue = (await services.catalog.find(query.model)).queue if query.model is not None else None
     position = _requested_position(request)
@@ -73,25 +78,29 @@ async def follow_jobs(services: Services, request: Request[EventsQuery]) -> Repl
 
 
 class EventSource(Protocol):
-    """The events for one client, from the beginning or from where it left off."""
+    """The events for one client, from the beginning or from where it left off. The stream ends once
+    `is_over`."""
 
     topic: Topic
     is_over: bool
 
     def due_seconds(self, follower: Follower) -> float:
-        """The time after which `next_events` has something to do even without changes."""
+        """The seconds after which `next_events` has something to do even without changes: negative
+        if it is overdue, infinite if it never has."""
 
     async def snapshot(self, follower: Follower) -> bytes:
-        """The snapshot event; the follower continues with the changes after it."""
+        """The snapshot event, empty if there is nothing to show; the follower continues with the
+        changes after it. Raises RedisUnavailable."""
 
     async def next_events(self, follower: Follower, job_changes: list[JobChange]) -> bytes:
-        """The events for these changes, or those that are due without any; may be empty."""
+        """The events for these changes, or those that are due without any; may be empty. The
+        changes are acknowledged to the follower. Raises RedisUnavailable only without changes."""
 
 
 def _stream(
     services: Services, request: Request[Any], source: EventSource, position: Position | None
 ) -> Stream:
-    """The answer of a source; raises TooManyStreams. Without a position it begins with a
+    """The answer of a source; raises TooManyStreams. Without a position (None) it begins with a
     snapshot."""
     if services.feed.count >= services.config.max_streams:
         raise TooManyStreams(
@@ -106,7 +115,9 @@ def _stream(
 async def _chunks(
     services: Services, request: Request[Any], source: EventSource, position: Position | None
 ) -> AsyncGenerator[bytes, None]:
-    """The bytes of a stream: events, and a comment after each time of silence."""
+    """Yields the bytes of a stream: events, a comment after each time of silence, and empty chunks
+    that only wait for the client. Ends when the client has disconnected, the feed is closed or the
+    source is over. A gap in the log or an outage of Redis does not end it."""
     heartbeat_seconds = services.config.heartbeat_seconds
     is_begun = position is not None
     gone = partial(wait_for_disconnect, request)
@@ -137,17 +148,19 @@ async def _chunks(
 
 
 def _requested_position(request: Request[Any]) -> Position | None:
-    """The position from the header, else from the query: an EventSource that reconnects sends the
-    header beside the query it began with."""
+    """The position from the header, else from the query, else None: an EventSource that reconnects
+    sends the header beside the query it began with. Raises InvalidQuery."""
     text = request.header(b"last-event-id") or request.query.last_event_id
     return decode_position(text) if text else None
 
 
 def _summary(services: Services, stored: Stored) -> Job:
+    """The job without its result, with why it waits."""
     return summary_view(stored, services.catalog.default_model, services.wait_reasons.of(stored))
 
 
 def _round(stored: Stored) -> int:
+    """The number of the job's round, from 1; each retry begins another."""
     return stored.record.round if stored.record else 1
 
 
@@ -155,7 +168,7 @@ def _round(stored: Stored) -> int:
 
 
 class JobEventSource:
-    """The events of one job; ends with the job."""
+    """The events of one job; over once the job has ended or was deleted."""
 
     def __init__(self, services: Services, topic: Topic, queue: str) -> None:
         assert topic.job_id is not None
@@ -171,10 +184,13 @@ class JobEventSource:
         without the log, which had time to report it."""
 
     def due_seconds(self, follower: Follower) -> float:
+        """The seconds until the job itself is read again; infinite while changes remain to be
+        sent."""
         return self._check_at - time.monotonic() if follower.caught_up else float("inf")
 
     async def snapshot(self, follower: Follower) -> bytes:
-        """Reads the job and the log's end at one moment: no change is lost or sent twice."""
+        """Reads the job and the log's end at one moment: no change is lost or sent twice. The event
+        of the end follows the snapshot of an ended job; empty if the job is gone."""
         stored, place = await self._services.feed.log.moment(self._queue, self._job_id)
         position = Position(place[0], {self._queue: place})
         follower.begin_at(position)
@@ -187,6 +203,8 @@ class JobEventSource:
         return encode_event("snapshot", view, position) + self._encode_end(stored, follower)
 
     async def next_events(self, follower: Follower, job_changes: list[JobChange]) -> bytes:
+        """The events for these changes, up to the first end. Without changes, reads the job when a
+        check is due, and sends an end that the log did not report."""
         events = b""
         for job_change in job_changes:
             events += self._encode_change(job_change, follower)
@@ -203,9 +221,11 @@ class JobEventSource:
         return events
 
     def _schedule_check(self) -> None:
+        """Makes the next check due in 4 to 6 s."""
         self._check_at = time.monotonic() + _CHECK_SECONDS * random.uniform(0.8, 1.2)
 
     def _encode_change(self, job_change: JobChange, follower: Follower) -> bytes:
+        """The change as an event, after which the source is over if it is an end."""
         status, stored = job_change.change.status, job_change.stored
         self.is_over = status in jobs.TERMINAL
         ended_round = 0
@@ -214,6 +234,8 @@ class JobEventSource:
         return self._services.event_texts.encode(job_change, follower, ended_round)
 
     def _encode_end(self, stored: Stored, follower: Follower) -> bytes:
+        """The event of the job's end, after which the source is over; empty if the job has not
+        ended."""
         if not has_ended(stored):
             return b""
         self.is_over = True
@@ -237,6 +259,8 @@ class JobsEventSource:
         return float("inf")
 
     async def snapshot(self, follower: Follower) -> bytes:
+        """The newest 100 jobs, with a cursor for more. The follower begins before they are read, so
+        that no change is lost; one may be in the snapshot and also follow it."""
         follower.begin_at(Position(await self._services.store.time_ms()))
         # When a log was trimmed, all streams take a new snapshot at once.
         async with self._services.feed.turn():
@@ -247,6 +271,7 @@ class JobsEventSource:
         return encode_event("snapshot", view, follower.position())
 
     async def next_events(self, follower: Follower, job_changes: list[JobChange]) -> bytes:
+        """The events for these changes; reads nothing."""
         return self._services.event_texts.encode_all(job_changes, follower)
 
 
@@ -261,6 +286,7 @@ class GroupEventSource:
     """The events of a group's jobs and its progress; goes on until the client leaves."""
 
     def __init__(self, services: Services, topic: Topic, group: str, done: bool) -> None:
+        """`done` says that the client has already been sent the group's `done`."""
         self.topic = topic
         self.is_over = False
         self._services = services
@@ -275,6 +301,8 @@ class GroupEventSource:
         """The earliest time of the next count: the first if all jobs seem to have ended."""
 
     def due_seconds(self, follower: Follower) -> float:
+        """The seconds until the next count, negative if it is overdue; infinite while nothing has
+        changed since the last one, or changes remain to be sent."""
         if not (self._dirty and follower.caught_up):
             return float("inf")
         all_ended = self._unfinished is not None and self._unfinished <= 0
@@ -282,12 +310,16 @@ class GroupEventSource:
         return count_at - time.monotonic()
 
     async def snapshot(self, follower: Follower) -> bytes:
+        """The group's counts; those of an unknown group are zeros."""
         follower.begin_at(Position(await self._services.store.time_ms()))
         view = await self._count(follower)
         self._note_count_sent()
         return encode_event("snapshot", view, follower.position())
 
     async def next_events(self, follower: Follower, job_changes: list[JobChange]) -> bytes:
+        """The events for these changes, then `done` if all jobs had ended when they were counted
+        and all their changes are sent, or `progress` if a count is due. Never raises
+        RedisUnavailable."""
         events = self._services.event_texts.encode_all(job_changes, follower)
         self._note([job_change.change.status for job_change in job_changes])
         if self._final_view and follower.caught_up:
@@ -309,8 +341,9 @@ class GroupEventSource:
             self._dirty = True
 
     async def _progress(self, follower: Follower) -> bytes:
-        """The `progress` event, or nothing. Does not raise if Redis is away, since the events that
-        were encoded before must not be lost."""
+        """The `progress` event; empty if `done` will follow or jobs are still running when all
+        seemed to have ended. Does not raise if Redis is away, since the events that were encoded
+        before must not be lost."""
         try:
             view = await self._count(follower)
         except RedisUnavailable:
@@ -324,11 +357,14 @@ class GroupEventSource:
         return encode_event("progress", view, follower.position())
 
     def _note_count_sent(self) -> None:
+        """Records that the client has the last count; the next is sent a second later at the
+        earliest, and only after changes."""
         self._dirty = False
         self._next_count_at = max(self._earliest_count_at, time.monotonic() + _PROGRESS_SECONDS)
 
     async def _count(self, follower: Follower) -> Group:
-        """Counts the group; schedules the next count, and `done` if all jobs have ended."""
+        """Counts the group; schedules the next count, and `done` if all jobs have ended. Raises
+        RedisUnavailable."""
         started_at = time.monotonic()
         counted = await self._services.groups.count(self.topic.tenant, self._group)
         now = time.monotonic()

@@ -17,7 +17,10 @@ _name = re.compile(GROUP_PATTERN)
 
 
 async def read_group(services: Services, request: Request[NoQuery]) -> Reply:
-    """How many jobs of a group have each status, and when all will probably have ended."""
+    """How many jobs of a group have each status, and when all will probably have ended.
+
+    Raises GroupNotFound or RedisUnavailable.
+    """
     group = _group(request)
     counted = await services.groups.count(request.tenant, group)
     if counted is None:
@@ -26,7 +29,11 @@ async def read_group(services: Services, request: Request[NoQuery]) -> Reply:
 
 
 async def cancel_group(services: Services, request: Request[NoQuery]) -> Reply:
-    """Cancels all waiting and running jobs of a group."""
+    """Cancels all waiting and running jobs of a group.
+
+    Replies with how many were cancelled and how many are being stopped. Raises GroupNotFound or
+    RedisUnavailable.
+    """
     group = _group(request)
     done = await services.groups.cancel(request.tenant, group)
     if done is None:
@@ -35,7 +42,8 @@ async def cancel_group(services: Services, request: Request[NoQuery]) -> Reply:
 
 
 def group_view(group: str, counted: Counted | None) -> Group:
-    """The group with its counts; an unknown group has zeros."""
+    """The group with its counts; an unknown group (None) has zeros. `progress` is the ended share,
+    from 0 to 1."""
     counted = counted or _NO_JOBS
     by_status = {name: counted.by_status.get(name, 0) for name in GroupCounts.__struct_fields__}
     by_status["expired"] = counted.expired
@@ -52,8 +60,8 @@ def group_view(group: str, counted: Counted | None) -> Group:
 
 
 def eta_seconds(counted: Counted, now_ms: float) -> float | None:
-    """Seconds until all jobs have ended, at the average pace since the first job was created; None
-    while no job has ended."""
+    """Seconds until all jobs have ended, at the average pace since the first job was created: 0 if
+    all have ended, None while none has or there are none. `now_ms` is Unix time."""
     done = counted.jobs - counted.left
     if not counted.left:
         return 0.0 if counted.jobs else None
@@ -63,6 +71,7 @@ def eta_seconds(counted: Counted, now_ms: float) -> float | None:
 
 
 def _group(request: Request[Any]) -> str:
+    """The group in the path; raises GroupNotFound if no group can have such a name."""
     group = request.path("group") or ""
     if not _name.fullmatch(group):
         raise _not_found_error()

@@ -33,7 +33,10 @@ async def live(services: Services, request: Request[NoQuery]) -> Reply:
 
 
 async def ready(services: Services, request: Request[NoQuery]) -> Reply:
-    """Whether jobs can be accepted: Redis answers, takes writes and keeps jobs safely."""
+    """Whether jobs can be accepted: Redis answers, takes writes and keeps jobs safely.
+
+    Raises RedisUnavailable or WritesRefused if not, which are answered with 503.
+    """
     try:
         await services.store.check_server()
     except ServerRefused as error:
@@ -47,7 +50,9 @@ async def ready(services: Services, request: Request[NoQuery]) -> Reply:
 async def health(services: Services, request: Request[NoQuery]) -> Reply:
     """The state of Redis, the queues, the workers, and the models without workers.
 
-    The status stays `ok` if a model has no worker, since restarting an API does not help.
+    The status stays `ok` if a model has no worker, since restarting an API does not help. Raises
+    RedisUnavailable if Redis does not answer or cannot keep jobs safely. A caller without the scope
+    `read` gets the status alone.
     """
     if not request.admission.has_scope("read"):
         return await _health_for_all(services)
@@ -68,8 +73,8 @@ async def health(services: Services, request: Request[NoQuery]) -> Reply:
 
 
 async def _health_for_all(services: Services) -> Reply:
-    """The answer without the scope `read`. Messages of Redis or redis-py may hold names, so none
-    is passed on."""
+    """The answer without the scope `read`; raises RedisUnavailable. Messages of Redis or redis-py
+    may hold names, so none is passed on."""
     try:
         await services.store.check_server()
     except RedisUnavailable:

@@ -43,7 +43,12 @@ _CANCEL_WAIT_SECONDS: Final = 1.0
 
 
 async def read_job(services: Services, request: Request[WaitQuery]) -> Reply:
-    """A job's state and result."""
+    """A job's state and result.
+
+    With `wait`, replies when the job has ended, after those seconds, or when the API stops. An
+    operator who acts across tenants gets no result. Raises JobNotFound, JobExpired,
+    RedisUnavailable, and Unauthorized or Forbidden if the key is revoked during the wait.
+    """
     with audited(request, "read", {"job_id": request.path("id")}) as audit:
         stored = await find_job(services, request)
         if request.query.wait and not has_ended(stored):
@@ -53,7 +58,11 @@ async def read_job(services: Services, request: Request[WaitQuery]) -> Reply:
 
 
 async def list_jobs(services: Services, request: Request[JobsQuery]) -> Reply:
-    """The caller's jobs, newest first."""
+    """The caller's jobs, newest first.
+
+    One page without results, which may be short, and the cursor of the next, None at the end.
+    Raises InvalidQuery for an invalid cursor, and RedisUnavailable.
+    """
     query = request.query
     with audited(request, "list", criteria_of(query)) as audit:
         page = await _page(services, request)
@@ -65,11 +74,12 @@ async def list_jobs(services: Services, request: Request[JobsQuery]) -> Reply:
 
 
 def criteria_of(query: JobsQuery | ClearQuery | RetryQuery) -> dict[str, object]:
-    """The query's filter, for the audit log."""
+    """The query's filter by name, None for what it does not name; for the audit log."""
     return {name: getattr(query, name) for name in ("status", "model", "group", "dead")}
 
 
 async def _page(services: Services, request: Request[JobsQuery]) -> Page:
+    """The page of jobs that the query requests; raises InvalidQuery for an invalid cursor."""
     query, tenant = request.query, request.reach.tenant
     if query.dead:
         wanted = Filter(
@@ -90,7 +100,12 @@ async def _page(services: Services, request: Request[JobsQuery]) -> Page:
 
 
 async def cancel_job(services: Services, request: Request[EndQuery]) -> Reply:
-    """Cancels a job, waiting or running; with `purge=true`, deletes one that has ended."""
+    """Cancels a job, waiting or running; with `purge=true`, deletes one that has ended.
+
+    Replies 202 if a running job has not stopped within a second, else 200 with the job, a deleted
+    one as it was. Raises JobFinished or JobNotFinished, JobNotFound, JobExpired or
+    RedisUnavailable.
+    """
     purge, job_id = request.query.purge, request.path("id")
     with audited(request, "purge" if purge else "cancel", {"job_id": job_id}) as audit:
         stored = await find_job(services, request)
@@ -103,7 +118,9 @@ async def cancel_job(services: Services, request: Request[EndQuery]) -> Reply:
 
 
 async def _cancel(services: Services, request: Request[EndQuery], stored: Stored) -> Stored:
-    """Cancels the job; the job as it is then. Raises JobFinished if it has already ended."""
+    """Cancels the job and waits a second at most for a running one to stop. Returns the job as it
+    is then, which may still be running. Raises JobFinished if it has ended otherwise, JobExpired or
+    JobNotFound if it is gone."""
     if has_ended(stored):
         raise _already_finished_error(stored)
     verdict = await services.operations.cancel(stored)
@@ -124,6 +141,8 @@ async def _cancel(services: Services, request: Request[EndQuery], stored: Stored
 
 
 async def _delete(services: Services, stored: Stored) -> None:
+    """Deletes a job with its data; one that is already gone counts as deleted. Raises
+    JobNotFinished unless it has ended."""
     # The answer shows the job as it was read, so it must have ended by then. A job that is absent
     # now may have been deleted by this very call, if the first reply was lost.
     if not has_ended(stored) or await services.operations.forget(stored) == "unfinished":
@@ -134,7 +153,11 @@ async def _delete(services: Services, stored: Stored) -> None:
 
 
 async def retry_job(services: Services, request: Request[OneQuery]) -> Reply:
-    """Runs a failed or cancelled job again, under the same id."""
+    """Runs a failed or cancelled job again, under the same id.
+
+    Replies 202. Raises JobNotRetryable, QueueFull, StorageFull, RedisUnavailable, JobNotFound or
+    JobExpired.
+    """
     with audited(request, "retry", {"job_id": request.path("id")}) as audit:
         stored = await find_job(services, request)
         now_ms = time.time_ns() // 1_000_000
@@ -149,6 +172,7 @@ async def retry_job(services: Services, request: Request[OneQuery]) -> Reply:
 
 
 def _waiting_for_again(services: Services, stored: Stored, now_ms: int) -> WaitingForField:
+    """Why the job waits in the round that was just opened; `stored` is the job as it was before."""
     record = stored.record and next_round(stored.record, now_ms)
     retried = msgspec.structs.replace(stored, status="pending", record=record)
     return services.wait_reasons.of(retried)
@@ -158,7 +182,8 @@ async def _wait(
     services: Services, request: Request[Any], stored: Stored, seconds: float
 ) -> Stored:
     """The job once it has ended, or as it is after `seconds` or when the API stops. Raises
-    JobExpired or JobNotFound if it was deleted meanwhile."""
+    JobExpired or JobNotFound if it was deleted meanwhile or the client has disconnected,
+    Unauthorized or Forbidden if its key is revoked, and RedisUnavailable."""
     latest = await while_client_stays(request, services.inbox.wait(stored, seconds))
     if latest is None:
         raise job_absent_error(services, stored.job_id)
@@ -166,12 +191,15 @@ async def _wait(
 
 
 def _job_reply(services: Services, request: Request[Any], status: int, stored: Stored) -> Reply:
+    """The reply that shows the job, without its result if the request acts across tenants;
+    Retry-After while it has not ended."""
     view_of = operator_view if request.reach.across else job_view
     view = view_of(stored, services.catalog.default_model, services.wait_reasons.of(stored))
     return json_reply(status, view) if has_ended(stored) else json_reply(status, view, _RETRY_AFTER)
 
 
 def _already_finished_error(stored: Stored) -> JobFinished:
+    """Makes the error for cancelling a job that has ended."""
     return JobFinished(
         f"The job is already {stored.status}; only a waiting or running job can be cancelled.",
         job_id=stored.job_id,

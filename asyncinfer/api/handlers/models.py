@@ -38,7 +38,10 @@ _ELEMENTS: Final[dict[str, object]] = {"BOOL": False, "BYTES": "text"}
 
 
 async def list_models(services: Services, request: Request[NoQuery]) -> Reply:
-    """The models that are served, and the problems of those that are not."""
+    """The models that are served, and the problems of those that are not.
+
+    Also names the models that workers are loading. Raises RedisUnavailable.
+    """
     served = await services.catalog.list_served()
     workers = await _workers(services)
     names = {model.signature.model for model in served}
@@ -48,23 +51,33 @@ async def list_models(services: Services, request: Request[NoQuery]) -> Reply:
 
 
 async def read_model(services: Services, request: Request[NoQuery]) -> Reply:
-    """One model: its inputs, outputs, labels, versions, workers, and a request that works."""
+    """One model: its inputs, outputs, labels, versions, workers, and a request that works.
+
+    Raises as `Catalog.find` does.
+    """
     served = await services.catalog.find(request.path("model"))
     (view,) = await _views(services, [served], await _workers(services))
     return json_reply(200, view)
 
 
 async def pause_model(services: Services, request: Request[NoQuery]) -> Reply:
-    """Runs none of a model's jobs until it is resumed; new jobs are still accepted."""
+    """Runs none of a model's jobs until it is resumed; new jobs are still accepted.
+
+    Running jobs continue. Raises as `Catalog.find` does.
+    """
     return await _pause(services, request, paused=True)
 
 
 async def resume_model(services: Services, request: Request[NoQuery]) -> Reply:
-    """Runs a paused model's jobs again."""
+    """Runs a paused model's jobs again.
+
+    Does nothing to a model that is not paused. Raises as `Catalog.find` does.
+    """
     return await _pause(services, request, paused=False)
 
 
 async def _pause(services: Services, request: Request[NoQuery], *, paused: bool) -> Reply:
+    """Pauses the model that the path names, or resumes it; replies with its new state."""
     served = await services.catalog.find(request.path("model"))
     await services.operations.pause(served.queue, paused=paused)
     # The next answers already say that the model is paused.
@@ -73,7 +86,11 @@ async def _pause(services: Services, request: Request[NoQuery], *, paused: bool)
 
 
 async def purge_model(services: Services, request: Request[NoQuery]) -> Reply:
-    """Cancels all waiting jobs of a model, of all tenants; running jobs continue."""
+    """Cancels all waiting jobs of a model, of all tenants; running jobs continue.
+
+    Replies with how many were cancelled. Raises ModelNotFound or NoModelAnnounced if the model has
+    no queue either, and RedisUnavailable.
+    """
     name = request.path("model") or ""
     with audited(
         request, "purge", {"status": "pending", "model": name}, over_tenants=True
@@ -85,7 +102,8 @@ async def purge_model(services: Services, request: Request[NoQuery]) -> Reply:
 
 async def _queue_of(services: Services, name: str) -> str:
     """The queue of a model, also of one that no worker serves any more, whose jobs would wait
-    forever. Raises ModelNotFound or NoModelAnnounced if it has no queue either."""
+    forever. Raises ModelNotFound or NoModelAnnounced if it has no queue either, and as
+    `Catalog.find` does."""
     try:
         return (await services.catalog.find(name)).queue
     except (ModelNotFound, NoModelAnnounced):
@@ -96,7 +114,11 @@ async def _queue_of(services: Services, name: str) -> str:
 
 
 async def validate(services: Services, request: Request[AskedOptions]) -> Reply:
-    """Whether a request would be accepted, and how it is understood; stores nothing."""
+    """Whether a request would be accepted, and how it is understood; stores nothing.
+
+    `rows` in the reply is None if the model has no batch dimension. Raises as `Catalog.find` and
+    `read_input` do.
+    """
     served = await services.catalog.find(request.path("model"))
     checked = await read_input(request, services.config, served, services.long_reads)
     signature = checked.signature
@@ -127,6 +149,8 @@ async def _workers(services: Services) -> Workers:
 
 
 def _problems(workers: Workers) -> list[ModelProblem]:
+    """Why workers refuse to serve models or versions, by worker; version None means the whole
+    model."""
     return [
         ModelProblem(model=model, version=version or None, worker=worker, reason=reason)
         for worker, announcement in sorted(workers.items())
@@ -136,6 +160,7 @@ def _problems(workers: Workers) -> list[ModelProblem]:
 
 
 async def _views(services: Services, served: Sequence[Served], workers: Workers) -> list[Model]:
+    """The models as answers show them, in the order of `served`. Raises RedisUnavailable."""
     paused = await services.inspection.paused([model.queue for model in served])
     default = services.catalog.default_model
     return [
@@ -180,8 +205,8 @@ def _view(served: Served, workers: Workers, *, is_default: bool, paused: bool) -
 
 
 def example_of(signature: Signature) -> dict[str, Any] | None:
-    """A request body that works as it is: `data` if the model takes it, else named tensors. None
-    if it would be too large."""
+    """A request body that works as it is: `data` if the model has an example of it, else named
+    tensors. None if it would be too large."""
     if data_input(signature) is not None and signature.example is not None:
         return {"data": signature.example}
     if shown := signature.example_inputs:
@@ -203,6 +228,8 @@ def _shown_input(spec: TensorSpec, value: object) -> dict[str, Any]:
 
 
 def _example_input(spec: TensorSpec) -> dict[str, Any]:
+    """An input of zeros (False, "text") with 1 for each open dimension; without its elements if
+    there are more than 1,000."""
     shape = [dim if isinstance(dim, int) else 1 for dim in datatypes.dims(spec)]
     element = _ELEMENTS.get(spec.datatype, 0)
     data = [element] * prod(shape) if prod(shape) <= _MAX_ELEMENTS else []
@@ -210,7 +237,7 @@ def _example_input(spec: TensorSpec) -> dict[str, Any]:
 
 
 def _symbols(signature: Signature) -> dict[str, list[str]]:
-    """The axes of each symbolic dimension: `{"batch": ["x[0]", "y[0]"]}`."""
+    """The axes of each symbolic dimension, inputs before outputs: `{"batch": ["x[0]", "y[0]"]}`."""
     axes: dict[str, list[str]] = {}
     for spec in (*signature.inputs, *signature.outputs):
         for axis, dim in enumerate(datatypes.dims(spec)):

@@ -31,7 +31,11 @@ from asyncinfer.schemas.requests import AskedOptions
 
 
 async def predict(services: Services, request: Request[AskedOptions]) -> Reply | Stream:
-    """Submits an input as a job of a model, or many inputs as jobs, one per line."""
+    """Submits an input as a job of a model, or many inputs as jobs, one per line.
+
+    Replies 202 with the job's id, or with `Prefer: wait=N` 200 with the job if it ends in time;
+    NDJSON is answered with a stream of lines. Raises the errors that the route table lists.
+    """
     if is_bulk(request.headers.get(b"content-type")):
         return await predict_lines(services, request)
     wait_seconds = preferred_wait(request)
@@ -57,7 +61,7 @@ async def predict(services: Services, request: Request[AskedOptions]) -> Reply |
 
 
 def idempotency_key(request: Request[Any]) -> str | None:
-    """The Idempotency-Key header; raises InvalidHeader if it is malformed."""
+    """The Idempotency-Key header, None without one; raises InvalidHeader if it is malformed."""
     key = request.header(b"idempotency-key")
     if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
         raise InvalidHeader("Idempotency-Key takes 1 to 255 visible ASCII characters.")
@@ -65,7 +69,9 @@ def idempotency_key(request: Request[Any]) -> str | None:
 
 
 def _requested_form(request: Request[Any], job: NewJob) -> ResultForm:
-    """The form of the answer after a wait: the job as JSON, or its result in a binary form."""
+    """The form of the answer after a wait: the job as JSON, or its result in a binary form. Raises
+    NotAcceptable if the job's result will be JSON only. An `Accept` that allows no form means
+    JSON."""
     form = requested_form(request.header(b"accept")) or "json"
     if form != "json" and job.record.answer == "json":
         raise NotAcceptable(
@@ -76,7 +82,8 @@ def _requested_form(request: Request[Any], job: NewJob) -> ResultForm:
 
 
 async def _submit(services: Services, job: NewJob) -> Submitted:
-    """Submits the job; raises why it was not accepted."""
+    """Submits the job; raises why it was not accepted: QueueFull, StorageFull, IdempotencyConflict
+    or RedisUnavailable. The result names the earlier job if this is a repetition."""
     try:
         submitted = await services.submissions.submit(job)
     except (RedisUnavailable, StorageFull) as error:
@@ -89,6 +96,8 @@ async def _submit(services: Services, job: NewJob) -> Submitted:
 
 
 async def _submitted_reply(services: Services, job: NewJob, submitted: Submitted) -> Reply:
+    """The 202 of a job that was just submitted, or of the earlier one that it repeats, as that is
+    now. Raises JobNotFound or JobExpired if that one is gone."""
     status: jobs.Status = "pending"
     record = job.record
     if submitted.verdict == "dup":
@@ -100,7 +109,10 @@ async def _submitted_reply(services: Services, job: NewJob, submitted: Submitted
 async def _submit_and_wait(
     services: Services, request: Request[Any], job: NewJob, seconds: int
 ) -> tuple[Stored | None, str]:
-    """The job as it is after at most `seconds`, or None if it cannot be read, and its id."""
+    """Returns the job as it is when it has ended or after `seconds`, and its id, which is the
+    earlier job's for a repetition. The job is None if the client has disconnected or Redis fails
+    after the submit. Raises as `_submit` does, and Unauthorized or Forbidden with the id if the key
+    is revoked."""
     with services.inbox.expect(job.job_id) as ticket:
         job = msgspec.structs.replace(job, inbox=services.inbox.name)
         submitted = await _submit(services, job)
@@ -123,7 +135,8 @@ async def _submit_and_wait(
 
 
 async def _existing_job(services: Services, job_id: str) -> Stored:
-    """The job that was submitted earlier with this Idempotency-Key."""
+    """The job that was submitted earlier with this Idempotency-Key; raises JobNotFound or
+    JobExpired if it is gone."""
     stored = await services.submissions.read(job_id)
     if stored is None:
         raise job_absent_error(services, job_id)
@@ -131,6 +144,8 @@ async def _existing_job(services: Services, job_id: str) -> Stored:
 
 
 def _ended_reply(services: Services, stored: Stored, form: ResultForm, applied: Header) -> Reply:
+    """The 200 of a job that has ended: the whole job as JSON, or its result alone in a binary form,
+    which raises as `result_reply` does."""
     location = (b"location", url_of(stored.job_id).encode())
     if form != "json":
         return result_reply(stored, form, None, location, applied)
@@ -144,6 +159,7 @@ def _accepted_reply(
     record: jobs.Record,
     *headers: Header,
 ) -> Reply:
+    """The 202 of a job; `record` says why it waits."""
     location = (b"location", url_of(job_id).encode())
     view = accepted_view(job_id, status, services.wait_reasons.of_record(record, status))
     return json_reply(202, view, location, *headers)

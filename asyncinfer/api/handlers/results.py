@@ -59,7 +59,10 @@ class _Head(Struct, frozen=True):
 
 
 async def read_result(services: Services, request: Request[ResultQuery]) -> Reply:
-    """A completed job's result alone, as JSON or binary."""
+    """A completed job's result alone, as JSON or binary.
+
+    Raises NotAcceptable, JobNotFound, JobExpired or RedisUnavailable, and as `result_reply` does.
+    """
     form = requested_form(request.header(b"accept"))
     if form is None:
         raise NotAcceptable(f"A result is given as one of {', '.join(_MEDIA_TYPES.values())}.")
@@ -67,8 +70,8 @@ async def read_result(services: Services, request: Request[ResultQuery]) -> Repl
 
 
 def requested_form(accept: str | None) -> ResultForm | None:
-    """The form that `Accept` prefers (RFC 9110), JSON if several are equal; None if it accepts no
-    form of results."""
+    """The form that `Accept` prefers (RFC 9110), JSON if several are equal or there is no `Accept`
+    (None). Returns None if it accepts no form of results."""
     if accept is None:
         return "json"
     ranges = [_parse_range(part) for part in accept.split(",")]
@@ -78,8 +81,8 @@ def requested_form(accept: str | None) -> ResultForm | None:
 
 
 def result_reply(stored: Stored, form: ResultForm, output: str | None, *headers: Header) -> Reply:
-    """The result, or its tensor `output`, in a form. Raises JobNotFinished, JobFailed or
-    JobCancelled for a job without a result, and NotAcceptable, InvalidQuery or ResultDamaged if
+    """The 200 with the result, or its tensor `output`, in a form. Raises JobNotFinished, JobFailed
+    or JobCancelled for a job without a result, and NotAcceptable, InvalidQuery or ResultDamaged if
     the result cannot be given so."""
     _check_completed(stored)
     result = stored.result or b""
@@ -118,6 +121,8 @@ def _check_completed(stored: Stored) -> None:
 def _text_reply(
     stored: Stored, form: ResultForm, output: str | None, headers: Sequence[Header]
 ) -> Reply:
+    """The reply of a result that is stored as JSON text; raises NotAcceptable for another form or a
+    tensor of it."""
     if form != "json" or output is not None:
         raise NotAcceptable(
             "This result is JSON text. Request it with `Accept: application/json` and without "
@@ -128,6 +133,7 @@ def _text_reply(
 
 
 def _select_output(packed: bytes, name: str) -> bytes:
+    """The packed tensor `name` alone. Raises InvalidQuery if there is none, and DamagedPayload."""
     tensors = packing.unpack(packed)
     if name not in tensors:
         raise InvalidQuery(f"Query parameter `output`: {unknown_name(name, tensors)}")
@@ -135,6 +141,8 @@ def _select_output(packed: bytes, name: str) -> bytes:
 
 
 def _binary_reply(stored: Stored, packed: bytes, headers: Sequence[Header]) -> Reply:
+    """The packed tensors in the Open Inference Protocol's binary layout: JSON that describes them,
+    then their bytes. Raises DamagedPayload."""
     tensors, starts = packing.layout(packed)
     outputs = [
         _Output(tensor.name, tensor.datatype, tensor.shape, _Parameters(tensor.size))
@@ -157,12 +165,15 @@ def _binary_reply(stored: Stored, packed: bytes, headers: Sequence[Header]) -> R
 def _contents(
     packed: bytes, tensors: Sequence[PackedTensor], starts: Sequence[int]
 ) -> Iterator[memoryview]:
+    """Yields the bytes of each tensor, as views of `packed`."""
     view = memoryview(packed)
     for tensor, start in zip(tensors, starts, strict=True):
         yield view[start : start + tensor.size]
 
 
 def _npy_reply(stored: Stored, packed: bytes, headers: Sequence[Header]) -> Reply:
+    """The only tensor as `.npy`. Raises NotAcceptable if there are several or `.npy` cannot hold
+    its datatype, and DamagedPayload."""
     tensors, starts = packing.layout(packed)
     if len(tensors) != 1:
         names = ", ".join(f"`{tensor.name}`" for tensor in tensors)
@@ -181,7 +192,7 @@ def _npy_reply(stored: Stored, packed: bytes, headers: Sequence[Header]) -> Repl
 
 
 def _parse_range(part: str) -> tuple[str, float]:
-    """A media range of `Accept` and its quality, from 0 to 1."""
+    """A media range of `Accept` in lower case, and its quality from 0 to 1."""
     media_range, *parameters = part.split(";")
     quality = 1.0
     for parameter in parameters:
@@ -192,6 +203,7 @@ def _parse_range(part: str) -> tuple[str, float]:
 
 
 def _parse_quality(text: str) -> float:
+    """The value of `q`, from 0 to 1; 0 if it is not such a number."""
     try:
         number = float(text)
     except ValueError:
@@ -200,7 +212,8 @@ def _parse_quality(text: str) -> float:
 
 
 def _quality(media_type: str, ranges: Sequence[tuple[str, float]]) -> tuple[float, int]:
-    """The quality of a media type and how specific its range is: the most specific range counts."""
+    """The quality of a media type and how specific its range is, from 1 to 3: the most specific
+    range counts. (0, 0) if no range includes it."""
     specificities = {media_type: 3, f"{media_type.partition('/')[0]}/*": 2, "*/*": 1}
     matches = [
         (specificities[media_range], quality)

@@ -24,6 +24,8 @@ _AUTHORITY: Final = re.compile(
 
 
 class Authority(Struct, frozen=True):
+    """A host with an optional port, as a request names its server."""
+
     host: str
     """In lower case; an IPv6 address in brackets."""
     text: str
@@ -43,7 +45,8 @@ def authority_of(scope: Scope, headers: Mapping[bytes, bytes]) -> Authority | No
 
 @lru_cache(maxsize=64)
 def parse_authority(value: bytes) -> Authority:
-    """Raises InvalidHeader if the value is not a host with an optional port."""
+    """Returns the host and port in the value of Host or in a target. Raises InvalidHeader if the
+    value is not a host with an optional port."""
     match = _AUTHORITY.fullmatch(value) if len(value) <= _MAX_BYTES else None
     if match is None or not _is_valid(match["v6"], match["port"]):
         shown = value[:100].decode("latin-1")
@@ -52,6 +55,7 @@ def parse_authority(value: bytes) -> Authority:
 
 
 def _is_valid(v6: bytes | None, port: bytes | None) -> bool:
+    """Whether `v6` is an IPv6 address and the port at most 65535; either may be missing (None)."""
     if v6 is not None:
         try:
             IPv6Address(v6.decode())

@@ -36,8 +36,9 @@ class Body(Struct, frozen=True):
 
 
 async def read_body(request: Request[Any], config: ApiConfig) -> Body:
-    """The body, not parsed. `Inference-Header-Content-Length` says whether tensors follow its JSON,
-    since clients of the Open Inference Protocol send any Content-Type, or none.
+    """The body, not parsed; it can be read once. `Inference-Header-Content-Length` says whether
+    tensors follow its JSON, since clients of the Open Inference Protocol send any Content-Type, or
+    none.
 
     Raises BodyTooLarge, MediaTypeRefused, EncodingRefused, InvalidHeader or ClientGone, and the
     errors of `Admission.check` if the key was revoked meanwhile.
@@ -59,7 +60,8 @@ async def read_body(request: Request[Any], config: ApiConfig) -> Body:
 
 
 def _is_plain_json(headers: Mapping[bytes, bytes]) -> bool:
-    """True for most bodies, which then skip the checks that the others need."""
+    """Whether the body is JSON alone by its headers. True for most bodies, which then skip the
+    checks that the others need."""
     return (
         headers.get(b"content-type") == b"application/json"
         and JSON_LENGTH_HEADER not in headers
@@ -68,7 +70,8 @@ def _is_plain_json(headers: Mapping[bytes, bytes]) -> bool:
 
 
 def _kind(request: Request[Any], config: ApiConfig) -> tuple[int | None, bool, "_Limit"]:
-    """How many bytes of the body are JSON (None: all), whether it is `.npy`, and its size limit."""
+    """How many bytes of the body are JSON (None: all), whether it is `.npy`, and its size limit.
+    Raises InvalidHeader, BodyTooLarge, MediaTypeRefused or EncodingRefused."""
     json_bytes = _json_bytes(request.header(JSON_LENGTH_HEADER), config.max_json_bytes)
     media_type = request.header(b"content-type")
     npy = json_bytes is None and _is_npy(media_type)
@@ -81,14 +84,16 @@ def _kind(request: Request[Any], config: ApiConfig) -> tuple[int | None, bool, "
 
 
 def is_bulk(media_type: bytes | None) -> bool:
-    """Whether the body is one request per line, which `read_body` refuses."""
+    """Whether a Content-Type (None: there is none) means one request per line, which `read_body`
+    refuses."""
     if media_type is None or media_type == b"application/json":
         return False
     return _media_type(media_type.decode("latin-1")) in _LINE_TYPES
 
 
 def check_bulk_headers(request: Request[Any]) -> None:
-    """Raises an error if the headers of a bulk request do not allow its lines to be read."""
+    """Raises InvalidHeader, MediaTypeRefused or EncodingRefused if the headers of a bulk request do
+    not allow its lines to be read."""
     if request.header(JSON_LENGTH_HEADER) is not None:
         raise InvalidHeader(
             f"Inference-Header-Content-Length does not go with {NDJSON}: no tensors follow a line. "
@@ -112,10 +117,13 @@ async def discard(receive: Receive, headers: Mapping[bytes, bytes]) -> None:
 
 
 class _Limit(Struct, frozen=True):
+    """How large a body may be, and the setting that says so."""
+
     max_bytes: int
     setting: str
 
     def error(self) -> BodyTooLarge:
+        """Makes the error for a larger body; its reply also says that the connection closes."""
         kind = "JSON body" if self.setting == "MAX_JSON" else "body"
         hint = ", send binary tensors" if self.setting == "MAX_JSON" else ""
         return BodyTooLarge(
@@ -130,6 +138,8 @@ def _json_limit(config: ApiConfig) -> _Limit:
 
 
 async def _read(request: Request[Any], limit: _Limit) -> bytes:
+    """The whole body; raises BodyTooLarge as soon as more than the limit was received, or
+    ClientGone."""
     chunks: list[bytes] = []
     size = 0
     more = True
@@ -147,7 +157,8 @@ async def _read(request: Request[Any], limit: _Limit) -> bytes:
 
 
 def _json_bytes(value: str | None, max_json_bytes: int) -> int | None:
-    """The value of Inference-Header-Content-Length; None without it."""
+    """The value of Inference-Header-Content-Length, at least 1; None without it. Raises
+    InvalidHeader, or BodyTooLarge if that is more than `max_json_bytes`."""
     if value is None:
         return None
     if not re.fullmatch(r"[0-9]{1,18}", value) or int(value) == 0:
@@ -169,12 +180,13 @@ def _is_npy(value: str | None) -> bool:
 
 
 def _media_type(value: str) -> str:
+    """The media type without parameters, in lower case."""
     return value.partition(";")[0].strip(OWS).lower()
 
 
 def _check_media_type(value: str | None) -> None:
-    """Accepts a missing Content-Type and `application/octet-stream` as JSON: a browser's form can
-    send neither."""
+    """Raises MediaTypeRefused unless the body may be JSON. Accepts a missing Content-Type and
+    `application/octet-stream` as JSON: a browser's form can send neither."""
     if value is None or value == _JSON:
         return
     media_type = _media_type(value)
@@ -196,6 +208,8 @@ def _check_media_type(value: str | None) -> None:
 
 
 def _check_charset(media_type: str) -> None:
+    """Raises MediaTypeRefused for a charset other than UTF-8; takes the Content-Type in lower
+    case."""
     for parameter in media_type.split(";")[1:]:
         name, _, text = parameter.partition("=")
         if name.strip(OWS) == "charset" and text.strip(OWS).strip('"') not in ("utf-8", "utf8"):
@@ -203,6 +217,7 @@ def _check_charset(media_type: str) -> None:
 
 
 def _check_encoding(value: str | None) -> None:
+    """Raises EncodingRefused for a Content-Encoding other than `identity`."""
     if value is not None and value.strip(OWS).lower() != "identity":
         raise EncodingRefused(
             f"Content-Encoding is {value[:100]!r}; send the body as it is, uncompressed.",
@@ -211,6 +226,7 @@ def _check_encoding(value: str | None) -> None:
 
 
 def _check_announced_length(value: str | None, limit: _Limit) -> None:
-    """Refuses a body by its Content-Length before it is read; `_read` counts bytes all the same."""
+    """Raises BodyTooLarge by the Content-Length, before the body is read; `_read` counts bytes all
+    the same."""
     if value is not None and value.isdecimal() and int(value[:20]) > limit.max_bytes:
         raise limit.error()

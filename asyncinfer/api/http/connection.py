@@ -87,7 +87,8 @@ _log = logging.getLogger(__name__)
 
 class Connection(HttpToolsProtocol):
     """uvicorn's connection, with what that lacks: deadlines for reading, limits on headers and
-    trailers, trailers kept apart from headers, and the body of a request that offers an upgrade."""
+    trailers, trailers kept apart from headers, and the body of a request that offers an upgrade.
+    uvicorn makes one object for each connection."""
 
     def __init__(self, limits: Limits, **uvicorn_arguments: Any) -> None:
         super().__init__(**uvicorn_arguments)
@@ -133,6 +134,8 @@ class Connection(HttpToolsProtocol):
     # --- callbacks of the transport -----------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begins to wait for a head. A connection above the limit has 2 s and is only for a probe;
+        one above the reserve too is refused at once."""
         super().connection_made(transport)
         self._cycle_transport = _CycleTransport(transport, self._end_after_answer)
         held = len(self.connections)
@@ -146,6 +149,8 @@ class Connection(HttpToolsProtocol):
         self._set_deadline()
 
     def data_received(self, data: bytes) -> None:
+        """Parses the bytes and checks what they add up to. Drops them once the connection has
+        refused a request, or after its last one."""
         self._idle_since = None
         if self._refused or (self._is_last_request and not self._request_begun):
             return
@@ -168,6 +173,7 @@ class Connection(HttpToolsProtocol):
         self._set_deadline()
 
     def _feed_parser(self, data: bytes) -> None:
+        """Parses the bytes; refuses those that are not HTTP, and ignores an offer to upgrade."""
         rest = data
         while rest:
             try:
@@ -183,12 +189,15 @@ class Connection(HttpToolsProtocol):
                 return
 
     def _refuse_unreadable(self, error: httptools.HttpParserError) -> None:
+        """Refuses what the parser stopped at, with our callback's error if one stopped it. Does
+        nothing after the last request."""
         if self._is_last_request and not self._request_begun:
             return
         _log.debug("Refused what %s sent: %r", self.client, self._refusal or error)
         self._refuse(self._refusal or MalformedRequest(_NOT_HTTP))
 
     def _head_without_offer(self) -> bytes:
+        """The head that was just parsed, as it would have been sent without the Upgrade field."""
         method: bytes = self.parser.get_method()
         version = self.parser.get_http_version().encode()
         lines = [
@@ -197,6 +206,8 @@ class Connection(HttpToolsProtocol):
         return b"".join((method, b" ", self.url, b" HTTP/", version, b"\r\n", *lines, b"\r\n"))
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Cancels all timers and lets every open request's application see that the client is
+        gone."""
         self._disarm()
         for timer in (self._reserved_timer, self._idle_timer):
             if timer:
@@ -209,18 +220,22 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _open_cycles(self) -> Iterator[RequestResponseCycle]:
+        """The cycle that is being answered, or was last, and those that wait in the pipeline."""
         if self._running_cycle is not None:
             yield self._running_cycle
         for cycle, _ in self.pipeline:
             yield cycle
 
     def _abort(self) -> None:
+        """Closes at once without sending what is left; open requests' applications see a
+        disconnect."""
         for cycle in self._open_cycles():
             self._abandon(cycle)
         self.transport.abort()
 
     def _abandon(self, cycle: RequestResponseCycle) -> None:
-        """Makes the cycle's application see that the client has disconnected."""
+        """Makes the cycle's application see that the client has disconnected. Only wakes one whose
+        response is complete."""
         if not cycle.response_complete:
             cycle.disconnected = True
         cycle.message_event.set()
@@ -228,6 +243,7 @@ class Connection(HttpToolsProtocol):
     # --- callbacks of the parser --------------------------------------------------------------
 
     def on_message_begin(self) -> None:
+        """Raises MalformedRequest, which stops the parser, if no request is accepted any more."""
         if self._is_last_request or self._cycle_transport.closed:
             raise MalformedRequest("No request is accepted after the last one.")
         super().on_message_begin()
@@ -236,6 +252,7 @@ class Connection(HttpToolsProtocol):
         self._head_bytes = self._trailer_bytes = self._bytes_since_body = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        """Keeps a header, its name in lower case; a field after the head is a trailer."""
         if self._awaited != "head":
             self._drop_trailer(name, value)
             return
@@ -246,8 +263,8 @@ class Connection(HttpToolsProtocol):
 
     def _drop_trailer(self, name: bytes, value: bytes) -> None:
         """Counts and ignores a trailer. RFC 9110, 6.5.1: a trailer counts as a header only if its
-        definition says so, and none of those that are read here does. The parser obeys some all
-        the same."""
+        definition says so, and none of those that are read here does. The parser obeys some all the
+        same: such trailers, and too many bytes of them, stop it."""
         if name.lower() in _FORBIDDEN_TRAILERS:
             self._stop_parser(MalformedRequest(f"{name.decode('latin-1')} may not be a trailer."))
         self._trailer_bytes += len(name) + len(value) + 4
@@ -255,6 +272,8 @@ class Connection(HttpToolsProtocol):
             self._stop_parser(self._trailers_too_large())
 
     def on_headers_complete(self) -> None:
+        """Checks the head and begins its cycle; an error in the head stops the parser. Does nothing
+        for an offer to upgrade, whose head is parsed again without it."""
         version = self.parser.get_http_version()
         try:
             self._check_head(version)
@@ -266,6 +285,8 @@ class Connection(HttpToolsProtocol):
         self._awaited = "body"
 
     def _check_head(self, version: str) -> None:
+        """Raises MalformedRequest, InvalidHeader, HeadersTooLarge or TooManyConnections. Replaces a
+        target that names a host by its path and a Host field."""
         if self._begin_chunk_bytes + self._head_bytes > self._limits.header_bytes:
             self._check_size()
         if version != "1.1":
@@ -281,22 +302,28 @@ class Connection(HttpToolsProtocol):
             raise self._too_many_connections()
 
     def _check_size(self) -> None:
+        """Raises HeadersTooLarge by the head's exact size; needed only if the chunks that it came
+        in have more bytes than the limit."""
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > self._limits.header_bytes:
             raise self._headers_too_large()
 
     def _check_offer(self) -> None:
+        """Raises MalformedRequest for CONNECT; other offers are ignored."""
         if self.parser.get_method() == b"CONNECT":
             raise MalformedRequest("CONNECT is for proxies, and this server is not one.")
 
     def _read_target(self, version: str) -> None:
+        """Replaces a target that is not a plain path by its path, and Host by the host it names.
+        Raises MalformedRequest or InvalidHeader."""
         authority, self.url = split_target(self.url, self.parser.get_method())
         if authority is not None:
             self.headers = list(with_host(self.headers, authority, version))
 
     def _begin_cycle(self, version: str) -> None:
-        """Does what uvicorn's `on_headers_complete` does, with a single immutable copy of the head
-        and without repeating the checks made here."""
+        """Starts the request's application, or queues it and stops reading while an earlier request
+        is open. Does what uvicorn's `on_headers_complete` does, with a single immutable copy of the
+        head and without repeating the checks made here."""
         self._fill_scope(version)
         waiting = len(self.pipeline)
         keep_alive = version == "1.1" and self.parser.should_keep_alive()
@@ -327,6 +354,7 @@ class Connection(HttpToolsProtocol):
             self.pipeline.appendleft((self.cycle, self.app))
 
     def _fill_scope(self, version: str) -> None:
+        """Completes the ASGI scope with the request's line and headers."""
         scope = self.scope
         raw_path, _, query = self.url.partition(b"?")
         path = raw_path.decode("ascii")
@@ -338,6 +366,8 @@ class Connection(HttpToolsProtocol):
         scope["headers"] = tuple(self.headers)
 
     def on_body(self, body: bytes) -> None:
+        """Passes bytes of the body on, and stops reading while more than 64 KiB of them wait; drops
+        them once the response is complete."""
         self._bytes_since_body = 0
         cycle = self.cycle
         if not cycle.response_complete:
@@ -347,11 +377,12 @@ class Connection(HttpToolsProtocol):
             cycle.message_event.set()
 
     def _stop_parser(self, error: RequestError) -> NoReturn:
-        """Makes the parser stop; the error becomes the reply."""
+        """Raises the error to make the parser stop; it becomes the reply."""
         self._refusal = error
         raise error
 
     def on_message_complete(self) -> None:
+        """Ends the body of the request, and its deadline."""
         if self.parser.should_upgrade():
             return
         super().on_message_complete()
@@ -378,7 +409,8 @@ class Connection(HttpToolsProtocol):
         )
 
     def _set_deadline(self) -> None:
-        """Sets the deadline of what is awaited, unless that is already running."""
+        """Sets the deadline of what is awaited, unless that is already running; none while nothing
+        is awaited or the handler has a deadline of its own."""
         if self._awaited == self._deadline_for:
             return
         self._disarm()
@@ -388,23 +420,28 @@ class Connection(HttpToolsProtocol):
         self._deadline = self.loop.call_later(self._deadline_seconds(), self._too_slow)
 
     def _keep_body_open(self, scope: Scope) -> None:
-        """Lifts the deadline if the scope is still that of the request being read."""
+        """Lifts the deadline if the scope is still that of the request being read; else does
+        nothing."""
         if scope is self.scope and self._awaited == "body":
             self._disarm()
             self._awaited = "streamed"
 
     def _deadline_seconds(self) -> float:
+        """How long the head, or the whole body, may take from when it is awaited."""
         if self._awaited == "head":
             return self._limits.header_seconds
         return self._limits.body_seconds
 
     def _disarm(self) -> None:
+        """Cancels the deadline, if one is running."""
         self._deadline_for = "nothing"
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
 
     def _too_slow(self) -> None:
+        """Called at the deadline: refuses a request that has begun, and closes a connection on
+        which none has. Sets it again while this connection itself does not read."""
         self._disarm()
         if self.pipeline:
             # This connection itself stopped reading, until earlier requests are answered.
@@ -420,11 +457,13 @@ class Connection(HttpToolsProtocol):
             )
 
     def _has_no_request(self) -> bool:
+        """Whether every request received so far is answered."""
         return self.cycle is None or self.cycle.response_complete
 
     def _refuse(self, error: RequestError) -> None:
         """Answers in place of the application and closes the connection; the application sees a
-        disconnected client. Earlier requests are answered first."""
+        disconnected client. Earlier requests are answered first. No error can be sent if the
+        response has begun: then only closes."""
         self._refused = True
         self._disarm()
         if self._awaited in ("body", "streamed") and not self._drop_current_request():
@@ -446,6 +485,8 @@ class Connection(HttpToolsProtocol):
         return not cycle.response_started
 
     def _send_refusal(self, error: RequestError) -> None:
+        """Writes the error as a reply and closes the connection in stages; does nothing if it is
+        closing."""
         if self.transport.is_closing():
             return
         reply = problem_reply(error)
@@ -453,6 +494,8 @@ class Connection(HttpToolsProtocol):
         self._close_after_discarding()
 
     def _close_reserved(self) -> None:
+        """Called when the time of a connection above the limit is up: closes it, with an error if
+        it sent no request."""
         if not (self._refused or self._running_cycle):
             self._refuse(self._too_many_connections())
         self._close()
@@ -498,6 +541,7 @@ class Connection(HttpToolsProtocol):
             self.loop.call_later(_LAST_BYTES_SECONDS, self._stop_reading)
 
     def _stop_reading(self) -> None:
+        """Refuses the request whose body is still being received, if there is one."""
         if self._awaited == "body" and not (self._refused or self.transport.is_closing()):
             self._refuse(
                 ServerStopping(
@@ -509,6 +553,7 @@ class Connection(HttpToolsProtocol):
     # --- closing ------------------------------------------------------------------------------
 
     def on_response_complete(self) -> None:
+        """Called after each answer: starts the next request, waits for one, or closes."""
         if self._cycle_transport.closed:
             # RFC 9112, 9.6: no request is processed after the answer that said `close`. The client
             # gets no other answer, and must send again what it had sent ahead.
@@ -542,8 +587,9 @@ class Connection(HttpToolsProtocol):
                 )
 
     def _close_if_idle(self) -> None:
-        """Closes the connection if it was idle for the keep-alive time. One timer runs on across
-        requests, instead of one that is set and cancelled for each."""
+        """Closes the connection if it was idle for the keep-alive time. The timer is not set and
+        cancelled for each request: if it ends during one, the next idle time sets it, and if it
+        ends too early in an idle time, it is set for the rest."""
         self._idle_timer = None
         if self._idle_since is None:
             return
@@ -555,25 +601,30 @@ class Connection(HttpToolsProtocol):
 
     def _end_after_answer(self) -> None:
         """Closes after an answer, in stages (RFC 9112, 9.6), since the client may still be sending
-        this request's body or another request."""
+        this request's body or another request. What it sends is dropped. Does nothing if already
+        closing."""
         if not self.transport.is_closing():
             self._refused = True
             self._disarm()
             self._close_after_discarding()
 
     def _close_after_discarding(self) -> None:
-        """Closes after reading and dropping incoming bytes for 2 s: a socket closed with unread
-        bytes is reset, and the client may lose the answer with it."""
+        """Ends our side now, and closes after reading and dropping incoming bytes for 2 s: a socket
+        closed with unread bytes is reset, and the client may lose the answer with it. Returns at
+        once."""
         self.flow.resume_reading()
         self.transport.write_eof()
         self.loop.call_later(_DISCARD_SECONDS, self._close)
 
     def _close(self) -> None:
+        """Closes once everything written is sent, for which the client has as long as for a
+        body."""
         self.transport.close()
         self._abort_if_unsent()
 
     def _abort_if_unsent(self) -> None:
-        """Bounds how long a closed transport waits for its client to read its answer."""
+        """Bounds how long a closed transport waits for its client to read its answer: as long as a
+        body may take."""
         if self.transport.get_write_buffer_size():
             self.loop.call_later(self._limits.body_seconds, self.transport.abort)
 
@@ -583,21 +634,25 @@ class _CycleTransport:
     and a cycle whose client has disconnected may still write."""
 
     def __init__(self, transport: asyncio.Transport, end: Callable[[], None]) -> None:
+        """`end` is called at the first `close`."""
         self._write = transport.write
         self._end_after_answer = end
         self.is_closing = transport.is_closing
         self.closed = False
 
     def write(self, data: bytes) -> None:
+        """Writes the data; drops it after `close`, or once the connection is closing."""
         if not (self.closed or self.is_closing()):
             self._write(data)
 
     def close(self) -> None:
+        """Ends the connection after the answer; later calls do nothing."""
         if not self.closed:
             self.closed = True
             self._end_after_answer()
 
 
 def _head(reply: Reply, *others: Header) -> bytes:
+    """The status line and all headers, with the empty line that ends them; `others` come first."""
     lines = [b"%b: %b\r\n" % header for header in (*others, *header_block(reply))]
     return b"%b%b\r\n" % (STATUS_LINE[reply.status], b"".join(lines))

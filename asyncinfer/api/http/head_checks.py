@@ -25,8 +25,9 @@ def check_version(version: str) -> None:
 
 
 def expects_continue(headers: Sequence[Header], version: str) -> bool:
-    """Whether the client waits for `100 Continue`. Raises MalformedRequest for a transfer coding
-    that a proxy may read differently: it could take the end of the body for another request."""
+    """Whether the client waits for `100 Continue`; `headers` have names in lower case. Raises
+    MalformedRequest for a transfer coding that a proxy may read differently: it could take the end
+    of the body for another request."""
     expects = False
     for name, value in headers:
         if name == b"expect" and version != "1.0":

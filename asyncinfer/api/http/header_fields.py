@@ -24,13 +24,14 @@ proxy in front may have checked one line and this server would act on the other.
 
 
 def read_fields(lines: Sequence[Header]) -> Mapping[bytes, bytes]:
-    """The fields by name; the lines of a list field are joined. Raises InvalidHeader if a field
-    that has a single value is sent twice."""
+    """The fields by name, which is in lower case as in `lines`; the lines of a list field are
+    joined with commas. Raises InvalidHeader if a field that has a single value is sent twice."""
     fields = dict(lines)
     return fields if len(fields) == len(lines) else _join(lines)
 
 
 def _join(lines: Sequence[Header]) -> Mapping[bytes, bytes]:
+    """`read_fields` for lines of which some have the same name."""
     values: dict[bytes, list[bytes]] = {}
     for name, value in lines:
         values.setdefault(name, []).append(value)

@@ -41,7 +41,8 @@ class ClientGone(Exception):
 
 
 class Request(Generic[Query]):
-    """A request that passed the guard, with its caller and query."""
+    """A request that passed the guard, with its caller and query. `tenant` is the caller's own,
+    `reach` says whose jobs the request is about. Its body is read with `receive`, once."""
 
     __slots__ = ("_scope", "admission", "headers", "query", "reach", "receive", "tenant")
 
@@ -64,29 +65,34 @@ class Request(Generic[Query]):
         self.reach = reach
 
     def path(self, name: str) -> str | None:
-        """The path parameter `name`, or None if the route has none of that name."""
+        """The path parameter `name`, decoded, or None if the route has none of that name."""
         part: str | None = self._scope["path_params"].get(name)
         return part
 
     def keep_body_open(self) -> None:
         """Lifts the deadline of this request's body; its handler must itself notice a client that
-        sends nothing."""
+        sends nothing. The connection closes after the answer if the body has not ended."""
         if keep := self._scope.get("state", {}).get(KEEP_BODY_OPEN):
             keep(self._scope)
 
     def header(self, name: bytes) -> str | None:
-        """The value of a header (name in lower case); several lines are joined with commas."""
+        """The value of a header (name in lower case), None without it; several lines are joined
+        with commas."""
         value = self.headers.get(name)
         return None if value is None else value.decode("latin-1")
 
     def header_lines(self, name: bytes) -> list[str]:
-        """Every line of a header that may be sent more than once."""
+        """The value of every line of a header that may be sent more than once (name in lower case);
+        empty without it."""
         if name not in self.headers:
             return []
         return [value.decode("latin-1") for key, value in self._scope["headers"] if key == name]
 
 
 class Reply(Struct, frozen=True):
+    """A complete answer; `headers` are those beside Content-Type, Content-Length and
+    Cache-Control."""
+
     status: int
     body: bytes
     headers: tuple[Header, ...] = ()
@@ -121,11 +127,13 @@ class StreamBroken(Exception):
 
 
 def json_reply(status: int, body: Struct, *headers: Header) -> Reply:
+    """A reply with the struct as JSON."""
     return Reply(status, encode_json(body), headers)
 
 
 def header_block(reply: Reply) -> list[Header]:
-    """All headers of a reply. No cache may keep a reply, since states change."""
+    """All headers of a reply, names in lower case. No cache may keep a reply, since states
+    change."""
     if reply.status == _NO_CONTENT:
         return [(b"cache-control", b"no-store"), *reply.headers]
     return [
@@ -137,7 +145,8 @@ def header_block(reply: Reply) -> list[Header]:
 
 
 async def send_reply(reply: Reply, scope: Scope, send: Send, *, more: bool = False) -> None:
-    """Sends the whole reply. With `more` the answer stays open until `end_reply`."""
+    """Sends the whole reply, without its body for HEAD. With `more` the answer stays open until
+    `end_reply`."""
     send_whole = scope.get("state", {}).get(SEND_WHOLE_REPLY)
     if send_whole and not more and send_whole(scope, reply):
         return
@@ -150,7 +159,8 @@ async def send_reply(reply: Reply, scope: Scope, send: Send, *, more: bool = Fal
 
 async def send_stream(stream: Stream, scope: Scope, send: Send) -> None:
     """Sends chunks as they come. Raises StreamBroken if that fails, since no error reply can
-    follow, or ClientTooSlow if that is the reason. Returns normally if the client disconnects."""
+    follow, or ClientTooSlow if that is the reason. Returns normally if the client disconnects, or
+    once the caller's key is revoked."""
     try:
         if stream.reading is None:
             await _send_chunks(stream, scope, send)
@@ -168,18 +178,21 @@ async def send_stream(stream: Stream, scope: Scope, send: Send) -> None:
 
 
 def _client_too_slow(error: Exception) -> ClientTooSlow | None:
-    """The error itself or the first one inside a group: a task group wraps what a task raises."""
+    """The error itself or the first one inside a group, if that is a ClientTooSlow, else None: a
+    task group wraps what a task raises."""
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     return error if isinstance(error, ClientTooSlow) else None
 
 
 async def _cancel_after(reading: Callable[[], Awaitable[None]], scope: anyio.CancelScope) -> None:
+    """Runs `reading`, and cancels the scope when it returns."""
     await reading()
     scope.cancel()
 
 
 async def _send_chunks(stream: Stream, scope: Scope, send: Send) -> None:
+    """Sends headers, chunks and the end; for HEAD no chunks. Closes the stream's generator."""
     headers = [
         (b"content-type", stream.media_type),
         (b"cache-control", b"no-store"),
@@ -196,7 +209,8 @@ async def _send_chunks(stream: Stream, scope: Scope, send: Send) -> None:
 async def _send_until_revoked(
     stream: Stream, chunks: AsyncGenerator[bytes, None], send: Send
 ) -> bytes:
-    """Sends chunks until they end or the key is revoked; returns the last chunk to send."""
+    """Sends chunks until they end or the key is revoked; returns the last chunk to send, empty
+    unless the stream has `last_words` for a revoked key. Raises what the chunks raise."""
     if stream.revoked is None:
         await _send_all(chunks, send)
         return b""
@@ -234,7 +248,8 @@ async def end_reply(send: Send) -> None:
 
 
 def read_query(scope: Scope, struct: type[Query]) -> Query:
-    """The query parameters as a struct; raises InvalidQuery, which names the invalid parameter."""
+    """The query parameters as a struct, with its defaults for those not given; raises InvalidQuery,
+    which names the invalid parameter."""
     text: bytes = scope["query_string"]
     if not text:
         return struct()
@@ -248,6 +263,8 @@ def read_query(scope: Scope, struct: type[Query]) -> Query:
 
 
 def _parameters(text: bytes) -> Sequence[tuple[str, Any]]:
+    """The decoded names and values. Raises InvalidQuery for a query that cannot be decoded, is too
+    long or repeats a name."""
     try:
         pairs = parse_qsl(
             text.decode("ascii"),

@@ -18,7 +18,8 @@ class Line(Struct, frozen=True):
 
 
 class LineSplitter:
-    """Splits chunks at line ends. Of a line that has not ended it holds at most `max_bytes`."""
+    """Splits chunks at line ends. Of a line that has not ended it holds at most `max_bytes`. One
+    object for each stream."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -28,7 +29,8 @@ class LineSplitter:
         self._partial_bytes = 0
 
     def cut(self, data: bytes) -> Iterator[Line]:
-        """The lines that end in `data`."""
+        """Yields the lines that end in `data`, without line ends; take them all before the next
+        call. Blank lines are counted, but not yielded."""
         *ended, partial = data.split(b"\n")
         if ended:
             self._extend_partial(ended[0])
@@ -41,10 +43,12 @@ class LineSplitter:
         self._extend_partial(partial)
 
     def rest(self) -> Iterator[Line]:
-        """The last line, if the stream did not end with a line end."""
+        """Yields the last line, if the stream did not end with a line end; call it after the last
+        `cut`."""
         yield from self._end_partial()
 
     def _extend_partial(self, piece: bytes) -> None:
+        """Adds a piece to the line that has not ended; drops the text of one that is too long."""
         self._partial_bytes += len(piece)
         # One byte more than allowed may still be the `\r` of the line end.
         if self._partial_bytes > self._max_bytes + 1:
@@ -53,6 +57,7 @@ class LineSplitter:
             self._partial.append(piece)
 
     def _end_partial(self) -> Iterator[Line]:
+        """Yields the line whose end was reached, and begins an empty one."""
         if self._partial_bytes > self._max_bytes + 1:
             self._number += 1
             yield Line(self._number, None)
@@ -62,6 +67,7 @@ class LineSplitter:
         self._partial, self._partial_bytes = [], 0
 
     def _line(self, text: bytes) -> Iterator[Line]:
+        """Counts a line and yields it, unless it is blank."""
         self._number += 1
         text = text.removesuffix(b"\r")
         if self._number == 1:  # a byte order mark alone is a blank line

@@ -61,7 +61,8 @@ def read(content: bytes) -> Array:
 
 
 def header_of(datatype: str, shape: tuple[int, ...]) -> bytes | None:
-    """The `.npy` header for a tensor's bytes, or None if `.npy` cannot hold the datatype."""
+    """The `.npy` header, to be followed by a tensor's bytes as they are stored, or None if `.npy`
+    cannot hold the datatype."""
     if datatype in UNSUPPORTED_DATATYPES:
         return None
     head = io.BytesIO()
@@ -80,6 +81,8 @@ def numpy_name_of(datatype: str) -> str:
 
 
 def _read_header(head: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """The shape, whether the order is Fortran's, and the dtype; `head` is then at the first byte of
+    the elements. Raises one of `_UNREADABLE`."""
     version = npy_format.read_magic(head)
     with warnings.catch_warnings():
         # numpy warns of headers that Python 2 wrote, and reads them all the same.
@@ -92,4 +95,5 @@ def _read_header(head: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]
 
 
 def _input_error(detail: str) -> InvalidInput:
+    """Makes the error of a whole body."""
     return InvalidInput(detail, faults=[Fault("", detail)])

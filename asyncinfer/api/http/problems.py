@@ -12,8 +12,8 @@ _RETRY_AFTER_SECONDS: Final = 1.0
 
 
 def problem_reply(error: RequestError, path: str = "") -> Reply:
-    """The reply for an error; 429 and 503 always have Retry-After, of 1 s unless the error says
-    otherwise."""
+    """The reply for an error; 429 and 503 always have Retry-After, in whole seconds: 1 unless the
+    error says otherwise. `path` is the request's, empty if it is not known."""
     headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in error.headers]
     if error.status in _RETRY_STATUSES or error.retry_after_seconds is not None:
         seconds = error.retry_after_seconds or _RETRY_AFTER_SECONDS
@@ -27,5 +27,5 @@ def problem_reply(error: RequestError, path: str = "") -> Reply:
 
 
 def internal_error() -> InternalError:
-    """The error of an unexpected exception, without its details."""
+    """Makes the error of an unexpected exception, without its details."""
     return InternalError("Something went wrong on the server; its log has the details.")

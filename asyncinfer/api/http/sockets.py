@@ -14,7 +14,8 @@ _UNSENT_BYTES: Final = 128 << 10
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; raises StartError if the address is taken or invalid."""
+    """Returns a listening socket, which the caller closes; raises StartError if the address is
+    taken or invalid."""
     try:
         listener = socket.create_server((host, port), family=_family(host), backlog=_BACKLOG)
     except OSError as error:
@@ -24,8 +25,9 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def hold(host: str, port: int) -> socket.socket:
-    """A bound socket that reserves the address for processes that listen there later, each on its
-    `share`. Raises StartError."""
+    """Returns a bound socket that does not listen: it reserves the address for processes that
+    listen there later, each on its `share`. Raises StartError if the address is taken or
+    invalid."""
     try:
         return _bind(_family(host), (host, port), siblings=False)
     except OSError as error:
@@ -33,7 +35,8 @@ def hold(host: str, port: int) -> socket.socket:
 
 
 def share(held: socket.socket, platform: str = sys.platform) -> socket.socket:
-    """The socket for one process to listen on, at the address that `hold` reserved."""
+    """Returns the socket for one process to listen on, at the address that `hold` reserved; raises
+    StartError. On Linux each is a socket of its own, elsewhere a duplicate of `held`."""
     # Processes that accept from one socket race for it, and the first to wake takes all waiting
     # connections: measured, half of the bursts of 32 connections to two processes went to one of
     # them alone, and 32 that came one after another went 30 : 2. Linux spreads connections among
@@ -55,7 +58,8 @@ def _family(host: str) -> socket.AddressFamily:
 
 
 def _bind(family: int, address: tuple[str | int, ...], *, siblings: bool) -> socket.socket:
-    """With `siblings` other processes of the same user may bind the address too."""
+    """Returns a bound socket, not listening; raises OSError. With `siblings` other processes of the
+    same user may bind the address too."""
     bound = socket.socket(family)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -72,12 +76,14 @@ def _bind(family: int, address: tuple[str | int, ...], *, siblings: bool) -> soc
 
 
 def _limit_unsent(listener: socket.socket) -> None:
-    """Accepted connections inherit this option from their listener."""
+    """Limits what the kernel buffers of an answer, where it can. Accepted connections inherit this
+    option from their listener."""
     if option := getattr(socket, "TCP_NOTSENT_LOWAT", None):
         listener.setsockopt(socket.IPPROTO_TCP, option, _UNSENT_BYTES)
 
 
 def _listen_error(host: str, port: int, error: OSError) -> StartError:
+    """Makes the error of an address that cannot be listened on."""
     return StartError(
         f"Cannot listen on {host}:{port}: {error.strerror}. Stop the program that listens there, "
         "or choose another HOST or PORT."

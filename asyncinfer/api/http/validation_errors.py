@@ -17,7 +17,8 @@ _STEP = re.compile(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]")
 
 
 def fault_of(error: msgspec.ValidationError, struct: type[Struct], under: str = "") -> Fault:
-    """The fault of a failed conversion to `struct`, which was expected at the pointer `under`."""
+    """Returns the fault of a failed conversion to `struct`, which was expected at the JSON pointer
+    `under` of the body. Its pointer names the member that is wrong, unknown or missing."""
     message, place, path = str(error).rpartition(_PLACE)
     if not place:
         message, path = path, ""
@@ -31,4 +32,5 @@ def fault_of(error: msgspec.ValidationError, struct: type[Struct], under: str = 
 
 
 def _escaped(name: str) -> str:
+    """A name as a step of a JSON pointer (RFC 6901)."""
     return name.replace("~", "~0").replace("/", "~1")

@@ -47,7 +47,7 @@ _ABSENT: Final = Raw(b"")
 
 
 class _Envelope(Struct, frozen=True, forbid_unknown_fields=True):
-    """A request whose parts are still text."""
+    """A request whose parts are still text, empty where the client left one out."""
 
     data: Raw = _ABSENT
     inputs: Raw = _ABSENT
@@ -82,7 +82,8 @@ def read_envelope(body: bytes) -> ParsedBody:
 
 
 def read_line_envelope(line: bytes) -> ParsedBody:
-    """`read_envelope` for a line of a bulk request, which may have its own `idempotency_key`."""
+    """`read_envelope` for a line of a bulk request, which may have its own `idempotency_key`.
+    Raises InvalidJSON or InvalidInput."""
     line = _utf8_text(line)
     envelope = _decode(line, _decode_line, _LineEnvelope)
     key = _read_key(envelope.idempotency_key)
@@ -100,7 +101,8 @@ def read_line_envelope(line: bytes) -> ParsedBody:
 def _decode(
     body: bytes, decode: Callable[[bytes], EnvelopeT], struct: type[EnvelopeT]
 ) -> EnvelopeT:
-    """The body as this envelope; raises InvalidJSON or InvalidInput."""
+    """The body as this envelope; raises InvalidJSON if it cannot be parsed, InvalidInput for a
+    member that is unknown."""
     try:
         return decode(body)
     except msgspec.ValidationError as error:
@@ -113,11 +115,13 @@ def _decode(
 
 
 def _occurs_once(body: bytes, name: bytes) -> bool:
-    """True if the name is there once in a text without escapes, so the key cannot be repeated."""
+    """Whether the name, in quotes, is there once in a text without escapes: then the key is not
+    repeated. False may also mean that this is not certain."""
     return body.count(name) == 1 and b"\\" not in body
 
 
 def _read_key(text: Raw) -> str | None:
+    """The key of a line, None without one; raises InvalidInput if it is malformed."""
     if text is _ABSENT:
         return None
     try:
@@ -130,7 +134,8 @@ def _read_key(text: Raw) -> str | None:
 
 
 def _has_only_data(envelope: _Envelope) -> bool:
-    """True for most requests, which then skip the checks that the others need."""
+    """Whether the body has `data` and nothing else, a line's key apart. True for most requests,
+    which then skip the checks that the others need."""
     return (
         envelope.data is not _ABSENT
         and envelope.options is _ABSENT
@@ -141,6 +146,7 @@ def _has_only_data(envelope: _Envelope) -> bool:
 
 
 def _present(envelope: _Envelope) -> dict[str, Raw]:
+    """The members that the client sent, by name."""
     values = {name: getattr(envelope, name) for name in envelope.__struct_fields__}
     return {name: value for name, value in values.items() if len(value)}
 
@@ -160,6 +166,7 @@ def _check_combination(present: Mapping[str, Raw]) -> None:
 
 
 def _parsed(envelope: _Envelope, key: str | None) -> ParsedBody:
+    """The envelope with its options read; raises InvalidInput if they are not valid."""
     options_text = bytes(envelope.options)
     return ParsedBody(
         data=bytes(envelope.data),
@@ -187,6 +194,7 @@ def _utf8_text(body: bytes) -> bytes:
 
 
 def _parse_error_message(error: msgspec.DecodeError, body: bytes) -> str:
+    """The error's message, with a hint if it stopped at a bare NaN or Infinity."""
     message = str(error).removeprefix("JSON is malformed: ")
     place = _AT_BYTE.search(message)
     is_non_finite = place and _BARE_NON_FINITE.match(body, int(place[1]))
@@ -195,6 +203,8 @@ def _parse_error_message(error: msgspec.DecodeError, body: bytes) -> str:
 
 
 def _read_options(text: bytes) -> AskedOptions:
+    """The options of a text of JSON; raises InvalidInput if they are not valid or a key is
+    repeated."""
     try:
         options = _decode_options(text)
     except msgspec.ValidationError as error:
@@ -226,17 +236,20 @@ def reject_repeated_keys(body: bytes, values: Mapping[str, Raw], under: str = ""
 
 
 def _reject_repeated_option(pairs: Sequence[tuple[str, Any]]) -> None:
+    """Raises InvalidInput if a key is repeated, else returns None; called for the options'
+    object."""
     names = [name for name, _ in pairs]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         reject_input(_repeated_key(f"/options/{repeated}"))
 
 
 def _repeated_key(pointer: str) -> Fault:
+    """The fault of a repeated key at this JSON pointer."""
     return Fault(pointer, "This key is given more than once; send it once.")
 
 
 def reject_input(fault: Fault, cause: Exception | None = None) -> NoReturn:
-    """Raises InvalidInput for a fault of the request."""
+    """Always raises InvalidInput, for a fault of the request."""
     place = f" at {fault.pointer}" if fault.pointer else ""
     raise InvalidInput(
         f"The request is not as expected{place}: {fault.detail}", faults=[fault]

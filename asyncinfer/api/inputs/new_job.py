@@ -26,7 +26,8 @@ _FULL_RETRY_SECONDS: Final = 5
 
 
 def new_job(tenant: str, queue: str, checked: Input, key: str | None) -> NewJob:
-    """A job with a new id, created now; `key` is the client's Idempotency-Key."""
+    """Makes a job with a new id, created now; stores nothing. `key` is the client's
+    Idempotency-Key, which is kept as a digest with the tenant."""
     now_ms = time.time_ns() // 1_000_000
     record = jobs.Record(
         schema=jobs.SCHEMA,
@@ -51,11 +52,13 @@ def new_job(tenant: str, queue: str, checked: Input, key: str | None) -> NewJob:
 
 
 def _digest(*parts: bytes) -> str:
+    """The SHA-256 of the parts in hex digits, with zero bytes between them."""
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
 def explain_submit_error(error: RequestError, job: NewJob) -> RequestError:
-    """The same error of a submit, with a message that says what the client can do."""
+    """The same error of a submit, with a message that says what the client can do; other errors are
+    returned as they are."""
     if isinstance(error, RedisRefused):
         return type(error)(
             f"{error.detail} The job may have been accepted in part: look at "
@@ -78,8 +81,8 @@ def explain_submit_error(error: RequestError, job: NewJob) -> RequestError:
 
 
 def queue_full_error(policy: Policy, reason: WaitingFor | None) -> QueueFull:
-    """The error for a full queue. It says why nothing leaves the queue, if that is known, since
-    more workers would not help against a pause."""
+    """Makes the error for a full queue. It says why nothing leaves the queue, if that is known
+    (`reason`), since more workers would not help against a pause."""
     remedy = "Retry later, start more workers, or raise MAX_QUEUE or MAX_QUEUE_BYTES."
     return QueueFull(
         f"The model's queue is full ({policy.max_queue} jobs, {policy.max_queue_bytes} "
@@ -91,7 +94,8 @@ def queue_full_error(policy: Policy, reason: WaitingFor | None) -> QueueFull:
 def refused_submit_error(
     submitted: Submitted, job: NewJob, policy: Policy, wait_reasons: WaitReasons
 ) -> RequestError | None:
-    """Why a job was not accepted; None if it was accepted, now or earlier."""
+    """Returns why a job was not accepted: QueueFull or IdempotencyConflict; None if it was
+    accepted, now or earlier."""
     if submitted.verdict == "full":
         return queue_full_error(policy, wait_reasons.of_queue(job.record))
     if submitted.verdict == "dup" and submitted.fingerprint != job.fingerprint:

@@ -37,7 +37,8 @@ _NOT_PACKED: Final = frozenset({"BYTES", "BOOL"})
 
 
 class Input(Struct, frozen=True):
-    """A checked input, ready to be stored."""
+    """A checked input, ready to be stored: `content` is JSON text or packed tensors, as `payload`
+    says, and `answer` is the form in which its result will be stored."""
 
     signature: Signature
     options: Options
@@ -50,7 +51,8 @@ class Input(Struct, frozen=True):
     """The client's own `data`; empty if it sent `inputs` or `.npy`."""
 
     def fingerprint_parts(self) -> tuple[bytes, ...]:
-        """The parts that are equal for equal requests, from which a fingerprint is made."""
+        """The parts that are equal for equal requests, from which a fingerprint is made. Two texts
+        of `data` are equal only byte by byte."""
         options = b"" if self.options == _NO_OPTIONS else msgspec.json.encode(self.options)
         model = self.signature.model.encode()
         if self.text:
@@ -79,20 +81,22 @@ async def read_input(
 
 
 def is_slow_to_parse(line: bytes) -> bool:
-    """Whether a text takes so long to parse that other requests must not wait for it."""
+    """Whether a text is so long that other requests must not wait while it is parsed."""
     return len(line) > _SLOW_TEXT_BYTES
 
 
 async def read_long_line(
     line: bytes, defaults: AskedOptions, served: Served, long_reads: CapacityLimiter
 ) -> tuple[Input, str | None]:
-    """`read_line` in a thread, while the event loop continues."""
+    """`read_line` in a thread, while the event loop continues; waits while `long_reads` allows no
+    thread."""
     return await to_thread.run_sync(read_line, line, defaults, served, limiter=long_reads)
 
 
 def read_line(line: bytes, defaults: AskedOptions, served: Served) -> tuple[Input, str | None]:
-    """The input of a line of a bulk request, and its idempotency key; raises as `read_input` does.
-    `defaults` are the options of a line without its own."""
+    """The input of a line of a bulk request, and its idempotency key (None without one); raises
+    InvalidJSON, InvalidInput, VersionNotFound or ModelLoading. `defaults` are the options of a line
+    without its own."""
     parsed = read_line_envelope(line)
     options = parsed.options if parsed.has_options else defaults
     return _check_parsed(parsed, Body(line, None), options, served), parsed.key
@@ -100,7 +104,7 @@ def read_line(line: bytes, defaults: AskedOptions, served: Served) -> tuple[Inpu
 
 def _has_much_to_parse(body: Body) -> bool:
     """Whether a long body has much to parse: JSON or strings. Binary numbers are not parsed at all,
-    only their description."""
+    only their description. May also be true if a tensor is only named like that datatype."""
     head_bytes = body.json_bytes
     if head_bytes is None or head_bytes > _SLOW_TEXT_BYTES:
         return True
@@ -108,12 +112,16 @@ def _has_much_to_parse(body: Body) -> bool:
 
 
 def _read(body: Body, query: AskedOptions, served: Served) -> Input:
+    """The input of a body that is not `.npy`; raises as `read_input` does. Runs in a thread for
+    long bodies."""
     json_text = body.content if body.json_bytes is None else body.content[: body.json_bytes]
     parsed = read_envelope(json_text)
     return _check_parsed(parsed, body, _options(parsed, query), served)
 
 
 def _check_parsed(parsed: ParsedBody, body: Body, options: AskedOptions, served: Served) -> Input:
+    """The input in a parsed body, checked against the version that `options` name. Raises
+    VersionNotFound, ModelLoading or InvalidInput."""
     signature = served.signature_of(options.version)
     if parsed.inputs:
         return _from_tensors(parsed, body, options, signature)
@@ -121,6 +129,8 @@ def _check_parsed(parsed: ParsedBody, body: Body, options: AskedOptions, served:
 
 
 def _options(parsed: ParsedBody, query: AskedOptions) -> AskedOptions:
+    """The options of the body, or of the query if the body has none; raises InvalidQuery if both
+    have some."""
     if not parsed.has_options:
         return query
     if query != _NO_OPTIONS:
@@ -133,6 +143,8 @@ def _options(parsed: ParsedBody, query: AskedOptions) -> AskedOptions:
 def _from_data(
     parsed: ParsedBody, body: Body, options: AskedOptions, signature: Signature
 ) -> Input:
+    """The input of a body with `data`, stored as tensors if it is long and numeric, else as JSON.
+    Raises InvalidInput if it does not fit."""
     if body.json_bytes is not None:
         raise InvalidInput(
             "Tensors that follow the JSON are described by `inputs`; `data` has none.",
@@ -152,6 +164,7 @@ def _from_data(
 def _from_tensors(
     parsed: ParsedBody, body: Body, options: AskedOptions, signature: Signature
 ) -> Input:
+    """The input of a body with `inputs`; raises InvalidInput if they do not fit."""
     outputs = read_outputs(parsed, signature)
     feeds = read_tensors(parsed, body.content, body.json_bytes, signature)
     described = shape_errors.described(feeds)
@@ -160,6 +173,7 @@ def _from_tensors(
 
 
 def _from_npy(content: bytes, options: AskedOptions, served: Served) -> Input:
+    """The input of a `.npy` body; raises InvalidInput, VersionNotFound or ModelLoading."""
     signature = served.signature_of(options.version)
     spec = data_input(signature)
     if spec is None:
@@ -183,8 +197,8 @@ def _from_npy(content: bytes, options: AskedOptions, served: Served) -> Input:
 
 
 def _dtype_problem(array: Array, datatype: str, model: str) -> str:
-    """Why the array's dtype does not fit, or an empty string. The client must convert the array
-    itself, since a silent cast could change the answer."""
+    """Why the array's dtype does not fit the datatype, or an empty string. The client must convert
+    the array itself, since a silent cast could change the answer."""
     try:
         if datatype_of(array) == datatype:
             return ""

@@ -38,6 +38,8 @@ class _EntryText(Struct, frozen=True):
 
 
 class _Entry(Struct, frozen=True, forbid_unknown_fields=True):
+    """An entry of `inputs`; either `data` or its parameter `binary_data_size` is set."""
+
     name: str
     shape: Annotated[tuple[Annotated[int, Meta(ge=0, le=2**31 - 1)], ...], Meta(max_length=32)]
     datatype: str
@@ -54,9 +56,11 @@ _decode_parameters = msgspec.json.Decoder(AskedParameters).decode
 def read_tensors(
     parsed: ParsedBody, body: bytes, json_bytes: int | None, signature: Signature
 ) -> Feeds:
-    """The inputs, checked; arrays whose bytes were sent as they are stay views of `body`.
+    """The inputs by name, checked; arrays whose bytes were sent as they are stay views of `body`.
+    `json_bytes` is how many bytes of it are JSON, None if all are.
 
-    Raises InvalidInput with every fault of all tensors.
+    Raises InvalidInput, which lists the faults of all tensors; those of elements only once all
+    entries and sizes are valid.
     """
     entries = _read_entries(parsed.inputs, signature)
     described = [Given(entry.name, entry.datatype, entry.shape) for entry in entries]
@@ -97,8 +101,8 @@ def _readable(
 
 
 def read_outputs(parsed: ParsedBody, signature: Signature) -> tuple[str, ...]:
-    """The names of the requested outputs; empty means all. Raises InvalidInput for unknown or
-    repeated names."""
+    """The names of the requested outputs, in the client's order; empty means all. Raises
+    InvalidInput for unknown or repeated names, or invalid `parameters`."""
     if parsed.parameters:
         try:
             _decode_parameters(parsed.parameters)
@@ -117,6 +121,7 @@ def read_outputs(parsed: ParsedBody, signature: Signature) -> tuple[str, ...]:
 
 
 def _output_faults(names: tuple[str, ...], signature: Signature) -> Iterator[Fault]:
+    """Yields a fault for each name that is unknown or repeated."""
     known = {spec.name for spec in signature.outputs}
     seen: set[str] = set()
     for index, name in enumerate(names):
@@ -148,8 +153,10 @@ def _entry_texts(field: str, text: bytes, max_entries: int, model: str) -> list[
 
 @cache
 def _entries_decoder(max_entries: int) -> Callable[[bytes], Struct]:
-    """A decoder of lists of at most `max_entries` entries, which stops at the first one too many; a
-    decoder of lists of any length would make an object of each of a million entries."""
+    """A decoder of lists of at most `max_entries` entries, which raises ValidationError at the
+    first one too many; a decoder of lists of any length would make an object of each of a million
+    entries. It returns a struct with a field for each possible entry, empty for those that are not
+    there."""
     fields = [(f"entry_{index}", Raw, Raw(b"")) for index in range(max_entries)]
     entries = msgspec.defstruct(
         "Entries", fields, array_like=True, forbid_unknown_fields=True, frozen=True
@@ -176,6 +183,7 @@ def _read_entries(text: bytes, signature: Signature) -> list[_Entry]:
 
 
 def _read_entry(text: bytes, pointer: str) -> _Entry:
+    """The entry in a text, at this JSON pointer. Raises ValidationError or InvalidInput."""
     entry = _decode_entry(text)
     texts = _decode_entry_text(text)
     values = {name: getattr(texts, name) for name in texts.__struct_fields__}
@@ -192,7 +200,8 @@ def _read_entry(text: bytes, pointer: str) -> _Entry:
 def _start_offsets(
     entries: list[_Entry], body_bytes: int, json_bytes: int | None
 ) -> tuple[list[int], list[Fault]]:
-    """Where in the body each tensor's bytes begin, and faults of the sizes."""
+    """Where in the body each tensor's bytes begin, and faults of the sizes, after which the offsets
+    may be incomplete. An entry with `data` has the offset of the next one."""
     starts: list[int] = []
     end = 0 if json_bytes is None else json_bytes
     begin = end
@@ -210,7 +219,8 @@ def _start_offsets(
 
 
 def _read_array(entry: _Entry, description: Given, body: bytes, start: int, pointer: str) -> Array:
-    """The elements of an entry, from its `data` or its bytes in the body from `start` on."""
+    """The elements of an entry, from its `data` or its bytes in the body from `start` on; a view of
+    the body if they are numbers. Raises InvalidInput, with faults at the JSON pointer."""
     if isinstance(entry.data, Raw):
         return _read_json_elements(bytes(entry.data), description, f"{pointer}/data")
     size = entry.parameters.binary_data_size or 0
@@ -225,6 +235,8 @@ def _read_array(entry: _Entry, description: Given, body: bytes, start: int, poin
 
 
 def _read_strings(content: memoryview, description: Given, pointer: str) -> Array:
+    """The array of strings, each sent behind its length; raises InvalidInput unless they are as
+    many as the shape has."""
     expected = prod(description.shape)
     try:
         strings = packing.unpack_strings(content, most=expected)
@@ -244,8 +256,8 @@ def _read_strings(content: memoryview, description: Given, pointer: str) -> Arra
 
 
 def _read_json_elements(text: bytes, description: Given, pointer: str) -> Array:
-    """The array of a text with the elements in nested lists, or in a flat list in row-major
-    order."""
+    """The array of a text with the elements in nested lists, or in a flat list in row-major order.
+    Raises InvalidInput."""
     nested = _NESTED.match(text) if description.shape else _NOT_A_LIST.match(text)
     shape = description.shape if nested else (prod(description.shape),)
     spec = TensorSpec(description.name, description.datatype, shape)
@@ -264,8 +276,8 @@ def _read_json_elements(text: bytes, description: Given, pointer: str) -> Array:
 
 
 def _reject_too_many_elements(text: bytes, description: Given, pointer: str) -> None:
-    """Rejects a long text of numbers that has more commas than its shape allows, before it is
-    parsed."""
+    """Raises InvalidInput for a long text of numbers that has more commas than its shape allows,
+    before it is parsed."""
     if len(text) > _FEW_BYTES and description.datatype in datatypes.RANGES:
         count, expected = text.count(b",") + 1, prod(description.shape)
         if count > expected:

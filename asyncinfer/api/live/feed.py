@@ -87,7 +87,8 @@ class JobChange(Struct, eq=False):
 
 
 class Feed:
-    """Reads the logs of all queues while there are followers, and passes the changes on to them."""
+    """Reads the logs of all queues while there are followers, and passes the changes on to them.
+    One object for each API process."""
 
     def __init__(self, store: Store) -> None:
         self.log = Log(store)
@@ -112,12 +113,13 @@ class Feed:
         self._tasks: asyncio.TaskGroup | None = None
 
     async def run(self) -> None:
-        """Reads until closed."""
+        """Reads until closed; logs errors and goes on. Followers that join before it has begun are
+        closed."""
         async with asyncio.TaskGroup() as self._tasks:
             self._tasks.create_task(self._read())
 
     async def close(self) -> None:
-        """Ends `run`, and closes every follower."""
+        """Ends `run`, and closes every follower; later followers are closed from the start."""
         self._closing.set()
         self._has_followers.set()
         for follower in self._followers():
@@ -126,7 +128,7 @@ class Feed:
 
     @property
     def queues(self) -> Iterable[str]:
-        """The queues whose logs are read now."""
+        """The queues whose logs are read now; empty while there are no followers."""
         return list(self._last_ids)
 
     @property
@@ -138,8 +140,8 @@ class Feed:
     def follow(
         self, topic: Topic, position: Position, gone: Callable[[], Awaitable[None]]
     ) -> Iterator["Follower"]:
-        """A follower of the topic from this position. It is closed once `gone` returns, which
-        means that the client has disconnected, or when the feed closes."""
+        """Yields a follower of the topic from this position. It is closed once `gone` returns,
+        which means that the client has disconnected, or when the feed closes."""
         channel = self._channel(topic)
         follower = Follower(self, topic, position, channel)
         channel.followers.add(follower)
@@ -170,8 +172,8 @@ class Feed:
             self._turns.release()
 
     async def with_jobs(self, changes: Sequence[Change]) -> list[JobChange]:
-        """The changes with their jobs, which are read once for all followers. Call it only while
-        holding a `turn`."""
+        """The changes with their jobs, in the same order; the jobs are read once for all followers.
+        Call it only while holding a `turn`. Raises RedisUnavailable."""
         cached = [self._job_changes.get(change) for change in changes]
         if None not in cached:
             return cast(list[JobChange], cached)
@@ -188,9 +190,10 @@ class Feed:
         return [known[change] for change in changes]
 
     async def page(self, queue: str, start: Place, entries: int) -> LogPage:
-        """A page of a log. Pages are cached, since many followers start from the same place after
-        an outage; but not a last page: a follower gets the changes after it from the reader, which
-        passes on only what comes after the follower has joined."""
+        """A page of a log of at most `entries` entries; raises LogTrimmed or RedisUnavailable.
+        Pages are cached, since many followers start from the same place after an outage; but not a
+        last page: a follower gets the changes after it from the reader, which passes on only what
+        comes after the follower has joined."""
         key = (queue, start, entries)
         if page := self._pages.get(key):
             return page
@@ -202,7 +205,8 @@ class Feed:
         return page
 
     async def about(self, topic: Topic, changes: Sequence[Change]) -> list[Change]:
-        """The changes that belong to the topic."""
+        """The changes that belong to the topic, in their order; those of deleted jobs belong only
+        to a topic of one job. Raises RedisUnavailable."""
         if topic.job_id is not None:
             return [change for change in changes if change.job_id == topic.job_id]
         owners = await self._owners.of([change.job_id for change in changes])
@@ -215,15 +219,19 @@ class Feed:
     # --- followers and channels --------------------------------------------------------------
 
     def _followers(self) -> list["Follower"]:
+        """All followers, of all topics."""
         channels = chain(self._job_channels.values(), self._topic_channels.values())
         return list(chain.from_iterable(channel.followers for channel in channels))
 
     def _channel(self, topic: Topic) -> "_Channel":
+        """The channel of the topic, made if it has no follower yet. All topics of one job share
+        one."""
         if topic.job_id is not None:
             return self._job_channels.setdefault(topic.job_id, _Channel())
         return self._topic_channels.setdefault(topic, _Channel())
 
     def _remove(self, follower: "Follower", channel: "_Channel") -> None:
+        """Removes the follower, and the channel if it was its last."""
         channel.followers.discard(follower)
         if channel.followers:
             return
@@ -236,6 +244,7 @@ class Feed:
     # --- the reader --------------------------------------------------------------------------
 
     async def _read(self) -> None:
+        """Reads the logs and passes the changes on until closed; logs errors and goes on."""
         queues_found_at = 0.0
         while not self._closing.is_set():
             if not (self._job_channels or self._topic_channels):
@@ -271,9 +280,9 @@ class Feed:
         await self._has_followers.wait()
 
     async def _check_whether_cut(self) -> None:
-        """Lets the reader continue where it was after an outage, unless a log was trimmed beyond
-        that place: then all followers read the logs themselves. When they did so after each slow
-        reply, the next replies were slow too."""
+        """Call after an outage. Lets the reader continue where it was, unless a log was trimmed
+        beyond that place: then all followers read the logs themselves. When they did so after each
+        slow reply, the next replies were slow too. Raises RedisUnavailable."""
         for queue, end in self._last_ids.items():
             if not await self.log.reaches(queue, end):
                 self._return_all_to_log()
@@ -282,7 +291,7 @@ class Feed:
 
     async def _find_queues(self) -> None:
         """Finds new queues. A queue that appears while the reader runs is read from its start; the
-        first queues are read from now on."""
+        first queues are read from now on, and `started` is set. Raises RedisUnavailable."""
         if replaced := await self.log.replaced(self._last_ids):
             # Redis was replaced by a server whose clock is behind: followers report a gap.
             for queue in replaced:
@@ -299,6 +308,8 @@ class Feed:
                 follower.wake()
 
     async def _read_next_entries(self) -> None:
+        """Waits up to a second for new entries, passes them on, and moves the base. Raises
+        RedisUnavailable."""
         streams = {keys.log(queue): queue for queue in self._last_ids}
         places = {name: self._last_ids[queue] for name, queue in streams.items()}
         entries = await self._blocking.read(places, _READ_SECONDS, _ENTRIES_A_READ)
@@ -317,6 +328,8 @@ class Feed:
             self.base_ms = max(self.base_ms, newest_ms - newest_ms % _BASE_STEP_MS)
 
     async def _distribute(self, queue: str, changes: Sequence[Change]) -> None:
+        """Pushes the changes of one log entry into the channels of the topics that they belong
+        to."""
         by_topic = await self._by_topic(queue, changes) if self._topic_channels else {}
         for change in changes:
             if channel := self._job_channels.get(change.job_id):
@@ -328,7 +341,7 @@ class Feed:
     async def _by_topic(
         self, queue: str, changes: Sequence[Change]
     ) -> dict[Topic, Sequence[Change]]:
-        """The changes of each followed topic, in their order."""
+        """The changes of each followed topic, in their order; topics of one job are left out."""
         owners = await self._owners.of([change.job_id for change in changes])
         by_owner = defaultdict(list)
         for change in changes:
@@ -365,7 +378,8 @@ class _Channel:
         return self._first + len(self._changes)
 
     def push(self, changes: Sequence[Change]) -> None:
-        """Adds changes and wakes the followers; drops changes that no follower needs."""
+        """Adds changes and wakes the followers; drops changes that no follower needs, and all but
+        the last 10,000. A follower that needs a dropped one returns to the log."""
         self._changes += changes
         next_numbers = [
             follower.next_number for follower in self.followers if follower.next_number is not None
@@ -377,14 +391,16 @@ class _Channel:
             follower.wake()
 
     def take(self, start: int, count: int) -> list[Change] | None:
-        """Up to `count` changes from the number `start` on; None if that one is no longer kept."""
+        """Up to `count` changes from the number `start` on, empty if there are no newer ones; None
+        if that one is no longer kept. Removes nothing."""
         index = start - self._first
         return self._changes[index : index + count] if index >= 0 else None
 
 
 class Follower:
-    """One client's view of the changes: first those in the log since its position, then those
-    that the reader passes on. A follower that is too slow for these reads the log again."""
+    """One client's view of the changes: first those in the log since its position, then those that
+    the reader passes on. A follower that is too slow for these reads the log again. `Feed.follow`
+    makes one for each stream."""
 
     def __init__(self, feed: Feed, topic: Topic, position: Position, channel: _Channel) -> None:
         self.closed = False
@@ -397,7 +413,8 @@ class Follower:
         self.begin_at(position)
 
     def begin_at(self, position: Position) -> None:
-        """Drops all pending changes and reads the log again from this position."""
+        """Drops all pending changes and reads the log again from this position, which replaces what
+        was acknowledged."""
         self._base_ms = position.base_ms
         self._acknowledged = _places_from(position.base_ms, position.told)
         self._read_upto = dict(self._acknowledged)
@@ -408,9 +425,9 @@ class Follower:
         self.next_number = None
 
     async def more(self, seconds: float) -> list[JobChange]:
-        """The next changes; empty if there are none within `seconds`, or the follower was closed.
-        Raises LogTrimmed if changes are lost, and RedisUnavailable, after which the call may be
-        repeated."""
+        """The next changes, at most 256; empty if there are none within `seconds`, the turn does
+        not come in 5 s, or the follower was closed. Raises LogTrimmed if changes are lost, and
+        RedisUnavailable, after which the call may be repeated."""
         if self._is_idle():
             if self.caught_up:
                 self._advance_base()
@@ -429,17 +446,20 @@ class Follower:
             self._acknowledged[job_change.change.queue] = job_change.change.after
 
     def acknowledge(self, change: Change, ended: int = 0) -> Position:
-        """Records that the client is sent this change; returns its position after it."""
+        """Records that the client is sent this change; returns its position after it, with `ended`
+        as in Position."""
         self._acknowledged[change.queue] = change.after
         return self.position(ended)
 
     def position(self, ended: int = 0) -> Position:
-        """Where another stream continues after the acknowledged changes."""
+        """Where another stream continues after the acknowledged changes. `ended` is as in
+        Position."""
         return Position(self._base_ms, dict(self._acknowledged), ended)
 
     @property
     def caught_up(self) -> bool:
-        """Whether all changes that the reader has passed on were returned by `more`."""
+        """Whether all changes that the reader has passed on were returned by `more`. False while
+        the log is read."""
         if self._pending or self._backlog or self.next_number is None:
             return False
         return self.next_number >= self._channel.end
@@ -451,25 +471,32 @@ class Follower:
             await _pause(self._woken, seconds)
 
     def close(self) -> None:
+        """Ends the follower for good: sets `closed` and wakes it."""
         self.closed = True
         self.wake()
 
     # --- the reader's side -------------------------------------------------------------------
 
     def wake(self) -> None:
+        """Ends a `pause` that is in progress."""
         self._woken.set()
 
     def return_to_log(self) -> None:
-        """Leaves the channel: the follower reads its next changes from the log."""
+        """Leaves the channel: the follower reads its next changes from the log, from where it has
+        read to. Also wakes it."""
         self.next_number = None
         self.wake()
 
     # --- the client's side -------------------------------------------------------------------
 
     def _is_idle(self) -> bool:
+        """Whether there is nothing to read: all changes were returned, or the reader has not
+        started and no change is pending."""
         return self.caught_up or not (self._pending or self._feed.started.is_set())
 
     async def _next_changes(self) -> list[JobChange]:
+        """The next changes with their jobs; call it while holding a turn. May be empty while others
+        follow. If it raises, no change is lost."""
         if not self._pending:
             self._pending = await self._read_more()
         part = self._pending[:_CHANGES_AT_ONCE]
@@ -478,6 +505,8 @@ class Follower:
         return job_changes
 
     async def _read_more(self) -> list[Change]:
+        """The next changes of the topic, from the log or the channel; may be empty while others
+        follow. Raises LogTrimmed or RedisUnavailable."""
         if self.next_number is None:
             self.next_number = self._channel.end
             self._backlog = {queue: self._read_place(queue) for queue in self._queues()}
@@ -486,13 +515,16 @@ class Follower:
         return self._take_from_channel()
 
     def _queues(self) -> Iterable[str]:
+        """The queues whose logs have the topic's changes."""
         return self._feed.queues if self.topic.queue is None else [self.topic.queue]
 
     def _read_place(self, queue: str) -> Place:
+        """How far the follower has read the queue's log."""
         return self._read_upto.get(queue, (self._base_ms, 0, 0))
 
     async def _catch_up(self) -> list[Change]:
-        """Reads one page of one queue's log; its changes of the topic."""
+        """Reads one page of one queue's log; returns its changes of the topic, which may be
+        none."""
         queue, start = next(iter(self._backlog.items()))
         page = await self._feed.page(queue, start, self._entries)
         changes = await self._feed.about(self.topic, page.changes)
@@ -507,7 +539,8 @@ class Follower:
         return changes
 
     def _take_from_channel(self) -> list[Change]:
-        """The next changes of the channel that were not read from the log before."""
+        """The next changes of the channel that were not read from the log before. Returns to the
+        log if the channel no longer has them."""
         assert self.next_number is not None
         part = self._channel.take(self.next_number, _CHANGES_AT_ONCE)
         if part is None:
@@ -524,7 +557,8 @@ class Follower:
         return unread
 
     def _advance_base(self) -> None:
-        """Shortens the position once its client was sent all changes that the reader passed on."""
+        """Shortens the position; call it once its client was sent all changes that the reader
+        passed on."""
         self._base_ms = max(self._base_ms, self._feed.base_ms)
         self._acknowledged = _places_from(self._base_ms, self._acknowledged)
         self._read_upto = _places_from(self._base_ms, self._read_upto)
@@ -538,7 +572,8 @@ class _Owners:
         self._known: dict[str, tuple[str, str | None]] = {}
 
     async def of(self, job_ids: Sequence[str]) -> dict[str, tuple[str, str | None]]:
-        """Each job's (tenant, group) by its id; jobs that were deleted are left out."""
+        """Each job's (tenant, group) by its id, group None without one; jobs that were deleted
+        before they were first read are left out. Raises RedisUnavailable."""
         unknown = [job_id for job_id in dict.fromkeys(job_ids) if job_id not in self._known]
         if len(self._known) + len(unknown) > _MAX_OWNERS:
             self._known.clear()
@@ -552,12 +587,14 @@ class _Owners:
 
 
 def _owner(stored: Stored) -> tuple[str, str | None]:
+    """The job's (tenant, group); an external job is the default tenant's."""
     record = stored.record
     return (record.tenant, record.options.group) if record else (DEFAULT_TENANT, None)
 
 
 def _includes(topic: Topic, owner: tuple[str, str | None] | None, queue: str) -> bool:
-    """Whether a job of this owner and queue belongs to the topic, which must not be one job's."""
+    """Whether a job of this owner (None: it is not known) and queue belongs to the topic, which
+    must not be one job's."""
     if owner is None or owner[0] != topic.tenant:
         return False
     return topic.group in (None, owner[1]) and topic.queue in (None, queue)
@@ -578,7 +615,8 @@ def _place_of(change: Change) -> Place:
 
 
 def _topics(owner: tuple[str, str | None] | None, queue: str) -> Iterable[Topic]:
-    """Every topic that a job belongs to, except its own."""
+    """Every topic that a job of this owner and queue belongs to, except its own; none if the owner
+    is not known (None)."""
     if owner is None:
         return
     tenant, group = owner
@@ -595,11 +633,13 @@ def _places_from(base_ms: int, places: Mapping[str, Place]) -> dict[str, Place]:
 
 
 async def _close_after(gone: Callable[[], Awaitable[None]], follower: Follower) -> None:
+    """Closes the follower when `gone` returns."""
     await gone()
     follower.close()
 
 
 async def _pause(event: asyncio.Event, seconds: float) -> None:
+    """Returns once the event is set, or after `seconds`."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await event.wait()

@@ -35,7 +35,8 @@ _READ_AT_ONCE: Final = 32
 
 
 class Ticket:
-    """One waiter's registration for the end of a job; `wait` may be called at most once."""
+    """One waiter's registration for the end of a job; `wait` may be called at most once. `ended` is
+    resolved with the ended job, or with None if the job must be read instead."""
 
     def __init__(self, job_id: str, submissions: Submissions) -> None:
         self.job_id = job_id
@@ -46,23 +47,26 @@ class Ticket:
         self._submissions = submissions
 
     async def wait_briefly(self, seconds: float) -> Stored | None:
-        """The job if it ends within 50 ms (or `seconds`, if fewer), else None. The time is too
-        short to watch for the client's disconnect, which costs more than the rest of the wait."""
+        """The job if it ends within 50 ms (or `seconds`, if fewer), else None; `wait` may follow.
+        The time is too short to watch for the client's disconnect, which costs more than the rest
+        of the wait."""
         done = await settled(self.ended, min(seconds, _INSTANT_SECONDS))
         return self.ended.result() if done else None
 
     async def wait(self, seconds: float) -> Stored | None:
-        """The ended job, or after `seconds` the job as it is; None if it does not exist."""
+        """The ended job, or after `seconds` or when the API stops the job as it is; None if it does
+        not exist. Raises RedisUnavailable if it must be read and cannot be."""
         if await settled(self.ended, seconds) and (stored := self.ended.result()):
             return stored
         return await self._submissions.read(self.job_id)
 
 
 class Inbox:
-    """Waits for the ends of jobs, which scripts report in this process's own stream.
+    """Waits for the ends of jobs, which scripts report in this process's own stream. One object for
+    each API process.
 
-    Notices may be lost (Redis restarts, the stream is trimmed), so every job with a waiter is
-    read again every few seconds, in one command.
+    Notices may be lost (Redis restarts, the stream is trimmed), so every job with a waiter is read
+    again every few seconds, in one command.
     """
 
     def __init__(self, store: Store, submissions: Submissions) -> None:
@@ -78,18 +82,20 @@ class Inbox:
         """Set when the API stops: no waiter may wait any longer."""
 
     def _use_new_name(self) -> None:
-        """Chooses a new name; a key under the old one that is not a stream is left alone."""
+        """Chooses a new name, whose stream is read from its start; a key under the old one that is
+        not a stream is left alone."""
         self.name = keys.inbox(self._store.n, secrets.token_hex(8))
         self._read_to = b"0"
 
     async def run(self) -> None:
-        """Reads until closed."""
+        """Reads until closed; logs errors of Redis and goes on."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._maintain())
             group.create_task(self._read())
 
     async def close(self) -> None:
-        """Ends `run`, and wakes every waiter, which then reads its job as it is now."""
+        """Ends `run`, and wakes every waiter, which then reads its job as it is now. Later waits
+        end at once."""
         self.closing.set()
         await self._blocking.close()
         for tickets in list(self._tickets.values()):
@@ -98,8 +104,9 @@ class Inbox:
 
     @contextlib.contextmanager
     def expect(self, job_id: str) -> Iterator[Ticket]:
-        """A ticket for a job, taken before the job is submitted with this inbox. It is resolved at
-        once if the API stops or has too many waiters."""
+        """Yields a ticket for a job, valid within the block; enter it before the job is submitted
+        with this inbox. It is resolved with None at once if the API stops or has too many
+        waiters."""
         ticket = Ticket(job_id, self._submissions)
         if self.closing.is_set() or self._waiters >= _MAX_WAITERS:
             _resolve(ticket, None)
@@ -115,8 +122,9 @@ class Inbox:
                 del self._tickets[job_id]
 
     async def wait(self, stored: Stored, seconds: float) -> Stored | None:
-        """The ended job, or after `seconds` the job as it is; None if it does not exist. `stored`
-        is the job as it was just read."""
+        """The ended job, or after `seconds` or when the API stops the job as it is; None if it does
+        not exist. `stored` is the job as it was just read, and returned as it is if no wait is
+        needed. Raises RedisUnavailable."""
         if stored.status in TERMINAL or seconds <= 0:
             return stored
         with self.expect(stored.job_id) as ticket:
@@ -133,6 +141,7 @@ class Inbox:
             return await ticket.wait(seconds)
 
     async def _read(self) -> None:
+        """Reads notices and resolves their waiters until closed."""
         while not self.closing.is_set():
             try:
                 entries = await self._blocking.read({self.name: self._read_to}, _READ_SECONDS)
@@ -156,7 +165,8 @@ class Inbox:
                 await self._pause(random.uniform(0.1, 0.5))
 
     async def _maintain(self) -> None:
-        """Keeps the stream alive, and reads again every job that has a waiter."""
+        """Keeps the stream alive, and reads again every job that has a waiter, every 4 to 6 s until
+        closed."""
         while not self.closing.is_set():
             try:
                 await self._ensure_stream()
@@ -174,7 +184,9 @@ class Inbox:
                 await self._pause(_CHECK_SECONDS * random.uniform(0.8, 1.2))
 
     async def _ensure_stream(self) -> None:
-        """Renews the stream's expiry, and creates a missing stream unless Redis is full."""
+        """Renews the stream's expiry, and creates a missing stream unless Redis is full. Sets the
+        reader back to the start of a stream whose entries are older than what was read. Raises
+        RedisUnavailable."""
         alive = ("MAXLEN", "~", 10_000, "*", "", "alive")
         expire = ("EXPIRE", self.name, _TTL_SECONDS)
         newest = ("XREVRANGE", self.name, "+", "-", "COUNT", 1)
@@ -191,22 +203,28 @@ class Inbox:
                 self._read_to = b"0"
 
     async def _pause(self, seconds: float) -> None:
+        """Returns after `seconds`, or once the API stops."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self.closing.wait()
 
     async def _handle_notices(self, notices: list[tuple[str, Stored | None]]) -> None:
+        """Resolves the waiters of these jobs; a job that its notice does not include (None) is
+        read. Raises RedisUnavailable."""
         for job_id, stored in notices:
             if stored:
                 self._answer(job_id, stored)
         await self._recheck([job_id for job_id, stored in notices if stored is None])
 
     def _answer(self, job_id: str, stored: Stored) -> None:
+        """Resolves all waiters of a job that has ended."""
         for ticket in self._tickets.get(job_id, ()):
             _resolve(ticket, stored)
 
     async def _recheck(self, job_ids: list[str]) -> None:
-        """Reads jobs and resolves the waiters of those that have ended."""
+        """Reads those of the jobs that have waiters, and resolves the waiters of jobs that have
+        ended. Waiters of absent jobs are resolved with None, but only those whose job is known to
+        have been stored. Raises RedisUnavailable."""
         wanted = [job_id for job_id in job_ids if job_id in self._tickets]
         # Taken before the jobs are read: a job that is only expected may be submitted meanwhile.
         were_stored = [
@@ -227,6 +245,7 @@ class Inbox:
                 _resolve(ticket, None)
 
     async def _ended_or_absent(self, job_ids: list[str]) -> list[str]:
+        """Those of the jobs that have ended or do not exist, by their status alone."""
         statuses = await self._store.command("MGET", *map(keys.status, job_ids))
         return [
             job_id
@@ -236,5 +255,7 @@ class Inbox:
 
 
 def _resolve(ticket: Ticket, stored: Stored | None) -> None:
+    """Wakes the ticket's waiter with the ended job, or with None to let it read the job; does
+    nothing if that was done before."""
     if not ticket.ended.done():
         ticket.ended.set_result(stored)

@@ -26,6 +26,7 @@ class Position(Struct, frozen=True, array_like=True):
 
 
 def encode_position(position: Position) -> bytes:
+    """The position as the text of an event's id."""
     return cursor_bytes(position)
 
 
@@ -42,7 +43,7 @@ def split_position(position: Position) -> tuple[bytes, bytes]:
 
 
 def decode_position(text: str) -> Position:
-    """Raises InvalidQuery if the text is not a position."""
+    """Returns the position in an event's id. Raises InvalidQuery if the text is not a position."""
     try:
         return decode_cursor(text, Position, _MAX_CHARACTERS)
     except ValueError as error:

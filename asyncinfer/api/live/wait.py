@@ -13,8 +13,8 @@ from asyncinfer.schemas.requests import MAX_WAIT_SECONDS
 
 
 def preferred_wait(request: Request[Any]) -> int | None:
-    """N of the first `Prefer: wait=N` (RFC 7240) in seconds, or None without one. Raises
-    InvalidHeader if N is out of range."""
+    """N of the first `Prefer: wait=N` (RFC 7240) in seconds, which may be 0, or None without one.
+    Raises InvalidHeader if N is not a number or out of range."""
     for line in request.header_lines(b"prefer"):
         for preference in line.split(","):
             name, _, value = preference.partition(";")[0].partition("=")
@@ -26,8 +26,9 @@ def preferred_wait(request: Request[Any]) -> int | None:
 async def while_client_stays(
     request: Request[Any], waiting: Awaitable[Stored | None]
 ) -> Stored | None:
-    """The result of `waiting`, or None if the client disconnects first. Raises Unauthorized or
-    Forbidden as soon as the client's key is revoked."""
+    """The result of `waiting`, or None if the client disconnects first, which cancels it. Raises
+    what `waiting` raises, and Unauthorized or Forbidden as soon as the client's key is revoked. The
+    request's body must have been read."""
     stored: Stored | None = None
     failure: RequestError | None = None
 
@@ -58,11 +59,14 @@ async def wait_for_disconnect(request: Request[Any]) -> None:
 
 
 async def _cancel_on_disconnect(request: Request[Any], scope: anyio.CancelScope) -> None:
+    """Cancels the scope when the client has disconnected."""
     await wait_for_disconnect(request)
     scope.cancel()
 
 
 def _wait_seconds(text: str) -> int:
+    """The seconds in the value of `wait`; raises InvalidHeader if it is not a number or out of
+    range."""
     if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) > MAX_WAIT_SECONDS:
         raise InvalidHeader(
             f"Prefer: wait takes whole seconds from 0 to {MAX_WAIT_SECONDS}. For a longer wait "
