@@ -19,10 +19,11 @@ from asyncinfer.jobs import (
     record_seq,
 )
 from asyncinfer.repository import keys
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.claims import Claim, Claimed, ClaimedJob, ClaimRequest, Finished, Runs
 from asyncinfer.repository.inspect.listing import Inspection
-from asyncinfer.repository.maintenance import Swept, Upkeep
-from asyncinfer.repository.operations import Operation
+from asyncinfer.repository.maintenance import Maintenance, Swept
+from asyncinfer.repository.operations import Operations
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
@@ -82,8 +83,9 @@ class Hands:
         self.redis: Any = server
         self.submissions = Submissions(store)
         self.runs = Runs(store, "hand")
-        self.upkeep = Upkeep(store)
-        self.operation = Operation(store)
+        self.announcements = Announcements(store)
+        self.maintenance = Maintenance(store)
+        self.operations = Operations(store)
         self.inspection = Inspection(store)
 
     def policy(self, **changes: Any) -> Policy:
@@ -113,7 +115,7 @@ class Hands:
         return stored
 
     async def cancel(self, job_id: str) -> str:
-        return await self.submissions.cancel(await self.read(job_id))
+        return await self.operations.cancel(await self.read(job_id))
 
     async def cancel_in_one_call(self, *job_ids: str, queue: str = Q) -> list[str]:
         args: list[Any] = [encode_args(self.store.policy.ending())]
@@ -122,7 +124,7 @@ class Hands:
         return [one.decode() for one in await self.store.call(script("cancel"), [queue], args)]
 
     async def retry(self, job_id: str) -> str:
-        return await self.submissions.retry(await self.read(job_id), 1)
+        return await self.operations.retry(await self.read(job_id), 1)
 
     # --- a worker's ------------------------------------------------------------------------
 
@@ -176,10 +178,10 @@ class Hands:
 
     async def sweep(self) -> Swept:
         """A sweep at its time: the gate is open, and the last one was just before."""
-        for queue in await self.upkeep.queues():
+        for queue in await self.store.queues():
             self.redis.delete(keys.reap_gate(queue), keys.hold(queue))
             self.redis.set(keys.swept(queue), self.now_ms())
-        return await self.upkeep.sweep()
+        return await self.maintenance.sweep()
 
     def now_ms(self) -> int:
         seconds, micros = self.redis.time()

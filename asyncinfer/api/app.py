@@ -48,13 +48,14 @@ from asyncinfer.errors import (
     RouteNotFound,
     StorageFull,
 )
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.inspect.dead_letters import DeadLetters
 from asyncinfer.repository.inspect.groups import Groups
 from asyncinfer.repository.inspect.listing import Inspection
 from asyncinfer.repository.inspect.selection import Selection
 from asyncinfer.repository.inspect.statistics import Observation
 from asyncinfer.repository.leftovers import Leftovers
-from asyncinfer.repository.operations import Operation
+from asyncinfer.repository.operations import Operations
 from asyncinfer.repository.reaper import reap_forever
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import Submissions
@@ -237,7 +238,7 @@ async def _check_redis(store: Store, default_model: str | None) -> None:
 
 def _services(store: Store, config: ApiConfig) -> Services:
     submissions = Submissions(store)
-    operation = Operation(store)
+    operations = Operations(store)
     inspection = Inspection(store)
     catalog = Catalog(inspection, store, config.default_model, config.own_worker_since_ms)
     wait_reasons = WaitReasons(catalog.worker_snapshot, store, lambda: catalog.default_model)
@@ -245,12 +246,13 @@ def _services(store: Store, config: ApiConfig) -> Services:
         config=config,
         store=store,
         submissions=submissions,
+        announcements=Announcements(store),
         inspection=inspection,
         dead_letters=DeadLetters(store),
         observation=Observation(store),
         selection=Selection(store),
-        operation=operation,
-        groups=Groups(store, operation),
+        operations=operations,
+        groups=Groups(store, operations),
         inbox=Inbox(store, submissions),
         feed=Feed(store),
         event_texts=EventTexts(catalog, wait_reasons),

@@ -26,7 +26,12 @@ from asyncinfer.models.folder import valid_name
 from asyncinfer.models.signature import Signature, read_signature
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
-from asyncinfer.repository.announcements import Announced, models_to_come, worker_says
+from asyncinfer.repository.announcements import (
+    Announced,
+    Announcements,
+    models_to_come,
+    worker_says,
+)
 from asyncinfer.repository.inspect.listing import Inspection
 from asyncinfer.repository.store import Store
 from asyncinfer.tensors.json_errors import unknown_name
@@ -82,7 +87,7 @@ class Catalog:
         default_model: str | None,
         own_worker_since_ms: int | None = None,
     ) -> None:
-        self._inspection = inspection
+        self._announcements = Announcements(store)
         self.worker_snapshot = WorkerSnapshot(
             inspection, store, self._queues, own_worker_since_ms=own_worker_since_ms
         )
@@ -237,7 +242,7 @@ class Catalog:
     async def _refresh(self) -> None:
         self._refreshed_at = time.monotonic()
         try:
-            announced = await self._inspection.announced()
+            announced = await self._announcements.announced()
             if announced.default_model is None:
                 announced = await self._restore_default(announced)
         except RedisUnavailable as error:
@@ -281,7 +286,7 @@ class Catalog:
             with suppress(StorageFull):
                 agreed = await self._store.agree_on_default_model(self._configured_default)
                 return replace(announced, default_model=agreed or None)
-        bodies = (await self._inspection.workers()).values()
+        bodies = (await self._announcements.workers()).values()
         workers = [worker_says(body) for body in bodies]
         self._models_are_loading = any(models_to_come(worker) for worker in workers)
         defaults = [worker.default_model for worker in workers]

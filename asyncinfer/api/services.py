@@ -11,12 +11,13 @@ from asyncinfer.api.live.feed import Feed
 from asyncinfer.api.live.inbox import Inbox
 from asyncinfer.api.wait_reasons import WaitReasons
 from asyncinfer.api.worker_snapshot import WorkerSnapshot
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.inspect.dead_letters import DeadLetters
 from asyncinfer.repository.inspect.groups import Groups
 from asyncinfer.repository.inspect.listing import Inspection
 from asyncinfer.repository.inspect.selection import Selection
 from asyncinfer.repository.inspect.statistics import Observation
-from asyncinfer.repository.operations import Operation
+from asyncinfer.repository.operations import Operations
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import Submissions
 
@@ -25,11 +26,12 @@ class Services(Struct, frozen=True, kw_only=True):
     config: ApiConfig
     store: Store
     submissions: Submissions
+    announcements: Announcements
     inspection: Inspection
     dead_letters: DeadLetters
     observation: Observation
     selection: Selection
-    operation: Operation
+    operations: Operations
     groups: Groups
     inbox: Inbox
     feed: Feed

@@ -15,68 +15,73 @@ from msgspec import Struct
 from asyncinfer.errors import StartError
 from asyncinfer.processes import child_process
 from asyncinfer.processes.child_process import Child
-from asyncinfer.processes.supervisor import Keeper, Stop, drain
+from asyncinfer.processes.supervisor import Restarter, Stop, drain
 
 _log = logging.getLogger(__name__)
 
 _GRACE_SECONDS: Final = 5.0
-"""As long as an API waits for those that take their answers slowly."""
+"""As long as an API process waits for clients that read their responses slowly."""
 
 _READY: Final = b"ready"
-_MOST_BYTES: Final = 4096
-"""Written to a pipe in one piece."""
+_MAX_REPORT_BYTES: Final = 4096
+"""A write of this size to a pipe is atomic."""
 
 
 class ApiProcesses(Struct, frozen=True, kw_only=True):
+    """How many API processes to start, and how."""
+
     count: int
     command: Callable[[int], Sequence[str]]
-    """Runs one that tells what became of its start by this descriptor."""
+    """Gives the command line of a process that writes its report to this descriptor."""
     environ: Mapping[str, str]
     keep_fds: tuple[int, ...] = ()
-    """What they inherit beside it."""
+    """Descriptors that the processes inherit besides the report's."""
 
 
 @asynccontextmanager
 async def running(plan: ApiProcesses, stop: Stop) -> AsyncIterator[asyncio.Event]:
-    """The processes, kept running; the event comes when the first of them is ready.
+    """Runs the processes and restarts those that end; yields an event that is set once the first
+    is ready. Ends them on leaving.
 
-    Raises StartError when the first to tell of its start was refused.
+    Raises StartError (in a group) if a process reports a refusal before any is ready.
     """
-    keepers: list[Keeper] = []
+    restarters: list[Restarter] = []
     try:
-        async with _kept(plan, keepers) as ready:
+        async with _run_restarters(plan, restarters) as ready:
             yield ready
     finally:
-        # Not before nobody listens to reports: one that we end while it starts has nothing to say.
+        # Only once no report is read any more: a process ended during its start reports nothing.
         with anyio.CancelScope(shield=True):
-            await _drain(keepers, stop)
+            await _drain_all(restarters, stop)
 
 
 @asynccontextmanager
-async def _kept(plan: ApiProcesses, keepers: list[Keeper]) -> AsyncIterator[asyncio.Event]:
+async def _run_restarters(
+    plan: ApiProcesses, restarters: list[Restarter]
+) -> AsyncIterator[asyncio.Event]:
     ready = asyncio.Event()
     async with anyio.create_task_group() as group:
 
         async def start() -> Child:
             child, report_fd = _spawn(plan)
-            group.start_soon(_hear, report_fd, ready)
+            group.start_soon(_read_report, report_fd, ready)
             return child
 
         for _ in range(plan.count):
-            keepers.append(Keeper("An API process", await start(), start))
-            group.start_soon(keepers[-1].run)
+            restarters.append(Restarter("An API process", await start(), start))
+            group.start_soon(restarters[-1].run)
         yield ready
         group.cancel_scope.cancel()
 
 
-async def _drain(keepers: Sequence[Keeper], stop: Stop) -> None:
+async def _drain_all(restarters: Sequence[Restarter], stop: Stop) -> None:
     async with anyio.create_task_group() as group:
-        for keeper in keepers:
-            group.start_soon(drain, keeper.child, _GRACE_SECONDS, stop.hurry)
+        for restarter in restarters:
+            group.start_soon(drain, restarter.child, _GRACE_SECONDS, stop.hurry)
 
 
 def _spawn(plan: ApiProcesses) -> tuple[Child, int]:
-    """A new process, and where its report is read."""
+    """Returns a new process and the descriptor its report is read from."""
     read_fd, write_fd = os.pipe()
     try:
         child = child_process.spawn(
@@ -93,17 +98,17 @@ def _spawn(plan: ApiProcesses) -> tuple[Child, int]:
     return child, read_fd
 
 
-async def _hear(report_fd: int, ready: asyncio.Event) -> None:
+async def _read_report(report_fd: int, ready: asyncio.Event) -> None:
     try:
         await anyio.wait_readable(report_fd)
-        said = os.read(report_fd, _MOST_BYTES)
+        report = os.read(report_fd, _MAX_REPORT_BYTES)
     finally:
         os.close(report_fd)
-    if said == _READY:
+    if report == _READY:
         ready.set()
         return
-    refusal = said.decode() or "An API process ended as it started. What it logged says why."
-    # One that is refused while others serve may be let in later: its keeper tries again.
+    refusal = report.decode() or "An API process ended during its start. Its log says why."
+    # A process refused while others serve may be accepted later: its restarter tries again.
     if not ready.is_set():
         raise StartError(refusal)
     _log.error("An API process does not start: %s", refusal)
@@ -113,15 +118,17 @@ async def _hear(report_fd: int, ready: asyncio.Event) -> None:
 
 
 def report_ready(report_fd: int) -> None:
-    _report(report_fd, _READY)
+    """Tells the parent that this process serves."""
+    _write_report(report_fd, _READY)
 
 
 def report_refusal(report_fd: int, detail: str) -> None:
-    """Tells the parent, who tells people: once, though all its children are refused."""
-    _report(report_fd, detail.encode()[:_MOST_BYTES])
+    """Tells the parent why this process does not start. The parent shows it once, even if all its
+    children are refused."""
+    _write_report(report_fd, detail.encode()[:_MAX_REPORT_BYTES])
 
 
-def _report(report_fd: int, said: bytes) -> None:
-    # Nobody listens any more where another child's refusal has ended the start.
+def _write_report(report_fd: int, report: bytes) -> None:
+    # The parent has closed the pipe if another child's refusal has ended the start.
     with contextlib.suppress(BrokenPipeError):
-        os.write(report_fd, said)
+        os.write(report_fd, report)

@@ -16,14 +16,14 @@ import anyio
 from msgspec import Struct
 
 Tie = Literal["kernel", "watchdog"]
-"""How a child learns of its parent's end: Linux tells it, elsewhere a pipe's end does."""
+"""How a child ends with its parent: Linux signals it; elsewhere a shell watches a pipe."""
 
 DEFAULT_TIE: Final[Tie] = "kernel" if sys.platform == "linux" else "watchdog"
 
 _PR_SET_PDEATHSIG: Final = 1
 
-# The read fails when the pipe's last writer, our parent, is gone; a line says that all is well.
-# `fd` is a free descriptor; POSIX shells take none above 9.
+# The read fails when the pipe's last writer, the parent, is gone. A line read means that the child
+# has ended by itself. `fd` is a free descriptor; POSIX shells take none above 9.
 _WATCHDOG: Final = """
 exec {fd}<&0 </dev/null
 (read -r _ <&{fd} || {{ kill -s "$0" $$; {afterwards}; }}) >/dev/null 2>&1 &
@@ -51,10 +51,12 @@ class Child:
 
     @property
     def alive(self) -> bool:
+        """Whether the child has not ended yet, as far as the event loop knows."""
         return not self._ended.is_set()
 
     async def wait(self) -> int:
-        """Its exit code; the number of the signal that ended it, negated."""
+        """Waits for the end; returns the exit code, or the negated number of the signal that ended
+        the child."""
         await self._ended.wait()
         return int(self._process.returncode)
 
@@ -62,7 +64,7 @@ class Child:
         self._process.send_signal(number)
 
     async def stop(self, grace_seconds: float) -> int:
-        """Asks it to end (SIGTERM) and after the grace ends it (SIGKILL)."""
+        """Sends SIGTERM, and SIGKILL after the grace; returns as `wait` does."""
         self._process.terminate()
         with anyio.move_on_after(grace_seconds):
             return await self.wait()
@@ -88,10 +90,11 @@ def spawn(
 ) -> Child:
     """Starts a child that gets `death_signal` when this process ends, however it ends.
 
-    It has a session of its own: a terminal's Ctrl-C reaches its parent alone, which ends its
-    children in order. `output` takes its stdout and stderr; None shares ours.
+    The child has a session of its own: a terminal's Ctrl-C reaches only its parent, which ends its
+    children in order. `output` takes its stdout and stderr; None shares the parent's. Raises
+    RuntimeError outside the main thread, and OSError if the command cannot be run.
     """
-    # Linux sends the death signal when the thread that forked ends, not only the process.
+    # Linux sends the death signal already when the thread that forked ends.
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("spawn children from the main thread, or they die with this one")
     tied = (
@@ -118,26 +121,26 @@ def spawn(
     return Child(process, tied.lifeline)
 
 
-class Tied(Struct, frozen=True):
-    """How to start a child so that it is tied to us."""
+class TiedCommand(Struct, frozen=True):
+    """How to start a child so that it ends with its parent."""
 
     argv: Sequence[str]
     stdin: IO[bytes]
     lifeline: IO[bytes]
-    """Held open while the child runs."""
+    """The parent holds it open while the child runs."""
     before_exec: Callable[[], None] | None = None
 
 
-def _by_kernel(argv: Sequence[str], death_signal: signal.Signals) -> Tied:
+def _by_kernel(argv: Sequence[str], death_signal: signal.Signals) -> TiedCommand:
     libc = ctypes.CDLL(None)  # before the fork: a forked child may not load libraries
     parent_pid = os.getpid()
 
     def before_exec() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, int(death_signal))
-        if os.getppid() != parent_pid:  # it ended before the kernel was told
+        if os.getppid() != parent_pid:  # the parent ended before prctl took effect
             os._exit(1)
 
-    return Tied(argv, open(os.devnull, "rb"), open(os.devnull, "wb"), before_exec)
+    return TiedCommand(argv, open(os.devnull, "rb"), open(os.devnull, "wb"), before_exec)
 
 
 def by_watchdog(
@@ -146,13 +149,16 @@ def by_watchdog(
     keep_fds: Sequence[int] = (),
     *,
     afterwards: str = ":",
-) -> Tied:
-    """Works from any thread; `afterwards` is a shell command, run once the signal is sent."""
+) -> TiedCommand:
+    """A command whose shell watchdog sends `death_signal` when the parent ends.
+
+    Works from any thread; `afterwards` is a shell command that runs once the signal is sent.
+    """
     free_fd = next(fd for fd in range(3, 10) if fd not in keep_fds)
     script = _WATCHDOG.format(fd=free_fd, afterwards=afterwards)
     name = death_signal.name.removeprefix("SIG")
     read_fd, write_fd = os.pipe()
-    return Tied(
+    return TiedCommand(
         ("/bin/sh", "-c", script, name, *argv),
         open(read_fd, "rb", buffering=0),
         open(write_fd, "wb", buffering=0),
@@ -160,6 +166,6 @@ def by_watchdog(
 
 
 def release(lifeline: IO[bytes]) -> None:
-    """Lets the watchdog go: its child has ended, and the pid may soon be another's."""
+    """Ends the watchdog of a child that has ended: its pid may soon be another process's."""
     with contextlib.suppress(BrokenPipeError), lifeline:
         lifeline.write(b"\n")

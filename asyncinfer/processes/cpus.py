@@ -1,4 +1,4 @@
-"""How many cores this process may use, by affinity and by its control group."""
+"""The number of CPU cores this process may use, by affinity and by its control group."""
 
 import math
 import os
@@ -10,7 +10,10 @@ _ROOT: Final = Path("/")
 
 
 def cores(root: Path = _ROOT) -> int:
-    """At least 1; `root` is where `proc` and `sys` are mounted."""
+    """How many cores this process may use, at least 1; a fraction counts as a whole core.
+
+    `root` is the folder in which `proc` and `sys` are mounted.
+    """
     quotas = (_v1_quota(root), *(_v2_quota(folder) for folder in _v2_folders(root)))
     return max(1, math.ceil(min([_affinity(), *(quota for quota in quotas if quota)])))
 
@@ -22,7 +25,7 @@ def _affinity() -> int:
 
 
 def _v2_folders(root: Path) -> Iterator[Path]:
-    """Our control group's folder and those above it: each may set a quota."""
+    """The folders of this process's control group and of those above it: each may set a quota."""
     mounted = root / "sys/fs/cgroup"
     for line in _lines(root / "proc/self/cgroup"):
         if line.startswith("0::/"):

@@ -20,61 +20,62 @@ from asyncinfer.processes.child_process import Child
 _log = logging.getLogger(__name__)
 
 _DRAIN_MARGIN_SECONDS: Final = 3.0
-"""After its time a child still stops what it runs; a worker gives its jobs back."""
+"""After its drain time a child still needs a moment: a worker gives its jobs back."""
 
-_HURRIED_SECONDS: Final = 1.0
+_HURRY_GRACE_SECONDS: Final = 1.0
 
-_FIRST_PAUSE_SECONDS: Final = 0.1
-_LONGEST_PAUSE_SECONDS: Final = 30.0
+_MIN_PAUSE_SECONDS: Final = 0.1
+_MAX_PAUSE_SECONDS: Final = 30.0
 _REFUSED_EXIT: Final = 2
-"""How `asyncinfer work` ends when its settings keep it from its start; it has said why."""
+"""Exit code of `asyncinfer work` if it refuses its settings; it has logged why."""
 
-_SETTLED_SECONDS: Final = 60.0
-"""A child that ran as long is no longer one that keeps failing."""
+_STABLE_SECONDS: Final = 60.0
+"""After this run time a child no longer counts as one that keeps failing."""
 
 
 class Plan(Struct, frozen=True, kw_only=True):
-    """What runs beside the API."""
+    """What runs besides the API."""
 
     redis_url: str | None = None
-    """None: an embedded Valkey, its data under `data_dir`."""
+    """None: an embedded Valkey with its data under `data_dir`."""
     data_dir: Path
     worker: tuple[str, ...] = ()
     """The worker's command; empty: no worker."""
     environ: Mapping[str, str] = {}
-    """The children's, but for the REDIS_URL."""
+    """The environment of the children, without REDIS_URL."""
     drain_seconds: float = 20.0
 
 
 class Beside(Protocol):
-    """What else is to be done for the Redis at a URL."""
+    """Tasks on the Redis at a URL that run before and besides the worker."""
 
     async def before_worker(self, url: str) -> None:
-        """Before the worker and the API are started."""
+        """Runs before the worker and the API are started."""
 
     async def beside_worker(self, url: str, worker_pid: Callable[[], int]) -> None:
-        """From then on; until it is cancelled."""
+        """Runs while the worker does, until it is cancelled."""
 
 
 async def serve(plan: Plan, api: "Api", beside: Beside | None = None) -> None:
-    """Runs until SIGINT or SIGTERM; a second one hastens the end. Raises StartError."""
+    """Runs until SIGINT or SIGTERM; a second signal hastens the end. Raises StartError (in a group)
+    if Valkey, the worker or the API cannot start."""
     with _signals() as stop:
         async with _redis(plan) as url:
             if beside:
                 await beside.before_worker(url)
             async with (
-                _worker(plan, url, stop) as worker_pid,
-                _beside(beside, url, worker_pid),
-                _until(stop.asked),
+                _run_worker(plan, url, stop) as worker_pid,
+                _run_beside(beside, url, worker_pid),
+                _cancel_when(stop.asked),
             ):
                 await api(url, stop)
 
 
-# --- being asked to stop ---------------------------------------------------------------------
+# --- signals ---------------------------------------------------------------------------------
 
 
 class Stop:
-    """What signals ask for: the first to stop, those after it to hurry."""
+    """What signals request: the first one a stop, later ones a stop without delay."""
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
@@ -82,38 +83,41 @@ class Stop:
         self._first_is_ours = True
 
     def ask(self) -> None:
+        """Counts a signal."""
         (self.asked if self._first_is_ours else self.hurry).set()
         self._first_is_ours = False
 
     def hand_over(self) -> None:
-        """The API takes requests, and the first signal: what reaches us now comes after it."""
+        """Leaves the first signal to the API's server: a signal that arrives here from now on is a
+        later one."""
         self._first_is_ours = False
 
 
 Api = Callable[[str, Stop], Awaitable[None]]
-"""Serves with the Redis at a URL, until it is cancelled or has handed over and a signal ends it."""
+"""Serves with the Redis at a URL, until it is cancelled or, after `hand_over`, a signal ends it."""
 
 
 @contextmanager
 def _signals() -> Iterator[Stop]:
-    """Signals are ours, but for those that a server takes which runs in this process."""
+    """Handles SIGINT and SIGTERM, unless a server in this process has installed its own handlers;
+    restores the earlier ones on leaving."""
     stop = Stop()
     loop = asyncio.get_running_loop()
 
     def handle(_: int, __: FrameType | None) -> None:
         loop.call_soon_threadsafe(stop.ask)
 
-    before = {it: signal.signal(it, handle) for it in (signal.SIGINT, signal.SIGTERM)}
+    earlier = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        for it, handler in before.items():
-            signal.signal(it, handler)
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 @asynccontextmanager
-async def _until(event: asyncio.Event) -> AsyncIterator[None]:
-    """Leaves the block when the event comes."""
+async def _cancel_when(event: asyncio.Event) -> AsyncIterator[None]:
+    """Cancels the block when the event is set."""
 
     async def leave() -> None:
         await event.wait()
@@ -129,19 +133,19 @@ async def _until(event: asyncio.Event) -> AsyncIterator[None]:
 
 
 def _redis(plan: Plan) -> AbstractAsyncContextManager[str]:
-    return _given(plan.redis_url) if plan.redis_url else _embedded(plan.data_dir)
+    return _external_redis(plan.redis_url) if plan.redis_url else _embedded_redis(plan.data_dir)
 
 
 @asynccontextmanager
-async def _given(url: str) -> AsyncIterator[str]:
+async def _external_redis(url: str) -> AsyncIterator[str]:
     yield url
 
 
 @asynccontextmanager
-async def _embedded(data_dir: Path) -> AsyncIterator[str]:
+async def _embedded_redis(data_dir: Path) -> AsyncIterator[str]:
     async with (
         valkey.embedded(data_dir) as server,
-        Keeper("Valkey", server.child, server.start).keeping(),
+        Restarter("Valkey", server.child, server.start).run_in_background(),
     ):
         yield server.url
 
@@ -150,8 +154,9 @@ async def _embedded(data_dir: Path) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def _worker(plan: Plan, url: str, stop: Stop) -> AsyncIterator[Callable[[], int] | None]:
-    """Gives what tells its pid, which is another one when it was started again."""
+async def _run_worker(plan: Plan, url: str, stop: Stop) -> AsyncIterator[Callable[[], int] | None]:
+    """Yields a function that returns the worker's pid, which changes with each restart; None
+    without a worker. Drains the worker on leaving."""
     if not plan.worker:
         yield None
         return
@@ -160,17 +165,17 @@ async def _worker(plan: Plan, url: str, stop: Stop) -> AsyncIterator[Callable[[]
         environ = {**plan.environ, "REDIS_URL": url}
         return child_process.spawn(plan.worker, death_signal=signal.SIGKILL, env=environ)
 
-    keeper = Keeper("The worker", await start(), start, refused_exit=_REFUSED_EXIT)
+    restarter = Restarter("The worker", await start(), start, refused_exit=_REFUSED_EXIT)
     try:
-        async with keeper.keeping():
-            yield lambda: keeper.child.pid
+        async with restarter.run_in_background():
+            yield lambda: restarter.child.pid
     finally:
         with anyio.CancelScope(shield=True):
-            await drain(keeper.child, plan.drain_seconds, stop.hurry)
+            await drain(restarter.child, plan.drain_seconds, stop.hurry)
 
 
 @asynccontextmanager
-async def _beside(
+async def _run_beside(
     beside: Beside | None, url: str, worker_pid: Callable[[], int] | None
 ) -> AsyncIterator[None]:
     if beside is None or worker_pid is None:
@@ -183,23 +188,23 @@ async def _beside(
 
 
 async def drain(child: Child, drain_seconds: float, hurry: asyncio.Event) -> None:
-    """Ends a child that may finish what it runs, or with no delay when there is a hurry."""
+    """Ends a child: it may finish what it runs, unless `hurry` is set. Kills it in the end."""
     child.signal(signal.SIGTERM)
     with anyio.move_on_after(drain_seconds + _DRAIN_MARGIN_SECONDS):
-        async with _until(hurry):
+        async with _cancel_when(hurry):
             await child.wait()
-    await child.stop(_HURRIED_SECONDS)
+    await child.stop(_HURRY_GRACE_SECONDS)
 
 
 # --- keeping a child alive -------------------------------------------------------------------
 
 
-class Keeper:
+class Restarter:
     """Starts a child again whenever it ends, after a pause that grows while it keeps failing.
 
-    The first child alone may end it all, with `refused_exit`: settings that never worked never
-    will. A later one may have been refused for what changed since (its folder was emptied, say),
-    which must not end what still serves, and may be mended.
+    Only the first child can end everything, by the exit code `refused_exit`: settings that never
+    worked never will. A later child may have been refused for something that changed since (its
+    folder was emptied, say), which must not end what still serves, and may be repaired.
     """
 
     def __init__(
@@ -216,30 +221,32 @@ class Keeper:
         self._refused_exit = refused_exit
 
     @asynccontextmanager
-    async def keeping(self) -> AsyncIterator[None]:
+    async def run_in_background(self) -> AsyncIterator[None]:
         async with anyio.create_task_group() as group:
             group.start_soon(self.run)
             yield
             group.cancel_scope.cancel()
 
     async def run(self) -> None:
-        """Until it is cancelled; raises StartError where the first child refuses its settings."""
+        """Runs until it is cancelled; raises StartError if the first child refuses its settings."""
         failures = 0
         while True:
-            failures = 0 if await self._lived_seconds() > _SETTLED_SECONDS else failures + 1
-            while not await self._started_again(pause_seconds(failures)):
+            failures = 0 if await self._wait_for_end() > _STABLE_SECONDS else failures + 1
+            while not await self._restart(pause_seconds(failures)):
                 failures += 1
 
-    async def _lived_seconds(self) -> float:
+    async def _wait_for_end(self) -> float:
+        """Returns how many seconds the child ran from now on."""
         started_at = time.monotonic()
         code = await self.child.wait()
         if code == self._refused_exit:
-            raise StartError(f"{self._name} cannot start with these settings; it says above why.")
+            raise StartError(f"{self._name} cannot start with these settings; its log says why.")
         self._refused_exit = None
-        _log.error("%s (pid %d) ended with %s.", self._name, self.child.pid, _reason(code))
+        _log.error("%s (pid %d) ended with %s.", self._name, self.child.pid, _describe_exit(code))
         return time.monotonic() - started_at
 
-    async def _started_again(self, pause: float) -> bool:
+    async def _restart(self, pause: float) -> bool:
+        """False if the child does not start."""
         _log.info("%s is started again in %.1f s.", self._name, pause)
         await anyio.sleep(pause)
         try:
@@ -251,9 +258,9 @@ class Keeper:
 
 
 def pause_seconds(failures: int) -> float:
-    """How long to wait before a child is started again."""
-    return min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2.0 ** min(failures, 10))
+    """The pause before a child is started again: it doubles up to 30 s."""
+    return min(_MAX_PAUSE_SECONDS, _MIN_PAUSE_SECONDS * 2.0 ** min(failures, 10))
 
 
-def _reason(code: int) -> str:
+def _describe_exit(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"

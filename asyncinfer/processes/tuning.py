@@ -1,4 +1,4 @@
-"""Garbage collection, memory and threads of a process that runs for a long time."""
+"""Garbage collection, memory and threads of a long-running process."""
 
 import contextlib
 import ctypes
@@ -12,28 +12,28 @@ _YOUNG_OBJECTS: Final = 20_000
 
 
 def lean_start() -> None:
-    """To be called first, before numpy is imported.
+    """Makes the start cheap; call it first, before numpy is imported.
 
-    A start leaves next to no garbage (a worker with 58 models 61 objects),
-    and to look for it was a fifth of its time. numpy starts a thread for each core to multiply
-    matrices, which no service of ours does.
+    A start leaves next to no garbage (a worker with 58 models: 61 objects), and collecting took a
+    fifth of its time. numpy starts a thread for each core to multiply matrices, which this service
+    never does.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     gc.set_threshold(_OBJECTS_OF_A_START)
 
 
 def settle() -> None:
-    """To be called once all is loaded: leaves that out of every collection to come, and collects
-    more rarely. With Python's own threshold (700) collections were 7 % of the API's time and
-    most of its slowest replies."""
+    """Excludes all that is loaded by now from later garbage collections, and makes them rarer; call
+    it once the process serves. With Python's own threshold (700) collections took 7 % of the API's
+    time and caused most of its slowest replies."""
     trim()
     gc.freeze()
     gc.set_threshold(_YOUNG_OBJECTS, 10, 10)
 
 
 def trim() -> None:
-    """Gives freed memory back to the system, where its allocator can be told to (glibc): after
-    twenty models loaded and let go, it would still hold most of the weights of them all."""
+    """Returns freed memory to the system, if the allocator can do that (glibc): after loading and
+    closing twenty models it would still hold most of their weights."""
     if sys.platform != "linux":
         return
     with contextlib.suppress(OSError, AttributeError):

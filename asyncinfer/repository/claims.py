@@ -1,4 +1,4 @@
-"""What a worker does to jobs: wait, claim, finish, and renew from a thread."""
+"""Claiming and finishing jobs: the calls of a worker."""
 
 import secrets
 from collections.abc import Iterator, Sequence
@@ -21,15 +21,15 @@ from asyncinfer.jobs import (
 )
 from asyncinfer.repository import keys
 from asyncinfer.repository.scripts import script
-from asyncinfer.repository.store import Packed, Store, encode_args
+from asyncinfer.repository.store import PackedArguments, Store, encode_args
 from asyncinfer.untrusted import decoding
 
 MOST_QUEUES_A_CLAIM: Final = 8
-_MOST_JOBS: Final = 256
-_MOST_BYTES: Final = 1 << 20
-_CLAIM_BYTES: Final = 2 << 20
-_TABLE_BYTES: Final = 65
-"""One more than `hash-max-listpack-value`, whose default is the same in Redis and Valkey."""
+_MAX_JOBS_PER_CALL: Final = 256
+_MAX_BYTES_PER_CALL: Final = 1 << 20
+_MAX_CLAIM_BYTES: Final = 2 << 20
+_MIN_TOKEN_BYTES: Final = 65
+"""One more than the default of `hash-max-listpack-value` in Redis and Valkey."""
 
 Verdict = Literal[
     "completed",
@@ -42,12 +42,14 @@ Verdict = Literal[
     "stale",
     "already",
 ]
+"""What a finish did with a job. `stale`: the claim does not hold the job any more, so that its
+outcome was discarded. `already`: an earlier try of the same call has stored this outcome."""
 
 
 class ClaimedJob(Struct, frozen=True):
-    """A job as claimed; `record` is None for a stranger's or for one that cannot be read.
+    """A claimed job; `record` is None for an external job and for an unreadable record.
 
-    That of a later release is not to be read here: `later_schema` is its version then, else 0.
+    The record of a later release cannot be read here: `later_schema` is its version then, else 0.
     """
 
     job_id: str
@@ -64,18 +66,18 @@ class Claim(Struct, frozen=True, dict=True):
     queue: str
     token: str
     flat: Sequence[bytes | None]
-    """As the reply has them: id, input, meta and facts of each."""
+    """Id, input, meta and facts of each job, one after another, as in the reply."""
 
     @property
     def count(self) -> int:
-        """How many jobs; they need not be read for it."""
+        """The number of jobs, without decoding them."""
         return len(self.flat) // 4
 
     @cached_property
     def jobs(self) -> tuple[ClaimedJob, ...]:
-        """Read when first looked at, and not while others wait to call."""
+        """The jobs, decoded on first use and so not while other calls wait for the reply."""
         flat = iter(self.flat)
-        return tuple([_claimed_job(*four) for four in zip(flat, flat, flat, flat, strict=True)])
+        return tuple([_parse_job(*parts) for parts in zip(flat, flat, flat, flat, strict=True)])
 
     @cached_property
     def exclusive(self) -> bool:
@@ -87,71 +89,80 @@ class Claim(Struct, frozen=True, dict=True):
 
 
 class ClaimRequest(Struct, frozen=True):
-    """What to claim. Sent again after a lost reply with the same token, it takes nothing twice."""
+    """What to claim. A request sent again with the same token, after a lost reply, claims no second
+    batch."""
 
     queues: tuple[str, ...]
     token: str
     held: bool
+    """This process holds another claim, so that a job that must run alone is not given to it."""
     max_jobs: int
     low_first: bool = False
+    """Jobs of low priority come before the others."""
     unshared: tuple[str, ...] = ()
-    """Queues of models whose jobs cannot share a run: one job at a time, the rest for others."""
+    """Queues of models whose jobs cannot share a run: a claim takes one job and leaves the rest."""
 
 
 class Claimed(Struct, frozen=True):
-    """The answer to a request; `blocked`: a job is next that must run alone, and this process
-    holds another claim."""
+    """The reply to a request."""
 
     claim: Claim | None
     blocked: bool = False
+    """The next job must run alone, and this process holds another claim."""
 
 
 class Finished(Struct, frozen=True):
-    """What became of a job: result or error JSON, the record with its prefix, a delay."""
+    """The outcome of a job."""
 
     job_id: str
     outcome: Outcome
     body: bytes = b""
+    """The result or the error as JSON."""
     meta: bytes = b""
+    """The record with its prefix."""
     delay_ms: int = 0
+    """How long a job to retry is delayed."""
 
 
 class PackedOutcomes(Struct, frozen=True):
-    """What one call can store, packed before it has its turn to be made."""
+    """Outcomes for one call, with their arguments packed before a connection is available."""
 
     finished: Sequence[Finished]
-    args: Packed
+    args: PackedArguments
 
 
 def packed_outcomes(finished: Sequence[Finished]) -> list[PackedOutcomes]:
-    """One at least, since that a claim is done may come alone."""
-    return [PackedOutcomes(part, _packed(part)) for part in _parts(finished)]
+    """Packs outcomes for as few calls as the bounds allow. Always at least one part: a finish may
+    carry only `last`."""
+    return [PackedOutcomes(part, _pack(part)) for part in _split_into_calls(finished)]
 
 
 class Runs:
-    """The worker's verbs."""
+    """Claims jobs for one worker and stores their outcomes."""
 
     def __init__(self, store: Store, worker_id: str) -> None:
         self._store = store
         self._worker_id = worker_id
 
     def new_token(self) -> str:
-        """The worker and something random.
+        """A new claim token: the worker's id and random digits.
 
-        So long that the hash of what runs is kept as a table: below 65 bytes a server keeps it as
-        one list that it searches from its start, which took it 17 µs a job with 256 running.
+        The token has at least 65 bytes so that the server stores the hash of running jobs as a
+        table: with shorter values it keeps one list and searches it from its start, which took
+        17 µs a job with 256 running.
         """
-        missing = _TABLE_BYTES - len(self._worker_id) - 1
+        missing = _MIN_TOKEN_BYTES - len(self._worker_id) - 1
         return f"{self._worker_id}:{secrets.token_hex(max(8, (missing + 1) // 2))}"
 
     async def has_work(self, queues: Sequence[str]) -> bool:
-        """One EXISTS over all lists; a worker of few queues claims at once instead."""
+        """Whether a job waits in any of the queues: one EXISTS over all their lists."""
         names = [name for queue in queues for name in keys.waiting(queue)]
         return bool(await self._store.command("EXISTS", *names))
 
     async def claim(self, request: ClaimRequest) -> Claimed:
+        """Claims jobs of the first queue that has some; raises RedisUnavailable."""
         args = encode_args(await self._claim_args(request))
-        return self._claimed(
+        return self._parse_claim_reply(
             await self._store.call(script("claim"), request.queues, [args]), request.token
         )
 
@@ -175,10 +186,11 @@ class Runs:
         last: bool,
         following: ClaimRequest | None = None,
     ) -> tuple[list[Verdict], Claimed]:
-        """Stores what became of jobs of `claim`; `last` when none of it is open any more.
+        """Stores outcomes of jobs of `claim`, and claims jobs for the `following` request in the
+        last call. `last`: no job of the claim is unfinished any more.
 
-        The following claim rides on the last call. Raises RedisUnavailable; the same arguments
-        may be sent again, whatever was done the first time.
+        Returns a verdict for each outcome and the reply to `following`. Raises RedisUnavailable;
+        then the same arguments may be sent again, no matter what the first call did.
         """
         verdicts: list[Verdict] = []
         for part in outcomes[:-1]:
@@ -203,30 +215,31 @@ class Runs:
         reply = await self._store.call(script("finish"), names, [encode_args(header)], part.args)
         verdicts = [cast(Verdict, decoding.text(verdict)) for verdict in reply[0]]
         if "stale" in verdicts:
-            verdicts = await self._told_apart(claim, part.finished, verdicts)
+            verdicts = await self._recognise_own_finishes(claim, part.finished, verdicts)
         if following and len(reply) > 1:
-            return verdicts, self._claimed(reply[1], following.token)
+            return verdicts, self._parse_claim_reply(reply[1], following.token)
         return verdicts, Claimed(None)
 
-    async def _told_apart(
+    async def _recognise_own_finishes(
         self, claim: Claim, finished: Sequence[Finished], verdicts: list[Verdict]
     ) -> list[Verdict]:
-        """A retried call answers stale for its own work: the record says whose it is."""
-        stale = [one for one, verdict in zip(finished, verdicts, strict=True) if verdict == "stale"]
+        """Turns `stale` into `already` for jobs that this claim has finished: a repeated call gets
+        `stale` for its own work, and the job's record names the claim that finished it."""
+        stale = [job for job, verdict in zip(finished, verdicts, strict=True) if verdict == "stale"]
         names = [
             name
-            for one in stale
+            for job in stale
             for name in (
-                id_bytes(keys.meta(one.job_id)),
-                id_bytes(keys.result(one.job_id)),
-                id_bytes(keys.error(one.job_id)),
+                id_bytes(keys.meta(job.job_id)),
+                id_bytes(keys.result(job.job_id)),
+                id_bytes(keys.error(job.job_id)),
             )
         ]
         reply = iter(await self._store.command("MGET", *names))
-        mine = {one.job_id for one in stale if _holds(one, claim.token, *_three(reply))}
+        own_ids = {job.job_id for job in stale if _is_stored(job, claim.token, *_next_three(reply))}
         return [
-            "already" if verdict == "stale" and one.job_id in mine else verdict
-            for one, verdict in zip(finished, verdicts, strict=True)
+            "already" if verdict == "stale" and job.job_id in own_ids else verdict
+            for job, verdict in zip(finished, verdicts, strict=True)
         ]
 
     async def _claim_args(self, request: ClaimRequest) -> dict[str, Any]:
@@ -236,13 +249,13 @@ class Runs:
             "lease_ms": self._store.policy.lease_ms,
             "not_after_ms": await self._store.not_after_ms(),
             "is_holding": request.held,
-            "max_jobs": min(request.max_jobs, _MOST_JOBS),
-            "max_bytes": _CLAIM_BYTES,
+            "max_jobs": min(request.max_jobs, _MAX_JOBS_PER_CALL),
+            "max_bytes": _MAX_CLAIM_BYTES,
             "low_first": request.low_first,
             "one_at_a_time": dict.fromkeys(request.unshared, True),
         }
 
-    def _claimed(self, reply: Any, token: str) -> Claimed:
+    def _parse_claim_reply(self, reply: Any, token: str) -> Claimed:
         server_ms, queue, blocked, *flat = reply
         self._store.saw_server_time(server_ms)
         if not flat:
@@ -250,27 +263,27 @@ class Runs:
         return Claimed(Claim(queue.decode(), token, flat), bool(blocked))
 
 
-def _packed(finished: Sequence[Finished]) -> Packed:
+def _pack(finished: Sequence[Finished]) -> PackedArguments:
     args: list[Any] = []
-    for one in finished:
-        args += (id_bytes(one.job_id), one.outcome, one.body, one.meta, one.delay_ms)
-    return Packed.of(args)
+    for job in finished:
+        args += (id_bytes(job.job_id), job.outcome, job.body, job.meta, job.delay_ms)
+    return PackedArguments.of(args)
 
 
-def _parts(finished: Sequence[Finished]) -> Iterator[list[Finished]]:
-    """Script calls bounded in jobs and bytes."""
+def _split_into_calls(finished: Sequence[Finished]) -> Iterator[list[Finished]]:
+    """Splits outcomes into parts of a bounded number of jobs and bytes; at least one part."""
     part: list[Finished] = []
     size = 0
-    for one in finished:
-        size += len(one.body)
-        if part and (len(part) == _MOST_JOBS or size > _MOST_BYTES):
+    for job in finished:
+        size += len(job.body)
+        if part and (len(part) == _MAX_JOBS_PER_CALL or size > _MAX_BYTES_PER_CALL):
             yield part
-            part, size = [], len(one.body)
-        part.append(one)
+            part, size = [], len(job.body)
+        part.append(job)
     yield part
 
 
-def _claimed_job(
+def _parse_job(
     job_id: bytes | None, data: bytes | None, meta: bytes | None, facts: bytes | None
 ) -> ClaimedJob:
     record, later_schema = read_record(meta), 0
@@ -286,17 +299,18 @@ def _claimed_job(
     )
 
 
-def _three(reply: Iterator[bytes | None]) -> tuple[bytes | None, bytes | None, bytes | None]:
+def _next_three(reply: Iterator[bytes | None]) -> tuple[bytes | None, bytes | None, bytes | None]:
     return next(reply), next(reply), next(reply)
 
 
-def _holds(
-    one: Finished, token: str, meta: bytes | None, result: bytes | None, error: bytes | None
+def _is_stored(
+    job: Finished, token: str, meta: bytes | None, result: bytes | None, error: bytes | None
 ) -> bool:
+    """Whether a job's stored state is the outcome that the claim of `token` sent."""
     if meta:
         record = read_record(meta)
         return record is not None and record.claim == token
-    return one.body != b"" and one.body in (result, error)
+    return job.body != b"" and job.body in (result, error)
 
 
 def error_body(code: str, message: str) -> bytes:

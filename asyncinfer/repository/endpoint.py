@@ -1,4 +1,4 @@
-"""Where Redis is: a URL, and the clients made from it."""
+"""The endpoint: REDIS_URL, parsed, and the clients for it."""
 
 from typing import Any, Final
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -22,7 +22,7 @@ _CONNECT_SECONDS: Final = 0.5
 class Endpoint(Struct, frozen=True):
     """A parsed REDIS_URL.
 
-    `redis://`, `rediss://` and `unix://` as redis-py takes them, and
+    It accepts `redis://`, `rediss://` and `unix://` as redis-py does, and
     `sentinel://[user:password@]host[:26379],host2/service[/db]`.
     """
 
@@ -33,6 +33,7 @@ class Endpoint(Struct, frozen=True):
 
     @classmethod
     def parse(cls, url: str) -> "Endpoint":
+        """Raises InvalidSetting for a URL of no known form."""
         scheme = url.partition("://")[0]
         if scheme in ("redis", "rediss", "unix"):
             return cls(url)
@@ -44,7 +45,8 @@ class Endpoint(Struct, frozen=True):
         )
 
     def client(self, name: str, *, reply_seconds: float | None) -> AsyncRedis:
-        """An asyncio client, which sends nothing twice; `reply_seconds` None for blocking calls."""
+        """An asyncio client that repeats no command by itself; with None it waits for a reply
+        without a bound."""
         options = {
             **self._common(name),
             "socket_timeout": reply_seconds,
@@ -52,15 +54,15 @@ class Endpoint(Struct, frozen=True):
         }
         if not self.sentinels:
             return AsyncRedis.from_pool(Pool.from_url(self.url, **options))
-        asking = {**_SENTINEL_OPTIONS, "retry": AsyncRetry(NoBackoff(), 0)}
-        sentinel = AsyncSentinel(list(self.sentinels), sentinel_kwargs=asking)  # type: ignore[no-untyped-call]
+        sentinel_options = {**_SENTINEL_OPTIONS, "retry": AsyncRetry(NoBackoff(), 0)}
+        sentinel = AsyncSentinel(list(self.sentinels), sentinel_kwargs=sentinel_options)  # type: ignore[no-untyped-call]
         client: AsyncRedis = sentinel.master_for(
             self.service, connection_pool_class=SentinelPool, **{**self.options, **options}
         )
         return client
 
     def sync_client(self, name: str, *, reply_seconds: float) -> redis.Redis:
-        """A client for the thread that renews leases."""
+        """A blocking client, for the thread that renews leases."""
         options = {
             **self._common(name),
             "socket_timeout": reply_seconds,
@@ -68,8 +70,8 @@ class Endpoint(Struct, frozen=True):
         }
         if not self.sentinels:
             return redis.Redis.from_url(self.url, **options)
-        asking = {**_SENTINEL_OPTIONS, "retry": Retry(NoBackoff(), 0)}
-        sentinel = Sentinel(list(self.sentinels), sentinel_kwargs=asking)  # type: ignore[no-untyped-call]
+        sentinel_options = {**_SENTINEL_OPTIONS, "retry": Retry(NoBackoff(), 0)}
+        sentinel = Sentinel(list(self.sentinels), sentinel_kwargs=sentinel_options)  # type: ignore[no-untyped-call]
         client: redis.Redis = sentinel.master_for(self.service, **{**self.options, **options})  # type: ignore[no-untyped-call]
         return client
 
@@ -82,12 +84,12 @@ class Endpoint(Struct, frozen=True):
         }
 
 
-# A sentinel that is down must not use up the time of the call that asks: the next is asked.
+# A sentinel that is down must not use up the time of a call, so that the next one can be asked.
 _SENTINEL_OPTIONS: Final = {"socket_timeout": 0.2, "socket_connect_timeout": 0.2}
 
 
 async def close(client: AsyncRedis) -> None:
-    """Closes a client with the connections to sentinels that it may have."""
+    """Closes a client and its connections to sentinels, if any."""
     await client.aclose()
     sentinel = getattr(client.connection_pool, "sentinel_manager", None)
     if sentinel:

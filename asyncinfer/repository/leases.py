@@ -1,4 +1,4 @@
-"""Renewing leases, from a thread with a connection of its own."""
+"""Lease renewal, from a thread with a connection of its own."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,21 +8,22 @@ import redis
 import redis.exceptions as redis_errors
 from msgspec import Struct
 
-from asyncinfer.jobs import (
-    id_text,
-)
+from asyncinfer.jobs import id_text
 from asyncinfer.repository.policy import Policy
-from asyncinfer.repository.redis_errors import translated
+from asyncinfer.repository.redis_errors import translate_errors
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
 
 
 class Renewal(Struct, frozen=True):
-    """What a renewal found: claims no longer ours, jobs to stop."""
+    """What a renewal found."""
 
     lost: tuple[str, ...]
+    """Tokens of claims that are no longer held: their leases ran out."""
     cancelled: tuple[str, ...]
+    """Ids of jobs to stop because they were cancelled."""
     expired: tuple[str, ...]
+    """Ids of jobs to stop because their finish deadline has passed."""
 
 
 class Renewals:
@@ -36,25 +37,25 @@ class Renewals:
         self._policy: Policy = store.policy
 
     def renew(self, tokens: dict[str, list[str]]) -> Renewal:
-        """`tokens` by queue; raises RedisUnavailable."""
+        """Renews the leases of claims, given as {queue: tokens}; raises RedisUnavailable."""
         args = [
             encode_args({"lease_ms": self._policy.lease_ms}),
             *(encode_args(held) for held in tokens.values()),
         ]
         renew = script("renew")
-        with translated(), self._fresh():
+        with translate_errors(), self._reconnect_after_failover():
             try:
                 reply: Any = self._client.evalsha(renew.sha, len(tokens), *tokens, *args)
             except redis_errors.NoScriptError:
                 reply = self._client.eval(renew.text, len(tokens), *tokens, *args)
-        return Renewal(*(tuple(id_text(one) for one in part) for part in reply))
+        return Renewal(*(tuple(id_text(raw) for raw in part) for part in reply))
 
     @contextmanager
-    def _fresh(self) -> Iterator[None]:
+    def _reconnect_after_failover(self) -> Iterator[None]:
         try:
             yield
         except (redis_errors.ReadOnlyError, redis_errors.MasterDownError):
-            # Behind one name may be another server by now.
+            # The address may lead to another server by now.
             self._client.connection_pool.disconnect()
             raise
 

@@ -1,4 +1,4 @@
-"""What earlier starts left in Redis that no living worker has: versions, and the default model."""
+"""Models without a live worker: announced versions and the default model of earlier starts."""
 
 import os
 import socket
@@ -10,42 +10,41 @@ from msgspec import Struct
 
 from asyncinfer.errors import DefaultModelChanged
 from asyncinfer.repository import keys
-from asyncinfer.repository.announcements import WorkerSays, serves, worker_says
-from asyncinfer.repository.inspect.listing import Inspection
+from asyncinfer.repository.announcements import Announcements, WorkerSays, serves, worker_says
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
 from asyncinfer.untrusted import decoding
 
 
 class Unserved(Struct, frozen=True):
-    """A default model that no living worker has, and the jobs that keep it from being replaced."""
+    """A default model without a live worker, and the jobs that prevent replacing it."""
 
     model: str
     jobs: int = 0
-    """That wait or run."""
+    """How many jobs wait or run."""
     jobs_of: str = ""
-    """The model that they are of: this one, or the one that would replace it."""
+    """The model of those jobs: this one, or the one that would replace it."""
 
 
 class Leftovers:
-    """Finds what nobody serves, and takes it back where no job waits for it."""
+    """Finds models that no live worker serves, and retracts those for which no job waits."""
 
     def __init__(self, store: Store, *, all_here: bool = False) -> None:
-        """`all_here`: every worker runs on this machine, so that its process can be looked for."""
+        """`all_here`: every worker runs on this machine, so that one that was killed is known."""
         self._store = store
         self._all_here = all_here
-        self._inspection = Inspection(store)
+        self._announcements = Announcements(store)
 
     # --- workers -----------------------------------------------------------------------------
 
     async def workers(self) -> list[WorkerSays]:
-        """What those say that live. One that was killed is counted for 15 s, except where its
-        process can be looked for."""
-        said = map(worker_says, (await self._inspection.workers()).values())
-        return [one for one in said if not (self._all_here and _has_ended(one))]
+        """The announcements of live workers. A killed worker counts as live for 15 s, unless its
+        process is known to have ended."""
+        workers = map(worker_says, (await self._announcements.workers()).values())
+        return [worker for worker in workers if not (self._all_here and _has_ended(worker))]
 
     async def is_known(self, model: str) -> bool:
-        """Whether a worker has announced it, or will."""
+        """Whether a worker has announced the model, or is loading it."""
         if await self._store.look("EXISTS", keys.model(self._store.n, model), otherwise=0):
             return True
         return not await self.is_unserved(model)
@@ -53,25 +52,25 @@ class Leftovers:
     # --- the default model -------------------------------------------------------------------
 
     async def claim_default_model(self, name: str) -> None:
-        """Makes `name` the default model, as an operator set it; raises DefaultModelChanged where
-        jobs or living workers go by another one."""
+        """Makes `name` the default model, as the operator set it. Raises DefaultModelChanged if
+        jobs or live workers use another default model."""
         stored = await self._store.default_model()
         if stored not in (None, name):
-            serving = [one for one in await self.workers() if serves(one, stored)]
+            serving = [worker for worker in await self.workers() if serves(worker, stored)]
             if serving:
-                raise DefaultModelChanged(_why_not(stored, name, serving))
+                raise DefaultModelChanged(_explain_refusal(stored, name, serving))
         await self._store.claim_default_model(name)
 
     async def default_model(self) -> str | None:
         return await self._store.default_model()
 
     async def is_unserved(self, model: str) -> bool:
-        """Whether no living worker has it, or loads it."""
-        return not any(serves(one, model) for one in await self.workers())
+        """Whether no live worker serves or loads the model."""
+        return not any(serves(worker, model) for worker in await self.workers())
 
     async def replace_default(self, stored: str, name: str | None) -> Unserved | None:
-        """Makes `name` the default in place of one that nobody serves; with None there is no
-        default then. Returns what is in its way."""
+        """Makes `name` the default model in place of the unserved `stored`; None: no default model.
+        Returns the jobs that prevent it, or None if it is done."""
         jobs = await self._store.replace_default_model(stored, name or "")
         if jobs is None or not any(jobs):
             return None
@@ -81,25 +80,29 @@ class Leftovers:
     # --- versions ----------------------------------------------------------------------------
 
     async def unserved_versions(self, workers: Iterable[WorkerSays]) -> dict[str, list[str]]:
-        """What is announced and none of `workers` has; under a model also no version at all."""
+        """{model: announced versions that none of `workers` has}. An empty list stands for a model
+        that is announced without any version."""
         n, workers = self._store.n, list(workers)
-        known = await self._store.look("SMEMBERS", keys.models(n), otherwise=())
-        found = {}
-        for model in sorted(filter(None, map(decoding.name, known))):
+        models = await self._store.look("SMEMBERS", keys.models(n), otherwise=())
+        unserved = {}
+        for model in sorted(filter(None, map(decoding.name, models))):
             fields = await self._store.look("HKEYS", keys.model(n, model), otherwise=(b"",))
-            versions = list(filter(None, map(decoding.name, fields)))
-            left = [one for one in versions if not any(_has(it, model, one) for it in workers)]
-            if left or not fields:
-                found[model] = left
-        return found
+            versions = [
+                version
+                for version in filter(None, map(decoding.name, fields))
+                if not any(_has(worker, model, version) for worker in workers)
+            ]
+            if versions or not fields:
+                unserved[model] = versions
+        return unserved
 
     async def retract(self, model: str, versions: Sequence[str]) -> int:
-        """Takes versions back that nobody has; returns how many jobs of the model keep it from
-        being done."""
+        """Retracts versions that no worker has; returns how many jobs of the model prevent it, 0 if
+        it is done."""
         store, default = self._store, await self._store.default_model()
         queues = {keys.queue(store.n, model, default), keys.queue(store.n, model, None)}
-        announced = (keys.models(store.n), keys.model(store.n, model))
-        names = [*announced, keys.default_versions(store.n), *sorted(queues)]
+        announcements = (keys.models(store.n), keys.model(store.n, model))
+        names = [*announcements, keys.default_versions(store.n), *sorted(queues)]
         args = [encode_args({"model": model, "versions": versions})]
         return int(await store.call(script("retract"), names, args))
 
@@ -107,12 +110,12 @@ class Leftovers:
 def _has(worker: WorkerSays, model: str, version: str) -> bool:
     if model in worker.loading or version in worker.versions.get(model, {}):
         return True
-    # A model that is leaving still runs what waits for it, and older releases name no versions.
+    # A removed model still runs its waiting jobs, and older releases announce no versions.
     return model in worker.models and model not in worker.versions
 
 
 def _has_ended(worker: WorkerSays) -> bool:
-    # Signal 0 only asks, but on Windows it is a Ctrl-C.
+    # Signal 0 only tests for the process, but on Windows it is a Ctrl-C.
     if not worker.pid or worker.host != socket.gethostname() or sys.platform == "win32":
         return False
     try:
@@ -125,7 +128,8 @@ def _has_ended(worker: WorkerSays) -> bool:
 
 
 def _is_zombie(pid: int) -> bool:
-    """Ended, and its new parent has not asked how: in a container that may be never."""
+    """Whether a process has ended and its parent has not read its exit code; in a container that
+    may never happen."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -133,8 +137,8 @@ def _is_zombie(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[:1] == ["Z"]
 
 
-def _why_not(stored: str, name: str, serving: Sequence[WorkerSays]) -> str:
-    shown = ", ".join(sorted(f"{one.host} (pid {one.pid})" for one in serving)[:3])
+def _explain_refusal(stored: str, name: str, serving: Sequence[WorkerSays]) -> str:
+    shown = ", ".join(sorted(f"{worker.host} (pid {worker.pid})" for worker in serving)[:3])
     return (
         f"DEFAULT_MODEL is {name!r}, but the default model on this Redis is {stored!r}, and "
         f"workers that are alive serve it: {shown}. Stop every worker that has another "

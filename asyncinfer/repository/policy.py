@@ -1,10 +1,10 @@
-"""How long jobs are kept and how much a queue takes."""
+"""The policy: how long jobs are kept and how much a queue holds."""
 
 from msgspec import Struct
 
 
 class Policy(Struct, frozen=True, kw_only=True):
-    """What the scripts enforce; the same for every process on one Redis."""
+    """Limits that the scripts enforce; they must be equal for every process on one Redis."""
 
     job_ttl_seconds: int = 3600
     failed_ttl_seconds: int = 24 * 3600
@@ -24,7 +24,8 @@ class Policy(Struct, frozen=True, kw_only=True):
 
     @property
     def tick_ms(self) -> int:
-        """How often a sweep is due; near lease / 2 the outage guard would re-arm for ever."""
+        """The interval of sweeps. It stays well below lease / 2, near which the outage guard would
+        re-arm for ever."""
         return max(1, int(1000 * min(self.reap_seconds, self.lease_seconds / 6)))
 
     @property
@@ -32,7 +33,7 @@ class Policy(Struct, frozen=True, kw_only=True):
         return max(24 * 3600, self.job_ttl_seconds)
 
     def ending(self) -> dict[str, int | bool]:
-        """What a script must know to end a job."""
+        """The arguments of a script that ends jobs."""
         return {
             "ttl_seconds": self.job_ttl_seconds,
             "failed_ttl_seconds": self.failed_ttl_seconds,
@@ -41,7 +42,7 @@ class Policy(Struct, frozen=True, kw_only=True):
         }
 
     def room(self) -> dict[str, int]:
-        """What a script must know to refuse a job."""
+        """The arguments of a script that takes jobs in, or refuses them if the queue is full."""
         return {
             "max_queue": self.max_queue,
             "max_bytes": self.max_queue_bytes,

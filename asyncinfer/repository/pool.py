@@ -1,4 +1,4 @@
-"""Connections of one process, taken and given back at little cost."""
+"""A pool of connections that costs little per call."""
 
 from typing import Any
 
@@ -7,14 +7,15 @@ from redis.asyncio.sentinel import SentinelConnectionPool
 
 
 class Pool(ConnectionPool):
-    """redis-py's without its telemetry and its lock: they took a third of a call's time. One event
-    loop uses a pool, and nothing here pauses between a look and a change."""
+    """redis-py's pool without its telemetry and its lock, which took a third of a call's time. No
+    lock is needed: one event loop uses the pool, and no method awaits between reading and changing
+    its lists."""
 
     async def get_connection(self, *_: Any, **__: Any) -> AbstractConnection:
         connection: AbstractConnection = self.get_available_connection()  # type: ignore[no-untyped-call]
         try:
             if not connection.is_connected or await connection.can_read():
-                # To be connected; or there is a reply nobody took, or the server hung up.
+                # Not connected yet, or a reply was left unread, or the server hung up.
                 await self.ensure_connection(connection)
         except BaseException:
             await self.release(connection)
@@ -29,4 +30,4 @@ class Pool(ConnectionPool):
 
 
 class SentinelPool(Pool, SentinelConnectionPool):
-    """Of whichever server the sentinels call primary."""
+    """A pool of connections to the server that the sentinels name as primary."""

@@ -8,7 +8,7 @@ from typing import Final
 
 from asyncinfer.errors import RedisUnavailable
 from asyncinfer.processes.limited_log import LimitedLog
-from asyncinfer.repository.maintenance import Swept, Upkeep
+from asyncinfer.repository.maintenance import Maintenance, Swept
 from asyncinfer.repository.store import Store
 
 log = logging.getLogger(__name__)
@@ -18,26 +18,27 @@ REPAIR_SECONDS: Final = 600.0
 
 
 async def reap_forever(store: Store) -> None:
-    """Sweeps about every tick; any number of processes make one sweep. Ends by cancellation."""
-    upkeep = Upkeep(store)
+    """Sweeps every tick and repairs every 10 minutes, until it is cancelled. However many processes
+    run it, each sweep is done once."""
+    maintenance = Maintenance(store)
     tick_seconds = store.policy.tick_ms / 1000
     repaired_at = time.monotonic()
-    away = False
+    is_away = False
     while True:
         await asyncio.sleep(tick_seconds * random.uniform(0.5, 1.5))
         try:
-            _report(await upkeep.sweep())
+            _report(await maintenance.sweep())
             if time.monotonic() - repaired_at > REPAIR_SECONDS:
                 repaired_at = time.monotonic()
-                if back := await upkeep.repair(REPAIR_SECONDS):
-                    log.warning("Repair put back %d jobs found out of place.", back)
-            away = False
+                if restored := await maintenance.repair(REPAIR_SECONDS):
+                    log.warning("Repair put back %d jobs found out of place.", restored)
+            is_away = False
         except RedisUnavailable as error:
-            if not away:
+            if not is_away:
                 log.warning("Sweep: %s", error.detail)
-            away = True
+            is_away = True
         except Exception as error:
-            # Redis holds what anyone may write; no content may end the role that all rely on.
+            # Redis holds data that anyone may write; no content may end the task that all rely on.
             _limited.unexpected("A sweep failed.", error)
 
 

@@ -1,4 +1,4 @@
-"""What redis-py raises, as the errors of this package."""
+"""Translation of redis-py's exceptions into the errors of this package."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,94 +15,92 @@ from asyncinfer.errors import (
     WrongKeyType,
 )
 
-_PASSING: Final = ("BUSY", "UNBLOCKED")
-"""Refusals for the state a server is in: a slow script, a fail-over."""
+_TRANSIENT_CODES: Final = ("BUSY", "UNBLOCKED")
+"""Codes of refusals that pass by themselves: a slow script, a fail-over."""
 
-
-_NO_WRITES: Final = {
+_WRITE_REFUSALS: Final = {
     "MISCONF": "it cannot save to its disk. Free space there; its log says more",
     "NOREPLICAS": "it has fewer replicas than its min-replicas-to-write. Start some",
     "READONLY": "it is a replica. That passes after a fail-over; else point REDIS_URL at the "
     "primary",
 }
-"""Refusals of every write, with what to do; nothing of the call was done."""
+"""Codes by which a server refuses every write, with the remedy; the call did nothing."""
 
+_NOT_PRIMARY_ERRORS: Final = (redis_errors.ReadOnlyError, redis_errors.MasterDownError)
 
-_NO_PRIMARY: Final = (redis_errors.ReadOnlyError, redis_errors.MasterDownError)
+NO_REPLY_ERRORS: Final = (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError)
 
+CALL_ERRORS: Final = (*NO_REPLY_ERRORS, redis_errors.ResponseError)
 
-NO_REPLY: Final = (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError)
-
-
-FAILURES: Final = (*NO_REPLY, redis_errors.ResponseError)
-
-
-WRONG_TYPE: Final = (
+WRONG_TYPE_WARNING: Final = (
     "The key {} in Redis has another type than it should, so nothing is read from it. Rename or "
     "delete it."
 )
 
 
 @contextmanager
-def translated() -> Iterator[None]:
-    """Turns what redis-py raises into our errors: StorageFull and RedisUnavailable's kinds."""
+def translate_errors() -> Iterator[None]:
+    """Raises exceptions of redis-py as StorageFull or a kind of RedisUnavailable."""
     try:
         yield
-    except FAILURES as error:
-        raise translation(error) from error
+    except CALL_ERRORS as error:
+        raise translate(error) from error
 
 
-def translation(error: Exception) -> StorageFull | RedisUnavailable:
-    """Our error for one of `FAILURES`."""
+def translate(error: Exception) -> StorageFull | RedisUnavailable:
+    """The package's error for one of `CALL_ERRORS`."""
     if isinstance(error, redis_errors.OutOfMemoryError):
         return StorageFull(
             "Redis has reached its maxmemory, so new jobs are refused while those accepted still "
             "run. Retry later, or give Redis more memory."
         )
-    if reason := why_no_writes(error):
+    if reason := write_refusal(error):
         refused = WritesRefused(
-            f"Redis takes no writes, since {reason}. Nothing was taken in; send it again then.",
+            f"Redis takes no writes, since {reason}. Nothing was stored; send the request again "
+            "then.",
             retry_after_seconds=1,
         )
-        refused.is_disk_full = reason == _NO_WRITES["MISCONF"]
+        refused.is_disk_full = reason == _WRITE_REFUSALS["MISCONF"]
         return refused
-    if not isinstance(error, redis_errors.ResponseError) or isinstance(error, _NO_PRIMARY):
+    if not isinstance(error, redis_errors.ResponseError) or isinstance(error, _NOT_PRIMARY_ERRORS):
         return RedisUnavailable(
             f"Redis does not answer ({type(error).__name__}). Retry in a moment.",
             retry_after_seconds=1,
         )
-    if str(error).startswith(_PASSING):
+    if str(error).startswith(_TRANSIENT_CODES):
         return RedisUnavailable(
             f"Redis cannot do this just now ({error}). Retry in a moment.",
             retry_after_seconds=1,
         )
     if str(error).startswith("WRONGTYPE"):
-        return wrong_key_type()
+        return wrong_type_error()
     return RedisRefused(
         f"Redis refused a command ({error}). A key may have another type than it should.",
         retry_after_seconds=1,
     )
 
 
-def why_no_writes(error: Exception) -> str | None:
+def write_refusal(error: Exception) -> str | None:
+    """Why the server refuses all writes, with the remedy; None for any other error."""
     if isinstance(error, redis_errors.ReadOnlyError):
-        # redis-py leaves out the code of the errors it has classes for.
-        return _NO_WRITES["READONLY"]
+        # redis-py strips the code from errors for which it has classes.
+        return _WRITE_REFUSALS["READONLY"]
     if not isinstance(error, redis_errors.ResponseError):
         return None
-    return _NO_WRITES.get(str(error).partition(" ")[0])
+    return _WRITE_REFUSALS.get(str(error).partition(" ")[0])
 
 
-def wrong_key_type(which: str = "") -> WrongKeyType:
+def wrong_type_error(which: str = "") -> WrongKeyType:
+    """`which` continues the sentence with the keys."""
     return WrongKeyType(
         f"A key in Redis has another type than it should{which}. Rename or delete it.",
         retry_after_seconds=1,
     )
 
 
-async def failure_of(client: Redis, error: Exception) -> Exception:
-    """`translation`, having left a server that has become a replica: behind one name may be
-    another by now."""
-    if isinstance(error, _NO_PRIMARY):
+async def translate_and_reconnect(client: Redis, error: Exception) -> Exception:
+    """As `translate`, and disconnects from a server that has become a replica: its address may
+    lead to another server by now."""
+    if isinstance(error, _NOT_PRIMARY_ERRORS):
         await client.connection_pool.disconnect(inuse_connections=False)
-    return translation(error)
+    return translate(error)

@@ -1,4 +1,4 @@
-"""The connections to one Redis, and the way to call a script on them."""
+"""The store: the connections of one process to Redis, and calls of scripts on them."""
 
 import asyncio
 import logging
@@ -24,89 +24,91 @@ from asyncinfer.repository import keys
 from asyncinfer.repository.endpoint import Endpoint, close
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.redis_errors import (
-    FAILURES,
-    NO_REPLY,
-    WRONG_TYPE,
-    failure_of,
-    translated,
-    why_no_writes,
-    wrong_key_type,
+    CALL_ERRORS,
+    NO_REPLY_ERRORS,
+    WRONG_TYPE_WARNING,
+    translate_and_reconnect,
+    translate_errors,
+    write_refusal,
+    wrong_type_error,
 )
 from asyncinfer.repository.scripts import Script, script
 from asyncinfer.untrusted import decoding
 
 _AT_ONCE: Final = 16
-"""Commands one process has under way; more wait here, not in Redis."""
+"""The most commands of one process in flight; more wait in the process, not in Redis."""
 
 _LARGE_BYTES: Final = 64 << 10
 _FEW_ARGUMENTS: Final = 32
 
 
-_FIRST_TRY: Final = 0.45
-"""How much of a call's time its first try has."""
+_FIRST_TRY_SHARE: Final = 0.45
+"""The share of a call's time for its first try."""
 
 _log = LimitedLog(logging.getLogger(__name__))
 
-_LEFT_OUT_SECONDS: Final = 30.0
+_SKIP_SECONDS: Final = 30.0
+"""How long a blocking call leaves out a key of the wrong type."""
 
 encode_args = msgspec.msgpack.Encoder().encode
 
 
-class Packed(Struct, frozen=True):
-    """Arguments as the wire has them, packed before there is a turn to call."""
+class PackedArguments(Struct, frozen=True):
+    """RESP-encoded arguments, prepared before a connection is available."""
 
     count: int
     content: memoryview
 
     @classmethod
-    def of(cls, args: Sequence[Any]) -> "Packed":
+    def of(cls, args: Sequence[Any]) -> "PackedArguments":
         return cls(len(args), _without_count(pack_command(tuple(args))))
 
 
-class Blocking:
-    """One connection for calls that block. Ended by closing it, never by cancelling the call:
-    on Python 3.11 a cancelled read can swallow the cancellation."""
+class BlockingConnection:
+    """A connection for calls that block. A call is ended by `close`, never by cancelling it: on
+    Python 3.11 a cancelled read can swallow the cancellation."""
 
     _MARGIN_SECONDS: Final = 1.0
 
     def __init__(self, client: Redis) -> None:
         self._client = client
-        self._left_out: dict[str, float] = {}
-        """Keys of another type than they should have, and when they are tried again."""
+        self._skipped_until: dict[str, float] = {}
+        """{key of the wrong type: when it is tried again}."""
         self.closed = False
 
     async def pop(self, lists: Sequence[str], wait_seconds: float) -> str | None:
-        """The list a token was drawn from (BRPOP); None when none came.
+        """Takes a token from one of the lists (BRPOP) and returns that list; None if none came.
 
-        A key that is no list is left out for a while, as in `read`.
+        Leaves out a key that is no list for a while, as `read` does.
         """
-        sound = self._sound(lists, "list") if self._left_out else lists
-        pop = ("BRPOP", *sound, wait_seconds)
+        usable = self._usable(lists, "list") if self._skipped_until else lists
+        pop = ("BRPOP", *usable, wait_seconds)
         try:
-            reply = await self._bounded(wait_seconds, _exchange(self._client, pop))
+            reply = await self._with_timeout(wait_seconds, _exchange(self._client, pop))
         except WrongKeyType:
-            await self._leave_out(sound, b"list")
+            await self._skip_wrong_types(usable, b"list")
             return None
         return None if reply is None else bytes(reply[0]).decode()
 
     async def read(
         self, streams: Mapping[str, bytes], wait_seconds: float, count: int = 1000
     ) -> list[tuple[str, bytes, dict[bytes, bytes]]]:
-        """New entries of streams (XREAD), each (stream, entry id, fields).
+        """Waits for new entries of streams (XREAD), each (stream, entry id, fields); empty if none
+        came.
 
-        A key that is no stream is left out for a while, since it would keep all the others from
-        being read. Raises WrongKeyType where there are no others.
+        Leaves out a key that is no stream for a while, since no stream could be read with it.
+        Raises WrongKeyType if no stream is left, and RedisUnavailable.
         """
-        sound = self._sound(list(streams), "stream") if self._left_out else list(streams)
+        usable = self._usable(list(streams), "stream") if self._skipped_until else list(streams)
         read = (
             *("XREAD", "COUNT", count, "BLOCK", int(wait_seconds * 1000), "STREAMS"),
-            *sound,
-            *(streams[name] for name in sound),
+            *usable,
+            *(streams[name] for name in usable),
         )
         try:
-            reply = await self._bounded(wait_seconds, _exchange(self._client, read))
+            reply = await self._with_timeout(wait_seconds, _exchange(self._client, read))
         except WrongKeyType:
-            await self._leave_out(sound, b"stream")
+            await self._skip_wrong_types(usable, b"stream")
             return []
         return [
             (stream.decode(), entry_id, dict(zip(flat[::2], flat[1::2], strict=True)))
@@ -114,37 +116,37 @@ class Blocking:
             for entry_id, flat in entries
         ]
 
-    def _sound(self, names: Sequence[str], kind: str) -> list[str]:
-        """Those that are not left out; raises WrongKeyType where all are."""
+    def _usable(self, names: Sequence[str], kind: str) -> list[str]:
+        """The keys that are not skipped; raises WrongKeyType if all are."""
         now = time.monotonic()
-        sound = [name for name in names if now >= self._left_out.get(name, 0.0)]
-        if names and not sound:
-            raise wrong_key_type(f": {names[0]!r} should be a {kind}")
-        return sound
+        usable = [name for name in names if now >= self._skipped_until.get(name, 0.0)]
+        if names and not usable:
+            raise wrong_type_error(f": {names[0]!r} should be a {kind}")
+        return usable
 
-    async def _leave_out(self, names: Sequence[str], kind: bytes) -> None:
+    async def _skip_wrong_types(self, names: Sequence[str], kind: bytes) -> None:
         for name in names:
-            found = await self._bounded(0.0, _exchange(self._client, ("TYPE", name)))
+            found = await self._with_timeout(0.0, _exchange(self._client, ("TYPE", name)))
             if found not in (kind, b"none"):
-                _log.warning(WRONG_TYPE.format(repr(name)))
-                self._left_out[name] = time.monotonic() + _LEFT_OUT_SECONDS
+                _log.warning(WRONG_TYPE_WARNING.format(repr(name)))
+                self._skipped_until[name] = time.monotonic() + _SKIP_SECONDS
 
-    async def _bounded(self, wait_seconds: float, call: Awaitable[Any]) -> Any:
+    async def _with_timeout(self, wait_seconds: float, call: Awaitable[Any]) -> Any:
         try:
             async with asyncio.timeout(wait_seconds + self._MARGIN_SECONDS):
                 return await call
-        except FAILURES as error:
-            raise await failure_of(self._client, error) from error
+        except CALL_ERRORS as error:
+            raise await translate_and_reconnect(self._client, error) from error
 
     async def close(self) -> None:
-        """Ends the call under way, if any, with RedisUnavailable, and the connection."""
+        """Closes the connection; a call in progress raises RedisUnavailable."""
         self.closed = True
         await self._client.connection_pool.disconnect()
         await close(self._client)
 
 
 class Store:
-    """One process's connections to Redis, with the queue's name and policy."""
+    """The connections of one process to Redis, with QUEUE_NAME (`n`) and the policy."""
 
     def __init__(
         self, endpoint: Endpoint, queue_name: str, policy: Policy, name: str, call_seconds: float
@@ -158,32 +160,37 @@ class Store:
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self._clock_behind_ms: float | None = None
         self.writes_refused: WritesRefused | None = None
-        """Why the server took no writes, as far as is known from the last call."""
+        """Why the server takes no writes, as far as the last call shows."""
 
     @classmethod
     @asynccontextmanager
     async def open(
         cls, url: str, *, queue_name: str, policy: Policy, name: str, call_seconds: float = 1.0
     ) -> AsyncIterator["Store"]:
-        """`call_seconds` bounds one call: waiting for a connection, connecting and the reply."""
+        """Opens a store without connecting yet. `call_seconds` bounds one call: waiting for a
+        connection, connecting and the reply. Raises InvalidSetting for a bad URL."""
         store = cls(Endpoint.parse(url), queue_name, policy, name, call_seconds)
         try:
             yield store
         finally:
             await close(store.redis)
 
-    def blocking(self) -> Blocking:
-        """A connection of its own for calls that block; the caller closes it."""
-        return Blocking(self.endpoint.client(self.name, reply_seconds=None))
+    def blocking(self) -> BlockingConnection:
+        """A new connection for calls that block; the caller closes it."""
+        return BlockingConnection(self.endpoint.client(self.name, reply_seconds=None))
 
     async def call(
         self,
         verb: Script,
         names: Sequence[str],
         args: Sequence[Any],
-        more: Packed | None = None,
+        more: PackedArguments | None = None,
     ) -> Any:
-        """Runs a script, `more` its last arguments; raises RedisUnavailable or StorageFull."""
+        """Runs a script, with `more` as its last arguments, and returns its reply.
+
+        A call without a reply is sent once more, so that it may run twice. Raises RedisUnavailable
+        or one of its kinds (WritesRefused, RedisRefused, WrongKeyType), or StorageFull.
+        """
         keys_and_args = (len(names), *names, *args)
 
         async def run() -> Any:
@@ -193,43 +200,43 @@ class Store:
                 return await _exchange(self.redis, ("EVAL", verb.text, *keys_and_args), more)
 
         try:
-            reply = await self._answered(run)
+            reply = await self._with_retry(run)
         except WrongKeyType as error:
             raise await self.damage(names) from error
-        # Redis takes every script of ours for one that writes.
+        # To Redis every script of this package is one that writes.
         self.writes_refused = None
         return reply
 
     async def command(self, *command: Any) -> Any:
         """Runs one command; raises as `call` does."""
         try:
-            return await self._answered(lambda: self.redis.execute_command(*command))  # type: ignore[no-untyped-call]
+            return await self._with_retry(lambda: self.redis.execute_command(*command))  # type: ignore[no-untyped-call]
         except WrongKeyType as error:
-            raise wrong_key_type(f": {command[1]!r}") from error
+            raise wrong_type_error(f": {command[1]!r}") from error
 
     async def look(self, *command: Any, otherwise: Any) -> Any:
-        """Runs a command that only reads. A key of another type, the command's second part, is
-        read as `otherwise`, and the log says so: one damaged key must not hide all the rest."""
+        """Runs a command that only reads. If the key (the command's second part) has the wrong
+        type, logs that and returns `otherwise`: one damaged key must not hide all the others."""
         try:
             return await self.command(*command)
         except WrongKeyType:
-            _log.warning(WRONG_TYPE.format(repr(command[1])))
+            _log.warning(WRONG_TYPE_WARNING.format(repr(command[1])))
             return otherwise
 
     async def check_writes(self) -> None:
-        """Raises StorageFull or WritesRefused where the server takes no writes now.
+        """Raises StorageFull or WritesRefused if the server takes no writes now.
 
-        The key does not exist, so nothing is written and nothing goes to replicas or to disk; but
-        the server refuses the command as it refuses any other write.
+        The key never exists, so that the command writes nothing and sends nothing to replicas or
+        disk; but the server refuses it as it refuses any other write.
         """
         await self.command("SET", keys.write_probe(self.n), "", "XX")
 
     async def types_of(self, names: Sequence[str]) -> list[str]:
-        """The types of keys, in the words of TYPE; `none` of one that is not there."""
-        return [decoding.text(await self.command("TYPE", one)) for one in names]
+        """The type of each key in the words of TYPE; `none` for a key that does not exist."""
+        return [decoding.text(await self.command("TYPE", name)) for name in names]
 
     async def together(self, *commands: tuple[Any, ...]) -> list[Any]:
-        """Runs commands as one transaction; raises as `call` does."""
+        """Runs commands as one transaction and returns their replies; raises as `call` does."""
 
         async def run() -> list[Any]:
             pipeline = self.redis.pipeline(transaction=True)
@@ -237,102 +244,128 @@ class Store:
                 pipeline.execute_command(*command)
             return await pipeline.execute()
 
-        replies: list[Any] = await self._answered(run)
+        replies: list[Any] = await self._with_retry(run)
         return replies
 
     async def damage(self, queues: Sequence[str]) -> WrongKeyType:
-        """An error that names the queues' keys of another type than they should have."""
-        expected = {
-            key: kind
+        """An error that names those keys of the queues that have the wrong type."""
+        expected_types = {
+            key: expected
             for queue in queues
-            # A name in braces is none of a queue but of what a script needs beside it.
+            # A name in braces is no queue but a key that a script needs besides the queues.
             if not queue.startswith("{")
-            for kind, makers in keys.TYPES_OF_A_QUEUE.items()
+            for expected, makers in keys.TYPES_OF_A_QUEUE.items()
             for made in (make(queue) for make in makers)
             for key in ([made] if isinstance(made, str) else made)
         }
-        found = await self.types_of(list(expected))
+        types = await self.types_of(list(expected_types))
         wrong = [
-            f"{key!r} is a {is_now} and should be a {kind}"
-            for (key, kind), is_now in zip(expected.items(), found, strict=True)
-            if is_now not in (kind, "none")
+            f"{key!r} is a {actual} and should be a {expected}"
+            for (key, expected), actual in zip(expected_types.items(), types, strict=True)
+            if actual not in (expected, "none")
         ]
-        return wrong_key_type(f": {'; '.join(wrong[:3])}" if wrong else "")
+        return wrong_type_error(f": {'; '.join(wrong[:3])}" if wrong else "")
 
-    async def _answered(self, send: Callable[[], Awaitable[Any]]) -> Any:
-        """Sends once more what got no reply. redis-py would send it to the address it had, and
-        not ask the sentinels who is primary by now (redis-py issue 3874)."""
+    async def _with_retry(self, send: Callable[[], Awaitable[Any]]) -> Any:
+        """Sends once more a call that got no reply. redis-py's own retry would use the address that
+        it had, and not ask the sentinels which server is primary by now (redis-py issue 3874)."""
         try:
             try:
-                return await self._sent(send, self.call_seconds * _FIRST_TRY)
-            except NO_REPLY as lost:
-                return await self._sent_again(send, lost)
-        except FAILURES as error:
-            failure = await failure_of(self.redis, error)
+                return await self._with_timeout(send, self.call_seconds * _FIRST_TRY_SHARE)
+            except NO_REPLY_ERRORS as lost:
+                return await self._send_again(send, lost)
+        except CALL_ERRORS as error:
+            failure = await translate_and_reconnect(self.redis, error)
             if isinstance(failure, WritesRefused):
                 self.writes_refused = failure
             raise failure from error
 
-    async def _sent_again(self, send: Callable[[], Awaitable[Any]], lost: Exception) -> Any:
+    async def _send_again(self, send: Callable[[], Awaitable[Any]], lost: Exception) -> Any:
         try:
-            return await self._sent(send, self.call_seconds * (1 - _FIRST_TRY))
+            return await self._with_timeout(send, self.call_seconds * (1 - _FIRST_TRY_SHARE))
         except redis_errors.ResponseError as error:
-            if why_no_writes(error) is None:
+            if write_refusal(error) is None:
                 raise
-            # This time nothing was done, but whatever was sent before may have been.
-            await failure_of(self.redis, error)
+            # The second call did nothing, but the first one may have run.
+            await translate_and_reconnect(self.redis, error)
             raise lost from error
 
-    async def _sent(self, send: Callable[[], Awaitable[Any]], seconds: float) -> Any:
+    async def _with_timeout(self, send: Callable[[], Awaitable[Any]], seconds: float) -> Any:
         async with asyncio.timeout(seconds), self._slots:
             return await send()
 
     # --- the server's clock ------------------------------------------------------------------
 
+    async def time_ms(self) -> int:
+        """The server's time in ms since 1970."""
+        seconds, micros = await self.command("TIME")
+        return int(seconds) * 1000 + int(micros) // 1000
+
     def saw_server_time(self, server_ms: int) -> None:
-        """Notes a reply's server time. It is older than now, so the estimate errs early."""
+        """Notes the server time in a reply. It is older than now, so that the estimate is early."""
         self._clock_behind_ms = server_ms - time.monotonic() * 1000
 
     async def not_after_ms(self) -> int:
-        """Server time after which a call sent now has been given up here."""
+        """The server time at which this process has given up a call sent now."""
         if self._clock_behind_ms is None:
-            seconds, micros = await self.command("TIME")
-            self.saw_server_time(int(seconds) * 1000 + int(micros) // 1000)
+            self.saw_server_time(await self.time_ms())
         assert self._clock_behind_ms is not None
         return int(self._clock_behind_ms + time.monotonic() * 1000 + self.call_seconds * 1000)
 
-    # --- the server and what it is used for --------------------------------------------------
+    # --- the queues ---------------------------------------------------------------------------
+
+    async def queues(self) -> list[str]:
+        """All queues, sorted, the default model's included; ignores names of another QUEUE_NAME."""
+        reply = await self.look("SMEMBERS", keys.queues(self.n), otherwise=())
+        names = filter(None, map(decoding.name, reply))
+        return sorted({self.n, *(name for name in names if name.startswith(f"{self.n}:"))})
+
+    async def queues_with_jobs(self, queues: Sequence[str]) -> set[str]:
+        """The subset of `queues` in which a job waits, is delayed or runs."""
+        if not queues:
+            return set()
+        counts = await self.together(*(("EXISTS", *_job_keys(queue)) for queue in queues))
+        return {queue for queue, count in zip(queues, counts, strict=True) if count}
+
+    async def is_empty(self, queue: str) -> bool:
+        """Whether no job waits or runs in the queue; delayed jobs do not count."""
+        lengths = [await self.command("LLEN", name) for name in keys.waiting(queue)]
+        return not any(lengths) and not await self.command("HLEN", keys.running(queue))
+
+    # --- the server and the default model -----------------------------------------------------
 
     async def check_server(self) -> str:
-        """The server's name and version; raises ServerRefused when it cannot keep the promise."""
-        with translated():
+        """The server's name and version. Raises ServerRefused if it cannot keep jobs safe or
+        refuses the login, RedisUnavailable if it does not answer."""
+        with translate_errors():
             async with asyncio.timeout(self.call_seconds):
                 try:
                     info = await self.redis.info("everything")
                 except redis_errors.AuthenticationError as error:
                     raise ServerRefused(
-                        f"Redis lets us not in ({error}). Put user and password into REDIS_URL: "
+                        f"Redis refuses the login ({error}). Put user and password into REDIS_URL: "
                         "redis://user:password@host:6379."
                     ) from error
-        return checked_server(info)
+        return check_info(info)
 
     async def default_model(self) -> str | None:
-        """The name of the model that QUEUE_NAME itself serves; None where no one can read it."""
-        return await self.decided_default_model() or None
+        """The name of the default model, whose queue is QUEUE_NAME itself; None if there is none,
+        or if it is not decided yet."""
+        return await self.stored_default_model() or None
 
-    async def decided_default_model(self) -> str | None:
-        """As `default_model`; empty where it was decided that there is none."""
+    async def stored_default_model(self) -> str | None:
+        """As `default_model`, but empty if it is decided that there is none."""
         (stored,) = await self.command("MGET", keys.default_model(self.n))
         return decoding.name(stored)
 
     async def agree_on_default_model(self, name: str) -> str:
-        """The model that QUEUE_NAME itself serves: `name` where Redis has none, else Redis's.
-        Empty where it was decided that there is none."""
+        """Stores `name` as the default model unless Redis has one; returns the one Redis has now.
+        Empty if it is decided that there is none."""
         key = keys.default_model(self.n)
-        current = await self.decided_default_model()
+        current = await self.stored_default_model()
         if current is None and not await self.command("SET", key, name, "NX"):
-            # Another process was first just now, or the key holds no name.
-            current = await self.decided_default_model()
+            # Another process was faster, or the key holds no name.
+            current = await self.stored_default_model()
             if current is None:
                 _log.warning(
                     f"The key {key!r} should hold the name of the default model, and holds none. "
@@ -341,10 +374,10 @@ class Store:
         return name if current is None else current
 
     async def claim_default_model(self, name: str) -> None:
-        """Makes `name` the model that QUEUE_NAME itself serves.
+        """Makes `name` the default model, whose queue is QUEUE_NAME itself.
 
-        Raises DefaultModelChanged when another one is, and a job waits or runs that would change
-        its model.
+        Raises DefaultModelChanged if another model is, and a waiting or running job would change
+        its model by it.
         """
         current = await self.agree_on_default_model(name)
         while current != name:
@@ -352,14 +385,14 @@ class Store:
             if jobs is None:
                 return
             if any(jobs):
-                raise DefaultModelChanged(self._why_not(current, name, *jobs))
+                raise DefaultModelChanged(self._explain_refusal(current, name, *jobs))
             current = await self.agree_on_default_model(name)
 
     async def replace_default_model(self, current: str, name: str) -> tuple[int, int] | None:
         """Makes `name` the default model in place of `current`; an empty `name` decides that there
-        is none. Returns None when that is done, else how many jobs of each model keep it from
-        being done; (0, 0) when the default is not `current` any more."""
-        own_queues = (keys.queue(self.n, one, None) for one in (current, name))
+        is none. Returns None if that is done; else how many jobs of `current` and of `name`
+        prevent it; (0, 0) if the default is not `current` any more."""
+        own_queues = (keys.queue(self.n, model, None) for model in (current, name))
         names = [keys.default_model(self.n), self.n, *own_queues]
         args = [encode_args({"from": current, "to": name})]
         verdict, *jobs = await self.call(script("default"), names, args)
@@ -367,7 +400,7 @@ class Store:
             return None
         return (jobs[0], jobs[1]) if jobs else (0, 0)
 
-    def _why_not(self, current: str, name: str, old: int, new: int) -> str:
+    def _explain_refusal(self, current: str, name: str, old: int, new: int) -> str:
         which = current if old else name
         count = old or new
         jobs = "1 job of it waits or runs" if count == 1 else f"{count} jobs of it wait or run"
@@ -380,9 +413,16 @@ class Store:
         )
 
 
-async def _exchange(client: Redis, command: tuple[Any, ...], more: Packed | None = None) -> Any:
-    """What redis-py's client does, without what it does beside: it packs in Python, which took
-    longer than all the rest of a call of many arguments."""
+def _job_keys(queue: str) -> tuple[str, ...]:
+    """The keys of a queue, one of which exists while any job is in it."""
+    return (*keys.waiting(queue), keys.delayed(queue), keys.leases(queue))
+
+
+async def _exchange(
+    client: Redis, command: tuple[Any, ...], more: PackedArguments | None = None
+) -> Any:
+    """Sends a command and returns its reply, as redis-py's client does, but packs it with hiredis:
+    packing in Python took longer than all the rest of a call of many arguments."""
     pool = client.connection_pool
     connection = await pool.get_connection()  # type: ignore[no-untyped-call]
     try:
@@ -400,20 +440,21 @@ async def _exchange(client: Redis, command: tuple[Any, ...], more: Packed | None
 
 
 def _without_count(packed: bytes) -> memoryview:
-    """A command as the wire has it, without the number of its parts."""
+    """A RESP-encoded command without the count of its parts in front."""
     return memoryview(packed)[packed.index(b"\n") + 1 :]
 
 
 def _is_large(command: tuple[Any, ...]) -> bool:
-    """Whether an argument should go out as it is: packed with the rest it would be copied twice.
-    A command of many arguments is bounded by whoever made it."""
+    """Whether an argument is so large that it should be sent without copying it into one buffer
+    with the others. The caller of a command of many arguments has bounded their sizes."""
     return len(command) <= _FEW_ARGUMENTS and any(
-        type(one) is bytes and len(one) > _LARGE_BYTES for one in command
+        type(part) is bytes and len(part) > _LARGE_BYTES for part in command
     )
 
 
-def checked_server(info: Mapping[str, Any]) -> str:
-    """`info` is the reply to INFO. Managed services forbid CONFIG GET, so all is read here."""
+def check_info(info: Mapping[str, Any]) -> str:
+    """The server's name and version, from the reply to INFO: managed services forbid CONFIG GET.
+    Raises ServerRefused for an unsupported version or mode, or if the server evicts keys."""
     valkey = info.get("valkey_version")
     name, version = ("Valkey", valkey) if valkey else ("Redis", info.get("redis_version", "0"))
     oldest = (7, 2) if valkey else (7, 0)

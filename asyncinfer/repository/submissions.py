@@ -1,9 +1,9 @@
-"""What an API does to jobs: submit, read, watch, cancel, retry, forget."""
+"""Submitting, reading and watching jobs: the calls of an API."""
 
 import asyncio
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, Literal, TypeAlias, TypeVar, cast
+from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 from msgspec import Struct
 
@@ -13,8 +13,6 @@ from asyncinfer.jobs import (
     Record,
     Status,
     encode_record,
-    is_later,
-    record_seq,
 )
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
@@ -22,11 +20,9 @@ from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
 from asyncinfer.repository.stored_jobs import (
     Stored,
-    next_round,
-    queue_of,
+    decode_status,
+    parse_job,
     read_jobs,
-    status_of,
-    stored_of,
 )
 from asyncinfer.untrusted import decoding
 
@@ -36,32 +32,33 @@ _log = LimitedLog(logging.getLogger(__name__))
 
 MOST_JOBS: Final = 256
 MOST_BYTES: Final = 1 << 20
-"""What one script call takes (or one job of any size)."""
+"""Bounds of one script call; a call of a single job may be larger."""
 
 _CALLS_AT_ONCE: Final = 4
 
 
-CancelVerdict = Literal["cancelled", "stopping", "finished", "absent"]
-_CANCEL_VERDICTS: Final = ("cancelled", "stopping", "absent")
-ForgetVerdict = Literal["forgotten", "absent", "unfinished"]
-RetryVerdict = Literal["ok", "changed", "full", "no_input", "not_retryable", "absent", "later"]
-
-
 class NewJob(Struct, frozen=True):
-    """A job about to be submitted; its id is made before the call, so that a retry is one."""
+    """A job to submit. Its id is made before the call, so that a repeated call makes no second
+    job."""
 
     job_id: str
     queue: str
     data: bytes
     record: Record
     inbox: str = ""
-    """An inbox (its key) to tell when the job ends."""
+    """The key of the inbox to notify when the job ends."""
     idempotency: str = ""
+    """A digest of tenant and Idempotency-Key; empty without a key."""
     fingerprint: str = ""
+    """A digest of the request, stored with the Idempotency-Key."""
 
 
 class Submitted(Struct, frozen=True):
-    """`dup`: the Idempotency-Key stands for `job_id`, submitted with `fingerprint`."""
+    """The reply to a submit.
+
+    `ok`: the job is stored. `exists`: it was already. `full`: the queue is full. `dup`: its
+    Idempotency-Key belongs to the job `job_id`, which was submitted with `fingerprint`.
+    """
 
     verdict: Literal["ok", "exists", "dup", "full"]
     job_id: str
@@ -72,22 +69,23 @@ _Entry: TypeAlias = tuple[NewJob, asyncio.Future[Submitted]]
 
 
 class _Tick:
-    """The submits of one loop tick, and when their time is up."""
+    """The submits of one tick of the event loop, with one deadline for all."""
 
     def __init__(self, seconds: float) -> None:
         self.entries: list[_Entry] = []
-        self.over = False
-        # One timer for all: a timer each was most of what a submit cost here, and what
-        # asyncio.timeout does for a task costs five times what it takes to end a future.
+        self.is_over = False
+        # One timer for all: a timer for each was most of a submit's cost in this process, and
+        # asyncio.timeout for a task costs five times as much as ending a future.
         self._timer = asyncio.get_running_loop().call_later(seconds, self._give_up)
 
     def _give_up(self) -> None:
-        self.over = True
+        self.is_over = True
         for _, future in self.entries:
             if not future.done():
                 future.set_exception(TimeoutError())
 
-    def open(self) -> list[_Entry]:
+    def unanswered(self) -> list[_Entry]:
+        """The submits that have not been given up."""
         return [entry for entry in self.entries if not entry[1].done()]
 
     def close(self) -> None:
@@ -95,7 +93,7 @@ class _Tick:
 
 
 class Submissions:
-    """The API's verbs. Submits of one loop tick share one script call."""
+    """Submits, reads and watches jobs. Submits of one event loop tick share a script call."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -103,7 +101,7 @@ class Submissions:
         self._arrived = asyncio.Event()
 
     async def run(self) -> None:
-        """Sends what is submitted; runs as long as the API does."""
+        """Sends what `submit` collects; runs until it is cancelled."""
         calls = asyncio.Semaphore(_CALLS_AT_ONCE)
         async with asyncio.TaskGroup() as group:
             while True:
@@ -116,9 +114,10 @@ class Submissions:
                 task.add_done_callback(lambda _: calls.release())
 
     async def submit(self, job: NewJob) -> Submitted:
-        """Takes a job in; raises StorageFull, or RedisUnavailable naming the job."""
+        """Submits a job; `run` must be running. Raises StorageFull, or RedisUnavailable, whose
+        `job_id` is set if the job may have been stored."""
         future: asyncio.Future[Submitted] = asyncio.get_running_loop().create_future()
-        if self._tick is None or self._tick.over:
+        if self._tick is None or self._tick.is_over:
             self._tick = _Tick(1.2 * self._store.call_seconds)
             self._arrived.set()
         self._tick.entries.append((job, future))
@@ -126,21 +125,21 @@ class Submissions:
             return await future
         except TimeoutError as error:
             raise RedisUnavailable(
-                "Redis did not answer in time; the job may or may not have been taken in.",
+                "Redis did not answer in time; the job may or may not be stored.",
                 retry_after_seconds=1,
                 job_id=job.job_id,
             ) from error
 
     async def _send(self, tick: _Tick) -> None:
-        for part in _parts(tick.open()):
+        for part in _split_by_queue(tick.unanswered()):
             try:
                 verdicts = await self.submit_many(part[0][0].queue, [job for job, _ in part])
             except RequestError as error:
-                _refuse(part, error)
+                _fail(part, error)
             except Exception as error:
-                # No reply of Redis may end the role that all submits rely on.
+                # No reply of Redis may end the task that all submits rely on.
                 _log.unexpected("A submit failed.", error)
-                _refuse(part, InternalError("Something went wrong; the server's log has the rest."))
+                _fail(part, InternalError("Something went wrong; the server's log has the rest."))
             else:
                 for (_, future), verdict in zip(part, verdicts, strict=True):
                     if not future.done():
@@ -148,112 +147,66 @@ class Submissions:
         tick.close()
 
     async def submit_many(self, queue: str, jobs: Sequence[NewJob]) -> list[Submitted]:
-        """One script call: at most 256 jobs and 1 MiB (or one job), all of one queue."""
+        """Submits jobs of one queue in one script call: at most 256 jobs and 1 MiB, or a single job
+        of any size. Returns a reply for each job, in order."""
         args: list[Any] = [encode_args(self._store.policy.room())]
         for job in jobs:
             args += (
                 job.job_id,
                 job.data,
                 encode_record(job.record),
-                _packed(script_options(job, self._store.n)),
+                pack_options(script_options(job, self._store.n)),
             )
         names = [queue, keys.queues(self._store.n)]
         reply = await self._store.call(script("submit"), names, args)
-        return [_submitted(job, verdict) for job, verdict in zip(jobs, reply, strict=True)]
+        return [_parse_submit(job, verdict) for job, verdict in zip(jobs, reply, strict=True)]
 
     async def submit_all(self, jobs: Sequence[NewJob]) -> list[Submitted | RequestError]:
-        """Takes in many jobs of one queue, in their order; what became of each."""
+        """Submits any number of jobs of one queue, in order. Returns for each its reply, or the
+        error of its call instead of raising it."""
         outcomes: list[Submitted | RequestError] = []
-        for part in _bounded(jobs, _size_of):
+        for part in _split_by_size(jobs, _size_of):
             try:
                 outcomes += await self.submit_many(part[0].queue, part)
             except RequestError as error:
-                outcomes += [_about(error, job.job_id) for job in part]
+                outcomes += [_error_of(error, job.job_id) for job in part]
         return outcomes
 
     async def statuses(self, job_ids: Sequence[str]) -> list[Status | None]:
-        """How jobs stand, without what may be large of them; None when absent."""
+        """The status of each job, read without anything large; None for an absent job."""
         if not job_ids:
             return []
-        found = await self._store.command("MGET", *map(keys.status, job_ids))
-        return [None if one is None else status_of(one) for one in found]
+        reply = await self._store.command("MGET", *map(keys.status, job_ids))
+        return [None if status is None else decode_status(status) for status in reply]
 
     async def read(self, job_id: str) -> Stored | None:
-        """The job as it is now; None when absent."""
+        """Reads a job; None if it is absent or its record is unreadable."""
         return (await self.read_many([job_id]))[0]
 
     async def read_many(self, job_ids: Sequence[str]) -> list[Stored | None]:
         return await read_jobs(self._store, job_ids)
 
     async def watch(self, queue: str, inbox: str, job_ids: Sequence[str]) -> list[Stored | None]:
-        """Signs `inbox` up for the jobs that have not ended; those that have come back at once.
+        """Registers `inbox` to be notified of the end of jobs of one queue.
 
-        An absent job comes back as None, one that was signed up as `pending`.
+        Returns each job that has ended already, a job with status `pending` for each that was
+        registered, and None for each absent job.
         """
         reply = await self._store.call(script("watch"), [queue, inbox], [encode_args({}), *job_ids])
-        return [_watched(job_id, one) for job_id, one in zip(job_ids, reply, strict=True)]
-
-    async def cancel(self, stored: Stored) -> CancelVerdict:
-        """Ends a waiting job, or asks for the end of a running one."""
-        return (await self.cancel_many([stored]))[0]
-
-    async def cancel_many(self, jobs: Sequence[Stored]) -> list[CancelVerdict]:
-        """One script call for jobs of one queue; some tens of ms for a thousand."""
-        args: list[Any] = [encode_args(self._store.policy.ending())]
-        for job in jobs:
-            args += (job.job_id, b"")
-        reply = await self._store.call(script("cancel"), [queue_of(self._store, jobs[0])], args)
-        return [_cancelled(verdict) for verdict in reply]
-
-    async def retry(self, stored: Stored, now_ms: int) -> RetryVerdict:
-        """Opens a new round of a failed or cancelled job."""
-        return (await self.retry_many([stored], now_ms))[0]
-
-    async def retry_many(self, jobs: Sequence[Stored], now_ms: int) -> list[RetryVerdict]:
-        """One script call for jobs of one queue, as they were read.
-
-        A later release's are left, since a new round would lose what this release cannot read.
-        """
-        later = {job.job_id for job in jobs if job.record and is_later(job.record)}
-        ours = [job for job in jobs if job.job_id not in later]
-        opened = iter(await self._open_rounds(ours, now_ms) if ours else ())
-        return ["later" if job.job_id in later else next(opened) for job in jobs]
-
-    async def _open_rounds(self, jobs: Sequence[Stored], now_ms: int) -> list[RetryVerdict]:
-        args: list[Any] = [encode_args(self._store.policy.room())]
-        for job in jobs:
-            meta, options = b"", b""
-            if job.record:
-                record = next_round(job.record, now_ms)
-                meta = encode_record(record, record_seq(job.meta))
-                options = _packed(_round_options(record.options))
-            args += (job.job_id, job.meta, meta, options)
-        names = [queue_of(self._store, jobs[0]), keys.queues(self._store.n)]
-        reply = await self._store.call(script("retry"), names, args)
-        return [cast(RetryVerdict, decoding.text(verdict)) for verdict in reply]
-
-    async def forget(self, stored: Stored) -> ForgetVerdict:
-        """Deletes an ended job with all its data."""
-        return (await self.forget_many([stored]))[0]
-
-    async def forget_many(self, jobs: Sequence[Stored]) -> list[ForgetVerdict]:
-        """One script call for ended jobs of one queue; one that was retried meanwhile is left."""
-        args = [encode_args({}), *(job.job_id for job in jobs)]
-        reply = await self._store.call(script("forget"), [queue_of(self._store, jobs[0])], args)
-        return [_forgotten(verdict) for verdict in reply]
+        return [_parse_watch(job_id, parts) for job_id, parts in zip(job_ids, reply, strict=True)]
 
 
-def _parts(entries: Sequence[_Entry]) -> Iterator[list[_Entry]]:
-    """Splits what waits into script calls: one queue each, bounded in jobs and bytes."""
+def _split_by_queue(entries: Sequence[_Entry]) -> Iterator[list[_Entry]]:
+    """Splits submits into parts for one script call: of one queue, bounded in jobs and bytes."""
     by_queue: dict[str, list[_Entry]] = {}
     for entry in entries:
         by_queue.setdefault(entry[0].queue, []).append(entry)
     for queued in by_queue.values():
-        yield from _bounded(queued, _size_of_entry)
+        yield from _split_by_size(queued, _size_of_entry)
 
 
-def _bounded(entries: Sequence[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
-    """Splits jobs of one queue into script calls."""
+def _split_by_size(entries: Sequence[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
+    """Splits jobs of one queue into parts for one script call each."""
     part: list[T] = []
     size = 0
     for entry in entries:
@@ -276,72 +229,61 @@ def _size_of_entry(entry: _Entry) -> int:
 
 
 def script_options(job: NewJob, n: str) -> dict[str, str | int]:
-    """What `submit` must know of a job with options; empty for most jobs."""
+    """The options of a job in the words of `submit`; empty for most jobs."""
     options = job.record.options
-    found = _round_options(options)
+    fields = round_options(options)
     if options.group is not None:
-        found["group"] = keys.group(n, job.record.tenant, options.group)
+        fields["group"] = keys.group(n, job.record.tenant, options.group)
     if job.inbox:
-        found["inbox"] = job.inbox
+        fields["inbox"] = job.inbox
     if job.idempotency:
-        found |= {"idempotency_key": job.idempotency, "fingerprint": job.fingerprint}
-    return found
+        fields |= {"idempotency_key": job.idempotency, "fingerprint": job.fingerprint}
+    return fields
 
 
-def _round_options(options: Options) -> dict[str, str | int]:
-    """What `submit` and `retry` must know of a round's options, in the words of the scripts."""
-    found: dict[str, str | int] = {}
+def round_options(options: Options) -> dict[str, str | int]:
+    """The options of a round in the words of `submit` and `retry`; empty for most jobs."""
+    fields: dict[str, str | int] = {}
     if options.priority != "normal":
-        found["priority"] = options.priority
+        fields["priority"] = options.priority
     if options.ttl_seconds is not None:
-        found["ttl_seconds"] = options.ttl_seconds
+        fields["ttl_seconds"] = options.ttl_seconds
     if options.start_within_seconds is not None:
-        found["start_within_ms"] = int(options.start_within_seconds * 1000)
+        fields["start_within_ms"] = int(options.start_within_seconds * 1000)
     if options.finish_within_seconds is not None:
-        found["finish_within_ms"] = int(options.finish_within_seconds * 1000)
+        fields["finish_within_ms"] = int(options.finish_within_seconds * 1000)
     if options.delay_seconds:
-        found["delay_ms"] = int(options.delay_seconds * 1000)
-    return found
+        fields["delay_ms"] = int(options.delay_seconds * 1000)
+    return fields
 
 
-def _packed(options: dict[str, str | int]) -> bytes:
-    return encode_args(options) if options else b""
+def pack_options(fields: dict[str, str | int]) -> bytes:
+    return encode_args(fields) if fields else b""
 
 
-def _refuse(entries: Sequence[_Entry], error: RequestError) -> None:
+def _fail(entries: Sequence[_Entry], error: RequestError) -> None:
     for job, future in entries:
         if not future.done():
-            future.set_exception(_about(error, job.job_id))
+            future.set_exception(_error_of(error, job.job_id))
 
 
-def _about(error: RequestError, job_id: str) -> RequestError:
-    """The error of one job of a call. One refused for lack of memory, or with all writes, does
-    not exist."""
+def _error_of(error: RequestError, job_id: str) -> RequestError:
+    """The error of a call as that of one of its jobs. It names the job if the job may be stored:
+    not if Redis has no memory left or refuses all writes."""
     may_exist = isinstance(error, RedisUnavailable) and not isinstance(error, WritesRefused)
     named = job_id if may_exist else None
     return type(error)(error.detail, retry_after_seconds=error.retry_after_seconds, job_id=named)
 
 
-def _submitted(job: NewJob, verdict: Any) -> Submitted:
+def _parse_submit(job: NewJob, verdict: Any) -> Submitted:
     if isinstance(verdict, list):
         return Submitted("dup", decoding.text(verdict[1]), decoding.text(verdict[2]))
     return Submitted(verdict.decode(), job.job_id, job.fingerprint)
 
 
-def _cancelled(reply: bytes) -> CancelVerdict:
-    # A stranger's status may be any bytes; then the job is not ours to cancel.
-    verdict = decoding.text(reply)
-    return cast(CancelVerdict, verdict) if verdict in _CANCEL_VERDICTS else "finished"
-
-
-def _forgotten(reply: bytes) -> ForgetVerdict:
-    verdict = decoding.text(reply)
-    return cast(ForgetVerdict, verdict) if verdict in ("forgotten", "absent") else "unfinished"
-
-
-def _watched(job_id: str, reply: Any) -> Stored | None:
+def _parse_watch(job_id: str, reply: Any) -> Stored | None:
     if reply is None:
         return None
     if reply == b"registered":
         return Stored(job_id, "pending", None, None, None)
-    return stored_of(job_id, *reply)
+    return parse_job(job_id, *reply)

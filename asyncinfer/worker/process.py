@@ -16,7 +16,7 @@ from msgspec import Struct
 from asyncinfer.engine import Engine
 from asyncinfer.errors import RedisUnavailable, StartError, StorageFull
 from asyncinfer.models.folder import default_model
-from asyncinfer.repository.inspect.listing import Inspection
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.leftovers import Leftovers
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
@@ -159,7 +159,7 @@ async def _connect(
         try:
             server = await store.check_server()
             default = await agree_on_default_model(store, config.default_model)
-            known = await Inspection(store).model_names()
+            known = await Announcements(store).model_names()
         except (RedisUnavailable, StorageFull) as error:
             if not is_logged:
                 log.info("Waiting for Redis: %s", error.detail)

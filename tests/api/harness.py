@@ -15,8 +15,8 @@ from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.http.sockets import listen
 from asyncinfer.api.server import Server
 from asyncinfer.models.signature import Signature
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.claims import Claim, ClaimedJob, ClaimRequest, Finished, Runs
-from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
 from asyncinfer.tensors.datatypes import TensorSpec
 from tests.faults.harness import eventually
@@ -123,8 +123,8 @@ def signature(model: str, version: str = "1") -> Signature:
 async def announce(store: Store, *models: str, default: str | None = None) -> None:
     if default:
         await store.claim_default_model(default)
-    upkeep = Upkeep(store)
-    await upkeep.announce_models(
+    announcements = Announcements(store)
+    await announcements.announce_models(
         {model: {"1": msgspec.json.encode(signature(model))} for model in models}
     )
 

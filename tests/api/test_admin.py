@@ -13,7 +13,7 @@ import redis
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.jobs import new_id
 from asyncinfer.repository import keys
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from tests.process import REPOSITORY
@@ -92,7 +92,7 @@ async def test_workers_are_shown_as_they_announce_themselves(
     api: httpx2.AsyncClient, store: Store, hands: Hands
 ) -> None:
     about = {"host": "h", "concurrency": 2, "busy": 1, "started_ms": hands.now_ms() - 1000}
-    await Upkeep(store).announce_worker("h-17-f0fd4a", {**about, "state": "ready"}, 10)
+    await Announcements(store).announce_worker("h-17-f0fd4a", {**about, "state": "ready"}, 10)
     (worker,) = (await ok_body(await api.get("/workers")))["workers"]
     assert (worker["worker"], worker["host"]) == ("w-f0fd4a", "h")
     assert (worker["slots"], worker["busy"]) == (2, 1)
@@ -223,7 +223,7 @@ async def test_more_than_a_thousand_are_retried_in_several_calls(
     api: httpx2.AsyncClient, hands: Hands
 ) -> None:
     jobs = [job_id for _ in range(5) for job_id in await hands.some(230)]
-    await hands.operation.purge(QUEUE)
+    await hands.operations.purge(QUEUE)
     first = await retry(api, "status=cancelled")
     assert (len(first["retried"]), first["more"]) == (1000, True)
     second = await retry(api, "status=cancelled")
@@ -407,7 +407,7 @@ async def test_more_than_a_thousand_are_deleted_in_several_calls(
     api: httpx2.AsyncClient, hands: Hands, server: redis.Redis
 ) -> None:
     jobs = [job_id for _ in range(5) for job_id in await hands.some(230)]
-    await hands.operation.purge(QUEUE)
+    await hands.operations.purge(QUEUE)
     assert await clear(api, "model=iris&purge=true") == NOTHING | {"purged": 1000, "more": True}
     assert await clear(api, "model=iris&purge=true") == NOTHING | {"purged": 150}
     assert stored_keys(server, jobs[:10]) == []
@@ -486,12 +486,12 @@ async def test_a_job_retried_since_it_was_chosen_keeps_its_data(hands: Hands) ->
     (job_id,) = await submit_failed(hands)
     chosen = await hands.read(job_id)
     await hands.retry(job_id)
-    assert await hands.submissions.forget(chosen) == "unfinished"
-    assert await hands.operation.forget([chosen]) == 0
+    assert await hands.operations.forget(chosen) == "unfinished"
+    assert await hands.operations.forget_all([chosen]) == 0
     assert await hands.run_all() == [job_id]
-    assert await hands.submissions.forget(chosen) == "forgotten"
-    assert await hands.submissions.forget(chosen) == "absent"
-    assert await hands.submissions.retry(chosen, 1) == "absent"
+    assert await hands.operations.forget(chosen) == "forgotten"
+    assert await hands.operations.forget(chosen) == "absent"
+    assert await hands.operations.retry(chosen, 1) == "absent"
 
 
 # --- purging a model -------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import redis
 from msgspec.structs import replace
 
 from asyncinfer.repository import keys
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.inspect.queue_load import load
-from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import NewJob
 from tests.queue_driver import Hands, new_job
@@ -32,7 +32,7 @@ async def scale(api: httpx2.AsyncClient, model: str = "iris") -> dict[str, Any]:
 async def worker(store: Store, name: str = "w", **about: Any) -> None:
     """Announces a worker as a real one does."""
     announcement = {"concurrency": 4, "models": ["iris"], "state": "ready", "seconds_per_job": {}}
-    await Upkeep(store).announce_worker(name, announcement | about, ttl_seconds=10)
+    await Announcements(store).announce_worker(name, announcement | about, ttl_seconds=10)
 
 
 async def test_without_jobs_no_worker_is_needed(api: httpx2.AsyncClient) -> None:
@@ -98,7 +98,7 @@ async def test_a_worker_that_does_not_claim_does_not_count(
 async def test_measured_times_are_known_when_no_worker_is_left(
     api: httpx2.AsyncClient, store: Store, hands: Hands
 ) -> None:
-    await Upkeep(store).announce_paces({"iris": 0.25})
+    await Announcements(store).announce_paces({"iris": 0.25})
     await hands.some(8)
     found = await scale(api)
     assert (found["starved"], found["backlog_seconds"]) == (1, 2.0)
@@ -108,7 +108,7 @@ async def test_an_older_or_unreadable_announcement_hides_no_other_worker(
     api: httpx2.AsyncClient, store: Store, server: redis.Redis
 ) -> None:
     about = {"concurrency": 2, "models": ["iris"], "state": "ready", "host": "h"}
-    await Upkeep(store).announce_worker("old", about, ttl_seconds=10)
+    await Announcements(store).announce_worker("old", about, ttl_seconds=10)
     await worker(store, "damaged")
     server.set(keys.worker("predict_queue", "damaged"), b"\xff", px=9000)
     assert (await scale(api))["slots"] == 2
@@ -135,9 +135,9 @@ async def test_delayed_jobs_are_no_backlog_before_they_are_due(
 async def test_a_paused_queue_needs_no_worker(
     api: httpx2.AsyncClient, store: Store, hands: Hands
 ) -> None:
-    await Upkeep(store).announce_paces({"iris": 1.0})
+    await Announcements(store).announce_paces({"iris": 1.0})
     await submit(api)
-    await hands.operation.pause("predict_queue", paused=True)
+    await hands.operations.pause("predict_queue", paused=True)
     found = await scale(api)
     assert (found["paused"], found["waiting_jobs"]) == (True, 1)
     assert (found["backlog_seconds"], found["starved"]) == (0.0, 0)

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.store import Store
 
 from .harness import hosted, raw_exchange, running
@@ -35,7 +35,7 @@ JSON = {"content-type": "application/json"}
 @pytest.fixture
 async def port(config: ApiConfig, store: Store) -> AsyncIterator[int]:
     await store.claim_default_model("digits")
-    await Upkeep(store).announce_models(
+    await Announcements(store).announce_models(
         {model: {"1": msgspec.json.encode(signature)} for model, signature in MODELS.items()}
     )
     async with hosted(running(config)) as port:

@@ -12,7 +12,7 @@ from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.http.probe_paths import HEALTH_PATHS
 from asyncinfer.api.openapi import document
 from asyncinfer.api.routes import ROUTES
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.store import Store
 
 from .harness import ProxiedApi, announce, assert_problem, client_of, running, signature
@@ -39,7 +39,7 @@ async def test_a_model_shows_its_signature_and_newest_version(
     versions = {
         version: msgspec.json.encode(signature("wine", version)) for version in ("9", "10", "2")
     }
-    await Upkeep(store).announce_models({"wine": versions})
+    await Announcements(store).announce_models({"wine": versions})
     model = (await api.get("/models/wine")).json()
     assert (model["version"], model["versions"]) == ("10", ["10", "9", "2"])
     assert model["inputs"] == [
@@ -54,7 +54,7 @@ async def test_an_unreadable_announcement_hides_no_other_model(
     config: ApiConfig, store: Store
 ) -> None:
     await announce(store, "iris", default="iris")
-    await Upkeep(store).announce_models({"odd": {"1": b"\xff"}})
+    await Announcements(store).announce_models({"odd": {"1": b"\xff"}})
     async with running(config) as port, client_of(port) as client:
         assert [model["model"] for model in (await client.get("/models")).json()["models"]] == [
             "iris"
@@ -62,7 +62,7 @@ async def test_an_unreadable_announcement_hides_no_other_model(
 
 
 async def test_health_shows_waiting_jobs_and_workers(api: httpx2.AsyncClient, store: Store) -> None:
-    await Upkeep(store).announce_worker("w", {}, ttl_seconds=10)
+    await Announcements(store).announce_worker("w", {}, ttl_seconds=10)
     body = (await api.get("/health")).json()
     assert body["status"] == "ok"
     assert body["redis"].split()[0] in ("Valkey", "Redis")

@@ -13,7 +13,7 @@ import redis
 from asyncinfer import jobs
 from asyncinfer.jobs import encode_record
 from asyncinfer.repository import keys
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.store import Store
 from asyncinfer.schemas.operations import shown_worker
 from tests.faults.harness import eventually
@@ -159,7 +159,7 @@ async def test_an_id_that_is_not_utf8_is_not_found(api: httpx2.AsyncClient) -> N
 async def test_names_that_are_not_utf8_are_left_out_of_every_listing(
     api: httpx2.AsyncClient, damaged: redis.Redis, store: Store
 ) -> None:
-    await Upkeep(store).announce_worker("w", {"models": ["iris"], "state": "ready"}, 60)
+    await Announcements(store).announce_worker("w", {"models": ["iris"], "state": "ready"}, 60)
     damaged.zadd(keys.workers(QUEUE), {NOT_UTF8: 1e18, b"inf": float("inf")})
     damaged.sadd(keys.models(QUEUE), NOT_UTF8)
     damaged.sadd(keys.queues(QUEUE), NOT_UTF8, QUEUE.encode() + b":" + NOT_UTF8)
@@ -179,11 +179,11 @@ async def test_names_that_are_not_utf8_are_left_out_of_every_listing(
 async def test_a_worker_with_an_impossible_announcement_is_shown_as_one_without(
     api: httpx2.AsyncClient, damaged: redis.Redis, store: Store
 ) -> None:
-    upkeep = Upkeep(store)
-    await upkeep.announce_worker("pid", {"pid": 10**30, "models": ["iris"]}, 60)
-    await upkeep.announce_worker("pace", {"seconds_per_job": {"iris": 1e300}}, 60)
-    await upkeep.announce_worker("slots", {"concurrency": 10**400, "models": ["iris"]}, 60)
-    await upkeep.announce_worker("start", {"started_ms": 10**300, "host": "h"}, 60)
+    announcements = Announcements(store)
+    await announcements.announce_worker("pid", {"pid": 10**30, "models": ["iris"]}, 60)
+    await announcements.announce_worker("pace", {"seconds_per_job": {"iris": 1e300}}, 60)
+    await announcements.announce_worker("slots", {"concurrency": 10**400, "models": ["iris"]}, 60)
+    await announcements.announce_worker("start", {"started_ms": 10**300, "host": "h"}, 60)
     damaged.set(keys.worker(QUEUE, "deep"), b'{"x":' + DEEP + b"}")
     damaged.zadd(keys.workers(QUEUE), {"deep": 1})
     workers = {entry["worker"]: entry for entry in (await ok(api, "/workers"))["workers"]}

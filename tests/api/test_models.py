@@ -5,7 +5,7 @@ import msgspec
 import redis
 
 from asyncinfer.repository import keys
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.store import Store
 
 from .harness import QUEUE, assert_problem, signature, submit
@@ -20,7 +20,7 @@ async def test_a_broken_version_is_shown_with_its_reason(
         "problems": {"iris": {"2": "too bad"}, "wine": {"1": "not a model"}},
         "run_times": {"iris": {"1": 0.001, "8": 0.002}},
     }
-    await Upkeep(store).announce_worker("host-17-f0fd4a", about, 10)
+    await Announcements(store).announce_worker("host-17-f0fd4a", about, 10)
 
     iris = (await api.get("/models/iris")).json()
     broken = {"model": "iris", "version": "2", "worker": "w-f0fd4a", "reason": "too bad"}
@@ -38,9 +38,9 @@ async def test_the_served_version_is_the_one_that_the_operator_chose(
     api: httpx2.AsyncClient, store: Store
 ) -> None:
     versions = {version: msgspec.json.encode(signature("wine", version)) for version in ("1", "2")}
-    upkeep = Upkeep(store)
-    await upkeep.announce_models({"wine": versions})
-    await upkeep.announce_default_versions({"wine": "1"})
+    announcements = Announcements(store)
+    await announcements.announce_models({"wine": versions})
+    await announcements.announce_default_versions({"wine": "1"})
     wine = (await api.get("/models/wine")).json()
     assert (wine["version"], wine["versions"]) == ("1", ["2", "1"])
 
@@ -51,11 +51,11 @@ async def test_a_model_without_a_living_worker_still_takes_jobs(api: httpx2.Asyn
 
 
 async def test_a_removed_model_is_not_found(store: Store) -> None:
-    upkeep = Upkeep(store)
-    await upkeep.announce_models({"wine": {"1": b"1", "2": b"2"}})
-    await upkeep.retract_version("wine", "1")
-    assert set(await upkeep.announced_versions("wine")) == {"2"}
-    await upkeep.retract_version("wine", "2")
+    announcements = Announcements(store)
+    await announcements.announce_models({"wine": {"1": b"1", "2": b"2"}})
+    await announcements.retract_version("wine", "1")
+    assert set(await announcements.announced_versions("wine")) == {"2"}
+    await announcements.retract_version("wine", "2")
     assert not await store.command("EXISTS", keys.model(store.n, "wine"))
     assert b"wine" not in await store.command("SMEMBERS", keys.models(store.n))
 

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.store import Store
 
 from .harness import ROW, announce, api_of, assert_problem, signature
@@ -27,7 +27,9 @@ REQUESTS = (
 async def worker(store: Store, **about: Any) -> None:
     """Announces a worker as a real one does."""
     announcement = {"state": "ready", "default_model": "iris"}
-    await Upkeep(store).announce_worker("host-1-aaaaaa", announcement | about, ttl_seconds=10)
+    await Announcements(store).announce_worker(
+        "host-1-aaaaaa", announcement | about, ttl_seconds=10
+    )
 
 
 async def request_path(client: httpx2.AsyncClient, method: str, path: str) -> httpx2.Response:
@@ -97,7 +99,7 @@ async def test_a_version_that_may_still_be_loaded_is_a_503(config: ApiConfig, st
         assert_loading(await client.post("/predict", json=newer))
         assert_loading(await client.post("/models/iris/validate", json=newer))
         second = {"2": msgspec.json.encode(signature("iris", "2"))}
-        await Upkeep(store).announce_models({"iris": second})
+        await Announcements(store).announce_models({"iris": second})
         assert (await client.get("/models/wine")).status_code == 404, "the API refreshes once more"
         assert (await client.post("/predict", json=newer)).status_code == 202
         await worker(store, models=["iris"])

@@ -15,7 +15,7 @@ from asyncinfer.api.config import ApiConfig
 from asyncinfer.api_keys import entry_of
 from asyncinfer.jobs import Record, encode_record
 from asyncinfer.repository import keys
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.store import Store
 from asyncinfer.schemas.operations import shown_worker
 from tests.faults.proxy import proxied
@@ -290,7 +290,7 @@ async def test_host_names_and_pids_are_shown_to_admins_only(
         "run_times": {"iris": {"1": 0.001}},
         "problems": {"iris": {"2": "too bad"}},
     }
-    await Upkeep(store).announce_worker(WORKER, about, 10)
+    await Announcements(store).announce_worker(WORKER, about, 10)
     job_id = await _ended_by(bob, server, store, WORKER)
 
     assert_problem(await bob.get("/workers"), 403, "forbidden")

@@ -13,7 +13,7 @@ import redis
 from asyncinfer import jobs
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.repository import keys
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from tests.faults.harness import eventually
@@ -219,7 +219,7 @@ async def test_with_several_models_and_no_default_one_must_be_named(
     config: ApiConfig, store: Store
 ) -> None:
     await announce(store, "cats", "dogs")
-    await Upkeep(store).announce_worker("w", {"default_model": None}, ttl_seconds=60)
+    await Announcements(store).announce_worker("w", {"default_model": None}, ttl_seconds=60)
     async with running(config) as port, client_of(port) as client:
         reply = await client.post("/predict", json={"data": ROW})
         assert "cats, dogs" in assert_problem(reply, 422, "invalid_input")["detail"]
@@ -234,7 +234,7 @@ async def test_while_the_default_model_is_unknown_a_client_is_asked_to_retry(
         reply = await client.post("/predict", json={"data": ROW})
         assert_problem(reply, 503, "no_model_announced")
         assert int(reply.headers["retry-after"]) > 0
-        await Upkeep(store).announce_worker("w", {"default_model": None}, ttl_seconds=60)
+        await Announcements(store).announce_worker("w", {"default_model": None}, ttl_seconds=60)
         await submit(client)
     assert await store.command("LLEN", keys.queue(store.n, "cats", None)) == 1
 

@@ -20,7 +20,7 @@ from asyncinfer.api.handlers.models import example_of
 from asyncinfer.engine import Engine, Stop
 from asyncinfer.models.folder import scan
 from asyncinfer.repository import keys
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.store import Store
 from asyncinfer.tensors import packing
 from asyncinfer.tensors.datatypes import DTYPES, Array
@@ -237,7 +237,7 @@ async def identities(
     zoo.place(tmp_path, "BYTES", zoo.identity(onnx.TensorProto.STRING))
     zoo.place(tmp_path, "added", zoo.added())
     engines = {file.model: Engine.load(file, intra_op_threads=1) for file in scan(tmp_path)}
-    await Upkeep(store).announce_models(
+    await Announcements(store).announce_models(
         {name: {"1": msgspec.json.encode(item.signature)} for name, item in engines.items()}
     )
     async with hosted(running(config)) as port, client_of(port) as client:

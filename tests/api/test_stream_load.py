@@ -16,7 +16,7 @@ from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.live.position import Position, encode_position, split_position
 from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.groups import Groups
-from asyncinfer.repository.operations import Operation
+from asyncinfer.repository.operations import Operations
 from asyncinfer.repository.store import Store
 from tests.faults.harness import eventually
 
@@ -209,7 +209,7 @@ async def test_changes_that_the_log_lost_during_an_outage_are_a_gap_for_follower
 async def test_one_count_answers_all_clients_that_request_it_at_once(
     store: Store, server: redis.Redis
 ) -> None:
-    groups = Groups(store, Operation(store))
+    groups = Groups(store, Operations(store))
 
     def lists_read() -> int:
         about = server.info("commandstats").get("cmdstat_lrange")

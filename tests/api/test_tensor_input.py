@@ -27,7 +27,7 @@ from asyncinfer.errors import InvalidInput, RequestError
 from asyncinfer.models.signature import Signature
 from asyncinfer.models.validation import check_data
 from asyncinfer.repository import keys
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.store import Store
 from asyncinfer.schemas.requests import AskedOptions
 from asyncinfer.tensors import packing
@@ -117,7 +117,7 @@ async def client(config: ApiConfig, store: Store) -> AsyncIterator[httpx2.AsyncC
     """A client of an API that serves iris, `two`, and an identity of every datatype."""
     await announce(store, "iris", default="iris")
     models = [TWO, *map(identity, DTYPES)]
-    await Upkeep(store).announce_models(
+    await Announcements(store).announce_models(
         {model.model: {model.version: msgspec.json.encode(model)} for model in models}
     )
     async with hosted(running(config)) as port, client_of(port) as it:
@@ -350,7 +350,7 @@ async def test_a_model_without_inputs_is_requested_with_none(
     client: httpx2.AsyncClient, store: Store
 ) -> None:
     dice = Signature("dice", "1", "", (), (TensorSpec("y", "FP32", (1,)),))
-    await Upkeep(store).announce_models({"dice": {"1": msgspec.json.encode(dice)}})
+    await Announcements(store).announce_models({"dice": {"1": msgspec.json.encode(dice)}})
     assert (await client.get("/models/dice")).json()["example"] == {"inputs": []}
     reply = await client.post("/models/dice/validate", json={"inputs": []})
     assert (reply.status_code, reply.json()["rows"]) == (200, None)
@@ -686,7 +686,7 @@ async def test_a_version_is_checked_against_its_own_signature(
         "9": msgspec.json.encode(msgspec.structs.replace(old, model="m", version="9")),
         "10": msgspec.json.encode(msgspec.structs.replace(new, model="m", version="10")),
     }
-    await Upkeep(store).announce_models({"m": versions})
+    await Announcements(store).announce_models({"m": versions})
     path = "/predict/m"
     assert (await client.post(path, json={"data": [[1, 2]]})).status_code == 202
     reply = await client.post(path, json={"data": [[0.5]], "options": {"version": "9"}})

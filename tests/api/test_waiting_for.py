@@ -14,10 +14,10 @@ from asyncinfer import jobs
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.worker_snapshot import Absence, WorkerSnapshot
 from asyncinfer.repository import keys
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.claims import Finished, Runs
 from asyncinfer.repository.inspect.listing import Inspection
-from asyncinfer.repository.maintenance import Upkeep
-from asyncinfer.repository.operations import Operation
+from asyncinfer.repository.operations import Operations
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store
@@ -40,7 +40,7 @@ def hands(store: Store, server: redis.Redis) -> Hands:
 async def worker(store: Store, name: str = "host-1-aaaaaa", **about: Any) -> None:
     """Announces a worker as a real one does."""
     announcement = {"models": ["iris"], "versions": {"iris": {"1": "0" * 64}}, "state": "ready"}
-    await Upkeep(store).announce_worker(name, announcement | about, ttl_seconds=10)
+    await Announcements(store).announce_worker(name, announcement | about, ttl_seconds=10)
 
 
 async def answer_to(client: httpx2.AsyncClient, **options: Any) -> dict[str, Any]:
@@ -152,7 +152,7 @@ async def test_a_worker_that_does_not_claim_counts_as_none(
 async def test_a_version_that_no_worker_has_is_named(config: ApiConfig, store: Store) -> None:
     await announce(store, "iris", default="iris")
     second = {"2": msgspec.json.encode(signature("iris", "2"))}
-    await Upkeep(store).announce_models({"iris": second})
+    await Announcements(store).announce_models({"iris": second})
     await worker(store)
     async with api_of(config) as client:
         assert (await answer_to(client, version="1"))["waiting_for"] is None
@@ -164,7 +164,7 @@ async def test_a_worker_of_an_older_release_has_every_version(
     config: ApiConfig, store: Store
 ) -> None:
     await announce(store, "iris", default="iris")
-    await Upkeep(store).announce_worker("old", {"models": ["iris"], "state": "ready"}, 10)
+    await Announcements(store).announce_worker("old", {"models": ["iris"], "state": "ready"}, 10)
     async with api_of(config) as client:
         assert (await answer_to(client, version="1"))["waiting_for"] is None
 
@@ -176,7 +176,7 @@ async def test_a_replaced_worker_leaves_no_gap_and_a_stopped_one_is_reported_wit
     await worker(store)
     await workforce.refresh()
     began = time.time()
-    await Upkeep(store).retract_worker("host-1-aaaaaa")
+    await Announcements(store).retract_worker("host-1-aaaaaa")
     await workforce.refresh()
     assert workforce.absence("iris", None) is None
 
@@ -230,7 +230,7 @@ async def test_a_job_of_a_paused_model_names_the_command_that_resumes_it(
     reasons = await answer_to(api)
     reason = reasons["waiting_for"]
     assert (reason["code"], "`asyncinfer resume iris`" in reason["message"]) == ("paused", True)
-    await Operation(store).pause(QUEUE, paused=False)
+    await Operations(store).pause(QUEUE, paused=False)
     await eventually(
         lambda: has_reason(api, reasons["job_id"], None), "another API has resumed the queue", 2
     )
@@ -264,7 +264,7 @@ async def test_a_version_that_is_being_loaded_is_waited_for_and_not_unknown(
 
         # The version was announced before by a worker that was restarted meanwhile.
         second = {"2": msgspec.json.encode(signature("iris", "2"))}
-        await Upkeep(store).announce_models({"iris": second})
+        await Announcements(store).announce_models({"iris": second})
         reasons: list[Any] = []
 
         async def is_known() -> bool:

@@ -22,7 +22,7 @@ import asyncinfer
 from asyncinfer.processes import child_process
 from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.listing import Inspection
-from asyncinfer.repository.operations import Operation
+from asyncinfer.repository.operations import Operations
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import Submissions
@@ -333,7 +333,7 @@ async def _looks(system: System, backlog: int) -> Figures:
         async def cancel() -> None:
             stored = await submissions.read(middle.decode())
             assert stored
-            assert await submissions.cancel(stored) == "cancelled"
+            assert await Operations(store).cancel(stored) == "cancelled"
 
         async def list_jobs() -> None:
             await Inspection(store).jobs(
@@ -341,7 +341,7 @@ async def _looks(system: System, backlog: int) -> Figures:
             )
 
         async def purge() -> None:
-            await Operation(store).purge(queue)
+            await Operations(store).purge(queue)
 
         for name, call in (("list_jobs", list_jobs), ("cancel", cancel), ("purge", purge)):
             system.redis.slowlog_reset()

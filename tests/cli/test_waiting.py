@@ -25,7 +25,7 @@ from asyncinfer.cli.options import Server
 from asyncinfer.cli.predict import run
 from asyncinfer.client import ModelLoading, WaitTimeout
 from asyncinfer.client._wait_reasons import Cadence
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from tests import zoo
@@ -50,8 +50,10 @@ class Starved:
         self._hand = Hand(store)
 
     def announce_worker(self, **says: Any) -> None:
-        upkeep = Upkeep(self._store)
-        self._portal.call(partial(upkeep.announce_worker, "host-1-aaaaaa", says, ttl_seconds=10))
+        announcements = Announcements(self._store)
+        self._portal.call(
+            partial(announcements.announce_worker, "host-1-aaaaaa", says, ttl_seconds=10)
+        )
 
     def complete(self) -> None:
         """Waits for a job, and completes all jobs as a worker would."""

@@ -14,7 +14,7 @@ from asyncinfer.client._client import asked_of
 from asyncinfer.client._map.results import AsyncResults
 from asyncinfer.client._wait_reasons import Cadence, Notices
 from asyncinfer.errors import NoModelAnnounced
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from tests.api.harness import Hand, announce, hosted, running
@@ -143,9 +143,9 @@ async def test_a_full_queue_is_reported_as_the_reason(
 async def test_a_default_model_that_is_being_loaded_is_awaited(
     config: ApiConfig, store: Store
 ) -> None:
-    upkeep = Upkeep(store)
+    announcements = Announcements(store)
     says = {"state": "starting", "default_model": "iris", "loading": ["iris"]}
-    await upkeep.announce_worker("host-1-aaaaaa", says, ttl_seconds=10)
+    await announcements.announce_worker("host-1-aaaaaa", says, ttl_seconds=10)
     async with (
         hosted(running(config)) as port,
         AsyncClient(f"http://127.0.0.1:{port}") as client,
@@ -161,7 +161,7 @@ async def test_a_folder_without_a_model_is_an_error_at_once_without_retries(
     config: ApiConfig, store: Store
 ) -> None:
     says = {"state": "ready", "default_model": None}
-    await Upkeep(store).announce_worker("host-1-aaaaaa", says, ttl_seconds=10)
+    await Announcements(store).announce_worker("host-1-aaaaaa", says, ttl_seconds=10)
     async with (
         hosted(running(config)) as port,
         AsyncClient(f"http://127.0.0.1:{port}", timeout=5.0) as client,

@@ -275,22 +275,22 @@ async def everything_happens(hands: Hands, after_each: Callable[[], None]) -> No
     await hands.cancel_in_one_call(*await hands.some(12))
     after_each()
     for paused in (True, False):
-        await hands.operation.pause(Q, paused=paused)
+        await hands.operations.pause(Q, paused=paused)
         after_each()
     job_id = await hands.one()
     await hands.cancel(job_id)
     await hands.retry(job_id)
     hands.redis.mset({keys.data("nowhere"): b"[]", keys.status("nowhere"): b"pending"})
-    await hands.upkeep.repair(600)
-    await hands.upkeep.announce_default_versions({"iris": "1"})
+    await hands.maintenance.repair(600)
+    await hands.announcements.announce_default_versions({"iris": "1"})
     after_each()
     await hands.run_all()
-    await hands.operation.purge(OTHER)
+    await hands.operations.purge(OTHER)
     after_each()
 
 
 async def _lost_cancelled_and_late(hands: Hands, after_each: Callable[[], None]) -> None:
-    await hands.upkeep.sweep()
+    await hands.maintenance.sweep()
     after_each()
     lost, unwanted, late = await hands.some(3, finish_within_seconds=60, priority="high")
     claim = await hands.take(20)

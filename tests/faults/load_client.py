@@ -10,6 +10,7 @@ import redis
 from asyncinfer.errors import RequestError
 from asyncinfer.jobs import SCHEMA, TERMINAL, Options, Record, new_id
 from asyncinfer.repository import keys
+from asyncinfer.repository.operations import Operations
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import Stored
 from asyncinfer.repository.submissions import NewJob, Submissions
@@ -32,6 +33,7 @@ class Customer:
 
     def __init__(self, store: Store, model: str = "slow", default_model: str = "slow") -> None:
         self.submissions = Submissions(store)
+        self.operations = Operations(store)
         self.model = model
         self.queue = keys.queue(store.n, model, default_model)
         self.acknowledged: dict[str, float] = {}

@@ -11,8 +11,7 @@ import onnx
 from asyncinfer.jobs import SCHEMA, Record, new_id
 from asyncinfer.models.signature import Signature
 from asyncinfer.repository import keys
-from asyncinfer.repository.announcements import WorkerSays, worker_says
-from asyncinfer.repository.inspect.listing import Inspection
+from asyncinfer.repository.announcements import Announcements, WorkerSays, worker_says
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import Stored
 from asyncinfer.repository.submissions import NewJob, Submissions
@@ -64,7 +63,7 @@ class Shop:
     """What clients see and do."""
 
     def __init__(self, store: Store) -> None:
-        self._inspection = Inspection(store)
+        self._announcements = Announcements(store)
         self._submissions = Submissions(store)
         self._n = store.n
 
@@ -96,14 +95,14 @@ class Shop:
 
     async def versions(self, name: str = "m") -> dict[str, Signature]:
         """What is announced of a model."""
-        announced = (await self._inspection.announced()).models.get(name, {})
+        announced = (await self._announcements.announced()).models.get(name, {})
         return {
             version: msgspec.json.decode(body, type=Signature)
             for version, body in announced.items()
         }
 
     async def says(self) -> list[WorkerSays]:
-        return [worker_says(body) for body in (await self._inspection.workers()).values()]
+        return [worker_says(body) for body in (await self._announcements.workers()).values()]
 
     async def problems(self, name: str = "m") -> dict[str, str]:
         found: dict[str, str] = {}

@@ -30,9 +30,9 @@ async def test_a_waiting_or_delayed_job_is_cancelled_at_once(
     (delayed,) = await customer.submit([1.0], Options(delay_seconds=60))
     for job_id in (waiting, delayed):
         stored = await _read(customer, job_id)
-        assert await customer.submissions.cancel(stored) == "cancelled"
+        assert await customer.operations.cancel(stored) == "cancelled"
         # Again, as a call is whose reply was lost.
-        assert await customer.submissions.cancel(stored) == "cancelled"
+        assert await customer.operations.cancel(stored) == "cancelled"
     assert_at_rest(server, customer.queue)
 
 
@@ -44,8 +44,8 @@ async def test_a_running_job_is_stopped_and_its_neighbours_are_not(
         worker = workers.hire()
         await eventually(lambda: server.hlen(keys.running(customer.queue)) == 3, "all three run")
         stored = await _read(customer, ids[1])
-        assert await customer.submissions.cancel(stored) == "stopping"
-        assert await customer.submissions.cancel(stored) in ("stopping", "cancelled")
+        assert await customer.operations.cancel(stored) == "stopping"
+        assert await customer.operations.cancel(stored) in ("stopping", "cancelled")
         await eventually(lambda: server.get(keys.status(ids[1])) == b"cancelled", "one is out")
         assert server.hlen(keys.running(customer.queue)) == 2
         del customer.acknowledged[ids[1]]
@@ -74,7 +74,7 @@ async def _seconds_to_cancel(customer: Customer, server: redis.Redis) -> float:
     (job_id,) = await customer.submit([zoo.FOREVER])
     await eventually(lambda: server.hexists(keys.running(customer.queue), job_id), "it runs")
     asked_at = time.monotonic()
-    await customer.submissions.cancel(await _read(customer, job_id))
+    await customer.operations.cancel(await _read(customer, job_id))
     await eventually(lambda: server.get(keys.status(job_id)) == b"cancelled", "it is out")
     return time.monotonic() - asked_at
 
@@ -83,13 +83,13 @@ async def test_an_unknown_or_ended_job_cannot_be_cancelled(
     crew: OpenCrew, customer: Customer, server: redis.Redis
 ) -> None:
     unknown = Stored("0" * 32, "pending", None, None, None)
-    assert await customer.submissions.cancel(unknown) == "absent"
+    assert await customer.operations.cancel(unknown) == "absent"
     with crew() as workers:
         (job_id,) = await customer.submit([1.0])
         worker = workers.hire()
         await customer.all_completed()
         stored = await _read(customer, job_id)
-        assert await customer.submissions.cancel(stored) == "finished"
+        assert await customer.operations.cancel(stored) == "finished"
         assert (await _read(customer, job_id)).status == "completed"
         assert await worker.stop() == 0
     assert_at_rest(server, customer.queue)
@@ -104,7 +104,7 @@ async def test_the_job_of_a_dead_worker_is_cancelled_all_the_same(
         doomed = workers.hire()
         await eventually(lambda: server.hlen(keys.running(customer.queue)) == 1, "it runs")
         doomed.kill()
-        assert await customer.submissions.cancel(await _read(customer, job_id)) == "stopping"
+        assert await customer.operations.cancel(await _read(customer, job_id)) == "stopping"
         survivor = workers.hire()
         await eventually(lambda: server.get(keys.status(job_id)) == b"cancelled", "it is out")
         await eventually(lambda: survivor.announced(server), "the survivor is ready")
@@ -143,4 +143,4 @@ async def _cancel_at(customer: Customer, job_id: str, place: int) -> None:
         assert time.monotonic() < deadline, f"still {stored.status}"
     for _ in range((place + 1) % 5):
         stored = await _read(customer, job_id)
-    await customer.submissions.cancel(stored)
+    await customer.operations.cancel(stored)

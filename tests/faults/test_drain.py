@@ -69,7 +69,7 @@ async def test_a_drain_that_takes_too_long_hands_its_jobs_back_uncounted(
             assert not server.exists(keys.facts(customer.queue))
         (stored,) = await customer.read([job_id])
         assert stored
-        assert await customer.submissions.cancel(stored) == "cancelled"
+        assert await customer.operations.cancel(stored) == "cancelled"
     assert transitions(server, customer.queue)[job_id]["processing"] == 2
     assert_at_rest(server, customer.queue)
 
@@ -92,7 +92,7 @@ async def test_a_drain_does_not_wait_for_a_kernel_that_nothing_stops(
         assert server.get(keys.status(job_id)) == b"pending"
         (stored,) = await customer.read([job_id])
         assert stored
-        await customer.submissions.cancel(stored)
+        await customer.operations.cancel(stored)
     assert_at_rest(server, customer.queue)
 
 
@@ -129,7 +129,7 @@ async def test_after_a_drain_was_cut_nothing_more_of_a_claim_starts(
     assert {server.get(keys.status(one)) for one in ids} == {b"pending"}
     for stored in await customer.read():
         assert stored
-        assert await customer.submissions.cancel(stored) == "cancelled"
+        assert await customer.operations.cancel(stored) == "cancelled"
     assert_at_rest(server, customer.queue)
 
 

@@ -55,7 +55,7 @@ async def test_a_follower_that_is_too_slow_is_told_all_and_once(
 ) -> None:
     hands = Hands(store, server)
     async with feeding(store) as feed:
-        start = Position(await feed.log.now_ms())
+        start = Position(await feed.store.time_ms())
         with feed.follow(GROUP, start, never) as follower:
             ids = await hands.some(1, group="g")
             seen = await told(follower, 1)
@@ -71,7 +71,7 @@ async def test_a_follower_goes_on_after_redis_was_restarted(durable: DurableServ
         with redis.Redis.from_url(durable.url) as client:
             hands = Hands(store, client)
             async with feeding(store) as feed:
-                start = Position(await feed.log.now_ms())
+                start = Position(await feed.store.time_ms())
                 with feed.follow(GROUP, start, never) as follower:
                     (job_id,) = await hands.some(1, group="g")
                     claim = await hands.take()
@@ -88,7 +88,7 @@ async def test_a_follower_is_told_of_the_gap_when_the_clock_of_the_redis_that_ca
 ) -> None:
     hands = Hands(store, server)
     async with feeding(store) as feed:
-        now_ms = await feed.log.now_ms()
+        now_ms = await feed.store.time_ms()
         with feed.follow(GROUP, Position(now_ms), never) as follower:
             (before,) = await hands.some(1, group="g")
             ahead = f"{now_ms + 3_600_000}-0"
@@ -98,7 +98,7 @@ async def test_a_follower_is_told_of_the_gap_when_the_clock_of_the_redis_that_ca
             await hands.some(1, group="g")
             with pytest.raises(LogTrimmed):
                 await told(follower, 1)
-            follower.begin_at(Position(await feed.log.now_ms()))
+            follower.begin_at(Position(await feed.store.time_ms()))
             (after,) = await hands.some(1, group="g")
             assert await told(follower, 1) == [(after, "pending")]
 
@@ -107,7 +107,7 @@ async def test_a_place_ahead_of_the_clock_is_trimmed_and_one_in_a_quiet_log_is_n
     store: Store, server: redis.Redis
 ) -> None:
     log = Log(store)
-    now_ms = await log.now_ms()
+    now_ms = await store.time_ms()
     assert (await log.page(Q, (now_ms, 0, 0))).changes == []
     with pytest.raises(LogTrimmed):
         await log.page(Q, (now_ms + 60_000, 0, 0))

@@ -13,7 +13,7 @@ from asyncinfer.jobs import SCHEMA, Outcome, Record, encode_record
 from asyncinfer.repository import keys
 from asyncinfer.repository.claims import ClaimRequest, Finished, Runs
 from asyncinfer.repository.leases import Renewals
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.maintenance import Maintenance
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import WorkerConfig
 from tests.faults.load_client import Customer, transitions
@@ -296,7 +296,7 @@ async def test_a_lease_goes_on_being_renewed_after_a_claim_was_garbled(
 async def test_a_sweep_still_recovers_the_other_jobs(
     damage: str, customer: Customer, server: redis.Redis, store: Store
 ) -> None:
-    upkeep = Upkeep(store)
+    maintenance = Maintenance(store)
     server.sadd(keys.queues(Q), OTHER)
     if damage == "claim":
         server.zadd(keys.leases(OTHER), {"t": 1})
@@ -307,7 +307,7 @@ async def test_a_sweep_still_recovers_the_other_jobs(
     server.lrem(Q, 0, job_id)
     server.zadd(keys.delayed(Q), {job_id: 1})
     server.delete(keys.reap_gate(Q))
-    await upkeep.sweep()
+    await maintenance.sweep()
     assert job_id.encode() in server.lrange(Q, 0, -1)
     server.flushall()
 
@@ -315,14 +315,14 @@ async def test_a_sweep_still_recovers_the_other_jobs(
 async def test_a_repair_still_puts_back_the_jobs_of_other_queues(
     customer: Customer, server: redis.Redis, store: Store
 ) -> None:
-    upkeep = Upkeep(store)
+    maintenance = Maintenance(store)
     server.sadd(keys.queues(Q), OTHER)
     server.set(keys.facts(OTHER), "x")
     (job_id,) = await customer.submit([1.0])
     server.lrem(Q, 0, job_id)
     for _ in range(2):
         server.delete(keys.repair_gate(Q))
-        repaired = await upkeep.repair(0.001)
+        repaired = await maintenance.repair(0.001)
     assert (repaired, server.lrange(Q, 0, -1)) == (1, [job_id.encode()])
     server.flushall()
 

@@ -13,8 +13,8 @@ from onnx import helper, numpy_helper
 
 from asyncinfer.api.catalog import Catalog
 from asyncinfer.repository import keys
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.inspect.listing import Inspection
-from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.models.engine_cache import Bounds
 from tests import unprivileged, zoo
@@ -256,10 +256,10 @@ async def test_a_removed_version_that_an_older_dump_brings_back_is_removed_again
     async with serving(crew, folder, shop):
         folder.publish(zoo.adds(2), 2)
         await shop.until_announced("1", "2")
-        dumped = await Upkeep(store).announced_versions("m")
+        dumped = await Announcements(store).announced_versions("m")
         folder.remove(2)
         await shop.until_announced("1")
-        await Upkeep(store).announce_models({"m": dumped})
+        await Announcements(store).announce_models({"m": dumped})
         await shop.until_announced("1", "2")
         await shop.until_announced("1")
 

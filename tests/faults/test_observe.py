@@ -33,7 +33,7 @@ async def test_a_worker_at_work_is_seen_with_what_it_has_done_and_does(
         (queue,) = await observation.queues()
         (stored,) = await customer.read([running])
         assert stored
-        await customer.submissions.cancel(stored)
+        await customer.operations.cancel(stored)
         assert await member.stop() == 0
     assert (worker.pid, worker.slots, worker.state) == (member.process.pid, 2, "ready")
     assert worker.jobs_done == JobsDone(completed=20)

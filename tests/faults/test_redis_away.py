@@ -290,7 +290,7 @@ async def test_with_memory_full_submits_are_refused_and_running_jobs_finish(
         assert following.claim
         (waiting,) = await customer.read(ids[2:])
         assert waiting
-        assert await customer.submissions.cancel(waiting) == "cancelled"
+        assert await customer.operations.cancel(waiting) == "cancelled"
         job = following.claim.jobs[0]
         await runs.finish(
             following.claim, [Finished(job.job_id, "completed", b"{}", job.meta)], last=True

@@ -12,11 +12,10 @@ from asyncinfer.jobs import Options
 from asyncinfer.repository import keys
 from asyncinfer.repository.claims import Claim, ClaimRequest, Finished, Runs
 from asyncinfer.repository.doorbell import Doorbell
-from asyncinfer.repository.inspect.filter import Filter
-from asyncinfer.repository.inspect.selection import Selection
+from asyncinfer.repository.inspect.selection import Filter, Selection
 from asyncinfer.repository.leases import Renewals
-from asyncinfer.repository.maintenance import Upkeep
-from asyncinfer.repository.operations import Cancelled, Operation
+from asyncinfer.repository.maintenance import Maintenance
+from asyncinfer.repository.operations import Cancelled, Operations
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.scripts import NAMES, script
 from asyncinfer.repository.store import Store
@@ -154,10 +153,10 @@ async def test_cancel_and_retry_whose_replies_are_lost_happen_once(
     customer = Customer(loaded)
     (job_id,) = await customer.submit([1.0])
     stored = await _stored(customer, job_id)
-    await _through(proxy, "cancel", times, lambda: customer.submissions.cancel(stored))
+    await _through(proxy, "cancel", times, lambda: customer.operations.cancel(stored))
     assert server.llen(customer.queue) == 0
     stored = await _stored(customer, job_id)
-    await _through(proxy, "retry", times, lambda: customer.submissions.retry(stored, 1))
+    await _through(proxy, "retry", times, lambda: customer.operations.retry(stored, 1))
     assert server.lrange(customer.queue, 0, -1) == [job_id.encode()]
     again = await _stored(customer, job_id)
     assert again.record
@@ -191,16 +190,16 @@ async def test_a_watch_whose_reply_is_lost_signs_up_once(
 async def test_a_sweep_whose_reply_is_lost_puts_each_job_back_once(
     times: int, proxy: Proxy, loaded: Store, server: redis.Redis
 ) -> None:
-    customer, runs, upkeep = Customer(loaded), Runs(loaded, "w"), Upkeep(loaded)
+    customer, runs, maintenance = Customer(loaded), Runs(loaded, "w"), Maintenance(loaded)
     ids = await customer.submit([1.0, 2.0, 3.0])
     await customer.submit([4.0], Options(delay_seconds=0.01))
     claim = await _claimed(runs, customer.queue, 3)
     server.set(keys.swept(customer.queue), int(server.time()[0]) * 1000, px=60_000)
     server.zadd(keys.leases(customer.queue), {claim.token: 1})
-    await _through(proxy, "reap", times, upkeep.sweep)
+    await _through(proxy, "reap", times, maintenance.sweep)
 
     async def all_back() -> bool:
-        await upkeep.sweep()
+        await maintenance.sweep()
         return server.llen(customer.queue) == 4
 
     await eventually(all_back, "all four wait")
@@ -229,11 +228,11 @@ async def test_a_renewal_whose_reply_is_lost_keeps_the_lease(
 async def test_pause_and_purge_whose_replies_are_lost_end_each_waiting_job_once(
     times: int, proxy: Proxy, loaded: Store, server: redis.Redis
 ) -> None:
-    customer, operation = Customer(loaded), Operation(loaded)
+    customer, operations = Customer(loaded), Operations(loaded)
     await customer.submit([1.0, 2.0, 3.0])
-    await _through(proxy, "pause", times, lambda: operation.pause(customer.queue, paused=True))
+    await _through(proxy, "pause", times, lambda: operations.pause(customer.queue, paused=True))
     assert server.exists(keys.paused(customer.queue))
-    await _through(proxy, "purge", times, lambda: operation.purge(customer.queue))
+    await _through(proxy, "purge", times, lambda: operations.purge(customer.queue))
     assert {one.status for one in await customer.all_ended()} == {"cancelled"}
     assert_one_end_each(server, customer.queue)
     assert_at_rest(server, customer.queue)
@@ -243,17 +242,17 @@ async def test_pause_and_purge_whose_replies_are_lost_end_each_waiting_job_once(
 async def test_a_bulk_cancel_and_a_purge_whose_replies_are_lost_count_each_job_once(
     times: int, proxy: Proxy, loaded: Store, server: redis.Redis
 ) -> None:
-    customer, operation, found = Customer(loaded), Operation(loaded), Selection(loaded)
+    customer, operations, found = Customer(loaded), Operations(loaded), Selection(loaded)
     ids = await customer.submit([1.0, 2.0, 3.0])
     waiting = Filter(tenant="default", statuses=frozenset({"pending"}))
     jobs = (await found.jobs(waiting, 1000)).jobs
     counts: list[object] = []
 
     async def cancel() -> None:
-        counts.append(await operation.cancel(jobs))
+        counts.append(await operations.cancel_all(jobs))
 
     async def purge() -> None:
-        counts.append(await operation.forget(jobs))
+        counts.append(await operations.forget_all(jobs))
 
     await _through(proxy, "cancel", times, cancel)
     assert_one_end_each(server, customer.queue)
@@ -265,14 +264,14 @@ async def test_a_bulk_cancel_and_a_purge_whose_replies_are_lost_count_each_job_o
 async def test_a_retry_whose_reply_is_lost_opens_one_round_and_says_so(
     proxy: Proxy, loaded: Store, server: redis.Redis
 ) -> None:
-    customer, operation = Customer(loaded), Operation(loaded)
+    customer, operations = Customer(loaded), Operations(loaded)
     ids = await customer.submit([1.0, 2.0])
-    await operation.purge(customer.queue)
+    await operations.purge(customer.queue)
     jobs = [await _stored(customer, one) for one in ids]
     verdicts: list[object] = []
 
     async def retry() -> None:
-        verdicts.append(await operation.retry(jobs, 1))
+        verdicts.append(await operations.retry_all(jobs, 1))
 
     await _through(proxy, "retry", 1, retry)
     assert verdicts == [dict.fromkeys(ids, "ok")]
@@ -285,14 +284,14 @@ async def test_a_retry_whose_reply_is_lost_opens_one_round_and_says_so(
 async def test_a_repair_whose_reply_is_lost_puts_a_job_back_once(
     times: int, proxy: Proxy, loaded: Store, server: redis.Redis
 ) -> None:
-    customer, upkeep = Customer(loaded), Upkeep(loaded)
+    customer, maintenance = Customer(loaded), Maintenance(loaded)
     (job_id,) = await customer.submit([1.0])
     server.delete(customer.queue)
     gate = keys.repair_gate("predict_queue")
 
     async def passes() -> None:
         server.delete(gate)
-        await upkeep.repair(0.001)
+        await maintenance.repair(0.001)
 
     await passes()
     await _through(proxy, "repair", times, passes)

@@ -12,7 +12,7 @@ from asyncinfer.api.live.inbox import Inbox
 from asyncinfer.jobs import Options
 from asyncinfer.repository import keys
 from asyncinfer.repository.claims import Claim, ClaimRequest, Finished, Runs
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.maintenance import Maintenance
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import Stored
 from tests.faults.load_client import Customer
@@ -80,12 +80,12 @@ async def _kill_readers(server: redis.Redis) -> None:
 async def test_cancel_expiry_and_a_lost_worker_wake_waiters_too(
     store: Store, server: redis.Redis
 ) -> None:
-    customer, runs, upkeep = Customer(store), Runs(store, "w"), Upkeep(store)
+    customer, runs, maintenance = Customer(store), Runs(store, "w"), Maintenance(store)
     (lost,) = await customer.submit([1.0])
     claim = await _claim(runs, customer, 1)
     for _ in range(store.policy.max_deliveries - 1):
         assert claim
-        await _lose(server, upkeep, customer, claim.token)
+        await _lose(server, maintenance, customer, claim.token)
         claim = await _claim(runs, customer, 1)
     assert claim
     (cancelled,) = await customer.submit([1.0])
@@ -95,36 +95,38 @@ async def test_cancel_expiry_and_a_lost_worker_wake_waiters_too(
         await _all_signed_up(server, customer)
         (stored,) = await customer.read([cancelled])
         assert stored
-        await customer.submissions.cancel(stored)
-        await _lose(server, upkeep, customer, claim.token)
+        await customer.operations.cancel(stored)
+        await _lose(server, maintenance, customer, claim.token)
         all_ended = asyncio.Event()
-        group.create_task(_sweep_until(all_ended, upkeep))
+        group.create_task(_sweep_until(all_ended, maintenance))
         ended = {one.job_id: one for one in [await waiter for waiter in waiters] if one}
         all_ended.set()
     assert ended[cancelled].status == "cancelled"
     assert b"expired" in (ended[expired].error or b"")
     assert b"worker_lost" in (ended[lost].error or b"")
-    await upkeep.sweep()
+    await maintenance.sweep()
     assert await _claim(runs, customer, 9) is None
     assert_at_rest(server, customer.queue)
 
 
-async def _lose(server: redis.Redis, upkeep: Upkeep, customer: Customer, token: str) -> None:
+async def _lose(
+    server: redis.Redis, maintenance: Maintenance, customer: Customer, token: str
+) -> None:
     """The claim's lease has run out, and a sweep comes by that is not on its guard."""
     running = keys.running(customer.queue)
     server.zadd(keys.leases(customer.queue), {token: 1}, xx=True)
 
     async def taken() -> bool:
-        await upkeep.sweep()
+        await maintenance.sweep()
         return token.encode() not in server.hvals(running)
 
     await eventually(taken, "the claim is taken away")
 
 
-async def _sweep_until(end: asyncio.Event, upkeep: Upkeep) -> None:
+async def _sweep_until(end: asyncio.Event, maintenance: Maintenance) -> None:
     # Told, not cancelled: a call may swallow that.
     while not end.is_set():
-        await upkeep.sweep()
+        await maintenance.sweep()
         await asyncio.sleep(0.02)
 
 

@@ -8,7 +8,7 @@ import pytest
 import redis
 
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from asyncinfer.tensors.datatypes import TensorSpec
@@ -42,7 +42,7 @@ async def test_a_job_says_that_no_worker_is_there_until_one_has_come(
         signature("slow"), inputs=(TensorSpec("x", "FP32", ("batch", 1)),)
     )
     await store.claim_default_model("slow")
-    await Upkeep(store).announce_models({"slow": {"1": msgspec.json.encode(known)}})
+    await Announcements(store).announce_models({"slow": {"1": msgspec.json.encode(known)}})
     config = ApiConfig(redis_url=redis_url, policy=policy)
     with crew() as workers:
         async with api_of(config) as client:

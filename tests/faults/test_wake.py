@@ -140,7 +140,7 @@ async def test_a_job_waits_for_no_run_that_is_long_after_many_brief_ones(
         assert server.get(keys.status(long)) == b"processing"
         [stored] = await customer.read([long])
         assert stored
-        assert await customer.submissions.cancel(stored) == "stopping"
+        assert await customer.operations.cancel(stored) == "stopping"
         await customer.all_ended()
         assert await worker.stop() == 0
     assert_at_rest(server, customer.queue)

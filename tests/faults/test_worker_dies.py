@@ -10,7 +10,7 @@ import redis
 
 from asyncinfer.repository import keys
 from asyncinfer.repository.claims import ClaimRequest, Runs
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.maintenance import Maintenance
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.held_claim import Step
@@ -193,7 +193,7 @@ async def test_what_a_dead_worker_left_unfinished_of_a_claim_is_run_again(
         await eventually(lambda: server.hlen(keys.running(customer.queue)) == 3, "all three run")
         stored = (await customer.read(ids[:1]))[0]
         assert stored
-        await customer.submissions.cancel(stored)
+        await customer.operations.cancel(stored)
         await eventually(lambda: server.get(keys.status(ids[0])) == b"cancelled", "it is cancelled")
         doomed.kill()
         workers.hire()
@@ -210,14 +210,14 @@ async def test_a_frozen_workers_jobs_come_back_within_the_promised_time(
 ) -> None:
     """Lease, outage guard and two ticks: nothing else stands between a job and its next run."""
     await customer.submit([1.0])
-    upkeep = Upkeep(store)
-    await upkeep.sweep()
+    maintenance = Maintenance(store)
+    await maintenance.sweep()
     runs = Runs(store, "frozen")
     await runs.claim(ClaimRequest((customer.queue,), runs.new_token(), False, 10))
     policy = store.policy
 
     async def back() -> bool:
-        await upkeep.sweep()
+        await maintenance.sweep()
         return server.llen(customer.queue) == 1
 
     await eventually(back, "it waits again", 3 * policy.lease_seconds + 1)

@@ -1,4 +1,4 @@
-"""Several API processes on one address are one API to their clients."""
+"""Several API processes on one address act as one API."""
 
 import contextlib
 import json
@@ -37,15 +37,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-class Line:
-    """A keep-alive connection; what is asked on it is answered by one process."""
+class Connection:
+    """A keep-alive connection; one process answers all its requests."""
 
     def __init__(self, port: int) -> None:
         self._http = HTTPConnection("127.0.0.1", port, timeout=10)
-        assert self.asked("GET", "/health/live")["status"]
+        assert self.request("GET", "/health/live")["status"]
         self.port = int(self._http.sock.getsockname()[1])
 
-    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> None:
+    def send(self, method: str, path: str, body: Any = None, **headers: str) -> None:
         content = {"content-type": "application/json"} if body else {}
         self._http.request(method, path, body and json.dumps(body), content | headers)
 
@@ -53,8 +53,8 @@ class Line:
         answer: dict[str, Any] = json.loads(self._http.getresponse().read())
         return answer
 
-    def asked(self, method: str, path: str, body: Any = None, **headers: str) -> dict[str, Any]:
-        self.ask(method, path, body, **headers)
+    def request(self, method: str, path: str, body: Any = None, **headers: str) -> dict[str, Any]:
+        self.send(method, path, body, **headers)
         return self.answer()
 
     def close(self) -> None:
@@ -62,7 +62,7 @@ class Line:
 
 
 def holders(port: int, pids: list[int]) -> dict[int, int]:
-    """Which process holds the connection from each client's port to `port`."""
+    """{client's port: pid of the process that holds its connection to `port`}."""
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     client_ports = {
         f"socket:[{row[9]}]": int(row[2].rpartition(":")[2], 16)
@@ -73,7 +73,7 @@ def holders(port: int, pids: list[int]) -> dict[int, int]:
 
 
 def _links(pid: int) -> Iterator[str]:
-    """What a process has open; it may close it, or end, meanwhile."""
+    """The open descriptors of a process, which may close them, or end, at any time."""
     with contextlib.suppress(OSError):
         for path in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(OSError):
@@ -81,39 +81,43 @@ def _links(pid: int) -> Iterator[str]:
 
 
 class Service:
-    """Two API processes, both up."""
+    """Two API processes that both serve."""
 
     def __init__(self, serve: Serve) -> None:
         self.serve = serve
         self.port = urlsplit(serve.welcome["URL"]).port or 0
-        eventually_sync(lambda: len(set(self.pids_of_new_lines(4))) == 2, "both processes answer")
+        eventually_sync(
+            lambda: len(set(self.pids_of_new_connections(4))) == 2, "both processes answer"
+        )
 
     @contextmanager
-    def lines(self, count: int) -> Iterator[dict[int, list[Line]]]:
-        """New connections, by the process that holds them."""
+    def connections(self, count: int) -> Iterator[dict[int, list[Connection]]]:
+        """Opens connections: {pid of the process that holds them: connections}."""
         with ExitStack() as stack:
-            lines = [stack.enter_context(contextlib.closing(Line(self.port))) for _ in range(count)]
+            connections = [
+                stack.enter_context(contextlib.closing(Connection(self.port))) for _ in range(count)
+            ]
             found = holders(self.port, self.serve.children())
-            by_pid: dict[int, list[Line]] = {}
-            for line in lines:
-                by_pid.setdefault(found[line.port], []).append(line)
+            by_pid: dict[int, list[Connection]] = {}
+            for connection in connections:
+                by_pid.setdefault(found[connection.port], []).append(connection)
             yield by_pid
 
     @contextmanager
-    def both(self) -> Iterator[tuple[Line, Line]]:
-        """A connection to each process."""
-        with self.lines(40) as by_pid:
-            one, other = (lines[0] for lines in by_pid.values())
-            yield one, other
+    def both(self) -> Iterator[tuple[Connection, Connection]]:
+        """Opens a connection to each process."""
+        with self.connections(40) as by_pid:
+            first, second = (connections[0] for connections in by_pid.values())
+            yield first, second
 
-    def pids_of_new_lines(self, count: int) -> list[int]:
-        with self.lines(count) as by_pid:
+    def pids_of_new_connections(self, count: int) -> list[int]:
+        with self.connections(count) as by_pid:
             return list(by_pid)
 
 
 @pytest.fixture(scope="module")
 def service(redis_url: str) -> Iterator[Service]:
-    """For all tests here; jobs are run by hand."""
+    """Two processes for all tests in this file; the tests run the jobs."""
     with redis.Redis.from_url(redis_url) as client:
         client.flushall()
     anyio.run(_announce_iris, redis_url)
@@ -128,8 +132,8 @@ async def _announce_iris(redis_url: str) -> None:
 
 @asynccontextmanager
 async def _store(redis_url: str) -> AsyncIterator[Store]:
-    async with Store.open(redis_url, queue_name=QUEUE, policy=Policy(), name="test") as it:
-        yield it
+    async with Store.open(redis_url, queue_name=QUEUE, policy=Policy(), name="test") as store:
+        yield store
 
 
 @pytest.fixture
@@ -141,122 +145,126 @@ async def hand(redis_url: str) -> AsyncIterator[Hand]:
 @pytest.fixture
 def client(redis_url: str) -> Iterator[Any]:
     # redis-py types every reply as a union of all that RESP can say.
-    with redis.Redis.from_url(redis_url) as it:
-        yield it
+    with redis.Redis.from_url(redis_url) as client:
+        yield client
 
 
-def waited_for_by(client: Any, job_id: str) -> int:
-    """How many API processes wait for a job."""
+def waiting_apis(client: Any, job_id: str) -> int:
+    """The number of API processes that wait for a job."""
     return len(decode_facts(client.hget(keys.facts(QUEUE), job_id)).inboxes)
 
 
 @pytest.mark.soak
 def test_40_keep_alive_connections_are_held_by_both(service: Service) -> None:
-    with service.lines(40) as by_pid:
+    with service.connections(40) as by_pid:
         assert sorted(by_pid) == sorted(service.serve.children())
 
 
 async def test_40_waits_at_both_processes_end_with_a_job_submitted_to_one(
     service: Service, hand: Hand, client: Any
 ) -> None:
-    with service.lines(40) as by_pid:
-        lines = [line for lines in by_pid.values() for line in lines]
-        job_id = lines[0].asked("POST", "/predict", {"data": ROW})["job_id"]
-        for line in lines:
-            line.ask("GET", f"/job/{job_id}?wait=20")
-        await eventually(lambda: waited_for_by(client, job_id) == 2, "both processes wait")
+    with service.connections(40) as by_pid:
+        connections = [item for items in by_pid.values() for item in items]
+        job_id = connections[0].request("POST", "/predict", {"data": ROW})["job_id"]
+        for connection in connections:
+            connection.send("GET", f"/job/{job_id}?wait=20")
+        await eventually(lambda: waiting_apis(client, job_id) == 2, "both processes wait")
         await hand.complete()
 
-        assert {line.answer()["status"] for line in lines} == {"completed"}
+        assert {connection.answer()["status"] for connection in connections} == {"completed"}
 
 
 async def test_a_job_waited_for_in_one_process_is_cancelled_through_the_other(
     service: Service, client: Any
 ) -> None:
-    with service.both() as (one, other):
-        one.ask("POST", "/predict", {"data": ROW}, Prefer="wait=20")
+    with service.both() as (first, second):
+        first.send("POST", "/predict", {"data": ROW}, Prefer="wait=20")
         await eventually(lambda: client.llen(QUEUE) == 1, "the job is submitted")
-        (job_id,) = (it.decode() for it in client.lrange(QUEUE, 0, -1))
+        (job_id,) = (raw_id.decode() for raw_id in client.lrange(QUEUE, 0, -1))
 
-        assert other.asked("DELETE", f"/job/{job_id}")["status"] == "cancelled"
-        assert one.answer()["status"] == "cancelled"
+        assert second.request("DELETE", f"/job/{job_id}")["status"] == "cancelled"
+        assert first.answer()["status"] == "cancelled"
 
 
 async def test_one_key_posted_on_20_connections_to_both_processes_makes_one_job(
     service: Service, hand: Hand, client: Any
 ) -> None:
-    with service.lines(20) as by_pid:
-        lines = [line for lines in by_pid.values() for line in lines]
-        for line in lines:
-            line.ask("POST", "/predict", {"data": ROW}, **{"Idempotency-Key": "the-one"})
+    with service.connections(20) as by_pid:
+        connections = [item for items in by_pid.values() for item in items]
+        for connection in connections:
+            connection.send("POST", "/predict", {"data": ROW}, **{"Idempotency-Key": "the-one"})
 
         assert len(by_pid) == 2
-        assert len({line.answer()["job_id"] for line in lines}) == 1
+        assert len({connection.answer()["job_id"] for connection in connections}) == 1
         assert client.llen(QUEUE) == 1
         await hand.complete()
 
 
 def test_while_a_killed_process_is_started_again_the_other_answers(service: Service) -> None:
-    with service.lines(40) as by_pid:
-        killed, living = by_pid
+    with service.connections(40) as by_pid:
+        killed, survivor = by_pid
         os.kill(killed, signal.SIGKILL)
-        # A process of several threads is a zombie before its sockets are closed.
-        eventually_sync(lambda: not Path(f"/proc/{killed}").exists(), "nothing is left of it")
+        # A process with several threads is a zombie before its sockets are closed.
+        eventually_sync(
+            lambda: not Path(f"/proc/{killed}").exists(), "the killed process has left /proc"
+        )
 
-        assert by_pid[living][0].asked("GET", "/health/ready")["status"]
-        assert living in service.pids_of_new_lines(10)
-        eventually_sync(lambda: len(set(service.pids_of_new_lines(10))) == 2, "there are two")
+        assert by_pid[survivor][0].request("GET", "/health/ready")["status"]
+        assert survivor in service.pids_of_new_connections(10)
+        eventually_sync(lambda: len(set(service.pids_of_new_connections(10))) == 2, "there are two")
         assert killed not in service.serve.children()
 
 
 def test_another_serve_on_their_port_is_refused(service: Service, redis_url: str) -> None:
     argv = ("-m", "asyncinfer", "serve", "--port", str(service.port), *TWO)
-    with parent(*argv, REDIS_URL=redis_url) as it:
-        assert it.process.wait() == REFUSED
-        assert f"Cannot listen on 127.0.0.1:{service.port}" in it.complaints()
+    with parent(*argv, REDIS_URL=redis_url) as refused:
+        assert refused.process.wait() == REFUSED
+        assert f"Cannot listen on 127.0.0.1:{service.port}" in refused.complaints()
 
 
-def test_what_refuses_the_start_is_said_once(
+def test_the_reason_of_a_refused_start_is_shown_once(
     redis_url: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     where = ("--redis-url", redis_url, "--port", str(free_port()))
 
     assert main(("serve", *where, *TWO, "--api-keys", str(tmp_path / "no"))) == REFUSED
     out, err = capfd.readouterr()
-    said = [line for line in err.splitlines() if str(tmp_path) in line]
+    shown = [line for line in err.splitlines() if str(tmp_path) in line]
 
     assert out == ""
-    assert len(said) == 1
-    assert said[0].startswith("asyncinfer: Cannot read the API keys")
+    assert len(shown) == 1
+    assert shown[0].startswith("asyncinfer: Cannot read the API keys")
 
 
 @pytest.mark.soak
-def test_ctrl_c_answers_those_who_wait_and_leaves_no_process(tmp_path: Path) -> None:
+def test_ctrl_c_answers_waiting_clients_and_leaves_no_process(tmp_path: Path) -> None:
     with serving(*TWO, DATA_DIR=str(tmp_path)) as serve:
         service = Service(serve)
         later = {"data": ROW, "options": {"delay_seconds": 60}}
         url = valkey.running_url(tmp_path) or ""
-        with redis.Redis.from_url(url) as client, service.both() as (one, other):
-            eventually_sync(lambda: "iris" in str(one.asked("GET", "/models")), "a worker came")
-            job_id = other.asked("POST", "/predict/iris", later)["job_id"]
-            for line in (one, other):
-                line.ask("GET", f"/job/{job_id}?wait=60")
-            eventually_sync(lambda: waited_for_by(client, job_id) == 2, "both processes wait")
+        with redis.Redis.from_url(url) as client, service.both() as (first, second):
+            eventually_sync(
+                lambda: "iris" in str(first.request("GET", "/models")), "a worker has announced it"
+            )
+            job_id = second.request("POST", "/predict/iris", later)["job_id"]
+            for connection in (first, second):
+                connection.send("GET", f"/job/{job_id}?wait=60")
+            eventually_sync(lambda: waiting_apis(client, job_id) == 2, "both processes wait")
             pids = serve.children()
             serve.process.signal_group(signal.SIGINT)
 
-            assert (one.answer()["status"], other.answer()["status"]) == ("pending", "pending")
+            assert (first.answer()["status"], second.answer()["status"]) == ("pending", "pending")
         assert serve.process.process.wait() == 0
         assert len(pids) == 4
         assert all(map(is_gone, pids))
         assert "ERROR" not in serve.process.complaints()
-        said_since = serve.process.process.stdout
-        assert said_since is not None
-        assert said_since.read() == "", "the welcome is printed once"
+        stdout = serve.process.process.stdout
+        assert stdout is not None
+        assert stdout.read() == "", "the welcome is printed once"
 
 
 @pytest.mark.soak
-def test_a_killed_serve_takes_its_processes_along(redis_url: str) -> None:
+def test_the_processes_of_a_killed_serve_end(redis_url: str) -> None:
     with serving(*TWO, REDIS_URL=redis_url) as serve:
         pids = serve.children()
         serve.process.kill()
@@ -291,10 +299,10 @@ if word := (folder / "word").read_text():
 if word == "ready":
     signal.pause()
 """
-"""Says of its start what a file says now; without a word it just ends."""
+"""Reports the content of a file as the result of its start; without content it ends at once."""
 
 
-def standing_in(folder: Path, word: str) -> ApiProcesses:
+def stand_in_plan(folder: Path, word: str) -> ApiProcesses:
     (folder / "word").write_text(word)
     return ApiProcesses(
         count=2,
@@ -303,22 +311,22 @@ def standing_in(folder: Path, word: str) -> ApiProcesses:
     )
 
 
-def started(folder: Path) -> list[int]:
+def started_pids(folder: Path) -> list[int]:
     return [int(path.name) for path in folder.glob("[0-9]*")]
 
 
 async def test_a_process_that_ends_as_it_starts_stops_the_start(tmp_path: Path) -> None:
-    plan = standing_in(tmp_path, "")
+    plan = stand_in_plan(tmp_path, "")
     with pytest.raises(ExceptionGroup) as group:
         async with api_processes.running(plan, Stop()) as ready:
             await ready.wait()
 
-    assert group.group_contains(StartError, match="ended as it started")
+    assert group.group_contains(StartError, match="ended during its start")
 
 
-async def test_a_refusal_by_the_parent_is_all_that_is_said(tmp_path: Path) -> None:
+async def test_a_refusal_by_the_parent_is_the_only_error(tmp_path: Path) -> None:
     with pytest.raises(ExceptionGroup) as group:
-        async with api_processes.running(standing_in(tmp_path, "ready"), Stop()):
+        async with api_processes.running(stand_in_plan(tmp_path, "ready"), Stop()):
             raise StartError("no")
 
     assert [str(error) for error in group.value.exceptions] == ["no"]
@@ -328,13 +336,13 @@ async def test_a_refusal_by_the_parent_is_all_that_is_said(tmp_path: Path) -> No
 async def test_a_process_refused_while_others_serve_is_tried_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with api_processes.running(standing_in(tmp_path, "ready"), Stop()) as ready:
+    async with api_processes.running(stand_in_plan(tmp_path, "ready"), Stop()) as ready:
         await ready.wait()
-        await eventually(lambda: len(started(tmp_path)) == 2, "both have started")
+        await eventually(lambda: len(started_pids(tmp_path)) == 2, "both have started")
         (tmp_path / "word").write_text("no such file")
-        os.kill(started(tmp_path)[0], signal.SIGKILL)
+        os.kill(started_pids(tmp_path)[0], signal.SIGKILL)
         await eventually(lambda: "does not start: no such file" in caplog.text, "it is refused")
         (tmp_path / "word").write_text("ready")
-        await eventually(lambda: len(started(tmp_path)) == 4, "it is started once more")
+        await eventually(lambda: len(started_pids(tmp_path)) == 4, "it is started once more")
 
-    assert all(map(is_gone, started(tmp_path)))
+    assert all(map(is_gone, started_pids(tmp_path)))

@@ -1,4 +1,4 @@
-"""A child never outlives its parent, and hears of the terminal's signals from it alone."""
+"""A child never outlives its parent, and gets the terminal's signals only from its parent."""
 
 import asyncio
 import os
@@ -55,19 +55,19 @@ def spawn(tie: Tie, argv: tuple[str, ...] = FOREVER, output: Path | None = None)
 
 
 @pytest.mark.parametrize("death_signal", ["SIGTERM", "SIGKILL"])
-def test_a_killed_parent_takes_its_child_along(tie: Tie, death_signal: str) -> None:
-    with parent("-c", PARENT, tie, death_signal, *FOREVER) as it:
-        pid = int(it.says())
-        it.kill()
+def test_the_child_of_a_killed_parent_ends(tie: Tie, death_signal: str) -> None:
+    with parent("-c", PARENT, tie, death_signal, *FOREVER) as process:
+        pid = int(process.says())
+        process.kill()
 
         eventually_sync(lambda: is_gone(pid), "the child has ended", seconds=5)
 
 
-def test_a_child_that_ignores_sigterm_is_taken_along_by_sigkill(tie: Tie) -> None:
-    with parent("-c", PARENT, tie, "SIGKILL", *STUBBORN) as it:
-        pid = int(it.says())
-        assert it.says() == ""
-        it.kill()
+def test_a_child_that_ignores_sigterm_is_killed_with_its_parent(tie: Tie) -> None:
+    with parent("-c", PARENT, tie, "SIGKILL", *STUBBORN) as process:
+        pid = int(process.says())
+        assert process.says() == ""
+        process.kill()
 
         eventually_sync(lambda: is_gone(pid), "the child has ended", seconds=5)
 
@@ -76,16 +76,16 @@ def test_ctrl_c_in_the_parents_terminal_does_not_reach_the_child(tie: Tie) -> No
     echo = "import sys, signal; signal.sigwait([signal.SIGUSR1]); print('alive', flush=True)"
     ready = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1]); "
     argv = (sys.executable, "-c", f"{ready} print('ready', flush=True); {echo}")
-    with parent("-c", PARENT, tie, "SIGKILL", *argv) as it:
-        pid = int(it.says())
-        assert it.says() == "ready"
-        it.signal_group(signal.SIGINT)
+    with parent("-c", PARENT, tie, "SIGKILL", *argv) as process:
+        pid = int(process.says())
+        assert process.says() == "ready"
+        process.signal_group(signal.SIGINT)
         os.kill(pid, signal.SIGUSR1)
 
-        assert (it.says(), it.says()) == ("alive", "ended")
+        assert (process.says(), process.says()) == ("alive", "ended")
 
 
-async def test_a_child_tells_its_exit_code(tie: Tie) -> None:
+async def test_the_exit_code_of_a_child_is_returned(tie: Tie) -> None:
     child = spawn(tie, (sys.executable, "-c", "raise SystemExit(7)"))
 
     assert await child.wait() == 7
@@ -100,21 +100,23 @@ async def test_nothing_is_left_of_a_child_that_has_ended(tie: Tie) -> None:
 
 
 def group_of(child: Child) -> list[Process]:
-    return [it for it in processes() if it.group == child.pid]
+    return [process for process in processes() if process.group == child.pid]
 
 
-async def test_a_signal_that_ended_a_child_is_told(tie: Tie) -> None:
+async def test_the_signal_that_ended_a_child_is_returned(tie: Tie) -> None:
     child = spawn(tie)
     child.signal(signal.SIGKILL)
 
     assert await child.wait() == -signal.SIGKILL
 
 
-async def test_a_child_ends_when_asked(tie: Tie) -> None:
+async def test_a_child_ends_on_sigterm(tie: Tie) -> None:
     assert await spawn(tie).stop(grace_seconds=5) == -signal.SIGTERM
 
 
-async def test_a_child_that_will_not_end_is_ended(tie: Tie, tmp_path: Path) -> None:
+async def test_a_child_that_ignores_sigterm_is_killed_after_the_grace(
+    tie: Tie, tmp_path: Path
+) -> None:
     child = spawn(tie, STUBBORN, tmp_path / "out")
     await eventually(lambda: bool((tmp_path / "out").read_text()), "it ignores SIGTERM")
 
@@ -129,15 +131,15 @@ async def test_stopping_a_child_that_has_ended_is_no_error(tie: Tie) -> None:
 
 
 async def test_arguments_and_output_reach_it_as_they_are(tie: Tie, tmp_path: Path) -> None:
-    odd = "a b'\"$c;\n*"
+    unusual = "a b'\"$c;\n*"
     script = "import sys; print(sys.argv[1], sys.stdin.read())"
-    child = spawn(tie, (sys.executable, "-c", script, odd), tmp_path / "out")
+    child = spawn(tie, (sys.executable, "-c", script, unusual), tmp_path / "out")
 
     assert await child.wait() == 0
-    assert (tmp_path / "out").read_text() == f"{odd} \n"
+    assert (tmp_path / "out").read_text() == f"{unusual} \n"
 
 
-async def test_a_command_that_is_not_there_is_told(tie: Tie, tmp_path: Path) -> None:
+async def test_a_missing_command_raises_an_error(tie: Tie, tmp_path: Path) -> None:
     try:
         code = await spawn(tie, ("there-is-no-such-command",), tmp_path / "out").wait()
     except FileNotFoundError:
@@ -146,6 +148,6 @@ async def test_a_command_that_is_not_there_is_told(tie: Tie, tmp_path: Path) -> 
     assert code == 127
 
 
-async def test_a_thread_may_not_have_children_that_would_die_with_it() -> None:
+async def test_a_child_spawned_outside_the_main_thread_is_refused() -> None:
     with pytest.raises(RuntimeError, match="main thread"):
         await asyncio.to_thread(spawn, child_process.DEFAULT_TIE)

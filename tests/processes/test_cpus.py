@@ -1,4 +1,4 @@
-"""The cores that we may use, not those that there are."""
+"""The number of cores that a process may use, which may be fewer than the machine has."""
 
 from pathlib import Path
 
@@ -14,11 +14,11 @@ def write(root: Path, name: str, text: str) -> None:
     path.write_text(text)
 
 
-def test_there_is_at_least_one() -> None:
+def test_there_is_at_least_one_core() -> None:
     assert cores() >= 1
 
 
-def test_without_a_quota_they_are_those_of_our_affinity(tmp_path: Path) -> None:
+def test_without_a_quota_the_affinity_gives_the_number_of_cores(tmp_path: Path) -> None:
     write(tmp_path, "proc/self/cgroup", "0::/\n")
     write(tmp_path, "sys/fs/cgroup/cpu.max", "max 100000\n")
 
@@ -26,14 +26,16 @@ def test_without_a_quota_they_are_those_of_our_affinity(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["", "pod/", "pod/box/"])
-def test_a_quota_on_us_or_above_us_limits_them(tmp_path: Path, folder: str) -> None:
+def test_a_quota_on_the_process_or_a_group_above_it_limits_the_cores(
+    tmp_path: Path, folder: str
+) -> None:
     write(tmp_path, "proc/self/cgroup", "3:cpu:/old\n0::/pod/box\n")
     write(tmp_path, f"sys/fs/cgroup/{folder}cpu.max", "50000 100000\n")
 
     assert cores(tmp_path) == 1
 
 
-def test_a_quota_of_the_first_version_limits_them(tmp_path: Path) -> None:
+def test_a_quota_of_cgroup_version_1_limits_the_cores(tmp_path: Path) -> None:
     write(tmp_path, "sys/fs/cgroup/cpu/cpu.cfs_quota_us", "100000\n")
     write(tmp_path, "sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n")
 

@@ -22,26 +22,26 @@ WORKER: Final = """
 import os, signal, sys
 from pathlib import Path
 
-story = Path(sys.argv[1])
+log = Path(sys.argv[1])
 
-def tell(text):
-    with story.open("a") as file:
+def write(text):
+    with log.open("a") as file:
         file.write(f"{text} {os.getpid()}\\n")
 
 def stopped(*_):
-    tell("drained" if SERVER.exists() else "drained without Valkey")
+    write("drained" if SERVER.exists() else "drained without Valkey")
     raise SystemExit(0)
 
 SERVER = Path(os.environ["REDIS_URL"].removeprefix("unix://"))
 signal.signal(signal.SIGTERM, signal.SIG_IGN if "stubborn" in sys.argv else stopped)
-tell("started")
+write("started")
 if "refused" in sys.argv or ("refused later" in sys.argv and SERVER.with_name("been").exists()):
     raise SystemExit(2)
 SERVER.with_name("been").touch()
 while True:
     signal.pause()
 """
-"""Stands for a worker: it tells when it starts, and when it was asked to end."""
+"""A stand-in for a worker: it logs its start, and that it was told to end."""
 
 SERVE: Final = """
 import asyncio, sys, signal
@@ -53,12 +53,12 @@ async def api(url, stop):
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     handle = lambda *_: loop.call_soon_threadsafe(stopped.set)
-    before = {it: signal.signal(it, handle) for it in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     stop.hand_over()
     print("ready", flush=True)
     await stopped.wait()
-    for it, handler in before.items():
-        signal.signal(it, handler)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     print("stopping", flush=True)
 
 data_dir, *worker = sys.argv[1:]
@@ -68,37 +68,37 @@ print("stopped", flush=True)
 """
 
 
-class Story:
-    """What the workers told."""
+class WorkerLog:
+    """The log of the stand-in workers."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def pids(self, event: str) -> list[int]:
         lines = self._path.read_text().splitlines() if self._path.exists() else []
-        told = (line.rpartition(" ") for line in lines)
-        return [int(pid) for text, _, pid in told if text == event]
+        entries = (line.rpartition(" ") for line in lines)
+        return [int(pid) for text, _, pid in entries if text == event]
 
-    def started(self) -> int:
+    def wait_for_start(self) -> int:
         """The pid of the first worker, once it has started."""
         eventually_sync(lambda: bool(self.pids("started")), "a worker starts")
         return self.pids("started")[0]
 
 
 @pytest.fixture
-def story(tmp_path: Path) -> Story:
-    return Story(tmp_path / "story")
+def worker_log(tmp_path: Path) -> WorkerLog:
+    return WorkerLog(tmp_path / "worker.log")
 
 
-def worker(tmp_path: Path, *how: str) -> tuple[str, ...]:
-    return ("-c", WORKER, str(tmp_path / "story"), *how)
+def worker(tmp_path: Path, *options: str) -> tuple[str, ...]:
+    return ("-c", WORKER, str(tmp_path / "worker.log"), *options)
 
 
 @contextlib.contextmanager
-def serving(tmp_path: Path, *how: str) -> Iterator[Parent]:
-    with parent("-c", SERVE, str(tmp_path / "data"), *worker(tmp_path, *how)) as it:
-        assert it.says() == "ready"
-        yield it
+def serving(tmp_path: Path, *options: str) -> Iterator[Parent]:
+    with parent("-c", SERVE, str(tmp_path / "data"), *worker(tmp_path, *options)) as serve:
+        assert serve.says() == "ready"
+        yield serve
 
 
 def valkey_pid(tmp_path: Path) -> int:
@@ -107,22 +107,22 @@ def valkey_pid(tmp_path: Path) -> int:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_api_then_the_worker_then_valkey(
-    tmp_path: Path, story: Story, number: signal.Signals
+    tmp_path: Path, worker_log: WorkerLog, number: signal.Signals
 ) -> None:
     with serving(tmp_path) as serve:
-        pids = (story.started(), valkey_pid(tmp_path))
+        pids = (worker_log.wait_for_start(), valkey_pid(tmp_path))
         serve.signal_group(number)
 
         assert (serve.says(), serve.says()) == ("stopping", "stopped")
         assert serve.process.wait() == 0
-        assert story.pids("drained") == [pids[0]]
+        assert worker_log.pids("drained") == [pids[0]]
         assert all(map(is_gone, pids))
         assert serve.complaints() == ""
 
 
-def test_a_second_signal_hastens_the_end(tmp_path: Path, story: Story) -> None:
+def test_a_second_signal_hastens_the_end(tmp_path: Path, worker_log: WorkerLog) -> None:
     with serving(tmp_path, "stubborn") as serve:
-        pid = story.started()
+        pid = worker_log.wait_for_start()
         serve.signal_group(signal.SIGINT)
         assert serve.says() == "stopping"
         serve.signal_group(signal.SIGINT)
@@ -132,29 +132,29 @@ def test_a_second_signal_hastens_the_end(tmp_path: Path, story: Story) -> None:
         assert serve.process.wait() == 0
 
 
-def test_a_killed_serve_leaves_no_process_after_5_s(tmp_path: Path, story: Story) -> None:
+def test_a_killed_serve_leaves_no_process_after_5_s(tmp_path: Path, worker_log: WorkerLog) -> None:
     with serving(tmp_path, "stubborn") as serve:
-        pids = (story.started(), valkey_pid(tmp_path))
+        pids = (worker_log.wait_for_start(), valkey_pid(tmp_path))
         serve.kill()
 
         eventually_sync(lambda: all(map(is_gone, pids)), "both have ended", seconds=5)
 
 
-def test_a_killed_worker_is_started_again(tmp_path: Path, story: Story) -> None:
+def test_a_killed_worker_is_started_again(tmp_path: Path, worker_log: WorkerLog) -> None:
     with serving(tmp_path) as serve:
-        os.kill(story.started(), signal.SIGKILL)
+        os.kill(worker_log.wait_for_start(), signal.SIGKILL)
 
-        eventually_sync(lambda: len(story.pids("started")) == 2, "another worker starts")
+        eventually_sync(lambda: len(worker_log.pids("started")) == 2, "another worker starts")
         serve.signal_group(signal.SIGTERM)
         assert serve.process.wait() == 0
-        assert story.pids("drained") == story.pids("started")[1:]
+        assert worker_log.pids("drained") == worker_log.pids("started")[1:]
 
 
 # --- in this process -------------------------------------------------------------------------
 
 
-def plan(tmp_path: Path, *how: str) -> Plan:
-    return Plan(data_dir=tmp_path, worker=(sys.executable, *worker(tmp_path, *how)))
+def plan(tmp_path: Path, *options: str) -> Plan:
+    return Plan(data_dir=tmp_path, worker=(sys.executable, *worker(tmp_path, *options)))
 
 
 async def test_a_killed_valkey_is_started_again_with_its_data(tmp_path: Path) -> None:
@@ -178,34 +178,34 @@ def _answers(client: redis.Redis) -> bool:
 
 
 async def test_a_signal_before_the_api_is_ready_ends_the_start(
-    tmp_path: Path, story: Story
+    tmp_path: Path, worker_log: WorkerLog
 ) -> None:
     async def api(url: str, stop: Stop) -> None:
-        story.started()
+        worker_log.wait_for_start()
         signal.raise_signal(signal.SIGTERM)
         await asyncio.Event().wait()
 
     await supervisor.serve(plan(tmp_path), api)
 
-    assert story.pids("drained") == story.pids("started")
+    assert worker_log.pids("drained") == worker_log.pids("started")
 
 
-async def test_an_api_that_cannot_start_ends_the_rest_and_says_why(
-    tmp_path: Path, story: Story
+async def test_an_api_that_cannot_start_ends_the_other_processes_and_raises_its_error(
+    tmp_path: Path, worker_log: WorkerLog
 ) -> None:
     async def api(url: str, stop: Stop) -> None:
-        story.started()
+        worker_log.wait_for_start()
         raise StartError("no")
 
     with pytest.raises(ExceptionGroup) as group:
         await supervisor.serve(plan(tmp_path), api)
 
     assert group.group_contains(StartError, match="^no$")
-    assert all(map(is_gone, story.pids("started")))
+    assert all(map(is_gone, worker_log.pids("started")))
 
 
 async def test_a_worker_that_is_refused_its_settings_ends_serve(
-    tmp_path: Path, story: Story
+    tmp_path: Path, worker_log: WorkerLog
 ) -> None:
     async def api(url: str, stop: Stop) -> None:
         await asyncio.Event().wait()
@@ -214,17 +214,17 @@ async def test_a_worker_that_is_refused_its_settings_ends_serve(
         await supervisor.serve(plan(tmp_path, "refused"), api)
 
     assert group.group_contains(StartError, match="The worker cannot start with these settings")
-    assert len(story.pids("started")) == 1
+    assert len(worker_log.pids("started")) == 1
 
 
 async def test_a_worker_that_served_and_is_then_refused_does_not_end_the_api(
-    tmp_path: Path, story: Story
+    tmp_path: Path, worker_log: WorkerLog
 ) -> None:
     async def api(url: str, stop: Stop) -> None:
-        await eventually(lambda: bool(story.pids("started")), "a worker starts")
+        await eventually(lambda: bool(worker_log.pids("started")), "a worker starts")
         await eventually(Path(url.removeprefix("unix://")).with_name("been").exists, "it works")
-        os.kill(story.started(), signal.SIGKILL)
-        await eventually(lambda: len(story.pids("started")) == 3, "it is tried again")
+        os.kill(worker_log.wait_for_start(), signal.SIGKILL)
+        await eventually(lambda: len(worker_log.pids("started")) == 3, "it is tried again")
 
     await supervisor.serve(plan(tmp_path, "refused later"), api)
 
@@ -241,7 +241,7 @@ async def test_with_a_redis_of_its_own_nothing_is_embedded(tmp_path: Path) -> No
     assert not os.listdir(tmp_path)
 
 
-async def test_signals_are_as_they_were_afterwards(tmp_path: Path) -> None:
+async def test_signal_handlers_are_restored_afterwards(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
 
     await supervisor.serve(Plan(redis_url="redis://elsewhere", data_dir=tmp_path), _no_api)

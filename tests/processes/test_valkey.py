@@ -1,4 +1,4 @@
-"""The embedded server keeps its data, its folder to itself, and goes with its `serve`."""
+"""The embedded Valkey keeps its data and its folder, and ends with its `serve`."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ def data_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def connect(url: str) -> Any:
-    """A stranger's plain client; redis-py types every reply as a union of all that there is."""
+    """A plain client; redis-py types every reply as a union of all that RESP can say."""
     return redis.Redis.from_url(url)
 
 
@@ -53,16 +53,16 @@ async def test_its_data_is_there_at_the_next_start(data_dir: Path) -> None:
         assert connect(server.url).get("job") == b"1"
 
 
-async def test_nobody_else_can_reach_it(data_dir: Path) -> None:
+async def test_only_its_user_can_connect(data_dir: Path) -> None:
     async with valkey.embedded(data_dir) as server:
         path = Path(connect(server.url).config_get("unixsocket")["unixsocket"])
 
         assert connect(server.url).config_get("port") == {"port": "0"}
-        assert [permissions(it) for it in (path, path.parent, data_dir)] == [0o700] * 3
+        assert [permissions(place) for place in (path, path.parent, data_dir)] == [0o700] * 3
         assert len(os.fsencode(path)) <= 103
 
 
-async def test_it_keeps_what_it_accepted(tmp_path: Path) -> None:
+async def test_it_stores_every_write_on_disk(tmp_path: Path) -> None:
     async with valkey.embedded(tmp_path) as server:
         client = connect(server.url)
         names = ("appendonly", "appendfsync", "save", "maxmemory-policy")
@@ -100,7 +100,7 @@ async def test_it_starts_again_on_the_same_data_after_a_crash(tmp_path: Path) ->
         assert connect(server.url).get("job") == b"1"
 
 
-async def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
+async def test_a_server_that_cannot_start_shows_its_log(tmp_path: Path) -> None:
     async with valkey.embedded(tmp_path) as server:
         connect(server.url).set("job", "1")
     manifest = tmp_path / "valkey/appendonlydir/appendonly.aof.manifest"
@@ -130,8 +130,8 @@ async def test_a_link_in_the_folders_place_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Parent]:
-    with parent("-c", SERVE, str(tmp_path)) as it:
-        yield it
+    with parent("-c", SERVE, str(tmp_path)) as serve:
+        yield serve
 
 
 def test_it_is_gone_within_5_s_of_a_killed_serve_and_leaves_its_data(

@@ -1,4 +1,4 @@
-"""Claim, finish, renew and wait: what a worker does to jobs."""
+"""The calls of a worker: claim, finish, renew and wait for the doorbell."""
 
 import asyncio
 from typing import Any
@@ -26,7 +26,7 @@ def hands(store: Store, server: redis.Redis) -> Hands:
 
 
 async def redelivered(hands: Hands, job_id: str) -> None:
-    """The job's worker dies with it once; it waits again, at the serving end."""
+    """Its worker dies once; then the job waits again and is served next."""
     claim = await hands.take(1)
     assert ids_of(claim.jobs) == [job_id]
     hands.let_leases_end(claim.token)
@@ -48,13 +48,13 @@ async def test_high_is_served_before_normal_before_low(hands: Hands) -> None:
     assert ids_of((await hands.take()).jobs) == [high, normal, low]
 
 
-async def test_low_first_looks_the_other_way_round(hands: Hands) -> None:
+async def test_low_first_serves_low_before_normal_before_high(hands: Hands) -> None:
     high, normal = await hands.one(priority="high"), await hands.one()
     low = await hands.one(priority="low")
     assert ids_of((await hands.take(low_first=True)).jobs) == [low, normal, high]
 
 
-async def test_low_moves_while_high_never_runs_dry(hands: Hands) -> None:
+async def test_low_is_served_now_and_then_while_high_never_runs_dry(hands: Hands) -> None:
     low = await hands.some(3, priority="low")
     served: list[str] = []
     for turn in range(48):
@@ -62,10 +62,10 @@ async def test_low_moves_while_high_never_runs_dry(hands: Hands) -> None:
         claim = await hands.take(1, low_first=turn % 16 == 0)
         served += ids_of(claim.jobs)
         await hands.finish(claim)
-    assert [one for one in served if one in low] == low
+    assert [job_id for job_id in served if job_id in low] == low
 
 
-async def test_a_claim_gives_all_that_is_needed_to_run_a_job(hands: Hands) -> None:
+async def test_a_claim_returns_all_that_is_needed_to_run_a_job(hands: Hands) -> None:
     job = new_job(b"[[7]]", priority="high")
     await hands.submit(job)
     claim = await hands.take()
@@ -76,7 +76,7 @@ async def test_a_claim_gives_all_that_is_needed_to_run_a_job(hands: Hands) -> No
     assert hands.status(job.job_id) == "processing"
 
 
-async def test_a_claim_takes_no_more_than_asked(hands: Hands) -> None:
+async def test_a_claim_takes_no_more_than_requested(hands: Hands) -> None:
     jobs = await hands.some(5)
     assert ids_of((await hands.take(2)).jobs) == jobs[:2]
     assert hands.waiting() == jobs[2:]
@@ -99,11 +99,11 @@ async def test_a_claim_of_an_empty_queue_leaves_nothing_behind(hands: Hands) -> 
 
 
 async def test_a_paused_queue_gives_nothing_until_it_is_resumed(hands: Hands) -> None:
-    await hands.operation.pause(Q, paused=True)
+    await hands.operations.pause(Q, paused=True)
     jobs = await hands.some(2)
     assert (await hands.claim()).claim is None
     hands.redis.delete(keys.wake(Q))
-    await hands.operation.pause(Q, paused=False)
+    await hands.operations.pause(Q, paused=False)
     assert hands.redis.llen(keys.wake(Q)) == 1
     assert await hands.run_all() == jobs
 
@@ -117,7 +117,7 @@ async def test_the_first_queue_with_work_is_served(hands: Hands) -> None:
 
 async def test_a_paused_queue_does_not_hold_up_the_next(hands: Hands) -> None:
     await hands.one()
-    await hands.operation.pause(Q, paused=True)
+    await hands.operations.pause(Q, paused=True)
     job = await hands.one(queue=OTHER)
     assert ids_of((await hands.take(queues=(Q, OTHER))).jobs) == [job]
 
@@ -184,7 +184,7 @@ async def test_a_claim_after_its_time_takes_nothing(hands: Hands) -> None:
     hands.store.saw_server_time(hands.now_ms() - 60_000)
     assert (await hands.claim()).claim is None
     assert hands.waiting() == [job]
-    # The answer carried the server's time: the next one is in time.
+    # The reply contained the server's time, so that the next claim is in time.
     assert (await hands.claim()).claim is not None
 
 
@@ -195,10 +195,12 @@ async def test_a_late_retry_still_gets_the_claim_it_holds(hands: Hands) -> None:
     assert await hands.take(token=claim.token) == claim
 
 
-# --- strangers -----------------------------------------------------------------------------
+# --- external jobs -------------------------------------------------------------------------
 
 
-async def test_a_strangers_job_is_run_and_its_result_is_where_they_look(hands: Hands) -> None:
+async def test_an_external_job_is_run_and_its_result_is_under_the_documented_key(
+    hands: Hands,
+) -> None:
     hands.stranger("theirs")
     claim = await hands.take()
     assert (claim.jobs[0].job_id, claim.jobs[0].record) == ("theirs", None)
@@ -209,26 +211,26 @@ async def test_a_strangers_job_is_run_and_its_result_is_where_they_look(hands: H
     assert hands.ttls("theirs") == {"status": 600, "result": 600}
 
 
-async def test_a_strangers_job_needs_no_status(hands: Hands) -> None:
+async def test_an_external_job_needs_no_status(hands: Hands) -> None:
     hands.stranger("theirs", status=None)
     assert await hands.run_all() == ["theirs"]
 
 
-async def test_strangers_jobs_are_served_among_ours(hands: Hands) -> None:
+async def test_external_jobs_are_served_in_turn_with_other_jobs(hands: Hands) -> None:
     first = await hands.one()
     hands.stranger("theirs")
     second = await hands.one()
     assert await hands.run_all() == [first, "theirs", second]
 
 
-async def test_an_id_without_input_or_status_is_dropped_in_silence(hands: Hands) -> None:
+async def test_an_id_without_input_or_status_is_dropped_without_a_trace(hands: Hands) -> None:
     hands.stranger("nothing", data=None, status=None)
     job = await hands.one()
     assert await hands.run_all() == [job]
     assert hands.status("nothing") is None
 
 
-async def test_a_strangers_pending_job_without_input_fails_as_lost(hands: Hands) -> None:
+async def test_an_external_pending_job_without_input_fails_as_lost(hands: Hands) -> None:
     hands.stranger("theirs", data=None)
     assert await hands.run_all() == []
     assert (hands.status("theirs"), hands.error_code("theirs")) == ("failed", "input_lost")
@@ -236,7 +238,7 @@ async def test_a_strangers_pending_job_without_input_fails_as_lost(hands: Hands)
 
 
 @pytest.mark.parametrize("status", [b"pending", None])
-async def test_a_stranger_who_writes_a_hash_as_data_stops_nobody(
+async def test_an_external_job_with_a_hash_as_data_blocks_no_other_job(
     hands: Hands, status: bytes | None
 ) -> None:
     hands.redis.hset("job:theirs:data", "rows", "[[1]]")
@@ -247,7 +249,7 @@ async def test_a_stranger_who_writes_a_hash_as_data_stops_nobody(
     hands.redis.delete("job:theirs:data")
 
 
-async def test_a_stranger_who_writes_a_list_as_status_stops_nobody(hands: Hands) -> None:
+async def test_an_external_job_with_a_list_as_status_blocks_no_other_job(hands: Hands) -> None:
     hands.redis.lpush("job:theirs:status", "pending")
     hands.stranger("theirs", status=None)
     job = await hands.one()
@@ -259,7 +261,7 @@ async def test_a_stranger_who_writes_a_list_as_status_stops_nobody(hands: Hands)
 async def test_a_job_of_a_malformed_id_fails_and_the_rest_is_served(
     hands: Hands, job_id: str
 ) -> None:
-    """Whoever pushed it reads why, and does not wait for ever."""
+    """Its producer can read why, and does not wait for ever."""
     hands.stranger(job_id)
     job = await hands.one()
     assert await hands.run_all() == [job]
@@ -280,7 +282,7 @@ async def test_an_id_too_long_for_the_log_is_dropped_and_the_rest_is_served(hand
 
 
 @pytest.mark.parametrize("job_id", ["x" * 128, "a b", "{braces}", "a:data", "ü", "-1", "*", "[a]"])
-async def test_odd_but_valid_ids_are_served(hands: Hands, job_id: str) -> None:
+async def test_unusual_but_valid_ids_are_served(hands: Hands, job_id: str) -> None:
     hands.stranger(job_id)
     assert await hands.run_all() == [job_id]
     assert hands.redis.get(f"job:{job_id}:result") == RESULT
@@ -297,7 +299,9 @@ async def test_an_id_that_is_not_text_is_served_and_finished(hands: Hands) -> No
     assert await hands.ended(claim) == ["already"]
 
 
-async def test_a_dropped_stray_does_not_disturb_the_count_of_ghosts(hands: Hands) -> None:
+async def test_a_dropped_unknown_id_does_not_change_the_count_of_stale_entries(
+    hands: Hands,
+) -> None:
     low = await hands.some(14, priority="low")
     await hands.cancel_in_one_call(*low[:13])
     hands.redis.lpush(Q, "a\nb", "nobody", low[0], low[0])
@@ -308,7 +312,7 @@ async def test_a_dropped_stray_does_not_disturb_the_count_of_ghosts(hands: Hands
     assert hands.ghosts() == 0
 
 
-async def test_an_id_pushed_twice_by_a_stranger_runs_once(hands: Hands) -> None:
+async def test_an_external_id_pushed_twice_runs_once(hands: Hands) -> None:
     hands.stranger("theirs")
     hands.redis.lpush(Q, "theirs", "theirs")
     assert ids_of((await hands.take(2)).jobs) == ["theirs"]
@@ -333,7 +337,7 @@ async def test_an_id_pushed_again_after_it_ended_is_not_run_again(hands: Hands) 
     assert await hands.read(job_id) == before
 
 
-async def test_a_stranger_may_submit_an_ended_id_anew(hands: Hands) -> None:
+async def test_an_external_producer_may_submit_an_ended_id_again(hands: Hands) -> None:
     hands.stranger("theirs", b"[[1]]")
     await hands.run_all("failed")
     hands.stranger("theirs", b"[[2]]")
@@ -343,7 +347,7 @@ async def test_a_stranger_may_submit_an_ended_id_anew(hands: Hands) -> None:
     assert hands.status("theirs") == "completed"
 
 
-async def test_a_strangers_own_consumer_and_ours_share_the_list(hands: Hands) -> None:
+async def test_an_external_consumer_and_our_workers_share_the_list(hands: Hands) -> None:
     jobs = await hands.some(3)
     popped = hands.redis.rpop(Q).decode()
     hands.redis.set(f"job:{popped}:status", "processing")
@@ -368,7 +372,9 @@ async def test_a_redelivered_job_is_claimed_alone(hands: Hands) -> None:
     assert hands.waiting() == [innocent]
 
 
-async def test_a_redelivered_job_is_not_given_to_who_holds_another_claim(hands: Hands) -> None:
+async def test_a_redelivered_job_is_not_given_to_a_process_that_holds_another_claim(
+    hands: Hands,
+) -> None:
     poison, innocent = await hands.some(2)
     await redelivered(hands, poison)
     claimed = await hands.claim(held=True)
@@ -399,11 +405,11 @@ async def test_a_suspect_is_claimed_alone_without_a_delivery_counted(hands: Hand
     suspects = await hands.some(2)
     await hands.finish(await hands.take(), "suspect")
     claims = [await hands.take(), await hands.take()]
-    assert [ids_of(claim.jobs) for claim in claims] == [[one] for one in suspects]
+    assert [ids_of(claim.jobs) for claim in claims] == [[job_id] for job_id in suspects]
     assert all(claim.exclusive and claim.jobs[0].facts.deliveries == 0 for claim in claims)
 
 
-async def test_a_retried_claim_of_a_lone_job_gets_it_again(hands: Hands) -> None:
+async def test_a_retried_claim_of_an_exclusive_job_gets_it_again(hands: Hands) -> None:
     await redelivered(hands, await hands.one())
     claim = await hands.take()
     assert await hands.take(token=claim.token, held=True) == claim
@@ -434,7 +440,7 @@ async def test_a_job_past_its_life_deadline_is_failed_not_run(hands: Hands) -> N
     assert_at_rest(hands.redis, Q)
 
 
-async def test_a_start_deadline_that_was_met_is_forgotten(hands: Hands) -> None:
+async def test_a_start_deadline_that_was_met_is_removed(hands: Hands) -> None:
     job_id = await hands.one(start_within_seconds=60)
     await hands.take()
     assert not hands.redis.exists(keys.deadlines(Q), keys.facts(Q))
@@ -538,13 +544,13 @@ async def test_dead_letters_are_capped_and_the_newest_stay(hands: Hands) -> None
     jobs = await hands.some(5)
     for _ in jobs:
         await hands.finish(await hands.take(1), "dead")
-    kept = {one.decode() for one in hands.redis.zrange(keys.dead(Q), 0, -1)}
+    kept = {job_id.decode() for job_id in hands.redis.zrange(keys.dead(Q), 0, -1)}
     assert len(kept) == 3
     assert jobs[4] in kept
 
 
 @pytest.mark.parametrize("outcome", ["completed", "failed", "cancelled"])
-async def test_a_ttl_of_its_own_goes_before_the_policys(hands: Hands, outcome: Outcome) -> None:
+async def test_a_jobs_own_ttl_overrides_the_policys(hands: Hands, outcome: Outcome) -> None:
     job_id = await hands.one(ttl_seconds=77)
     await hands.finish(await hands.take(), outcome)
     assert set(hands.ttls(job_id).values()) == {77}
@@ -562,7 +568,7 @@ async def test_a_retry_waits_for_its_delay_and_then_runs_again(hands: Hands) -> 
     assert_at_rest(hands.redis, Q)
 
 
-async def test_a_retry_writes_the_record_it_brings(hands: Hands) -> None:
+async def test_a_retry_writes_the_record_in_the_outcome(hands: Hands) -> None:
     job_id = await hands.one()
     claim = await hands.take()
     assert claim.jobs[0].record is not None
@@ -590,7 +596,7 @@ async def test_released_jobs_keep_their_priority(hands: Hands) -> None:
     assert hands.waiting() == [high, normal, low]
 
 
-async def test_a_release_rings(hands: Hands) -> None:
+async def test_a_release_rings_the_doorbell(hands: Hands) -> None:
     await hands.one()
     claim = await hands.take()
     hands.redis.delete(keys.wake(Q))
@@ -598,14 +604,14 @@ async def test_a_release_rings(hands: Hands) -> None:
     assert hands.redis.llen(keys.wake(Q)) == 1
 
 
-async def test_a_release_may_wait_a_moment(hands: Hands) -> None:
+async def test_a_released_job_may_be_delayed(hands: Hands) -> None:
     job_id = await hands.one()
     await hands.finish(await hands.take(), "released", delay_ms=5_000)
     assert hands.waiting() == []
     assert hands.redis.zscore(keys.delayed(Q), job_id) > hands.now_ms()
 
 
-async def test_one_finish_may_bring_every_outcome(hands: Hands) -> None:
+async def test_one_finish_may_contain_every_outcome(hands: Hands) -> None:
     outcomes: list[Outcome] = [
         *("completed", "failed", "cancelled", "dead", "retry", "released", "suspect"),
     ]
@@ -632,7 +638,7 @@ async def test_a_partial_finish_keeps_the_lease_and_the_rest_is_recovered(hands:
     assert hands.status(done) == "completed"
 
 
-async def test_the_last_finish_may_bring_no_job(hands: Hands) -> None:
+async def test_the_last_finish_may_contain_no_job(hands: Hands) -> None:
     await hands.one()
     claim = await hands.take()
     await hands.finish(claim, last=False)
@@ -649,11 +655,11 @@ async def test_results_beyond_a_script_call_are_stored_in_several(hands: Hands) 
     assert_at_rest(hands.redis, Q)
 
 
-# --- the fence -----------------------------------------------------------------------------
+# --- finishes without a lease --------------------------------------------------------------
 
 
 async def zombie(hands: Hands) -> tuple[str, Claim, Claim]:
-    """A job, the claim it was lost by, and the claim that has it now."""
+    """A job, the claim that lost it, and the claim that holds it now."""
     job_id = await hands.one()
     lost = await hands.take()
     hands.let_leases_end()
@@ -664,7 +670,7 @@ async def zombie(hands: Hands) -> tuple[str, Claim, Claim]:
 @pytest.mark.parametrize(
     "outcome", ["completed", "failed", "cancelled", "dead", "retry", "released", "suspect"]
 )
-async def test_a_zombies_finish_is_stale_and_changes_nothing(
+async def test_a_finish_without_a_lease_is_stale_and_changes_nothing(
     hands: Hands, outcome: Outcome
 ) -> None:
     job_id, lost, mine = await zombie(hands)
@@ -674,14 +680,14 @@ async def test_a_zombies_finish_is_stale_and_changes_nothing(
     assert await hands.ended(mine) == ["completed"]
 
 
-async def test_a_zombie_is_refused_after_the_job_ended_too(hands: Hands) -> None:
+async def test_a_finish_without_a_lease_is_stale_after_the_job_ended_too(hands: Hands) -> None:
     job_id, lost, mine = await zombie(hands)
     await hands.finish(mine, "failed")
     assert await hands.ended(lost) == ["stale"]
     assert (await hands.read(job_id)).status == "failed"
 
 
-async def test_a_zombies_last_finish_does_not_drop_the_lease_of_the_other(hands: Hands) -> None:
+async def test_a_last_finish_without_a_lease_does_not_drop_the_new_lease(hands: Hands) -> None:
     _, lost, mine = await zombie(hands)
     await hands.finish(lost)
     assert hands.redis.zrange(keys.leases(Q), 0, -1) == [mine.token.encode()]
@@ -689,7 +695,7 @@ async def test_a_zombies_last_finish_does_not_drop_the_lease_of_the_other(hands:
 
 
 @pytest.mark.parametrize("outcome", ["completed", "failed", "cancelled", "dead"])
-async def test_a_finish_sent_again_is_told_apart_from_a_zombies(
+async def test_a_finish_sent_again_is_distinguished_from_one_without_a_lease(
     hands: Hands, outcome: Outcome
 ) -> None:
     job_id = await hands.one()
@@ -701,7 +707,9 @@ async def test_a_finish_sent_again_is_told_apart_from_a_zombies(
 
 
 @pytest.mark.parametrize("outcome", ["completed", "failed"])
-async def test_a_strangers_finish_sent_again_is_told_apart(hands: Hands, outcome: Outcome) -> None:
+async def test_a_finish_of_an_external_job_sent_again_is_recognised(
+    hands: Hands, outcome: Outcome
+) -> None:
     hands.stranger("theirs")
     claim = await hands.take()
     await hands.finish(claim, outcome)
@@ -709,7 +717,7 @@ async def test_a_strangers_finish_sent_again_is_told_apart(hands: Hands, outcome
     assert await hands.ended(claim, outcome, body=b'"another"') == ["stale"]
 
 
-async def test_a_finish_of_many_sent_again_is_told_apart_one_by_one(hands: Hands) -> None:
+async def test_a_finish_of_many_sent_again_is_recognised_for_each_job(hands: Hands) -> None:
     mine, lost = await hands.some(2)
     claim = await hands.take()
     await hands.finish(claim, only=[mine], last=False)
@@ -751,7 +759,7 @@ async def test_a_cancel_turns_every_outcome_into_cancelled(hands: Hands, outcome
     assert_at_rest(hands.redis, Q)
 
 
-# --- the next claim rides on a finish ------------------------------------------------------
+# --- the next claim within a finish --------------------------------------------------------
 
 
 def next_of(hands: Hands, *queues: str, held: bool = False) -> ClaimRequest:
@@ -787,7 +795,7 @@ async def test_a_finish_sent_again_gets_the_same_next_claim(hands: Hands) -> Non
     assert hands.waiting() == [late]
 
 
-async def test_a_finish_sent_again_gets_the_next_claim_of_whatever_queue(hands: Hands) -> None:
+async def test_a_finish_sent_again_gets_the_same_next_claim_of_any_queue(hands: Hands) -> None:
     await hands.one()
     other = await hands.one(queue=OTHER)
     claim, following = await hands.take(), next_of(hands, Q, OTHER)
@@ -807,7 +815,7 @@ async def test_what_a_finish_releases_it_may_claim_next(hands: Hands) -> None:
     assert await hands.ended(claimed.claim) == ["completed"]
 
 
-async def test_the_next_claim_heeds_jobs_that_run_alone(hands: Hands) -> None:
+async def test_the_next_claim_respects_jobs_that_run_alone(hands: Hands) -> None:
     poison, job = await hands.some(2)
     await redelivered(hands, poison)
     other = await hands.one(queue=OTHER)
@@ -848,7 +856,7 @@ async def test_renewing_extends_the_lease(hands: Hands, renewals: Renewals) -> N
     assert 0 < end - hands.now_ms() <= 501
 
 
-async def test_renewing_tells_which_claims_are_lost_and_revives_none(
+async def test_a_renewal_returns_the_lost_claims_and_revives_none(
     hands: Hands, renewals: Renewals
 ) -> None:
     await hands.some(2)
@@ -861,7 +869,7 @@ async def test_renewing_tells_which_claims_are_lost_and_revives_none(
     assert not hands.redis.exists(keys.leases(OTHER))
 
 
-async def test_renewing_tells_which_jobs_were_cancelled(hands: Hands, renewals: Renewals) -> None:
+async def test_a_renewal_returns_the_cancelled_jobs(hands: Hands, renewals: Renewals) -> None:
     _, cancelled = await hands.some(2)
     claim = await hands.take()
     await hands.cancel(cancelled)
@@ -869,7 +877,7 @@ async def test_renewing_tells_which_jobs_were_cancelled(hands: Hands, renewals: 
     await hands.finish(claim)
 
 
-async def test_renewing_tells_which_jobs_are_past_their_deadline(
+async def test_a_renewal_returns_the_jobs_past_their_deadline(
     hands: Hands, renewals: Renewals
 ) -> None:
     late = await hands.one(finish_within_seconds=60)
@@ -900,7 +908,7 @@ async def doorbell(store: Store) -> Any:
 
 
 def blocked(hands: Hands) -> bool:
-    return any(one["cmd"] == "brpop" for one in hands.redis.client_list())
+    return any(client["cmd"] == "brpop" for client in hands.redis.client_list())
 
 
 async def test_the_doorbell_names_the_queue_that_rang(hands: Hands, doorbell: Doorbell) -> None:
@@ -912,14 +920,14 @@ async def test_a_silent_doorbell_gives_up_in_time(doorbell: Doorbell) -> None:
     assert await doorbell.wait([Q], 0.02) is None
 
 
-async def test_who_waits_is_woken_by_a_submit(hands: Hands, doorbell: Doorbell) -> None:
+async def test_a_waiting_worker_is_woken_by_a_submit(hands: Hands, doorbell: Doorbell) -> None:
     waiting = asyncio.create_task(doorbell.wait([Q], 5))
     await eventually(lambda: blocked(hands), "somebody waits at the bell")
     await hands.one()
     assert await waiting == Q
 
 
-async def test_a_token_rung_back_wakes_another(hands: Hands, doorbell: Doorbell) -> None:
+async def test_a_returned_token_wakes_another_worker(hands: Hands, doorbell: Doorbell) -> None:
     await doorbell.ring(Q)
     assert await doorbell.wait([Q], 1) == Q
 
@@ -932,14 +940,14 @@ async def test_closing_the_doorbell_ends_the_wait(hands: Hands, doorbell: Doorbe
         await waiting
 
 
-async def test_an_idle_worker_sees_what_a_stranger_pushed_without_ringing(hands: Hands) -> None:
+async def test_an_idle_worker_sees_an_external_job_pushed_without_a_token(hands: Hands) -> None:
     assert not await hands.runs.has_work([Q, OTHER])
     hands.stranger("theirs")
     assert await hands.runs.has_work([OTHER, Q])
 
 
-async def test_a_job_that_a_stranger_put_into_a_second_queue_ends_once(hands: Hands) -> None:
-    """Claimed there, cancelled by its own record, and then finished."""
+async def test_an_external_job_pushed_into_a_second_queue_ends_once(hands: Hands) -> None:
+    """The job is claimed in the second queue, cancelled through its record, and then finished."""
     job_id = await hands.one(queue=OTHER)
     hands.redis.lpush(Q, job_id)
     claim = await hands.take()
@@ -957,7 +965,7 @@ async def test_a_job_that_a_stranger_put_into_a_second_queue_ends_once(hands: Ha
 # --- jobs that cannot share a run --------------------------------------------------------------
 
 
-async def test_of_a_queue_whose_jobs_share_no_run_one_is_claimed_and_the_bell_rings_on(
+async def test_a_queue_whose_jobs_share_no_run_gives_one_job_and_rings_for_the_rest(
     hands: Hands, doorbell: Doorbell
 ) -> None:
     ids = await hands.some(3)
@@ -982,7 +990,7 @@ async def test_a_queue_whose_jobs_share_runs_is_claimed_in_batches_beside_one_wh
     assert ids_of(claim.jobs) == ids
 
 
-async def test_a_claim_of_all_that_waits_leaves_no_bell_that_rings_for_nothing(
+async def test_a_claim_of_all_waiting_jobs_leaves_no_doorbell_token(
     hands: Hands,
 ) -> None:
     await hands.some(3)

@@ -1,4 +1,4 @@
-"""What earlier starts left in Redis is taken back, and never while a job needs it."""
+"""Models without a live worker are retracted, and never while a job needs them."""
 
 import os
 import socket
@@ -50,7 +50,7 @@ async def _a_running_one(hands: Hands, queue: str) -> None:
     await hands.take(queues=(queue,))
 
 
-async def _one_among_ghosts(hands: Hands, queue: str) -> None:
+async def _one_among_stale_entries(hands: Hands, queue: str) -> None:
     await hands.one(queue=queue)
     await hands.cancel_in_one_call(*await hands.some(20, queue=queue), queue=queue)
 
@@ -59,7 +59,7 @@ UNENDED = pytest.mark.parametrize(
     "job",
     [
         *(_a_high_one, _a_normal_one, _a_low_one, _a_delayed_one, _a_running_one),
-        _one_among_ghosts,
+        _one_among_stale_entries,
     ],
 )
 Job = Callable[[Hands, str], Awaitable[None]]
@@ -68,24 +68,25 @@ Job = Callable[[Hands, str], Awaitable[None]]
 async def announced(hands: Hands, *labels: str) -> None:
     for label in labels:
         model, version = label.split("/")
-        await hands.upkeep.announce_models({model: {version: b"{}"}})
+        await hands.announcements.announce_models({model: {version: b"{}"}})
 
 
 async def worker(hands: Hands, name: str = "w", **says: Any) -> None:
-    await hands.upkeep.announce_worker(name, says, ttl_seconds=60)
+    await hands.announcements.announce_worker(name, says, ttl_seconds=60)
 
 
 async def left(hands: Hands) -> dict[str, list[str]]:
     names = hands.redis.smembers(keys.models(Q))
     return {
-        one.decode(): sorted(await hands.upkeep.announced_versions(one.decode())) for one in names
+        name.decode(): sorted(await hands.announcements.announced_versions(name.decode()))
+        for name in names
     }
 
 
 # --- the default model -----------------------------------------------------------------------
 
 
-async def test_another_default_model_is_taken_while_no_job_waits(
+async def test_another_default_model_is_accepted_while_no_job_waits(
     hands: Hands, leftovers: Leftovers
 ) -> None:
     for name in ("iris", "iris", "digits"):
@@ -123,7 +124,7 @@ async def test_another_default_model_is_refused_while_a_worker_serves_the_old_on
     await worker(hands, models=["iris"], host="other", pid=7)
     with pytest.raises(DefaultModelChanged, match=r"other \(pid 7\)"):
         await leftovers.claim_default_model("digits")
-    await hands.upkeep.retract_worker("w")
+    await hands.announcements.retract_worker("w")
     await worker(hands, models=["digits"], default_model="iris")
     await leftovers.claim_default_model("digits")
 
@@ -132,7 +133,7 @@ async def test_a_model_stays_paused_or_not_when_it_becomes_the_default(
     hands: Hands, leftovers: Leftovers
 ) -> None:
     await leftovers.claim_default_model("iris")
-    await hands.operation.pause(Q, paused=True)
+    await hands.operations.pause(Q, paused=True)
     await leftovers.claim_default_model("digits")
     assert await hands.inspection.paused([Q, f"{Q}:iris", OTHER]) == [False, True, False]
     await leftovers.claim_default_model("iris")
@@ -145,7 +146,7 @@ async def test_that_there_is_no_default_model_can_be_decided_and_changed(
     await leftovers.claim_default_model("iris")
     assert await leftovers.replace_default("iris", None) is None
     assert await hands.store.default_model() is None
-    # As a worker does in each round that knew it as the default: it does not come back by that.
+    # A worker that knew it as the default does this in each round; it must not come back by that.
     assert await hands.store.agree_on_default_model("iris") == ""
     await leftovers.claim_default_model("digits")
     assert await hands.store.default_model() == "digits"
@@ -154,7 +155,7 @@ async def test_that_there_is_no_default_model_can_be_decided_and_changed(
 # --- versions --------------------------------------------------------------------------------
 
 
-async def test_what_a_living_worker_has_or_loads_is_no_leftover(
+async def test_a_version_that_a_live_worker_has_or_loads_is_not_unserved(
     hands: Hands, leftovers: Leftovers
 ) -> None:
     await announced(hands, "gone/1", "here/1", "here/2", "loads/1", "leaves/1", "old/1")
@@ -168,20 +169,20 @@ async def test_what_a_living_worker_has_or_loads_is_no_leftover(
     assert found == {"gone": ["1"], "here": ["1"]}
 
 
-async def test_a_version_without_a_worker_is_taken_back_when_no_job_waits(
+async def test_a_version_without_a_worker_is_retracted_when_no_job_waits(
     hands: Hands, leftovers: Leftovers
 ) -> None:
     await announced(hands, "gone/1", "here/1", "here/2")
-    await hands.upkeep.announce_default_versions({"gone": "1", "here": "2"})
+    await hands.announcements.announce_default_versions({"gone": "1", "here": "2"})
     for model in ("gone", "here"):
         assert await leftovers.retract(model, ["1"]) == 0
     assert await left(hands) == {"here": ["2"]}
-    assert await hands.upkeep.default_versions() == {"here": "2"}
+    assert await hands.announcements.default_versions() == {"here": "2"}
 
 
 @UNENDED
 @pytest.mark.parametrize(("default", "queue"), [("iris", OTHER), ("digits", Q), ("digits", OTHER)])
-async def test_nothing_is_taken_back_of_a_model_with_a_job_that_has_not_ended(
+async def test_no_version_of_a_model_with_an_unfinished_job_is_retracted(
     job: Job, default: str, queue: str, hands: Hands, leftovers: Leftovers
 ) -> None:
     await leftovers.claim_default_model(default)
@@ -191,17 +192,17 @@ async def test_nothing_is_taken_back_of_a_model_with_a_job_that_has_not_ended(
     assert await left(hands) == {"digits": ["1"]}
 
 
-async def test_a_job_that_comes_after_its_model_was_taken_back_is_listed_and_runs_later(
+async def test_a_job_submitted_after_its_model_was_retracted_is_listed_and_runs_later(
     hands: Hands, leftovers: Leftovers
 ) -> None:
-    """As of an API that had the model in its cache yet."""
+    """As by an API that still had the model in its cache."""
     await announced(hands, "digits/1")
     await leftovers.retract("digits", ["1"])
     job_id = await hands.one(queue=OTHER)
-    assert OTHER in await hands.inspection.queues()
+    assert OTHER in await hands.store.queues()
     assert (await hands.inspection.health()).queues[OTHER] == 1
     claim = await hands.take(queues=(OTHER,))
-    assert [one.job_id for one in claim.jobs] == [job_id]
+    assert [job.job_id for job in claim.jobs] == [job_id]
 
 
 @pytest.fixture
@@ -212,7 +213,7 @@ def ended_pid() -> int:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no asking for a process")
-async def test_a_worker_whose_process_has_ended_here_is_none(
+async def test_a_worker_whose_process_has_ended_on_this_machine_is_not_live(
     ended_pid: int, hands: Hands, store: Store
 ) -> None:
     for name, host, pid in (
@@ -222,5 +223,5 @@ async def test_a_worker_whose_process_has_ended_here_is_none(
     ):
         await worker(hands, name, models=[name], host=host, pid=pid)
     found = await Leftovers(store, all_here=True).workers()
-    assert {one.models for one in found} == {("alive",), ("elsewhere",)}
+    assert {worker.models for worker in found} == {("alive",), ("elsewhere",)}
     assert len(await Leftovers(store).workers()) == 3

@@ -1,4 +1,4 @@
-"""What people ask of the queue: the listing, the models, the health."""
+"""The listing of jobs, its cursors, and the health of the queues."""
 
 import base64
 import itertools
@@ -10,7 +10,7 @@ import redis
 from asyncinfer.errors import InvalidQuery, ServerRefused
 from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.listing import Page
-from asyncinfer.repository.store import Store, checked_server
+from asyncinfer.repository.store import Store, check_info
 from tests.faults.harness import eventually
 from tests.queue_driver import Hands, Q, ids_of, new_job
 
@@ -27,7 +27,7 @@ async def listed(hands: Hands, *, tenant: str = "default", **filters: str) -> li
 
 
 async def pages(hands: Hands, limit: int) -> list[list[str]]:
-    """All pages of a listing, from cursor to cursor."""
+    """The ids of all pages of a listing."""
     found: list[list[str]] = []
     cursor: str | None = None
     while True:
@@ -39,7 +39,7 @@ async def pages(hands: Hands, limit: int) -> list[list[str]]:
 
 
 async def over_three_queues(hands: Hands) -> list[str]:
-    """Jobs of three queues in calls of one to four; newest first."""
+    """Submits jobs to three queues in calls of one to four; returns the ids, newest first."""
     jobs: list[str] = []
     sizes = itertools.cycle((1, 4, 2, 3))
     for queue, size in zip([Q, OTHER, f"{Q}:iris2"] * 6, sizes, strict=False):
@@ -49,7 +49,7 @@ async def over_three_queues(hands: Hands) -> list[str]:
 
 
 async def next_ms(hands: Hands) -> None:
-    """Between the logs of two queues only the time tells which was first."""
+    """Lets a ms pass: only the time orders the entries of two logs."""
     now_ms = hands.now_ms()
     await eventually(lambda: hands.now_ms() > now_ms, "another millisecond")
 
@@ -86,7 +86,7 @@ async def test_pages_over_several_queues_have_neither_gaps_nor_repeats(
     assert all(len(page) == limit for page in found[:-1])
 
 
-async def test_pages_stay_whole_while_new_jobs_arrive(hands: Hands) -> None:
+async def test_pages_are_complete_while_new_jobs_arrive(hands: Hands) -> None:
     jobs = await over_three_queues(hands)
     first = await hands.inspection.jobs(tenant="default", limit=5)
     await over_three_queues(hands)
@@ -94,7 +94,7 @@ async def test_pages_stay_whole_while_new_jobs_arrive(hands: Hands) -> None:
     assert ids_of(first.jobs) + ids_of(second.jobs) == jobs
 
 
-async def test_pages_stay_whole_while_jobs_run_and_end(hands: Hands) -> None:
+async def test_pages_are_complete_while_jobs_run_and_end(hands: Hands) -> None:
     jobs = await over_three_queues(hands)
     found: list[str] = []
     cursor: str | None = None
@@ -107,7 +107,7 @@ async def test_pages_stay_whole_while_jobs_run_and_end(hands: Hands) -> None:
     assert found == jobs
 
 
-async def test_two_queues_that_log_in_the_same_ms_are_paged_whole(hands: Hands) -> None:
+async def test_two_queues_that_log_in_the_same_ms_are_listed_completely(hands: Hands) -> None:
     jobs = [await hands.one(queue=queue) for queue in (Q, OTHER)]
     for queue, job_id in zip((Q, OTHER), jobs, strict=True):
         hands.redis.delete(keys.log(queue))
@@ -116,7 +116,7 @@ async def test_two_queues_that_log_in_the_same_ms_are_paged_whole(hands: Hands) 
     assert sorted(itertools.chain(*await pages(hands, 1))) == sorted(jobs)
 
 
-async def test_a_log_longer_than_a_page_of_entries_is_read_on(hands: Hands) -> None:
+async def test_a_log_longer_than_a_page_of_entries_is_read_to_its_end(hands: Hands) -> None:
     jobs = [await hands.one() for _ in range(230)]
     assert list(itertools.chain(*await pages(hands, 90))) == jobs[::-1]
 
@@ -182,10 +182,10 @@ async def test_an_empty_queue_lists_nothing(hands: Hands) -> None:
     assert await hands.inspection.jobs(tenant="default") == Page((), None)
 
 
-# --- strangers in the listing --------------------------------------------------------------
+# --- external jobs in the listing ----------------------------------------------------------
 
 
-async def test_a_strangers_job_is_listed_when_claimed_as_the_default_tenants(hands: Hands) -> None:
+async def test_an_external_job_is_listed_when_claimed_as_the_default_tenants(hands: Hands) -> None:
     job_id = await hands.one()
     hands.stranger("theirs")
     assert await listed(hands) == [job_id]
@@ -195,7 +195,7 @@ async def test_a_strangers_job_is_listed_when_claimed_as_the_default_tenants(han
 
 
 @pytest.mark.parametrize("outcome", ["released", "suspect", "retry", "lost"])
-async def test_a_strangers_job_that_runs_twice_is_listed_once(hands: Hands, outcome: str) -> None:
+async def test_an_external_job_that_runs_twice_is_listed_once(hands: Hands, outcome: str) -> None:
     hands.stranger("theirs")
     claim = await hands.take()
     if outcome == "lost":
@@ -209,7 +209,7 @@ async def test_a_strangers_job_that_runs_twice_is_listed_once(hands: Hands, outc
     assert await listed(hands) == ["theirs"]
 
 
-async def test_a_strangers_id_that_is_not_text_hides_no_other(hands: Hands) -> None:
+async def test_an_external_id_that_is_not_text_hides_no_other_job(hands: Hands) -> None:
     hands.stranger("first")
     hands.stranger(b"\xff\xfe")
     hands.stranger("second")
@@ -239,7 +239,7 @@ async def test_a_forged_cursor_is_refused_not_an_error(hands: Hands, cursor: str
         await hands.inspection.jobs(tenant="default", cursor=cursor)
 
 
-async def test_a_cursor_of_a_queue_that_is_gone_goes_on_with_the_rest(hands: Hands) -> None:
+async def test_a_cursor_of_a_removed_queue_continues_with_the_other_queues(hands: Hands) -> None:
     jobs = await hands.some(2)
     cursor = forged("9999999999999-1", f"{Q}:gone", 3)
     page = await hands.inspection.jobs(tenant="default", cursor=cursor)
@@ -249,12 +249,12 @@ async def test_a_cursor_of_a_queue_that_is_gone_goes_on_with_the_rest(hands: Han
 # --- health and the server -----------------------------------------------------------------
 
 
-async def test_health_counts_what_waits_in_each_queue(hands: Hands) -> None:
+async def test_health_counts_the_waiting_jobs_of_each_queue(hands: Hands) -> None:
     await hands.some(2)
     await hands.one(priority="high")
     await hands.one(queue=OTHER, priority="low")
     await hands.one(delay_seconds=60)
-    await hands.upkeep.announce_worker("w", {}, 60)
+    await hands.announcements.announce_worker("w", {}, 60)
     health = await hands.inspection.health()
     assert health.server.startswith(("Valkey ", "Redis "))
     assert (health.queues, health.workers) == ({Q: 3, OTHER: 1}, 1)
@@ -268,16 +268,18 @@ async def test_health_counts_what_waits_in_each_queue(hands: Hands) -> None:
         ({"redis_version": "10.0.0", "cluster_enabled": "0"}, "Redis 10.0.0"),
     ],
 )
-def test_servers_that_keep_the_promise_are_named(info: dict[str, str], named: str) -> None:
-    assert checked_server(info) == named
+def test_supported_servers_are_named(info: dict[str, str], named: str) -> None:
+    assert check_info(info) == named
 
 
 async def test_a_listing_passes_expired_jobs_in_few_calls(hands: Hands) -> None:
-    """One call for each entry of a log was 4,900 calls, and over a second, for one listing."""
+    """With one call for each log entry, a listing took 4,900 calls and over a second."""
     oldest = await hands.one()
     expired = [await hands.one() for _ in range(300)]
-    hands.redis.delete(*(key for one in expired for key in (keys.status(one), keys.meta(one))))
-    hands.redis.delete(*(keys.data(one) for one in expired))
+    hands.redis.delete(
+        *(key for job_id in expired for key in (keys.status(job_id), keys.meta(job_id)))
+    )
+    hands.redis.delete(*(keys.data(job_id) for job_id in expired))
     before = _reads(hands.redis)
 
     assert await listed(hands) == [oldest]
@@ -300,6 +302,6 @@ def _reads(server: redis.Redis) -> int:
         ({}, ">= 7.0"),
     ],
 )
-def test_servers_that_cannot_keep_the_promise_are_refused(info: dict[str, str], why: str) -> None:
+def test_unsupported_servers_are_refused(info: dict[str, str], why: str) -> None:
     with pytest.raises(ServerRefused, match=why):
-        checked_server(info)
+        check_info(info)

@@ -1,4 +1,4 @@
-"""Sweep, repair, pause, purge: what is done for a whole queue."""
+"""Sweeps, repairs, pauses and purges of queues, and announcements."""
 
 import asyncio
 
@@ -8,7 +8,7 @@ import redis
 
 from asyncinfer.repository import keys
 from asyncinfer.repository.leases import Renewals
-from asyncinfer.repository.maintenance import Swept, Upkeep
+from asyncinfer.repository.maintenance import Maintenance, Swept
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
@@ -29,23 +29,23 @@ def hands(store: Store, server: redis.Redis) -> Hands:
 
 async def test_any_number_of_callers_make_one_sweep(hands: Hands) -> None:
     hands.policy(lease_seconds=60, reap_seconds=60)
-    await asyncio.gather(*(Upkeep(hands.store).sweep() for _ in range(20)))
+    await asyncio.gather(*(Maintenance(hands.store).sweep() for _ in range(20)))
     await hands.some(1, delay_seconds=60)
     hands.let_come_due(keys.delayed(Q))
-    totals = await asyncio.gather(*(Upkeep(hands.store).sweep() for _ in range(20)))
+    totals = await asyncio.gather(*(Maintenance(hands.store).sweep() for _ in range(20)))
     assert totals == [Swept()] * 20
     hands.redis.delete(keys.reap_gate(Q))
-    totals = await asyncio.gather(*(Upkeep(hands.store).sweep() for _ in range(20)))
+    totals = await asyncio.gather(*(Maintenance(hands.store).sweep() for _ in range(20)))
     assert sorted(total.promoted for total in totals) == [0] * 19 + [1]
 
 
 async def test_the_gate_opens_after_half_a_tick(hands: Hands) -> None:
     hands.policy(lease_seconds=60, reap_seconds=2)
-    await hands.upkeep.sweep()
+    await hands.maintenance.sweep()
     assert 900 < hands.redis.pttl(keys.reap_gate(Q)) <= 1000
 
 
-def test_the_tick_is_never_near_the_guards_gap() -> None:
+def test_the_tick_is_far_below_the_gap_of_the_outage_guard() -> None:
     assert Policy(lease_seconds=15, reap_seconds=2).tick_ms == 2000
     assert Policy(lease_seconds=3, reap_seconds=2).tick_ms == 500
     assert Policy(lease_seconds=0.001, reap_seconds=2).tick_ms == 1
@@ -56,7 +56,7 @@ async def test_every_queue_is_swept_and_the_default_one_always(hands: Hands) -> 
     for queue in queues:
         await hands.submit(new_job(queue=queue, delay_seconds=60))
         hands.let_come_due(keys.delayed(queue))
-    assert await hands.upkeep.queues() == sorted([Q, *queues])
+    assert await hands.store.queues() == sorted([Q, *queues])
     assert (await hands.sweep()).promoted == 40
     assert hands.redis.exists(keys.swept(Q))
 
@@ -65,7 +65,7 @@ async def test_every_queue_is_swept_and_the_default_one_always(hands: Hands) -> 
 
 
 async def dead_claim(hands: Hands) -> str:
-    """A job whose lease has ended."""
+    """Lets the lease of a claimed job end; returns the job's id."""
     job_id = await hands.one()
     await hands.take()
     hands.let_leases_end()
@@ -73,30 +73,30 @@ async def dead_claim(hands: Hands) -> str:
 
 
 @pytest.mark.parametrize("gap_ms", [None, 251, 10_000, -1_000])
-async def test_after_a_gap_nobodys_jobs_are_taken_for_one_lease(
+async def test_after_a_gap_no_worker_loses_jobs_for_one_lease(
     hands: Hands, gap_ms: int | None
 ) -> None:
     job_id = await dead_claim(hands)
     if gap_ms is not None:
         hands.redis.set(keys.swept(Q), hands.now_ms() - gap_ms)
-    assert (await hands.upkeep.sweep()).put_back == 0
+    assert (await hands.maintenance.sweep()).put_back == 0
     assert hands.status(job_id) == "processing"
     assert 400 < hands.redis.pttl(keys.hold(Q)) <= 500
 
 
-async def test_sweeps_in_time_raise_no_guard(hands: Hands) -> None:
+async def test_sweeps_in_time_arm_no_guard(hands: Hands) -> None:
     job_id = await dead_claim(hands)
     hands.redis.set(keys.swept(Q), hands.now_ms() - 150)
-    assert (await hands.upkeep.sweep()).put_back == 1
+    assert (await hands.maintenance.sweep()).put_back == 1
     assert hands.status(job_id) == "pending"
 
 
-async def test_the_guard_ends_by_itself_and_the_lost_are_recovered(hands: Hands) -> None:
+async def test_the_guard_ends_by_itself_and_lost_jobs_are_recovered(hands: Hands) -> None:
     hands.policy(lease_seconds=0.12)
     job_id = await dead_claim(hands)
 
     async def recovered() -> bool:
-        await hands.upkeep.sweep()
+        await hands.maintenance.sweep()
         return hands.status(job_id) == "pending"
 
     await eventually(recovered, "the job waits again")
@@ -108,7 +108,7 @@ async def test_the_guard_holds_up_neither_promotions_nor_deadlines(hands: Hands)
     await hands.one(finish_within_seconds=60)
     hands.let_come_due(keys.delayed(Q))
     hands.let_come_due(keys.deadlines(Q))
-    swept = await hands.upkeep.sweep()
+    swept = await hands.maintenance.sweep()
     assert hands.redis.exists(keys.hold(Q))
     assert (swept.promoted, swept.expired) == (1, 1)
 
@@ -121,7 +121,7 @@ async def test_a_lease_far_in_the_future_is_cut_to_one_lease(hands: Hands) -> No
     assert hands.redis.zscore(keys.leases(Q), claim.token) <= hands.now_ms() + 500
 
 
-async def test_a_living_workers_lease_is_left_alone(hands: Hands) -> None:
+async def test_the_lease_of_a_live_worker_is_left_alone(hands: Hands) -> None:
     job_id = await hands.one()
     claim = await hands.take()
     before = hands.redis.zscore(keys.leases(Q), claim.token)
@@ -133,7 +133,7 @@ async def test_a_living_workers_lease_is_left_alone(hands: Hands) -> None:
 # --- lost workers --------------------------------------------------------------------------
 
 
-async def test_hundred_dead_claims_come_back_in_order_among_those_that_wait(hands: Hands) -> None:
+async def test_a_hundred_expired_claims_come_back_in_order_among_waiting_jobs(hands: Hands) -> None:
     jobs = [*await hands.some(250), *await hands.some(250), *await hands.some(100)]
     for _ in range(100):
         await hands.take(1)
@@ -156,7 +156,7 @@ async def test_claims_renewed_together_come_back_in_order(hands: Hands) -> None:
     assert hands.waiting() == jobs
 
 
-async def test_more_than_a_sweep_holds_comes_back_in_order_too(hands: Hands) -> None:
+async def test_more_claims_than_a_sweep_takes_come_back_in_order_too(hands: Hands) -> None:
     jobs = [job for _ in range(5) for job in await hands.some(250)]
     for _ in range(5):
         await hands.take(250)
@@ -166,7 +166,7 @@ async def test_more_than_a_sweep_holds_comes_back_in_order_too(hands: Hands) -> 
     assert hands.waiting() == jobs
 
 
-async def test_what_one_call_leaves_the_same_caller_takes_up(hands: Hands) -> None:
+async def test_a_sweep_continues_until_nothing_is_left(hands: Hands) -> None:
     for _ in range(5):
         await hands.some(250)
         await hands.take(250)
@@ -246,7 +246,7 @@ async def test_a_lost_job_that_was_cancelled_ends_cancelled(hands: Hands) -> Non
     assert_at_rest(hands.redis, Q)
 
 
-async def test_a_strangers_lost_job_comes_back_too(hands: Hands) -> None:
+async def test_an_external_lost_job_comes_back_too(hands: Hands) -> None:
     hands.stranger("theirs")
     await hands.take()
     hands.let_leases_end()
@@ -256,7 +256,7 @@ async def test_a_strangers_lost_job_comes_back_too(hands: Hands) -> None:
     assert await hands.run_all() == ["theirs"]
 
 
-async def test_a_claim_whose_key_is_lost_is_forgotten(hands: Hands) -> None:
+async def test_a_claim_whose_key_is_lost_is_removed(hands: Hands) -> None:
     await hands.one()
     claim = await hands.take()
     hands.redis.delete(keys.claim(Q, claim.token))
@@ -266,7 +266,7 @@ async def test_a_claim_whose_key_is_lost_is_forgotten(hands: Hands) -> None:
     assert await hands.ended(claim) == ["completed"]
 
 
-async def test_old_dead_letters_are_forgotten(hands: Hands) -> None:
+async def test_old_dead_letters_are_removed(hands: Hands) -> None:
     hands.redis.zadd(keys.dead(Q), {"old": hands.now_ms() - 901_000, "new": hands.now_ms()})
     await hands.sweep()
     assert hands.redis.zrange(keys.dead(Q), 0, -1) == [b"new"]
@@ -312,7 +312,7 @@ async def test_a_delayed_entry_that_is_not_pending_is_dropped(hands: Hands) -> N
 
 
 @pytest.mark.parametrize("option", ["start_within_seconds", "finish_within_seconds"])
-async def test_a_waiting_job_past_its_deadline_fails_and_leaves_a_counted_ghost(
+async def test_a_waiting_job_past_its_deadline_fails_and_leaves_a_counted_stale_entry(
     hands: Hands, option: str
 ) -> None:
     late, job = await hands.one(**{option: 60}), await hands.one()
@@ -324,7 +324,7 @@ async def test_a_waiting_job_past_its_deadline_fails_and_leaves_a_counted_ghost(
     assert_at_rest(hands.redis, Q)
 
 
-async def test_the_cap_is_exact_beside_jobs_that_expired(hands: Hands) -> None:
+async def test_the_cap_is_exact_while_expired_jobs_are_in_the_list(hands: Hands) -> None:
     hands.policy(max_queue=3)
     await hands.some(3, start_within_seconds=60)
     hands.let_come_due(keys.deadlines(Q))
@@ -332,7 +332,7 @@ async def test_the_cap_is_exact_beside_jobs_that_expired(hands: Hands) -> None:
     assert await hands.submit(*(new_job() for _ in range(4))) == ["ok"] * 3 + ["full"]
 
 
-async def test_a_delayed_job_past_its_deadline_leaves_no_ghost(hands: Hands) -> None:
+async def test_a_delayed_job_past_its_deadline_leaves_no_stale_entry(hands: Hands) -> None:
     late, waiting = await hands.one(delay_seconds=60, finish_within_seconds=30), await hands.one()
     hands.let_come_due(keys.deadlines(Q))
     await hands.sweep()
@@ -385,7 +385,7 @@ async def test_a_flagged_job_whose_worker_dies_expires(hands: Hands) -> None:
     assert_at_rest(hands.redis, Q)
 
 
-async def test_a_deadline_of_a_job_that_ended_elsewhere_is_forgotten(hands: Hands) -> None:
+async def test_a_deadline_of_a_job_that_ended_without_a_script_is_removed(hands: Hands) -> None:
     job_id = await hands.one(finish_within_seconds=60)
     hands.redis.rpop(Q)
     hands.redis.set(keys.status(job_id), "completed", ex=60)
@@ -426,7 +426,7 @@ async def test_the_log_is_bounded_in_jobs(hands: Hands, jobs_a_sweep: int) -> No
     assert hands.redis.llen(keys.log_marks(Q)) <= 12
 
 
-async def test_the_log_stays_bounded_when_the_count_of_jobs_begins_anew(hands: Hands) -> None:
+async def test_the_log_stays_bounded_when_the_count_of_jobs_restarts(hands: Hands) -> None:
     hands.policy(log_jobs=100)
     for round_number in range(60):
         if round_number == 30:
@@ -449,9 +449,9 @@ async def test_a_batch_of_transitions_is_one_entry(hands: Hands) -> None:
 
 
 async def repaired(hands: Hands) -> int:
-    """Repairs at once, whoever's turn it is."""
+    """Repairs even if another process has repaired lately."""
     hands.redis.delete(keys.repair_gate(Q))
-    back = await hands.upkeep.repair(PAUSE)
+    back = await hands.maintenance.repair(PAUSE)
     assert back is not None
     return back
 
@@ -461,7 +461,7 @@ async def pause_passes(hands: Hands) -> None:
     await eventually(lambda: hands.now_ms() > end, "the pause between two passes")
 
 
-async def popped_by_a_stranger(hands: Hands, status: str = "processing") -> str:
+async def pop_as_external_consumer(hands: Hands, status: str = "processing") -> str:
     job_id = str(hands.redis.rpop(Q).decode())
     hands.redis.set(keys.status(job_id), status)
     return job_id
@@ -470,7 +470,7 @@ async def popped_by_a_stranger(hands: Hands, status: str = "processing") -> str:
 @pytest.mark.parametrize("status", ["processing", "pending"])
 async def test_a_job_out_of_place_in_two_passes_is_put_back(hands: Hands, status: str) -> None:
     first, second = await hands.some(2)
-    assert await popped_by_a_stranger(hands, status) == first
+    assert await pop_as_external_consumer(hands, status) == first
     assert await repaired(hands) == 0
     await pause_passes(hands)
     hands.redis.delete(keys.wake(Q))
@@ -481,13 +481,15 @@ async def test_a_job_out_of_place_in_two_passes_is_put_back(hands: Hands, status
     assert not hands.redis.exists(keys.out_of_place(Q))
 
 
-async def test_between_the_passes_a_strangers_living_consumer_is_left_alone(hands: Hands) -> None:
+async def test_between_two_repairs_the_job_of_a_live_external_consumer_is_left_alone(
+    hands: Hands,
+) -> None:
     job_id = await hands.one()
-    await popped_by_a_stranger(hands)
+    await pop_as_external_consumer(hands)
     hands.policy()
     for _ in range(3):
         hands.redis.delete(keys.repair_gate(Q))
-        assert await hands.upkeep.repair(60) == 0
+        assert await hands.maintenance.repair(60) == 0
     assert hands.status(job_id) == "processing"
     assert hands.waiting() == []
     assert 0 < hands.redis.ttl(keys.out_of_place(Q)) <= 86_400
@@ -495,7 +497,7 @@ async def test_between_the_passes_a_strangers_living_consumer_is_left_alone(hand
 
 async def test_a_job_found_in_place_again_is_not_put_back(hands: Hands) -> None:
     job_id = await hands.one()
-    await popped_by_a_stranger(hands)
+    await pop_as_external_consumer(hands)
     await repaired(hands)
     await pause_passes(hands)
     hands.redis.mset({keys.status(job_id): "pending"})
@@ -504,7 +506,7 @@ async def test_a_job_found_in_place_again_is_not_put_back(hands: Hands) -> None:
     assert hands.waiting() == [job_id]
 
 
-async def test_a_job_that_came_back_between_the_look_and_the_script_stays_once(
+async def test_a_job_that_came_back_between_the_check_and_the_script_stays_once(
     hands: Hands,
 ) -> None:
     job_id = await hands.one(priority="low")
@@ -515,7 +517,7 @@ async def test_a_job_that_came_back_between_the_look_and_the_script_stays_once(
     assert not hands.redis.exists(keys.out_of_place(Q))
 
 
-async def test_what_waits_runs_or_is_delayed_is_in_place(hands: Hands) -> None:
+async def test_waiting_running_and_delayed_jobs_are_in_place(hands: Hands) -> None:
     for priority in ("high", "normal", "low"):
         await hands.some(2, priority=priority)
     await hands.one(delay_seconds=60)
@@ -537,9 +539,9 @@ async def test_a_job_is_put_back_into_its_own_queue_and_priority(hands: Hands) -
     assert hands.waiting() == []
 
 
-async def test_what_is_put_back_into_an_empty_queue_counts_its_bytes_again(hands: Hands) -> None:
+async def test_a_job_put_back_into_an_empty_queue_counts_its_bytes_again(hands: Hands) -> None:
     lost, _ = await hands.some(2)
-    await popped_by_a_stranger(hands)
+    await pop_as_external_consumer(hands)
     await hands.run_all()
     assert not hands.redis.exists(keys.bytes_waiting(Q))
     await repaired(hands)
@@ -549,7 +551,7 @@ async def test_what_is_put_back_into_an_empty_queue_counts_its_bytes_again(hands
     assert await hands.run_all() == [lost]
 
 
-async def test_a_repair_lists_a_queue_again_that_only_its_jobs_know(hands: Hands) -> None:
+async def test_a_repair_lists_a_queue_again_that_only_records_name(hands: Hands) -> None:
     (job,) = await hands.some(1, queue=OTHER, start_within_seconds=60)
     hands.redis.delete(keys.queues(Q))
     hands.let_come_due(keys.deadlines(OTHER))
@@ -563,7 +565,7 @@ async def test_a_repair_lists_a_queue_again_that_only_its_jobs_know(hands: Hands
 async def test_jobs_put_back_by_repair_keep_their_order(hands: Hands) -> None:
     jobs = await hands.some(250)
     for _ in jobs:
-        await popped_by_a_stranger(hands)
+        await pop_as_external_consumer(hands)
     await repaired(hands)
     await pause_passes(hands)
     assert await repaired(hands) == 250
@@ -571,16 +573,16 @@ async def test_jobs_put_back_by_repair_keep_their_order(hands: Hands) -> None:
     assert ages == sorted(ages)
 
 
-async def test_a_strangers_lost_job_is_put_back_too(hands: Hands) -> None:
+async def test_an_external_lost_job_is_put_back_too(hands: Hands) -> None:
     hands.stranger("theirs")
-    await popped_by_a_stranger(hands)
+    await pop_as_external_consumer(hands)
     await repaired(hands)
     await pause_passes(hands)
     assert await repaired(hands) == 1
     assert await hands.run_all() == ["theirs"]
 
 
-async def test_a_job_whose_claim_was_let_go_too_early_is_put_back(hands: Hands) -> None:
+async def test_a_job_whose_claim_was_closed_too_early_is_put_back(hands: Hands) -> None:
     done, stranded = await hands.some(2)
     claim = await hands.take()
     await hands.finish(claim, only=[done])
@@ -593,11 +595,11 @@ async def test_a_job_whose_claim_was_let_go_too_early_is_put_back(hands: Hands) 
 
 
 async def test_one_process_repairs_at_a_time(hands: Hands) -> None:
-    assert await hands.upkeep.repair(60) == 0
-    assert await Upkeep(hands.store).repair(60) is None
+    assert await hands.maintenance.repair(60) == 0
+    assert await Maintenance(hands.store).repair(60) is None
 
 
-async def test_facts_of_a_job_that_ended_elsewhere_are_forgotten(hands: Hands) -> None:
+async def test_facts_of_a_job_that_ended_without_a_script_are_removed(hands: Hands) -> None:
     job_id = await hands.one(priority="high", queue=OTHER)
     kept = await hands.one(priority="high", queue=OTHER)
     hands.redis.rpop(keys.waiting(OTHER)[0])
@@ -608,7 +610,9 @@ async def test_facts_of_a_job_that_ended_elsewhere_are_forgotten(hands: Hands) -
     assert hands.redis.hkeys(keys.facts(OTHER)) == [kept.encode()]
 
 
-async def test_facts_are_forgotten_however_many_and_with_nothing_left_to_do(hands: Hands) -> None:
+async def test_any_number_of_stray_facts_is_removed_even_without_unfinished_jobs(
+    hands: Hands,
+) -> None:
     facts = {f"gone{number}": msgspec.msgpack.encode({"d": 1}) for number in range(3000)}
     hands.redis.hset(keys.facts(Q), mapping=facts)
     await repaired(hands)
@@ -618,8 +622,10 @@ async def test_facts_are_forgotten_however_many_and_with_nothing_left_to_do(hand
 # --- pause and purge -----------------------------------------------------------------------
 
 
-async def test_pausing_tells_the_workers_and_says_what_it_changed(hands: Hands) -> None:
-    pause = hands.operation.pause
+async def test_pausing_notifies_the_workers_and_returns_whether_it_changed_anything(
+    hands: Hands,
+) -> None:
+    pause = hands.operations.pause
     changed = [await pause(Q, paused=paused) for paused in (True, True, False, False)]
     assert changed == [True, False, True, False]
     messages = [list(fields) for _, fields in hands.redis.xrange(keys.control(Q))]
@@ -629,16 +635,16 @@ async def test_pausing_tells_the_workers_and_says_what_it_changed(hands: Hands) 
 async def test_running_jobs_of_a_paused_queue_finish(hands: Hands) -> None:
     await hands.one()
     claim = await hands.take()
-    await hands.operation.pause(Q, paused=True)
+    await hands.operations.pause(Q, paused=True)
     assert await hands.ended(claim) == ["completed"]
 
 
-async def test_a_purge_ends_all_that_waits_and_nothing_that_runs(hands: Hands) -> None:
+async def test_a_purge_ends_all_waiting_jobs_and_no_running_one(hands: Hands) -> None:
     running = await hands.one()
     claim = await hands.take()
     waiting = [await hands.one(priority=priority) for priority in ("high", "normal", "low")]
     delayed = await hands.one(delay_seconds=60)
-    assert await hands.operation.purge(Q) == 4
+    assert await hands.operations.purge(Q) == 4
     assert hands.statuses([*waiting, delayed]) == {"cancelled"}
     assert hands.status(running) == "processing"
     assert hands.waiting() == []
@@ -646,17 +652,17 @@ async def test_a_purge_ends_all_that_waits_and_nothing_that_runs(hands: Hands) -
     assert_at_rest(hands.redis, Q)
 
 
-async def test_a_purge_goes_on_beyond_a_thousand(hands: Hands) -> None:
+async def test_a_purge_of_more_than_a_thousand_jobs_ends_them_all(hands: Hands) -> None:
     jobs = [job for _ in range(3) for job in await hands.some(250)]
     jobs += [job for _ in range(3) for job in await hands.some(250, delay_seconds=60)]
-    assert await hands.operation.purge(Q) == 1500
+    assert await hands.operations.purge(Q) == 1500
     assert hands.statuses(jobs) == {"cancelled"}
     assert_at_rest(hands.redis, Q)
 
 
-async def test_a_purge_counts_off_the_ghosts_it_takes_along(hands: Hands) -> None:
-    ghosts = await hands.some(60)
-    await hands.cancel_in_one_call(*ghosts)
+async def test_a_purge_subtracts_the_stale_entries_it_removes(hands: Hands) -> None:
+    stale = await hands.some(60)
+    await hands.cancel_in_one_call(*stale)
     for _ in range(10):
         await hands.some(100)
     ended, left = await hands.store.call(
@@ -667,12 +673,12 @@ async def test_a_purge_counts_off_the_ghosts_it_takes_along(hands: Hands) -> Non
     assert hands.counter(keys.bytes_waiting(Q)) == 800 * len(DATA)
 
 
-async def test_a_purge_ends_strangers_jobs_with_and_without_a_status(hands: Hands) -> None:
+async def test_a_purge_ends_external_jobs_with_and_without_a_status(hands: Hands) -> None:
     hands.stranger("one")
     hands.stranger("two", status=None)
     hands.stranger("nothing", data=None, status=None)
     hands.redis.lpush(Q, "one")
-    assert await hands.operation.purge(Q) == 2
+    assert await hands.operations.purge(Q) == 2
     assert hands.statuses(["one", "two"]) == {"cancelled"}
     assert hands.status("nothing") is None
     assert_at_rest(hands.redis, Q)
@@ -680,16 +686,16 @@ async def test_a_purge_ends_strangers_jobs_with_and_without_a_status(hands: Hand
 
 async def test_a_purged_job_can_be_retried(hands: Hands) -> None:
     job_id = await hands.one()
-    await hands.operation.purge(Q)
+    await hands.operations.purge(Q)
     assert await hands.retry(job_id) == "ok"
     assert await hands.run_all() == [job_id]
 
 
-async def test_a_stranger_who_writes_a_list_as_status_does_not_stop_a_purge(hands: Hands) -> None:
+async def test_an_external_job_with_a_list_as_status_does_not_stop_a_purge(hands: Hands) -> None:
     hands.redis.lpush("job:theirs:status", "pending")
     hands.stranger("theirs", status=None)
     job_id = await hands.one()
-    await hands.operation.purge(Q)
+    await hands.operations.purge(Q)
     assert hands.status(job_id) == "cancelled"
     assert hands.waiting() == []
 
@@ -698,26 +704,26 @@ async def test_a_stranger_who_writes_a_list_as_status_does_not_stop_a_purge(hand
 
 
 async def test_models_are_announced_for_good_and_versions_side_by_side(hands: Hands) -> None:
-    await hands.upkeep.announce_models({"iris": {"1": b"one"}, "digits": {"1": b"d"}})
-    await hands.upkeep.announce_models({"iris": {"2": b"two"}})
-    await hands.upkeep.announce_models({})
-    announced = await hands.inspection.announced()
+    await hands.announcements.announce_models({"iris": {"1": b"one"}, "digits": {"1": b"d"}})
+    await hands.announcements.announce_models({"iris": {"2": b"two"}})
+    await hands.announcements.announce_models({})
+    announced = await hands.announcements.announced()
     assert announced.models == {"iris": {"1": b"one", "2": b"two"}, "digits": {"1": b"d"}}
     assert hands.redis.ttl(keys.model(Q, "iris")) == -1
 
 
 async def test_a_worker_is_announced_until_it_is_silent_or_retracts(hands: Hands) -> None:
-    await hands.upkeep.announce_worker("w1", {"pid": 1}, 60)
-    await hands.upkeep.announce_worker("w2", {"pid": 2}, 60)
-    assert set(await hands.inspection.workers()) == {"w1", "w2"}
+    await hands.announcements.announce_worker("w1", {"pid": 1}, 60)
+    await hands.announcements.announce_worker("w2", {"pid": 2}, 60)
+    assert set(await hands.announcements.workers()) == {"w1", "w2"}
     assert 0 < hands.redis.ttl(keys.worker(Q, "w1")) <= 60
     hands.redis.delete(keys.worker(Q, "w1"))
-    assert (await hands.inspection.workers()) == {"w2": b'{"pid":2}'}
-    await hands.upkeep.retract_worker("w2")
-    assert await hands.inspection.workers() == {}
+    assert (await hands.announcements.workers()) == {"w2": b'{"pid":2}'}
+    await hands.announcements.retract_worker("w2")
+    assert await hands.announcements.workers() == {}
 
 
-async def test_the_list_of_workers_forgets_the_silent(hands: Hands) -> None:
+async def test_silent_workers_leave_the_list_of_workers(hands: Hands) -> None:
     hands.redis.zadd(keys.workers(Q), {"old": 1})
-    await hands.upkeep.announce_worker("new", {}, 60)
+    await hands.announcements.announce_worker("new", {}, 60)
     assert hands.redis.zrange(keys.workers(Q), 0, -1) == [b"new"]

@@ -1,7 +1,7 @@
 """Random interleavings of every verb, retried calls included, against a real server.
 
-After each step the whole state is read and checked: every job of ours is in exactly one place,
-one terminal state a round, nobody but the owner of a job ends it, and every bound holds.
+After each step the whole state is read and checked: every job is in exactly one place,
+each round has one terminal state, only the owner of a job ends it, and every bound holds.
 """
 
 import asyncio
@@ -61,7 +61,7 @@ return seen
 
 
 class JobView(msgspec.Struct, frozen=True):
-    """A job as Redis holds it."""
+    """A job as stored in Redis."""
 
     status: str | None
     result: bytes | None
@@ -69,7 +69,7 @@ class JobView(msgspec.Struct, frozen=True):
     meta: bytes | None
     size: int
     ttls: tuple[int, ...]
-    """Of data, status, result, error, meta: -2 absent, -1 for ever."""
+    """The TTLs of data, status, result, error, meta: -2 for an absent key, -1 for no TTL."""
 
     @property
     def ended(self) -> bool:
@@ -77,7 +77,7 @@ class JobView(msgspec.Struct, frozen=True):
 
 
 class QueueView(msgspec.Struct, frozen=True):
-    """A queue as Redis holds it; lists in the order they are served."""
+    """A queue as stored in Redis; lists in the order in which they are served."""
 
     lists: tuple[list[str], list[str], list[str]]
     delayed: list[str]
@@ -86,7 +86,7 @@ class QueueView(msgspec.Struct, frozen=True):
     claims: dict[str, list[str]]
     facts: dict[str, Facts]
     deadlines: list[str]
-    ghosts: int
+    stale_entries: int
     bytes: int
     wake: int
     paused: bool
@@ -97,7 +97,7 @@ class QueueView(msgspec.Struct, frozen=True):
 
     @property
     def room(self) -> int:
-        return MAX_QUEUE - (len(self.waiting) + len(self.delayed) - self.ghosts)
+        return MAX_QUEUE - (len(self.waiting) + len(self.delayed) - self.stale_entries)
 
 
 class View(msgspec.Struct, frozen=True):
@@ -106,7 +106,7 @@ class View(msgspec.Struct, frozen=True):
 
 
 class Held(msgspec.Struct):
-    """A claim as its worker sees it: what it has not finished yet."""
+    """A claim as its worker sees it, with the jobs that it has not finished yet."""
 
     worker: int
     claim: Claim
@@ -119,7 +119,7 @@ class Held(msgspec.Struct):
 
 
 class World:
-    """One loop, one store, one client, for all the runs of a machine."""
+    """The event loop, the store and the client of all runs of the machine."""
 
     def __init__(self, url: str, client: redis.Redis) -> None:
         policy = Policy(lease_seconds=60, reap_seconds=2, max_queue=MAX_QUEUE, max_dead=3)
@@ -144,7 +144,7 @@ def texts(names: Sequence[bytes]) -> list[str]:
 
 
 class Machine(RuleBasedStateMachine):
-    """Workers, APIs, strangers and time, all at once."""
+    """Workers, APIs, external producers and the passing of time, interleaved."""
 
     def __init__(self, world: World) -> None:
         super().__init__()
@@ -155,14 +155,14 @@ class Machine(RuleBasedStateMachine):
         self.made = 0
         self.ids: list[str] = []
         self.lists: dict[str, int] = {}
-        """Which list a job of ours belongs into."""
-        self.strangers: set[str] = set()
+        """{job id: the list it belongs into}, without external jobs."""
+        self.external_ids: set[str] = set()
         self.doubled: set[str] = set()
-        """Ids that a stranger pushed a second time."""
+        """Ids that an external producer pushed a second time."""
         self.held: list[Held] = []
         self.blocked: set[int] = set()
         self.results: dict[str, bytes] = {}
-        """What the accepted finish of each completed job wrote."""
+        """{job id: the result that the accepted finish wrote}."""
         self.reopened: set[str] = set()
         self.forgotten: set[str] = set()
         self.watched: set[str] = set()
@@ -171,12 +171,12 @@ class Machine(RuleBasedStateMachine):
         self.inputs_lost = False
         self.last = self.view()
 
-    # --- what there is ---------------------------------------------------------------------
+    # --- reading the state -----------------------------------------------------------------
 
     def view(self) -> View:
         jobs = self.redis.eval(_LOOK, 0, *self.ids) if self.ids else []
         return View(
-            {job_id: job_view(*one) for job_id, one in zip(self.ids, jobs, strict=True)},
+            {job_id: job_view(*values) for job_id, values in zip(self.ids, jobs, strict=True)},
             {queue: self.queue_view(queue) for queue in QUEUES},
         )
 
@@ -190,10 +190,20 @@ class Machine(RuleBasedStateMachine):
         pipeline.scard(keys.stale_entries(queue)).get(keys.bytes_waiting(queue))
         pipeline.llen(keys.wake(queue)).exists(keys.paused(queue))
         pipeline.keys(keys.claim(queue, "*"))
-        *lists, delayed, leases, deadlines, running, facts, ghosts, size, wake, paused, claims = (
-            pipeline.execute()
-        )
-        high, normal, low = (texts(one)[::-1] for one in lists)
+        (
+            *lists,
+            delayed,
+            leases,
+            deadlines,
+            running,
+            facts,
+            stale_entries,
+            size,
+            wake,
+            paused,
+            claims,
+        ) = pipeline.execute()
+        high, normal, low = (texts(ids)[::-1] for ids in lists)
         prefix = len(keys.claim(queue, ""))
         return QueueView(
             (high, normal, low),
@@ -206,7 +216,7 @@ class Machine(RuleBasedStateMachine):
             },
             {job_id.decode(): decode_facts(packed) for job_id, packed in facts.items()},
             sorted(texts(deadlines)),
-            ghosts,
+            stale_entries,
             int(size or 0),
             wake,
             bool(paused),
@@ -233,7 +243,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(
         queue=st.sampled_from(QUEUES),
-        asked=st.lists(
+        requests=st.lists(
             st.fixed_dictionaries(
                 {
                     "priority": st.sampled_from(["normal", "normal", "high", "low"]),
@@ -251,8 +261,8 @@ class Machine(RuleBasedStateMachine):
         ),
         repeat=st.booleans(),
     )
-    def submit(self, queue: str, asked: list[dict[str, Any]], repeat: bool) -> None:
-        self.submit_all([self.job(queue=queue, **about) for about in asked], repeat)
+    def submit(self, queue: str, requests: list[dict[str, Any]], repeat: bool) -> None:
+        self.submit_all([self.job(queue=queue, **about) for about in requests], repeat)
 
     @rule(
         queue=st.sampled_from(QUEUES),
@@ -260,11 +270,11 @@ class Machine(RuleBasedStateMachine):
         start_within_seconds=st.sampled_from([None, 3600]),
     )
     def flood(self, queue: str, **about: Any) -> None:
-        """More than the queue takes."""
+        """Submits more jobs than the queue takes."""
         self.submit_all([self.job(queue=queue, **about) for _ in range(MAX_QUEUE + 1)], False)
 
     def job(self, **about: Any) -> NewJob:
-        """A job whose id is the same in every run, since ties in Redis go by the id."""
+        """A job whose id is the same in every run, since Redis orders ties by the id."""
         self.made += 1
         return new_job(job_id=f"{self.made:04}", **about)
 
@@ -301,14 +311,14 @@ class Machine(RuleBasedStateMachine):
             assert verdict == "exists"
             self.unchanged("a submit of a known id")
         elif verdict == "ok":
-            # A stranger's id without a status, which is now a job of ours as well.
+            # An external id without a status, which is submitted through the API now.
             self.lists[job_id] = 1
             self.doubled.add(job_id)
 
     @precondition(lambda self: self.ids)
     @rule(which=st.lists(st.integers(0, 99), min_size=1, max_size=3))
     def watch(self, which: list[int]) -> None:
-        for job_id in {self.some_id(one) for one in which}:
+        for job_id in {self.some_id(index) for index in which}:
             queue = self.queue_of(job_id)
             reply = self.do(self.hands.submissions.watch(queue, INBOX, [job_id]))[0]
             before = self.last.jobs[job_id]
@@ -331,26 +341,27 @@ class Machine(RuleBasedStateMachine):
         if before.ended:
             self.unchanged("cancelling an ended job")
 
-    @precondition(lambda self: any(len(one.waiting) > 10 for one in self.last.queues.values()))
+    @precondition(lambda self: any(len(queue.waiting) > 10 for queue in self.last.queues.values()))
     @rule()
     def cancel_all_in_one_call(self) -> None:
-        """More at once than are searched for in the lists: the rest stay as ghosts."""
-        for queue, one in self.last.queues.items():
-            ids = [job_id for job_id in self.ids if self.queue_of(job_id) == queue]
-            if len(one.waiting) > 10:
-                self.do(self.hands.cancel_in_one_call(*ids, queue=queue))
+        """Cancels more jobs at once than are searched for in the lists: the others stay there as
+        stale entries."""
+        for name, queue in self.last.queues.items():
+            ids = [job_id for job_id in self.ids if self.queue_of(job_id) == name]
+            if len(queue.waiting) > 10:
+                self.do(self.hands.cancel_in_one_call(*ids, queue=name))
 
-    @precondition(lambda self: any(one.ended for one in self.last.jobs.values()))
+    @precondition(lambda self: any(job.ended for job in self.last.jobs.values()))
     @rule(which=st.integers(0, 99), again=st.booleans())
     def retry(self, which: int, again: bool) -> None:
-        ended = [job_id for job_id, one in self.last.jobs.items() if one.ended]
-        listed = {job_id for one in self.last.queues.values() for job_id in one.waiting}
-        ghosts = [job_id for job_id in ended if job_id in listed]
-        ended = ghosts or ended
+        ended = [job_id for job_id, job in self.last.jobs.items() if job.ended]
+        listed = {job_id for queue in self.last.queues.values() for job_id in queue.waiting}
+        stale = [job_id for job_id in ended if job_id in listed]
+        ended = stale or ended
         job_id = ended[which % len(ended)]
         before, room = self.last.jobs[job_id], self.last.queues[self.queue_of(job_id)].room
         stored = self.do(self.hands.read(job_id))
-        verdict = self.do(self.hands.submissions.retry(stored, 1))
+        verdict = self.do(self.hands.operations.retry(stored, 1))
         assert verdict == retry_verdict(before, room)
         if verdict != "ok":
             return self.unchanged("a refused retry")
@@ -358,19 +369,19 @@ class Machine(RuleBasedStateMachine):
         self.watched.discard(job_id)
         if again:
             expected = "changed" if before.meta else "not_retryable"
-            assert self.do(self.hands.submissions.retry(stored, 1)) == expected
+            assert self.do(self.hands.operations.retry(stored, 1)) == expected
         return None
 
     @precondition(lambda self: self.ids)
     @rule(which=st.integers(0, 99), likely=st.booleans(), again=st.booleans())
     def forget(self, which: int, likely: bool, again: bool) -> None:
-        ended = [job_id for job_id, one in self.last.jobs.items() if one.ended]
+        ended = [job_id for job_id, job in self.last.jobs.items() if job.ended]
         job_id = ended[which % len(ended)] if likely and ended else self.some_id(which)
         before = self.last.jobs[job_id]
         if before.status is None:
             return
         stored = self.do(self.hands.read(job_id))
-        verdict = self.do(self.hands.submissions.forget(stored))
+        verdict = self.do(self.hands.operations.forget(stored))
         assert verdict == ("forgotten" if before.ended else "unfinished")
         if not before.ended:
             return self.unchanged("a forget of an unfinished job")
@@ -379,23 +390,23 @@ class Machine(RuleBasedStateMachine):
         self.watched.discard(job_id)
         self.forgotten.add(job_id)
         if again:
-            assert self.do(self.hands.submissions.forget(stored)) == "absent"
-            assert self.do(self.hands.submissions.retry(stored, 1)) == "absent"
+            assert self.do(self.hands.operations.forget(stored)) == "absent"
+            assert self.do(self.hands.operations.retry(stored, 1)) == "absent"
         return None
 
-    # --- strangers -------------------------------------------------------------------------
+    # --- external producers ----------------------------------------------------------------
 
     @rule(status=st.sampled_from([b"pending", None]))
-    def stranger_submits(self, status: bytes | None) -> None:
+    def external_submit(self, status: bytes | None) -> None:
         job_id = f"theirs{len(self.ids)}"
         self.hands.stranger(job_id, status=status)
         self.ids.append(job_id)
-        self.strangers.add(job_id)
+        self.external_ids.add(job_id)
         self.stray_pushes += 1
 
     @precondition(lambda self: self.ids)
     @rule(which=st.integers(0, 99), times=st.integers(1, 2))
-    def stranger_pushes_again(self, which: int, times: int) -> None:
+    def external_push_again(self, which: int, times: int) -> None:
         job_id = self.some_id(which)
         if self.queue_of(job_id) != Q:
             return
@@ -404,7 +415,7 @@ class Machine(RuleBasedStateMachine):
         self.stray_pushes += times
 
     @rule(junk=st.sampled_from(["", "a\nb", "x" * 200, "nobody"]))
-    def stranger_pushes_junk(self, junk: str) -> None:
+    def external_push_of_junk(self, junk: str) -> None:
         self.redis.lpush(Q, junk)
         self.stray_pushes += 1
 
@@ -417,18 +428,18 @@ class Machine(RuleBasedStateMachine):
     # --- workers ---------------------------------------------------------------------------
 
     def may_claim(self, worker: int) -> bool:
-        mine = [one for one in self.held if one.worker == worker and not one.let_go]
+        mine = [held for held in self.held if held.worker == worker and not held.let_go]
         if not mine:
             self.blocked.discard(worker)
-        return worker not in self.blocked and not any(one.claim.exclusive for one in mine)
+        return worker not in self.blocked and not any(held.claim.exclusive for held in mine)
 
     def request(self, worker: int, max_jobs: int, low_first: bool, turn: bool) -> ClaimRequest:
-        holds = any(one.worker == worker and not one.let_go for one in self.held)
+        holds = any(held.worker == worker and not held.let_go for held in self.held)
         queues = QUEUES[::-1] if turn else QUEUES
         return ClaimRequest(queues, self.hands.runs.new_token(), holds, max_jobs, low_first)
 
     def took(self, worker: int, request: ClaimRequest, claimed: Claimed) -> None:
-        """Notes a claim, and checks that nobody else has what it brought."""
+        """Notes a claim, and checks that no other claim holds its jobs."""
         if claimed.blocked:
             self.blocked.add(worker)
         if claimed.claim is None:
@@ -448,7 +459,7 @@ class Machine(RuleBasedStateMachine):
         lists = before.lists[::-1] if request.low_first else before.lists
         if request.low_first:
             lists = (before.lists[2], before.lists[1], before.lists[0])
-        queued = [job_id for one in lists for job_id in one]
+        queued = [job_id for ids in lists for job_id in ids]
         assert ids == sorted(ids, key=queued.index)
 
     @precondition(lambda self: self.has_work())
@@ -472,7 +483,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.has_work())
     @rule(worker=st.integers(0, WORKERS - 1), turn=st.booleans(), outcome=st.sampled_from(OUTCOMES))
     def serve(self, worker: int, turn: bool, outcome: Outcome) -> None:
-        """A claim and its finish, with nothing between them."""
+        """Claims and finishes, with nothing in between."""
         before = len(self.held)
         self.claim(worker, 4, False, turn)
         if len(self.held) > before:
@@ -483,7 +494,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.has_work())
     @rule(worker=st.integers(0, WORKERS - 1), turn=st.booleans())
     def lose(self, worker: int, turn: bool) -> None:
-        """A claim whose worker freezes at once, and the sweep that finds it."""
+        """Claims with a worker that freezes at once, and sweeps after its lease has ended."""
         before = len(self.held)
         self.claim(worker, 2, False, turn)
         if len(self.held) > before:
@@ -491,7 +502,7 @@ class Machine(RuleBasedStateMachine):
             self.reap()
 
     def has_work(self) -> bool:
-        return any(one.waiting and not one.paused for one in self.last.queues.values())
+        return any(queue.waiting and not queue.paused for queue in self.last.queues.values())
 
     @precondition(lambda self: self.held)
     @rule(which=st.integers(0, 99), late=st.booleans())
@@ -500,7 +511,7 @@ class Machine(RuleBasedStateMachine):
         held = (begun or self.held)[which % len(begun or self.held)]
         alive = held.claim.token in self.last.queues[held.claim.queue].claims
         if late or not alive:
-            # A duplicate that the network held back: its time is over.
+            # A duplicate that the network delayed until after its deadline.
             self.world.store.saw_server_time(self.hands.now_ms() - 3_600_000)
         claimed = self.do(self.hands.runs.claim(held.request))
         owned = [
@@ -512,7 +523,7 @@ class Machine(RuleBasedStateMachine):
         assert ids == (owned if alive else [])
         self.unchanged("a claim sent again")
 
-    @precondition(lambda self: any(one.open for one in self.held))
+    @precondition(lambda self: any(held.open for held in self.held))
     @rule(
         which=st.integers(0, 99),
         outcomes=st.lists(st.sampled_from(OUTCOMES), min_size=4, max_size=4),
@@ -536,7 +547,7 @@ class Machine(RuleBasedStateMachine):
             )
             for job, outcome in zip(jobs, outcomes, strict=False)
         ]
-        held.open = [one for one in held.open if one not in {job.job_id for job in jobs}]
+        held.open = [job for job in held.open if job not in {job.job_id for job in jobs}]
         last = not held.open
         held.let_go = held.let_go or last
         following = None
@@ -552,40 +563,42 @@ class Machine(RuleBasedStateMachine):
         last: bool,
         following: ClaimRequest | None,
     ) -> None:
-        """A finish, with what each verdict must be."""
+        """Finishes jobs and checks each verdict."""
         before = self.last.queues[held.claim.queue]
         verdicts, claimed = self.do(
             self.hands.runs.finish(held.claim, finished, last=last, following=following)
         )
-        for one, verdict in zip(finished, verdicts, strict=True):
-            if before.running.get(one.job_id) != held.claim.token:
+        for job, verdict in zip(finished, verdicts, strict=True):
+            if before.running.get(job.job_id) != held.claim.token:
                 assert verdict in ("stale", "already")
-            elif before.facts.get(one.job_id, Facts()).cancel_requested:
+            elif before.facts.get(job.job_id, Facts()).cancel_requested:
                 assert verdict == "cancelled"
             else:
-                assert verdict == one.outcome
+                assert verdict == job.outcome
                 if verdict == "completed":
-                    self.results[one.job_id] = one.body
+                    self.results[job.job_id] = job.body
             self.put_back += verdict in ("retry", "released", "suspect")
         if following:
-            # What this very call gave back it may claim again.
+            # The call may claim again the jobs that it has just released.
             self.last = self.view()
             self.last = msgspec.structs.replace(self.last, queues=self.before_next(claimed))
             self.took(held.worker, following, claimed)
 
     def before_next(self, claimed: Claimed) -> dict[str, QueueView]:
-        """The queues as the claim that rides on a finish found them."""
+        """The queues as the claim within a finish found them."""
         queues = dict(self.last.queues)
         if claimed.claim:
             queue = queues[claimed.claim.queue]
             ids = [job.job_id for job in claimed.claim.jobs]
-            running = {one: token for one, token in queue.running.items() if one not in ids}
+            running = {
+                job_id: token for job_id, token in queue.running.items() if job_id not in ids
+            }
             queues[claimed.claim.queue] = msgspec.structs.replace(
                 queue, running=running, lists=(ids, [], [])
             )
         return queues
 
-    @precondition(lambda self: any(one.sent for one in self.held))
+    @precondition(lambda self: any(held.sent for held in self.held))
     @rule(which=st.integers(0, 99), call=st.integers(0, 9))
     def finish_again(self, which: int, call: int) -> None:
         sent = [held for held in self.held if held.sent]
@@ -595,7 +608,7 @@ class Machine(RuleBasedStateMachine):
         assert set(verdicts) <= {"already", "stale"}
         self.unchanged("a finish sent again")
 
-    @precondition(lambda self: any(one.open for one in self.held))
+    @precondition(lambda self: any(held.open for held in self.held))
     @rule(worker=st.integers(0, WORKERS - 1))
     def renew(self, worker: int) -> None:
         tokens: dict[str, list[str]] = {}
@@ -614,15 +627,15 @@ class Machine(RuleBasedStateMachine):
         end = self.held.index(held) + 1
         self.redis.zadd(keys.leases(held.claim.queue), {held.claim.token: end}, xx=True)
 
-    @precondition(lambda self: any(one.open for one in self.held))
+    @precondition(lambda self: any(held.open for held in self.held))
     @rule(worker=st.integers(0, WORKERS - 1))
     def worker_freezes(self, worker: int) -> None:
-        """Its leases end; it may still wake up and finish."""
+        """Ends the leases of a worker, which may still wake up and finish."""
         for held in self.held:
             if held.worker == worker:
                 self.let_lease_end(held)
 
-    @precondition(lambda self: any(one.open for one in self.held))
+    @precondition(lambda self: any(held.open for held in self.held))
     @rule(worker=st.integers(0, WORKERS - 1))
     def worker_dies(self, worker: int) -> None:
         self.worker_freezes(worker)
@@ -632,14 +645,14 @@ class Machine(RuleBasedStateMachine):
 
     # --- time and operators ----------------------------------------------------------------
 
-    @precondition(lambda self: any(one.delayed for one in self.last.queues.values()))
+    @precondition(lambda self: any(queue.delayed for queue in self.last.queues.values()))
     @rule()
     def delays_pass(self) -> None:
-        for queue, one in self.last.queues.items():
-            for due, job_id in enumerate(one.delayed, 1):
-                self.redis.zadd(keys.delayed(queue), {job_id: due})
+        for name, queue in self.last.queues.items():
+            for due, job_id in enumerate(queue.delayed, 1):
+                self.redis.zadd(keys.delayed(name), {job_id: due})
 
-    @precondition(lambda self: any(one.deadlines for one in self.last.queues.values()))
+    @precondition(lambda self: any(queue.deadlines for queue in self.last.queues.values()))
     @rule(queue=st.sampled_from(QUEUES), which=st.integers(0, 99))
     def a_deadline_passes(self, queue: str, which: int) -> None:
         ids = self.last.queues[queue].deadlines
@@ -661,34 +674,34 @@ class Machine(RuleBasedStateMachine):
     def reap_after_an_outage(self) -> None:
         for queue in QUEUES:
             self.redis.delete(keys.reap_gate(queue), keys.swept(queue))
-        assert self.do(self.hands.upkeep.sweep()).put_back == 0
+        assert self.do(self.hands.maintenance.sweep()).put_back == 0
         after = self.view()
         for queue, before in self.last.queues.items():
             assert after.queues[queue].leases == before.leases
 
     @rule(queue=st.sampled_from(QUEUES), paused=st.sampled_from([True, False, False, False]))
     def pause(self, queue: str, paused: bool) -> None:
-        changed = self.do(self.hands.operation.pause(queue, paused=paused))
+        changed = self.do(self.hands.operations.pause(queue, paused=paused))
         assert changed == (self.last.queues[queue].paused != paused)
 
-    @precondition(lambda self: any(one.paused for one in self.last.queues.values()))
+    @precondition(lambda self: any(queue.paused for queue in self.last.queues.values()))
     @rule()
     def resume(self) -> None:
         for queue in QUEUES:
-            self.do(self.hands.operation.pause(queue, paused=False))
+            self.do(self.hands.operations.pause(queue, paused=False))
 
-    @precondition(lambda self: any(len(one.waiting) > 8 for one in self.last.queues.values()))
+    @precondition(lambda self: any(len(queue.waiting) > 8 for queue in self.last.queues.values()))
     @rule(queue=st.sampled_from(QUEUES))
     def purge(self, queue: str) -> None:
-        ended = self.do(self.hands.operation.purge(queue))
+        ended = self.do(self.hands.operations.purge(queue))
         after = self.view()
         assert after.queues[queue].waiting == after.queues[queue].delayed == []
         assert ended == sum(
-            one.status == "cancelled" and not self.last.jobs[job_id].ended
-            for job_id, one in after.jobs.items()
+            job.status == "cancelled" and not self.last.jobs[job_id].ended
+            for job_id, job in after.jobs.items()
         )
 
-    # --- what always holds -----------------------------------------------------------------
+    # --- invariants ------------------------------------------------------------------------
 
     @invariant()
     def holds(self) -> None:
@@ -698,24 +711,24 @@ class Machine(RuleBasedStateMachine):
             self.check_ttls(job_id, view.jobs[job_id])
             if job_id not in self.doubled:
                 self.check_one_place(job_id, view)
-        for queue, one in view.queues.items():
-            self.check_claims(one, view)
-            self.check_counters(queue, one, view)
-        self.check_told(view)
+        for name, queue in view.queues.items():
+            self.check_claims(queue, view)
+            self.check_counters(name, queue, view)
+        self.check_notices(view)
         self.reopened.clear()
         self.last = view
 
     def check_history(self, job_id: str, now: JobView) -> None:
-        """One terminal state a round, and only the accepted result."""
+        """Each round has one terminal state and only the accepted result."""
         before = self.last.jobs.get(job_id)
         if before and before.ended and job_id not in self.reopened:
             kept = msgspec.structs.replace(before, ttls=(), size=0)
             assert msgspec.structs.replace(now, ttls=(), size=0) == kept
-        asked = (
+        was_requested = (
             before
             and self.last.queues[self.queue_of(job_id)].facts.get(job_id, Facts()).cancel_requested
         )
-        assert not asked or now.status in ("processing", "cancelled", "failed")
+        assert not was_requested or now.status in ("processing", "cancelled", "failed")
         if now.status == "completed":
             assert now.result == self.results[job_id]
         else:
@@ -742,8 +755,8 @@ class Machine(RuleBasedStateMachine):
             assert places[2] == 0, f"{job_id} {places}"
         elif job.ended:
             assert places in ((0, 0, 0), (1, 0, 0)), f"{job_id} {places}"
-        wrong = [one for at, one in enumerate(queue.lists) if at != self.lists.get(job_id, 1)]
-        assert all(job_id not in one for one in wrong)
+        wrong = [ids for at, ids in enumerate(queue.lists) if at != self.lists.get(job_id, 1)]
+        assert all(job_id not in ids for ids in wrong)
 
     def check_claims(self, queue: QueueView, view: View) -> None:
         assert set(queue.claims) == queue.leases
@@ -751,7 +764,9 @@ class Machine(RuleBasedStateMachine):
             assert job_id in queue.claims[token]
             assert view.jobs[job_id].status == "processing"
         for job_id in (*queue.facts, *queue.deadlines):
-            assert not view.jobs[job_id].ended, f"{job_id} is remembered"
+            assert not view.jobs[job_id].ended, (
+                f"{job_id} has ended and still has facts or a deadline"
+            )
         for facts in queue.facts.values():
             assert len(facts.inboxes) == len(set(facts.inboxes))
 
@@ -760,12 +775,12 @@ class Machine(RuleBasedStateMachine):
         gone = {job_id for job_id in self.forgotten if view.jobs[job_id].status is None}
         ended = sum(
             count
-            for one, count in entries.items()
-            if one in view.jobs and (view.jobs[one].ended or one in gone)
+            for job_id, count in entries.items()
+            if job_id in view.jobs and (view.jobs[job_id].ended or job_id in gone)
         )
-        assert queue.ghosts <= ended
+        assert queue.stale_entries <= ended
         if not self.doubled:
-            assert queue.ghosts == ended
+            assert queue.stale_entries == ended
         size = sum(
             job.size
             for job in view.jobs.values()
@@ -777,26 +792,28 @@ class Machine(RuleBasedStateMachine):
         assert queue.room >= -self.put_back - self.stray_pushes
         assert self.redis.zcard(keys.dead(name)) <= 3
 
-    def check_told(self, view: View) -> None:
+    def check_notices(self, view: View) -> None:
         ended = {job_id for job_id in self.watched if view.jobs[job_id].ended}
         if not ended:
             return
-        heard = {
+        notified = {
             (key.decode(), value.decode())
             for _, fields in self.redis.xrange(INBOX)
             for key, value in fields.items()
             if key and key[0] > 1
         }
         for job_id in ended:
-            assert (job_id, view.jobs[job_id].status) in heard, f"nobody was told of {job_id}"
+            assert (job_id, view.jobs[job_id].status) in notified, (
+                f"no inbox was notified of {job_id}"
+            )
         self.watched -= ended
 
     # --- the end ---------------------------------------------------------------------------
 
     def teardown(self) -> None:
-        """Everybody goes home; what is left is run, and nothing may be left over."""
+        """Runs all jobs that are left; then no key may be left over."""
         for queue in QUEUES:
-            self.do(self.hands.operation.pause(queue, paused=False))
+            self.do(self.hands.operations.pause(queue, paused=False))
             self.hands.let_leases_end(queue=queue)
         self.do(self.hands.sweep())
         for queue in QUEUES:
@@ -808,7 +825,7 @@ class Machine(RuleBasedStateMachine):
         assert_at_rest(self.redis, *QUEUES)
         for job_id, job in self.view().jobs.items():
             absent = job.status is None and job_id in self.forgotten
-            assert job.ended or absent or job_id in self.strangers, f"{job_id} is {job.status}"
+            assert job.ended or absent or job_id in self.external_ids, f"{job_id} is {job.status}"
             assert job.ended or job.size == 0, f"{job_id} was never run"
 
 
@@ -821,8 +838,8 @@ def job_view(
     ttls: list[int],
 ) -> JobView:
     text = None if status is None else status.decode()
-    # An ended job's seconds run down; what counts is whether there is an end.
-    return JobView(text, result, error, meta, size, tuple(min(one, 0) for one in ttls))
+    # The TTL of an ended job decreases; only whether there is one matters.
+    return JobView(text, result, error, meta, size, tuple(min(ttl, 0) for ttl in ttls))
 
 
 def retry_verdict(before: JobView, room: int) -> str:
@@ -837,7 +854,7 @@ _bodies: Iterator[int] = iter(range(1, 10**9))
 
 
 def body_of() -> bytes:
-    """Another body each time, so that a result tells whose it is."""
+    """A different body each time, so that a result shows which finish wrote it."""
     return b'{"code":"x","message":"%d"}' % next(_bodies)
 
 

@@ -1,4 +1,4 @@
-"""Leases go on while the loop stands still, and end when it is dead."""
+"""Leases are renewed while the event loop is stalled, and end after it has ended."""
 
 import asyncio
 import time
@@ -28,7 +28,7 @@ def _lease_left_seconds(server: redis.Redis, claim: Claim) -> float:
 
 
 def _stall(seconds: float) -> None:
-    """What a loop that stands still does: nothing, for all its tasks."""
+    """Stalls the event loop: none of its tasks runs."""
     time.sleep(seconds)
 
 
@@ -46,39 +46,41 @@ async def test_a_stalled_loop_loses_no_lease(store: Store, server: redis.Redis) 
     server.flushall()
 
 
-async def test_a_dead_loop_holds_no_lease_for_ever(store: Store, server: redis.Redis) -> None:
+async def test_a_loop_that_has_ended_holds_no_lease_for_ever(
+    store: Store, server: redis.Redis
+) -> None:
     customer = Customer(store)
     claim = await _claimed(store, customer)
     renewer = Renewer(store, lambda _: None)
     renewer.hold(claim)
     renewer.start()
 
-    # It gives no sign of life, since nobody runs `beat`.
+    # The loop gives no sign of life, since no task runs `beat`.
     await eventually(lambda: _lease_left_seconds(server, claim) < 0, "the lease has run out")
 
     await renewer.close()
     server.flushall()
 
 
-async def test_a_renewal_tells_of_cancelled_jobs_and_lost_claims(
+async def test_a_renewal_reports_cancelled_jobs_and_lost_claims(
     store: Store, server: redis.Redis
 ) -> None:
     customer = Customer(store)
     claim, lost = await _claimed(store, customer), await _claimed(store, customer)
-    told: list[tuple[str, ...]] = []
-    renewer = Renewer(store, lambda renewal: told.extend([renewal.cancelled, renewal.lost]))
-    for one in (claim, lost):
-        renewer.hold(one)
+    reports: list[tuple[str, ...]] = []
+    renewer = Renewer(store, lambda renewal: reports.extend([renewal.cancelled, renewal.lost]))
+    for held in (claim, lost):
+        renewer.hold(held)
     server.zrem(keys.leases(lost.queue), lost.token)
     (stored,) = await customer.read([claim.jobs[0].job_id])
     assert stored
-    await customer.submissions.cancel(stored)
+    await customer.operations.cancel(stored)
     renewer.start()
     async with asyncio.TaskGroup() as group:
         beat = group.create_task(renewer.beat())
-        await eventually(lambda: len(told) >= 2, "a renewal tells")
+        await eventually(lambda: len(reports) >= 2, "a renewal reports both")
         beat.cancel()
 
-    assert told[:2] == [(claim.jobs[0].job_id,), (lost.token,)]
+    assert reports[:2] == [(claim.jobs[0].job_id,), (lost.token,)]
     await renewer.close()
     server.flushall()

@@ -1,4 +1,4 @@
-"""What who watches is shown of queues and workers, and what that costs."""
+"""The statistics of queues and workers, and what reading them costs."""
 
 from typing import Any
 
@@ -27,11 +27,11 @@ def observation(store: Store) -> Observation:
     return Observation(store)
 
 
-async def seen(observation: Observation, name: str = Q) -> Queue:
-    return next(one for one in await observation.queues() if one.queue == name)
+async def queue_statistics(observation: Observation, name: str = Q) -> Queue:
+    return next(queue for queue in await observation.queues() if queue.queue == name)
 
 
-# --- what is in a queue --------------------------------------------------------------------
+# --- depth ---------------------------------------------------------------------------------
 
 
 async def test_an_empty_system_has_an_empty_queue(observation: Observation) -> None:
@@ -46,7 +46,9 @@ async def test_an_empty_system_has_an_empty_queue(observation: Observation) -> N
     }
 
 
-async def test_a_queue_shows_what_is_where(hands: Hands, observation: Observation) -> None:
+async def test_a_queue_shows_how_many_jobs_are_in_each_state(
+    hands: Hands, observation: Observation
+) -> None:
     await hands.store.claim_default_model("iris")
     await hands.some(2)
     await hands.take(1)
@@ -54,7 +56,7 @@ async def test_a_queue_shows_what_is_where(hands: Hands, observation: Observatio
     await hands.some(4, priority="low")
     await hands.some(5, delay_seconds=60)
     await hands.some(6, queue=OTHER)
-    await hands.operation.pause(OTHER, paused=True)
+    await hands.operations.pause(OTHER, paused=True)
     iris, digits = await observation.queues()
     assert (iris.model, iris.queue, iris.paused) == ("iris", Q, False)
     assert iris.waiting == WaitingJobs(high=3, normal=1, low=4)
@@ -71,37 +73,37 @@ async def test_cancelled_jobs_do_not_wait_in_the_priority_they_had(
     few = await hands.some(20, priority="high")
     await hands.cancel_in_one_call(*gone[:40], *few[:15])
     assert len(hands.waiting()) > 18
-    assert (await seen(observation)).waiting == WaitingJobs(high=5, normal=3, low=10)
+    assert (await queue_statistics(observation)).waiting == WaitingJobs(high=5, normal=3, low=10)
 
 
 async def test_dead_letters_are_counted(hands: Hands, observation: Observation) -> None:
     await hands.some(2)
     await hands.finish(await hands.take(2), "dead")
-    assert (await seen(observation)).dead == 2
+    assert (await queue_statistics(observation)).dead == 2
 
 
-async def test_a_backlog_is_what_waits_times_what_a_job_takes(
+async def test_a_backlog_is_the_waiting_jobs_times_the_time_of_a_job(
     hands: Hands, observation: Observation
 ) -> None:
     await hands.store.claim_default_model("iris")
     await hands.some(10)
-    assert (await seen(observation)).backlog_seconds is None
+    assert (await queue_statistics(observation)).backlog_seconds is None
     about = {"concurrency": 4, "models": ["iris"], "state": "ready"}
-    await hands.upkeep.announce_worker("w", {**about, "seconds_per_job": {"iris": 0.5}}, 10)
-    queue = await seen(observation)
+    await hands.announcements.announce_worker("w", {**about, "seconds_per_job": {"iris": 0.5}}, 10)
+    queue = await queue_statistics(observation)
     assert (queue.workers, queue.slots, queue.backlog_seconds) == (1, 4, 5.0)
 
 
 async def test_a_damaged_pace_hides_no_queue(hands: Hands, observation: Observation) -> None:
     await hands.store.claim_default_model("iris")
     hands.redis.set(keys.pace(Q, "iris"), b"soon", ex=60)
-    assert (await seen(observation)).seconds_per_job is None
+    assert (await queue_statistics(observation)).seconds_per_job is None
 
 
-# --- how it moves --------------------------------------------------------------------------
+# --- throughput ----------------------------------------------------------------------------
 
 
-async def test_rates_count_what_moved_in_the_last_minute(
+async def test_rates_count_the_changes_of_the_last_minute(
     hands: Hands, observation: Observation
 ) -> None:
     await hands.some(120)
@@ -109,7 +111,7 @@ async def test_rates_count_what_moved_in_the_last_minute(
     await hands.finish(await hands.take(30), "failed")
     hands.stranger("theirs")
     await hands.take(31)
-    queue = await seen(observation)
+    queue = await queue_statistics(observation)
     assert queue.window_seconds == 60
     assert queue.submitted_per_second * 60 == pytest.approx(121)
     assert queue.completed_per_second * 60 == pytest.approx(60)
@@ -117,7 +119,7 @@ async def test_rates_count_what_moved_in_the_last_minute(
 
 
 def logged(hands: Hands, count: int, newest_ms: int, step_ms: int) -> None:
-    """As if a job had been submitted every `step_ms` until `newest_ms`."""
+    """Writes a log as if a job had been submitted every `step_ms` until `newest_ms`."""
     pipe = hands.redis.pipeline(transaction=False)
     for step in range(count - 1, -1, -1):
         packed = msgspec.msgpack.encode(["x"])
@@ -125,32 +127,30 @@ def logged(hands: Hands, count: int, newest_ms: int, step_ms: int) -> None:
     pipe.execute()
 
 
-async def test_what_moved_before_is_not_counted(hands: Hands, observation: Observation) -> None:
+async def test_older_changes_are_not_counted(hands: Hands, observation: Observation) -> None:
     logged(hands, 50, hands.now_ms() - 61_000, 10)
     logged(hands, 30, hands.now_ms(), 10)
-    queue = await seen(observation)
+    queue = await queue_statistics(observation)
     assert (queue.window_seconds, queue.submitted_per_second) == (60, 0.5)
 
 
-async def test_where_much_moves_less_time_is_counted_and_said(
+async def test_a_busy_queue_is_counted_over_a_shorter_window_which_is_returned(
     hands: Hands, observation: Observation
 ) -> None:
     logged(hands, 5000, hands.now_ms(), 10)
-    queue = await seen(observation)
+    queue = await queue_statistics(observation)
     assert 15 < queue.window_seconds < 30
     assert queue.submitted_per_second == pytest.approx(100, rel=0.1)
 
 
-async def test_a_log_that_someone_damaged_stops_nobody(
-    hands: Hands, observation: Observation
-) -> None:
+async def test_a_damaged_log_hides_no_other_queue(hands: Hands, observation: Observation) -> None:
     hands.redis.xadd(keys.log(Q), {"completed": b"\xdc", "submitted": b"", "failed": b"\xff"})
     hands.redis.xadd(keys.log(Q), {"completed": b"\xdc\x00\x05x"})
-    queue = await seen(observation)
+    queue = await queue_statistics(observation)
     assert (queue.submitted_per_second, queue.failed_per_second) == (0, 0)
 
 
-# --- how long it takes ---------------------------------------------------------------------
+# --- times ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -159,17 +159,17 @@ async def test_a_log_that_someone_damaged_stops_nobody(
         ([], None),
         ([2.0], Percentiles(2.0, 2.0, 2.0)),
         ([4.0, 1.0], Percentiles(1.0, 4.0, 4.0)),
-        ([float(one) for one in range(100, 0, -1)], Percentiles(50.0, 95.0, 99.0)),
+        ([float(value) for value in range(100, 0, -1)], Percentiles(50.0, 95.0, 99.0)),
     ],
 )
-def test_percentiles_are_values_that_were_seen(
+def test_percentiles_are_measured_values(
     seconds: list[float], expected: Percentiles | None
 ) -> None:
     assert percentiles(seconds) == expected
 
 
 def timed(job: ClaimedJob, claim: Claim, wait_ms: int, run_ms: int) -> Finished:
-    """Completed after so long a wait and a run."""
+    """Submits a job and completes it with a record of these times."""
     assert job.record
     started_ms = job.record.created_ms + int(job.record.options.delay_seconds * 1000) + wait_ms
     record = msgspec.structs.replace(
@@ -190,7 +190,7 @@ async def test_times_are_those_of_jobs_that_ended(hands: Hands, observation: Obs
         await ended_after(hands, 200, 30)
     await ended_after(hands, 5000, 4000)
     await hands.cancel(await hands.one())
-    queue = await seen(observation)
+    queue = await queue_statistics(observation)
     assert queue.wait_seconds == Percentiles(0.2, 5.0, 5.0)
     assert queue.run_seconds == Percentiles(0.03, 4.0, 4.0)
 
@@ -199,18 +199,16 @@ async def test_only_the_last_jobs_count_for_times(hands: Hands, observation: Obs
     await ended_after(hands, 9000, 9000, 100)
     await ended_after(hands, 10, 20, 100)
     await ended_after(hands, 10, 20, 100)
-    assert (await seen(observation)).run_seconds == Percentiles(0.02, 0.02, 0.02)
+    assert (await queue_statistics(observation)).run_seconds == Percentiles(0.02, 0.02, 0.02)
 
 
-async def test_a_delay_that_was_asked_for_is_no_wait(
-    hands: Hands, observation: Observation
-) -> None:
+async def test_a_requested_delay_is_no_wait(hands: Hands, observation: Observation) -> None:
     await hands.one(delay_seconds=50)
     hands.let_come_due(keys.delayed(Q))
     await hands.sweep()
     claim = await hands.take()
     await hands.runs.finish(claim, [timed(claim.jobs[0], claim, 100, 5)], last=True)
-    assert (await seen(observation)).wait_seconds == Percentiles(0.1, 0.1, 0.1)
+    assert (await queue_statistics(observation)).wait_seconds == Percentiles(0.1, 0.1, 0.1)
 
 
 async def test_a_queue_at_rest_still_shows_what_its_last_jobs_took(
@@ -221,7 +219,7 @@ async def test_a_queue_at_rest_still_shows_what_its_last_jobs_took(
     hands.redis.delete(keys.log(Q))
     for place, (_, fields) in enumerate(entries):
         hands.redis.xadd(keys.log(Q), fields, id=f"{hands.now_ms() - 100_000}-{place + 1}")
-    queue = await seen(observation)
+    queue = await queue_statistics(observation)
     assert queue.run_seconds == Percentiles(0.02, 0.02, 0.02)
     assert queue.completed_per_second == 0
 
@@ -229,7 +227,7 @@ async def test_a_queue_at_rest_still_shows_what_its_last_jobs_took(
 # --- workers -------------------------------------------------------------------------------
 
 
-async def test_workers_say_who_and_how_busy_they_are(
+async def test_workers_are_shown_with_their_identity_and_load(
     hands: Hands, observation: Observation
 ) -> None:
     about: dict[str, Any] = {
@@ -237,7 +235,7 @@ async def test_workers_say_who_and_how_busy_they_are(
         **{"started_ms": hands.now_ms() - 90_000, "jobs_done": {"completed": 5, "failed": 1}},
         **{"models": ["iris"], "loaded": ["iris/1"], "versions": {"iris": {"1": "a" * 64}}},
     }
-    await hands.upkeep.announce_worker("w", about, 10)
+    await hands.announcements.announce_worker("w", about, 10)
     (worker,) = await observation.workers()
     assert (worker.worker, worker.host, worker.pid) == ("w", "h", 7)
     assert (worker.slots, worker.busy, worker.state) == (4, 3, "ready")
@@ -248,11 +246,11 @@ async def test_workers_say_who_and_how_busy_they_are(
     assert msgspec.json.encode(worker)
 
 
-async def test_a_worker_of_an_older_release_is_shown_with_what_it_says(
+async def test_a_worker_of_an_older_release_is_shown_with_what_it_announces(
     hands: Hands, observation: Observation
 ) -> None:
     about = {"host": "h", "pid": 7, "concurrency": 2, "state": "ready", "models": ["iris"]}
-    await hands.upkeep.announce_worker("old", about, 10)
+    await hands.announcements.announce_worker("old", about, 10)
     (worker,) = await observation.workers()
     assert (worker.slots, worker.models) == (2, ["iris"])
     assert (worker.busy, worker.started_at, worker.uptime_seconds, worker.jobs_done) == (
@@ -264,24 +262,24 @@ async def test_a_worker_of_an_older_release_is_shown_with_what_it_says(
 async def test_a_damaged_announcement_hides_no_other(
     hands: Hands, observation: Observation
 ) -> None:
-    await hands.upkeep.announce_worker("a", {}, 10)
-    await hands.upkeep.announce_worker("b", {"started_ms": 10**40}, 10)
-    await hands.upkeep.announce_worker("c", {"started_ms": 9 * 10**18, "pid": 1}, 10)
+    await hands.announcements.announce_worker("a", {}, 10)
+    await hands.announcements.announce_worker("b", {"started_ms": 10**40}, 10)
+    await hands.announcements.announce_worker("c", {"started_ms": 9 * 10**18, "pid": 1}, 10)
     hands.redis.set(keys.worker(Q, "a"), b"\xff", px=9000)
-    assert [one.worker for one in await observation.workers()] == ["a", "b", "c"]
+    assert [worker.worker for worker in await observation.workers()] == ["a", "b", "c"]
     assert (await observation.workers())[2].started_at is None
 
 
 async def test_a_worker_that_left_is_not_shown(hands: Hands, observation: Observation) -> None:
-    await hands.upkeep.announce_worker("w", {}, 10)
-    await hands.upkeep.retract_worker("w")
+    await hands.announcements.announce_worker("w", {}, 10)
+    await hands.announcements.retract_worker("w")
     assert await observation.workers() == []
 
 
-# --- what it costs -------------------------------------------------------------------------
+# --- cost ----------------------------------------------------------------------------------
 
 
-async def test_two_hundred_busy_queues_are_seen_in_a_few_short_calls(
+async def test_two_hundred_busy_queues_are_read_in_a_few_short_calls(
     hands: Hands, observation: Observation
 ) -> None:
     for number in range(200):

@@ -1,4 +1,4 @@
-"""Where Redis may be, which servers are taken, and how a store reaches them."""
+"""The forms of REDIS_URL, supported servers, and how a store connects to them."""
 
 import asyncio
 import signal
@@ -18,7 +18,7 @@ from asyncinfer.repository.claims import ClaimRequest, Runs
 from asyncinfer.repository.endpoint import Endpoint
 from asyncinfer.repository.leases import Renewals
 from asyncinfer.repository.policy import Policy
-from asyncinfer.repository.store import Store, checked_server
+from asyncinfer.repository.store import Store, check_info
 from tests.faults.harness import eventually, eventually_sync
 from tests.faults.load_client import Customer
 from tests.faults.replicated import SERVICE, Node, sentinel_of, url_of
@@ -34,8 +34,8 @@ from tests.serving import free_port
         ({"redis_version": "7.2.4", "valkey_version": "7.2.5"}, "Valkey 7.2.5"),
     ],
 )
-def test_a_server_that_can_keep_the_promise_is_taken(info: dict[str, str], name: str) -> None:
-    assert checked_server(info) == name
+def test_a_supported_server_is_accepted(info: dict[str, str], name: str) -> None:
+    assert check_info(info) == name
 
 
 @pytest.mark.parametrize(
@@ -47,9 +47,9 @@ def test_a_server_that_can_keep_the_promise_is_taken(info: dict[str, str], name:
         ({"redis_version": "7.2.4", "maxmemory_policy": "allkeys-lru"}, "noeviction"),
     ],
 )
-def test_a_server_that_cannot_is_refused_with_what_to_do(info: dict[str, str], word: str) -> None:
+def test_an_unsupported_server_is_refused_with_the_remedy(info: dict[str, str], word: str) -> None:
     with pytest.raises(ServerRefused, match=word):
-        checked_server(info)
+        check_info(info)
 
 
 async def test_a_server_that_evicts_is_refused_at_the_start(
@@ -66,7 +66,7 @@ async def test_a_server_that_evicts_is_refused_at_the_start(
 @pytest.mark.parametrize(
     "url", ["http://x", "localhost:6379", "sentinel://", "sentinel://h:1", "sentinel://h:x/s", ""]
 )
-def test_a_url_of_no_redis_is_refused(url: str) -> None:
+def test_a_url_that_is_not_of_redis_is_refused(url: str) -> None:
     with pytest.raises(InvalidSetting, match="sentinel://host:26379"):
         Endpoint.parse(url)
 
@@ -91,7 +91,7 @@ def test_a_sentinel_url_names_sentinels_service_and_database() -> None:
 
 @pytest.fixture
 def sentinel(tmp_path: Path) -> Iterator[str]:
-    """A primary and a sentinel that watches it, on loopback; the URL of their service."""
+    """Runs a primary and a sentinel that watches it; the URL of their service."""
     primary, watcher = free_port(), free_port()
     conf = tmp_path / "sentinel.conf"
     conf.write_text(
@@ -138,7 +138,7 @@ async def test_a_primary_is_found_through_its_sentinel(sentinel: str) -> None:
 
 @pytest.fixture(params=["refuses", "is silent"])
 def no_sentinel(request: pytest.FixtureRequest) -> Iterator[int]:
-    """The port of a sentinel that is of no use."""
+    """The port of a sentinel that does not answer."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         if request.param == "is silent":
@@ -146,9 +146,7 @@ def no_sentinel(request: pytest.FixtureRequest) -> Iterator[int]:
         yield bound.getsockname()[1]
 
 
-async def test_a_sentinel_that_is_down_is_passed_over_in_time(
-    sentinel: str, no_sentinel: int
-) -> None:
+async def test_a_sentinel_that_is_down_is_skipped_in_time(sentinel: str, no_sentinel: int) -> None:
     url = sentinel.replace("://", f"://127.0.0.1:{no_sentinel},")
     policy = Policy()
     async with Store.open(sentinel, queue_name="pq", policy=policy, name="test") as store:
@@ -185,7 +183,7 @@ async def test_a_call_to_a_primary_that_froze_is_sent_again_to_its_successor(
             await store.command("SET", "where", "on the first")
 
             primary.signal(signal.SIGSTOP)
-            # What a fail-over does in the end, without the seconds until it is agreed upon.
+            # The last step of a fail-over, without the seconds until the sentinels agree on it.
             sentinel.client.sentinel_remove(SERVICE)
             sentinel.client.sentinel_monitor(SERVICE, "127.0.0.1", successor.port, 1)
             await store.command("SET", "where", "on the second")
@@ -193,7 +191,7 @@ async def test_a_call_to_a_primary_that_froze_is_sent_again_to_its_successor(
         assert successor.client.get("where") == b"on the second"
 
 
-async def test_of_many_who_name_a_default_model_at_once_one_is_believed_by_all(
+async def test_many_processes_that_name_a_default_model_at_once_agree_on_one(
     store: Store, server: redis.Redis
 ) -> None:
     names = [f"model-{number}" for number in range(20)]

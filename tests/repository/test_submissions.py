@@ -1,4 +1,4 @@
-"""Submit, read, watch, cancel, retry: what an API does to jobs."""
+"""The calls of an API: submit, read, watch, cancel and retry jobs."""
 
 import asyncio
 import contextlib
@@ -28,8 +28,8 @@ def hands(store: Store, server: redis.Redis) -> Hands:
 
 
 @pytest.fixture
-async def flusher(hands: Hands) -> AsyncIterator[None]:
-    """`Submissions.run`, as an API runs it."""
+async def sender(hands: Hands) -> AsyncIterator[None]:
+    """Runs `Submissions.run`, as an API does."""
     task = asyncio.create_task(hands.submissions.run())
     yield
     task.cancel()
@@ -41,17 +41,17 @@ def open_inbox(hands: Hands) -> None:
     hands.redis.xadd(INBOX, {"open": "1"})
 
 
-def told(hands: Hands, inbox: str = INBOX) -> dict[str, str]:
-    """What an inbox has heard: {id: status}."""
+def notified(hands: Hands, inbox: str = INBOX) -> dict[str, str]:
+    """The ended jobs in an inbox: {id: status}."""
     entries = hands.redis.xrange(inbox)
-    heard = {key: value for _, fields in entries for key, value in fields.items()}
-    return {key.decode(): heard[key].decode() for key in heard if key != b"open" and key[0] > 1}
+    notices = {key: value for _, fields in entries for key, value in fields.items()}
+    return {key.decode(): notices[key].decode() for key in notices if key != b"open" and key[0] > 1}
 
 
 # --- submit --------------------------------------------------------------------------------
 
 
-async def test_a_submitted_job_is_whole_and_in_the_patterns_layout(hands: Hands) -> None:
+async def test_a_submitted_job_has_all_its_keys_in_the_patterns_layout(hands: Hands) -> None:
     job = new_job(b"[[5.1]]")
     assert await hands.submit(job) == ["ok"]
     assert hands.redis.get(f"job:{job.job_id}:data") == b"[[5.1]]"
@@ -66,7 +66,9 @@ async def test_a_submitted_job_is_whole_and_in_the_patterns_layout(hands: Hands)
 async def test_jobs_carry_the_sequence_in_which_they_were_queued(hands: Hands) -> None:
     first, second = await hands.some(2)
     third = await hands.one()
-    seqs = [int.from_bytes((await hands.read(one)).meta[:8]) for one in (first, second, third)]
+    seqs = [
+        int.from_bytes((await hands.read(job_id)).meta[:8]) for job_id in (first, second, third)
+    ]
     assert seqs == [1, 2, 3]
 
 
@@ -102,13 +104,13 @@ async def test_a_full_queue_refuses_exactly_the_job_beyond_its_cap(hands: Hands)
     assert await hands.submit(jobs[5], jobs[6]) == ["ok", "full"]
 
 
-async def test_a_full_group_forgets_its_oldest_and_refuses_no_job(hands: Hands) -> None:
+async def test_a_full_group_drops_its_oldest_ids_and_refuses_no_job(hands: Hands) -> None:
     members = keys.group(Q, "default", "g")
     for _ in range(10):
         hands.redis.rpush(members, *["0" * 32] * 100_000)
     ids = await hands.some(3, group="g")
     assert hands.redis.llen(members) == 1_000_000
-    assert [one.decode() for one in hands.redis.lrange(members, -3, -1)] == ids
+    assert [job_id.decode() for job_id in hands.redis.lrange(members, -3, -1)] == ids
 
 
 async def test_a_refused_job_leaves_no_key(hands: Hands) -> None:
@@ -145,7 +147,7 @@ async def test_delayed_jobs_count_towards_the_cap(hands: Hands) -> None:
     assert await hands.submit(new_job()) == ["full"]
 
 
-async def test_strangers_jobs_count_towards_the_cap(hands: Hands) -> None:
+async def test_external_jobs_count_towards_the_cap(hands: Hands) -> None:
     hands.policy(max_queue=2)
     hands.stranger("theirs")
     assert await hands.submit(new_job(), new_job()) == ["ok", "full"]
@@ -187,7 +189,7 @@ async def test_a_key_used_for_something_else_shows_the_first_fingerprint(hands: 
 async def test_two_submits_with_one_key_in_one_call_are_one_job(hands: Hands) -> None:
     first, second = new_job(key="k"), new_job(key="k")
     verdicts = await hands.submitted(first, second)
-    assert [one.verdict for one in verdicts] == ["ok", "dup"]
+    assert [reply.verdict for reply in verdicts] == ["ok", "dup"]
     assert verdicts[1].job_id == first.job_id
     assert hands.waiting() == [first.job_id]
 
@@ -214,7 +216,9 @@ async def test_a_key_whose_job_is_gone_is_free(hands: Hands) -> None:
     assert (await hands.submitted(new_job(key="k")))[0].job_id == second.job_id
 
 
-async def test_a_key_refused_for_room_is_free_in_the_same_call(hands: Hands) -> None:
+async def test_a_key_of_a_job_refused_by_a_full_queue_is_free_in_the_same_call(
+    hands: Hands,
+) -> None:
     hands.policy(max_queue_bytes=5)
     large, small = new_job(b"123456", key="k"), new_job(b"1", key="k")
     assert await hands.submit(large, small) == ["full", "ok"]
@@ -232,33 +236,33 @@ async def test_keys_are_kept_as_long_as_jobs_and_a_day_at_least(hands: Hands) ->
 
 
 async def test_submits_of_one_tick_share_calls_and_each_gets_its_own_answer(
-    hands: Hands, flusher: None
+    hands: Hands, sender: None
 ) -> None:
     hands.policy(max_queue=550)
     before = hands.redis.info("commandstats").get("cmdstat_evalsha", {"calls": 0})["calls"]
     jobs = [new_job() for _ in range(600)]
     verdicts = await asyncio.gather(*(hands.submissions.submit(job) for job in jobs))
     calls = hands.redis.info("commandstats")["cmdstat_evalsha"]["calls"] - before
-    assert [one.job_id for one in verdicts] == ids_of(jobs)
-    assert sum(one.verdict == "ok" for one in verdicts) == 550
+    assert [reply.job_id for reply in verdicts] == ids_of(jobs)
+    assert sum(reply.verdict == "ok" for reply in verdicts) == 550
     assert calls <= 4
 
 
-async def test_a_burst_of_large_submits_is_split_by_bytes(hands: Hands, flusher: None) -> None:
+async def test_a_burst_of_large_submits_is_split_by_bytes(hands: Hands, sender: None) -> None:
     jobs = [new_job(b"x" * 700_000) for _ in range(4)]
     verdicts = await asyncio.gather(*(hands.submissions.submit(job) for job in jobs))
-    assert {one.verdict for one in verdicts} == {"ok"}
+    assert {reply.verdict for reply in verdicts} == {"ok"}
     assert hands.waiting() == ids_of(jobs)
 
 
-async def test_submits_to_several_queues_share_a_tick(hands: Hands, flusher: None) -> None:
+async def test_submits_to_several_queues_share_a_tick(hands: Hands, sender: None) -> None:
     jobs = [new_job(queue=f"{Q}:{model}") for model in ("a", "b") for _ in range(2)]
     verdicts = await asyncio.gather(*(hands.submissions.submit(job) for job in jobs))
-    assert {one.verdict for one in verdicts} == {"ok"}
+    assert {reply.verdict for reply in verdicts} == {"ok"}
     assert hands.waiting(f"{Q}:a") + hands.waiting(f"{Q}:b") == ids_of(jobs)
 
 
-async def test_a_submit_nobody_sends_names_its_job(hands: Hands) -> None:
+async def test_a_submit_that_is_never_sent_names_its_job(hands: Hands) -> None:
     hands.store.call_seconds = 0.01
     job = new_job()
     with pytest.raises(RedisUnavailable, match="may or may not") as caught:
@@ -283,14 +287,12 @@ async def test_scripts_forgotten_by_the_server_are_sent_again(hands: Hands) -> N
 
 @pytest.fixture
 def memory_full(server: redis.Redis) -> Iterator[Any]:
-    """Call it to leave the server no memory."""
+    """A function that leaves the server no memory."""
     yield lambda: server.config_set("maxmemory", "1mb")
     server.config_set("maxmemory", "0")
 
 
-async def test_with_memory_full_submits_are_refused_and_all_else_goes_on(
-    hands: Hands, memory_full: Any
-) -> None:
+async def test_with_memory_full_only_submits_are_refused(hands: Hands, memory_full: Any) -> None:
     waiting, running, other = await hands.some(3)
     claim = await hands.take(2)
     memory_full()
@@ -300,14 +302,14 @@ async def test_with_memory_full_submits_are_refused_and_all_else_goes_on(
     assert await hands.cancel(other) == "cancelled"
     assert await hands.retry(other) == "ok"
     assert await hands.run_all() == [other]
-    await hands.upkeep.sweep()
+    await hands.maintenance.sweep()
     assert hands.statuses([waiting, running, other]) == {"completed"}
 
 
-async def test_with_memory_full_upkeep_goes_on(hands: Hands, memory_full: Any) -> None:
+async def test_with_memory_full_maintenance_goes_on(hands: Hands, memory_full: Any) -> None:
     memory_full()
-    assert await hands.upkeep.repair(60) is None
-    assert await hands.upkeep.sweep() == Swept()
+    assert await hands.maintenance.repair(60) is None
+    assert await hands.maintenance.sweep() == Swept()
     doorbell = Doorbell(hands.store)
     await doorbell.ring(Q)
     assert await doorbell.wait([Q], 0.02) is None
@@ -315,7 +317,7 @@ async def test_with_memory_full_upkeep_goes_on(hands: Hands, memory_full: Any) -
 
 
 async def test_a_submit_refused_for_memory_names_no_job_and_goes_through_later(
-    hands: Hands, flusher: None, memory_full: Any
+    hands: Hands, sender: None, memory_full: Any
 ) -> None:
     job = new_job()
     memory_full()
@@ -328,7 +330,7 @@ async def test_a_submit_refused_for_memory_names_no_job_and_goes_through_later(
 
 
 async def test_a_server_that_cannot_save_refuses_a_submit_and_recovers(
-    hands: Hands, flusher: None, disk_full: Any
+    hands: Hands, sender: None, disk_full: Any
 ) -> None:
     await disk_full()
     job = new_job()
@@ -348,13 +350,13 @@ async def test_an_absent_job_reads_as_none(hands: Hands) -> None:
     assert await hands.submissions.read_many([]) == []
 
 
-async def test_jobs_are_read_in_the_order_asked(hands: Hands) -> None:
+async def test_jobs_are_read_in_the_requested_order(hands: Hands) -> None:
     first, second = await hands.some(2)
     read = await hands.submissions.read_many([second, "nobody", first])
-    assert [one and one.job_id for one in read] == [second, None, first]
+    assert [job and job.job_id for job in read] == [second, None, first]
 
 
-async def test_a_strangers_job_reads_without_a_record(hands: Hands) -> None:
+async def test_an_external_job_reads_without_a_record(hands: Hands) -> None:
     hands.stranger("theirs")
     stored = await hands.read("theirs")
     assert (stored.status, stored.record, stored.meta) == ("pending", None, b"")
@@ -363,7 +365,7 @@ async def test_a_strangers_job_reads_without_a_record(hands: Hands) -> None:
 @pytest.mark.parametrize(
     "meta", [b"", b"x", b"12345678", b"12345678\x91\xa2\xff\xfe", b"\xff" * 40]
 )
-async def test_a_job_whose_record_is_damaged_is_nobodys_to_read(hands: Hands, meta: bytes) -> None:
+async def test_a_job_with_a_damaged_record_cannot_be_read(hands: Hands, meta: bytes) -> None:
     job_id = await hands.one()
     hands.redis.set(keys.meta(job_id), meta)
     stored = await hands.submissions.read(job_id)
@@ -398,15 +400,16 @@ async def test_a_delayed_job_is_cancelled_at_once(hands: Hands) -> None:
     assert_at_rest(hands.redis, Q)
 
 
-async def test_a_bulk_cancel_of_delayed_jobs_leaves_no_ghost(hands: Hands) -> None:
+async def test_a_bulk_cancel_of_delayed_jobs_leaves_no_stale_entry(hands: Hands) -> None:
     await hands.one()
     delayed = await hands.some(25, delay_seconds=60)
     assert await hands.cancel_in_one_call(*delayed) == ["cancelled"] * 25
     assert hands.ghosts() == 0
 
 
-async def test_a_cancel_in_a_long_list_walks_none_of_it(hands: Hands) -> None:
-    """The id stays, as one that a claim passes over: to walk a million held Redis for 22 ms."""
+async def test_a_cancel_in_a_long_list_does_not_search_it(hands: Hands) -> None:
+    """The id stays in the list as a stale entry, which a claim removes: searching a list of a
+    million ids blocked Redis for 22 ms."""
     for _ in range(41):
         await hands.some(250)
     last = await hands.one()
@@ -415,7 +418,7 @@ async def test_a_cancel_in_a_long_list_walks_none_of_it(hands: Hands) -> None:
     assert (hands.redis.llen(Q), hands.redis.scard(keys.stale_entries(Q))) == (10_251, 1)
 
 
-async def test_cancelling_a_running_job_asks_its_worker(hands: Hands) -> None:
+async def test_cancelling_a_running_job_notifies_its_worker(hands: Hands) -> None:
     job_id = await hands.one()
     claim = await hands.take()
     assert await hands.cancel(job_id) == "stopping"
@@ -427,7 +430,7 @@ async def test_cancelling_a_running_job_asks_its_worker(hands: Hands) -> None:
     assert hands.status(job_id) == "cancelled"
 
 
-async def test_cancelling_twice_says_the_same_and_tells_the_worker_once(hands: Hands) -> None:
+async def test_cancelling_twice_returns_the_same_and_notifies_the_worker_once(hands: Hands) -> None:
     job_id = await hands.one()
     claim = await hands.take()
     assert [await hands.cancel(job_id), await hands.cancel(job_id)] == ["stopping", "stopping"]
@@ -460,20 +463,22 @@ async def test_cancelling_an_unknown_job_changes_nothing(hands: Hands) -> None:
     assert set(hands.redis.scan_iter()) == before
 
 
-async def test_a_strangers_waiting_job_can_be_cancelled(hands: Hands) -> None:
+async def test_an_external_waiting_job_can_be_cancelled(hands: Hands) -> None:
     hands.stranger("theirs")
     assert await hands.cancel("theirs") == "cancelled"
     assert_at_rest(hands.redis, Q)
 
 
-async def test_a_strangers_job_that_their_own_consumer_runs_can_be_cancelled(hands: Hands) -> None:
+async def test_an_external_job_run_by_an_external_consumer_can_be_cancelled(hands: Hands) -> None:
     hands.stranger("theirs", status=b"processing")
     hands.redis.lpop(Q)
     assert await hands.cancel("theirs") == "cancelled"
     assert hands.ttls("theirs") == {"data": 600, "status": 600}
 
 
-async def test_a_bulk_cancel_leaves_counted_ghosts_and_the_cap_stays_exact(hands: Hands) -> None:
+async def test_a_bulk_cancel_leaves_counted_stale_entries_and_the_cap_stays_exact(
+    hands: Hands,
+) -> None:
     hands.policy(max_queue=30)
     jobs = await hands.some(30)
     assert await hands.cancel_in_one_call(*jobs[:25]) == ["cancelled"] * 25
@@ -484,7 +489,7 @@ async def test_a_bulk_cancel_leaves_counted_ghosts_and_the_cap_stays_exact(hands
     assert_at_rest(hands.redis, Q)
 
 
-async def test_a_claim_drops_ghosts_and_counts_them_off(hands: Hands) -> None:
+async def test_a_claim_removes_stale_entries_and_subtracts_them(hands: Hands) -> None:
     jobs = await hands.some(30)
     await hands.cancel_in_one_call(*jobs[:20])
     claim = await hands.take(1)
@@ -493,7 +498,7 @@ async def test_a_claim_drops_ghosts_and_counts_them_off(hands: Hands) -> None:
     assert hands.waiting() == jobs[21:]
 
 
-async def test_a_ghost_whose_job_is_no_longer_kept_is_counted_off_too(hands: Hands) -> None:
+async def test_a_stale_entry_whose_job_is_no_longer_kept_is_subtracted_too(hands: Hands) -> None:
     jobs = await hands.some(13)
     await hands.cancel_in_one_call(*jobs[:12])
     for ghost in jobs[10:12]:
@@ -557,9 +562,9 @@ async def test_a_retry_of_an_older_round_is_refused(hands: Hands) -> None:
     job_id = await hands.one()
     await hands.cancel(job_id)
     seen = await hands.read(job_id)
-    assert await hands.submissions.retry(seen, 1) == "ok"
+    assert await hands.operations.retry(seen, 1) == "ok"
     await hands.cancel(job_id)
-    assert await hands.submissions.retry(seen, 1) == "changed"
+    assert await hands.operations.retry(seen, 1) == "changed"
     assert hands.waiting() == []
 
 
@@ -567,7 +572,7 @@ async def test_a_retry_sent_twice_opens_one_round(hands: Hands) -> None:
     job_id = await hands.one()
     await hands.cancel(job_id)
     seen = await hands.read(job_id)
-    verdicts = [await hands.submissions.retry(seen, 1) for _ in range(2)]
+    verdicts = [await hands.operations.retry(seen, 1) for _ in range(2)]
     assert verdicts == ["ok", "changed"]
     assert hands.waiting() == [job_id]
 
@@ -593,10 +598,10 @@ async def test_an_absent_job_is_not_retried(hands: Hands) -> None:
     await hands.cancel(job_id)
     seen = await hands.read(job_id)
     hands.redis.delete(*(f"job:{job_id}:{word}" for word in ("data", "status", "meta")))
-    assert await hands.submissions.retry(seen, 1) == "absent"
+    assert await hands.operations.retry(seen, 1) == "absent"
 
 
-async def test_a_strangers_job_can_be_retried(hands: Hands) -> None:
+async def test_an_external_job_can_be_retried(hands: Hands) -> None:
     hands.stranger("theirs")
     await hands.finish(await hands.take(), "failed")
     assert await hands.retry("theirs") == "ok"
@@ -604,7 +609,7 @@ async def test_a_strangers_job_can_be_retried(hands: Hands) -> None:
     assert_at_rest(hands.redis, Q)
 
 
-async def test_a_retried_ghost_is_in_its_list_once(hands: Hands) -> None:
+async def test_a_retried_job_with_a_stale_entry_is_in_its_list_once(hands: Hands) -> None:
     jobs = await hands.some(12, priority="low")
     await hands.cancel_in_one_call(*jobs)
     assert hands.ghosts() == 2
@@ -624,7 +629,7 @@ async def test_a_job_that_expired_while_waiting_and_is_retried_waits_once(hands:
     assert hands.ghosts() == 0
 
 
-async def test_a_zombies_finish_does_not_touch_the_new_round(hands: Hands) -> None:
+async def test_a_finish_of_an_earlier_round_does_not_touch_the_new_round(hands: Hands) -> None:
     job_id = await hands.one()
     zombie = await hands.take()
     hands.let_leases_end()
@@ -638,7 +643,7 @@ async def test_a_zombies_finish_does_not_touch_the_new_round(hands: Hands) -> No
 # --- watch and inboxes ---------------------------------------------------------------------
 
 
-async def test_watch_returns_what_has_ended_and_signs_up_for_the_rest(hands: Hands) -> None:
+async def test_watch_returns_the_ended_jobs_and_registers_for_the_others(hands: Hands) -> None:
     ended, waiting = await hands.some(2)
     await hands.finish(await hands.take(1), "failed")
     watched = await hands.submissions.watch(Q, INBOX, [ended, "nobody", waiting])
@@ -652,7 +657,7 @@ async def test_watch_returns_what_has_ended_and_signs_up_for_the_rest(hands: Han
     assert hands.facts(ended).inboxes == hands.facts("nobody").inboxes == ()
 
 
-async def test_an_inbox_signs_up_once(hands: Hands) -> None:
+async def test_an_inbox_is_registered_once(hands: Hands) -> None:
     job_id = await hands.one(inbox=INBOX)
     await hands.submissions.watch(Q, INBOX, [job_id, job_id])
     assert hands.facts(job_id).inboxes == (INBOX,)
@@ -674,27 +679,27 @@ async def test_watching_keeps_the_other_facts_of_a_job(hands: Hands) -> None:
 
 
 @pytest.mark.parametrize("outcome", ["completed", "failed", "cancelled", "dead"])
-async def test_who_waits_is_told_when_a_job_is_finished(hands: Hands, outcome: str) -> None:
+async def test_an_inbox_is_notified_of_a_finish(hands: Hands, outcome: str) -> None:
     open_inbox(hands)
     job_id = await hands.one(inbox=INBOX)
     await hands.finish(await hands.take(), outcome)  # type: ignore[arg-type]
-    assert told(hands) == {job_id: "failed" if outcome == "dead" else outcome}
+    assert notified(hands) == {job_id: "failed" if outcome == "dead" else outcome}
 
 
 def notices(hands: Hands) -> list[tuple[str, Stored | None]]:
     entries = hands.redis.xrange(INBOX)
-    return [one for _, fields in entries if b"open" not in fields for one in noticed(fields)]
+    return [notice for _, fields in entries if b"open" not in fields for notice in noticed(fields)]
 
 
 @pytest.mark.parametrize("outcome", ["completed", "failed"])
-async def test_who_waits_for_a_small_job_is_told_all_of_it(hands: Hands, outcome: str) -> None:
+async def test_a_notice_of_a_small_job_contains_the_job(hands: Hands, outcome: str) -> None:
     open_inbox(hands)
     job_id = await hands.one(inbox=INBOX)
     await hands.finish(await hands.take(), outcome)  # type: ignore[arg-type]
     assert notices(hands) == [(job_id, await hands.read(job_id))]
 
 
-async def test_who_waits_for_a_large_job_is_told_to_look(hands: Hands) -> None:
+async def test_a_notice_of_a_large_job_contains_no_result(hands: Hands) -> None:
     open_inbox(hands)
     job_id = await hands.one(inbox=INBOX)
     claim = await hands.take()
@@ -704,33 +709,33 @@ async def test_who_waits_for_a_large_job_is_told_to_look(hands: Hands) -> None:
 
 
 @pytest.mark.parametrize("junk", [b"", b"x", b"9 ", b"-1 {}", b"5", b"99999 x", b"2 {}\xff\xff"])
-def test_a_damaged_notice_is_no_answer(junk: bytes) -> None:
+def test_a_damaged_notice_gives_no_job(junk: bytes) -> None:
     assert list(noticed({b"a": b"completed", b"\1a": junk})) == [("a", None)]
 
 
-async def test_who_waits_for_many_jobs_is_told_of_all_in_a_few_entries(hands: Hands) -> None:
+async def test_the_ends_of_many_jobs_are_a_few_entries_of_an_inbox(hands: Hands) -> None:
     open_inbox(hands)
     job_ids = await hands.some(40, inbox=INBOX)
     await hands.finish(await hands.take())
     assert hands.redis.xlen(INBOX) == 1 + 3
-    assert notices(hands) == [(one, await hands.read(one)) for one in job_ids]
+    assert notices(hands) == [(job_id, await hands.read(job_id)) for job_id in job_ids]
 
 
-async def test_who_waits_is_told_of_a_cancel(hands: Hands) -> None:
+async def test_an_inbox_is_notified_of_a_cancel(hands: Hands) -> None:
     open_inbox(hands)
     job_id = await hands.one(inbox=INBOX)
     await hands.cancel(job_id)
-    assert told(hands) == {job_id: "cancelled"}
+    assert notified(hands) == {job_id: "cancelled"}
 
 
-async def test_who_waits_is_told_of_a_purge(hands: Hands) -> None:
+async def test_an_inbox_is_notified_of_a_purge(hands: Hands) -> None:
     open_inbox(hands)
     job_id = await hands.one(inbox=INBOX)
-    await hands.operation.purge(Q)
-    assert told(hands) == {job_id: "cancelled"}
+    await hands.operations.purge(Q)
+    assert notified(hands) == {job_id: "cancelled"}
 
 
-async def test_who_waits_is_told_that_the_deadline_passed(hands: Hands) -> None:
+async def test_an_inbox_is_notified_of_a_passed_deadline(hands: Hands) -> None:
     open_inbox(hands)
     swept, claimed = await hands.some(2, inbox=INBOX, start_within_seconds=60)
     hands.let_come_due(keys.deadlines(Q), swept)
@@ -738,46 +743,46 @@ async def test_who_waits_is_told_that_the_deadline_passed(hands: Hands) -> None:
     packed = msgspec.msgpack.encode({"b": 1, "w": [INBOX]})
     hands.redis.hset(keys.facts(Q), claimed, packed)
     assert (await hands.claim()).claim is None
-    assert told(hands) == {swept: "failed", claimed: "failed"}
+    assert notified(hands) == {swept: "failed", claimed: "failed"}
 
 
-async def test_who_waits_is_told_of_a_dead_letter(hands: Hands) -> None:
+async def test_an_inbox_is_notified_of_a_dead_letter(hands: Hands) -> None:
     hands.policy(max_deliveries=1)
     open_inbox(hands)
     job_id = await hands.one(inbox=INBOX)
     await hands.take()
     hands.let_leases_end()
     await hands.sweep()
-    assert told(hands) == {job_id: "failed"}
+    assert notified(hands) == {job_id: "failed"}
 
 
-async def test_who_waits_is_told_that_the_input_is_lost(hands: Hands) -> None:
+async def test_an_inbox_is_notified_of_a_lost_input(hands: Hands) -> None:
     open_inbox(hands)
     job_id = await hands.one(inbox=INBOX)
     hands.redis.delete(keys.data(job_id))
     await hands.claim()
-    assert told(hands) == {job_id: "failed"}
+    assert notified(hands) == {job_id: "failed"}
 
 
-async def test_every_inbox_of_a_job_is_told_and_only_at_its_end(hands: Hands) -> None:
+async def test_every_inbox_of_a_job_is_notified_and_only_at_its_end(hands: Hands) -> None:
     other = keys.inbox(Q, "other")
     open_inbox(hands)
     hands.redis.xadd(other, {"open": "1"})
     job_id = await hands.one(inbox=INBOX)
     await hands.submissions.watch(Q, other, [job_id])
     await hands.finish(await hands.take(), "released")
-    assert told(hands) == told(hands, other) == {}
+    assert notified(hands) == notified(hands, other) == {}
     await hands.run_all()
-    assert told(hands) == told(hands, other) == {job_id: "completed"}
+    assert notified(hands) == notified(hands, other) == {job_id: "completed"}
 
 
-async def test_a_dead_apis_inbox_does_not_come_back(hands: Hands) -> None:
+async def test_the_inbox_of_an_ended_api_is_not_recreated(hands: Hands) -> None:
     await hands.one(inbox=INBOX)
     await hands.run_all()
     assert not hands.redis.exists(INBOX)
 
 
-async def test_a_duplicate_submit_does_not_sign_its_inbox_up_unasked(hands: Hands) -> None:
+async def test_a_duplicate_submit_does_not_register_its_inbox(hands: Hands) -> None:
     job = new_job(key="k")
     await hands.submit(job)
     await hands.submit(new_job(key="k", inbox=INBOX))

@@ -16,7 +16,7 @@ from asyncinfer import settings
 from asyncinfer.models.signature import Signature
 from asyncinfer.processes import valkey
 from asyncinfer.repository import keys
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import Submissions
@@ -86,7 +86,7 @@ def leave_earlier_models(data_dir: Path) -> None:
             Store.open(server.url, queue_name=Q, policy=Policy(), name="test") as store,
         ):
             await store.claim_default_model("iris")
-            await Upkeep(store).announce_models(
+            await Announcements(store).announce_models(
                 {model: {"1": announcement(model)} for model in ("iris", "churn")}
             )
             await Submissions(store).submit_many(f"{Q}:churn", [new_job(queue=f"{Q}:churn")])

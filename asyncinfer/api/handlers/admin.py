@@ -17,8 +17,7 @@ from asyncinfer.api.inputs.envelope import reject_input
 from asyncinfer.api.job_lookup import RETRYABLE, is_in_reach, job_absent_error, not_retried_error
 from asyncinfer.api.services import Services
 from asyncinfer.errors import InvalidJSON, InvalidQuery
-from asyncinfer.repository.inspect.filter import Filter
-from asyncinfer.repository.inspect.selection import Selected
+from asyncinfer.repository.inspect.selection import Filter, Selected
 from asyncinfer.repository.stored_jobs import Stored, read_states
 from asyncinfer.schemas.operations import QueueList, WorkerList, shown_worker
 from asyncinfer.schemas.requests import (
@@ -61,7 +60,7 @@ async def retry_jobs(services: Services, request: Request[RetryQuery]) -> Reply:
             selected, refused = await _jobs_by_id(services, request, job_ids)
         else:
             selected = await services.selection.jobs(job_filter, MOST_JOBS_A_CALL)
-        verdicts = await services.operation.retry(selected.jobs, time.time_ns() // 1_000_000)
+        verdicts = await services.operations.retry_all(selected.jobs, time.time_ns() // 1_000_000)
         retried = [job_id for job_id, verdict in verdicts.items() if verdict == "ok"]
         audit.count = len(retried)
     refused += [
@@ -79,10 +78,10 @@ async def clear_jobs(services: Services, request: Request[ClearQuery]) -> Reply:
     with audited(request, verb, criteria_of(request.query)) as audit:
         selected = await services.selection.jobs(job_filter, MOST_JOBS_A_CALL)
         if request.query.purge:
-            purged = await services.operation.forget(selected.jobs)
+            purged = await services.operations.forget_all(selected.jobs)
             cleared = Cleared(0, 0, purged, selected.more)
         else:
-            done = await services.operation.cancel(selected.jobs)
+            done = await services.operations.cancel_all(selected.jobs)
             cleared = Cleared(done.ended, done.asked, 0, selected.more)
         audit.count = cleared.cancelled + cleared.stopping + cleared.purged
     return json_reply(200, cleared)

@@ -62,7 +62,7 @@ async def follow_jobs(services: Services, request: Request[EventsQuery]) -> Repl
     queue = (await services.catalog.find(query.model)).queue if query.model is not None else None
     position = _requested_position(request)
     # If Redis is away, an error status is clearer than a silent stream.
-    await services.feed.log.now_ms()
+    await services.store.time_ms()
     topic = Topic(request.tenant, group=query.group, queue=queue)
     if query.group is None:
         return _stream(services, request, JobsEventSource(services, topic, query.model), position)
@@ -237,7 +237,7 @@ class JobsEventSource:
         return float("inf")
 
     async def snapshot(self, follower: Follower) -> bytes:
-        follower.begin_at(Position(await self._services.feed.log.now_ms()))
+        follower.begin_at(Position(await self._services.store.time_ms()))
         # When a log was trimmed, all streams take a new snapshot at once.
         async with self._services.feed.turn():
             page = await self._services.inspection.jobs(
@@ -282,7 +282,7 @@ class GroupEventSource:
         return count_at - time.monotonic()
 
     async def snapshot(self, follower: Follower) -> bytes:
-        follower.begin_at(Position(await self._services.feed.log.now_ms()))
+        follower.begin_at(Position(await self._services.store.time_ms()))
         view = await self._count(follower)
         self._note_count_sent()
         return encode_event("snapshot", view, follower.position())

@@ -24,8 +24,8 @@ from asyncinfer.errors import (
     JobFinished,
     JobNotFinished,
 )
-from asyncinfer.repository.inspect.filter import Filter
 from asyncinfer.repository.inspect.listing import Page
+from asyncinfer.repository.inspect.selection import Filter
 from asyncinfer.repository.stored_jobs import Stored, next_round
 from asyncinfer.schemas.requests import (
     ClearQuery,
@@ -106,7 +106,7 @@ async def _cancel(services: Services, request: Request[EndQuery], stored: Stored
     """Cancels the job; the job as it is then. Raises JobFinished if it has already ended."""
     if has_ended(stored):
         raise _already_finished_error(stored)
-    verdict = await services.submissions.cancel(stored)
+    verdict = await services.operations.cancel(stored)
     if verdict == "absent":
         raise job_absent_error(services, stored.job_id)
     if verdict == "stopping":
@@ -126,7 +126,7 @@ async def _cancel(services: Services, request: Request[EndQuery], stored: Stored
 async def _delete(services: Services, stored: Stored) -> None:
     # The answer shows the job as it was read, so it must have ended by then. A job that is absent
     # now may have been deleted by this very call, if the first reply was lost.
-    if not has_ended(stored) or await services.submissions.forget(stored) == "unfinished":
+    if not has_ended(stored) or await services.operations.forget(stored) == "unfinished":
         raise JobNotFinished(
             "Only a job that has ended can be deleted; cancel it first, without `purge`.",
             job_id=stored.job_id,
@@ -138,7 +138,7 @@ async def retry_job(services: Services, request: Request[OneQuery]) -> Reply:
     with audited(request, "retry", {"job_id": request.path("id")}) as audit:
         stored = await find_job(services, request)
         now_ms = time.time_ns() // 1_000_000
-        verdicts = await services.operation.retry([stored], now_ms)
+        verdicts = await services.operations.retry_all([stored], now_ms)
         verdict = verdicts[stored.job_id]
         if verdict != "ok":
             raise not_retried_error(services, stored, verdict)

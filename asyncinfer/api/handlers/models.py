@@ -66,7 +66,7 @@ async def resume_model(services: Services, request: Request[NoQuery]) -> Reply:
 
 async def _pause(services: Services, request: Request[NoQuery], *, paused: bool) -> Reply:
     served = await services.catalog.find(request.path("model"))
-    await services.operation.pause(served.queue, paused=paused)
+    await services.operations.pause(served.queue, paused=paused)
     # The next answers already say that the model is paused.
     await services.worker_snapshot.refresh()
     return json_reply(200, Pause(served.signature.model, paused))
@@ -79,7 +79,7 @@ async def purge_model(services: Services, request: Request[NoQuery]) -> Reply:
         request, "purge", {"status": "pending", "model": name}, over_tenants=True
     ) as audit:
         queue = await _queue_of(services, name)
-        audit.count = await services.operation.purge(queue)
+        audit.count = await services.operations.purge(queue)
     return json_reply(200, Purged(name, audit.count))
 
 
@@ -90,7 +90,7 @@ async def _queue_of(services: Services, name: str) -> str:
         return (await services.catalog.find(name)).queue
     except (ModelNotFound, NoModelAnnounced):
         queue = keys.queue(services.store.n, name, services.catalog.default_model)
-        if queue in await services.inspection.queues():
+        if queue in await services.store.queues():
             return queue
         raise
 
@@ -122,7 +122,7 @@ async def validate(services: Services, request: Request[AskedOptions]) -> Reply:
 
 async def _workers(services: Services) -> Workers:
     """Announcements of the living workers, by the names that everyone may see."""
-    bodies = await services.inspection.workers()
+    bodies = await services.announcements.workers()
     return {shown_worker(worker_id): worker_says(body) for worker_id, body in bodies.items()}
 
 

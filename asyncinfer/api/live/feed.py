@@ -26,7 +26,6 @@ from asyncinfer.jobs import DEFAULT_TENANT
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.log import Change, Log, LogPage, Place, changes_in
-from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import Stored, read_summaries
 
@@ -99,7 +98,6 @@ class Feed:
         """Older changes have been passed on, in every queue."""
         self._last_ids: dict[str, bytes] = {}
         """By queue, the id of the last entry that was read."""
-        self._upkeep = Upkeep(store)
         self._owners = _Owners(store)
         self._blocking = store.blocking()
         self._job_channels: dict[str, _Channel] = {}
@@ -291,7 +289,7 @@ class Feed:
                 self._last_ids[queue] = await self.log.last(queue)
             self.base_ms = 0
             self._return_all_to_log()
-        for queue in await self._upkeep.queues():
+        for queue in await self.store.queues():
             if queue not in self._last_ids:
                 new = self.started.is_set()
                 self._last_ids[queue] = b"0-0" if new else await self.log.last(queue)

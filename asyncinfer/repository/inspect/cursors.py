@@ -1,4 +1,4 @@
-"""Where a listing or a stream stopped, as text that a client hands back to go on."""
+"""Cursors: the place where a listing or a stream stopped, as text for the next request."""
 
 import base64
 from typing import Final, TypeVar
@@ -10,13 +10,13 @@ from asyncinfer.untrusted.decoding import UNREADABLE
 T = TypeVar("T")
 
 MOST_CHARACTERS: Final = 4096
-"""Of a listing's cursor, which names a place, a queue and a job."""
-
+"""The longest cursor of a listing, which names a place, a queue and a job."""
 
 _encode: Final = msgspec.msgpack.Encoder().encode
 
 
 def encode_cursor(place: object) -> str:
+    """`place` is a struct; the cursor is base64 text that is safe in a URL."""
     return cursor_bytes(place).decode()
 
 
@@ -25,9 +25,9 @@ def cursor_bytes(place: object) -> bytes:
 
 
 def decode_cursor(text: str, kind: type[T], most_characters: int = MOST_CHARACTERS) -> T:
-    """Raises ValueError for what `encode_cursor` did not make of this kind.
+    """The place, of the type `kind`, in a cursor. Raises ValueError for any other text.
 
-    A text that is too long is not looked at: whoever sends it pays nothing for its decoding.
+    A text that is too long is not decoded: it would cost its sender nothing.
     """
     if len(text) > most_characters:
         raise ValueError(f"a cursor of {len(text)} characters")

@@ -1,4 +1,4 @@
-"""Dead letters: jobs that failed for good, though another try may have helped."""
+"""Dead letters: the listing of jobs that failed for good though another try might have helped."""
 
 import heapq
 import math
@@ -10,20 +10,19 @@ from msgspec import Struct
 from asyncinfer.errors import InvalidQuery
 from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.cursors import decode_cursor, encode_cursor
-from asyncinfer.repository.inspect.filter import Filter
 from asyncinfer.repository.inspect.listing import Page
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.inspect.selection import Filter
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import Stored, read_jobs
 from asyncinfer.untrusted import decoding
 
-_LETTERS_A_PAGE: Final = 200
-_LETTERS_AT_ONCE: Final = 100
-_MOST_LOOKED_AT: Final = 20_000
+_LETTERS_PER_PAGE: Final = 200
+_MAX_LETTERS_AT_ONCE: Final = 100
+_MAX_LETTERS_READ: Final = 20_000
 
 
-class _Place(Struct, frozen=True, array_like=True):
-    """A letter: when it died, of which queue, which job."""
+class _Letter(Struct, frozen=True, array_like=True):
+    """A dead letter: when it was added, to which queue, and its job."""
 
     at_ms: float
     queue: str
@@ -31,45 +30,48 @@ class _Place(Struct, frozen=True, array_like=True):
 
 
 class DeadLetters:
-    """What `{Q}:dead` of each queue holds, told of as jobs."""
+    """Lists the jobs in `{Q}:dead` of each queue."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._upkeep = Upkeep(store)
 
     async def jobs(self, wanted: Filter, *, limit: int = 100, cursor: str | None = None) -> Page:
-        """Those that `wanted` means, newest first; raises InvalidQuery for a bad cursor.
+        """The dead letters that match a filter, newest first; raises InvalidQuery for a bad cursor.
 
-        As a listing of all jobs it may come back short, with a cursor to go on.
+        A page may have fewer jobs than `limit` and still a cursor: a call looks at 20,000 letters
+        at most.
         """
         default = await self._store.default_model()
         queues = [keys.queue(self._store.n, wanted.model, default)] if wanted.model else None
         found: list[Stored] = []
-        looked = 0
+        read_count = 0
         async for letters in self._letters(
-            queues or await self._upkeep.queues(), _place(cursor), min(limit, _LETTERS_AT_ONCE)
+            queues or await self._store.queues(),
+            _parse_cursor(cursor),
+            min(limit, _MAX_LETTERS_AT_ONCE),
         ):
             jobs = await read_jobs(self._store, [letter.job_id for letter in letters])
             for letter, job in zip(letters, jobs, strict=True):
-                looked += 1
+                read_count += 1
                 if job and wanted.matches(job, default):
                     found.append(job)
-                if len(found) == limit or looked == _MOST_LOOKED_AT:
+                if len(found) == limit or read_count == _MAX_LETTERS_READ:
                     return Page(tuple(found), encode_cursor(letter))
         return Page(tuple(found), None)
 
     async def _letters(
-        self, queues: Sequence[str], after: _Place | None, at_once: int
-    ) -> AsyncIterator[list[_Place]]:
-        """Letters of all queues behind `after`, newest first, then by queue, then by id."""
-        sources = [self._of(queue, after) for queue in queues]
+        self, queues: Sequence[str], after: _Letter | None, at_once: int
+    ) -> AsyncIterator[list[_Letter]]:
+        """Pages of the letters of all queues behind `after`: newest first, then by queue, then by
+        id."""
+        sources = [self._letters_of(queue, after) for queue in queues]
         heads = [
             (-first.at_ms, first.queue, first, source)
             for source in sources
             if (first := await anext(source, None))
         ]
         heapq.heapify(heads)
-        batch: list[_Place] = []
+        batch: list[_Letter] = []
         while heads:
             _, queue, letter, source = heads[0]
             batch.append(letter)
@@ -81,8 +83,9 @@ class DeadLetters:
                 yield batch
                 batch = []
 
-    async def _of(self, queue: str, after: _Place | None) -> AsyncIterator[_Place]:
-        """A queue's letters. Of one ms they come in the reverse order of their ids."""
+    async def _letters_of(self, queue: str, after: _Letter | None) -> AsyncIterator[_Letter]:
+        """The letters of a queue, newest first; those of one ms in the reverse order of their
+        ids."""
         newest = "+inf"
         if after:
             newest = f"{'' if queue >= after.queue else '('}{after.at_ms!r}"
@@ -90,25 +93,27 @@ class DeadLetters:
         while True:
             page = await self._store.look(
                 *("ZRANGE", keys.dead(queue), newest, "-inf", "BYSCORE", "REV"),
-                *("LIMIT", skipped, _LETTERS_A_PAGE, "WITHSCORES"),
+                *("LIMIT", skipped, _LETTERS_PER_PAGE, "WITHSCORES"),
                 otherwise=(),
             )
             for raw, score in zip(page[::2], page[1::2], strict=True):
-                letter = _letter(raw, score, queue)
-                if letter and not _passed(letter, after):
+                letter = _parse_letter(raw, score, queue)
+                if letter and not _is_listed(letter, after):
                     yield letter
-            if len(page) < 2 * _LETTERS_A_PAGE:
+            if len(page) < 2 * _LETTERS_PER_PAGE:
                 return
-            skipped += _LETTERS_A_PAGE
+            skipped += _LETTERS_PER_PAGE
 
 
-def _letter(raw: bytes, score: bytes, queue: str) -> _Place | None:
-    """None for a stranger's id that no answer could name, and for a time that is infinite."""
+def _parse_letter(raw: bytes, score: bytes, queue: str) -> _Letter | None:
+    """None for an external id that is not text, since no response could name it, and for an
+    infinite time."""
     job_id, at_ms = decoding.name(raw), decoding.finite(score)
-    return None if job_id is None or at_ms is None else _Place(at_ms, queue, job_id)
+    return None if job_id is None or at_ms is None else _Letter(at_ms, queue, job_id)
 
 
-def _passed(letter: _Place, after: _Place | None) -> bool:
+def _is_listed(letter: _Letter, after: _Letter | None) -> bool:
+    """Whether a letter of the same ms and queue as the cursor's was on an earlier page."""
     return (
         after is not None
         and (letter.at_ms, letter.queue) == (after.at_ms, after.queue)
@@ -116,16 +121,16 @@ def _passed(letter: _Place, after: _Place | None) -> bool:
     )
 
 
-def _place(cursor: str | None) -> _Place | None:
+def _parse_cursor(cursor: str | None) -> _Letter | None:
     if cursor is None:
         return None
     try:
-        place = decode_cursor(cursor, _Place)
-        if not math.isfinite(place.at_ms):
-            raise ValueError(place)
+        letter = decode_cursor(cursor, _Letter)
+        if not math.isfinite(letter.at_ms):
+            raise ValueError(letter)
     except ValueError as error:
         raise InvalidQuery(
             "`cursor` is not one that GET /jobs?dead=true gave; leave it out to start at the "
             "newest letter."
         ) from error
-    return place
+    return letter

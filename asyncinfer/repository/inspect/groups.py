@@ -1,4 +1,4 @@
-"""Jobs that share a name: counted, listed, cancelled together."""
+"""Groups: jobs that share a name are counted, listed and cancelled together."""
 
 import asyncio
 from collections import Counter
@@ -11,142 +11,145 @@ from asyncinfer.errors import InvalidQuery, RequestError
 from asyncinfer.jobs import TERMINAL, created_ms
 from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.cursors import decode_cursor, encode_cursor
-from asyncinfer.repository.inspect.filter import Filter
 from asyncinfer.repository.inspect.listing import Page
-from asyncinfer.repository.operations import Cancelled, Operation
+from asyncinfer.repository.inspect.selection import Filter
+from asyncinfer.repository.operations import Cancelled, Operations
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import Stored, read_summaries
 from asyncinfer.untrusted import decoding
 
-_IDS_A_PAGE: Final = 1000
-_LISTED_A_PAGE: Final = 200
-_MOST_LOOKED_AT: Final = 20_000
-_FAILED_NAMED: Final = 10
+_IDS_PER_PAGE: Final = 1000
+_LISTED_PER_PAGE: Final = 200
+_MAX_JOBS_READ: Final = 20_000
+_MAX_FAILED_IDS: Final = 10
 
 
 class Counted(Struct, frozen=True, kw_only=True):
-    """How the jobs of a group are; `by_status` has those that are still kept."""
+    """The counts of a group's jobs."""
 
     jobs: int
     by_status: dict[str, int]
+    """Only jobs that are still kept."""
     first_failed: list[str]
+    """Ids of the failed jobs that were submitted first; at most 10."""
     created_ms: int | None
-    """When its first job was made."""
+    """When its first job was submitted."""
 
     @property
     def expired(self) -> int:
-        """Jobs that ended so long ago that they are no longer kept."""
+        """The number of jobs that ended so long ago that they are no longer kept."""
         return self.jobs - sum(self.by_status.values())
 
     @property
     def left(self) -> int:
-        """Jobs that have not ended."""
+        """The number of jobs that have not ended."""
         return sum(n for status, n in self.by_status.items() if status not in TERMINAL)
 
 
-class _Spot(Struct, frozen=True, array_like=True):
-    """Where a listing stopped: a job, and where in the list it was."""
+class _Place(Struct, frozen=True, array_like=True):
+    """Where a listing stopped: a job and its index in the list."""
 
     index: int
     job_id: str
 
 
-class _Counting:
-    """The counts of one group that are asked for at the same time."""
+class _SharedCount:
+    """The counts of one group that are requested at the same time."""
 
     def __init__(self) -> None:
-        self.one_at_a_time = asyncio.Lock()
-        self.askers = 0
+        self.lock = asyncio.Lock()
+        self.waiting = 0
+        """How many callers use this object."""
         self.begun = 0
         """How many counts have begun."""
         self.finished = 0
-        """Which of them was the last to finish; it gave `counted`, or failed with `error`."""
-        self.counted: Counted | None = None
+        """The number of the count that finished last, with `counts` or `error`."""
+        self.counts: Counted | None = None
         self.error: Exception | None = None
 
 
 class Groups:
-    """What is asked of a tenant's group; its list is kept by `submit`."""
+    """Counts, lists and cancels the jobs of a group; `submit` maintains the group's list."""
 
-    def __init__(self, store: Store, operation: Operation) -> None:
+    def __init__(self, store: Store, operations: Operations) -> None:
         self._store = store
-        self._operation = operation
-        self._countings: dict[tuple[str, str], _Counting] = {}
+        self._operations = operations
+        self._shared_counts: dict[tuple[str, str], _SharedCount] = {}
 
     async def count(self, tenant: str, group: str) -> Counted | None:
-        """None when there is no such group. Whoever asks while a count is under way shares the
-        next, which begins after that: 200 streams of one group counted its jobs 200 times a
+        """Counts the jobs; None if there is no such group. Callers that arrive during a count share
+        the next one, which begins after it: 200 streams of one group counted its jobs 200 times a
         second, and Redis had no time for anything else."""
-        counting = self._countings.setdefault((tenant, group), _Counting())
-        asked_after = counting.begun
-        counting.askers += 1
+        shared = self._shared_counts.setdefault((tenant, group), _SharedCount())
+        begun_before = shared.begun
+        shared.waiting += 1
         try:
-            async with counting.one_at_a_time:
-                if counting.finished <= asked_after:
-                    await self._count_into(counting, tenant, group)
+            async with shared.lock:
+                if shared.finished <= begun_before:
+                    await self._update(shared, tenant, group)
         finally:
-            counting.askers -= 1
-            if not counting.askers:
-                del self._countings[tenant, group]
-        if counting.error:
-            raise counting.error
-        return counting.counted
+            shared.waiting -= 1
+            if not shared.waiting:
+                del self._shared_counts[tenant, group]
+        if shared.error:
+            raise shared.error
+        return shared.counts
 
-    async def _count_into(self, counting: _Counting, tenant: str, group: str) -> None:
-        counting.begun += 1
+    async def _update(self, shared: _SharedCount, tenant: str, group: str) -> None:
+        shared.begun += 1
         try:
-            counting.counted, counting.error = await self._count(tenant, group), None
+            shared.counts, shared.error = await self._count(tenant, group), None
         except RequestError as error:
-            counting.error = error
-        counting.finished = counting.begun
+            shared.error = error
+        shared.finished = shared.begun
 
     async def _count(self, tenant: str, group: str) -> Counted | None:
-        """One command for a thousand jobs."""
+        """Counts with two commands for each thousand jobs."""
         total, first, failed = 0, None, list[str]()
-        statuses: Counter[bytes | None] = Counter()
-        async for ids, found in self._pages(tenant, group):
+        counter: Counter[bytes | None] = Counter()
+        async for ids, statuses in self._pages(tenant, group):
             first = first or ids[0]
             total += len(ids)
-            statuses.update(found)
-            if len(failed) < _FAILED_NAMED and b"failed" in found:
-                failed += _where(ids, found, b"failed")
+            counter.update(statuses)
+            if len(failed) < _MAX_FAILED_IDS and b"failed" in statuses:
+                failed += _with_status(ids, statuses, b"failed")
         if first is None:
             return None
         return Counted(
             jobs=total,
-            by_status={decoding.text(one): n for one, n in statuses.items() if one},
-            first_failed=failed[:_FAILED_NAMED],
+            by_status={decoding.text(status): n for status, n in counter.items() if status},
+            first_failed=failed[:_MAX_FAILED_IDS],
             created_ms=created_ms(first),
         )
 
     async def cancel(self, tenant: str, group: str) -> Cancelled | None:
-        """Ends all that waits and asks for the end of what runs; None when there is no such
+        """Cancels the waiting jobs and has the running ones stopped; None if there is no such
         group."""
-        done = None
-        async for ids, found in self._pages(tenant, group):
-            unfinished = _where(ids, found, b"pending", b"processing")
+        total = None
+        async for ids, statuses in self._pages(tenant, group):
+            unfinished = _with_status(ids, statuses, b"pending", b"processing")
             jobs = [job for job in await read_summaries(self._store, unfinished) if job]
-            part = await self._operation.cancel(jobs)
-            before = done or Cancelled(0, 0)
-            done = Cancelled(before.ended + part.ended, before.asked + part.asked)
-        return done
+            part = await self._operations.cancel_all(jobs)
+            before = total or Cancelled(0, 0)
+            total = Cancelled(before.ended + part.ended, before.asked + part.asked)
+        return total
 
     async def _pages(
         self, tenant: str, group: str
     ) -> AsyncIterator[tuple[list[str], list[bytes | None]]]:
-        """All ids, the first submitted first, each with its job's status."""
+        """Pages of all ids, the first submitted first, and of the statuses of their jobs."""
         name = keys.group(self._store.n, tenant, group)
         start = 0
-        while ids := await self._range(name, start, start + _IDS_A_PAGE - 1):
+        while ids := await self._range(name, start, start + _IDS_PER_PAGE - 1):
             yield ids, await self._store.command("MGET", *map(keys.status, ids))
-            if len(ids) < _IDS_A_PAGE:
+            if len(ids) < _IDS_PER_PAGE:
                 return
-            start += _IDS_A_PAGE
+            start += _IDS_PER_PAGE
 
     async def _range(self, name: str, first: int, last: int) -> list[str]:
-        """An id that is not UTF-8 is none of ours: it comes back changed, as that of no job."""
-        found = await self._store.look("LRANGE", name, first, last, otherwise=())
-        return [decoding.text(one) for one in found]
+        """Ids of the list. One that is not UTF-8 becomes some text that is the id of no job."""
+        reply = await self._store.look("LRANGE", name, first, last, otherwise=())
+        return [decoding.text(raw_id) for raw_id in reply]
 
     # --- listing -----------------------------------------------------------------------------
 
@@ -160,52 +163,52 @@ class Groups:
         limit: int = 100,
         cursor: str | None = None,
     ) -> Page:
-        """Newest first; raises InvalidQuery for a bad cursor. It looks at a bounded number of
-        jobs: with a rare filter a page may come back short, with a cursor to go on."""
+        """The jobs of a group, newest first; raises InvalidQuery for a bad cursor. A page may have
+        fewer jobs than `limit` and still a cursor: a call looks at 20,000 jobs at most."""
         name = keys.group(self._store.n, tenant, group)
         end = await self._end(name, cursor)
         wanted = Filter.of(tenant, status, model)
         found: list[Stored] = []
-        for _ in range(_MOST_LOOKED_AT // _LISTED_A_PAGE):
+        for _ in range(_MAX_JOBS_READ // _LISTED_PER_PAGE):
             if end <= 0:
                 break
-            start = max(0, end - _LISTED_A_PAGE)
+            start = max(0, end - _LISTED_PER_PAGE)
             ids = await self._range(name, start, end - 1)
             stored = await read_summaries(self._store, ids)
             for index, job in reversed(list(enumerate(stored, start))):
                 if job and wanted.matches(job, None):
                     found.append(job)
                 if len(found) == limit:
-                    return Page(tuple(found), encode_cursor(_Spot(index, ids[index - start])))
+                    return Page(tuple(found), encode_cursor(_Place(index, ids[index - start])))
             end = start
             last = ids[0] if ids else ""
-        return Page(tuple(found), encode_cursor(_Spot(end, last)) if end > 0 else None)
+        return Page(tuple(found), encode_cursor(_Place(end, last)) if end > 0 else None)
 
     async def _end(self, name: str, cursor: str | None) -> int:
-        """How many of the list's jobs are still to be listed."""
+        """The number of jobs from the start of the list that are still to be listed."""
         if cursor is None:
             return int(await self._store.look("LLEN", name, otherwise=0))
-        spot = _spot(cursor)
-        if await self._range(name, spot.index, spot.index) == [spot.job_id]:
-            return spot.index
-        # The list has been cut meanwhile.
-        find = ("LPOS", name, spot.job_id, "RANK", -1)
-        found = await self._store.look(*find, otherwise=None)
-        return 0 if found is None else int(found)
+        place = _parse_cursor(cursor)
+        if await self._range(name, place.index, place.index) == [place.job_id]:
+            return place.index
+        # The list has been trimmed since.
+        find = ("LPOS", name, place.job_id, "RANK", -1)
+        index = await self._store.look(*find, otherwise=None)
+        return 0 if index is None else int(index)
 
 
-def _where(ids: Sequence[str], found: Sequence[bytes | None], *statuses: bytes) -> list[str]:
-    return [job_id for job_id, status in zip(ids, found, strict=True) if status in statuses]
+def _with_status(ids: Sequence[str], statuses: Sequence[bytes | None], *wanted: bytes) -> list[str]:
+    return [job_id for job_id, status in zip(ids, statuses, strict=True) if status in wanted]
 
 
-def _spot(cursor: str) -> _Spot:
+def _parse_cursor(cursor: str) -> _Place:
     try:
-        spot = decode_cursor(cursor, _Spot)
-        if not 0 <= spot.index < 1 << 32:
-            raise ValueError(spot)
+        place = decode_cursor(cursor, _Place)
+        if not 0 <= place.index < 1 << 32:
+            raise ValueError(place)
     except ValueError as error:
         raise InvalidQuery(
             "`cursor` is not one that GET /jobs gave for a group; leave it out to start at the "
             "newest job."
         ) from error
-    return spot
+    return place

@@ -1,4 +1,4 @@
-"""What people ask of the queue: which jobs, which models, how it is."""
+"""The listing of jobs by the log, live workers and the health of the queues."""
 
 import heapq
 import re
@@ -9,31 +9,30 @@ from msgspec import Struct
 
 from asyncinfer.errors import InvalidQuery
 from asyncinfer.repository import keys
-from asyncinfer.repository.announcements import Announced
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.inspect.cursors import decode_cursor, encode_cursor
-from asyncinfer.repository.inspect.filter import Filter
-from asyncinfer.repository.inspect.log import appearing
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.inspect.log import first_ids
+from asyncinfer.repository.inspect.selection import Filter
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import Stored, read_summaries
 from asyncinfer.untrusted import decoding
 
-_ENTRIES_A_PAGE: Final = 100
-_MOST_IDS_A_CALL: Final = 1000
-_MOST_LOOKED_AT: Final = 20_000
-_MOST_WORKERS: Final = 1000
-"""Whose announcements an API reads each second."""
+_ENTRIES_PER_PAGE: Final = 100
+_MAX_IDS_PER_CALL: Final = 1000
+_MAX_JOBS_READ: Final = 20_000
+_MAX_WORKERS: Final = 1000
+"""The bound of the announcements that an API reads each second."""
 
 
 class Page(Struct, frozen=True):
-    """Jobs, newest first; `cursor` continues after the last, None at the end."""
+    """A page of jobs, newest first; `cursor` gives the next page, None: there is none."""
 
     jobs: tuple[Stored, ...]
     cursor: str | None
 
 
 class Health(Struct, frozen=True):
-    """The server, how many jobs wait in each queue, and how many workers live."""
+    """The server, the number of waiting jobs by queue, and the number of live workers."""
 
     server: str
     queues: dict[str, int]
@@ -41,29 +40,30 @@ class Health(Struct, frozen=True):
 
 
 class Workforce(Struct, frozen=True, kw_only=True):
-    """Who works, and which queues nobody may work on."""
+    """The live workers and the paused queues."""
 
     workers: dict[str, bytes]
-    """By worker, what it says as JSON."""
+    """{worker id: announcement as JSON}."""
     paused: frozenset[str]
+    """The paused queues."""
     is_whole: bool
-    """There are no more workers than were read."""
+    """All live workers were read."""
 
 
 class _Place(Struct, frozen=True, array_like=True):
-    """Where a listing stopped: a log entry, and how many of its jobs were passed."""
+    """Where a listing stopped: a log entry, and how many of its jobs are listed."""
 
     entry: str
     queue: str
-    passed: int
+    listed: int
 
 
 class Inspection:
-    """The questions people ask; none of them changes anything."""
+    """Reads jobs, workers and queues; changes nothing."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._upkeep = Upkeep(store)
+        self._announcements = Announcements(store)
 
     async def jobs(
         self,
@@ -75,54 +75,55 @@ class Inspection:
         limit: int = 100,
         cursor: str | None = None,
     ) -> Page:
-        """A tenant's jobs, or everybody's, newest first, from the log; raises InvalidQuery for a
-        bad cursor.
+        """The jobs of a tenant, or of all tenants (None), newest first, from the log; raises
+        InvalidQuery for a bad cursor.
 
-        A listing looks at a bounded number of jobs: with a rare filter a page may come back
-        short, with a cursor to go on.
+        A page may have fewer jobs than `limit` and still a cursor: a call looks at 20,000 jobs at
+        most.
         """
         default = await self._store.default_model()
         queues = await self._queues(model, default)
         wanted = Filter.of(tenant, status, model, group)
         found: list[Stored] = []
-        looked = 0
-        async for places, ids in self._listed(queues, _place(cursor), limit):
+        read_count = 0
+        async for places, ids in self._batches(queues, _parse_cursor(cursor), limit):
             stored = await read_summaries(self._store, ids)
             for place, job in zip(places, stored, strict=True):
-                looked += 1
+                read_count += 1
                 if job and wanted.matches(job, default):
                     found.append(job)
-                if len(found) == limit or looked == _MOST_LOOKED_AT:
+                if len(found) == limit or read_count == _MAX_JOBS_READ:
                     return Page(tuple(found), encode_cursor(place))
         return Page(tuple(found), None)
 
-    async def _listed(
-        self, queues: Sequence[str], place: _Place | None, first: int
+    async def _batches(
+        self, queues: Sequence[str], place: _Place | None, first_size: int
     ) -> AsyncIterator[tuple[list[_Place], list[str]]]:
-        """Jobs of the logs, newest first, and where each is: `first` of them, and as long as there
-        is cause to go on twice as many each time. Where most jobs have expired, one call for each
-        entry of a log was 4,900 calls for one listing."""
+        """Batches of the jobs in the logs, newest first, and the place of each job. Each batch is
+        twice as large as the one before: with a call for each log entry, a listing whose jobs had
+        mostly expired took 4,900 calls."""
         places: list[_Place] = []
         ids: list[str] = []
-        most = first
-        async for entry, queue, start, named in self._logged(queues, place):
-            places += [_Place(entry, queue, start + n) for n in range(1, len(named) + 1)]
-            ids += named
-            if len(ids) >= most:
+        size = first_size
+        async for entry, queue, start, entry_ids in self._merged_entries(queues, place):
+            places += [_Place(entry, queue, start + n) for n in range(1, len(entry_ids) + 1)]
+            ids += entry_ids
+            if len(ids) >= size:
                 yield places, ids
-                places, ids, most = [], [], min(2 * most, _MOST_IDS_A_CALL)
+                places, ids, size = [], [], min(2 * size, _MAX_IDS_PER_CALL)
         if ids:
             yield places, ids
 
     async def _queues(self, model: str | None, default: str | None) -> list[str]:
         if model is not None:
             return [keys.queue(self._store.n, model, default)]
-        return await self._upkeep.queues()
+        return await self._store.queues()
 
-    async def _logged(
+    async def _merged_entries(
         self, queues: Sequence[str], place: _Place | None
     ) -> AsyncIterator[tuple[str, str, int, list[str]]]:
-        """Log entries of all queues, newest first: (entry id, queue, jobs passed, ids)."""
+        """Log entries of all queues, newest first: (entry id, queue, jobs that are listed already,
+        ids of the others)."""
         heads = []
         for queue in queues:
             source = self._entries(queue, place)
@@ -131,8 +132,8 @@ class Inspection:
         heapq.heapify(heads)
         while heads:
             _, (entry, ids), queue, source = heads[0]
-            passed = place.passed if place and (entry, queue) == (place.entry, place.queue) else 0
-            yield entry, queue, passed, ids[passed:]
+            listed = place.listed if place and (entry, queue) == (place.entry, place.queue) else 0
+            yield entry, queue, listed, ids[listed:]
             if following := await anext(source, None):
                 heapq.heapreplace(
                     heads, (_newest_first(following[0], queue), following, queue, source)
@@ -143,77 +144,54 @@ class Inspection:
     async def _entries(
         self, queue: str, place: _Place | None
     ) -> AsyncIterator[tuple[str, list[str]]]:
-        """A queue's log backwards, only where jobs first appear, newest job first."""
+        """The log entries of a queue in which jobs first appear, newest first, each with its ids,
+        the newest job first."""
         end = "+"
         if place:
             end = place.entry if queue >= place.queue else f"({place.entry}"
         while True:
             page = await self._store.look(
-                *("XREVRANGE", keys.log(queue), end, "-", "COUNT", _ENTRIES_A_PAGE), otherwise=()
+                *("XREVRANGE", keys.log(queue), end, "-", "COUNT", _ENTRIES_PER_PAGE), otherwise=()
             )
             for entry_id, fields in page:
-                if ids := appearing(fields):
+                if ids := first_ids(fields):
                     yield entry_id.decode(), ids
-            if len(page) < _ENTRIES_A_PAGE:
+            if len(page) < _ENTRIES_PER_PAGE:
                 return
             end = f"({page[-1][0].decode()}"
 
-    async def queues(self) -> list[str]:
-        """Every queue that has had a job, the default model's included."""
-        return await self._upkeep.queues()
-
-    async def model_names(self) -> list[str]:
-        """The models that workers have announced."""
-        known = await self._store.look("SMEMBERS", keys.models(self._store.n), otherwise=())
-        return sorted(filter(None, map(decoding.name, known)))
-
-    async def announced(self) -> Announced:
-        names = await self.model_names()
-        models = {name: await self._upkeep.announced_versions(name) for name in names}
-        pinned = await self._upkeep.default_versions()
-        return Announced(await self._store.default_model(), models, pinned)
-
     async def workforce(self, queues: Sequence[str]) -> Workforce:
-        """The living workers, and which of `queues` are paused: two commands."""
+        """Reads the live workers, and which of `queues` are paused, with two commands."""
         n = self._store.n
-        newest_first = ("ZREVRANGE", keys.workers(n), 0, _MOST_WORKERS)
-        found = await self._store.look(*newest_first, otherwise=())
-        ids = [name for one in found[:_MOST_WORKERS] if (name := decoding.name(one)) is not None]
-        names = [*(keys.worker(n, one) for one in ids), *map(keys.paused, queues)]
+        newest_first = ("ZREVRANGE", keys.workers(n), 0, _MAX_WORKERS)
+        reply = await self._store.look(*newest_first, otherwise=())
+        ids = [name for raw in reply[:_MAX_WORKERS] if (name := decoding.name(raw)) is not None]
+        names = [*(keys.worker(n, worker_id) for worker_id in ids), *map(keys.paused, queues)]
         values = await self._store.command("MGET", *names) if names else []
         bodies, flags = values[: len(ids)], values[len(ids) :]
         return Workforce(
-            workers={one: body for one, body in zip(ids, bodies, strict=True) if body},
+            workers={name: body for name, body in zip(ids, bodies, strict=True) if body},
             paused=frozenset(q for q, flag in zip(queues, flags, strict=True) if flag is not None),
-            is_whole=len(found) <= _MOST_WORKERS,
+            is_whole=len(reply) <= _MAX_WORKERS,
         )
 
     async def paused(self, queues: Sequence[str]) -> list[bool]:
-        """Of each queue, whether its jobs are taken in but not run."""
+        """Whether each queue is paused: its jobs are accepted and not run."""
         if not queues:
             return []
-        found = await self._store.command("MGET", *map(keys.paused, queues))
-        return [one is not None for one in found]
+        flags = await self._store.command("MGET", *map(keys.paused, queues))
+        return [flag is not None for flag in flags]
 
     async def health(self) -> Health:
+        """Raises ServerRefused as `Store.check_server` does, and RedisUnavailable."""
         server = await self._store.check_server()
         queues = {}
-        for queue in await self._upkeep.queues():
+        for queue in await self._store.queues():
             high, normal, low = [
                 await self._store.look("LLEN", name, otherwise=0) for name in keys.waiting(queue)
             ]
             queues[queue] = high + normal + low
-        return Health(server, queues, len(await self.workers()))
-
-    async def workers(self) -> dict[str, bytes]:
-        """The living workers and what each said of itself, as JSON."""
-        n = self._store.n
-        found = await self._store.look("ZRANGE", keys.workers(n), 0, -1, otherwise=())
-        ids = [name for one in found if (name := decoding.name(one)) is not None]
-        if not ids:
-            return {}
-        bodies = await self._store.command("MGET", *(keys.worker(n, one) for one in ids))
-        return {one: body for one, body in zip(ids, bodies, strict=True) if body}
+        return Health(server, queues, len(await self._announcements.workers()))
 
 
 def _newest_first(entry: str, queue: str) -> tuple[int, int, str]:
@@ -222,17 +200,17 @@ def _newest_first(entry: str, queue: str) -> tuple[int, int, str]:
 
 
 _ENTRY: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
-_MOST_PART: Final = (1 << 64) - 1
+_MAX_ENTRY_NUMBER: Final = (1 << 64) - 1
 
 
-def _place(cursor: str | None) -> _Place | None:
+def _parse_cursor(cursor: str | None) -> _Place | None:
     if cursor is None:
         return None
     try:
         place = decode_cursor(cursor, _Place)
-        if not _ENTRY.fullmatch(place.entry) or place.passed < 0:
+        if not _ENTRY.fullmatch(place.entry) or place.listed < 0:
             raise ValueError(place)
-        if any(int(part) > _MOST_PART for part in place.entry.split("-")):
+        if any(int(part) > _MAX_ENTRY_NUMBER for part in place.entry.split("-")):
             raise ValueError(place)
     except ValueError as error:
         raise InvalidQuery(

@@ -1,4 +1,4 @@
-"""What the logs tell: each change of each job, in order, from any place on."""
+"""The logs of the queues: the status changes of all jobs, in order, from any place on."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final
@@ -10,16 +10,16 @@ from asyncinfer.errors import WrongKeyType
 from asyncinfer.jobs import Status
 from asyncinfer.repository import keys
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.stored_jobs import Stored, summary_keys, summary_of
+from asyncinfer.repository.stored_jobs import Stored, parse_summary, summary_keys
 from asyncinfer.untrusted import decoding
 
-_MOST: Final = (1 << 63) - 1
+_MAX_NUMBER: Final = (1 << 63) - 1
 
-_Part = Annotated[int, Meta(ge=0, le=_MOST)]
-Place = tuple[_Part, _Part, _Part]
-"""Somewhere in a log: an entry's ms and number, and how many of its jobs are before."""
+_Number = Annotated[int, Meta(ge=0, le=_MAX_NUMBER)]
+Place = tuple[_Number, _Number, _Number]
+"""A place in a log: the ms and the number of an entry, and how many of its jobs come before."""
 
-_SAYS: Final[dict[bytes, Status]] = {
+_STATUS_OF_FIELD: Final[dict[bytes, Status]] = {
     b"submitted": "pending",
     b"pending": "pending",
     b"processing": "processing",
@@ -27,11 +27,12 @@ _SAYS: Final[dict[bytes, Status]] = {
     b"failed": "failed",
     b"cancelled": "cancelled",
 }
-"""What a word of an entry means; `stranger` stands beside a `processing` of the same job."""
+"""The status that a field of an entry means. An entry with `stranger` (an external job) has a
+`processing` of the same job as well."""
 
 
 class Change(Struct, frozen=True, cache_hash=True):
-    """A job that has come to a status."""
+    """A status change of a job."""
 
     queue: str
     place: Place
@@ -40,24 +41,27 @@ class Change(Struct, frozen=True, cache_hash=True):
 
     @property
     def after(self) -> Place:
+        """The place right behind this change."""
         ms, number, passed = self.place
         return (ms, number, passed + 1)
 
 
 class LogPage(Struct, frozen=True):
-    """Changes from one place of a log to another; `end` is where the next page begins."""
+    """A part of a log."""
 
     changes: list[Change]
     end: Place
+    """Where the next page begins."""
     more: bool
+    """Whether the log goes on, as far as is known."""
 
 
 class LogTrimmed(Exception):
-    """The log no longer reaches back to where it should be read from."""
+    """The log has been trimmed beyond the place to read from, or is another log."""
 
 
 class Log:
-    """Reads the logs; each queue has its own."""
+    """Reads the logs, one for each queue."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -65,8 +69,8 @@ class Log:
     async def page(
         self, queue: str, start: Place, most_entries: int = 200, most_changes: int = 5000
     ) -> LogPage:
-        """The changes from `start` on; raises LogTrimmed when some of them may be gone. A page ends
-        with the entry that makes it `most_changes` long, since an entry may tell of hundreds."""
+        """The changes from `start` on; raises LogTrimmed if some of them may be gone. A page ends
+        with the entry that brings it to `most_changes`, since an entry may hold hundreds."""
         name = keys.log(queue)
         entries = await self._store.look(
             *("XRANGE", name, f"{start[0]}-{start[1]}", "+", "COUNT", most_entries),
@@ -75,12 +79,13 @@ class Log:
         if not entries:
             await self._check_clock(name, start)
             return LogPage([], start, more=False)
-        # Asked for afterwards: what was there to be read a moment ago has not been cut before.
+        # Checked after the read: if the log still reaches back now, nothing was missing before.
         await self._check_reach(name, start)
         changes: list[Change] = []
         used = 0
         for entry_id, fields in entries:
-            changes += [one for one in changes_in(queue, entry_id, fields) if one.place >= start]
+            entry_changes = changes_in(queue, entry_id, fields)
+            changes += [change for change in entry_changes if change.place >= start]
             used += 1
             if len(changes) >= most_changes:
                 break
@@ -88,32 +93,32 @@ class Log:
         return LogPage(changes, _after(entries[used - 1][0]), more)
 
     async def reaches(self, queue: str, end: bytes) -> bool:
-        """Whether the log still has all that came after this entry."""
+        """Whether the log still has all entries that came after this one."""
         name = keys.log(queue)
         if not await self._store.command("EXISTS", name):
             return end == b"0-0"
-        about = await self._store.look("XINFO STREAM", name, otherwise=None)
-        # A key of another type has nothing that could be missed.
-        return about is None or _reaches(about, _after(end))
+        info = await self._store.look("XINFO STREAM", name, otherwise=None)
+        # A key of the wrong type has no entries that could be missed.
+        return info is None or _reaches_back_to(info, _after(end))
 
     async def _check_reach(self, name: str, start: Place) -> None:
-        about = await self._store.command("XINFO STREAM", name)
-        if not _reaches(about, start):
+        info = await self._store.command("XINFO STREAM", name)
+        if not _reaches_back_to(info, start):
             raise LogTrimmed
 
     async def _check_clock(self, name: str, start: Place) -> None:
-        """Raises LogTrimmed for a place that is ahead of the log and of the server's clock: it is
-        of another log, and the next entries of this one come before it."""
-        if start[0] <= await self.now_ms():
+        """Raises LogTrimmed for a place ahead of the log and of the server's clock: it belongs to
+        another log, and the next entries of this one will come before it."""
+        if start[0] <= await self._store.time_ms():
             return
-        (ends,) = await self.last_generated([name])
-        if start > _after(ends):
+        (last_id,) = await self.last_generated([name])
+        if start > _after(last_id):
             raise LogTrimmed
 
     async def replaced(self, ends: Mapping[str, bytes]) -> set[str]:
-        """The queues whose log is another than the one that was read to these entries: its
-        newest entry and the server's clock are before them."""
-        if not ends or max(map(entry_order, ends.values()))[0] <= await self.now_ms():
+        """The queues whose log is not the one that was read up to the given entries, {queue: entry
+        id}: the log's newest entry and the server's clock are before them."""
+        if not ends or max(map(entry_order, ends.values()))[0] <= await self._store.time_ms():
             return set()
         names = [keys.log(queue) for queue in ends]
         newest = await self.last_generated(names)
@@ -124,94 +129,96 @@ class Log:
         }
 
     async def last_generated(self, names: Sequence[str]) -> list[bytes]:
-        """The newest id that each log has given, also where that entry was cut since."""
-        newest = []
+        """The last id that each log has generated, even if that entry has been trimmed since."""
+        last_ids = []
         for name in names:
-            there = await self._store.command("EXISTS", name)
-            about = await self._store.look("XINFO STREAM", name, otherwise={}) if there else {}
-            newest.append(bytes(about.get("last-generated-id", b"0-0")))
-        return newest
+            exists = await self._store.command("EXISTS", name)
+            info = await self._store.look("XINFO STREAM", name, otherwise={}) if exists else {}
+            last_ids.append(bytes(info.get("last-generated-id", b"0-0")))
+        return last_ids
 
     async def last(self, queue: str) -> bytes:
-        """The id of the newest entry."""
-        entries = await self._store.look(*_newest(queue), otherwise=())
+        """The id of the newest entry; `0-0` for an empty log."""
+        entries = await self._store.look(*_read_newest(queue), otherwise=())
         return bytes(entries[0][0]) if entries else b"0-0"
 
     async def moment(self, queue: str, job_id: str) -> tuple[Stored | None, Place]:
-        """A job without its result, and where the log tells what comes after exactly this."""
-        ask = ("MGET", *summary_keys(job_id))
+        """A job without its result, and the place in the log of the first change after this state:
+        both are read in one transaction."""
+        read_job = ("MGET", *summary_keys(job_id))
         try:
-            entries, found = await self._store.together(_newest(queue), ask)
+            entries, values = await self._store.together(_read_newest(queue), read_job)
         except WrongKeyType:
-            entries, found = (), await self._store.command(*ask)
-        return summary_of(job_id, found), _after(entries[0][0]) if entries else (0, 0, 0)
-
-    async def now_ms(self) -> int:
-        """The server's time, by which entries are named."""
-        seconds, micros = await self._store.command("TIME")
-        return int(seconds) * 1000 + int(micros) // 1000
+            entries, values = (), await self._store.command(*read_job)
+        return parse_summary(job_id, values), _after(entries[0][0]) if entries else (0, 0, 0)
 
 
 def changes_in(queue: str, entry_id: bytes, fields: dict[bytes, bytes]) -> list[Change]:
-    """What one entry tells. A job whose id is no text has no name here, and keeps its place."""
-    ms, number, passed = _before(entry_id)
+    """The changes in an entry. A job whose id is not text is left out, but counts for the places of
+    the others."""
+    ms, number, index = _before(entry_id)
     changes = []
-    for word, packed in fields.items():
+    for field, packed in fields.items():
         ids = ids_in(packed)
-        if status := _SAYS.get(word):
+        if status := _STATUS_OF_FIELD.get(field):
             changes += [
                 Change(queue, (ms, number, i), job_id, status)
-                for i, job_id in enumerate(ids, passed)
+                for i, job_id in enumerate(ids, index)
                 if job_id
             ]
-        passed += len(ids)
+        index += len(ids)
     return changes
 
 
 def entry_order(entry_id: bytes) -> tuple[int, int]:
-    """Sorts ids of a stream as the stream does."""
+    """A sort key that orders ids as the stream does."""
     ms, _, number = entry_id.partition(b"-")
     return int(ms), int(number or 0)
 
 
-def appearing(fields: dict[bytes, bytes]) -> list[str]:
-    """The ids that an entry names for the first time; a stranger's appears when claimed."""
+def first_ids(fields: dict[bytes, bytes]) -> list[str]:
+    """The ids of jobs that first appear in an entry, the newest first; an external job appears when
+    it is claimed."""
     ids = []
     for field in (b"submitted", b"stranger"):
         if packed := fields.get(field):
-            ids += [one for one in ids_in(packed) if one]
+            ids += [job_id for job_id in ids_in(packed) if job_id]
     return ids[::-1]
 
 
-_raw_ids = decoding.reader(msgspec.msgpack.Decoder(list[msgspec.Raw]).decode)
-_ids = decoding.reader(msgspec.msgpack.Decoder(list[str]).decode)
-_id = decoding.reader(msgspec.msgpack.Decoder(str).decode)
+_decode_raw = decoding.reader(msgspec.msgpack.Decoder(list[msgspec.Raw]).decode)
+_decode_ids = decoding.reader(msgspec.msgpack.Decoder(list[str]).decode)
+_decode_id = decoding.reader(msgspec.msgpack.Decoder(str).decode)
 
 
 def ids_in(packed: bytes) -> list[str | None]:
-    """The ids of an entry's word; None for each that is not text, which JSON cannot name."""
-    ids = _ids(packed)
-    return list(ids) if ids is not None else [_id(bytes(one)) for one in _raw_ids(packed) or ()]
+    """The ids in a field of an entry; None for each that is not text and so not possible in
+    JSON."""
+    ids = _decode_ids(packed)
+    if ids is not None:
+        return list(ids)
+    return [_decode_id(bytes(raw_id)) for raw_id in _decode_raw(packed) or ()]
 
 
-def _reaches(about: Mapping[str, Any], start: Place) -> bool:
+def _reaches_back_to(info: Mapping[str, Any], start: Place) -> bool:
     """Whether a log, as XINFO STREAM describes it, has all entries from `start` on."""
-    first = about["first-entry"]
-    if about["entries-added"] == about["length"] or first is None:
+    first = info["first-entry"]
+    if info["entries-added"] == info["length"] or first is None:
         return True
     return _before(first[0]) <= start
 
 
-def _newest(queue: str) -> tuple[Any, ...]:
+def _read_newest(queue: str) -> tuple[Any, ...]:
     return ("XREVRANGE", keys.log(queue), "+", "-", "COUNT", 1)
 
 
 def _before(entry_id: bytes) -> Place:
-    """Redis allows twice what a position can hold, in entries whose ids are no times."""
+    """The place right before an entry, within the bounds of a place: Redis allows larger numbers in
+    ids that are not times."""
     ms, _, number = entry_id.partition(b"-")
-    return (min(int(ms), _MOST), min(int(number), _MOST), 0)
+    return (min(int(ms), _MAX_NUMBER), min(int(number), _MAX_NUMBER), 0)
 
 
 def _after(entry_id: bytes) -> Place:
     ms, number, _ = _before(entry_id)
-    return (ms, number + 1, 0) if number < _MOST else (min(ms + 1, _MOST), 0, 0)
+    return (ms, number + 1, 0) if number < _MAX_NUMBER else (min(ms + 1, _MAX_NUMBER), 0, 0)

@@ -1,4 +1,4 @@
-"""Which jobs a filter means: waiting ones from their lists, ended ones from the log."""
+"""The selection of jobs by a filter: waiting jobs from their lists, ended ones from the log."""
 
 import random
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -6,55 +6,83 @@ from typing import Final
 
 from msgspec import Struct
 
-from asyncinfer.jobs import STATUSES, TERMINAL
+from asyncinfer.jobs import DEFAULT_TENANT, STATUSES, TERMINAL
 from asyncinfer.repository import keys
-from asyncinfer.repository.inspect.filter import Filter
-from asyncinfer.repository.inspect.log import appearing
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.inspect.log import first_ids
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import Stored, read_states
 from asyncinfer.untrusted import decoding
 
-_PAGE: Final = 1000
-_ENTRIES_A_PAGE: Final = 100
-_MOST_LOOKED_AT: Final = 500_000
+_PAGE_SIZE: Final = 1000
+_ENTRIES_PER_PAGE: Final = 100
+_MAX_JOBS_READ: Final = 500_000
+
+
+class Filter(Struct, frozen=True, kw_only=True):
+    """A filter of jobs; None matches every job."""
+
+    tenant: str | None
+    statuses: frozenset[str] | None = None
+    model: str | None = None
+    group: str | None = None
+    dead: bool = False
+    """Only dead letters match."""
+
+    @classmethod
+    def of(
+        cls, tenant: str | None, status: str | None, model: str | None, group: str | None = None
+    ) -> "Filter":
+        statuses = None if status is None else frozenset([status])
+        return cls(tenant=tenant, statuses=statuses, model=model, group=group)
+
+    def matches(self, job: Stored, default_model: str | None) -> bool:
+        record = job.record
+        owner = record.tenant if record else DEFAULT_TENANT
+        model = record.model if record else default_model
+        group = record.options.group if record else None
+        return (
+            (self.statuses is None or job.status in self.statuses)
+            and self.tenant in (None, owner)
+            and self.model in (None, model)
+            and self.group in (None, group)
+        )
 
 
 class Selected(Struct, frozen=True):
-    """Jobs as they were, without their results; `more`: some may be left."""
+    """Jobs as they were when read, without their results."""
 
     jobs: tuple[Stored, ...]
     more: bool
+    """More jobs may match."""
 
 
 class Selection:
-    """Finds jobs to act on."""
+    """Finds the jobs that an operation is for."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._upkeep = Upkeep(store)
 
     async def jobs(self, wanted: Filter, most: int) -> Selected:
-        """At most so many, in no order that counts. What a queue may hold bounds the look:
-        MAX_QUEUE ids that wait, and those of its log."""
+        """At most `most` jobs that match, in no defined order. The reading is bounded by what a
+        queue can hold, MAX_QUEUE waiting jobs and those in its log, and by 500,000 jobs."""
         default = await self._store.default_model()
         found: dict[str, Stored] = {}
-        looked = 0
+        read_count = 0
         for queue in await self._queues(wanted.model, default):
             async for ids in _pages(_sources(self._store, queue, wanted)):
-                looked += len(ids)
+                read_count += len(ids)
                 for job in await read_states(self._store, ids, _statuses(wanted)):
                     if wanted.matches(job, default):
                         found[job.job_id] = job
-                if len(found) > most or looked >= _MOST_LOOKED_AT:
+                if len(found) > most or read_count >= _MAX_JOBS_READ:
                     return Selected(tuple(found.values())[:most], more=True)
         return Selected(tuple(found.values()), more=False)
 
     async def _queues(self, model: str | None, default: str | None) -> list[str]:
         if model is not None:
             return [keys.queue(self._store.n, model, default)]
-        queues = await self._upkeep.queues()
-        # Calls that are repeated until nothing is left must not always look at the same ones.
+        queues = await self._store.queues()
+        # A call that is repeated until no job is left must not always read the same queues first.
         random.shuffle(queues)
         return queues
 
@@ -70,67 +98,67 @@ async def _pages(sources: Iterator[AsyncIterator[list[str]]]) -> AsyncIterator[l
 
 
 def _sources(store: Store, queue: str, wanted: Filter) -> Iterator[AsyncIterator[list[str]]]:
-    """Pages of ids among which all are that are wanted."""
+    """Iterators over pages of ids that together contain all matching jobs, and others."""
     if wanted.dead:
-        yield _ranked(store, keys.dead(queue))
+        yield _sorted_set_pages(store, keys.dead(queue))
         return
     statuses = _statuses(wanted)
     if "pending" in statuses:
-        yield from (_listed(store, waiting) for waiting in keys.waiting(queue))
-        yield _ranked(store, keys.delayed(queue))
+        yield from (_list_pages(store, waiting) for waiting in keys.waiting(queue))
+        yield _sorted_set_pages(store, keys.delayed(queue))
     if "processing" in statuses:
-        yield _running(store, queue)
+        yield _running_pages(store, queue)
     if statuses & TERMINAL:
-        yield _logged(store, queue)
+        yield _log_pages(store, queue)
 
 
-async def _listed(store: Store, name: str) -> AsyncIterator[list[str]]:
-    """From the head: what is served meanwhile leaves at the other end, so that none is missed."""
+async def _list_pages(store: Store, name: str) -> AsyncIterator[list[str]]:
+    """Reads a list from its head: jobs leave it at the other end, so that none is missed."""
     start = 0
-    while page := await store.look("LRANGE", name, start, start + _PAGE - 1, otherwise=()):
-        yield _texts(page)
+    while page := await store.look("LRANGE", name, start, start + _PAGE_SIZE - 1, otherwise=()):
+        yield _decode_ids(page)
         start += len(page)
 
 
-async def _ranked(store: Store, name: str) -> AsyncIterator[list[str]]:
+async def _sorted_set_pages(store: Store, name: str) -> AsyncIterator[list[str]]:
     start = 0
-    while page := await store.look("ZRANGE", name, start, start + _PAGE - 1, otherwise=()):
-        yield _texts(page)
+    while page := await store.look("ZRANGE", name, start, start + _PAGE_SIZE - 1, otherwise=()):
+        yield _decode_ids(page)
         start += len(page)
 
 
-async def _running(store: Store, queue: str) -> AsyncIterator[list[str]]:
+async def _running_pages(store: Store, queue: str) -> AsyncIterator[list[str]]:
     cursor = 0
     while True:
-        scan = ("HSCAN", keys.running(queue), cursor, "COUNT", _PAGE)
+        scan = ("HSCAN", keys.running(queue), cursor, "COUNT", _PAGE_SIZE)
         reply = await store.look(*scan, otherwise=(0, ()))
         cursor = int(reply[0])
         if reply[1]:
-            yield _texts(reply[1])
+            yield _decode_ids(reply[1])
         if cursor == 0:
             return
 
 
-async def _logged(store: Store, queue: str) -> AsyncIterator[list[str]]:
-    """Every job that the log knows, newest first."""
-    gathered: list[str] = []
+async def _log_pages(store: Store, queue: str) -> AsyncIterator[list[str]]:
+    """Every job in the log, newest first."""
+    ids: list[str] = []
     last = "+"
     while True:
         page: list[tuple[bytes, dict[bytes, bytes]]] = await store.look(
-            *("XREVRANGE", keys.log(queue), last, "-", "COUNT", _ENTRIES_A_PAGE), otherwise=[]
+            *("XREVRANGE", keys.log(queue), last, "-", "COUNT", _ENTRIES_PER_PAGE), otherwise=[]
         )
         for _, fields in page:
-            gathered += appearing(fields)
-        if len(page) < _ENTRIES_A_PAGE:
+            ids += first_ids(fields)
+        if len(page) < _ENTRIES_PER_PAGE:
             break
         last = f"({page[-1][0].decode()}"
-        while len(gathered) >= _PAGE:
-            yield gathered[:_PAGE]
-            gathered = gathered[_PAGE:]
-    for start in range(0, len(gathered), _PAGE):
-        yield gathered[start : start + _PAGE]
+        while len(ids) >= _PAGE_SIZE:
+            yield ids[:_PAGE_SIZE]
+            ids = ids[_PAGE_SIZE:]
+    for start in range(0, len(ids), _PAGE_SIZE):
+        yield ids[start : start + _PAGE_SIZE]
 
 
-def _texts(ids: Iterable[bytes]) -> list[str]:
-    """Without a stranger's that are not text, which no answer could name."""
-    return [text for one in ids if (text := decoding.name(one))]
+def _decode_ids(ids: Iterable[bytes]) -> list[str]:
+    """Decodes ids, without external ids that are not text: no response could name them."""
+    return [text for raw_id in ids if (text := decoding.name(raw_id))]

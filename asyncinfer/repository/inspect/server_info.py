@@ -1,4 +1,4 @@
-"""How a Redis server is: what a doctor feels, and changes nothing."""
+"""Facts about the Redis server: version, speed, clock, persistence and memory; for `doctor`."""
 
 import time
 from collections.abc import Mapping
@@ -8,56 +8,58 @@ from typing import Any, Final
 from msgspec import Struct
 
 from asyncinfer.errors import RedisRefused, ServerRefused
-from asyncinfer.repository.announcements import serves, worker_says
-from asyncinfer.repository.inspect.listing import Inspection
-from asyncinfer.repository.redis_errors import translated
+from asyncinfer.repository.announcements import Announcements, serves, worker_says
+from asyncinfer.repository.redis_errors import translate_errors
 from asyncinfer.repository.store import Store
 
 _CALLS: Final = 20
 
 
 class Vitals(Struct, frozen=True, kw_only=True):
+    """The state of a Redis server."""
+
     server: str
-    """Its name and version; a refusal of it says why it cannot keep jobs safe."""
+    """Its name and version."""
     refusal: str
+    """Why the server cannot keep jobs safe; empty if it can."""
     round_trip_seconds: float
-    """The median of some calls, one after another."""
+    """The median of 20 calls, one after another."""
     clock_ahead_seconds: float
-    """Of ours."""
+    """How far this machine's clock is ahead of the server's."""
     is_replica: bool
     appends: bool
-    """Whether each write goes to its append-only file."""
+    """Whether the server writes each change to its append-only file."""
     appends_when: str
-    """`always`, `everysec` or `no`; empty where CONFIG GET is forbidden."""
+    """`always`, `everysec` or `no`; empty if CONFIG GET is forbidden."""
     snapshots: bool | None
-    """Whether it saves now and then; None where CONFIG GET is forbidden."""
+    """Whether the server saves snapshots; None if CONFIG GET is forbidden."""
     write_error: str
-    """What its disk refused last; empty when all is well."""
+    """Which of its last writes to disk failed; empty if none did."""
     used_bytes: int
     max_bytes: int
-    """0: no limit."""
+    """Its maxmemory; 0: no limit."""
     machine_bytes: int
     default_model: str | None
     workers: int
-    """That are alive and claim from our queues."""
+    """The number of live workers."""
     default_is_served: bool = True
-    """By a living worker, or there is none."""
+    """A live worker serves the default model, or there is no default model."""
     model_dirs: tuple[tuple[str, str], ...] = ()
-    """Of each living worker that says it, its host and the folder that it serves."""
+    """(host, folder that it serves) of each live worker that announces a folder."""
 
 
 async def vitals(store: Store) -> Vitals:
-    """Raises RedisUnavailable, or ServerRefused by a server that lets us not in."""
+    """Reads the state of the server; raises RedisUnavailable."""
     try:
         await store.check_server()
         refusal = ""
     except ServerRefused as error:
         refusal = error.detail
-    with translated():
+    with translate_errors():
         info: Mapping[str, Any] = await store.redis.info("everything")
     config = await _config(store)
     round_trip, ahead = await _times(store)
-    workers = [worker_says(body) for body in (await Inspection(store).workers()).values()]
+    workers = [worker_says(body) for body in (await Announcements(store).workers()).values()]
     default = await store.default_model()
     return Vitals(
         server=_name(info),
@@ -73,35 +75,38 @@ async def vitals(store: Store) -> Vitals:
         max_bytes=int(info.get("maxmemory", 0)),
         machine_bytes=int(info.get("total_system_memory", 0)),
         default_model=default,
-        default_is_served=default is None or any(serves(one, default) for one in workers),
+        default_is_served=default is None or any(serves(worker, default) for worker in workers),
         workers=len(workers),
         model_dirs=tuple(
-            sorted({(one.host or "", one.model_dir) for one in workers if one.model_dir})
+            sorted(
+                {(worker.host or "", worker.model_dir) for worker in workers if worker.model_dir}
+            )
         ),
     )
 
 
 async def _config(store: Store) -> dict[str, str]:
-    """What managed services forbid to ask."""
+    """Settings of the server; empty if CONFIG GET is forbidden, as with managed services."""
     try:
-        found = await store.command("CONFIG", "GET", "save", "appendfsync")
+        reply = await store.command("CONFIG", "GET", "save", "appendfsync")
     except RedisRefused:
         return {}
-    pairs = found.items() if isinstance(found, dict) else zip(found[::2], found[1::2], strict=True)
+    pairs = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
     return {_text(name): _text(value) for name, value in pairs}
 
 
 async def _times(store: Store) -> tuple[float, float]:
-    """A round trip, and how far our clock is ahead of the server's, in seconds."""
+    """The median round trip, and how far this machine's clock is ahead of the server's, in
+    seconds."""
     trips = []
     for _ in range(_CALLS):
         started = time.perf_counter()
         # A server that takes no writes refuses PING too.
         await store.command("TIME")
         trips.append(time.perf_counter() - started)
-    seconds, micros = await store.command("TIME")
+    server_seconds = await store.time_ms() / 1000
     trip = median(trips)
-    return trip, time.time() - trip / 2 - (int(seconds) + int(micros) / 1e6)
+    return trip, time.time() - trip / 2 - server_seconds
 
 
 def _name(info: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What people watch: how each queue moves, and what each worker does."""
+"""Statistics: the throughput of each queue, and what each worker does."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -11,107 +11,105 @@ from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import WorkerSays, worker_says
 from asyncinfer.repository.inspect.queue_load import (
     Load,
-    gauge,
-    load_of,
-    records_of,
+    combine_load,
+    read_depths,
+    readable_records,
     waits_since_ms,
     workers_and_paces,
 )
-from asyncinfer.repository.maintenance import Upkeep
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
 from asyncinfer.schemas.operations import Percentiles, Queue, WaitingJobs, Worker
 from asyncinfer.untrusted import decoding
 
 _WINDOW_MS: Final = 60_000
-_ENTRIES_A_CALL: Final = 1000
-_MOST_ENTRIES: Final = 2000
+_ENTRIES_PER_CALL: Final = 1000
+_MAX_ENTRIES: Final = 2000
 _ALL_ENTRIES: Final = 16_000
-"""Of all logs together; each queue has its share, and at least one page of its log."""
+"""The bound of entries read of all logs together; each queue has its share, but at least 100."""
 
-_FEWEST_ENTRIES: Final = 100
-_JOBS_COUNTED: Final = 20_000
-_MOST_SAMPLES: Final = 200
+_MIN_ENTRIES: Final = 100
+_MAX_JOBS_COUNTED: Final = 20_000
+_MAX_SAMPLES: Final = 200
 _ALL_SAMPLES: Final = 8_000
 
 
 class _Tally(Struct, frozen=True):
-    """What moved in a queue lately."""
+    """The counts of a queue's recent changes."""
 
     window_ms: int
     submitted: int
     completed: int
     failed: int
     ended: tuple[Record, ...]
-    """Of jobs that ended last."""
+    """The records of the jobs that ended last."""
 
     def per_second(self, count: int) -> float:
         return count * 1000 / self.window_ms
 
 
 class Observation:
-    """The questions of who watches; each costs a bounded number of short calls."""
+    """Reads statistics with a bounded number of short calls."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._upkeep = Upkeep(store)
 
     async def queues(self) -> list[Queue]:
-        """Every queue there is, by name."""
+        """The statistics of all queues, by name; leaves out a queue with a key of the wrong
+        type."""
         store = self._store
-        queues = await self._upkeep.queues()
+        queues = await self._store.queues()
         default = await store.default_model()
         models = [keys.model_of(store.n, queue, default) for queue in queues]
-        gauged = await gauge(store, queues)
+        read = await read_depths(store, queues)
         workers, paces = await workers_and_paces(
-            store, gauged.worker_ids, [model or "" for model in models]
+            store, read.worker_ids, [model or "" for model in models]
         )
         tallies = await self._tallies(queues)
         return [
-            _queue(queue, model, load_of(model or "", one, workers, pace), tally)
-            for queue, model, one, pace, tally in zip(
-                queues, models, gauged.gauges, paces, tallies, strict=True
+            _queue(queue, model, combine_load(model or "", depth, workers, pace), tally)
+            for queue, model, depth, pace, tally in zip(
+                queues, models, read.depths, paces, tallies, strict=True
             )
-            if one is not None
+            if depth is not None
         ]
 
     async def workers(self) -> list[Worker]:
-        """The living workers, by id."""
+        """The live workers, by id."""
         store = self._store
-        seconds, micros = await store.command("TIME")
-        now_ms = int(seconds) * 1000 + int(micros) // 1000
-        seen = ("ZRANGE", keys.workers(store.n), 0, -1, "WITHSCORES")
-        found = await store.look(*seen, otherwise=())
-        heard = _heard(found[::2], found[1::2])
-        if not heard:
+        now_ms = await store.time_ms()
+        with_times = ("ZRANGE", keys.workers(store.n), 0, -1, "WITHSCORES")
+        reply = await store.look(*with_times, otherwise=())
+        last_seen = _last_seen(reply[::2], reply[1::2])
+        if not last_seen:
             return []
-        bodies = await store.command("MGET", *(keys.worker(store.n, one) for one in heard))
+        bodies = await store.command("MGET", *(keys.worker(store.n, name) for name in last_seen))
         return [
-            _worker(name, worker_says(body), now_ms, heard[name])
-            for name, body in sorted(zip(heard, bodies, strict=True))
+            _worker(name, worker_says(body), now_ms, last_seen[name])
+            for name, body in sorted(zip(last_seen, bodies, strict=True))
             if body
         ]
 
     async def _tallies(self, queues: Sequence[str]) -> list[_Tally]:
-        entries = _share(_ALL_ENTRIES, len(queues), _FEWEST_ENTRIES, _MOST_ENTRIES)
+        entries = _share(_ALL_ENTRIES, len(queues), _MIN_ENTRIES, _MAX_ENTRIES)
         args = encode_args(
             {
                 "window_ms": _WINDOW_MS,
                 "max_entries": entries,
-                "max_jobs": _JOBS_COUNTED,
-                "max_samples": _share(_ALL_SAMPLES, len(queues), 10, _MOST_SAMPLES),
+                "max_jobs": _MAX_JOBS_COUNTED,
+                "max_samples": _share(_ALL_SAMPLES, len(queues), 10, _MAX_SAMPLES),
             }
         )
-        at_once = max(1, _ENTRIES_A_CALL // entries)
-        found: list[_Tally] = []
+        at_once = max(1, _ENTRIES_PER_CALL // entries)
+        tallies: list[_Tally] = []
         for start in range(0, len(queues), at_once):
             reply = await self._store.call(script("tally"), queues[start : start + at_once], [args])
-            found += [_tally(*one) if one else _NOTHING_MOVED for one in reply]
-        return found
+            tallies += [_parse_tally(*parts) if parts else _EMPTY_TALLY for parts in reply]
+        return tallies
 
 
 def percentiles(seconds: Sequence[float]) -> Percentiles | None:
-    """By nearest rank: each is one of the values; None of none."""
+    """Percentiles by nearest rank, so that each is one of the values; None without values."""
     if not seconds:
         return None
     ordered = sorted(seconds)
@@ -120,38 +118,38 @@ def percentiles(seconds: Sequence[float]) -> Percentiles | None:
     )
 
 
-def _tally(
+def _parse_tally(
     window_ms: int, submitted: int, completed: int, failed: int, metas: Sequence[bytes]
 ) -> _Tally:
-    return _Tally(window_ms, submitted, completed, failed, tuple(records_of(metas)))
+    return _Tally(window_ms, submitted, completed, failed, tuple(readable_records(metas)))
 
 
-_NOTHING_MOVED: Final = _Tally(_WINDOW_MS, 0, 0, 0, ())
+_EMPTY_TALLY: Final = _Tally(_WINDOW_MS, 0, 0, 0, ())
 
 
-def _heard(names: Sequence[bytes], times: Sequence[bytes]) -> dict[str, float]:
-    """By worker, when it was heard of; without those that are certainly none of ours."""
+def _last_seen(names: Sequence[bytes], times: Sequence[bytes]) -> dict[str, float]:
+    """{worker id: when it announced itself last, in s}; without unreadable entries."""
     pairs = [
-        (decoding.name(one), decoding.finite(at)) for one, at in zip(names, times, strict=True)
+        (decoding.name(name), decoding.finite(at)) for name, at in zip(names, times, strict=True)
     ]
     return {name: at for name, at in pairs if name is not None and at is not None}
 
 
-def _share(total: int, among: int, least: int, most: int) -> int:
-    return max(least, min(most, total // max(1, among)))
+def _share(total: int, parts: int, minimum: int, maximum: int) -> int:
+    return max(minimum, min(maximum, total // max(1, parts)))
 
 
 def _queue(queue: str, model: str | None, load: Load, tally: _Tally) -> Queue:
-    gauge = load.gauge
+    depth = load.gauge
     return Queue(
         model=model,
         queue=queue,
-        paused=gauge.paused,
-        waiting=WaitingJobs(*gauge.waiting),
-        delayed=gauge.delayed,
-        running=gauge.running,
-        dead=gauge.dead,
-        oldest_age_seconds=gauge.oldest_age_seconds,
+        paused=depth.paused,
+        waiting=WaitingJobs(*depth.waiting),
+        delayed=depth.delayed,
+        running=depth.running,
+        dead=depth.dead,
+        oldest_age_seconds=depth.oldest_age_seconds,
         workers=load.workers,
         slots=load.slots,
         starved=int(load.is_starved),
@@ -161,25 +159,26 @@ def _queue(queue: str, model: str | None, load: Load, tally: _Tally) -> Queue:
         submitted_per_second=tally.per_second(tally.submitted),
         completed_per_second=tally.per_second(tally.completed),
         failed_per_second=tally.per_second(tally.failed),
-        wait_seconds=percentiles(list(_waits(tally.ended))),
-        run_seconds=percentiles(list(_runs(tally.ended))),
+        wait_seconds=percentiles(list(_wait_times(tally.ended))),
+        run_seconds=percentiles(list(_run_times(tally.ended))),
     )
 
 
-def _waits(records: Sequence[Record]) -> Iterator[float]:
-    """Two machines' clocks may differ by more than a job waited."""
+def _wait_times(records: Sequence[Record]) -> Iterator[float]:
+    """How long jobs waited, in seconds; never negative, though the clocks of two machines may
+    differ by more than that."""
     for record in records:
         if record.started_ms is not None:
             yield max(0, record.started_ms - waits_since_ms(record)) / 1000
 
 
-def _runs(records: Sequence[Record]) -> Iterator[float]:
+def _run_times(records: Sequence[Record]) -> Iterator[float]:
     for record in records:
         if record.started_ms is not None and record.finished_ms is not None:
             yield max(0, record.finished_ms - record.started_ms) / 1000
 
 
-def _worker(name: str, says: WorkerSays, now_ms: int, heard_at: float) -> Worker:
+def _worker(name: str, says: WorkerSays, now_ms: int, seen_at: float) -> Worker:
     started_at = decoding.time(says.started_ms)
     return Worker(
         worker=name,
@@ -192,7 +191,7 @@ def _worker(name: str, says: WorkerSays, now_ms: int, heard_at: float) -> Worker
         uptime_seconds=(
             None if started_at is None else max(0.0, now_ms / 1000 - started_at.timestamp())
         ),
-        heard_seconds=max(0.0, now_ms / 1000 - heard_at),
+        heard_seconds=max(0.0, now_ms / 1000 - seen_at),
         jobs_done=says.jobs_done,
         models=list(says.models),
         versions=says.versions,

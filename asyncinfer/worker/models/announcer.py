@@ -17,9 +17,13 @@ from asyncinfer.models.folder import OF_ALL_VERSIONS, valid_name
 from asyncinfer.models.signature import Signature, read_signature
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
-from asyncinfer.repository.announcements import ANNOUNCE_SECONDS, WorkerSays, serves, worker_says
-from asyncinfer.repository.inspect.listing import Inspection
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.announcements import (
+    ANNOUNCE_SECONDS,
+    Announcements,
+    WorkerSays,
+    serves,
+    worker_says,
+)
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.models.engine_cache import Label
 from asyncinfer.worker.models.folder_differences import (
@@ -87,8 +91,7 @@ class Announcer:
         self._queues = queues
         self._on_queues_changed = on_queues_changed
         self._read_status = read_status
-        self._upkeep = Upkeep(store)
-        self._inspection = Inspection(store)
+        self._announcements = Announcements(store)
         self._last_seen: dict[str, tuple[WorkerSays, float]] = {}
         """By other worker its last announcement, and when that was read."""
         self._round_lock = asyncio.Lock()
@@ -135,15 +138,15 @@ class Announcer:
             self._library.set_contested(contested_problems)
         if self._library.mark_announced(new) or is_contested_otherwise or is_other_folder:
             await self._announce_worker(self._read_status())
-        await self._upkeep.announce_default_versions(self._library.default_versions())
+        await self._announcements.announce_default_versions(self._library.default_versions())
         await self._retract_removed()
         await self._drop_removed_versions(others)
-        await self._upkeep.announce_paces(status.seconds_per_job)
+        await self._announcements.announce_paces(status.seconds_per_job)
 
     async def retract(self) -> None:
         """Removes this worker's announcement, at its end; its models stay announced."""
-        await self._upkeep.retract_worker(self._worker_id)
-        await self._upkeep.announce_paces(self._read_status().seconds_per_job)
+        await self._announcements.retract_worker(self._worker_id)
+        await self._announcements.announce_paces(self._read_status().seconds_per_job)
 
     async def is_elsewhere(self, model: str, version: str | None) -> bool:
         """Whether another worker has a version (None: any version) of the model.
@@ -192,7 +195,7 @@ class Announcer:
     async def _announce_worker(self, status: WorkerStatus) -> None:
         """Writes the announcement of this worker, which expires unless it is written again."""
         about = {**status.about, **self._models_status()}
-        await self._upkeep.announce_worker(self._worker_id, about, _EXPIRY_SECONDS)
+        await self._announcements.announce_worker(self._worker_id, about, _EXPIRY_SECONDS)
 
     def _models_status(self) -> dict[str, Any]:
         """The fields of `WorkerSays` that tell of models and the default model."""
@@ -225,7 +228,7 @@ class Announcer:
 
     async def _read_others(self) -> list[WorkerSays]:
         """What other live workers announce now; notes when each was last seen."""
-        bodies = await self._inspection.workers()
+        bodies = await self._announcements.workers()
         others = {
             worker_id: worker_says(body)
             for worker_id, body in bodies.items()
@@ -259,9 +262,9 @@ class Announcer:
             if label in signatures and label not in due
         }
         names = sorted({model for model, _ in due})
-        await self._upkeep.announce_model_names(names)
+        await self._announcements.announce_model_names(names)
         for model in names:
-            known = await self._upkeep.announced_versions(model)
+            known = await self._announcements.announced_versions(model)
             for version, signature in _versions_of(model, due):
                 if conflict := await self._announce_version(known.get(version), signature, others):
                     contested_problems[model, version] = conflict
@@ -279,12 +282,12 @@ class Announcer:
         """
         body = msgspec.json.encode(ours)
         if stored is None:
-            stored = await self._upkeep.announce_first(ours.model, ours.version, body)
+            stored = await self._announcements.announce_first(ours.model, ours.version, body)
         if stored == body:
             return ""
         if conflict := _conflict(stored, ours, others):
             return conflict
-        await self._upkeep.announce_models({ours.model: {ours.version: body}})
+        await self._announcements.announce_models({ours.model: {ours.version: body}})
         return ""
 
     # --- removed versions ------------------------------------------------------------------------
@@ -309,10 +312,10 @@ class Announcer:
         for model, version in labels:
             # Other workers are read after the check: one that was just started with this version
             # has announced itself by then.
-            if await self._upkeep.is_announced(model, version) and not any(
+            if await self._announcements.is_announced(model, version) and not any(
                 version in says.versions.get(model, {}) for says in await self._read_others()
             ):
-                await self._upkeep.retract_version(model, version)
+                await self._announcements.retract_version(model, version)
 
     async def _may_drop(self, model: str, seconds: float, *, elsewhere: bool) -> bool:
         """Whether no job can wait for a version of the model that was removed `seconds` ago: only
@@ -325,7 +328,7 @@ class Announcer:
         if here and seconds > _MAX_LEAVING_SECONDS:
             return True
         queue = keys.queue(self._store.n, model, self._queues.default_model)
-        return await self._upkeep.is_empty(queue)
+        return await self._store.is_empty(queue)
 
 
 def _bounded_problems(found: Mapping[Label, str]) -> dict[str, dict[str, str]]:

@@ -9,7 +9,7 @@ from asyncinfer.errors import RedisRefused
 from asyncinfer.models.folder import default_model, valid_name
 from asyncinfer.models.signature import Signature
 from asyncinfer.repository import keys
-from asyncinfer.repository.maintenance import Upkeep
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.claiming.batch_window import QueueBatching
 from asyncinfer.worker.models.library import Library
@@ -41,7 +41,7 @@ class Queues:
     ) -> None:
         self.default_model = default_model
         self._store = store
-        self._upkeep = Upkeep(store)
+        self._announcements = Announcements(store)
         self._library = library
         self._max_batch = max_batch
         self._default_is_set = default_is_set
@@ -79,10 +79,10 @@ class Queues:
         """
         try:
             await self._agree_on_default()
-            self._queues_with_stray_jobs = await self._upkeep.queues_with_jobs(
+            self._queues_with_stray_jobs = await self._store.queues_with_jobs(
                 list(self._stray_queues())
             )
-            await self._upkeep.announce_queues(self._current_queues().keys())
+            await self._announcements.announce_queues(self._current_queues().keys())
         except RedisRefused as error:
             if not self._is_failing:
                 log.error("The default model and the list of queues: %s", error.detail)
