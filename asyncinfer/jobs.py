@@ -113,8 +113,8 @@ class Record(Struct, frozen=True, array_like=True):
     version: str | None = None
     """The requested version; None for the one that the worker serves."""
     payload: str = "json"
-    """How `job:{id}:data` is written: "json", as the text of `data`; "tensors", as `tensors.packing`
-    says."""
+    """How `job:{id}:data` is written: "json", as the text of `data`; "tensors", as in
+    `tensors.packing`."""
     options: Options = Options()
     errors: int = 0
     """Transient model errors in this round; deliveries are counted apart, by the scripts."""
