@@ -138,6 +138,7 @@ def report_refusal(report_fd: int, detail: str) -> None:
 
 
 def _write_report(report_fd: int, report: bytes) -> None:
+    """Writes the report, of at most 4096 bytes; raises nothing if the parent no longer reads it."""
     # The parent has closed the pipe if another child's refusal has ended the start.
     with contextlib.suppress(BrokenPipeError):
         os.write(report_fd, report)

@@ -219,6 +219,7 @@ async def drain(child: Child, drain_seconds: float, hurry: asyncio.Event) -> Non
 
 class Restarter:
     """Starts a child again whenever it ends, after a pause that grows while it keeps failing.
+    `child` is the first one, already running; `start` starts the next; `name` begins its log lines.
 
     Only the first child can end everything, by the exit code `refused_exit`: settings that never
     worked never will. A later child may have been refused for something that changed since (its

@@ -94,7 +94,8 @@ def running_url(data_dir: Path) -> str | None:
 
 
 class Server:
-    """A Valkey process, which may be started again on the same data."""
+    """A Valkey process, which may be started again on the same data. `home` is its folder,
+    DATA_DIR/valkey, `path` that of its socket; `lock` is taken, and each process inherits it."""
 
     child: Child
 

@@ -173,7 +173,8 @@ local function clear_start_deadline(q, entry)
 end
 
 -- Makes the taken entries, at least one, running jobs of the claim `args.token`, whose lease ends
--- at `until_ms`, with fraction. Does not cut them off their lists.
+-- at `until_ms`, with fraction; counts external jobs in the queue's sequence on their first claim,
+-- and adds all to the log. Does not cut them off their lists.
 local function lease_jobs(q, args, taken, until_ms)
   local ids, statuses, owners, new_external = {}, {}, {}, {}
   for i, entry in ipairs(taken) do
