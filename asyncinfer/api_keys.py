@@ -29,14 +29,15 @@ _SECRET_BYTES: Final = 32
 
 
 class Caller(Struct, frozen=True):
-    """The tenant of a request, and what its key allows."""
+    """The tenant of a request, and the scopes that its key allows."""
 
     tenant: str
     scopes: frozenset[str]
 
 
 class Entry(Struct, frozen=True):
-    """One line of the key file: `tenant scopes sha256hex [comment]`."""
+    """One line of the key file: `tenant scopes sha256hex [comment]`. `digest` is the key's SHA-256
+    in 64 hex digits."""
 
     caller: Caller
     digest: str
@@ -48,7 +49,8 @@ class Entry(Struct, frozen=True):
 
 
 class BrokenLine(Struct, frozen=True):
-    """A line of the key file that is ignored. Its text is not kept, because it may be a key."""
+    """A line of the key file that is ignored; `number` counts from 1. Its text is not kept, because
+    it may be a key."""
 
     number: int
     reason: str
@@ -72,8 +74,8 @@ class Keyring:
 
     @classmethod
     def parse(cls, content: bytes) -> "Keyring":
-        """The keys of the valid lines. Only broken lines are ignored, not the whole file: otherwise
-        a key that was removed in the same edit would stay valid."""
+        """The keys of the valid lines; raises nothing. Only broken lines are ignored, not the whole
+        file: otherwise a key that was removed in the same edit would stay valid."""
         entries: dict[str, Entry] = {}
         broken: list[BrokenLine] = []
         for number, line in _lines(content):
@@ -92,7 +94,8 @@ class Keyring:
         return self.caller_of(digest_of(key))
 
     def caller_of(self, digest: str) -> Caller | None:
-        """The caller whose key has this SHA-256; None if there is none."""
+        """The caller whose key has this SHA-256 in hex digits; None if there is none. Takes the
+        same time for every digest."""
         caller = None
         for entry in self._entries:
             if hmac.compare_digest(entry.digest, digest):
@@ -101,8 +104,8 @@ class Keyring:
 
 
 def read_key_file(path: Path) -> bytes:
-    """The content of the key file; raises KeyFileRefused unless it is a readable regular file of
-    at most MAX_FILE_BYTES."""
+    """The content of the key file; raises KeyFileRefused unless it is a readable regular file of at
+    most MAX_FILE_BYTES. Never waits, not even on a named pipe."""
     try:
         with open(path, "rb", opener=_open_without_blocking) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -124,22 +127,25 @@ def _open_without_blocking(path: str, flags: int) -> int:
 
 
 def new_key() -> str:
-    """A new random key. It has 256 bits, so that its plain SHA-256 reveals nothing."""
+    """A new random key, as its holder sends it. It has 256 bits, so that its plain SHA-256 reveals
+    nothing. It is valid once the key file has its `entry_of`."""
     return _PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
 
 
 def entry_of(key: str, tenant: str, scopes: str) -> Entry:
-    """The entry of a key; `scopes` are comma-separated, as in the file. Raises ValueError, which
-    says what is allowed."""
+    """The entry of a key in plain text, for a line of the key file; `scopes` are comma-separated,
+    as there. Raises ValueError, whose message says what is allowed."""
     return _entry(tenant, scopes, digest_of(key))
 
 
 def digest_of(key: str) -> str:
-    """The SHA-256 of a key in hex digits, as in the file."""
+    """The SHA-256 of a key in 64 lower-case hex digits, as in the file."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _entry(tenant: str, scopes: str, digest: str) -> Entry:
+    """The entry of the words of a line, `digest` in hex digits; raises ValueError, whose message
+    says what is allowed."""
     if not _TENANT.fullmatch(tenant):
         raise ValueError("a tenant is up to 64 letters, digits, `_`, `.` and `-`")
     names = frozenset(scopes.split(","))
@@ -158,6 +164,7 @@ def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _read_entry(line: bytes) -> Entry:
+    """The entry of a line, of which the words after the third are a comment; raises ValueError."""
     try:
         words = line.decode().split()
     except UnicodeDecodeError:

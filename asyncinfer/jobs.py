@@ -24,7 +24,7 @@ STATUSES: Final[tuple[Status, ...]] = (
 TERMINAL: Final[frozenset[str]] = frozenset({"completed", "failed", "cancelled"})
 
 DEFAULT_TENANT: Final = "default"
-"""Owns what was submitted without API keys, and strangers' jobs."""
+"""The tenant of jobs that were submitted without API keys, and of external jobs."""
 
 SCHEMA: Final = 1
 """Version of the record. Fields are only ever added at its end, with a default.
@@ -44,7 +44,8 @@ _THIRTY_DAYS_SECONDS: Final = 30 * 24 * 3600
 
 
 class Options(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """All that can be asked of one job. In a record, what a later release added is passed over."""
+    """All that a request can set for one job. In a record, fields that a later release added are
+    ignored."""
 
     priority: Annotated[
         Priority, Meta(description="High is served before normal, normal before low.")
@@ -96,10 +97,11 @@ class Options(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Record(Struct, frozen=True, array_like=True):
-    """`job:{id}:meta`: what we know of a job beside its data, status, result and error.
+    """The value of `job:{id}:meta`: what is known of a job besides its data, status, result and
+    error.
 
-    Stored as a msgpack array behind an 8-byte sequence number that `submit` writes; Lua never
-    looks inside. A job without one is a stranger's.
+    Stored as a msgpack array behind an 8-byte sequence number that `submit` writes; Lua never looks
+    inside. An external job has none.
     """
 
     schema: int
@@ -109,9 +111,10 @@ class Record(Struct, frozen=True, array_like=True):
     created_ms: int
     round: int = 1
     version: str | None = None
-    """The version asked for; None for the one the worker serves."""
+    """The requested version; None for the one that the worker serves."""
     payload: str = "json"
-    """How `job:{id}:data` is written: "json", the text of `data`; "tensors", see `payloads`."""
+    """How `job:{id}:data` is written: "json", as the text of `data`; "tensors", as in
+    `tensors.packing`."""
     options: Options = Options()
     errors: int = 0
     """Transient model errors in this round; deliveries are counted apart, by the scripts."""
@@ -122,15 +125,15 @@ class Record(Struct, frozen=True, array_like=True):
     """The claim that finished it: how a retried finish knows its own work."""
     ran_version: str | None = None
     answer: str = "json"
-    """How the result is wanted: "json" text, or "tensors", packed as in `payloads`."""
+    """The requested form of the result: "json" text, or "tensors", packed as `data` may be."""
     outputs: tuple[str, ...] = ()
-    """Names of the outputs that are wanted; none means all."""
+    """Names of the requested outputs; none means all."""
     ran_sha256: str | None = None
-    """Of the model file that gave the result."""
+    """The SHA-256 of the model file that gave the result, in hex digits."""
 
 
 class _Head(Struct, frozen=True, array_like=True):
-    """What the records of all releases begin with."""
+    """The fields with which the records of all releases begin."""
 
     schema: int
     queue: str
@@ -141,7 +144,7 @@ class _Head(Struct, frozen=True, array_like=True):
 
 
 class JobError(Struct, frozen=True):
-    """`job:{id}:error`."""
+    """The value of `job:{id}:error`, as JSON: why a job failed."""
 
     code: str
     message: str
@@ -163,10 +166,11 @@ _FACT_LETTERS: Final = {
 
 
 class Facts(Struct, frozen=True, omit_defaults=True, rename=_FACT_LETTERS):
-    """What the scripts must know of a job with options or a history; written by Lua."""
+    """What the scripts must know of a job with options or a history; written by Lua. Times are in
+    ms since 1970 by the server's clock; 0, empty or missing means that the fact does not hold."""
 
     deliveries: int = 0
-    """How many ended in a lost worker."""
+    """How many of its deliveries ended in a lost worker."""
     suspect: int = 0
     """1: it may hang its run."""
     cancel_requested: int = 0
@@ -180,9 +184,9 @@ class Facts(Struct, frozen=True, omit_defaults=True, rename=_FACT_LETTERS):
     priority: str = ""
     """Empty for normal."""
     ttl_seconds: int = 0
-    """0 for the default."""
+    """How long the ended job is kept; 0 for the default."""
     inboxes: tuple[str, ...] = ()
-    """Of the APIs to notify when the job ends."""
+    """Keys of the inboxes of the APIs to notify when the job ends."""
     claimed_before: int = 0
     """1: an external job that was claimed before, so that the log shows it once."""
 
@@ -199,14 +203,17 @@ _read_facts = reader(_decode_facts)
 
 
 def encode_record(record: Record, seq: bytes = b"") -> bytes:
-    """The bytes of `job:{id}:meta`; `seq` is the prefix of the record it replaces."""
+    """The bytes of `job:{id}:meta`. `seq` is the 8-byte prefix of the record it replaces; for a new
+    job it is empty, and `submit` adds one."""
     return seq + _encode_msgpack(record)
 
 
 def decode_record(meta: bytes) -> Record:
-    """Raises msgspec.DecodeError when the bytes are not a record.
+    """The record in the bytes of `job:{id}:meta`, its prefix left out. Raises msgspec.DecodeError
+    if there is none.
 
-    Of a later release's record only the head is read if the rest has changed.
+    Of a later release's record only the head is read if the rest has changed; all other fields have
+    their defaults then.
     """
     packed = memoryview(meta)[_SEQ_BYTES:]
     try:
@@ -219,6 +226,8 @@ def decode_record(meta: bytes) -> Record:
 
 
 def _head_of_later(packed: memoryview) -> _Head | None:
+    """The head of a record whose schema is later than this release's; None for any other, or if the
+    bytes are corrupt."""
     try:
         head = _decode_head(packed)
     except UNREADABLE:
@@ -227,7 +236,8 @@ def _head_of_later(packed: memoryview) -> _Head | None:
 
 
 def is_later(record: Record) -> bool:
-    """Whether a later release wrote it, so that this one must neither run nor rewrite it."""
+    """Whether a later release wrote the record, so that this one must neither run nor rewrite the
+    job."""
     return record.schema > SCHEMA
 
 
@@ -236,11 +246,13 @@ read_record = reader(decode_record)
 
 
 def record_seq(meta: bytes) -> bytes:
+    """The 8-byte prefix of `job:{id}:meta`, the job's number in its queue; empty for empty
+    bytes."""
     return meta[:_SEQ_BYTES]
 
 
 def decode_facts(facts: bytes | None) -> Facts:
-    """Missing or corrupt bytes decode to empty facts."""
+    """The facts in packed bytes; empty facts if those are missing or corrupt. Raises nothing."""
     return (facts and _read_facts(facts)) or _NO_FACTS
 
 
@@ -251,7 +263,8 @@ _STRANGER_MAX_BYTES: Final = 128
 
 
 def new_id(now_ms: int) -> str:
-    """A UUIDv7 (RFC 9562) as 32 hex digits: 48 bits of time, 74 random ones."""
+    """A new random UUIDv7 (RFC 9562) as 32 hex digits without hyphens: 48 bits of `now_ms`, in ms
+    since 1970, and 74 random ones."""
     noise = int.from_bytes(os.urandom(10), "big")
     high = (now_ms << 16) | 0x7000 | (noise >> 68)
     low = (0b10 << 62) | (noise & ((1 << 62) - 1))
@@ -259,10 +272,10 @@ def new_id(now_ms: int) -> str:
 
 
 def created_ms(job_id: str) -> int | None:
-    """When one of our ids was made; None for a stranger's.
+    """The time in an id that `new_id` made, in ms since 1970; None for any other id.
 
-    Some of a stranger's 32 random hex digits look like a UUIDv7; of these, the ones that were
-    made after the year 9999 are certainly not ours.
+    An external job's id of 32 random hex digits may look like a UUIDv7; one with a time after the
+    year 9999 is certainly not of `new_id`.
     """
     if not _OURS.fullmatch(job_id):
         return None
@@ -271,16 +284,19 @@ def created_ms(job_id: str) -> int | None:
 
 
 def id_text(raw: bytes) -> str:
-    """An id as text, whatever bytes a stranger made it of; `id_bytes` gives them back."""
+    """An id as text, whatever bytes an external producer made it of; `id_bytes` returns the same
+    bytes. Raises nothing."""
     return raw.decode("utf-8", "surrogateescape")
 
 
 def id_bytes(text: str) -> bytes:
+    """The bytes of an id; the reverse of `id_text`."""
     return text.encode("utf-8", "surrogateescape")
 
 
 def is_id(text: str) -> bool:
-    """Whether `text` may name a job: ours, or a stranger's of at most 128 bytes."""
+    """Whether `text` can be a job's id: 1 to 128 bytes without control characters. A job of that id
+    need not exist."""
     size = len(id_bytes(text))
     return 0 < size <= _STRANGER_MAX_BYTES and not any(ord(c) < 32 or ord(c) == 127 for c in text)
 
@@ -292,16 +308,19 @@ _BACKOFF_CAP_SECONDS: Final = 60.0
 
 
 def retry_or_dead(errors: int, max_errors: int) -> Literal["retry", "dead"]:
-    """What becomes of a job after its `errors`-th transient error."""
+    """What becomes of a job after its `errors`-th transient error in a round: "dead" from the
+    `max_errors`-th on."""
     return "retry" if errors < max_errors else "dead"
 
 
 def longest_backoff_seconds(errors: int) -> float:
-    """How long a job waits at most for try `errors + 1`."""
+    """How long a job waits at most, in seconds, before try `errors + 1`: twice as long after each
+    error, up to 60 s."""
     return min(_BACKOFF_CAP_SECONDS, _BACKOFF_BASE_SECONDS * 2.0 ** min(errors, 30))
 
 
 def backoff_ms(errors: int, uniform: float | None = None) -> int:
-    """Full-jitter back-off before try `errors + 1`; `uniform` in [0, 1) replaces chance."""
+    """Full-jitter back-off before try `errors + 1`, in ms: a random time up to
+    `longest_backoff_seconds`. `uniform` in [0, 1) replaces chance."""
     chance = random.random() if uniform is None else uniform
     return int(chance * longest_backoff_seconds(errors) * 1000)

@@ -40,10 +40,11 @@ class ApiProcesses(Struct, frozen=True, kw_only=True):
 
 @asynccontextmanager
 async def running(plan: ApiProcesses, stop: Stop) -> AsyncIterator[asyncio.Event]:
-    """Runs the processes and restarts those that end; yields an event that is set once the first
-    is ready. Ends them on leaving.
+    """Starts the processes, restarts those that end, and yields an event that is set once the first
+    is ready. On leaving it drains them: each has 5 s to finish, unless `stop.hurry` is set.
 
-    Raises StartError (in a group) if a process reports a refusal before any is ready.
+    Raises StartError (in a group, and from the block) if a process reports a refusal, or ends,
+    before any is ready; a later refusal is logged.
     """
     restarters: list[Restarter] = []
     try:
@@ -59,6 +60,8 @@ async def running(plan: ApiProcesses, stop: Stop) -> AsyncIterator[asyncio.Event
 async def _run_restarters(
     plan: ApiProcesses, restarters: list[Restarter]
 ) -> AsyncIterator[asyncio.Event]:
+    """`running` without the end: adds a Restarter for each process to `restarters`, and leaves the
+    processes running."""
     ready = asyncio.Event()
     async with anyio.create_task_group() as group:
 
@@ -75,13 +78,15 @@ async def _run_restarters(
 
 
 async def _drain_all(restarters: Sequence[Restarter], stop: Stop) -> None:
+    """Drains all processes at once; returns when the last has ended."""
     async with anyio.create_task_group() as group:
         for restarter in restarters:
             group.start_soon(drain, restarter.child, _GRACE_SECONDS, stop.hurry)
 
 
 def _spawn(plan: ApiProcesses) -> tuple[Child, int]:
-    """Returns a new process and the descriptor its report is read from."""
+    """Starts a process; returns it and the descriptor from which its report is read, which the
+    caller closes."""
     read_fd, write_fd = os.pipe()
     try:
         child = child_process.spawn(
@@ -99,6 +104,9 @@ def _spawn(plan: ApiProcesses) -> tuple[Child, int]:
 
 
 async def _read_report(report_fd: int, ready: asyncio.Event) -> None:
+    """Waits for the report of one process and closes `report_fd`. Sets `ready` if the process is
+    ready. Otherwise raises StartError with the reason, or only logs it if another process is ready
+    already."""
     try:
         await anyio.wait_readable(report_fd)
         report = os.read(report_fd, _MAX_REPORT_BYTES)
@@ -118,17 +126,19 @@ async def _read_report(report_fd: int, ready: asyncio.Event) -> None:
 
 
 def report_ready(report_fd: int) -> None:
-    """Tells the parent that this process serves."""
+    """Tells the parent that this process serves; does nothing if the parent no longer reads
+    reports."""
     _write_report(report_fd, _READY)
 
 
 def report_refusal(report_fd: int, detail: str) -> None:
-    """Tells the parent why this process does not start. The parent shows it once, even if all its
-    children are refused."""
+    """Tells the parent why this process does not start; `detail` is cut after 4096 bytes. The
+    parent shows it once, even if all its children are refused. Does not end this process."""
     _write_report(report_fd, detail.encode()[:_MAX_REPORT_BYTES])
 
 
 def _write_report(report_fd: int, report: bytes) -> None:
+    """Writes the report, of at most 4096 bytes; raises nothing if the parent no longer reads it."""
     # The parent has closed the pipe if another child's refusal has ended the start.
     with contextlib.suppress(BrokenPipeError):
         os.write(report_fd, report)

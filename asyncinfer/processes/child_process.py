@@ -32,7 +32,8 @@ exec "$@" {fd}<&-
 
 
 class Child:
-    """A running child; made by `spawn`."""
+    """A running child, made by `spawn` in a running event loop; a thread of its own waits for its
+    end."""
 
     def __init__(self, process: subprocess.Popen[bytes], lifeline: IO[bytes]) -> None:
         self._process = process
@@ -61,10 +62,12 @@ class Child:
         return int(self._process.returncode)
 
     def signal(self, number: signal.Signals) -> None:
+        """Sends a signal and returns at once; does nothing if the child has ended."""
         self._process.send_signal(number)
 
     async def stop(self, grace_seconds: float) -> int:
-        """Sends SIGTERM, and SIGKILL after the grace; returns as `wait` does."""
+        """Sends SIGTERM, and SIGKILL if the child has not ended after `grace_seconds`; returns once
+        it has ended, with the same value as `wait`."""
         self._process.terminate()
         with anyio.move_on_after(grace_seconds):
             return await self.wait()
@@ -72,6 +75,8 @@ class Child:
         return await self.wait()
 
     def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Waits in a thread for the child's end, then ends its watchdog and wakes those who
+        `wait`."""
         self._process.wait()
         release(self._lifeline)
         with contextlib.suppress(RuntimeError):  # the loop may be closed by now
@@ -91,8 +96,9 @@ def spawn(
     """Starts a child that gets `death_signal` when this process ends, however it ends.
 
     The child has a session of its own: a terminal's Ctrl-C reaches only its parent, which ends its
-    children in order. `output` takes its stdout and stderr; None shares the parent's. Raises
-    RuntimeError outside the main thread, and OSError if the command cannot be run.
+    children in order. `output` takes its stdout and stderr; None shares the parent's. It inherits
+    the descriptors in `keep_fds`. Call it in a running event loop. Raises RuntimeError outside the
+    main thread, and OSError if the command cannot be run.
     """
     # Linux sends the death signal already when the thread that forked ends.
     if threading.current_thread() is not threading.main_thread():
@@ -132,6 +138,8 @@ class TiedCommand(Struct, frozen=True):
 
 
 def _by_kernel(argv: Sequence[str], death_signal: signal.Signals) -> TiedCommand:
+    """The command itself, to which Linux sends `death_signal` when the thread that starts it ends.
+    Linux only."""
     libc = ctypes.CDLL(None)  # before the fork: a forked child may not load libraries
     parent_pid = os.getpid()
 
@@ -150,9 +158,12 @@ def by_watchdog(
     *,
     afterwards: str = ":",
 ) -> TiedCommand:
-    """A command whose shell watchdog sends `death_signal` when the parent ends.
+    """A command with a shell beside it that sends `death_signal` to it when the parent ends.
 
-    Works from any thread; `afterwards` is a shell command that runs once the signal is sent.
+    Works from any thread. The caller starts the command with `stdin`, closes that, and calls
+    `release` with `lifeline` once the command has ended. The command inherits `keep_fds`, which
+    must leave a descriptor from 3 to 9 free. `afterwards` is a shell command that the watchdog runs
+    after it has sent the signal, and only then.
     """
     free_fd = next(fd for fd in range(3, 10) if fd not in keep_fds)
     script = _WATCHDOG.format(fd=free_fd, afterwards=afterwards)
@@ -166,6 +177,7 @@ def by_watchdog(
 
 
 def release(lifeline: IO[bytes]) -> None:
-    """Ends the watchdog of a child that has ended: its pid may soon be another process's."""
+    """Ends the watchdog of a child that has ended, whose pid may soon be another process's, and
+    closes `lifeline`. Also right for a child that has no watchdog."""
     with contextlib.suppress(BrokenPipeError), lifeline:
         lifeline.write(b"\n")

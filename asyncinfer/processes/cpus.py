@@ -19,6 +19,7 @@ def cores(root: Path = _ROOT) -> int:
 
 
 def _affinity() -> int:
+    """The number of cores that this process may run on; all cores on systems that do not tell."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -34,6 +35,7 @@ def _v2_folders(root: Path) -> Iterator[Path]:
 
 
 def _v2_quota(folder: Path) -> float | None:
+    """How many cores one control group may use, perhaps a fraction; None if it has no quota."""
     for line in _lines(folder / "cpu.max"):
         quota, _, period = line.partition(" ")
         return None if quota == "max" else int(quota) / int(period)
@@ -41,6 +43,8 @@ def _v2_quota(folder: Path) -> float | None:
 
 
 def _v1_quota(root: Path) -> float | None:
+    """How many cores version 1 of control groups allows at its mount point, perhaps a fraction;
+    None if there is no quota."""
     folder = root / "sys/fs/cgroup/cpu"
     numbers = [
         int(line)
@@ -51,6 +55,7 @@ def _v1_quota(root: Path) -> float | None:
 
 
 def _lines(path: Path) -> list[str]:
+    """The lines of a text file; none if it cannot be read."""
     try:
         return path.read_text().splitlines()
     except OSError:

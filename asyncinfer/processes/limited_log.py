@@ -9,7 +9,8 @@ _MAX_CAUSES: Final = 256
 
 
 class LimitedLog:
-    """Writes each line at most once in `pause_seconds`: every call meets a damaged key again."""
+    """Writes each line at most once in `pause_seconds`: every call meets a damaged key again. For
+    use in one process; after 256 different lines all may be written again."""
 
     def __init__(self, logger: logging.Logger, pause_seconds: float = _PAUSE_SECONDS) -> None:
         self._logger = logger
@@ -17,20 +18,24 @@ class LimitedLog:
         self._written: dict[str, float] = {}
 
     def warning(self, cause: str) -> None:
+        """Logs the line `cause`, unless it was logged less than `pause_seconds` ago."""
         if self.take_turn(cause):
             self._logger.warning("%s", cause)
 
     def error(self, cause: str) -> None:
+        """Logs the line `cause`, unless it was logged less than `pause_seconds` ago."""
         if self.take_turn(cause):
             self._logger.error("%s", cause)
 
     def unexpected(self, what: str, error: BaseException) -> None:
-        """Logs an unforeseen exception with its traceback, once for each type of exception."""
+        """Logs the line `what` as an error with the exception's traceback, at most once in
+        `pause_seconds` for each type of exception."""
         if self.take_turn(f"{what} {type(error).__name__}"):
             self._logger.error("%s", what, exc_info=error)
 
     def take_turn(self, cause: str) -> bool:
-        """True if a line of this cause may be written now; its pause starts then."""
+        """Whether a line of this cause may be written now. If True, it counts as written: the next
+        call returns False until `pause_seconds` are over."""
         now = time.monotonic()
         if now - self._written.get(cause, -self._pause_seconds) < self._pause_seconds:
             return False

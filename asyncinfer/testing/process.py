@@ -20,10 +20,12 @@ _HOST: Final = "127.0.0.1"
 
 
 class Process:
-    """A `serve` with its child processes; usable from any thread."""
+    """An `asyncinfer serve` with its child processes, which ends with this process at the latest;
+    usable from any thread."""
 
     def __init__(self, arguments: Sequence[str], environ: Mapping[str, str], folder: Path) -> None:
-        """Starts it; if this process is killed, the watchdog kills it and removes `folder`."""
+        """Starts it with `arguments` after `serve` and returns at once. If this process is killed,
+        the watchdog kills it and removes `folder`."""
         tied = child_process.by_watchdog(
             (sys.executable, "-P", "-m", "asyncinfer", "serve", *arguments),
             signal.SIGKILL,
@@ -80,16 +82,19 @@ class Log:
         return self._has_ended
 
     def wait(self, is_match: Callable[[str], bool], seconds: float) -> None:
-        """Waits until a line matches, the process has ended or the time is out."""
+        """Waits until a line matches, the process has ended or `seconds` are over; returns nothing
+        in each case, also at once if a line that is still kept matches."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._has_ended or any(map(is_match, self._lines)), seconds
             )
 
     def close(self) -> None:
+        """Waits until the output has ended, at most 10 s. Call it once the process is stopped."""
         self._reader.join(_STOP_SECONDS)
 
     def _read(self, stream: IO[bytes]) -> None:
+        """Reads the output to its end, in a thread."""
         with stream:
             for line in stream:
                 with self._changed:

@@ -49,9 +49,10 @@ class Running:
         return "\n".join(self._log.lines)
 
     def drain(self, timeout_seconds: float = 30.0) -> None:
-        """Waits until no job waits, delayed ones included, and none runs.
+        """Waits until no job waits, delayed ones included, and none runs; blocks the thread.
 
-        When the time is out it raises NotDrained, a TimeoutError that names the unfinished jobs.
+        When the time is out it raises NotDrained, a TimeoutError that names the unfinished jobs; if
+        the service does not answer, OSError.
         """
         deadline = time.monotonic() + timeout_seconds
         pause_seconds = _FIRST_PAUSE_SECONDS
@@ -62,15 +63,16 @@ class Running:
             pause_seconds = min(_MAX_PAUSE_SECONDS, 1.5 * pause_seconds)
 
     async def drained(self, timeout_seconds: float = 30.0) -> None:
-        """Does what `drain` does without blocking the event loop."""
+        """Does what `drain` does, in a thread, without blocking the event loop."""
         await anyio.to_thread.run_sync(self.drain, timeout_seconds)
 
     def close(self) -> None:
-        """Closes `client`, if it was used."""
+        """Closes `client`, if it was used; does not stop the service."""
         if "client" in self.__dict__:
             self.client.close()
 
 
 def _unfinished_text(unfinished: dict[str, Unfinished], timeout_seconds: float) -> str:
+    """The message of NotDrained; `unfinished` is by model."""
     jobs = "; ".join(f"{model}: {counts}" for model, counts in unfinished.items())
     return f"Not done after {timeout_seconds:g} s: {jobs}. See the worker's log in `running.log`."

@@ -41,8 +41,9 @@ def service(
     ends are stopped, unless `drain_timeout` is set. With `redis_url` that server is used, with a
     unique `queue_name`; nothing is removed from it.
 
-    Raises InvalidSetting at once. The block raises StartError with the service's own message if it
-    cannot start within `start_seconds`; ModelRefused, a StartError, if a model cannot be served.
+    Raises InvalidSetting at once, and TypeError if `models` come with `model` or `name`. The block
+    raises StartError with the service's own message if it cannot start within `start_seconds`;
+    ModelRefused, a StartError, if a model cannot be served.
     """
     if models is not None and not (model is None and name is None):
         raise TypeError("give one model, or `models` by name, not both")
@@ -50,6 +51,8 @@ def service(
 
 
 class ServiceOptions(Struct, frozen=True):
+    """The arguments of `service`; `variables` are its settings as environment variables."""
+
     model: Model | None
     name: str | None
     models: Mapping[str, Model] | None
@@ -66,6 +69,8 @@ class Service:
         self._open: ExitStack | None = None
 
     def __enter__(self) -> Running:
+        """Starts the service, which blocks until it serves its models. Raises RuntimeError if it
+        runs already, StartError if it cannot start."""
         with self._busy:
             if self._open is not None:
                 raise RuntimeError("this service runs already; call service() for another")
@@ -78,6 +83,7 @@ class Service:
         self._stop()
 
     async def __aenter__(self) -> Running:
+        """Starts the service in a thread; stops it again if this is cancelled meanwhile."""
         try:
             return await anyio.to_thread.run_sync(self.__enter__)
         except anyio.get_cancelled_exc_class():  # the start goes on in its thread
@@ -88,10 +94,12 @@ class Service:
         await self._stop_in_thread()
 
     async def _stop_in_thread(self) -> None:
+        """Stops the service in a thread and waits for its end, even if cancelled."""
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(self._stop)
 
     def _stop(self) -> None:
+        """Stops the service and waits for its end; does nothing if it does not run."""
         with self._busy:
             stack, self._open = self._open, None
             if stack is not None:
@@ -109,6 +117,8 @@ def refuse_windows(platform: str = sys.platform) -> None:
 
 
 def _start(options: ServiceOptions, stack: ExitStack) -> Running:
+    """Starts a service and returns once it serves its models; `stack` ends it and removes its files
+    when it is closed. Raises StartError."""
     refuse_windows()
     # This loads numpy, which an import of asyncinfer.testing need not wait for.
     from asyncinfer.testing import model_folder
@@ -131,7 +141,8 @@ def _start(options: ServiceOptions, stack: ExitStack) -> Running:
 
 
 def _with_unique_queue(variables: Mapping[str, str]) -> dict[str, str]:
-    """Adds a unique QUEUE_NAME on a shared Redis: other tests may have models of these names."""
+    """Adds a unique QUEUE_NAME on a shared Redis, where other tests may have models of these names;
+    keeps the one that is set, if any."""
     if "REDIS_URL" not in variables:
         return dict(variables)
     return {"QUEUE_NAME": f"test_{secrets.token_hex(8)}", **variables}
@@ -140,9 +151,10 @@ def _with_unique_queue(variables: Mapping[str, str]) -> dict[str, str]:
 def _with_added_key(
     variables: Mapping[str, str], folder: Path
 ) -> tuple[Mapping[str, str], str | None]:
-    """Replaces the file of keys by a copy with one key more, and returns that key.
+    """Replaces the file of keys by a copy in `folder` with one key more, and returns that key, in
+    plain text; None without a file of keys.
 
-    The file has only hashes of the other keys.
+    The file has only hashes of the other keys. Raises KeyFileRefused if it cannot be read.
     """
     if "API_KEYS" not in variables:
         return variables, None
@@ -156,6 +168,8 @@ def _with_added_key(
 
 
 def _on_a_free_port(plan: StartPlan, stack: ExitStack) -> Running:
+    """Starts the service of the plan on a free port, and tries another one if that is taken in the
+    meantime; raises StartError after five."""
     for _ in range(_TRIES):
         with free_port() as port:
             process = Process(plan.arguments, {**plan.environ, "PORT": str(port)}, plan.folder)

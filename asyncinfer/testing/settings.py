@@ -27,7 +27,8 @@ _DEFAULTS: Final = {"drain_timeout": 0}
 
 
 def variables(values: Mapping[str, Any]) -> dict[str, str]:
-    """The environment variables of settings; raises InvalidSetting for an invalid name or value."""
+    """The environment variables of settings, as text by variable; settings with an empty value are
+    left out. Raises InvalidSetting for an invalid name or value."""
     allowed = [knob.name for knob in settings.knobs() if knob.name not in _RESERVED]
     for name in values:
         if name not in allowed:
@@ -47,12 +48,15 @@ def environment(environ: Mapping[str, str], variables: Mapping[str, str]) -> dic
 
 
 def _text(value: Any) -> str:
+    """A setting's value as the text of its environment variable; a path becomes absolute."""
     if isinstance(value, os.PathLike):
         value = Path(value).absolute()
     return settings.text(tuple(value) if isinstance(value, list | set | frozenset) else value)
 
 
 def _invalid_name_text(name: str, allowed: list[str]) -> str:
+    """The message for a name that is no setting of `service`, with the most similar one in
+    `allowed`."""
     if name in _RESERVED:
         return f"service() sets {name} itself; leave it out."
     matches = difflib.get_close_matches(name, allowed, n=1, cutoff=0.0)

@@ -37,7 +37,8 @@ class PortTaken(Exception):
 def wait_until_serving(log: Log, plan: StartPlan, port: int) -> Running:
     """Returns the service once a worker has announced every model of the plan.
 
-    Raises PortTaken, or StartError if it cannot start or the time is out.
+    Raises PortTaken; ModelRefused if a model cannot be served; StartError if the service cannot
+    start for another reason, or the time limit of the plan is over. Does not stop the process.
     """
     deadline = time.monotonic() + plan.seconds
     log.wait(lambda line: is_banner_end(line) or is_start_error(line), plan.seconds)
@@ -57,7 +58,8 @@ def wait_until_serving(log: Log, plan: StartPlan, port: int) -> Running:
 
 
 def _read_announced(status_client: StatusClient) -> tuple[set[str], dict[str, str]]:
-    """Served models, and reasons of refused ones; empty while the API does not answer."""
+    """The names of served models, and the reasons by name why others are not; both empty while the
+    API does not answer."""
     try:
         return status_client.announced()
     except OSError:
@@ -65,7 +67,8 @@ def _read_announced(status_client: StatusClient) -> tuple[set[str], dict[str, st
 
 
 def _raise_start_failure(log: Log, port: int) -> None:
-    """Raises PortTaken or StartError if the log shows that the start failed."""
+    """Raises PortTaken, ModelRefused or StartError if the log shows that the start failed, or no
+    start at all; else returns nothing."""
     lines = log.lines
     errors = [line for line in lines if is_start_error(line)]
     if any(f"Cannot listen on 127.0.0.1:{port}:" in line for line in errors):
@@ -80,8 +83,11 @@ def _raise_start_failure(log: Log, port: int) -> None:
 
 
 def _model_refused_error(reasons: Sequence[str]) -> ModelRefused:
+    """The error for refused models; each reason begins with a model's name. Of equal ones, one is
+    named."""
     return ModelRefused("Cannot be served: " + "; ".join(dict.fromkeys(reasons)))
 
 
 def _last_lines(log: Log) -> str:
+    """The end of the log, for a message."""
     return "Its last lines:\n" + "\n".join(log.lines[-_LINES_SHOWN:])

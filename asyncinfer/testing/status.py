@@ -27,26 +27,28 @@ class Unfinished(Struct, frozen=True):
 
 
 class StatusClient:
-    """Reads what a service serves, and which jobs have not ended; raises OSError if it cannot."""
+    """Reads what a service serves, and which jobs have not ended. Each call is a new request
+    with a timeout of 10 s; it raises OSError if there is no connection or no status 200."""
 
     def __init__(self, port: int, api_key: str | None) -> None:
         self._port = port
         self._headers = {"x-api-key": api_key} if api_key else {}
 
     def announced(self) -> tuple[set[str], dict[str, str]]:
-        """The names of the models that are served, and reasons by name of those that are not."""
+        """The names of the models that are served, and the reasons by name why others are not."""
         listed = self._get("/models")
         reasons = {problem["model"]: problem["reason"] for problem in listed["problems"]}
         return {model["model"] for model in listed["models"]}, reasons
 
     def unfinished(self) -> dict[str, Unfinished]:
-        """Jobs that wait or run, by model; models without such jobs are left out."""
+        """Counts of jobs that wait or run, by model; models without such jobs are left out."""
         queues = self._get("/queues")["queues"]
         by_model = {queue["model"]: _count(queue) for queue in queues if queue["model"] is not None}
         return {model: counts for model, counts in sorted(by_model.items()) if counts}
 
     def _get(self, path: str) -> Mapping[str, Any]:
-        """GETs JSON directly, without the proxies that the environment may name."""
+        """The JSON object at a path of the API, read directly, without the proxies that the
+        environment may name."""
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=_SECONDS)
         try:
             connection.request("GET", path, headers=self._headers)
@@ -61,5 +63,6 @@ class StatusClient:
 
 
 def _count(queue: Mapping[str, Any]) -> Unfinished:
+    """The counts of one queue as `GET /queues` lists it."""
     waiting = sum(queue["waiting"].values()) + queue["delayed"]
     return Unfinished(waiting, queue["running"], queue["paused"])

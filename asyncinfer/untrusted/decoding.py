@@ -22,7 +22,8 @@ _MAX_DIGITS: Final = 19
 
 
 def reader(decode: Callable[[bytes], T]) -> Callable[[bytes | None], T | None]:
-    """A version of `decode` that returns None for missing or corrupt bytes, and never raises."""
+    """A version of `decode` that returns None for missing or corrupt bytes, and never raises. It
+    catches the errors in UNREADABLE."""
 
     def read(stored: bytes | None) -> T | None:
         if stored is None:
@@ -59,7 +60,8 @@ def whole_number(stored: bytes) -> int | None:
 
 
 def finite(stored: bytes | float | None) -> float | None:
-    """The number; None if it is missing, unreadable, infinite or NaN."""
+    """The number, parsed if it comes as bytes; None if it is missing, unreadable, infinite or
+    NaN."""
     if stored is None:
         return None
     try:

@@ -32,7 +32,8 @@ def is_folder(path: Path) -> bool:
 
 
 def is_inaccessible(path: Path) -> bool:
-    """Whether the name exists but its file cannot be examined: a broken link, a stale NFS file."""
+    """Whether the name exists but its file cannot be examined: a broken link, a stale NFS file.
+    False if nothing has the name."""
     try:
         path.stat()
     except OSError:
@@ -41,6 +42,7 @@ def is_inaccessible(path: Path) -> bool:
 
 
 def _mode(path: Path) -> int:
+    """The type and permission bits of a file, links followed; 0 if it cannot be examined."""
     try:
         return path.stat().st_mode
     except OSError:
@@ -63,7 +65,7 @@ def why_unreadable(path: Path) -> str:
 
 
 def may_read(path: Path) -> bool:
-    """Whether permissions allow this process to read the file."""
+    """Whether permissions allow this process to read the file; False if it does not exist."""
     return _has_access(path, os.R_OK)
 
 
@@ -73,6 +75,7 @@ def may_enter(folder: Path) -> bool:
 
 
 def _has_access(path: Path, mode: int) -> bool:
+    """Whether this process may access the path in `mode`, bits such as os.R_OK."""
     return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
@@ -84,7 +87,8 @@ def why(error: OSError) -> str:
 
 
 def permission_denied(command: str) -> str:
-    """The reason for missing permissions; `command` is the remedy."""
+    """The reason for missing permissions, in words that follow the name of the file or folder;
+    `command` is the remedy."""
     user = f"uid {os.geteuid()}" if sys.platform != "win32" else "its user"
     return f"cannot be read: Permission denied; give {user} permission to read it ({command})"
 
@@ -98,7 +102,8 @@ class UnreadableFile(OSError):
 
 
 def read(path: Path, max_bytes: int) -> bytes:
-    """The content of a file; raises UnreadableFile, also if it has more than `max_bytes`."""
+    """The content of a file of at most `max_bytes`. Raises UnreadableFile if it has more or cannot
+    be read; never waits, not even on a FIFO."""
     if problem := why_unreadable(path):
         raise UnreadableFile(problem)
     try:
@@ -113,7 +118,8 @@ def read(path: Path, max_bytes: int) -> bytes:
 
 
 def text(content: bytes) -> str:
-    """Decodes UTF-8, with or without a byte order mark; raises UnreadableFile."""
+    """Decodes UTF-8, with or without a byte order mark, which it removes. Raises UnreadableFile for
+    any other content, also for a NUL byte."""
     if content.startswith(_UTF_16) or b"\0" in content:
         raise UnreadableFile("is UTF-16; save it as UTF-8")
     try:

@@ -20,18 +20,20 @@ _JSON: Final = {code: f"\\u{code:04x}" for code in _TEXT}
 
 
 def printable(text: str) -> str:
-    """Unsafe characters as visible escapes, such as `\\x1b`; line ends and tabs stay."""
+    """The text with unsafe characters as visible escapes, such as `\\x1b`; line ends and tabs
+    stay."""
     return text if _is_plain(text) else text.translate(_TEXT)
 
 
 def printable_line(text: str) -> str:
-    """The same, on one line: a line end becomes `\\n`, so that a text cannot fake a second line."""
+    """The text with unsafe characters as visible escapes, line ends and tabs too (`\\n`, `\\t`), so
+    that it stays on one line and cannot fake a second one."""
     return text if _is_plain(text) else text.translate(_ONE_LINE)
 
 
 def printable_name(name: str) -> str:
-    """A file name on one line, cut at 80 characters; bytes that are not UTF-8 are shown as
-    `\\xff`."""
+    """A file name on one line, cut after 80 characters with an ellipsis; bytes that are not UTF-8
+    are shown as `\\xff`."""
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
     return printable_line(
         text if len(text) <= _MAX_NAME_CHARACTERS else f"{text[:_MAX_NAME_CHARACTERS]}…"
@@ -45,4 +47,5 @@ def printable_json(text: str) -> str:
 
 
 def _is_plain(text: str) -> bool:
+    """True if no character needs an escape, as in printable ASCII. False means that some may."""
     return text.isascii() and text.isprintable()

@@ -1,13 +1,16 @@
 -- include: fact_names value waiting priority
 -- Whether a queue can take a job, and where the job joins it.
 
--- Whether a queue has nothing but its own list, as nearly always: then fewer keys need be read,
--- and each read costs more than a microsecond.
+-- Whether a queue has no jobs of high or low priority, no delayed jobs and no stale entries; its
+-- own list may have any number of jobs. Nearly always so: then fewer keys need be read, and each
+-- read costs more than a microsecond.
 local function has_only_its_list(q)
   return redis.call('EXISTS', q.high, q.low, q.delayed, q.stale) == 0
 end
 
--- How many more jobs and bytes a queue takes; `only_its_list` if the caller knows that.
+-- Returns how many more jobs and how many more bytes of input a queue takes; both may be negative.
+-- Waiting and delayed jobs use up capacity, running jobs and stale entries do not. `only_its_list`
+-- is true if the caller knows that `has_only_its_list`; if it is false or nil, this is read.
 local function free_capacity(q, args, only_its_list)
   local count = (only_its_list or has_only_its_list(q)) and redis.call('LLEN', q.list)
     or count_waiting(q) + redis.call('ZCARD', q.delayed) - redis.call('SCARD', q.stale)
@@ -15,8 +18,10 @@ local function free_capacity(q, args, only_its_list)
   return args.max_queue - count, args.max_bytes - bytes
 end
 
--- Writes the deadlines and the delay of a new round; `options` are those of `submit`.
--- Returns the list the job joins, or nil if it waits in `delayed`; and its packed facts.
+-- Writes the deadline and the delay of a job's new round, which begins at `now`, in ms; `options`
+-- are those of `submit`, unpacked (`now` may be false if none of them is a time). Returns the key
+-- of the list that the caller then pushes the id to, nil if the job is delayed; and the packed
+-- facts that the caller then writes, nil if there are none.
 local function place_with_options(q, id, options, now)
   local start_by = options.start_within_ms and now + options.start_within_ms or nil
   local finish_by = options.finish_within_ms and now + options.finish_within_ms or nil

@@ -1,9 +1,13 @@
 -- include: keys job_keys fact_names facts doorbell log sequence waiting_bytes ending
 -- The claim itself, shared by `claim` and by `finish`, which claims next in the same step.
 -- An entry is an id found in a list with what Redis holds of it: {id, status, meta, input, bytes,
--- packed, facts}.
+-- packed, facts}. status, meta and packed (its packed facts) are false if Redis has none; facts are
+-- unpacked, nil if missing or corrupt; bytes is the size of the input, 0 if there is none.
 
--- Decides what to do with an entry. All effects come later, in one place.
+-- Returns what a claim does with an entry at `now`, in whole ms; writes nothing. `ready` and
+-- `exclusive` (redelivered or suspect, so that it is claimed alone) are taken. `input_lost` and
+-- `expired` fail, as does `invalid` (not an id) if it is pending. `absent` (neither a status nor a
+-- job of an external producer) and `not_pending` (it has another status) are dropped.
 local function classify(entry, now)
   local status, facts = entry.status, entry.facts
   if #entry.id == 0 or #entry.id > 128 or entry.id:find('%c') then return 'invalid' end
@@ -20,15 +24,17 @@ local function classify(entry, now)
   return 'ready'
 end
 
--- The packed facts of jobs. Where hardly any job has facts, the key itself is mostly absent.
+-- The packed facts of jobs, in the order of `ids`, of which there must be at least one: false (or
+-- nil) for a job without facts. Where hardly any job has facts, the key itself is mostly absent.
 local function packed_facts_of(q, ids)
   local few_ids = 16
   if #ids > few_ids and redis.call('EXISTS', q.facts) == 0 then return {} end
   return redis.call('HMGET', q.facts, unpack(ids))
 end
 
--- The entries of ids; `with_inputs` also reads their inputs, unless one of the jobs is external:
--- its size is not known before it is read.
+-- The entries of `ids`, at least one, in their order. Reads their inputs if `with_inputs` is true
+-- and none of the jobs is external, since the size of such an input is not known before it is
+-- read; else `input` is nil or false, also for a job that has one.
 local function read_entries(q, ids, with_inputs)
   local names = job_keys(ids, ':status')
   for i, name in ipairs(job_keys(ids, ':meta')) do names[#ids + i] = name end
@@ -47,14 +53,16 @@ local function read_entries(q, ids, with_inputs)
   return entries
 end
 
--- `count` ids at the serving end of a list behind the first `skip`, the next to be served first.
+-- Up to `count` ids from the serving end of the list at key `list`, behind the first `skip`; the
+-- next to be served comes first. Removes none.
 local function next_ids(list, skip, count)
   local ids = redis.call('LRANGE', list, -skip - count, -skip - 1)
   for i = 1, math.floor(#ids / 2) do ids[i], ids[#ids + 1 - i] = ids[#ids + 1 - i], ids[i] end
   return ids
 end
 
--- The tail of a claim's reply: id, data, meta, facts of each job.
+-- The tail of a claim's reply as a flat list: id, input, meta and packed facts of each entry, false
+-- for what it lacks. Reads the inputs if one of the entries comes without.
 local function job_fields(entries)
   local ids, inputs, is_unread, fields = {}, {}, false, {}
   for i, entry in ipairs(entries) do
@@ -70,8 +78,10 @@ local function job_fields(entries)
   return fields
 end
 
--- The claim that the token holds already, as `packed_ids` of it say: a claim whose reply was lost
--- is sent again, and must not take more jobs.
+-- The reply with the claim that `args.token` holds already: a claim whose reply was lost is sent
+-- again, and must not take more jobs. `packed_ids` is the value of the claim's key. Leaves out jobs
+-- that the claim no longer owns, and lets the lease, if it still exists, end `args.lease_ms` after
+-- `now`.
 local function return_existing_claim(q, args, now, packed_ids)
   local ids, held = decode(packed_ids) or {}, {}
   local tokens = #ids > 0 and redis.call('HMGET', q.running, unpack(ids)) or {}
@@ -82,8 +92,12 @@ local function return_existing_claim(q, args, now, packed_ids)
   return { now, q.list, 0, unpack(job_fields(#held > 0 and read_entries(q, held) or {})) }
 end
 
--- Decides, without a write, which entries a claim takes, ends and drops, and how many ids it cuts
--- off each list.
+-- Decides, without a write, what a claim does with the ids at the serving ends of `lists` (keys, in
+-- the order served). Takes at most `args.max_jobs` jobs and `args.max_bytes` of input, but one job
+-- of any size. Returns a table: `taken` (entries), `ends` (for `end_jobs`), `absent` and `ended`
+-- (ids to drop), `cuts` ({list, count} of ids to cut off), `bytes` of the inputs taken,
+-- `freed_bytes` that no longer wait, and `is_blocked`: the next job must run alone, and this claim
+-- has taken others or its process holds another claim.
 local function select_entries(q, args, now, lists, with_inputs)
   local chosen = {
     taken = {}, ends = {}, absent = {}, ended = {}, cuts = {}, bytes = 0, freed_bytes = 0,
@@ -142,7 +156,8 @@ local function select_entries(q, args, now, lists, with_inputs)
   return chosen
 end
 
--- Removes the start deadline of a job that starts; the finish deadline, if any, takes its place.
+-- Removes the start deadline of a job that starts, in Redis and in the entry's facts; does nothing
+-- if it has none. The finish deadline, if any, takes its place in the deadlines.
 local function clear_start_deadline(q, entry)
   local facts = entry.facts
   if not (facts and facts[START_BY_MS]) then return end
@@ -157,7 +172,9 @@ local function clear_start_deadline(q, entry)
   end
 end
 
--- Puts the taken entries under one lease until `until_ms`.
+-- Makes the taken entries, at least one, running jobs of the claim `args.token`, whose lease ends
+-- at `until_ms`, with fraction; counts external jobs in the queue's sequence on their first claim,
+-- and adds all to the log. Does not cut them off their lists.
 local function lease_jobs(q, args, taken, until_ms)
   local ids, statuses, owners, new_external = {}, {}, {}, {}
   for i, entry in ipairs(taken) do
@@ -179,14 +196,19 @@ local function lease_jobs(q, args, taken, until_ms)
   log_transitions(q, { processing = ids, stranger = new_external })
 end
 
--- How many jobs wait in the queue's own list, and whether the queue has nothing but that list.
+-- Returns how many ids are in the queue's own list, stale entries included, and whether the queue
+-- has no other waiting jobs, delayed jobs or stale entries, as `has_only_its_list` says.
 local function count_in_list(q)
   local keys = redis.call('EXISTS', q.list, q.high, q.low, q.delayed, q.stale)
   local count = keys > 0 and redis.call('LLEN', q.list) or 0
   return count, keys == (count > 0 and 1 or 0)
 end
 
--- Claims jobs of one queue under one lease; `waiting_bytes` is the size of their inputs.
+-- Claims jobs of one queue, which must not be paused, under one lease; ends or drops ids found
+-- there that cannot run, and rings the doorbell if jobs are left. `now` is in whole ms, `exact_now`
+-- with fraction; `waiting_bytes` is the value of the queue's number of waiting bytes, or false.
+-- Returns {now, queue, blocked, id, data, meta, facts, ...}, with no id if nothing was claimed, as
+-- always after `args.not_after_ms`.
 local function claim_from(q, args, now, exact_now, waiting_bytes)
   if now > args.not_after_ms then return { now, q.list, 0 } end
   local count, only_its_list = count_in_list(q)
@@ -219,9 +241,12 @@ local function claim_from(q, args, now, exact_now, waiting_bytes)
   return { now, q.list, chosen.is_blocked and 1 or 0, unpack(job_fields(chosen.taken)) }
 end
 
--- Claims from the first of several queues that has a job. `args` is the ARGV 1 of `claim`.
--- Returns {now, queue, blocked, id, data, meta, facts, ...}; blocked: the next job must run alone,
--- and this process holds another claim, so that it gets neither that job nor one behind it.
+-- Claims from the first of several queues (list keys) that has a job; paused ones are passed over.
+-- A claim that the token already holds in one of them is returned instead. `args` is the ARGV 1 of
+-- `claim`, `now` in whole ms, `exact_now` with fraction. Returns {now, queue, blocked, id, data,
+-- meta, facts, ...}; if nothing was claimed, without an id and with the queue looked at last.
+-- blocked is 1 or 0; 1: the next job must run alone, and this process holds another claim or takes
+-- other jobs by this one, so that it gets neither that job nor any behind it or in a later queue.
 local function claim_from_any(queues, args, now, exact_now)
   local qs, names = {}, {}
   for i, list in ipairs(queues) do

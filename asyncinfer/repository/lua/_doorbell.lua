@@ -1,7 +1,8 @@
 -- The doorbell: a list on which idle workers block; each token wakes one of them.
 
--- A script is not rolled back, so a key of another type in place of the doorbell must not stop it
--- half way: the token is lost then, and an idle worker looks by itself a moment later.
+-- Adds a token, which wakes one idle worker; at most 64 are kept. A script is not rolled back, so a
+-- key of another type in place of the doorbell must not stop it half way: the token is lost then,
+-- and an idle worker looks by itself a moment later.
 local function ring_doorbell(q)
   local max_tokens = 64
   local tokens = redis.pcall('LPUSH', q.wake, '1')

@@ -1,10 +1,11 @@
 -- include: job_keys fact_names log
 -- The end of jobs: status, result, TTLs, the log, and the notices to the APIs that wait for them.
 
--- Notifies APIs that wait for jobs: `notices` is {inbox = {ended, ...}}. An entry of an inbox has
--- each job's id and status, and the whole job if it is small, so that the API need not read it: in
--- a field '\1' .. id (no id contains that byte) the length of its body, the body and its meta.
--- NOMKSTREAM: the inbox of a dead API must not come back.
+-- Notifies APIs that wait for jobs: `notices` is {inbox = {ended, ...}}, by key of the inbox, with
+-- entries of `ends` as `end_jobs` takes them. An entry of an inbox has each job's id and status,
+-- and the whole job if it is small, so that the API need not read it: in a field '\1' .. id (no id
+-- contains that byte) the length of its body, the body and its meta. NOMKSTREAM: the inbox of a
+-- dead API must not come back.
 local function notify_inboxes(notices)
   local max_entries, max_body_bytes, jobs_per_entry = 10000, 1024, 16
   for inbox, ends in pairs(notices) do
@@ -22,8 +23,8 @@ local function notify_inboxes(notices)
   end
 end
 
--- Sets keys with a TTL: `pairs_to_set` is {key, value, ...}. One command if the server has it: a
--- job that ends sets three keys, and they were a third of what its end cost.
+-- Sets string keys with one TTL; `pairs_to_set` is {key, value, ...}, of any length. One command if
+-- the server has it: a job that ends sets three keys, and they were a third of what its end cost.
 local function set_with_ttl(ttl_seconds, pairs_to_set)
   local keys_per_command = 300
   for first = 1, #pairs_to_set, 2 * keys_per_command do
@@ -40,7 +41,8 @@ local function set_with_ttl(ttl_seconds, pairs_to_set)
   end
 end
 
--- Removes ended jobs from the tables of running, delayed and unusual jobs.
+-- Removes ended jobs, at least one, from the tables of running, delayed and unusual jobs (their
+-- facts and deadlines); not from the lists.
 local function remove_from_tables(q, ids)
   redis.call('HDEL', q.running, unpack(ids))
   local others = redis.call('EXISTS', q.facts, q.deadlines, q.delayed)
@@ -51,8 +53,14 @@ local function remove_from_tables(q, ids)
   redis.call('ZREM', q.delayed, unpack(ids))
 end
 
--- Ends jobs: `ends` is a list of {id, status, body, meta, facts}; `args` holds ttl_seconds,
--- failed_ttl_seconds and keep_input; `spent` lists keys to delete together with the jobs' inputs.
+-- Ends jobs: stores their outcomes with TTLs, deletes the inputs of completed ones (unless
+-- `args.keep_input`), removes them from the tables, and notifies log and inboxes. The caller takes
+-- them off the lists and adjusts the waiting bytes.
+-- `ends` is a list of {id, status, body, meta, facts}: a terminal status; body, the result or the
+-- error JSON, or nil; meta, the new record, or nil to keep the one there is; unpacked facts or nil.
+-- `args` holds ttl_seconds, failed_ttl_seconds and keep_input. `spent` (may be nil) lists keys to
+-- delete in the same command as the inputs; those are added to it. With no `ends`, nothing is done:
+-- `spent` is not deleted either.
 local function end_jobs(q, ends, args, spent)
   if #ends == 0 then return end
   local ids, moved, notices, by_ttl = {}, {}, {}, {}
@@ -93,7 +101,8 @@ local function end_jobs(q, ends, args, spent)
   notify_inboxes(notices)
 end
 
--- An entry of `ends` for a job that fails for a reason only the queue knows.
+-- An entry of `ends` for a job that fails for a reason only the queue knows; ends nothing. `code`
+-- and `message` are put into JSON as they are, so they must need no escapes; `facts` may be nil.
 local function failed_job(id, code, message, facts)
   local body = '{"code":"' .. code .. '","message":"' .. message .. '"}'
   return { id = id, status = 'failed', body = body, facts = facts }
@@ -101,7 +110,8 @@ end
 
 -- Stale entries are ids of ended jobs that are still in a list. A claim drops them when it meets
 -- them; until then they are left out of the number of waiting jobs. `command` is SADD for ids that
--- have become stale entries, and SREM for ids that have left the lists.
+-- have become stale entries, and SREM for ids that have left the lists. `ids` may be empty (then
+-- nothing is done), and are at most as many as `unpack` can pass to one command.
 local function update_stale_entries(q, command, ids)
   if #ids > 0 then redis.call(command, q.stale, unpack(ids)) end
 end

@@ -7,14 +7,16 @@ local FACT_TYPES = {
   [CLAIMED_BEFORE] = 'number', [PRIORITY] = 'string', [INBOXES] = 'table',
 }
 
--- Whether a fact is a whole number, and a TTL one that Redis accepts.
+-- Whether the number `value` is valid for the fact `name`: whole, from 0 to 2^53; for a TTL, from
+-- 1 s to ten years.
 local function is_count(name, value)
   local min, max = 0, 2 ^ 53
   if name == TTL_SECONDS then min, max = 1, 10 * 365 * 24 * 3600 end
   return value >= min and value <= max and value % 1 == 0
 end
 
--- Whether a value is a table of strings, or of facts each of its own type.
+-- Whether a value is a table of strings, or of facts each of its own type; a fact of an unknown
+-- name may be of any type.
 local function is_well_formed(value)
   if type(value) ~= 'table' then return false end
   for name, part in pairs(value) do
@@ -26,7 +28,8 @@ local function is_well_formed(value)
   return true
 end
 
--- What is packed in a value; nil if it is missing or corrupt.
+-- The table packed in a string: facts by name, or a list of ids. Returns nil if `packed` is false
+-- or nil, or corrupt; raises nothing.
 local function decode(packed)
   if not packed then return nil end
   local ok, value = pcall(cmsgpack.unpack, packed)

@@ -1,7 +1,9 @@
 -- The log of a queue: a stream of the transitions of its jobs.
 
--- Adds one entry for a batch of transitions: `moved` is {status = {id, ...}}. A key of another type
--- in place of the log loses the entry and stops no script half way.
+-- Adds one entry for a batch of transitions: `moved` is {word = {id, ...}}; a word is the new
+-- status, `submitted`, or `stranger` (external jobs at their first claim). Empty lists are left
+-- out, and no entry is added if all are empty. A key of another type in place of the log loses the
+-- entry and stops no script half way.
 local function log_transitions(q, moved)
   local max_entries, fields = 100000, {}
   for status, ids in pairs(moved) do

@@ -1,16 +1,18 @@
 -- include: job_keys waiting
 -- The bytes of jobs that begin or cease to wait.
 
--- Bytes of a job's input; 0 if it is gone or an external producer wrote something else than a
--- string there.
+-- Returns the bytes of a job's input; 0 if it is gone or an external producer wrote something else
+-- than a string there.
 local function input_bytes(id)
   local size = redis.pcall('STRLEN', job_key(id, 'data'))
   return type(size) == 'number' and size or 0
 end
 
--- Adjusts the number of waiting bytes by `bytes`. If no job waits there is nothing to count, there
--- are no stale entries, and no doorbell token is needed.
--- Returns how many jobs wait; `count` is that number if the caller knows it and no job is delayed.
+-- Call after the lists have changed. Adds `bytes` (may be negative) to the number of waiting bytes;
+-- if the lists are empty and no job is delayed, deletes that number, the stale entries and the
+-- doorbell tokens instead: there is nothing to count then, and nothing to wake a worker for.
+-- Returns the length of the three lists: stale entries count, delayed jobs do not. `count` is that
+-- length if the caller knows it and no job is delayed, else false or nil.
 local function adjust_waiting_bytes(q, bytes, count)
   local left = count or count_waiting(q)
   if left == 0 and (count or redis.call('ZCARD', q.delayed) == 0) then

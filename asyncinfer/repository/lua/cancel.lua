@@ -13,8 +13,9 @@ local MAX_LIST_TO_SEARCH = 10000
 local q, args = queue(KEYS[1]), cmsgpack.unpack(ARGV[1])
 local verdicts, stale, freed_bytes, removals = {}, {}, 0, 0
 
--- LREM walks the list, so only a few per call and in no long list (in one of a million it took
--- 22 ms); the other ids stay as stale entries, which a claim drops.
+-- Takes a pending job out of the delayed jobs, or else off its list; adds its bytes to
+-- `freed_bytes`. LREM walks the list, so only a few per call and in no long list (in one of a
+-- million it took 22 ms); the other ids stay as stale entries, which a claim drops.
 local function remove_waiting(id, facts)
   freed_bytes = freed_bytes + counted_bytes(id)
   if redis.call('ZREM', q.delayed, id) == 1 then return end
@@ -27,9 +28,9 @@ local function remove_waiting(id, facts)
   redis.call('LREM', list, -1, id)
 end
 
--- Cancels one job; `meta` is its record as it is when it ends, or nil. Returns cancelled,
--- stopping (it runs: its worker is told to stop it), absent, or the status of a job that has
--- already ended.
+-- Cancels one job; `meta` is its record as it is when it ends, or nil to leave it. Returns
+-- cancelled (it has ended), stopping (a claim runs it: its worker is notified, and ends it later),
+-- absent, or the status of a job that has already ended.
 local function cancel(id, meta)
   local status = value_at(job_key(id, 'status'))
   if not status then return 'absent' end

@@ -5,8 +5,8 @@
 --         low_first, ttl_seconds, failed_ttl_seconds, keep_input}
 --         is_holding: this process holds another claim; one_at_a_time: {queue: true} of the queues
 --         of which one job is claimed at a time; low_first: low priority before the others
--- Returns {now, queue, blocked, id, data, meta, facts, ...}; no ids: nothing to do; blocked: the
---         next job must run alone, and this process may not have it yet
+-- Returns {now in ms, queue, blocked, id, data, meta, facts, ...}; no ids: nothing to do; blocked:
+--         1 if the next job must run alone, and this process may not have it yet, else 0
 -- Retry   a token that holds a claim gets that claim back; after not_after_ms nothing is taken
 -- include: time claim
 

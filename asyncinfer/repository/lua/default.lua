@@ -12,7 +12,8 @@
 local args = cmsgpack.unpack(ARGV[1])
 local default_q, old_q, new_q = queue(KEYS[2]), queue(KEYS[3]), queue(KEYS[4])
 
--- A model keeps its pause, or stays without one, when its jobs move to another queue.
+-- Pauses or resumes a queue, without a message to its workers; any value but false and nil pauses
+-- it. A model keeps its pause, or stays without one, when its jobs move to another queue.
 local function set_paused(q, is_paused)
   if is_paused then redis.call('SET', q.paused, '1') else redis.call('DEL', q.paused) end
 end

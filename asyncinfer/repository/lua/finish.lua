@@ -24,7 +24,10 @@ if #ids > 0 then
   packed_facts = packed_facts_of(q, ids)
 end
 
--- A job that has not ended waits again, at once or after a delay.
+-- Makes a job of this claim wait again, after `delay_ms` or at once (0); `outcome` is retry,
+-- released or suspect. `meta` is the new record, '' for an external job, whose bytes are not
+-- counted. Its facts mark a suspect, and any other external job as claimed before; `facts` are
+-- unpacked or nil.
 local function return_job(id, outcome, meta, delay_ms, facts)
   if meta ~= '' then
     redis.call('SET', job_key(id, 'meta'), meta)

@@ -12,7 +12,8 @@
 local MAX_SKIPPED = 100
 local MAX_CHECKED = 1000
 
--- The record of the first pending job from the serving end; an external job has none.
+-- The record of the first pending job from the serving end of the list at key `list`, as bytes.
+-- External jobs have none and are passed over; nil if there is no other among the first 100 ids.
 local function next_record(list)
   local ids = redis.call('LRANGE', list, -MAX_SKIPPED, -1)
   if #ids == 0 then return nil end
@@ -23,7 +24,8 @@ local function next_record(list)
   end
 end
 
--- How many stale entries a list has; of a long list, estimated from its serving end.
+-- Returns how many stale entries a list of `count` ids has, a whole number: counted among the 1,000
+-- at its serving end, and for a longer list estimated from those.
 local function stale_in(q, list, count)
   local ids = redis.call('LRANGE', list, -MAX_CHECKED, -1)
   if #ids == 0 then return 0 end
@@ -34,7 +36,8 @@ local function stale_in(q, list, count)
   return math.floor(found * count / #ids)
 end
 
--- How many jobs wait in each list. The longest list has the stale entries that the others lack.
+-- Returns how many jobs wait in each of `lists` (keys), in that order, without stale entries. The
+-- longest list has the stale entries that the others lack.
 local function waiting_in(q, lists)
   local counts, longest = {}, 1
   for i, list in ipairs(lists) do
@@ -53,7 +56,9 @@ local function waiting_in(q, lists)
   return counts
 end
 
--- Counts what is in a queue; the last field holds the meta of the next job of each list.
+-- Returns {{high, normal, low}, delayed, running, dead, paused, {record, ...}} of a queue: numbers
+-- of jobs, paused 1 or 0, and the record of the next job of each list, if it has one. Raises if a
+-- key has another type.
 local function gauge(q)
   local lists, records = { q.high, q.list, q.low }, {}
   for _, list in ipairs(lists) do records[#records + 1] = next_record(list) end

@@ -2,7 +2,7 @@
 -- purge: ends waiting jobs as cancelled, at most 250 a call.
 -- KEYS    1 the queue
 -- ARGV    1 {ttl_seconds, failed_ttl_seconds, keep_input}
--- Returns {ended, left}
+-- Returns {ended, left}: numbers of jobs; left counts waiting and delayed ones
 -- Retry   goes on with the jobs that are left
 -- include: keys job_keys facts waiting waiting_bytes counted_bytes ending
 
@@ -11,7 +11,8 @@ local MAX_JOBS = 250
 local q, args = queue(KEYS[1]), cmsgpack.unpack(ARGV[1])
 local ends, freed_bytes, read, seen = {}, 0, 0, {}
 
--- An external job may wait without a status.
+-- Adds a job that waits to `ends`, as cancelled, and its bytes to `freed_bytes`; does nothing if it
+-- does not wait. An external job may wait without a status. The caller takes the id off its list.
 local function end_waiting(id, facts)
   local status = redis.call('MGET', job_key(id, 'status'))[1]
   if status == 'pending' or (not status and input_bytes(id) > 0) then

@@ -5,7 +5,8 @@
 --         failed_ttl_seconds, keep_input, log_jobs, is_continued}
 --         is_continued: go on past the gate with what the last call left
 -- Returns per queue nil (swept lately) or {put back, dead, promoted, expired, ended, more}, or
---         the error that kept it from being swept
+--         the error that kept it from being swept. Numbers of jobs; ended: of expired claims, the
+--         dead ones included; more is 1 if something is left to do, else 0
 -- Order   the outage check before the claims: after a gap no job is taken from a worker for the
 --         time of one lease
 -- include: keys job_keys time value fact_names facts priority doorbell log control
@@ -16,8 +17,10 @@ local LOG_MARKS = 10
 
 local args, now = cmsgpack.unpack(ARGV[1]), now_ms()
 
--- A gap since the last sweep (an outage, a jump of the clock, no living process) says nothing about
--- the workers, who could not renew either: all leases are extended by one lease.
+-- Notes the time of this sweep. A gap since the last sweep (an outage, a jump of the clock, no
+-- living process) says nothing about the workers, who could not renew either: no claim is reaped
+-- for the time of one lease, while q.hold exists. A lease that ends more than two leases from now,
+-- as after a jump of the clock, ends one lease from now instead.
 local function check_for_outage(q)
   local last = tonumber(value_at(q.swept))
   redis.call('SET', q.swept, now, 'PX', 2 * args.lease_ms)
@@ -30,7 +33,9 @@ local function check_for_outage(q)
   end
 end
 
--- The newest claim first and its ids from the last, so that the oldest ends at the serving end.
+-- Returns the claims whose lease has ended as a list of {token, ids}, with about 1,000 ids in all,
+-- and whether more are left. The newest claim comes first, so that the oldest, put back last, ends
+-- at the serving end. A claim whose ids are missing or corrupt has none.
 local function expired_claims(q)
   local claims, count = {}, 0
   local tokens = redis.call('ZREVRANGEBYSCORE', q.leases, now, '-inf', 'LIMIT', 0, MAX_JOBS)
@@ -45,8 +50,9 @@ local function expired_claims(q)
   return claims, false
 end
 
--- Counts one more delivery of a job whose claim expired, and puts the job back; ends it if its
--- cancel was requested or no delivery is left.
+-- Counts one more delivery of a job whose claim expired, and puts the job back; adds it to `ends`
+-- instead if its cancel was requested or no delivery is left (a dead letter then). `facts` are
+-- unpacked or nil. Adds to back, dead and bytes of `counts`.
 local function deliver_again(q, id, facts, ends, counts)
   facts = facts or {}
   facts[DELIVERIES] = (facts[DELIVERIES] or 0) + 1
@@ -65,8 +71,8 @@ local function deliver_again(q, id, facts, ends, counts)
   end
 end
 
--- Removes expired claims with their leases and delivers their jobs again. Returns true if more
--- are left than one call takes.
+-- Removes expired claims with their leases, and puts back or ends those of their jobs that they
+-- still own. Adds to `counts`; returns true if more are left than one call takes, else false.
 local function reap_claims(q, counts)
   local claims, has_more = expired_claims(q)
   local ends = {}
@@ -88,7 +94,8 @@ local function reap_claims(q, counts)
   return has_more
 end
 
--- Delayed jobs that are due join their lists.
+-- Moves up to 1,000 delayed jobs that are due to their lists; drops ids that are no longer pending.
+-- Adds to `counts`; returns true if more may be left, else false.
 local function promote(q, counts)
   local due = redis.call('ZRANGEBYSCORE', q.delayed, '-inf', now, 'LIMIT', 0, MAX_JOBS)
   for _, id in ipairs(due) do
@@ -101,8 +108,9 @@ local function promote(q, counts)
   return #due == MAX_JOBS
 end
 
--- A waiting job past its deadline ends; a running one is stopped first, and ends a lease later if
--- its worker has not ended it.
+-- A job past its deadline: one that waits is added to `ends`. One that runs is stopped first: its
+-- worker is notified, and if it has not ended the job within a lease, a later call adds it to
+-- `ends`. The deadline of a job in any other state is removed.
 local function expire_job(q, id, ends, counts)
   local status = value_at(job_key(id, 'status'))
   local facts = decode(redis.call('HGET', q.facts, id)) or {}
@@ -123,7 +131,8 @@ local function expire_job(q, id, ends, counts)
   end
 end
 
--- Ends or stops the jobs whose deadline has passed. Returns true if more are left.
+-- Ends or stops up to 1,000 jobs whose deadline has passed. Adds to `counts`, as expired only those
+-- that ended; returns true if more may be left, else false.
 local function expire(q, counts)
   local ends = {}
   local due = redis.call('ZRANGEBYSCORE', q.deadlines, '-inf', now, 'LIMIT', 0, MAX_JOBS)
@@ -133,6 +142,7 @@ local function expire(q, counts)
   return #due == MAX_JOBS
 end
 
+-- Removes dead letters older than `args.dead_letter_ms`, and now and then the log's oldest entries.
 -- The log is bounded in jobs, not in entries. A mark, at most every tenth of the bound, holds an
 -- entry and the number of jobs there had been; the newest mark that is the bound ago is where to
 -- cut.
@@ -160,7 +170,10 @@ local function trim(q)
   redis.call('RPUSH', q.logmarks, seq .. ' ' .. last[1][1])
 end
 
--- Sweeps one queue. Returns false if it was swept less than half a tick ago.
+-- Sweeps one queue: reaps expired claims, promotes due jobs, expires jobs; and, unless this
+-- continues the last call, checks for an outage and trims first. Returns false if it was swept less
+-- than half a tick ago (a continued call is not refused); else six numbers, as the header lists
+-- them. Raises if a key has another type.
 local function sweep(q)
   if not args.is_continued then
     local gate_ms = math.ceil(args.tick_ms / 2)
@@ -183,7 +196,7 @@ local function sweep(q)
   }
 end
 
--- The text of what pcall caught: Redis raises a table, Lua a string.
+-- The message of an error that pcall caught, as a string: Redis raises a table, Lua a string.
 local function error_text(reason)
   return tostring(type(reason) == 'table' and reason.err or reason)
 end

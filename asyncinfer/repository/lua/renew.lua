@@ -8,7 +8,8 @@
 local args, now = cmsgpack.unpack(ARGV[1]), now_ms()
 local lost, cancelled, expired = {}, {}, {}
 
--- Adds to the reply the jobs of a claim whose cancel was requested or whose deadline has passed.
+-- Adds to `cancelled` and `expired` the ids of a claim whose cancel was requested or whose deadline
+-- has passed while they run. Does nothing if the claim is gone or its ids are corrupt.
 local function check_facts(q, token)
   local packed_ids = value_at(q['claim:' .. token])
   if not packed_ids then return end
@@ -22,7 +23,8 @@ local function check_facts(q, token)
 end
 
 -- Extends the leases of one queue's claims, each by 1 us more than the one before, so that they
--- keep their order when they are reaped; adds to the reply what has happened to them.
+-- keep their order when they are reaped (`tokens` has the oldest first). Adds tokens that have no
+-- lease any more to `lost`, and what has happened to jobs of the others to the reply.
 local function renew(q, tokens)
   for n, token in ipairs(tokens) do
     if redis.call('ZSCORE', q.leases, token) then

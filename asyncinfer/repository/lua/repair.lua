@@ -3,13 +3,13 @@
 -- KEYS    1 the queue, 2 the zset of ids found out of place once
 -- ARGV    1 {pause_ms, ttl_ms} the pause between the two passes, the TTL of the zset; then ids
 --         that looked out of place
--- Returns {put back, out of place for the first time}
+-- Returns {put back, out of place but not put back yet}: numbers of jobs
 -- include: keys job_keys time value facts doorbell log waiting_bytes counted_bytes redelivery
 
 local q, args, now = queue(KEYS[1]), cmsgpack.unpack(ARGV[1]), now_ms()
 local out_of_place = KEYS[2]
 
--- True if a job waits: in one of the queue's lists, or delayed.
+-- True if a job waits: in one of the queue's three lists, or delayed; else false. Walks the lists.
 local function is_in_a_list(id)
   for _, list in ipairs({ q.list, q.high, q.low }) do
     if redis.call('LPOS', list, id) then return true end
@@ -17,13 +17,17 @@ local function is_in_a_list(id)
   return redis.call('ZSCORE', q.delayed, id) ~= false
 end
 
--- True if a running job belongs to a claim whose lease is listed.
+-- Whether the claim that owns a job has a lease, even one that has ended; returns false, or the end
+-- of the lease as a string.
 local function is_in_a_claim(id)
   local token = redis.call('HGET', q.running, id)
   return token and redis.call('ZSCORE', q.leases, token)
 end
 
--- LPOS walks the list, so the first pass relies on the caller's look at the lists.
+-- True if a job has the status processing but is in no claim, or pending but in no list. `since`
+-- is when it was first found so, nil on the first pass, which relies on the caller's look at the
+-- lists (LPOS walks them). Deletes the facts of a job of any other status; `facts` is nil if it has
+-- none.
 local function is_out_of_place(id, facts, since)
   local status = value_at(job_key(id, 'status'))
   if status == 'processing' then return not is_in_a_claim(id) end

@@ -11,8 +11,9 @@ local q, args, now = queue(KEYS[1]), cmsgpack.unpack(ARGV[1]), now_ms()
 local free, free_bytes = free_capacity(q, args)
 local verdicts, opened, added_bytes = {}, {}, 0
 
--- Returns the verdict on a job, and for `ok` the bytes of its input. `expected_meta` is the meta
--- that the caller has read: another one means that the job has been retried meanwhile.
+-- Returns the verdict on a job, and only for `ok` also the bytes of its input; changes nothing.
+-- `expected_meta` is the meta that the caller has read ('' for none): another one means that the
+-- job has been retried meanwhile, `changed`.
 local function verdict_of(id, expected_meta)
   local status = value_at(job_key(id, 'status'))
   if not status then return 'absent' end
@@ -24,7 +25,9 @@ local function verdict_of(id, expected_meta)
   return 'ok', size
 end
 
--- A stale entry of the last round, still in its list, would now be the same job a second time.
+-- Removes the stale entry of a job's last round, if there is one: still in its list, it would now
+-- be the same job a second time. `options` are unpacked or nil; the priority of a job does not
+-- change with its rounds.
 local function remove_stale_entry(id, options)
   if redis.call('SREM', q.stale, id) == 1 then
     local facts = options and { [PRIORITY] = options.priority }
@@ -32,7 +35,9 @@ local function remove_stale_entry(id, options)
   end
 end
 
--- Starts a new round of a job: removes its outcome, makes it pending and puts it into its list.
+-- Starts a new round of a job: removes its outcome, makes it pending and puts it into its list, or
+-- delays it. `meta` is the new record, '' for an external job; `options` are unpacked or nil;
+-- `size` is the bytes of the input. Adds to `opened` and, unless it is external, to `added_bytes`.
 local function open(id, meta, options, size)
   redis.call('PERSIST', job_key(id, 'data'))
   redis.call('DEL', job_key(id, 'result'), job_key(id, 'error'))

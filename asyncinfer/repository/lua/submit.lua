@@ -19,12 +19,14 @@ for i = 2, #ARGV, 4 do statuses[#statuses + 1] = job_key(ARGV[i], 'status') end
 local is_usual = redis.call('EXISTS', q.high, q.low, q.delayed, q.stale, unpack(statuses)) == 0
 local all_new = is_usual or redis.call('EXISTS', unpack(statuses)) == 0
 
--- True if the id is taken: by an earlier job of this call, or by one in Redis.
+-- True if the id is taken, by an earlier job of this call or by one in Redis; else false.
 local function exists(id)
   return by_id[id] or (not all_new and redis.call('EXISTS', job_key(id, 'status')) == 1)
 end
 
--- The verdict that names the job of an idempotency key; nil if there is none or it is gone.
+-- The verdict {"dup", job_id, fingerprint} if a job has this idempotency key already, in Redis or
+-- earlier in this call; nil if none has, or it is gone. `key` is the digest of the idempotency key,
+-- `fingerprint` the one of that job.
 local function duplicate(key)
   local value = by_key[key] or value_at(q['idem:' .. key])
   if not value then return nil end
@@ -35,7 +37,9 @@ local function duplicate(key)
   end
 end
 
--- Returns the verdict on a new job: ok, exists, full, or the one that names an earlier job.
+-- Returns the verdict on a new job: ok, exists, full, or a table that names an earlier job (see
+-- `duplicate`); stores nothing. `options` are unpacked or nil, `size` is the bytes of the input,
+-- `free` and `free_bytes` what the queue can still take.
 local function verdict_of(id, options, size, free, free_bytes)
   local dup = options and options.idempotency_key and duplicate(options.idempotency_key)
   if dup then return dup end
@@ -44,7 +48,8 @@ local function verdict_of(id, options, size, free, free_bytes)
   return 'ok'
 end
 
--- Lists jobs of a group. A full group drops its oldest ids: it serves reading, and refuses no job.
+-- Appends ids, at least one, to a group's list (its key). A full group drops its oldest ids: it
+-- serves reading, and refuses no job.
 local function add_to_group(list, ids)
   local max_jobs, ttl_seconds = 1000000, 7 * 24 * 3600
   if redis.call('RPUSH', list, unpack(ids)) > max_jobs then

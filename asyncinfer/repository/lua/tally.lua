@@ -14,14 +14,16 @@ local PAGE_ENTRIES = 100
 
 local args, now = cmsgpack.unpack(ARGV[1]), now_ms()
 
--- How many ids are packed in a field, by its first bytes.
+-- Returns how many ids are packed in a field, by its first bytes: 0 if it is no packed list of up
+-- to 65,535.
 local function packed_length(packed)
   local first, second, third = packed:byte(1, 3)
   if first == 0xdc and third then return second * 256 + third end
   return first and first >= 0x90 and first <= 0x9f and first - 0x90 or 0
 end
 
--- Appends the ids packed in a log entry's field to `ids`, up to the number of samples wanted.
+-- Appends the ids packed in a log entry's field to the list `ids`, until that has
+-- `args.max_samples`; none if the field is corrupt.
 local function collect(ids, packed)
   for _, id in ipairs(decode(packed) or {}) do
     if #ids >= args.max_samples then return end
@@ -34,7 +36,8 @@ local COUNTED_AS = {
   submitted = 'submitted', stranger = 'submitted', completed = 'completed', failed = 'failed',
 }
 
--- Adds one log entry to a tally: its fields are status and packed ids, in turn.
+-- Adds the jobs of one log entry to the counts submitted, completed, failed, and jobs (all moves)
+-- of a tally. `fields` is a flat list of status and packed ids, in turn.
 local function add_entry(tally, fields)
   for i = 1, #fields, 2 do
     local word, size = COUNTED_AS[fields[i]], packed_length(fields[i + 1])
@@ -43,15 +46,17 @@ local function add_entry(tally, fields)
   end
 end
 
--- Collects the ids of completed and failed jobs of a log entry.
+-- Appends the ids of completed and failed jobs of a log entry to `tally.ended`, up to
+-- `args.max_samples` in all; `fields` as in `add_entry`.
 local function add_samples(tally, fields)
   for i = 1, #fields, 2 do
     if fields[i] == 'completed' or fields[i] == 'failed' then collect(tally.ended, fields[i + 1]) end
   end
 end
 
--- Backwards from the newest entry. The first page is read for samples even if it is older than the
--- window, as that of a queue at rest is.
+-- Returns the tally of a queue's log and how many ms it covers: the window, or less if a bound was
+-- reached first. Goes backwards from the newest entry. The first page is read for samples even if
+-- it is older than the window, as that of a queue at rest is. Raises if the log is no stream.
 local function count_moved(q)
   local tally = { submitted = 0, completed = 0, failed = 0, jobs = 0, entries = 0, ended = {} }
   local last, since = '+', now - args.window_ms
@@ -69,7 +74,7 @@ local function count_moved(q)
   return tally, math.max(1, now - tally.at)
 end
 
--- The metas of jobs, without those that have none.
+-- A list of the metas of jobs, as bytes, in the order of `ids`; jobs without one are left out.
 local function read_records(ids)
   local records = {}
   for _, meta in ipairs(#ids > 0 and redis.call('MGET', unpack(job_keys(ids, ':meta'))) or {}) do

@@ -10,7 +10,7 @@ local MAX_INBOXES = 32
 
 local q, inbox = queue(KEYS[1]), KEYS[2]
 
--- Adds this call's inbox to those that are notified when the job ends.
+-- Adds this call's inbox to those that are notified when the job ends, unless it is among them.
 local function register(id)
   local facts = decode(redis.call('HGET', q.facts, id)) or {}
   local inboxes = facts[INBOXES] or {}
