@@ -63,7 +63,7 @@ def report_error(error: AsyncinferError | BaseExceptionGroup[Any]) -> int:
 
 
 def details(error: AsyncinferError | BaseExceptionGroup[Any]) -> Iterator[str]:
-    """The messages of an error, or of the StartErrors in a task group's error.
+    """The messages of an error, or of the StartErrors in a task group's error, with repeats.
 
     Raises the group again if it holds any other exception.
     """
@@ -77,6 +77,7 @@ def details(error: AsyncinferError | BaseExceptionGroup[Any]) -> Iterator[str]:
 
 
 def exit_code(error: AsyncinferError | BaseExceptionGroup[Any]) -> int:
+    """The exit code of an error, one of EXIT_CODES: by its class, its code and its HTTP status."""
     if isinstance(error, StartError | BaseExceptionGroup) or error.code in _WRONG_USAGE_CODES:
         return EXIT_CANNOT_START
     if error.code in _TIMED_OUT_CODES:

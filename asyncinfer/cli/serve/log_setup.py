@@ -21,6 +21,7 @@ class _Formatter(logging.Formatter):
 
 
 def set_up_logging() -> None:
+    """Logs to stderr from the level INFO on; does nothing if logging is set up already."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
