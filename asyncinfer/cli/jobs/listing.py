@@ -135,7 +135,7 @@ class _Page(Struct, frozen=True):
 
 
 class _ListedJob(Struct, frozen=True, kw_only=True):
-    """A job in a list."""
+    """A job in a list; fields may be missing, and fields that are not known here are no error."""
 
     job_id: str
     status: str

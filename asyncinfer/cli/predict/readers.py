@@ -142,6 +142,7 @@ class _Stdin(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """Reads what is there into the buffer; returns the number of bytes, 0 at its end."""
         left_seconds = max(0.0, self._deadline - time.monotonic())
         if not select.select([self._descriptor], [], [], left_seconds)[0]:
             raise WaitTimeout("Stdin is open, and no further row came in time.")
@@ -313,6 +314,7 @@ def _ndjson(content: IO[bytes], options: ReadOptions) -> Iterator[Row]:
 
 
 def _decode_json(text: bytes) -> Any:
+    """The value of JSON text; raises ValueError, with a hint if NaN is in the text."""
     try:
         return msgspec.json.decode(text)
     except msgspec.DecodeError as error:
@@ -367,7 +369,7 @@ def _row_value(names: Sequence[str], values: Sequence[Any], options: ReadOptions
 
 
 def _with_rank(value: Any, rank: int) -> Any:
-    """A number as a vector if its input is a matrix, as scikit-learn exports it."""
+    """The value in a list if it is none and its input is a matrix, as scikit-learn exports it."""
     return [value] if rank == 2 and not isinstance(value, list) else value
 
 

@@ -179,7 +179,10 @@ class _Columns:
         return [self._row(ready) for ready in (*self._take_waiting(), record)]
 
     def rest(self) -> list[list[Any]]:
-        """The rows that are still held back, at the end."""
+        """The rows that are still held back, at the end.
+
+        If no row was good, they have the columns `row` and `error`.
+        """
         if not self._names and self._waiting:
             self._names = ["row", "error"]
         return [self._row(record) for record in self._take_waiting()]

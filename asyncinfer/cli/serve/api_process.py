@@ -14,10 +14,11 @@ from asyncinfer.settings import read as read_settings
 
 
 def api_process(held_fd: int, report_fd: int, own_worker_since_ms: int) -> int:
-    """Serves on the listening socket `held_fd` until a signal, and returns the exit code.
+    """Serves at the address of the bound socket `held_fd` and returns the exit code.
 
-    Reports on `report_fd` that it is ready, or why it cannot start; then it returns 2.
-    `own_worker_since_ms` is in milliseconds since 1970, 0 if the `serve` has no worker.
+    Reports on `report_fd` that it is ready, or why it cannot start; then it returns 2. Else it
+    serves until a signal and returns 0. `own_worker_since_ms` is in milliseconds since 1970, 0 if
+    the `serve` has no worker.
     """
     lean_start()
     import anyio

@@ -73,7 +73,10 @@ def source(settings: Settings) -> "Source":
 
 
 def looks_intact(file: "ModelFile") -> bool:
-    """Whether the file of a version is not visibly broken; it is not loaded."""
+    """Whether a version's file is not visibly broken.
+
+    It is not loaded, so a worker may still refuse it.
+    """
     from asyncinfer.models import onnx_file
 
     return not file.problem and onnx_file.looks_whole(file.path)

@@ -48,16 +48,22 @@ class LeftoverCleaner:
     # --- at the start -----------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raises InvalidSetting if no worker can have the default model.
+        """Raises InvalidSetting if the folder has models, but not the default one of the settings.
 
-        In an empty folder it may still appear.
+        In an empty folder it may still appear. With a Redis of the user's it checks nothing, since
+        another worker may have the model.
         """
         wanted = configuration.default_model(self._settings)
         if wanted and self._is_embedded and not self._is_here(wanted) and self._names():
             raise self._unknown_default_error(wanted)
 
     async def before_worker(self, url: str) -> None:
-        """Decides on the default model, before a worker and an API read it."""
+        """Decides on the default model and retracts old models, before worker and API read them.
+
+        `url` is that of the Redis. Raises InvalidSetting if no worker can have the default model of
+        the settings, and DefaultModelChanged if others use another. If Redis does not answer it
+        logs that.
+        """
         from asyncinfer.repository.leftovers import Leftovers
 
         async with configuration.store(self._settings, url) as store:
@@ -198,6 +204,7 @@ class LeftoverCleaner:
     async def _retract(
         self, leftovers: "Leftovers", own: "WorkerSays", unserved: dict[str, list[str]]
     ) -> None:
+        """Retracts versions, by model, unless the own worker still has to load them."""
         pending = await self._versions_to_load(own) if unserved else frozenset()
         gone = {
             model: [version for version in versions if (model, version) not in pending]

@@ -116,9 +116,10 @@ async def _api(
 async def _apis(
     settings: Settings, cleaner: LeftoverCleaner | None, redis_url: str, stop: "Stop"
 ) -> None:
-    """Runs several API processes on one socket until it is cancelled.
+    """Runs several API processes at one address until it is cancelled.
 
-    Prints the banner once all are ready. Raises StartError if one cannot start.
+    Prints the banner once the first is ready. Raises StartError if the first that reports cannot
+    start.
     """
     import anyio
 
