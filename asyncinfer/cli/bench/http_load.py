@@ -43,7 +43,7 @@ class Connection:
             writer.close()
 
     def encode_request(self, method: str, path: str, body: bytes = b"", headers: str = "") -> bytes:
-        """The bytes of a request; `headers` are whole lines, each with its line end."""
+        """The bytes of a request; a `body` is JSON, and each line of `headers` has its line end."""
         content_type = "content-type: application/json\r\n" if body else ""
         length = f"content-length: {len(body)}\r\n"
         head = f"{method} {path} HTTP/1.1\r\n{self._head}{content_type}{headers}{length}\r\n"
