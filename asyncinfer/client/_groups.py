@@ -57,6 +57,7 @@ class GroupState:
         return f"<{type(self).__name__} {self.name}: {self.jobs} jobs, {self.progress:.0%} ended>"
 
     def _repr_html_(self) -> str:
+        """The card that a notebook shows."""
         return _display.group_card(self._view)
 
 

@@ -220,6 +220,7 @@ class _PauseNotices:
         self._first_pause_at = 0.0
 
     def notice(self, pause: Pause) -> None:
+        """Takes a pause before a request is sent again; prints its reason once that takes long."""
         now = time.monotonic()
         self._first_pause_at = self._first_pause_at or now
         if now + pause.seconds - self._first_pause_at >= self._cadence.after_seconds:
