@@ -76,6 +76,7 @@ class EventSubscription:
         return event
 
     def _handle_failure(self, reply: Response | Lost) -> None:
+        """Counts a failure and sets the pause before the next request; raises it if it is final."""
         self._failures += 1
         if is_final_loss(reply, self._failures) or self._failures > self._server.retries:
             if isinstance(reply, Lost):

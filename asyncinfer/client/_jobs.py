@@ -76,6 +76,7 @@ class JobState:
         return f"<{type(self).__name__} {self.id}{model}: {self.status}{reason}>"
 
     def _repr_html_(self) -> str:
+        """The card that a notebook shows."""
         return _display.job_card(self._view)
 
 
@@ -197,6 +198,7 @@ class AsyncJob(JobState):
         self._driver = driver
 
     def __await__(self) -> Generator[Any, Any, Any]:
+        """Waits until the job has ended, and gives its result or raises, as `result` does."""
         return self.result().__await__()
 
     async def result(self, timeout: float | None = None, *, cancel_on_timeout: bool = False) -> Any:
