@@ -46,6 +46,7 @@ def decode_binary_result(response: Response) -> Any:
 
 
 def _parse_binary_tensors(response: Response) -> Any:
+    """The array, or a dict of arrays by name; raises errors that `reject_unreadable` turns."""
     at = int(response.headers[JSON_LENGTH_HEADER])
     arrays = {}
     view = memoryview(response.content)

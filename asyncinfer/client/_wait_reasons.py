@@ -96,7 +96,7 @@ class Silence:
         return self._now() >= self._until
 
     def seconds(self) -> float:
-        """How long to wait before the next request for a reason, or before the end."""
+        """The seconds until the next request for a reason is due, or until the end; at least 0."""
         return max(0.0, min(self._next_at, self._until) - self._now())
 
     def schedule_next(self) -> None:
