@@ -73,6 +73,7 @@ class _Commands(click.Group):
     """A group that lists its commands without importing them."""
 
     def list_commands(self, context: click.Context) -> list[str]:
+        """The names of the commands, in the order of the help."""
         return [name for name in _ENTRIES if _exists(name)]
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:

@@ -83,6 +83,7 @@ class SettingsCommand(click.Command):
     """A command whose --help lists the flags of advanced settings under a heading of their own."""
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the options into --help, then those of advanced settings."""
         sections: dict[str, list[tuple[str, str]]] = {"Options": [], "Advanced": []}
         for parameter in self.get_params(context):
             if record := parameter.get_help_record(context):
@@ -161,6 +162,7 @@ class _Seconds(click.FloatRange):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
+        """The number of seconds; fails with a usage error if it is none, NaN or out of range."""
         seconds = float(super().convert(value, param, ctx))
         if math.isnan(seconds):
             self.fail(f"{value!r} is not a number of seconds.", param, ctx)

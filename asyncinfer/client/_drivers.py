@@ -269,6 +269,7 @@ def _arguments(url: str, request: Request) -> dict[str, Any]:
 
 
 def _response(answer: "httpx2.Response", content: bytes) -> Response:
+    """The Response of an answer whose content was read."""
     return Response(answer.status_code, answer.headers, content)
 
 

@@ -496,6 +496,7 @@ def why_waiting(server: RemoteServer, group: str) -> Flow[WaitingFor | None]:
 
 
 def _is_unfinished(view: _View) -> bool:
+    """Whether the job has not ended in this view."""
     return view.status not in jobs.TERMINAL
 
 
@@ -590,6 +591,7 @@ def call_until_done(
 
 
 def _job_path(job_id: str) -> str:
+    """The path of a job; raises InvalidInput if it can be no id."""
     return f"/job/{path_part(job_id)}"
 
 

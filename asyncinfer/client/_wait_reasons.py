@@ -65,6 +65,7 @@ class Notices:
             self._say(f"{waits}: {reason.message}")
 
     def _report_end(self, goes_on: str) -> None:
+        """Reports that nothing is wrong any more, if something was reported."""
         if self._code:
             self._code = ""
             self._say(f"{goes_on}.")

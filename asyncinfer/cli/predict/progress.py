@@ -27,6 +27,7 @@ class _BarProgress(Progress):
         self._failed = 0
 
     def advance(self, *, failed: bool) -> None:
+        """Moves the bar by one row, and counts it as failed if it has an error."""
         self._failed += failed
         text = f"{self._failed:,} failed" if self._failed else ""
         self._bar.update(self._task, advance=1, failed=text)

@@ -122,6 +122,7 @@ class _NDJSON:
         self._content = content
 
     def write(self, record: Record) -> None:
+        """Writes a record as a line, and flushes."""
         self._content.write(_json_of(record) + b"\n")
         self._content.flush()
 
@@ -198,6 +199,7 @@ class _Columns:
         return waiting
 
     def _row(self, record: Record) -> list[Any]:
+        """The cells of a record, one for each of `names`; None where it has no such field."""
         cells = flat(record)
         return [cells.get(name) for name in self._names]
 
@@ -211,12 +213,15 @@ class _CSV:
         self._has_header = False
 
     def write(self, record: Record) -> None:
+        """Writes a record as a line, unless the columns are not known yet."""
         self._write_rows(self._columns.rows(record))
 
     def finish(self) -> None:
+        """Writes the failed rows that are held back if no row was good."""
         self._write_rows(self._columns.rest())
 
     def _write_rows(self, rows: Sequence[Sequence[Any]]) -> None:
+        """Writes rows as lines and flushes; before the first of all, the header."""
         if rows and not self._has_header:
             self._has_header = True
             self._write_line(self._columns.names)
@@ -237,6 +242,7 @@ class _LineBuffer:
     line = ""
 
     def write(self, line: str) -> None:
+        """Keeps this line in place of the last one."""
         self.line = line
 
 
@@ -248,11 +254,13 @@ class _Table:
         self._rows: list[list[Any]] = []
 
     def write(self, record: Record) -> None:
+        """Keeps a record, and prints a table once there are 1,000 rows."""
         self._rows += self._columns.rows(record)
         if len(self._rows) >= _ROWS_PER_TABLE:
             self._write_rows()
 
     def finish(self) -> None:
+        """Prints the rows that are left."""
         self._rows += self._columns.rest()
         if self._rows:
             self._write_rows()
@@ -319,6 +327,7 @@ class _Parquet:
         self._records: list[Record] = []
 
     def write(self, record: Record) -> None:
+        """Keeps a record with its error as text, and writes a row group once there are 10,000."""
         error = record.get("error")
         text = f"{error['code']}: {error['detail']}" if error else None
         self._records.append({**record, "error": text})

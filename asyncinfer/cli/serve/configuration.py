@@ -124,6 +124,7 @@ def store(settings: Settings, url: str) -> AbstractAsyncContextManager["Store"]:
 
 
 def policy(settings: Settings) -> "Policy":
+    """The rules that the store applies to jobs, from the settings."""
     from asyncinfer.repository.policy import Policy
 
     return Policy(

@@ -14,9 +14,11 @@ class _Formatter(logging.Formatter):
     """Keeps a message on one line, and escapes control characters in all of a record."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line of a record, with line ends in its message escaped."""
         return printable_line(super().formatMessage(record))
 
     def format(self, record: logging.LogRecord) -> str:
+        """The line of a record and its traceback, with control characters escaped."""
         return printable(super().format(record))
 
 

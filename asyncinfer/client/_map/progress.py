@@ -48,6 +48,7 @@ class _Bar:
         self._errors = 0
 
     def advance(self, rows: int, errors: int) -> None:
+        """Moves the bar, and shows the number of all errors so far if it has changed."""
         if errors:
             self._errors += errors
             self._bar.set_postfix(errors=self._errors, refresh=False)
@@ -58,6 +59,7 @@ class _Bar:
         self._bar.write(printable_line(line), file=sys.stderr)
 
     def close(self) -> None:
+        """Completes the bar; it stays on the screen."""
         self._bar.close()
 
 

@@ -467,6 +467,7 @@ def _resume_hint(group: str) -> str:
 
 
 def _count_text(rows: int) -> str:
+    """The number of rows with its noun, as `1 row`."""
     return f"{rows:,} row{'s' * (rows != 1)}"
 
 
@@ -504,6 +505,7 @@ async def _as_async(rows: Any) -> AsyncIterator[Any]:
 
 
 async def _chain(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """An asynchronous iterator of `first` and then `rest`."""
     yield first
     async for row in rest:
         yield row

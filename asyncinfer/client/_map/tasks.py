@@ -70,6 +70,7 @@ class FlowTasks:
             await asyncio.gather(*late, return_exceptions=True)
 
     async def _work(self, number: int, flow: Flow[Any]) -> None:
+        """Runs one flow when a place is free, and puts its outcome where it is awaited."""
         try:
             async with self._gate:
                 value = await self._run(number, flow)
