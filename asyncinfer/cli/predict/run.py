@@ -198,7 +198,7 @@ def _records(
 
 
 class _StderrNotices:
-    """Replaces the progress bar of the client's map: prints on stderr why no result comes."""
+    """Takes the place of the progress bar of the client's map; prints why no result comes."""
 
     def advance(self, rows: int, errors: int) -> None:
         """Does nothing."""

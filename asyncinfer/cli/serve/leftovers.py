@@ -279,6 +279,7 @@ class LeftoverCleaner:
         return {file.model for file in files if not intact or configuration.looks_intact(file)}
 
     def _unknown_default_error(self, wanted: str) -> InvalidSetting:
+        """Returns the error for a default model that the folder lacks; it lists what is there."""
         settings, names = self._settings, sorted(self._names())
         shown = ", ".join(names[:_MAX_SHOWN]) + (" and others" if names[_MAX_SHOWN:] else "")
         of = f", of which MODELS={','.join(settings.models)} is served" if settings.models else ""
