@@ -46,10 +46,11 @@ class ApiClient:
         deadline: float = math.inf,
         waits_for_models: bool = False,
     ) -> None:
-        """After `deadline`, on the monotonic clock, no request is retried and no wait goes on.
+        """Each request is retried up to `retries` times; nothing is sent yet.
 
-        With `waits_for_models` a model that a worker is loading is waited for until then; without
-        it such a request raises ModelLoading.
+        After `deadline`, on the monotonic clock, no request is retried and no wait goes on. With
+        `waits_for_models` a model that a worker is loading is waited for until then; without it
+        such a request raises ModelLoading.
         """
         self.client = Client(server.url, server.api_key, retries=retries)
         self.client._server.until = deadline
@@ -124,7 +125,7 @@ def seconds_by_rows(times: dict[str, float]) -> list[tuple[int, float]]:
 
 
 def path_part(name: str) -> str:
-    """A name, quoted as one segment of a path."""
+    """A name, quoted as one segment of a path; no name is refused."""
     return quote(name, safe="")
 
 

@@ -129,7 +129,10 @@ def status(text: str) -> "SafeText":
 
 
 def seconds(value: float | None) -> str | None:
-    """A duration with a fitting unit, as 850 µs, 12 ms, 3.4 s, 5 min or 2 h; None for None."""
+    """A number of seconds as text with a fitting unit, as 850 µs, 12 ms, 3.4 s, 5 min or 2 h.
+
+    None for None.
+    """
     if not value:
         return None if value is None else "0 s"
     steps: tuple[tuple[float, float, str], ...] = (

@@ -41,7 +41,10 @@ class RequestBody(Struct, frozen=True, kw_only=True):
 
 
 def is_json_value(value: Any) -> bool:
-    """Whether it is sent as JSON, without knowing the model."""
+    """Whether it is a list, string, number, boolean or None, to be sent as JSON.
+
+    For that the model need not be known. Arrays and frames are none of these.
+    """
     return isinstance(value, list | tuple | str | int | float | bool | None)
 
 
@@ -110,7 +113,10 @@ def named_arrays(value: Any, model: Model) -> dict[str, "Array"]:
 
 
 def data_input(model: Model) -> TensorInfo:
-    """The input that a bare list or array is for; raises CannotSend if there are several."""
+    """The input that a bare list or array is for: the only one, or the only required one.
+
+    Raises CannotSend if there is no such input.
+    """
     required = [spec for spec in model.inputs if not spec.optional]
     if len(required) == 1:
         return required[0]

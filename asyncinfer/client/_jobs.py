@@ -202,7 +202,7 @@ class AsyncJob(JobState):
         return self.result().__await__()
 
     async def result(self, timeout: float | None = None, *, cancel_on_timeout: bool = False) -> Any:
-        """Waits until the job has ended, and returns its result."""
+        """Waits until the job has ended, and returns or raises as `Job.result` does."""
         await self.wait(timeout, cancel_on_timeout=cancel_on_timeout)
         return _flows.outcome(self._view)
 
@@ -220,7 +220,7 @@ class AsyncJob(JobState):
         return self
 
     async def refresh(self) -> "AsyncJob":
-        """Reads its state again, and returns it."""
+        """Reads its state again, and returns itself; raises JobNotFound and JobExpired."""
         self._view = await self._driver.run(_flows.read(self._server, self.id, tenant=self.tenant))
         return self
 
@@ -235,7 +235,7 @@ class AsyncJob(JobState):
         return self
 
     async def purge(self) -> None:
-        """Deletes it with its input and result."""
+        """Deletes it with its input and result; raises JobNotFinished until it has ended."""
         await self._driver.run(_flows.purge_job(self._server, self.id, self.tenant))
 
     def events(self) -> AsyncIterator[Event]:

@@ -111,9 +111,10 @@ def with_client_headers(server: RemoteServer, request: Request) -> Request:
 
 
 def is_final_loss(reply: Response | Lost, losses: int) -> bool:
-    """Whether to give up after so many lost answers, without the remaining retries.
+    """Whether to give up after this lost answer, without the remaining retries.
 
-    The first answer of a server may be cut as any other, but not several times in a row.
+    `losses` is the number of tries that have failed, this one included. The first answer of a
+    server may be cut as any other, but not several times in a row. False for a response.
     """
     return isinstance(reply, Lost) and (
         reply.is_unreachable or (reply.is_first_contact and losses >= _MAX_FIRST_TRIES)

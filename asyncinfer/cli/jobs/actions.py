@@ -173,7 +173,7 @@ def _reject_unclear_choice(verb: str, job_ids: Sequence[str], query: dict[str, A
 
 
 def _is_confirmed() -> bool:
-    """Asks for confirmation on a terminal; True in a script."""
+    """Whether the user confirms, who is asked on a terminal; True in a script."""
     return not sys.stdin.isatty() or click.confirm("Delete these jobs and their results?", err=True)
 
 

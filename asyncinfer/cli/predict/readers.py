@@ -251,7 +251,7 @@ def parse_cell(text: str) -> int | float | None:
 
 
 def parse_number(word: str) -> int | float | None:
-    """An int or a float; None if the word is no number, or one that JSON cannot express."""
+    """An int or a float; None if the word is no number, or one that JSON has not, as `inf`."""
     with contextlib.suppress(ValueError):
         return int(word)
     with contextlib.suppress(ValueError):

@@ -252,7 +252,10 @@ def _record(row: Row, result: Any, names: Sequence[str]) -> Record:
 
 
 def _raise_if_server_error(error: AsyncinferError) -> None:
-    """Raises an error that concerns the server, the key or the model, and not one row."""
+    """Raises an error that concerns the server, the key or the model, and not one row.
+
+    These are 401, 403, 404 and 503; for others it does nothing.
+    """
     if isinstance(error, RequestError) and error.status in (401, 403, 404, 503):
         raise error
 

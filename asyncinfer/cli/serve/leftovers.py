@@ -115,7 +115,8 @@ class LeftoverCleaner:
     async def _retract_missing_models(self, leftovers: "Leftovers") -> None:
         """Retracts models of an earlier folder before the API starts, so that it never lists them.
 
-        Those that the folder has are kept, since the worker will announce them.
+        Those that the folder has are kept, since the worker will announce them. With a Redis of the
+        user's, or if the folder cannot be read, it does nothing.
         """
         if not self._is_embedded:
             return
@@ -255,7 +256,7 @@ class LeftoverCleaner:
         return model in self._visible_names() or model in self._names()
 
     def _visible_names(self) -> set[str]:
-        """Names of models whose files have the usual names.
+        """Names of models in the folder whose files have the usual names; empty if MODEL is set.
 
         Finding them imports nothing: that would cost a quarter of a second before the worker is
         started.

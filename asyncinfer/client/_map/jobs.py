@@ -263,9 +263,9 @@ def _run_without_bad_rows(
 
 
 def _errors_by_place(error: InvalidInput, count: int) -> dict[int, InvalidInput]:
-    """An error for each row that a pointer names: `/data/17/2` is in the row at place 17.
+    """By place in the block, from 0, the error of each row that a pointer of `error` names.
 
-    Empty if a pointer names no row.
+    `/data/17/2` is in the row at place 17. Empty if any pointer names no row of the `count`.
     """
     faults_by_place: dict[int, list[Any]] = {}
     for fault in error.faults:
@@ -328,7 +328,7 @@ def _rows_of_result(value: Any, plan: MapPlan, count: int) -> list[Any]:
 
 
 def _row_of_output(plan: MapPlan, name: str, array: Any, place: int) -> Any:
-    """The part of an output that is of one row; all of it if no axis counts rows."""
+    """The part of an output that is of the row at `place`; all of it if no axis counts rows."""
     axis = _row_axis(plan.model, name)
     if axis is None or axis >= array.ndim or array.shape[axis] <= place:
         return array
