@@ -209,7 +209,10 @@ class AsyncJob(JobState):
     async def wait(
         self, timeout: float | None = None, *, cancel_on_timeout: bool = False
     ) -> "AsyncJob":
-        """Waits until the job has ended, and returns it, however it ended."""
+        """Waits until the job has ended, and returns itself, however it ended.
+
+        Raises WaitTimeout.
+        """
         flow = _flows.wait(
             self._server,
             _flows.as_unfinished(self._view),

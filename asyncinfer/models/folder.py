@@ -141,8 +141,8 @@ Stamp: TypeAlias = tuple[tuple[str, int, int], ...]
 def read_stamp(file: ModelFile) -> Stamp:
     """Path in the folder, size in bytes and modification time in ns of each file of a version.
 
-    ONNX's external data is among them. Equal stamps mean that nothing has changed. The stamp is
-    empty if the model file is gone. Files that may not be examined are left out.
+    ONNX's external data is among them. Stamps are compared to notice changes. The stamp is empty if
+    the model file is gone. Files that may not be examined are left out.
     """
     folder = file.path.parent
     if not file_access.is_file(file.path):

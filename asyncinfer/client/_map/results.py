@@ -206,7 +206,7 @@ class Results(Iterator[Any]):
         wanted: MapOptions,
         bar: Progress | None = None,
     ) -> None:
-        """`bar` takes the place of the client's own."""
+        """Sends nothing yet; `bar` takes the place of the client's own bar."""
         self._server = server
         self._driver = driver
         self._wanted = wanted
