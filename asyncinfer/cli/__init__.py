@@ -14,9 +14,10 @@ from asyncinfer.errors import AsyncinferError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command in `argv` (default: sys.argv) and returns its exit code.
+    """Runs the command in `argv` and returns its exit code.
 
-    Failures become one line on stderr. --help, --version and SIGTERM raise SystemExit.
+    `argv` has no program name; None is sys.argv. Failures become one line on stderr. --help,
+    --version and SIGTERM raise SystemExit, and a bug raises its own exception.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     # The kernel does not deliver to process 1 of a container a signal that has no handler.
@@ -36,7 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _find_command(arguments: list[str]) -> Callable[[], int]:
-    """The function to run. The two kinds of children that `serve` starts need no option parser."""
+    """The function that runs the command and returns its exit code.
+
+    The two kinds of children that `serve` starts need no option parser.
+    """
     match arguments:
         case ["work"]:
             from asyncinfer.cli.serve.work import work_from_environment
@@ -53,4 +57,5 @@ def _find_command(arguments: list[str]) -> Callable[[], int]:
 
 
 def _exit_at_once(number: int, _: object) -> None:
+    """Handles SIGTERM: raises SystemExit with the code 0."""
     sys.exit(0)

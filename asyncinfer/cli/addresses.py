@@ -7,12 +7,15 @@ _LOOPBACK_OF_WILDCARD: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 def api_url(host: str, port: int) -> str:
-    """The URL of an API that listens on `host`, as its own machine reaches it."""
+    """The URL of an API that listens on `host`, as its own machine reaches it.
+
+    A wildcard address becomes the loopback address. The URL has no slash at its end.
+    """
     host = _LOOPBACK_OF_WILDCARD.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def shown_url(redis_url: str) -> str:
-    """A REDIS_URL without its user, password and options."""
+    """A REDIS_URL without its user, password and options, to be shown and logged."""
     parts = urlsplit(redis_url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

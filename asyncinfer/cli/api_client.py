@@ -36,7 +36,7 @@ class ModelList(Struct, frozen=True):
 
 
 class ApiClient:
-    """JSON requests to one service, over one pool of connections; a context manager."""
+    """JSON requests to one service, over one pool of connections; a context manager closes them."""
 
     def __init__(
         self,
@@ -46,10 +46,11 @@ class ApiClient:
         deadline: float = math.inf,
         waits_for_models: bool = False,
     ) -> None:
-        """After `deadline`, on the monotonic clock, no request is retried and no wait goes on.
+        """Each request is retried up to `retries` times; nothing is sent yet.
 
-        With `waits_for_models` a model that a worker is loading is waited for until then; without
-        it such a request raises ModelLoading.
+        After `deadline`, on the monotonic clock, no request is retried and no wait goes on. With
+        `waits_for_models` a model that a worker is loading is waited for until then; without it
+        such a request raises ModelLoading.
         """
         self.client = Client(server.url, server.api_key, retries=retries)
         self.client._server.until = deadline
@@ -68,8 +69,10 @@ class ApiClient:
     ) -> Any:
         """The decoded JSON of a successful response; raises the RequestError of any other.
 
-        Parameters in `query` that are None are left out. With `wait_seconds` the server may hold
-        the response back that long.
+        `body` is encoded as JSON; None sends none. Parameters in `query` that are None are left
+        out. With `wait_seconds` the server may hold the response back that long. Raises
+        ConnectionFailed after all retries, NotAsyncinfer if the response is not JSON, and
+        WaitTimeout past the deadline.
         """
         parameters = {name: _text(value) for name, value in query.items() if value is not None}
         if wait_seconds:
@@ -85,11 +88,17 @@ class ApiClient:
         return client._driver.run(ask_json(client._server, request))
 
     def request_as(self, kind: type[_T], method: str, path: str, **more: Any) -> _T:
-        """The response of `request_json` as a `kind`; raises NotAsyncinfer if it is none."""
+        """The response of `request_json` as a `kind`; raises NotAsyncinfer if it has another form.
+
+        `more` are the other arguments of `request_json`.
+        """
         return self.convert(kind, self.request_json(method, path, **more), path)
 
     def convert(self, kind: type[_T], value: Any, path: str) -> _T:
-        """A JSON value as a `kind`; raises NotAsyncinfer, which names `path`, if it is none."""
+        """A decoded JSON value as a `kind`; raises NotAsyncinfer if it has another form.
+
+        `path` is where the value was read, for the message.
+        """
         try:
             return msgspec.convert(value, kind)
         except msgspec.ValidationError as error:
@@ -100,21 +109,26 @@ class ApiClient:
 
 
 def problem_line(problem: dict[str, Any]) -> str:
-    """A model's problem, as a server lists it, in one line."""
+    """A problem of a model, as a server lists it, in one printable line."""
     version = problem.get("version") or "all versions"
     where = f"{problem.get('model')} {version}, worker {problem.get('worker')}"
     return printable_line(f"{where}: {problem.get('reason')}")
 
 
 def seconds_by_rows(times: dict[str, float]) -> list[tuple[int, float]]:
-    """Pairs of the rows and the seconds of a run, fewest rows first."""
+    """Pairs of the number of rows and the seconds of a run, fewest rows first.
+
+    `times` has the seconds by the number of rows as a string; entries with another key are left
+    out.
+    """
     return sorted((int(rows), spent) for rows, spent in times.items() if _COUNT.fullmatch(rows))
 
 
 def path_part(name: str) -> str:
-    """A name, quoted as one segment of a path."""
+    """A name, quoted as one segment of a path; no name is refused."""
     return quote(name, safe="")
 
 
 def _text(value: Any) -> str:
+    """A parameter of a query as text; booleans are `true` and `false`."""
     return str(value).lower() if isinstance(value, bool) else str(value)

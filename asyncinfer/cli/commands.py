@@ -17,6 +17,8 @@ COMPLETE_VARIABLE: Final = "_ASYNCINFER_COMPLETE"
 
 
 class _Entry(NamedTuple):
+    """A command: the module in asyncinfer.cli that has it, and its line in the list of commands."""
+
     module: str
     text: str
 
@@ -71,9 +73,11 @@ class _Commands(click.Group):
     """A group that lists its commands without importing them."""
 
     def list_commands(self, context: click.Context) -> list[str]:
+        """The names of the commands, in the order of the help."""
         return [name for name in _ENTRIES if _exists(name)]
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """Imports and returns the command; None if there is none of this name."""
         if not _exists(name):
             return None
         command: click.Command = getattr(importlib.import_module(_module(name)), name)
@@ -82,12 +86,14 @@ class _Commands(click.Group):
     def resolve_command(
         self, context: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click's, but the error for an unknown name suggests a similar one."""
         names = self.list_commands(context)
         if args[0] not in names and not context.resilient_parsing:
             context.fail(f"No such command {args[0]!r}.{_suggestion(args[0], names)}")
         return super().resolve_command(context, args)
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the commands by section, and the exit codes, into --help."""
         for title, entries in SECTIONS.items():
             rows = [(name, entry.text) for name, entry in entries.items() if _exists(name)]
             if rows:
@@ -98,7 +104,7 @@ class _Commands(click.Group):
 
 
 def _exists(name: str) -> bool:
-    """Whether the name is listed and its module is installed."""
+    """Whether the name is listed and its module is installed; the module is not imported."""
     return name in _ENTRIES and importlib.util.find_spec(_module(name)) is not None
 
 
@@ -107,6 +113,7 @@ def _module(name: str) -> str:
 
 
 def _suggestion(name: str, names: Sequence[str]) -> str:
+    """A sentence that names the most similar command, after a space; "" if none is similar."""
     import difflib
 
     matches = difflib.get_close_matches(name, names, 1)
@@ -126,9 +133,10 @@ def commands() -> None:
 
 
 def parse_and_run(arguments: Sequence[str]) -> int:
-    """Runs the command in `arguments` and returns its exit code; wrong usage is one line on stderr.
+    """Runs the command in `arguments`, without the program's name, and returns its exit code.
 
-    --help and --version end with SystemExit.
+    Wrong usage becomes one line on stderr and the code 2. AsyncinferErrors of the command are not
+    caught; --help and --version end with SystemExit.
     """
     if COMPLETE_VARIABLE in os.environ:
         commands.main(list(arguments), prog_name=NAME)  # prints the completions, and exits
@@ -155,11 +163,15 @@ def parse_and_run(arguments: Sequence[str]) -> int:
 
 
 def _is_text(word: str) -> bool:
-    """Bytes of an argument that are not UTF-8 arrive as unpaired surrogates (PEP 383)."""
+    """Whether an argument of the command line is valid UTF-8.
+
+    Bytes that are not arrive as unpaired surrogates (PEP 383).
+    """
     return not any("\ud800" <= character <= "\udfff" for character in word)
 
 
 def _one_line(error: click.ClickException) -> str:
+    """The error of click as one line that says which --help to read."""
     message = " ".join(error.format_message().split())
     message += "" if message.endswith((".", "?", "!")) else "."
     if isinstance(error, click.UsageError) and error.ctx:

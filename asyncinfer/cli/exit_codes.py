@@ -46,7 +46,10 @@ _TERMINAL_WORDING: Final = {
 
 
 def say_error(detail: str) -> None:
-    """Writes an error to stderr as one line; advice for Python users becomes advice for a shell."""
+    """Writes `asyncinfer: ` and an error to stderr, as one line.
+
+    Advice for Python users becomes advice for a shell.
+    """
     for python_wording, wording in _TERMINAL_WORDING.items():
         detail = detail.replace(python_wording, wording)
     say_on_stderr(f"asyncinfer: {detail}")
@@ -55,7 +58,8 @@ def say_error(detail: str) -> None:
 def report_error(error: AsyncinferError | BaseExceptionGroup[Any]) -> int:
     """Says each distinct detail of an error on stderr and returns the exit code.
 
-    A group may hold several children's errors of one reason, which is said once.
+    A group may hold several children's errors of one reason, which is said once. Raises the group
+    again, and says nothing, if it holds another exception than StartErrors.
     """
     for detail in dict.fromkeys(details(error)):
         say_error(detail)
@@ -63,7 +67,7 @@ def report_error(error: AsyncinferError | BaseExceptionGroup[Any]) -> int:
 
 
 def details(error: AsyncinferError | BaseExceptionGroup[Any]) -> Iterator[str]:
-    """The messages of an error, or of the StartErrors in a task group's error.
+    """The messages of an error, or of the StartErrors in a task group's error, with repeats.
 
     Raises the group again if it holds any other exception.
     """
@@ -77,6 +81,7 @@ def details(error: AsyncinferError | BaseExceptionGroup[Any]) -> Iterator[str]:
 
 
 def exit_code(error: AsyncinferError | BaseExceptionGroup[Any]) -> int:
+    """The exit code of an error, one of EXIT_CODES: by its class, its code and its HTTP status."""
     if isinstance(error, StartError | BaseExceptionGroup) or error.code in _WRONG_USAGE_CODES:
         return EXIT_CANNOT_START
     if error.code in _TIMED_OUT_CODES:

@@ -65,6 +65,7 @@ def resume(model: str, server: Server, as_json: bool) -> None:
 
 
 def _set_paused(model: str, server: Server, as_json: bool, verb: str, outcome: str) -> None:
+    """Pauses or resumes a model and prints the outcome; `verb` is the last part of the path."""
     from asyncinfer.cli.api_client import ApiClient, path_part
     from asyncinfer.cli.output import say, say_json
 
@@ -77,6 +78,7 @@ def _set_paused(model: str, server: Server, as_json: bool, verb: str, outcome: s
 
 
 def _show_all(listed: "ModelList") -> None:
+    """Prints a table of the models on stdout, also of those that load, and problems on stderr."""
     from asyncinfer.cli.api_client import problem_line
     from asyncinfer.cli.exit_codes import say_error
     from asyncinfer.cli.output import console, show, styled
@@ -96,6 +98,7 @@ def _show_all(listed: "ModelList") -> None:
 
 
 def _row(model: "Model", loading: Sequence[str]) -> Sequence[object]:
+    """The cells of a model that is served; `loading` has the names of models that are loading."""
     from asyncinfer.cli.output import styled
 
     name = f"{model.model} (default)" if model.default else model.model
@@ -107,13 +110,14 @@ def _row(model: "Model", loading: Sequence[str]) -> Sequence[object]:
 
 
 def _loading_row(name: str) -> Sequence[object]:
+    """The cells of a model that a worker is loading and none serves yet."""
     from asyncinfer.cli.output import styled
 
     return name, None, None, None, None, 0, styled(*_LOADING)
 
 
 def _state(model: "Model", loading: Sequence[str] = ()) -> tuple[str, str]:
-    """The state in a word, and its style."""
+    """The state in words, such as `paused`, and its style."""
     if not model.workers:
         if model.model in loading:
             return _LOADING
@@ -122,7 +126,10 @@ def _state(model: "Model", loading: Sequence[str] = ()) -> tuple[str, str]:
 
 
 def _fastest(run_times: dict[str, dict[str, float]]) -> str | None:
-    """The shortest time of a run of one row, or of the fewest rows that were measured."""
+    """The shortest run of one row, as `1.2 ms for 1`, or of the fewest rows that were measured.
+
+    `run_times` has the seconds by worker and number of rows. None if nothing was measured.
+    """
     from asyncinfer.cli.api_client import seconds_by_rows
     from asyncinfer.cli.output import seconds
 
@@ -139,6 +146,7 @@ def _tensor(spec: "TensorInfo") -> str:
 
 
 def _show_one(model: "Model") -> None:
+    """Prints all facts of a model on stdout, and its problems on stderr."""
     from asyncinfer.cli.api_client import problem_line
     from asyncinfer.cli.output import console, show_facts
 
@@ -148,6 +156,7 @@ def _show_one(model: "Model") -> None:
 
 
 def _facts(model: "Model") -> Iterator[Sequence[object]]:
+    """Pairs of a name and a value, in the order in which they are shown."""
     from asyncinfer.cli.api_client import seconds_by_rows
     from asyncinfer.cli.output import seconds
 
@@ -172,6 +181,7 @@ def _facts(model: "Model") -> Iterator[Sequence[object]]:
 
 
 def _example_argument(example: Any) -> str:
+    """An example as an argument of `predict`, quoted for a shell; `FILE` if none short is known."""
     import shlex
 
     import msgspec

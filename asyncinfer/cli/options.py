@@ -21,7 +21,10 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def command(
     name: str, *examples: str, **more: Any
 ) -> Callable[[Callable[..., int | None]], click.Command]:
-    """Makes a function a command whose --help ends with `examples`, each a line to paste."""
+    """A decorator that makes a function a click command; its docstring becomes the --help.
+
+    That ends with `examples`, each a line to paste; `more` are arguments of `click.command`.
+    """
     epilog = "\n".join(["\b", "Examples:", *(f"  {example}" for example in examples)])
     return click.command(name, epilog=epilog, **more)
 
@@ -30,9 +33,10 @@ def command(
 
 
 def all_settings(*, hidden: bool = False) -> Callable[[_Function], _Function]:
-    """Adds a flag for each setting; the command receives all of them as `settings`.
+    """A decorator that adds a flag for each setting; the command receives all as `settings`.
 
-    Settings without a flag are read from the environment.
+    Settings without a flag are read from the environment. `hidden` leaves the flags out of --help.
+    A value that cannot be used raises InvalidSetting when the command runs.
     """
 
     def add(function: Callable[..., Any]) -> Any:
@@ -49,11 +53,13 @@ def all_settings(*, hidden: bool = False) -> Callable[[_Function], _Function]:
 
 
 def _read(flags: dict[str, Any]) -> Settings:
+    """Settings from flags by name, of which None is not given, and from the environment."""
     given = {name: str(value) for name, value in flags.items() if value is not None}
     return read_settings(os.environ, given)
 
 
 def _option(knob: Knob, hidden: bool) -> Callable[[_Function], _Function]:
+    """A decorator that adds the flag of one setting; a boolean setting gets a --no- flag too."""
     is_switch = isinstance(knob.default, bool)
     flag = f"{knob.flag}/--no-{knob.flag.removeprefix('--')}" if is_switch else knob.flag
     metavar = None if is_switch else (knob.unit or knob.name).upper()
@@ -77,6 +83,7 @@ class SettingsCommand(click.Command):
     """A command whose --help lists the flags of advanced settings under a heading of their own."""
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the options into --help, then those of advanced settings."""
         sections: dict[str, list[tuple[str, str]]] = {"Options": [], "Advanced": []}
         for parameter in self.get_params(context):
             if record := parameter.get_help_record(context):
@@ -88,6 +95,7 @@ class SettingsCommand(click.Command):
 
 
 def _help(knob: Knob) -> str:
+    """The text of a setting in --help, with its default and its variable."""
     default = f"{setting_text(knob.default)} {knob.unit}".strip() or knob.unset
     return f"{knob.help} Default: {default}. [{knob.variable}]"
 
@@ -103,7 +111,7 @@ class Server(Struct, frozen=True):
 
 
 def server(function: Callable[..., Any]) -> Any:
-    """Adds --url and --api-key; the command receives them as `server`."""
+    """A decorator that adds --url and --api-key; the command receives a Server as `server`."""
 
     @click.option(
         "--url",
@@ -127,9 +135,10 @@ def server(function: Callable[..., Any]) -> Any:
 
 
 def tenant(function: Callable[..., Any]) -> Any:
-    """Adds --tenant and --all-tenants; the command receives the API's parameter `tenant`.
+    """A decorator that adds --tenant and --all-tenants; the command receives `tenant`.
 
-    That is a name, `*` for all tenants, or None for the key's own.
+    That is the API's parameter: a name, `*` for all tenants, or None for the key's own. Giving both
+    flags raises click.UsageError.
     """
 
     @click.option(
@@ -153,6 +162,7 @@ class _Seconds(click.FloatRange):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
+        """The number of seconds; fails with a usage error if it is none, NaN or out of range."""
         seconds = float(super().convert(value, param, ctx))
         if math.isnan(seconds):
             self.fail(f"{value!r} is not a number of seconds.", param, ctx)
@@ -160,7 +170,7 @@ class _Seconds(click.FloatRange):
 
 
 def timeout(help_text: str, *, above_zero: bool = False) -> Callable[[_Function], _Function]:
-    """Adds --timeout; the command receives it as `timeout`, None if it is not given.
+    """A decorator that adds --timeout; the command gets `timeout` in seconds, None without it.
 
     With 0 seconds a command that only reads ends at once. One that submits jobs would submit none,
     so it needs `above_zero`.

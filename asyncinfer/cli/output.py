@@ -19,7 +19,10 @@ _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def console(*, stderr: bool = False) -> "SafeConsole":
-    """A console for stdout or stderr: without colour and width in a pipe; NO_COLOR is honoured."""
+    """A new console for stdout or stderr, which escapes control characters.
+
+    In a pipe it has no colour and does not wrap; NO_COLOR is honoured.
+    """
     from asyncinfer.cli.safe_text import SafeConsole
 
     stream = sys.stderr if stderr else sys.stdout
@@ -30,7 +33,10 @@ def console(*, stderr: bool = False) -> "SafeConsole":
 def table(
     columns: Sequence[str], rows: Iterable[Sequence[object]], *, numeric: Iterable[str] = ()
 ) -> "Table":
-    """A cell is text, a rich renderable or a value shown by `str`; None and "" become a dash."""
+    """A table for rich to print; columns named in `numeric` are aligned to the right.
+
+    A cell is text, a rich renderable or a value shown by `str`; None and "" become a dash.
+    """
     from rich.table import Table
 
     result = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
@@ -45,12 +51,12 @@ def table(
 def show(
     columns: Sequence[str], rows: Iterable[Sequence[object]], *, numeric: Iterable[str] = ()
 ) -> None:
-    """Prints a table; columns named in `numeric` are aligned to the right."""
+    """Prints a table on stdout; the arguments are those of `table`."""
     _print(table(columns, rows, numeric=numeric))
 
 
 def show_facts(rows: Iterable[Sequence[object]]) -> None:
-    """Prints pairs of a name and a value, without a header."""
+    """Prints pairs of a name and a value on stdout, without a header."""
     facts = table(("", ""), rows)
     facts.show_header = False
     _print(facts)
@@ -69,29 +75,34 @@ def _print(printed: "Table") -> None:
 
 
 def styled(text: str, style: str) -> "SafeText":
+    """Text in a style of rich; control characters are escaped."""
     from asyncinfer.cli.safe_text import SafeText
 
     return SafeText(text, style)
 
 
 def say_json(value: Any) -> None:
-    """Prints a value as JSON, indented for people and diffs."""
+    """Prints a value on stdout as JSON, indented for people and diffs; also structs of msgspec."""
     _say_json(msgspec.json.format(msgspec.json.encode(value), indent=2))
 
 
 def say_json_line(value: Any) -> None:
-    """Prints a value as JSON in one line."""
+    """Prints a value on stdout as JSON in one line, and flushes."""
     _say_json(msgspec.json.encode(value))
 
 
 def _say_json(content: bytes) -> None:
-    """On a terminal control characters become escapes, which decode to the same value."""
+    """Prints JSON and a line end, and flushes.
+
+    On a terminal control characters become escapes, which decode to the same value.
+    """
     text = content.decode()
     sys.stdout.write((printable_json(text) if sys.stdout.isatty() else text) + "\n")
     sys.stdout.flush()
 
 
 def _cell(value: object) -> Any:
+    """A value as rich takes it: None and "" as a dash, a renderable unchanged, else its `str`."""
     if value is None or value == "":
         return "-"
     return value if hasattr(value, "__rich_console__") else str(value)
@@ -113,11 +124,15 @@ STATUS_STYLES: Final = {
 
 
 def status(text: str) -> "SafeText":
+    """A status of a job or worker in its colour; one that is not known has no colour."""
     return styled(text, STATUS_STYLES.get(text, ""))
 
 
 def seconds(value: float | None) -> str | None:
-    """A duration with a fitting unit, as 850 µs, 12 ms, 3.4 s, 5 min or 2 h; None for None."""
+    """A number of seconds as text with a fitting unit, as 850 µs, 12 ms, 3.4 s, 5 min or 2 h.
+
+    None for None.
+    """
     if not value:
         return None if value is None else "0 s"
     steps: tuple[tuple[float, float, str], ...] = (
@@ -137,7 +152,7 @@ def seconds(value: float | None) -> str | None:
 
 
 def size(value: float) -> str:
-    """A number of bytes with a binary unit, as 1.5 MiB."""
+    """A number of bytes with a binary unit, as `1.5 MiB`."""
     unit = 0
     while value >= 1024 and unit < len(_UNITS) - 1:
         value /= 1024
@@ -160,13 +175,16 @@ def ago(moment: datetime | None, now: Callable[[], datetime] = lambda: datetime.
 
 
 def say(text: str) -> None:
-    """Writes text to stdout; on a terminal control characters become escapes."""
+    """Writes text to stdout and flushes, without a line end of its own.
+
+    On a terminal control characters become escapes.
+    """
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 def say_on_stderr(line: str) -> None:
-    """Writes one line to stderr."""
+    """Writes one line to stderr, with control characters and line ends inside it escaped."""
     sys.stderr.write(f"{printable_line(line)}\n")
 
 

@@ -20,13 +20,17 @@ class SafeConsole(Console):
     """
 
     def render_str(self, text: str, **more: Any) -> Text:
+        """The string as escaped Text, without markup or emoji codes, whatever `more` says."""
         return super().render_str(printable(text), **{**more, "markup": False, "emoji": False})
 
 
 class SafeText(Text):
+    """Text of rich that escapes control characters of all strings it is made of."""
+
     def __init__(self, text: str = "", style: str | Style = "", **more: Any) -> None:
         super().__init__(printable(text), style, **more)
 
     def append(self, text: "Text | str", style: "str | Style | None" = None) -> "SafeText":
+        """Adds text, in a style if it is a string, and returns this same object."""
         super().append(printable(text) if isinstance(text, str) else text, style)
         return self

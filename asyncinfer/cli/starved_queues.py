@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 
 def waiting_jobs(queue: "Queue") -> int:
+    """The number of waiting jobs of all priorities; delayed jobs do not count."""
     return queue.waiting.high + queue.waiting.normal + queue.waiting.low
 
 
@@ -20,7 +21,7 @@ def starved_text(queue: "Queue") -> str:
 
 
 def waiting_text(queue: "Queue") -> str:
-    """A text as `3 jobs of iris wait, oldest 10 min`."""
+    """A text as `3 jobs of iris wait, oldest 10 min`, in one printable line."""
     count = waiting_jobs(queue)
     verb = "waits" if count == 1 else "wait"
     oldest = seconds(queue.oldest_age_seconds)
@@ -29,9 +30,10 @@ def waiting_text(queue: "Queue") -> str:
 
 
 def starved_remedy(queue: "Queue", model_dir: str = "") -> str:
-    """The command that starts a worker for a queue, and the one that cancels its jobs.
+    """One line for a shell: the command that starts a worker for a queue, or cancels its jobs.
 
-    `model_dir` is a folder that has the model, quoted for a shell, or empty if none is known.
+    `model_dir` is a folder that has the model, quoted for a shell; if it is empty, the line has the
+    word FOLDER in its place.
     """
     name = shlex.quote(printable_line(queue_name(queue)))
     folder = model_dir or f"FOLDER    # one that has {name}"
@@ -41,5 +43,5 @@ def starved_remedy(queue: "Queue", model_dir: str = "") -> str:
 
 
 def queue_name(queue: "Queue") -> str:
-    """The name of its model, else of its list in Redis."""
+    """The name of its model; the list's name in Redis if no model is known for it."""
     return queue.model or queue.queue

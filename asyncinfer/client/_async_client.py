@@ -146,7 +146,7 @@ class AsyncClient:
     async def validate(
         self, data: Any, model: str | None = None, **options: Unpack[JobOptions]
     ) -> dict[str, Any]:
-        """Returns how an input would be understood, and runs nothing."""
+        """Returns how an input would be understood, with the keys of `Client.validate`."""
         return await self._driver.run(_flows.validate(self._server, data, model, options))
 
     async def cancel_all(
@@ -157,7 +157,7 @@ class AsyncClient:
         group: str | None = None,
         tenant: str | None = None,
     ) -> dict[str, Any]:
-        """Cancels your unfinished jobs that match; returns how many."""
+        """Cancels your unfinished jobs that match; returns the counts of `Client.cancel_all`."""
         query = {"status": status, "model": model, "group": group, "tenant": tenant}
         return await self._driver.run(
             _flows.call_until_done(self._server, "DELETE", "/jobs", query)
@@ -173,7 +173,7 @@ class AsyncClient:
         dead: bool | None = None,
         tenant: str | None = None,
     ) -> dict[str, Any]:
-        """Runs the jobs of `job_ids` again, else your failed and cancelled jobs that match."""
+        """Runs the jobs of `job_ids` again, else all that match; returns as `Client.retry_all`."""
         query = {"status": status, "model": model, "group": group, "dead": dead, "tenant": tenant}
         return await self._driver.run(_flows.retry_many(self._server, job_ids, query))
 
@@ -186,7 +186,7 @@ class AsyncClient:
         dead: bool | None = None,
         tenant: str | None = None,
     ) -> dict[str, Any]:
-        """Deletes your ended jobs that match, with their inputs and results; returns how many."""
+        """Deletes your ended jobs that match, with all data; returns as `Client.purge` does."""
         selected = {"status": status, "model": model, "group": group, "dead": dead}
         query = {**selected, "purge": True, "tenant": tenant}
         return await self._driver.run(
@@ -194,31 +194,31 @@ class AsyncClient:
         )
 
     async def purge_queue(self, model: str) -> dict[str, Any]:
-        """Cancels all jobs that wait for a model, of all tenants; returns how many."""
+        """Cancels all waiting jobs of a model, of all tenants; returns `model` and `cancelled`."""
         return await self._driver.run(_flows.purge_queue(self._server, model))
 
     async def pause(self, model: str) -> dict[str, Any]:
-        """Stops running a model's jobs until `resume`; they are still accepted."""
+        """Stops running a model's jobs until `resume`; returns `model` and `paused`."""
         return await self._driver.run(_flows.set_paused(self._server, model, True))
 
     async def resume(self, model: str) -> dict[str, Any]:
-        """Runs a paused model's jobs again; the result and the errors are those of `pause`."""
+        """Runs a paused model's jobs again; returns `model` and `paused`."""
         return await self._driver.run(_flows.set_paused(self._server, model, False))
 
     async def queues(self) -> list[dict[str, Any]]:
-        """Returns what waits and runs, and how fast, a dict for each model."""
+        """Returns what waits and runs, a dict for each model with the keys of `Client.queues`."""
         return await self._driver.run(_flows.list_all(self._server, "queues"))
 
     async def workers(self) -> list[dict[str, Any]]:
-        """Returns the living workers, a dict for each; needs the scope `admin`."""
+        """Returns the living workers, a dict for each with the keys of `Client.workers`."""
         return await self._driver.run(_flows.list_all(self._server, "workers"))
 
     async def health(self) -> dict[str, Any]:
-        """Returns whether the server and its Redis answer: `status` is "ok"."""
+        """Returns `status` "ok" and what `Client.health` lists; raises RedisUnavailable."""
         return await self._driver.run(_flows.health(self._server))
 
     async def close(self) -> None:
-        """Closes the connections; jobs go on. `with Client() as client:` does so at its end."""
+        """Closes the connections; jobs go on. `async with` does so at its end."""
         await self._driver.close()
 
     async def __aenter__(self) -> "AsyncClient":
@@ -239,7 +239,9 @@ class AsyncClient:
         warn_if_open(self)
 
     def _job(self, view: _flows.View) -> AsyncJob:
+        """The AsyncJob of a view as the server shows it."""
         return AsyncJob(self._server, self._driver, view)
 
     def _group(self, view: dict[str, Any]) -> AsyncGroup:
+        """The AsyncGroup of a view as the server shows it."""
         return AsyncGroup(self._server, self._driver, view)

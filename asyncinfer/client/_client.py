@@ -447,14 +447,20 @@ class Client:
         warn_if_open(self)
 
     def _job(self, view: _flows.View) -> Job:
+        """The Job of a view as the server shows it."""
         return Job(self._server, self._driver, view)
 
     def _group(self, view: dict[str, Any]) -> Group:
+        """The Group of a view as the server shows it."""
         return Group(self._server, self._driver, view)
 
 
 def new_server(url: str | None, api_key: str | None, timeout: float, retries: int) -> RemoteServer:
-    """The server of a new client; what is not given comes from the environment."""
+    """The server of a new client; what is None or empty comes from the environment.
+
+    `timeout` is in seconds. Raises WrongAddress for a URL or key that cannot be one. It sends
+    nothing.
+    """
     url = normalized_url(url or os.environ.get("ASYNCINFER_URL") or _URL)
     key = normalized_key(api_key or os.environ.get("ASYNCINFER_API_KEY") or "")
     headers = {"authorization": f"Bearer {key}"} if key else {}
@@ -469,7 +475,11 @@ def asked_of(
     on_error: OnError,
     options: Mapping[str, Any],
 ) -> MapOptions:
-    """The arguments of a map, with a random group if none is given; raises CannotSend."""
+    """The arguments of a map, with a random group if none is given.
+
+    `options` are the options of each job; those that are None are left out. Raises CannotSend if
+    `batch` is neither "auto" nor at least 1.
+    """
     if batch != "auto" and (not isinstance(batch, int) or batch < 1):
         raise CannotSend(f'batch={batch!r} is neither "auto" nor a number of rows of at least 1.')
     group = options.get("group")
@@ -486,7 +496,7 @@ def asked_of(
 
 
 def warn_if_open(client: Any) -> None:
-    """Warns of a client that is deleted without `close()`."""
+    """Gives a ResourceWarning for a client that is deleted without `close()`; closes nothing."""
     driver = getattr(client, "_driver", None)
     if driver is not None and not driver.closed:
         warnings.warn(

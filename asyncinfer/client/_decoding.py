@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 
 def decode_result(value: Any) -> Any:
-    """A job's result: of one tensor the array, of several a dict of them, else the JSON value."""
+    """The result of a job from its decoded JSON, as the methods of the client return it.
+
+    Of one tensor it is the array, of several a dict of them, else the labelled row or list of rows
+    with floats for "NaN" and other words. Raises NotAsyncinfer for a tensor that cannot be read.
+    """
     if not (isinstance(value, dict) and isinstance(value.get("outputs"), list)):
         return list(map(_with_numbers, value)) if isinstance(value, list) else _with_numbers(value)
     with reject_unreadable("A result"):
@@ -33,12 +37,16 @@ def _with_numbers(row: Any) -> Any:
 
 
 def decode_binary_result(response: Response) -> Any:
-    """The same from an answer in the binary layout of the Open Inference Protocol."""
+    """The same from an answer in the binary layout of the Open Inference Protocol.
+
+    Raises NotAsyncinfer if it cannot be read.
+    """
     with reject_unreadable("A result"):
         return _parse_binary_tensors(response)
 
 
 def _parse_binary_tensors(response: Response) -> Any:
+    """The array, or a dict of arrays by name; raises errors that `reject_unreadable` turns."""
     at = int(response.headers[JSON_LENGTH_HEADER])
     arrays = {}
     view = memoryview(response.content)
@@ -52,11 +60,12 @@ def _parse_binary_tensors(response: Response) -> Any:
 
 
 def unwrap_single(arrays: dict[str, "Array"]) -> Any:
-    """The array itself if there is only one, else the dict."""
+    """The array itself if there is only one, else the same dict; {} stays as it is."""
     return next(iter(arrays.values())) if len(arrays) == 1 else arrays
 
 
 def _parse_json_tensor(tensor: dict[str, Any]) -> "Array":
+    """The array of a tensor in JSON, whose `data` is flat."""
     import numpy as np
 
     from asyncinfer.tensors.datatypes import DTYPES, FLOATS
@@ -69,6 +78,7 @@ def _parse_json_tensor(tensor: dict[str, Any]) -> "Array":
 
 
 def _parse_binary_tensor(content: memoryview, datatype: str, shape: list[int]) -> "Array":
+    """A writable array of the tensor's bytes; strings are `str` objects."""
     import numpy as np
 
     from asyncinfer.tensors.datatypes import DTYPES

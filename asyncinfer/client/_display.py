@@ -26,6 +26,7 @@ _MAX_CHARACTERS: Final = 400
 
 
 def job_card(view: Mapping[str, Any]) -> str:
+    """The HTML of a job's card; `view` is the job as the server shows it."""
     rows = {"model": _model_of(view), "group": view.get("group")}
     rows |= {name: view.get(f"{name}_at") for name in ("created", "started", "finished")}
     if reason := view.get("waiting_for"):
@@ -38,11 +39,12 @@ def job_card(view: Mapping[str, Any]) -> str:
 
 
 def model_card(name: str, badge: str, rows: Mapping[str, Any]) -> str:
-    """A card; `badge` tells whether the model is paused, or how many workers have it."""
+    """The HTML of a model's card; `badge` says that it is paused, or how many workers have it."""
     return _card("Model", name, _badge(badge), rows)
 
 
 def group_card(view: Mapping[str, Any]) -> str:
+    """The HTML of a group's card; `view` is the group as the server shows it."""
     counts = view.get("counts", {})
     eta = view.get("eta_seconds")
     rows = {
@@ -55,6 +57,7 @@ def group_card(view: Mapping[str, Any]) -> str:
 
 
 def _card(kind: str, name: str, badge: str, rows: Mapping[str, Any]) -> str:
+    """The HTML of a card. `badge` is HTML and is not escaped; rows without a value are left out."""
     shown = "".join(
         f'<tr style="background:none"><td style="{_QUIET};text-align:left;vertical-align:top">'
         f'{escape(label)}</td><td style="text-align:left;word-break:break-word">'
@@ -70,6 +73,7 @@ def _card(kind: str, name: str, badge: str, rows: Mapping[str, Any]) -> str:
 
 
 def _badge(text: str) -> str:
+    """A word on a coloured ground, as HTML."""
     colour = _COLOURS.get(text, _COLOURS["pending"])
     return (
         f'<span style="background:{colour};border-radius:4px;padding:.1em .5em">'
@@ -78,6 +82,7 @@ def _badge(text: str) -> str:
 
 
 def _bar(share: float) -> str:
+    """A bar that is filled up to `share`, 0 to 1, as HTML."""
     percent = max(0.0, min(share, 1.0)) * 100
     return (
         '<span style="display:inline-block;width:8em;height:.7em;border-radius:4px;'
@@ -88,9 +93,11 @@ def _bar(share: float) -> str:
 
 
 def _model_of(view: Mapping[str, Any]) -> str:
+    """The job's model with its version, as far as they are known."""
     version = view.get("version")
     return f"{view.get('model', '')}{f' version {version}' if version else ''}"
 
 
 def _shorten(text: str) -> str:
+    """The text, cut at 400 characters."""
     return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]} …"

@@ -10,9 +10,10 @@ _ITERATE: Final = "What it returns is iterated with `async for`."
 
 
 def with_docstrings_of(plain: type) -> Callable[[type[_T]], type[_T]]:
-    """Gives the public methods of a class the docstrings of the plain class.
+    """A class decorator: gives the public methods the docstrings of those in the class `plain`.
 
-    In the source they have only a summary, so that each text is written once.
+    Each gets a note on `await` or `async for`. In the source the asynchronous methods have only a
+    summary, so that each text is written once.
     """
 
     def complete(asynchronous: type[_T]) -> type[_T]:

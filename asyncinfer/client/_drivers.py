@@ -65,7 +65,10 @@ class ResponseBody:
 
 
 class Driver:
-    """Carries out flows over one pool of connections, from any number of threads."""
+    """Carries out flows over one pool of connections, from any number of threads.
+
+    The connections are opened when needed, and closed by `close`.
+    """
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -89,7 +92,12 @@ class Driver:
             flow.close()
 
     def events(self, request: Request) -> Generator[Response | Lost | Event, None, None]:
-        """Yields the response, then its events, and a Lost at the end if the stream was cut."""
+        """Yields the response, then its events, and a Lost at the end if the stream was cut.
+
+        The content of a 200 is empty, as the events are its content; another response has no
+        events. A Lost alone means that there was no response. Raises ClientClosed. Close the
+        generator to close the stream.
+        """
         import httpx2
 
         try:
@@ -102,12 +110,14 @@ class Driver:
             yield _lost(error, self._has_answered)
 
     def close(self) -> None:
+        """Closes the connections; then every request raises ClientClosed. May be called twice."""
         self.closed = True
         if self._http is not None:
             self._http.close()
             self._http = None
 
     def _carry_out(self, request: FlowRequest) -> FlowReply:
+        """Sends a request, or sleeps for a pause and returns None."""
         if isinstance(request, Pause):
             self.on_pause(request)
             time.sleep(request.seconds)
@@ -115,6 +125,10 @@ class Driver:
         return self.exchange(request)
 
     def exchange(self, request: Request) -> Response | Lost:
+        """Sends a request once, and returns the response of any status, or a Lost if none came.
+
+        Raises ClientClosed, and nothing for errors of the network.
+        """
         import httpx2
 
         body = ResponseBody()
@@ -129,6 +143,7 @@ class Driver:
         return _response(answer, body.content())
 
     def _pool(self) -> "httpx2.Client":
+        """The connections, opened now if they are not yet; raises ClientClosed."""
         if self.closed:
             raise_client_closed()
         with self._lock:
@@ -140,7 +155,7 @@ class Driver:
 
 
 class AsyncDriver:
-    """Carries out flows in an event loop."""
+    """Carries out flows in an event loop; the same as Driver otherwise."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -149,6 +164,7 @@ class AsyncDriver:
         self.closed = False
 
     async def run(self, flow: Flow[T]) -> T:
+        """Carries out a flow to its end; returns its result, or raises its error."""
         reply: FlowReply = None
         try:
             while True:
@@ -160,7 +176,11 @@ class AsyncDriver:
             flow.close()
 
     async def events(self, request: Request) -> AsyncGenerator[Response | Lost | Event, None]:
-        """Yields the response, then its events, and a Lost at the end if the stream was cut."""
+        """Yields the response, then its events, and a Lost at the end if the stream was cut.
+
+        The content of a 200 is empty, as the events are its content; another response has no
+        events. A Lost alone means that there was no response. Raises ClientClosed.
+        """
         import httpx2
 
         try:
@@ -175,12 +195,14 @@ class AsyncDriver:
             yield _lost(error, self._has_answered)
 
     async def close(self) -> None:
+        """Closes the connections; then every request raises ClientClosed. May be called twice."""
         self.closed = True
         if self._http is not None:
             await self._http.aclose()
             self._http = None
 
     async def _carry_out(self, request: FlowRequest) -> FlowReply:
+        """Sends a request, or sleeps for a pause and returns None."""
         if isinstance(request, Pause):
             import asyncio
 
@@ -189,6 +211,10 @@ class AsyncDriver:
         return await self.exchange(request)
 
     async def exchange(self, request: Request) -> Response | Lost:
+        """Sends a request once, and returns the response of any status, or a Lost if none came.
+
+        Raises ClientClosed, and nothing for errors of the network.
+        """
         import httpx2
 
         body = ResponseBody()
@@ -203,6 +229,7 @@ class AsyncDriver:
         return _response(answer, body.content())
 
     def _pool(self) -> "httpx2.AsyncClient":
+        """The connections, opened now if they are not yet; raises ClientClosed."""
         if self.closed:
             raise_client_closed()
         if self._http is None:
@@ -213,6 +240,7 @@ class AsyncDriver:
 
 
 def _settings(url: str) -> dict[str, Any]:
+    """The arguments of an HTTP client for this server."""
     import httpx2
 
     parts = urlsplit(url)
@@ -227,6 +255,7 @@ def _settings(url: str) -> dict[str, Any]:
 
 
 def _arguments(url: str, request: Request) -> dict[str, Any]:
+    """The arguments with which an HTTP client sends the request."""
     import httpx2
 
     return {
@@ -240,20 +269,25 @@ def _arguments(url: str, request: Request) -> dict[str, Any]:
 
 
 def _response(answer: "httpx2.Response", content: bytes) -> Response:
+    """The Response of an answer whose content was read."""
     return Response(answer.status_code, answer.headers, content)
 
 
 def _has_data(event: "httpx2.ServerSentEvent") -> bool:
-    """False for a block without data, such as a `retry:` alone: no event (WHATWG HTML, 9.2.6)."""
+    """Whether a block of the stream has data, so that it is an event (WHATWG HTML, 9.2.6).
+
+    One with only `retry:`, for example, has none.
+    """
     return bool(event.data)
 
 
 def _event(event: "httpx2.ServerSentEvent") -> Event:
+    """The event with its decoded data; raises ValueError if that is not JSON."""
     return Event(event.event, msgspec.json.decode(event.data), event.id)
 
 
 def _lost(error: Exception, has_answered: bool) -> Lost:
-    """`has_answered`: something has answered at this URL before."""
+    """The Lost of an error of the network; `has_answered`: this URL has answered before."""
     kind, text = type(error).__name__, str(error).strip().rstrip(".")
     is_cut = kind not in _CONNECT_ERRORS and "disconnected" in (text or "disconnected")
     return Lost(

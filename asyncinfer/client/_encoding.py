@@ -41,12 +41,19 @@ class RequestBody(Struct, frozen=True, kw_only=True):
 
 
 def is_json_value(value: Any) -> bool:
-    """Whether it is sent as JSON, without knowing the model."""
+    """Whether it is a list, string, number, boolean or None, to be sent as JSON.
+
+    For that the model need not be known. Arrays and frames are none of these.
+    """
     return isinstance(value, list | tuple | str | int | float | bool | None)
 
 
 def json_body(data: Any, options: Mapping[str, Any]) -> RequestBody | None:
-    """A list as JSON; None if it is too large or has NaN or infinities, which JSON has not."""
+    """A list as JSON; None if it must be sent as bytes.
+
+    That is so if it is larger than 1 MiB or has NaN or infinities, which JSON has not. Raises
+    CannotSend for other values than numbers, strings and lists in it.
+    """
     body = {"data": data, "options": options} if options else {"data": data}
     hook = _NanFinder()
     content = _encode(body, hook)
@@ -59,7 +66,10 @@ def json_body(data: Any, options: Mapping[str, Any]) -> RequestBody | None:
 
 
 def array_body(value: Any, model: Model, options: Mapping[str, Any]) -> RequestBody:
-    """Any input as the bytes of tensors; the answer has labels if the model has."""
+    """Any input as the bytes of tensors; raises CannotSend if it does not fit the model.
+
+    Unless the options say otherwise, the result has labels if the model has them, else tensors.
+    """
     options = {"answer": "json" if model.labels else "tensors", **options}
     tensors = named_arrays(value, model)
     described, parts = [], []
@@ -78,13 +88,16 @@ def array_body(value: Any, model: Model, options: Mapping[str, Any]) -> RequestB
 
 
 def _accept(options: Mapping[str, Any]) -> str:
+    """The media type in which the result is wanted, by the option `answer`."""
     return BINARY if options.get("answer") == "tensors" else JSON
 
 
 def named_arrays(value: Any, model: Model) -> dict[str, "Array"]:
     """The array of each input by name, in the input's datatype if the numbers fit.
 
-    Raises CannotSend for an input that is no array, mixes kinds, or has numbers that do not fit.
+    `value` is a frame, a dict by input name, or what becomes one array. Names that the model does
+    not have stay in it, for the server to refuse. Raises CannotSend for an input that is no array,
+    mixes kinds, or has numbers that do not fit.
     """
     specs = {spec.name: spec for spec in model.inputs}
     if is_frame(value):
@@ -100,7 +113,10 @@ def named_arrays(value: Any, model: Model) -> dict[str, "Array"]:
 
 
 def data_input(model: Model) -> TensorInfo:
-    """The input that a bare list or array is for; raises CannotSend if there are several."""
+    """The input that a bare list or array is for: the only one, or the only required one.
+
+    Raises CannotSend if there is no such input.
+    """
     required = [spec for spec in model.inputs if not spec.optional]
     if len(required) == 1:
         return required[0]
@@ -118,7 +134,11 @@ def is_frame(value: Any) -> bool:
 
 
 def to_array(value: Any, spec: TensorInfo | None) -> "Array":
-    """An array of the value; strings are `str` objects, and missing floats are NaN."""
+    """An array of the value; strings are `str` objects, and missing floats are NaN.
+
+    `spec` is None for an input that the model does not have. Raises CannotSend for rows of unequal
+    lengths, mixed kinds, and missing values where the datatype has no NaN.
+    """
     import numpy as np
 
     if isinstance(value, np.ma.MaskedArray):
@@ -178,7 +198,11 @@ def cast_to_spec(array: "Array", spec: TensorInfo | None) -> "Array":
 
 
 def tensor_bytes(name: str, array: "Array") -> tuple[bytes, str]:
-    """The elements, little-endian and row-major, and the name of the datatype."""
+    """The elements, little-endian and row-major, and the name of the datatype.
+
+    Strings come after their length in 4 bytes. `name` is that of the input, for the CannotSend that
+    a dtype raises which no model takes.
+    """
     import numpy as np
 
     from asyncinfer.tensors.datatypes import datatype_of
@@ -198,6 +222,7 @@ def tensor_bytes(name: str, array: "Array") -> tuple[bytes, str]:
 
 
 def _string_bytes(name: str, text: Any) -> bytes:
+    """A string after its length in 4 bytes; raises CannotSend if it is none."""
     if not isinstance(text, str | bytes):
         raise CannotSend(
             f"{name} has {text!r} where a string is needed. Give strings alone; where one is "
@@ -233,7 +258,10 @@ def _from_objects(array: "Array", spec: TensorInfo | None) -> "Array":
 
 
 def _number(value: Any, spec: TensorInfo) -> int | float | None:
-    """The number that scikit-learn would read; None if it would read none."""
+    """The number that scikit-learn would read, NaN for a missing value; None if it reads none.
+
+    Raises CannotSend for a missing value if the datatype has no NaN.
+    """
     if isinstance(value, bool | int | float) or type(value).__module__ == "numpy":
         return _python_number(value)
     is_missing = value is None or type(value).__name__ == "NAType"
@@ -249,6 +277,7 @@ def _number(value: Any, spec: TensorInfo) -> int | float | None:
 
 
 def _python_number(value: Any) -> int | float | None:
+    """The value as int or float, a boolean as 0 or 1; None if it is no number."""
     plain = value.item() if hasattr(value, "item") else value
     if isinstance(plain, bool):
         return int(plain)
@@ -256,12 +285,14 @@ def _python_number(value: Any) -> int | float | None:
 
 
 def _allows_missing(spec: TensorInfo) -> bool:
+    """Whether the input's datatype has NaN."""
     from asyncinfer.tensors.datatypes import FLOATS
 
     return spec.datatype in FLOATS
 
 
 def _missing_value_error(is_missing: str, spec: TensorInfo) -> CannotSend:
+    """Returns the error; `is_missing` completes `The input ... in places`."""
     return CannotSend(
         f"The input {is_missing} in places, and `{spec.name}` takes {spec.datatype}, which has no "
         "NaN. Put a value there, as fillna() or filled() do, or leave those rows out."
@@ -271,7 +302,8 @@ def _missing_value_error(is_missing: str, spec: TensorInfo) -> CannotSend:
 def _frame_inputs(frame: Any, model: Model) -> dict[str, Any]:
     """An array for each input whose name is a column; else all columns as the only input.
 
-    Raises CannotSend if a required input has no column.
+    Columns of other names are left out if the model takes several inputs. Raises CannotSend if a
+    required input has no column.
     """
     names = [spec.name for spec in model.inputs]
     columns = [str(column) for column in frame.columns]
@@ -288,12 +320,16 @@ def _frame_inputs(frame: Any, model: Model) -> dict[str, Any]:
 
 
 def _column(series: Any, rank: int | None) -> Any:
-    """The values of a column; for inputs as scikit-learn exports them a matrix of one column."""
+    """The values of a column, `(rows,)`; `(rows, 1)` for an input of rank 2.
+
+    Scikit-learn exports its inputs so.
+    """
     array = series.to_numpy()
     return array.reshape(-1, 1) if rank == 2 and array.ndim == 1 else array
 
 
 def _is_float(array: "Array") -> bool:
+    """Whether the dtype is one of floats, bfloat16 among them."""
     from asyncinfer.tensors.datatypes import DTYPES
 
     return array.dtype.kind == "f" or array.dtype == DTYPES["BF16"]
@@ -311,6 +347,7 @@ def _is_within(array: "Array", low: float, high: float) -> bool:
 
 
 def _has_nan_in(array: "Array") -> bool:
+    """Whether an array of floats has NaN."""
     import numpy as np
 
     return bool(np.isnan(array.astype(np.float64, copy=False)).any())
@@ -339,6 +376,7 @@ class _NanFinder:
 
 
 def _encode(value: Any, hook: Callable[[Any], Any]) -> bytes:
+    """The JSON of a value; `hook` converts what msgspec cannot. Raises CannotSend."""
     try:
         return msgspec.json.encode(value, enc_hook=hook)
     except (TypeError, ValueError, RecursionError) as error:
@@ -348,7 +386,10 @@ def _encode(value: Any, hook: Callable[[Any], Any]) -> bytes:
 
 
 def to_plain(value: Any) -> Any:
-    """An array or a number of numpy inside lists as plain Python, for `enc_hook` of msgspec."""
+    """An array, a number of numpy or an iterable as plain Python, for `enc_hook` of msgspec.
+
+    Raises TypeError for anything else.
+    """
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, Iterable) and not isinstance(value, bytes):

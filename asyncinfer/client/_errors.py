@@ -112,7 +112,11 @@ _REMEDIES: Final = {
 
 
 def error_of_response(response: Response, url: str) -> AsyncinferError:
-    """The error that a response of 400 or above stands for; NotAsyncinfer if it has no code."""
+    """Returns the error that a response of 400 or above stands for, to be raised by the caller.
+
+    It is NotAsyncinfer if the content is no problem with a code. `url` is that of the server, for
+    the message.
+    """
     try:
         problem: Any = msgspec.json.decode(response.content)
     except (ValueError, RecursionError):
@@ -123,7 +127,10 @@ def error_of_response(response: Response, url: str) -> AsyncinferError:
 
 
 def problem_error(problem: dict[str, Any], retry_after_seconds: float | None) -> RequestError:
-    """The error of a problem's code (RFC 9457); UnknownAnswer if no class has this code."""
+    """Returns the error of a problem's code (RFC 9457); UnknownAnswer if no class has this code.
+
+    `problem` must have `code`, a string; all else may be missing.
+    """
     code, job_id = problem["code"], problem.get("job_id")
     if code == JobFailed.code and isinstance(problem.get("error"), dict):
         return job_failed_error(problem["error"], str(job_id))
@@ -151,16 +158,18 @@ def _faults(errors: Any) -> list[Fault]:
 
 
 def job_failed_error(error: dict[str, Any], job_id: str) -> JobFailed:
+    """Returns the JobFailed of a job whose `error`, a dict of `code` and `message`, is given."""
     return JobFailed((str(error.get("code")), str(error.get("message"))), job_id)
 
 
 def retry_after_seconds(response: Response) -> float | None:
-    """The Retry-After header; None if absent, or a date, which asyncinfer never sends."""
+    """The seconds in Retry-After; None if it is absent, or a date, which asyncinfer never sends."""
     value = response.headers.get("retry-after", "")
     return float(value) if value.isascii() and value.isdecimal() else None
 
 
 def not_asyncinfer_error(response: Response, url: str) -> NotAsyncinfer:
+    """Returns the error for a response that asyncinfer would not send."""
     kind = response.headers.get("content-type", "nothing").partition(";")[0]
     return NotAsyncinfer(
         f"{url} answered {response.status} with {kind}, which is not how asyncinfer answers. Give "
@@ -169,7 +178,7 @@ def not_asyncinfer_error(response: Response, url: str) -> NotAsyncinfer:
 
 
 def retry_reason(reply: Response | Lost, url: str) -> WaitingFor:
-    """Why a request has to be sent again."""
+    """Why a request has to be sent again, from the reply to it."""
     error = (
         connection_failed_error(reply.reason, url)
         if isinstance(reply, Lost)
@@ -180,7 +189,10 @@ def retry_reason(reply: Response | Lost, url: str) -> WaitingFor:
 
 @contextmanager
 def reject_unreadable(subject: str) -> Iterator[None]:
-    """Raises NotAsyncinfer if the body cannot decode the server's answer, here `subject`."""
+    """Turns errors of decoding in its block into NotAsyncinfer; `subject` begins the message.
+
+    These are ArithmeticError, AttributeError, LookupError, TypeError and ValueError.
+    """
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -192,6 +204,7 @@ def reject_unreadable(subject: str) -> Iterator[None]:
 
 
 def connection_failed_error(reason: str, url: str) -> ConnectionFailed:
+    """Returns the error for a request that got no answer; `reason` is in words."""
     return ConnectionFailed(
         f"No answer from {url}: {reason}. Is it running? Start it with `asyncinfer serve`, or "
         "give its address: Client(url), or ASYNCINFER_URL."
@@ -199,7 +212,7 @@ def connection_failed_error(reason: str, url: str) -> ConnectionFailed:
 
 
 def normalized_url(url: str) -> str:
-    """The URL without a slash at its end; raises WrongAddress if it is not an HTTP URL."""
+    """The URL without a slash at its end; raises WrongAddress if it is no HTTP URL with a host."""
     try:
         parts = urlsplit(url)
         is_valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -225,6 +238,7 @@ def normalized_key(key: str) -> str:
 
 
 def raise_client_closed() -> NoReturn:
+    """Raises ClientClosed."""
     raise ClientClosed("This client was closed; make a new one.")
 
 

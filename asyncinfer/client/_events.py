@@ -23,9 +23,14 @@ _PAUSE_SECONDS: Final = 0.5
 
 
 class EventSubscription:
-    """The events of a job or of a group: where to read them, and how far they were read."""
+    """The events of a job or of a group: where to read them, and how far they were read.
+
+    `follow` sends its `request`, gives every reply to `handle`, and does so again after
+    `pause_seconds` until `is_over`.
+    """
 
     def __init__(self, server: RemoteServer, *, job_id: str | None = None, **query: str) -> None:
+        """The events of a job, or of all jobs that match `query`, such as `group`."""
         self._server = server
         self._path = f"/job/{path_part(job_id)}/events" if job_id else f"/events?{urlencode(query)}"
         self._is_job = job_id is not None
@@ -36,7 +41,7 @@ class EventSubscription:
         """The pause before the next request, after a stream was cut."""
 
     def request(self) -> Request:
-        """The request for the events after the last one that was read."""
+        """The request for the events after the last one that was read; at first, for all."""
         headers = {**self._server.headers, "accept": "text/event-stream"}
         if self._last_id:
             headers["last-event-id"] = self._last_id
@@ -45,7 +50,11 @@ class EventSubscription:
         )
 
     def handle(self, reply: Response | Lost | Event) -> Event | None:
-        """Returns an event to pass on; raises the error of a stream that cannot be resumed."""
+        """Takes a reply of the stream; returns an event to pass on, or None if there is none in it.
+
+        Sets `is_over` once no event can follow. Raises the error of a stream that cannot be
+        resumed: the one that a response stands for, or ConnectionFailed after all retries.
+        """
         if isinstance(reply, Event):
             return self._handle_event(reply)
         if isinstance(reply, Response) and reply.status in (200, 204):
@@ -58,6 +67,7 @@ class EventSubscription:
         return None
 
     def _handle_event(self, event: Event) -> Event:
+        """Notes how far the stream was read, and whether the event shows that the job has ended."""
         self._last_id = event.id or self._last_id
         self._failures = 0
         self.pause_seconds = _PAUSE_SECONDS
@@ -66,6 +76,7 @@ class EventSubscription:
         return event
 
     def _handle_failure(self, reply: Response | Lost) -> None:
+        """Counts a failure and sets the pause before the next request; raises it if it is final."""
         self._failures += 1
         if is_final_loss(reply, self._failures) or self._failures > self._server.retries:
             if isinstance(reply, Lost):
@@ -77,6 +88,10 @@ class EventSubscription:
 
 
 def follow(driver: Driver, subscription: EventSubscription) -> Iterator[Event]:
+    """Yields the events until the job has ended; those of a group until the loop is left.
+
+    Blocks between events, and resumes a stream that was cut. Raises as `EventSubscription.handle`.
+    """
     while not subscription.is_over:
         with closing(driver.events(subscription.request())) as stream:
             for reply in stream:
@@ -90,6 +105,7 @@ def follow(driver: Driver, subscription: EventSubscription) -> Iterator[Event]:
 async def follow_async(
     driver: AsyncDriver, subscription: EventSubscription
 ) -> AsyncIterator[Event]:
+    """The same as `follow` in an event loop."""
     import asyncio
 
     while not subscription.is_over:

@@ -124,6 +124,7 @@ class NewJob(Struct, frozen=True, kw_only=True):
 
 
 def models(server: RemoteServer) -> Flow[list[Model]]:
+    """All models that workers serve, as the server lists them; they are also cached."""
     return (yield from _list_models(server)).models
 
 
@@ -134,6 +135,7 @@ class _Models(Struct, frozen=True):
 
 
 def _list_models(server: RemoteServer) -> Flow[_Models]:
+    """The models, those that are loading, and problems; caches the models."""
     answer = yield from get(server, "/models")
     _require_member(server, answer, "models")
     listed = _convert(server, answer, _Models)
@@ -143,7 +145,11 @@ def _list_models(server: RemoteServer) -> Flow[_Models]:
 
 
 def model(server: RemoteServer, name: str | None) -> Flow[Model]:
-    """The model called `name`, or the default one."""
+    """The model called `name`, or the default one, read from the server and cached.
+
+    Raises ModelNotFound, and for the default one NoModelAnnounced and ModelLoading after all
+    retries.
+    """
     if name is None:
         return (yield from _default_model(server))
     answer = yield from get(server, f"/models/{path_part(name)}")
@@ -162,6 +168,7 @@ def cached_model(server: RemoteServer, name: str | None) -> Flow[Model]:
 
 
 def _cache_model(server: RemoteServer, model: Model) -> None:
+    """Keeps the model by its name, and as the default one if it is."""
     now = time.monotonic()
     server.models[model.model] = (now, model)
     if model.default:
@@ -169,7 +176,10 @@ def _cache_model(server: RemoteServer, model: Model) -> None:
 
 
 def _default_model(server: RemoteServer) -> Flow[Model]:
-    """The default model; waits for one that is still being loaded."""
+    """The default model, or the only one; waits for one that is still being loaded.
+
+    Raises ModelNotFound, NoModelAnnounced or ModelLoading if there is none after all retries.
+    """
     attempt = 0
     while True:
         listed = yield from _list_models(server)
@@ -192,7 +202,7 @@ def _default_model(server: RemoteServer) -> Flow[Model]:
 def _no_default_error(
     listed: _Models,
 ) -> tuple[ModelLoading | ModelNotFound | NoModelAnnounced, bool]:
-    """Why there is no default model, and whether there may be one soon."""
+    """The error for there being no default model, and whether there may be one soon."""
     if listed.loading:
         names = ", ".join(listed.loading[:3])
         detail = f"No model is the default yet; a worker is loading {names}. Retry in a moment."
@@ -222,6 +232,7 @@ def _convert(server: RemoteServer, value: Any, kind: type[T]) -> T:
 
 
 def is_job_view(answer: Any) -> bool:
+    """Whether decoded JSON shows a job."""
     try:
         msgspec.convert(answer, _View)
     except msgspec.ValidationError:
@@ -236,7 +247,7 @@ def _check_view(server: RemoteServer, answer: Any) -> None:
 
 
 def _require_member(server: RemoteServer, answer: Any, name: str) -> Any:
-    """The answer's `name`; raises NotAsyncinfer if the JSON is another program's, without it."""
+    """The answer's member `name`; raises NotAsyncinfer if the answer is no object that has it."""
     if not isinstance(answer, dict) or name not in answer:
         raise not_asyncinfer_error(Response(200, {"content-type": "other JSON"}, b""), server.url)
     return answer[name]
@@ -246,7 +257,10 @@ def _require_member(server: RemoteServer, answer: Any, name: str) -> Any:
 
 
 def new_job(value: Any, model: str | None, key: str | None, options: Any) -> NewJob:
-    """A job with the given key, or a random one; raises InvalidInput if the key is malformed."""
+    """A job with the given idempotency key, or a random one; it is not sent.
+
+    Options that are None are left out. Raises InvalidInput if the key is malformed.
+    """
     if key is not None and not _KEY.fullmatch(key):
         raise InvalidInput("idempotency_key takes 1 to 255 visible ASCII characters.")
     options = {name: option for name, option in options.items() if option is not None}
@@ -260,7 +274,12 @@ def predict(
     *,
     cancel_on_timeout: bool = False,
 ) -> Flow[Any]:
-    """Submits a job and returns its result."""
+    """Submits a job, waits for it, and returns its decoded result.
+
+    `timeout` is in seconds, None the client's own. Raises WaitTimeout past it, and cancels the job
+    first if `cancel_on_timeout`. Raises JobFailed, JobCancelled, CannotSend, and the error with
+    which the server refuses the job.
+    """
     until = deadline(server, timeout)
     body = yield from body_of(server, job)
     response = yield from _post(server, job, body, until, wait=True)
@@ -274,7 +293,10 @@ def predict(
 
 
 def submit(server: RemoteServer, job: NewJob) -> Flow[View]:
-    """Submits a job; returns it as the server accepted it."""
+    """Submits a job, and returns its view as the server accepted it: with id, status and no result.
+
+    Raises CannotSend, and the error with which the server refuses the job.
+    """
     body = yield from body_of(server, job)
     until = time.monotonic() + server.timeout_seconds
     response = yield from _post(server, job, body, until, wait=False)
@@ -284,7 +306,10 @@ def submit(server: RemoteServer, job: NewJob) -> Flow[View]:
 
 
 def body_of(server: RemoteServer, job: NewJob) -> Flow[RequestBody]:
-    """A list as JSON; other inputs as the bytes of tensors, in the datatypes of the model."""
+    """A list as JSON; other inputs as the bytes of tensors, in the datatypes of the model.
+
+    The model is read from the server for this, unless it was lately. Raises CannotSend.
+    """
     if is_json_value(job.value) and (body := json_body(job.value, job.options)):
         return body
     model = yield from cached_model(server, job.model)
@@ -294,6 +319,7 @@ def body_of(server: RemoteServer, job: NewJob) -> Flow[RequestBody]:
 def validate(
     server: RemoteServer, value: Any, name: str | None, options: Any
 ) -> Flow[dict[str, Any]]:
+    """How the server would understand an input, as `Client.validate` says; raises its error."""
     body = yield from body_of(server, new_job(value, name, None, options))
     if name is None:
         name = (yield from cached_model(server, None)).model
@@ -306,6 +332,11 @@ def validate(
 def _post(
     server: RemoteServer, job: NewJob, body: RequestBody, until: float, *, wait: bool
 ) -> Flow[Response]:
+    """Submits a job, and returns the response, whose status is below 400; raises its error else.
+
+    With `wait` the server holds the response back until the job has ended: at most 30 s, and not
+    past `until`.
+    """
     path = "/predict" if job.model is None else f"/predict/{path_part(job.model)}"
     headers = {**body.headers, "idempotency-key": job.key}
     seconds = math.floor(min(_WAIT_SECONDS, max(until - time.monotonic(), 0))) if wait else 0
@@ -332,9 +363,9 @@ def _post(
 def read(
     server: RemoteServer, job_id: str, wait_seconds: float = 0, tenant: str | None = None
 ) -> Flow[View]:
-    """The job as soon as it has ended, or as it is after `wait_seconds`.
+    """The view of a job as soon as it has ended, or as it is after `wait_seconds`.
 
-    `tenant` names the tenant of a job that an operator reads.
+    `tenant` names the tenant of a job that an operator reads. Raises JobNotFound and JobExpired.
     """
     wait = f"{wait_seconds:g}" if wait_seconds else None
     request = Request(
@@ -350,7 +381,11 @@ def read(
 def wait(
     server: RemoteServer, view: View, until: float, *, cancel_on_timeout: bool = False
 ) -> Flow[View]:
-    """The job once it has ended; past `until` raises WaitTimeout, and cancels it if requested."""
+    """The view of a job once it has ended, with its result; at once if `view` shows that.
+
+    Past `until`, on the monotonic clock, raises WaitTimeout, and cancels the job first if
+    requested. Raises JobNotFound and JobExpired.
+    """
     until = min(until, server.until)
     left = until - time.monotonic()
     while not has_outcome(view):
@@ -363,14 +398,20 @@ def wait(
 
 
 def as_unfinished(view: View) -> View:
-    """The view of a job that may have been retried since: only a completed one has still ended."""
+    """A view to `wait` with, as an ended job may have been retried since it was read.
+
+    A completed job has still ended, so its view is unchanged.
+    """
     is_final = view["status"] == "completed"
     kept: View = {name: view[name] for name in ("job_id", "tenant") if name in view}
     return view if is_final else {**kept, "status": "pending"}
 
 
 def has_outcome(view: View) -> bool:
-    """Whether a view shows how the job ended: lists leave out results, operators never see them."""
+    """Whether a view shows how the job ended, so that `outcome` may be called.
+
+    Lists leave out results, and operators never see them.
+    """
     return view["status"] in ("failed", "cancelled") or (
         view["status"] == "completed" and ("result" in view or "tenant" in view)
     )
@@ -379,11 +420,15 @@ def has_outcome(view: View) -> bool:
 def result(
     server: RemoteServer, view: View, until: float, *, cancel_on_timeout: bool = False
 ) -> Flow[Any]:
+    """Waits as `wait` does, and returns or raises as `outcome` does."""
     return outcome((yield from wait(server, view, until, cancel_on_timeout=cancel_on_timeout)))
 
 
 def outcome(view: View) -> Any:
-    """The result of a job that has ended; raises JobFailed, JobCancelled, or Forbidden."""
+    """The decoded result of a job that has ended, from its view.
+
+    Raises JobFailed, JobCancelled, or Forbidden for a job that an operator reads.
+    """
     if view["status"] == "failed":
         raise job_failed_error(view.get("error") or {}, view["job_id"])
     if view["status"] == "cancelled":
@@ -400,13 +445,16 @@ def outcome(view: View) -> Any:
 
 
 def deadline(server: RemoteServer, timeout: float | None) -> float:
-    """The end of a wait on the monotonic clock; None stands for the client's own timeout."""
+    """The end of a wait on the monotonic clock; not later than the client's own deadline.
+
+    `timeout` is in seconds; None stands for the client's own timeout.
+    """
     seconds = server.timeout_seconds if timeout is None else timeout
     return min(time.monotonic() + seconds, server.until)
 
 
 def _time_out(server: RemoteServer, view: View, *, cancel: bool) -> Flow[View]:
-    """Raises WaitTimeout, after a cancel if requested; returns the job if it has just ended."""
+    """Raises WaitTimeout, after a cancel if requested; returns the view if it has just ended."""
     job_id, what_now = view["job_id"], "it goes on: client.job(id) finds it again"
     if cancel:
         try:
@@ -434,7 +482,8 @@ def waiting_for(view: View) -> WaitingFor | None:
 def why_waiting(server: RemoteServer, group: str) -> Flow[WaitingFor | None]:
     """Why jobs of a group make no progress, from its newest ones that have not ended.
 
-    Sent once, without retries. A server that does not answer, or not now, is a reason too.
+    None if nothing is wrong, or if it cannot be known. Sent once, without retries, for at most 2 s.
+    A server that does not answer, or not now, is a reason too.
     """
     newest = yield from _list_once(server, group=group, limit=_REASON_JOBS)
     if isinstance(newest, list) and not any(map(_is_unfinished, newest)):
@@ -447,11 +496,12 @@ def why_waiting(server: RemoteServer, group: str) -> Flow[WaitingFor | None]:
 
 
 def _is_unfinished(view: _View) -> bool:
+    """Whether the job has not ended in this view."""
     return view.status not in jobs.TERMINAL
 
 
 def _list_once(server: RemoteServer, **query: Any) -> Flow[list[_View] | WaitingFor | None]:
-    """Jobs, or why there is no answer; None if the key may not list them."""
+    """Jobs, or the reason why there is no answer; None if the server refuses to list them."""
     left = server.until - time.monotonic()
     request = Request(
         method="GET",
@@ -473,7 +523,7 @@ def _list_once(server: RemoteServer, **query: Any) -> Flow[list[_View] | Waiting
 
 
 def cancel_job(server: RemoteServer, job_id: str, tenant: str | None = None) -> Flow[View]:
-    """Cancels a job; returns it, cancelled or still stopping.
+    """Cancels a job, and returns its view: cancelled, or still stopping. Raises JobFinished.
 
     If the first answer was lost and the retried cancel finds the job cancelled, that is success.
     """
@@ -488,7 +538,11 @@ def cancel_job(server: RemoteServer, job_id: str, tenant: str | None = None) -> 
 
 
 def retry_job(server: RemoteServer, job_id: str, tenant: str | None = None) -> Flow[View]:
-    """Retries a job; returns it. If a lost answer was a success, the second try sees that."""
+    """Retries a job, and returns its view; raises JobNotRetryable for one that has not failed.
+
+    A cancelled job can be retried too. If the first answer was lost and the second try finds the
+    job retried, that is success.
+    """
     try:
         view: View = yield from call(server, "POST", f"{_job_path(job_id)}/retry", tenant=tenant)
         _check_view(server, view)
@@ -500,7 +554,7 @@ def retry_job(server: RemoteServer, job_id: str, tenant: str | None = None) -> F
 
 
 def list_jobs(server: RemoteServer, limit: int, query: Mapping[str, Any]) -> Flow[list[View]]:
-    """The newest jobs first, at most `limit`."""
+    """The views of jobs that match the query, the newest first, at most `limit`; no results."""
     views: list[View] = []
     cursor: str | None = None
     while len(views) < limit:
@@ -520,7 +574,10 @@ def list_jobs(server: RemoteServer, limit: int, query: Mapping[str, Any]) -> Flo
 def call_until_done(
     server: RemoteServer, method: str, path: str, query: Mapping[str, Any]
 ) -> Flow[dict[str, Any]]:
-    """Repeats a request while the server has `more` to do; returns the sums of its counts."""
+    """Repeats a request while the server has `more` to do; returns the sums of its counts.
+
+    Lists of ids are joined. It also ends when a request has changed nothing.
+    """
     total: dict[str, Any] = {}
     while True:
         answer = yield from call(server, method, path, **query)
@@ -534,10 +591,12 @@ def call_until_done(
 
 
 def _job_path(job_id: str) -> str:
+    """The path of a job; raises InvalidInput if it can be no id."""
     return f"/job/{path_part(job_id)}"
 
 
 def purge_job(server: RemoteServer, job_id: str, tenant: str | None = None) -> Flow[None]:
+    """Deletes a job that has ended; raises JobNotFinished, JobNotFound and JobExpired."""
     yield from call(server, "DELETE", _job_path(job_id), purge=True, tenant=tenant)
 
 
@@ -545,12 +604,14 @@ def purge_job(server: RemoteServer, job_id: str, tenant: str | None = None) -> F
 
 
 def group(server: RemoteServer, name: str) -> Flow[dict[str, Any]]:
+    """The view of a group; raises GroupNotFound."""
     view: dict[str, Any] = yield from get(server, f"/group/{path_part(name)}")
     _require_member(server, view, "group")
     return view
 
 
 def cancel_group(server: RemoteServer, name: str) -> Flow[dict[str, Any]]:
+    """Cancels the unfinished jobs of a group; returns the counts that `Group.cancel` describes."""
     counts: dict[str, Any] = yield from call(server, "DELETE", f"/group/{path_part(name)}")
     return counts
 
@@ -559,18 +620,20 @@ def cancel_group(server: RemoteServer, name: str) -> Flow[dict[str, Any]]:
 
 
 def health(server: RemoteServer) -> Flow[dict[str, Any]]:
+    """The state that `Client.health` describes."""
     view: dict[str, Any] = yield from get(server, "/health")
     _require_member(server, view, "status")
     return view
 
 
 def list_all(server: RemoteServer, name: str) -> Flow[list[dict[str, Any]]]:
-    """The list at `/{name}`, which is queues or workers."""
+    """The list at `/{name}`; `name` is queues or workers."""
     listed = _require_member(server, (yield from get(server, f"/{name}")), name)
     return _convert(server, listed, list[dict[str, Any]])
 
 
 def set_paused(server: RemoteServer, name: str, paused: bool) -> Flow[dict[str, Any]]:
+    """Pauses a model, or resumes it; returns `model` and `paused`. Raises ModelNotFound."""
     verb = "pause" if paused else "resume"
     path = f"/models/{path_part(name)}/{verb}"
     answer: dict[str, Any] = yield from call(server, "POST", path)
@@ -578,7 +641,10 @@ def set_paused(server: RemoteServer, name: str, paused: bool) -> Flow[dict[str, 
 
 
 def retry_ids(server: RemoteServer, ids: list[str], tenant: str | None) -> Flow[dict[str, Any]]:
-    """Retries jobs by their ids, at most 1,000 a request."""
+    """Retries jobs by their ids, at most 1,000 a request.
+
+    Returns the lists `retried` (ids) and `refused` (dicts of `job_id`, `code` and `detail`).
+    """
     total: dict[str, Any] = {"retried": [], "refused": []}
     for start in range(0, len(ids), _PAGE):
         body = msgspec.json.encode({"job_ids": ids[start : start + _PAGE]})
@@ -592,6 +658,7 @@ def retry_ids(server: RemoteServer, ids: list[str], tenant: str | None) -> Flow[
 
 
 def purge_queue(server: RemoteServer, name: str) -> Flow[dict[str, Any]]:
+    """Cancels the waiting jobs of a model, of all tenants; returns `model` and `cancelled`."""
     answer: dict[str, Any] = yield from call(server, "POST", f"/models/{path_part(name)}/purge")
     return answer
 
@@ -599,7 +666,10 @@ def purge_queue(server: RemoteServer, name: str) -> Flow[dict[str, Any]]:
 def retry_many(
     server: RemoteServer, ids: Sequence[str] | None, query: Mapping[str, Any]
 ) -> Flow[dict[str, Any]]:
-    """Retries the jobs of `ids`, or all that match the query if `ids` is None."""
+    """Retries the jobs of `ids`, or all that match the query if `ids` is None.
+
+    Returns the lists `retried` and `refused`. With `ids` only the query's `tenant` counts.
+    """
     if ids is None:
         return (yield from call_until_done(server, "POST", "/jobs/retry", query))
     return (yield from retry_ids(server, list(ids), query.get("tenant")))

@@ -57,6 +57,7 @@ class GroupState:
         return f"<{type(self).__name__} {self.name}: {self.jobs} jobs, {self.progress:.0%} ended>"
 
     def _repr_html_(self) -> str:
+        """The card that a notebook shows."""
         return _display.group_card(self._view)
 
 
@@ -121,12 +122,12 @@ class AsyncGroup(GroupState):
         self._driver = driver
 
     async def refresh(self) -> "AsyncGroup":
-        """Reads its state again, and returns it."""
+        """Reads its state again, and returns itself; raises GroupNotFound."""
         self._view = await self._driver.run(_flows.group(self._server, self.name))
         return self
 
     async def cancel(self) -> dict[str, Any]:
-        """Cancels all its unfinished jobs; returns how many."""
+        """Cancels all its unfinished jobs; returns `group`, `cancelled` and `stopping`."""
         return await self._driver.run(_flows.cancel_group(self._server, self.name))
 
     def events(self) -> AsyncIterator[Event]:

@@ -76,6 +76,7 @@ class JobState:
         return f"<{type(self).__name__} {self.id}{model}: {self.status}{reason}>"
 
     def _repr_html_(self) -> str:
+        """The card that a notebook shows."""
         return _display.job_card(self._view)
 
 
@@ -197,17 +198,21 @@ class AsyncJob(JobState):
         self._driver = driver
 
     def __await__(self) -> Generator[Any, Any, Any]:
+        """Waits until the job has ended, and gives its result or raises, as `result` does."""
         return self.result().__await__()
 
     async def result(self, timeout: float | None = None, *, cancel_on_timeout: bool = False) -> Any:
-        """Waits until the job has ended, and returns its result."""
+        """Waits until the job has ended, and returns or raises as `Job.result` does."""
         await self.wait(timeout, cancel_on_timeout=cancel_on_timeout)
         return _flows.outcome(self._view)
 
     async def wait(
         self, timeout: float | None = None, *, cancel_on_timeout: bool = False
     ) -> "AsyncJob":
-        """Waits until the job has ended, and returns it, however it ended."""
+        """Waits until the job has ended, and returns itself, however it ended.
+
+        Raises WaitTimeout.
+        """
         flow = _flows.wait(
             self._server,
             _flows.as_unfinished(self._view),
@@ -218,7 +223,7 @@ class AsyncJob(JobState):
         return self
 
     async def refresh(self) -> "AsyncJob":
-        """Reads its state again, and returns it."""
+        """Reads its state again, and returns itself; raises JobNotFound and JobExpired."""
         self._view = await self._driver.run(_flows.read(self._server, self.id, tenant=self.tenant))
         return self
 
@@ -233,7 +238,7 @@ class AsyncJob(JobState):
         return self
 
     async def purge(self) -> None:
-        """Deletes it with its input and result."""
+        """Deletes it with its input and result; raises JobNotFinished until it has ended."""
         await self._driver.run(_flows.purge_job(self._server, self.id, self.tenant))
 
     def events(self) -> AsyncIterator[Event]:

@@ -109,12 +109,14 @@ class Model(Struct, frozen=True, kw_only=True):
         }
 
     def _repr_html_(self) -> str:
+        """The card that a notebook shows."""
         workers = f"{self.workers or 'no'} worker{'s' * (self.workers > 1)}"
         name = f"{self.model} version {self.version}"
         return _display.model_card(name, "paused" if self.paused else workers, _card_rows(self))
 
 
 def _card_rows(model: Model) -> dict[str, Any]:
+    """The rows of a model's card by label; those with an empty value are not shown."""
     example = model.example()
     return {
         "inputs": "; ".join(map(_tensor_text, model.inputs)),
@@ -128,6 +130,7 @@ def _card_rows(model: Model) -> dict[str, Any]:
 
 
 def _tensor_text(spec: TensorInfo) -> str:
+    """A tensor as `input FP32 [batch, 4]`, with a note if it is optional."""
     return f"{spec.name} {spec.datatype} {spec.shape_words}{' (optional)' if spec.optional else ''}"
 
 
@@ -141,7 +144,11 @@ def _reject_missing_axis(specs: Sequence[TensorInfo], axes: Sequence[int | None]
 
 
 def _nested(data: Any, shape: list[int]) -> Any:
-    """Row-major elements as nested lists of the shape; nested ones are unchanged."""
+    """Row-major elements as nested lists of the shape.
+
+    Elements that are nested already are unchanged, and so is a vector; an empty shape gives the
+    only element.
+    """
     if not shape:
         return data[0] if isinstance(data, list) else data
     if len(shape) < 2 or any(isinstance(element, list) for element in data):

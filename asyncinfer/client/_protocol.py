@@ -24,6 +24,8 @@ class Request(Struct, frozen=True, kw_only=True):
 
 
 class Pause(Struct, frozen=True):
+    """A wait of a flow before it sends a request again, and why it has to."""
+
     seconds: float
     reason: WaitingFor | None = None
 
@@ -66,7 +68,7 @@ Flow: TypeAlias = Generator[FlowRequest, FlowReply, T]
 
 
 def exchange(request: Request) -> Flow[Response | Lost]:
-    """Sends a request once, without a retry."""
+    """Yields a request once, without a retry, and returns the driver's reply."""
     reply = yield request
     assert reply is not None, "a driver replies to a request with a Response or a Lost"
     return reply

@@ -63,9 +63,10 @@ def fetch(
 ) -> Flow[Response]:
     """Sends a request, again if need be, and returns its response, an error response too.
 
-    Past `until` (on the monotonic clock) nothing is sent again. A full queue is awaited for
-    `queue_full_seconds` at no cost of retries. Raises ConnectionFailed if no answer came, and
-    WaitTimeout if the client's own deadline has passed.
+    A 429, 502, 503 or 504 and a lost answer are retried, `server.retries` times. Past `until` (on
+    the monotonic clock) nothing is sent again. A full queue is awaited for `queue_full_seconds` at
+    no cost of retries. Raises ConnectionFailed if no answer came, and WaitTimeout if the client's
+    own deadline has passed.
     """
     request = with_client_headers(server, request)
     queue_full_until = time.monotonic() + queue_full_seconds
@@ -110,9 +111,10 @@ def with_client_headers(server: RemoteServer, request: Request) -> Request:
 
 
 def is_final_loss(reply: Response | Lost, losses: int) -> bool:
-    """Whether to give up after so many lost answers, without the remaining retries.
+    """Whether to give up after this lost answer, without the remaining retries.
 
-    The first answer of a server may be cut as any other, but not several times in a row.
+    `losses` is the number of tries that have failed, this one included. The first answer of a
+    server may be cut as any other, but not several times in a row. False for a response.
     """
     return isinstance(reply, Lost) and (
         reply.is_unreachable or (reply.is_first_contact and losses >= _MAX_FIRST_TRIES)
@@ -120,16 +122,21 @@ def is_final_loss(reply: Response | Lost, losses: int) -> bool:
 
 
 def ask_json(server: RemoteServer, request: Request, *, until: float = math.inf) -> Flow[Any]:
-    """Sends a request as `fetch` does, and returns the JSON of its response.
+    """Sends a request as `fetch` does, and returns the decoded JSON of its response.
 
-    Raises the error that the response stands for if its status is 400 or above.
+    Raises the error that the response stands for if its status is 400 or above, NotAsyncinfer if it
+    is not JSON, and what `fetch` raises.
     """
     response = yield from fetch(server, request, until=until)
     return decode_json(server, response)
 
 
 def decode_json(server: RemoteServer, response: Response) -> Any:
-    """The JSON of a response; raises the error that it stands for, or NotAsyncinfer."""
+    """The decoded JSON of a response; raises the error that it stands for, or NotAsyncinfer.
+
+    A status of 400 or above stands for an error; NotAsyncinfer is raised for other content than
+    JSON.
+    """
     if response.status >= 400:
         raise error_of_response(response, server.url)
     try:
@@ -140,15 +147,20 @@ def decode_json(server: RemoteServer, response: Response) -> Any:
 
 
 def get(server: RemoteServer, path: str, **query: Any) -> Flow[Any]:
+    """The decoded JSON of a GET of `path`, which is quoted already; raises as `ask_json` does.
+
+    Parameters in `query` that are None are left out.
+    """
     return (yield from ask_json(server, Request(method="GET", path=path + query_text(query))))
 
 
 def call(server: RemoteServer, method: str, path: str, **query: Any) -> Flow[Any]:
+    """The decoded JSON of a request without a body; else as `get`."""
     return (yield from ask_json(server, Request(method=method, path=path + query_text(query))))
 
 
 def path_part(name: str) -> str:
-    """A name quoted as one segment of a path; raises InvalidInput if it cannot be one."""
+    """A name quoted as one segment of a path; raises InvalidInput if it is empty, "." or ".."."""
     if not name:
         raise InvalidInput("The name of a job, a model or a group is empty.")
     # One dot or two would be read as a step in the path, also when they are quoted.
@@ -158,7 +170,10 @@ def path_part(name: str) -> str:
 
 
 def wait_before_retry(server: RemoteServer, seconds: float, reason: WaitingFor) -> Flow[None]:
-    """Waits before the next try; raises WaitTimeout if the client's own deadline comes first."""
+    """Waits before the next try; raises WaitTimeout if the client's own deadline comes first.
+
+    In that case it has waited until the deadline. `reason` is why the request has to be sent again.
+    """
     left = server.until - time.monotonic()
     yield Pause(max(0.0, min(seconds, left)), reason)
     if left < seconds:
@@ -166,19 +181,23 @@ def wait_before_retry(server: RemoteServer, seconds: float, reason: WaitingFor) 
 
 
 def _pause_seconds(attempt: int, reply: Response | Lost) -> float:
+    """The seconds before the next try: what Retry-After says, or the backoff if that is longer."""
     requested = retry_after_seconds(reply) if isinstance(reply, Response) else None
     return max(requested or 0.0, backoff_seconds(attempt))
 
 
 def backoff_seconds(attempt: int) -> float:
+    """A random number of seconds that grows threefold with each attempt, from 0; at most 30."""
     backoff = min(_MAX_BACKOFF_SECONDS, _BACKOFF_SECONDS * 3.0**attempt)
     return backoff * random.uniform(0.5, 1.0)
 
 
 def query_text(query: Mapping[str, Any]) -> str:
+    """The query of a URL with its question mark, without None values; "" for no parameters."""
     values = {name: _query_value(value) for name, value in query.items() if value is not None}
     return f"?{urlencode(values)}" if values else ""
 
 
 def _query_value(value: Any) -> str:
+    """A parameter as text; booleans are `true` and `false`."""
     return str(value).lower() if isinstance(value, bool) else str(value)

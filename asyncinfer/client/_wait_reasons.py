@@ -34,7 +34,10 @@ CADENCE: Final = Cadence()
 
 
 class Notices:
-    """Reports a reason when it is new, again after a while, and once that it is over."""
+    """Reports a reason when it is new, again after a while, and once that it is over.
+
+    `say` writes a line; `now` is a clock in seconds, which tests replace.
+    """
 
     def __init__(
         self,
@@ -51,7 +54,8 @@ class Notices:
     def hear(self, reason: WaitingFor | None, waits: str, goes_on: str) -> None:
         """Takes the present reason, None if nothing is wrong, and reports it if that is due.
 
-        `waits` and `goes_on` begin the lines: `3 rows of iris wait`, and `iris goes on`.
+        Call it as often as the reason is known anew. `waits` and `goes_on` begin the lines: `3 rows
+        of iris wait`, and `iris goes on`.
         """
         if reason is None:
             self._report_end(goes_on)
@@ -61,13 +65,18 @@ class Notices:
             self._say(f"{waits}: {reason.message}")
 
     def _report_end(self, goes_on: str) -> None:
+        """Reports that nothing is wrong any more, if something was reported."""
         if self._code:
             self._code = ""
             self._say(f"{goes_on}.")
 
 
 class Silence:
-    """The time without an answer, in which the reason is requested now and then."""
+    """The time without an answer, in which the reason is requested now and then.
+
+    Wait `seconds()` for an answer; then request the reason and call `schedule_next`, unless
+    `is_over`.
+    """
 
     def __init__(
         self,
@@ -84,10 +93,11 @@ class Silence:
 
     @property
     def is_over(self) -> bool:
+        """Whether the time is over, so that the wait must end."""
         return self._now() >= self._until
 
     def seconds(self) -> float:
-        """How long to wait before the next request for a reason, or before the end."""
+        """The seconds until the next request for a reason is due, or until the end; at least 0."""
         return max(0.0, min(self._next_at, self._until) - self._now())
 
     def schedule_next(self) -> None:

@@ -54,7 +54,10 @@ def plan_of(signature: Signature) -> Plan | None:
 
 
 def _padded_names(spec: TensorSpec, axis: int | None) -> tuple[str | None, ...]:
-    """The symbol of each dimension except the rows; all None for a tensor without rows."""
+    """By axis the symbol of a dimension, None for the rows and for dimensions without a symbol.
+
+    All are None for a tensor without rows.
+    """
     if axis is None:
         return (None,) * len(dims(spec))
     return tuple(
@@ -80,7 +83,7 @@ def candidates(inputs: Sequence[TensorSpec]) -> list[Axes]:
 
 
 def declared(inputs: Sequence[TensorSpec]) -> list[Axes]:
-    """The candidates that dimension names suggest.
+    """The candidates that dimension names suggest, those that stack the most inputs first.
 
     These are the first dimensions, if all dynamic ones have the same name or no name; and for each
     name that is the first dimension of an input or contains "batch", the dimensions of that name.
@@ -113,13 +116,20 @@ def forced(axis: int, inputs: Sequence[TensorSpec]) -> Axes:
 def declared_axes(
     inputs: Sequence[TensorSpec], axes: Axes, outputs: Sequence[TensorSpec]
 ) -> tuple[int | None, ...]:
-    """The axis of the rows in each output, as far as the graph declares it, else None."""
+    """The axis of the rows in each output, as far as the graph declares it, else None.
+
+    `axes` are those of the inputs, at least one of which must not be None.
+    """
     names = {dims(spec)[at] for spec, at in zip(inputs, axes, strict=True) if at is not None}
     usual = next(at for at in axes if at is not None)
     return tuple(_declared_axis(spec, names - {None}, usual) for spec in outputs)
 
 
 def _declared_axis(spec: TensorSpec, names: set[int | str | None], usual: int) -> int | None:
+    """The axis of an output that has one of `names`, else `usual` if it is dynamic there.
+
+    None if several axes have such a name, or neither holds.
+    """
     at = [index for index, dim in enumerate(dims(spec)) if dim in names]
     if len(at) == 1:
         return at[0]
@@ -127,7 +137,10 @@ def _declared_axis(spec: TensorSpec, names: set[int | str | None], usual: int) -
 
 
 def obstacle(specs: Sequence[TensorSpec], axis: int = 0) -> Reason | None:
-    """Why inputs cannot be stacked along `axis`; None if they can. Names the first such input."""
+    """Why inputs cannot be stacked along `axis`; None if they can.
+
+    The reason is that of the first input that cannot.
+    """
     for spec in specs:
         if spec.shape is None:
             return Reason(Off.ANY_RANK, {"name": spec.name})
@@ -146,12 +159,15 @@ def obstacle(specs: Sequence[TensorSpec], axis: int = 0) -> Reason | None:
 
 
 def _open_at(spec: TensorSpec, axis: int) -> bool:
+    """Whether the tensor has this axis, and it has no fixed size."""
     return axis < len(dims(spec)) and not isinstance(dims(spec)[axis], int)
 
 
 def _only_open(spec: TensorSpec, inputs: Sequence[TensorSpec]) -> int | None:
-    """The first dimension if it is dynamic, else the only dynamic one, unless another input has its
-    name, such as the length of a text."""
+    """The first dimension if it is dynamic, else the only dynamic one; None if not exactly one is.
+
+    Also None if another input has its name, such as the length of a text.
+    """
     opened = [at for at in range(len(dims(spec))) if _open_at(spec, at)]
     if opened[:1] == [0]:
         return 0
@@ -163,10 +179,12 @@ def _only_open(spec: TensorSpec, inputs: Sequence[TensorSpec]) -> int | None:
 
 
 def _counts_rows(symbol: str, inputs: Sequence[TensorSpec]) -> bool:
+    """Whether a symbol probably counts rows: by its name, or as the first dimension of an input."""
     return "batch" in symbol.lower() or any(dims(spec)[:1] == (symbol,) for spec in inputs)
 
 
 def _axes_named(symbol: str, inputs: Sequence[TensorSpec]) -> Axes | None:
+    """The axis with this symbol in each input; None if an input has it twice."""
     if any(dims(spec).count(symbol) > 1 for spec in inputs):
         return None
     return tuple(dims(spec).index(symbol) if symbol in dims(spec) else None for spec in inputs)
@@ -176,11 +194,11 @@ def _axes_named(symbol: str, inputs: Sequence[TensorSpec]) -> Axes | None:
 
 
 def run_key(feeds: Feeds, plan: Plan) -> tuple[object, ...] | None:
-    """A key that is equal for jobs which may share a run; None if the job must run alone.
+    """A hashable key, equal for jobs which may share a run; None if the job must run alone.
 
     It has, for each input of the job: its name, its dtype and its sizes except the rows and padded
-    dimensions; for an input that is not stacked, also its content. A job runs alone if an input
-    has a size of 0, or if its inputs differ in their number of rows.
+    dimensions; for an input that is not stacked, also its content. A job runs alone if an input has
+    a size of 0, if its inputs differ in their number of rows, or if no input has rows.
     """
     key: list[object] = []
     rows = 0
@@ -203,11 +221,12 @@ def run_key(feeds: Feeds, plan: Plan) -> tuple[object, ...] | None:
 
 
 def _content(array: Array) -> object:
+    """A hashable value that is equal for arrays with equal elements."""
     return tuple(array.ravel().tolist()) if array.dtype == object else array.tobytes()
 
 
 def rows_of(feeds: Feeds, plan: Plan | None) -> int:
-    """The number of rows of a job; 0 if its inputs differ in it, and 1 without a plan."""
+    """The number of rows of a job; 0 if its inputs differ in it or have none, 1 without a plan."""
     if plan is None:
         return 1
     rows = -1
@@ -221,7 +240,7 @@ def rows_of(feeds: Feeds, plan: Plan | None) -> int:
 
 
 def bytes_of(feeds: Feeds) -> int:
-    """The size of all inputs together."""
+    """The number of bytes of all inputs together; strings count as references to them."""
     size = 0
     for array in feeds.values():
         size += array.nbytes
@@ -251,6 +270,10 @@ def stack(jobs: Sequence[Feeds], plan: Plan | None) -> Feeds:
 
 
 def _padded(arrays: Sequence[Array], axis: int) -> list[Array]:
+    """Copies of arrays, padded at their ends to the largest size of each axis but `axis`.
+
+    They are padded with zeros, or with empty strings.
+    """
     longest = np.max([array.shape for array in arrays], axis=0)
     padded = []
     for array in arrays:
@@ -287,6 +310,10 @@ def split(outputs: Sequence[Array], jobs: Sequence[Feeds], plan: Plan | None) ->
 def _unpadded(
     piece: Sequence[Array], feeds: Feeds, jobs: Sequence[Feeds], plan: Plan
 ) -> list[Array]:
+    """The outputs of one job, cut to its own sizes; raises ModelFailed if a size is unexpected.
+
+    `piece` has its rows of each output, and `jobs` the inputs of all jobs of the run.
+    """
     own = _sizes(feeds, plan)
     all_sizes = [_sizes(job, plan) for job in jobs]
     longest = {name: max(sizes[name] for sizes in all_sizes) for name in own}
@@ -304,6 +331,7 @@ def _unpadded(
 
 
 def _sizes(feeds: Feeds, plan: Plan) -> dict[str, int]:
+    """By symbol, the size of each padded dimension in a job's inputs."""
     return {
         symbol: size
         for name, array in feeds.items()
@@ -320,5 +348,5 @@ def check_rows(outputs: Sequence[Array], rows: int, axes: Axes) -> None:
 
 
 def spans(row_counts: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """The start and end of each job's rows in the stacked arrays."""
+    """Yields start and end of each job's rows in the stacked arrays, in the order of the jobs."""
     return itertools.pairwise(itertools.accumulate(row_counts, initial=0))

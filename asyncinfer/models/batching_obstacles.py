@@ -17,8 +17,10 @@ _LEAVE_OUT: Final = "keep only other outputs, with `outputs` in model.toml"
 
 
 class Off(Enum):
-    """Each reason has a description, a remedy, and sometimes another remedy for a model with only
-    one output."""
+    """The reasons why jobs are not batched.
+
+    Each has a description, a remedy, and sometimes another remedy for a model with only one output.
+    """
 
     ASKED = "model.toml says so", "without `batching.enabled = false` it is probed"
     NO_INPUT = "the model takes no input", "export it with an input that has rows"
@@ -99,9 +101,13 @@ class Reason(Struct, frozen=True):
 
     @property
     def what(self) -> str:
+        """The description with its names filled in, without the remedy."""
         return self.off.description.format_map(self.named)
 
     def words(self, outputs: int) -> str:
-        """The text with its remedy, for a model with this number of outputs."""
+        """The text with its remedy, for a model with this number of outputs.
+
+        It begins with `off:`.
+        """
         remedy = self.off.remedy_of_only_output if outputs == 1 else self.off.remedy
         return f"off: {self.what}; {remedy.format_map(self.named)}"

@@ -22,6 +22,8 @@ _MAX_FILE_BYTES: Final = 4 << 20
 
 
 class Batching(Struct, frozen=True, forbid_unknown_fields=True):
+    """The table `batching` of a model.toml."""
+
     enabled: bool | None = None
     """Forces batching on or off; None leaves it to the probe at load."""
     max_jobs: Annotated[int, Meta(ge=1)] | None = None
@@ -34,11 +36,15 @@ class Batching(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Limits(Struct, frozen=True, forbid_unknown_fields=True):
+    """The table `limits` of a model.toml."""
+
     timeout_seconds: Annotated[float, Meta(gt=0)] | None = None
     max_rows_per_job: Annotated[int, Meta(ge=1)] | None = None
 
 
 class SessionOptions(Struct, frozen=True, forbid_unknown_fields=True):
+    """The table `session` of a model.toml."""
+
     intra_op_threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
     providers: Annotated[tuple[str, ...], Meta(min_length=1)] | None = None
     """Execution providers, the preferred one first; None: the CPU."""
@@ -50,6 +56,8 @@ class SessionOptions(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """The content of a model.toml; every default stands for a key that is left out."""
+
     labels: tuple[str, ...] = ()
     description: str = ""
     example: Any = None
@@ -73,7 +81,10 @@ class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read_file(path: Path, shown: str) -> ModelConfig:
-    """The config in a file; raises ModelRefused as `read_config` does, and if it is unreadable."""
+    """The config in a file; raises ModelRefused if it is unreadable or has a fault.
+
+    `shown` is the file's name in messages. A labels file beside it is read too.
+    """
     try:
         toml = file_access.read(path, _MAX_FILE_BYTES)
     except UnreadableFile as error:
@@ -85,7 +96,8 @@ def read_config(toml: bytes, shown: str, folder: Path | None = None) -> ModelCon
     """The config in the text of a model.toml.
 
     Raises ModelRefused, which names the file as `shown`, the key and the most similar known key.
-    `folder` is the folder of its labels file; without it, `labels` must be a list.
+    `folder` is the folder of its labels file; without it, `labels` must be a list. Labels in a file
+    are read, and NaN and infinities in the example become words.
     """
     try:
         table = tomllib.loads(file_access.text(toml))
@@ -109,7 +121,11 @@ _NOT_LABELS: Final = frozenset({".yaml", ".yml", ".toml", ".pbtxt", ".xml"})
 
 
 def _labels_in(folder: Path, name: str, shown: str) -> list[str]:
-    """The labels in a file. Raises ModelRefused if it is unreadable, else ValueError."""
+    """The labels in a file: a line each, or those of a JSON file.
+
+    Raises ModelRefused if it is unreadable, else ValueError. `folder` is that of the model.toml,
+    and `shown` the model.toml's name in messages. Empty lines at the end are left out.
+    """
     path = folder / name
     if path.name != name or name in (".", "..") or path.is_symlink():
         raise ValueError(f"labels: {name!r} is not the name of a file beside model.toml")
@@ -132,7 +148,10 @@ def _labels_in(folder: Path, name: str, shown: str) -> list[str]:
 
 
 def _labels_of_json(text: str, name: str) -> list[str]:
-    """The labels in a JSON list, or in `id2label` of a config.json from Hugging Face."""
+    """The labels by column in a JSON list, or in `id2label` of a Hugging Face config.json.
+
+    Raises ValueError if there are none, or not one for each column from 0.
+    """
     try:
         found = msgspec.json.decode(text)
         table = found.get("id2label", found) if isinstance(found, dict) else dict(enumerate(found))
@@ -149,6 +168,10 @@ def _labels_of_json(text: str, name: str) -> list[str]:
 
 
 def _unknown_keys(table: Mapping[str, Any], struct: type[Struct], prefix: str) -> Iterator[str]:
+    """Yields a text for each key that the struct does not have, also in inner tables.
+
+    `prefix` is the path of the table, which ends with a dot, or "".
+    """
     known = {field.name: field.type for field in msgspec.structs.fields(struct)}
     for key, value in table.items():
         if key not in known:
@@ -159,4 +182,5 @@ def _unknown_keys(table: Mapping[str, Any], struct: type[Struct], prefix: str) -
 
 
 def _is_table(kind: Any) -> bool:
+    """Whether the type of a field is a struct, so that its value is a table."""
     return not get_args(kind) and isinstance(kind, type) and issubclass(kind, Struct)

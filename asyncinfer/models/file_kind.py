@@ -48,8 +48,11 @@ _MAX_SAFETENSORS_HEADER_BYTES: Final = 100 << 20
 
 
 def guess_instead_of_weights(path: Path) -> str:
-    """The same for a file of weights. As weights may begin with any bytes, only kinds count whose
-    first bytes are never weights."""
+    """What a file of weights is instead, and what to do, in words; empty if it may be weights.
+
+    As weights may begin with any bytes, only kinds count whose first bytes are never weights.
+    Raises OSError.
+    """
     head = _head(path)
     if head.startswith(_LFS):
         return "a Git LFS pointer, not the weights: run `git lfs pull`"
@@ -59,17 +62,22 @@ def guess_instead_of_weights(path: Path) -> str:
 
 
 def guess_instead_of_model(path: Path) -> str:
-    """What the file is, and what to do, in words; empty if its first bytes do not say."""
+    """What the file is, and what to do, in words; empty if its first bytes do not say.
+
+    Call it for a file that is known not to be a model. Raises OSError.
+    """
     found = next(_guesses(_head(path)), None)
     return f"{found[0]}, not the model: {found[1]}" if found else ""
 
 
 def _head(path: Path) -> bytes:
+    """The first 1,024 bytes of a file."""
     with path.open("rb") as file:
         return file.read(_HEAD_BYTES)
 
 
 def _guesses(head: bytes) -> Iterator[tuple[str, str]]:
+    """Pairs of a kind and its remedy in words, the most likely first."""
     for offset, magic, kind, remedy in _MAGIC:
         if head.startswith(magic, offset):
             yield kind, remedy
@@ -88,7 +96,10 @@ def _guesses(head: bytes) -> Iterator[tuple[str, str]]:
 
 
 def _texts(head: bytes) -> Iterator[tuple[str, str]]:
-    """Kinds of text, also in UTF-16, as Windows tools write it."""
+    """A pair of the kind of text and its remedy; none if it is no text.
+
+    It may be in UTF-16, as Windows tools write it.
+    """
     is_utf_16 = head.startswith((b"\xff\xfe", b"\xfe\xff"))
     try:
         text = head.decode("utf-16", "ignore") if is_utf_16 else _decoded(head)
@@ -108,5 +119,8 @@ def _texts(head: bytes) -> Iterator[tuple[str, str]]:
 
 
 def _decoded(head: bytes) -> str:
-    """Decodes UTF-8; the last character may be cut off where the head ends."""
+    """Decodes UTF-8; raises UnicodeDecodeError.
+
+    The last character may be cut off where the head ends; then it is left out.
+    """
     return codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < _HEAD_BYTES)

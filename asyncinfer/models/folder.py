@@ -87,6 +87,7 @@ def version_order(version: str) -> int:
 
 
 def valid_name(name: str) -> bool:
+    """Whether it may be the name of a model, as NAME_RULE says."""
     return _NAME.fullmatch(name) is not None and name not in _RESERVED
 
 
@@ -117,14 +118,20 @@ def scan(model_dir: Path) -> list[ModelFile]:
 
 
 def bare_file(path: Path) -> ModelFile:
-    """The model that is a single file, in any folder: version 1, named by the file's stem."""
+    """The model that is a single file, in any folder: version 1, named by the file's stem.
+
+    It has a `problem` if its name or the file cannot be used; the file need not exist.
+    """
     file = ModelFile(_model_name(path.stem), "1", path)
     problem = _name_problem(path.stem, file.shown) or _problem(path, file.shown)
     return msgspec.structs.replace(file, problem=problem)
 
 
 def to_serve(files: Sequence[ModelFile]) -> dict[str, ModelFile]:
-    """The version to serve of each model."""
+    """By model name, the version to serve: the configured one, else the newest.
+
+    Files with a problem are not left out.
+    """
     return {file.model: file for file in sorted(files, key=lambda file: file.rank)}
 
 
@@ -132,9 +139,10 @@ Stamp: TypeAlias = tuple[tuple[str, int, int], ...]
 
 
 def read_stamp(file: ModelFile) -> Stamp:
-    """Name, size and modification time in ns of each file of a version, with ONNX's external data.
+    """Path in the folder, size in bytes and modification time in ns of each file of a version.
 
-    The stamp is empty if the model file is gone. Files that may not be examined are left out.
+    ONNX's external data is among them. Stamps are compared to notice changes. The stamp is empty if
+    the model file is gone. Files that may not be examined are left out.
     """
     folder = file.path.parent
     if not file_access.is_file(file.path):
@@ -144,16 +152,18 @@ def read_stamp(file: ModelFile) -> Stamp:
 
 
 def total_bytes(stamp: Stamp) -> int:
-    """The size of all files of a stamp."""
+    """The number of bytes of all files of a stamp."""
     return sum(size for _, size, _ in stamp)
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
+    """Yields files of a folder and its inner folders, at most 10,000, in no order."""
     below = (Path(root, name) for root, _, names in os.walk(folder) for name in names)
     return itertools.islice(below, _MAX_STAMPED_FILES)
 
 
 def _stamped(paths: Iterable[Path], folder: Path) -> Iterator[tuple[str, int, int]]:
+    """Yields path in the folder, size in bytes and modification time in ns of each regular file."""
     for path in paths:
         try:
             status = path.stat()
@@ -203,7 +213,7 @@ def _unreadable_model(entry: Path, problem: str) -> ModelFile:
 
 
 def _duplicate(entry: Path, file: ModelFile, winner: ModelFile) -> list[ModelFile]:
-    """The problem of an entry whose model name another entry has."""
+    """The problem of an entry whose model name another entry has; empty if it is no valid name."""
     if not valid_name(file.model):
         return []
     shown = _shown(entry, 1)
@@ -212,19 +222,23 @@ def _duplicate(entry: Path, file: ModelFile, winner: ModelFile) -> list[ModelFil
 
 
 def _model_name(name: str) -> str:
+    """The name of a model; one that is not valid is made printable."""
     return name if valid_name(name) else printable_name(name)
 
 
 def _name_problem(name: str, shown: str) -> str:
+    """Why a name cannot be that of a model, after `shown`; "" if it can."""
     return "" if valid_name(name) else f"{shown}: rename it: {NAME_RULE}"
 
 
 def _problem(path: Path, shown: str) -> str:
+    """Why a file cannot be read, after `shown`; "" if it can."""
     words = file_access.why_unreadable(path)
     return f"{shown}: {words}" if words else ""
 
 
 def _shown(path: Path, parts: int) -> str:
+    """The last `parts` names of a path, made printable."""
     return "/".join(map(printable_name, path.parts[-parts:]))
 
 
@@ -232,6 +246,10 @@ def _shown(path: Path, parts: int) -> str:
 
 
 def _read_model(folder: Path) -> list[ModelFile]:
+    """The versions in the folder of a model, the one to serve first; empty if it is no model.
+
+    Raises OSError for an unreadable folder that cannot be a model.
+    """
     try:
         entries = sorted(_entries(folder))
     except OSError as error:
@@ -248,7 +266,7 @@ def _read_model(folder: Path) -> list[ModelFile]:
 
 
 def _version_file(entry: Path) -> tuple[Path, str] | None:
-    """The model file of a version, and its problem; None if the entry is not a version."""
+    """The model file of a version, and its problem or ""; None if the entry is not a version."""
     usual = entry / "model.onnx"
     has_version_name = _LIKELY_VERSION.fullmatch(entry.name) is not None
     if not file_access.is_folder(entry):
@@ -265,7 +283,10 @@ def _version_file(entry: Path) -> tuple[Path, str] | None:
 
 
 def _only_onnx_file(folder: Path, usual: Path, entries: list[Path]) -> tuple[Path, str] | None:
-    """The only ONNX file of a version, if it has another name than model.onnx, and its problem."""
+    """The only ONNX file of a version, and its problem or "", if none is called model.onnx.
+
+    If there are several, the path `usual` with a problem. None if there is none.
+    """
     candidates = [entry for entry in entries if _is_onnx(entry)]
     if len(candidates) > 1:
         names = [printable_name(file.name) for file in candidates]
@@ -288,6 +309,7 @@ def _only_onnx_file(folder: Path, usual: Path, entries: list[Path]) -> tuple[Pat
 
 
 def _first_onnx(folders: Iterable[Path]) -> Path | None:
+    """The first ONNX file in the first of the folders that has one; None if none has."""
     for folder in folders:
         try:
             entries = sorted(_entries(folder))
@@ -299,7 +321,10 @@ def _first_onnx(folders: Iterable[Path]) -> Path | None:
 
 
 def _misplaced_model(folder: Path, entries: list[Path]) -> list[ModelFile]:
-    """The problem of a folder without versions that has an ONNX file in a wrong place."""
+    """The problem of a folder without versions that has an ONNX file in a wrong place.
+
+    Empty if it has none: then it is no model.
+    """
     model, name = _model_name(folder.name), printable_name(folder.name)
     files = (entry for entry in entries if _is_onnx(entry) and file_access.is_file(entry))
     if misplaced := next(files, None):
@@ -333,6 +358,10 @@ def _has_version(folder: Path) -> bool:
 def _version(
     model: ModelFile, name: str, path: Path, problem: str, names: Collection[str]
 ) -> ModelFile:
+    """The version in the inner folder `name`, from the template `model`.
+
+    `path` is its model file, `problem` what is known of it, and `names` are all entries beside it.
+    """
     problem = problem or model.problem
     if not _VERSION.fullmatch(name):
         shown = printable_name(name)
@@ -343,7 +372,10 @@ def _version(
 
 
 def _read_model_toml(folder: Path) -> ModelFile:
-    """A template for the versions of a model, with its `model.toml`."""
+    """A template for the versions of a model: its name, with the config of its `model.toml`.
+
+    It has a problem if the name or the model.toml cannot be used.
+    """
     name = _model_name(folder.name)
     file = ModelFile(name, "1", folder, problem=_name_problem(folder.name, name))
     path = folder / "model.toml"
@@ -359,7 +391,10 @@ def _read_model_toml(folder: Path) -> ModelFile:
 def find_model_dir(
     explicit: Path | None, *, cwd: Path, package: Path = Path(__file__).parents[1]
 ) -> Path:
-    """The folder to serve: the explicit one, else `./model`, else the shipped one."""
+    """The folder to serve: the explicit one, else `./model`, else the shipped one.
+
+    It need not exist. `package` is the folder of this package, which tests replace.
+    """
     if explicit is not None:
         return explicit
     # A wheel carries `_models`; an editable install has the repository's own folder.
@@ -368,7 +403,10 @@ def find_model_dir(
 
 
 def default_model(explicit: str | None, names: Iterable[str]) -> str | None:
-    """The model of requests that name none; None if every request must name one."""
+    """The model of requests that name none; None if every request must name one.
+
+    That is the explicit one, even if it is not among `names`; else iris; else the only one.
+    """
     if explicit is not None:
         return explicit
     known = set(filter(valid_name, names))

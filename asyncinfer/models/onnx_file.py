@@ -39,7 +39,11 @@ class DamagedFile(ValueError):
 
 
 def check_weights(path: Path, shown: str) -> None:
-    """Checks that it is an ONNX file whose weights are in its own folder; raises ModelRefused."""
+    """Raises ModelRefused unless it is an ONNX file whose weights are in its own folder.
+
+    `shown` is its name in messages. It reads the structure of the whole file; weights are not
+    loaded.
+    """
     folder = path.parent
     if not path.stat().st_size:
         raise ModelRefused(f"{shown}: it is empty")
@@ -57,14 +61,19 @@ def check_weights(path: Path, shown: str) -> None:
 
 
 def weights_files(path: Path) -> set[str]:
-    """The locations of external weights that a file names; raises DamagedFile, or ValueError if the
-    file is empty."""
+    """The locations of external weights that a file names, as they are written in it.
+
+    They may lead anywhere. Raises DamagedFile, ValueError if the file is empty, or OSError.
+    """
     with mapped(path) as content:
         return set(locations(content))
 
 
 def looks_whole(path: Path) -> bool:
-    """Whether the file may be a complete model; as fast for a large file as for a small one."""
+    """Whether the file may be a complete model; False if it is unreadable, raises nothing.
+
+    It is as fast for a large file as for a small one, since only the outermost fields are read.
+    """
     try:
         with mapped(path) as content:
             # All fields are read, because a truncated file is only noticed at its end.
@@ -76,7 +85,10 @@ def looks_whole(path: Path) -> bool:
 
 @contextmanager
 def mapped(path: Path) -> Iterator[memoryview]:
-    """The file's bytes, mapped into memory; raises ValueError if it is empty."""
+    """The file's bytes, mapped into memory until the end of the block; they are released then.
+
+    Raises ValueError if the file is empty, or OSError.
+    """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         view = memoryview(content)
         try:
@@ -89,6 +101,7 @@ _PUT_IT_HERE: Final = "; put the file itself beside the model"
 
 
 def _problem(folder: Path, location: str) -> str:
+    """What is wrong with a location of weights, in words that follow `which`; "" if nothing is."""
     relative = Path(location)
     if relative.is_absolute() or "\\" in location or "\0" in location or ".." in relative.parts:
         return f"is no plain path within the model's folder{_PUT_IT_HERE}"
@@ -109,7 +122,10 @@ def _problem(folder: Path, location: str) -> str:
 
 
 def locations(content: memoryview) -> Iterator[str]:
-    """Every `location` of external data in a serialized model; raises DamagedFile."""
+    """Every `location` of external data in a serialized model, with repeats; raises DamagedFile.
+
+    Bytes that are not UTF-8 become surrogates.
+    """
     pending = [("model", 0, len(content))]
     messages = 0
     while pending:
@@ -127,6 +143,7 @@ def locations(content: memoryview) -> Iterator[str]:
 
 
 def _location(content: memoryview, start: int, end: int) -> Iterator[str]:
+    """The value of an entry in these bounds, if its key is `location`; else nothing."""
     key = value = b""
     for number, begin, stop in fields(content, start, end):
         if number == 1:
@@ -142,8 +159,8 @@ def fields(
 ) -> Iterator[tuple[int, int, int]]:
     """Number, start and end of each length-delimited field of the message in `content[at:end]`.
 
-    With `with_numbers` also its whole numbers: the field's number, the value, and NO_END. Raises
-    DamagedFile.
+    With `with_numbers` also its whole numbers, which have no sign: the field's number, the value,
+    and NO_END. Other fields are skipped. Raises DamagedFile.
     """
     while at < end:
         tag, at = varint(content, at, end)
@@ -169,13 +186,17 @@ def fields(
 
 
 def _too_long(missing_bytes: int, end: int, content: memoryview) -> str:
+    """The detail of a field that is `missing_bytes` longer than its message; `end` is its end."""
     if end < len(content):
         return "a field is longer than the message that contains it"
     return f"{missing_bytes} bytes are missing at its end; copy or download it again"
 
 
 def varint(content: memoryview, at: int, end: int) -> tuple[int, int]:
-    """The number that starts at `at`, and the offset after it; raises DamagedFile."""
+    """The number without a sign that starts at `at`, and the offset after it.
+
+    Raises DamagedFile if it does not end before `end`, or has more than 10 bytes.
+    """
     value = 0
     for shift in range(0, 70, 7):
         if at >= end:

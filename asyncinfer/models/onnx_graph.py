@@ -37,6 +37,8 @@ class TooLarge(ValueError):
 
 
 class Node(Struct, frozen=True):
+    """An operator or a call of a function, without the weights in its attributes."""
+
     domain: str
     operator: str
     inputs: tuple[str, ...]
@@ -51,6 +53,8 @@ class Node(Struct, frozen=True):
 
 
 class Graph(Struct, frozen=True):
+    """A graph, or one within a node, as its names connect its nodes."""
+
     inputs: tuple[str, ...]
     nodes: tuple[Node, ...]
     tables: dict[str, Dims]
@@ -60,6 +64,8 @@ class Graph(Struct, frozen=True):
 
 
 class File(Struct, frozen=True):
+    """The graph of a file and the functions that it defines."""
+
     graph: Graph
     functions: dict[tuple[str, str, str], "Function"]
     of_any_rank: frozenset[str]
@@ -67,13 +73,15 @@ class File(Struct, frozen=True):
 
 
 class Function(Struct, frozen=True):
+    """A function of the file, which nodes call by its key."""
+
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     nodes: tuple[Node, ...]
 
 
 def read(path: Path) -> File:
-    """The graph of a file; raises TooLarge, DamagedFile (ValueError if empty) or OSError."""
+    """The graph of a file; raises TooLarge, DamagedFile (ValueError if it is empty) or OSError."""
     with mapped(path) as content:
         return read_content(content)
 
@@ -84,6 +92,12 @@ def read_content(content: memoryview) -> File:
 
 
 class _Reader:
+    """Reads one file, and counts its parts over all graphs for the limits.
+
+    Of its methods `begin` and `end`, or `start` and `stop`, are the bounds of a message in the
+    file; `depth` counts graphs within graphs. They raise TooLarge and DamagedFile.
+    """
+
     def __init__(self, content: memoryview) -> None:
         self._content = content
         self._nodes = 0
@@ -91,6 +105,7 @@ class _Reader:
         self._numbers = 0
 
     def file(self) -> File:
+        """The whole file."""
         graph = _Parts()
         functions = {}
         for number, begin, end in fields(self._content, 0, len(self._content)):
@@ -103,6 +118,7 @@ class _Reader:
         return File(graph.build(), functions, of_any_rank)
 
     def _graph(self, begin: int, end: int, depth: int) -> Graph:
+        """The graph in these bounds, which is within a node."""
         if depth > _MAX_DEPTH:
             raise TooLarge
         parts = _Parts()
@@ -110,6 +126,7 @@ class _Reader:
         return parts.build()
 
     def _add_graph(self, parts: "_Parts", begin: int, end: int, depth: int) -> None:
+        """Adds the parts of a graph in these bounds to `parts`."""
         for number, start, stop in fields(self._content, begin, end):
             if number == 1:
                 parts.nodes.append(self._node(start, stop, depth))
@@ -123,6 +140,7 @@ class _Reader:
                     parts.inputs.append(name)
 
     def _function(self, begin: int, end: int) -> tuple[tuple[str, str, str], "Function"]:
+        """A function and its key: domain, name and overload."""
         words = {1: "", 10: "", 13: ""}
         names: dict[int, list[str]] = {4: [], 5: []}
         nodes = []
@@ -137,6 +155,7 @@ class _Reader:
         return key, Function(tuple(names[4]), tuple(names[5]), tuple(nodes))
 
     def _node(self, begin: int, end: int, depth: int) -> Node:
+        """The node in these bounds."""
         self._nodes += 1
         if self._nodes > _MAX_NODES:
             raise TooLarge
@@ -167,6 +186,7 @@ class _Reader:
         )
 
     def _add_attribute(self, attributes: "_Attributes", begin: int, end: int, depth: int) -> None:
+        """Adds an attribute to `attributes`, if it is one that is kept or has graphs."""
         name = ""
         numbers: list[int] = []
         value: int | None = None
@@ -189,6 +209,7 @@ class _Reader:
             attributes.lists[name] = tuple(numbers) if dims is None else dims
 
     def _tensor(self, begin: int, end: int) -> tuple[str, Dims]:
+        """The name and the dimensions of a tensor; its elements are skipped."""
         name = ""
         dims: list[int] = []
         for number, start, stop in fields(self._content, begin, end, with_numbers=True):
@@ -199,7 +220,7 @@ class _Reader:
         return name, tuple(dims)
 
     def _integers(self, start: int, stop: int) -> Iterator[int]:
-        """The values of a repeated field: a single number, or packed ones."""
+        """The values of a repeated field: `start` itself if `stop` is NO_END, else packed ones."""
         if stop == NO_END:
             yield _signed(start)
             return
@@ -210,6 +231,7 @@ class _Reader:
             yield _signed(value)
 
     def _count_number(self) -> None:
+        """Counts a number; raises TooLarge beyond the limit."""
         self._numbers += 1
         if self._numbers > _MAX_NUMBERS:
             raise TooLarge
@@ -239,6 +261,10 @@ class _Reader:
         return False
 
     def _text(self, start: int, stop: int) -> str:
+        """The text in these bounds, which counts as a name.
+
+        Bytes that are not UTF-8 become surrogates.
+        """
         self._names += 1
         if self._names > _MAX_NAMES:
             raise TooLarge
@@ -246,6 +272,8 @@ class _Reader:
 
 
 class _Attributes:
+    """The attributes of a node while it is read."""
+
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
         self.lists: dict[str, Dims] = {}
@@ -262,16 +290,18 @@ class _Parts:
         self.shaped: dict[str, bool] = {}
 
     def build(self) -> Graph:
+        """The graph of the parts so far."""
         reads = {name for node in self.nodes for name in node.inputs}
         reads.update(*(graph.reads for node in self.nodes for graph in node.graphs))
         return Graph(tuple(self.inputs), tuple(self.nodes), self.tables, frozenset(reads))
 
 
 def _domain(name: str) -> str:
+    """The domain of an operator; the default one has two names, of which "" is returned."""
     return "" if name == "ai.onnx" else name
 
 
 def _signed(value: int) -> int:
-    """The value of an int64 in protobuf, whose varints have no sign."""
+    """The value of an int64, whose varint in protobuf is read without a sign."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value

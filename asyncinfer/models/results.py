@@ -65,6 +65,7 @@ class _Rows(Struct, frozen=True):
 
     @classmethod
     def of(cls, name: str, output: Array) -> "_Rows":
+        """An output whose first axis counts rows, as lists."""
         rows = _plain(output).reshape(len(output), -1).tolist()
         return cls(name, datatype_of(output), output.shape[1:], rows)
 
@@ -75,8 +76,11 @@ class _Rows(Struct, frozen=True):
 
 
 def render_result(outputs: Sequence[Array], signature: Signature) -> bytes:
-    """The JSON result of a single job: for a labelled classifier an object per row (without a list
-    if there is one row), else all outputs."""
+    """The JSON result of a single job.
+
+    For a labelled classifier it is an object per row (without a list if there is one row), else all
+    outputs.
+    """
     return render_results(outputs, [{}], signature, None)[0]
 
 
@@ -114,9 +118,10 @@ def render_results(
 
 
 def render_stored(payload: bytes) -> bytes:
-    """The JSON of a result that is stored as packed tensors; raises DamagedPayload.
+    """The JSON of a result that is stored as packed tensors, always that of named outputs.
 
-    These are the same bytes that the worker stores for a job that requests JSON.
+    These are the same bytes that the worker stores for a job that requests JSON of a model without
+    labels. Raises DamagedPayload.
     """
     return _encode_tensors(list(packing.unpack(payload).items()))
 
@@ -128,6 +133,7 @@ def _render_tensors(
     plan: Plan | None,
     wanted: Sequence[str],
 ) -> list[bytes]:
+    """The JSON of the wanted outputs of each job, in the order of `jobs`; raises ModelFailed."""
     if plan is None or len(jobs) == 1 or not _is_convertible_at_once(outputs, plan):
         return [
             _encode_tensors(_wanted_outputs(job_outputs, signature, wanted))
@@ -146,6 +152,7 @@ def _render_tensors(
 
 
 def _is_convertible_at_once(outputs: Sequence[Array], plan: Plan) -> bool:
+    """Whether all outputs are small, have their rows along axis 0, and are not padded."""
     if any(axis != 0 for axis in plan.outputs) or plan.unpad:
         return False
     return all(output.ndim and 0 < output.size <= _MAX_CONVERTED_NUMBERS for output in outputs)
@@ -154,7 +161,10 @@ def _is_convertible_at_once(outputs: Sequence[Array], plan: Plan) -> bool:
 def _wanted_outputs(
     outputs: Sequence[Array], signature: Signature, wanted: Sequence[str]
 ) -> list[tuple[str, Array]]:
-    """The wanted outputs with their names, in the order of `wanted`; all of them if it is empty."""
+    """The wanted outputs with their names, in the order of `wanted`; all of them if it is empty.
+
+    Raises ModelFailed for a name that no output has.
+    """
     names = [spec.name for spec in signature.outputs]
     if not wanted:
         return list(zip(names, outputs, strict=True))
@@ -165,7 +175,10 @@ def _wanted_outputs(
 
 
 def _class_rows(outputs: Sequence[Array], signature: Signature) -> list[ClassResult] | None:
-    """A result per row of a labelled classifier; None if the model is not one."""
+    """A result per row of a labelled classifier, for the rows of all jobs.
+
+    None if the model is not one, or if its scores are not `(rows, labels)` in this run.
+    """
     labels = signature.labels
     scores = _output(signature.score_output, outputs, signature)
     if scores is None or scores.ndim != 2 or scores.shape[1] != len(labels):
@@ -186,6 +199,7 @@ def _class_rows(outputs: Sequence[Array], signature: Signature) -> list[ClassRes
 
 
 def _output(name: str, outputs: Sequence[Array], signature: Signature) -> Array | None:
+    """The array of the output of this name; None if there is none, as for an empty name."""
     for spec, output in zip(signature.outputs, outputs, strict=True):
         if spec.name == name:
             return output
@@ -193,7 +207,11 @@ def _output(name: str, outputs: Sequence[Array], signature: Signature) -> Array 
 
 
 def _class_columns(highest: Columns, classes: Array | None, signature: Signature) -> list[int]:
-    """The column of each row's class: that of its value in `classes`, else of its highest score."""
+    """The column of each row's class: that of its value in `classes`, else of its highest score.
+
+    `highest` has the column of each row's highest score. `classes` is None or ignored if it does
+    not have one value per row.
+    """
     fallback: list[int] = highest.tolist()
     if classes is None or classes.size != len(fallback):
         return fallback
@@ -208,6 +226,10 @@ def _class_columns(highest: Columns, classes: Array | None, signature: Signature
 def _columns_by_value(
     values: tuple[int | str | None, ...], width: int
 ) -> Mapping[int | str | None, int]:
+    """By value of the class output, the column that it stands for; no values stand for themselves.
+
+    `width` is the number of columns.
+    """
     pairs = zip(values or range(width), range(width), strict=True)
     return {value: column for value, column in pairs if value is not None}
 
@@ -215,7 +237,11 @@ def _columns_by_value(
 def _without_nan(
     columns: Sequence[int], highest: Columns, is_nan: npt.NDArray[np.bool_]
 ) -> list[int | None]:
-    """The columns, with the highest one for a class whose score is NaN; None if all are NaN."""
+    """The columns, with the highest one for a class whose score is NaN; None if all are NaN.
+
+    `columns` has the class of each row, `highest` the column of its highest score, and `is_nan`, of
+    the shape `(rows, classes)`, where scores are NaN.
+    """
     rows = np.arange(len(columns))
     known = np.where(is_nan[rows, columns], highest, columns)
     are_nan = is_nan[rows, known].tolist()
@@ -241,7 +267,10 @@ def highest_columns(scores: Array) -> Columns:
 
 
 def softmax(logits: Array) -> Array:
-    """The softmax along axis 1, computed in float64. It never overflows; only NaN gives NaN."""
+    """The softmax along axis 1, in the dtype of `logits`; computed in float64.
+
+    It never overflows; only NaN gives NaN.
+    """
     wide = logits.astype(np.float64)
     top = wide.max(axis=1, keepdims=True)
     with np.errstate(invalid="ignore"):
@@ -251,10 +280,12 @@ def softmax(logits: Array) -> Array:
 
 
 def _encode_rows(rows: list[ClassResult]) -> bytes:
+    """JSON of the rows; of a single row its object without a list."""
     return _encode(rows[0] if len(rows) == 1 else rows)
 
 
 def _encode_tensors(outputs: Sequence[tuple[str, Array]]) -> bytes:
+    """JSON of named outputs, with flat, row-major data."""
     tensors = [
         TensorResult(name, datatype_of(output), output.shape, _plain(output).ravel().tolist())
         for name, output in outputs
@@ -263,11 +294,15 @@ def _encode_tensors(outputs: Sequence[tuple[str, Array]]) -> bytes:
 
 
 def _is_float(output: Array) -> bool:
+    """Whether the dtype is one of floats, bfloat16 among them."""
     return output.dtype.kind == "f" or output.dtype == DTYPES["BF16"]
 
 
 def _plain(output: Array) -> Array:
-    """`output` with a string for each value that is not a number in JSON."""
+    """`output` with a string for each value that is not a number in JSON.
+
+    An array of objects then; else an array of numbers, float32 for bfloat16.
+    """
     if not _is_float(output):
         return output
     if output.dtype == DTYPES["BF16"]:

@@ -67,8 +67,11 @@ _MAX_EXAMPLE_DEPTH: Final = 2 * datatypes.MAX_DIMENSIONS
 
 
 def read_signature(body: bytes | None) -> Signature | None:
-    """Decodes an announced signature; None if it is corrupt, or describes a model that this
-    release could not accept inputs for."""
+    """Decodes an announced signature, which is JSON; None if it is missing or corrupt.
+
+    Also None if it describes a model that this release could not accept inputs for, such as one
+    with an unknown datatype or an impossible shape. Raises nothing.
+    """
     signature = _read_signature(body)
     if signature is None or version_order(signature.version) < 0:
         return None
@@ -79,6 +82,7 @@ def read_signature(body: bytes | None) -> Signature | None:
 
 
 def _is_valid(spec: TensorSpec) -> bool:
+    """Whether the datatype is known and the shape is one that an array can have."""
     dims = datatypes.dims(spec)
     sizes = [dim for dim in dims if isinstance(dim, int)]
     return (
@@ -97,8 +101,10 @@ def _is_shallow(value: object, depth: int = _MAX_EXAMPLE_DEPTH) -> bool:
 
 
 def data_input(signature: Signature) -> TensorSpec | None:
-    """The input that a request's `data` is for: the only one, or the only required one; None if
-    there is no such input."""
+    """The input that a request's `data` is for: the only one, or the only required one.
+
+    None if there is no such input.
+    """
     if len(signature.inputs) == 1:
         return signature.inputs[0]
     required = [spec for spec in signature.inputs if not spec.optional]

@@ -17,8 +17,9 @@ from asyncinfer.tensors.shape_errors import Given
 def check_data(data: bytes | msgspec.Raw, signature: Signature) -> Array:
     """Decodes the JSON text of a request's `data` into an array that fits the model's data input.
 
-    Raises InvalidInput, which lists every error with a JSON pointer that starts with /data. The API
-    and the worker both call this, because external jobs bypass the API.
+    Raises InvalidInput, which lists every error with a JSON pointer that starts with /data; also if
+    the model takes several inputs. The API and the worker both call this, because external jobs
+    bypass the API.
     """
     spec = data_input(signature)
     if spec is None:
@@ -46,8 +47,11 @@ _LARGE_BYTES: Final = 64 << 10
 
 
 def _count_rows(data: bytes, spec: TensorSpec) -> int:
-    """How many rows a long text has, counted from its brackets and commas; 0 if only decoding can
-    tell. It runs before decoding, because rejecting too many rows must cost next to nothing."""
+    """How many rows a long text has, counted from its brackets and commas.
+
+    0 if only decoding can tell. It runs before decoding, because rejecting too many rows must cost
+    next to nothing.
+    """
     dims = datatypes.dims(spec)
     inner = dims[1:-1]
     are_fixed = all(isinstance(size, int) and size > 0 for size in inner)
@@ -61,6 +65,7 @@ def _count_rows(data: bytes, spec: TensorSpec) -> int:
 
 
 def _check_rows(rows: int, spec: TensorSpec, signature: Signature) -> None:
+    """Raises InvalidInput if there are more rows than the model allows and it limits them."""
     if datatypes.is_open(spec) and rows > signature.max_rows:
         detail = json_errors.too_many_rows_detail(
             str(rows), spec, model=signature.model, max_rows=signature.max_rows
@@ -102,8 +107,10 @@ def check_inputs(feeds: Feeds, signature: Signature) -> Feeds:
 def refuse_misfits(
     given: Sequence[Given], signature: Signature, others: Iterable[Fault] = ()
 ) -> None:
-    """Raises InvalidInput if the described tensors do not fit the signature, or if `others` has
-    errors; it lists both."""
+    """Raises InvalidInput if the described tensors do not fit the signature, or for `others`.
+
+    The error lists both.
+    """
     found = shape_errors.find(
         given, signature.inputs, model=signature.model, max_rows=signature.max_rows
     )
@@ -112,6 +119,7 @@ def refuse_misfits(
 
 
 def _no_data_detail(signature: Signature) -> str:
+    """The detail of an error about `data` for a model without a single input for it."""
     names = ", ".join(spec.name for spec in signature.inputs)
     if not names:
         return f"{signature.model} takes no input"

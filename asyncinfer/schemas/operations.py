@@ -13,8 +13,11 @@ _WORKER_ID: Final = re.compile(r".+-[0-9]+-([0-9a-f]{6})", re.DOTALL)
 
 @lru_cache(maxsize=256)
 def shown_worker(worker_id: str) -> str:
-    """A worker's name in answers, such as `w-f0fd4a`: the random end of its id, without the host
-    name and process id that come before it. An id of another form is hashed (SHA-256)."""
+    """A worker's name in answers, such as `w-f0fd4a`: the random end of its id.
+
+    The host name and process id that come before it are not shown. Of an id of another form the
+    first digits of its SHA-256 are.
+    """
     if match := _WORKER_ID.fullmatch(worker_id):
         return f"w-{match[1]}"
     return f"w-{hashlib.sha256(worker_id.encode('utf-8', 'surrogatepass')).hexdigest()[:6]}"

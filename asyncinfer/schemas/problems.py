@@ -34,7 +34,7 @@ class LineProblem(Problem, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def problem_of(error: RequestError, path: str = "") -> Problem:
-    """The body that answers a request to `path` with this error."""
+    """The body that answers a request to `path` with this error; its `instance` is that path."""
     return Problem(
         type=f"urn:asyncinfer:problem:{error.code}",
         title=error.title,
@@ -49,7 +49,7 @@ def problem_of(error: RequestError, path: str = "") -> Problem:
 
 
 def line_problem_of(error: RequestError, line: int) -> LineProblem:
-    """The line that answers line number `line` of a request with this error."""
+    """The line that answers line number `line`, from 1, of a request with this error."""
     problem = problem_of(error)
     members = {name: getattr(problem, name) for name in problem.__struct_fields__}
     return LineProblem(line=line, retry_after_seconds=error.retry_after_seconds, **members)

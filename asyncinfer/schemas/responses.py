@@ -304,5 +304,5 @@ class About(Struct, frozen=True):
 
 
 def at(time_ms: int | None) -> datetime | UnsetType:
-    """The time in an answer for a time in a record; UNSET if it is missing or out of range."""
+    """The time in an answer for milliseconds since 1970; UNSET if it is missing or out of range."""
     return decoding.time(time_ms) or UNSET

@@ -104,9 +104,10 @@ _PLACE: Final = re.compile(r" - at `\$\[(\d+)\]`")
 def decode(data: bytes | msgspec.Raw, spec: TensorSpec) -> Array:
     """The JSON text `data` as an array of `spec`'s datatype and number of dimensions.
 
-    The sizes of its dimensions are not checked. An element of a float datatype may be null, "NaN",
-    "Infinity" or "-Infinity". Raises ValueError or OverflowError if any element does not fit the
-    datatype.
+    The sizes of its dimensions are not checked, and without a declared number of dimensions any up
+    to 32 is taken. An element of a float datatype may be null, "NaN", "Infinity" or "-Infinity".
+    Raises ValueError or OverflowError if any element does not fit the datatype, or the arrays are
+    not regular.
     """
     data = bytes(data)
     try:
@@ -122,6 +123,7 @@ def decode(data: bytes | msgspec.Raw, spec: TensorSpec) -> Array:
 
 
 def _replace_missing(data: bytes, spec: TensorSpec) -> bytes:
+    """The text with zeros for missing values; the same object if it has none, or no floats."""
     return missing_values.replace_with_zeros(data) if spec.datatype in FLOATS else data
 
 
@@ -130,6 +132,7 @@ def _restore_missing(array: Array, text: bytes) -> None:
 
     `text` is the text before that, and has nothing but numbers and missing values: the index of an
     element is the number of commas before it, and one letter identifies each kind of missing value.
+    Raises ValueError if the text has another number of elements.
     """
     codes = np.frombuffer(text, np.uint8)
     commas = np.flatnonzero(codes == ord(","))
@@ -144,6 +147,7 @@ def _restore_missing(array: Array, text: bytes) -> None:
 
 
 def _decode_plain(data: bytes, spec: TensorSpec) -> Array:
+    """`decode` for a text without missing values."""
     rank = nesting_of(data) if spec.shape is None else len(spec.shape)
     if len(data) > _LONG_BYTES and rank and spec.datatype in RANGES:
         nesting = data.translate(None, _NUMBER_BYTES)
@@ -187,7 +191,8 @@ def _decode_numbers(data: bytes, shape: tuple[int, ...], datatype: str) -> Array
 def _shape_of(nesting: bytes, rank: int) -> tuple[int, ...]:
     """The shape of an array, read from its brackets and commas.
 
-    Raises ValueError unless they form a regular array of this rank.
+    `nesting` is the text without all bytes of numbers. Raises ValueError unless it forms a regular
+    array of this rank.
     """
     if other := _NO_NESTING.search(nesting):
         raise ValueError(f"element {nesting.count(b',', 0, other.start())} is not a number")
@@ -206,11 +211,12 @@ def _shape_of(nesting: bytes, rank: int) -> tuple[int, ...]:
 
 
 def _end_of(nesting: bytes, depth: int, rank: int) -> int:
-    """Where the first array at this depth ends, if the nesting is regular."""
+    """The offset at which the first array at this depth ends, if the nesting is regular."""
     return nesting.find(b"]" * (rank - depth)) + rank - depth - 1
 
 
 def _pieces(text: bytes) -> Iterator[bytes]:
+    """Yields a flat text in pieces of about 64 KiB, cut at commas, which are left out."""
     start = 0
     while len(text) - start > _PIECE_BYTES and (end := text.find(b",", start + _PIECE_BYTES)) > 0:
         yield text[start:end]
@@ -219,13 +225,18 @@ def _pieces(text: bytes) -> Iterator[bytes]:
 
 
 def _at_element(error: msgspec.ValidationError, position: int) -> str:
-    """The error's message with the element's index in the text; the piece starts at `position`."""
+    """The error's message with the index of the element in the whole text, if it names a place.
+
+    `position` is the number of elements before the piece that the error is of. A message without a
+    place is unchanged.
+    """
     message = str(error)
     place = _PLACE.search(message)
     return f"element {position + int(place[1])}: {message[: place.start()]}" if place else message
 
 
 def _flat_array(values: list[Any], datatype: str) -> Array:
+    """A one-dimensional array of numbers; raises OverflowError if one does not fit."""
     if datatype not in FLOATS:
         return np.array(values, dtype=DTYPES[datatype])
     # The same as np.array(values), in half the time.
@@ -237,7 +248,8 @@ def decode_rows(data: Sequence[bytes], spec: TensorSpec) -> tuple[Array, list[in
     """Decodes several JSON texts of shape `(rows, *dims)` into one array.
 
     Returns the array of shape `(total rows, *dims)`, in the order of `data`, and the number of rows
-    of each text. Shapes are not checked; raises as `decode` does, without saying which text.
+    of each text. Shapes are not checked; raises as `decode` does, without saying which text. `spec`
+    must declare its number of dimensions.
     """
     try:
         return _decode_plain_rows(data, spec)
@@ -251,6 +263,7 @@ def decode_rows(data: Sequence[bytes], spec: TensorSpec) -> tuple[Array, list[in
 
 
 def _decode_plain_rows(data: Sequence[bytes], spec: TensorSpec) -> tuple[Array, list[int]]:
+    """`decode_rows` for texts without missing values."""
     decoder = _decoder(spec.datatype, len(dims(spec)))
     values: list[Any] = [decoder(text) for text in data]
     rows = list(itertools.chain.from_iterable(values))
@@ -263,7 +276,11 @@ def datatype_of(array: Array) -> str:
 
 
 def fits(shape: tuple[int, ...], spec: TensorSpec) -> bool:
-    """Whether an array of `shape` fits `spec`; sizes of one symbol must be equal, and no size 0."""
+    """Whether an array of `shape` fits `spec`.
+
+    Sizes of one symbol must be equal, and no size 0. Without a declared number of dimensions up to
+    32 fit.
+    """
     if spec.shape is None:
         return len(shape) <= MAX_DIMENSIONS and 0 not in shape
     if len(shape) != len(spec.shape) or 0 in shape:
@@ -279,7 +296,7 @@ def fits(shape: tuple[int, ...], spec: TensorSpec) -> bool:
 
 
 def is_open(spec: TensorSpec) -> bool:
-    """Whether the first dimension has no fixed size."""
+    """Whether there is a first dimension, and it has no fixed size."""
     return bool(spec.shape) and not isinstance(dims(spec)[0], int)
 
 
@@ -289,7 +306,7 @@ def dims(spec: TensorSpec) -> tuple[Dim, ...]:
 
 
 def shape_words(spec: TensorSpec) -> str:
-    """The shape as text for people: `[batch, 3, ?]`."""
+    """The shape as text for people, as `[batch, 3, ?]`."""
     if spec.shape is None:
         return f"[...] of up to {MAX_DIMENSIONS} dimensions"
     return f"[{', '.join('?' if dim is None else str(dim) for dim in spec.shape)}]"
@@ -297,6 +314,10 @@ def shape_words(spec: TensorSpec) -> str:
 
 @functools.cache
 def _decoder(datatype: str, rank: int) -> Callable[[bytes | msgspec.Raw], object]:
+    """A function that decodes lists nested `rank` deep, and checks the range of each element.
+
+    It raises msgspec.ValidationError.
+    """
     nested: Any = _element_type(datatype)
     for _ in range(rank):
         nested = list[nested]
@@ -304,6 +325,7 @@ def _decoder(datatype: str, rank: int) -> Callable[[bytes | msgspec.Raw], object
 
 
 def _element_type(datatype: str) -> object:
+    """The type for msgspec of an element, with its range."""
     if datatype == "BOOL":
         return bool
     if datatype == "BYTES":

@@ -48,9 +48,9 @@ _INFINITIES: Final = (math.inf, -math.inf)
 
 
 def refusal(faults: Iterable[Fault], *, otherwise: str = "does not fit") -> InvalidInput:
-    """The error that lists `faults`: the first MAX_LISTED_ERRORS, and how many more there are.
+    """Returns the error that lists `faults`: the first 20, and how many more there are.
 
-    `otherwise` is its detail if there are none.
+    `otherwise` is its detail if there are none; then its only fault is at /data.
     """
     found = list(itertools.islice(faults, _MAX_COUNTED)) or [Fault("/data", otherwise)]
     root = f"/{found[0].pointer[1:].partition('/')[0]}"
@@ -79,7 +79,7 @@ def find(
     """Every difference between the JSON text `data` and `spec`; pointers start with `at`.
 
     `model` is the name in the details. Only the first 64 KiB of a long text are examined, so there
-    may be no error in them.
+    may be no error in them. Raises nothing: text that is not JSON is a fault at `at`.
     """
     if spec.shape is None:
         try:
@@ -105,14 +105,19 @@ def find(
 
 
 def too_many_rows_detail(rows: str, spec: TensorSpec, *, model: str, max_rows: int) -> str:
-    """The detail of an error about too many rows; `rows` is their number, in words."""
+    """The detail of an error about too many rows.
+
+    `rows` is their number in words, as `more than 100`, and `max_rows` the limit of the model.
+    """
     noun = "rows" if len(dims(spec)) > 1 else f"{_element(spec.datatype).noun}s"
     return f"{rows} {noun}, {model} takes at most {max_rows} in one job"
 
 
 def _beginning(data: bytes) -> tuple[bytes, int]:
-    """The first elements of a text as valid JSON, and how many nested arrays were cut short: the
-    outermost one, the last one in it, and so on."""
+    """The first elements of a text as valid JSON, and how many nested arrays were cut short.
+
+    These are the outermost one, the last one in it, and so on.
+    """
     end = data.rfind(b",", 0, _EXAMINED_BYTES)
     if end < 0:
         return data, 0
@@ -126,17 +131,23 @@ class _NonFinite:
 
 
 def _int(digits: str) -> int | float:
+    """A whole number; infinity for one with more digits than any datatype has."""
     return int(digits) if len(digits) <= _MAX_INT_DIGITS else math.inf
 
 
 def _syntax_problem(data: bytes, error: json.JSONDecodeError) -> str:
+    """Why a text is not JSON, in words."""
     if data.startswith(codecs.BOM_UTF8):
         return "begins with a byte order mark; send UTF-8 without one"
     return f"not valid JSON: {error.msg} at character {error.pos}"
 
 
 class _ErrorFinder:
-    """Compares a parsed JSON value with a tensor's spec."""
+    """Compares a parsed JSON value with a tensor's spec.
+
+    `root` is the pointer of the value, and `cut` the number of nested arrays whose end is missing.
+    Of its methods `pointer` is the place of a value, and `axis` its depth.
+    """
 
     def __init__(self, spec: TensorSpec, model: str, max_rows: int, root: str, cut: int) -> None:
         self._spec = spec
@@ -153,6 +164,7 @@ class _ErrorFinder:
         """First size of each dynamic dimension, by symbol, or by axis if it has none."""
 
     def find(self, value: object) -> Iterator[Fault]:
+        """Yields the errors of the value; call it once."""
         last = value
         for _ in range(self._cut):
             if isinstance(last, list):
@@ -165,6 +177,7 @@ class _ErrorFinder:
             yield from self._value_errors(self._root, value, 0)
 
     def _value_errors(self, pointer: str, value: object, axis: int) -> Iterator[Fault]:
+        """Errors of the value at a place and of all values in it."""
         if axis == self._rank:
             yield from self._element_errors(pointer, value)
         elif not isinstance(value, list):
@@ -179,6 +192,7 @@ class _ErrorFinder:
             yield from self._array_errors(pointer, value, axis)
 
     def _array_errors(self, pointer: str, items: list[object], axis: int) -> Iterator[Fault]:
+        """An error of the array's size, and the errors of its items."""
         problem = "" if id(items) in self._cut_lists else self._size_problem(len(items), axis)
         if problem:
             place = f"row {pointer.rpartition('/')[2]} has " if axis == 1 else ""
@@ -197,6 +211,7 @@ class _ErrorFinder:
                 yield from range(start, start + len(chunk))
 
     def _element_errors(self, pointer: str, value: object) -> Iterator[Fault]:
+        """The error of an element, if it has one."""
         element = self._element
         if element.accepts_all([value]):
             return
@@ -209,6 +224,10 @@ class _ErrorFinder:
             )
 
     def _size_problem(self, size: int, axis: int) -> str:
+        """What is wrong with the size of an array, in words; "" if nothing is.
+
+        Notes the first size of each dynamic dimension.
+        """
         dim = self._dims[axis]
         takes = f"{size} {self._noun(axis, size)}, {self._model} takes"
         if isinstance(dim, int):
@@ -219,12 +238,14 @@ class _ErrorFinder:
         return "" if size == first else f"{takes} equal sizes, here {first}"
 
     def _array_words(self, axis: int) -> str:
+        """The array that is expected at this depth, in words."""
         dim = self._dims[axis]
         if isinstance(dim, int):
             return f"an array of {dim} {self._noun(axis, dim)}"
         return f"an array of {self._noun(axis, 2)}"
 
     def _noun(self, axis: int, count: int) -> str:
+        """The word for an item of an array at this depth."""
         outer = "row" if axis == 0 else "array"
         noun = self._element.noun if axis == self._rank - 1 else outer
         return noun if count == 1 else f"{noun}s"
@@ -240,7 +261,10 @@ class _Element(Struct, frozen=True):
     takes_missing_values: bool = False
 
     def accepts_all(self, items: list[Any]) -> bool:
-        """Checks many elements at once, because visiting each of a large input is too slow."""
+        """Whether each of the elements is of an allowed type and in range.
+
+        Checks many at once, because visiting each element of a large input is too slow.
+        """
         if not self.types.issuperset(map(type, items)):
             if self.takes_missing_values:
                 items = [item for item in items if not is_gap(item)]
@@ -252,7 +276,7 @@ class _Element(Struct, frozen=True):
         return bool(low <= min(items) and max(items) <= high)
 
     def hint(self, value: object) -> str:
-        """What to write instead, if the value seems to mean NaN or an infinity."""
+        """What to write instead, if the value seems to mean NaN or an infinity; else ""."""
         if self.takes_missing_values:
             if isinstance(value, _NonFinite):
                 return f"; JSON has neither, write {_WORDS} or null"
@@ -262,6 +286,7 @@ class _Element(Struct, frozen=True):
 
 
 def _element(datatype: str) -> _Element:
+    """The rules for the elements of a datatype."""
     if datatype == "BOOL":
         return _Element("true or false", "boolean", frozenset({bool}))
     if datatype == "BYTES":
@@ -273,7 +298,7 @@ def _element(datatype: str) -> _Element:
 
 
 def _as_row(items: list[object], rank: int) -> str:
-    """A hint for a single row that was sent without a list around it: how to write it."""
+    """A hint how to write a single row that was sent without a list around it; "" if it is none."""
     first = items[0]
     if rank != 2 or type(first) not in (int, float) or first in _INFINITIES:
         return ""
@@ -282,10 +307,12 @@ def _as_row(items: list[object], rank: int) -> str:
 
 
 def _is_flat(items: list[object]) -> bool:
+    """Whether a list has items, and none of them is a list."""
     return bool(items) and not any(isinstance(item, list) for item in items)
 
 
 def _kind(value: object) -> str:
+    """A parsed JSON value in words, such as `a string`."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -15,20 +15,26 @@ _ZERO: Final = b" 0 "
 
 
 def is_gap(element: object) -> bool:
-    """Whether a parsed element stands for NaN or an infinity."""
+    """Whether a parsed JSON element stands for NaN or an infinity: null, or one of WORDS."""
     return element is None or (type(element) is str and element in WORDS)
 
 
 def replace_with_zeros(text: bytes) -> bytes:
-    """JSON with a zero for each missing value, so that it decodes as numbers. Returns the same
-    object if there are none."""
+    """JSON with a zero for each missing value, so that it decodes as numbers.
+
+    Returns the same object if there are none. The length may change. It also replaces them where
+    they are strings, so call it for numbers only.
+    """
     for token in _TOKENS:
         text = text.replace(token, _ZERO)
     return text
 
 
 def in_words(value: Any) -> Any:
-    """A copy of nested lists and dicts, with a string for each NaN and infinity."""
+    """A copy of nested lists and dicts, with a string for each NaN and infinity.
+
+    Tuples become lists; other values are unchanged.
+    """
     if isinstance(value, dict):
         return {name: in_words(member) for name, member in value.items()}
     if isinstance(value, list | tuple):

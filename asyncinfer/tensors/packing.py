@@ -53,12 +53,15 @@ _decode = msgspec.msgpack.Decoder(tuple[PackedTensor, ...]).decode
 
 
 def is_packed(payload: bytes) -> bool:
-    """Whether the payload begins with the tag of packed tensors."""
+    """Whether the payload begins with the tag of packed tensors; it may be damaged all the same."""
     return payload[:1] == TAG
 
 
 def pack(tensors: Mapping[str, Array]) -> bytes:
-    """Packs the tensors into one payload; each string is stored after its length."""
+    """Packs the tensors into one payload, in their order; each string is stored after its length.
+
+    Raises KeyError for an array whose dtype is not in DTYPES.
+    """
     parts = [(name, array, _bytes_of(array)) for name, array in tensors.items()]
     header = _encode(
         [
@@ -75,7 +78,10 @@ def pack(tensors: Mapping[str, Array]) -> bytes:
 
 
 def unpack(payload: bytes) -> dict[str, Array]:
-    """The tensors by name, as read-only views of `payload`; raises DamagedPayload."""
+    """The tensors by name, as read-only views of `payload`; strings are `str` objects of their own.
+
+    Raises DamagedPayload.
+    """
     tensors, starts = layout(payload)
     return {
         tensor.name: _array_of(tensor, payload, start)
@@ -109,8 +115,10 @@ def unpack_alike(payloads: Sequence[bytes]) -> list[dict[str, Array]] | None:
 
 
 def layout(payload: bytes) -> tuple[tuple[PackedTensor, ...], tuple[int, ...]]:
-    """The header entries of a payload, and the offset of each tensor's bytes; raises
-    DamagedPayload."""
+    """The header entries of a payload, and the offset in it of each tensor's bytes.
+
+    Raises DamagedPayload, also if the payload has another length than its header says.
+    """
     try:
         _, length = _PREFIX.unpack_from(payload)
     except struct.error as error:
@@ -123,7 +131,10 @@ def layout(payload: bytes) -> tuple[tuple[PackedTensor, ...], tuple[int, ...]]:
 
 @functools.lru_cache(maxsize=512)
 def _layout(header: bytes) -> tuple[tuple[PackedTensor, ...], tuple[int, ...], int]:
-    """Entries, offsets and the payload's length. Cached: most jobs of a model have one header."""
+    """Entries, offsets and the payload's length; raises DamagedPayload.
+
+    Cached: most jobs of a model have one header.
+    """
     try:
         tensors = _decode(header)
     except UNREADABLE as error:
@@ -147,16 +158,19 @@ def _layout(header: bytes) -> tuple[tuple[PackedTensor, ...], tuple[int, ...], i
 
 
 def _item_bytes(datatype: str) -> int:
+    """The bytes of one element of a datatype other than BYTES."""
     return np.dtype(DTYPES[datatype]).itemsize
 
 
 def _bytes_of(array: Array) -> bytes | memoryview:
+    """The bytes of an array as they are stored; without a copy if it is contiguous."""
     if array.dtype == object:
         return pack_strings(array.ravel().tolist())
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _array_of(tensor: PackedTensor, payload: bytes, start: int) -> Array:
+    """The array of a tensor whose bytes begin at `start` in the payload; raises DamagedPayload."""
     count = prod(tensor.shape)
     if tensor.datatype != "BYTES":
         flat = np.frombuffer(payload, DTYPES[tensor.datatype], count, start if count else 0)
@@ -170,7 +184,7 @@ def _array_of(tensor: PackedTensor, payload: bytes, start: int) -> Array:
 
 
 def pack_strings(strings: Sequence[str]) -> bytes:
-    """Encodes strings as BYTES of the Open Inference Protocol: each after its length."""
+    """The strings as BYTES of the Open Inference Protocol: UTF-8, each after its length."""
     chunks = []
     for text in strings:
         content = text.encode()
@@ -179,8 +193,11 @@ def pack_strings(strings: Sequence[str]) -> bytes:
 
 
 def unpack_strings(content: memoryview, *, most: int) -> list[str]:
-    """Decodes BYTES; raises DamagedPayload, which says which string is cut short or not UTF-8, and
-    TooManyStrings as soon as there are more than `most`."""
+    """Decodes BYTES into strings.
+
+    Raises DamagedPayload, which says which string is cut short or not UTF-8, and TooManyStrings as
+    soon as there are more than `most`.
+    """
     strings: list[str] = []
     at = 0
     while at < len(content):

@@ -31,14 +31,17 @@ class Given(Struct, frozen=True):
 
 
 def described(feeds: Mapping[str, Array]) -> list[Given]:
-    """Descriptions of arrays, as if a request had given them."""
+    """Descriptions of arrays, as if a request had given them; KeyError for an unknown dtype."""
     return [Given(name, datatype_of(array), array.shape) for name, array in feeds.items()]
 
 
 def find(
     given: Sequence[Given], inputs: Sequence[TensorSpec], *, model: str, max_rows: int
 ) -> Iterator[Fault]:
-    """Every difference between the tensors and the model's inputs; pointers start with /inputs."""
+    """Every difference between the tensors and the model's inputs; pointers start with /inputs.
+
+    `inputs` are those of the model called `model`, which takes at most `max_rows` in one job.
+    """
     specs = {spec.name: spec for spec in inputs}
     counts = Counter(tensor.name for tensor in given)
     for spec in inputs:
@@ -59,13 +62,17 @@ def find(
 
 
 def invalid_booleans(feeds: Mapping[str, Array]) -> Iterator[Fault]:
-    """Errors of BOOL tensors with bytes other than 0 and 1, which ONNX Runtime would accept."""
+    """Errors of BOOL tensors with bytes other than 0 and 1, which ONNX Runtime would accept.
+
+    A pointer has the index of the tensor in `feeds`.
+    """
     for index, (name, array) in enumerate(feeds.items()):
         if array.dtype == np.bool_ and array.size and array.view(np.uint8).max() > 1:
             yield Fault(f"/inputs/{index}", f"`{name}` is BOOL, whose bytes are 0 or 1")
 
 
 def _unknown_datatype(tensor: Given, pointer: str) -> Iterator[Fault]:
+    """An error if there is no such datatype; for a tensor whose name is unknown too."""
     if tensor.datatype not in DTYPES:
         yield Fault(f"{pointer}/datatype", unknown_name(tensor.datatype, DTYPES))
 
@@ -73,6 +80,10 @@ def _unknown_datatype(tensor: Given, pointer: str) -> Iterator[Fault]:
 def _spec_errors(
     tensor: Given, spec: TensorSpec, pointer: str, model: str, max_rows: int
 ) -> Iterator[Fault]:
+    """Differences of datatype and shape between a tensor and the input of its name.
+
+    `pointer` is the place of the tensor. Symbols are not compared.
+    """
     if tensor.datatype != spec.datatype:
         shown = tensor.datatype[:_SHOWN_CHARACTERS]
         yield Fault(f"{pointer}/datatype", f"{shown}, `{spec.name}` is {spec.datatype}")
@@ -98,7 +109,10 @@ def _spec_errors(
 def _symbol_errors(
     tensor: Given, spec: TensorSpec, pointer: str, sizes: dict[str, tuple[int, str]]
 ) -> Iterator[Fault]:
-    """Sizes that differ from the first size of their symbol; adds first sizes to `sizes`."""
+    """Sizes that differ from the first size of their symbol; adds first sizes to `sizes`.
+
+    `sizes` has by symbol the first size, and the name of the tensor that has it.
+    """
     if spec.shape is None or len(tensor.shape) != len(spec.shape):
         return
     for axis, (size, dim) in enumerate(zip(tensor.shape, spec.shape, strict=True)):

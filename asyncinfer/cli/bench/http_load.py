@@ -12,7 +12,7 @@ _CONNECT_TIMEOUT_SECONDS: Final = 5.0
 
 
 class Connection:
-    """One connection for requests one after another; raises OSError or EOFError if it is lost."""
+    """One connection for requests one after another; `open` makes one."""
 
     def __init__(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str, key: str | None
@@ -25,6 +25,10 @@ class Connection:
     @classmethod
     @asynccontextmanager
     async def open(cls, url: str, key: str | None) -> AsyncIterator["Connection"]:
+        """Connects to the host of `url`, and closes the connection at the end of the block.
+
+        `key` is an API key or None. Raises OSError, TimeoutError among them, after 5 s.
+        """
         parts = urlsplit(url)
         secure = parts.scheme == "https"
         async with asyncio.timeout(_CONNECT_TIMEOUT_SECONDS):
@@ -39,14 +43,17 @@ class Connection:
             writer.close()
 
     def encode_request(self, method: str, path: str, body: bytes = b"", headers: str = "") -> bytes:
-        """The bytes of a request; `headers` are whole lines, each with its line end."""
+        """The bytes of a request; a `body` is JSON, and each line of `headers` has its line end."""
         content_type = "content-type: application/json\r\n" if body else ""
         length = f"content-length: {len(body)}\r\n"
         head = f"{method} {path} HTTP/1.1\r\n{self._head}{content_type}{headers}{length}\r\n"
         return head.encode() + body
 
     async def exchange(self, request: bytes) -> int:
-        """Sends a request and returns the status; the rest of the response is read and dropped."""
+        """Sends a request and returns the status of its response, whose body is read and dropped.
+
+        Raises OSError or EOFError if the connection is lost, and TimeoutError after 60 s.
+        """
         async with asyncio.timeout(_TIMEOUT_SECONDS):
             self._writer.write(request)
             head = await self._reader.readuntil(b"\r\n\r\n")
@@ -54,6 +61,7 @@ class Connection:
         return int(head[9:12])
 
     async def _drop_body(self, head: bytes) -> None:
+        """Reads the body of a response; `head` is its head in lower case."""
         if b"transfer-encoding: chunked" in head:
             while length := int(await self._reader.readline(), 16):
                 await self._reader.readexactly(length + 2)

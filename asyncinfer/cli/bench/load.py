@@ -48,7 +48,9 @@ class _SideSamples(Struct):
 def measure(server: Server, name: str | None, seconds: float, connections: int) -> Bench:
     """Runs both loads, `seconds` each, and cancels and deletes their jobs at the end.
 
-    Raises ConnectionFailed if a connection is lost, and CannotSend if the model has no example.
+    `name` None is the default model. Raises CannotSend if the model has no example, ModelNotFound,
+    ConnectionFailed if nothing answers at first, and an exception group of OSErrors and EOFErrors
+    if connections are lost under load.
     """
     with ApiClient(server) as api:
         model = api.client.model(name)
@@ -67,6 +69,7 @@ def measure(server: Server, name: str | None, seconds: float, connections: int) 
 
 
 def _body(model: Model, group: str) -> bytes:
+    """The JSON of a request with the model's example; raises CannotSend if it has none."""
     example = model.shown_example
     if not isinstance(example, dict):
         raise CannotSend(
@@ -98,6 +101,10 @@ class _LoadRunner:
         self._connections = connections
 
     async def run(self, model: Model, seconds: float) -> Bench:
+        """Runs the two loads, `seconds` each, one after the other, and returns all measurements.
+
+        Raises OSError or EOFError if a connection is lost, in an exception group.
+        """
         samples = _SideSamples()
         machine = _CpuMeter(self._server.url)
         async with asyncio.TaskGroup() as group:
@@ -120,7 +127,10 @@ class _LoadRunner:
     # --- load -------------------------------------------------------------------------------
 
     async def _run_load(self, seconds: float, headers: str) -> tuple[Load, float]:
-        """The load, and the share of a core that this process used for it."""
+        """Sends requests over all connections for some seconds, with `headers` as extra lines.
+
+        Returns the load and the share of one core that this process used for it.
+        """
         counts = _LoadCounts()
         started, cpu = time.perf_counter(), time.process_time()
         until = started + seconds
@@ -139,7 +149,10 @@ class _LoadRunner:
         return load, (time.process_time() - cpu) / elapsed
 
     async def _send_requests(self, until: float, headers: str, counts: _LoadCounts) -> None:
-        """Sends requests over one connection until a time of `perf_counter`."""
+        """Sends requests over one connection until a time of `perf_counter`; adds to `counts`.
+
+        After a refusal for a full queue it pauses; other errors are counted and it goes on.
+        """
         async with Connection.open(self._server.url, self._server.api_key) as connection:
             request = connection.encode_request("POST", self._path, self._body, headers)
             while (sent := time.perf_counter()) < until:
@@ -179,12 +192,17 @@ class _LoadRunner:
             samples.busy.append(sum(worker.busy or 0 for worker in serving) / slots)
 
     def _queue(self, model: str) -> Queue | None:
+        """The state of the model's queue; None if the server lists none for it."""
         queues = self._api.request_as(QueueList, "GET", "/queues").queues
         return next((queue for queue in queues if queue.model == model), None)
 
     def _sides(
         self, samples: _SideSamples, cpu: float, machine_cpu: float | None, queue: Queue | None
     ) -> Sides:
+        """The time and load of each side, from the samples taken during the first load.
+
+        `cpu` is the share of one core that this process used, and `machine_cpu` that of all cores.
+        """
         now = self._api.client.model(queue.model if queue else None)
         live = median(samples.live or [0.0])
         wait_times = queue.wait_seconds if queue else None
@@ -212,7 +230,10 @@ class _CpuMeter:
         self._before = _jiffies()
 
     def busy_share(self) -> float | None:
-        """The busy share of all cores; None if the service is elsewhere, or without /proc/stat."""
+        """The busy share of all cores since the meter was made, 0 to 1.
+
+        None if the service is on another machine, or there is no /proc/stat.
+        """
         after = _jiffies()
         if not (self._is_local and self._before and after):
             return None
@@ -221,7 +242,7 @@ class _CpuMeter:
 
 
 def _jiffies() -> tuple[int, int] | None:
-    """Clock ticks of all cores since the boot, idle ones and all; None without /proc/stat."""
+    """Clock ticks of all cores since the boot: the idle ones, and all; None without /proc/stat."""
     try:
         fields = Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
         ticks = [int(field) for field in fields]
@@ -231,7 +252,7 @@ def _jiffies() -> tuple[int, int] | None:
 
 
 def _run_times(model: Model) -> dict[str, float]:
-    """Milliseconds of a run by its rows: the median of the workers."""
+    """Milliseconds of a run by its number of rows, the median of the workers."""
     by_rows: dict[int, list[float]] = {}
     for times in model.run_times.values():
         for rows, seconds in seconds_by_rows(times):
@@ -240,6 +261,7 @@ def _run_times(model: Model) -> dict[str, float]:
 
 
 async def _time_exchange(exchange: Callable[[bytes], Awaitable[int]], request: bytes) -> float:
+    """Makes an exchange, and returns how many seconds it took."""
     started = time.perf_counter()
     await exchange(request)
     return time.perf_counter() - started

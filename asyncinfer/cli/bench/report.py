@@ -9,6 +9,7 @@ _COLUMNS = ("LOAD", "REQUESTS", "PER SECOND", "p50 ms", "p95 ms", "p99 ms", "FUL
 
 
 def show_bench(bench: Bench) -> None:
+    """Prints the measurements and the bottleneck on stdout."""
     target = console()
     target.print(f"{bench.model}, {bench.connections} connections\n", soft_wrap=True)
     show(
@@ -23,6 +24,7 @@ def show_bench(bench: Bench) -> None:
 
 
 def _row(name: str, load: Load) -> Sequence[object]:
+    """The cells of a load."""
     times = load.latency_ms
     return (
         name,
@@ -35,7 +37,10 @@ def _row(name: str, load: Load) -> Sequence[object]:
 
 
 def _facts(sides: Sides) -> Iterator[Sequence[object]]:
-    """Measurements of the first load; the parts overlap and need not add up to the whole."""
+    """Pairs of a name and a measurement of the first load; None where it is not known.
+
+    The parts overlap and need not add up to the whole.
+    """
     yield "this program", f"{sides.client_cpu:.0%} of a core"
     if sides.machine_cpu is not None:
         yield "this machine", f"{sides.machine_cpu:.0%} of all cores, including the service"
@@ -51,4 +56,5 @@ def _facts(sides: Sides) -> Iterator[Sequence[object]]:
 
 
 def _ms(value: float | None, meaning: str) -> str | None:
+    """A number of milliseconds and what it means, as text; None for None."""
     return None if value is None else f"{value:.1f} ms {meaning}"

@@ -58,12 +58,16 @@ class Sides(Struct, frozen=True, kw_only=True):
 
 
 class Verdict(Struct, frozen=True):
+    """The bottleneck: the side, the measurement that shows it, and what to do about it."""
+
     side: Literal["client", "machine", "api", "redis", "worker", "none"]
     because: str
     change: str
 
 
 class Bench(Struct, frozen=True, kw_only=True):
+    """The result of `bench`: `waits` and `submits` are the loads, the others concern the first."""
+
     model: str
     connections: int
     waits: Load
@@ -73,7 +77,7 @@ class Bench(Struct, frozen=True, kw_only=True):
 
 
 def latency(seconds: Sequence[float]) -> Latency:
-    """Percentiles by nearest rank; zeros if there is no measurement."""
+    """Percentiles in milliseconds, by nearest rank, of times in seconds; zeros for no times."""
     ordered = sorted(seconds) or [0.0]
     return Latency(
         *(
@@ -84,7 +88,11 @@ def latency(seconds: Sequence[float]) -> Latency:
 
 
 def verdict(waits: Load, sides: Sides, connections: int) -> Verdict:
-    """The bottleneck of the first load, in which every connection waited for its jobs."""
+    """The bottleneck of the first load, in which every connection waited for its jobs.
+
+    `connections` is their number. Of several bottlenecks it names the first of: this client, no
+    worker, the machine, the workers, the API, Redis. The side is "none" if no side is saturated.
+    """
     total_ms = waits.latency_ms.p50 or 1.0
     if sides.client_cpu > _SATURATED_SHARE:
         return Verdict(
@@ -128,6 +136,7 @@ def verdict(waits: Load, sides: Sides, connections: int) -> Verdict:
 
 
 def _worker(sides: Sides, total_ms: float, busy: float, queue: float, run: float) -> Verdict:
+    """The verdict on the workers; `queue` and `run` are milliseconds of a job, `busy` a share."""
     because = f"jobs waited {queue:.1f} and ran {run:.1f} of {total_ms:.1f} ms"
     if sides.slots_busy is not None:
         because += f", {busy:.0%} of {sides.slots} slots were busy"

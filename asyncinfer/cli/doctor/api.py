@@ -27,7 +27,11 @@ from asyncinfer.settings import Settings
 
 
 def examine_api(settings: Settings, url: str | None, api_key: str | None) -> Iterator[Finding]:
-    """Checks the API at `url`, else at the address of the settings."""
+    """Checks the API at `url`, else at the address of the settings, and the monitor port.
+
+    With `url` it is a problem if nothing listens there; without it, it means that `serve` can use
+    the port. The key `api_key` is sent with each request; None sends none.
+    """
     address = url or api_url(settings.host, settings.port)
     parts = urlsplit(address)
     port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -42,6 +46,7 @@ def examine_api(settings: Settings, url: str | None, api_key: str | None) -> Ite
 
 
 def _nothing_listens(address: str, *, required: bool) -> Finding:
+    """A problem if `required`, else an ok: the port is free for `serve`."""
     if required:
         mend = "asyncinfer serve, or correct the URL"
         return problem("API", f"nothing listens at {address}", mend)
@@ -49,6 +54,10 @@ def _nothing_listens(address: str, *, required: bool) -> Finding:
 
 
 def _examine_answers(api: ApiClient, address: str, settings: Settings) -> Iterator[Finding]:
+    """Checks a server that listens at `address`: whether it is asyncinfer, its queues and models.
+
+    Of the settings only the next port and the model folder are used, for the advice.
+    """
     try:
         health = api.request_as(Health, "GET", "/health")
     except AsyncinferError as error:
@@ -80,6 +89,7 @@ def _examine_answers(api: ApiClient, address: str, settings: Settings) -> Iterat
 
 
 def _queues(api: ApiClient) -> list[Queue]:
+    """The queues that the API reports; an empty list if it refuses or fails."""
     try:
         return api.request_as(QueueList, "GET", "/queues").queues
     except AsyncinferError:
@@ -98,7 +108,10 @@ def _folder_with(model: str, settings: Settings) -> str:
 
 
 def _examine_served_models(api: ApiClient, held_up: Sequence[Queue]) -> Iterator[Finding]:
-    """`held_up` are the queues of paused models that have jobs."""
+    """Checks what the API says of its models: versions that workers refuse, and pauses.
+
+    `held_up` are the queues of paused models that have jobs.
+    """
     try:
         listed = api.request_as(ModelList, "GET", "/models")
     except AsyncinferError as error:

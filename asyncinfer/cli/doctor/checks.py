@@ -16,7 +16,12 @@ from asyncinfer.settings import Settings
 
 
 def examine(settings: Settings, url: str | None, api_key: str | None) -> list[Finding]:
-    """Runs all checks; `url` and `api_key` are those of the API, if given."""
+    """Runs all checks of `doctor` and returns the findings, Redis first and the API last.
+
+    `url` and `api_key` are those of the API, None if not given. It loads each model in a child
+    process, which may take minutes. A server that does not answer or a folder that cannot be read
+    is a finding, not an exception.
+    """
     import anyio
 
     found = [
@@ -29,7 +34,7 @@ def examine(settings: Settings, url: str | None, api_key: str | None) -> list[Fi
 
 
 def without_repeats(found: Sequence[Finding]) -> list[Finding]:
-    """Leaves out what a worker refuses for a reason that was found here too."""
+    """The findings without those that the API's workers report and a check of a model found too."""
     reasons = {finding.found for finding in found if finding.about.startswith("model ")}
     return [
         finding
@@ -39,9 +44,9 @@ def without_repeats(found: Sequence[Finding]) -> list[Finding]:
 
 
 def with_embedded_fixes(found: Sequence[Finding], data_dir: Path | None) -> list[Finding]:
-    """Replaces the fixes of a Redis server by those of an embedded Valkey, which `serve` runs.
+    """A copy in which the fixes of Redis problems are those for an embedded Valkey of `serve`.
 
-    `data_dir` is None if Redis is not embedded: then nothing is replaced.
+    `data_dir` is that Valkey's folder; None if Redis is not embedded: then nothing is replaced.
     """
     if data_dir is None:
         return list(found)
@@ -71,6 +76,7 @@ def without_consequences(found: Sequence[Finding]) -> list[Finding]:
 
 
 async def _examine_redis(settings: Settings) -> list[Finding]:
+    """Checks the Redis of the settings or the running embedded one; warns if there is neither."""
     try:
         url = configuration.reachable_redis_url(settings)
     except StartError:
@@ -89,6 +95,7 @@ def _models_path(settings: Settings) -> Path | None:
 
 
 async def _examine_models(settings: Settings) -> list[Finding]:
+    """Checks the model folder of the settings; a problem if there is no such folder."""
     try:
         source = configuration.source(settings)
     except StartError as error:
@@ -97,4 +104,5 @@ async def _examine_models(settings: Settings) -> list[Finding]:
 
 
 def _embedded_data_dir(settings: Settings) -> Path | None:
+    """The data folder of the embedded Valkey; None if the settings name a Redis."""
     return None if configuration.redis_url(settings) else configuration.data_dir(settings)

@@ -56,6 +56,7 @@ def doctor(url: str | None, api_key: str | None, as_json: bool, settings: Settin
 
 
 def _show(findings: Sequence["Finding"]) -> None:
+    """Prints each finding, with its fix in a second line, and the totals, on stdout."""
     from asyncinfer.cli.output import console, styled
 
     target = console()

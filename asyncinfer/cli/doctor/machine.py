@@ -27,7 +27,10 @@ _MAX_BROKEN_LINES: Final = 5
 
 
 def examine_machine(settings: Settings, data_dir: Path | None) -> Iterator[Finding]:
-    """`data_dir` is the folder of the embedded Valkey; None with a Redis of the user's."""
+    """Checks cores, memory, open files, disk and API keys of this machine.
+
+    `data_dir` is the folder of the embedded Valkey; None with a Redis of the user's.
+    """
     yield _threads(settings)
     yield from _memory()
     yield from _open_files()
@@ -41,7 +44,7 @@ def examine_machine(settings: Settings, data_dir: Path | None) -> Iterator[Findi
 
 
 def port_is_taken(host: str, port: int) -> bool:
-    """Whether something accepts connections there."""
+    """Whether something accepts a TCP connection there within half a second; raises nothing."""
     try:
         with socket.create_connection((host, port), timeout=_CONNECT_SECONDS):
             return True
@@ -68,6 +71,10 @@ def _threads(settings: Settings) -> Finding:
 
 
 def _memory(root: Path = Path("/")) -> Iterator[Finding]:
+    """A finding on the memory limit of the control group; none if there is no limit.
+
+    `root` is the root of the file system, which tests replace.
+    """
     limit = _cgroup_memory_bytes(root)
     if limit is None:
         return
@@ -80,7 +87,10 @@ def _memory(root: Path = Path("/")) -> Iterator[Finding]:
 
 
 def _cgroup_memory_bytes(root: Path) -> int | None:
-    """The memory limit of the control group, version 2 or 1; None if there is none."""
+    """The memory limit of the control group, version 2 or 1; None if there is none.
+
+    `root` is the folder in which `sys/fs/cgroup` is.
+    """
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         try:
             text = (root / "sys/fs/cgroup" / name).read_text().strip()
@@ -92,6 +102,7 @@ def _cgroup_memory_bytes(root: Path) -> int | None:
 
 
 def _open_files() -> Iterator[Finding]:
+    """A warning if few files may be open at once; else nothing."""
     if sys.platform == "win32":
         return
     import resource
@@ -104,6 +115,7 @@ def _open_files() -> Iterator[Finding]:
 
 
 def _disk(data_dir: Path) -> Finding:
+    """A finding on the folder of the embedded Valkey, which need not exist yet."""
     folder = next(path for path in (data_dir, *data_dir.parents) if path.exists())
     if not os.access(folder, os.W_OK):
         return problem("DATA_DIR", f"{folder} is not writable", "set DATA_DIR to a folder of yours")
@@ -122,6 +134,7 @@ def free_space_finding(data_dir: Path, free_bytes: int) -> Finding:
 
 
 def _keys(path: Path) -> Iterator[Finding]:
+    """Findings on the file of API keys: each line that cannot be used, and the number of keys."""
     from asyncinfer.api_keys import Keyring
 
     mend = f"asyncinfer keygen >> {path}"

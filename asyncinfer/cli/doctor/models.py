@@ -15,7 +15,12 @@ from asyncinfer.worker.models.source import Source
 
 
 async def examine_models(source: Source, *, allow_custom_ops: bool) -> list[Finding]:
-    """A finding for the folder and one for each version, in the order of the folder's listing."""
+    """A finding for the folder and one for each version, in the order of the folder's listing.
+
+    It loads and runs each version in a child process, as many at once as there are cores.
+    `allow_custom_ops` is the setting of that name. Raises nothing: a folder that cannot be read is
+    a problem.
+    """
     try:
         listing = source.listing()
     except ModelDirUnreadable as error:
@@ -47,6 +52,10 @@ async def examine_models(source: Source, *, allow_custom_ops: bool) -> list[Find
 async def _examine(
     file: ModelFile, files: Sequence[ModelFile], *, allow_custom_ops: bool
 ) -> Finding:
+    """The finding on one version: ok, a problem, or a warning if another version is served instead.
+
+    `files` are all files of the folder.
+    """
     about = f"model {file.model}/{file.version}" if file.version else f"model {file.model}"
     size_bytes = total_bytes(read_stamp(file))
     reason = file.problem or await trial(file, size_bytes, allow_custom_ops=allow_custom_ops)
@@ -60,4 +69,5 @@ async def _examine(
 
 
 def _faulty_path(file: ModelFile) -> Path:
+    """The path of the file to correct: the model.toml if that is faulty, else the model."""
     return file.path.parents[1] / "model.toml" if file.toml_problem else file.path

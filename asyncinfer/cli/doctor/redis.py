@@ -23,7 +23,11 @@ _HIGH_MEMORY_SHARE: Final = 0.8
 
 
 async def examine_redis(url: str, queue_name: str, model_dir: Path | None) -> list[Finding]:
-    """`model_dir` is the folder or the one file of the models that `doctor` checks, or None."""
+    """Connects to the server at `url` and returns findings on it; a problem if it does not answer.
+
+    `queue_name` is the setting QUEUE_NAME. `model_dir` is the folder or the one file of the models
+    that `doctor` checks, or None.
+    """
     shown = shown_url(url)
     try:
         async with Store.open(
@@ -37,12 +41,16 @@ async def examine_redis(url: str, queue_name: str, model_dir: Path | None) -> li
 
 
 def _cli(url: str) -> str:
+    """The start of a redis-cli command for a URL without password; for `unix://` its socket."""
     scheme, _, path = url.partition("://")
     return f"redis-cli -s {path}" if scheme == "unix" else f"redis-cli -u {url}"
 
 
 def findings_of(info: Vitals, url: str) -> Iterator[Finding]:
-    """Findings on a server; `url` is shown in them and in the commands that fix them."""
+    """Findings on a server: role, persistence, disk, memory, round trip, clock and workers.
+
+    `url`, without a password, is shown in them and in the commands that fix them.
+    """
     yield _server(info, url)
     if info.is_replica:
         yield problem(
@@ -61,6 +69,7 @@ def findings_of(info: Vitals, url: str) -> Iterator[Finding]:
 
 
 def _server(info: Vitals, url: str) -> Finding:
+    """Whether the server can be used: its version, and that it evicts nothing."""
     if "evicts" in info.refusal:
         mend = f"{_cli(url)} CONFIG SET maxmemory-policy noeviction"
         return problem("Redis", f"{info.server}: {info.refusal}", mend)
@@ -70,6 +79,7 @@ def _server(info: Vitals, url: str) -> Finding:
 
 
 def _persistence(info: Vitals, url: str) -> Finding:
+    """Whether jobs outlive a restart of the server."""
     append = f"{_cli(url)} CONFIG SET appendonly yes (and `appendonly yes` in its file)"
     about = "Redis persistence"
     if info.appends and info.appends_when == "no":
@@ -84,6 +94,7 @@ def _persistence(info: Vitals, url: str) -> Finding:
 
 
 def _memory(info: Vitals, url: str) -> Finding:
+    """A problem if more than 80 % of its limit, or of its machine's memory, is used; else ok."""
     about = "Redis memory"
     limit = info.max_bytes or info.machine_bytes
     used = f"{size(info.used_bytes)} of {size(limit)} {'' if info.max_bytes else 'in its machine'}"
@@ -96,6 +107,7 @@ def _memory(info: Vitals, url: str) -> Finding:
 
 
 def _round_trip(trip: float) -> Finding:
+    """A verdict on the seconds that a call takes."""
     about = "Redis round trip"
     mend = "run Redis nearer (same zone), or check its CPU: redis-cli --latency"
     if trip > _TOO_SLOW_SECONDS:
@@ -106,6 +118,7 @@ def _round_trip(trip: float) -> Finding:
 
 
 def _clock(ahead: float) -> Finding:
+    """A verdict on the clocks; `ahead` is in seconds, negative if this machine's is behind."""
     about = "clock"
     if abs(ahead) > _MAX_CLOCK_DIFFERENCE_SECONDS:
         how = "ahead of" if ahead > 0 else "behind"
@@ -117,6 +130,7 @@ def _clock(ahead: float) -> Finding:
 
 
 def _workers(info: Vitals) -> Finding:
+    """A warning if no worker lives, or none has the default model."""
     default = (
         f"the default model is {info.default_model}"
         if info.default_model

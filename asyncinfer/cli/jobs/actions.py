@@ -161,7 +161,10 @@ def purge(
 
 
 def _reject_unclear_choice(verb: str, job_ids: Sequence[str], query: dict[str, Any]) -> None:
-    """Raises click.UsageError unless there are either ids or filters."""
+    """Raises click.UsageError if there are both ids and filters, or neither.
+
+    A filter of `query` that is None is not given.
+    """
     has_filters = any(value is not None for value in query.values())
     if bool(job_ids) == has_filters:
         raise click.UsageError(
@@ -170,7 +173,7 @@ def _reject_unclear_choice(verb: str, job_ids: Sequence[str], query: dict[str, A
 
 
 def _is_confirmed() -> bool:
-    """Asks for confirmation on a terminal; True in a script."""
+    """Whether the user confirms, who is asked on a terminal; True in a script."""
     return not sys.stdin.isatty() or click.confirm("Delete these jobs and their results?", err=True)
 
 
@@ -179,7 +182,9 @@ def _delete_each(
 ) -> int:
     """Sends DELETE for each job, also after one that is refused, and returns the exit code.
 
-    `outcome` is the key of the ids that succeeded, and the word for it.
+    `outcome` is the key of the ids that succeeded, and the word for it. `query` are parameters of
+    each request. Prints the totals. Raises an error that concerns the key or the server: then the
+    totals are not printed.
     """
     from asyncinfer.cli.api_client import ApiClient, path_part
 
@@ -208,7 +213,8 @@ def _run_for_all_matching(
 ) -> int:
     """Repeats the request, which handles a bounded number of jobs, until it changes nothing.
 
-    Prints the totals and returns the exit code.
+    `query` are its parameters, `kind` its response. Prints the totals and returns the exit code: 1
+    if a job was refused.
     """
     from asyncinfer.cli.api_client import ApiClient
 
@@ -222,7 +228,7 @@ def _run_for_all_matching(
 
 
 def _add(totals: dict[str, Any], done: Cleared | Retried) -> bool:
-    """Adds a response to the totals; returns whether it handled any job."""
+    """Adds a response to the totals, in place; returns whether it handled any job."""
     added = {name: value for name, value in msgspec.to_builtins(done).items() if name != "more"}
     for name, value in added.items():
         totals[name] = totals[name] + value if name in totals else value
@@ -248,4 +254,5 @@ def _report(totals: dict[str, Any], as_json: bool) -> int:
 
 
 def _count(value: Any) -> int:
+    """A count as it is, or the number of ids in a list."""
     return value if isinstance(value, int) else len(value)

@@ -135,7 +135,7 @@ class _Page(Struct, frozen=True):
 
 
 class _ListedJob(Struct, frozen=True, kw_only=True):
-    """A job in a list."""
+    """A job in a list; fields may be missing, and fields that are not known here are no error."""
 
     job_id: str
     status: str
@@ -155,7 +155,11 @@ class _ListedJob(Struct, frozen=True, kw_only=True):
 def _read_job(
     api: "ApiClient", job_id: str, tenant: str | None, wait_seconds: float
 ) -> dict[str, Any]:
-    """The job as the API shows it; raises NotAsyncinfer if it has no status."""
+    """The job as the API shows it, once it has ended or after `wait_seconds`.
+
+    `tenant` None stands for the key's own. Raises the API's error, such as JobNotFound, and
+    NotAsyncinfer if the answer is no job.
+    """
     from asyncinfer.cli.api_client import path_part
 
     path = f"/job/{path_part(job_id)}"
@@ -167,7 +171,9 @@ def _read_job(
 def _watch(read: Callable[[float], dict[str, Any]], timeout: float | None) -> dict[str, Any]:
     """Waits until the job ends or the time is out, and returns the job as it is then.
 
-    Prints each new state on stderr, with the reason why the job waits.
+    `read` takes the seconds that the server may wait, and returns the job. `timeout` is in seconds;
+    None is no limit. Prints each new state on stderr, with the reason why the job waits. A timeout
+    raises nothing: the status shows it.
     """
     import time
 
@@ -191,6 +197,7 @@ def _watch(read: Callable[[float], dict[str, Any]], timeout: float | None) -> di
 
 
 def _show_job(view: dict[str, Any]) -> None:
+    """Prints the fields of a job on stdout, a line each."""
     from asyncinfer.cli.output import show_facts, status
 
     show_facts(
@@ -201,6 +208,7 @@ def _show_job(view: dict[str, Any]) -> None:
 
 
 def _value(name: str, value: Any) -> object:
+    """The text of a field of a job; lists, dicts and numbers are shown as JSON."""
     import msgspec
 
     if name == "waiting_for":
@@ -212,7 +220,10 @@ def _value(name: str, value: Any) -> object:
 
 
 def _list_jobs(server: Server, limit: int, as_json: bool, **query: Any) -> None:
-    """Prints at most `limit` jobs that match the parameters of the API's `query`."""
+    """Prints the newest jobs that match `query`, at most `limit`, on stdout.
+
+    `query` are parameters of GET /jobs, `tenant` always among them; None is no filter.
+    """
     from asyncinfer.cli.api_client import ApiClient
     from asyncinfer.cli.output import say_json, say_on_stderr, show
 
@@ -232,6 +243,7 @@ def _list_jobs(server: Server, limit: int, as_json: bool, **query: Any) -> None:
 
 
 def _read_entries(api: "ApiClient", limit: int, query: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields the entries of GET /jobs, newest first and at most `limit`, read page by page."""
     cursor = None
     while limit > 0:
         parameters = {"limit": min(limit, _PAGE), "cursor": cursor, **query}
@@ -244,6 +256,7 @@ def _read_entries(api: "ApiClient", limit: int, query: dict[str, Any]) -> Iterat
 
 
 def _row(job: _ListedJob) -> Sequence[object]:
+    """The cells of a job; the last is its error, or why it waits, cut to a length."""
     from asyncinfer.cli.output import ago, seconds, status
 
     started, ended = job.started_at, job.finished_at

@@ -144,6 +144,7 @@ def _reject_options(rows: tuple[str, ...]) -> None:
 
 
 def _is_number(text: str) -> bool:
+    """Whether float() reads the text; so do `nan` and `inf`."""
     try:
         float(text)
     except ValueError:

@@ -11,19 +11,23 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """Shows nothing."""
+    """The progress of a run; this base class shows nothing."""
 
     def advance(self, *, failed: bool) -> None:
+        """Counts one row that is done; `failed` if it has an error."""
         pass
 
 
 class _BarProgress(Progress):
+    """A bar that also shows the number of failed rows."""
+
     def __init__(self, bar: "Bar", task: "TaskID") -> None:
         self._bar = bar
         self._task = task
         self._failed = 0
 
     def advance(self, *, failed: bool) -> None:
+        """Moves the bar by one row, and counts it as failed if it has an error."""
         self._failed += failed
         text = f"{self._failed:,} failed" if self._failed else ""
         self._bar.update(self._task, advance=1, failed=text)
@@ -31,9 +35,10 @@ class _BarProgress(Progress):
 
 @contextmanager
 def progress(total: int | None, file_format: str, output: str | None) -> Iterator[Progress]:
-    """A bar for `total` rows; none in a pipe, or if the results scroll by on the terminal.
+    """Shows a bar for `total` rows on stderr until the end of the block; yields its counter.
 
-    `file_format` is the format of the output, and `output` its file, None for stdout.
+    `total` None is an unknown number. There is no bar in a pipe, or if the results scroll by on the
+    terminal. `file_format` is the format of the output, and `output` its file, None for stdout.
     """
     to_terminal = output is None and sys.stdout.isatty()
     if not sys.stderr.isatty() or (to_terminal and file_format != "table"):
@@ -44,6 +49,7 @@ def progress(total: int | None, file_format: str, output: str | None) -> Iterato
 
 
 def _bar(*, redirect_stdout: bool) -> Any:
+    """A bar of rich on stderr that disappears at its end, and is not shown yet."""
     from rich import progress as rich_progress
 
     from asyncinfer.cli.output import console

@@ -75,10 +75,10 @@ class Row(Struct, frozen=True):
 
 
 def rows(options: ReadOptions) -> Iterator[Row]:
-    """Reads rows one after another; a bad row has a `problem`.
+    """Reads rows one after another, numbered from 1; a bad row has a `problem`.
 
-    Raises FileRefused if the source cannot be read as its format at all, and WaitTimeout if stdin
-    stays silent until the deadline.
+    Raises FileRefused if the source cannot be read as its format at all, also when that shows only
+    later, and WaitTimeout if stdin stays silent until the deadline.
     """
     file_format = options.file_format or _format_of(options.source)
     with _open(options.source, options.deadline) as content:
@@ -99,6 +99,7 @@ def with_first_read(rows: Iterator[Row]) -> Iterator[Row]:
 
 
 def _format_of(source: str) -> str:
+    """The format that a file's name shows, and NDJSON for stdin; raises FileRefused for others."""
     if source == "-":
         return "ndjson"
     suffix = Path(source).suffix.lower()
@@ -111,6 +112,10 @@ def _format_of(source: str) -> str:
 
 @contextlib.contextmanager
 def _open(source: str, deadline: float = math.inf) -> Iterator[IO[bytes]]:
+    """Opens the source for reading, and closes it unless it is stdin; raises FileRefused.
+
+    `deadline` is on the monotonic clock; only a read of stdin observes it, and not on Windows.
+    """
     if source == "-":
         is_bounded = deadline < math.inf and sys.platform != "win32"
         yield io.BufferedReader(_Stdin(deadline)) if is_bounded else sys.stdin.buffer
@@ -137,6 +142,7 @@ class _Stdin(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """Reads what is there into the buffer; returns the number of bytes, 0 at its end."""
         left_seconds = max(0.0, self._deadline - time.monotonic())
         if not select.select([self._descriptor], [], [], left_seconds)[0]:
             raise WaitTimeout("Stdin is open, and no further row came in time.")
@@ -162,6 +168,10 @@ def _unreadable_error(
 
 
 def _csv(content: IO[bytes], options: ReadOptions) -> Iterator[Row]:
+    """Yields the rows of a CSV; raises ValueError if it is not one, or lacks a wanted column.
+
+    Empty lines are skipped. Tabs separate the cells of a file named .tsv.
+    """
     text = io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
     csv.field_size_limit(_MAX_CELL_CHARACTERS)
     delimiter = "\t" if options.source.lower().endswith(".tsv") else ","
@@ -197,6 +207,11 @@ def _csv_row(
     indexes: Sequence[int],
     options: ReadOptions,
 ) -> Row:
+    """The row of a line; it has a `problem` if a cell is no number or the number of cells is wrong.
+
+    `number` counts rows and `line_number` lines of the file. `cells` and `names` are of all
+    columns, and `indexes` those of the columns to send.
+    """
     if len(cells) != len(names):
         problem = f"line {line_number}: {len(cells)} cells where {len(names)} are expected"
         return Row(number, problem=problem)
@@ -217,13 +232,14 @@ def _csv_row(
 
 
 def _is_header(cells: Sequence[str]) -> bool:
+    """Whether no cell of a CSV's first line is a number."""
     return not any(parse_number(cell) is not None for cell in cells)
 
 
 def parse_cell(text: str) -> int | float | None:
-    """The number in a cell, or None for a missing value, which the model may refuse.
+    """The number in a cell, which may be an infinity; None for a missing value, as `NaN` or `NA`.
 
-    Raises ValueError if the cell has something else.
+    Raises ValueError if the cell has something else. The model may refuse a missing value.
     """
     word = text.strip().lower()
     if word in _MISSING:
@@ -235,7 +251,7 @@ def parse_cell(text: str) -> int | float | None:
 
 
 def parse_number(word: str) -> int | float | None:
-    """An int or a float; None if the word is no number, or one that JSON cannot express."""
+    """An int or a float; None if the word is no number, or one that JSON has not, as `inf`."""
     with contextlib.suppress(ValueError):
         return int(word)
     with contextlib.suppress(ValueError):
@@ -265,7 +281,10 @@ def _column_indexes(names: Sequence[str], options: ReadOptions) -> list[int]:
 
 
 def _json(content: IO[bytes], options: ReadOptions) -> Iterator[Row]:
-    """Reads a list of rows, or an object whose `data` is such a list."""
+    """Yields the rows of a list, or of an object whose `data` is such a list.
+
+    A list of numbers is a single row. Raises ValueError for other JSON; all of it is read at once.
+    """
     values = _decode_json(_without_mark(content.read()))
     if isinstance(values, dict) and isinstance(values.get("data"), list):
         values = values["data"]
@@ -278,6 +297,7 @@ def _json(content: IO[bytes], options: ReadOptions) -> Iterator[Row]:
 
 
 def _ndjson(content: IO[bytes], options: ReadOptions) -> Iterator[Row]:
+    """Yields a row for each line that is not empty; a line that is not JSON has a `problem`."""
     number = 0
     for line_number, line in enumerate(content, start=1):
         if line_number == 1:
@@ -294,6 +314,7 @@ def _ndjson(content: IO[bytes], options: ReadOptions) -> Iterator[Row]:
 
 
 def _decode_json(text: bytes) -> Any:
+    """The value of JSON text; raises ValueError, with a hint if NaN is in the text."""
     try:
         return msgspec.json.decode(text)
     except msgspec.DecodeError as error:
@@ -303,7 +324,7 @@ def _decode_json(text: bytes) -> Any:
 
 
 def _without_mark(start: bytes) -> bytes:
-    """The start of a text without the byte order mark of Windows tools.
+    """The start of a text without the byte order mark that Windows tools write.
 
     Raises ValueError for UTF-16.
     """
@@ -313,7 +334,11 @@ def _without_mark(start: bytes) -> bytes:
 
 
 def json_row(number: int, row: Any, options: ReadOptions) -> Row:
-    """A row from its JSON: a record is read like a row of a table, {"data": row} like `row`."""
+    """A row from its decoded JSON; it has a `problem` if it is null or lacks a wanted column.
+
+    A record is read like a row of a table, and {"data": row} like `row`. Other values are
+    unchanged.
+    """
     if isinstance(row, dict) and set(row) == {"data"}:
         row = row["data"]
     if isinstance(row, dict):
@@ -332,7 +357,7 @@ def json_row(number: int, row: Any, options: ReadOptions) -> Row:
 def _row_value(names: Sequence[str], values: Sequence[Any], options: ReadOptions) -> Any:
     """The value to send: a dict if all columns are named like inputs, else a list.
 
-    A single column of vectors is the list itself.
+    `names` and `values` are of the columns to send. A single column of vectors is the list itself.
     """
     stripped = [name.strip() for name in names]
     if set(stripped) <= options.inputs.keys():
@@ -344,7 +369,7 @@ def _row_value(names: Sequence[str], values: Sequence[Any], options: ReadOptions
 
 
 def _with_rank(value: Any, rank: int) -> Any:
-    """A number as a vector if its input is a matrix, as scikit-learn exports it."""
+    """The value in a list if it is none and its input is a matrix, as scikit-learn exports it."""
     return [value] if rank == 2 and not isinstance(value, list) else value
 
 
@@ -352,6 +377,10 @@ def _with_rank(value: Any, rank: int) -> Any:
 
 
 def _npy(content: IO[bytes], options: ReadOptions) -> Iterator[Row]:
+    """Yields the rows of an array along its first axis; an array of the rank of a row is one row.
+
+    Raises ValueError for a single value, or for an array of Python objects.
+    """
     import numpy as np
 
     source = content if content.seekable() else io.BytesIO(content.read())
@@ -365,6 +394,7 @@ def _npy(content: IO[bytes], options: ReadOptions) -> Iterator[Row]:
 
 
 def _parquet(content: IO[bytes], options: ReadOptions) -> Iterator[Row]:
+    """Yields the rows of a Parquet file, row group by row group; raises FileRefused, ValueError."""
     parquet = import_arrow("pyarrow.parquet", "Parquet")
     source = content if content.seekable() else io.BytesIO(content.read())
     file = parquet.ParquetFile(source)
@@ -378,7 +408,10 @@ def _parquet(content: IO[bytes], options: ReadOptions) -> Iterator[Row]:
 
 
 def import_arrow(module: str, purpose: str) -> "ModuleType":
-    """Imports a module of pyarrow; raises FileRefused with advice if it is not installed."""
+    """Imports and returns a module of pyarrow; raises FileRefused if it is not installed.
+
+    `purpose`, such as Parquet, begins the message.
+    """
     import importlib
 
     try:

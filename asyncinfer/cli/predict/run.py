@@ -73,6 +73,8 @@ class PredictOptions(Struct, frozen=True, kw_only=True):
 
 
 class _Source(Struct, frozen=True):
+    """The rows of a run, and the group that its jobs are in unless the user names another."""
+
     rows: Iterator[Row]
     total: int | None
     """About how many rows; None if that could only be counted by reading them all."""
@@ -81,9 +83,10 @@ class _Source(Struct, frozen=True):
 
 
 def run(server: Server, options: PredictOptions) -> int:
-    """Predicts all rows and returns the exit code, 1 if a row failed.
+    """Predicts all rows, writes a record for each, and returns the exit code, 1 if a row failed.
 
-    Raises what ends the run as a whole: FileRefused, WaitTimeout, ConnectionFailed and others.
+    Raises what ends the run as a whole: FileRefused, WaitTimeout after `timeout_seconds`,
+    ConnectionFailed, KeyboardInterrupt and others. Results that came before are in the output.
     """
     file_format = writers.format_of(options.output, options.write_as)
     deadline = time.monotonic() + options.timeout_seconds
@@ -105,7 +108,7 @@ def run(server: Server, options: PredictOptions) -> int:
 
 @contextlib.contextmanager
 def _printed_warnings() -> Iterator[None]:
-    """Prints warnings of the client as lines on stderr, without a place in the code."""
+    """Prints SlowMapWarnings as lines on stderr, without a place in the code, in its block."""
     from asyncinfer.client import SlowMapWarning
 
     def print_warning(
@@ -132,7 +135,11 @@ def _write_all(
     writer: writers.Writer,
     bar: Progress,
 ) -> int:
-    """Writes a record for each row and returns the number of rows that failed."""
+    """Writes a record for each row and returns the number of rows that failed.
+
+    If the run ends early, says how many rows are done and how to continue, and raises the error:
+    WaitTimeout with that text, any other after a line on stderr.
+    """
     failed = done = 0
     try:
         for record in _records(api, options, source.rows, group):
@@ -162,7 +169,11 @@ def _write_all(
 def _records(
     api: ApiClient, options: PredictOptions, rows: Iterator[Row], group: str
 ) -> Iterator[Record]:
-    """Records in the order of the rows, with errors for those that cannot be sent."""
+    """Records in the order of the rows, with errors for those that cannot be sent.
+
+    Raises an error that concerns the server, the key or the model (401, 403, 404, 503, or no
+    answer) instead of making a record of it. Closing it cancels the jobs that have not ended.
+    """
     pending: deque[Row] = deque()
 
     def values() -> Iterator[Any]:
@@ -187,14 +198,17 @@ def _records(
 
 
 class _StderrNotices:
-    """Replaces the progress bar of the client's map: prints on stderr why no result comes."""
+    """Takes the place of the progress bar of the client's map; prints why no result comes."""
 
-    def advance(self, rows: int, errors: int) -> None: ...
+    def advance(self, rows: int, errors: int) -> None:
+        """Does nothing."""
 
     def say(self, line: str) -> None:
+        """Prints a line on stderr."""
         say_error(line)
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Does nothing."""
 
 
 class _PauseNotices:
@@ -206,6 +220,7 @@ class _PauseNotices:
         self._first_pause_at = 0.0
 
     def notice(self, pause: Pause) -> None:
+        """Takes a pause before a request is sent again; prints its reason once that takes long."""
         now = time.monotonic()
         self._first_pause_at = self._first_pause_at or now
         if now + pause.seconds - self._first_pause_at >= self._cadence.after_seconds:
@@ -213,6 +228,7 @@ class _PauseNotices:
 
 
 def _unreadable_records(pending: deque[Row]) -> Iterator[Record]:
+    """Takes the rows that cannot be sent from the front of `pending`, and yields their records."""
     while pending and pending[0].problem:
         row = pending.popleft()
         yield {"row": row.number, "error": {"code": "unreadable_row", "detail": row.problem}}
@@ -222,7 +238,10 @@ def _unreadable_records(pending: deque[Row]) -> Iterator[Record]:
 
 
 def _record(row: Row, result: Any, names: Sequence[str]) -> Record:
-    """The record of a row from its result or error; raises errors that concern no single row."""
+    """The record of a row from its result or error; raises errors that concern no single row.
+
+    `names` are the model's outputs; a result that is no dict gets the first of them.
+    """
     if isinstance(result, AsyncinferError):
         _raise_if_server_error(result)
         return {"row": row.number, "error": {"code": result.code, "detail": _error_text(result)}}
@@ -233,18 +252,25 @@ def _record(row: Row, result: Any, names: Sequence[str]) -> Record:
 
 
 def _raise_if_server_error(error: AsyncinferError) -> None:
-    """Raises an error that concerns the server, the key or the model, and not one row."""
+    """Raises an error that concerns the server, the key or the model, and not one row.
+
+    These are 401, 403, 404 and 503; for others it does nothing.
+    """
     if isinstance(error, RequestError) and error.status in (401, 403, 404, 503):
         raise error
 
 
 def _error_text(error: AsyncinferError) -> str:
-    """The error of a row, without the row's number in its job, which means nothing to the user."""
+    """The error of a row, without the row's number in its job, which means nothing to the user.
+
+    Several faults are joined by semicolons.
+    """
     faults = error.faults if isinstance(error, RequestError) else ()
     return "; ".join(map(_fault_text, faults)) or error.detail
 
 
 def _fault_text(fault: Fault) -> str:
+    """The detail of a fault after its place in the row, as `value at 2: ...`."""
     detail = _ROW_IN_JOB.sub("", fault.detail)
     match = _VALUE_POINTER.fullmatch(fault.pointer)
     place = match[1] if match else fault.pointer
@@ -252,6 +278,7 @@ def _fault_text(fault: Fault) -> str:
 
 
 def _to_json(value: Any) -> Any:
+    """An array as lists and a number of numpy as Python's; other values unchanged."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
@@ -259,7 +286,10 @@ def _to_json(value: Any) -> Any:
 
 
 def _open_source(options: PredictOptions, api: ApiClient, deadline: float) -> _Source:
-    """The rows that the arguments name; raises FileRefused if there are none."""
+    """The rows that the arguments name, the first already read, and the group of their jobs.
+
+    Raises FileRefused if there are none or they cannot be read.
+    """
     first = options.rows[0]
     if len(options.rows) == 1 and not _is_inline(first):
         path = None if first == "-" else Path(first)
@@ -274,11 +304,15 @@ def _open_source(options: PredictOptions, api: ApiClient, deadline: float) -> _S
 
 
 def _is_inline(text: str) -> bool:
+    """Whether an argument is a number or looks like JSON, and so is no file's name."""
     return text.lstrip().startswith(("[", "{")) or readers.parse_number(text) is not None
 
 
 def _inline_rows(options: PredictOptions, api: ApiClient) -> Iterator[Row]:
-    """The rows of the command line: numbers are one row; JSON is one row or a list of rows."""
+    """The rows of the command line: numbers are one row; JSON is one row or a list of rows.
+
+    Raises FileRefused if they are neither.
+    """
     words = options.rows
     with contextlib.suppress(ValueError):
         return iter([Row(1, [readers.parse_cell(word) for word in words])])
@@ -299,12 +333,18 @@ def _inline_rows(options: PredictOptions, api: ApiClient) -> Iterator[Row]:
 
 
 def _is_row(value: Any) -> bool:
+    """Whether a value in a list is a row itself, so that the list is one of rows."""
     return isinstance(value, list | dict)
 
 
 def _open_file(
     options: PredictOptions, path: Path | None, model: "Model", deadline: float
 ) -> _Source:
+    """The rows of a file, or of stdin for None, which is read up to `deadline`.
+
+    Without --fresh the group of a file is made from its name, its content, the model's file and the
+    options, so that the same run continues; else it is random.
+    """
     rows = readers.with_first_read(readers.rows(_read_options(options, model, deadline)))
     if path is None or options.fresh or not path.is_file():
         name = path.stem if path else "stdin"
@@ -317,6 +357,7 @@ def _open_file(
 
 
 def _read_options(options: PredictOptions, model: "Model", deadline: float) -> readers.ReadOptions:
+    """How to read rows for this model; `deadline` is on the monotonic clock."""
     required = [spec for spec in model.inputs if not spec.optional]
     are_single = all(spec.shape and spec.shape[1:] in ((), (1,)) for spec in required)
     return readers.ReadOptions(
@@ -332,7 +373,10 @@ def _read_options(options: PredictOptions, model: "Model", deadline: float) -> r
 
 
 def _digest(path: Path, salt: str) -> tuple[str, int]:
-    """The hash of the file and of `salt`, what else determines the results; and its line count."""
+    """The SHA-256 of `salt` and the file's content, in hexadecimal, and its number of line ends.
+
+    `salt` is what else determines the results.
+    """
     digest, lines = hashlib.sha256(salt.encode()), 0
     with path.open("rb") as content:
         while chunk := content.read(1 << 20):
@@ -342,7 +386,7 @@ def _digest(path: Path, salt: str) -> tuple[str, int]:
 
 
 def _group_name(name: str) -> str:
-    """A file's name as the start of a group's name, which allows fewer characters."""
+    """A file's name as the start of a group's name: at most 40 letters, digits and hyphens."""
     allowed = (
         character if character.isascii() and character.isalnum() else "-" for character in name
     )
@@ -354,7 +398,10 @@ def _group_name(name: str) -> str:
 
 @contextlib.contextmanager
 def _hint_after_a_while(options: PredictOptions, source: _Source, group: str) -> Iterator[None]:
-    """Prints how to continue a long run, in case that it cannot say so at its end."""
+    """Prints once how to continue, on stderr, if its block lasts `hint_seconds` and reads a file.
+
+    A long run may not be able to say so at its end.
+    """
     line = f"To continue this run later: {_resume_command(options.arguments, group)}"
     timer = threading.Timer(options.hint_seconds, say_error, (line,))
     timer.daemon = True
@@ -367,6 +414,7 @@ def _hint_after_a_while(options: PredictOptions, source: _Source, group: str) ->
 
 
 def _continue_advice(options: PredictOptions, source: _Source, group: str) -> str:
+    """A sentence on how to continue a run that ended early."""
     if not source.is_file:
         return "Run the command again."
     command = _resume_command(options.arguments, group)
@@ -374,7 +422,7 @@ def _continue_advice(options: PredictOptions, source: _Source, group: str) -> st
 
 
 def _resume_command(arguments: Sequence[str], group: str) -> str:
-    """The command line with --resume GROUP, without --api-key and --fresh."""
+    """The command line with --resume GROUP, without --api-key, --fresh and an earlier --resume."""
     words, skip = [], False
     for word in arguments:
         is_kept = not skip and word.partition("=")[0] not in (*_OMITTED_OPTIONS, "--fresh")

@@ -35,15 +35,17 @@ Record = dict[str, Any]
 
 
 class Writer(Protocol):
-    """Writes records in one format; `finish` writes what is held back and the end of the output."""
+    """Writes records in one format. Call `write` for each and `finish` once, after the last."""
 
-    def write(self, record: Record) -> None: ...
+    def write(self, record: Record) -> None:
+        """Writes a record, or keeps it until more are there."""
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        """Writes the records that are held back, and the end of the output."""
 
 
 def format_of(path: str | None, requested: str | None) -> str:
-    """The requested format, else that of the file's name.
+    """The requested format, else that of the file's name; one of FORMATS.
 
     Without either it is a table on a terminal and NDJSON in a pipe. Raises FileRefused for a name
     that shows no format.
@@ -62,9 +64,11 @@ def format_of(path: str | None, requested: str | None) -> str:
 
 @contextlib.contextmanager
 def writer(path: str | None, file_format: str) -> Iterator[Writer]:
-    """Opens a writer to a file, or to stdout for None.
+    """Opens a writer to a file, or to stdout for None, and calls its `finish` at the end.
 
-    The file appears once it is complete; until then its content is in a file with the suffix .part.
+    The file appears once it is complete; until then, and after an exception, its content is in a
+    file with the suffix .part. Raises FileRefused if the file cannot be written, pyarrow is missing
+    for Parquet, or Parquet would go to a terminal. `file_format` is one of FORMATS.
     """
     if path is None:
         if file_format == "parquet" and sys.stdout.isatty():
@@ -87,6 +91,7 @@ def writer(path: str | None, file_format: str) -> Iterator[Writer]:
 
 
 def _stdout(file_format: str) -> Any:
+    """The binary stdout; on a terminal a stream that escapes control characters."""
     if not sys.stdout.isatty():
         return sys.stdout.buffer
     return _Terminal(sys.stdout.buffer, printable if file_format == "csv" else printable_json)
@@ -100,6 +105,7 @@ class _Terminal:
         self._escape = escape
 
     def write(self, content: bytes) -> None:
+        """Writes UTF-8 text with control characters escaped; it must be whole characters."""
         self._terminal.write(self._escape(content.decode()).encode())
 
     def flush(self) -> None:
@@ -110,14 +116,18 @@ class _Terminal:
 
 
 class _NDJSON:
+    """Writes each row at once as a line of JSON."""
+
     def __init__(self, content: IO[bytes]) -> None:
         self._content = content
 
     def write(self, record: Record) -> None:
+        """Writes a record as a line, and flushes."""
         self._content.write(_json_of(record) + b"\n")
         self._content.flush()
 
     def finish(self) -> None:
+        """Does nothing."""
         pass
 
 
@@ -129,15 +139,17 @@ class _JSON:
         self._separator = b"[\n"
 
     def write(self, record: Record) -> None:
+        """Writes a record after a comma, or after the opening bracket if it is the first."""
         self._content.write(self._separator + _json_of(record))
         self._separator = b",\n"
 
     def finish(self) -> None:
+        """Writes the closing bracket; `[]` if there was no record."""
         self._content.write(b"[]\n" if self._separator == b"[\n" else b"\n]\n")
 
 
 def _json_of(record: Record) -> bytes:
-    """A record as JSON; NaN and infinities are words, as the API writes them."""
+    """A record as JSON without a line end; NaN and infinities are words, as the API writes them."""
     return msgspec.json.encode(in_words(record))
 
 
@@ -145,14 +157,20 @@ def _json_of(record: Record) -> bytes:
 
 
 class _Columns:
-    """The columns of a table: those of the first good row; failed rows before it are held back."""
+    """The columns of a table: those of the first good row; failed rows before it are held back.
+
+    Fields that only later rows have are left out.
+    """
 
     def __init__(self) -> None:
         self._names: list[str] = []
         self._waiting: list[Record] = []
 
     def rows(self, record: Record) -> list[list[Any]]:
-        """The rows that can be written now, in order."""
+        """Takes a record and returns the rows that can be written now, in order; maybe none.
+
+        A row has a cell for each of `names`, None where the record has no such field.
+        """
         record = in_words(record)
         if not self._names and "error" in record:
             self._waiting.append(record)
@@ -162,37 +180,48 @@ class _Columns:
         return [self._row(ready) for ready in (*self._take_waiting(), record)]
 
     def rest(self) -> list[list[Any]]:
-        """The rows that are still held back, at the end."""
+        """The rows that are still held back, at the end.
+
+        If no row was good, they have the columns `row` and `error`.
+        """
         if not self._names and self._waiting:
             self._names = ["row", "error"]
         return [self._row(record) for record in self._take_waiting()]
 
     @property
     def names(self) -> list[str]:
+        """The titles of the columns; an empty list as long as `rows` has returned no row."""
         return self._names
 
     def _take_waiting(self) -> list[Record]:
+        """The records that are held back, which are no longer kept then."""
         waiting, self._waiting = self._waiting, []
         return waiting
 
     def _row(self, record: Record) -> list[Any]:
+        """The cells of a record, one for each of `names`; None where it has no such field."""
         cells = flat(record)
         return [cells.get(name) for name in self._names]
 
 
 class _CSV:
+    """Writes a header and lines of CSV, with nothing for None; no header without rows."""
+
     def __init__(self, content: IO[bytes]) -> None:
         self._content = content
         self._columns = _Columns()
         self._has_header = False
 
     def write(self, record: Record) -> None:
+        """Writes a record as a line, unless the columns are not known yet."""
         self._write_rows(self._columns.rows(record))
 
     def finish(self) -> None:
+        """Writes the failed rows that are held back if no row was good."""
         self._write_rows(self._columns.rest())
 
     def _write_rows(self, rows: Sequence[Sequence[Any]]) -> None:
+        """Writes rows as lines and flushes; before the first of all, the header."""
         if rows and not self._has_header:
             self._has_header = True
             self._write_line(self._columns.names)
@@ -201,6 +230,7 @@ class _CSV:
         self._content.flush()
 
     def _write_line(self, cells: Sequence[Any]) -> None:
+        """Writes cells as one line in UTF-8, quoted where CSV needs it."""
         text = _LineBuffer()
         csv.writer(text, lineterminator="\n").writerow(cells)
         self._content.write(text.line.encode())
@@ -212,6 +242,7 @@ class _LineBuffer:
     line = ""
 
     def write(self, line: str) -> None:
+        """Keeps this line in place of the last one."""
         self.line = line
 
 
@@ -223,16 +254,19 @@ class _Table:
         self._rows: list[list[Any]] = []
 
     def write(self, record: Record) -> None:
+        """Keeps a record, and prints a table once there are 1,000 rows."""
         self._rows += self._columns.rows(record)
         if len(self._rows) >= _ROWS_PER_TABLE:
             self._write_rows()
 
     def finish(self) -> None:
+        """Prints the rows that are left."""
         self._rows += self._columns.rest()
         if self._rows:
             self._write_rows()
 
     def _write_rows(self) -> None:
+        """Prints the rows so far as a table; columns that are empty in all of them are left out."""
         from asyncinfer.cli.output import show
 
         names = self._columns.names
@@ -244,11 +278,16 @@ class _Table:
 
 
 def _short(cell: Any) -> Any:
+    """A float as text of 4 digits; anything else unchanged."""
     return f"{cell:.4g}" if isinstance(cell, float) else cell
 
 
 def flat(record: Record) -> Record:
-    """A record with a key for each element of a short list, as `probabilities_0`."""
+    """A record with a text or number for each cell, NaN as a word.
+
+    A list of at most 64 elements becomes a key for each, as `probabilities_0`; other lists and
+    dicts become JSON, and an error `code: detail`.
+    """
     cells: Record = {}
     for name, value in in_words(record).items():
         if name == "error":
@@ -263,6 +302,7 @@ def flat(record: Record) -> Record:
 
 
 def _is_vector(value: Any) -> bool:
+    """Whether a value is a list of at most 64 elements without lists and dicts in it."""
     return (
         isinstance(value, list)
         and len(value) <= _MAX_COLUMNS
@@ -274,7 +314,10 @@ def _is_vector(value: Any) -> bool:
 
 
 class _Parquet:
-    """Writes lists as lists; the first row group determines the types."""
+    """Writes row groups of 10,000 rows, lists as lists; the first group determines the types.
+
+    Fields that only later groups have are left out.
+    """
 
     def __init__(self, content: IO[bytes]) -> None:
         self._content = content
@@ -284,6 +327,7 @@ class _Parquet:
         self._records: list[Record] = []
 
     def write(self, record: Record) -> None:
+        """Keeps a record with its error as text, and writes a row group once there are 10,000."""
         error = record.get("error")
         text = f"{error['code']}: {error['detail']}" if error else None
         self._records.append({**record, "error": text})
@@ -291,10 +335,12 @@ class _Parquet:
             self._write_rows()
 
     def finish(self) -> None:
+        """Writes the last row group and the footer; without any record a file without rows."""
         self._write_rows()
         self._writer.close()
 
     def _write_rows(self) -> None:
+        """Writes the rows so far as a row group."""
         if self._writer is None:
             schema = self._schema()
             self._writer = self._parquet.ParquetWriter(self._content, schema)
@@ -303,6 +349,7 @@ class _Parquet:
         self._records = []
 
     def _schema(self) -> Any:
+        """The schema of the rows so far: their fields, and `error` as the last column."""
         # from_pylist takes the columns from the first record only, which may be a failed row.
         names = dict.fromkeys(name for record in self._records for name in record)
         filled = [{name: record.get(name) for name in names} for record in self._records]

@@ -14,9 +14,10 @@ from asyncinfer.settings import read as read_settings
 
 
 def api_process(held_fd: int, report_fd: int, own_worker_since_ms: int) -> int:
-    """Serves on the socket `held_fd` and returns the exit code.
+    """Serves at the address of the bound socket `held_fd` and returns the exit code.
 
-    Reports on `report_fd` that it is ready, or why it cannot start. `own_worker_since_ms` is 0 if
+    Reports on `report_fd` that it is ready, or why it cannot start; then it returns 2. Else it
+    serves until a signal and returns 0. `own_worker_since_ms` is in milliseconds since 1970, 0 if
     the `serve` has no worker.
     """
     lean_start()
@@ -38,6 +39,10 @@ def api_process(held_fd: int, report_fd: int, own_worker_since_ms: int) -> int:
 async def _serve(
     settings: Settings, held_fd: int, report_fd: int, own_worker_since_ms: int | None
 ) -> None:
+    """Serves until it is stopped, and reports on `report_fd` when requests can be answered.
+
+    Closes `held_fd` at the end.
+    """
     from asyncinfer.api.http.sockets import share
     from asyncinfer.api.server import serve_on
     from asyncinfer.processes import api_processes

@@ -34,6 +34,7 @@ class Banner(Struct, frozen=True, kw_only=True):
     """A remark on the default model; empty if there is none."""
 
     def text(self) -> str:
+        """The lines of the banner, each with its line end."""
         return (
             f"asyncinfer {__version__}\n"
             f"  URL      {self._url}\n"
@@ -49,6 +50,7 @@ class Banner(Struct, frozen=True, kw_only=True):
         return api_url(self.host, self.port)
 
     def _models(self) -> str:
+        """The line of the models: those served, those refused, or what to do if there are none."""
         if self.model_dir is None and not self.models:
             return "those of workers elsewhere; start one: asyncinfer work"
         if not (self.models or self.refused):
@@ -62,6 +64,7 @@ class Banner(Struct, frozen=True, kw_only=True):
         return f"{served}; not {', '.join(self.refused)}: {self._url}/models says why"
 
     def _curl(self) -> str:
+        """A curl command that works: a prediction of the example, else the list of models."""
         key = ' -H "x-api-key: $API_KEY"' if self.needs_key else ""
         if self.example is None:
             return f"curl{key} {self._url}/models"

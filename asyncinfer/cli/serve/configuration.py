@@ -44,6 +44,7 @@ def reachable_redis_url(settings: Settings) -> str:
 
 
 def data_dir(settings: Settings) -> Path:
+    """The absolute path of DATA_DIR, else of the user's state folder; it need not exist."""
     import platformdirs
 
     return (settings.data_dir or platformdirs.user_state_path("asyncinfer")).absolute()
@@ -60,7 +61,10 @@ def model_dir(settings: Settings) -> Path:
 
 
 def source(settings: Settings) -> "Source":
-    """The folder or the one file to serve; raises StartError if it is not there."""
+    """The folder or the one file of models to serve, which is not read yet.
+
+    Raises StartError if it is not there, and InvalidSetting if MODEL cannot be served.
+    """
     from asyncinfer.worker.models.source import Source
 
     file = model_file(settings)
@@ -69,14 +73,21 @@ def source(settings: Settings) -> "Source":
 
 
 def looks_intact(file: "ModelFile") -> bool:
-    """Whether the file of a version is not visibly broken; it is not loaded."""
+    """Whether a version's file is not visibly broken.
+
+    It is not loaded, so a worker may still refuse it.
+    """
     from asyncinfer.models import onnx_file
 
     return not file.problem and onnx_file.looks_whole(file.path)
 
 
 def model_file(settings: Settings) -> Path | None:
-    """The file of the setting MODEL, or None; raises InvalidSetting if it cannot be served."""
+    """The absolute path of the setting MODEL; None if that is not set.
+
+    Raises InvalidSetting if it is no .onnx file, its name cannot be a model's, or DEFAULT_MODEL
+    names another model.
+    """
     if settings.model is None:
         return None
     from asyncinfer.models.folder import NAME_RULE, valid_name
@@ -97,18 +108,23 @@ def model_file(settings: Settings) -> Path | None:
 
 
 def default_model(settings: Settings) -> str | None:
-    """The default model that the settings name; None leaves the choice to the worker."""
+    """The default model that the settings name; None leaves the choice to the worker.
+
+    Raises InvalidSetting as `model_file` does; whether such a model exists is not checked.
+    """
     file = model_file(settings)
     return file.stem if file else settings.default_model
 
 
 def store(settings: Settings, url: str) -> AbstractAsyncContextManager["Store"]:
+    """The store on the server at `url`, which is opened and closed as an `async with`."""
     from asyncinfer.repository.store import Store
 
     return Store.open(url, queue_name=settings.queue_name, policy=policy(settings), name="cli")
 
 
 def policy(settings: Settings) -> "Policy":
+    """The rules that the store applies to jobs, from the settings."""
     from asyncinfer.repository.policy import Policy
 
     return Policy(
@@ -124,6 +140,11 @@ def policy(settings: Settings) -> "Policy":
 
 
 def api_config(settings: Settings, url: str, own_worker_since_ms: int | None) -> "ApiConfig":
+    """The configuration of an API process; `url` is that of its Redis.
+
+    `own_worker_since_ms` is a time in milliseconds since 1970 after which the worker of the same
+    `serve` was started; None if it has none.
+    """
     from asyncinfer.api.config import ApiConfig
 
     return ApiConfig(
@@ -143,6 +164,10 @@ def api_config(settings: Settings, url: str, own_worker_since_ms: int | None) ->
 
 
 def worker_process(settings: Settings, url: str) -> "WorkerProcess":
+    """The configuration of a worker; `url` is that of its Redis. Nothing is started.
+
+    Raises StartError as `source` does.
+    """
     from asyncinfer.processes.cpus import cores
     from asyncinfer.worker.models.engine_cache import Bounds
     from asyncinfer.worker.process import WorkerProcess

@@ -29,9 +29,10 @@ _MAX_SHOWN: Final = 10
 class LeftoverCleaner:
     """Removes what no worker serves any more, for a `serve` with a worker of its own.
 
-    An embedded server belongs to one `serve`, whose folder may be another at each start. A server
-    that others use too belongs to several deployments, one of which may be down for a while:
-    nothing is removed from it.
+    `serve` calls `check` and `before_worker` before it starts that worker, and runs `beside_worker`
+    until its end. An embedded server belongs to one `serve`, whose folder may be another at each
+    start. A server that others use too belongs to several deployments, one of which may be down for
+    a while: nothing is removed from it.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -47,16 +48,22 @@ class LeftoverCleaner:
     # --- at the start -----------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raises InvalidSetting if no worker can have the default model.
+        """Raises InvalidSetting if the folder has models, but not the default one of the settings.
 
-        In an empty folder it may still appear.
+        In an empty folder it may still appear. With a Redis of the user's it checks nothing, since
+        another worker may have the model.
         """
         wanted = configuration.default_model(self._settings)
         if wanted and self._is_embedded and not self._is_here(wanted) and self._names():
             raise self._unknown_default_error(wanted)
 
     async def before_worker(self, url: str) -> None:
-        """Decides on the default model, before a worker and an API read it."""
+        """Decides on the default model and retracts old models, before worker and API read them.
+
+        `url` is that of the Redis. Raises InvalidSetting if no worker can have the default model of
+        the settings, and DefaultModelChanged if others use another. If Redis does not answer it
+        logs that.
+        """
         from asyncinfer.repository.leftovers import Leftovers
 
         async with configuration.store(self._settings, url) as store:
@@ -68,6 +75,7 @@ class LeftoverCleaner:
                 _log.warning("The default model could not be checked yet: %s", error.detail)
 
     async def _decide_default(self, leftovers: "Leftovers") -> None:
+        """Stores the default model of the settings, or replaces a stored one that nobody serves."""
         if wanted := configuration.default_model(self._settings):
             is_known = self._is_here(wanted) or await leftovers.is_known(wanted)
             if not is_known and self._names():
@@ -82,6 +90,11 @@ class LeftoverCleaner:
             await self._replace(leftovers, stored, self._names(intact=True))
 
     async def _replace(self, leftovers: "Leftovers", stored: str, names: Collection[str]) -> None:
+        """Makes one of `names` the default in place of `stored`, unless jobs of either keep it.
+
+        `names` are models that are there. On a server of the user's it replaces nothing. Sets
+        `_unserved_default` if `stored` remains; else logs what replaces it.
+        """
         from asyncinfer.models.folder import default_model
         from asyncinfer.repository.leftovers import Unserved
 
@@ -102,7 +115,8 @@ class LeftoverCleaner:
     async def _retract_missing_models(self, leftovers: "Leftovers") -> None:
         """Retracts models of an earlier folder before the API starts, so that it never lists them.
 
-        Those that the folder has are kept, since the worker will announce them.
+        Those that the folder has are kept, since the worker will announce them. With a Redis of the
+        user's, or if the folder cannot be read, it does nothing.
         """
         if not self._is_embedded:
             return
@@ -121,7 +135,11 @@ class LeftoverCleaner:
     # --- from then on -----------------------------------------------------------------------
 
     async def beside_worker(self, url: str, worker_pid: Callable[[], int]) -> None:
-        """Until it is cancelled, retracts what no worker has and no job waits for."""
+        """Until it is cancelled, retracts what no worker has and no job waits for; never raises.
+
+        With a Redis of the user's it returns at once. `worker_pid` returns the pid of the own
+        worker, which may be started again. `url` is that of the Redis.
+        """
         import anyio
 
         from asyncinfer.repository.leftovers import Leftovers
@@ -141,9 +159,9 @@ class LeftoverCleaner:
                 await anyio.sleep(_PAUSE_SECONDS if is_done else _SHORT_PAUSE_SECONDS)
 
     async def _clear(self, leftovers: "Leftovers", worker_pid: int) -> bool:
-        """Returns True if the own worker was there and the default model is one that is served.
+        """Runs one round; returns whether the own worker was there and the default model is served.
 
-        While that worker is being started (again), its models must stay.
+        While that worker is being started (again), its models must stay, so nothing is done.
         """
         workers = await leftovers.workers()
         own = next((worker for worker in workers if self._is_own(worker, worker_pid)), None)
@@ -155,6 +173,7 @@ class LeftoverCleaner:
         return self._unserved_default is None
 
     def _is_own(self, worker: "WorkerSays", pid: int) -> bool:
+        """Whether an announcement is of the worker that this `serve` has started, with this pid."""
         # In a container the worker of the next start may have the pid of the last one's.
         started_ms = worker.started_ms or 0
         return (worker.pid, worker.host) == (pid, socket.gethostname()) and (
@@ -186,6 +205,7 @@ class LeftoverCleaner:
     async def _retract(
         self, leftovers: "Leftovers", own: "WorkerSays", unserved: dict[str, list[str]]
     ) -> None:
+        """Retracts versions, by model, unless the own worker still has to load them."""
         pending = await self._versions_to_load(own) if unserved else frozenset()
         gone = {
             model: [version for version in versions if (model, version) not in pending]
@@ -198,6 +218,7 @@ class LeftoverCleaner:
     async def _retract_versions(
         self, leftovers: "Leftovers", versions_by_model: dict[str, list[str]]
     ) -> None:
+        """Retracts versions unless jobs wait for their model; logs those that are retracted."""
         retracted = []
         for model, versions in versions_by_model.items():
             if not await leftovers.retract(model, versions):
@@ -211,7 +232,7 @@ class LeftoverCleaner:
             )
 
     async def _versions_to_load(self, own: "WorkerSays") -> frozenset[tuple[str, str]]:
-        """Versions in the folder that the worker has not refused.
+        """Pairs of model and version that are in the folder and that the worker has not refused.
 
         One of them that is not announced is not loaded yet.
         """
@@ -227,13 +248,15 @@ class LeftoverCleaner:
     # --- the folder -------------------------------------------------------------------------
 
     def _files(self) -> list["ModelFile"]:
+        """Reads the folder; raises ModelDirUnreadable, or an OSError."""
         return configuration.source(self._settings).files()
 
     def _is_here(self, model: str) -> bool:
+        """Whether the folder has a model of this name, intact or not."""
         return model in self._visible_names() or model in self._names()
 
     def _visible_names(self) -> set[str]:
-        """Names of models whose files have the usual names.
+        """Names of models in the folder whose files have the usual names; empty if MODEL is set.
 
         Finding them imports nothing: that would cost a quarter of a second before the worker is
         started.
@@ -246,7 +269,10 @@ class LeftoverCleaner:
         return found & set(self._settings.models) if self._settings.models else found
 
     def _names(self, *, intact: bool = False) -> set[str]:
-        """Names of the models in the folder; `intact` leaves out those that are visibly broken."""
+        """Names of the models in the folder; `intact` leaves out those that are visibly broken.
+
+        An empty set if the folder cannot be read.
+        """
         try:
             files = self._files()
         except OSError:
@@ -254,6 +280,7 @@ class LeftoverCleaner:
         return {file.model for file in files if not intact or configuration.looks_intact(file)}
 
     def _unknown_default_error(self, wanted: str) -> InvalidSetting:
+        """Returns the error for a default model that the folder lacks; it lists what is there."""
         settings, names = self._settings, sorted(self._names())
         shown = ", ".join(names[:_MAX_SHOWN]) + (" and others" if names[_MAX_SHOWN:] else "")
         of = f", of which MODELS={','.join(settings.models)} is served" if settings.models else ""

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 def run_serve(settings: Settings, *, work: bool, insecure: bool) -> int:
     """Serves until SIGINT or SIGTERM and returns 0; raises StartError if it cannot start.
 
-    `work` runs a worker beside a Redis of the user's; `insecure` allows any HOST without API keys.
+    `work` runs a worker beside a Redis of the user's; without such a Redis a worker is always run.
+    `insecure` allows any HOST without API keys.
     """
     lean_start()
     import anyio
@@ -53,6 +54,7 @@ def run_serve(settings: Settings, *, work: bool, insecure: bool) -> int:
 
 
 def _reject_open_host(settings: Settings, insecure: bool) -> None:
+    """Raises StartError if others may reach HOST, there are no API keys, and not `insecure`."""
     if not (insecure or settings.api_keys or _is_loopback(settings.host)):
         raise StartError(
             f"HOST {settings.host} lets in everyone who reaches it, and there are no API keys. "
@@ -62,7 +64,7 @@ def _reject_open_host(settings: Settings, insecure: bool) -> None:
 
 
 def _reject_missing_models(settings: Settings, with_worker: bool) -> None:
-    """Checks MODEL and MODELS before anything is started.
+    """Raises StartError, before anything is started, if MODEL or MODELS cannot be served.
 
     Without these settings the folder is read later, while the worker starts: the imports for it
     take a tenth of a second.
@@ -73,6 +75,7 @@ def _reject_missing_models(settings: Settings, with_worker: bool) -> None:
 
 
 def _is_loopback(host: str) -> bool:
+    """Whether a host is a loopback address, or `localhost`; other names are not looked up."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -80,18 +83,23 @@ def _is_loopback(host: str) -> bool:
 
 
 def _own_command(*words: str) -> tuple[str, ...]:
-    """The command of a child: the current folder is on its path only if it is on ours."""
+    """The command of a child that runs `asyncinfer` with these words, in the same interpreter.
+
+    The current folder is on its path only if it is on ours.
+    """
     safe_path = () if sys.path[0] in ("", os.getcwd()) else ("-P",)
     return (sys.executable, *safe_path, "-m", "asyncinfer", *words)
 
 
 def _child_environ(settings: Settings) -> dict[str, str]:
+    """The environment of a child: ours, and the variables of the settings."""
     return {**os.environ, **as_environment(settings)}
 
 
 async def _api(
     settings: Settings, cleaner: LeftoverCleaner | None, redis_url: str, stop: "Stop"
 ) -> None:
+    """Serves in this process until a signal ends it, and prints the banner once it is ready."""
     from asyncinfer.api.server import serve
 
     banner = await _read_banner(settings, cleaner, redis_url)
@@ -108,6 +116,11 @@ async def _api(
 async def _apis(
     settings: Settings, cleaner: LeftoverCleaner | None, redis_url: str, stop: "Stop"
 ) -> None:
+    """Runs several API processes at one address until it is cancelled.
+
+    Prints the banner once the first is ready. Raises StartError if the first that reports cannot
+    start.
+    """
     import anyio
 
     from asyncinfer.api.http.sockets import hold
@@ -135,6 +148,11 @@ async def _apis(
 async def _read_banner(
     settings: Settings, cleaner: LeftoverCleaner | None, redis_url: str
 ) -> Banner:
+    """Reads what the banner shows from the folder and from Redis.
+
+    Without a `cleaner` this `serve` has no worker, and the folder is not read. Raises StartError as
+    `files_at_start` does.
+    """
     from asyncinfer.models.folder import default_model, to_serve
 
     source = configuration.source(settings) if cleaner else None
@@ -159,7 +177,10 @@ async def _read_banner(
 
 
 async def _read_server(settings: Settings, redis_url: str) -> tuple[str, str | None]:
-    """The server's name, and the default model that is stored on it."""
+    """The server's name and version, and the default model that is stored on it, or None.
+
+    If Redis does not answer, a text that says so in place of the name.
+    """
     async with configuration.store(settings, redis_url) as store:
         try:
             return await store.check_server(), await store.default_model()
@@ -168,6 +189,7 @@ async def _read_server(settings: Settings, redis_url: str) -> tuple[str, str | N
 
 
 def _location(settings: Settings, redis_url: str) -> str:
+    """Where Redis is: the data folder of the embedded one, else its address without password."""
     if configuration.redis_url(settings) is None:
         return f"embedded; its data in {configuration.data_dir(settings)}"
     return f"at {shown_url(redis_url)}"

@@ -29,12 +29,19 @@ _PAUSE_SECONDS: Final = 0.1
 
 
 def work_from_environment() -> int:
-    """Runs a worker with the settings of the environment alone."""
+    """Runs a worker with the settings of the environment alone, and returns its exit code.
+
+    Raises StartError, also for a setting that cannot be used.
+    """
     return run_work(read_settings(os.environ, {}))
 
 
 def run_work(settings: Settings) -> int:
-    """Works until SIGINT or SIGTERM and returns the exit code; raises StartError."""
+    """Works until SIGINT or SIGTERM, finishes the running jobs, and returns the exit code.
+
+    Raises StartError if there is no Redis, or the settings can give no model. A second signal ends
+    the process at once.
+    """
     set_up_logging()
     lean_start()
     with _exiting_at_once():
@@ -67,6 +74,7 @@ def _with_models_of_serve(settings: Settings, url: str) -> Settings:
     """Settings with the models of the `serve` whose embedded Valkey is used, if none are set.
 
     Else this worker would serve the shipped models beside that `serve`, and nobody would notice.
+    Returns the settings unchanged with a Redis of the user's, or if no worker is found within 5 s.
     """
     has_models = settings.model_dir or settings.model or Path("model").is_dir()
     if has_models or configuration.redis_url(settings) is not None:

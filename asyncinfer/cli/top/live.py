@@ -26,7 +26,10 @@ ReadSnapshot = Callable[[], Snapshot]
 
 @contextmanager
 def api_reader(server: Server) -> Iterator[ReadSnapshot]:
-    """Opens a connection to the API and yields a function that reads a snapshot through it."""
+    """Opens a connection to the API and yields a function that reads a snapshot through it.
+
+    That function raises an AsyncinferError, such as ConnectionFailed, at once: it retries nothing.
+    """
     from asyncinfer.cli.api_client import ApiClient
 
     with ApiClient(server, retries=0) as api:
@@ -39,6 +42,7 @@ def api_reader(server: Server) -> Iterator[ReadSnapshot]:
 
 
 def _workers(api: "ApiClient") -> list[Worker] | None:
+    """The workers; None if the API key lacks the scope `admin`."""
     try:
         return api.request_as(WorkerList, "GET", "/workers").workers
     except Forbidden:
@@ -47,7 +51,11 @@ def _workers(api: "ApiClient") -> list[Worker] | None:
 
 @contextmanager
 def redis_reader(url: str, queue_name: str) -> Iterator[ReadSnapshot]:
-    """Opens a connection to Redis and yields a function that reads a snapshot from it."""
+    """Opens a connection to Redis and yields a function that reads a snapshot from it.
+
+    `url` is a REDIS_URL, and `queue_name` the setting QUEUE_NAME. Raises an AsyncinferError if the
+    server does not answer or cannot be used; the function that is yielded may do so too.
+    """
     from asyncinfer.cli.addresses import shown_url
     from asyncinfer.repository.inspect.statistics import Observation
     from asyncinfer.repository.policy import Policy
@@ -65,13 +73,16 @@ def redis_reader(url: str, queue_name: str) -> Iterator[ReadSnapshot]:
 
 
 async def _read_snapshot(observation: "Observation", source: str) -> Snapshot:
+    """Reads the queues, then the workers; `source` is the server's name in the view."""
     return Snapshot(time.time(), source, await observation.queues(), await observation.workers())
 
 
 def watch(read_snapshot: ReadSnapshot, interval: float, *, once: bool, as_json: bool) -> None:
-    """Prints one snapshot (`once`, or in a pipe), JSON lines, or the live view until q or Ctrl-C.
+    """Prints snapshots on stdout: one (`once`, or in a pipe), JSON lines, or the live view.
 
-    `interval` is in seconds.
+    `interval` is in seconds. Returns after one snapshot, or when the user presses q or Ctrl-C in
+    the live view; JSON lines end only with an exception. Raises the error of a read; the live view
+    shows it instead, unless the first read fails.
     """
     if as_json:
         _print_lines(read_snapshot, interval, once=once)
@@ -83,6 +94,7 @@ def watch(read_snapshot: ReadSnapshot, interval: float, *, once: bool, as_json: 
 
 
 def _print_lines(read_snapshot: ReadSnapshot, interval: float, *, once: bool) -> None:
+    """Prints a snapshot as a line of JSON every `interval` seconds; returns only if `once`."""
     say_json_line(read_snapshot())
     while not once:
         time.sleep(interval)
@@ -90,7 +102,11 @@ def _print_lines(read_snapshot: ReadSnapshot, interval: float, *, once: bool) ->
 
 
 def _run_live(read_snapshot: ReadSnapshot, interval: float) -> None:
-    """Redraws the screen; while the server cannot be reached it shows the error and tries again."""
+    """Redraws the screen every `interval` seconds, or at any key, until q or Ctrl-D is pressed.
+
+    Raises the error of the first read. Later it shows the last snapshot with the error, and tries
+    again.
+    """
     from rich.live import Live
 
     snapshot = read_snapshot()
@@ -113,7 +129,7 @@ def _run_live(read_snapshot: ReadSnapshot, interval: float) -> None:
 def _keyboard() -> Iterator[Callable[[float], str]]:
     """Yields a function that waits for a key: it returns the key, or "" after the given seconds.
 
-    The terminal's mode is restored at the end.
+    Without a terminal it only waits, and returns "". The terminal's mode is restored at the end.
     """
     if sys.platform == "win32" or not sys.stdin.isatty():
         yield _wait_without_keys
@@ -130,10 +146,12 @@ def _keyboard() -> Iterator[Callable[[float], str]]:
 
 
 def _wait_for_key(seconds: float) -> str:
+    """The next key of the terminal, which must be in cbreak mode; "" if none comes in `seconds`."""
     ready, _, _ = select.select([sys.stdin], [], [], seconds)
     return sys.stdin.read(1) if ready else ""
 
 
 def _wait_without_keys(seconds: float) -> str:
+    """Sleeps, and returns ""."""
     time.sleep(seconds)
     return ""

@@ -20,6 +20,8 @@ _WIDE: Final = 120
 
 
 class _Column(NamedTuple):
+    """A column of a table; `cell` makes the cell from a Queue or a Worker."""
+
     title: str
     cell: Callable[[Any], object]
     narrow: bool = True
@@ -27,6 +29,7 @@ class _Column(NamedTuple):
 
 
 def _queues() -> Sequence[_Column]:
+    """The columns of the table of queues, from left to right."""
     return (
         _Column("MODEL", _model),
         _Column("WAIT", _waiting),
@@ -48,6 +51,7 @@ def _queues() -> Sequence[_Column]:
 
 
 def _workers() -> Sequence[_Column]:
+    """The columns of the table of workers, from left to right."""
     return (
         _Column("WORKER", lambda worker: worker.worker),
         _Column("STATE", lambda worker: status(worker.state)),
@@ -68,7 +72,10 @@ def _workers() -> Sequence[_Column]:
 
 
 def say(snapshot: "Snapshot") -> None:
-    """Prints a snapshot on stdout, into a pipe or on a terminal."""
+    """Prints a snapshot once on stdout: queues, workers if the key may see them, and problems.
+
+    In a pipe, and on a terminal of 120 characters or more, it has all columns.
+    """
     wide = not sys.stdout.isatty() or console().width >= _WIDE
     console().print(_title(snapshot, ""), soft_wrap=True)
     _show(_queues(), _relevant(snapshot.queues), wide)
@@ -81,7 +88,10 @@ def say(snapshot: "Snapshot") -> None:
 
 
 def screen(snapshot: "Snapshot", target: "Console", error_text: str) -> "RenderableType":
-    """What the live view shows of a snapshot, with `error_text` if it could not be refreshed."""
+    """The content of the live view for a snapshot, as wide as the console `target`.
+
+    `error_text` says why the snapshot could not be refreshed; "" if it is fresh.
+    """
     from rich.console import Group
 
     wide = target.width >= _WIDE
@@ -92,6 +102,7 @@ def screen(snapshot: "Snapshot", target: "Console", error_text: str) -> "Rendera
 
 
 def _title(snapshot: "Snapshot", error_text: str) -> Any:
+    """A line with source, time and totals; `error_text`, unless it is empty, is a second one."""
     at = datetime.fromtimestamp(snapshot.at).astimezone().strftime("%H:%M:%S")
     waiting = sum(waiting_jobs(queue) for queue in snapshot.queues)
     line = styled("asyncinfer", "bold")
@@ -110,23 +121,27 @@ def _title(snapshot: "Snapshot", error_text: str) -> Any:
 
 
 def _show(columns: Sequence[_Column], items: Sequence[Any], wide: bool) -> None:
+    """Prints a table of `items` on stdout; without the wide columns unless `wide`."""
     shown = [column for column in columns if wide or column.narrow]
     rows = [[column.cell(item) for column in shown] for item in items]
     show([column.title for column in shown], rows, numeric=_numeric(shown))
 
 
 def _table(columns: Sequence[_Column], items: Sequence[Any], wide: bool) -> "RenderableType":
+    """The same table as a renderable for the live view."""
     shown = [column for column in columns if wide or column.narrow]
     rows = [[column.cell(item) for column in shown] for item in items]
     return table([column.title for column in shown], rows, numeric=_numeric(shown))
 
 
 def _numeric(columns: Sequence[_Column]) -> list[str]:
+    """The titles of the columns whose cells are numbers, which are aligned to the right."""
     texts = ("MODEL", "WORKER", "STATE", "HOST", "MODELS", "PROBLEMS")
     return [column.title for column in columns if column.title not in texts]
 
 
 def _model(queue: "Queue") -> object:
+    """The cell of a queue's name, marked if no worker has the model or if it is paused."""
     name = queue_name(queue)
     if queue.starved:
         return styled(f"{name} no worker", "bold red")
@@ -134,19 +149,23 @@ def _model(queue: "Queue") -> object:
 
 
 def _waiting(queue: "Queue") -> object:
+    """The cell of the number of waiting jobs; red if there are some and no slot for them."""
     waiting = waiting_jobs(queue)
     return styled(f"{waiting:,}", "bold red" if waiting and not queue.slots else "")
 
 
 def _backlog(queue: "Queue") -> object:
-    """How long the waiting jobs will take, unless none of them runs."""
+    """The cell of the time that the waiting jobs will take, or why none of them is run."""
     if queue.starved:
         return styled("no worker", "bold red")
     return styled("paused", "yellow") if queue.paused else seconds(queue.backlog_seconds)
 
 
 def _relevant(queues: Sequence["Queue"]) -> list["Queue"]:
-    """Queues without those of models that are no longer served: they have no worker and no job."""
+    """The queues without those that have no worker and no job and are not paused.
+
+    Those are of models that are no longer served.
+    """
     return [
         queue
         for queue in queues
@@ -157,6 +176,7 @@ def _relevant(queues: Sequence["Queue"]) -> list["Queue"]:
 
 
 def _problems_of(queues: Sequence["Queue"]) -> "SafeText | None":
+    """Lines on the starved queues, each with what to do; None if there is none."""
     starved = [queue for queue in queues if queue.starved]
     if not starved:
         return None
@@ -168,9 +188,11 @@ def _problems_of(queues: Sequence["Queue"]) -> "SafeText | None":
 
 
 def _pair(times: "Percentiles | None") -> str | None:
+    """The p50 and p95, as `12 ms 40 ms`; None for None."""
     return None if times is None else f"{seconds(times.p50)} {seconds(times.p95)}"
 
 
 def _problems(worker: "Worker") -> object:
+    """The cell of the number of versions that a worker does not serve; None if there are none."""
     count = sum(map(len, worker.problems.values()))
     return styled(str(count), "bold red") if count else None

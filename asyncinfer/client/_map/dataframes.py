@@ -14,9 +14,10 @@ _MAX_COLUMNS: Final = 64
 
 
 def input_rows(frame: Any, columns: Sequence[str] | None, model: Model) -> Any:
-    """An array `(rows, *dims)`, or one for each input by name, as the model takes them.
+    """An array `(rows, *dims)`, or a dict of one for each input by name, as the model takes them.
 
-    Raises CannotSend if it is no frame, or lacks a column.
+    `columns` are the columns to send, in this order; None for all. Raises CannotSend if it is no
+    frame, lacks a column, or has values that do not fit.
     """
     if not is_frame(frame):
         kind = type(frame).__name__
@@ -36,9 +37,11 @@ def input_rows(frame: Any, columns: Sequence[str] | None, model: Model) -> Any:
 def with_results(
     frame: Any, results: Sequence[Any], model: Model, prefix: str, *, errors: bool
 ) -> Any:
-    """A frame of the same kind, with columns of the results behind its own.
+    """A new frame of the same kind, with columns of the results behind its own.
 
-    `errors` adds the column of that name. Raises CannotSend if a column exists already.
+    `results` has the result or error of each row of the frame; `errors` adds the column `error`
+    with their messages. The names of the new columns begin with `prefix`. Raises CannotSend if a
+    column exists already.
     """
     columns = result_columns(results, model)
     if errors:
@@ -57,9 +60,10 @@ def with_results(
 
 
 def result_columns(results: Sequence[Any], model: Model) -> dict[str, list[Any]]:
-    """For labelled rows prediction, class_name and probability, else a column for each number.
+    """Columns by name, each with a value per result.
 
-    A row with an error has None in each column.
+    For labelled rows these are prediction, class_name and probability, else a column for each
+    number of an output. A row with an error has None in each.
     """
     good = next((result for result in results if not isinstance(result, AsyncinferError)), None)
     if isinstance(good, dict) and "prediction" in good:
@@ -81,7 +85,7 @@ def result_columns(results: Sequence[Any], model: Model) -> dict[str, list[Any]]
 
 
 def _columns_of(output: str, values: list[Any]) -> list[tuple[str, list[Any]]]:
-    """The column of an output, or one for each place of a short vector."""
+    """Name and values of the column of an output, or of one for each place of a short vector."""
     shapes = {getattr(value, "shape", ()) for value in values if value is not None}
     shape: tuple[int, ...] = next(iter(shapes), ())
     if len(shapes) > 1 or len(shape) > 1 or math.prod(shape) > _MAX_COLUMNS:
@@ -98,10 +102,12 @@ def _columns_of(output: str, values: list[Any]) -> list[tuple[str, list[Any]]]:
 
 
 def _scalar(value: Any) -> Any:
+    """A number of numpy as Python's; other values unchanged."""
     return value.item() if hasattr(value, "item") else value
 
 
 def _member(row: Any, name: str) -> Any:
+    """A member of a row's result; None if the row has an error."""
     return row[name] if isinstance(row, dict) else None
 
 

@@ -83,7 +83,12 @@ def make_plan(
     *,
     is_named: bool,
 ) -> Flow[MapPlan]:
-    """A plan from the first row and the server's description of the model."""
+    """A plan from the first row and the server's description of the model `name`.
+
+    `batch` is the most rows of a job. `options` are those of each job, with the `group`.
+    `is_named`: the caller gave that group, so it is looked up on the server. Raises ModelNotFound
+    and other errors of these requests.
+    """
     model = yield from _flows.cached_model(server, name)
     rows_are_inputs = _is_input(first, model)
     group = options["group"]
@@ -102,7 +107,11 @@ def make_plan(
 
 
 def run_block(server: RemoteServer, plan: MapPlan, block: Block) -> Flow[list[Any]]:
-    """The result of each row of a block, or the error that it has instead."""
+    """Runs the rows of a block and returns for each, in order, its result or its AsyncinferError.
+
+    A row of a block that fails is run again with fewer others until it is clear which one is at
+    fault. Raises an error that concerns all rows, such as ConnectionFailed or ModelNotFound.
+    """
     if plan.max_rows_per_job == 1 and len(block) > 1:
         return (yield from _run_single_rows(server, plan, block))
     try:
@@ -121,7 +130,10 @@ def run_block(server: RemoteServer, plan: MapPlan, block: Block) -> Flow[list[An
 
 
 def cancel(server: RemoteServer, group: str) -> Flow[None]:
-    """Cancels the unfinished jobs of a map, with one try: they also end by themselves."""
+    """Cancels the unfinished jobs of a map, with one retry; raises no AsyncinferError.
+
+    If it fails, the jobs go on and end by themselves.
+    """
     once = msgspec.structs.replace(server, retries=1)
     try:
         yield from _flows.cancel_group(once, group)
@@ -134,7 +146,7 @@ def cancel(server: RemoteServer, group: str) -> Flow[None]:
 
 
 def _run_single_rows(server: RemoteServer, plan: MapPlan, block: Block) -> Flow[list[Any]]:
-    """Runs a job for each row, as lines of one request if possible.
+    """Runs a job for each row, as lines of one request if possible; returns as `run_block`.
 
     A row whose line has no final answer is run again by itself.
     """
@@ -153,7 +165,7 @@ def _run_single_rows(server: RemoteServer, plan: MapPlan, block: Block) -> Flow[
 
 
 def _result_of_line(plan: MapPlan, answer: ndjson.Answer) -> list[Any]:
-    """A list of the result or error in an answer; empty if the row has to be run by itself."""
+    """A list of the one result or error in an answer; empty if the row has to be run by itself."""
     if answer.get("code") == InvalidInput.code:
         return [problem_error(answer, None)]
     if answer.get("status") == "completed":
@@ -167,7 +179,12 @@ def _result_of_line(plan: MapPlan, answer: ndjson.Answer) -> list[Any]:
 
 
 def _result_of_job(server: RemoteServer, plan: MapPlan, block: Block) -> Flow[Any]:
-    """The result of a block's job, which an earlier map of this group may have submitted."""
+    """The decoded result of a block's job, which an earlier map of this group may have submitted.
+
+    A job that was cancelled then is retried, and one that is gone is submitted again. Raises
+    JobFailed, JobCancelled, InvalidInput and what submitting raises; IdempotencyConflict says which
+    rows differ.
+    """
     job = _new_job(plan, block)
     try:
         return (yield from _flows.predict(server, job, math.inf))
@@ -187,6 +204,7 @@ def _result_of_job(server: RemoteServer, plan: MapPlan, block: Block) -> Flow[An
 
 
 def _new_job(plan: MapPlan, block: Block) -> NewJob:
+    """The job of a block; its key is the same whenever the same rows of the group are mapped."""
     return NewJob(
         value=_input_of(plan, block),
         model=plan.model_name,
@@ -197,7 +215,10 @@ def _new_job(plan: MapPlan, block: Block) -> NewJob:
 
 
 def _retry_cancelled(server: RemoteServer, job: NewJob, job_id: str) -> Flow[Any]:
-    """The result of a job that an interrupted map had cancelled."""
+    """Retries a job that an interrupted map had cancelled, and returns its result.
+
+    Submits it anew if it cannot be retried.
+    """
     try:
         yield from _flows.retry_job(server, job_id)
     except (JobNotRetryable, JobExpired, JobNotFound):
@@ -207,7 +228,7 @@ def _retry_cancelled(server: RemoteServer, job: NewJob, job_id: str) -> Flow[Any
 
 
 def _resubmit(server: RemoteServer, job: NewJob) -> Flow[Any]:
-    """The result of a job under another key, since its own names a job that is gone."""
+    """Submits a job under another key, since its own names one that is gone; returns the result."""
     job = msgspec.structs.replace(job, key=f"{job.key}:anew")
     return (yield from _flows.predict(server, job, math.inf))
 
@@ -228,7 +249,10 @@ def _key(plan: MapPlan, block: Block) -> str:
 def _run_without_bad_rows(
     server: RemoteServer, plan: MapPlan, block: Block, error: InvalidInput
 ) -> Flow[list[Any]]:
-    """Gives the rows that `error` names their errors, and runs the others without them."""
+    """Gives the rows that `error` names their errors, and runs the others without them.
+
+    Returns as `run_block`. If it names no row, every row has this error.
+    """
     errors = _errors_by_place(error, len(block)) if len(block) > 1 else {}
     if not errors:
         # It names no single rows: all have a shape or datatype that is not the model's.
@@ -239,9 +263,9 @@ def _run_without_bad_rows(
 
 
 def _errors_by_place(error: InvalidInput, count: int) -> dict[int, InvalidInput]:
-    """An error for each row that a pointer names: `/data/17/2` is in the row at place 17.
+    """By place in the block, from 0, the error of each row that a pointer of `error` names.
 
-    Empty if a pointer names no row.
+    `/data/17/2` is in the row at place 17. Empty if any pointer names no row of the `count`.
     """
     faults_by_place: dict[int, list[Any]] = {}
     for fault in error.faults:
@@ -259,7 +283,10 @@ def _errors_by_place(error: InvalidInput, count: int) -> dict[int, InvalidInput]
 def _run_halves(
     server: RemoteServer, plan: MapPlan, block: Block, error: AsyncinferError
 ) -> Flow[list[Any]]:
-    """Runs a block in two halves, and so on, until the row that causes the error is alone."""
+    """Runs a block in two halves, and so on, until the row that causes the error is alone.
+
+    Returns as `run_block`; a block of one row has `error`.
+    """
     if len(block) == 1:
         return [error]
     results: list[Any] = []
@@ -272,7 +299,7 @@ def _run_halves(
 
 
 def rows_of_result(value: Any, plan: MapPlan, count: int) -> list[Any]:
-    """A job's result, row by row; raises NotAsyncinfer unless it has `count` rows."""
+    """A job's decoded result, row by row; raises NotAsyncinfer unless it has `count` rows."""
     with reject_unreadable("A result"):
         rows = _rows_of_result(value, plan, count)
         if len(rows) != count:
@@ -281,6 +308,10 @@ def rows_of_result(value: Any, plan: MapPlan, count: int) -> list[Any]:
 
 
 def _rows_of_result(value: Any, plan: MapPlan, count: int) -> list[Any]:
+    """A list with an element per row: a dict for a labelled row, an array, or a dict of arrays.
+
+    Its length is not checked.
+    """
     if plan.rows_are_inputs:
         return [value]
     if isinstance(value, list):
@@ -297,7 +328,7 @@ def _rows_of_result(value: Any, plan: MapPlan, count: int) -> list[Any]:
 
 
 def _row_of_output(plan: MapPlan, name: str, array: Any, place: int) -> Any:
-    """The part of an output that is of one row; all of it if no axis counts rows."""
+    """The part of an output that is of the row at `place`; all of it if no axis counts rows."""
     axis = _row_axis(plan.model, name)
     if axis is None or axis >= array.ndim or array.shape[axis] <= place:
         return array
@@ -367,7 +398,10 @@ def _stack(rows: list[Any]) -> Any:
 
 
 def _is_input(first: Any, model: Model) -> bool:
-    """Whether a row has as many axes as an input, so that it is one by itself."""
+    """Whether a row has as many axes as an input, so that it is one by itself.
+
+    Raises CannotSend if the model takes several inputs and the row is no dict.
+    """
     if isinstance(first, Mapping):
         ranks = {spec.name: len(spec.shape) for spec in model.inputs if spec.shape}
         return all(rank_of(value) >= ranks[name] for name, value in first.items() if name in ranks)
@@ -380,6 +414,7 @@ def _shares_jobs(model: Model) -> bool:
 
 
 def _group_exists(server: RemoteServer, group: str) -> Flow[bool]:
+    """Whether the server still keeps a group of this name."""
     try:
         yield from _flows.group(server, group)
     except GroupNotFound:
@@ -388,7 +423,10 @@ def _group_exists(server: RemoteServer, group: str) -> Flow[bool]:
 
 
 def _rows_per_job(model: Model, batch: int | Literal["auto"]) -> int:
-    """Independent of measured times, since a map that is resumed must make the same jobs."""
+    """The most rows of one job.
+
+    Independent of measured times, since a map that is resumed must make the same jobs.
+    """
     if batch == "auto":
         return max(1, min(_MAX_ROWS, model.max_rows))
     return min(batch, model.max_rows)

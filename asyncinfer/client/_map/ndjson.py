@@ -25,7 +25,7 @@ Answer = dict[str, Any]
 
 
 def line_of(job: NewJob) -> bytes | None:
-    """A job as a line; None if its input can only be sent as bytes."""
+    """A job as a line of JSON without a line end; None if its input can only be sent as bytes."""
     body = json_body(job.value, job.options) if is_json_value(job.value) else None
     if body is None:
         return None
@@ -35,7 +35,13 @@ def line_of(job: NewJob) -> bytes | None:
 def submit_lines(
     server: RemoteServer, model: str | None, lines: Sequence[bytes], queue_full_seconds: float
 ) -> Flow[list[Answer] | None]:
-    """The answer to each line; None from a server of an earlier release, which takes no NDJSON."""
+    """Submits a job per line in one request, waits, and returns the answer to each, in order.
+
+    A job that has not ended within 30 s, or before the client's deadline, is in it as it is then.
+    None from a server of an earlier release, which takes no NDJSON; this is noted in `server`. A
+    full queue is awaited for `queue_full_seconds`. Raises the error of a request that is refused as
+    a whole, NotAsyncinfer, and what `fetch` raises.
+    """
     seconds = math.ceil(max(1, min(_WAIT_SECONDS, server.until - time.monotonic())))
     path = "/predict" if model is None else f"/predict/{path_part(model)}"
     request = Request(
@@ -61,4 +67,5 @@ def submit_lines(
 
 
 def _is_answer(answer: Answer) -> bool:
+    """Whether a decoded line shows a job or is a problem."""
     return is_job_view(answer) or isinstance(answer.get("code"), str)

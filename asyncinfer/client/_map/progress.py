@@ -17,18 +17,22 @@ class Progress(Protocol):
     def say(self, line: str) -> None:
         """Reports why no results come, or that they come again."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Removes or completes the bar; call it once, at the end."""
 
 
 class _LogOnly:
     """Reports to the log, without a bar."""
 
-    def advance(self, rows: int, errors: int) -> None: ...
+    def advance(self, rows: int, errors: int) -> None:
+        """Does nothing."""
 
     def say(self, line: str) -> None:
+        """Writes the line to the log as a warning."""
         _log.warning("%s", printable_line(line))
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Does nothing."""
 
 
 class _Bar:
@@ -44,17 +48,24 @@ class _Bar:
         self._errors = 0
 
     def advance(self, rows: int, errors: int) -> None:
+        """Moves the bar, and shows the number of all errors so far if it has changed."""
         if errors:
             self._errors += errors
             self._bar.set_postfix(errors=self._errors, refresh=False)
         self._bar.update(rows)
 
     def say(self, line: str) -> None:
+        """Prints the line on stderr, above the bar."""
         self._bar.write(printable_line(line), file=sys.stderr)
 
     def close(self) -> None:
+        """Completes the bar; it stays on the screen."""
         self._bar.close()
 
 
 def new_progress(has_bar: bool, total: int | None, title: str) -> Progress:
+    """A bar if `has_bar`, else reports in the log.
+
+    `total` is the number of rows, None if that is unknown; `title` stands before the bar.
+    """
     return _Bar(total, title) if has_bar else _LogOnly()

@@ -63,7 +63,10 @@ class MapOptions(Struct, frozen=True, kw_only=True):
 
 
 class Window:
-    """The blocks that are under way, and the results that wait for those before them."""
+    """The blocks that are under way, and the results that wait for those before them.
+
+    It bounds both: `start` a block only while `is_open`, and `take` the outcome of each.
+    """
 
     def __init__(self, wanted: MapOptions) -> None:
         self._size = _BLOCKS_PER_FLIGHT * wanted.in_flight
@@ -82,18 +85,20 @@ class Window:
 
     @property
     def is_empty(self) -> bool:
+        """Whether all results of the blocks that were started have been given."""
         return self._started == self._given
 
     def start(self, rows: int) -> int:
-        """The number of a new block."""
+        """Counts a new block of `rows` rows, and returns its number, from 0."""
         self._started += 1
         self.rows_out += rows
         return self._started - 1
 
     def take(self, outcome: FlowOutcome, bar: Progress) -> Iterator[Any]:
-        """Takes the outcome of a block, and yields the results whose turn it is now.
+        """Takes the outcome of a block, and yields the results whose turn it is now, maybe none.
 
-        Raises an error that ends the map, or that of a row unless errors are returned.
+        Counts the rows in `bar`. Raises an error that ends the map, or that of a row unless errors
+        are returned. It must be iterated to its end.
         """
         if outcome.error is not None:
             raise outcome.error
@@ -106,6 +111,7 @@ class Window:
             self._given += 1
 
     def _result_of_next_row(self, value: Any) -> Any:
+        """The result of the next row, or its error with the row's number, which may be raised."""
         row, self._row = self._row, self._row + 1
         if not isinstance(value, AsyncinferError):
             return value
@@ -124,6 +130,7 @@ class SlowMapCheck:
         self._rows = 0
 
     def count(self, block: Block) -> None:
+        """Counts the rows of a block, and gives the SlowMapWarning if they have become many."""
         self._rows += len(block)
         if self._may_warn and self._rows > _FEW_ROWS:
             self._may_warn = False
@@ -137,7 +144,7 @@ class SlowMapCheck:
 
 
 class WaitReporter:
-    """Reports why a map gets no answer, and ends it when its time is over."""
+    """Reports why a map gets no answer, and makes the error that ends it when its time is over."""
 
     def __init__(
         self, server: RemoteServer, plan: MapPlan, wanted: MapOptions, bar: Progress
@@ -149,21 +156,33 @@ class WaitReporter:
         self._reason: WaitingFor | None = None
 
     def new_silence(self) -> Silence:
+        """The time without an answer, from now on."""
         return Silence(self._until, self._cadence)
 
     def report(self, reason: WaitingFor | None, rows: int) -> None:
+        """Reports why `rows` rows have no answer, if that is due.
+
+        `reason` None says that nothing is wrong, which is reported if something was.
+        """
         self._reason = reason
         waits = f"{_count_text(rows)} of {self._model} wait{'s' * (rows == 1)}"
         self._notices.hear(reason, waits, f"{self._model} goes on")
 
     def end_silence(self, outcome: FlowOutcome, rows: int) -> FlowOutcome:
-        """Returns an outcome, which ends the silence; raises WaitTimeout if it is no more."""
+        """Returns the outcome, which ends the silence; raises WaitTimeout if that is its error.
+
+        `rows` is the number of rows that have no answer.
+        """
         if isinstance(outcome.error, WaitTimeout):
             raise self.timeout_error(rows, outcome.error.waiting_for) from outcome.error
         self.report(None, rows)
         return outcome
 
     def timeout_error(self, rows: int, reason: WaitingFor | None) -> WaitTimeout:
+        """Returns the error for `rows` rows without an answer.
+
+        `reason` None stands for the last one that was reported.
+        """
         reason = reason or self._reason
         why = f": {reason.message}" if reason else "."
         return WaitTimeout(
@@ -187,7 +206,7 @@ class Results(Iterator[Any]):
         wanted: MapOptions,
         bar: Progress | None = None,
     ) -> None:
-        """`bar` takes the place of the client's own."""
+        """Sends nothing yet; `bar` takes the place of the client's own bar."""
         self._server = server
         self._driver = driver
         self._wanted = wanted
@@ -209,16 +228,18 @@ class Results(Iterator[Any]):
         return self
 
     def __next__(self) -> Any:
+        """Blocks until the next row's result is there; raises as `Client.map` says."""
         return next(self._values)
 
     def __repr__(self) -> str:
         return f"<Results of group {self.group}>"
 
     def close(self) -> None:
-        """Ends the map, and cancels its jobs that have not ended."""
+        """Ends the map, and cancels its jobs that have not ended; does nothing if it has ended."""
         self._values.close()
 
     def _begin(self, rows: Iterable[Any]) -> Generator[Any, None, None]:
+        """Yields the results; makes the plan from the first row, and sends nothing without rows."""
         arrays = array_rows(rows)
         total = len(rows) if isinstance(rows, Sized) else None
         try:
@@ -233,6 +254,11 @@ class Results(Iterator[Any]):
     def _run(
         self, plan: MapPlan, blocks: Iterator[Block], total: int | None
     ) -> Generator[Any, None, None]:
+        """Yields the results of all blocks.
+
+        Whatever ends it early, also being closed, cancels the jobs that have not ended, unless the
+        server is away or the time is over; the error gets a note on how to resume.
+        """
         threads = FlowThreads(self._driver, self._wanted.in_flight)
         bar = self._bar or new_progress(self._wanted.progress, total, self.group)
         reporter = WaitReporter(self._server, plan, self._wanted, bar)
@@ -263,6 +289,7 @@ class Results(Iterator[Any]):
         bar: Progress,
         reporter: WaitReporter,
     ) -> Generator[Any, None, None]:
+        """Starts blocks while the window is open, and yields the results in order."""
         window = Window(self._wanted)
         slow_check = SlowMapCheck(plan)
         has_more = True
@@ -280,6 +307,10 @@ class Results(Iterator[Any]):
     def _wait_for_outcome(
         self, threads: FlowThreads, reporter: WaitReporter, rows: int
     ) -> FlowOutcome:
+        """Blocks until a flow has ended, and reports why none does; raises WaitTimeout.
+
+        `rows` is the number of rows that have no answer.
+        """
         silence = reporter.new_silence()
         while True:
             outcome = threads.wait_for_outcome(silence.seconds())
@@ -292,6 +323,7 @@ class Results(Iterator[Any]):
             reporter.report(reason or threads.retry_reason, rows)
 
     def _cancel(self, threads: FlowThreads) -> None:
+        """Cancels the jobs of the map, waits for the requests in flight, and cancels again."""
         self._driver.run(jobs.cancel(self._server, self.group))
         threads.join()
         # For jobs that were being submitted when the others were cancelled.
@@ -332,16 +364,18 @@ class AsyncResults(AsyncIterator[Any]):
         return self
 
     async def __anext__(self) -> Any:
+        """Waits until the next row's result is there; raises as `Client.map` says."""
         return await anext(self._values)
 
     def __repr__(self) -> str:
         return f"<AsyncResults of group {self.group}>"
 
     async def close(self) -> None:
-        """Ends the map, and cancels its jobs that have not ended."""
+        """Ends the map, and cancels its jobs that have not ended; does nothing if it has ended."""
         await self._values.aclose()
 
     async def _begin(self, rows: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[Any, None]:
+        """Yields the results; makes the plan from the first row, and sends nothing without rows."""
         arrays = array_rows(rows)
         total = len(rows) if isinstance(rows, Sized) else None
         source = _as_async(rows if arrays is None else ())
@@ -361,6 +395,7 @@ class AsyncResults(AsyncIterator[Any]):
     async def _run(
         self, plan: MapPlan, blocks: AsyncIterator[Block], total: int | None
     ) -> AsyncGenerator[Any, None]:
+        """Yields the results of all blocks; ends as `Results._run` does."""
         from asyncinfer.client._map.tasks import FlowTasks
 
         tasks = FlowTasks(self._driver, self._wanted.in_flight)
@@ -395,6 +430,10 @@ class AsyncResults(AsyncIterator[Any]):
     async def _wait_for_outcome(
         self, tasks: "FlowTasks", reporter: WaitReporter, rows: int
     ) -> FlowOutcome:
+        """Waits until a flow has ended, and reports why none does; raises WaitTimeout.
+
+        `rows` is the number of rows that have no answer.
+        """
         silence = reporter.new_silence()
         while True:
             outcome = await tasks.wait_for_outcome(silence.seconds())
@@ -407,6 +446,7 @@ class AsyncResults(AsyncIterator[Any]):
             reporter.report(reason or tasks.retry_reason, rows)
 
     async def _cancel(self, tasks: "FlowTasks") -> None:
+        """Cancels the jobs of the map, waits for the requests in flight, and cancels again."""
         await self._driver.run(jobs.cancel(self._server, self.group))
         await tasks.join()
         # For jobs that were being submitted when the others were cancelled.
@@ -414,6 +454,7 @@ class AsyncResults(AsyncIterator[Any]):
 
 
 def _make_plan(server: RemoteServer, first: Any, wanted: MapOptions) -> Flow[MapPlan]:
+    """The plan of a map from its first row and its arguments."""
     options = {**wanted.options, "group": wanted.group}
     return jobs.make_plan(
         server, first, wanted.model, wanted.batch, options, is_named=wanted.is_named
@@ -421,10 +462,12 @@ def _make_plan(server: RemoteServer, first: Any, wanted: MapOptions) -> Flow[Map
 
 
 def _resume_hint(group: str) -> str:
+    """A sentence on how to resume the map, for a note on its error."""
     return f"Map the same rows with group={group!r} to go on: rows that are done do not run again."
 
 
 def _count_text(rows: int) -> str:
+    """The number of rows with its noun, as `1 row`."""
     return f"{rows:,} row{'s' * (rows != 1)}"
 
 
@@ -446,11 +489,13 @@ def _callers_level() -> int:
 
 
 def _close(results: "weakref.ref[Results]") -> None:
+    """Closes results that are still referred to, at the exit of the interpreter."""
     if alive := results():
         alive.close()
 
 
 async def _as_async(rows: Any) -> AsyncIterator[Any]:
+    """An asynchronous iterator of rows, which may be an iterable of either kind."""
     if hasattr(rows, "__aiter__"):
         async for row in rows:
             yield row
@@ -460,6 +505,7 @@ async def _as_async(rows: Any) -> AsyncIterator[Any]:
 
 
 async def _chain(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """An asynchronous iterator of `first` and then `rest`."""
     yield first
     async for row in rest:
         yield row

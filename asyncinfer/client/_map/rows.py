@@ -21,6 +21,7 @@ class Block(Struct, frozen=True):
     rows: Any
 
     def __len__(self) -> int:
+        """The number of rows."""
         return len(self.numbers)
 
 
@@ -30,14 +31,17 @@ class ArrayRows(Struct, frozen=True):
     arrays: Any
 
     def __len__(self) -> int:
+        """The number of rows; of several arrays, of the shortest."""
         if isinstance(self.arrays, dict):
             return min(map(len, self.arrays.values()))
         return len(self.arrays)
 
     def first(self) -> Any:
+        """The first row; raises IndexError if there is none."""
         return rows_at(self.arrays, 0)
 
     def blocks(self, max_rows: int) -> Iterator[Block]:
+        """Yields all rows in blocks of at most `max_rows` rows and about 1 MiB, as views."""
         total = len(self)
         size = min(max_rows, max(1, _BLOCK_BYTES // max(bytes_in(self.first()), 1)))
         for start in range(0, total, size):
@@ -46,7 +50,7 @@ class ArrayRows(Struct, frozen=True):
 
 
 def array_rows(rows: Any) -> ArrayRows | None:
-    """Rows that are an array or a dict of arrays; None for every other iterable."""
+    """Rows that are an array, or a dict of what can be arrays; None for every other iterable."""
     if isinstance(rows, Mapping):
         import numpy as np
 
@@ -56,7 +60,10 @@ def array_rows(rows: Any) -> ArrayRows | None:
 
 
 class BlockBuilder:
-    """Collects rows that come one by one into blocks of at most `max_rows`."""
+    """Collects rows that come one by one into blocks of at most `max_rows` rows and about 1 MiB.
+
+    Call `flush` after the last row, until it returns None.
+    """
 
     def __init__(self, max_rows: int) -> None:
         self._max_rows = max_rows
@@ -80,7 +87,7 @@ class BlockBuilder:
         return block if block or len(self._rows) < self._size else self.flush()
 
     def flush(self) -> Block | None:
-        """The block of the rows so far; None if there are none."""
+        """The block of the rows so far, which are no longer kept; None if there are none."""
         if not self._rows:
             return None
         numbers = range(self._next_number, self._next_number + len(self._rows))
@@ -91,6 +98,7 @@ class BlockBuilder:
 
 
 def blocks_of(rows: Iterable[Any], max_rows: int) -> Iterator[Block]:
+    """Yields the blocks of rows that come one by one; reads rows only as blocks are taken."""
     builder = BlockBuilder(max_rows)
     for row in rows:
         if block := builder.add(row):
@@ -100,6 +108,7 @@ def blocks_of(rows: Iterable[Any], max_rows: int) -> Iterator[Block]:
 
 
 async def blocks_of_async(rows: AsyncIterator[Any], max_rows: int) -> AsyncIterator[Block]:
+    """The same as `blocks_of` for an asynchronous iterator."""
     builder = BlockBuilder(max_rows)
     async for row in rows:
         if block := builder.add(row):
@@ -109,12 +118,13 @@ async def blocks_of_async(rows: AsyncIterator[Any], max_rows: int) -> AsyncItera
 
 
 def split_in_half(block: Block) -> tuple[Block, Block]:
+    """The first and the second half of a block of at least two rows."""
     middle = len(block) // 2
     return _slice(block, slice(0, middle)), _slice(block, slice(middle, None))
 
 
 def without(block: Block, places: Iterable[int]) -> Block:
-    """The block without the rows at these places in it."""
+    """The block without the rows at these places in it, counted from 0; they keep their numbers."""
     left_out = set(places)
     kept = [place for place in range(len(block)) if place not in left_out]
     rows = block.rows
@@ -128,7 +138,10 @@ def without(block: Block, places: Iterable[int]) -> Block:
 
 
 def shape_of(row: Any) -> Any:
-    """A value that is equal for rows that fit into one array."""
+    """A value that is equal for rows that fit into one array.
+
+    Of nested lists only the first elements are looked at.
+    """
     if isinstance(row, list | tuple):
         return (len(row), shape_of(row[0])) if row else (0,)
     if isinstance(row, Mapping):
@@ -146,7 +159,7 @@ def rank_of(value: Any) -> int:
 
 
 def bytes_in(row: Any) -> int:
-    """About how many bytes a row takes in a request."""
+    """About how many bytes a row takes in a request; 1 if it cannot be encoded."""
     if isinstance(row, Mapping):
         return sum(map(bytes_in, row.values()))
     if hasattr(row, "nbytes") and getattr(row.dtype, "kind", "O") not in "OTUS":
@@ -158,10 +171,12 @@ def bytes_in(row: Any) -> int:
 
 
 def _slice(block: Block, places: slice) -> Block:
+    """The part of a block at these places in it."""
     return Block(block.numbers[places], rows_at(block.rows, places))
 
 
 def single_row_blocks(block: Block) -> Iterator[Block]:
+    """Yields a block for each row."""
     for place in range(len(block)):
         yield _slice(block, slice(place, place + 1))
 

@@ -10,7 +10,10 @@ from asyncinfer.client._wait_reasons import WaitingFor
 
 
 class FlowTasks:
-    """Tasks that run flows, at most `size` at a time; none outlives `join`."""
+    """Tasks that run flows, at most `size` at a time; none outlives `join`.
+
+    The same as FlowThreads for an event loop. Call `stop`, then `join`, at the end.
+    """
 
     def __init__(self, driver: AsyncDriver, size: int) -> None:
         self._driver = driver
@@ -21,12 +24,19 @@ class FlowTasks:
         self._pause_reasons: dict[int, WaitingFor | None] = {}
 
     def start(self, number: int, flow: Flow[Any]) -> None:
+        """Starts a task for a flow, which may have to wait for others; returns at once.
+
+        `number` comes back in its outcome.
+        """
         task = asyncio.create_task(self._work(number, flow))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def wait_for_outcome(self, seconds: float) -> FlowOutcome | None:
-        """The outcome of the next flow to end; None if none ends within `seconds`."""
+        """The outcome of a flow that has ended, in the order of their ends, each once.
+
+        None if none ends within `seconds`. It does not raise the error of a flow.
+        """
         try:
             async with asyncio.timeout(seconds):
                 return await self._outcomes.get()
@@ -35,18 +45,23 @@ class FlowTasks:
 
     @property
     def retry_reason(self) -> WaitingFor | None:
-        """Why one of the flows has to send its request again; None if none has to."""
+        """Why one of the flows has to send its request again; None if none waits to do so."""
         return next(filter(None, self._pause_reasons.values()), None)
 
     @property
     def has_outcomes(self) -> bool:
+        """Whether `wait_for_outcome` would return one at once."""
         return not self._outcomes.empty()
 
     def stop(self) -> None:
-        """Lets no flow send another request; `join` waits for the present ones."""
+        """Lets no flow send another request; returns at once: `join` waits for the present ones.
+
+        A flow that had not ended has FlowStopped as its outcome.
+        """
         self._stopping.set()
 
     async def join(self) -> None:
+        """Waits until all tasks have ended, and cancels those that have not within 10 s."""
         tasks = set(self._tasks)
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=JOIN_SECONDS)
@@ -55,6 +70,7 @@ class FlowTasks:
             await asyncio.gather(*late, return_exceptions=True)
 
     async def _work(self, number: int, flow: Flow[Any]) -> None:
+        """Runs one flow when a place is free, and puts its outcome where it is awaited."""
         try:
             async with self._gate:
                 value = await self._run(number, flow)
@@ -63,6 +79,7 @@ class FlowTasks:
             self._outcomes.put_nowait(FlowOutcome(number, error=error))
 
     async def _run(self, number: int, flow: Flow[Any]) -> Any:
+        """Carries out a flow and returns its result; raises its error, or FlowStopped."""
         reply: FlowReply = None
         try:
             while not self._stopping.is_set():
@@ -81,6 +98,7 @@ class FlowTasks:
             flow.close()
 
     async def _pause(self, seconds: float) -> None:
+        """Sleeps for `seconds`, or until `stop` is called."""
         try:
             async with asyncio.timeout(seconds):
                 await self._stopping.wait()

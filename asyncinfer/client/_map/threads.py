@@ -15,7 +15,7 @@ JOIN_SECONDS: Final = 10.0
 
 
 class FlowOutcome(Struct, frozen=True):
-    """What the flow `number` returned, or the error that it raised."""
+    """What the flow `number` returned, or the error that it raised, which may be a FlowStopped."""
 
     number: int
     value: Any = None
@@ -27,7 +27,10 @@ class FlowStopped(Exception):
 
 
 class FlowThreads:
-    """At most `size` threads that run flows; daemons, so that a second Ctrl-C leaves at once."""
+    """At most `size` threads that run flows, each one flow at a time.
+
+    They are daemons, so that a second Ctrl-C leaves at once. Call `stop`, then `join`, at the end.
+    """
 
     def __init__(self, driver: Driver, size: int) -> None:
         self._driver = driver
@@ -39,6 +42,10 @@ class FlowThreads:
         self._pause_reasons: dict[int, WaitingFor | None] = {}
 
     def start(self, number: int, flow: Flow[Any]) -> None:
+        """Queues a flow, to be run as soon as a thread is free; returns at once.
+
+        `number` comes back in its outcome.
+        """
         if len(self._threads) < self._size:
             thread = threading.Thread(target=self._work, name="asyncinfer-map", daemon=True)
             self._threads.append(thread)
@@ -46,7 +53,10 @@ class FlowThreads:
         self._todo.put((number, flow))
 
     def wait_for_outcome(self, seconds: float) -> FlowOutcome | None:
-        """The outcome of the next flow to end; None if none ends within `seconds`."""
+        """The outcome of a flow that has ended, in the order of their ends, each once.
+
+        None if none ends within `seconds`. It does not raise the error of a flow.
+        """
         try:
             return self._outcomes.get(timeout=seconds)
         except queue.Empty:
@@ -54,24 +64,30 @@ class FlowThreads:
 
     @property
     def retry_reason(self) -> WaitingFor | None:
-        """Why one of the flows has to send its request again; None if none has to."""
+        """Why one of the flows has to send its request again; None if none waits to do so."""
         return next(filter(None, list(self._pause_reasons.values())), None)
 
     @property
     def has_outcomes(self) -> bool:
+        """Whether `wait_for_outcome` would return one at once."""
         return not self._outcomes.empty()
 
     def stop(self) -> None:
-        """Lets no flow send another request; `join` waits for the present ones."""
+        """Lets no flow send another request, and ends the threads then; returns at once.
+
+        A flow that had not ended has FlowStopped as its outcome. May be called twice.
+        """
         self._stopping.set()
         for _ in self._threads:
             self._todo.put(None)
 
     def join(self, seconds: float = JOIN_SECONDS) -> None:
+        """Waits until the threads have ended, at most about `seconds` in all; it never raises."""
         for thread in self._threads:
             thread.join(seconds / len(self._threads))
 
     def _work(self) -> None:
+        """Runs flows one after another until it is told to end."""
         while item := self._todo.get():
             number, flow = item
             try:
@@ -80,6 +96,7 @@ class FlowThreads:
                 self._outcomes.put(FlowOutcome(number, error=error))
 
     def _run(self, number: int, flow: Flow[Any]) -> Any:
+        """Carries out a flow and returns its result; raises its error, or FlowStopped."""
         reply: FlowReply = None
         try:
             while not self._stopping.is_set():
