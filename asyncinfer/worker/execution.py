@@ -111,8 +111,8 @@ def prepare(
 
 def run(batch: Batch, stop: Stop) -> list[bytes]:
     """Runs a batch; returns each job's result as the bytes to store, in the order of its jobs.
-    Blocks, so call it in a thread. Raises ModelFailed, OutOfMemory or Stopped; all but Stopped may
-    be due to one job."""
+    Blocks, so call it in a thread. Raises ModelFailed or OutOfMemory, which one of the jobs may
+    have caused, or Stopped."""
     engine, record = batch.engine, batch.jobs[0].record
     try:
         outputs = engine.run(batching.stack(batch.inputs, engine.plan), stop)
@@ -232,8 +232,8 @@ def _feeds(job: ClaimedJob, engine: Engine) -> Feeds:
 
 
 def _data_json(job: ClaimedJob) -> bytes | Raw:
-    """The bytes of the JSON array of rows, which an external job may wrap as {"data": [...]}.
-    Raises InvalidInput only for an object without `data`; the rows are not checked."""
+    """The bytes of the JSON array of rows, which an external job may wrap as {"data": [...]}; the
+    rows are not checked. Raises InvalidInput for an object that is not of this form."""
     if job.record or not job.data.lstrip().startswith(b"{"):
         return job.data
     try:

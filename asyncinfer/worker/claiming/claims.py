@@ -248,7 +248,7 @@ class Claimer:
         return self._released_event.is_set()
 
     def _emptied_its_queue(self, held: HeldClaim) -> bool:
-        """Whether a claim took all jobs that waited in its queue, since it has fewer than it could.
+        """Whether a claim took all jobs that waited in its queue, as it has fewer than MAX_BATCH.
         False for a queue whose jobs do not share runs."""
         return held.claim.count < self._max_batch and held.claim.queue not in self._unbatched
 
