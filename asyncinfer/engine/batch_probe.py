@@ -234,8 +234,9 @@ class _BatchProbe:
         size: int,
         optional: bool,
     ) -> list[Feeds]:
-        """The inputs of the jobs of one probe; `counts` are their rows. Inputs without rows are the
-        same in all jobs."""
+        """The inputs of the jobs of one probe; `counts` are their rows, `seed` is the number of the
+        probe, and open dimensions have the `size`. Inputs without rows are the same in all jobs.
+        Raises ModelFailed if they are too large."""
         jobs: list[dict[str, Array]] = [{} for _ in counts]
         for spec in self._inputs:
             if spec.optional and not optional:
@@ -255,7 +256,8 @@ class _BatchProbe:
         return list(jobs)
 
     def _shape(self, spec: TensorSpec, size: int) -> list[int]:
-        """The shape of an input: open dimensions as in the example, else `size`."""
+        """The shape of an input, in which the caller sets the rows: open dimensions as in the
+        example, else `size`."""
         like = self._example.get(spec.name)
         if spec.shape is None and like is not None:
             return list(like.shape)
@@ -295,8 +297,9 @@ class _BatchProbe:
         return axes
 
     def _disagreement_error(self, job: Feeds, alone: Sequence[Array], at: int) -> _NotBatchable:
-        """Makes the error for an output that differs from what the job got alone: runs the job
-        alone again, to tell mixed rows from a model that answers differently each time."""
+        """Makes the error for an output (`at`, its position) that differs from what the job got
+        alone: runs the job alone again, to tell mixed rows from a model that answers differently
+        each time. Raises what the run raises."""
         again = self._run(job, self._stop)
         is_steady = is_close(alone[at], again[at])
         kind = Off.MIXES if is_steady else Off.UNSTEADY_NUMBERS

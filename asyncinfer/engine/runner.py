@@ -44,6 +44,8 @@ class Runner:
     """Runs one model in its sessions, one per device, in turn; threads may share it."""
 
     def __init__(self, sessions: Sequence[ort.InferenceSession], outputs: Sequence[str]) -> None:
+        """All sessions are of the same model; `outputs` are the names of the outputs to compute, in
+        order."""
         self._sessions = sessions
         self._turn = itertools.count()
         self._outputs = list(outputs)

@@ -44,6 +44,7 @@ class Metrics:
     media_type = CONTENT_TYPE_PLAIN_0_0_4
 
     def __init__(self, read_values: Callable[[], MetricValues]) -> None:
+        """`read_values` is called for each request of the metrics."""
         self._read_values = read_values
         # The global registry would also have what libraries register.
         self._registry = CollectorRegistry()

@@ -103,6 +103,8 @@ class Worker:
         *,
         default_is_set: bool = False,
     ) -> None:
+        """`default_model` None: it is not known yet. `default_is_set`: whether it was configured
+        for this worker. Takes over the callbacks of the library, which must be open."""
         self.worker_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self.hung = False
         """Whether a run did not stop, so that its thread is lost and the process must end."""

@@ -59,6 +59,8 @@ class Claimer:
         brpop_timeout_seconds: float,
         on_step: Callable[[Step], None],
     ) -> None:
+        """`max_batch` is the most jobs of one claim. `on_step` is called in the event loop at each
+        step; only tests need it."""
         self.held: dict[str, HeldClaim] = {}
         """By token, the claims that are not finished."""
         self.draining = asyncio.Event()

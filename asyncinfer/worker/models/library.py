@@ -40,7 +40,9 @@ class Library:
     def __init__(
         self, source: Source, cache: EngineCache, *, allow_custom_ops: bool = False
     ) -> None:
+        """Reads nothing yet. The callbacks are called in the event loop."""
         self.on_change: Callable[[], None] = lambda: None
+        """Called after each change of what is in the folder, loaded, refused or served."""
         self.on_served: Callable[[], None] = lambda: None
         """Called when versions begin to be served, as they were announced just now."""
         self._allow_custom_ops = allow_custom_ops

@@ -39,6 +39,8 @@ class Queues:
         max_batch: int,
         default_is_set: bool = False,
     ) -> None:
+        """`default_model` None: it is not known yet. `default_is_set`: whether it was configured
+        for this worker; that changes only what is logged."""
         self.default_model = default_model
         self._store = store
         self._upkeep = Upkeep(store)

@@ -44,6 +44,7 @@ class Finisher:
         start_task: StartTask,
         on_step: Callable[[Step], None],
     ) -> None:
+        """`start_task` starts a task that the worker waits for at its end."""
         self.ended_counts: Counter[str] = Counter(completed=0, failed=0, cancelled=0)
         """How many outcomes this worker has stored since its start, by verdict; of these,
         "completed", "failed", "dead" and "cancelled" ended a job."""

@@ -46,6 +46,8 @@ class BatchRunner:
         hang_grace_seconds: float,
         on_step: Callable[[Step], None],
     ) -> None:
+        """`model_of` gives the model of jobs in a queue that name none, None if there is none;
+        `concurrency` is the number of threads."""
         self.times = RunTimes()
         """How long the runs took that gave results."""
         self._library = library
