@@ -193,7 +193,8 @@ class _BatchProbe:
         return min(counts, default=0)
 
     def _may_be_category(self, name: str) -> bool:
-        """Whether the input may be a category, so that only values of the example are valid."""
+        """Whether this input, which the example must have, may be a category, so that only values
+        of the example are valid."""
         return self._axes[name] is not None and self._example[name].dtype.kind in "Oiu"
 
     def _has_different_rows(self, name: str, jobs: Sequence[Feeds]) -> bool:
@@ -310,7 +311,8 @@ def _rows_axis(
     spec: TensorSpec, alone: Sequence[Array], together: Array, counts: Sequence[int]
 ) -> int | None:
     """The axis of an output that has a row for each row of the input, None if there is none; from
-    its shape alone and together. `counts` are the rows of the jobs. Raises _NotBatchable."""
+    its shape in the run of each job `alone` and in the run of all `together`. `counts` are the rows
+    of the jobs. Raises _NotBatchable if the shapes show neither."""
     if any(output.ndim != together.ndim for output in alone):
         raise _NotBatchable(Off.RANK, name=spec.name)
     if all(output.shape == together.shape for output in alone):
@@ -346,7 +348,9 @@ def is_close(expected: Array, actual: Array) -> bool:
 
 
 def _have_different_rows(alone: Sequence[Sequence[Array]], axes: Sequence[int | None]) -> bool:
-    """Whether any output has different values in different rows of these jobs."""
+    """Whether any output has different values in different rows of these jobs. `alone` has all
+    outputs of each job, `axes` the axis of the rows of each output; outputs without rows (None) are
+    left out."""
     for at, axis in enumerate(axes):
         if axis is None:
             continue

@@ -78,7 +78,8 @@ def _in_order(
 
 
 def _check_input(name: str, value: object, file: ModelFile, signature: Signature) -> Array:
-    """The tensor of one input of the example; raises ModelRefused if it does not fit the input."""
+    """The tensor of one input of the example, from its JSON `value`; raises ModelRefused if it does
+    not fit the input."""
     spec = next(spec for spec in signature.inputs if spec.name == name)
     single_input = msgspec.structs.replace(
         signature, inputs=(msgspec.structs.replace(spec, optional=False),)

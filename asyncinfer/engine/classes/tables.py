@@ -209,7 +209,8 @@ def _node(content: memoryview, start: int, end: int) -> _Node:
 
 
 def _tensor(content: memoryview, start: int, end: int) -> Table | None:
-    """The elements of a constant of whole numbers or strings; None for other datatypes."""
+    """The elements of the constant in these bytes, of whole numbers or strings; None for other
+    datatypes."""
     (kind,) = [*_numbers(content, start, end, 2), 0][:1]
     if kind == _STRING:
         return tuple(_texts(content, start, end, 6))
@@ -222,12 +223,13 @@ def _tensor(content: memoryview, start: int, end: int) -> Table | None:
 
 
 def _text(content: memoryview, start: int, end: int, wanted: int) -> str:
-    """The first string in the protobuf field number `wanted`; empty if there is none."""
+    """The first string in the protobuf field number `wanted` of these bytes; empty if there is
+    none."""
     return next(iter(_texts(content, start, end, wanted)), "")
 
 
 def _texts(content: memoryview, start: int, end: int, wanted: int) -> Iterator[str]:
-    """The strings in the protobuf field number `wanted`."""
+    """The strings in the protobuf field number `wanted` of these bytes."""
     for number, begin, stop in fields(content, start, end):
         if number == wanted:
             yield bytes(content[begin:stop]).decode()

@@ -324,9 +324,9 @@ class Announcer:
 
     async def _may_drop(self, model: str, seconds: float, *, elsewhere: bool) -> bool:
         """Whether a version of the model that was removed `seconds` ago may be dropped, since no
-        job can wait for it: only other workers have the model (`elsewhere`), or its queue is empty.
-        Also true after a minute if the model has other versions here, which may keep its queue
-        busy."""
+        job can wait for it here. True at once if only other workers have the model now
+        (`elsewhere`: they have it); else after a few seconds if its queue is empty, and after a
+        minute if it has other versions here, which may keep the queue busy."""
         here = any(name == model for name, _ in self._library.uncontested_signatures())
         if elsewhere and not here:
             return True

@@ -130,7 +130,8 @@ class Library:
 
     @property
     def names(self) -> list[str]:
-        """The names of the models that can be served now, or perhaps once they are loaded."""
+        """The names of the models that can be served now, or perhaps once they are loaded;
+        sorted."""
         return sorted(
             {model for model, _ in {*self._untried_labels(), *self.uncontested_signatures()}}
         )
@@ -198,8 +199,8 @@ class Library:
     # --- engines -------------------------------------------------------------------------------
 
     async def fetch(self, model: str | None, version: str | None) -> Engine:
-        """The engine of a version, loaded in a thread if need be; parameters as for `_find_served`.
-        It stays usable if the cache drops it.
+        """The engine of a version (None: the default version) of a model, loaded in a thread if
+        need be; found as by `_find_served`. It stays usable if the cache drops it.
 
         Raises UnknownModel for a version that is not served, that cannot be loaded again, or whose
         file was changed in place.
@@ -555,7 +556,8 @@ class Library:
         self, known: Version, found: Version, problem: str, *, is_altered: bool = False
     ) -> None:
         """Keeps the version as `known`, with the problem of its present state `found`; that state
-        is not tried again until it changes. An empty `problem` means that nothing is wrong."""
+        is not tried again until it changes. An empty `problem` means that nothing is wrong.
+        `is_altered`: the file has other content than what was loaded."""
         file, refused = found.file, None
         if known.signature and not versions.loads_the_same(found.file, known.file):
             file = msgspec.structs.replace(known.file, toml_problem=found.file.toml_problem)

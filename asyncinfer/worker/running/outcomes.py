@@ -26,7 +26,8 @@ def release_as_suspects(stopped: Iterable[ClaimedJob]) -> list[Finished]:
 
 
 class OutcomeBuilder:
-    """Builds the outcomes of a worker's jobs; stores nothing."""
+    """Builds the outcomes of a worker's jobs; stores nothing. `held` is the claim that the job is
+    of."""
 
     def __init__(self, store: Store, worker_id: str, max_result_bytes: int) -> None:
         self._store = store

@@ -64,8 +64,8 @@ class BatchRunner:
         self._given_up = True
 
     def close(self, *, wait: bool) -> None:
-        """Ends the threads. `wait` blocks until all are idle, so leave it out where one is stuck in
-        a run."""
+        """Ends the threads. With `wait` it blocks until all are idle, so pass False where one is
+        stuck in a run."""
         self._threads.shutdown(wait=wait)
 
     async def prepare(self, claim: Claim) -> Prepared:
