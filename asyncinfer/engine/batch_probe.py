@@ -51,7 +51,8 @@ class BatchingVerdict(Struct, frozen=True):
 
 
 def not_batched(reason: Reason, outputs: Sequence[TensorSpec]) -> BatchingVerdict:
-    """The verdict that jobs do not share runs."""
+    """The verdict that jobs do not share runs; `outputs` are all outputs of the model, as the words
+    depend on their number."""
     return BatchingVerdict(False, reason.words(len(outputs)))
 
 
@@ -77,8 +78,9 @@ class ProbedModel(Struct, frozen=True):
 def probe_batching(
     model: ProbedModel, seconds: float, candidates: Sequence[Axes]
 ) -> BatchingVerdict:
-    """Probes the candidate axes of the inputs in turn; the first along which all probes agree is
-    the verdict, else the reason of the first. Ends with "too slow" after `seconds`."""
+    """Probes the candidate axes of the inputs in turn, of which there must be one; the first along
+    which all probes agree is the verdict, else the reason of the first. "Too slow" after `seconds`
+    for all together. Raises none of the model's errors."""
     verdict: BatchingVerdict | None = None
     with deadline(seconds) as stop:
         for axes in candidates:
@@ -97,7 +99,7 @@ def probe_batching(
 
 
 class _BatchProbe:
-    """The probes of one way to stack jobs."""
+    """The probes of one way to stack jobs; one instance per candidate."""
 
     def __init__(self, model: ProbedModel, axes: Axes, stop: Stop) -> None:
         self._run = model.run
@@ -119,8 +121,8 @@ class _BatchProbe:
         example."""
 
     def find_output_axes(self) -> Axes:
-        """Runs the probes; returns for each output the axis of its rows. Raises _NotBatchable, or
-        Stopped at the deadline."""
+        """Runs the probes; returns for each output the axis of its rows, None for an output
+        without. Raises _NotBatchable, or Stopped at the deadline."""
         for optional in self._optional_choices():
             if not self._run_probes(self._fillings(), optional):
                 reason_kind = (
@@ -141,7 +143,7 @@ class _BatchProbe:
 
     def _run_probes(self, fillings: Sequence[Filling], optional: bool) -> int:
         """Runs probes, with or without optional inputs; returns how many of them the model
-        accepted. Raises _NotBatchable where answers alone and together disagree."""
+        accepted. Raises _NotBatchable where answers alone and together disagree, or Stopped."""
         ran = 0
         for seed, filling in enumerate(fillings):
             probe = self._run_alone(seed, filling, optional)
@@ -166,6 +168,8 @@ class _BatchProbe:
         return SEVERAL_ROWS if has_fractions else NO_FRACTIONS
 
     def _optional_choices(self) -> list[bool]:
+        """Whether to leave optional inputs out (False) and to give them (True), in the order to
+        try."""
         return [False, True] if any(spec.optional for spec in self._inputs) else [False]
 
     def _has_open_sizes(self) -> bool:
@@ -189,7 +193,8 @@ class _BatchProbe:
         return min(counts, default=0)
 
     def _may_be_category(self, name: str) -> bool:
-        """Whether the input may be a category, so that only values of the example are valid."""
+        """Whether this input, which the example must have, may be a category, so that only values
+        of the example are valid."""
         return self._axes[name] is not None and self._example[name].dtype.kind in "Oiu"
 
     def _has_different_rows(self, name: str, jobs: Sequence[Feeds]) -> bool:
@@ -204,8 +209,9 @@ class _BatchProbe:
     def _run_alone(
         self, seed: int, filling: Filling, optional: bool
     ) -> tuple[list[Feeds], list[list[Array]]] | None:
-        """Makes jobs and runs each alone; returns both. None if the model accepts no such values
-        at any size of its open dimensions."""
+        """Makes jobs and runs each alone; returns the inputs and the outputs of each. None if the
+        model accepts no such values at any size of its open dimensions; the first size that it
+        accepts is kept for later probes. Raises Stopped."""
         for size in self._sizes:
             rng = np.random.default_rng(seed)
             counts = ROW_COUNTS[seed % len(ROW_COUNTS)]
@@ -229,8 +235,9 @@ class _BatchProbe:
         size: int,
         optional: bool,
     ) -> list[Feeds]:
-        """The inputs of the jobs of one probe; `counts` are their rows. Inputs without rows are the
-        same in all jobs."""
+        """The inputs of the jobs of one probe; `counts` are their rows, `seed` is the number of the
+        probe, and open dimensions have the `size`. Inputs without rows are the same in all jobs.
+        Raises ModelFailed if they are too large."""
         jobs: list[dict[str, Array]] = [{} for _ in counts]
         for spec in self._inputs:
             if spec.optional and not optional:
@@ -250,7 +257,8 @@ class _BatchProbe:
         return list(jobs)
 
     def _shape(self, spec: TensorSpec, size: int) -> list[int]:
-        """The shape of an input: open dimensions as in the example, else `size`."""
+        """The shape of an input, in which the caller sets the rows: open dimensions as in the
+        example, else `size`."""
         like = self._example.get(spec.name)
         if spec.shape is None and like is not None:
             return list(like.shape)
@@ -265,9 +273,9 @@ class _BatchProbe:
         alone: Sequence[Sequence[Array]],
         found: list[int | None] | None,
     ) -> list[int | None]:
-        """Runs the jobs together; returns for each output the axis of its rows. Raises
-        _NotBatchable unless each job gets what it got alone, and the axes are those `found`
-        before."""
+        """Runs the jobs together; returns for each output the axis of its rows, None for an output
+        without. Raises _NotBatchable unless each job gets what it got `alone`, and the axes are
+        those `found` before (None: none yet), or Stopped."""
         plan = Plan(self._axes, (0,))
         counts = [batching.rows_of(job, plan) for job in jobs]
         try:
@@ -290,8 +298,9 @@ class _BatchProbe:
         return axes
 
     def _disagreement_error(self, job: Feeds, alone: Sequence[Array], at: int) -> _NotBatchable:
-        """Makes the error for an output that differs from what the job got alone: runs the job
-        alone again, to tell mixed rows from a model that answers differently each time."""
+        """Makes the error for an output (`at`, its position) that differs from what the job got
+        alone: runs the job alone again, to tell mixed rows from a model that answers differently
+        each time. Raises what the run raises."""
         again = self._run(job, self._stop)
         is_steady = is_close(alone[at], again[at])
         kind = Off.MIXES if is_steady else Off.UNSTEADY_NUMBERS
@@ -302,7 +311,8 @@ def _rows_axis(
     spec: TensorSpec, alone: Sequence[Array], together: Array, counts: Sequence[int]
 ) -> int | None:
     """The axis of an output that has a row for each row of the input, None if there is none; from
-    its shape alone and together. `counts` are the rows of the jobs. Raises _NotBatchable."""
+    its shape in the run of each job `alone` and in the run of all `together`. `counts` are the rows
+    of the jobs. Raises _NotBatchable if the shapes show neither."""
     if any(output.ndim != together.ndim for output in alone):
         raise _NotBatchable(Off.RANK, name=spec.name)
     if all(output.shape == together.shape for output in alone):
@@ -322,8 +332,9 @@ def _rows_axis(
 
 
 def is_close(expected: Array, actual: Array) -> bool:
-    """Whether two outputs are equal up to rounding of their datatype, NaN included; numbers other
-    than fractions must be equal."""
+    """Whether two outputs are equal up to rounding of their datatype, NaN included; values other
+    than fractions must be equal. The tolerance is relative to the largest finite number of
+    `expected`, so small numbers beside a large one may differ a lot."""
     tolerance = _TOLERANCES.get(str(expected.dtype))
     if tolerance is None:
         return np.array_equal(expected, actual)
@@ -337,7 +348,9 @@ def is_close(expected: Array, actual: Array) -> bool:
 
 
 def _have_different_rows(alone: Sequence[Sequence[Array]], axes: Sequence[int | None]) -> bool:
-    """Whether any output has different values in different rows of these jobs."""
+    """Whether any output has different values in different rows of these jobs. `alone` has all
+    outputs of each job, `axes` the axis of the rows of each output; outputs without rows (None) are
+    left out."""
     for at, axis in enumerate(axes):
         if axis is None:
             continue
@@ -355,7 +368,7 @@ def run_any_input(
     seconds: float,
 ) -> list[Any]:
     """Runs the model on the example, else on the first made-up input that it accepts; returns the
-    outputs. Raises ModelFailed if it accepts none in time."""
+    outputs as `run` gives them. Raises ModelFailed if it accepts none within `seconds`."""
     failure = "it took too long"
     with deadline(seconds) as stop:
         for size in (1, *OPEN_SIZES):
@@ -385,6 +398,7 @@ def dims_or_guess(spec: TensorSpec) -> tuple[Dim, ...]:
 
 @contextmanager
 def deadline(seconds: float) -> Iterator[Stop]:
+    """Gives a `Stop` that is set after `seconds`, unless the context ends before."""
     stop = Stop()
     timer = threading.Timer(seconds, stop.stop)
     timer.start()

@@ -66,7 +66,8 @@ class Flow(Struct, frozen=True):
     """Whether the graph was too large to be followed, so that nothing is known."""
 
     def mixer(self, inputs: frozenset[str]) -> str:
-        """The name of an operator that mixes rows of these inputs; empty if there is none."""
+        """The name of an operator that mixes rows of any of these inputs; empty if there is
+        none."""
         return next((name for name, fed in self.mixers.items() if fed & inputs), "")
 
 
@@ -155,7 +156,8 @@ class _Scope(Struct):
 
 
 class _GraphFollower:
-    """Follows a graph and the functions that it calls, each function once."""
+    """Follows a graph and the functions that it calls, each function once; one instance per
+    file."""
 
     def __init__(self, functions: Mapping[tuple[str, str, str], Function]) -> None:
         self._functions = functions
@@ -164,7 +166,8 @@ class _GraphFollower:
         self._depth = 0
 
     def graph(self, graph: Graph) -> _Summary:
-        """Follows the main graph; raises TooLarge."""
+        """Follows the main graph and returns its mixers and lookups, without outputs; raises
+        TooLarge."""
         tables = _tables(graph)
         self.count_steps(len(graph.nodes) * (len(graph.inputs) // 64 + 1))
         fed = {
@@ -174,7 +177,7 @@ class _GraphFollower:
         return self._summarize(graph.nodes, {**tables, **fed}, ())
 
     def _function(self, key: tuple[str, str, str]) -> _Summary:
-        """The summary of a function, which is followed when first called."""
+        """The summary of a function, which is followed when first called; raises TooLarge."""
         if key not in self._summaries:
             function = self._functions[key]
             # A function that calls itself finds this; ONNX Runtime loads no such file.
@@ -191,7 +194,8 @@ class _GraphFollower:
         self, nodes: Sequence[Node], values: dict[str, _Value], outputs: Sequence[str]
     ) -> _Summary:
         """Follows nodes in passes until no value changes; sorted nodes need one pass. `values` are
-        known before. Raises TooLarge after too many passes or steps."""
+        known before, and get those that the nodes give; the summary has those named in `outputs`.
+        Raises TooLarge after too many passes or steps."""
         scope = _Scope(values)
         inner_scopes: dict[int, _Scope] = {}
         read_early: set[tuple[int, str]] = set()
@@ -204,7 +208,8 @@ class _GraphFollower:
         raise TooLarge
 
     def summary_of_call(self, node: Node) -> _Summary | None:
-        """The summary of the function that the node calls; None for an operator."""
+        """The summary of the function that the node calls, None for an operator; raises
+        TooLarge."""
         return self._function(node.key) if node.key in self._functions else None
 
     @contextmanager
@@ -260,7 +265,8 @@ class _Pass:
                 scope.values[name] = value
 
     def _value(self, name: str, scope: _Scope | None) -> _Value:
-        """The value of this name in the scope or those around it; an empty one if it is unknown."""
+        """The value of this name in the scope or those around it; an empty one if it is unknown,
+        which is noted in case it comes later."""
         while scope is not None:
             self._follower.count_steps()
             if name in scope.values:
@@ -290,8 +296,8 @@ class _Pass:
         return captured
 
     def _outputs(self, node: Node, inputs: Sequence[_Value], captured: int) -> list[_Value]:
-        """The values that a node gives; notes whether it mixes rows or looks up a table.
-        `captured` are the inputs that its inner graphs read."""
+        """The values that a node gives, one for each output; notes whether it mixes rows or looks
+        up a table. `captured` is the mask of inputs that its inner graphs read."""
         if (summary := self._follower.summary_of_call(node)) is not None:
             self._note_mixer(node, inputs, captured)
             return self._call_outputs(node, summary, inputs)
@@ -325,7 +331,8 @@ class _Pass:
         return overall
 
     def _note_mixer(self, node: Node, inputs: Sequence[_Value], captured: int) -> None:
-        """Notes the operator if it uses a statistic of all rows for each row."""
+        """Notes the operator, with the inputs that feed it, if it uses a statistic of all rows for
+        each row."""
         fed = 0
         if node.operator.startswith("DynamicQuantize"):
             fed = _all_fed(inputs)
@@ -411,6 +418,7 @@ def _reduces_all_rows(node: Node) -> bool:
 
 
 def _tables(graph: Graph) -> dict[str, _Value]:
+    """The constants of a graph that may be tables, as values by name."""
     return {name: _Value(table=_Table(dims)) for name, dims in graph.tables.items()}
 
 

@@ -25,7 +25,8 @@ PROBE_SECONDS: Final = 5.0
 
 
 class Engine:
-    """A loaded version of a model; threads may share it.
+    """A loaded version of a model; threads may share it. It is never changed, and its memory is
+    freed with its last reference.
 
     `run(feeds, stop)` is `Runner.run`: it returns the outputs for these inputs.
     """
@@ -51,6 +52,8 @@ class Engine:
     ) -> "Engine":
         """Opens the file, learns its signature, and probes the model where it is unknown whether
         its jobs can share runs; each kind of probe takes at most `probe_seconds`.
+        `intra_op_threads` is for a model whose `model.toml` sets no number. Blocks, so call it in a
+        thread.
 
         Raises ModelRefused with the reason and what to do.
         """
@@ -75,7 +78,8 @@ class Engine:
 
 
 def _with_verdict(signature: Signature, verdict: BatchingVerdict) -> Signature:
-    """The signature with whether and along which axes jobs share runs, and why."""
+    """The signature with whether and along which axes jobs share runs, why, and the shapes of
+    outputs that the probes saw."""
     reason = verdict.reason
     if verdict.batched and signature.pad:
         reason += "; other sizes are filled up with zeros: model.toml says so, not probed"
@@ -99,8 +103,8 @@ def _learn_map_keys(
     file: ModelFile,
     probe_seconds: float,
 ) -> tuple[int | str, ...]:
-    """The keys of the maps of scores that the model gives, learnt from one run; raises
-    ModelRefused."""
+    """The keys of the maps of scores that the model gives, in the order of the first row's map,
+    learnt from one run; raises ModelRefused if there are none, or the maps differ in them."""
     remedy = "give an [example] in model.toml, or export it with zipmap off"
     name = signature.outputs[runner.maps[0]].name
     try:
@@ -167,8 +171,9 @@ def _stacked_inputs(axes: Axes, signature: Signature) -> frozenset[str]:
 
 
 def _candidate_axes(axis: int | None, signature: Signature, file: ModelFile) -> Sequence[Axes]:
-    """The ways to stack the inputs that are possible by their shapes; `axis` is the one that
-    `model.toml` sets. Raises ModelRefused if no input can be stacked along that."""
+    """The ways to stack the inputs that are possible by their shapes, the likeliest first; empty if
+    there is none. `axis` is the one that `model.toml` sets. Raises ModelRefused if no input can be
+    stacked along that."""
     if axis is None:
         # Without a probe the names of the dimensions decide, if they say anything.
         declared = batching.declared(signature.inputs) if file.config.batching.enabled else []
@@ -184,8 +189,8 @@ def _candidate_axes(axis: int | None, signature: Signature, file: ModelFile) -> 
 def _forced_verdict(
     candidates: Sequence[Axes], signature: Signature, file: ModelFile
 ) -> BatchingVerdict:
-    """The verdict where `model.toml` turns batching on; raises ModelRefused if the shapes of inputs
-    or outputs do not allow it."""
+    """The verdict where `model.toml` turns batching on: the first candidate. Raises ModelRefused if
+    the shapes of inputs or outputs do not allow it."""
     prefix = f"{file.model}/model.toml: batching.enabled = true, but"
     if not candidates and (problem := batching.obstacle(signature.inputs)):
         raise ModelRefused(f"{prefix} {problem.what}")

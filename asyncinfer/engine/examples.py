@@ -26,8 +26,8 @@ comes first: they may be a mask, and a mask of zeros leaves nothing to compute f
 
 
 def configured_example(file: ModelFile, signature: Signature) -> Feeds | None:
-    """The input tensors of the `example` in `model.toml`, None without one. Raises ModelRefused if
-    they are not what a request may have."""
+    """The input tensors of the `example` in `model.toml`, by input and checked; None without one.
+    Raises ModelRefused if they are not what a request may have."""
     value = file.config.example
     if value is None:
         return None
@@ -47,8 +47,9 @@ def configured_example(file: ModelFile, signature: Signature) -> Feeds | None:
 def with_example(
     signature: Signature, file: ModelFile, run: RunFunction, seconds: float
 ) -> Signature:
-    """The signature with an example: the one in `model.toml`, else one that the model accepts when
-    it is tried, for at most `seconds`."""
+    """The signature with an example, as JSON values: the one in `model.toml`, else one that the
+    model accepts when it is tried, for at most `seconds`; without one if it would be too long.
+    Raises nothing for a model that accepts none."""
     value = file.config.example
     needed = [spec for spec in signature.inputs if not spec.optional]
     if value is None:
@@ -77,7 +78,8 @@ def _in_order(
 
 
 def _check_input(name: str, value: object, file: ModelFile, signature: Signature) -> Array:
-    """The tensor of one input of the example; raises ModelRefused if it does not fit the input."""
+    """The tensor of one input of the example, from its JSON `value`; raises ModelRefused if it does
+    not fit the input."""
     spec = next(spec for spec in signature.inputs if spec.name == name)
     single_input = msgspec.structs.replace(
         signature, inputs=(msgspec.structs.replace(spec, optional=False),)
@@ -95,8 +97,8 @@ def _check_input(name: str, value: object, file: ModelFile, signature: Signature
 def _find_example(
     needed: Sequence[TensorSpec], run: RunFunction, seconds: float
 ) -> dict[str, object] | None:
-    """The first guess for which all outputs are finite, else the first that the model accepts, else
-    the first of all. None if each would be too long."""
+    """By input, as JSON, the first guess for which all outputs are finite, else the first that the
+    model accepts in time, else the first of all. None if each would be too long."""
     guesses = list(_guesses(needed))
     if not guesses:
         return None
@@ -141,7 +143,8 @@ def _guesses(needed: Sequence[TensorSpec]) -> Iterator[Feeds]:
 
 
 def _filled_array(spec: TensorSpec, shape: Sequence[int], fraction: int, whole: int) -> Array:
-    """An array of one value: `fraction`, `whole` or a text, by the datatype."""
+    """An array of one value: `fraction`, `whole` or a text, by the datatype. For whole numbers with
+    fewer than two dimensions it is 0 unless `fraction` is 1."""
     dtype = DTYPES[spec.datatype]
     if spec.datatype == "BYTES":
         return np.full(shape, "text", dtype)

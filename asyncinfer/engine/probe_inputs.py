@@ -98,7 +98,9 @@ class InputValues(Struct, frozen=True):
     def make(
         self, rng: np.random.Generator, kind: Kind, scale: Scale | None, shape: Sequence[int]
     ) -> Array:
-        """Values of this shape for one job; raises ModelFailed if they are too many."""
+        """Values of this shape for one job, taken from `rng`, so that equal calls differ; raises
+        ModelFailed if they are too many. `scale` None is that of the example. An input without rows
+        is the example itself, if there is one."""
         if self.example is not None and (self.axis is None or self._comes_from_example(kind)):
             return self._draw_rows(self.example, rng, shape)
         if kind == Kind.MIXED and self.spec.datatype in FLOATS:
@@ -118,14 +120,16 @@ class InputValues(Struct, frozen=True):
         return self.spec.datatype not in FLOATS and kind == Kind.CATEGORIES and not is_row_number
 
     def _has_equal_rows(self) -> bool:
-        """Whether all rows of the example have the same value."""
+        """Whether all rows of the example have the same value; False without an example or without
+        rows."""
         if self.example is None or self.axis is None:
             return False
         rows = np.moveaxis(self.example, self.axis, 0)
         return bool((rows == rows[:1]).all())
 
     def _draw_rows(self, example: Array, rng: np.random.Generator, shape: Sequence[int]) -> Array:
-        """Random rows of the example; in every second probe each column is from another row."""
+        """Random rows of the example, as many as `shape` says; in every second probe each column is
+        from another row. The example itself if the input has no rows."""
         if self.axis is None:
             return example
         rows = np.moveaxis(example, self.axis, 0)
@@ -150,14 +154,16 @@ class InputValues(Struct, frozen=True):
 
 
 def _mixed_sizes(spec: TensorSpec, rng: np.random.Generator, shape: Sequence[int]) -> Array:
-    """Random fractions, each with a sign and a magnitude of its own."""
+    """Random fractions, each with a sign and a magnitude of its own; raises ModelFailed if they are
+    too many."""
     _check_size(spec, shape)
     sizes = 10.0 ** rng.uniform(-3.0, np.log10(_MIXED), shape)
     return np.asarray(sizes * rng.choice((-1.0, 1.0), shape)).astype(DTYPES[spec.datatype])
 
 
 def _scale_of(example: Array | None) -> Scale:
-    """Lowest and highest number of the example; a small scale if it has no finite number."""
+    """Lowest and highest number of the example, as fractions and as whole numbers; a small scale if
+    it has no finite number."""
     if example is None or example.dtype == object or not example.size:
         return SCALES[0][0]
     numbers = example.astype(np.float64) if example.dtype == DTYPES["BF16"] else example
@@ -169,6 +175,7 @@ def _scale_of(example: Array | None) -> Scale:
 
 
 def _check_size(spec: TensorSpec, shape: Sequence[int]) -> None:
+    """Raises ModelFailed if an array of this shape would be too large."""
     if prod(shape) > _MAX_ELEMENTS:
         raise ModelFailed(f"`{spec.name}` is too large to make one up: {list(shape)}")
 
@@ -179,8 +186,8 @@ def random_array(
     scale: Scale,
     shape: Sequence[int],
 ) -> Array:
-    """Random values within the scale and the range of the datatype; raises ModelFailed if they are
-    too many."""
+    """Random values of this shape within the scale and the range of the datatype, both ends
+    included for whole numbers; raises ModelFailed if they are too many."""
     low, high, lowest, highest = scale
     _check_size(spec, shape)
     if spec.datatype == "BYTES":

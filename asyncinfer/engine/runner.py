@@ -34,7 +34,8 @@ class Stop:
         self.options.log_severity_level = _LOG_NOTHING
 
     def stop(self) -> None:
-        """Ends the run; has no effect on a run that is done."""
+        """Ends the run, or a later one with this `Stop` before it begins; returns at once. Has no
+        effect on a run that is done."""
         self.stopped = True
         self.options.terminate = True
 
@@ -43,6 +44,8 @@ class Runner:
     """Runs one model in its sessions, one per device, in turn; threads may share it."""
 
     def __init__(self, sessions: Sequence[ort.InferenceSession], outputs: Sequence[str]) -> None:
+        """All sessions are of the same model; `outputs` are the names of the outputs to compute, in
+        order."""
         self._sessions = sessions
         self._turn = itertools.count()
         self._outputs = list(outputs)
@@ -60,7 +63,7 @@ class Runner:
 
     def run(self, feeds: Feeds, stop: Stop) -> list[Array]:
         """Runs the model; returns all outputs in order, a map of scores as a matrix with a column
-        for each key.
+        for each key. Blocks, so call it in a thread.
 
         Raises ModelFailed when the model refuses this input, OutOfMemory when another try may
         succeed, Stopped when `stop` was set before the run was done.
@@ -90,6 +93,7 @@ class Runner:
 
 
 def _inputs(session: ort.InferenceSession) -> list[Any]:
+    """All inputs, those with a value in the graph last."""
     return [*session.get_inputs(), *session.get_overridable_initializers()]
 
 
@@ -108,7 +112,8 @@ def _matrix_of_maps(maps: Sequence[Mapping[int | str, float]], keys: Sequence[in
 def _run_bfloat16(
     session: ort.InferenceSession, names: Sequence[str], feeds: Feeds, options: ort.RunOptions
 ) -> list[Any]:
-    """Runs a model that has bfloat16 inputs or outputs; returns the outputs in order."""
+    """Runs a model that has bfloat16 inputs or outputs; returns the outputs in order. Raises what
+    ONNX Runtime raises."""
     # ONNX Runtime reads the memory of these arrays; they must outlive the run.
     contiguous = {
         name: np.ascontiguousarray(array).reshape(array.shape) for name, array in feeds.items()
@@ -126,7 +131,7 @@ def _ort_value(array: Array) -> ort.OrtValue:
 
 
 def _array_of(value: ort.OrtValue) -> Array:
-    """A copy of the value; bfloat16 in the type of ml_dtypes."""
+    """The value as an array; bfloat16 as a copy in the type of ml_dtypes."""
     if not value.is_tensor() or value.data_type() != "tensor(bfloat16)":
         plain: Array = value.numpy()
         return plain

@@ -33,7 +33,8 @@ _OPTIMIZATIONS: Final = {
 def open_sessions(
     file: ModelFile, *, intra_op_threads: int, allow_custom_ops: bool
 ) -> tuple[list[ort.InferenceSession], str]:
-    """Opens a session for each device; returns them and the file's SHA-256. Raises ModelRefused."""
+    """Opens a session for each device, one in all if none is set; returns them and the SHA-256 of
+    the model's file in hex. Raises ModelRefused."""
     options = _options(file, intra_op_threads)
     if file.config.session.custom_ops is not None:
         options.register_custom_ops_library(_custom_ops_library(file, allow_custom_ops))
@@ -49,7 +50,8 @@ def open_sessions(
 
 
 def read_graph(file: ModelFile) -> File | None:
-    """The graph of the file; None if it is too large to be read. Raises ModelRefused."""
+    """The graph of the file; None if it is too large to be read. Raises ModelRefused if it cannot
+    be read or is damaged."""
     try:
         return onnx_graph.read(file.path)
     except onnx_graph.TooLarge:
@@ -63,7 +65,8 @@ def read_graph(file: ModelFile) -> File | None:
 def _open(
     file: ModelFile, options: ort.SessionOptions, providers: list[tuple[str, dict[str, Any]]]
 ) -> ort.InferenceSession:
-    """Opens one session; raises ModelRefused if it fails or a provider did not start."""
+    """Opens one session; raises ModelRefused if it fails or a provider did not start. `providers`
+    are names with their options."""
     try:
         session = ort.InferenceSession(
             str(file.path), options, providers=providers, enable_fallback=0
@@ -123,18 +126,21 @@ def _providers(file: ModelFile) -> list[list[tuple[str, dict[str, Any]]]]:
 
 
 def _device_options(name: str, number: int | None) -> dict[str, Any]:
+    """The provider's option for a device number; empty if there is none or the provider has no
+    devices."""
     return {} if number is None or name not in _WITH_DEVICES else {"device_id": number}
 
 
 def _provider_remedy(name: str) -> str:
-    """What to install for a provider that is missing."""
+    """What to do about a provider that is missing, to be added to a message."""
     if name == "CUDAExecutionProvider":
         return "; pip install 'asyncinfer[cuda]' in place of onnxruntime"
     return "; install an onnxruntime that has it"
 
 
 def _custom_ops_library(file: ModelFile, allowed: bool) -> str:
-    """The path of the library with the custom operators; raises ModelRefused."""
+    """The path of the library with the custom operators that `model.toml` names; raises
+    ModelRefused if it is missing, outside the model's folder, or not `allowed`."""
     wanted = file.config.session.custom_ops or ""
     shown = f"{file.model}/model.toml: session.custom_ops"
     if not allowed:
@@ -215,8 +221,8 @@ def _load_error_text(error: Exception, file: ModelFile) -> str:
 
 
 def _locale_problem(name: str) -> str:
-    """What to do about a missing locale: skl2onnx makes its text vectorizers need en_US.UTF-8,
-    which slim images do not have."""
+    """The problem that the locale `name` is missing, and what to do: skl2onnx makes its text
+    vectorizers need en_US.UTF-8, which slim images do not have."""
     language, _, encoding = name.partition(".")
     make = f"localedef -i {language} -f {encoding or 'UTF-8'} {name}"
     return (

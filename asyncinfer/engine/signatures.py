@@ -80,7 +80,8 @@ def describe(
     file: ModelFile, session: ort.InferenceSession, sha256: str, graph: File | None
 ) -> Signature:
     """The signature by the graph and `model.toml`, before any run; `graph` is None if it was too
-    large to be read. Raises ModelRefused for inputs and outputs that cannot be served."""
+    large to be read, and `sha256` is that of the file, in hex. Raises ModelRefused for inputs and
+    outputs that cannot be served."""
     config = file.config
     # ONNX Runtime shows a scalar and a tensor of any number of dimensions in the same way.
     open_ranks = graph.of_any_rank if graph else frozenset[str]()
@@ -121,14 +122,16 @@ def with_observed_shapes(
     outputs: Sequence[TensorSpec], axes: Sequence[int | None], ranks: Sequence[int]
 ) -> tuple[TensorSpec, ...]:
     """The outputs, with shapes corrected where the probes gave others than the file declares:
-    `ranks` as seen, and the axis of the rows open."""
+    `ranks` as seen, and the axis of the rows (`axes`, None: no rows) open. Unchanged if `ranks` is
+    empty, since there was no probe."""
     if not ranks:
         return tuple(outputs)
     return tuple(map(_with_observed_shape, outputs, axes, ranks))
 
 
 def _with_observed_shape(spec: TensorSpec, axis: int | None, rank: int) -> TensorSpec:
-    """One output with the rank and the open axis that were seen."""
+    """One output with the rank and the open axis that were seen; an output that may have any rank
+    stays so."""
     if spec.shape is None:
         return spec
     if len(spec.shape) != rank:
@@ -164,10 +167,13 @@ def _dim(size: Dim) -> Dim:
 
 
 def _shape(node: Any, open_ranks: frozenset[str]) -> tuple[Dim, ...] | None:
+    """The shape of an input or output; None if it may have any rank, as its name is among
+    `open_ranks`."""
     return None if not node.shape and node.name in open_ranks else shape_of(node.shape)
 
 
 def _inputs(nodes: Sequence[Any], file: ModelFile, open_ranks: frozenset[str]) -> list[TensorSpec]:
+    """The specs of the inputs, in order; raises ModelRefused if no request can carry one."""
     return [_input(node, file, open_ranks) for node in nodes]
 
 
@@ -254,8 +260,8 @@ def _input_error(node: Any, kind: str, file: ModelFile) -> ModelRefused:
 
 
 def _element_problem(kind: str) -> tuple[str, str] | None:
-    """What is wrong with the elements of a tensor, and the type that can hold them, empty if none
-    can. None if the type is no tensor."""
+    """What is wrong with the elements of a tensor of the type `kind`, and the ONNX type that can
+    hold them, empty if none can. None if the type is no tensor."""
     found = _TENSOR.fullmatch(kind)
     if not found:
         return None
@@ -265,4 +271,5 @@ def _element_problem(kind: str) -> tuple[str, str] | None:
 
 
 def _error(node: Any, what: str, remedy: str, file: ModelFile) -> ModelRefused:
+    """Makes the error about an input or output: what it is, and what to do."""
     return ModelRefused(f"{file.shown}: `{node.name}` is {what}; {remedy}")

@@ -41,7 +41,8 @@ class Batch(Struct, frozen=True):
     rows: tuple[int, ...]
 
     def halves(self) -> "tuple[Batch, Batch]":
-        """The batch as two, to find out which half holds the job that fails."""
+        """The batch as two, in order, to find out which half holds the job that fails. Call it for
+        two jobs or more."""
         middle = len(self.jobs) // 2
         return (
             Batch(self.engine, self.jobs[:middle], self.inputs[:middle], self.rows[:middle]),
@@ -75,17 +76,19 @@ None for the default version."""
 
 
 def requested_model(job: ClaimedJob, model_of_queue: str | None) -> ModelRef:
-    """The model and version that a job names; for an external job the model of its queue."""
+    """The model and version that a job's record names; without a record the model of its queue, in
+    its default version."""
     return (job.record.model, job.record.version) if job.record else (model_of_queue, None)
 
 
 def prepare(
     jobs: Sequence[ClaimedJob], engine_of: Callable[[ModelRef], Engine], model_of_queue: str | None
 ) -> Prepared:
-    """Checks each job's record and input, and forms batches.
+    """Checks each job's record and input, and forms batches. `engine_of` gives the engine or raises
+    UnknownModel; `model_of_queue` is the model of jobs without a record. Blocks while it decodes.
 
-    The API has checked inputs too, but not those of external jobs. `engine_of` raises UnknownModel.
-    Never raises for a job: what is wrong with it is in `Prepared.refused`.
+    The API has checked inputs too, but not those of external jobs. Never raises for a job: what is
+    wrong with it is in `Prepared.refused`.
     """
     refused: list[tuple[ClaimedJob, AsyncinferError]] = []
     wanted: dict[int, tuple[Engine, list[ClaimedJob]]] = {}
@@ -107,8 +110,9 @@ def prepare(
 
 
 def run(batch: Batch, stop: Stop) -> list[bytes]:
-    """Runs a batch; returns each job's result as the bytes to store. Blocks, so call it in a
-    thread. Raises ModelFailed, OutOfMemory or Stopped."""
+    """Runs a batch; returns each job's result as the bytes to store, in the order of its jobs.
+    Blocks, so call it in a thread. Raises ModelFailed or OutOfMemory, which one of the jobs may
+    have caused, or Stopped."""
     engine, record = batch.engine, batch.jobs[0].record
     try:
         outputs = engine.run(batching.stack(batch.inputs, engine.plan), stop)
@@ -153,8 +157,8 @@ def _check_readable(job: ClaimedJob) -> None:
 def _group_each(
     engine: Engine, jobs: Sequence[ClaimedJob], refused: list[tuple[ClaimedJob, AsyncinferError]]
 ) -> list[_Group]:
-    """Checks the inputs one by one, and groups jobs that may share a run; adds jobs with invalid
-    input to `refused`."""
+    """Checks the inputs one by one, and returns groups of jobs that may share a run; adds jobs with
+    invalid input to `refused`."""
     groups: dict[object, _Group] = {}
     for job in jobs:
         try:
@@ -170,7 +174,8 @@ def _group_each(
 
 def _group_if_uniform(engine: Engine, jobs: Sequence[ClaimedJob]) -> _Group | None:
     """Decodes and checks all inputs at once if they have the same shapes and are valid: the usual
-    case, and far faster for many small jobs. None where each job must be checked by itself."""
+    case, and far faster for many small jobs. None where each job must be checked by itself, also
+    for a single job or a model without batching."""
     if len(jobs) == 1 or engine.plan is None or None in engine.plan.inputs.values():
         return None
     first = jobs[0]
@@ -187,7 +192,8 @@ def _group_if_uniform(engine: Engine, jobs: Sequence[ClaimedJob]) -> _Group | No
 
 
 def _kind(job: ClaimedJob) -> tuple[object, ...]:
-    """What must be equal for jobs to be decoded together: payload format and wanted answer."""
+    """What must be equal for jobs to be decoded together: payload format and wanted answer. Empty
+    for a job without a record."""
     record = job.record
     return (record.payload, record.answer, record.outputs) if record else ()
 
@@ -195,7 +201,8 @@ def _kind(job: ClaimedJob) -> tuple[object, ...]:
 def _uniform_feeds(
     jobs: Sequence[ClaimedJob], payload: str, signature: Signature
 ) -> Sequence[Feeds] | None:
-    """The input tensors of each job; None where they do not all have the same shapes.
+    """The input tensors of each job, in order; None where they do not all have the same shapes.
+    `payload` is the format of all.
 
     Raises InvalidInput or DamagedPayload.
     """
@@ -212,7 +219,7 @@ def _uniform_feeds(
 
 
 def _feeds(job: ClaimedJob, engine: Engine) -> Feeds:
-    """The checked input tensors of one job; raises InvalidInput."""
+    """The checked input tensors of one job; raises InvalidInput, also for damaged tensors."""
     if job.record and job.record.payload == "tensors":
         try:
             return check_inputs(packing.unpack(job.data), engine.signature)
@@ -225,7 +232,8 @@ def _feeds(job: ClaimedJob, engine: Engine) -> Feeds:
 
 
 def _data_json(job: ClaimedJob) -> bytes | Raw:
-    """The JSON array of rows, which an external job may wrap as {"data": [...]}."""
+    """The bytes of the JSON array of rows, which an external job may wrap as {"data": [...]}; the
+    rows are not checked. Raises InvalidInput for an object that is not of this form."""
     if job.record or not job.data.lstrip().startswith(b"{"):
         return job.data
     try:
@@ -237,8 +245,8 @@ def _data_json(job: ClaimedJob) -> bytes | Raw:
 
 
 def _run_key(engine: Engine, job: ClaimedJob, feeds: Feeds) -> object:
-    """Jobs share a run if this is equal: the shapes of the inputs, and the wanted outputs. For a
-    model without batching it is the job's id."""
+    """A hashable key: jobs share a run if it is equal. It holds the shapes of the inputs and the
+    wanted outputs; for a job that must run alone it is the job's id."""
     key = None if engine.plan is None else batching.run_key(feeds, engine.plan)
     if key is None:
         return job.job_id

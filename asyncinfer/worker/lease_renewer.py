@@ -36,15 +36,18 @@ class Renewer:
         self._thread = threading.Thread(target=self._run, name="renew", daemon=True)
 
     def start(self) -> None:
+        """Starts the thread; call it once."""
         self._thread.start()
 
     def hold(self, claim: Claim) -> None:
-        """Renews the lease of this claim from now on."""
+        """Renews the lease of this claim from now on, the first time within a third of the
+        lease."""
         with self._lock:
             self._tokens[claim.token] = claim.queue
 
     def remove(self, token: str) -> None:
-        """Stops renewing a claim that was finished or lost; an unknown token is ignored."""
+        """Stops renewing a claim that was finished or lost; Redis is not called. An unknown token
+        is ignored."""
         with self._lock:
             self._tokens.pop(token, None)
 
@@ -55,7 +58,8 @@ class Renewer:
             await asyncio.sleep(self._lease_seconds / 6)
 
     async def close(self) -> None:
-        """Ends the thread and waits for it; a call to Redis under way has a time limit."""
+        """Ends the thread and waits for it; a call to Redis under way has a time limit. Leases of
+        claims that are still held run out."""
         self._closed.set()
         await asyncio.to_thread(self._thread.join)
         self._renewals.close()
@@ -78,7 +82,8 @@ class Renewer:
                 pause = self._lease_seconds / 10
 
     def _renew(self) -> None:
-        """Renews all leases in one call; raises RedisUnavailable."""
+        """Renews all leases in one call, and calls `on_renewal` if that found something to do. Does
+        nothing if no claim is held; raises RedisUnavailable."""
         by_queue: dict[str, list[str]] = {}
         with self._lock:
             for token, queue in self._tokens.items():

@@ -27,13 +27,15 @@ class MetricValues(Struct, frozen=True):
 
     served: Sequence[Signature]
     refused: Sequence[tuple[str, str]]
-    """Models and versions with a problem."""
+    """(model, version) of each problem; the version is OF_ALL_VERSIONS if it is one of a whole
+    model."""
     loaded: int
     """How many engines are in memory."""
     runs: Mapping[str, Mapping[int, tuple[int, float]]]
     """By model and highest number of rows: how many runs, and their total seconds."""
     ended: Mapping[str, int]
-    """Jobs by outcome."""
+    """By verdict, how many outcomes were stored: also those of jobs that were released or
+    retried."""
 
 
 class Metrics:
@@ -42,6 +44,7 @@ class Metrics:
     media_type = CONTENT_TYPE_PLAIN_0_0_4
 
     def __init__(self, read_values: Callable[[], MetricValues]) -> None:
+        """`read_values` is called for each request of the metrics."""
         self._read_values = read_values
         # The global registry would also have what libraries register.
         self._registry = CollectorRegistry()
@@ -49,6 +52,7 @@ class Metrics:
         ProcessCollector(registry=self._registry)
 
     def text(self) -> bytes:
+        """The present metrics in the text format of Prometheus, as `media_type` says."""
         return generate_latest(self._registry)
 
     def describe(self) -> Sequence[Metric]:

@@ -66,8 +66,8 @@ class Monitor:
         }
 
     def answer(self, method: str, path: str) -> Answer:
-        """The response to a request; raises RequestError for an unknown path or method, and while
-        the worker is not ready."""
+        """The response to a request, with a body also for HEAD; `path` is without the query. Raises
+        RouteNotFound, MethodNotAllowed, and NotReady while the worker is not ready."""
         page = self._pages.get(path)
         if page is None:
             raise RouteNotFound(f"A worker has {', '.join(self._pages)}.")
@@ -78,20 +78,20 @@ class Monitor:
         return page()
 
     def _readiness_page(self) -> Answer:
-        """Raises NotReady with the reason."""
+        """The page of a ready worker; raises NotReady with the reason."""
         if reason := self.unready():
             raise NotReady(reason)
         return _ALIVE
 
     def _metrics_page(self) -> Answer:
-        """Raises NotReady until the worker has metrics."""
+        """The page of the metrics; raises NotReady until the worker has some."""
         if self.metrics is None:
             raise NotReady(_NOT_CONNECTED)
         return Answer(200, self.metrics.text(), self.metrics.media_type)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; raises StartError when there can be none."""
+    """A listening TCP socket, which the caller closes; raises StartError when there can be none."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
@@ -106,7 +106,8 @@ def listen(host: str, port: int) -> socket.socket:
 async def serve_monitor(
     listener: socket.socket | None, *, head_seconds: float = 5.0
 ) -> AsyncIterator[Monitor]:
-    """A monitor that answers on `listener` within the context; None: it answers nowhere.
+    """A monitor that answers on `listener` within the context; None: it answers nowhere. At the end
+    all connections and the listener are closed.
 
     A request must be complete within `head_seconds`.
     """
@@ -159,7 +160,8 @@ class _Connection(asyncio.Protocol):
             oldest.close()
 
     def data_received(self, data: bytes) -> None:
-        """Responds once the head of the request is complete, or too large."""
+        """Responds once the head of the request is complete, or too large; ignores what comes after
+        that."""
         self._head += data
         if self._transport.is_closing():
             return
@@ -170,14 +172,17 @@ class _Connection(asyncio.Protocol):
             self._send_problem(HeadersTooLarge(f"A request may have {_MAX_HEAD_BYTES} bytes."))
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Ends the deadline, and no longer counts the connection as open."""
         self._deadline.cancel()
         self._open_connections.pop(self, None)
 
     def close(self) -> None:
+        """Closes the connection once what was sent is written."""
         self._transport.close()
 
     def _answer(self, method: str, path: str | None) -> None:
-        """Sends the page, or the problem; `path` None: the request line is malformed."""
+        """Sends the page at this path, or the problem; `path` None: the request line is malformed.
+        Raises nothing."""
         try:
             if path is None:
                 raise MalformedRequest("The bytes sent are no HTTP/1.1 request.")
@@ -186,7 +191,7 @@ class _Connection(asyncio.Protocol):
             self._send_problem(error, path or "")
 
     def _send_problem(self, error: RequestError, path: str = "") -> None:
-        """Sends the error as a JSON problem, as the API does."""
+        """Sends the error as a JSON problem, as the API does, and closes the connection."""
         body = msgspec.json.encode(problem_of(error, path))
         self._send(Answer(error.status, body, "application/problem+json", error.headers))
 

@@ -58,8 +58,10 @@ class WorkerProcess(Struct, frozen=True, kw_only=True):
 def run(config: WorkerProcess, on_step: Callable[[Step], None] = lambda _: None) -> int:
     """Works until SIGTERM or SIGINT, then drains; a second signal ends the process at once.
 
-    Returns the exit code, or ends the process with it if a thread cannot be stopped. Raises
-    StartError when the server cannot be used, or the settings can give no model.
+    Returns 0. Ends the process itself if the exit code is another one (1 after an unexpected error,
+    EXIT_HUNG), or if a model is still being loaded: such a thread cannot be stopped. Raises
+    StartError when the server or the monitor port cannot be used, or the settings can give no
+    model.
     """
     with _opened_listener(config) as listener:
         guard = CrashGuard(
@@ -86,8 +88,8 @@ def run(config: WorkerProcess, on_step: Callable[[Step], None] = lambda _: None)
 
 @contextlib.contextmanager
 def _opened_listener(config: WorkerProcess) -> Iterator[socket.socket | None]:
-    """The socket of the monitor port, None without one. Opened first, so that a port in use ends
-    the start; raises StartError then."""
+    """The socket of the monitor port, None without one; closed at the end. Opened first, so that a
+    port in use ends the start; raises StartError then."""
     if config.monitor_port is None:
         yield None
         return
@@ -96,8 +98,8 @@ def _opened_listener(config: WorkerProcess) -> Iterator[socket.socket | None]:
 
 
 def _exit_code(work: Coroutine[Any, Any, int]) -> int:
-    """Runs `work` in a new event loop; logs an unexpected error and returns 1 for it. Raises
-    StartError."""
+    """Returns what `work` returns, run in a new event loop; logs an unexpected error and returns 1
+    for it. Raises StartError."""
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(work)
@@ -114,7 +116,8 @@ async def _work(
     listener: socket.socket | None,
     on_step: Callable[[Step], None],
 ) -> int:
-    """Connects and works until a signal; returns the exit code."""
+    """Connects and works until a signal; returns the exit code of `Worker.run`, or 0 if the signal
+    came before that. Raises StartError when the server cannot be used."""
     stopping = asyncio.Event()
     _on_signals(stopping)
     opened = Store.open(
@@ -150,7 +153,8 @@ async def _connect(
     store: Store, config: WorkerProcess, library: Library, stopping: asyncio.Event
 ) -> str | None:
     """Waits for the server, or a signal to stop. Returns the default model, None if it is not known
-    yet or the worker is to stop.
+    yet or the worker is to stop. Raises StartError if the server cannot be used, or the default
+    model cannot be changed.
 
     Has the library load the default model first, and then the models that Redis knows.
     """
@@ -180,7 +184,8 @@ async def agree_on_default_model(store: Store, configured: str | None) -> str | 
     """The default model: the `configured` one, which is written to Redis, else the one that Redis
     names; None if neither is there, so that the folder decides.
 
-    Raises DefaultModelChanged when another one is configured than jobs or live workers use.
+    Raises DefaultModelChanged when another one is configured than jobs or live workers use, and
+    RedisUnavailable or StorageFull.
     """
     if configured is None:
         return await store.default_model()
@@ -189,12 +194,13 @@ async def agree_on_default_model(store: Store, configured: str | None) -> str | 
 
 
 async def _serve_metrics(monitor: Monitor, worker: Worker, library: Library) -> None:
-    """Lets the monitor answer /metrics from now on."""
+    """Lets the monitor answer /metrics, as soon as the library for that is imported."""
     monitor.metrics = await asyncio.to_thread(_metrics, worker, library)
 
 
 def _metrics(worker: Worker, library: Library) -> Metrics:
-    """Blocks for the import, so it is called in a thread."""
+    """The metrics of this worker, read anew for each request. Blocks for the import, so it is
+    called in a thread."""
     # Imported late: it takes a tenth of a second, and a worker without the port needs no metrics.
     from asyncinfer.worker import metrics
 
@@ -213,13 +219,14 @@ def _metrics(worker: Worker, library: Library) -> Metrics:
 
 
 async def _drain_when(stopping: asyncio.Event, worker: Worker) -> None:
-    """Waits for the signal to stop, then drains the worker."""
+    """Waits for the signal to stop, then begins to drain the worker."""
     await stopping.wait()
     worker.drain()
 
 
 def _on_signals(stopping: asyncio.Event) -> None:
-    """Sets `stopping` at SIGTERM or SIGINT, and ends the process at a second one."""
+    """Makes SIGTERM and SIGINT set `stopping`, and a second one end the process at once with exit
+    code 130. Call it in the event loop."""
 
     def on_signal() -> None:
         if stopping.is_set():

@@ -74,16 +74,24 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     concurrency: int
     """How many batches run at once."""
     max_batch: int = 128
+    """The most jobs of one claim."""
     max_result_bytes: int = 16 << 20
+    """The largest result of one job; a job with a larger one fails."""
     brpop_timeout_seconds: float = 1.0
+    """How long an idle worker waits on the doorbell until it claims in any case."""
     prediction_timeout_seconds: float = 10.0
+    """How long one run may take, unless `model.toml` says otherwise."""
     hang_grace_seconds: float = 1.0
+    """How long a run that was stopped may go on until it counts as hung."""
     drain_timeout_seconds: float = 20.0
+    """How long runs may go on after a drain began until they are stopped."""
     rescan_seconds: float = 10.0
+    """How often the model folder is read if the system reports no change."""
 
 
 class Worker:
-    """Claims from its models' queues and runs what it claims, `concurrency` batches at once."""
+    """Claims from its models' queues and runs what it claims, `concurrency` batches at once. There
+    is one per process; create it in the event loop, and call `run` once."""
 
     def __init__(
         self,
@@ -95,8 +103,11 @@ class Worker:
         *,
         default_is_set: bool = False,
     ) -> None:
+        """`default_model` None: it is not known yet. `default_is_set`: whether it was configured
+        for this worker. Takes over the callbacks of the library, which must be open."""
         self.worker_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self.hung = False
+        """Whether a run did not stop, so that its thread is lost and the process must end."""
         self._store = store
         self._library = library
         self._config = config
@@ -152,8 +163,8 @@ class Worker:
     # --- the process ---------------------------------------------------------------------------
 
     async def run(self) -> int:
-        """Works until drained; returns the exit code: 0, or EXIT_HUNG after a run that did not
-        stop."""
+        """Works until it is drained; then retracts its announcement and closes the library. Returns
+        the exit code: 0, or EXIT_HUNG after a run that did not stop, whose thread still runs."""
         self._renewer.start()
         # anyio's group, since redis-py may swallow a cancellation and anyio's comes again.
         async with anyio.create_task_group() as background:
@@ -178,7 +189,7 @@ class Worker:
         return EXIT_HUNG if self.hung else 0
 
     def _roles(self) -> list[Callable[[], Coroutine[Any, Any, None]]]:
-        """What runs in the background beside the slots."""
+        """The functions that run in the background beside the slots, until they are cancelled."""
         announce = partial(
             announce_forever, self._announcer.announce, self._announce_soon, self._redis_answered
         )
@@ -200,7 +211,8 @@ class Worker:
             self._redis_answered()
 
     async def _load(self) -> None:
-        """Loads the models that are in the folder at the start."""
+        """Loads the models that are in the folder at the start; returns when all were tried, and
+        logs which can be served."""
         await self._library.load_untried()
         names = self._library.names
         if names:
@@ -210,7 +222,7 @@ class Worker:
         await asyncio.to_thread(tuning.settle)
 
     async def _watch(self) -> None:
-        """Rescans the model folder at each change."""
+        """Rescans the model folder at each change, until `run` has drained. Rescans may overlap."""
         events = folder_changes(
             self._library.watched_folder,
             rescan_seconds=self._config.rescan_seconds,
@@ -229,12 +241,13 @@ class Worker:
             log.exception("The model folder could not be followed.")
 
     def _models_changed(self) -> None:
-        """Claims from the queues of the models that are served now, and announces soon."""
+        """Claims from the queues of the models that are served now, and has them announced soon."""
         self._serve_queues()
         self._announce_soon.set()
 
     def _serve_queues(self) -> None:
-        """Passes the queues of the served models to the claimer and the control listener."""
+        """Passes the queues of the served models to the claimer and the control listener, with
+        whether more are about to come."""
         queues = self._queues.served()
         is_growing = bool(self._library.loading or self._library.unannounced_labels)
         self._claimer.serve(queues, is_growing=is_growing)
@@ -257,10 +270,11 @@ class Worker:
         return WorkerStatus(about, seconds_per_job)
 
     def _redis_answered(self) -> None:
+        """Notes for `why_not_ready` that Redis has answered now."""
         self._answered_at = time.monotonic()
 
     def why_not_ready(self) -> str | None:
-        """Why the worker can claim nothing now; None when it can."""
+        """Why the worker can claim nothing now, as a sentence; None when it can."""
         if self.hung:
             return "A run would not stop; this worker ends, to be started afresh."
         if self._claimer.draining.is_set():
@@ -276,8 +290,9 @@ class Worker:
     def run_and_job_counts(
         self,
     ) -> tuple[Mapping[str, Mapping[int, tuple[int, float]]], Mapping[str, int]]:
-        """By model and highest number of rows the runs and their total seconds; and the number of
-        ended jobs by outcome."""
+        """Since the start: by model and highest number of rows (a power of two) the number of runs
+        and their total seconds; and by verdict the number of outcomes that were stored, as
+        `Finisher.ended_counts`."""
         return self._runner.times.sums(), self._finisher.ended_counts
 
     def _state(self) -> str:
@@ -289,7 +304,9 @@ class Worker:
         return "starting" if self._library.loading and not self._library.served else "ready"
 
     def drain(self) -> None:
-        """Stops claiming; `run` returns when all claimed jobs have finished or been released."""
+        """Stops claiming and returns at once; does nothing if it drains already. `run` returns when
+        all claimed jobs have finished or been released, which DRAIN_TIMEOUT limits. Call it only
+        while `run` is under way."""
         if not self._claimer.draining.is_set():
             # Set at once, since a slot that finishes before the task runs must not claim.
             self._claimer.draining.set()
@@ -305,7 +322,7 @@ class Worker:
 
     async def _stop_runs(self, busy: set[asyncio.Task[None]]) -> None:
         """Stops the runs of these slots, since the drain took too long, and releases their jobs.
-        Sets `hung` if a run does not stop."""
+        Sets `hung` if a run does not stop within the grace period, and cancels its slot."""
         self._runner.give_up()
         self._finisher.give_up()
         for held in self._claimer.held.values():
@@ -322,7 +339,7 @@ class Worker:
                 task.cancel()
 
     async def _run_slot(self) -> None:
-        """Claims and runs until draining."""
+        """Claims and runs until draining, then returns."""
         held: HeldClaim | None = None
         while held := held or await self._claimer.next():
             held = await self._run_claim(held)
@@ -364,9 +381,9 @@ class Worker:
     async def _outcome_of_refused(
         self, held: HeldClaim, job: ClaimedJob, error: AsyncinferError
     ) -> Finished:
-        """The outcome of a job that this worker cannot run: released with a delay if its version is
-        not loaded yet, or another worker has it (a new version does not come to all workers at
-        once) or a later release wrote it; else failed."""
+        """The outcome of a job that this worker cannot run; stores nothing. Released with a delay
+        if its version is not loaded yet, or another worker has it (a new version does not come to
+        all workers at once) or a later release wrote it; else failed."""
         if isinstance(error, LaterRecord):
             return self._later_deferrer.defer(job)
         model, version = execution.requested_model(job, self._queues.model_of(held.claim.queue))
@@ -379,7 +396,7 @@ class Worker:
 
     async def _is_elsewhere(self, model: str, version: str | None) -> bool:
         """Whether another worker has the version. True also while Redis is away, since that is no
-        reason to fail a job for good."""
+        reason to fail a job for good; False if Redis refuses the call."""
         try:
             return await self._announcer.is_elsewhere(model, version)
         except RedisRefused:
@@ -401,10 +418,12 @@ class Worker:
         self._loop.call_soon_threadsafe(self._finisher.apply_renewal, renewal)
 
     def _start_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Starts a task that `run` waits for."""
         return self._group.create_task(work)
 
     def _drain_after_hang(self) -> None:
-        """Drains and ends the process with EXIT_HUNG, since a thread is lost."""
+        """Marks the worker as hung, since a thread is lost, and starts draining; returns at once.
+        `run` returns EXIT_HUNG when the other runs have finished."""
         log.error("A run would not stop; this worker finishes its other runs and exits.")
         self.hung = True
         self.drain()

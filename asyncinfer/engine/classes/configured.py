@@ -44,7 +44,8 @@ class ClassConfig:
             self._check_values(signature)
 
     def _output(self, key: str, name: str | None) -> list[TensorSpec]:
-        """The output of this name, None for none; raises ModelRefused if there is none such."""
+        """The output of this name as a list of one, empty for None; raises ModelRefused if there is
+        none such. `key` is the name of the setting."""
         if name is None:
             return []
         if name not in self._specs:
@@ -106,7 +107,7 @@ class ClassConfig:
 
     def check_order(self, actual: Sequence[int | str | None], labels: Sequence[str]) -> None:
         """Raises ModelRefused if the labels are the model's own names of its classes (`actual`, by
-        column) in another order."""
+        column, None: unknown) in another order. Other labels are accepted."""
         words = list(map(str, actual))
         if words != list(labels) and sorted(words) == sorted(labels):
             raise self._error(
@@ -154,8 +155,8 @@ def _declared(spec: TensorSpec) -> str:
 
 
 def may_be_scores(spec: TensorSpec, signature: Signature) -> bool:
-    """Whether an output may be scores by its type: fractions, with a row for each row of the input
-    and a column for each label."""
+    """Whether an output may be scores by its type and declared shape: fractions, with a row for
+    each row of the input and a column for each label."""
     return spec.datatype in FLOATS and may_have_columns(spec, signature)
 
 

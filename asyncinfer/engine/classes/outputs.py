@@ -104,8 +104,8 @@ def _observe_scores(
     class_specs: Sequence[TensorSpec],
     observe: Callable[[Sequence[TensorSpec]], ProbeAnswers],
 ) -> tuple[Sequence[TensorSpec], ProbeAnswers]:
-    """The outputs that may be the scores, and the answers of made-up rows, which are run only if
-    they are needed to choose.
+    """The outputs that may be the scores, empty if there are none, and the answers of made-up rows,
+    which are run (by `observe`) only if they are needed to choose.
 
     Raises ModelRefused if no output has a column for each label.
     """
@@ -129,8 +129,8 @@ def _observe_scores(
 def _best_scores(
     specs: Sequence[TensorSpec], answers: ProbeAnswers, signature: Signature, config: ClassConfig
 ) -> str:
-    """The name of the output whose rows and name look most like scores; raises ModelRefused if two
-    look alike and disagree."""
+    """The name of the output among `specs`, which must not be empty, whose rows and name look most
+    like scores; raises ModelRefused if two look alike and disagree."""
     fitting = [spec for spec in specs if not answers.scores or spec.name in answers.scores] or specs
     ranks = {spec.name: _score_rank(spec, answers, signature) for spec in fitting}
     first, *others = [name for name, rank in ranks.items() if rank == max(ranks.values())]
@@ -161,7 +161,8 @@ def _score_rank(
 
 
 def _disagree(first: Array, second: Array) -> bool:
-    """Whether several rows have their highest score in another column of the second scores."""
+    """Whether several rows have their clear highest score in another column of the second scores
+    than of the first. Both have shape (rows, labels)."""
     pairs = _value_column_pairs(highest_columns(first), second)
     return sum(column != other for column, other in pairs) >= MIN_ROWS
 
@@ -184,8 +185,9 @@ def _may_be_distances(rows: Array) -> bool:
 
 
 def _value_column_pairs(values: Array, scores: Array) -> Pairs:
-    """For each row its value and the column of its highest score; rows without a clear highest
-    score are left out."""
+    """For each row its value and the column of its highest score: `values` has one value for each
+    row of the matrix `scores`. Rows without a clear highest score are left out; empty for fewer
+    than two columns."""
     if scores.shape[1] < 2:
         return []
     ordered: Any = np.sort(scores, axis=1)  # NaN comes last
@@ -250,7 +252,7 @@ def _mostly_agree(pairs: Pairs, columns: Mapping[int | str, int]) -> bool:
 
 
 class _ClassFinder:
-    """Finds the class output of one model, whose scores are known."""
+    """Finds the class output of one model, whose scores are known; call `best` once."""
 
     def __init__(
         self,
@@ -286,7 +288,8 @@ class _ClassFinder:
         )
 
     def _agreement(self, candidate: _Candidate) -> float:
-        """The share of the probe rows in which the class is the column of the highest score."""
+        """The share, 0 to 1, of the probe rows in which the class is the column of the highest
+        score; 0 without such rows."""
         pairs = self._pairs_of(candidate.name)
         columns = {value: at for at, value in enumerate(candidate.values or range(self._width))}
         return sum(columns.get(value) == column for value, column in pairs) / max(len(pairs), 1)

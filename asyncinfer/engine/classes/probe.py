@@ -61,10 +61,11 @@ def observe(
     example: Feeds | None,
     seconds: float,
 ) -> ProbeAnswers:
-    """Runs rows like the example and of several scales, until there are enough or `seconds` are
-    over. Rows that the model does not accept are skipped; never raises.
+    """Runs rows like the example and of several scales, until there are enough or `seconds` (two at
+    most) are over. Rows that the model does not accept are skipped; never raises.
 
-    `scores` and `class_specs` are the outputs that may be the scores and the class.
+    `scores` and `class_specs` are the outputs that may be the scores and the class; `scores` must
+    not be empty.
     """
     names = [spec.name for spec in signature.outputs]
     width = len(signature.labels)
@@ -113,7 +114,8 @@ def _with_rows(
     matrices: dict[str, list[Array]], rows: int
 ) -> tuple[dict[str, list[Array]], list[int]]:
     """The outputs that have a row for each row of the input, which a constant has not, and the
-    number of rows in each run. `rows` is the number that each run should have."""
+    number of rows in each run. `rows` is the number that each run should have; if no output has it,
+    the first one decides."""
     changing = {
         name: arrays
         for name, arrays in matrices.items()
@@ -128,7 +130,7 @@ def _with_rows(
 
 
 def may_be_multilabel(signature: Signature) -> bool:
-    """Whether an output may have a 0 or 1 for each class in each row."""
+    """Whether an output may have a 0 or 1 for each class in each row, by its name and type."""
     return any(map(_may_be_multilabel_output, signature.outputs))
 
 
@@ -155,6 +157,7 @@ def plain_name(name: str) -> str:
 
 
 def _is_matrix(output: Array, width: int) -> bool:
+    """Whether an output has two dimensions, and `width` columns."""
     return output.ndim == 2 and output.shape[1] == width
 
 
@@ -164,7 +167,8 @@ def _without_booleans(values: Array) -> Array:
 
 
 def _is_enough(scores: Sequence[Array], width: int) -> bool:
-    """Whether there are many rows of scores, and several in which each column is the highest."""
+    """Whether there are many rows of scores (an array for each run), and several in which each
+    column is the highest."""
     if sum(len(array) for array in scores) < _ENOUGH_ROWS:
         return False
     if not all(_is_matrix(array, width) for array in scores):
@@ -174,7 +178,7 @@ def _is_enough(scores: Sequence[Array], width: int) -> bool:
 
 
 class _RowMaker:
-    """Makes rows for one model and runs them."""
+    """Makes rows for one model and runs them; use an instance once."""
 
     def __init__(self, signature: Signature, example: Feeds | None) -> None:
         self._needed = [spec for spec in signature.inputs if not spec.optional]
@@ -184,7 +188,9 @@ class _RowMaker:
         self._sizes: Sequence[int] = OPEN_SIZES
 
     def run_all(self, run: RunFunction, stop: Stop) -> Iterator[list[Array]]:
-        """Yields all outputs of each run that succeeds; ends early once `stop` is set."""
+        """Yields all outputs of each run that succeeds, in the order of the signature; ends early
+        once `stop` is set. For each run the first size of open dimensions that the model accepts is
+        kept."""
         rounds = 1 if self.rows_per_run > 1 else _ROWS // len(_WHOLE_NUMBERS)
         for seed in range(rounds * len(_WHOLE_NUMBERS)):
             for size in self._sizes:
@@ -260,7 +266,8 @@ def _fractions(
 def _like_example(
     example: Array, rng: np.random.Generator, shape: Sequence[int], spec: TensorSpec
 ) -> Array:
-    """Rows of which each element is from a random row of the example; fractions with noise."""
+    """Rows of which each element is from a random row of the example; fractions with noise. `shape`
+    is that of all rows; without dimensions the example itself."""
     if not shape:
         return example
     flat = example.reshape(len(example), -1)

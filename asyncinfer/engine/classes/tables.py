@@ -52,7 +52,8 @@ class _Node(Struct, frozen=True):
 
 
 def class_tables(path: Path, names: Collection[str], score_output: str) -> dict[str, ClassTable]:
-    """The tables of these outputs; outputs without one are left out. Never raises: a damaged file
+    """The tables of the outputs `names`, by output; outputs without one are left out.
+    `score_output` is the output with the scores. Reads the file, and never raises: a damaged file
     has no tables."""
     try:
         with (
@@ -71,7 +72,8 @@ def class_tables(path: Path, names: Collection[str], score_output: str) -> dict[
 
 
 class _Graph:
-    """The main graph of a file: the node that makes each value, and the constants."""
+    """The main graph of a file: the node that makes each value, and the constants. Its methods
+    raise a ValueError if the file is damaged or there is too much to read."""
 
     def __init__(self, content: memoryview) -> None:
         self._content = content
@@ -84,7 +86,8 @@ class _Graph:
                 self._read_graph(start, end)
 
     def class_table(self, name: str, score_output: str) -> ClassTable | None:
-        """The table of an output; None if the graph shows nothing of it."""
+        """The table of an output; None if the graph shows neither a table nor that it is the lowest
+        column."""
         table, is_label = self._table(name, _MAX_STEPS)
         is_lowest = self._is_lowest(name)
         if not table and not is_lowest:
@@ -129,7 +132,8 @@ class _Graph:
         )
 
     def _table(self, name: str, steps: int) -> tuple[Table | None, bool]:
-        """The table of the node that makes this value, and whether that node is a classifier."""
+        """The table of the node that makes this value, None if it is unknown, and whether that node
+        is a classifier. Follows at most `steps` nodes."""
         for step in range(steps):
             node = self._makers.get(name)
             if node is None or not node.inputs:
@@ -148,7 +152,8 @@ class _Graph:
         return None, False
 
     def _encoded_table(self, node: _Node, steps: int) -> tuple[Table | None, bool]:
-        """The table of a LabelEncoder: its input's table, with each entry encoded."""
+        """The table of a LabelEncoder: its input's table, with each entry encoded; None if an entry
+        cannot be encoded. Second, whether it is of a classifier."""
         keys, values = self._attribute(node, "keys_"), self._attribute(node, "values_")
         if not keys or not values or len(keys) != len(values):
             return None, False
@@ -191,7 +196,8 @@ class _Graph:
 
 
 def _node(content: memoryview, start: int, end: int) -> _Node:
-    """Reads one node; protobuf fields 1, 2 and 4 are inputs, outputs and operator."""
+    """Reads one node at this place in the file; protobuf fields 1, 2 and 4 are inputs, outputs and
+    operator."""
     parts: dict[int, list[tuple[int, int]]] = {}
     for number, begin, stop in fields(content, start, end):
         parts.setdefault(number, []).append((begin, stop))
@@ -203,7 +209,8 @@ def _node(content: memoryview, start: int, end: int) -> _Node:
 
 
 def _tensor(content: memoryview, start: int, end: int) -> Table | None:
-    """The elements of a constant of whole numbers or strings; None for other datatypes."""
+    """The elements of the constant in these bytes, of whole numbers or strings; None for other
+    datatypes."""
     (kind,) = [*_numbers(content, start, end, 2), 0][:1]
     if kind == _STRING:
         return tuple(_texts(content, start, end, 6))
@@ -216,11 +223,13 @@ def _tensor(content: memoryview, start: int, end: int) -> Table | None:
 
 
 def _text(content: memoryview, start: int, end: int, wanted: int) -> str:
+    """The first string in the protobuf field number `wanted` of these bytes; empty if there is
+    none."""
     return next(iter(_texts(content, start, end, wanted)), "")
 
 
 def _texts(content: memoryview, start: int, end: int, wanted: int) -> Iterator[str]:
-    """The strings in the protobuf field number `wanted`."""
+    """The strings in the protobuf field number `wanted` of these bytes."""
     for number, begin, stop in fields(content, start, end):
         if number == wanted:
             yield bytes(content[begin:stop]).decode()
@@ -247,4 +256,5 @@ def _numbers(content: memoryview, at: int, end: int, wanted: int) -> Iterator[in
 
 
 def _signed(value: int) -> int:
+    """A varint as the signed number of 64 bits that it stands for."""
     return value - (1 << 64) if value >= 1 << 63 else value

@@ -37,6 +37,7 @@ class QueueBatching(Struct, frozen=True):
 
 class BatchWindows:
     """Opens a window when jobs come to one of `queues`, and lets the queue be claimed at its end.
+    There is one instance per worker; the claimer leaves out the queues that `must_wait`.
 
     A window ends after `max_wait_seconds`, or as soon as enough jobs for a full batch wait.
 
@@ -68,7 +69,9 @@ class BatchWindows:
         self._is_closed = False
 
     def serve(self, queues: Mapping[str, QueueBatching]) -> None:
-        """Replaces the queues; those whose jobs are claimed at once are left out."""
+        """Replaces the queues and wakes `listen`. Keeps only those whose jobs wait for others: they
+        share runs, `max_wait_seconds` is positive and `full_jobs` above 1. A queue that is left out
+        is no longer due, and a window that is open for it has no effect when it ends."""
         self.queues = {
             queue: batching
             for queue, batching in queues.items()
@@ -78,22 +81,25 @@ class BatchWindows:
         self._wake_event.set()
 
     def must_wait(self, queue: str) -> bool:
-        """Whether the jobs of this queue still wait for others, so that it must not be claimed."""
+        """Whether a claim must leave out this queue, since its jobs wait for others. Also true
+        while no window is open, as before the first job; false once a window has ended, until
+        `clear_due`. False for a queue that is not in `queues`."""
         return queue in self.queues and queue not in self.due
 
     def clear_due(self, queues: Iterable[str]) -> None:
-        """To be called after these queues were claimed: later jobs wait in a new window."""
+        """Call after these queues were claimed or found empty: they are no longer due, so that
+        later jobs wait in a new window. Queues that are not due are ignored."""
         self.due.difference_update(queues)
         if not self.due:
             self.any_due.clear()
 
     def notify_idle_slot(self) -> None:
-        """Wakes `listen`, since a slot can take jobs now."""
+        """Wakes `listen`, since a slot can take jobs now. Does nothing if there are no `queues`."""
         if self.queues:
             self._wake_event.set()
 
     async def listen(self) -> None:
-        """Opens windows until closed. Retries while Redis is away."""
+        """Opens windows until `close` is called. Retries while Redis is away, and logs that."""
         async with anyio.create_task_group() as group:
             while not self._is_closed:
                 try:
@@ -104,7 +110,9 @@ class BatchWindows:
                         await asyncio.sleep(random.uniform(0.1, 0.5))
 
     async def close(self) -> None:
-        """Ends all windows, makes no queue due, and rings so that other workers take the jobs."""
+        """Ends all windows and `listen`, and makes no queue due. Rings the doorbell of each queue
+        that was due or had a window, so that other workers take the jobs; gives that up after a
+        second or if Redis is away."""
         self._is_closed = True
         self._wake_event.set()
         await self._doorbell.close()
@@ -118,8 +126,9 @@ class BatchWindows:
                     await self._doorbell.ring(queue)
 
     async def _open_windows(self, group: TaskGroup) -> None:
-        """Waits once for jobs, opens a window for each queue that has some, and ends the windows
-        of queues with enough jobs for a full batch."""
+        """Waits once for a doorbell token or the next check. Then starts in `group` a window for
+        each queue that has jobs, and ends the windows of queues with enough jobs for a full batch.
+        Raises RedisUnavailable."""
         rang = await self._wait_for_doorbell()
         candidates = [rang] if rang else []
         if time.monotonic() - self._checked_at >= self._check_seconds:
@@ -137,7 +146,8 @@ class BatchWindows:
                     self._open[queue].set()
 
     async def _run_window(self, queue: str, wait_seconds: float) -> None:
-        """Waits for the end of a queue's window, then makes the queue due."""
+        """Waits until the window was ended early or `wait_seconds` are over, then makes the queue
+        due; not if the windows are closed or its jobs no longer wait for others."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_seconds):
                 await self._open[queue].wait()
@@ -147,9 +157,10 @@ class BatchWindows:
             self.any_due.set()
 
     async def _wait_for_doorbell(self) -> str | None:
-        """The queue whose doorbell rang while a slot is idle; None when it is time to check.
+        """The queue whose doorbell rang while a slot is idle; None when it is time to check. If no
+        slot is idle at first, it takes no token and returns None when it is woken or it is time.
 
-        A token that came when no slot was idle any more is given back.
+        A token that came when no slot was idle any more is given back. Raises RedisUnavailable.
         """
         if not self._is_idle() or not self.queues:
             self._wake_event.clear()
@@ -164,20 +175,23 @@ class BatchWindows:
         return rang
 
     def _rotated_queues(self) -> list[str]:
-        """The queues, another one first each time: BRPOP serves the first that has a token."""
+        """The queues, another one first each time: BRPOP serves the first that has a token. Needs
+        at least one queue."""
         self._waits_begun += 1
         names = list(self.queues)
         first = self._waits_begun % len(names)
         return names[first:] + names[:first]
 
     async def _queues_with_work(self) -> list[str]:
-        """All queues if any of them has jobs, else none."""
+        """All queues if any of them has jobs, else none; notes that they were checked now. Raises
+        RedisUnavailable."""
         self._checked_at = time.monotonic()
         names = list(self.queues)
         return names if names and await self._runs.has_work(names) else []
 
     async def _count_waiting(self, queue: str) -> int:
-        """How many jobs wait in a queue, of all priorities; 1 if Redis refuses to count them."""
+        """The length of the queue's lists, of all priorities: stale entries count, delayed jobs do
+        not. 1 if Redis refuses to count them. Raises RedisUnavailable."""
         try:
             return sum([await self._store.command("LLEN", name) for name in keys.waiting(queue)])
         except RedisRefused:

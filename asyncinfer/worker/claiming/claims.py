@@ -40,10 +40,11 @@ _BUSY_SLOT_SECONDS: Final = 0.005
 
 
 class Claimer:
-    """Makes the claims of one process, one at a time, and keeps those that are not finished.
+    """Makes the claims of one process, one at a time, and keeps those that are not finished. There
+    is one instance per worker, and its slots call `next` and `finish`.
 
-    A free slot waits, in this order, for: a claim that allows no other beside it to be released;
-    a short run that will claim again anyway (at most 5 ms); a doorbell token or the end of a batch
+    A free slot waits, in this order, for: a claim that allows no other beside it to be released; a
+    short run that will claim again anyway (at most 5 ms); a doorbell token or the end of a batch
     window. Then it claims.
     """
 
@@ -58,6 +59,8 @@ class Claimer:
         brpop_timeout_seconds: float,
         on_step: Callable[[Step], None],
     ) -> None:
+        """`max_batch` is the most jobs of one claim. `on_step` is called in the event loop at each
+        step; only tests need it."""
         self.held: dict[str, HeldClaim] = {}
         """By token, the claims that are not finished."""
         self.draining = asyncio.Event()
@@ -87,10 +90,11 @@ class Claimer:
         self.serve(queues)
 
     def serve(self, queues: Mapping[str, QueueBatching], *, is_growing: bool = False) -> None:
-        """Replaces the queues to claim from; a wait under way takes them up when it ends, which is
-        within BRPOP_TIMEOUT.
+        """Replaces the queues to claim from, and returns at once. The next claim checks them
+        without a doorbell token; a wait under way takes them up when it ends, which is within
+        BRPOP_TIMEOUT.
 
-        `is_growing` makes such waits short, since more queues are about to come.
+        `is_growing` limits such waits to a tenth of a second, since more queues are about to come.
         """
         self._queues = list(queues)
         self._is_growing = is_growing
@@ -100,27 +104,31 @@ class Claimer:
         self._released_event.set()
 
     async def ring_for_another_worker(self, queue: str) -> None:
-        """Rings in half of all cases, for a job that was released since only others can run it.
+        """Rings the doorbell of `queue` in half of all cases, for a job that was released since
+        only others can run it. Does nothing if Redis is away.
 
-        By chance, since two idle workers that take turns at the doorbell would go on as they
-        began.
+        By chance, since two idle workers that take turns at the doorbell would go on as they began.
         """
         if random.random() < 0.5:
             await self._return_token(queue)
 
     def stop_renewing(self, token: str) -> None:
-        """Stops renewing a claim that was lost."""
+        """Stops renewing the lease of a claim that was lost; the claim stays in `held` until it is
+        finished. An unknown token is ignored."""
         self._renewer.remove(token)
 
     async def drain(self) -> None:
-        """Claims nothing more; every `next` that waits returns None."""
+        """Claims nothing more: `next` returns None, also in slots that wait. Gives doorbell tokens
+        of batch windows back, which may take a second; does not wait for the claims that are
+        held."""
         self.draining.set()
         self._released_event.set()
         await self._doorbell.close()
         await self.windows.close()
 
     async def next(self) -> HeldClaim | None:
-        """Waits for work and claims it; only one slot waits at a time. None when draining.
+        """Waits, without a limit, for work and claims it; only one slot waits at a time. Returns
+        None once the worker drains. Retries while Redis is away.
 
         A claim that leaves work behind rings the doorbell, so after a claim the doorbell is waited
         for first: to claim again at once found nothing, and cost a waiting client half its time.
@@ -146,9 +154,11 @@ class Claimer:
     async def finish(
         self, held: HeldClaim, store_outcomes: Callable[[ClaimRequest | None], Awaitable[Claimed]]
     ) -> HeldClaim | None:
-        """Stores the outcomes of a claim by `store_outcomes` and releases the claim.
+        """Calls `store_outcomes` with the request for the next claim, None if there is to be none,
+        while no other claim call is made. Then releases `held`: it leaves `self.held`, and its
+        lease is no longer renewed. If `store_outcomes` raises, the claim stays held.
 
-        Passes a request for the next claim along; returns that claim, None if there is none.
+        Returns the next claim, which `store_outcomes` has returned; None if there is none.
         """
         async with self._claiming:
             following = self._following_request(held)
@@ -164,8 +174,9 @@ class Claimer:
         return next_held
 
     async def _wait_for_work(self) -> str | None:
-        """The queue whose doorbell rang; None once a batch window has ended, and after
-        BRPOP_TIMEOUT, when an idle worker claims in any case."""
+        """The queue whose doorbell rang; None once a batch window has ended, while Redis is away,
+        and after BRPOP_TIMEOUT, when an idle worker claims in any case. Once a window has ended,
+        the wait on the doorbell goes on in `_doorbell_task`."""
         if not self.windows.queues:
             return await self._wait_on_doorbell(self._rotated_queues(None))
         loop = asyncio.get_running_loop()
@@ -183,10 +194,11 @@ class Claimer:
         return doorbell.result()
 
     async def _doorbell_for_slot(self) -> str | None:
-        """Waits for the doorbell of queues without batch windows; returns the one that rang.
+        """Waits for the doorbell of queues without batch windows; returns the one that rang, None
+        if none did in time.
 
         May go on after the slot has stopped waiting: then the token is given back, since another
-        worker may need it.
+        worker may need it, and it returns None.
         """
         queues = [queue for queue in self._rotated_queues(None) if queue not in self.windows.queues]
         if queues:
@@ -202,7 +214,8 @@ class Claimer:
         return rang
 
     async def _wait_on_doorbell(self, queues: Sequence[str]) -> str | None:
-        """The queue whose doorbell rang; None after the time limit, or while Redis is away."""
+        """The queue whose doorbell rang; None after the time limit. While Redis is away it returns
+        None after a pause of up to half a second, or at once when draining."""
         seconds = self._brpop_timeout_seconds
         if self._is_growing:
             seconds = min(_GROWING_SECONDS, seconds)
@@ -218,10 +231,12 @@ class Claimer:
         return rang
 
     async def _defer_to_busy_slot(self) -> bool:
-        """Waits up to 5 ms for a slot with a short run that had emptied its queue, if there is one.
+        """Waits up to 5 ms for a slot with a short run that had emptied its queue, if there is one;
+        returns at once if there is none, or if any claim here is of another kind.
 
-        True if it has finished: its next claim takes the new jobs. One claim of sixteen jobs costs
-        little more than one of four, and to wait on the doorbell beside a run kept the run waiting.
+        Returns whether it has finished, or the queues have changed: its next claim takes the new
+        jobs. One claim of sixteen jobs costs little more than one of four, and to wait on the
+        doorbell beside a run kept the run waiting.
         """
         is_short = self._mean_run_seconds <= _SHORT_RUN_SECONDS and not self.windows.queues
         if not self.held or not is_short:
@@ -235,11 +250,13 @@ class Claimer:
         return self._released_event.is_set()
 
     def _emptied_its_queue(self, held: HeldClaim) -> bool:
-        """Whether a claim took all jobs that waited in its queue."""
+        """Whether a claim took all jobs that waited in its queue, as it has fewer than MAX_BATCH.
+        False for a queue whose jobs do not share runs."""
         return held.claim.count < self._max_batch and held.claim.queue not in self._unbatched
 
     async def _return_token(self, rang: str | None) -> None:
-        """Rings the doorbell of this queue again, for another worker; nothing for None."""
+        """Rings the doorbell of this queue again, for another worker. Does nothing for None, or if
+        Redis is away."""
         if rang:
             with contextlib.suppress(RedisUnavailable):
                 await self._doorbell.ring(rang)
@@ -261,17 +278,18 @@ class Claimer:
         return self._waiting_turn.locked() and not self._must_not_claim()
 
     async def _wait_until_released(self) -> None:
-        """Waits until a claim is released, the queues change or the worker drains."""
+        """Waits until a claim is released, the queues change or the worker drains. Returns at once
+        if a claim may be made now."""
         self._released_event.clear()
         if self._must_not_claim() and not self.draining.is_set():
             await self._released_event.wait()
 
     async def _claim_any_queue(self, rang: str | None) -> HeldClaim | None:
         """Claims from the first queue that has jobs, beginning with the one that rang; None if no
-        queue has any.
+        queue has any, or none may be claimed now.
 
         A claim call covers few queues, so for many queues a cheaper call checks first whether any
-        has work.
+        has work. Raises RedisRefused if Redis refuses that call.
         """
         self._seen_empty = True
         queues = self._claimable_queues(rang)
@@ -286,7 +304,8 @@ class Claimer:
         return None
 
     async def _claim_group(self, queues: Sequence[str]) -> HeldClaim | None:
-        """Claims from a few queues in one call; from each alone where Redis refuses that."""
+        """Claims from at most MOST_QUEUES_A_CLAIM queues in one call; from each alone where Redis
+        refuses that, which is logged. None if that gives no jobs."""
         try:
             return await self._claim_once(queues)
         except RedisRefused as error:
@@ -299,8 +318,8 @@ class Claimer:
         return None
 
     async def _claim_once(self, queues: Sequence[str]) -> HeldClaim | None:
-        """Makes one claim call; raises RedisRefused. None where there are no jobs, or none may be
-        claimed now."""
+        """Makes one claim call. Returns None where there are no jobs, or none may be claimed now;
+        raises RedisRefused."""
         # One claim call at a time: with two under way, a poison job could come with one of them
         # while the other brings jobs that would then be lost with it.
         async with self._claiming:
@@ -325,8 +344,9 @@ class Claimer:
             await asyncio.sleep(0)
 
     def _following_request(self, held: HeldClaim) -> ClaimRequest | None:
-        """The request for the next claim, which is sent with the outcomes of `held`; None where
-        nothing may be claimed beside the other claims, or there is no queue to claim from."""
+        """The request for the next claim, which is sent with the outcomes of `held`; None when
+        draining, where nothing may be claimed beside the other claims, or where there is no queue
+        to claim from."""
         others = [other for token, other in self.held.items() if token != held.claim.token]
         if not self._queues or self.draining.is_set():
             return None
@@ -336,7 +356,8 @@ class Claimer:
         return self._new_request(queues, held=bool(others)) if queues else None
 
     def _new_request(self, queues: Sequence[str], *, held: bool) -> ClaimRequest:
-        """A request with a token of its own; `held`: whether this process holds another claim."""
+        """A request with a token of its own; counts it. `held`: whether this process holds another
+        claim, so that it must get no job that runs alone."""
         self._requests_sent += 1
         # Counted in whole rounds of all queues, or the same queue would be favoured each time; and
         # in claims, since a request that got no jobs has not had its turn.
@@ -351,18 +372,20 @@ class Claimer:
         )
 
     def _rotated_queues(self, first: str | None) -> list[str]:
-        """All queues, beginning with `first`, else with another one each time: BRPOP and claim
-        serve queues in the order given."""
+        """All queues, beginning with `first` if it is one of them, else with another one each time:
+        BRPOP and claim serve queues in the order given. Needs at least one queue."""
         start = self._queues.index(first) if first in self._queues else self._requests_sent
         start %= len(self._queues)
         return self._queues[start:] + self._queues[:start]
 
     def _claimable_queues(self, first: str | None) -> list[str]:
-        """As `_rotated_queues`, without those whose batch window is open."""
+        """As `_rotated_queues`, without those whose jobs still wait for others."""
         return [queue for queue in self._rotated_queues(first) if not self.windows.must_wait(queue)]
 
     def _register(self, claimed: Claimed, request: ClaimRequest) -> HeldClaim | None:
-        """Keeps the claim of a reply and has its lease renewed; None where the reply has none."""
+        """Takes up the reply to `request`: keeps its claim and has its lease renewed, or notes that
+        an exclusive job is next. The queue of the claim is no longer due, nor are all queues of the
+        request if they were empty. Returns the claim, None where the reply has none."""
         self._exclusive_pending = claimed.blocked
         if claimed.claim is None:
             if not claimed.blocked:

@@ -22,7 +22,7 @@ meanwhile."""
 
 
 class ControlListener:
-    """Reads the control streams of this worker's queues."""
+    """Reads the control streams of this worker's queues; one instance per worker."""
 
     def __init__(
         self, store: Store, queues: Iterable[str], on_message: Callable[[str, str], None]
@@ -36,8 +36,9 @@ class ControlListener:
         self._last_ids: dict[str, bytes] = {}
 
     def serve(self, queues: Iterable[str], *, is_growing: bool = False) -> None:
-        """Reads these queues from the next read on, and always QUEUE_NAME itself. `is_growing`
-        makes reads short, since more queues are about to come."""
+        """Reads these queues from the next read on, and always QUEUE_NAME itself; of a queue that
+        is new, only entries from then on. `is_growing` limits a read to a tenth of a second, since
+        more queues are about to come."""
         self._is_growing = is_growing
         self._streams = [keys.control(queue) for queue in {self._store.n, *queues}]
 
@@ -54,10 +55,12 @@ class ControlListener:
                     await asyncio.sleep(random.uniform(0.1, 0.5))
 
     async def close(self) -> None:
+        """Ends `listen`, also during a read."""
         await self._blocking.close()
 
     async def _start_new_streams(self) -> None:
-        """Begins each new stream at its newest entry; older entries are skipped."""
+        """Begins each new stream at its newest entry; older entries are skipped. Raises
+        RedisUnavailable."""
         for stream in self._streams:
             if stream not in self._last_ids:
                 newest = await self._store.look(
@@ -66,7 +69,8 @@ class ControlListener:
                 self._last_ids[stream] = bytes(newest[0][0]) if newest else b"0"
 
     async def _read(self) -> None:
-        """Waits for new entries and passes each to `on_message`."""
+        """Waits a few seconds for new entries and passes each to `on_message`. Raises
+        RedisUnavailable."""
         seconds = _GROWING_SECONDS if self._is_growing else _READ_SECONDS
         # `serve` may have added streams since `_start_new_streams`.
         last_ids = {name: self._last_ids[name] for name in self._streams if name in self._last_ids}

@@ -73,7 +73,7 @@ class WorkerStatus(Struct, frozen=True):
 
 class Announcer:
     """Announces a worker and its models, reads what other workers announce, and tells the library
-    which versions are served, contested or may be dropped."""
+    which versions are served, contested or may be dropped. There is one instance per worker."""
 
     def __init__(
         self,
@@ -84,7 +84,8 @@ class Announcer:
         read_status: Callable[[], WorkerStatus],
         on_queues_changed: Callable[[], None],
     ) -> None:
-        """`on_queues_changed` is called when a round has changed which queues are served."""
+        """`read_status` gives the status at the moment; `on_queues_changed` is called when a round
+        has changed which queues are served."""
         self._store = store
         self._worker_id = worker_id
         self._library = library
@@ -103,8 +104,8 @@ class Announcer:
         """From the folders of other workers; None until their announcements were read."""
 
     async def announce(self) -> None:
-        """One round of announcements, one at a time. Versions that were new when it began may be
-        served after it, also if it failed.
+        """Makes one round of announcements; waits for a round under way first. Versions that were
+        new when it began may be served after it, also if it failed.
 
         Raises RedisUnavailable, StorageFull or RedisRefused.
         """
@@ -144,12 +145,14 @@ class Announcer:
         await self._announcements.announce_paces(status.seconds_per_job)
 
     async def retract(self) -> None:
-        """Removes this worker's announcement, at its end; its models stay announced."""
+        """Removes this worker's announcement, at its end; its models stay announced. Raises
+        RedisUnavailable or StorageFull."""
         await self._announcements.retract_worker(self._worker_id)
         await self._announcements.announce_paces(self._read_status().seconds_per_job)
 
     async def is_elsewhere(self, model: str, version: str | None) -> bool:
-        """Whether another worker has a version (None: any version) of the model.
+        """Whether another worker has a version (None: any version) of the model. Raises
+        RedisUnavailable.
 
         A worker that was seen lately counts too: after Redis was emptied it is missing there until
         its next announcement, and its jobs must not fail meanwhile.
@@ -159,8 +162,8 @@ class Announcer:
         return any(bool(theirs) if version is None else version in theirs for theirs in versions)
 
     def _compare_folders(self, others: Sequence[WorkerSays], status: WorkerStatus) -> bool:
-        """Notes how other folders differ from this one; returns whether that has changed. Logs
-        differences at the start."""
+        """Notes how other folders differ from this one; returns whether that has changed since the
+        last round, the first time whether there are differences. Logs them the first time."""
         library, before = self._library, self._differences
         folder = str(library.model_dir)
         models = {
@@ -177,7 +180,9 @@ class Announcer:
     def _warn_at_start(
         self, other_folder: str, models: Collection[str], others: Iterable[WorkerSays]
     ) -> None:
-        """Logs what the operator may have set up otherwise than intended."""
+        """Logs what the operator may have set up otherwise than intended: the line `other_folder`,
+        empty if there is none, and a default model that no live worker has. `models` are all names
+        known here."""
         if other_folder:
             log.warning("%s", other_folder)
         default = self._queues.default_model
@@ -193,7 +198,7 @@ class Announcer:
         return self._library.signatures().keys() - self._library.uncontested_signatures().keys()
 
     async def _announce_worker(self, status: WorkerStatus) -> None:
-        """Writes the announcement of this worker, which expires unless it is written again."""
+        """Writes the announcement of this worker, which expires after a few missed rounds."""
         about = {**status.about, **self._models_status()}
         await self._announcements.announce_worker(self._worker_id, about, _EXPIRY_SECONDS)
 
@@ -218,7 +223,8 @@ class Announcer:
         }
 
     def _problems(self) -> dict[Label, str]:
-        """The problems of versions here, and of models that only other workers have."""
+        """The problems of versions here, and of models that only other workers have, for which the
+        version is OF_ALL_VERSIONS."""
         found = self._library.problems()
         if self._differences:
             folder = str(self._library.model_dir)
@@ -227,7 +233,8 @@ class Announcer:
         return found
 
     async def _read_others(self) -> list[WorkerSays]:
-        """What other live workers announce now; notes when each was last seen."""
+        """What other live workers announce now; notes when each was last seen. Raises
+        RedisUnavailable."""
         bodies = await self._announcements.workers()
         others = {
             worker_id: worker_says(body)
@@ -276,7 +283,8 @@ class Announcer:
     async def _announce_version(
         self, stored: bytes | None, ours: Signature, others: Sequence[WorkerSays]
     ) -> str:
-        """Announces a version in place of `stored`, unless a live worker serves that.
+        """Announces a version in place of `stored`, the signature as JSON that is announced now
+        (None: none is), unless a live worker serves that.
 
         Returns why ours must not be served, empty if it may and is announced now.
         """
@@ -303,8 +311,8 @@ class Announcer:
             self._library.drop_removed(finished)
 
     async def _retract_removed(self) -> None:
-        """Removes the announcements of removed versions that no other worker has. Repeated in each
-        round, since a Redis that starts from an older dump has them again."""
+        """Removes the announcements of the versions removed last that no other worker has. Repeated
+        in each round, since a Redis that starts from an older dump has them again."""
         self._removed |= dict.fromkeys(self._library.seconds_since_removal)
         here = self._library.signatures().keys()
         labels = [label for label in self._removed if label not in here][-_MAX_RETRACTED:]
@@ -318,8 +326,10 @@ class Announcer:
                 await self._announcements.retract_version(model, version)
 
     async def _may_drop(self, model: str, seconds: float, *, elsewhere: bool) -> bool:
-        """Whether no job can wait for a version of the model that was removed `seconds` ago: only
-        other workers have the model (`elsewhere`), or its queue is empty."""
+        """Whether a version of the model that was removed `seconds` ago may be dropped, since no
+        job can wait for it here. True at once if only other workers have the model now
+        (`elsewhere`: they have it); else after a few seconds if its queue is empty, and after a
+        minute if it has other versions here, which may keep the queue busy."""
         here = any(name == model for name, _ in self._library.uncontested_signatures())
         if elsewhere and not here:
             return True
@@ -382,10 +392,10 @@ async def announce_forever(
     news: asyncio.Event,
     on_answered: Callable[[], None],
 ) -> None:
-    """Calls `announce` every few seconds, and at once when `news` is set. Ends only by
-    cancellation: errors are logged.
+    """Calls `announce` every few seconds, and at once when `news` is set, which it clears. Ends
+    only by cancellation: errors are logged.
 
-    `on_answered` is called after each round that Redis has answered.
+    `on_answered` is called after each round that Redis has answered, also if its memory is full.
     """
     while True:
         news.clear()

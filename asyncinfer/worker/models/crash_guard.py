@@ -25,7 +25,8 @@ Load = Callable[[ModelFile], Engine]
 
 
 class CrashGuard:
-    """Loads files, and first tries in a child each file during whose load a process has died."""
+    """Loads files, and first tries in a child each file during whose load a process has died. Call
+    it in one thread, outside an event loop."""
 
     def __init__(self, load: Load, *, allow_custom_ops: bool, folder: Path | None = None) -> None:
         """Marks are kept in `folder`; None: in a folder of this user for temporary files."""
@@ -36,7 +37,8 @@ class CrashGuard:
         self._is_exiting = False
 
     def __call__(self, file: ModelFile) -> Engine:
-        """Blocks until the file is loaded; raises ModelRefused."""
+        """Loads the file and returns its engine; blocks, for up to a minute longer if it is tried
+        in a child first. Raises ModelRefused."""
         if self._folder is None:
             return self._load(file)
         stamp = read_stamp(file)
@@ -54,7 +56,7 @@ class CrashGuard:
 
     def prepare_exit(self) -> None:
         """Removes the mark, since this process is about to end on purpose: the file that it is
-        loading is not to blame."""
+        loading is not to blame. Later loads are not marked any more."""
         self._is_exiting = True
         if self._mark:
             with contextlib.suppress(OSError):
@@ -85,7 +87,8 @@ def _is_own_folder(folder: Path) -> bool:
 
 @contextmanager
 def _marked(mark: Path) -> Iterator[None]:
-    """Writes the mark, and removes it at the end: it stays only if the process dies meanwhile."""
+    """Writes this process's number into the mark, and removes the mark at the end, also after an
+    exception: it stays only if the process dies meanwhile."""
     # A mark that cannot be written must not keep the file from being loaded.
     with contextlib.suppress(OSError):
         mark.write_text(str(os.getpid()))
@@ -97,7 +100,8 @@ def _marked(mark: Path) -> Iterator[None]:
 
 
 def _was_left_by_crash(mark: Path) -> bool:
-    """Whether the mark exists and its process is dead; also for a mark that cannot be read."""
+    """Whether the mark exists and its process is dead; also for a mark that cannot be read as a
+    number. False if the process is alive, also as another user's."""
     try:
         pid = int(mark.read_text())
         # In a container the restarted process has the number of the one that died.

@@ -37,9 +37,10 @@ class _Entry(Struct, frozen=True):
 
 class EngineCache:
     """Loads engines in a thread and keeps them within bounds. A run under way keeps its engine,
-    also when the cache drops it."""
+    also when the cache drops it. Its methods are called in the event loop."""
 
     def __init__(self, load: Callable[[ModelFile], Engine], bounds: Bounds) -> None:
+        """`load` blocks and runs in the thread, one call at a time."""
         self._load = load
         self._bounds = bounds
         self._entries: dict[Label, _Entry] = {}
@@ -59,7 +60,8 @@ class EngineCache:
         return list(self._entries)
 
     def get(self, label: Label) -> Engine | None:
-        """The engine if it is loaded, which then counts as the most recently used."""
+        """The engine if it is loaded, which then counts as the most recently used; None if it is
+        not."""
         entry = self._entries.pop(label, None)
         if entry is None:
             return None
@@ -67,7 +69,9 @@ class EngineCache:
         return entry.engine
 
     async def fetch(self, file: ModelFile, size_bytes: int) -> Engine:
-        """The engine, loaded and put into the cache if need be. Concurrent calls share one load.
+        """The engine, loaded and put into the cache if need be. Concurrent calls share one load,
+        which goes on if a call is cancelled. `size_bytes` is the size of the version's files, which
+        counts against the bounds.
 
         Raises ModelRefused.
         """
@@ -81,8 +85,8 @@ class EngineCache:
         return await asyncio.shield(loading)
 
     async def load(self, file: ModelFile) -> Engine:
-        """Loads a new engine in the thread, without putting it into the cache. Raises
-        ModelRefused."""
+        """Loads a new engine in the thread, after loads under way, without putting it into the
+        cache. Raises ModelRefused."""
         return await asyncio.get_running_loop().run_in_executor(
             self._thread, self._load_in_thread, file
         )
@@ -101,7 +105,8 @@ class EngineCache:
         """Puts an engine into the cache, in place of an earlier one of the same version, and drops
         the least used others until all are within bounds; pinned ones stay.
 
-        Without `displaces` the others stay, and this one is dropped soon if there is no room.
+        Without `displaces` the others stay, and this one is dropped soon if there is no room and it
+        is not pinned.
         """
         label = label_of(file)
         self.drop(label)
@@ -116,7 +121,8 @@ class EngineCache:
                 self.drop(other)
 
     def drop(self, label: Label) -> None:
-        """Removes a version from the cache, if it is there, and frees its memory in the thread."""
+        """Removes a version from the cache, if it is there, and frees its memory in the thread;
+        returns at once."""
         if entry := self._entries.pop(label, None):
             # In the thread, since freeing a large model takes a while: the loop must not wait.
             freed = [entry]
@@ -125,7 +131,8 @@ class EngineCache:
                 self._thread.submit(_free, freed)
 
     def close(self) -> None:
-        """Starts no further load; a load under way goes on, and loaded engines stay usable."""
+        """Starts no further load, also none that waits; a load under way goes on, and loaded
+        engines stay usable. Does not wait."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _put_loaded(self, file: ModelFile, size_bytes: int, done: "asyncio.Future[Engine]") -> None:

@@ -23,7 +23,9 @@ class Differences(Struct, frozen=True):
 def find_differences(
     model_dir: str, models: Collection[str], started_ms: int, others: Iterable[WorkerSays]
 ) -> Differences:
-    """Compares `models`, those of this worker, with what other workers announce.
+    """Compares `models`, those of this worker, with what other workers announce that started before
+    it, at `started_ms` of Unix time. A worker that does not announce its start or folder is left
+    out.
 
     Returns no differences if an older worker serves this same folder: of two folders the one of the
     newest worker is likely the wrong one.
@@ -44,7 +46,7 @@ def find_differences(
 
 
 def lacking_problems(model_dir: str, differences: Differences) -> dict[str, str]:
-    """By model that is missing here, the problem as it is announced; only the first few models."""
+    """By model that is missing here, the problem as it is announced; only the first ten models."""
     return {
         model: (
             f"{model_dir} does not have it; other workers serve it from {folder}. {_remedy(folder)}"
@@ -71,6 +73,6 @@ def _remedy(folder: str) -> str:
 
 
 def _joined(models: Sequence[str]) -> str:
-    """The names for a message; of many the first ones, and how many more there are."""
+    """The names for a message; of many the first ten, and how many more there are."""
     more = len(models) - _MAX_NAMED
     return ", ".join(models[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -61,7 +61,7 @@ async def _until_replaced(
     folder: Path, rescan_seconds: float, stopping: asyncio.Event
 ) -> AsyncGenerator[None, None]:
     """Yields at each change until the path is another folder or none: a watch would stay with the
-    old folder. Raises what a watcher raises."""
+    old folder. Ends at once if there is no folder. Raises what a watcher raises."""
     identity = _identity(folder)
     if identity is None:
         return
@@ -89,7 +89,8 @@ async def _watch(
     *,
     skip_unreadable: bool = False,
 ) -> AsyncGenerator[object, None]:
-    """Yields at each change in these folders and those within, and every `rescan_seconds`."""
+    """Yields at each change in these folders and those within, and every `rescan_seconds`; what it
+    yields has no meaning. Ends when `stopping` is set; raises what watchfiles raises."""
     # Imported late, since it takes 20 ms that the start of a worker need not wait for.
     from watchfiles import awatch
 
@@ -108,7 +109,8 @@ async def _watch(
 
 
 async def _poll(folder: Path, stopping: asyncio.Event) -> AsyncIterator[None]:
-    """Yields every second until it is time to try a watch again, or the path is another folder."""
+    """Yields at once and then every second, until it is time to try a watch again, the path is
+    another folder, or `stopping` is set."""
     identity = _identity(folder)
     ends_at = time.monotonic() + _RETRY_SECONDS
     while not stopping.is_set() and time.monotonic() < ends_at:
@@ -130,7 +132,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 def _readable_folders(folder: Path) -> list[Path]:
-    """The folders directly in this one that may be read."""
+    """The folders directly in this one that may be read; none if it cannot be read."""
     try:
         with os.scandir(folder) as entries:
             return [

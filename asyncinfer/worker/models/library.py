@@ -29,7 +29,8 @@ _IN_PLACE: Final = "was changed in place; what was loaded is served on. Publish 
 
 
 class Library:
-    """Follows the model folder: loads and tries versions, and decides which are served.
+    """Follows the model folder: loads and tries versions, and decides which are served. There is
+    one instance per worker; call `open` first.
 
     A version is served once it was loaded and the announcer has announced it, since another worker
     may serve another file under its name. All changes happen in the event loop, between two awaits;
@@ -39,7 +40,9 @@ class Library:
     def __init__(
         self, source: Source, cache: EngineCache, *, allow_custom_ops: bool = False
     ) -> None:
+        """Reads nothing yet. The callbacks are called in the event loop."""
         self.on_change: Callable[[], None] = lambda: None
+        """Called after each change of what is in the folder, loaded, refused or served."""
         self.on_served: Callable[[], None] = lambda: None
         """Called when versions begin to be served, as they were announced just now."""
         self._allow_custom_ops = allow_custom_ops
@@ -127,7 +130,8 @@ class Library:
 
     @property
     def names(self) -> list[str]:
-        """The names of the models that can be served now, or perhaps once they are loaded."""
+        """The names of the models that can be served now, or perhaps once they are loaded;
+        sorted."""
         return sorted(
             {model for model, _ in {*self._untried_labels(), *self.uncontested_signatures()}}
         )
@@ -195,7 +199,8 @@ class Library:
     # --- engines -------------------------------------------------------------------------------
 
     async def fetch(self, model: str | None, version: str | None) -> Engine:
-        """The engine of a version, loaded in a thread if need be; parameters as for `_find_served`.
+        """The engine of a version (None: the default version) of a model, loaded in a thread if
+        need be; found as by `_find_served`. It stays usable if the cache drops it.
 
         Raises UnknownModel for a version that is not served, that cannot be loaded again, or whose
         file was changed in place.
@@ -232,7 +237,8 @@ class Library:
 
     def will_load(self, model: str, version: str | None) -> bool:
         """Whether a version (None: any) that is not served is in the folder, and may be served once
-        it is tried or announced. Has such versions loaded before others."""
+        it is tried or announced. False for None if the model is served. Has such versions loaded
+        before others."""
         if version is None and model in self._served:
             return False
         untried = self._untried_labels()
@@ -259,15 +265,16 @@ class Library:
         }
 
     def _names_served(self, model: str | None) -> str:
-        """For a message: the versions of the model that can be served, else the served models."""
+        """For a message: the versions of the model that can be served, else the served models, else
+        "none"."""
         numbers = [version for name, version in self.uncontested_signatures() if name == model]
         return ", ".join(numbers) or ", ".join(sorted(self._served)) or "none"
 
     # --- at the start --------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Reads the folder, and loads nothing. Raises StartError when the settings can give no
-        model."""
+        """Reads the folder, and loads nothing. Raises StartError when the folder cannot be read or
+        the settings can give no model."""
         files = self._log_passed_over(self._source.listing_at_start())
         self._versions = {label_of(file): versions.read_version(file) for file in files}
         for model, problem in self._missing_problems().items():
@@ -280,7 +287,8 @@ class Library:
 
     async def load_untried(self) -> None:
         """Loads each untried version once, to learn its signature: of each model first the default
-        version, or the next one where that is broken; then all others."""
+        version, or the next one where that is broken; then all others. Returns when all were tried,
+        and raises nothing for a bad file."""
         while version := self._next_untried():
             await self._load_first_time(version)
             self._changed()
@@ -307,7 +315,8 @@ class Library:
         return min(untried, key=load_order, default=None)
 
     async def _load_first_time(self, version: Version) -> None:
-        """Loads a version, without a trial in a child, and notes its signature or its problem."""
+        """Loads a version, without a trial in a child, and notes its signature or its problem;
+        neither if it was replaced or removed meanwhile."""
         engine = await self._load_or_problem(version.file)
         if self._versions.get(version.label) is not version:
             return  # the file was replaced or removed meanwhile
@@ -320,9 +329,10 @@ class Library:
 
     async def rescan(self) -> None:
         """Reads the folder and applies what has changed: loads new versions, drops removed ones.
+        Returns when that is done, and raises nothing for a bad file or an unreadable folder.
 
-        A call during another one returns soon: it drops removed versions and notes new ones, as
-        the trial of a file may take a minute. The rescan under way then reads the folder again.
+        A call during another one returns soon: it drops removed versions and notes new ones, as the
+        trial of a file may take a minute. The rescan under way then reads the folder again.
         """
         if self._is_rescanning:
             self._changed_meanwhile = True
@@ -408,10 +418,12 @@ class Library:
         }
 
     def _read_versions(self) -> dict[Label, Version]:
+        """The versions in the folder as they are now; blocks, so call it in a thread. Raises
+        ModelDirUnreadable."""
         return {label_of(file): versions.read_version(file) for file in self._listed_files()}
 
     def _listed_files(self) -> list[ModelFile]:
-        """Reads the folder; raises ModelDirUnreadable."""
+        """Reads the folder, and logs which other files are no models; raises ModelDirUnreadable."""
         return self._log_passed_over(self._source.listing())
 
     def _log_passed_over(self, listing: Listing) -> list[ModelFile]:
@@ -449,7 +461,7 @@ class Library:
 
     async def _apply_change(self, found: Version, known: Version | None) -> None:
         """Decides about a version that is new (`known` is None) or has changed to `found`: loads
-        it, keeps serving the earlier state, or notes what is wrong."""
+        it, keeps serving the earlier state, or notes what is wrong. Returns when that is done."""
         if known is None:
             await self._try_and_load(found, None)
         elif known.signature:
@@ -460,8 +472,8 @@ class Library:
             await self._try_and_load(found, None)
 
     def _remove(self, label: Label) -> None:
-        """Notes that a version was removed from the folder. One that was loaded still runs the
-        jobs that wait for it, until `drop_removed`."""
+        """Notes that a version, which must be known, was removed from the folder. One that was
+        loaded still runs the jobs that wait for it, until `drop_removed`."""
         version = self._versions.pop(label)
         self._announced_labels.discard(label)
         if version.signature:
@@ -493,7 +505,8 @@ class Library:
         return not await asyncio.to_thread(versions.has_same_content, known, found)
 
     async def _try_and_load(self, found: Version, known: Version | None) -> None:
-        """Tries a version in a child process, then loads it here while other models run.
+        """Tries a version in a child process, then loads it here while other models run; that may
+        take minutes.
 
         Where that fails, the earlier state `known` is kept, if there is one, with the problem.
         """
@@ -511,8 +524,8 @@ class Library:
         log.info("%s is ready.", found.file.shown)
 
     async def _load_or_problem(self, file: ModelFile) -> Engine | str:
-        """The engine, loaded in a thread, or the problem as text. Never raises: a bad file must not
-        keep others from being loaded."""
+        """The engine, loaded in a thread without the cache, or the problem as text. Never raises: a
+        bad file must not keep others from being loaded."""
         try:
             return await self._cache.load(file)
         except ModelRefused as error:
@@ -523,7 +536,8 @@ class Library:
 
     def _add_loaded(self, version: Version, engine: Engine, *, displaces: bool = True) -> None:
         """Notes a version as loaded, with its signature. Puts the engine into the cache if it is
-        the version to serve for its model; other versions are loaded again when a job names one."""
+        the version to serve for its model; other versions are loaded again when a job names one.
+        `displaces` as for `EngineCache.put`."""
         self._requested.discard(version.label)
         loaded = {"signature": engine.signature, "loaded": version.stamp}
         self._log_and_keep(msgspec.structs.replace(version, **loaded))
@@ -542,7 +556,8 @@ class Library:
         self, known: Version, found: Version, problem: str, *, is_altered: bool = False
     ) -> None:
         """Keeps the version as `known`, with the problem of its present state `found`; that state
-        is not tried again until it changes. An empty `problem` means that nothing is wrong."""
+        is not tried again until it changes. An empty `problem` means that nothing is wrong.
+        `is_altered`: the file has other content than what was loaded."""
         file, refused = found.file, None
         if known.signature and not versions.loads_the_same(found.file, known.file):
             file = msgspec.structs.replace(known.file, toml_problem=found.file.toml_problem)
@@ -570,8 +585,9 @@ class Library:
     # --- calls of the announcer ------------------------------------------------------------------
 
     def set_contested(self, contested_problems: Mapping[Label, str]) -> None:
-        """Serves these versions no longer, since another worker serves them from another file; all
-        others may be served. The texts say so, and are logged once."""
+        """Replaces the contested versions, which are not served since another worker serves them
+        from another file; all others may be served. The texts say so, and each new one is logged.
+        Does nothing if nothing has changed."""
         if contested_problems != self._contested_problems:
             for label in contested_problems.keys() - self._contested_problems.keys():
                 log.error("Model %s version %s: %s", *label, contested_problems[label])
@@ -584,8 +600,8 @@ class Library:
         return self.uncontested_signatures().keys() - self._announced_labels
 
     def mark_announced(self, labels: Iterable[Label]) -> bool:
-        """Begins to serve versions, as they were announced. Returns whether any of them was not
-        marked before."""
+        """Call once these versions were announced: those that may be served are from now on, and
+        `on_served` is called. Returns whether there are any that were not marked before."""
         new = self.unannounced_labels.intersection(labels)
         self._announced_labels |= new
         if new:
@@ -599,7 +615,8 @@ class Library:
         return self._contested_problems
 
     def drop_removed(self, labels: Iterable[Label]) -> None:
-        """Drops removed versions for good, since no job waits for them any more."""
+        """Drops removed versions for good, with their engines, since no job waits for them any
+        more. Each must be among `seconds_since_removal`."""
         for label in labels:
             del self._removed[label]
             self._cache.drop(label)
@@ -612,7 +629,8 @@ class Library:
         self.on_change()
 
     def _update_served(self) -> None:
-        """Chooses the default version of each model, and drops the engine of the one before."""
+        """Chooses the default version of each model, and drops the engine of the one before unless
+        that was removed from the folder."""
         before = self._served
         ranked = sorted(self._servable_versions(), key=lambda version: version.file.rank)
         self._served = {version.file.model: version for version in ranked}

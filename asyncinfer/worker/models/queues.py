@@ -39,6 +39,8 @@ class Queues:
         max_batch: int,
         default_is_set: bool = False,
     ) -> None:
+        """`default_model` None: it is not known yet. `default_is_set`: whether it was configured
+        for this worker; that changes only what is logged."""
         self.default_model = default_model
         self._store = store
         self._announcements = Announcements(store)
@@ -62,7 +64,8 @@ class Queues:
         return queues
 
     def model_of(self, queue: str) -> str | None:
-        """The model of a job in this queue that names none; None where QUEUE_NAME has none."""
+        """The model of a job in this queue that names none; None for QUEUE_NAME if there is no
+        default model."""
         return keys.model_of(self._store.n, queue, self.default_model)
 
     @property
@@ -107,7 +110,7 @@ class Queues:
     async def _agree_on_default(self) -> None:
         """Makes the default model here and in Redis the same: Redis decides, where it has a name.
 
-        Raises RedisRefused if the name in Redis is not a model's name.
+        Raises RedisRefused if the name in Redis is not a model's name, and RedisUnavailable.
         """
         ours = self.default_model
         if ours is None:
@@ -185,6 +188,7 @@ class Queues:
                 yield model, version.signature
 
     def _batching(self, signature: Signature) -> QueueBatching:
-        """How jobs of this model share runs, by its limits and this worker's MAX_BATCH."""
+        """How jobs of this model share runs; a batch is full at the model's limit on jobs or at
+        this worker's MAX_BATCH, if that is less."""
         full_jobs = min(signature.max_batch_jobs or self._max_batch, self._max_batch)
         return QueueBatching(signature.batched, signature.max_wait_ms / 1000, full_jobs)

@@ -48,9 +48,10 @@ async def trial(
     seconds: float = TRIAL_SECONDS,
 ) -> str:
     """Loads a version in a child process and runs it once, within limits on time and memory.
+    `size_bytes` is the size of its files, which decides how much memory it may take.
 
-    Returns why it must not be loaded here, empty if it may. The child uses the CPU only: the memory
-    of an accelerator belongs to the models that are served.
+    Returns why it must not be loaded here, empty if it may; raises nothing for a bad file. The
+    child uses the CPU only: the memory of an accelerator belongs to the models that are served.
     """
     cpu = SessionOptions(custom_ops=file.config.session.custom_ops)
     request = _TrialRequest(
@@ -82,7 +83,8 @@ async def trial(
 
 
 def _read_result(file: ModelFile, code: int, output: bytes) -> str:
-    """The problem that the child has reported, else that it died, and how."""
+    """The problem that the child has reported, empty if there is none; else that it died, and how.
+    `code` is its exit code, negative for a signal."""
     try:
         return msgspec.json.decode(output, type=_TrialResult).problem
     except msgspec.DecodeError:
@@ -94,7 +96,7 @@ def _read_result(file: ModelFile, code: int, output: bytes) -> str:
 
 
 def main() -> int:
-    """The child: reads a trial request from stdin and writes the result to stdout."""
+    """The child: reads a trial request from stdin and writes the result to stdout; returns 0."""
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=_TrialRequest)
     _set_limits(request)
     file = ModelFile(request.model, request.version, Path(request.path), request.config)
@@ -118,7 +120,8 @@ def _set_limits(request: _TrialRequest) -> None:
 
 
 def _find_problem(file: ModelFile, *, allow_custom_ops: bool) -> str:
-    """Loads the file and runs it once; returns what is wrong with it, or an empty text."""
+    """Loads the file and runs it once on zeros; returns what is wrong with it, or an empty text,
+    also if it refuses the zeros."""
     # Imported here, since only the child needs it.
     from asyncinfer.engine import Engine, Stop
 
@@ -136,7 +139,8 @@ def _find_problem(file: ModelFile, *, allow_custom_ops: bool) -> str:
 
 
 def _zeros(signature: Signature) -> Feeds:
-    """Inputs of zeros and empty strings, with 1 for each dimension of unknown size."""
+    """Inputs of zeros and empty strings, with 1 for each dimension of unknown size; without
+    optional ones."""
     return {
         spec.name: np.full(
             [dim if isinstance(dim, int) else 1 for dim in dims(spec)],

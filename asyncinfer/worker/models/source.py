@@ -31,7 +31,8 @@ class Source(Struct, frozen=True):
         return (self.model_file or self.model_dir).absolute()
 
     def files(self) -> list[ModelFile]:
-        """Reads the folder; raises ModelDirUnreadable."""
+        """Reads the folder as `listing` does, and returns the files alone; raises
+        ModelDirUnreadable."""
         return self.listing().files
 
     def listing(self) -> Listing:
@@ -55,7 +56,7 @@ class Source(Struct, frozen=True):
     def listing_at_start(self) -> Listing:
         """As `listing`, for the start of a process: raises StartError if the settings can give no
         model, since the folder cannot be read or has none of the models that MODELS names. An empty
-        folder is accepted, as models may still come."""
+        folder is accepted without MODELS, as models may still come."""
         found = self.listing()
         missing = self.missing({file.model for file in found.files})
         if missing and len(missing) == len({*self.wanted}):
@@ -66,7 +67,8 @@ class Source(Struct, frozen=True):
         return found
 
     def missing(self, found: Collection[str]) -> list[str]:
-        """The names in MODELS that are not among `found`, the names of the models in the folder."""
+        """The names in MODELS that are not among `found`, the names of the models in the folder;
+        sorted, and empty without MODELS."""
         return sorted({*self.wanted}.difference(found))
 
 

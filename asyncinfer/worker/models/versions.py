@@ -44,12 +44,14 @@ class Version(Struct, frozen=True):
 
 
 def read_version(file: ModelFile) -> Version:
-    """An untried version, with the sizes and times of its files as they are now."""
+    """An untried version, with the sizes and times of its files as they are now; the model's file
+    is not opened."""
     return Version(file, read_stamp(file))
 
 
 def is_same(known: Version | None, seen: Version | None) -> bool:
-    """Whether the files and the configuration are unchanged; None stands for no such version."""
+    """Whether the files and the configuration are unchanged, by size and time; None stands for no
+    such version."""
     if known is None or seen is None:
         return known is seen
     return known.stamp == seen.stamp and (known.refused or known.file) == seen.file
@@ -62,7 +64,8 @@ def loads_the_same(first: ModelFile, second: ModelFile) -> bool:
 
 
 def has_same_content(known: Version, found: Version) -> bool:
-    """Whether the files are those that the signature was made of, also if they were moved.
+    """Whether the files are those that the signature was made of, also if they were moved. False if
+    that is unknown, since they cannot be read or `known` was never loaded.
 
     Other files beside them make no difference: file managers leave some behind. Reads the model's
     file, so call it in a thread.
@@ -91,7 +94,8 @@ def _files_named(names: set[str], stamp: Stamp) -> set[tuple[str, int, int]]:
 
 def with_config_in_force(found: Version, known: Version | None, served: Version | None) -> Version:
     """The version as `found`, but with the last valid configuration if its `model.toml` is wrong:
-    that of the version itself (`known`), or for a new version that of the `served` one."""
+    that of the version itself (`known`), or for a new version that of the `served` one. Unchanged
+    if there is neither."""
     before = known if known and known.signature else served
     toml_problem = found.file.toml_problem
     if not toml_problem or before is None:
@@ -115,8 +119,8 @@ def hidden_but_loaded(
 
 
 def version_problems(versions: Collection[Version]) -> dict[Label, str]:
-    """What is wrong with each version, and, under the version OF_ALL_VERSIONS, with the
-    `model.toml` of a model."""
+    """What is wrong with each version that has a problem, and, under the version OF_ALL_VERSIONS,
+    with the `model.toml` of a model."""
     found: dict[Label, str] = {}
     for version in versions:
         if version.problem and version.problem != version.file.toml_problem:

@@ -32,7 +32,8 @@ StartTask = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 
 class Finisher:
-    """Stores the outcomes of one worker's jobs, and ends its claims."""
+    """Stores the outcomes of one worker's jobs, and ends its claims. Its methods are called in the
+    event loop."""
 
     def __init__(
         self,
@@ -43,8 +44,10 @@ class Finisher:
         start_task: StartTask,
         on_step: Callable[[Step], None],
     ) -> None:
+        """`start_task` starts a task that the worker waits for at its end."""
         self.ended_counts: Counter[str] = Counter(completed=0, failed=0, cancelled=0)
-        """How many jobs this worker has ended, by outcome."""
+        """How many outcomes this worker has stored since its start, by verdict; of these,
+        "completed", "failed", "dead" and "cancelled" ended a job."""
         self._runs = runs
         self._claimer = claimer
         self._builder = builder
@@ -53,20 +56,21 @@ class Finisher:
         self._given_up = False
 
     def jobs_done(self) -> JobsDone:
-        """How many jobs ended here, and how; dead letters count as failed."""
+        """How many jobs ended here since the start, and how; dead letters count as failed."""
         counts = self.ended_counts
         return JobsDone(counts["completed"], counts["failed"] + counts["dead"], counts["cancelled"])
 
     def give_up(self) -> None:
-        """From now on tries once to store an outcome. A job whose outcome is not stored is
-        redelivered when its lease ends."""
+        """From now on storing is not tried again while Redis is away. A job whose outcome is not
+        stored is redelivered when its lease ends."""
         self._given_up = True
 
     async def finish(self, held: HeldClaim, finished: Sequence[Finished]) -> HeldClaim | None:
-        """Stores the outcomes of a claim's jobs and releases the claim, once outcomes of jobs that
-        were cancelled or expired meanwhile are stored; these jobs are left out.
+        """Call once the batches of a claim have run. Waits until outcomes of jobs that were
+        cancelled or expired meanwhile are stored, then stores those of its other jobs and releases
+        the claim.
 
-        Returns the next claim, where one came with the reply. Retries while Redis is away.
+        Returns the next claim, None where none came with the reply. Retries while Redis is away.
         """
         while held.early_tasks:
             await asyncio.wait(held.early_tasks)
@@ -80,10 +84,11 @@ class Finisher:
         )
 
     async def release(self, held: HeldClaim) -> None:
-        """Gives the jobs without an outcome back to their queue.
+        """Gives the jobs without an outcome back to their queue, without a delay. Tries once: if
+        Redis is away, they are redelivered when the lease ends.
 
-        A claim without such jobs is being finished, or that has failed. Its lease stays: the jobs
-        whose outcomes are not stored are redelivered when it ends.
+        Does nothing for a claim without such jobs: it is being finished, or that has failed. Its
+        lease stays: the jobs whose outcomes are not stored are redelivered when it ends.
         """
         if outcomes := release(held.open_jobs.values()):
             held.open_jobs.clear()
@@ -92,7 +97,7 @@ class Finisher:
 
     def end_job(self, reason: str, job_id: str) -> None:
         """Ends a job as cancelled or expired, if `reason` is "cancel" or "expire" and this worker
-        holds the job; else does nothing."""
+        holds the job; else does nothing. Returns at once: a task stores the outcome."""
         for held in list(self._claimer.held.values()):
             if job := held.open_jobs.get(job_id):
                 if reason == "cancel":
@@ -101,8 +106,8 @@ class Finisher:
                     self._end_early(held, job, self._builder.expired(held, job))
 
     def apply_renewal(self, renewal: Renewal) -> None:
-        """Ends jobs that were cancelled or have expired, and stops renewing claims that were
-        lost."""
+        """Ends jobs that were cancelled or have expired, and stops renewing claims that were lost,
+        whose runs go on."""
         for job_id in renewal.cancelled:
             self.end_job("cancel", job_id)
         for job_id in renewal.expired:
@@ -115,7 +120,8 @@ class Finisher:
                 self._claimer.stop_renewing(token)
 
     def _end_early(self, held: HeldClaim, job: ClaimedJob, outcome: Finished) -> None:
-        """Ends one job of a claim now, and stores its outcome in a task; the other jobs run on."""
+        """Ends one job of a claim now, and stores its outcome in a task; the other jobs run on. The
+        run is stopped if no other job needs it."""
         del held.open_jobs[job.job_id]
         if held.run:
             held.run.abandon(job.job_id)
@@ -124,6 +130,7 @@ class Finisher:
         task.add_done_callback(held.early_tasks.discard)
 
     async def _store_early(self, held: HeldClaim, outcome: Finished) -> None:
+        """Stores one outcome, and leaves the claim open."""
         await self._store(held, packed_outcomes([outcome]), last=False)
 
     async def _store(
@@ -134,7 +141,8 @@ class Finisher:
         last: bool,
         following: ClaimRequest | None = None,
     ) -> Claimed:
-        """Stores outcomes, with retries while Redis is away, and counts them by verdict.
+        """Stores outcomes, with retries while Redis is away, and counts them by verdict. `last`: no
+        job of the claim is open any more, so that it ends.
 
         Returns the claim that `following` asked for. It has none where Redis refuses the outcomes
         (`following` is left out before that is accepted), or after `give_up`: those jobs are

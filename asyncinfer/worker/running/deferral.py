@@ -22,13 +22,15 @@ class Deferrer:
     can run yet must not keep this one from the jobs that it can run."""
 
     def __init__(self, min_ms: int, max_ms: int) -> None:
+        """Delays are at least `min_ms` and at most `max_ms` milliseconds."""
         self._min_ms = min_ms
         self._max_ms = max_ms
         self._window_began_at = 0.0
         self._count = 0
 
     def defer(self, job: ClaimedJob) -> Finished:
-        """The outcome that puts the job back into its queue with a random delay; stores nothing."""
+        """Returns the outcome that puts the job back into its queue with a random delay, and counts
+        the job; stores nothing. The longest delay grows by 1 ms with each job in a minute."""
         now = time.monotonic()
         if now - self._window_began_at > _WINDOW_SECONDS:
             self._window_began_at, self._count = now, 0
@@ -45,7 +47,8 @@ class LaterReleaseDeferrer:
         self._deferrer = Deferrer(_MIN_MS, _MAX_MS)
 
     def defer(self, job: ClaimedJob) -> Finished:
-        """As `Deferrer.defer`; logs what to do about such jobs."""
+        """As `Deferrer.defer`, with a delay of 1 to 60 s; logs once per schema what to do about
+        such jobs."""
         self._warn_once(job.later_schema)
         return self._deferrer.defer(job)
 

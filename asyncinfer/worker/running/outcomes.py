@@ -14,18 +14,20 @@ from asyncinfer.worker.held_claim import HeldClaim
 
 
 def release(waiting: Iterable[ClaimedJob], delay_ms: int = 0) -> list[Finished]:
-    """Outcomes that put jobs back into their queue unchanged, after `delay_ms`."""
+    """Outcomes that put jobs back into their queue unchanged, to be claimed again after `delay_ms`;
+    stores nothing."""
     return [Finished(job.job_id, "released", meta=job.meta, delay_ms=delay_ms) for job in waiting]
 
 
 def release_as_suspects(stopped: Iterable[ClaimedJob]) -> list[Finished]:
-    """Outcomes for jobs of a batch that ran too long: each goes back to its queue, to run alone
-    the next time."""
+    """Outcomes for jobs of a batch that ran too long: each goes back to its queue, to run alone the
+    next time. Stores nothing."""
     return [Finished(job.job_id, "suspect", meta=job.meta) for job in stopped]
 
 
 class OutcomeBuilder:
-    """Builds the outcomes of a worker's jobs; stores nothing."""
+    """Builds the outcomes of a worker's jobs; stores nothing. `held` is the claim that the job is
+    of."""
 
     def __init__(self, store: Store, worker_id: str, max_result_bytes: int) -> None:
         self._store = store
@@ -33,8 +35,8 @@ class OutcomeBuilder:
         self._max_result_bytes = max_result_bytes
 
     def completed(self, held: HeldClaim, job: ClaimedJob, body: bytes, ran: Signature) -> Finished:
-        """The outcome of a job with a result; a failed one where the result is too large. `ran` is
-        the version that it ran on, which the job's record will name."""
+        """The outcome of a job with the result `body`; a failed one where that is too large. `ran`
+        is the version that it ran on, which the job's record will name."""
         if len(body) <= self._max_result_bytes:
             return self._final_outcome(held, job, "completed", body, ran)
         error = ResultTooLarge(
@@ -45,7 +47,7 @@ class OutcomeBuilder:
 
     def failed(self, held: HeldClaim, job: ClaimedJob, error: AsyncinferError) -> Finished:
         """The outcome of a job that cannot be done: "failed". For a lack of memory it is "retry",
-        with a delay, or "dead" after too many tries."""
+        with a random delay, or "dead" after too many tries or if the job has no record."""
         body = error_body(error.code, error.detail)
         if not isinstance(error, OutOfMemory):
             return self._final_outcome(held, job, "failed", body)
@@ -57,6 +59,7 @@ class OutcomeBuilder:
         return Finished(job.job_id, "retry", meta=meta, delay_ms=jobs.backoff_ms(errors))
 
     def cancelled(self, held: HeldClaim, job: ClaimedJob) -> Finished:
+        """The outcome of a cancelled job, without a body."""
         return self._final_outcome(held, job, "cancelled")
 
     def expired(self, held: HeldClaim, job: ClaimedJob) -> Finished:
@@ -72,8 +75,8 @@ class OutcomeBuilder:
         body: bytes = b"",
         ran: Signature | None = None,
     ) -> Finished:
-        """An outcome whose record says when, where and on which version the job ran. A job without
-        a readable record keeps none."""
+        """An outcome whose record says when, where and on which version the job ran; `body` is the
+        JSON of the result or error. A job without a readable record keeps none."""
         meta = b""
         if job.record:
             record = msgspec.structs.replace(

@@ -23,7 +23,8 @@ _LITTLE_BYTES: Final = 8192
 
 
 class RunHung(Exception):
-    """A run did not stop within its grace; its thread is lost."""
+    """A run did not stop within its grace; its thread is lost. `run` is the run, whose jobs have no
+    outcome yet."""
 
     def __init__(self, run: BatchRun) -> None:
         super().__init__("a run did not stop")
@@ -31,7 +32,8 @@ class RunHung(Exception):
 
 
 class BatchRunner:
-    """Prepares and runs the batches of one worker in its threads, one per slot."""
+    """Prepares and runs the batches of one worker in its threads, one per slot. Its methods are
+    called in the event loop."""
 
     def __init__(
         self,
@@ -44,7 +46,10 @@ class BatchRunner:
         hang_grace_seconds: float,
         on_step: Callable[[Step], None],
     ) -> None:
+        """`model_of` gives the model of jobs in a queue that name none, None if there is none;
+        `concurrency` is the number of threads."""
         self.times = RunTimes()
+        """How long the runs took that gave results."""
         self._library = library
         self._builder = builder
         self._model_of = model_of
@@ -55,15 +60,17 @@ class BatchRunner:
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="slot")
 
     def give_up(self) -> None:
-        """From now on releases batches instead of running them."""
+        """From now on releases batches instead of running them; runs under way go on."""
         self._given_up = True
 
     def close(self, *, wait: bool) -> None:
-        """Ends the threads; does not wait for them where one is stuck in a run."""
+        """Ends the threads. With `wait` it blocks until all are idle, so pass False where one is
+        stuck in a run."""
         self._threads.shutdown(wait=wait)
 
     async def prepare(self, claim: Claim) -> Prepared:
-        """Checks a claim's jobs and groups them into batches; loads engines that are not loaded."""
+        """Loads engines that are not loaded, checks a claim's jobs and groups them into batches.
+        Raises nothing for a job: the reply has those that cannot run."""
         claimed, queue_model = claim.jobs, self._model_of(claim.queue)
         engine_of = await self._engines_of(claimed, queue_model)
         prepare = partial(execution.prepare, claimed, engine_of, queue_model)
@@ -76,7 +83,7 @@ class BatchRunner:
         self, claimed: Sequence[ClaimedJob], queue_model: str | None
     ) -> Callable[[ModelRef], Engine]:
         """Fetches the engine of each model version that the jobs name, and returns a function that
-        gives it or raises UnknownModel. It keeps the engines even if the cache drops them."""
+        gives it or raises UnknownModel. That keeps the engines even if the cache drops them."""
         engines: dict[ModelRef, Engine | UnknownModel] = {}
         for model, version in {execution.requested_model(job, queue_model) for job in claimed}:
             try:
@@ -93,10 +100,11 @@ class BatchRunner:
         return engine_of
 
     async def run(self, held: HeldClaim, batch: Batch) -> list[Finished]:
-        """Runs a batch and returns the outcomes of its jobs; raises RunHung.
+        """Runs a batch and returns the outcomes of its jobs, which are not stored; raises RunHung.
 
         A batch that fails is split until the job that fails is alone. Jobs that were cancelled or
-        expired before the run began have no outcome here; the run is skipped if all have.
+        expired before the run began may have no outcome here; the run is skipped if all were. Those
+        that ended during the run have one, which the finisher leaves out.
         """
         run = BatchRun(batch)
         run.wanted_ids &= held.open_jobs.keys()
@@ -134,8 +142,12 @@ class BatchRunner:
         return self._outcomes_of_stopped(held, run) + release(others)
 
     async def _run_in_thread(self, run: BatchRun) -> list[bytes]:
-        """Runs a batch in a thread, stops it after PREDICTION_TIMEOUT, and raises RunHung if it
-        then does not end within the grace period."""
+        """Runs a batch in a thread and returns the results in the order of its jobs; waits for the
+        end of the run. Stops it after the model's own time limit, else PREDICTION_TIMEOUT, and
+        raises RunHung if it then does not end within the grace period.
+
+        Raises Stopped if it was stopped for any reason, ModelFailed and OutOfMemory.
+        """
         future = asyncio.get_running_loop().run_in_executor(
             self._threads, execution.run, run.batch, run.stop
         )
@@ -151,8 +163,9 @@ class BatchRunner:
         return future.result()
 
     def _outcomes_of_stopped(self, held: HeldClaim, run: BatchRun) -> list[Finished]:
-        """The outcomes of the jobs of a stopped run: released when draining; suspects if there were
-        several, since which of them was too slow is unknown; else failed."""
+        """The outcomes of the jobs of a stopped run that were not cancelled or expired: released
+        when draining; suspects if there were several, since which of them was too slow is unknown;
+        else failed."""
         unended = _open_jobs_of(held, run.batch)
         if run.stop_reason == "drain":
             return release(unended)
@@ -161,6 +174,7 @@ class BatchRunner:
         return [self._builder.failed(held, job, self._timeout_error(run.batch)) for job in unended]
 
     def _timeout_seconds(self, batch: Batch) -> float:
+        """How long a run may take: as `model.toml` says, else PREDICTION_TIMEOUT."""
         return batch.engine.timeout_seconds or self._prediction_timeout_seconds
 
     def _timeout_error(self, batch: Batch) -> PredictionTimeout:
@@ -171,6 +185,7 @@ class BatchRunner:
         )
 
     def _note_run_time(self, batch: Batch, seconds: float) -> None:
+        """Adds the run to `times`, under its number of rows."""
         self.times.add(batch.engine.signature.model, sum(batch.rows), seconds)
 
 

@@ -17,14 +17,15 @@ class Paces:
         self._sums: dict[str, tuple[float, float, float]] = {}
 
     def note(self, model: str, slot_seconds: float, jobs: int, *, at_seconds: float) -> None:
-        """Adds that a slot took `slot_seconds` for `jobs` jobs, up to `at_seconds` of a monotonic
-        clock."""
+        """Adds that a slot took `slot_seconds` for `jobs` jobs together, up to `at_seconds` of a
+        monotonic clock, which must not go back."""
         seconds, weight, last_at = self._sums.get(model, (0.0, 0.0, at_seconds))
         decay = 0.5 ** ((at_seconds - last_at) / _HALF_LIFE_SECONDS)
         self._sums[model] = (seconds * decay + slot_seconds, weight * decay + jobs, at_seconds)
 
     def seconds_per_job(self) -> dict[str, float]:
-        """By model; a model that has not run here yet is left out."""
+        """By model the mean seconds of a slot for one job; a model that has not run here yet is
+        left out."""
         return {model: seconds / weight for model, (seconds, weight, _) in self._sums.items()}
 
 
@@ -42,11 +43,12 @@ class RunTimes:
         sums[bucket] = (count + 1, total + seconds)
 
     def sums(self) -> Mapping[str, Mapping[int, tuple[int, float]]]:
-        """By model and highest number of rows: how many runs, and their total seconds."""
+        """By model and highest number of rows (a power of two): how many runs, and their total
+        seconds. Not a copy."""
         return self._sums
 
     def view(self) -> dict[str, dict[int, float]]:
-        """By model and highest number of rows: the mean seconds of a run."""
+        """By model and highest number of rows (a power of two): the mean seconds of a run."""
         return {
             model: {rows: total / count for rows, (count, total) in sorted(sums.items())}
             for model, sums in self._sums.items()
