@@ -14,7 +14,7 @@ from typing import Final, Literal
 from msgspec import Struct
 
 from asyncinfer.errors import KeyFileRefused
-from asyncinfer.jobs import TENANT_PATTERN
+from asyncinfer.jobs import NAME_PATTERN
 
 SCOPES: Final = ("submit", "read", "admin", "operator")
 """Each scope stands alone: `admin` does not include the others."""
@@ -22,7 +22,7 @@ SCOPES: Final = ("submit", "read", "admin", "operator")
 MAX_FILE_BYTES: Final = 4 << 20
 """The largest key file: about 40,000 keys."""
 
-_TENANT = re.compile(TENANT_PATTERN)
+_TENANT = re.compile(NAME_PATTERN)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PREFIX: Final = "ai_"
 _SECRET_BYTES: Final = 32

@@ -39,7 +39,7 @@ from typing import ClassVar
 from msgspec import Struct
 
 
-class Fault(Struct, frozen=True):
+class InputError(Struct, frozen=True):
     """One thing that is wrong with an input: its place (a JSON pointer, RFC 6901) and what is
     expected there."""
 
@@ -75,7 +75,7 @@ class RequestError(AsyncinferError):
         self,
         detail: str,
         *,
-        faults: Sequence[Fault] = (),
+        faults: Sequence[InputError] = (),
         retry_after_seconds: float | None = None,
         job_id: str | None = None,
         headers: Sequence[tuple[str, str]] = (),

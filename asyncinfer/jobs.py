@@ -8,7 +8,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from asyncinfer.untrusted.decoding import LAST_MS, UNREADABLE, reader
+from asyncinfer.untrusted.decoding import DECODE_ERRORS, MAX_TIME_MS, lenient_decoder
 
 Status = Literal["pending", "processing", "completed", "failed", "cancelled"]
 Priority = Literal["high", "normal", "low"]
@@ -38,9 +38,9 @@ PATTERN_END: Final = "$(?!\\n)"
 """The end of a pattern, in Python as in JSON Schema: `$` alone also matches before a line end."""
 
 GROUP_PATTERN: Final = f"^[A-Za-z0-9][A-Za-z0-9_.:-]{{0,127}}{PATTERN_END}"
-TENANT_PATTERN: Final = "[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
+NAME_PATTERN: Final = "[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 
-_THIRTY_DAYS_SECONDS: Final = 30 * 24 * 3600
+_MAX_OPTION_SECONDS: Final = 30 * 24 * 3600
 
 
 class Options(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -51,26 +51,26 @@ class Options(Struct, frozen=True, kw_only=True, omit_defaults=True):
         Priority, Meta(description="High is served before normal, normal before low.")
     ] = "normal"
     delay_seconds: Annotated[
-        float, Meta(ge=0, le=_THIRTY_DAYS_SECONDS, description="Do not start before this.")
+        float, Meta(ge=0, le=_MAX_OPTION_SECONDS, description="Do not start before this.")
     ] = 0.0
     start_within_seconds: (
         Annotated[
             float,
-            Meta(gt=0, le=_THIRTY_DAYS_SECONDS, description="Fail as `expired` if not started."),
+            Meta(gt=0, le=_MAX_OPTION_SECONDS, description="Fail as `expired` if not started."),
         ]
         | None
     ) = None
     finish_within_seconds: (
         Annotated[
             float,
-            Meta(gt=0, le=_THIRTY_DAYS_SECONDS, description="Fail as `expired` if not finished."),
+            Meta(gt=0, le=_MAX_OPTION_SECONDS, description="Fail as `expired` if not finished."),
         ]
         | None
     ) = None
     ttl_seconds: (
         Annotated[
             int,
-            Meta(ge=1, le=_THIRTY_DAYS_SECONDS, description="How long the ended job is kept."),
+            Meta(ge=1, le=_MAX_OPTION_SECONDS, description="How long the ended job is kept."),
         ]
         | None
     ) = None
@@ -199,7 +199,7 @@ _decode_facts = msgspec.msgpack.Decoder(Facts).decode
 _SEQ_BYTES: Final = 8
 _NO_FACTS: Final = Facts()
 
-_read_facts = reader(_decode_facts)
+_read_facts = lenient_decoder(_decode_facts)
 
 
 def encode_record(record: Record, seq: bytes = b"") -> bytes:
@@ -218,7 +218,7 @@ def decode_record(meta: bytes) -> Record:
     packed = memoryview(meta)[_SEQ_BYTES:]
     try:
         return _decode_record(packed)
-    except UNREADABLE as error:
+    except DECODE_ERRORS as error:
         head = _head_of_later(packed)
         if head is None:
             raise msgspec.DecodeError(str(error)) from error
@@ -230,7 +230,7 @@ def _head_of_later(packed: memoryview) -> _Head | None:
     bytes are corrupt."""
     try:
         head = _decode_head(packed)
-    except UNREADABLE:
+    except DECODE_ERRORS:
         return None
     return head if head.schema > SCHEMA else None
 
@@ -241,7 +241,7 @@ def is_later(record: Record) -> bool:
     return record.schema > SCHEMA
 
 
-read_record = reader(decode_record)
+read_record = lenient_decoder(decode_record)
 """The record in `job:{id}:meta`; None where there is none or it is corrupt."""
 
 
@@ -258,8 +258,8 @@ def decode_facts(facts: bytes | None) -> Facts:
 
 # --- ids -----------------------------------------------------------------------------------
 
-_OURS = re.compile(r"[0-9a-f]{12}7[0-9a-f]{3}[89ab][0-9a-f]{15}")
-_STRANGER_MAX_BYTES: Final = 128
+_UUID7_PATTERN = re.compile(r"[0-9a-f]{12}7[0-9a-f]{3}[89ab][0-9a-f]{15}")
+_MAX_ID_BYTES: Final = 128
 
 
 def new_id(now_ms: int) -> str:
@@ -277,10 +277,10 @@ def created_ms(job_id: str) -> int | None:
     An external job's id of 32 random hex digits may look like a UUIDv7; one with a time after the
     year 9999 is certainly not of `new_id`.
     """
-    if not _OURS.fullmatch(job_id):
+    if not _UUID7_PATTERN.fullmatch(job_id):
         return None
     made_ms = int(job_id[:12], 16)
-    return made_ms if made_ms <= LAST_MS else None
+    return made_ms if made_ms <= MAX_TIME_MS else None
 
 
 def id_text(raw: bytes) -> str:
@@ -298,7 +298,7 @@ def is_id(text: str) -> bool:
     """Whether `text` can be a job's id: 1 to 128 bytes without control characters. A job of that id
     need not exist."""
     size = len(id_bytes(text))
-    return 0 < size <= _STRANGER_MAX_BYTES and not any(ord(c) < 32 or ord(c) == 127 for c in text)
+    return 0 < size <= _MAX_ID_BYTES and not any(ord(c) < 32 or ord(c) == 127 for c in text)
 
 
 # --- decisions -----------------------------------------------------------------------------
@@ -313,7 +313,7 @@ def retry_or_dead(errors: int, max_errors: int) -> Literal["retry", "dead"]:
     return "retry" if errors < max_errors else "dead"
 
 
-def longest_backoff_seconds(errors: int) -> float:
+def max_backoff_seconds(errors: int) -> float:
     """How long a job waits at most, in seconds, before try `errors + 1`: twice as long after each
     error, up to 60 s."""
     return min(_BACKOFF_CAP_SECONDS, _BACKOFF_BASE_SECONDS * 2.0 ** min(errors, 30))
@@ -323,4 +323,4 @@ def backoff_ms(errors: int, uniform: float | None = None) -> int:
     """Full-jitter back-off before try `errors + 1`, in ms: a random time up to
     `longest_backoff_seconds`. `uniform` in [0, 1) replaces chance."""
     chance = random.random() if uniform is None else uniform
-    return int(chance * longest_backoff_seconds(errors) * 1000)
+    return int(chance * max_backoff_seconds(errors) * 1000)

@@ -10,12 +10,12 @@ import msgspec.inspect as types
 from msgspec import Meta, Struct
 
 from asyncinfer.errors import InvalidSetting
-from asyncinfer.jobs import TENANT_PATTERN
+from asyncinfer.jobs import NAME_PATTERN
 
 _DAY_SECONDS: Final = 24 * 3600
 _YEAR_SECONDS: Final = 365 * _DAY_SECONDS
 
-_ModelName = Annotated[str, Meta(pattern=rf"^(?!stats\Z){TENANT_PATTERN}\Z")]
+_ModelName = Annotated[str, Meta(pattern=rf"^(?!stats\Z){NAME_PATTERN}\Z")]
 _MODEL_NAME: Final = "up to 64 letters, digits, `_`, `.` and `-`, not `stats`"
 _Port = Annotated[int, Meta(ge=1, le=65535)]
 _RedisUrl = Annotated[str, Meta(pattern=r"^(rediss?|unix|sentinel)://")]

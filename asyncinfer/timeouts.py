@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 
-async def settled(future: asyncio.Future[Any], seconds: float) -> bool:
+async def done_within(future: asyncio.Future[Any], seconds: float) -> bool:
     """Waits for `future`; returns whether it is done within `seconds`.
 
     The future is never cancelled, neither after `seconds` nor if this wait is cancelled, and its

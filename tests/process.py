@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 REPOSITORY: Final = Path(__file__).parents[1]
 
 
-class Parent:
+class PythonProcess:
     """A Python program in a session of its own, whose output a test reads line by line.
 
     `before` is called in the new process before the program runs.
@@ -38,14 +38,14 @@ class Parent:
             preexec_fn=before,
         )
 
-    def says(self) -> str:
+    def read_line(self) -> str:
         """Returns the next line of stdout; fails the test if the process has ended."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line, f"it ended: {self.complaints()}"
+        assert line, f"it ended: {self.read_stderr()}"
         return line.rstrip("\n")
 
-    def complaints(self) -> str:
+    def read_stderr(self) -> str:
         """Returns all of stderr; waits until the process has ended."""
         assert self.process.stderr is not None
         return self.process.stderr.read()
@@ -66,28 +66,28 @@ class Parent:
 
 
 @contextmanager
-def parent(*argv: str, cwd: Path = REPOSITORY, **environ: str) -> Iterator[Parent]:
+def python_process(*argv: str, cwd: Path = REPOSITORY, **environ: str) -> Iterator[PythonProcess]:
     """Runs `python *argv` and kills it at the end; `environ` is added to our environment."""
-    process = Parent(argv, environ, cwd)
+    process = PythonProcess(argv, environ, cwd)
     try:
         yield process
     finally:
         process.close()
 
 
-class Process(NamedTuple):
+class ProcessInfo(NamedTuple):
     pid: int
     state: str
-    parent: int
-    group: int
+    parent_pid: int
+    group_id: int
 
 
-def processes() -> Iterator[Process]:
+def running_processes() -> Iterator[ProcessInfo]:
     """All running processes, without those that have ended and were not reaped yet."""
     rows = _proc_rows() if Path("/proc/self/stat").exists() else _ps_rows()
     for pid, state, parent_pid, group in rows:
         if not state.startswith("Z"):
-            yield Process(int(pid), state, int(parent_pid), int(group))
+            yield ProcessInfo(int(pid), state, int(parent_pid), int(group))
 
 
 def _proc_rows() -> Iterator[list[str]]:
@@ -104,4 +104,4 @@ def _ps_rows() -> Iterator[list[str]]:
 
 
 def is_gone(pid: int) -> bool:
-    return all(process.pid != pid for process in processes())
+    return all(process.pid != pid for process in running_processes())

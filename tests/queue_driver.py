@@ -20,15 +20,22 @@ from asyncinfer.jobs import (
 )
 from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import Announcements
-from asyncinfer.repository.claims import Claim, Claimed, ClaimedJob, ClaimRequest, Finished, Runs
+from asyncinfer.repository.claims import (
+    Claim,
+    ClaimedJob,
+    ClaimReply,
+    ClaimRequest,
+    JobOutcome,
+    QueueConsumer,
+)
 from asyncinfer.repository.inspect.listing import Inspection
-from asyncinfer.repository.maintenance import Maintenance, Swept
+from asyncinfer.repository.maintenance import Maintenance, SweepCounts
 from asyncinfer.repository.operations import Operations
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
-from asyncinfer.repository.stored_jobs import Stored
-from asyncinfer.repository.submissions import NewJob, Submissions, Submitted
+from asyncinfer.repository.stored_jobs import StoredJob
+from asyncinfer.repository.submissions import NewJob, Submissions, SubmitReply
 
 Q = "predict_queue"
 DATA = b"[[1,2,3,4]]"
@@ -53,7 +60,7 @@ def new_job(
     return NewJob(job_id or new_id(now_ms), queue, data, record, inbox, key, fingerprint)
 
 
-def ids_of(jobs: Iterable[NewJob | ClaimedJob | Stored]) -> list[str]:
+def ids_of(jobs: Iterable[NewJob | ClaimedJob | StoredJob]) -> list[str]:
     return [job.job_id for job in jobs]
 
 
@@ -67,14 +74,14 @@ def _meta_of_ended_job(job: ClaimedJob, token: str) -> bytes:
 
 def outcome_of(
     job: ClaimedJob, token: str, outcome: Outcome, *, body: bytes | None = None, delay_ms: int = 0
-) -> Finished:
+) -> JobOutcome:
     default = {"completed": RESULT, "failed": ERROR, "dead": ERROR}.get(outcome, b"")
     ends = outcome in ("completed", "failed", "cancelled", "dead")
     meta = _meta_of_ended_job(job, token) if ends else job.meta
-    return Finished(job.job_id, outcome, default if body is None else body, meta, delay_ms)
+    return JobOutcome(job.job_id, outcome, default if body is None else body, meta, delay_ms)
 
 
-class Hands:
+class QueueDriver:
     """What an API, a worker, an operator and an external producer do with one queue."""
 
     def __init__(self, store: Store, server: redis.Redis) -> None:
@@ -82,13 +89,13 @@ class Hands:
         # redis-py types every reply as a union of all that RESP can say.
         self.redis: Any = server
         self.submissions = Submissions(store)
-        self.runs = Runs(store, "driver")
+        self.consumer = QueueConsumer(store, "driver")
         self.announcements = Announcements(store)
         self.maintenance = Maintenance(store)
         self.operations = Operations(store)
         self.inspection = Inspection(store)
 
-    def policy(self, **changes: Any) -> Policy:
+    def change_policy(self, **changes: Any) -> Policy:
         """Changes the store's policy from now on; returns the new one."""
         self.store.policy = msgspec.structs.replace(self.store.policy, **changes)
         return self.store.policy
@@ -97,21 +104,21 @@ class Hands:
 
     async def submit(self, *jobs: NewJob) -> list[str]:
         """Returns the verdict of each job."""
-        return [submitted.verdict for submitted in await self.submitted(*jobs)]
+        return [submitted.verdict for submitted in await self.submit_jobs(*jobs)]
 
-    async def submitted(self, *jobs: NewJob) -> list[Submitted]:
+    async def submit_jobs(self, *jobs: NewJob) -> list[SubmitReply]:
         return await self.submissions.submit_many(jobs[0].queue, jobs)
 
-    async def some(self, count: int, **about: Any) -> list[str]:
+    async def submit_many(self, count: int, **about: Any) -> list[str]:
         """Submits `count` equal jobs; returns their ids in the order of submission."""
         jobs = [new_job(**about) for _ in range(count)]
         assert set(await self.submit(*jobs)) == {"ok"}
         return ids_of(jobs)
 
-    async def one(self, **about: Any) -> str:
-        return (await self.some(1, **about))[0]
+    async def submit_one(self, **about: Any) -> str:
+        return (await self.submit_many(1, **about))[0]
 
-    async def read(self, job_id: str) -> Stored:
+    async def read(self, job_id: str) -> StoredJob:
         stored = await self.submissions.read(job_id)
         assert stored is not None, f"job {job_id} is absent"
         return stored
@@ -120,7 +127,7 @@ class Hands:
         return await self.operations.cancel(await self.read(job_id))
 
     async def cancel_in_one_call(self, *job_ids: str, queue: str = Q) -> list[str]:
-        args: list[Any] = [encode_args(self.store.policy.ending())]
+        args: list[Any] = [encode_args(self.store.policy.end_arguments())]
         for job_id in job_ids:
             args += (job_id, b"")
         return [
@@ -140,11 +147,13 @@ class Hands:
         held: bool = False,
         low_first: bool = False,
         queues: Sequence[str] = (Q,),
-    ) -> Claimed:
-        token = token or self.runs.new_token()
-        return await self.runs.claim(ClaimRequest(tuple(queues), token, held, max_jobs, low_first))
+    ) -> ClaimReply:
+        token = token or self.consumer.new_token()
+        return await self.consumer.claim(
+            ClaimRequest(tuple(queues), token, held, max_jobs, low_first)
+        )
 
-    async def take(self, max_jobs: int = 100, **options: Any) -> Claim:
+    async def claim_jobs(self, max_jobs: int = 100, **options: Any) -> Claim:
         """Claims jobs; fails the test if there is none."""
         claim = (await self.claim(max_jobs, **options)).claim
         assert claim is not None, "nothing to claim"
@@ -159,17 +168,19 @@ class Hands:
         last: bool = True,
         following: ClaimRequest | None = None,
         **options: Any,
-    ) -> tuple[list[str], Claimed]:
+    ) -> tuple[list[str], ClaimReply]:
         """Returns the verdict of each job, and the claim that was requested by `following`."""
         finished = [
             outcome_of(job, claim.token, outcome, **options)
             for job in claim.jobs
             if only is None or job.job_id in only
         ]
-        verdicts, claimed = await self.runs.finish(claim, finished, last=last, following=following)
+        verdicts, claimed = await self.consumer.finish(
+            claim, finished, last=last, following=following
+        )
         return [str(verdict) for verdict in verdicts], claimed
 
-    async def ended(
+    async def finish_for_verdicts(
         self, claim: Claim, outcome: Outcome = "completed", **options: Any
     ) -> list[str]:
         """Finishes the claim; returns the verdict of each job."""
@@ -185,7 +196,7 @@ class Hands:
 
     # --- recovery, and the passing of time -------------------------------------------------
 
-    async def sweep(self) -> Swept:
+    async def sweep(self) -> SweepCounts:
         """Sweeps as if it were due: the gate is open, and the last sweep has just been."""
         for queue in await self.store.queues():
             self.redis.delete(keys.reap_gate(queue), keys.hold(queue))
@@ -196,14 +207,14 @@ class Hands:
         seconds, micros = self.redis.time()
         return int(seconds) * 1000 + int(micros) // 1000
 
-    def let_leases_end(self, *tokens: str, queue: str = Q) -> None:
+    def expire_leases(self, *tokens: str, queue: str = Q) -> None:
         """Makes leases expire, all or those of `tokens`; their order stays as it is."""
         leases = self.redis.zrange(keys.leases(queue), 0, -1)
         for rank, token in enumerate(leases):
             if not tokens or token.decode() in tokens:
                 self.redis.zadd(keys.leases(queue), {token: rank + 1})
 
-    def let_come_due(self, table: str, *job_ids: str) -> None:
+    def make_due(self, table: str, *job_ids: str) -> None:
         """Moves times in `delayed` or `deadlines` into the past; their order stays as it is."""
         for rank, member in enumerate(self.redis.zrange(table, 0, -1)):
             if not job_ids or member.decode() in job_ids:
@@ -211,7 +222,7 @@ class Hands:
 
     # --- what an external producer does ----------------------------------------------------
 
-    def stranger(
+    def add_external_job(
         self, job_id: str | bytes, data: bytes | None = DATA, *, status: bytes | None = b"pending"
     ) -> None:
         """Adds a job as a ten-line script does: SET data, SET status, LPUSH."""
@@ -224,7 +235,7 @@ class Hands:
 
     # --- what Redis stores -----------------------------------------------------------------
 
-    def waiting(self, queue: str = Q) -> list[str]:
+    def waiting_ids(self, queue: str = Q) -> list[str]:
         """Ids of the waiting jobs, in the order in which they are claimed."""
         return [
             job_id.decode("utf-8", "surrogateescape")
@@ -248,7 +259,7 @@ class Hands:
     def counter(self, name: str) -> int:
         return int(self.redis.get(name) or 0)
 
-    def ghosts(self) -> int:
+    def count_stale_entries(self) -> int:
         return int(self.redis.scard(keys.stale_entries(Q)))
 
     def ttls(self, job_id: str) -> dict[str, int]:

@@ -15,33 +15,35 @@ import pytest
 
 from asyncinfer import __version__
 from tests.faults.harness import eventually_sync
-from tests.process import REPOSITORY, Parent, parent, processes
+from tests.process import REPOSITORY, PythonProcess, python_process, running_processes
 
-REFUSED: Final = 2
+EXIT_REFUSED: Final = 2
 
 
-class Serve:
+class ServeProcess:
     """A running `asyncinfer serve`; `welcome` is its start banner, by the word of each line."""
 
-    def __init__(self, process: Parent, welcome: dict[str, str]) -> None:
+    def __init__(self, process: PythonProcess, banner: dict[str, str]) -> None:
         self.process = process
-        self.curl = shlex.split(welcome["Try"])
-        self.welcome = welcome
+        self.curl_argv = shlex.split(banner["Try"])
+        self.welcome = banner
 
     def get(self, path: str) -> dict[str, Any]:
         with urllib.request.urlopen(self.welcome["URL"] + path, timeout=5) as response:
             answer: dict[str, Any] = json.load(response)
         return answer
 
-    def paste(self) -> dict[str, Any]:
+    def run_curl_line(self) -> dict[str, Any]:
         """Runs the curl line of the banner; returns the JSON that it prints."""
-        done = subprocess.run(self.curl, capture_output=True, check=True)
+        done = subprocess.run(self.curl_argv, capture_output=True, check=True)
         answer: dict[str, Any] = json.loads(done.stdout)
         return answer
 
-    def children(self) -> list[int]:
+    def child_pids(self) -> list[int]:
         return [
-            process.pid for process in processes() if process.parent == self.process.process.pid
+            process.pid
+            for process in running_processes()
+            if process.parent_pid == self.process.process.pid
         ]
 
 
@@ -52,23 +54,25 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(*argv: str, cwd: Path = REPOSITORY, **environ: str) -> Iterator[Serve]:
+def running_serve(*argv: str, cwd: Path = REPOSITORY, **environ: str) -> Iterator[ServeProcess]:
     """Starts `serve` on a free port and waits for its banner; kills it at the end."""
     port = str(free_port())
-    with parent("-m", "asyncinfer", "serve", "--port", port, *argv, cwd=cwd, **environ) as process:
-        assert process.says() == f"asyncinfer {__version__}"
-        lines = [process.says() for _ in range(5)]
-        yield Serve(process, dict(line.split(maxsplit=1) for line in lines))
+    with python_process(
+        "-m", "asyncinfer", "serve", "--port", port, *argv, cwd=cwd, **environ
+    ) as process:
+        assert process.read_line() == f"asyncinfer {__version__}"
+        lines = [process.read_line() for _ in range(5)]
+        yield ServeProcess(process, dict(line.split(maxsplit=1) for line in lines))
 
 
-def answer_of(serve: Serve) -> dict[str, Any]:
+def wait_for_result(serve: ServeProcess) -> dict[str, Any]:
     """Runs the curl line of the banner until its job is completed; returns its last output."""
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     answers: list[dict[str, Any]] = []
 
     def answered() -> bool:
-        answers.append(serve.paste())
+        answers.append(serve.run_curl_line())
         return answers[-1].get("status") == "completed"
 
     eventually_sync(answered, "the curl line prints a result")

@@ -53,8 +53,8 @@ from asyncinfer.repository.inspect.dead_letters import DeadLetters
 from asyncinfer.repository.inspect.groups import Groups
 from asyncinfer.repository.inspect.listing import Inspection
 from asyncinfer.repository.inspect.selection import Selection
-from asyncinfer.repository.inspect.statistics import Observation
-from asyncinfer.repository.leftovers import Leftovers
+from asyncinfer.repository.inspect.statistics import Statistics
+from asyncinfer.repository.leftovers import UnservedModels
 from asyncinfer.repository.operations import Operations
 from asyncinfer.repository.reaper import reap_forever
 from asyncinfer.repository.store import Store
@@ -243,7 +243,7 @@ async def _check_redis(store: Store, default_model: str | None) -> None:
     try:
         _log.info("Connected to %s", await store.check_server())
         if default_model:
-            await Leftovers(store).claim_default_model(default_model)
+            await UnservedModels(store).claim_default_model(default_model)
     except (RedisUnavailable, StorageFull) as error:
         _log.warning("%s The API starts without it and is ready once it answers.", error.detail)
 
@@ -262,7 +262,7 @@ def _services(store: Store, config: ApiConfig) -> Services:
         announcements=Announcements(store),
         inspection=inspection,
         dead_letters=DeadLetters(store),
-        observation=Observation(store),
+        statistics=Statistics(store),
         selection=Selection(store),
         operations=operations,
         groups=Groups(store, operations),

@@ -22,19 +22,19 @@ from asyncinfer.errors import (
     StorageFull,
     VersionNotFound,
 )
-from asyncinfer.models.folder import valid_name
+from asyncinfer.models.folder import is_valid_name
 from asyncinfer.models.signature import Signature, read_signature
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import (
-    Announced,
+    AnnouncedModels,
     Announcements,
-    models_to_come,
-    worker_says,
+    decode_worker_announcement,
+    upcoming_models,
 )
 from asyncinfer.repository.inspect.listing import Inspection
 from asyncinfer.repository.store import Store
-from asyncinfer.tensors.json_errors import unknown_name
+from asyncinfer.tensors.json_errors import unknown_name_detail
 
 _REFRESH_SECONDS: Final = 2.0
 _MIN_REFRESH_SECONDS: Final = 0.2
@@ -44,7 +44,7 @@ _MAX_LOST_SECONDS: Final = 6.0
 """How long a missing model may still come back: after Redis was emptied, workers announce each
 model again within seconds."""
 
-_NOTHING_ANNOUNCED: Final = Announced(None, {})
+_NOTHING_ANNOUNCED: Final = AnnouncedModels(None, {})
 
 _log = logging.getLogger(__name__)
 _limited_log = LimitedLog(_log)
@@ -191,7 +191,7 @@ class Catalog:
                 f"There are several models and none is the default: POST /predict/NAME with one "
                 f"of {names}."
             )
-        return ModelNotFound(f"Model {name!r}: {unknown_name(name, self._served)}")
+        return ModelNotFound(f"Model {name!r}: {unknown_name_detail(name, self._served)}")
 
     def _is_loading(self, name: str | None, version: str | None = None) -> bool:
         """Whether a worker has not yet loaded or announced the model, or this version of it. With
@@ -209,7 +209,7 @@ class Catalog:
         """Returns the error if no model is served. Without Retry-After if workers are alive but
         load nothing: they will announce nothing until their folder changes."""
         workers = list(self.worker_snapshot.workers.values())
-        if not workers or any(worker.models or models_to_come(worker) for worker in workers):
+        if not workers or any(worker.models or upcoming_models(worker) for worker in workers):
             return _not_announced_error(requested)
         refused = sorted({model for worker in workers for model in worker.problems})
         if refused:
@@ -253,7 +253,7 @@ class Catalog:
         models and sets `_redis_error` instead of raising it."""
         self._refreshed_at = time.monotonic()
         try:
-            announced = await self._announcements.announced()
+            announced = await self._announcements.read_models()
             if announced.default_model is None:
                 announced = await self._restore_default(announced)
         except RedisUnavailable as error:
@@ -291,7 +291,7 @@ class Catalog:
             )
         self._last_default = name
 
-    async def _restore_default(self, announced: Announced) -> Announced:
+    async def _restore_default(self, announced: AnnouncedModels) -> AnnouncedModels:
         """For when Redis names no default model: writes the configured one, or finds out from the
         workers whether there is one at all. Returns the announcements, with the default model if
         Redis has one now. Raises RedisUnavailable."""
@@ -299,16 +299,16 @@ class Catalog:
             with suppress(StorageFull):
                 agreed = await self._store.agree_on_default_model(self._configured_default)
                 return replace(announced, default_model=agreed or None)
-        bodies = (await self._announcements.workers()).values()
-        workers = [worker_says(body) for body in bodies]
-        self._models_are_loading = any(models_to_come(worker) for worker in workers)
+        bodies = (await self._announcements.read_workers()).values()
+        workers = [decode_worker_announcement(body) for body in bodies]
+        self._models_are_loading = any(upcoming_models(worker) for worker in workers)
         defaults = [worker.default_model for worker in workers]
         self._has_no_default = None in defaults and not any(defaults)
         if self._has_no_default:
             self._last_default = None
         return announced
 
-    def _build_served(self, announced: Announced) -> dict[str, Served]:
+    def _build_served(self, announced: AnnouncedModels) -> dict[str, Served]:
         """The served models by name, each with its readable versions; models without any are left
         out."""
         served = {}
@@ -317,7 +317,7 @@ class Catalog:
                 versions = tuple(sorted(signatures, key=_newest_first))
                 requested = announced.default_versions.get(model, "")
                 served[model] = Served(
-                    keys.queue(self._store.n, model, announced.default_model),
+                    keys.queue(self._store.queue_name, model, announced.default_model),
                     signatures.get(requested) or signatures[versions[0]],
                     versions,
                     {version: signatures[version] for version in versions},
@@ -343,7 +343,7 @@ def _loading_error(loaded: str) -> ModelLoading:
 
 def _check_name(name: str | None) -> None:
     """Raises ModelNotFound if no model can have this name; None is allowed."""
-    if name is not None and not valid_name(name):
+    if name is not None and not is_valid_name(name):
         raise ModelNotFound(
             "A model's name has 1 to 64 letters, digits, `_`, `.` and `-`, begins with a letter "
             "or digit, and is not `stats`. GET /models lists the models."

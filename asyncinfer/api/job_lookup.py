@@ -9,7 +9,7 @@ from asyncinfer.api.inputs.new_job import queue_full_error
 from asyncinfer.api.services import Services
 from asyncinfer.api.views import owner_of
 from asyncinfer.errors import JobExpired, JobNotFound, JobNotRetryable, RequestError
-from asyncinfer.repository.stored_jobs import Stored
+from asyncinfer.repository.stored_jobs import StoredJob
 
 RETRYABLE: Final = frozenset({"failed", "cancelled"})
 
@@ -27,7 +27,7 @@ def job_absent_error(services: Services, job_id: str) -> RequestError:
     return JobNotFound("There is no job with this id.")
 
 
-async def find_job(services: Services, request: Request[Any]) -> Stored:
+async def find_job(services: Services, request: Request[Any]) -> StoredJob:
     """Returns the job that the path names, with its result. Raises JobExpired or JobNotFound if it
     does not exist or belongs to a tenant that the request is not about, and RedisUnavailable."""
     job_id = request.path("id") or ""
@@ -37,12 +37,12 @@ async def find_job(services: Services, request: Request[Any]) -> Stored:
     return stored
 
 
-def is_in_reach(request: Request[Any], stored: Stored) -> bool:
+def is_in_reach(request: Request[Any], stored: StoredJob) -> bool:
     """Whether the job belongs to the tenant that the request is about, which may be all tenants."""
     return request.reach.tenant in (None, owner_of(stored))
 
 
-def not_retried_error(services: Services, stored: Stored, verdict: str) -> RequestError:
+def not_retried_error(services: Services, stored: StoredJob, verdict: str) -> RequestError:
     """Returns the error for a job that was not retried. `stored` is the job as it was read before,
     `verdict` the reason from the script, any but `ok`."""
     if verdict == "absent":

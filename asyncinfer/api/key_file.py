@@ -10,7 +10,7 @@ from typing import Final
 
 from asyncinfer.api_keys import Keyring, read_key_file
 from asyncinfer.errors import KeyFileRefused
-from asyncinfer.timeouts import settled
+from asyncinfer.timeouts import done_within
 
 _READ_SECONDS: Final = 1.0
 _TRUSTED_SECONDS: Final = 60.0
@@ -71,7 +71,7 @@ class KeyFile:
                 # A read from a file system that hangs cannot be cancelled, so never start another
                 # one beside it.
                 reading = reading or loop.run_in_executor(thread, read_key_file, self._path)
-                if await settled(reading, _READ_SECONDS):
+                if await done_within(reading, _READ_SECONDS):
                     self.update(_result_or_error(reading))
                     reading = None
                 else:

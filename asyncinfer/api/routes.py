@@ -58,16 +58,16 @@ from asyncinfer.errors import (
 from asyncinfer.schemas.operations import QueueList, WorkerList
 from asyncinfer.schemas.problems import LineProblem
 from asyncinfer.schemas.requests import (
-    AskedOptions,
-    ClearQuery,
-    EndQuery,
+    CancelJobQuery,
+    ClearJobsQuery,
     EventsQuery,
     JobEventsQuery,
+    JobQuery,
     JobsQuery,
     NoQuery,
-    OneQuery,
     PredictLine,
     PredictRequest,
+    RequestOptions,
     ResultQuery,
     RetryQuery,
     RetryRequest,
@@ -76,22 +76,22 @@ from asyncinfer.schemas.requests import (
     WaitQuery,
 )
 from asyncinfer.schemas.responses import (
-    About,
-    Accepted,
-    Alive,
-    Cleared,
+    AcceptedJob,
+    ClearResult,
     Group,
-    GroupCancelled,
+    GroupCancelResult,
     Health,
     Job,
     JobList,
+    Liveness,
     Model,
     ModelList,
     Pause,
-    Purged,
-    Retried,
+    PurgeResult,
+    RetryResult,
     Scale,
-    Validated,
+    ServiceInfo,
+    ValidationResult,
 )
 
 Handler = Callable[[Services, Request[Any]], Awaitable[Reply | Stream]]
@@ -149,7 +149,7 @@ _LAST_EVENT_ID = HeaderParameter(
 )
 _INPUTS: Final = (PredictRequest, TensorRequest)
 _LINES: Final = (PredictLine, TensorLine)
-_LINE_ANSWERS: Final = (Accepted, Job, LineProblem)
+_LINE_ANSWERS: Final = (AcceptedJob, Job, LineProblem)
 _BINARY: Final = (BINARY, NPY)
 
 _MODEL: Final[Errors] = (ModelNotFound, NoModelAnnounced, ModelLoading)
@@ -188,9 +188,9 @@ ROUTES: Final = (
         binary_answers=_BINARY,
         line_bodies=_LINES,
         line_answers=_LINE_ANSWERS,
-        query=AskedOptions,
+        query=RequestOptions,
         headers=(_PREFER, _IDEMPOTENCY_KEY, _JSON_LENGTH),
-        answers={200: Job, 202: Accepted},
+        answers={200: Job, 202: AcceptedJob},
         errors=_PREDICT,
     ),
     Route(
@@ -203,9 +203,9 @@ ROUTES: Final = (
         binary_answers=_BINARY,
         line_bodies=_LINES,
         line_answers=_LINE_ANSWERS,
-        query=AskedOptions,
+        query=RequestOptions,
         headers=(_PREFER, _IDEMPOTENCY_KEY, _JSON_LENGTH),
-        answers={200: Job, 202: Accepted},
+        answers={200: Job, 202: AcceptedJob},
         errors=_PREDICT,
     ),
     Route(
@@ -243,7 +243,7 @@ ROUTES: Final = (
         path="/job/{id}",
         handler=cancel_job,
         scope="submit",
-        query=EndQuery,
+        query=CancelJobQuery,
         answers={200: Job, 202: Job},
         errors=(*_JOB, JobFinished, JobNotFinished),
     ),
@@ -252,8 +252,8 @@ ROUTES: Final = (
         path="/job/{id}/retry",
         handler=retry_job,
         scope="submit",
-        query=OneQuery,
-        answers={202: Accepted},
+        query=JobQuery,
+        answers={202: AcceptedJob},
         errors=(*_JOB, JobNotRetryable, QueueFull, StorageFull, WritesRefused),
     ),
     Route(
@@ -270,8 +270,8 @@ ROUTES: Final = (
         path="/jobs",
         handler=clear_jobs,
         scope="submit",
-        query=ClearQuery,
-        answers={200: Cleared},
+        query=ClearJobsQuery,
+        answers={200: ClearResult},
         errors=(RedisUnavailable,),
     ),
     Route(
@@ -282,7 +282,7 @@ ROUTES: Final = (
         bodies=(RetryRequest,),
         body_required=False,
         query=RetryQuery,
-        answers={200: Retried},
+        answers={200: RetryResult},
         errors=(
             *(InvalidJSON, InvalidHeader, BodyTooLarge, MediaTypeRefused, EncodingRefused),
             *(InvalidInput, RedisUnavailable, StorageFull, WritesRefused),
@@ -328,7 +328,7 @@ ROUTES: Final = (
         path="/group/{group}",
         handler=cancel_group,
         scope="submit",
-        answers={200: GroupCancelled},
+        answers={200: GroupCancelResult},
         errors=(GroupNotFound, RedisUnavailable),
     ),
     Route(
@@ -354,9 +354,9 @@ ROUTES: Final = (
         scope="submit",
         bodies=_INPUTS,
         binary_bodies=_BINARY,
-        query=AskedOptions,
+        query=RequestOptions,
         headers=(_JSON_LENGTH,),
-        answers={200: Validated},
+        answers={200: ValidationResult},
         errors=_READING,
     ),
     Route(
@@ -380,7 +380,7 @@ ROUTES: Final = (
         path="/models/{model}/purge",
         handler=purge_model,
         scope="operator",
-        answers={200: Purged},
+        answers={200: PurgeResult},
         errors=(*_MODEL, RedisUnavailable),
     ),
     Route(
@@ -399,17 +399,17 @@ ROUTES: Final = (
         answers={200: Health},
         errors=(RedisUnavailable,),
     ),
-    Route(method="GET", path="/health/live", handler=live, scope=None, answers={200: Alive}),
+    Route(method="GET", path="/health/live", handler=live, scope=None, answers={200: Liveness}),
     Route(
         method="GET",
         path="/health/ready",
         handler=ready,
         scope=None,
-        answers={200: Alive},
+        answers={200: Liveness},
         errors=(RedisUnavailable, WritesRefused),
     ),
     Route(method="GET", path="/openapi.json", handler=openapi, scope=None, answers={200: None}),
-    Route(method="GET", path="/", handler=about, scope=None, answers={200: About}),
+    Route(method="GET", path="/", handler=about, scope=None, answers={200: ServiceInfo}),
 )
 
 EVERYWHERE: Final[Errors] = (InvalidQuery,)

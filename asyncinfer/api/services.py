@@ -16,7 +16,7 @@ from asyncinfer.repository.inspect.dead_letters import DeadLetters
 from asyncinfer.repository.inspect.groups import Groups
 from asyncinfer.repository.inspect.listing import Inspection
 from asyncinfer.repository.inspect.selection import Selection
-from asyncinfer.repository.inspect.statistics import Observation
+from asyncinfer.repository.inspect.statistics import Statistics
 from asyncinfer.repository.operations import Operations
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import Submissions
@@ -32,7 +32,7 @@ class Services(Struct, frozen=True, kw_only=True):
     announcements: Announcements
     inspection: Inspection
     dead_letters: DeadLetters
-    observation: Observation
+    statistics: Statistics
     selection: Selection
     operations: Operations
     groups: Groups

@@ -15,15 +15,15 @@ from asyncinfer.jobs import (
     Status,
     created_ms,
 )
-from asyncinfer.models.results import render_stored
-from asyncinfer.repository.inspect.log import Change
-from asyncinfer.repository.stored_jobs import Stored
-from asyncinfer.schemas.operations import shown_worker
-from asyncinfer.schemas.responses import Accepted, Job, WaitingFor, at
+from asyncinfer.models.results import render_packed
+from asyncinfer.repository.inspect.log import StatusChange
+from asyncinfer.repository.stored_jobs import StoredJob
+from asyncinfer.schemas.operations import public_worker_name
+from asyncinfer.schemas.responses import AcceptedJob, Job, WaitingFor, to_datetime
 from asyncinfer.tensors import packing
 from asyncinfer.untrusted import decoding
 
-_read_error = decoding.reader(msgspec.json.Decoder(JobError).decode)
+_read_error = decoding.lenient_decoder(msgspec.json.Decoder(JobError).decode)
 _decode_raw = msgspec.json.Decoder(Raw).decode
 
 
@@ -31,16 +31,16 @@ WaitingForField = WaitingFor | UnsetType | None
 """Why a job waits, or None if nothing is wrong; UNSET for a job that has ended."""
 
 
-def accepted_view(job_id: str, status: Status, waiting_for: WaitingForField) -> Accepted:
+def accepted_view(job_id: str, status: Status, waiting_for: WaitingForField) -> AcceptedJob:
     """The body of a 202: the job's id, status and path, and why it waits."""
-    return Accepted(job_id, status, url_of(job_id), waiting_for)
+    return AcceptedJob(job_id, status, url_of(job_id), waiting_for)
 
 
 _NOT_SHOWN: Final = "Only its own tenant is shown the message, which may repeat its data."
 
 
 def job_view(
-    stored: Stored, default_model: str | None, waiting_for: WaitingForField = UNSET
+    stored: StoredJob, default_model: str | None, waiting_for: WaitingForField = UNSET
 ) -> Job:
     """The whole job with its result, which is None (`null`) until it is completed. An external job
     belongs to the default model; `waiting_for` is shown as it is given, UNSET leaves it out."""
@@ -49,7 +49,7 @@ def job_view(
 
 
 def summary_view(
-    stored: Stored, default_model: str | None, waiting_for: WaitingForField = UNSET
+    stored: StoredJob, default_model: str | None, waiting_for: WaitingForField = UNSET
 ) -> Job:
     """The job without its result. An external job, which has no record, belongs to the default
     model; that may be None if it is not known. `waiting_for` is as for `job_view`."""
@@ -64,17 +64,17 @@ def summary_view(
         sha256=(record and record.ran_sha256) or UNSET,
         group=(record and record.options.group) or UNSET,
         priority=priority_of(record),
-        worker=shown_worker(record.worker) if record and record.worker else UNSET,
+        worker=public_worker_name(record.worker) if record and record.worker else UNSET,
         round=record.round if record else UNSET,
-        created_at=at(record.created_ms if record else created_ms(stored.job_id)),
-        started_at=at(record.started_ms if record else None),
-        finished_at=at(record.finished_ms if record else None),
+        created_at=to_datetime(record.created_ms if record else created_ms(stored.job_id)),
+        started_at=to_datetime(record.started_ms if record else None),
+        finished_at=to_datetime(record.finished_ms if record else None),
         waiting_for=waiting_for,
     )
 
 
 def operator_view(
-    stored: Stored, default_model: str | None, waiting_for: WaitingForField = UNSET
+    stored: StoredJob, default_model: str | None, waiting_for: WaitingForField = UNSET
 ) -> Job:
     """The job as an operator sees it: with its tenant, but without any data that the tenant sent or
     received."""
@@ -87,13 +87,16 @@ def operator_view(
     )
 
 
-def owner_of(stored: Stored) -> str:
+def owner_of(stored: StoredJob) -> str:
     """The tenant that a job belongs to; an external job belongs to the default tenant."""
     return stored.record.tenant if stored.record else DEFAULT_TENANT
 
 
 def change_view(
-    change: Change, stored: Stored | None, default_model: str | None, waiting_for: WaitingForField
+    change: StatusChange,
+    stored: StoredJob | None,
+    default_model: str | None,
+    waiting_for: WaitingForField,
 ) -> Job:
     """The job as it was when it reached the change's status, which it may have left since. `stored`
     is the job as it was read after the change, None if it was deleted; `waiting_for` is that of
@@ -134,12 +137,12 @@ def url_of(job_id: str) -> str:
     return f"/job/{job_id if job_id.isalnum() and job_id.isascii() else quote(job_id, safe='')}"
 
 
-def has_ended(stored: Stored) -> bool:
+def has_ended(stored: StoredJob) -> bool:
     """Whether the job is completed, failed or cancelled."""
     return stored.status in TERMINAL
 
 
-def result_text(stored: Stored) -> Raw | None:
+def result_text(stored: StoredJob) -> Raw | None:
     """The result as JSON, whether it is stored as JSON or packed; None unless the job is completed
     and has one. Never raises: a damaged result becomes a JSON string."""
     if stored.status != "completed" or stored.result is None:
@@ -152,7 +155,7 @@ def result_text(stored: Stored) -> Raw | None:
 def _rendered(packed: bytes) -> Raw:
     """The JSON of packed tensors; damaged ones become a JSON string."""
     try:
-        return Raw(render_stored(packed))
+        return Raw(render_packed(packed))
     except packing.DamagedPayload:
         return _as_json(packed)
 
@@ -163,11 +166,11 @@ def _as_json(text: bytes) -> Raw:
         if not text.isascii():
             text.decode()
         return _decode_raw(text)
-    except decoding.UNREADABLE:
+    except decoding.DECODE_ERRORS:
         return Raw(msgspec.json.encode(decoding.text(text)))
 
 
-def error_of(stored: Stored) -> JobError | UnsetType:
+def error_of(stored: StoredJob) -> JobError | UnsetType:
     """The error of a failed job, with the code `unknown` if it cannot be read; else UNSET."""
     if stored.status != "failed":
         return UNSET

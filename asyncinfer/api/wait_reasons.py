@@ -10,9 +10,9 @@ from msgspec import UNSET, UnsetType
 from asyncinfer import jobs
 from asyncinfer.api.worker_snapshot import Absence, WorkerSnapshot
 from asyncinfer.errors import StorageFull
-from asyncinfer.jobs import Record, Status, longest_backoff_seconds
+from asyncinfer.jobs import Record, Status, max_backoff_seconds
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.stored_jobs import Stored
+from asyncinfer.repository.stored_jobs import StoredJob
 from asyncinfer.schemas.responses import WaitingFor
 
 _MAX_CACHED: Final = 10_000
@@ -49,11 +49,11 @@ class WaitReasons:
     ) -> None:
         """`default_model` returns the present default model, None if it is not known."""
         self._snapshot = snapshot
-        self._n = store.n
+        self._n = store.queue_name
         self._max_errors = store.policy.max_errors
         self._default_model = default_model
 
-    def of(self, stored: Stored) -> WaitingFor | UnsetType | None:
+    def of(self, stored: StoredJob) -> WaitingFor | UnsetType | None:
         """Why a stored job waits: None if nothing is wrong, UNSET if it has ended. An external job
         belongs to the default model. Never raises."""
         if stored.record:
@@ -167,7 +167,7 @@ def _retry(errors: int, max_errors: int) -> WaitingFor:
     return WaitingFor(
         "retry",
         f"Try {errors} of {max_errors} failed with an error that may be temporary. The next one "
-        f"begins at most {_duration(longest_backoff_seconds(errors))} after it, once a worker is "
+        f"begins at most {_duration(max_backoff_seconds(errors))} after it, once a worker is "
         "free.",
     )
 

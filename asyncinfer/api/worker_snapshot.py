@@ -16,18 +16,18 @@ from msgspec import Struct
 from asyncinfer.errors import RedisRefused, RedisUnavailable, StorageFull, WritesRefused
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository.announcements import (
-    ANNOUNCE_SECONDS,
-    WorkerSays,
-    models_to_come,
-    worker_says,
+    ANNOUNCE_INTERVAL_SECONDS,
+    WorkerAnnouncement,
+    decode_worker_announcement,
+    upcoming_models,
 )
 from asyncinfer.repository.inspect.listing import Inspection
 from asyncinfer.repository.store import Store
-from asyncinfer.schemas.operations import shown_worker
+from asyncinfer.schemas.operations import public_worker_name
 from asyncinfer.schemas.responses import WaitingFor
 
 _REFRESH_SECONDS: Final = 0.9
-_GRACE_SECONDS: Final = ANNOUNCE_SECONDS + 1.0
+_GRACE_SECONDS: Final = ANNOUNCE_INTERVAL_SECONDS + 1.0
 """How long a model may be without a worker before answers say so: a replaced worker is back within
 this time, and after Redis was emptied every worker has announced itself again."""
 
@@ -75,7 +75,7 @@ class WorkerSnapshot:
         self._own_worker_due_at = time.monotonic() + _OWN_WORKER_SECONDS
         self._lock = anyio.Lock()
         self._announcement_bodies: dict[str, bytes] = {}
-        self.workers: Mapping[str, WorkerSays] = {}
+        self.workers: Mapping[str, WorkerAnnouncement] = {}
         """Announcements of living workers, by the names that everyone may see."""
         self.loading: frozenset[str] = frozenset()
         """Models that a living worker has in its folder and has not loaded yet."""
@@ -119,7 +119,7 @@ class WorkerSnapshot:
         Does not raise if Redis does not answer: keeps the last state and sets `redis_error`."""
         async with self._lock:
             try:
-                seen = await self._inspection.workforce(self._queues())
+                seen = await self._inspection.live_workers(self._queues())
                 writes_refusal = await self._read_writes_refusal()
             except RedisUnavailable as redis_error:
                 self.redis_error = redis_error
@@ -134,7 +134,7 @@ class WorkerSnapshot:
             self.writes_refusal, self.paused, self._is_complete = (
                 writes_refusal,
                 seen.paused,
-                seen.is_whole,
+                seen.is_complete,
             )
             self._first_refresh_at = self._first_refresh_at or time.time()
             if seen.workers != self._announcement_bodies:
@@ -192,7 +192,7 @@ class WorkerSnapshot:
             for version, reason in sorted(worker.problems.get(model, {}).items())
         ]
 
-    def _is_own_worker(self, worker: WorkerSays) -> bool:
+    def _is_own_worker(self, worker: WorkerAnnouncement) -> bool:
         """Whether it is the worker that `serve` started, not an earlier one, whose announcement
         remains for 15 s after a kill."""
         since_ms = self._own_worker_since_ms
@@ -216,12 +216,13 @@ class WorkerSnapshot:
         """Replaces the state by these announcements, by worker id, and notes which models have lost
         all workers and when."""
         self.workers = {
-            shown_worker(worker_id): worker_says(body) for worker_id, body in bodies.items()
+            public_worker_name(worker_id): decode_worker_announcement(body)
+            for worker_id, body in bodies.items()
         }
         workers = self.workers.values()
         if any(map(self._is_own_worker, workers)):
             self._own_worker_since_ms = None
-        self.loading = frozenset(model for worker in workers for model in models_to_come(worker))
+        self.loading = frozenset(model for worker in workers for model in upcoming_models(worker))
         ready = [worker for worker in workers if worker.state == "ready"]
         self._loading_versions = frozenset(
             (model, version)
@@ -245,7 +246,7 @@ class WorkerSnapshot:
 _NO_VERSIONS: Final[frozenset[str]] = frozenset()
 
 
-def _served(ready: Sequence[WorkerSays]) -> dict[str, set[str] | None]:
+def _served(ready: Sequence[WorkerAnnouncement]) -> dict[str, set[str] | None]:
     """By model the versions that these workers serve; None if a worker does not say which. `ready`
     are the workers that claim jobs."""
     served: dict[str, set[str] | None] = {}
@@ -257,7 +258,7 @@ def _served(ready: Sequence[WorkerSays]) -> dict[str, set[str] | None]:
     return served
 
 
-def _leaving(ready: Sequence[WorkerSays]) -> frozenset[str]:
+def _leaving(ready: Sequence[WorkerAnnouncement]) -> frozenset[str]:
     """Models that no worker has in its folder any more. A worker of a release that does not
     announce its folder does not announce versions either, so its models do not count."""
     leaving = {model for worker in ready for model in worker.models if model not in worker.versions}

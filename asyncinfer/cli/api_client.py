@@ -12,7 +12,7 @@ from msgspec import Struct
 from asyncinfer.cli.options import Server
 from asyncinfer.client import Client, Model, NotAsyncinfer
 from asyncinfer.client._protocol import Request
-from asyncinfer.client._requests import ask_json
+from asyncinfer.client._requests import fetch_json
 from asyncinfer.untrusted.printable import printable_line
 
 _T = TypeVar("_T")
@@ -85,7 +85,7 @@ class ApiClient:
             timeout_seconds=wait_seconds + _MARGIN_SECONDS,
         )
         client = self.client
-        return client._driver.run(ask_json(client._server, request))
+        return client._driver.run(fetch_json(client._server, request))
 
     def request_as(self, kind: type[_T], method: str, path: str, **more: Any) -> _T:
         """The response of `request_json` as a `kind`; raises NotAsyncinfer if it has another form.

@@ -5,7 +5,7 @@ from types import TracebackType
 from typing import Any, Literal, Unpack
 
 from asyncinfer.client import _flows
-from asyncinfer.client._client import Client, asked_of, new_server, warn_if_open
+from asyncinfer.client._client import Client, map_options, new_server, warn_if_open
 from asyncinfer.client._docstrings import with_docstrings_of
 from asyncinfer.client._drivers import AsyncDriver
 from asyncinfer.client._flows import JobOptions, Status
@@ -87,7 +87,7 @@ class AsyncClient:
         **options: Unpack[JobOptions],
     ) -> AsyncResults:
         """Returns an iterator of the result of each row, in order, as the results come."""
-        wanted = asked_of(model, batch, in_flight, progress, on_error, options)
+        wanted = map_options(model, batch, in_flight, progress, on_error, options)
         return AsyncResults(self._server, self._driver, rows, wanted)
 
     async def map_frame(
@@ -106,7 +106,7 @@ class AsyncClient:
         """Returns the frame, of pandas or polars, with predictions as columns behind its own."""
         known = await self._driver.run(_flows.cached_model(self._server, model))
         rows = dataframes.input_rows(frame, columns, known)
-        wanted = asked_of(model, batch, in_flight, progress, on_error, options)
+        wanted = map_options(model, batch, in_flight, progress, on_error, options)
         results = [
             result async for result in AsyncResults(self._server, self._driver, rows, wanted)
         ]

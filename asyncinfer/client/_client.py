@@ -173,7 +173,7 @@ class Client:
         >>> [row["class_name"] for row in client.map(rows, "iris", progress=False)]
         ['setosa', 'virginica']
         """
-        wanted = asked_of(model, batch, in_flight, progress, on_error, options)
+        wanted = map_options(model, batch, in_flight, progress, on_error, options)
         return Results(self._server, self._driver, rows, wanted)
 
     def map_frame(
@@ -205,7 +205,7 @@ class Client:
         """
         known = self._driver.run(_flows.cached_model(self._server, model))
         rows = dataframes.input_rows(frame, columns, known)
-        wanted = asked_of(model, batch, in_flight, progress, on_error, options)
+        wanted = map_options(model, batch, in_flight, progress, on_error, options)
         results = [result for result in Results(self._server, self._driver, rows, wanted)]
         return dataframes.with_results(frame, results, known, prefix, errors=on_error == "return")
 
@@ -467,7 +467,7 @@ def new_server(url: str | None, api_key: str | None, timeout: float, retries: in
     return RemoteServer(url, headers, timeout, retries)
 
 
-def asked_of(
+def map_options(
     model: str | None,
     batch: int | Literal["auto"],
     in_flight: int,

@@ -7,7 +7,7 @@ import msgspec
 from asyncinfer.client._encoding import JSON_LENGTH_HEADER
 from asyncinfer.client._errors import reject_unreadable
 from asyncinfer.client._protocol import Response
-from asyncinfer.tensors.missing_values import WORDS
+from asyncinfer.tensors.missing_values import NONFINITE_WORDS
 
 if TYPE_CHECKING:
     from asyncinfer.tensors.datatypes import Array
@@ -32,7 +32,9 @@ def _with_numbers(row: Any) -> Any:
     shares = row.get("probabilities") if isinstance(row, dict) else None
     if not (isinstance(shares, list) and str in map(type, shares)):
         return row
-    numbers = [WORDS.get(share, share) if isinstance(share, str) else share for share in shares]
+    numbers = [
+        NONFINITE_WORDS.get(share, share) if isinstance(share, str) else share for share in shares
+    ]
     return {**row, "probabilities": numbers}
 
 

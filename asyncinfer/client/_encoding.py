@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from asyncinfer.client._errors import CannotSend
 from asyncinfer.client._models import Model, TensorInfo
-from asyncinfer.tensors.missing_values import WORDS
+from asyncinfer.tensors.missing_values import NONFINITE_WORDS
 
 if TYPE_CHECKING:
     from asyncinfer.tensors.datatypes import Array
@@ -273,7 +273,7 @@ def _number(value: Any, spec: TensorInfo) -> int | float | None:
         return None
     if isinstance(value, Decimal) and not value.is_snan():
         return float(value)
-    return WORDS.get(value) if isinstance(value, str) else None
+    return NONFINITE_WORDS.get(value) if isinstance(value, str) else None
 
 
 def _python_number(value: Any) -> int | float | None:

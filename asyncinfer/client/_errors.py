@@ -40,7 +40,7 @@ import msgspec
 from asyncinfer import errors
 from asyncinfer.client._protocol import Lost, Response
 from asyncinfer.client._wait_reasons import WaitingFor
-from asyncinfer.errors import AsyncinferError, Fault, JobFailed, RequestError
+from asyncinfer.errors import AsyncinferError, InputError, JobFailed, RequestError
 
 
 class ConnectionFailed(AsyncinferError, ConnectionError):
@@ -149,10 +149,10 @@ def problem_error(problem: dict[str, Any], retry_after_seconds: float | None) ->
     return error
 
 
-def _faults(errors: Any) -> list[Fault]:
+def _faults(errors: Any) -> list[InputError]:
     """The faults in a problem's `errors`; an empty list if another program wrote it."""
     try:
-        return msgspec.convert(errors or [], list[Fault])
+        return msgspec.convert(errors or [], list[InputError])
     except msgspec.ValidationError:
         return []
 

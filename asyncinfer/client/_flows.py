@@ -28,11 +28,11 @@ from asyncinfer.client._requests import (
     FIRST_WORKER_RETRIES,
     RETRYABLE_STATUSES,
     RemoteServer,
-    ask_json,
     backoff_seconds,
     call,
     decode_json,
     fetch,
+    fetch_json,
     get,
     path_part,
     query_text,
@@ -325,7 +325,7 @@ def validate(
         name = (yield from cached_model(server, None)).model
     path = f"/models/{path_part(name)}/validate"
     request = Request(method="POST", path=path, headers=body.headers, body=body.content)
-    answer: dict[str, Any] = yield from ask_json(server, request)
+    answer: dict[str, Any] = yield from fetch_json(server, request)
     return answer
 
 
@@ -373,7 +373,7 @@ def read(
         path=_job_path(job_id) + query_text({"wait": wait, "tenant": tenant}),
         timeout_seconds=wait_seconds + _MARGIN_SECONDS,
     )
-    view: View = yield from ask_json(server, request)
+    view: View = yield from fetch_json(server, request)
     _check_view(server, view)
     return view
 
@@ -651,7 +651,7 @@ def retry_ids(server: RemoteServer, ids: list[str], tenant: str | None) -> Flow[
         headers = {"content-type": "application/json"}
         path = f"/jobs/retry{query_text({'tenant': tenant})}"
         request = Request(method="POST", path=path, headers=headers, body=body)
-        page = _convert(server, (yield from ask_json(server, request)), _Retried)
+        page = _convert(server, (yield from fetch_json(server, request)), _Retried)
         total["retried"] += page.retried
         total["refused"] += page.refused
     return total

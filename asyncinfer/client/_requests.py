@@ -121,7 +121,7 @@ def is_final_loss(reply: Response | Lost, losses: int) -> bool:
     )
 
 
-def ask_json(server: RemoteServer, request: Request, *, until: float = math.inf) -> Flow[Any]:
+def fetch_json(server: RemoteServer, request: Request, *, until: float = math.inf) -> Flow[Any]:
     """Sends a request as `fetch` does, and returns the decoded JSON of its response.
 
     Raises the error that the response stands for if its status is 400 or above, NotAsyncinfer if it
@@ -151,12 +151,12 @@ def get(server: RemoteServer, path: str, **query: Any) -> Flow[Any]:
 
     Parameters in `query` that are None are left out.
     """
-    return (yield from ask_json(server, Request(method="GET", path=path + query_text(query))))
+    return (yield from fetch_json(server, Request(method="GET", path=path + query_text(query))))
 
 
 def call(server: RemoteServer, method: str, path: str, **query: Any) -> Flow[Any]:
     """The decoded JSON of a request without a body; else as `get`."""
-    return (yield from ask_json(server, Request(method=method, path=path + query_text(query))))
+    return (yield from fetch_json(server, Request(method=method, path=path + query_text(query))))
 
 
 def path_part(name: str) -> str:

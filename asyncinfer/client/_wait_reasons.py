@@ -21,12 +21,12 @@ class WaitingFor(Struct, frozen=True):
 class Cadence(Struct, frozen=True):
     """How soon the reason of a wait is reported, and how often."""
 
-    after_seconds: float = 2.0
+    first_check_seconds: float = 2.0
     """The wait before the first request for a reason; a slow model alone may take as long."""
-    look_seconds: float = 10.0
+    max_check_seconds: float = 10.0
     """The longest time between two requests for a reason: one small request per client, not per
     job. The first ones come sooner, each after twice the time of the one before."""
-    again_seconds: float = 30.0
+    repeat_seconds: float = 30.0
     """The time from one line about a reason to the next line about the same reason."""
 
 
@@ -46,12 +46,12 @@ class Notices:
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._say = say
-        self._again_seconds = cadence.again_seconds
+        self._again_seconds = cadence.repeat_seconds
         self._now = now
         self._code = ""
         self._due_at = 0.0
 
-    def hear(self, reason: WaitingFor | None, waits: str, goes_on: str) -> None:
+    def report(self, reason: WaitingFor | None, waits: str, goes_on: str) -> None:
         """Takes the present reason, None if nothing is wrong, and reports it if that is due.
 
         Call it as often as the reason is known anew. `waits` and `goes_on` begin the lines: `3 rows
@@ -88,7 +88,7 @@ class Silence:
         self._until = until
         self._cadence = cadence
         self._now = now
-        self._pause_seconds = cadence.after_seconds
+        self._pause_seconds = cadence.first_check_seconds
         self._next_at = now() + self._pause_seconds
 
     @property
@@ -102,5 +102,5 @@ class Silence:
 
     def schedule_next(self) -> None:
         """Schedules the next request for a reason, after twice the last time."""
-        self._pause_seconds = min(2 * self._pause_seconds, self._cadence.look_seconds)
+        self._pause_seconds = min(2 * self._pause_seconds, self._cadence.max_check_seconds)
         self._next_at = self._now() + self._pause_seconds

@@ -23,8 +23,8 @@ from asyncinfer.engine.probe_inputs import (
 from asyncinfer.engine.runner import Stop, Stopped
 from asyncinfer.errors import JobError, ModelFailed
 from asyncinfer.models import batching
-from asyncinfer.models.batching import Axes, Plan
-from asyncinfer.models.batching_obstacles import Off, Reason
+from asyncinfer.models.batching import Axes, BatchPlan
+from asyncinfer.models.batching_obstacles import Obstacle, Reason
 from asyncinfer.tensors.datatypes import FLOATS, Array, Dim, Feeds, TensorSpec, dims
 
 RunFunction = Callable[[Feeds, Stop], list[Array]]
@@ -53,13 +53,13 @@ class BatchingVerdict(Struct, frozen=True):
 def not_batched(reason: Reason, outputs: Sequence[TensorSpec]) -> BatchingVerdict:
     """The verdict that jobs do not share runs; `outputs` are all outputs of the model, as the words
     depend on their number."""
-    return BatchingVerdict(False, reason.words(len(outputs)))
+    return BatchingVerdict(False, reason.text(len(outputs)))
 
 
 class _NotBatchable(Exception):
     """A probe has shown, or could not rule out, that jobs must not share a run."""
 
-    def __init__(self, kind: Off, **named: object) -> None:
+    def __init__(self, kind: Obstacle, **named: object) -> None:
         super().__init__(kind)
         self.reason = Reason(kind, named)
 
@@ -88,7 +88,7 @@ def probe_batching(
                 probe = _BatchProbe(model, axes, stop)
                 output_axes = probe.find_output_axes()
             except Stopped:
-                return not_batched(Reason(Off.SLOW, {"seconds": seconds}), model.outputs)
+                return not_batched(Reason(Obstacle.SLOW, {"seconds": seconds}), model.outputs)
             except _NotBatchable as doubt:
                 verdict = verdict or not_batched(doubt.reason, model.outputs)
             else:
@@ -126,7 +126,9 @@ class _BatchProbe:
         for optional in self._optional_choices():
             if not self._run_probes(self._fillings(), optional):
                 reason_kind = (
-                    Off.NONE_RAN_LIKE_EXAMPLE if self._example_rows() > 1 else Off.NONE_RAN
+                    Obstacle.NONE_RAN_LIKE_EXAMPLE
+                    if self._example_rows() > 1
+                    else Obstacle.NONE_RAN
                 )
                 raise _NotBatchable(reason_kind, failure=self._failure)
         if not self._rows_differ:
@@ -134,11 +136,11 @@ class _BatchProbe:
                 self._run_probes(LAST_TRY, optional)
         assert self._output_axes is not None
         if all(axis is None for axis in self._output_axes):
-            raise _NotBatchable(Off.NO_ROWS)
+            raise _NotBatchable(Obstacle.NO_ROWS)
         if not self._rows_differ:
-            raise _NotBatchable(Off.ONE_ANSWER)
+            raise _NotBatchable(Obstacle.ONE_ANSWER)
         if self._equal_inputs:
-            raise _NotBatchable(Off.ONE_VALUE, name=min(self._equal_inputs))
+            raise _NotBatchable(Obstacle.ONE_VALUE, name=min(self._equal_inputs))
         return tuple(self._output_axes)
 
     def _run_probes(self, fillings: Sequence[Filling], optional: bool) -> int:
@@ -276,21 +278,21 @@ class _BatchProbe:
         """Runs the jobs together; returns for each output the axis of its rows, None for an output
         without. Raises _NotBatchable unless each job gets what it got `alone`, and the axes are
         those `found` before (None: none yet), or Stopped."""
-        plan = Plan(self._axes, (0,))
-        counts = [batching.rows_of(job, plan) for job in jobs]
+        plan = BatchPlan(self._axes, (0,))
+        counts = [batching.row_count(job, plan) for job in jobs]
         try:
             together = self._run(batching.stack(jobs, plan), self._stop)
         except JobError as error:
-            raise _NotBatchable(Off.FAILED_TOGETHER, failure=error.detail) from error
+            raise _NotBatchable(Obstacle.FAILED_TOGETHER, failure=error.detail) from error
         axes = [
             _rows_axis(spec, [outputs[at] for outputs in alone], together[at], counts)
             for at, spec in enumerate(self._outputs)
         ]
         for spec, before, now in zip(self._outputs, found or axes, axes, strict=True):
             if before != now:
-                raise _NotBatchable(Off.UNSTEADY, name=spec.name)
+                raise _NotBatchable(Obstacle.UNSTEADY, name=spec.name)
         self.ranks = tuple(output.ndim for output in together)
-        split = batching.split(together, jobs, Plan(self._axes, tuple(axes)))
+        split = batching.split(together, jobs, BatchPlan(self._axes, tuple(axes)))
         for job, actual, expected in zip(jobs, split, alone, strict=True):
             for at, (output, expected_output) in enumerate(zip(actual, expected, strict=True)):
                 if not is_close(expected_output, output):
@@ -303,7 +305,7 @@ class _BatchProbe:
         each time. Raises what the run raises."""
         again = self._run(job, self._stop)
         is_steady = is_close(alone[at], again[at])
-        kind = Off.MIXES if is_steady else Off.UNSTEADY_NUMBERS
+        kind = Obstacle.MIXES if is_steady else Obstacle.UNSTEADY_NUMBERS
         return _NotBatchable(kind, name=self._outputs[at].name)
 
 
@@ -314,7 +316,7 @@ def _rows_axis(
     its shape in the run of each job `alone` and in the run of all `together`. `counts` are the rows
     of the jobs. Raises _NotBatchable if the shapes show neither."""
     if any(output.ndim != together.ndim for output in alone):
-        raise _NotBatchable(Off.RANK, name=spec.name)
+        raise _NotBatchable(Obstacle.RANK, name=spec.name)
     if all(output.shape == together.shape for output in alone):
         return None
     grown = [
@@ -324,10 +326,10 @@ def _rows_axis(
     ]
     (axis, *others) = grown
     if others:
-        raise _NotBatchable(Off.SHAPE, name=spec.name)
+        raise _NotBatchable(Obstacle.SHAPE, name=spec.name)
     sizes = [output.shape[axis] for output in alone]
     if sizes != list(counts) or together.shape[axis] != sum(counts):
-        raise _NotBatchable(Off.COUNT, name=spec.name)
+        raise _NotBatchable(Obstacle.COUNT, name=spec.name)
     return axis
 
 

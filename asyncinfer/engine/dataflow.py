@@ -11,7 +11,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from asyncinfer.models.onnx_graph import Dims, File, Function, Graph, Node, TooLarge
+from asyncinfer.models.onnx_graph import Dims, Function, Graph, GraphTooLarge, Node, OnnxFile
 
 _MAX_STEPS: Final = 5_000_000
 _MAX_PASSES: Final = 20
@@ -71,13 +71,13 @@ class Flow(Struct, frozen=True):
         return next((name for name, fed in self.mixers.items() if fed & inputs), "")
 
 
-def read_flow(file: File, outputs: Collection[str] = ()) -> Flow:
+def read_flow(file: OnnxFile, outputs: Collection[str] = ()) -> Flow:
     """Follows the nodes that these outputs need, or all nodes if none are named. Never raises: a
     graph that is too large gives a Flow that is unread."""
     try:
         needed = _needed_nodes(file.graph, outputs) if outputs else file.graph
         found = _GraphFollower(file.functions).graph(needed)
-    except TooLarge:
+    except GraphTooLarge:
         return Flow(is_unread=True)
     names = file.graph.inputs
     heights: dict[str, int] = {}
@@ -101,10 +101,12 @@ def _needed_nodes(graph: Graph, outputs: Collection[str]) -> Graph:
         if id(node) in kept:
             continue
         kept.add(id(node))
-        reads = itertools.chain(node.inputs, *(inner_scopes.reads for inner_scopes in node.graphs))
+        reads = itertools.chain(
+            node.inputs, *(inner_scopes.names_read for inner_scopes in node.graphs)
+        )
         pending += [makers[name] for name in reads if name in makers]
     nodes = tuple(node for node in graph.nodes if id(node) in kept)
-    return Graph(graph.inputs, nodes, graph.tables, graph.reads)
+    return Graph(graph.inputs, nodes, graph.initializers, graph.names_read)
 
 
 def _names_in_mask(mask: int, names: Sequence[str]) -> list[str]:
@@ -205,7 +207,7 @@ class _GraphFollower:
             if not found.needs_another_pass:
                 ends = tuple(scope.values.get(name, _UNKNOWN) for name in outputs)
                 return _Summary(ends, found.mixers, frozenset(found.lookups))
-        raise TooLarge
+        raise GraphTooLarge
 
     def summary_of_call(self, node: Node) -> _Summary | None:
         """The summary of the function that the node calls, None for an operator; raises
@@ -216,7 +218,7 @@ class _GraphFollower:
     def nested(self) -> Iterator[None]:
         """Counts one level of graphs within graphs; raises TooLarge if there are too many."""
         if self._depth == _MAX_DEPTH:
-            raise TooLarge
+            raise GraphTooLarge
         self._depth += 1
         yield
         self._depth -= 1
@@ -225,7 +227,7 @@ class _GraphFollower:
         """Adds to the steps so far; raises TooLarge once there are too many."""
         self._steps += count
         if self._steps > _MAX_STEPS:
-            raise TooLarge
+            raise GraphTooLarge
 
 
 class _Pass:
@@ -284,8 +286,8 @@ class _Pass:
         """
         captured = 0
         for graph in node.graphs:
-            for name in graph.reads:
-                if name not in graph.tables:
+            for name in graph.names_read:
+                if name not in graph.initializers:
                     captured |= self._value(name, scope).fed
         fed = _all_fed(inputs) | captured
         for graph in node.graphs:
@@ -315,8 +317,8 @@ class _Pass:
         elif node.operator in _SAME_NUMBERS:
             same = first.same
         table = first.table if node.operator in _SAME_DIMS else None
-        if node.operator == "Constant" and "value" in node.lists:
-            table = _Table(node.lists["value"])
+        if node.operator == "Constant" and "value" in node.integer_lists:
+            table = _Table(node.integer_lists["value"])
         fed = _all_fed(inputs) | captured
         overall = fed if _reduces_all_rows(node) else self._overall(node, inputs)
         return [_Value(fed, same, table, overall)] * len(node.outputs)
@@ -340,8 +342,8 @@ class _Pass:
             # With a computed scale, as DynamicQuantizeLinear has it when written out.
             fed = inputs[1].fed
         elif node.operator == "MeanVarianceNormalization":
-            fed = _all_fed(inputs) if 0 in node.lists.get("axes", (0,)) else 0
-        elif node.operator == "BatchNormalization" and node.numbers.get("training_mode"):
+            fed = _all_fed(inputs) if 0 in node.integer_lists.get("axes", (0,)) else 0
+        elif node.operator == "BatchNormalization" and node.integers.get("training_mode"):
             fed = _all_fed(inputs)
         elif captured or any(value.fed and not value.overall for value in inputs):
             # Such as the largest number of a run, by which all are divided.
@@ -351,7 +353,7 @@ class _Pass:
 
     def _note_lookup(self, node: Node, inputs: Sequence[_Value]) -> None:
         """Notes the inputs that the operator uses as row numbers of a table."""
-        axis = node.numbers.get("axis", node.numbers.get("gather_axis", 0))
+        axis = node.integers.get("axis", node.integers.get("gather_axis", 0))
         for at, ids in _LOOKUPS.get(node.operator, ()):
             if max(at, ids) >= len(inputs) or not inputs[ids].same:
                 continue
@@ -412,14 +414,14 @@ def _reduces_all_rows(node: Node) -> bool:
     return (
         node.operator.startswith("Reduce")
         and not any(node.inputs[1:])
-        and not node.lists.get("axes")
-        and not node.numbers.get("noop_with_empty_axes")
+        and not node.integer_lists.get("axes")
+        and not node.integers.get("noop_with_empty_axes")
     )
 
 
 def _tables(graph: Graph) -> dict[str, _Value]:
     """The constants of a graph that may be tables, as values by name."""
-    return {name: _Value(table=_Table(dims)) for name, dims in graph.tables.items()}
+    return {name: _Value(table=_Table(dims)) for name, dims in graph.initializers.items()}
 
 
 def _all_fed(values: Sequence[_Value]) -> int:

@@ -14,9 +14,9 @@ from asyncinfer.engine.sessions import open_sessions, read_graph
 from asyncinfer.errors import ModelFailed, ModelRefused
 from asyncinfer.models import batching
 from asyncinfer.models.batching import Axes
-from asyncinfer.models.batching_obstacles import Off, Reason
+from asyncinfer.models.batching_obstacles import Obstacle, Reason
 from asyncinfer.models.folder import ModelFile
-from asyncinfer.models.onnx_graph import File
+from asyncinfer.models.onnx_graph import OnnxFile
 from asyncinfer.models.signature import Signature
 from asyncinfer.tensors.datatypes import Feeds
 
@@ -36,7 +36,7 @@ class Engine:
     ) -> None:
         self.run = runner.run
         self.signature = signature
-        self.plan = batching.plan_of(signature)
+        self.plan = batching.batch_plan(signature)
         """How its jobs share a run; None if they do not."""
         self.timeout_seconds = timeout_seconds
         """How long one run may take; None if `model.toml` does not say."""
@@ -113,17 +113,20 @@ def _learn_map_keys(
         )
     except ModelFailed as error:
         raise ModelRefused(
-            f"{file.shown}: the classes of `{name}` could not be learnt: {error.detail}; {remedy}"
+            f"{file.display_path}: the classes of `{name}` could not be learnt: {error.detail}; "
+            f"{remedy}"
         ) from error
     found = {tuple(outputs[at][0]) if outputs[at] else () for at in runner.maps}
     if len(found) > 1:
         names = " and ".join(f"`{signature.outputs[at].name}`" for at in runner.maps)
         raise ModelRefused(
-            f"{file.shown}: {names} have scores of different classes; keep one of them with "
+            f"{file.display_path}: {names} have scores of different classes; keep one of them with "
             "`outputs` in model.toml, or export it with zipmap off"
         )
     if not (keys := found.pop()):
-        raise ModelRefused(f"{file.shown}: the classes of `{name}` could not be learnt; {remedy}")
+        raise ModelRefused(
+            f"{file.display_path}: the classes of `{name}` could not be learnt; {remedy}"
+        )
     return keys
 
 
@@ -136,28 +139,28 @@ def _decide_batching(
     example: Feeds | None,
     file: ModelFile,
     probe_seconds: float,
-    graph: File | None,
+    graph: OnnxFile | None,
 ) -> BatchingVerdict:
     """Decides by `model.toml`, else by the shapes of the inputs, the graph, and probes of the
     model, in this order. Raises ModelRefused where `model.toml` asks for what cannot be."""
     config = file.config.batching
     outputs = signature.outputs
     if config.enabled is False:
-        return batch_probe.not_batched(Reason(Off.ASKED), outputs)
+        return batch_probe.not_batched(Reason(Obstacle.ASKED), outputs)
     candidates = _candidate_axes(config.axis, signature, file)
     if config.enabled:
         return _forced_verdict(candidates, signature, file)
     if not candidates:
-        obstacle = batching.obstacle(signature.inputs)
+        obstacle = batching.find_obstacle(signature.inputs)
         assert obstacle is not None, "an input whose first dimension is open could be stacked"
         return batch_probe.not_batched(obstacle, outputs)
     names = [spec.name for spec in outputs]
     flow = dataflow.read_flow(graph, names) if graph else Flow(is_unread=True)
     if flow.is_unread:
-        return batch_probe.not_batched(Reason(Off.UNREAD), outputs)
+        return batch_probe.not_batched(Reason(Obstacle.UNREAD), outputs)
     mixing_operators = [flow.mixer(_stacked_inputs(axes, signature)) for axes in candidates]
     if all(mixing_operators):
-        reason = Reason(Off.DYNAMIC, {"operator": mixing_operators[0]})
+        reason = Reason(Obstacle.DYNAMIC, {"operator": mixing_operators[0]})
         return batch_probe.not_batched(reason, outputs)
     unmixed = [axes for axes, mixer in zip(candidates, mixing_operators, strict=True) if not mixer]
     model = ProbedModel(runner.run, signature.inputs, outputs, example, flow.heights)
@@ -176,13 +179,15 @@ def _candidate_axes(axis: int | None, signature: Signature, file: ModelFile) -> 
     stacked along that."""
     if axis is None:
         # Without a probe the names of the dimensions decide, if they say anything.
-        declared = batching.declared(signature.inputs) if file.config.batching.enabled else []
-        return declared or batching.candidates(signature.inputs)
-    axes = batching.forced(axis, signature.inputs)
+        declared = batching.axes_by_name(signature.inputs) if file.config.batching.enabled else []
+        return declared or batching.candidate_axes(signature.inputs)
+    axes = batching.forced_axes(axis, signature.inputs)
     if all(at is None for at in axes):
-        problem = batching.obstacle(signature.inputs, axis)
+        problem = batching.find_obstacle(signature.inputs, axis)
         assert problem is not None, "no input has that axis open"
-        raise ModelRefused(f"{file.model}/model.toml: batching.axis = {axis}, but {problem.what}")
+        raise ModelRefused(
+            f"{file.model}/model.toml: batching.axis = {axis}, but {problem.description}"
+        )
     return [axes]
 
 
@@ -192,12 +197,12 @@ def _forced_verdict(
     """The verdict where `model.toml` turns batching on: the first candidate. Raises ModelRefused if
     the shapes of inputs or outputs do not allow it."""
     prefix = f"{file.model}/model.toml: batching.enabled = true, but"
-    if not candidates and (problem := batching.obstacle(signature.inputs)):
-        raise ModelRefused(f"{prefix} {problem.what}")
-    outputs = batching.declared_axes(signature.inputs, candidates[0], signature.outputs)
+    if not candidates and (problem := batching.find_obstacle(signature.inputs)):
+        raise ModelRefused(f"{prefix} {problem.description}")
+    outputs = batching.declared_output_axes(signature.inputs, candidates[0], signature.outputs)
     for spec, at in zip(signature.outputs, outputs, strict=True):
         if at is None:
-            problem = batching.obstacle([spec])
-            what = problem.what if problem else f"`{spec.name}` is unclear"
+            problem = batching.find_obstacle([spec])
+            what = problem.description if problem else f"`{spec.name}` is unclear"
             raise ModelRefused(f"{prefix} {what}")
     return BatchingVerdict(True, "on: model.toml says so, not probed", candidates[0], outputs)

@@ -9,7 +9,7 @@ from asyncinfer.engine.runtime import ort
 from asyncinfer.errors import ModelRefused
 from asyncinfer.models import onnx_file, onnx_graph
 from asyncinfer.models.folder import ModelFile
-from asyncinfer.models.onnx_graph import File
+from asyncinfer.models.onnx_graph import OnnxFile
 from asyncinfer.untrusted import file_access
 
 _CPU: Final = "CPUExecutionProvider"
@@ -38,28 +38,30 @@ def open_sessions(
     options = _options(file, intra_op_threads)
     if file.config.session.custom_ops is not None:
         options.register_custom_ops_library(_custom_ops_library(file, allow_custom_ops))
-    if problem := file_access.why_unreadable(file.path):
-        raise ModelRefused(f"{file.shown}: {problem}")
+    if problem := file_access.unreadable_reason(file.path):
+        raise ModelRefused(f"{file.display_path}: {problem}")
     try:
         with file.path.open("rb") as content:
             sha256 = hashlib.file_digest(content, "sha256").hexdigest()
-        onnx_file.check_weights(file.path, file.shown)
+        onnx_file.check_weights(file.path, file.display_path)
     except OSError as error:
-        raise ModelRefused(f"{file.shown}: {file_access.why(error)}") from error
+        raise ModelRefused(f"{file.display_path}: {file_access.os_error_reason(error)}") from error
     return [_open(file, options, providers) for providers in _providers(file)], sha256
 
 
-def read_graph(file: ModelFile) -> File | None:
+def read_graph(file: ModelFile) -> OnnxFile | None:
     """The graph of the file; None if it is too large to be read. Raises ModelRefused if it cannot
     be read or is damaged."""
     try:
         return onnx_graph.read(file.path)
-    except onnx_graph.TooLarge:
+    except onnx_graph.GraphTooLarge:
         return None
     except OSError as error:
-        raise ModelRefused(f"{file.shown}: {file_access.why(error)}") from error
+        raise ModelRefused(f"{file.display_path}: {file_access.os_error_reason(error)}") from error
     except ValueError as error:
-        raise ModelRefused(f"{file.shown}: it is no ONNX file, or damaged: {error}") from error
+        raise ModelRefused(
+            f"{file.display_path}: it is no ONNX file, or damaged: {error}"
+        ) from error
 
 
 def _open(
@@ -73,7 +75,7 @@ def _open(
         )
     except Exception as error:  # ONNX Runtime's exceptions have no base of their own
         problem = _load_error_text(error, file)
-        raise ModelRefused(f"{file.shown}: {problem}{_complex_remedy(problem)}") from error
+        raise ModelRefused(f"{file.display_path}: {problem}{_complex_remedy(problem)}") from error
     started = session.get_providers()
     for name, _ in providers:
         if name not in started:

@@ -10,7 +10,7 @@ import msgspec
 from asyncinfer.engine.runtime import ort
 from asyncinfer.errors import ModelRefused
 from asyncinfer.models.folder import ModelFile
-from asyncinfer.models.onnx_graph import File
+from asyncinfer.models.onnx_graph import OnnxFile
 from asyncinfer.models.signature import MAX_ROWS, Signature
 from asyncinfer.tensors.datatypes import Dim, TensorSpec
 
@@ -77,19 +77,21 @@ _INPUT_KINDS: Final = (
 
 
 def describe(
-    file: ModelFile, session: ort.InferenceSession, sha256: str, graph: File | None
+    file: ModelFile, session: ort.InferenceSession, sha256: str, graph: OnnxFile | None
 ) -> Signature:
     """The signature by the graph and `model.toml`, before any run; `graph` is None if it was too
     large to be read, and `sha256` is that of the file, in hex. Raises ModelRefused for inputs and
     outputs that cannot be served."""
     config = file.config
     # ONNX Runtime shows a scalar and a tensor of any number of dimensions in the same way.
-    open_ranks = graph.of_any_rank if graph else frozenset[str]()
+    open_ranks = graph.unknown_rank if graph else frozenset[str]()
     try:
         inputs = (*_inputs(session.get_inputs(), file, open_ranks), *_overridable_inputs(session))
         outputs = _select_outputs(_outputs(session.get_outputs(), file, open_ranks), file)
     except UnicodeDecodeError as error:
-        raise ModelRefused(f"{file.shown}: a name in it is not UTF-8, so it is damaged") from error
+        raise ModelRefused(
+            f"{file.display_path}: a name in it is not UTF-8, so it is damaged"
+        ) from error
     return Signature(
         model=file.model,
         version=file.version,
@@ -272,4 +274,4 @@ def _element_problem(kind: str) -> tuple[str, str] | None:
 
 def _error(node: Any, what: str, remedy: str, file: ModelFile) -> ModelRefused:
     """Makes the error about an input or output: what it is, and what to do."""
-    return ModelRefused(f"{file.shown}: `{node.name}` is {what}; {remedy}")
+    return ModelRefused(f"{file.display_path}: `{node.name}` is {what}; {remedy}")

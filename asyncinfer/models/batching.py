@@ -8,7 +8,7 @@ import numpy as np
 from msgspec import Struct
 
 from asyncinfer.errors import ModelFailed
-from asyncinfer.models.batching_obstacles import Off, Reason
+from asyncinfer.models.batching_obstacles import Obstacle, Reason
 from asyncinfer.models.signature import Signature
 from asyncinfer.tensors.datatypes import Array, Feeds, TensorSpec, dims
 
@@ -20,7 +20,7 @@ MAX_RUN_ROWS: Final = 4096
 Axes = tuple[int | None, ...]
 
 
-class Plan(Struct, frozen=True):
+class BatchPlan(Struct, frozen=True):
     """How the jobs of a model share a run.
 
     For each input by name, and for each output in order: the axis of its rows, or None if it has
@@ -35,7 +35,7 @@ class Plan(Struct, frozen=True):
     """Per output the names of dimensions that are cut to the job's own size, by axis."""
 
 
-def plan_of(signature: Signature) -> Plan | None:
+def batch_plan(signature: Signature) -> BatchPlan | None:
     """The plan of a model; None if each of its jobs runs alone."""
     if not signature.batched:
         return None
@@ -43,14 +43,14 @@ def plan_of(signature: Signature) -> Plan | None:
     outputs = signature.output_axes or (0,) * len(signature.outputs)
     inputs = {spec.name: axis for spec, axis in zip(signature.inputs, axes, strict=True)}
     if not signature.pad:
-        return Plan(inputs, outputs)
+        return BatchPlan(inputs, outputs)
     pad = {spec.name: _padded_names(spec, inputs[spec.name]) for spec in signature.inputs}
     known = {name for names in pad.values() for name in names}
     unpad = tuple(
         tuple(name if name in known else None for name in _padded_names(spec, axis))
         for spec, axis in zip(signature.outputs, outputs, strict=True)
     )
-    return Plan(inputs, outputs, pad, unpad)
+    return BatchPlan(inputs, outputs, pad, unpad)
 
 
 def _padded_names(spec: TensorSpec, axis: int | None) -> tuple[str | None, ...]:
@@ -68,21 +68,21 @@ def _padded_names(spec: TensorSpec, axis: int | None) -> tuple[str | None, ...]:
 # --- candidate axes ----------------------------------------------------------------------------
 
 
-def candidates(inputs: Sequence[TensorSpec]) -> list[Axes]:
+def candidate_axes(inputs: Sequence[TensorSpec]) -> list[Axes]:
     """Axes of the inputs along which jobs may be stacked, the most likely first; to be probed.
 
     Beyond those that names suggest, it has the first dimensions that are dynamic, whatever their
     names, because converters give each input its own name; and, with them, the only dynamic
     dimension of inputs whose first dimension is fixed, such as a state.
     """
-    found = declared(inputs)
+    found = axes_by_name(inputs)
     first: Axes = tuple(0 if _open_at(spec, 0) else None for spec in inputs)
     if any(axis == 0 for axis in first) and all(spec.shape is not None for spec in inputs):
         found += [first, tuple(_only_open(spec, inputs) for spec in inputs)]
     return _by_inputs(found)
 
 
-def declared(inputs: Sequence[TensorSpec]) -> list[Axes]:
+def axes_by_name(inputs: Sequence[TensorSpec]) -> list[Axes]:
     """The candidates that dimension names suggest, those that stack the most inputs first.
 
     These are the first dimensions, if all dynamic ones have the same name or no name; and for each
@@ -108,12 +108,12 @@ def _by_inputs(found: Sequence[Axes]) -> list[Axes]:
     return list(dict.fromkeys(ordered))
 
 
-def forced(axis: int, inputs: Sequence[TensorSpec]) -> Axes:
+def forced_axes(axis: int, inputs: Sequence[TensorSpec]) -> Axes:
     """`axis` for every input in which it is dynamic, else None."""
     return tuple(axis if _open_at(spec, axis) else None for spec in inputs)
 
 
-def declared_axes(
+def declared_output_axes(
     inputs: Sequence[TensorSpec], axes: Axes, outputs: Sequence[TensorSpec]
 ) -> tuple[int | None, ...]:
     """The axis of the rows in each output, as far as the graph declares it, else None.
@@ -136,26 +136,26 @@ def _declared_axis(spec: TensorSpec, names: set[int | str | None], usual: int) -
     return usual if not at and _open_at(spec, usual) else None
 
 
-def obstacle(specs: Sequence[TensorSpec], axis: int = 0) -> Reason | None:
+def find_obstacle(specs: Sequence[TensorSpec], axis: int = 0) -> Reason | None:
     """Why inputs cannot be stacked along `axis`; None if they can.
 
     The reason is that of the first input that cannot.
     """
     for spec in specs:
         if spec.shape is None:
-            return Reason(Off.ANY_RANK, {"name": spec.name})
+            return Reason(Obstacle.ANY_RANK, {"name": spec.name})
     for spec in specs:
         if not dims(spec):
-            return Reason(Off.SCALAR, {"name": spec.name})
+            return Reason(Obstacle.SCALAR, {"name": spec.name})
         if not _open_at(spec, axis):
             where = "the first dimension" if axis == 0 else f"dimension {axis}"
             size = dims(spec)[axis] if axis < len(dims(spec)) else "nothing"
             named = {"name": spec.name, "where": where, "size": size}
             opened = next((at for at in range(len(dims(spec))) if _open_at(spec, at)), None)
             if opened is None:
-                return Reason(Off.FIXED, named)
-            return Reason(Off.OTHER_OPEN, {**named, "open": opened})
-    return None if specs else Reason(Off.NO_INPUT)
+                return Reason(Obstacle.FIXED, named)
+            return Reason(Obstacle.OTHER_OPEN, {**named, "open": opened})
+    return None if specs else Reason(Obstacle.NO_INPUT)
 
 
 def _open_at(spec: TensorSpec, axis: int) -> bool:
@@ -193,7 +193,7 @@ def _axes_named(symbol: str, inputs: Sequence[TensorSpec]) -> Axes | None:
 # --- stack and split ---------------------------------------------------------------------------
 
 
-def run_key(feeds: Feeds, plan: Plan) -> tuple[object, ...] | None:
+def run_key(feeds: Feeds, plan: BatchPlan) -> tuple[object, ...] | None:
     """A hashable key, equal for jobs which may share a run; None if the job must run alone.
 
     It has, for each input of the job: its name, its dtype and its sizes except the rows and padded
@@ -225,7 +225,7 @@ def _content(array: Array) -> object:
     return tuple(array.ravel().tolist()) if array.dtype == object else array.tobytes()
 
 
-def rows_of(feeds: Feeds, plan: Plan | None) -> int:
+def row_count(feeds: Feeds, plan: BatchPlan | None) -> int:
     """The number of rows of a job; 0 if its inputs differ in it or have none, 1 without a plan."""
     if plan is None:
         return 1
@@ -239,7 +239,7 @@ def rows_of(feeds: Feeds, plan: Plan | None) -> int:
     return max(rows, 0)
 
 
-def bytes_of(feeds: Feeds) -> int:
+def input_bytes(feeds: Feeds) -> int:
     """The number of bytes of all inputs together; strings count as references to them."""
     size = 0
     for array in feeds.values():
@@ -247,7 +247,7 @@ def bytes_of(feeds: Feeds) -> int:
     return size
 
 
-def stack(jobs: Sequence[Feeds], plan: Plan | None) -> Feeds:
+def stack(jobs: Sequence[Feeds], plan: BatchPlan | None) -> Feeds:
     """Stacks the inputs of jobs that have the same `run_key`, in the order of `jobs`.
 
     An input with rows becomes one array with the rows of all jobs along `plan.inputs[name]`, such
@@ -284,7 +284,9 @@ def _padded(arrays: Sequence[Array], axis: int) -> list[Array]:
     return padded
 
 
-def split(outputs: Sequence[Array], jobs: Sequence[Feeds], plan: Plan | None) -> list[list[Array]]:
+def split(
+    outputs: Sequence[Array], jobs: Sequence[Feeds], plan: BatchPlan | None
+) -> list[list[Array]]:
     """The outputs of each job, from the outputs of their stacked inputs: the reverse of `stack`.
 
     Each job gets views of its rows along `plan.outputs`, such as `(own rows, *dims)` for axis 0,
@@ -293,7 +295,7 @@ def split(outputs: Sequence[Array], jobs: Sequence[Feeds], plan: Plan | None) ->
     """
     if len(jobs) == 1 or plan is None:
         return [list(outputs)]
-    counts = [rows_of(feeds, plan) for feeds in jobs]
+    counts = [row_count(feeds, plan) for feeds in jobs]
     check_rows(outputs, sum(counts), plan.outputs)
     pieces = [
         [
@@ -308,7 +310,7 @@ def split(outputs: Sequence[Array], jobs: Sequence[Feeds], plan: Plan | None) ->
 
 
 def _unpadded(
-    piece: Sequence[Array], feeds: Feeds, jobs: Sequence[Feeds], plan: Plan
+    piece: Sequence[Array], feeds: Feeds, jobs: Sequence[Feeds], plan: BatchPlan
 ) -> list[Array]:
     """The outputs of one job, cut to its own sizes; raises ModelFailed if a size is unexpected.
 
@@ -330,7 +332,7 @@ def _unpadded(
     return cut
 
 
-def _sizes(feeds: Feeds, plan: Plan) -> dict[str, int]:
+def _sizes(feeds: Feeds, plan: BatchPlan) -> dict[str, int]:
     """By symbol, the size of each padded dimension in a job's inputs."""
     return {
         symbol: size

@@ -16,7 +16,7 @@ _ROWS: Final = "export it so that this output has a row for each row of the inpu
 _LEAVE_OUT: Final = "keep only other outputs, with `outputs` in model.toml"
 
 
-class Off(Enum):
+class Obstacle(Enum):
     """The reasons why jobs are not batched.
 
     Each has a description, a remedy, and sometimes another remedy for a model with only one output.
@@ -96,18 +96,18 @@ class Off(Enum):
 class Reason(Struct, frozen=True):
     """A reason for one model; `named` fills in its text."""
 
-    off: Off
-    named: Mapping[str, object] = {}
+    obstacle: Obstacle
+    values: Mapping[str, object] = {}
 
     @property
-    def what(self) -> str:
+    def description(self) -> str:
         """The description with its names filled in, without the remedy."""
-        return self.off.description.format_map(self.named)
+        return self.obstacle.description.format_map(self.values)
 
-    def words(self, outputs: int) -> str:
+    def text(self, outputs: int) -> str:
         """The text with its remedy, for a model with this number of outputs.
 
         It begins with `off:`.
         """
-        remedy = self.off.remedy_of_only_output if outputs == 1 else self.off.remedy
-        return f"off: {self.what}; {remedy.format_map(self.named)}"
+        remedy = self.obstacle.remedy_of_only_output if outputs == 1 else self.obstacle.remedy
+        return f"off: {self.description}; {remedy.format_map(self.values)}"

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from asyncinfer.errors import ModelRefused
-from asyncinfer.tensors.missing_values import in_words
+from asyncinfer.tensors.missing_values import as_nonfinite_words
 from asyncinfer.untrusted import file_access
 from asyncinfer.untrusted.file_access import UnreadableFile
 
@@ -108,7 +108,7 @@ def read_config(toml: bytes, shown: str, folder: Path | None = None) -> ModelCon
             table["labels"] = _labels_in(folder, table["labels"], shown)
         if "example" in table:
             # TOML has nan and inf, but examples are shown as JSON.
-            table["example"] = in_words(table["example"])
+            table["example"] = as_nonfinite_words(table["example"])
         return msgspec.convert(table, ModelConfig)
     except UnreadableFile as error:
         raise ModelRefused(f"{shown}: {error.reason}") from error

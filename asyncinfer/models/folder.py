@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from asyncinfer.errors import ModelRefused
-from asyncinfer.jobs import TENANT_PATTERN
+from asyncinfer.jobs import NAME_PATTERN
 from asyncinfer.models.config import ModelConfig, read_file
 from asyncinfer.untrusted import file_access
 from asyncinfer.untrusted.printable import printable_name
@@ -25,7 +25,7 @@ from asyncinfer.untrusted.printable import printable_name
 OF_ALL_VERSIONS: Final = ""
 """Stands for the version in a problem of a whole model."""
 
-_NAME: Final = re.compile(TENANT_PATTERN)
+_NAME: Final = re.compile(NAME_PATTERN)
 _RESERVED: Final = frozenset({"stats"})
 _VERSION: Final = re.compile(r"0|[1-9][0-9]{0,17}")
 _LIKELY_VERSION: Final = re.compile(r"\D{0,8}?0*(0|[1-9][0-9]{0,17})", re.ASCII)
@@ -54,7 +54,7 @@ class ModelFile(Struct, frozen=True):
     toml_problem: str = ""
     """The problem of its `model.toml`, if there is one; `config` then has only defaults."""
 
-    is_hidden: bool = False
+    is_unreadable_folder: bool = False
     """True if it stands for a folder that cannot be read, so that its versions are unknown."""
 
     @property
@@ -63,7 +63,7 @@ class ModelFile(Struct, frozen=True):
         return self.path.parent.name != self.version
 
     @property
-    def shown(self) -> str:
+    def display_path(self) -> str:
         """The path for people, relative to the model folder."""
         return _shown(self.path, 1 if self.is_single_file else 3)
 
@@ -73,11 +73,11 @@ class ModelFile(Struct, frozen=True):
         return str(self.config.default_version) == self.version, version_order(self.version)
 
 
-class Listing(Struct, frozen=True):
+class FolderListing(Struct, frozen=True):
     """The content of a model folder."""
 
     files: list[ModelFile]
-    passed_over: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
     """A message for each unreadable folder that cannot be a model, such as lost+found."""
 
 
@@ -86,12 +86,12 @@ def version_order(version: str) -> int:
     return int(version) if _VERSION.fullmatch(version) else -1
 
 
-def valid_name(name: str) -> bool:
+def is_valid_name(name: str) -> bool:
     """Whether it may be the name of a model, as NAME_RULE says."""
     return _NAME.fullmatch(name) is not None and name not in _RESERVED
 
 
-def read_folder(model_dir: Path) -> Listing:
+def read_folder(model_dir: Path) -> FolderListing:
     """All versions of all models, by name; of each model first the one to serve, then the newest.
 
     Raises OSError if the folder itself cannot be read.
@@ -103,13 +103,13 @@ def read_folder(model_dir: Path) -> Listing:
         try:
             files = _read_entry(entry)
         except OSError as error:
-            why = f"{file_access.why(error)}. Its name cannot be that of a model"
+            why = f"{file_access.os_error_reason(error)}. Its name cannot be that of a model"
             ignored.append(f"{_shown(entry, 1)} is ignored: it {why}")
             continue
         if files and found.setdefault(files[0].model, files) is not files:
             duplicates += _duplicate(entry, files[0], found[files[0].model][0])
     files = [file for files in (*found.values(), duplicates) for file in files]
-    return Listing(files, tuple(ignored))
+    return FolderListing(files, tuple(ignored))
 
 
 def scan(model_dir: Path) -> list[ModelFile]:
@@ -117,17 +117,17 @@ def scan(model_dir: Path) -> list[ModelFile]:
     return read_folder(model_dir).files
 
 
-def bare_file(path: Path) -> ModelFile:
+def single_file_model(path: Path) -> ModelFile:
     """The model that is a single file, in any folder: version 1, named by the file's stem.
 
     It has a `problem` if its name or the file cannot be used; the file need not exist.
     """
     file = ModelFile(_model_name(path.stem), "1", path)
-    problem = _name_problem(path.stem, file.shown) or _problem(path, file.shown)
+    problem = _name_problem(path.stem, file.display_path) or _problem(path, file.display_path)
     return msgspec.structs.replace(file, problem=problem)
 
 
-def to_serve(files: Sequence[ModelFile]) -> dict[str, ModelFile]:
+def served_versions(files: Sequence[ModelFile]) -> dict[str, ModelFile]:
     """By model name, the version to serve: the configured one, else the newest.
 
     Files with a problem are not left out.
@@ -199,8 +199,8 @@ def _read_entry(entry: Path) -> list[ModelFile]:
     if file_access.is_folder(entry):
         return _read_model(entry)
     if _is_onnx(entry):
-        return [bare_file(entry)]
-    if valid_name(entry.name) and not entry.suffix and file_access.is_inaccessible(entry):
+        return [single_file_model(entry)]
+    if is_valid_name(entry.name) and not entry.suffix and file_access.is_inaccessible(entry):
         return [_unreadable_model(entry, _problem(entry, _shown(entry, 1)))]
     return []
 
@@ -208,32 +208,34 @@ def _read_entry(entry: Path) -> list[ModelFile]:
 def _unreadable_model(entry: Path, problem: str) -> ModelFile:
     """A model of which only the name is known."""
     return ModelFile(
-        _model_name(entry.name), OF_ALL_VERSIONS, entry, problem=problem, is_hidden=True
+        _model_name(entry.name), OF_ALL_VERSIONS, entry, problem=problem, is_unreadable_folder=True
     )
 
 
 def _duplicate(entry: Path, file: ModelFile, winner: ModelFile) -> list[ModelFile]:
     """The problem of an entry whose model name another entry has; empty if it is no valid name."""
-    if not valid_name(file.model):
+    if not is_valid_name(file.model):
         return []
     shown = _shown(entry, 1)
-    problem = f"{shown}: is not served, since {winner.shown} has its name; rename or remove one"
+    problem = (
+        f"{shown}: is not served, since {winner.display_path} has its name; rename or remove one"
+    )
     return [ModelFile(file.model, OF_ALL_VERSIONS, entry, problem=problem)]
 
 
 def _model_name(name: str) -> str:
     """The name of a model; one that is not valid is made printable."""
-    return name if valid_name(name) else printable_name(name)
+    return name if is_valid_name(name) else printable_name(name)
 
 
 def _name_problem(name: str, shown: str) -> str:
     """Why a name cannot be that of a model, after `shown`; "" if it can."""
-    return "" if valid_name(name) else f"{shown}: rename it: {NAME_RULE}"
+    return "" if is_valid_name(name) else f"{shown}: rename it: {NAME_RULE}"
 
 
 def _problem(path: Path, shown: str) -> str:
     """Why a file cannot be read, after `shown`; "" if it can."""
-    words = file_access.why_unreadable(path)
+    words = file_access.unreadable_reason(path)
     return f"{shown}: {words}" if words else ""
 
 
@@ -253,9 +255,9 @@ def _read_model(folder: Path) -> list[ModelFile]:
     try:
         entries = sorted(_entries(folder))
     except OSError as error:
-        if not valid_name(folder.name):
+        if not is_valid_name(folder.name):
             raise
-        return [_unreadable_model(folder, f"{folder.name}: {file_access.why(error)}")]
+        return [_unreadable_model(folder, f"{folder.name}: {file_access.os_error_reason(error)}")]
     found = {entry.name: file for entry in entries if (file := _version_file(entry))}
     if not found:
         return _misplaced_model(folder, entries)
@@ -275,7 +277,7 @@ def _version_file(entry: Path) -> tuple[Path, str] | None:
     try:
         entries = sorted(_entries(entry))
     except OSError as error:
-        problem = f"{_shown(entry, 2)}: {file_access.why(error)}"
+        problem = f"{_shown(entry, 2)}: {file_access.os_error_reason(error)}"
         return (usual, problem) if has_version_name else None
     if usual in entries:
         return usual, _problem(usual, _shown(usual, 3))
@@ -332,7 +334,7 @@ def _misplaced_model(folder: Path, entries: list[Path]) -> list[ModelFile]:
         problem = f"{shown}: has no version folder: move it to {name}/1/model.onnx"
         return [ModelFile(model, "1", misplaced, problem=problem)]
     if _is_onnx(folder):
-        return [_unreadable_model(folder, f"{name}: {file_access.why_unreadable(folder)}")]
+        return [_unreadable_model(folder, f"{name}: {file_access.unreadable_reason(folder)}")]
     inner = itertools.islice(filter(file_access.is_folder, entries), _MAX_SEARCHED_FOLDERS)
     deep = next(filter(_has_version, inner), None)
     if deep:
@@ -409,7 +411,7 @@ def default_model(explicit: str | None, names: Iterable[str]) -> str | None:
     """
     if explicit is not None:
         return explicit
-    known = set(filter(valid_name, names))
+    known = set(filter(is_valid_name, names))
     if "iris" in known:
         return "iris"
     return known.pop() if len(known) == 1 else None

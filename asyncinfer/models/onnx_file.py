@@ -48,7 +48,7 @@ def check_weights(path: Path, shown: str) -> None:
     if not path.stat().st_size:
         raise ModelRefused(f"{shown}: it is empty")
     try:
-        found = weights_files(path)
+        found = weights_locations(path)
     except DamagedFile as error:
         if kind := file_kind.guess_instead_of_model(path):
             raise ModelRefused(f"{shown}: it is no ONNX file, but {kind}") from error
@@ -60,16 +60,16 @@ def check_weights(path: Path, shown: str) -> None:
             raise ModelRefused(f"{where} {problem}")
 
 
-def weights_files(path: Path) -> set[str]:
+def weights_locations(path: Path) -> set[str]:
     """The locations of external weights that a file names, as they are written in it.
 
     They may lead anywhere. Raises DamagedFile, ValueError if the file is empty, or OSError.
     """
     with mapped(path) as content:
-        return set(locations(content))
+        return set(find_locations(content))
 
 
-def looks_whole(path: Path) -> bool:
+def looks_complete(path: Path) -> bool:
     """Whether the file may be a complete model; False if it is unreadable, raises nothing.
 
     It is as fast for a large file as for a small one, since only the outermost fields are read.
@@ -110,7 +110,7 @@ def _problem(folder: Path, location: str) -> str:
         return f"is a link that leads out of the model's folder{_PUT_IT_HERE}"
     if not os.path.lexists(target):
         return f"is not there{_PUT_IT_HERE}"
-    if problem := file_access.why_unreadable(target):
+    if problem := file_access.unreadable_reason(target):
         return problem
     if target.stat().st_nlink > 1:
         return f"is a hard link, so that it may be another file's content{_PUT_IT_HERE}"
@@ -121,7 +121,7 @@ def _problem(folder: Path, location: str) -> str:
     return ""
 
 
-def locations(content: memoryview) -> Iterator[str]:
+def find_locations(content: memoryview) -> Iterator[str]:
     """Every `location` of external data in a serialized model, with repeats; raises DamagedFile.
 
     Bytes that are not UTF-8 become surrogates.
@@ -163,17 +163,17 @@ def fields(
     and NO_END. Other fields are skipped. Raises DamagedFile.
     """
     while at < end:
-        tag, at = varint(content, at, end)
+        tag, at = read_varint(content, at, end)
         if tag < 8:  # rejects a file of zeros, such as preallocated space
             raise DamagedFile("a field without a number")
         kind = tag & 7
         if kind == _VARINT:
-            value, at = varint(content, at, end)
+            value, at = read_varint(content, at, end)
             if with_numbers:
                 yield tag >> 3, value, NO_END
             continue
         if kind == _BYTES:
-            size, at = varint(content, at, end)
+            size, at = read_varint(content, at, end)
         elif kind in (_I64, _I32):
             size = 8 if kind == _I64 else 4
         else:
@@ -192,7 +192,7 @@ def _too_long(missing_bytes: int, end: int, content: memoryview) -> str:
     return f"{missing_bytes} bytes are missing at its end; copy or download it again"
 
 
-def varint(content: memoryview, at: int, end: int) -> tuple[int, int]:
+def read_varint(content: memoryview, at: int, end: int) -> tuple[int, int]:
     """The number without a sign that starts at `at`, and the offset after it.
 
     Raises DamagedFile if it does not end before `end`, or has more than 10 bytes.

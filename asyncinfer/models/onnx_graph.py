@@ -9,7 +9,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from asyncinfer.models.onnx_file import NO_END, fields, mapped, varint
+from asyncinfer.models.onnx_file import NO_END, fields, mapped, read_varint
 
 _MAX_NODES: Final = 200_000
 _MAX_NAMES: Final = 2_000_000
@@ -32,7 +32,7 @@ _LIST_ATTRIBUTES: Final = frozenset({"axes", "value"})
 Dims = tuple[int, ...]
 
 
-class TooLarge(ValueError):
+class GraphTooLarge(ValueError):
     """The graph has more parts than the limits allow."""
 
 
@@ -43,9 +43,9 @@ class Node(Struct, frozen=True):
     operator: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    numbers: dict[str, int]
+    integers: dict[str, int]
     """The attributes in _INTEGER_ATTRIBUTES that it has."""
-    lists: dict[str, Dims]
+    integer_lists: dict[str, Dims]
     """The attribute `axes`, and the dimensions of the tensor in a Constant's `value`."""
     graphs: tuple["Graph", ...]
     key: tuple[str, str, str]
@@ -57,18 +57,18 @@ class Graph(Struct, frozen=True):
 
     inputs: tuple[str, ...]
     nodes: tuple[Node, ...]
-    tables: dict[str, Dims]
+    initializers: dict[str, Dims]
     """The dimensions of each initializer."""
-    reads: frozenset[str]
+    names_read: frozenset[str]
     """Every name that its nodes read, also in the graphs of nodes."""
 
 
-class File(Struct, frozen=True):
+class OnnxFile(Struct, frozen=True):
     """The graph of a file and the functions that it defines."""
 
     graph: Graph
     functions: dict[tuple[str, str, str], "Function"]
-    of_any_rank: frozenset[str]
+    unknown_rank: frozenset[str]
     """Inputs and outputs whose type has no shape: they may have any number of dimensions."""
 
 
@@ -80,13 +80,13 @@ class Function(Struct, frozen=True):
     nodes: tuple[Node, ...]
 
 
-def read(path: Path) -> File:
+def read(path: Path) -> OnnxFile:
     """The graph of a file; raises TooLarge, DamagedFile (ValueError if it is empty) or OSError."""
     with mapped(path) as content:
         return read_content(content)
 
 
-def read_content(content: memoryview) -> File:
+def read_content(content: memoryview) -> OnnxFile:
     """The graph in the bytes of a file; raises TooLarge or DamagedFile."""
     return _Reader(content).file()
 
@@ -104,7 +104,7 @@ class _Reader:
         self._names = 0
         self._numbers = 0
 
-    def file(self) -> File:
+    def file(self) -> OnnxFile:
         """The whole file."""
         graph = _Parts()
         functions = {}
@@ -115,12 +115,12 @@ class _Reader:
                 key, function = self._function(begin, end)
                 functions[key] = function
         of_any_rank = frozenset(name for name, has_shape in graph.shaped.items() if not has_shape)
-        return File(graph.build(), functions, of_any_rank)
+        return OnnxFile(graph.build(), functions, of_any_rank)
 
     def _graph(self, begin: int, end: int, depth: int) -> Graph:
         """The graph in these bounds, which is within a node."""
         if depth > _MAX_DEPTH:
-            raise TooLarge
+            raise GraphTooLarge
         parts = _Parts()
         self._add_graph(parts, begin, end, depth)
         return parts.build()
@@ -158,7 +158,7 @@ class _Reader:
         """The node in these bounds."""
         self._nodes += 1
         if self._nodes > _MAX_NODES:
-            raise TooLarge
+            raise GraphTooLarge
         words = {4: "", 7: "", 8: ""}
         names: dict[int, list[str]] = {1: [], 2: []}
         spans = []
@@ -227,14 +227,14 @@ class _Reader:
         at = start
         while at < stop:
             self._count_number()
-            value, at = varint(self._content, at, stop)
+            value, at = read_varint(self._content, at, stop)
             yield _signed(value)
 
     def _count_number(self) -> None:
         """Counts a number; raises TooLarge beyond the limit."""
         self._numbers += 1
         if self._numbers > _MAX_NUMBERS:
-            raise TooLarge
+            raise GraphTooLarge
 
     def _value(self, begin: int, end: int) -> tuple[str, bool]:
         """The name of an input or output, and whether its type has a shape."""
@@ -249,7 +249,7 @@ class _Reader:
     def _has_shape(self, begin: int, end: int, depth: int) -> bool:
         """Whether a type has a shape; for an optional, whether the type of its element has one."""
         if depth > _MAX_DEPTH:
-            raise TooLarge
+            raise GraphTooLarge
         for number, start, stop in fields(self._content, begin, end):
             if number not in (_TENSOR, _OPTIONAL):
                 continue
@@ -267,7 +267,7 @@ class _Reader:
         """
         self._names += 1
         if self._names > _MAX_NAMES:
-            raise TooLarge
+            raise GraphTooLarge
         return str(self._content[start:stop], "utf-8", "surrogateescape")
 
 
@@ -292,7 +292,7 @@ class _Parts:
     def build(self) -> Graph:
         """The graph of the parts so far."""
         reads = {name for node in self.nodes for name in node.inputs}
-        reads.update(*(graph.reads for node in self.nodes for graph in node.graphs))
+        reads.update(*(graph.names_read for node in self.nodes for graph in node.graphs))
         return Graph(tuple(self.inputs), tuple(self.nodes), self.tables, frozenset(reads))
 
 

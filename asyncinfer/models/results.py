@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from asyncinfer.errors import ModelFailed
 from asyncinfer.models import batching
-from asyncinfer.models.batching import Plan
+from asyncinfer.models.batching import BatchPlan
 from asyncinfer.models.signature import Signature
 from asyncinfer.tensors import packing
 from asyncinfer.tensors.datatypes import DTYPES, Array, Feeds, datatype_of
@@ -88,10 +88,10 @@ def render_results(
     outputs: Sequence[Array],
     jobs: Sequence[Feeds],
     signature: Signature,
-    plan: Plan | None,
+    plan: BatchPlan | None,
     *,
     answer: str = "json",
-    wanted: Sequence[str] = (),
+    output_names: Sequence[str] = (),
 ) -> list[bytes]:
     """The results of all jobs of one run, in their order, as bytes to store.
 
@@ -104,20 +104,20 @@ def render_results(
     """
     if answer == "tensors":
         return [
-            packing.pack(dict(_wanted_outputs(job_outputs, signature, wanted)))
+            packing.pack(dict(_wanted_outputs(job_outputs, signature, output_names)))
             for job_outputs in batching.split(outputs, jobs, plan)
         ]
-    rows = None if wanted else _class_rows(outputs, signature)
+    rows = None if output_names else _class_rows(outputs, signature)
     if rows is None:
-        return _render_tensors(outputs, jobs, signature, plan, wanted)
+        return _render_tensors(outputs, jobs, signature, plan, output_names)
     if len(jobs) == 1 or plan is None:
         return [_encode_rows(rows)]
-    counts = [batching.rows_of(feeds, plan) for feeds in jobs]
+    counts = [batching.row_count(feeds, plan) for feeds in jobs]
     batching.check_rows(outputs, sum(counts), plan.outputs)
     return [_encode_rows(rows[start:end]) for start, end in batching.spans(counts)]
 
 
-def render_stored(payload: bytes) -> bytes:
+def render_packed(payload: bytes) -> bytes:
     """The JSON of a result that is stored as packed tensors, always that of named outputs.
 
     These are the same bytes that the worker stores for a job that requests JSON of a model without
@@ -130,7 +130,7 @@ def _render_tensors(
     outputs: Sequence[Array],
     jobs: Sequence[Feeds],
     signature: Signature,
-    plan: Plan | None,
+    plan: BatchPlan | None,
     wanted: Sequence[str],
 ) -> list[bytes]:
     """The JSON of the wanted outputs of each job, in the order of `jobs`; raises ModelFailed."""
@@ -140,7 +140,7 @@ def _render_tensors(
             for job_outputs in batching.split(outputs, jobs, plan)
         ]
     # Converting all rows to lists at once takes a fifth of the time of converting job by job.
-    counts = [batching.rows_of(feeds, plan) for feeds in jobs]
+    counts = [batching.row_count(feeds, plan) for feeds in jobs]
     batching.check_rows(outputs, sum(counts), plan.outputs)
     tensors = [
         _Rows.of(name, output) for name, output in _wanted_outputs(outputs, signature, wanted)
@@ -151,7 +151,7 @@ def _render_tensors(
     ]
 
 
-def _is_convertible_at_once(outputs: Sequence[Array], plan: Plan) -> bool:
+def _is_convertible_at_once(outputs: Sequence[Array], plan: BatchPlan) -> bool:
     """Whether all outputs are small, have their rows along axis 0, and are not padded."""
     if any(axis != 0 for axis in plan.outputs) or plan.unpad:
         return False

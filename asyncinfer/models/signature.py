@@ -61,7 +61,7 @@ class Signature(Struct, frozen=True):
     the values are the columns themselves."""
 
 
-_read_signature = decoding.reader(msgspec.json.Decoder(Signature).decode)
+_read_signature = decoding.lenient_decoder(msgspec.json.Decoder(Signature).decode)
 _MAX_ELEMENTS: Final = 1 << 48
 _MAX_EXAMPLE_DEPTH: Final = 2 * datatypes.MAX_DIMENSIONS
 

@@ -7,11 +7,11 @@ from typing import Final
 
 import msgspec
 
-from asyncinfer.errors import Fault
+from asyncinfer.errors import InputError
 from asyncinfer.models.signature import Signature, data_input
 from asyncinfer.tensors import datatypes, json_errors, shape_errors
 from asyncinfer.tensors.datatypes import Array, Feeds, TensorSpec
-from asyncinfer.tensors.shape_errors import Given
+from asyncinfer.tensors.shape_errors import TensorDescription
 
 
 def check_data(data: bytes | msgspec.Raw, signature: Signature) -> Array:
@@ -23,7 +23,7 @@ def check_data(data: bytes | msgspec.Raw, signature: Signature) -> Array:
     """
     spec = data_input(signature)
     if spec is None:
-        raise json_errors.refusal([Fault("/data", _no_data_detail(signature))])
+        raise json_errors.invalid_input_error([InputError("/data", _no_data_detail(signature))])
     data = bytes(data)
     model, max_rows = signature.model, signature.max_rows
     if len(data) > _LARGE_BYTES:
@@ -35,12 +35,12 @@ def check_data(data: bytes | msgspec.Raw, signature: Signature) -> Array:
     else:
         if array.shape and array.shape[0] > max_rows:
             _check_rows(array.shape[0], spec, signature)
-        if datatypes.fits(array.shape, spec):
+        if datatypes.shape_fits(array.shape, spec):
             return array
-        takes = f"{model} takes shape {datatypes.shape_words(spec)}"
+        takes = f"{model} takes shape {datatypes.shape_text(spec)}"
         problem = f"its shape is {list(array.shape)}, {takes}"
-    found = json_errors.find(data, spec, model=model, max_rows=max_rows)
-    raise json_errors.refusal(found, otherwise=problem)
+    found = json_errors.find_errors(data, spec, model=model, max_rows=max_rows)
+    raise json_errors.invalid_input_error(found, otherwise=problem)
 
 
 _LARGE_BYTES: Final = 64 << 10
@@ -66,21 +66,25 @@ def _count_rows(data: bytes, spec: TensorSpec) -> int:
 
 def _check_rows(rows: int, spec: TensorSpec, signature: Signature) -> None:
     """Raises InvalidInput if there are more rows than the model allows and it limits them."""
-    if datatypes.is_open(spec) and rows > signature.max_rows:
+    if datatypes.has_dynamic_first_dim(spec) and rows > signature.max_rows:
         detail = json_errors.too_many_rows_detail(
             str(rows), spec, model=signature.model, max_rows=signature.max_rows
         )
-        raise json_errors.refusal([Fault("/data", detail)])
+        raise json_errors.invalid_input_error([InputError("/data", detail)])
 
 
-def check_data_alike(data: Sequence[bytes], signature: Signature) -> list[Array] | None:
+def check_uniform_data(data: Sequence[bytes], signature: Signature) -> list[Array] | None:
     """`check_data` of several texts at once, in a third of the time.
 
     Returns an array `(rows of the text, *dims)` per text, all views of one array. Returns None
     unless all texts are numbers that fit, with rows of one shape; `check_data` then says why.
     """
     spec = data_input(signature)
-    if spec is None or not datatypes.is_open(spec) or spec.datatype in ("BYTES", "BOOL"):
+    if (
+        spec is None
+        or not datatypes.has_dynamic_first_dim(spec)
+        or spec.datatype in ("BYTES", "BOOL")
+    ):
         return None
     try:
         rows, counts = datatypes.decode_rows(data, spec)
@@ -88,7 +92,7 @@ def check_data_alike(data: Sequence[bytes], signature: Signature) -> list[Array]
         return None
     if not (min(counts) > 0 and max(counts) <= signature.max_rows):
         return None
-    if not datatypes.fits(rows.shape, spec):
+    if not datatypes.shape_fits(rows.shape, spec):
         return None
     ends = itertools.accumulate(counts, initial=0)
     return [rows[start:end] for start, end in itertools.pairwise(ends)]
@@ -100,22 +104,24 @@ def check_inputs(feeds: Feeds, signature: Signature) -> Feeds:
     Raises InvalidInput, which lists every error with a JSON pointer that starts with /inputs. The
     API and the worker both call this.
     """
-    refuse_misfits(shape_errors.described(feeds), signature, shape_errors.invalid_booleans(feeds))
+    reject_mismatches(
+        shape_errors.describe_tensors(feeds), signature, shape_errors.invalid_booleans(feeds)
+    )
     return {spec.name: feeds[spec.name] for spec in signature.inputs if spec.name in feeds}
 
 
-def refuse_misfits(
-    given: Sequence[Given], signature: Signature, others: Iterable[Fault] = ()
+def reject_mismatches(
+    given: Sequence[TensorDescription], signature: Signature, others: Iterable[InputError] = ()
 ) -> None:
     """Raises InvalidInput if the described tensors do not fit the signature, or for `others`.
 
     The error lists both.
     """
-    found = shape_errors.find(
+    found = shape_errors.find_errors(
         given, signature.inputs, model=signature.model, max_rows=signature.max_rows
     )
     if errors := [*found, *others]:
-        raise json_errors.refusal(errors)
+        raise json_errors.invalid_input_error(errors)
 
 
 def _no_data_detail(signature: Signature) -> str:

@@ -15,7 +15,7 @@ from msgspec import Struct
 from asyncinfer.errors import StartError
 from asyncinfer.processes import child_process
 from asyncinfer.processes.child_process import Child
-from asyncinfer.processes.supervisor import Restarter, Stop, drain
+from asyncinfer.processes.supervisor import Restarter, StopSignals, drain
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ _MAX_REPORT_BYTES: Final = 4096
 """A write of this size to a pipe is atomic."""
 
 
-class ApiProcesses(Struct, frozen=True, kw_only=True):
+class ApiProcessPlan(Struct, frozen=True, kw_only=True):
     """How many API processes to start, and how."""
 
     count: int
@@ -39,7 +39,9 @@ class ApiProcesses(Struct, frozen=True, kw_only=True):
 
 
 @asynccontextmanager
-async def running(plan: ApiProcesses, stop: Stop) -> AsyncIterator[asyncio.Event]:
+async def run_api_processes(
+    plan: ApiProcessPlan, stop: StopSignals
+) -> AsyncIterator[asyncio.Event]:
     """Starts the processes, restarts those that end, and yields an event that is set once the first
     is ready. On leaving it drains them: each has 5 s to finish, unless `stop.hurry` is set.
 
@@ -58,7 +60,7 @@ async def running(plan: ApiProcesses, stop: Stop) -> AsyncIterator[asyncio.Event
 
 @asynccontextmanager
 async def _run_restarters(
-    plan: ApiProcesses, restarters: list[Restarter]
+    plan: ApiProcessPlan, restarters: list[Restarter]
 ) -> AsyncIterator[asyncio.Event]:
     """`running` without the end: adds a Restarter for each process to `restarters`, and leaves the
     processes running."""
@@ -77,14 +79,14 @@ async def _run_restarters(
         group.cancel_scope.cancel()
 
 
-async def _drain_all(restarters: Sequence[Restarter], stop: Stop) -> None:
+async def _drain_all(restarters: Sequence[Restarter], stop: StopSignals) -> None:
     """Drains all processes at once; returns when the last has ended."""
     async with anyio.create_task_group() as group:
         for restarter in restarters:
-            group.start_soon(drain, restarter.child, _GRACE_SECONDS, stop.hurry)
+            group.start_soon(drain, restarter.child, _GRACE_SECONDS, stop.hurry_requested)
 
 
-def _spawn(plan: ApiProcesses) -> tuple[Child, int]:
+def _spawn(plan: ApiProcessPlan) -> tuple[Child, int]:
     """Starts a process; returns it and the descriptor from which its report is read, which the
     caller closes."""
     read_fd, write_fd = os.pipe()

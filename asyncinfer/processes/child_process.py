@@ -51,7 +51,7 @@ class Child:
         return self._process.pid
 
     @property
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether the child has not ended yet, as far as the event loop knows."""
         return not self._ended.is_set()
 
@@ -78,7 +78,7 @@ class Child:
         """Waits in a thread for the child's end, then ends its watchdog and wakes those who
         `wait`."""
         self._process.wait()
-        release(self._lifeline)
+        release_watchdog(self._lifeline)
         with contextlib.suppress(RuntimeError):  # the loop may be closed by now
             loop.call_soon_threadsafe(self._ended.set)
 
@@ -122,7 +122,7 @@ def spawn(
                 preexec_fn=tied.before_exec,
             )
     except OSError:
-        release(tied.lifeline)
+        release_watchdog(tied.lifeline)
         raise
     return Child(process, tied.lifeline)
 
@@ -176,7 +176,7 @@ def by_watchdog(
     )
 
 
-def release(lifeline: IO[bytes]) -> None:
+def release_watchdog(lifeline: IO[bytes]) -> None:
     """Ends the watchdog of a child that has ended, whose pid may soon be another process's, and
     closes `lifeline`. Also right for a child that has no watchdog."""
     with contextlib.suppress(BrokenPipeError), lifeline:

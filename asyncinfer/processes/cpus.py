@@ -9,7 +9,7 @@ from typing import Final
 _ROOT: Final = Path("/")
 
 
-def cores(root: Path = _ROOT) -> int:
+def usable_cores(root: Path = _ROOT) -> int:
     """How many cores this process may use, at least 1; a fraction counts as a whole core.
 
     `root` is the folder in which `proc` and `sys` are mounted.

@@ -19,21 +19,21 @@ class LimitedLog:
 
     def warning(self, cause: str) -> None:
         """Logs the line `cause`, unless it was logged less than `pause_seconds` ago."""
-        if self.take_turn(cause):
+        if self.may_write(cause):
             self._logger.warning("%s", cause)
 
     def error(self, cause: str) -> None:
         """Logs the line `cause`, unless it was logged less than `pause_seconds` ago."""
-        if self.take_turn(cause):
+        if self.may_write(cause):
             self._logger.error("%s", cause)
 
     def unexpected(self, what: str, error: BaseException) -> None:
         """Logs the line `what` as an error with the exception's traceback, at most once in
         `pause_seconds` for each type of exception."""
-        if self.take_turn(f"{what} {type(error).__name__}"):
+        if self.may_write(f"{what} {type(error).__name__}"):
             self._logger.error("%s", what, exc_info=error)
 
-    def take_turn(self, cause: str) -> bool:
+    def may_write(self, cause: str) -> bool:
         """Whether a line of this cause may be written now. If True, it counts as written: the next
         call returns False until `pause_seconds` are over."""
         now = time.monotonic()

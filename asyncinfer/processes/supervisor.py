@@ -33,7 +33,7 @@ _STABLE_SECONDS: Final = 60.0
 """After this run time a child no longer counts as one that keeps failing."""
 
 
-class Plan(Struct, frozen=True, kw_only=True):
+class ServePlan(Struct, frozen=True, kw_only=True):
     """What runs besides the API."""
 
     redis_url: str | None = None
@@ -46,7 +46,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     drain_seconds: float = 20.0
 
 
-class Beside(Protocol):
+class BackgroundTasks(Protocol):
     """Tasks that `serve` runs before and besides the worker, for the Redis at a URL."""
 
     async def before_worker(self, url: str) -> None:
@@ -58,7 +58,7 @@ class Beside(Protocol):
         `worker_pid` returns the pid of the current worker process."""
 
 
-async def serve(plan: Plan, api: "Api", beside: Beside | None = None) -> None:
+async def serve(plan: ServePlan, api: "Api", beside: BackgroundTasks | None = None) -> None:
     """Runs `api`, the plan's worker, and an embedded Valkey unless `plan.redis_url` is set;
     restarts the worker and Valkey if they end. Returns after SIGINT or SIGTERM, once the API, the
     worker and Valkey have ended in this order; a second signal hastens the end.
@@ -72,7 +72,7 @@ async def serve(plan: Plan, api: "Api", beside: Beside | None = None) -> None:
             async with (
                 _run_worker(plan, url, stop) as worker_pid,
                 _run_beside(beside, url, worker_pid),
-                _cancel_when(stop.asked),
+                _cancel_when(stop.stop_requested),
             ):
                 await api(url, stop)
 
@@ -80,40 +80,40 @@ async def serve(plan: Plan, api: "Api", beside: Beside | None = None) -> None:
 # --- signals ---------------------------------------------------------------------------------
 
 
-class Stop:
+class StopSignals:
     """What signals request: `asked` is set by the first one, for a stop, and `hurry` by later ones,
     for a stop without delay."""
 
     def __init__(self) -> None:
-        self.asked = asyncio.Event()
-        self.hurry = asyncio.Event()
+        self.stop_requested = asyncio.Event()
+        self.hurry_requested = asyncio.Event()
         self._first_is_ours = True
 
-    def ask(self) -> None:
+    def count_signal(self) -> None:
         """Counts a signal: sets `asked` for the first one, and `hurry` for a later one or after
         `hand_over`."""
-        (self.asked if self._first_is_ours else self.hurry).set()
+        (self.stop_requested if self._first_is_ours else self.hurry_requested).set()
         self._first_is_ours = False
 
-    def hand_over(self) -> None:
+    def leave_first_to_api(self) -> None:
         """Leaves the first signal to the API's server: a signal that arrives here from now on is a
         later one."""
         self._first_is_ours = False
 
 
-Api = Callable[[str, Stop], Awaitable[None]]
+Api = Callable[[str, StopSignals], Awaitable[None]]
 """Serves with the Redis at a URL, until it is cancelled or, after `hand_over`, a signal ends it."""
 
 
 @contextmanager
-def _signals() -> Iterator[Stop]:
+def _signals() -> Iterator[StopSignals]:
     """Counts each SIGINT and SIGTERM in the `Stop` that it yields, unless a server in this process
     has installed its own handlers; restores the earlier handlers on leaving. Main thread only."""
-    stop = Stop()
+    stop = StopSignals()
     loop = asyncio.get_running_loop()
 
     def handle(_: int, __: FrameType | None) -> None:
-        loop.call_soon_threadsafe(stop.ask)
+        loop.call_soon_threadsafe(stop.count_signal)
 
     earlier = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -140,7 +140,7 @@ async def _cancel_when(event: asyncio.Event) -> AsyncIterator[None]:
 # --- Valkey ----------------------------------------------------------------------------------
 
 
-def _redis(plan: Plan) -> AbstractAsyncContextManager[str]:
+def _redis(plan: ServePlan) -> AbstractAsyncContextManager[str]:
     """The Redis of a plan as a block that yields its URL: the one at `redis_url`, else an embedded
     one that lives as long as the block."""
     return _external_redis(plan.redis_url) if plan.redis_url else _embedded_redis(plan.data_dir)
@@ -165,7 +165,9 @@ async def _embedded_redis(data_dir: Path) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def _run_worker(plan: Plan, url: str, stop: Stop) -> AsyncIterator[Callable[[], int] | None]:
+async def _run_worker(
+    plan: ServePlan, url: str, stop: StopSignals
+) -> AsyncIterator[Callable[[], int] | None]:
     """Runs the worker and restarts it if it ends; yields a function that returns its pid, which
     changes with each restart, or None if the plan has no worker. Drains the worker on leaving.
 
@@ -186,12 +188,12 @@ async def _run_worker(plan: Plan, url: str, stop: Stop) -> AsyncIterator[Callabl
             yield lambda: restarter.child.pid
     finally:
         with anyio.CancelScope(shield=True):
-            await drain(restarter.child, plan.drain_seconds, stop.hurry)
+            await drain(restarter.child, plan.drain_seconds, stop.hurry_requested)
 
 
 @asynccontextmanager
 async def _run_beside(
-    beside: Beside | None, url: str, worker_pid: Callable[[], int] | None
+    beside: BackgroundTasks | None, url: str, worker_pid: Callable[[], int] | None
 ) -> AsyncIterator[None]:
     """Runs `beside.beside_worker` during the block; does nothing if there is no `beside` or no
     worker."""

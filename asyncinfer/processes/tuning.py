@@ -11,7 +11,7 @@ _OBJECTS_OF_A_START: Final = 200_000
 _YOUNG_OBJECTS: Final = 20_000
 
 
-def lean_start() -> None:
+def tune_for_start() -> None:
     """Makes the start cheap: collects garbage rarely, and lets numpy start no threads. Call it
     first, before numpy is imported.
 
@@ -23,16 +23,16 @@ def lean_start() -> None:
     gc.set_threshold(_OBJECTS_OF_A_START)
 
 
-def settle() -> None:
+def tune_for_serving() -> None:
     """Excludes all that is loaded by now from later garbage collections, and makes them rarer; call
     it once the process serves. With Python's own threshold (700) collections took 7 % of the API's
     time and caused most of its slowest replies."""
-    trim()
+    release_freed_memory()
     gc.freeze()
     gc.set_threshold(_YOUNG_OBJECTS, 10, 10)
 
 
-def trim() -> None:
+def release_freed_memory() -> None:
     """Returns freed memory to the system: after loading and closing twenty models the allocator
     would still hold most of their weights. Does nothing with an allocator other than glibc's."""
     if sys.platform != "linux":

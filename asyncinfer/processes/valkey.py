@@ -54,7 +54,7 @@ _MALLOC: Final = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=2000:glibc.malloc
 
 @asynccontextmanager
 async def embedded(
-    data_dir: Path, *, leaving_seconds: float = _PREDECESSOR_SECONDS
+    data_dir: Path, *, predecessor_seconds: float = _PREDECESSOR_SECONDS
 ) -> AsyncIterator["Server"]:
     """Runs a server, ready for commands, and stops it on leaving.
 
@@ -71,7 +71,7 @@ async def embedded(
         _socket_folder(home) as folder,
     ):
         _take(serve_lock, data_dir)
-        await _take_when_free(valkey_lock, data_dir, leaving_seconds)
+        await _take_when_free(valkey_lock, data_dir, predecessor_seconds)
         server = Server(binary, home, folder / "valkey.sock", valkey_lock)
         await server.start()
         try:
@@ -143,7 +143,7 @@ class Server:
         """Polls until the server replies to a PING; raises StartError if it ends or is silent for
         10 s."""
         silent_until = time.monotonic() + _MAX_SILENT_SECONDS
-        while time.monotonic() < silent_until and self.child.alive:
+        while time.monotonic() < silent_until and self.child.is_alive:
             answer = await _ping(self._path)
             if answer == b"+PONG\r\n":
                 return

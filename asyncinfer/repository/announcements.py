@@ -11,11 +11,11 @@ from asyncinfer.repository.store import Store
 from asyncinfer.schemas.operations import JobsDone
 from asyncinfer.untrusted import decoding
 
-ANNOUNCE_SECONDS: Final = 3.0
+ANNOUNCE_INTERVAL_SECONDS: Final = 3.0
 _PACE_SECONDS: Final = 30 * 24 * 3600
 
 
-class Announced(Struct, frozen=True):
+class AnnouncedModels(Struct, frozen=True):
     """All announced models."""
 
     default_model: str | None
@@ -31,7 +31,7 @@ _Count = Annotated[int, Meta(ge=0, le=1 << 53)]
 _Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 
 
-class WorkerSays(Struct, frozen=True):
+class WorkerAnnouncement(Struct, frozen=True):
     """What a live worker announces of itself and its models; an older release leaves fields out."""
 
     models: tuple[str, ...] = ()
@@ -67,15 +67,15 @@ class WorkerSays(Struct, frozen=True):
     """The model whose queue is QUEUE_NAME itself; None if the worker knows that there is none."""
 
 
-_read_worker = decoding.reader(msgspec.json.Decoder(WorkerSays).decode)
+_read_worker = decoding.lenient_decoder(msgspec.json.Decoder(WorkerAnnouncement).decode)
 
 
-def worker_says(body: bytes) -> WorkerSays:
+def decode_worker_announcement(body: bytes) -> WorkerAnnouncement:
     """Decodes an announcement; an empty one if the bytes are corrupt."""
-    return _read_worker(body) or WorkerSays()
+    return _read_worker(body) or WorkerAnnouncement()
 
 
-def models_to_come(says: WorkerSays) -> set[str]:
+def upcoming_models(says: WorkerAnnouncement) -> set[str]:
     """Models whose jobs a worker will claim but does not claim yet: they lie in its folder, or are
     loaded and about to be announced. Empty for a worker that drains or hangs."""
     if says.state not in ("starting", "ready"):
@@ -83,7 +83,7 @@ def models_to_come(says: WorkerSays) -> set[str]:
     return {*says.loading, *says.versions} - {*says.models}
 
 
-def serves(worker: WorkerSays, model: str) -> bool:
+def serves_or_loads(worker: WorkerAnnouncement, model: str) -> bool:
     """Whether a worker claims the jobs of a model, or will once it has loaded the model."""
     return model in worker.models or model in worker.versions or model in worker.loading
 
@@ -96,23 +96,23 @@ class Announcements:
 
     async def announce_queues(self, queues: Collection[str]) -> None:
         """Lists queues in the set of all queues, which sweeps, repairs and listings go through."""
-        await self._add_missing(keys.queues(self._store.n), queues)
+        await self._add_missing(keys.queues(self._store.queue_name), queues)
 
     async def announce_model_names(self, names: Collection[str]) -> None:
         """Lists models in the set of all models; the versions are announced one by one."""
-        await self._add_missing(keys.models(self._store.n), names)
+        await self._add_missing(keys.models(self._store.queue_name), names)
 
     async def _add_missing(self, key: str, names: Collection[str]) -> None:
         """Reads before it writes: nearly always all are there, and a write is replicated."""
         if names:
             all_known = [1] * len(names)
-            known = await self._store.look("SMISMEMBER", key, *names, otherwise=all_known)
+            known = await self._store.read("SMISMEMBER", key, *names, otherwise=all_known)
             if missing := [name for name, is_in in zip(names, known, strict=True) if not is_in]:
                 await self._store.command("SADD", key, *missing)
 
     async def announce_models(self, signatures: Mapping[str, Mapping[str, bytes]]) -> None:
         """Announces models: {model: {version: signature as JSON}}. They stay until retracted."""
-        n = self._store.n
+        n = self._store.queue_name
         if not signatures:
             return
         await self._store.command("SADD", keys.models(n), *signatures)
@@ -120,16 +120,18 @@ class Announcements:
             fields = [part for pair in versions.items() for part in pair]
             await self._store.command("HSET", keys.model(n, name), *fields)
 
-    async def announced_versions(self, model: str) -> dict[str, bytes]:
+    async def read_versions(self, model: str) -> dict[str, bytes]:
         """{version: signature as JSON}, announced by any worker; empty for an unknown model."""
-        reply = await self._store.look("HGETALL", keys.model(self._store.n, model), otherwise={})
+        reply = await self._store.read(
+            "HGETALL", keys.model(self._store.queue_name, model), otherwise={}
+        )
         fields = ((decoding.name(version), body) for version, body in reply.items())
         return {version: body for version, body in fields if version is not None}
 
-    async def default_versions(self) -> dict[str, str]:
+    async def read_default_versions(self) -> dict[str, str]:
         """{model: version}, only for models whose default version is not the highest."""
-        key = keys.default_versions(self._store.n)
-        reply = await self._store.look("HGETALL", key, otherwise={})
+        key = keys.default_versions(self._store.queue_name)
+        reply = await self._store.read("HGETALL", key, otherwise={})
         fields = (
             (decoding.name(model), decoding.name(version)) for model, version in reply.items()
         )
@@ -137,12 +139,12 @@ class Announcements:
 
     async def is_announced(self, model: str, version: str) -> bool:
         """Whether this version is announced, by any worker."""
-        key = keys.model(self._store.n, model)
-        return bool(await self._store.look("HEXISTS", key, version, otherwise=0))
+        key = keys.model(self._store.queue_name, model)
+        return bool(await self._store.read("HEXISTS", key, version, otherwise=0))
 
-    async def announce_first(self, model: str, version: str, body: bytes) -> bytes:
+    async def announce_if_absent(self, model: str, version: str, body: bytes) -> bytes:
         """Announces a version unless it is announced; returns the signature announced now."""
-        n = self._store.n
+        n = self._store.queue_name
         await self._store.command("SADD", keys.models(n), model)
         await self._store.command("HSETNX", keys.model(n, model), version, body)
         stored = await self._store.command("HGET", keys.model(n, model), version)
@@ -150,7 +152,7 @@ class Announcements:
 
     async def retract_version(self, model: str, version: str) -> None:
         """Removes a version that no worker has any more, and the model with its last version."""
-        n = self._store.n
+        n = self._store.queue_name
         if not await self._store.command("HDEL", keys.model(n, model), version):
             return
         if not await self._store.command("EXISTS", keys.model(n, model)):
@@ -159,8 +161,8 @@ class Announcements:
 
     async def announce_default_versions(self, wanted: Mapping[str, str | None]) -> None:
         """Announces the default version of each model; None: it is the highest version."""
-        name = keys.default_versions(self._store.n)
-        known = await self.default_versions()
+        name = keys.default_versions(self._store.queue_name)
+        known = await self.read_default_versions()
         for model, version in wanted.items():
             if version is None and model in known:
                 await self._store.command("HDEL", name, model)
@@ -171,7 +173,7 @@ class Announcements:
         self, worker_id: str, about: Mapping[str, Any], ttl_seconds: float
     ) -> None:
         """Announces a live worker; the announcement expires after `ttl_seconds`."""
-        n = self._store.n
+        n = self._store.queue_name
         ttl_ms = int(ttl_seconds * 1000)
         body = msgspec.json.encode(about)
         await self._store.command("SET", keys.worker(n, worker_id), body, "PX", ttl_ms)
@@ -185,30 +187,32 @@ class Announcements:
         """Stores the slot time of a job by model, for 30 days: the backlog of a queue is estimated
         from it even while no worker is alive."""
         for model, seconds in seconds_per_job.items():
-            name = keys.pace(self._store.n, model)
+            name = keys.pace(self._store.queue_name, model)
             await self._store.command("SET", name, seconds, "EX", _PACE_SECONDS)
 
     async def retract_worker(self, worker_id: str) -> None:
         """Removes a worker's announcement at once, as it ends."""
-        await self._store.command("DEL", keys.worker(self._store.n, worker_id))
-        await self._store.command("ZREM", keys.workers(self._store.n), worker_id)
+        await self._store.command("DEL", keys.worker(self._store.queue_name, worker_id))
+        await self._store.command("ZREM", keys.workers(self._store.queue_name), worker_id)
 
-    async def model_names(self) -> list[str]:
+    async def read_model_names(self) -> list[str]:
         """The models that workers have announced."""
-        known = await self._store.look("SMEMBERS", keys.models(self._store.n), otherwise=())
+        known = await self._store.read(
+            "SMEMBERS", keys.models(self._store.queue_name), otherwise=()
+        )
         return sorted(filter(None, map(decoding.name, known)))
 
-    async def announced(self) -> Announced:
+    async def read_models(self) -> AnnouncedModels:
         """All announced models with their versions and defaults: two commands and one a model."""
-        names = await self.model_names()
-        models = {name: await self.announced_versions(name) for name in names}
-        default_versions = await self.default_versions()
-        return Announced(await self._store.default_model(), models, default_versions)
+        names = await self.read_model_names()
+        models = {name: await self.read_versions(name) for name in names}
+        default_versions = await self.read_default_versions()
+        return AnnouncedModels(await self._store.default_model(), models, default_versions)
 
-    async def workers(self) -> dict[str, bytes]:
+    async def read_workers(self) -> dict[str, bytes]:
         """The live workers: {worker id: announcement as JSON}."""
-        n = self._store.n
-        reply = await self._store.look("ZRANGE", keys.workers(n), 0, -1, otherwise=())
+        n = self._store.queue_name
+        reply = await self._store.read("ZRANGE", keys.workers(n), 0, -1, otherwise=())
         ids = [name for raw_id in reply if (name := decoding.name(raw_id)) is not None]
         if not ids:
             return {}

@@ -24,14 +24,14 @@ from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import PackedArguments, Store, encode_args
 from asyncinfer.untrusted import decoding
 
-MOST_QUEUES_A_CLAIM: Final = 8
+MAX_QUEUES_PER_CLAIM: Final = 8
 _MAX_JOBS_PER_CALL: Final = 256
 _MAX_BYTES_PER_CALL: Final = 1 << 20
 _MAX_CLAIM_BYTES: Final = 2 << 20
 _MIN_TOKEN_BYTES: Final = 65
 """One more than the default of `hash-max-listpack-value` in Redis and Valkey."""
 
-Verdict = Literal[
+FinishVerdict = Literal[
     "completed",
     "failed",
     "cancelled",
@@ -94,24 +94,24 @@ class ClaimRequest(Struct, frozen=True):
 
     queues: tuple[str, ...]
     token: str
-    held: bool
+    is_holding: bool
     """This process holds another claim, so that a job that must run alone is not given to it."""
     max_jobs: int
     low_first: bool = False
     """Jobs of low priority come before the others."""
-    unshared: tuple[str, ...] = ()
+    one_at_a_time: tuple[str, ...] = ()
     """Queues of models whose jobs cannot share a run: a claim takes one job and leaves the rest."""
 
 
-class Claimed(Struct, frozen=True):
+class ClaimReply(Struct, frozen=True):
     """The reply to a request."""
 
     claim: Claim | None
-    blocked: bool = False
+    is_blocked: bool = False
     """The next job must run alone, and this process holds another claim."""
 
 
-class Finished(Struct, frozen=True):
+class JobOutcome(Struct, frozen=True):
     """The outcome of a job."""
 
     job_id: str
@@ -127,17 +127,17 @@ class Finished(Struct, frozen=True):
 class PackedOutcomes(Struct, frozen=True):
     """Outcomes for one call, with their arguments packed before a connection is available."""
 
-    finished: Sequence[Finished]
+    outcomes: Sequence[JobOutcome]
     args: PackedArguments
 
 
-def packed_outcomes(finished: Sequence[Finished]) -> list[PackedOutcomes]:
+def pack_outcomes(finished: Sequence[JobOutcome]) -> list[PackedOutcomes]:
     """Packs outcomes for as few calls as the bounds allow. Always at least one part: a finish may
     carry only `last`."""
     return [PackedOutcomes(part, _pack(part)) for part in _split_into_calls(finished)]
 
 
-class Runs:
+class QueueConsumer:
     """Claims jobs for one worker and stores their outcomes."""
 
     def __init__(self, store: Store, worker_id: str) -> None:
@@ -159,7 +159,7 @@ class Runs:
         names = [name for queue in queues for name in keys.waiting(queue)]
         return bool(await self._store.command("EXISTS", *names))
 
-    async def claim(self, request: ClaimRequest) -> Claimed:
+    async def claim(self, request: ClaimRequest) -> ClaimReply:
         """Claims jobs of the first queue that has some; raises RedisUnavailable."""
         args = encode_args(await self._claim_args(request))
         return self._parse_claim_reply(
@@ -169,13 +169,13 @@ class Runs:
     async def finish(
         self,
         claim: Claim,
-        finished: Sequence[Finished],
+        finished: Sequence[JobOutcome],
         *,
         last: bool,
         following: ClaimRequest | None = None,
-    ) -> tuple[list[Verdict], Claimed]:
+    ) -> tuple[list[FinishVerdict], ClaimReply]:
         """`finish_packed` for outcomes that are not packed yet."""
-        outcomes = packed_outcomes(finished)
+        outcomes = pack_outcomes(finished)
         return await self.finish_packed(claim, outcomes, last=last, following=following)
 
     async def finish_packed(
@@ -185,14 +185,14 @@ class Runs:
         *,
         last: bool,
         following: ClaimRequest | None = None,
-    ) -> tuple[list[Verdict], Claimed]:
+    ) -> tuple[list[FinishVerdict], ClaimReply]:
         """Stores outcomes of jobs of `claim`, and claims jobs for the `following` request in the
         last call. `last`: no job of the claim is unfinished any more.
 
         Returns a verdict for each outcome and the reply to `following`. Raises RedisUnavailable;
         then the same arguments may be sent again, no matter what the first call did.
         """
-        verdicts: list[Verdict] = []
+        verdicts: list[FinishVerdict] = []
         for part in outcomes[:-1]:
             verdicts += (await self._finish(claim, part, last=False, following=None))[0]
         ended, claimed = await self._finish(claim, outcomes[-1], last=last, following=following)
@@ -205,24 +205,24 @@ class Runs:
         *,
         last: bool,
         following: ClaimRequest | None,
-    ) -> tuple[list[Verdict], Claimed]:
-        header: dict[str, Any] = {**self._store.policy.ending(), "token": claim.token}
+    ) -> tuple[list[FinishVerdict], ClaimReply]:
+        header: dict[str, Any] = {**self._store.policy.end_arguments(), "token": claim.token}
         header["is_last"] = last
         names = [claim.queue]
         if following:
             header["next"] = await self._claim_args(following)
             names += following.queues
         reply = await self._store.call(script("finish"), names, [encode_args(header)], part.args)
-        verdicts = [cast(Verdict, decoding.text(verdict)) for verdict in reply[0]]
+        verdicts = [cast(FinishVerdict, decoding.text(verdict)) for verdict in reply[0]]
         if "stale" in verdicts:
-            verdicts = await self._recognise_own_finishes(claim, part.finished, verdicts)
+            verdicts = await self._recognise_own_finishes(claim, part.outcomes, verdicts)
         if following and len(reply) > 1:
             return verdicts, self._parse_claim_reply(reply[1], following.token)
-        return verdicts, Claimed(None)
+        return verdicts, ClaimReply(None)
 
     async def _recognise_own_finishes(
-        self, claim: Claim, finished: Sequence[Finished], verdicts: list[Verdict]
-    ) -> list[Verdict]:
+        self, claim: Claim, finished: Sequence[JobOutcome], verdicts: list[FinishVerdict]
+    ) -> list[FinishVerdict]:
         """Turns `stale` into `already` for jobs that this claim has finished: a repeated call gets
         `stale` for its own work, and the job's record names the claim that finished it."""
         stale = [job for job, verdict in zip(finished, verdicts, strict=True) if verdict == "stale"]
@@ -244,35 +244,35 @@ class Runs:
 
     async def _claim_args(self, request: ClaimRequest) -> dict[str, Any]:
         return {
-            **self._store.policy.ending(),
+            **self._store.policy.end_arguments(),
             "token": request.token,
             "lease_ms": self._store.policy.lease_ms,
             "not_after_ms": await self._store.not_after_ms(),
-            "is_holding": request.held,
+            "is_holding": request.is_holding,
             "max_jobs": min(request.max_jobs, _MAX_JOBS_PER_CALL),
             "max_bytes": _MAX_CLAIM_BYTES,
             "low_first": request.low_first,
-            "one_at_a_time": dict.fromkeys(request.unshared, True),
+            "one_at_a_time": dict.fromkeys(request.one_at_a_time, True),
         }
 
-    def _parse_claim_reply(self, reply: Any, token: str) -> Claimed:
+    def _parse_claim_reply(self, reply: Any, token: str) -> ClaimReply:
         server_ms, queue, blocked, *flat = reply
-        self._store.saw_server_time(server_ms)
+        self._store.note_server_time(server_ms)
         if not flat:
-            return Claimed(None, bool(blocked))
-        return Claimed(Claim(queue.decode(), token, flat), bool(blocked))
+            return ClaimReply(None, bool(blocked))
+        return ClaimReply(Claim(queue.decode(), token, flat), bool(blocked))
 
 
-def _pack(finished: Sequence[Finished]) -> PackedArguments:
+def _pack(finished: Sequence[JobOutcome]) -> PackedArguments:
     args: list[Any] = []
     for job in finished:
         args += (id_bytes(job.job_id), job.outcome, job.body, job.meta, job.delay_ms)
     return PackedArguments.of(args)
 
 
-def _split_into_calls(finished: Sequence[Finished]) -> Iterator[list[Finished]]:
+def _split_into_calls(finished: Sequence[JobOutcome]) -> Iterator[list[JobOutcome]]:
     """Splits outcomes into parts of a bounded number of jobs and bytes; at least one part."""
-    part: list[Finished] = []
+    part: list[JobOutcome] = []
     size = 0
     for job in finished:
         size += len(job.body)
@@ -304,7 +304,7 @@ def _next_three(reply: Iterator[bytes | None]) -> tuple[bytes | None, bytes | No
 
 
 def _is_stored(
-    job: Finished, token: str, meta: bytes | None, result: bytes | None, error: bytes | None
+    job: JobOutcome, token: str, meta: bytes | None, result: bytes | None, error: bytes | None
 ) -> bool:
     """Whether a job's stored state is the outcome that the claim of `token` sent."""
     if meta:

@@ -14,7 +14,7 @@ class Doorbell:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._connection: BlockingConnection = store.blocking()
+        self._connection: BlockingConnection = store.blocking_connection()
 
     async def wait(self, queues: Sequence[str], seconds: float) -> str | None:
         """Waits for a token; returns its queue, or None if none came. Raises RedisUnavailable."""

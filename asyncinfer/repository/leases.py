@@ -26,7 +26,7 @@ class Renewal(Struct, frozen=True):
     """Ids of jobs to stop because their finish deadline has passed."""
 
 
-class Renewals:
+class Leases:
     """Renews leases; synchronous, for an OS thread that a stalled event loop cannot stop."""
 
     def __init__(self, store: Store) -> None:

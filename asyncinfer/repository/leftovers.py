@@ -10,13 +10,18 @@ from msgspec import Struct
 
 from asyncinfer.errors import DefaultModelChanged
 from asyncinfer.repository import keys
-from asyncinfer.repository.announcements import Announcements, WorkerSays, serves, worker_says
+from asyncinfer.repository.announcements import (
+    Announcements,
+    WorkerAnnouncement,
+    decode_worker_announcement,
+    serves_or_loads,
+)
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
 from asyncinfer.untrusted import decoding
 
 
-class Unserved(Struct, frozen=True):
+class UnservedDefault(Struct, frozen=True):
     """A default model without a live worker, and the jobs that prevent replacing it."""
 
     model: str
@@ -26,7 +31,7 @@ class Unserved(Struct, frozen=True):
     """The model of those jobs: this one, or the one that would replace it."""
 
 
-class Leftovers:
+class UnservedModels:
     """Finds models that no live worker serves, and retracts those for which no job waits."""
 
     def __init__(self, store: Store, *, all_here: bool = False) -> None:
@@ -37,15 +42,17 @@ class Leftovers:
 
     # --- workers -----------------------------------------------------------------------------
 
-    async def workers(self) -> list[WorkerSays]:
+    async def workers(self) -> list[WorkerAnnouncement]:
         """The announcements of live workers. A killed worker counts as live for 15 s, unless its
         process is known to have ended."""
-        workers = map(worker_says, (await self._announcements.workers()).values())
+        workers = map(
+            decode_worker_announcement, (await self._announcements.read_workers()).values()
+        )
         return [worker for worker in workers if not (self._all_here and _has_ended(worker))]
 
     async def is_known(self, model: str) -> bool:
         """Whether a worker has announced the model, or is loading it."""
-        if await self._store.look("EXISTS", keys.model(self._store.n, model), otherwise=0):
+        if await self._store.read("EXISTS", keys.model(self._store.queue_name, model), otherwise=0):
             return True
         return not await self.is_unserved(model)
 
@@ -56,7 +63,7 @@ class Leftovers:
         jobs or live workers use another default model."""
         stored = await self._store.default_model()
         if stored not in (None, name):
-            serving = [worker for worker in await self.workers() if serves(worker, stored)]
+            serving = [worker for worker in await self.workers() if serves_or_loads(worker, stored)]
             if serving:
                 raise DefaultModelChanged(_explain_refusal(stored, name, serving))
         await self._store.claim_default_model(name)
@@ -66,27 +73,29 @@ class Leftovers:
 
     async def is_unserved(self, model: str) -> bool:
         """Whether no live worker serves or loads the model."""
-        return not any(serves(worker, model) for worker in await self.workers())
+        return not any(serves_or_loads(worker, model) for worker in await self.workers())
 
-    async def replace_default(self, stored: str, name: str | None) -> Unserved | None:
+    async def replace_default_model(self, stored: str, name: str | None) -> UnservedDefault | None:
         """Makes `name` the default model in place of the unserved `stored`; None: no default model.
         Returns the jobs that prevent it, or None if it is done."""
         jobs = await self._store.replace_default_model(stored, name or "")
         if jobs is None or not any(jobs):
             return None
         old, new = jobs
-        return Unserved(stored, old or new, stored if old else name or "")
+        return UnservedDefault(stored, old or new, stored if old else name or "")
 
     # --- versions ----------------------------------------------------------------------------
 
-    async def unserved_versions(self, workers: Iterable[WorkerSays]) -> dict[str, list[str]]:
+    async def unserved_versions(
+        self, workers: Iterable[WorkerAnnouncement]
+    ) -> dict[str, list[str]]:
         """{model: announced versions that none of `workers` has}. An empty list stands for a model
         that is announced without any version."""
-        n, workers = self._store.n, list(workers)
-        models = await self._store.look("SMEMBERS", keys.models(n), otherwise=())
+        n, workers = self._store.queue_name, list(workers)
+        models = await self._store.read("SMEMBERS", keys.models(n), otherwise=())
         unserved = {}
         for model in sorted(filter(None, map(decoding.name, models))):
-            fields = await self._store.look("HKEYS", keys.model(n, model), otherwise=(b"",))
+            fields = await self._store.read("HKEYS", keys.model(n, model), otherwise=(b"",))
             versions = [
                 version
                 for version in filter(None, map(decoding.name, fields))
@@ -100,21 +109,24 @@ class Leftovers:
         """Retracts versions that no worker has; returns how many jobs of the model prevent it, 0 if
         it is done."""
         store, default = self._store, await self._store.default_model()
-        queues = {keys.queue(store.n, model, default), keys.queue(store.n, model, None)}
-        announcements = (keys.models(store.n), keys.model(store.n, model))
-        names = [*announcements, keys.default_versions(store.n), *sorted(queues)]
+        queues = {
+            keys.queue(store.queue_name, model, default),
+            keys.queue(store.queue_name, model, None),
+        }
+        announcements = (keys.models(store.queue_name), keys.model(store.queue_name, model))
+        names = [*announcements, keys.default_versions(store.queue_name), *sorted(queues)]
         args = [encode_args({"model": model, "versions": versions})]
         return int(await store.call(script("retract"), names, args))
 
 
-def _has(worker: WorkerSays, model: str, version: str) -> bool:
+def _has(worker: WorkerAnnouncement, model: str, version: str) -> bool:
     if model in worker.loading or version in worker.versions.get(model, {}):
         return True
     # A removed model still runs its waiting jobs, and older releases announce no versions.
     return model in worker.models and model not in worker.versions
 
 
-def _has_ended(worker: WorkerSays) -> bool:
+def _has_ended(worker: WorkerAnnouncement) -> bool:
     # Signal 0 only tests for the process, but on Windows it is a Ctrl-C.
     if not worker.pid or worker.host != socket.gethostname() or sys.platform == "win32":
         return False
@@ -137,7 +149,7 @@ def _is_zombie(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[:1] == ["Z"]
 
 
-def _explain_refusal(stored: str, name: str, serving: Sequence[WorkerSays]) -> str:
+def _explain_refusal(stored: str, name: str, serving: Sequence[WorkerAnnouncement]) -> str:
     shown = ", ".join(sorted(f"{worker.host} (pid {worker.pid})" for worker in serving)[:3])
     return (
         f"DEFAULT_MODEL is {name!r}, but the default model on this Redis is {stored!r}, and "

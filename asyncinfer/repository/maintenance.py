@@ -24,7 +24,7 @@ _MAX_IDS_HELD: Final = 50_000
 _OUT_OF_PLACE_TTL_MS: Final = 24 * 3600 * 1000
 
 
-class Swept(Struct):
+class SweepCounts(Struct):
     """What a sweep did, counted in jobs."""
 
     put_back: int = 0
@@ -46,9 +46,9 @@ class Maintenance:
         self._store = store
         self._announcements = Announcements(store)
 
-    async def sweep(self) -> Swept:
+    async def sweep(self) -> SweepCounts:
         """Sweeps every queue that is due, until nothing is left to do; returns what was done."""
-        total = Swept()
+        total = SweepCounts()
         queues = await self._store.queues()
         for start in range(0, len(queues), _QUEUES_PER_SWEEP):
             part = queues[start : start + _QUEUES_PER_SWEEP]
@@ -58,16 +58,16 @@ class Maintenance:
                 more = True
         return total
 
-    async def _sweep(self, queues: Sequence[str], total: Swept, *, more: bool) -> list[str]:
+    async def _sweep(self, queues: Sequence[str], total: SweepCounts, *, more: bool) -> list[str]:
         """Sweeps queues once and adds to `total`; returns the queues that need another sweep."""
         policy = self._store.policy
         args = {
-            **policy.ending(),
+            **policy.end_arguments(),
             "tick_ms": policy.tick_ms,
             "lease_ms": policy.lease_ms,
             "max_deliveries": policy.max_deliveries,
             "dead_letter_ms": policy.failed_ttl_seconds * 1000,
-            "log_jobs": policy.log_jobs,
+            "log_jobs": policy.max_log_jobs,
             "is_continued": more,
         }
         reply = await self._store.call(script("reap"), queues, [encode_args(args)])
@@ -88,9 +88,9 @@ class Maintenance:
         return unfinished
 
     async def _log_damage(self, queue: str, reason: str) -> None:
-        if _log.take_turn(f"sweep {queue}"):
+        if _log.may_write(f"sweep {queue}"):
             if "WRONGTYPE" in reason:
-                reason = (await self._store.damage([queue])).detail
+                reason = (await self._store.wrong_keys_error([queue])).detail
             _log.warning(
                 f"The queue {queue!r} is not swept, so that jobs of lost workers and delayed ones "
                 f"wait in it: {reason}"
@@ -106,7 +106,7 @@ class Maintenance:
         The job of a live external consumer is out of place as well, as long as it runs.
         """
         pause_ms = int(pause_seconds * 1000)
-        gate = keys.repair_gate(self._store.n)
+        gate = keys.repair_gate(self._store.queue_name)
         try:
             if not await self._store.command("SET", gate, "1", "NX", "PX", pause_ms):
                 return None
@@ -147,7 +147,7 @@ class Maintenance:
             return []
         metas = await self._store.command("MGET", *(b"job:%b:meta" % job_id for job_id in job_ids))
         return [
-            (job_id, _queue_in(meta) or self._store.n)
+            (job_id, _queue_in(meta) or self._store.queue_name)
             for job_id, meta in zip(job_ids, metas, strict=True)
         ]
 
@@ -155,7 +155,7 @@ class Maintenance:
         restored = 0
         # Nothing else lists a queue that no worker serves any more.
         await self._announcements.announce_queues(
-            [queue for queue in ids if queue.startswith(f"{self._store.n}:")]
+            [queue for queue in ids if queue.startswith(f"{self._store.queue_name}:")]
         )
         for queue, queue_ids in ids.items():
             try:
@@ -170,7 +170,7 @@ class Maintenance:
         # Newest first: the job put back last is served next.
         ordered = sorted(ids, reverse=True)
         args = encode_args({"pause_ms": pause_ms, "ttl_ms": _OUT_OF_PLACE_TTL_MS})
-        names = [queue, keys.out_of_place(self._store.n)]
+        names = [queue, keys.out_of_place(self._store.queue_name)]
         restored = 0
         for start in range(0, len(ordered), _REPAIRS_PER_CALL):
             part = ordered[start : start + _REPAIRS_PER_CALL]

@@ -9,7 +9,7 @@ from asyncinfer.jobs import STATUSES, encode_record, is_later, record_seq
 from asyncinfer.repository import keys
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
-from asyncinfer.repository.stored_jobs import Stored, next_round, queue_of, read_states
+from asyncinfer.repository.stored_jobs import StoredJob, next_round, queue_of, read_jobs_in
 from asyncinfer.repository.submissions import pack_options, round_options
 from asyncinfer.untrusted import decoding
 
@@ -26,12 +26,12 @@ ForgetVerdict = Literal["forgotten", "absent", "unfinished"]
 RetryVerdict = Literal["ok", "changed", "full", "no_input", "not_retryable", "absent", "later"]
 
 
-class Cancelled(Struct, frozen=True):
+class CancelCounts(Struct, frozen=True):
     """The counts of a cancel of many jobs."""
 
     ended: int
     """Jobs that waited."""
-    asked: int
+    stopping: int
     """Jobs that run and are being stopped."""
 
 
@@ -50,32 +50,32 @@ class Operations:
 
     async def purge(self, queue: str) -> int:
         """Cancels all waiting jobs of a queue, 1,000 a call; returns how many."""
-        args = [encode_args(self._store.policy.ending())]
+        args = [encode_args(self._store.policy.end_arguments())]
         cancelled, left = await self._store.call(script("purge"), [queue], args)
         while left:
             count, left = await self._store.call(script("purge"), [queue], args)
             cancelled += count
         return int(cancelled)
 
-    async def cancel(self, stored: Stored) -> CancelVerdict:
+    async def cancel(self, stored: StoredJob) -> CancelVerdict:
         """Cancels a waiting job, or has a running one stopped (`stopping`). A cancelled job gives
         `cancelled` again, another ended one `finished`."""
         return (await self._cancel_together([stored]))[0]
 
-    async def cancel_all(self, jobs: Sequence[Stored]) -> Cancelled:
+    async def cancel_all(self, jobs: Sequence[StoredJob]) -> CancelCounts:
         """Cancels the waiting jobs and has the running ones stopped."""
         ended = asked = 0
         for part in self._split_into_calls(jobs):
             verdicts = await self._cancel_together(part)
             ended += verdicts.count("cancelled")
             asked += verdicts.count("stopping")
-        return Cancelled(ended, asked)
+        return CancelCounts(ended, asked)
 
-    async def forget(self, stored: Stored) -> ForgetVerdict:
+    async def forget(self, stored: StoredJob) -> ForgetVerdict:
         """Deletes an ended job with all its data; `unfinished` if it has not ended."""
         return (await self._forget_together([stored]))[0]
 
-    async def forget_all(self, jobs: Sequence[Stored]) -> int:
+    async def forget_all(self, jobs: Sequence[StoredJob]) -> int:
         """Deletes the ended jobs; returns how many. A job that is absent by now counts as well: an
         earlier try of this call, whose reply was lost, may have deleted it."""
         forgotten = 0
@@ -84,14 +84,14 @@ class Operations:
             forgotten += len(part) - verdicts.count("unfinished")
         return forgotten
 
-    async def retry(self, stored: Stored, now_ms: int) -> RetryVerdict:
+    async def retry(self, stored: StoredJob, now_ms: int) -> RetryVerdict:
         """Starts a new round of a failed or cancelled job, as it was read.
 
         `changed`: the job is not as it was read. `later`: a later release wrote it.
         """
         return (await self._retry_together([stored], now_ms))[0]
 
-    async def retry_all(self, jobs: Sequence[Stored], now_ms: int) -> dict[str, RetryVerdict]:
+    async def retry_all(self, jobs: Sequence[StoredJob], now_ms: int) -> dict[str, RetryVerdict]:
         """Starts a new round of each failed or cancelled job; returns {job id: verdict}. A job that
         changed since it was read is read again and tried again."""
         verdicts: dict[str, RetryVerdict] = {}
@@ -104,7 +104,7 @@ class Operations:
             tried = [job for job in jobs if verdicts[job.job_id] == "changed"]
             if not tried:
                 break
-            current = await read_states(self._store, [job.job_id for job in tried], STATUSES)
+            current = await read_jobs_in(self._store, [job.job_id for job in tried], STATUSES)
             current_by_id = {job.job_id: job for job in current}
             for before in tried:
                 after = current_by_id.get(before.job_id)
@@ -115,15 +115,15 @@ class Operations:
             jobs = [job for job in current if verdicts[job.job_id] == "changed"]
         return verdicts
 
-    async def _cancel_together(self, jobs: Sequence[Stored]) -> list[CancelVerdict]:
+    async def _cancel_together(self, jobs: Sequence[StoredJob]) -> list[CancelVerdict]:
         """Cancels jobs of one queue in one script call: some tens of ms for a thousand."""
-        args: list[Any] = [encode_args(self._store.policy.ending())]
+        args: list[Any] = [encode_args(self._store.policy.end_arguments())]
         for job in jobs:
             args += (job.job_id, b"")
         reply = await self._store.call(script("cancel"), [queue_of(self._store, jobs[0])], args)
         return [_parse_cancel(verdict) for verdict in reply]
 
-    async def _retry_together(self, jobs: Sequence[Stored], now_ms: int) -> list[RetryVerdict]:
+    async def _retry_together(self, jobs: Sequence[StoredJob], now_ms: int) -> list[RetryVerdict]:
         """Retries jobs of one queue, as they were read, in one script call.
 
         Leaves out jobs of a later release: a new round would lose what this release cannot read.
@@ -133,8 +133,8 @@ class Operations:
         verdicts = iter(await self._start_rounds(readable, now_ms) if readable else ())
         return ["later" if job.job_id in later else next(verdicts) for job in jobs]
 
-    async def _start_rounds(self, jobs: Sequence[Stored], now_ms: int) -> list[RetryVerdict]:
-        args: list[Any] = [encode_args(self._store.policy.room())]
+    async def _start_rounds(self, jobs: Sequence[StoredJob], now_ms: int) -> list[RetryVerdict]:
+        args: list[Any] = [encode_args(self._store.policy.capacity_arguments())]
         for job in jobs:
             meta, options = b"", b""
             if job.record:
@@ -142,19 +142,19 @@ class Operations:
                 meta = encode_record(record, record_seq(job.meta))
                 options = pack_options(round_options(record.options))
             args += (job.job_id, job.meta, meta, options)
-        names = [queue_of(self._store, jobs[0]), keys.queues(self._store.n)]
+        names = [queue_of(self._store, jobs[0]), keys.queues(self._store.queue_name)]
         reply = await self._store.call(script("retry"), names, args)
         return [cast(RetryVerdict, decoding.text(verdict)) for verdict in reply]
 
-    async def _forget_together(self, jobs: Sequence[Stored]) -> list[ForgetVerdict]:
+    async def _forget_together(self, jobs: Sequence[StoredJob]) -> list[ForgetVerdict]:
         """Deletes ended jobs of one queue in one script call, but no job retried since."""
         args = [encode_args({}), *(job.job_id for job in jobs)]
         reply = await self._store.call(script("forget"), [queue_of(self._store, jobs[0])], args)
         return [_parse_forget(verdict) for verdict in reply]
 
-    def _split_into_calls(self, jobs: Sequence[Stored]) -> Iterator[list[Stored]]:
+    def _split_into_calls(self, jobs: Sequence[StoredJob]) -> Iterator[list[StoredJob]]:
         """Splits jobs into parts for one call: of one queue, and of a bounded number."""
-        by_queue: dict[str, list[Stored]] = {}
+        by_queue: dict[str, list[StoredJob]] = {}
         for job in jobs:
             by_queue.setdefault(queue_of(self._store, job), []).append(job)
         for queue_jobs in by_queue.values():
@@ -162,7 +162,7 @@ class Operations:
                 yield queue_jobs[start : start + _JOBS_PER_CALL]
 
 
-def _is_retried(before: Stored, after: Stored, now_ms: int) -> bool:
+def _is_retried(before: StoredJob, after: StoredJob, now_ms: int) -> bool:
     """Whether this retry has started the job's current round, by a call whose reply was lost."""
     if before.record is None or after.record is None:
         return False

@@ -15,8 +15,8 @@ class Policy(Struct, frozen=True, kw_only=True):
     reap_seconds: float = 2.0
     max_deliveries: int = 3
     max_errors: int = 3
-    max_dead: int = 10_000
-    log_jobs: int = 100_000
+    max_dead_letters: int = 10_000
+    max_log_jobs: int = 100_000
 
     @property
     def lease_ms(self) -> int:
@@ -32,16 +32,16 @@ class Policy(Struct, frozen=True, kw_only=True):
     def idempotency_seconds(self) -> int:
         return max(24 * 3600, self.job_ttl_seconds)
 
-    def ending(self) -> dict[str, int | bool]:
+    def end_arguments(self) -> dict[str, int | bool]:
         """The arguments of a script that ends jobs."""
         return {
             "ttl_seconds": self.job_ttl_seconds,
             "failed_ttl_seconds": self.failed_ttl_seconds,
             "keep_input": self.keep_input,
-            "max_dead_letters": self.max_dead,
+            "max_dead_letters": self.max_dead_letters,
         }
 
-    def room(self) -> dict[str, int]:
+    def capacity_arguments(self) -> dict[str, int]:
         """The arguments of a script that takes jobs in, or refuses them if the queue is full."""
         return {
             "max_queue": self.max_queue,

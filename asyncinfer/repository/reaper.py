@@ -8,7 +8,7 @@ from typing import Final
 
 from asyncinfer.errors import RedisUnavailable
 from asyncinfer.processes.limited_log import LimitedLog
-from asyncinfer.repository.maintenance import Maintenance, Swept
+from asyncinfer.repository.maintenance import Maintenance, SweepCounts
 from asyncinfer.repository.store import Store
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,6 @@ async def reap_forever(store: Store) -> None:
             _limited.unexpected("A sweep failed.", error)
 
 
-def _report(swept: Swept) -> None:
+def _report(swept: SweepCounts) -> None:
     if swept.put_back or swept.dead:
         log.warning("Lost workers: %d jobs put back, %d dead letters.", swept.put_back, swept.dead)

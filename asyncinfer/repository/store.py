@@ -152,7 +152,7 @@ class Store:
         self, endpoint: Endpoint, queue_name: str, policy: Policy, name: str, call_seconds: float
     ) -> None:
         self.endpoint = endpoint
-        self.n = queue_name
+        self.queue_name = queue_name
         self.policy = policy
         self.name = name
         self.call_seconds = call_seconds
@@ -175,7 +175,7 @@ class Store:
         finally:
             await close(store.redis)
 
-    def blocking(self) -> BlockingConnection:
+    def blocking_connection(self) -> BlockingConnection:
         """A new connection for calls that block; the caller closes it."""
         return BlockingConnection(self.endpoint.client(self.name, reply_seconds=None))
 
@@ -202,7 +202,7 @@ class Store:
         try:
             reply = await self._with_retry(run)
         except WrongKeyType as error:
-            raise await self.damage(names) from error
+            raise await self.wrong_keys_error(names) from error
         # To Redis every script of this package is one that writes.
         self.writes_refused = None
         return reply
@@ -214,7 +214,7 @@ class Store:
         except WrongKeyType as error:
             raise wrong_type_error(f": {command[1]!r}") from error
 
-    async def look(self, *command: Any, otherwise: Any) -> Any:
+    async def read(self, *command: Any, otherwise: Any) -> Any:
         """Runs a command that only reads. If the key (the command's second part) has the wrong
         type, logs that and returns `otherwise`: one damaged key must not hide all the others."""
         try:
@@ -229,13 +229,13 @@ class Store:
         The key never exists, so that the command writes nothing and sends nothing to replicas or
         disk; but the server refuses it as it refuses any other write.
         """
-        await self.command("SET", keys.write_probe(self.n), "", "XX")
+        await self.command("SET", keys.write_probe(self.queue_name), "", "XX")
 
     async def types_of(self, names: Sequence[str]) -> list[str]:
         """The type of each key in the words of TYPE; `none` for a key that does not exist."""
         return [decoding.text(await self.command("TYPE", name)) for name in names]
 
-    async def together(self, *commands: tuple[Any, ...]) -> list[Any]:
+    async def transaction(self, *commands: tuple[Any, ...]) -> list[Any]:
         """Runs commands as one transaction and returns their replies; raises as `call` does."""
 
         async def run() -> list[Any]:
@@ -247,7 +247,7 @@ class Store:
         replies: list[Any] = await self._with_retry(run)
         return replies
 
-    async def damage(self, queues: Sequence[str]) -> WrongKeyType:
+    async def wrong_keys_error(self, queues: Sequence[str]) -> WrongKeyType:
         """An error that names those keys of the queues that have the wrong type."""
         expected_types = {
             key: expected
@@ -301,14 +301,14 @@ class Store:
         seconds, micros = await self.command("TIME")
         return int(seconds) * 1000 + int(micros) // 1000
 
-    def saw_server_time(self, server_ms: int) -> None:
+    def note_server_time(self, server_ms: int) -> None:
         """Notes the server time in a reply. It is older than now, so that the estimate is early."""
         self._clock_behind_ms = server_ms - time.monotonic() * 1000
 
     async def not_after_ms(self) -> int:
         """The server time at which this process has given up a call sent now."""
         if self._clock_behind_ms is None:
-            self.saw_server_time(await self.time_ms())
+            self.note_server_time(await self.time_ms())
         assert self._clock_behind_ms is not None
         return int(self._clock_behind_ms + time.monotonic() * 1000 + self.call_seconds * 1000)
 
@@ -316,18 +316,20 @@ class Store:
 
     async def queues(self) -> list[str]:
         """All queues, sorted, the default model's included; ignores names of another QUEUE_NAME."""
-        reply = await self.look("SMEMBERS", keys.queues(self.n), otherwise=())
+        reply = await self.read("SMEMBERS", keys.queues(self.queue_name), otherwise=())
         names = filter(None, map(decoding.name, reply))
-        return sorted({self.n, *(name for name in names if name.startswith(f"{self.n}:"))})
+        return sorted(
+            {self.queue_name, *(name for name in names if name.startswith(f"{self.queue_name}:"))}
+        )
 
     async def queues_with_jobs(self, queues: Sequence[str]) -> set[str]:
         """The subset of `queues` in which a job waits, is delayed or runs."""
         if not queues:
             return set()
-        counts = await self.together(*(("EXISTS", *_job_keys(queue)) for queue in queues))
+        counts = await self.transaction(*(("EXISTS", *_job_keys(queue)) for queue in queues))
         return {queue for queue, count in zip(queues, counts, strict=True) if count}
 
-    async def is_empty(self, queue: str) -> bool:
+    async def is_queue_empty(self, queue: str) -> bool:
         """Whether no job waits or runs in the queue; delayed jobs do not count."""
         lengths = [await self.command("LLEN", name) for name in keys.waiting(queue)]
         return not any(lengths) and not await self.command("HLEN", keys.running(queue))
@@ -355,13 +357,13 @@ class Store:
 
     async def stored_default_model(self) -> str | None:
         """As `default_model`, but empty if it is decided that there is none."""
-        (stored,) = await self.command("MGET", keys.default_model(self.n))
+        (stored,) = await self.command("MGET", keys.default_model(self.queue_name))
         return decoding.name(stored)
 
     async def agree_on_default_model(self, name: str) -> str:
         """Stores `name` as the default model unless Redis has one; returns the one Redis has now.
         Empty if it is decided that there is none."""
-        key = keys.default_model(self.n)
+        key = keys.default_model(self.queue_name)
         current = await self.stored_default_model()
         if current is None and not await self.command("SET", key, name, "NX"):
             # Another process was faster, or the key holds no name.
@@ -392,8 +394,8 @@ class Store:
         """Makes `name` the default model in place of `current`; an empty `name` decides that there
         is none. Returns None if that is done; else how many jobs of `current` and of `name`
         prevent it; (0, 0) if the default is not `current` any more."""
-        own_queues = (keys.queue(self.n, model, None) for model in (current, name))
-        names = [keys.default_model(self.n), self.n, *own_queues]
+        own_queues = (keys.queue(self.queue_name, model, None) for model in (current, name))
+        names = [keys.default_model(self.queue_name), self.queue_name, *own_queues]
         args = [encode_args({"from": current, "to": name})]
         verdict, *jobs = await self.call(script("default"), names, args)
         if verdict == b"taken":
@@ -405,9 +407,9 @@ class Store:
         count = old or new
         jobs = "1 job of it waits or runs" if count == 1 else f"{count} jobs of it wait or run"
         return (
-            f"DEFAULT_MODEL is {name!r}, but the default model on this Redis (queue {self.n!r}) is "
-            f"{current!r}. It can be changed only while no job of either waits, and of {which!r} "
-            f"{jobs}. Start without DEFAULT_MODEL, or with DEFAULT_MODEL={current}; let them end, "
+            f"DEFAULT_MODEL is {name!r}, but the default model on this Redis (queue "
+            f"{self.queue_name!r}) is {current!r}. It can be changed only while no job of either "
+            f"waits, and of {which!r} {jobs}. Start without DEFAULT_MODEL, or with DEFAULT_MODEL={current}; let them end, "
             f"or end them with `asyncinfer cancel --model {which}`; then start with "
             f"DEFAULT_MODEL={name} again."
         )

@@ -20,7 +20,7 @@ _MAX_ROUND: Final = (1 << 63) - 2
 """The bound of a stored round number, so that the next one still fits in a record."""
 
 
-class Stored(Struct, frozen=True):
+class StoredJob(Struct, frozen=True):
     """A job as read from Redis. `result` and `error` are JSON; `record` is None for an external
     job."""
 
@@ -32,7 +32,7 @@ class Stored(Struct, frozen=True):
     meta: bytes = b""
 
 
-def noticed(fields: dict[bytes, bytes]) -> Iterator[tuple[str, Stored | None]]:
+def parse_inbox_entry(fields: dict[bytes, bytes]) -> Iterator[tuple[str, StoredJob | None]]:
     """Parses an inbox entry: the id of each ended job and the job itself, or None for a large job,
     which is not in the entry."""
     for key, status in fields.items():
@@ -42,7 +42,7 @@ def noticed(fields: dict[bytes, bytes]) -> Iterator[tuple[str, Stored | None]]:
         yield id_text(key), _parse_inbox_job(key, status, content) if content else None
 
 
-def _parse_inbox_job(key: bytes, status: bytes, content: bytes) -> Stored | None:
+def _parse_inbox_job(key: bytes, status: bytes, content: bytes) -> StoredJob | None:
     """`content` is the length of result or error, a space, that body and the record."""
     size, _, rest = content.partition(b" ")
     length = decoding.whole_number(size)
@@ -54,7 +54,7 @@ def _parse_inbox_job(key: bytes, status: bytes, content: bytes) -> Stored | None
     return stored if stored and stored.record else None
 
 
-async def read_jobs(store: Store, job_ids: Sequence[str]) -> list[Stored | None]:
+async def read_jobs(store: Store, job_ids: Sequence[str]) -> list[StoredJob | None]:
     """Reads jobs in one call; None for each that is absent or whose record is unreadable."""
     if not job_ids:
         return []
@@ -72,9 +72,9 @@ async def read_jobs(store: Store, job_ids: Sequence[str]) -> list[Stored | None]
     return [parse_job(job_id, *reply[4 * i : 4 * i + 4]) for i, job_id in enumerate(job_ids)]
 
 
-async def read_states(
+async def read_jobs_in(
     store: Store, job_ids: Sequence[str], statuses: Collection[str]
-) -> list[Stored]:
+) -> list[StoredJob]:
     """Reads the jobs that have one of the statuses, without result and error; a job in another
     status costs little."""
     if not job_ids:
@@ -95,7 +95,7 @@ async def read_states(
     return [job for job in jobs if job]
 
 
-async def read_summaries(store: Store, job_ids: Sequence[str]) -> list[Stored | None]:
+async def read_summaries(store: Store, job_ids: Sequence[str]) -> list[StoredJob | None]:
     """As `read_jobs`, without the results, which may be large."""
     if not job_ids:
         return []
@@ -108,15 +108,15 @@ def summary_keys(job_id: str) -> tuple[str, str, str]:
     return keys.status(job_id), keys.error(job_id), keys.meta(job_id)
 
 
-def parse_summary(job_id: str, values: Sequence[bytes | None]) -> Stored | None:
+def parse_summary(job_id: str, values: Sequence[bytes | None]) -> StoredJob | None:
     """Parses the values of `summary_keys` as a job without its result."""
     status, error, meta = values
     return parse_job(job_id, status, None, error, meta)
 
 
-def queue_of(store: Store, stored: Stored) -> str:
+def queue_of(store: Store, stored: StoredJob) -> str:
     """The queue in the job's record; the default queue for an external job."""
-    return stored.record.queue if stored.record else store.n
+    return stored.record.queue if stored.record else store.queue_name
 
 
 def next_round(record: Record, now_ms: int) -> Record:
@@ -141,7 +141,7 @@ def parse_job(
     result: bytes | None,
     error: bytes | None,
     meta: bytes | None,
-) -> Stored | None:
+) -> StoredJob | None:
     """None for an absent job and for one whose record is unreadable."""
     if status is None:
         return None
@@ -149,7 +149,7 @@ def parse_job(
     if meta and record is None:
         # Its tenant is unknown, so that nobody may read it.
         return None
-    return Stored(job_id, decode_status(status), result, error, record, meta or b"")
+    return StoredJob(job_id, decode_status(status), result, error, record, meta or b"")
 
 
 def decode_status(status: bytes) -> Status:

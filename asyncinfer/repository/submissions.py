@@ -19,7 +19,7 @@ from asyncinfer.repository import keys
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
 from asyncinfer.repository.stored_jobs import (
-    Stored,
+    StoredJob,
     decode_status,
     parse_job,
     read_jobs,
@@ -30,8 +30,8 @@ T = TypeVar("T")
 
 _log = LimitedLog(logging.getLogger(__name__))
 
-MOST_JOBS: Final = 256
-MOST_BYTES: Final = 1 << 20
+MAX_JOBS_PER_CALL: Final = 256
+MAX_BYTES_PER_CALL: Final = 1 << 20
 """Bounds of one script call; a call of a single job may be larger."""
 
 _CALLS_AT_ONCE: Final = 4
@@ -47,13 +47,13 @@ class NewJob(Struct, frozen=True):
     record: Record
     inbox: str = ""
     """The key of the inbox to notify when the job ends."""
-    idempotency: str = ""
+    idempotency_digest: str = ""
     """A digest of tenant and Idempotency-Key; empty without a key."""
     fingerprint: str = ""
     """A digest of the request, stored with the Idempotency-Key."""
 
 
-class Submitted(Struct, frozen=True):
+class SubmitReply(Struct, frozen=True):
     """The reply to a submit.
 
     `ok`: the job is stored. `exists`: it was already. `full`: the queue is full. `dup`: its
@@ -65,7 +65,7 @@ class Submitted(Struct, frozen=True):
     fingerprint: str = ""
 
 
-_Entry: TypeAlias = tuple[NewJob, asyncio.Future[Submitted]]
+_Entry: TypeAlias = tuple[NewJob, asyncio.Future[SubmitReply]]
 
 
 class _Tick:
@@ -113,10 +113,10 @@ class Submissions:
                 task = group.create_task(self._send(tick))
                 task.add_done_callback(lambda _: calls.release())
 
-    async def submit(self, job: NewJob) -> Submitted:
+    async def submit(self, job: NewJob) -> SubmitReply:
         """Submits a job; `run` must be running. Raises StorageFull, or RedisUnavailable, whose
         `job_id` is set if the job may have been stored."""
-        future: asyncio.Future[Submitted] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[SubmitReply] = asyncio.get_running_loop().create_future()
         if self._tick is None or self._tick.is_over:
             self._tick = _Tick(1.2 * self._store.call_seconds)
             self._arrived.set()
@@ -146,25 +146,25 @@ class Submissions:
                         future.set_result(verdict)
         tick.close()
 
-    async def submit_many(self, queue: str, jobs: Sequence[NewJob]) -> list[Submitted]:
+    async def submit_many(self, queue: str, jobs: Sequence[NewJob]) -> list[SubmitReply]:
         """Submits jobs of one queue in one script call: at most 256 jobs and 1 MiB, or a single job
         of any size. Returns a reply for each job, in order."""
-        args: list[Any] = [encode_args(self._store.policy.room())]
+        args: list[Any] = [encode_args(self._store.policy.capacity_arguments())]
         for job in jobs:
             args += (
                 job.job_id,
                 job.data,
                 encode_record(job.record),
-                pack_options(script_options(job, self._store.n)),
+                pack_options(script_options(job, self._store.queue_name)),
             )
-        names = [queue, keys.queues(self._store.n)]
+        names = [queue, keys.queues(self._store.queue_name)]
         reply = await self._store.call(script("submit"), names, args)
         return [_parse_submit(job, verdict) for job, verdict in zip(jobs, reply, strict=True)]
 
-    async def submit_all(self, jobs: Sequence[NewJob]) -> list[Submitted | RequestError]:
+    async def submit_all(self, jobs: Sequence[NewJob]) -> list[SubmitReply | RequestError]:
         """Submits any number of jobs of one queue, in order. Returns for each its reply, or the
         error of its call instead of raising it."""
-        outcomes: list[Submitted | RequestError] = []
+        outcomes: list[SubmitReply | RequestError] = []
         for part in _split_by_size(jobs, _size_of):
             try:
                 outcomes += await self.submit_many(part[0].queue, part)
@@ -179,14 +179,14 @@ class Submissions:
         reply = await self._store.command("MGET", *map(keys.status, job_ids))
         return [None if status is None else decode_status(status) for status in reply]
 
-    async def read(self, job_id: str) -> Stored | None:
+    async def read(self, job_id: str) -> StoredJob | None:
         """Reads a job; None if it is absent or its record is unreadable."""
         return (await self.read_many([job_id]))[0]
 
-    async def read_many(self, job_ids: Sequence[str]) -> list[Stored | None]:
+    async def read_many(self, job_ids: Sequence[str]) -> list[StoredJob | None]:
         return await read_jobs(self._store, job_ids)
 
-    async def watch(self, queue: str, inbox: str, job_ids: Sequence[str]) -> list[Stored | None]:
+    async def watch(self, queue: str, inbox: str, job_ids: Sequence[str]) -> list[StoredJob | None]:
         """Registers `inbox` to be notified of the end of jobs of one queue.
 
         Returns each job that has ended already, a job with status `pending` for each that was
@@ -212,7 +212,7 @@ def _split_by_size(entries: Sequence[T], size_of: Callable[[T], int]) -> Iterato
     for entry in entries:
         entry_size = size_of(entry)
         size += entry_size
-        if part and (len(part) == MOST_JOBS or size > MOST_BYTES):
+        if part and (len(part) == MAX_JOBS_PER_CALL or size > MAX_BYTES_PER_CALL):
             yield part
             part, size = [], entry_size
         part.append(entry)
@@ -236,8 +236,8 @@ def script_options(job: NewJob, n: str) -> dict[str, str | int]:
         fields["group"] = keys.group(n, job.record.tenant, options.group)
     if job.inbox:
         fields["inbox"] = job.inbox
-    if job.idempotency:
-        fields |= {"idempotency_key": job.idempotency, "fingerprint": job.fingerprint}
+    if job.idempotency_digest:
+        fields |= {"idempotency_key": job.idempotency_digest, "fingerprint": job.fingerprint}
     return fields
 
 
@@ -275,15 +275,15 @@ def _error_of(error: RequestError, job_id: str) -> RequestError:
     return type(error)(error.detail, retry_after_seconds=error.retry_after_seconds, job_id=named)
 
 
-def _parse_submit(job: NewJob, verdict: Any) -> Submitted:
+def _parse_submit(job: NewJob, verdict: Any) -> SubmitReply:
     if isinstance(verdict, list):
-        return Submitted("dup", decoding.text(verdict[1]), decoding.text(verdict[2]))
-    return Submitted(verdict.decode(), job.job_id, job.fingerprint)
+        return SubmitReply("dup", decoding.text(verdict[1]), decoding.text(verdict[2]))
+    return SubmitReply(verdict.decode(), job.job_id, job.fingerprint)
 
 
-def _parse_watch(job_id: str, reply: Any) -> Stored | None:
+def _parse_watch(job_id: str, reply: Any) -> StoredJob | None:
     if reply is None:
         return None
     if reply == b"registered":
-        return Stored(job_id, "pending", None, None, None)
+        return StoredJob(job_id, "pending", None, None, None)
     return parse_job(job_id, *reply)

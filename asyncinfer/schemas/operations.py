@@ -12,7 +12,7 @@ _WORKER_ID: Final = re.compile(r".+-[0-9]+-([0-9a-f]{6})", re.DOTALL)
 
 
 @lru_cache(maxsize=256)
-def shown_worker(worker_id: str) -> str:
+def public_worker_name(worker_id: str) -> str:
     """A worker's name in answers, such as `w-f0fd4a`: the random end of its id.
 
     The host name and process id that come before it are not shown. Of an id of another form the

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from asyncinfer.errors import Fault, JobFailed, RequestError
+from asyncinfer.errors import InputError, JobFailed, RequestError
 from asyncinfer.jobs import JobError
 
 
@@ -18,7 +18,8 @@ class Problem(Struct, frozen=True, kw_only=True, omit_defaults=True):
     code: Annotated[str, Meta(description="Stable, for machines.")]
     instance: str = ""
     errors: Annotated[
-        tuple[Fault, ...], Meta(description="Everything that is wrong with the input, by place.")
+        tuple[InputError, ...],
+        Meta(description="Everything that is wrong with the input, by place."),
     ] = ()
     job_id: str | None = None
     error: Annotated[JobError, Meta(description="Why the job failed.")] | None = None

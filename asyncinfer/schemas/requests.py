@@ -6,8 +6,8 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from asyncinfer.jobs import (
     GROUP_PATTERN,
+    NAME_PATTERN,
     PATTERN_END,
-    TENANT_PATTERN,
     Options,
     Status,
 )
@@ -15,13 +15,13 @@ from asyncinfer.jobs import (
 MAX_WAIT_SECONDS: Final = 60
 
 
-MOST_JOBS_A_CALL: Final = 1000
+MAX_JOBS_PER_CALL: Final = 1000
 
 
 ALL_TENANTS: Final = "*"
 
 
-class AskedOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RequestOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The options of one job, as a request gives them."""
 
     answer: (
@@ -61,7 +61,7 @@ class PredictRequest(Struct, frozen=True, forbid_unknown_fields=True):
             examples=[[[5.1, 3.5, 1.4, 0.2]]],
         ),
     ]
-    options: AskedOptions = AskedOptions()
+    options: RequestOptions = RequestOptions()
 
 
 class PredictLine(PredictRequest, frozen=True, forbid_unknown_fields=True):
@@ -70,7 +70,7 @@ class PredictLine(PredictRequest, frozen=True, forbid_unknown_fields=True):
     idempotency_key: LineKey = UNSET
 
 
-class AskedParameters(Struct, frozen=True, forbid_unknown_fields=True):
+class RequestParameters(Struct, frozen=True, forbid_unknown_fields=True):
     """Sent by clients of the Open Inference Protocol, and ignored: `Accept` decides the form."""
 
     binary_data_output: bool = False
@@ -92,7 +92,7 @@ class OutputParameters(Struct, frozen=True, forbid_unknown_fields=True):
     binary_data: bool = False
 
 
-class AskedInput(Struct, frozen=True, forbid_unknown_fields=True):
+class InputTensor(Struct, frozen=True, forbid_unknown_fields=True):
     """A named tensor; its elements are in `data` or in the bytes that follow the JSON."""
 
     name: str
@@ -111,7 +111,7 @@ class AskedInput(Struct, frozen=True, forbid_unknown_fields=True):
     parameters: InputParameters = InputParameters()
 
 
-class AskedOutput(Struct, frozen=True, forbid_unknown_fields=True):
+class RequestedOutput(Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     parameters: OutputParameters = OutputParameters()
 
@@ -119,12 +119,12 @@ class AskedOutput(Struct, frozen=True, forbid_unknown_fields=True):
 class TensorRequest(Struct, frozen=True, forbid_unknown_fields=True):
     """Named tensors for a model, and the options of their job."""
 
-    inputs: list[AskedInput]
+    inputs: list[InputTensor]
     outputs: Annotated[
-        list[AskedOutput], Meta(description="The outputs to return; without it, all of them.")
+        list[RequestedOutput], Meta(description="The outputs to return; without it, all of them.")
     ] = []
-    parameters: AskedParameters = AskedParameters()
-    options: AskedOptions = AskedOptions()
+    parameters: RequestParameters = RequestParameters()
+    options: RequestOptions = RequestOptions()
 
 
 class TensorLine(TensorRequest, frozen=True, forbid_unknown_fields=True):
@@ -141,7 +141,7 @@ TenantQuery: TypeAlias = (
     Annotated[
         str,
         Meta(
-            pattern=rf"^(\*|{TENANT_PATTERN}){PATTERN_END}",
+            pattern=rf"^(\*|{NAME_PATTERN}){PATTERN_END}",
             description="Jobs of this tenant, or `*`: of all tenants. Needs the scope `operator`; "
             "inputs, results and error messages are not shown.",
         ),
@@ -183,14 +183,14 @@ class JobsQuery(Struct, frozen=True, forbid_unknown_fields=True):
     tenant: TenantQuery = None
 
 
-class EndQuery(Struct, frozen=True, forbid_unknown_fields=True):
+class CancelJobQuery(Struct, frozen=True, forbid_unknown_fields=True):
     purge: Annotated[
         bool, Meta(description="Delete an ended job with its data, instead of cancelling it.")
     ] = False
     tenant: TenantQuery = None
 
 
-class OneQuery(Struct, frozen=True, forbid_unknown_fields=True):
+class JobQuery(Struct, frozen=True, forbid_unknown_fields=True):
     tenant: TenantQuery = None
 
 
@@ -216,10 +216,10 @@ class RetryQuery(Struct, frozen=True, forbid_unknown_fields=True):
 class RetryRequest(Struct, frozen=True, forbid_unknown_fields=True):
     """The ids of jobs to run again."""
 
-    job_ids: Annotated[list[str], Meta(min_length=1, max_length=MOST_JOBS_A_CALL)]
+    job_ids: Annotated[list[str], Meta(min_length=1, max_length=MAX_JOBS_PER_CALL)]
 
 
-class ClearQuery(Struct, frozen=True, forbid_unknown_fields=True):
+class ClearJobsQuery(Struct, frozen=True, forbid_unknown_fields=True):
     """Which of the caller's jobs are cancelled or deleted; one field besides `purge` is needed."""
 
     status: (

@@ -31,7 +31,7 @@ _WAITING_FOR: Final = Meta(
 )
 
 
-class Accepted(Struct, frozen=True):
+class AcceptedJob(Struct, frozen=True):
     """A job that was stored and will run."""
 
     job_id: str
@@ -80,7 +80,7 @@ class TensorShape(Struct, frozen=True):
     shape: tuple[int, ...]
 
 
-class Validated(Struct, frozen=True, kw_only=True):
+class ValidationResult(Struct, frozen=True, kw_only=True):
     """A request that would be accepted, as the server reads it. Nothing was stored."""
 
     valid: Literal[True] = True
@@ -105,7 +105,7 @@ class JobList(Struct, frozen=True):
     )
 
 
-class Refused(Struct, frozen=True):
+class RetryRefusal(Struct, frozen=True):
     """A job that was not retried, and why."""
 
     job_id: str
@@ -116,15 +116,15 @@ class Refused(Struct, frozen=True):
 _MORE: Final = Meta(description="Jobs may be left: call again, until a call changes nothing.")
 
 
-class Retried(Struct, frozen=True):
+class RetryResult(Struct, frozen=True):
     """What one call retried: at most 1,000 jobs."""
 
     retried: Annotated[list[str], Meta(description="Ids of the jobs that run again.")]
-    refused: list[Refused]
+    refused: list[RetryRefusal]
     more: Annotated[bool, _MORE]
 
 
-class Cleared(Struct, frozen=True):
+class ClearResult(Struct, frozen=True):
     """How many jobs one call cancelled or deleted: at most 1,000."""
 
     cancelled: int
@@ -133,7 +133,7 @@ class Cleared(Struct, frozen=True):
     more: Annotated[bool, _MORE]
 
 
-class Purged(Struct, frozen=True):
+class PurgeResult(Struct, frozen=True):
     """How many waiting jobs of a model were cancelled, of all tenants."""
 
     model: str
@@ -172,7 +172,7 @@ class Group(Struct, frozen=True, kw_only=True):
     first_failed: Annotated[list[str], Meta(description="Up to 10 ids of failed jobs.")]
 
 
-class GroupCancelled(Struct, frozen=True):
+class GroupCancelResult(Struct, frozen=True):
     group: str
     cancelled: Annotated[int, Meta(description="Waiting jobs that were cancelled.")]
     stopping: Annotated[int, Meta(description="Running jobs that were told to stop.")]
@@ -276,7 +276,7 @@ class Scale(Struct, frozen=True, kw_only=True):
     ]
 
 
-class Alive(Struct, frozen=True):
+class Liveness(Struct, frozen=True):
     status: Literal["ok"] = "ok"
 
 
@@ -297,12 +297,12 @@ class Health(Struct, frozen=True, kw_only=True):
     ) = UNSET
 
 
-class About(Struct, frozen=True):
+class ServiceInfo(Struct, frozen=True):
     name: str
     version: str
     links: dict[str, str]
 
 
-def at(time_ms: int | None) -> datetime | UnsetType:
+def to_datetime(time_ms: int | None) -> datetime | UnsetType:
     """The time in an answer for milliseconds since 1970; UNSET if it is missing or out of range."""
     return decoding.time(time_ms) or UNSET

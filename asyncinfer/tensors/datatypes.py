@@ -275,7 +275,7 @@ def datatype_of(array: Array) -> str:
     return _DATATYPES[array.dtype]
 
 
-def fits(shape: tuple[int, ...], spec: TensorSpec) -> bool:
+def shape_fits(shape: tuple[int, ...], spec: TensorSpec) -> bool:
     """Whether an array of `shape` fits `spec`.
 
     Sizes of one symbol must be equal, and no size 0. Without a declared number of dimensions up to
@@ -295,7 +295,7 @@ def fits(shape: tuple[int, ...], spec: TensorSpec) -> bool:
     return True
 
 
-def is_open(spec: TensorSpec) -> bool:
+def has_dynamic_first_dim(spec: TensorSpec) -> bool:
     """Whether there is a first dimension, and it has no fixed size."""
     return bool(spec.shape) and not isinstance(dims(spec)[0], int)
 
@@ -305,7 +305,7 @@ def dims(spec: TensorSpec) -> tuple[Dim, ...]:
     return spec.shape or ()
 
 
-def shape_words(spec: TensorSpec) -> str:
+def shape_text(spec: TensorSpec) -> str:
     """The shape as text for people, as `[batch, 3, ?]`."""
     if spec.shape is None:
         return f"[...] of up to {MAX_DIMENSIONS} dimensions"

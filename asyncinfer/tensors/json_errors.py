@@ -15,17 +15,17 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-from asyncinfer.errors import Fault, InvalidInput
+from asyncinfer.errors import InputError, InvalidInput
 from asyncinfer.tensors.datatypes import (
     FLOATS,
     RANGES,
     TensorSpec,
     dims,
-    is_open,
+    has_dynamic_first_dim,
     nesting_of,
-    shape_words,
+    shape_text,
 )
-from asyncinfer.tensors.missing_values import WORDS, is_gap
+from asyncinfer.tensors.missing_values import NONFINITE_WORDS, is_missing_value
 
 MAX_LISTED_ERRORS: Final = 20
 """How many errors one answer lists; the others are only counted."""
@@ -47,12 +47,14 @@ _INFINITIES: Final = (math.inf, -math.inf)
 """The values that Python's parser gives for numbers beyond every datatype, such as 1e400."""
 
 
-def refusal(faults: Iterable[Fault], *, otherwise: str = "does not fit") -> InvalidInput:
+def invalid_input_error(
+    faults: Iterable[InputError], *, otherwise: str = "does not fit"
+) -> InvalidInput:
     """Returns the error that lists `faults`: the first 20, and how many more there are.
 
     `otherwise` is its detail if there are none; then its only fault is at /data.
     """
-    found = list(itertools.islice(faults, _MAX_COUNTED)) or [Fault("/data", otherwise)]
+    found = list(itertools.islice(faults, _MAX_COUNTED)) or [InputError("/data", otherwise)]
     root = f"/{found[0].pointer[1:].partition('/')[0]}"
     least = "at least " if len(found) == _MAX_COUNTED else ""
     detail = f"{found[0].pointer}: {found[0].detail}"
@@ -60,11 +62,13 @@ def refusal(faults: Iterable[Fault], *, otherwise: str = "does not fit") -> Inva
         detail = f"{detail} (and {least}{len(found) - 1} more)"
     unlisted = len(found) - MAX_LISTED_ERRORS
     if unlisted > 0:
-        found[MAX_LISTED_ERRORS:] = [Fault(root, f"{least}{unlisted} more errors are not listed")]
+        found[MAX_LISTED_ERRORS:] = [
+            InputError(root, f"{least}{unlisted} more errors are not listed")
+        ]
     return InvalidInput(detail, faults=found)
 
 
-def unknown_name(name: str, known: Iterable[str]) -> str:
+def unknown_name_detail(name: str, known: Iterable[str]) -> str:
     """The detail of an error about a name that is not known, with the most similar known name."""
     names = sorted(known)
     listed = ", ".join(f"`{known_name}`" for known_name in names) or "none"
@@ -73,9 +77,9 @@ def unknown_name(name: str, known: Iterable[str]) -> str:
     return f"There is no such name. Known: {listed}."
 
 
-def find(
+def find_errors(
     data: bytes, spec: TensorSpec, *, model: str, max_rows: int, at: str = "/data"
-) -> Iterator[Fault]:
+) -> Iterator[InputError]:
     """Every difference between the JSON text `data` and `spec`; pointers start with `at`.
 
     `model` is the name in the details. Only the first 64 KiB of a long text are examined, so there
@@ -85,7 +89,7 @@ def find(
         try:
             rank = nesting_of(data)
         except ValueError as error:
-            yield Fault(at, str(error))
+            yield InputError(at, str(error))
             return
         # Without a declared number of dimensions, there are no rows to count.
         spec, max_rows = TensorSpec(spec.name, spec.datatype, (None,) * rank), sys.maxsize
@@ -93,13 +97,13 @@ def find(
     try:
         value = json.loads(text.decode(), parse_int=_int, parse_constant=lambda _: _NonFinite())
     except UnicodeDecodeError as error:
-        yield Fault(at, f"not UTF-8 at byte {error.start}")
+        yield InputError(at, f"not UTF-8 at byte {error.start}")
     except json.JSONDecodeError as error:
         # Counting brackets closes the cut text wrongly if there are brackets in strings.
         if not cut:
-            yield Fault(at, _syntax_problem(data, error))
+            yield InputError(at, _syntax_problem(data, error))
     except RecursionError:
-        yield Fault(at, f"nested too deep, {model} takes shape {shape_words(spec)}")
+        yield InputError(at, f"nested too deep, {model} takes shape {shape_text(spec)}")
     else:
         yield from _ErrorFinder(spec, model, max_rows, at, cut).find(value)
 
@@ -163,7 +167,7 @@ class _ErrorFinder:
         self._sizes: dict[int | str, int] = {}
         """First size of each dynamic dimension, by symbol, or by axis if it has none."""
 
-    def find(self, value: object) -> Iterator[Fault]:
+    def find(self, value: object) -> Iterator[InputError]:
         """Yields the errors of the value; call it once."""
         last = value
         for _ in range(self._cut):
@@ -171,32 +175,32 @@ class _ErrorFinder:
                 self._cut_lists.add(id(last))
                 last = last[-1] if last else None
         if self._rank > 1 and isinstance(value, list) and _is_flat(value):
-            takes = f"{self._model} takes {self._rank}: shape {shape_words(self._spec)}"
-            yield Fault(self._root, f"1 dimension, {takes}{_as_row(value, self._rank)}")
+            takes = f"{self._model} takes {self._rank}: shape {shape_text(self._spec)}"
+            yield InputError(self._root, f"1 dimension, {takes}{_as_row(value, self._rank)}")
         else:
             yield from self._value_errors(self._root, value, 0)
 
-    def _value_errors(self, pointer: str, value: object, axis: int) -> Iterator[Fault]:
+    def _value_errors(self, pointer: str, value: object, axis: int) -> Iterator[InputError]:
         """Errors of the value at a place and of all values in it."""
         if axis == self._rank:
             yield from self._element_errors(pointer, value)
         elif not isinstance(value, list):
-            yield Fault(pointer, f"{_kind(value)}, expected {self._array_words(axis)}")
-        elif axis == 0 and is_open(self._spec) and len(value) > self._max_rows:
+            yield InputError(pointer, f"{_kind(value)}, expected {self._array_words(axis)}")
+        elif axis == 0 and has_dynamic_first_dim(self._spec) and len(value) > self._max_rows:
             rows = f"more than {self._max_rows}" if self._cut else str(len(value))
             detail = too_many_rows_detail(
                 rows, self._spec, model=self._model, max_rows=self._max_rows
             )
-            yield Fault(pointer, detail)
+            yield InputError(pointer, detail)
         else:
             yield from self._array_errors(pointer, value, axis)
 
-    def _array_errors(self, pointer: str, items: list[object], axis: int) -> Iterator[Fault]:
+    def _array_errors(self, pointer: str, items: list[object], axis: int) -> Iterator[InputError]:
         """An error of the array's size, and the errors of its items."""
         problem = "" if id(items) in self._cut_lists else self._size_problem(len(items), axis)
         if problem:
             place = f"row {pointer.rpartition('/')[2]} has " if axis == 1 else ""
-            yield Fault(pointer, f"{place}{problem}")
+            yield InputError(pointer, f"{place}{problem}")
         for index in self._unchecked(items, axis):
             yield from self._value_errors(f"{pointer}/{index}", items[index], axis + 1)
 
@@ -210,15 +214,15 @@ class _ErrorFinder:
             if not self._element.accepts_all(chunk):
                 yield from range(start, start + len(chunk))
 
-    def _element_errors(self, pointer: str, value: object) -> Iterator[Fault]:
+    def _element_errors(self, pointer: str, value: object) -> Iterator[InputError]:
         """The error of an element, if it has one."""
         element = self._element
         if element.accepts_all([value]):
             return
         if type(value) in element.types or (element.range and value in _INFINITIES):
-            yield Fault(pointer, f"beyond the range of {self._spec.datatype}")
+            yield InputError(pointer, f"beyond the range of {self._spec.datatype}")
         else:
-            yield Fault(
+            yield InputError(
                 pointer,
                 f"{_kind(value)}, expected {element.noun_with_article}{element.hint(value)}",
             )
@@ -267,7 +271,7 @@ class _Element(Struct, frozen=True):
         """
         if not self.types.issuperset(map(type, items)):
             if self.takes_missing_values:
-                items = [item for item in items if not is_gap(item)]
+                items = [item for item in items if not is_missing_value(item)]
             if not self.types.issuperset(map(type, items)):
                 return False
         if self.range is None or not items:
@@ -281,7 +285,7 @@ class _Element(Struct, frozen=True):
             if isinstance(value, _NonFinite):
                 return f"; JSON has neither, write {_WORDS} or null"
             return f", or {_WORDS}" if isinstance(value, str) else ""
-        is_missing = is_gap(value) and (value is None or str not in self.types)
+        is_missing = is_missing_value(value) and (value is None or str not in self.types)
         return f"; {_MISSING_VALUE_RULE}" if is_missing or isinstance(value, _NonFinite) else ""
 
 
@@ -317,7 +321,7 @@ def _kind(value: object) -> str:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, str) and value in WORDS:
+    if isinstance(value, str) and value in NONFINITE_WORDS:
         return f'"{value}"'
     return _KINDS[type(value)]
 

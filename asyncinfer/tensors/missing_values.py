@@ -7,16 +7,16 @@ input may also have null for NaN, because most other JSON writers do.
 import math
 from typing import Any, Final
 
-WORDS: Final = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+NONFINITE_WORDS: Final = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 _TOKENS: Final = (b'"NaN"', b'"Infinity"', b'"-Infinity"', b"null")
 _ZERO: Final = b" 0 "
 """With spaces, so that a word next to a digit stays invalid: `1null` does not become `10`."""
 
 
-def is_gap(element: object) -> bool:
+def is_missing_value(element: object) -> bool:
     """Whether a parsed JSON element stands for NaN or an infinity: null, or one of WORDS."""
-    return element is None or (type(element) is str and element in WORDS)
+    return element is None or (type(element) is str and element in NONFINITE_WORDS)
 
 
 def replace_with_zeros(text: bytes) -> bytes:
@@ -30,15 +30,15 @@ def replace_with_zeros(text: bytes) -> bytes:
     return text
 
 
-def in_words(value: Any) -> Any:
+def as_nonfinite_words(value: Any) -> Any:
     """A copy of nested lists and dicts, with a string for each NaN and infinity.
 
     Tuples become lists; other values are unchanged.
     """
     if isinstance(value, dict):
-        return {name: in_words(member) for name, member in value.items()}
+        return {name: as_nonfinite_words(member) for name, member in value.items()}
     if isinstance(value, list | tuple):
-        return [in_words(item) for item in value]
+        return [as_nonfinite_words(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

@@ -16,7 +16,7 @@ import numpy as np
 from msgspec import Struct
 
 from asyncinfer.tensors.datatypes import DTYPES, Array, datatype_of
-from asyncinfer.untrusted.decoding import UNREADABLE
+from asyncinfer.untrusted.decoding import DECODE_ERRORS
 
 TAG: Final = b"\x01"
 """The first byte of packed tensors."""
@@ -82,14 +82,14 @@ def unpack(payload: bytes) -> dict[str, Array]:
 
     Raises DamagedPayload.
     """
-    tensors, starts = layout(payload)
+    tensors, starts = read_layout(payload)
     return {
         tensor.name: _array_of(tensor, payload, start)
         for tensor, start in zip(tensors, starts, strict=True)
     }
 
 
-def unpack_alike(payloads: Sequence[bytes]) -> list[dict[str, Array]] | None:
+def unpack_uniform(payloads: Sequence[bytes]) -> list[dict[str, Array]] | None:
     """`unpack` of several payloads at once, in much less time per payload.
 
     Returns one dict per payload, whose arrays have the shape in its header: they are rows of one
@@ -97,7 +97,7 @@ def unpack_alike(payloads: Sequence[bytes]) -> list[dict[str, Array]] | None:
     BYTES and BOOL. Raises DamagedPayload if the first payload is corrupt.
     """
     first = payloads[0]
-    tensors, starts = layout(first)
+    tensors, starts = read_layout(first)
     head = first[: _PREFIX.size + _PREFIX.unpack_from(first)[1]]
     if any(tensor.datatype in ("BYTES", "BOOL") for tensor in tensors):
         return None
@@ -114,7 +114,7 @@ def unpack_alike(payloads: Sequence[bytes]) -> list[dict[str, Array]] | None:
     return [dict(zip(names, arrays, strict=True)) for arrays in zip(*columns, strict=True)]
 
 
-def layout(payload: bytes) -> tuple[tuple[PackedTensor, ...], tuple[int, ...]]:
+def read_layout(payload: bytes) -> tuple[tuple[PackedTensor, ...], tuple[int, ...]]:
     """The header entries of a payload, and the offset in it of each tensor's bytes.
 
     Raises DamagedPayload, also if the payload has another length than its header says.
@@ -137,7 +137,7 @@ def _layout(header: bytes) -> tuple[tuple[PackedTensor, ...], tuple[int, ...], i
     """
     try:
         tensors = _decode(header)
-    except UNREADABLE as error:
+    except DECODE_ERRORS as error:
         raise DamagedPayload(f"the header cannot be read: {error}") from error
     starts = []
     end = _PREFIX.size + len(header)
@@ -175,7 +175,7 @@ def _array_of(tensor: PackedTensor, payload: bytes, start: int) -> Array:
     if tensor.datatype != "BYTES":
         flat = np.frombuffer(payload, DTYPES[tensor.datatype], count, start if count else 0)
         return flat.reshape(tensor.shape)
-    strings = unpack_strings(memoryview(payload)[start : start + tensor.size], most=count)
+    strings = unpack_strings(memoryview(payload)[start : start + tensor.size], max_count=count)
     if len(strings) != count:
         raise DamagedPayload(f"{tensor.name!r} has {len(strings)} strings, its shape has {count}")
     array = np.empty(len(strings), dtype=object)
@@ -192,7 +192,7 @@ def pack_strings(strings: Sequence[str]) -> bytes:
     return b"".join(chunks)
 
 
-def unpack_strings(content: memoryview, *, most: int) -> list[str]:
+def unpack_strings(content: memoryview, *, max_count: int) -> list[str]:
     """Decodes BYTES into strings.
 
     Raises DamagedPayload, which says which string is cut short or not UTF-8, and TooManyStrings as
@@ -201,8 +201,8 @@ def unpack_strings(content: memoryview, *, most: int) -> list[str]:
     strings: list[str] = []
     at = 0
     while at < len(content):
-        if len(strings) == most:
-            raise TooManyStrings(f"there are more than {most} strings")
+        if len(strings) == max_count:
+            raise TooManyStrings(f"there are more than {max_count} strings")
         if at + _LENGTH.size > len(content):
             raise DamagedPayload(f"the length of string {len(strings)} is cut short")
         (size,) = _LENGTH.unpack_from(content, at)

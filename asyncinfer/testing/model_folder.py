@@ -7,7 +7,7 @@ from pathlib import Path
 
 from asyncinfer.errors import ModelRefused, StartError
 from asyncinfer.models import onnx_file
-from asyncinfer.models.folder import NAME_RULE, find_model_dir, scan, valid_name, version_order
+from asyncinfer.models.folder import NAME_RULE, find_model_dir, is_valid_name, scan, version_order
 from asyncinfer.testing.settings import Model
 
 
@@ -49,7 +49,7 @@ def _create_folder(folder: Path, named: Mapping[str, Model]) -> Path:
     if not named:
         raise StartError("`models` names no model; leave it out to serve the shipped ones.")
     for name, model in named.items():
-        if not valid_name(name):
+        if not is_valid_name(name):
             raise ModelRefused(
                 f"{name!r} cannot name a model: {NAME_RULE}. Give it one by `name=`."
             )
@@ -87,7 +87,7 @@ def _copy_weights(path: Path, folder: Path) -> None:
     The worker refuses a model whose weights are missing or may not be read.
     """
     try:
-        locations = onnx_file.weights_files(path)
+        locations = onnx_file.weights_locations(path)
     except ValueError:
         return
     for location in locations:

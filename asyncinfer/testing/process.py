@@ -43,7 +43,7 @@ class Process:
                     start_new_session=True,
                 )
         except BaseException:
-            child_process.release(self._lifeline)
+            child_process.release_watchdog(self._lifeline)
             raise
         assert self._popen.stdout is not None
         self.log = Log(self._popen.stdout)
@@ -56,7 +56,7 @@ class Process:
         except subprocess.TimeoutExpired:
             self._popen.kill()
             self._popen.wait()
-        child_process.release(self._lifeline)
+        child_process.release_watchdog(self._lifeline)
         self.log.close()
 
 

@@ -11,17 +11,17 @@ from typing import Final, TypeVar
 
 T = TypeVar("T")
 
-UNREADABLE: Final = (ValueError, RecursionError, OverflowError, MemoryError)
+DECODE_ERRORS: Final = (ValueError, RecursionError, OverflowError, MemoryError)
 """All errors that msgspec and Python's converters raise for bad content. DecodeError and
 UnicodeDecodeError are ValueErrors; a deeply nested document raises RecursionError."""
 
-LAST_MS: Final = 253_402_300_799_999
+MAX_TIME_MS: Final = 253_402_300_799_999
 """The last millisecond of the year 9999, the last that RFC 3339 can express."""
 
 _MAX_DIGITS: Final = 19
 
 
-def reader(decode: Callable[[bytes], T]) -> Callable[[bytes | None], T | None]:
+def lenient_decoder(decode: Callable[[bytes], T]) -> Callable[[bytes | None], T | None]:
     """A version of `decode` that returns None for missing or corrupt bytes, and never raises. It
     catches the errors in UNREADABLE."""
 
@@ -30,7 +30,7 @@ def reader(decode: Callable[[bytes], T]) -> Callable[[bytes | None], T | None]:
             return None
         try:
             return decode(stored)
-        except UNREADABLE:
+        except DECODE_ERRORS:
             return None
 
     return read
@@ -66,7 +66,7 @@ def finite(stored: bytes | float | None) -> float | None:
         return None
     try:
         number = float(stored)
-    except UNREADABLE:
+    except DECODE_ERRORS:
         return None
     return number if isfinite(number) else None
 
@@ -77,5 +77,5 @@ def time(time_ms: float | None) -> datetime | None:
         return None
     try:
         return datetime.fromtimestamp(time_ms / 1000, UTC)
-    except (*UNREADABLE, OSError):
+    except (*DECODE_ERRORS, OSError):
         return None

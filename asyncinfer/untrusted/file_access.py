@@ -49,7 +49,7 @@ def _mode(path: Path) -> int:
         return 0
 
 
-def why_unreadable(path: Path) -> str:
+def unreadable_reason(path: Path) -> str:
     """Why the path is not a readable file, in words that follow its name; empty if it is one.
 
     Nothing is opened: a FIFO would wait for a writer, and a remote file might be fetched.
@@ -59,7 +59,7 @@ def why_unreadable(path: Path) -> str:
     except OSError as error:
         if os.path.islink(path) and not isinstance(error, PermissionError):
             return "is a link that leads to no file; repair or remove it"
-        return why(error)
+        return os_error_reason(error)
     kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "")
     return kind if kind or may_read(path) else permission_denied("chmod a+r")
 
@@ -79,7 +79,7 @@ def _has_access(path: Path, mode: int) -> bool:
     return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
-def why(error: OSError) -> str:
+def os_error_reason(error: OSError) -> str:
     """Why an open or a read failed, in words that follow the name of the file or folder."""
     if isinstance(error, PermissionError):
         return permission_denied("chmod -R a+rX")
@@ -104,14 +104,14 @@ class UnreadableFile(OSError):
 def read(path: Path, max_bytes: int) -> bytes:
     """The content of a file of at most `max_bytes`. Raises UnreadableFile if it has more or cannot
     be read; never waits, not even on a FIFO."""
-    if problem := why_unreadable(path):
+    if problem := unreadable_reason(path):
         raise UnreadableFile(problem)
     try:
         # Opened without blocking, in case it has become a FIFO since.
         with open(os.open(path, os.O_RDONLY | _O_NONBLOCK | _O_BINARY), "rb") as file:
             content = file.read(max_bytes + 1) or b""
     except OSError as error:
-        raise UnreadableFile(why(error)) from error
+        raise UnreadableFile(os_error_reason(error)) from error
     if len(content) > max_bytes:
         raise UnreadableFile(f"has more than {max_bytes} bytes")
     return content

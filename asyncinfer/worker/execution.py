@@ -22,7 +22,7 @@ from asyncinfer.errors import (
 )
 from asyncinfer.models import batching, results
 from asyncinfer.models.signature import Signature, data_input
-from asyncinfer.models.validation import check_data, check_data_alike, check_inputs
+from asyncinfer.models.validation import check_data, check_inputs, check_uniform_data
 from asyncinfer.repository.claims import ClaimedJob
 from asyncinfer.tensors import packing
 from asyncinfer.tensors.datatypes import Feeds
@@ -122,7 +122,7 @@ def run(batch: Batch, stop: Stop) -> list[bytes]:
             engine.signature,
             engine.plan,
             answer=record.answer if record else "json",
-            wanted=record.outputs if record else (),
+            output_names=record.outputs if record else (),
         )
     except (JobError, Stopped):
         raise
@@ -208,12 +208,12 @@ def _uniform_feeds(
     """
     data = [job.data for job in jobs]
     if payload == "tensors":
-        feeds = packing.unpack_alike(data)
+        feeds = packing.unpack_uniform(data)
         if feeds:
             # The others differ from the first in nothing that is checked.
             check_inputs(feeds[0], signature)
         return feeds
-    arrays = check_data_alike(data, signature)
+    arrays = check_uniform_data(data, signature)
     spec = data_input(signature)
     return [{spec.name: array} for array in arrays] if arrays and spec else None
 
@@ -257,8 +257,8 @@ def _run_key(engine: Engine, job: ClaimedJob, feeds: Feeds) -> object:
 def _split_to_limits(engine: Engine, group: _Group) -> list[Batch]:
     """Splits a group, in order, into batches within the limits on jobs, rows and bytes of a run.
     A single job that exceeds a limit is a batch of its own."""
-    rows = [batching.rows_of(feeds, engine.plan) for feeds in group.inputs]
-    sizes = [batching.bytes_of(feeds) for feeds in group.inputs]
+    rows = [batching.row_count(feeds, engine.plan) for feeds in group.inputs]
+    sizes = [batching.input_bytes(feeds) for feeds in group.inputs]
     signature = engine.signature
     max_jobs = signature.max_batch_jobs or sys.maxsize
     max_rows = signature.max_batch_rows or batching.MAX_RUN_ROWS

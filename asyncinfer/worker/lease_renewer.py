@@ -10,13 +10,13 @@ from collections.abc import Callable
 from asyncinfer.errors import RedisUnavailable
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository.claims import Claim
-from asyncinfer.repository.leases import Renewal, Renewals
+from asyncinfer.repository.leases import Leases, Renewal
 from asyncinfer.repository.store import Store
 
 _log = LimitedLog(logging.getLogger(__name__))
 
 
-class Renewer:
+class LeaseRenewer:
     """Renews this process's leases from an OS thread, since an event loop may stall.
 
     It pauses when the loop has shown no sign of life for two leases: a dead loop runs nothing, so
@@ -26,7 +26,7 @@ class Renewer:
     def __init__(self, store: Store, on_renewal: Callable[[Renewal], None]) -> None:
         """`on_renewal` is called in the thread, with each renewal that found a lost lease or a
         job to stop."""
-        self._renewals = Renewals(store)
+        self._renewals = Leases(store)
         self._lease_seconds = store.policy.lease_seconds
         self._on_renewal = on_renewal
         self._tokens: dict[str, str] = {}
@@ -39,7 +39,7 @@ class Renewer:
         """Starts the thread; call it once."""
         self._thread.start()
 
-    def hold(self, claim: Claim) -> None:
+    def add(self, claim: Claim) -> None:
         """Renews the lease of this claim from now on, the first time within a third of the
         lease."""
         with self._lock:

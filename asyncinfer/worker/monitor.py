@@ -24,7 +24,7 @@ from asyncinfer.errors import (
     StartError,
 )
 from asyncinfer.schemas.problems import problem_of
-from asyncinfer.schemas.responses import Alive
+from asyncinfer.schemas.responses import Liveness
 
 _MAX_HEAD_BYTES: Final = 8192
 _MAX_CONNECTIONS: Final = 64
@@ -57,7 +57,7 @@ class Monitor:
     until `metrics` is set."""
 
     def __init__(self) -> None:
-        self.unready: Unready = lambda: _NOT_CONNECTED
+        self.why_not_ready: Unready = lambda: _NOT_CONNECTED
         self.metrics: Metrics | None = None
         self._pages: dict[str, Callable[[], Answer]] = {
             "/health/live": lambda: _ALIVE,
@@ -79,7 +79,7 @@ class Monitor:
 
     def _readiness_page(self) -> Answer:
         """The page of a ready worker; raises NotReady with the reason."""
-        if reason := self.unready():
+        if reason := self.why_not_ready():
             raise NotReady(reason)
         return _ALIVE
 
@@ -90,7 +90,7 @@ class Monitor:
         return Answer(200, self.metrics.text(), self.metrics.media_type)
 
 
-def listen(host: str, port: int) -> socket.socket:
+def open_listener(host: str, port: int) -> socket.socket:
     """A listening TCP socket, which the caller closes; raises StartError when there can be none."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -128,7 +128,7 @@ async def serve_monitor(
             connection.close()
 
 
-_ALIVE: Final = Answer(200, msgspec.json.encode(Alive()))
+_ALIVE: Final = Answer(200, msgspec.json.encode(Liveness()))
 
 
 class _Connection(asyncio.Protocol):

@@ -17,15 +17,15 @@ from asyncinfer.engine import Engine
 from asyncinfer.errors import RedisUnavailable, StartError, StorageFull
 from asyncinfer.models.folder import default_model
 from asyncinfer.repository.announcements import Announcements
-from asyncinfer.repository.leftovers import Leftovers
+from asyncinfer.repository.leftovers import UnservedModels
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.held_claim import Step
 from asyncinfer.worker.models.crash_guard import CrashGuard
-from asyncinfer.worker.models.engine_cache import Bounds, EngineCache
+from asyncinfer.worker.models.engine_cache import CacheBounds, EngineCache
 from asyncinfer.worker.models.library import Library
-from asyncinfer.worker.models.source import Source
-from asyncinfer.worker.monitor import Metrics, Monitor, listen, serve_monitor
+from asyncinfer.worker.models.source import ModelSource
+from asyncinfer.worker.monitor import Metrics, Monitor, open_listener, serve_monitor
 from asyncinfer.worker.worker import Worker, WorkerConfig
 
 log = logging.getLogger(__name__)
@@ -37,14 +37,14 @@ _FAILED_EXIT: Final = 1
 _SWITCH_SECONDS: Final = 0.0005
 
 
-class WorkerProcess(Struct, frozen=True, kw_only=True):
+class WorkerProcessConfig(Struct, frozen=True, kw_only=True):
     """The configuration of a worker process: its Redis, its models, and how it works."""
 
     redis_url: str
     queue_name: str
     policy: Policy
-    source: Source
-    bounds: Bounds = Bounds()
+    source: ModelSource
+    bounds: CacheBounds = CacheBounds()
     default_model: str | None = None
     """As configured; None: the one that Redis names, else by what is in the folder."""
     intra_op_threads: int = 1
@@ -55,7 +55,7 @@ class WorkerProcess(Struct, frozen=True, kw_only=True):
     worker: WorkerConfig
 
 
-def run(config: WorkerProcess, on_step: Callable[[Step], None] = lambda _: None) -> int:
+def run(config: WorkerProcessConfig, on_step: Callable[[Step], None] = lambda _: None) -> int:
     """Works until SIGTERM or SIGINT, then drains; a second signal ends the process at once.
 
     Returns 0. Ends the process itself if the exit code is another one (1 after an unexpected error,
@@ -87,13 +87,13 @@ def run(config: WorkerProcess, on_step: Callable[[Step], None] = lambda _: None)
 
 
 @contextlib.contextmanager
-def _opened_listener(config: WorkerProcess) -> Iterator[socket.socket | None]:
+def _opened_listener(config: WorkerProcessConfig) -> Iterator[socket.socket | None]:
     """The socket of the monitor port, None without one; closed at the end. Opened first, so that a
     port in use ends the start; raises StartError then."""
     if config.monitor_port is None:
         yield None
         return
-    with contextlib.closing(listen(config.monitor_host, config.monitor_port)) as listener:
+    with contextlib.closing(open_listener(config.monitor_host, config.monitor_port)) as listener:
         yield listener
 
 
@@ -111,7 +111,7 @@ def _exit_code(work: Coroutine[Any, Any, int]) -> int:
 
 
 async def _work(
-    config: WorkerProcess,
+    config: WorkerProcessConfig,
     library: Library,
     listener: socket.socket | None,
     on_step: Callable[[Step], None],
@@ -139,7 +139,7 @@ async def _work(
             on_step,
             default_is_set=config.default_model is not None,
         )
-        monitor.unready = worker.why_not_ready
+        monitor.why_not_ready = worker.why_not_ready
         async with asyncio.TaskGroup() as group:
             if listener:
                 group.create_task(_serve_metrics(monitor, worker, library))
@@ -150,7 +150,7 @@ async def _work(
 
 
 async def _connect(
-    store: Store, config: WorkerProcess, library: Library, stopping: asyncio.Event
+    store: Store, config: WorkerProcessConfig, library: Library, stopping: asyncio.Event
 ) -> str | None:
     """Waits for the server, or a signal to stop. Returns the default model, None if it is not known
     yet or the worker is to stop. Raises StartError if the server cannot be used, or the default
@@ -163,7 +163,7 @@ async def _connect(
         try:
             server = await store.check_server()
             default = await agree_on_default_model(store, config.default_model)
-            known = await Announcements(store).model_names()
+            known = await Announcements(store).read_model_names()
         except (RedisUnavailable, StorageFull) as error:
             if not is_logged:
                 log.info("Waiting for Redis: %s", error.detail)
@@ -189,7 +189,7 @@ async def agree_on_default_model(store: Store, configured: str | None) -> str | 
     """
     if configured is None:
         return await store.default_model()
-    await Leftovers(store).claim_default_model(configured)
+    await UnservedModels(store).claim_default_model(configured)
     return configured
 
 
@@ -206,7 +206,7 @@ def _metrics(worker: Worker, library: Library) -> Metrics:
 
     def read_values() -> metrics.MetricValues:
         """The present figures, in one record."""
-        runs, ended = worker.run_and_job_counts()
+        runs, ended = worker.run_times_and_verdict_counts()
         return metrics.MetricValues(
             served=list(library.uncontested_signatures().values()),
             refused=sorted(library.problems()),
@@ -221,7 +221,7 @@ def _metrics(worker: Worker, library: Library) -> Metrics:
 async def _drain_when(stopping: asyncio.Event, worker: Worker) -> None:
     """Waits for the signal to stop, then begins to drain the worker."""
     await stopping.wait()
-    worker.drain()
+    worker.begin_drain()
 
 
 def _on_signals(stopping: asyncio.Event) -> None:

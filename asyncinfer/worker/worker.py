@@ -25,8 +25,8 @@ from asyncinfer.errors import (
     UnknownModel,
 )
 from asyncinfer.processes import tuning
-from asyncinfer.repository.announcements import ANNOUNCE_SECONDS
-from asyncinfer.repository.claims import ClaimedJob, Finished, Runs
+from asyncinfer.repository.announcements import ANNOUNCE_INTERVAL_SECONDS
+from asyncinfer.repository.claims import ClaimedJob, JobOutcome, QueueConsumer
 from asyncinfer.repository.leases import Renewal
 from asyncinfer.repository.reaper import reap_forever
 from asyncinfer.repository.store import Store
@@ -34,16 +34,16 @@ from asyncinfer.worker import execution
 from asyncinfer.worker.claiming.claims import Claimer
 from asyncinfer.worker.claiming.control_listener import ControlListener
 from asyncinfer.worker.held_claim import HeldClaim, Step
-from asyncinfer.worker.lease_renewer import Renewer
+from asyncinfer.worker.lease_renewer import LeaseRenewer
 from asyncinfer.worker.models.announcer import Announcer, WorkerStatus, announce_forever
 from asyncinfer.worker.models.folder_watcher import folder_changes
 from asyncinfer.worker.models.library import Library
 from asyncinfer.worker.models.queues import Queues
 from asyncinfer.worker.running.completion import Finisher
 from asyncinfer.worker.running.deferral import Deferrer, LaterReleaseDeferrer
-from asyncinfer.worker.running.outcomes import OutcomeBuilder, release
+from asyncinfer.worker.running.outcomes import OutcomeBuilder, released_outcomes
 from asyncinfer.worker.running.runner import BatchRunner, RunHung
-from asyncinfer.worker.running.timings import Paces
+from asyncinfer.worker.running.timings import JobTimes
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ _MAX_NAMED: Final = 20
 """The most models that one line of the log names."""
 
 _MAX_STORING_SECONDS: Final = 1.0
-_SILENT_SECONDS: Final = 3 * ANNOUNCE_SECONDS
+_SILENT_SECONDS: Final = 3 * ANNOUNCE_INTERVAL_SECONDS
 """After this time without an answer from Redis, the worker is not ready."""
 
 
@@ -106,7 +106,7 @@ class Worker:
         """`default_model` None: it is not known yet. `default_is_set`: whether it was configured
         for this worker. Takes over the callbacks of the library, which must be open."""
         self.worker_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
-        self.hung = False
+        self.is_hung = False
         """Whether a run did not stop, so that its thread is lost and the process must end."""
         self._store = store
         self._library = library
@@ -121,12 +121,12 @@ class Worker:
         queues = self._queues.served()
         self._later_deferrer = LaterReleaseDeferrer()
         self._unloaded_deferrer = Deferrer(*_UNLOADED_DELAY_MS)
-        self._job_times = Paces()
+        self._job_times = JobTimes()
         self._answered_at = time.monotonic()
         self._started_ms = time.time_ns() // 1_000_000
-        runs = Runs(store, self.worker_id)
+        runs = QueueConsumer(store, self.worker_id)
         self._loop = asyncio.get_running_loop()
-        self._renewer = Renewer(store, self._on_renewal)
+        self._renewer = LeaseRenewer(store, self._on_renewal)
         self._claimer = Claimer(
             store,
             runs,
@@ -185,8 +185,8 @@ class Worker:
             async with asyncio.timeout(_FAREWELL_SECONDS):
                 await self._announcer.retract()
         self._library.close()
-        self._runner.close(wait=not self.hung)
-        return EXIT_HUNG if self.hung else 0
+        self._runner.close(wait=not self.is_hung)
+        return EXIT_HUNG if self.is_hung else 0
 
     def _roles(self) -> list[Callable[[], Coroutine[Any, Any, None]]]:
         """The functions that run in the background beside the slots, until they are cancelled."""
@@ -219,7 +219,7 @@ class Worker:
             more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
             log.info("Serves %s%s.", ", ".join(names[:_MAX_NAMED]), more)
         # In a thread, since giving memory back takes a while.
-        await asyncio.to_thread(tuning.settle)
+        await asyncio.to_thread(tuning.tune_for_serving)
 
     async def _watch(self) -> None:
         """Rescans the model folder at each change, until `run` has drained. Rescans may overlap."""
@@ -275,7 +275,7 @@ class Worker:
 
     def why_not_ready(self) -> str | None:
         """Why the worker can claim nothing now, as a sentence; None when it can."""
-        if self.hung:
+        if self.is_hung:
             return "A run would not stop; this worker ends, to be started afresh."
         if self._claimer.draining.is_set():
             return "It drains: jobs under way are finished, and no more are claimed."
@@ -287,23 +287,23 @@ class Worker:
             return reason or "It loads its models; none is served yet."
         return None
 
-    def run_and_job_counts(
+    def run_times_and_verdict_counts(
         self,
     ) -> tuple[Mapping[str, Mapping[int, tuple[int, float]]], Mapping[str, int]]:
         """Since the start: by model and highest number of rows (a power of two) the number of runs
         and their total seconds; and by verdict the number of outcomes that were stored, as
         `Finisher.ended_counts`."""
-        return self._runner.times.sums(), self._finisher.ended_counts
+        return self._runner.times.sums(), self._finisher.verdict_counts
 
     def _state(self) -> str:
         """The state as announced: hung, draining, starting or ready."""
-        if self.hung:
+        if self.is_hung:
             return "hung"
         if self._claimer.draining.is_set():
             return "draining"
         return "starting" if self._library.loading and not self._library.served else "ready"
 
-    def drain(self) -> None:
+    def begin_drain(self) -> None:
         """Stops claiming and returns at once; does nothing if it drains already. `run` returns when
         all claimed jobs have finished or been released, which DRAIN_TIMEOUT limits. Call it only
         while `run` is under way."""
@@ -330,7 +330,7 @@ class Worker:
                 held.run.stop_for("drain")
         _, stuck = await asyncio.wait(busy, timeout=self._config.hang_grace_seconds)
         if stuck:
-            self.hung = True
+            self.is_hung = True
             with anyio.move_on_after(_FAREWELL_SECONDS):
                 async with anyio.create_task_group() as group:
                     for held in self._claimer.held.values():
@@ -351,7 +351,7 @@ class Worker:
 
         Never raises for a job: an unexpected error fails the jobs that have no outcome yet.
         """
-        finished: list[Finished] = []
+        finished: list[JobOutcome] = []
         try:
             prepared = await self._runner.prepare(held.claim)
             finished += [
@@ -362,7 +362,7 @@ class Worker:
             for batch in prepared.batches:
                 finished += await self._runner.run(held, batch)
         except RunHung as hung:
-            self._drain_after_hang()
+            self._begin_drain_after_hang()
             finished += self._runner.after_hang(held, hung.run, finished)
         except Exception:
             log.exception("A claim could not be run; its jobs fail.")
@@ -380,7 +380,7 @@ class Worker:
 
     async def _outcome_of_refused(
         self, held: HeldClaim, job: ClaimedJob, error: AsyncinferError
-    ) -> Finished:
+    ) -> JobOutcome:
         """The outcome of a job that this worker cannot run; stores nothing. Released with a delay
         if its version is not loaded yet, or another worker has it (a new version does not come to
         all workers at once) or a later release wrote it; else failed."""
@@ -389,9 +389,9 @@ class Worker:
         model, version = execution.requested_model(job, self._queues.model_of(held.claim.queue))
         if isinstance(error, UnknownModel) and model:
             if self._library.will_load(model, version):
-                return self._unloaded_deferrer.defer(job)
+                return self._unloaded_deferrer.deferred_outcome(job)
             if await self._is_elsewhere(model, version):
-                return release([job], random.randrange(*_ELSEWHERE_DELAY_MS))[0]
+                return released_outcomes([job], random.randrange(*_ELSEWHERE_DELAY_MS))[0]
         return self._builder.failed(held, job, error)
 
     async def _is_elsewhere(self, model: str, version: str | None) -> bool:
@@ -411,7 +411,7 @@ class Worker:
         storing_seconds = min(now - held.run_ended_at, _MAX_STORING_SECONDS)
         slot_seconds = held.run_ended_at - held.claimed_at + storing_seconds
         model = self._queues.model_of(held.claim.queue) or ""
-        self._job_times.note(model, slot_seconds, held.claim.count, at_seconds=now)
+        self._job_times.add(model, slot_seconds, held.claim.count, at_seconds=now)
 
     def _on_renewal(self, renewal: Renewal) -> None:
         """Called in the renewal thread; passes the renewal on to the event loop."""
@@ -421,9 +421,9 @@ class Worker:
         """Starts a task that `run` waits for."""
         return self._group.create_task(work)
 
-    def _drain_after_hang(self) -> None:
+    def _begin_drain_after_hang(self) -> None:
         """Marks the worker as hung, since a thread is lost, and starts draining; returns at once.
         `run` returns EXIT_HUNG when the other runs have finished."""
         log.error("A run would not stop; this worker finishes its other runs and exits.")
-        self.hung = True
-        self.drain()
+        self.is_hung = True
+        self.begin_drain()

@@ -14,7 +14,7 @@ from asyncinfer.repository.store import Store
 from tests.faults.proxy import proxied
 from tests.tracebacks import no_traceback as no_traceback
 
-from .harness import Hand, ProxiedApi, announce, client_of, hosted, running
+from .harness import ManualWorker, ProxiedApi, announce, client_of, hosted, running
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ async def two_tenant_port(config: ApiConfig, store: Store, tmp_path: Path) -> As
 
 
 @pytest.fixture
-def manual_worker(store: Store) -> Hand:
-    return Hand(store)
+def manual_worker(store: Store) -> ManualWorker:
+    return ManualWorker(store)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from asyncinfer.api.http.sockets import listen
 from asyncinfer.api.server import Server
 from asyncinfer.models.signature import Signature
 from asyncinfer.repository.announcements import Announcements
-from asyncinfer.repository.claims import Claim, ClaimedJob, ClaimRequest, Finished, Runs
+from asyncinfer.repository.claims import Claim, ClaimedJob, ClaimRequest, JobOutcome, QueueConsumer
 from asyncinfer.repository.store import Store
 from asyncinfer.tensors.datatypes import TensorSpec
 from tests.faults.harness import eventually
@@ -98,7 +98,7 @@ def client_of(port: int, **headers: str) -> httpx2.AsyncClient:
 
 
 @asynccontextmanager
-async def api_of(config: ApiConfig) -> AsyncIterator[httpx2.AsyncClient]:
+async def running_client(config: ApiConfig) -> AsyncIterator[httpx2.AsyncClient]:
     """Runs an API; a client of it."""
     async with running(config) as port, client_of(port) as client:
         yield client
@@ -136,14 +136,14 @@ class ProxiedApi(NamedTuple):
     proxy: Proxy
 
 
-class Hand:
+class ManualWorker:
     """Claims and finishes jobs as a worker does, one step at a time."""
 
     def __init__(self, store: Store) -> None:
-        self._runs = Runs(store, "hand")
+        self._runs = QueueConsumer(store, "hand")
 
     async def claim(self, queue: str = QUEUE) -> Claim:
-        request = ClaimRequest((queue,), self._runs.new_token(), held=False, max_jobs=100)
+        request = ClaimRequest((queue,), self._runs.new_token(), is_holding=False, max_jobs=100)
         claim = (await self._runs.claim(request)).claim
         assert claim is not None, f"no job waits in {queue}"
         return claim
@@ -153,7 +153,7 @@ class Hand:
     ) -> None:
         stored = body if isinstance(body, bytes) else msgspec.json.encode(body)
         finished = [
-            Finished(job.job_id, outcome, stored, _finished_record(job, claim))
+            JobOutcome(job.job_id, outcome, stored, _finished_record(job, claim))
             for job in claim.jobs
         ]
         await self._runs.finish(claim, finished, last=True)

@@ -45,7 +45,7 @@ class EventStream:
                     self.comments += 1
         return None
 
-    async def event(self, *names: str) -> Event:
+    async def wait_for_event(self, *names: str) -> Event:
         """The next event with one of these names (any if none are given); skips other events."""
         while event := await self.next_event():
             if not names or event.name in names:
@@ -69,7 +69,7 @@ class EventStream:
 
 
 @asynccontextmanager
-async def listening(
+async def open_event_stream(
     client: httpx2.AsyncClient, path: str, last_id: str = ""
 ) -> AsyncIterator[EventStream]:
     headers = {"last-event-id": last_id} if last_id else {}

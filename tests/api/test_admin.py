@@ -17,12 +17,12 @@ from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from tests.process import REPOSITORY
-from tests.queue_driver import Hands, ids_of, new_job
+from tests.queue_driver import QueueDriver, ids_of, new_job
 
 from .harness import (
     QUEUE,
     RESULT,
-    Hand,
+    ManualWorker,
     announce,
     assert_problem,
     client_of,
@@ -35,8 +35,8 @@ NOTHING = {"cancelled": 0, "stopping": 0, "purged": 0, "more": False}
 
 
 @pytest.fixture
-def hands(store: Store, server: redis.Redis) -> Hands:
-    return Hands(store, server)
+def hands(store: Store, server: redis.Redis) -> QueueDriver:
+    return QueueDriver(store, server)
 
 
 async def ok_body(reply: httpx2.Response) -> dict[str, Any]:
@@ -55,11 +55,11 @@ async def retry(client: httpx2.AsyncClient, query: str = "", *ids: str) -> dict[
 
 
 async def submit_failed(
-    hands: Hands, count: int = 1, outcome: str = "failed", **about: Any
+    hands: QueueDriver, count: int = 1, outcome: str = "failed", **about: Any
 ) -> list[str]:
     """Submits jobs and ends them with this outcome; their ids, the first job first."""
-    jobs = await hands.some(count, **about)
-    await hands.finish(await hands.take(queues=(about.get("queue", QUEUE),)), outcome)  # type: ignore[arg-type]
+    jobs = await hands.submit_many(count, **about)
+    await hands.finish(await hands.claim_jobs(queues=(about.get("queue", QUEUE),)), outcome)  # type: ignore[arg-type]
     return jobs
 
 
@@ -72,9 +72,11 @@ def stored_keys(server: redis.Redis, job_ids: Iterable[str]) -> list[bytes]:
 # --- queues and workers ----------------------------------------------------------------------
 
 
-async def test_queues_are_shown_with_their_models(api: httpx2.AsyncClient, hands: Hands) -> None:
-    await hands.some(3)
-    await hands.some(2, queue=DIGITS, priority="high")
+async def test_queues_are_shown_with_their_models(
+    api: httpx2.AsyncClient, hands: QueueDriver
+) -> None:
+    await hands.submit_many(3)
+    await hands.submit_many(2, queue=DIGITS, priority="high")
     queues = (await ok_body(await api.get("/queues")))["queues"]
     assert [(queue["model"], queue["queue"]) for queue in queues] == [
         ("iris", QUEUE),
@@ -89,7 +91,7 @@ async def test_queues_are_shown_with_their_models(api: httpx2.AsyncClient, hands
 
 
 async def test_workers_are_shown_as_they_announce_themselves(
-    api: httpx2.AsyncClient, store: Store, hands: Hands
+    api: httpx2.AsyncClient, store: Store, hands: QueueDriver
 ) -> None:
     about = {"host": "h", "concurrency": 2, "busy": 1, "started_ms": hands.now_ms() - 1000}
     await Announcements(store).announce_worker("h-17-f0fd4a", {**about, "state": "ready"}, 10)
@@ -105,7 +107,7 @@ async def test_workers_are_shown_as_they_announce_themselves(
 
 
 async def test_dead_letters_are_listed_newest_first_with_their_error(
-    api: httpx2.AsyncClient, hands: Hands
+    api: httpx2.AsyncClient, hands: QueueDriver
 ) -> None:
     first = await submit_failed(hands, outcome="dead")
     await submit_failed(hands)
@@ -121,7 +123,7 @@ async def test_dead_letters_are_listed_newest_first_with_their_error(
 
 @pytest.mark.parametrize("limit", [1, 3, 100])
 async def test_pages_of_dead_letters_have_neither_gaps_nor_repeats(
-    api: httpx2.AsyncClient, hands: Hands, limit: int
+    api: httpx2.AsyncClient, hands: QueueDriver, limit: int
 ) -> None:
     letters = await submit_failed(hands, 5, "dead") + await submit_failed(
         hands, 4, "dead", queue=DIGITS
@@ -152,7 +154,7 @@ async def test_a_forged_cursor_of_dead_letters_is_refused(
 
 
 async def test_a_dead_letter_that_is_retried_leaves_the_list(
-    api: httpx2.AsyncClient, hands: Hands
+    api: httpx2.AsyncClient, hands: QueueDriver
 ) -> None:
     letters = await submit_failed(hands, 3, "dead")
     others = await submit_failed(hands, 2)
@@ -165,7 +167,7 @@ async def test_a_dead_letter_that_is_retried_leaves_the_list(
 
 
 async def test_dead_letters_are_deleted(
-    api: httpx2.AsyncClient, hands: Hands, server: redis.Redis
+    api: httpx2.AsyncClient, hands: QueueDriver, server: redis.Redis
 ) -> None:
     letters = await submit_failed(hands, 3, "dead")
     others = await submit_failed(hands, 2)
@@ -179,12 +181,12 @@ async def test_dead_letters_are_deleted(
 
 
 async def test_jobs_are_retried_by_name_and_each_refusal_says_why(
-    api: httpx2.AsyncClient, hands: Hands, server: redis.Redis
+    api: httpx2.AsyncClient, hands: QueueDriver, server: redis.Redis
 ) -> None:
     again, without_input = await submit_failed(hands, 2)
     server.delete(keys.data(without_input))
     (done,) = await submit_failed(hands, outcome="completed")
-    waiting = await hands.one()
+    waiting = await hands.submit_one()
     absent = new_id(hands.now_ms())
     answer = await retry(api, "", again, again, without_input, done, waiting, absent, "\x01")
     assert (answer["retried"], answer["more"]) == ([again], False)
@@ -197,7 +199,7 @@ async def test_jobs_are_retried_by_name_and_each_refusal_says_why(
 
 
 async def test_a_retried_job_is_run_in_a_new_round(
-    api: httpx2.AsyncClient, hands: Hands, manual_worker: Hand
+    api: httpx2.AsyncClient, hands: QueueDriver, manual_worker: ManualWorker
 ) -> None:
     (job_id,) = await submit_failed(hands)
     await retry(api, "status=failed")
@@ -206,11 +208,13 @@ async def test_a_retried_job_is_run_in_a_new_round(
     assert (body["round"], body["status"], body["result"]) == (2, "completed", RESULT)
 
 
-async def test_a_filter_chooses_what_is_retried(api: httpx2.AsyncClient, hands: Hands) -> None:
+async def test_a_filter_chooses_what_is_retried(
+    api: httpx2.AsyncClient, hands: QueueDriver
+) -> None:
     iris = await submit_failed(hands, 2)
     digits = await submit_failed(hands, 2, queue=DIGITS)
     grouped = await submit_failed(hands, 2, group="g")
-    (cancelled,) = await hands.some(1)
+    (cancelled,) = await hands.submit_many(1)
     await hands.cancel(cancelled)
     assert set((await retry(api, "model=digits"))["retried"]) == set(digits)
     assert set((await retry(api, "group=g&status=failed"))["retried"]) == set(grouped)
@@ -220,9 +224,9 @@ async def test_a_filter_chooses_what_is_retried(api: httpx2.AsyncClient, hands: 
 
 
 async def test_more_than_a_thousand_are_retried_in_several_calls(
-    api: httpx2.AsyncClient, hands: Hands
+    api: httpx2.AsyncClient, hands: QueueDriver
 ) -> None:
-    jobs = [job_id for _ in range(5) for job_id in await hands.some(230)]
+    jobs = [job_id for _ in range(5) for job_id in await hands.submit_many(230)]
     await hands.operations.purge(QUEUE)
     first = await retry(api, "status=cancelled")
     assert (len(first["retried"]), first["more"]) == (1000, True)
@@ -232,7 +236,7 @@ async def test_more_than_a_thousand_are_retried_in_several_calls(
 
 
 async def test_a_retry_without_room_in_the_queue_is_refused_and_changes_nothing(
-    config: ApiConfig, store: Store, hands: Hands
+    config: ApiConfig, store: Store, hands: QueueDriver
 ) -> None:
     await announce(store, "iris", default="iris")
     jobs = await submit_failed(hands, 3)
@@ -281,16 +285,16 @@ async def test_a_body_that_names_no_jobs_is_refused(
 
 
 async def test_waiting_and_running_jobs_are_cancelled_and_counted_apart(
-    api: httpx2.AsyncClient, hands: Hands
+    api: httpx2.AsyncClient, hands: QueueDriver
 ) -> None:
-    running = await hands.some(3)
-    claim = await hands.take()
+    running = await hands.submit_many(3)
+    claim = await hands.claim_jobs()
     waiting = [
-        *await hands.some(4),
-        *await hands.some(2, priority="low"),
-        *await hands.some(2, delay_seconds=60),
+        *await hands.submit_many(4),
+        *await hands.submit_many(2, priority="low"),
+        *await hands.submit_many(2, delay_seconds=60),
     ]
-    digits = await hands.some(2, queue=DIGITS)
+    digits = await hands.submit_many(2, queue=DIGITS)
     assert await clear(api, "model=iris") == NOTHING | {"cancelled": 8, "stopping": 3}
     assert hands.statuses(waiting) == {"cancelled"}
     await hands.finish(claim)
@@ -298,11 +302,13 @@ async def test_waiting_and_running_jobs_are_cancelled_and_counted_apart(
     assert hands.statuses(digits) == {"pending"}
 
 
-async def test_a_filter_chooses_what_is_cancelled(api: httpx2.AsyncClient, hands: Hands) -> None:
-    running = await hands.some(2)
-    claim = await hands.take()
-    waiting = await hands.some(2)
-    grouped = await hands.some(2, group="g")
+async def test_a_filter_chooses_what_is_cancelled(
+    api: httpx2.AsyncClient, hands: QueueDriver
+) -> None:
+    running = await hands.submit_many(2)
+    claim = await hands.claim_jobs()
+    waiting = await hands.submit_many(2)
+    grouped = await hands.submit_many(2, group="g")
     assert await clear(api, "status=processing") == NOTHING | {"stopping": 2}
     assert await clear(api, "group=g") == NOTHING | {"cancelled": 2}
     assert hands.statuses(grouped) == {"cancelled"}
@@ -313,10 +319,10 @@ async def test_a_filter_chooses_what_is_cancelled(api: httpx2.AsyncClient, hands
 
 
 async def test_thousands_are_cancelled_by_calls_until_nothing_is_left(
-    api: httpx2.AsyncClient, hands: Hands
+    api: httpx2.AsyncClient, hands: QueueDriver
 ) -> None:
     for _ in range(20):
-        await hands.some(250)
+        await hands.submit_many(250)
     others = [new_job(tenant="other") for _ in range(50)]
     await hands.submit(*others)
     cancelled = 0
@@ -329,16 +335,16 @@ async def test_thousands_are_cancelled_by_calls_until_nothing_is_left(
     queue = (await ok_body(await api.get("/queues")))["queues"][0]
     assert queue["waiting"]["normal"] == 50
     served: list[str] = []
-    while hands.waiting():
+    while hands.waiting_ids():
         served += await hands.run_all()
-    assert (served, hands.ghosts()) == (ids_of(others), 0)
+    assert (served, hands.count_stale_entries()) == (ids_of(others), 0)
 
 
 async def test_an_external_job_is_cancelled_as_one_of_the_default_tenant(
-    api: httpx2.AsyncClient, hands: Hands
+    api: httpx2.AsyncClient, hands: QueueDriver
 ) -> None:
-    hands.stranger("theirs")
-    hands.stranger(b"\xff\xfe")
+    hands.add_external_job("theirs")
+    hands.add_external_job(b"\xff\xfe")
     assert (await clear(api, "status=pending"))["cancelled"] == 1
     assert hands.status("theirs") == "cancelled"
     await hands.run_all()
@@ -362,10 +368,10 @@ async def test_an_external_job_is_cancelled_as_one_of_the_default_tenant(
     ],
 )
 async def test_no_job_is_ended_or_deleted_by_a_mistaken_query(
-    api: httpx2.AsyncClient, hands: Hands, query: str, detail: str
+    api: httpx2.AsyncClient, hands: QueueDriver, query: str, detail: str
 ) -> None:
     done = await submit_failed(hands)
-    waiting = await hands.some(2)
+    waiting = await hands.submit_many(2)
     reply = await api.delete(f"/jobs?{query}")
     assert detail in assert_problem(reply, 400, "invalid_query")["detail"]
     assert hands.statuses(waiting) == {"pending"}
@@ -376,13 +382,13 @@ async def test_no_job_is_ended_or_deleted_by_a_mistaken_query(
 
 
 async def test_ended_jobs_are_deleted_by_state(
-    api: httpx2.AsyncClient, hands: Hands, server: redis.Redis
+    api: httpx2.AsyncClient, hands: QueueDriver, server: redis.Redis
 ) -> None:
     done = await submit_failed(hands, 2, "completed")
     broken = await submit_failed(hands, 3)
-    (cancelled,) = await hands.some(1)
+    (cancelled,) = await hands.submit_many(1)
     await hands.cancel(cancelled)
-    waiting = await hands.some(2)
+    waiting = await hands.submit_many(2)
     assert await clear(api, "status=completed&purge=true") == NOTHING | {"purged": 2}
     assert stored_keys(server, done) == []
     assert hands.statuses(broken) == {"failed"}
@@ -393,7 +399,7 @@ async def test_ended_jobs_are_deleted_by_state(
 
 
 async def test_without_a_state_all_that_ended_of_a_model_is_deleted(
-    api: httpx2.AsyncClient, hands: Hands, server: redis.Redis
+    api: httpx2.AsyncClient, hands: QueueDriver, server: redis.Redis
 ) -> None:
     gone = await submit_failed(hands, 2) + await submit_failed(hands, 2, "completed", group="g")
     other = await submit_failed(hands, 2, queue=DIGITS)
@@ -404,9 +410,9 @@ async def test_without_a_state_all_that_ended_of_a_model_is_deleted(
 
 
 async def test_more_than_a_thousand_are_deleted_in_several_calls(
-    api: httpx2.AsyncClient, hands: Hands, server: redis.Redis
+    api: httpx2.AsyncClient, hands: QueueDriver, server: redis.Redis
 ) -> None:
-    jobs = [job_id for _ in range(5) for job_id in await hands.some(230)]
+    jobs = [job_id for _ in range(5) for job_id in await hands.submit_many(230)]
     await hands.operations.purge(QUEUE)
     assert await clear(api, "model=iris&purge=true") == NOTHING | {"purged": 1000, "more": True}
     assert await clear(api, "model=iris&purge=true") == NOTHING | {"purged": 150}
@@ -417,7 +423,7 @@ async def test_more_than_a_thousand_are_deleted_in_several_calls(
 
 
 async def test_an_ended_job_is_deleted_with_all_its_data(
-    api: httpx2.AsyncClient, manual_worker: Hand, server: redis.Redis
+    api: httpx2.AsyncClient, manual_worker: ManualWorker, server: redis.Redis
 ) -> None:
     job_id = await submit(api)
     await manual_worker.complete()
@@ -429,7 +435,7 @@ async def test_an_ended_job_is_deleted_with_all_its_data(
 
 
 async def test_an_unfinished_job_is_not_deleted(
-    api: httpx2.AsyncClient, manual_worker: Hand, hands: Hands
+    api: httpx2.AsyncClient, manual_worker: ManualWorker, hands: QueueDriver
 ) -> None:
     job_id = await submit(api)
     reply = await api.delete(f"/job/{job_id}?purge=true")
@@ -441,7 +447,7 @@ async def test_an_unfinished_job_is_not_deleted(
 
 
 async def test_an_idempotency_key_of_a_deleted_job_makes_a_new_one(
-    api: httpx2.AsyncClient, manual_worker: Hand
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
     headers = {"idempotency-key": "k"}
     job_id = await submit(api, headers=headers)
@@ -451,19 +457,19 @@ async def test_an_idempotency_key_of_a_deleted_job_makes_a_new_one(
 
 
 async def test_a_job_deleted_while_its_id_is_still_in_a_list_is_not_run(
-    api: httpx2.AsyncClient, hands: Hands, server: redis.Redis
+    api: httpx2.AsyncClient, hands: QueueDriver, server: redis.Redis
 ) -> None:
-    jobs = await hands.some(30)
+    jobs = await hands.submit_many(30)
     await hands.cancel_in_one_call(*jobs[:20])
     assert (await clear(api, "status=cancelled&purge=true"))["purged"] == 20
     assert stored_keys(server, jobs[:20]) == []
     assert await hands.run_all() == jobs[20:]
-    assert hands.ghosts() == 0
+    assert hands.count_stale_entries() == 0
 
 
 @pytest.mark.parametrize("many", [True, False])
 async def test_a_retry_and_a_purge_at_once_leave_a_job_complete_or_deleted(
-    api: httpx2.AsyncClient, hands: Hands, server: redis.Redis, many: bool
+    api: httpx2.AsyncClient, hands: QueueDriver, server: redis.Redis, many: bool
 ) -> None:
     for turn in range(20):
         (job_id,) = await submit_failed(hands, outcome="dead")
@@ -482,7 +488,7 @@ async def test_a_retry_and_a_purge_at_once_leave_a_job_complete_or_deleted(
             assert hands.status(job_id) == "completed"
 
 
-async def test_a_job_retried_since_it_was_chosen_keeps_its_data(hands: Hands) -> None:
+async def test_a_job_retried_since_it_was_chosen_keeps_its_data(hands: QueueDriver) -> None:
     (job_id,) = await submit_failed(hands)
     chosen = await hands.read(job_id)
     await hands.retry(job_id)
@@ -498,13 +504,13 @@ async def test_a_job_retried_since_it_was_chosen_keeps_its_data(hands: Hands) ->
 
 
 async def test_a_models_purge_ends_its_waiting_jobs_of_all_tenants(
-    api: httpx2.AsyncClient, hands: Hands
+    api: httpx2.AsyncClient, hands: QueueDriver
 ) -> None:
     theirs = [new_job(tenant="other") for _ in range(600)]
     for start in (0, 200, 400):
         await hands.submit(*theirs[start : start + 200])
-    delayed = await hands.one(delay_seconds=60)
-    digits = await hands.one(queue=DIGITS)
+    delayed = await hands.submit_one(delay_seconds=60)
+    digits = await hands.submit_one(queue=DIGITS)
     answer = await ok_body(await api.post("/models/iris/purge"))
     assert answer == {"model": "iris", "cancelled": 601}
     assert hands.statuses([*ids_of(theirs), delayed]) == {"cancelled"}
@@ -514,9 +520,9 @@ async def test_a_models_purge_ends_its_waiting_jobs_of_all_tenants(
 
 
 async def test_a_model_that_no_worker_serves_any_more_can_be_purged(
-    api: httpx2.AsyncClient, hands: Hands
+    api: httpx2.AsyncClient, hands: QueueDriver
 ) -> None:
-    job_id = await hands.one(queue=f"{QUEUE}:wine")
+    job_id = await hands.submit_one(queue=f"{QUEUE}:wine")
     assert (await ok_body(await api.post("/models/wine/purge")))["cancelled"] == 1
     assert hands.status(job_id) == "cancelled"
 
@@ -536,7 +542,7 @@ def test_the_manual_shows_how_to_clean_up() -> None:
 
 
 async def test_the_manuals_commands_do_something(
-    config: ApiConfig, store: Store, hands: Hands
+    config: ApiConfig, store: Store, hands: QueueDriver
 ) -> None:
     await announce(store, "iris", default="iris")
     async with running(config) as port:
@@ -544,7 +550,7 @@ async def test_the_manuals_commands_do_something(
             (job_id,) = await submit_failed(hands)
             await submit_failed(hands, outcome="dead")
             await submit_failed(hands, outcome="completed")
-            await hands.some(1, group="nightly")
+            await hands.submit_many(1, group="nightly")
             line = command.replace("JOB_ID", job_id).replace(":8000", f":{port}")
             ran = await asyncio.create_subprocess_shell(
                 line.replace("curl", "curl -sf", 1), stdout=asyncio.subprocess.PIPE
@@ -562,12 +568,12 @@ async def test_the_manuals_commands_do_something(
 
 
 async def test_jobs_of_another_tenant_are_neither_shown_nor_changed(
-    two_tenant_port: int, hands: Hands, server: redis.Redis
+    two_tenant_port: int, hands: QueueDriver, server: redis.Redis
 ) -> None:
     waiting = [new_job(tenant="alice", group="g") for _ in range(3)]
     broken = [new_job(tenant="alice", group="g") for _ in range(3)]
     await hands.submit(*broken)
-    await hands.finish(await hands.take(), "dead")
+    await hands.finish(await hands.claim_jobs(), "dead")
     await hands.submit(*waiting)
     everything = ids_of([*broken, *waiting])
     before = [hands.status(job_id) for job_id in everything]

@@ -9,17 +9,17 @@ from msgspec.structs import replace
 
 from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import Announcements
-from asyncinfer.repository.inspect.queue_load import load
+from asyncinfer.repository.inspect.queue_load import read_load
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import NewJob
-from tests.queue_driver import Hands, new_job
+from tests.queue_driver import QueueDriver, new_job
 
-from .harness import QUEUE, Hand, assert_problem, submit
+from .harness import QUEUE, ManualWorker, assert_problem, submit
 
 
 @pytest.fixture
-def hands(store: Store, server: redis.Redis) -> Hands:
-    return Hands(store, server)
+def hands(store: Store, server: redis.Redis) -> QueueDriver:
+    return QueueDriver(store, server)
 
 
 async def scale(api: httpx2.AsyncClient, model: str = "iris") -> dict[str, Any]:
@@ -57,7 +57,7 @@ async def test_jobs_without_a_worker_are_starved_before_anything_was_measured(
 
 
 async def test_a_backlog_is_counted_in_seconds_of_slot_time(
-    api: httpx2.AsyncClient, store: Store, manual_worker: Hand
+    api: httpx2.AsyncClient, store: Store, manual_worker: ManualWorker
 ) -> None:
     await worker(store, seconds_per_job={"iris": 0.5, "digits": 9.0})
     for _ in range(3):
@@ -96,10 +96,10 @@ async def test_a_worker_that_does_not_claim_does_not_count(
 
 
 async def test_measured_times_are_known_when_no_worker_is_left(
-    api: httpx2.AsyncClient, store: Store, hands: Hands
+    api: httpx2.AsyncClient, store: Store, hands: QueueDriver
 ) -> None:
     await Announcements(store).announce_paces({"iris": 0.25})
-    await hands.some(8)
+    await hands.submit_many(8)
     found = await scale(api)
     assert (found["starved"], found["backlog_seconds"]) == (1, 2.0)
 
@@ -115,25 +115,25 @@ async def test_an_older_or_unreadable_announcement_hides_no_other_worker(
 
 
 async def test_cancelled_jobs_still_in_the_list_are_no_backlog(
-    api: httpx2.AsyncClient, store: Store, hands: Hands
+    api: httpx2.AsyncClient, store: Store, hands: QueueDriver
 ) -> None:
     await worker(store, seconds_per_job={"iris": 1.0})
-    ids = await hands.some(40)
+    ids = await hands.submit_many(40)
     await hands.cancel_in_one_call(*ids[:39])
-    assert len(hands.waiting()) > 1
+    assert len(hands.waiting_ids()) > 1
     found = await scale(api)
     assert (found["waiting_jobs"], found["backlog_seconds"]) == (1, 1.0)
 
 
 async def test_delayed_jobs_are_no_backlog_before_they_are_due(
-    api: httpx2.AsyncClient, hands: Hands
+    api: httpx2.AsyncClient, hands: QueueDriver
 ) -> None:
-    await hands.one(delay_seconds=60)
+    await hands.submit_one(delay_seconds=60)
     assert (await scale(api))["waiting_jobs"] == 0
 
 
 async def test_a_paused_queue_needs_no_worker(
-    api: httpx2.AsyncClient, store: Store, hands: Hands
+    api: httpx2.AsyncClient, store: Store, hands: QueueDriver
 ) -> None:
     await Announcements(store).announce_paces({"iris": 1.0})
     await submit(api)
@@ -146,7 +146,7 @@ async def test_a_paused_queue_needs_no_worker(
 # --- the oldest ------------------------------------------------------------------------------
 
 
-def aged(seconds: float, hands: Hands, **options: Any) -> NewJob:
+def aged(seconds: float, hands: QueueDriver, **options: Any) -> NewJob:
     """A job that was submitted `seconds` ago."""
     job = new_job(**options)
     age_ms = int(seconds * 1000)
@@ -159,14 +159,14 @@ async def age(api: httpx2.AsyncClient) -> float | None:
 
 
 async def test_the_oldest_job_is_found_at_any_priority(
-    api: httpx2.AsyncClient, hands: Hands
+    api: httpx2.AsyncClient, hands: QueueDriver
 ) -> None:
     await hands.submit(aged(30, hands, priority="low"), aged(10, hands), aged(20, hands))
     assert await age(api) == pytest.approx(30, abs=1)
 
 
 async def test_the_oldest_job_is_one_that_still_waits(
-    api: httpx2.AsyncClient, hands: Hands
+    api: httpx2.AsyncClient, hands: QueueDriver
 ) -> None:
     old = [aged(60, hands) for _ in range(30)]
     await hands.submit(*old)
@@ -176,19 +176,19 @@ async def test_the_oldest_job_is_one_that_still_waits(
 
 
 async def test_an_external_job_without_a_time_is_passed_over(
-    api: httpx2.AsyncClient, hands: Hands
+    api: httpx2.AsyncClient, hands: QueueDriver
 ) -> None:
-    hands.stranger("theirs")
+    hands.add_external_job("theirs")
     assert await age(api) is None
     await hands.submit(aged(5, hands))
     assert await age(api) == pytest.approx(5, abs=1)
 
 
 async def test_a_requested_delay_does_not_count_as_waiting(
-    api: httpx2.AsyncClient, hands: Hands
+    api: httpx2.AsyncClient, hands: QueueDriver
 ) -> None:
     await hands.submit(aged(60, hands, delay_seconds=50))
-    hands.let_come_due(keys.delayed("predict_queue"))
+    hands.make_due(keys.delayed("predict_queue"))
     await hands.sweep()
     assert await age(api) == pytest.approx(10, abs=1)
 
@@ -196,21 +196,23 @@ async def test_a_requested_delay_does_not_count_as_waiting(
 # --- what it costs ---------------------------------------------------------------------------
 
 
-async def calls_of_a_gauge(hands: Hands) -> dict[str, int]:
+async def calls_of_a_gauge(hands: QueueDriver) -> dict[str, int]:
     """How often Redis ran each command, including calls inside scripts."""
     hands.redis.config_resetstat()
-    await load(hands.store, "iris", "predict_queue")
+    await read_load(hands.store, "iris", "predict_queue")
     found = hands.redis.info("commandstats")
     ours = {name.removeprefix("cmdstat_"): item["calls"] for name, item in found.items()}
     return {name: calls for name, calls in ours.items() if not name.startswith(("config", "info"))}
 
 
-async def test_an_answer_costs_redis_the_same_for_any_number_of_waiting_jobs(hands: Hands) -> None:
+async def test_an_answer_costs_redis_the_same_for_any_number_of_waiting_jobs(
+    hands: QueueDriver,
+) -> None:
     await worker(hands.store)
-    await hands.some(200)
+    await hands.submit_many(200)
     few = await calls_of_a_gauge(hands)
     for _ in range(8):
-        await hands.some(250)
+        await hands.submit_many(250)
     assert await calls_of_a_gauge(hands) == few
     assert few["evalsha"] == 1
     assert sum(few.values()) < 25
@@ -218,9 +220,9 @@ async def test_an_answer_costs_redis_the_same_for_any_number_of_waiting_jobs(han
 
 @pytest.mark.soak
 async def test_a_million_waiting_jobs_do_not_block_redis_for_longer(
-    api: httpx2.AsyncClient, hands: Hands
+    api: httpx2.AsyncClient, hands: QueueDriver
 ) -> None:
-    jobs = await hands.some(200)
+    jobs = await hands.submit_many(200)
     fill = "for i = 1, 1000 do redis.call('LPUSH', KEYS[1], ARGV[1] .. i) end"
     for part in range(1000):
         hands.redis.eval(fill, 1, "predict_queue", f"x{part}:")
@@ -245,7 +247,7 @@ async def starved(api: httpx2.AsyncClient) -> list[str]:
 
 
 async def test_models_with_due_jobs_and_no_worker_are_listed(
-    api: httpx2.AsyncClient, store: Store, hands: Hands
+    api: httpx2.AsyncClient, store: Store, hands: QueueDriver
 ) -> None:
     assert await starved(api) == []
     await submit(api)

@@ -31,7 +31,7 @@ from .harness import (
     QUEUE,
     RESULT,
     ROW,
-    Hand,
+    ManualWorker,
     ProxiedApi,
     announce,
     assert_problem,
@@ -353,7 +353,7 @@ async def test_a_key_twice_in_one_request_gives_one_job(
 
 
 async def test_a_key_is_the_same_on_a_line_and_in_a_header(
-    api: httpx2.AsyncClient, manual_worker: Hand
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
     job_id = await submit(api, headers={"idempotency-key": "once"})
     await manual_worker.complete()
@@ -387,7 +387,7 @@ async def test_a_request_sent_again_after_a_cut_gives_the_same_jobs(
 
 
 async def test_a_wait_answers_each_line_with_its_finished_job(
-    api: httpx2.AsyncClient, manual_worker: Hand, server: redis.Redis
+    api: httpx2.AsyncClient, manual_worker: ManualWorker, server: redis.Redis
 ) -> None:
     async with asyncio.TaskGroup() as group:
         lines = [GOOD, b"no", *[GOOD] * 148]
@@ -421,7 +421,9 @@ async def test_a_wait_too_short_answers_with_the_job_as_it_is(
     assert server.llen(QUEUE) == 140
 
 
-async def test_a_line_is_answered_before_the_next_is_sent(port: int, manual_worker: Hand) -> None:
+async def test_a_line_is_answered_before_the_next_is_sent(
+    port: int, manual_worker: ManualWorker
+) -> None:
     async with bulk_client(port, b"Prefer: wait=10\r\n") as bulk:
         assert b" 200 " in await bulk.read_head()
         for _ in range(3):
@@ -437,7 +439,7 @@ async def test_a_line_is_answered_before_the_next_is_sent(port: int, manual_work
 
 
 async def test_a_finished_job_is_answered_while_a_later_one_waits(
-    port: int, manual_worker: Hand, server: redis.Redis
+    port: int, manual_worker: ManualWorker, server: redis.Redis
 ) -> None:
     later = GOOD[:-1] + b', "options": {"delay_seconds": 60}}'
     async with bulk_client(port, b"Prefer: wait=10\r\n") as bulk:
@@ -450,7 +452,7 @@ async def test_a_finished_job_is_answered_while_a_later_one_waits(
 
 
 async def test_nothing_waits_for_a_client_that_disconnected(
-    port: int, server: redis.Redis, manual_worker: Hand
+    port: int, server: redis.Redis, manual_worker: ManualWorker
 ) -> None:
     async with bulk_client(port, b"Prefer: wait=60\r\n") as bulk:
         await bulk.send((GOOD + b"\n") * 100)
@@ -642,7 +644,7 @@ def test_many_small_answers_are_read_at_a_time_and_large_ones_singly() -> None:
 
 
 async def test_large_results_are_in_memory_a_few_at_a_time(
-    api: httpx2.AsyncClient, manual_worker: Hand
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
     """Forty results of 14 MB in memory at once killed a server with 512 MB."""
     lines = lines_with_keys(*range(24))

@@ -23,7 +23,7 @@ from tests.faults.harness import eventually
 from .harness import (
     QUEUE,
     ROW,
-    Hand,
+    ManualWorker,
     announce,
     client_of,
     hosted,
@@ -373,7 +373,7 @@ class ApiWithJobs(NamedTuple):
 
 @pytest.fixture
 async def api_with_jobs(
-    config: ApiConfig, store: Store, manual_worker: Hand
+    config: ApiConfig, store: Store, manual_worker: ManualWorker
 ) -> AsyncIterator[ApiWithJobs]:
     """An API with a waiting job and a completed job with a large result."""
     await announce(store, "iris", default="iris")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from asyncinfer.api.inputs.envelope import read_envelope
 from asyncinfer.errors import InvalidInput, RequestError
-from asyncinfer.schemas.requests import AskedOptions
+from asyncinfer.schemas.requests import RequestOptions
 
 SPACE = st.text(" \t\r\n", max_size=3)
 NUMBERS = st.lists(st.integers() | st.floats(allow_nan=False, allow_infinity=False), max_size=3)
@@ -61,7 +61,7 @@ def test_a_repeated_key_is_always_seen(case: tuple[str, list[tuple[str, Any]]]) 
     else:
         asked = read_envelope(body)
         assert json.loads(asked.data) == json.loads(text)["data"]
-        assert asked.options == AskedOptions()
+        assert asked.options == RequestOptions()
 
 
 def _is_utf8(body: bytes) -> bool:

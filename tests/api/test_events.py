@@ -20,7 +20,7 @@ from tests.faults.harness import eventually
 from .harness import (
     QUEUE,
     ROW,
-    Hand,
+    ManualWorker,
     ProxiedApi,
     announce,
     assert_problem,
@@ -30,7 +30,7 @@ from .harness import (
     running_until_signal,
     submit,
 )
-from .sse import EventStream, listening
+from .sse import EventStream, open_event_stream
 
 DIGITS = f"{QUEUE}:digits"
 DIGITS_ROW = [[0.0] * 64]
@@ -44,7 +44,7 @@ async def submit_to(client: httpx2.AsyncClient, model: str, **options: Any) -> s
 
 
 async def next_change(listener: EventStream, *names: str) -> tuple[str, str]:
-    event = await listener.event(*names)
+    event = await listener.wait_for_event(*names)
     assert event.name in (event.data["status"], "snapshot")
     return event.data["job_id"], event.name
 
@@ -53,16 +53,16 @@ async def next_change(listener: EventStream, *names: str) -> tuple[str, str]:
 
 
 async def test_a_job_is_streamed_from_its_current_status_to_its_end(
-    api: httpx2.AsyncClient, manual_worker: Hand
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
     job_id = await submit(api)
-    async with listening(api, f"/job/{job_id}/events") as stream:
-        first = await stream.event()
+    async with open_event_stream(api, f"/job/{job_id}/events") as stream:
+        first = await stream.wait_for_event()
         assert (first.name, first.data["status"]) == ("snapshot", "pending")
         claim = await manual_worker.claim()
         assert await next_change(stream) == (job_id, "processing")
         await manual_worker.finish(claim)
-        last = await stream.event()
+        last = await stream.wait_for_event()
         assert (last.name, last.data["job_id"]) == ("completed", job_id)
         assert "result" not in last.data
         assert last.data["sha256"] == "a" * 64
@@ -70,11 +70,11 @@ async def test_a_job_is_streamed_from_its_current_status_to_its_end(
 
 
 async def test_an_ended_jobs_stream_is_its_snapshot_its_end_and_nothing_more(
-    api: httpx2.AsyncClient, manual_worker: Hand
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
     job_id = await submit(api)
     await manual_worker.fail()
-    async with listening(api, f"/job/{job_id}/events") as stream:
+    async with open_event_stream(api, f"/job/{job_id}/events") as stream:
         events = await stream.remaining_events()
     assert [event.name for event in events] == ["snapshot", "failed"]
     assert events[0].data == events[1].data
@@ -82,11 +82,11 @@ async def test_an_ended_jobs_stream_is_its_snapshot_its_end_and_nothing_more(
 
 
 async def test_a_client_that_saw_the_end_and_reconnects_gets_a_204(
-    api: httpx2.AsyncClient, manual_worker: Hand
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
     job_id = await submit(api)
     path = f"/job/{job_id}/events"
-    async with listening(api, path) as stream:
+    async with open_event_stream(api, path) as stream:
         await manual_worker.fail()
         await stream.remaining_events()
     for again in (
@@ -96,8 +96,8 @@ async def test_a_client_that_saw_the_end_and_reconnects_gets_a_204(
         assert (again.status_code, again.content) == (204, b"")
         assert "content-length" not in again.headers
     await api.post(f"/job/{job_id}/retry")
-    async with listening(api, path, stream.last_id) as stream:
-        retried = await stream.event()
+    async with open_event_stream(api, path, stream.last_id) as stream:
+        retried = await stream.wait_for_event()
         assert (retried.name, retried.data["round"]) == ("pending", 2)
         await manual_worker.complete()
         assert [event.name for event in await stream.remaining_events()] == [
@@ -107,31 +107,31 @@ async def test_a_client_that_saw_the_end_and_reconnects_gets_a_204(
 
 
 async def test_a_client_that_left_after_a_snapshot_of_the_ended_job_still_gets_its_end(
-    api: httpx2.AsyncClient, manual_worker: Hand
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
     job_id = await submit(api)
     await manual_worker.complete()
-    async with listening(api, f"/job/{job_id}/events") as stream:
-        snapshot = await stream.event("snapshot")
-    async with listening(api, f"/job/{job_id}/events", snapshot.id) as stream:
+    async with open_event_stream(api, f"/job/{job_id}/events") as stream:
+        snapshot = await stream.wait_for_event("snapshot")
+    async with open_event_stream(api, f"/job/{job_id}/events", snapshot.id) as stream:
         assert [event.name for event in await stream.remaining_events()] == ["completed"]
 
 
 async def test_a_cancelled_job_says_so(api: httpx2.AsyncClient) -> None:
     job_id = await submit(api)
-    async with listening(api, f"/job/{job_id}/events") as stream:
-        await stream.event("snapshot")
+    async with open_event_stream(api, f"/job/{job_id}/events") as stream:
+        await stream.wait_for_event("snapshot")
         assert (await api.delete(f"/job/{job_id}")).status_code == 200
         assert [event.name for event in await stream.remaining_events()] == ["cancelled"]
 
 
 async def test_an_external_job_can_be_followed(
-    api: httpx2.AsyncClient, server: redis.Redis, manual_worker: Hand
+    api: httpx2.AsyncClient, server: redis.Redis, manual_worker: ManualWorker
 ) -> None:
     server.set("job:x:data", "[[1,2,3,4]]")
     server.set("job:x:status", "pending")
-    async with listening(api, "/job/x/events") as stream:
-        await stream.event("snapshot")
+    async with open_event_stream(api, "/job/x/events") as stream:
+        await stream.wait_for_event("snapshot")
         server.lpush(QUEUE, "x")
         await manual_worker.complete()
         assert [event.name for event in await stream.remaining_events()] == [
@@ -159,12 +159,12 @@ async def test_the_head_of_a_stream_is_its_headers(api: httpx2.AsyncClient) -> N
 
 
 async def test_a_group_is_streamed_from_its_counts_until_all_have_ended(
-    api: httpx2.AsyncClient, manual_worker: Hand
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
     first = await submit_to(api, "iris", group="g")
     await submit_to(api, "iris", group="other")
-    async with listening(api, "/events?group=g") as stream:
-        snapshot = await stream.event()
+    async with open_event_stream(api, "/events?group=g") as stream:
+        snapshot = await stream.wait_for_event()
         assert (snapshot.name, snapshot.data["jobs"]) == ("snapshot", 1)
         assert snapshot.data["counts"]["pending"] == 1
         second = await submit_to(api, "digits", group="g")
@@ -176,39 +176,39 @@ async def test_a_group_is_streamed_from_its_counts_until_all_have_ended(
         while seen != names:
             job_id, name = await next_change(stream, *TERMINAL, "processing")
             seen[job_id].append(name)
-        done = await stream.event("done")
+        done = await stream.wait_for_event("done")
         assert done.data == (await api.get("/group/g")).json()
         assert (done.data["progress"], done.data["eta_seconds"]) == (1.0, 0.0)
 
 
 async def test_a_groups_progress_is_sent_while_its_jobs_run(
-    api: httpx2.AsyncClient, manual_worker: Hand
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
-    async with listening(api, "/events?group=g") as stream:
-        assert (await stream.event("snapshot")).data["jobs"] == 0
+    async with open_event_stream(api, "/events?group=g") as stream:
+        assert (await stream.wait_for_event("snapshot")).data["jobs"] == 0
         await submit_to(api, "iris", group="g")
         await submit_to(api, "digits", group="g")
         await manual_worker.complete()
-        while (progress := await stream.event("progress")).data["progress"] < 0.5:
+        while (progress := await stream.wait_for_event("progress")).data["progress"] < 0.5:
             pass
         assert progress.data["counts"]["completed"] == 1
         assert progress.data["eta_seconds"] > 0
         await manual_worker.complete(DIGITS)
-        assert (await stream.event("done")).data["counts"]["completed"] == 2
+        assert (await stream.wait_for_event("done")).data["counts"]["completed"] == 2
 
 
 async def test_a_group_that_has_ended_is_done_at_once_and_again_after_a_retry(
-    api: httpx2.AsyncClient, manual_worker: Hand
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
     job_id = await submit_to(api, "iris", group="g")
     await manual_worker.fail()
-    async with listening(api, "/events?group=g") as stream:
-        assert [(await stream.event()).name for _ in range(2)] == ["snapshot", "done"]
+    async with open_event_stream(api, "/events?group=g") as stream:
+        assert [(await stream.wait_for_event()).name for _ in range(2)] == ["snapshot", "done"]
     await api.post(f"/job/{job_id}/retry")
-    async with listening(api, "/events?group=g", stream.last_id) as stream:
+    async with open_event_stream(api, "/events?group=g", stream.last_id) as stream:
         assert await next_change(stream) == (job_id, "pending")
         await manual_worker.complete()
-        events = [await stream.event("processing", "completed", "done") for _ in range(3)]
+        events = [await stream.wait_for_event("processing", "completed", "done") for _ in range(3)]
         assert [event.name for event in events] == ["processing", "completed", "done"]
 
 
@@ -216,19 +216,19 @@ async def test_the_first_job_of_a_model_is_streamed_too(
     api: httpx2.AsyncClient, store: Store, server: redis.Redis
 ) -> None:
     await submit_to(api, "iris", group="g")
-    async with listening(api, "/events?group=g") as stream:
-        await stream.event("snapshot")
+    async with open_event_stream(api, "/events?group=g") as stream:
+        await stream.wait_for_event("snapshot")
         assert not server.exists(keys.log(DIGITS))
         job_id = await submit_to(api, "digits", group="g")
         assert await next_change(stream, "pending") == (job_id, "pending")
 
 
 async def test_a_models_stream_begins_with_its_newest_jobs(
-    api: httpx2.AsyncClient, manual_worker: Hand
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
     ids = [await submit_to(api, "digits", priority="high") for _ in range(2)]
-    async with listening(api, "/events?model=digits") as stream:
-        snapshot = await stream.event()
+    async with open_event_stream(api, "/events?model=digits") as stream:
+        snapshot = await stream.wait_for_event()
         assert [job["job_id"] for job in snapshot.data["jobs"]] == ids[::-1]
         assert {job["priority"] for job in snapshot.data["jobs"]} == {"high"}
         await submit_to(api, "iris")
@@ -241,17 +241,17 @@ async def test_a_models_stream_begins_with_its_newest_jobs(
 
 
 async def test_each_tenant_gets_events_of_its_own_jobs_only(
-    two_tenant_port: int, manual_worker: Hand
+    two_tenant_port: int, manual_worker: ManualWorker
 ) -> None:
     alice, bob = [client_of(two_tenant_port, **{"x-api-key": name}) for name in ("alice", "bob")]
     async with alice, bob:
         theirs = await submit_to(alice, "iris", group="g")
         async with (
-            listening(bob, "/events?group=g") as stream,
-            listening(bob, "/events") as all_,
+            open_event_stream(bob, "/events?group=g") as stream,
+            open_event_stream(bob, "/events") as all_,
         ):
-            assert (await stream.event("snapshot")).data["jobs"] == 0
-            assert (await all_.event("snapshot")).data["jobs"] == []
+            assert (await stream.wait_for_event("snapshot")).data["jobs"] == 0
+            assert (await all_.wait_for_event("snapshot")).data["jobs"] == []
             await manual_worker.complete()
             await submit_to(alice, "iris", group="g")
             mine = await submit_to(bob, "iris", group="g")
@@ -280,46 +280,49 @@ async def replicas(config: ApiConfig, store: Store) -> AsyncIterator[list[httpx2
 
 
 async def test_a_stream_continues_at_another_server_in_the_middle_of_a_log_entry(
-    replicas: list[httpx2.AsyncClient], manual_worker: Hand
+    replicas: list[httpx2.AsyncClient], manual_worker: ManualWorker
 ) -> None:
     first, second = replicas
     ids = [await submit_to(first, "iris", group="g") for _ in range(5)]
     claim = await manual_worker.claim()
-    async with listening(first, "/events?group=g") as stream:
-        await stream.event("snapshot")
+    async with open_event_stream(first, "/events?group=g") as stream:
+        await stream.wait_for_event("snapshot")
         await manual_worker.finish(claim)
-        seen = [(await stream.event("completed")).data["job_id"] for _ in range(2)]
+        seen = [(await stream.wait_for_event("completed")).data["job_id"] for _ in range(2)]
         last_id = stream.last_id
-    async with listening(second, "/events?group=g", last_id) as stream:
-        seen += [(await stream.event("completed")).data["job_id"] for _ in range(3)]
-        assert (await stream.event("completed", "snapshot", "gap", "done")).name == "done"
+    async with open_event_stream(second, "/events?group=g", last_id) as stream:
+        seen += [(await stream.wait_for_event("completed")).data["job_id"] for _ in range(3)]
+        assert (await stream.wait_for_event("completed", "snapshot", "gap", "done")).name == "done"
     assert sorted(seen) == sorted(ids)
 
 
 async def test_changes_that_the_log_no_longer_has_become_a_gap_and_a_snapshot(
-    api: httpx2.AsyncClient, manual_worker: Hand, server: redis.Redis
+    api: httpx2.AsyncClient, manual_worker: ManualWorker, server: redis.Redis
 ) -> None:
     job_id = await submit_to(api, "iris", group="g")
     paths = ("/events?group=g", f"/job/{job_id}/events")
     cursors = []
     for path in paths:
-        async with listening(api, path) as stream:
-            cursors.append((await stream.event("snapshot")).id)
+        async with open_event_stream(api, path) as stream:
+            cursors.append((await stream.wait_for_event("snapshot")).id)
     claim = await manual_worker.claim()
     for _ in range(3):
         await submit(api)
     server.xtrim(keys.log(QUEUE), maxlen=1, approximate=False)
     for path, cursor in zip(paths, cursors, strict=True):
-        async with listening(api, path, cursor) as stream:
-            assert [(await stream.event()).name for _ in range(2)] == ["gap", "snapshot"]
-    async with listening(api, paths[1], cursors[1]) as stream:
-        await stream.event("snapshot")
+        async with open_event_stream(api, path, cursor) as stream:
+            assert [(await stream.wait_for_event()).name for _ in range(2)] == ["gap", "snapshot"]
+    async with open_event_stream(api, paths[1], cursors[1]) as stream:
+        await stream.wait_for_event("snapshot")
         await manual_worker.finish(claim)
         assert [event.name for event in await stream.remaining_events()] == ["completed"]
 
 
 async def _all_come_to_an_end(
-    chance: random.Random, replicas: list[httpx2.AsyncClient], manual_worker: Hand, total: int
+    chance: random.Random,
+    replicas: list[httpx2.AsyncClient],
+    manual_worker: ManualWorker,
+    total: int,
 ) -> dict[str, str]:
     """Submits and ends jobs of two models in one group; returns how each ended."""
     waiting: dict[str, list[str]] = {QUEUE: [], DIGITS: []}
@@ -347,7 +350,7 @@ async def _all_come_to_an_end(
 
 
 async def test_a_client_that_reconnects_often_sees_every_end_once(
-    replicas: list[httpx2.AsyncClient], manual_worker: Hand
+    replicas: list[httpx2.AsyncClient], manual_worker: ManualWorker
 ) -> None:
     chance = random.Random(11)
     total = 60
@@ -357,9 +360,9 @@ async def test_a_client_that_reconnects_often_sees_every_end_once(
         last_id = ""
         while True:
             path = "/events?group=g"
-            async with listening(chance.choice(replicas), path, last_id) as stream:
+            async with open_event_stream(chance.choice(replicas), path, last_id) as stream:
                 for _ in range(chance.randint(1, 25)):
-                    event = await stream.event()
+                    event = await stream.wait_for_event()
                     assert event.name != "gap"
                     assert event.name != "snapshot" or not last_id
                     last_id = stream.last_id
@@ -384,8 +387,8 @@ async def test_a_silent_stream_sends_comments(config: ApiConfig, store: Store) -
     brisk = msgspec.structs.replace(config, heartbeat_seconds=0.02)
     async with running(brisk) as port, client_of(port) as client:
         job_id = await submit(client)
-        async with listening(client, f"/job/{job_id}/events") as stream:
-            await stream.event("snapshot")
+        async with open_event_stream(client, f"/job/{job_id}/events") as stream:
+            await stream.wait_for_event("snapshot")
             for _ in range(3):
                 await stream.wait_for_comment()
 
@@ -397,8 +400,8 @@ async def test_a_disconnected_client_frees_its_place_and_no_stream_exceeds_the_l
     small = msgspec.structs.replace(config, max_streams=1)
     async with running(small) as port, client_of(port) as client:
         for path in ("/events", "/events?group=g", f"/job/{await submit(client)}/events"):
-            async with listening(client, path) as stream:
-                await stream.event("snapshot")
+            async with open_event_stream(client, path) as stream:
+                await stream.wait_for_event("snapshot")
                 reply = await client.get("/events")
                 assert_problem(reply, 503, "too_many_streams")
                 assert int(reply.headers["retry-after"]) > 0
@@ -430,23 +433,23 @@ async def test_streams_end_with_the_server(config: ApiConfig, store: Store) -> N
 async def _listen_to_the_end(
     client: httpx2.AsyncClient, path: str, snapshot: asyncio.Event
 ) -> list[Any]:
-    async with listening(client, path) as stream:
-        await stream.event("snapshot")
+    async with open_event_stream(client, path) as stream:
+        await stream.wait_for_event("snapshot")
         snapshot.set()
         return await stream.remaining_events()
 
 
 async def test_a_stream_outlives_an_outage_and_misses_nothing(
-    proxied_api: ProxiedApi, manual_worker: Hand
+    proxied_api: ProxiedApi, manual_worker: ManualWorker
 ) -> None:
     async with client_of(proxied_api.port) as client:
         ids = [await submit_to(client, "iris", group="g") for _ in range(2)]
         async with (
-            listening(client, f"/job/{ids[0]}/events") as job_stream,
-            listening(client, "/events?group=g") as group,
+            open_event_stream(client, f"/job/{ids[0]}/events") as job_stream,
+            open_event_stream(client, "/events?group=g") as group,
         ):
-            await job_stream.event("snapshot")
-            await group.event("snapshot")
+            await job_stream.wait_for_event("snapshot")
+            await group.wait_for_event("snapshot")
             await proxied_api.proxy.down()
             assert_problem(await client.get("/events"), 503, "redis_unavailable")
             await manual_worker.complete()
@@ -457,4 +460,4 @@ async def test_a_stream_outlives_an_outage_and_misses_nothing(
             ]
             seen = [await next_change(group, "processing", "completed") for _ in range(4)]
             assert set(seen[2:]) == {(job_id, "completed") for job_id in ids}
-            await group.event("done")
+            await group.wait_for_event("done")

@@ -7,7 +7,7 @@ import redis
 
 from asyncinfer.repository import keys
 
-from .harness import QUEUE, ROW, Hand, assert_problem, client_of
+from .harness import QUEUE, ROW, ManualWorker, assert_problem, client_of
 
 
 async def submit_to(
@@ -29,7 +29,7 @@ async def counts(client: httpx2.AsyncClient, group: str) -> dict[str, int]:
 
 
 async def test_a_group_counts_the_jobs_of_all_its_models(
-    api: httpx2.AsyncClient, manual_worker: Hand
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
     await submit_to(api, "night:1")
     await manual_worker.complete()
@@ -55,7 +55,9 @@ async def test_a_group_counts_the_jobs_of_all_its_models(
     await manual_worker.finish(running_claim)
 
 
-async def test_a_group_that_has_ended_says_so(api: httpx2.AsyncClient, manual_worker: Hand) -> None:
+async def test_a_group_that_has_ended_says_so(
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
+) -> None:
     await submit_to(api, "g")
     assert (await api.get("/group/g")).json()["eta_seconds"] is None
     await manual_worker.complete()
@@ -64,7 +66,7 @@ async def test_a_group_that_has_ended_says_so(api: httpx2.AsyncClient, manual_wo
 
 
 async def test_a_job_that_is_no_longer_kept_counts_as_ended(
-    api: httpx2.AsyncClient, manual_worker: Hand
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
     job_id = await submit_to(api, "g")
     await manual_worker.complete()
@@ -97,7 +99,7 @@ async def test_an_invalid_group_name_is_refused_by_a_submit(api: httpx2.AsyncCli
 
 
 async def test_cancelling_a_group_ends_waiting_jobs_and_stops_running_ones(
-    api: httpx2.AsyncClient, manual_worker: Hand
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
     done = await submit_to(api, "g")
     await manual_worker.complete()
@@ -118,7 +120,7 @@ async def test_cancelling_a_group_ends_waiting_jobs_and_stops_running_ones(
 
 
 async def test_a_groups_jobs_are_listed_newest_first_page_by_page(
-    api: httpx2.AsyncClient, manual_worker: Hand
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
     ids = [await submit_to(api, "g") for _ in range(7)]
     await submit_to(api, "h")

@@ -19,7 +19,7 @@ from asyncinfer.repository.store import Store
 from .harness import (
     QUEUE,
     ROW,
-    Hand,
+    ManualWorker,
     announce,
     assert_problem,
     client_of,
@@ -192,7 +192,7 @@ OF_A_JOB = [route for route in ROUTES if "{id}" in route.path]
 
 @pytest.mark.parametrize("route", OF_A_JOB, ids=lambda route: f"{route.method} {route.path}")
 async def test_a_job_of_another_tenant_is_not_found(
-    two_tenant_port: int, manual_worker: Hand, server: redis.Redis, route: Route
+    two_tenant_port: int, manual_worker: ManualWorker, server: redis.Redis, route: Route
 ) -> None:
     async with client_of(two_tenant_port, **bearer("alice-1")) as alice:
         job_id = await submit(alice)

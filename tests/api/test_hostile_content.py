@@ -15,11 +15,11 @@ from asyncinfer.jobs import encode_record
 from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.store import Store
-from asyncinfer.schemas.operations import shown_worker
+from asyncinfer.schemas.operations import public_worker_name
 from tests.faults.harness import eventually
 
-from .harness import COLUMNS, QUEUE, ROW, Hand, assert_problem, signature, submit
-from .sse import listening
+from .harness import COLUMNS, QUEUE, ROW, ManualWorker, assert_problem, signature, submit
+from .sse import open_event_stream
 
 OTHER = f"{QUEUE}:digits"
 LATE_ID = "fffffffffffe7abc8def0123456789ab"
@@ -52,7 +52,7 @@ def damaged(server: redis.Redis) -> Iterator[redis.Redis]:
 
 
 async def test_an_external_id_that_reads_as_a_year_beyond_9999_is_shown_without_a_time(
-    api: httpx2.AsyncClient, manual_worker: Hand, damaged: redis.Redis
+    api: httpx2.AsyncClient, manual_worker: ManualWorker, damaged: redis.Redis
 ) -> None:
     damaged.mset({keys.data(LATE_ID): "[[1.0]]", keys.status(LATE_ID): "pending"})
     damaged.lpush(QUEUE, LATE_ID)
@@ -67,7 +67,7 @@ async def test_an_external_id_that_reads_as_a_year_beyond_9999_is_shown_without_
 
 @pytest.mark.parametrize("time_ms", [253_402_300_800_000, -62_135_596_800_001, (1 << 63) - 1])
 async def test_a_time_that_no_answer_can_show_is_left_out(
-    api: httpx2.AsyncClient, manual_worker: Hand, damaged: redis.Redis, time_ms: int
+    api: httpx2.AsyncClient, manual_worker: ManualWorker, damaged: redis.Redis, time_ms: int
 ) -> None:
     job_id = await submit(api, params={"group": "g"})
     await manual_worker.complete()
@@ -82,8 +82,8 @@ async def test_a_time_that_no_answer_can_show_is_left_out(
     for job in (await ok(api, f"/job/{job_id}"), listed):
         assert job["status"] == "completed"
         assert not {"created_at", "started_at", "finished_at"} & job.keys()
-    async with listening(api, f"/job/{job_id}/events") as stream:
-        assert (await stream.event("snapshot")).data["status"] == "completed"
+    async with open_event_stream(api, f"/job/{job_id}/events") as stream:
+        assert (await stream.wait_for_event("snapshot")).data["status"] == "completed"
     assert (await api.delete(f"/job/{job_id}?purge=true")).status_code == 200
 
 
@@ -93,7 +93,7 @@ async def test_a_time_that_no_answer_can_show_is_left_out(
     ids=["deep", "deep inside", "not UTF-8", "empty", "a list"],
 )
 async def test_an_error_that_cannot_be_read_is_shown_as_unknown(
-    api: httpx2.AsyncClient, manual_worker: Hand, damaged: redis.Redis, error: bytes
+    api: httpx2.AsyncClient, manual_worker: ManualWorker, damaged: redis.Redis, error: bytes
 ) -> None:
     job_id = await submit(api)
     await manual_worker.fail()
@@ -105,7 +105,7 @@ async def test_an_error_that_cannot_be_read_is_shown_as_unknown(
 
 @pytest.mark.parametrize("result", [b"{", b"", b"[NaN]", b'"\xff"', DEEP, b"1 2", b"[1," * 5000])
 async def test_a_result_that_is_no_json_is_shown_as_a_string_though_a_worker_claims_it(
-    api: httpx2.AsyncClient, manual_worker: Hand, damaged: redis.Redis, result: bytes
+    api: httpx2.AsyncClient, manual_worker: ManualWorker, damaged: redis.Redis, result: bytes
 ) -> None:
     job_id = await submit(api)
     await manual_worker.complete()
@@ -118,7 +118,11 @@ async def test_a_result_that_is_no_json_is_shown_as_a_string_though_a_worker_cla
 @pytest.mark.parametrize("query", ["", "output=label"])
 @pytest.mark.parametrize("accept", ["application/octet-stream", "application/x-npy", "*/*"])
 async def test_a_result_of_tensors_that_is_damaged_is_gone_or_shown_as_a_string(
-    api: httpx2.AsyncClient, manual_worker: Hand, damaged: redis.Redis, accept: str, query: str
+    api: httpx2.AsyncClient,
+    manual_worker: ManualWorker,
+    damaged: redis.Redis,
+    accept: str,
+    query: str,
 ) -> None:
     job_id = await submit(api)
     await manual_worker.complete()
@@ -136,7 +140,7 @@ async def test_a_result_of_tensors_that_is_damaged_is_gone_or_shown_as_a_string(
 
 
 async def test_a_job_with_keys_of_other_types_is_shown_as_far_as_it_can_be(
-    api: httpx2.AsyncClient, manual_worker: Hand, damaged: redis.Redis
+    api: httpx2.AsyncClient, manual_worker: ManualWorker, damaged: redis.Redis
 ) -> None:
     kept, lost = await submit(api), await submit(api)
     await manual_worker.complete()
@@ -170,7 +174,7 @@ async def test_names_that_are_not_utf8_are_left_out_of_every_listing(
     assert (await ok(api, "/health"))["workers"] == 1
     assert {model["model"] for model in (await ok(api, "/models"))["models"]} == {"iris", "digits"}
     assert [worker["worker"] for worker in (await ok(api, "/workers"))["workers"]] == [
-        shown_worker("w")
+        public_worker_name("w")
     ]
     await ok(api, "/queues")
     assert (await ok(api, "/scale/digits"))["workers"] == 0
@@ -188,8 +192,8 @@ async def test_a_worker_with_an_impossible_announcement_is_shown_as_one_without(
     damaged.zadd(keys.workers(QUEUE), {"deep": 1})
     workers = {entry["worker"]: entry for entry in (await ok(api, "/workers"))["workers"]}
     assert {name: worker["host"] for name, worker in workers.items()} == {
-        **dict.fromkeys(map(shown_worker, ("pid", "pace", "slots", "deep"))),
-        shown_worker("start"): "h",
+        **dict.fromkeys(map(public_worker_name, ("pid", "pace", "slots", "deep"))),
+        public_worker_name("start"): "h",
     }
     for path in ("/models", "/queues", "/scale/iris", "/health"):
         await ok(api, path)
@@ -246,11 +250,11 @@ async def test_a_log_of_another_type_hides_no_other_queue_and_is_logged_once(
     assert {queue["queue"] for queue in (await ok(api, "/queues"))["queues"]} == {QUEUE, OTHER}
     messages = [record.message for record in caplog.records if keys.log(OTHER) in record.message]
     assert len(messages) == 1
-    async with listening(api, "/events") as stream:
-        await stream.event("snapshot")
+    async with open_event_stream(api, "/events") as stream:
+        await stream.wait_for_event("snapshot")
         damaged.set(keys.log(OTHER), "x")
         later = await submit(api)
-        assert (await stream.event("pending")).data["job_id"] == later
+        assert (await stream.wait_for_event("pending")).data["job_id"] == later
 
 
 @pytest.mark.parametrize("of_queue", [keys.delayed, keys.dead, keys.running, lambda q: q])
@@ -322,7 +326,7 @@ async def test_an_idempotency_key_that_stands_for_garbage_ends_no_role(
 
 
 async def test_an_inbox_with_nonsense_or_of_another_type_keeps_no_client_waiting(
-    api: httpx2.AsyncClient, manual_worker: Hand, damaged: redis.Redis
+    api: httpx2.AsyncClient, manual_worker: ManualWorker, damaged: redis.Redis
 ) -> None:
     async def completed() -> None:
         wait = {"prefer": "wait=20"}
@@ -349,7 +353,7 @@ async def test_an_inbox_with_nonsense_or_of_another_type_keeps_no_client_waiting
 
 
 async def test_counters_that_are_not_numbers_refuse_no_job(
-    api: httpx2.AsyncClient, manual_worker: Hand, damaged: redis.Redis
+    api: httpx2.AsyncClient, manual_worker: ManualWorker, damaged: redis.Redis
 ) -> None:
     for name in (keys.bytes_waiting(QUEUE), keys.seq(QUEUE)):
         for content in (b"\xff", b"x", b"1.5"):
@@ -364,7 +368,7 @@ async def test_counters_that_are_not_numbers_refuse_no_job(
 
 @pytest.mark.parametrize("make", [keys.log, keys.wake, keys.control])
 async def test_jobs_are_accepted_run_and_read_without_log_and_statistics(
-    api: httpx2.AsyncClient, manual_worker: Hand, damaged: redis.Redis, make: Any
+    api: httpx2.AsyncClient, manual_worker: ManualWorker, damaged: redis.Redis, make: Any
 ) -> None:
     damaged.delete(make(QUEUE))
     damaged.set(make(QUEUE), "x")

@@ -18,7 +18,7 @@ from .harness import (
     QUEUE,
     RESULT,
     ROW,
-    Hand,
+    ManualWorker,
     ProxiedApi,
     announce,
     assert_problem,
@@ -44,7 +44,7 @@ async def test_an_unfinished_job_has_no_result_and_says_when_to_ask_again(
 
 
 async def test_a_completed_job_has_the_result_as_the_worker_wrote_it(
-    api: httpx2.AsyncClient, manual_worker: Hand
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
     job_id = await submit(api)
     await manual_worker.complete()
@@ -56,7 +56,7 @@ async def test_a_completed_job_has_the_result_as_the_worker_wrote_it(
     assert body["finished_at"] == "1970-01-01T00:00:00.002000Z"
 
 
-async def test_a_failed_job_says_why(api: httpx2.AsyncClient, manual_worker: Hand) -> None:
+async def test_a_failed_job_says_why(api: httpx2.AsyncClient, manual_worker: ManualWorker) -> None:
     job_id = await submit(api)
     await manual_worker.fail()
     body = (await api.get(f"/job/{job_id}")).json()
@@ -132,7 +132,9 @@ async def test_an_external_error_may_be_any_text(
 # --- waiting ---------------------------------------------------------------------------------
 
 
-async def test_a_wait_ends_with_the_job(api: httpx2.AsyncClient, manual_worker: Hand) -> None:
+async def test_a_wait_ends_with_the_job(
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
+) -> None:
     job_id = await submit(api)
     async with asyncio.TaskGroup() as group:
         get = group.create_task(api.get(f"/job/{job_id}?wait=10"))
@@ -222,7 +224,7 @@ async def test_a_waiting_job_is_cancelled_at_once(
 
 
 async def test_a_running_job_is_cancelled_once_its_worker_is_notified(
-    api: httpx2.AsyncClient, manual_worker: Hand
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
     job_id = await submit(api)
     claim = await manual_worker.claim()
@@ -234,7 +236,7 @@ async def test_a_running_job_is_cancelled_once_its_worker_is_notified(
 
 
 async def test_a_running_job_that_does_not_stop_at_once_is_cancelled_later(
-    config: ApiConfig, store: Store, manual_worker: Hand
+    config: ApiConfig, store: Store, manual_worker: ManualWorker
 ) -> None:
     await announce(store, "iris", default="iris")
     store.policy = Policy(lease_seconds=30)
@@ -252,7 +254,7 @@ async def test_a_running_job_that_does_not_stop_at_once_is_cancelled_later(
 
 
 async def test_a_failed_job_runs_again_in_a_new_round(
-    api: httpx2.AsyncClient, manual_worker: Hand
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
     job_id = await submit(api)
     await manual_worker.fail()
@@ -265,7 +267,7 @@ async def test_a_failed_job_runs_again_in_a_new_round(
 
 
 async def test_a_job_that_did_not_fail_is_not_retried(
-    api: httpx2.AsyncClient, manual_worker: Hand
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
     job_id = await submit(api)
     reply = await api.post(f"/job/{job_id}/retry")
@@ -275,7 +277,7 @@ async def test_a_job_that_did_not_fail_is_not_retried(
 
 
 async def test_a_job_whose_input_is_gone_is_not_retried(
-    api: httpx2.AsyncClient, manual_worker: Hand, server: redis.Redis
+    api: httpx2.AsyncClient, manual_worker: ManualWorker, server: redis.Redis
 ) -> None:
     job_id = await submit(api)
     await manual_worker.fail()
@@ -285,7 +287,7 @@ async def test_a_job_whose_input_is_gone_is_not_retried(
 
 
 async def test_a_retry_finds_no_room_in_a_full_queue(
-    config: ApiConfig, store: Store, manual_worker: Hand
+    config: ApiConfig, store: Store, manual_worker: ManualWorker
 ) -> None:
     await announce(store, "iris", default="iris")
     full = msgspec.structs.replace(config, policy=Policy(max_queue=1))
@@ -315,7 +317,7 @@ async def test_the_list_is_newest_first_in_pages(api: httpx2.AsyncClient) -> Non
 
 
 async def test_the_list_is_narrowed_by_status_and_model(
-    api: httpx2.AsyncClient, manual_worker: Hand
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
     done = await submit(api)
     await manual_worker.complete()

@@ -54,10 +54,10 @@ async def test_a_removed_model_is_not_found(store: Store) -> None:
     announcements = Announcements(store)
     await announcements.announce_models({"wine": {"1": b"1", "2": b"2"}})
     await announcements.retract_version("wine", "1")
-    assert set(await announcements.announced_versions("wine")) == {"2"}
+    assert set(await announcements.read_versions("wine")) == {"2"}
     await announcements.retract_version("wine", "2")
-    assert not await store.command("EXISTS", keys.model(store.n, "wine"))
-    assert b"wine" not in await store.command("SMEMBERS", keys.models(store.n))
+    assert not await store.command("EXISTS", keys.model(store.queue_name, "wine"))
+    assert b"wine" not in await store.command("SMEMBERS", keys.models(store.queue_name))
 
 
 async def test_a_paused_model_takes_jobs_and_is_resumed(

@@ -10,7 +10,7 @@ from asyncinfer.api.config import ApiConfig
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.store import Store
 
-from .harness import ROW, announce, api_of, assert_problem, signature
+from .harness import ROW, announce, assert_problem, running_client, signature
 
 BODY = {"data": ROW}
 REQUESTS = (
@@ -50,7 +50,7 @@ async def test_a_model_that_is_not_loaded_yet_is_a_503_and_never_a_404(
 ) -> None:
     await announce(store, "iris", default="iris")
     await worker(store, loading=["wine"])
-    async with api_of(config) as client:
+    async with running_client(config) as client:
         for method, path in REQUESTS:
             assert_loading(await request_path(client, method, path))
         (line,) = (
@@ -75,7 +75,7 @@ async def test_a_default_model_that_is_being_loaded_is_a_503(
 ) -> None:
     await store.claim_default_model("iris")
     await worker(store, state="starting", loading=["iris", "wine"])
-    async with api_of(config) as client:
+    async with running_client(config) as client:
         assert_loading(await client.post("/predict", json=BODY))
         assert_loading(await client.post("/predict/iris", json=BODY))
 
@@ -85,7 +85,7 @@ async def test_the_first_of_several_models_to_be_loaded_is_not_taken_for_the_onl
 ) -> None:
     await announce(store, "wine")
     await worker(store, default_model=None, models=["wine"], loading=["beer"])
-    async with api_of(config) as client:
+    async with running_client(config) as client:
         assert_loading(await client.post("/predict", json=BODY))
         await worker(store, default_model=None, models=["wine"])
         assert (await client.post("/predict", json=BODY)).status_code == 202
@@ -95,7 +95,7 @@ async def test_a_version_that_may_still_be_loaded_is_a_503(config: ApiConfig, st
     await announce(store, "iris", default="iris")
     await worker(store, loading=["iris"])
     newer = {**BODY, "options": {"version": "2"}}
-    async with api_of(config) as client:
+    async with running_client(config) as client:
         assert_loading(await client.post("/predict", json=newer))
         assert_loading(await client.post("/models/iris/validate", json=newer))
         second = {"2": msgspec.json.encode(signature("iris", "2"))}
@@ -117,7 +117,7 @@ async def test_a_model_whose_files_are_all_refused_is_unknown_for_that_reason(
 ) -> None:
     await announce(store, "iris", default="iris")
     await worker(store, models=["iris"], problems={"wine": {"1": "a Git LFS pointer"}})
-    async with api_of(config) as client:
+    async with running_client(config) as client:
         problem = assert_problem(await request_path(client, method, path), 404, "model_not_found")
     assert "Version 1 is not served: a Git LFS pointer." in problem["detail"]
 
@@ -128,7 +128,7 @@ async def test_a_default_model_that_is_refused_is_unknown_for_that_reason(
     await announce(store, "wine")
     await store.claim_default_model("iris")
     await worker(store, models=["wine"], problems={"iris": {"": "its model.toml is broken"}})
-    async with api_of(config) as client:
+    async with running_client(config) as client:
         problem = assert_problem(await client.post("/predict", json=BODY), 404, "model_not_found")
         assert "It is not served: its model.toml is broken." in problem["detail"]
         assert (await client.post("/predict/wine", json=BODY)).status_code == 202
@@ -153,7 +153,7 @@ async def test_where_nothing_can_be_served_the_answer_says_why_and_has_no_retry_
     problems: dict[str, Any], explanation: str, config: ApiConfig, store: Store
 ) -> None:
     await worker(store, default_model=None, problems=problems)
-    async with api_of(config) as client:
+    async with running_client(config) as client:
         for path in ("/predict", "/predict/other"):
             reply = await client.post(path, json=BODY)
             problem = assert_problem(reply, 503, "no_model_announced")

@@ -17,11 +17,20 @@ from asyncinfer.jobs import Record, encode_record
 from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.store import Store
-from asyncinfer.schemas.operations import shown_worker
+from asyncinfer.schemas.operations import public_worker_name
 from tests.faults.proxy import proxied
-from tests.queue_driver import Hands
+from tests.queue_driver import QueueDriver
 
-from .harness import QUEUE, Hand, announce, assert_problem, client_of, hosted, running, submit
+from .harness import (
+    QUEUE,
+    ManualWorker,
+    announce,
+    assert_problem,
+    client_of,
+    hosted,
+    running,
+    submit,
+)
 
 WORKER = "gpu-host.internal-4711-f0fd4a"
 
@@ -112,7 +121,7 @@ async def test_an_operator_lists_the_jobs_of_all_tenants_without_their_payloads(
     alice: httpx2.AsyncClient,
     bob: httpx2.AsyncClient,
     ops: httpx2.AsyncClient,
-    manual_worker: Hand,
+    manual_worker: ManualWorker,
     audit: Audit,
 ) -> None:
     done = await submit(alice)
@@ -244,17 +253,17 @@ async def test_a_name_with_a_line_break_makes_no_second_line_in_the_log(
 
 
 async def test_without_keys_everyone_is_an_operator(
-    api: httpx2.AsyncClient, hands: Hands, audit: Audit
+    api: httpx2.AsyncClient, hands: QueueDriver, audit: Audit
 ) -> None:
-    theirs = await hands.one(tenant="acme")
+    theirs = await hands.submit_one(tenant="acme")
     assert await ids(api, "") == set()
     assert await ids(api, "tenant=*") == {theirs}
     assert "key=none" in audit.line()
 
 
 @pytest.fixture
-def hands(store: Store, server: redis.Redis) -> Hands:
-    return Hands(store, server)
+def hands(store: Store, server: redis.Redis) -> QueueDriver:
+    return QueueDriver(store, server)
 
 
 # --- workers ---------------------------------------------------------------------------------
@@ -269,15 +278,15 @@ def hands(store: Store, server: redis.Redis) -> Hands:
     ],
 )
 def test_a_worker_is_shown_as_its_random_suffix(worker_id: str, shown: str) -> None:
-    assert shown_worker(worker_id) == shown
+    assert public_worker_name(worker_id) == shown
 
 
 @pytest.mark.parametrize(
     "worker_id", ["", "host", "host-1-F0FD4A", "/srv/x", "\udcff", "-1-f0fd4a"]
 )
 def test_an_id_of_another_form_has_a_stable_short_form(worker_id: str) -> None:
-    shown = shown_worker(worker_id)
-    assert shown == shown_worker(worker_id)
+    shown = public_worker_name(worker_id)
+    assert shown == public_worker_name(worker_id)
     assert len(shown) == len("w-f0fd4a")
     assert not worker_id or worker_id not in shown
 
@@ -313,7 +322,7 @@ async def _ended_by(
 ) -> str:
     """Submits a job that `worker` completes."""
     job_id = await submit(client)
-    await Hand(store).complete()
+    await ManualWorker(store).complete()
     found: Any = server.get(keys.meta(job_id))
     record = msgspec.msgpack.decode(found[8:], type=Record)
     meta = encode_record(msgspec.structs.replace(record, worker=worker), found[:8])

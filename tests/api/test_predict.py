@@ -22,7 +22,7 @@ from .harness import (
     QUEUE,
     RESULT,
     ROW,
-    Hand,
+    ManualWorker,
     ProxiedApi,
     announce,
     assert_problem,
@@ -72,7 +72,7 @@ async def test_a_job_without_a_content_type_is_taken_for_json(api: httpx2.AsyncC
 
 
 async def test_a_preferred_wait_answers_with_the_finished_job(
-    api: httpx2.AsyncClient, manual_worker: Hand, server: redis.Redis
+    api: httpx2.AsyncClient, manual_worker: ManualWorker, server: redis.Redis
 ) -> None:
     async with asyncio.TaskGroup() as group:
         post = group.create_task(
@@ -108,7 +108,7 @@ async def test_a_wait_that_is_no_number_or_too_long_is_refused(
 
 
 async def test_the_same_key_and_request_give_the_same_job(
-    api: httpx2.AsyncClient, manual_worker: Hand, server: redis.Redis
+    api: httpx2.AsyncClient, manual_worker: ManualWorker, server: redis.Redis
 ) -> None:
     once = {"idempotency-key": "order-1"}
     job_id = await submit(api, headers=once)
@@ -124,7 +124,7 @@ async def test_the_same_key_and_request_give_the_same_job(
 
 
 async def test_a_second_request_with_the_key_waits_for_the_first_ones_job(
-    api: httpx2.AsyncClient, manual_worker: Hand
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
     once = {"idempotency-key": "order-1"}
     job_id = await submit(api, headers=once)
@@ -236,7 +236,7 @@ async def test_while_the_default_model_is_unknown_a_client_is_asked_to_retry(
         assert int(reply.headers["retry-after"]) > 0
         await Announcements(store).announce_worker("w", {"default_model": None}, ttl_seconds=60)
         await submit(client)
-    assert await store.command("LLEN", keys.queue(store.n, "cats", None)) == 1
+    assert await store.command("LLEN", keys.queue(store.queue_name, "cats", None)) == 1
 
 
 async def test_while_redis_has_lost_the_default_model_only_its_clients_wait(
@@ -245,7 +245,7 @@ async def test_while_redis_has_lost_the_default_model_only_its_clients_wait(
     await announce(store, "iris", "digits", default="iris")
     async with running(config) as port, client_of(port) as client:
         await submit(client)
-        server.delete(keys.default_model(store.n))
+        server.delete(keys.default_model(store.queue_name))
 
         async def is_refused() -> bool:
             return (await client.post("/predict", json={"data": ROW})).status_code == 503
@@ -261,7 +261,7 @@ async def test_while_redis_has_lost_the_default_model_only_its_clients_wait(
         await store.claim_default_model("iris")
         await submit(client)
         assert server.llen(QUEUE) == waits + 1
-    assert server.llen(keys.queue(store.n, "iris", None)) == 0
+    assert server.llen(keys.queue(store.queue_name, "iris", None)) == 0
 
 
 async def test_an_api_with_a_configured_default_writes_it_again_when_redis_has_lost_it(

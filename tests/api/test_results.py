@@ -31,7 +31,7 @@ from tests.faults.harness import eventually
 from .harness import (
     QUEUE,
     RESULT,
-    Hand,
+    ManualWorker,
     assert_problem,
     client_of,
     hosted,
@@ -51,7 +51,7 @@ ROWS = {"inputs": [{"name": "input", "shape": [1, 4], "datatype": "FP32", "data"
 
 
 async def submit_completed(
-    client: httpx2.AsyncClient, manual_worker: Hand, tensors: dict[str, Array]
+    client: httpx2.AsyncClient, manual_worker: ManualWorker, tensors: dict[str, Array]
 ) -> str:
     """Submits a job and completes it with these tensors; its id."""
     job_id: str = (await client.post("/predict", json=ROWS)).json()["job_id"]
@@ -71,7 +71,7 @@ def arrays(reply: httpx2.Response) -> dict[str, Array]:
 
 
 async def test_stored_tensors_are_shown_as_json(
-    api: httpx2.AsyncClient, manual_worker: Hand
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
     job_id = await submit_completed(api, manual_worker, TENSORS)
     job = (await api.get(f"/job/{job_id}")).json()
@@ -97,7 +97,7 @@ async def test_stored_tensors_are_shown_as_json(
 
 
 async def test_a_result_is_given_in_the_layout_that_tritons_client_reads(
-    api: httpx2.AsyncClient, manual_worker: Hand
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
     job_id = await submit_completed(
         api, manual_worker, {**TENSORS, "none": np.empty((0, 3), np.int64)}
@@ -115,7 +115,7 @@ async def test_a_result_is_given_in_the_layout_that_tritons_client_reads(
 
 
 async def test_one_output_is_given_as_numpy_saves_it(
-    api: httpx2.AsyncClient, manual_worker: Hand
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
     job_id = await submit_completed(api, manual_worker, TENSORS)
     several = await api.get(f"/job/{job_id}/result", headers=NPY)
@@ -134,7 +134,7 @@ async def test_one_output_is_given_as_numpy_saves_it(
 
 
 async def test_the_form_is_the_one_that_accept_prefers(
-    api: httpx2.AsyncClient, manual_worker: Hand
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
     job_id = await submit_completed(api, manual_worker, {"x": TENSORS["x"]})
     for accept, form in {
@@ -153,7 +153,7 @@ async def test_the_form_is_the_one_that_accept_prefers(
 
 
 async def test_a_result_that_is_text_is_no_tensor(
-    api: httpx2.AsyncClient, manual_worker: Hand
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
     job_id = await submit(api)
     await manual_worker.complete()
@@ -164,7 +164,7 @@ async def test_a_result_that_is_text_is_no_tensor(
 
 
 async def test_a_job_without_a_result_is_answered_with_the_reason(
-    api: httpx2.AsyncClient, manual_worker: Hand
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
     job_id = await submit(api)
     waiting = await api.get(f"/job/{job_id}/result", headers=BINARY)
@@ -180,7 +180,7 @@ async def test_a_job_without_a_result_is_answered_with_the_reason(
 
 
 async def test_a_damaged_result_is_answered_with_its_own_error(
-    api: httpx2.AsyncClient, manual_worker: Hand, server: redis.Redis
+    api: httpx2.AsyncClient, manual_worker: ManualWorker, server: redis.Redis
 ) -> None:
     job_id = await submit_completed(api, manual_worker, TENSORS)
     server.set(keys.result(job_id), b"\x01damaged", keepttl=True)
@@ -191,7 +191,7 @@ async def test_a_damaged_result_is_answered_with_its_own_error(
 
 
 async def test_a_result_is_visible_to_its_tenant_only(
-    two_tenant_port: int, manual_worker: Hand
+    two_tenant_port: int, manual_worker: ManualWorker
 ) -> None:
     mine, theirs = (client_of(two_tenant_port, **{"x-api-key": name}) for name in ("alice", "bob"))
     async with mine, theirs:
@@ -201,7 +201,7 @@ async def test_a_result_is_visible_to_its_tenant_only(
 
 
 async def test_a_wait_may_answer_with_the_binary_result(
-    api: httpx2.AsyncClient, manual_worker: Hand, server: redis.Redis
+    api: httpx2.AsyncClient, manual_worker: ManualWorker, server: redis.Redis
 ) -> None:
     async def wait_for_result(headers: dict[str, str], body: bytes) -> httpx2.Response:
         async with asyncio.TaskGroup() as group:
@@ -246,7 +246,7 @@ async def identities(
 
 async def _run_through_engine(
     client: httpx2.AsyncClient,
-    manual_worker: Hand,
+    manual_worker: ManualWorker,
     engines: dict[str, Engine],
     model: str,
     **sent: Any,
@@ -265,7 +265,7 @@ async def _run_through_engine(
 
 
 async def test_tensors_of_every_datatype_go_through_a_model_and_come_back(
-    identities: tuple[httpx2.AsyncClient, dict[str, Engine]], manual_worker: Hand
+    identities: tuple[httpx2.AsyncClient, dict[str, Engine]], manual_worker: ManualWorker
 ) -> None:
     client, engines = identities
     for datatype in engines.keys() - {"added"}:
@@ -287,7 +287,7 @@ async def test_tensors_of_every_datatype_go_through_a_model_and_come_back(
 
 
 async def test_the_example_of_every_model_runs(
-    identities: tuple[httpx2.AsyncClient, dict[str, Engine]], manual_worker: Hand
+    identities: tuple[httpx2.AsyncClient, dict[str, Engine]], manual_worker: ManualWorker
 ) -> None:
     client, engines = identities
     for name, engine in engines.items():

@@ -17,7 +17,7 @@ from tests.faults.harness import eventually
 
 from .harness import (
     QUEUE,
-    Hand,
+    ManualWorker,
     announce,
     assert_problem,
     client_of,
@@ -25,7 +25,7 @@ from .harness import (
     running,
     submit,
 )
-from .sse import listening
+from .sse import open_event_stream
 from .test_bulk import bulk_client
 
 WITHIN_SECONDS = 5.0
@@ -112,21 +112,21 @@ async def test_a_revoked_key_ends_its_streams_and_no_others(
     keys: WrittenKeyFile, alice: httpx2.AsyncClient, bob: httpx2.AsyncClient, path: str
 ) -> None:
     paths = [path.replace("{id}", await submit(client)) for client in (alice, bob)]
-    async with listening(alice, paths[0]) as hers, listening(bob, paths[1]) as his:
-        await hers.event("snapshot")
-        await his.event("snapshot")
+    async with open_event_stream(alice, paths[0]) as hers, open_event_stream(bob, paths[1]) as his:
+        await hers.wait_for_event("snapshot")
+        await his.wait_for_event("snapshot")
         revoked_at = keys.revoke()
         assert await hers.remaining_events() == []
         assert time.monotonic() - revoked_at < WITHIN_SECONDS
         await submit(bob)
         if path == "/events":
-            assert (await his.event()).name == "pending"
+            assert (await his.wait_for_event()).name == "pending"
     assert_problem(await alice.get(paths[0]), 401, "unauthorized")
 
 
 @pytest.mark.soak
 async def test_a_stream_whose_client_does_not_read_is_sent_nothing_more(
-    port: int, keys: WrittenKeyFile, alice: httpx2.AsyncClient, manual_worker: Hand
+    port: int, keys: WrittenKeyFile, alice: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
     head = b"GET /events HTTP/1.1\r\nHost: localhost\r\nX-Api-Key: alice\r\n\r\n"
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -189,7 +189,10 @@ async def test_lines_are_no_longer_accepted_and_the_last_answer_says_so(
 
 
 async def test_lines_that_wait_for_results_get_none_after_the_revocation(
-    keys: WrittenKeyFile, alice: httpx2.AsyncClient, server: redis.Redis, manual_worker: Hand
+    keys: WrittenKeyFile,
+    alice: httpx2.AsyncClient,
+    server: redis.Redis,
+    manual_worker: ManualWorker,
 ) -> None:
     content = (msgspec.json.encode(ROW) + b"\n") * 3
     headers = {"content-type": "application/x-ndjson", "prefer": "wait=30"}
@@ -228,9 +231,12 @@ async def test_a_body_that_is_still_coming_when_its_key_is_revoked_makes_no_job(
 async def test_a_key_that_loses_the_scope_or_changes_its_tenant_ends_what_it_began(
     keys: WrittenKeyFile, alice: httpx2.AsyncClient, bob: httpx2.AsyncClient
 ) -> None:
-    async with listening(alice, "/events") as hers, listening(bob, "/events") as his:
-        await hers.event("snapshot")
-        await his.event("snapshot")
+    async with (
+        open_event_stream(alice, "/events") as hers,
+        open_event_stream(bob, "/events") as his,
+    ):
+        await hers.wait_for_event("snapshot")
+        await his.wait_for_event("snapshot")
         keys.give("alice", "alice", "submit")
         keys.give("bob", "alice", "submit,read")
         assert await hers.remaining_events() == []
@@ -243,18 +249,18 @@ async def test_a_change_that_is_about_others_ends_nothing(
     keys: WrittenKeyFile,
     alice: httpx2.AsyncClient,
     bob: httpx2.AsyncClient,
-    manual_worker: Hand,
+    manual_worker: ManualWorker,
 ) -> None:
     job_id = await submit(alice)
     waiting = asyncio.create_task(alice.get(f"/job/{job_id}?wait=30"))
-    async with listening(alice, "/events") as hers:
-        await hers.event("snapshot")
+    async with open_event_stream(alice, "/events") as hers:
+        await hers.wait_for_event("snapshot")
         keys.revoke("bob")
         await eventually(lambda: is_unauthorized(bob), "bob's key is refused")
         keys.give("alice", "alice", "submit,read,admin")
         await eventually(_sees_workers(alice), "alice's key has the new scope")
         await manual_worker.complete()
-        await hers.event("completed")
+        await hers.wait_for_event("completed")
     assert (await waiting).json()["status"] == "completed"
 
 

@@ -5,14 +5,14 @@ import sys
 
 import pytest
 
-from asyncinfer.api.http.sockets import hold, listen, share
+from asyncinfer.api.http.sockets import bind_shared, listen, reserve
 from asyncinfer.errors import StartError
 
 
 @pytest.fixture(params=["127.0.0.1", "::1"])
 def held(request: pytest.FixtureRequest) -> socket.socket:
     try:
-        return hold(request.param, 0)
+        return reserve(request.param, 0)
     except StartError:
         pytest.skip("no IPv6 here")
 
@@ -22,7 +22,7 @@ def connect(held: socket.socket) -> socket.socket:
 
 
 def test_no_connection_is_accepted_before_a_process_listens(held: socket.socket) -> None:
-    with held, share(held), pytest.raises(ConnectionRefusedError):
+    with held, bind_shared(held), pytest.raises(ConnectionRefusedError):
         connect(held)
 
 
@@ -30,8 +30,8 @@ def test_no_connection_is_accepted_before_a_process_listens(held: socket.socket)
 def test_connections_after_a_process_has_ended_go_to_the_others(
     held: socket.socket,
 ) -> None:
-    with held, share(held) as staying:
-        with share(held) as ending:
+    with held, bind_shared(held) as staying:
+        with bind_shared(held) as ending:
             for listener in (staying, ending):
                 listener.listen()
         staying.settimeout(5)
@@ -43,7 +43,7 @@ def test_connections_after_a_process_has_ended_go_to_the_others(
 def test_where_connections_are_not_spread_all_processes_share_one_socket(
     held: socket.socket,
 ) -> None:
-    with held, share(held, "darwin") as first, share(held, "darwin") as second:
+    with held, bind_shared(held, "darwin") as first, bind_shared(held, "darwin") as second:
         for process in (first, second, first):
             process.listen()
             process.settimeout(5)
@@ -53,11 +53,11 @@ def test_where_connections_are_not_spread_all_processes_share_one_socket(
 
 def test_an_address_that_is_listened_on_cannot_be_held() -> None:
     with listen("127.0.0.1", 0) as taken, pytest.raises(StartError, match="another HOST or PORT"):
-        hold("127.0.0.1", taken.getsockname()[1])
+        reserve("127.0.0.1", taken.getsockname()[1])
 
 
 def test_an_address_that_processes_share_cannot_be_held_again(held: socket.socket) -> None:
-    with held, share(held) as process:
+    with held, bind_shared(held) as process:
         process.listen()
         with pytest.raises(StartError, match="another HOST or PORT"):
-            hold(*held.getsockname()[:2])
+            reserve(*held.getsockname()[:2])

@@ -20,8 +20,18 @@ from asyncinfer.repository.operations import Operations
 from asyncinfer.repository.store import Store
 from tests.faults.harness import eventually
 
-from .harness import QUEUE, ROW, Hand, ProxiedApi, announce, client_of, hosted, running, submit
-from .sse import EventStream, listening
+from .harness import (
+    QUEUE,
+    ROW,
+    ManualWorker,
+    ProxiedApi,
+    announce,
+    client_of,
+    hosted,
+    running,
+    submit,
+)
+from .sse import EventStream, open_event_stream
 
 MANY_STREAMS = 200
 MANY_JOBS = 5000
@@ -68,7 +78,7 @@ async def submit_many(client: httpx2.AsyncClient, count: int, path: str = "/pred
 
 
 async def pending_jobs(stream: EventStream, count: int) -> list[str]:
-    return [(await stream.event("pending")).data["job_id"] for _ in range(count)]
+    return [(await stream.wait_for_event("pending")).data["job_id"] for _ in range(count)]
 
 
 async def max_seconds(client: httpx2.AsyncClient, rounds: int) -> float:
@@ -111,8 +121,8 @@ async def test_many_streams_that_are_read_get_every_event_while_requests_are_ans
     ready = asyncio.Semaphore(0)
 
     async def read(client: httpx2.AsyncClient) -> list[str]:
-        async with listening(client, path) as stream:
-            await stream.event("snapshot")
+        async with open_event_stream(client, path) as stream:
+            await stream.wait_for_event("snapshot")
             ready.release()
             return await pending_jobs(stream, jobs)
 
@@ -127,8 +137,8 @@ async def test_many_streams_that_are_read_get_every_event_while_requests_are_ans
 
 async def test_a_stream_that_is_read_late_gets_every_event_once(port: int) -> None:
     """More changes than are kept in memory: the rest must come from the log."""
-    async with client_of(port) as client, listening(client, "/events") as stream:
-        await stream.event("snapshot")
+    async with client_of(port) as client, open_event_stream(client, "/events") as stream:
+        await stream.wait_for_event("snapshot")
         ids = [job_id for _ in range(4) for job_id in await submit_many(client, 3000)]
         assert await pending_jobs(stream, len(ids)) == ids
 
@@ -139,8 +149,8 @@ async def test_the_kernel_takes_little_for_a_client_that_does_not_read(port: int
         with unread_streams(port, 1) as (stream,):
             await asyncio.to_thread(stream.recv, 1)
             await submit_many(client, 3000)
-            async with listening(client, "/events") as other:
-                await other.event("snapshot")
+            async with open_event_stream(client, "/events") as other:
+                await other.wait_for_event("snapshot")
                 last = (await submit_many(client, 1))[0]
                 assert await pending_jobs(other, 1) == [last]
             stream.setblocking(False)
@@ -170,40 +180,42 @@ async def test_streams_that_share_their_events_can_each_go_on_from_any_of_them(
         seconds, micros = server.time()
         return int(seconds * 1000 + micros // 1000)
 
-    async with listening(api, "/events?group=g") as first:
-        await first.event("snapshot")
+    async with open_event_stream(api, "/events?group=g") as first:
+        await first.wait_for_event("snapshot")
         began_ms = now_ms()
         await eventually(lambda: now_ms() > began_ms, "a millisecond has passed")
-        async with listening(api, "/events?group=g") as second:
-            await second.event("snapshot")
+        async with open_event_stream(api, "/events?group=g") as second:
+            await second.wait_for_event("snapshot")
             ids = await submit_many(api, 6, "/predict?group=g")
-            seen = [[await stream.event("pending") for _ in ids] for stream in (first, second)]
+            seen = [
+                [await stream.wait_for_event("pending") for _ in ids] for stream in (first, second)
+            ]
     assert [[event.data["job_id"] for event in events] for events in seen] == [ids, ids]
     assert all(
         first_event.id != second_event.id for first_event, second_event in zip(*seen, strict=True)
     )
     for events in seen:
-        async with listening(api, "/events?group=g", events[2].id) as stream:
+        async with open_event_stream(api, "/events?group=g", events[2].id) as stream:
             assert await pending_jobs(stream, 3) == ids[3:]
 
 
 async def test_changes_that_the_log_lost_during_an_outage_are_a_gap_for_followers(
-    proxied_api: ProxiedApi, manual_worker: Hand, server: redis.Redis, store: Store
+    proxied_api: ProxiedApi, manual_worker: ManualWorker, server: redis.Redis, store: Store
 ) -> None:
     async with client_of(proxied_api.port) as client:
         await submit_many(client, 3, "/predict?group=g")
-        async with listening(client, "/events?group=g") as stream:
-            await stream.event("snapshot")
+        async with open_event_stream(client, "/events?group=g") as stream:
+            await stream.wait_for_event("snapshot")
             await submit_many(client, 1, "/predict?group=g")
-            await stream.event("pending")
+            await stream.wait_for_event("pending")
             await proxied_api.proxy.down()
             claim = await manual_worker.claim()
             await manual_worker.finish(claim)
             server.xtrim(keys.log(QUEUE), maxlen=1, approximate=False)
             await proxied_api.proxy.up()
-            event = await stream.event("gap", "processing", "completed", "done")
+            event = await stream.wait_for_event("gap", "processing", "completed", "done")
             assert event.name == "gap"
-            assert (await stream.event("snapshot")).data["counts"]["completed"] == 4
+            assert (await stream.wait_for_event("snapshot")).data["counts"]["completed"] == 4
 
 
 async def test_one_count_answers_all_clients_that_request_it_at_once(

@@ -29,7 +29,7 @@ from asyncinfer.models.validation import check_data
 from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.store import Store
-from asyncinfer.schemas.requests import AskedOptions
+from asyncinfer.schemas.requests import RequestOptions
 from asyncinfer.tensors import packing
 from asyncinfer.tensors.datatypes import DTYPES, FLOATS, Array, TensorSpec
 
@@ -94,7 +94,7 @@ def npy_bytes(array: Any) -> bytes:
 
 
 async def read_body_for(
-    signature: Signature, body: bytes, headers: dict[str, str], query: AskedOptions | None = None
+    signature: Signature, body: bytes, headers: dict[str, str], query: RequestOptions | None = None
 ) -> Input:
     """The input that the API would store for a request."""
     parts = [body[at : at + 65_536] for at in range(0, max(len(body), 1), 65_536)]
@@ -104,7 +104,7 @@ async def read_body_for(
         return {"type": "http.request", "body": chunk, "more_body": bool(parts)}
 
     raw = {name.encode(): value.encode() for name, value in headers.items()}
-    asked = query or AskedOptions()
+    asked = query or RequestOptions()
     request = Request(
         {}, receive, headers=raw, query=asked, admission=ANYBODY, reach=Reach("t", across=False)
     )
@@ -255,7 +255,7 @@ async def test_floats_in_json_may_be_nan_or_infinite(form: str, datatype: str) -
     text = json.dumps(body).encode()
 
     alone = await read_body_for(signature, text, {})
-    of_a_line, _ = read_line(text, AskedOptions(), served(signature))
+    of_a_line, _ = read_line(text, RequestOptions(), served(signature))
 
     for taken in (alone, of_a_line):
         if taken.payload == "json":

@@ -15,7 +15,7 @@ from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.worker_snapshot import Absence, WorkerSnapshot
 from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import Announcements
-from asyncinfer.repository.claims import Finished, Runs
+from asyncinfer.repository.claims import JobOutcome, QueueConsumer
 from asyncinfer.repository.inspect.listing import Inspection
 from asyncinfer.repository.operations import Operations
 from asyncinfer.repository.policy import Policy
@@ -23,18 +23,27 @@ from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store
 from tests.faults.harness import eventually
 from tests.faults.proxy import proxied
-from tests.queue_driver import Hands, new_job
+from tests.queue_driver import QueueDriver, new_job
 
-from .harness import QUEUE, ROW, Hand, announce, api_of, assert_problem, signature, submit
-from .sse import listening
+from .harness import (
+    QUEUE,
+    ROW,
+    ManualWorker,
+    announce,
+    assert_problem,
+    running_client,
+    signature,
+    submit,
+)
+from .sse import open_event_stream
 
 NDJSON = {"content-type": "application/x-ndjson"}
 LINE = b'{"data": [[5.1, 3.5, 1.4, 0.2]]}'
 
 
 @pytest.fixture
-def hands(store: Store, server: redis.Redis) -> Hands:
-    return Hands(store, server)
+def hands(store: Store, server: redis.Redis) -> QueueDriver:
+    return QueueDriver(store, server)
 
 
 async def worker(store: Store, name: str = "host-1-aaaaaa", **about: Any) -> None:
@@ -72,10 +81,10 @@ async def test_every_answer_that_shows_an_unfinished_job_says_why_it_waits(
     (line,) = (await api.post("/predict", content=LINE, headers=NDJSON)).text.splitlines()
     waited = {**NDJSON, "prefer": "wait=0"}
     (late,) = (await api.post("/predict", content=LINE, headers=waited)).text.splitlines()
-    async with listening(api, "/events") as stream:
-        (streamed, *_) = (await stream.event("snapshot")).data["jobs"]
-    async with listening(api, f"/job/{job_id}/events") as stream:
-        snapshot = (await stream.event("snapshot")).data
+    async with open_event_stream(api, "/events") as stream:
+        (streamed, *_) = (await stream.wait_for_event("snapshot")).data["jobs"]
+    async with open_event_stream(api, f"/job/{job_id}/events") as stream:
+        snapshot = (await stream.wait_for_event("snapshot")).data
     reasons = [
         first,
         (await api.post("/predict", json={"data": ROW}, headers=key)).json(),
@@ -98,21 +107,21 @@ async def test_every_answer_that_shows_an_unfinished_job_says_why_it_waits(
 
 
 async def test_a_job_that_only_waits_its_turn_has_no_reason_and_an_ended_one_no_such_field(
-    config: ApiConfig, store: Store, manual_worker: Hand
+    config: ApiConfig, store: Store, manual_worker: ManualWorker
 ) -> None:
     await announce(store, "iris", default="iris")
     await worker(store)
-    async with api_of(config) as client:
+    async with running_client(config) as client:
         reasons = await answer_to(client)
         assert reasons["waiting_for"] is None
         (line,) = (await client.post("/predict", content=LINE, headers=NDJSON)).text.splitlines()
         assert "waiting_for" not in line
-        async with listening(client, f"/job/{reasons['job_id']}/events") as stream:
-            assert (await stream.event("snapshot")).data["waiting_for"] is None
+        async with open_event_stream(client, f"/job/{reasons['job_id']}/events") as stream:
+            assert (await stream.wait_for_event("snapshot")).data["waiting_for"] is None
             await manual_worker.claim()
-            assert (await stream.event("processing")).data["waiting_for"] is None
+            assert (await stream.wait_for_event("processing")).data["waiting_for"] is None
             assert await reason_of(client, reasons["job_id"]) is None
-    async with api_of(config) as client:
+    async with running_client(config) as client:
         job_id = await submit(client)
         await manual_worker.complete()
         for view in (
@@ -131,7 +140,7 @@ async def test_a_submit_without_a_worker_is_answered_with_how_to_start_one(
 ) -> None:
     await announce(store, "iris", default="iris")
     await worker(store, models=["wine"], versions={}, problems={"iris": {"1": "cut off"}})
-    async with api_of(config) as client:
+    async with running_client(config) as client:
         reason = (await answer_to(client))["waiting_for"]
     assert reason["code"] == "no_worker"
     assert "iris since this API first looked at" in reason["message"]
@@ -145,7 +154,7 @@ async def test_a_worker_that_does_not_claim_counts_as_none(
 ) -> None:
     await announce(store, "iris", default="iris")
     await worker(store, state=state)
-    async with api_of(config) as client:
+    async with running_client(config) as client:
         assert (await answer_to(client))["waiting_for"]["code"] == "no_worker"
 
 
@@ -154,7 +163,7 @@ async def test_a_version_that_no_worker_has_is_named(config: ApiConfig, store: S
     second = {"2": msgspec.json.encode(signature("iris", "2"))}
     await Announcements(store).announce_models({"iris": second})
     await worker(store)
-    async with api_of(config) as client:
+    async with running_client(config) as client:
         assert (await answer_to(client, version="1"))["waiting_for"] is None
         reason = (await answer_to(client, version="2"))["waiting_for"]
     assert (reason["code"], "version 2 of iris" in reason["message"]) == ("no_worker", True)
@@ -165,7 +174,7 @@ async def test_a_worker_of_an_older_release_has_every_version(
 ) -> None:
     await announce(store, "iris", default="iris")
     await Announcements(store).announce_worker("old", {"models": ["iris"], "state": "ready"}, 10)
-    async with api_of(config) as client:
+    async with running_client(config) as client:
         assert (await answer_to(client, version="1"))["waiting_for"] is None
 
 
@@ -199,7 +208,7 @@ async def test_an_outage_of_redis_is_no_absence_of_workers(
     """No absence is reported while Redis is away, or before workers could announce themselves."""
     async with (
         proxied(redis_url) as proxy,
-        Store.open(proxy.url, queue_name=store.n, policy=policy, name="api") as away,
+        Store.open(proxy.url, queue_name=store.queue_name, policy=policy, name="api") as away,
     ):
         workforce = WorkerSnapshot(Inspection(away), away, list, grace_seconds=0.5)
         await worker(store)
@@ -241,7 +250,7 @@ async def test_a_job_whose_model_is_being_loaded_waits_for_that(
 ) -> None:
     await announce(store, "iris", default="iris")
     await worker(store, state="starting", models=[], versions={}, loading=["iris"])
-    async with api_of(config) as client:
+    async with running_client(config) as client:
         assert (await answer_to(client))["waiting_for"]["code"] == "starting"
         await worker(store)
         await eventually(lambda: is_served(client), "the model is loaded", 2)
@@ -255,7 +264,7 @@ async def test_a_version_that_is_being_loaded_is_waited_for_and_not_unknown(
 ) -> None:
     await announce(store, "iris", default="iris")
     await worker(store, loading_versions={"iris": ["2"]})
-    async with api_of(config) as client:
+    async with running_client(config) as client:
         asked = {"data": ROW, "options": {"version": "2"}}
         refused = assert_problem(await client.post("/predict", json=asked), 503, "model_loading")
         assert "version 2 of iris" in refused["detail"]
@@ -286,7 +295,7 @@ async def test_a_model_that_was_removed_is_not_being_loaded(
     # The worker still runs the waiting jobs of iris.
     about: dict[str, Any] = {"models": ["iris", "wine"], "versions": {"wine": {"1": "0" * 64}}}
     await worker(store, model_dir="/models", **about)
-    async with api_of(config) as client:
+    async with running_client(config) as client:
         reply = await client.post("/predict/iris", json={"data": ROW})
     assert_problem(reply, 404, "model_not_found")
 
@@ -301,7 +310,7 @@ async def test_an_api_whose_own_worker_is_starting_reports_no_missing_worker(
     own: dict[str, Any] = {"host": socket.gethostname(), "started_ms": since_ms + 1000}
     # The announcement of a killed worker.
     await worker(store, models=[], versions={}, **before)
-    async with api_of(config) as client:
+    async with running_client(config) as client:
         reasons = await answer_to(client)
         assert reasons["waiting_for"]["code"] == "starting"
         await worker(store, "host-2-bbbbbb", models=[], versions={}, **own)
@@ -313,7 +322,7 @@ async def test_an_api_whose_own_worker_is_starting_reports_no_missing_worker(
 async def test_a_full_queue_says_why_nothing_leaves_it(config: ApiConfig, store: Store) -> None:
     await announce(store, "iris", default="iris")
     full = msgspec.structs.replace(config.policy, max_queue=1)
-    async with api_of(msgspec.structs.replace(config, policy=full)) as client:
+    async with running_client(msgspec.structs.replace(config, policy=full)) as client:
         job_id = (await answer_to(client))["job_id"]
         single = assert_problem(
             await client.post("/predict", json={"data": ROW}), 429, "queue_full"
@@ -340,7 +349,7 @@ async def test_a_job_with_a_delay_says_until_when_and_what_else_is_missing(
     config: ApiConfig, store: Store
 ) -> None:
     await announce(store, "iris", default="iris")
-    async with api_of(config) as client:
+    async with running_client(config) as client:
         reasons = await answer_to(client, delay_seconds=7200)
         short = await answer_to(client, delay_seconds=0.01)
         reason = await reason_of(client, reasons["job_id"])
@@ -357,28 +366,28 @@ async def test_a_job_whose_try_failed_says_which_one_is_next(
 ) -> None:
     await announce(store, "iris", default="iris")
     await worker(store)
-    runs, manual_worker = Runs(store, "hand"), Hand(store)
-    async with api_of(config) as client:
+    runs, manual_worker = QueueConsumer(store, "hand"), ManualWorker(store)
+    async with running_client(config) as client:
         job_id = await submit(client)
         claim = await manual_worker.claim()
         (job,) = claim.jobs
         assert job.record
         failed = msgspec.structs.replace(job.record, errors=1)
         meta = jobs.encode_record(failed, jobs.record_seq(job.meta))
-        await runs.finish(claim, [Finished(job_id, "retry", b"", meta, 60_000)], last=True)
+        await runs.finish(claim, [JobOutcome(job_id, "retry", b"", meta, 60_000)], last=True)
         reason = await reason_of(client, job_id)
     assert (reason["code"], "Try 1 of 3 failed" in reason["message"]) == ("retry", True)
 
 
 async def test_with_memory_full_the_jobs_that_wait_say_so_and_blame_no_worker(
-    config: ApiConfig, store: Store, hands: Hands, server: redis.Redis
+    config: ApiConfig, store: Store, hands: QueueDriver, server: redis.Redis
 ) -> None:
     await announce(store, "iris", default="iris")
     job = new_job()
     await hands.submissions.submit_many(QUEUE, [job])
     server.config_set("maxmemory", "1mb")
     try:
-        async with api_of(config) as client:
+        async with running_client(config) as client:
             reason = await reason_of(client, job.job_id)
     finally:
         server.config_set("maxmemory", "0")
@@ -386,7 +395,7 @@ async def test_with_memory_full_the_jobs_that_wait_say_so_and_blame_no_worker(
 
 
 async def test_with_the_disk_full_the_jobs_that_wait_or_run_say_so(
-    config: ApiConfig, store: Store, hands: Hands, manual_worker: Hand, disk_full: Any
+    config: ApiConfig, store: Store, hands: QueueDriver, manual_worker: ManualWorker, disk_full: Any
 ) -> None:
     await announce(store, "iris", default="iris")
     runs, waits = new_job(), new_job()
@@ -394,7 +403,7 @@ async def test_with_the_disk_full_the_jobs_that_wait_or_run_say_so(
     await manual_worker.claim()
     await hands.submissions.submit_many(QUEUE, [waits])
     await disk_full()
-    async with api_of(config) as client:
+    async with running_client(config) as client:
         for job in (runs, waits):
             reason = await reason_of(client, job.job_id)
             assert (reason["code"], "DATA_DIR" in reason["message"]) == ("disk_full", True)
@@ -405,12 +414,12 @@ async def test_foreign_data_in_redis_breaks_no_reason(
 ) -> None:
     await announce(store, "iris", default="iris")
     for name, body in {b"\xff": b"{", b"odd": b"\xff", b"list": b'{"models": 1}'}.items():
-        server.zadd(keys.workers(store.n), {name: time.time()})
+        server.zadd(keys.workers(store.queue_name), {name: time.time()})
         server.set(b"{predict_queue}:worker:" + name, body)
     server.set(keys.data("stranger"), "[[1, 2, 3, 4]]")
     server.set(keys.status("stranger"), "pending")
     server.lpush(QUEUE, "stranger")
-    async with api_of(config) as client:
+    async with running_client(config) as client:
         assert (await answer_to(client))["waiting_for"]["code"] == "no_worker"
         assert (await reason_of(client, "stranger"))["code"] == "no_worker"
 
@@ -424,7 +433,7 @@ async def test_neither_a_submit_nor_a_read_costs_another_call_to_redis(
     await announce(store, "iris", default="iris")
     quiet = msgspec.structs.replace(config, policy=Policy(lease_seconds=600, reap_seconds=100))
     count = 100
-    async with api_of(quiet) as client:
+    async with running_client(quiet) as client:
         await submit(client)
         with server.monitor() as monitor:  # type: ignore[no-untyped-call]
             for _ in range(count):

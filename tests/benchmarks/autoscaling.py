@@ -18,7 +18,7 @@ from typing import Final
 from msgspec import Struct
 from msgspec.structs import replace
 
-from asyncinfer.worker.running.timings import Paces
+from asyncinfer.worker.running.timings import JobTimes
 
 
 class Cluster(Struct, frozen=True, kw_only=True):
@@ -167,7 +167,7 @@ class Simulation:
         self._scenario = scenario
         self._cluster = cluster
         self._controller = Controller(policy, cluster)
-        self._paces = Paces()
+        self._paces = JobTimes()
         self._lists: dict[str, deque[_Job]] = {demand.model: deque() for demand in scenario.demands}
         self._due = dict.fromkeys(self._lists, 0)
         self._jobs: list[_Job] = []
@@ -306,7 +306,7 @@ class Simulation:
         def finish(now: float) -> None:
             pod.busy_slots -= 1
             self._finished += 1
-            self._paces.note(job.model, job.run_seconds, 1, at_seconds=now)
+            self._paces.add(job.model, job.run_seconds, 1, at_seconds=now)
             self._remove_if_idle(pod, now)
             self._start_jobs(now)
 

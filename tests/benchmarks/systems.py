@@ -18,7 +18,7 @@ import redis
 from msgspec import Struct
 
 from asyncinfer import jobs
-from asyncinfer.api.inputs.request_input import LONG_BYTES
+from asyncinfer.api.inputs.request_input import MAX_JSON_PAYLOAD_BYTES
 from asyncinfer.processes import child_process, valkey
 from asyncinfer.processes.child_process import Child
 from asyncinfer.repository import keys
@@ -93,7 +93,7 @@ class Service(Common):
             schema=jobs.SCHEMA, queue=queue, model=model, tenant=jobs.DEFAULT_TENANT,
             created_ms=now_ms, options=jobs.Options(),
         )  # fmt: skip
-        if len(inputs[0]) > LONG_BYTES:
+        if len(inputs[0]) > MAX_JSON_PAYLOAD_BYTES:
             record = msgspec.structs.replace(record, payload="tensors")
             inputs = _pack(inputs, input_name=self._input_name(model))
         new_jobs = [NewJob(jobs.new_id(now_ms), queue, data, record) for data in inputs]

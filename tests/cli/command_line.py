@@ -30,7 +30,7 @@ class CommandResult(NamedTuple):
         return [json.loads(line) for line in self.out.splitlines()]
 
 
-def told(*argv: str) -> CommandResult:
+def run_command(*argv: str) -> CommandResult:
     """Runs a command in this process, with pipes as stdout and stderr."""
     out, err = io.BytesIO(), io.BytesIO()
     with (

@@ -12,7 +12,7 @@ import pytest
 from asyncinfer import api_keys
 from asyncinfer.processes import valkey
 from asyncinfer.testing import service
-from tests.cli.command_line import CommandResult, error_line, told
+from tests.cli.command_line import CommandResult, error_line, run_command
 
 from .conftest import submit, wait_until_ended
 
@@ -21,11 +21,11 @@ NO_SERVER = "http://127.0.0.1:1"
 
 @contextmanager
 def paused(model: str) -> Iterator[None]:
-    told("pause", model)
+    run_command("pause", model)
     try:
         yield
     finally:
-        told("resume", model)
+        run_command("resume", model)
 
 
 # --- jobs ------------------------------------------------------------------------------------
@@ -35,27 +35,27 @@ def test_jobs_are_listed_newest_first_and_filtered(url: str) -> None:
     first = wait_until_ended(url, submit(url))
     second = wait_until_ended(url, submit(url))
 
-    lines = told("jobs", "--status", "completed").out.splitlines()
-    found = told("jobs", "--limit", "2", "--json").json
+    lines = run_command("jobs", "--status", "completed").out.splitlines()
+    found = run_command("jobs", "--limit", "2", "--json").json
 
     assert lines[0].split() == ["JOB", "STATUS", "MODEL", "CREATED", "TOOK", "REASON"]
     assert [line.split()[0] for line in lines[1:3]] == [second, first]
     assert [entry["job_id"] for entry in found] == [second, first]
-    assert told("jobs", "--status", "failed", "--json").json == []
+    assert run_command("jobs", "--status", "failed", "--json").json == []
 
 
 def test_a_job_is_shown_with_its_result(url: str) -> None:
     job_id = wait_until_ended(url, submit(url))
 
-    shown = told("job", job_id)
+    shown = run_command("job", job_id)
 
     assert shown.code == 0
     assert '"class_name":"setosa"' in shown.out
-    assert told("job", job_id, "--json").json["result"]["class_name"] == "setosa"
+    assert run_command("job", job_id, "--json").json["result"]["class_name"] == "setosa"
 
 
 def test_a_job_is_watched_until_its_end(url: str) -> None:
-    ran = told("job", submit(url), "--watch", "--json")
+    ran = run_command("job", submit(url), "--watch", "--json")
 
     assert (ran.code, ran.json["status"]) == (0, "completed")
     assert ran.err.splitlines()[-1] == "completed"
@@ -63,8 +63,8 @@ def test_a_job_is_watched_until_its_end(url: str) -> None:
 
 def test_a_watch_ends_at_its_timeout(url: str) -> None:
     with paused("digits"):
-        ran = told("job", submit(url, "digits"), "--watch", "--timeout", "0.2")
-        told("cancel", "--model", "digits")
+        ran = run_command("job", submit(url, "digits"), "--watch", "--timeout", "0.2")
+        run_command("cancel", "--model", "digits")
 
     assert ran.code == 4
     assert "pending" in ran.out
@@ -74,32 +74,32 @@ def test_a_job_is_cancelled_retried_and_purged(url: str) -> None:
     with paused("digits"):
         job_id = submit(url, "digits")
 
-        assert told("cancel", job_id).out == "1 cancelled.\n"
-        assert told("job", job_id).code == 1
-        assert told("retry", job_id).out == "1 retried.\n"
-        assert told("job", job_id, "--json").json["round"] == 2
+        assert run_command("cancel", job_id).out == "1 cancelled.\n"
+        assert run_command("job", job_id).code == 1
+        assert run_command("retry", job_id).out == "1 retried.\n"
+        assert run_command("job", job_id, "--json").json["round"] == 2
     wait_until_ended(url, job_id)
-    assert told("purge", job_id).out == "1 purged.\n"
-    assert "no job with this id" in error_line(told("job", job_id), 1)
+    assert run_command("purge", job_id).out == "1 purged.\n"
+    assert "no job with this id" in error_line(run_command("job", job_id), 1)
 
 
 def test_all_jobs_that_match_are_cancelled_retried_and_purged(url: str) -> None:
     with paused("digits"):
         made = {submit(url, "digits") for _ in range(3)}
-        assert told("cancel", "--model", "digits", "--json").json["cancelled"] == 3
-        found = told("retry", "--status", "cancelled", "--model", "digits", "--json").json
+        assert run_command("cancel", "--model", "digits", "--json").json["cancelled"] == 3
+        found = run_command("retry", "--status", "cancelled", "--model", "digits", "--json").json
         assert made <= set(found["retried"])
     for job_id in found["retried"]:
         wait_until_ended(url, job_id)
-    purged = told("purge", "--status", "ended", "--model", "digits", "--yes", "--json").json
+    purged = run_command("purge", "--status", "ended", "--model", "digits", "--yes", "--json").json
     assert purged["purged"] >= 3
-    assert told("jobs", "--model", "digits", "--json").json == []
+    assert run_command("jobs", "--model", "digits", "--json").json == []
 
 
 def test_a_job_that_is_refused_stops_no_other(url: str) -> None:
     with paused("digits"):
         job_id = submit(url, "digits")
-        ran = told("cancel", "no-such-job", job_id)
+        ran = run_command("cancel", "no-such-job", job_id)
 
     assert (ran.code, ran.out) == (1, "1 cancelled.\n")
     assert ran.err.startswith("asyncinfer: no-such-job: There is no job")
@@ -107,43 +107,45 @@ def test_a_job_that_is_refused_stops_no_other(url: str) -> None:
 
 def test_a_command_on_jobs_without_ids_and_filters_is_refused(url: str) -> None:
     for verb in ("cancel", "retry", "purge"):
-        message = error_line(told(verb), 2)
+        message = error_line(run_command(verb), 2)
         assert f"Say which jobs to {verb}" in message
 
 
 def test_dead_letters_are_listed(url: str) -> None:
-    assert told("dead").out.split()[:2] == ["JOB", "STATUS"]
-    assert told("dead", "--json").json == []
-    assert told("retry", "--dead").out == "No jobs.\n"
+    assert run_command("dead").out.split()[:2] == ["JOB", "STATUS"]
+    assert run_command("dead", "--json").json == []
+    assert run_command("retry", "--dead").out == "No jobs.\n"
 
 
 # --- models ----------------------------------------------------------------------------------
 
 
 def test_models_are_listed_and_shown(url: str) -> None:
-    lines = told("models").out.splitlines()
+    lines = run_command("models").out.splitlines()
 
     assert [line.split()[0] for line in lines] == ["MODEL", "digits", "iris"]
-    assert [entry["model"] for entry in told("models", "--json").json["models"]] == [
+    assert [entry["model"] for entry in run_command("models", "--json").json["models"]] == [
         "digits",
         "iris",
     ]
-    assert "setosa, versicolor, virginica" in told("models", "iris").out
-    assert told("models", "iris", "--json").json["default"] is True
+    assert "setosa, versicolor, virginica" in run_command("models", "iris").out
+    assert run_command("models", "iris", "--json").json["default"] is True
 
 
 def test_the_example_that_a_model_shows_works(url: str) -> None:
-    line = next(line for line in told("models", "iris").out.splitlines() if "example" in line)
+    line = next(
+        line for line in run_command("models", "iris").out.splitlines() if "example" in line
+    )
     row = line.partition("'")[2].rpartition("'")[0]
 
-    assert told("predict", "--model", "iris", row).code == 0
+    assert run_command("predict", "--model", "iris", row).code == 0
 
 
 def test_a_model_is_paused_and_resumed(url: str) -> None:
-    assert "runs none" in told("pause", "digits").out
-    assert "paused" in told("models").out
-    assert told("resume", "digits", "--json").json == {"model": "digits", "paused": False}
-    assert "paused" not in told("models").out
+    assert "runs none" in run_command("pause", "digits").out
+    assert "paused" in run_command("models").out
+    assert run_command("resume", "digits", "--json").json == {"model": "digits", "paused": False}
+    assert "paused" not in run_command("models").out
 
 
 # --- top, bench, doctor ----------------------------------------------------------------------
@@ -152,8 +154,8 @@ def test_a_model_is_paused_and_resumed(url: str) -> None:
 def test_top_shows_queues_and_workers(url: str) -> None:
     wait_until_ended(url, submit(url))
 
-    shown = told("top").out
-    found = told("top", "--once", "--json").json
+    shown = run_command("top").out
+    found = run_command("top", "--once", "--json").json
 
     assert all(word in shown for word in ("MODEL", "iris", "WORKER", "ready", "RUN p50 p95"))
     iris = next(entry for entry in found["queues"] if entry["model"] == "iris")
@@ -168,31 +170,31 @@ def test_top_looks_at_redis_itself_where_no_api_answers(
     redis_url = valkey.running_url(data_dir)
     assert redis_url
 
-    found = told("top", "--redis", redis_url, "--once", "--json").json
+    found = run_command("top", "--redis", redis_url, "--once", "--json").json
 
     assert [entry["state"] for entry in found["workers"]] == ["ready"]
 
 
 def test_bench_reports_rates_and_a_bottleneck_and_leaves_no_jobs(url: str) -> None:
-    before = told("jobs", "--limit", "10000", "--json").json
-    found = told("bench", "--seconds", "0.5", "--connections", "4", "--json")
+    before = run_command("jobs", "--limit", "10000", "--json").json
+    found = run_command("bench", "--seconds", "0.5", "--connections", "4", "--json")
 
     assert found.code == 0
     for load in (found.json["waits"], found.json["submits"]):
         assert load["per_second"] > 0
         assert 0 < load["latency_ms"]["p50"] <= load["latency_ms"]["p99"]
     assert found.json["verdict"]["change"]
-    assert told("jobs", "--limit", "10000", "--json").json == before
+    assert run_command("jobs", "--limit", "10000", "--json").json == before
 
 
 def test_bench_is_shown_to_people(url: str) -> None:
-    shown = told("bench", "--seconds", "0.5").out
+    shown = run_command("bench", "--seconds", "0.5").out
 
     assert all(word in shown for word in ("PER SECOND", "waits", "submits", "limited by"))
 
 
 def test_the_doctor_finds_no_problem_in_a_running_service(data_dir: Path, url: str) -> None:
-    ran = told("doctor", "--data-dir", str(data_dir), "--json")
+    ran = run_command("doctor", "--data-dir", str(data_dir), "--json")
 
     verdicts = {entry["about"]: entry["verdict"] for entry in ran.json["findings"]}
     assert ran.code == 0, ran.out
@@ -205,14 +207,14 @@ def test_the_doctor_finds_no_problem_in_a_running_service(data_dir: Path, url: s
 
 
 def test_a_key_is_made_for_programs_too() -> None:
-    made = told("keygen", "--json").json
+    made = run_command("keygen", "--json").json
 
     assert made["key"].startswith("ai_")
     assert made["line"].startswith("default submit,read ")
 
 
 def test_an_operators_key_is_made_by_its_scope() -> None:
-    made = told("keygen", "--tenant", "ops", "--scopes", "operator,admin", "--json").json
+    made = run_command("keygen", "--tenant", "ops", "--scopes", "operator,admin", "--json").json
 
     assert made["line"].startswith("ops admin,operator ")
 
@@ -220,18 +222,18 @@ def test_an_operators_key_is_made_by_its_scope() -> None:
 def test_jobs_of_all_tenants_are_listed_and_acted_on_by_operators(url: str) -> None:
     job_id = wait_until_ended(url, submit(url))
 
-    shown = told("jobs", "--all-tenants", "--limit", "5").out
-    job = told("job", job_id, "--tenant", "default", "--json").json
+    shown = run_command("jobs", "--all-tenants", "--limit", "5").out
+    job = run_command("job", job_id, "--tenant", "default", "--json").json
 
     assert "TENANT" in shown
-    assert "TENANT" not in told("jobs", "--limit", "5").out
+    assert "TENANT" not in run_command("jobs", "--limit", "5").out
     assert (job["tenant"], job["status"], "result" in job) == ("default", "completed", False)
-    assert told("job", job_id, "--tenant", "acme").code == 1
-    assert told("dead", "--all-tenants", "--json").json == []
-    assert told("retry", job_id, "--tenant", "acme", "--json").json["retried"] == []
-    assert told("cancel", "--all-tenants", "--model", "digits").code == 0
-    assert told("purge", job_id, "--tenant", "default", "--json").json["purged"] == [job_id]
-    refused = told("jobs", "--tenant", "acme", "--all-tenants")
+    assert run_command("job", job_id, "--tenant", "acme").code == 1
+    assert run_command("dead", "--all-tenants", "--json").json == []
+    assert run_command("retry", job_id, "--tenant", "acme", "--json").json["retried"] == []
+    assert run_command("cancel", "--all-tenants", "--model", "digits").code == 0
+    assert run_command("purge", job_id, "--tenant", "default", "--json").json["purged"] == [job_id]
+    refused = run_command("jobs", "--tenant", "acme", "--all-tenants")
     assert "not both" in refused.err
     assert refused.code == 2
 
@@ -243,10 +245,10 @@ def test_a_key_that_may_not_see_workers_still_watches_and_measures(
     with service(api_keys=tmp_path / "keys") as locked:
         monkeypatch.setenv("ASYNCINFER_URL", locked.url)
         monkeypatch.setenv("ASYNCINFER_API_KEY", "user")
-        shown = told("top")
-        found = told("top", "--once", "--json").json
-        measured = told("bench", "--seconds", "0.5", "--connections", "2", "--json")
-        examined = told("doctor", "--url", locked.url, "--api-key", "guess").out
+        shown = run_command("top")
+        found = run_command("top", "--once", "--json").json
+        measured = run_command("bench", "--seconds", "0.5", "--connections", "2", "--json")
+        examined = run_command("doctor", "--url", locked.url, "--api-key", "guess").out
 
     assert shown.code == 0
     assert "workers are shown to keys with the scope admin" in shown.out
@@ -280,7 +282,7 @@ def command_name(argv: tuple[str, ...]) -> str:
 
 @pytest.mark.parametrize("argv", COMMANDS, ids=command_name)
 def test_a_server_that_is_down_is_one_line(argv: tuple[str, ...]) -> None:
-    message = error_line(told(*argv, "--url", NO_SERVER), 3)
+    message = error_line(run_command(*argv, "--url", NO_SERVER), 3)
 
     assert NO_SERVER in message
     assert "asyncinfer serve" in message
@@ -289,7 +291,7 @@ def test_a_server_that_is_down_is_one_line(argv: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("argv", COMMANDS, ids=command_name)
 def test_a_wrong_url_is_one_line(argv: tuple[str, ...]) -> None:
-    assert "http://" in error_line(told(*argv, "--url", "nonsense"), 2)
+    assert "http://" in error_line(run_command(*argv, "--url", "nonsense"), 2)
 
 
 def test_another_program_is_not_taken_for_a_server(url: str) -> None:
@@ -307,24 +309,24 @@ def test_another_program_is_not_taken_for_a_server(url: str) -> None:
         thread = Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         other = f"http://127.0.0.1:{server.server_port}"
-        line = error_line(told("jobs", "--url", other), 3)
+        line = error_line(run_command("jobs", "--url", other), 3)
         server.shutdown()
         thread.join()
     assert other in line
     assert "asyncinfer serve" in line
 
-    wrong_path = error_line(told("jobs", "--url", f"{url}/docs"), 1)
+    wrong_path = error_line(run_command("jobs", "--url", f"{url}/docs"), 1)
     assert "Give --url the server's address alone" in wrong_path
 
 
 def test_an_unknown_model_is_one_line(url: str) -> None:
     for argv in (("pause", "nope"), ("models", "nope"), ("bench", "--model", "nope")):
-        assert "Known: `digits`, `iris`" in error_line(told(*argv), 1)
+        assert "Known: `digits`, `iris`" in error_line(run_command(*argv), 1)
 
 
 def test_json_is_json_to_the_last_byte(url: str) -> None:
     argvs = (("models",), ("jobs",), ("dead",), ("top", "--once"), ("pause", "iris"))
     for argv in (*argvs, ("resume", "iris")):
-        ran: CommandResult = told(*argv, "--json")
+        ran: CommandResult = run_command(*argv, "--json")
         assert (ran.code, ran.err) == (0, "")
         json.loads(ran.out)

@@ -12,14 +12,14 @@ import redis
 from asyncinfer import api_keys
 from asyncinfer.cli.doctor.findings import Finding
 from asyncinfer.cli.doctor.redis import findings_of
-from asyncinfer.repository.inspect.server_info import Vitals
+from asyncinfer.repository.inspect.server_info import ServerInfo
 from tests import zoo
-from tests.cli.command_line import told
+from tests.cli.command_line import run_command
 from tests.faults.harness import eventually_sync
 
 from .conftest import submit
 
-HEALTHY = Vitals(
+HEALTHY = ServerInfo(
     server="Valkey 9.1.0",
     refusal="",
     round_trip_seconds=0.0002,
@@ -86,7 +86,7 @@ def test_a_problem_of_redis_is_named_with_its_fix(
 
 
 def test_a_server_without_persistence_is_a_problem(redis_url: str) -> None:
-    ran = told("doctor", "--redis-url", redis_url)
+    ran = run_command("doctor", "--redis-url", redis_url)
 
     assert ran.code == 1
     assert "problem  Redis persistence: none" in ran.out
@@ -96,7 +96,7 @@ def test_a_server_without_persistence_is_a_problem(redis_url: str) -> None:
 def test_a_server_that_evicts_is_a_problem(server: redis.Redis, redis_url: str) -> None:
     server.config_set("maxmemory-policy", "allkeys-lru")
     try:
-        ran = told("doctor", "--redis-url", redis_url)
+        ran = run_command("doctor", "--redis-url", redis_url)
     finally:
         server.config_set("maxmemory-policy", "noeviction")
 
@@ -133,7 +133,7 @@ def save_and_wait(server: redis.Redis, verdict: str) -> None:
 def test_a_full_disk_is_reported_as_such_and_not_as_a_server_that_is_away(
     full_disk: None, redis_url: str
 ) -> None:
-    ran = told("doctor", "--redis-url", redis_url)
+    ran = run_command("doctor", "--redis-url", redis_url)
 
     assert ran.code == 1
     assert "problem  Redis disk: rdb_last_bgsave_status is err" in ran.out
@@ -142,7 +142,7 @@ def test_a_full_disk_is_reported_as_such_and_not_as_a_server_that_is_away(
 
 
 def test_a_redis_that_does_not_answer_is_a_problem() -> None:
-    ran = told("doctor", "--redis-url", "redis://user:secret@127.0.0.1:1")
+    ran = run_command("doctor", "--redis-url", "redis://user:secret@127.0.0.1:1")
 
     assert ran.code == 1
     assert "problem  Redis: redis://127.0.0.1:1" in ran.out
@@ -150,7 +150,7 @@ def test_a_redis_that_does_not_answer_is_a_problem() -> None:
 
 
 def test_nothing_started_yet_is_no_problem() -> None:
-    ran = told("doctor")
+    ran = run_command("doctor")
 
     assert ran.code == 0
     assert "-> asyncinfer serve" in ran.out
@@ -163,7 +163,7 @@ def test_a_broken_model_is_named_and_takes_nothing_down(tmp_path: Path) -> None:
     (models / "whole.onnx").write_bytes(content)
     (models / "cut.onnx").write_bytes(content[:-9])
 
-    ran = told("doctor", "--model-dir", str(models))
+    ran = run_command("doctor", "--model-dir", str(models))
 
     assert ran.code == 1
     assert "ok       model whole/1: loads and runs" in ran.out
@@ -175,7 +175,7 @@ def test_a_broken_model_is_named_and_takes_nothing_down(tmp_path: Path) -> None:
     [("tiny,nope", "set MODELS to some of tiny"), ("nope", "correct MODELS, or MODEL_DIR")],
 )
 def test_a_missing_name_of_models_is_a_problem(names: str, mend: str) -> None:
-    ran = told("doctor", "--models", names)
+    ran = run_command("doctor", "--models", names)
 
     assert ran.code == 1
     assert "problem  models: MODELS names nope: not there" in ran.out
@@ -183,12 +183,14 @@ def test_a_missing_name_of_models_is_a_problem(names: str, mend: str) -> None:
 
 
 def test_a_folder_that_is_not_there_is_a_problem(tmp_path: Path) -> None:
-    assert "problem  models: MODEL_DIR" in told("doctor", "--model-dir", f"{tmp_path}/no").out
+    assert (
+        "problem  models: MODEL_DIR" in run_command("doctor", "--model-dir", f"{tmp_path}/no").out
+    )
 
 
 def test_keys_that_cannot_be_read_are_a_problem(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("not a key\n")
-    ran = told("doctor", "--api-keys", f"{tmp_path}/keys")
+    ran = run_command("doctor", "--api-keys", f"{tmp_path}/keys")
 
     assert ran.code == 1
     assert "problem  API keys" in ran.out
@@ -198,7 +200,7 @@ def test_keys_that_cannot_be_read_are_a_problem(tmp_path: Path) -> None:
 def test_each_broken_line_of_the_keys_is_a_problem_of_its_own(tmp_path: Path) -> None:
     line = api_keys.entry_of("a", "acme", "read").line()
     (tmp_path / "keys").write_text(f"{line}\nacme read ai_in-the-clear\n{line}\n")
-    ran = told("doctor", "--api-keys", f"{tmp_path}/keys")
+    ran = run_command("doctor", "--api-keys", f"{tmp_path}/keys")
 
     assert "keys, line 2 lets nobody in" in ran.out
     assert "keys, line 3 lets nobody in" in ran.out
@@ -207,27 +209,27 @@ def test_each_broken_line_of_the_keys_is_a_problem_of_its_own(tmp_path: Path) ->
 
 
 def test_a_host_that_is_open_without_keys_is_a_problem() -> None:
-    assert "HOST 0.0.0.0 lets everyone in" in told("doctor", "--host", "0.0.0.0").out
+    assert "HOST 0.0.0.0 lets everyone in" in run_command("doctor", "--host", "0.0.0.0").out
 
 
 def test_more_threads_than_cores_are_a_warning() -> None:
-    assert "warning  cores" in told("doctor", "--concurrency", "500").out
+    assert "warning  cores" in run_command("doctor", "--concurrency", "500").out
 
 
 def test_an_api_that_does_not_answer_at_a_given_url_is_a_problem() -> None:
-    ran = told("doctor", "--url", "http://127.0.0.1:1")
+    ran = run_command("doctor", "--url", "http://127.0.0.1:1")
 
     assert ran.code == 1
     assert "problem  API: nothing listens at http://127.0.0.1:1" in ran.out
 
 
 def test_a_paused_model_is_a_warning(url: str, data_dir: Path) -> None:
-    told("pause", "digits")
+    run_command("pause", "digits")
     try:
         submit(url, "digits")
-        ran = told("doctor", "--data-dir", str(data_dir))
+        ran = run_command("doctor", "--data-dir", str(data_dir))
     finally:
-        told("resume", "digits")
+        run_command("resume", "digits")
 
     assert "warning  models served: digits: paused; 1 job of digits waits, oldest " in ran.out
     assert "-> asyncinfer resume digits" in ran.out
@@ -235,7 +237,7 @@ def test_a_paused_model_is_a_warning(url: str, data_dir: Path) -> None:
 
 def test_the_doctor_takes_less_than_ten_seconds(url: str, data_dir: Path) -> None:
     started = time.monotonic()
-    told("doctor", "--data-dir", str(data_dir))
+    run_command("doctor", "--data-dir", str(data_dir))
 
     assert time.monotonic() - started < 10
 
@@ -243,7 +245,7 @@ def test_the_doctor_takes_less_than_ten_seconds(url: str, data_dir: Path) -> Non
 def test_a_faulty_model_toml_is_named_as_the_file_to_correct(tmp_path: Path) -> None:
     toml = zoo.place(tmp_path / "two", "odd", zoo.mlp([3, 2]), toml="label = 1").parents[1]
 
-    findings = told("doctor", "--json", "--model-dir", f"{tmp_path}/two").json["findings"]
+    findings = run_command("doctor", "--json", "--model-dir", f"{tmp_path}/two").json["findings"]
 
     (finding,) = (entry for entry in findings if entry["about"].startswith("model odd"))
     assert finding["mend"] == f"correct, replace or remove it: {toml}/model.toml"

@@ -14,8 +14,8 @@ import pytest
 
 from asyncinfer.cli.commands import SECTIONS, commands
 from asyncinfer.cli.exit_codes import EXIT_CODES
-from tests.cli.command_line import run_in_shell, told
-from tests.docs.markdown import is_up, shell
+from tests.cli.command_line import run_command, run_in_shell
+from tests.docs.markdown import has_started, running_command
 from tests.serving import free_port
 
 from .conftest import submit, wait_until_ended
@@ -56,12 +56,12 @@ def job_id(url: str, request: pytest.FixtureRequest) -> Iterator[str]:
     if name not in ("cancel", "retry"):
         yield wait_until_ended(url, submit(url))
         return
-    told("pause", "digits")
+    run_command("pause", "digits")
     job_id = submit(url, "digits")
     if name == "retry":
-        told("cancel", job_id)
+        run_command("cancel", job_id)
     yield job_id
-    told("resume", "digits")
+    run_command("resume", "digits")
 
 
 @pytest.mark.soak
@@ -76,7 +76,11 @@ def test_an_example_works_as_it_is_shown(
         return
     # A shell takes a moment to start.
     is_plain = line.startswith("asyncinfer ") and not any(character in line for character in "|>~&")
-    ran = told(*shlex.split(line, comments=True)[1:]) if is_plain else run_in_shell(line, folder)
+    ran = (
+        run_command(*shlex.split(line, comments=True)[1:])
+        if is_plain
+        else run_in_shell(line, folder)
+    )
     # The doctor reports a Redis without persistence as a problem.
     assert ran.code == 0 or (name == "doctor" and "no persistence" not in ran.err), ran
     assert "Traceback" not in ran.err
@@ -86,7 +90,7 @@ def start_and_stop(line: str, folder: Path, redis_url: str) -> None:
     words = line.partition("    #")[0]
     words = words if "REDIS_URL" in words else f"REDIS_URL={redis_url} {words}"
     words = f"PORT={free_port()} {words}"
-    with shell(words, folder) as process:
+    with running_command(words, folder) as process:
         log = folder / "said"
         wait_until_up(process, log)
         process.send_signal(signal.SIGTERM)
@@ -96,7 +100,7 @@ def start_and_stop(line: str, folder: Path, redis_url: str) -> None:
 def wait_until_up(process: subprocess.Popen[bytes], log: Path) -> None:
     from tests.faults.harness import eventually_sync
 
-    eventually_sync(lambda: is_up(process, log.read_text()), "it is up", 30)
+    eventually_sync(lambda: has_started(process, log.read_text()), "it is up", 30)
 
 
 # --- help ------------------------------------------------------------------------------------
@@ -104,7 +108,7 @@ def wait_until_up(process: subprocess.Popen[bytes], log: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_help_says_what_a_command_is_for_and_shows_an_example(name: str) -> None:
-    ran = told(name, "--help")
+    ran = run_command(name, "--help")
 
     assert ran.code == 0
     assert "Examples:\n" in ran.out
@@ -119,7 +123,7 @@ def test_the_list_of_commands_says_what_their_help_does(name: str) -> None:
 
 
 def test_help_states_the_exit_codes() -> None:
-    shown = " ".join(told("--help").out.split())
+    shown = " ".join(run_command("--help").out.split())
 
     assert all(f"{code} {text}" in shown for code, text in EXIT_CODES.items())
 
@@ -138,7 +142,7 @@ def test_every_option_says_what_it_is_for(name: str) -> None:
 
 @pytest.mark.parametrize("shell_name", ["bash", "zsh", "fish"])
 def test_a_shell_completes_commands(shell_name: str, tmp_path: Path) -> None:
-    script = told("completion", shell_name)
+    script = run_command("completion", shell_name)
     variables = {
         "bash": "COMP_WORDS='asyncinfer pre' COMP_CWORD=1",
         "zsh": "COMP_WORDS='asyncinfer pre' COMP_CWORD=1",

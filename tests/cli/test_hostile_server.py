@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import pytest
 
-from tests.cli.command_line import CommandResult, told
+from tests.cli.command_line import CommandResult, run_command
 
 from .conftest import submit, wait_until_ended
 
@@ -161,7 +161,7 @@ def with_wrong(value: Any, place: Place, wrong: Any) -> Any:
 
 def refuses_or_shows(argv: tuple[str, ...]) -> CommandResult:
     """A value may be one that is shown; any other ends with one line and exit code 3."""
-    ran = told(*argv)
+    ran = run_command(*argv)
     assert "\x1b" not in ran.err
     if ran.code == 3:
         assert len(ran.err.splitlines()) == 1
@@ -176,7 +176,7 @@ def test_the_answers_that_the_hostile_server_changes_are_good_ones(
     hostile: Hostile, request_line: str
 ) -> None:
     for argv in COMMANDS[request_line]:
-        assert told(*argv).code in (0, 1)
+        assert run_command(*argv).code in (0, 1)
 
 
 @pytest.mark.parametrize("request_line", COMMANDS)
@@ -207,8 +207,8 @@ def test_an_output_that_declares_fewer_dimensions_than_it_has_hides_no_model(
     hostile.answers["GET /models/iris"] = misdeclared
     hostile.answers["GET /models"] = {**hostile.answers["GET /models"], "models": [misdeclared]}
 
-    assert told("models").code == 0
-    assert told("predict", "-m", "iris", "1", "2", "3", "4").code in (0, 1)
+    assert run_command("models").code == 0
+    assert run_command("predict", "-m", "iris", "1", "2", "3", "4").code in (0, 1)
 
 
 @pytest.mark.soak
@@ -248,4 +248,4 @@ def test_no_wrong_type_in_an_error_ends_in_a_traceback(
         changed = with_wrong(good, place, wrong)
         hostile.answers = dict.fromkeys(COMMANDS, changed)
         for argv in (("jobs",), ("predict", "-m", "iris", "1", "2"), ("cancel", "a")):
-            assert told(*argv).code in (1, 2, 3)
+            assert run_command(*argv).code in (1, 2, 3)

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from asyncinfer.cli.predict import readers
 from asyncinfer.testing import service
 from tests import zoo
-from tests.cli.command_line import told
+from tests.cli.command_line import run_command
 
 CUSTOMERS = [(7, 30.0, 2.5, "pro"), (8, 61.0, None, "2"), (9, 18.0, 4.0, "free")]
 RECORDS = [dict(zip(("id", "age", "calls", "plan"), row, strict=True)) for row in CUSTOMERS]
@@ -85,10 +85,10 @@ def test_a_table_of_numbers_and_strings_is_scored_from_any_file_and_from_the_pro
 ) -> None:
     expected = [(32.5, "pro"), ("NaN", "2"), (22.0, "free")]
     for path in files(tmp_path):
-        ran = told("predict", str(path))
+        ran = run_command("predict", str(path))
         assert (ran.code, ran.err) == (0, ""), path.name
         assert [(row["total"][0], row["kept"][0]) for row in ran.rows] == expected, path.name
-    ran = told("predict", json.dumps(RECORDS[0]))
+    ran = run_command("predict", json.dumps(RECORDS[0]))
     assert [(row["total"][0], row["kept"][0]) for row in ran.rows] == expected[:1], ran.err
     (tmp_path / "short.csv").write_text("id,age\n1,30\n")
-    assert "with a column" in told("predict", f"{tmp_path}/short.csv").err
+    assert "with a column" in run_command("predict", f"{tmp_path}/short.csv").err

@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.cli.command_line import error_line, run_in_shell, told
+from tests.cli.command_line import error_line, run_command, run_in_shell
 
 ANSWER = {"prediction": 0, "class_name": "setosa"}
 
 
 def test_a_row_of_the_command_line_is_answered(url: str) -> None:
-    ran = told("predict", "5.1", "3.5", "1.4", "0.2")
+    ran = run_command("predict", "5.1", "3.5", "1.4", "0.2")
 
     assert (ran.code, ran.err) == (0, "")
     assert ran.rows[0].items() >= {"row": 1, **ANSWER}.items()
@@ -26,15 +26,15 @@ def test_a_row_of_the_command_line_is_answered(url: str) -> None:
 
 @pytest.mark.parametrize("row", ["[5.1, 3.5, 1.4, 0.2]", "[[5.1, 3.5, 1.4, 0.2]]"])
 def test_a_row_may_be_json(url: str, row: str) -> None:
-    assert told("predict", row).rows[0].items() >= ANSWER.items()
+    assert run_command("predict", row).rows[0].items() >= ANSWER.items()
 
 
 def test_numbers_below_zero_are_no_options(url: str) -> None:
-    assert told("predict", "-5.1", "3.5", "1.4", "-0.2").rows[0]["row"] == 1
+    assert run_command("predict", "-5.1", "3.5", "1.4", "-0.2").rows[0]["row"] == 1
 
 
 def test_a_csv_with_a_header_is_answered_row_by_row(url: str, flowers: Path) -> None:
-    ran = told("predict", str(flowers))
+    ran = run_command("predict", str(flowers))
 
     assert [row["row"] for row in ran.rows] == [1, 2, 3]
     assert [row["class_name"] for row in ran.rows] == ["setosa", "virginica", "versicolor"]
@@ -67,7 +67,7 @@ def files(folder: Path) -> dict[str, Path]:
     ],
 )
 def test_every_form_of_file_gives_the_same_answers(url: str, tmp_path: Path, name: str) -> None:
-    ran = told("predict", str(files(tmp_path)[name]))
+    ran = run_command("predict", str(files(tmp_path)[name]))
 
     assert ran.code == 0, ran.err
     assert [row["class_name"] for row in ran.rows] == ["setosa", "virginica"]
@@ -78,7 +78,7 @@ def test_a_file_with_a_byte_order_mark_is_read(url: str, tmp_path: Path, name: s
     path = files(tmp_path)[name]
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
 
-    ran = told("predict", str(path))
+    ran = run_command("predict", str(path))
 
     assert [row["class_name"] for row in ran.rows] == ["setosa", "virginica"]
 
@@ -88,13 +88,13 @@ def test_a_file_in_utf_16_is_refused_by_its_encoding(url: str, tmp_path: Path, n
     path = files(tmp_path)[name]
     path.write_bytes(path.read_text().encode("utf-16"))
 
-    assert "it is UTF-16; save it as UTF-8" in told("predict", str(path)).err
+    assert "it is UTF-16; save it as UTF-8" in run_command("predict", str(path)).err
 
 
 def test_columns_are_chosen_by_name_or_number(url: str, tmp_path: Path) -> None:
     (tmp_path / "more.csv").write_text("id,a,b,c,d,kind\nx,5.1,3.5,1.4,0.2,y\n")
     for columns in ("a,b,c,d", "2,3,4,5"):
-        ran = told("predict", str(tmp_path / "more.csv"), "--columns", columns)
+        ran = run_command("predict", str(tmp_path / "more.csv"), "--columns", columns)
         assert ran.rows[0].items() >= ANSWER.items()
 
 
@@ -103,7 +103,7 @@ def test_answers_are_written_in_the_format_of_the_file_name(
     url: str, flowers: Path, form: str
 ) -> None:
     path = flowers.with_name(f"answers.{form}")
-    ran = told("predict", str(flowers), "--output", str(path))
+    ran = run_command("predict", str(flowers), "--output", str(path))
 
     assert (ran.code, ran.out) == (0, "")
     assert classes_in(path) == ["setosa", "virginica", "versicolor"]
@@ -122,7 +122,7 @@ def classes_in(path: Path) -> list[str]:
 
 
 def test_a_table_is_for_people(url: str, flowers: Path) -> None:
-    shown = told("predict", str(flowers), "--to", "table").out.splitlines()
+    shown = run_command("predict", str(flowers), "--to", "table").out.splitlines()
 
     assert shown[0].split()[:3] == ["row", "prediction", "class_name"]
     assert shown[1].split()[:3] == ["1", "0", "setosa"]
@@ -137,7 +137,7 @@ def test_a_bad_row_among_ten_thousand_is_reported_and_stops_no_other(
     lines[8999] = "1,2,3,1e39"
     (tmp_path / "many.csv").write_text("\n".join(lines))
 
-    ran = told("predict", str(tmp_path / "many.csv"))
+    ran = run_command("predict", str(tmp_path / "many.csv"))
 
     assert ran.code == 1
     assert [row["row"] for row in ran.rows] == list(range(1, 10_001))
@@ -153,7 +153,9 @@ def test_a_bad_row_among_ten_thousand_is_reported_and_stops_no_other(
 def test_a_row_that_failed_keeps_its_place_in_columns(url: str, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("x,2,3,4\n5.1,3.5,1.4,0.2\n")
 
-    header, first, second = told("predict", f"{tmp_path}/rows.csv", "--to", "csv").out.splitlines()
+    header, first, second = run_command(
+        "predict", f"{tmp_path}/rows.csv", "--to", "csv"
+    ).out.splitlines()
 
     assert header.startswith("row,prediction,")
     assert header.endswith(",error")
@@ -180,16 +182,16 @@ def test_a_pipe_that_reads_only_the_first_answers_causes_no_error_output(
 
 
 def test_a_map_goes_on_where_it_stopped_and_runs_nothing_twice(url: str, flowers: Path) -> None:
-    first = told("predict", str(flowers), "--resume", "again-1")
-    jobs = told("jobs", "--group", "again-1", "--json").json
-    second = told("predict", str(flowers), "--resume", "again-1")
+    first = run_command("predict", str(flowers), "--resume", "again-1")
+    jobs = run_command("jobs", "--group", "again-1", "--json").json
+    second = run_command("predict", str(flowers), "--resume", "again-1")
 
     assert first.out == second.out
-    assert told("jobs", "--group", "again-1", "--json").json == jobs
+    assert run_command("jobs", "--group", "again-1", "--json").json == jobs
 
 
 def test_ctrl_c_says_how_to_go_on_and_cancels_the_rest(url: str, tmp_path: Path) -> None:
-    told("pause", "digits")
+    run_command("pause", "digits")
     try:
         (tmp_path / "many.csv").write_text(f"{','.join(['0'] * 64)}\n" * 5000)
         argv = ("-m", "asyncinfer", "predict", "many.csv", "-m", "digits", "--resume", "stop-1")
@@ -197,7 +199,7 @@ def test_ctrl_c_says_how_to_go_on_and_cancels_the_rest(url: str, tmp_path: Path)
             [sys.executable, *argv], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE
         ) as process:
             assert process.stderr is not None
-            while not told("jobs", "--group", "stop-1", "--json").json:
+            while not run_command("jobs", "--group", "stop-1", "--json").json:
                 pass
             os.kill(process.pid, signal.SIGINT)
             message = process.stderr.read().decode()
@@ -205,44 +207,46 @@ def test_ctrl_c_says_how_to_go_on_and_cancels_the_rest(url: str, tmp_path: Path)
         assert "Interrupted after 0 rows" in message
         assert "asyncinfer predict many.csv -m digits --resume stop-1" in message
         assert "Traceback" not in message
-        assert not told("jobs", "--group", "stop-1", "--status", "pending", "--json").json
+        assert not run_command("jobs", "--group", "stop-1", "--status", "pending", "--json").json
     finally:
-        told("resume", "digits")
+        run_command("resume", "digits")
 
 
 # --- failures --------------------------------------------------------------------------------
 
 
 def test_a_file_that_is_not_there_is_refused(url: str) -> None:
-    assert "There is no file nope.csv" in error_line(told("predict", "nope.csv"), 2)
+    assert "There is no file nope.csv" in error_line(run_command("predict", "nope.csv"), 2)
 
 
 def test_a_file_that_is_no_csv_is_refused(url: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"\x89PNG\x00\xff\xfe")
     pq.write_table(pa.table({"a": [1]}), tmp_path / "b.csv")
 
-    assert "is no CSV file" in error_line(told("predict", f"{tmp_path}/a.csv"), 2)
-    assert "--from parquet" in error_line(told("predict", f"{tmp_path}/b.csv"), 2)
+    assert "is no CSV file" in error_line(run_command("predict", f"{tmp_path}/a.csv"), 2)
+    assert "--from parquet" in error_line(run_command("predict", f"{tmp_path}/b.csv"), 2)
 
 
 def test_a_file_name_that_shows_no_format_is_refused(url: str, tmp_path: Path) -> None:
     (tmp_path / "rows").write_text("1,2,3,4")
 
-    assert "--from" in error_line(told("predict", f"{tmp_path}/rows"), 2)
-    assert "--to" in error_line(told("predict", "1", "2", "3", "4", "-o", f"{tmp_path}/x"), 2)
+    assert "--from" in error_line(run_command("predict", f"{tmp_path}/rows"), 2)
+    assert "--to" in error_line(
+        run_command("predict", "1", "2", "3", "4", "-o", f"{tmp_path}/x"), 2
+    )
 
 
 def test_a_column_that_is_not_there_is_refused(url: str, flowers: Path) -> None:
-    message = error_line(told("predict", str(flowers), "--columns", "a,z"), 2)
+    message = error_line(run_command("predict", str(flowers), "--columns", "a,z"), 2)
 
     assert "no column 'z', but a, b, c, d" in message
 
 
 def test_an_unknown_model_is_refused_with_those_there_are(url: str, flowers: Path) -> None:
-    message = error_line(told("predict", str(flowers), "--model", "nope"), 1)
+    message = error_line(run_command("predict", str(flowers), "--model", "nope"), 1)
 
     assert "Known: `digits`, `iris`" in message
 
 
 def test_an_unknown_option_is_refused(url: str) -> None:
-    assert "--modle" in error_line(told("predict", "1", "--modle", "iris"), 2)
+    assert "--modle" in error_line(run_command("predict", "1", "--modle", "iris"), 2)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.cli.command_line import run_in_shell, told
+from tests.cli.command_line import run_command, run_in_shell
 
 from .conftest import submit, wait_until_ended
 
@@ -123,13 +123,13 @@ def test_a_terminal_gets_a_table_of_answers(url: str) -> None:
 @pytest.mark.soak
 def test_a_reason_to_wait_is_shown_above_the_bar(url: str, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(f"{','.join('0' * 64)}\n" * 3)
-    told("pause", "digits")
+    run_command("pause", "digits")
     try:
         argv = ["predict", "rows.csv", "-m", "digits", "-o", "out.csv", "--timeout", "3"]
         shown = at_a_terminal(argv, 100, cwd=tmp_path)
     finally:
-        told("cancel", "--model", "digits")
-        told("resume", "digits")
+        run_command("cancel", "--model", "digits")
+        run_command("resume", "digits")
 
     assert shown.code == 4
     assert f"{ESCAPE}2Kasyncinfer: 3 rows of digits wait: digits is paused" in shown.text

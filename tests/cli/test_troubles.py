@@ -9,9 +9,9 @@ import pytest
 
 from asyncinfer import api_keys
 from asyncinfer.testing import Running, service
-from tests.cli.command_line import CommandResult, error_line, told
+from tests.cli.command_line import CommandResult, error_line, run_command
 from tests.faults.harness import eventually_sync
-from tests.serving import answer_of, free_port, serving
+from tests.serving import free_port, running_serve, wait_for_result
 
 ROW = "5.1,3.5,1.4,0.2\n"
 
@@ -56,20 +56,20 @@ def test_without_a_key_or_with_a_wrong_one_nobody_is_let_in(
     argv: tuple[str, ...], reader: str
 ) -> None:
     for more in ((), ("--api-key", "ai_wrong")):
-        message = error_line(told(*argv, *more), 3)
+        message = error_line(run_command(*argv, *more), 3)
         assert "ASYNCINFER_API_KEY" in message
 
 
 def test_a_key_without_the_scope_is_refused(reader: str) -> None:
     key = ("--api-key", reader)
 
-    assert told("jobs", *key).code == 0
-    assert "admin" in error_line(told("pause", "iris", *key), 3)
-    assert "submit" in error_line(told("cancel", "x", *key), 3)
+    assert run_command("jobs", *key).code == 0
+    assert "admin" in error_line(run_command("pause", "iris", *key), 3)
+    assert "submit" in error_line(run_command("cancel", "x", *key), 3)
 
 
 def test_the_doctor_says_that_a_key_is_needed(reader: str) -> None:
-    ran = told("doctor")
+    ran = run_command("doctor")
 
     assert "warning  API key" in ran.out or "problem  API" in ran.out
     assert "ASYNCINFER_API_KEY" in ran.out
@@ -79,12 +79,12 @@ def test_the_doctor_says_that_a_key_is_needed(reader: str) -> None:
 def test_a_full_queue_is_waited_for_and_no_row_is_lost(full_access: None, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(ROW * 40)
     argv = ("-m", "asyncinfer", "predict", "rows.csv", "--batch", "1", "--in-flight", "16")
-    told("pause", "iris")
+    run_command("pause", "iris")
     with subprocess.Popen(
         [sys.executable, *argv], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
-        eventually_sync(lambda: len(told("jobs", "--json").json) >= 3, "the queue is full")
-        told("resume", "iris")
+        eventually_sync(lambda: len(run_command("jobs", "--json").json) >= 3, "the queue is full")
+        run_command("resume", "iris")
         out, err = process.communicate(timeout=30)
     ran = CommandResult(process.returncode, out.decode(), err.decode())
 
@@ -97,8 +97,8 @@ def test_a_server_that_restarts_in_the_middle_loses_no_row(tmp_path: Path) -> No
     port, data_dir = str(free_port()), str(tmp_path / "data")
     (tmp_path / "rows.csv").write_text(ROW * 100_000)
     argv = ("-m", "asyncinfer", "predict", "rows.csv", "--url", f"http://127.0.0.1:{port}")
-    with serving("--port", port, DATA_DIR=data_dir) as serve:
-        answer_of(serve)
+    with running_serve("--port", port, DATA_DIR=data_dir) as serve:
+        wait_for_result(serve)
         process = subprocess.Popen(
             [sys.executable, *argv, "-o", "answers.ndjson"],
             cwd=tmp_path,
@@ -108,7 +108,7 @@ def test_a_server_that_restarts_in_the_middle_loses_no_row(tmp_path: Path) -> No
         part = tmp_path / "answers.ndjson.part"
         eventually_sync(lambda: part.exists() and part.stat().st_size > 100_000, "it is under way")
         serve.process.kill()
-    with process, serving("--port", port, DATA_DIR=data_dir):
+    with process, running_serve("--port", port, DATA_DIR=data_dir):
         assert process.wait(90) == 0, process.stderr and process.stderr.read()
     lines = (tmp_path / "answers.ndjson").read_text().splitlines()
     assert len(lines) == 100_000
@@ -117,4 +117,4 @@ def test_a_server_that_restarts_in_the_middle_loses_no_row(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("argv", [("job",), ("models",), ("retry",), ("jobs", "--model")])
 def test_a_name_that_is_not_utf8_is_refused(url: str, argv: tuple[str, ...]) -> None:
-    assert "not valid UTF-8" in error_line(told(*argv, "\udcff"), 2)
+    assert "not valid UTF-8" in error_line(run_command(*argv, "\udcff"), 2)

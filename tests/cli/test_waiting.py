@@ -29,8 +29,8 @@ from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from tests import zoo
-from tests.api.harness import QUEUE, Hand, announce, running
-from tests.cli.command_line import error_line, told
+from tests.api.harness import QUEUE, ManualWorker, announce, running
+from tests.cli.command_line import error_line, run_command
 from tests.faults.harness import eventually_sync
 
 from .conftest import submit
@@ -47,7 +47,7 @@ class Starved:
         self._server = server
         self._portal = portal
         self._store = store
-        self._hand = Hand(store)
+        self._hand = ManualWorker(store)
 
     def announce_worker(self, **says: Any) -> None:
         announcements = Announcements(self._store)
@@ -101,7 +101,7 @@ def predict_options(*arguments: str, **more: Any) -> run.PredictOptions:
         priority=None,
         arguments=arguments or ("predict", ROW),
         timeout_seconds=20.0,
-        cadence=Cadence(after_seconds=0.05, look_seconds=0.05),
+        cadence=Cadence(first_check_seconds=0.05, max_check_seconds=0.05),
         **more,
     )
 
@@ -171,23 +171,23 @@ def test_a_long_run_of_a_file_says_how_to_continue_it(starved: Starved, tmp_path
 
 
 def test_predict_ends_at_its_timeout_and_can_be_continued(starved: Starved) -> None:
-    message = error_line(told("predict", ROW, "--timeout", "0.2"), 4)
+    message = error_line(run_command("predict", ROW, "--timeout", "0.2"), 4)
     assert f"No result in time for 1 row of iris: {NO_WORKER}" in message
     shown = message.partition("Continue with: ")[2]
     assert shown.startswith(f"asyncinfer predict '{ROW}' --timeout 0.2 --resume typed-")
 
-    (job,) = (told("jobs", "--json")).json
+    (job,) = (run_command("jobs", "--json")).json
     assert job["status"] == "pending"
     starved.complete()
-    again = told("predict", ROW, "--resume", shown.split()[-1])
+    again = run_command("predict", ROW, "--resume", shown.split()[-1])
     assert again.code == 0
-    assert len((told("jobs", "--json")).json) == 1
+    assert len((run_command("jobs", "--json")).json) == 1
 
 
 def test_many_jobs_of_a_row_each_end_at_the_timeout_too(starved: Starved, tmp_path: Path) -> None:
     (tmp_path / "rows.ndjson").write_text(f"{ROW}\n" * 40)
     path = str(tmp_path / "rows.ndjson")
-    message = error_line(told("predict", path, "--batch", "1", "--timeout", "0.2"), 4)
+    message = error_line(run_command("predict", path, "--batch", "1", "--timeout", "0.2"), 4)
 
     assert f"40 rows of iris: {NO_WORKER}" in message
     assert "--resume rows-" in message
@@ -195,7 +195,7 @@ def test_many_jobs_of_a_row_each_end_at_the_timeout_too(starved: Starved, tmp_pa
 
 def test_a_server_that_never_answers_ends_at_the_timeout_too() -> None:
     message = error_line(
-        told("predict", ROW, "--url", "http://127.0.0.1:1", "--timeout", "0.01"), 3
+        run_command("predict", ROW, "--url", "http://127.0.0.1:1", "--timeout", "0.01"), 3
     )
     assert "No answer from http://127.0.0.1:1" in message
 
@@ -218,17 +218,17 @@ def test_stdin_that_stays_silent_ends_at_the_timeout_too(starved: Starved, sent:
 def test_a_timeout_is_a_number_of_seconds() -> None:
     # In 0 seconds nothing would be sent, and the command that goes on would find nothing.
     for wrong in ("nan", "-1", "10m", "0"):
-        assert "--timeout" in error_line(told("predict", ROW, "--timeout", wrong), 2)
+        assert "--timeout" in error_line(run_command("predict", ROW, "--timeout", wrong), 2)
 
 
 def test_a_job_that_waits_is_listed_and_shown_with_its_reason(starved: Starved) -> None:
     submit(starved.url)
-    listed = told("jobs")
+    listed = run_command("jobs")
     job_id = listed.out.splitlines()[1].split()[0]
 
     assert NO_WORKER in listed.out
-    assert NO_WORKER in (told("job", job_id)).out
-    watched = told("job", job_id, "--watch", "--timeout", "0")
+    assert NO_WORKER in (run_command("job", job_id)).out
+    watched = run_command("job", job_id, "--watch", "--timeout", "0")
     assert watched.code == 4
     assert f"pending  {NO_WORKER}" in watched.err
 
@@ -236,9 +236,9 @@ def test_a_job_that_waits_is_listed_and_shown_with_its_reason(starved: Starved) 
 def test_views_name_the_model_that_no_worker_has(starved: Starved) -> None:
     submit(starved.url)
 
-    assert (told("models")).out.splitlines()[1].endswith("0  no worker")
-    assert "no worker" in (told("models", "iris")).out
-    top = (told("top")).out
+    assert (run_command("models")).out.splitlines()[1].endswith("0  no worker")
+    assert "no worker" in (run_command("models", "iris")).out
+    top = (run_command("top")).out
     assert "iris no worker" in top
     assert "1 job of iris waits, oldest " in top.partition("PROBLEMS")[2]
     assert "-> asyncinfer work --model-dir FOLDER    # one that has iris" in top
@@ -248,7 +248,7 @@ def test_models_that_are_being_loaded_are_listed_as_such(starved: Starved) -> No
     starved.announce_worker(state="ready", models=[], loading=["iris", "wine"])
 
     def states() -> list[list[str]]:
-        return [line.split() for line in told("models").out.splitlines()[1:]]
+        return [line.split() for line in run_command("models").out.splitlines()[1:]]
 
     eventually_sync(
         lambda: [line[-1] for line in states()] == ["loading"] * 2, "both are listed as loading"
@@ -266,7 +266,7 @@ def test_doctor_names_the_starved_model_and_the_command(
     name = "iris" if has_it else "wine"
     (folder / f"{name}.onnx").write_bytes(zoo.mlp([3, 2]).SerializeToString())
 
-    found = told("doctor", "--model-dir", str(folder))
+    found = run_command("doctor", "--model-dir", str(folder))
 
     assert found.code == 1
     assert "problem  queue iris: 1 job of iris waits, oldest " in found.out

@@ -275,7 +275,7 @@ async def test_submits_whose_answers_are_cut_make_one_job_each(proxy: Proxy) -> 
         proxy.cut_reply_to(b"POST /predict", times=2)
         result = await client.predict([SETOSA], group="cut")
 
-        assert proxy.cut == 4
+        assert proxy.replies_cut == 4
         assert result["class_name"] == "setosa"
         assert len(await client.jobs(group="cut")) == 2
         assert job.id in [listed.id for listed in await client.jobs(group="cut")]
@@ -307,7 +307,7 @@ async def test_a_map_whose_answers_are_cut_loses_and_repeats_nothing(proxy: Prox
         results = client.map(rows, "picky", batch=10, progress=False)
         found = [result.item() async for result in results]
 
-        assert proxy.cut == 5
+        assert proxy.replies_cut == 5
         assert found == [number % 3 for number in range(200)]
         assert (await client.group(results.group)).jobs == 20
 

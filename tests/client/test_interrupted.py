@@ -17,7 +17,7 @@ import pytest
 from asyncinfer.client import Client
 from asyncinfer.testing import Running
 from tests.faults.harness import eventually_sync
-from tests.process import REPOSITORY, Parent, is_gone, parent, processes
+from tests.process import REPOSITORY, PythonProcess, is_gone, python_process, running_processes
 from tests.serving import free_port
 
 _MAPPER: Final = """
@@ -35,17 +35,17 @@ print("all", flush=True)
 
 
 @contextmanager
-def mapping(running: Running, group: str, units: int) -> Iterator[Parent]:
-    with parent("-c", _MAPPER, running.url, group, str(units), cwd=REPOSITORY) as script:
+def mapping(running: Running, group: str, units: int) -> Iterator[PythonProcess]:
+    with python_process("-c", _MAPPER, running.url, group, str(units), cwd=REPOSITORY) as script:
         yield script
 
 
 def test_ctrl_c_ends_a_script_and_cancels_what_is_queued(running: Running, client: Client) -> None:
     with mapping(running, "stopped", 100) as script:
-        assert script.says() == "0 100.0"
+        assert script.read_line() == "0 100.0"
         script.process.send_signal(signal.SIGINT)
         assert script.process.wait(10) != 0
-        assert "KeyboardInterrupt" in script.complaints()
+        assert "KeyboardInterrupt" in script.read_stderr()
 
     counts = client.group("stopped").counts
     assert counts["pending"] == 0
@@ -90,20 +90,20 @@ def test_a_second_ctrl_c_leaves_at_once(running: Running, client: Client) -> Non
 def test_a_map_of_a_killed_process_is_resumed(running: Running, client: Client) -> None:
     with mapping(running, "killed", 100) as script:
         for number in range(10):
-            assert script.says() == f"{number} 100.0"
+            assert script.read_line() == f"{number} 100.0"
         script.kill()
 
     with mapping(running, "killed", 100) as script:
-        assert [script.says() for _ in range(65)][-1] == "all"
+        assert [script.read_line() for _ in range(65)][-1] == "all"
     assert client.group("killed").counts["completed"] == 64
     assert client.group("killed").jobs == 64
 
 
 @contextmanager
-def serving(port: int, data_dir: Path, models: Path) -> Iterator[Parent]:
+def serving(port: int, data_dir: Path, models: Path) -> Iterator[PythonProcess]:
     argv = ("-m", "asyncinfer", "serve", "--port", str(port), "--model-dir", str(models))
-    with parent(*argv, cwd=REPOSITORY, DATA_DIR=str(data_dir)) as server:
-        while not server.says().strip().startswith("Stop"):
+    with python_process(*argv, cwd=REPOSITORY, DATA_DIR=str(data_dir)) as server:
+        while not server.read_line().strip().startswith("Stop"):
             pass
         yield server
 
@@ -130,7 +130,9 @@ def test_a_server_that_restarts_during_a_map_loses_and_repeats_nothing(
             thread.start()
             assert begun.wait(10)
             children = [
-                process.pid for process in processes() if process.parent == server.process.pid
+                process.pid
+                for process in running_processes()
+                if process.parent_pid == server.process.pid
             ]
             server.process.send_signal(how)
             server.process.wait()

@@ -26,7 +26,7 @@ from asyncinfer.client import (
 from asyncinfer.client._encoding import named_arrays, tensor_bytes
 from asyncinfer.tensors.datatypes import Array
 from asyncinfer.testing import Running
-from tests.cli.command_line import told
+from tests.cli.command_line import run_command
 
 NAN: Final = math.nan
 INF: Final = math.inf
@@ -251,7 +251,9 @@ def test_a_file_with_missing_values_is_scored_and_written(
     (tmp_path / "in").mkdir()
     for name, words in _tables(tmp_path / "in").items():
         out = tmp_path / f"{name}.{to}"
-        ran = told("predict", *words, "--model", "doubled", "--url", running.url, "-o", str(out))
+        ran = run_command(
+            "predict", *words, "--model", "doubled", "--url", running.url, "-o", str(out)
+        )
         assert ran.code == 0, (name, ran.err)
         assert _written(out) == [["3.0", "nan", "4.0"], ["6.0", "inf", "-inf"]], name
 
@@ -272,7 +274,7 @@ def _written(path: Path) -> list[list[str]]:
 
 
 def test_a_row_with_nan_may_be_typed(running: Running) -> None:
-    ran = told("predict", "1.5", "NaN", "2", "--model", "doubled", "--url", running.url)
+    ran = run_command("predict", "1.5", "NaN", "2", "--model", "doubled", "--url", running.url)
 
     assert ran.rows == [{"row": 1, "y": [3.0, "NaN", 4.0]}]
 
@@ -286,7 +288,7 @@ def test_a_missing_cell_is_not_an_integer(
 ) -> None:
     (tmp_path / name).write_text(text)
 
-    ran = told("predict", str(tmp_path / name), "--model", "int64", "--url", running.url)
+    ran = run_command("predict", str(tmp_path / name), "--model", "int64", "--url", running.url)
 
     assert ran.code == 1
     assert ran.rows[0] == {"row": 1, "y": [1, 2]}
@@ -296,7 +298,9 @@ def test_a_missing_cell_is_not_an_integer(
 def test_nan_as_python_writes_it_is_refused_as_json(running: Running, tmp_path: Path) -> None:
     (tmp_path / "rows.ndjson").write_text("[NaN, 1, 2]\n[1, 2, 3]\n")
 
-    ran = told("predict", str(tmp_path / "rows.ndjson"), "-m", "doubled", "--url", running.url)
+    ran = run_command(
+        "predict", str(tmp_path / "rows.ndjson"), "-m", "doubled", "--url", running.url
+    )
 
     assert [row.get("y") for row in ran.rows] == [None, [2.0, 4.0, 6.0]]
     assert 'a number that JSON does not have is "NaN" or null' in ran.err
@@ -330,7 +334,9 @@ async def test_an_asynchronous_map_warns_too(aclient: AsyncClient) -> None:
 def test_at_the_command_line_the_warning_is_one_line(running: Running, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("1,2\n" * 65)
 
-    ran = told("predict", str(tmp_path / "rows.csv"), "--model", "mean", "--url", running.url)
+    ran = run_command(
+        "predict", str(tmp_path / "rows.csv"), "--model", "mean", "--url", running.url
+    )
 
     assert ran.code == 0
     (line,) = [line for line in ran.err.splitlines() if "alone" in line]

@@ -10,17 +10,17 @@ import pytest
 
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.client import AsyncClient, WaitingFor, WaitTimeout
-from asyncinfer.client._client import asked_of
+from asyncinfer.client._client import map_options
 from asyncinfer.client._map.results import AsyncResults
 from asyncinfer.client._wait_reasons import Cadence, Notices
 from asyncinfer.errors import NoModelAnnounced
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
-from tests.api.harness import Hand, announce, hosted, running
+from tests.api.harness import ManualWorker, announce, hosted, running
 
 SETOSA: Final = [5.1, 3.5, 1.4, 0.2]
-AT_ONCE: Final = Cadence(after_seconds=0.05, look_seconds=0.05, again_seconds=60.0)
+AT_ONCE: Final = Cadence(first_check_seconds=0.05, max_check_seconds=0.05, repeat_seconds=60.0)
 NO_WORKER: Final = "No worker has had iris since"
 
 
@@ -42,7 +42,7 @@ async def starved(config: ApiConfig, store: Store) -> AsyncIterator[AsyncClient]
 
 def mapped(client: AsyncClient, rows: list[Any], *, progress: bool = False) -> AsyncResults:
     """A map that requests and reports the reason of a wait at once."""
-    wanted = asked_of(None, 1, 4, progress, "raise", {})
+    wanted = map_options(None, 1, 4, progress, "raise", {})
     wanted = msgspec.structs.replace(wanted, cadence=AT_ONCE)
     return AsyncResults(client._server, client._driver, rows, wanted)
 
@@ -70,7 +70,7 @@ async def test_a_job_shows_why_it_waits(starved: AsyncClient) -> None:
 
 async def test_a_job_that_has_ended_waits_for_nothing(starved: AsyncClient, store: Store) -> None:
     job = await starved.submit([SETOSA])
-    await Hand(store).complete()
+    await ManualWorker(store).complete()
 
     assert (await job.wait()).waiting_for is None
     assert NO_WORKER not in repr(job) + job._repr_html_()
@@ -94,7 +94,7 @@ async def test_a_map_reports_why_no_result_comes_and_that_it_goes_on(
     assert (await wait_for_log_line(caplog, NO_WORKER)).startswith("2 rows of iris wait: ")
 
     while not first.done():
-        hand = Hand(store)
+        hand = ManualWorker(store)
         await hand.complete()
         await asyncio.wait([first], timeout=5)
     await results.close()
@@ -113,7 +113,7 @@ async def test_the_reason_is_shown_beside_a_bar(
         while NO_WORKER not in shown:
             await asyncio.sleep(0.01)
             shown += capsys.readouterr().err
-    await Hand(store).complete()
+    await ManualWorker(store).complete()
     await first
     await results.close()
 
@@ -174,7 +174,7 @@ async def test_a_folder_without_a_model_is_an_error_at_once_without_retries(
 def test_a_reason_is_reported_when_it_is_new_and_again_after_a_while() -> None:
     lines: list[str] = []
     clock = [0.0]
-    notices = Notices(lines.append, Cadence(again_seconds=30.0), lambda: clock[0])
+    notices = Notices(lines.append, Cadence(repeat_seconds=30.0), lambda: clock[0])
     no_worker, paused = WaitingFor("no_worker", "None."), WaitingFor("paused", "Paused.")
     reasons = {
         0: no_worker,
@@ -188,7 +188,7 @@ def test_a_reason_is_reported_when_it_is_new_and_again_after_a_while() -> None:
 
     for seconds, reason in reasons.items():
         clock[0] = seconds
-        notices.hear(reason, "Rows wait", "It goes on")
+        notices.report(reason, "Rows wait", "It goes on")
 
     assert lines == [
         "Rows wait: None.",

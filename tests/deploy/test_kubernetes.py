@@ -136,7 +136,7 @@ def test_a_probe_requests_an_existing_route_on_an_open_port(name: str, probe: st
     if name == "asyncinfer-work":
         assert port["containerPort"] == read.monitor_port
         monitor = Monitor()
-        monitor.unready = lambda: None
+        monitor.why_not_ready = lambda: None
         assert monitor.answer("GET", http_get["path"]).status == 200
     else:
         assert port["containerPort"] == read.port

@@ -72,7 +72,7 @@ def check_step(step: Step, url: str, folder: Path, ids: dict[str, str], digits: 
 
 
 @contextmanager
-def shell(command: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running_command(command: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Runs a command in the background, with its output in the file `said`; kills it at the end."""
     with (folder / "said").open("wb") as log:
         process = subprocess.Popen(
@@ -85,7 +85,7 @@ def shell(command: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def is_up(process: subprocess.Popen[bytes], log: str) -> bool:
+def has_started(process: subprocess.Popen[bytes], log: str) -> bool:
     """Whether the last line of a start is in the log: of `serve` or of `work`.
 
     Fails the test if the process has ended.

@@ -17,7 +17,7 @@ from asyncinfer.tensors.datatypes import DTYPES
 from tests.docs.markdown import Block, all_blocks, as_shown, check_step, sections_with, steps
 from tests.faults.harness import eventually_sync
 from tests.process import REPOSITORY
-from tests.serving import Serve, serving
+from tests.serving import ServeProcess, running_serve
 
 PAGE: Final = (REPOSITORY / "asyncinfer" / "docs" / "models.md").read_text()
 URL: Final = "http://127.0.0.1:8000"
@@ -49,14 +49,14 @@ def test_every_program_of_the_documents_prints_the_output_that_is_shown(folder: 
     makers = [program for program, _ in programs() if URL not in program]
     for process in [start(program, folder) for program in makers]:
         assert wait_for_output(process) == ""
-    with serving(cwd=folder, DATA_DIR=str(folder / "data")) as serve:
+    with running_serve(cwd=folder, DATA_DIR=str(folder / "data")) as serve:
         eventually_sync(
             lambda: len(serve.get("/models")["models"]) == len(makers), "all models are listed"
         )
         check_clients(serve, folder)
 
 
-def check_clients(serve: Serve, folder: Path) -> None:
+def check_clients(serve: ServeProcess, folder: Path) -> None:
     url = serve.welcome["URL"]
     for program, shown in programs():
         if URL in program:

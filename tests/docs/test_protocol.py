@@ -14,22 +14,22 @@ import redis
 
 from asyncinfer.jobs import SCHEMA, TERMINAL, Facts, Outcome, Record
 from asyncinfer.repository import keys
-from asyncinfer.repository.leases import Renewals
+from asyncinfer.repository.leases import Leases
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.scripts import NAMES
 from asyncinfer.repository.store import Store
 from asyncinfer.settings import Settings
 from tests.faults.harness import eventually_sync
 from tests.process import REPOSITORY
-from tests.queue_driver import Hands, Q
-from tests.serving import serving
+from tests.queue_driver import Q, QueueDriver
+from tests.serving import running_serve
 
 PAGE: Final = (files("asyncinfer") / "docs" / "protocol.md").read_text()
 LUA: Final = files("asyncinfer.repository") / "lua"
 
 OTHER: Final = f"{Q}:digits"
 LONG: Final = Policy(
-    lease_seconds=30, reap_seconds=5, job_ttl_seconds=600, failed_ttl_seconds=900, log_jobs=10
+    lease_seconds=30, reap_seconds=5, job_ttl_seconds=600, failed_ttl_seconds=900, max_log_jobs=10
 )
 """Times so long that the rest of a key's TTL shows which TTL it was given."""
 
@@ -239,8 +239,8 @@ def policy() -> Policy:
 
 
 @pytest.fixture
-def driver(store: Store, server: redis.Redis) -> Hands:
-    return Hands(store, server)
+def driver(store: Store, server: redis.Redis) -> QueueDriver:
+    return QueueDriver(store, server)
 
 
 @pytest.fixture
@@ -253,32 +253,32 @@ OUTCOMES: Final[tuple[Outcome, ...]] = (
 )
 
 
-async def use_every_script(driver: Hands, after_each: Callable[[], None]) -> None:
+async def use_every_script(driver: QueueDriver, after_each: Callable[[], None]) -> None:
     """Brings jobs of every kind to every end; calls `after_each` after each step."""
-    await driver.some(3, queue=OTHER)
-    await driver.one(key="k", group="g")
+    await driver.submit_many(3, queue=OTHER)
+    await driver.submit_one(key="k", group="g")
     for options in (
         {"priority": "high"},
         {"priority": "low"},
         {"delay_seconds": 60},
         {"start_within_seconds": 60, "finish_within_seconds": 60},
     ):
-        await driver.one(**options)
-    driver.stranger("external")
+        await driver.submit_one(**options)
+    driver.add_external_job("external")
     after_each()
     for outcome in OUTCOMES:
-        await driver.some(3)
-        claim = await driver.take(3)
+        await driver.submit_many(3)
+        claim = await driver.claim_jobs(3)
         after_each()
         await driver.finish(claim, outcome)
         after_each()
     await _lose_cancel_and_expire(driver, after_each)
-    await driver.cancel_in_one_call(*await driver.some(12))
+    await driver.cancel_in_one_call(*await driver.submit_many(12))
     after_each()
     for paused in (True, False):
         await driver.operations.pause(Q, paused=paused)
         after_each()
-    job_id = await driver.one()
+    job_id = await driver.submit_one()
     await driver.cancel(job_id)
     await driver.retry(job_id)
     driver.redis.mset({keys.data("nowhere"): b"[]", keys.status("nowhere"): b"pending"})
@@ -290,36 +290,38 @@ async def use_every_script(driver: Hands, after_each: Callable[[], None]) -> Non
     after_each()
 
 
-async def _lose_cancel_and_expire(driver: Hands, after_each: Callable[[], None]) -> None:
+async def _lose_cancel_and_expire(driver: QueueDriver, after_each: Callable[[], None]) -> None:
     await driver.maintenance.sweep()
     after_each()
-    lost, cancelled, late = await driver.some(3, finish_within_seconds=60, priority="high")
-    claim = await driver.take(20)
+    lost, cancelled, late = await driver.submit_many(3, finish_within_seconds=60, priority="high")
+    claim = await driver.claim_jobs(20)
     await driver.cancel(cancelled)
-    driver.let_come_due(keys.deadlines(Q), late)
+    driver.make_due(keys.deadlines(Q), late)
     await driver.sweep()
     after_each()
-    renewals = Renewals(driver.store)
+    renewals = Leases(driver.store)
     renewal = renewals.renew({Q: [claim.token]})
     renewals.close()
     assert (renewal.cancelled, renewal.expired) == ((cancelled,), (late,))
-    driver.let_leases_end()
+    driver.expire_leases()
     assert (await driver.sweep()).put_back > 0
-    assert lost in driver.waiting()
+    assert lost in driver.waiting_ids()
     after_each()
     await driver.run_all()
     after_each()
 
 
 async def test_every_key_that_the_scripts_write_has_the_type_and_ttl_of_its_row(
-    driver: Hands, key_check: KeyCheck
+    driver: QueueDriver, key_check: KeyCheck
 ) -> None:
     await use_every_script(driver, key_check.run)
     assert key_check.seen == set(ROWS) - WRITTEN_BY_PROCESSES - NEVER_WRITTEN
     key_check.assert_full_ttls(key_check.seen)
 
 
-async def test_the_page_lists_all_fields_of_the_log_and_of_control_messages(driver: Hands) -> None:
+async def test_the_page_lists_all_fields_of_the_log_and_of_control_messages(
+    driver: QueueDriver,
+) -> None:
     await use_every_script(driver, lambda: None)
     for title, name in (("Log", keys.log), ("Control", keys.control)):
         entries = [entry for queue in (Q, OTHER) for entry in driver.redis.xrange(name(queue))]
@@ -416,7 +418,7 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in Settings.__struct_fields__:
         monkeypatch.delenv(name.upper(), raising=False)
     data = tmp_path / "data"
-    with serving(cwd=tmp_path, DATA_DIR=str(data), PYTHONPATH=str(REPOSITORY)) as serve:
+    with running_serve(cwd=tmp_path, DATA_DIR=str(data), PYTHONPATH=str(REPOSITORY)) as serve:
         eventually_sync(lambda: len(serve.get("/models")["models"]) == 2, "both models are listed")
         connected = redis.Redis(unix_socket_path=(data / "valkey" / "socket").read_text())
         yield connected

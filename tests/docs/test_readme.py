@@ -19,14 +19,14 @@ from tests.docs.markdown import (
     all_blocks,
     blocks,
     check_step,
-    is_up,
+    has_started,
+    running_command,
     sections_with,
-    shell,
     steps,
 )
 from tests.faults.harness import eventually_sync
 from tests.process import REPOSITORY
-from tests.serving import answer_of, free_port, serving
+from tests.serving import free_port, running_serve, wait_for_result
 from tests.zoo import mlp
 
 # --- sessions ------------------------------------------------------------------------------
@@ -37,8 +37,8 @@ def test_the_commands_of_the_session_print_the_output_that_is_shown(folder: Path
         pytest.skip("curl is not installed")
     ids: dict[str, str] = {}
     (session,) = sections_with(r"\AA session\n")
-    with serving(cwd=folder, DATA_DIR=str(folder / "data")) as serve:
-        answer_of(serve)
+    with running_serve(cwd=folder, DATA_DIR=str(folder / "data")) as serve:
+        wait_for_result(serve)
         for block in all_blocks(session):
             for step in steps(block.text) if block.language == "console" else ():
                 check_step(step, serve.welcome["URL"], folder, ids)
@@ -47,8 +47,8 @@ def test_the_commands_of_the_session_print_the_output_that_is_shown(folder: Path
 def test_the_python_program_prints_the_output_that_is_shown(folder: Path) -> None:
     (section,) = sections_with(r"\AFrom Python\n")
     program, shown = [block.text for block in all_blocks(section)]
-    with serving(cwd=folder, DATA_DIR=str(folder / "data")) as serve:
-        answer_of(serve)
+    with running_serve(cwd=folder, DATA_DIR=str(folder / "data")) as serve:
+        wait_for_result(serve)
         program = program.replace("http://127.0.0.1:8000", serve.welcome["URL"])
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, cwd=folder, check=True
@@ -62,8 +62,8 @@ def test_the_commands_for_a_terminal_print_the_output_that_is_shown(
 ) -> None:
     (section,) = sections_with(r"\AFrom a terminal\n")
     (session,) = (block for block in all_blocks(section) if block.language == "console")
-    with serving(cwd=folder, DATA_DIR=str(folder / "data")) as serve:
-        answer_of(serve)
+    with running_serve(cwd=folder, DATA_DIR=str(folder / "data")) as serve:
+        wait_for_result(serve)
         monkeypatch.setenv("ASYNCINFER_URL", serve.welcome["URL"])
         for step in steps(session.text):
             check_step(step, serve.welcome["URL"], folder, {})
@@ -114,14 +114,16 @@ def test_every_command_starts_or_succeeds(
         subprocess.run(["bash", "-c", keygen], cwd=folder, check=True, capture_output=True)
     with contextlib.ExitStack() as stack:
         if command.startswith("asyncinfer work"):
-            stack.enter_context(serving(cwd=folder, PORT=str(free_port())))
-        process = stack.enter_context(shell(command, folder))
+            stack.enter_context(running_serve(cwd=folder, PORT=str(free_port())))
+        process = stack.enter_context(running_command(command, folder))
         ends_by_itself = not re.search(r"asyncinfer (serve|work)\b", command)
         if ends_by_itself:
             assert process.wait(30) == 0
             return
         eventually_sync(
-            lambda: is_up(process, (folder / "said").read_text()), "the command has started", 30
+            lambda: has_started(process, (folder / "said").read_text()),
+            "the command has started",
+            30,
         )
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0

@@ -277,7 +277,7 @@ def test_the_wanted_outputs_decide_which_jobs_share_a_run(tmp_path: Path) -> Non
 
     assert list(packing.unpack(everything)) == ["stateN", "output"]
     assert list(packing.unpack(single)) == ["output"]
-    assert results.render_stored(everything) == text
+    assert results.render_packed(everything) == text
 
 
 def test_batches_are_bounded_as_model_toml_says(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from onnx import helper
 
 from asyncinfer.testing import Running, service
 from tests import zoo
-from tests.cli.command_line import told
+from tests.cli.command_line import run_command
 
 FOLDER: Final = Path(__file__).parents[1] / "data" / "classifiers"
 MAX_BYTES: Final = 50_000
@@ -161,7 +161,7 @@ def test_the_command_line_writes_the_class_and_its_probability(
     path = tmp_path / "rows.csv"
     pd.DataFrame(expected.rows, columns=list("abcd")).to_csv(path, index=False)
 
-    ran = told("predict", str(path), "--model", name, "--url", running.url, "--to", "csv")
+    ran = run_command("predict", str(path), "--model", name, "--url", running.url, "--to", "csv")
 
     assert ran.code == 0, ran
     rows = list(csv.DictReader(io.StringIO(ran.out)))
@@ -202,8 +202,8 @@ def test_in_a_file_a_row_without_a_score_has_no_class(
     rows.to_csv(given, index=False)
     command = ("predict", str(given), "--model", "gaps", "--url", running.url)
 
-    text = told(*command, "--to", "csv")
-    ran = told(*command, "-o", str(written))
+    text = run_command(*command, "--to", "csv")
+    ran = run_command(*command, "-o", str(written))
 
     assert (text.code, ran.code) == (0, 0)
     assert text.out.splitlines()[1] == "1,,,NaN,NaN,"

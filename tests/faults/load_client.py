@@ -12,7 +12,7 @@ from asyncinfer.jobs import SCHEMA, TERMINAL, Options, Record, new_id
 from asyncinfer.repository import keys
 from asyncinfer.repository.operations import Operations
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.stored_jobs import Stored
+from asyncinfer.repository.stored_jobs import StoredJob
 from asyncinfer.repository.submissions import NewJob, Submissions
 
 from .harness import eventually
@@ -28,14 +28,14 @@ class _Result(msgspec.Struct):
     outputs: list[_Tensor]
 
 
-class Customer:
+class LoadClient:
     """Submits to a model whose result is its input; records the value of each acknowledged job."""
 
     def __init__(self, store: Store, model: str = "slow", default_model: str = "slow") -> None:
         self.submissions = Submissions(store)
         self.operations = Operations(store)
         self.model = model
-        self.queue = keys.queue(store.n, model, default_model)
+        self.queue = keys.queue(store.queue_name, model, default_model)
         self.acknowledged: dict[str, float] = {}
 
     def new_job(
@@ -61,7 +61,7 @@ class Customer:
                 self.acknowledged[job.job_id] = value
         return [job.job_id for job, _ in jobs]
 
-    async def submit_or_not(self, values: Iterable[float]) -> bool:
+    async def try_submit(self, values: Iterable[float]) -> bool:
         """Submits; returns False, and records no job, if Redis did not acknowledge."""
         try:
             await self.submit(values)
@@ -69,16 +69,16 @@ class Customer:
             return False
         return True
 
-    async def read(self, job_ids: Sequence[str] | None = None) -> list[Stored | None]:
+    async def read(self, job_ids: Sequence[str] | None = None) -> list[StoredJob | None]:
         wanted = list(self.acknowledged) if job_ids is None else list(job_ids)
-        stored: list[Stored | None] = []
+        stored: list[StoredJob | None] = []
         for start in range(0, len(wanted), 500):
             stored += await self.submissions.read_many(wanted[start : start + 500])
         return stored
 
-    async def wait_until_all_ended(self, seconds: float = 30.0) -> list[Stored]:
+    async def wait_until_all_ended(self, seconds: float = 30.0) -> list[StoredJob]:
         """Waits until every acknowledged job has ended; returns the jobs."""
-        ended: list[Stored] = []
+        ended: list[StoredJob] = []
 
         async def done() -> bool:
             ended[:] = [
@@ -96,7 +96,7 @@ class Customer:
             assert result_value(stored) == self.acknowledged[stored.job_id]
 
 
-def result_value(stored: Stored) -> float:
+def result_value(stored: StoredJob) -> float:
     """The only number in a completed job's result."""
     assert stored.result is not None
     return msgspec.json.decode(stored.result, type=_Result).outputs[0].data[0]

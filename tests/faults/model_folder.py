@@ -11,11 +11,15 @@ import onnx
 from asyncinfer.jobs import SCHEMA, Record, new_id
 from asyncinfer.models.signature import Signature
 from asyncinfer.repository import keys
-from asyncinfer.repository.announcements import Announcements, WorkerSays, worker_says
+from asyncinfer.repository.announcements import (
+    Announcements,
+    WorkerAnnouncement,
+    decode_worker_announcement,
+)
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.stored_jobs import Stored
+from asyncinfer.repository.stored_jobs import StoredJob
 from asyncinfer.repository.submissions import NewJob, Submissions
-from asyncinfer.worker.models.engine_cache import Bounds
+from asyncinfer.worker.models.engine_cache import CacheBounds
 from asyncinfer.worker.worker import WorkerConfig
 from tests.faults.load_client import result_value
 
@@ -65,7 +69,7 @@ class ModelClient:
     def __init__(self, store: Store) -> None:
         self._announcements = Announcements(store)
         self._submissions = Submissions(store)
-        self._n = store.n
+        self._n = store.queue_name
 
     async def submit(self, value: object, version: str | None = None, name: str = "m") -> str:
         now_ms = 1
@@ -76,8 +80,8 @@ class ModelClient:
         assert submitted.verdict in ("ok", "exists")
         return job.job_id
 
-    async def wait_for_end(self, job_id: str) -> Stored:
-        jobs: list[Stored] = []
+    async def wait_for_end(self, job_id: str) -> StoredJob:
+        jobs: list[StoredJob] = []
 
         async def has_ended() -> bool:
             stored = await self._submissions.read(job_id)
@@ -95,15 +99,18 @@ class ModelClient:
 
     async def announced_versions(self, name: str = "m") -> dict[str, Signature]:
         """The signature of each announced version of a model."""
-        announced = (await self._announcements.announced()).models.get(name, {})
+        announced = (await self._announcements.read_models()).models.get(name, {})
         return {
             version: msgspec.json.decode(body, type=Signature)
             for version, body in announced.items()
         }
 
-    async def announcements(self) -> list[WorkerSays]:
+    async def announcements(self) -> list[WorkerAnnouncement]:
         """What each worker announces of itself."""
-        return [worker_says(body) for body in (await self._announcements.workers()).values()]
+        return [
+            decode_worker_announcement(body)
+            for body in (await self._announcements.read_workers()).values()
+        ]
 
     async def problems(self, name: str = "m") -> dict[str, str]:
         """The reason by version, of the versions of a model that a worker refuses."""
@@ -140,7 +147,7 @@ async def serving(
     open_workers: OpenWorkers,
     folder: ModelFolder,
     model_client: ModelClient,
-    bounds: Bounds | None = None,
+    bounds: CacheBounds | None = None,
     *,
     allow_custom_ops: bool = False,
     unprivileged: bool = False,
@@ -151,7 +158,7 @@ async def serving(
         models=(),
         default_model="m",
         worker=CONFIG,
-        bounds=bounds or Bounds(),
+        bounds=bounds or CacheBounds(),
         allow_custom_ops=allow_custom_ops,
         unprivileged=unprivileged,
     ) as workers:

@@ -14,10 +14,10 @@ import msgspec
 import redis
 
 from asyncinfer.repository import keys
-from asyncinfer.repository.announcements import worker_says
+from asyncinfer.repository.announcements import decode_worker_announcement
 from asyncinfer.repository.policy import Policy
 from asyncinfer.worker.held_claim import Step
-from asyncinfer.worker.models.engine_cache import Bounds
+from asyncinfer.worker.models.engine_cache import CacheBounds
 from asyncinfer.worker.worker import WorkerConfig
 from tests.faults import fork_server
 
@@ -125,7 +125,7 @@ class WorkerChild:
         """Whether it has announced that all its models are loaded."""
         pattern = keys.worker("predict_queue", f"*-{self.process.pid}-*")
         bodies = [client.get(key) for key in client.scan_iter(pattern, count=1000)]
-        workers = [worker_says(body) for body in bodies if isinstance(body, bytes)]
+        workers = [decode_worker_announcement(body) for body in bodies if isinstance(body, bytes)]
         return any(worker.models and not worker.loading for worker in workers)
 
     async def wait_for_exit(self, seconds: float = 30.0) -> int:
@@ -185,7 +185,7 @@ class WorkerOptions(TypedDict, total=False):
     default_model: str
     policy: Policy
     worker: WorkerConfig
-    bounds: Bounds
+    bounds: CacheBounds
     monitor_port: int
     allow_custom_ops: bool
     unprivileged: bool

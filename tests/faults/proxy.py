@@ -20,7 +20,7 @@ class Proxy:
         self._swallowed_words: list[bytes] = []
         self._cut_if: Callable[[], bool] = lambda: False
         self.port = 0
-        self.cut = 0
+        self.replies_cut = 0
         self.requests_swallowed = 0
         self._is_forwarding = asyncio.Event()
         self._is_forwarding.set()
@@ -120,7 +120,7 @@ class Proxy:
         while data := await up.read(_CHUNK_BYTES):
             await self._is_forwarding.wait()
             if cuts_reply.is_set() or self._cut_if():
-                self.cut += 1
+                self.replies_cut += 1
                 break
             writer.write(data)
             await writer.drain()

@@ -8,23 +8,23 @@ import redis
 
 from asyncinfer.jobs import TERMINAL, Options
 from asyncinfer.repository import keys
-from asyncinfer.repository.stored_jobs import Stored
+from asyncinfer.repository.stored_jobs import StoredJob
 from asyncinfer.worker.worker import WorkerConfig
 from tests import zoo
-from tests.faults.load_client import Customer, assert_one_end_each, transitions
+from tests.faults.load_client import LoadClient, assert_one_end_each, transitions
 
 from .harness import assert_at_rest, eventually
 from .processes import OpenWorkers
 
 
-async def _read(load_client: Customer, job_id: str) -> Stored:
+async def _read(load_client: LoadClient, job_id: str) -> StoredJob:
     (stored,) = await load_client.read([job_id])
     assert stored
     return stored
 
 
 async def test_a_waiting_or_delayed_job_is_cancelled_at_once(
-    load_client: Customer, server: redis.Redis
+    load_client: LoadClient, server: redis.Redis
 ) -> None:
     (waiting,) = await load_client.submit([1.0])
     (delayed,) = await load_client.submit([1.0], Options(delay_seconds=60))
@@ -37,7 +37,7 @@ async def test_a_waiting_or_delayed_job_is_cancelled_at_once(
 
 
 async def test_a_running_job_is_stopped_and_its_neighbours_are_not(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     with open_workers() as workers:
         ids = await load_client.submit([500.0, 501.0, 502.0])
@@ -56,7 +56,7 @@ async def test_a_running_job_is_stopped_and_its_neighbours_are_not(
 
 
 async def test_a_run_whose_jobs_are_all_cancelled_stops_at_its_next_kernel(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     with open_workers(
         worker=WorkerConfig(concurrency=1, prediction_timeout_seconds=600)
@@ -72,7 +72,7 @@ async def test_a_run_whose_jobs_are_all_cancelled_stops_at_its_next_kernel(
     assert_at_rest(server, load_client.queue)
 
 
-async def _seconds_to_cancel(load_client: Customer, server: redis.Redis) -> float:
+async def _seconds_to_cancel(load_client: LoadClient, server: redis.Redis) -> float:
     (job_id,) = await load_client.submit([zoo.FOREVER])
     await eventually(lambda: server.hexists(keys.running(load_client.queue), job_id), "it runs")
     cancelled_at = time.monotonic()
@@ -82,9 +82,9 @@ async def _seconds_to_cancel(load_client: Customer, server: redis.Redis) -> floa
 
 
 async def test_an_unknown_or_ended_job_cannot_be_cancelled(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
-    unknown = Stored("0" * 32, "pending", None, None, None)
+    unknown = StoredJob("0" * 32, "pending", None, None, None)
     assert await load_client.operations.cancel(unknown) == "absent"
     with open_workers() as workers:
         (job_id,) = await load_client.submit([1.0])
@@ -99,7 +99,7 @@ async def test_an_unknown_or_ended_job_cannot_be_cancelled(
 
 @pytest.mark.soak
 async def test_a_job_of_a_dead_worker_can_be_cancelled(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     with open_workers() as workers:
         (job_id,) = await load_client.submit([2000.0])
@@ -116,7 +116,7 @@ async def test_a_job_of_a_dead_worker_can_be_cancelled(
 
 @pytest.mark.soak
 async def test_each_of_500_jobs_cancelled_around_its_claim_or_finish_ends_once(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     with open_workers(worker=WorkerConfig(concurrency=2)) as workers:
         worker = workers.start()
@@ -137,7 +137,7 @@ async def test_each_of_500_jobs_cancelled_around_its_claim_or_finish_ends_once(
     assert_at_rest(server, load_client.queue)
 
 
-async def _cancel_at(load_client: Customer, job_id: str, number: int) -> None:
+async def _cancel_at(load_client: LoadClient, job_id: str, number: int) -> None:
     """Cancels some round trips after the submit (0 to 3) or the start (4 to 8), or at the end."""
     earlier_statuses = ((), ("pending",), ("pending", "processing"))[(number + 1) // 5]
     deadline = time.monotonic() + 30

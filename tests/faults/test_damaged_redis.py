@@ -11,12 +11,12 @@ import redis
 from asyncinfer.errors import RedisRefused
 from asyncinfer.jobs import SCHEMA, Outcome, Record, encode_record
 from asyncinfer.repository import keys
-from asyncinfer.repository.claims import ClaimRequest, Finished, Runs
-from asyncinfer.repository.leases import Renewals
+from asyncinfer.repository.claims import ClaimRequest, JobOutcome, QueueConsumer
+from asyncinfer.repository.leases import Leases
 from asyncinfer.repository.maintenance import Maintenance
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import WorkerConfig
-from tests.faults.load_client import Customer, transitions
+from tests.faults.load_client import LoadClient, transitions
 
 from .damaged_redis import HOSTILE_VALUES
 from .harness import eventually
@@ -134,7 +134,7 @@ BUSY = WorkerConfig(concurrency=1, brpop_timeout_seconds=0.1)
 @pytest.mark.soak
 @pytest.mark.parametrize("damage", DAMAGES)
 async def test_a_worker_survives_any_damage_and_runs_the_jobs_after_it(
-    damage: str, open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    damage: str, open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     with open_workers(models=("slow", "picky"), default_model="slow", worker=BUSY) as workers:
         worker = workers.start()
@@ -162,7 +162,7 @@ def _make_default_an_invalid_name(server: redis.Redis) -> None:
 async def test_a_worker_still_serves_when_the_key_of_the_default_model_is_damaged(
     damage: Callable[[redis.Redis], None],
     open_workers: OpenWorkers,
-    load_client: Customer,
+    load_client: LoadClient,
     server: redis.Redis,
 ) -> None:
     with open_workers() as workers:
@@ -194,13 +194,13 @@ FACTS: dict[str, object] = {
 async def test_a_job_with_wrong_facts_ends_or_waits_again(
     facts: object, outcome: Outcome, server: redis.Redis, store: Store
 ) -> None:
-    runs = Runs(store, "w")
+    runs = QueueConsumer(store, "w")
     _add_external_job(server, facts=_pack(facts))
     server.rpush(f"{Q}:other", "x")
-    request = ClaimRequest((Q,), runs.new_token(), held=False, max_jobs=1)
+    request = ClaimRequest((Q,), runs.new_token(), is_holding=False, max_jobs=1)
     claim = (await runs.claim(request)).claim
     assert claim
-    verdicts, _ = await runs.finish(claim, [Finished("external", outcome, b"{}")], last=True)
+    verdicts, _ = await runs.finish(claim, [JobOutcome("external", outcome, b"{}")], last=True)
     assert verdicts == [outcome]
     ended = {"completed": b"completed", "failed": b"failed", "dead": b"failed"}
     assert server.get(keys.status("external")) == ended.get(outcome, b"pending")
@@ -212,7 +212,7 @@ async def test_a_job_with_wrong_facts_ends_or_waits_again(
 
 
 async def test_a_hostile_input_fails_alone_and_the_jobs_beside_it_run(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     values = [*HOSTILE_VALUES, *(b'{"data":' + value + b"}" for value in HOSTILE_VALUES)]
     meta = _record_with(payload="tensors")
@@ -234,7 +234,7 @@ async def test_a_hostile_input_fails_alone_and_the_jobs_beside_it_run(
 
 
 async def test_a_worker_starts_and_works_beside_unreadable_announcements(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     for damage in ("workers member", "versions", "default versions", "queues member"):
         DAMAGES[damage](server)
@@ -250,7 +250,7 @@ async def test_a_worker_starts_and_works_beside_unreadable_announcements(
 
 
 async def test_a_damaged_doorbell_and_control_key_are_logged_once_and_every_job_is_run(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     with open_workers(models=("slow", "picky"), default_model="slow", worker=BUSY) as workers:
         worker = workers.start()
@@ -270,9 +270,9 @@ async def test_a_damaged_doorbell_and_control_key_are_logged_once_and_every_job_
 async def test_a_damaged_queue_does_not_prevent_the_renewal_of_other_leases(
     server: redis.Redis, store: Store
 ) -> None:
-    runs, renewals = Runs(store, "w"), Renewals(store)
+    runs, renewals = QueueConsumer(store, "w"), Leases(store)
     _add_external_job(server)
-    claim = (await runs.claim(ClaimRequest((Q,), "token", held=False, max_jobs=1))).claim
+    claim = (await runs.claim(ClaimRequest((Q,), "token", is_holding=False, max_jobs=1))).claim
     assert claim
     (before,) = server.zmscore(keys.leases(Q), ["token"])
     assert before is not None
@@ -287,7 +287,7 @@ async def test_a_damaged_queue_does_not_prevent_the_renewal_of_other_leases(
 
 @pytest.mark.soak
 async def test_leases_are_still_renewed_after_a_damaged_claim(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     with open_workers(worker=BUSY) as workers:
         worker = workers.start()
@@ -306,7 +306,7 @@ async def test_leases_are_still_renewed_after_a_damaged_claim(
 
 @pytest.mark.parametrize("damage", [*DAMAGES, "claim"])
 async def test_a_sweep_still_recovers_the_other_jobs(
-    damage: str, load_client: Customer, server: redis.Redis, store: Store
+    damage: str, load_client: LoadClient, server: redis.Redis, store: Store
 ) -> None:
     maintenance = Maintenance(store)
     server.sadd(keys.queues(Q), OTHER)
@@ -325,7 +325,7 @@ async def test_a_sweep_still_recovers_the_other_jobs(
 
 
 async def test_a_repair_still_requeues_the_jobs_of_other_queues(
-    load_client: Customer, server: redis.Redis, store: Store
+    load_client: LoadClient, server: redis.Redis, store: Store
 ) -> None:
     maintenance = Maintenance(store)
     server.sadd(keys.queues(Q), OTHER)
@@ -340,10 +340,10 @@ async def test_a_repair_still_requeues_the_jobs_of_other_queues(
 
 
 async def test_submits_to_a_damaged_queue_are_refused_and_others_accepted(
-    load_client: Customer, server: redis.Redis, store: Store
+    load_client: LoadClient, server: redis.Redis, store: Store
 ) -> None:
     server.set(OTHER, "x")
-    other = Customer(store, "picky")
+    other = LoadClient(store, "picky")
     async with asyncio.TaskGroup() as group:
         sender = group.create_task(load_client.submissions.run())
         refused = other.new_job(1.0)

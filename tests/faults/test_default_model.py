@@ -4,7 +4,7 @@ import redis
 
 from asyncinfer.repository import keys
 from asyncinfer.repository.store import Store
-from tests.faults.load_client import Customer
+from tests.faults.load_client import LoadClient
 from tests.queue_driver import Q
 
 from .harness import eventually
@@ -16,13 +16,13 @@ async def test_a_worker_adopts_the_default_model_that_redis_names(
 ) -> None:
     with open_workers(models=("slow", "picky"), default_model="slow") as workers:
         worker = workers.start()
-        before = Customer(store, "slow", "slow")
+        before = LoadClient(store, "slow", "slow")
         await before.submit([1.0])
         await before.assert_all_completed()
         server.set(keys.default_model(Q), "picky")
         await eventually(lambda: "Redis names 'picky'" in workers.log, "the worker logs it", 5)
         for load_client in (
-            *(Customer(store, model, "picky") for model in ("slow", "picky")),
+            *(LoadClient(store, model, "picky") for model in ("slow", "picky")),
             # The client of an API that does not know of the change yet.
             before,
         ):
@@ -38,7 +38,7 @@ async def test_a_job_from_an_api_with_another_default_model_is_never_run_by_a_wr
     """An API notices within 2 s that the default has changed; until then it adds jobs of the old
     default model to the queue of the new one."""
     await store.claim_default_model("slow")
-    late = Customer(store, "slow", "slow")
+    late = LoadClient(store, "slow", "slow")
     with open_workers(models=("picky",), default_model="picky") as workers:
         worker = workers.start()
         await eventually(lambda: "Serves picky" in workers.log, "it serves", 10)
@@ -65,12 +65,12 @@ async def test_a_worker_accepts_that_there_is_no_default_model(
 ) -> None:
     with open_workers(models=("slow", "picky"), default_model="slow") as workers:
         worker = workers.start()
-        load_client = Customer(store, "slow", "slow")
+        load_client = LoadClient(store, "slow", "slow")
         await load_client.submit([1.0])
         await load_client.assert_all_completed()
         assert await store.replace_default_model("slow", "") is None
         await eventually(lambda: "Redis names none" in workers.log, "the worker logs it", 10)
-        after = Customer(store, "slow", "")
+        after = LoadClient(store, "slow", "")
         await after.submit([2.0])
         await after.assert_all_completed(5)
         assert await store.default_model() is None

@@ -9,12 +9,12 @@ import redis
 
 from asyncinfer.jobs import Options
 from asyncinfer.repository import keys
-from asyncinfer.repository.claims import ClaimRequest, Finished, Runs
+from asyncinfer.repository.claims import ClaimRequest, JobOutcome, QueueConsumer
 from asyncinfer.repository.doorbell import Doorbell
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import WorkerConfig
 from tests import zoo
-from tests.faults.load_client import Customer, claim_sizes, completed_in_order
+from tests.faults.load_client import LoadClient, claim_sizes, completed_in_order
 
 from .harness import assert_at_rest, eventually
 from .processes import OpenWorkers
@@ -29,19 +29,19 @@ async def test_a_bulk_of_1000_wakes_eight_idle_workers(store: Store, server: red
 
 async def _seconds_to_wake(store: Store, server: redis.Redis, workers: int) -> float:
     """The time from the submit of a bulk until the last of the idle workers has a claim."""
-    load_client = Customer(store)
+    load_client = LoadClient(store)
     doorbells = [Doorbell(store) for _ in range(workers)]
     claimed_at: list[float] = []
 
     async def work(doorbell: Doorbell, name: str) -> None:
-        runs = Runs(store, name)
+        runs = QueueConsumer(store, name)
         while await doorbell.wait([load_client.queue], _POLL_SECONDS) is None:
             pass
         request = ClaimRequest((load_client.queue,), runs.new_token(), False, 32)
         claim = (await runs.claim(request)).claim
         assert claim
         claimed_at.append(time.monotonic())
-        finished = [Finished(job.job_id, "completed", b"{}", job.meta) for job in claim.jobs]
+        finished = [JobOutcome(job.job_id, "completed", b"{}", job.meta) for job in claim.jobs]
         await runs.finish(claim, finished, last=True)
 
     async with asyncio.TaskGroup() as group:
@@ -59,7 +59,7 @@ async def _seconds_to_wake(store: Store, server: redis.Redis, workers: int) -> f
 
 
 async def test_a_lost_doorbell_token_delays_a_job_by_one_poll_at_most(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     """An external producer's LPUSH rings no doorbell: its token is lost every time."""
     with open_workers(worker=WorkerConfig(concurrency=1, brpop_timeout_seconds=0.5)) as workers:
@@ -86,7 +86,7 @@ async def _seconds_to_complete(server: redis.Redis, job_id: str) -> float:
 
 
 async def test_low_priority_jobs_run_while_high_priority_jobs_still_wait(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     low = await load_client.submit([1.0] * 4, Options(priority="low"))
     normal = await load_client.submit([1.0] * 4)
@@ -105,7 +105,7 @@ async def test_low_priority_jobs_run_while_high_priority_jobs_still_wait(
 async def test_low_priority_jobs_run_in_each_of_two_queues_while_high_priority_jobs_still_wait(
     open_workers: OpenWorkers, server: redis.Redis, store: Store
 ) -> None:
-    clients = [Customer(store, "slow"), Customer(store, "picky")]
+    clients = [LoadClient(store, "slow"), LoadClient(store, "picky")]
     low: list[list[str]] = []
     high: list[list[str]] = []
     for load_client in clients:
@@ -124,7 +124,7 @@ async def test_low_priority_jobs_run_in_each_of_two_queues_while_high_priority_j
 
 
 async def test_after_many_short_runs_a_job_does_not_wait_for_a_long_run_of_the_other_slot(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     """Beside short runs the other slot skips the doorbell: their next claim takes the new job."""
     config = WorkerConfig(concurrency=2, brpop_timeout_seconds=60.0)
@@ -147,7 +147,7 @@ async def test_after_many_short_runs_a_job_does_not_wait_for_a_long_run_of_the_o
 
 
 async def test_jobs_that_cannot_share_a_run_are_divided_among_the_slots(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis, tmp_path: Path
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis, tmp_path: Path
 ) -> None:
     zoo.place(tmp_path / "m", "slow", zoo.slow(), toml="[batching]\nenabled = false\n")
     with open_workers(

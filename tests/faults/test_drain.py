@@ -11,7 +11,7 @@ from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import EXIT_HUNG, WorkerConfig
 from tests import zoo
-from tests.faults.load_client import Customer, assert_one_end_each, transitions
+from tests.faults.load_client import LoadClient, assert_one_end_each, transitions
 
 from .harness import assert_at_rest, eventually
 from .processes import DurableServer, OpenWorkers
@@ -20,7 +20,7 @@ from .test_redis_outage import open_store
 
 
 async def test_an_idle_worker_stops_at_once(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     with open_workers(worker=WorkerConfig(concurrency=4, brpop_timeout_seconds=60)) as workers:
         worker = workers.start()
@@ -33,7 +33,7 @@ async def test_an_idle_worker_stops_at_once(
 
 
 async def test_a_busy_worker_finishes_its_runs_and_claims_no_more_jobs(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     with open_workers(worker=WorkerConfig(concurrency=1, max_batch=2)) as workers:
         ids = await load_client.submit([400.0, 401.0, 1.0])
@@ -53,7 +53,7 @@ async def test_a_busy_worker_finishes_its_runs_and_claims_no_more_jobs(
 
 @pytest.mark.soak
 async def test_a_drain_that_takes_too_long_releases_its_jobs_without_counting_a_delivery(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     config = WorkerConfig(concurrency=1, prediction_timeout_seconds=600, drain_timeout_seconds=0.2)
     with open_workers(worker=config) as workers:
@@ -75,7 +75,7 @@ async def test_a_drain_that_takes_too_long_releases_its_jobs_without_counting_a_
 async def test_a_drain_does_not_wait_for_a_kernel_that_cannot_be_stopped(
     open_workers: OpenWorkers, server: redis.Redis, store: Store
 ) -> None:
-    load_client = Customer(store, "huge", "huge")
+    load_client = LoadClient(store, "huge", "huge")
     config = WorkerConfig(
         concurrency=1,
         prediction_timeout_seconds=600,
@@ -96,7 +96,7 @@ async def test_a_drain_does_not_wait_for_a_kernel_that_cannot_be_stopped(
 
 @pytest.mark.soak
 async def test_a_second_signal_ends_a_worker_at_once_and_loses_no_job(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     with open_workers() as workers:
         await load_client.submit([700.0])
@@ -114,7 +114,7 @@ async def test_a_second_signal_ends_a_worker_at_once_and_loses_no_job(
 
 
 async def test_after_an_interrupted_drain_no_further_run_of_a_claim_starts(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     config = WorkerConfig(concurrency=1, prediction_timeout_seconds=600, drain_timeout_seconds=0.2)
     with open_workers(worker=config) as workers:
@@ -135,7 +135,7 @@ SHORT_DRAIN = WorkerConfig(concurrency=1, drain_timeout_seconds=0.2, hang_grace_
 
 @pytest.mark.soak
 async def test_jobs_whose_results_an_interrupted_drain_could_not_store_are_run_again(
-    open_workers: OpenWorkers, load_client: Customer, redis_url: str, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, redis_url: str, server: redis.Redis
 ) -> None:
     async with proxied(redis_url) as proxy:
         proxy.swallow_requests_with(b'"data":[1.0]')
@@ -158,7 +158,7 @@ async def test_the_jobs_of_a_worker_that_stops_while_redis_is_frozen_are_run_aga
 ) -> None:
     policy = Policy(lease_seconds=0.5, reap_seconds=0.08, job_ttl_seconds=600)
     async with open_store(durable.url, policy) as store:
-        load_client = Customer(store)
+        load_client = LoadClient(store)
         client = redis.Redis.from_url(durable.url)
         with open_workers(redis_url=durable.url, worker=SHORT_DRAIN) as workers:
             await load_client.submit([100.0, 101.0])
@@ -178,7 +178,7 @@ async def test_the_jobs_of_a_worker_that_stops_while_redis_is_frozen_are_run_aga
 
 @pytest.mark.traceback("a step raises an unexpected error")
 async def test_a_worker_that_fails_exits_with_an_error_although_a_run_goes_on(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     config = WorkerConfig(concurrency=2, max_batch=1, prediction_timeout_seconds=600)
     with open_workers(worker=config) as workers:
@@ -189,7 +189,7 @@ async def test_a_worker_that_fails_exits_with_an_error_although_a_run_goes_on(
 
 @pytest.mark.soak
 async def test_a_worker_stops_every_time_it_is_told_to(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     """redis-py may swallow a cancellation; a role that goes on would keep the process alive."""
     with open_workers() as workers:

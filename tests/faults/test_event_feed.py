@@ -15,7 +15,7 @@ from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.log import Log, LogTrimmed
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
-from tests.queue_driver import Hands, Q
+from tests.queue_driver import Q, QueueDriver
 
 from .processes import DurableServer
 
@@ -41,7 +41,7 @@ async def read_changes(follower: Follower, count: int) -> list[tuple[str, str]]:
     async with asyncio.timeout(30):
         while len(changes) < count:
             try:
-                events = await follower.more(0.5)
+                events = await follower.next_changes(0.5)
             except RedisUnavailable:
                 await follower.pause(0.2)
             else:
@@ -51,15 +51,17 @@ async def read_changes(follower: Follower, count: int) -> list[tuple[str, str]]:
 
 @pytest.mark.soak
 async def test_a_slow_follower_gets_every_change_once(store: Store, server: redis.Redis) -> None:
-    driver = Hands(store, server)
+    driver = QueueDriver(store, server)
     async with running_feed(store) as feed:
         start = Position(await feed.store.time_ms())
         with feed.follow(GROUP, start, never) as follower:
-            ids = await driver.some(1, group="g")
+            ids = await driver.submit_many(1, group="g")
             changes = await read_changes(follower, 1)
-            ids += [job_id for _ in range(44) for job_id in await driver.some(250, group="g")]
+            ids += [
+                job_id for _ in range(44) for job_id in await driver.submit_many(250, group="g")
+            ]
             changes += await read_changes(follower, len(ids) - 1)
-            assert await follower.more(0.2) == []
+            assert await follower.next_changes(0.2) == []
             assert [job_id for job_id, _ in changes] == ids
 
 
@@ -67,12 +69,12 @@ async def test_a_follower_goes_on_after_a_restart_of_redis(durable: DurableServe
     policy = Policy(job_ttl_seconds=600)
     async with Store.open(durable.url, queue_name=Q, policy=policy, name="test") as store:
         with redis.Redis.from_url(durable.url) as client:
-            driver = Hands(store, client)
+            driver = QueueDriver(store, client)
             async with running_feed(store) as feed:
                 start = Position(await feed.store.time_ms())
                 with feed.follow(GROUP, start, never) as follower:
-                    (job_id,) = await driver.some(1, group="g")
-                    claim = await driver.take()
+                    (job_id,) = await driver.submit_many(1, group="g")
+                    claim = await driver.claim_jobs()
                     before = [(job_id, "pending"), (job_id, "processing")]
                     assert await read_changes(follower, 2) == before
                     durable.kill()
@@ -84,20 +86,20 @@ async def test_a_follower_goes_on_after_a_restart_of_redis(durable: DurableServe
 async def test_a_follower_is_told_of_a_gap_if_the_clock_of_an_emptied_redis_is_behind(
     store: Store, server: redis.Redis
 ) -> None:
-    driver = Hands(store, server)
+    driver = QueueDriver(store, server)
     async with running_feed(store) as feed:
         now_ms = await feed.store.time_ms()
         with feed.follow(GROUP, Position(now_ms), never) as follower:
-            (before,) = await driver.some(1, group="g")
+            (before,) = await driver.submit_many(1, group="g")
             ahead = f"{now_ms + 3_600_000}-0"
             server.xadd(keys.log(Q), {"pending": msgspec.msgpack.encode([before])}, id=ahead)
             assert await read_changes(follower, 2) == [(before, "pending")] * 2
             server.flushall()
-            await driver.some(1, group="g")
+            await driver.submit_many(1, group="g")
             with pytest.raises(LogTrimmed):
                 await read_changes(follower, 1)
             follower.begin_at(Position(await feed.store.time_ms()))
-            (after,) = await driver.some(1, group="g")
+            (after,) = await driver.submit_many(1, group="g")
             assert await read_changes(follower, 1) == [(after, "pending")]
 
 

@@ -8,7 +8,7 @@ import redis
 
 from asyncinfer.jobs import SCHEMA, Record, encode_record
 from asyncinfer.repository import keys
-from tests.faults.load_client import Customer, transitions
+from tests.faults.load_client import LoadClient, transitions
 
 from .harness import eventually
 from .processes import OpenWorkers
@@ -28,7 +28,7 @@ def _with_changed_fields(record: Record) -> bytes:
 async def test_a_job_of_a_later_release_is_neither_run_nor_failed_and_delays_no_other_job(
     encode: Callable[[Record], bytes],
     open_workers: OpenWorkers,
-    load_client: Customer,
+    load_client: LoadClient,
     server: redis.Redis,
 ) -> None:
     later_jobs = await load_client.submit([1.0, 2.0, 3.0])

@@ -10,17 +10,17 @@ import redis
 from asyncinfer.errors import RedisUnavailable
 from asyncinfer.jobs import Options
 from asyncinfer.repository import keys
-from asyncinfer.repository.claims import Claim, ClaimRequest, Finished, Runs
+from asyncinfer.repository.claims import Claim, ClaimRequest, JobOutcome, QueueConsumer
 from asyncinfer.repository.doorbell import Doorbell
 from asyncinfer.repository.inspect.selection import Filter, Selection
-from asyncinfer.repository.leases import Renewals
+from asyncinfer.repository.leases import Leases
 from asyncinfer.repository.maintenance import Maintenance
-from asyncinfer.repository.operations import Cancelled, Operations
+from asyncinfer.repository.operations import CancelCounts, Operations
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.scripts import NAMES, script
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.stored_jobs import Stored
-from tests.faults.load_client import Customer, assert_one_end_each, transitions
+from asyncinfer.repository.stored_jobs import StoredJob
+from tests.faults.load_client import LoadClient, assert_one_end_each, transitions
 
 from .harness import assert_at_rest, eventually
 from .processes import OpenWorkers
@@ -50,23 +50,23 @@ async def _call_until_answered(
     `name` is the script whose replies are cut.
     """
     proxy.cut_reply_to(script(name).sha.encode(), times)
-    before = proxy.cut
+    before = proxy.replies_cut
     while True:
         try:
             await call()
         except RedisUnavailable:
             continue
         break
-    assert proxy.cut == before + times
+    assert proxy.replies_cut == before + times
 
 
-async def _claim(runs: Runs, queue: str, jobs: int) -> Claim:
+async def _claim(runs: QueueConsumer, queue: str, jobs: int) -> Claim:
     claimed = await runs.claim(ClaimRequest((queue,), runs.new_token(), False, jobs))
     assert claimed.claim
     return claimed.claim
 
 
-async def _read(load_client: Customer, job_id: str) -> Stored:
+async def _read(load_client: LoadClient, job_id: str) -> StoredJob:
     (stored,) = await load_client.read([job_id])
     assert stored
     return stored
@@ -84,7 +84,7 @@ async def loaded_store(proxied_store: Store) -> Store:
 async def test_a_submit_whose_reply_is_lost_makes_one_job(
     times: int, proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
-    load_client = Customer(loaded_store)
+    load_client = LoadClient(loaded_store)
     job = load_client.new_job(1.0)
     await _call_until_answered(
         proxy,
@@ -100,7 +100,7 @@ async def test_a_submit_whose_reply_is_lost_makes_one_job(
 async def test_a_claim_whose_reply_is_lost_takes_nothing_twice(
     times: int, proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
-    load_client, runs = Customer(loaded_store), Runs(loaded_store, "w")
+    load_client, runs = LoadClient(loaded_store), QueueConsumer(loaded_store, "w")
     ids = await load_client.submit([float(number) for number in range(10)])
     request = ClaimRequest((load_client.queue,), runs.new_token(), False, 4)
     claims: list[Claim | None] = []
@@ -121,11 +121,11 @@ async def test_a_claim_whose_reply_is_lost_takes_nothing_twice(
 async def test_a_finish_whose_reply_is_lost_stores_once_and_returns_the_next_claim_once(
     times: int, proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
-    load_client, runs = Customer(loaded_store), Runs(loaded_store, "w")
+    load_client, runs = LoadClient(loaded_store), QueueConsumer(loaded_store, "w")
     ids = await load_client.submit([float(number) for number in range(6)])
     claim = await _claim(runs, load_client.queue, 2)
     following = ClaimRequest((load_client.queue,), runs.new_token(), False, 2)
-    finished = [Finished(job.job_id, "completed", b"{}", b"") for job in claim.jobs]
+    finished = [JobOutcome(job.job_id, "completed", b"{}", b"") for job in claim.jobs]
     claims: list[Claim | None] = []
 
     async def call() -> None:
@@ -145,10 +145,10 @@ async def test_a_finish_whose_reply_is_lost_stores_once_and_returns_the_next_cla
 async def test_a_released_job_whose_reply_is_lost_waits_once(
     times: int, proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
-    load_client, runs = Customer(loaded_store), Runs(loaded_store, "w")
+    load_client, runs = LoadClient(loaded_store), QueueConsumer(loaded_store, "w")
     (job_id,) = await load_client.submit([1.0])
     claim = await _claim(runs, load_client.queue, 1)
-    released = [Finished(job_id, "released", b"", claim.jobs[0].meta)]
+    released = [JobOutcome(job_id, "released", b"", claim.jobs[0].meta)]
     await _call_until_answered(
         proxy, "finish", times, lambda: runs.finish(claim, released, last=True)
     )
@@ -161,7 +161,7 @@ async def test_a_released_job_whose_reply_is_lost_waits_once(
 async def test_cancel_and_retry_whose_replies_are_lost_happen_once(
     times: int, proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
-    load_client = Customer(loaded_store)
+    load_client = LoadClient(loaded_store)
     (job_id,) = await load_client.submit([1.0])
     stored = await _read(load_client, job_id)
     await _call_until_answered(
@@ -184,7 +184,7 @@ async def test_cancel_and_retry_whose_replies_are_lost_happen_once(
 async def test_a_watch_whose_reply_is_lost_registers_once(
     times: int, proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
-    load_client, runs = Customer(loaded_store), Runs(loaded_store, "w")
+    load_client, runs = LoadClient(loaded_store), QueueConsumer(loaded_store, "w")
     (job_id,) = await load_client.submit([1.0])
     inbox = keys.inbox("predict_queue", "mine")
     server.xadd(inbox, {"": "alive"})
@@ -196,7 +196,7 @@ async def test_a_watch_whose_reply_is_lost_registers_once(
         lambda: load_client.submissions.watch(load_client.queue, inbox, [job_id]),
     )
     claim = await _claim(runs, load_client.queue, 1)
-    await runs.finish(claim, [Finished(job_id, "completed", b"{}", b"")], last=True)
+    await runs.finish(claim, [JobOutcome(job_id, "completed", b"{}", b"")], last=True)
     assert server.xlen(inbox) == 2
     assert_at_rest(server, load_client.queue)
 
@@ -206,8 +206,8 @@ async def test_a_sweep_whose_reply_is_lost_puts_each_job_back_once(
     times: int, proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
     load_client, runs, maintenance = (
-        Customer(loaded_store),
-        Runs(loaded_store, "w"),
+        LoadClient(loaded_store),
+        QueueConsumer(loaded_store, "w"),
         Maintenance(loaded_store),
     )
     ids = await load_client.submit([1.0, 2.0, 3.0])
@@ -233,9 +233,9 @@ async def test_a_renewal_whose_reply_is_lost_keeps_the_lease(
     times: int, proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
     load_client, runs, renewals = (
-        Customer(loaded_store),
-        Runs(loaded_store, "w"),
-        Renewals(loaded_store),
+        LoadClient(loaded_store),
+        QueueConsumer(loaded_store, "w"),
+        Leases(loaded_store),
     )
     await load_client.submit([1.0])
     claim = await _claim(runs, load_client.queue, 1)
@@ -253,7 +253,7 @@ async def test_a_renewal_whose_reply_is_lost_keeps_the_lease(
 async def test_pause_and_purge_whose_replies_are_lost_end_each_waiting_job_once(
     times: int, proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
-    load_client, operations = Customer(loaded_store), Operations(loaded_store)
+    load_client, operations = LoadClient(loaded_store), Operations(loaded_store)
     await load_client.submit([1.0, 2.0, 3.0])
     await _call_until_answered(
         proxy, "pause", times, lambda: operations.pause(load_client.queue, paused=True)
@@ -270,7 +270,7 @@ async def test_a_bulk_cancel_and_a_purge_whose_replies_are_lost_count_each_job_o
     times: int, proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
     load_client, operations, selection = (
-        Customer(loaded_store),
+        LoadClient(loaded_store),
         Operations(loaded_store),
         Selection(loaded_store),
     )
@@ -288,14 +288,14 @@ async def test_a_bulk_cancel_and_a_purge_whose_replies_are_lost_count_each_job_o
     await _call_until_answered(proxy, "cancel", times, cancel)
     assert_one_end_each(server, load_client.queue)
     await _call_until_answered(proxy, "forget", times, purge)
-    assert counts == [Cancelled(ended=3, asked=0), 3]
+    assert counts == [CancelCounts(ended=3, stopping=0), 3]
     assert await load_client.read(ids) == [None] * 3
 
 
 async def test_a_retry_whose_reply_is_lost_starts_one_round_and_reports_it(
     proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
-    load_client, operations = Customer(loaded_store), Operations(loaded_store)
+    load_client, operations = LoadClient(loaded_store), Operations(loaded_store)
     ids = await load_client.submit([1.0, 2.0])
     await operations.purge(load_client.queue)
     jobs = [await _read(load_client, job_id) for job_id in ids]
@@ -315,7 +315,7 @@ async def test_a_retry_whose_reply_is_lost_starts_one_round_and_reports_it(
 async def test_a_repair_whose_reply_is_lost_puts_a_job_back_once(
     times: int, proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
-    load_client, maintenance = Customer(loaded_store), Maintenance(loaded_store)
+    load_client, maintenance = LoadClient(loaded_store), Maintenance(loaded_store)
     (job_id,) = await load_client.submit([1.0])
     server.delete(load_client.queue)
     gate = keys.repair_gate("predict_queue")
@@ -334,8 +334,8 @@ async def test_a_token_whose_reply_is_lost_loses_no_job(
     proxy: Proxy, loaded_store: Store, server: redis.Redis
 ) -> None:
     load_client, runs, doorbell = (
-        Customer(loaded_store),
-        Runs(loaded_store, "w"),
+        LoadClient(loaded_store),
+        QueueConsumer(loaded_store, "w"),
         Doorbell(loaded_store),
     )
     proxy.cut_reply_to(b"BRPOP")
@@ -360,7 +360,7 @@ def _has_blocked_client(client: redis.Redis) -> bool:
 
 @pytest.mark.soak
 async def test_workers_whose_replies_are_often_lost_neither_lose_nor_repeat_a_job(
-    open_workers: OpenWorkers, load_client: Customer, proxy: Proxy, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, proxy: Proxy, server: redis.Redis
 ) -> None:
     chance = random.Random(5)
     with open_workers(
@@ -377,6 +377,6 @@ async def test_workers_whose_replies_are_often_lost_neither_lose_nor_repeat_a_jo
             await load_client.assert_all_completed(60)
         proxy.cut_replies_if(lambda: False)
         assert [await worker.stop() for worker in started] == [0, 0]
-    assert proxy.cut > 5
+    assert proxy.replies_cut > 5
     assert_one_end_each(server, load_client.queue)
     assert_at_rest(server, load_client.queue)

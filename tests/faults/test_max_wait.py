@@ -12,7 +12,12 @@ from asyncinfer.repository import keys
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import WorkerConfig
 from tests import zoo
-from tests.faults.load_client import Customer, assert_one_end_each, claim_sizes, completed_in_order
+from tests.faults.load_client import (
+    LoadClient,
+    assert_one_end_each,
+    claim_sizes,
+    completed_in_order,
+)
 
 from .harness import assert_at_rest, eventually
 from .processes import OpenWorkers, WorkerChild, Workers
@@ -21,9 +26,9 @@ A_MINUTE_MS = 60_000
 
 
 @pytest.fixture
-def waiting_client(store: Store) -> Customer:
+def waiting_client(store: Store) -> LoadClient:
     """A client that submits to `waiting`."""
-    return Customer(store, "waiting")
+    return LoadClient(store, "waiting")
 
 
 class StartWaitingWorkers:
@@ -61,7 +66,7 @@ async def start_worker(workers: Workers, server: redis.Redis) -> WorkerChild:
 
 
 async def test_jobs_that_trickle_in_within_the_wait_share_one_run(
-    waiting_workers: StartWaitingWorkers, waiting_client: Customer, server: redis.Redis
+    waiting_workers: StartWaitingWorkers, waiting_client: LoadClient, server: redis.Redis
 ) -> None:
     with waiting_workers(500) as workers:
         worker = await start_worker(workers, server)
@@ -74,7 +79,7 @@ async def test_jobs_that_trickle_in_within_the_wait_share_one_run(
 
 
 async def test_a_single_job_is_run_after_the_wait_and_not_much_later(
-    waiting_workers: StartWaitingWorkers, waiting_client: Customer, server: redis.Redis
+    waiting_workers: StartWaitingWorkers, waiting_client: LoadClient, server: redis.Redis
 ) -> None:
     with waiting_workers(300) as workers:
         worker = await start_worker(workers, server)
@@ -92,7 +97,7 @@ async def test_a_single_job_is_run_after_the_wait_and_not_much_later(
 
 
 async def test_a_full_batch_does_not_wait_and_the_remaining_jobs_do(
-    waiting_workers: StartWaitingWorkers, waiting_client: Customer, server: redis.Redis
+    waiting_workers: StartWaitingWorkers, waiting_client: LoadClient, server: redis.Redis
 ) -> None:
     with waiting_workers(A_MINUTE_MS, max_jobs=100, max_batch=4) as workers:
         worker = await start_worker(workers, server)
@@ -110,8 +115,8 @@ async def test_a_full_batch_does_not_wait_and_the_remaining_jobs_do(
 
 async def test_during_the_wait_the_only_slot_runs_other_models_and_a_drain_leaves_the_waiting_job(
     waiting_workers: StartWaitingWorkers,
-    waiting_client: Customer,
-    load_client: Customer,
+    waiting_client: LoadClient,
+    load_client: LoadClient,
     server: redis.Redis,
 ) -> None:
     with waiting_workers(A_MINUTE_MS) as workers:
@@ -131,8 +136,8 @@ async def test_during_the_wait_the_only_slot_runs_other_models_and_a_drain_leave
 @pytest.mark.soak
 async def test_a_slot_that_other_models_keep_busy_still_runs_the_job_that_has_waited(
     waiting_workers: StartWaitingWorkers,
-    waiting_client: Customer,
-    load_client: Customer,
+    waiting_client: LoadClient,
+    load_client: LoadClient,
     server: redis.Redis,
 ) -> None:
     with waiting_workers(50, max_batch=2) as workers:
@@ -147,7 +152,7 @@ async def test_a_slot_that_other_models_keep_busy_still_runs_the_job_that_has_wa
 
 
 async def test_a_job_without_a_doorbell_token_waits_for_the_next_look_at_its_queue(
-    waiting_workers: StartWaitingWorkers, waiting_client: Customer, server: redis.Redis
+    waiting_workers: StartWaitingWorkers, waiting_client: LoadClient, server: redis.Redis
 ) -> None:
     with waiting_workers(50) as workers:
         worker = await start_worker(workers, server)
@@ -163,8 +168,8 @@ async def test_a_job_without_a_doorbell_token_waits_for_the_next_look_at_its_que
 @pytest.mark.soak
 async def test_a_worker_busy_with_a_batch_that_waited_leaves_doorbell_tokens_to_other_workers(
     waiting_workers: StartWaitingWorkers,
-    waiting_client: Customer,
-    load_client: Customer,
+    waiting_client: LoadClient,
+    load_client: LoadClient,
     server: redis.Redis,
 ) -> None:
     with waiting_workers(50) as workers:
@@ -188,8 +193,8 @@ async def test_a_worker_busy_with_a_batch_that_waited_leaves_doorbell_tokens_to_
 @pytest.mark.soak
 async def test_all_jobs_of_waiting_and_other_models_end_once_though_workers_die_and_stop(
     waiting_workers: StartWaitingWorkers,
-    waiting_client: Customer,
-    load_client: Customer,
+    waiting_client: LoadClient,
+    load_client: LoadClient,
     server: redis.Redis,
 ) -> None:
     with waiting_workers(30, max_batch=8) as workers:

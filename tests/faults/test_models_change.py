@@ -16,7 +16,7 @@ from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.inspect.listing import Inspection
 from asyncinfer.repository.store import Store
-from asyncinfer.worker.models.engine_cache import Bounds
+from asyncinfer.worker.models.engine_cache import CacheBounds
 from tests import unprivileged, zoo
 from tests.faults.load_client import result_value
 from tests.faults.model_folder import CONFIG, ModelClient, ModelFolder, serving
@@ -263,7 +263,7 @@ async def test_a_removed_version_that_an_older_dump_announces_is_removed_again(
     async with serving(open_workers, folder, model_client):
         folder.publish(zoo.adds(2), 2)
         await model_client.wait_until_announced("1", "2")
-        dumped = await Announcements(store).announced_versions("m")
+        dumped = await Announcements(store).read_versions("m")
         folder.remove(2)
         await model_client.wait_until_announced("1")
         await Announcements(store).announce_models({"m": dumped})
@@ -447,7 +447,7 @@ async def test_forty_models_are_served_with_four_of_them_in_memory(
     for number in range(40):
         toml = "pinned = true" if number == 0 else ""
         folder.publish(zoo.adds(number), 1, name=f"n{number}", toml=toml)
-    async with serving(open_workers, folder, model_client, Bounds(max_models=4)):
+    async with serving(open_workers, folder, model_client, CacheBounds(max_models=4)):
         await model_client.wait_until_announced("1", name="n39")
 
         async def all_are_announced() -> bool:
@@ -474,7 +474,7 @@ async def test_memory_does_not_grow_with_the_number_of_models(
     for number in range(200):
         folder.publish(zoo.adds(number), 1, name=f"n{number}")
     started_at = time.monotonic()
-    async with serving(open_workers, folder, model_client, Bounds(max_models=8)) as workers:
+    async with serving(open_workers, folder, model_client, CacheBounds(max_models=8)) as workers:
 
         async def all_are_announced() -> bool:
             announcements = await model_client.announcements()

@@ -9,11 +9,11 @@ import redis
 from prometheus_client.parser import text_string_to_metric_families
 
 from asyncinfer.repository import keys
-from asyncinfer.repository.inspect.queue_load import load
+from asyncinfer.repository.inspect.queue_load import read_load
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import EXIT_HUNG, WorkerConfig
 from tests import zoo
-from tests.faults.load_client import Customer
+from tests.faults.load_client import LoadClient
 from tests.serving import free_port
 
 from .harness import assert_at_rest, eventually
@@ -68,7 +68,7 @@ class Probe:
 
 
 async def test_a_worker_is_ready_while_it_claims_and_not_while_it_drains(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     probe = Probe()
     with open_workers(worker=WorkerConfig(concurrency=1), monitor_port=probe.port) as workers:
@@ -96,7 +96,7 @@ async def test_prometheus_reads_the_models_of_a_worker_and_its_finished_jobs(
     config = WorkerConfig(concurrency=1)
     options = {"model_dir": str(folder), "models": (), "default_model": "slow"}
     with open_workers(**options, worker=config, monitor_port=probe.port) as workers:  # type: ignore[arg-type]
-        slow, picky = Customer(store, "slow"), Customer(store, "picky")
+        slow, picky = LoadClient(store, "slow"), LoadClient(store, "picky")
         await slow.submit([1.0] * 5)
         await picky.submit([9.0])
         worker = workers.start()
@@ -136,7 +136,7 @@ async def test_a_worker_without_its_redis_is_live_and_not_ready(open_workers: Op
 
 
 async def test_the_measured_pace_is_still_known_after_its_worker_has_stopped(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis, store: Store
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis, store: Store
 ) -> None:
     with open_workers(worker=WorkerConfig(concurrency=1, max_batch=1)) as workers:
         ids = await load_client.submit([40.0] * 5)
@@ -150,7 +150,7 @@ async def test_the_measured_pace_is_still_known_after_its_worker_has_stopped(
         if job and job.record and job.record.finished_ms and job.record.started_ms
     ]
     assert len(run_times_ms) == 5
-    measured = (await load(store, "slow", load_client.queue)).seconds_per_job
+    measured = (await read_load(store, "slow", load_client.queue)).seconds_per_job
     assert measured == pytest.approx(sum(run_times_ms) / 5000, rel=0.2)
     assert_at_rest(server, load_client.queue)
 
@@ -182,7 +182,7 @@ async def test_a_worker_with_a_hung_slot_is_not_ready_while_its_other_slots_fini
     config = WorkerConfig(concurrency=2, hang_grace_seconds=0.2, prediction_timeout_seconds=60)
     options = {"model_dir": str(tmp_path / "m"), "models": (), "default_model": "slow"}
     with open_workers(**options, worker=config, monitor_port=probe.port) as workers:  # type: ignore[arg-type]
-        slow, huge = Customer(store, "slow"), Customer(store, "huge")
+        slow, huge = LoadClient(store, "slow"), LoadClient(store, "huge")
         worker = workers.start()
         await probe.wait_until_ready(30)
         await slow.submit([2000.0])

@@ -10,7 +10,7 @@ from asyncinfer.repository import keys
 from asyncinfer.repository.policy import Policy
 from asyncinfer.worker.worker import WorkerConfig
 from tests.api.harness import hosted
-from tests.api.sse import listening
+from tests.api.sse import open_event_stream
 
 from . import damaged_redis
 from .damaged_redis import HOSTILE_VALUES, KINDS, Damage, DamagedService
@@ -49,10 +49,10 @@ async def _assert_works_after_flush(service: DamagedService) -> None:
     await eventually(
         damaged_redis.has_models(service.client), "both models are announced again", 20
     )
-    async with listening(service.client, "/events") as stream:
-        await stream.event("snapshot")
+    async with open_event_stream(service.client, "/events") as stream:
+        await stream.wait_for_event("snapshot")
         await service.assert_works()
-        await stream.event("completed")
+        await stream.wait_for_event("completed")
     service.server.flushall()
 
 

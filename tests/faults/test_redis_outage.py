@@ -13,12 +13,12 @@ import redis
 
 from asyncinfer.errors import RedisUnavailable, StorageFull
 from asyncinfer.repository import keys
-from asyncinfer.repository.claims import Claimed, ClaimRequest, Finished, Runs
+from asyncinfer.repository.claims import ClaimReply, ClaimRequest, JobOutcome, QueueConsumer
 from asyncinfer.repository.doorbell import Doorbell
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import WorkerConfig
-from tests.faults.load_client import Customer, assert_one_end_each, transitions
+from tests.faults.load_client import LoadClient, assert_one_end_each, transitions
 
 from .harness import assert_at_rest, eventually
 from .processes import DurableServer, OpenWorkers, WorkerChild
@@ -42,7 +42,7 @@ async def test_acknowledged_jobs_survive_a_killed_server(
     open_workers: OpenWorkers, durable: DurableServer
 ) -> None:
     async with open_store(durable.url) as store:
-        load_client = Customer(store)
+        load_client = LoadClient(store)
         with open_workers(
             redis_url=durable.url, policy=POLICY, worker=WorkerConfig(concurrency=2, max_batch=16)
         ) as workers:
@@ -79,15 +79,15 @@ async def _wait_until_ready(durable: DurableServer, started: Sequence[WorkerChil
     client.close()
 
 
-def _more_than(load_client: Customer, count: int) -> Callable[[], bool]:
+def _more_than(load_client: LoadClient, count: int) -> Callable[[], bool]:
     return lambda: len(load_client.acknowledged) > count
 
 
-async def _load_until(end: asyncio.Event, load_client: Customer) -> None:
+async def _load_until(end: asyncio.Event, load_client: LoadClient) -> None:
     chance = random.Random(3)
     # Ended by an event, since a call may swallow a cancellation.
     while not end.is_set():
-        await load_client.submit_or_not([float(chance.randint(0, 8)) for _ in range(10)])
+        await load_client.try_submit([float(chance.randint(0, 8)) for _ in range(10)])
         await asyncio.sleep(0.02)
 
 
@@ -95,7 +95,7 @@ async def test_idle_workers_consume_again_within_5_s_of_a_restart(
     open_workers: OpenWorkers, durable: DurableServer
 ) -> None:
     async with open_store(durable.url) as store:
-        load_client = Customer(store)
+        load_client = LoadClient(store)
         with open_workers(redis_url=durable.url, policy=POLICY) as workers:
             worker = workers.start()
             await load_client.submit([1.0])
@@ -112,7 +112,7 @@ async def _assert_delivered_once(
 ) -> None:
     """Asserts that jobs that run during an outage, one of them for longer, are delivered once."""
     async with open_store(durable.url, policy) as store:
-        load_client = Customer(store)
+        load_client = LoadClient(store)
         with open_workers(
             redis_url=durable.url,
             policy=policy,
@@ -172,7 +172,7 @@ async def test_after_a_freeze_of_redis_longer_than_a_lease_no_job_is_taken_from_
     open_workers: OpenWorkers, durable: DurableServer
 ) -> None:
     async with open_store(durable.url, SHORT_TIMES) as store:
-        load_client = Customer(store)
+        load_client = LoadClient(store)
         with open_workers(
             redis_url=durable.url,
             policy=SHORT_TIMES,
@@ -198,7 +198,7 @@ async def test_a_submit_without_redis_is_refused_in_time_and_the_event_loop_is_n
     fault: str, redis_url: str, server: redis.Redis
 ) -> None:
     async with proxied(redis_url) as proxy, open_store(proxy.url, call_seconds=0.5) as store:
-        load_client = Customer(store)
+        load_client = LoadClient(store)
         async with asyncio.TaskGroup() as group:
             sender = group.create_task(load_client.submissions.run())
             await load_client.submissions.submit(load_client.new_job(1.0))
@@ -235,7 +235,7 @@ async def _longest_gap_seconds(end: asyncio.Event) -> float:
 
 @pytest.mark.soak
 async def test_a_result_that_could_not_be_stored_is_stored_when_redis_is_back(
-    open_workers: OpenWorkers, load_client: Customer, redis_url: str, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, redis_url: str, server: redis.Redis
 ) -> None:
     async with proxied(redis_url) as proxy:
         with open_workers(redis_url=proxy.url, policy=SHORT_TIMES) as workers:
@@ -259,9 +259,9 @@ async def test_a_connection_without_replies_is_given_up_within_its_time_out(
     redis_url: str, server: redis.Redis
 ) -> None:
     async with proxied(redis_url) as proxy, open_store(proxy.url) as store:
-        runs, doorbell = Runs(store, "w"), Doorbell(store)
+        runs, doorbell = QueueConsumer(store, "w"), Doorbell(store)
         request = ClaimRequest(("predict_queue",), runs.new_token(), False, 1)
-        assert await runs.claim(request) == Claimed(None)
+        assert await runs.claim(request) == ClaimReply(None)
         assert await doorbell.wait(["predict_queue"], 0.05) is None
         proxy.black_hole()
         started_at = time.monotonic()
@@ -273,14 +273,14 @@ async def test_a_connection_without_replies_is_given_up_within_its_time_out(
             await doorbell.wait(["predict_queue"], 0.2)
         assert time.monotonic() - started_at < 1.5
         proxy.restore()
-        assert await runs.claim(request) == Claimed(None)
+        assert await runs.claim(request) == ClaimReply(None)
         await doorbell.close()
 
 
 async def test_with_full_memory_submits_are_refused_and_running_jobs_finish(
-    load_client: Customer, server: redis.Redis, store: Store
+    load_client: LoadClient, server: redis.Redis, store: Store
 ) -> None:
-    runs = Runs(store, "w")
+    runs = QueueConsumer(store, "w")
     ids = await load_client.submit([1.0, 2.0, 3.0])
     first = await runs.claim(ClaimRequest((load_client.queue,), runs.new_token(), False, 1))
     assert first.claim
@@ -291,7 +291,7 @@ async def test_with_full_memory_submits_are_refused_and_running_jobs_finish(
         job = first.claim.jobs[0]
         (verdict,), following = await runs.finish(
             first.claim,
-            [Finished(job.job_id, "completed", b"{}", job.meta)],
+            [JobOutcome(job.job_id, "completed", b"{}", job.meta)],
             last=True,
             following=ClaimRequest((load_client.queue,), runs.new_token(), False, 1),
         )
@@ -302,7 +302,7 @@ async def test_with_full_memory_submits_are_refused_and_running_jobs_finish(
         assert await load_client.operations.cancel(waiting) == "cancelled"
         job = following.claim.jobs[0]
         await runs.finish(
-            following.claim, [Finished(job.job_id, "completed", b"{}", job.meta)], last=True
+            following.claim, [JobOutcome(job.job_id, "completed", b"{}", job.meta)], last=True
         )
     finally:
         server.config_set("maxmemory", "0")
@@ -310,7 +310,7 @@ async def test_with_full_memory_submits_are_refused_and_running_jobs_finish(
 
 
 async def test_a_worker_starts_with_full_memory_and_empties_the_queue(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis, store: Store
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis, store: Store
 ) -> None:
     await store.claim_default_model("slow")
     await load_client.submit([1.0, 2.0, 3.0])
@@ -326,7 +326,7 @@ async def test_a_worker_starts_with_full_memory_and_empties_the_queue(
 
 
 async def test_a_server_that_loses_its_scripts_under_load_loses_no_job(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     with open_workers() as workers:
         worker = workers.start()
@@ -340,7 +340,7 @@ async def test_a_server_that_loses_its_scripts_under_load_loses_no_job(
 
 
 async def test_a_run_whose_claim_is_gone_from_redis_stores_nothing_and_logs_two_lines_at_most(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     with open_workers() as workers:
         worker = workers.start()

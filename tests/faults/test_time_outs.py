@@ -11,10 +11,10 @@ from asyncinfer.jobs import TERMINAL, JobError
 from asyncinfer.repository import keys
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.stored_jobs import Stored
+from asyncinfer.repository.stored_jobs import StoredJob
 from asyncinfer.worker.worker import EXIT_HUNG, WorkerConfig
 from tests import zoo
-from tests.faults.load_client import Customer, assert_one_end_each, result_value, transitions
+from tests.faults.load_client import LoadClient, assert_one_end_each, result_value, transitions
 
 from .harness import assert_at_rest, eventually
 from .processes import OpenWorkers, Workers
@@ -26,12 +26,12 @@ TOO_BIG = 20_000.0
 """The size of a matrix that one kernel multiplies for minutes."""
 
 
-def _error_code(stored: Stored) -> str:
+def _error_code(stored: StoredJob) -> str:
     assert stored.error is not None
     return msgspec.json.decode(stored.error, type=JobError).code
 
 
-async def _by_value(load_client: Customer) -> dict[float, Stored]:
+async def _by_value(load_client: LoadClient) -> dict[float, StoredJob]:
     return {
         load_client.acknowledged[job.job_id]: job
         for job in await load_client.wait_until_all_ended()
@@ -39,7 +39,7 @@ async def _by_value(load_client: Customer) -> dict[float, Stored]:
 
 
 async def test_an_endless_run_is_stopped_and_its_job_fails_with_timeout(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     with open_workers(worker=SHORT_TIME_OUTS) as workers:
         await load_client.submit([zoo.FOREVER])
@@ -53,7 +53,7 @@ async def test_an_endless_run_is_stopped_and_its_job_fails_with_timeout(
 
 
 async def test_a_job_with_an_endless_run_fails_alone_among_those_that_shared_its_run(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     with open_workers(worker=SHORT_TIME_OUTS) as workers:
         await load_client.submit([1.0, 2.0, zoo.FOREVER, 3.0])
@@ -70,7 +70,7 @@ async def test_a_job_with_an_endless_run_fails_alone_among_those_that_shared_its
     assert_at_rest(server, load_client.queue)
 
 
-async def _restart_until_all_ended(workers: Workers, load_client: Customer) -> set[int]:
+async def _restart_until_all_ended(workers: Workers, load_client: LoadClient) -> set[int]:
     """Keeps a worker running, as a supervisor would, until all jobs have ended.
 
     Returns the exit codes of the workers that ended by themselves.
@@ -93,7 +93,7 @@ async def _restart_until_all_ended(workers: Workers, load_client: Customer) -> s
 async def test_a_kernel_that_cannot_be_stopped_costs_only_its_job_and_its_process(
     open_workers: OpenWorkers, server: redis.Redis, store: Store
 ) -> None:
-    hung, other = Customer(store, "huge"), Customer(store)
+    hung, other = LoadClient(store, "huge"), LoadClient(store)
     with open_workers(
         models=("slow", "huge"), worker=SHORT_TIME_OUTS, default_model="slow"
     ) as workers:
@@ -112,7 +112,7 @@ async def test_a_kernel_that_cannot_be_stopped_costs_only_its_job_and_its_proces
 async def test_a_job_whose_kernel_cannot_be_stopped_fails_alone_among_those_of_its_run(
     open_workers: OpenWorkers, server: redis.Redis, store: Store
 ) -> None:
-    load_client = Customer(store, "huge")
+    load_client = LoadClient(store, "huge")
     with open_workers(
         models=("slow", "huge"), worker=SHORT_TIME_OUTS, default_model="slow"
     ) as workers:
@@ -129,7 +129,7 @@ async def test_a_job_whose_kernel_cannot_be_stopped_fails_alone_among_those_of_i
 async def test_a_worker_with_a_hung_run_claims_no_more_jobs(
     open_workers: OpenWorkers, server: redis.Redis, store: Store
 ) -> None:
-    load_client = Customer(store, "huge", "huge")
+    load_client = LoadClient(store, "huge", "huge")
     config = replace(SHORT_TIME_OUTS, concurrency=1, max_batch=1, drain_timeout_seconds=20)
     with open_workers(models=("huge",), worker=config) as workers:
         hung, *others = await load_client.submit([TOO_BIG, 1.0, 2.0, 3.0])
@@ -141,7 +141,7 @@ async def test_a_worker_with_a_hung_run_claims_no_more_jobs(
 
 
 async def test_a_job_with_too_large_a_result_fails_alone_among_those_of_its_run(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     with open_workers(worker=WorkerConfig(concurrency=1, max_result_bytes=300)) as workers:
         small = await load_client.submit([1.0, 2.0])
@@ -158,7 +158,7 @@ async def test_a_job_with_too_large_a_result_fails_alone_among_those_of_its_run(
 async def test_a_job_whose_input_the_model_refuses_fails_alone_in_its_batch(
     open_workers: OpenWorkers, server: redis.Redis, store: Store
 ) -> None:
-    load_client = Customer(store, "picky", "picky")
+    load_client = LoadClient(store, "picky", "picky")
     with open_workers(models=("picky",)) as workers:
         await load_client.submit([0.0, 1.0, 7.0, 2.0, 0.0, 9.0, 1.0])
         worker = workers.start()
@@ -176,7 +176,7 @@ async def test_a_job_whose_input_the_model_refuses_fails_alone_in_its_batch(
 async def test_a_job_whose_run_gets_no_memory_is_retried_and_then_a_dead_letter(
     open_workers: OpenWorkers, server: redis.Redis, store: Store
 ) -> None:
-    load_client = Customer(store, "hungry", "hungry")
+    load_client = LoadClient(store, "hungry", "hungry")
     policy = Policy(lease_seconds=0.5, reap_seconds=0.08, job_ttl_seconds=600, max_errors=2)
     with open_workers(models=("hungry",), policy=policy) as workers:
         await load_client.submit([1.0, zoo.ENDLESS_MIB, 2.0])
@@ -193,7 +193,7 @@ async def test_a_job_whose_run_gets_no_memory_is_retried_and_then_a_dead_letter(
 
 
 async def test_a_models_own_time_limit_takes_precedence_over_the_general_limit(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis, tmp_path: Path
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis, tmp_path: Path
 ) -> None:
     zoo.place(tmp_path / "m", "slow", zoo.slow(), toml="[limits]\ntimeout_seconds = 0.3\n")
     config = WorkerConfig(concurrency=1, prediction_timeout_seconds=600)

@@ -11,17 +11,17 @@ import redis
 from asyncinfer.api.live.inbox import Inbox
 from asyncinfer.jobs import Options
 from asyncinfer.repository import keys
-from asyncinfer.repository.claims import Claim, ClaimRequest, Finished, Runs
+from asyncinfer.repository.claims import Claim, ClaimRequest, JobOutcome, QueueConsumer
 from asyncinfer.repository.maintenance import Maintenance
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.stored_jobs import Stored
-from tests.faults.load_client import Customer
+from asyncinfer.repository.stored_jobs import StoredJob
+from tests.faults.load_client import LoadClient
 
 from .harness import assert_at_rest, eventually
 
 
 @asynccontextmanager
-async def open_inbox(store: Store, load_client: Customer) -> AsyncIterator[Inbox]:
+async def open_inbox(store: Store, load_client: LoadClient) -> AsyncIterator[Inbox]:
     inbox = Inbox(store, load_client.submissions)
     async with asyncio.TaskGroup() as group:
         group.create_task(inbox.run())
@@ -30,13 +30,13 @@ async def open_inbox(store: Store, load_client: Customer) -> AsyncIterator[Inbox
 
 
 async def _start_waiters(
-    inbox: Inbox, load_client: Customer, group: asyncio.TaskGroup
-) -> list[asyncio.Task[Stored | None]]:
+    inbox: Inbox, load_client: LoadClient, group: asyncio.TaskGroup
+) -> list[asyncio.Task[StoredJob | None]]:
     stored = [job for job in await load_client.read() if job]
     return [group.create_task(inbox.wait(job, 20)) for job in stored]
 
 
-async def _wait_until_registered(server: redis.Redis, load_client: Customer) -> None:
+async def _wait_until_registered(server: redis.Redis, load_client: LoadClient) -> None:
     """Waits until the inbox is in the facts of every job."""
     facts = keys.facts(load_client.queue)
     await eventually(
@@ -44,23 +44,23 @@ async def _wait_until_registered(server: redis.Redis, load_client: Customer) -> 
     )
 
 
-async def _claim(runs: Runs, load_client: Customer, jobs: int) -> Claim | None:
+async def _claim(runs: QueueConsumer, load_client: LoadClient, jobs: int) -> Claim | None:
     return (
         await runs.claim(ClaimRequest((load_client.queue,), runs.new_token(), False, jobs))
     ).claim
 
 
-async def _run_all(store: Store, load_client: Customer) -> None:
-    runs = Runs(store, "w")
+async def _run_all(store: Store, load_client: LoadClient) -> None:
+    runs = QueueConsumer(store, "w")
     while claim := (
         await runs.claim(ClaimRequest((load_client.queue,), runs.new_token(), False, 7))
     ).claim:
-        finished = [Finished(job.job_id, "completed", b"{}", job.meta) for job in claim.jobs]
+        finished = [JobOutcome(job.job_id, "completed", b"{}", job.meta) for job in claim.jobs]
         await runs.finish(claim, finished, last=True)
 
 
 async def test_killed_inbox_connections_lose_no_wake_up(
-    load_client: Customer, store: Store, server: redis.Redis
+    load_client: LoadClient, store: Store, server: redis.Redis
 ) -> None:
     await load_client.submit([1.0] * 200)
     async with open_inbox(store, load_client) as inbox, asyncio.TaskGroup() as group:
@@ -85,7 +85,11 @@ async def _kill_readers(server: redis.Redis) -> None:
 async def test_cancel_expiry_and_a_lost_worker_end_a_wait_too(
     store: Store, server: redis.Redis
 ) -> None:
-    load_client, runs, maintenance = Customer(store), Runs(store, "w"), Maintenance(store)
+    load_client, runs, maintenance = (
+        LoadClient(store),
+        QueueConsumer(store, "w"),
+        Maintenance(store),
+    )
     (lost,) = await load_client.submit([1.0])
     claim = await _claim(runs, load_client, 1)
     for _ in range(store.policy.max_deliveries - 1):
@@ -115,7 +119,7 @@ async def test_cancel_expiry_and_a_lost_worker_end_a_wait_too(
 
 
 async def _expire(
-    server: redis.Redis, maintenance: Maintenance, load_client: Customer, token: str
+    server: redis.Redis, maintenance: Maintenance, load_client: LoadClient, token: str
 ) -> None:
     """Lets the claim's lease expire, and sweeps until its jobs are released."""
     running = keys.running(load_client.queue)
@@ -136,7 +140,7 @@ async def _sweep_until(end: asyncio.Event, maintenance: Maintenance) -> None:
 
 
 async def test_an_api_that_dies_leaves_no_key_without_a_ttl(
-    load_client: Customer, store: Store, server: redis.Redis
+    load_client: LoadClient, store: Store, server: redis.Redis
 ) -> None:
     await load_client.submit([1.0])
     async with asyncio.TaskGroup() as group:
@@ -159,7 +163,7 @@ async def test_an_api_that_dies_leaves_no_key_without_a_ttl(
 
 
 async def test_a_poll_before_the_submit_does_not_end_the_wait_for_the_job(
-    load_client: Customer, store: Store, server: redis.Redis
+    load_client: LoadClient, store: Store, server: redis.Redis
 ) -> None:
     """The inbox polls all jobs that are waited for, also one that is not submitted yet."""
     async with asyncio.TaskGroup() as group:
@@ -183,7 +187,7 @@ async def test_a_poll_before_the_submit_does_not_end_the_wait_for_the_job(
 async def test_a_wait_ends_when_its_job_is_gone_but_not_before_the_job_is_submitted(
     store: Store, server: redis.Redis
 ) -> None:
-    load_client = Customer(store)
+    load_client = LoadClient(store)
     (gone,) = await load_client.submit([1.0])
     async with open_inbox(store, load_client) as inbox, asyncio.TaskGroup() as group:
         stored = (await load_client.read([gone]))[0]
@@ -194,7 +198,7 @@ async def test_a_wait_ends_when_its_job_is_gone_but_not_before_the_job_is_submit
         with inbox.expect(not_submitted.job_id) as ticket:
             server.flushall()
             assert await wait is None
-            assert not ticket.ended.done()
+            assert not ticket.ended_job.done()
 
 
 @pytest.mark.soak
@@ -202,7 +206,7 @@ async def test_a_wait_ends_when_its_job_is_gone_but_not_before_the_job_is_submit
 async def test_a_wait_is_notified_at_once_again_though_the_clock_of_redis_is_behind(
     restarts: str, store: Store, server: redis.Redis
 ) -> None:
-    load_client = Customer(store)
+    load_client = LoadClient(store)
     async with open_inbox(store, load_client) as inbox, asyncio.TaskGroup() as group:
         await eventually(lambda: server.exists(inbox.name) == 1, "the inbox has its stream")
         seconds, _ = server.time()
@@ -230,7 +234,7 @@ async def test_a_wait_is_notified_at_once_again_though_the_clock_of_redis_is_beh
 
 
 async def test_a_wait_that_is_too_short_returns_the_job_as_it_is(
-    load_client: Customer, store: Store, server: redis.Redis
+    load_client: LoadClient, store: Store, server: redis.Redis
 ) -> None:
     await load_client.submit([1.0])
     async with open_inbox(store, load_client) as inbox:
@@ -244,7 +248,7 @@ async def test_a_wait_that_is_too_short_returns_the_job_as_it_is(
 
 
 async def test_a_closing_api_replies_to_all_waiting_clients(
-    load_client: Customer, store: Store, server: redis.Redis
+    load_client: LoadClient, store: Store, server: redis.Redis
 ) -> None:
     await load_client.submit([1.0] * 20)
     async with asyncio.TaskGroup() as group:

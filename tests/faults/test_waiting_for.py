@@ -13,7 +13,7 @@ from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from asyncinfer.tensors.datatypes import TensorSpec
 from tests import zoo
-from tests.api.harness import api_of, signature
+from tests.api.harness import running_client, signature
 from tests.faults.model_folder import ModelFolder
 
 from .harness import eventually
@@ -45,7 +45,7 @@ async def test_a_job_waits_for_no_worker_until_a_worker_has_started(
     await Announcements(store).announce_models({"slow": {"1": msgspec.json.encode(announced)}})
     config = ApiConfig(redis_url=redis_url, policy=policy)
     with open_workers() as workers:
-        async with api_of(config) as client:
+        async with running_client(config) as client:
             waiting = await submit(client, "slow", 1.0)
             assert waiting["waiting_for"]["code"] == "no_worker"
             assert (await client.get("/health")).json()["starved"] == ["slow"]
@@ -73,7 +73,7 @@ async def test_a_job_whose_run_got_no_memory_waits_for_its_retry(
     with open_workers(models=("hungry",), policy=policy) as workers:
         worker = workers.start()
         await eventually(lambda: worker.is_announced(server), "the worker serves")
-        async with api_of(ApiConfig(redis_url=redis_url, policy=policy)) as client:
+        async with running_client(ApiConfig(redis_url=redis_url, policy=policy)) as client:
             job_id = (await submit(client, "hungry", zoo.ENDLESS_MIB))["job_id"]
 
             async def has_failed() -> bool:
@@ -99,7 +99,7 @@ async def test_a_model_that_its_worker_is_loading_is_never_unknown(
     folder.publish(SLOW, 1, name="z")
     replies: set[tuple[str, str]] = set()
     with open_workers(model_dir=str(folder.path), models=()) as workers:
-        async with api_of(ApiConfig(redis_url=redis_url, policy=policy)) as client:
+        async with running_client(ApiConfig(redis_url=redis_url, policy=policy)) as client:
             worker = workers.start()
 
             async def only_first_is_served() -> bool:

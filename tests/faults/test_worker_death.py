@@ -9,14 +9,14 @@ import pytest
 import redis
 
 from asyncinfer.repository import keys
-from asyncinfer.repository.claims import ClaimRequest, Runs
+from asyncinfer.repository.claims import ClaimRequest, QueueConsumer
 from asyncinfer.repository.maintenance import Maintenance
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.held_claim import Step
 from asyncinfer.worker.worker import WorkerConfig
 from tests import zoo
-from tests.faults.load_client import Customer, assert_one_end_each, transitions
+from tests.faults.load_client import LoadClient, assert_one_end_each, transitions
 
 from .harness import assert_at_rest, eventually
 from .processes import OpenWorkers, WorkerChild, Workers
@@ -35,7 +35,7 @@ def _waiting_workers(client: redis.Redis) -> int:
 
 
 async def _kill_at(
-    step: Step, times: int, workers: Workers, load_client: Customer, server: redis.Redis
+    step: Step, times: int, workers: Workers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     """Kills `times` workers at this step of a job; asserts that another completes all jobs."""
     for number in range(times):
@@ -63,7 +63,7 @@ async def _wait_until_ready_or_dead(worker: WorkerChild, client: redis.Redis) ->
 
 @pytest.mark.parametrize("step", STEPS)
 async def test_a_job_survives_its_worker(
-    step: Step, open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    step: Step, open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     with open_workers(policy=MANY_DELIVERIES) as workers:
         await _kill_at(step, 1, workers, load_client, server)
@@ -74,7 +74,7 @@ async def test_a_job_survives_its_worker(
 @pytest.mark.soak
 @pytest.mark.parametrize("step", STEPS)
 async def test_a_job_survives_twenty_workers_each_killed_at_one_step(
-    step: Step, open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    step: Step, open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     with open_workers(policy=MANY_DELIVERIES) as workers:
         await _kill_at(step, 20, workers, load_client, server)
@@ -83,7 +83,7 @@ async def test_a_job_survives_twenty_workers_each_killed_at_one_step(
 
 
 async def test_a_worker_that_was_frozen_cannot_overwrite_the_result_of_the_next_worker(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     with open_workers(policy=MANY_DELIVERIES) as workers:
         frozen = workers.start()
@@ -104,7 +104,7 @@ async def test_a_worker_that_was_frozen_cannot_overwrite_the_result_of_the_next_
 
 @pytest.mark.soak
 async def test_2000_jobs_survive_workers_killed_and_frozen_at_random(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     chance = random.Random(7)
     with open_workers(
@@ -124,14 +124,14 @@ async def test_2000_jobs_survive_workers_killed_and_frozen_at_random(
     assert_at_rest(server, load_client.queue)
 
 
-async def _submit_slowly(load_client: Customer, total: int, chance: random.Random) -> None:
+async def _submit_slowly(load_client: LoadClient, total: int, chance: random.Random) -> None:
     for start in range(0, total, 20):
         await load_client.submit([float(chance.randint(0, 60)) for _ in range(start, start + 20)])
         await asyncio.sleep(0.15)
 
 
 async def _kill_and_freeze(
-    workers: Workers, running: list[WorkerChild], load_client: Customer, chance: random.Random
+    workers: Workers, running: list[WorkerChild], load_client: LoadClient, chance: random.Random
 ) -> None:
     """Kills or freezes a worker about every half second; replaces a killed worker."""
     for _ in range(40):
@@ -152,9 +152,9 @@ async def test_a_job_that_kills_its_workers_fails_alone_after_three_deliveries(
     folder = tmp_path / "models"
     poison = zoo.place_poison(folder, "poison", toml="[batching]\nenabled = true\n")
     zoo.place(folder, "slow", zoo.slow())
-    poisoned, unaffected = Customer(store, "poison"), Customer(store, "slow")
+    poisoned, unaffected = LoadClient(store, "poison"), LoadClient(store, "slow")
     await store.command("SET", keys.paused(poisoned.queue), "1")
-    await store.command("SADD", keys.queues(store.n), poisoned.queue, unaffected.queue)
+    await store.command("SADD", keys.queues(store.queue_name), poisoned.queue, unaffected.queue)
     with open_workers(
         model_dir=str(folder),
         models=(),
@@ -190,7 +190,7 @@ async def test_a_job_that_kills_its_workers_fails_alone_after_three_deliveries(
 
 @pytest.mark.soak
 async def test_the_unfinished_jobs_of_a_dead_workers_claim_are_run_again(
-    open_workers: OpenWorkers, load_client: Customer, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     """The claim's first job ends early (it is cancelled); the worker dies with the others open."""
     with open_workers(policy=MANY_DELIVERIES) as workers:
@@ -212,13 +212,13 @@ async def test_the_unfinished_jobs_of_a_dead_workers_claim_are_run_again(
 
 
 async def test_a_frozen_workers_jobs_come_back_within_the_promised_time(
-    load_client: Customer, server: redis.Redis, store: Store
+    load_client: LoadClient, server: redis.Redis, store: Store
 ) -> None:
     """A job's next run waits for its lease, the outage guard and two sweeps, and nothing else."""
     await load_client.submit([1.0])
     maintenance = Maintenance(store)
     await maintenance.sweep()
-    runs = Runs(store, "frozen")
+    runs = QueueConsumer(store, "frozen")
     await runs.claim(ClaimRequest((load_client.queue,), runs.new_token(), False, 10))
     policy = store.policy
 

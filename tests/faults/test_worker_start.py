@@ -7,7 +7,7 @@ import pytest
 import redis
 
 from asyncinfer.repository import keys
-from asyncinfer.repository.announcements import WorkerSays
+from asyncinfer.repository.announcements import WorkerAnnouncement
 from asyncinfer.worker.worker import WorkerConfig
 from tests import zoo
 from tests.faults.model_folder import CONFIG, ModelClient, ModelFolder
@@ -24,7 +24,7 @@ async def wait_until_announced(
     model_client: ModelClient, description: str, **fields: object
 ) -> None:
     """Waits until a worker announces these fields."""
-    workers: list[WorkerSays] = []
+    workers: list[WorkerAnnouncement] = []
 
     async def is_announced() -> bool:
         workers[:] = await model_client.announcements()

@@ -3,11 +3,11 @@
 import pytest
 import redis
 
-from asyncinfer.repository.inspect.statistics import Observation
+from asyncinfer.repository.inspect.statistics import Statistics
 from asyncinfer.repository.store import Store
 from asyncinfer.schemas.operations import JobsDone
 from asyncinfer.worker.worker import WorkerConfig
-from tests.faults.load_client import Customer
+from tests.faults.load_client import LoadClient
 
 from .harness import assert_at_rest, eventually
 from .processes import OpenWorkers
@@ -15,9 +15,9 @@ from .processes import OpenWorkers
 
 @pytest.mark.soak
 async def test_a_busy_worker_is_shown_with_its_finished_and_its_running_jobs(
-    open_workers: OpenWorkers, load_client: Customer, store: Store, server: redis.Redis
+    open_workers: OpenWorkers, load_client: LoadClient, store: Store, server: redis.Redis
 ) -> None:
-    observation = Observation(store)
+    observation = Statistics(store)
     with open_workers(
         worker=WorkerConfig(concurrency=2, prediction_timeout_seconds=600)
     ) as workers:

@@ -11,9 +11,9 @@ import msgspec
 
 from asyncinfer.repository.policy import Policy
 from asyncinfer.worker.held_claim import Step
-from asyncinfer.worker.models.engine_cache import Bounds
-from asyncinfer.worker.models.source import Source
-from asyncinfer.worker.process import WorkerProcess, run
+from asyncinfer.worker.models.engine_cache import CacheBounds
+from asyncinfer.worker.models.source import ModelSource
+from asyncinfer.worker.process import WorkerProcessConfig, run
 from asyncinfer.worker.worker import WorkerConfig
 from tests import unprivileged
 
@@ -27,7 +27,7 @@ class WorkerSettings(msgspec.Struct, kw_only=True):
     worker: WorkerConfig = WorkerConfig(concurrency=1)
     models: tuple[str, ...] = ()
     default_model: str | None = None
-    bounds: Bounds = Bounds()
+    bounds: CacheBounds = CacheBounds()
     monitor_port: int | None = None
     allow_custom_ops: bool = False
     unprivileged: bool = False
@@ -57,11 +57,11 @@ def main() -> int:
     if settings.unprivileged:
         unprivileged.drop()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    process = WorkerProcess(
+    process = WorkerProcessConfig(
         redis_url=settings.redis_url,
         queue_name="predict_queue",
         policy=settings.policy,
-        source=Source(Path(settings.model_dir), settings.models),
+        source=ModelSource(Path(settings.model_dir), settings.models),
         bounds=settings.bounds,
         default_model=settings.default_model or _only_model(settings.models),
         worker=settings.worker,

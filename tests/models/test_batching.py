@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from asyncinfer.errors import ModelFailed
 from asyncinfer.models import batching
-from asyncinfer.models.batching import Plan
+from asyncinfer.models.batching import BatchPlan
 from asyncinfer.models.signature import Signature
 from asyncinfer.tensors.datatypes import Array, Dim, Feeds, TensorSpec
 
-FIRST = Plan({"x": 0}, (0, 0))
+FIRST = BatchPlan({"x": 0}, (0, 0))
 
 
 def spec(*shape: Dim, name: str = "x", datatype: str = "FP32") -> TensorSpec:
@@ -43,7 +43,7 @@ def test_what_was_stacked_is_split_into_the_same_pieces(
     values = np.arange(int(np.prod(shape))).astype(dtype).reshape(shape)
     jobs = np.split(values, np.cumsum(row_counts)[:-1], axis=axis)
     feeds: list[Feeds] = [{"x": job} for job in jobs]
-    plan = Plan({"x": axis}, (axis,))
+    plan = BatchPlan({"x": axis}, (axis,))
 
     stacked = batching.stack(feeds, plan)["x"]
     pieces = batching.split([stacked], feeds, plan)
@@ -76,7 +76,7 @@ def test_jobs_share_a_run_only_with_one_datatype_and_row_shape() -> None:
 
 
 def test_an_input_that_is_not_stacked_must_be_equal_to_the_last_byte() -> None:
-    plan = Plan({"x": 1, "rate": None, "word": None}, (1,))
+    plan = BatchPlan({"x": 1, "rate": None, "word": None}, (1,))
 
     def key(rate: float, word: str, given: bool = True) -> object:
         feeds: dict[str, Array] = {"x": np.zeros((2, 1, 3)), "rate": np.array(rate)}
@@ -90,7 +90,7 @@ def test_an_input_that_is_not_stacked_must_be_equal_to_the_last_byte() -> None:
 
 
 def test_a_job_without_elements_or_with_different_numbers_of_rows_runs_alone() -> None:
-    plan = Plan({"a": 0, "b": 0}, (0,))
+    plan = BatchPlan({"a": 0, "b": 0}, (0,))
     one_row, two_rows, no_rows = np.zeros((1, 2)), np.zeros((2, 2)), np.zeros((0, 2))
 
     assert batching.run_key({"a": one_row, "b": one_row}, plan) is not None
@@ -108,7 +108,7 @@ def test_jobs_of_different_lengths_are_padded_and_cut_if_the_signature_says_so()
         batched=True,
         pad=True,
     )
-    plan = batching.plan_of(signature)
+    plan = batching.batch_plan(signature)
     assert plan is not None
     jobs: list[Feeds] = [
         {"x": np.ones((n, wide), np.float32), "mask": np.ones((n, wide), np.int64)}
@@ -150,7 +150,7 @@ def test_candidate_axes_follow_from_dimension_names(
 ) -> None:
     inputs = [spec(*shape, name=f"x{at}") for at, shape in enumerate(shapes)]
 
-    assert batching.candidates(inputs) == candidates
+    assert batching.candidate_axes(inputs) == candidates
 
 
 @pytest.mark.parametrize(
@@ -165,6 +165,6 @@ def test_candidate_axes_follow_from_dimension_names(
 def test_a_fixed_or_missing_first_dimension_rules_batching_out(
     tensor: TensorSpec, reason: str | None
 ) -> None:
-    obstacle = batching.obstacle([tensor])
+    obstacle = batching.find_obstacle([tensor])
 
-    assert (obstacle and obstacle.what) == reason
+    assert (obstacle and obstacle.description) == reason

@@ -11,7 +11,7 @@ from msgspec import Struct
 from onnx import TensorProto, helper
 
 from asyncinfer.engine import Engine
-from asyncinfer.models.batching_obstacles import Off
+from asyncinfer.models.batching_obstacles import Obstacle
 from asyncinfer.models.folder import scan
 from asyncinfer.models.signature import Signature
 from tests import zoo
@@ -244,7 +244,7 @@ def loaded(folder: Path, model: onnx.ModelProto, toml: str, seconds: float) -> S
 
 
 def test_every_reason_has_a_case() -> None:
-    assert {name.partition(" ")[0].upper() for name in CASES} == {off.name for off in Off}
+    assert {name.partition(" ")[0].upper() for name in CASES} == {off.name for off in Obstacle}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -252,7 +252,7 @@ def test_the_remedy_of_a_reason_is_named_and_makes_the_model_batch(
     tmp_path: Path, name: str
 ) -> None:
     case = CASES[name]
-    off = Off[name.partition(" ")[0].upper()]
+    off = Obstacle[name.partition(" ")[0].upper()]
 
     signature = loaded(tmp_path / "off", case.off(), case.toml, case.probe_seconds)
     model = (case.remedied or case.off)()

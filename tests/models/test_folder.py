@@ -185,10 +185,10 @@ def test_an_unreadable_folder_that_cannot_be_a_model_is_ignored(tmp_path: Path) 
         found = read_folder(tmp_path)
 
     (tmp_path / "lost+found").chmod(0o700)
-    assert [file.shown for file in found.files] == ["good.onnx"]
-    (line,) = found.passed_over
+    assert [file.display_path for file in found.files] == ["good.onnx"]
+    (line,) = found.ignored
     assert line.startswith("lost+found is ignored: it cannot be read: Permission denied")
-    assert read_folder(tmp_path).passed_over == ()
+    assert read_folder(tmp_path).ignored == ()
 
 
 def test_files_that_are_no_models_have_no_problem(tmp_path: Path) -> None:
@@ -196,7 +196,9 @@ def test_files_that_are_no_models_have_no_problem(tmp_path: Path) -> None:
     places = ["", "m/", "m/1/", "__pycache__/", ".git/", "@eaDir/", "System Volume Information/"]
     touch("m/1/model.onnx", *(f"{place}{file}" for place in places for file in files))(tmp_path)
 
-    assert [(file.shown, file.problem) for file in scan(tmp_path)] == [("m/1/model.onnx", "")]
+    assert [(file.display_path, file.problem) for file in scan(tmp_path)] == [
+        ("m/1/model.onnx", "")
+    ]
 
 
 @pytest.mark.parametrize("name", ["churn.onnx", "MODEL.ONNX", "with space.onnx", "é.onnx"])

@@ -15,7 +15,7 @@ from tests import zoo
 
 
 def locations_in(content: bytes) -> set[str]:
-    return set(onnx_file.locations(memoryview(content)))
+    return set(onnx_file.find_locations(memoryview(content)))
 
 
 def external(location: str) -> TensorProto:

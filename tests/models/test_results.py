@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncinfer.errors import ModelFailed
-from asyncinfer.models.batching import Plan
+from asyncinfer.models.batching import BatchPlan
 from asyncinfer.models.results import render_result, render_results
 from asyncinfer.models.signature import Signature
 from asyncinfer.tensors.datatypes import DTYPES, Array, TensorSpec
@@ -48,7 +48,7 @@ def strict(text: bytes) -> Any:
 
 def rendered(outputs: Sequence[Array], row_counts: Sequence[int], model: Signature) -> list[bytes]:
     jobs = [{"x": np.zeros(count, np.float32)} for count in row_counts]
-    return render_results(outputs, jobs, model, Plan({"x": 0}, (0,) * len(outputs)))
+    return render_results(outputs, jobs, model, BatchPlan({"x": 0}, (0,) * len(outputs)))
 
 
 CLASSIFIER = signature(("label", "INT64"), ("probabilities", "FP32"))

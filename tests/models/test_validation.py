@@ -8,11 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncinfer.errors import Fault, InvalidInput, ModelRefused
+from asyncinfer.errors import InputError, InvalidInput, ModelRefused
 from asyncinfer.models import config
-from asyncinfer.models.folder import default_model, find_model_dir, scan, to_serve, valid_name
+from asyncinfer.models.folder import (
+    default_model,
+    find_model_dir,
+    is_valid_name,
+    scan,
+    served_versions,
+)
 from asyncinfer.models.signature import Signature
-from asyncinfer.models.validation import check_data, check_data_alike
+from asyncinfer.models.validation import check_data, check_uniform_data
 from asyncinfer.tensors.datatypes import Array, Dim, TensorSpec
 from asyncinfer.tensors.json_errors import MAX_LISTED_ERRORS
 
@@ -44,7 +50,7 @@ def test_every_version_of_each_model_is_found_the_one_to_serve_first(tmp_path: P
     touch(tmp_path, "iris/11/notes.txt", "bare.onnx", "README.md")
     touch(tmp_path, ".hidden/1/model.onnx", "empty/notes.txt")
 
-    found = [(file.model, file.version, file.shown) for file in scan(tmp_path)]
+    found = [(file.model, file.version, file.display_path) for file in scan(tmp_path)]
 
     assert found == [
         ("bare", "1", "bare.onnx"),
@@ -53,7 +59,7 @@ def test_every_version_of_each_model_is_found_the_one_to_serve_first(tmp_path: P
     ]
     touch(tmp_path, "iris/model.toml")
     (tmp_path / "iris/model.toml").write_text("default_version = 2")
-    served = to_serve(scan(tmp_path))
+    served = served_versions(scan(tmp_path))
     assert served["iris"].version == "2"
 
 
@@ -62,8 +68,8 @@ def test_a_folder_wins_over_a_single_file_of_its_name(tmp_path: Path) -> None:
 
     file, other = scan(tmp_path)
 
-    assert (file.shown, file.problem) == ("iris/1/model.onnx", "")
-    assert to_serve([file, other]) == {"iris": file}
+    assert (file.display_path, file.problem) == ("iris/1/model.onnx", "")
+    assert served_versions([file, other]) == {"iris": file}
     assert other.problem.startswith("iris.onnx: is not served, since iris/1/model.onnx has its")
 
 
@@ -118,7 +124,7 @@ def test_a_version_that_is_not_a_number_is_reported(
 
     assert (first.version, first.problem) == ("2", "")
     assert [file.problem for file in others] == ([problem] if problem else [])
-    assert to_serve([first, *others]) == {"m": first}
+    assert served_versions([first, *others]) == {"m": first}
 
 
 @pytest.mark.parametrize(
@@ -157,14 +163,14 @@ def test_a_model_toml_that_is_not_utf_8_is_rejected() -> None:
 
 @pytest.mark.parametrize("name", ["iris", "0", "a.b-c_D", "x" * 64])
 def test_a_valid_name_is_accepted(name: str) -> None:
-    assert valid_name(name)
+    assert is_valid_name(name)
 
 
 @pytest.mark.parametrize(
     "name", ["", "stats", ".x", "-x", "a/b", "a b", "x" * 65, "é", "a\n", "{n}", "a:b"]
 )
 def test_a_name_that_could_mean_something_else_is_rejected(name: str) -> None:
-    assert not valid_name(name)
+    assert not is_valid_name(name)
 
 
 def test_the_explicit_folder_comes_before_the_local_one_before_the_shipped_one(
@@ -436,7 +442,7 @@ def test_a_model_without_inputs_takes_no_data() -> None:
     with pytest.raises(InvalidInput) as raised:
         check_data(b"[1]", Signature("none", "1", "", (), ()))
 
-    assert raised.value.faults == (Fault("/data", "none takes no input"),)
+    assert raised.value.faults == (InputError("/data", "none takes no input"),)
 
 
 JSON = st.recursive(
@@ -455,7 +461,7 @@ SPECS = st.builds(
 )
 
 
-def array_or_errors(data: bytes, model: Signature) -> Array | tuple[Fault, ...]:
+def array_or_errors(data: bytes, model: Signature) -> Array | tuple[InputError, ...]:
     try:
         return check_data(data, model)
     except InvalidInput as error:
@@ -506,7 +512,7 @@ def test_inputs_decoded_together_equal_those_decoded_one_by_one(
     fine = [msgspec.json.encode([[0.5, 1, -2, 3e3]] * count) for count in row_counts]
 
     for texts in ([*fine, *unusual], [*fine, b"[[1,2,3,4]]"]):
-        together = check_data_alike(texts, signature(max_rows=3))
+        together = check_uniform_data(texts, signature(max_rows=3))
         if together is None:
             continue
         for text, array in zip(texts, together, strict=True):
@@ -517,9 +523,9 @@ def test_inputs_decoded_together_equal_those_decoded_one_by_one(
 
 @pytest.mark.parametrize("beside", [b"[[5,6,7,8],[9,8,7,6]]", b'[["NaN",null,"Infinity",1]]'])
 def test_small_inputs_that_fit_are_decoded_together(beside: bytes) -> None:
-    assert check_data_alike([b"[[1,2,3,4]]", beside], signature()) is not None
+    assert check_uniform_data([b"[[1,2,3,4]]", beside], signature()) is not None
 
 
 def test_inputs_are_not_decoded_together_if_one_does_not_fit() -> None:
     for bad in (b"[[1,2,3]]", b"[]", b"[[1,2,3,4]],[[1,2,3,4]]", b"[[1,2,3,true]]", b"["):
-        assert check_data_alike([b"[[1,2,3,4]]", bad], signature()) is None
+        assert check_uniform_data([b"[[1,2,3,4]]", bad], signature()) is None

@@ -20,15 +20,15 @@ from asyncinfer.cli import main
 from asyncinfer.errors import StartError
 from asyncinfer.jobs import decode_facts
 from asyncinfer.processes import api_processes, valkey
-from asyncinfer.processes.api_processes import ApiProcesses
-from asyncinfer.processes.supervisor import Stop
+from asyncinfer.processes.api_processes import ApiProcessPlan
+from asyncinfer.processes.supervisor import StopSignals
 from asyncinfer.repository import keys
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
-from tests.api.harness import QUEUE, ROW, Hand, announce
+from tests.api.harness import QUEUE, ROW, ManualWorker, announce
 from tests.faults.harness import eventually, eventually_sync
-from tests.process import is_gone, parent
-from tests.serving import REFUSED, Serve, free_port, serving
+from tests.process import is_gone, python_process
+from tests.serving import EXIT_REFUSED, ServeProcess, free_port, running_serve
 
 TWO: Final = ("--api-processes", "2")
 
@@ -83,7 +83,7 @@ def _links(pid: int) -> Iterator[str]:
 class Service:
     """Two API processes that both serve."""
 
-    def __init__(self, serve: Serve) -> None:
+    def __init__(self, serve: ServeProcess) -> None:
         self.serve = serve
         self.port = urlsplit(serve.welcome["URL"]).port or 0
         eventually_sync(
@@ -97,7 +97,7 @@ class Service:
             connections = [
                 stack.enter_context(contextlib.closing(Connection(self.port))) for _ in range(count)
             ]
-            found = holders(self.port, self.serve.children())
+            found = holders(self.port, self.serve.child_pids())
             by_pid: dict[int, list[Connection]] = {}
             for connection in connections:
                 by_pid.setdefault(found[connection.port], []).append(connection)
@@ -121,7 +121,7 @@ def service(redis_url: str) -> Iterator[Service]:
     with redis.Redis.from_url(redis_url) as client:
         client.flushall()
     anyio.run(_announce_iris, redis_url)
-    with serving(*TWO, REDIS_URL=redis_url) as serve:
+    with running_serve(*TWO, REDIS_URL=redis_url) as serve:
         yield Service(serve)
 
 
@@ -137,9 +137,9 @@ async def _store(redis_url: str) -> AsyncIterator[Store]:
 
 
 @pytest.fixture
-async def hand(redis_url: str) -> AsyncIterator[Hand]:
+async def hand(redis_url: str) -> AsyncIterator[ManualWorker]:
     async with _store(redis_url) as store:
-        yield Hand(store)
+        yield ManualWorker(store)
 
 
 @pytest.fixture
@@ -157,11 +157,11 @@ def waiting_apis(client: Any, job_id: str) -> int:
 @pytest.mark.soak
 def test_40_keep_alive_connections_are_held_by_both(service: Service) -> None:
     with service.connections(40) as by_pid:
-        assert sorted(by_pid) == sorted(service.serve.children())
+        assert sorted(by_pid) == sorted(service.serve.child_pids())
 
 
 async def test_40_waits_at_both_processes_end_with_a_job_submitted_to_one(
-    service: Service, hand: Hand, client: Any
+    service: Service, hand: ManualWorker, client: Any
 ) -> None:
     with service.connections(40) as by_pid:
         connections = [item for items in by_pid.values() for item in items]
@@ -187,7 +187,7 @@ async def test_a_job_waited_for_in_one_process_is_cancelled_through_the_other(
 
 
 async def test_one_key_posted_on_20_connections_to_both_processes_makes_one_job(
-    service: Service, hand: Hand, client: Any
+    service: Service, hand: ManualWorker, client: Any
 ) -> None:
     with service.connections(20) as by_pid:
         connections = [item for items in by_pid.values() for item in items]
@@ -212,14 +212,14 @@ def test_while_a_killed_process_is_started_again_the_other_answers(service: Serv
         assert by_pid[survivor][0].request("GET", "/health/ready")["status"]
         assert survivor in service.pids_of_new_connections(10)
         eventually_sync(lambda: len(set(service.pids_of_new_connections(10))) == 2, "there are two")
-        assert killed not in service.serve.children()
+        assert killed not in service.serve.child_pids()
 
 
 def test_another_serve_on_their_port_is_refused(service: Service, redis_url: str) -> None:
     argv = ("-m", "asyncinfer", "serve", "--port", str(service.port), *TWO)
-    with parent(*argv, REDIS_URL=redis_url) as refused:
-        assert refused.process.wait() == REFUSED
-        assert f"Cannot listen on 127.0.0.1:{service.port}" in refused.complaints()
+    with python_process(*argv, REDIS_URL=redis_url) as refused:
+        assert refused.process.wait() == EXIT_REFUSED
+        assert f"Cannot listen on 127.0.0.1:{service.port}" in refused.read_stderr()
 
 
 def test_the_reason_of_a_refused_start_is_shown_once(
@@ -227,7 +227,7 @@ def test_the_reason_of_a_refused_start_is_shown_once(
 ) -> None:
     where = ("--redis-url", redis_url, "--port", str(free_port()))
 
-    assert main(("serve", *where, *TWO, "--api-keys", str(tmp_path / "no"))) == REFUSED
+    assert main(("serve", *where, *TWO, "--api-keys", str(tmp_path / "no"))) == EXIT_REFUSED
     out, err = capfd.readouterr()
     shown = [line for line in err.splitlines() if str(tmp_path) in line]
 
@@ -238,7 +238,7 @@ def test_the_reason_of_a_refused_start_is_shown_once(
 
 @pytest.mark.soak
 def test_ctrl_c_answers_waiting_clients_and_leaves_no_process(tmp_path: Path) -> None:
-    with serving(*TWO, DATA_DIR=str(tmp_path)) as serve:
+    with running_serve(*TWO, DATA_DIR=str(tmp_path)) as serve:
         service = Service(serve)
         later = {"data": ROW, "options": {"delay_seconds": 60}}
         url = valkey.running_url(tmp_path) or ""
@@ -250,14 +250,14 @@ def test_ctrl_c_answers_waiting_clients_and_leaves_no_process(tmp_path: Path) ->
             for connection in (first, second):
                 connection.send("GET", f"/job/{job_id}?wait=60")
             eventually_sync(lambda: waiting_apis(client, job_id) == 2, "both processes wait")
-            pids = serve.children()
+            pids = serve.child_pids()
             serve.process.signal_group(signal.SIGINT)
 
             assert (first.answer()["status"], second.answer()["status"]) == ("pending", "pending")
         assert serve.process.process.wait() == 0
         assert len(pids) == 4
         assert all(map(is_gone, pids))
-        assert "ERROR" not in serve.process.complaints()
+        assert "ERROR" not in serve.process.read_stderr()
         stdout = serve.process.process.stdout
         assert stdout is not None
         assert stdout.read() == "", "the welcome is printed once"
@@ -265,8 +265,8 @@ def test_ctrl_c_answers_waiting_clients_and_leaves_no_process(tmp_path: Path) ->
 
 @pytest.mark.soak
 def test_the_processes_of_a_killed_serve_end(redis_url: str) -> None:
-    with serving(*TWO, REDIS_URL=redis_url) as serve:
-        pids = serve.children()
+    with running_serve(*TWO, REDIS_URL=redis_url) as serve:
+        pids = serve.child_pids()
         serve.process.kill()
 
         assert len(pids) == 2
@@ -275,8 +275,8 @@ def test_the_processes_of_a_killed_serve_end(redis_url: str) -> None:
 
 @pytest.mark.soak
 def test_a_second_ctrl_c_ends_processes_that_hang(redis_url: str) -> None:
-    with serving(*TWO, REDIS_URL=redis_url) as serve:
-        pids = Service(serve).serve.children()
+    with running_serve(*TWO, REDIS_URL=redis_url) as serve:
+        pids = Service(serve).serve.child_pids()
         os.kill(pids[0], signal.SIGSTOP)
         serve.process.signal_group(signal.SIGINT)
         eventually_sync(lambda: is_gone(pids[1]), "the one that can has ended")
@@ -302,9 +302,9 @@ if word == "ready":
 """Reports the content of a file as the result of its start; without content it ends at once."""
 
 
-def stand_in_plan(folder: Path, word: str) -> ApiProcesses:
+def stand_in_plan(folder: Path, word: str) -> ApiProcessPlan:
     (folder / "word").write_text(word)
-    return ApiProcesses(
+    return ApiProcessPlan(
         count=2,
         command=lambda fd: (sys.executable, "-c", STAND_IN, str(folder), str(fd)),
         environ=os.environ,
@@ -318,7 +318,7 @@ def started_pids(folder: Path) -> list[int]:
 async def test_a_process_that_ends_as_it_starts_stops_the_start(tmp_path: Path) -> None:
     plan = stand_in_plan(tmp_path, "")
     with pytest.raises(ExceptionGroup) as group:
-        async with api_processes.running(plan, Stop()) as ready:
+        async with api_processes.run_api_processes(plan, StopSignals()) as ready:
             await ready.wait()
 
     assert group.group_contains(StartError, match="ended during its start")
@@ -326,7 +326,7 @@ async def test_a_process_that_ends_as_it_starts_stops_the_start(tmp_path: Path) 
 
 async def test_a_refusal_by_the_parent_is_the_only_error(tmp_path: Path) -> None:
     with pytest.raises(ExceptionGroup) as group:
-        async with api_processes.running(stand_in_plan(tmp_path, "ready"), Stop()):
+        async with api_processes.run_api_processes(stand_in_plan(tmp_path, "ready"), StopSignals()):
             raise StartError("no")
 
     assert [str(error) for error in group.value.exceptions] == ["no"]
@@ -336,7 +336,9 @@ async def test_a_refusal_by_the_parent_is_the_only_error(tmp_path: Path) -> None
 async def test_a_process_refused_while_others_serve_is_tried_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with api_processes.running(stand_in_plan(tmp_path, "ready"), Stop()) as ready:
+    async with api_processes.run_api_processes(
+        stand_in_plan(tmp_path, "ready"), StopSignals()
+    ) as ready:
         await ready.wait()
         await eventually(lambda: len(started_pids(tmp_path)) == 2, "both have started")
         (tmp_path / "word").write_text("no such file")

@@ -12,7 +12,7 @@ import pytest
 from asyncinfer.processes import child_process
 from asyncinfer.processes.child_process import Child, Tie
 from tests.faults.harness import eventually, eventually_sync
-from tests.process import Process, is_gone, parent, processes
+from tests.process import ProcessInfo, is_gone, python_process, running_processes
 
 TIES: Final = ("kernel", "watchdog") if sys.platform == "linux" else ("watchdog",)
 
@@ -56,17 +56,17 @@ def spawn(tie: Tie, argv: tuple[str, ...] = FOREVER, output: Path | None = None)
 
 @pytest.mark.parametrize("death_signal", ["SIGTERM", "SIGKILL"])
 def test_the_child_of_a_killed_parent_ends(tie: Tie, death_signal: str) -> None:
-    with parent("-c", PARENT, tie, death_signal, *FOREVER) as process:
-        pid = int(process.says())
+    with python_process("-c", PARENT, tie, death_signal, *FOREVER) as process:
+        pid = int(process.read_line())
         process.kill()
 
         eventually_sync(lambda: is_gone(pid), "the child has ended", seconds=5)
 
 
 def test_a_child_that_ignores_sigterm_is_killed_with_its_parent(tie: Tie) -> None:
-    with parent("-c", PARENT, tie, "SIGKILL", *STUBBORN) as process:
-        pid = int(process.says())
-        assert process.says() == ""
+    with python_process("-c", PARENT, tie, "SIGKILL", *STUBBORN) as process:
+        pid = int(process.read_line())
+        assert process.read_line() == ""
         process.kill()
 
         eventually_sync(lambda: is_gone(pid), "the child has ended", seconds=5)
@@ -76,20 +76,20 @@ def test_ctrl_c_in_the_parents_terminal_does_not_reach_the_child(tie: Tie) -> No
     echo = "import sys, signal; signal.sigwait([signal.SIGUSR1]); print('alive', flush=True)"
     ready = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1]); "
     argv = (sys.executable, "-c", f"{ready} print('ready', flush=True); {echo}")
-    with parent("-c", PARENT, tie, "SIGKILL", *argv) as process:
-        pid = int(process.says())
-        assert process.says() == "ready"
+    with python_process("-c", PARENT, tie, "SIGKILL", *argv) as process:
+        pid = int(process.read_line())
+        assert process.read_line() == "ready"
         process.signal_group(signal.SIGINT)
         os.kill(pid, signal.SIGUSR1)
 
-        assert (process.says(), process.says()) == ("alive", "ended")
+        assert (process.read_line(), process.read_line()) == ("alive", "ended")
 
 
 async def test_the_exit_code_of_a_child_is_returned(tie: Tie) -> None:
     child = spawn(tie, (sys.executable, "-c", "raise SystemExit(7)"))
 
     assert await child.wait() == 7
-    assert not child.alive
+    assert not child.is_alive
 
 
 async def test_nothing_is_left_of_a_child_that_has_ended(tie: Tie) -> None:
@@ -99,8 +99,8 @@ async def test_nothing_is_left_of_a_child_that_has_ended(tie: Tie) -> None:
     await eventually(lambda: not group_of(child), "its watchdog has ended too")
 
 
-def group_of(child: Child) -> list[Process]:
-    return [process for process in processes() if process.group == child.pid]
+def group_of(child: Child) -> list[ProcessInfo]:
+    return [process for process in running_processes() if process.group_id == child.pid]
 
 
 async def test_the_signal_that_ended_a_child_is_returned(tie: Tie) -> None:

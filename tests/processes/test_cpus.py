@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from asyncinfer.processes import cpus as module
-from asyncinfer.processes.cpus import cores
+from asyncinfer.processes.cpus import usable_cores
 
 
 def write(root: Path, name: str, text: str) -> None:
@@ -15,14 +15,14 @@ def write(root: Path, name: str, text: str) -> None:
 
 
 def test_there_is_at_least_one_core() -> None:
-    assert cores() >= 1
+    assert usable_cores() >= 1
 
 
 def test_without_a_quota_the_affinity_gives_the_number_of_cores(tmp_path: Path) -> None:
     write(tmp_path, "proc/self/cgroup", "0::/\n")
     write(tmp_path, "sys/fs/cgroup/cpu.max", "max 100000\n")
 
-    assert cores(tmp_path) == module._affinity()
+    assert usable_cores(tmp_path) == module._affinity()
 
 
 @pytest.mark.parametrize("folder", ["", "pod/", "pod/box/"])
@@ -32,11 +32,11 @@ def test_a_quota_on_the_process_or_a_group_above_it_limits_the_cores(
     write(tmp_path, "proc/self/cgroup", "3:cpu:/old\n0::/pod/box\n")
     write(tmp_path, f"sys/fs/cgroup/{folder}cpu.max", "50000 100000\n")
 
-    assert cores(tmp_path) == 1
+    assert usable_cores(tmp_path) == 1
 
 
 def test_a_quota_of_cgroup_version_1_limits_the_cores(tmp_path: Path) -> None:
     write(tmp_path, "sys/fs/cgroup/cpu/cpu.cfs_quota_us", "100000\n")
     write(tmp_path, "sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n")
 
-    assert cores(tmp_path) == 1
+    assert usable_cores(tmp_path) == 1

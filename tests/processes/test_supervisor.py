@@ -14,9 +14,9 @@ import redis
 
 from asyncinfer.errors import StartError
 from asyncinfer.processes import supervisor, valkey
-from asyncinfer.processes.supervisor import Plan, Stop
+from asyncinfer.processes.supervisor import ServePlan, StopSignals
 from tests.faults.harness import eventually, eventually_sync
-from tests.process import Parent, is_gone, parent
+from tests.process import PythonProcess, is_gone, python_process
 
 WORKER: Final = """
 import os, signal, sys
@@ -95,9 +95,9 @@ def worker(tmp_path: Path, *options: str) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def serving(tmp_path: Path, *options: str) -> Iterator[Parent]:
-    with parent("-c", SERVE, str(tmp_path / "data"), *worker(tmp_path, *options)) as serve:
-        assert serve.says() == "ready"
+def serving(tmp_path: Path, *options: str) -> Iterator[PythonProcess]:
+    with python_process("-c", SERVE, str(tmp_path / "data"), *worker(tmp_path, *options)) as serve:
+        assert serve.read_line() == "ready"
         yield serve
 
 
@@ -113,21 +113,21 @@ def test_a_signal_ends_the_api_then_the_worker_then_valkey(
         pids = (worker_log.wait_for_start(), valkey_pid(tmp_path))
         serve.signal_group(number)
 
-        assert (serve.says(), serve.says()) == ("stopping", "stopped")
+        assert (serve.read_line(), serve.read_line()) == ("stopping", "stopped")
         assert serve.process.wait() == 0
         assert worker_log.pids("drained") == [pids[0]]
         assert all(map(is_gone, pids))
-        assert serve.complaints() == ""
+        assert serve.read_stderr() == ""
 
 
 def test_a_second_signal_hastens_the_end(tmp_path: Path, worker_log: WorkerLog) -> None:
     with serving(tmp_path, "stubborn") as serve:
         pid = worker_log.wait_for_start()
         serve.signal_group(signal.SIGINT)
-        assert serve.says() == "stopping"
+        assert serve.read_line() == "stopping"
         serve.signal_group(signal.SIGINT)
 
-        assert serve.says() == "stopped"
+        assert serve.read_line() == "stopped"
         assert is_gone(pid)
         assert serve.process.wait() == 0
 
@@ -153,12 +153,12 @@ def test_a_killed_worker_is_started_again(tmp_path: Path, worker_log: WorkerLog)
 # --- in this process -------------------------------------------------------------------------
 
 
-def plan(tmp_path: Path, *options: str) -> Plan:
-    return Plan(data_dir=tmp_path, worker=(sys.executable, *worker(tmp_path, *options)))
+def plan(tmp_path: Path, *options: str) -> ServePlan:
+    return ServePlan(data_dir=tmp_path, worker=(sys.executable, *worker(tmp_path, *options)))
 
 
 async def test_a_killed_valkey_is_started_again_with_its_data(tmp_path: Path) -> None:
-    async def api(url: str, stop: Stop) -> None:
+    async def api(url: str, stop: StopSignals) -> None:
         client = redis.Redis.from_url(url)
         client.set("job", "1")
         os.kill(int((tmp_path / "valkey/valkey.lock").read_text()), signal.SIGKILL)
@@ -167,7 +167,7 @@ async def test_a_killed_valkey_is_started_again_with_its_data(tmp_path: Path) ->
         await eventually(lambda: _answers(client), "it answers")
         assert client.get("job") == b"1"
 
-    await supervisor.serve(Plan(data_dir=tmp_path), api)
+    await supervisor.serve(ServePlan(data_dir=tmp_path), api)
 
 
 def _answers(client: redis.Redis) -> bool:
@@ -180,7 +180,7 @@ def _answers(client: redis.Redis) -> bool:
 async def test_a_signal_before_the_api_is_ready_ends_the_start(
     tmp_path: Path, worker_log: WorkerLog
 ) -> None:
-    async def api(url: str, stop: Stop) -> None:
+    async def api(url: str, stop: StopSignals) -> None:
         worker_log.wait_for_start()
         signal.raise_signal(signal.SIGTERM)
         await asyncio.Event().wait()
@@ -193,7 +193,7 @@ async def test_a_signal_before_the_api_is_ready_ends_the_start(
 async def test_an_api_that_cannot_start_ends_the_other_processes_and_raises_its_error(
     tmp_path: Path, worker_log: WorkerLog
 ) -> None:
-    async def api(url: str, stop: Stop) -> None:
+    async def api(url: str, stop: StopSignals) -> None:
         worker_log.wait_for_start()
         raise StartError("no")
 
@@ -207,7 +207,7 @@ async def test_an_api_that_cannot_start_ends_the_other_processes_and_raises_its_
 async def test_a_worker_that_is_refused_its_settings_ends_serve(
     tmp_path: Path, worker_log: WorkerLog
 ) -> None:
-    async def api(url: str, stop: Stop) -> None:
+    async def api(url: str, stop: StopSignals) -> None:
         await asyncio.Event().wait()
 
     with pytest.raises(ExceptionGroup) as group:
@@ -220,7 +220,7 @@ async def test_a_worker_that_is_refused_its_settings_ends_serve(
 async def test_a_worker_that_served_and_is_then_refused_does_not_end_the_api(
     tmp_path: Path, worker_log: WorkerLog
 ) -> None:
-    async def api(url: str, stop: Stop) -> None:
+    async def api(url: str, stop: StopSignals) -> None:
         await eventually(lambda: bool(worker_log.pids("started")), "a worker starts")
         await eventually(Path(url.removeprefix("unix://")).with_name("been").exists, "it works")
         os.kill(worker_log.wait_for_start(), signal.SIGKILL)
@@ -232,10 +232,10 @@ async def test_a_worker_that_served_and_is_then_refused_does_not_end_the_api(
 async def test_with_a_redis_of_its_own_nothing_is_embedded(tmp_path: Path) -> None:
     seen = []
 
-    async def api(url: str, stop: Stop) -> None:
+    async def api(url: str, stop: StopSignals) -> None:
         seen.append(url)
 
-    await supervisor.serve(Plan(redis_url="redis://elsewhere", data_dir=tmp_path), api)
+    await supervisor.serve(ServePlan(redis_url="redis://elsewhere", data_dir=tmp_path), api)
 
     assert seen == ["redis://elsewhere"]
     assert not os.listdir(tmp_path)
@@ -244,12 +244,12 @@ async def test_with_a_redis_of_its_own_nothing_is_embedded(tmp_path: Path) -> No
 async def test_signal_handlers_are_restored_afterwards(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
 
-    await supervisor.serve(Plan(redis_url="redis://elsewhere", data_dir=tmp_path), _no_api)
+    await supervisor.serve(ServePlan(redis_url="redis://elsewhere", data_dir=tmp_path), _no_api)
 
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-async def _no_api(url: str, stop: Stop) -> None:
+async def _no_api(url: str, stop: StopSignals) -> None:
     return
 
 

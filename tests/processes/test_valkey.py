@@ -13,7 +13,7 @@ import redis
 from asyncinfer.errors import DataDirBusy, StartError
 from asyncinfer.processes import valkey
 from tests.faults.harness import eventually, eventually_sync
-from tests.process import Parent, is_gone, parent
+from tests.process import PythonProcess, is_gone, python_process
 
 SERVE: Final = """
 import asyncio, signal, sys
@@ -129,33 +129,33 @@ async def test_a_link_in_the_folders_place_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Parent]:
-    with parent("-c", SERVE, str(tmp_path)) as serve:
+def serve(tmp_path: Path) -> Iterator[PythonProcess]:
+    with python_process("-c", SERVE, str(tmp_path)) as serve:
         yield serve
 
 
 def test_it_is_gone_within_5_s_of_a_killed_serve_and_leaves_its_data(
-    serve: Parent, tmp_path: Path
+    serve: PythonProcess, tmp_path: Path
 ) -> None:
-    pid, url = int(serve.says()), serve.says()
+    pid, url = int(serve.read_line()), serve.read_line()
     connect(url).set("job", "1")
     serve.kill()
 
     eventually_sync(lambda: is_gone(pid), "Valkey has ended", seconds=5)
-    with parent("-c", SERVE, str(tmp_path)) as again:
-        again.says()
-        assert connect(again.says()).get("job") == b"1"
+    with python_process("-c", SERVE, str(tmp_path)) as again:
+        again.read_line()
+        assert connect(again.read_line()).get("job") == b"1"
 
 
 async def test_the_next_serve_waits_for_the_server_of_a_killed_one(
-    serve: Parent, tmp_path: Path
+    serve: PythonProcess, tmp_path: Path
 ) -> None:
-    pid, url = int(serve.says()), serve.says()
+    pid, url = int(serve.read_line()), serve.read_line()
     connect(url).set("job", "1")
     os.kill(pid, signal.SIGSTOP)  # so that it cannot end before we come
     serve.kill()
     with pytest.raises(DataDirBusy, match=f"pid {pid}.*kill {pid}"):
-        await valkey.embedded(tmp_path, leaving_seconds=0.05).__aenter__()
+        await valkey.embedded(tmp_path, predecessor_seconds=0.05).__aenter__()
     os.kill(pid, signal.SIGCONT)
 
     async with valkey.embedded(tmp_path) as server:
@@ -163,8 +163,8 @@ async def test_the_next_serve_waits_for_the_server_of_a_killed_one(
     await eventually(lambda: is_gone(pid), "the old one has ended")
 
 
-def test_ctrl_c_does_not_end_it_before_its_serve_does(serve: Parent) -> None:
-    pid, url = int(serve.says()), serve.says()
+def test_ctrl_c_does_not_end_it_before_its_serve_does(serve: PythonProcess) -> None:
+    pid, url = int(serve.read_line()), serve.read_line()
     serve.signal_group(signal.SIGINT)
 
     assert connect(url).ping()

@@ -12,21 +12,21 @@ from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.listing import Page
 from asyncinfer.repository.store import Store, check_info
 from tests.faults.harness import eventually
-from tests.queue_driver import Hands, Q, ids_of, new_job
+from tests.queue_driver import Q, QueueDriver, ids_of, new_job
 
 OTHER = f"{Q}:digits"
 
 
 @pytest.fixture
-def hands(store: Store, server: redis.Redis) -> Hands:
-    return Hands(store, server)
+def hands(store: Store, server: redis.Redis) -> QueueDriver:
+    return QueueDriver(store, server)
 
 
-async def listed(hands: Hands, *, tenant: str = "default", **filters: str) -> list[str]:
+async def listed(hands: QueueDriver, *, tenant: str = "default", **filters: str) -> list[str]:
     return ids_of((await hands.inspection.jobs(tenant=tenant, **filters)).jobs)  # type: ignore[arg-type]
 
 
-async def pages(hands: Hands, limit: int) -> list[list[str]]:
+async def pages(hands: QueueDriver, limit: int) -> list[list[str]]:
     """The ids of all pages of a listing."""
     found: list[list[str]] = []
     cursor: str | None = None
@@ -38,17 +38,17 @@ async def pages(hands: Hands, limit: int) -> list[list[str]]:
             return found
 
 
-async def over_three_queues(hands: Hands) -> list[str]:
+async def over_three_queues(hands: QueueDriver) -> list[str]:
     """Submits jobs to three queues in calls of one to four; returns the ids, newest first."""
     jobs: list[str] = []
     sizes = itertools.cycle((1, 4, 2, 3))
     for queue, size in zip([Q, OTHER, f"{Q}:iris2"] * 6, sizes, strict=False):
-        jobs += await hands.some(size, queue=queue)
+        jobs += await hands.submit_many(size, queue=queue)
         await next_ms(hands)
     return jobs[::-1]
 
 
-async def next_ms(hands: Hands) -> None:
+async def next_ms(hands: QueueDriver) -> None:
     """Lets a ms pass: only the time orders the entries of two logs."""
     now_ms = hands.now_ms()
     await eventually(lambda: hands.now_ms() > now_ms, "another millisecond")
@@ -57,15 +57,15 @@ async def next_ms(hands: Hands) -> None:
 # --- the listing ---------------------------------------------------------------------------
 
 
-async def test_jobs_are_listed_newest_first(hands: Hands) -> None:
-    jobs = [*await hands.some(3), *await hands.some(2)]
+async def test_jobs_are_listed_newest_first(hands: QueueDriver) -> None:
+    jobs = [*await hands.submit_many(3), *await hands.submit_many(2)]
     assert await listed(hands) == jobs[::-1]
 
 
-async def test_a_listing_shows_each_job_as_it_is_now(hands: Hands) -> None:
-    done, running, cancelled, waiting = await hands.some(4)
-    await hands.finish(await hands.take(1))
-    await hands.take(1)
+async def test_a_listing_shows_each_job_as_it_is_now(hands: QueueDriver) -> None:
+    done, running, cancelled, waiting = await hands.submit_many(4)
+    await hands.finish(await hands.claim_jobs(1))
+    await hands.claim_jobs(1)
     await hands.cancel(cancelled)
     page = await hands.inspection.jobs(tenant="default")
     statuses = {job.job_id: job.status for job in page.jobs}
@@ -78,7 +78,7 @@ async def test_a_listing_shows_each_job_as_it_is_now(hands: Hands) -> None:
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 100])
 async def test_pages_over_several_queues_have_neither_gaps_nor_repeats(
-    hands: Hands, limit: int
+    hands: QueueDriver, limit: int
 ) -> None:
     jobs = await over_three_queues(hands)
     found = await pages(hands, limit)
@@ -86,7 +86,7 @@ async def test_pages_over_several_queues_have_neither_gaps_nor_repeats(
     assert all(len(page) == limit for page in found[:-1])
 
 
-async def test_pages_are_complete_while_new_jobs_arrive(hands: Hands) -> None:
+async def test_pages_are_complete_while_new_jobs_arrive(hands: QueueDriver) -> None:
     jobs = await over_three_queues(hands)
     first = await hands.inspection.jobs(tenant="default", limit=5)
     await over_three_queues(hands)
@@ -94,7 +94,7 @@ async def test_pages_are_complete_while_new_jobs_arrive(hands: Hands) -> None:
     assert ids_of(first.jobs) + ids_of(second.jobs) == jobs
 
 
-async def test_pages_are_complete_while_jobs_run_and_end(hands: Hands) -> None:
+async def test_pages_are_complete_while_jobs_run_and_end(hands: QueueDriver) -> None:
     jobs = await over_three_queues(hands)
     found: list[str] = []
     cursor: str | None = None
@@ -107,8 +107,8 @@ async def test_pages_are_complete_while_jobs_run_and_end(hands: Hands) -> None:
     assert found == jobs
 
 
-async def test_two_queues_that_log_in_the_same_ms_are_listed_completely(hands: Hands) -> None:
-    jobs = [await hands.one(queue=queue) for queue in (Q, OTHER)]
+async def test_two_queues_that_log_in_the_same_ms_are_listed_completely(hands: QueueDriver) -> None:
+    jobs = [await hands.submit_one(queue=queue) for queue in (Q, OTHER)]
     for queue, job_id in zip((Q, OTHER), jobs, strict=True):
         hands.redis.delete(keys.log(queue))
         packed = msgspec.msgpack.encode([job_id])
@@ -116,28 +116,28 @@ async def test_two_queues_that_log_in_the_same_ms_are_listed_completely(hands: H
     assert sorted(itertools.chain(*await pages(hands, 1))) == sorted(jobs)
 
 
-async def test_a_log_longer_than_a_page_of_entries_is_read_to_its_end(hands: Hands) -> None:
-    jobs = [await hands.one() for _ in range(230)]
+async def test_a_log_longer_than_a_page_of_entries_is_read_to_its_end(hands: QueueDriver) -> None:
+    jobs = [await hands.submit_one() for _ in range(230)]
     assert list(itertools.chain(*await pages(hands, 90))) == jobs[::-1]
 
 
-async def test_a_listing_can_be_filtered_by_status(hands: Hands) -> None:
-    done, waiting = await hands.some(2)
-    await hands.finish(await hands.take(1))
+async def test_a_listing_can_be_filtered_by_status(hands: QueueDriver) -> None:
+    done, waiting = await hands.submit_many(2)
+    await hands.finish(await hands.claim_jobs(1))
     assert await listed(hands, status="completed") == [done]
     assert await listed(hands, status="pending") == [waiting]
     assert await listed(hands, status="failed") == []
 
 
-async def test_a_listing_can_be_filtered_by_model(hands: Hands) -> None:
+async def test_a_listing_can_be_filtered_by_model(hands: QueueDriver) -> None:
     await hands.store.claim_default_model("iris")
-    iris, digits = await hands.one(), await hands.one(queue=OTHER)
+    iris, digits = await hands.submit_one(), await hands.submit_one(queue=OTHER)
     assert await listed(hands, model="iris") == [iris]
     assert await listed(hands, model="digits") == [digits]
     assert await listed(hands, model="unknown") == []
 
 
-async def test_a_tenant_sees_its_own_jobs_only(hands: Hands) -> None:
+async def test_a_tenant_sees_its_own_jobs_only(hands: QueueDriver) -> None:
     mine, theirs = new_job(tenant="me"), new_job(tenant="them")
     await hands.submit(mine, theirs)
     assert await listed(hands, tenant="me") == [mine.job_id]
@@ -145,49 +145,51 @@ async def test_a_tenant_sees_its_own_jobs_only(hands: Hands) -> None:
     assert await listed(hands) == []
 
 
-async def test_a_rare_filter_fills_its_page_from_far_back(hands: Hands) -> None:
+async def test_a_rare_filter_fills_its_page_from_far_back(hands: QueueDriver) -> None:
     rare = [new_job(tenant="rare") for _ in range(3)]
     for job in rare:
         await hands.submit(job)
-        await hands.some(100)
+        await hands.submit_many(100)
     page = await hands.inspection.jobs(tenant="rare", limit=2)
     assert ids_of(page.jobs) == [rare[2].job_id, rare[1].job_id]
     rest = await hands.inspection.jobs(tenant="rare", limit=2, cursor=page.cursor)
     assert (ids_of(rest.jobs), rest.cursor) == ([rare[0].job_id], None)
 
 
-async def test_a_job_that_is_no_longer_kept_is_no_longer_listed(hands: Hands) -> None:
-    gone, kept = await hands.some(2)
+async def test_a_job_that_is_no_longer_kept_is_no_longer_listed(hands: QueueDriver) -> None:
+    gone, kept = await hands.submit_many(2)
     await hands.cancel(gone)
     hands.redis.delete(*(f"job:{gone}:{word}" for word in ("data", "status", "meta")))
     assert await listed(hands) == [kept]
 
 
-async def test_a_retried_job_is_listed_once(hands: Hands) -> None:
-    first, second = await hands.some(2)
+async def test_a_retried_job_is_listed_once(hands: QueueDriver) -> None:
+    first, second = await hands.submit_many(2)
     await hands.cancel(first)
     await hands.retry(first)
     assert await listed(hands) == [second, first]
 
 
-async def test_a_damaged_record_does_not_stop_the_listing(hands: Hands) -> None:
-    damaged, job_id = await hands.some(2)
+async def test_a_damaged_record_does_not_stop_the_listing(hands: QueueDriver) -> None:
+    damaged, job_id = await hands.submit_many(2)
     hands.redis.set(keys.meta(damaged), b"12345678\x91\xa2\xff\xfe")
     assert await listed(hands) == [job_id]
     await hands.run_all()
     hands.redis.delete(keys.meta(damaged))
 
 
-async def test_an_empty_queue_lists_nothing(hands: Hands) -> None:
+async def test_an_empty_queue_lists_nothing(hands: QueueDriver) -> None:
     assert await hands.inspection.jobs(tenant="default") == Page((), None)
 
 
 # --- external jobs in the listing ----------------------------------------------------------
 
 
-async def test_an_external_job_is_listed_when_claimed_as_the_default_tenants(hands: Hands) -> None:
-    job_id = await hands.one()
-    hands.stranger("theirs")
+async def test_an_external_job_is_listed_when_claimed_as_the_default_tenants(
+    hands: QueueDriver,
+) -> None:
+    job_id = await hands.submit_one()
+    hands.add_external_job("theirs")
     assert await listed(hands) == [job_id]
     await hands.run_all()
     assert await listed(hands) == ["theirs", job_id]
@@ -195,11 +197,13 @@ async def test_an_external_job_is_listed_when_claimed_as_the_default_tenants(han
 
 
 @pytest.mark.parametrize("outcome", ["released", "suspect", "retry", "lost"])
-async def test_an_external_job_that_runs_twice_is_listed_once(hands: Hands, outcome: str) -> None:
-    hands.stranger("theirs")
-    claim = await hands.take()
+async def test_an_external_job_that_runs_twice_is_listed_once(
+    hands: QueueDriver, outcome: str
+) -> None:
+    hands.add_external_job("theirs")
+    claim = await hands.claim_jobs()
     if outcome == "lost":
-        hands.let_leases_end()
+        hands.expire_leases()
         await hands.sweep()
     else:
         await hands.finish(claim, outcome)  # type: ignore[arg-type]
@@ -209,10 +213,10 @@ async def test_an_external_job_that_runs_twice_is_listed_once(hands: Hands, outc
     assert await listed(hands) == ["theirs"]
 
 
-async def test_an_external_id_that_is_not_text_hides_no_other_job(hands: Hands) -> None:
-    hands.stranger("first")
-    hands.stranger(b"\xff\xfe")
-    hands.stranger("second")
+async def test_an_external_id_that_is_not_text_hides_no_other_job(hands: QueueDriver) -> None:
+    hands.add_external_job("first")
+    hands.add_external_job(b"\xff\xfe")
+    hands.add_external_job("second")
     await hands.run_all()
     assert await listed(hands) == ["second", "first"]
 
@@ -233,14 +237,16 @@ def forged(*place: object) -> str:
         forged("5-1", ["list"], 0),
     ],
 )
-async def test_a_forged_cursor_is_refused_not_an_error(hands: Hands, cursor: str) -> None:
-    await hands.one()
+async def test_a_forged_cursor_is_refused_not_an_error(hands: QueueDriver, cursor: str) -> None:
+    await hands.submit_one()
     with pytest.raises(InvalidQuery, match="cursor"):
         await hands.inspection.jobs(tenant="default", cursor=cursor)
 
 
-async def test_a_cursor_of_a_removed_queue_continues_with_the_other_queues(hands: Hands) -> None:
-    jobs = await hands.some(2)
+async def test_a_cursor_of_a_removed_queue_continues_with_the_other_queues(
+    hands: QueueDriver,
+) -> None:
+    jobs = await hands.submit_many(2)
     cursor = forged("9999999999999-1", f"{Q}:gone", 3)
     page = await hands.inspection.jobs(tenant="default", cursor=cursor)
     assert ids_of(page.jobs) == jobs[::-1]
@@ -249,11 +255,11 @@ async def test_a_cursor_of_a_removed_queue_continues_with_the_other_queues(hands
 # --- health and the server -----------------------------------------------------------------
 
 
-async def test_health_counts_the_waiting_jobs_of_each_queue(hands: Hands) -> None:
-    await hands.some(2)
-    await hands.one(priority="high")
-    await hands.one(queue=OTHER, priority="low")
-    await hands.one(delay_seconds=60)
+async def test_health_counts_the_waiting_jobs_of_each_queue(hands: QueueDriver) -> None:
+    await hands.submit_many(2)
+    await hands.submit_one(priority="high")
+    await hands.submit_one(queue=OTHER, priority="low")
+    await hands.submit_one(delay_seconds=60)
     await hands.announcements.announce_worker("w", {}, 60)
     health = await hands.inspection.health()
     assert health.server.startswith(("Valkey ", "Redis "))
@@ -272,10 +278,10 @@ def test_supported_servers_are_named(info: dict[str, str], named: str) -> None:
     assert check_info(info) == named
 
 
-async def test_a_listing_passes_expired_jobs_in_few_calls(hands: Hands) -> None:
+async def test_a_listing_passes_expired_jobs_in_few_calls(hands: QueueDriver) -> None:
     """With one call for each log entry, a listing took 4,900 calls and over a second."""
-    oldest = await hands.one()
-    expired = [await hands.one() for _ in range(300)]
+    oldest = await hands.submit_one()
+    expired = [await hands.submit_one() for _ in range(300)]
     hands.redis.delete(
         *(key for job_id in expired for key in (keys.status(job_id), keys.meta(job_id)))
     )

@@ -217,7 +217,7 @@ def test_every_documented_argument_is_read_but_those_of_a_policy(name: str) -> N
     """Python sends the whole of a policy's arguments to every script that ends jobs."""
     read = set(re.findall(r"\bargs\.(\w+)", code_of(script(name).text)))
     documented = re.findall(r"^1 \{([\w, ]*)", section(name, "ARGV"))[0]
-    assert set(re.findall(r"\w+", documented)) - read <= set(Policy().ending())
+    assert set(re.findall(r"\w+", documented)) - read <= set(Policy().end_arguments())
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -26,13 +26,13 @@ from hypothesis.stateful import (
 
 from asyncinfer.jobs import TERMINAL, Facts, Outcome, decode_facts, decode_record
 from asyncinfer.repository import keys
-from asyncinfer.repository.claims import Claim, Claimed, ClaimRequest, Finished
-from asyncinfer.repository.leases import Renewals
+from asyncinfer.repository.claims import Claim, ClaimReply, ClaimRequest, JobOutcome
+from asyncinfer.repository.leases import Leases
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import NewJob
 from tests.faults.harness import assert_at_rest
-from tests.queue_driver import Hands, Q, new_job, outcome_of
+from tests.queue_driver import Q, QueueDriver, new_job, outcome_of
 
 T = TypeVar("T")
 
@@ -112,7 +112,7 @@ class Held(msgspec.Struct):
     claim: Claim
     request: ClaimRequest
     open: list[str]
-    sent: list[tuple[list[Finished], bool, ClaimRequest | None]] = msgspec.field(
+    sent: list[tuple[list[JobOutcome], bool, ClaimRequest | None]] = msgspec.field(
         default_factory=list
     )
     let_go: bool = False
@@ -122,13 +122,13 @@ class World:
     """The event loop, the store and the client of all runs of the machine."""
 
     def __init__(self, url: str, client: redis.Redis) -> None:
-        policy = Policy(lease_seconds=60, reap_seconds=2, max_queue=MAX_QUEUE, max_dead=3)
+        policy = Policy(lease_seconds=60, reap_seconds=2, max_queue=MAX_QUEUE, max_dead_letters=3)
         self.runner = asyncio.Runner()
         self.redis: Any = client
         self._opened = Store.open(url, queue_name=Q, policy=policy, name="machine")
         self.store = self.runner.run(self._opened.__aenter__())
-        self.renewals = Renewals(self.store)
-        self.hands = Hands(self.store, client)
+        self.renewals = Leases(self.store)
+        self.hands = QueueDriver(self.store, client)
 
     def do(self, call: Coroutine[Any, Any, T]) -> T:
         return self.runner.run(call)
@@ -281,7 +281,7 @@ class Machine(RuleBasedStateMachine):
     def submit_all(self, jobs: list[NewJob], repeat: bool) -> None:
         queue = jobs[0].queue
         sent = jobs + jobs[:1] if repeat else jobs
-        replies = self.do(self.hands.submitted(*sent))
+        replies = self.do(self.hands.submit_jobs(*sent))
         accepted = [job for job, reply in zip(sent, replies, strict=True) if reply.verdict == "ok"]
         verdicts = [reply.verdict for reply in replies]
         room = self.last.queues[queue].room
@@ -289,7 +289,7 @@ class Machine(RuleBasedStateMachine):
         assert "full" not in verdicts or len(accepted) == max(0, room)
         if repeat:
             assert verdicts[-1] != "ok" or verdicts[0] == "full"
-        used = [job.idempotency for job in accepted if job.idempotency]
+        used = [job.idempotency_digest for job in accepted if job.idempotency_digest]
         assert len(used) == len(set(used))
         known = {*self.ids, *(job.job_id for job in accepted)}
         assert all(reply.job_id in known for reply in replies if reply.verdict == "dup")
@@ -399,7 +399,7 @@ class Machine(RuleBasedStateMachine):
     @rule(status=st.sampled_from([b"pending", None]))
     def external_submit(self, status: bytes | None) -> None:
         job_id = f"theirs{len(self.ids)}"
-        self.hands.stranger(job_id, status=status)
+        self.hands.add_external_job(job_id, status=status)
         self.ids.append(job_id)
         self.external_ids.add(job_id)
         self.stray_pushes += 1
@@ -436,11 +436,11 @@ class Machine(RuleBasedStateMachine):
     def request(self, worker: int, max_jobs: int, low_first: bool, turn: bool) -> ClaimRequest:
         holds = any(held.worker == worker and not held.let_go for held in self.held)
         queues = QUEUES[::-1] if turn else QUEUES
-        return ClaimRequest(queues, self.hands.runs.new_token(), holds, max_jobs, low_first)
+        return ClaimRequest(queues, self.hands.consumer.new_token(), holds, max_jobs, low_first)
 
-    def took(self, worker: int, request: ClaimRequest, claimed: Claimed) -> None:
+    def took(self, worker: int, request: ClaimRequest, claimed: ClaimReply) -> None:
         """Notes a claim, and checks that no other claim holds its jobs."""
-        if claimed.blocked:
+        if claimed.is_blocked:
             self.blocked.add(worker)
         if claimed.claim is None:
             return
@@ -451,7 +451,7 @@ class Machine(RuleBasedStateMachine):
         assert not set(ids) & set(before.running)
         assert all(not self.last.jobs[job_id].ended for job_id in ids)
         alone = [job for job in claim.jobs if job.facts.deliveries or job.facts.suspect]
-        assert not alone or (len(ids) == 1 and not request.held)
+        assert not alone or (len(ids) == 1 and not request.is_holding)
         self.check_order(before, ids, request)
         self.held.append(Held(worker, claim, request, ids))
 
@@ -473,7 +473,7 @@ class Machine(RuleBasedStateMachine):
         if not self.may_claim(worker):
             return
         request = self.request(worker, max_jobs, low_first, turn)
-        self.took(worker, request, self.do(self.hands.runs.claim(request)))
+        self.took(worker, request, self.do(self.hands.consumer.claim(request)))
 
     @precondition(lambda self: self.has_work())
     @rule(worker=st.integers(0, WORKERS - 1), turn=st.booleans())
@@ -512,8 +512,8 @@ class Machine(RuleBasedStateMachine):
         alive = held.claim.token in self.last.queues[held.claim.queue].claims
         if late or not alive:
             # A duplicate that the network delayed until after its deadline.
-            self.world.store.saw_server_time(self.hands.now_ms() - 3_600_000)
-        claimed = self.do(self.hands.runs.claim(held.request))
+            self.world.store.note_server_time(self.hands.now_ms() - 3_600_000)
+        claimed = self.do(self.hands.consumer.claim(held.request))
         owned = [
             job_id
             for job_id in (job.job_id for job in held.claim.jobs)
@@ -559,14 +559,14 @@ class Machine(RuleBasedStateMachine):
     def send(
         self,
         held: Held,
-        finished: list[Finished],
+        finished: list[JobOutcome],
         last: bool,
         following: ClaimRequest | None,
     ) -> None:
         """Finishes jobs and checks each verdict."""
         before = self.last.queues[held.claim.queue]
         verdicts, claimed = self.do(
-            self.hands.runs.finish(held.claim, finished, last=last, following=following)
+            self.hands.consumer.finish(held.claim, finished, last=last, following=following)
         )
         for job, verdict in zip(finished, verdicts, strict=True):
             if before.running.get(job.job_id) != held.claim.token:
@@ -584,7 +584,7 @@ class Machine(RuleBasedStateMachine):
             self.last = msgspec.structs.replace(self.last, queues=self.before_next(claimed))
             self.took(held.worker, following, claimed)
 
-    def before_next(self, claimed: Claimed) -> dict[str, QueueView]:
+    def before_next(self, claimed: ClaimReply) -> dict[str, QueueView]:
         """The queues as the claim within a finish found them."""
         queues = dict(self.last.queues)
         if claimed.claim:
@@ -604,7 +604,7 @@ class Machine(RuleBasedStateMachine):
         sent = [held for held in self.held if held.sent]
         held = sent[which % len(sent)]
         finished, last, _ = held.sent[call % len(held.sent)]
-        verdicts, _ = self.do(self.hands.runs.finish(held.claim, finished, last=last))
+        verdicts, _ = self.do(self.hands.consumer.finish(held.claim, finished, last=last))
         assert set(verdicts) <= {"already", "stale"}
         self.unchanged("a finish sent again")
 
@@ -659,7 +659,7 @@ class Machine(RuleBasedStateMachine):
         if not ids:
             return
         job_id = ids[which % len(ids)]
-        self.hands.let_come_due(keys.deadlines(queue), job_id)
+        self.hands.make_due(keys.deadlines(queue), job_id)
         facts = self.last.queues[queue].facts[job_id]
         past = msgspec.structs.replace(
             facts, **({"start_by_ms": 1} if facts.start_by_ms else {"finish_by_ms": 1})
@@ -814,10 +814,10 @@ class Machine(RuleBasedStateMachine):
         """Runs all jobs that are left; then no key may be left over."""
         for queue in QUEUES:
             self.do(self.hands.operations.pause(queue, paused=False))
-            self.hands.let_leases_end(queue=queue)
+            self.hands.expire_leases(queue=queue)
         self.do(self.hands.sweep())
         for queue in QUEUES:
-            self.hands.let_come_due(keys.delayed(queue))
+            self.hands.make_due(keys.delayed(queue))
         self.do(self.hands.sweep())
         while claim := self.do(self.hands.claim(4, queues=QUEUES)).claim:
             self.do(self.hands.finish(claim))

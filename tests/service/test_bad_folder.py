@@ -12,10 +12,10 @@ import pytest
 
 from asyncinfer.cli.doctor.models import examine_models
 from asyncinfer.errors import ModelDirUnreadable
-from asyncinfer.worker.models.source import Source
+from asyncinfer.worker.models.source import ModelSource
 from tests import unprivileged, zoo
 from tests.faults.harness import eventually_sync
-from tests.process import REPOSITORY, Parent
+from tests.process import REPOSITORY, PythonProcess
 from tests.serving import free_port
 
 ONNX = zoo.adds(1).SerializeToString()
@@ -76,7 +76,7 @@ class UnprivilegedServe:
         self._port = free_port()
         environ = {"DATA_DIR": str(data_dir), "MODEL_DIR": str(folder), "RESCAN_SECONDS": "0.2"}
         argv = ["-m", "asyncinfer", "serve", "--port", str(self._port), "--default-model", "good"]
-        self.process = Parent(argv, environ, REPOSITORY, unprivileged.drop)
+        self.process = PythonProcess(argv, environ, REPOSITORY, unprivileged.drop)
 
     def get(self, path: str, body: object = None) -> Any:
         url = f"http://127.0.0.1:{self._port}{path}"
@@ -111,7 +111,7 @@ class UnprivilegedServe:
     def stop(self) -> str:
         """Stops the service; returns its log."""
         self.process.process.terminate()
-        log = self.process.complaints()
+        log = self.process.read_stderr()
         assert self.process.process.wait() == 0
         return log
 
@@ -151,7 +151,7 @@ def test_the_doctor_says_what_is_wrong_with_each_entry_of_the_folder(tmp_path: P
         (tmp_path / name).chmod(0)
 
     with unprivileged.unprivileged():
-        findings = asyncio.run(examine_models(Source(tmp_path), allow_custom_ops=False))
+        findings = asyncio.run(examine_models(ModelSource(tmp_path), allow_custom_ops=False))
 
     for name in ("closed", "lost+found"):
         (tmp_path / name).chmod(0o700)
@@ -168,5 +168,5 @@ def test_an_unreadable_model_folder_is_reported_in_one_line(tmp_path: Path) -> N
         unprivileged.unprivileged(),
         pytest.raises(ModelDirUnreadable, match=r"cannot be read: Permission denied; give"),
     ):
-        Source(tmp_path).files()
+        ModelSource(tmp_path).files()
     tmp_path.chmod(0o700)

@@ -20,8 +20,8 @@ import pytest
 from asyncinfer import settings
 from tests.docs.markdown import all_blocks, sections_with
 from tests.faults.harness import eventually_sync
-from tests.process import REPOSITORY, parent
-from tests.serving import Serve, answer_of, serving
+from tests.process import REPOSITORY, python_process
+from tests.serving import ServeProcess, running_serve, wait_for_result
 
 IRIS_ROW: Final = ("5.1", "3.5", "1.4", "0.2")
 EXAMPLES: Final = ["colour", "sentences", "wine"]
@@ -47,7 +47,7 @@ class CommandResult(NamedTuple):
 class User:
     """Runs commands in a folder, with the URL of a running `serve`."""
 
-    def __init__(self, folder: Path, serve: Serve | None = None) -> None:
+    def __init__(self, folder: Path, serve: ServeProcess | None = None) -> None:
         self.folder = folder
         self.serve = serve
 
@@ -121,7 +121,7 @@ class User:
         assert self.serve is not None
         self.serve.process.signal_group(signal.SIGINT)
         assert self.serve.process.process.wait(TIME_OUT_SECONDS) == 0
-        return self.serve.process.complaints()
+        return self.serve.process.read_stderr()
 
 
 def iris_body() -> bytes:
@@ -154,7 +154,7 @@ def refusal(user: User, *argv: str) -> str:
     return result.err
 
 
-def offered_models(serve: Serve) -> set[str]:
+def offered_models(serve: ServeProcess) -> set[str]:
     """The models that the API lists, loaded or being loaded."""
     listed = serve.get("/models")
     return {model["model"] for model in listed["models"]} | set(listed["loading"])
@@ -182,11 +182,11 @@ def test_the_steps_of_the_readme_in_one_data_dir_all_work_and_never_hang(
 
 
 def use_shipped_models(folder: Path) -> None:
-    with serving(cwd=folder) as serve:
+    with running_serve(cwd=folder) as serve:
         user = User(folder, serve)
         # The first prediction comes while the worker is still starting.
         assert '"class_name":"setosa"' in user.run_command("predict", *IRIS_ROW).out
-        assert answer_of(serve)["result"]["class_name"] == "setosa"
+        assert wait_for_result(serve)["result"]["class_name"] == "setosa"
         wait_for_states(user, {"digits": "runs", "iris": "runs"})
         assert user.run_doctor()["problem"] == []
         user.press_ctrl_c()
@@ -194,7 +194,7 @@ def use_shipped_models(folder: Path) -> None:
 
 def use_example_models(folder: Path) -> None:
     client_programs = make_examples(folder)
-    with serving(cwd=folder) as serve:
+    with running_serve(cwd=folder) as serve:
         user = User(folder, serve)
         # There is no default model; only models of this folder are listed, from the start.
         assert offered_models(serve) <= set(EXAMPLES)
@@ -235,11 +235,13 @@ def start_with_wrong_settings(folder: Path) -> None:
         assert f"DEFAULT_MODEL is '{name}'" in message
         assert "Set it to one of: colour, sentences, wine" in message
     assert "MODELS names nope" in refusal(user, "--models", "nope")
-    with parent("-m", "asyncinfer", "serve", "--work", "--models", "a,b", cwd=folder) as serve_work:
+    with python_process(
+        "-m", "asyncinfer", "serve", "--work", "--models", "a,b", cwd=folder
+    ) as serve_work:
         assert serve_work.process.wait(TIME_OUT_SECONDS) == 2
-        assert "MODELS names a, b" in serve_work.complaints()
+        assert "MODELS names a, b" in serve_work.read_stderr()
 
-    with serving("--models", "colour,nope", cwd=folder) as serve:
+    with running_serve("--models", "colour,nope", cwd=folder) as serve:
         user = User(folder, serve)
         wait_for_states(user, {"colour": "runs"})
         eventually_sync(lambda: "nope" in user.run_command("models").err, "nope is a problem")
@@ -247,7 +249,7 @@ def start_with_wrong_settings(folder: Path) -> None:
 
 
 def leave_a_job_behind(folder: Path) -> None:
-    with serving("--default-model", "colour", cwd=folder) as serve:
+    with running_serve("--default-model", "colour", cwd=folder) as serve:
         user = User(folder, serve)
         wait_for_states(user, dict.fromkeys(EXAMPLES, "runs"))
         assert user.run_command("pause", "colour").code == 0
@@ -262,7 +264,7 @@ def use_bad_models(folder: Path, examples: Path) -> None:
     model.mkdir()
     (model / "lfs.onnx").write_text(LFS_POINTER)
     (model / "page.onnx").write_text("<!DOCTYPE html><html>Not found</html>")
-    with serving(cwd=folder) as serve:
+    with running_serve(cwd=folder) as serve:
         user = User(folder, serve)
         eventually_sync(
             lambda: user.model_states() == {"colour": "no worker"}, "only colour is listed"
@@ -303,7 +305,7 @@ def publish(source: Path, into: Path) -> None:
 
 def use_workers_with_other_folders(examples: Path, elsewhere: Path, empty: Path) -> None:
     publish(examples / "model" / "wine", elsewhere / "model")
-    with serving(cwd=examples) as serve:
+    with running_serve(cwd=examples) as serve:
         user = User(examples, serve)
         wait_for_states(user, dict.fromkeys(EXAMPLES, "runs"))
         assert "colour (default)" in serve.welcome["Models"]
@@ -323,12 +325,12 @@ def use_workers_with_other_folders(examples: Path, elsewhere: Path, empty: Path)
 
 @contextmanager
 def running_worker(folder: Path) -> Iterator[None]:
-    with parent("-m", "asyncinfer", "work", cwd=folder) as worker:
+    with python_process("-m", "asyncinfer", "work", cwd=folder) as worker:
         yield
         worker.process.terminate()
         assert worker.process.wait(TIME_OUT_SECONDS) == 0
 
 
-def worker_counts(serve: Serve) -> list[int]:
+def worker_counts(serve: ServeProcess) -> list[int]:
     """The number of workers of each model."""
     return [model["workers"] for model in serve.get("/models")["models"]]

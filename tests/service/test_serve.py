@@ -15,8 +15,8 @@ from asyncinfer.api_keys import Caller, Keyring
 from asyncinfer.cli import main
 from tests import zoo
 from tests.faults.harness import eventually_sync
-from tests.process import REPOSITORY, is_gone, parent
-from tests.serving import REFUSED, Serve, answer_of, free_port, serving
+from tests.process import REPOSITORY, is_gone, python_process
+from tests.serving import EXIT_REFUSED, ServeProcess, free_port, running_serve, wait_for_result
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """Runs a command that must be refused; returns its one line on stderr."""
-    assert main(argv) == REFUSED
+    assert main(argv) == EXIT_REFUSED
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("asyncinfer: ")
@@ -188,30 +188,32 @@ def test_a_key_of_an_unknown_scope_is_refused(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
     """A `serve` without settings, in a folder of its own, shared by tests that change nothing."""
     folder = tmp_path_factory.mktemp("anywhere")
     environ = {"DATA_DIR": str(folder / "data"), "PYTHONPATH": str(REPOSITORY)}
     with pytest.MonkeyPatch.context() as patch:
         for knob in settings.knobs():
             patch.delenv(knob.variable, raising=False)
-        with serving(cwd=folder, **environ) as serve:
+        with running_serve(cwd=folder, **environ) as serve:
             yield serve
 
 
-def test_one_command_starts_it_and_the_curl_line_of_its_banner_gets_a_result(served: Serve) -> None:
-    assert answer_of(served)["result"]["class_name"] == "setosa"
+def test_one_command_starts_it_and_the_curl_line_of_its_banner_gets_a_result(
+    served: ServeProcess,
+) -> None:
+    assert wait_for_result(served)["result"]["class_name"] == "setosa"
     assert served.welcome["Redis"].startswith("Valkey ")
 
 
-def test_it_works_from_any_folder_with_the_shipped_models(served: Serve) -> None:
+def test_it_works_from_any_folder_with_the_shipped_models(served: ServeProcess) -> None:
     assert "iris (default)" in served.welcome["Models"]
 
 
 def test_a_single_model_file_is_served_as_the_default_model(tmp_path: Path) -> None:
     file = tmp_path / "churn.onnx"
     file.write_bytes(zoo.mlp([3, 2]).SerializeToString())
-    with serving("--model", str(file), DATA_DIR=str(tmp_path / "data")) as serve:
+    with running_serve("--model", str(file), DATA_DIR=str(tmp_path / "data")) as serve:
         assert serve.welcome["Models"] == "churn (default)"
         eventually_sync(lambda: bool(serve.get("/models")["models"]), "it is announced")
         (model,) = serve.get("/models")["models"]
@@ -224,7 +226,9 @@ def test_the_banner_does_not_list_models_whose_files_are_visibly_broken(tmp_path
         (tmp_path / f"{name}.onnx").write_bytes(file_content)
     zoo.place(tmp_path, "wrong", zoo.mlp([3, 2]), toml="oops")
     data_dir = str(tmp_path / "data")
-    with serving("--model-dir", str(tmp_path), "--default-model", "a", DATA_DIR=data_dir) as serve:
+    with running_serve(
+        "--model-dir", str(tmp_path), "--default-model", "a", DATA_DIR=data_dir
+    ) as serve:
         url = serve.welcome["URL"]
         assert (
             serve.welcome["Models"] == f"a (default); not cut, empty, wrong: {url}/models says why"
@@ -237,31 +241,31 @@ def test_the_banner_does_not_list_models_whose_files_are_visibly_broken(tmp_path
 
 
 def test_sigterm_ends_all_processes_and_the_next_start_has_the_jobs() -> None:
-    with serving() as serve:
-        job_id = answer_of(serve)["job_id"]
-        pids = serve.children()
+    with running_serve() as serve:
+        job_id = wait_for_result(serve)["job_id"]
+        pids = serve.child_pids()
         serve.process.process.terminate()
         assert serve.process.process.wait(15) == 0
         assert len(pids) == 2
         assert all(map(is_gone, pids))
 
-    with serving() as serve:
+    with running_serve() as serve:
         assert serve.get(f"/job/{job_id}")["result"]["class_name"] == "setosa"
 
 
 def test_a_killed_serve_leaves_neither_valkey_nor_worker_after_5_s() -> None:
-    with serving() as serve:
-        job_id = answer_of(serve)["job_id"]
-        pids = serve.children()
+    with running_serve() as serve:
+        job_id = wait_for_result(serve)["job_id"]
+        pids = serve.child_pids()
         serve.process.kill()
         eventually_sync(lambda: all(map(is_gone, pids)), "both have ended", seconds=5)
 
-    with serving() as serve:
+    with running_serve() as serve:
         assert serve.get(f"/job/{job_id}")["status"] == "completed"
 
 
 def test_a_second_serve_on_one_data_dir_is_refused(
-    served: Serve, capsys: pytest.CaptureFixture[str]
+    served: ServeProcess, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data_dir = served.process.environ["DATA_DIR"]
     message = refusal(capsys, "serve", "--port", str(free_port()), "--data-dir", data_dir)
@@ -273,11 +277,11 @@ def test_a_second_serve_on_one_data_dir_is_refused(
 def test_a_taken_port_is_refused() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
-        with parent("-m", "asyncinfer", "serve", "--port", port) as process:
-            assert process.process.wait() == REFUSED
-            assert f"127.0.0.1:{port}" in process.complaints()
+        with python_process("-m", "asyncinfer", "serve", "--port", port) as process:
+            assert process.process.wait() == EXIT_REFUSED
+            assert f"127.0.0.1:{port}" in process.read_stderr()
 
 
-def test_a_worker_joins_a_running_serve_through_its_folder(served: Serve) -> None:
-    with parent("-m", "asyncinfer", "work", DATA_DIR=served.process.environ["DATA_DIR"]):
+def test_a_worker_joins_a_running_serve_through_its_folder(served: ServeProcess) -> None:
+    with python_process("-m", "asyncinfer", "work", DATA_DIR=served.process.environ["DATA_DIR"]):
         eventually_sync(lambda: served.get("/health")["workers"] == 2, "there are two workers")

@@ -10,7 +10,7 @@ import pytest
 from tests import zoo
 from tests.faults.harness import eventually, eventually_sync
 from tests.faults.model_folder import ModelFolder
-from tests.serving import Serve, serving
+from tests.serving import ServeProcess, running_serve
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
 
 
 @pytest.fixture(scope="module")
-def served(folder: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+def served(folder: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
     data_dir = str(tmp_path_factory.mktemp("data"))
-    with serving(DATA_DIR=data_dir, MODEL_DIR=str(folder.path), RESCAN_SECONDS="0.5") as serve:
+    with running_serve(
+        DATA_DIR=data_dir, MODEL_DIR=str(folder.path), RESCAN_SECONDS="0.5"
+    ) as serve:
         eventually_sync(
             lambda: bool(serve.get("/models")["models"]), "a worker has announced a model"
         )
@@ -79,7 +81,7 @@ def result_of(job: dict[str, Any]) -> float:
 
 
 @pytest.fixture
-async def client(served: Serve) -> AsyncIterator[Client]:
+async def client(served: ServeProcess) -> AsyncIterator[Client]:
     async with httpx2.AsyncClient(base_url=served.welcome["URL"], timeout=30) as http:
         yield Client(http)
 

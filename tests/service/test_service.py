@@ -17,7 +17,7 @@ import redis
 
 from asyncinfer.jobs import decode_record
 from tests.faults.harness import assert_at_rest, eventually_sync
-from tests.process import REPOSITORY, parent
+from tests.process import REPOSITORY, python_process
 from tests.serving import free_port
 
 DATA = Path(__file__).parents[1] / "data"
@@ -31,11 +31,11 @@ def urls(redis_url: str, shipped_models: Path) -> Iterator[list[str]]:
     environ = {"REDIS_URL": redis_url, "MODEL_DIR": str(shipped_models)}
     with ExitStack() as stack:
         ports = [free_port(), free_port()]
-        stack.enter_context(parent("-m", "asyncinfer", "work", cwd=REPOSITORY, **environ))
+        stack.enter_context(python_process("-m", "asyncinfer", "work", cwd=REPOSITORY, **environ))
         for port in ports:
             argv = ("-m", "asyncinfer", "serve", "--port", str(port))
-            api = stack.enter_context(parent(*argv, cwd=REPOSITORY, **environ))
-            while not api.says().strip().startswith("Stop"):
+            api = stack.enter_context(python_process(*argv, cwd=REPOSITORY, **environ))
+            while not api.read_line().strip().startswith("Stop"):
                 pass
         urls = [f"http://127.0.0.1:{port}" for port in ports]
         with httpx2.Client(verify=False) as client:

@@ -168,7 +168,7 @@ def test_for_an_input_of_any_rank_the_text_determines_the_rank(
     array = datatypes.decode(json, spec)
 
     assert array.shape == shape
-    assert datatypes.fits(shape, spec)
+    assert datatypes.shape_fits(shape, spec)
 
 
 def test_a_text_is_not_read_deeper_than_a_tensor_may_be() -> None:
@@ -192,7 +192,7 @@ def test_a_text_is_not_read_deeper_than_a_tensor_may_be() -> None:
 def test_whether_a_shape_fits_the_declared_one(
     shape: tuple[int, ...], declared: tuple[int | str | None, ...], fit: bool
 ) -> None:
-    assert datatypes.fits(shape, TensorSpec("x", "FP32", declared)) is fit
+    assert datatypes.shape_fits(shape, TensorSpec("x", "FP32", declared)) is fit
 
 
 @pytest.mark.parametrize("datatype", ["FP16", "FP32", "FP64"])

@@ -93,7 +93,7 @@ def test_payloads_with_the_same_header_are_unpacked_together() -> None:
         for _ in range(5)
     ]
 
-    read = packing.unpack_alike([packing.pack(job) for job in jobs])
+    read = packing.unpack_uniform([packing.pack(job) for job in jobs])
 
     assert read is not None
     for job, unpacked in zip(jobs, read, strict=True):
@@ -114,12 +114,12 @@ def test_payloads_with_the_same_header_are_unpacked_together() -> None:
 def test_payloads_with_different_headers_are_not_unpacked_together(other: dict[str, Array]) -> None:
     payload = packing.pack({"x": np.zeros((2, 3), np.float32)})
 
-    assert packing.unpack_alike([payload, packing.pack(other)]) is None
-    assert packing.unpack_alike([payload, payload[:-1]]) is None
+    assert packing.unpack_uniform([payload, packing.pack(other)]) is None
+    assert packing.unpack_uniform([payload, payload[:-1]]) is None
 
 
 def test_strings_and_booleans_are_not_unpacked_together() -> None:
     for array in (np.array(["a"], object), np.array([True])):
         payload = packing.pack({"x": array})
 
-        assert packing.unpack_alike([payload, payload]) is None
+        assert packing.unpack_uniform([payload, payload]) is None

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncinfer.errors import Fault, InvalidInput
+from asyncinfer.errors import InputError, InvalidInput
 from asyncinfer.models.signature import Signature, read_signature
 from asyncinfer.models.validation import check_data, check_inputs
 from asyncinfer.tensors.datatypes import DTYPES, Array, Feeds, TensorSpec
@@ -107,7 +107,7 @@ def test_any_arrays_are_accepted_unchanged_or_rejected_with_errors(feeds: dict[s
         assert outcome["audio"].ndim == 2
 
 
-def inputs_or_errors(feeds: Feeds) -> Feeds | tuple[Fault, ...]:
+def inputs_or_errors(feeds: Feeds) -> Feeds | tuple[InputError, ...]:
     try:
         return check_inputs(feeds, STATE)
     except InvalidInput as error:
@@ -141,7 +141,7 @@ def test_an_error_of_an_input_of_any_rank_has_its_place(
 ) -> None:
     with pytest.raises(InvalidInput) as raised:
         check_data(data, ANY)
-    assert list(raised.value.faults) == [Fault(pointer, detail)]
+    assert list(raised.value.faults) == [InputError(pointer, detail)]
 
 
 def test_more_dimensions_than_a_tensor_may_have_are_rejected() -> None:

@@ -36,7 +36,7 @@ from asyncinfer.testing.process import free_port
 from asyncinfer.testing.service import refuse_windows
 from tests import zoo
 from tests.faults.harness import eventually_sync
-from tests.process import is_gone, parent, processes
+from tests.process import is_gone, python_process, running_processes
 
 LINUX: Final = sys.platform == "linux"
 
@@ -371,8 +371,8 @@ threading.Thread(target=run).start()
 
 @pytest.mark.soak
 def test_a_killed_test_run_leaves_neither_process_nor_file() -> None:
-    with parent("-c", KILLED) as killed:
-        folder = Path(killed.says()).parent
+    with python_process("-c", KILLED) as killed:
+        folder = Path(killed.read_line()).parent
         pids = descendants(killed.process.pid)
         assert folder.exists()
         assert len(pids) >= 3
@@ -383,8 +383,8 @@ def test_a_killed_test_run_leaves_neither_process_nor_file() -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    found, parents = list(processes()), {pid}
-    while more := {process.pid for process in found if process.parent in parents} - parents:
+    found, parents = list(running_processes()), {pid}
+    while more := {process.pid for process in found if process.parent_pid in parents} - parents:
         parents |= more
     return sorted(parents - {pid})
 

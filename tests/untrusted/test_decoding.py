@@ -13,10 +13,14 @@ from asyncinfer.api.live.position import decode_position
 from asyncinfer.jobs import Record, decode_facts, read_record
 from asyncinfer.models.signature import read_signature
 from asyncinfer.processes.limited_log import LimitedLog
-from asyncinfer.repository.announcements import worker_says
-from asyncinfer.repository.inspect.cursors import MOST_CHARACTERS, decode_cursor, encode_cursor
-from asyncinfer.repository.inspect.log import changes_in, ids_in
-from asyncinfer.repository.stored_jobs import noticed
+from asyncinfer.repository.announcements import decode_worker_announcement
+from asyncinfer.repository.inspect.cursors import (
+    MAX_CURSOR_CHARACTERS,
+    decode_cursor,
+    encode_cursor,
+)
+from asyncinfer.repository.inspect.log import decode_ids, parse_changes
+from asyncinfer.repository.stored_jobs import parse_inbox_entry
 from asyncinfer.untrusted import decoding
 
 NESTED_MSGPACK = b"\x91" * 20_000 + b"\x90"
@@ -24,12 +28,12 @@ NESTED_JSON = b"[" * 20_000 + b"]" * 20_000
 READERS = {
     "record": lambda content: read_record(b"12345678" + content),
     "facts": decode_facts,
-    "announcement of a worker": worker_says,
+    "announcement of a worker": decode_worker_announcement,
     "announcement of a model": read_signature,
-    "ids of a log": ids_in,
-    "entry of a log": lambda content: changes_in("q", b"1-1", {b"submitted": content}),
+    "ids of a log": decode_ids,
+    "entry of a log": lambda content: parse_changes("q", b"1-1", {b"submitted": content}),
     "notice of an end": lambda content: list(
-        noticed({b"x": b"completed", b"\1x": content, b"\xff": content})
+        parse_inbox_entry({b"x": b"completed", b"\1x": content, b"\xff": content})
     ),
     "text": decoding.text,
     "name": decoding.name,
@@ -73,9 +77,9 @@ def test_a_time_can_be_shown_in_an_answer_or_is_none(time_ms: float) -> None:
 def test_the_first_and_the_last_time_that_an_answer_can_show() -> None:
     first_ms = -62_135_596_800_000
     assert decoding.time(first_ms) is not None
-    assert decoding.time(decoding.LAST_MS) is not None
+    assert decoding.time(decoding.MAX_TIME_MS) is not None
     assert decoding.time(first_ms - 1) is None
-    assert decoding.time(decoding.LAST_MS + 1) is None
+    assert decoding.time(decoding.MAX_TIME_MS + 1) is None
 
 
 @pytest.mark.parametrize("content", [b"nan", b"inf", b"-inf", b"", b"x", b"1e999", b"\xff"])
@@ -119,14 +123,14 @@ def test_no_text_makes_the_cursor_decoder_raise_another_error(text: str) -> None
 
 
 def test_a_long_cursor_is_rejected_before_it_is_decoded() -> None:
-    place: Any = ["x" * MOST_CHARACTERS]
+    place: Any = ["x" * MAX_CURSOR_CHARACTERS]
     with pytest.raises(ValueError, match="characters"):
         decode_cursor(encode_cursor(place), list[str])
 
 
 def test_a_position_over_hundreds_of_queues_is_accepted() -> None:
     read = {f"predict_queue:model-{number}": (1_700_000_000_000, 5, 9) for number in range(250)}
-    assert decode_position(encode_cursor((1_700_000_000_000, read))).told == read
+    assert decode_position(encode_cursor((1_700_000_000_000, read))).acknowledged == read
 
 
 # --- log lines about them --------------------------------------------------------------------

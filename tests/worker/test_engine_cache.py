@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from asyncinfer.engine import Engine
-from asyncinfer.models.folder import ModelFile, bare_file, read_stamp, total_bytes
-from asyncinfer.worker.models.engine_cache import Bounds, EngineCache
+from asyncinfer.models.folder import ModelFile, read_stamp, single_file_model, total_bytes
+from asyncinfer.worker.models.engine_cache import CacheBounds, EngineCache
 from tests import zoo
 
 
@@ -20,7 +20,7 @@ def files(tmp_path: Path) -> list[ModelFile]:
     paths = [tmp_path / f"{name}.onnx" for name in "abc"]
     for path in paths:
         path.write_bytes(content)
-    return [bare_file(path) for path in paths]
+    return [single_file_model(path) for path in paths]
 
 
 load = partial(Engine.load, intra_op_threads=1)
@@ -37,7 +37,7 @@ async def test_jobs_that_come_while_a_version_is_loaded_wait_for_that_load(
         loads.append(file.model)
         return load(file)
 
-    cache = EngineCache(load_when_allowed, Bounds())
+    cache = EngineCache(load_when_allowed, CacheBounds())
     fetches = [asyncio.create_task(cache.fetch(files[0], 1)) for _ in range(5)]
     await asyncio.sleep(0)
     go.set()
@@ -50,7 +50,7 @@ async def test_jobs_that_come_while_a_version_is_loaded_wait_for_that_load(
 async def test_the_least_used_engine_is_dropped_and_a_run_under_way_keeps_it(
     files: list[ModelFile],
 ) -> None:
-    cache = EngineCache(load, Bounds(max_models=2))
+    cache = EngineCache(load, CacheBounds(max_models=2))
     first, _ = [await cache.fetch(file, 1) for file in files[:2]]
     assert cache.get(("a", "1")) is first
     await cache.fetch(files[2], 1)
@@ -69,7 +69,7 @@ async def test_loaded_engines_are_bounded_in_bytes_but_one_may_always_stay(
 ) -> None:
     size = total_bytes(read_stamp(files[0]))
     assert size == files[0].path.stat().st_size
-    cache = EngineCache(load, Bounds(max_bytes=2 * size))
+    cache = EngineCache(load, CacheBounds(max_bytes=2 * size))
     for file in files:
         await cache.fetch(file, size)
     assert cache.labels == [("b", "1"), ("c", "1")]

@@ -9,13 +9,13 @@ import msgspec
 import pytest
 
 from asyncinfer.cli import main
-from asyncinfer.worker.monitor import Monitor, listen, serve_monitor
+from asyncinfer.worker.monitor import Monitor, open_listener, serve_monitor
 from tests.api.harness import hosted, raw_exchange
 
 
 @pytest.fixture
 def listener() -> Iterator[socket]:
-    with closing(listen("127.0.0.1", 0)) as listener:
+    with closing(open_listener("127.0.0.1", 0)) as listener:
         yield listener
 
 
@@ -49,9 +49,9 @@ def assert_problem(answer: tuple[str, bytes], status: int, code: str) -> str:
 async def test_it_lives_before_it_is_ready(monitor: Monitor, port: int) -> None:
     assert (await send_request(port, "/health/live"))[1] == b'{"status":"ok"}'
     assert "Redis" in assert_problem(await send_request(port, "/health/ready"), 503, "not_ready")
-    monitor.unready = lambda: None
+    monitor.why_not_ready = lambda: None
     assert (await send_request(port, "/health/ready"))[1] == b'{"status":"ok"}'
-    monitor.unready = lambda: "It drains."
+    monitor.why_not_ready = lambda: "It drains."
     assert (
         assert_problem(await send_request(port, "/health/ready"), 503, "not_ready") == "It drains."
     )

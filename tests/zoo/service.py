@@ -8,7 +8,7 @@ import httpx2
 import redis
 
 from tests.faults.harness import assert_at_rest, eventually_sync
-from tests.process import REPOSITORY, parent
+from tests.process import REPOSITORY, python_process
 from tests.serving import free_port
 
 
@@ -22,11 +22,11 @@ def running_service(redis_url: str, folder: Path, models: Collection[str]) -> It
     server.flushall()
     environ = {"REDIS_URL": redis_url, "MODEL_DIR": str(folder), "DEFAULT_MODEL": min(models)}
     with ExitStack() as stack:
-        stack.enter_context(parent("-m", "asyncinfer", "work", cwd=REPOSITORY, **environ))
+        stack.enter_context(python_process("-m", "asyncinfer", "work", cwd=REPOSITORY, **environ))
         port = free_port()
         argv = ("-m", "asyncinfer", "serve", "--port", str(port))
-        api = stack.enter_context(parent(*argv, cwd=REPOSITORY, **environ))
-        while not api.says().strip().startswith("Stop"):
+        api = stack.enter_context(python_process(*argv, cwd=REPOSITORY, **environ))
+        while not api.read_line().strip().startswith("Stop"):
             pass
         url = f"http://127.0.0.1:{port}"
         with httpx2.Client(verify=False) as client:

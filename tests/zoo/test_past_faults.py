@@ -13,7 +13,7 @@ from asyncinfer.errors import ModelRefused
 from asyncinfer.models.folder import scan
 from tests import zoo
 from tests.faults.harness import eventually_sync
-from tests.serving import serving
+from tests.serving import running_serve
 from tests.zoo.batch_run import run_jobs
 from tests.zoo.catalogue import ENTRIES
 from tests.zoo.control_flow import by_largest
@@ -68,7 +68,7 @@ def test_serve_starts_beside_a_model_that_kills_the_process_that_loads_it(tmp_pa
     environ = {"MODEL_DIR": str(tmp_path / "models"), "DATA_DIR": str(tmp_path / "data")}
     environ |= {"TMPDIR": str(tmp_path), "DEFAULT_MODEL": "good"}
 
-    with serving(cwd=tmp_path, **environ) as serve:
+    with running_serve(cwd=tmp_path, **environ) as serve:
         url = serve.welcome["URL"]
         with httpx2.Client(timeout=30, verify=False) as client:
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from asyncinfer.models.folder import scan
-from asyncinfer.worker.models.sandbox import trial
+from asyncinfer.worker.models.sandbox import try_in_child
 from tests.zoo.hostile import BOMBS
 
 
@@ -16,7 +16,7 @@ async def test_a_model_that_kills_the_process_that_loads_it_is_refused_by_its_tr
     BOMBS[name](tmp_path, name)
     (file,) = scan(tmp_path)
 
-    problem = await trial(file, file.path.stat().st_size, seconds=20)
+    problem = await try_in_child(file, file.path.stat().st_size, seconds=20)
 
     assert problem.startswith(f"{name}/1/model.onnx: ")
     assert ("ended with SIGABRT" in problem) == name.startswith("aborting")

@@ -32,8 +32,13 @@ from asyncinfer.errors import (
     WritesRefused,
 )
 from asyncinfer.jobs import Status, created_ms
-from asyncinfer.repository.submissions import MOST_BYTES, MOST_JOBS, NewJob, Submitted
-from asyncinfer.schemas.requests import AskedOptions
+from asyncinfer.repository.submissions import (
+    MAX_BYTES_PER_CALL,
+    MAX_JOBS_PER_CALL,
+    NewJob,
+    SubmitReply,
+)
+from asyncinfer.schemas.requests import RequestOptions
 
 T = TypeVar("T")
 
@@ -53,7 +58,7 @@ class _KeyRevoked(Exception):
     """The client's key was revoked, so no more lines are read."""
 
 
-async def predict_lines(services: Services, request: Request[AskedOptions]) -> Stream:
+async def predict_lines(services: Services, request: Request[RequestOptions]) -> Stream:
     """Returns the stream of response lines, which reads the request while it is sent. Raises errors
     that concern the whole request; an error in a line becomes that line's response."""
     check_bulk_headers(request)
@@ -85,7 +90,7 @@ class BulkReader:
     def __init__(
         self,
         services: Services,
-        request: Request[AskedOptions],
+        request: Request[RequestOptions],
         responses: ResponseQueue,
         wait_seconds: int | None,
     ) -> None:
@@ -224,7 +229,7 @@ class BulkReader:
         are no more lines. Raises TooManyRefusedLines, and as `_wait_for_room` does."""
         while True:
             await self._wait_for_room()
-            served = await self._served()
+            served = await self._find_model()
             if not (batch := await self._read_batch(lines, served)):
                 return
             queue = served.queue if isinstance(served, Served) else ""
@@ -242,7 +247,7 @@ class BulkReader:
                 "after it were not read. Fix what the answers name, and send the rest again."
             )
 
-    async def _served(self) -> Served | RequestError:
+    async def _find_model(self) -> Served | RequestError:
         """Returns the model as it is served now, or the error that says why it is not: a request
         may last longer than a version is served."""
         try:
@@ -268,7 +273,11 @@ class BulkReader:
                 batch.append((line.number, error))
                 self._refused_lines += 1
             size += len(line.text or b"")
-            if len(batch) == MOST_JOBS or size > MOST_BYTES or time.perf_counter() > until:
+            if (
+                len(batch) == MAX_JOBS_PER_CALL
+                or size > MAX_BYTES_PER_CALL
+                or time.perf_counter() > until
+            ):
                 break
         return batch
 
@@ -302,7 +311,7 @@ class BulkReader:
             if isinstance(job, RequestError):
                 answers.append(problem_line(job, number))
                 continue
-            submitted = self._job_of_outcome(job, next(remaining_outcomes), statuses)
+            submitted = self._submitted_job(job, next(remaining_outcomes), statuses)
             if isinstance(submitted, RequestError):
                 answers.append(problem_line(submitted, number))
             elif self._wait_seconds is None:
@@ -320,7 +329,7 @@ class BulkReader:
             record = msgspec.structs.replace(record, created_ms=made_ms)
         return accepted_line(job_id, status, self._services.wait_reasons.of_record(record, status))
 
-    async def _submit(self, jobs: Sequence[NewJob]) -> Sequence[Submitted | RequestError]:
+    async def _submit(self, jobs: Sequence[NewJob]) -> Sequence[SubmitReply | RequestError]:
         """For each job, in order, the verdict of its submit or the error, which is not raised.
         Submits nothing for a second after Redis did not answer."""
         if self._breaker.is_open:
@@ -339,14 +348,14 @@ class BulkReader:
         return outcomes
 
     async def _statuses_of_existing(
-        self, outcomes: Sequence[Submitted | RequestError]
+        self, outcomes: Sequence[SubmitReply | RequestError]
     ) -> dict[str, Status | RequestError]:
         """The statuses, by id, of jobs that existed before, or the error if one is gone or Redis
         does not answer. Empty if the client waits for jobs, which reads them anyway."""
         ids = [
             outcome.job_id
             for outcome in outcomes
-            if isinstance(outcome, Submitted) and _is_duplicate(outcome)
+            if isinstance(outcome, SubmitReply) and _is_duplicate(outcome)
         ]
         if not ids or self._wait_seconds is not None:
             return {}
@@ -359,10 +368,10 @@ class BulkReader:
             for job_id, status in zip(ids, statuses, strict=True)
         }
 
-    def _job_of_outcome(
+    def _submitted_job(
         self,
         job: NewJob,
-        outcome: Submitted | RequestError,
+        outcome: SubmitReply | RequestError,
         statuses: dict[str, Status | RequestError],
     ) -> tuple[str, Status] | RequestError:
         """Returns the id and status of the job that a line submitted or repeated, or the line's
@@ -386,6 +395,6 @@ class BulkReader:
         self._responses.add(Block(answers, queue, until))
 
 
-def _is_duplicate(outcome: Submitted) -> bool:
+def _is_duplicate(outcome: SubmitReply) -> bool:
     """Whether the line repeated an earlier job's idempotency key."""
     return outcome.verdict == "dup"

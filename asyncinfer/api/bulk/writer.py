@@ -15,12 +15,12 @@ from asyncinfer.api.services import Services
 from asyncinfer.api.views import WaitingForField, accepted_view, has_ended, job_view
 from asyncinfer.errors import RedisUnavailable, RequestError
 from asyncinfer.jobs import Status
-from asyncinfer.repository.stored_jobs import Stored
+from asyncinfer.repository.stored_jobs import StoredJob
 from asyncinfer.schemas.problems import line_problem_of
-from asyncinfer.schemas.responses import Accepted, Job
-from asyncinfer.timeouts import settled
+from asyncinfer.schemas.responses import AcceptedJob, Job
+from asyncinfer.timeouts import done_within
 
-JobAnswers = dict[str, Job | Accepted | RequestError]
+JobAnswers = dict[str, Job | AcceptedJob | RequestError]
 """Answers by job id."""
 
 _encode = msgspec.json.Encoder().encode
@@ -78,14 +78,14 @@ class ResponseWriter:
         the one that they are from."""
         jobs = list(dict.fromkeys(entry.job_id for entry in entries if isinstance(entry, Due)))
         with self._tickets(jobs) as tickets:
-            answers = await self._watch(jobs, tickets, block)
+            answers = await self._answers_or_watch(jobs, tickets, block)
             ready: list[bytes] = []
             for entry in entries:
                 if isinstance(entry, bytes):
                     ready.append(entry)
                     continue
                 if entry.job_id not in answers:
-                    if ready and not tickets[entry.job_id].ended.done():
+                    if ready and not tickets[entry.job_id].ended_job.done():
                         yield b"".join(ready)
                         ready.clear()
                     answers |= await self._wait_for_end(entry.job_id, tickets, answers, block.until)
@@ -99,7 +99,7 @@ class ResponseWriter:
             inbox = self._services.inbox
             yield {job_id: stack.enter_context(inbox.expect(job_id)) for job_id in jobs}
 
-    async def _watch(
+    async def _answers_or_watch(
         self, jobs: Sequence[str], tickets: Mapping[str, Ticket], block: Block
     ) -> JobAnswers:
         """The answers of jobs that have ended or are gone; the inbox will be notified of the
@@ -130,17 +130,17 @@ class ResponseWriter:
         those of others that have ended; at `until` (monotonic), or when the API stops, those of all
         jobs as they are."""
         left = max(0.0, until - time.monotonic())
-        await settled(tickets[job_id].ended, left)
+        await done_within(tickets[job_id].ended_job, left)
         new: JobAnswers = {
             ticket_id: self._view(ticket_id, stored)
             for ticket_id, ticket in tickets.items()
             if ticket_id not in answers
-            and ticket.ended.done()
-            and (stored := ticket.ended.result())
+            and ticket.ended_job.done()
+            and (stored := ticket.ended_job.result())
         }
         if job_id in new:
             return new
-        if tickets[job_id].ended.done() and not self._services.inbox.closing.is_set():
+        if tickets[job_id].ended_job.done() and not self._services.inbox.closing.is_set():
             # This job was deleted; the others may still end.
             return new | await self._read([job_id])
         return new | await self._read([other for other in tickets if other not in answers | new])
@@ -156,8 +156,8 @@ class ResponseWriter:
         }
 
     async def _call_redis(
-        self, call: Callable[[], Awaitable[list[Stored | None]]]
-    ) -> list[Stored | None]:
+        self, call: Callable[[], Awaitable[list[StoredJob | None]]]
+    ) -> list[StoredJob | None]:
         """Returns what `call` returns. Raises RedisUnavailable, at once if Redis did not answer
         within the last second."""
         if self._breaker.is_open:
@@ -168,7 +168,7 @@ class ResponseWriter:
             self._breaker.open()
             raise
 
-    def _view(self, job_id: str, stored: Stored | None) -> Job | RequestError:
+    def _view(self, job_id: str, stored: StoredJob | None) -> Job | RequestError:
         """The job as an answer with its result, or the error of a job that is gone (None)."""
         if stored is None:
             return with_job_id(job_absent_error(self._services, job_id), job_id)
@@ -182,7 +182,7 @@ def _accepted(jobs: Sequence[str]) -> JobAnswers:
     return {job_id: accepted_view(job_id, "pending", UNSET) for job_id in jobs}
 
 
-def _line_of(answer: Job | Accepted | RequestError, line: int) -> bytes:
+def _line_of(answer: Job | AcceptedJob | RequestError, line: int) -> bytes:
     """The answer as a line; `line` is its number in the request, which only an error names."""
     if isinstance(answer, RequestError):
         return problem_line(answer, line)

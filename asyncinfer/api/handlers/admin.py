@@ -17,17 +17,17 @@ from asyncinfer.api.inputs.envelope import reject_input
 from asyncinfer.api.job_lookup import RETRYABLE, is_in_reach, job_absent_error, not_retried_error
 from asyncinfer.api.services import Services
 from asyncinfer.errors import InvalidJSON, InvalidQuery
-from asyncinfer.repository.inspect.selection import Filter, Selected
-from asyncinfer.repository.stored_jobs import Stored, read_states
-from asyncinfer.schemas.operations import QueueList, WorkerList, shown_worker
+from asyncinfer.repository.inspect.selection import Filter, SelectedJobs
+from asyncinfer.repository.stored_jobs import StoredJob, read_jobs_in
+from asyncinfer.schemas.operations import QueueList, WorkerList, public_worker_name
 from asyncinfer.schemas.requests import (
-    MOST_JOBS_A_CALL,
-    ClearQuery,
+    MAX_JOBS_PER_CALL,
+    ClearJobsQuery,
     NoQuery,
     RetryQuery,
     RetryRequest,
 )
-from asyncinfer.schemas.responses import Cleared, Refused, Retried
+from asyncinfer.schemas.responses import ClearResult, RetryRefusal, RetryResult
 
 _UNFINISHED: Final = frozenset({"pending", "processing"})
 
@@ -36,14 +36,15 @@ _decode_retry = msgspec.json.Decoder(RetryRequest).decode
 
 async def list_queues(services: Services, request: Request[NoQuery]) -> Reply:
     """Every model's queue: its waiting and running jobs, throughput and workers."""
-    return json_reply(200, QueueList(await services.observation.queues()))
+    return json_reply(200, QueueList(await services.statistics.queues()))
 
 
 async def list_workers(services: Services, request: Request[NoQuery]) -> Reply:
     """The living workers and their state."""
-    workers = await services.observation.workers()
+    workers = await services.statistics.workers()
     shown = [
-        msgspec.structs.replace(worker, worker=shown_worker(worker.worker)) for worker in workers
+        msgspec.structs.replace(worker, worker=public_worker_name(worker.worker))
+        for worker in workers
     ]
     return json_reply(200, WorkerList(shown))
 
@@ -59,12 +60,12 @@ async def retry_jobs(services: Services, request: Request[RetryQuery]) -> Reply:
     job_ids = _job_ids(body, request.query) if body else []
     job_filter = None if body else _retryable(request)
     criteria = {**criteria_of(request.query), "job_ids": len(job_ids)}
-    refused: list[Refused] = []
+    refused: list[RetryRefusal] = []
     with audited(request, "retry", criteria) as audit:
         if job_filter is None:
             selected, refused = await _jobs_by_id(services, request, job_ids)
         else:
-            selected = await services.selection.jobs(job_filter, MOST_JOBS_A_CALL)
+            selected = await services.selection.jobs(job_filter, MAX_JOBS_PER_CALL)
         verdicts = await services.operations.retry_all(selected.jobs, time.time_ns() // 1_000_000)
         retried = [job_id for job_id, verdict in verdicts.items() if verdict == "ok"]
         audit.count = len(retried)
@@ -73,10 +74,10 @@ async def retry_jobs(services: Services, request: Request[RetryQuery]) -> Reply:
         for job in selected.jobs
         if verdicts[job.job_id] != "ok"
     ]
-    return json_reply(200, Retried(retried, refused, selected.more))
+    return json_reply(200, RetryResult(retried, refused, selected.has_more))
 
 
-async def clear_jobs(services: Services, request: Request[ClearQuery]) -> Reply:
+async def clear_jobs(services: Services, request: Request[ClearJobsQuery]) -> Reply:
     """Cancels many waiting or running jobs; with `purge=true`, deletes many that have ended.
 
     Replies with how many were cancelled, are being stopped and were deleted, and whether the filter
@@ -86,13 +87,13 @@ async def clear_jobs(services: Services, request: Request[ClearQuery]) -> Reply:
     job_filter = _to_purge(request) if request.query.purge else _to_cancel(request)
     verb = "purge" if request.query.purge else "cancel"
     with audited(request, verb, criteria_of(request.query)) as audit:
-        selected = await services.selection.jobs(job_filter, MOST_JOBS_A_CALL)
+        selected = await services.selection.jobs(job_filter, MAX_JOBS_PER_CALL)
         if request.query.purge:
             purged = await services.operations.forget_all(selected.jobs)
-            cleared = Cleared(0, 0, purged, selected.more)
+            cleared = ClearResult(0, 0, purged, selected.has_more)
         else:
             done = await services.operations.cancel_all(selected.jobs)
-            cleared = Cleared(done.ended, done.asked, 0, selected.more)
+            cleared = ClearResult(done.ended, done.stopping, 0, selected.has_more)
         audit.count = cleared.cancelled + cleared.stopping + cleared.purged
     return json_reply(200, cleared)
 
@@ -112,7 +113,7 @@ def _retryable(request: Request[RetryQuery]) -> Filter:
     return _filter(request, [query.status] if query.status else RETRYABLE)
 
 
-def _to_cancel(request: Request[ClearQuery]) -> Filter:
+def _to_cancel(request: Request[ClearJobsQuery]) -> Filter:
     """The filter of the query, for unfinished jobs if it names no status. Raises InvalidQuery if
     the query names no jobs, or ended ones."""
     query = request.query
@@ -125,7 +126,7 @@ def _to_cancel(request: Request[ClearQuery]) -> Filter:
     return _filter(request, [query.status] if query.status else _UNFINISHED)
 
 
-def _to_purge(request: Request[ClearQuery]) -> Filter:
+def _to_purge(request: Request[ClearJobsQuery]) -> Filter:
     """The filter of the query, for all ended jobs if it names no status. Raises InvalidQuery if the
     query names no jobs, or unfinished ones."""
     query = request.query
@@ -139,7 +140,7 @@ def _to_purge(request: Request[ClearQuery]) -> Filter:
     return _filter(request, ended)
 
 
-def _require_criterion(query: ClearQuery) -> None:
+def _require_criterion(query: ClearJobsQuery) -> None:
     """Raises InvalidQuery if the query names no jobs at all."""
     if not (query.status or query.model or query.group or query.dead):
         raise InvalidQuery(
@@ -190,23 +191,23 @@ def _reject_json(error: Exception) -> NoReturn:
 
 async def _jobs_by_id(
     services: Services, request: Request[RetryQuery], job_ids: Sequence[str]
-) -> tuple[Selected, list[Refused]]:
+) -> tuple[SelectedJobs, list[RetryRefusal]]:
     """Returns the jobs with these ids that the request may see, without results and errors, and a
     refusal for each of the others."""
     known = [job_id for job_id in job_ids if jobs.is_id(job_id)]
-    states = await read_states(services.store, known, jobs.STATUSES)
+    states = await read_jobs_in(services.store, known, jobs.STATUSES)
     found = {job.job_id: job for job in states if is_in_reach(request, job)}
     refused = [_absent_job(services, job_id) for job_id in job_ids if job_id not in found]
-    return Selected(tuple(found.values()), more=False), refused
+    return SelectedJobs(tuple(found.values()), has_more=False), refused
 
 
-def _absent_job(services: Services, job_id: str) -> Refused:
+def _absent_job(services: Services, job_id: str) -> RetryRefusal:
     """The refusal of an id that names no job, or none of the caller's."""
     error = job_absent_error(services, job_id)
-    return Refused(job_id, error.code, error.detail)
+    return RetryRefusal(job_id, error.code, error.detail)
 
 
-def _refused_job(services: Services, job: Stored, verdict: str) -> Refused:
+def _refused_job(services: Services, job: StoredJob, verdict: str) -> RetryRefusal:
     """The refusal of a job that was not retried; `verdict` is the script's reason."""
     error = not_retried_error(services, job, verdict)
-    return Refused(job.job_id, error.code, error.detail)
+    return RetryRefusal(job.job_id, error.code, error.detail)

@@ -21,7 +21,7 @@ from asyncinfer.api.views import has_ended, summary_view
 from asyncinfer.errors import RedisUnavailable, TooManyStreams
 from asyncinfer.jobs import Status
 from asyncinfer.repository.inspect.log import LogTrimmed
-from asyncinfer.repository.stored_jobs import Stored, queue_of, read_summaries
+from asyncinfer.repository.stored_jobs import StoredJob, queue_of, read_summaries
 from asyncinfer.schemas.requests import EventsQuery, JobEventsQuery
 from asyncinfer.schemas.responses import Group, Job, JobList
 
@@ -132,7 +132,9 @@ async def _chunks(
                     chunk = await source.snapshot(follower)
                     is_begun = True
                 else:
-                    chunk = await source.next_events(follower, await follower.more(max(due, 0.0)))
+                    chunk = await source.next_events(
+                        follower, await follower.next_changes(max(due, 0.0))
+                    )
             except LogTrimmed:
                 chunk, is_begun = encode_event("gap", Missed()), False
             except RedisUnavailable:
@@ -154,12 +156,12 @@ def _requested_position(request: Request[Any]) -> Position | None:
     return decode_position(text) if text else None
 
 
-def _summary(services: Services, stored: Stored) -> Job:
+def _summary(services: Services, stored: StoredJob) -> Job:
     """The job without its result, with why it waits."""
     return summary_view(stored, services.catalog.default_model, services.wait_reasons.of(stored))
 
 
-def _round(stored: Stored) -> int:
+def _round(stored: StoredJob) -> int:
     """The number of the job's round, from 1; each retry begins another."""
     return stored.record.round if stored.record else 1
 
@@ -191,7 +193,7 @@ class JobEventSource:
     async def snapshot(self, follower: Follower) -> bytes:
         """Reads the job and the log's end at one moment: no change is lost or sent twice. The event
         of the end follows the snapshot of an ended job; empty if the job is gone."""
-        stored, place = await self._services.feed.log.moment(self._queue, self._job_id)
+        stored, place = await self._services.feed.log.read_job_and_place(self._queue, self._job_id)
         position = Position(place[0], {self._queue: place})
         follower.begin_at(position)
         self._schedule_check()
@@ -233,7 +235,7 @@ class JobEventSource:
             ended_round = _round(stored)
         return self._services.event_texts.encode(job_change, follower, ended_round)
 
-    def _encode_end(self, stored: Stored, follower: Follower) -> bytes:
+    def _encode_end(self, stored: StoredJob, follower: Follower) -> bytes:
         """The event of the job's end, after which the source is over; empty if the job has not
         ended."""
         if not has_ended(stored):
@@ -369,9 +371,9 @@ class GroupEventSource:
         counted = await self._services.groups.count(self.topic.tenant, self._group)
         now = time.monotonic()
         self._earliest_count_at = now + _COUNTING_SHARE * (now - started_at)
-        self._unfinished = counted.left if counted else None
+        self._unfinished = counted.unfinished if counted else None
         view = group_view(self._group, counted)
-        if counted and not counted.left:
+        if counted and not counted.unfinished:
             self._final_view = view
             # The log now has the end of every job that was counted.
             follower.return_to_log()

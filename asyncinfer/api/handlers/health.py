@@ -4,9 +4,9 @@ from asyncinfer import __version__
 from asyncinfer.api.http.messages import Reply, Request, json_reply
 from asyncinfer.api.services import Services
 from asyncinfer.errors import RedisUnavailable, RequestError, ServerRefused, WritesRefused
-from asyncinfer.repository.inspect.queue_load import starved
+from asyncinfer.repository.inspect.queue_load import read_starved_models
 from asyncinfer.schemas.requests import NoQuery
-from asyncinfer.schemas.responses import About, Alive, Health
+from asyncinfer.schemas.responses import Health, Liveness, ServiceInfo
 
 _LINKS = {
     "predict": "/predict",
@@ -19,7 +19,7 @@ _LINKS = {
 
 async def about(services: Services, request: Request[NoQuery]) -> Reply:
     """The name and version of this service, and its main routes."""
-    return json_reply(200, About("asyncinfer", __version__, _LINKS))
+    return json_reply(200, ServiceInfo("asyncinfer", __version__, _LINKS))
 
 
 async def openapi(services: Services, request: Request[NoQuery]) -> Reply:
@@ -29,7 +29,7 @@ async def openapi(services: Services, request: Request[NoQuery]) -> Reply:
 
 async def live(services: Services, request: Request[NoQuery]) -> Reply:
     """Whether the process answers."""
-    return json_reply(200, Alive())
+    return json_reply(200, Liveness())
 
 
 async def ready(services: Services, request: Request[NoQuery]) -> Reply:
@@ -44,7 +44,7 @@ async def ready(services: Services, request: Request[NoQuery]) -> Reply:
     if refusal := services.store.writes_refused:
         # Found by the last sweep or submit, at most some seconds ago.
         raise WritesRefused(refusal.detail, retry_after_seconds=1)
-    return json_reply(200, Alive())
+    return json_reply(200, Liveness())
 
 
 async def health(services: Services, request: Request[NoQuery]) -> Reply:
@@ -67,7 +67,7 @@ async def health(services: Services, request: Request[NoQuery]) -> Reply:
             redis=health_now.server,
             queues=health_now.queues,
             workers=health_now.workers,
-            starved=await starved(services.store, waiting),
+            starved=await read_starved_models(services.store, waiting),
         ),
     )
 

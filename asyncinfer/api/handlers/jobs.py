@@ -26,12 +26,12 @@ from asyncinfer.errors import (
 )
 from asyncinfer.repository.inspect.listing import Page
 from asyncinfer.repository.inspect.selection import Filter
-from asyncinfer.repository.stored_jobs import Stored, next_round
+from asyncinfer.repository.stored_jobs import StoredJob, next_round
 from asyncinfer.schemas.requests import (
-    ClearQuery,
-    EndQuery,
+    CancelJobQuery,
+    ClearJobsQuery,
+    JobQuery,
     JobsQuery,
-    OneQuery,
     RetryQuery,
     WaitQuery,
 )
@@ -73,7 +73,7 @@ async def list_jobs(services: Services, request: Request[JobsQuery]) -> Reply:
     return json_reply(200, JobList(views, page.cursor))
 
 
-def criteria_of(query: JobsQuery | ClearQuery | RetryQuery) -> dict[str, object]:
+def criteria_of(query: JobsQuery | ClearJobsQuery | RetryQuery) -> dict[str, object]:
     """The query's filter by name, None for what it does not name; for the audit log."""
     return {name: getattr(query, name) for name in ("status", "model", "group", "dead")}
 
@@ -99,7 +99,7 @@ async def _page(services: Services, request: Request[JobsQuery]) -> Page:
     return await services.groups.jobs(tenant, query.group, **page_options)
 
 
-async def cancel_job(services: Services, request: Request[EndQuery]) -> Reply:
+async def cancel_job(services: Services, request: Request[CancelJobQuery]) -> Reply:
     """Cancels a job, waiting or running; with `purge=true`, deletes one that has ended.
 
     Replies 202 if a running job has not stopped within a second, else 200 with the job, a deleted
@@ -117,7 +117,9 @@ async def cancel_job(services: Services, request: Request[EndQuery]) -> Reply:
     return _job_reply(services, request, 200 if purge or has_ended(stored) else 202, stored)
 
 
-async def _cancel(services: Services, request: Request[EndQuery], stored: Stored) -> Stored:
+async def _cancel(
+    services: Services, request: Request[CancelJobQuery], stored: StoredJob
+) -> StoredJob:
     """Cancels the job and waits a second at most for a running one to stop. Returns the job as it
     is then, which may still be running. Raises JobFinished if it has ended otherwise, JobExpired or
     JobNotFound if it is gone."""
@@ -140,7 +142,7 @@ async def _cancel(services: Services, request: Request[EndQuery], stored: Stored
     return stored
 
 
-async def _delete(services: Services, stored: Stored) -> None:
+async def _delete(services: Services, stored: StoredJob) -> None:
     """Deletes a job with its data; one that is already gone counts as deleted. Raises
     JobNotFinished unless it has ended."""
     # The answer shows the job as it was read, so it must have ended by then. A job that is absent
@@ -152,7 +154,7 @@ async def _delete(services: Services, stored: Stored) -> None:
         )
 
 
-async def retry_job(services: Services, request: Request[OneQuery]) -> Reply:
+async def retry_job(services: Services, request: Request[JobQuery]) -> Reply:
     """Runs a failed or cancelled job again, under the same id.
 
     Replies 202. Raises JobNotRetryable, QueueFull, StorageFull, RedisUnavailable, JobNotFound or
@@ -171,7 +173,7 @@ async def retry_job(services: Services, request: Request[OneQuery]) -> Reply:
     return json_reply(202, view, location)
 
 
-def _waiting_for_again(services: Services, stored: Stored, now_ms: int) -> WaitingForField:
+def _waiting_for_again(services: Services, stored: StoredJob, now_ms: int) -> WaitingForField:
     """Why the job waits in the round that was just opened; `stored` is the job as it was before."""
     record = stored.record and next_round(stored.record, now_ms)
     retried = msgspec.structs.replace(stored, status="pending", record=record)
@@ -179,8 +181,8 @@ def _waiting_for_again(services: Services, stored: Stored, now_ms: int) -> Waiti
 
 
 async def _wait(
-    services: Services, request: Request[Any], stored: Stored, seconds: float
-) -> Stored:
+    services: Services, request: Request[Any], stored: StoredJob, seconds: float
+) -> StoredJob:
     """The job once it has ended, or as it is after `seconds` or when the API stops. Raises
     JobExpired or JobNotFound if it was deleted meanwhile or the client has disconnected,
     Unauthorized or Forbidden if its key is revoked, and RedisUnavailable."""
@@ -190,7 +192,7 @@ async def _wait(
     return latest
 
 
-def _job_reply(services: Services, request: Request[Any], status: int, stored: Stored) -> Reply:
+def _job_reply(services: Services, request: Request[Any], status: int, stored: StoredJob) -> Reply:
     """The reply that shows the job, without its result if the request acts across tenants;
     Retry-After while it has not ended."""
     view_of = operator_view if request.reach.across else job_view
@@ -198,7 +200,7 @@ def _job_reply(services: Services, request: Request[Any], status: int, stored: S
     return json_reply(status, view) if has_ended(stored) else json_reply(status, view, _RETRY_AFTER)
 
 
-def _already_finished_error(stored: Stored) -> JobFinished:
+def _already_finished_error(stored: StoredJob) -> JobFinished:
     """Makes the error for cancelling a job that has ended."""
     return JobFinished(
         f"The job is already {stored.status}; only a waiting or running job can be cancelled.",

@@ -15,23 +15,23 @@ from asyncinfer.api.services import Services
 from asyncinfer.errors import ModelNotFound, NoModelAnnounced
 from asyncinfer.models.signature import Signature, data_input
 from asyncinfer.repository import keys
-from asyncinfer.repository.announcements import WorkerSays, worker_says
-from asyncinfer.schemas.operations import shown_worker
-from asyncinfer.schemas.requests import AskedOptions, NoQuery
+from asyncinfer.repository.announcements import WorkerAnnouncement, decode_worker_announcement
+from asyncinfer.schemas.operations import public_worker_name
+from asyncinfer.schemas.requests import NoQuery, RequestOptions
 from asyncinfer.schemas.responses import (
     Model,
     ModelList,
     ModelProblem,
     Pause,
-    Purged,
+    PurgeResult,
     TensorShape,
-    Validated,
+    ValidationResult,
 )
 from asyncinfer.tensors import datatypes
-from asyncinfer.tensors.datatypes import TensorSpec, is_open
+from asyncinfer.tensors.datatypes import TensorSpec, has_dynamic_first_dim
 from asyncinfer.untrusted import decoding
 
-Workers = Mapping[str, WorkerSays]
+Workers = Mapping[str, WorkerAnnouncement]
 
 _MAX_ELEMENTS: Final = 1000
 _ELEMENTS: Final[dict[str, object]] = {"BOOL": False, "BYTES": "text"}
@@ -97,7 +97,7 @@ async def purge_model(services: Services, request: Request[NoQuery]) -> Reply:
     ) as audit:
         queue = await _queue_of(services, name)
         audit.count = await services.operations.purge(queue)
-    return json_reply(200, Purged(name, audit.count))
+    return json_reply(200, PurgeResult(name, audit.count))
 
 
 async def _queue_of(services: Services, name: str) -> str:
@@ -107,13 +107,13 @@ async def _queue_of(services: Services, name: str) -> str:
     try:
         return (await services.catalog.find(name)).queue
     except (ModelNotFound, NoModelAnnounced):
-        queue = keys.queue(services.store.n, name, services.catalog.default_model)
+        queue = keys.queue(services.store.queue_name, name, services.catalog.default_model)
         if queue in await services.store.queues():
             return queue
         raise
 
 
-async def validate(services: Services, request: Request[AskedOptions]) -> Reply:
+async def validate(services: Services, request: Request[RequestOptions]) -> Reply:
     """Whether a request would be accepted, and how it is understood; stores nothing.
 
     `rows` in the reply is None if the model has no batch dimension. Raises as `Catalog.find` and
@@ -122,10 +122,10 @@ async def validate(services: Services, request: Request[AskedOptions]) -> Reply:
     served = await services.catalog.find(request.path("model"))
     checked = await read_input(request, services.config, served, services.long_reads)
     signature = checked.signature
-    batched_inputs = {spec.name for spec in signature.inputs if is_open(spec)}
+    batched_inputs = {spec.name for spec in signature.inputs if has_dynamic_first_dim(spec)}
     return json_reply(
         200,
-        Validated(
+        ValidationResult(
             model=signature.model,
             version=signature.version,
             inputs=[
@@ -144,8 +144,11 @@ async def validate(services: Services, request: Request[AskedOptions]) -> Reply:
 
 async def _workers(services: Services) -> Workers:
     """Announcements of the living workers, by the names that everyone may see."""
-    bodies = await services.announcements.workers()
-    return {shown_worker(worker_id): worker_says(body) for worker_id, body in bodies.items()}
+    bodies = await services.announcements.read_workers()
+    return {
+        public_worker_name(worker_id): decode_worker_announcement(body)
+        for worker_id, body in bodies.items()
+    }
 
 
 def _problems(workers: Workers) -> list[ModelProblem]:
@@ -212,7 +215,7 @@ def example_of(signature: Signature) -> dict[str, Any] | None:
     if shown := signature.example_inputs:
         specs = [spec for spec in signature.inputs if spec.name in shown]
         # Only a foreign writer can have announced an example that does not fit its input.
-        with contextlib.suppress(*decoding.UNREADABLE):
+        with contextlib.suppress(*decoding.DECODE_ERRORS):
             return {"inputs": [_shown_input(spec, shown[spec.name]) for spec in specs]}
     inputs = [_example_input(spec) for spec in signature.inputs if not spec.optional]
     if any(prod(tensor["shape"]) > _MAX_ELEMENTS for tensor in inputs):

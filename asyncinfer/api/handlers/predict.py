@@ -25,12 +25,12 @@ from asyncinfer.errors import (
     StorageFull,
     Unauthorized,
 )
-from asyncinfer.repository.stored_jobs import Stored
-from asyncinfer.repository.submissions import NewJob, Submitted
-from asyncinfer.schemas.requests import AskedOptions
+from asyncinfer.repository.stored_jobs import StoredJob
+from asyncinfer.repository.submissions import NewJob, SubmitReply
+from asyncinfer.schemas.requests import RequestOptions
 
 
-async def predict(services: Services, request: Request[AskedOptions]) -> Reply | Stream:
+async def predict(services: Services, request: Request[RequestOptions]) -> Reply | Stream:
     """Submits an input as a job of a model, or many inputs as jobs, one per line.
 
     Replies 202 with the job's id, or with `Prefer: wait=N` 200 with the job if it ends in time;
@@ -81,7 +81,7 @@ def _requested_form(request: Request[Any], job: NewJob) -> ResultForm:
     return form
 
 
-async def _submit(services: Services, job: NewJob) -> Submitted:
+async def _submit(services: Services, job: NewJob) -> SubmitReply:
     """Submits the job; raises why it was not accepted: QueueFull, StorageFull, IdempotencyConflict
     or RedisUnavailable. The result names the earlier job if this is a repetition."""
     try:
@@ -95,7 +95,7 @@ async def _submit(services: Services, job: NewJob) -> Submitted:
     return submitted
 
 
-async def _submitted_reply(services: Services, job: NewJob, submitted: Submitted) -> Reply:
+async def _submitted_reply(services: Services, job: NewJob, submitted: SubmitReply) -> Reply:
     """The 202 of a job that was just submitted, or of the earlier one that it repeats, as that is
     now. Raises JobNotFound or JobExpired if that one is gone."""
     status: jobs.Status = "pending"
@@ -108,7 +108,7 @@ async def _submitted_reply(services: Services, job: NewJob, submitted: Submitted
 
 async def _submit_and_wait(
     services: Services, request: Request[Any], job: NewJob, seconds: int
-) -> tuple[Stored | None, str]:
+) -> tuple[StoredJob | None, str]:
     """Returns the job as it is when it has ended or after `seconds`, and its id, which is the
     earlier job's for a repetition. The job is None if the client has disconnected or Redis fails
     after the submit. Raises as `_submit` does, and Unauthorized or Forbidden with the id if the key
@@ -134,7 +134,7 @@ async def _submit_and_wait(
     return stored, submitted.job_id
 
 
-async def _existing_job(services: Services, job_id: str) -> Stored:
+async def _existing_job(services: Services, job_id: str) -> StoredJob:
     """The job that was submitted earlier with this Idempotency-Key; raises JobNotFound or
     JobExpired if it is gone."""
     stored = await services.submissions.read(job_id)
@@ -143,7 +143,7 @@ async def _existing_job(services: Services, job_id: str) -> Stored:
     return stored
 
 
-def _ended_reply(services: Services, stored: Stored, form: ResultForm, applied: Header) -> Reply:
+def _ended_reply(services: Services, stored: StoredJob, form: ResultForm, applied: Header) -> Reply:
     """The 200 of a job that has ended: the whole job as JSON, or its result alone in a binary form,
     which raises as `result_reply` does."""
     location = (b"location", url_of(stored.job_id).encode())

@@ -20,10 +20,10 @@ from asyncinfer.errors import (
     NotAcceptable,
     ResultDamaged,
 )
-from asyncinfer.repository.stored_jobs import Stored
+from asyncinfer.repository.stored_jobs import StoredJob
 from asyncinfer.schemas.requests import ResultQuery
 from asyncinfer.tensors import packing
-from asyncinfer.tensors.json_errors import unknown_name
+from asyncinfer.tensors.json_errors import unknown_name_detail
 from asyncinfer.tensors.packing import PackedTensor
 
 ResultForm = Literal["json", "binary", "npy"]
@@ -80,7 +80,9 @@ def requested_form(accept: str | None) -> ResultForm | None:
     return best if qualities[best][0] > 0 else None
 
 
-def result_reply(stored: Stored, form: ResultForm, output: str | None, *headers: Header) -> Reply:
+def result_reply(
+    stored: StoredJob, form: ResultForm, output: str | None, *headers: Header
+) -> Reply:
     """The 200 with the result, or its tensor `output`, in a form. Raises JobNotFinished, JobFailed
     or JobCancelled for a job without a result, and NotAcceptable, InvalidQuery or ResultDamaged if
     the result cannot be given so."""
@@ -103,7 +105,7 @@ def result_reply(stored: Stored, form: ResultForm, output: str | None, *headers:
     return Reply(200, bytes(text or b"null"), tuple(headers))
 
 
-def _check_completed(stored: Stored) -> None:
+def _check_completed(stored: StoredJob) -> None:
     """Raises JobNotFinished, JobFailed or JobCancelled if the job has no result."""
     job_id = stored.job_id
     if not has_ended(stored):
@@ -119,7 +121,7 @@ def _check_completed(stored: Stored) -> None:
 
 
 def _text_reply(
-    stored: Stored, form: ResultForm, output: str | None, headers: Sequence[Header]
+    stored: StoredJob, form: ResultForm, output: str | None, headers: Sequence[Header]
 ) -> Reply:
     """The reply of a result that is stored as JSON text; raises NotAcceptable for another form or a
     tensor of it."""
@@ -136,14 +138,14 @@ def _select_output(packed: bytes, name: str) -> bytes:
     """The packed tensor `name` alone. Raises InvalidQuery if there is none, and DamagedPayload."""
     tensors = packing.unpack(packed)
     if name not in tensors:
-        raise InvalidQuery(f"Query parameter `output`: {unknown_name(name, tensors)}")
+        raise InvalidQuery(f"Query parameter `output`: {unknown_name_detail(name, tensors)}")
     return packing.pack({name: tensors[name]})
 
 
-def _binary_reply(stored: Stored, packed: bytes, headers: Sequence[Header]) -> Reply:
+def _binary_reply(stored: StoredJob, packed: bytes, headers: Sequence[Header]) -> Reply:
     """The packed tensors in the Open Inference Protocol's binary layout: JSON that describes them,
     then their bytes. Raises DamagedPayload."""
-    tensors, starts = packing.layout(packed)
+    tensors, starts = packing.read_layout(packed)
     outputs = [
         _Output(tensor.name, tensor.datatype, tensor.shape, _Parameters(tensor.size))
         for tensor in tensors
@@ -171,10 +173,10 @@ def _contents(
         yield view[start : start + tensor.size]
 
 
-def _npy_reply(stored: Stored, packed: bytes, headers: Sequence[Header]) -> Reply:
+def _npy_reply(stored: StoredJob, packed: bytes, headers: Sequence[Header]) -> Reply:
     """The only tensor as `.npy`. Raises NotAcceptable if there are several or `.npy` cannot hold
     its datatype, and DamagedPayload."""
-    tensors, starts = packing.layout(packed)
+    tensors, starts = packing.read_layout(packed)
     if len(tensors) != 1:
         names = ", ".join(f"`{tensor.name}`" for tensor in tensors)
         raise NotAcceptable(

@@ -166,7 +166,7 @@ class Connection(HttpToolsProtocol):
             self._refuse(self._headers_too_large())
         elif self._request_begun and self._bytes_since_body > self._limits.header_bytes:
             self._refuse(self._trailers_too_large())
-        elif self._awaited == "nothing" and self._has_no_request():
+        elif self._awaited == "nothing" and self._all_answered():
             # These are line ends between requests, for which uvicorn has stopped its keep-alive
             # timer.
             self._awaited = "head"
@@ -456,7 +456,7 @@ class Connection(HttpToolsProtocol):
                 )
             )
 
-    def _has_no_request(self) -> bool:
+    def _all_answered(self) -> bool:
         """Whether every request received so far is answered."""
         return self.cycle is None or self.cycle.response_complete
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.lib import format as npy_format
 
-from asyncinfer.errors import Fault, InvalidInput
+from asyncinfer.errors import InputError, InvalidInput
 from asyncinfer.tensors.datatypes import DTYPES, Array
 
 _MAX_HEADER_BYTES: Final = 10_000
@@ -96,4 +96,4 @@ def _read_header(head: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]
 
 def _input_error(detail: str) -> InvalidInput:
     """Makes the error of a whole body."""
-    return InvalidInput(detail, faults=[Fault("", detail)])
+    return InvalidInput(detail, faults=[InputError("", detail)])

@@ -24,7 +24,7 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def hold(host: str, port: int) -> socket.socket:
+def reserve(host: str, port: int) -> socket.socket:
     """Returns a bound socket that does not listen: it reserves the address for processes that
     listen there later, each on its `share`. Raises StartError if the address is taken or
     invalid."""
@@ -34,7 +34,7 @@ def hold(host: str, port: int) -> socket.socket:
         raise _listen_error(host, port, error) from error
 
 
-def share(held: socket.socket, platform: str = sys.platform) -> socket.socket:
+def bind_shared(held: socket.socket, platform: str = sys.platform) -> socket.socket:
     """Returns the socket for one process to listen on, at the address that `hold` reserved; raises
     StartError. On Linux each is a socket of its own, elsewhere a duplicate of `held`."""
     # Processes that accept from one socket race for it, and the first to wake takes all waiting

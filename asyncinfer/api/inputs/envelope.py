@@ -10,15 +10,15 @@ import msgspec
 from msgspec import Raw, Struct
 
 from asyncinfer.api.http.validation_errors import fault_of
-from asyncinfer.errors import Fault, InvalidInput, InvalidJSON
-from asyncinfer.schemas.requests import AskedOptions
+from asyncinfer.errors import InputError, InvalidInput, InvalidJSON
+from asyncinfer.schemas.requests import RequestOptions
 
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 _MAX_COLONS: Final = 256
 """Colons in options without repeated keys: one per key, and up to 128 in the name of a group."""
 
-_NO_OPTIONS: Final = AskedOptions()
+_NO_OPTIONS: Final = RequestOptions()
 _KEY = re.compile(rb'[ \t\r\n{,]*("(?:[^"\\]|\\.)*")[ \t\r\n]*:[ \t\r\n]*')
 _AT_BYTE = re.compile(r"\(byte (\d+)\)$")
 _BARE_NON_FINITE = re.compile(rb"NaN|Infinity")
@@ -34,7 +34,7 @@ class ParsedBody(Struct, frozen=True):
     empty where the client left it out. Either `data` or `inputs` is there."""
 
     data: bytes
-    options: AskedOptions
+    options: RequestOptions
     inputs: bytes = b""
     outputs: bytes = b""
     parameters: bytes = b""
@@ -64,7 +64,7 @@ EnvelopeT = TypeVar("EnvelopeT", bound=_Envelope)
 
 _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 _decode_line = msgspec.json.Decoder(_LineEnvelope).decode
-_decode_options = msgspec.json.Decoder(AskedOptions).decode
+_decode_options = msgspec.json.Decoder(RequestOptions).decode
 _decode_key = msgspec.json.Decoder(str).decode
 
 
@@ -129,7 +129,7 @@ def _read_key(text: Raw) -> str | None:
     except msgspec.ValidationError:
         key = ""
     if not IDEMPOTENCY_KEY.fullmatch(key):
-        reject_input(Fault("/idempotency_key", "It takes 1 to 255 visible ASCII characters."))
+        reject_input(InputError("/idempotency_key", "It takes 1 to 255 visible ASCII characters."))
     return key
 
 
@@ -156,13 +156,13 @@ def _check_combination(present: Mapping[str, Raw]) -> None:
     them."""
     if "inputs" in present:
         if "data" in present:
-            reject_input(Fault("/data", "Send either `data` or `inputs`, not both."))
+            reject_input(InputError("/data", "Send either `data` or `inputs`, not both."))
         return
     if "data" not in present:
-        reject_input(Fault("/data", "This field is required, or `inputs` for named tensors."))
+        reject_input(InputError("/data", "This field is required, or `inputs` for named tensors."))
     for name in ("outputs", "parameters"):
         if name in present:
-            reject_input(Fault(f"/{name}", f"`{name}` goes with `inputs`; `data` has none."))
+            reject_input(InputError(f"/{name}", f"`{name}` goes with `inputs`; `data` has none."))
 
 
 def _parsed(envelope: _Envelope, key: str | None) -> ParsedBody:
@@ -202,16 +202,16 @@ def _parse_error_message(error: msgspec.DecodeError, body: bytes) -> str:
     return f"The body cannot be parsed: {message}.{hint}"
 
 
-def _read_options(text: bytes) -> AskedOptions:
+def _read_options(text: bytes) -> RequestOptions:
     """The options of a text of JSON; raises InvalidInput if they are not valid or a key is
     repeated."""
     try:
         options = _decode_options(text)
     except msgspec.ValidationError as error:
-        reject_input(fault_of(error, AskedOptions, under="/options"), error)
+        reject_input(fault_of(error, RequestOptions, under="/options"), error)
     # Checked after decoding, since only then the text is known to be a flat object.
     if text.count(b":") > _MAX_COLONS:
-        reject_input(Fault("/options", "Keys are given more than once; send each once."))
+        reject_input(InputError("/options", "Keys are given more than once; send each once."))
     json.loads(text, object_pairs_hook=_reject_repeated_option)
     return options
 
@@ -243,12 +243,12 @@ def _reject_repeated_option(pairs: Sequence[tuple[str, Any]]) -> None:
         reject_input(_repeated_key(f"/options/{repeated}"))
 
 
-def _repeated_key(pointer: str) -> Fault:
+def _repeated_key(pointer: str) -> InputError:
     """The fault of a repeated key at this JSON pointer."""
-    return Fault(pointer, "This key is given more than once; send it once.")
+    return InputError(pointer, "This key is given more than once; send it once.")
 
 
-def reject_input(fault: Fault, cause: Exception | None = None) -> NoReturn:
+def reject_input(fault: InputError, cause: Exception | None = None) -> NoReturn:
     """Always raises InvalidInput, for a fault of the request."""
     place = f" at {fault.pointer}" if fault.pointer else ""
     raise InvalidInput(

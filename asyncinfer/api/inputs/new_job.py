@@ -19,7 +19,7 @@ from asyncinfer.errors import (
     StorageFull,
 )
 from asyncinfer.repository.policy import Policy
-from asyncinfer.repository.submissions import NewJob, Submitted
+from asyncinfer.repository.submissions import NewJob, SubmitReply
 from asyncinfer.schemas.responses import WaitingFor
 
 _FULL_RETRY_SECONDS: Final = 5
@@ -46,7 +46,7 @@ def new_job(tenant: str, queue: str, checked: Input, key: str | None) -> NewJob:
         return job
     return msgspec.structs.replace(
         job,
-        idempotency=_digest(tenant.encode(), key.encode()),
+        idempotency_digest=_digest(tenant.encode(), key.encode()),
         fingerprint=_digest(*checked.fingerprint_parts()),
     )
 
@@ -92,7 +92,7 @@ def queue_full_error(policy: Policy, reason: WaitingFor | None) -> QueueFull:
 
 
 def refused_submit_error(
-    submitted: Submitted, job: NewJob, policy: Policy, wait_reasons: WaitReasons
+    submitted: SubmitReply, job: NewJob, policy: Policy, wait_reasons: WaitReasons
 ) -> RequestError | None:
     """Returns why a job was not accepted: QueueFull or IdempotencyConflict; None if it was
     accepted, now or earlier."""

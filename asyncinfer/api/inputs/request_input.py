@@ -14,25 +14,25 @@ from asyncinfer.api.http.body import Body, read_body
 from asyncinfer.api.http.messages import Request
 from asyncinfer.api.inputs.envelope import ParsedBody, read_envelope, read_line_envelope
 from asyncinfer.api.inputs.tensor_input import read_outputs, read_tensors
-from asyncinfer.errors import Fault, InvalidInput, InvalidQuery
+from asyncinfer.errors import InputError, InvalidInput, InvalidQuery
 from asyncinfer.jobs import Options
 from asyncinfer.models.signature import Signature, data_input
 from asyncinfer.models.validation import check_data, check_inputs
-from asyncinfer.schemas.requests import AskedOptions
+from asyncinfer.schemas.requests import RequestOptions
 from asyncinfer.tensors import packing, shape_errors
 from asyncinfer.tensors.datatypes import Array, datatype_of
-from asyncinfer.tensors.json_errors import refusal
-from asyncinfer.tensors.shape_errors import Given
+from asyncinfer.tensors.json_errors import invalid_input_error
+from asyncinfer.tensors.shape_errors import TensorDescription
 
 PayloadForm = Literal["json", "tensors"]
 
-LONG_BYTES: Final = 1024
+MAX_JSON_PAYLOAD_BYTES: Final = 1024
 """Longer numeric `data` is stored as tensors, so that a worker need not parse it again."""
 
 _SLOW_TEXT_BYTES: Final = 64 << 10
 """Parsing this much JSON takes some 2 ms, during which no other request is answered."""
 
-_NO_OPTIONS: Final = AskedOptions()
+_NO_OPTIONS: Final = RequestOptions()
 _NOT_PACKED: Final = frozenset({"BYTES", "BOOL"})
 
 
@@ -42,7 +42,7 @@ class Input(Struct, frozen=True):
 
     signature: Signature
     options: Options
-    tensors: Sequence[Given]
+    tensors: Sequence[TensorDescription]
     payload: PayloadForm
     content: bytes
     answer: PayloadForm
@@ -61,7 +61,7 @@ class Input(Struct, frozen=True):
 
 
 async def read_input(
-    request: Request[AskedOptions],
+    request: Request[RequestOptions],
     config: ApiConfig,
     served: Served,
     long_reads: CapacityLimiter,
@@ -86,14 +86,14 @@ def is_slow_to_parse(line: bytes) -> bool:
 
 
 async def read_long_line(
-    line: bytes, defaults: AskedOptions, served: Served, long_reads: CapacityLimiter
+    line: bytes, defaults: RequestOptions, served: Served, long_reads: CapacityLimiter
 ) -> tuple[Input, str | None]:
     """`read_line` in a thread, while the event loop continues; waits while `long_reads` allows no
     thread."""
     return await to_thread.run_sync(read_line, line, defaults, served, limiter=long_reads)
 
 
-def read_line(line: bytes, defaults: AskedOptions, served: Served) -> tuple[Input, str | None]:
+def read_line(line: bytes, defaults: RequestOptions, served: Served) -> tuple[Input, str | None]:
     """The input of a line of a bulk request, and its idempotency key (None without one); raises
     InvalidJSON, InvalidInput, VersionNotFound or ModelLoading. `defaults` are the options of a line
     without its own."""
@@ -111,7 +111,7 @@ def _has_much_to_parse(body: Body) -> bool:
     return body.content.find(b'"BYTES"', 0, head_bytes) >= 0
 
 
-def _read(body: Body, query: AskedOptions, served: Served) -> Input:
+def _read(body: Body, query: RequestOptions, served: Served) -> Input:
     """The input of a body that is not `.npy`; raises as `read_input` does. Runs in a thread for
     long bodies."""
     json_text = body.content if body.json_bytes is None else body.content[: body.json_bytes]
@@ -119,7 +119,7 @@ def _read(body: Body, query: AskedOptions, served: Served) -> Input:
     return _check_parsed(parsed, body, _options(parsed, query), served)
 
 
-def _check_parsed(parsed: ParsedBody, body: Body, options: AskedOptions, served: Served) -> Input:
+def _check_parsed(parsed: ParsedBody, body: Body, options: RequestOptions, served: Served) -> Input:
     """The input in a parsed body, checked against the version that `options` name. Raises
     VersionNotFound, ModelLoading or InvalidInput."""
     signature = served.signature_of(options.version)
@@ -128,7 +128,7 @@ def _check_parsed(parsed: ParsedBody, body: Body, options: AskedOptions, served:
     return _from_data(parsed, body, options, signature)
 
 
-def _options(parsed: ParsedBody, query: AskedOptions) -> AskedOptions:
+def _options(parsed: ParsedBody, query: RequestOptions) -> RequestOptions:
     """The options of the body, or of the query if the body has none; raises InvalidQuery if both
     have some."""
     if not parsed.has_options:
@@ -141,56 +141,56 @@ def _options(parsed: ParsedBody, query: AskedOptions) -> AskedOptions:
 
 
 def _from_data(
-    parsed: ParsedBody, body: Body, options: AskedOptions, signature: Signature
+    parsed: ParsedBody, body: Body, options: RequestOptions, signature: Signature
 ) -> Input:
     """The input of a body with `data`, stored as tensors if it is long and numeric, else as JSON.
     Raises InvalidInput if it does not fit."""
     if body.json_bytes is not None:
         raise InvalidInput(
             "Tensors that follow the JSON are described by `inputs`; `data` has none.",
-            faults=[Fault("/data", "`data` goes without Inference-Header-Content-Length")],
+            faults=[InputError("/data", "`data` goes without Inference-Header-Content-Length")],
         )
     array = check_data(parsed.data, signature)
     spec = data_input(signature)
     assert spec is not None, "check_data refuses without one"
-    described = (Given(spec.name, spec.datatype, array.shape),)
+    described = (TensorDescription(spec.name, spec.datatype, array.shape),)
     answer = options.answer or "json"
-    if len(parsed.data) <= LONG_BYTES or spec.datatype in _NOT_PACKED:
+    if len(parsed.data) <= MAX_JSON_PAYLOAD_BYTES or spec.datatype in _NOT_PACKED:
         return Input(signature, options, described, "json", parsed.data, answer, text=parsed.data)
     packed = packing.pack({spec.name: array})
     return Input(signature, options, described, "tensors", packed, answer, text=parsed.data)
 
 
 def _from_tensors(
-    parsed: ParsedBody, body: Body, options: AskedOptions, signature: Signature
+    parsed: ParsedBody, body: Body, options: RequestOptions, signature: Signature
 ) -> Input:
     """The input of a body with `inputs`; raises InvalidInput if they do not fit."""
     outputs = read_outputs(parsed, signature)
     feeds = read_tensors(parsed, body.content, body.json_bytes, signature)
-    described = shape_errors.described(feeds)
+    described = shape_errors.describe_tensors(feeds)
     answer = options.answer or "tensors"
     return Input(signature, options, described, "tensors", packing.pack(feeds), answer, outputs)
 
 
-def _from_npy(content: bytes, options: AskedOptions, served: Served) -> Input:
+def _from_npy(content: bytes, options: RequestOptions, served: Served) -> Input:
     """The input of a `.npy` body; raises InvalidInput, VersionNotFound or ModelLoading."""
     signature = served.signature_of(options.version)
     spec = data_input(signature)
     if spec is None:
         names = ", ".join(tensor.name for tensor in signature.inputs)
         detail = f"{signature.model} takes {names}, `.npy` holds one; send `inputs`"
-        raise InvalidInput(f"{detail}.", faults=[Fault("", detail)])
+        raise InvalidInput(f"{detail}.", faults=[InputError("", detail)])
     array = npy.read(content)
-    description = Given(spec.name, spec.datatype, array.shape)
+    description = TensorDescription(spec.name, spec.datatype, array.shape)
     problems = list(
-        shape_errors.find(
+        shape_errors.find_errors(
             [description], signature.inputs, model=signature.model, max_rows=signature.max_rows
         )
     )
     if dtype_problem := _dtype_problem(array, spec.datatype, signature.model):
-        problems.insert(0, Fault("/inputs/0/datatype", dtype_problem))
+        problems.insert(0, InputError("/inputs/0/datatype", dtype_problem))
     if problems:
-        raise refusal(problems)
+        raise invalid_input_error(problems)
     feeds = check_inputs({spec.name: array}, signature)
     answer = options.answer or "tensors"
     return Input(signature, options, [description], "tensors", packing.pack(feeds), answer)

@@ -12,13 +12,13 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from asyncinfer.api.http.validation_errors import fault_of
 from asyncinfer.api.inputs.envelope import ParsedBody, reject_input, reject_repeated_keys
-from asyncinfer.errors import Fault, InvalidInput
+from asyncinfer.errors import InputError, InvalidInput
 from asyncinfer.models.signature import Signature
-from asyncinfer.models.validation import check_inputs, refuse_misfits
-from asyncinfer.schemas.requests import AskedOutput, AskedParameters, InputParameters
+from asyncinfer.models.validation import check_inputs, reject_mismatches
+from asyncinfer.schemas.requests import InputParameters, RequestedOutput, RequestParameters
 from asyncinfer.tensors import datatypes, json_errors, packing, shape_errors
 from asyncinfer.tensors.datatypes import DTYPES, Array, Feeds, TensorSpec
-from asyncinfer.tensors.shape_errors import Given
+from asyncinfer.tensors.shape_errors import TensorDescription
 
 _MAX_BYTES: Final = 1 << 40
 _UNBOUNDED: Final = 1 << 62
@@ -49,8 +49,8 @@ class _Entry(Struct, frozen=True, forbid_unknown_fields=True):
 
 _decode_entry_text = msgspec.json.Decoder(_EntryText).decode
 _decode_entry = msgspec.json.Decoder(_Entry).decode
-_decode_outputs = msgspec.json.Decoder(list[AskedOutput]).decode
-_decode_parameters = msgspec.json.Decoder(AskedParameters).decode
+_decode_outputs = msgspec.json.Decoder(list[RequestedOutput]).decode
+_decode_parameters = msgspec.json.Decoder(RequestParameters).decode
 
 
 def read_tensors(
@@ -63,13 +63,13 @@ def read_tensors(
     entries and sizes are valid.
     """
     entries = _read_entries(parsed.inputs, signature)
-    described = [Given(entry.name, entry.datatype, entry.shape) for entry in entries]
+    described = [TensorDescription(entry.name, entry.datatype, entry.shape) for entry in entries]
     starts, size_faults = _start_offsets(entries, len(body), json_bytes)
     if size_faults:
-        refuse_misfits(described, signature, size_faults)
+        reject_mismatches(described, signature, size_faults)
     readable = _readable(entries, described, signature)
     arrays: dict[str, Array] = {}
-    problems: list[Fault] = []
+    problems: list[InputError] = []
     for index, (entry, start) in enumerate(zip(entries, starts, strict=True)):
         if index not in readable:
             continue
@@ -79,16 +79,16 @@ def read_tensors(
             )
         except InvalidInput as error:
             problems += error.faults
-    refuse_misfits(described, signature, problems)
+    reject_mismatches(described, signature, problems)
     return check_inputs(arrays, signature)
 
 
 def _readable(
-    entries: Sequence[_Entry], described: Sequence[Given], signature: Signature
+    entries: Sequence[_Entry], described: Sequence[TensorDescription], signature: Signature
 ) -> set[int]:
     """The indices of the tensors whose elements should be read. A tensor whose description does not
     fit the model is left out, unless it is small: then all its faults are reported at once."""
-    faults = shape_errors.find(
+    faults = shape_errors.find_errors(
         described, signature.inputs, model=signature.model, max_rows=signature.max_rows
     )
     wrong = {fault.pointer.split("/")[2] for fault in faults if fault.pointer != "/inputs"}
@@ -107,28 +107,28 @@ def read_outputs(parsed: ParsedBody, signature: Signature) -> tuple[str, ...]:
         try:
             _decode_parameters(parsed.parameters)
         except msgspec.ValidationError as error:
-            reject_input(fault_of(error, AskedParameters, under="/parameters"), error)
+            reject_input(fault_of(error, RequestParameters, under="/parameters"), error)
     if not parsed.outputs:
         return ()
     _entry_texts("outputs", parsed.outputs, len(signature.outputs), signature.model)
     try:
         names = tuple(output.name for output in _decode_outputs(parsed.outputs))
     except msgspec.ValidationError as error:
-        reject_input(fault_of(error, AskedOutput, under="/outputs"), error)
+        reject_input(fault_of(error, RequestedOutput, under="/outputs"), error)
     if problems := list(_output_faults(names, signature)):
-        raise json_errors.refusal(problems)
+        raise json_errors.invalid_input_error(problems)
     return names
 
 
-def _output_faults(names: tuple[str, ...], signature: Signature) -> Iterator[Fault]:
+def _output_faults(names: tuple[str, ...], signature: Signature) -> Iterator[InputError]:
     """Yields a fault for each name that is unknown or repeated."""
     known = {spec.name for spec in signature.outputs}
     seen: set[str] = set()
     for index, name in enumerate(names):
         if name not in known:
-            yield Fault(f"/outputs/{index}/name", json_errors.unknown_name(name, known))
+            yield InputError(f"/outputs/{index}/name", json_errors.unknown_name_detail(name, known))
         elif name in seen:
-            yield Fault(f"/outputs/{index}/name", f"`{name}` is given more than once")
+            yield InputError(f"/outputs/{index}/name", f"`{name}` is given more than once")
         seen.add(name)
 
 
@@ -144,7 +144,7 @@ def _entry_texts(field: str, text: bytes, max_entries: int, model: str) -> list[
         if text.lstrip().startswith(b"["):
             noun = field[:-1] if max_entries == 1 else field
             detail = f"more than {max_entries + 1} {field}, {model} has {max_entries} {noun}"
-            fault = Fault(f"/{field}", detail)
+            fault = InputError(f"/{field}", detail)
         else:
             fault = fault_of(error, _Entry, under=f"/{field}")
         reject_input(fault, error)
@@ -167,7 +167,7 @@ def _entries_decoder(max_entries: int) -> Callable[[bytes], Struct]:
 def _read_entries(text: bytes, signature: Signature) -> list[_Entry]:
     """The entries of `inputs`; raises InvalidInput with a fault for each invalid entry."""
     entries: list[_Entry] = []
-    problems: list[Fault] = []
+    problems: list[InputError] = []
     texts = _entry_texts("inputs", text, len(signature.inputs), signature.model)
     for index, entry_text in enumerate(texts):
         pointer = f"/inputs/{index}"
@@ -178,7 +178,7 @@ def _read_entries(text: bytes, signature: Signature) -> list[_Entry]:
         except InvalidInput as error:
             problems += error.faults
     if problems:
-        raise json_errors.refusal(problems)
+        raise json_errors.invalid_input_error(problems)
     return entries
 
 
@@ -191,15 +191,15 @@ def _read_entry(text: bytes, pointer: str) -> _Entry:
         text, {name: value for name, value in values.items() if len(value)}, pointer
     )
     if (entry.data is UNSET) == (entry.parameters.binary_data_size is None):
-        reject_input(Fault(pointer, "Set either `data` or `parameters.binary_data_size`."))
+        reject_input(InputError(pointer, "Set either `data` or `parameters.binary_data_size`."))
     if prod(max(size, 1) for size in entry.shape) * 8 > _MAX_BYTES:
-        reject_input(Fault(f"{pointer}/shape", "No request can carry so large a tensor."))
+        reject_input(InputError(f"{pointer}/shape", "No request can carry so large a tensor."))
     return entry
 
 
 def _start_offsets(
     entries: list[_Entry], body_bytes: int, json_bytes: int | None
-) -> tuple[list[int], list[Fault]]:
+) -> tuple[list[int], list[InputError]]:
     """Where in the body each tensor's bytes begin, and faults of the sizes, after which the offsets
     may be incomplete. An entry with `data` has the offset of the next one."""
     starts: list[int] = []
@@ -210,15 +210,17 @@ def _start_offsets(
         size = entry.parameters.binary_data_size
         if size is not None and json_bytes is None:
             pointer = f"/inputs/{index}/parameters/binary_data_size"
-            return starts, [Fault(pointer, "needs the header Inference-Header-Content-Length")]
+            return starts, [InputError(pointer, "needs the header Inference-Header-Content-Length")]
         end += size or 0
     if json_bytes is not None and end != body_bytes:
         sizes = f"the tensors have {end - begin} bytes by their binary_data_size"
-        return starts, [Fault("/inputs", f"{sizes}, {body_bytes - begin} follow the JSON")]
+        return starts, [InputError("/inputs", f"{sizes}, {body_bytes - begin} follow the JSON")]
     return starts, []
 
 
-def _read_array(entry: _Entry, description: Given, body: bytes, start: int, pointer: str) -> Array:
+def _read_array(
+    entry: _Entry, description: TensorDescription, body: bytes, start: int, pointer: str
+) -> Array:
     """The elements of an entry, from its `data` or its bytes in the body from `start` on; a view of
     the body if they are numbers. Raises InvalidInput, with faults at the JSON pointer."""
     if isinstance(entry.data, Raw):
@@ -230,32 +232,35 @@ def _read_array(entry: _Entry, description: Given, body: bytes, start: int, poin
     count = prod(entry.shape)
     if size != count * dtype.itemsize:
         expected = f"{entry.datatype}{list(entry.shape)} takes {count * dtype.itemsize}"
-        reject_input(Fault(f"{pointer}/parameters/binary_data_size", f"{size} bytes, {expected}"))
+        reject_input(
+            InputError(f"{pointer}/parameters/binary_data_size", f"{size} bytes, {expected}")
+        )
     return np.frombuffer(body, dtype, count, start if count else 0).reshape(entry.shape)
 
 
-def _read_strings(content: memoryview, description: Given, pointer: str) -> Array:
+def _read_strings(content: memoryview, description: TensorDescription, pointer: str) -> Array:
     """The array of strings, each sent behind its length; raises InvalidInput unless they are as
     many as the shape has."""
     expected = prod(description.shape)
     try:
-        strings = packing.unpack_strings(content, most=expected)
+        strings = packing.unpack_strings(content, max_count=expected)
     except packing.TooManyStrings as error:
         reject_input(
-            Fault(pointer, f"more than {expected} strings, which is what its shape takes"), error
+            InputError(pointer, f"more than {expected} strings, which is what its shape takes"),
+            error,
         )
     except packing.DamagedPayload as error:
         reject_input(
-            Fault(pointer, f"{error}; each string is sent behind its length, 4 bytes"), error
+            InputError(pointer, f"{error}; each string is sent behind its length, 4 bytes"), error
         )
     if len(strings) != expected:
-        reject_input(Fault(pointer, f"{len(strings)} strings, its shape takes {expected}"))
+        reject_input(InputError(pointer, f"{len(strings)} strings, its shape takes {expected}"))
     array = np.empty(len(strings), dtype=object)
     array[:] = strings
     return array.reshape(description.shape)
 
 
-def _read_json_elements(text: bytes, description: Given, pointer: str) -> Array:
+def _read_json_elements(text: bytes, description: TensorDescription, pointer: str) -> Array:
     """The array of a text with the elements in nested lists, or in a flat list in row-major order.
     Raises InvalidInput."""
     nested = _NESTED.match(text) if description.shape else _NOT_A_LIST.match(text)
@@ -268,17 +273,19 @@ def _read_json_elements(text: bytes, description: Given, pointer: str) -> Array:
     except (ValueError, OverflowError) as error:
         problem = str(error)
     if problem:
-        faults = json_errors.find(text, spec, model="its `shape`", max_rows=_UNBOUNDED, at=pointer)
-        raise json_errors.refusal(
+        faults = json_errors.find_errors(
+            text, spec, model="its `shape`", max_rows=_UNBOUNDED, at=pointer
+        )
+        raise json_errors.invalid_input_error(
             faults, otherwise=f"`{description.name}` cannot be read: {problem}"
         )
     return array.reshape(description.shape)
 
 
-def _reject_too_many_elements(text: bytes, description: Given, pointer: str) -> None:
+def _reject_too_many_elements(text: bytes, description: TensorDescription, pointer: str) -> None:
     """Raises InvalidInput for a long text of numbers that has more commas than its shape allows,
     before it is parsed."""
     if len(text) > _FEW_BYTES and description.datatype in datatypes.RANGES:
         count, expected = text.count(b",") + 1, prod(description.shape)
         if count > expected:
-            reject_input(Fault(pointer, f"{count} elements, its shape takes {expected}"))
+            reject_input(InputError(pointer, f"{count} elements, its shape takes {expected}"))

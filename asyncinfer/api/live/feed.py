@@ -25,9 +25,9 @@ from asyncinfer.errors import RedisUnavailable
 from asyncinfer.jobs import DEFAULT_TENANT
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
-from asyncinfer.repository.inspect.log import Change, Log, LogPage, Place, changes_in
+from asyncinfer.repository.inspect.log import Log, LogPage, Place, StatusChange, parse_changes
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.stored_jobs import Stored, read_summaries
+from asyncinfer.repository.stored_jobs import StoredJob, read_summaries
 
 _log = LimitedLog(logging.getLogger(__name__))
 
@@ -75,8 +75,8 @@ class JobChange(Struct, eq=False):
     """A change and its job as it was soon after, or None if the job was deleted. All followers get
     the same object, which is equal only to itself."""
 
-    change: Change
-    stored: Stored | None
+    change: StatusChange
+    stored: StoredJob | None
     text: bytes = b""
     """The event's lines, encoded for the first client and kept for the others."""
 
@@ -100,10 +100,10 @@ class Feed:
         self._last_ids: dict[str, bytes] = {}
         """By queue, the id of the last entry that was read."""
         self._owners = _Owners(store)
-        self._blocking = store.blocking()
+        self._blocking = store.blocking_connection()
         self._job_channels: dict[str, _Channel] = {}
         self._topic_channels: dict[Topic, _Channel] = {}
-        self._job_changes: OrderedDict[Change, JobChange] = OrderedDict()
+        self._job_changes: OrderedDict[StatusChange, JobChange] = OrderedDict()
         self._pages: OrderedDict[tuple[str, Place, int], LogPage] = OrderedDict()
         self._turns = asyncio.Lock()
         self._log_may_be_cut = False
@@ -171,7 +171,7 @@ class Feed:
         finally:
             self._turns.release()
 
-    async def with_jobs(self, changes: Sequence[Change]) -> list[JobChange]:
+    async def with_jobs(self, changes: Sequence[StatusChange]) -> list[JobChange]:
         """The changes with their jobs, in the same order; the jobs are read once for all followers.
         Call it only while holding a `turn`. Raises RedisUnavailable."""
         cached = [self._job_changes.get(change) for change in changes]
@@ -198,13 +198,13 @@ class Feed:
         if page := self._pages.get(key):
             return page
         page = await self.log.page(queue, start, entries, _CHANGES_A_PAGE)
-        if page.more:
+        if page.has_more:
             self._pages[key] = page
         if len(self._pages) > _MAX_PAGES:
             self._pages.popitem(last=False)
         return page
 
-    async def about(self, topic: Topic, changes: Sequence[Change]) -> list[Change]:
+    async def changes_of(self, topic: Topic, changes: Sequence[StatusChange]) -> list[StatusChange]:
         """The changes that belong to the topic, in their order; those of deleted jobs belong only
         to a topic of one job. Raises RedisUnavailable."""
         if topic.job_id is not None:
@@ -284,7 +284,7 @@ class Feed:
         beyond that place: then all followers read the logs themselves. When they did so after each
         slow reply, the next replies were slow too. Raises RedisUnavailable."""
         for queue, end in self._last_ids.items():
-            if not await self.log.reaches(queue, end):
+            if not await self.log.has_all_after(queue, end):
                 self._return_all_to_log()
                 break
         self._log_may_be_cut = False
@@ -292,16 +292,16 @@ class Feed:
     async def _find_queues(self) -> None:
         """Finds new queues. A queue that appears while the reader runs is read from its start; the
         first queues are read from now on, and `started` is set. Raises RedisUnavailable."""
-        if replaced := await self.log.replaced(self._last_ids):
+        if replaced := await self.log.find_replaced(self._last_ids):
             # Redis was replaced by a server whose clock is behind: followers report a gap.
             for queue in replaced:
-                self._last_ids[queue] = await self.log.last(queue)
+                self._last_ids[queue] = await self.log.last_entry_id(queue)
             self.base_ms = 0
             self._return_all_to_log()
         for queue in await self.store.queues():
             if queue not in self._last_ids:
                 new = self.started.is_set()
-                self._last_ids[queue] = b"0-0" if new else await self.log.last(queue)
+                self._last_ids[queue] = b"0-0" if new else await self.log.last_entry_id(queue)
         if not self.started.is_set():
             self.started.set()
             for follower in self._followers():
@@ -318,7 +318,9 @@ class Feed:
         for name, entry_id, fields in entries:
             counts[name] += 1
             async with self.turn():
-                await self._distribute(streams[name], changes_in(streams[name], entry_id, fields))
+                await self._distribute(
+                    streams[name], parse_changes(streams[name], entry_id, fields)
+                )
             self._last_ids[streams[name]] = entry_id
             newest_ms = max(newest_ms, int(entry_id.partition(b"-")[0]))
         # A full page means that this queue has more entries, possibly older than those of others.
@@ -327,7 +329,7 @@ class Feed:
             newest_ms = min(newest_ms, time.time_ns() // 1_000_000) - _SLACK_MS
             self.base_ms = max(self.base_ms, newest_ms - newest_ms % _BASE_STEP_MS)
 
-    async def _distribute(self, queue: str, changes: Sequence[Change]) -> None:
+    async def _distribute(self, queue: str, changes: Sequence[StatusChange]) -> None:
         """Pushes the changes of one log entry into the channels of the topics that they belong
         to."""
         by_topic = await self._by_topic(queue, changes) if self._topic_channels else {}
@@ -339,14 +341,14 @@ class Feed:
                 channel.push(topic_changes)
 
     async def _by_topic(
-        self, queue: str, changes: Sequence[Change]
-    ) -> dict[Topic, Sequence[Change]]:
+        self, queue: str, changes: Sequence[StatusChange]
+    ) -> dict[Topic, Sequence[StatusChange]]:
         """The changes of each followed topic, in their order; topics of one job are left out."""
         owners = await self._owners.of([change.job_id for change in changes])
         by_owner = defaultdict(list)
         for change in changes:
             by_owner[owners.get(change.job_id)].append(change)
-        by_topic: dict[Topic, list[Change]] = {}
+        by_topic: dict[Topic, list[StatusChange]] = {}
         for owner, owner_changes in by_owner.items():
             for topic in _topics(owner, queue):
                 if topic in self._topic_channels:
@@ -368,7 +370,7 @@ class _Channel:
 
     def __init__(self) -> None:
         self.followers: set[Follower] = set()
-        self._changes: list[Change] = []
+        self._changes: list[StatusChange] = []
         self._first = 0
         """The number of the oldest change kept; later changes are numbered consecutively."""
 
@@ -377,7 +379,7 @@ class _Channel:
         """The number that the next change will get."""
         return self._first + len(self._changes)
 
-    def push(self, changes: Sequence[Change]) -> None:
+    def push(self, changes: Sequence[StatusChange]) -> None:
         """Adds changes and wakes the followers; drops changes that no follower needs, and all but
         the last 10,000. A follower that needs a dropped one returns to the log."""
         self._changes += changes
@@ -390,7 +392,7 @@ class _Channel:
         for follower in self.followers:
             follower.wake()
 
-    def take(self, start: int, count: int) -> list[Change] | None:
+    def take(self, start: int, count: int) -> list[StatusChange] | None:
         """Up to `count` changes from the number `start` on, empty if there are no newer ones; None
         if that one is no longer kept. Removes nothing."""
         index = start - self._first
@@ -416,15 +418,15 @@ class Follower:
         """Drops all pending changes and reads the log again from this position, which replaces what
         was acknowledged."""
         self._base_ms = position.base_ms
-        self._acknowledged = _places_from(position.base_ms, position.told)
+        self._acknowledged = _places_from(position.base_ms, position.acknowledged)
         self._read_upto = dict(self._acknowledged)
         """How far the follower has read; `_acknowledged` is how far its client was sent changes."""
-        self._pending: list[Change] = []
+        self._pending: list[StatusChange] = []
         self._backlog: dict[str, Place] = {}
         self._entries = _FIRST_ENTRIES
         self.next_number = None
 
-    async def more(self, seconds: float) -> list[JobChange]:
+    async def next_changes(self, seconds: float) -> list[JobChange]:
         """The next changes, at most 256; empty if there are none within `seconds`, the turn does
         not come in 5 s, or the follower was closed. Raises LogTrimmed if changes are lost, and
         RedisUnavailable, after which the call may be repeated."""
@@ -445,7 +447,7 @@ class Follower:
         for job_change in job_changes:
             self._acknowledged[job_change.change.queue] = job_change.change.after
 
-    def acknowledge(self, change: Change, ended: int = 0) -> Position:
+    def acknowledge(self, change: StatusChange, ended: int = 0) -> Position:
         """Records that the client is sent this change; returns its position after it, with `ended`
         as in Position."""
         self._acknowledged[change.queue] = change.after
@@ -504,7 +506,7 @@ class Follower:
         del self._pending[: len(job_changes)]
         return job_changes
 
-    async def _read_more(self) -> list[Change]:
+    async def _read_more(self) -> list[StatusChange]:
         """The next changes of the topic, from the log or the channel; may be empty while others
         follow. Raises LogTrimmed or RedisUnavailable."""
         if self.next_number is None:
@@ -522,23 +524,23 @@ class Follower:
         """How far the follower has read the queue's log."""
         return self._read_upto.get(queue, (self._base_ms, 0, 0))
 
-    async def _catch_up(self) -> list[Change]:
+    async def _catch_up(self) -> list[StatusChange]:
         """Reads one page of one queue's log; returns its changes of the topic, which may be
         none."""
         queue, start = next(iter(self._backlog.items()))
         page = await self._feed.page(queue, start, self._entries)
-        changes = await self._feed.about(self.topic, page.changes)
+        changes = await self._feed.changes_of(self.topic, page.changes)
         # An entry may have one job or hundreds: size the next page for _CHANGES_A_PAGE changes.
         wanted = self._entries * _CHANGES_A_PAGE // max(1, len(page.changes))
         self._entries = max(1, min(wanted, _MAX_ENTRIES))
         self._read_upto[queue] = page.end
-        if page.more:
+        if page.has_more:
             self._backlog[queue] = page.end
         else:
             self._backlog.pop(queue, None)
         return changes
 
-    def _take_from_channel(self) -> list[Change]:
+    def _take_from_channel(self) -> list[StatusChange]:
         """The next changes of the channel that were not read from the log before. Returns to the
         log if the channel no longer has them."""
         assert self.next_number is not None
@@ -547,7 +549,7 @@ class Follower:
             self.return_to_log()
             return []
         self.next_number += len(part)
-        unread: list[Change] = []
+        unread: list[StatusChange] = []
         begin, read = (self._base_ms, 0, 0), self._read_upto
         for change in part:
             # A change that was passed on while the follower read the log is in both.
@@ -586,7 +588,7 @@ class _Owners:
         return {job_id: self._known[job_id] for job_id in job_ids if job_id in self._known}
 
 
-def _owner(stored: Stored) -> tuple[str, str | None]:
+def _owner(stored: StoredJob) -> tuple[str, str | None]:
     """The job's (tenant, group); an external job is the default tenant's."""
     record = stored.record
     return (record.tenant, record.options.group) if record else (DEFAULT_TENANT, None)
@@ -610,7 +612,7 @@ def _bounded(job_changes: list[JobChange]) -> list[JobChange]:
     return job_changes
 
 
-def _place_of(change: Change) -> Place:
+def _place_of(change: StatusChange) -> Place:
     return change.place
 
 

@@ -14,9 +14,9 @@ from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.log import entry_order
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.stored_jobs import Stored, noticed, queue_of
+from asyncinfer.repository.stored_jobs import StoredJob, parse_inbox_entry, queue_of
 from asyncinfer.repository.submissions import Submissions
-from asyncinfer.timeouts import settled
+from asyncinfer.timeouts import done_within
 from asyncinfer.untrusted import decoding
 
 _log = LimitedLog(logging.getLogger(__name__))
@@ -40,23 +40,25 @@ class Ticket:
 
     def __init__(self, job_id: str, submissions: Submissions) -> None:
         self.job_id = job_id
-        self.ended: asyncio.Future[Stored | None] = asyncio.get_running_loop().create_future()
+        self.ended_job: asyncio.Future[StoredJob | None] = (
+            asyncio.get_running_loop().create_future()
+        )
         self.was_stored = False
         """Whether the job is known to have been in Redis: if it is absent later, it was deleted.
         Otherwise it may not have been submitted yet."""
         self._submissions = submissions
 
-    async def wait_briefly(self, seconds: float) -> Stored | None:
+    async def wait_briefly(self, seconds: float) -> StoredJob | None:
         """The job if it ends within 50 ms (or `seconds`, if fewer), else None; `wait` may follow.
         The time is too short to watch for the client's disconnect, which costs more than the rest
         of the wait."""
-        done = await settled(self.ended, min(seconds, _INSTANT_SECONDS))
-        return self.ended.result() if done else None
+        done = await done_within(self.ended_job, min(seconds, _INSTANT_SECONDS))
+        return self.ended_job.result() if done else None
 
-    async def wait(self, seconds: float) -> Stored | None:
+    async def wait(self, seconds: float) -> StoredJob | None:
         """The ended job, or after `seconds` or when the API stops the job as it is; None if it does
         not exist. Raises RedisUnavailable if it must be read and cannot be."""
-        if await settled(self.ended, seconds) and (stored := self.ended.result()):
+        if await done_within(self.ended_job, seconds) and (stored := self.ended_job.result()):
             return stored
         return await self._submissions.read(self.job_id)
 
@@ -73,7 +75,7 @@ class Inbox:
         self._store = store
         self._use_new_name()
         self._submissions = submissions
-        self._blocking = store.blocking()
+        self._blocking = store.blocking_connection()
         self._tickets: dict[str, list[Ticket]] = {}
         self._waiters = 0
         self._read_to = b"0"
@@ -84,7 +86,7 @@ class Inbox:
     def _use_new_name(self) -> None:
         """Chooses a new name, whose stream is read from its start; a key under the old one that is
         not a stream is left alone."""
-        self.name = keys.inbox(self._store.n, secrets.token_hex(8))
+        self.name = keys.inbox(self._store.queue_name, secrets.token_hex(8))
         self._read_to = b"0"
 
     async def run(self) -> None:
@@ -121,7 +123,7 @@ class Inbox:
             if not others:
                 del self._tickets[job_id]
 
-    async def wait(self, stored: Stored, seconds: float) -> Stored | None:
+    async def wait(self, stored: StoredJob, seconds: float) -> StoredJob | None:
         """The ended job, or after `seconds` or when the API stops the job as it is; None if it does
         not exist. `stored` is the job as it was just read, and returned as it is if no wait is
         needed. Raises RedisUnavailable."""
@@ -146,7 +148,7 @@ class Inbox:
             try:
                 entries = await self._blocking.read({self.name: self._read_to}, _READ_SECONDS)
                 for _, entry_id, fields in entries:
-                    await self._handle_notices(list(noticed(fields)))
+                    await self._handle_notices(list(parse_inbox_entry(fields)))
                     self._read_to = entry_id
                     # Send these answers before reading more notices. When all answers went out at
                     # once, all clients came back at once, and this process and the workers were
@@ -192,10 +194,10 @@ class Inbox:
         newest = ("XREVRANGE", self.name, "+", "-", "COUNT", 1)
         read_to = self._read_to
         with contextlib.suppress(StorageFull):
-            is_there, entries = await self._store.together(expire, newest)
+            is_there, entries = await self._store.transaction(expire, newest)
             if not is_there:
                 # A process that died between two separate commands would leave the stream forever.
-                await self._store.together(("XADD", self.name, *alive), expire)
+                await self._store.transaction(("XADD", self.name, *alive), expire)
                 self._read_to = b"0"
             elif not entries or entry_order(entries[0][0]) < entry_order(read_to):
                 # The stream came from an older dump, or the server's clock is behind: its next
@@ -208,15 +210,15 @@ class Inbox:
             async with asyncio.timeout(seconds):
                 await self.closing.wait()
 
-    async def _handle_notices(self, notices: list[tuple[str, Stored | None]]) -> None:
+    async def _handle_notices(self, notices: list[tuple[str, StoredJob | None]]) -> None:
         """Resolves the waiters of these jobs; a job that its notice does not include (None) is
         read. Raises RedisUnavailable."""
         for job_id, stored in notices:
             if stored:
-                self._answer(job_id, stored)
+                self._resolve_waiters(job_id, stored)
         await self._recheck([job_id for job_id, stored in notices if stored is None])
 
-    def _answer(self, job_id: str, stored: Stored) -> None:
+    def _resolve_waiters(self, job_id: str, stored: StoredJob) -> None:
         """Resolves all waiters of a job that has ended."""
         for ticket in self._tickets.get(job_id, ()):
             _resolve(ticket, stored)
@@ -239,7 +241,7 @@ class Inbox:
                 if stored is None:
                     absent.add(job_id)
                 elif stored.status in TERMINAL:
-                    self._answer(job_id, stored)
+                    self._resolve_waiters(job_id, stored)
         for ticket in were_stored:
             if ticket.job_id in absent:
                 _resolve(ticket, None)
@@ -254,8 +256,8 @@ class Inbox:
         ]
 
 
-def _resolve(ticket: Ticket, stored: Stored | None) -> None:
+def _resolve(ticket: Ticket, stored: StoredJob | None) -> None:
     """Wakes the ticket's waiter with the ended job, or with None to let it read the job; does
     nothing if that was done before."""
-    if not ticket.ended.done():
-        ticket.ended.set_result(stored)
+    if not ticket.ended_job.done():
+        ticket.ended_job.set_result(stored)

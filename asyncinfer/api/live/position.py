@@ -19,7 +19,7 @@ class Position(Struct, frozen=True, array_like=True):
 
     base_ms: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
     """Older changes have been sent, in every queue."""
-    told: dict[str, Place] = {}
+    acknowledged: dict[str, Place] = {}
     """By queue, the place up to which changes have been sent, if later than `base_ms`."""
     ended: int = 0
     """For a job, the round whose end was sent; for a group, 1 once its `done` was sent; else 0."""

@@ -8,7 +8,7 @@ import anyio
 
 from asyncinfer.api.http.messages import OWS, Request
 from asyncinfer.errors import InvalidHeader, RequestError
-from asyncinfer.repository.stored_jobs import Stored
+from asyncinfer.repository.stored_jobs import StoredJob
 from asyncinfer.schemas.requests import MAX_WAIT_SECONDS
 
 
@@ -24,12 +24,12 @@ def preferred_wait(request: Request[Any]) -> int | None:
 
 
 async def while_client_stays(
-    request: Request[Any], waiting: Awaitable[Stored | None]
-) -> Stored | None:
+    request: Request[Any], waiting: Awaitable[StoredJob | None]
+) -> StoredJob | None:
     """The result of `waiting`, or None if the client disconnects first, which cancels it. Raises
     what `waiting` raises, and Unauthorized or Forbidden as soon as the client's key is revoked. The
     request's body must have been read."""
-    stored: Stored | None = None
+    stored: StoredJob | None = None
     failure: RequestError | None = None
 
     async def end_when_revoked() -> None:

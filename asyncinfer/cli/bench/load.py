@@ -19,7 +19,7 @@ from asyncinfer.cli.bench.verdict import Bench, Load, Sides, latency, verdict
 from asyncinfer.cli.options import Server
 from asyncinfer.client import CannotSend, ConnectionFailed, Forbidden, Model
 from asyncinfer.schemas.operations import Queue, QueueList, WorkerList
-from asyncinfer.schemas.responses import Cleared
+from asyncinfer.schemas.responses import ClearResult
 
 _STATUS_QUEUE_FULL: Final = 429
 _PAUSE_SECONDS: Final = 0.25
@@ -84,7 +84,7 @@ def _clean_up(api: ApiClient, group: str) -> None:
     for query in queries:
         more = True
         while more:
-            done = api.request_as(Cleared, "DELETE", "/jobs", group=group, **query)
+            done = api.request_as(ClearResult, "DELETE", "/jobs", group=group, **query)
             more = done.more and done.cancelled + done.stopping + done.purged > 0
 
 

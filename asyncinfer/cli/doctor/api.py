@@ -104,7 +104,7 @@ def _folder_with(model: str, settings: Settings) -> str:
         names = {file.model for file in source.files()}
     except (StartError, OSError):
         return ""
-    return shlex.quote(str(source.watched)) if model in names else ""
+    return shlex.quote(str(source.watched_folder)) if model in names else ""
 
 
 def _examine_served_models(api: ApiClient, held_up: Sequence[Queue]) -> Iterator[Finding]:

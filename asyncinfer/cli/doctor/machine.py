@@ -11,7 +11,7 @@ from typing import Final
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
 from asyncinfer.cli.output import counted, size
 from asyncinfer.errors import KeyFileRefused
-from asyncinfer.processes.cpus import cores
+from asyncinfer.processes.cpus import usable_cores
 from asyncinfer.settings import Settings
 
 _MIN_OPEN_FILES: Final = 4096
@@ -54,7 +54,7 @@ def port_is_taken(host: str, port: int) -> bool:
 
 def _threads(settings: Settings) -> Finding:
     """Compares CONCURRENCY with the cores that affinity and control group leave."""
-    usable, threads = cores(), settings.concurrency or cores()
+    usable, threads = usable_cores(), settings.concurrency or usable_cores()
     threads_each = max(1, usable // threads)
     batches = "1 batch" if threads == 1 else f"{threads} batches"
     found = (

@@ -8,13 +8,13 @@ import anyio
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
 from asyncinfer.cli.output import counted, size
 from asyncinfer.errors import ModelDirUnreadable
-from asyncinfer.models.folder import ModelFile, read_stamp, to_serve, total_bytes
-from asyncinfer.processes.cpus import cores
-from asyncinfer.worker.models.sandbox import trial
-from asyncinfer.worker.models.source import Source
+from asyncinfer.models.folder import ModelFile, read_stamp, served_versions, total_bytes
+from asyncinfer.processes.cpus import usable_cores
+from asyncinfer.worker.models.sandbox import try_in_child
+from asyncinfer.worker.models.source import ModelSource
 
 
-async def examine_models(source: Source, *, allow_custom_ops: bool) -> list[Finding]:
+async def examine_models(source: ModelSource, *, allow_custom_ops: bool) -> list[Finding]:
     """A finding for the folder and one for each version, in the order of the folder's listing.
 
     It loads and runs each version in a child process, as many at once as there are cores.
@@ -26,17 +26,17 @@ async def examine_models(source: Source, *, allow_custom_ops: bool) -> list[Find
     except ModelDirUnreadable as error:
         return [problem("models", error.detail, "set MODEL_DIR to a folder that can be read")]
     files = listing.files
-    missing = source.missing({file.model for file in files})
+    missing = source.missing_models({file.model for file in files})
     if not files and not missing:
-        mend = f"put an ONNX file there: cp my.onnx {source.watched}/"
-        return [problem("models", f"{source.watched} has no model", mend)]
-    found = [ok("models", f"{counted(len(files), 'version')} in {source.watched}")]
-    found += [ok("models", line) for line in listing.passed_over]
+        mend = f"put an ONNX file there: cp my.onnx {source.watched_folder}/"
+        return [problem("models", f"{source.watched_folder} has no model", mend)]
+    found = [ok("models", f"{counted(len(files), 'version')} in {source.watched_folder}")]
+    found += [ok("models", line) for line in listing.ignored]
     if missing:
         here = ", ".join(sorted({file.model for file in files}))
         mend = f"set MODELS to some of {here}" if here else "correct MODELS, or MODEL_DIR"
         found.append(problem("models", f"MODELS names {', '.join(missing)}: not there", mend))
-    limiter = anyio.CapacityLimiter(cores())
+    limiter = anyio.CapacityLimiter(usable_cores())
     verdicts: dict[int, Finding] = {}
 
     async def examine(index: int, file: ModelFile) -> None:
@@ -58,11 +58,11 @@ async def _examine(
     """
     about = f"model {file.model}/{file.version}" if file.version else f"model {file.model}"
     size_bytes = total_bytes(read_stamp(file))
-    reason = file.problem or await trial(file, size_bytes, allow_custom_ops=allow_custom_ops)
+    reason = file.problem or await try_in_child(file, size_bytes, allow_custom_ops=allow_custom_ops)
     if not reason:
         return ok(about, f"loads and runs ({size(size_bytes)})")
     mend = f"correct, replace or remove it: {_faulty_path(file)}"
-    served = to_serve([other for other in files if other.model == file.model])[file.model]
+    served = served_versions([other for other in files if other.model == file.model])[file.model]
     if served is not file:
         return warning(about, f"{reason}; another version is served", mend)
     return problem(about, reason, mend)

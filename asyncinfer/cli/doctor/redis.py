@@ -10,7 +10,7 @@ from asyncinfer.cli.addresses import shown_url
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
 from asyncinfer.cli.output import seconds, size
 from asyncinfer.errors import AsyncinferError
-from asyncinfer.repository.inspect.server_info import Vitals, vitals
+from asyncinfer.repository.inspect.server_info import ServerInfo, read_server_info
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 
@@ -33,7 +33,7 @@ async def examine_redis(url: str, queue_name: str, model_dir: Path | None) -> li
         async with Store.open(
             url, queue_name=queue_name, policy=Policy(), name="asyncinfer-doctor"
         ) as store:
-            info = await vitals(store)
+            info = await read_server_info(store)
     except AsyncinferError as error:
         mend = f"start it, or set REDIS_URL to one that answers: {_cli(shown)} PING"
         return [problem("Redis", f"{shown}: {error.detail}", mend)]
@@ -46,7 +46,7 @@ def _cli(url: str) -> str:
     return f"redis-cli -s {path}" if scheme == "unix" else f"redis-cli -u {url}"
 
 
-def findings_of(info: Vitals, url: str) -> Iterator[Finding]:
+def findings_of(info: ServerInfo, url: str) -> Iterator[Finding]:
     """Findings on a server: role, persistence, disk, memory, round trip, clock and workers.
 
     `url`, without a password, is shown in them and in the commands that fix them.
@@ -68,7 +68,7 @@ def findings_of(info: Vitals, url: str) -> Iterator[Finding]:
     yield _workers(info)
 
 
-def _server(info: Vitals, url: str) -> Finding:
+def _server(info: ServerInfo, url: str) -> Finding:
     """Whether the server can be used: its version, and that it evicts nothing."""
     if "evicts" in info.refusal:
         mend = f"{_cli(url)} CONFIG SET maxmemory-policy noeviction"
@@ -78,7 +78,7 @@ def _server(info: Vitals, url: str) -> Finding:
     return ok("Redis", f"{info.server} at {url}, evicts nothing")
 
 
-def _persistence(info: Vitals, url: str) -> Finding:
+def _persistence(info: ServerInfo, url: str) -> Finding:
     """Whether jobs outlive a restart of the server."""
     append = f"{_cli(url)} CONFIG SET appendonly yes (and `appendonly yes` in its file)"
     about = "Redis persistence"
@@ -93,7 +93,7 @@ def _persistence(info: Vitals, url: str) -> Finding:
     return warning(about, f"{some}: a crash loses the jobs since the last one", append)
 
 
-def _memory(info: Vitals, url: str) -> Finding:
+def _memory(info: ServerInfo, url: str) -> Finding:
     """A problem if more than 80 % of its limit, or of its machine's memory, is used; else ok."""
     about = "Redis memory"
     limit = info.max_bytes or info.machine_bytes
@@ -129,7 +129,7 @@ def _clock(ahead: float) -> Finding:
     return ok(about, f"within {seconds(abs(ahead))} of the Redis server's")
 
 
-def _workers(info: Vitals) -> Finding:
+def _workers(info: ServerInfo) -> Finding:
     """A warning if no worker lives, or none has the default model."""
     default = (
         f"the default model is {info.default_model}"
@@ -144,7 +144,7 @@ def _workers(info: Vitals) -> Finding:
     return ok("workers", f"{info.workers} alive; {default}")
 
 
-def _other_folder(info: Vitals, model_dir: Path | None) -> Iterator[Finding]:
+def _other_folder(info: ServerInfo, model_dir: Path | None) -> Iterator[Finding]:
     """Warns if the models that are checked are not those that a worker serves."""
     served = {folder for _, folder in info.model_dirs}
     if model_dir is None or not served or str(model_dir) in served:

@@ -11,7 +11,7 @@ from asyncinfer.cli import options
 from asyncinfer.cli.exit_codes import EXIT_FAILED, say_error
 from asyncinfer.cli.options import Server
 from asyncinfer.errors import RequestError
-from asyncinfer.schemas.responses import Cleared, Retried
+from asyncinfer.schemas.responses import ClearResult, RetryResult
 
 _MAX_JOBS_PER_CALL: Final = 1000
 _ABORTING_STATUSES: Final = frozenset({401, 403, 503})
@@ -57,7 +57,7 @@ def cancel(
     if job_ids:
         return _delete_each(server, job_ids, as_json, "cancelled", tenant=tenant)
     return _run_for_all_matching(
-        server, Cleared, "DELETE", "/jobs", {**query, "tenant": tenant}, as_json
+        server, ClearResult, "DELETE", "/jobs", {**query, "tenant": tenant}, as_json
     )
 
 
@@ -98,14 +98,14 @@ def retry(
     _reject_unclear_choice("retry", job_ids, query)
     if not job_ids:
         query["tenant"] = tenant
-        return _run_for_all_matching(server, Retried, "POST", "/jobs/retry", query, as_json)
+        return _run_for_all_matching(server, RetryResult, "POST", "/jobs/retry", query, as_json)
     from asyncinfer.cli.api_client import ApiClient
 
     totals: dict[str, Any] = {"retried": [], "refused": []}
     with ApiClient(server) as api:
         for start in range(0, len(job_ids), _MAX_JOBS_PER_CALL):
             body = {"job_ids": list(job_ids[start : start + _MAX_JOBS_PER_CALL])}
-            done = api.request_as(Retried, "POST", "/jobs/retry", body=body, tenant=tenant)
+            done = api.request_as(RetryResult, "POST", "/jobs/retry", body=body, tenant=tenant)
             _add(totals, done)
     return _report(totals, as_json)
 
@@ -154,7 +154,7 @@ def purge(
     if not (yes or _is_confirmed()):
         return 0
     query |= {"purge": True, "tenant": tenant}
-    return _run_for_all_matching(server, Cleared, "DELETE", "/jobs", query, as_json)
+    return _run_for_all_matching(server, ClearResult, "DELETE", "/jobs", query, as_json)
 
 
 # --- requests ------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def _delete_each(
 
 def _run_for_all_matching(
     server: Server,
-    kind: type[Cleared | Retried],
+    kind: type[ClearResult | RetryResult],
     method: str,
     path: str,
     query: dict[str, Any],
@@ -227,7 +227,7 @@ def _run_for_all_matching(
                 return _report(totals, as_json)
 
 
-def _add(totals: dict[str, Any], done: Cleared | Retried) -> bool:
+def _add(totals: dict[str, Any], done: ClearResult | RetryResult) -> bool:
     """Adds a response to the totals, in place; returns whether it handled any job."""
     added = {name: value for name, value in msgspec.to_builtins(done).items() if name != "more"}
     for name, value in added.items():

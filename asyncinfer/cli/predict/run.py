@@ -26,11 +26,11 @@ from asyncinfer.cli.predict.progress import Progress, progress
 from asyncinfer.cli.predict.readers import Row
 from asyncinfer.cli.predict.writers import Record
 from asyncinfer.client import WaitTimeout
-from asyncinfer.client._client import asked_of
+from asyncinfer.client._client import map_options
 from asyncinfer.client._map.results import Results
 from asyncinfer.client._protocol import Pause
 from asyncinfer.client._wait_reasons import CADENCE, Cadence, Notices
-from asyncinfer.errors import AsyncinferError, Fault, FileRefused, RequestError
+from asyncinfer.errors import AsyncinferError, FileRefused, InputError, RequestError
 
 if TYPE_CHECKING:
     from asyncinfer.client import Model
@@ -185,11 +185,11 @@ def _records(
     model = api.client.model(options.model)
     names = [spec.name for spec in model.outputs]
     client, job_options = api.client, {"priority": options.priority, "group": group}
-    map_options = msgspec.structs.replace(
-        asked_of(options.model, options.batch, options.in_flight, False, "return", job_options),
+    options_of_map = msgspec.structs.replace(
+        map_options(options.model, options.batch, options.in_flight, False, "return", job_options),
         cadence=options.cadence,
     )
-    results = Results(client._server, client._driver, values(), map_options, _StderrNotices())
+    results = Results(client._server, client._driver, values(), options_of_map, _StderrNotices())
     with contextlib.closing(results):
         for result in results:
             yield from _unreadable_records(pending)
@@ -223,8 +223,8 @@ class _PauseNotices:
         """Takes a pause before a request is sent again; prints its reason once that takes long."""
         now = time.monotonic()
         self._first_pause_at = self._first_pause_at or now
-        if now + pause.seconds - self._first_pause_at >= self._cadence.after_seconds:
-            self._notices.hear(pause.reason, "It is tried again", "")
+        if now + pause.seconds - self._first_pause_at >= self._cadence.first_check_seconds:
+            self._notices.report(pause.reason, "It is tried again", "")
 
 
 def _unreadable_records(pending: deque[Row]) -> Iterator[Record]:
@@ -269,7 +269,7 @@ def _error_text(error: AsyncinferError) -> str:
     return "; ".join(map(_fault_text, faults)) or error.detail
 
 
-def _fault_text(fault: Fault) -> str:
+def _fault_text(fault: InputError) -> str:
     """The detail of a fault after its place in the row, as `value at 2: ...`."""
     detail = _ROW_IN_JOB.sub("", fault.detail)
     match = _VALUE_POINTER.fullmatch(fault.pointer)

@@ -12,7 +12,7 @@ import msgspec
 
 from asyncinfer.cli.predict.readers import import_arrow
 from asyncinfer.errors import FileRefused
-from asyncinfer.tensors.missing_values import in_words
+from asyncinfer.tensors.missing_values import as_nonfinite_words
 from asyncinfer.untrusted.printable import printable, printable_json
 
 FORMATS: Final = ("table", "csv", "json", "ndjson", "parquet")
@@ -150,7 +150,7 @@ class _JSON:
 
 def _json_of(record: Record) -> bytes:
     """A record as JSON without a line end; NaN and infinities are words, as the API writes them."""
-    return msgspec.json.encode(in_words(record))
+    return msgspec.json.encode(as_nonfinite_words(record))
 
 
 # --- columns -------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ class _Columns:
 
         A row has a cell for each of `names`, None where the record has no such field.
         """
-        record = in_words(record)
+        record = as_nonfinite_words(record)
         if not self._names and "error" in record:
             self._waiting.append(record)
             return []
@@ -289,7 +289,7 @@ def flat(record: Record) -> Record:
     dicts become JSON, and an error `code: detail`.
     """
     cells: Record = {}
-    for name, value in in_words(record).items():
+    for name, value in as_nonfinite_words(record).items():
         if name == "error":
             cells[name] = f"{value['code']}: {value['detail']}"
         elif _is_vector(value):

@@ -8,7 +8,7 @@ from asyncinfer.cli.serve import configuration
 from asyncinfer.cli.serve.log_setup import LOOP, set_up_logging
 from asyncinfer.errors import StartError
 from asyncinfer.processes import tuning
-from asyncinfer.processes.tuning import lean_start
+from asyncinfer.processes.tuning import tune_for_start
 from asyncinfer.settings import Settings
 from asyncinfer.settings import read as read_settings
 
@@ -20,7 +20,7 @@ def api_process(held_fd: int, report_fd: int, own_worker_since_ms: int) -> int:
     serves until a signal and returns 0. `own_worker_since_ms` is in milliseconds since 1970, 0 if
     the `serve` has no worker.
     """
-    lean_start()
+    tune_for_start()
     import anyio
 
     from asyncinfer.processes import api_processes
@@ -43,15 +43,15 @@ async def _serve(
 
     Closes `held_fd` at the end.
     """
-    from asyncinfer.api.http.sockets import share
+    from asyncinfer.api.http.sockets import bind_shared
     from asyncinfer.api.server import serve_on
     from asyncinfer.processes import api_processes
 
     def on_ready() -> None:
-        tuning.settle()
+        tuning.tune_for_serving()
         api_processes.report_ready(report_fd)
 
     assert settings.redis_url, "the parent sets REDIS_URL"
     config = configuration.api_config(settings, settings.redis_url, own_worker_since_ms)
-    with socket.socket(fileno=held_fd) as held, share(held) as listener:
+    with socket.socket(fileno=held_fd) as held, bind_shared(held) as listener:
         await serve_on(listener, config, on_ready=on_ready)

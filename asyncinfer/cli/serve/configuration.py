@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from asyncinfer.models.folder import ModelFile
     from asyncinfer.repository.policy import Policy
     from asyncinfer.repository.store import Store
-    from asyncinfer.worker.models.source import Source
-    from asyncinfer.worker.process import WorkerProcess
+    from asyncinfer.worker.models.source import ModelSource
+    from asyncinfer.worker.process import WorkerProcessConfig
 
 
 def redis_url(settings: Settings) -> str | None:
@@ -60,16 +60,16 @@ def model_dir(settings: Settings) -> Path:
     return folder
 
 
-def source(settings: Settings) -> "Source":
+def source(settings: Settings) -> "ModelSource":
     """The folder or the one file of models to serve, which is not read yet.
 
     Raises StartError if it is not there, and InvalidSetting if MODEL cannot be served.
     """
-    from asyncinfer.worker.models.source import Source
+    from asyncinfer.worker.models.source import ModelSource
 
     file = model_file(settings)
     folder = file.parent if file else model_dir(settings)
-    return Source(folder, settings.models, file)
+    return ModelSource(folder, settings.models, file)
 
 
 def looks_intact(file: "ModelFile") -> bool:
@@ -79,7 +79,7 @@ def looks_intact(file: "ModelFile") -> bool:
     """
     from asyncinfer.models import onnx_file
 
-    return not file.problem and onnx_file.looks_whole(file.path)
+    return not file.problem and onnx_file.looks_complete(file.path)
 
 
 def model_file(settings: Settings) -> Path | None:
@@ -90,12 +90,12 @@ def model_file(settings: Settings) -> Path | None:
     """
     if settings.model is None:
         return None
-    from asyncinfer.models.folder import NAME_RULE, valid_name
+    from asyncinfer.models.folder import NAME_RULE, is_valid_name
 
     file = settings.model.absolute()
     if file.suffix != ".onnx" or not file.is_file():
         raise InvalidSetting(f"MODEL {settings.model} is no .onnx file. Set it to one that exists.")
-    if not valid_name(file.stem):
+    if not is_valid_name(file.stem):
         raise InvalidSetting(
             f"MODEL: rename {file.name}, whose name becomes the model's: {NAME_RULE}."
         )
@@ -163,25 +163,25 @@ def api_config(settings: Settings, url: str, own_worker_since_ms: int | None) ->
     )
 
 
-def worker_process(settings: Settings, url: str) -> "WorkerProcess":
+def worker_process(settings: Settings, url: str) -> "WorkerProcessConfig":
     """The configuration of a worker; `url` is that of its Redis. Nothing is started.
 
     Raises StartError as `source` does.
     """
-    from asyncinfer.processes.cpus import cores
-    from asyncinfer.worker.models.engine_cache import Bounds
-    from asyncinfer.worker.process import WorkerProcess
+    from asyncinfer.processes.cpus import usable_cores
+    from asyncinfer.worker.models.engine_cache import CacheBounds
+    from asyncinfer.worker.process import WorkerProcessConfig
     from asyncinfer.worker.worker import WorkerConfig
 
-    concurrency = settings.concurrency or cores()
-    return WorkerProcess(
+    concurrency = settings.concurrency or usable_cores()
+    return WorkerProcessConfig(
         redis_url=url,
         queue_name=settings.queue_name,
         policy=policy(settings),
         source=source(settings),
-        bounds=Bounds(settings.max_models, settings.max_model_bytes),
+        bounds=CacheBounds(settings.max_models, settings.max_model_bytes),
         default_model=default_model(settings),
-        intra_op_threads=max(1, cores() // concurrency),
+        intra_op_threads=max(1, usable_cores() // concurrency),
         allow_custom_ops=settings.allow_custom_ops,
         monitor_port=settings.monitor_port,
         monitor_host=settings.monitor_host,

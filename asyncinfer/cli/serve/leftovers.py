@@ -13,8 +13,8 @@ from asyncinfer.settings import Settings
 
 if TYPE_CHECKING:
     from asyncinfer.models.folder import ModelFile
-    from asyncinfer.repository.announcements import WorkerSays
-    from asyncinfer.repository.leftovers import Leftovers, Unserved
+    from asyncinfer.repository.announcements import WorkerAnnouncement
+    from asyncinfer.repository.leftovers import UnservedDefault, UnservedModels
 
 _log = logging.getLogger(__name__)
 _limited = LimitedLog(_log)
@@ -42,7 +42,7 @@ class LeftoverCleaner:
         """The worker is started after this time."""
         self._missing_default: str | None = None
         """The stored default model, if the folder does not have it."""
-        self._unserved_default: Unserved | None = None
+        self._unserved_default: UnservedDefault | None = None
         """Set while `_missing_default` has not been replaced and no other worker has it either."""
 
     # --- at the start -----------------------------------------------------------------------
@@ -64,17 +64,17 @@ class LeftoverCleaner:
         the settings, and DefaultModelChanged if others use another. If Redis does not answer it
         logs that.
         """
-        from asyncinfer.repository.leftovers import Leftovers
+        from asyncinfer.repository.leftovers import UnservedModels
 
         async with configuration.store(self._settings, url) as store:
-            leftovers = Leftovers(store, all_here=self._is_embedded)
+            leftovers = UnservedModels(store, all_here=self._is_embedded)
             try:
                 await self._decide_default(leftovers)
                 await self._retract_missing_models(leftovers)
             except (RedisUnavailable, StorageFull) as error:
                 _log.warning("The default model could not be checked yet: %s", error.detail)
 
-    async def _decide_default(self, leftovers: "Leftovers") -> None:
+    async def _decide_default(self, leftovers: "UnservedModels") -> None:
         """Stores the default model of the settings, or replaces a stored one that nobody serves."""
         if wanted := configuration.default_model(self._settings):
             is_known = self._is_here(wanted) or await leftovers.is_known(wanted)
@@ -89,20 +89,22 @@ class LeftoverCleaner:
         if await leftovers.is_unserved(stored):
             await self._replace(leftovers, stored, self._names(intact=True))
 
-    async def _replace(self, leftovers: "Leftovers", stored: str, names: Collection[str]) -> None:
+    async def _replace(
+        self, leftovers: "UnservedModels", stored: str, names: Collection[str]
+    ) -> None:
         """Makes one of `names` the default in place of `stored`, unless jobs of either keep it.
 
         `names` are models that are there. On a server of the user's it replaces nothing. Sets
         `_unserved_default` if `stored` remains; else logs what replaces it.
         """
         from asyncinfer.models.folder import default_model
-        from asyncinfer.repository.leftovers import Unserved
+        from asyncinfer.repository.leftovers import UnservedDefault
 
         if not self._is_embedded:
-            self._unserved_default = Unserved(stored)
+            self._unserved_default = UnservedDefault(stored)
             return
         successor = default_model(None, names)
-        self._unserved_default = await leftovers.replace_default(stored, successor)
+        self._unserved_default = await leftovers.replace_default_model(stored, successor)
         if self._unserved_default is None:
             self._missing_default = None
             outcome = (
@@ -112,7 +114,7 @@ class LeftoverCleaner:
             )
             _log.info("The default model was %r, which no worker has: %s.", stored, outcome)
 
-    async def _retract_missing_models(self, leftovers: "Leftovers") -> None:
+    async def _retract_missing_models(self, leftovers: "UnservedModels") -> None:
         """Retracts models of an earlier folder before the API starts, so that it never lists them.
 
         Those that the folder has are kept, since the worker will announce them. With a Redis of the
@@ -142,12 +144,12 @@ class LeftoverCleaner:
         """
         import anyio
 
-        from asyncinfer.repository.leftovers import Leftovers
+        from asyncinfer.repository.leftovers import UnservedModels
 
         if not self._is_embedded:
             return
         async with configuration.store(self._settings, url) as store:
-            leftovers = Leftovers(store, all_here=True)
+            leftovers = UnservedModels(store, all_here=True)
             while True:
                 is_done = False
                 try:
@@ -158,7 +160,7 @@ class LeftoverCleaner:
                     _limited.unexpected("Models that no worker serves could not be removed.", error)
                 await anyio.sleep(_PAUSE_SECONDS if is_done else _SHORT_PAUSE_SECONDS)
 
-    async def _clear(self, leftovers: "Leftovers", worker_pid: int) -> bool:
+    async def _clear(self, leftovers: "UnservedModels", worker_pid: int) -> bool:
         """Runs one round; returns whether the own worker was there and the default model is served.
 
         While that worker is being started (again), its models must stay, so nothing is done.
@@ -172,7 +174,7 @@ class LeftoverCleaner:
         await self._retract(leftovers, own, await leftovers.unserved_versions(workers))
         return self._unserved_default is None
 
-    def _is_own(self, worker: "WorkerSays", pid: int) -> bool:
+    def _is_own(self, worker: "WorkerAnnouncement", pid: int) -> bool:
         """Whether an announcement is of the worker that this `serve` has started, with this pid."""
         # In a container the worker of the next start may have the pid of the last one's.
         started_ms = worker.started_ms or 0
@@ -181,7 +183,7 @@ class LeftoverCleaner:
         )
 
     async def _reconsider_default(
-        self, leftovers: "Leftovers", own: "WorkerSays", stored: str
+        self, leftovers: "UnservedModels", own: "WorkerAnnouncement", stored: str
     ) -> None:
         """Replaces a default model that no worker had in this round and the round before.
 
@@ -189,7 +191,7 @@ class LeftoverCleaner:
         """
         import anyio
 
-        from asyncinfer.repository.leftovers import Unserved
+        from asyncinfer.repository.leftovers import UnservedDefault
 
         if stored != await leftovers.default_model():
             self._missing_default = self._unserved_default = None
@@ -198,12 +200,12 @@ class LeftoverCleaner:
         ):
             self._unserved_default = None
         elif self._unserved_default is None:
-            self._unserved_default = Unserved(stored)
+            self._unserved_default = UnservedDefault(stored)
         else:
             await self._replace(leftovers, stored, {*own.versions, *own.loading})
 
     async def _retract(
-        self, leftovers: "Leftovers", own: "WorkerSays", unserved: dict[str, list[str]]
+        self, leftovers: "UnservedModels", own: "WorkerAnnouncement", unserved: dict[str, list[str]]
     ) -> None:
         """Retracts versions, by model, unless the own worker still has to load them."""
         pending = await self._versions_to_load(own) if unserved else frozenset()
@@ -216,7 +218,7 @@ class LeftoverCleaner:
         )
 
     async def _retract_versions(
-        self, leftovers: "Leftovers", versions_by_model: dict[str, list[str]]
+        self, leftovers: "UnservedModels", versions_by_model: dict[str, list[str]]
     ) -> None:
         """Retracts versions unless jobs wait for their model; logs those that are retracted."""
         retracted = []
@@ -231,7 +233,7 @@ class LeftoverCleaner:
                 f" and {more} more" if more > 0 else "",
             )
 
-    async def _versions_to_load(self, own: "WorkerSays") -> frozenset[tuple[str, str]]:
+    async def _versions_to_load(self, own: "WorkerAnnouncement") -> frozenset[tuple[str, str]]:
         """Pairs of model and version that are in the folder and that the worker has not refused.
 
         One of them that is not announced is not loaded yet.

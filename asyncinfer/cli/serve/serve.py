@@ -15,11 +15,11 @@ from asyncinfer.cli.serve.leftovers import LeftoverCleaner
 from asyncinfer.cli.serve.log_setup import LOOP, set_up_logging
 from asyncinfer.errors import RedisUnavailable, StartError
 from asyncinfer.processes import tuning
-from asyncinfer.processes.tuning import lean_start
+from asyncinfer.processes.tuning import tune_for_start
 from asyncinfer.settings import Settings, as_environment
 
 if TYPE_CHECKING:
-    from asyncinfer.processes.supervisor import Api, Stop
+    from asyncinfer.processes.supervisor import Api, StopSignals
 
 
 def run_serve(settings: Settings, *, work: bool, insecure: bool) -> int:
@@ -28,7 +28,7 @@ def run_serve(settings: Settings, *, work: bool, insecure: bool) -> int:
     `work` runs a worker beside a Redis of the user's; without such a Redis a worker is always run.
     `insecure` allows any HOST without API keys.
     """
-    lean_start()
+    tune_for_start()
     import anyio
 
     from asyncinfer.processes import supervisor
@@ -38,7 +38,7 @@ def run_serve(settings: Settings, *, work: bool, insecure: bool) -> int:
     with_worker = work or redis_url is None
     _reject_missing_models(settings, with_worker)
     set_up_logging()
-    plan = supervisor.Plan(
+    plan = supervisor.ServePlan(
         redis_url=redis_url,
         data_dir=configuration.data_dir(settings),
         worker=_own_command("work") if with_worker else (),
@@ -97,7 +97,7 @@ def _child_environ(settings: Settings) -> dict[str, str]:
 
 
 async def _api(
-    settings: Settings, cleaner: LeftoverCleaner | None, redis_url: str, stop: "Stop"
+    settings: Settings, cleaner: LeftoverCleaner | None, redis_url: str, stop: "StopSignals"
 ) -> None:
     """Serves in this process until a signal ends it, and prints the banner once it is ready."""
     from asyncinfer.api.server import serve
@@ -105,8 +105,8 @@ async def _api(
     banner = await _read_banner(settings, cleaner, redis_url)
 
     def on_ready() -> None:
-        tuning.settle()
-        stop.hand_over()
+        tuning.tune_for_serving()
+        stop.leave_first_to_api()
         say(banner.text())
 
     config = configuration.api_config(settings, redis_url, cleaner.since_ms if cleaner else None)
@@ -114,7 +114,7 @@ async def _api(
 
 
 async def _apis(
-    settings: Settings, cleaner: LeftoverCleaner | None, redis_url: str, stop: "Stop"
+    settings: Settings, cleaner: LeftoverCleaner | None, redis_url: str, stop: "StopSignals"
 ) -> None:
     """Runs several API processes at one address until it is cancelled.
 
@@ -123,13 +123,13 @@ async def _apis(
     """
     import anyio
 
-    from asyncinfer.api.http.sockets import hold
+    from asyncinfer.api.http.sockets import reserve
     from asyncinfer.processes import api_processes
 
     since_ms = str(cleaner.since_ms if cleaner else 0)
-    with contextlib.closing(hold(settings.host, settings.port)) as held:
+    with contextlib.closing(reserve(settings.host, settings.port)) as held:
         held_fd = held.fileno()
-        plan = api_processes.ApiProcesses(
+        plan = api_processes.ApiProcessPlan(
             count=settings.api_processes,
             command=lambda report_fd: _own_command(
                 "api-process", str(held_fd), str(report_fd), since_ms
@@ -137,10 +137,10 @@ async def _apis(
             environ={**_child_environ(settings), "REDIS_URL": redis_url},
             keep_fds=(held_fd,),
         )
-        async with api_processes.running(plan, stop) as ready:
+        async with api_processes.run_api_processes(plan, stop) as ready:
             banner = await _read_banner(settings, cleaner, redis_url)
             await ready.wait()
-            tuning.settle()
+            tuning.tune_for_serving()
             say(banner.text())
             await anyio.sleep_forever()
 
@@ -153,12 +153,12 @@ async def _read_banner(
     Without a `cleaner` this `serve` has no worker, and the folder is not read. Raises StartError as
     `files_at_start` does.
     """
-    from asyncinfer.models.folder import default_model, to_serve
+    from asyncinfer.models.folder import default_model, served_versions
 
     source = configuration.source(settings) if cleaner else None
     found = source.files_at_start() if source else []
     names = {file.model for file in found}
-    files = to_serve([file for file in found if configuration.looks_intact(file)])
+    files = served_versions([file for file in found if configuration.looks_intact(file)])
     server, stored_default = await _read_server(settings, redis_url)
     default = default_model(configuration.default_model(settings) or stored_default, names)
     default_file = files.get(default or "")

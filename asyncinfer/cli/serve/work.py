@@ -16,7 +16,7 @@ from asyncinfer.cli.exit_codes import EXIT_INTERRUPTED
 from asyncinfer.cli.serve import configuration
 from asyncinfer.cli.serve.log_setup import set_up_logging
 from asyncinfer.errors import RedisUnavailable
-from asyncinfer.processes.tuning import lean_start
+from asyncinfer.processes.tuning import tune_for_start
 from asyncinfer.settings import Settings
 from asyncinfer.settings import read as read_settings
 
@@ -43,7 +43,7 @@ def run_work(settings: Settings) -> int:
     the process at once.
     """
     set_up_logging()
-    lean_start()
+    tune_for_start()
     with _exiting_at_once():
         from asyncinfer.worker.process import run
 
@@ -96,10 +96,10 @@ async def _path_served_here(settings: Settings, url: str) -> Path | None:
     """
     import anyio
 
-    from asyncinfer.repository.leftovers import Leftovers
+    from asyncinfer.repository.leftovers import UnservedModels
 
     async with configuration.store(settings, url) as store:
-        leftovers = Leftovers(store, all_here=True)
+        leftovers = UnservedModels(store, all_here=True)
         give_up_at = time.monotonic() + _ANNOUNCE_SECONDS
         while time.monotonic() < give_up_at:
             try:

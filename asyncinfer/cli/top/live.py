@@ -18,7 +18,7 @@ from asyncinfer.schemas.operations import QueueList, Worker, WorkerList
 
 if TYPE_CHECKING:
     from asyncinfer.cli.api_client import ApiClient
-    from asyncinfer.repository.inspect.statistics import Observation
+    from asyncinfer.repository.inspect.statistics import Statistics
 
 
 ReadSnapshot = Callable[[], Snapshot]
@@ -57,7 +57,7 @@ def redis_reader(url: str, queue_name: str) -> Iterator[ReadSnapshot]:
     server does not answer or cannot be used; the function that is yielded may do so too.
     """
     from asyncinfer.cli.addresses import shown_url
-    from asyncinfer.repository.inspect.statistics import Observation
+    from asyncinfer.repository.inspect.statistics import Statistics
     from asyncinfer.repository.policy import Policy
     from asyncinfer.repository.store import Store
 
@@ -66,13 +66,13 @@ def redis_reader(url: str, queue_name: str) -> Iterator[ReadSnapshot]:
         store = runner.run(opened.__aenter__())
         try:
             runner.run(store.check_server())
-            observation = Observation(store)
+            observation = Statistics(store)
             yield lambda: runner.run(_read_snapshot(observation, shown_url(url)))
         finally:
             runner.run(opened.__aexit__(None, None, None))
 
 
-async def _read_snapshot(observation: "Observation", source: str) -> Snapshot:
+async def _read_snapshot(observation: "Statistics", source: str) -> Snapshot:
     """Reads the queues, then the workers; `source` is the server's name in the view."""
     return Snapshot(time.time(), source, await observation.queues(), await observation.workers())
 

@@ -166,7 +166,7 @@ class WaitReporter:
         """
         self._reason = reason
         waits = f"{_count_text(rows)} of {self._model} wait{'s' * (rows == 1)}"
-        self._notices.hear(reason, waits, f"{self._model} goes on")
+        self._notices.report(reason, waits, f"{self._model} goes on")
 
     def end_silence(self, outcome: FlowOutcome, rows: int) -> FlowOutcome:
         """Returns the outcome, which ends the silence; raises WaitTimeout if that is its error.

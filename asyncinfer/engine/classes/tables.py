@@ -12,7 +12,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 from msgspec import Struct
 
-from asyncinfer.models.onnx_file import DamagedFile, fields, varint
+from asyncinfer.models.onnx_file import DamagedFile, fields, read_varint
 
 Table: TypeAlias = tuple[int | str, ...]
 
@@ -238,19 +238,19 @@ def _texts(content: memoryview, start: int, end: int, wanted: int) -> Iterator[s
 def _numbers(content: memoryview, at: int, end: int, wanted: int) -> Iterator[int]:
     """The signed whole numbers of the repeated protobuf field number `wanted`, packed or not."""
     while at < end:
-        tag, at = varint(content, at, end)
+        tag, at = read_varint(content, at, end)
         number, kind = tag >> 3, tag & 7
         if kind == 0:
-            value, at = varint(content, at, end)
+            value, at = read_varint(content, at, end)
             if number == wanted:
                 yield _signed(value)
             continue
-        size, at = varint(content, at, end) if kind == 2 else (8 if kind == 1 else 4, at)
+        size, at = read_varint(content, at, end) if kind == 2 else (8 if kind == 1 else 4, at)
         stop = at + size
         if stop > end:
             raise DamagedFile("a field is longer than what it is in")
         while number == wanted and kind == 2 and at < stop:
-            value, at = varint(content, at, stop)
+            value, at = read_varint(content, at, stop)
             yield _signed(value)
         at = stop
 

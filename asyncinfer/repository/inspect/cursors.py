@@ -5,11 +5,11 @@ from typing import Final, TypeVar
 
 import msgspec
 
-from asyncinfer.untrusted.decoding import UNREADABLE
+from asyncinfer.untrusted.decoding import DECODE_ERRORS
 
 T = TypeVar("T")
 
-MOST_CHARACTERS: Final = 4096
+MAX_CURSOR_CHARACTERS: Final = 4096
 """The longest cursor of a listing, which names a place, a queue and a job."""
 
 _encode: Final = msgspec.msgpack.Encoder().encode
@@ -24,7 +24,7 @@ def cursor_bytes(place: object) -> bytes:
     return base64.urlsafe_b64encode(_encode(place)).rstrip(b"=")
 
 
-def decode_cursor(text: str, kind: type[T], most_characters: int = MOST_CHARACTERS) -> T:
+def decode_cursor(text: str, kind: type[T], most_characters: int = MAX_CURSOR_CHARACTERS) -> T:
     """The place, of the type `kind`, in a cursor. Raises ValueError for any other text.
 
     A text that is too long is not decoded: it would cost its sender nothing.
@@ -35,5 +35,5 @@ def decode_cursor(text: str, kind: type[T], most_characters: int = MOST_CHARACTE
         return msgspec.msgpack.decode(
             base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)), type=kind
         )
-    except UNREADABLE as error:
+    except DECODE_ERRORS as error:
         raise ValueError("not a cursor") from error

@@ -13,7 +13,7 @@ from asyncinfer.repository.inspect.cursors import decode_cursor, encode_cursor
 from asyncinfer.repository.inspect.listing import Page
 from asyncinfer.repository.inspect.selection import Filter
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.stored_jobs import Stored, read_jobs
+from asyncinfer.repository.stored_jobs import StoredJob, read_jobs
 from asyncinfer.untrusted import decoding
 
 _LETTERS_PER_PAGE: Final = 200
@@ -42,8 +42,10 @@ class DeadLetters:
         at most.
         """
         default = await self._store.default_model()
-        queues = [keys.queue(self._store.n, wanted.model, default)] if wanted.model else None
-        found: list[Stored] = []
+        queues = (
+            [keys.queue(self._store.queue_name, wanted.model, default)] if wanted.model else None
+        )
+        found: list[StoredJob] = []
         read_count = 0
         async for letters in self._letters(
             queues or await self._store.queues(),
@@ -91,7 +93,7 @@ class DeadLetters:
             newest = f"{'' if queue >= after.queue else '('}{after.at_ms!r}"
         skipped = 0
         while True:
-            page = await self._store.look(
+            page = await self._store.read(
                 *("ZRANGE", keys.dead(queue), newest, "-inf", "BYSCORE", "REV"),
                 *("LIMIT", skipped, _LETTERS_PER_PAGE, "WITHSCORES"),
                 otherwise=(),

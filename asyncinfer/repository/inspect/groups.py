@@ -13,9 +13,9 @@ from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.cursors import decode_cursor, encode_cursor
 from asyncinfer.repository.inspect.listing import Page
 from asyncinfer.repository.inspect.selection import Filter
-from asyncinfer.repository.operations import Cancelled, Operations
+from asyncinfer.repository.operations import CancelCounts, Operations
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.stored_jobs import Stored, read_summaries
+from asyncinfer.repository.stored_jobs import StoredJob, read_summaries
 from asyncinfer.untrusted import decoding
 
 _IDS_PER_PAGE: Final = 1000
@@ -24,7 +24,7 @@ _MAX_JOBS_READ: Final = 20_000
 _MAX_FAILED_IDS: Final = 10
 
 
-class Counted(Struct, frozen=True, kw_only=True):
+class GroupTally(Struct, frozen=True, kw_only=True):
     """The counts of a group's jobs."""
 
     jobs: int
@@ -41,7 +41,7 @@ class Counted(Struct, frozen=True, kw_only=True):
         return self.jobs - sum(self.by_status.values())
 
     @property
-    def left(self) -> int:
+    def unfinished(self) -> int:
         """The number of jobs that have not ended."""
         return sum(n for status, n in self.by_status.items() if status not in TERMINAL)
 
@@ -64,7 +64,7 @@ class _SharedCount:
         """How many counts have begun."""
         self.finished = 0
         """The number of the count that finished last, with `counts` or `error`."""
-        self.counts: Counted | None = None
+        self.counts: GroupTally | None = None
         self.error: Exception | None = None
 
 
@@ -76,7 +76,7 @@ class Groups:
         self._operations = operations
         self._shared_counts: dict[tuple[str, str], _SharedCount] = {}
 
-    async def count(self, tenant: str, group: str) -> Counted | None:
+    async def count(self, tenant: str, group: str) -> GroupTally | None:
         """Counts the jobs; None if there is no such group. Callers that arrive during a count share
         the next one, which begins after it: 200 streams of one group counted its jobs 200 times a
         second, and Redis had no time for anything else."""
@@ -103,7 +103,7 @@ class Groups:
             shared.error = error
         shared.finished = shared.begun
 
-    async def _count(self, tenant: str, group: str) -> Counted | None:
+    async def _count(self, tenant: str, group: str) -> GroupTally | None:
         """Counts with two commands for each thousand jobs."""
         total, first, failed = 0, None, list[str]()
         counter: Counter[bytes | None] = Counter()
@@ -115,14 +115,14 @@ class Groups:
                 failed += _with_status(ids, statuses, b"failed")
         if first is None:
             return None
-        return Counted(
+        return GroupTally(
             jobs=total,
             by_status={decoding.text(status): n for status, n in counter.items() if status},
             first_failed=failed[:_MAX_FAILED_IDS],
             created_ms=created_ms(first),
         )
 
-    async def cancel(self, tenant: str, group: str) -> Cancelled | None:
+    async def cancel(self, tenant: str, group: str) -> CancelCounts | None:
         """Cancels the waiting jobs and has the running ones stopped; None if there is no such
         group."""
         total = None
@@ -130,15 +130,15 @@ class Groups:
             unfinished = _with_status(ids, statuses, b"pending", b"processing")
             jobs = [job for job in await read_summaries(self._store, unfinished) if job]
             part = await self._operations.cancel_all(jobs)
-            before = total or Cancelled(0, 0)
-            total = Cancelled(before.ended + part.ended, before.asked + part.asked)
+            before = total or CancelCounts(0, 0)
+            total = CancelCounts(before.ended + part.ended, before.stopping + part.stopping)
         return total
 
     async def _pages(
         self, tenant: str, group: str
     ) -> AsyncIterator[tuple[list[str], list[bytes | None]]]:
         """Pages of all ids, the first submitted first, and of the statuses of their jobs."""
-        name = keys.group(self._store.n, tenant, group)
+        name = keys.group(self._store.queue_name, tenant, group)
         start = 0
         while ids := await self._range(name, start, start + _IDS_PER_PAGE - 1):
             yield ids, await self._store.command("MGET", *map(keys.status, ids))
@@ -148,7 +148,7 @@ class Groups:
 
     async def _range(self, name: str, first: int, last: int) -> list[str]:
         """Ids of the list. One that is not UTF-8 becomes some text that is the id of no job."""
-        reply = await self._store.look("LRANGE", name, first, last, otherwise=())
+        reply = await self._store.read("LRANGE", name, first, last, otherwise=())
         return [decoding.text(raw_id) for raw_id in reply]
 
     # --- listing -----------------------------------------------------------------------------
@@ -165,10 +165,10 @@ class Groups:
     ) -> Page:
         """The jobs of a group, newest first; raises InvalidQuery for a bad cursor. A page may have
         fewer jobs than `limit` and still a cursor: a call looks at 20,000 jobs at most."""
-        name = keys.group(self._store.n, tenant, group)
+        name = keys.group(self._store.queue_name, tenant, group)
         end = await self._end(name, cursor)
         wanted = Filter.of(tenant, status, model)
-        found: list[Stored] = []
+        found: list[StoredJob] = []
         for _ in range(_MAX_JOBS_READ // _LISTED_PER_PAGE):
             if end <= 0:
                 break
@@ -187,13 +187,13 @@ class Groups:
     async def _end(self, name: str, cursor: str | None) -> int:
         """The number of jobs from the start of the list that are still to be listed."""
         if cursor is None:
-            return int(await self._store.look("LLEN", name, otherwise=0))
+            return int(await self._store.read("LLEN", name, otherwise=0))
         place = _parse_cursor(cursor)
         if await self._range(name, place.index, place.index) == [place.job_id]:
             return place.index
         # The list has been trimmed since.
         find = ("LPOS", name, place.job_id, "RANK", -1)
-        index = await self._store.look(*find, otherwise=None)
+        index = await self._store.read(*find, otherwise=None)
         return 0 if index is None else int(index)
 
 

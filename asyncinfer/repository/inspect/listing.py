@@ -14,7 +14,7 @@ from asyncinfer.repository.inspect.cursors import decode_cursor, encode_cursor
 from asyncinfer.repository.inspect.log import first_ids
 from asyncinfer.repository.inspect.selection import Filter
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.stored_jobs import Stored, read_summaries
+from asyncinfer.repository.stored_jobs import StoredJob, read_summaries
 from asyncinfer.untrusted import decoding
 
 _ENTRIES_PER_PAGE: Final = 100
@@ -27,7 +27,7 @@ _MAX_WORKERS: Final = 1000
 class Page(Struct, frozen=True):
     """A page of jobs, newest first; `cursor` gives the next page, None: there is none."""
 
-    jobs: tuple[Stored, ...]
+    jobs: tuple[StoredJob, ...]
     cursor: str | None
 
 
@@ -39,14 +39,14 @@ class Health(Struct, frozen=True):
     workers: int
 
 
-class Workforce(Struct, frozen=True, kw_only=True):
+class LiveWorkers(Struct, frozen=True, kw_only=True):
     """The live workers and the paused queues."""
 
     workers: dict[str, bytes]
     """{worker id: announcement as JSON}."""
     paused: frozenset[str]
     """The paused queues."""
-    is_whole: bool
+    is_complete: bool
     """All live workers were read."""
 
 
@@ -84,7 +84,7 @@ class Inspection:
         default = await self._store.default_model()
         queues = await self._queues(model, default)
         wanted = Filter.of(tenant, status, model, group)
-        found: list[Stored] = []
+        found: list[StoredJob] = []
         read_count = 0
         async for places, ids in self._batches(queues, _parse_cursor(cursor), limit):
             stored = await read_summaries(self._store, ids)
@@ -116,7 +116,7 @@ class Inspection:
 
     async def _queues(self, model: str | None, default: str | None) -> list[str]:
         if model is not None:
-            return [keys.queue(self._store.n, model, default)]
+            return [keys.queue(self._store.queue_name, model, default)]
         return await self._store.queues()
 
     async def _merged_entries(
@@ -150,7 +150,7 @@ class Inspection:
         if place:
             end = place.entry if queue >= place.queue else f"({place.entry}"
         while True:
-            page = await self._store.look(
+            page = await self._store.read(
                 *("XREVRANGE", keys.log(queue), end, "-", "COUNT", _ENTRIES_PER_PAGE), otherwise=()
             )
             for entry_id, fields in page:
@@ -160,19 +160,19 @@ class Inspection:
                 return
             end = f"({page[-1][0].decode()}"
 
-    async def workforce(self, queues: Sequence[str]) -> Workforce:
+    async def live_workers(self, queues: Sequence[str]) -> LiveWorkers:
         """Reads the live workers, and which of `queues` are paused, with two commands."""
-        n = self._store.n
+        n = self._store.queue_name
         newest_first = ("ZREVRANGE", keys.workers(n), 0, _MAX_WORKERS)
-        reply = await self._store.look(*newest_first, otherwise=())
+        reply = await self._store.read(*newest_first, otherwise=())
         ids = [name for raw in reply[:_MAX_WORKERS] if (name := decoding.name(raw)) is not None]
         names = [*(keys.worker(n, worker_id) for worker_id in ids), *map(keys.paused, queues)]
         values = await self._store.command("MGET", *names) if names else []
         bodies, flags = values[: len(ids)], values[len(ids) :]
-        return Workforce(
+        return LiveWorkers(
             workers={name: body for name, body in zip(ids, bodies, strict=True) if body},
             paused=frozenset(q for q, flag in zip(queues, flags, strict=True) if flag is not None),
-            is_whole=len(reply) <= _MAX_WORKERS,
+            is_complete=len(reply) <= _MAX_WORKERS,
         )
 
     async def paused(self, queues: Sequence[str]) -> list[bool]:
@@ -188,10 +188,10 @@ class Inspection:
         queues = {}
         for queue in await self._store.queues():
             high, normal, low = [
-                await self._store.look("LLEN", name, otherwise=0) for name in keys.waiting(queue)
+                await self._store.read("LLEN", name, otherwise=0) for name in keys.waiting(queue)
             ]
             queues[queue] = high + normal + low
-        return Health(server, queues, len(await self._announcements.workers()))
+        return Health(server, queues, len(await self._announcements.read_workers()))
 
 
 def _newest_first(entry: str, queue: str) -> tuple[int, int, str]:

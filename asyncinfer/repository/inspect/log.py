@@ -10,7 +10,7 @@ from asyncinfer.errors import WrongKeyType
 from asyncinfer.jobs import Status
 from asyncinfer.repository import keys
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.stored_jobs import Stored, parse_summary, summary_keys
+from asyncinfer.repository.stored_jobs import StoredJob, parse_summary, summary_keys
 from asyncinfer.untrusted import decoding
 
 _MAX_NUMBER: Final = (1 << 63) - 1
@@ -31,7 +31,7 @@ _STATUS_OF_FIELD: Final[dict[bytes, Status]] = {
 `processing` of the same job as well."""
 
 
-class Change(Struct, frozen=True, cache_hash=True):
+class StatusChange(Struct, frozen=True, cache_hash=True):
     """A status change of a job."""
 
     queue: str
@@ -49,10 +49,10 @@ class Change(Struct, frozen=True, cache_hash=True):
 class LogPage(Struct, frozen=True):
     """A part of a log."""
 
-    changes: list[Change]
+    changes: list[StatusChange]
     end: Place
     """Where the next page begins."""
-    more: bool
+    has_more: bool
     """Whether the log goes on, as far as is known."""
 
 
@@ -72,19 +72,19 @@ class Log:
         """The changes from `start` on; raises LogTrimmed if some of them may be gone. A page ends
         with the entry that brings it to `most_changes`, since an entry may hold hundreds."""
         name = keys.log(queue)
-        entries = await self._store.look(
+        entries = await self._store.read(
             *("XRANGE", name, f"{start[0]}-{start[1]}", "+", "COUNT", most_entries),
             otherwise=(),
         )
         if not entries:
             await self._check_clock(name, start)
-            return LogPage([], start, more=False)
+            return LogPage([], start, has_more=False)
         # Checked after the read: if the log still reaches back now, nothing was missing before.
         await self._check_reach(name, start)
-        changes: list[Change] = []
+        changes: list[StatusChange] = []
         used = 0
         for entry_id, fields in entries:
-            entry_changes = changes_in(queue, entry_id, fields)
+            entry_changes = parse_changes(queue, entry_id, fields)
             changes += [change for change in entry_changes if change.place >= start]
             used += 1
             if len(changes) >= most_changes:
@@ -92,12 +92,12 @@ class Log:
         more = used < len(entries) or len(entries) == most_entries
         return LogPage(changes, _after(entries[used - 1][0]), more)
 
-    async def reaches(self, queue: str, end: bytes) -> bool:
+    async def has_all_after(self, queue: str, end: bytes) -> bool:
         """Whether the log still has all entries that came after this one."""
         name = keys.log(queue)
         if not await self._store.command("EXISTS", name):
             return end == b"0-0"
-        info = await self._store.look("XINFO STREAM", name, otherwise=None)
+        info = await self._store.read("XINFO STREAM", name, otherwise=None)
         # A key of the wrong type has no entries that could be missed.
         return info is None or _reaches_back_to(info, _after(end))
 
@@ -115,7 +115,7 @@ class Log:
         if start > _after(last_id):
             raise LogTrimmed
 
-    async def replaced(self, ends: Mapping[str, bytes]) -> set[str]:
+    async def find_replaced(self, ends: Mapping[str, bytes]) -> set[str]:
         """The queues whose log is not the one that was read up to the given entries, {queue: entry
         id}: the log's newest entry and the server's clock are before them."""
         if not ends or max(map(entry_order, ends.values()))[0] <= await self._store.time_ms():
@@ -133,36 +133,36 @@ class Log:
         last_ids = []
         for name in names:
             exists = await self._store.command("EXISTS", name)
-            info = await self._store.look("XINFO STREAM", name, otherwise={}) if exists else {}
+            info = await self._store.read("XINFO STREAM", name, otherwise={}) if exists else {}
             last_ids.append(bytes(info.get("last-generated-id", b"0-0")))
         return last_ids
 
-    async def last(self, queue: str) -> bytes:
+    async def last_entry_id(self, queue: str) -> bytes:
         """The id of the newest entry; `0-0` for an empty log."""
-        entries = await self._store.look(*_read_newest(queue), otherwise=())
+        entries = await self._store.read(*_read_newest(queue), otherwise=())
         return bytes(entries[0][0]) if entries else b"0-0"
 
-    async def moment(self, queue: str, job_id: str) -> tuple[Stored | None, Place]:
+    async def read_job_and_place(self, queue: str, job_id: str) -> tuple[StoredJob | None, Place]:
         """A job without its result, and the place in the log of the first change after this state:
         both are read in one transaction."""
         read_job = ("MGET", *summary_keys(job_id))
         try:
-            entries, values = await self._store.together(_read_newest(queue), read_job)
+            entries, values = await self._store.transaction(_read_newest(queue), read_job)
         except WrongKeyType:
             entries, values = (), await self._store.command(*read_job)
         return parse_summary(job_id, values), _after(entries[0][0]) if entries else (0, 0, 0)
 
 
-def changes_in(queue: str, entry_id: bytes, fields: dict[bytes, bytes]) -> list[Change]:
+def parse_changes(queue: str, entry_id: bytes, fields: dict[bytes, bytes]) -> list[StatusChange]:
     """The changes in an entry. A job whose id is not text is left out, but counts for the places of
     the others."""
     ms, number, index = _before(entry_id)
     changes = []
     for field, packed in fields.items():
-        ids = ids_in(packed)
+        ids = decode_ids(packed)
         if status := _STATUS_OF_FIELD.get(field):
             changes += [
-                Change(queue, (ms, number, i), job_id, status)
+                StatusChange(queue, (ms, number, i), job_id, status)
                 for i, job_id in enumerate(ids, index)
                 if job_id
             ]
@@ -182,16 +182,16 @@ def first_ids(fields: dict[bytes, bytes]) -> list[str]:
     ids = []
     for field in (b"submitted", b"stranger"):
         if packed := fields.get(field):
-            ids += [job_id for job_id in ids_in(packed) if job_id]
+            ids += [job_id for job_id in decode_ids(packed) if job_id]
     return ids[::-1]
 
 
-_decode_raw = decoding.reader(msgspec.msgpack.Decoder(list[msgspec.Raw]).decode)
-_decode_ids = decoding.reader(msgspec.msgpack.Decoder(list[str]).decode)
-_decode_id = decoding.reader(msgspec.msgpack.Decoder(str).decode)
+_decode_raw = decoding.lenient_decoder(msgspec.msgpack.Decoder(list[msgspec.Raw]).decode)
+_decode_ids = decoding.lenient_decoder(msgspec.msgpack.Decoder(list[str]).decode)
+_decode_id = decoding.lenient_decoder(msgspec.msgpack.Decoder(str).decode)
 
 
-def ids_in(packed: bytes) -> list[str | None]:
+def decode_ids(packed: bytes) -> list[str | None]:
     """The ids in a field of an entry; None for each that is not text and so not possible in
     JSON."""
     ids = _decode_ids(packed)

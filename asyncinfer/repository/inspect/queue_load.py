@@ -7,7 +7,11 @@ from msgspec import Struct
 
 from asyncinfer.jobs import Record, read_record
 from asyncinfer.repository import keys
-from asyncinfer.repository.announcements import WorkerSays, models_to_come, worker_says
+from asyncinfer.repository.announcements import (
+    WorkerAnnouncement,
+    decode_worker_announcement,
+    upcoming_models,
+)
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
 from asyncinfer.untrusted import decoding
@@ -37,10 +41,10 @@ class QueueDepths(Struct, frozen=True):
     worker_ids: tuple[str, ...]
 
 
-class Load(Struct, frozen=True, kw_only=True):
+class QueueLoad(Struct, frozen=True, kw_only=True):
     """The queue of a model, and the live workers that claim from it."""
 
-    gauge: QueueDepth
+    depth: QueueDepth
     workers: int
     """How many are ready and have the model."""
     slots: int
@@ -52,12 +56,12 @@ class Load(Struct, frozen=True, kw_only=True):
 
     @property
     def waiting_jobs(self) -> int:
-        return sum(self.gauge.waiting)
+        return sum(self.depth.waiting)
 
     @property
     def due_jobs(self) -> int:
         """The waiting jobs; 0 while the queue is paused."""
-        return 0 if self.gauge.paused else self.waiting_jobs
+        return 0 if self.depth.paused else self.waiting_jobs
 
     @property
     def is_starved(self) -> bool:
@@ -72,23 +76,23 @@ class Load(Struct, frozen=True, kw_only=True):
         return None if self.seconds_per_job is None else self.due_jobs * self.seconds_per_job
 
 
-async def load(store: Store, model: str, queue: str) -> Load:
+async def read_load(store: Store, model: str, queue: str) -> QueueLoad:
     """Reads the load of a model in two round trips. Raises WrongKeyType for a queue with a damaged
     key: an autoscaler that reads 0 would remove the workers."""
     read = await read_depths(store, [queue])
     depth = read.depths[0]
     if depth is None:
-        raise await store.damage([queue])
+        raise await store.wrong_keys_error([queue])
     workers, paces = await workers_and_paces(store, read.worker_ids, [model])
     return combine_load(model, depth, workers, paces[0])
 
 
-async def starved(store: Store, queues: Sequence[str]) -> list[str]:
+async def read_starved_models(store: Store, queues: Sequence[str]) -> list[str]:
     """The models of those queues that have due jobs and no live worker, by name."""
     if not queues:
         return []
     default = await store.default_model()
-    models = [keys.model_of(store.n, queue, default) or "" for queue in queues]
+    models = [keys.model_of(store.queue_name, queue, default) or "" for queue in queues]
     read = await read_depths(store, queues)
     workers, _ = await workers_and_paces(store, read.worker_ids, [])
     return sorted(
@@ -105,7 +109,7 @@ async def read_depths(store: Store, queues: Sequence[str]) -> QueueDepths:
     for start in range(0, len(queues), _QUEUES_PER_CALL):
         part = queues[start : start + _QUEUES_PER_CALL]
         now_ms, raw_ids, replies = await store.call(
-            script("gauge"), [keys.workers(store.n), *part], [encode_args({})]
+            script("gauge"), [keys.workers(store.queue_name), *part], [encode_args({})]
         )
         depths += [reply and _parse_depth(now_ms, *reply) for reply in replies]
     worker_ids = (decoding.name(raw_id) for raw_id in raw_ids or ())
@@ -116,29 +120,29 @@ async def read_depths(store: Store, queues: Sequence[str]) -> QueueDepths:
 
 async def workers_and_paces(
     store: Store, worker_ids: Sequence[str], models: Sequence[str]
-) -> tuple[list[WorkerSays], list[float | None]]:
+) -> tuple[list[WorkerAnnouncement], list[float | None]]:
     """The announcements of live workers, and each model's pace: the slot time that its jobs took
     when one ran last, None if unknown."""
-    names = [keys.pace(store.n, model) for model in models]
-    names += [keys.worker(store.n, worker_id) for worker_id in worker_ids]
+    names = [keys.pace(store.queue_name, model) for model in models]
+    names += [keys.worker(store.queue_name, worker_id) for worker_id in worker_ids]
     if not names:
         return [], []
     values = await store.command("MGET", *names)
     paces = [_parse_pace(value) for value in values[: len(models)]]
-    return [worker_says(body) for body in values[len(models) :] if body], paces
+    return [decode_worker_announcement(body) for body in values[len(models) :] if body], paces
 
 
 def combine_load(
-    model: str, depth: QueueDepth, workers: Sequence[WorkerSays], pace: float | None
-) -> Load:
+    model: str, depth: QueueDepth, workers: Sequence[WorkerAnnouncement], pace: float | None
+) -> QueueLoad:
     """The load of a model; `pace` counts only if no worker announces one."""
     serving = [worker for worker in workers if model in worker.models]
     ready = [worker for worker in serving if worker.state == "ready"]
-    return Load(
-        gauge=depth,
+    return QueueLoad(
+        depth=depth,
         workers=len(ready),
         slots=sum(worker.concurrency for worker in ready),
-        is_loading=any(model in models_to_come(worker) for worker in workers),
+        is_loading=any(model in upcoming_models(worker) for worker in workers),
         seconds_per_job=_mean_pace(serving, model) or pace,
     )
 
@@ -171,7 +175,7 @@ def _parse_pace(stored: bytes | None) -> float | None:
     return pace if pace is not None and pace >= 0 else None
 
 
-def _mean_pace(workers: Sequence[WorkerSays], model: str) -> float | None:
+def _mean_pace(workers: Sequence[WorkerAnnouncement], model: str) -> float | None:
     """The mean slot time of a job, weighed by slots as the queue is divided among them."""
     measured = [
         worker for worker in workers if worker.concurrency and model in worker.seconds_per_job

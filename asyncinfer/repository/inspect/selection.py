@@ -10,7 +10,7 @@ from asyncinfer.jobs import DEFAULT_TENANT, STATUSES, TERMINAL
 from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.log import first_ids
 from asyncinfer.repository.store import Store
-from asyncinfer.repository.stored_jobs import Stored, read_states
+from asyncinfer.repository.stored_jobs import StoredJob, read_jobs_in
 from asyncinfer.untrusted import decoding
 
 _PAGE_SIZE: Final = 1000
@@ -35,7 +35,7 @@ class Filter(Struct, frozen=True, kw_only=True):
         statuses = None if status is None else frozenset([status])
         return cls(tenant=tenant, statuses=statuses, model=model, group=group)
 
-    def matches(self, job: Stored, default_model: str | None) -> bool:
+    def matches(self, job: StoredJob, default_model: str | None) -> bool:
         record = job.record
         owner = record.tenant if record else DEFAULT_TENANT
         model = record.model if record else default_model
@@ -48,11 +48,11 @@ class Filter(Struct, frozen=True, kw_only=True):
         )
 
 
-class Selected(Struct, frozen=True):
+class SelectedJobs(Struct, frozen=True):
     """Jobs as they were when read, without their results."""
 
-    jobs: tuple[Stored, ...]
-    more: bool
+    jobs: tuple[StoredJob, ...]
+    has_more: bool
     """More jobs may match."""
 
 
@@ -62,25 +62,25 @@ class Selection:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    async def jobs(self, wanted: Filter, most: int) -> Selected:
+    async def jobs(self, wanted: Filter, most: int) -> SelectedJobs:
         """At most `most` jobs that match, in no defined order. The reading is bounded by what a
         queue can hold, MAX_QUEUE waiting jobs and those in its log, and by 500,000 jobs."""
         default = await self._store.default_model()
-        found: dict[str, Stored] = {}
+        found: dict[str, StoredJob] = {}
         read_count = 0
         for queue in await self._queues(wanted.model, default):
             async for ids in _pages(_sources(self._store, queue, wanted)):
                 read_count += len(ids)
-                for job in await read_states(self._store, ids, _statuses(wanted)):
+                for job in await read_jobs_in(self._store, ids, _statuses(wanted)):
                     if wanted.matches(job, default):
                         found[job.job_id] = job
                 if len(found) > most or read_count >= _MAX_JOBS_READ:
-                    return Selected(tuple(found.values())[:most], more=True)
-        return Selected(tuple(found.values()), more=False)
+                    return SelectedJobs(tuple(found.values())[:most], has_more=True)
+        return SelectedJobs(tuple(found.values()), has_more=False)
 
     async def _queues(self, model: str | None, default: str | None) -> list[str]:
         if model is not None:
-            return [keys.queue(self._store.n, model, default)]
+            return [keys.queue(self._store.queue_name, model, default)]
         queues = await self._store.queues()
         # A call that is repeated until no job is left must not always read the same queues first.
         random.shuffle(queues)
@@ -115,14 +115,14 @@ def _sources(store: Store, queue: str, wanted: Filter) -> Iterator[AsyncIterator
 async def _list_pages(store: Store, name: str) -> AsyncIterator[list[str]]:
     """Reads a list from its head: jobs leave it at the other end, so that none is missed."""
     start = 0
-    while page := await store.look("LRANGE", name, start, start + _PAGE_SIZE - 1, otherwise=()):
+    while page := await store.read("LRANGE", name, start, start + _PAGE_SIZE - 1, otherwise=()):
         yield _decode_ids(page)
         start += len(page)
 
 
 async def _sorted_set_pages(store: Store, name: str) -> AsyncIterator[list[str]]:
     start = 0
-    while page := await store.look("ZRANGE", name, start, start + _PAGE_SIZE - 1, otherwise=()):
+    while page := await store.read("ZRANGE", name, start, start + _PAGE_SIZE - 1, otherwise=()):
         yield _decode_ids(page)
         start += len(page)
 
@@ -131,7 +131,7 @@ async def _running_pages(store: Store, queue: str) -> AsyncIterator[list[str]]:
     cursor = 0
     while True:
         scan = ("HSCAN", keys.running(queue), cursor, "COUNT", _PAGE_SIZE)
-        reply = await store.look(*scan, otherwise=(0, ()))
+        reply = await store.read(*scan, otherwise=(0, ()))
         cursor = int(reply[0])
         if reply[1]:
             yield _decode_ids(reply[1])
@@ -144,7 +144,7 @@ async def _log_pages(store: Store, queue: str) -> AsyncIterator[list[str]]:
     ids: list[str] = []
     last = "+"
     while True:
-        page: list[tuple[bytes, dict[bytes, bytes]]] = await store.look(
+        page: list[tuple[bytes, dict[bytes, bytes]]] = await store.read(
             *("XREVRANGE", keys.log(queue), last, "-", "COUNT", _ENTRIES_PER_PAGE), otherwise=[]
         )
         for _, fields in page:

@@ -8,14 +8,18 @@ from typing import Any, Final
 from msgspec import Struct
 
 from asyncinfer.errors import RedisRefused, ServerRefused
-from asyncinfer.repository.announcements import Announcements, serves, worker_says
+from asyncinfer.repository.announcements import (
+    Announcements,
+    decode_worker_announcement,
+    serves_or_loads,
+)
 from asyncinfer.repository.redis_errors import translate_errors
 from asyncinfer.repository.store import Store
 
 _CALLS: Final = 20
 
 
-class Vitals(Struct, frozen=True, kw_only=True):
+class ServerInfo(Struct, frozen=True, kw_only=True):
     """The state of a Redis server."""
 
     server: str
@@ -48,7 +52,7 @@ class Vitals(Struct, frozen=True, kw_only=True):
     """(host, folder that it serves) of each live worker that announces a folder."""
 
 
-async def vitals(store: Store) -> Vitals:
+async def read_server_info(store: Store) -> ServerInfo:
     """Reads the state of the server; raises RedisUnavailable."""
     try:
         await store.check_server()
@@ -59,9 +63,12 @@ async def vitals(store: Store) -> Vitals:
         info: Mapping[str, Any] = await store.redis.info("everything")
     config = await _config(store)
     round_trip, ahead = await _times(store)
-    workers = [worker_says(body) for body in (await Announcements(store).workers()).values()]
+    workers = [
+        decode_worker_announcement(body)
+        for body in (await Announcements(store).read_workers()).values()
+    ]
     default = await store.default_model()
-    return Vitals(
+    return ServerInfo(
         server=_name(info),
         refusal=refusal,
         round_trip_seconds=round_trip,
@@ -75,7 +82,8 @@ async def vitals(store: Store) -> Vitals:
         max_bytes=int(info.get("maxmemory", 0)),
         machine_bytes=int(info.get("total_system_memory", 0)),
         default_model=default,
-        default_is_served=default is None or any(serves(worker, default) for worker in workers),
+        default_is_served=default is None
+        or any(serves_or_loads(worker, default) for worker in workers),
         workers=len(workers),
         model_dirs=tuple(
             sorted(

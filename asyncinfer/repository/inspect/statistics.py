@@ -8,9 +8,9 @@ from msgspec import Struct
 
 from asyncinfer.jobs import Record
 from asyncinfer.repository import keys
-from asyncinfer.repository.announcements import WorkerSays, worker_says
+from asyncinfer.repository.announcements import WorkerAnnouncement, decode_worker_announcement
 from asyncinfer.repository.inspect.queue_load import (
-    Load,
+    QueueLoad,
     combine_load,
     read_depths,
     readable_records,
@@ -48,7 +48,7 @@ class _Tally(Struct, frozen=True):
         return count * 1000 / self.window_ms
 
 
-class Observation:
+class Statistics:
     """Reads statistics with a bounded number of short calls."""
 
     def __init__(self, store: Store) -> None:
@@ -60,7 +60,7 @@ class Observation:
         store = self._store
         queues = await self._store.queues()
         default = await store.default_model()
-        models = [keys.model_of(store.n, queue, default) for queue in queues]
+        models = [keys.model_of(store.queue_name, queue, default) for queue in queues]
         read = await read_depths(store, queues)
         workers, paces = await workers_and_paces(
             store, read.worker_ids, [model or "" for model in models]
@@ -78,14 +78,16 @@ class Observation:
         """The live workers, by id."""
         store = self._store
         now_ms = await store.time_ms()
-        with_times = ("ZRANGE", keys.workers(store.n), 0, -1, "WITHSCORES")
-        reply = await store.look(*with_times, otherwise=())
+        with_times = ("ZRANGE", keys.workers(store.queue_name), 0, -1, "WITHSCORES")
+        reply = await store.read(*with_times, otherwise=())
         last_seen = _last_seen(reply[::2], reply[1::2])
         if not last_seen:
             return []
-        bodies = await store.command("MGET", *(keys.worker(store.n, name) for name in last_seen))
+        bodies = await store.command(
+            "MGET", *(keys.worker(store.queue_name, name) for name in last_seen)
+        )
         return [
-            _worker(name, worker_says(body), now_ms, last_seen[name])
+            _worker(name, decode_worker_announcement(body), now_ms, last_seen[name])
             for name, body in sorted(zip(last_seen, bodies, strict=True))
             if body
         ]
@@ -139,8 +141,8 @@ def _share(total: int, parts: int, minimum: int, maximum: int) -> int:
     return max(minimum, min(maximum, total // max(1, parts)))
 
 
-def _queue(queue: str, model: str | None, load: Load, tally: _Tally) -> Queue:
-    depth = load.gauge
+def _queue(queue: str, model: str | None, load: QueueLoad, tally: _Tally) -> Queue:
+    depth = load.depth
     return Queue(
         model=model,
         queue=queue,
@@ -178,7 +180,7 @@ def _run_times(records: Sequence[Record]) -> Iterator[float]:
             yield max(0, record.finished_ms - record.started_ms) / 1000
 
 
-def _worker(name: str, says: WorkerSays, now_ms: int, seen_at: float) -> Worker:
+def _worker(name: str, says: WorkerAnnouncement, now_ms: int, seen_at: float) -> Worker:
     started_at = decoding.time(says.started_ms)
     return Worker(
         worker=name,

@@ -15,7 +15,7 @@ from msgspec import Struct
 from asyncinfer.errors import RedisRefused, RedisUnavailable
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
-from asyncinfer.repository.claims import Runs
+from asyncinfer.repository.claims import QueueConsumer
 from asyncinfer.repository.doorbell import Doorbell
 from asyncinfer.repository.store import Store
 
@@ -46,7 +46,7 @@ class BatchWindows:
     """
 
     def __init__(
-        self, store: Store, runs: Runs, is_idle: Callable[[], bool], check_seconds: float
+        self, store: Store, runs: QueueConsumer, is_idle: Callable[[], bool], check_seconds: float
     ) -> None:
         """`is_idle` tells whether a slot waits for jobs; `check_seconds` is the longest time
         between two checks of the queues themselves, in case a doorbell token was lost."""

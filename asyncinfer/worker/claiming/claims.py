@@ -10,16 +10,16 @@ from typing import Any, Final, TypeVar
 from asyncinfer.errors import RedisRefused, RedisUnavailable
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository.claims import (
-    MOST_QUEUES_A_CLAIM,
-    Claimed,
+    MAX_QUEUES_PER_CLAIM,
+    ClaimReply,
     ClaimRequest,
-    Runs,
+    QueueConsumer,
 )
 from asyncinfer.repository.doorbell import Doorbell
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.claiming.batch_window import BatchWindows, QueueBatching
 from asyncinfer.worker.held_claim import HeldClaim, Step
-from asyncinfer.worker.lease_renewer import Renewer
+from asyncinfer.worker.lease_renewer import LeaseRenewer
 
 log = LimitedLog(logging.getLogger(__name__))
 
@@ -51,8 +51,8 @@ class Claimer:
     def __init__(
         self,
         store: Store,
-        runs: Runs,
-        renewer: Renewer,
+        runs: QueueConsumer,
+        renewer: LeaseRenewer,
         queues: Mapping[str, QueueBatching],
         *,
         max_batch: int,
@@ -110,7 +110,7 @@ class Claimer:
         By chance, since two idle workers that take turns at the doorbell would go on as they began.
         """
         if random.random() < 0.5:
-            await self._return_token(queue)
+            await self._ring_again(queue)
 
     def stop_renewing(self, token: str) -> None:
         """Stops renewing the lease of a claim that was lost; the claim stays in `held` until it is
@@ -138,7 +138,7 @@ class Claimer:
             while not self.draining.is_set():
                 self.windows.notify_idle_slot()
                 if self._must_not_claim():
-                    await self._return_token(rang)
+                    await self._ring_again(rang)
                     rang, self._seen_empty = None, False
                     await self._wait_until_released()
                 elif self._seen_empty and not self.windows.due:
@@ -148,11 +148,13 @@ class Claimer:
                         self._seen_empty = False
                 elif held := await self._claim_any_queue(rang):
                     return held
-            await self._return_token(rang)
+            await self._ring_again(rang)
         return None
 
     async def finish(
-        self, held: HeldClaim, store_outcomes: Callable[[ClaimRequest | None], Awaitable[Claimed]]
+        self,
+        held: HeldClaim,
+        store_outcomes: Callable[[ClaimRequest | None], Awaitable[ClaimReply]],
     ) -> HeldClaim | None:
         """Calls `store_outcomes` with the request for the next claim, None if there is to be none,
         while no other claim call is made. Then releases `held`: it leaves `self.held`, and its
@@ -209,7 +211,7 @@ class Claimer:
                 async with asyncio.timeout(self._brpop_timeout_seconds):
                     await self.draining.wait()
         if not self._awaits_doorbell:
-            await self._return_token(rang)
+            await self._ring_again(rang)
             return None
         return rang
 
@@ -254,7 +256,7 @@ class Claimer:
         False for a queue whose jobs do not share runs."""
         return held.claim.count < self._max_batch and held.claim.queue not in self._unbatched
 
-    async def _return_token(self, rang: str | None) -> None:
+    async def _ring_again(self, rang: str | None) -> None:
         """Rings the doorbell of this queue again, for another worker. Does nothing for None, or if
         Redis is away."""
         if rang:
@@ -293,13 +295,13 @@ class Claimer:
         """
         self._seen_empty = True
         queues = self._claimable_queues(rang)
-        if len(queues) > MOST_QUEUES_A_CLAIM and not rang:
+        if len(queues) > MAX_QUEUES_PER_CLAIM and not rang:
             has_work = await self._retry_until_answered(lambda: self._runs.has_work(queues), False)
             if not has_work:
                 self.windows.clear_due(queues)
                 return None
-        for start in range(0, len(queues), MOST_QUEUES_A_CLAIM):
-            if held := await self._claim_group(queues[start : start + MOST_QUEUES_A_CLAIM]):
+        for start in range(0, len(queues), MAX_QUEUES_PER_CLAIM):
+            if held := await self._claim_group(queues[start : start + MAX_QUEUES_PER_CLAIM]):
                 return held
         return None
 
@@ -328,7 +330,7 @@ class Claimer:
             request = self._new_request(queues, held=bool(self.held))
             try:
                 claimed = await self._retry_until_answered(
-                    lambda: self._runs.claim(request), Claimed(None)
+                    lambda: self._runs.claim(request), ClaimReply(None)
                 )
             except RedisRefused:
                 self.windows.clear_due(queues)
@@ -352,7 +354,7 @@ class Claimer:
             return None
         if others and (self._exclusive_pending or any(other.claim.exclusive for other in others)):
             return None
-        queues = self._claimable_queues(None)[:MOST_QUEUES_A_CLAIM]
+        queues = self._claimable_queues(None)[:MAX_QUEUES_PER_CLAIM]
         return self._new_request(queues, held=bool(others)) if queues else None
 
     def _new_request(self, queues: Sequence[str], *, held: bool) -> ClaimRequest:
@@ -368,7 +370,7 @@ class Claimer:
             held,
             self._max_batch,
             low_first=rounds % _LOW_FIRST_EVERY == _LOW_FIRST_EVERY - 1,
-            unshared=tuple(queue for queue in queues if queue in self._unbatched),
+            one_at_a_time=tuple(queue for queue in queues if queue in self._unbatched),
         )
 
     def _rotated_queues(self, first: str | None) -> list[str]:
@@ -382,19 +384,19 @@ class Claimer:
         """As `_rotated_queues`, without those whose jobs still wait for others."""
         return [queue for queue in self._rotated_queues(first) if not self.windows.must_wait(queue)]
 
-    def _register(self, claimed: Claimed, request: ClaimRequest) -> HeldClaim | None:
+    def _register(self, claimed: ClaimReply, request: ClaimRequest) -> HeldClaim | None:
         """Takes up the reply to `request`: keeps its claim and has its lease renewed, or notes that
         an exclusive job is next. The queue of the claim is no longer due, nor are all queues of the
         request if they were empty. Returns the claim, None where the reply has none."""
-        self._exclusive_pending = claimed.blocked
+        self._exclusive_pending = claimed.is_blocked
         if claimed.claim is None:
-            if not claimed.blocked:
+            if not claimed.is_blocked:
                 self.windows.clear_due(request.queues)
             return None
         self.windows.clear_due([claimed.claim.queue])
         self._claims_made += 1
         held = self.held[claimed.claim.token] = HeldClaim(claimed.claim)
-        self._renewer.hold(claimed.claim)
+        self._renewer.add(claimed.claim)
         self._on_step("claimed")
         return held
 

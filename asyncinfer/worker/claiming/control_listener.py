@@ -32,7 +32,7 @@ class ControlListener:
         self._store = store
         self.serve(queues)
         self._on_message = on_message
-        self._blocking = store.blocking()
+        self._blocking = store.blocking_connection()
         self._last_ids: dict[str, bytes] = {}
 
     def serve(self, queues: Iterable[str], *, is_growing: bool = False) -> None:
@@ -40,7 +40,7 @@ class ControlListener:
         is new, only entries from then on. `is_growing` limits a read to a tenth of a second, since
         more queues are about to come."""
         self._is_growing = is_growing
-        self._streams = [keys.control(queue) for queue in {self._store.n, *queues}]
+        self._streams = [keys.control(queue) for queue in {self._store.queue_name, *queues}]
 
     async def listen(self) -> None:
         """Passes messages to `on_message` until closed. Retries while Redis is away; a message
@@ -63,7 +63,7 @@ class ControlListener:
         RedisUnavailable."""
         for stream in self._streams:
             if stream not in self._last_ids:
-                newest = await self._store.look(
+                newest = await self._store.read(
                     *("XREVRANGE", stream, "+", "-", "COUNT", 1), otherwise=()
                 )
                 self._last_ids[stream] = bytes(newest[0][0]) if newest else b"0"

@@ -13,16 +13,16 @@ import msgspec
 from msgspec import Struct
 
 from asyncinfer.errors import RedisRefused, RequestError, StorageFull
-from asyncinfer.models.folder import OF_ALL_VERSIONS, valid_name
+from asyncinfer.models.folder import OF_ALL_VERSIONS, is_valid_name
 from asyncinfer.models.signature import Signature, read_signature
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import (
-    ANNOUNCE_SECONDS,
+    ANNOUNCE_INTERVAL_SECONDS,
     Announcements,
-    WorkerSays,
-    serves,
-    worker_says,
+    WorkerAnnouncement,
+    decode_worker_announcement,
+    serves_or_loads,
 )
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.models.engine_cache import Label
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 _limited_log = LimitedLog(log)
 
 
-_EXPIRY_SECONDS: Final = 5 * ANNOUNCE_SECONDS
+_EXPIRY_SECONDS: Final = 5 * ANNOUNCE_INTERVAL_SECONDS
 """A worker that did not announce itself for so long counts as dead."""
 
 _API_CACHE_SECONDS: Final = 5.0
@@ -49,7 +49,7 @@ _MAX_LEAVING_SECONDS: Final = 60.0
 """A removed version is dropped after this time, even if the queue of its model is not empty: other
 versions may keep it busy."""
 
-_FULL_ROUND_SECONDS: Final = 0.7 * ANNOUNCE_SECONDS
+_FULL_ROUND_SECONDS: Final = 0.7 * ANNOUNCE_INTERVAL_SECONDS
 """Rounds that come sooner announce only what is new: with 300 models to load there are 300 rounds,
 and each version costs a round one call."""
 
@@ -93,7 +93,7 @@ class Announcer:
         self._on_queues_changed = on_queues_changed
         self._read_status = read_status
         self._announcements = Announcements(store)
-        self._last_seen: dict[str, tuple[WorkerSays, float]] = {}
+        self._last_seen: dict[str, tuple[WorkerAnnouncement, float]] = {}
         """By other worker its last announcement, and when that was read."""
         self._round_lock = asyncio.Lock()
         self._announced: dict[Label, Signature] = {}
@@ -161,7 +161,7 @@ class Announcer:
         versions = [says.versions.get(model, {}) for says, _ in self._last_seen.values()]
         return any(bool(theirs) if version is None else version in theirs for theirs in versions)
 
-    def _compare_folders(self, others: Sequence[WorkerSays], status: WorkerStatus) -> bool:
+    def _compare_folders(self, others: Sequence[WorkerAnnouncement], status: WorkerStatus) -> bool:
         """Notes how other folders differ from this one; returns whether that has changed since the
         last round, the first time whether there are differences. Logs them the first time."""
         library, before = self._library, self._differences
@@ -178,7 +178,7 @@ class Announcer:
         return now != (before or Differences())
 
     def _warn_at_start(
-        self, other_folder: str, models: Collection[str], others: Iterable[WorkerSays]
+        self, other_folder: str, models: Collection[str], others: Iterable[WorkerAnnouncement]
     ) -> None:
         """Logs what the operator may have set up otherwise than intended: the line `other_folder`,
         empty if there is none, and a default model that no live worker has. `models` are all names
@@ -186,7 +186,11 @@ class Announcer:
         if other_folder:
             log.warning("%s", other_folder)
         default = self._queues.default_model
-        if default and default not in models and not any(serves(says, default) for says in others):
+        if (
+            default
+            and default not in models
+            and not any(serves_or_loads(says, default) for says in others)
+        ):
             log.warning(
                 "No worker that is alive has the default model %r, so requests that name no model "
                 "wait. Start one that has it, or set DEFAULT_MODEL to another.",
@@ -232,12 +236,12 @@ class Announcer:
                 found.setdefault((model, OF_ALL_VERSIONS), problem)
         return found
 
-    async def _read_others(self) -> list[WorkerSays]:
+    async def _read_others(self) -> list[WorkerAnnouncement]:
         """What other live workers announce now; notes when each was last seen. Raises
         RedisUnavailable."""
-        bodies = await self._announcements.workers()
+        bodies = await self._announcements.read_workers()
         others = {
-            worker_id: worker_says(body)
+            worker_id: decode_worker_announcement(body)
             for worker_id, body in bodies.items()
             if worker_id != self._worker_id
         }
@@ -252,7 +256,7 @@ class Announcer:
 
     # --- versions in the folder ------------------------------------------------------------------
 
-    async def _announce_models(self, others: Sequence[WorkerSays]) -> dict[Label, str]:
+    async def _announce_models(self, others: Sequence[WorkerAnnouncement]) -> dict[Label, str]:
         """Announces new versions, and from time to time all. Returns the contested ones, which a
         live worker serves from another file, each with a text that says so."""
         began_at = time.monotonic()
@@ -271,7 +275,7 @@ class Announcer:
         names = sorted({model for model, _ in due})
         await self._announcements.announce_model_names(names)
         for model in names:
-            known = await self._announcements.announced_versions(model)
+            known = await self._announcements.read_versions(model)
             for version, signature in _versions_of(model, due):
                 if conflict := await self._announce_version(known.get(version), signature, others):
                     contested_problems[model, version] = conflict
@@ -281,7 +285,7 @@ class Announcer:
         return contested_problems
 
     async def _announce_version(
-        self, stored: bytes | None, ours: Signature, others: Sequence[WorkerSays]
+        self, stored: bytes | None, ours: Signature, others: Sequence[WorkerAnnouncement]
     ) -> str:
         """Announces a version in place of `stored`, the signature as JSON that is announced now
         (None: none is), unless a live worker serves that.
@@ -290,7 +294,7 @@ class Announcer:
         """
         body = msgspec.json.encode(ours)
         if stored is None:
-            stored = await self._announcements.announce_first(ours.model, ours.version, body)
+            stored = await self._announcements.announce_if_absent(ours.model, ours.version, body)
         if stored == body:
             return ""
         if conflict := _conflict(stored, ours, others):
@@ -300,7 +304,7 @@ class Announcer:
 
     # --- removed versions ------------------------------------------------------------------------
 
-    async def _drop_removed_versions(self, others: Sequence[WorkerSays]) -> None:
+    async def _drop_removed_versions(self, others: Sequence[WorkerAnnouncement]) -> None:
         """Has the library drop removed versions for which no job can wait any more."""
         finished = []
         for (model, version), seconds in self._library.seconds_since_removal.items():
@@ -337,15 +341,15 @@ class Announcer:
             return False
         if here and seconds > _MAX_LEAVING_SECONDS:
             return True
-        queue = keys.queue(self._store.n, model, self._queues.default_model)
-        return await self._store.is_empty(queue)
+        queue = keys.queue(self._store.queue_name, model, self._queues.default_model)
+        return await self._store.is_queue_empty(queue)
 
 
 def _bounded_problems(found: Mapping[Label, str]) -> dict[str, dict[str, str]]:
     """The first problems as {model: {version: text}}. Names that can be a model's come first, since
     a folder may hold any number of other files."""
     problems: dict[str, dict[str, str]] = {}
-    labels = sorted(found, key=lambda label: (not valid_name(label[0]), label))
+    labels = sorted(found, key=lambda label: (not is_valid_name(label[0]), label))
     for model, version in labels[:_MAX_PROBLEMS]:
         problems.setdefault(model, {})[version] = found[model, version][:_MAX_PROBLEM_CHARS]
     if (more := len(found) - _MAX_PROBLEMS) > 0:
@@ -370,7 +374,7 @@ def _versions_of(
     return ((label[1], signature) for label, signature in signatures.items() if label[0] == model)
 
 
-def _conflict(stored: bytes, ours: Signature, others: Sequence[WorkerSays]) -> str:
+def _conflict(stored: bytes, ours: Signature, others: Sequence[WorkerAnnouncement]) -> str:
     """Why our version must not be served: `stored` names another file, and a live worker serves
     that. Empty otherwise, and if `stored` cannot be read."""
     theirs = read_signature(stored)
@@ -412,5 +416,5 @@ async def announce_forever(
         except Exception as error:
             _limited_log.unexpected("An announcement failed.", error)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(ANNOUNCE_SECONDS * random.uniform(0.8, 1.2)):
+            async with asyncio.timeout(ANNOUNCE_INTERVAL_SECONDS * random.uniform(0.8, 1.2)):
                 await news.wait()

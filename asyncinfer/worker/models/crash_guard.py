@@ -19,7 +19,7 @@ from pathlib import Path
 from asyncinfer.engine import Engine
 from asyncinfer.errors import ModelRefused
 from asyncinfer.models.folder import ModelFile, read_stamp, total_bytes
-from asyncinfer.worker.models.sandbox import trial
+from asyncinfer.worker.models.sandbox import try_in_child
 
 Load = Callable[[ModelFile], Engine]
 
@@ -45,7 +45,9 @@ class CrashGuard:
         mark = self._folder / hashlib.sha256(repr((file.path, stamp)).encode()).hexdigest()
         if _was_left_by_crash(mark):
             size_bytes = total_bytes(stamp)
-            problem = asyncio.run(trial(file, size_bytes, allow_custom_ops=self._allow_custom_ops))
+            problem = asyncio.run(
+                try_in_child(file, size_bytes, allow_custom_ops=self._allow_custom_ops)
+            )
             if problem:
                 raise ModelRefused(problem)
         self._mark = mark

@@ -20,7 +20,7 @@ def label_of(file: ModelFile) -> Label:
     return file.model, file.version
 
 
-class Bounds(Struct, frozen=True):
+class CacheBounds(Struct, frozen=True):
     """How much may stay loaded. The engine that was loaded last always may."""
 
     max_models: int = 32
@@ -39,7 +39,7 @@ class EngineCache:
     """Loads engines in a thread and keeps them within bounds. A run under way keeps its engine,
     also when the cache drops it. Its methods are called in the event loop."""
 
-    def __init__(self, load: Callable[[ModelFile], Engine], bounds: Bounds) -> None:
+    def __init__(self, load: Callable[[ModelFile], Engine], bounds: CacheBounds) -> None:
         """`load` blocks and runs in the thread, one call at a time."""
         self._load = load
         self._bounds = bounds
@@ -154,4 +154,4 @@ def _free(freed: list[_Entry]) -> None:
     """Frees the engine in the list, which must be the last reference, and gives memory back to the
     system."""
     freed.clear()
-    tuning.trim()
+    tuning.release_freed_memory()

@@ -5,7 +5,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from asyncinfer.repository.announcements import WorkerSays
+from asyncinfer.repository.announcements import WorkerAnnouncement
 
 _MAX_NAMED: Final = 10
 _MAX_PROBLEMS: Final = 10
@@ -21,7 +21,7 @@ class Differences(Struct, frozen=True):
 
 
 def find_differences(
-    model_dir: str, models: Collection[str], started_ms: int, others: Iterable[WorkerSays]
+    model_dir: str, models: Collection[str], started_ms: int, others: Iterable[WorkerAnnouncement]
 ) -> Differences:
     """Compares `models`, those of this worker, with what other workers announce that started before
     it, at `started_ms` of Unix time. A worker that does not announce its start or folder is left

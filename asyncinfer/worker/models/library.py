@@ -11,12 +11,12 @@ import msgspec
 
 from asyncinfer.engine import Engine
 from asyncinfer.errors import ModelDirUnreadable, ModelRefused, UnknownModel
-from asyncinfer.models.folder import Listing, ModelFile, total_bytes, version_order
+from asyncinfer.models.folder import FolderListing, ModelFile, total_bytes, version_order
 from asyncinfer.models.signature import Signature
 from asyncinfer.worker.models import versions
 from asyncinfer.worker.models.engine_cache import EngineCache, Label, label_of
-from asyncinfer.worker.models.sandbox import trial
-from asyncinfer.worker.models.source import Source
+from asyncinfer.worker.models.sandbox import try_in_child
+from asyncinfer.worker.models.source import ModelSource
 from asyncinfer.worker.models.versions import Version
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Library:
     """
 
     def __init__(
-        self, source: Source, cache: EngineCache, *, allow_custom_ops: bool = False
+        self, source: ModelSource, cache: EngineCache, *, allow_custom_ops: bool = False
     ) -> None:
         """Reads nothing yet. The callbacks are called in the event loop."""
         self.on_change: Callable[[], None] = lambda: None
@@ -75,7 +75,7 @@ class Library:
     @property
     def watched_folder(self) -> Path:
         """The folder to watch for changes."""
-        return self._source.watched
+        return self._source.watched_folder
 
     @property
     def model_dir(self) -> Path:
@@ -216,7 +216,7 @@ class Library:
             raise UnknownModel(f"It cannot be loaded any more: {error.detail}") from error
         if found.signature and engine.signature.sha256 != found.signature.sha256:
             self._cache.drop(found.label)
-            raise UnknownModel(f"{found.file.shown} {_IN_PLACE}")
+            raise UnknownModel(f"{found.file.display_path} {_IN_PLACE}")
         return engine
 
     def _find_served(self, model: str | None, version: str | None) -> Version:
@@ -261,7 +261,7 @@ class Library:
         return {
             name: f"MODELS names it, but {self._source.path} has no such model. Put it there, or "
             "correct MODELS"
-            for name in self._source.missing(found)
+            for name in self._source.missing_models(found)
         }
 
     def _names_served(self, model: str | None) -> str:
@@ -426,12 +426,12 @@ class Library:
         """Reads the folder, and logs which other files are no models; raises ModelDirUnreadable."""
         return self._log_passed_over(self._source.listing())
 
-    def _log_passed_over(self, listing: Listing) -> list[ModelFile]:
+    def _log_passed_over(self, listing: FolderListing) -> list[ModelFile]:
         """The files of the listing. Logs once which other files are no models."""
-        for line in listing.passed_over:
+        for line in listing.ignored:
             if line not in self._passed_over:
                 log.info("%s.", line)
-        self._passed_over = listing.passed_over
+        self._passed_over = listing.ignored
         return listing.files
 
     def _differences(self, seen: Mapping[Label, Version]) -> list[Label]:
@@ -477,7 +477,7 @@ class Library:
         version = self._versions.pop(label)
         self._announced_labels.discard(label)
         if version.signature:
-            log.info("%s was removed; jobs that wait for it still run.", version.file.shown)
+            log.info("%s was removed; jobs that wait for it still run.", version.file.display_path)
             self._removed[label] = (version, time.monotonic())
 
     async def _check_loaded(self, known: Version, found: Version) -> None:
@@ -488,7 +488,7 @@ class Library:
             self._keep_with_problem(known, found, found.file.problem)
         elif await self._is_altered(known, found):
             self._keep_with_problem(
-                known, found, f"{found.file.shown} {_IN_PLACE}", is_altered=True
+                known, found, f"{found.file.display_path} {_IN_PLACE}", is_altered=True
             )
         elif versions.loads_the_same(found.file, known.file):
             self._keep_with_problem(known, found, "")
@@ -511,7 +511,7 @@ class Library:
         Where that fails, the earlier state `known` is kept, if there is one, with the problem.
         """
         size_bytes = total_bytes(found.stamp)
-        problem = found.file.problem or await trial(
+        problem = found.file.problem or await try_in_child(
             found.file, size_bytes, allow_custom_ops=self._allow_custom_ops
         )
         engine = problem or await self._load_or_problem(found.file)
@@ -521,7 +521,7 @@ class Library:
         self._add_loaded(found, engine)
         self._removed.pop(found.label, None)
         self._changed()
-        log.info("%s is ready.", found.file.shown)
+        log.info("%s is ready.", found.file.display_path)
 
     async def _load_or_problem(self, file: ModelFile) -> Engine | str:
         """The engine, loaded in a thread without the cache, or the problem as text. Never raises: a
@@ -531,8 +531,8 @@ class Library:
         except ModelRefused as error:
             return error.detail
         except Exception as error:
-            log.exception("%s could not be loaded.", file.shown)
-            return f"{file.shown}: it could not be loaded: {type(error).__name__}: {error}"
+            log.exception("%s could not be loaded.", file.display_path)
+            return f"{file.display_path}: it could not be loaded: {type(error).__name__}: {error}"
 
     def _add_loaded(self, version: Version, engine: Engine, *, displaces: bool = True) -> None:
         """Notes a version as loaded, with its signature. Puts the engine into the cache if it is

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from asyncinfer.errors import RedisRefused
-from asyncinfer.models.folder import default_model, valid_name
+from asyncinfer.models.folder import default_model, is_valid_name
 from asyncinfer.models.signature import Signature
 from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import Announcements
@@ -66,7 +66,7 @@ class Queues:
     def model_of(self, queue: str) -> str | None:
         """The model of a job in this queue that names none; None for QUEUE_NAME if there is no
         default model."""
-        return keys.model_of(self._store.n, queue, self.default_model)
+        return keys.model_of(self._store.queue_name, queue, self.default_model)
 
     @property
     def have_changed(self) -> bool:
@@ -97,7 +97,7 @@ class Queues:
         """The queues of the served models and the stray queues that had jobs in the last round,
         without a call to Redis."""
         own = {
-            keys.queue(self._store.n, model, self.default_model): self._batching(signature)
+            keys.queue(self._store.queue_name, model, self.default_model): self._batching(signature)
             for model, signature in self._served_signatures()
         }
         stray = {
@@ -119,10 +119,10 @@ class Queues:
             agreed = await self._store.agree_on_default_model(ours)
         if agreed is None or agreed == ours:
             return
-        if agreed and not valid_name(agreed):
+        if agreed and not is_valid_name(agreed):
             raise RedisRefused(
                 f"Redis names {agreed!r} as the default model, which is not a model's name. Delete "
-                f"the key {keys.default_model(self._store.n)!r}; workers write it again."
+                f"the key {keys.default_model(self._store.queue_name)!r}; workers write it again."
             )
         self._adopt(agreed)
 
@@ -149,7 +149,7 @@ class Queues:
         """Uses this default model from now on, and logs that; an empty name stands for none. Jobs
         of the former default are still taken from QUEUE_NAME for a minute."""
         if self.default_model is None:
-            log.info("The default model of the queue %r is %r.", self._store.n, agreed)
+            log.info("The default model of the queue %r is %r.", self._store.queue_name, agreed)
             self.default_model = agreed
             return
         origin = remedy = ""
@@ -160,7 +160,7 @@ class Queues:
             "Redis names %s as the default model of the queue %r, and this worker had %r%s. It "
             "goes by Redis from now on, since all processes must agree.%s",
             repr(agreed) if agreed else "none",
-            self._store.n,
+            self._store.queue_name,
             self.default_model,
             origin,
             remedy,
@@ -172,7 +172,7 @@ class Queues:
         """Queues in which jobs of the served models may have come by another default model, with
         the signature of the model: QUEUE_NAME:MODEL of the default model, and QUEUE_NAME of a model
         that was the default lately."""
-        n, oldest = self._store.n, time.monotonic() - _FORMER_SECONDS
+        n, oldest = self._store.queue_name, time.monotonic() - _FORMER_SECONDS
         queues = {}
         for model, signature in self._served_signatures():
             if model == self.default_model:

@@ -40,7 +40,7 @@ class _TrialResult(Struct, frozen=True):
     problem: str = ""
 
 
-async def trial(
+async def try_in_child(
     file: ModelFile,
     size_bytes: int,
     *,
@@ -75,7 +75,7 @@ async def trial(
         async with asyncio.timeout(seconds):
             output, _ = await child.communicate(msgspec.json.encode(request))
     except TimeoutError:
-        return f"{file.shown}: took longer than {seconds:g} s to load and run once"
+        return f"{file.display_path}: took longer than {seconds:g} s to load and run once"
     finally:
         with contextlib.suppress(ProcessLookupError):
             child.kill()
@@ -89,7 +89,8 @@ def _read_result(file: ModelFile, code: int, output: bytes) -> str:
         return msgspec.json.decode(output, type=_TrialResult).problem
     except msgspec.DecodeError:
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return f"{file.shown}: the process that tried to load it and run it once ended with {how}"
+        path = file.display_path
+        return f"{path}: the process that tried to load it and run it once ended with {how}"
 
 
 # --- the child -------------------------------------------------------------------------------
@@ -131,7 +132,7 @@ def _find_problem(file: ModelFile, *, allow_custom_ops: bool) -> str:
     except ModelRefused as error:
         return error.detail
     except (OutOfMemory, MemoryError):
-        return f"{file.shown}: there is not enough memory to load it and run it once"
+        return f"{file.display_path}: there is not enough memory to load it and run it once"
     except ModelFailed:
         # Zeros may be no valid input for this model, which is no problem of its file.
         return ""

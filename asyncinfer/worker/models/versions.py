@@ -78,7 +78,7 @@ def has_same_content(known: Version, found: Version) -> bool:
         with found.file.path.open("rb") as content:
             if hashlib.file_digest(content, "sha256").hexdigest() != known.signature.sha256:
                 return False
-        beside = onnx_file.weights_files(found.file.path)
+        beside = onnx_file.weights_locations(found.file.path)
     except (OSError, ValueError):
         return False
     if found.file.config.session.custom_ops is not None:
@@ -110,7 +110,7 @@ def hidden_but_loaded(
 ) -> dict[Label, Version]:
     """The known versions that were loaded and lie in folders that cannot be read now: they are
     taken to be unchanged. `seen` are the versions that the folder has now."""
-    hidden = {version.file.model for version in seen.values() if version.file.is_hidden}
+    hidden = {version.file.model for version in seen.values() if version.file.is_unreadable_folder}
     return {
         label: msgspec.structs.replace(version, file=version.refused or version.file)
         for label, version in known.items()

@@ -11,19 +11,19 @@ from typing import Any
 from asyncinfer.errors import RedisRefused, RedisUnavailable
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository.claims import (
-    Claimed,
     ClaimedJob,
+    ClaimReply,
     ClaimRequest,
-    Finished,
+    JobOutcome,
     PackedOutcomes,
-    Runs,
-    packed_outcomes,
+    QueueConsumer,
+    pack_outcomes,
 )
 from asyncinfer.repository.leases import Renewal
 from asyncinfer.schemas.operations import JobsDone
 from asyncinfer.worker.claiming.claims import Claimer
 from asyncinfer.worker.held_claim import HeldClaim, Step
-from asyncinfer.worker.running.outcomes import OutcomeBuilder, release
+from asyncinfer.worker.running.outcomes import OutcomeBuilder, released_outcomes
 
 log = logging.getLogger(__name__)
 _limited_log = LimitedLog(log)
@@ -37,7 +37,7 @@ class Finisher:
 
     def __init__(
         self,
-        runs: Runs,
+        runs: QueueConsumer,
         claimer: Claimer,
         builder: OutcomeBuilder,
         *,
@@ -45,7 +45,7 @@ class Finisher:
         on_step: Callable[[Step], None],
     ) -> None:
         """`start_task` starts a task that the worker waits for at its end."""
-        self.ended_counts: Counter[str] = Counter(completed=0, failed=0, cancelled=0)
+        self.verdict_counts: Counter[str] = Counter(completed=0, failed=0, cancelled=0)
         """How many outcomes this worker has stored since its start, by verdict; of these,
         "completed", "failed", "dead" and "cancelled" ended a job."""
         self._runs = runs
@@ -57,7 +57,7 @@ class Finisher:
 
     def jobs_done(self) -> JobsDone:
         """How many jobs ended here since the start, and how; dead letters count as failed."""
-        counts = self.ended_counts
+        counts = self.verdict_counts
         return JobsDone(counts["completed"], counts["failed"] + counts["dead"], counts["cancelled"])
 
     def give_up(self) -> None:
@@ -65,7 +65,7 @@ class Finisher:
         stored is redelivered when its lease ends."""
         self._given_up = True
 
-    async def finish(self, held: HeldClaim, finished: Sequence[Finished]) -> HeldClaim | None:
+    async def finish(self, held: HeldClaim, finished: Sequence[JobOutcome]) -> HeldClaim | None:
         """Call once the batches of a claim have run. Waits until outcomes of jobs that were
         cancelled or expired meanwhile are stored, then stores those of its other jobs and releases
         the claim.
@@ -75,7 +75,7 @@ class Finisher:
         while held.early_tasks:
             await asyncio.wait(held.early_tasks)
         open_outcomes = [outcome for outcome in finished if outcome.job_id in held.open_jobs]
-        outcomes = packed_outcomes(open_outcomes)
+        outcomes = pack_outcomes(open_outcomes)
         held.open_jobs.clear()
         self._on_step("finishing")
         return await self._claimer.finish(
@@ -90,7 +90,7 @@ class Finisher:
         Does nothing for a claim without such jobs: it is being finished, or that has failed. Its
         lease stays: the jobs whose outcomes are not stored are redelivered when it ends.
         """
-        if outcomes := release(held.open_jobs.values()):
+        if outcomes := released_outcomes(held.open_jobs.values()):
             held.open_jobs.clear()
             with contextlib.suppress(RedisUnavailable):
                 await self._runs.finish(held.claim, outcomes, last=not held.early_tasks)
@@ -119,7 +119,7 @@ class Finisher:
                 log.warning("A lease was lost; %d jobs go to others.", len(held.open_jobs))
                 self._claimer.stop_renewing(token)
 
-    def _end_early(self, held: HeldClaim, job: ClaimedJob, outcome: Finished) -> None:
+    def _end_early(self, held: HeldClaim, job: ClaimedJob, outcome: JobOutcome) -> None:
         """Ends one job of a claim now, and stores its outcome in a task; the other jobs run on. The
         run is stopped if no other job needs it."""
         del held.open_jobs[job.job_id]
@@ -129,9 +129,9 @@ class Finisher:
         held.early_tasks.add(task)
         task.add_done_callback(held.early_tasks.discard)
 
-    async def _store_early(self, held: HeldClaim, outcome: Finished) -> None:
+    async def _store_early(self, held: HeldClaim, outcome: JobOutcome) -> None:
         """Stores one outcome, and leaves the claim open."""
-        await self._store(held, packed_outcomes([outcome]), last=False)
+        await self._store(held, pack_outcomes([outcome]), last=False)
 
     async def _store(
         self,
@@ -140,7 +140,7 @@ class Finisher:
         *,
         last: bool,
         following: ClaimRequest | None = None,
-    ) -> Claimed:
+    ) -> ClaimReply:
         """Stores outcomes, with retries while Redis is away, and counts them by verdict. `last`: no
         job of the claim is open any more, so that it ends.
 
@@ -158,15 +158,15 @@ class Finisher:
                 # so the outcomes are sent once more without it.
                 _limited_log.error(f"Finishing: {error.detail}")
                 if following is None:
-                    return Claimed(None)
+                    return ClaimReply(None)
                 following = None
             except RedisUnavailable as error:
                 if self._given_up:
-                    return Claimed(None)
+                    return ClaimReply(None)
                 _limited_log.warning(f"Finishing: {error.detail}")
                 await asyncio.sleep(random.uniform(0.1, 0.5))
             else:
-                self.ended_counts.update(verdicts)
+                self.verdict_counts.update(verdicts)
                 if stale := verdicts.count("stale"):
                     log.warning("%d results came too late: their jobs had been taken.", stale)
                 return claimed

@@ -6,8 +6,8 @@ import time
 from typing import Final
 
 from asyncinfer.jobs import SCHEMA
-from asyncinfer.repository.claims import ClaimedJob, Finished
-from asyncinfer.worker.running.outcomes import release
+from asyncinfer.repository.claims import ClaimedJob, JobOutcome
+from asyncinfer.worker.running.outcomes import released_outcomes
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class Deferrer:
         self._window_began_at = 0.0
         self._count = 0
 
-    def defer(self, job: ClaimedJob) -> Finished:
+    def deferred_outcome(self, job: ClaimedJob) -> JobOutcome:
         """Returns the outcome that puts the job back into its queue with a random delay, and counts
         the job; stores nothing. The longest delay grows by 1 ms with each job in a minute."""
         now = time.monotonic()
@@ -36,7 +36,7 @@ class Deferrer:
             self._window_began_at, self._count = now, 0
         self._count += 1
         max_delay_ms = min(2 * self._min_ms + self._count, self._max_ms)
-        return release([job], random.randint(self._min_ms, max_delay_ms))[0]
+        return released_outcomes([job], random.randint(self._min_ms, max_delay_ms))[0]
 
 
 class LaterReleaseDeferrer:
@@ -46,11 +46,11 @@ class LaterReleaseDeferrer:
         self._named_schemas: set[int] = set()
         self._deferrer = Deferrer(_MIN_MS, _MAX_MS)
 
-    def defer(self, job: ClaimedJob) -> Finished:
+    def defer(self, job: ClaimedJob) -> JobOutcome:
         """As `Deferrer.defer`, with a delay of 1 to 60 s; logs once per schema what to do about
         such jobs."""
         self._warn_once(job.later_schema)
-        return self._deferrer.defer(job)
+        return self._deferrer.deferred_outcome(job)
 
     def _warn_once(self, schema: int) -> None:
         """Logs once per schema, for a few schemas only, since anyone may write any number there."""

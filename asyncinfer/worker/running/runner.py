@@ -9,13 +9,13 @@ from typing import Final
 
 from asyncinfer.engine import Engine, Stopped
 from asyncinfer.errors import ModelFailed, OutOfMemory, PredictionTimeout, UnknownModel
-from asyncinfer.repository.claims import Claim, ClaimedJob, Finished
-from asyncinfer.timeouts import settled
+from asyncinfer.repository.claims import Claim, ClaimedJob, JobOutcome
+from asyncinfer.timeouts import done_within
 from asyncinfer.worker import execution
 from asyncinfer.worker.execution import Batch, ModelRef, Prepared
 from asyncinfer.worker.held_claim import BatchRun, HeldClaim, Step
 from asyncinfer.worker.models.library import Library
-from asyncinfer.worker.running.outcomes import OutcomeBuilder, release, release_as_suspects
+from asyncinfer.worker.running.outcomes import OutcomeBuilder, released_outcomes, suspect_outcomes
 from asyncinfer.worker.running.timings import RunTimes
 
 _LITTLE_BYTES: Final = 8192
@@ -99,7 +99,7 @@ class BatchRunner:
 
         return engine_of
 
-    async def run(self, held: HeldClaim, batch: Batch) -> list[Finished]:
+    async def run(self, held: HeldClaim, batch: Batch) -> list[JobOutcome]:
         """Runs a batch and returns the outcomes of its jobs, which are not stored; raises RunHung.
 
         A batch that fails is split until the job that fails is alone. Jobs that were cancelled or
@@ -111,7 +111,7 @@ class BatchRunner:
         if not run.wanted_ids:
             return []
         if self._given_up:
-            return release(_open_jobs_of(held, batch))
+            return released_outcomes(_open_jobs_of(held, batch))
         held.run = run
         try:
             started_at = time.monotonic()
@@ -132,14 +132,14 @@ class BatchRunner:
         ]
 
     def after_hang(
-        self, held: HeldClaim, run: BatchRun, finished: Sequence[Finished]
-    ) -> list[Finished]:
+        self, held: HeldClaim, run: BatchRun, finished: Sequence[JobOutcome]
+    ) -> list[JobOutcome]:
         """The outcomes of the jobs of a claim whose run did not stop: those of its batch, and those
         that did not run. `finished` are the outcomes so far, which are not repeated."""
         known_ids = {outcome.job_id for outcome in finished}
         known_ids |= {job.job_id for job in run.batch.jobs}
         others = [job for job in held.open_jobs.values() if job.job_id not in known_ids]
-        return self._outcomes_of_stopped(held, run) + release(others)
+        return self._outcomes_of_stopped(held, run) + released_outcomes(others)
 
     async def _run_in_thread(self, run: BatchRun) -> list[bytes]:
         """Runs a batch in a thread and returns the results in the order of its jobs; waits for the
@@ -152,25 +152,25 @@ class BatchRunner:
             self._threads, execution.run, run.batch, run.stop
         )
         self._on_step("running")
-        done = await settled(future, self._timeout_seconds(run.batch))
+        done = await done_within(future, self._timeout_seconds(run.batch))
         if not done:
             run.stop_for("timeout")
-            done = await settled(future, self._hang_grace_seconds)
+            done = await done_within(future, self._hang_grace_seconds)
         if not done:
             # Asked for, so that asyncio does not log it as never retrieved.
             future.add_done_callback(lambda ended: ended.exception())
             raise RunHung(run)
         return future.result()
 
-    def _outcomes_of_stopped(self, held: HeldClaim, run: BatchRun) -> list[Finished]:
+    def _outcomes_of_stopped(self, held: HeldClaim, run: BatchRun) -> list[JobOutcome]:
         """The outcomes of the jobs of a stopped run that were not cancelled or expired: released
         when draining; suspects if there were several, since which of them was too slow is unknown;
         else failed."""
         unended = _open_jobs_of(held, run.batch)
         if run.stop_reason == "drain":
-            return release(unended)
+            return released_outcomes(unended)
         if len(run.batch.jobs) > 1:
-            return release_as_suspects(unended)
+            return suspect_outcomes(unended)
         return [self._builder.failed(held, job, self._timeout_error(run.batch)) for job in unended]
 
     def _timeout_seconds(self, batch: Batch) -> float:

@@ -6,7 +6,7 @@ from typing import Final
 _HALF_LIFE_SECONDS: Final = 60.0
 
 
-class Paces:
+class JobTimes:
     """The mean seconds per job of each model, in which the weight of a job halves every minute.
 
     The mean is over jobs, not over runs: a full batch costs less per job than a job alone, and a
@@ -16,7 +16,7 @@ class Paces:
     def __init__(self) -> None:
         self._sums: dict[str, tuple[float, float, float]] = {}
 
-    def note(self, model: str, slot_seconds: float, jobs: int, *, at_seconds: float) -> None:
+    def add(self, model: str, slot_seconds: float, jobs: int, *, at_seconds: float) -> None:
         """Adds that a slot took `slot_seconds` for `jobs` jobs together, up to `at_seconds` of a
         monotonic clock, which must not go back."""
         seconds, weight, last_at = self._sums.get(model, (0.0, 0.0, at_seconds))
