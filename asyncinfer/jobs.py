@@ -321,6 +321,6 @@ def max_backoff_seconds(errors: int) -> float:
 
 def backoff_ms(errors: int, uniform: float | None = None) -> int:
     """Full-jitter back-off before try `errors + 1`, in ms: a random time up to
-    `longest_backoff_seconds`. `uniform` in [0, 1) replaces chance."""
+    `max_backoff_seconds`. `uniform` in [0, 1) replaces chance."""
     chance = random.random() if uniform is None else uniform
     return int(chance * max_backoff_seconds(errors) * 1000)

@@ -21,15 +21,16 @@ EXIT_REFUSED: Final = 2
 
 
 class ServeProcess:
-    """A running `asyncinfer serve`; `welcome` is its start banner, by the word of each line."""
+    """A running `asyncinfer serve`; `banner` is what it prints at its start, by the word of each
+    line."""
 
     def __init__(self, process: PythonProcess, banner: dict[str, str]) -> None:
         self.process = process
         self.curl_argv = shlex.split(banner["Try"])
-        self.welcome = banner
+        self.banner = banner
 
     def get(self, path: str) -> dict[str, Any]:
-        with urllib.request.urlopen(self.welcome["URL"] + path, timeout=5) as response:
+        with urllib.request.urlopen(self.banner["URL"] + path, timeout=5) as response:
             answer: dict[str, Any] = json.load(response)
         return answer
 

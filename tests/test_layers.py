@@ -57,7 +57,7 @@ INSIDE = {
         ("maintenance", "submissions"),
         ("operations", "reaper"),
         ("inspect",),
-        ("leftovers",),
+        ("unserved_models",),
     ),
     "cli": (
         ("addresses", "options", "safe_text"),

@@ -54,11 +54,11 @@ from asyncinfer.repository.inspect.groups import Groups
 from asyncinfer.repository.inspect.listing import Inspection
 from asyncinfer.repository.inspect.selection import Selection
 from asyncinfer.repository.inspect.statistics import Statistics
-from asyncinfer.repository.leftovers import UnservedModels
 from asyncinfer.repository.operations import Operations
 from asyncinfer.repository.reaper import reap_forever
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import Submissions
+from asyncinfer.repository.unserved_models import UnservedModels
 
 _log = logging.getLogger(__name__)
 

@@ -147,7 +147,7 @@ def decode_json(server: RemoteServer, response: Response) -> Any:
 
 
 def get(server: RemoteServer, path: str, **query: Any) -> Flow[Any]:
-    """The decoded JSON of a GET of `path`, which is quoted already; raises as `ask_json` does.
+    """The decoded JSON of a GET of `path`, which is quoted already; raises as `fetch_json` does.
 
     Parameters in `query` that are None are left out.
     """

@@ -169,7 +169,7 @@ class _GraphFollower:
 
     def graph(self, graph: Graph) -> _Summary:
         """Follows the main graph and returns its mixers and lookups, without outputs; raises
-        TooLarge."""
+        GraphTooLarge."""
         tables = _tables(graph)
         self.count_steps(len(graph.nodes) * (len(graph.inputs) // 64 + 1))
         fed = {
@@ -179,7 +179,7 @@ class _GraphFollower:
         return self._summarize(graph.nodes, {**tables, **fed}, ())
 
     def _function(self, key: tuple[str, str, str]) -> _Summary:
-        """The summary of a function, which is followed when first called; raises TooLarge."""
+        """The summary of a function, which is followed when first called; raises GraphTooLarge."""
         if key not in self._summaries:
             function = self._functions[key]
             # A function that calls itself finds this; ONNX Runtime loads no such file.
@@ -197,7 +197,7 @@ class _GraphFollower:
     ) -> _Summary:
         """Follows nodes in passes until no value changes; sorted nodes need one pass. `values` are
         known before, and get those that the nodes give; the summary has those named in `outputs`.
-        Raises TooLarge after too many passes or steps."""
+        Raises GraphTooLarge after too many passes or steps."""
         scope = _Scope(values)
         inner_scopes: dict[int, _Scope] = {}
         read_early: set[tuple[int, str]] = set()
@@ -211,12 +211,12 @@ class _GraphFollower:
 
     def summary_of_call(self, node: Node) -> _Summary | None:
         """The summary of the function that the node calls, None for an operator; raises
-        TooLarge."""
+        GraphTooLarge."""
         return self._function(node.key) if node.key in self._functions else None
 
     @contextmanager
     def nested(self) -> Iterator[None]:
-        """Counts one level of graphs within graphs; raises TooLarge if there are too many."""
+        """Counts one level of graphs within graphs; raises GraphTooLarge if there are too many."""
         if self._depth == _MAX_DEPTH:
             raise GraphTooLarge
         self._depth += 1
@@ -224,7 +224,7 @@ class _GraphFollower:
         self._depth -= 1
 
     def count_steps(self, count: int = 1) -> None:
-        """Adds to the steps so far; raises TooLarge once there are too many."""
+        """Adds to the steps so far; raises GraphTooLarge once there are too many."""
         self._steps += count
         if self._steps > _MAX_STEPS:
             raise GraphTooLarge

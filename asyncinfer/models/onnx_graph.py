@@ -81,13 +81,14 @@ class Function(Struct, frozen=True):
 
 
 def read(path: Path) -> OnnxFile:
-    """The graph of a file; raises TooLarge, DamagedFile (ValueError if it is empty) or OSError."""
+    """The graph of a file; raises GraphTooLarge, DamagedFile (ValueError if it is empty) or
+    OSError."""
     with mapped(path) as content:
         return read_content(content)
 
 
 def read_content(content: memoryview) -> OnnxFile:
-    """The graph in the bytes of a file; raises TooLarge or DamagedFile."""
+    """The graph in the bytes of a file; raises GraphTooLarge or DamagedFile."""
     return _Reader(content).file()
 
 
@@ -95,7 +96,7 @@ class _Reader:
     """Reads one file, and counts its parts over all graphs for the limits.
 
     Of its methods `begin` and `end`, or `start` and `stop`, are the bounds of a message in the
-    file; `depth` counts graphs within graphs. They raise TooLarge and DamagedFile.
+    file; `depth` counts graphs within graphs. They raise GraphTooLarge and DamagedFile.
     """
 
     def __init__(self, content: memoryview) -> None:
@@ -231,7 +232,7 @@ class _Reader:
             yield _signed(value)
 
     def _count_number(self) -> None:
-        """Counts a number; raises TooLarge beyond the limit."""
+        """Counts a number; raises GraphTooLarge beyond the limit."""
         self._numbers += 1
         if self._numbers > _MAX_NUMBERS:
             raise GraphTooLarge

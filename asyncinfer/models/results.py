@@ -97,10 +97,10 @@ def render_results(
 
     `outputs` has the arrays of the run, one per output of the signature, such as `(rows of all
     jobs, *dims)`; `jobs` has the inputs of each job before they were stacked. `answer` is "json" or
-    "tensors". `wanted` names the outputs to return, empty for all; with names, even a labelled
-    classifier returns tensors. The outputs of a run with one job are returned whole. Raises
-    ModelFailed if `wanted` has an unknown name, or if the rows of an output of a shared run are not
-    as many as those of the inputs.
+    "tensors". `output_names` lists the outputs to return, empty for all; with names, even a
+    labelled classifier returns tensors. The outputs of a run with one job are returned whole.
+    Raises ModelFailed if `output_names` has an unknown name, or if the rows of an output of a
+    shared run are not as many as those of the inputs.
     """
     if answer == "tensors":
         return [
@@ -161,7 +161,8 @@ def _is_convertible_at_once(outputs: Sequence[Array], plan: BatchPlan) -> bool:
 def _wanted_outputs(
     outputs: Sequence[Array], signature: Signature, wanted: Sequence[str]
 ) -> list[tuple[str, Array]]:
-    """The wanted outputs with their names, in the order of `wanted`; all of them if it is empty.
+    """The wanted outputs with their names, in the order of `output_names`; all of them if it is
+    empty.
 
     Raises ModelFailed for a name that no output has.
     """

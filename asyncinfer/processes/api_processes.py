@@ -43,7 +43,8 @@ async def run_api_processes(
     plan: ApiProcessPlan, stop: StopSignals
 ) -> AsyncIterator[asyncio.Event]:
     """Starts the processes, restarts those that end, and yields an event that is set once the first
-    is ready. On leaving it drains them: each has 5 s to finish, unless `stop.hurry` is set.
+    is ready. On leaving it drains them: each has 5 s to finish, unless `stop.hurry_requested` is
+    set.
 
     Raises StartError (in a group, and from the block) if a process reports a refusal, or ends,
     before any is ready; a later refusal is logged.
@@ -62,8 +63,8 @@ async def run_api_processes(
 async def _run_restarters(
     plan: ApiProcessPlan, restarters: list[Restarter]
 ) -> AsyncIterator[asyncio.Event]:
-    """`running` without the end: adds a Restarter for each process to `restarters`, and leaves the
-    processes running."""
+    """`run_api_processes` without the end: adds a Restarter for each process to `restarters`, and
+    leaves the processes running."""
     ready = asyncio.Event()
     async with anyio.create_task_group() as group:
 

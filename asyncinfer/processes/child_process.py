@@ -161,9 +161,9 @@ def by_watchdog(
     """A command with a shell beside it that sends `death_signal` to it when the parent ends.
 
     Works from any thread. The caller starts the command with `stdin`, closes that, and calls
-    `release` with `lifeline` once the command has ended. The command inherits `keep_fds`, which
-    must leave a descriptor from 3 to 9 free. `afterwards` is a shell command that the watchdog runs
-    after it has sent the signal, and only then.
+    `release_watchdog` with `lifeline` once the command has ended. The command inherits `keep_fds`,
+    which must leave a descriptor from 3 to 9 free. `afterwards` is a shell command that the
+    watchdog runs after it has sent the signal, and only then.
     """
     free_fd = next(fd for fd in range(3, 10) if fd not in keep_fds)
     script = _WATCHDOG.format(fd=free_fd, afterwards=afterwards)

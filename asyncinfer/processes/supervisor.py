@@ -81,8 +81,8 @@ async def serve(plan: ServePlan, api: "Api", beside: BackgroundTasks | None = No
 
 
 class StopSignals:
-    """What signals request: `asked` is set by the first one, for a stop, and `hurry` by later ones,
-    for a stop without delay."""
+    """What signals request: `stop_requested` is set by the first one, for a stop, and
+    `hurry_requested` by later ones, for a stop without delay."""
 
     def __init__(self) -> None:
         self.stop_requested = asyncio.Event()
@@ -90,8 +90,8 @@ class StopSignals:
         self._first_is_ours = True
 
     def count_signal(self) -> None:
-        """Counts a signal: sets `asked` for the first one, and `hurry` for a later one or after
-        `hand_over`."""
+        """Counts a signal: sets `stop_requested` for the first one, and `hurry_requested` for a
+        later one or after `leave_first_to_api`."""
         (self.stop_requested if self._first_is_ours else self.hurry_requested).set()
         self._first_is_ours = False
 
@@ -102,13 +102,15 @@ class StopSignals:
 
 
 Api = Callable[[str, StopSignals], Awaitable[None]]
-"""Serves with the Redis at a URL, until it is cancelled or, after `hand_over`, a signal ends it."""
+"""Serves with the Redis at a URL, until it is cancelled or, after `leave_first_to_api`, a signal
+ends it."""
 
 
 @contextmanager
 def _signals() -> Iterator[StopSignals]:
-    """Counts each SIGINT and SIGTERM in the `Stop` that it yields, unless a server in this process
-    has installed its own handlers; restores the earlier handlers on leaving. Main thread only."""
+    """Counts each SIGINT and SIGTERM in the `StopSignals` that it yields, unless a server in this
+    process has installed its own handlers; restores the earlier handlers on leaving. Main thread
+    only."""
     stop = StopSignals()
     loop = asyncio.get_running_loop()
 
@@ -208,7 +210,8 @@ async def _run_beside(
 
 async def drain(child: Child, drain_seconds: float, hurry: asyncio.Event) -> None:
     """Ends a child and returns once it has ended. The child gets SIGTERM and may finish what it
-    runs for `drain_seconds` and 3 s more, or until `hurry` is set; 1 s later it is killed."""
+    runs for `drain_seconds` and 3 s more, or until `hurry_requested` is set; 1 s later it is
+    killed."""
     child.signal(signal.SIGTERM)
     with anyio.move_on_after(drain_seconds + _DRAIN_MARGIN_SECONDS):
         async with _cancel_when(hurry):

@@ -59,7 +59,7 @@ async def embedded(
     """Runs a server, ready for commands, and stops it on leaving.
 
     Raises DataDirBusy if another `serve` uses the folder (at once), or if the server of a killed
-    one has not ended within `leaving_seconds`. Raises StartError if the server cannot start, if
+    one has not ended within `predecessor_seconds`. Raises StartError if the server cannot start, if
     there is none for this system, or if the folder cannot be used. Does not restart a server that
     ends.
     """
@@ -300,10 +300,10 @@ def _take(lock: _Lock, data_dir: Path) -> None:
         )
 
 
-async def _take_when_free(lock: _Lock, data_dir: Path, leaving_seconds: float) -> None:
+async def _take_when_free(lock: _Lock, data_dir: Path, predecessor_seconds: float) -> None:
     """Takes the lock; raises DataDirBusy if another process still holds it after
-    `leaving_seconds`."""
-    give_up = time.monotonic() + leaving_seconds
+    `predecessor_seconds`."""
+    give_up = time.monotonic() + predecessor_seconds
     while not lock.take():
         if time.monotonic() > give_up:
             raise DataDirBusy(

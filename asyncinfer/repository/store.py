@@ -146,7 +146,7 @@ class BlockingConnection:
 
 
 class Store:
-    """The connections of one process to Redis, with QUEUE_NAME (`n`) and the policy."""
+    """The connections of one process to Redis, with QUEUE_NAME (`queue_name`) and the policy."""
 
     def __init__(
         self, endpoint: Endpoint, queue_name: str, policy: Policy, name: str, call_seconds: float
@@ -409,9 +409,9 @@ class Store:
         return (
             f"DEFAULT_MODEL is {name!r}, but the default model on this Redis (queue "
             f"{self.queue_name!r}) is {current!r}. It can be changed only while no job of either "
-            f"waits, and of {which!r} {jobs}. Start without DEFAULT_MODEL, or with DEFAULT_MODEL={current}; let them end, "
-            f"or end them with `asyncinfer cancel --model {which}`; then start with "
-            f"DEFAULT_MODEL={name} again."
+            f"waits, and of {which!r} {jobs}. Start without DEFAULT_MODEL, or with "
+            f"DEFAULT_MODEL={current}; let them end, or end them with `asyncinfer cancel --model "
+            f"{which}`; then start with DEFAULT_MODEL={name} again."
         )
 
 

@@ -15,7 +15,8 @@ _ZERO: Final = b" 0 "
 
 
 def is_missing_value(element: object) -> bool:
-    """Whether a parsed JSON element stands for NaN or an infinity: null, or one of WORDS."""
+    """Whether a parsed JSON element stands for NaN or an infinity: null, or one of
+    NONFINITE_WORDS."""
     return element is None or (type(element) is str and element in NONFINITE_WORDS)
 
 

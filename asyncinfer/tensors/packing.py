@@ -196,7 +196,7 @@ def unpack_strings(content: memoryview, *, max_count: int) -> list[str]:
     """Decodes BYTES into strings.
 
     Raises DamagedPayload, which says which string is cut short or not UTF-8, and TooManyStrings as
-    soon as there are more than `most`.
+    soon as there are more than `max_count`.
     """
     strings: list[str] = []
     at = 0

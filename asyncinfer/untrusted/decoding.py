@@ -23,7 +23,7 @@ _MAX_DIGITS: Final = 19
 
 def lenient_decoder(decode: Callable[[bytes], T]) -> Callable[[bytes | None], T | None]:
     """A version of `decode` that returns None for missing or corrupt bytes, and never raises. It
-    catches the errors in UNREADABLE."""
+    catches the errors in DECODE_ERRORS."""
 
     def read(stored: bytes | None) -> T | None:
         if stored is None:

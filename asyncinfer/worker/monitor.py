@@ -53,8 +53,8 @@ class Answer(Struct, frozen=True):
 
 
 class Monitor:
-    """The pages of the port. The worker is not ready until `unready` is set, and has no metrics
-    until `metrics` is set."""
+    """The pages of the port. The worker is not ready until `why_not_ready` is set, and has no
+    metrics until `metrics` is set."""
 
     def __init__(self) -> None:
         self.why_not_ready: Unready = lambda: _NOT_CONNECTED

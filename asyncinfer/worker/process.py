@@ -17,9 +17,9 @@ from asyncinfer.engine import Engine
 from asyncinfer.errors import RedisUnavailable, StartError, StorageFull
 from asyncinfer.models.folder import default_model
 from asyncinfer.repository.announcements import Announcements
-from asyncinfer.repository.leftovers import UnservedModels
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
+from asyncinfer.repository.unserved_models import UnservedModels
 from asyncinfer.worker.held_claim import Step
 from asyncinfer.worker.models.crash_guard import CrashGuard
 from asyncinfer.worker.models.engine_cache import CacheBounds, EngineCache

@@ -292,7 +292,7 @@ class Worker:
     ) -> tuple[Mapping[str, Mapping[int, tuple[int, float]]], Mapping[str, int]]:
         """Since the start: by model and highest number of rows (a power of two) the number of runs
         and their total seconds; and by verdict the number of outcomes that were stored, as
-        `Finisher.ended_counts`."""
+        `Finisher.verdict_counts`."""
         return self._runner.times.sums(), self._finisher.verdict_counts
 
     def _state(self) -> str:
@@ -322,7 +322,7 @@ class Worker:
 
     async def _stop_runs(self, busy: set[asyncio.Task[None]]) -> None:
         """Stops the runs of these slots, since the drain took too long, and releases their jobs.
-        Sets `hung` if a run does not stop within the grace period, and cancels its slot."""
+        Sets `is_hung` if a run does not stop within the grace period, and cancels its slot."""
         self._runner.give_up()
         self._finisher.give_up()
         for held in self._claimer.held.values():

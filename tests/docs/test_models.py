@@ -57,7 +57,7 @@ def test_every_program_of_the_documents_prints_the_output_that_is_shown(folder: 
 
 
 def check_clients(serve: ServeProcess, folder: Path) -> None:
-    url = serve.welcome["URL"]
+    url = serve.banner["URL"]
     for program, shown in programs():
         if URL in program:
             assert shown, "a program that sends requests is followed by its output"

@@ -41,7 +41,7 @@ def test_the_commands_of_the_session_print_the_output_that_is_shown(folder: Path
         wait_for_result(serve)
         for block in all_blocks(session):
             for step in steps(block.text) if block.language == "console" else ():
-                check_step(step, serve.welcome["URL"], folder, ids)
+                check_step(step, serve.banner["URL"], folder, ids)
 
 
 def test_the_python_program_prints_the_output_that_is_shown(folder: Path) -> None:
@@ -49,7 +49,7 @@ def test_the_python_program_prints_the_output_that_is_shown(folder: Path) -> Non
     program, shown = [block.text for block in all_blocks(section)]
     with running_serve(cwd=folder, DATA_DIR=str(folder / "data")) as serve:
         wait_for_result(serve)
-        program = program.replace("http://127.0.0.1:8000", serve.welcome["URL"])
+        program = program.replace("http://127.0.0.1:8000", serve.banner["URL"])
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, cwd=folder, check=True
         )
@@ -64,9 +64,9 @@ def test_the_commands_for_a_terminal_print_the_output_that_is_shown(
     (session,) = (block for block in all_blocks(section) if block.language == "console")
     with running_serve(cwd=folder, DATA_DIR=str(folder / "data")) as serve:
         wait_for_result(serve)
-        monkeypatch.setenv("ASYNCINFER_URL", serve.welcome["URL"])
+        monkeypatch.setenv("ASYNCINFER_URL", serve.banner["URL"])
         for step in steps(session.text):
-            check_step(step, serve.welcome["URL"], folder, {})
+            check_step(step, serve.banner["URL"], folder, {})
 
 
 @pytest.mark.soak

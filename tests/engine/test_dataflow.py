@@ -17,7 +17,7 @@ from asyncinfer.engine.dataflow import Flow
 from asyncinfer.models import onnx_graph
 from asyncinfer.models.onnx_file import DamagedFile
 from tests import zoo
-from tests.zoo.making import node
+from tests.zoo.model_builder import node
 
 INT64 = TensorProto.INT64
 MICROSOFT, OURS = "com.microsoft", "ours"

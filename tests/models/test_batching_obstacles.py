@@ -15,7 +15,7 @@ from asyncinfer.models.batching_obstacles import Obstacle
 from asyncinfer.models.folder import scan
 from asyncinfer.models.signature import Signature
 from tests import zoo
-from tests.zoo.making import node
+from tests.zoo.model_builder import node
 
 FLOAT, INT64, STRING = TensorProto.FLOAT, TensorProto.INT64, TensorProto.STRING
 

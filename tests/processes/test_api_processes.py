@@ -85,7 +85,7 @@ class Service:
 
     def __init__(self, serve: ServeProcess) -> None:
         self.serve = serve
-        self.port = urlsplit(serve.welcome["URL"]).port or 0
+        self.port = urlsplit(serve.banner["URL"]).port or 0
         eventually_sync(
             lambda: len(set(self.pids_of_new_connections(4))) == 2, "both processes answer"
         )

@@ -54,7 +54,7 @@ async def api(url, stop):
     loop = asyncio.get_running_loop()
     handle = lambda *_: loop.call_soon_threadsafe(stopped.set)
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    stop.hand_over()
+    stop.leave_first_to_api()
     print("ready", flush=True)
     await stopped.wait()
     for number, handler in before.items():
@@ -62,7 +62,7 @@ async def api(url, stop):
     print("stopping", flush=True)
 
 data_dir, *worker = sys.argv[1:]
-plan = supervisor.Plan(data_dir=Path(data_dir), worker=(sys.executable, *worker), drain_seconds=60)
+plan = supervisor.ServePlan(data_dir=Path(data_dir), worker=(sys.executable, *worker), drain_seconds=60)
 asyncio.run(supervisor.serve(plan, api))
 print("stopped", flush=True)
 """

@@ -556,7 +556,7 @@ async def test_a_dead_job_is_failed_and_a_dead_letter(hands: QueueDriver) -> Non
 
 
 async def test_dead_letters_are_capped_and_the_newest_stay(hands: QueueDriver) -> None:
-    hands.change_policy(max_dead=3)
+    hands.change_policy(max_dead_letters=3)
     jobs = await hands.submit_many(5)
     for _ in jobs:
         await hands.finish(await hands.claim_jobs(1), "dead")

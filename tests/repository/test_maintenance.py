@@ -436,7 +436,7 @@ def jobs_in_log(hands: QueueDriver) -> int:
 
 @pytest.mark.parametrize("jobs_a_sweep", [3, 20, 70])
 async def test_the_log_is_bounded_in_jobs(hands: QueueDriver, jobs_a_sweep: int) -> None:
-    hands.change_policy(log_jobs=100)
+    hands.change_policy(max_log_jobs=100)
     for _ in range(600 // jobs_a_sweep):
         await hands.submit_many(jobs_a_sweep)
         await hands.sweep()
@@ -445,7 +445,7 @@ async def test_the_log_is_bounded_in_jobs(hands: QueueDriver, jobs_a_sweep: int)
 
 
 async def test_the_log_stays_bounded_when_the_count_of_jobs_restarts(hands: QueueDriver) -> None:
-    hands.change_policy(log_jobs=100)
+    hands.change_policy(max_log_jobs=100)
     for round_number in range(60):
         if round_number == 30:
             hands.redis.delete(keys.seq(Q))

@@ -52,7 +52,7 @@ class User:
         self.serve = serve
 
     def run_command(self, *argv: str) -> CommandResult:
-        url = self.serve.welcome["URL"] if self.serve else "http://127.0.0.1:9"
+        url = self.serve.banner["URL"] if self.serve else "http://127.0.0.1:9"
         done = subprocess.run(
             [sys.executable, "-m", "asyncinfer", *argv],
             capture_output=True,
@@ -67,14 +67,14 @@ class User:
     def post(self, path: str, body: bytes, **headers: str) -> tuple[int, Any]:
         assert self.serve is not None
         headers = {"content-type": "application/json", "prefer": "wait=10", **headers}
-        url = self.serve.welcome["URL"] + path
+        url = self.serve.banner["URL"] + path
         reply = httpx2.post(url, content=body, headers=headers, timeout=TIME_OUT_SECONDS)
         return reply.status_code, reply.json()
 
     def run_program(self, program: str) -> str:
         """Runs a Python program against the service; returns its output."""
         assert self.serve is not None
-        program = program.replace("http://127.0.0.1:8000", self.serve.welcome["URL"])
+        program = program.replace("http://127.0.0.1:8000", self.serve.banner["URL"])
         done = subprocess.run(
             [sys.executable, "-c", program],
             capture_output=True,
@@ -89,7 +89,7 @@ class User:
     def run_doctor(self) -> dict[str, list[str]]:
         """The findings of `asyncinfer doctor` with their remedies, by verdict."""
         assert self.serve is not None
-        result = self.run_command("doctor", "--json", "--url", self.serve.welcome["URL"])
+        result = self.run_command("doctor", "--json", "--url", self.serve.banner["URL"])
         found: dict[str, list[str]] = {"ok": [], "warning": [], "problem": []}
         for finding in json.loads(result.out)["findings"]:
             found[finding["verdict"]].append(
@@ -198,7 +198,7 @@ def use_example_models(folder: Path) -> None:
         user = User(folder, serve)
         # There is no default model; only models of this folder are listed, from the start.
         assert offered_models(serve) <= set(EXAMPLES)
-        assert serve.welcome["Models"] == "colour, sentences, wine"
+        assert serve.banner["Models"] == "colour, sentences, wine"
         result = user.run_command("predict", *IRIS_ROW)
         assert result.code == 1
         assert "Choose one with --model: colour, sentences, wine." in result.err
@@ -308,7 +308,7 @@ def use_workers_with_other_folders(examples: Path, elsewhere: Path, empty: Path)
     with running_serve(cwd=examples) as serve:
         user = User(examples, serve)
         wait_for_states(user, dict.fromkeys(EXAMPLES, "runs"))
-        assert "colour (default)" in serve.welcome["Models"]
+        assert "colour (default)" in serve.banner["Models"]
         with running_worker(empty):
             eventually_sync(lambda: worker_counts(serve) == [2, 2, 2], "it uses serve's folder")
         eventually_sync(lambda: worker_counts(serve) == [1, 1, 1], "it has ended")

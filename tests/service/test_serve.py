@@ -203,18 +203,18 @@ def test_one_command_starts_it_and_the_curl_line_of_its_banner_gets_a_result(
     served: ServeProcess,
 ) -> None:
     assert wait_for_result(served)["result"]["class_name"] == "setosa"
-    assert served.welcome["Redis"].startswith("Valkey ")
+    assert served.banner["Redis"].startswith("Valkey ")
 
 
 def test_it_works_from_any_folder_with_the_shipped_models(served: ServeProcess) -> None:
-    assert "iris (default)" in served.welcome["Models"]
+    assert "iris (default)" in served.banner["Models"]
 
 
 def test_a_single_model_file_is_served_as_the_default_model(tmp_path: Path) -> None:
     file = tmp_path / "churn.onnx"
     file.write_bytes(zoo.mlp([3, 2]).SerializeToString())
     with running_serve("--model", str(file), DATA_DIR=str(tmp_path / "data")) as serve:
-        assert serve.welcome["Models"] == "churn (default)"
+        assert serve.banner["Models"] == "churn (default)"
         eventually_sync(lambda: bool(serve.get("/models")["models"]), "it is announced")
         (model,) = serve.get("/models")["models"]
         assert (model["model"], model["version"], model["default"]) == ("churn", "1", True)
@@ -229,9 +229,9 @@ def test_the_banner_does_not_list_models_whose_files_are_visibly_broken(tmp_path
     with running_serve(
         "--model-dir", str(tmp_path), "--default-model", "a", DATA_DIR=data_dir
     ) as serve:
-        url = serve.welcome["URL"]
+        url = serve.banner["URL"]
         assert (
-            serve.welcome["Models"] == f"a (default); not cut, empty, wrong: {url}/models says why"
+            serve.banner["Models"] == f"a (default); not cut, empty, wrong: {url}/models says why"
         )
         eventually_sync(lambda: bool(serve.get("/models")["models"]), "it is announced")
         problems = serve.get("/models")["problems"]

@@ -82,7 +82,7 @@ def result_of(job: dict[str, Any]) -> float:
 
 @pytest.fixture
 async def client(served: ServeProcess) -> AsyncIterator[Client]:
-    async with httpx2.AsyncClient(base_url=served.welcome["URL"], timeout=30) as http:
+    async with httpx2.AsyncClient(base_url=served.banner["URL"], timeout=30) as http:
         yield Client(http)
 
 

@@ -59,7 +59,7 @@ def model_states(serve: ServeProcess) -> dict[str, tuple[int, bool]]:
 
 
 def post(serve: ServeProcess, path: str, **more: Any) -> tuple[int, Any]:
-    answer = httpx2.post(serve.welcome["URL"] + path, json=ROWS, timeout=30, **more)
+    answer = httpx2.post(serve.banner["URL"] + path, json=ROWS, timeout=30, **more)
     return answer.status_code, answer.json()
 
 
@@ -98,10 +98,10 @@ def test_models_and_default_of_an_earlier_folder_are_gone_within_moments(tmp_pat
     leave_earlier_models(tmp_path / "data")
     folder = make_folder(tmp_path, "wines", ["wine"])
     with running_serve("--model-dir", str(folder), DATA_DIR=str(tmp_path / "data")) as serve:
-        assert serve.welcome["Models"] == "wine (default)"
+        assert serve.banner["Models"] == "wine (default)"
         # A job of churn waits, so its announcement stays although no worker serves it.
         wait_until_models_are(serve, {"wine": (1, True), "churn": (0, False)}, 10)
-        command = run_command("predict", "1", "2", "3", "--url", serve.welcome["URL"])
+        command = run_command("predict", "1", "2", "3", "--url", serve.banner["URL"])
         assert command.code == 0, command
 
 
@@ -128,9 +128,9 @@ def test_jobs_of_an_earlier_folder_stay_until_they_are_cancelled(tmp_path: Path)
         said = serve.process.read_line()
         wait_until_models_are(serve, {"churn": (0, False), "iris": (0, True), "wine": (1, False)})
         assert post(serve, "/predict/idle")[0] in (404, 503)
-        run_command("cancel", "--model", "churn", "--url", serve.welcome["URL"])
+        run_command("cancel", "--model", "churn", "--url", serve.banner["URL"])
         wait_until_models_are(serve, {"iris": (0, True), "wine": (1, False)})
-        run_command("cancel", "--model", "iris", "--url", serve.welcome["URL"])
+        run_command("cancel", "--model", "iris", "--url", serve.banner["URL"])
         wait_until_models_are(serve, {"wine": (1, True)})
         eventually_sync(lambda: post(serve, "/predict/iris")[0] == 404, "iris is unknown")
         status, answer = post(serve, "/predict", headers={"Prefer": "wait=20"})
@@ -251,7 +251,7 @@ def test_a_doctor_in_another_folder_says_which_is_served(
     churn: ServeProcess, tmp_path: Path
 ) -> None:
     make_folder(tmp_path, "other", ["wine"])
-    argv = ("--data-dir", churn.process.environ["DATA_DIR"], "--url", churn.welcome["URL"])
+    argv = ("--data-dir", churn.process.environ["DATA_DIR"], "--url", churn.banner["URL"])
     command = run_command("doctor", *argv, "--model-dir", str(tmp_path / "other"))
     assert f"{tmp_path}/other is examined here" in command.out
     assert f"serves {folder_of_churn(churn)}" in command.out

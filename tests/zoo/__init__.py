@@ -1,6 +1,6 @@
 """ONNX models that tests put into a model folder.
 
-- `making`: functions that build a model and write it to a model folder
+- `model_builder`: functions that build a model and write it to a model folder
 - `behaviour`: models with one behaviour each: slow, hungry for memory, picky about values
 - `catalogue`: models of all kinds that users may bring, with random inputs for each
 - `reference`: ONNX Runtime alone, whose results every served result must equal
@@ -30,7 +30,16 @@ from tests.zoo.behaviour import (
     unary,
     zipmap,
 )
-from tests.zoo.making import IR_VERSION, OPSET, Dims, Weights, model, place, place_bytes, tensor
+from tests.zoo.model_builder import (
+    IR_VERSION,
+    OPSET,
+    Dims,
+    Weights,
+    model,
+    place,
+    place_bytes,
+    tensor,
+)
 
 __all__ = [
     "ENDLESS_MIB",

@@ -10,7 +10,7 @@ from onnx import TensorProto
 from asyncinfer.tensors.datatypes import Array, Feeds
 from tests.zoo.behaviour import added, identity, mlp, quantized
 from tests.zoo.entry import ROWS, Entry, Rng, random_inputs
-from tests.zoo.making import Dims, Weights, model, node, tensor
+from tests.zoo.model_builder import Dims, Weights, model, node, tensor
 
 ELEM_TYPES: Final = {
     "BOOL": TensorProto.BOOL,

@@ -21,7 +21,7 @@ import onnx
 from msgspec import Struct
 from onnx import TensorProto, helper, numpy_helper
 
-from tests.zoo.making import Dims, Weights, model, place, tensor
+from tests.zoo.model_builder import Dims, Weights, model, place, tensor
 
 FOREVER = 1e15
 """A value with which `slow` runs for years."""

@@ -7,7 +7,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from tests.zoo.entry import ROWS, Entry, Tensors, random_inputs
-from tests.zoo.making import Dims, Weights, model, node, tensor
+from tests.zoo.model_builder import Dims, Weights, model, node, tensor
 
 HIDDEN = 128
 

@@ -9,7 +9,7 @@ import onnx
 from msgspec import Struct
 
 from asyncinfer.tensors.datatypes import DTYPES, FLOATS, Array, Feeds
-from tests.zoo.making import place
+from tests.zoo.model_builder import place
 
 Rng: TypeAlias = np.random.Generator
 Draw: TypeAlias = Callable[[Rng, int], Feeds]

@@ -10,7 +10,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.zoo.behaviour import identity, mlp
-from tests.zoo.making import Dims, model, node, place, place_bytes, tensor
+from tests.zoo.model_builder import Dims, model, node, place, place_bytes, tensor
 
 Place: TypeAlias = Callable[[Path, str], object]
 """Writes a model to the model folder, under a name."""

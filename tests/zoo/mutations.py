@@ -8,8 +8,8 @@ import numpy as np
 
 from tests.zoo.catalogue import ENTRIES
 from tests.zoo.entry import Rng
-from tests.zoo.making import place_bytes
 from tests.zoo.meaning_mutations import mutate_meaning
+from tests.zoo.model_builder import place_bytes
 
 BASES: Final = (
     "mlp",

@@ -10,7 +10,7 @@ from onnx import TensorProto
 
 from asyncinfer.tensors.datatypes import Feeds
 from tests.zoo.entry import ROWS, Entry, Rng, random_inputs
-from tests.zoo.making import model, node, tensor
+from tests.zoo.model_builder import model, node, tensor
 
 VOCABULARY: Final = 50
 LABELS: Final = ("cat", "dog", "owl")

@@ -8,7 +8,7 @@ from onnx import TensorProto
 
 from tests.zoo.behaviour import minus_mean, positive_rows, recurrent, running_sum, sorted_rows
 from tests.zoo.entry import ROWS, Entry, random_inputs
-from tests.zoo.making import model, node, tensor
+from tests.zoo.model_builder import model, node, tensor
 
 
 def entries() -> Iterator[Entry]:

@@ -7,7 +7,7 @@ import pytest
 
 from tests.zoo.hostile import BROKEN, OUTSIDE_WEIGHTS, SECRET, exponential_functions
 from tests.zoo.isolated_load import LoadResult, load_each
-from tests.zoo.making import place
+from tests.zoo.model_builder import place
 from tests.zoo.mutations import place_mutants
 
 

@@ -69,7 +69,7 @@ def test_serve_starts_beside_a_model_that_kills_the_process_that_loads_it(tmp_pa
     environ |= {"TMPDIR": str(tmp_path), "DEFAULT_MODEL": "good"}
 
     with running_serve(cwd=tmp_path, **environ) as serve:
-        url = serve.welcome["URL"]
+        url = serve.banner["URL"]
         with httpx2.Client(timeout=30, verify=False) as client:
 
             def good_is_served() -> bool:

@@ -26,7 +26,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def reserve(host: str, port: int) -> socket.socket:
     """Returns a bound socket that does not listen: it reserves the address for processes that
-    listen there later, each on its `share`. Raises StartError if the address is taken or
+    listen there later, each on its `bind_shared`. Raises StartError if the address is taken or
     invalid."""
     try:
         return _bind(_family(host), (host, port), siblings=False)
@@ -35,8 +35,8 @@ def reserve(host: str, port: int) -> socket.socket:
 
 
 def bind_shared(held: socket.socket, platform: str = sys.platform) -> socket.socket:
-    """Returns the socket for one process to listen on, at the address that `hold` reserved; raises
-    StartError. On Linux each is a socket of its own, elsewhere a duplicate of `held`."""
+    """Returns the socket for one process to listen on, at the address that `reserve` reserved;
+    raises StartError. On Linux each is a socket of its own, elsewhere a duplicate of `held`."""
     # Processes that accept from one socket race for it, and the first to wake takes all waiting
     # connections: measured, half of the bursts of 32 connections to two processes went to one of
     # them alone, and 32 that came one after another went 30 : 2. Linux spreads connections among

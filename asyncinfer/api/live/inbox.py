@@ -35,8 +35,8 @@ _READ_AT_ONCE: Final = 32
 
 
 class Ticket:
-    """One waiter's registration for the end of a job; `wait` may be called at most once. `ended` is
-    resolved with the ended job, or with None if the job must be read instead."""
+    """One waiter's registration for the end of a job; `wait` may be called at most once.
+    `ended_job` is resolved with the ended job, or with None if the job must be read instead."""
 
     def __init__(self, job_id: str, submissions: Submissions) -> None:
         self.job_id = job_id

@@ -14,7 +14,7 @@ from asyncinfer.settings import Settings
 if TYPE_CHECKING:
     from asyncinfer.models.folder import ModelFile
     from asyncinfer.repository.announcements import WorkerAnnouncement
-    from asyncinfer.repository.leftovers import UnservedDefault, UnservedModels
+    from asyncinfer.repository.unserved_models import UnservedDefault, UnservedModels
 
 _log = logging.getLogger(__name__)
 _limited = LimitedLog(_log)
@@ -64,7 +64,7 @@ class LeftoverCleaner:
         the settings, and DefaultModelChanged if others use another. If Redis does not answer it
         logs that.
         """
-        from asyncinfer.repository.leftovers import UnservedModels
+        from asyncinfer.repository.unserved_models import UnservedModels
 
         async with configuration.store(self._settings, url) as store:
             leftovers = UnservedModels(store, all_here=self._is_embedded)
@@ -98,7 +98,7 @@ class LeftoverCleaner:
         `_unserved_default` if `stored` remains; else logs what replaces it.
         """
         from asyncinfer.models.folder import default_model
-        from asyncinfer.repository.leftovers import UnservedDefault
+        from asyncinfer.repository.unserved_models import UnservedDefault
 
         if not self._is_embedded:
             self._unserved_default = UnservedDefault(stored)
@@ -144,7 +144,7 @@ class LeftoverCleaner:
         """
         import anyio
 
-        from asyncinfer.repository.leftovers import UnservedModels
+        from asyncinfer.repository.unserved_models import UnservedModels
 
         if not self._is_embedded:
             return
@@ -191,7 +191,7 @@ class LeftoverCleaner:
         """
         import anyio
 
-        from asyncinfer.repository.leftovers import UnservedDefault
+        from asyncinfer.repository.unserved_models import UnservedDefault
 
         if stored != await leftovers.default_model():
             self._missing_default = self._unserved_default = None

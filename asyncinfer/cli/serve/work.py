@@ -96,7 +96,7 @@ async def _path_served_here(settings: Settings, url: str) -> Path | None:
     """
     import anyio
 
-    from asyncinfer.repository.leftovers import UnservedModels
+    from asyncinfer.repository.unserved_models import UnservedModels
 
     async with configuration.store(settings, url) as store:
         leftovers = UnservedModels(store, all_here=True)

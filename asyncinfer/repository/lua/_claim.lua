@@ -47,7 +47,7 @@ local function read_entries(q, ids, with_inputs)
     entries[i] = {
       id = id, status = values[i], meta = values[#ids + i], input = inputs and inputs[i],
       bytes = inputs and #(inputs[i] or '') or input_bytes(id),
-      packed = facts[i] or false, facts = decode(facts[i]),
+      packed = facts[i] or false, facts = decode_table(facts[i]),
     }
   end
   return entries
@@ -83,7 +83,7 @@ end
 -- that the claim no longer owns, and lets the lease, if it still exists, end `args.lease_ms` after
 -- `now`.
 local function return_existing_claim(q, args, now, packed_ids)
-  local ids, held = decode(packed_ids) or {}, {}
+  local ids, held = decode_table(packed_ids) or {}, {}
   local tokens = #ids > 0 and redis.call('HMGET', q.running, unpack(ids)) or {}
   for i, id in ipairs(ids) do
     if tokens[i] == args.token then held[#held + 1] = id end

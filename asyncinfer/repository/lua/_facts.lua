@@ -9,7 +9,7 @@ local FACT_TYPES = {
 
 -- Whether the number `value` is valid for the fact `name`: whole, from 0 to 2^53; for a TTL, from
 -- 1 s to ten years.
-local function is_count(name, value)
+local function is_valid_number(name, value)
   local min, max = 0, 2 ^ 53
   if name == TTL_SECONDS then min, max = 1, 10 * 365 * 24 * 3600 end
   return value >= min and value <= max and value % 1 == 0
@@ -22,7 +22,7 @@ local function is_well_formed(value)
   for name, part in pairs(value) do
     local kind = type(part)
     if kind ~= (type(name) == 'number' and 'string' or FACT_TYPES[name] or kind) then return false end
-    if kind == 'number' and FACT_TYPES[name] and not is_count(name, part) then return false end
+    if kind == 'number' and FACT_TYPES[name] and not is_valid_number(name, part) then return false end
     if name == INBOXES and not is_well_formed(part) then return false end
   end
   return true
@@ -30,7 +30,7 @@ end
 
 -- The table packed in a string: facts by name, or a list of ids. Returns nil if `packed` is false
 -- or nil, or corrupt; raises nothing.
-local function decode(packed)
+local function decode_table(packed)
   if not packed then return nil end
   local ok, value = pcall(cmsgpack.unpack, packed)
   return ok and is_well_formed(value) and value or nil

@@ -35,7 +35,7 @@ local function cancel(id, meta)
   local status = value_at(job_key(id, 'status'))
   if not status then return 'absent' end
   if status ~= 'pending' and status ~= 'processing' then return status end
-  local facts = decode(redis.call('HGET', q.facts, id))
+  local facts = decode_table(redis.call('HGET', q.facts, id))
   if status == 'processing' and redis.call('HEXISTS', q.running, id) == 1 then
     facts = facts or {}
     if not facts[CANCEL_REQUESTED] then

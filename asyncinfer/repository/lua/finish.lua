@@ -53,7 +53,7 @@ local seen, returned, ended_elsewhere = {}, {}, {}
 for i, id in ipairs(ids) do
   local at = 5 * i - 3
   local outcome, body, meta, delay_ms = ARGV[at + 1], ARGV[at + 2], ARGV[at + 3], ARGV[at + 4]
-  local facts = decode(packed_facts[i])
+  local facts = decode_table(packed_facts[i])
   if tokens[i] ~= args.token or seen[id] then
     outcome = 'stale'
   elseif statuses[i] ~= 'processing' then

@@ -13,7 +13,7 @@ local ends, freed_bytes, read, seen = {}, 0, 0, {}
 
 -- Adds a job that waits to `ends`, as cancelled, and its bytes to `freed_bytes`; does nothing if it
 -- does not wait. An external job may wait without a status. The caller takes the id off its list.
-local function end_waiting(id, facts)
+local function collect_waiting(id, facts)
   local status = redis.call('MGET', job_key(id, 'status'))[1]
   if status == 'pending' or (not status and input_bytes(id) > 0) then
     freed_bytes = freed_bytes + counted_bytes(id)
@@ -25,7 +25,7 @@ for _, list in ipairs({ q.high, q.list, q.low }) do
   local ids = read < MAX_JOBS and redis.call('LRANGE', list, read - MAX_JOBS, -1) or {}
   if #ids > 0 then
     for i, packed in ipairs(redis.call('HMGET', q.facts, unpack(ids))) do
-      if not seen[ids[i]] then end_waiting(ids[i], decode(packed)) end
+      if not seen[ids[i]] then collect_waiting(ids[i], decode_table(packed)) end
       seen[ids[i]] = true
     end
     redis.call('LTRIM', list, 0, -#ids - 1)
@@ -35,7 +35,7 @@ for _, list in ipairs({ q.high, q.list, q.low }) do
 end
 local delayed = read < MAX_JOBS and redis.call('ZRANGE', q.delayed, 0, MAX_JOBS - read - 1) or {}
 for _, id in ipairs(delayed) do
-  if not seen[id] then end_waiting(id, decode(redis.call('HGET', q.facts, id))) end
+  if not seen[id] then collect_waiting(id, decode_table(redis.call('HGET', q.facts, id))) end
   redis.call('ZREM', q.delayed, id)
 end
 end_jobs(q, ends, args)

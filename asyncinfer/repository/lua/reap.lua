@@ -36,12 +36,12 @@ end
 -- Returns the claims whose lease has ended as a list of {token, ids}, with about 1,000 ids in all,
 -- and whether more are left. The newest claim comes first, so that the oldest, put back last, ends
 -- at the serving end. A claim whose ids are missing or corrupt has none.
-local function expired_claims(q)
+local function read_expired_claims(q)
   local claims, count = {}, 0
   local tokens = redis.call('ZREVRANGEBYSCORE', q.leases, now, '-inf', 'LIMIT', 0, MAX_JOBS)
   for _, token in ipairs(tokens) do
     if count >= MAX_JOBS then return claims, true end
-    local ids = decode(value_at(q['claim:' .. token])) or {}
+    local ids = decode_table(value_at(q['claim:' .. token])) or {}
     -- No claim has as many; Lua could not pass them to a command.
     if #ids > MAX_JOBS then ids = {} end
     count = count + 1 + #ids
@@ -53,7 +53,7 @@ end
 -- Counts one more delivery of a job whose claim expired, and puts the job back; adds it to `ends`
 -- instead if its cancel was requested or no delivery is left (a dead letter then). `facts` are
 -- unpacked or nil. Adds to back, dead and bytes of `counts`.
-local function deliver_again(q, id, facts, ends, counts)
+local function put_back_or_end(q, id, facts, ends, counts)
   facts = facts or {}
   facts[DELIVERIES] = (facts[DELIVERIES] or 0) + 1
   if facts[CANCEL_REQUESTED] then
@@ -74,7 +74,7 @@ end
 -- Removes expired claims with their leases, and puts back or ends those of their jobs that they
 -- still own. Adds to `counts`; returns true if more are left than one call takes, else false.
 local function reap_claims(q, counts)
-  local claims, has_more = expired_claims(q)
+  local claims, has_more = read_expired_claims(q)
   local ends = {}
   for _, claim in ipairs(claims) do
     if #claim.ids > 0 then
@@ -82,7 +82,7 @@ local function reap_claims(q, counts)
       local facts = redis.call('HMGET', q.facts, unpack(claim.ids))
       for i = #claim.ids, 1, -1 do
         if tokens[i] == claim.token then
-          deliver_again(q, claim.ids[i], decode(facts[i]), ends, counts)
+          put_back_or_end(q, claim.ids[i], decode_table(facts[i]), ends, counts)
         end
       end
     end
@@ -101,7 +101,7 @@ local function promote(q, counts)
   for _, id in ipairs(due) do
     redis.call('ZREM', q.delayed, id)
     if value_at(job_key(id, 'status')) == 'pending' then
-      redis.call('LPUSH', priority_list(q, decode(redis.call('HGET', q.facts, id))), id)
+      redis.call('LPUSH', priority_list(q, decode_table(redis.call('HGET', q.facts, id))), id)
       counts.promoted = counts.promoted + 1
     end
   end
@@ -113,7 +113,7 @@ end
 -- `ends`. The deadline of a job in any other state is removed.
 local function expire_job(q, id, ends, counts)
   local status = value_at(job_key(id, 'status'))
-  local facts = decode(redis.call('HGET', q.facts, id)) or {}
+  local facts = decode_table(redis.call('HGET', q.facts, id)) or {}
   local expired = failed_job(id, 'expired', 'The deadline passed before the job was done.', facts)
   if status == 'pending' then
     counts.bytes = counts.bytes - counted_bytes(id)
@@ -146,7 +146,7 @@ end
 -- The log is bounded in jobs, not in entries. A mark, at most every tenth of the bound, holds an
 -- entry and the number of jobs there had been; the newest mark that is the bound ago is where to
 -- cut.
-local function trim(q)
+local function trim_log_and_dead_letters(q)
   redis.call('ZREMRANGEBYSCORE', q.dead, '-inf', now - args.dead_letter_ms)
   local seq = tonumber(value_at(q.seq) or 0) or 0
   local newest = redis.call('LINDEX', q.logmarks, -1)
@@ -179,7 +179,7 @@ local function sweep(q)
     local gate_ms = math.ceil(args.tick_ms / 2)
     if not redis.call('SET', q.reapgate, '1', 'NX', 'PX', gate_ms) then return false end
     check_for_outage(q)
-    trim(q)
+    trim_log_and_dead_letters(q)
   end
   local counts = { back = {}, dead = 0, promoted = 0, expired = 0, ended = 0, bytes = 0, stale = {} }
   local has_more = redis.call('EXISTS', q.hold) == 0 and reap_claims(q, counts)

@@ -13,10 +13,10 @@ local lost, cancelled, expired = {}, {}, {}
 local function check_facts(q, token)
   local packed_ids = value_at(q['claim:' .. token])
   if not packed_ids then return end
-  local ids = decode(packed_ids) or {}
+  local ids = decode_table(packed_ids) or {}
   if #ids == 0 then return end
   for i, packed in ipairs(redis.call('HMGET', q.facts, unpack(ids))) do
-    local facts = decode(packed)
+    local facts = decode_table(packed)
     if facts and facts[CANCEL_REQUESTED] then cancelled[#cancelled + 1] = ids[i] end
     if facts and facts[EXPIRED] then expired[#expired + 1] = ids[i] end
   end

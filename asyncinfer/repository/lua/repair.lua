@@ -43,7 +43,7 @@ local is_uncounted = redis.call('EXISTS', q.bytes) == 0
 local back, waits, added_bytes = {}, 0, 0
 for i = 2, #ARGV do
   local id = ARGV[i]
-  local facts = decode(redis.call('HGET', q.facts, id))
+  local facts = decode_table(redis.call('HGET', q.facts, id))
   local since = tonumber(redis.call('ZSCORE', out_of_place, id))
   if not is_out_of_place(id, facts, since) then
     redis.call('ZREM', out_of_place, id)

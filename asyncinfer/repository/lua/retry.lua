@@ -38,7 +38,7 @@ end
 -- Starts a new round of a job: removes its outcome, makes it pending and puts it into its list, or
 -- delays it. `meta` is the new record, '' for an external job; `options` are unpacked or nil;
 -- `size` is the bytes of the input. Adds to `opened` and, unless it is external, to `added_bytes`.
-local function open(id, meta, options, size)
+local function open_round(id, meta, options, size)
   redis.call('PERSIST', job_key(id, 'data'))
   redis.call('DEL', job_key(id, 'result'), job_key(id, 'error'))
   redis.call('SET', job_key(id, 'status'), 'pending')
@@ -60,7 +60,7 @@ for i = 2, #ARGV, 4 do
   local verdict, size = verdict_of(ARGV[i], ARGV[i + 1])
   if verdict == 'ok' then
     local options = ARGV[i + 3]
-    open(ARGV[i], ARGV[i + 2], options ~= '' and cmsgpack.unpack(options) or nil, size)
+    open_round(ARGV[i], ARGV[i + 2], options ~= '' and cmsgpack.unpack(options) or nil, size)
     free, free_bytes = free - 1, free_bytes - size
   end
   verdicts[#verdicts + 1] = verdict

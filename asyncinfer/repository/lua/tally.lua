@@ -24,8 +24,8 @@ end
 
 -- Appends the ids packed in a log entry's field to the list `ids`, until that has
 -- `args.max_samples`; none if the field is corrupt.
-local function collect(ids, packed)
-  for _, id in ipairs(decode(packed) or {}) do
+local function append_ids(ids, packed)
+  for _, id in ipairs(decode_table(packed) or {}) do
     if #ids >= args.max_samples then return end
     ids[#ids + 1] = id
   end
@@ -48,9 +48,9 @@ end
 
 -- Appends the ids of completed and failed jobs of a log entry to `tally.ended`, up to
 -- `args.max_samples` in all; `fields` as in `add_entry`.
-local function add_samples(tally, fields)
+local function collect_ended_ids(tally, fields)
   for i = 1, #fields, 2 do
-    if fields[i] == 'completed' or fields[i] == 'failed' then collect(tally.ended, fields[i + 1]) end
+    if fields[i] == 'completed' or fields[i] == 'failed' then append_ids(tally.ended, fields[i + 1]) end
   end
 end
 
@@ -65,7 +65,7 @@ local function count_moved(q)
     for _, entry in ipairs(page) do
       tally.at = tonumber(entry[1]:match('^%d+'))
       if tally.at >= since then add_entry(tally, entry[2]) end
-      add_samples(tally, entry[2])
+      collect_ended_ids(tally, entry[2])
     end
     tally.entries = tally.entries + #page
     if #page < PAGE_ENTRIES or tally.at < since then return tally, args.window_ms end

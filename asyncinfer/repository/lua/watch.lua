@@ -12,7 +12,7 @@ local q, inbox = queue(KEYS[1]), KEYS[2]
 
 -- Adds this call's inbox to those that are notified when the job ends, unless it is among them.
 local function register(id)
-  local facts = decode(redis.call('HGET', q.facts, id)) or {}
+  local facts = decode_table(redis.call('HGET', q.facts, id)) or {}
   local inboxes = facts[INBOXES] or {}
   for _, registered in ipairs(inboxes) do
     if registered == inbox then return end

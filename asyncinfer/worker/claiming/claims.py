@@ -306,7 +306,7 @@ class Claimer:
         return None
 
     async def _claim_group(self, queues: Sequence[str]) -> HeldClaim | None:
-        """Claims from at most MOST_QUEUES_A_CLAIM queues in one call; from each alone where Redis
+        """Claims from at most MAX_QUEUES_PER_CLAIM queues in one call; from each alone where Redis
         refuses that, which is logged. None if that gives no jobs."""
         try:
             return await self._claim_once(queues)

@@ -66,7 +66,7 @@ class WorkerStatus(Struct, frozen=True):
     """The part of an announcement that changes all the time."""
 
     about: Mapping[str, Any]
-    """Fields of `WorkerSays`, such as the state and the number of claims."""
+    """Fields of `WorkerAnnouncement`, such as the state and the number of claims."""
     seconds_per_job: Mapping[str, float]
     """As measured, by model."""
 
@@ -207,7 +207,7 @@ class Announcer:
         await self._announcements.announce_worker(self._worker_id, about, _EXPIRY_SECONDS)
 
     def _models_status(self) -> dict[str, Any]:
-        """The fields of `WorkerSays` that tell of models and the default model."""
+        """The fields of `WorkerAnnouncement` that tell of models and the default model."""
         versions: dict[str, dict[str, str]] = {}
         for (model, version), signature in self._library.uncontested_signatures().items():
             versions.setdefault(model, {})[version] = signature.sha256

@@ -47,8 +47,8 @@ class LaterReleaseDeferrer:
         self._deferrer = Deferrer(_MIN_MS, _MAX_MS)
 
     def defer(self, job: ClaimedJob) -> JobOutcome:
-        """As `Deferrer.defer`, with a delay of 1 to 60 s; logs once per schema what to do about
-        such jobs."""
+        """As `Deferrer.deferred_outcome`, with a delay of 1 to 60 s; logs once per schema what to
+        do about such jobs."""
         self._warn_once(job.later_schema)
         return self._deferrer.deferred_outcome(job)
 

@@ -12,8 +12,8 @@ import redis
 
 from asyncinfer.errors import DefaultModelChanged
 from asyncinfer.repository import keys
-from asyncinfer.repository.leftovers import UnservedModels
 from asyncinfer.repository.store import Store
+from asyncinfer.repository.unserved_models import UnservedModels
 from tests.queue_driver import Q, QueueDriver
 
 OTHER = f"{Q}:digits"
