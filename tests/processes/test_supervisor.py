@@ -62,7 +62,8 @@ async def api(url, stop):
     print("stopping", flush=True)
 
 data_dir, *worker = sys.argv[1:]
-plan = supervisor.ServePlan(data_dir=Path(data_dir), worker=(sys.executable, *worker), drain_seconds=60)
+worker = (sys.executable, *worker)
+plan = supervisor.ServePlan(data_dir=Path(data_dir), worker=worker, drain_seconds=60)
 asyncio.run(supervisor.serve(plan, api))
 print("stopped", flush=True)
 """
