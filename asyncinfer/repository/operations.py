@@ -64,12 +64,12 @@ class Operations:
 
     async def cancel_all(self, jobs: Sequence[StoredJob]) -> CancelCounts:
         """Cancels the waiting jobs and has the running ones stopped."""
-        ended = asked = 0
+        ended = stopping = 0
         for part in self._split_into_calls(jobs):
             verdicts = await self._cancel_together(part)
             ended += verdicts.count("cancelled")
-            asked += verdicts.count("stopping")
-        return CancelCounts(ended, asked)
+            stopping += verdicts.count("stopping")
+        return CancelCounts(ended, stopping)
 
     async def forget(self, stored: StoredJob) -> ForgetVerdict:
         """Deletes an ended job with all its data; `unfinished` if it has not ended."""
