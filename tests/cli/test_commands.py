@@ -1,5 +1,6 @@
 """Each command does what it says on a real service, for people and for programs."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ import pytest
 from asyncinfer import api_keys
 from asyncinfer.processes import valkey
 from asyncinfer.testing import service
-from tests.cli.command_line import CommandResult, error_line, run_command
+from tests.cli.command_line import CommandResult, error_line, run_command, run_in_shell
+from tests.faults.proxy import proxied
 
 from .conftest import submit, wait_until_ended
 
@@ -185,6 +187,16 @@ def test_bench_reports_rates_and_a_bottleneck_and_leaves_no_jobs(url: str) -> No
         assert 0 < load["latency_ms"]["p50"] <= load["latency_ms"]["p99"]
     assert found.json["verdict"]["change"]
     assert run_command("jobs", "--limit", "10000", "--json").json == before
+
+
+async def test_a_bench_whose_connections_are_cut_says_so_in_one_line(
+    url: str, tmp_path: Path
+) -> None:
+    async with proxied(url) as proxy:
+        proxy.cut_reply_to(b"POST /predict", times=100)
+        command = f"python -m asyncinfer bench --seconds 0.5 --url http://127.0.0.1:{proxy.port}"
+        ran = await asyncio.to_thread(run_in_shell, command, tmp_path)
+    assert "was cut while it was under load" in error_line(ran, 3)
 
 
 def test_bench_is_shown_to_people(url: str) -> None:

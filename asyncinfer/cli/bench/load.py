@@ -49,8 +49,7 @@ def measure(server: Server, name: str | None, seconds: float, connections: int) 
     """Runs both loads, `seconds` each, and cancels and deletes their jobs at the end.
 
     `name` None is the default model. Raises CannotSend if the model has no example, ModelNotFound,
-    ConnectionFailed if nothing answers at first, and an exception group of OSErrors and EOFErrors
-    if connections are lost under load.
+    and ConnectionFailed if nothing answers or a connection is lost under load.
     """
     with ApiClient(server) as api:
         model = api.client.model(name)
@@ -60,10 +59,13 @@ def measure(server: Server, name: str | None, seconds: float, connections: int) 
         try:
             runner = _LoadRunner(server, api, path, body, connections)
             return asyncio.run(runner.run(model, seconds))
-        except (OSError, EOFError) as error:
+        except ExceptionGroup as errors:
+            lost, others = errors.split((OSError, EOFError))
+            if lost is None or others:
+                raise
             raise ConnectionFailed(
-                f"A connection to {server.url} was cut while it was under load ({error})."
-            ) from error
+                f"A connection to {server.url} was cut while it was under load."
+            ) from errors
         finally:
             _clean_up(api, group)
 
