@@ -186,7 +186,8 @@ class AsyncClient:
         dead: bool | None = None,
         tenant: str | None = None,
     ) -> dict[str, Any]:
-        """Deletes your ended jobs that match, with all data; returns as `Client.purge` does."""
+        """Deletes your ended jobs that match all filters, with all data; without any, all that have
+        ended. Returns how many as `purged`, with the other keys of `Client.purge`."""
         selected = {"status": status, "model": model, "group": group, "dead": dead}
         query = {**selected, "purge": True, "tenant": tenant}
         return await self._driver.run(

@@ -140,12 +140,13 @@ def _provider_remedy(name: str) -> str:
     return "; install an onnxruntime that has it"
 
 
-def _custom_ops_library(file: ModelFile, allowed: bool) -> str:
-    """The path of the library with the custom operators that `model.toml` names; raises
-    ModelRefused if it is missing, outside the model's folder, or not `allowed`."""
+def _custom_ops_library(file: ModelFile, allow_custom_ops: bool) -> str:
+    """The path of the library that `session.custom_ops` of `model.toml`, which must be set, names:
+    a file in the model's folder, or "onnxruntime-extensions" for the one of that package. Raises
+    ModelRefused if it is missing, not installed, outside the folder, or not `allow_custom_ops`."""
     wanted = file.config.session.custom_ops or ""
     shown = f"{file.model}/model.toml: session.custom_ops"
-    if not allowed:
+    if not allow_custom_ops:
         raise ModelRefused(f"{shown} is native code; set ALLOW_CUSTOM_OPS=true to load it")
     if wanted == _EXTENSIONS:
         try:

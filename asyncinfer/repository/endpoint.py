@@ -102,7 +102,7 @@ def _sentinel(url: str) -> Endpoint:
     userinfo, _, hosts = parts.netloc.rpartition("@")
     user, _, password = userinfo.partition(":")
     try:
-        sentinels = tuple(_host(host) for host in hosts.split(","))
+        sentinels = tuple(_parse_sentinel(host) for host in hosts.split(","))
         options: dict[str, Any] = {"db": int(database or 0)}
     except ValueError as error:
         raise InvalidSetting(_SENTINEL_FORM) from error
@@ -121,7 +121,9 @@ _SENTINEL_FORM: Final = (
 )
 
 
-def _host(text: str) -> tuple[str, int]:
+def _parse_sentinel(text: str) -> tuple[str, int]:
+    """Host and port of a sentinel written `host[:port]`; the port is 26379 if there is none. Raises
+    ValueError if there is no host or the port is no number."""
     parts = urlsplit(f"//{text}")
     if not parts.hostname:
         raise ValueError("a sentinel without a host")

@@ -49,7 +49,7 @@ class Operations:
         )
 
     async def purge(self, queue: str) -> int:
-        """Cancels all waiting jobs of a queue, 1,000 a call; returns how many."""
+        """Cancels all waiting jobs of a queue, 250 a call; returns how many."""
         args = [encode_args(self._store.policy.end_arguments())]
         cancelled, left = await self._store.call(script("purge"), [queue], args)
         while left:

@@ -236,7 +236,11 @@ class Store:
         return [decoding.text(await self.command("TYPE", name)) for name in names]
 
     async def transaction(self, *commands: tuple[Any, ...]) -> list[Any]:
-        """Runs commands as one transaction and returns their replies; raises as `call` does."""
+        """Runs commands as one transaction and returns their replies, in order.
+
+        Without a reply all are sent once more, so that they may run twice. Raises as `call` does,
+        also if a single command fails; the others may have run then.
+        """
 
         async def run() -> list[Any]:
             pipeline = self.redis.pipeline(transaction=True)

@@ -231,8 +231,8 @@ def _shown_input(spec: TensorSpec, value: object) -> dict[str, Any]:
 
 
 def _example_input(spec: TensorSpec) -> dict[str, Any]:
-    """An input of zeros (False, "text") with 1 for each open dimension; without its elements if
-    there are more than 1,000."""
+    """An input of zeros (False, "text") with 1 for each open dimension; its `data` is an empty list
+    if it would have more than 1,000 elements."""
     shape = [dim if isinstance(dim, int) else 1 for dim in datatypes.dims(spec)]
     element = _ELEMENTS.get(spec.datatype, 0)
     data = [element] * prod(shape) if prod(shape) <= _MAX_ELEMENTS else []

@@ -223,21 +223,27 @@ class _RowMaker:
             for dim, own in zip(declared[1:], sizes[1:], strict=False)
         ]
 
-    def _make_inputs(self, seed: int, size: int) -> Feeds:
-        """Values for all needed inputs of one run; raises ModelFailed if they are too large."""
-        rng = np.random.default_rng(seed)
-        return {spec.name: self._make_values(spec, rng, seed, size) for spec in self._needed}
+    def _make_inputs(self, run_number: int, open_size: int) -> Feeds:
+        """Values for all needed inputs of run number `run_number`, which picks their kind and seeds them.
+
+        `open_size` is for open dimensions but the first (that one has `rows_per_run`), where the example
+        does not say. Raises ModelFailed if an input would be too large.
+        """
+        rng = np.random.default_rng(run_number)
+        return {
+            spec.name: self._make_values(spec, rng, run_number, open_size) for spec in self._needed
+        }
 
     def _make_values(
-        self, spec: TensorSpec, rng: np.random.Generator, seed: int, size: int
+        self, spec: TensorSpec, rng: np.random.Generator, run_number: int, open_size: int
     ) -> Array:
-        """Values for one input of run number `seed`, like the example or random."""
+        """Values for one input of run number `run_number`, like the example or random."""
         example = self._example.get(spec.name)
         if example is not None and spec.shape is None:
             return example
-        between = _FRACTIONS[seed % len(_FRACTIONS)]
+        between = _FRACTIONS[run_number % len(_FRACTIONS)]
         first = [dim if isinstance(dim, int) else self.rows_per_run for dim in dims(spec)[:1]]
-        shape = [*first, *self._sizes_beside_rows(spec, size)]
+        shape = [*first, *self._sizes_beside_rows(spec, open_size)]
         if prod(shape) > 16 * _MAX_ELEMENTS:
             raise ModelFailed(f"`{spec.name}` is too large to make one up: {shape}")
         if example is not None and example.size and (between is None or spec.datatype == "BYTES"):
@@ -248,7 +254,7 @@ class _RowMaker:
             return rng.integers(0, 2, shape).astype(np.bool_)
         if spec.datatype in FLOATS:
             return _to_datatype(_fractions(rng, between, shape), spec)
-        low, high = _WHOLE_NUMBERS[seed % len(_WHOLE_NUMBERS)]
+        low, high = _WHOLE_NUMBERS[run_number % len(_WHOLE_NUMBERS)]
         least = max(low, int(RANGES[spec.datatype][0]))
         whole: Array = rng.integers(least, high, shape, endpoint=True).astype(DTYPES[spec.datatype])
         return whole

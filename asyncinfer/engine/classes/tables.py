@@ -190,7 +190,7 @@ class _Graph:
             if _text(self._content, start, end, 1).startswith(prefix):
                 self._count_bytes(end - start)
                 numbers: Table = tuple(_numbers(self._content, start, end, 8))
-                if found := numbers or tuple(_texts(self._content, start, end, 9)):
+                if found := numbers or tuple(_strings_of_field(self._content, start, end, 9)):
                     return found
         return None
 
@@ -213,7 +213,7 @@ def _tensor(content: memoryview, start: int, end: int) -> Table | None:
     datatypes."""
     (kind,) = [*_numbers(content, start, end, 2), 0][:1]
     if kind == _STRING:
-        return tuple(_texts(content, start, end, 6))
+        return tuple(_strings_of_field(content, start, end, 6))
     if kind not in _DTYPES:
         return None
     for number, begin, stop in fields(content, start, end):
@@ -225,11 +225,12 @@ def _tensor(content: memoryview, start: int, end: int) -> Table | None:
 def _text(content: memoryview, start: int, end: int, wanted: int) -> str:
     """The first string in the protobuf field number `wanted` of these bytes; empty if there is
     none."""
-    return next(iter(_texts(content, start, end, wanted)), "")
+    return next(iter(_strings_of_field(content, start, end, wanted)), "")
 
 
-def _texts(content: memoryview, start: int, end: int, wanted: int) -> Iterator[str]:
-    """The strings in the protobuf field number `wanted` of these bytes."""
+def _strings_of_field(content: memoryview, start: int, end: int, wanted: int) -> Iterator[str]:
+    """The strings in field number `wanted` of the protobuf message in `content[start:end]`. Raises
+    DamagedFile, and UnicodeDecodeError if one is not UTF-8."""
     for number, begin, stop in fields(content, start, end):
         if number == wanted:
             yield bytes(content[begin:stop]).decode()

@@ -9,8 +9,9 @@ local function has_only_its_list(q)
 end
 
 -- Returns how many more jobs and how many more bytes of input a queue takes; both may be negative.
--- Waiting and delayed jobs use up capacity, running jobs and stale entries do not. `only_its_list`
--- is true if the caller knows that `has_only_its_list`; if it is false or nil, this is read.
+-- `args` holds max_queue and max_bytes, the queue's bounds, as ARGV 1 of `submit` does. Waiting and
+-- delayed jobs use up capacity, running jobs and stale entries do not. `only_its_list` is true if
+-- the caller knows that `has_only_its_list`; if it is false or nil, this is read.
 local function free_capacity(q, args, only_its_list)
   local count = (only_its_list or has_only_its_list(q)) and redis.call('LLEN', q.list)
     or count_waiting(q) + redis.call('ZCARD', q.delayed) - redis.call('SCARD', q.stale)

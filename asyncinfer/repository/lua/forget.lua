@@ -12,8 +12,9 @@ local WORDS = { 'data', 'status', 'result', 'error', 'meta' }
 
 local q, names, ids, verdicts, seen = queue(KEYS[1]), {}, {}, {}, {}
 
--- Returns what becomes of a job: forgotten (the caller deletes it), absent (also for an id given
--- twice), or the status of one that has not ended, which may be any bytes of an external producer.
+-- Returns what becomes of a job: forgotten (the caller deletes it, and notes the id in `seen`),
+-- absent (there is no such job, or its id is in `seen`), or the status of one that has not ended,
+-- which may be any bytes of an external producer. Changes nothing.
 local function verdict_of(id)
   local status = redis.call('MGET', job_key(id, 'status'))[1]
   if not status or seen[id] then return 'absent' end

@@ -36,8 +36,9 @@ local function stale_in(q, list, count)
   return math.floor(found * count / #ids)
 end
 
--- Returns how many jobs wait in each of `lists` (keys), in that order, without stale entries. The
--- longest list has the stale entries that the others lack.
+-- Returns how many jobs wait in each of `lists` (keys), in that order: lengths less stale entries.
+-- Stale entries are counted in all lists but the longest (estimated in one of over 1,000 ids); what
+-- is left of the queue's number of stale entries is taken off the longest.
 local function waiting_in(q, lists)
   local counts, longest = {}, 1
   for i, list in ipairs(lists) do

@@ -131,8 +131,10 @@ local function expire_job(q, id, ends, counts)
   end
 end
 
--- Ends or stops up to 1,000 jobs whose deadline has passed. Adds to `counts`, as expired only those
--- that ended; returns true if more may be left, else false.
+-- Looks at up to 1,000 jobs whose deadline has passed: ends those that wait, stops those that run
+-- (ends them if they were stopped before), and removes the deadline of others. Of `counts`, adds
+-- the ended ones to expired, takes the waiting ones' input off bytes, and adds their stale ids to
+-- stale; the caller writes bytes and stale to Redis. Returns true if more may be left, else false.
 local function expire(q, counts)
   local ends = {}
   local due = redis.call('ZRANGEBYSCORE', q.deadlines, '-inf', now, 'LIMIT', 0, MAX_JOBS)
