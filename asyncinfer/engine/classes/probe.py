@@ -224,7 +224,8 @@ class _RowMaker:
         ]
 
     def _make_inputs(self, run_number: int, open_size: int) -> Feeds:
-        """Values for all needed inputs of run number `run_number`, which picks their kind and seeds them.
+        """Values for all needed inputs of run number `run_number`, which picks their kind and seeds
+        them.
 
         `open_size` is for open dimensions but the first (that one has `rows_per_run`), where the example
         does not say. Raises ModelFailed if an input would be too large.
