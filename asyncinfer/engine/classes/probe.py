@@ -227,8 +227,8 @@ class _RowMaker:
         """Values for all needed inputs of run number `run_number`, which picks their kind and seeds
         them.
 
-        `open_size` is for open dimensions but the first (that one has `rows_per_run`), where the example
-        does not say. Raises ModelFailed if an input would be too large.
+        `open_size` is for open dimensions but the first (that one has `rows_per_run`), where the
+        example does not say. Raises ModelFailed if an input would be too large.
         """
         rng = np.random.default_rng(run_number)
         return {
