@@ -13,7 +13,7 @@ import uvicorn
 
 from asyncinfer.api.app import Api, create_app
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.api.http.connection import Connection, Limits
+from asyncinfer.api.http.connection import Connection, ConnectionLimits
 from asyncinfer.api.http.sockets import listen
 
 _SWITCH_SECONDS: Final = 0.0005
@@ -68,7 +68,7 @@ class Server(uvicorn.Server):
 
 
 def _uvicorn_config(app: Api, config: ApiConfig) -> uvicorn.Config:
-    limits = Limits(
+    limits = ConnectionLimits(
         header_seconds=config.header_timeout_seconds,
         body_seconds=config.body_timeout_seconds,
         header_bytes=config.max_header_bytes,

@@ -9,7 +9,7 @@ from urllib.parse import quote, urlencode
 import msgspec
 from msgspec import Struct
 
-from asyncinfer.cli.options import Server
+from asyncinfer.cli.options import ServerOptions
 from asyncinfer.client import Client, Model, NotAsyncinfer
 from asyncinfer.client._protocol import Request
 from asyncinfer.client._requests import fetch_json
@@ -40,7 +40,7 @@ class ApiClient:
 
     def __init__(
         self,
-        server: Server,
+        server: ServerOptions,
         *,
         retries: int = _RETRIES,
         deadline: float = math.inf,

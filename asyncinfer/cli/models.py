@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from asyncinfer.cli import options
-from asyncinfer.cli.options import Server
+from asyncinfer.cli.options import ServerOptions
 
 _LOADING: Final = ("loading", "yellow")
 _STATE_TEXTS: Final = {
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.argument("model", required=False)
 @options.server
 @options.as_json
-def models(model: str | None, server: Server, as_json: bool) -> None:
+def models(model: str | None, server: ServerOptions, as_json: bool) -> None:
     """List models, or show one with its example.
 
     The times of a run are measured by the workers.
@@ -50,7 +50,7 @@ def models(model: str | None, server: Server, as_json: bool) -> None:
 @click.argument("model")
 @options.server
 @options.as_json
-def pause(model: str, server: Server, as_json: bool) -> None:
+def pause(model: str, server: ServerOptions, as_json: bool) -> None:
     """Pause a model: accept its jobs, but run none of them."""
     _set_paused(model, server, as_json, "pause", "is paused: it accepts jobs and runs none")
 
@@ -59,12 +59,12 @@ def pause(model: str, server: Server, as_json: bool) -> None:
 @click.argument("model")
 @options.server
 @options.as_json
-def resume(model: str, server: Server, as_json: bool) -> None:
+def resume(model: str, server: ServerOptions, as_json: bool) -> None:
     """Resume a paused model."""
     _set_paused(model, server, as_json, "resume", "runs jobs again")
 
 
-def _set_paused(model: str, server: Server, as_json: bool, verb: str, outcome: str) -> None:
+def _set_paused(model: str, server: ServerOptions, as_json: bool, verb: str, outcome: str) -> None:
     """Pauses or resumes a model and prints the outcome; `verb` is the last part of the path."""
     from asyncinfer.cli.api_client import ApiClient, path_part
     from asyncinfer.cli.output import say, say_json

@@ -103,7 +103,7 @@ def _help(knob: Knob) -> str:
 # --- the server ----------------------------------------------------------------------------
 
 
-class Server(Struct, frozen=True):
+class ServerOptions(Struct, frozen=True):
     """The address of a service, and the API key to send."""
 
     url: str
@@ -129,7 +129,7 @@ def server(function: Callable[..., Any]) -> Any:
     )
     @functools.wraps(function)
     def run(*args: Any, url: str, api_key: str | None, **values: Any) -> Any:
-        return function(*args, server=Server(url, api_key), **values)
+        return function(*args, server=ServerOptions(url, api_key), **values)
 
     return run
 

@@ -55,7 +55,7 @@ _MALLOC: Final = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=2000:glibc.malloc
 @asynccontextmanager
 async def embedded(
     data_dir: Path, *, predecessor_seconds: float = _PREDECESSOR_SECONDS
-) -> AsyncIterator["Server"]:
+) -> AsyncIterator["EmbeddedValkey"]:
     """Runs a server, ready for commands, and stops it on leaving.
 
     Raises DataDirBusy if another `serve` uses the folder (at once), or if the server of a killed
@@ -72,7 +72,7 @@ async def embedded(
     ):
         _take(serve_lock, data_dir)
         await _take_when_free(valkey_lock, data_dir, predecessor_seconds)
-        server = Server(binary, home, folder / "valkey.sock", valkey_lock)
+        server = EmbeddedValkey(binary, home, folder / "valkey.sock", valkey_lock)
         await server.start()
         try:
             yield server
@@ -93,7 +93,7 @@ def running_url(data_dir: Path) -> str | None:
     return _url(path)
 
 
-class Server:
+class EmbeddedValkey:
     """A Valkey process, which may be started again on the same data. `home` is its folder,
     DATA_DIR/valkey, `path` that of its socket; `lock` is taken, and each process inherits it."""
 

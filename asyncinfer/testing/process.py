@@ -46,7 +46,7 @@ class Process:
             child_process.release_watchdog(self._lifeline)
             raise
         assert self._popen.stdout is not None
-        self.log = Log(self._popen.stdout)
+        self.log = ProcessOutput(self._popen.stdout)
 
     def stop(self) -> None:
         """Terminates it, kills it after 10 s, and waits until it and its output have ended."""
@@ -60,7 +60,7 @@ class Process:
         self.log.close()
 
 
-class Log:
+class ProcessOutput:
     """The last lines of a process's output, read until the process and its children have ended."""
 
     def __init__(self, stream: IO[bytes]) -> None:

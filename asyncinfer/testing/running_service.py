@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import anyio
 
 from asyncinfer.errors import NotDrained
-from asyncinfer.testing.process import Log
+from asyncinfer.testing.process import ProcessOutput
 from asyncinfer.testing.status import StatusClient, Unfinished
 
 if TYPE_CHECKING:
@@ -20,7 +20,9 @@ _MAX_PAUSE_SECONDS: Final = 0.2
 class Running:
     """Made by `service`; answers until its block ends."""
 
-    def __init__(self, port: int, models: tuple[str, ...], api_key: str | None, log: Log) -> None:
+    def __init__(
+        self, port: int, models: tuple[str, ...], api_key: str | None, log: ProcessOutput
+    ) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.models = models
         """The names of the models that are served."""

@@ -9,7 +9,7 @@ from typing import Final
 from msgspec import Struct
 
 from asyncinfer.errors import ModelRefused, StartError
-from asyncinfer.testing.process import Log, is_banner_end, is_start_error
+from asyncinfer.testing.process import ProcessOutput, is_banner_end, is_start_error
 from asyncinfer.testing.running_service import Running
 from asyncinfer.testing.status import StatusClient
 
@@ -34,7 +34,7 @@ class PortTaken(Exception):
     """Another process took the port in the meantime."""
 
 
-def wait_until_serving(log: Log, plan: StartPlan, port: int) -> Running:
+def wait_until_serving(log: ProcessOutput, plan: StartPlan, port: int) -> Running:
     """Returns the service once a worker has announced every model of the plan.
 
     Raises PortTaken; ModelRefused if a model cannot be served; StartError if the service cannot
@@ -66,7 +66,7 @@ def _read_announced(status_client: StatusClient) -> tuple[set[str], dict[str, st
         return set(), {}
 
 
-def _raise_start_failure(log: Log, port: int) -> None:
+def _raise_start_failure(log: ProcessOutput, port: int) -> None:
     """Raises PortTaken, ModelRefused or StartError if the log shows that the start failed, or no
     start at all; else returns nothing."""
     lines = log.lines
@@ -88,6 +88,6 @@ def _model_refused_error(reasons: Sequence[str]) -> ModelRefused:
     return ModelRefused("Cannot be served: " + "; ".join(dict.fromkeys(reasons)))
 
 
-def _last_lines(log: Log) -> str:
+def _last_lines(log: ProcessOutput) -> str:
     """The end of the log, for a message."""
     return "Its last lines:\n" + "\n".join(log.lines[-_LINES_SHOWN:])

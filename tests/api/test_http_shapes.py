@@ -15,7 +15,7 @@ import pytest
 import redis
 
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.api.http.connection import Connection, Limits
+from asyncinfer.api.http.connection import Connection, ConnectionLimits
 from asyncinfer.repository.store import Store
 from tests.faults.harness import eventually
 
@@ -32,7 +32,7 @@ class CountingConnection(Connection):
     """Counts the received bytes, so that a client can send the rest in another packet."""
 
     def __init__(
-        self, received_bytes: dict[Address, int], limits: Limits, **uvicorn_arguments: Any
+        self, received_bytes: dict[Address, int], limits: ConnectionLimits, **uvicorn_arguments: Any
     ) -> None:
         super().__init__(limits, **uvicorn_arguments)
         self._received_bytes = received_bytes

@@ -3,9 +3,9 @@
 import msgspec
 import pytest
 
-from asyncinfer.cli.bench.verdict import Latency, Load, Sides, verdict
+from asyncinfer.cli.bench.verdict import Latency, LoadResult, Sides, verdict
 
-WAITS = Load(
+WAITS = LoadResult(
     requests=1000,
     per_second=100,
     latency_ms=Latency(p50=10, p95=20, p99=30),

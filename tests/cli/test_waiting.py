@@ -21,7 +21,7 @@ from asyncinfer.cli.api_client import ApiClient
 from asyncinfer.cli.doctor.checks import with_embedded_fixes, without_consequences
 from asyncinfer.cli.doctor.findings import problem, warning
 from asyncinfer.cli.doctor.machine import free_space_finding
-from asyncinfer.cli.options import Server
+from asyncinfer.cli.options import ServerOptions
 from asyncinfer.cli.predict import run
 from asyncinfer.client import ModelLoading, WaitTimeout
 from asyncinfer.client._wait_reasons import Cadence
@@ -132,7 +132,7 @@ def test_predict_says_that_no_worker_has_the_model_and_that_it_goes_on(starved: 
         contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")),
         contextlib.redirect_stderr(err),
     ):
-        assert run.run(Server(starved.url, None), predict_options()) == 0
+        assert run.run(ServerOptions(starved.url, None), predict_options()) == 0
 
     waits, goes_on = err.lines
     assert waits.startswith(f"asyncinfer: 1 row of iris waits: {NO_WORKER}")
@@ -143,11 +143,17 @@ def test_predict_says_that_no_worker_has_the_model_and_that_it_goes_on(starved: 
 def test_a_model_is_waited_for_as_long_as_it_is_being_loaded(starved: Starved) -> None:
     starved.announce_worker(state="ready", models=[], loading=["wine"])
     patient = ApiClient(
-        Server(starved.url, None), retries=0, deadline=time.monotonic() + 0.3, waits_for_models=True
+        ServerOptions(starved.url, None),
+        retries=0,
+        deadline=time.monotonic() + 0.3,
+        waits_for_models=True,
     )
     with patient as service, pytest.raises(WaitTimeout, match="A worker is loading wine"):
         service.client.model("wine")
-    with ApiClient(Server(starved.url, None), retries=0) as service, pytest.raises(ModelLoading):
+    with (
+        ApiClient(ServerOptions(starved.url, None), retries=0) as service,
+        pytest.raises(ModelLoading),
+    ):
         service.client.model("wine")
 
 
@@ -164,7 +170,7 @@ def test_a_long_run_of_a_file_says_how_to_continue_it(starved: Starved, tmp_path
         contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")),
         contextlib.redirect_stderr(err),
     ):
-        assert run.run(Server(starved.url, None), patient) == 0
+        assert run.run(ServerOptions(starved.url, None), patient) == 0
 
     (line,) = err.lines
     assert "To continue this run later: asyncinfer predict rows.ndjson --resume rows-" in line

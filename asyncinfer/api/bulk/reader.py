@@ -10,7 +10,7 @@ import msgspec
 from starlette.types import Message
 
 from asyncinfer.api.bulk.circuit_breaker import CircuitBreaker
-from asyncinfer.api.bulk.response_queue import Block, Due, ResponseQueue
+from asyncinfer.api.bulk.response_queue import Due, ResponseBlock, ResponseQueue
 from asyncinfer.api.bulk.writer import ResponseWriter, accepted_line, problem_line, with_job_id
 from asyncinfer.api.catalog import Served
 from asyncinfer.api.http.body import NDJSON, check_bulk_headers
@@ -392,7 +392,7 @@ class BulkReader:
         if self._wait_seconds is None:
             answers = [b"".join(answer for answer in answers if isinstance(answer, bytes))]
         until = time.monotonic() + (self._wait_seconds or 0)
-        self._responses.add(Block(answers, queue, until))
+        self._responses.add(ResponseBlock(answers, queue, until))
 
 
 def _is_duplicate(outcome: SubmitReply) -> bool:

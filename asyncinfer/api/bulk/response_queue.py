@@ -21,7 +21,7 @@ class Due(Struct, frozen=True):
     job_id: str
 
 
-class Block(Struct, frozen=True):
+class ResponseBlock(Struct, frozen=True):
     """Consecutive responses: text of one or more lines, or a job whose result is not known yet."""
 
     answers: Sequence[bytes | Due]
@@ -43,7 +43,7 @@ class ResponseQueue:
     def __init__(self) -> None:
         self.popped_at = time.monotonic()
         """When the last block was written."""
-        self._blocks: deque[tuple[Block, int]] = deque()
+        self._blocks: deque[tuple[ResponseBlock, int]] = deque()
         self._bytes = 0
         self._ended = False
         self._added = asyncio.Event()
@@ -52,7 +52,7 @@ class ResponseQueue:
     def __bool__(self) -> bool:
         return self._bytes > 0
 
-    def add(self, block: Block) -> None:
+    def add(self, block: ResponseBlock) -> None:
         """Adds a block and wakes `peek`. Does not wait: call `wait_for_room` before."""
         size = block.size()
         self._blocks.append((block, size))
@@ -64,7 +64,7 @@ class ResponseQueue:
         self._ended = True
         self._added.set()
 
-    async def peek(self) -> Block | None:
+    async def peek(self) -> ResponseBlock | None:
         """The block to write now, which stays until `pop`. Waits for a block; None once the queue
         has ended and is empty."""
         while not self._blocks:

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import UNSET
 
 from asyncinfer.api.bulk.circuit_breaker import CircuitBreaker
-from asyncinfer.api.bulk.response_queue import Block, Due, ResponseQueue
+from asyncinfer.api.bulk.response_queue import Due, ResponseBlock, ResponseQueue
 from asyncinfer.api.job_lookup import job_absent_error
 from asyncinfer.api.live.inbox import Ticket
 from asyncinfer.api.services import Services
@@ -72,7 +72,7 @@ class ResponseWriter:
             self._responses.pop()
 
     async def _chunks_of(
-        self, entries: Sequence[bytes | Due], block: Block
+        self, entries: Sequence[bytes | Due], block: ResponseBlock
     ) -> AsyncGenerator[bytes, None]:
         """Yields the lines of a few responses, each once it and all before it are known. `block` is
         the one that they are from."""
@@ -100,7 +100,7 @@ class ResponseWriter:
             yield {job_id: stack.enter_context(inbox.expect(job_id)) for job_id in jobs}
 
     async def _answers_or_watch(
-        self, jobs: Sequence[str], tickets: Mapping[str, Ticket], block: Block
+        self, jobs: Sequence[str], tickets: Mapping[str, Ticket], block: ResponseBlock
     ) -> JobAnswers:
         """The answers of jobs that have ended or are gone; the inbox will be notified of the
         others. Of all jobs as they are, if Redis does not answer, the API stops or the block's time

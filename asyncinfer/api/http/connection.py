@@ -45,7 +45,7 @@ from asyncinfer.errors import (
 )
 
 
-class Limits(Struct, frozen=True, kw_only=True):
+class ConnectionLimits(Struct, frozen=True, kw_only=True):
     """Limits of each connection, and how many there may be."""
 
     header_seconds: float
@@ -90,7 +90,7 @@ class Connection(HttpToolsProtocol):
     trailers, trailers kept apart from headers, and the body of a request that offers an upgrade.
     uvicorn makes one object for each connection."""
 
-    def __init__(self, limits: Limits, **uvicorn_arguments: Any) -> None:
+    def __init__(self, limits: ConnectionLimits, **uvicorn_arguments: Any) -> None:
         super().__init__(**uvicorn_arguments)
         self.app_state = {
             **self.app_state,

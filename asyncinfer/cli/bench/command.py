@@ -3,7 +3,7 @@
 import click
 
 from asyncinfer.cli import options
-from asyncinfer.cli.options import Server
+from asyncinfer.cli.options import ServerOptions
 
 
 @options.command(
@@ -31,7 +31,7 @@ from asyncinfer.cli.options import Server
 @options.server
 @options.as_json
 def bench(
-    seconds: float, connections: int, model: str | None, server: Server, as_json: bool
+    seconds: float, connections: int, model: str | None, server: ServerOptions, as_json: bool
 ) -> int:
     """Measure throughput and latency of a model, and name the bottleneck.
 

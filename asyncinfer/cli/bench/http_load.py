@@ -11,7 +11,7 @@ _TIMEOUT_SECONDS: Final = 60.0
 _CONNECT_TIMEOUT_SECONDS: Final = 5.0
 
 
-class Connection:
+class LoadConnection:
     """One connection for requests one after another; `open` makes one."""
 
     def __init__(
@@ -24,7 +24,7 @@ class Connection:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, url: str, key: str | None) -> AsyncIterator["Connection"]:
+    async def open(cls, url: str, key: str | None) -> AsyncIterator["LoadConnection"]:
         """Connects to the host of `url`, and closes the connection at the end of the block.
 
         `key` is an API key or None. Raises OSError, TimeoutError among them, after 5 s.

@@ -14,9 +14,9 @@ import msgspec
 from msgspec import Struct
 
 from asyncinfer.cli.api_client import ApiClient, path_part, seconds_by_rows
-from asyncinfer.cli.bench.http_load import Connection
-from asyncinfer.cli.bench.verdict import Bench, Load, Sides, latency, verdict
-from asyncinfer.cli.options import Server
+from asyncinfer.cli.bench.http_load import LoadConnection
+from asyncinfer.cli.bench.verdict import Bench, LoadResult, Sides, latency, verdict
+from asyncinfer.cli.options import ServerOptions
 from asyncinfer.client import CannotSend, ConnectionFailed, Forbidden, Model
 from asyncinfer.schemas.operations import Queue, QueueList, WorkerList
 from asyncinfer.schemas.responses import ClearResult
@@ -45,7 +45,7 @@ class _SideSamples(Struct):
     """Shares of the slots that were busy."""
 
 
-def measure(server: Server, name: str | None, seconds: float, connections: int) -> Bench:
+def measure(server: ServerOptions, name: str | None, seconds: float, connections: int) -> Bench:
     """Runs both loads, `seconds` each, and cancels and deletes their jobs at the end.
 
     `name` None is the default model. Raises CannotSend if the model has no example, ModelNotFound,
@@ -94,7 +94,7 @@ class _LoadRunner:
     """Runs both loads on one model, and samples the service during the first."""
 
     def __init__(
-        self, server: Server, api: ApiClient, path: str, body: bytes, connections: int
+        self, server: ServerOptions, api: ApiClient, path: str, body: bytes, connections: int
     ) -> None:
         self._server = server
         self._api = api
@@ -128,7 +128,7 @@ class _LoadRunner:
 
     # --- load -------------------------------------------------------------------------------
 
-    async def _run_load(self, seconds: float, headers: str) -> tuple[Load, float]:
+    async def _run_load(self, seconds: float, headers: str) -> tuple[LoadResult, float]:
         """Sends requests over all connections for some seconds, with `headers` as extra lines.
 
         Returns the load and the share of one core that this process used for it.
@@ -140,7 +140,7 @@ class _LoadRunner:
             for _ in range(self._connections):
                 group.create_task(self._send_requests(until, headers, counts))
         elapsed = time.perf_counter() - started
-        load = Load(
+        load = LoadResult(
             requests=len(counts.seconds),
             per_second=round(len(counts.seconds) / elapsed, 1),
             latency_ms=latency(counts.seconds),
@@ -155,7 +155,7 @@ class _LoadRunner:
 
         After a refusal for a full queue it pauses; other errors are counted and it goes on.
         """
-        async with Connection.open(self._server.url, self._server.api_key) as connection:
+        async with LoadConnection.open(self._server.url, self._server.api_key) as connection:
             request = connection.encode_request("POST", self._path, self._body, headers)
             while (sent := time.perf_counter()) < until:
                 status = await connection.exchange(request)
@@ -171,7 +171,7 @@ class _LoadRunner:
 
     async def _sample_sides(self, model: str, samples: _SideSamples) -> None:
         """Adds samples of API, Redis and workers until it is cancelled."""
-        async with Connection.open(self._server.url, self._server.api_key) as connection:
+        async with LoadConnection.open(self._server.url, self._server.api_key) as connection:
             live = connection.encode_request("GET", "/health/live")
             ready = connection.encode_request("GET", "/health/ready")
             for turn in itertools.count():

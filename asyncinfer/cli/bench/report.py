@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from asyncinfer.cli.bench.verdict import Bench, Load, Sides
+from asyncinfer.cli.bench.verdict import Bench, LoadResult, Sides
 from asyncinfer.cli.output import console, show, show_facts, styled
 
 _COLUMNS = ("LOAD", "REQUESTS", "PER SECOND", "p50 ms", "p95 ms", "p99 ms", "FULL", "ERRORS")
@@ -23,7 +23,7 @@ def show_bench(bench: Bench) -> None:
     target.print(f"to change   {bench.verdict.change}", soft_wrap=True)
 
 
-def _row(name: str, load: Load) -> Sequence[object]:
+def _row(name: str, load: LoadResult) -> Sequence[object]:
     """The cells of a load."""
     times = load.latency_ms
     return (

@@ -21,7 +21,7 @@ class Latency(Struct, frozen=True):
     p99: float
 
 
-class Load(Struct, frozen=True, kw_only=True):
+class LoadResult(Struct, frozen=True, kw_only=True):
     """One of the two loads."""
 
     requests: int
@@ -70,8 +70,8 @@ class Bench(Struct, frozen=True, kw_only=True):
 
     model: str
     connections: int
-    waits: Load
-    submits: Load
+    waits: LoadResult
+    submits: LoadResult
     sides: Sides
     verdict: Verdict
 
@@ -87,7 +87,7 @@ def latency(seconds: Sequence[float]) -> Latency:
     )
 
 
-def verdict(waits: Load, sides: Sides, connections: int) -> Verdict:
+def verdict(waits: LoadResult, sides: Sides, connections: int) -> Verdict:
     """The bottleneck of the first load, in which every connection waited for its jobs.
 
     `connections` is their number. Of several bottlenecks it names the first of: this client, no

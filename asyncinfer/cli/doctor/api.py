@@ -10,7 +10,7 @@ from asyncinfer.cli.addresses import api_url
 from asyncinfer.cli.api_client import ApiClient, ModelList
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
 from asyncinfer.cli.doctor.machine import port_is_taken
-from asyncinfer.cli.options import Server
+from asyncinfer.cli.options import ServerOptions
 from asyncinfer.cli.output import counted
 from asyncinfer.cli.serve import configuration
 from asyncinfer.cli.starved_queues import (
@@ -38,7 +38,7 @@ def examine_api(settings: Settings, url: str | None, api_key: str | None) -> Ite
     if not port_is_taken(parts.hostname or "127.0.0.1", port):
         yield _nothing_listens(address, required=url is not None)
     else:
-        with ApiClient(Server(address, api_key)) as api:
+        with ApiClient(ServerOptions(address, api_key)) as api:
             yield from _examine_answers(api, address, settings)
     if settings.monitor_port and port_is_taken(settings.monitor_host, settings.monitor_port):
         found = f"port {settings.monitor_port} is in use: by a worker of yours or another program"

@@ -9,7 +9,7 @@ import msgspec
 
 from asyncinfer.cli import options
 from asyncinfer.cli.exit_codes import EXIT_FAILED, say_error
-from asyncinfer.cli.options import Server
+from asyncinfer.cli.options import ServerOptions
 from asyncinfer.errors import RequestError
 from asyncinfer.schemas.responses import ClearResult, RetryResult
 
@@ -45,7 +45,7 @@ def cancel(
     group: str | None,
     status: str | None,
     tenant: str | None,
-    server: Server,
+    server: ServerOptions,
     as_json: bool,
 ) -> int:
     """Cancel jobs, by id or by filter.
@@ -84,7 +84,7 @@ def retry(
     status: str | None,
     dead: bool,
     tenant: str | None,
-    server: Server,
+    server: ServerOptions,
     as_json: bool,
 ) -> int:
     """Run failed or cancelled jobs again.
@@ -137,7 +137,7 @@ def purge(
     dead: bool,
     yes: bool,
     tenant: str | None,
-    server: Server,
+    server: ServerOptions,
     as_json: bool,
 ) -> int:
     """Delete ended jobs with their data.
@@ -178,7 +178,7 @@ def _is_confirmed() -> bool:
 
 
 def _delete_each(
-    server: Server, job_ids: Sequence[str], as_json: bool, outcome: str, **query: Any
+    server: ServerOptions, job_ids: Sequence[str], as_json: bool, outcome: str, **query: Any
 ) -> int:
     """Sends DELETE for each job, also after one that is refused, and returns the exit code.
 
@@ -204,7 +204,7 @@ def _delete_each(
 
 
 def _run_for_all_matching(
-    server: Server,
+    server: ServerOptions,
     kind: type[ClearResult | RetryResult],
     method: str,
     path: str,

@@ -10,7 +10,7 @@ from msgspec import Meta, Struct
 
 from asyncinfer.cli import options
 from asyncinfer.cli.exit_codes import EXIT_TIMED_OUT
-from asyncinfer.cli.options import Server
+from asyncinfer.cli.options import ServerOptions
 
 if TYPE_CHECKING:
     from asyncinfer.cli.api_client import ApiClient
@@ -57,7 +57,7 @@ def jobs(
     group: str | None,
     limit: int,
     tenant: str | None,
-    server: Server,
+    server: ServerOptions,
     as_json: bool,
 ) -> None:
     """List jobs, the newest first."""
@@ -70,7 +70,9 @@ def jobs(
 @options.tenant
 @options.server
 @options.as_json
-def dead(model: str | None, limit: int, tenant: str | None, server: Server, as_json: bool) -> None:
+def dead(
+    model: str | None, limit: int, tenant: str | None, server: ServerOptions, as_json: bool
+) -> None:
     """List dead letters: jobs that were given up and can be retried.
 
     `asyncinfer retry --dead` runs them again.
@@ -96,7 +98,7 @@ def job(
     watch: bool,
     timeout: float | None,
     tenant: str | None,
-    server: Server,
+    server: ServerOptions,
     as_json: bool,
 ) -> int:
     """Show a job with its result.
@@ -219,7 +221,7 @@ def _value(name: str, value: Any) -> object:
 # --- lists ---------------------------------------------------------------------------------
 
 
-def _list_jobs(server: Server, limit: int, as_json: bool, **query: Any) -> None:
+def _list_jobs(server: ServerOptions, limit: int, as_json: bool, **query: Any) -> None:
     """Prints the newest jobs that match `query`, at most `limit`, on stdout.
 
     `query` are parameters of GET /jobs, `tenant` always among them; None is no filter.

@@ -6,7 +6,7 @@ from typing import Final
 import click
 
 from asyncinfer.cli import options
-from asyncinfer.cli.options import Server
+from asyncinfer.cli.options import ServerOptions
 
 _INPUT_FORMATS: Final = ("csv", "json", "ndjson", "npy", "parquet")
 _OUTPUT_FORMATS: Final = ("table", "csv", "json", "ndjson", "parquet")
@@ -102,7 +102,7 @@ def predict(
     priority: str | None,
     timeout: float | None,
     as_json: bool,
-    server: Server,
+    server: ServerOptions,
 ) -> int:
     """Predict rows of a file, of stdin or of the command line.
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 
-class Progress:
+class ProgressDisplay:
     """The progress of a run; this base class shows nothing."""
 
     def advance(self, *, failed: bool) -> None:
@@ -18,7 +18,7 @@ class Progress:
         pass
 
 
-class _BarProgress(Progress):
+class _BarProgress(ProgressDisplay):
     """A bar that also shows the number of failed rows."""
 
     def __init__(self, bar: "Bar", task: "TaskID") -> None:
@@ -34,7 +34,7 @@ class _BarProgress(Progress):
 
 
 @contextmanager
-def progress(total: int | None, file_format: str, output: str | None) -> Iterator[Progress]:
+def progress(total: int | None, file_format: str, output: str | None) -> Iterator[ProgressDisplay]:
     """Shows a bar for `total` rows on stderr until the end of the block; yields its counter.
 
     `total` None is an unknown number. There is no bar in a pipe, or if the results scroll by on the
@@ -42,7 +42,7 @@ def progress(total: int | None, file_format: str, output: str | None) -> Iterato
     """
     to_terminal = output is None and sys.stdout.isatty()
     if not sys.stderr.isatty() or (to_terminal and file_format != "table"):
-        yield Progress()
+        yield ProgressDisplay()
         return
     with _bar(redirect_stdout=to_terminal) as bar:
         yield _BarProgress(bar, bar.add_task("rows", total=total, failed=""))

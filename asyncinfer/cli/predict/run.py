@@ -19,10 +19,10 @@ from msgspec import Struct
 
 from asyncinfer.cli.api_client import ApiClient
 from asyncinfer.cli.exit_codes import EXIT_FAILED, say_error
-from asyncinfer.cli.options import Server
+from asyncinfer.cli.options import ServerOptions
 from asyncinfer.cli.output import say_on_stderr
 from asyncinfer.cli.predict import readers, writers
-from asyncinfer.cli.predict.progress import Progress, progress
+from asyncinfer.cli.predict.progress import ProgressDisplay, progress
 from asyncinfer.cli.predict.readers import Row
 from asyncinfer.cli.predict.writers import Record
 from asyncinfer.client import WaitTimeout
@@ -82,7 +82,7 @@ class _Source(Struct, frozen=True):
     is_file: bool
 
 
-def run(server: Server, options: PredictOptions) -> int:
+def run(server: ServerOptions, options: PredictOptions) -> int:
     """Predicts all rows, writes a record for each, and returns the exit code, 1 if a row failed.
 
     Raises what ends the run as a whole: FileRefused, WaitTimeout after `timeout_seconds`,
@@ -133,7 +133,7 @@ def _write_all(
     source: _Source,
     group: str,
     writer: writers.Writer,
-    bar: Progress,
+    bar: ProgressDisplay,
 ) -> int:
     """Writes a record for each row and returns the number of rows that failed.
 

@@ -5,7 +5,7 @@ from typing import Final
 import click
 
 from asyncinfer.cli import options
-from asyncinfer.cli.options import Server
+from asyncinfer.cli.options import ServerOptions
 from asyncinfer.settings import Settings
 
 _SECONDS: Final = 1.0
@@ -51,7 +51,7 @@ def top(
     once: bool,
     redis_url: str | None,
     queue_name: str,
-    server: Server,
+    server: ServerOptions,
     as_json: bool,
 ) -> None:
     """Watch queues and workers, live.

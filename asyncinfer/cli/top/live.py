@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from asyncinfer.cli.options import Server
+from asyncinfer.cli.options import ServerOptions
 from asyncinfer.cli.output import console, say_json_line
 from asyncinfer.cli.top import tables
 from asyncinfer.cli.top.snapshot import Snapshot
@@ -25,7 +25,7 @@ ReadSnapshot = Callable[[], Snapshot]
 
 
 @contextmanager
-def api_reader(server: Server) -> Iterator[ReadSnapshot]:
+def api_reader(server: ServerOptions) -> Iterator[ReadSnapshot]:
     """Opens a connection to the API and yields a function that reads a snapshot through it.
 
     That function raises an AsyncinferError, such as ConnectionFailed, at once: it retries nothing.

@@ -21,7 +21,7 @@ from asyncinfer.client._flows import NewJob, View
 from asyncinfer.client._map import ndjson
 from asyncinfer.client._map.ndjson import MAX_LINES
 from asyncinfer.client._map.rows import (
-    Block,
+    RowBlock,
     rank_of,
     rows_at,
     single_row_blocks,
@@ -106,7 +106,7 @@ def make_plan(
     )
 
 
-def run_block(server: RemoteServer, plan: MapPlan, block: Block) -> Flow[list[Any]]:
+def run_block(server: RemoteServer, plan: MapPlan, block: RowBlock) -> Flow[list[Any]]:
     """Runs the rows of a block and returns for each, in order, its result or its AsyncinferError.
 
     A row of a block that fails is run again with fewer others until it is clear which one is at
@@ -145,7 +145,7 @@ def cancel(server: RemoteServer, group: str) -> Flow[None]:
 # --- a job for each row ------------------------------------------------------------------------
 
 
-def _run_single_rows(server: RemoteServer, plan: MapPlan, block: Block) -> Flow[list[Any]]:
+def _run_single_rows(server: RemoteServer, plan: MapPlan, block: RowBlock) -> Flow[list[Any]]:
     """Runs a job for each row, as lines of one request if possible; returns as `run_block`.
 
     A row whose line has no final answer is run again by itself.
@@ -178,7 +178,7 @@ def _result_of_line(plan: MapPlan, answer: ndjson.Answer) -> list[Any]:
 # --- one job -----------------------------------------------------------------------------------
 
 
-def _result_of_job(server: RemoteServer, plan: MapPlan, block: Block) -> Flow[Any]:
+def _result_of_job(server: RemoteServer, plan: MapPlan, block: RowBlock) -> Flow[Any]:
     """The decoded result of a block's job, which an earlier map of this group may have submitted.
 
     A job that was cancelled then is retried, and one that is gone is submitted again. Raises
@@ -203,7 +203,7 @@ def _result_of_job(server: RemoteServer, plan: MapPlan, block: Block) -> Flow[An
         ) from error
 
 
-def _new_job(plan: MapPlan, block: Block) -> NewJob:
+def _new_job(plan: MapPlan, block: RowBlock) -> NewJob:
     """The job of a block; its key is the same whenever the same rows of the group are mapped."""
     return NewJob(
         value=_input_of(plan, block),
@@ -233,7 +233,7 @@ def _resubmit(server: RemoteServer, job: NewJob) -> Flow[Any]:
     return (yield from _flows.predict(server, job, math.inf))
 
 
-def _key(plan: MapPlan, block: Block) -> str:
+def _key(plan: MapPlan, block: RowBlock) -> str:
     """The Idempotency-Key of a block: the same for the same rows of a group at any time."""
     first, last = block.numbers[0], block.numbers[-1]
     key = f"{plan.group}:{first}-{last}"
@@ -247,7 +247,7 @@ def _key(plan: MapPlan, block: Block) -> str:
 
 
 def _run_without_bad_rows(
-    server: RemoteServer, plan: MapPlan, block: Block, error: InvalidInput
+    server: RemoteServer, plan: MapPlan, block: RowBlock, error: InvalidInput
 ) -> Flow[list[Any]]:
     """Gives the rows that `error` names their errors, and runs the others without them.
 
@@ -281,7 +281,7 @@ def _errors_by_place(error: InvalidInput, count: int) -> dict[int, InvalidInput]
 
 
 def _run_halves(
-    server: RemoteServer, plan: MapPlan, block: Block, error: AsyncinferError
+    server: RemoteServer, plan: MapPlan, block: RowBlock, error: AsyncinferError
 ) -> Flow[list[Any]]:
     """Runs a block in two halves, and so on, until the row that causes the error is alone.
 
@@ -346,7 +346,7 @@ def _row_axis(model: Model, name: str) -> int | None:
     return None
 
 
-def _input_of(plan: MapPlan, block: Block) -> Any:
+def _input_of(plan: MapPlan, block: RowBlock) -> Any:
     """The input of a block's job, as `predict` takes it."""
     if plan.rows_are_inputs:
         return rows_at(block.rows, 0)

@@ -25,7 +25,7 @@ from asyncinfer.client._errors import ConnectionFailed, SlowMapWarning, WaitTime
 from asyncinfer.client._map import jobs
 from asyncinfer.client._map.jobs import MapPlan
 from asyncinfer.client._map.progress import Progress, new_progress
-from asyncinfer.client._map.rows import Block, array_rows, blocks_of, blocks_of_async, peek
+from asyncinfer.client._map.rows import RowBlock, array_rows, blocks_of, blocks_of_async, peek
 from asyncinfer.client._map.threads import FlowOutcome, FlowThreads
 from asyncinfer.client._protocol import Flow
 from asyncinfer.client._requests import RemoteServer
@@ -129,7 +129,7 @@ class SlowMapCheck:
         self._may_warn = not plan.model.batched
         self._rows = 0
 
-    def count(self, block: Block) -> None:
+    def count(self, block: RowBlock) -> None:
         """Counts the rows of a block, and gives the SlowMapWarning if they have become many."""
         self._rows += len(block)
         if self._may_warn and self._rows > _FEW_ROWS:
@@ -252,7 +252,7 @@ class Results(Iterator[Any]):
         yield from self._run(plan, blocks, total if arrays is None else len(arrays))
 
     def _run(
-        self, plan: MapPlan, blocks: Iterator[Block], total: int | None
+        self, plan: MapPlan, blocks: Iterator[RowBlock], total: int | None
     ) -> Generator[Any, None, None]:
         """Yields the results of all blocks.
 
@@ -285,7 +285,7 @@ class Results(Iterator[Any]):
         self,
         threads: FlowThreads,
         plan: MapPlan,
-        blocks: Iterator[Block],
+        blocks: Iterator[RowBlock],
         bar: Progress,
         reporter: WaitReporter,
     ) -> Generator[Any, None, None]:
@@ -393,7 +393,7 @@ class AsyncResults(AsyncIterator[Any]):
             yield value
 
     async def _run(
-        self, plan: MapPlan, blocks: AsyncIterator[Block], total: int | None
+        self, plan: MapPlan, blocks: AsyncIterator[RowBlock], total: int | None
     ) -> AsyncGenerator[Any, None]:
         """Yields the results of all blocks; ends as `Results._run` does."""
         from asyncinfer.client._map.tasks import FlowTasks

@@ -13,7 +13,7 @@ _BLOCK_BYTES: Final = 1 << 20
 """About the most bytes of a block: well below what a server takes in JSON (MAX_JSON, 2 MiB)."""
 
 
-class Block(Struct, frozen=True):
+class RowBlock(Struct, frozen=True):
     """Neighbouring rows of one shape: a list of them, an array, or an array for each input."""
 
     numbers: Sequence[int]
@@ -40,13 +40,13 @@ class ArrayRows(Struct, frozen=True):
         """The first row; raises IndexError if there is none."""
         return rows_at(self.arrays, 0)
 
-    def blocks(self, max_rows: int) -> Iterator[Block]:
+    def blocks(self, max_rows: int) -> Iterator[RowBlock]:
         """Yields all rows in blocks of at most `max_rows` rows and about 1 MiB, as views."""
         total = len(self)
         size = min(max_rows, max(1, _BLOCK_BYTES // max(bytes_in(self.first()), 1)))
         for start in range(0, total, size):
             end = min(start + size, total)
-            yield Block(range(start, end), rows_at(self.arrays, slice(start, end)))
+            yield RowBlock(range(start, end), rows_at(self.arrays, slice(start, end)))
 
 
 def array_rows(rows: Any) -> ArrayRows | None:
@@ -72,7 +72,7 @@ class BlockBuilder:
         self._shape: Any = None
         self._size = max_rows
 
-    def add(self, row: Any) -> Block | None:
+    def add(self, row: Any) -> RowBlock | None:
         """Adds a row; returns the block that is complete now, if one is.
 
         A row of another shape completes the block before it.
@@ -86,18 +86,18 @@ class BlockBuilder:
         self._rows.append(row)
         return block if block or len(self._rows) < self._size else self.flush()
 
-    def flush(self) -> Block | None:
+    def flush(self) -> RowBlock | None:
         """The block of the rows so far, which are no longer kept; None if there are none."""
         if not self._rows:
             return None
         numbers = range(self._next_number, self._next_number + len(self._rows))
-        block = Block(numbers, self._rows)
+        block = RowBlock(numbers, self._rows)
         self._next_number += len(self._rows)
         self._rows = []
         return block
 
 
-def blocks_of(rows: Iterable[Any], max_rows: int) -> Iterator[Block]:
+def blocks_of(rows: Iterable[Any], max_rows: int) -> Iterator[RowBlock]:
     """Yields the blocks of rows that come one by one; reads rows only as blocks are taken."""
     builder = BlockBuilder(max_rows)
     for row in rows:
@@ -107,7 +107,7 @@ def blocks_of(rows: Iterable[Any], max_rows: int) -> Iterator[Block]:
         yield block
 
 
-async def blocks_of_async(rows: AsyncIterator[Any], max_rows: int) -> AsyncIterator[Block]:
+async def blocks_of_async(rows: AsyncIterator[Any], max_rows: int) -> AsyncIterator[RowBlock]:
     """The same as `blocks_of` for an asynchronous iterator."""
     builder = BlockBuilder(max_rows)
     async for row in rows:
@@ -117,13 +117,13 @@ async def blocks_of_async(rows: AsyncIterator[Any], max_rows: int) -> AsyncItera
         yield block
 
 
-def split_in_half(block: Block) -> tuple[Block, Block]:
+def split_in_half(block: RowBlock) -> tuple[RowBlock, RowBlock]:
     """The first and the second half of a block of at least two rows."""
     middle = len(block) // 2
     return _slice(block, slice(0, middle)), _slice(block, slice(middle, None))
 
 
-def without(block: Block, places: Iterable[int]) -> Block:
+def without(block: RowBlock, places: Iterable[int]) -> RowBlock:
     """The block without the rows at these places in it, counted from 0; they keep their numbers."""
     left_out = set(places)
     kept = [place for place in range(len(block)) if place not in left_out]
@@ -134,7 +134,7 @@ def without(block: Block, places: Iterable[int]) -> Block:
         picked = {name: values[kept] for name, values in rows.items()}
     else:
         picked = rows[kept]
-    return Block([block.numbers[place] for place in kept], picked)
+    return RowBlock([block.numbers[place] for place in kept], picked)
 
 
 def shape_of(row: Any) -> Any:
@@ -170,12 +170,12 @@ def bytes_in(row: Any) -> int:
         return 1
 
 
-def _slice(block: Block, places: slice) -> Block:
+def _slice(block: RowBlock, places: slice) -> RowBlock:
     """The part of a block at these places in it."""
-    return Block(block.numbers[places], rows_at(block.rows, places))
+    return RowBlock(block.numbers[places], rows_at(block.rows, places))
 
 
-def single_row_blocks(block: Block) -> Iterator[Block]:
+def single_row_blocks(block: RowBlock) -> Iterator[RowBlock]:
     """Yields a block for each row."""
     for place in range(len(block)):
         yield _slice(block, slice(place, place + 1))

@@ -46,7 +46,7 @@ class GroupTally(Struct, frozen=True, kw_only=True):
         return sum(n for status, n in self.by_status.items() if status not in TERMINAL)
 
 
-class _Place(Struct, frozen=True, array_like=True):
+class _GroupCursor(Struct, frozen=True, array_like=True):
     """Where a listing stopped: a job and its index in the list."""
 
     index: int
@@ -179,10 +179,12 @@ class Groups:
                 if job and wanted.matches(job, None):
                     found.append(job)
                 if len(found) == limit:
-                    return Page(tuple(found), encode_cursor(_Place(index, ids[index - start])))
+                    return Page(
+                        tuple(found), encode_cursor(_GroupCursor(index, ids[index - start]))
+                    )
             end = start
             last = ids[0] if ids else ""
-        return Page(tuple(found), encode_cursor(_Place(end, last)) if end > 0 else None)
+        return Page(tuple(found), encode_cursor(_GroupCursor(end, last)) if end > 0 else None)
 
     async def _end(self, name: str, cursor: str | None) -> int:
         """The number of jobs from the start of the list that are still to be listed."""
@@ -201,9 +203,9 @@ def _with_status(ids: Sequence[str], statuses: Sequence[bytes | None], *wanted: 
     return [job_id for job_id, status in zip(ids, statuses, strict=True) if status in wanted]
 
 
-def _parse_cursor(cursor: str) -> _Place:
+def _parse_cursor(cursor: str) -> _GroupCursor:
     try:
-        place = decode_cursor(cursor, _Place)
+        place = decode_cursor(cursor, _GroupCursor)
         if not 0 <= place.index < 1 << 32:
             raise ValueError(place)
     except ValueError as error:

@@ -50,7 +50,7 @@ class LiveWorkers(Struct, frozen=True, kw_only=True):
     """All live workers were read."""
 
 
-class _Place(Struct, frozen=True, array_like=True):
+class _ListingCursor(Struct, frozen=True, array_like=True):
     """Where a listing stopped: a log entry, and how many of its jobs are listed."""
 
     entry: str
@@ -97,16 +97,18 @@ class Inspection:
         return Page(tuple(found), None)
 
     async def _batches(
-        self, queues: Sequence[str], place: _Place | None, first_size: int
-    ) -> AsyncIterator[tuple[list[_Place], list[str]]]:
+        self, queues: Sequence[str], place: _ListingCursor | None, first_size: int
+    ) -> AsyncIterator[tuple[list[_ListingCursor], list[str]]]:
         """Batches of the jobs in the logs, newest first, and the place of each job. Each batch is
         twice as large as the one before: with a call for each log entry, a listing whose jobs had
         mostly expired took 4,900 calls."""
-        places: list[_Place] = []
+        places: list[_ListingCursor] = []
         ids: list[str] = []
         size = first_size
         async for entry, queue, start, entry_ids in self._merged_entries(queues, place):
-            places += [_Place(entry, queue, start + n) for n in range(1, len(entry_ids) + 1)]
+            places += [
+                _ListingCursor(entry, queue, start + n) for n in range(1, len(entry_ids) + 1)
+            ]
             ids += entry_ids
             if len(ids) >= size:
                 yield places, ids
@@ -120,7 +122,7 @@ class Inspection:
         return await self._store.queues()
 
     async def _merged_entries(
-        self, queues: Sequence[str], place: _Place | None
+        self, queues: Sequence[str], place: _ListingCursor | None
     ) -> AsyncIterator[tuple[str, str, int, list[str]]]:
         """Log entries of all queues, newest first: (entry id, queue, jobs that are listed already,
         ids of the others)."""
@@ -142,7 +144,7 @@ class Inspection:
                 heapq.heappop(heads)
 
     async def _entries(
-        self, queue: str, place: _Place | None
+        self, queue: str, place: _ListingCursor | None
     ) -> AsyncIterator[tuple[str, list[str]]]:
         """The log entries of a queue in which jobs first appear, newest first, each with its ids,
         the newest job first."""
@@ -203,11 +205,11 @@ _ENTRY: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
 _MAX_ENTRY_NUMBER: Final = (1 << 64) - 1
 
 
-def _parse_cursor(cursor: str | None) -> _Place | None:
+def _parse_cursor(cursor: str | None) -> _ListingCursor | None:
     if cursor is None:
         return None
     try:
-        place = decode_cursor(cursor, _Place)
+        place = decode_cursor(cursor, _ListingCursor)
         if not _ENTRY.fullmatch(place.entry) or place.listed < 0:
             raise ValueError(place)
         if any(int(part) > _MAX_ENTRY_NUMBER for part in place.entry.split("-")):
