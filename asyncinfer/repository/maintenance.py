@@ -114,7 +114,7 @@ class Maintenance:
             # Without the gate every process would repair; the next repair may find it free.
             return None
         restored = 0
-        ids: dict[str, set[bytes]] = {queue: set() for queue in await self._store.queues()}
+        ids: dict[str | None, set[bytes]] = {queue: set() for queue in await self._store.queues()}
         async for page in self._unfinished_ids():
             for job_id, queue in await self._queues_of(page):
                 ids.setdefault(queue, set()).add(job_id)
@@ -141,28 +141,45 @@ class Maintenance:
             if cursor == 0:
                 return
 
-    async def _queues_of(self, job_ids: Sequence[bytes]) -> list[tuple[bytes, str]]:
-        """Each job with the queue in its record; without a record, with the default queue."""
+    async def _queues_of(self, job_ids: Sequence[bytes]) -> list[tuple[bytes, str | None]]:
+        """Each job with the queue in its record; None for an external job, which has no record."""
         if not job_ids:
             return []
         metas = await self._store.command("MGET", *(b"job:%b:meta" % job_id for job_id in job_ids))
-        return [
-            (job_id, _queue_in(meta) or self._store.queue_name)
-            for job_id, meta in zip(job_ids, metas, strict=True)
-        ]
+        return [(job_id, _queue_in(meta)) for job_id, meta in zip(job_ids, metas, strict=True)]
 
-    async def _repair_queues(self, ids: Mapping[str, set[bytes]], pause_ms: int) -> int:
-        restored = 0
+    async def _repair_queues(self, ids: Mapping[str | None, set[bytes]], pause_ms: int) -> int:
+        """Repairs queues, given the unfinished jobs of each; those of None are external jobs, of
+        which the ones that are in no queue go to the default queue. Returns how many jobs it put
+        back."""
+        restored, default_queue = 0, self._store.queue_name
+        by_queue = {queue: queue_ids for queue, queue_ids in ids.items() if queue is not None}
         # Nothing else lists a queue that no worker serves any more.
         await self._announcements.announce_queues(
-            [queue for queue in ids if queue.startswith(f"{self._store.queue_name}:")]
+            [queue for queue in by_queue if queue.startswith(f"{default_queue}:")]
         )
-        for queue, queue_ids in ids.items():
+        lost = await self._lost_external_ids(ids.get(None, set()))
+        by_queue[default_queue] = by_queue.get(default_queue, set()) | lost
+        for queue, queue_ids in by_queue.items():
             try:
                 restored += await self._repair_queue(queue, queue_ids, pause_ms)
             except RedisRefused as error:
                 _log.warning(f"The queue {queue!r} is not repaired: {error.detail}")
         return restored
+
+    async def _lost_external_ids(self, ids: set[bytes]) -> set[bytes]:
+        """The external jobs that are in place in no queue; none if a queue cannot be read. An
+        external program may have pushed a job into the queue of any model: in another it would run
+        on the wrong one."""
+        try:
+            for queue in await self._store.queues() if ids else ():
+                if not ids:
+                    break
+                ids = ids - await self._in_place(queue, ids)
+        except RedisRefused as error:
+            _log.warning(f"External jobs are not repaired: {error.detail}")
+            return set()
+        return ids
 
     async def _repair_queue(self, queue: str, ids: set[bytes], pause_ms: int) -> int:
         ids -= await self._in_place(queue, ids)

@@ -501,6 +501,27 @@ async def test_a_job_out_of_place_in_two_passes_is_put_back(
     assert not hands.redis.exists(keys.out_of_place(Q))
 
 
+async def test_an_external_job_in_the_queue_of_a_model_is_not_put_into_that_of_the_default(
+    hands: QueueDriver,
+) -> None:
+    """The default model would run it, and give a wrong answer."""
+    of_digits = f"{Q}:digits"
+    await hands.announcements.announce_queues([of_digits])
+    hands.redis.set("job:theirs:data", DATA)
+    hands.redis.set("job:theirs:status", "pending")
+    hands.redis.lpush(of_digits, "theirs")
+    assert await repaired(hands) == 0
+    await pause_passes(hands)
+    assert await repaired(hands) == 0
+    assert (hands.waiting_ids(), hands.redis.lrange(of_digits, 0, -1)) == ([], [b"theirs"])
+
+    hands.redis.rpop(of_digits)
+    assert await repaired(hands) == 0
+    await pause_passes(hands)
+    assert await repaired(hands) == 1
+    assert hands.waiting_ids() == ["theirs"]
+
+
 async def test_between_two_repairs_the_job_of_a_live_external_consumer_is_left_alone(
     hands: QueueDriver,
 ) -> None:
